@@ -1,0 +1,299 @@
+"""The only file that knows a mesh: logical axes, the rules that map them to mesh axes, meshes, `param` and `shard`.
+
+Layers name the axes of their parameters and activations by what they *mean* (`AXES`). A rule table says which mesh axis
+divides which logical axis; parameters and activations have a table each, so FSDP (parameters divided over the axis that also
+divides the batch) needs no word in any layer. Without an active mesh every function here is the identity.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Generator, Mapping, Sequence
+from typing import Any, Literal
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from jaxformer.config import Config, InputError
+
+AXES: Mapping[str, str] = {
+  'batch': 'sequences of a batch',
+  'time': 'positions of a sequence',
+  'layers': 'periods of a stack, scanned',
+  'embed': 'the width of the residual stream',
+  'heads': 'query heads, or heads times head dimension',
+  'kv_heads': 'key/value heads, or these times head dimension',
+  'head_dim': 'the inside of one head',
+  'mlp': 'hidden units of a feed-forward layer',
+  'vocab': 'rows of an embedding or columns of a head',
+  'experts': 'experts of a mixture',
+  'inner': 'channels inside a recurrent layer',
+  'state': 'state of a recurrence, low-rank factors, taps of a convolution',
+  'positions': 'rows of a table of learned positions',
+  'norm': 'a vector of scales or offsets over the width: small, so replicated',
+}
+
+MESH_AXES: Mapping[str, str] = {
+  'data': 'copies of the parameters, each with its part of the batch',
+  'fsdp': 'divides the batch and the parameters; parameters are gathered layer by layer',
+  'expert': 'divides the batch and the experts',
+  'context': 'divides long sequences',
+  'tensor': 'divides heads, hidden units and the vocabulary; the fastest links',
+}
+
+Axis = str | tuple[str, ...] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Rules:
+  """Two total tables, logical axis -> mesh axis (or several, or None = replicated), for parameters and for activations."""
+
+  params: Mapping[str, Axis]
+  activations: Mapping[str, Axis]
+
+  def __post_init__(self):
+    for table in (self.params, self.activations):
+      if wrong := set(table) ^ set(AXES):
+        raise InputError(f'a rule table must name every logical axis once; missing or unknown: {", ".join(sorted(wrong))}')
+
+  def spec(self, axes: Sequence[str | None], *, activations: bool = False) -> PartitionSpec:
+    """The partition of an array with these logical axes. A mesh axis asked for twice is an error for a parameter; for an
+    activation the first logical axis that asks for it is served."""
+    table, taken, spec = self.activations if activations else self.params, set(), []
+    for name in axes:
+      if name is not None and name not in table:
+        raise InputError(f'unknown logical axis {name!r}; known: {", ".join(AXES)}')
+      entry = None if name is None else table[name]
+      wanted = () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
+      if not activations and taken & set(wanted):
+        raise InputError(f'logical axes {tuple(axes)} map to mesh axis {", ".join(sorted(taken & set(wanted)))} twice')
+      free = tuple(a for a in wanted if a not in taken)
+      taken |= set(free)
+      spec.append(free if len(free) > 1 else free[0] if free else None)
+    return PartitionSpec(*spec)
+
+
+def _table(**divided: Axis) -> dict[str, Axis]:
+  return dict.fromkeys(AXES) | divided
+
+
+_ACTIVATIONS = _table(batch=('data', 'fsdp', 'expert'), time='context')
+_TENSOR = dict.fromkeys(('heads', 'kv_heads', 'mlp', 'vocab', 'inner'), 'tensor')
+
+RULES: dict[str, Rules] = {
+  'data_parallel': Rules(_table(), _ACTIVATIONS),
+  'fsdp': Rules(_table(embed='fsdp'), _ACTIVATIONS),
+  'fsdp_tensor': Rules(_table(embed='fsdp', experts='expert', **_TENSOR), _ACTIVATIONS | _TENSOR | {'experts': 'expert'}),
+}
+
+
+class MeshConfig(Config):
+  """Devices arranged along named axes; the sizes multiply to the number of devices. At most one size may be -1: what is left.
+
+  `rules` names the table that maps logical axes to these mesh axes: `data_parallel` replicates the parameters, `fsdp` divides
+  them over `fsdp`, `fsdp_tensor` also divides heads, hidden units, vocabulary and experts over `tensor` and `expert`.
+  """
+
+  data: int = -1
+  fsdp: int = 1
+  expert: int = 1
+  context: int = 1
+  tensor: int = 1
+  rules: Literal['data_parallel', 'fsdp', 'fsdp_tensor'] = 'fsdp_tensor'
+
+  def validate(self):
+    for axis in MESH_AXES:
+      self.require(getattr(self, axis) >= 1 or getattr(self, axis) == -1, axis, 'at least 1, or -1 for the devices that are left')
+    if sum(getattr(self, axis) == -1 for axis in MESH_AXES) > 1:
+      raise InputError('mesh: only one axis may be -1')
+    table = RULES[self.rules]
+    used = {m for t in (table.params, table.activations) for a in t.values() if a for m in ((a,) if isinstance(a, str) else a)}
+    for axis in MESH_AXES:
+      if getattr(self, axis) > 1:
+        divides = axis in used and (axis != 'fsdp' or self.rules != 'data_parallel')
+        self.require(divides, axis, f'1 under rules {self.rules!r}, which divide nothing over it')
+
+  def sizes(self, devices: int) -> dict[str, int]:
+    """Axis -> size for a number of devices. Raises `InputError` when they do not multiply to it."""
+    sizes = {axis: getattr(self, axis) for axis in MESH_AXES}
+    fixed = math.prod(s for s in sizes.values() if s != -1)
+    given = ', '.join(f'{a} {s}' for a, s in sizes.items() if s != 1)
+    if -1 in sizes.values():
+      if devices % fixed:
+        raise InputError(f'mesh ({given}) needs a multiple of {fixed} devices; there are {devices}')
+      sizes = {a: devices // fixed if s == -1 else s for a, s in sizes.items()}
+    if math.prod(sizes.values()) != devices:
+      raise InputError(f'mesh ({given or "one device"}) needs {math.prod(sizes.values())} devices; there are {devices}')
+    return sizes
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+  """The mesh of a config over `devices` (all by default)."""
+  devices = jax.devices() if devices is None else list(devices)
+  sizes = config.sizes(len(devices))
+  shape, names = tuple(sizes.values()), tuple(sizes)
+  if devices[0].platform == 'cpu':   # fake devices have no topology to respect
+    array = np.asarray(devices, dtype=object).reshape(shape)
+  else:
+    from jax.experimental import mesh_utils
+    array = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+  return Mesh(array, names, axis_types=(AxisType.Auto,) * len(names))
+
+
+# ---- the active mesh --------------------------------------------------------------------------------------------------
+
+_ACTIVE: contextvars.ContextVar[tuple[Mesh, Rules] | None] = contextvars.ContextVar('mesh', default=None)
+
+
+@contextlib.contextmanager
+def use_mesh(mesh: Mesh, rules: Rules | str = 'fsdp_tensor') -> Generator[Mesh]:
+  """Within, `shard` constrains activations, `per_shard` maps kernels, and `platform` is that of the mesh's devices."""
+  token = _ACTIVE.set((mesh, RULES[rules] if isinstance(rules, str) else rules))
+  try:
+    with jax.set_mesh(mesh):
+      yield mesh
+  finally:
+    _ACTIVE.reset(token)
+
+
+def platform() -> str:
+  """'cpu', 'gpu' or 'tpu': what the program being traced will run on. An active mesh decides, so that a program compiled
+  ahead of time for a TPU takes the TPU's routes on any host."""
+  active = _ACTIVE.get()
+  name = active[0].devices.flat[0].platform if active else jax.default_backend()
+  return 'gpu' if name in ('cuda', 'rocm') else name
+
+
+def shard(x: jax.Array, *axes: str | None) -> jax.Array:
+  """Constrains activation `x` to the mesh axes of its logical axes. A mesh axis that does not divide its dimension is left
+  out (few key/value heads on a wide tensor axis stay replicated)."""
+  active = _ACTIVE.get()
+  if active is None:
+    return x
+  mesh, rules = active
+  return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, _dividing(rules.spec(axes, activations=True), x.shape, mesh)))
+
+
+def shard_param(x: jax.Array, *axes: str | None) -> jax.Array:
+  """Constrains `x`, a parameter or its gradient on the way through a computation, like a parameter with these logical axes."""
+  active = _ACTIVE.get()
+  if active is None:
+    return x
+  mesh, rules = active
+  return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, _dividing(rules.spec(axes), x.shape, mesh)))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def gathered(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
+  """A parameter as a layer uses it: divided like an activation, so whole over `fsdp`; its gradient is divided like itself."""
+  return shard(x, *axes)
+
+
+gathered.defvjp(lambda x, axes: (shard(x, *axes), None), lambda axes, _, g: (shard_param(g, *axes),))
+
+
+def gathers() -> bool:
+  """Whether `gathered` gathers something: the mesh divides parameters where it does not divide activations."""
+  active = _ACTIVE.get()
+  if active is None:
+    return False
+  mesh, rules = active
+  extra = [rules.params[a] for a in AXES if rules.params[a] != rules.activations[a]]
+  return any(mesh.shape[m] > 1 for entry in extra for m in ((entry,) if isinstance(entry, str) else entry or ()))
+
+
+def shards(axis: str, size: int) -> int:
+  """In how many parts `shard` and `per_shard` divide an activation's dimension of this logical axis and size; 1 without a mesh."""
+  active = _ACTIVE.get()
+  if active is None:
+    return 1
+  mesh, rules = active
+  entry = _dividing(rules.spec((axis,), activations=True), (size,), mesh)[0]
+  return math.prod(mesh.shape[n] for n in ((entry,) if isinstance(entry, str) else entry or ()))
+
+
+def _dividing(spec: PartitionSpec, shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
+  kept = []
+  for size, entry in zip(shape, spec, strict=True):
+    names = () if entry is None else (entry,) if isinstance(entry, str) else entry
+    kept.append(entry if size % math.prod(mesh.shape[n] for n in names) == 0 else None)
+  return PartitionSpec(*kept)
+
+
+def per_shard(
+  f: Callable[..., Any], in_axes: Sequence[tuple[str | None, ...] | None], out_axes: tuple[str | None, ...],
+) -> Callable[..., Any]:
+  """`f` mapped over the shards of its arguments (for kernels that the partitioner cannot divide): each argument is given by
+  its logical axes, None for one that is absent or whole everywhere. Without a mesh, `f` itself."""
+  active = _ACTIVE.get()
+  if active is None:
+    return f
+  mesh, rules = active
+
+  def mapped(*args):
+    specs = [PartitionSpec() if axes is None or a is None else _dividing(rules.spec(axes, activations=True), a.shape, mesh)
+             for axes, a in zip(in_axes, args, strict=True)]
+    taken = {
+      name: entry for axes, spec in zip(in_axes, specs, strict=True) for name, entry in zip(axes or (), spec, strict=False) if name}
+    out = PartitionSpec(*(taken.get(name) if name else None for name in out_axes))
+    return jax.shard_map(f, mesh=mesh, in_specs=tuple(specs), out_specs=out, check_vma=False)(*args)
+
+  return mapped
+
+
+def param_sharding(mesh: Mesh, rules: Rules | str, name: str, axes: Sequence[str | None], shape: Sequence[int]) -> NamedSharding:
+  """Where a parameter lives. Raises `InputError` for a mesh axis that does not divide its dimension."""
+  spec = (RULES[rules] if isinstance(rules, str) else rules).spec(axes)
+  for axis, size, entry in zip(axes, shape, spec, strict=True):
+    parts = math.prod(mesh.shape[n] for n in ((entry,) if isinstance(entry, str) else entry or ()))
+    if size % parts:
+      raise InputError(f'mesh.{entry} = {parts} does not divide {axis} = {size} of parameter {name}')
+  return NamedSharding(mesh, spec)
+
+
+def batch_sharding(mesh: Mesh, rules: Rules | str) -> NamedSharding:
+  """Where the arrays of a batch live: their first axis is `batch`, their second `time`."""
+  return NamedSharding(mesh, (RULES[rules] if isinstance(rules, str) else rules).spec(('batch', 'time'), activations=True))
+
+
+def batch_shards(mesh: Mesh, rules: Rules | str) -> int:
+  """In how many parts a batch is divided; the global batch size must be a multiple."""
+  entry = batch_sharding(mesh, rules).spec[0]
+  return math.prod(mesh.shape[n] for n in ((entry,) if isinstance(entry, str) else entry or ()))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+  """A copy on every device."""
+  return NamedSharding(mesh, PartitionSpec())
+
+
+# ---- parameters -------------------------------------------------------------------------------------------------------
+
+
+def param(
+  value: jax.Array, axes: Sequence[str | None], *, decay: bool = True, lr_scale: float = 1.0, full_precision: bool = False,
+  matmul: bool = True, active: float = 1.0,
+) -> nnx.Param:
+  """A parameter with what others need to know of it, as metadata.
+
+  Args:
+    value: its initial value, fp32.
+    axes: the logical axis of each dimension (`AXES`), None for one that is never divided.
+    decay: whether weight decay applies (not to norms, biases and the parameters of recurrences).
+    lr_scale: factor on the learning rate.
+    full_precision: stays fp32 where the others are cast to the compute dtype (decay rates, routers).
+    matmul: multiplies every token, which costs 2 FLOPs a number; False for tables that are looked up, norms and biases aside.
+    active: the fraction that one token uses (k of E experts).
+  """
+  axes = tuple(axes)
+  if len(axes) != np.ndim(value):
+    raise ValueError(f'a parameter of shape {np.shape(value)} needs {np.ndim(value)} axes, got {axes}')
+  if unknown := [a for a in axes if a is not None and a not in AXES]:
+    raise ValueError(f'unknown logical axis {unknown[0]!r}; known: {", ".join(AXES)}')
+  return nnx.Param(value, axes=axes, decay=decay, lr_scale=lr_scale, full_precision=full_precision, matmul=matmul, active=active)
