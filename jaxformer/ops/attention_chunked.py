@@ -1,0 +1,336 @@
+"""Attention in memory linear in the length, in plain JAX, with VJPs of their own (FlashAttention-2, Dao 2023).
+
+Saved for the backward pass: the output and one logsumexp per query, L_t = log sum_s exp(a_ts). With P = exp(A - L) recomputed
+block by block, delta_t = sum_K dO_tK O_tK:
+
+  dV = P^T dO,   dA = P * (dO V^T - delta),   dQ = scale dA K,   dK = scale dA^T Q
+
+`chunked` loops over blocks of queries and keys and skips the pairs whose mask is empty; it does all that the naive form does.
+`unrolled` is for CPUs and lengths of some thousands: a few blocks of queries, each against just the keys it can see, with
+slices known when the program is built.
+
+Dims: B batch, T queries, S keys, G key/value heads, R query heads per key/value head, K head dim.
+Heads come first inside (`BGRTK`), because XLA's batched matrix products want the contracted block contiguous, and query heads
+of a group are rows of one product, so keys and values are never repeated.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Int
+
+from jaxformer.ops.masks import MASKED, Mask, distances, visible
+from jaxformer.sharding import platform
+
+SAVED = 'attention'            # name of the residuals, for remat policies: saving them spares the backward pass a forward pass
+_FLOOR = MASKED / 2            # a running maximum never falls below, so that exp(MASKED - maximum) is 0 and not 1
+_KEEP_BYTES = 32 * 2**20       # `unrolled` keeps the probabilities for the backward pass up to this size
+
+
+@dataclasses.dataclass(frozen=True)
+class _Static:
+  causal: bool
+  window: int | None
+  scale: float
+  softcap: float | None
+  block: int
+
+
+class _Where(NamedTuple):
+  """Positions and segments of queries and keys, and the slopes: what decides bias and mask, and carries no gradient."""
+
+  t: Int[Array | np.ndarray, '*blocks T']
+  s: Int[Array | np.ndarray, '*blocks S']
+  segments: Int[Array, '*blocks B T'] | None
+  key_segments: Int[Array, '*blocks B S'] | None
+  slopes: Float[Array, 'G R'] | None
+
+
+class _Aligned(NamedTuple):
+  """The same where positions are known when the program is built: keys and queries are 0..S-1 and 0..T-1."""
+
+  segments: Int[Array, 'B T'] | None
+  key_segments: Int[Array, 'B S'] | None
+  slopes: Float[Array, 'G R'] | None
+
+
+def _logits(q, k, at: _Where, static: _Static):
+  """Masked logits `BGRTS` in fp32, and the derivative of the soft cap (None without one)."""
+  a = jnp.einsum('BGRTK,BGSK->BGRTS', q, k, preferred_element_type=jnp.float32) * static.scale
+  slope = None
+  if static.softcap is not None:
+    capped = jnp.tanh(a / static.softcap)
+    a, slope = static.softcap * capped, 1.0 - jnp.square(capped)
+  if at.slopes is not None:
+    distance = -distances(at.t, at.s).astype(np.float32)
+    a = a + at.slopes[None, :, :, None, None] * distance[None, None, None]
+  seen = visible(at.t, at.s, causal=static.causal, window=static.window)[None]
+  if at.segments is not None:
+    assert at.key_segments is not None   # both or neither
+    seen = seen & (at.segments[:, :, None] == at.key_segments[:, None, :])
+  elif isinstance(seen, np.ndarray) and seen.all():
+    return a, slope
+  return jnp.where(seen[:, None, None], a, MASKED), slope
+
+
+def _block_gradients(p, q, k, v, do, delta, slope, scale):
+  """dq, dk, dv of one block of queries against one block of keys, fp32, from its probabilities."""
+  dp = jnp.einsum('BGRTK,BGSK->BGRTS', do, v, preferred_element_type=jnp.float32)
+  da = p.astype(jnp.float32) * (dp - delta)
+  if slope is not None:
+    da = da * slope
+  da, p = (da * scale).astype(k.dtype), p.astype(do.dtype)
+  dq = jnp.einsum('BGRTS,BGSK->BGRTK', da, k, preferred_element_type=jnp.float32)
+  dk = jnp.einsum('BGRTS,BGRTK->BGSK', da, q, preferred_element_type=jnp.float32)
+  dv = jnp.einsum('BGRTS,BGRTK->BGSK', p, do, preferred_element_type=jnp.float32)
+  return dq, dk, dv
+
+
+def _heads_first(x, G: int):
+  """`B T H K` -> `B G R T K`."""
+  B, T, H, K = x.shape
+  return x.reshape(B, T, G, H // G, K).transpose(0, 2, 3, 1, 4)
+
+
+def _heads_last(x):
+  """`B G R T K` -> `B T H K`."""
+  B, G, R, T, K = x.shape
+  return x.transpose(0, 3, 1, 2, 4).reshape(B, T, G * R, K)
+
+
+def _delta(do, out):
+  return jnp.einsum('BGRTK,BGRTK->BGRT', do, out, preferred_element_type=jnp.float32)[..., None]
+
+
+# ---- blocks of queries and keys in loops ------------------------------------------------------------------------------
+
+
+def _blocks(x, axis: int, block: int, fill=0):
+  """Pads `axis` to whole blocks and moves them to the front: `[..., n, ...]` -> `[n / block, ..., block, ...]`."""
+  n = -(-x.shape[axis] // block)
+  pad = [(0, 0)] * x.ndim
+  pad[axis] = (0, n * block - x.shape[axis])
+  x = jnp.pad(x, pad, constant_values=fill)
+  return jnp.moveaxis(x.reshape(*x.shape[:axis], n, block, *x.shape[axis + 1:]), axis, 0)
+
+
+def _joined(x, axis: int, size: int):
+  """The inverse of `_blocks`, without the padding."""
+  x = jnp.moveaxis(x, 0, axis)
+  x = x.reshape(*x.shape[:axis], x.shape[axis] * x.shape[axis + 1], *x.shape[axis + 2:])
+  return lax.slice_in_dim(x, 0, size, axis=axis)
+
+
+def _in_blocks(at: _Where, static: _Static) -> _Where:
+  b = static.block
+  segments = None if at.segments is None else _blocks(at.segments, 1, b, -1)
+  keys = None if at.key_segments is None else _blocks(at.key_segments, 1, b, -2)
+  return _Where(_blocks(at.t, 0, b, -1), _blocks(at.s, 0, b, -1), segments, keys, at.slopes)
+
+
+def _ranges(at: _Where, static: _Static):
+  """For each block of queries the first and one past the last block of keys that it may see, and the same for each block of
+  keys: from the extremes of positions and segments, so a few too many pairs may be visited and never one too few."""
+  far = jnp.iinfo(jnp.int32).max // 2
+  empty = at.s < 0   # empty cache slots and padding
+  last, first = jnp.where(empty, -far, at.s).max(-1)[None, :], jnp.where(empty, far, at.s).min(-1)[None, :]
+  newest, oldest = at.t.max(-1)[:, None], jnp.where(at.t < 0, far, at.t).min(-1)[:, None]
+  seen = jnp.broadcast_to(last >= 0, (at.t.shape[0], at.s.shape[0]))
+  if static.causal:
+    seen &= first <= newest
+  if static.window is not None:
+    seen &= (last > oldest - static.window) & (first < newest + static.window)
+  if at.segments is not None:
+    assert at.key_segments is not None   # both or neither
+    q, k = at.segments[:, None], at.key_segments[None]
+    seen &= ((q.max(-1) >= k.min(-1)) & (k.max(-1) >= q.min(-1))).any(-1)
+
+  def span(seen):
+    some, n = seen.any(-1), seen.shape[-1]
+    return jnp.where(some, seen.argmax(-1), 0), jnp.where(some, n - seen[:, ::-1].argmax(-1), 0)
+
+  return span(seen), span(seen.T)
+
+
+def _take(x, i):
+  return None if x is None else lax.dynamic_index_in_dim(x, i, 0, keepdims=False)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _chunked(q, k, v, at: _Where, static: _Static):
+  return _chunked_forward(q, k, v, at, static)[0]
+
+
+def _chunked_forward(q, k, v, at, static):
+  T, G, dtype = q.shape[1], k.shape[2], q.dtype
+  blocks = _in_blocks(at, static)
+  (lo, hi), _ = _ranges(blocks, static)
+  qs, ks, vs = _blocks(_heads_first(q, G), 3, static.block), *(_blocks(x.transpose(0, 2, 1, 3), 2, static.block) for x in (k, v))
+
+  def queries(_, xs):
+    qi, ti, segments, start, stop = xs
+
+    def keys(j, carry):
+      acc, total, top = carry
+      here = _Where(ti, _take(blocks.s, j), segments, _take(blocks.key_segments, j), at.slopes)
+      a, _ = _logits(qi, _take(ks, j), here, static)
+      new = jnp.maximum(top, a.max(-1, keepdims=True))
+      p, old = jnp.exp(a - new), jnp.exp(top - new)
+      pv = jnp.einsum('BGRTS,BGSK->BGRTK', p.astype(dtype), _take(vs, j), preferred_element_type=jnp.float32)
+      return acc * old + pv, total * old + p.sum(-1, keepdims=True), new
+
+    zero = jnp.zeros((*qi.shape[:-1], 1), jnp.float32)
+    acc, total, top = lax.fori_loop(start, stop, keys, (jnp.zeros(qi.shape, jnp.float32), zero, zero + _FLOOR))
+    total = jnp.where(total == 0, 1.0, total)
+    return None, ((acc / total).astype(dtype), (top + jnp.log(total))[..., 0])
+
+  _, (out, lse) = lax.scan(queries, None, (qs, blocks.t, blocks.segments, lo, hi))
+  out, lse = checkpoint_name((_heads_last(_joined(out, 3, T)), _joined(lse, 3, T)), SAVED)
+  return out, (q, k, v, at, out, lse)
+
+
+def _chunked_backward(static, saved, do):
+  q, k, v, at, out, lse = saved
+  T, S, G, b = q.shape[1], k.shape[1], k.shape[2], static.block
+  blocks = _in_blocks(at, static)
+  _, (lo, hi) = _ranges(blocks, static)
+  do, out = _heads_first(do, G), _heads_first(out, G)
+  qs, dos = _blocks(_heads_first(q, G), 3, b), _blocks(do, 3, b)
+  lses, deltas = _blocks(lse[..., None], 3, b), _blocks(_delta(do, out), 3, b)
+  ks, vs = (_blocks(x.transpose(0, 2, 1, 3), 2, b) for x in (k, v))
+
+  def keys(dq, xs):
+    kj, vj, sj, segments, start, stop = xs
+
+    def queries(i, carry):
+      dq, dk, dv = carry
+      here = _Where(_take(blocks.t, i), sj, _take(blocks.segments, i), segments, at.slopes)
+      qi = _take(qs, i)
+      a, slope = _logits(qi, kj, here, static)
+      p = jnp.exp(a - _take(lses, i))
+      dqi, dki, dvi = _block_gradients(p, qi, kj, vj, _take(dos, i), _take(deltas, i), slope, static.scale)
+      return lax.dynamic_update_index_in_dim(dq, _take(dq, i) + dqi, i, 0), dk + dki, dv + dvi
+
+    zero = jnp.zeros(kj.shape, jnp.float32)
+    dq, dk, dv = lax.fori_loop(start, stop, queries, (dq, zero, zero))
+    return dq, (dk.astype(k.dtype), dv.astype(v.dtype))
+
+  dq, (dk, dv) = lax.scan(keys, jnp.zeros(qs.shape, jnp.float32), (ks, vs, blocks.s, blocks.key_segments, lo, hi))
+  dq = _heads_last(_joined(dq, 3, T)).astype(q.dtype)
+  return dq, _joined(dk, 2, S).transpose(0, 2, 1, 3), _joined(dv, 2, S).transpose(0, 2, 1, 3), None
+
+
+_chunked.defvjp(_chunked_forward, _chunked_backward)
+
+
+def attention_chunked(
+  q: Float[Array, 'B T H K'], k: Float[Array, 'B S G K'], v: Float[Array, 'B S G K'], mask: Mask, *,
+  scale: float, softcap: float | None = None, slopes_H: Float[Array, ' H'] | None = None, block: int | None = None,
+) -> Float[Array, 'B T H K']:
+  """Attention block by block in both lengths: what `attention_naive` means, in memory linear in T and S.
+
+  Differentiable in q, k and v; `slopes_H` are constants. Pairs of blocks that cannot see each other (the future, beyond the
+  window, other packed documents, empty cache slots) are not visited.
+  """
+  (T, H), (S, G) = q.shape[1:3], k.shape[1:3]
+  t, s = mask.positions(T, S)
+  slopes = None if slopes_H is None else slopes_H.astype(jnp.float32).reshape(G, H // G)
+  at = _Where(t, s, mask.segments_BT, None if mask.segments_BT is None else mask.keys(), slopes)
+  block = min(block or (256 if platform() == 'cpu' else 512), -(-max(T, S) // 8) * 8)
+  return _chunked(q, k, v, at, _Static(mask.causal, mask.window, scale, softcap, block))
+
+
+# ---- a few blocks of queries, unrolled --------------------------------------------------------------------------------
+
+
+def _spans(T: int, S: int, static: _Static) -> list[tuple[slice, slice]]:
+  """Blocks of queries with the keys that each can see, in whole blocks of keys."""
+  spans, b = [], static.block
+  for start in range(0, T, b):
+    t = np.arange(start, min(T, start + b))
+    cols = np.flatnonzero(visible(t, np.arange(S), causal=static.causal, window=static.window).any(0))
+    lo, hi = (int(cols[0]) // b * b, min(S, (int(cols[-1]) // b + 1) * b)) if len(cols) else (0, 1)
+    spans.append((slice(start, start + len(t)), slice(lo, hi)))
+  return spans
+
+
+def _here(at: _Aligned, rows: slice, cols: slice) -> _Where:
+  """One block of queries and its keys, positions as numpy."""
+  segments = None if at.segments is None else at.segments[:, rows]
+  keys = None if at.key_segments is None else at.key_segments[:, cols]
+  return _Where(np.arange(rows.start, rows.stop), np.arange(cols.start, cols.stop), segments, keys, at.slopes)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _unrolled(q, k, v, at: _Aligned, static: _Static):
+  return _unrolled_forward(q, k, v, at, static)[0]
+
+
+def _unrolled_forward(q, k, v, at, static):
+  (B, T, H, _), (S, G) = q.shape, k.shape[1:3]
+  spans = _spans(T, S, static)
+  # Kept probabilities save the backward pass a product and an exp: a seventh of all work, for memory that grows with T^2.
+  # With a soft cap its derivative would have to be kept too, so they are recomputed.
+  pairs = sum((r.stop - r.start) * (c.stop - c.start) for r, c in spans)
+  keep = static.softcap is None and pairs * B * H * q.dtype.itemsize <= _KEEP_BYTES
+  qh, kh, vh = _heads_first(q, G), k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
+  outs, lses, ps = [], [], []
+  for rows, cols in spans:
+    a, _ = _logits(qh[:, :, :, rows], kh[:, :, cols], _here(at, rows, cols), static)
+    top = jnp.maximum(a.max(-1, keepdims=True), _FLOOR)
+    p = jnp.exp(a - top)
+    total = p.sum(-1, keepdims=True)
+    total = jnp.where(total == 0, 1.0, total)
+    p = (p / total).astype(v.dtype)
+    outs.append(jnp.einsum('BGRTS,BGSK->BGRTK', p, vh[:, :, cols], preferred_element_type=jnp.float32).astype(q.dtype))
+    ps.append(p if keep else None)
+    lses.append(None if keep else top + jnp.log(total))
+  out = jnp.concatenate(outs, axis=3)
+  return _heads_last(out), (qh, kh, vh, at, out, lses, ps)
+
+
+def _unrolled_backward(static, saved, do):
+  q, k, v, at, out, lses, ps = saved
+  (B, G, _, T, K), S, b = q.shape, k.shape[2], static.block
+  do = _heads_first(do, G)
+  delta = _delta(do, out)
+  dqs = []
+  dks, dvs = ([jnp.zeros((B, G, min(b, S - j), K), jnp.float32) for j in range(0, S, b)] for _ in range(2))
+  for (rows, cols), lse, p in zip(_spans(T, S, static), lses, ps, strict=True):
+    qi, kj, slope = q[:, :, :, rows], k[:, :, cols], None
+    if p is None:
+      a, slope = _logits(qi, kj, _here(at, rows, cols), static)
+      p = jnp.exp(a - lse)
+    dq, dk, dv = _block_gradients(p, qi, kj, v[:, :, cols], do[:, :, :, rows], delta[:, :, :, rows], slope, static.scale)
+    dqs.append(dq.astype(q.dtype))
+    for j in range(cols.start // b, -(-cols.stop // b)):   # adding block by block, as adding into a slice would copy the whole
+      here = slice(j * b - cols.start, min((j + 1) * b, S) - cols.start)
+      dks[j], dvs[j] = dks[j] + dk[:, :, here], dvs[j] + dv[:, :, here]
+  dk, dv = (jnp.concatenate(x, axis=2).transpose(0, 2, 1, 3) for x in (dks, dvs))
+  return _heads_last(jnp.concatenate(dqs, axis=3)), dk.astype(k.dtype), dv.astype(v.dtype), None
+
+
+_unrolled.defvjp(_unrolled_forward, _unrolled_backward)
+
+
+def attention_unrolled(
+  q: Float[Array, 'B T H K'], k: Float[Array, 'B S G K'], v: Float[Array, 'B S G K'], mask: Mask, *,
+  scale: float, softcap: float | None = None, slopes_H: Float[Array, ' H'] | None = None, block: int | None = None,
+) -> Float[Array, 'B T H K']:
+  """Attention in about eight blocks of queries, each against just the keys it can see: what `attention_naive` means, for an
+  aligned mask. Half the work of the naive form under a causal mask; temporaries of one block, B H T S / 8 numbers."""
+  if not mask.aligned:
+    raise ValueError('attention_unrolled slices by position and needs keys and queries at the same positions (no index_T, index_S)')
+  (T, H), G = q.shape[1:3], k.shape[2]
+  slopes = None if slopes_H is None else slopes_H.astype(jnp.float32).reshape(G, H // G)
+  at = _Aligned(mask.segments_BT, None if mask.segments_BT is None else mask.keys(), slopes)
+  block = block or max(64, -(-T // 512) * 64)
+  return _unrolled(q, k, v, at, _Static(mask.causal, mask.window, scale, softcap, block))

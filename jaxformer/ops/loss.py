@@ -1,0 +1,209 @@
+"""Cross-entropy over a large vocabulary without ever holding the logits of all tokens.
+
+Two routes with one meaning, both with VJPs of their own:
+
+- `rows` takes a few tokens against the whole vocabulary and forms the gradient right away, in the forward pass: three matrix
+  products a token instead of four, at the price of an fp32 accumulator of the size of W. For CPUs and small vocabularies.
+- `vocabulary` (`loss_vocabulary.py`) takes all tokens against a slice of the vocabulary with a running logsumexp, and computes
+  the slice's logits again in the backward pass: each slice of dW is written once, so there is no accumulator for it, and one
+  reduction a slice on a mesh. For large vocabularies and divided weights.
+
+Dims: B batch, T time, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from jaxformer import sharding
+from jaxformer.ops.loss_vocabulary import vocabulary_logsumexp, vocabulary_loss
+from jaxformer.ops.route import forced
+
+IGNORE = -1   # a target that counts for nothing
+
+_ROWS = {'cpu': 256}         # tokens at a time; a CPU wants their logits in its cache
+_ACCUMULATOR_BYTES = 2**26   # the largest fp32 dW that an accelerator accumulates
+
+
+class LossSums(NamedTuple):
+  """Sums over the counted targets of a batch. Divide by `count` (after summing over microbatches) for means.
+
+  Attributes:
+    loss: what is minimised: cross-entropy plus the z-loss, in nats.
+    nll: cross-entropy alone, in nats. For reporting: no gradient flows through it.
+    count: number of counted targets, fp32.
+  """
+
+  loss: Float[Array, '']
+  nll: Float[Array, '']
+  count: Float[Array, '']
+
+
+def cross_entropy_naive(
+  x: Float[Array, 'B T D'], w_DV: Float[Array, 'D V'], targets_BT: Int[Array, 'B T'], *,
+  bias_V: Float[Array, ' V'] | None = None, z_loss: float = 0.0, softcap: float | None = None,
+) -> LossSums:
+  """sum_i [logsumexp(l_i) - l_i[y_i] + z_loss logsumexp(l_i)^2] over targets y_i != IGNORE, with l_i = x_i W + b in fp32
+  (the z-loss of PaLM, section 5; `softcap` c makes the logits c tanh(l / c)). W is rounded to the dtype of x."""
+  logits = jnp.einsum('BTD,DV->BTV', x, w_DV.astype(x.dtype), preferred_element_type=jnp.float32)
+  if bias_V is not None:
+    logits = logits + bias_V.astype(jnp.float32)[None, None]
+  if softcap is not None:
+    logits = softcap * jnp.tanh(logits / softcap)
+  counted = targets_BT != IGNORE
+  lse = jax.nn.logsumexp(logits, axis=-1)
+  picked = jnp.take_along_axis(logits, jnp.maximum(targets_BT, 0)[..., None], axis=-1)[..., 0]
+  nll = jnp.where(counted, lse - picked, 0.0)
+  extra = jnp.where(counted, z_loss * jnp.square(lse), 0.0)
+  return LossSums((nll + extra).sum(), lax.stop_gradient(nll.sum()), counted.sum().astype(jnp.float32))
+
+
+def choose_route(x: Float[Array | jax.ShapeDtypeStruct, 'B T D'], w_DV: Float[Array | jax.ShapeDtypeStruct, 'D V']) -> str:
+  """'rows' or 'vocabulary', for `sharding.platform()` and the mesh. On several devices dW would be reduced once a chunk of rows."""
+  (B, T, _), (D, V) = x.shape, w_DV.shape
+  if sharding.shards('batch', B) * sharding.shards('time', T) * sharding.shards('vocab', V) > 1:
+    return 'vocabulary'
+  return 'rows' if sharding.platform() == 'cpu' or 4 * D * V <= _ACCUMULATOR_BYTES else 'vocabulary'
+
+
+def cross_entropy(
+  x: Float[Array, 'B T D'], w_DV: Float[Array, 'D V'], targets_BT: Int[Array, 'B T'], *,
+  bias_V: Float[Array, ' V'] | None = None, z_loss: float = 0.0, softcap: float | None = None,
+  transposed: bool = False, route: str | None = None, chunk: int | None = None,
+) -> LossSums:
+  """`cross_entropy_naive` in chunks.
+
+  Products are in the dtype of x, with fp32 accumulation: pass the fp32 W with a bf16 x, each slice is cast as it is used, and
+  its gradient comes back in fp32. Differentiable once, in x, W and the bias, through `loss` alone.
+
+  Args:
+    transposed: W is `table_VD.T`, a tied embedding table; so that a TPU slices it as it is stored and keeps no copy of it.
+    route: 'naive', 'rows' or 'vocabulary', None for what suits machine and size (`choose_route`).
+    chunk: tokens (rows) or columns of a shard of W (vocabulary) at a time, None for what suits.
+  """
+  route = route or forced('cross_entropy') or choose_route(x, w_DV)
+  if route == 'naive':
+    return cross_entropy_naive(x, w_DV, targets_BT, bias_V=bias_V, z_loss=z_loss, softcap=softcap)
+  if route not in ('rows', 'vocabulary'):
+    raise ValueError(f"cross_entropy: route must be 'naive', 'rows' or 'vocabulary', got {route!r}")
+  counted = targets_BT != IGNORE
+  bias_V = None if bias_V is None else bias_V.astype(jnp.float32)
+  if route == 'vocabulary':
+    loss, nll = vocabulary_loss(
+      x, w_DV, bias_V, targets_BT, counted, z_loss=z_loss, softcap=softcap, chunk=chunk, transposed=transposed)
+  else:
+    loss, nll = _rows_loss(x, w_DV, bias_V, targets_BT, _Static(z_loss, softcap, _rows(x, chunk)))
+  return LossSums(loss, lax.stop_gradient(nll), counted.sum().astype(jnp.float32))
+
+
+def token_nll(
+  x: Float[Array, 'B T D'], w_DV: Float[Array, 'D V'], targets_BT: Int[Array, 'B T'], *,
+  bias_V: Float[Array, ' V'] | None = None, softcap: float | None = None,
+  transposed: bool = False, route: str | None = None, chunk: int | None = None,
+) -> Float[Array, 'B T']:
+  """logsumexp(l_i) - l_i[y_i] of each token in nats, 0 where the target is `IGNORE`: for evaluation, without a gradient."""
+  x, w_DV, bias_V = lax.stop_gradient((x, w_DV, None if bias_V is None else bias_V.astype(jnp.float32)))
+  if (route or choose_route(x, w_DV)) == 'vocabulary':
+    lse, picked = vocabulary_logsumexp(x, w_DV, bias_V, targets_BT, softcap=softcap, chunk=chunk, transposed=transposed)
+  else:
+    (B, T, _), static = x.shape, _Static(0.0, softcap, _rows(x, chunk))
+    lse, picked = lax.map(lambda a: _row_logits(*a, w_DV.astype(x.dtype), bias_V, static)[3:], _chunks(x, targets_BT, static.chunk))
+    lse, picked = (jnp.moveaxis(a.reshape(-1, B, static.chunk), 0, 1).reshape(B, -1)[:, :T] for a in (lse, picked))
+  return jnp.where(targets_BT == IGNORE, 0.0, lse - picked)
+
+
+# ---- tokens in chunks, the gradient formed in the forward pass --------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class _Static:
+  z_loss: float
+  softcap: float | None
+  chunk: int   # positions at a time, of every sequence of the batch
+
+
+def _rows(x, chunk: int | None) -> int:
+  """Positions at a time for a number of tokens at a time; chunks of equal size rather than a short last one."""
+  B, T, _ = x.shape
+  n = max(1, (chunk or _ROWS.get(sharding.platform(), 1024)) // B)
+  return -(-T // -(-T // n))
+
+
+def _chunks(x, targets, n: int):
+  """`B T D` -> `chunks, B n, D`, padded with targets that do not count."""
+  B, T, D = x.shape
+  rest = -T % n
+  x = jnp.pad(x, ((0, 0), (0, rest), (0, 0)))
+  targets = jnp.pad(targets, ((0, 0), (0, rest)), constant_values=IGNORE)
+  return x.reshape(B, -1, n, D).swapaxes(0, 1).reshape(-1, B * n, D), targets.reshape(B, -1, n).swapaxes(0, 1).reshape(-1, B * n)
+
+
+def _row_logits(x, targets, w, bias, static: _Static):
+  """exp(l - max), its sum, the soft cap's derivative, logsumexp and the target's logit, of some tokens `[N, D]`."""
+  logits, slope = jnp.dot(x, w, preferred_element_type=jnp.float32), None
+  if bias is not None:
+    logits = logits + bias[None]
+  if static.softcap is not None:
+    capped = jnp.tanh(logits / static.softcap)
+    logits, slope = static.softcap * capped, 1.0 - jnp.square(capped)
+  top = logits.max(-1, keepdims=True)
+  e = jnp.exp(logits - top)
+  total = e.sum(-1, keepdims=True)
+  picked = jnp.take_along_axis(logits, jnp.maximum(targets, 0)[:, None], axis=-1)[:, 0]
+  return e, total, slope, (top + jnp.log(total))[:, 0], picked
+
+
+def _row_sums(targets, lse, picked, static):
+  counted = targets != IGNORE
+  nll = jnp.where(counted, lse - picked, 0.0).sum()
+  return nll + jnp.where(counted, static.z_loss * jnp.square(lse), 0.0).sum(), nll
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _rows_loss(x, w, bias, targets, static: _Static):
+  """Loss and nll when no gradient is asked for: one matrix product a token."""
+  def some(sums, chunk):
+    *_, lse, picked = _row_logits(*chunk, w_cast, bias, static)
+    return tuple(a + b for a, b in zip(sums, _row_sums(chunk[1], lse, picked, static), strict=True)), None
+
+  w_cast = w.astype(x.dtype)
+  return lax.scan(some, (jnp.float32(0), jnp.float32(0)), _chunks(x, targets, static.chunk))[0]
+
+
+def _rows_forward(x, w, bias, targets, static):
+  (B, T, D), V, w_cast = x.shape, w.shape[1], w.astype(x.dtype)
+
+  def some(carry, chunk):
+    sums, dw, db = carry
+    xs, ys = chunk
+    e, total, slope, lse, picked = _row_logits(xs, ys, w_cast, bias, static)
+    counted = (ys != IGNORE).astype(jnp.float32)[:, None]
+    hot = (jnp.arange(V)[None] == ys[:, None]).astype(jnp.float32)
+    d = e * (counted / total * (1.0 + 2.0 * static.z_loss * lse[:, None])) - hot   # IGNORE is no column: its row of `hot` is 0
+    d = d if slope is None else d * slope
+    db = None if db is None else db + d.sum(0)
+    d = d.astype(x.dtype)
+    dx = jnp.dot(d, w_cast.T, preferred_element_type=jnp.float32).astype(x.dtype)
+    dw = dw + jnp.dot(xs.T, d, preferred_element_type=jnp.float32)
+    return (tuple(a + b for a, b in zip(sums, _row_sums(ys, lse, picked, static), strict=True)), dw, db), dx
+
+  start = (jnp.float32(0), jnp.float32(0)), jnp.zeros((D, V), jnp.float32), None if bias is None else jnp.zeros_like(bias)
+  (sums, dw, db), dx = lax.scan(some, start, _chunks(x, targets, static.chunk))
+  dx = dx.reshape(-1, B, static.chunk, D).swapaxes(0, 1).reshape(B, -1, D)[:, :T]
+  return sums, (dx, dw.astype(w.dtype), db)
+
+
+def _rows_backward(static, saved, cotangents):
+  dx, dw, db = saved
+  scale = cotangents[0]
+  return (*(None if d is None else (d * scale).astype(d.dtype) for d in (dx, dw, db)), None)
+
+
+_rows_loss.defvjp(_rows_forward, _rows_backward)
