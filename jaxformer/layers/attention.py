@@ -1,0 +1,215 @@
+"""Multi-head, grouped-query and multi-query self-attention, with a key/value cache as its state."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Int
+
+from jaxformer.config import InputError
+from jaxformer.layers.init import Init, Normal
+from jaxformer.layers.layer import Context, Layer, LayerConfig, Output, Site, positions_BT, starts_BT
+from jaxformer.layers.norm import NormConfig, RMSNorm
+from jaxformer.layers.position import Alibi, AttentionPosition, Llama3Scaling, Rotary
+from jaxformer.ops.attention import Mask, attention
+from jaxformer.ops.linear import linear
+from jaxformer.sharding import param, shard
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class AttentionState:
+  """Keys and values seen so far.
+
+  Attributes:
+    k, v: position n lives in slot n mod S. S is the longest sequence, or the window where there is one.
+    length: positions seen so far, the same for all rows.
+    offset_B: how many of them belong to the row's present document.
+  """
+
+  k_BSGK: Float[Array, 'B S G K']
+  v_BSGK: Float[Array, 'B S G K']
+  length: Int[Array, '']
+  offset_B: Int[Array, ' B']
+
+
+class Attention(Layer):
+  """softmax(q k^T / sqrt(K) + position bias) v over heads, then an output projection (Vaswani et al. 2017, section 3.2).
+
+  `kv_heads` < `heads` is grouped-query attention (Ainslie et al. 2023), 1 is multi-query (Shazeer 2019): query head h reads
+  key/value head h // (heads / kv_heads).
+  """
+
+  class Config(LayerConfig):
+    """
+    Attributes:
+      heads: query heads.
+      kv_heads: key/value heads; None for one per query head.
+      head_dim: None for width / heads.
+      position: `Rotary`, `Alibi`, or None where positions come from elsewhere or not at all.
+      causal: False lets every position see every other, which excludes decoding.
+      window: sliding window: a query sees itself and the window - 1 positions before it; None for all.
+      bias: offsets on all four projections (GPT-2).
+      qk_norm: norm over each head's query and key (Henry et al. 2020; Llama-style models use RMSNorm); None for none.
+      softcap: logits become c tanh(logits / c) (Gemma 2); None for none.
+      scale: factor on the logits; None for 1 / sqrt(head_dim).
+      init: of the query, key and value projections; `out_init`: of the output projection.
+    """
+
+    heads: int = 4
+    kv_heads: int | None = None
+    head_dim: int | None = None
+    position: AttentionPosition | None = None
+    causal: bool = True
+    window: int | None = None
+    bias: bool = False
+    qk_norm: NormConfig | None = None
+    softcap: float | None = None
+    scale: float | None = None
+    init: Init = Normal()
+    out_init: Init = Normal()
+
+    def validate(self):
+      self.require(self.heads > 0, 'heads', 'positive')
+      divides = self.kv_heads is None or (self.kv_heads > 0 and self.heads % self.kv_heads == 0)
+      self.require(divides, 'kv_heads', f'a divisor of heads = {self.heads}')
+      self.require(self.head_dim is None or self.head_dim > 0, 'head_dim', 'positive')
+      self.require(self.window is None or self.window > 0, 'window', 'positive')
+      self.require(self.softcap is None or self.softcap > 0, 'softcap', 'positive')
+
+    def head_size(self, width: int) -> int:
+      """K, from the width where it is not given."""
+      if self.head_dim is None and width % self.heads:
+        raise InputError(
+          f'width = {width} is not divisible by Attention.heads = {self.heads}; give head_dim or another number of heads')
+      size = self.head_dim or width // self.heads
+      if isinstance(self.position, Rotary) and size % 2:
+        raise InputError(f'Attention.head_dim = {size}: rotary positions need an even head dimension')
+      return size
+
+    def build(self, width: int, rngs: nnx.Rngs, site: Site) -> Attention:
+      return Attention(self, width, rngs, site)
+
+    @property
+    def decodes(self) -> bool:
+      return self.causal
+
+    def state_size(self, width: int, max_len: int) -> int:
+      return 2 * min(self.window or max_len, max_len) * (self.kv_heads or self.heads) * self.head_size(width)
+
+    @classmethod
+    def examples(cls) -> tuple[Attention.Config, ...]:
+      return (
+        cls(heads=4),
+        cls(heads=4, kv_heads=2, position=Rotary(), bias=True),
+        cls(heads=4, kv_heads=1, head_dim=16, position=Rotary(theta=100.0, scaling=Llama3Scaling(original_context=16)),
+            qk_norm=RMSNorm.Config()),
+        cls(heads=4, window=5, position=Rotary(), softcap=5.0),
+        cls(heads=3, head_dim=8, kv_heads=3, position=Alibi(), scale=0.2),
+        cls(heads=4, causal=False),
+        cls(heads=4, causal=False, window=4, position=Alibi()),
+      )
+
+    def mixing_flops_per_token(self, width: int, length: int, causal: bool) -> float:
+      seen = length if self.window is None else min(self.window, length)
+      if causal and self.causal:
+        seen = (seen * (seen + 1) / 2 + (length - seen) * seen) / length   # the first queries see fewer keys
+      return 4.0 * self.heads * self.head_size(width) * seen
+
+  def __init__(self, config: Attention.Config, width: int, rngs: nnx.Rngs, site: Site):
+    c, K = config, config.head_size(width)
+    H, G = c.heads, c.kv_heads or c.heads
+    self.config, self.head_dim, self.kv_heads = c, K, G
+
+    def weight(init: Init, shape: tuple[int, int], axes: tuple[str, str]):
+      return param(init(rngs.params(), shape, shape[0], site), axes)
+
+    def bias(size: int, axis: str):
+      return param(jnp.zeros(size), (axis,), decay=False) if c.bias else None
+
+    self.wq, self.bq = weight(c.init, (width, H * K), ('embed', 'heads')), bias(H * K, 'heads')
+    self.wk, self.bk = weight(c.init, (width, G * K), ('embed', 'kv_heads')), bias(G * K, 'kv_heads')
+    self.wv, self.bv = weight(c.init, (width, G * K), ('embed', 'kv_heads')), bias(G * K, 'kv_heads')
+    self.wo, self.bo = weight(c.out_init, (H * K, width), ('heads', 'embed')), bias(width, 'norm')
+    self.q_norm = None if c.qk_norm is None else c.qk_norm.build(K)
+    self.k_norm = None if c.qk_norm is None else c.qk_norm.build(K)
+
+  def init_state(self, batch: int, max_len: int) -> AttentionState:
+    if not self.config.causal:
+      raise InputError('Attention.causal = False: bidirectional attention has no state and cannot decode')
+    S = max_len if self.config.window is None else min(self.config.window, max_len)
+    empty = jnp.zeros((batch, S, self.kv_heads, self.head_dim), self.wk[...].dtype)
+    return AttentionState(empty, empty, jnp.zeros((), jnp.int32), jnp.zeros((batch,), jnp.int32))
+
+  def __call__(self, x_BTD: Float[Array, 'B T D'], ctx: Context, state: AttentionState | None = None) -> Output:
+    B, T, _ = x_BTD.shape
+    starts = starts_BT(ctx.segments_BT, B, T)
+    positions = positions_BT(starts, None if state is None else state.offset_B)
+    q, k, v = self._qkv(x_BTD, positions)
+    if state is not None:
+      state, k_all, v_all, mask = _extend(state, k, v, starts, positions, self.config.window)
+    if state is None or ctx.fresh:
+      # Numbered by their borders: a number that comes again is another document, as it is for every layer with a state.
+      segments_BT = None if ctx.segments_BT is None else jnp.cumsum(starts, axis=1, dtype=jnp.int32)
+      return Output(self._out(self._attend(q, k, v, Mask(self.config.causal, self.config.window, segments_BT))), state)
+    return Output(self._out(self._attend(q, k_all, v_all, mask)), state)
+
+  def _qkv(self, x_BTD: Array, positions: Array) -> tuple[Array, Array, Array]:
+    def heads(w: nnx.Param, b: nnx.Param | None, axis: str) -> Array:
+      y = linear(x_BTD, w[...], None if b is None else b[...])
+      return shard(y.reshape(*x_BTD.shape[:2], -1, self.head_dim), 'batch', 'time', axis, None)
+
+    q, k, v = heads(self.wq, self.bq, 'heads'), heads(self.wk, self.bk, 'kv_heads'), heads(self.wv, self.bv, 'kv_heads')
+    if self.q_norm is not None and self.k_norm is not None:
+      q, k = self.q_norm(q), self.k_norm(k)
+    if isinstance(self.config.position, Rotary):
+      q, k = self.config.position.rotate(q, positions), self.config.position.rotate(k, positions)
+    return q, k, v
+
+  def _attend(self, q: Array, k: Array, v: Array, mask: Mask) -> Array:
+    c = self.config
+    slopes = jnp.asarray(c.position.slopes(c.heads)) if isinstance(c.position, Alibi) else None
+    scale = 1.0 / math.sqrt(self.head_dim) if c.scale is None else c.scale
+    return attention(q, k, v, mask, scale=scale, softcap=c.softcap, slopes_H=slopes)
+
+  def _out(self, y_BTHK: Array) -> Array:
+    y = checkpoint_name(y_BTHK.reshape(*y_BTHK.shape[:2], -1), 'attention')
+    return linear(y, self.wo[...], None if self.bo is None else self.bo[...])
+
+
+def _extend(
+  state: AttentionState, k_new: Array, v_new: Array, starts: Array, positions: Array, window: int | None,
+) -> tuple[AttentionState, Array, Array, Mask]:
+  """Adds T positions to the cache: the new state, and the keys, values and mask for the T queries."""
+  T, S, n = starts.shape[1], state.k_BSGK.shape[1], state.length
+  slots = jnp.arange(S, dtype=jnp.int32)
+  index_new = n + jnp.arange(T, dtype=jnp.int32)
+  index_old = n - 1 - (n - 1 - slots) % S          # what each slot held before: the last position that lives there
+  last = n + T - 1
+  index_now = last - (last - slots) % S            # and what it holds after
+  if window is None or T == 1:
+    at = (0, n % S, 0, 0)
+    k_all = jax.lax.dynamic_update_slice(state.k_BSGK, k_new.astype(state.k_BSGK.dtype), at)
+    v_all = jax.lax.dynamic_update_slice(state.v_BSGK, v_new.astype(state.v_BSGK.dtype), at)
+    k_kept, v_kept, index_S = k_all, v_all, index_now
+  else:
+    # The first queries still see positions that the last ones push out of the window: attend to old and new side by side.
+    k_all = jnp.concatenate([state.k_BSGK, k_new.astype(state.k_BSGK.dtype)], axis=1)
+    v_all = jnp.concatenate([state.v_BSGK, v_new.astype(state.v_BSGK.dtype)], axis=1)
+    source = jnp.where(index_now >= n, S + index_now - n, slots)
+    k_kept, v_kept = jnp.take(k_all, source, axis=1), jnp.take(v_all, source, axis=1)
+    index_S = jnp.concatenate([index_old, index_new])
+  # Documents are told apart by where they begin: the present one is 0, those that begin in this call 1, 2, ...
+  segments_BT = jnp.cumsum(starts, axis=1, dtype=jnp.int32)
+  new_BS = jnp.take(segments_BT, jnp.clip(index_S - n, 0, T - 1), axis=1)
+  old_BS = jnp.where(index_S[None] >= (n - state.offset_B)[:, None], 0, -1)
+  segments_BS = jnp.where((index_S >= n)[None], new_BS, old_BS)
+  mask = Mask(True, window, segments_BT, segments_BS, index_new, index_S)
+  kept = AttentionState(
+    shard(k_kept, 'batch', None, 'kv_heads', None), shard(v_kept, 'batch', None, 'kv_heads', None), n + T, positions[:, -1] + 1)
+  return kept, k_all, v_all, mask

@@ -1,0 +1,58 @@
+"""Initial values of weight matrices, as data. `init(key, shape, fan_in, site)` gives fp32."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from jaxformer.config import Config
+from jaxformer.layers.layer import Site
+
+
+class Init(Config, abstract=True):
+  """Base of the initialisers."""
+
+  def __call__(self, key: Array, shape: Sequence[int], fan_in: int, site: Site) -> Array:
+    raise NotImplementedError
+
+
+class Normal(Init):
+  """N(0, std^2)."""
+
+  std: float = 0.02
+
+  def __call__(self, key, shape, fan_in, site):
+    return self.std * jax.random.normal(key, shape, jnp.float32)
+
+
+class ResidualNormal(Init):
+  """N(0, std^2 / branches): the output projections of GPT-2 (Radford et al. 2019, section 2.3), whose sum over the residual
+  branches of the stack then keeps its scale at any depth."""
+
+  std: float = 0.02
+
+  def __call__(self, key, shape, fan_in, site):
+    return self.std / math.sqrt(site.branches) * jax.random.normal(key, shape, jnp.float32)
+
+
+class FanInNormal(Init):
+  """N(0, gain^2 / fan_in) (LeCun et al. 1998)."""
+
+  gain: float = 1.0
+
+  def __call__(self, key, shape, fan_in, site):
+    return self.gain / math.sqrt(fan_in) * jax.random.normal(key, shape, jnp.float32)
+
+
+class FanInUniform(Init):
+  """U(-gain / sqrt(fan_in), gain / sqrt(fan_in)): with gain 1 what PyTorch gives a Linear."""
+
+  gain: float = 1.0
+
+  def __call__(self, key, shape, fan_in, site):
+    bound = self.gain / math.sqrt(fan_in)
+    return jax.random.uniform(key, shape, jnp.float32, -bound, bound)

@@ -1,0 +1,126 @@
+"""Positions: rotary and ALiBi inside attention, learned and sinusoidal added to the embeddings."""
+
+from __future__ import annotations
+
+import math
+from typing import ClassVar
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from jaxformer.config import Config
+from jaxformer.layers.init import Init, Normal
+from jaxformer.layers.layer import Site
+from jaxformer.sharding import param
+
+# ---- inside attention -------------------------------------------------------------------------------------------------
+
+
+class AttentionPosition(Config, abstract=True):
+  """How attention knows positions: `Rotary` turns queries and keys, `Alibi` adds a bias to the logits."""
+
+
+class Llama3Scaling(Config):
+  """Llama 3.1's stretching of rotary frequencies to longer contexts.
+
+  With wavelength 2 pi / f: frequencies whose wavelength is below `original_context / high` stay, those above
+  `original_context / low` are divided by `factor`, and between them f' = (1 - s) f / factor + s f with
+  s = (original_context / wavelength - low) / (high - low).
+  """
+
+  factor: float = 8.0
+  low: float = 1.0
+  high: float = 4.0
+  original_context: int = 8192
+
+  def apply(self, frequencies: np.ndarray) -> np.ndarray:
+    wavelength = 2 * math.pi / frequencies
+    s = np.clip((self.original_context / wavelength - self.low) / (self.high - self.low), 0.0, 1.0)
+    return (1 - s) * frequencies / self.factor + s * frequencies
+
+
+class Rotary(AttentionPosition):
+  """Rotary position embedding (Su et al. 2021, section 3.2): pair (i, i + K/2) of a head turns by position x theta^(-2i/K).
+
+  The pairing of halves is that of the Hugging Face checkpoints; Meta's originals pair neighbours, which is the same up to a
+  permutation of each head's query and key rows.
+  """
+
+  theta: float = 10000.0
+  scaling: Llama3Scaling | None = None
+
+  def frequencies(self, head_dim: int) -> np.ndarray:
+    """The K/2 angular frequencies, float64."""
+    f = self.theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+    return f if self.scaling is None else self.scaling.apply(f)
+
+  def rotate(self, x: Float[Array, 'B T H K'], positions: Int[Array, 'B T']) -> Float[Array, 'B T H K']:
+    half = x.shape[-1] // 2
+    frequencies = jnp.asarray(self.frequencies(x.shape[-1]), jnp.float32)
+    angle = positions.astype(jnp.float32)[:, :, None, None] * frequencies[None, None, None]
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    a, b = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+
+
+class Alibi(AttentionPosition):
+  """Attention with linear biases (Press et al. 2022): head h adds -m_h |t - s| to its logits, m_h = 2^(-8 h / H), h = 1..H.
+
+  For a number of heads that is no power of two, the slopes of the next lower power are followed by every second slope of
+  the next higher one, as in the authors' code.
+  """
+
+  def slopes(self, heads: int) -> np.ndarray:
+    lower = 2 ** int(math.log2(heads))
+    slopes = 2.0 ** (-8 * np.arange(1, lower + 1) / lower)
+    finer = 2.0 ** (-8 * np.arange(1, 2 * lower + 1) / (2 * lower))
+    return np.concatenate([slopes, finer[0::2][: heads - lower]]).astype(np.float32)
+
+
+# ---- added to embeddings ----------------------------------------------------------------------------------------------
+
+
+class PositionConfig(Config, abstract=True):
+  """Base of the positions that are added to embeddings."""
+
+  bounded: ClassVar[bool] = False   # whether there are none beyond the model's context
+
+  def build(self, width: int, context: int, rngs: nnx.Rngs) -> nnx.Module:
+    raise NotImplementedError
+
+
+class LearnedPositions(nnx.Module):
+  """A table of one vector a position, as long as the model's context (GPT-2)."""
+
+  class Config(PositionConfig):
+    init: Init = Normal(std=0.01)
+
+    bounded: ClassVar[bool] = True
+
+    def build(self, width: int, context: int, rngs: nnx.Rngs) -> LearnedPositions:
+      return LearnedPositions(self, width, context, rngs)
+
+  def __init__(self, config: LearnedPositions.Config, width: int, context: int, rngs: nnx.Rngs):
+    self.table = param(config.init(rngs.params(), (context, width), context, Site()), ('positions', 'embed'), matmul=False)
+
+  def __call__(self, positions: Int[Array, '*B']) -> Float[Array, '*B D']:
+    return jnp.take(self.table[...], positions, axis=0, mode='clip')
+
+
+class SinusoidalPositions(nnx.Module):
+  """PE(p, 2i) = sin(p / 10000^(2i/D)), PE(p, 2i+1) = cos(the same) (Vaswani et al. 2017, section 3.5), interleaved as in the
+  paper."""
+
+  class Config(PositionConfig):
+    def build(self, width: int, context: int, rngs: nnx.Rngs) -> SinusoidalPositions:
+      return SinusoidalPositions(width)
+
+  def __init__(self, width: int):
+    self.width = width
+
+  def __call__(self, positions: Int[Array, '*B']) -> Float[Array, '*B D']:
+    f = 10000.0 ** (-np.arange(0, self.width, 2, dtype=np.float64) / self.width)
+    angle = positions.astype(jnp.float32)[..., None] * jnp.asarray(f, jnp.float32).reshape((1,) * positions.ndim + (-1,))
+    return jnp.stack([jnp.sin(angle), jnp.cos(angle)], axis=-1).reshape(*positions.shape, -1)[..., : self.width]

@@ -1,0 +1,1 @@
+"""Blocks, stacks and whole models; `zoo` holds the named architectures."""

@@ -1,0 +1,139 @@
+"""A block: a tuple of residual branches. The type of a branch says where the norm and the sum are."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable
+
+from flax import nnx
+from jaxtyping import Array
+
+from jaxformer.config import Config
+from jaxformer.layers.layer import Context, Layer, LayerConfig, Output, Site, State, dropout
+from jaxformer.layers.norm import NormConfig, RMSNorm
+from jaxformer.sharding import shard
+
+
+class BranchConfig(Config, abstract=True):
+  """Base of the branches: a layer and how it joins the residual stream.
+
+  Attributes:
+    layer: the layer; its type says which.
+    dropout: rate at which the layer's output is dropped before it joins.
+  """
+
+  layer: LayerConfig
+  dropout: float = 0.0
+
+  def validate(self):
+    self.require(0 <= self.dropout < 1, 'dropout', 'at least 0 and below 1')
+
+  def build(self, width: int, rngs: nnx.Rngs, site: Site) -> Branch:
+    raise NotImplementedError
+
+
+class Branch(nnx.Module):
+  """Base of the branches: a layer, and `join`."""
+
+  def __init__(self, config: BranchConfig, width: int, rngs: nnx.Rngs, site: Site):
+    self.layer: Layer = config.layer.build(width, rngs, site)
+    self.dropout = config.dropout
+
+  def before(self, x: Array) -> Array:
+    """What the layer sees of the residual stream."""
+    return x
+
+  def join(self, x: Array, y: Array) -> Array:
+    """The residual stream after the layer."""
+    raise NotImplementedError
+
+  def __call__(self, x: Array, ctx: Context, state: State, one_token: bool) -> Output:
+    out = (self.layer.step if one_token else self.layer)(self.before(x), ctx, state)
+    y = self.join(x, dropout(out.y, self.dropout, ctx))
+    return dataclasses.replace(out, y=shard(y, 'batch', *('time',) * (y.ndim - 2), 'embed'))
+
+
+class Normed(Branch):
+  """Base of the branches with a norm."""
+
+  def __init__(self, config: BranchConfig, norm: NormConfig, width: int, rngs: nnx.Rngs, site: Site):
+    super().__init__(config, width, rngs, site)
+    self.norm = norm.build(width)
+
+
+class PreNorm(Normed):
+  """x + layer(norm(x)) (GPT-2 and most since)."""
+
+  class Config(BranchConfig):
+    norm: NormConfig = RMSNorm.Config()
+
+    def build(self, width: int, rngs: nnx.Rngs, site: Site) -> PreNorm:
+      return PreNorm(self, self.norm, width, rngs, site)
+
+  def before(self, x: Array) -> Array:
+    return self.norm(x)
+
+  def join(self, x: Array, y: Array) -> Array:
+    return x + y
+
+
+class PostNorm(Normed):
+  """norm(x + layer(x)) (Vaswani et al. 2017)."""
+
+  class Config(BranchConfig):
+    norm: NormConfig = RMSNorm.Config()
+
+    def build(self, width: int, rngs: nnx.Rngs, site: Site) -> PostNorm:
+      return PostNorm(self, self.norm, width, rngs, site)
+
+  def join(self, x: Array, y: Array) -> Array:
+    return self.norm(x + y)
+
+
+class Plain(Branch):
+  """layer(x), without norm or sum (stacks of LSTMs)."""
+
+  class Config(BranchConfig):
+    def build(self, width: int, rngs: nnx.Rngs, site: Site) -> Plain:
+      return Plain(self, width, rngs, site)
+
+  def join(self, x: Array, y: Array) -> Array:
+    return y
+
+
+class Block(nnx.Module):
+  """Residual branches one after the other: one (Mamba), two (a transformer) or more."""
+
+  class Config(Config):
+    branches: tuple[BranchConfig, ...]
+
+    def build(self, width: int, rngs: nnx.Rngs, site: Site) -> Block:
+      return Block(self, width, rngs, site)
+
+  def __init__(self, config: Block.Config, width: int, rngs: nnx.Rngs, site: Site):
+    self.branches = nnx.List([b.build(width, rngs, site) for b in config.branches])
+
+  def init_state(self, batch: int, max_len: int) -> tuple[State, ...]:
+    return tuple(b.layer.init_state(batch, max_len) for b in self.branches)
+
+  def __call__(self, x: Array, ctx: Context, state: tuple[State, ...] | None, one_token: bool) -> Output:
+    return in_turn(self.branches, x, ctx, state, one_token)
+
+
+def in_turn(
+  parts: Iterable[Callable[..., Output]], x: Array, ctx: Context, state: tuple[State, ...] | None, one_token: bool,
+) -> Output:
+  """Branches or blocks one after the other; what one shares, all later ones see."""
+  states, aux, share = [], {}, {}
+  for i, part in enumerate(parts):
+    out = part(x, ctx.fold(i).replace(shared=ctx.shared | share), None if state is None else state[i], one_token)
+    x = out.y
+    states.append(out.state)
+    share |= out.share
+    aux = add(aux, out.aux)
+  return Output(x, None if state is None else tuple(states), aux, share)
+
+
+def add(a: dict[str, Array], b: dict[str, Array]) -> dict[str, Array]:
+  """The sum of two dictionaries of scalars; a name that only one has counts as 0 in the other."""
+  return a | {k: a[k] + v if k in a else v for k, v in b.items()}

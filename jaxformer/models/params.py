@@ -1,0 +1,138 @@
+"""A model as a pure function of a flat dictionary of arrays.
+
+Modules are built once to learn their structure; training, checkpoints and weight conversion see `{name: array}`, which costs
+the least to dispatch, reads well in a checkpoint, and needs no library to walk. `Definition.merge` makes a module of it again,
+inside a jitted function.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import Any, Generic, Protocol, TypeVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+from jaxtyping import Array
+
+from jaxformer.sharding import Rules, param_sharding
+
+Params = dict[str, Array]
+M_co = TypeVar('M_co', bound=nnx.Module, covariant=True)
+
+
+class Buildable(Protocol[M_co]):
+  """What has a structure to define: a model's config."""
+
+  def build(self, rngs: nnx.Rngs) -> M_co: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class ParamInfo:
+  """A parameter without its value; the fields after `dtype` are those of `jaxformer.sharding.param`."""
+
+  shape: tuple[int, ...]
+  dtype: Any
+  axes: tuple[str | None, ...]
+  decay: bool
+  lr_scale: float
+  full_precision: bool
+  matmul: bool
+  active: float
+
+  @property
+  def size(self) -> int:
+    return math.prod(self.shape)
+
+  @property
+  def matrix_axes(self) -> tuple[str | None, ...]:
+    """The axes of one layer's parameter: without those over which independent ones are stacked."""
+    return tuple(a for a in self.axes if a not in ('layers', 'experts'))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Definition(Generic[M_co]):
+  """The structure of a model: what is needed to initialise it, to run it, and to say what it costs, without any array.
+
+  Definitions compare by identity, so that one can be a static argument of a jitted function; `define` gives the same one for
+  the same config.
+
+  Attributes:
+    config: of the model or layer that was built.
+    info: every parameter by name, in a fixed order.
+  """
+
+  config: Any   # a Buildable[M_co] with fields of its own
+  info: dict[str, ParamInfo]
+  _graph: Any = dataclasses.field(repr=False)
+  _tree: Any = dataclasses.field(repr=False)
+
+  def merge(self, params: Params) -> M_co:
+    """The module with these values for parameters."""
+    return nnx.merge(self._graph, jax.tree.unflatten(self._tree, [params[name] for name in self.info]))
+
+  def init(self, key: Array, mesh: Mesh | None = None, rules: Rules | str = 'fsdp_tensor') -> Params:
+    """Initial values; on a mesh they are born sharded, and equal to those made on one device."""
+
+    def build(key: Array) -> Params:
+      leaves = jax.tree.leaves(nnx.split(self.config.build(nnx.Rngs(params=key)))[1])
+      return dict(zip(self.info, leaves, strict=True))
+
+    return jax.jit(build, out_shardings=None if mesh is None else self.shardings(mesh, rules))(key)
+
+  def shardings(self, mesh: Mesh, rules: Rules | str) -> dict[str, jax.sharding.NamedSharding]:
+    """Where each parameter lives. Raises `InputError` for a mesh axis that does not divide a dimension."""
+    return {name: param_sharding(mesh, rules, name, i.axes, i.shape) for name, i in self.info.items()}
+
+  def abstract(self, mesh: Mesh | None = None, rules: Rules | str = 'fsdp_tensor') -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes, dtypes and, with a mesh, shardings."""
+    where = dict.fromkeys(self.info) if mesh is None else self.shardings(mesh, rules)
+    return {name: jax.ShapeDtypeStruct(i.shape, i.dtype, sharding=where[name]) for name, i in self.info.items()}
+
+  def cast(self, params: Params, dtype: Any) -> Params:
+    """The parameters in the compute dtype, those marked `full_precision` left in fp32."""
+    return {name: p if self.info[name].full_precision else p.astype(dtype) for name, p in params.items()}
+
+  @property
+  def size(self) -> int:
+    """The number of parameters, exactly."""
+    return sum(i.size for i in self.info.values())
+
+  @property
+  def active_size(self) -> int:
+    """The number of parameters that one token uses: of a mixture only the experts it is sent to."""
+    return sum(round(i.size * i.active) for i in self.info.values())
+
+
+@functools.lru_cache(maxsize=64)
+def define(config: Buildable[M_co]) -> Definition[M_co]:
+  """The structure of a config, found from abstract shapes: no parameter is allocated, whatever the size."""
+  graph, state = nnx.split(nnx.eval_shape(lambda key: config.build(nnx.Rngs(params=key)), _abstract_key()))
+  info = {}
+  for path, variable in nnx.to_flat_state(state):
+    meta = variable.get_metadata()
+    fields = {f.name: meta[f.name] for f in dataclasses.fields(ParamInfo) if f.name not in ('shape', 'dtype')}
+    info['.'.join(map(str, path))] = ParamInfo(tuple(variable.shape), jnp.dtype(variable.dtype), **fields)
+  return Definition(config, info, graph, jax.tree.structure(state))
+
+
+def _abstract_key() -> jax.ShapeDtypeStruct:
+  return jax.eval_shape(lambda: jax.random.key(0))
+
+
+def stacked(build: Any, count: int, rngs: nnx.Rngs, first: int, stride: int) -> Any:
+  """`count` modules made by `build(rngs, layer)` as one whose parameters have a leading `layers` axis.
+
+  `layer` is traced: `first`, `first + stride`, ...
+  """
+  def state(key: Array, layer: Array):
+    return nnx.split(build(nnx.Rngs(params=key), layer))[1]
+
+  graph, _ = nnx.split(nnx.eval_shape(lambda key: build(nnx.Rngs(params=key), jnp.int32(0)), _abstract_key()))
+  values = jax.vmap(state)(jax.random.split(rngs.params(), count), first + stride * jnp.arange(count))
+  values = jax.tree.map(
+    lambda v: v.replace(axes=('layers', *v.get_metadata()['axes'])), values, is_leaf=lambda v: isinstance(v, nnx.Variable))
+  return nnx.merge(graph, values)

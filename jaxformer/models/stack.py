@@ -1,0 +1,178 @@
+"""A stack: groups of (pattern of blocks, repeats). Repeated patterns are stored stacked and scanned."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array
+
+from jaxformer.config import Config
+from jaxformer.layers.layer import Context, Output, Site, State
+from jaxformer.models.block import Block, add, in_turn
+from jaxformer.models.params import stacked
+from jaxformer.sharding import gathered, gathers, platform
+
+_policies = jax.checkpoint_policies
+NAMED = ('attention', 'mlp_hidden')   # what `checkpoint_name` marks in the layers
+
+REMAT: dict[str, Callable[..., Any] | None] = {
+  'none': None,                                                        # keep all activations
+  'full': _policies.nothing_saveable,                                  # keep the input of each period alone
+  'dots': _policies.dots_with_no_batch_dims_saveable,                  # keep the products with weights
+  'attention': _policies.save_only_these_names('attention'),           # keep attention's output
+  'names': _policies.save_only_these_names(*NAMED),                    # keep it and the feed-forward's hidden units
+  'offload': _policies.save_and_offload_only_these_names(              # the same, in the host's memory
+    names_which_can_be_saved=[], names_which_can_be_offloaded=list(NAMED), offload_src='device', offload_dst='pinned_host'),
+}
+"""Remat policies by name: what the forward pass keeps for the backward pass."""
+
+UNROLLED_BLOCKS = 16   # on a CPU, up to so many blocks run as a Python loop
+
+
+class Group(Config):
+  """A pattern of blocks, repeated.
+
+  Attributes:
+    pattern: the blocks of one period.
+    repeats: periods; more than one are stacked on a leading axis of their parameters and scanned.
+  """
+
+  pattern: tuple[Block.Config, ...]
+  repeats: int = 1
+
+  def validate(self):
+    self.require(self.repeats > 0, 'repeats', 'positive')
+    self.require(len(self.pattern) > 0, 'pattern', 'at least one block')
+
+
+class Stack(nnx.Module):
+  """Groups of blocks one after the other."""
+
+  def __init__(self, groups: tuple[Group, ...], width: int, rngs: nnx.Rngs):
+    layers = sum(len(g.pattern) * g.repeats for g in groups)
+    branches = sum(len(b.branches) * g.repeats for g in groups for b in g.pattern)
+    built, first = [], 0
+    for g in groups:
+
+      def period(rngs: nnx.Rngs, layer: int | Array, pattern=g.pattern) -> nnx.List:
+        return nnx.List([b.build(width, rngs, Site(layer + i, layers, branches)) for i, b in enumerate(pattern)])
+
+      built.append(period(rngs, first) if g.repeats == 1 else stacked(period, g.repeats, rngs, first, len(g.pattern)))
+      first += len(g.pattern) * g.repeats
+    self.groups = nnx.List(built)
+    self.repeats = tuple(g.repeats for g in groups)
+
+  def init_state(self, batch: int, max_len: int) -> tuple[State, ...]:
+    def period(blocks: nnx.List) -> tuple[State, ...]:
+      return tuple(b.init_state(batch, max_len) for b in blocks)
+
+    def periods(blocks: nnx.List, n: int) -> tuple[State, ...]:
+      first = period(jax.tree.map(lambda p: p[0], blocks))
+      return jax.tree.map(lambda z: jnp.broadcast_to(z, (n, *z.shape)), first)
+
+    return tuple(period(g) if n == 1 else periods(g, n) for g, n in zip(self.groups, self.repeats, strict=True))
+
+  def __call__(self, x: Array, ctx: Context, state: tuple[State, ...] | None = None, one_token: bool = False) -> Output:
+    states, aux, share = [], {}, {}
+    for i, (blocks, n) in enumerate(zip(self.groups, self.repeats, strict=True)):
+      run = _once if n == 1 else _unrolled if self._unroll(ctx) else _scanned
+      out = run(blocks, n, x, ctx.fold(i).replace(shared=ctx.shared | share), None if state is None else state[i], one_token)
+      x = out.y
+      states.append(out.state)
+      share |= out.share
+      aux = add(aux, out.aux)
+    return Output(x, None if state is None else tuple(states), aux, share)
+
+  def separated(self, ctx: Context) -> Stack:
+    """For many steps in a loop: the same stack with the parameters of every period by themselves, where `ctx` unrolls them.
+
+    A step then does not cut them out of the stacked ones, which copies all of them for each token. `separate_state` is the same
+    for the state, and the loop can then update each cache in place.
+    """
+    if not self._unroll(ctx):
+      return self
+    stack = nnx.clone(self)
+    groups = zip(self.groups, self.repeats, strict=True)
+    stack.groups = nnx.List([period for g, n in groups for period in ([g] if n == 1 else _periods(g, n))])
+    stack.repeats = (1,) * len(stack.groups)
+    return stack
+
+  def separate_state(self, state: tuple[State, ...], ctx: Context) -> tuple[State, ...]:
+    """The state of this stack as that of `separated(ctx)`."""
+    if not self._unroll(ctx):
+      return state
+    return tuple(p for s, n in zip(state, self.repeats, strict=True) for p in ([s] if n == 1 else _periods(s, n)))
+
+  def _unroll(self, ctx: Context) -> bool:
+    if ctx.unroll is not None:
+      return ctx.unroll
+    blocks = sum(len(g) * n for g, n in zip(self.groups, self.repeats, strict=True))
+    return platform() == 'cpu' and blocks <= UNROLLED_BLOCKS
+
+
+def _gathered(blocks: nnx.List) -> nnx.List:
+  """The blocks of a period with whole weights. Left to itself, the partitioner gathers some weights in the backward pass twice."""
+  def whole(p: nnx.Param) -> Any:
+    return p.replace(gathered(p[...], p.get_metadata()['axes'][-p[...].ndim:]))
+
+  gathered_blocks: nnx.List = jax.tree.map(whole, blocks, is_leaf=lambda p: isinstance(p, nnx.Variable))
+  return gathered_blocks
+
+
+def _all_but_gathered(primitive: Any, *_: Any, **__: Any) -> bool:
+  return primitive.name != 'sharding_constraint'
+
+
+def _rematerialised(ctx: Context, one_token: bool) -> Callable[..., Output]:
+  gather = gathers() and not one_token   # for one token it costs less to send activations
+
+  def run(blocks: nnx.List, x: Array, ctx: Context, state: State) -> Output:
+    return in_turn(_gathered(blocks) if gather else blocks, x, ctx, state, one_token)
+
+  if ctx.remat != 'none':
+    return jax.checkpoint(run, policy=REMAT[ctx.remat], prevent_cse=False)
+  # Whole weights are not kept for the backward pass, or each chip would come to hold those of all periods.
+  return jax.checkpoint(run, policy=_all_but_gathered, prevent_cse=False) if gather else run
+
+
+def _once(blocks: nnx.List, n: int, x: Array, ctx: Context, state: State, one_token: bool) -> Output:
+  return _rematerialised(ctx, one_token)(blocks, x, ctx, state)
+
+
+def _unrolled(blocks: nnx.List, n: int, x: Array, ctx: Context, state: State, one_token: bool) -> Output:
+  states, aux = [], {}
+  for i, (blocks_i, state_i) in enumerate(_periods((blocks, state), n)):
+    out = _rematerialised(ctx, one_token)(blocks_i, x, ctx.fold(i), state_i)
+    _no_share(out)
+    x = out.y
+    states.append(out.state)
+    aux = add(aux, out.aux)
+  return Output(x, None if state is None else jax.tree.map(lambda *s: jnp.stack(s), *states), aux)
+
+
+def _periods(tree: Any, n: int) -> list[Any]:
+  """A stacked tree as a list of its n periods."""
+  # `split` once, not an index a period: its transpose is one concatenation, that of indexing adds up n arrays of full size.
+  parts = jax.tree.map(lambda p: tuple(q.reshape(p.shape[1:]) for q in jax.lax.split(p, (1,) * n, axis=0)), tree)
+  graph, leaves = jax.tree.structure(tree), jax.tree.leaves(parts)
+  return [jax.tree.unflatten(graph, leaves[i::n]) for i in range(n)]
+
+
+def _scanned(blocks: nnx.List, n: int, x: Array, ctx: Context, state: State, one_token: bool) -> Output:
+  def body(x: Array, period):
+    i, blocks, state = period
+    out = _rematerialised(ctx, one_token)(blocks, x, ctx.fold(i), state)
+    _no_share(out)
+    return out.y, (out.state, out.aux)
+
+  y, (state, aux) = jax.lax.scan(body, x, (jnp.arange(n), blocks, state))
+  return Output(y, state, {k: v.sum(0) for k, v in aux.items()})
+
+
+def _no_share(out: Output) -> None:
+  if out.share:
+    raise ValueError(f'a repeated block cannot share values ({", ".join(out.share)}): put it in a group of its own')

@@ -1,0 +1,13 @@
+"""Named architectures, one file a family. Importing this package registers them all in `PRESETS`."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+
+from jaxformer.models.zoo.preset import PRESETS, Preset, preset
+
+for _module in sorted(m.name for m in pkgutil.iter_modules(__path__)):
+  importlib.import_module(f'{__name__}.{_module}')
+
+__all__ = ['PRESETS', 'Preset', 'preset']
