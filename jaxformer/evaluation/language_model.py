@@ -1,0 +1,205 @@
+"""How well a language model predicts text: exact sums over all targets, bits per byte, and the loss by position.
+
+Dims: B batch, T time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import math
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int
+
+from jaxformer.config import InputError
+from jaxformer.models.language_model import LanguageModel, TokenBatch
+from jaxformer.models.params import Definition, Params
+from jaxformer.ops.loss import IGNORE
+from jaxformer.sharding import batch_sharding, batch_shards, replicated, use_mesh
+
+
+def bits_per_byte(nll_sum: float, bytes: int) -> float:
+  """Bits that the model needs for a byte of text: a sum of negative log-likelihoods in nats over `bytes` ln 2.
+
+  Independent of the tokenizer where `bytes` are the UTF-8 bytes of the text that the counted targets stand for.
+  """
+  if bytes < 1:
+    raise InputError(f'bytes = {bytes}: must be positive')
+  return nll_sum / (bytes * math.log(2))
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalResult:
+  """Sums over all targets.
+
+  Attributes:
+    nll_sum: of -log p(target), in nats.
+    count: targets.
+    bytes: of text that the targets stand for; None where nobody said.
+  """
+
+  nll_sum: float
+  count: int
+  bytes: int | None = None
+
+  @property
+  def loss(self) -> float:
+    """Nats a target."""
+    return self.nll_sum / self.count
+
+  @property
+  def perplexity(self) -> float:
+    """exp(loss), inf where that is beyond a float."""
+    return math.exp(self.loss) if self.loss < 700 else math.inf
+
+  @property
+  def bits_per_byte(self) -> float | None:
+    """None without `bytes`."""
+    return None if self.bytes is None else bits_per_byte(self.nll_sum, self.bytes)
+
+
+@dataclasses.dataclass(frozen=True)
+class PositionLoss:
+  """Sums over all targets by how many tokens of its document the model had read before the one from which it predicts.
+
+  Attributes:
+    nll_sum_T: of -log p(target), in nats, float64.
+    count_T: targets, int64.
+  """
+
+  nll_sum_T: np.ndarray
+  count_T: np.ndarray
+
+  @property
+  def loss_T(self) -> np.ndarray:
+    """Nats a target; NaN where there was none."""
+    return np.divide(self.nll_sum_T, self.count_T, out=np.full(len(self.count_T), np.nan), where=self.count_T > 0)
+
+
+def evaluate(
+  definition: Definition[LanguageModel], params: Params, batches: Iterable[TokenBatch], *,
+  token_bytes_V: Int[np.ndarray, ' V'] | None = None, mesh: Mesh | None = None, rules: str = 'fsdp_tensor', dtype: Any = None,
+) -> EvalResult:
+  """The loss over all targets of `batches`, each counted once, whatever the size of the batches.
+
+  Args:
+    batches: a batch with fewer rows than the first is filled up with rows without targets, so one program serves all.
+    token_bytes_V: the UTF-8 bytes that each token of the tokenizer stands for, for bits per byte.
+    mesh, rules: where the parameters live; None for one device. Each process gives its own rows of a batch, and all get the sums.
+    dtype: what to compute in; None for the parameters' own.
+
+  Raises:
+    InputError: no targets, token ids out of range, or sequences longer than the model has positions for.
+  """
+  nll_sum, count, bytes = 0.0, 0, 0
+  for nll_BT, targets_BT, _ in _nll(definition, params, batches, mesh, rules, dtype):
+    nll_sum += float(nll_BT.sum(dtype=np.float64))   # masked positions are 0
+    targets = targets_BT[targets_BT != IGNORE]
+    count += targets.size
+    bytes += 0 if token_bytes_V is None else int(token_bytes_V[targets].sum(dtype=np.int64))
+  if count == 0:
+    raise InputError('evaluation: the batches hold no target')
+  return EvalResult(nll_sum, count, None if token_bytes_V is None else bytes)
+
+
+def loss_by_position(
+  definition: Definition[LanguageModel], params: Params, batches: Iterable[TokenBatch], *, mesh: Mesh | None = None,
+  rules: str = 'fsdp_tensor', dtype: Any = None,
+) -> PositionLoss:
+  """The loss at each position of a document, from 0. Sequences may be longer than those of training, where the model has positions
+  for them. The arguments and errors are those of `evaluate`."""
+  nll_sum_T, count_T = np.zeros(0), np.zeros(0, np.int64)
+  for nll_BT, targets_BT, segments_BT in _nll(definition, params, batches, mesh, rules, dtype):
+    counted, length = targets_BT != IGNORE, nll_BT.shape[1]
+    if length > len(count_T):
+      nll_sum_T, count_T = (np.pad(a, (0, length - len(a))) for a in (nll_sum_T, count_T))
+    position = _positions_BT(segments_BT, nll_BT.shape)[counted]
+    nll_sum_T += np.bincount(position, weights=nll_BT[counted].astype(np.float64), minlength=len(nll_sum_T))
+    count_T += np.bincount(position, minlength=len(count_T))
+  if not count_T.any():
+    raise InputError('evaluation: the batches hold no target')
+  return PositionLoss(nll_sum_T, count_T)
+
+
+def _positions_BT(segments_BT: np.ndarray | None, shape: tuple[int, ...]) -> np.ndarray:
+  index_BT = np.broadcast_to(np.arange(shape[1]), shape)
+  if segments_BT is None:
+    return index_BT
+  starts_BT = np.pad(segments_BT[:, 1:] != segments_BT[:, :-1], ((0, 0), (1, 0)))
+  return index_BT - np.maximum.accumulate(np.where(starts_BT, index_BT, 0), axis=1)
+
+
+# ---- one program over all batches -------------------------------------------------------------------------------------
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Batch:
+  tokens_BT: Int[Array | np.ndarray, 'B T']
+  targets_BT: Int[Array | np.ndarray, 'B T']
+  segments_BT: Int[Array | np.ndarray, 'B T'] | None
+
+
+@functools.partial(jax.jit, static_argnames=('definition', 'mesh', 'rules'))
+def _scored(
+  definition: Definition[LanguageModel], params: Params, batch: _Batch, mesh: Mesh | None, rules: str,
+) -> tuple[Float[Array, 'B T'], Int[Array, 'B T'], Int[Array, 'B T'] | None]:
+  """-log p, targets and segments, for the host to add up."""
+  result: Any = definition.merge(params).token_nll(batch), batch.targets_BT, batch.segments_BT
+  # Every process sees the rows of all; these are few numbers to gather.
+  return result if mesh is None else jax.lax.with_sharding_constraint(result, replicated(mesh))
+
+
+def _nll(
+  definition: Definition[LanguageModel], params: Params, batches: Iterable[TokenBatch], mesh: Mesh | None, rules: str, dtype: Any,
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray | None]]:
+  """-log p, targets and segments of every batch. While the device has one, the host adds up the one before."""
+  if dtype is not None:
+    params = definition.cast(params, dtype)
+  rows, pending = 0, None
+  for batch in batches:
+    checked = _checked(definition, batch)
+    shards = 1 if mesh is None else -(-batch_shards(mesh, rules) // jax.process_count())
+    rows = max(rows, -(-len(checked.tokens_BT) // shards) * shards)
+    with contextlib.nullcontext() if mesh is None else use_mesh(mesh, rules):
+      scored = _scored(definition, params, _placed(_filled(checked, rows), mesh, rules), mesh, rules)
+    if pending is not None:
+      yield _fetched(pending)
+    pending = scored
+  if pending is not None:
+    yield _fetched(pending)
+
+
+def _checked(definition: Definition[LanguageModel], batch: TokenBatch) -> _Batch:
+  config = definition.config
+  tokens, targets = np.asarray(batch.tokens_BT, np.int32), np.asarray(batch.targets_BT, np.int32)
+  for name, ids, low in (('tokens', tokens, 0), ('targets', targets, IGNORE)):
+    if ids.size and (ids.min() < low or ids.max() >= config.vocab_size):
+      raise InputError(f'evaluation: {name} from {ids.min()} to {ids.max()}: must be below the vocabulary of {config.vocab_size}')
+  T = tokens.shape[1]
+  if config.longest is not None and config.longest < T:
+    raise InputError(f'evaluation: {T} tokens in a row are more than the {config.longest} positions that the model has learned')
+  return _Batch(tokens, targets, None if batch.segments_BT is None else np.asarray(batch.segments_BT, np.int32))
+
+
+def _filled(batch: _Batch, rows: int) -> _Batch:
+  extra = ((0, rows - len(batch.tokens_BT)), (0, 0))
+  segments = None if batch.segments_BT is None else np.pad(batch.segments_BT, extra)
+  return _Batch(np.pad(batch.tokens_BT, extra), np.pad(batch.targets_BT, extra, constant_values=IGNORE), segments)
+
+
+def _placed(batch: _Batch, mesh: Mesh | None, rules: str) -> _Batch:
+  if mesh is None:
+    return batch
+  where = batch_sharding(mesh, rules)
+  return jax.tree.map(lambda a: jax.make_array_from_process_local_data(where, a), batch)
+
+
+def _fetched(scored: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+  return jax.tree.map(np.asarray, scored)

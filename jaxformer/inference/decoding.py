@@ -1,0 +1,245 @@
+"""Decoding on the device: one program that reads the prompts, and one that holds the whole loop over new tokens.
+
+The two are apart so that they compile for their own shapes: a prompt of another length leaves the loop as it is, and the loop
+runs to its end or in pieces, for streaming, as the same program. Nothing between them waits for the host.
+
+Dims: B batch, T padded length of the prompts, N most new tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Generator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Int, Key
+
+from jaxformer.config import InputError
+from jaxformer.inference.sampling import PLAIN, Sampling, sample
+from jaxformer.layers.layer import Context, State
+from jaxformer.models.language_model import LanguageModel
+from jaxformer.models.params import Definition, Params
+from jaxformer.sharding import use_mesh
+
+NONE = -1   # no token: what follows the end of a row, and an end of document that does not exist
+STEP = Context()
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Decoding:
+  """Where decoding stands; the loop's argument and result.
+
+  Attributes:
+    state: the model's, after all tokens but the last drawn.
+    token_B: the last drawn, not read yet.
+    tokens_BN: what was drawn so far, the end of document left out, then -1.
+    count: how many were drawn for each row, those of finished rows counted.
+    finished_B: the row has drawn the end of document, or was ended from outside.
+    seen_BV: tokens of the prompt and those drawn; None where no repetition penalty asks.
+    keys_B: a row's source of randomness.
+  """
+
+  state: State
+  token_B: Int[Array, ' B']
+  tokens_BN: Int[Array, 'B N']
+  count: Int[Array, '']
+  finished_B: Bool[Array, ' B']
+  seen_BV: Bool[Array, 'B V'] | None
+  keys_B: Key[Array, ' B']
+
+
+@functools.partial(jax.jit, static_argnames=('definition', 'sampling', 'max_len', 'max_new_tokens', 'vocab_size', 'where'))
+def begin(
+  definition: Definition[LanguageModel], params: Params, tokens_BT: Int[Array, 'B T'], segments_BT: Int[Array, 'B T'],
+  seed: Int[Array, ''], end: Int[Array, ''], *, sampling: Sampling, max_len: int, max_new_tokens: int,
+  vocab_size: int | None = None, where: Any = None,
+) -> Decoding:
+  """Reads the prompts and draws the first new token of each.
+
+  Args:
+    tokens_BT, segments_BT: from `left_padded`.
+    end: the end of document, -1 for none.
+    max_len: room for T and the new tokens.
+    max_new_tokens: room for tokens, N.
+    vocab_size: tokens from here on are never drawn; None where every row of the head is a token.
+    where: mesh and rules, which the program depends on.
+  """
+  model, (B, _) = definition.merge(params), tokens_BT.shape
+  ctx = Context(segments_BT=segments_BT, fresh=True)
+  out = model.hidden(tokens_BT, ctx, model.init_state(B, max_len))
+  rows = jnp.arange(B)
+  keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.key(seed), rows)
+  seen = None
+  if sampling.repetition_penalty is not None:
+    V = definition.config.vocab_size
+    seen = jnp.zeros((B, V + 1), bool).at[rows[:, None], jnp.where(segments_BT == 1, tokens_BT, V)].set(True)[:, :V]
+  empty = jnp.full((B, max_new_tokens), NONE, jnp.int32)
+  # Separate, so that the loop updates each layer's state in place.
+  state = dataclasses.replace(out.state, stack=model.stack.separate_state(out.state.stack, STEP))
+  start = Decoding(state, jnp.zeros((B,), jnp.int32), empty, jnp.int32(0), jnp.zeros((B,), bool), seen, keys)
+  return _drawn(start, model.logits(out.y[:, -1]), end, sampling, vocab_size)
+
+
+@functools.partial(jax.jit, static_argnames=('definition', 'sampling', 'vocab_size', 'where'), donate_argnames='decoding')
+def advance(
+  definition: Definition[LanguageModel], params: Params, decoding: Decoding, limit: Int[Array, ''], end: Int[Array, ''], *,
+  sampling: Sampling, vocab_size: int | None = None, where: Any = None,
+) -> Decoding:
+  """Draws tokens until `limit` were drawn for each row, or all rows have finished. `decoding` is consumed."""
+  model = definition.merge(params)
+  model.stack = model.stack.separated(STEP)
+
+  def more(d: Decoding) -> Array:
+    return (d.count < limit) & ~d.finished_B.all()
+
+  def one(d: Decoding) -> Decoding:
+    out = model.step(d.token_B, STEP, d.state)
+    return _drawn(dataclasses.replace(d, state=out.state), out.y, end, sampling, vocab_size)
+
+  return jax.lax.while_loop(more, one, decoding)
+
+
+def _drawn(d: Decoding, logits_BV: Array, end: Array, sampling: Sampling, vocab_size: int | None) -> Decoding:
+  """One more token for each row; a finished row draws too, to no effect."""
+  if vocab_size is not None:
+    is_token_V = jnp.arange(logits_BV.shape[-1]) < vocab_size
+    logits_BV = jnp.where(is_token_V[None], logits_BV, -jnp.inf)
+  token_B = sample(jax.vmap(jax.random.fold_in, in_axes=(0, None))(d.keys_B, d.count), logits_BV, d.seen_BV, sampling)
+  finished_B = d.finished_B | (token_B == end)
+  tokens_BN = jax.lax.dynamic_update_slice(d.tokens_BN, jnp.where(finished_B, NONE, token_B)[:, None], (0, d.count))
+  seen_BV = None if d.seen_BV is None else d.seen_BV.at[jnp.arange(len(token_B)), token_B].set(True)
+  return Decoding(d.state, token_B, tokens_BN, d.count + 1, finished_B, seen_BV, d.keys_B)
+
+
+# ---- from the host ----------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+  """A checked request: what `begin` and `advance` need, ready to run.
+
+  Attributes:
+    prompts: an empty one replaced by the end of document.
+    padded: T.
+    max_len: positions that the model's state has room for.
+    room: N, at least `max_new_tokens`.
+  """
+
+  definition: Definition[LanguageModel]
+  params: Params
+  prompts: list[list[int]]
+  max_new_tokens: int
+  sampling: Sampling
+  seed: int
+  end: int
+  padded: int
+  max_len: int
+  room: int
+  mesh: Mesh | None
+  rules: str
+  vocab_size: int | None
+
+  @property
+  def _where(self) -> Any:
+    return None if self.mesh is None else (self.mesh, self.rules)
+
+  def begin(self) -> Decoding:
+    """Reads the prompts; one token is drawn."""
+    tokens_BT, segments_BT = left_padded(self.prompts, self.padded)
+    with on(self.mesh, self.rules):
+      return begin(
+        self.definition, self.params, tokens_BT, segments_BT, np.uint32(self.seed), np.int32(self.end), sampling=self.sampling,
+        max_len=self.max_len, max_new_tokens=self.room, vocab_size=self.vocab_size, where=self._where)
+
+  def advance(self, decoding: Decoding, limit: int) -> Decoding:
+    """Up to `limit` tokens in all, never more than `max_new_tokens`."""
+    with on(self.mesh, self.rules):
+      return advance(
+        self.definition, self.params, decoding, np.int32(min(limit, self.max_new_tokens)), np.int32(self.end),
+        sampling=self.sampling, vocab_size=self.vocab_size, where=self._where)
+
+
+def request(
+  definition: Definition[LanguageModel], params: Params, prompts: Sequence[Sequence[int]], *, max_new_tokens: int,
+  sampling: Sampling = PLAIN, seed: int = 0, end_of_document: int | None = None, dtype: Any = None, max_len: int | None = None,
+  mesh: Mesh | None = None, rules: str = 'fsdp_tensor', vocab_size: int | None = None,
+) -> Request:
+  """Checks a request and rounds its sizes up, so that requests of similar sizes share their compiled programs.
+
+  Raises `InputError`; see `jaxformer.inference.generate`.
+  """
+  config = definition.config
+  if max_new_tokens < 1:
+    raise InputError(f'max_new_tokens = {max_new_tokens}: must be at least 1')
+  if not 0 <= seed < 2**32:
+    raise InputError(f'seed = {seed}: must be at least 0 and below 2^32')
+  if end_of_document is not None and not 0 <= end_of_document < config.vocab_size:
+    raise InputError(f'end_of_document = {end_of_document}: must be at least 0 and below the vocabulary of {config.vocab_size}')
+  if vocab_size is not None and vocab_size < 1:
+    raise InputError(f'vocab_size = {vocab_size}: must be at least 1')
+  rows = vocab_size if vocab_size is not None and vocab_size < config.vocab_size else None
+  started = [_started(i, prompt, end_of_document, rows or config.vocab_size) for i, prompt in enumerate(prompts)]
+  if not started:
+    raise InputError('prompts: there are none')
+  longest = max(range(len(started)), key=lambda i: len(started[i]))
+  needed = len(started[longest]) + max_new_tokens
+  if config.longest is not None and needed > config.longest:
+    raise InputError(
+      f'prompt {longest} has {len(started[longest])} tokens; with max_new_tokens = {max_new_tokens} that is more than the '
+      f'{config.longest} positions that the model has learned')
+  most = max_len if max_len is not None else config.longest
+  if most is not None and needed > most:
+    raise InputError(
+      f'max_len = {max_len}: must be at least {needed}, for {len(started[longest])} tokens of prompt {longest} and '
+      f'{max_new_tokens} new ones')
+  if max_len is not None and config.longest is not None and max_len > config.longest:
+    raise InputError(f'max_len = {max_len}: must be at most the {config.longest} positions that the model has learned')
+  room = bucket(max_new_tokens)
+  padded = bucket(len(started[longest]))
+  if most is not None:
+    padded = min(padded, most - max_new_tokens)
+  length = max_len if max_len is not None else min(padded + room, most or padded + room)
+  if dtype is not None:
+    params = definition.cast(params, dtype)
+  end = NONE if end_of_document is None else end_of_document
+  return Request(definition, params, started, max_new_tokens, sampling, seed, end, padded, length, room, mesh, rules, rows)
+
+
+def _started(index: int, prompt: Sequence[int], end_of_document: int | None, vocab_size: int) -> list[int]:
+  tokens = [int(t) for t in prompt]
+  if not tokens:
+    if end_of_document is None:
+      raise InputError(f'prompt {index} is empty, and the tokenizer has no end of document to start from: give at least one token')
+    return [end_of_document]
+  if wrong := [t for t in tokens if not 0 <= t < vocab_size]:
+    raise InputError(f'prompt {index} has token {wrong[0]}: must be at least 0 and below the vocabulary of {vocab_size}')
+  return tokens
+
+
+def bucket(n: int) -> int:
+  """The next power of two from 16 to 256, beyond that the next multiple of 256."""
+  return max(16, 1 << (n - 1).bit_length()) if n <= 256 else -(-n // 256) * 256
+
+
+def left_padded(prompts: Sequence[Sequence[int]], length: int) -> tuple[np.ndarray, np.ndarray]:
+  """Prompts that end together at `length`, and segments: padding is a document 0 of its own and the prompt, document 1, starts anew
+  after it, so that no layer carries anything over from the padding. Both int32."""
+  tokens_BT, segments_BT = np.zeros((len(prompts), length), np.int32), np.zeros((len(prompts), length), np.int32)
+  for i, prompt in enumerate(prompts):
+    tokens_BT[i, length - len(prompt):] = prompt
+    segments_BT[i, length - len(prompt):] = 1
+  return tokens_BT, segments_BT
+
+
+@contextlib.contextmanager
+def on(mesh: Mesh | None, rules: str) -> Generator[None]:
+  """Within, programs are for this mesh; without one, for the default device."""
+  with contextlib.nullcontext() if mesh is None else use_mesh(mesh, rules):
+    yield

@@ -1,0 +1,37 @@
+"""Training: an experiment as data, one step as a pure function, one loop, checkpoints, run folders."""
+
+from jaxformer.training.checkpoint import load_params
+from jaxformer.training.experiment import Experiment, RunConfig, TrainingConfig, default_experiment
+from jaxformer.training.loop import TrainResult, check, train
+from jaxformer.training.optimizer import Adafactor, AdamW, Lion, Muon, OptimizerConfig
+from jaxformer.training.run import load_experiment, read_metrics
+from jaxformer.training.schedule import WSD, Constant, Cosine, Linear, Noam, ScheduleConfig
+from jaxformer.training.trackers import TensorBoard, TrackerConfig, Trackio, Wandb
+
+__all__ = [
+  'WSD',
+  'Adafactor',
+  'AdamW',
+  'Constant',
+  'Cosine',
+  'Experiment',
+  'Linear',
+  'Lion',
+  'Muon',
+  'Noam',
+  'OptimizerConfig',
+  'RunConfig',
+  'ScheduleConfig',
+  'TensorBoard',
+  'TrackerConfig',
+  'Trackio',
+  'TrainResult',
+  'TrainingConfig',
+  'Wandb',
+  'check',
+  'default_experiment',
+  'load_experiment',
+  'load_params',
+  'read_metrics',
+  'train',
+]

@@ -1,0 +1,103 @@
+"""An experiment as data: everything that decides what a training run does."""
+
+from __future__ import annotations
+
+import re
+from typing import Literal
+
+from jaxformer.config import Config, InputError, nearest
+from jaxformer.data import DataConfig
+from jaxformer.models.language_model import ModelConfig
+from jaxformer.models.stack import REMAT
+from jaxformer.sharding import MeshConfig
+from jaxformer.training.optimizer import AdamW, OptimizerConfig
+from jaxformer.training.schedule import Cosine, ScheduleConfig
+from jaxformer.training.trackers import TensorBoard, TrackerConfig
+
+
+class TrainingConfig(Config):
+  """
+  Attributes:
+    steps: updates of the parameters.
+    batch_size: sequences an update, over all devices.
+    accumulate: microbatches that a batch is cut into, one after the other; their gradients add up to that of the batch.
+    seed: of initial values, dropout and the order of the data.
+    dtype: of activations and products; 'auto' is bfloat16 on TPU and GPU and float32 on CPU. Parameters are float32.
+    remat: what the forward pass keeps, a name of `models.stack.REMAT`.
+    z_loss: weight of the squared log-partition function (PaLM, section 5); 0 for none.
+    eval_every: steps between evaluations; one more follows the last step.
+    eval_batches: batches of validation text spread over the split; None for all of it.
+    checkpoint_every: steps between checkpoints; one more follows the last step.
+    keep_latest: newest checkpoints kept.
+    keep_best: checkpoints with the lowest `eval/loss` kept beside them.
+    log_every: steps between lines of `metrics.jsonl`.
+    trackers: where metrics go besides.
+    profile: first step and the one after the last to record with the profiler, into the run folder's `profile/`; None for none.
+  """
+
+  steps: int = 300
+  batch_size: int = 16
+  accumulate: int = 1
+  seed: int = 0
+  dtype: Literal['auto', 'bfloat16', 'float32'] = 'auto'
+  remat: str = 'none'
+  z_loss: float = 0.0
+  eval_every: int = 100
+  eval_batches: int | None = 16
+  checkpoint_every: int = 100
+  keep_latest: int = 2
+  keep_best: int = 1
+  log_every: int = 10
+  trackers: tuple[TrackerConfig, ...] = (TensorBoard(),)
+  profile: tuple[int, int] | None = None
+
+  def validate(self):
+    for field in ('steps', 'batch_size', 'accumulate', 'eval_every', 'checkpoint_every', 'keep_latest', 'log_every'):
+      self.require(getattr(self, field) > 0, field, 'positive')
+    self.require(self.keep_best >= 0, 'keep_best', 'at least 0')
+    self.require(0 <= self.seed < 2**32, 'seed', 'at least 0 and below 2^32')
+    self.require(self.z_loss >= 0, 'z_loss', 'at least 0')
+    self.require(self.eval_batches is None or self.eval_batches > 0, 'eval_batches', 'positive, or none')
+    self.require(self.batch_size % self.accumulate == 0, 'batch_size', f'a multiple of accumulate = {self.accumulate}')
+    self.require(self.profile is None or 0 <= self.profile[0] < self.profile[1], 'profile', 'a first step and a later one, or none')
+    if self.remat not in REMAT:
+      raise InputError(f'TrainingConfig.remat = {self.remat!r}: no such policy{nearest(self.remat, REMAT)}')
+
+
+class RunConfig(Config):
+  """The run folder is `dir`/`name`. The same name goes on with the run; None is a name made from the experiment's digest."""
+
+  name: str | None = None
+  dir: str = 'runs'
+
+  def validate(self):
+    self.require(self.name is None or re.fullmatch(r'[\w][\w.+-]*(/[\w][\w.+-]*)*', self.name) is not None, 'name',
+                 'letters, digits and . _ + - (with / between folders)')
+
+
+class Experiment(Config):
+  """What is trained, on what, how, and where."""
+
+  model: ModelConfig
+  data: DataConfig = DataConfig()
+  optimizer: OptimizerConfig = AdamW()
+  schedule: ScheduleConfig = Cosine()
+  training: TrainingConfig = TrainingConfig()
+  mesh: MeshConfig = MeshConfig()
+  run: RunConfig = RunConfig()
+
+  def validate(self):
+    longest, length = getattr(self.model, 'longest', None), self.data.sequence_length
+    if longest is not None and length > longest:
+      raise InputError(f'data.sequence_length = {length}: must be at most {longest}, where the learned positions of the model end')
+    warmup = self.schedule.warmup_steps(self.training.steps)
+    if warmup > self.training.steps:
+      raise InputError(f'schedule.warmup = {warmup}: must be at most training.steps = {self.training.steps}')
+
+
+def default_experiment(model: ModelConfig, name: str) -> Experiment:
+  """What `train NAME` does without overrides: settings under which a tiny model learns in about a minute on two CPU cores."""
+  length = min(getattr(model, 'context', 256), 256)
+  return Experiment(
+    model=model, data=DataConfig(sequence_length=length), optimizer=AdamW(learning_rate=3e-3),
+    training=TrainingConfig(steps=400, batch_size=8), run=RunConfig(name=name))
