@@ -1,0 +1,186 @@
+"""What several commands need: experiments by name or file, and how answers are printed."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import importlib.util
+import json
+import os
+import pathlib
+import sys
+import traceback
+from collections.abc import Callable, Generator, Sequence
+from typing import Any
+
+from jaxformer.config import InputError, nearest, override
+
+Overrides = list[tuple[str, str]]
+SECTIONS = ('model', 'data', 'optimizer', 'schedule', 'training', 'mesh', 'run')
+
+# ---- experiments by name or file --------------------------------------------------------------------------------------
+
+
+def experiment_of(target: str, overrides: Overrides) -> Any:
+  """The experiment that a preset's name or a file stands for, with overrides.
+
+  A file is Python that defines `experiment` (an `Experiment`, or a function that returns one); the file's name is its name.
+  """
+  from jaxformer.models.zoo import PRESETS
+  from jaxformer.training.experiment import Experiment, default_experiment
+  if target.endswith('.py') or os.sep in target:
+    path = pathlib.Path(target)
+    if not path.is_file():
+      raise InputError(f'{target}: no such file')
+    with of_file(path):
+      experiment = getattr(load_file(path), 'experiment', None)
+      experiment = experiment() if callable(experiment) else experiment
+    if not isinstance(experiment, Experiment):
+      raise InputError(f'{target}: defines no `experiment`; it must be an Experiment or a function that returns one')
+    if experiment.run.name is None:
+      experiment = experiment.replace(run=experiment.run.replace(name=path.stem))
+  else:
+    if target not in set(PRESETS):
+      raise InputError(f'no preset named {target!r}{nearest(target, PRESETS)}; `jaxformer list` has all; a file ends in .py')
+    preset = PRESETS[target]
+    experiment = default_experiment(preset.model, preset.name)
+  return override(experiment, overrides)
+
+
+@contextlib.contextmanager
+def of_file(path: pathlib.Path) -> Generator[None]:
+  """Within, errors name the file; those of the user's own code come with their traceback, from the file on."""
+  try:
+    yield
+  except InputError as e:
+    raise InputError(f'{path}: {e}') from None
+  except Exception as e:
+    frames = traceback.extract_tb(e.__traceback__)
+    first = next((i for i, f in enumerate(frames) if pathlib.Path(f.filename).resolve() == path.resolve()), len(frames))
+    lines = traceback.StackSummary.from_list(frames[first:]).format() + traceback.format_exception_only(e)
+    raise InputError(f'{path} cannot be run:\n{"".join(lines).rstrip()}') from None
+
+
+def load_file(path: pathlib.Path) -> Any:
+  """A Python file as a module."""
+  spec = importlib.util.spec_from_file_location(f'experiment_{path.stem}', path)
+  if spec is None or spec.loader is None:
+    raise InputError(f'{path}: not a Python file')
+  module = importlib.util.module_from_spec(spec)
+  sys.modules[spec.name] = module
+  spec.loader.exec_module(module)
+  return module
+
+
+def of_data(path: str) -> bool:
+  """Whether an override is of the section `data`."""
+  return path.partition('.')[0] == 'data'
+
+
+# ---- output -----------------------------------------------------------------------------------------------------------
+
+
+def note(line: str) -> None:
+  """Progress and remarks: stderr."""
+  print(line, file=sys.stderr, flush=True)
+
+
+def answer(value: Any, as_json: bool, lines: Callable[[], list[str]]) -> None:
+  """The answer: one JSON value, or lines for a reader."""
+  print(json.dumps(value, indent=2) if as_json else '\n'.join(lines()))
+
+
+def table(rows: Sequence[Sequence[str]], left: int = 1) -> list[str]:
+  """Rows in columns; the first `left` columns are flush left, the others right."""
+  widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+  return [
+    '  '.join(c.ljust(w) if i < left else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))).rstrip()
+    for row in rows]
+
+
+def amount(n: float) -> str:
+  """A count for a reader: 6.7B."""
+  for unit, size in (('T', 1e12), ('B', 1e9), ('M', 1e6), ('K', 1e3)):
+    if abs(n) >= size:
+      return f'{n / size:.3g}{unit}'
+  return f'{n:.3g}'
+
+
+# ---- trained models -----------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+  """A model with its weights, ready to be asked.
+
+  Attributes:
+    name: the run's or folder's.
+    experiment: what it was trained by; None for weights from elsewhere.
+    step: of the checkpoint; None for weights from elsewhere.
+  """
+
+  name: str
+  experiment: Any
+  definition: Any
+  params: Any
+  tokenizer: Any
+  step: int | None
+
+
+def load_trained(run: str) -> Trained:
+  """A run (`runs/NAME`, `NAME` in `runs`, either with `@STEP`), or a folder of Hugging Face weights with a `tokenizer.json`."""
+  import jaxformer.models.zoo  # noqa: F401  (registers the configs that a saved experiment names)
+  from jaxformer.data import load_tokenizer
+  from jaxformer.models.params import define
+  from jaxformer.training.checkpoint import load_params
+  from jaxformer.training.run import load_experiment
+  path, at = trained_folder(run)
+  if is_hugging_face(path):
+    from jaxformer.interop import load_hf
+    model, params = load_hf(path)
+    return Trained(path.name, None, define(model), params, load_tokenizer(path), None)
+  experiment = load_experiment(path)
+  definition = define(experiment.model)
+  params, found = load_params(f'{path}{at}', definition)
+  return Trained(path.name, experiment, definition, params, load_tokenizer(path / 'tokenizer'), found)
+
+
+def trained_folder(name: str) -> tuple[pathlib.Path, str]:
+  """The folder that RUN names, here or in `runs`, and its '@STEP' or ''. Raises `InputError` with the nearest runs."""
+  folder, at, step = name.partition('@')
+  path = next((p for p in (pathlib.Path(folder), pathlib.Path('runs') / folder) if folder and p.is_dir()), None)
+  if path is None:
+    if pathlib.Path(folder).is_file():
+      raise InputError(f'{folder} is a file; a run or a folder of Hugging Face weights is expected')
+    runs = pathlib.Path('runs')
+    known = sorted(str(p.parent.relative_to(runs)) for p in runs.glob('**/config.json'))
+    raise InputError(f'no run {folder!r}, here or in runs/{nearest(folder.removeprefix("runs/"), known)}')
+  return path, f'{at}{step}'
+
+
+def is_hugging_face(folder: pathlib.Path) -> bool:
+  """Whether a folder holds weights of Hugging Face, rather than a run or a checkpoint of ours."""
+  file = folder / 'config.json'
+  try:
+    value = json.loads(file.read_text())
+  except FileNotFoundError:
+    return False
+  except (OSError, ValueError) as e:
+    raise InputError(f'{file}: cannot be read as JSON ({e}); a run folder or a folder of Hugging Face weights has one') from None
+  return isinstance(value, dict) and 'model_type' in value
+
+
+def sampling_arguments(parser: argparse.ArgumentParser) -> None:
+  """The options of sampling, named as the fields of `Sampling`."""
+  parser.add_argument('--temperature', type=float, default=0.8, help='divides the logits; 0 takes the likeliest token (0.8)')
+  parser.add_argument('--top-k', type=int, help='keep the k likeliest tokens')
+  parser.add_argument('--top-p', type=float, help='keep the likeliest tokens with so much probability together')
+  parser.add_argument('--min-p', type=float, help='keep tokens at least so likely, compared to the likeliest')
+  parser.add_argument('--repetition-penalty', type=float, help='makes tokens that have been there less likely')
+
+
+def sampling_of(args: argparse.Namespace) -> Any:
+  from jaxformer.inference import Sampling
+  return Sampling(
+    repetition_penalty=args.repetition_penalty, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, min_p=args.min_p)

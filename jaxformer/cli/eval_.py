@@ -1,0 +1,62 @@
+"""Scores a trained model on held-out text, in bits per byte.
+
+RUN as in `generate`. The text is the validation split of the run's own data, or what --data... overrides say:
+--data.source Files --data.source.path other.txt. Bits per byte do not depend on the tokenizer.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from jaxformer.cli.common import Overrides, answer, load_trained, note, of_data
+from jaxformer.config import InputError, override
+
+OVERRIDES = True
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+  parser.add_argument('run_name', metavar='RUN')
+  parser.add_argument('--batch-size', type=int, default=16, help='sequences at a time (16)')
+  parser.add_argument('--batches', type=int, help='so many batches, spread over the split; all by default')
+  parser.add_argument('--by-position', action='store_true', help='also the loss at each position of a document')
+  parser.add_argument('--json', action='store_true')
+
+
+def run(args: argparse.Namespace, overrides: Overrides) -> None:
+  from jaxformer.data import DataConfig, open_data
+  from jaxformer.evaluation import evaluate, loss_by_position
+  from jaxformer.training.experiment import Experiment
+  for option in ('batch_size', 'batches'):
+    if (given := getattr(args, option)) is not None and given < 1:
+      raise InputError(f'--{option.replace("_", "-")} {given}: must be positive')
+  trained = load_trained(args.run_name)
+  for path, _ in overrides:
+    if not of_data(path) or path.startswith('data.tokenizer'):
+      raise InputError(f'--{path}: `jaxformer eval` takes overrides of data alone, and the tokenizer is the model\'s own')
+  length = min(trained.definition.config.context, 1024)
+  experiment = trained.experiment or Experiment(model=trained.definition.config, data=DataConfig(sequence_length=length))
+  data = override(experiment, overrides).data
+  dataset = open_data(data, log=note, tokenizer=trained.tokenizer)
+
+  def batches():
+    return dataset.validation_batches(args.batch_size, args.batches)
+
+  r = evaluate(trained.definition, trained.params, batches(), token_bytes_V=dataset.tokenizer.token_bytes)
+  value: dict[str, Any] = {
+    'run': trained.name, 'step': trained.step, 'source': data.source.tag, 'loss': r.loss, 'bits_per_byte': r.bits_per_byte,
+    'perplexity': r.perplexity, 'targets': r.count, 'bytes': r.bytes,
+    'unigram_bits_per_byte': dataset.unigram_bits_per_byte(), 'bigram_bits_per_byte': dataset.bigram_bits_per_byte()}
+  if args.by_position:
+    value['loss_by_position'] = loss_by_position(trained.definition, trained.params, batches()).loss_T.tolist()
+
+  def lines() -> list[str]:
+    out = [f'{trained.name} at step {trained.step}, {data.source.tag} validation: {r.count:,} targets, {r.bytes:,} bytes',
+           f'  {value["bits_per_byte"]:.4f} bits per byte (bigram model of bytes {value["bigram_bits_per_byte"]:.4f}, unigram '
+           f'{value["unigram_bits_per_byte"]:.4f})', f'  {r.loss:.4f} nats a token, perplexity {r.perplexity:.2f}']
+    if args.by_position:
+      at = [i for i in (0, 1, 3, 7, 15, 31, 63, 127, 255, 511, 1023, 2047, 4095) if i < len(value['loss_by_position'])]
+      out += ['  nats at position ' + ', '.join(f'{i}: {value["loss_by_position"][i]:.3f}' for i in at)]
+    return out
+
+  answer(value, args.json, lines)

@@ -1,0 +1,117 @@
+"""Trains a preset or an experiment file.
+
+Everything about the run is in runs/NAME. The same command goes on where the run stopped. Any field of the experiment can be
+given as an override: --model.width 256 --training.steps 1000 --optimizer Lion --optimizer.learning-rate 1e-4 --mesh.fsdp 4
+--data.source Files --data.source.path my.txt --data.split ByPosition --run.name mine. A name that is no field where it stands is
+looked for below: --model.heads 8 sets the heads of every attention layer. `--show` says what there is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from typing import Any
+
+from jaxformer.cli.common import Overrides, answer, experiment_of, is_hugging_face, note, trained_folder
+from jaxformer.config import InputError
+
+OVERRIDES = True
+SAMPLE_TOKENS = 200
+FREE = {'dropout', 'init', 'out_init'}   # settings of a model that do not change what its weights compute
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+  parser.add_argument('target', metavar='PRESET|FILE', help='a name of `jaxformer list`, or a Python file that defines '
+                      '`experiment`')
+  parser.add_argument('--init-from', metavar='RUN', help='begin a new run with the weights of another: a run folder, RUN@STEP, '
+                      'or a folder of Hugging Face weights')
+  parser.add_argument('--show', action='store_true', help='print the whole experiment as JSON and stop')
+  parser.add_argument('--json', action='store_true', help='print the result as one JSON object')
+
+
+def run(args: argparse.Namespace, overrides: Overrides) -> int:
+  from jaxformer.config import text
+  experiment = experiment_of(args.target, overrides)
+  if args.show:
+    print(text(experiment), end='')
+    return 0
+  import jax
+
+  from jaxformer.data import open_data
+  from jaxformer.planning.cost import flops_per_token
+  from jaxformer.planning.hardware import chip
+  from jaxformer.training import check, train
+  check(experiment)   # before the text is read, which may take long
+  init_from = None if args.init_from is None else initial(args.init_from, experiment)
+  dataset = open_data(experiment.data, log=note)
+  known = chip(jax.devices()[0].device_kind)
+  sample = sampler(experiment, dataset)
+  result = train(
+    experiment, init_from=init_from, dataset=dataset, flops_per_token=flops_per_token,
+    peak_flops_per_second=None if known is None else known.flops_per_second, sample=sample)
+  if result.exit_code == 0 and jax.process_index() == 0:
+    report(args, result, dataset)
+  return result.exit_code
+
+
+def initial(source: str, experiment: Any) -> Any:
+  """What `--init-from` names, as `jaxformer.training.train` takes it: the path of a checkpoint, or Hugging Face weights."""
+  from jaxformer.config import differences, to_json
+  from jaxformer.interop import load_hf
+  from jaxformer.sharding import make_mesh
+  from jaxformer.training.checkpoint import steps_in
+  from jaxformer.training.run import run_folder
+  path, at = trained_folder(source)
+  if not is_hugging_face(path) or steps_in(run_folder(experiment) / 'checkpoints'):   # a run that goes on needs no weights
+    return f'{path}{at}'
+  model, params = load_hf(path, mesh=make_mesh(experiment.mesh), rules=experiment.mesh.rules)
+  lines = [d for d in differences(to_json(model), to_json(experiment.model)) if not FREE & set(d.partition(':')[0].split('.'))]
+  if lines:
+    shown = '\n  '.join(lines[:12] + ([f'and {len(lines) - 12} more'] if len(lines) > 12 else []))
+    raise InputError(f'--init-from {source}: its model is not that of the experiment (its own -> the experiment\'s):\n  {shown}')
+  return params
+
+
+def sampler(experiment: Any, dataset: Any) -> Callable[[Any, int], str] | None:
+  """A function from parameters to a piece of text, always from the same prompt and seed so that steps can be compared."""
+  from jaxformer.inference import Sampling, generate_text
+  from jaxformer.models.language_model import LanguageModel
+  from jaxformer.models.params import define
+  from jaxformer.sharding import make_mesh
+  if not isinstance(experiment.model, LanguageModel.Config):
+    return None
+  definition, tokenizer = define(experiment.model), dataset.tokenizer
+  prompt = [] if tokenizer.end_of_document is not None else next(iter(dataset.validation_batches(1))).tokens_BT[0, :1].tolist()
+  mesh = make_mesh(experiment.mesh)
+
+  def sample(params: Any, step: int) -> str:
+    room = (experiment.model.longest or SAMPLE_TOKENS + 1) - 1
+    texts = generate_text(
+      definition, params, [prompt], tokenizer.decode_bytes, max_new_tokens=min(SAMPLE_TOKENS, room),
+      sampling=Sampling(temperature=0.8), end_of_document=tokenizer.end_of_document, vocab_size=tokenizer.vocab_size, mesh=mesh,
+      rules=experiment.mesh.rules)
+    return tokenizer.decode(prompt) + texts[0].text
+
+  return sample
+
+
+def report(args: argparse.Namespace, result: Any, dataset: Any) -> None:
+  """What came of it: the last sample, and the score beside what counting bytes would give."""
+  unigram, bigram = dataset.unigram_bits_per_byte(), dataset.bigram_bits_per_byte()
+  samples = result.folder / 'samples.txt'
+  value = {
+    'run': str(result.folder), 'step': result.step, 'metrics': result.metrics, 'unigram_bits_per_byte': unigram,
+    'bigram_bits_per_byte': bigram}
+
+  def lines() -> list[str]:
+    trained = result.metrics.get('eval/bits_per_byte')
+    return [
+      '', samples.read_text().rpartition('==== step ')[2].partition('\n')[2].rstrip() if samples.exists() else '', '',
+      f'bits per byte on held-out text ({result.metrics.get("eval/source")}):',
+      f'  {trained:.3f}  this model after {result.step} steps' if trained is not None else '  not evaluated',
+      f'  {bigram:.3f}  bigram model of bytes',
+      f'  {unigram:.3f}  unigram model of bytes',
+      f'run folder: {result.folder}']
+
+  answer(json.loads(json.dumps(value, default=float)), args.json, lines)

@@ -1,0 +1,13 @@
+"""The checkpoint formats, one file a family. Importing this package registers them all in `FAMILIES`."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+
+from jaxformer.interop.family import FAMILIES
+
+for _module in sorted(m.name for m in pkgutil.iter_modules(__path__)):
+  importlib.import_module(f'{__name__}.{_module}')
+
+__all__ = ['FAMILIES']

@@ -1,0 +1,69 @@
+"""Reading another library's `config.json`: every field that changes the function is taken or refused, none is passed over."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from jaxformer.config import InputError
+from jaxformer.layers.mlp import ActivationName
+
+T = TypeVar('T')
+_NEEDED = object()
+_KINDS: dict[type, str] = {int: 'an integer', float: 'a number', bool: 'true or false', str: 'a string', dict: 'an object'}
+
+
+class Settings:
+  """The fields of a `config.json`, read with their types. `where` stands at the start of every message."""
+
+  def __init__(self, fields: Mapping[str, Any], where: str = 'config.json'):
+    self.fields, self.where = fields, where
+
+  def fail(self, name: str, accepted: str) -> InputError:
+    """The error for a value that cannot be used."""
+    return InputError(f'{self.where}: {name} = {self.fields.get(name)!r} is not supported: must be {accepted}')
+
+  def get(self, name: str, kind: type[T], default: Any = _NEEDED) -> T:
+    """The field as `kind`; `default` (what the other library takes) where it is left out or null."""
+    value = self.fields.get(name)
+    if value is None:
+      if default is _NEEDED:
+        raise InputError(f'{self.where}: {name} is missing')
+      return default
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+      value = float(value)
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+      raise self.fail(name, _KINDS[kind])
+    return value
+
+  def count(self, name: str, default: Any = _NEEDED) -> int:
+    """A positive integer."""
+    value = self.get(name, int, default)
+    if value is not None and value < 1:
+      raise self.fail(name, 'positive')
+    return value
+
+  def only(self, name: str, *accepted: Any) -> None:
+    """Refuses every value but the first of `accepted` (which a field left out has) and those that mean the same."""
+    if self.fields.get(name, accepted[0]) not in accepted:
+      raise self.fail(name, ' or '.join(repr(a) for a in accepted))
+
+  def choose(self, name: str, values: Mapping[str, T], default: str) -> T:
+    """What `values` has for the field's text."""
+    text = self.get(name, str, default)
+    if text not in values:
+      raise self.fail(name, 'one of ' + ', '.join(values))
+    return values[text]
+
+
+ACTIVATIONS: dict[str, ActivationName] = {
+  'gelu': 'gelu', 'gelu_new': 'gelu_tanh', 'gelu_pytorch_tanh': 'gelu_tanh', 'gelu_fast': 'gelu_tanh',
+  'relu': 'relu', 'relu2': 'squared_relu',
+  'silu': 'silu', 'swish': 'silu', 'sigmoid': 'sigmoid', 'tanh': 'tanh', 'linear': 'identity',
+}
+"""Their name of an activation -> ours. The first name of several is the one written."""
+
+
+def activation_name(ours: str) -> str:
+  """Our name of an activation -> theirs."""
+  return next(theirs for theirs, name in ACTIVATIONS.items() if name == ours)

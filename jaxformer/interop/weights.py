@@ -1,0 +1,333 @@
+"""The map between our parameters and another format's tensors: one description, read in both directions.
+
+Our side of a rule is a parameter's *unstacked* name: `stack.{layer}.branches.0.layer.wq` is that of one block, counted through
+the whole stack, wherever the groups and repeats of the config put it. The engine stacks and unstacks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from jaxformer.config import InputError
+from jaxformer.interop.tensors import DTYPES, Reader, Shape, cast, shortened
+from jaxformer.models.params import ParamInfo
+
+Arrays = list[np.ndarray]
+
+
+# ---- steps: how our arrays become theirs, and back --------------------------------------------------------------------
+
+
+class Step:
+  """One change on the way from our arrays to theirs. `load` undoes `save`; `shapes` says what `save` does to shapes.
+
+  A family that needs another change writes a subclass in its own file.
+  """
+
+  def shapes(self, ours: list[Shape]) -> list[Shape]:
+    raise NotImplementedError
+
+  def save(self, ours: Arrays) -> Arrays:
+    raise NotImplementedError
+
+  def load(self, theirs: Arrays, ours: list[Shape]) -> Arrays:
+    """`ours` are the shapes to arrive at."""
+    raise NotImplementedError
+
+
+@dataclasses.dataclass(frozen=True)
+class Permute(Step):
+  """Dimension i of theirs is dimension `axes[i]` of ours, as in `numpy.transpose`."""
+
+  axes: tuple[int, ...]
+
+  def shapes(self, ours):
+    return [tuple(s[a] for a in self.axes) for s in ours]
+
+  def save(self, ours):
+    return [a.transpose(self.axes) for a in ours]
+
+  def load(self, theirs, ours):
+    back = tuple(self.axes.index(i) for i in range(len(self.axes)))
+    return [a.transpose(back) for a in theirs]
+
+
+@dataclasses.dataclass(frozen=True)
+class Concat(Step):
+  """Theirs is ours, several, one after the other along `axis` (fused projections)."""
+
+  axis: int
+
+  def shapes(self, ours):
+    total = sum(s[self.axis] for s in ours)
+    return [(*ours[0][: self.axis], total, *ours[0][self.axis + 1 :])]
+
+  def save(self, ours):
+    return [np.concatenate(ours, axis=self.axis)]
+
+  def load(self, theirs, ours):
+    ends = np.cumsum([s[self.axis] for s in ours])[:-1]
+    return np.split(theirs[0], ends, axis=self.axis)
+
+
+@dataclasses.dataclass(frozen=True)
+class Unstack(Step):
+  """Theirs is one tensor for each entry of our first axis (experts)."""
+
+  def shapes(self, ours):
+    return [ours[0][1:]] * ours[0][0]
+
+  def save(self, ours):
+    return list(ours[0])
+
+  def load(self, theirs, ours):
+    return [np.stack(theirs)]
+
+
+@dataclasses.dataclass(frozen=True)
+class NewAxis(Step):
+  """Theirs has one more axis, of size 1, at place `axis` (depthwise convolutions, offsets kept as a row)."""
+
+  axis: int
+
+  def shapes(self, ours):
+    return [(*s[: self.axis], 1, *s[self.axis :]) for s in ours]
+
+  def save(self, ours):
+    return [np.expand_dims(a, self.axis) for a in ours]
+
+  def load(self, theirs, ours):
+    return [np.squeeze(a, self.axis) for a in theirs]
+
+
+TRANSPOSE = Permute((1, 0))   # torch's Linear keeps [out, in], we keep [in, out]
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+  """Some of our parameters <-> some of their tensors.
+
+  `{layer}` in the names stands for every block that has all of our parameters; a rule whose parameters are nowhere (offsets of
+  a model without offsets) does not apply. `{item}` in their name stands for 0, 1, ... along our first axis; then the
+  first step is `Unstack`.
+  """
+
+  ours: tuple[str, ...]
+  theirs: str
+  steps: tuple[Step, ...] = ()
+
+
+def same(ours: str, theirs: str) -> Rule:
+  """The same array under another name."""
+  return Rule((ours,), theirs)
+
+
+def linear(ours: str, theirs: str) -> Rule:
+  """A torch Linear's weight."""
+  return Rule((ours,), theirs, (TRANSPOSE,))
+
+
+# ---- places and links: the rules made concrete for one model ----------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+  """Where the parameter of one block lives: the name of the stored array, the row of it (None for all), and the shape there."""
+
+  stored: str
+  row: int | None
+  shape: Shape
+
+
+_IN_GROUP = re.compile(r'(?P<stack>(?:.+\.)?)groups\.(?P<group>\d+)\.(?P<place>\d+)\.(?P<rest>.+)')
+
+
+def places(info: Mapping[str, ParamInfo]) -> dict[str, Place]:
+  """Unstacked name -> place, for every parameter of a model; blocks are counted through all groups of a stack."""
+  found = {name: _IN_GROUP.fullmatch(name) for name in info}
+  patterns: dict[tuple[str, int], int] = {}   # (stack, group) -> blocks in a period
+  repeats: dict[tuple[str, int], int] = {}
+  for name, m in found.items():
+    if m is not None:
+      key = m['stack'], int(m['group'])
+      patterns[key] = max(patterns.get(key, 0), int(m['place']) + 1)
+      repeats[key] = info[name].shape[0] if _stacked(info[name]) else 1
+  result = {}
+  for name, m in found.items():
+    if m is None:
+      result[name] = Place(name, None, info[name].shape)
+      continue
+    stack, group = m['stack'], int(m['group'])
+    first = sum(patterns[k] * repeats[k] for k in patterns if k[0] == stack and k[1] < group)
+    for row in range(repeats[stack, group]):
+      layer = first + row * patterns[stack, group] + int(m['place'])
+      stacked = _stacked(info[name])
+      shape = info[name].shape[1:] if stacked else info[name].shape
+      result[f'{stack}{layer}.{m["rest"]}'] = Place(name, row if stacked else None, shape)
+  return result
+
+
+def _stacked(info: ParamInfo) -> bool:
+  return bool(info.axes) and info.axes[0] == 'layers'
+
+
+@dataclasses.dataclass(frozen=True)
+class Link:
+  """A rule for one place: our places, their names and shapes."""
+
+  ours: tuple[Place, ...]
+  theirs: dict[str, Shape]
+  steps: tuple[Step, ...]
+
+  def save(self, ours: Arrays) -> dict[str, np.ndarray]:
+    for step in self.steps:
+      ours = step.save(ours)
+    return dict(zip(self.theirs, ours, strict=True))
+
+  def load(self, theirs: Arrays) -> Arrays:
+    shapes = [[p.shape for p in self.ours]]
+    for step in self.steps:
+      shapes.append(step.shapes(shapes[-1]))
+    for step, before in zip(reversed(self.steps), reversed(shapes[:-1]), strict=True):
+      theirs = step.load(theirs, before)
+    return theirs
+
+
+def connect(info: Mapping[str, ParamInfo], rules: Iterable[Rule], family: str) -> list[Link]:
+  """The links of a model, which cover each of its parameters once. Raises `InputError` naming those that no rule covers."""
+  where = places(info)
+  layers = sorted({int(n) for name in where for n in re.findall(r'(?:^|\.)(\d+)\.branches\.', name)})
+  links = []
+  for rule in rules:
+    per_layer = any('{layer}' in o for o in rule.ours)
+    for layer in layers if per_layer else [None]:
+      names = [o.replace('{layer}', str(layer)) for o in rule.ours]
+      if all(n in where for n in names):
+        links.append(_link(tuple(where[n] for n in names), rule.theirs.replace('{layer}', str(layer)), rule.steps))
+  covered = [p for link in links for p in link.ours]
+  if missing := [name for name, p in where.items() if p not in set(covered)]:
+    raise InputError(f'the {family} format has no place for {shortened(missing)}')
+  if len(set(covered)) != len(covered):
+    raise ValueError(f'the rules of {family} cover a parameter twice')
+  return links
+
+
+def _link(ours: tuple[Place, ...], theirs: str, steps: tuple[Step, ...]) -> Link:
+  shapes = [p.shape for p in ours]
+  names = [theirs.replace('{item}', str(i)) for i in range(shapes[0][0])] if '{item}' in theirs else [theirs]
+  for step in steps:
+    shapes = step.shapes(shapes)
+  return Link(ours, dict(zip(names, shapes, strict=True)), steps)
+
+
+# ---- load -------------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Names:
+  """How a file's names may differ from the map.
+
+  Attributes:
+    prefix: what a file of the model without its head leaves out at the start of every name.
+    ignored: patterns (matched in full) of tensors that carry nothing: buffers of masks and frequencies.
+    copies: tensor -> the one that it may repeat, number for number (tied heads).
+  """
+
+  prefix: str = ''
+  ignored: tuple[str, ...] = ()
+  copies: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+  def resolve(self, reader: Reader, wanted: Container[str]) -> dict[str, str]:
+    """Full name -> name in the file, without the ignored ones."""
+    bare = not any(n.startswith(self.prefix) for n in reader.info)
+    full = {self.prefix + n if bare and n not in wanted and n not in self.copies else n: n for n in reader.info}
+    return {n: stored for n, stored in full.items() if not any(re.fullmatch(p, n) for p in self.ignored)}
+
+
+def check(links: Sequence[Link], reader: Reader, names: Names) -> dict[str, str]:
+  """Compares the headers with the map before any value is read: full name -> name in the file. Raises one `InputError` with
+  all that is missing, unexpected, of another shape, or of a type that holds no weights."""
+  wanted = {name: shape for link in links for name, shape in link.theirs.items()}
+  found = names.resolve(reader, wanted)
+  problems = []
+  if missing := [f'{n} {list(shape)}' for n, shape in wanted.items() if n not in found]:
+    problems.append(f'missing: {shortened(missing)}')
+  if unexpected := [n for n in found if n not in wanted and n not in names.copies]:
+    problems.append(f'unexpected: {shortened(unexpected)}')
+  both = [(n, reader.info[found[n]]) for n in wanted if n in found]
+  if shapes := [f'{n} is {list(i.shape)}, the config needs {list(wanted[n])}' for n, i in both if i.shape != wanted[n]]:
+    problems.append(f'of another shape: {shortened(shapes)}')
+  if types := [f'{n} ({i.dtype})' for n, i in both if i.dtype not in DTYPES]:
+    problems.append(f'of a type that is not read ({", ".join(DTYPES)} are): {shortened(types)}')
+  if problems:
+    raise InputError(f'{reader.folder} does not hold this model. ' + '; '.join(problems))
+  for copy, original in names.copies.items():
+    if copy in found and not np.array_equal(reader.read(found[copy]), reader.read(found[original])):
+      raise InputError(f'{reader.folder}: {copy} differs from {original}, but the config ties them; '
+                       'if they are meant to differ, set tie_word_embeddings to false in config.json')
+  return found
+
+
+def load(
+  links: Sequence[Link], info: Mapping[str, ParamInfo], reader: Reader, names: Names, dtype: np.dtype,
+  put: Callable[[str, np.ndarray], Any],
+) -> dict[str, Any]:
+  """Our parameters, stacked. Each goes through `put` (to a device) as soon as it is whole, so that beside the result only what
+  is being assembled is in memory. Parameters marked `full_precision` stay fp32."""
+  found = check(links, reader, names)
+  rest = {name: info[name].shape[0] if _stacked(info[name]) else 1 for name in info}
+  partial: dict[str, np.ndarray] = {}
+  done: dict[str, Any] = {}
+  for link in links:
+    arrays = link.load([reader.read(found[n]) for n in link.theirs])
+    for place, array in zip(link.ours, arrays, strict=True):
+      name = place.stored
+      if name not in partial:
+        partial[name] = np.empty(info[name].shape, np.float32 if info[name].full_precision else dtype)
+      partial[name][... if place.row is None else place.row] = cast(name, array, partial[name].dtype)
+      rest[name] -= 1
+      if not rest[name]:
+        done[name] = put(name, partial.pop(name))
+  return {name: done[name] for name in info}
+
+
+# ---- save -------------------------------------------------------------------------------------------------------------
+
+
+def check_params(info: Mapping[str, ParamInfo], params: Mapping[str, Any]) -> None:
+  """Raises one `InputError` with all in which the parameters differ from what the config needs."""
+  problems = []
+  if missing := [n for n in info if n not in params]:
+    problems.append(f'missing: {shortened(missing)}')
+  if unexpected := [n for n in params if n not in info]:
+    problems.append(f'unexpected: {shortened(unexpected)}')
+  if shapes := [f'{n} is {list(params[n].shape)}, the config needs {list(i.shape)}'
+                for n, i in info.items() if n in params and tuple(params[n].shape) != i.shape]:
+    problems.append(f'of another shape: {shortened(shapes)}')
+  if problems:
+    raise InputError('the parameters are not those of the config. ' + '; '.join(problems))
+
+
+class Export:
+  """Their tensors, made from our parameters one link at a time, in the order of `shapes`."""
+
+  def __init__(self, links: Sequence[Link], params: Mapping[str, Any]):
+    self.shapes = {name: shape for link in links for name, shape in link.theirs.items()}
+    self._links = {name: link for link in links for name in link.theirs}
+    self._params = params
+    self._made: tuple[Link, dict[str, np.ndarray]] | None = None
+
+  def __call__(self, name: str) -> np.ndarray:
+    link = self._links[name]
+    if self._made is None or self._made[0] is not link:
+      self._made = link, link.save([self._value(p) for p in link.ours])
+    return self._made[1][name]
+
+  def _value(self, place: Place) -> np.ndarray:
+    value = self._params[place.stored]
+    return np.asarray(value if place.row is None else value[place.row])
