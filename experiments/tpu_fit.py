@@ -1,0 +1,114 @@
+"""Published models on TPU slices, by the TPU's compiler.
+
+Question: does a training step fit on a slice, how long does it take to compile, and what do its chips send each other?
+
+    pip install -e '.[tpu]'
+    python experiments/tpu_fit.py [NAME ...]
+
+Needs no TPU. Each row is the training step of the command line (AdamW, fp32 parameters, bf16 products) compiled for a described
+slice, without any array. `arguments` are parameters and optimizer state, `temporaries` all else; collectives are bytes of their
+results on one chip in one step, the rounds of loops counted. Nothing here is a time of the step.
+
+Cost: one to two and a half minutes a row on two CPU cores that do other work too.
+Result: with jax 0.10.2 and libtpu 0.0.42.1, all in GiB a chip:
+
+    preset       slice      mesh            batch      remat  arguments temporaries compile s  collectives
+    llama2-7b    v5p:2x2x4  fsdp 16         16 x 4096  full        4.71        5.49        58  all-gather 24.59, all-to-all 0.06,
+                                                                                               collective-permute 13.08
+    llama2-7b    v5p:2x2x4  fsdp 16         32 x 4096  names       4.71       16.35        46  all-gather 24.60, all-to-all 0.12,
+                                                                                               collective-permute 13.08
+    llama3.1-8b  v6e:4x4    fsdp 16         16 x 8192  full        5.61        8.14       141  all-gather 27.95, all-to-all 0.12,
+                                                                                               collective-permute 14.85
+    llama3.1-8b  v6e:4x4    fsdp 8 tensor 2 16 x 8192  full        5.61       11.57       107  all-gather 13.97, all-reduce 20.25,
+                                                                                               all-to-all 0.25, reduce-scatter 0.06,
+                                                                                               collective-permute 7.86
+
+All four fit (95 GB a v5p chip, 32 GB a v6e chip). The gathers are the weights in bf16 without the embedding (12.3 GiB of
+llama2-7b), once forward and once backward; the permutes are rings that scatter their gradients, 17/16 of them on 16 chips.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+import time
+
+os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+
+import jax
+import jax.numpy as jnp
+
+from jaxformer.data import Batch
+from jaxformer.models.params import define
+from jaxformer.models.zoo import PRESETS
+from jaxformer.planning.compiler import topology_mesh
+from jaxformer.planning.program import collectives
+from jaxformer.sharding import MeshConfig, batch_sharding, use_mesh
+from jaxformer.training.checkpoint import abstract_state
+from jaxformer.training.optimizer import AdamW, Optimizer
+from jaxformer.training.schedule import Cosine
+from jaxformer.training.step import StepConfig, TrainState, compiled_train_step, state_shardings
+
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+  """One row."""
+
+  preset: str
+  topology: str
+  mesh: MeshConfig
+  batch: int
+  length: int
+  remat: str
+
+
+CASES = (
+  Case('llama2-7b', 'v5p:2x2x4', MeshConfig(data=1, fsdp=16, rules='fsdp'), 16, 4096, 'full'),
+  Case('llama2-7b', 'v5p:2x2x4', MeshConfig(data=1, fsdp=16, rules='fsdp'), 32, 4096, 'names'),
+  Case('llama3.1-8b', 'v6e:4x4', MeshConfig(data=1, fsdp=16, rules='fsdp'), 16, 8192, 'full'),
+  Case('llama3.1-8b', 'v6e:4x4', MeshConfig(data=1, fsdp=8, tensor=2, rules='fsdp_tensor'), 16, 8192, 'full'),
+)
+
+
+def compiled(case: Case) -> jax.stages.Compiled:
+  definition, mesh, rules = define(PRESETS[case.preset].model), topology_mesh(case.topology, case.mesh), case.mesh.rules
+  optimizer = Optimizer.of(AdamW(), Cosine(), 10_000, definition)
+  shapes = {n: jax.ShapeDtypeStruct(i.shape, i.dtype) for n, i in definition.info.items()}
+  key = jax.eval_shape(lambda: jax.random.key(0))
+  state = TrainState(jax.ShapeDtypeStruct((), jnp.int32), shapes, jax.eval_shape(optimizer.init, shapes), key)
+  state = abstract_state(state, state_shardings(definition, optimizer, mesh, rules))
+  ids = jax.ShapeDtypeStruct((case.batch, case.length), jnp.int32, sharding=batch_sharding(mesh, rules))
+  with use_mesh(mesh, rules):
+    step = compiled_train_step(definition, optimizer, StepConfig(dtype=jnp.bfloat16, remat=case.remat), mesh, rules)
+    return step.trace(state, Batch(ids, ids, None)).lower(lowering_platforms=('tpu',)).compile()
+
+
+def row(case: Case) -> str:
+  began = time.perf_counter()
+  try:
+    step = compiled(case)
+  except jax.errors.JaxRuntimeError as e:   # the compiler knows the chip's memory
+    figures = next((line for line in str(e).splitlines() if 'xceeded' in line or 'Used' in line), str(e).splitlines()[0])[:120]
+    figures = f'does not fit: {figures.strip()}'
+  else:
+    memory = step.memory_analysis()
+    sent = ', '.join(f'{kind} {t.bytes / GIB:.2f}' for kind, t in sorted(collectives(step).items()) if t.bytes > GIB / 200)
+    held = f'{memory.argument_size_in_bytes / GIB:9.2f} {memory.temp_size_in_bytes / GIB:11.2f}'
+    figures = f'{held} {time.perf_counter() - began:9.0f}  {sent}'
+  mesh = ' '.join(f'{a} {getattr(case.mesh, a)}' for a in ('data', 'fsdp', 'tensor') if getattr(case.mesh, a) > 1)
+  return f'{case.preset:12} {case.topology:10} {mesh:16} {case.batch:>3} x {case.length:<5} {case.remat:6} {figures}'
+
+
+def main(names: list[str]) -> None:
+  figures = 'arguments temporaries compile s  collectives, all in GiB a chip'
+  print(f'{"preset":12} {"slice":10} {"mesh":16} {"batch":11} {"remat":6} {figures}')
+  for case in CASES:
+    if not names or case.preset in names:
+      print(row(case), flush=True)
+
+
+if __name__ == '__main__':
+  main(sys.argv[1:])

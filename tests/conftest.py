@@ -1,0 +1,38 @@
+"""Every test sees 8 fake CPU devices, fails on implicit broadcasting and on arrays of other shapes than functions state; compiled
+programs are kept between runs.
+
+`JAXFORMER_NNX=tree` runs the suite with Flax NNX in tree mode.
+"""
+
+import os
+import pathlib
+
+os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')
+os.environ.setdefault('ALLOW_MULTIPLE_LIBTPU_LOAD', '1')
+
+import jax
+import pytest
+from flax import nnx
+from jaxtyping import install_import_hook
+
+# The rooms of plain functions on arrays. Modules and pytrees are built with tracers and placeholders of other shapes by JAX itself.
+install_import_hook(
+  ['jaxformer.ops', 'jaxformer.data.pipeline', 'jaxformer.data.order', 'jaxformer.inference.sampling',
+   'jaxformer.training.schedule'],
+  'beartype.beartype')
+
+jax.config.update('jax_num_cpu_devices', 8)
+jax.config.update('jax_numpy_rank_promotion', 'raise')
+jax.config.update('jax_compilation_cache_dir', str(pathlib.Path(__file__).parent.parent / '.pytest_cache' / 'xla'))
+jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
+
+if os.environ.get('JAXFORMER_NNX') == 'tree':
+  nnx.set_graph_mode(False)
+  nnx.set_graph_updates(False)
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory, monkeypatch):
+  """No test reads or writes the user's cache of tokenised corpora."""
+  monkeypatch.setenv('JAXFORMER_CACHE', str(tmp_path_factory.getbasetemp() / 'jaxformer-cache'))

@@ -1,0 +1,127 @@
+"""What holds for every tiny preset: the layer contract carried through embedding, stack and head."""
+
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import BATCH, TINY, close, model, segments, tokens
+
+from jaxformer.layers.layer import Context
+from jaxformer.models.stack import REMAT
+from jaxformer.ops.route import route
+from jaxformer.sharding import MeshConfig, batch_sharding, make_mesh, use_mesh
+
+every = pytest.mark.parametrize('name', TINY)
+LENGTH = 40
+
+
+def batch_of(case, segments_BT=None):
+  t = tokens(case, LENGTH + 1)
+  targets = t[:, 1:].at[:, 5].set(-1)
+  return types.SimpleNamespace(tokens_BT=t[:, :-1], targets_BT=targets, segments_BT=segments_BT)
+
+
+def loss_of(case, batch):
+  def loss(params, ctx=Context()):
+    sums, aux = case.definition.merge(params).loss(batch, ctx, z_loss=1e-3)
+    return sums.loss / sums.count + sum((v for k, v in aux.items() if k.startswith('loss/')), 0.0)
+  return loss
+
+
+@every
+@pytest.mark.parametrize('prefill', [0, 17, LENGTH])
+def test_sequence_equals_prefill_and_steps(name, prefill):
+  case = model(name)
+  x = tokens(case, LENGTH)
+  whole, final = case.call(case.params, x, Context(), case.init_state(BATCH, LENGTH))
+  state, ys = case.init_state(BATCH, LENGTH), []
+  if prefill:
+    y, state = case.call(case.params, x[:, :prefill], Context(), state)
+    ys.append(y)
+  for t in range(prefill, LENGTH):
+    y, state = case.step(case.params, x[:, t], state)
+    ys.append(y[:, None])
+  close(jnp.concatenate(ys, axis=1), whole, 1e-5)
+  close(state, final, 1e-5, 'state')
+  close(case.call(case.params, x)[0], whole, 1e-5)
+
+
+@every
+def test_packed_documents_equal_separate_ones(name):
+  case = model(name)
+  x = tokens(case, LENGTH)
+  packed = case.call(case.params, x, Context(segments_BT=segments(11, 29)))[0]
+  apart = [case.call(case.params, part)[0] for part in (x[:, :11], x[:, 11:])]
+  close(packed, jnp.concatenate(apart, axis=1), 1e-5)
+
+
+@every
+def test_loss_equals_that_of_the_logits(name):
+  case = model(name)
+  batch = batch_of(case)
+  sums, _ = jax.jit(lambda p: case.definition.merge(p).loss(batch))(case.params)
+  logits = np.asarray(case.call(case.params, batch.tokens_BT)[0], np.float64)
+  targets = np.asarray(batch.targets_BT)
+  top = logits.max(-1, keepdims=True)
+  normaliser = np.log(np.exp(logits - top).sum(-1)) + top[..., 0]
+  nll = normaliser - np.take_along_axis(logits, np.maximum(targets, 0)[..., None], -1)[..., 0]
+  np.testing.assert_allclose(float(sums.nll), nll[targets != -1].sum(), rtol=1e-5)
+  assert float(sums.count) == (targets != -1).sum() == BATCH * (LENGTH - 1)
+
+
+@every
+def test_every_way_to_run_the_stack_agrees(name):
+  case = model(name)
+  loss = loss_of(case, batch_of(case, segments(11, 29)))
+  with route(every='naive'):
+    reference = jax.jit(jax.value_and_grad(loss))(case.params, Context(unroll=True))
+  policies = [r for r in REMAT if r not in ('none', 'offload')]   # no host memory to offload to
+  for ctx in (Context(unroll=False), Context(unroll=True), *(Context(remat=r, unroll=False) for r in policies)):
+    close(jax.jit(jax.value_and_grad(loss))(case.params, ctx), reference, 1e-4, f'{ctx.remat} {ctx.unroll} ')
+
+
+MESHES = {
+  'data8': MeshConfig(data=8, rules='data_parallel'),
+  'fsdp8': MeshConfig(fsdp=8, rules='fsdp'),
+  'fsdp4-tensor2': MeshConfig(fsdp=4, tensor=2),
+  'data2-fsdp2-tensor2': MeshConfig(data=2, fsdp=2, tensor=2),
+}
+
+
+@every
+@pytest.mark.parametrize('mesh', MESHES.values(), ids=MESHES)
+def test_sharded_equals_unsharded(name, mesh):
+  case = model(name)
+  batch = batch_of(case, segments(11, 29))
+  reference = jax.jit(jax.value_and_grad(loss_of(case, batch)))(case.params)
+  devices = make_mesh(mesh)
+  params = jax.device_put(case.params, case.definition.shardings(devices, mesh.rules))
+  put = {k: jax.device_put(v, batch_sharding(devices, mesh.rules)) for k, v in vars(batch).items()}
+  with use_mesh(devices, mesh.rules):
+    where = jax.tree.map(lambda p: p.sharding, params)
+    gradient = jax.jit(jax.value_and_grad(loss_of(case, types.SimpleNamespace(**put))), out_shardings=(None, where))
+    close(gradient(params), reference, 1e-4)
+
+
+@every
+def test_parameters_are_born_sharded_and_equal(name):
+  case = model(name)
+  devices = make_mesh(MeshConfig(fsdp=4, tensor=2))
+  born = case.definition.init(jax.random.key(0), devices)
+  for parameter, value in case.definition.init(jax.random.key(0)).items():
+    np.testing.assert_array_equal(np.asarray(born[parameter]), np.asarray(value), err_msg=parameter)
+  assert max(p.addressable_shards[0].data.size for p in born.values()) < max(p.size for p in born.values())
+
+
+@every
+def test_bfloat16_loss_is_near_and_its_gradients_finite(name):
+  case = model(name)
+  batch = batch_of(case)
+  loss = loss_of(case, batch)
+  value, gradients = jax.jit(jax.value_and_grad(lambda p: loss(case.definition.cast(p, jnp.bfloat16))))(case.params)
+  np.testing.assert_allclose(value, jax.jit(loss)(case.params), rtol=0.02)
+  for parameter, g in gradients.items():
+    assert g.dtype == jnp.float32
+    assert np.all(np.isfinite(np.asarray(g))), parameter

@@ -1,0 +1,307 @@
+"""What cannot be used is said in one message, with code 2, before anything of the user's is touched."""
+
+import shlex
+import shutil
+
+import pytest
+
+from jaxformer.cli import main
+from tests.e2e.conftest import FIRST
+from tests.e2e.program import SMALL, contents
+
+
+@pytest.fixture
+def refused(capsys):
+  """Runs a command that must fail; its message."""
+
+  def run(command, folder):
+    words = shlex.split(command) if isinstance(command, str) else list(map(str, command))
+    before = contents(folder)
+    assert main(words) == 2
+    out, err = capsys.readouterr()
+    assert out == ''
+    assert 'Traceback (most recent call last)' not in err
+    errors = err[err.index('error: '):]
+    assert err.count('error: ') == 1
+    assert len(errors.splitlines()) <= 16
+    assert contents(folder) == before
+    return errors
+
+  return run
+
+
+FILES = {
+  'empty.txt': b'', 'bad.txt': b'abc\xff\xfe', 'binary.dat': b'\x7fELF\0\0', 'short.txt': b'hi',
+  'some.txt': b'one two three\n' * 400,
+  'broken.jsonl': b'{"text": "fine"}\n{broken\n', 'fields.jsonl': b'{"texts": "x"}\n', 'garbage.json': b'garbage',
+  'nothing.py': b'x = 1\n', 'number.py': b'experiment = 3\n', 'syntax.py': b'def f(:\n',
+  'fails.py': b'def experiment():\n  return 1 / 0\n',
+  'config.py': b'from jaxformer.training import TrainingConfig\nTrainingConfig(steps=-1)\n',
+}
+
+OPTIONS = [
+  ('trian gpt2-tiny', "'trian'", 'did you mean train?'),
+  ('train', 'PRESET|FILE', 'train --help'),
+  ('train gpt2-tinny', "'gpt2-tinny'", 'did you mean gpt2-tiny'),
+  ('plan nope', "'nope'", 'jaxformer list'),
+  ('train gpt2-tiny extra', "'extra'"),
+  ('train gpt2-tiny --jsn', "'--jsn'", '--json'),
+  ('list --model.width 3', '--model.width', 'takes no overrides'),
+  ('generate first --dtype float8', "'float8'", 'float32, bfloat16'),
+  ('generate first --top-k x', '--top-k', "'x'"),
+  ('generate first --temperature -1', 'temperature = -1.0', 'at least 0'),
+  ('generate first --temperature nan', 'temperature = nan'),
+  ('generate first --top-k 0', 'top_k = 0', 'positive'),
+  ('generate first --top-p 1.5', 'top_p = 1.5'),
+  ('generate first --temperature 0 --top-k 4', 'top_k = 4', 'temperature 0'),
+  ('generate first --max-new-tokens 0', '--max-new-tokens 0', 'positive'),
+  ('eval first --batches 0', '--batches 0', 'positive'),
+  ('bench gpt2-tiny --steps -1', '--steps -1'),
+  ('bench gpt2-tiny --context 0', '--context', 'positive'),
+  ('data inof', "'inof'", 'did you mean info?'),
+  ('generate nope', "no run 'nope'"),
+  ('convert nope out', "no run 'nope'"),
+  ('generate some.txt', 'some.txt is a file'),
+  ('generate .', 'not a run folder', 'config.json'),
+]
+
+FIELDS = [
+  ('--model.widht 3', '--model.widht', 'did you mean width?'),
+  ('--modle.width 3', '--modle.width', 'did you mean model?'),
+  ('--mesh.foo 3', '--mesh.foo', 'known: context, data, expert, fsdp'),
+  ('--training.seed.x 3', 'seed is 0, which has no fields'),
+  ('--optimizer', '--optimizer', '--optimizer.FIELD'),
+  ('--optimizer Lyon', "'Lyon'", 'did you mean Lion?'),
+  ('--optimizer Stream', 'optimizer = Stream', 'Adafactor, AdamW, Lion, Muon'),
+  ('--training.steps abc', "training.steps = 'abc'", 'a whole number'),
+  ('--training.steps 1.5', 'training.steps = 1.5', 'a whole number'),
+  ('--training.steps 0', 'steps = 0', 'positive'),
+  ('--training.batch-size 9', '9', '8'),
+  ('--optimizer.learning-rate x', "optimizer.learning_rate = 'x'", 'a number'),
+  ('--optimizer.learning-rate nan', 'learning_rate = nan'),
+  ('--model.tied maybe', "model.tied = 'maybe'", 'true or false'),
+  ('--training.dtype float8', "'float8'", 'bfloat16'),
+  ('--training.remat foo', "'foo'", 'known: '),
+  ('--training.trackers foo', "'foo'", 'TensorBoard'),
+  ('--run.name ../x', "'../x'", 'letters'),
+  ('--run.dir some.txt', "run.dir = 'some.txt'", 'cannot be made'),
+  ('--model.heads 5', 'width = 64', 'heads = 5'),
+  ('--data.sequence-length 100000', 'sequence_length = 100000', 'at most 256'),
+  ('--mesh.fsdp 3', 'fsdp 3', 'there are 8'),
+  ('--mesh.fsdp 64', 'fsdp 64', 'there are 8'),
+  ('--mesh.fsdp -1', 'only one axis may be -1'),
+  ('--mesh.data 0', 'data = 0'),
+  ('--mesh.tensor 8 --model.heads 4 --model.width 36', 'mesh.tensor = 8', 'does not divide'),
+  ('--model.vocab-size 100', 'vocab_size = 100', '257'),
+  ('--init-from nope', "no run 'nope'"),
+]
+
+CORPORA = [
+  ('nope.txt', "'nope.txt'", 'no such file'),
+  ('empty', "'empty'", 'holds no files'),
+  ('no*.such', "'no*.such'", 'no file matches'),
+  ('empty.txt', 'holds no text'),
+  ('bad.txt', 'bad.txt', 'not valid UTF-8 at byte offset 3'),
+  ('binary.dat', 'binary.dat', 'not text', 'accepted: '),
+  ('broken.jsonl', 'broken.jsonl:2', 'not valid JSON'),
+  ('fields.jsonl', "no field 'text'", 'texts'),
+  ('short.txt', 'sequence_length = 32'),
+  ('some.txt --data.tokenizer TokenizerFile', 'needs path'),
+  ('some.txt --data.tokenizer TokenizerFile --data.tokenizer.path nope.json', "'nope.json'", 'cannot be read'),
+  ('some.txt --data.tokenizer TokenizerFile --data.tokenizer.path garbage.json', "'garbage.json'", 'not a tokenizer.json'),
+  ('some.txt --data.tokenizer BytePairs --data.tokenizer.vocab-size 3', 'vocab_size = 3', 'at least 257'),
+]
+
+EXPERIMENTS = [
+  ('missing.py', 'missing.py: no such file'),
+  ('nothing.py', 'nothing.py', 'defines no `experiment`'),
+  ('number.py', 'number.py', 'defines no `experiment`'),
+  ('syntax.py', 'syntax.py cannot be run', 'SyntaxError'),
+  ('fails.py', 'fails.py cannot be run', 'line 2, in experiment', 'ZeroDivisionError'),
+  ('config.py', 'config.py: ', 'steps = -1'),
+]
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / 'empty').mkdir()
+  for name, data in FILES.items():
+    (tmp_path / name).write_bytes(data)
+  return tmp_path
+
+
+def check(errors, fragments):
+  for fragment in fragments:
+    assert fragment in errors
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize('case', OPTIONS, ids=lambda c: c[0])
+def test_options(case, refused, folder):
+  check(refused(case[0], folder), case[1:])
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize('case', FIELDS, ids=lambda c: c[0])
+def test_fields(case, refused, folder):
+  check(refused(['train', 'gpt2-tiny', *SMALL, '--run.name', 'x', *shlex.split(case[0])], folder), case[1:])
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize('case', CORPORA, ids=lambda c: c[0])
+def test_corpora(case, refused, folder):
+  own = ['--data.source', 'Files', '--data.split', 'ByPosition', '--data.source.path', *shlex.split(case[0])]
+  check(refused(['train', 'gpt2-tiny', *SMALL, '--run.name', 'x', *own], folder), case[1:])
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize('case', EXPERIMENTS, ids=lambda c: c[0])
+def test_experiment_files(case, refused, folder):
+  check(refused(['train', case[0]], folder), case[1:])
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(('command', 'fragments'), [
+  ('data info --data.sorce Files', ('--data.sorce', 'did you mean source?')),
+  ('data info --datas.source Files', ('--datas.source', 'did you mean data?')),
+  ('data info --model.width 3', ('--model.width', 'overrides of data alone')),
+  ('data info --data Files', ('--data', 'name a field', 'source')),
+  ('data train-tokenizer empty --data.source PydocTopics --vocab-size 300', ('empty', 'cannot be written')),
+])
+def test_data(command, fragments, refused, folder):
+  check(refused(command, folder), fragments)
+
+
+@pytest.mark.quick
+def test_kv_heads_that_do_not_divide_the_heads(refused, folder):
+  check(refused('train llama3-tiny --model.kv-heads 3', folder), ['kv_heads = 3', 'heads = 4'])
+
+
+# ---- runs and folders of weights, damaged --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def damaged(home, tmp_path, monkeypatch):
+  """A copy of the run, to spoil."""
+  shutil.copytree(home / 'runs', tmp_path / 'runs')
+  monkeypatch.chdir(tmp_path)
+  return tmp_path / 'runs' / 'first'
+
+
+def gone(run, path):
+  target = run / path
+  shutil.rmtree(target) if target.is_dir() else target.unlink()
+
+
+def cut(run, path):
+  for file in (run / path).rglob('*'):
+    if file.is_file():
+      file.write_bytes(file.read_bytes()[:20])
+
+
+def rename(file, old, new):
+  file.write_text(file.read_text().replace(old, new))
+
+
+SPOILED = {
+  'no parameters': (lambda run: gone(run, 'checkpoints/4/params'), 'damaged'),
+  'cut short': (lambda run: cut(run, 'checkpoints/4'), 'damaged'),
+  'no meta data': (lambda run: gone(run, 'checkpoints/4/meta'), 'damaged'),
+  'no checkpoint': (lambda run: gone(run, 'checkpoints/4'), 'no checkpoint'),
+  'no tokenizer': (lambda run: gone(run, 'tokenizer'), 'holds no tokenizer'),
+  'config cut': (lambda run: (run / 'config.json').write_text('{'), 'JSON'),
+  'a list for a config': (lambda run: (run / 'config.json').write_text('[1]'), 'expected an object with a "type"'),
+  'unknown type': (lambda run: rename(run / 'config.json', '"Attention"', '"Atention"'), 'did you mean Attention?'),
+}
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize('how', SPOILED)
+def test_spoiled_runs(how, damaged, refused):
+  spoil, fragment = SPOILED[how]
+  spoil(damaged)
+  assert fragment in refused('generate first --prompt x', damaged)
+
+
+@pytest.mark.e2e
+def test_training_does_not_begin_anew_over_damaged_checkpoints(damaged, capsys):
+  """In this process there are 8 devices; a mesh may differ when a run goes on."""
+  cut(damaged, 'checkpoints/4/params')
+  before = contents(damaged / 'checkpoints')
+  assert main([*FIRST, '--training.steps', '6']) == 2
+  assert 'no checkpoint is whole' in capsys.readouterr().err
+  assert contents(damaged / 'checkpoints') == before
+
+
+@pytest.mark.e2e
+def test_a_damaged_file_of_metrics_does_not_stop_a_run(damaged, capsys):
+  file = damaged / 'checkpoints' / '4' / 'metrics' / 'metrics'
+  file.write_text(file.read_text()[:9])
+  assert main(FIRST) == 0
+  err = capsys.readouterr().err
+  assert 'no longer counts among the best' in err
+  assert 'has its 4 steps already' in err
+
+
+RUNS = [
+  (['generate', 'frist'], "no run 'frist'", 'did you mean first?'),
+  (['generate', 'first@9'], "no checkpoint of step '9'", 'there are 4'),
+  (['generate', 'first', '--prompt', 'x', '--max-new-tokens', '300'], '300', '256 positions'),
+  (['generate', 'first', '--seed', '-1'], 'seed = -1'),
+  (['generate', 'first', '--stop', ''], 'stop', 'empty'),
+  (['eval', 'first', '--model.width', '3'], '--model.width', 'data alone'),
+  (['convert', 'first', 'runs'], 'runs', 'nothing is overwritten'),
+  ([*FIRST, '--model.width', '32', '--training.batch-size', '16'], 'another experiment',
+   'model.width: 64 -> 32', 'training.batch_size: 8 -> 16'),
+  ([*FIRST, '--init-from', 'first'], '--init-from', 'began from random weights'),
+  (['train', 'gpt2-tiny', *SMALL, '--model.width', '32', '--run.name', 'x', '--init-from', 'first'],
+   '(264, 64) in the checkpoint, (264, 32) here'),
+]
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize('case', RUNS, ids=lambda c: ' '.join(c[0][:2] + c[0][-2:]))
+def test_what_a_run_cannot_do(case, home, refused):
+  check(refused(case[0], home), case[1:])
+
+
+@pytest.mark.e2e
+def test_folders_of_weights_that_cannot_be_read(home, refused, tmp_path, capsys):
+  assert main(['convert', 'first', str(tmp_path / 'good')]) == 0
+  capsys.readouterr()
+
+  def message(change):
+    folder = tmp_path / 'weights'
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(tmp_path / 'good', folder)
+    change(folder)
+    return refused(['generate', folder, '--prompt', 'x'], tmp_path)
+
+  def replace(old, new):
+    return lambda f: (f / 'config.json').write_text((f / 'config.json').read_text().replace(old, new))
+
+  assert 'never read here' in message(lambda f: (f / 'model.safetensors').rename(f / 'pytorch_model.bin'))
+  assert 'cut short' in message(lambda f: (f / 'model.safetensors').write_bytes((f / 'model.safetensors').read_bytes()[:1000]))
+  assert "'mish'" in message(replace('gelu_new', 'mish'))
+  assert 'did you mean gpt2?' in message(replace('"gpt2"', '"gptt2"'))
+  assert 'holds no tokenizer' in message(lambda f: (f / 'tokenizer.json').unlink())
+
+
+@pytest.mark.quick
+def test_a_dict_of_parameters_is_checked_by_name_and_shape(tmp_path, monkeypatch):
+  import numpy as np
+
+  import jaxformer
+  from jaxformer.config import InputError
+  from jaxformer.models.params import define
+  monkeypatch.chdir(tmp_path)
+  flags = [(w.removeprefix('--'), v) for w, v in zip(SMALL[::2], SMALL[1::2], strict=True)]
+  experiment = jaxformer.experiment('gpt2-tiny', *flags, ('run.name', 'given'))
+  params = {n: np.zeros(i.shape, np.float32) for n, i in define(experiment.model).info.items()}
+  params['final_norm.scale'], params['spare'] = np.zeros(3, np.float32), params.pop('final_norm.offset')
+  with pytest.raises(InputError) as e:
+    jaxformer.train(experiment, init_from=params)
+  for line in ('final_norm.offset: not given', 'spare: not of this model', 'final_norm.scale: (3,) given, (64,) here'):
+    assert line in str(e.value)
+  assert list(tmp_path.iterdir()) == []

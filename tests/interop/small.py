@@ -1,0 +1,23 @@
+"""Models small enough to convert many times, whose every parameter differs from every other."""
+
+import jax
+import numpy as np
+
+from jaxformer.models.params import define
+from jaxformer.models.zoo.gpt import gpt
+from jaxformer.models.zoo.llama import LLAMA3_1, llama
+
+
+def noisy(config, seed=0, std=0.1):
+  """Parameters of which none is constant: scales of ones and offsets of zeros would hide a wrong map."""
+  info, numbers = define(config).info, np.random.default_rng(seed)
+  return {n: jax.numpy.asarray(numbers.normal('scale' in n, std, i.shape), 'float32') for n, i in info.items()}
+
+
+SMALL = {
+  'gpt2': gpt(16, 3, 2, context=12, vocab_size=30),
+  'llama': llama(16, 3, 24, 4, 2, context=12, vocab_size=30, rotary=LLAMA3_1),
+  'tied': llama(16, 1, 24, 4, 2, context=12, vocab_size=30, rotary=LLAMA3_1, tied=True),
+}
+
+

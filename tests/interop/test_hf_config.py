@@ -1,0 +1,124 @@
+"""`config.json` <-> our config: the published ones, both forms of rope settings, and what is refused by name."""
+
+import json
+
+import pytest
+
+from jaxformer.config import InputError
+from jaxformer.interop import load_hf
+from jaxformer.interop.families import FAMILIES
+from jaxformer.interop.family import match
+from jaxformer.interop.settings import ACTIVATIONS, Settings, activation_name
+from jaxformer.layers.position import Llama3Scaling, Rotary
+from jaxformer.models.zoo import PRESETS
+
+pytestmark = pytest.mark.quick
+
+# What the published repositories hold, with the fields that say something of the function.
+GPT2 = {
+  'activation_function': 'gelu_new', 'attn_pdrop': 0.1, 'embd_pdrop': 0.1, 'initializer_range': 0.02, 'layer_norm_epsilon': 1e-05,
+  'model_type': 'gpt2', 'n_ctx': 1024, 'n_embd': 768, 'n_head': 12, 'n_layer': 12, 'n_positions': 1024, 'resid_pdrop': 0.1,
+  'summary_type': 'cls_index', 'vocab_size': 50257,
+}
+LLAMA31_8B = {
+  'attention_bias': False, 'attention_dropout': 0.0, 'hidden_act': 'silu', 'hidden_size': 4096, 'initializer_range': 0.02,
+  'intermediate_size': 14336, 'max_position_embeddings': 131072, 'mlp_bias': False, 'model_type': 'llama',
+  'num_attention_heads': 32,
+  'num_hidden_layers': 32, 'num_key_value_heads': 8, 'pretraining_tp': 1, 'rms_norm_eps': 1e-05, 'rope_theta': 500000.0,
+  'rope_scaling': {
+    'factor': 8.0, 'low_freq_factor': 1.0, 'high_freq_factor': 4.0, 'original_max_position_embeddings': 8192,
+    'rope_type': 'llama3'},
+  'tie_word_embeddings': False, 'torch_dtype': 'bfloat16', 'vocab_size': 128256,
+}
+LLAMA32_1B = LLAMA31_8B | {
+  'head_dim': 64, 'hidden_size': 2048, 'intermediate_size': 8192, 'num_hidden_layers': 16, 'tie_word_embeddings': True,
+  'rope_scaling': LLAMA31_8B['rope_scaling'] | {'factor': 32.0},
+}
+LLAMA2_7B = {
+  'hidden_act': 'silu', 'hidden_size': 4096, 'intermediate_size': 11008, 'max_position_embeddings': 4096, 'model_type': 'llama',
+  'num_attention_heads': 32, 'num_hidden_layers': 32, 'rms_norm_eps': 1e-05, 'rope_scaling': None, 'vocab_size': 32000,
+}
+
+
+def read(fields):
+  return FAMILIES[fields['model_type']].read(Settings(fields))
+
+
+@pytest.mark.parametrize(('fields', 'name'), [
+  (GPT2, 'gpt2'), (LLAMA2_7B, 'llama2-7b'), (LLAMA31_8B, 'llama3.1-8b'), (LLAMA32_1B, 'llama3.2-1b')])
+def test_published_configs_are_our_presets(fields, name):
+  dropout = {'resid_pdrop': 0.0, 'embd_pdrop': 0.0} if name == 'gpt2' else {}
+  assert read(fields | dropout) == PRESETS[name].model
+
+
+@pytest.mark.parametrize('name', [n for n in PRESETS if PRESETS[n].family in ('gpt2', 'llama2', 'llama3')])
+def test_presets_go_there_and_back(name):
+  family, fields = match(PRESETS[name].model)
+  assert family.read(Settings(json.loads(json.dumps(fields)))) == PRESETS[name].model
+
+
+def test_gpt3_has_no_counterpart():
+  with pytest.raises(InputError, match=r'As gpt2: stack\.1\.branches\.0\.layer\.window: 64 -> null'):
+    match(PRESETS['gpt3-tiny'].model)
+
+
+def test_a_window_makes_it_mistral():
+  fields = {'model_type': 'mistral', 'hidden_size': 64, 'num_attention_heads': 4, 'num_key_value_heads': 2, 'intermediate_size': 96,
+            'num_hidden_layers': 2, 'sliding_window': 8, 'vocab_size': 32, 'max_position_embeddings': 128}
+  config = read(fields)
+  family, written = match(config)
+  assert family.model_type == 'mistral'
+  assert written['sliding_window'] == 8
+  assert family.read(Settings(written)) == config
+  assert match(read(fields | {'sliding_window': None}))[0].model_type == 'llama'
+
+
+def rotary_of(**fields):
+  return read({'model_type': 'llama', **fields}).stack[0].pattern[0].branches[0].layer.position
+
+
+def test_both_forms_of_rope_settings():
+  scaling = {
+    'rope_type': 'llama3', 'factor': 4.0, 'low_freq_factor': 1.0, 'high_freq_factor': 2.0, 'original_max_position_embeddings': 64}
+  expected = Rotary(theta=5e5, scaling=Llama3Scaling(factor=4.0, low=1.0, high=2.0, original_context=64))
+  assert rotary_of() == Rotary()
+  assert rotary_of(rope_theta=5e5) == rotary_of(rope_parameters={'rope_theta': 5e5, 'rope_type': 'default'}) == Rotary(theta=5e5)
+  assert rotary_of(rope_theta=5e5, rope_scaling=scaling) == expected
+  assert rotary_of(rope_parameters={'rope_theta': 5e5, **scaling}) == expected
+  assert rotary_of(rope_theta=5e5, rope_scaling=scaling, rope_parameters={'rope_theta': 5e5, **scaling}) == expected
+  with pytest.raises(InputError, match=r'rope_scaling = .* and rope_parameters = .* disagree'):
+    rotary_of(rope_theta=5e5, rope_scaling=scaling, rope_parameters={'rope_theta': 1e4, **scaling})
+
+
+@pytest.mark.parametrize(('fields', 'message'), [
+  (LLAMA2_7B | {'rope_scaling': {'type': 'linear', 'factor': 2.0}}, r"rope_scaling: type = 'linear' is not supported"),
+  (LLAMA2_7B | {'rope_parameters': {'rope_type': 'yarn', 'factor': 2.0}}, r"rope_parameters: rope_type = 'yarn' is not supported"),
+  (LLAMA2_7B | {'rope_parameters': {'rope_type': 'llama3', 'factor': 2.0}}, 'low_freq_factor is missing'),
+  (LLAMA2_7B | {'rope_parameters': {'partial_rotary_factor': 0.5}}, r'partial_rotary_factor = 0\.5'),
+  (LLAMA2_7B | {'hidden_act': 'mish'}, "hidden_act = 'mish' is not supported: must be one of gelu,"),
+  (LLAMA2_7B | {'hidden_size': '4096'}, "hidden_size = '4096' is not supported: must be an integer"),
+  (LLAMA2_7B | {'num_hidden_layers': 0}, 'num_hidden_layers = 0 is not supported: must be positive'),
+  (LLAMA2_7B | {'num_key_value_heads': 5}, 'kv_heads = 5'),
+  (GPT2 | {'scale_attn_by_inverse_layer_idx': True}, 'scale_attn_by_inverse_layer_idx = True'),
+  (GPT2 | {'add_cross_attention': True}, 'add_cross_attention = True'),
+  (GPT2 | {'model_type': 'gpt3'}, "model_type = 'gpt3' is not supported; did you mean gpt2"),
+  (GPT2 | {'model_type': None}, 'model_type = None'),
+  (GPT2 | {'quantization_config': {'bits': 4}}, 'quantization_config'),
+])
+def test_unsupported_settings_are_named(tmp_path, fields, message):
+  (tmp_path / 'config.json').write_text(json.dumps(fields))
+  with pytest.raises(InputError, match=message) as e:
+    load_hf(tmp_path)
+  assert 'config.json' in str(e.value) or 'kv_heads' in message
+
+
+@pytest.mark.parametrize('content', ['', '[1]', '{', '\xff'])
+def test_config_that_is_no_object(tmp_path, content):
+  (tmp_path / 'config.json').write_text(content, encoding='latin-1')
+  with pytest.raises(InputError, match=r'config\.json'):
+    load_hf(tmp_path)
+
+
+def test_activations_have_a_name_there_and_back():
+  for ours in set(ACTIVATIONS.values()):
+    assert ACTIVATIONS[activation_name(ours)] == ours

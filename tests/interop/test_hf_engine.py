@@ -1,0 +1,361 @@
+"""The engine without torch: maps, files, and what is refused."""
+
+import itertools
+import json
+import os
+import re
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from jaxformer.config import InputError
+from jaxformer.interop import describe, load_hf, save_hf, weights
+from jaxformer.interop.families import FAMILIES
+from jaxformer.interop.tensors import INDEX, SINGLE, Reader, plan_files
+from jaxformer.interop.weights import Concat, NewAxis, Permute, Unstack
+from jaxformer.layers.attention import Attention
+from jaxformer.layers.mlp import GatedMlp
+from jaxformer.models.block import Block, PreNorm
+from jaxformer.models.params import ParamInfo, define
+from jaxformer.models.stack import Group
+from jaxformer.sharding import MeshConfig, make_mesh
+from tests.interop.small import SMALL, noisy
+
+pytestmark = pytest.mark.quick
+
+
+def same(a, b):
+  assert list(a) == list(b)
+  for name in a:
+    np.testing.assert_array_equal(np.asarray(a[name]), np.asarray(b[name]), err_msg=name, strict=True)
+
+
+@pytest.fixture(params=SMALL)
+def small(request):
+  """(config, params) of each small model."""
+  return SMALL[request.param], noisy(SMALL[request.param])
+
+
+def tensors_of(folder):
+  return safetensors.numpy.load_file(folder / SINGLE)
+
+
+def rewrite(folder, change):
+  tensors = tensors_of(folder)
+  change(tensors)
+  safetensors.numpy.save_file({n: np.ascontiguousarray(t) for n, t in tensors.items()}, folder / SINGLE)
+
+
+def change_config(folder, **fields):
+  path = folder / 'config.json'
+  path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+@pytest.fixture
+def saved(tmp_path):
+  """A folder with the small Llama."""
+  save_hf(tmp_path / 'saved', SMALL['llama'], noisy(SMALL['llama']))
+  return tmp_path / 'saved'
+
+
+# ---- round trips ------------------------------------------------------------------------------------------------------
+
+
+def test_round_trip_is_bit_for_bit(small, tmp_path):
+  config, params = small
+  save_hf(tmp_path / 'out', config, params)
+  read, loaded = load_hf(tmp_path / 'out')
+  assert read == config
+  same(loaded, params)
+  assert os.listdir(tmp_path) == ['out']   # nothing partial is left behind
+
+
+def test_second_export_is_byte_for_byte(saved, tmp_path):
+  save_hf(tmp_path / 'again', *load_hf(saved))
+  assert sorted(os.listdir(saved)) == sorted(os.listdir(tmp_path / 'again'))
+  for file in os.listdir(saved):
+    assert (saved / file).read_bytes() == (tmp_path / 'again' / file).read_bytes()
+
+
+def test_divided_files(small, tmp_path):
+  config, params = small
+  save_hf(tmp_path / 'out', config, params, max_shard_bytes=3000)
+  files = sorted(p.name for p in (tmp_path / 'out').glob('*.safetensors'))
+  index = json.loads((tmp_path / 'out' / INDEX).read_text())
+  assert len(files) > 2
+  assert set(index['weight_map'].values()) == set(files)
+  assert index['metadata']['total_size'] == 4 * define(config).size
+  same(load_hf(tmp_path / 'out')[1], params)
+
+
+def test_transposed_arrays_are_written_as_they_read(saved):
+  wq = noisy(SMALL['llama'])['stack.groups.0.0.branches.0.layer.wq']
+  for layer in range(3):
+    np.testing.assert_array_equal(tensors_of(saved)[f'model.layers.{layer}.self_attn.q_proj.weight'], np.asarray(wq[layer]).T)
+
+
+@pytest.mark.parametrize(('name', 'file_type'), [('bfloat16', ml_dtypes.bfloat16), ('float16', np.float16)])
+def test_half_precision_files_become_float32(small, tmp_path, name, file_type):
+  config, params = small
+  save_hf(tmp_path / 'out', config, params, dtype=name)
+  assert {t.dtype for t in tensors_of(tmp_path / 'out').values()} == {np.dtype(file_type)}
+  assert json.loads((tmp_path / 'out' / 'config.json').read_text())['dtype'] == name
+  rounded = {n: np.asarray(p).astype(file_type) for n, p in params.items()}
+  same(load_hf(tmp_path / 'out')[1], {n: p.astype('float32') for n, p in rounded.items()})
+  same(load_hf(tmp_path / 'out', dtype=jnp.dtype(file_type))[1], rounded)
+
+
+def test_numbers_too_large_for_the_type(tmp_path):
+  params = noisy(SMALL['tied']) | {'embedding': jnp.full((30, 16), 1e5)}
+  with pytest.raises(InputError, match=r'float16.*model.embed_tokens.weight.*1e\+05'):
+    save_hf(tmp_path / 'out', SMALL['tied'], params, dtype='float16')
+  assert os.listdir(tmp_path) == []
+  with pytest.raises(InputError, match=r"dtype = 'int8'"):
+    save_hf(tmp_path / 'out', SMALL['tied'], params, dtype='int8')
+
+
+def test_onto_a_mesh(saved):
+  mesh = make_mesh(MeshConfig(fsdp=4, tensor=2))
+  _, params = load_hf(saved, mesh=mesh)
+  same(params, load_hf(saved)[1])
+  wq = params['stack.groups.0.0.branches.0.layer.wq']
+  assert wq.sharding == define(SMALL['llama']).shardings(mesh, 'fsdp_tensor')['stack.groups.0.0.branches.0.layer.wq']
+  assert wq.addressable_shards[0].data.shape == (3, 4, 8)
+
+
+def test_grouping_of_blocks_does_not_matter(tmp_path):
+  config = SMALL['gpt2']
+  (group,) = config.stack
+  regrouped = config.replace(stack=(group.replace(repeats=1), Group(pattern=group.pattern * 2)))
+  save_hf(tmp_path / 'out', regrouped, noisy(regrouped))
+  read, loaded = load_hf(tmp_path / 'out')
+  assert read == config
+  tokens = jnp.arange(20).reshape(2, 10)
+  logits = [define(c).merge(p)(tokens).y for c, p in ((regrouped, noisy(regrouped)), (read, loaded))]
+  np.testing.assert_allclose(*logits, atol=1e-6)
+
+
+def test_describe_reads_headers(saved):
+  told = describe(saved)
+  assert told == json.loads(json.dumps(told))
+  assert told['model_type'] == 'llama'
+  assert told['params'] == define(SMALL['llama']).size
+  assert (told['layers'], told['width'], told['dtypes'], told['files']) == (3, 16, {'F32': 30}, [SINGLE])
+  assert told['bytes'] == (saved / SINGLE).stat().st_size
+
+
+def test_tokenizer_comes_along(saved, tmp_path):
+  source = tmp_path / 'tokenizer'
+  source.mkdir()
+  with pytest.raises(InputError, match='tokenizer_folder'):
+    save_hf(tmp_path / 'out', *load_hf(saved), tokenizer_folder=source)
+  (source / 'tokenizer.json').write_text('{"x": 1}')
+  (source / 'training_args.bin').write_bytes(b'pickle')
+  (source / 'config.json').write_text('{"eos_token_id": 7, "hidden_size": 999}')
+  save_hf(tmp_path / 'out', *load_hf(saved), tokenizer_folder=source)
+  assert sorted(os.listdir(tmp_path / 'out')) == ['config.json', SINGLE, 'tokenizer.json']
+  assert json.loads((tmp_path / 'out' / 'config.json').read_text())['eos_token_id'] == 7
+  assert load_hf(tmp_path / 'out')[0] == SMALL['llama']
+
+
+# ---- what the files may leave out, and what they may not -------------------------------------------------------------
+
+
+def test_names_without_the_prefix_and_buffers(tmp_path):
+  """GPT-2's own files lack `transformer.` and carry the causal mask."""
+  config, params = SMALL['gpt2'], noisy(SMALL['gpt2'])
+  save_hf(tmp_path / 'out', config, params)
+
+  def as_published(tensors):
+    for name in list(tensors):
+      tensors[name.removeprefix('transformer.')] = tensors.pop(name)
+    tensors['h.0.attn.bias'] = np.ones((1, 1, 12, 12), np.uint8)
+    tensors['h.0.attn.masked_bias'] = np.float32(-1e4)
+    tensors['lm_head.weight'] = tensors['wte.weight']
+
+  rewrite(tmp_path / 'out', as_published)
+  same(load_hf(tmp_path / 'out')[1], params)
+
+
+def test_a_tied_head_must_be_the_embedding(tmp_path):
+  save_hf(tmp_path / 'out', SMALL['tied'], noisy(SMALL['tied']))
+  rewrite(tmp_path / 'out', lambda t: t.update({'lm_head.weight': t['model.embed_tokens.weight'] + 1}))
+  with pytest.raises(InputError, match=r'lm_head\.weight differs from model\.embed_tokens\.weight.*tie_word_embeddings'):
+    load_hf(tmp_path / 'out')
+
+
+def test_all_that_is_wrong_in_one_message(saved):
+  def spoil(tensors):
+    del tensors['lm_head.weight'], tensors['model.layers.1.mlp.up_proj.weight']
+    tensors['model.layers.3.mlp.up_proj.weight'] = np.zeros((24, 16), np.float32)
+    tensors['model.layers.0.self_attn.k_proj.weight'] = np.zeros((16, 16), np.float32)
+    tensors['model.norm.weight'] = np.zeros(16, np.int8)
+
+  rewrite(saved, spoil)
+  with pytest.raises(InputError) as e:
+    load_hf(saved)
+  for piece in (
+    r'missing: model\.layers\.1\.mlp\.up_proj\.weight \[24, 16\], lm_head\.weight \[30, 16\]',
+    r'unexpected: model\.layers\.3\.mlp\.up_proj\.weight',
+    r'shape: model\.layers\.0\.self_attn\.k_proj\.weight is \[16, 16\], the config needs \[8, 16\]',
+    r'model\.norm\.weight \(I8\)',
+  ):
+    assert re.search(piece, str(e.value)), piece
+
+
+def test_parameters_are_checked_before_anything_is_written(tmp_path):
+  params = noisy(SMALL['llama'])
+  head = params.pop('head')
+  with pytest.raises(InputError, match=r'missing: head; unexpected: tail; of another shape: embedding is \[3, 3\]'):
+    save_hf(tmp_path / 'out', SMALL['llama'], params | {'tail': head, 'embedding': jnp.zeros((3, 3))})
+  assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize('left', [0, 4, 200, -1000, -1])
+def test_truncated_files(saved, left):
+  whole = (saved / SINGLE).read_bytes()
+  (saved / SINGLE).write_bytes(whole[:left])
+  with pytest.raises(InputError, match='damaged or cut short'):
+    load_hf(saved)
+
+
+def test_index_and_files_disagree(tmp_path):
+  save_hf(tmp_path / 'out', SMALL['llama'], noisy(SMALL['llama']), max_shard_bytes=3000)
+  path = tmp_path / 'out' / INDEX
+  index = json.loads(path.read_text())
+  for name, file, message in (
+    ('model.norm.weight', '../evil.safetensors', 'not the name of a safetensors file'),
+    ('model.norm.weight', 'model-00099.safetensors', 'download is not complete'),
+    ('model.absent', index['weight_map']['model.norm.weight'], 'promises tensors.*model.absent'),
+  ):
+    path.write_text(json.dumps(index | {'weight_map': index['weight_map'] | {name: file}}))
+    with pytest.raises(InputError, match=message):
+      load_hf(tmp_path / 'out')
+
+
+def test_pickles_are_never_opened(saved):
+  (saved / SINGLE).rename(saved / 'pytorch_model.bin')
+  with pytest.raises(InputError, match=r'pytorch_model\.bin.*run code.*save_pretrained'):
+    load_hf(saved)
+  (saved / 'pytorch_model.bin').unlink()
+  with pytest.raises(InputError, match='neither'):
+    load_hf(saved)
+  with pytest.raises(InputError, match='no such folder'):
+    load_hf(saved / 'nowhere')
+
+
+def test_nothing_is_overwritten(saved, tmp_path):
+  with pytest.raises(InputError, match='not an empty folder'):
+    save_hf(saved, *load_hf(saved))
+  (tmp_path / 'file').write_text('')
+  with pytest.raises(InputError, match='already there'):
+    save_hf(tmp_path / 'file', *load_hf(saved))
+  (tmp_path / 'empty').mkdir()
+  save_hf(tmp_path / 'empty', *load_hf(saved))
+  assert load_hf(tmp_path / 'empty')[0] == SMALL['llama']
+
+
+def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch):
+  def fail(self, name):
+    raise OSError('disk full')
+
+  monkeypatch.setattr(weights.Export, '__call__', fail)
+  with pytest.raises(OSError, match='disk full'):
+    save_hf(tmp_path / 'out', SMALL['llama'], noisy(SMALL['llama']))
+  assert os.listdir(tmp_path) == []
+
+
+# ---- models without a counterpart ------------------------------------------------------------------------------------
+
+
+def llama_with(**attention):
+  config = SMALL['llama']
+  block = config.stack[0].pattern[0]
+  first, second = block.branches
+  layer = first.layer.replace(**attention)
+  return config.replace(stack=(Group(pattern=(Block.Config(branches=(first.replace(layer=layer), second)),), repeats=3),))
+
+
+OTHER = Block.Config(branches=(PreNorm.Config(layer=Attention.Config()), PreNorm.Config(layer=GatedMlp.Config(hidden=8))))
+
+
+@pytest.mark.parametrize(('config', 'message'), [
+  (llama_with(softcap=30.0), r'As llama: stack\.0\.branches\.0\.layer\.softcap: 30\.0 -> null'),
+  (llama_with(position=None), 'As llama: the position of layer 0 of block 0 is None, not Rotary'),
+  (SMALL['gpt2'].replace(head_bias=True), 'As gpt2: head_bias: true -> false'),
+  (SMALL['gpt2'].replace(final_norm=None), 'As gpt2: final_norm'),
+  (SMALL['llama'].replace(stack=(Group(pattern=(Block.Config(branches=(PreNorm.Config(layer=Attention.Config()),)),)),)),
+   'As llama: block 0 has 1 branches, not 2'),
+  (SMALL['llama'].replace(stack=(*SMALL['llama'].stack, Group(pattern=(OTHER,)))), r'As llama: stack\.3\.branches'),
+])
+def test_models_without_a_counterpart(tmp_path, config, message):
+  with pytest.raises(InputError, match=message):
+    save_hf(tmp_path / 'out', config, {})
+
+
+# ---- pieces -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(('steps', 'shapes'), [
+  ((Concat(1),), [(3, 2), (3, 1), (3, 4)]),
+  ((Concat(1), Permute((1, 0))), [(3, 2), (3, 1)]),
+  ((Unstack(), Permute((1, 0))), [(5, 3, 2)]),
+  ((Permute((1, 0)), NewAxis(1)), [(4, 6)]),
+  ((Permute((2, 0, 1)),), [(2, 3, 4)]),
+])
+def test_steps_undo_themselves(steps, shapes):
+  numbers = np.random.default_rng(0)
+  ours = [numbers.normal(size=s).astype('float32') for s in shapes]
+  where = tuple(weights.Place(str(i), None, s) for i, s in enumerate(shapes))
+  link = weights._link(where, 'x.{item}' if Unstack() in steps else 'x', steps)
+  theirs = link.save(ours)
+  assert {n: t.shape for n, t in theirs.items()} == link.theirs
+  for a, b in zip(link.load(list(theirs.values())), ours, strict=True):
+    np.testing.assert_array_equal(a, b)
+
+
+def test_places_count_blocks_through_all_groups_of_a_stack():
+  def info(*shape, stacked=False):
+    axes = ('layers', *(None,) * (len(shape) - 1)) if stacked else (None,) * len(shape)
+    return ParamInfo(shape, np.float32, axes, True, 1.0, False, True, 1.0)
+
+  where = weights.places({
+    'embedding': info(7, 2), 'stack.groups.0.0.a': info(2), 'stack.groups.1.0.a': info(3, 2, stacked=True),
+    'stack.groups.1.1.b': info(3, 4, stacked=True), 'stack.groups.2.0.a': info(2),
+    'encoder.stack.groups.0.0.a': info(2, 2, stacked=True),
+  })
+  assert where['embedding'] == weights.Place('embedding', None, (7, 2))
+  assert [where[f'stack.{i}.a'].stored.split('.')[2] for i in (0, 1, 3, 5, 7)] == ['0', '1', '1', '1', '2']
+  assert where['stack.6.b'] == weights.Place('stack.groups.1.1.b', 2, (4,))
+  assert where['encoder.stack.1.a'] == weights.Place('encoder.stack.groups.0.0.a', 1, (2,))
+  assert len(where) == 11
+
+
+def test_a_rule_that_is_forgotten_is_noticed():
+  rules = FAMILIES['llama'].rules(SMALL['llama'])
+  with pytest.raises(InputError, match=r'no place for stack\.0\.branches\.1\.layer\.w_out'):
+    weights.connect(define(SMALL['llama']).info, [r for r in rules if 'w_out' not in r.ours[0]], 'llama')
+  with pytest.raises(ValueError, match='twice'):
+    weights.connect(define(SMALL['llama']).info, [*rules, rules[0]], 'llama')
+
+
+def test_files_are_closed_when_full():
+  assert plan_files({'a': 5, 'b': 5, 'c': 20, 'd': 1}, 10) == {
+    'model-00001-of-00003.safetensors': ['a', 'b'], 'model-00002-of-00003.safetensors': ['c'],
+    'model-00003-of-00003.safetensors': ['d']}
+  assert plan_files({'a': 5}, 1) == {SINGLE: ['a']}
+
+
+def test_one_tensor_at_a_time(saved, monkeypatch):
+  """No tensor is read twice, and a parameter leaves the host before the next one is begun."""
+  read, put = [], []
+  original = Reader.read
+  monkeypatch.setattr(Reader, 'read', lambda self, name: read.append(name) or original(self, name))
+  monkeypatch.setattr(jax.numpy, 'asarray', lambda x: put.append(len(read)) or x)
+  load_hf(saved)
+  assert len(read) == len(set(read)) == 30
+  assert max(b - a for a, b in itertools.pairwise(put)) == 3   # as many as there are layers

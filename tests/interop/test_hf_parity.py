@@ -1,0 +1,155 @@
+"""Against transformers, the oracle: the same logits and the same greedy tokens, in both directions, fp32 on a CPU."""
+
+import functools
+import importlib.util
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxformer.interop import load_hf, save_hf
+from jaxformer.layers.layer import Context
+from jaxformer.models.params import define
+from tests.interop.small import noisy
+
+LACKING = [m for m in ('torch', 'transformers') if importlib.util.find_spec(m) is None]
+pytestmark = [
+  pytest.mark.parity,
+  pytest.mark.skipif(bool(LACKING), reason=f'{" and ".join(LACKING)} not installed: pip install "jaxformer[parity]"'),
+]
+
+TOLERANCE = 1e-4
+LENGTH, NEW = 96, 48
+
+SIZE = {'vocab_size': 97, 'hidden_size': 64, 'num_hidden_layers': 2, 'intermediate_size': 96, 'max_position_embeddings': 256}
+LLAMA3 = {'rope_type': 'llama3', 'rope_theta': 10000.0, 'factor': 8.0, 'low_freq_factor': 1.0, 'high_freq_factor': 4.0,
+          'original_max_position_embeddings': 32}   # short, so that the sequences here are far beyond it
+GPT2 = {'vocab_size': 97, 'n_embd': 64, 'n_layer': 2, 'n_head': 4, 'n_positions': 256}
+
+MODELS = {
+  'gpt2': ('GPT2', GPT2),
+  'gpt2-unusual': ('GPT2', GPT2 | {'n_inner': 80, 'activation_function': 'gelu', 'layer_norm_epsilon': 1e-2,
+                                   'scale_attn_weights': False, 'tie_word_embeddings': False}),
+  'llama2': ('Llama', SIZE | {'num_attention_heads': 4, 'rms_norm_eps': 1e-5}),
+  'llama3.1': ('Llama', SIZE | {'num_attention_heads': 4, 'num_key_value_heads': 2, 'rope_parameters': LLAMA3}),
+  'llama3.2': ('Llama', SIZE | {'num_attention_heads': 4, 'num_key_value_heads': 1, 'tie_word_embeddings': True, 'head_dim': 24,
+                                'rope_parameters': LLAMA3 | {'factor': 32.0, 'rope_theta': 5e5}}),
+  'llama-biases': ('Llama', SIZE | {'num_attention_heads': 4, 'attention_bias': True, 'mlp_bias': True, 'rms_norm_eps': 1e-2}),
+  'mistral': ('Mistral', SIZE | {'num_attention_heads': 4, 'num_key_value_heads': 2, 'sliding_window': 7}),
+}
+
+
+def theirs(name):
+  """A random model of transformers."""
+  import torch
+  import transformers
+  family, fields = MODELS[name]
+  torch.manual_seed(0)
+  config = getattr(transformers, f'{family}Config')(**fields, bos_token_id=None, eos_token_id=None)
+  model = (transformers.GPT2LMHeadModel if family == 'GPT2' else getattr(transformers, f'{family}ForCausalLM'))(config).eval()
+  with torch.no_grad():
+    for p in model.parameters():   # scales of ones and offsets of zeros would hide a wrong map
+      p.add_(torch.randn_like(p) * 0.1)
+  return model
+
+
+@pytest.fixture(scope='module', params=MODELS)
+def imported(request, tmp_path_factory):
+  """(their model, our config, our params) after `save_pretrained` and `load_hf`."""
+  model, folder = theirs(request.param), tmp_path_factory.mktemp('hf') / 'theirs'
+  model.save_pretrained(folder)
+  ours, params = load_hf(folder)
+  assert define(ours).size == sum(p.numel() for p in model.parameters())
+  return model, ours, params
+
+
+def tokens(seed=0, length=LENGTH):
+  return np.random.default_rng(seed).integers(0, 97, (2, length))
+
+
+def their_logits(model, ids):
+  import torch
+  with torch.no_grad():
+    return model(torch.from_numpy(ids)).logits.float().numpy()
+
+
+def our_logits(config, params, ids):
+  return np.asarray(_logits(config, params, jnp.asarray(ids)))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _logits(config, params, ids):
+  return define(config).merge(params)(ids).y
+
+
+def agree(ours, expected, what):
+  difference = np.abs(ours - expected).max()
+  print(f'{what}: max abs difference {difference:.2e} of logits up to {np.abs(expected).max():.2f}')
+  assert np.abs(expected).max() > 0.5   # else a small difference says nothing
+  assert difference < TOLERANCE
+
+
+def test_import_gives_the_same_logits(imported, request):
+  model, config, params = imported
+  agree(our_logits(config, params, tokens()), their_logits(model, tokens()), f'import {request.node.callspec.id}')
+
+
+def test_export_gives_the_same_logits(imported, request, tmp_path):
+  import transformers
+  _, config, _ = imported
+  initial, noise = define(config).init(jax.random.key(3)), noisy(config, seed=7, std=0.05)
+  params = {n: noise[n] if 'scale' in n else p + noise[n] for n, p in initial.items()}
+  save_hf(tmp_path / 'ours', config, params)
+  model, told = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'ours', output_loading_info=True)
+  assert not any(told[k] for k in ('missing_keys', 'unexpected_keys', 'mismatched_keys')), told
+  agree(our_logits(config, params, tokens(1)), their_logits(model.eval(), tokens(1)), f'export {request.node.callspec.id}')
+  assert load_hf(tmp_path / 'ours')[0] == config
+
+
+@pytest.mark.parametrize('imported', ['gpt2', 'llama2', 'llama3.1', 'llama3.2', 'mistral'], indirect=True)
+def test_greedy_tokens_are_the_same(imported):
+  """48 tokens, ours by prefill and steps, theirs by their own cache."""
+  import torch
+  model, config, params = imported
+  prompt = tokens(2, 40)
+  definition = define(config)
+
+  @jax.jit
+  def greedy(params, ids):
+    module = definition.merge(params)
+    out = module(ids, Context(), module.init_state(ids.shape[0], ids.shape[1] + NEW))
+
+    def step(carry, _):
+      token, state = carry
+      out = module.step(token, Context(), state)
+      return (out.y.argmax(-1), out.state), token
+
+    return jax.lax.scan(step, (out.y[:, -1].argmax(-1), out.state), length=NEW)[1].T
+
+  with torch.no_grad():
+    expected = model.generate(
+      torch.from_numpy(prompt), attention_mask=torch.ones(prompt.shape, dtype=torch.long), do_sample=False, max_new_tokens=NEW,
+      min_new_tokens=NEW, pad_token_id=0)
+  np.testing.assert_array_equal(np.asarray(greedy(params, jnp.asarray(prompt))), expected[:, prompt.shape[1]:].numpy())
+
+
+def test_scaling_matters_here():
+  """The Llama 3.1 case would notice a wrong scaling: without it the logits are far off."""
+  import torch
+  model = theirs('llama3.1')
+  scaled = their_logits(model, tokens())
+  model.model.rotary_emb.inv_freq = 10000.0 ** (-torch.arange(0, 16, 2) / 16)
+  assert np.abs(scaled - their_logits(model, tokens())).max() > 100 * TOLERANCE
+
+
+def test_bf16_files_and_divided_files_of_theirs(tmp_path):
+  import torch
+  model = theirs('llama3.1').to(torch.bfloat16)
+  model.save_pretrained(tmp_path / 'theirs', max_shard_size='100KB')
+  assert len(list((tmp_path / 'theirs').glob('*.safetensors'))) > 1
+  config, params = load_hf(tmp_path / 'theirs')
+  assert {p.dtype for p in params.values()} == {jnp.dtype('float32')}
+  # Read anew: the conversion above has also rounded the frequencies that the module keeps.
+  model = type(model).from_pretrained(tmp_path / 'theirs', dtype=torch.float32).eval()
+  agree(our_logits(config, params, tokens()), their_logits(model, tokens()), 'bf16 files')

@@ -1,0 +1,151 @@
+"""Programs that die at the worst moment, and are started again with the same command."""
+
+import contextlib
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from jaxformer import config
+from jaxformer.sharding import MeshConfig
+from jaxformer.training import train
+from jaxformer.training.checkpoint import steps_in
+from jaxformer.training.run import read_metrics
+from tests.training.compare import assert_same, curve
+from tests.training.conftest import CACHE, make_experiment
+
+pytestmark = pytest.mark.e2e
+HERE = Path(__file__).parent
+LONG = {'steps': 300, 'checkpoint_every': 20, 'eval_every': 100, 'eval_batches': 1, 'keep_latest': 3}
+
+
+def written(experiment):
+  """A folder with the experiment's config alone."""
+  folder = Path(experiment.run.dir) / 'configs' / experiment.run.name
+  folder.mkdir(parents=True, exist_ok=True)
+  (folder / 'config.json').write_text(config.text(experiment))
+  return folder
+
+
+def start(experiment, devices=1, *distributed):
+  command = [sys.executable, HERE / 'program.py', written(experiment), CACHE, devices, *distributed]
+  return subprocess.Popen([str(c) for c in command], env=environment(), stderr=subprocess.PIPE, text=True)
+
+
+def environment():
+  return os.environ | {'PYTHONPATH': str(HERE.parent.parent), 'JAX_COMPILATION_CACHE_DIR': jax.config.jax_compilation_cache_dir}
+
+
+def finish(program, timeout=180):
+  _, err = program.communicate(timeout=timeout)
+  return program.returncode, err
+
+
+def wait_for(condition, program, timeout=120):
+  """Polls until a condition holds or the program ends."""
+  end = time.monotonic() + timeout
+  while program.poll() is None and time.monotonic() < end:
+    with contextlib.suppress(OSError, ValueError):   # files come and go
+      if condition():
+        return
+    time.sleep(0.001)
+  raise AssertionError(f'it ended or waited too long: {program.poll()}')
+
+
+def steps_done(folder):
+  return max((r['step'] for r in read_metrics(folder)), default=0)
+
+
+@pytest.fixture
+def long(experiment):
+  return lambda name: experiment(name, **LONG)
+
+
+@pytest.fixture(scope='module')
+def whole(tmp_path_factory):
+  folder = tmp_path_factory.mktemp('whole')
+  code, err = finish(start(make_experiment(folder, 'whole', **LONG)))
+  assert code == 0, err
+  return folder / 'whole'
+
+
+def test_killed_at_any_moment_and_run_again_it_ends_the_same_bit_for_bit(long, whole, tmp_path):
+  folder = tmp_path / 'killed'
+  moment = random.Random(time.time_ns()).randrange(25, 200)
+  print(f'killed at step {moment} and in the save after it')
+  program = start(long('killed'))
+  wait_for(lambda: steps_done(folder) >= moment, program)
+  program.kill()
+  assert finish(program)[0] == -signal.SIGKILL
+  program = start(long('killed'))
+  began = steps_in(folder / 'checkpoints')[-1]
+  wait_for(lambda: steps_done(folder) > began and any('tmp' in p.name for p in (folder / 'checkpoints').iterdir()), program)
+  program.kill()
+  assert finish(program)[0] == -signal.SIGKILL
+  with (folder / 'metrics.jsonl').open('a') as f:
+    f.write('{"step": 299, "train/lo')   # and a line cut short
+  code, err = finish(start(long('killed')))
+  assert code == 0, err
+  assert f'resuming {folder}' in err
+  assert_same(whole, folder, 300)
+  assert [r['step'] for r in curve(folder) if 'train/loss' in r] == list(range(1, 301))
+
+
+def test_a_scheduler_that_wants_the_machine_back_gets_75(long, whole, tmp_path):
+  folder = tmp_path / 'preempted'
+  program = start(long('preempted'))
+  wait_for(lambda: steps_done(folder) >= 30, program)
+  program.send_signal(signal.SIGTERM)
+  code, err = finish(program)
+  assert code == 75, err
+  assert 'the same command goes on from there' in err
+  code, err = finish(start(long('preempted')))
+  assert code == 0, err
+  assert_same(whole, folder, 300)
+
+
+def test_a_full_disk_is_said_plainly(long, tmp_path):
+  """A limit on the size of files stands in for the disk."""
+  program = [sys.executable, str(HERE / 'program.py'), str(written(long('full'))), str(CACHE), '1']
+  command = ['bash', '-c', 'trap "" XFSZ; ulimit -f 60; exec "$@"', '-', *program]   # KiB, less than the arrays have
+  env = environment() | {'JAX_ENABLE_COMPILATION_CACHE': 'false'}   # its files would be cut short too
+  done = subprocess.run(command, env=env, stderr=subprocess.PIPE, text=True, check=False, timeout=180)
+  assert done.returncode == 1
+  assert f'warning: checkpoint 20 in {tmp_path}/full/checkpoints: ' in done.stderr
+  assert 'SaveError: checkpoint 40' in done.stderr.splitlines()[-1]
+
+
+def free_port():
+  with socket.socket() as s:
+    s.bind(('127.0.0.1', 0))
+    return s.getsockname()[1]
+
+
+def together(experiment):
+  port = free_port()
+  return [start(experiment, 2, i, 2, port) for i in range(2)]
+
+
+def test_two_processes_train_as_one_and_stop_together(experiment, dataset, tmp_path):
+  def make(name):
+    return experiment(name, steps=40, checkpoint_every=20, eval_every=40, eval_batches=1, mesh=MeshConfig(data=2, fsdp=2))
+
+  train(make('alone'), dataset=dataset, devices=jax.devices()[:4], log=lambda line: None)
+  programs = together(make('two'))
+  wait_for(lambda: steps_done(tmp_path / 'two') >= 3, programs[0])
+  programs[1].send_signal(signal.SIGTERM)   # the one that writes nothing
+  ends = [finish(p) for p in programs]
+  assert [code for code, _ in ends] == [75, 75], ends
+  ends = [finish(p) for p in together(make('two'))]
+  assert [code for code, _ in ends] == [0, 0], ends
+  one, two = ([r for r in curve(tmp_path / n) if 'train/loss' in r] for n in ('alone', 'two'))
+  assert [r['step'] for r in one] == [r['step'] for r in two] == list(range(1, 41))
+  np.testing.assert_allclose([r['train/loss'] for r in one], [r['train/loss'] for r in two], atol=1e-4)

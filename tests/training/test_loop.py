@@ -1,0 +1,250 @@
+import dataclasses
+import json
+import math
+import os
+import re
+import signal
+
+import jax
+import numpy as np
+import pytest
+
+from jaxformer import config
+from jaxformer.config import InputError
+from jaxformer.data import load_tokenizer
+from jaxformer.models.params import define
+from jaxformer.sharding import MeshConfig
+from jaxformer.training import AdamW, Constant, TensorBoard, Trackio, load_experiment, load_params, train
+from jaxformer.training.checkpoint import steps_in
+from jaxformer.training.loop import Setup
+from jaxformer.training.run import read_metrics
+from tests.training.compare import assert_same, curve, meta
+from tests.training.conftest import make_experiment
+
+ONE = jax.devices()[:1]
+
+
+def stop_at(step: int, number: signal.Signals = signal.SIGTERM):
+  """A log that sends this process a signal when it hears of a step."""
+  lines = []
+
+  def log(line: str) -> None:
+    lines.append(line)
+    if line.startswith(f'step {step}/') and 'lr' in line:
+      os.kill(os.getpid(), number)
+
+  log.lines = lines
+  return log
+
+
+def quiet(line: str) -> None:
+  pass
+
+
+def test_the_run_folder(experiment, dataset):
+  result = train(
+    experiment(trackers=(TensorBoard(),), log_every=3, profile=(2, 4)), dataset=dataset, devices=ONE, log=quiet,
+    sample=lambda params, step: f'at {step}',
+    flops_per_token=lambda model, length, causal: 100.0 if causal else 200.0, peak_flops_per_second=1e9)
+  folder = result.folder
+  assert result.exit_code == 0
+  assert result.step == 12
+  assert load_experiment(folder) == experiment(trackers=(TensorBoard(),), log_every=3, profile=(2, 4))
+  assert list((folder / 'profile').rglob('*.xplane.pb'))
+  rows = read_metrics(folder)
+  assert [r['step'] for r in rows if 'train/loss' in r] == [1, 3, 6, 9, 12]
+  assert [r['step'] for r in rows if 'eval/loss' in r] == [4, 8, 12]
+  assert set(rows[0]) == {
+    'step', 'tokens', 'train/loss', 'train/grad_norm', 'learning_rate', 'tokens_per_second', 'step_seconds', 'mfu', 'mfu_full'}
+  assert rows[-2]['tokens'] == 12 * 8 * 32
+  assert rows[0]['mfu_full'] == pytest.approx(2 * rows[0]['mfu'])
+  assert rows[0]['mfu'] == pytest.approx(rows[0]['tokens_per_second'] * 100 / 1e9)
+  assert rows[-1]['eval/source'] == 'PydocTopics validation, 2 batches of 8'
+  targets = np.concatenate([b.targets_BT for b in dataset.validation_batches(8, 2)])
+  counted = targets[targets >= 0]
+  bits = rows[-1]['eval/loss'] / math.log(2) * counted.size / dataset.tokenizer.token_bytes[counted].sum()
+  assert rows[-1]['eval/bits_per_byte'] == pytest.approx(bits)
+  events = [json.loads(line)['event'] for line in (folder / 'events.jsonl').read_text().splitlines()]
+  assert events == ['start', 'compile', 'eval', 'checkpoint', 'eval', 'checkpoint', 'eval', 'checkpoint', 'done']
+  environment, = json.loads((folder / 'environment.json').read_text())
+  assert environment['data']['source'] == dataset.manifest['source']
+  assert environment['versions']['jax'] == jax.__version__
+  assert load_tokenizer(folder / 'tokenizer').fingerprint() == dataset.tokenizer.fingerprint()
+  assert list((folder / 'tensorboard').iterdir())
+  assert (folder / 'samples.txt').read_text().count('at ') == 3
+  again = train(experiment(trackers=(TensorBoard(),), log_every=3), dataset=dataset, devices=ONE, log=quiet)
+  assert (again.exit_code, again.step, again.metrics['eval/loss']) == (0, 12, result.metrics['eval/loss'])
+
+
+@pytest.mark.parametrize(('dtype', 'mesh', 'devices'), [
+  ('float32', MeshConfig(data=1), 1), ('bfloat16', MeshConfig(data=1, fsdp=2, tensor=2), 4)], ids=['float32', 'bfloat16-sharded'])
+def test_stopped_and_resumed_is_as_never_stopped_bit_for_bit(experiment, dataset, dtype, mesh, devices):
+  def go(name, log=quiet):
+    e = experiment(name, steps=20, dtype=dtype, mesh=mesh, checkpoint_every=10, eval_every=5, dropout=0.1)
+    return train(e, dataset=dataset, devices=jax.devices()[:devices], log=log)
+
+  whole = go('whole')
+  first = go('parts', stop_at(10))
+  assert (first.exit_code, first.step) == (75, 11)   # the metrics of step 10 are read while step 11 runs
+  assert json.loads((first.folder / 'events.jsonl').read_text().splitlines()[-1])['signal'] == 'SIGTERM'
+  second = go('parts')
+  assert (second.exit_code, second.step) == (0, 20)
+  assert_same(whole.folder, second.folder, 20)
+
+
+def test_a_run_goes_on_elsewhere_with_the_same_losses(experiment, dataset):
+  whole = train(experiment('whole', dropout=0.0), dataset=dataset, devices=ONE, log=quiet)
+  log = stop_at(5)
+  train(experiment('moved', dropout=0.0), dataset=dataset, devices=ONE, log=log)
+  moved = experiment('moved', dropout=0.0, mesh=MeshConfig(fsdp=4, tensor=2, data=1))
+  heard = []
+  result = train(moved, dataset=dataset, log=heard.append)
+  assert 'mesh.fsdp: 1 -> 4' in heard[0]
+  np.testing.assert_allclose([r['train/loss'] for r in curve(result.folder) if 'train/loss' in r],
+                             [r['train/loss'] for r in curve(whole.folder) if 'train/loss' in r], atol=1e-4)
+
+
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGUSR2])
+def test_signals_save_and_ask_to_be_run_again(experiment, dataset, number):
+  log = stop_at(3, number)
+  before = signal.getsignal(number)
+  result = train(experiment(), dataset=dataset, devices=ONE, log=log)
+  assert result.exit_code == 75
+  assert steps_in(result.folder / 'checkpoints') == [4]
+  assert number.name in log.lines[-1]
+  assert signal.getsignal(number) == before
+
+
+def test_a_second_interrupt_aborts(experiment, dataset):
+  def log(line):
+    if line.startswith('step 3/'):
+      os.kill(os.getpid(), signal.SIGINT)
+      os.kill(os.getpid(), signal.SIGINT)
+
+  with pytest.raises(KeyboardInterrupt):
+    train(experiment(), dataset=dataset, devices=ONE, log=log)
+  assert train(experiment(), dataset=dataset, devices=ONE, log=quiet).step == 12   # and leaves a run that can go on
+
+
+def test_numbers_that_are_not_finite_stop_the_run(experiment, dataset):
+  e = experiment(optimizer=AdamW(learning_rate=1e30, clip=None), checkpoint_every=1, eval_every=100)
+  heard = []
+  result = train(e, dataset=dataset, devices=ONE, log=heard.append)
+  assert result.exit_code == 70
+  last = read_metrics(result.folder)[-1]
+  assert last['step'] == result.step
+  assert last['train/loss'] is None or last['train/grad_norm'] is None
+  assert 'not finite' in heard[-1]
+  kept = steps_in(result.folder / 'checkpoints')
+  assert kept
+  assert kept[-1] < result.step
+  params, _ = load_params(result.folder, define(e.model))
+  assert all(np.isfinite(p).all() for p in params.values())
+
+
+@pytest.fixture(scope='module')
+def whole(dataset, tmp_path_factory):
+  return train(make_experiment(tmp_path_factory.mktemp('whole')), dataset=dataset, devices=ONE, log=quiet)
+
+
+@pytest.mark.parametrize('damage', ['bit', 'truncated', 'meta'])
+def test_a_damaged_checkpoint_is_noticed_and_passed_over(experiment, dataset, whole, damage):
+  first = train(experiment('hurt'), dataset=dataset, devices=ONE, log=stop_at(9))
+  newest = first.folder / 'checkpoints' / '10'
+  file = newest / 'meta' / 'data.json' if damage == 'meta' else max((newest / 'params').rglob('*'), key=lambda f: f.stat().st_size)
+  content = bytearray(file.read_bytes())
+  content[len(content) // 2] ^= 4
+  file.write_bytes(content[: len(content) // 2] if damage == 'truncated' else content)
+  with pytest.raises(InputError, match=r'10: damaged: .*other steps'):
+    load_params(first.folder, define(load_experiment(first.folder).model))
+  heard = []
+  second = train(experiment('hurt'), dataset=dataset, devices=ONE, log=heard.append)
+  assert any(re.match('warning: checkpoint 10 is damaged', line) for line in heard)
+  assert (first.folder / 'damaged' / '10').is_dir()
+  assert_same(whole.folder, second.folder, 12)
+
+
+def test_where_every_checkpoint_is_damaged_the_run_is_left_alone(experiment, dataset):
+  result = train(experiment(steps=2, keep_best=0), dataset=dataset, devices=ONE, log=quiet)
+  (result.folder / 'checkpoints' / '2' / 'meta' / 'data.json').unlink()
+  with pytest.raises(InputError, match='no checkpoint is whole: 2: its meta data cannot be read'):
+    train(experiment(steps=2, keep_best=0), dataset=dataset, devices=ONE, log=quiet)
+  assert steps_in(result.folder / 'checkpoints') == [2]
+
+
+def snapshot(folder):
+  return {f: f.read_bytes() for f in sorted(folder.rglob('*')) if f.is_file()}
+
+
+def test_another_experiment_of_the_same_name_is_refused_and_nothing_is_written(experiment, dataset):
+  folder = train(experiment(steps=2), dataset=dataset, devices=ONE, log=quiet).folder
+  before = snapshot(folder)
+  other = experiment(steps=2, optimizer=AdamW(learning_rate=9e-3), batch_size=4)
+  with pytest.raises(InputError, match=r'optimizer.learning_rate: 0.003 -> 0.009\n  training.batch_size: 8 -> 4\n.*--run.name'):
+    train(other, dataset=dataset, devices=ONE, log=quiet)
+  assert snapshot(folder) == before
+
+
+def test_a_folder_that_is_no_run_is_left_alone(experiment, dataset, tmp_path):
+  (tmp_path / 'run').mkdir()
+  (tmp_path / 'run' / 'thesis.txt').write_text('mine')
+  with pytest.raises(InputError, match='not a run folder'):
+    train(experiment(), dataset=dataset, devices=ONE, log=quiet)
+
+
+def test_more_steps_extend_a_run(experiment, dataset):
+  first = train(experiment(steps=3), dataset=dataset, devices=ONE, log=quiet)
+  second = train(experiment(steps=5), dataset=dataset, devices=ONE, log=quiet)
+  assert second.step == 5
+  assert load_experiment(first.folder).training.steps == 5
+  assert [r['step'] for r in curve(first.folder) if 'train/loss' in r] == [1, 2, 3, 4, 5]
+
+
+def test_the_newest_and_the_best_checkpoints_are_kept(experiment, dataset, monkeypatch):
+  losses = iter((5.0, 4.0, 1.0, 3.0, 2.0, 4.0))
+  monkeypatch.setattr(Setup, 'validator', lambda self: lambda params: {
+    'eval/loss': next(losses), 'eval/bits_per_byte': 1.0, 'eval/source': 'made up'})
+  e = experiment(steps=6, eval_every=1, checkpoint_every=1, keep_latest=2, keep_best=2)
+  assert steps_in(train(e, dataset=dataset, devices=ONE, log=quiet).folder / 'checkpoints') == [3, 5, 6]
+
+
+def test_a_run_may_begin_with_the_parameters_of_another(experiment, dataset):
+  source = train(experiment('source', steps=8, checkpoint_every=4), dataset=dataset, devices=ONE, log=quiet)
+  small = AdamW(learning_rate=1e-12)
+  for path, step in ((f'{source.folder}@4', 4), (source.folder / 'checkpoints' / '8', 8)):
+    e = experiment(f'from-{len(str(path))}', steps=1, optimizer=small, schedule=Constant(warmup=0))
+    result = train(e, init_from=path, dataset=dataset, devices=ONE, log=quiet)
+    expected = {r['step']: r['eval/loss'] for r in read_metrics(source.folder) if 'eval/loss' in r}[step]
+    assert result.metrics['eval/loss'] == pytest.approx(expected, abs=1e-6)
+    assert meta(result.folder, 1)['step'] == 1
+  assert load_params(source.folder, define(e.model))[1] == 8
+  wrong = experiment('wrong')
+  wrong = wrong.replace(model=wrong.model.replace(vocab_size=300))
+  with pytest.raises(InputError, match=r'embedding: \(264, 32\) in the checkpoint, \(300, 32\) here'):
+    train(wrong, init_from=source.folder, dataset=dataset, devices=ONE, log=quiet)
+  with pytest.raises(InputError, match='no checkpoint there'):
+    train(experiment('wrong'), init_from=source.folder.parent / 'nowhere', dataset=dataset, devices=ONE, log=quiet)
+  assert not (source.folder.parent / 'wrong').exists()
+
+
+def test_other_data_than_the_checkpoint_was_trained_on_are_refused(experiment, dataset):
+  train(experiment(), dataset=dataset, devices=ONE, log=stop_at(3))
+  other = type(dataset).__new__(type(dataset))
+  other.__dict__.update(dataset.__dict__, identity=dataset.identity | {'source': 'changed'})
+  with pytest.raises(InputError, match='not the data of the checkpoint'):
+    train(experiment(), dataset=other, devices=ONE, log=quiet)
+
+
+def test_a_tracker_that_is_not_installed_names_the_extra(experiment, dataset, monkeypatch):
+  monkeypatch.setitem(__import__('sys').modules, 'trackio', None)
+  with pytest.raises(InputError, match=r'pip install "jaxformer\[track\]"'):
+    train(experiment(trackers=(Trackio(),)), dataset=dataset, devices=ONE, log=quiet)
+
+
+@pytest.mark.quick
+def test_an_experiment_without_a_name_is_named_by_its_digest(experiment):
+  from jaxformer.training.run import run_folder
+
+  e = experiment()
+  e = e.replace(run=dataclasses.replace(e.run, name=None))
+  assert run_folder(e).name == f'run-{config.digest(e)[:8]}'

@@ -1,0 +1,133 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxformer.config import InputError
+from jaxformer.models.params import ParamInfo, define
+from jaxformer.models.zoo.gpt import gpt
+from jaxformer.sharding import MeshConfig, make_mesh, use_mesh
+from jaxformer.training import Adafactor, AdamW, Constant, Lion, Muon
+from jaxformer.training.optimizer import Optimizer, newton_schulz
+from jaxformer.training.step import StepConfig, compiled_train_step, init_state
+
+pytestmark = pytest.mark.quick
+ALL = (
+  AdamW(learning_rate=1e-2), Lion(learning_rate=3e-3), Muon(learning_rate=1e-2), Adafactor(learning_rate=1e-2, factored_from=16))
+
+
+def info(*axes, shape, decay=True, lr_scale=1.0, matmul=True):
+  return ParamInfo(shape, jnp.float32, axes, decay=decay, lr_scale=lr_scale, full_precision=False, matmul=matmul, active=1.0)
+
+
+INFO = {
+  'embedding': info('vocab', 'embed', shape=(16, 8), matmul=False),
+  'w': info('layers', 'embed', 'mlp', shape=(3, 8, 12)),
+  'scale': info('layers', 'norm', shape=(3, 8), decay=False),
+  'slow': info('layers', 'embed', 'mlp', shape=(3, 8, 12), lr_scale=0.5),
+}
+
+
+def tree(seed):
+  return {n: jax.random.normal(jax.random.fold_in(jax.random.key(seed), k), i.shape) for k, (n, i) in enumerate(INFO.items())}
+
+
+@pytest.mark.parametrize('config', ALL, ids=lambda c: c.tag)
+def test_weight_decay_and_learning_rates_follow_the_parameters(config):
+  o = Optimizer(config.replace(weight_decay=0.1, clip=None), Constant(warmup=0), 10, INFO)
+  params, zero = tree(0), jax.tree.map(jnp.zeros_like, tree(0))
+  decayed, _, _ = o.update(zero, o.init(params), params, 0)
+  for name, i in INFO.items():
+    kept = 1 - (config.learning_rate * 0.1 * i.lr_scale if i.decay else 0)
+    np.testing.assert_allclose(decayed[name], kept * params[name], rtol=1e-6)
+  grads = tree(1) | {'slow': tree(1)['w']}
+  o = Optimizer(config.replace(weight_decay=0.0), Constant(warmup=0), 10, INFO)
+  moved, _, did = o.update(grads, o.init(params), params, 0)
+  np.testing.assert_allclose((moved['slow'] - params['slow']), 0.5 * (moved['w'] - params['w']), atol=1e-6)
+  np.testing.assert_allclose(did['grad_norm'], optax.tree.norm(grads), rtol=1e-6)
+
+
+def test_adamw_is_that_of_optax():
+  some = {n: i for n, i in INFO.items() if i.lr_scale == 1}
+  o = Optimizer(AdamW(learning_rate=1e-2, weight_decay=0.1, clip=1.0), Constant(warmup=0), 10, some)
+  theirs = optax.chain(
+    optax.clip_by_global_norm(1.0), optax.adamw(1e-2, 0.9, 0.95, weight_decay=0.1, mask={n: i.decay for n, i in some.items()}))
+  params = other = {n: p for n, p in tree(0).items() if n in some}
+  state, their_state = o.init(params), theirs.init(params)
+  for step in range(4):
+    grads = {n: g for n, g in tree(step + 5).items() if n in params}
+    params, state, _ = o.update(grads, state, params, step)
+    updates, their_state = theirs.update(grads, their_state, other)
+    other = optax.apply_updates(other, updates)
+  for name in params:
+    np.testing.assert_allclose(params[name], other[name], rtol=2e-5, atol=2e-6)
+
+
+def test_newton_schulz_orthogonalises_every_matrix_by_itself():
+  for shape in ((3, 2, 16, 40), (40, 16)):
+    g = jax.random.normal(jax.random.key(0), shape) * 7
+    x = newton_schulz(g, 5)
+    values = np.linalg.svd(x, compute_uv=False)
+    assert values.min() > 0.5
+    assert values.max() < 1.3
+    u, _, vt = np.linalg.svd(g, full_matrices=False)
+    assert np.sum(np.asarray(x) * (u @ vt)) / np.prod(values.shape) > 0.8   # near U V^T: the mean cosine with its directions
+    if g.ndim == 4:
+      np.testing.assert_allclose(x[1, 1], newton_schulz(g[1, 1], 5), rtol=2e-3, atol=2e-4)
+
+
+def test_muon_takes_the_matrices_of_blocks_alone():
+  definition = define(gpt(32, 2, 2, context=32, vocab_size=264))
+  taken = {n.rsplit('.', 1)[-1] for n, i in definition.info.items() if Muon().orthogonalised(i)}
+  assert taken == {'wq', 'wk', 'wv', 'wo', 'w_in', 'w_out'}
+  params = tree(0)
+  o = Optimizer(Muon(learning_rate=1.0, adam_learning_rate=1e-3, weight_decay=0.0, clip=None), Constant(warmup=0), 10, INFO)
+  moved, _, _ = o.update(tree(1), o.init(params), params, 0)
+  np.testing.assert_allclose(jnp.abs(moved['embedding'] - params['embedding']), 1e-3, rtol=1e-2)   # Adam's first step: the sign
+  rms = float(jnp.sqrt(jnp.mean(jnp.square(moved['w'] - params['w']))))
+  assert 0.1 < rms < 0.3   # 0.2, as AdamW's
+
+
+def test_adafactor_is_that_of_optax_where_nothing_is_stacked():
+  shape = (24, 40)
+  one = {'w': info('embed', 'mlp', shape=shape)}
+  o = Optimizer(Adafactor(learning_rate=1.0, weight_decay=0.0, clip=None, factored_from=16), Constant(warmup=0), 10, one)
+  theirs = optax.chain(optax.scale_by_factored_rms(decay_rate=0.8, min_dim_size_to_factor=16), optax.clip_by_block_rms(1.0))
+  params = other = {'w': jnp.zeros(shape)}
+  state, their_state = o.init(params), theirs.init(params)
+  for step in range(3):
+    grads = {'w': jax.random.normal(jax.random.key(step), shape)}
+    params, state, _ = o.update(grads, state, params, step)
+    updates, their_state = theirs.update(grads, their_state, other)
+    other = {'w': other['w'] - updates['w']}
+  np.testing.assert_allclose(params['w'], other['w'], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize('config', ALL, ids=lambda c: c.tag)
+def test_learns_and_its_state_is_divided_as_its_parameters(config, dataset):
+  definition, rules = define(gpt(32, 2, 2, context=32, vocab_size=264)), 'fsdp_tensor'
+  mesh = make_mesh(MeshConfig(fsdp=2, tensor=2, data=1), jax.devices()[:4])
+  o = Optimizer.of(config, Constant(warmup=2), 12, definition)
+  batch = dataset.train_batch(0, 8, 0)
+  with use_mesh(mesh, rules):
+    state = init_state(definition, o, 0, mesh, rules)
+    where = {n: p.sharding for n, p in state.params.items()}
+    for path, leaf in jax.tree_util.tree_flatten_with_path(state.opt_state)[0]:
+      name = next((k.key for k in path if isinstance(k, jax.tree_util.DictKey) and k.key in where), None)
+      if name is not None and leaf.shape == state.params[name].shape:
+        assert leaf.sharding == where[name], path
+    step = compiled_train_step(definition, o, StepConfig(), mesh, rules)
+    losses = []
+    for _ in range(12):
+      state, metrics = step(state, batch)
+      losses.append(float(metrics['train/loss']))
+  assert losses[0] == pytest.approx(np.log(264), abs=0.1)
+  assert losses[-1] < losses[0] - 0.7
+
+
+def test_bad_values_are_refused():
+  with pytest.raises(InputError, match=r'AdamW\.learning_rate'):
+    AdamW(learning_rate=0.0)
+  with pytest.raises(InputError, match=r'Muon\.scale'):
+    Muon(scale='adm')
