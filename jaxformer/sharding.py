@@ -227,10 +227,10 @@ def _dividing(spec: PartitionSpec, shape: Sequence[int], mesh: Mesh) -> Partitio
 
 
 def per_shard(
-  f: Callable[..., Any], in_axes: Sequence[tuple[str | None, ...] | None], out_axes: tuple[str | None, ...],
+  f: Callable[..., Any], in_axes: Sequence[tuple[str | None, ...] | None], *out_axes: tuple[str | None, ...],
 ) -> Callable[..., Any]:
   """`f` mapped over the shards of its arguments (for kernels that the partitioner cannot divide): each argument is given by
-  its logical axes, None for one that is absent or whole everywhere. Without a mesh, `f` itself."""
+  its logical axes, None for one that is absent or whole everywhere; so is each result of `f`. Without a mesh, `f` itself."""
   active = _ACTIVE.get()
   if active is None:
     return f
@@ -241,8 +241,8 @@ def per_shard(
              for axes, a in zip(in_axes, args, strict=True)]
     taken = {
       name: entry for axes, spec in zip(in_axes, specs, strict=True) for name, entry in zip(axes or (), spec, strict=False) if name}
-    out = PartitionSpec(*(taken.get(name) if name else None for name in out_axes))
-    return jax.shard_map(f, mesh=mesh, in_specs=tuple(specs), out_specs=out, check_vma=False)(*args)
+    out = tuple(PartitionSpec(*(taken.get(name) if name else None for name in axes)) for axes in out_axes)
+    return jax.shard_map(f, mesh=mesh, in_specs=tuple(specs), out_specs=out if len(out) > 1 else out[0], check_vma=False)(*args)
 
   return mapped
 

@@ -56,3 +56,23 @@ class FanInUniform(Init):
   def __call__(self, key, shape, fan_in, site):
     bound = self.gain / math.sqrt(fan_in)
     return jax.random.uniform(key, shape, jnp.float32, -bound, bound)
+
+
+class Zeros(Init):
+  """Zeros: a branch that starts as the identity."""
+
+  def __call__(self, key, shape, fan_in, site):
+    return jnp.zeros(shape, jnp.float32)
+
+
+class Orthogonal(Init):
+  """A (semi-)orthogonal matrix [in, out], times `gain` (Saxe et al. 2014). With `wide`, times sqrt(out / in) where out > in as
+  well, which is how RWKV draws the weights that its code stores as [out, in]."""
+
+  gain: float = 1.0
+  wide: bool = True
+
+  def __call__(self, key, shape, fan_in, site):
+    rows, columns = shape
+    gain = self.gain * (math.sqrt(columns / rows) if self.wide and columns > rows else 1.0)
+    return gain * jax.nn.initializers.orthogonal()(key, tuple(shape), jnp.float32)

@@ -61,3 +61,24 @@ class LayerNorm(nnx.Module):
     y = centred * jax.lax.rsqrt(jnp.mean(jnp.square(centred), axis=-1, keepdims=True) + self.eps)
     y = _scaled(y.astype(x.dtype), self.scale[...])
     return y if self.offset is None else y + self.offset[...].reshape((1,) * (x.ndim - 1) + (-1,))
+
+
+class HeadNorm(nnx.Module):
+  """LayerNorm of each head by itself, with a scale and an offset for every channel of all heads (Wu and He 2018 with a group a
+  head; RWKV-5 to 7): y_h = (x_h - mean(x_h)) / sqrt(var(x_h) + eps), flattened, then * scale + offset."""
+
+  class Config(NormConfig):
+    def build(self, width: int) -> HeadNorm:
+      return HeadNorm(self, width)
+
+  def __init__(self, config: HeadNorm.Config, width: int):
+    self.eps = config.eps
+    self.scale = param(jnp.ones(width), ('norm',), decay=False)
+    self.offset = param(jnp.zeros(width), ('norm',), decay=False)
+
+  def __call__(self, x: Float[Array, '*B H K']) -> Float[Array, '*B D']:
+    x32 = x.astype(jnp.float32)
+    centred = x32 - jnp.mean(x32, axis=-1, keepdims=True)
+    y = centred * jax.lax.rsqrt(jnp.mean(jnp.square(centred), axis=-1, keepdims=True) + self.eps)
+    y = _scaled(y.astype(x.dtype).reshape(*x.shape[:-2], -1), self.scale[...])
+    return y + self.offset[...].reshape((1,) * (y.ndim - 1) + (-1,))
