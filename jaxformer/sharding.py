@@ -230,9 +230,10 @@ def per_shard(
   f: Callable[..., Any], in_axes: Sequence[tuple[str | None, ...] | None], *out_axes: tuple[str | None, ...],
 ) -> Callable[..., Any]:
   """`f` mapped over the shards of its arguments (for kernels that the partitioner cannot divide): each argument is given by
-  its logical axes, None for one that is absent or whole everywhere; so is each result of `f`. Without a mesh, `f` itself."""
+  its logical axes, None for one that is absent or whole everywhere; so is each result of `f`. Without a mesh of several
+  devices, `f` itself."""
   active = _ACTIVE.get()
-  if active is None:
+  if active is None or active[0].size == 1:
     return f
   mesh, rules = active
 
