@@ -32,6 +32,15 @@ LLAMA = {
 }
 
 
+# name -> width, which is also the number of units
+ZAREMBA = {'lstm-zaremba-small': 200, 'lstm-zaremba-medium': 650, 'lstm-zaremba-large': 1500}
+
+
+def lstm_count(D, V=10_000, layers=2):
+  """Embedding, head and its offsets; a layer: four gates, each with two matrices and one vector of offsets."""
+  return 2 * V * D + V + layers * 4 * (2 * D * D + D)
+
+
 def gpt_count(D, L, T, V=50257):
   """Embedding, positions; a block: q, k, v, o and a feed-forward of 4 D (12 D^2), their offsets (9 D), two norms (4 D); a norm."""
   return V * D + T * D + L * (12 * D * D + 13 * D) + 2 * D
@@ -57,9 +66,16 @@ def test_llama(name):
   assert define(PRESETS[name].model).size == llama_count(*LLAMA[name])
 
 
+@pytest.mark.parametrize('name', ZAREMBA)
+def test_lstm(name):
+  """20M and 66M parameters, as papers that compare with them quote medium and large."""
+  assert define(PRESETS[name].model).size == lstm_count(ZAREMBA[name])
+  assert {200: 4.65e6, 650: 19.8e6, 1500: 66.0e6}[ZAREMBA[name]] == pytest.approx(lstm_count(ZAREMBA[name]), rel=0.003)
+
+
 def test_every_preset_of_these_families_is_counted():
-  named = {n for n in PRESETS if PRESETS[n].family in ('gpt2', 'gpt3', 'llama2', 'llama3') and not n.endswith('-tiny')}
-  assert named == set(GPT) | set(LLAMA)
+  named = {n for n in PRESETS if PRESETS[n].family in ('gpt2', 'gpt3', 'llama2', 'llama3', 'lstm') and not n.endswith('-tiny')}
+  assert named == set(GPT) | set(LLAMA) | set(ZAREMBA)
 
 
 @pytest.mark.parametrize(('name', 'width', 'heads'), [
