@@ -17,7 +17,7 @@ from jaxformer.models.zoo.preset import preset
 
 
 def recurrent(
-  layer: RecurrentConfig, width: int, layers: int, *, vocab_size: int, context: int, dropout: float = 0.0, init: Init = Normal(),
+  layer: RecurrentConfig, width: int, layers: int, *, vocab_size: int, context: int, dropout: float = 0.0, init: Init,
 ) -> LanguageModel.Config:
   """Layers one on the other; `init` is of the embedding and the head."""
   block = Block.Config(branches=(Plain.Config(layer=layer, dropout=dropout),))
@@ -36,5 +36,5 @@ def zaremba(width: int, dropout: float, bound: float, context: int) -> LanguageM
 preset('lstm-zaremba-small', 'lstm', zaremba(200, 0.0, 0.1, 20))
 preset('lstm-zaremba-medium', 'lstm', zaremba(650, 0.5, 0.05, 35))
 preset('lstm-zaremba-large', 'lstm', zaremba(1500, 0.65, 0.04, 35))
-preset('lstm-tiny', 'lstm', recurrent(Lstm.Config(), 128, 2, vocab_size=264, context=256))
-preset('gru-tiny', 'gru', recurrent(Gru.Config(), 128, 2, vocab_size=264, context=256))
+preset('lstm-tiny', 'lstm', recurrent(Lstm.Config(), 128, 2, vocab_size=264, context=256, init=Normal()))
+preset('gru-tiny', 'gru', recurrent(Gru.Config(), 128, 2, vocab_size=264, context=256, init=Normal()))
