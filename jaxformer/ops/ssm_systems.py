@@ -206,7 +206,7 @@ class Shift(System):
     return lambda x_HBN: jnp.pad(x_HBN[..., :kept], ((0, 0), (0, 0), (self.sizes[2] - kept, 0)))
 
   def maps(self, length: int) -> tuple[Array, Array]:
-    M, H, N = self.sizes
+    _, H, N = self.sizes
     into = jnp.broadcast_to(jnp.eye(length, N)[None], (H, length, N))
     c = jnp.pad(self.c_MHN, ((0, 0), (0, 0), (0, length)))
     return into, jnp.stack([c[..., j + 1:j + 1 + N] for j in range(length)], axis=2)
