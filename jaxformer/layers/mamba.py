@@ -94,8 +94,8 @@ class Mamba(Layer):
     @classmethod
     def examples(cls) -> tuple[Mamba.Config, ...]:
       return (
-        cls(state=4),
-        cls(state=3, expand=3, taps=3, dt_rank=5, bias=True, conv_bias=False, inner_norm=RMSNorm.Config()),
+        cls(state=4, expand=3, taps=3, dt_rank=5),
+        cls(state=3, bias=True, conv_bias=False, inner_norm=RMSNorm.Config()),
       )
 
     def mixing_flops_per_token(self, width: int, length: int, causal: bool) -> float:

@@ -102,8 +102,8 @@ class Mamba2(Layer):
     @classmethod
     def examples(cls) -> tuple[Mamba2.Config, ...]:
       return (
-        cls(state=4, head_dim=16),
-        cls(state=8, expand=3, head_dim=12, groups=4, taps=3, bias=True, conv_bias=False, norm_eps=1e-3),
+        cls(state=4, expand=3, head_dim=16, taps=3, norm_eps=1e-3),
+        cls(state=8, head_dim=8, groups=4, bias=True, conv_bias=False),
       )
 
     def mixing_flops_per_token(self, width: int, length: int, causal: bool) -> float:
