@@ -49,16 +49,16 @@ def selective_scan_naive(
 # Inside, time comes first and the channels last: T.., B, N, D. The state's N is narrow, and a TPU keeps 128 numbers a row.
 
 
-def _decay(dt_BD: Array, A_ND: Array, keep_B: Array) -> Array:
-  return jnp.exp(dt_BD[:, None] * A_ND[None]) * keep_B[:, None, None]
+def _decay(dt_BD: Array, A_ND: Array, start_B: Array) -> Array:
+  return jnp.exp(dt_BD[:, None] * A_ND[None]) * (1.0 - start_B)[:, None, None]
 
 
 def _run(h_BND: Array, chunk: tuple[Array, ...], A_ND: Array, emit: str) -> tuple[Array, Array]:
   """The recurrence over one chunk: the state after it, and C.h of every step ('y') or the state before every step ('h')."""
 
   def step(h, now):
-    u, dt, B, C, keep = (a.astype(jnp.float32) for a in now)
-    after = _decay(dt, A_ND, keep) * h + (dt * u)[:, None] * B[..., None]
+    u, dt, B, C, start = (a.astype(jnp.float32) for a in now)
+    after = _decay(dt, A_ND, start) * h + (dt * u)[:, None] * B[..., None]
     return after, jnp.sum(after * C[..., None], axis=1) if emit == 'y' else h
 
   return jax.lax.scan(step, h_BND, chunk)
@@ -66,7 +66,7 @@ def _run(h_BND: Array, chunk: tuple[Array, ...], A_ND: Array, emit: str) -> tupl
 
 @jax.custom_vjp
 def _chunked(chunks: tuple[Array, ...], A_ND: Array, h_BND: Array) -> tuple[Array, Array]:
-  """C.h of every step and the state after the last, for `chunks` = (u, dt, B, C, keep), each [chunk, step, ...]."""
+  """C.h of every step and the state after the last, for `chunks` = (u, dt, B, C, start), each [chunk, step, ...]."""
   return _chunked_forward(chunks, A_ND, h_BND)[0]
 
 
@@ -87,8 +87,8 @@ def _chunked_backward(kept, cotangents):
 
   def step(carry, now):
     tail, dA = carry                                        # a_{t+1} l_{t+1}, and the gradient of A so far
-    (u, dt, B, C, keep), g, h = (jax.tree.map(lambda a: a.astype(jnp.float32), part) for part in now)
-    a, x = _decay(dt, A_ND, keep), dt * u
+    (u, dt, B, C, start), g, h = (jax.tree.map(lambda a: a.astype(jnp.float32), part) for part in now)
+    a, x = _decay(dt, A_ND, start), dt * u
     l = tail + g[:, None] * C[..., None]
     dC = jnp.sum((a * h + x[:, None] * B[..., None]) * g[:, None], axis=2)
     dB = jnp.sum(l * x[:, None], axis=2)
@@ -126,9 +126,8 @@ def selective_scan_chunked(
     return a.reshape(-1, length, *a.shape[1:])
 
   h = jnp.zeros((batch, N, channels), jnp.float32) if h_BDN is None else jnp.swapaxes(h_BDN.astype(jnp.float32), 1, 2)
-  inputs = (u_BTD, dt_BTD, B_BTN, C_BTN)
-  keep = chunks(1.0 - starts_BT.astype(jnp.float32))
-  y, h = _chunked((*(chunks(a) for a in inputs), keep), A_DN.astype(jnp.float32).T, h)
+  inputs = (u_BTD, dt_BTD, B_BTN, C_BTN, starts_BT.astype(jnp.float32))
+  y, h = _chunked(tuple(chunks(a) for a in inputs), A_DN.astype(jnp.float32).T, h)
   y = jnp.swapaxes(y.reshape(-1, batch, channels)[:T], 0, 1) + D_D.astype(jnp.float32).reshape(1, 1, -1) * u_BTD.astype(jnp.float32)
   return y.astype(u_BTD.dtype), jnp.swapaxes(h, 1, 2)
 
