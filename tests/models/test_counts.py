@@ -15,6 +15,8 @@ EXACT = {
   'llama2-70b': 68_976_648_192, 'llama3-8b': 8_030_261_248, 'llama3.1-8b': 8_030_261_248, 'llama3-70b': 70_553_706_496,
   'llama3.1-70b': 70_553_706_496, 'llama3.1-405b': 405_853_388_800,
   'h3-125m': 126_387_456,   # as the authors' README prints it
+  'llama3.1-70b': 70_553_706_496, 'llama3.1-405b': 405_853_388_800, 'mamba-130m': 129_135_360, 'mamba-2.8b': 2_768_345_600,
+  'mamba2-130m': 128_989_632, 'mamba2-2.7b': 2_702_599_680,
 }
 
 # name -> width, layers, context. Heads do not change the count.
@@ -30,6 +32,14 @@ LLAMA = {
   'llama3-70b': (8192, 80, 28672, 64, 8, 128256, False), 'llama3.1-8b': (4096, 32, 14336, 32, 8, 128256, False),
   'llama3.1-70b': (8192, 80, 28672, 64, 8, 128256, False), 'llama3.1-405b': (16384, 126, 53248, 128, 8, 128256, False),
   'llama3.2-1b': (2048, 16, 8192, 32, 8, 128256, True), 'llama3.2-3b': (3072, 28, 8192, 24, 8, 128256, True),
+}
+# name -> width, layers
+MAMBA = {
+  'mamba-130m': (768, 24), 'mamba-370m': (1024, 48), 'mamba-790m': (1536, 48), 'mamba-1.4b': (2048, 48), 'mamba-2.8b': (2560, 64),
+}
+MAMBA2 = {
+  'mamba2-130m': (768, 24), 'mamba2-370m': (1024, 48), 'mamba2-780m': (1536, 48), 'mamba2-1.3b': (2048, 48),
+  'mamba2-2.7b': (2560, 64),
 }
 
 
@@ -61,6 +71,20 @@ def gpt_count(D, L, T, V=50257):
 def llama_count(D, L, F, H, G, V, tied):
   """Embedding and head; a block: q and o (2 D^2), k and v of G heads, three projections of the feed-forward, two norms; a norm."""
   return V * D * (1 if tied else 2) + L * (2 * D * D + 2 * D * G * (D // H) + 3 * D * F + 2 * D) + D
+
+
+def mamba_count(D, L, N=16, V=50280):
+  """Embedding; a block of 2 D channels: in twice and out (6 D^2), four taps with offsets and D (12 D), [dt, B, C] of rank D / 16,
+  dt with offsets, rates, a norm; a norm."""
+  R, inner = D // 16, 2 * D
+  return V * D + L * (3 * D * inner + 6 * inner + inner * (R + 2 * N) + R * inner + inner + inner * N + D) + D
+
+
+def mamba2_count(D, L, N=128, P=64, V=50288):
+  """Embedding; a block of 2 D channels in heads of P: in ([z, x, B, C, dt]) and out, four taps with offsets over [x, B, C], three
+  numbers a head, the gated norm, a norm; a norm."""
+  inner, H = 2 * D, 2 * D // P
+  return V * D + L * (D * (2 * inner + 2 * N + H) + inner * D + 5 * (inner + 2 * N) + 3 * H + inner + D) + D
 
 
 @pytest.mark.parametrize('name', EXACT)
@@ -102,6 +126,20 @@ def test_every_preset_of_these_families_is_counted():
   families = ('gpt2', 'gpt3', 'llama2', 'llama3', 'lstm', 'h3')
   named = {n for n in PRESETS if PRESETS[n].family in families and not n.endswith('-tiny')}
   assert named == set(GPT) | set(LLAMA) | set(ZAREMBA) | set(H3)
+@pytest.mark.parametrize('name', MAMBA)
+def test_mamba(name):
+  assert define(PRESETS[name].model).size == mamba_count(*MAMBA[name])
+
+
+@pytest.mark.parametrize('name', MAMBA2)
+def test_mamba2(name):
+  assert define(PRESETS[name].model).size == mamba2_count(*MAMBA2[name])
+
+
+def test_every_preset_of_these_families_is_counted():
+  families = ('gpt2', 'gpt3', 'llama2', 'llama3', 'mamba', 'mamba2')
+  named = {n for n in PRESETS if PRESETS[n].family in families and not n.endswith('-tiny')}
+  assert named == set(GPT) | set(LLAMA) | set(MAMBA) | set(MAMBA2)
 
 
 @pytest.mark.parametrize(('name', 'width', 'heads'), [
