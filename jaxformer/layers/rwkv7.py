@@ -121,8 +121,8 @@ class TimeMix7(Layer):
     @classmethod
     def examples(cls) -> tuple[TimeMix7.Config, ...]:
       return (
-        cls(head_dim=8, decay_rank=4, rate_rank=4, value_rank=None, gate_rank=8),
-        cls(head_dim=16, decay_rank=4, rate_rank=6, value_rank=5, gate_rank=7, norm=HeadNorm.Config(eps=1e-3)),
+        cls(head_dim=8, decay_rank=4, value_rank=None, gate_rank=8),
+        cls(head_dim=16, rate_rank=6, value_rank=5, norm=HeadNorm.Config(eps=1e-3)),
       )
 
   def __init__(self, config: TimeMix7.Config, width: int, rngs: nnx.Rngs, site: Site):

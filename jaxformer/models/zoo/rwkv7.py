@@ -13,8 +13,8 @@ from jaxformer.models.zoo.preset import preset
 
 
 def rwkv7(
-  width: int, layers: int, ranks: tuple[int, int, int, int], *, context: int = 4096, vocab_size: int = 65536, hidden: int | None = None,
-  head_dim: int = 64,
+  width: int, layers: int, ranks: tuple[int, int, int, int], *, context: int = 4096, vocab_size: int = 65536,
+  hidden: int | None = None, head_dim: int = 64,
 ) -> LanguageModel.Config:
   """The RWKV-7 architecture. `ranks` are those of decay, in-context learning rate, value mixing and gate. The first block shares
   its values with all others, so it is a group of its own."""
