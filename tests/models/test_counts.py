@@ -13,7 +13,8 @@ pytestmark = pytest.mark.quick
 EXACT = {
   'gpt2': 124_439_808, 'gpt3-175b': 174_604_259_328, 'llama2-7b': 6_738_415_616, 'llama2-13b': 13_015_864_320,
   'llama2-70b': 68_976_648_192, 'llama3-8b': 8_030_261_248, 'llama3.1-8b': 8_030_261_248, 'llama3-70b': 70_553_706_496,
-  'llama3.1-70b': 70_553_706_496, 'llama3.1-405b': 405_853_388_800,
+  'llama3.1-70b': 70_553_706_496, 'llama3.1-405b': 405_853_388_800, 'rwkv7-0.1b': 191_034_624, 'rwkv7-0.4b': 450_767_872,
+  'rwkv7-1.5b': 1_527_404_544, 'rwkv7-2.9b': 2_947_735_040,
 }
 
 # name -> width, layers, context. Heads do not change the count.
@@ -30,6 +31,11 @@ LLAMA = {
   'llama3.1-70b': (8192, 80, 28672, 64, 8, 128256, False), 'llama3.1-405b': (16384, 126, 53248, 128, 8, 128256, False),
   'llama3.2-1b': (2048, 16, 8192, 32, 8, 128256, True), 'llama3.2-3b': (3072, 28, 8192, 24, 8, 128256, True),
 }
+# name -> width, layers, ranks of decay, in-context rate, value mixing and gate
+RWKV7 = {
+  'rwkv7-0.1b': (768, 12, 64, 64, 32, 128), 'rwkv7-0.4b': (1024, 24, 64, 64, 32, 128),
+  'rwkv7-1.5b': (2048, 24, 96, 96, 64, 256), 'rwkv7-2.9b': (2560, 32, 96, 96, 64, 320),
+}
 
 
 def gpt_count(D, L, T, V=50257):
@@ -40,6 +46,12 @@ def gpt_count(D, L, T, V=50257):
 def llama_count(D, L, F, H, G, V, tied):
   """Embedding and head; a block: q and o (2 D^2), k and v of G heads, three projections of the feed-forward, two norms; a norm."""
   return V * D * (1 if tied else 2) + L * (2 * D * D + 2 * D * G * (D // H) + 3 * D * F + 2 * D) + D
+
+
+def rwkv7_count(D, L, w, a, v, g, V=65536):
+  """Embedding and head; a block: r, k, v, o and channels of 4 D (12 D^2), low-rank pairs, six mixes and one, w0, a0, v0, three
+  vectors of keys and bonus, a norm of heads and two of the block (19 D); the first block mixes in no values; two norms."""
+  return 2 * V * D + L * (12 * D * D + 2 * D * (w + a + v + g) + 19 * D) - (2 * v + 1) * D + 4 * D
 
 
 @pytest.mark.parametrize('name', EXACT)
@@ -57,9 +69,14 @@ def test_llama(name):
   assert define(PRESETS[name].model).size == llama_count(*LLAMA[name])
 
 
+@pytest.mark.parametrize('name', RWKV7)
+def test_rwkv7(name):
+  assert define(PRESETS[name].model).size == rwkv7_count(*RWKV7[name])
+
+
 def test_every_preset_of_these_families_is_counted():
-  named = {n for n in PRESETS if PRESETS[n].family in ('gpt2', 'gpt3', 'llama2', 'llama3') and not n.endswith('-tiny')}
-  assert named == set(GPT) | set(LLAMA)
+  named = {n for n in PRESETS if PRESETS[n].family in ('gpt2', 'gpt3', 'llama2', 'llama3', 'rwkv7') and not n.endswith('-tiny')}
+  assert named == set(GPT) | set(LLAMA) | set(RWKV7)
 
 
 @pytest.mark.parametrize(('name', 'width', 'heads'), [
