@@ -115,8 +115,9 @@ class Trained:
   """A model with its weights, ready to be asked.
 
   Attributes:
-    name: the run's or folder's.
+    name: the run's, folder's or file's.
     experiment: what it was trained by; None for weights from elsewhere.
+    tokenizer: None where it was not asked for.
     step: of the checkpoint; None for weights from elsewhere.
   """
 
@@ -128,22 +129,35 @@ class Trained:
   step: int | None
 
 
-def load_trained(run: str) -> Trained:
-  """A run (`runs/NAME`, `NAME` in `runs`, either with `@STEP`), or a folder of Hugging Face weights with a `tokenizer.json`."""
+def load_trained(run: str, tokenizer: bool = True) -> Trained:
+  """A run (`runs/NAME`, `NAME` in `runs`, either with `@STEP`), a folder of Hugging Face weights with a `tokenizer.json`, or a file
+  of RWKV weights with a `tokenizer.json` beside it. `tokenizer` False does without the tokenizer."""
   import jaxformer.models.zoo  # noqa: F401  (registers the configs that a saved experiment names)
   from jaxformer.data import load_tokenizer
   from jaxformer.models.params import define
   from jaxformer.training.checkpoint import load_params
   from jaxformer.training.run import load_experiment
+  foreign = foreign_weights(run)
+  if foreign is not None:
+    path, load = foreign
+    model, params = load(path)
+    beside = path if path.is_dir() else path.parent
+    return Trained(path.name, None, define(model), params, load_tokenizer(beside) if tokenizer else None, None)
   path, at = trained_folder(run)
-  if is_hugging_face(path):
-    from jaxformer.interop import load_hf
-    model, params = load_hf(path)
-    return Trained(path.name, None, define(model), params, load_tokenizer(path), None)
   experiment = load_experiment(path)
   definition = define(experiment.model)
   params, found = load_params(f'{path}{at}', definition)
-  return Trained(path.name, experiment, definition, params, load_tokenizer(path / 'tokenizer'), found)
+  return Trained(path.name, experiment, definition, params, load_tokenizer(path / 'tokenizer') if tokenizer else None, found)
+
+
+def foreign_weights(name: str) -> tuple[pathlib.Path, Callable[..., Any]] | None:
+  """Where RUN names weights of another library: their path, and the function of `jaxformer.interop` that reads them. None for a
+  run of ours."""
+  from jaxformer.interop import is_rwkv, load_hf, load_rwkv
+  if is_rwkv(name) and pathlib.Path(name).is_file():
+    return pathlib.Path(name), load_rwkv
+  path, _ = trained_folder(name)
+  return (path, load_hf) if is_hugging_face(path) else None
 
 
 def trained_folder(name: str) -> tuple[pathlib.Path, str]:
@@ -152,7 +166,7 @@ def trained_folder(name: str) -> tuple[pathlib.Path, str]:
   path = next((p for p in (pathlib.Path(folder), pathlib.Path('runs') / folder) if folder and p.is_dir()), None)
   if path is None:
     if pathlib.Path(folder).is_file():
-      raise InputError(f'{folder} is a file; a run or a folder of Hugging Face weights is expected')
+      raise InputError(f'{folder} is a file; a run, a folder of Hugging Face weights or a .safetensors or .pth file is expected')
     runs = pathlib.Path('runs')
     known = sorted(str(p.parent.relative_to(runs)) for p in runs.glob('**/config.json'))
     raise InputError(f'no run {folder!r}, here or in runs/{nearest(folder.removeprefix("runs/"), known)}')

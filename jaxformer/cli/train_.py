@@ -13,19 +13,20 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from jaxformer.cli.common import Overrides, answer, experiment_of, is_hugging_face, note, trained_folder
+from jaxformer.cli.common import Overrides, answer, experiment_of, foreign_weights, note, trained_folder
 from jaxformer.config import InputError
 
 OVERRIDES = True
 SAMPLE_TOKENS = 200
-FREE = {'dropout', 'init', 'out_init'}   # settings of a model that do not change what its weights compute
+# Settings of a model that do not change what its weights compute.
+FREE = {'dropout', 'init', 'key_init', 'out_init', 'embedding_init', 'head_init'}
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
   parser.add_argument('target', metavar='PRESET|FILE', help='a name of `jaxformer list`, or a Python file that defines '
                       '`experiment`')
   parser.add_argument('--init-from', metavar='RUN', help='begin a new run with the weights of another: a run folder, RUN@STEP, '
-                      'or a folder of Hugging Face weights')
+                      'a folder of Hugging Face weights, or a file of RWKV weights')
   parser.add_argument('--show', action='store_true', help='print the whole experiment as JSON and stop')
   parser.add_argument('--json', action='store_true', help='print the result as one JSON object')
 
@@ -56,16 +57,21 @@ def run(args: argparse.Namespace, overrides: Overrides) -> int:
 
 
 def initial(source: str, experiment: Any) -> Any:
-  """What `--init-from` names, as `jaxformer.training.train` takes it: the path of a checkpoint, or Hugging Face weights."""
+  """What `--init-from` names, as `jaxformer.training.train` takes it: the path of a checkpoint, or weights of another library."""
   from jaxformer.config import differences, to_json
-  from jaxformer.interop import load_hf
+  from jaxformer.interop import load_rwkv
   from jaxformer.sharding import make_mesh
   from jaxformer.training.checkpoint import steps_in
   from jaxformer.training.run import run_folder
-  path, at = trained_folder(source)
-  if not is_hugging_face(path) or steps_in(run_folder(experiment) / 'checkpoints'):   # a run that goes on needs no weights
-    return f'{path}{at}'
-  model, params = load_hf(path, mesh=make_mesh(experiment.mesh), rules=experiment.mesh.rules)
+  foreign = foreign_weights(source)
+  if foreign is None:
+    return ''.join(map(str, trained_folder(source)))
+  path, load = foreign
+  if steps_in(run_folder(experiment) / 'checkpoints'):   # a run that goes on needs no weights
+    return str(path)
+  model, params = load(path, mesh=make_mesh(experiment.mesh), rules=experiment.mesh.rules)
+  if load is load_rwkv:   # such a file does not say what context its model is meant for
+    model = model.replace(context=getattr(experiment.model, 'context', model.context))
   lines = [d for d in differences(to_json(model), to_json(experiment.model)) if not FREE & set(d.partition(':')[0].split('.'))]
   if lines:
     shown = '\n  '.join(lines[:12] + ([f'and {len(lines) - 12} more'] if len(lines) > 12 else []))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -57,15 +58,17 @@ def load_hf(
   Raises `InputError` for what our layers do not compute, and for files that do not hold what the config needs.
   """
   kind, config = read_config(folder)
-  definition = define(config)
-  shardings = None if mesh is None else definition.shardings(mesh, rules)
-
-  def put(name: str, value: np.ndarray) -> jax.Array:
-    return jnp.asarray(value) if shardings is None else jax.device_put(value, shardings[name])
-
-  links = weights.connect(definition.info, kind.rules(config), kind.model_type)
+  info = define(config).info
   with Reader(folder) as reader:
-    return config, weights.load(links, definition.info, reader, kind.names(config), _dtype(dtype), put)
+    return config, weights.load(
+      weights.connect(info, kind.rules(config), kind.model_type), info, reader, kind.names(config), dtype_of(dtype),
+      placing(config, mesh, rules))
+
+
+def placing(config: ModelConfig, mesh: Mesh | None, rules: Rules | str) -> Callable[[str, np.ndarray], jax.Array]:
+  """A function that puts a parameter, by its name, where `load_hf` says."""
+  shardings = None if mesh is None else define(config).shardings(mesh, rules)
+  return lambda name, value: jnp.asarray(value) if shardings is None else jax.device_put(value, shardings[name])
 
 
 def save_hf(
@@ -84,7 +87,7 @@ def save_hf(
   Raises `InputError` for a model that no family computes, saying which part.
   """
   kind, fields = match(model_config)
-  dtype = _dtype(dtype)
+  dtype = dtype_of(dtype)
   if max_shard_bytes < 1:
     raise InputError(f'max_shard_bytes = {max_shard_bytes}: must be positive')
   definition = define(model_config)
@@ -118,7 +121,8 @@ def describe(folder: str | os.PathLike) -> dict[str, Any]:
     }
 
 
-def _dtype(dtype: Any) -> np.dtype:
+def dtype_of(dtype: Any) -> np.dtype:
+  """A type that parameters may have in files and in memory; `InputError` for another."""
   try:
     found = np.dtype(jnp.dtype(dtype))
   except TypeError:

@@ -1,4 +1,5 @@
-"""Folders of safetensors files: tensors read one at a time, written in files of bounded size. Nothing here knows a model."""
+"""Safetensors files, alone or in folders: tensors read one at a time, written in files of bounded size. Nothing here knows a
+model."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ import secrets
 import shutil
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import ml_dtypes
 import numpy as np
@@ -39,19 +40,33 @@ class TensorInfo(NamedTuple):
   file: str
 
 
+class Tensors(Protocol):
+  """Named tensors of a file or folder `source`: what is known of each at once, and its value when it is asked for."""
+
+  @property
+  def source(self) -> Path: ...
+  @property
+  def info(self) -> Mapping[str, TensorInfo]: ...
+
+  def read(self, name: str) -> np.ndarray:
+    """One tensor, in the type of the file."""
+    ...
+
+
 class Reader:
-  """The tensors of a folder, by name. Headers are read at once, values only by `read`, one tensor at a time.
+  """The tensors of a folder or of one file, by name. Headers are read at once, values only by `read`, one tensor at a time.
 
   Raises `InputError` for a folder without safetensors, a missing or damaged file, and an index that disagrees with its files.
   """
 
-  def __init__(self, folder: str | os.PathLike):
-    self.folder = Path(folder)
+  def __init__(self, source: str | os.PathLike):
+    self.source = Path(source)
+    self.folder = self.source.parent if self.source.is_file() else self.source
     self._files = contextlib.ExitStack()
     self._open: dict[str, Any] = {}
     self.info: dict[str, TensorInfo] = {}
     try:
-      self._read_headers(*_files(self.folder))
+      self._read_headers(*(([self.source.name], None) if self.source.is_file() else _files(self.folder)))
     except BaseException:
       self.close()
       raise
@@ -185,6 +200,23 @@ def cast(name: str, value: np.ndarray, dtype: np.dtype) -> np.ndarray:
     largest = float(np.abs(value).max())
     raise InputError(f'dtype = {dtype}: {name} holds numbers up to {largest:.3g}, too large for it; use bfloat16 or float32')
   return result
+
+
+@contextlib.contextmanager
+def new_file(path: str | os.PathLike) -> Generator[Path]:
+  """A file to write, which appears under its name only when it is whole. Raises `InputError` where that name is taken."""
+  target = Path(path).absolute()
+  if target.exists():
+    raise InputError(f'{path}: already there; nothing is overwritten')
+  partial = target.with_name(f'.{target.name}.partial-{secrets.token_hex(4)}')
+  try:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    yield partial
+    os.replace(partial, target)
+  except OSError as e:
+    raise InputError(f'{path}: cannot be written: {e}') from None
+  finally:
+    partial.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

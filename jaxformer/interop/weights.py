@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from jaxformer.config import InputError
-from jaxformer.interop.tensors import DTYPES, Reader, Shape, cast, shortened
+from jaxformer.interop.tensors import DTYPES, Shape, Tensors, cast, shortened
 from jaxformer.models.params import ParamInfo
 
 Arrays = list[np.ndarray]
@@ -242,14 +242,14 @@ class Names:
   ignored: tuple[str, ...] = ()
   copies: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
-  def resolve(self, reader: Reader, wanted: Container[str]) -> dict[str, str]:
+  def resolve(self, reader: Tensors, wanted: Container[str]) -> dict[str, str]:
     """Full name -> name in the file, without the ignored ones."""
     bare = not any(n.startswith(self.prefix) for n in reader.info)
     full = {self.prefix + n if bare and n not in wanted and n not in self.copies else n: n for n in reader.info}
     return {n: stored for n, stored in full.items() if not any(re.fullmatch(p, n) for p in self.ignored)}
 
 
-def check(links: Sequence[Link], reader: Reader, names: Names) -> dict[str, str]:
+def check(links: Sequence[Link], reader: Tensors, names: Names) -> dict[str, str]:
   """Compares the headers with the map before any value is read: full name -> name in the file. Raises one `InputError` with
   all that is missing, unexpected, of another shape, or of a type that holds no weights."""
   wanted = {name: shape for link in links for name, shape in link.theirs.items()}
@@ -265,16 +265,16 @@ def check(links: Sequence[Link], reader: Reader, names: Names) -> dict[str, str]
   if types := [f'{n} ({i.dtype})' for n, i in both if i.dtype not in DTYPES]:
     problems.append(f'of a type that is not read ({", ".join(DTYPES)} are): {shortened(types)}')
   if problems:
-    raise InputError(f'{reader.folder} does not hold this model. ' + '; '.join(problems))
+    raise InputError(f'{reader.source} does not hold this model. ' + '; '.join(problems))
   for copy, original in names.copies.items():
     if copy in found and not np.array_equal(reader.read(found[copy]), reader.read(found[original])):
-      raise InputError(f'{reader.folder}: {copy} differs from {original}, but the config ties them; '
+      raise InputError(f'{reader.source}: {copy} differs from {original}, but the config ties them; '
                        'if they are meant to differ, set tie_word_embeddings to false in config.json')
   return found
 
 
 def load(
-  links: Sequence[Link], info: Mapping[str, ParamInfo], reader: Reader, names: Names, dtype: np.dtype,
+  links: Sequence[Link], info: Mapping[str, ParamInfo], reader: Tensors, names: Names, dtype: np.dtype,
   put: Callable[[str, np.ndarray], Any],
 ) -> dict[str, Any]:
   """Our parameters, stacked. Each goes through `put` (to a device) as soon as it is whole, so that beside the result only what

@@ -129,6 +129,10 @@ class LayerConfig(Config, abstract=True):
     """Whether the layer is causal, so that it can continue from a state and decode."""
     return True
 
+  def reads(self, width: int) -> dict[str, int]:
+    """What the layer needs of earlier layers (`Context.shared`): name -> channels C of a value `[B, T, C]`."""
+    return {}
+
   def state_size(self, width: int, max_len: int) -> int:
     """How many numbers of state one sequence of up to `max_len` tokens needs, counters aside."""
     return 0

@@ -52,10 +52,16 @@ class Case:
     keys = jax.random.split(jax.random.key(1), len(params))
     self.params = {n: p + 0.05 * jax.random.normal(k, p.shape) for k, (n, p) in zip(keys, params.items(), strict=True)}
     self.call = jax.jit(self.whole)
-    self.step = jax.jit(lambda p, x, s: _pair(self.definition.merge(p).step(x, Context(), s)))
+    self.step = jax.jit(lambda p, x, s: _pair(self.definition.merge(p).step(x, self.given(x[:, None], Context()), s)))
 
   def whole(self, params, x, ctx=Context(), state=None):
-    return _pair(self.definition.merge(params)(x, ctx, state))
+    return _pair(self.definition.merge(params)(x, self.given(x, ctx), state))
+
+  def given(self, x, ctx):
+    """The context with what the layer reads of earlier layers: values that follow from the same position's input alone."""
+    config = self.definition.config
+    reads = config.layer.reads(config.width) if isinstance(config, Alone) else {}
+    return ctx.replace(shared={n: jnp.sin(2 * x[..., jnp.arange(c) % x.shape[-1]]) for n, c in reads.items()})
 
   def init_state(self, batch: int, max_len: int, params=None):
     return self.definition.merge(self.params if params is None else params).init_state(batch, max_len)

@@ -6,6 +6,7 @@ import numpy as np
 from jaxformer.models.params import define
 from jaxformer.models.zoo.gpt import gpt
 from jaxformer.models.zoo.llama import LLAMA3_1, llama
+from jaxformer.models.zoo.rwkv7 import rwkv7
 
 
 def noisy(config, seed=0, std=0.1):
@@ -21,3 +22,13 @@ SMALL = {
 }
 
 
+
+RWKV = {
+  'rwkv7': rwkv7(64, 3, (8, 6, 5, 12), vocab_size=50, hidden=96, head_dim=16),
+}
+
+
+def noisy_rwkv(config, seed=0, std=0.1):
+  """Official initial values, each with noise: some of them decide whether a recurrence is stable."""
+  initial, noise = define(config).init(jax.random.key(3)), noisy(config, seed, std)
+  return {n: noise[n] if 'scale' in n else p + noise[n] for n, p in initial.items()}

@@ -17,6 +17,8 @@ EXACT = {
   'h3-125m': 126_387_456,   # as the authors' README prints it
   'llama3.1-70b': 70_553_706_496, 'llama3.1-405b': 405_853_388_800, 'mamba-130m': 129_135_360, 'mamba-2.8b': 2_768_345_600,
   'mamba2-130m': 128_989_632, 'mamba2-2.7b': 2_702_599_680,
+  'llama3.1-70b': 70_553_706_496, 'llama3.1-405b': 405_853_388_800, 'rwkv7-0.1b': 191_034_624, 'rwkv7-0.4b': 450_767_872,
+  'rwkv7-1.5b': 1_527_404_544, 'rwkv7-2.9b': 2_947_735_040,
 }
 
 # name -> width, layers, context. Heads do not change the count.
@@ -61,6 +63,11 @@ def h3_count(D, L, attention, V=50264, N=64):
   those without attention: B and C of the shift system (2 N D), a skip, and of the diagonal one, for N / 2 complex numbers a
   channel, A, B and C (3 N D), a step and a skip."""
   return V * D + 2 * D + L * (12 * D * D + 13 * D) + (L - attention) * (5 * N * D + 3 * D)
+# name -> width, layers, ranks of decay, in-context rate, value mixing and gate
+RWKV7 = {
+  'rwkv7-0.1b': (768, 12, 64, 64, 32, 128), 'rwkv7-0.4b': (1024, 24, 64, 64, 32, 128),
+  'rwkv7-1.5b': (2048, 24, 96, 96, 64, 256), 'rwkv7-2.9b': (2560, 32, 96, 96, 64, 320),
+}
 
 
 def gpt_count(D, L, T, V=50257):
@@ -85,6 +92,10 @@ def mamba2_count(D, L, N=128, P=64, V=50288):
   numbers a head, the gated norm, a norm; a norm."""
   inner, H = 2 * D, 2 * D // P
   return V * D + L * (D * (2 * inner + 2 * N + H) + inner * D + 5 * (inner + 2 * N) + 3 * H + inner + D) + D
+def rwkv7_count(D, L, w, a, v, g, V=65536):
+  """Embedding and head; a block: r, k, v, o and channels of 4 D (12 D^2), low-rank pairs, six mixes and one, w0, a0, v0, three
+  vectors of keys and bonus, a norm of heads and two of the block (19 D); the first block mixes in no values; two norms."""
+  return 2 * V * D + L * (12 * D * D + 2 * D * (w + a + v + g) + 19 * D) - (2 * v + 1) * D + 4 * D
 
 
 @pytest.mark.parametrize('name', EXACT)
@@ -140,6 +151,14 @@ def test_every_preset_of_these_families_is_counted():
   families = ('gpt2', 'gpt3', 'llama2', 'llama3', 'mamba', 'mamba2')
   named = {n for n in PRESETS if PRESETS[n].family in families and not n.endswith('-tiny')}
   assert named == set(GPT) | set(LLAMA) | set(MAMBA) | set(MAMBA2)
+@pytest.mark.parametrize('name', RWKV7)
+def test_rwkv7(name):
+  assert define(PRESETS[name].model).size == rwkv7_count(*RWKV7[name])
+
+
+def test_every_preset_of_these_families_is_counted():
+  named = {n for n in PRESETS if PRESETS[n].family in ('gpt2', 'gpt3', 'llama2', 'llama3', 'rwkv7') and not n.endswith('-tiny')}
+  assert named == set(GPT) | set(LLAMA) | set(RWKV7)
 
 
 @pytest.mark.parametrize(('name', 'width', 'heads'), [

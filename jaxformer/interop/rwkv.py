@@ -1,0 +1,221 @@
+"""RWKV's own weight files, both ways: one file of tensors named as in RWKV-LM, `.safetensors` or `.pth`, and nothing beside it.
+
+There is no config: which tensors there are tells the version, and their shapes the sizes. What no shape tells (the context that
+the model is meant for, and the initial values of a training that starts anew) is as in the published models.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import re
+from collections.abc import Callable, Generator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import safetensors.numpy
+from jax.sharding import Mesh
+
+from jaxformer.config import InputError, differences
+from jaxformer.interop import weights
+from jaxformer.interop.family import blocks, functional, part
+from jaxformer.interop.huggingface import dtype_of, placing
+from jaxformer.interop.tensors import Reader, Shape, Tensors, cast, new_file, shortened
+from jaxformer.interop.torch_file import TorchReader, write_torch
+from jaxformer.interop.weights import NewAxis, Rule, Step, linear, same
+from jaxformer.layers.rwkv7 import TimeMix7
+from jaxformer.models.language_model import LanguageModel, ModelConfig
+from jaxformer.models.params import Params, define
+from jaxformer.models.zoo.rwkv7 import rwkv7
+from jaxformer.sharding import Rules
+
+SUFFIXES = ('.safetensors', '.pth')
+Shapes = Mapping[str, Shape]
+
+
+@dataclasses.dataclass(frozen=True)
+class Version:
+  """One version of the architecture.
+
+  Attributes:
+    name: as published.
+    sign: pattern of a tensor's name that no version before it has.
+    read: the shapes of a file's tensors -> our config. What it does not look at, the map of weights checks.
+    rules: our config -> the map of weights.
+    ignored: patterns of tensors that carry nothing.
+  """
+
+  name: str
+  sign: str
+  read: Callable[[Sizes], LanguageModel.Config]
+  rules: Callable[[Any], Sequence[Rule]]
+  ignored: tuple[str, ...] = ()
+
+
+class Sizes:
+  """The sizes of a model, from the shapes of a file's tensors."""
+
+  def __init__(self, shapes: Shapes, where: str):
+    self.shapes, self.where = shapes, where
+
+  def __call__(self, name: str, rank: int = 2) -> Shape:
+    """The shape of a tensor, which must be there with so many axes."""
+    if name not in self.shapes:
+      raise InputError(f'{self.where}: tensor {name} is missing')
+    if len(self.shapes[name]) != rank:
+      raise InputError(f'{self.where}: {name} is {list(self.shapes[name])}, but must have {rank} axes')
+    return self.shapes[name]
+
+  @property
+  def layers(self) -> int:
+    found = [int(m[1]) for m in (re.match(r'blocks\.(\d+)\.', n) for n in self.shapes) if m]
+    return max(found) + 1
+
+
+@dataclasses.dataclass(frozen=True)
+class ByHead(Step):
+  """Theirs is a matrix [heads, channels of a head] of our vector."""
+
+  head_dim: int
+
+  def shapes(self, ours):
+    return [(s[0] // self.head_dim, self.head_dim) for s in ours]
+
+  def save(self, ours):
+    return [a.reshape(-1, self.head_dim) for a in ours]
+
+  def load(self, theirs, ours):
+    return [a.reshape(-1) for a in theirs]
+
+
+ROW = (NewAxis(0), NewAxis(0))   # vectors over the channels are kept as [1, 1, D]
+
+
+def _frame() -> list[Rule]:
+  """Everything but the two layers of a block."""
+  norms = {
+    'embedding_norm': 'blocks.0.ln0', 'final_norm': 'ln_out', 'stack.{layer}.branches.0.norm': 'blocks.{layer}.ln1',
+    'stack.{layer}.branches.1.norm': 'blocks.{layer}.ln2', 'stack.{layer}.branches.0.layer.norm': 'blocks.{layer}.att.ln_x'}
+  return [
+    same('embedding', 'emb.weight'), linear('head', 'head.weight'),
+    *(same(f'{ours}.{a}', f'{theirs}.{b}') for ours, theirs in norms.items() for a, b in (('scale', 'weight'), ('offset', 'bias')))]
+
+
+def _mixing(matrices: Mapping[str, str], rows: Mapping[str, str], layer: int, theirs: str) -> list[Rule]:
+  """Matrices and vectors of layer `layer` of every block, our name -> theirs."""
+  ours = f'stack.{{layer}}.branches.{layer}.layer'
+  return [
+    *(linear(f'{ours}.{o}', f'blocks.{{layer}}.{theirs}.{t}.weight') for o, t in matrices.items()),
+    *(Rule((f'{ours}.{o}',), f'blocks.{{layer}}.{theirs}.{t}', ROW) for o, t in rows.items())]
+
+
+# ---- RWKV-7 -----------------------------------------------------------------------------------------------------------
+
+
+def _read_7(sizes: Sizes) -> LanguageModel.Config:
+  (vocab, width), layers, att = sizes('emb.weight'), sizes.layers, 'blocks.0.att'
+  value = sizes('blocks.1.att.v1')[1] if layers > 1 else 1
+  ranks = sizes(f'{att}.w1')[1], sizes(f'{att}.a1')[1], value, sizes(f'{att}.g1')[1]
+  return rwkv7(
+    width, layers, ranks, vocab_size=vocab, hidden=sizes('blocks.0.ffn.key.weight')[0], head_dim=sizes(f'{att}.r_k')[1])
+
+
+def _rules_7(config: LanguageModel.Config) -> list[Rule]:
+  time = part(blocks(config)[0].branches[0].layer, TimeMix7.Config, 'layer 0 of block 0')
+  ours, theirs = 'stack.{layer}.branches.0.layer', 'blocks.{layer}.att'
+  low_rank = {'decay': 'w', 'rate': 'a', 'value': 'v', 'gate': 'g'}
+  rows = {f'mix_{z}': f'x_{z}' for z in 'rwkvag'} | {'xi': 'k_k', 'alpha': 'k_a'}
+  rows |= {f'{o}.offset': f'{t}0' for o, t in low_rank.items() if o != 'gate'}
+  return [
+    *_frame(),
+    *_mixing({'wr': 'receptance', 'wk': 'key', 'wv': 'value', 'wo': 'output'}, rows, 0, 'att'),
+    *(same(f'{ours}.{o}.{a}', f'{theirs}.{t}{b}') for o, t in low_rank.items() for a, b in (('down', 1), ('up', 2))),
+    Rule((f'{ours}.rho',), f'{theirs}.r_k', (ByHead(time.head_dim),)),
+    *_mixing({'wk': 'key', 'wv': 'value'}, {'mix_k': 'x_k'}, 1, 'ffn'),
+  ]
+
+
+VERSIONS: tuple[Version, ...] = (   # the latest first: the first whose sign is there is it
+  # The first block has no values to mix in; the official code makes these parameters there too, and never uses them.
+  Version('RWKV-7', r'blocks\.0\.att\.r_k', _read_7, _rules_7, ignored=(r'blocks\.0\.att\.v[012]',)),
+)
+_READ = ', '.join(v.name for v in VERSIONS)
+
+
+def version_of(shapes: Shapes, where: str) -> Version:
+  """The version of a file. Raises `InputError` where it is none that is read."""
+  for version in VERSIONS:
+    if any(re.fullmatch(version.sign, n) for n in shapes):
+      return version
+  raise InputError(f'{where}: not the weights of {_READ}; it holds {shortened(shapes, 4)}')
+
+
+# ---- both ways --------------------------------------------------------------------------------------------------------
+
+
+def is_rwkv(path: str | os.PathLike) -> bool:
+  """Whether a path is that of a weight file by itself, by its name."""
+  return Path(path).suffix in SUFFIXES
+
+
+def load_rwkv(
+  path: str | os.PathLike, dtype: Any = jnp.float32, mesh: Mesh | None = None, rules: Rules | str = 'fsdp_tensor',
+) -> tuple[ModelConfig, Params]:
+  """The model config and parameters of a weight file. Arguments as for `load_hf`.
+
+  Raises `InputError` for a file that is no RWKV model of these versions, and for `.pth` without PyTorch.
+  """
+  if not Path(path).is_file():
+    raise InputError(f'{path}: no such file')
+  with _open(path) as reader:
+    shapes = {n: i.shape for n, i in reader.info.items()}
+    version = version_of(shapes, str(path))
+    config = version.read(Sizes(shapes, str(path)))
+    info, names = define(config).info, weights.Names(ignored=version.ignored)
+    links = weights.connect(info, version.rules(config), version.name)
+    return config, weights.load(links, info, reader, names, dtype_of(dtype), placing(config, mesh, rules))
+
+
+@contextlib.contextmanager
+def _open(path: str | os.PathLike) -> Generator[Tensors]:
+  if Path(path).suffix == '.pth':
+    yield TorchReader(path)
+  else:
+    with Reader(path) as reader:
+      yield reader
+
+
+def save_rwkv(path: str | os.PathLike, model_config: ModelConfig, params: Params, dtype: Any = jnp.float32) -> None:
+  """Writes a weight file, `.safetensors` or `.pth`, which appears only when it is whole; one that is there is left alone.
+
+  Raises `InputError` for a model that is none of the versions, saying which part, and for `.pth` without PyTorch.
+  """
+  if not is_rwkv(path):
+    raise InputError(f'{path}: the name of a file of RWKV weights ends in {" or ".join(SUFFIXES)}')
+  dtype, info = dtype_of(dtype), define(model_config).info
+  links = _links(model_config)
+  weights.check_params(info, params)
+  export = weights.Export(links, params)
+  if Path(path).suffix == '.pth':
+    write_torch(path, list(export.shapes), export, dtype)
+    return
+  with new_file(path) as partial:
+    safetensors.numpy.save_file({n: cast(n, export(n), dtype) for n in export.shapes}, partial, metadata={'format': 'pt'})
+
+
+def _links(config: ModelConfig) -> list[weights.Link]:
+  """The map of a model's weights. It is of a version when the shapes that would be written, read again, give it back."""
+  reasons = []
+  for version in VERSIONS:
+    try:
+      links = weights.connect(define(config).info, version.rules(config), version.name)
+      read = version.read(Sizes({n: s for link in links for n, s in link.theirs.items()}, version.name))
+      differ = differences(functional(config), functional(read.replace(context=getattr(config, 'context', read.context))))
+    except InputError as e:
+      differ = [str(e)]
+    if not differ:
+      return links
+    reasons.append(f'As {version.name}: {shortened(differ, 3)}')
+  raise InputError(f'no version of RWKV ({_READ}) computes this model. ' + '. '.join(reasons))

@@ -1,0 +1,251 @@
+"""RWKV-7 "Goose" (Peng et al. 2025, section 4 and appendix): time mixing with a generalized delta rule, and its channel mixing.
+
+Initial values are those of the modules of the official training code (RWKV-LM, RWKV-v7/train_temp).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float
+
+from jaxformer.config import InputError
+from jaxformer.layers.init import FanInUniform, Init, Orthogonal, Zeros
+from jaxformer.layers.layer import Context, Layer, LayerConfig, Output, Site, starts_BT
+from jaxformer.layers.norm import HeadNorm
+from jaxformer.ops.linear import linear
+from jaxformer.ops.shift import token_shift
+from jaxformer.ops.wkv7 import wkv7
+from jaxformer.sharding import param, shard
+
+FIRST_VALUES = 'rwkv7/first_values'   # what the first time mixing shares with all later ones
+
+
+def _depth(site: Site) -> tuple[Array, Array]:
+  """How deep a block lies: from 0 to 1 over the blocks, and from 1 to almost 0."""
+  layer = jnp.asarray(site.layer, jnp.float32)
+  return layer / max(site.layers - 1, 1), 1.0 - layer / site.layers
+
+
+def _mix(width: int, exponent: Array | float) -> nnx.Param:
+  """How much of the token before each channel sees: 1 - (i / D)^exponent."""
+  return param(1.0 - (jnp.arange(width) / width) ** exponent, ('norm',), decay=False)
+
+
+class LowRank(nnx.Module):
+  """f(x) = offset + activation(x A) B, with A [D, R] from zero and B [R, D] small: a function of the token that starts constant."""
+
+  def __init__(
+    self, width: int, rank: int, rngs: nnx.Rngs, site: Site, offset: Array | None = None, *, lr_scale: float = 1.0,
+    full_precision: bool = False,
+  ):
+    up = Orthogonal(gain=0.1, wide=False)(rngs.params(), (rank, width), rank, site)
+    self.down = param(jnp.zeros((width, rank)), ('embed', 'state'), decay=False)
+    self.up = param(up, ('state', 'heads'), decay=False)
+    self.offset = None if offset is None else param(
+      offset, ('norm',), decay=False, lr_scale=lr_scale, full_precision=full_precision)
+
+  def __call__(self, x_BTD: Array, activation: Callable[[Array], Array] = lambda h: h) -> Array:
+    """In fp32 where there is an offset, else in the type of x."""
+    y = linear(activation(linear(x_BTD, self.down[...])), self.up[...])
+    return y if self.offset is None else y.astype(jnp.float32) + self.offset[...].astype(jnp.float32)[None, None]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TimeMix7State:
+  """The last token's input, and each head's matrix, in fp32 (`jaxformer.ops.wkv7`)."""
+
+  last_BD: Float[Array, 'B D']
+  heads_BHVK: Float[Array, 'B H V K']
+
+
+class TimeMix7(Layer):
+  """Time mixing of RWKV-7. With x'_z = x + (shift(x) - x) mix_z for each z below, and heads of K channels:
+
+    r, k, v = x'_r W_r, x'_k W_k, x'_v W_v            decay log w = -exp(-1/2) sigmoid(w_0 + tanh(x'_w A_w) B_w)
+    rate a = sigmoid(a_0 + x'_a A_a B_a)              gate g = sigmoid(x'_g A_g) B_g
+    v += (v_first - v) sigmoid(v_0 + x'_v A_v B_v)    removal key kappa = normalised by head(k * xi)
+    k *= 1 + (a - 1) alpha                            S_t = S_{t-1} (diag(w) - kappa (a kappa)^T) + v k^T
+
+    y = (norm by head(S_t r) + sum over head(r k rho) v) * g,   out = y W_o
+
+  `v_first` are the values of the first time mixing in the stack, which shares them (`Context.shared`) and has no such mixing of
+  its own.
+  """
+
+  class Config(LayerConfig):
+    """
+    Attributes:
+      head_dim: channels of a head; they divide the width.
+      decay_rank, rate_rank, gate_rank: rank R of A and B in w, a and g.
+      value_rank: the same in the mixing of v; None for the first of the stack, which shares its values instead.
+      norm: of the heads' outputs.
+      init: of W_r and W_v; `key_init`: of W_k; `out_init`: of W_o.
+    """
+
+    head_dim: int = 64
+    decay_rank: int = 64
+    rate_rank: int = 64
+    value_rank: int | None = 32
+    gate_rank: int = 128
+    norm: HeadNorm.Config = HeadNorm.Config(eps=64e-5)
+    init: Init = FanInUniform(gain=0.5)
+    key_init: Init = FanInUniform(gain=0.05)
+    out_init: Init = Zeros()
+
+    def validate(self):
+      self.require(self.head_dim > 1, 'head_dim', 'at least 2')
+      for field in ('decay_rank', 'rate_rank', 'gate_rank'):
+        self.require(getattr(self, field) > 0, field, 'positive')
+      self.require(self.value_rank is None or self.value_rank > 0, 'value_rank', 'positive, or none for the first of the stack')
+
+    def build(self, width: int, rngs: nnx.Rngs, site: Site) -> TimeMix7:
+      return TimeMix7(self, width, rngs, site)
+
+    def reads(self, width: int) -> dict[str, int]:
+      return {} if self.value_rank is None else {FIRST_VALUES: width}
+
+    def state_size(self, width: int, max_len: int) -> int:
+      return width + width * self.head_dim
+
+    def mixing_flops_per_token(self, width: int, length: int, causal: bool) -> float:
+      return 9.0 * width * self.head_dim   # S a, + u b^T, + v k^T and S r are 2 each, the decay 1, for each number of the state
+
+    @classmethod
+    def examples(cls) -> tuple[TimeMix7.Config, ...]:
+      return (
+        cls(head_dim=8, decay_rank=4, value_rank=None, gate_rank=8),
+        cls(head_dim=16, rate_rank=6, value_rank=5, norm=HeadNorm.Config(eps=1e-3)),
+      )
+
+  def __init__(self, config: TimeMix7.Config, width: int, rngs: nnx.Rngs, site: Site):
+    c, D, K = config, width, config.head_dim
+    if D % K or D < 2:
+      raise InputError(f'width = {D} is not a multiple of TimeMix7.head_dim = {K}')
+    self.config = c
+    deep, shallow = _depth(site)
+    self.mix_r, self.mix_w, self.mix_k = (_mix(D, e * shallow) for e in (0.2, 0.9, 0.7))
+    self.mix_v, self.mix_a, self.mix_g = (_mix(D, e * shallow) for e in (0.7, 0.9, 0.2))
+    ramp = jnp.arange(D) / (D - 1)
+    line = ramp - 0.5
+    zigzag = (jnp.arange(D) % K - (K - 1) / 2) / ((K - 1) / 2)   # within each head from -1 to 1
+    zigzag = zigzag * jnp.abs(zigzag)
+    self.decay = LowRank(D, c.decay_rank, rngs, site, -5.5 + 6.0 * ramp ** (1.0 + deep**0.3) + 2.5 * zigzag,
+                         lr_scale=2.0, full_precision=True)
+    self.rate = LowRank(D, c.rate_rank, rngs, site, -0.19 + 0.3 * zigzag + 0.4 * line)
+    self.value = None if c.value_rank is None else LowRank(D, c.value_rank, rngs, site, 0.73 - 0.4 * line)
+    self.gate = LowRank(D, c.gate_rank, rngs, site)
+    self.xi = param(0.71 - 0.1 * line, ('norm',), decay=False)
+    self.alpha = param(jnp.full(D, 1.02), ('norm',), decay=False)
+    self.rho = param(jnp.full(D, -0.04), ('norm',), decay=False)
+    self.wr = param(c.init(rngs.params(), (D, D), D, site), ('embed', 'heads'))
+    self.wk = param(c.key_init(rngs.params(), (D, D), D, site), ('embed', 'heads'))
+    self.wv = param(c.init(rngs.params(), (D, D), D, site), ('embed', 'heads'))
+    self.wo = param(c.out_init(rngs.params(), (D, D), D, site), ('heads', 'embed'))
+    self.norm = c.norm.build(D)
+    self.norm.scale = param(jnp.full(D, ((1.0 + site.layer) / site.layers) ** 0.7), ('norm',), decay=False)
+
+  def init_state(self, batch: int, max_len: int) -> TimeMix7State:
+    D, K = self.wr.shape[0], self.config.head_dim
+    return TimeMix7State(jnp.zeros((batch, D), self.wr[...].dtype), jnp.zeros((batch, D // K, K, K), jnp.float32))
+
+  def __call__(self, x_BTD: Float[Array, 'B T D'], ctx: Context, state: TimeMix7State | None = None) -> Output:
+    B, T, D = x_BTD.shape
+    starts = starts_BT(ctx.segments_BT, B, T)
+    change = token_shift(x_BTD, None if state is None else state.last_BD, starts) - x_BTD
+
+    def mixed(mix: nnx.Param) -> Array:
+      return x_BTD + change * mix[...][None, None]
+
+    def by_head(z_BTD: Array) -> Array:
+      return shard(z_BTD.reshape(B, T, -1, self.config.head_dim), 'batch', 'time', 'heads', None)
+
+    def vector(p: nnx.Param) -> Array:
+      return p[...].astype(jnp.float32)[None, None]
+
+    r, k = linear(mixed(self.mix_r), self.wr[...]), linear(mixed(self.mix_k), self.wk[...]).astype(jnp.float32)
+    v = self._values(mixed(self.mix_v), ctx)
+    log_decay = -math.exp(-0.5) * jax.nn.sigmoid(self.decay(mixed(self.mix_w), jnp.tanh))
+    rate = jax.nn.sigmoid(self.rate(mixed(self.mix_a)))
+    removal = by_head(k * vector(self.xi))
+    removal = removal * jax.lax.rsqrt(jnp.maximum(jnp.sum(jnp.square(removal), axis=-1, keepdims=True), 1e-24))
+    k = by_head(k * (1.0 + (rate - 1.0) * vector(self.alpha)))
+    r, values, rate = by_head(r), by_head(v), by_head(rate)
+    y, heads_BHVK = wkv7(
+      r, by_head(log_decay), k, values, -removal, rate * removal, None if state is None else state.heads_BHVK, starts)
+    rho = vector(self.rho).reshape(1, 1, -1, self.config.head_dim)
+    bonus = jnp.sum(r.astype(jnp.float32) * k * rho, axis=-1, keepdims=True) * values.astype(jnp.float32)
+    y = self.norm(y) + bonus.astype(y.dtype).reshape(B, T, D)
+    y = checkpoint_name(y * self.gate(mixed(self.mix_g), jax.nn.sigmoid), 'attention')
+    if state is not None:
+      state = TimeMix7State(x_BTD[:, -1].astype(state.last_BD.dtype), shard(heads_BHVK, 'batch', 'heads', None, None))
+    return Output(linear(y, self.wo[...]), state, share={FIRST_VALUES: v} if self.value is None else {})
+
+  def _values(self, x_BTD: Array, ctx: Context) -> Array:
+    v = linear(x_BTD, self.wv[...])
+    if self.value is None:
+      return v
+    if FIRST_VALUES not in ctx.shared:
+      raise InputError(
+        f'TimeMix7.value_rank = {self.config.value_rank}, but no earlier layer has shared its values: the first of a stack needs '
+        'value_rank = None, in a group of its own')
+    return v + (ctx.shared[FIRST_VALUES] - v) * jax.nn.sigmoid(self.value(x_BTD)).astype(v.dtype)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ChannelMix7State:
+  """The last token's input."""
+
+  last_BD: Float[Array, 'B D']
+
+
+class ChannelMix7(Layer):
+  """Channel mixing of RWKV-7: y = relu((x + (shift(x) - x) mix_k) W_k)^2 W_v, without the receptance of earlier versions."""
+
+  class Config(LayerConfig):
+    """
+    Attributes:
+      hidden: hidden units F.
+      init: of W_k; `out_init`: of W_v.
+    """
+
+    hidden: int = 256
+    init: Init = FanInUniform(gain=0.5)
+    out_init: Init = Zeros()
+
+    def validate(self):
+      self.require(self.hidden > 0, 'hidden', 'positive')
+
+    def build(self, width: int, rngs: nnx.Rngs, site: Site) -> ChannelMix7:
+      return ChannelMix7(self, width, rngs, site)
+
+    def state_size(self, width: int, max_len: int) -> int:
+      return width
+
+    @classmethod
+    def examples(cls) -> tuple[ChannelMix7.Config, ...]:
+      return (cls(hidden=48),)
+
+  def __init__(self, config: ChannelMix7.Config, width: int, rngs: nnx.Rngs, site: Site):
+    F = config.hidden
+    self.mix_k = _mix(width, _depth(site)[1] ** 4)
+    self.wk = param(config.init(rngs.params(), (width, F), width, site), ('embed', 'mlp'))
+    self.wv = param(config.out_init(rngs.params(), (F, width), F, site), ('mlp', 'embed'))
+
+  def init_state(self, batch: int, max_len: int) -> ChannelMix7State:
+    return ChannelMix7State(jnp.zeros((batch, self.wk.shape[0]), self.wk[...].dtype))
+
+  def __call__(self, x_BTD: Float[Array, 'B T D'], ctx: Context, state: ChannelMix7State | None = None) -> Output:
+    B, T, _ = x_BTD.shape
+    before = token_shift(x_BTD, None if state is None else state.last_BD, starts_BT(ctx.segments_BT, B, T))
+    h = linear(x_BTD + (before - x_BTD) * self.mix_k[...][None, None], self.wk[...])
+    h = checkpoint_name(shard(jnp.square(jax.nn.relu(h)), 'batch', 'time', 'mlp'), 'mlp_hidden')
+    return Output(linear(h, self.wv[...]), None if state is None else ChannelMix7State(x_BTD[:, -1].astype(state.last_BD.dtype)))

@@ -1,0 +1,41 @@
+"""RWKV-7 "Goose" (Peng et al. 2025): the World models. Pre-norm LayerNorm and one more norm after the embedding, time mixing and
+channel mixing, heads of 64, no offsets in projections, head of its own."""
+
+from __future__ import annotations
+
+from jaxformer.layers.init import Orthogonal, Uniform
+from jaxformer.layers.norm import LayerNorm
+from jaxformer.layers.rwkv7 import ChannelMix7, TimeMix7
+from jaxformer.models.block import Block, PreNorm
+from jaxformer.models.language_model import LanguageModel
+from jaxformer.models.stack import Group
+from jaxformer.models.zoo.preset import preset
+
+
+def rwkv7(
+  width: int, layers: int, ranks: tuple[int, int, int, int], *, context: int = 4096, vocab_size: int = 65536,
+  hidden: int | None = None, head_dim: int = 64,
+) -> LanguageModel.Config:
+  """The RWKV-7 architecture. `ranks` are those of decay, in-context learning rate, value mixing and gate. The first block shares
+  its values with all others, so it is a group of its own."""
+  norm, (decay, rate, value, gate) = LayerNorm.Config(), ranks
+  first = TimeMix7.Config(head_dim=head_dim, decay_rank=decay, rate_rank=rate, value_rank=None, gate_rank=gate)
+  channels = ChannelMix7.Config(hidden=hidden or 4 * width)
+
+  def block(time: TimeMix7.Config) -> Block.Config:
+    return Block.Config(branches=(PreNorm.Config(layer=time, norm=norm), PreNorm.Config(layer=channels, norm=norm)))
+
+  later = (Group(pattern=(block(first.replace(value_rank=value)),), repeats=layers - 1),) if layers > 1 else ()
+  return LanguageModel.Config(
+    vocab_size=vocab_size, width=width, context=context, stack=(Group(pattern=(block(first),)), *later), embedding_norm=norm,
+    final_norm=norm, embedding_init=Uniform(bound=1e-4), head_init=Orthogonal(gain=0.5))
+
+
+for name, width, layers, ranks in (
+  ('rwkv7-0.1b', 768, 12, (64, 64, 32, 128)),
+  ('rwkv7-0.4b', 1024, 24, (64, 64, 32, 128)),
+  ('rwkv7-1.5b', 2048, 24, (96, 96, 64, 256)),
+  ('rwkv7-2.9b', 2560, 32, (96, 96, 64, 320)),
+):
+  preset(name, 'rwkv7', rwkv7(width, layers, ranks))
+preset('rwkv7-tiny', 'rwkv7', rwkv7(128, 4, (16, 16, 8, 32), context=256, vocab_size=264, head_dim=32))
