@@ -117,6 +117,7 @@ class Trained:
   Attributes:
     name: the run's or folder's.
     experiment: what it was trained by; None for weights from elsewhere.
+    tokenizer: of the text that it was trained on; None for one trained on a task.
     step: of the checkpoint; None for weights from elsewhere.
   """
 
@@ -131,7 +132,7 @@ class Trained:
 def load_trained(run: str) -> Trained:
   """A run (`runs/NAME`, `NAME` in `runs`, either with `@STEP`), or a folder of Hugging Face weights with a `tokenizer.json`."""
   import jaxformer.models.zoo  # noqa: F401  (registers the configs that a saved experiment names)
-  from jaxformer.data import load_tokenizer
+  from jaxformer.data import DataConfig, load_tokenizer
   from jaxformer.models.params import define
   from jaxformer.training.checkpoint import load_params
   from jaxformer.training.run import load_experiment
@@ -143,7 +144,17 @@ def load_trained(run: str) -> Trained:
   experiment = load_experiment(path)
   definition = define(experiment.model)
   params, found = load_params(f'{path}{at}', definition)
-  return Trained(path.name, experiment, definition, params, load_tokenizer(path / 'tokenizer'), found)
+  tokenizer = load_tokenizer(path / 'tokenizer') if isinstance(experiment.data, DataConfig) else None
+  return Trained(path.name, experiment, definition, params, tokenizer, found)
+
+
+def load_writer(run: str, what: str) -> Trained:
+  """`load_trained` of a model of text. Raises `InputError` for one trained on a task, which `what` (a command) has no use for."""
+  trained = load_trained(run)
+  if trained.tokenizer is None:
+    model, data = trained.definition.config.tag, trained.experiment.data.tag
+    raise InputError(f'{run}: a {model} trained on {data}; {what} takes models of text (`jaxformer eval {run}` scores this one)')
+  return trained
 
 
 def trained_folder(name: str) -> tuple[pathlib.Path, str]:

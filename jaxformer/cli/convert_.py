@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 
-from jaxformer.cli.common import Overrides, load_trained, note
+from jaxformer.cli.common import Overrides, load_writer, note
 
 OVERRIDES = False
 
@@ -23,7 +23,7 @@ def run(args: argparse.Namespace, overrides: Overrides) -> None:
   import pathlib
 
   from jaxformer.interop import save_hf
-  trained = load_trained(args.run_name)
+  trained = load_writer(args.run_name, '`jaxformer convert`')
   save_hf(args.out, trained.definition.config, trained.params, dtype=args.dtype)
   (pathlib.Path(args.out) / 'tokenizer.json').write_text(trained.tokenizer.hugging_face())
   note(f'wrote {trained.name} to {args.out}: {trained.definition.size:,} parameters, {args.dtype}')
