@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -120,13 +120,6 @@ def token_scores(
   lse, picked, top = found
   counted = targets_BT != IGNORE
   return jnp.where(counted, lse - picked, 0.0), counted & (picked >= top)
-
-
-def token_nll(
-  x: Float[Array, 'B T D'], w_DV: Float[Array, 'D V'], targets_BT: Int[Array, 'B T'], **options: Any,
-) -> Float[Array, 'B T']:
-  """The first of `token_scores`, which has the options."""
-  return token_scores(x, w_DV, targets_BT, **options)[0]
 
 
 # ---- tokens in chunks, the gradient formed in the forward pass --------------------------------------------------------

@@ -82,8 +82,9 @@ class ListOps(TaskConfig):
       value = self._list(uniform, tokens, 1)
       if self.min_length < len(tokens) < self.max_length:
         return tokens, value
-    raise InputError(f'ListOps.min_length = {self.min_length}: of {TRIES:,} expressions none is longer, and shorter than max_length '
-                     f'= {self.max_length}; bounds further apart, or a larger max_depth or max_args, are needed')
+    raise InputError(
+      f'ListOps.min_length = {self.min_length}: of {TRIES:,} expressions none is longer, and shorter than max_length = '
+      f'{self.max_length}; bounds further apart, or a larger max_depth or max_args, are needed')
 
   def _list(self, uniform, tokens: list[int], depth: int) -> int:
     """Adds the tokens of a list; its value."""
