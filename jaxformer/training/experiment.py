@@ -108,8 +108,13 @@ def default_experiment(model: ModelConfig, name: str) -> Experiment:
 def _fitting_task(model: ModelConfig) -> TaskConfig | None:
   """The task that asks just what a classifier answers; None for other models, and where there is none."""
   wanted = tuple(getattr(model, name, None) for name in Kind._fields)
-  tasks = [kind() for kind in types_of(TaskConfig) if not any(f.default is f.default_factory for f in dataclasses.fields(kind))]
-  return next((t for t in tasks if t.kind.classes is not None and tuple(t.kind) == wanted), None)
+  return next((t for t in _tasks(classes=True) if tuple(t.kind) == wanted), None)
+
+
+def _tasks(classes: bool) -> list[TaskConfig]:
+  """The tasks, as their defaults have them, that ask for a class, or those that ask for tokens."""
+  whole = [t for t in types_of(TaskConfig) if not any(f.default is f.default_factory for f in dataclasses.fields(t))]
+  return [task for task in (t() for t in whole) if (task.kind.classes is not None) == classes]
 
 
 def check_fit(model: ModelConfig, data: DatasetConfig, vocab_size: int | None = None) -> None:
@@ -122,7 +127,7 @@ def check_fit(model: ModelConfig, data: DatasetConfig, vocab_size: int | None = 
   mine = Kind(*(getattr(model, name, None) for name in Kind._fields))
   if (mine.classes is None) != (kind.classes is None):
     able, asked = ('names one of its classes', 'ask for tokens') if mine.classes else ('predicts tokens', 'ask for a class')
-    fitting = [t.tag for t in types_of(TaskConfig) if mine.classes and t is not type(data)]
+    fitting = [t.tag for t in _tasks(classes=mine.classes is not None)] + ([] if mine.classes else [DataConfig.tag])
     raise InputError(f'data = {data.tag}: a {model.tag} {able}, and these data {asked}{nearest("", fitting)}')
   if mine.features != kind.features:
     has, reads = ('tokens' if n is None else f'{n} numbers' for n in (kind.features, mine.features))

@@ -15,7 +15,8 @@ SHORT = ListOps(max_depth=5, max_args=5, min_length=10, max_length=60, train_seq
 INDEX = np.arange(300)
 # What the first sequences are, so that a run of today can be repeated: a change here changes every experiment on the task.
 PINNED = {
-  SHORT: '906e3f61b31bdb8e', InductionHead(): '202e7371b2152c24', AssociativeRecall(): '548120ce16771475', Digits(): 'bc7a1a1ed084f8c2'}
+  SHORT: '906e3f61b31bdb8e', InductionHead(): '202e7371b2152c24',
+  AssociativeRecall(): '548120ce16771475', Digits(): 'bc7a1a1ed084f8c2'}
 
 
 def value_of(words: list[str]) -> tuple[int, int]:
@@ -115,7 +116,8 @@ def test_recall_asks_for_the_value_of_a_key_that_came():
 
 @pytest.mark.parametrize('task', [InductionHead, AssociativeRecall])
 def test_synthetic_settings(task):
-  for settings, message in (({'length': 1}, 'length = 1'), ({'vocab_size': 3}, 'vocab_size = 3'), ({'test_sequences': 0}, 'positive')):
+  for settings, message in (
+    ({'length': 1}, 'length = 1'), ({'vocab_size': 3}, 'vocab_size = 3'), ({'test_sequences': 0}, 'test_sequences = 0')):
     with pytest.raises(InputError, match=message):
       task(**settings)
 
