@@ -1,0 +1,216 @@
+"""Systems for `ops.ssm`: diagonal in complex conjugate pairs, dense, and the shift register; and how a continuous system is
+made discrete."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Complex, Float
+
+from jaxformer.ops.ssm import System
+
+# ---- from continuous to discrete --------------------------------------------------------------------------------------
+
+
+def zoh(a: Complex[Array, 'H N'], b: Complex[Array, 'H N'], dt_H: Float[Array, ' H']) -> tuple[Array, Array]:
+  """Zero-order hold of x' = a x + b u for diagonal a: log Abar = dt a and Bbar = (Abar - 1) / a b (Gu et al. 2022, eq. 6).
+
+  The imaginary part of log Abar is brought to [-pi, pi]: powers of Abar then keep their digits. `a` must not be 0.
+  """
+  z = dt_H[:, None] * a
+  half = jnp.sin(0.5 * z.imag)
+  # e^z - 1 without the cancellation near z = 0.
+  grown = jax.lax.complex(jnp.expm1(z.real) * jnp.cos(z.imag) - 2 * half * half, jnp.exp(z.real) * jnp.sin(z.imag))
+  turns = jax.lax.stop_gradient(jnp.round(z.imag / (2 * math.pi)))
+  high = 6.28125   # 2 pi in two parts, of which the first times a small whole number is exact
+  angle = (z.imag - turns * high) - turns * (2 * math.pi - high)
+  return jax.lax.complex(z.real, angle), grown / a * b
+
+
+def bilinear(a: Complex[Array, 'H N'], b: Complex[Array, 'H N'], dt_H: Float[Array, ' H']) -> tuple[Array, Array]:
+  """Tustin's rule for diagonal a: Abar = (1 + dt a / 2) / (1 - dt a / 2), Bbar = dt b / (1 - dt a / 2); gives log Abar and Bbar."""
+  w = 0.5 * dt_H[:, None] * a
+  above, below = jnp.square(1 + w.real) + jnp.square(w.imag), jnp.square(1 - w.real) + jnp.square(w.imag)
+  ratio = 4 * w.real / below                    # |Abar|^2 - 1: exact where Abar is near the unit circle
+  near = ratio > -0.5
+  far = jnp.log(jnp.maximum(above, 1e-30)) - jnp.log(below)
+  size = 0.5 * jnp.where(near, jnp.log1p(jnp.where(near, ratio, 0.0)), far)
+  angle = jnp.arctan2(w.imag, 1 + w.real) + jnp.arctan2(w.imag, 1 - w.real)
+  return jax.lax.complex(size, angle), dt_H[:, None] * b / (1 - w)
+
+
+# ---- diagonal ---------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Diagonal(System):
+  """x_t = exp(log_a) x_{t-1} + b u_t, y_t = 2 Re(c x_t): each complex number stands for itself and its conjugate, so a system of
+  N real numbers of state has P = N / 2 of them.
+
+  Attributes:
+    log_a_HP, b_HP: of `zoh` or `bilinear`.
+    c_MHP: an output vector for each of M outputs.
+  """
+
+  log_a_HP: Complex[Array, 'H P']
+  b_HP: Complex[Array, 'H P']
+  c_MHP: Complex[Array, 'M H P']
+
+  @property
+  def sizes(self) -> tuple[int, int, int]:
+    M, H, P = self.c_MHP.shape
+    return M, H, 2 * P
+
+  def next(self, x_BHN: Float[Array, 'B H N'], u_BH: Float[Array, 'B H']) -> Float[Array, 'B H N']:
+    return _rotate(self._powers(jnp.ones(1))[:, 0][None], x_BHN) + _real(self.b_HP)[None] * u_BH[..., None]
+
+  def read(self, x_BHN: Float[Array, 'B H N']) -> Float[Array, 'B M H']:
+    return jnp.sum(x_BHN[:, None] * _reading(self.c_MHP)[None], axis=-1)
+
+  def transition(self, steps: int) -> Callable[[Array], Array]:
+    a_H1P = self._powers(jnp.full(1, steps))
+    return lambda x_HBN: _rotate(a_H1P, x_HBN)
+
+  def _powers(self, j_C: Array) -> Array:
+    """Abar^j: [H, C, P]."""
+    j, log_a = j_C.astype(jnp.float32)[None, :, None], self.log_a_HP[:, None]
+    size, angle = jnp.exp(j * log_a.real), j * log_a.imag
+    return jax.lax.complex(size * jnp.cos(angle), size * jnp.sin(angle))
+
+  def maps(self, length: int) -> tuple[Array, Array]:
+    into = _real(self.b_HP[:, None] * self._powers(jnp.arange(length)))
+    return into, _reading(self.c_MHP[:, :, None] * self._powers(1 + jnp.arange(length))[None])
+
+  def kernel(self, length: int) -> Array:
+    """A product of Vandermonde matrices in two levels, k_{i W + j} = 2 Re sum_p (c Abar^{i W})_p (b Abar^j)_p: of the order of
+    N sqrt(T) numbers for each channel, not N T."""
+    W = min(length, max(16, 1 << math.ceil(math.log2(length) / 2)))
+    rows = -(-length // W)
+    fine_HWN = _real(self.b_HP[:, None] * self._powers(jnp.arange(W)))
+    coarse_MHRN = _reading(self.c_MHP[:, :, None] * self._powers(W * jnp.arange(rows))[None])
+    k = jnp.einsum('mhrn,hwn->mhrw', coarse_MHRN, fine_HWN, precision='highest')
+    return k.reshape(*k.shape[:2], rows * W)[..., :length]
+
+
+def _rotate(a: Array, x: Array) -> Array:
+  """The product of complex numbers with a real state."""
+  re, im = jnp.split(x, 2, axis=-1)
+  return jnp.concatenate([re * a.real - im * a.imag, re * a.imag + im * a.real], axis=-1)
+
+
+def _real(z: Array) -> Array:
+  """Complex numbers as a real state has them."""
+  return jnp.concatenate([z.real, z.imag], axis=-1)
+
+
+def _reading(c: Array) -> Array:
+  """The real vector whose product with such a state is 2 Re(c x)."""
+  return jnp.concatenate([2 * c.real, -2 * c.imag], axis=-1)
+
+
+# ---- dense ------------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Dense(System):
+  """Real matrices: x_t = a x_{t-1} + b u_t, y_t = c x_t. Powers come from squares (Krylov doubling): O(N^3 log C) for a channel."""
+
+  a_HNN: Float[Array, 'H N N']
+  b_HN: Float[Array, 'H N']
+  c_MHN: Float[Array, 'M H N']
+
+  @property
+  def sizes(self) -> tuple[int, int, int]:
+    M, H, N = self.c_MHN.shape
+    return M, H, N
+
+  def next(self, x_BHN: Float[Array, 'B H N'], u_BH: Float[Array, 'B H']) -> Float[Array, 'B H N']:
+    moved = jnp.einsum('hnk,bhk->bhn', self.a_HNN, x_BHN, precision='highest')
+    return moved + self.b_HN[None] * u_BH[..., None]
+
+  def read(self, x_BHN: Float[Array, 'B H N']) -> Float[Array, 'B M H']:
+    return jnp.sum(x_BHN[:, None] * self.c_MHN[None], axis=-1)
+
+  def transition(self, steps: int) -> Callable[[Array], Array]:
+    power = matrix_power(self.a_HNN, steps)
+    return lambda x_HBN: jnp.einsum('hnk,hbk->hbn', power, x_HBN, precision='highest')
+
+  def maps(self, length: int) -> tuple[Array, Array]:
+    M, H, N = self.sizes
+    into_HCN = krylov(self.a_HNN, self.b_HN[:, None], length, transposed=True)
+    first_HMN = jnp.einsum('mhk,hkn->hmn', self.c_MHN, self.a_HNN, precision='highest')
+    out_HRN = krylov(self.a_HNN, first_HMN, length)
+    return into_HCN, out_HRN.reshape(H, length, M, N).transpose(2, 0, 1, 3)
+
+  def kernel(self, length: int) -> Array:
+    """In two levels: (c a^{i W}) (a^j b) for k_{i W + j}, never N T numbers for a channel."""
+    M, H, N = self.sizes
+    W = min(length, max(8, 1 << math.ceil(math.log2(length) / 2)))
+    rows = -(-length // W)
+    fine_HWN = krylov(self.a_HNN, self.b_HN[:, None], W, transposed=True)
+    coarse = krylov(matrix_power(self.a_HNN, W), jnp.swapaxes(self.c_MHN, 0, 1), rows)
+    k = jnp.einsum('hrmn,hwn->mhrw', coarse.reshape(H, rows, M, N), fine_HWN, precision='highest')
+    return k.reshape(M, H, rows * W)[..., :length]
+
+
+def matrix_power(a: Float[Array, '*H N N'], power: int) -> Float[Array, '*H N N']:
+  """a^power by repeated squaring."""
+  result = None
+  while power:
+    if power & 1:
+      result = a if result is None else jnp.matmul(result, a, precision='highest')
+    power >>= 1
+    a = jnp.matmul(a, a, precision='highest') if power else a
+  return jnp.broadcast_to(jnp.eye(a.shape[-1], dtype=a.dtype), a.shape) if result is None else result
+
+
+def krylov(
+  a_HNN: Float[Array, 'H N N'], v_HMN: Float[Array, 'H M N'], length: int, transposed: bool = False,
+) -> Float[Array, 'H R N']:
+  """The rows v a^j, or v (a^j)^T, for j = 0 .. length - 1, M rows for each j: twice as many with each square of a."""
+  M, rows = v_HMN.shape[1], v_HMN
+  while (have := rows.shape[1] // M) < length:
+    more = jnp.einsum('hrk,hnk->hrn' if transposed else 'hrk,hkn->hrn', rows[:, :(length - have) * M], a_HNN, precision='highest')
+    rows = jnp.concatenate([rows, more], axis=1)
+    a_HNN = jnp.matmul(a_HNN, a_HNN, precision='highest') if 2 * have < length else a_HNN
+  return rows
+
+
+# ---- shift ------------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Shift(System):
+  """A shift register: the state is the last N inputs, newest first, y_t = sum_n c_n u_{t-n}. A short convolution as a state-space
+  model (Fu et al. 2023, section 3.2: the shift SSM of H3, with B = e_1)."""
+
+  c_MHN: Float[Array, 'M H N']
+
+  @property
+  def sizes(self) -> tuple[int, int, int]:
+    M, H, N = self.c_MHN.shape
+    return M, H, N
+
+  def next(self, x_BHN: Float[Array, 'B H N'], u_BH: Float[Array, 'B H']) -> Float[Array, 'B H N']:
+    return jnp.concatenate([u_BH[..., None], x_BHN[..., :-1]], axis=-1)
+
+  def read(self, x_BHN: Float[Array, 'B H N']) -> Float[Array, 'B M H']:
+    return jnp.sum(x_BHN[:, None] * self.c_MHN[None], axis=-1)
+
+  def transition(self, steps: int) -> Callable[[Array], Array]:
+    kept = max(self.sizes[2] - steps, 0)
+    return lambda x_HBN: jnp.pad(x_HBN[..., :kept], ((0, 0), (0, 0), (self.sizes[2] - kept, 0)))
+
+  def maps(self, length: int) -> tuple[Array, Array]:
+    _, H, N = self.sizes
+    into = jnp.broadcast_to(jnp.eye(length, N)[None], (H, length, N))
+    c = jnp.pad(self.c_MHN, ((0, 0), (0, 0), (0, length)))
+    return into, jnp.stack([c[..., j + 1:j + 1 + N] for j in range(length)], axis=2)
+
+  def kernel(self, length: int) -> Array:
+    c = self.c_MHN[..., :length]
+    return jnp.pad(c, ((0, 0), (0, 0), (0, length - c.shape[-1])))

@@ -1,0 +1,168 @@
+"""Linear time-invariant systems: chunks and Fourier transforms against the recurrence, and that against dense matrices in
+complex128."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxformer.ops.long_convolution import convolution_naive, fast_length, fft_convolution
+from jaxformer.ops.route import route
+from jaxformer.ops.ssm import ssm, ssm_chunked, ssm_naive, ssm_step, toeplitz
+from jaxformer.ops.ssm_systems import Dense, Diagonal, Shift, bilinear, krylov, matrix_power, zoh
+
+B, H, M, P, N = 3, 4, 2, 5, 6
+
+
+def normal(seed, *shape):
+  return jax.random.normal(jax.random.key(seed), shape)
+
+
+def complexes(seed, *shape):
+  return jax.lax.complex(normal(seed, *shape), normal(seed + 1, *shape))
+
+
+def continuous():
+  """Decays and frequencies of S4D-Lin, slow and fast."""
+  a = jnp.broadcast_to((-0.5 + 1j * np.pi * jnp.arange(P))[None], (H, P)).astype(jnp.complex64)
+  return a, complexes(1, H, P), jnp.geomspace(0.001, 0.5, H)
+
+
+def parameters(kind):
+  """What a system of the kind is made of, and how."""
+  if kind == 'dense':
+    a = 0.95 * jnp.linalg.qr(normal(3, H, N, N))[0]
+    return (a, normal(4, H, N), normal(5, M, H, N)), Dense
+  if kind == 'shift':
+    return (normal(6, M, H, N),), Shift
+  rule = {'zoh': zoh, 'bilinear': bilinear}[kind]
+  return (*continuous(), complexes(7, M, H, P)), lambda a, b, dt, c: Diagonal(*rule(a, b, dt), c)
+
+
+KINDS = ('zoh', 'bilinear', 'dense', 'shift')
+
+
+def close(a, b, rtol):
+  for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+    x, y = np.asarray(x), np.asarray(y)
+    assert x.shape == y.shape
+    assert np.abs(x - y).max() <= rtol * max(np.abs(y).max(), 1e-3), np.abs(x - y).max() / np.abs(y).max()
+
+
+@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize(('length', 'packed'), [(19, True), (16, False), (5, True)])
+def test_chunks_equal_the_recurrence(kind, length, packed):
+  """Outputs, states and gradients, where documents begin anywhere: at a chunk's border, two in a chunk, at the first token."""
+  given, build = parameters(kind)
+  starts = jnp.zeros((B, length), bool).at[0, 3].set(True).at[0, 5].set(True).at[1, 0].set(True).at[2, 8:10].set(True)
+  u, x, w = normal(8, B, length, H), normal(9, B, H, build(*given).sizes[2]), normal(10, B, length, M, H)
+
+  def loss(form, given, u, x):
+    y, last = form(u, build(*given), x, starts if packed else None)
+    return jnp.sum(y * w) + jnp.sum(jnp.sin(last)), (y, last)
+
+  results = [
+    jax.jit(jax.grad(lambda *a, form=form: loss(form, *a), (0, 1, 2), has_aux=True))(given, u, x)
+    for form in (lambda *a: ssm_chunked(*a, chunk=8), ssm_naive)]
+  (fast, values), (slow, naive_values) = results
+  close(values, naive_values, 1e-5)
+  close(fast, slow, 1e-4)
+
+
+@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize('length', [1, 37])
+def test_fourier_transform_equals_the_recurrence(kind, length):
+  given, build = parameters(kind)
+  u, w = normal(8, B, length, H), normal(10, B, length, M, H)
+
+  def loss(given, u):
+    y, last = ssm(u, build(*given))
+    assert last is None
+    return jnp.sum(y * w), y
+
+  results = []
+  for form in ('fft', 'naive'):
+    with route(ssm=form):
+      results.append(jax.jit(lambda *a: jax.grad(loss, (0, 1), has_aux=True)(*a))(given, u))
+  (fast, y), (slow, naive_y) = results
+  close(y, naive_y, 1e-5)
+  close(fast, slow, 1e-4)
+
+
+@pytest.mark.parametrize('rule', [zoh, bilinear])
+def test_discretisation(rule):
+  """In double precision: the matrix exponential of a diagonal matrix, and Tustin's rule."""
+  a, b, dt = continuous()
+  a64, b64, z = np.asarray(a, np.complex128), np.asarray(b, np.complex128), np.asarray(dt, np.float64)[:, None]
+  if rule is zoh:
+    abar, bbar = np.exp(z * a64), (np.exp(z * a64) - 1) / a64 * b64
+  else:
+    abar, bbar = (1 + z * a64 / 2) / (1 - z * a64 / 2), z * b64 / (1 - z * a64 / 2)
+  log_a, b_found = rule(a, b, dt)
+  close(jnp.exp(log_a), abar, 1e-6)
+  close(b_found, bbar, 1e-6)
+  assert np.abs(np.asarray(log_a.imag)).max() <= np.pi + 1e-5
+
+
+def test_bilinear_of_a_real_system():
+  """dt a = -2 gives Abar = 0, and below it turns negative: logarithms must survive both."""
+  a = jnp.asarray([[-0.5, -1.0, -1.9999, -2.0, -2.1, -10.0]], jnp.complex64)
+  log_a, _ = bilinear(a, jnp.ones_like(a), jnp.ones(1))
+  close(jnp.exp(log_a).real, (1 + np.asarray(a).real / 2) / (1 - np.asarray(a).real / 2), 1e-6)
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_steps_equal_the_recurrence(kind):
+  given, build = parameters(kind)
+  system, u = build(*given), normal(8, B, 4, H)
+  x, ys = system.zeros(B), []
+  for t in range(4):
+    y, x = ssm_step(u[:, t], system, x)
+    ys.append(y)
+  close((jnp.stack(ys, axis=1), x), ssm_naive(u, system), 1e-5)
+
+
+def test_every_form_can_be_asked_for():
+  """The recurrence is a loop over all positions, the chunks over one in `CHUNK`, the Fourier transform none."""
+  given, build = parameters('zoh')
+  u = normal(8, 1, 512, H)
+  for form, loops, spectra in (('naive', 1, 0), ('chunked', 1, 0), ('fft', 0, 1)):
+    with route(ssm=form):
+      text = str(jax.make_jaxpr(lambda u: ssm(u, build(*given))[0])(u))
+    assert ('length=512' in text) == (form == 'naive')
+    assert ('scan[' in text) == bool(loops)
+    assert ('fft[' in text) == bool(spectra)
+
+
+def test_output_has_the_dtype_of_the_input():
+  given, build = parameters('zoh')
+  y, last = ssm(normal(8, B, 5, H).astype(jnp.bfloat16), build(*given), jnp.zeros((B, H, 2 * P)))
+  assert (y.dtype, last.dtype) == (jnp.bfloat16, jnp.float32)
+
+
+@pytest.mark.parametrize('length', [1, 2, 7, 33])
+def test_long_convolution(length):
+  u, k = normal(1, B, length, H), normal(2, H, length)
+  expected = np.stack([[np.convolve(u[b, :, h], k[h])[:length] for h in range(H)] for b in range(B)]).transpose(0, 2, 1)
+  close(fft_convolution(u, k), expected, 1e-5)
+  close(convolution_naive(u, k), expected, 1e-5)
+  square = np.asarray(toeplitz(k))
+  close(np.einsum('bsh,hst->bth', u, square), expected, 1e-5)
+
+
+def test_lengths_of_transforms():
+  assert [fast_length(n) for n in (1, 2, 3, 4, 5, 7, 13, 17, 25, 511)] == [1, 2, 3, 4, 6, 8, 16, 24, 32, 512]
+
+
+def test_powers_of_matrices():
+  a, v = 0.9 * jnp.linalg.qr(normal(3, H, N, N))[0], normal(4, H, 2, N)
+  for power in (0, 1, 5, 8):
+    close(matrix_power(a, power), np.stack([np.linalg.matrix_power(np.asarray(m, np.float64), power) for m in a]), 1e-5)
+  rows = np.asarray(krylov(a, v, 7)).reshape(H, 7, 2, N)
+  turned = np.asarray(krylov(a, v, 7, transposed=True)).reshape(H, 7, 2, N)
+  for j in range(7):
+    power = np.stack([np.linalg.matrix_power(np.asarray(m, np.float64), j) for m in a])
+    close(rows[:, j], np.asarray(v) @ power, 1e-5)
+    close(turned[:, j], np.asarray(v) @ power.transpose(0, 2, 1), 1e-5)
