@@ -53,9 +53,9 @@ def train(experiment: Experiment, **options: Any) -> TrainResult:
 
 def generate(run: str, prompt: str = '', *, max_new_tokens: int = 200, temperature: float = 0.8, seed: int = 0) -> str:
   """The continuation of `prompt` by a trained model: a run folder, or a folder of Hugging Face weights."""
-  from jaxformer.cli.common import load_trained
+  from jaxformer.cli.common import load_writer
   from jaxformer.inference import Sampling, generate_text
-  trained = load_trained(run)
+  trained = load_writer(run, 'generate')
   tokenizer = trained.tokenizer
   texts = generate_text(
     trained.definition, trained.params, [tokenizer.encode(prompt).tolist()], tokenizer.decode_bytes, max_new_tokens=max_new_tokens,

@@ -28,6 +28,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, overrides: Overrides) -> None:
   import jax
+
+  from jaxformer.models.language_model import LanguageModel
   if args.steps < 0 or args.new_tokens < 0:
     raise InputError(f'--steps {args.steps} and --new-tokens {args.new_tokens}: must be at least 0')
   if args.new_tokens == 1 or any(c < 1 for c in args.context or ()):
@@ -36,7 +38,7 @@ def run(args: argparse.Namespace, overrides: Overrides) -> None:
   value: dict[str, Any] = {'name': args.target, 'device': jax.devices()[0].device_kind, 'devices': jax.device_count()}
   if args.steps:
     value['training'] = training(experiment, args.steps)
-  if args.new_tokens:
+  if args.new_tokens and isinstance(experiment.model, LanguageModel.Config):
     longest = experiment.model.longest
     contexts = args.context or [c for c in (128, 1024) if longest is None or c + args.new_tokens <= longest] or [64]
     value['decoding'] = [decoding(experiment, c, args.new_tokens) for c in contexts]
@@ -61,24 +63,30 @@ def run(args: argparse.Namespace, overrides: Overrides) -> None:
 
 
 def training(experiment: Any, steps: int) -> dict[str, Any]:
-  """The compiled step on one batch of random tokens, `steps` times."""
+  """The compiled step on one batch, of random tokens or of the task, `steps` times."""
   import jax
   import numpy as np
 
-  from jaxformer.data import Batch
+  from jaxformer.data import Batch, DataConfig, open_data
   from jaxformer.models.params import define
   from jaxformer.planning.cost import flops_per_token
   from jaxformer.planning.hardware import chip
   from jaxformer.sharding import batch_sharding, make_mesh, use_mesh
-  from jaxformer.training.loop import compute_dtype
+  from jaxformer.training.loop import check, compute_dtype
   from jaxformer.training.optimizer import Optimizer
   from jaxformer.training.step import StepConfig, compiled_train_step, init_state
+  check(experiment)
   e, t = experiment, experiment.training
   definition, mesh, rules = define(e.model), make_mesh(e.mesh), e.mesh.rules
   optimizer = Optimizer.of(e.optimizer, e.schedule, t.steps, definition)
-  tokens = np.random.default_rng(0).integers(0, e.model.vocab_size, (t.batch_size, e.data.sequence_length + 1)).astype(np.int32)
+  if isinstance(e.data, DataConfig):
+    shape = t.batch_size, e.data.sequence_length + 1
+    tokens = np.random.default_rng(0).integers(0, e.model.vocab_size, shape).astype(np.int32)
+    first: Any = Batch(tokens[:, :-1], tokens[:, 1:], None)
+  else:
+    first = open_data(e.data).train_batch(0, t.batch_size, t.seed)
   with use_mesh(mesh, rules):
-    batch = jax.device_put(Batch(tokens[:, :-1], tokens[:, 1:], None), batch_sharding(mesh, rules))
+    batch = jax.device_put(first, batch_sharding(mesh, rules))
     state = init_state(definition, optimizer, t.seed, mesh, rules)
     began = time.perf_counter()
     how = StepConfig(t.accumulate, compute_dtype(t.dtype, mesh), t.remat, t.z_loss)
@@ -92,12 +100,12 @@ def training(experiment: Any, steps: int) -> dict[str, Any]:
       state, metrics = step(state, batch)
       jax.block_until_ready(metrics)
       seconds += [time.perf_counter() - began] if i >= 2 else []   # the first two warm up
-  median, per_step = statistics.median(seconds), t.batch_size * e.data.sequence_length
+  median, per_step = statistics.median(seconds), t.batch_size * e.data.positions
   value = {
     'tokens_per_second': per_step / median, 'step_seconds': median, 'tokens_per_step': per_step, 'compile_seconds': compile_seconds}
   if known := chip(jax.devices()[0].device_kind):
     for name, causal in (('mfu', True), ('mfu_full', False)):
-      flops = flops_per_token(e.model, e.data.sequence_length, causal)
+      flops = flops_per_token(e.model, e.data.positions, causal)
       value[name] = flops * per_step / median / (known.flops_per_second * mesh.size)
   return value
 

@@ -117,7 +117,7 @@ class Trained:
   Attributes:
     name: the run's, folder's or file's.
     experiment: what it was trained by; None for weights from elsewhere.
-    tokenizer: None where it was not asked for.
+    tokenizer: of the text that it was trained on; None for one trained on a task, or where it was not asked for.
     step: of the checkpoint; None for weights from elsewhere.
   """
 
@@ -133,7 +133,7 @@ def load_trained(run: str, tokenizer: bool = True) -> Trained:
   """A run (`runs/NAME`, `NAME` in `runs`, either with `@STEP`), a folder of Hugging Face weights with a `tokenizer.json`, or a file
   of RWKV weights with a `tokenizer.json` beside it. `tokenizer` False does without the tokenizer."""
   import jaxformer.models.zoo  # noqa: F401  (registers the configs that a saved experiment names)
-  from jaxformer.data import load_tokenizer
+  from jaxformer.data import DataConfig, load_tokenizer
   from jaxformer.models.params import define
   from jaxformer.training.checkpoint import load_params
   from jaxformer.training.run import load_experiment
@@ -147,7 +147,8 @@ def load_trained(run: str, tokenizer: bool = True) -> Trained:
   experiment = load_experiment(path)
   definition = define(experiment.model)
   params, found = load_params(f'{path}{at}', definition)
-  return Trained(path.name, experiment, definition, params, load_tokenizer(path / 'tokenizer') if tokenizer else None, found)
+  text = tokenizer and isinstance(experiment.data, DataConfig)
+  return Trained(path.name, experiment, definition, params, load_tokenizer(path / 'tokenizer') if text else None, found)
 
 
 def foreign_weights(name: str) -> tuple[pathlib.Path, Callable[..., Any]] | None:
@@ -158,6 +159,15 @@ def foreign_weights(name: str) -> tuple[pathlib.Path, Callable[..., Any]] | None
     return pathlib.Path(name), load_rwkv
   path, _ = trained_folder(name)
   return (path, load_hf) if is_hugging_face(path) else None
+
+
+def load_writer(run: str, what: str) -> Trained:
+  """`load_trained` of a model of text. Raises `InputError` for one trained on a task, which `what` (a command) has no use for."""
+  trained = load_trained(run)
+  if trained.tokenizer is None:
+    model, data = trained.definition.config.tag, trained.experiment.data.tag
+    raise InputError(f'{run}: a {model} trained on {data}; {what} takes models of text (`jaxformer eval {run}` scores this one)')
+  return trained
 
 
 def trained_folder(name: str) -> tuple[pathlib.Path, str]:

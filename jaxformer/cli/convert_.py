@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 
-from jaxformer.cli.common import Overrides, load_trained, note
+from jaxformer.cli.common import Overrides, load_writer, note
 
 OVERRIDES = False
 
@@ -28,7 +28,7 @@ def run(args: argparse.Namespace, overrides: Overrides) -> None:
     trained = load_trained(args.run_name, tokenizer=False)
     save_rwkv(args.out, trained.definition.config, trained.params, dtype=args.dtype)
   else:
-    trained = load_trained(args.run_name)
+    trained = load_writer(args.run_name, '`jaxformer convert`')
     save_hf(args.out, trained.definition.config, trained.params, dtype=args.dtype)
     (pathlib.Path(args.out) / 'tokenizer.json').write_text(trained.tokenizer.hugging_face())
   note(f'wrote {trained.name} to {args.out}: {trained.definition.size:,} parameters, {args.dtype}')

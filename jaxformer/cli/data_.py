@@ -25,7 +25,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, overrides: Overrides) -> None:
-  from jaxformer.data import BytePairs, DataConfig, open_data, train_bpe
+  from jaxformer.data import BytePairs, DataConfig, train_bpe
   for path, _ in overrides:
     if path.partition('.')[0] in SECTIONS and not of_data(path):
       raise InputError(f'--{path}: `jaxformer data` takes overrides of data alone')
@@ -35,7 +35,7 @@ def run(args: argparse.Namespace, overrides: Overrides) -> None:
     size = train_bpe(data.source, args.vocab_size, args.out, data.split)
     note(f'{args.out}: {size} tokens')
     return
-  d = open_data(data, log=note)
+  d = data.open(log=note)
   value = d.manifest | {'unigram_bits_per_byte': d.unigram_bits_per_byte(), 'bigram_bits_per_byte': d.bigram_bits_per_byte()}
 
   def lines() -> list[str]:

@@ -1,7 +1,9 @@
-"""Scores a trained model on held-out text, in bits per byte.
+"""Scores a trained model on held-out data: text in bits per byte, tasks in right answers.
 
-RUN as in `generate`. The text is the validation split of the run's own data, or what --data... overrides say:
---data.source Files --data.source.path other.txt. Bits per byte do not depend on the tokenizer.
+RUN is a run folder or a name in runs/, with @STEP for an older checkpoint, or a folder of Hugging Face weights with its
+tokenizer.json. The text is the validation split of the run's own data, or what --data... overrides say:
+--data.source Files --data.source.path other.txt. Bits per byte do not depend on the tokenizer. A model trained on a task is scored
+on its test sequences.
 """
 
 from __future__ import annotations
@@ -24,9 +26,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, overrides: Overrides) -> None:
-  from jaxformer.data import DataConfig, open_data
+  from jaxformer.data import DataConfig, TextDataset, open_data
   from jaxformer.evaluation import evaluate, loss_by_position
-  from jaxformer.training.experiment import Experiment
+  from jaxformer.training.experiment import Experiment, check_fit
   for option in ('batch_size', 'batches'):
     if (given := getattr(args, option)) is not None and given < 1:
       raise InputError(f'--{option.replace("_", "-")} {given}: must be positive')
@@ -37,21 +39,35 @@ def run(args: argparse.Namespace, overrides: Overrides) -> None:
   length = min(trained.definition.config.context, 1024)
   experiment = trained.experiment or Experiment(model=trained.definition.config, data=DataConfig(sequence_length=length))
   data = override(experiment, overrides).data
+  if trained.tokenizer is None and isinstance(data, DataConfig):
+    raise InputError(f'{args.run_name}: was trained on {experiment.data.tag}, without a tokenizer; it cannot be scored on text')
+  check_fit(trained.definition.config, data)
+  if args.by_position and data.kind.classes is not None:
+    raise InputError(f'--by-position: {data.tag} asks for one class a sequence')
   dataset = open_data(data, log=note, tokenizer=trained.tokenizer)
+  check_fit(trained.definition.config, data, dataset.vocab_size)
 
   def batches():
     return dataset.validation_batches(args.batch_size, args.batches)
 
-  r = evaluate(trained.definition, trained.params, batches(), token_bytes_V=dataset.tokenizer.token_bytes)
-  value: dict[str, Any] = {
-    'run': trained.name, 'step': trained.step, 'source': data.source.tag, 'loss': r.loss, 'bits_per_byte': r.bits_per_byte,
-    'perplexity': r.perplexity, 'targets': r.count, 'bytes': r.bytes,
-    'unigram_bits_per_byte': dataset.unigram_bits_per_byte(), 'bigram_bits_per_byte': dataset.bigram_bits_per_byte()}
+  bytes_V = None if dataset.tokenizer is None else dataset.tokenizer.token_bytes
+  r = evaluate(trained.definition, trained.params, batches(), token_bytes_V=bytes_V)
+  value: dict[str, Any] = {'run': trained.name, 'step': trained.step, 'source': data.tag, 'loss': r.loss, 'targets': r.count}
+  if isinstance(dataset, TextDataset):
+    value |= {
+      'source': dataset.text.source.tag, 'bits_per_byte': r.bits_per_byte, 'perplexity': r.perplexity, 'bytes': r.bytes,
+      'unigram_bits_per_byte': dataset.unigram_bits_per_byte(), 'bigram_bits_per_byte': dataset.bigram_bits_per_byte()}
+  else:
+    value['accuracy'] = r.accuracy
   if args.by_position:
     value['loss_by_position'] = loss_by_position(trained.definition, trained.params, batches()).loss_T.tolist()
 
   def lines() -> list[str]:
-    out = [f'{trained.name} at step {trained.step}, {data.source.tag} validation: {r.count:,} targets, {r.bytes:,} bytes',
+    head = f'{trained.name} at step {trained.step}, {data.held_out}: {r.count:,} targets'
+    if r.bytes is None:
+      out = [head, f'  {r.accuracy:.2%} right, {r.loss:.4f} nats a target']
+    else:
+      out = [f'{head}, {r.bytes:,} bytes',
            f'  {value["bits_per_byte"]:.4f} bits per byte (bigram model of bytes {value["bigram_bits_per_byte"]:.4f}, unigram '
            f'{value["unigram_bits_per_byte"]:.4f})', f'  {r.loss:.4f} nats a token, perplexity {r.perplexity:.2f}']
     if args.by_position:

@@ -10,7 +10,7 @@ import argparse
 import sys
 from typing import Any
 
-from jaxformer.cli.common import Overrides, load_trained, sampling_arguments, sampling_of
+from jaxformer.cli.common import Overrides, load_writer, sampling_arguments, sampling_of
 from jaxformer.config import InputError
 
 OVERRIDES = False
@@ -40,7 +40,7 @@ def run(args: argparse.Namespace, overrides: Overrides) -> None:
   sampling = sampling_of(args)
   if args.max_new_tokens < 1:
     raise InputError(f'--max-new-tokens {args.max_new_tokens}: must be positive')
-  trained = load_trained(args.run_name)
+  trained = load_writer(args.run_name, '`jaxformer generate`')
   texts = [sys.stdin.read() if p == '-' else p for p in args.prompt or ['']]
   prompts = [trained.tokenizer.encode(t).tolist() for t in texts]
   dtype = args.dtype or ('float32' if platform() == 'cpu' else 'bfloat16')

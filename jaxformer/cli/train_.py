@@ -80,12 +80,13 @@ def initial(source: str, experiment: Any) -> Any:
 
 
 def sampler(experiment: Any, dataset: Any) -> Callable[[Any, int], str] | None:
-  """A function from parameters to a piece of text, always from the same prompt and seed so that steps can be compared."""
+  """A function from parameters to a piece of text, always from the same prompt and seed so that steps can be compared; None for a
+  model that writes none."""
   from jaxformer.inference import Sampling, generate_text
   from jaxformer.models.language_model import LanguageModel
   from jaxformer.models.params import define
   from jaxformer.sharding import make_mesh
-  if not isinstance(experiment.model, LanguageModel.Config):
+  if not isinstance(experiment.model, LanguageModel.Config) or dataset.tokenizer is None:
     return None
   definition, tokenizer = define(experiment.model), dataset.tokenizer
   prompt = [] if tokenizer.end_of_document is not None else next(iter(dataset.validation_batches(1))).tokens_BT[0, :1].tolist()
@@ -103,7 +104,13 @@ def sampler(experiment: Any, dataset: Any) -> Callable[[Any, int], str] | None:
 
 
 def report(args: argparse.Namespace, result: Any, dataset: Any) -> None:
-  """What came of it: the last sample, and the score beside what counting bytes would give."""
+  """What came of it: the last sample, and the score beside what counting bytes would give; of a task the accuracy."""
+  if dataset.tokenizer is None:
+    value = {'run': str(result.folder), 'step': result.step, 'metrics': result.metrics}
+    accuracy, source = result.metrics.get('eval/accuracy'), result.metrics.get('eval/source')
+    score = 'not evaluated' if accuracy is None else f'{accuracy:.2%} right after {result.step} steps'
+    answer(json.loads(json.dumps(value, default=float)), args.json, lambda: [f'{source}: {score}', f'run folder: {result.folder}'])
+    return
   unigram, bigram = dataset.unigram_bits_per_byte(), dataset.bigram_bits_per_byte()
   samples = result.folder / 'samples.txt'
   value = {

@@ -1,13 +1,18 @@
-"""Text as batches of tokens: sources, tokenizers, a cache on disk, and one pipeline that resumes exactly.
+"""What models are trained on: text (sources, tokenizers, a cache on disk) and tasks, in batches that resume exactly.
 
-Start with `pipeline.py`: `open_data(DataConfig(...))` gives a `Dataset`.
+Start with `dataset.py`: `open_data(DataConfig(...))` or `open_data(Digits())` gives a `Dataset`.
 """
 
-from jaxformer.data.pipeline import Batch, DataConfig, Dataset, Packed, Packing, RandomWindows, Stream, TrainBatches, open_data
+from jaxformer.data.dataset import Batch, Dataset, DatasetConfig, FeatureBatch, Kind, TrainBatches, open_data
+from jaxformer.data.pipeline import DataConfig, Packed, Packing, RandomWindows, Stream, TextDataset
 from jaxformer.data.readers import Document
 from jaxformer.data.sources import Files, HuggingFace, Mixture, Part, PydocTopics, Source, StandardLibrary
 from jaxformer.data.splits import ByDocument, ByPosition, Split
 from jaxformer.data.storage import cache_dir
+from jaxformer.data.tasks.digits import Digits
+from jaxformer.data.tasks.listops import ListOps
+from jaxformer.data.tasks.recall import AssociativeRecall, InductionHead
+from jaxformer.data.tasks.task import TaskConfig
 from jaxformer.data.tokenizers import (
   BytePairs,
   Bytes,
@@ -20,6 +25,7 @@ from jaxformer.data.tokenizers import (
 )
 
 __all__ = [
+  'AssociativeRecall',
   'Batch',
   'ByDocument',
   'ByPosition',
@@ -28,9 +34,15 @@ __all__ = [
   'Characters',
   'DataConfig',
   'Dataset',
+  'DatasetConfig',
+  'Digits',
   'Document',
+  'FeatureBatch',
   'Files',
   'HuggingFace',
+  'InductionHead',
+  'Kind',
+  'ListOps',
   'Mixture',
   'Packed',
   'Packing',
@@ -41,6 +53,8 @@ __all__ = [
   'Split',
   'StandardLibrary',
   'Stream',
+  'TaskConfig',
+  'TextDataset',
   'Tokenizer',
   'TokenizerConfig',
   'TokenizerFile',

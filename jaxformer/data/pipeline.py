@@ -1,40 +1,24 @@
-"""Batches of tokens: the one pipeline that every experiment trains and validates on.
-
-Training is random access: a batch is a pure function of the seed and the step. To resume is to ask for the next step, and how
-many hosts there are changes who loads a sequence, never which sequences a step sees.
-"""
+"""Text as batches of tokens: documents, tokenised and packed into rows."""
 
 from __future__ import annotations
 
 import logging
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import numpy as np
-from jaxtyping import Int32, Int64
+from jaxtyping import Int64
 
 from jaxformer import config
 from jaxformer.config import Config, InputError
 from jaxformer.data import baselines, order
 from jaxformer.data.cache import Log, SplitTokens, TokenCache, open_tokenizer, open_tokens
+from jaxformer.data.dataset import IGNORED, Batch, Dataset, DatasetConfig, process_rows, spread
 from jaxformer.data.sources import Mixture, Part, Source, StandardLibrary
 from jaxformer.data.splits import ByDocument, Split
 from jaxformer.data.storage import cache_dir as default_cache_dir
 from jaxformer.data.tokenizers import Bytes, Tokenizer, TokenizerConfig
-
-IGNORED = -1
-
-
-class Batch(NamedTuple):
-  """Sequences of `sequence_length` tokens. `targets_BT` is the token after each, or -1 where nothing is to be predicted.
-  `segments_BT` numbers the documents within a row from 1, with 0 for padding; None where documents run on."""
-
-  tokens_BT: Int32[np.ndarray, 'B T']
-  targets_BT: Int32[np.ndarray, 'B T']
-  segments_BT: Int32[np.ndarray, 'B T'] | None
 
 
 class Packing(Config, abstract=True):
@@ -74,7 +58,7 @@ class RandomWindows(Packing):
     return order.random_below(self.rows(tokens, length), index_N, seed_key)
 
 
-class DataConfig(Config):
+class DataConfig(DatasetConfig):
   """The text of an experiment, and how it becomes sequences."""
 
   source: Source = StandardLibrary()
@@ -86,26 +70,31 @@ class DataConfig(Config):
   def validate(self) -> None:
     self.require(self.sequence_length >= 2, 'sequence_length', 'at least 2')
 
+  @property
+  def positions(self) -> int:
+    return self.sequence_length
 
-def open_data(
-  data: DataConfig, cache_dir: Path | str | None = None, log: Log | None = None, tokenizer: Tokenizer | None = None
-) -> Dataset:
-  """The corpus of a config, tokenised: from the cache where it is there, else built now. `cache_dir` defaults to
-  `$JAXFORMER_CACHE`, `$XDG_CACHE_HOME/jaxformer` or `~/.cache/jaxformer`; `log` takes lines about the progress. A `tokenizer`
-  given replaces that of the config, to evaluate a run on other text.
+  @property
+  def held_out(self) -> str:
+    return f'{self.source.tag} validation'
 
-  Raises `InputError` for a corpus that cannot be read, is empty, cannot be divided, or is shorter than one sequence.
-  """
-  folder = Path(cache_dir).expanduser() if cache_dir is not None else default_cache_dir()
-  log = log or logging.getLogger('jaxformer.data').info
-  parts = data.source.parts if isinstance(data.source, Mixture) else (Part(source=data.source),)
-  for part in parts:
-    part.source.check_cache(folder)
-  tokenizer = tokenizer or open_tokenizer(data.tokenizer, data.source, data.split, folder, log)
-  caches = [open_tokens(p.source, tokenizer, data.split, folder, log) for p in parts]
-  for part, cache in zip(parts, caches):
-    _check_length(data, part.source, cache)
-  return Dataset(data, tokenizer, caches, [p.weight for p in parts], data.source.manifest(folder))
+  def open(self, cache_dir: Path | str | None = None, log: Log | None = None, tokenizer: Tokenizer | None = None) -> TextDataset:
+    """The corpus, tokenised: from the cache where it is there, else built now. `cache_dir` defaults to `$JAXFORMER_CACHE`,
+    `$XDG_CACHE_HOME/jaxformer` or `~/.cache/jaxformer`; `log` takes lines about the progress. A `tokenizer` given replaces that of
+    the config, to evaluate a run on other text.
+
+    Raises `InputError` for a corpus that cannot be read, is empty, cannot be divided, or is shorter than one sequence.
+    """
+    folder = Path(cache_dir).expanduser() if cache_dir is not None else default_cache_dir()
+    log = log or logging.getLogger('jaxformer.data').info
+    parts = self.source.parts if isinstance(self.source, Mixture) else (Part(source=self.source),)
+    for part in parts:
+      part.source.check_cache(folder)
+    tokenizer = tokenizer or open_tokenizer(self.tokenizer, self.source, self.split, folder, log)
+    caches = [open_tokens(p.source, tokenizer, self.split, folder, log) for p in parts]
+    for part, cache in zip(parts, caches):
+      _check_length(self, part.source, cache)
+    return TextDataset(self, tokenizer, caches, [p.weight for p in parts], self.source.manifest(folder))
 
 
 def _check_length(data: DataConfig, source: Source, cache: TokenCache) -> None:
@@ -126,13 +115,14 @@ def _predicted(side: SplitTokens, segmented: bool) -> int:
   return side.tokens_N.size - (side.starts_D.size if segmented else 1)
 
 
-class Dataset:
-  """A tokenised corpus with its two sides. Made by `open_data`."""
+class TextDataset(Dataset):
+  """A tokenised corpus with its two sides. Made by `DataConfig.open`."""
 
   def __init__(
     self, data: DataConfig, tokenizer: Tokenizer, caches: Sequence[TokenCache], weights: Sequence[float], source: dict[str, Any]
   ):
-    self.config, self.tokenizer, self.vocab_size = data, tokenizer, tokenizer.vocab_size
+    self.config = self.text = data
+    self.tokenizer, self.vocab_size, self._ends = tokenizer, tokenizer.vocab_size, tokenizer.end_of_document is not None
     self._train = [c.train for c in caches]
     self._validation = [c.validation for c in caches]
     self._deal = order.Interleave(weights)
@@ -140,6 +130,7 @@ class Dataset:
     self.validation_tokens = sum(s.tokens_N.size for s in self._validation)
     self.validation_bytes = sum(s.bytes for s in self._validation)
     self.validation_targets = sum(_predicted(s, data.packing.segmented) for s in self._validation)
+    self.size = f'{self.train_tokens:,} tokens of text'
     sides = {'train': self._train, 'validation': self._validation}
     self.manifest: dict[str, Any] = {
       'source': source,
@@ -164,70 +155,44 @@ class Dataset:
   @property
   def epoch_sequences(self) -> int:
     """The training rows of all parts; with one part and a packing that shuffles, so many consecutive rows show each once."""
-    return sum(self.config.packing.rows(s.tokens_N.size, self.config.sequence_length) for s in self._train)
+    return sum(self.text.packing.rows(s.tokens_N.size, self.text.sequence_length) for s in self._train)
 
   def train_batch(self, step: int, batch_size: int, seed: int, process_index: int = 0, process_count: int = 1) -> Batch:
-    """The rows that process `process_index` of `process_count` has of the global batch of `batch_size` rows at a step (from 0).
-    The rows of all processes, in their order, are those of the one process of a run without others. Thread-safe."""
-    low, high = _slice(batch_size, process_index, process_count)
-    if step < 0:
-      raise InputError(f'step = {step}: must be 0 or more')
-    position_B = np.int64(step) * batch_size + np.arange(low, high, dtype=np.int64)
+    position_B = self._positions(step, batch_size, process_index, process_count)
     part_B, index_B = self._deal(position_B) if len(self._train) > 1 else (np.zeros_like(position_B), position_B)
     start_B = np.zeros_like(position_B)
     for k in np.unique(part_B):
       mine = part_B == k
-      start_B[mine] = self.config.packing.starts(
-        order.key(seed, 'train', int(k)), index_B[mine], self._train[k].tokens_N.size, self.config.sequence_length
+      start_B[mine] = self.text.packing.starts(
+        order.key(seed, 'train', int(k)), index_B[mine], self._train[k].tokens_N.size, self.text.sequence_length
       )
     return self._cut(self._train, part_B, start_B)
-
-  def train_batches(
-    self, batch_size: int, seed: int, start_step: int = 0, process_index: int = 0, process_count: int = 1, prefetch: int = 2
-  ) -> TrainBatches:
-    """`train_batch` of `start_step` and all steps after it, without end, up to `prefetch` of them made ahead by a thread."""
-    _slice(batch_size, process_index, process_count)
-
-    def make(step: int) -> Batch:
-      return self.train_batch(step, batch_size, seed, process_index, process_count)
-
-    return TrainBatches(make, lambda step: self.state(step, batch_size, seed), start_step, prefetch)
-
-  def state(self, next_step: int, batch_size: int, seed: int) -> dict[str, Any]:
-    """What a checkpoint stores about the data, as JSON data."""
-    return {'next_step': next_step, 'batch_size': batch_size, 'seed': seed, 'data': dict(self.identity)}
-
-  def resume_step(self, state: dict[str, Any], batch_size: int, seed: int) -> int:
-    """The step to go on with. Raises `InputError` that names what differs from the `state` stored, since the rest of the run
-    would then not be the one that was interrupted. The number of processes may differ."""
-    changed = config.differences(state, self.state(state['next_step'], batch_size, seed))
-    if changed:
-      raise InputError(f'not the data of the checkpoint ({"; ".join(changed)}): use the same, or start anew from the weights')
-    return int(state['next_step'])
 
   # ---- validation -----------------------------------------------------------------------------------------------------
 
   def validation_batches(
     self, batch_size: int, limit_batches: int | None = None, process_index: int = 0, process_count: int = 1
   ) -> Iterator[Batch]:
-    """The validation side once, in order: every token is a target once, apart from the first of the stream (`Packed`: of each
-    document). All batches have the same shape; rows that fill the last one up have no targets. With `limit_batches`, at most so
-    many batches of rows spread evenly over the side, always the same ones."""
-    low, high = _slice(batch_size, process_index, process_count)
-    length = self.config.sequence_length
-    rows_K = [-(-(s.tokens_N.size - 1) // length) for s in self._validation]
+    """Of the validation side every token is a target once, apart from the first of the stream (`Packed`: of each document)."""
+    low, high = process_rows(batch_size, process_index, process_count)
+    length, rows_K = self.text.sequence_length, self._rows_K
     part_R = np.repeat(np.arange(len(rows_K)), rows_K)
     start_R = np.concatenate([np.arange(r, dtype=np.int64) * length for r in rows_K])
-    if limit_batches is not None and limit_batches * batch_size < part_R.size:
-      if limit_batches < 1:
-        raise InputError(f'limit_batches = {limit_batches}: must be positive or none')
-      chosen = np.arange(limit_batches * batch_size) * part_R.size // (limit_batches * batch_size)
+    if (chosen := spread(part_R.size, batch_size, limit_batches)) is not None:
       part_R, start_R = part_R[chosen], start_R[chosen]
     missing = -part_R.size % batch_size
     part_R = np.concatenate([part_R, np.zeros(missing, part_R.dtype)])
     start_R = np.concatenate([start_R, np.full(missing, self._validation[0].tokens_N.size)])
     rows = (slice(i + low, i + high) for i in range(0, part_R.size, batch_size))
     return (self._cut(self._validation, part_R[r], start_R[r]) for r in rows)
+
+  @property
+  def validation_rows(self) -> int:
+    return sum(self._rows_K)
+
+  @property
+  def _rows_K(self) -> list[int]:
+    return [-(-(s.tokens_N.size - 1) // self.text.sequence_length) for s in self._validation]
 
   def unigram_bits_per_byte(self) -> float:
     """Bits per byte of the validation text under byte frequencies of the training text; see `baselines`."""
@@ -239,11 +204,11 @@ class Dataset:
 
   def _pairs(self) -> tuple[np.ndarray, np.ndarray, bool]:
     train, validation = (np.sum([s.pairs for s in side], axis=0) for side in (self._train, self._validation))
-    return train, validation, self.tokenizer.end_of_document is not None
+    return train, validation, self._ends
 
   def _cut(self, sides: Sequence[SplitTokens], part_B: np.ndarray, start_B: np.ndarray) -> Batch:
     """The rows that start at given positions of given parts; what lies behind the last token is padding."""
-    shape = (start_B.size, self.config.sequence_length)
+    shape = (start_B.size, self.text.sequence_length)
     batch = Batch(np.empty(shape, np.int32), np.empty(shape, np.int32), np.empty(shape, np.int32) if self._segmented else None)
     for k in np.unique(part_B):
       mine, side = part_B == k, sides[k]
@@ -262,66 +227,7 @@ class Dataset:
 
   @property
   def _segmented(self) -> bool:
-    return self.config.packing.segmented
-
-
-class TrainBatches:
-  """Batches of training without end. An iterator and a context manager; `close` stops the thread that makes batches ahead."""
-
-  def __init__(self, make: Callable[[int], Batch], state: Callable[[int], dict[str, Any]], start_step: int, prefetch: int):
-    if prefetch < 0:
-      raise InputError(f'prefetch = {prefetch}: must be 0 or more')
-    self.next_step = start_step
-    self._make, self._state = make, state
-    self._ahead: deque[Future[Batch]] = deque()
-    self._pool = ThreadPoolExecutor(1, 'jaxformer-data') if prefetch else None
-    self._prefetch = prefetch
-    self._closed = False
-
-  def __iter__(self) -> TrainBatches:
-    return self
-
-  def __next__(self) -> Batch:
-    if self._closed:
-      raise StopIteration
-    if self._pool is None:
-      batch = self._make(self.next_step)
-    else:
-      while len(self._ahead) <= self._prefetch:
-        self._ahead.append(self._pool.submit(self._make, self.next_step + len(self._ahead)))
-      try:
-        batch = self._ahead.popleft().result()
-      except BaseException:
-        self.close()
-        raise
-    self.next_step += 1
-    return batch
-
-  def state(self) -> dict[str, Any]:
-    """What a checkpoint stores: batches made ahead but not taken are still to come."""
-    return self._state(self.next_step)
-
-  def close(self) -> None:
-    """Stops the thread. Safe to call twice; iteration ends."""
-    self._closed = True
-    self._ahead.clear()
-    if self._pool is not None:
-      self._pool.shutdown(wait=True, cancel_futures=True)
-
-  def __enter__(self) -> TrainBatches:
-    return self
-
-  def __exit__(self, *_: object) -> None:
-    self.close()
-
-
-def _slice(batch_size: int, process_index: int, process_count: int) -> tuple[int, int]:
-  if process_count < 1 or not 0 <= process_index < process_count:
-    raise InputError(f'process_index = {process_index}: must be at least 0 and below process_count = {process_count}')
-  if batch_size < 1 or batch_size % process_count:
-    raise InputError(f'batch_size = {batch_size}: must be a positive multiple of the {process_count} processes')
-  size = batch_size // process_count
-  return process_index * size, (process_index + 1) * size
+    return self.text.packing.segmented
 
 
 def _facts(side: SplitTokens) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""How well a language model predicts text: exact sums over all targets, bits per byte, and the loss by position.
+"""How well a model predicts: exact sums over all targets, bits per byte, accuracy, and the loss by position.
 
 Dims: B batch, T time.
 """
@@ -15,10 +15,10 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxformer.config import InputError
-from jaxformer.models.language_model import LanguageModel, TokenBatch
+from jaxformer.models.language_model import TargetBatch
 from jaxformer.models.params import Definition, Params
 from jaxformer.ops.loss import IGNORE
 from jaxformer.sharding import batch_sharding, batch_shards, replicated, use_mesh
@@ -42,16 +42,23 @@ class EvalResult:
     nll_sum: of -log p(target), in nats.
     count: targets.
     bytes: of text that the targets stand for; None where nobody said.
+    hits: targets than which the model held nothing likelier.
   """
 
   nll_sum: float
   count: int
   bytes: int | None = None
+  hits: int = 0
 
   @property
   def loss(self) -> float:
     """Nats a target."""
     return self.nll_sum / self.count
+
+  @property
+  def accuracy(self) -> float:
+    """The fraction of targets that the model would have named."""
+    return self.hits / self.count
 
   @property
   def perplexity(self) -> float:
@@ -83,7 +90,7 @@ class PositionLoss:
 
 
 def evaluate(
-  definition: Definition[LanguageModel], params: Params, batches: Iterable[TokenBatch], *,
+  definition: Definition, params: Params, batches: Iterable[TargetBatch], *,
   token_bytes_V: Int[np.ndarray, ' V'] | None = None, mesh: Mesh | None = None, rules: str = 'fsdp_tensor', dtype: Any = None,
 ) -> EvalResult:
   """The loss over all targets of `batches`, each counted once, whatever the size of the batches.
@@ -97,25 +104,26 @@ def evaluate(
   Raises:
     InputError: no targets, token ids out of range, or sequences longer than the model has positions for.
   """
-  nll_sum, count, bytes = 0.0, 0, 0
-  for nll_BT, targets_BT, _ in _nll(definition, params, batches, mesh, rules, dtype):
+  nll_sum, count, bytes, hits = 0.0, 0, 0, 0
+  for nll_BT, hit_BT, targets_BT, _ in _scores(definition, params, batches, mesh, rules, dtype):
     nll_sum += float(nll_BT.sum(dtype=np.float64))   # masked positions are 0
     targets = targets_BT[targets_BT != IGNORE]
     count += targets.size
+    hits += int(hit_BT.sum())
     bytes += 0 if token_bytes_V is None else int(token_bytes_V[targets].sum(dtype=np.int64))
   if count == 0:
     raise InputError('evaluation: the batches hold no target')
-  return EvalResult(nll_sum, count, None if token_bytes_V is None else bytes)
+  return EvalResult(nll_sum, count, None if token_bytes_V is None else bytes, hits)
 
 
 def loss_by_position(
-  definition: Definition[LanguageModel], params: Params, batches: Iterable[TokenBatch], *, mesh: Mesh | None = None,
+  definition: Definition, params: Params, batches: Iterable[TargetBatch], *, mesh: Mesh | None = None,
   rules: str = 'fsdp_tensor', dtype: Any = None,
 ) -> PositionLoss:
   """The loss at each position of a document, from 0. Sequences may be longer than those of training, where the model has positions
   for them. The arguments and errors are those of `evaluate`."""
   nll_sum_T, count_T = np.zeros(0), np.zeros(0, np.int64)
-  for nll_BT, targets_BT, segments_BT in _nll(definition, params, batches, mesh, rules, dtype):
+  for nll_BT, _, targets_BT, segments_BT in _scores(definition, params, batches, mesh, rules, dtype):
     counted, length = targets_BT != IGNORE, nll_BT.shape[1]
     if length > len(count_T):
       nll_sum_T, count_T = (np.pad(a, (0, length - len(a))) for a in (nll_sum_T, count_T))
@@ -141,32 +149,43 @@ def _positions_BT(segments_BT: np.ndarray | None, shape: tuple[int, ...]) -> np.
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _Batch:
-  tokens_BT: Int[Array | np.ndarray, 'B T']
+  """A batch of tokens or of features, whichever it was."""
+
+  inputs: Array | np.ndarray
   targets_BT: Int[Array | np.ndarray, 'B T']
   segments_BT: Int[Array | np.ndarray, 'B T'] | None
+
+  @property
+  def tokens_BT(self) -> Array | np.ndarray:
+    return self.inputs
+
+  @property
+  def features_BTF(self) -> Array | np.ndarray:
+    return self.inputs
 
 
 @functools.partial(jax.jit, static_argnames=('definition', 'mesh', 'rules'))
 def _scored(
-  definition: Definition[LanguageModel], params: Params, batch: _Batch, mesh: Mesh | None, rules: str,
-) -> tuple[Float[Array, 'B T'], Int[Array, 'B T'], Int[Array, 'B T'] | None]:
-  """-log p, targets and segments, for the host to add up."""
-  result: Any = definition.merge(params).token_nll(batch), batch.targets_BT, batch.segments_BT
+  definition: Definition, params: Params, batch: _Batch, mesh: Mesh | None, rules: str,
+) -> tuple[Float[Array, 'B T'], Bool[Array, 'B T'], Int[Array, 'B T'], Int[Array, 'B T'] | None]:
+  """-log p, right answers, targets and segments, for the host to add up."""
+  model: Any = definition.merge(params)
+  result: Any = *model.scores(batch), batch.targets_BT, batch.segments_BT
   # Every process sees the rows of all; these are few numbers to gather.
   return result if mesh is None else jax.lax.with_sharding_constraint(result, replicated(mesh))
 
 
-def _nll(
-  definition: Definition[LanguageModel], params: Params, batches: Iterable[TokenBatch], mesh: Mesh | None, rules: str, dtype: Any,
-) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray | None]]:
-  """-log p, targets and segments of every batch. While the device has one, the host adds up the one before."""
+def _scores(
+  definition: Definition, params: Params, batches: Iterable[TargetBatch], mesh: Mesh | None, rules: str, dtype: Any,
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray | None]]:
+  """-log p, right answers, targets and segments of every batch. While the device has one, the host adds up the one before."""
   if dtype is not None:
     params = definition.cast(params, dtype)
   rows, pending = 0, None
   for batch in batches:
     checked = _checked(definition, batch)
     shards = 1 if mesh is None else -(-batch_shards(mesh, rules) // jax.process_count())
-    rows = max(rows, -(-len(checked.tokens_BT) // shards) * shards)
+    rows = max(rows, -(-len(checked.targets_BT) // shards) * shards)
     with contextlib.nullcontext() if mesh is None else use_mesh(mesh, rules):
       scored = _scored(definition, params, _placed(_filled(checked, rows), mesh, rules), mesh, rules)
     if pending is not None:
@@ -176,22 +195,26 @@ def _nll(
     yield _fetched(pending)
 
 
-def _checked(definition: Definition[LanguageModel], batch: TokenBatch) -> _Batch:
-  config = definition.config
-  tokens, targets = np.asarray(batch.tokens_BT, np.int32), np.asarray(batch.targets_BT, np.int32)
-  for name, ids, low in (('tokens', tokens, 0), ('targets', targets, IGNORE)):
-    if ids.size and (ids.min() < low or ids.max() >= config.vocab_size):
-      raise InputError(f'evaluation: {name} from {ids.min()} to {ids.max()}: must be below the vocabulary of {config.vocab_size}')
-  T = tokens.shape[1]
+def _checked(definition: Definition, batch: Any) -> _Batch:
+  config, features = definition.config, getattr(batch, 'features_BTF', None)
+  inputs = np.asarray(batch.tokens_BT, np.int32) if features is None else np.asarray(features, np.float32)
+  targets, classes = np.asarray(batch.targets_BT, np.int32), getattr(config, 'classes', None)
+  asked = ('targets', targets, IGNORE, classes or config.vocab_size)
+  for name, ids, low, end in (asked,) if features is not None else (('tokens', inputs, 0, config.vocab_size), asked):
+    if ids.size and (ids.min() < low or ids.max() >= end):
+      what = 'number of classes' if classes and name == 'targets' else 'vocabulary'
+      raise InputError(f'evaluation: {name} from {ids.min()} to {ids.max()}: must be below the {what} of {end}')
+  T = targets.shape[1]
   if config.longest is not None and config.longest < T:
     raise InputError(f'evaluation: {T} tokens in a row are more than the {config.longest} positions that the model has learned')
-  return _Batch(tokens, targets, None if batch.segments_BT is None else np.asarray(batch.segments_BT, np.int32))
+  return _Batch(inputs, targets, None if batch.segments_BT is None else np.asarray(batch.segments_BT, np.int32))
 
 
 def _filled(batch: _Batch, rows: int) -> _Batch:
-  extra = ((0, rows - len(batch.tokens_BT)), (0, 0))
+  extra = ((0, rows - len(batch.targets_BT)), (0, 0))
   segments = None if batch.segments_BT is None else np.pad(batch.segments_BT, extra)
-  return _Batch(np.pad(batch.tokens_BT, extra), np.pad(batch.targets_BT, extra, constant_values=IGNORE), segments)
+  inputs = np.pad(batch.inputs, (*extra, *((0, 0),) * (batch.inputs.ndim - 2)))
+  return _Batch(inputs, np.pad(batch.targets_BT, extra, constant_values=IGNORE), segments)
 
 
 def _placed(batch: _Batch, mesh: Mesh | None, rules: str) -> _Batch:
@@ -201,5 +224,5 @@ def _placed(batch: _Batch, mesh: Mesh | None, rules: str) -> _Batch:
   return jax.tree.map(lambda a: jax.make_array_from_process_local_data(where, a), batch)
 
 
-def _fetched(scored: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+def _fetched(scored: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray | None]:
   return jax.tree.map(np.asarray, scored)

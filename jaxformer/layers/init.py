@@ -43,9 +43,6 @@ class Uniform(Init):
   """U(-bound, bound), whatever the shape (Sutskever et al. 2014, section 3.4: 0.08)."""
 
   bound: float = 0.08
-  """U(-bound, bound)."""
-
-  bound: float = 1e-4
 
   def __call__(self, key, shape, fan_in, site):
     return jax.random.uniform(key, shape, jnp.float32, -self.bound, self.bound)

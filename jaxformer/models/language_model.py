@@ -9,28 +9,33 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxformer.config import Config, InputError
 from jaxformer.layers.init import Init, Normal
 from jaxformer.layers.layer import Context, LayerConfig, Output, Site, State, dropout, positions_BT, starts_BT
 from jaxformer.layers.norm import NormConfig, RMSNorm
 from jaxformer.layers.position import PositionConfig
-from jaxformer.models.stack import Group, Stack
+from jaxformer.models.stack import Group, Stack, layers_of
 from jaxformer.ops.linear import linear
-from jaxformer.ops.loss import LossSums, cross_entropy, token_nll
+from jaxformer.ops.loss import LossSums, cross_entropy, token_scores
 from jaxformer.sharding import param, shard
 
 
-class TokenBatch(Protocol):
-  """What a language model is trained on. `targets_BT` is -1 where there is nothing to predict; `segments_BT` may be None."""
+class TargetBatch(Protocol):
+  """What every model is trained on. `targets_BT` is -1 where there is nothing to predict; `segments_BT` may be None."""
 
-  @property
-  def tokens_BT(self) -> Any: ...
   @property
   def targets_BT(self) -> Any: ...
   @property
   def segments_BT(self) -> Any: ...
+
+
+class TokenBatch(TargetBatch, Protocol):
+  """What a language model is trained on."""
+
+  @property
+  def tokens_BT(self) -> Any: ...
 
 
 class ModelConfig(Config, abstract=True):
@@ -45,8 +50,8 @@ class ModelConfig(Config, abstract=True):
     """Every layer's config, with how many times it stands in the model."""
     raise NotImplementedError
 
-  def state_size(self, max_len: int) -> int:
-    """How many numbers of state one sequence of up to `max_len` tokens needs in decoding."""
+  def state_size(self, max_len: int) -> int | None:
+    """How many numbers of state one sequence of up to `max_len` tokens needs in decoding; None for a model that does not decode."""
     raise NotImplementedError
 
   def mixing_flops_per_token(self, length: int, causal: bool) -> float:
@@ -114,10 +119,7 @@ class LanguageModel(nnx.Module):
       return LanguageModel(self, rngs)
 
     def layers(self) -> Iterator[tuple[LayerConfig, int]]:
-      for group in self.stack:
-        for block in group.pattern:
-          for branch in block.branches:
-            yield branch.layer, group.repeats
+      return layers_of(self.stack)
 
     def state_size(self, max_len: int) -> int:
       return sum(n * layer.state_size(self.width, max_len) for layer, n in self.layers())
@@ -204,7 +206,8 @@ class LanguageModel(nnx.Module):
     out = self.hidden(batch.tokens_BT, ctx.replace(segments_BT=batch.segments_BT))
     return cross_entropy(out.y, self._head(), jnp.asarray(batch.targets_BT), z_loss=z_loss, **self._head_options()), out.aux
 
-  def token_nll(self, batch: TokenBatch, ctx: Context = Context()) -> Float[Array, 'B T']:
-    """-log p(target) of every position, in nats, fp32; 0 where there is no target. Few logits are held at a time."""
+  def scores(self, batch: TokenBatch, ctx: Context = Context()) -> tuple[Float[Array, 'B T'], Bool[Array, 'B T']]:
+    """-log p(target) of every position, in nats, fp32, and whether no token is likelier; 0 and False where there is no target. Few
+    logits are held at a time."""
     y_BTD = self.hidden(batch.tokens_BT, ctx.replace(segments_BT=batch.segments_BT)).y
-    return token_nll(y_BTD, self._head(), jnp.asarray(batch.targets_BT), **self._head_options())
+    return token_scores(y_BTD, self._head(), jnp.asarray(batch.targets_BT), **self._head_options())

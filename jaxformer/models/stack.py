@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -11,7 +11,7 @@ from flax import nnx
 from jaxtyping import Array
 
 from jaxformer.config import Config
-from jaxformer.layers.layer import Context, Output, Site, State
+from jaxformer.layers.layer import Context, LayerConfig, Output, Site, State
 from jaxformer.models.block import Block, add, in_turn
 from jaxformer.models.params import stacked
 from jaxformer.sharding import gathered, gathers, platform
@@ -47,6 +47,14 @@ class Group(Config):
   def validate(self):
     self.require(self.repeats > 0, 'repeats', 'positive')
     self.require(len(self.pattern) > 0, 'pattern', 'at least one block')
+
+
+def layers_of(groups: tuple[Group, ...]) -> Iterator[tuple[LayerConfig, int]]:
+  """Every layer's config, with how many times it stands in the stack."""
+  for group in groups:
+    for block in group.pattern:
+      for branch in block.branches:
+        yield branch.layer, group.repeats
 
 
 class Stack(nnx.Module):

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxformer import sharding
 from jaxformer.ops.loss_vocabulary import vocabulary_logsumexp, vocabulary_loss
@@ -103,20 +103,23 @@ def cross_entropy(
   return LossSums(loss, lax.stop_gradient(nll), counted.sum().astype(jnp.float32))
 
 
-def token_nll(
+def token_scores(
   x: Float[Array, 'B T D'], w_DV: Float[Array, 'D V'], targets_BT: Int[Array, 'B T'], *,
   bias_V: Float[Array, ' V'] | None = None, softcap: float | None = None,
   transposed: bool = False, route: str | None = None, chunk: int | None = None,
-) -> Float[Array, 'B T']:
-  """logsumexp(l_i) - l_i[y_i] of each token in nats, 0 where the target is `IGNORE`: for evaluation, without a gradient."""
+) -> tuple[Float[Array, 'B T'], Bool[Array, 'B T']]:
+  """logsumexp(l_i) - l_i[y_i] of each token in nats, and whether no logit is larger than l_i[y_i]; 0 and False where the target is
+  `IGNORE`. For evaluation, without a gradient."""
   x, w_DV, bias_V = lax.stop_gradient((x, w_DV, None if bias_V is None else bias_V.astype(jnp.float32)))
   if (route or choose_route(x, w_DV)) == 'vocabulary':
-    lse, picked = vocabulary_logsumexp(x, w_DV, bias_V, targets_BT, softcap=softcap, chunk=chunk, transposed=transposed)
+    found = vocabulary_logsumexp(x, w_DV, bias_V, targets_BT, softcap=softcap, chunk=chunk, transposed=transposed)
   else:
     (B, T, _), static = x.shape, _Static(0.0, softcap, _rows(x, chunk))
-    lse, picked = lax.map(lambda a: _row_logits(*a, w_DV.astype(x.dtype), bias_V, static)[3:], _chunks(x, targets_BT, static.chunk))
-    lse, picked = (jnp.moveaxis(a.reshape(-1, B, static.chunk), 0, 1).reshape(B, -1)[:, :T] for a in (lse, picked))
-  return jnp.where(targets_BT == IGNORE, 0.0, lse - picked)
+    found = lax.map(lambda a: _row_logits(*a, w_DV.astype(x.dtype), bias_V, static)[3:], _chunks(x, targets_BT, static.chunk))
+    found = (jnp.moveaxis(a.reshape(-1, B, static.chunk), 0, 1).reshape(B, -1)[:, :T] for a in found)
+  lse, picked, top = found
+  counted = targets_BT != IGNORE
+  return jnp.where(counted, lse - picked, 0.0), counted & (picked >= top)
 
 
 # ---- tokens in chunks, the gradient formed in the forward pass --------------------------------------------------------
@@ -146,7 +149,7 @@ def _chunks(x, targets, n: int):
 
 
 def _row_logits(x, targets, w, bias, static: _Static):
-  """exp(l - max), its sum, the soft cap's derivative, logsumexp and the target's logit, of some tokens `[N, D]`."""
+  """exp(l - max), its sum, the soft cap's derivative, logsumexp, the target's logit and the largest, of some tokens `[N, D]`."""
   logits, slope = jnp.dot(x, w, preferred_element_type=jnp.float32), None
   if bias is not None:
     logits = logits + bias[None]
@@ -157,7 +160,7 @@ def _row_logits(x, targets, w, bias, static: _Static):
   e = lax.optimization_barrier(jnp.exp(logits - top))
   total = e.sum(-1, keepdims=True)
   picked = jnp.take_along_axis(logits, jnp.maximum(targets, 0)[:, None], axis=-1)[:, 0]
-  return e, total, slope, (top + jnp.log(total))[:, 0], picked
+  return e, total, slope, (top + jnp.log(total))[:, 0], picked, top[:, 0]
 
 
 def _row_sums(targets, lse, picked, static):
@@ -170,7 +173,7 @@ def _row_sums(targets, lse, picked, static):
 def _rows_loss(x, w, bias, targets, static: _Static):
   """Loss and nll when no gradient is asked for: one matrix product a token."""
   def some(sums, chunk):
-    *_, lse, picked = _row_logits(*chunk, w_cast, bias, static)
+    *_, lse, picked, _ = _row_logits(*chunk, w_cast, bias, static)
     return tuple(a + b for a, b in zip(sums, _row_sums(chunk[1], lse, picked, static), strict=True)), None
 
   w_cast = w.astype(x.dtype)
@@ -183,9 +186,9 @@ def _rows_forward(x, w, bias, targets, static):
   def some(carry, chunk):
     sums, dw, db = carry
     xs, ys = chunk
-    e, total, slope, lse, picked = _row_logits(xs, ys, w_cast, bias, static)
-    # The gradient of the logits is f (e - hot / f), a row at a time: e is what the forward pass has, changed in one place a row, and
-    # the factor goes to the small sides of the products. Another pass over the logits would cost as much as a tenth of a product.
+    e, total, slope, lse, picked, _ = _row_logits(xs, ys, w_cast, bias, static)
+    # The gradient of the logits is f (e - hot / f), a row at a time: e is there from the forward pass and changes in one place a
+    # row, and the factor goes to the narrow sides of the products. Another pass over the logits costs a tenth of a product.
     counted = (ys != IGNORE).astype(jnp.float32)
     f = counted / total[:, 0] * (1.0 + 2.0 * static.z_loss * lse)
     d = e.at[jnp.arange(len(ys)), jnp.maximum(ys, 0)].add(-counted / jnp.where(f == 0, 1.0, f))

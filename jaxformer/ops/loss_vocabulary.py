@@ -93,7 +93,7 @@ def _is_target(targets, start, size, parts: int, V: int):
 
 
 def _logsumexp(x, w, bias, targets, static: _Static):
-  """logsumexp of all logits and the target's logit, `B T` each, for W by shards `D s V`."""
+  """logsumexp of all logits, the target's logit and the largest, `B T` each, for W by shards `D s V`."""
   (B, T, _), (_, parts, V) = x.shape, w.shape
 
   def some(carry, start, size):
@@ -106,7 +106,7 @@ def _logsumexp(x, w, bias, targets, static: _Static):
 
   zero = shard(jnp.zeros((B, T, parts), jnp.float32), 'batch', 'time', 'vocab')
   top, total, picked = _slices(some, (jnp.full_like(zero, -jnp.inf), zero, zero), V, static.chunk)
-  return jax.nn.logsumexp(top + jnp.log(total), axis=-1), picked.sum(-1)
+  return jax.nn.logsumexp(top + jnp.log(total), axis=-1), picked.sum(-1), top.max(-1)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
@@ -115,7 +115,7 @@ def _loss(x, w, bias, targets, counted, static: _Static):
 
 
 def _forward(x, w, bias, targets, counted, static):
-  lse, picked = _logsumexp(x, w, bias, targets, static)
+  lse, picked, _ = _logsumexp(x, w, bias, targets, static)
   nll = jnp.where(counted, lse - picked, 0.0).sum()
   loss = nll + jnp.where(counted, static.z_loss * jnp.square(lse), 0.0).sum()
   return (loss, nll), (x, w, bias, targets, counted, lse)
@@ -164,8 +164,8 @@ def vocabulary_loss(
 def vocabulary_logsumexp(
   x: Float[Array, 'B T D'], w_DV: Float[Array, 'D V'], bias_V: Float[Array, ' V'] | None, targets_BT: Int[Array, 'B T'], *,
   softcap: float | None, chunk: int | None = None, transposed: bool = False,
-) -> tuple[Float[Array, 'B T'], Float[Array, 'B T']]:
-  """logsumexp of each token's logits, and its target's logit."""
+) -> tuple[Float[Array, 'B T'], Float[Array, 'B T'], Float[Array, 'B T']]:
+  """logsumexp of each token's logits, its target's logit, and the largest."""
   parts = shards('vocab', w_DV.shape[1])
   static = _Static(0.0, softcap, chunk or _chunk(x, w_DV.shape[1], parts), transposed)
   return _logsumexp(x, *_by_shard(w_DV, bias_V, parts), targets_BT, static)

@@ -33,7 +33,8 @@ class Cost:
     train_flops_per_token: causal convention; three times the forward ones.
     train_flops_per_token_full: the same in the full convention.
     context: the length that the state is sized for, in tokens.
-    decode_state_bytes: keys and values, or recurrent state, of one sequence of `context` tokens at 2 bytes a number.
+    decode_state_bytes: keys and values, or recurrent state, of one sequence of `context` tokens at 2 bytes a number; None
+      for a model that does not decode.
     weight_bytes: the parameters at 2 bytes a number.
   """
 
@@ -45,7 +46,7 @@ class Cost:
   train_flops_per_token: float
   train_flops_per_token_full: float
   context: int
-  decode_state_bytes: int
+  decode_state_bytes: int | None
   weight_bytes: int
 
 
@@ -60,6 +61,7 @@ def cost(model: ModelConfig, length: int | None = None) -> Cost:
   length = model.context if length is None else length
   if length < 1:
     raise InputError(f'sequence length = {length}: must be positive')
+  state = model.state_size(model.context)
   return Cost(
     params=definition.size,
     active_params=definition.active_size,
@@ -69,7 +71,7 @@ def cost(model: ModelConfig, length: int | None = None) -> Cost:
     train_flops_per_token=flops_per_token(model, length),
     train_flops_per_token_full=flops_per_token(model, length, causal=False),
     context=model.context,
-    decode_state_bytes=2 * model.state_size(model.context),
+    decode_state_bytes=None if state is None else 2 * state,
     weight_bytes=2 * definition.size,
   )
 

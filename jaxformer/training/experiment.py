@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from typing import Literal
 
-from jaxformer.config import Config, InputError, nearest
-from jaxformer.data import DataConfig
+from jaxformer.config import Config, InputError, nearest, types_of
+from jaxformer.data import DataConfig, DatasetConfig, Kind, TaskConfig
 from jaxformer.models.language_model import ModelConfig
 from jaxformer.models.stack import REMAT
 from jaxformer.sharding import MeshConfig
@@ -26,7 +27,7 @@ class TrainingConfig(Config):
     remat: what the forward pass keeps, a name of `models.stack.REMAT`.
     z_loss: weight of the squared log-partition function (PaLM, section 5); 0 for none.
     eval_every: steps between evaluations; one more follows the last step.
-    eval_batches: batches of validation text spread over the split; None for all of it.
+    eval_batches: batches of held-out rows, spread over all of them; None for all.
     checkpoint_every: steps between checkpoints; one more follows the last step.
     keep_latest: newest checkpoints kept.
     keep_best: checkpoints with the lowest `eval/loss` kept beside them.
@@ -79,7 +80,7 @@ class Experiment(Config):
   """What is trained, on what, how, and where."""
 
   model: ModelConfig
-  data: DataConfig = DataConfig()
+  data: DatasetConfig = DataConfig()
   optimizer: OptimizerConfig = AdamW()
   schedule: ScheduleConfig = Cosine()
   training: TrainingConfig = TrainingConfig()
@@ -87,9 +88,10 @@ class Experiment(Config):
   run: RunConfig = RunConfig()
 
   def validate(self):
-    longest, length = getattr(self.model, 'longest', None), self.data.sequence_length
+    longest, length = getattr(self.model, 'longest', None), self.data.positions
     if longest is not None and length > longest:
-      raise InputError(f'data.sequence_length = {length}: must be at most {longest}, where the learned positions of the model end')
+      field = 'data.sequence_length' if isinstance(self.data, DataConfig) else f'data = {self.data.tag}: positions'
+      raise InputError(f'{field} = {length}: must be at most {longest}, where the learned positions of the model end')
     warmup = self.schedule.warmup_steps(self.training.steps)
     if warmup > self.training.steps:
       raise InputError(f'schedule.warmup = {warmup}: must be at most training.steps = {self.training.steps}')
@@ -99,5 +101,40 @@ def default_experiment(model: ModelConfig, name: str) -> Experiment:
   """What `train NAME` does without overrides: settings under which a tiny model learns in about a minute on two CPU cores."""
   length = min(getattr(model, 'context', 256), 256)
   return Experiment(
-    model=model, data=DataConfig(sequence_length=length), optimizer=AdamW(learning_rate=3e-3),
+    model=model, data=_fitting_task(model) or DataConfig(sequence_length=length), optimizer=AdamW(learning_rate=3e-3),
     training=TrainingConfig(steps=400, batch_size=8), run=RunConfig(name=name))
+
+
+def _fitting_task(model: ModelConfig) -> TaskConfig | None:
+  """The task that asks just what a classifier answers; None for other models, and where there is none."""
+  wanted = tuple(getattr(model, name, None) for name in Kind._fields)
+  return next((t for t in _tasks(classes=True) if tuple(t.kind) == wanted), None)
+
+
+def _tasks(classes: bool) -> list[TaskConfig]:
+  """The tasks, as their defaults have them, that ask for a class, or those that ask for tokens."""
+  whole = [t for t in types_of(TaskConfig) if not any(f.default is f.default_factory for f in dataclasses.fields(t))]
+  return [task for task in (t() for t in whole) if (task.kind.classes is not None) == classes]
+
+
+def check_fit(model: ModelConfig, data: DatasetConfig, vocab_size: int | None = None) -> None:
+  """Raises `InputError` where a model cannot read the data, or cannot answer what they ask.
+
+  Args:
+    vocab_size: of the data once they are open; by default what their config tells.
+  """
+  kind = data.kind
+  mine = Kind(*(getattr(model, name, None) for name in Kind._fields))
+  if (mine.classes is None) != (kind.classes is None):
+    able, asked = ('names one of its classes', 'ask for tokens') if mine.classes else ('predicts tokens', 'ask for a class')
+    fitting = [t.tag for t in _tasks(classes=mine.classes is not None)] + ([] if mine.classes else [DataConfig.tag])
+    raise InputError(f'data = {data.tag}: a {model.tag} {able}, and these data {asked}{nearest("", fitting)}')
+  if mine.features != kind.features:
+    has, reads = ('tokens' if n is None else f'{n} numbers' for n in (kind.features, mine.features))
+    raise InputError(f'data = {data.tag}: have {has} at each position, and model.input reads {reads}')
+  if mine.classes is not None and kind.classes is not None and mine.classes < kind.classes:
+    raise InputError(f'model.classes = {mine.classes}: must be at least {kind.classes}, those of {data.tag}')
+  wanted, whose = vocab_size or kind.vocab_size, 'the tokenizer' if isinstance(data, DataConfig) else data.tag
+  if mine.vocab_size is not None and wanted is not None and wanted > mine.vocab_size:
+    field = 'model.vocab_size' if mine.classes is None else 'model.input.vocab_size'
+    raise InputError(f'{field} = {mine.vocab_size}: must be at least {wanted}, those of {whose}')

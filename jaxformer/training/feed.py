@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from jaxformer.config import InputError
-from jaxformer.models.language_model import TokenBatch
+from jaxformer.models.language_model import TargetBatch
 from jaxformer.sharding import Rules, batch_sharding, batch_shards
 
 
@@ -46,7 +46,7 @@ class Feed:
       raise InputError(f'data.sequence_length = {length}: must be a multiple of mesh.context = {times}')
     self.index, self.count = rows_of_process(self._sharding, batch_size, length)
 
-  def __call__(self, batch: TokenBatch) -> TokenBatch:
+  def __call__(self, batch: TargetBatch) -> TargetBatch:
     """The batch on the devices. Returns at once."""
     return jax.tree.map(self._put, batch)
 
@@ -57,6 +57,6 @@ class Feed:
 
     def part(place: Any) -> np.ndarray:
       low, high, _ = place[0].indices(self._shape[0])
-      return local[low - first : high - first, place[1]]
+      return local[low - first : high - first, *place[1:]]
 
-    return jax.make_array_from_callback(self._shape, self._sharding, part)
+    return jax.make_array_from_callback((*self._shape, *local.shape[2:]), self._sharding, part)

@@ -23,12 +23,12 @@ from jaxformer.models.language_model import ModelConfig
 from jaxformer.models.params import Definition, Params, define
 from jaxformer.sharding import make_mesh, use_mesh
 from jaxformer.training.checkpoint import Checkpoints, abstract_state, load_params
-from jaxformer.training.experiment import Experiment
+from jaxformer.training.experiment import Experiment, check_fit
 from jaxformer.training.feed import Feed
 from jaxformer.training.host import keep_freed_memory
 from jaxformer.training.interrupt import Interrupt
 from jaxformer.training.optimizer import Optimizer
-from jaxformer.training.report import Log, Meter, Report, to_host
+from jaxformer.training.report import Log, Meter, Report, scores, to_host
 from jaxformer.training.run import Run, read_metrics
 from jaxformer.training.step import StepConfig, TrainState, compiled_train_step, init_state, state_shardings
 from jaxformer.training.validation import Evaluate, validator
@@ -78,13 +78,11 @@ class Setup:
     t, model = experiment.training, experiment.model
     definition, mesh = check(experiment, devices)
     rules = experiment.mesh.rules
-    rows = getattr(model, 'vocab_size', None)
-    if rows is not None and dataset.vocab_size > rows:
-      raise InputError(f'model.vocab_size = {rows}: must be at least {dataset.vocab_size}, those of the tokenizer')
+    check_fit(model, experiment.data, dataset.vocab_size)
     return cls(
       experiment, definition, dataset, Optimizer.of(experiment.optimizer, experiment.schedule, t.steps, definition), mesh,
       StepConfig(t.accumulate, compute_dtype(t.dtype, mesh), t.remat, t.z_loss),
-      Feed(mesh, rules, t.batch_size, experiment.data.sequence_length))
+      Feed(mesh, rules, t.batch_size, experiment.data.positions))
 
   def abstract(self) -> TrainState:
     """Shapes and shardings of the state, without arrays."""
@@ -102,13 +100,14 @@ class Setup:
 
 
 def check(experiment: Experiment, devices: Sequence[jax.Device] | None = None) -> tuple[Definition, Mesh]:
-  """The model and the mesh of an experiment, checked against each other: what can be known before the text is read.
+  """The model and the mesh of an experiment, checked against each other: what can be known before the data are read.
 
   Raises `InputError` for parts that do not fit.
   """
   t, rules = experiment.training, experiment.mesh.rules
+  check_fit(experiment.model, experiment.data)
   definition, mesh = define(experiment.model), make_mesh(experiment.mesh, devices)
-  Feed(mesh, rules, t.batch_size // t.accumulate, experiment.data.sequence_length)   # each microbatch is divided over the mesh
+  Feed(mesh, rules, t.batch_size // t.accumulate, experiment.data.positions)   # each microbatch is divided over the mesh
   definition.shardings(mesh, rules)
   return definition, mesh
 
@@ -194,8 +193,8 @@ def _begin(
   run.rewind(-1)
   source = f'{len(init_from)} arrays given' if isinstance(init_from, Mapping) else init_from
   run.event('start', init_from=None if source is None else str(source))
-  d, dtype, tokens = setup.definition, setup.step_config.dtype, setup.dataset.train_tokens
-  report.line(f'{run.folder}: {d.size:,} parameters, {setup.mesh.size} devices, {dtype}, {tokens:,} tokens of text')
+  d, dtype = setup.definition, setup.step_config.dtype
+  report.line(f'{run.folder}: {d.size:,} parameters, {setup.mesh.size} devices, {dtype}, {setup.dataset.size}')
   state = init_state(d, setup.optimizer, setup.experiment.training.seed, setup.mesh, setup.rules)
   return state if first is None else dataclasses.replace(state, params=first)
 
@@ -205,7 +204,7 @@ def _costs(setup: Setup, flops_per_token: FlopsPerToken | None, peak: float | No
   if flops_per_token is None or peak is None:
     return {}
   e = setup.experiment
-  needs = {name: flops_per_token(e.model, e.data.sequence_length, causal) for name, causal in (('mfu', True), ('mfu_full', False))}
+  needs = {name: flops_per_token(e.model, e.data.positions, causal) for name, causal in (('mfu', True), ('mfu_full', False))}
   return {name: flops / (peak * setup.mesh.size) for name, flops in needs.items()}
 
 
@@ -219,7 +218,7 @@ class _Loop:
     self.setup, self.run, self.checkpoints, self.report, self.costs, self.sample = setup, run, checkpoints, report, costs, sample
     self.config = setup.experiment.training
     self.meter, self.saved = Meter(), -1
-    self.tokens = self.config.batch_size * setup.experiment.data.sequence_length
+    self.tokens = self.config.batch_size * setup.experiment.data.positions
     self.digest = config.digest(setup.experiment)
     self.evaluate = setup.validator()
 
@@ -295,8 +294,7 @@ class _Loop:
       found = self.evaluate(state.params)
       loss = found['eval/loss']
       self.report.row({'step': step, 'tokens': step * self.tokens, **found})
-      text = f'eval loss {loss:.4f} | {found["eval/bits_per_byte"]:.4f} bits per byte | {found["eval/source"]}'
-      self.report.line(f'step {step}/{self.config.steps} | {text}')
+      self.report.line(f'step {step}/{self.config.steps} | {scores(found)}')
       self.run.event('eval', step=step, seconds=round(time.perf_counter() - began, 3))
       if self.sample is not None:
         self.run.samples(step, self.sample(state.params, step))

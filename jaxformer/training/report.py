@@ -122,6 +122,13 @@ def summary(row: dict[str, Any]) -> str:
   return ' | '.join(parts)
 
 
+def scores(found: dict[str, Any]) -> str:
+  """eval loss 1.3862 | 2.0000 bits per byte | corpus validation; of a task | accuracy 50.00% |"""
+  of_text = found.get('eval/bits_per_byte')
+  score = f'{of_text:.4f} bits per byte' if of_text is not None else f'accuracy {found["eval/accuracy"]:.2%}'
+  return f'eval loss {found["eval/loss"]:.4f} | {score} | {found["eval/source"]}'
+
+
 def to_host(metrics: dict[str, jax.Array]) -> dict[str, float]:
   """The values of a step's metrics; waits for the step."""
   return {name: v.item() for name, v in jax.device_get(metrics).items()}

@@ -68,6 +68,7 @@ def load_experiment(folder: str | Path) -> Experiment:
 def _register_configs() -> None:
   """A config is known by its type once its module is imported; a file may name any."""
   importlib.import_module('jaxformer.models.zoo')
+  importlib.import_module('jaxformer.models.classifier')
   package = importlib.import_module('jaxformer.layers')
   for module in pkgutil.iter_modules(package.__path__):
     importlib.import_module(f'{package.__name__}.{module.name}')
@@ -105,18 +106,20 @@ class Run:
       raise InputError(f'--init-from: {self.folder} is a run that began from random weights and would go on from where it is; '
                        'give another --run.name, or leave --init-from out')
 
-  def start(self, data_manifest: dict[str, Any], tokenizer: Tokenizer) -> None:
-    """Writes what is known at the start. Raises `InputError` where the folder cannot be made."""
+  def start(self, data_manifest: dict[str, Any], tokenizer: Tokenizer | None) -> None:
+    """Writes what is known at the start; `tokenizer` is that of text. Raises `InputError` where the folder cannot be made."""
     if not self.writes:
       return
     try:
       (self.folder / 'checkpoints').mkdir(parents=True, exist_ok=True)
-      (self.folder / 'tokenizer').mkdir(exist_ok=True)
+      if tokenizer is not None:
+        (self.folder / 'tokenizer').mkdir(exist_ok=True)
     except OSError as e:
       raise InputError(f'run.dir = {self.experiment.run.dir!r}: the folder {self.folder} cannot be made ({e.strerror})') from None
     if not os.access(self.folder, os.W_OK):
       raise InputError(f'run.dir = {self.experiment.run.dir!r}: the folder {self.folder} cannot be written')
-    tokenizer.save(self.folder / 'tokenizer')
+    if tokenizer is not None:
+      tokenizer.save(self.folder / 'tokenizer')
     file = self.folder / 'environment.json'
     starts = _list(file)
     write(file, json.dumps([*starts, environment(data_manifest)], indent=2, default=str) + '\n')

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array
 
 from jaxformer.layers.layer import Context
-from jaxformer.models.language_model import TokenBatch
+from jaxformer.models.language_model import TargetBatch
 from jaxformer.models.params import Definition, Params
 from jaxformer.ops.loss import IGNORE, LossSums
 from jaxformer.sharding import Rules, batch_sharding, replicated
@@ -65,14 +65,14 @@ def state_shardings(definition: Definition, optimizer: Optimizer, mesh: Mesh, ru
   return TrainState(whole, params, optimizer.shardings(mesh, params), whole)
 
 
-def microbatches(batch: TokenBatch, n: int) -> TokenBatch:
+def microbatches(batch: TargetBatch, n: int) -> TargetBatch:
   """A batch as n of them on a leading axis. Microbatch i has the rows i, n + i, ...: of a batch that is divided over devices each
   device keeps its rows."""
   return jax.tree.map(lambda x: jnp.swapaxes(x.reshape(x.shape[0] // n, n, *x.shape[1:]), 0, 1), batch)
 
 
 def loss_and_grads(
-  definition: Definition, config: StepConfig, params: Params, batch: TokenBatch, key: Array
+  definition: Definition, config: StepConfig, params: Params, batch: TargetBatch, key: Array
 ) -> tuple[LossSums, Metrics, Params]:
   """Sums of the loss over a batch, auxiliary scalars, and the gradient of what is minimised: loss / count + sum of `loss/...`.
 
@@ -82,7 +82,7 @@ def loss_and_grads(
   n = config.accumulate
   count = jnp.maximum(jnp.sum(batch.targets_BT != IGNORE).astype(jnp.float32), 1.0)
 
-  def objective(params: Params, batch: TokenBatch, key: Array) -> tuple[Array, tuple[LossSums, Metrics]]:
+  def objective(params: Params, batch: TargetBatch, key: Array) -> tuple[Array, tuple[LossSums, Metrics]]:
     model = definition.merge(definition.cast(params, config.dtype))
     sums, aux = model.loss(batch, Context(dropout_key=key, remat=config.remat), z_loss=config.z_loss)
     extra = sum((v for name, v in aux.items() if name.startswith('loss/')), jnp.zeros(()))
@@ -106,7 +106,7 @@ def loss_and_grads(
 
 
 def train_step(
-  definition: Definition, optimizer: Optimizer, config: StepConfig, state: TrainState, batch: TokenBatch
+  definition: Definition, optimizer: Optimizer, config: StepConfig, state: TrainState, batch: TargetBatch
 ) -> tuple[TrainState, Metrics]:
   """One update. Metrics: `train/loss` (cross-entropy a target, nats), `train/grad_norm`, `learning_rate`, `finite`, and the layers'
   auxiliary scalars as `train/...`."""
@@ -126,7 +126,7 @@ def compiled_train_step(
   """`train_step` of a state and a batch, jitted for a mesh; the state is donated. Call it inside `use_mesh`."""
   where = state_shardings(definition, optimizer, mesh, rules)
 
-  def step(state: TrainState, batch: TokenBatch) -> tuple[TrainState, Metrics]:
+  def step(state: TrainState, batch: TargetBatch) -> tuple[TrainState, Metrics]:
     return train_step(definition, optimizer, config, state, batch)
 
   return jax.jit(

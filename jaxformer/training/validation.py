@@ -1,4 +1,4 @@
-"""Bits per byte of held-out text, during training."""
+"""Scores on held-out data, during training."""
 
 from __future__ import annotations
 
@@ -19,18 +19,21 @@ class Evaluate(Protocol):
 def validator(
   definition: Definition, dataset: Dataset, mesh: Mesh, rules: str, dtype: Any, batch_size: int, limit_batches: int | None
 ) -> Evaluate:
-  """A function from parameters to `eval/loss` (nats a target), `eval/bits_per_byte` and `eval/source`.
+  """A function from parameters to `eval/loss` (nats a target), `eval/source`, and `eval/bits_per_byte` of text or `eval/accuracy`
+  over what a task asks.
 
-  Bits per byte compare models across tokenizers: they count the bytes that the targets stand for. With `limit_batches` the text is
-  a sample of the validation side, always the same, and `eval/source` says so.
+  Bits per byte compare models across tokenizers: they count the bytes that the targets stand for. With `limit_batches` the held-out
+  rows are a sample, always the same, and `eval/source` says so.
   """
-  feed = Feed(mesh, rules, batch_size, dataset.config.sequence_length)
-  whole = limit_batches is None or sum(1 for _ in dataset.validation_batches(batch_size, limit_batches + 1)) <= limit_batches
-  source = f'{dataset.config.source.tag} validation' + ('' if whole else f', {limit_batches} batches of {batch_size}')
+  feed = Feed(mesh, rules, batch_size, dataset.config.positions)
+  whole = limit_batches is None or dataset.validation_rows <= limit_batches * batch_size
+  source = dataset.config.held_out + ('' if whole else f', {limit_batches} batches of {batch_size}')
+  bytes_V = None if dataset.tokenizer is None else dataset.tokenizer.token_bytes
 
   def run(params: Params) -> dict[str, Any]:
     batches = dataset.validation_batches(batch_size, limit_batches, feed.index, feed.count)
-    r = evaluate(definition, params, batches, token_bytes_V=dataset.tokenizer.token_bytes, mesh=mesh, rules=rules, dtype=dtype)
-    return {'eval/loss': r.loss, 'eval/bits_per_byte': r.bits_per_byte, 'eval/source': source}
+    r = evaluate(definition, params, batches, token_bytes_V=bytes_V, mesh=mesh, rules=rules, dtype=dtype)
+    score = {'eval/accuracy': r.accuracy} if bytes_V is None else {'eval/bits_per_byte': r.bits_per_byte}
+    return {'eval/loss': r.loss, **score, 'eval/source': source}
 
   return run

@@ -10,6 +10,8 @@ from flax import nnx
 from jaxformer import config as configs
 from jaxformer.config import Config
 from jaxformer.layers.layer import Context, LayerConfig, Site
+from jaxformer.models.classifier import Classifier
+from jaxformer.models.language_model import LanguageModel
 from jaxformer.models.params import Definition, define
 from jaxformer.models.zoo import PRESETS
 
@@ -39,7 +41,8 @@ LAYERS = {
   for example in kind.examples()
 }
 DECODING = {name: c for name, c in LAYERS.items() if c.decodes}
-TINY = sorted(n for n in PRESETS if n.endswith('-tiny'))
+TINY = sorted(n for n in PRESETS if n.endswith('-tiny') and isinstance(PRESETS[n].model, LanguageModel.Config))
+CLASSIFIERS = sorted(n for n in PRESETS if n.endswith('-tiny') and isinstance(PRESETS[n].model, Classifier.Config))
 
 
 class Case:

@@ -1,4 +1,7 @@
-"""What holds for every tiny preset: the layer contract carried through embedding, stack and head."""
+"""What holds for every tiny preset: the layer contract carried through embedding, stack and head.
+
+`every` is every language model; `all_kinds` has the classifiers too.
+"""
 
 import types
 
@@ -6,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import BATCH, TINY, close, model, segments, tokens
+from cases import BATCH, CLASSIFIERS, TINY, close, model, segments, tokens
 
 from jaxformer.layers.layer import Context
 from jaxformer.models.stack import REMAT
@@ -14,13 +17,28 @@ from jaxformer.ops.route import route
 from jaxformer.sharding import MeshConfig, batch_sharding, make_mesh, use_mesh
 
 every = pytest.mark.parametrize('name', TINY)
+all_kinds = pytest.mark.parametrize('name', [*TINY, *CLASSIFIERS])
 LENGTH = 40
 
 
 def batch_of(case, segments_BT=None):
+  if hasattr(case.definition.config, 'classes'):
+    return sequences_of(case)
   t = tokens(case, LENGTH + 1)
   targets = t[:, 1:].at[:, 5].set(-1)
   return types.SimpleNamespace(tokens_BT=t[:, :-1], targets_BT=targets, segments_BT=segments_BT)
+
+
+def sequences_of(case):
+  """Sequences to classify, of lengths 40, 37, 34, ..., padded with what they would go on with."""
+  config, length_B = case.definition.config, LENGTH - 3 * jnp.arange(BATCH)
+  label_B = jnp.arange(BATCH) % config.classes
+  where_BT, length_B1 = jnp.arange(LENGTH)[None], length_B[:, None]
+  inputs = {'tokens_BT': tokens(case, LENGTH)} if config.features is None else {
+    'features_BTF': jax.random.normal(jax.random.key(3), (BATCH, LENGTH, config.features))}
+  return types.SimpleNamespace(
+    **inputs, targets_BT=jnp.where(where_BT == length_B1 - 1, label_B[:, None], -1),
+    segments_BT=(where_BT < length_B1).astype(jnp.int32))
 
 
 def loss_of(case, batch):
@@ -71,7 +89,7 @@ def test_loss_equals_that_of_the_logits(name):
   assert float(sums.count) == (targets != -1).sum() == BATCH * (LENGTH - 1)
 
 
-@every
+@all_kinds
 def test_every_way_to_run_the_stack_agrees(name):
   case = model(name)
   loss = loss_of(case, batch_of(case, segments(11, 29)))
@@ -90,7 +108,7 @@ MESHES = {
 }
 
 
-@every
+@all_kinds
 @pytest.mark.parametrize('mesh', MESHES.values(), ids=MESHES)
 def test_sharded_equals_unsharded(name, mesh):
   case = model(name)
@@ -105,7 +123,7 @@ def test_sharded_equals_unsharded(name, mesh):
     close(gradient(params), reference, 1e-4)
 
 
-@every
+@all_kinds
 def test_parameters_are_born_sharded_and_equal(name):
   case = model(name)
   devices = make_mesh(MeshConfig(fsdp=4, tensor=2))
@@ -115,7 +133,7 @@ def test_parameters_are_born_sharded_and_equal(name):
   assert max(p.addressable_shards[0].data.size for p in born.values()) < max(p.size for p in born.values())
 
 
-@every
+@all_kinds
 def test_bfloat16_loss_is_near_and_its_gradients_finite(name):
   case = model(name)
   batch = batch_of(case)
@@ -125,3 +143,15 @@ def test_bfloat16_loss_is_near_and_its_gradients_finite(name):
   for parameter, g in gradients.items():
     assert g.dtype == jnp.float32
     assert np.all(np.isfinite(np.asarray(g))), parameter
+
+
+@pytest.mark.parametrize('name', CLASSIFIERS)
+def test_padding_leaves_no_trace_in_a_class(name):
+  case = model(name)
+  batch = sequences_of(case)
+  logits = jax.jit(lambda p, b: case.definition.merge(p)(types.SimpleNamespace(**b)))
+  together = logits(case.params, vars(batch))
+  for i in (1, 7):
+    length = int(batch.segments_BT[i].sum())
+    alone = {k: v[i:i + 1, :length] for k, v in vars(batch).items()} | {'segments_BT': None}
+    close(logits(case.params, alone)[0], together[i], 1e-5)

@@ -1,0 +1,104 @@
+"""The two synthetic languages of H3 (Fu et al. 2022, section 3.1): remember a token, and compare tokens across a sequence."""
+
+from __future__ import annotations
+
+import numpy as np
+from jaxtyping import Int64
+
+from jaxformer.data import order
+from jaxformer.data.dataset import AnyBatch, Kind
+from jaxformer.data.tasks.task import Side, TaskConfig, asked_last, below, random_bits
+
+
+class InductionHead(TaskConfig):
+  """Recall the token that followed a special one: `a b c => d e f ... x y =>`, asked for d.
+
+  `length` random symbols, of which one at a uniform place (not among the last two) is replaced by the special token; then the
+  special token once more, after which the symbol that followed it is asked for. The vocabulary holds `vocab_size - 2` symbols,
+  the special token, and one more that never comes here (the authors' vocabulary is shared with associative recall).
+  """
+
+  length: int = 30
+  vocab_size: int = 20
+  train_sequences: int | None = None
+  test_sequences: int = 1000
+  seed: int = 0
+
+  def validate(self) -> None:
+    self.require(self.length >= 3, 'length', 'at least 3')
+    self.require(self.vocab_size >= 4, 'vocab_size', 'at least 4')
+    self.check_sizes(self.train_sequences, self.test_sequences)
+
+  @property
+  def positions(self) -> int:
+    return self.length + 1
+
+  @property
+  def kind(self) -> Kind:
+    return Kind(vocab_size=self.vocab_size)
+
+  @property
+  def train_rows(self) -> int | None:
+    return self.train_sequences
+
+  @property
+  def test_rows(self) -> int:
+    return self.test_sequences
+
+  def rows(self, side: Side, index_N: Int64[np.ndarray, ' N']) -> AnyBatch:
+    special, each = self.vocab_size - 2, np.arange(index_N.size)
+    bits = random_bits(order.key(self.seed, self.tag, side), index_N, self.length + 1)
+    tokens = np.concatenate([below(special, bits[:, 1:]), np.full((index_N.size, 1), special)], axis=1)
+    place = below(self.length - 2, bits[:, 0])
+    tokens[each, place] = special
+    return asked_last(tokens, tokens[each, place + 1])
+
+
+class AssociativeRecall(TaskConfig):
+  """Recall the value of a key: `a 2 c 4 b 3 a 2 ... => b`, asked for 3.
+
+  In each sequence every key has a value of its own, drawn at random; `length` / 2 pairs of a random key and its value follow each
+  other, then the special token and one of the keys that came (each as likely), whose value is asked for. Of `vocab_size` tokens one
+  is special and one never comes (the authors answer with it for keys that did not come, which they do not ask for); of the others
+  the first half are keys, the rest values.
+  """
+
+  length: int = 20
+  vocab_size: int = 10
+  train_sequences: int | None = None
+  test_sequences: int = 1000
+  seed: int = 0
+
+  def validate(self) -> None:
+    self.require(self.length >= 2 and self.length % 2 == 0, 'length', 'even and at least 2')
+    self.require(self.vocab_size >= 4, 'vocab_size', 'at least 4')
+    self.check_sizes(self.train_sequences, self.test_sequences)
+
+  @property
+  def positions(self) -> int:
+    return self.length + 2
+
+  @property
+  def kind(self) -> Kind:
+    return Kind(vocab_size=self.vocab_size)
+
+  @property
+  def train_rows(self) -> int | None:
+    return self.train_sequences
+
+  @property
+  def test_rows(self) -> int:
+    return self.test_sequences
+
+  def rows(self, side: Side, index_N: Int64[np.ndarray, ' N']) -> AnyBatch:
+    special, pairs, N = self.vocab_size - 2, self.length // 2, index_N.size
+    keys = special // 2
+    bits = random_bits(order.key(self.seed, self.tag, side), index_N, 2 * keys + pairs)
+    value_NK = keys + below(special - keys, bits[:, :keys])
+    key_NP = below(keys, bits[:, keys : keys + pairs])
+    came_NK = (key_NP[:, :, None] == np.arange(keys)[None, None]).any(axis=1)
+    # Of the keys that came the one with the largest random number.
+    query_N = np.where(came_NK, bits[:, keys + pairs :] >> np.uint64(1), np.uint64(0)).argmax(axis=1)
+    pair_NP2 = np.stack([key_NP, np.take_along_axis(value_NK, key_NP, axis=1)], axis=2)
+    tokens = np.concatenate([pair_NP2.reshape(N, self.length), np.full((N, 1), special), query_N[:, None]], axis=1)
+    return asked_last(tokens, value_NK[np.arange(N), query_N])

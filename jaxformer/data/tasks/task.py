@@ -1,0 +1,136 @@
+"""What a task is: sequences that a program makes or a package brings, and what is asked of them.
+
+A task is one file in this folder: a config type whose `rows` gives the sequences at some numbers, as a pure function of the
+config, the side and the numbers. Everything else (order, hosts, resuming, a last batch that is not full) is here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from jaxtyping import Float32, Int32, Int64, UInt64
+
+from jaxformer import config
+from jaxformer.data import order
+from jaxformer.data.cache import Log
+from jaxformer.data.dataset import IGNORED, AnyBatch, Batch, Dataset, DatasetConfig, FeatureBatch, process_rows, spread
+from jaxformer.data.tokenizers import Tokenizer
+
+Side = Literal['train', 'test']
+ENDLESS = 2**62   # numbers of training sequences where a task has no end of them: none comes twice
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+
+
+class TaskConfig(DatasetConfig, abstract=True):
+  """Base of the tasks. A new one says `kind`, `positions`, `train_rows`, `test_rows` and `rows`."""
+
+  @property
+  def train_rows(self) -> int | None:
+    """How many training sequences there are, shown in another order every epoch; None where they are made without end."""
+    raise NotImplementedError
+
+  @property
+  def test_rows(self) -> int:
+    """How many sequences score a model."""
+    raise NotImplementedError
+
+  def rows(self, side: Side, index_N: Int64[np.ndarray, ' N']) -> AnyBatch:
+    """The sequences of a side with these numbers, from 0. The same whatever else is asked for, and on any machine."""
+    raise NotImplementedError
+
+  def check_sizes(self, train: int | None, test: int) -> None:
+    """For `validate` of a task with fields `train_sequences` and `test_sequences`."""
+    self.require(train is None or train > 0, 'train_sequences', 'positive, or none for no end of them')
+    self.require(test > 0, 'test_sequences', 'positive')
+
+  def fingerprint(self) -> str:
+    """A hash (hex) that changes when the sequences do: of the first of each side."""
+    return hash_of(self.rows('train', np.arange(64)), self.rows('test', np.arange(min(64, self.test_rows))))
+
+  def open(self, cache_dir: Path | str | None = None, log: Log | None = None, tokenizer: Tokenizer | None = None) -> TaskDataset:
+    return TaskDataset(self)
+
+
+class TaskDataset(Dataset):
+  """A task as something to train on and to be scored by. Made by `TaskConfig.open`."""
+
+  def __init__(self, task: TaskConfig):
+    self.config = self.task = task
+    self.tokenizer, self.vocab_size = None, task.kind.vocab_size
+    rows, sha256 = task.train_rows, task.fingerprint()
+    self.size = f'sequences of {task.tag} without end' if rows is None else f'{rows:,} sequences of {task.tag}'
+    self.manifest: dict[str, Any] = {'task': config.to_json(task), 'train': rows, 'test': task.test_rows, 'sha256': sha256}
+    self.identity: dict[str, Any] = {'task': config.to_json(task), 'sha256': sha256}
+
+  def train_batch(self, step: int, batch_size: int, seed: int, process_index: int = 0, process_count: int = 1) -> AnyBatch:
+    position_B = self._positions(step, batch_size, process_index, process_count)
+    key, rows = order.key(seed, 'task'), self.task.train_rows
+    index_B = order.random_below(ENDLESS, position_B, key) if rows is None else order.shuffled(rows, position_B, key)
+    return self.task.rows('train', index_B)
+
+  @property
+  def validation_rows(self) -> int:
+    return self.task.test_rows
+
+  def validation_batches(
+    self, batch_size: int, limit_batches: int | None = None, process_index: int = 0, process_count: int = 1
+  ) -> Iterator[AnyBatch]:
+    low, high = process_rows(batch_size, process_index, process_count)
+    index_R = np.arange(self.validation_rows)
+    if (chosen := spread(index_R.size, batch_size, limit_batches)) is not None:
+      index_R = index_R[chosen]
+    index_R = np.concatenate([index_R, np.full(-index_R.size % batch_size, -1)])
+    return (self._test(index_R[i + low : i + high]) for i in range(0, index_R.size, batch_size))
+
+  def _test(self, index_B: Int64[np.ndarray, ' B']) -> AnyBatch:
+    """Test sequences by number; -1 stands for a row without targets."""
+    batch = self.task.rows('test', np.maximum(index_B, 0))
+    return batch._replace(targets_BT=np.where(index_B[:, None] >= 0, batch.targets_BT, np.int32(IGNORED)))
+
+
+# ---- what tasks are made with -----------------------------------------------------------------------------------------
+
+
+def labelled(
+  inputs: Int32[np.ndarray, 'B T'] | Float32[np.ndarray, 'B T F'], label_B: Int64[np.ndarray, ' B'],
+  length_B: Int64[np.ndarray, ' B'] | None = None,
+) -> AnyBatch:
+  """Sequences to classify: the label stands at the last position of each; what follows its length is padding."""
+  rows, length = inputs.shape[:2]
+  last_B = np.full(rows, length) - 1 if length_B is None else length_B - 1
+  targets_BT = np.full((rows, length), IGNORED, np.int32)
+  targets_BT[np.arange(rows), last_B] = label_B
+  segments_BT = None if length_B is None else (np.arange(length)[None] < length_B[:, None]).astype(np.int32)
+  batch = Batch if inputs.ndim == 2 else FeatureBatch
+  return batch(inputs, targets_BT, segments_BT)
+
+
+def asked_last(tokens_BT: Int64[np.ndarray, 'B T'], answer_B: Int64[np.ndarray, ' B']) -> Batch:
+  """Sequences after which one token is asked for, and nothing before."""
+  targets_BT = np.full(tokens_BT.shape, IGNORED, np.int32)
+  targets_BT[:, -1] = answer_B
+  return Batch(tokens_BT.astype(np.int32), targets_BT, None)
+
+
+def random_bits(key: np.uint64, index_N: Int64[np.ndarray, ' N'], count: int) -> UInt64[np.ndarray, 'N count']:
+  """`count` random words for each number: SplitMix64 streams, integer arithmetic alone, so the same with every library."""
+  start_N = order.scramble(order.scramble(index_N.astype(np.uint64)) ^ key)
+  at_NC = start_N[:, None] + _GOLDEN * np.arange(1, count + 1, dtype=np.uint64)[None]
+  return order.scramble(at_NC.reshape(-1)).reshape(at_NC.shape)
+
+
+def below(bound: int, bits: UInt64[np.ndarray, '*N']) -> Int64[np.ndarray, '*N']:
+  """Numbers in 0..bound-1 from random words; the bias is below bound / 2^64."""
+  return (bits % np.uint64(bound)).astype(np.int64)
+
+
+def hash_of(*batches: AnyBatch) -> str:
+  """The SHA-256 (hex) of the arrays of batches, their shapes and dtypes."""
+  total = hashlib.sha256()
+  for array in (a for batch in batches for a in batch if a is not None):
+    total.update(f'{array.dtype.str}{array.shape}'.encode() + np.ascontiguousarray(array).tobytes())
+  return total.hexdigest()
