@@ -47,10 +47,10 @@ MAMBA_130M = {
 }
 MAMBA2_130M = {
   'chunk_size': 256, 'conv_kernel': 4, 'expand': 2, 'head_dim': 64, 'hidden_act': 'silu', 'hidden_size': 768,
-  'initializer_range': 0.1, 'layer_norm_epsilon': 1e-05, 'model_type': 'mamba2', 'n_groups': 1, 'norm_before_gate': False, 'num_heads': 24,
-  'num_hidden_layers': 24, 'residual_in_fp32': True, 'rms_norm': True, 'state_size': 128, 'tie_word_embeddings': True,
-  'time_step_floor': 0.0001, 'time_step_limit': [0.0, float('inf')], 'time_step_max': 0.1, 'time_step_min': 0.001,
-  'use_bias': False, 'use_conv_bias': True, 'vocab_size': 50288,
+  'initializer_range': 0.1, 'layer_norm_epsilon': 1e-05, 'model_type': 'mamba2', 'n_groups': 1, 'norm_before_gate': False,
+  'num_heads': 24, 'num_hidden_layers': 24, 'residual_in_fp32': True, 'rms_norm': True, 'state_size': 128,
+  'tie_word_embeddings': True, 'time_step_floor': 0.0001, 'time_step_limit': [0.0, float('inf')], 'time_step_max': 0.1,
+  'time_step_min': 0.001, 'use_bias': False, 'use_conv_bias': True, 'vocab_size': 50288,
 }
 
 
