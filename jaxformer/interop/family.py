@@ -107,6 +107,8 @@ def _functional(value: Any, width: int) -> Any:
     kept['kv_heads'] = kept['kv_heads'] or heads
     kept['head_dim'] = kept['head_dim'] or width // heads
     kept['scale'] = kept['scale'] or 1.0 / math.sqrt(kept['head_dim'])
+  if value['type'] == 'Mamba':
+    kept['dt_rank'] = kept['dt_rank'] or -(-width // 16)
   return kept
 
 

@@ -116,7 +116,7 @@ class Mamba2(Layer):
     c, inner, H, maps = config, config.expand * width, config.heads(width), 2 * config.groups * config.state
     self.config = c
 
-    def weight(init: Init, fan_in: int, shape: tuple[int, ...], *axes: str):
+    def weight(init: Init, fan_in: int, shape: tuple[int, ...], *axes: str | None):
       return param(init(rngs.params(), shape, fan_in, site), axes)
 
     def bias(size: int, axis: str):

@@ -5,8 +5,6 @@ Dims: B batch, T time, D channels, N state.
 
 from __future__ import annotations
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float

@@ -63,11 +63,11 @@ def _chunk(state_BGRPN: Array, now: tuple[Array, ...]) -> tuple[Array, Array]:
   dtype, C = x_BCGRP.dtype, x_BCGRP.shape[1]
   t, s = jnp.arange(C).reshape(-1, 1), jnp.arange(C).reshape(1, -1)
   after_s = jnp.where((t > s).reshape(1, 1, 1, C, C), log_BGRC[..., None], 0.0)
-  between = jnp.exp(jnp.where((t >= s).reshape(1, 1, 1, C, C), jnp.cumsum(after_s, axis=3), _NEVER))   # from s to t, over s < r <= t
-  weight = between * dt_BGRC[:, :, :, None]                                                              # of x_s in what t reads
+  between = jnp.exp(jnp.where((t >= s).reshape(1, 1, 1, C, C), jnp.cumsum(after_s, axis=3), _NEVER))   # from s to t
+  weight = between * dt_BGRC[:, :, :, None]                                              # of x_s in what t reads
   scores = _product('BtGN,BsGN->BGts', C_BCGN, B_BCGN)
   y = _product('BGRts,BsGRP->BtGRP', (scores[:, :, None] * weight).astype(dtype), x_BCGRP)
-  since = jnp.exp(jnp.cumsum(log_BGRC, axis=3))                                                          # from before the chunk to t
+  since = jnp.exp(jnp.cumsum(log_BGRC, axis=3))                                          # from before the chunk to t
   carried = _product('BtGN,BGRPN->BtGRP', C_BCGN.astype(jnp.float32), state_BGRPN)
   y = y + carried * jnp.moveaxis(since, 3, 1)[..., None]
   weighted = (x_BCGRP.astype(jnp.float32) * jnp.moveaxis(weight[:, :, :, -1], 3, 1)[..., None]).astype(dtype)

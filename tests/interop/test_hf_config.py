@@ -38,6 +38,20 @@ LLAMA2_7B = {
   'hidden_act': 'silu', 'hidden_size': 4096, 'intermediate_size': 11008, 'max_position_embeddings': 4096, 'model_type': 'llama',
   'num_attention_heads': 32, 'num_hidden_layers': 32, 'rms_norm_eps': 1e-05, 'rope_scaling': None, 'vocab_size': 32000,
 }
+MAMBA_130M = {
+  'conv_kernel': 4, 'd_inner': 1536, 'd_model': 768, 'expand': 2, 'fused_add_norm': True, 'hidden_act': 'silu', 'hidden_size': 768,
+  'initializer_range': 0.1, 'intermediate_size': 1536, 'layer_norm_epsilon': 1e-05, 'model_type': 'mamba', 'n_layer': 24,
+  'num_hidden_layers': 24, 'rescale_prenorm_residual': False, 'residual_in_fp32': True, 'rms_norm': True, 'state_size': 16,
+  'time_step_floor': 0.0001, 'time_step_init_scheme': 'random', 'time_step_max': 0.1, 'time_step_min': 0.001, 'time_step_rank': 48,
+  'time_step_scale': 1.0, 'use_bias': False, 'use_conv_bias': True, 'vocab_size': 50280,
+}
+MAMBA2_130M = {
+  'chunk_size': 256, 'conv_kernel': 4, 'expand': 2, 'head_dim': 64, 'hidden_act': 'silu', 'hidden_size': 768,
+  'initializer_range': 0.1, 'layer_norm_epsilon': 1e-05, 'model_type': 'mamba2', 'n_groups': 1, 'norm_before_gate': False,
+  'num_heads': 24, 'num_hidden_layers': 24, 'residual_in_fp32': True, 'rms_norm': True, 'state_size': 128,
+  'tie_word_embeddings': True, 'time_step_floor': 0.0001, 'time_step_limit': [0.0, float('inf')], 'time_step_max': 0.1,
+  'time_step_min': 0.001, 'use_bias': False, 'use_conv_bias': True, 'vocab_size': 50288,
+}
 
 
 def read(fields):
@@ -45,13 +59,14 @@ def read(fields):
 
 
 @pytest.mark.parametrize(('fields', 'name'), [
-  (GPT2, 'gpt2'), (LLAMA2_7B, 'llama2-7b'), (LLAMA31_8B, 'llama3.1-8b'), (LLAMA32_1B, 'llama3.2-1b')])
+  (GPT2, 'gpt2'), (LLAMA2_7B, 'llama2-7b'), (LLAMA31_8B, 'llama3.1-8b'), (LLAMA32_1B, 'llama3.2-1b'),
+  (MAMBA_130M, 'mamba-130m'), (MAMBA2_130M, 'mamba2-130m')])
 def test_published_configs_are_our_presets(fields, name):
   dropout = {'resid_pdrop': 0.0, 'embd_pdrop': 0.0} if name == 'gpt2' else {}
   assert read(fields | dropout) == PRESETS[name].model
 
 
-@pytest.mark.parametrize('name', [n for n in PRESETS if PRESETS[n].family in ('gpt2', 'llama2', 'llama3')])
+@pytest.mark.parametrize('name', [n for n in PRESETS if PRESETS[n].family in ('gpt2', 'llama2', 'llama3', 'mamba', 'mamba2')])
 def test_presets_go_there_and_back(name):
   family, fields = match(PRESETS[name].model)
   assert family.read(Settings(json.loads(json.dumps(fields)))) == PRESETS[name].model
@@ -101,6 +116,12 @@ def test_both_forms_of_rope_settings():
   (LLAMA2_7B | {'num_key_value_heads': 5}, 'kv_heads = 5'),
   (GPT2 | {'scale_attn_by_inverse_layer_idx': True}, 'scale_attn_by_inverse_layer_idx = True'),
   (GPT2 | {'add_cross_attention': True}, 'add_cross_attention = True'),
+  (MAMBA_130M | {'hidden_act': 'gelu'}, "hidden_act = 'gelu' is not supported: must be 'silu' or 'swish'"),
+  (MAMBA_130M | {'intermediate_size': 1000}, 'intermediate_size = 1000 is not supported: must be 1536'),
+  (MAMBA_130M | {'time_step_rank': 0}, 'time_step_rank = 0 is not supported: must be positive'),
+  (MAMBA2_130M | {'time_step_limit': [0.0, 0.1]}, r'time_step_limit = \[0.0, 0.1\] is not supported: must be \[0, Infinity\]'),
+  (MAMBA2_130M | {'num_heads': 12}, 'num_heads = 12 is not supported: must be 2 x hidden_size / head_dim = 24'),
+  (MAMBA2_130M | {'norm_before_gate': True}, 'norm_before_gate = True is not supported'),
   (GPT2 | {'model_type': 'gpt3'}, "model_type = 'gpt3' is not supported; did you mean gpt2"),
   (GPT2 | {'model_type': None}, 'model_type = None'),
   (GPT2 | {'quantization_config': {'bits': 4}}, 'quantization_config'),

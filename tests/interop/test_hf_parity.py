@@ -27,6 +27,8 @@ LLAMA3 = {'rope_type': 'llama3', 'rope_theta': 10000.0, 'factor': 8.0, 'low_freq
           'original_max_position_embeddings': 32}   # short, so that the sequences here are far beyond it
 GPT2 = {'vocab_size': 97, 'n_embd': 64, 'n_layer': 2, 'n_head': 4, 'n_positions': 256}
 
+MAMBA = {'vocab_size': 97, 'hidden_size': 64, 'num_hidden_layers': 2}
+
 MODELS = {
   'gpt2': ('GPT2', GPT2),
   'gpt2-unusual': ('GPT2', GPT2 | {'n_inner': 80, 'activation_function': 'gelu', 'layer_norm_epsilon': 1e-2,
@@ -37,6 +39,17 @@ MODELS = {
                                 'rope_parameters': LLAMA3 | {'factor': 32.0, 'rope_theta': 5e5}}),
   'llama-biases': ('Llama', SIZE | {'num_attention_heads': 4, 'attention_bias': True, 'mlp_bias': True, 'rms_norm_eps': 1e-2}),
   'mistral': ('Mistral', SIZE | {'num_attention_heads': 4, 'num_key_value_heads': 2, 'sliding_window': 7}),
+}
+MODELS |= {
+  'mamba': ('Mamba', MAMBA),
+  'mamba-unusual': ('Mamba', MAMBA | {
+    'state_size': 5, 'expand': 3, 'conv_kernel': 3, 'time_step_rank': 7, 'use_bias': True, 'use_conv_bias': False,
+    'layer_norm_epsilon': 1e-2, 'tie_word_embeddings': False}),
+  'mamba2': ('Mamba2', MAMBA | {
+    'num_heads': 8, 'head_dim': 16, 'state_size': 16, 'n_groups': 1, 'tie_word_embeddings': True}),
+  'mamba2-unusual': ('Mamba2', MAMBA | {
+    'num_heads': 12, 'head_dim': 16, 'expand': 3, 'n_groups': 4, 'conv_kernel': 3, 'state_size': 8, 'use_bias': True,
+    'use_conv_bias': False, 'layer_norm_epsilon': 1e-2, 'chunk_size': 32}),
 }
 
 
@@ -107,7 +120,7 @@ def test_export_gives_the_same_logits(imported, request, tmp_path):
   assert load_hf(tmp_path / 'ours')[0] == config
 
 
-@pytest.mark.parametrize('imported', ['gpt2', 'llama2', 'llama3.1', 'llama3.2', 'mistral'], indirect=True)
+@pytest.mark.parametrize('imported', ['gpt2', 'llama2', 'llama3.1', 'llama3.2', 'mistral', 'mamba', 'mamba2'], indirect=True)
 def test_greedy_tokens_are_the_same(imported):
   """48 tokens, ours by prefill and steps, theirs by their own cache."""
   import torch

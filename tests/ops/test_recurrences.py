@@ -1,4 +1,5 @@
-"""The fast forms of the selective scan and of state-space duality mean what the naive ones mean; the short convolution means its sum.
+"""The fast forms of the selective scan and of state-space duality mean what the naive ones mean; the short convolution means its
+sum.
 
 Tolerances are relative to the largest magnitude of what is compared: 1e-5 for outputs and states, 1e-4 for gradients (fp32).
 """

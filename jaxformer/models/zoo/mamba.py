@@ -1,4 +1,5 @@
-"""Mamba (Gu and Dao 2023) and Mamba-2 (Dao and Gu 2024): blocks of one pre-norm branch, no feed-forward, no positions, tied head."""
+"""Mamba (Gu and Dao 2023) and Mamba-2 (Dao and Gu 2024): blocks of one pre-norm branch, no feed-forward, no positions, tied
+head."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ def mamba(layer: LayerConfig, width: int, layers: int, *, vocab_size: int, conte
   norm = RMSNorm.Config(eps=1e-5)
   block = Block.Config(branches=(PreNorm.Config(layer=layer, norm=norm),))
   return LanguageModel.Config(
-    vocab_size=vocab_size, width=width, context=context, tied=True, final_norm=norm, stack=(Group(pattern=(block,), repeats=layers),))
+    vocab_size=vocab_size, width=width, context=context, tied=True, final_norm=norm,
+    stack=(Group(pattern=(block,), repeats=layers),))
 
 
 # The vocabulary of GPT-NeoX, 50277, padded to a multiple of 8 and of 16.

@@ -1,0 +1,117 @@
+"""Mamba. Two of its tensors are several of ours: `in_proj` is W_x and W_z, side by side."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jaxformer.interop.family import Family, blocks, branches, family, part
+from jaxformer.interop.settings import Settings
+from jaxformer.interop.weights import TRANSPOSE, Concat, Names, NewAxis, Rule, linear, same
+from jaxformer.layers.layer import LayerConfig
+from jaxformer.layers.mamba import Mamba, StepBias
+from jaxformer.layers.norm import RMSNorm
+from jaxformer.models.block import Block, PreNorm
+from jaxformer.models.language_model import LanguageModel
+from jaxformer.models.stack import Group
+
+CONTEXT = 2048   # the authors'; their format has no place for it, so we write the field that other families have
+
+
+def build(hf: Settings, layer: LayerConfig, *, layers: int, width: int, vocab_size: int, tied: bool) -> LanguageModel.Config:
+  """The architecture around a layer, from the fields that Mamba and Mamba-2 share and their defaults where those differ.
+
+  How transformers draws initial values (`initializer_range`, `rescale_prenorm_residual`, `time_step_scale`,
+  `time_step_init_scheme`) is not how the authors do, and is left out: ours are the authors'.
+  """
+  for name, needed in (('hidden_act', ('silu', 'swish')), ('rms_norm', (True,))):
+    hf.only(name, *needed)
+  norm = RMSNorm.Config(eps=hf.get('layer_norm_epsilon', float, 1e-5))
+  block = Block.Config(branches=(PreNorm.Config(layer=layer, norm=norm),))
+  return LanguageModel.Config(
+    vocab_size=hf.count('vocab_size', vocab_size), width=width, context=hf.count('max_position_embeddings', CONTEXT),
+    stack=(Group(pattern=(block,), repeats=hf.count('num_hidden_layers', layers)),), final_norm=norm,
+    tied=hf.get('tie_word_embeddings', bool, tied))
+
+
+def steps(hf: Settings) -> StepBias:
+  low, high, floor = (hf.get(f'time_step_{n}', float, v) for n, v in (('min', 1e-3), ('max', 1e-1), ('floor', 1e-4)))
+  return StepBias(low=low, high=high, floor=floor)
+
+
+def read(hf: Settings) -> LanguageModel.Config:
+  width, expand = hf.count('hidden_size', 768), hf.count('expand', 2)
+  hf.only('intermediate_size', expand * width)
+  automatic = -(-width // 16)
+  rank = automatic if hf.fields.get('time_step_rank', 'auto') == 'auto' else hf.count('time_step_rank')
+  layer = Mamba.Config(
+    state=hf.count('state_size', 16), expand=expand, taps=hf.count('conv_kernel', 4), dt_rank=None if rank == automatic else rank,
+    bias=hf.get('use_bias', bool, False), conv_bias=hf.get('use_conv_bias', bool, True), dt_init=steps(hf))
+  return build(hf, layer, layers=32, width=width, vocab_size=50280, tied=True)
+
+
+def write_model(config: LanguageModel.Config) -> dict[str, Any]:
+  """The fields that Mamba and Mamba-2 share."""
+  stack = blocks(config)
+  (first,) = branches(stack[0], 1)
+  return {
+    'vocab_size': config.vocab_size, 'hidden_size': config.width, 'num_hidden_layers': len(stack), 'hidden_act': 'silu',
+    'layer_norm_epsilon': first.norm.eps, 'max_position_embeddings': config.context, 'tie_word_embeddings': config.tied,
+    'residual_in_fp32': True, 'initializer_range': 0.02,
+  }
+
+
+def write_layer(layer: Any) -> dict[str, Any]:
+  """The fields that a `Mamba` and a `Mamba2` share."""
+  fields = {
+    'state_size': layer.state, 'expand': layer.expand, 'conv_kernel': layer.taps, 'use_bias': layer.bias,
+    'use_conv_bias': layer.conv_bias,
+  }
+  if isinstance(layer.dt_init, StepBias):
+    fields |= {
+      'time_step_min': layer.dt_init.low, 'time_step_max': layer.dt_init.high, 'time_step_floor': layer.dt_init.floor}
+  return fields
+
+
+def write(config: LanguageModel.Config) -> dict[str, Any]:
+  (first,) = branches(blocks(config)[0], 1)
+  layer = part(first.layer, Mamba.Config, 'layer 0 of block 0')
+  return write_model(config) | write_layer(layer) | {
+    'intermediate_size': layer.expand * config.width, 'time_step_rank': layer.rank(config.width)}
+
+
+CONV = (TRANSPOSE, NewAxis(1))   # [taps, channels] of ours, [channels, 1, taps] of theirs
+OURS, THEIRS = 'stack.{layer}.branches.0.layer', 'backbone.layers.{layer}.mixer'
+
+
+def outer_rules() -> list[Rule]:
+  """What is around the layers, and what Mamba and Mamba-2 layers share."""
+  return [
+    same('embedding', 'backbone.embeddings.weight'),
+    same('stack.{layer}.branches.0.norm.scale', 'backbone.layers.{layer}.norm.weight'),
+    same(f'{OURS}.A_log', f'{THEIRS}.A_log'),
+    same(f'{OURS}.D', f'{THEIRS}.D'),
+    linear(f'{OURS}.w_out', f'{THEIRS}.out_proj.weight'),
+    same(f'{OURS}.b_out', f'{THEIRS}.out_proj.bias'),
+    same('final_norm.scale', 'backbone.norm_f.weight'),
+    linear('head', 'lm_head.weight'),
+  ]
+
+
+def rules(config: LanguageModel.Config) -> list[Rule]:
+  return [
+    *outer_rules(),
+    Rule((f'{OURS}.w_x', f'{OURS}.w_z'), f'{THEIRS}.in_proj.weight', (Concat(1), TRANSPOSE)),
+    Rule((f'{OURS}.b_x', f'{OURS}.b_z'), f'{THEIRS}.in_proj.bias', (Concat(0),)),
+    Rule((f'{OURS}.w_conv',), f'{THEIRS}.conv1d.weight', CONV),
+    same(f'{OURS}.b_conv', f'{THEIRS}.conv1d.bias'),
+    linear(f'{OURS}.w_s', f'{THEIRS}.x_proj.weight'),
+    linear(f'{OURS}.w_dt', f'{THEIRS}.dt_proj.weight'),
+    same(f'{OURS}.b_dt', f'{THEIRS}.dt_proj.bias'),
+  ]
+
+
+def names(config: LanguageModel.Config) -> Names:
+  return Names(prefix='backbone.', copies={'lm_head.weight': 'backbone.embeddings.weight'} if config.tied else {})
+
+
+family(Family('mamba', 'MambaForCausalLM', read, write, rules, names))
