@@ -58,6 +58,15 @@ class FanInUniform(Init):
     return jax.random.uniform(key, shape, jnp.float32, -bound, bound)
 
 
+class ResidualUniform(Init):
+  """`FanInUniform` / sqrt(branches): the output projections of Mamba (`rescale_prenorm_residual` in the authors' code)."""
+
+  gain: float = 1.0
+
+  def __call__(self, key, shape, fan_in, site):
+    return FanInUniform(gain=self.gain)(key, shape, fan_in, site) / math.sqrt(site.branches)
+
+
 class Zeros(Init):
   """Zeros: a branch that starts as the identity."""
 

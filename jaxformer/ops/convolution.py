@@ -1,0 +1,40 @@
+"""The short causal convolution in front of a recurrence (Mamba, H3)."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+
+def short_convolution(
+  x_BTD: Float[Array, 'B T D'], w_KD: Float[Array, 'K D'], b_D: Float[Array, ' D'] | None, before_BJD: Float[Array, 'B J D'] | None,
+  starts_BT: Bool[Array, 'B T'],
+) -> tuple[Float[Array, 'B T D'], Float[Array, 'B J D']]:
+  """y_t = b + sum_k w_k x_{t-K+1+k}, each channel by itself: the last of the K taps is the present input.
+
+  A sum of K shifted products, which XLA fuses; a grouped convolution of one channel a group it runs slowly. Summed in fp32.
+
+  Args:
+    x_BTD: inputs.
+    w_KD: taps, from the oldest input to the present one.
+    b_D: offsets; None for none.
+    before_BJD: the J = K - 1 inputs before these, zeros where there were none; None for none at all.
+    starts_BT: where a document begins; no tap reaches back across such a border.
+
+  Returns:
+    y, like x; and the last J inputs, for the next call: zeros in place of those that belong to an earlier document.
+  """
+  (B, T, D), J = x_BTD.shape, w_KD.shape[0] - 1
+  before = jnp.zeros((B, J, D), x_BTD.dtype) if before_BJD is None else before_BJD.astype(x_BTD.dtype)
+  inputs = jnp.concatenate([before, x_BTD], axis=1)
+  cut = jnp.zeros((B, T), bool)                    # whether a border lies within the last `back` steps
+  y, after = jnp.zeros((), jnp.float32), []
+  for back in range(J + 1):
+    tap = inputs[:, J - back:J - back + T]
+    y = y + jnp.where(cut[..., None], 0.0, tap.astype(jnp.float32)) * w_KD[J - back].astype(jnp.float32).reshape(1, 1, D)
+    if back < J:
+      after.append(jnp.where(cut[:, -1:], jnp.zeros((), x_BTD.dtype), inputs[:, T + J - 1 - back]))
+      cut = starts_BT | jnp.pad(cut[:, :-1], ((0, 0), (1, 0)))
+  if b_D is not None:
+    y = y + b_D.astype(jnp.float32).reshape(1, 1, D)
+  return y.astype(x_BTD.dtype), jnp.stack(after[::-1], axis=1) if after else before
