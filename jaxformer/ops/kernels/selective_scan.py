@@ -32,7 +32,7 @@ def _channels(D: int, N: int, numbers: int) -> int:
   return _up(_cdiv(D, _cdiv(D, most)), _LANES)
 
 
-def _read(ref, lanes: int | None, rows: int | None = None):
+def _read(ref, lanes, rows=None):
   """A block in fp32 with zeros where it hangs over the array: `lanes` and `rows` are left of it, None where it never does."""
   x = ref[...].astype(jnp.float32)
   if lanes is not None:
