@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from jaxformer.ops.route import forced
-from jaxformer.sharding import per_shard
+from jaxformer.sharding import per_shard, platform
 
 CHUNK = 64         # steps between two states that the forward pass keeps for the backward pass
 
@@ -132,12 +132,21 @@ def selective_scan_chunked(
 
 # ---- the choice -------------------------------------------------------------------------------------------------------
 
-FORMS = {'naive': selective_scan_naive, 'chunked': selective_scan_chunked}
+def _pallas(*arguments):
+  """Our own kernel for TPUs; elsewhere it is interpreted, which is slow."""
+  from jaxformer.ops.kernels.selective_scan import selective_scan_pallas
+
+  return selective_scan_pallas(*arguments, interpret=platform() != 'tpu')
+
+
+FORMS = {'naive': selective_scan_naive, 'chunked': selective_scan_chunked, 'pallas': _pallas}
 
 
 def choose(length: int) -> str:
   """The form for a sequence of `length` on `sharding.platform()`."""
-  return 'naive' if length == 1 else 'chunked'
+  if length == 1:
+    return 'naive'
+  return 'pallas' if platform() == 'tpu' else 'chunked'
 
 
 def selective_scan(
