@@ -63,6 +63,14 @@ def test_kernel_is_the_recurrence(shape, strong, chunk, span):
   assert_near(got, everything(recurrence, *case), (1e-5, 1e-4))
 
 
+def test_one_decay_for_all_tokens():
+  """That of RWKV-5, [1, 1, H, K]: its gradient is the sum over batch and time."""
+  (r, k, v, w, *rest), *others = inputs(2, 20, 2, 16, 16)
+  case = (r, k, v, w[:1, :1], *rest), *others
+  want = everything(lambda r, k, v, w, *rest: recurrence(r, k, v, jnp.broadcast_to(w, r.shape), *rest), *case)
+  assert_near(everything(lambda *a: wkv6_pallas(*a, interpret=True, chunk=8, span=2), *case), want, (1e-5, 1e-4))
+
+
 def test_kernel_starts_from_zeros_and_goes_on():
   """Two calls, the first without a state, the second from the state of the first, as one from zeros."""
   (*tokens, u, state), starts, _ = inputs(1, 40, 2, 16, 16)

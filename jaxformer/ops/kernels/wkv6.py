@@ -31,6 +31,7 @@ class _Plan(NamedTuple):
   V: int
   chunk: int     # tokens whose pairs become products of matrices
   span: int      # chunks of a block; the state is saved once a block
+  T: int | None  # tokens before padding, where all have the same decay; None where each has its own
   exact: bool    # products in fp32, not with operands rounded to bf16
   interpret: bool
 
@@ -153,6 +154,14 @@ def _load(plan: _Plan, c, *refs):
   return tuple(ref[at, :].astype(jnp.float32) for ref in refs)
 
 
+def _log_decays(plan: _Plan, block, c, ref) -> jax.Array:
+  """[C, X] of chunk c of a block."""
+  if plan.T is None:
+    return jnp.maximum(*_load(plan, c, ref), _UNDERFLOW)
+  t = jax.lax.broadcasted_iota(jnp.int32, (plan.chunk, ref.shape[1]), 0) + (block * plan.span + c) * plan.chunk
+  return jnp.where(t < plan.T, jnp.maximum(ref[...], _UNDERFLOW), 0.0)
+
+
 def _store(plan: _Plan, c, ref, x):
   ref[pl.ds(pl.multiple_of(c * plan.chunk, plan.chunk), plan.chunk), :] = x.astype(ref.dtype)
 
@@ -175,8 +184,8 @@ def _forward_kernel(plan: _Plan, matrix_ref, r_ref, k_ref, v_ref, w_ref, u_ref, 
   matrix, u, level, diagonal = matrix_ref[...], u_ref[...], _levels(plan), plan.diagonal()
 
   def body(c, S_YX):
-    r, k, v, w = _load(plan, c, r_ref, k_ref, v_ref, w_ref)
-    chunk = _decays(plan, matrix, level, w, segment_ref[c])
+    r, k, v = _load(plan, c, r_ref, k_ref, v_ref)
+    chunk = _decays(plan, matrix, level, _log_decays(plan, n, c, w_ref), segment_ref[c])
     y = plan.unstack(plan.dot(_pair_weights(plan, chunk, r, k), v, 'nn'), plan.V)
     y += plan.dot(r * chunk.before, S_YX, 'nt') + plan.dot(r * u * k, diagonal, 'nt') * v
     _store(plan, c, y_ref, y)
@@ -195,26 +204,29 @@ def _backward_kernel(
 ):
   """One block, the last first: its states again, then its chunks backwards with dS, the gradient of the state after them."""
   n = pl.program_id(2)
+  block = pl.num_programs(2) - 1 - n
 
   @pl.when(n == 0)
   def _():
     dS_ref[...] = plan.expand(dlast_ref[...])
     du_ref[...] = jnp.zeros_like(du_ref)
+    if plan.T is not None:
+      dw_ref[...] = jnp.zeros_like(dw_ref)
 
   matrix, u, level, diagonal = matrix_ref[...], u_ref[...], _levels(plan), plan.diagonal()
 
   def again(c, S_YX):
     states_ref[c] = S_YX
-    k, v, w = _load(plan, c, k_ref, v_ref, w_ref)
-    return _next_state(plan, _decays(plan, matrix, level, w, segment_ref[c]), k, v, S_YX)
+    chunk = _decays(plan, matrix, level, _log_decays(plan, block, c, w_ref), segment_ref[c])
+    return _next_state(plan, chunk, *_load(plan, c, k_ref, v_ref), S_YX)
 
   jax.lax.fori_loop(0, plan.span, again, plan.expand(saved_ref[...]))
 
   def body(step, dS):
     c = plan.span - 1 - step
-    r, k, v, w, dy = _load(plan, c, r_ref, k_ref, v_ref, w_ref, dy_ref)
+    r, k, v, dy = _load(plan, c, r_ref, k_ref, v_ref, dy_ref)
     S_YX = states_ref[c]
-    chunk = _decays(plan, matrix, level, w, segment_ref[c])
+    chunk = _decays(plan, matrix, level, _log_decays(plan, block, c, w_ref), segment_ref[c])
 
     dyv = plan.dot(dy * v, diagonal, 'nn')            # the token itself
     dr, dk = dyv * u * k, dyv * u * r
@@ -238,8 +250,13 @@ def _backward_kernel(
     dsums += [r * drb, k * dka]
     dw = _sums(transposed_ref[...], jnp.concatenate(dsums, axis=0))
     dw += chunk.whole * jnp.sum(S_YX * dS, axis=0, keepdims=True)
-    for ref, x in ((dr_ref, dr + drb), (dk_ref, dk + dka), (dv_ref, dv), (dw_ref, dw)):
+    for ref, x in ((dr_ref, dr + drb), (dk_ref, dk + dka), (dv_ref, dv)):
       _store(plan, c, ref, x)
+    if plan.T is None:
+      _store(plan, c, dw_ref, dw)
+    else:
+      t = jax.lax.broadcasted_iota(jnp.int32, dw.shape, 0) + (block * plan.span + c) * plan.chunk
+      dw_ref[...] += jnp.sum(jnp.where(t < plan.T, dw, 0.0), axis=0, keepdims=True)
     return dS * chunk.whole + plan.dot(dy, r * chunk.before, 'tn') * diagonal
 
   dS_ref[...] = jax.lax.fori_loop(0, plan.span, body, dS_ref[...])
@@ -259,15 +276,18 @@ def _specs(plan: _Plan, backwards: int = 0) -> dict[str, pl.BlockSpec]:
   def block(n):
     return backwards - 1 - n if backwards else n
 
-  return {
+  specs = {
     'X': pl.BlockSpec((None, tokens, X), lambda b, h, n: (b, block(n), h)),
     'Y': pl.BlockSpec((None, tokens, Y), lambda b, h, n: (b, block(n), h)),
+    'w': pl.BlockSpec((None, 1, X), lambda b, h, n: (0, 0, h)),
+    'dw': pl.BlockSpec((None, 1, X), lambda b, h, n: (b, 0, h)),
     'u': pl.BlockSpec((None, 1, X), lambda b, h, n: (h, 0, 0)),
     'du': pl.BlockSpec((None, None, 1, X), lambda b, h, n: (b, h, 0, 0)),
     'segment': pl.BlockSpec((None, plan.span, 1, plan.chunk), lambda b, h, n: (b, block(n), 0, 0)),
     'state': pl.BlockSpec((None, None, plan.V, X), lambda b, h, n: (b, h, 0, 0)),
     'saved': pl.BlockSpec((None, None, None, plan.V, X), lambda b, h, n: (b, h, block(n), 0, 0)),
   }
+  return specs | ({'w': specs['X'], 'dw': specs['X']} if plan.T is None else {})
 
 
 def _constant(matrix: np.ndarray) -> pl.BlockSpec:
@@ -298,7 +318,7 @@ def _forward(plan: _Plan, save: bool, r_BTX, k_BTX, v_BTY, w_BTX, u_X, first, se
   out = [(s['Y'], v_BTY.shape, v_BTY.dtype), (s['state'], first.shape, jnp.float32)]
   if save:
     out.append((s['saved'], (*first.shape[:2], grid[2], *first.shape[2:]), jnp.float32))
-  arguments = [s[kind] for kind in ('X', 'X', 'Y', 'X', 'u', 'segment', 'state')]
+  arguments = [s[kind] for kind in ('X', 'X', 'Y', 'w', 'u', 'segment', 'state')]
   call = _call(plan, _forward_kernel, 'wkv6_forward', grid, [_constant(matrix), *arguments], out, 1, 1)
   return call(_thrice(matrix), r_BTX, k_BTX, v_BTY, w_BTX, u_X, segment, first)
 
@@ -318,12 +338,13 @@ def _wkv6_bwd(plan: _Plan, residuals, gradients):
   dy, dlast = gradients
   grid = (r.shape[0], first.shape[1], saved.shape[2])
   s, matrix = _specs(plan, grid[2]), _sum_matrix(plan.chunk)
-  out = [(s[kind], x.shape, x.dtype) for kind, x in (('X', r), ('X', k), ('Y', v), ('X', w))]
+  out = [(s[kind], x.shape, x.dtype) for kind, x in (('X', r), ('X', k), ('Y', v))]
+  out += [(s['dw'], (r.shape[0], *w.shape[1:]), jnp.float32)]
   out += [(s['du'], (r.shape[0], *u.shape), jnp.float32), (s['state'], first.shape, jnp.float32)]
-  arguments = [s[kind] for kind in ('X', 'X', 'Y', 'X', 'u', 'segment', 'saved', 'Y', 'state')]
+  arguments = [s[kind] for kind in ('X', 'X', 'Y', 'w', 'u', 'segment', 'saved', 'Y', 'state')]
   call = _call(plan, _backward_kernel, 'wkv6_backward', grid, [_constant(matrix), _constant(matrix.T), *arguments], out, 2, 3)
   dr, dk, dv, dw, du, dfirst = call(_thrice(matrix), _thrice(matrix.T), r, k, v, w, u, segment, saved, dy, dlast)
-  return dr, dk, dv, dw, jnp.sum(du, axis=0), dfirst, None
+  return dr, dk, dv, dw if plan.T is None else jnp.sum(dw, axis=0, keepdims=True), jnp.sum(du, axis=0), dfirst, None
 
 
 _wkv6.defvjp(_wkv6_fwd, _wkv6_bwd)
@@ -340,14 +361,14 @@ def _pad(x: jax.Array, *sizes: int) -> jax.Array:
 
 def wkv6_pallas(
   r_BTHK: Float[Array, 'B T H K'], k_BTHK: Float[Array, 'B T H K'], v_BTHV: Float[Array, 'B T H V'],
-  log_decay_BTHK: Float[Array, 'B T H K'], u_HK: Float[Array, 'H K'], state_BHKV: Float[Array, 'B H K V'] | None,
+  log_decay_BTHK: Float[Array, '#B #T H K'], u_HK: Float[Array, 'H K'], state_BHKV: Float[Array, 'B H K V'] | None,
   starts_BT: Bool[Array, 'B T'], interpret: bool = False, *, chunk: int | None = None, span: int = 4,
 ) -> tuple[Float[Array, 'B T H V'], Float[Array, 'B H K V']]:
   """y_t = r_t^T (S_{t-1} + diag(u) k_t v_t^T), S_t = diag(exp(log_decay_t)) S_{t-1} + k_t v_t^T of RWKV-6 (Peng et al. 2024,
   arXiv 2404.05892, section 4.2), with S_{t-1} = 0 where `starts_BT`, by TPU kernels; differentiable in all but `starts_BT`.
 
-  The log decays are at most 0 and may be as low as -inf; decays and states are fp32. Products of matrices are fp32 where r is not
-  bf16. Where it is, their operands are rounded to bf16, as r, k and v were, and their sums stay fp32.
+  The log decays are at most 0 and may be as low as -inf, and of size 1 in B and T where all are the same (RWKV-5); decays and states are fp32. Products of matrices are fp32 unless r,
+  k and v are bf16; then their operands are rounded to bf16, as r, k and v were, and their sums stay fp32.
 
   The forward pass keeps the state in VMEM and, for a gradient, saves it every `span` x `chunk` tokens: 4 B H K V ceil(T / 256)
   bytes. The backward pass does the rest again, block by block. Tokens and heads are padded up to whole blocks; heads of 64 come in
@@ -360,20 +381,22 @@ def wkv6_pallas(
     span: chunks between two saved states.
 
   Returns:
-    y in r's dtype and the state after the last token in fp32.
+    y in v's dtype and the state after the last token in fp32.
   """
-  (B, T, H, K), V, dtype = r_BTHK.shape, v_BTHV.shape[-1], r_BTHK.dtype
+  (B, T, H, K), V, dtype = r_BTHK.shape, v_BTHV.shape[-1], jnp.result_type(r_BTHK, k_BTHK, v_BTHV)
   chunk = chunk or min(64, max(16, 2**math.ceil(math.log2(T))))
   X, Y = _lanes(K), _lanes(V)
   heads = min(H, max(1, _LANES // min(X, Y)))
-  plan = _Plan(heads, X, Y, chunk, min(span, -(-T // chunk)), dtype != jnp.bfloat16, interpret)
+  static = log_decay_BTHK.shape[:2] == (1, 1)
+  plan = _Plan(heads, X, Y, chunk, min(span, -(-T // chunk)), T if static else None, dtype != jnp.bfloat16, interpret)
   blocks = -(-H // heads)
   all_T, all_H = -(-T // (chunk * plan.span)) * chunk * plan.span, blocks * heads
 
-  def flat(x, size):
-    return _pad(x, B, all_T, all_H, size).reshape(B, all_T, all_H * size)
+  def flat(x, size, times=all_T, dtype=dtype):
+    return _pad(x.astype(dtype), x.shape[0], times, all_H, size).reshape(x.shape[0], times, all_H * size)
 
-  w = jnp.maximum(log_decay_BTHK.astype(jnp.float32), _UNDERFLOW)
+  w = log_decay_BTHK if static else jnp.broadcast_to(log_decay_BTHK, (B, T, H, K))
+  w = flat(w, X, 1 if static else all_T, jnp.float32)
   u = _pad(u_HK.astype(jnp.float32), all_H, X).reshape(blocks, 1, heads * X)
   if state_BHKV is None:
     first = jnp.zeros((B, blocks, Y, heads * X), jnp.float32)
@@ -381,15 +404,14 @@ def wkv6_pallas(
     first = _pad(state_BHKV.astype(jnp.float32), B, all_H, X, Y).reshape(B, blocks, heads, X, Y)
     first = first.transpose(0, 1, 4, 2, 3).reshape(B, blocks, Y, heads * X)
   segment = jnp.cumsum(_pad(starts_BT.astype(jnp.float32), B, all_T).reshape(B, -1, 1, chunk), axis=-1)
-  y, last = _wkv6(
-    plan, flat(r_BTHK, X), flat(k_BTHK.astype(dtype), X), flat(v_BTHV.astype(dtype), Y), flat(w, X), u, first, segment)
+  y, last = _wkv6(plan, flat(r_BTHK, X), flat(k_BTHK, X), flat(v_BTHV, Y), w, u, first, segment)
   last = last.reshape(B, blocks, Y, heads, X).transpose(0, 1, 3, 4, 2).reshape(B, all_H, X, Y)
-  return y.reshape(B, all_T, all_H, Y)[:, :T, :H, :V], last[:, :H, :K, :V]
+  return y.reshape(B, all_T, all_H, Y)[:, :T, :H, :V].astype(v_BTHV.dtype), last[:, :H, :K, :V]
 
 
 def wkv6_tpu(
   r_BTHK: Float[Array, 'B T H K'], k_BTHK: Float[Array, 'B T H K'], v_BTHV: Float[Array, 'B T H V'],
-  log_decay_BTHK: Float[Array, 'B T H K'], u_HK: Float[Array, 'H K'], state_BHKV: Float[Array, 'B H K V'] | None,
+  log_decay_BTHK: Float[Array, '#B #T H K'], u_HK: Float[Array, 'H K'], state_BHKV: Float[Array, 'B H K V'] | None,
   starts_BT: Bool[Array, 'B T'], interpret: bool = False,
 ) -> tuple[Float[Array, 'B T H V'], Float[Array, 'B H K V']]:
   """`wkv6_pallas` on the active mesh: each shard has its sequences and its heads, and the whole of time."""
