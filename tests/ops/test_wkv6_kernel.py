@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import pytest
 
 from jaxformer.ops.kernels.wkv6 import wkv6_pallas, wkv6_tpu
+from jaxformer.ops.route import route
+from jaxformer.ops.wkv6 import wkv6
 from jaxformer.sharding import MeshConfig, make_mesh, use_mesh
 
 NAMES = ('y', 'state', 'dr', 'dk', 'dv', 'dlog_decay', 'du', 'dstate')
@@ -103,6 +105,14 @@ def test_bf16_is_near():
   assert got['state'].dtype == got['dlog_decay'].dtype == jnp.float32
   same = (*(x.astype(jnp.float32) for x in rounded[:3]), *arguments[3:])
   assert_near(got, everything(recurrence, same, starts, cotangents), (0.012, 0.012))
+
+
+def test_route_selects_the_kernel():
+  arguments, starts, _ = inputs(1, 20, 2, 16, 16)
+  with route(wkv6='pallas'):
+    routed = jax.make_jaxpr(lambda *a: wkv6(*a, starts))(*arguments)
+  assert 'pallas_call' in str(routed)
+  assert 'pallas_call' not in str(jax.make_jaxpr(lambda *a: wkv6(*a, starts))(*arguments))
 
 
 def test_shards_are_the_whole():
