@@ -20,6 +20,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxformer import sharding
+from jaxformer.ops.kernels.wkv6 import wkv6_tpu
 from jaxformer.ops.route import forced
 
 CHUNK = 64   # a power of 2
@@ -56,15 +58,17 @@ def wkv6(
     log_decay: at most 0, however negative; of size 1 in B and T where the decay is the same for all tokens (RWKV-5).
     state: None for zeros. Fp32 whatever the rest is, as is the state returned.
     starts_BT: where a packed document begins: the state is zero before that token.
-    route: 'naive' or 'chunked', None for what suits.
+    route: 'naive', 'chunked' or 'pallas' (a TPU's kernel, elsewhere interpreted); None for what suits.
     chunk: tokens at a time, a power of 2.
   """
   (B, T, H, K), V, dtype = r.shape, v.shape[-1], v.dtype
-  r, k, v, log_decay, u_HK = (x.astype(jnp.float32) for x in (r, k, v, log_decay, u_HK))
-  S = jnp.zeros((B, H, K, V), jnp.float32) if state is None else state.astype(jnp.float32)
   route = route or forced('wkv6') or choose_route(T)
   if route not in ROUTES:
     raise ValueError(f'wkv6: route must be one of {", ".join(ROUTES)}, got {route!r}')
+  if route == 'pallas':
+    return wkv6_tpu(r, k, v, log_decay, u_HK, state, starts_BT, interpret=sharding.platform() != 'tpu', chunk=chunk)
+  r, k, v, log_decay, u_HK = (x.astype(jnp.float32) for x in (r, k, v, log_decay, u_HK))
+  S = jnp.zeros((B, H, K, V), jnp.float32) if state is None else state.astype(jnp.float32)
   if route == 'naive':
     y, S = wkv6_naive(r, k, v, log_decay, u_HK, S, starts_BT)
   else:
@@ -72,11 +76,13 @@ def wkv6(
   return y.astype(dtype), S
 
 
-ROUTES = ('naive', 'chunked')
+ROUTES = ('naive', 'chunked', 'pallas')
 
 
 def choose_route(T: int) -> str:
-  """The form for T tokens."""
+  """The form for T tokens on `sharding.platform()`."""
+  if sharding.platform() == 'tpu':
+    return 'pallas' if T > 1 else 'naive'
   return 'naive' if T <= _SHORT else 'chunked'
 
 
