@@ -39,6 +39,15 @@ class ResidualNormal(Init):
     return self.std / math.sqrt(site.branches) * jax.random.normal(key, shape, jnp.float32)
 
 
+class Uniform(Init):
+  """U(-bound, bound), whatever the shape (Sutskever et al. 2014, section 3.4: 0.08)."""
+
+  bound: float = 0.08
+
+  def __call__(self, key, shape, fan_in, site):
+    return jax.random.uniform(key, shape, jnp.float32, -self.bound, self.bound)
+
+
 class FanInNormal(Init):
   """N(0, gain^2 / fan_in) (LeCun et al. 1998)."""
 

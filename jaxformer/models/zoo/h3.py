@@ -1,0 +1,49 @@
+"""H3 (Fu et al. 2023): pre-norm LayerNorm, H3 for token mixing but for two or three layers of attention, GELU (tanh), offsets
+everywhere, no positions, tied head. Sizes, the places of attention and a vocabulary padded to a multiple of 8 are those of the
+published models; 2.7b is the one with three layers of attention.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+from jaxformer.layers.attention import Attention
+from jaxformer.layers.h3 import H3
+from jaxformer.layers.init import ResidualNormal
+from jaxformer.layers.layer import LayerConfig
+from jaxformer.layers.mlp import Mlp
+from jaxformer.layers.norm import LayerNorm
+from jaxformer.models.block import Block, PreNorm
+from jaxformer.models.language_model import LanguageModel
+from jaxformer.models.stack import Group
+from jaxformer.models.zoo.preset import preset
+
+
+def h3(
+  width: int, layers: int, heads: int, attention_at: tuple[int, ...], *, d_state: int = 64, head_dim: int = 1,
+  vocab_size: int = 50264, context: int = 2048, dropout: float = 0.0,
+) -> LanguageModel.Config:
+  """The H3 architecture; `heads` are those of the layers with attention, counted from 0, `head_dim` that of the others."""
+  norm = LayerNorm.Config()
+  mlp = Mlp.Config(hidden=4 * width, bias=True, out_init=ResidualNormal())
+  attention = Attention.Config(heads=heads, bias=True, out_init=ResidualNormal())
+  mixer = H3.Config(d_state=d_state, head_dim=head_dim)
+
+  def group(layer: LayerConfig, repeats: int) -> Group:
+    block = Block.Config(branches=tuple(PreNorm.Config(layer=part, norm=norm) for part in (layer, mlp)))
+    return Group(pattern=(block,), repeats=repeats)
+
+  runs = itertools.groupby(i in attention_at for i in range(layers))
+  return LanguageModel.Config(
+    vocab_size=vocab_size, width=width, context=context, tied=True, dropout=dropout, final_norm=norm,
+    stack=tuple(group(attention if attends else mixer, len(list(run))) for attends, run in runs))
+
+
+for name, width, layers, heads, attention_at in (
+  ('h3-125m', 768, 12, 12, (6,)),
+  ('h3-355m', 1024, 24, 16, (8, 16)),
+  ('h3-1.3b', 2048, 24, 16, (8, 16)),
+  ('h3-2.7b', 2560, 32, 20, (8, 16, 24)),
+):
+  preset(name, 'h3', h3(width, layers, heads, attention_at, dropout=0.1))
+preset('h3-tiny', 'h3', h3(128, 4, 4, (2,), d_state=16, vocab_size=264, context=256))

@@ -1,0 +1,40 @@
+"""Language models of stacked LSTMs and GRUs, without norms, residuals and positions.
+
+`lstm-zaremba-*` are the word-level models of Zaremba et al. 2014 (section 4.1, Penn Treebank): two layers as wide as the embedding;
+dropout on what flows upwards (the embedding, between the layers, before the head), never on what flows through time. Every weight
+starts uniform within one bound. The context is how far gradients went back.
+"""
+
+from __future__ import annotations
+
+from jaxformer.layers.gru import Gru
+from jaxformer.layers.init import Init, Normal, Uniform
+from jaxformer.layers.lstm import Lstm, RecurrentConfig
+from jaxformer.models.block import Block, Plain
+from jaxformer.models.language_model import LanguageModel
+from jaxformer.models.stack import Group
+from jaxformer.models.zoo.preset import preset
+
+
+def recurrent(
+  layer: RecurrentConfig, width: int, layers: int, *, vocab_size: int, context: int, dropout: float = 0.0, init: Init,
+) -> LanguageModel.Config:
+  """Layers one on the other; `init` is of the embedding and the head."""
+  block = Block.Config(branches=(Plain.Config(layer=layer, dropout=dropout),))
+  return LanguageModel.Config(
+    vocab_size=vocab_size, width=width, context=context, final_norm=None, head_bias=True, dropout=dropout, embedding_init=init,
+    head_init=init, stack=(Group(pattern=(block,), repeats=layers),))
+
+
+def zaremba(width: int, dropout: float, bound: float, context: int) -> LanguageModel.Config:
+  """The models of Zaremba et al. 2014."""
+  init = Uniform(bound=bound)
+  layer = Lstm.Config(init=init, recurrent_init=init, bias=init, forget_bias=0.0)
+  return recurrent(layer, width, 2, vocab_size=10_000, context=context, dropout=dropout, init=init)
+
+
+preset('lstm-zaremba-small', 'lstm', zaremba(200, 0.0, 0.1, 20))
+preset('lstm-zaremba-medium', 'lstm', zaremba(650, 0.5, 0.05, 35))
+preset('lstm-zaremba-large', 'lstm', zaremba(1500, 0.65, 0.04, 35))
+preset('lstm-tiny', 'lstm', recurrent(Lstm.Config(), 128, 2, vocab_size=264, context=256, init=Normal()))
+preset('gru-tiny', 'gru', recurrent(Gru.Config(), 128, 2, vocab_size=264, context=256, init=Normal()))
