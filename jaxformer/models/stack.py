@@ -135,6 +135,18 @@ def _all_but_gathered(primitive: Any, *_: Any, **__: Any) -> bool:
   return primitive.name != 'sharding_constraint'
 
 
+def _of_reals(policy: Callable[..., Any]) -> Callable[..., Any]:
+  """A policy that keeps no complex numbers: JAX rounds what is kept to its own precision, and cannot do so with complex ones."""
+
+  def keeps(primitive: Any, *inputs: Any, **settings: Any) -> Any:
+    name, kind = primitive.name, str(settings.get('fft_type', ''))
+    makes = name == 'complex' or 'RFFT' in kind or 'complex' in str(settings.get('new_dtype', ''))
+    takes = any('complex' in str(getattr(x, 'dtype', '')) for x in inputs) and name not in ('real', 'imag', 'abs')
+    return False if 'IRFFT' not in kind and (makes or takes) else policy(primitive, *inputs, **settings)
+
+  return keeps
+
+
 def _rematerialised(ctx: Context, one_token: bool) -> Callable[..., Output]:
   gather = gathers() and not one_token   # for one token it costs less to send activations
 
@@ -142,9 +154,9 @@ def _rematerialised(ctx: Context, one_token: bool) -> Callable[..., Output]:
     return in_turn(_gathered(blocks) if gather else blocks, x, ctx, state, one_token)
 
   if ctx.remat != 'none':
-    return jax.checkpoint(run, policy=REMAT[ctx.remat], prevent_cse=False)
+    return jax.checkpoint(run, policy=_of_reals(REMAT[ctx.remat] or _policies.everything_saveable), prevent_cse=False)
   # Whole weights are not kept for the backward pass, or each chip would come to hold those of all periods.
-  return jax.checkpoint(run, policy=_all_but_gathered, prevent_cse=False) if gather else run
+  return jax.checkpoint(run, policy=_of_reals(_all_but_gathered), prevent_cse=False) if gather else run
 
 
 def _once(blocks: nnx.List, n: int, x: Array, ctx: Context, state: State, one_token: bool) -> Output:

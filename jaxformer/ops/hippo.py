@@ -15,19 +15,22 @@ def legs(size: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 @functools.lru_cache(maxsize=8)
-def legs_dplr(size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-  """LegS as a diagonal matrix plus one of rank 1, V (Lambda - p p^*) V^*, in the basis V (Gu et al. 2022, theorem 1).
+def legs_basis(size: int) -> tuple[np.ndarray, np.ndarray]:
+  """Eigenvalues and eigenvectors [size, size / 2] of the normal matrix LegS + P P^T with P_n = sqrt(n + 1/2) (Gu et al. 2022,
+  theorem 1).
 
-  A + P P^T with P_n = sqrt(n + 1/2) is -1/2 plus a skew-symmetric matrix, so its eigenvectors are found as those of a Hermitian
-  one. They come in conjugate pairs, of which those with positive imaginary part are kept, the fastest first, in the phases in
-  which the first entry of every eigenvector is positive.
-
-  Returns Lambda, p = V^* P and b = V^* B: size / 2 complex numbers each.
+  It is -1/2 plus a skew-symmetric matrix, so its eigenvectors are found as those of a Hermitian one. They come in conjugate
+  pairs, of which those with positive imaginary part are kept, the fastest first, in the phases in which the first entry of every
+  eigenvector is positive.
   """
-  a, b = legs(size)
   p = np.sqrt(np.arange(size) + 0.5)
-  skew = a + np.outer(p, p) + 0.5 * np.eye(size)
-  frequency, v = np.linalg.eigh(-1j * skew)
+  frequency, v = np.linalg.eigh(-1j * (legs(size)[0] + np.outer(p, p) + 0.5 * np.eye(size)))
   kept = np.argsort(-frequency)[:size // 2]
-  v = v[:, kept] * (np.abs(v[0, kept]) / v[0, kept])
-  return -0.5 + 1j * frequency[kept], v.conj().T @ p, v.conj().T @ b
+  return -0.5 + 1j * frequency[kept], v[:, kept] * (np.abs(v[0, kept]) / v[0, kept])
+
+
+def legs_dplr(size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+  """LegS as a diagonal matrix plus one of rank 1, A = V (Lambda - p p^*) V^*, in the basis V of `legs_basis` and its conjugate:
+  Lambda, p = V^* P and b = V^* B, size / 2 complex numbers each."""
+  a, v = legs_basis(size)
+  return a, v.conj().T @ np.sqrt(np.arange(size) + 0.5), v.conj().T @ legs(size)[1]

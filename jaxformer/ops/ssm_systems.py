@@ -43,6 +43,16 @@ def bilinear(a: Complex[Array, 'H N'], b: Complex[Array, 'H N'], dt_H: Float[Arr
   return jax.lax.complex(size, angle), dt_H[:, None] * b / (1 - w)
 
 
+def dense_bilinear(
+  a: Float[Array, 'H N N'], b: Float[Array, 'H N'], dt_H: Float[Array, ' H'],
+) -> tuple[Float[Array, 'H N N'], Float[Array, 'H N']]:
+  """Tustin's rule for real matrices: Abar - I = (I - dt A / 2)^{-1} dt A (see `Dense`) and Bbar = (I - dt A / 2)^{-1} dt b."""
+  dt = dt_H[:, None, None]
+  right = dt * jnp.concatenate([a, b[..., None]], axis=-1)
+  solved = jnp.linalg.solve(jnp.eye(a.shape[-1])[None] - 0.5 * dt * a, right)
+  return solved[..., :-1], solved[..., -1]
+
+
 # ---- diagonal ---------------------------------------------------------------------------------------------------------
 
 
@@ -117,9 +127,14 @@ def _reading(c: Array) -> Array:
 
 @dataclasses.dataclass(frozen=True)
 class Dense(System):
-  """Real matrices: x_t = a x_{t-1} + b u_t, y_t = c x_t. Powers come from squares (Krylov doubling): O(N^3 log C) for a channel."""
+  """Real matrices: x_t = Abar x_{t-1} + b u_t, y_t = c x_t with Abar = I + d. Powers come from squares (Krylov doubling):
+  O(N^3 log C) for a channel.
 
-  a_HNN: Float[Array, 'H N N']
+  Matrices near I, of systems with slow modes, are kept and multiplied as their difference from it: in fp32, I + d has few digits
+  of d, and all that a slow mode remembers hangs on them.
+  """
+
+  d_HNN: Float[Array, 'H N N']
   b_HN: Float[Array, 'H N']
   c_MHN: Float[Array, 'M H N']
 
@@ -129,54 +144,61 @@ class Dense(System):
     return M, H, N
 
   def next(self, x_BHN: Float[Array, 'B H N'], u_BH: Float[Array, 'B H']) -> Float[Array, 'B H N']:
-    moved = jnp.einsum('hnk,bhk->bhn', self.a_HNN, x_BHN, precision='highest')
-    return moved + self.b_HN[None] * u_BH[..., None]
+    moved = jnp.einsum('hnk,bhk->bhn', self.d_HNN, x_BHN, precision='highest')
+    return x_BHN + (moved + self.b_HN[None] * u_BH[..., None])
 
   def read(self, x_BHN: Float[Array, 'B H N']) -> Float[Array, 'B M H']:
     return jnp.sum(x_BHN[:, None] * self.c_MHN[None], axis=-1)
 
   def transition(self, steps: int) -> Callable[[Array], Array]:
-    power = matrix_power(self.a_HNN, steps)
-    return lambda x_HBN: jnp.einsum('hnk,hbk->hbn', power, x_HBN, precision='highest')
+    d = power_less_one(self.d_HNN, steps)
+    return lambda x_HBN: x_HBN + jnp.einsum('hnk,hbk->hbn', d, x_HBN, precision='highest')
 
   def maps(self, length: int) -> tuple[Array, Array]:
     M, H, N = self.sizes
-    into_HCN = krylov(self.a_HNN, self.b_HN[:, None], length, transposed=True)
-    first_HMN = jnp.einsum('mhk,hkn->hmn', self.c_MHN, self.a_HNN, precision='highest')
-    out_HRN = krylov(self.a_HNN, first_HMN, length)
+    into_HCN = krylov(self.d_HNN, self.b_HN[:, None], length, transposed=True)
+    first_HMN = jnp.swapaxes(self.c_MHN, 0, 1)
+    first_HMN = first_HMN + jnp.matmul(first_HMN, self.d_HNN, precision='highest')
+    out_HRN = krylov(self.d_HNN, first_HMN, length)
     return into_HCN, out_HRN.reshape(H, length, M, N).transpose(2, 0, 1, 3)
 
   def kernel(self, length: int) -> Array:
-    """In two levels: (c a^{i W}) (a^j b) for k_{i W + j}, never N T numbers for a channel."""
+    """In two levels: (c Abar^{i W}) (Abar^j b) for k_{i W + j}, never N T numbers for a channel."""
     M, H, N = self.sizes
     W = min(length, max(8, 1 << math.ceil(math.log2(length) / 2)))
     rows = -(-length // W)
-    fine_HWN = krylov(self.a_HNN, self.b_HN[:, None], W, transposed=True)
-    coarse = krylov(matrix_power(self.a_HNN, W), jnp.swapaxes(self.c_MHN, 0, 1), rows)
+    fine_HWN = krylov(self.d_HNN, self.b_HN[:, None], W, transposed=True)
+    coarse = krylov(power_less_one(self.d_HNN, W), jnp.swapaxes(self.c_MHN, 0, 1), rows)
     k = jnp.einsum('hrmn,hwn->mhrw', coarse.reshape(H, rows, M, N), fine_HWN, precision='highest')
     return k.reshape(M, H, rows * W)[..., :length]
 
 
-def matrix_power(a: Float[Array, '*H N N'], power: int) -> Float[Array, '*H N N']:
-  """a^power by repeated squaring."""
-  result = None
+def power_less_one(d: Float[Array, 'H N N'], power: int) -> Float[Array, 'H N N']:
+  """(I + d)^power - I by repeated squaring, without ever adding I: (I + d)(I + e) = I + (d + e + d e)."""
+  result = jnp.zeros_like(d)
   while power:
     if power & 1:
-      result = a if result is None else jnp.matmul(result, a, precision='highest')
+      result = result + d + jnp.matmul(result, d, precision='highest')
     power >>= 1
-    a = jnp.matmul(a, a, precision='highest') if power else a
-  return jnp.broadcast_to(jnp.eye(a.shape[-1], dtype=a.dtype), a.shape) if result is None else result
+    d = _squared_less_one(d) if power else d
+  return result
+
+
+def _squared_less_one(d: Array) -> Array:
+  return 2 * d + jnp.matmul(d, d, precision='highest')
 
 
 def krylov(
-  a_HNN: Float[Array, 'H N N'], v_HMN: Float[Array, 'H M N'], length: int, transposed: bool = False,
+  d_HNN: Float[Array, 'H N N'], v_HMN: Float[Array, 'H M N'], length: int, transposed: bool = False,
 ) -> Float[Array, 'H R N']:
-  """The rows v a^j, or v (a^j)^T, for j = 0 .. length - 1, M rows for each j: twice as many with each square of a."""
+  """The rows v Abar^j, or v (Abar^j)^T, for j = 0 .. length - 1 and Abar = I + d, M rows for each j: twice as many with each
+  square of Abar."""
   M, rows = v_HMN.shape[1], v_HMN
   while (have := rows.shape[1] // M) < length:
-    more = jnp.einsum('hrk,hnk->hrn' if transposed else 'hrk,hkn->hrn', rows[:, :(length - have) * M], a_HNN, precision='highest')
-    rows = jnp.concatenate([rows, more], axis=1)
-    a_HNN = jnp.matmul(a_HNN, a_HNN, precision='highest') if 2 * have < length else a_HNN
+    old = rows[:, :(length - have) * M]
+    moved = jnp.einsum('hrk,hnk->hrn' if transposed else 'hrk,hkn->hrn', old, d_HNN, precision='highest')
+    rows = jnp.concatenate([rows, old + moved], axis=1)
+    d_HNN = _squared_less_one(d_HNN) if 2 * have < length else d_HNN
   return rows
 
 

@@ -1,11 +1,15 @@
-"""State-space models that do not change with time, as language models: S4D (Gu et al. 2022b). Pre-norm blocks of one layer each,
-which has its own gate; no feed-forward layer and no positions."""
+"""State-space models that do not change with time, as language models: LSSL (Gu et al. 2021), S4 (Gu, Goel and Re 2022), S4D (Gu,
+Gupta, Goel and Re 2022) and S5 (Smith et al. 2023). Pre-norm blocks of one layer each, which ends in a gate or a projection of its
+own; no feed-forward layer and no positions."""
 
 from __future__ import annotations
 
 from jaxformer.layers.layer import LayerConfig
+from jaxformer.layers.lssl import LSSL
 from jaxformer.layers.norm import LayerNorm
+from jaxformer.layers.s4 import S4
 from jaxformer.layers.s4d import S4D
+from jaxformer.layers.s5 import S5
 from jaxformer.models.block import Block, PreNorm
 from jaxformer.models.language_model import LanguageModel
 from jaxformer.models.stack import Group
@@ -21,4 +25,7 @@ def state_space(layer: LayerConfig, width: int, layers: int, *, vocab_size: int,
     stack=(Group(pattern=(block,), repeats=layers),))
 
 
+preset('lssl-tiny', 'lssl', state_space(LSSL.Config(d_state=32, copies=2), 128, 6, vocab_size=264, context=256))
+preset('s4-tiny', 's4', state_space(S4.Config(length=256), 128, 6, vocab_size=264, context=256))
 preset('s4d-tiny', 's4d', state_space(S4D.Config(), 128, 6, vocab_size=264, context=256))
+preset('s5-tiny', 's5', state_space(S5.Config(), 128, 6, vocab_size=264, context=256))

@@ -1,0 +1,67 @@
+"""S4 (Gu, Goel and Re 2022, 'Efficiently Modeling Long Sequences with Structured State Spaces')."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from jaxformer.layers.layer import Site
+from jaxformer.layers.state_space import PairedConfig, StateSpace, complex_normal, paired, pairs, recurrent
+from jaxformer.ops.hippo import legs_dplr
+from jaxformer.ops.ssm_dplr import Dplr, dense_dplr, dplr, truncated
+
+
+class S4(StateSpace):
+  """x' = (Lambda - p p^*) x + B u, y = 2 Re(C x) + D u for each channel, by Tustin's rule with the channel's own step; then GELU
+  and a gated projection.
+
+  It starts as HiPPO-LegS in the basis in which that is diagonal plus rank one, with the imaginary part of B clipped at 2. The
+  parameter of the output is C~ = C (I - Abar^length), made once from a random C; Lambda, p, B and the step learn with `lr_scale`
+  and without weight decay, C~ is a weight like others.
+  """
+
+  class Config(PairedConfig):
+    """
+    Attributes:
+      length: the sequence length that C~ is for, which the kernels of shorter sequences are cut from. Other lengths are right, but
+        cost an N x N solve a channel.
+    """
+
+    length: int = 1024
+
+    def validate(self):
+      super().validate()
+      self.require(self.length > 0, 'length', 'positive')
+
+    def build(self, width: int, rngs: nnx.Rngs, site: Site) -> S4:
+      return S4(self, width, rngs, site)
+
+    @classmethod
+    def examples(cls) -> tuple[S4.Config, ...]:
+      return cls(d_state=8, length=64), cls(d_state=4, length=16, causal=False)
+
+    def mixing_flops_per_token(self, width: int, length: int, causal: bool) -> float:
+      return self.directions * width * self.d_state * (2.0 * self.d_state + 4.0)   # the recurrence with real matrices
+
+  def __init__(self, config: S4.Config, width: int, rngs: nnx.Rngs, site: Site):
+    super().__init__(config, width, rngs, site)
+    c, shape = config, (width, config.d_state // 2)
+    self.length = c.length
+    a, p, b = legs_dplr(c.d_state)
+    b = b.real + 1j * np.clip(b.imag, -2, 2)
+    a, p, b = (jnp.broadcast_to(jnp.asarray(v, jnp.complex64)[None], shape) for v in (a, p, b))
+    self.log_decay = recurrent(jnp.log(-a.real), ('inner', 'state'), c.lr_scale)
+    self.frequency = recurrent(a.imag, ('inner', 'state'), c.lr_scale)
+    self.p = recurrent(pairs(p), ('inner', 'state', None), c.lr_scale)
+    self.b = recurrent(pairs(b), ('inner', 'state', None), c.lr_scale)
+    start = complex_normal(rngs.params(), (c.directions, *shape))
+    d, _ = dense_dplr(a, p, b, jnp.exp(self.log_dt[...]))
+    tilde = truncated(jnp.concatenate([2 * start.real, -2 * start.imag], axis=-1), d, c.length)
+    self.c_tilde = recurrent(pairs(tilde), (None, 'inner', 'state', None), decay=True)
+
+  def system(self, direction: int = 0) -> Dplr:
+    a = jax.lax.complex(-jnp.exp(self.log_decay[...]), self.frequency[...])
+    tilde = paired(self.c_tilde)[direction:direction + 1]
+    return dplr(a, paired(self.p), paired(self.b), tilde, jnp.exp(self.log_dt[...]), self.length)

@@ -1,0 +1,103 @@
+"""S5 (Smith, Warrington and Linderman 2023, 'Simplified State Space Layers for Sequence Modeling')."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float
+
+from jaxformer.config import InputError
+from jaxformer.layers.init import FanInNormal, FanInUniform
+from jaxformer.layers.layer import Context, Layer, Output, Site, dropout, starts_BT
+from jaxformer.layers.state_space import PairedConfig, paired, pairs, recurrent
+from jaxformer.ops.diagonal_scan import diagonal_scan
+from jaxformer.ops.hippo import legs_basis
+from jaxformer.ops.linear import linear
+from jaxformer.ops.ssm_systems import zoh
+from jaxformer.sharding import param, shard
+
+
+class S5(Layer):
+  """x' = Lambda x + B u, y = 2 Re(C x) + D u: one diagonal system whose input and output are all channels, by zero-order hold with
+  a step for each state; then g = gelu(y) and g * sigmoid(g W) (section 3 and appendix B).
+
+  Lambda starts as the diagonal of HiPPO-LegS of N / blocks numbers, `blocks` times; B and C are random matrices brought to that
+  basis. Lambda, B and the steps learn with `lr_scale` and without weight decay.
+  """
+
+  class Config(PairedConfig):
+    """
+    Attributes:
+      blocks: J, blocks of the initial state matrix.
+    """
+
+    blocks: int = 1
+
+    def validate(self):
+      super().validate()
+      fits = self.blocks > 0 and self.d_state % (2 * self.blocks) == 0
+      self.require(fits, 'blocks', f'such that d_state = {self.d_state} is an even number for each')
+
+    def build(self, width: int, rngs: nnx.Rngs, site: Site) -> S5:
+      return S5(self, width, rngs, site)
+
+    def state_size(self, width: int, max_len: int) -> int:
+      return self.d_state
+
+    def mixing_flops_per_token(self, width: int, length: int, causal: bool) -> float:
+      return self.directions * 4.0 * self.d_state   # a complex product and a sum
+
+    @classmethod
+    def examples(cls) -> tuple[S5.Config, ...]:
+      return cls(d_state=8, blocks=2), cls(d_state=4, causal=False)
+
+  def __init__(self, config: S5.Config, width: int, rngs: nnx.Rngs, site: Site):
+    c, (N, J), H = config, (config.d_state, config.blocks), width
+    self.config, self.width = c, width
+    a, v = legs_basis(N // J)
+    a, v_NP = jnp.asarray(np.tile(a, J), jnp.complex64), jnp.asarray(v, jnp.complex64)
+    self.decay = recurrent(a.real, ('inner',), c.lr_scale)
+    self.frequency = recurrent(a.imag, ('inner',), c.lr_scale)
+    low, high = math.log(c.dt_min), math.log(c.dt_max)
+    self.log_dt = recurrent(jax.random.uniform(rngs.params(), (N // 2,), jnp.float32, low, high), ('inner',), c.lr_scale)
+    b_JNH = FanInNormal()(rngs.params(), (J, N // J, H), H, site)
+    b = jnp.einsum('np,jnh->hjp', v_NP.conj(), b_JNH, precision='highest').reshape(H, N // 2)
+    self.b = param(pairs(b), ('embed', 'inner', None), decay=False, lr_scale=c.lr_scale, full_precision=True)
+    c_JNRH = FanInNormal()(rngs.params(), (J, N // J, c.directions, H), N, site)
+    c_PRH = jnp.einsum('np,jnrh->jprh', v_NP, c_JNRH, precision='highest').reshape(N // 2, c.directions, H)
+    self.c = param(pairs(c_PRH), ('inner', None, 'embed', None), full_precision=True)
+    self.skip = param(jax.random.normal(rngs.params(), (H,)), ('norm',), decay=False, full_precision=True, matmul=False)
+    self.w_gate = param(FanInUniform()(rngs.params(), (H, H), H, site), ('embed', None))
+    self.b_gate = param(FanInUniform()(rngs.params(), (H,), H, site), ('norm',), decay=False)
+
+  def init_state(self, batch: int, max_len: int) -> Float[Array, 'B N']:
+    if not self.config.causal:
+      raise InputError('S5.causal = False: a layer that reads from both ends has no state and cannot decode')
+    return jnp.zeros((batch, self.config.d_state), jnp.float32)
+
+  def __call__(self, x_BTD: Float[Array, 'B T D'], ctx: Context, state: Array | None = None) -> Output:
+    starts = None if ctx.segments_BT is None else starts_BT(ctx.segments_BT, *x_BTD.shape[:2])
+    a = jax.lax.complex(jnp.minimum(self.decay[...], -1e-4), self.frequency[...])   # stable, whatever is learned
+    log_a, scale = zoh(a[:, None], jnp.ones_like(a)[:, None], jnp.exp(self.log_dt[...]))
+    b = paired(self.b) * scale[:, 0][None]
+    u = x_BTD.astype(jnp.float32)
+    v_BTN = shard(linear(u, jnp.concatenate([b.real, b.imag], axis=1)), 'batch', None, None)
+    x_BTN, last = diagonal_scan(v_BTN, log_a[:, 0], state, starts)
+    y = linear(x_BTN, self._reading(0)) + self.skip[...][None, None] * u
+    if not self.config.causal:
+      after = None if starts is None else jnp.pad(starts[:, 1:], ((0, 0), (0, 1)))[:, ::-1]
+      y = y + linear(diagonal_scan(v_BTN[:, ::-1], log_a[:, 0], None, after)[0][:, ::-1], self._reading(1))
+    return Output(self._gated(y.astype(x_BTD.dtype), ctx), last)
+
+  def _reading(self, direction: int) -> Array:
+    """2 Re(C x) as a product with the real state: [N, H]."""
+    c = paired(self.c)[:, direction]
+    return jnp.concatenate([2 * c.real, -2 * c.imag], axis=0)
+
+  def _gated(self, y: Array, ctx: Context) -> Array:
+    g = dropout(jax.nn.gelu(y, approximate=False), self.config.dropout, ctx.fold(0))
+    return dropout(g * jax.nn.sigmoid(linear(g, self.w_gate[...], self.b_gate[...])), self.config.dropout, ctx.fold(1))
