@@ -123,7 +123,8 @@ def test_config_survives_json(name):
 
 
 # Of a state that is not known to be fresh, `test_sequence_equals_two_parts` has the general case; attention reads it another way.
-@pytest.mark.parametrize(('name', 'fresh'), [(n, f) for n in DECODING for f in (False, True) if f or DECODING[n].tag == 'Attention'])
+@pytest.mark.parametrize(('name', 'fresh'), [
+  (n, fresh) for n in DECODING for fresh in (False, True) if fresh or DECODING[n].tag == 'Attention'])
 def test_padding_before_a_document_leaves_no_trace(name, fresh):
   """How prompts of unequal lengths are read: padding is a document of its own, and the next one starts anew, in its state too."""
   case, x, pad = layer(name), inputs(), 5

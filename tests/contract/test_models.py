@@ -19,7 +19,7 @@ from jaxformer.sharding import MeshConfig, batch_sharding, make_mesh, use_mesh
 every = pytest.mark.parametrize('name', TINY)
 all_kinds = pytest.mark.parametrize('name', [*TINY, *CLASSIFIERS])
 LENGTH = 40
-THOROUGH = ('llama3-tiny', 's4-tiny')   # with every policy of rematerialisation and on every mesh; the others with what is most likely to break
+THOROUGH = ('llama3-tiny', 's4-tiny')   # with every remat policy and on every mesh; the others with what is most likely to break
 
 
 def batch_of(case, segments_BT=None):
@@ -110,7 +110,8 @@ MESHES = {
 
 
 @pytest.mark.parametrize(('name', 'mesh'), [
-  pytest.param(n, MESHES[m], id=f'{n}-{m}') for n in (*TINY, *CLASSIFIERS) for m in (MESHES if n in THOROUGH else ['fsdp4-tensor2'])])
+  pytest.param(n, MESHES[m], id=f'{n}-{m}')
+  for n in (*TINY, *CLASSIFIERS) for m in (MESHES if n in THOROUGH else ['fsdp4-tensor2'])])
 def test_sharded_equals_unsharded(name, mesh):
   case = model(name)
   batch = batch_of(case, segments(11, 29))
