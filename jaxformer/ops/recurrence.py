@@ -26,12 +26,16 @@ def _unroll() -> int:
   return 1 if platform() == 'cpu' else 4
 
 
+def _matmul(a: Array, b: Array) -> Array:
+  return jnp.matmul(a, b, preferred_element_type=jnp.float32)
+
+
 def _product(x: Array, w_DGH: Array) -> Array:
   """x W for every gate, [..., G, H], accumulated in fp32."""
   x = x.astype(w_DGH.dtype)
   if platform() == 'cpu':   # plain matrices (ops.linear)
-    rows = x.reshape(-1, x.shape[-1]) @ w_DGH.reshape(w_DGH.shape[0], -1)
-    return rows.reshape(*x.shape[:-1], *w_DGH.shape[1:]).astype(jnp.float32)
+    rows = _matmul(x.reshape(-1, x.shape[-1]), w_DGH.reshape(w_DGH.shape[0], -1))
+    return rows.reshape(*x.shape[:-1], *w_DGH.shape[1:])
   return jnp.einsum('...D,DGH->...GH', x, w_DGH, preferred_element_type=jnp.float32)
 
 
@@ -39,7 +43,7 @@ def _product_transposed(y_BGH: Array, w_DGH: Array) -> Array:
   """y W^T, summed over the gates, [B, D], accumulated in fp32."""
   y = y_BGH.astype(w_DGH.dtype)
   if platform() == 'cpu':
-    return (y.reshape(y.shape[0], -1) @ w_DGH.reshape(w_DGH.shape[0], -1).T).astype(jnp.float32)
+    return _matmul(y.reshape(y.shape[0], -1), w_DGH.reshape(w_DGH.shape[0], -1).T)
   return jnp.einsum('BGH,DGH->BD', y, w_DGH, preferred_element_type=jnp.float32)
 
 
@@ -47,8 +51,10 @@ def _weight_gradient(x_TBD: Array, dy_TBGH: Array, w_DGH: Array) -> Array:
   """sum_{t, b} x^T dy: the gradient of W, as one product."""
   x, dy = x_TBD.astype(w_DGH.dtype), dy_TBGH.astype(w_DGH.dtype)
   if platform() == 'cpu':
-    return (x.reshape(-1, x.shape[-1]).T @ dy.reshape(-1, w_DGH[0].size)).reshape(w_DGH.shape)
-  return jnp.einsum('TBD,TBGH->DGH', x, dy, preferred_element_type=jnp.float32).astype(w_DGH.dtype)
+    dw = _matmul(x.reshape(-1, x.shape[-1]).T, dy.reshape(-1, w_DGH[0].size)).reshape(w_DGH.shape)
+  else:
+    dw = jnp.einsum('TBD,TBGH->DGH', x, dy, preferred_element_type=jnp.float32)
+  return dw.astype(w_DGH.dtype)
 
 
 def _input_gates(x_BTD: Array, w_DGH: Array, b_GH: Array | None) -> Array:

@@ -46,4 +46,4 @@ for name, width, layers, heads, attention_at in (
   ('h3-2.7b', 2560, 32, 20, (8, 16, 24)),
 ):
   preset(name, 'h3', h3(width, layers, heads, attention_at, dropout=0.1))
-preset('h3-tiny', 'h3', h3(128, 4, 4, (2,), d_state=16, vocab_size=264, context=256))
+preset('h3-tiny', 'h3', h3(128, 4, 4, (3,), d_state=16, vocab_size=264, context=256))

@@ -8,7 +8,7 @@ starts uniform within one bound. The context is how far gradients went back.
 from __future__ import annotations
 
 from jaxformer.layers.gru import Gru
-from jaxformer.layers.init import Init, Normal, Uniform
+from jaxformer.layers.init import FanInUniform, Init, Normal, Uniform
 from jaxformer.layers.lstm import Lstm, RecurrentConfig
 from jaxformer.models.block import Block, Plain
 from jaxformer.models.language_model import LanguageModel
@@ -17,24 +17,27 @@ from jaxformer.models.zoo.preset import preset
 
 
 def recurrent(
-  layer: RecurrentConfig, width: int, layers: int, *, vocab_size: int, context: int, dropout: float = 0.0, init: Init,
+  layer: RecurrentConfig, width: int, layers: int, *, vocab_size: int, context: int, dropout: float = 0.0,
+  embedding_init: Init, head_init: Init,
 ) -> LanguageModel.Config:
-  """Layers one on the other; `init` is of the embedding and the head."""
+  """Layers one on the other."""
   block = Block.Config(branches=(Plain.Config(layer=layer, dropout=dropout),))
   return LanguageModel.Config(
-    vocab_size=vocab_size, width=width, context=context, final_norm=None, head_bias=True, dropout=dropout, embedding_init=init,
-    head_init=init, stack=(Group(pattern=(block,), repeats=layers),))
+    vocab_size=vocab_size, width=width, context=context, final_norm=None, head_bias=True, dropout=dropout,
+    embedding_init=embedding_init, head_init=head_init, stack=(Group(pattern=(block,), repeats=layers),))
 
 
 def zaremba(width: int, dropout: float, bound: float, context: int) -> LanguageModel.Config:
   """The models of Zaremba et al. 2014."""
   init = Uniform(bound=bound)
   layer = Lstm.Config(init=init, recurrent_init=init, bias=init, forget_bias=0.0)
-  return recurrent(layer, width, 2, vocab_size=10_000, context=context, dropout=dropout, init=init)
+  return recurrent(layer, width, 2, vocab_size=10_000, context=context, dropout=dropout, embedding_init=init, head_init=init)
 
 
 preset('lstm-zaremba-small', 'lstm', zaremba(200, 0.0, 0.1, 20))
 preset('lstm-zaremba-medium', 'lstm', zaremba(650, 0.5, 0.05, 35))
 preset('lstm-zaremba-large', 'lstm', zaremba(1500, 0.65, 0.04, 35))
-preset('lstm-tiny', 'lstm', recurrent(Lstm.Config(), 128, 2, vocab_size=264, context=256, init=Normal()))
-preset('gru-tiny', 'gru', recurrent(Gru.Config(), 128, 2, vocab_size=264, context=256, init=Normal()))
+for name, layer in (('lstm', Lstm.Config()), ('gru', Gru.Config())):
+  # No norm comes between the embedding and the first gates, which see nothing of numbers much below 1.
+  preset(f'{name}-tiny', name, recurrent(
+    layer, 128, 2, vocab_size=264, context=256, embedding_init=Normal(std=1.0), head_init=FanInUniform()))
