@@ -18,7 +18,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from jaxformer.ops.route import forced
-from jaxformer.sharding import platform
+from jaxformer.sharding import per_shard, platform
+
+# A mesh divides the loops by rows alone: with the units divided too, every step would wait for the hidden state of the others.
+_TIMES, _ROWS = (None, 'batch', None, None), ('batch', None)
 
 
 def _unroll() -> int:
@@ -91,7 +94,8 @@ def lstm(
   if forced('lstm') == 'naive':
     return lstm_naive(x_BTD, w_DGH, u_HGH, b_GH, h_BH, c_BH, starts_BT)
   gates = _input_gates(x_BTD, w_DGH, b_GH)
-  y_TBH, h, c = _lstm_loop(gates, u_HGH, h_BH.astype(jnp.float32), c_BH.astype(jnp.float32), starts_BT.T)
+  loop = per_shard(_lstm_loop, (_TIMES, None, _ROWS, _ROWS, _TIMES[:2]), _TIMES[:3], _ROWS, _ROWS)
+  y_TBH, h, c = loop(gates, u_HGH, h_BH.astype(jnp.float32), c_BH.astype(jnp.float32), starts_BT.T)
   return jnp.swapaxes(y_TBH, 0, 1), (h, c)
 
 
@@ -203,9 +207,11 @@ def gru(
   gates, h_BH = _input_gates(x_BTD, w_DGH, b_GH), h_BH.astype(jnp.float32)
   if after:
     b_after = jnp.zeros(h_BH.shape[1:]) if b_after_H is None else b_after_H.astype(jnp.float32)
-    y_TBH, h = _gru_after_loop(gates, u_HGH, b_after, h_BH, starts_BT.T)
+    loop = per_shard(_gru_after_loop, (_TIMES, None, None, _ROWS, _TIMES[:2]), _TIMES[:3], _ROWS)
+    y_TBH, h = loop(gates, u_HGH, b_after, h_BH, starts_BT.T)
   else:
-    y_TBH, h = _gru_loop(gates, u_HGH, h_BH, starts_BT.T)
+    loop = per_shard(_gru_loop, (_TIMES, None, _ROWS, _TIMES[:2]), _TIMES[:3], _ROWS)
+    y_TBH, h = loop(gates, u_HGH, h_BH, starts_BT.T)
   return jnp.swapaxes(y_TBH, 0, 1), h
 
 
