@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Complex, Float
 
+from jaxformer.ops.solve import solve
 from jaxformer.ops.ssm import System
 from jaxformer.ops.ssm_systems import Dense, power_less_one
 
@@ -76,7 +77,7 @@ def dplr(
   d, bbar = dense_dplr(a_HP, p_HP, b_HP, dt_H)
   rest = -jnp.swapaxes(power_less_one(d, length), 1, 2)
   tilde_MHN = jnp.concatenate([2 * tilde_MHP.real, -2 * tilde_MHP.imag], axis=-1)
-  c_HNM = jnp.linalg.solve(rest, jnp.transpose(tilde_MHN, (1, 2, 0)))
+  c_HNM = solve(rest, jnp.transpose(tilde_MHN, (1, 2, 0)))
   return Dplr(a_HP, p_HP, b_HP, tilde_MHP, dt_H, length, Dense(d, bbar, jnp.transpose(c_HNM, (2, 0, 1))))
 
 

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Complex, Float
 
+from jaxformer.ops.solve import solve
 from jaxformer.ops.ssm import System
 
 # ---- from continuous to discrete --------------------------------------------------------------------------------------
@@ -49,7 +50,7 @@ def dense_bilinear(
   """Tustin's rule for real matrices: Abar - I = (I - dt A / 2)^{-1} dt A (see `Dense`) and Bbar = (I - dt A / 2)^{-1} dt b."""
   dt = dt_H[:, None, None]
   right = dt * jnp.concatenate([a, b[..., None]], axis=-1)
-  solved = jnp.linalg.solve(jnp.eye(a.shape[-1])[None] - 0.5 * dt * a, right)
+  solved = solve(jnp.eye(a.shape[-1])[None] - 0.5 * dt * a, right)
   return solved[..., :-1], solved[..., -1]
 
 

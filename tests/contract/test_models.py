@@ -43,7 +43,7 @@ def sequences_of(case):
 
 
 def loss_of(case, batch):
-  def loss(params, ctx=Context()):
+  def loss(params, ctx=Context(unroll=False)):
     sums, aux = case.definition.merge(params).loss(batch, ctx, z_loss=1e-3)
     return sums.loss / sums.count + sum((v for k, v in aux.items() if k.startswith('loss/')), 0.0)
   return loss
@@ -80,7 +80,7 @@ def test_packed_documents_equal_separate_ones(name):
 def test_loss_equals_that_of_the_logits(name):
   case = model(name)
   batch = batch_of(case)
-  sums, _ = jax.jit(lambda p: case.definition.merge(p).loss(batch))(case.params)
+  sums, _ = jax.jit(lambda p: case.definition.merge(p).loss(batch, Context(unroll=False)))(case.params)
   logits = np.asarray(case.call(case.params, batch.tokens_BT)[0], np.float64)
   targets = np.asarray(batch.targets_BT)
   top = logits.max(-1, keepdims=True)
