@@ -43,7 +43,8 @@ def model(mixer: LayerConfig, task: TaskConfig) -> LanguageModel.Config:
   norm = LayerNorm.Config()
   block = Block.Config(branches=tuple(PreNorm.Config(layer=part, norm=norm) for part in (mixer, Mlp.Config(hidden=4 * WIDTH))))
   return LanguageModel.Config(
-    vocab_size=task.kind.vocab_size, width=WIDTH, context=task.positions, final_norm=norm, stack=(Group(pattern=(block,), repeats=LAYERS),),
+    vocab_size=task.kind.vocab_size, width=WIDTH, context=task.positions, final_norm=norm,
+    stack=(Group(pattern=(block,), repeats=LAYERS),),
     positions=LearnedPositions.Config() if isinstance(mixer, Attention.Config) else None)
 
 

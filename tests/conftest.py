@@ -6,21 +6,18 @@ programs are kept between runs.
 
 import os
 import pathlib
+from importlib.metadata import version
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')
 os.environ.setdefault('ALLOW_MULTIPLE_LIBTPU_LOAD', '1')
-import jaxlib
-import pytest
-
 # Nearly all of the suite's time goes to compiling small programs. Without LLVM's optimisations it is two thirds; without the
 # emitters of fusions, which newer versions cannot do without, a third.
-_QUICK = ['--xla_backend_optimization_level=0', '--xla_cpu_parallel_codegen_split_count=1']
-if jaxlib.__version__.startswith('0.10.'):
-  _QUICK.append('--xla_cpu_use_fusion_emitters=false')
-os.environ.setdefault('XLA_FLAGS', ' '.join(_QUICK))
+os.environ.setdefault('XLA_FLAGS', '--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1' + (
+  ' --xla_cpu_use_fusion_emitters=false' if version('jaxlib').startswith('0.10.') else ''))
 
 import jax
+import pytest
 from flax import nnx
 from jaxtyping import install_import_hook
 

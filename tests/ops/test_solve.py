@@ -1,4 +1,5 @@
-"""Systems of linear equations: elimination against NumPy in float64, its gradients against the library's, and many devices at once."""
+"""Systems of linear equations: elimination against NumPy in float64, its gradients against the library's, and many devices at
+once."""
 
 import jax
 import jax.numpy as jnp
