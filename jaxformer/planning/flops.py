@@ -33,9 +33,9 @@ class Flops(NamedTuple):
 
 
 def traced_flops(f: Callable[..., Any], *args: Any) -> Flops:
-  """The FLOPs of `f(*args)`, where arguments may be shapes alone. Rounds of scans are multiplied, complex numbers count as the real
-  operations that they take, of the branches of a conditional the last counts. Raises `ValueError` for what it cannot count: loops of
-  unknown length, convolutions, Fourier transforms, kernels."""
+  """The FLOPs of `f(*args)`, where arguments may be shapes alone. Rounds of scans are multiplied, complex numbers count as the
+  real operations that they take, of the branches of a conditional the last counts. Raises `ValueError` for what it cannot count:
+  loops of unknown length, convolutions, Fourier transforms, kernels."""
   return _count(jax.make_jaxpr(f)(*args).jaxpr)
 
 
