@@ -33,7 +33,7 @@ from jaxformer.models.stack import Group
 from jaxformer.training import AdamW, Cosine, Experiment, RunConfig, TrainingConfig, train
 
 WIDTH, LAYERS = 32, 2
-MIXERS: dict[str, LayerConfig] = {'attention': Attention.Config(heads=1, bias=True), 'h3': H3.Config(), 's4d': S4D.Config()}
+MIXERS: dict[str, LayerConfig] = {'attention': Attention.Config(heads=1, bias=True), 'h3': H3.Config(), 's4d': S4D.Config(lr_scale=1.0)}
 TASKS: dict[str, TaskConfig] = {
   'induction': InductionHead(train_sequences=5000), 'recall': AssociativeRecall(train_sequences=5000)}
 
@@ -43,7 +43,7 @@ def model(mixer: LayerConfig, task: TaskConfig) -> LanguageModel.Config:
   norm = LayerNorm.Config()
   block = Block.Config(branches=tuple(PreNorm.Config(layer=part, norm=norm) for part in (mixer, Mlp.Config(hidden=4 * WIDTH))))
   return LanguageModel.Config(
-    vocab_size=task.kind.vocab_size, width=WIDTH, context=task.positions, final_norm=norm,
+    vocab_size=task.kind.vocab_size, width=WIDTH, context=task.positions, final_norm=norm, dropout=0.1,
     stack=(Group(pattern=(block,), repeats=LAYERS),),
     positions=LearnedPositions.Config() if isinstance(mixer, Attention.Config) else None)
 

@@ -1,4 +1,7 @@
-"""The two synthetic languages of H3 (Fu et al. 2022, section 3.1): remember a token, and compare tokens across a sequence."""
+"""The two synthetic languages of H3 (Fu et al. 2022, section 3.1): remember a token, and compare tokens across a sequence.
+
+As the authors do, models learn to predict every token of them, most of which nothing foretells, and are scored by the last alone.
+"""
 
 from __future__ import annotations
 
@@ -51,7 +54,7 @@ class InductionHead(TaskConfig):
     tokens = np.concatenate([below(special, bits[:, 1:]), np.full((index_N.size, 1), special)], axis=1)
     place = below(self.length - 2, bits[:, 0])
     tokens[each, place] = special
-    return asked_last(tokens, tokens[each, place + 1])
+    return asked_last(tokens, tokens[each, place + 1], side)
 
 
 class AssociativeRecall(TaskConfig):
@@ -101,4 +104,4 @@ class AssociativeRecall(TaskConfig):
     query_N = np.where(came_NK, bits[:, keys + pairs :] >> np.uint64(1), np.uint64(0)).argmax(axis=1)
     pair_NP2 = np.stack([key_NP, np.take_along_axis(value_NK, key_NP, axis=1)], axis=2)
     tokens = np.concatenate([pair_NP2.reshape(N, self.length), np.full((N, 1), special), query_N[:, None]], axis=1)
-    return asked_last(tokens, value_NK[np.arange(N), query_N])
+    return asked_last(tokens, value_NK[np.arange(N), query_N], side)

@@ -109,10 +109,12 @@ def labelled(
   return batch(inputs, targets_BT, segments_BT)
 
 
-def asked_last(tokens_BT: Int64[np.ndarray, 'B T'], answer_B: Int64[np.ndarray, ' B']) -> Batch:
-  """Sequences after which one token is asked for, and nothing before."""
-  targets_BT = np.full(tokens_BT.shape, IGNORED, np.int32)
-  targets_BT[:, -1] = answer_B
+def asked_last(tokens_BT: Int64[np.ndarray, 'B T'], answer_B: Int64[np.ndarray, ' B'], side: Side) -> Batch:
+  """Sequences after which one token is asked for. They are learned from as text is, every next token a target; in tests there is
+  no target before the last."""
+  targets_BT = np.concatenate([tokens_BT[:, 1:], answer_B[:, None]], axis=1).astype(np.int32)
+  if side == 'test':
+    targets_BT[:, :-1] = IGNORED
   return Batch(tokens_BT.astype(np.int32), targets_BT, None)
 
 
