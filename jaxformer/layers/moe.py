@@ -13,7 +13,15 @@ from jaxformer.config import Config, InputError
 from jaxformer.layers.layer import Context, Layer, LayerConfig, Output, Site
 from jaxformer.layers.mlp import ACTIVATIONS, ActivationName, GatedMlp, Mlp, MlpConfig
 from jaxformer.layers.router import (
-  BiasBalanced, Choice, ExpertChoice, NoisyTopK, Places, RouterConfig, SoftmaxTopK, SwitchRouter, TopKSoftmax,
+  BiasBalanced,
+  Choice,
+  ExpertChoice,
+  NoisyTopK,
+  Places,
+  RouterConfig,
+  SoftmaxTopK,
+  SwitchRouter,
+  TopKSoftmax,
 )
 from jaxformer.ops import moe
 from jaxformer.ops.routing import load_of, places

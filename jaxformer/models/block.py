@@ -91,6 +91,17 @@ class PostNorm(Normed):
     return self.norm(x + y)
 
 
+class Residual(Branch):
+  """x + layer(x), without a norm (Shazeer et al. 2017, appendix C.1)."""
+
+  class Config(BranchConfig):
+    def build(self, width: int, rngs: nnx.Rngs, site: Site) -> Residual:
+      return Residual(self, width, rngs, site)
+
+  def join(self, x: Array, y: Array) -> Array:
+    return x + y
+
+
 class Plain(Branch):
   """layer(x), without norm or sum (stacks of LSTMs)."""
 

@@ -106,8 +106,8 @@ def loss_and_grads(
 
 
 def over_layers(aux: Metrics) -> Metrics:
-  """Diagnostics of many layers as three numbers each: `name` is the mean, `name_min` and `name_max` are those of the layers at either
-  end, where one router that collapses, or one logit that grows, shows whatever the depth."""
+  """Diagnostics of many layers as three numbers each: `name` is the mean, `name_min` and `name_max` are those of the layers at
+  either end, where one router that collapses, or one logit that grows, shows whatever the depth."""
   many = {name: v for name, v in aux.items() if v.size > 1}
   ends = {f'{name}_min': jnp.min(v) for name, v in many.items()} | {f'{name}_max': jnp.max(v) for name, v in many.items()}
   return {name: jnp.mean(v) for name, v in aux.items()} | ends
