@@ -141,7 +141,7 @@ class Moe(Layer):
       return (
         cls(experts=4, expert=gated, router=TopKSoftmax.Config(balance=0.01, z_loss=0.001)),
         cls(experts=4, expert=plain, router=SwitchRouter.Config(jitter=0.01, balance=0.01), dispatch=Capacity(factor=4.0)),
-        cls(experts=4, expert=gated, router=SoftmaxTopK.Config(), dispatch=Capacity(factor=2.0), shared=gated),
+        cls(experts=4, expert=gated, router=SoftmaxTopK.Config(), dispatch=Capacity(factor=2.0)),
         cls(experts=6, expert=plain, router=NoisyTopK.Config(k=3), out_activation='sigmoid'),
         cls(experts=4, expert=gated, router=BiasBalanced.Config(scale=2.5, bias_rate=3.0), shared=plain),
         cls(experts=4, expert=gated, router=ExpertChoice.Config(choices=4.0), dispatch=None),
