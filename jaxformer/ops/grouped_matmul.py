@@ -158,12 +158,12 @@ def _megablox_forward(x_MK, w_EKN, sizes_E, interpret):
 
 
 def _megablox_backward(interpret, saved, dy_MN):
-  from jax.experimental.pallas.ops.tpu.megablox import gmm as kernels
+  from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm
   x_MK, w_EKN, sizes_E = saved
   dx_MK = _gmm(dy_MN, w_EKN, sizes_E, interpret, transposed=True)
   x, dy = _padded(x_MK), _padded(dy_MN)
   tiling = _tiling(x.shape[0], x.shape[1], dy.shape[1], x.dtype, _TILE_OUTER)
-  dw_EKN = kernels.tgmm(x.T, dy, sizes_E, jnp.dtype(w_EKN.dtype), tiling, interpret=interpret)
+  dw_EKN = tgmm(x.T, dy, sizes_E, jnp.dtype(w_EKN.dtype), tiling, interpret=interpret)
   return dx_MK, dw_EKN, None
 
 
@@ -171,10 +171,10 @@ _megablox.defvjp(_megablox_forward, _megablox_backward)
 
 
 def _gmm(x_MK, w_EKN, sizes_E, interpret, transposed):
-  from jax.experimental.pallas.ops.tpu.megablox import gmm as kernels
+  from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm
   M, x = x_MK.shape[0], _padded(x_MK)
   tiling = _tiling(x.shape[0], x.shape[1], w_EKN.shape[1 if transposed else 2], x.dtype, _TILE)
-  y = kernels.gmm(x, w_EKN.astype(x.dtype), sizes_E, jnp.dtype(x.dtype), tiling, transpose_rhs=transposed, interpret=interpret)[:M]
+  y = gmm(x, w_EKN.astype(x.dtype), sizes_E, jnp.dtype(x.dtype), tiling, transpose_rhs=transposed, interpret=interpret)[:M]
   # Nobody has written the rows of no group.
   return jnp.where((jnp.arange(M) < jnp.sum(sizes_E))[:, None], y, jnp.zeros((), y.dtype))
 

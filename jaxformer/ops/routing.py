@@ -5,9 +5,13 @@ Dims: N tokens, E experts, K experts a token, C places of an expert in a sequenc
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
+
+from jaxformer.sharding import per_shard
 
 
 def load_of(expert_BTK: Int[Array, 'B T K'], experts: int) -> Float[Array, ' E']:
@@ -77,6 +81,13 @@ def places(
 
   Returns the token in each place of each expert and its weight (0 where a place stays empty), and the fraction of choices dropped.
   """
+  tokens = ('batch', None, None)
+  mapped = per_shard(functools.partial(_places, experts=experts, capacity=capacity), (tokens, tokens), tokens, tokens, ('batch',))
+  token, weight, dropped_B = mapped(expert_BTK, weight_BTK)
+  return token, weight, jnp.mean(dropped_B)
+
+
+def _places(expert_BTK, weight_BTK, experts, capacity):
   B, T, K = expert_BTK.shape
   chosen_BPE = expert_BTK.reshape(B, T * K)[..., None] == jnp.arange(experts).reshape(1, 1, experts)
   before_BP = jnp.sum(jnp.where(chosen_BPE, jnp.cumsum(chosen_BPE, axis=1, dtype=jnp.int32) - 1, 0), axis=-1)
@@ -85,4 +96,4 @@ def places(
   token_BP = jnp.broadcast_to((jnp.arange(T * K, dtype=jnp.int32) // K)[None], (B, T * K))
   token = jnp.zeros((B, experts, capacity), jnp.int32).at[at].set(token_BP, mode='drop')
   weight = jnp.zeros((B, experts, capacity), jnp.float32).at[at].set(weight_BTK.reshape(B, T * K), mode='drop')
-  return token, weight, jnp.mean((before_BP >= capacity).astype(jnp.float32))
+  return token, weight, jnp.mean((before_BP >= capacity).astype(jnp.float32), axis=1)
