@@ -66,8 +66,8 @@ def test_sizes_that_fit_no_tile(M, K_, N_, dtype):
 
 
 def test_tokens_travel_to_their_experts():
-  """Experts over four chips, each of them over two: tokens go there and back by all-to-all, what is gathered of the weights are those
-  of one chip's experts, and no chip ever holds all of an expert axis."""
+  """Experts over four chips, each of them over two: tokens go there and back by all-to-all, what is gathered of the weights are
+  those of one chip's experts, and no chip ever holds all of an expert axis."""
   mesh = topology_mesh('v5e:2x4', MeshConfig(data=1, expert=4, fsdp=2))
   tokens = NamedSharding(mesh, PartitionSpec(('data', 'fsdp', 'expert')))
   rows, columns = (NamedSharding(mesh, PartitionSpec(*spec)) for spec in (('expert', 'fsdp'), ('expert', None, 'fsdp')))

@@ -13,7 +13,8 @@ from jaxformer.models.zoo import PRESETS
 from jaxformer.ops.route import route
 from jaxformer.planning.cost import cost, flops_per_token
 
-LOOPS = ('lstm', 'gru')   # they multiply with weights inside a loop over time, of which the compiler counts the body once
+# They multiply with weights inside a loop over time, of which the compiler counts the body once.
+LOOPS = ('lstm', 'gru', 'moe-lstm')
 TINY = sorted(n for n in PRESETS if n.endswith('-tiny') and isinstance(PRESETS[n].model, LanguageModel.Config))
 pytestmark = pytest.mark.quick
 
