@@ -155,6 +155,11 @@ class Moe(Layer):
     self.experts = ExpertWeights(c.expert, c.experts, active, width, rngs, site)
     self.shared = None if c.shared is None else c.shared.build(width, rngs, site)
 
+  def init_state(self, batch: int, max_len: int) -> tuple[()]:
+    if not self.config.decodes:
+      raise InputError(f'{self.config.tag}.router = {self.config.router.tag}: experts that choose among all tokens cannot decode')
+    return ()
+
   def __call__(self, x_BTD: Float[Array, 'B T D'], ctx: Context, state=None) -> Output:
     c, routed, weights = self.config, self.router(x_BTD, ctx), self.experts()
     activation = ACTIVATIONS[c.expert.activation]

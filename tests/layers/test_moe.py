@@ -111,7 +111,10 @@ def test_experts_that_choose_take_their_likeliest_tokens():
   for e in range(E):
     np.testing.assert_array_equal(np.sort(chosen.token_BEC[0, e]), np.sort(np.argsort(-p[:, e])[:4]))
     np.testing.assert_allclose(np.sort(chosen.weight_BEC[0, e]), np.sort(p[:, e])[4:], rtol=1e-6)
-  assert not Moe.Config(experts=E, router=ExpertChoice.Config(), dispatch=None).decodes
+  config = Moe.Config(experts=E, router=ExpertChoice.Config(), dispatch=None)
+  assert not config.decodes
+  with pytest.raises(InputError, match='experts that choose among all tokens cannot decode'):
+    config.build(D, nnx.Rngs(0), Site()).init_state(1, 8)
 
 
 def test_capacity_drops_what_it_says():
