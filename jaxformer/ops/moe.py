@@ -89,7 +89,7 @@ def dropless(
       y = _exchanged(x_ND, weight_NK, here, expert_NK, activation, over)
     else:
       y = _sorted(x_ND, over.local(expert_NK, here), weight_NK, here, activation)
-    return over.summed(y).astype(x_BTD.dtype).reshape(b, t, D)
+    return over.summed(y.astype(x_BTD.dtype)).reshape(b, t, D)
 
   tokens = ('batch', 'time', None)
   mapped = per_shard(shard, (tokens, tokens, tokens, *_AXES), tokens)
@@ -124,6 +124,7 @@ class _Mesh(NamedTuple):
     return jnp.where((number >= 0) & (number < mine), number, mine)
 
   def summed(self, y: Array) -> Array:
+    """Of all shards, in the dtype in which a dense layer's parts would be summed."""
     return jax.lax.psum(y, self.partial) if self.partial else y
 
 
@@ -289,7 +290,7 @@ def placed(
       y = jax.lax.all_to_all(y, over.experts, 1, 0, tiled=True)
     y_BPD = y.reshape(e, b, C, D).swapaxes(0, 1).reshape(b, e * C, D).astype(jnp.float32)
     y = jnp.zeros((b, T, D), jnp.float32).at[row, token_BP].add(weight_BEC.reshape(b, e * C, 1) * y_BPD)
-    return over.summed(y).astype(x_BTD.dtype)
+    return over.summed(y.astype(x_BTD.dtype))
 
   whole = ('batch', None, None)   # a place holds a token of anywhere in its sequence
   mapped = per_shard(shard, (whole, whole, whole, *_AXES), whole)

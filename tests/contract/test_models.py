@@ -108,7 +108,7 @@ MESHES = {
   'data2-fsdp2-tensor2': MeshConfig(data=2, fsdp=2, tensor=2),
   'expert4-fsdp2': MeshConfig(data=1, expert=4, fsdp=2),   # for models with experts
 }
-MIXTURES = ('mixtral-tiny', 'jamba-tiny')
+MIXTURES = ('mixtral-tiny',)
 
 
 def meshes_for(name):
