@@ -79,7 +79,8 @@ def test_tokens_travel_to_their_experts():
     out_shardings=(tokens, (tokens, tokens, rows, rows, columns)))
   ratio = flops(compiled) / (3 * ACTIVE / 8)
   print(f'tokens that travel: {ratio:.3f} of the ideal')
-  # The kernels' estimates count the buckets' free places, a quarter, which cost nothing; the gradient computes forward products again.
+  # The kernels' estimates count the buckets' free places, a quarter, which cost nothing; the gradient computes forward products
+  # again.
   assert ratio < 4 / 3 * SLACK * 1.05
   assert collectives(compiled)['all-to-all'].count >= 4
   gathered = [s for c in list_collectives(compiled) if c.kind == 'all-gather' for s in c.shapes]
