@@ -208,14 +208,27 @@ def gathers() -> bool:
   return any(mesh.shape[m] > 1 for entry in extra for m in ((entry,) if isinstance(entry, str) else entry or ()))
 
 
+def mesh_axes(axis: str, size: int) -> tuple[str, ...]:
+  """The mesh axes over which `shard` and `per_shard` divide an activation's dimension of this logical axis and size; inside
+  `per_shard` collectives go over them. Those of one device are left out."""
+  active = _ACTIVE.get()
+  if active is None:
+    return ()
+  mesh, rules = active
+  entry = _dividing(rules.spec((axis,), activations=True), (size,), mesh)[0]
+  return tuple(n for n in ((entry,) if isinstance(entry, str) else entry or ()) if mesh.shape[n] > 1)
+
+
 def shards(axis: str, size: int) -> int:
   """In how many parts `shard` and `per_shard` divide an activation's dimension of this logical axis and size; 1 without a mesh."""
   active = _ACTIVE.get()
-  if active is None:
-    return 1
-  mesh, rules = active
-  entry = _dividing(rules.spec((axis,), activations=True), (size,), mesh)[0]
-  return math.prod(mesh.shape[n] for n in ((entry,) if isinstance(entry, str) else entry or ()))
+  return 1 if active is None else math.prod(active[0].shape[n] for n in mesh_axes(axis, size))
+
+
+def all_mesh_axes() -> tuple[str, ...]:
+  """The axes of the active mesh that have several devices."""
+  active = _ACTIVE.get()
+  return () if active is None else tuple(n for n, size in active[0].shape.items() if size > 1)
 
 
 def _dividing(spec: PartitionSpec, shape: Sequence[int], mesh: Mesh) -> PartitionSpec:

@@ -87,9 +87,13 @@ def match(config: ModelConfig) -> tuple[Family, dict[str, Any]]:
   raise InputError('no Hugging Face model computes this one. ' + '. '.join(f'As {n}: {why}' for n, why in reasons.items()))
 
 
+_TRAINING = ('dropout', 'balance', 'z_loss')   # fields that bear on training alone
+
+
 def functional(config: ModelConfig) -> Any:
-  """The config as JSON without what leaves the function of the weights alone: initial values and dropout are left out, a stack is
-  the list of its blocks, and derived sizes are spelt out. Models with equal forms compute the same from the same weights."""
+  """The config as JSON without what leaves the function of the weights alone: initial values, dropout and the losses of routers are
+  left out, a stack is the list of its blocks, and derived sizes are spelt out. Models with equal forms compute the same from the
+  same weights."""
   return _functional(to_json(config), getattr(config, 'width', 0))
 
 
@@ -101,7 +105,7 @@ def _functional(value: Any, width: int) -> Any:
   if not isinstance(value, dict):
     return value
   fields = hints(config_type(value['type']))
-  kept = {k: _functional(v, width) for k, v in value.items() if k != 'dropout' and not (k in fields and _is_init(fields[k]))}
+  kept = {k: _functional(v, width) for k, v in value.items() if k not in _TRAINING and not (k in fields and _is_init(fields[k]))}
   if value['type'] == 'Attention':
     heads = kept['heads']
     kept['kv_heads'] = kept['kv_heads'] or heads

@@ -74,7 +74,8 @@ class Output:
   Attributes:
     y: like the input.
     state: the state after the last token where a state was given, else None.
-    aux: scalars by name, summed over layers; a name that starts with `loss/` is added to the training loss.
+    aux: scalars by name. One whose name starts with `loss/` is added to the training loss, over all layers; others are diagnostics,
+      of which a stack gives a vector over its layers, and a training its mean, least and largest.
     share: values for all later layers.
   """
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable
 
+import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array
 
@@ -90,6 +91,17 @@ class PostNorm(Normed):
     return self.norm(x + y)
 
 
+class Residual(Branch):
+  """x + layer(x), without a norm (Shazeer et al. 2017, appendix C.1)."""
+
+  class Config(BranchConfig):
+    def build(self, width: int, rngs: nnx.Rngs, site: Site) -> Residual:
+      return Residual(self, width, rngs, site)
+
+  def join(self, x: Array, y: Array) -> Array:
+    return x + y
+
+
 class Plain(Branch):
   """layer(x), without norm or sum (stacks of LSTMs)."""
 
@@ -130,10 +142,17 @@ def in_turn(
     x = out.y
     states.append(out.state)
     share |= out.share
-    aux = add(aux, out.aux)
+    aux = gather(aux, out.aux)
   return Output(x, None if state is None else tuple(states), aux, share)
 
 
-def add(a: dict[str, Array], b: dict[str, Array]) -> dict[str, Array]:
-  """The sum of two dictionaries of scalars; a name that only one has counts as 0 in the other."""
-  return a | {k: a[k] + v if k in a else v for k, v in b.items()}
+def gather(a: dict[str, Array], b: dict[str, Array]) -> dict[str, Array]:
+  """The auxiliary values of two parts, b after a: losses (`loss/...`) added, of others a vector with an entry for every layer that
+  gives the name."""
+  def both(name: str, v: Array) -> Array:
+    if name.startswith('loss/'):
+      return a[name] + v if name in a else v
+    v = jnp.atleast_1d(v)
+    return jnp.concatenate([a[name], v]) if name in a else v
+
+  return a | {name: both(name, v) for name, v in b.items()}

@@ -12,7 +12,7 @@ from jaxtyping import Array
 
 from jaxformer.config import Config
 from jaxformer.layers.layer import Context, LayerConfig, Output, Site, State
-from jaxformer.models.block import Block, add, in_turn
+from jaxformer.models.block import Block, gather, in_turn
 from jaxformer.models.params import stacked
 from jaxformer.sharding import gathered, gathers, platform
 
@@ -58,7 +58,8 @@ def layers_of(groups: tuple[Group, ...]) -> Iterator[tuple[LayerConfig, int]]:
 
 
 class Stack(nnx.Module):
-  """Groups of blocks one after the other."""
+  """Groups of blocks one after the other. Of their auxiliary values, losses come out added, others as a vector over the layers that
+  give them, from the bottom up."""
 
   def __init__(self, groups: tuple[Group, ...], width: int, rngs: nnx.Rngs):
     layers = sum(len(g.pattern) * g.repeats for g in groups)
@@ -92,7 +93,7 @@ class Stack(nnx.Module):
       x = out.y
       states.append(out.state)
       share |= out.share
-      aux = add(aux, out.aux)
+      aux = gather(aux, out.aux)
     return Output(x, None if state is None else tuple(states), aux, share)
 
   def separated(self, ctx: Context) -> Stack:
@@ -170,7 +171,7 @@ def _unrolled(blocks: nnx.List, n: int, x: Array, ctx: Context, state: State, on
     _no_share(out)
     x = out.y
     states.append(out.state)
-    aux = add(aux, out.aux)
+    aux = gather(aux, out.aux)
   return Output(x, None if state is None else jax.tree.map(lambda *s: jnp.stack(s), *states), aux)
 
 
@@ -190,7 +191,7 @@ def _scanned(blocks: nnx.List, n: int, x: Array, ctx: Context, state: State, one
     return out.y, (out.state, out.aux)
 
   y, (state, aux) = jax.lax.scan(body, x, (jnp.arange(n), blocks, state))
-  return Output(y, state, {k: v.sum(0) for k, v in aux.items()})
+  return Output(y, state, {k: v.sum(0) if k.startswith('loss/') else v.reshape(-1) for k, v in aux.items()})
 
 
 def _no_share(out: Output) -> None:

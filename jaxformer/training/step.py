@@ -105,17 +105,25 @@ def loss_and_grads(
   return sums, {name: v / n for name, v in aux.items()}, grads
 
 
+def over_layers(aux: Metrics) -> Metrics:
+  """Diagnostics of many layers as three numbers each: `name` is the mean, `name_min` and `name_max` are those of the layers at
+  either end, where one router that collapses, or one logit that grows, shows whatever the depth."""
+  many = {name: v for name, v in aux.items() if v.size > 1}
+  ends = {f'{name}_min': jnp.min(v) for name, v in many.items()} | {f'{name}_max': jnp.max(v) for name, v in many.items()}
+  return {name: jnp.mean(v) for name, v in aux.items()} | ends
+
+
 def train_step(
   definition: Definition, optimizer: Optimizer, config: StepConfig, state: TrainState, batch: TargetBatch
 ) -> tuple[TrainState, Metrics]:
   """One update. Metrics: `train/loss` (cross-entropy a target, nats), `train/grad_norm`, `learning_rate`, `finite`, and the layers'
-  auxiliary scalars as `train/...`."""
+  auxiliary values as `train/...` (`over_layers`)."""
   key = jax.random.fold_in(state.key, state.step)
   sums, aux, grads = loss_and_grads(definition, config, state.params, batch, key)
   params, opt_state, did = optimizer.update(grads, state.opt_state, state.params, state.step)
   loss = sums.nll / jnp.maximum(sums.count, 1.0)
   metrics = {'train/loss': loss, 'train/grad_norm': did['grad_norm'], 'learning_rate': did['learning_rate']}
-  metrics |= {f'train/{name.removeprefix("train/")}': v for name, v in aux.items()}
+  metrics |= {f'train/{name}': v for name, v in over_layers(aux).items()}
   metrics['finite'] = jnp.isfinite(sums.loss) & jnp.isfinite(did['grad_norm'])
   return TrainState(state.step + 1, params, opt_state, state.key), metrics
 

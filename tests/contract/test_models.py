@@ -106,12 +106,20 @@ MESHES = {
   'data8': MeshConfig(data=8, rules='data_parallel'),
   'fsdp8': MeshConfig(fsdp=8, rules='fsdp'),
   'data2-fsdp2-tensor2': MeshConfig(data=2, fsdp=2, tensor=2),
+  'expert4-fsdp2': MeshConfig(data=1, expert=4, fsdp=2),   # for models with experts
 }
+MIXTURES = ('mixtral-tiny',)
+
+
+def meshes_for(name):
+  if name in THOROUGH:
+    return [m for m in MESHES if 'expert' not in m]
+  return ['fsdp4-tensor2', 'expert4-fsdp2'] if name in MIXTURES else ['fsdp4-tensor2']
 
 
 @pytest.mark.parametrize(('name', 'mesh'), [
   pytest.param(n, MESHES[m], id=f'{n}-{m}')
-  for n in (*TINY, *CLASSIFIERS) for m in (MESHES if n in THOROUGH else ['fsdp4-tensor2'])])
+  for n in (*TINY, *CLASSIFIERS) for m in meshes_for(n)])
 def test_sharded_equals_unsharded(name, mesh):
   case = model(name)
   batch = batch_of(case, segments(11, 29))

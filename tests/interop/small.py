@@ -7,8 +7,10 @@ from jaxformer.layers.mamba import Mamba
 from jaxformer.layers.mamba2 import Mamba2
 from jaxformer.models.params import define
 from jaxformer.models.zoo.gpt import gpt
+from jaxformer.models.zoo.jamba import jamba
 from jaxformer.models.zoo.llama import LLAMA3_1, llama
 from jaxformer.models.zoo.mamba import mamba
+from jaxformer.models.zoo.mixtral import mixtral
 from jaxformer.models.zoo.rwkv7 import rwkv7
 
 
@@ -23,6 +25,8 @@ SMALL = {
   'llama': llama(16, 3, 24, 4, 2, context=12, vocab_size=30, rotary=LLAMA3_1),
   'tied': llama(16, 1, 24, 4, 2, context=12, vocab_size=30, rotary=LLAMA3_1, tied=True),
   'mamba': mamba(Mamba.Config(state=3, dt_rank=2, bias=True), 8, 2, context=12, vocab_size=30),
+  'mixtral': mixtral(16, 3, 24, 4, 2, experts=4, context=12, vocab_size=30, balance=0.02),
+  'jamba': jamba(16, 8, 24, 4, 2, experts=3, state=3, context=12, vocab_size=30),
   'mamba2': mamba(Mamba2.Config(state=3, head_dim=4, groups=2, bias=True), 8, 2, context=12, vocab_size=30),
 }
 

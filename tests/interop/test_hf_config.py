@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from jaxformer import config
 from jaxformer.config import InputError
 from jaxformer.interop import load_hf
 from jaxformer.interop.families import FAMILIES
@@ -52,6 +53,21 @@ MAMBA2_130M = {
   'tie_word_embeddings': True, 'time_step_floor': 0.0001, 'time_step_limit': [0.0, float('inf')], 'time_step_max': 0.1,
   'time_step_min': 0.001, 'use_bias': False, 'use_conv_bias': True, 'vocab_size': 50288,
 }
+MIXTRAL_8X7B = {
+  'attention_dropout': 0.0, 'hidden_act': 'silu', 'hidden_size': 4096, 'initializer_range': 0.02, 'intermediate_size': 14336,
+  'max_position_embeddings': 32768, 'model_type': 'mixtral', 'num_attention_heads': 32, 'num_experts_per_tok': 2,
+  'num_hidden_layers': 32, 'num_key_value_heads': 8, 'num_local_experts': 8, 'output_router_logits': False, 'rms_norm_eps': 1e-05,
+  'rope_theta': 1000000.0, 'router_aux_loss_coef': 0.02, 'sliding_window': None, 'tie_word_embeddings': False, 'vocab_size': 32000,
+}
+JAMBA = {
+  'attention_dropout': 0.0, 'attn_layer_offset': 4, 'attn_layer_period': 8, 'expert_layer_offset': 1, 'expert_layer_period': 2,
+  'hidden_act': 'silu', 'hidden_size': 4096, 'initializer_range': 0.02, 'intermediate_size': 14336, 'mamba_conv_bias': True,
+  'mamba_d_conv': 4, 'mamba_d_state': 16, 'mamba_dt_rank': 256, 'mamba_expand': 2, 'mamba_proj_bias': False,
+  'max_position_embeddings': 262144, 'model_type': 'jamba', 'num_attention_heads': 32, 'num_experts': 16, 'num_experts_per_tok': 2,
+  'num_hidden_layers': 32, 'num_key_value_heads': 8, 'num_logits_to_keep': 1, 'output_router_logits': False, 'rms_norm_eps': 1e-06,
+  'router_aux_loss_coef': 0.001, 'sliding_window': None, 'tie_word_embeddings': False, 'use_mamba_kernels': True,
+  'vocab_size': 65536,
+}
 
 
 def read(fields):
@@ -60,16 +76,26 @@ def read(fields):
 
 @pytest.mark.parametrize(('fields', 'name'), [
   (GPT2, 'gpt2'), (LLAMA2_7B, 'llama2-7b'), (LLAMA31_8B, 'llama3.1-8b'), (LLAMA32_1B, 'llama3.2-1b'),
-  (MAMBA_130M, 'mamba-130m'), (MAMBA2_130M, 'mamba2-130m')])
+  (MAMBA_130M, 'mamba-130m'), (MAMBA2_130M, 'mamba2-130m'),
+  (MIXTRAL_8X7B, 'mixtral-8x7b'), (JAMBA, 'jamba-v0.1')])
 def test_published_configs_are_our_presets(fields, name):
   dropout = {'resid_pdrop': 0.0, 'embd_pdrop': 0.0} if name == 'gpt2' else {}
   assert read(fields | dropout) == PRESETS[name].model
 
 
-@pytest.mark.parametrize('name', [n for n in PRESETS if PRESETS[n].family in ('gpt2', 'llama2', 'llama3', 'mamba', 'mamba2')])
+@pytest.mark.parametrize('name', [
+  n for n in PRESETS if PRESETS[n].family in ('gpt2', 'llama2', 'llama3', 'mamba', 'mamba2', 'mixtral', 'jamba')])
 def test_presets_go_there_and_back(name):
   family, fields = match(PRESETS[name].model)
   assert family.read(Settings(json.loads(json.dumps(fields)))) == PRESETS[name].model
+
+
+def test_losses_of_routers_are_no_part_of_the_function():
+  """A model trained with losses that transformers does not have is written all the same; one that drops tokens is not."""
+  tiny = PRESETS['mixtral-tiny'].model
+  assert match(config.override(tiny, [('router.z_loss', '0.001'), ('router.balance', 'none')]))[0].model_type == 'mixtral'
+  with pytest.raises(InputError, match=r'As mixtral: .*dispatch'):
+    match(config.override(tiny, [('dispatch', 'Capacity')]))
 
 
 def test_gpt3_has_no_counterpart():
@@ -122,6 +148,10 @@ def test_both_forms_of_rope_settings():
   (MAMBA2_130M | {'time_step_limit': [0.0, 0.1]}, r'time_step_limit = \[0.0, 0.1\] is not supported: must be \[0, Infinity\]'),
   (MAMBA2_130M | {'num_heads': 12}, 'num_heads = 12 is not supported: must be 2 x hidden_size / head_dim = 24'),
   (MAMBA2_130M | {'norm_before_gate': True}, 'norm_before_gate = True is not supported'),
+  (MIXTRAL_8X7B | {'router_jitter_noise': 0.1}, 'router_jitter_noise = 0.1'),
+  (MIXTRAL_8X7B | {'num_experts_per_tok': 9}, r'TopKSoftmax\.k = 9: must be at most the number of experts, 8'),
+  (JAMBA | {'attn_layer_offset': 8}, 'attn_layer_offset = 8 is not supported: must be at least 0 and below the period, 8'),
+  (JAMBA | {'hidden_act': 'gelu'}, "hidden_act = 'gelu' is not supported"),
   (GPT2 | {'model_type': 'gpt3'}, "model_type = 'gpt3' is not supported; did you mean gpt2"),
   (GPT2 | {'model_type': None}, 'model_type = None'),
   (GPT2 | {'quantization_config': {'bits': 4}}, 'quantization_config'),
@@ -130,7 +160,7 @@ def test_unsupported_settings_are_named(tmp_path, fields, message):
   (tmp_path / 'config.json').write_text(json.dumps(fields))
   with pytest.raises(InputError, match=message) as e:
     load_hf(tmp_path)
-  assert 'config.json' in str(e.value) or 'kv_heads' in message
+  assert 'config.json' in str(e.value) or any(w in message for w in ('kv_heads', 'TopKSoftmax'))
 
 
 @pytest.mark.parametrize('content', ['', '[1]', '{', '\xff'])

@@ -52,6 +52,19 @@ MODELS |= {
     'use_conv_bias': False, 'layer_norm_epsilon': 1e-2, 'chunk_size': 32}),
 }
 
+MOE = SIZE | {'num_attention_heads': 4, 'num_key_value_heads': 2, 'num_experts_per_tok': 2}
+MODELS |= {
+  'mixtral': ('Mixtral', MOE | {'num_local_experts': 4}),
+  'mixtral-unusual': ('Mixtral', MOE | {
+    'num_local_experts': 6, 'num_experts_per_tok': 3, 'sliding_window': 7, 'head_dim': 24, 'tie_word_embeddings': True,
+    'router_aux_loss_coef': 0.0, 'rope_parameters': {'rope_type': 'default', 'rope_theta': 1e4}}),
+  'jamba': ('Jamba', MOE | {'num_experts': 4, 'num_hidden_layers': 8, 'mamba_dt_rank': 5}),
+  'jamba-unusual': ('Jamba', MOE | {
+    'num_experts': 3, 'num_hidden_layers': 6, 'attn_layer_period': 3, 'attn_layer_offset': 1, 'expert_layer_period': 4,
+    'expert_layer_offset': 2, 'mamba_d_state': 5, 'mamba_expand': 3, 'mamba_d_conv': 3, 'mamba_proj_bias': True,
+    'mamba_conv_bias': False, 'rms_norm_eps': 1e-2, 'tie_word_embeddings': True}),
+}
+
 
 def theirs(name):
   """A random model of transformers."""
@@ -120,7 +133,8 @@ def test_export_gives_the_same_logits(imported, request, tmp_path):
   assert load_hf(tmp_path / 'ours')[0] == config
 
 
-@pytest.mark.parametrize('imported', ['gpt2', 'llama2', 'llama3.1', 'llama3.2', 'mistral', 'mamba', 'mamba2'], indirect=True)
+@pytest.mark.parametrize(
+  'imported', ['gpt2', 'llama2', 'llama3.1', 'llama3.2', 'mistral', 'mamba', 'mamba2', 'mixtral', 'jamba'], indirect=True)
 def test_greedy_tokens_are_the_same(imported):
   """48 tokens, ours by prefill and steps, theirs by their own cache."""
   import torch

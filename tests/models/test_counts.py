@@ -18,6 +18,7 @@ EXACT = {
   'h3-125m': 126_387_456,   # as the authors' README prints it
   'mamba-130m': 129_135_360, 'mamba-2.8b': 2_768_345_600,
   'mamba2-130m': 128_989_632, 'mamba2-2.7b': 2_702_599_680,
+  'mixtral-8x7b': 46_702_792_704, 'jamba-v0.1': 51_570_323_328,
   'rwkv7-0.1b': 191_034_624, 'rwkv7-0.4b': 450_767_872,
   'rwkv7-1.5b': 1_527_404_544, 'rwkv7-2.9b': 2_947_735_040,
 }
@@ -64,6 +65,37 @@ def h3_count(D, L, attention, V=50264, N=64):
   those without attention: B and C of the shift system (2 N D), a skip, and of the diagonal one, for N / 2 complex numbers a
   channel, A, B and C (3 N D), a step and a skip."""
   return V * D + 2 * D + L * (12 * D * D + 13 * D) + (L - attention) * (5 * N * D + 3 * D)
+
+
+# name -> width, layers, hidden, heads, key/value heads, vocabulary, experts, experts a token
+MIXTRAL = {
+  'mixtral-8x7b': (4096, 32, 14336, 32, 8, 32000, 8, 2), 'mixtral-8x22b': (6144, 56, 16384, 48, 8, 32000, 8, 2),
+}
+# name -> width, layers, hidden, heads, key/value heads, vocabulary, experts, experts a token
+JAMBA = {'jamba-v0.1': (4096, 32, 14336, 32, 8, 65536, 16, 2)}
+MOE_LSTM = {'moe-lstm-32': (512, 1024, 32, 4), 'moe-lstm-256': (512, 1024, 256, 4)}   # -> width, hidden, experts, experts a token
+
+
+def mixtral_count(D, L, F, H, G, V, E, k, active=False):
+  """A Llama whose feed-forward layers are E, of which a token uses k, with a router of D E."""
+  return llama_count(D, L, (k if active else E) * F, H, G, V, False) + L * D * E
+
+
+def jamba_count(D, L, F, H, G, V, E, k, active=False, N=16):
+  """Embedding, head and norm; a block in eight with attention, in the others a Mamba layer whose dt, B and C have norms (R + 2 N);
+  E feed-forward layers and a router in every second, one in the others; two norms."""
+  inner, R = 2 * D, D // 16
+  mamba = 3 * D * inner + 5 * inner + inner * (R + 2 * N) + R * inner + inner + inner * N + inner + R + 2 * N
+  attention = 2 * D * D + 2 * D * G * (D // H)
+  experts = L // 2 * (3 * D * F * (k if active else E) + D * E)
+  return 2 * V * D + D + L // 8 * (attention + 7 * mamba) + experts + L // 2 * 3 * D * F + L * 2 * D
+
+
+def moe_lstm_count(D, F, E, k, active=False, V=793_471):
+  """Embedding, head and its offsets; two LSTMs; two matrices an expert; logits and their noise."""
+  return lstm_count(D, V) + 2 * D * F * (k if active else E) + 2 * D * E
+
+
 # name -> width, layers, ranks of decay, in-context rate, value mixing and gate
 RWKV7 = {
   'rwkv7-0.1b': (768, 12, 64, 64, 32, 128), 'rwkv7-0.4b': (1024, 24, 64, 64, 32, 128),
@@ -103,7 +135,8 @@ COUNTED = {
   name: formula(*sizes)
   for formula, table in (
     (gpt_count, GPT), (llama_count, LLAMA), (lstm_count, {n: (d,) for n, d in ZAREMBA.items()}), (h3_count, H3),
-    (mamba_count, MAMBA), (mamba2_count, MAMBA2), (rwkv7_count, RWKV7))
+    (mamba_count, MAMBA), (mamba2_count, MAMBA2), (rwkv7_count, RWKV7), (mixtral_count, MIXTRAL), (jamba_count, JAMBA),
+    (moe_lstm_count, MOE_LSTM))
   for name, sizes in table.items()
 }
 
@@ -152,6 +185,25 @@ def test_llama_hidden_sizes_follow_the_published_rule(width, factor, multiple, h
   raw = int(factor * int(2 * 4 * width / 3))
   assert -(-raw // multiple) * multiple == hidden
   assert hidden in {m[2] for m in LLAMA.values() if m[0] == width}
+
+
+@pytest.mark.parametrize(('name', 'formula', 'sizes', 'published'), [
+  ('mixtral-8x7b', mixtral_count, MIXTRAL, 12_879_925_248), ('mixtral-8x22b', mixtral_count, MIXTRAL, None),
+  ('jamba-v0.1', jamba_count, JAMBA, 12_110_311_296), ('moe-lstm-256', moe_lstm_count, MOE_LSTM, None)])
+def test_mixtures_use_some_of_their_experts(name, formula, sizes, published):
+  active = define(PRESETS[name].model).active_size
+  assert active == formula(*sizes[name], active=True)
+  assert published in (None, active)
+
+
+def test_jamba_is_as_published():
+  """Attention in layers 4, 12, 20, 28; experts in every second layer; one period stored, scanned four times."""
+  model = PRESETS['jamba-v0.1'].model
+  group, = model.stack
+  assert (len(group.pattern), group.repeats) == (8, 4)
+  blocks = group.pattern * group.repeats
+  assert [i for i, b in enumerate(blocks) if b.branches[0].layer.tag == 'Attention'] == [4, 12, 20, 28]
+  assert [i for i, b in enumerate(blocks) if b.branches[1].layer.tag == 'Moe'] == list(range(1, 32, 2))
 
 
 def test_dense_models_use_all_their_parameters():

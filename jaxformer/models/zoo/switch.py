@@ -1,0 +1,41 @@
+"""Switch (Fedus et al. 2022): one expert a token, in every second feed-forward layer, ReLU, pre-norm RMSNorm, no offsets.
+
+The published models are encoder-decoders (T5); this is their decoder without the attention to an encoder, at a size of our own, so
+it bears no published name. It has rotary positions where T5 has learned offsets of attention. And it drops no token:
+`--model.dispatch Capacity` limits the experts as the paper does.
+"""
+
+from __future__ import annotations
+
+from jaxformer.layers.attention import Attention
+from jaxformer.layers.init import FanInNormal, Normal
+from jaxformer.layers.layer import LayerConfig
+from jaxformer.layers.mlp import Mlp
+from jaxformer.layers.moe import Moe
+from jaxformer.layers.norm import RMSNorm
+from jaxformer.layers.position import Rotary
+from jaxformer.layers.router import SwitchRouter
+from jaxformer.models.block import Block, PreNorm
+from jaxformer.models.language_model import LanguageModel
+from jaxformer.models.stack import Group
+from jaxformer.models.zoo.preset import preset
+
+
+def switch(
+  width: int, layers: int, hidden: int, heads: int, experts: int, *, vocab_size: int, context: int,
+) -> LanguageModel.Config:
+  """A decoder of Switch layers. Initial values: N(0, 0.1 / fan_in), the paper's smaller scale (section 2.4)."""
+  norm, init = RMSNorm.Config(eps=1e-6), FanInNormal(gain=0.1**0.5)
+  attention = Attention.Config(heads=heads, position=Rotary(), init=init, out_init=init)
+  mlp = Mlp.Config(hidden=hidden, activation='relu', init=init, out_init=init)
+  moe = Moe.Config(experts=experts, expert=mlp, router=SwitchRouter.Config(jitter=0.01, balance=0.01, init=init))
+
+  def block(feed_forward: LayerConfig) -> Block.Config:
+    return Block.Config(branches=tuple(PreNorm.Config(layer=layer, norm=norm) for layer in (attention, feed_forward)))
+
+  return LanguageModel.Config(
+    vocab_size=vocab_size, width=width, context=context, final_norm=norm, embedding_init=Normal(std=1.0), head_init=init,
+    stack=(Group(pattern=(block(mlp), block(moe)), repeats=layers // 2),))
+
+
+preset('switch-tiny', 'switch', switch(128, 4, 384, 4, 4, vocab_size=264, context=256))

@@ -1,0 +1,99 @@
+"""What routers of mixtures of experts compute beside their choice: balancing losses, closed-form loads, places with a limit.
+
+Dims: N tokens, E experts, K experts a token, C places of an expert in a sequence. All in fp32.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jaxformer.sharding import per_shard
+
+
+def load_of(expert_BTK: Int[Array, 'B T K'], experts: int) -> Float[Array, ' E']:
+  """Tokens sent to each expert, as a fraction of all tokens; they add up to K."""
+  chosen = expert_BTK[..., None] == jnp.arange(experts).reshape(1, 1, 1, experts)
+  return jnp.sum(chosen, axis=(0, 1, 2)).astype(jnp.float32) / (expert_BTK.shape[0] * expert_BTK.shape[1])
+
+
+def balance_loss(load_E: Float[Array, ' E'], probabilities_BTE: Float[Array, 'B T E']) -> Float[Array, '']:
+  """E sum_e f_e P_e, with f_e the fraction of tokens sent to expert e and P_e the mean probability of it (Fedus et al. 2022, eq.
+  4-6).
+
+  f adds up to K, the experts a token, so balance costs K: 1 for Switch, 2 for two experts a token, as in transformers' Mixtral.
+  (Its function pools the tokens of all layers; here each layer has a loss of its own, and they are added.)
+  """
+  return load_E.shape[0] * jnp.sum(jax.lax.stop_gradient(load_E) * jnp.mean(probabilities_BTE, axis=(0, 1)))
+
+
+def z_loss(logits_BTE: Float[Array, 'B T E']) -> Float[Array, '']:
+  """The mean of logsumexp(logits)^2, which keeps router logits small (Zoph et al. 2022, eq. 5)."""
+  return jnp.mean(jnp.square(jax.nn.logsumexp(logits_BTE, axis=-1)))
+
+
+def cv_squared(x_E: Float[Array, ' E']) -> Float[Array, '']:
+  """The squared coefficient of variation, variance / mean^2, over the population (Shazeer et al. 2017, eq. 7)."""
+  return jnp.var(x_E) / (jnp.square(jnp.mean(x_E)) + 1e-10)
+
+
+def noisy_load(
+  clean_BTE: Float[Array, 'B T E'], noisy_BTE: Float[Array, 'B T E'], std_BTE: Float[Array, 'B T E'], k: int,
+) -> Float[Array, ' E']:
+  """Load_e = sum_tokens Phi((clean_e - kth_excluding_e) / std_e): how many tokens would choose e if its noise alone were drawn
+  again (Shazeer et al. 2017, eq. 8-10). kth_excluding_e is the k-th largest noisy logit among the others: of all, the (k+1)-th
+  where e is among the k chosen, else the k-th. Needs k < E.
+  """
+  top = jax.lax.top_k(noisy_BTE, k + 1)[0]
+  kth, next_ = top[..., k - 1:k], top[..., k:]
+  threshold = jnp.where(noisy_BTE > next_, next_, kth)
+  return jnp.sum(jax.scipy.stats.norm.cdf((clean_BTE - threshold) / std_BTE), axis=(0, 1))
+
+
+NUDGE = 1e-4
+
+
+@jax.custom_vjp
+def nudge(bias_E: Float[Array, ' E'], load_E: Float[Array, ' E']) -> Float[Array, '']:
+  """0, with `NUDGE` sign(load - mean load) for gradient with respect to the biases, whatever comes from behind.
+
+  Balancing without a loss adds a bias to each expert's score and lowers it where the expert has too many tokens (DeepSeek-AI 2024,
+  section 2.1.2). As the gradient of a parameter, that rule is applied by the optimizer, kept by checkpoints and summed by
+  accumulation like all others. All our optimizers take steps of the size of the learning rate, whatever that of gradients, so a
+  small one serves: it leaves the global norm to the gradients of the loss.
+  """
+  return jnp.zeros(())
+
+
+nudge.defvjp(
+  lambda bias_E, load_E: (jnp.zeros(()), load_E),
+  lambda load_E, _: (NUDGE * jnp.sign(load_E - jnp.mean(load_E)), jnp.zeros_like(load_E)))
+
+
+def places(
+  expert_BTK: Int[Array, 'B T K'], weight_BTK: Float[Array, 'B T K'], experts: int, capacity: int,
+) -> tuple[Int[Array, 'B E C'], Float[Array, 'B E C'], Float[Array, '']]:
+  """Gives each expert at most `capacity` tokens of every sequence, the earlier ones: a token loses those of its experts whose
+  places are taken by tokens before it. So no token's place depends on later ones, nor on other sequences.
+
+  Returns the token in each place of each expert and its weight (0 where a place stays empty), and the fraction of choices dropped.
+  """
+  tokens = ('batch', None, None)
+  mapped = per_shard(functools.partial(_places, experts=experts, capacity=capacity), (tokens, tokens), tokens, tokens, ('batch',))
+  token, weight, dropped_B = mapped(expert_BTK, weight_BTK)
+  return token, weight, jnp.mean(dropped_B)
+
+
+def _places(expert_BTK, weight_BTK, experts, capacity):
+  B, T, K = expert_BTK.shape
+  chosen_BPE = expert_BTK.reshape(B, T * K)[..., None] == jnp.arange(experts).reshape(1, 1, experts)
+  before_BP = jnp.sum(jnp.where(chosen_BPE, jnp.cumsum(chosen_BPE, axis=1, dtype=jnp.int32) - 1, 0), axis=-1)
+  row = jnp.arange(B)[:, None]
+  at = (row, expert_BTK.reshape(B, T * K), before_BP)   # places beyond the last are left out by `mode='drop'`
+  token_BP = jnp.broadcast_to((jnp.arange(T * K, dtype=jnp.int32) // K)[None], (B, T * K))
+  token = jnp.zeros((B, experts, capacity), jnp.int32).at[at].set(token_BP, mode='drop')
+  weight = jnp.zeros((B, experts, capacity), jnp.float32).at[at].set(weight_BTK.reshape(B, T * K), mode='drop')
+  return token, weight, jnp.mean((before_BP >= capacity).astype(jnp.float32), axis=1)
