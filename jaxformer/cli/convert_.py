@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 
-from jaxformer.cli.common import Overrides, load_writer, note
+from jaxformer.cli.common import Overrides, load_trained, load_writer, note
 
 OVERRIDES = False
 
