@@ -11,12 +11,15 @@ from jaxformer.models.language_model import LanguageModel
 from jaxformer.models.stack import Group
 from jaxformer.models.zoo.preset import preset
 
+LAYER_NORM = LayerNorm.Config()
+
 
 def rwkv4(
   width: int, layers: int, *, context: int = 1024, vocab_size: int = 50277, hidden: int | None = None,
+  norm: LayerNorm.Config = LAYER_NORM,
 ) -> LanguageModel.Config:
   """The RWKV-4 architecture."""
-  norm, mixing = LayerNorm.Config(), ChannelMix4.Config(hidden=hidden or 4 * width, init=Orthogonal())
+  mixing = ChannelMix4.Config(hidden=hidden or 4 * width, init=Orthogonal())
   block = Block.Config(branches=tuple(PreNorm.Config(layer=layer, norm=norm) for layer in (TimeMix4.Config(), mixing)))
   return LanguageModel.Config(
     vocab_size=vocab_size, width=width, context=context, stack=(Group(pattern=(block,), repeats=layers),), embedding_norm=norm,
