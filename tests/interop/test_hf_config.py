@@ -52,6 +52,11 @@ MAMBA2_130M = {
   'tie_word_embeddings': True, 'time_step_floor': 0.0001, 'time_step_limit': [0.0, float('inf')], 'time_step_max': 0.1,
   'time_step_min': 0.001, 'use_bias': False, 'use_conv_bias': True, 'vocab_size': 50288,
 }
+RWKV4_169M = {
+  'attention_hidden_size': 768, 'context_length': 1024, 'hidden_size': 768, 'intermediate_size': 3072, 'layer_norm_epsilon': 1e-05,
+  'model_type': 'rwkv', 'num_hidden_layers': 12, 'rescale_every': 6, 'tie_word_embeddings': False, 'use_cache': True,
+  'vocab_size': 50277,
+}
 
 
 def read(fields):
@@ -60,13 +65,15 @@ def read(fields):
 
 @pytest.mark.parametrize(('fields', 'name'), [
   (GPT2, 'gpt2'), (LLAMA2_7B, 'llama2-7b'), (LLAMA31_8B, 'llama3.1-8b'), (LLAMA32_1B, 'llama3.2-1b'),
-  (MAMBA_130M, 'mamba-130m'), (MAMBA2_130M, 'mamba2-130m')])
+  (MAMBA_130M, 'mamba-130m'), (MAMBA2_130M, 'mamba2-130m'),
+  (RWKV4_169M, 'rwkv4-169m')])
 def test_published_configs_are_our_presets(fields, name):
   dropout = {'resid_pdrop': 0.0, 'embd_pdrop': 0.0} if name == 'gpt2' else {}
   assert read(fields | dropout) == PRESETS[name].model
 
 
-@pytest.mark.parametrize('name', [n for n in PRESETS if PRESETS[n].family in ('gpt2', 'llama2', 'llama3', 'mamba', 'mamba2')])
+@pytest.mark.parametrize('name', [
+  n for n in PRESETS if PRESETS[n].family in ('gpt2', 'llama2', 'llama3', 'mamba', 'mamba2', 'rwkv4')])
 def test_presets_go_there_and_back(name):
   family, fields = match(PRESETS[name].model)
   assert family.read(Settings(json.loads(json.dumps(fields)))) == PRESETS[name].model
@@ -122,6 +129,7 @@ def test_both_forms_of_rope_settings():
   (MAMBA2_130M | {'time_step_limit': [0.0, 0.1]}, r'time_step_limit = \[0.0, 0.1\] is not supported: must be \[0, Infinity\]'),
   (MAMBA2_130M | {'num_heads': 12}, 'num_heads = 12 is not supported: must be 2 x hidden_size / head_dim = 24'),
   (MAMBA2_130M | {'norm_before_gate': True}, 'norm_before_gate = True is not supported'),
+  (RWKV4_169M | {'attention_hidden_size': 512}, 'attention_hidden_size = 512 is not supported: must be None or 768'),
   (GPT2 | {'model_type': 'gpt3'}, "model_type = 'gpt3' is not supported; did you mean gpt2"),
   (GPT2 | {'model_type': None}, 'model_type = None'),
   (GPT2 | {'quantization_config': {'bits': 4}}, 'quantization_config'),

@@ -126,7 +126,8 @@ def test_export_gives_the_same_logits(imported, request, tmp_path):
   assert load_hf(tmp_path / 'ours')[0] == config
 
 
-@pytest.mark.parametrize('imported', ['gpt2', 'llama2', 'llama3.1', 'llama3.2', 'mistral', 'mamba', 'mamba2', 'rwkv4'], indirect=True)
+@pytest.mark.parametrize(
+  'imported', ['gpt2', 'llama2', 'llama3.1', 'llama3.2', 'mistral', 'mamba', 'mamba2', 'rwkv4'], indirect=True)
 def test_greedy_tokens_are_the_same(imported):
   """48 tokens, ours by prefill and steps, theirs by their own cache."""
   import torch
