@@ -10,6 +10,8 @@ import pathlib
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')
 os.environ.setdefault('ALLOW_MULTIPLE_LIBTPU_LOAD', '1')
+# Orthogonal matrices are drawn on each of the fake devices at once; OpenBLAS's threads would spin against each other.
+os.environ.setdefault('OPENBLAS_NUM_THREADS', '1')
 # Nearly all of the suite's time goes to compiling small programs; without LLVM's optimisations it is two thirds.
 os.environ.setdefault('XLA_FLAGS', '--xla_backend_optimization_level=0')
 
