@@ -107,6 +107,13 @@ class ChannelMix4(ChannelMix):
   """
 
   class Config(ChannelMixConfig):
+    """
+    Attributes:
+      init: of W_k.
+    """
+
+    init: Init = Orthogonal()
+
     def build(self, width: int, rngs: nnx.Rngs, site: Site) -> ChannelMix4:
       return ChannelMix4(self, width, rngs, site)
 

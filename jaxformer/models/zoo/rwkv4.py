@@ -19,7 +19,7 @@ def rwkv4(
   norm: LayerNorm.Config = LAYER_NORM,
 ) -> LanguageModel.Config:
   """The RWKV-4 architecture."""
-  mixing = ChannelMix4.Config(hidden=hidden or 4 * width, init=Orthogonal())
+  mixing = ChannelMix4.Config(hidden=hidden or 4 * width)
   block = Block.Config(branches=tuple(PreNorm.Config(layer=layer, norm=norm) for layer in (TimeMix4.Config(), mixing)))
   return LanguageModel.Config(
     vocab_size=vocab_size, width=width, context=context, stack=(Group(pattern=(block,), repeats=layers),), embedding_norm=norm,

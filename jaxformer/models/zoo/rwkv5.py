@@ -31,7 +31,7 @@ def rwkv5(
   width: int, layers: int, *, context: int = 4096, vocab_size: int = 65536, hidden: int | None = None, head_dim: int = 64,
 ) -> LanguageModel.Config:
   """The RWKV-5.2 architecture."""
-  channels = ChannelMix4.Config(hidden=hidden or hidden_size(width))
+  channels = ChannelMix4.Config(hidden=hidden or hidden_size(width), init=Orthogonal(wide=False))
   return world(width, layers, TimeMix5.Config(head_dim=head_dim), channels, context, vocab_size)
 
 
