@@ -1,8 +1,8 @@
 """Handwritten digits read one pixel after another.
 
-Question: do S4D layers classify images that they read as a sequence of single pixels? The published models reach more than 99 % on
-MNIST that way (sequences of 784 pixels, 60,000 images); the digits here come with scikit-learn (64 pixels, 1,438 images to learn
-from), so that nothing is downloaded.
+Question: do S4D layers classify images that they read as a sequence of single pixels? The published model reaches 99.5 % and more
+on MNIST that way (sequences of 784 pixels, 60,000 images); the digits here come with scikit-learn (64 pixels, 1,438 images to
+learn from), so that nothing is downloaded.
 
     pip install -e '.[tasks]'
     jaxformer train experiments/digits_s4d.py

@@ -33,7 +33,8 @@ from jaxformer.models.stack import Group
 from jaxformer.training import AdamW, Cosine, Experiment, RunConfig, TrainingConfig, train
 
 WIDTH, LAYERS = 32, 2
-MIXERS: dict[str, LayerConfig] = {'attention': Attention.Config(heads=1, bias=True), 'h3': H3.Config(), 's4d': S4D.Config(lr_scale=1.0)}
+MIXERS: dict[str, LayerConfig] = {
+  'attention': Attention.Config(heads=1, bias=True), 'h3': H3.Config(lr_scale=1.0), 's4d': S4D.Config(lr_scale=1.0)}
 TASKS: dict[str, TaskConfig] = {
   'induction': InductionHead(train_sequences=5000), 'recall': AssociativeRecall(train_sequences=5000)}
 
@@ -61,13 +62,14 @@ def accuracy(task: str, mixer: str, learning_rate: float, args: argparse.Namespa
 
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
+  parser.add_argument('--tasks', choices=TASKS, nargs='+', default=list(TASKS))
   parser.add_argument('--steps', type=int, default=6000)
   parser.add_argument('--learning-rates', type=float, nargs='+', default=[1e-3, 3e-3])
   parser.add_argument('--seed', type=int, default=0)
   parser.add_argument('--dir', default='runs/h3-synthetics')
   args = parser.parse_args()
   print(f'{"task":12s}{"mixer":12s}' + ''.join(f'{f"lr {r:g}":>10s}' for r in args.learning_rates) + f'{"best":>10s}')
-  for task in TASKS:
+  for task in args.tasks:
     for mixer in MIXERS:
       scores = [accuracy(task, mixer, rate, args) for rate in args.learning_rates]
       print(f'{task:12s}{mixer:12s}' + ''.join(f'{s:10.2%}' for s in (*scores, max(scores))), flush=True)

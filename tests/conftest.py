@@ -11,6 +11,8 @@ from importlib.metadata import version
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')
 os.environ.setdefault('ALLOW_MULTIPLE_LIBTPU_LOAD', '1')
+# Orthogonal matrices are drawn on each of the fake devices at once; OpenBLAS's threads would spin against each other.
+os.environ.setdefault('OPENBLAS_NUM_THREADS', '1')
 # Nearly all of the suite's time goes to compiling small programs. Without LLVM's optimisations it is two thirds; without the
 # emitters of fusions, which newer versions cannot do without, a third.
 os.environ.setdefault('XLA_FLAGS', '--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1' + (

@@ -25,9 +25,15 @@ from jaxformer.interop.huggingface import dtype_of, placing
 from jaxformer.interop.tensors import Reader, Shape, Tensors, cast, new_file, shortened
 from jaxformer.interop.torch_file import TorchReader, write_torch
 from jaxformer.interop.weights import NewAxis, Rule, Step, linear, same
+from jaxformer.layers.rwkv4 import TimeMix4
+from jaxformer.layers.rwkv5 import TimeMix5
+from jaxformer.layers.rwkv6 import TimeMix6
 from jaxformer.layers.rwkv7 import TimeMix7
 from jaxformer.models.language_model import LanguageModel, ModelConfig
 from jaxformer.models.params import Params, define
+from jaxformer.models.zoo.rwkv4 import rwkv4
+from jaxformer.models.zoo.rwkv5 import rwkv5
+from jaxformer.models.zoo.rwkv6 import rwkv6
 from jaxformer.models.zoo.rwkv7 import rwkv7
 from jaxformer.sharding import Rules
 
@@ -111,6 +117,65 @@ def _mixing(matrices: Mapping[str, str], rows: Mapping[str, str], layer: int, th
     *(Rule((f'{ours}.{o}',), f'blocks.{{layer}}.{theirs}.{t}', ROW) for o, t in rows.items())]
 
 
+# ---- RWKV-4 -----------------------------------------------------------------------------------------------------------
+
+
+def _read_4(sizes: Sizes) -> LanguageModel.Config:
+  vocab, width = sizes('emb.weight')
+  return rwkv4(width, sizes.layers, vocab_size=vocab, hidden=sizes('blocks.0.ffn.key.weight')[0])
+
+
+def _mixes(layer: int, theirs: str, letters: str, name: str = 'time_mix') -> list[Rule]:
+  """The matrices and vectors of mixing that have the same names in RWKV-4, 5 and 6, and what else there is by letter."""
+  words = {'r': 'receptance', 'k': 'key', 'v': 'value', 'g': 'gate', 'o': 'output'}
+  matrices = {f'w{z}': words[z] for z in {'att': 'rkvgo', 'ffn': 'rkv'}[theirs]}
+  return _mixing(matrices, {f'mix_{z}': f'{name}_{z}' for z in letters}, layer, theirs)
+
+
+TIME, ATT = 'stack.{layer}.branches.0.layer', 'blocks.{layer}.att'
+CHANNELS_4 = _mixes(1, 'ffn', 'kr')
+
+
+def _rules_4(config: LanguageModel.Config) -> list[Rule]:
+  part(blocks(config)[0].branches[0].layer, TimeMix4.Config, 'layer 0 of block 0')
+  vectors = same(f'{TIME}.decay', f'{ATT}.time_decay'), same(f'{TIME}.bonus', f'{ATT}.time_first')
+  return [*_frame(), *_mixes(0, 'att', 'kvr'), *vectors, *CHANNELS_4]
+
+
+# ---- RWKV-5.2 and RWKV-6 ----------------------------------------------------------------------------------------------
+
+
+def _read_5(sizes: Sizes) -> LanguageModel.Config:
+  vocab, width = sizes('emb.weight')
+  # A matrix: the decays of RWKV-5.0 and 5.1, of which a head has one, are not read.
+  head_dim = sizes('blocks.0.att.time_decay')[1]
+  return rwkv5(width, sizes.layers, vocab_size=vocab, hidden=sizes('blocks.0.ffn.key.weight')[0], head_dim=head_dim)
+
+
+def _rules_5(config: LanguageModel.Config) -> list[Rule]:
+  by_head = (ByHead(part(blocks(config)[0].branches[0].layer, TimeMix5.Config, 'layer 0 of block 0').head_dim),)
+  vectors = Rule((f'{TIME}.decay',), f'{ATT}.time_decay', by_head), Rule((f'{TIME}.bonus',), f'{ATT}.time_faaaa', by_head)
+  return [*_frame(), *_mixes(0, 'att', 'kvrg'), *vectors, *CHANNELS_4]
+
+
+def _read_6(sizes: Sizes) -> LanguageModel.Config:
+  (vocab, width), att = sizes('emb.weight'), 'blocks.0.att'
+  return rwkv6(
+    width, sizes.layers, (sizes(f'{att}.time_maa_w2', 3)[1], sizes(f'{att}.time_decay_w1')[1]), vocab_size=vocab,
+    hidden=sizes('blocks.0.ffn.key.weight')[0], head_dim=sizes(f'{att}.time_faaaa')[1])
+
+
+def _rules_6(config: LanguageModel.Config) -> list[Rule]:
+  by_head = (ByHead(part(blocks(config)[0].branches[0].layer, TimeMix6.Config, 'layer 0 of block 0').head_dim),)
+  return [
+    *_frame(), *_mixes(0, 'att', 'xwkvrg', 'time_maa'),
+    *(same(f'{TIME}.{o}', f'{ATT}.time_{t}') for o, t in (
+      ('mix_down', 'maa_w1'), ('mix_up', 'maa_w2'), ('decay.down', 'decay_w1'), ('decay.up', 'decay_w2'))),
+    Rule((f'{TIME}.decay.offset',), f'{ATT}.time_decay', ROW), Rule((f'{TIME}.bonus',), f'{ATT}.time_faaaa', by_head),
+    *_mixes(1, 'ffn', 'kr', 'time_maa'),
+  ]
+
+
 # ---- RWKV-7 -----------------------------------------------------------------------------------------------------------
 
 
@@ -124,15 +189,14 @@ def _read_7(sizes: Sizes) -> LanguageModel.Config:
 
 def _rules_7(config: LanguageModel.Config) -> list[Rule]:
   time = part(blocks(config)[0].branches[0].layer, TimeMix7.Config, 'layer 0 of block 0')
-  ours, theirs = 'stack.{layer}.branches.0.layer', 'blocks.{layer}.att'
   low_rank = {'decay': 'w', 'rate': 'a', 'value': 'v', 'gate': 'g'}
   rows = {f'mix_{z}': f'x_{z}' for z in 'rwkvag'} | {'xi': 'k_k', 'alpha': 'k_a'}
   rows |= {f'{o}.offset': f'{t}0' for o, t in low_rank.items() if o != 'gate'}
   return [
     *_frame(),
     *_mixing({'wr': 'receptance', 'wk': 'key', 'wv': 'value', 'wo': 'output'}, rows, 0, 'att'),
-    *(same(f'{ours}.{o}.{a}', f'{theirs}.{t}{b}') for o, t in low_rank.items() for a, b in (('down', 1), ('up', 2))),
-    Rule((f'{ours}.rho',), f'{theirs}.r_k', (ByHead(time.head_dim),)),
+    *(same(f'{TIME}.{o}.{a}', f'{ATT}.{t}{b}') for o, t in low_rank.items() for a, b in (('down', 1), ('up', 2))),
+    Rule((f'{TIME}.rho',), f'{ATT}.r_k', (ByHead(time.head_dim),)),
     *_mixing({'wk': 'key', 'wv': 'value'}, {'mix_k': 'x_k'}, 1, 'ffn'),
   ]
 
@@ -140,6 +204,9 @@ def _rules_7(config: LanguageModel.Config) -> list[Rule]:
 VERSIONS: tuple[Version, ...] = (   # the latest first: the first whose sign is there is it
   # The first block has no values to mix in; the official code makes these parameters there too, and never uses them.
   Version('RWKV-7', r'blocks\.0\.att\.r_k', _read_7, _rules_7, ignored=(r'blocks\.0\.att\.v[012]',)),
+  Version('RWKV-6', r'blocks\.0\.att\.time_maa_x', _read_6, _rules_6),
+  Version('RWKV-5.2', r'blocks\.0\.att\.gate\.weight', _read_5, _rules_5),
+  Version('RWKV-4', r'blocks\.0\.att\.time_first', _read_4, _rules_4),
 )
 _READ = ', '.join(v.name for v in VERSIONS)
 

@@ -93,4 +93,7 @@ class Orthogonal(Init):
   def __call__(self, key, shape, fan_in, site):
     rows, columns = shape
     gain = self.gain * (math.sqrt(columns / rows) if self.wide and columns > rows else 1.0)
-    return gain * jax.nn.initializers.orthogonal()(key, tuple(shape), jnp.float32)
+    # One matrix after the other where layers are built stacked: jaxlib divides a batch of QR decompositions over the threads that
+    # also run the devices, and on several devices of a CPU with few cores all of them then wait for each other (jaxlib 0.10.2).
+    draw = jax.custom_batching.sequential_vmap(lambda k: jax.nn.initializers.orthogonal()(k, tuple(shape), jnp.float32))
+    return gain * draw(key)

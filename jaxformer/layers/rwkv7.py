@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -16,45 +15,15 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from jaxformer.config import InputError
-from jaxformer.layers.init import FanInUniform, Init, Orthogonal, Zeros
+from jaxformer.layers.init import FanInUniform, Init, Zeros
 from jaxformer.layers.layer import Context, Layer, LayerConfig, Output, Site, starts_BT
 from jaxformer.layers.norm import HeadNorm
+from jaxformer.layers.rwkv import LastToken, LowRank, depth, move, ramp, shifted, vector
 from jaxformer.ops.linear import linear
-from jaxformer.ops.shift import token_shift
 from jaxformer.ops.wkv7 import wkv7
 from jaxformer.sharding import param, shard
 
 FIRST_VALUES = 'rwkv7/first_values'   # what the first time mixing shares with all later ones
-
-
-def _depth(site: Site) -> tuple[Array, Array]:
-  """How deep a block lies: from 0 to 1 over the blocks, and from 1 to almost 0."""
-  layer = jnp.asarray(site.layer, jnp.float32)
-  return layer / max(site.layers - 1, 1), 1.0 - layer / site.layers
-
-
-def _mix(width: int, exponent: Array | float) -> nnx.Param:
-  """How much of the token before each channel sees: 1 - (i / D)^exponent."""
-  return param(1.0 - (jnp.arange(width) / width) ** exponent, ('norm',), decay=False)
-
-
-class LowRank(nnx.Module):
-  """f(x) = offset + activation(x A) B, with A [D, R] from zero and B [R, D] small: a function of the token that starts constant."""
-
-  def __init__(
-    self, width: int, rank: int, rngs: nnx.Rngs, site: Site, offset: Array | None = None, *, lr_scale: float = 1.0,
-    full_precision: bool = False,
-  ):
-    up = Orthogonal(gain=0.1, wide=False)(rngs.params(), (rank, width), rank, site)
-    self.down = param(jnp.zeros((width, rank)), ('embed', 'state'), decay=False)
-    self.up = param(up, ('state', 'heads'), decay=False)
-    self.offset = None if offset is None else param(
-      offset, ('norm',), decay=False, lr_scale=lr_scale, full_precision=full_precision)
-
-  def __call__(self, x_BTD: Array, activation: Callable[[Array], Array] = lambda h: h) -> Array:
-    """In fp32 where there is an offset, else in the type of x."""
-    y = linear(activation(linear(x_BTD, self.down[...])), self.up[...])
-    return y if self.offset is None else y.astype(jnp.float32) + self.offset[...].astype(jnp.float32)[None, None]
 
 
 @jax.tree_util.register_dataclass
@@ -130,27 +99,25 @@ class TimeMix7(Layer):
     if D % K or D < 2:
       raise InputError(f'width = {D} is not a multiple of TimeMix7.head_dim = {K}')
     self.config = c
-    deep, shallow = _depth(site)
-    self.mix_r, self.mix_w, self.mix_k = (_mix(D, e * shallow) for e in (0.2, 0.9, 0.7))
-    self.mix_v, self.mix_a, self.mix_g = (_mix(D, e * shallow) for e in (0.7, 0.9, 0.2))
-    ramp = jnp.arange(D) / (D - 1)
-    line = ramp - 0.5
+    deep, shallow = depth(site)
+    self.mix_r, self.mix_w, self.mix_k = (vector(1.0 - ramp(D, e * shallow)) for e in (0.2, 0.9, 0.7))
+    self.mix_v, self.mix_a, self.mix_g = (vector(1.0 - ramp(D, e * shallow)) for e in (0.7, 0.9, 0.2))
+    place = jnp.arange(D) / (D - 1)
+    line = place - 0.5
     zigzag = (jnp.arange(D) % K - (K - 1) / 2) / ((K - 1) / 2)   # within each head from -1 to 1
     zigzag = zigzag * jnp.abs(zigzag)
-    self.decay = LowRank(D, c.decay_rank, rngs, site, -5.5 + 6.0 * ramp ** (1.0 + deep**0.3) + 2.5 * zigzag,
+    self.decay = LowRank(D, c.decay_rank, rngs, site, -5.5 + 6.0 * place ** (1.0 + deep**0.3) + 2.5 * zigzag,
                          lr_scale=2.0, full_precision=True)
     self.rate = LowRank(D, c.rate_rank, rngs, site, -0.19 + 0.3 * zigzag + 0.4 * line)
     self.value = None if c.value_rank is None else LowRank(D, c.value_rank, rngs, site, 0.73 - 0.4 * line)
     self.gate = LowRank(D, c.gate_rank, rngs, site)
-    self.xi = param(0.71 - 0.1 * line, ('norm',), decay=False)
-    self.alpha = param(jnp.full(D, 1.02), ('norm',), decay=False)
-    self.rho = param(jnp.full(D, -0.04), ('norm',), decay=False)
+    self.xi, self.alpha, self.rho = vector(0.71 - 0.1 * line), vector(jnp.full(D, 1.02)), vector(jnp.full(D, -0.04))
     self.wr = param(c.init(rngs.params(), (D, D), D, site), ('embed', 'heads'))
     self.wk = param(c.key_init(rngs.params(), (D, D), D, site), ('embed', 'heads'))
     self.wv = param(c.init(rngs.params(), (D, D), D, site), ('embed', 'heads'))
     self.wo = param(c.out_init(rngs.params(), (D, D), D, site), ('heads', 'embed'))
     self.norm = c.norm.build(D)
-    self.norm.scale = param(jnp.full(D, ((1.0 + site.layer) / site.layers) ** 0.7), ('norm',), decay=False)
+    self.norm.scale = vector(jnp.full(D, ((1.0 + site.layer) / site.layers) ** 0.7))
 
   def init_state(self, batch: int, max_len: int) -> TimeMix7State:
     D, K = self.wr.shape[0], self.config.head_dim
@@ -159,28 +126,28 @@ class TimeMix7(Layer):
   def __call__(self, x_BTD: Float[Array, 'B T D'], ctx: Context, state: TimeMix7State | None = None) -> Output:
     B, T, D = x_BTD.shape
     starts = starts_BT(ctx.segments_BT, B, T)
-    change = token_shift(x_BTD, None if state is None else state.last_BD, starts) - x_BTD
+    change = shifted(x_BTD, ctx, state) - x_BTD
 
     def mixed(mix: nnx.Param) -> Array:
-      return x_BTD + change * mix[...][None, None]
+      return move(x_BTD, change, mix)
 
     def by_head(z_BTD: Array) -> Array:
       return shard(z_BTD.reshape(B, T, -1, self.config.head_dim), 'batch', 'time', 'heads', None)
 
-    def vector(p: nnx.Param) -> Array:
+    def fp32(p: nnx.Param) -> Array:
       return p[...].astype(jnp.float32)[None, None]
 
     r, k = linear(mixed(self.mix_r), self.wr[...]), linear(mixed(self.mix_k), self.wk[...]).astype(jnp.float32)
     v = self._values(mixed(self.mix_v), ctx)
     log_decay = -math.exp(-0.5) * jax.nn.sigmoid(self.decay(mixed(self.mix_w), jnp.tanh))
     rate = jax.nn.sigmoid(self.rate(mixed(self.mix_a)))
-    removal = by_head(k * vector(self.xi))
+    removal = by_head(k * fp32(self.xi))
     removal = removal * jax.lax.rsqrt(jnp.maximum(jnp.sum(jnp.square(removal), axis=-1, keepdims=True), 1e-24))
-    k = by_head(k * (1.0 + (rate - 1.0) * vector(self.alpha)))
+    k = by_head(k * (1.0 + (rate - 1.0) * fp32(self.alpha)))
     r, values, rate = by_head(r), by_head(v), by_head(rate)
     y, heads_BHVK = wkv7(
       r, by_head(log_decay), k, values, -removal, rate * removal, None if state is None else state.heads_BHVK, starts)
-    rho = vector(self.rho).reshape(1, 1, -1, self.config.head_dim)
+    rho = fp32(self.rho).reshape(1, 1, -1, self.config.head_dim)
     bonus = jnp.sum(r.astype(jnp.float32) * k * rho, axis=-1, keepdims=True) * values.astype(jnp.float32)
     y = self.norm(y) + bonus.astype(y.dtype).reshape(B, T, D)
     y = checkpoint_name(y * self.gate(mixed(self.mix_g), jax.nn.sigmoid), 'attention')
@@ -197,14 +164,6 @@ class TimeMix7(Layer):
         f'TimeMix7.value_rank = {self.config.value_rank}, but no earlier layer has shared its values: the first of a stack needs '
         'value_rank = None, in a group of its own')
     return v + (ctx.shared[FIRST_VALUES] - v) * jax.nn.sigmoid(self.value(x_BTD)).astype(v.dtype)
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class ChannelMix7State:
-  """The last token's input."""
-
-  last_BD: Float[Array, 'B D']
 
 
 class ChannelMix7(Layer):
@@ -236,16 +195,14 @@ class ChannelMix7(Layer):
 
   def __init__(self, config: ChannelMix7.Config, width: int, rngs: nnx.Rngs, site: Site):
     F = config.hidden
-    self.mix_k = _mix(width, _depth(site)[1] ** 4)
+    self.mix_k = vector(1.0 - ramp(width, depth(site)[1] ** 4))
     self.wk = param(config.init(rngs.params(), (width, F), width, site), ('embed', 'mlp'))
     self.wv = param(config.out_init(rngs.params(), (F, width), F, site), ('mlp', 'embed'))
 
-  def init_state(self, batch: int, max_len: int) -> ChannelMix7State:
-    return ChannelMix7State(jnp.zeros((batch, self.wk.shape[0]), self.wk[...].dtype))
+  def init_state(self, batch: int, max_len: int) -> LastToken:
+    return LastToken(jnp.zeros((batch, self.wk.shape[0]), self.wk[...].dtype))
 
-  def __call__(self, x_BTD: Float[Array, 'B T D'], ctx: Context, state: ChannelMix7State | None = None) -> Output:
-    B, T, _ = x_BTD.shape
-    before = token_shift(x_BTD, None if state is None else state.last_BD, starts_BT(ctx.segments_BT, B, T))
-    h = linear(x_BTD + (before - x_BTD) * self.mix_k[...][None, None], self.wk[...])
+  def __call__(self, x_BTD: Float[Array, 'B T D'], ctx: Context, state: LastToken | None = None) -> Output:
+    h = linear(move(x_BTD, shifted(x_BTD, ctx, state) - x_BTD, self.mix_k), self.wk[...])
     h = checkpoint_name(shard(jnp.square(jax.nn.relu(h)), 'batch', 'time', 'mlp'), 'mlp_hidden')
-    return Output(linear(h, self.wv[...]), None if state is None else ChannelMix7State(x_BTD[:, -1].astype(state.last_BD.dtype)))
+    return Output(linear(h, self.wv[...]), None if state is None else LastToken(x_BTD[:, -1].astype(state.last_BD.dtype)))

@@ -11,6 +11,9 @@ from jaxformer.models.zoo.jamba import jamba
 from jaxformer.models.zoo.llama import LLAMA3_1, llama
 from jaxformer.models.zoo.mamba import mamba
 from jaxformer.models.zoo.mixtral import mixtral
+from jaxformer.models.zoo.rwkv4 import rwkv4
+from jaxformer.models.zoo.rwkv5 import rwkv5
+from jaxformer.models.zoo.rwkv6 import rwkv6
 from jaxformer.models.zoo.rwkv7 import rwkv7
 
 
@@ -28,11 +31,13 @@ SMALL = {
   'mixtral': mixtral(16, 3, 24, 4, 2, experts=4, context=12, vocab_size=30, balance=0.02),
   'jamba': jamba(16, 8, 24, 4, 2, experts=3, state=3, context=12, vocab_size=30),
   'mamba2': mamba(Mamba2.Config(state=3, head_dim=4, groups=2, bias=True), 8, 2, context=12, vocab_size=30),
+  'rwkv4': rwkv4(8, 3, context=12, vocab_size=30, hidden=12),
 }
 
-
-
 RWKV = {
+  'rwkv4': rwkv4(64, 3, vocab_size=50, hidden=96),
+  'rwkv5': rwkv5(64, 3, vocab_size=50, hidden=96, head_dim=16),
+  'rwkv6': rwkv6(64, 3, (6, 10), vocab_size=50, hidden=96, head_dim=16),
   'rwkv7': rwkv7(64, 3, (8, 6, 5, 12), vocab_size=50, hidden=96, head_dim=16),
 }
 

@@ -68,6 +68,11 @@ JAMBA = {
   'router_aux_loss_coef': 0.001, 'sliding_window': None, 'tie_word_embeddings': False, 'use_mamba_kernels': True,
   'vocab_size': 65536,
 }
+RWKV4_169M = {
+  'attention_hidden_size': 768, 'context_length': 1024, 'hidden_size': 768, 'intermediate_size': 3072, 'layer_norm_epsilon': 1e-05,
+  'model_type': 'rwkv', 'num_hidden_layers': 12, 'rescale_every': 6, 'tie_word_embeddings': False, 'use_cache': True,
+  'vocab_size': 50277,
+}
 
 
 def read(fields):
@@ -77,14 +82,14 @@ def read(fields):
 @pytest.mark.parametrize(('fields', 'name'), [
   (GPT2, 'gpt2'), (LLAMA2_7B, 'llama2-7b'), (LLAMA31_8B, 'llama3.1-8b'), (LLAMA32_1B, 'llama3.2-1b'),
   (MAMBA_130M, 'mamba-130m'), (MAMBA2_130M, 'mamba2-130m'),
-  (MIXTRAL_8X7B, 'mixtral-8x7b'), (JAMBA, 'jamba-v0.1')])
+  (MIXTRAL_8X7B, 'mixtral-8x7b'), (JAMBA, 'jamba-v0.1'), (RWKV4_169M, 'rwkv4-169m')])
 def test_published_configs_are_our_presets(fields, name):
   dropout = {'resid_pdrop': 0.0, 'embd_pdrop': 0.0} if name == 'gpt2' else {}
   assert read(fields | dropout) == PRESETS[name].model
 
 
 @pytest.mark.parametrize('name', [
-  n for n in PRESETS if PRESETS[n].family in ('gpt2', 'llama2', 'llama3', 'mamba', 'mamba2', 'mixtral', 'jamba')])
+  n for n in PRESETS if PRESETS[n].family in ('gpt2', 'llama2', 'llama3', 'mamba', 'mamba2', 'mixtral', 'jamba', 'rwkv4')])
 def test_presets_go_there_and_back(name):
   family, fields = match(PRESETS[name].model)
   assert family.read(Settings(json.loads(json.dumps(fields)))) == PRESETS[name].model
@@ -152,6 +157,7 @@ def test_both_forms_of_rope_settings():
   (MIXTRAL_8X7B | {'num_experts_per_tok': 9}, r'TopKSoftmax\.k = 9: must be at most the number of experts, 8'),
   (JAMBA | {'attn_layer_offset': 8}, 'attn_layer_offset = 8 is not supported: must be at least 0 and below the period, 8'),
   (JAMBA | {'hidden_act': 'gelu'}, "hidden_act = 'gelu' is not supported"),
+  (RWKV4_169M | {'attention_hidden_size': 512}, 'attention_hidden_size = 512 is not supported: must be None or 768'),
   (GPT2 | {'model_type': 'gpt3'}, "model_type = 'gpt3' is not supported; did you mean gpt2"),
   (GPT2 | {'model_type': None}, 'model_type = None'),
   (GPT2 | {'quantization_config': {'bits': 4}}, 'quantization_config'),

@@ -55,7 +55,7 @@ def test_both_kinds_of_file_hold_the_same(saved, tmp_path, dtype):
          {n: np.asarray(p).astype(ml_dtypes.bfloat16).astype(np.float32) for n, p in params.items()})
 
 
-@pytest.mark.parametrize('name', ['rwkv7-2.9b'])
+@pytest.mark.parametrize('name', ['rwkv4-14b', 'rwkv5-7b', 'rwkv6-7b', 'rwkv7-2.9b'])
 def test_published_sizes_follow_from_the_shapes(name):
   """What would be written is read as the preset."""
   model = PRESETS[name].model
@@ -83,12 +83,28 @@ def test_files_that_are_not_whole(saved, change, message):
 def test_other_files_are_refused(tmp_path):
   with pytest.raises(InputError, match='no such file'):
     load_rwkv(tmp_path / 'none.safetensors')
-  safetensors.numpy.save_file({'blocks.0.att.time_mix_k': np.zeros((1, 1, 4), np.float32)}, tmp_path / 'v4.safetensors')
-  with pytest.raises(InputError, match='not the weights of RWKV-7'):
-    load_rwkv(tmp_path / 'v4.safetensors')
+  safetensors.numpy.save_file({'blocks.0.att.time_mix_k': np.zeros((1, 1, 4), np.float32)}, tmp_path / 'v3.safetensors')
+  with pytest.raises(InputError, match=r'not the weights of RWKV-7, RWKV-6, RWKV-5\.2, RWKV-4; it holds blocks\.0\.att'):
+    load_rwkv(tmp_path / 'v3.safetensors')
   (tmp_path / 'cut.safetensors').write_bytes(b'abc')
   with pytest.raises(InputError, match='damaged'):
     load_rwkv(tmp_path / 'cut.safetensors')
+
+
+@pytest.mark.parametrize(('version', 'change', 'message'), [
+  ('RWKV-5.1', {'blocks.0.att.time_decay': (4,)}, r'time_decay is \[4\], but must have 2 axes'),
+  ('RWKV-5.0', {'blocks.0.att.gate.weight': None, 'blocks.0.att.time_first': (4,)}, r'unexpected: .*time_faaaa'),
+])
+def test_versions_between_are_refused(tmp_path, version, change, message):
+  """RWKV-5.0 and 5.1 have one decay a head."""
+  save_rwkv(tmp_path / '5.2.safetensors', RWKV['rwkv5'], noisy(RWKV['rwkv5']))
+  tensors = safetensors.numpy.load_file(tmp_path / '5.2.safetensors')
+  tensors |= {n: np.zeros(s, np.float32) for n, s in change.items() if s is not None}
+  for name in [n for n, s in change.items() if s is None]:
+    del tensors[name]
+  safetensors.numpy.save_file(tensors, tmp_path / 'other.safetensors')
+  with pytest.raises(InputError, match=message):
+    load_rwkv(tmp_path / 'other.safetensors')
 
 
 @needs_torch

@@ -19,6 +19,7 @@ EXACT = {
   'mamba-130m': 129_135_360, 'mamba-2.8b': 2_768_345_600,
   'mamba2-130m': 128_989_632, 'mamba2-2.7b': 2_702_599_680,
   'mixtral-8x7b': 46_702_792_704, 'jamba-v0.1': 51_570_323_328,
+  'rwkv4-169m': 169_342_464, 'rwkv4-14b': 14_148_597_760,
   'rwkv7-0.1b': 191_034_624, 'rwkv7-0.4b': 450_767_872,
   'rwkv7-1.5b': 1_527_404_544, 'rwkv7-2.9b': 2_947_735_040,
 }
@@ -96,6 +97,19 @@ def moe_lstm_count(D, F, E, k, active=False, V=793_471):
   return lstm_count(D, V) + 2 * D * F * (k if active else E) + 2 * D * E
 
 
+# name -> width, layers
+RWKV4 = {
+  'rwkv4-169m': (768, 12), 'rwkv4-430m': (1024, 24), 'rwkv4-1b5': (2048, 24), 'rwkv4-3b': (2560, 32), 'rwkv4-7b': (4096, 32),
+  'rwkv4-14b': (5120, 40),
+}
+# name -> width, layers, hidden
+RWKV5 = {
+  'rwkv5-0.4b': (1024, 24, 3584), 'rwkv5-1.5b': (2048, 24, 7168), 'rwkv5-3b': (2560, 32, 8960), 'rwkv5-7b': (4096, 32, 14336)}
+# name -> width, layers, hidden, ranks of mixing and decay
+RWKV6 = {
+  'rwkv6-1.6b': (2048, 24, 7168, 32, 64), 'rwkv6-3b': (2560, 32, 8960, 32, 64), 'rwkv6-7b': (4096, 32, 14336, 64, 128),
+  'rwkv6-14b': (4096, 61, 14336, 64, 128),
+}
 # name -> width, layers, ranks of decay, in-context rate, value mixing and gate
 RWKV7 = {
   'rwkv7-0.1b': (768, 12, 64, 64, 32, 128), 'rwkv7-0.4b': (1024, 24, 64, 64, 32, 128),
@@ -125,6 +139,25 @@ def mamba2_count(D, L, N=128, P=64, V=50288):
   numbers a head, the gated norm, a norm; a norm."""
   inner, H = 2 * D, 2 * D // P
   return V * D + L * (D * (2 * inner + 2 * N + H) + inner * D + 5 * (inner + 2 * N) + 3 * H + inner + D) + D
+
+
+def rwkv4_count(D, L, V=50277):
+  """Embedding and head; a block: r, k, v, o and r, k, v of channels of 4 D (4 + 1 + 8 D^2), five mixes, decay and bonus, two norms
+  (11 D); two norms."""
+  return 2 * V * D + 13 * D * D * L + D * (11 * L + 4)
+
+
+def rwkv5_count(D, L, F, V=65536):
+  """Embedding and head; a block: r, k, v, g, o and r of channels (6 D^2), k and v of channels (2 D F), six mixes, decay and bonus,
+  a norm of heads and two of the block (14 D); two norms."""
+  return 2 * V * D + L * (6 * D * D + 2 * D * F + 14 * D) + 4 * D
+
+
+def rwkv6_count(D, L, F, M, R, V=65536):
+  """Those of RWKV-5; in a block two more mixes (2 D) and low-rank pairs, five of mixing and one of the decay."""
+  return rwkv5_count(D, L, F, V) + L * (2 * D + 10 * D * M + 2 * D * R)
+
+
 def rwkv7_count(D, L, w, a, v, g, V=65536):
   """Embedding and head; a block: r, k, v, o and channels of 4 D (12 D^2), low-rank pairs, six mixes and one, w0, a0, v0, three
   vectors of keys and bonus, a norm of heads and two of the block (19 D); the first block mixes in no values; two norms."""
@@ -135,8 +168,8 @@ COUNTED = {
   name: formula(*sizes)
   for formula, table in (
     (gpt_count, GPT), (llama_count, LLAMA), (lstm_count, {n: (d,) for n, d in ZAREMBA.items()}), (h3_count, H3),
-    (mamba_count, MAMBA), (mamba2_count, MAMBA2), (rwkv7_count, RWKV7), (mixtral_count, MIXTRAL), (jamba_count, JAMBA),
-    (moe_lstm_count, MOE_LSTM))
+    (mamba_count, MAMBA), (mamba2_count, MAMBA2), (rwkv4_count, RWKV4), (rwkv5_count, RWKV5), (rwkv6_count, RWKV6),
+    (rwkv7_count, RWKV7), (mixtral_count, MIXTRAL), (jamba_count, JAMBA), (moe_lstm_count, MOE_LSTM))
   for name, sizes in table.items()
 }
 
@@ -159,6 +192,15 @@ def test_published(name):
 def test_zaremba_in_millions(name):
   """20M and 66M parameters, as papers that compare with them quote medium and large."""
   assert {200: 4.65e6, 650: 19.8e6, 1500: 66.0e6}[ZAREMBA[name]] == pytest.approx(lstm_count(ZAREMBA[name]), rel=0.003)
+
+
+@pytest.mark.parametrize(('name', 'billions'), [
+  ('rwkv5-0.4b', 0.46), ('rwkv5-7b', 7.5), ('rwkv6-1.6b', 1.6), ('rwkv6-3b', 3.1)])
+def test_eagle_and_finch_in_billions(name, billions):
+  """As the paper's abstract has them; and the hidden sizes above are those of the official rule."""
+  assert COUNTED[name] == pytest.approx(billions * 1e9, rel=0.005)
+  D, _, F = (RWKV5 | RWKV6)[name][:3]
+  assert int((D * 3.5) // 32 * 32) == F
 
 
 @pytest.mark.parametrize(('name', 'attention'), [

@@ -1,0 +1,34 @@
+"""RWKV-4 (Peng et al. 2023): the models trained on the Pile. Pre-norm LayerNorm and one more norm after the embedding, time mixing
+and channel mixing of 4 D, no offsets in projections, head of its own."""
+
+from __future__ import annotations
+
+from jaxformer.layers.init import Orthogonal, Uniform
+from jaxformer.layers.norm import LayerNorm
+from jaxformer.layers.rwkv4 import ChannelMix4, TimeMix4
+from jaxformer.models.block import Block, PreNorm
+from jaxformer.models.language_model import LanguageModel
+from jaxformer.models.stack import Group
+from jaxformer.models.zoo.preset import preset
+
+LAYER_NORM = LayerNorm.Config()
+
+
+def rwkv4(
+  width: int, layers: int, *, context: int = 1024, vocab_size: int = 50277, hidden: int | None = None,
+  norm: LayerNorm.Config = LAYER_NORM,
+) -> LanguageModel.Config:
+  """The RWKV-4 architecture."""
+  mixing = ChannelMix4.Config(hidden=hidden or 4 * width)
+  block = Block.Config(branches=tuple(PreNorm.Config(layer=layer, norm=norm) for layer in (TimeMix4.Config(), mixing)))
+  return LanguageModel.Config(
+    vocab_size=vocab_size, width=width, context=context, stack=(Group(pattern=(block,), repeats=layers),), embedding_norm=norm,
+    final_norm=norm, embedding_init=Uniform(bound=1e-4), head_init=Orthogonal(gain=0.5))
+
+
+for name, width, layers in (
+  ('rwkv4-169m', 768, 12), ('rwkv4-430m', 1024, 24), ('rwkv4-1b5', 2048, 24), ('rwkv4-3b', 2560, 32), ('rwkv4-7b', 4096, 32),
+  ('rwkv4-14b', 5120, 40),
+):
+  preset(name, 'rwkv4', rwkv4(width, layers))
+preset('rwkv4-tiny', 'rwkv4', rwkv4(128, 4, context=256, vocab_size=264))
