@@ -19,7 +19,7 @@ from jaxformer.sharding import MeshConfig, batch_sharding, make_mesh, use_mesh
 every = pytest.mark.parametrize('name', TINY)
 all_kinds = pytest.mark.parametrize('name', [*TINY, *CLASSIFIERS])
 LENGTH = 40
-THOROUGH = ('llama3-tiny', 's4-tiny')   # with every remat policy and on every mesh; the others with what is most likely to break
+THOROUGH = ('llama3-tiny', 's4d-tiny')   # with every remat policy and on every mesh; the others with what is most likely to break
 
 
 def batch_of(case, segments_BT=None):
