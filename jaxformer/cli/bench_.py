@@ -22,7 +22,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
   parser.add_argument('--steps', type=int, default=10, help='training steps measured (10); 0 leaves training out')
   parser.add_argument('--context', type=int, action='append', help='tokens in the prompt before decoding is measured; may be given '
                       'several times')
-  parser.add_argument('--new-tokens', type=int, default=32, help='tokens decoded at each context (32); 0 leaves decoding out')
+  parser.add_argument('--new-tokens', type=int, default=128, help='tokens decoded at each context (128); 0 leaves decoding out')
   parser.add_argument('--json', action='store_true')
 
 
