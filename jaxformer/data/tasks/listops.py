@@ -10,7 +10,7 @@ from jaxtyping import Int64
 from jaxformer.config import InputError
 from jaxformer.data import order
 from jaxformer.data.dataset import AnyBatch, Kind
-from jaxformer.data.tasks.task import Side, TaskConfig, labelled, random_bits
+from jaxformer.data.tasks.task import GeneratedTask, Side, labelled, random_bits
 
 OPERATORS = ('MAX', 'MIN', 'MED', 'SM')
 CLOSE = 10 + len(OPERATORS)
@@ -19,7 +19,7 @@ NESTED = 0.25   # how often an argument is a list
 NAMES = (*'0123456789', *(f'[{name}' for name in OPERATORS), ']')
 
 
-class ListOps(TaskConfig):
+class ListOps(GeneratedTask):
   """The value, 0 to 9, of an expression such as `[MAX 2 9 [MIN 4 7 ] 0 ]` (Nangia and Bowman 2018; at the lengths of the Long Range
   Arena, Tay et al. 2021, section 2.2.1).
 
@@ -38,7 +38,6 @@ class ListOps(TaskConfig):
   max_length: int = 2000
   train_sequences: int | None = 96_000
   test_sequences: int = 2000
-  seed: int = 0
 
   def validate(self) -> None:
     self.require(self.max_depth >= 2, 'max_depth', 'at least 2: the digit inside a list counts')
@@ -47,7 +46,7 @@ class ListOps(TaskConfig):
     largest = expression_length(self.max_depth, self.max_args)
     self.require(self.min_length + 1 < largest, 'min_length', f'below {largest - 1}: no expression of this depth is longer')
     self.require(self.max_length > max(self.min_length + 1, 4), 'max_length', 'at least 5 and 2 more than min_length')
-    self.check_sizes(self.train_sequences, self.test_sequences)
+    super().validate()
 
   @property
   def positions(self) -> int:
@@ -56,14 +55,6 @@ class ListOps(TaskConfig):
   @property
   def kind(self) -> Kind:
     return Kind(vocab_size=len(NAMES), classes=10)
-
-  @property
-  def train_rows(self) -> int | None:
-    return self.train_sequences
-
-  @property
-  def test_rows(self) -> int:
-    return self.test_sequences
 
   def rows(self, side: Side, index_N: Int64[np.ndarray, ' N']) -> AnyBatch:
     seeds = random_bits(order.key(self.seed, self.tag, side), index_N, 1)[:, 0]

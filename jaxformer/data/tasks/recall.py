@@ -10,10 +10,10 @@ from jaxtyping import Int64
 
 from jaxformer.data import order
 from jaxformer.data.dataset import AnyBatch, Kind
-from jaxformer.data.tasks.task import Side, TaskConfig, asked_last, below, random_bits
+from jaxformer.data.tasks.task import GeneratedTask, Side, asked_last, below, random_bits
 
 
-class InductionHead(TaskConfig):
+class InductionHead(GeneratedTask):
   """Recall the token that followed a special one: `a b c => d e f ... x y =>`, asked for d.
 
   `length` random symbols, of which one at a uniform place (not among the last two) is replaced by the special token; then the
@@ -23,14 +23,11 @@ class InductionHead(TaskConfig):
 
   length: int = 30
   vocab_size: int = 20
-  train_sequences: int | None = None
-  test_sequences: int = 1000
-  seed: int = 0
 
   def validate(self) -> None:
     self.require(self.length >= 3, 'length', 'at least 3')
     self.require(self.vocab_size >= 4, 'vocab_size', 'at least 4')
-    self.check_sizes(self.train_sequences, self.test_sequences)
+    super().validate()
 
   @property
   def positions(self) -> int:
@@ -39,14 +36,6 @@ class InductionHead(TaskConfig):
   @property
   def kind(self) -> Kind:
     return Kind(vocab_size=self.vocab_size)
-
-  @property
-  def train_rows(self) -> int | None:
-    return self.train_sequences
-
-  @property
-  def test_rows(self) -> int:
-    return self.test_sequences
 
   def rows(self, side: Side, index_N: Int64[np.ndarray, ' N']) -> AnyBatch:
     special, each = self.vocab_size - 2, np.arange(index_N.size)
@@ -57,7 +46,7 @@ class InductionHead(TaskConfig):
     return asked_last(tokens, tokens[each, place + 1], side)
 
 
-class AssociativeRecall(TaskConfig):
+class AssociativeRecall(GeneratedTask):
   """Recall the value of a key: `a 2 c 4 b 3 a 2 ... => b`, asked for 3.
 
   In each sequence every key has a value of its own, drawn at random; `length` / 2 pairs of a random key and its value follow each
@@ -68,14 +57,11 @@ class AssociativeRecall(TaskConfig):
 
   length: int = 20
   vocab_size: int = 10
-  train_sequences: int | None = None
-  test_sequences: int = 1000
-  seed: int = 0
 
   def validate(self) -> None:
     self.require(self.length >= 2 and self.length % 2 == 0, 'length', 'even and at least 2')
     self.require(self.vocab_size >= 4, 'vocab_size', 'at least 4')
-    self.check_sizes(self.train_sequences, self.test_sequences)
+    super().validate()
 
   @property
   def positions(self) -> int:
@@ -84,14 +70,6 @@ class AssociativeRecall(TaskConfig):
   @property
   def kind(self) -> Kind:
     return Kind(vocab_size=self.vocab_size)
-
-  @property
-  def train_rows(self) -> int | None:
-    return self.train_sequences
-
-  @property
-  def test_rows(self) -> int:
-    return self.test_sequences
 
   def rows(self, side: Side, index_N: Int64[np.ndarray, ' N']) -> AnyBatch:
     special, pairs, N = self.vocab_size - 2, self.length // 2, index_N.size

@@ -42,17 +42,39 @@ class TaskConfig(DatasetConfig, abstract=True):
     """The sequences of a side with these numbers, from 0. The same whatever else is asked for, and on any machine."""
     raise NotImplementedError
 
-  def check_sizes(self, train: int | None, test: int) -> None:
-    """For `validate` of a task with fields `train_sequences` and `test_sequences`."""
-    self.require(train is None or train > 0, 'train_sequences', 'positive, or none for no end of them')
-    self.require(test > 0, 'test_sequences', 'positive')
-
   def fingerprint(self) -> str:
     """A hash (hex) that changes when the sequences do: of the first of each side."""
     return hash_of(self.rows('train', np.arange(64)), self.rows('test', np.arange(min(64, self.test_rows))))
 
   def open(self, cache_dir: Path | str | None = None, log: Log | None = None, tokenizer: Tokenizer | None = None) -> TaskDataset:
     return TaskDataset(self)
+
+
+class GeneratedTask(TaskConfig, abstract=True):
+  """Base of the tasks whose sequences a program makes.
+
+  Attributes:
+    train_sequences: how many are shown over and over; None for no end of them.
+    test_sequences: how many score a model.
+    seed: of all of them.
+  """
+
+  train_sequences: int | None = None
+  test_sequences: int = 1000
+  seed: int = 0
+
+  def validate(self) -> None:
+    endless = self.train_sequences is None
+    self.require(endless or self.train_sequences > 0, 'train_sequences', 'positive, or none for no end of them')
+    self.require(self.test_sequences > 0, 'test_sequences', 'positive')
+
+  @property
+  def train_rows(self) -> int | None:
+    return self.train_sequences
+
+  @property
+  def test_rows(self) -> int:
+    return self.test_sequences
 
 
 class TaskDataset(Dataset):
