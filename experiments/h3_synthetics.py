@@ -6,12 +6,25 @@ each, attention and H3 solve both in the paper, and S4D neither (35.6 % and 86.0
 
     python experiments/h3_synthetics.py
 
-Two blocks of width 32, each a mixer and a feed-forward layer of 128 units, the same for all; learned positions for attention alone.
-5,000 sequences to learn from and 1,000 others to be scored by; batches of 32, AdamW. Each mixer is trained at the same learning
-rates and shown at its best.
+As the authors train them: two blocks of width 32, each a mixer and a feed-forward layer of 128 units, a tenth of the embeddings
+dropped, 5,000 sequences in batches of 32, every token a target; learned positions for attention alone. They are scored by the last
+token of 1,000 other sequences. All mixers have the same steps and learning rate, a sixth of the authors' steps at twice their rate.
 
-Cost: COST
-Result: RESULT
+Cost: a quarter of an hour on two CPU cores.
+Result (jax 0.10.2, seed 0), right answers after 10,000 steps at 1e-3:
+
+    task        mixer         lr 0.001      best
+    induction   attention        5.10%     5.10%
+    induction   h3             100.00%   100.00%
+    induction   s4d              8.20%     8.20%
+    recall      attention       99.20%    99.20%
+    recall      h3             100.00%   100.00%
+    recall      s4d             87.70%    87.70%
+
+H3 solves both, S4D neither, as published (attention, too, needs longer for the first). It is a matter of how soon as well as of
+whether: after `--tasks induction --steps 20000` all three are right (attention 100.00 %, H3 99.90 %, S4D 99.70 %), and after 6,000
+steps at 3e-3 S4D leads there (67.70 %, H3 13.70 %, attention 4.70 %). Associative recall is where S4D stays behind: 82.50 % and
+87.60 % after 6,000 steps at 1e-3 and 3e-3, H3 100.00 % and 99.90 %.
 """
 
 from __future__ import annotations
@@ -63,8 +76,8 @@ def accuracy(task: str, mixer: str, learning_rate: float, args: argparse.Namespa
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
   parser.add_argument('--tasks', choices=TASKS, nargs='+', default=list(TASKS))
-  parser.add_argument('--steps', type=int, default=6000)
-  parser.add_argument('--learning-rates', type=float, nargs='+', default=[1e-3, 3e-3])
+  parser.add_argument('--steps', type=int, default=10_000)
+  parser.add_argument('--learning-rates', type=float, nargs='+', default=[1e-3])
   parser.add_argument('--seed', type=int, default=0)
   parser.add_argument('--dir', default='runs/h3-synthetics')
   args = parser.parse_args()
