@@ -10,8 +10,18 @@ has 352 hidden units, each expert 176. The learning rate of each is the best of 
 part; then both train on the same other seeds. The difference is the mean over the seeds of mixture minus dense, in bits a byte of
 held-out text, with the interval in which it lies with 95 % by Student's t on the paired differences. Runs go on where they stopped.
 
-Cost: 12 runs of a minute to a minute and a half on two CPU cores.
-Result: not run at its full length yet; `--steps 20 --seeds 2 --rates 2e-3` shows that it works, and no more.
+Cost: 12 runs of a minute each on two CPU cores.
+Result (jax 0.10.2): no difference seen at this budget. The mixture, with 2.9 times the parameters, is if anything a little behind
+after 300 steps of 2,048 tokens, by less than the seeds differ:
+
+    dense: 871,552 parameters, 871,552 in use by a token
+    mixture: 2,497,664 parameters, 875,648 in use by a token
+    dense    rate 0.001: 2.7252 bits a byte
+    mixture  rate 0.001: 2.7551 bits a byte
+    mixture - dense: +0.0300 +- 0.0656 bits a byte (95 %, paired over 3 seeds)
+
+Both were best at the lowest of the three rates, so the grid ends there for both alike. The load of the busiest expert was 1.16 to
+1.58 times the mean at the end of the runs: balanced, and no router collapsed.
 """
 
 from __future__ import annotations
