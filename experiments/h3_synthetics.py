@@ -22,7 +22,7 @@ Result (jax 0.10.2, seed 0), right answers after 10,000 steps at 1e-3:
     recall      s4d             87.70%    87.70%
 
 H3 solves both, S4D neither, as published (attention, too, needs longer for the first). This budget was chosen after shorter and
-longer runs had been seen, and on the first language the order hangs on it: after 
+longer runs had been seen, and on the first language the order hangs on it: after
 `--tasks induction --steps 20000` all three are right (attention 100.00 %, H3 99.90 %, S4D 99.70 %), and after 6,000
 steps at 3e-3 S4D leads there (67.70 %, H3 13.70 %, attention 4.70 %). Associative recall is where S4D stays behind: 82.50 % and
 87.60 % after 6,000 steps at 1e-3 and 3e-3, H3 100.00 % and 99.90 %.
