@@ -33,6 +33,7 @@ import dataclasses
 import os
 import sys
 import time
+from collections.abc import Callable
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 
@@ -40,6 +41,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxformer.data import Batch
+from jaxformer.models.language_model import ModelConfig
 from jaxformer.models.params import define
 from jaxformer.models.zoo import PRESETS
 from jaxformer.planning.compiler import topology_mesh
@@ -62,7 +64,7 @@ class Case:
   mesh: MeshConfig
   batch: int
   length: int
-  remat: str
+  remat: str = 'full'
 
 
 CASES = (
@@ -73,8 +75,9 @@ CASES = (
 )
 
 
-def compiled(case: Case) -> jax.stages.Compiled:
-  definition, mesh, rules = define(PRESETS[case.preset].model), topology_mesh(case.topology, case.mesh), case.mesh.rules
+def compiled(case: Case, model: ModelConfig) -> jax.stages.Compiled:
+  """The training step of a model on the slice of a case."""
+  definition, mesh, rules = define(model), topology_mesh(case.topology, case.mesh), case.mesh.rules
   optimizer = Optimizer.of(AdamW(), Cosine(), 10_000, definition)
   shapes = {n: jax.ShapeDtypeStruct(i.shape, i.dtype) for n, i in definition.info.items()}
   key = jax.eval_shape(lambda: jax.random.key(0))
@@ -86,19 +89,20 @@ def compiled(case: Case) -> jax.stages.Compiled:
     return step.trace(state, Batch(ids, ids, None)).lower(lowering_platforms=('tpu',)).compile()
 
 
-def row(case: Case) -> str:
+def row(case: Case, flops: Callable[[Case], str] = lambda case: '') -> str:
+  """A line of the table; `flops` gives one more column for a step that fits."""
   began = time.perf_counter()
   try:
-    step = compiled(case)
+    step = compiled(case, PRESETS[case.preset].model)
   except jax.errors.JaxRuntimeError as e:   # the compiler knows the chip's memory
     figures = next((line for line in str(e).splitlines() if 'xceeded' in line or 'Used' in line), str(e).splitlines()[0])[:120]
     figures = f'does not fit: {figures.strip()}'
   else:
-    memory = step.memory_analysis()
+    seconds, memory = time.perf_counter() - began, step.memory_analysis()
     sent = ', '.join(f'{kind} {t.bytes / GIB:.2f}' for kind, t in sorted(collectives(step).items()) if t.bytes > GIB / 200)
     held = f'{memory.argument_size_in_bytes / GIB:9.2f} {memory.temp_size_in_bytes / GIB:11.2f}'
-    figures = f'{held} {time.perf_counter() - began:9.0f}  {sent}'
-  mesh = ' '.join(f'{a} {getattr(case.mesh, a)}' for a in ('data', 'fsdp', 'tensor') if getattr(case.mesh, a) > 1)
+    figures = f'{held} {seconds:9.0f}{flops(case)}  {sent}'
+  mesh = ' '.join(f'{a} {getattr(case.mesh, a)}' for a in ('data', 'fsdp', 'expert', 'tensor') if getattr(case.mesh, a) > 1)
   return f'{case.preset:12} {case.topology:10} {mesh:16} {case.batch:>3} x {case.length:<5} {case.remat:6} {figures}'
 
 
