@@ -11,7 +11,7 @@ import statistics
 import time
 from typing import Any
 
-from jaxformer.cli.common import Overrides, amount, answer, experiment_of, note, table
+from jaxformer.cli.common import Overrides, amount, answer, experiment_of, join_processes, note, table
 from jaxformer.config import InputError
 
 OVERRIDES = True
@@ -35,6 +35,7 @@ def run(args: argparse.Namespace, overrides: Overrides) -> None:
   if args.new_tokens == 1 or any(c < 1 for c in args.context or ()):
     raise InputError('--context must be positive, and --new-tokens at least 2 (or 0 for no decoding)')
   experiment = experiment_of(args.target, overrides)
+  join_processes()
   value: dict[str, Any] = {'name': args.target, 'device': jax.devices()[0].device_kind, 'devices': jax.device_count()}
   if args.steps:
     value['training'] = training(experiment, args.steps)

@@ -81,9 +81,25 @@ def of_data(path: str) -> bool:
 # ---- output -----------------------------------------------------------------------------------------------------------
 
 
+_speaks = True
+
+
 def note(line: str) -> None:
   """Progress and remarks: stderr."""
-  print(line, file=sys.stderr, flush=True)
+  if _speaks:
+    print(line, file=sys.stderr, flush=True)
+
+
+def join_processes() -> None:
+  """Joins the processes that run this command together (`jaxformer.training.processes`); after that the first alone says what comes
+  of it, and each what goes wrong with it."""
+  global _speaks
+  from jaxformer.training.processes import join
+  if join(log=note) is not None:
+    import jax
+    if jax.process_index() > 0:
+      _speaks = False
+      sys.stdout = open(os.devnull, 'w')   # noqa: SIM115  (until the program ends)
 
 
 def answer(value: Any, as_json: bool, lines: Callable[[], list[str]]) -> None:

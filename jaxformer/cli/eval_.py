@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from jaxformer.cli.common import Overrides, answer, load_trained, note, of_data
+from jaxformer.cli.common import Overrides, answer, join_processes, load_trained, note, of_data
 from jaxformer.config import InputError, override
 
 OVERRIDES = True
@@ -32,6 +32,7 @@ def run(args: argparse.Namespace, overrides: Overrides) -> None:
   for option in ('batch_size', 'batches'):
     if (given := getattr(args, option)) is not None and given < 1:
       raise InputError(f'--{option.replace("_", "-")} {given}: must be positive')
+  join_processes()
   trained = load_trained(args.run_name)
   for path, _ in overrides:
     if not of_data(path) or path.startswith('data.tokenizer'):

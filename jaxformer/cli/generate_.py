@@ -10,7 +10,7 @@ import argparse
 import sys
 from typing import Any
 
-from jaxformer.cli.common import Overrides, load_writer, sampling_arguments, sampling_of
+from jaxformer.cli.common import Overrides, join_processes, load_writer, sampling_arguments, sampling_of
 from jaxformer.config import InputError
 
 OVERRIDES = False
@@ -40,6 +40,7 @@ def run(args: argparse.Namespace, overrides: Overrides) -> None:
   sampling = sampling_of(args)
   if args.max_new_tokens < 1:
     raise InputError(f'--max-new-tokens {args.max_new_tokens}: must be positive')
+  join_processes()
   trained = load_writer(args.run_name, '`jaxformer generate`')
   texts = [sys.stdin.read() if p == '-' else p for p in args.prompt or ['']]
   prompts = [trained.tokenizer.encode(t).tolist() for t in texts]

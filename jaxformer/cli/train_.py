@@ -13,7 +13,7 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from jaxformer.cli.common import Overrides, answer, experiment_of, foreign_weights, note, trained_folder
+from jaxformer.cli.common import Overrides, answer, experiment_of, foreign_weights, join_processes, note, trained_folder
 from jaxformer.config import InputError
 
 OVERRIDES = True
@@ -43,6 +43,7 @@ def run(args: argparse.Namespace, overrides: Overrides) -> int:
   from jaxformer.planning.cost import flops_per_token
   from jaxformer.planning.hardware import chip
   from jaxformer.training import check, train
+  join_processes()
   check(experiment)   # before the text is read, which may take long
   init_from = None if args.init_from is None else initial(args.init_from, experiment)
   dataset = open_data(experiment.data, log=note)

@@ -1,15 +1,12 @@
-"""A training program for tests that kill it: `python program.py FOLDER CACHE DEVICES [PROCESS PROCESSES PORT]`."""
+"""A training program for tests that kill it: `python program.py FOLDER CACHE`."""
 
 import sys
 
 import jax
 
 jax.config.update('jax_platforms', 'cpu')
-jax.config.update('jax_num_cpu_devices', int(sys.argv[3]))
+jax.config.update('jax_num_cpu_devices', 1)
 jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.2)
-if len(sys.argv) > 4:
-  jax.distributed.initialize(
-    f'127.0.0.1:{sys.argv[6]}', num_processes=int(sys.argv[5]), process_id=int(sys.argv[4]), initialization_timeout=60)
 
 from jaxformer.data import open_data  # noqa: E402  (jax must be set up first)
 from jaxformer.training import load_experiment, train  # noqa: E402

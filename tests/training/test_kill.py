@@ -4,19 +4,15 @@ import contextlib
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import jax
-import numpy as np
 import pytest
 
 from jaxformer import config
-from jaxformer.sharding import MeshConfig
-from jaxformer.training import train
 from jaxformer.training.checkpoint import steps_in
 from jaxformer.training.run import read_metrics
 from tests.training.compare import assert_same, curve
@@ -35,8 +31,8 @@ def written(experiment):
   return folder
 
 
-def start(experiment, devices=1, *distributed):
-  command = [sys.executable, HERE / 'program.py', written(experiment), CACHE, devices, *distributed]
+def start(experiment):
+  command = [sys.executable, HERE / 'program.py', written(experiment), CACHE]
   return subprocess.Popen([str(c) for c in command], env=environment(), stderr=subprocess.PIPE, text=True)
 
 
@@ -114,38 +110,10 @@ def test_a_scheduler_that_wants_the_machine_back_gets_75(long, whole, tmp_path):
 
 def test_a_full_disk_is_said_plainly(long, tmp_path):
   """A limit on the size of files stands in for the disk."""
-  program = [sys.executable, str(HERE / 'program.py'), str(written(long('full'))), str(CACHE), '1']
+  program = [sys.executable, str(HERE / 'program.py'), str(written(long('full'))), str(CACHE)]
   command = ['bash', '-c', 'trap "" XFSZ; ulimit -f 60; exec "$@"', '-', *program]   # KiB, less than the arrays have
   env = environment() | {'JAX_ENABLE_COMPILATION_CACHE': 'false'}   # its files would be cut short too
   done = subprocess.run(command, env=env, stderr=subprocess.PIPE, text=True, check=False, timeout=180)
   assert done.returncode == 1
   assert f'warning: checkpoint 20 in {tmp_path}/full/checkpoints: ' in done.stderr
   assert 'SaveError: checkpoint 40' in done.stderr.splitlines()[-1]
-
-
-def free_port():
-  with socket.socket() as s:
-    s.bind(('127.0.0.1', 0))
-    return s.getsockname()[1]
-
-
-def together(experiment):
-  port = free_port()
-  return [start(experiment, 2, i, 2, port) for i in range(2)]
-
-
-def test_two_processes_train_as_one_and_stop_together(experiment, dataset, tmp_path):
-  def make(name):
-    return experiment(name, steps=40, checkpoint_every=20, eval_every=40, eval_batches=1, mesh=MeshConfig(data=2, fsdp=2))
-
-  train(make('alone'), dataset=dataset, devices=jax.devices()[:4], log=lambda line: None)
-  programs = together(make('two'))
-  wait_for(lambda: steps_done(tmp_path / 'two') >= 3, programs[0])
-  programs[1].send_signal(signal.SIGTERM)   # the one that writes nothing
-  ends = [finish(p) for p in programs]
-  assert [code for code, _ in ends] == [75, 75], ends
-  ends = [finish(p) for p in together(make('two'))]
-  assert [code for code, _ in ends] == [0, 0], ends
-  one, two = ([r for r in curve(tmp_path / n) if 'train/loss' in r] for n in ('alone', 'two'))
-  assert [r['step'] for r in one] == [r['step'] for r in two] == list(range(1, 41))
-  np.testing.assert_allclose([r['train/loss'] for r in one], [r['train/loss'] for r in two], atol=1e-4)

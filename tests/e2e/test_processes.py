@@ -1,0 +1,95 @@
+"""Several real processes on this machine: they train as one, stop as one, and other numbers of them go on."""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from jaxformer.training.checkpoint import steps_in
+from jaxformer.training.run import read_metrics
+from tests.e2e.program import SMALL, environment
+from tests.training.compare import curve, meta
+
+pytestmark = pytest.mark.e2e
+STEPS, DEVICES = 40, 4
+TRAIN = ['train', 'gpt2-tiny', *SMALL, '--training.steps', str(STEPS), '--training.eval-every', str(STEPS),
+         '--training.checkpoint-every', str(STEPS)]
+SHARDED, WHOLE = ['--mesh.data', '2', '--mesh.fsdp', '2'], ['--mesh.data', '4', '--mesh.rules', 'data_parallel']
+
+
+def start(count, words, folder, cache):
+  """`jaxformer train WORDS` in `count` processes that share four devices."""
+  with socket.socket() as s:
+    s.bind(('127.0.0.1', 0))
+    port = s.getsockname()[1]
+
+  def process(i):
+    own = {'XLA_FLAGS': f'--xla_force_host_platform_device_count={DEVICES // count}'}
+    if count > 1:
+      own |= {'JAXFORMER_COORDINATOR': f'127.0.0.1:{port}', 'JAXFORMER_PROCESSES': str(count), 'JAXFORMER_PROCESS': str(i)}
+    return subprocess.Popen(
+      [sys.executable, '-m', 'jaxformer', *TRAIN, *words], cwd=folder, env=environment(cache) | own, stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE, text=True)
+
+  return [process(i) for i in range(count)]
+
+
+def finish(programs, timeout=240):
+  """(exit code, stdout, stderr) of each; none outlives the test."""
+  try:
+    said = [p.communicate(timeout=timeout) for p in programs]
+  finally:
+    for p in programs:
+      p.kill()
+  return [(p.returncode, *s) for p, s in zip(programs, said, strict=True)]
+
+
+def losses(folder):
+  return {r['step']: r['train/loss'] for r in curve(folder) if 'train/loss' in r}
+
+
+@pytest.fixture(scope='module')
+def home(tmp_path_factory, cache):
+  """A folder with `runs/alone`, by one process, and `runs/two`, by two of which the second was asked to stop."""
+  folder = tmp_path_factory.mktemp('processes')
+  alone, = finish(start(1, [*SHARDED, '--run.name', 'alone'], folder, cache))
+  assert alone[0] == 0, alone
+  two, end = start(2, [*SHARDED, '--run.name', 'two'], folder, cache), time.monotonic() + 200
+  while max((r['step'] for r in read_metrics(folder / 'runs' / 'two')), default=0) < 3 and time.monotonic() < end:
+    assert [p.poll() for p in two] == [None, None], finish(two)
+    time.sleep(0.005)
+  os.kill(two[1].pid, signal.SIGTERM)   # the one that writes nothing
+  ended = finish(two)
+  assert [code for code, _, _ in ended] == [75, 75], ended
+  assert ended[0][2].count('the same command goes on from there') == 1
+  assert 'the same command' not in ended[1][2]
+  return folder
+
+
+def test_the_preempted_step_is_one(home):
+  steps = steps_in(home / 'runs' / 'two' / 'checkpoints')
+  assert len(steps) == 1
+  assert 3 <= steps[0] < STEPS
+  assert max(losses(home / 'runs' / 'two')) == steps[0]
+
+
+@pytest.mark.parametrize(('count', 'mesh'), [(2, SHARDED), (1, WHOLE), (4, SHARDED)], ids=['two', 'one, whole', 'four'])
+def test_other_numbers_of_processes_go_on(home, cache, count, mesh):
+  """With the same next examples, so with the same losses as one process that was never stopped, to 1e-5; across meshes to 1e-4."""
+  name, runs = f'on-{count}', home / 'runs'
+  shutil.copytree(runs / 'two', runs / name)
+  first = steps_in(runs / name / 'checkpoints')[0]
+  done = finish(start(count, [*mesh, '--run.name', name], home, cache))
+  assert [code for code, _, _ in done] == [0] * count, done
+  assert f'at step {first}' in done[0][2]
+  alone, again = losses(runs / 'alone'), losses(runs / name)
+  assert list(again) == list(alone) == list(range(1, STEPS + 1))
+  np.testing.assert_allclose(list(again.values()), list(alone.values()), rtol=1e-5 if mesh == SHARDED else 1e-4)
+  assert meta(runs / name, STEPS)['data'] == meta(runs / 'alone', STEPS)['data']
+  assert [out.count('run folder: ') for _, out, _ in done] == [1] + [0] * (count - 1)   # one of them speaks
