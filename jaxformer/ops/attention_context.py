@@ -10,7 +10,6 @@ Dims: B batch, T queries of a shard, S all keys, H query heads, G key/value head
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
@@ -61,8 +60,8 @@ def _block(size: int) -> int:
 
 
 def _workers(n: int) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
-  """From the shard that has a half in its part to the one that works on it, for the first and for the second halves of parts. Half
-  2 i or 2 i + 1 of shard i is worked on by the shard of that number, counted from the end where there is none: a permutation each."""
+  """From the shard that has a half in its part to the one that works on it, for the first and for the second halves of parts: two
+  permutations. A half is worked on by the shard of its own number, counted from the end where there is none."""
   def to(half: int) -> int:
     return min(half, 2 * n - 1 - half)
 

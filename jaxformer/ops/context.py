@@ -129,6 +129,11 @@ def from_after(x: Array, axes: Axes) -> Array:
   return lax.ppermute(x, axes, [(i + 1, i) for i in range(lax.axis_size(axes) - 1)])
 
 
+def of_first(x: Array, axes: Axes) -> Array:
+  """`x` of the first shard, on all."""
+  return lax.psum(jnp.where(lax.axis_index(axes) == 0, x, jnp.zeros((), x.dtype)), axes)
+
+
 def of_last(x: Array, axes: Axes) -> Array:
   """`x` of the last shard, on all."""
   mine = lax.axis_index(axes) == lax.axis_size(axes) - 1

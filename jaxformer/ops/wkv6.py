@@ -81,11 +81,10 @@ def wkv6(
   if route != 'pallas':
     r, k, v, log_decay, u_HK = (x.astype(jnp.float32) for x in (r, k, v, log_decay, u_HK))
   S = jnp.zeros((B, H, K, V), jnp.float32) if state is None else state.astype(jnp.float32)
-  if axes:
-    token, heads = ('batch', 'time', 'heads', None), ('batch', 'heads', None, None)
-    run = sharding.per_shard(
-      over_time(run, _summary, scaled, axes), (heads, token, token, token, token, ('heads', None), token[:2]), token, heads)
-  y, S = run(S, r, k, v, log_decay, u_HK, starts_BT)
+  token, heads = ('batch', 'time', 'heads', None), ('batch', 'heads', None, None)
+  mapped = run if not axes else sharding.per_shard(
+    over_time(run, _summary, scaled, axes), (heads, token, token, token, token, ('heads', None), token[:2]), token, heads)
+  y, S = mapped(S, r, k, v, log_decay, u_HK, starts_BT)
   return y.astype(dtype), S
 
 

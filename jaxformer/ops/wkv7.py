@@ -74,10 +74,9 @@ def wkv7(
       return wkv7_naive(r, w, k, v, a, b, state, starts)
     return wkv7_chunked(r, w, k, v, a, b, state, starts, precision=precision)
 
-  if axes:
-    token, heads = ('batch', 'time', 'heads', None), ('batch', 'heads', None, None)
-    run = per_shard(_over_time(run, axes), (heads, *(token,) * 6, token[:2]), token, heads)
-  y, state = run(state, *args, starts_BT)
+  token, heads = ('batch', 'time', 'heads', None), ('batch', 'heads', None, None)
+  mapped = per_shard(_over_time(run, axes), (heads, *(token,) * 6, token[:2]), token, heads) if axes else run
+  y, state = mapped(state, *args, starts_BT)
   return y.astype(v_BTHV.dtype), state
 
 
