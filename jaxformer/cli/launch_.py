@@ -41,11 +41,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Planned:
-  """One job and what it will take."""
+  """One job and what it will take; `least_bytes` is of one device's memory."""
 
   job: Any
   experiment: Any
   estimate: Any
+  least_bytes: int
 
 
 def run(args: argparse.Namespace, overrides: Overrides) -> int:
@@ -94,9 +95,9 @@ def plan(args: argparse.Namespace, engine: Any, overrides: Overrides) -> list[Pl
       folder=pathlib.Path(HERE if '://' in experiment.run.dir else experiment.run.dir).expanduser(), target=target,
       spot=args.spot, source=source)
     engine.check(job)
-    check_on(experiment, target)
+    least = check_on(experiment, target)
     utilisation = UTILISATION if args.utilisation is None else args.utilisation
-    planned.append(Planned(job, experiment, estimate(experiment, target, args.spot, utilisation)))
+    planned.append(Planned(job, experiment, estimate(experiment, target, args.spot, utilisation), least))
   return planned
 
 
@@ -115,6 +116,9 @@ def summary(engine: Any, planned: list[Planned]) -> list[str]:
   lines += [f'  {line}' for line in table(rows)]
   bound = ', on demand; spot capacity costs less, as the market has it' if first.at_most else ''
   lines.append(f'price an hour: {money(first.price_per_hour)}{bound}')
+  memory = max(p.least_bytes for p in planned) / 1e9
+  lines.append(f'memory a device: at least {memory:,.3g} GB of {job.target.device_memory_bytes / 1e9:.3g} (parameters, gradients, '
+               'optimizer); `jaxformer plan` for what comes on top')
   return [*lines, *(f'submitted by: {command}' for command in shown(engine, planned))]
 
 
@@ -126,8 +130,8 @@ def shown(engine: Any, planned: list[Planned]) -> list[str]:
 def value(engine: Any, planned: list[Planned], files: dict[pathlib.Path, str]) -> dict[str, Any]:
   return {
     'engine': engine.tag.lower(), 'target': planned[0].job.target.name, 'spot': planned[0].job.spot,
-    'jobs': [{'name': p.job.name, 'command': engine.command(p.job), 'train': p.job.words} | dataclasses.asdict(p.estimate)
-             for p in planned],
+    'jobs': [{'name': p.job.name, 'command': engine.command(p.job), 'train': p.job.words} | dataclasses.asdict(p.estimate) | {
+      'least_bytes_per_device': p.least_bytes} for p in planned],
     'price': sum(p.estimate.price for p in planned),
     'files': {str(path): text for path, text in files.items()}}
 

@@ -67,7 +67,8 @@ def test_a_dry_run_prints_file_and_plan_and_writes_nothing(folder, tools, capsys
   assert main([*SKY, '--dry-run']) == 0
   out, err = capsys.readouterr()
   assert '==== runs/gpt2-tiny.sky.yaml ====\nname: gpt2-tiny\n' in out
-  assert 'price an hour: $' in out
+  assert 'price an hour: $43.20, on demand' in out   # 16 chips at $2.70
+  assert 'memory a device: at least 0.0138 GB of 33.6' in out   # 16 bytes a parameter, a copy on every device
   assert err == ''
   assert list(folder.iterdir()) == calls() == []
 

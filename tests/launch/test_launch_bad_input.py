@@ -42,6 +42,7 @@ CASES = [
   # whether it fits the chips
   ('sky gpt2-tiny --run.dir gs://b/r --target v6e-16', '16 devices', 'batch_size / accumulate = 8', 'multiple of the 16 parts'),
   (f'{SKY} --mesh.fsdp 3', '16 devices', 'fsdp 3'),
+  ('sky llama2-7b --run.dir gs://b/r --target v6e-16 --training.batch-size 16', '107.8 GB a device', '74.3 GB more', '--mesh.fsdp'),
   (f'{SKY} --model.heads 5', 'heads = 5'),
   # where the run is kept
   ('sky gpt2-tiny --target v6e-8 --spot', "run.dir = 'runs'", 'gs://', 'spot'),
