@@ -27,8 +27,9 @@ def check_on(experiment: Experiment, target: Target) -> int:
   try:
     least = _least_bytes(experiment, _mesh(experiment, target))
     if least > there:
-      raise InputError(f'parameters, gradients and optimizer take {least / 1e9:,.1f} GB a device, {(least - there) / 1e9:,.1f} GB more '
-                       'than there is; divide them over more devices (--mesh.fsdp, --mesh.tensor), or take a larger target')
+      raise InputError(
+        f'parameters, gradients and optimizer take {least / 1e9:,.1f} GB a device, {(least - there) / 1e9:,.1f} GB more than there '
+        'is; divide them over more devices (--mesh.fsdp, --mesh.tensor), or take a larger target')
   except InputError as e:
     raise InputError(f'--target {target.name} ({target.devices} devices of {there / 1e9:.3g} GB): {e}') from None
   return least

@@ -295,6 +295,12 @@ def test_yaml_reads_back():
   assert yaml.safe_load(to_yaml(value)) == value
 
 
+def test_no_launcher_is_needed_to_train():
+  package = HERE.parent.parent / 'jaxformer'
+  loads = re.compile(r'^\s*(import|from) (sky|xpk|submitit|googleapiclient|google)\b', re.MULTILINE)
+  assert [str(f) for f in package.rglob('*.py') if loads.search(f.read_text())] == []
+
+
 def test_the_command_line_names_the_engines():
   from jaxformer.cli.launch_ import NAMES
   assert tuple(ENGINES) == NAMES
