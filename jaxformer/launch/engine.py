@@ -25,12 +25,14 @@ class Engine(Config, abstract=True):
     get: how to get it.
     chips: chips that it serves, and what it calls them.
     sources: what it can bring to the machines.
+    wheels: where a wheel may be.
   """
 
   program: ClassVar[str]
   get: ClassVar[str]
   chips: ClassVar[dict[str, str]]
   sources: ClassVar[tuple[type[Source], ...]] = (Git, Wheel, WorkingDirectory)
+  wheels: ClassVar[tuple[str, ...]] = ('file', 'https')
 
   def default_source(self) -> Source:
     """What the machines install when the user does not say. Raises `InputError` where there is nothing to assume."""
@@ -55,6 +57,9 @@ class Engine(Config, abstract=True):
     if not isinstance(job.source, self.sources):
       raise InputError(f'--source: {self.tag.lower()} does not take {job.source.called}; must be '
                        f'{", ".join(s.called for s in self.sources)}')
+    if isinstance(job.source, Wheel) and job.source.scheme not in self.wheels:
+      places = ' or '.join('a file' if w == 'file' else f'at {w}://' for w in self.wheels)
+      raise InputError(f'--source {job.source.path}: {self.tag.lower()} takes a wheel that is {places}')
     why = None if job.remote else self.loses(job)
     if why is not None:
       raise InputError(f'run.dir = {job.run_dir!r}: must be on object storage, as in --run.dir gs://BUCKET/runs; {why}')

@@ -42,6 +42,7 @@ class GCloud(Engine):
   get = 'https://cloud.google.com/sdk/docs/install'
   chips = {'v4': 'v4', 'v5e': 'v5litepod', 'v5p': 'v5p', 'v6e': 'v6e'}
   sources = (Git, Wheel)
+  wheels = ('gs', 'https')
 
   def validate(self):
     self.require(self.max_restarts >= 0, 'max_restarts', 'at least 0')
@@ -58,8 +59,6 @@ class GCloud(Engine):
     if not standard(job.target) and job.target.chip.name != 'v4':
       raise InputError(f'--target {job.target.name} of {shape(job.target)}: gcloud takes topologies of v4 alone, slices of other '
                        'chips by their size; the standard topology, or xpk')
-    if isinstance(job.source, Wheel) and job.source.local:
-      raise InputError(f'--source {job.source.path}: gcloud copies no files to its machines; must be at gs:// or https://')
 
   def create(self, job: Job) -> list[str]:
     """The command as words; the file of the machines is beside the script that has it."""

@@ -57,7 +57,12 @@ class Wheel(Source):
 
   @property
   def local(self) -> bool:
-    return '://' not in self.path
+    return self.scheme == 'file'
+
+  @property
+  def scheme(self) -> str:
+    """Of the URL; 'file' for a file here."""
+    return self.path.partition('://')[0] if '://' in self.path else 'file'
 
   def requirement(self, extra):
     return f'{self.path}[{extra}]' if self.local else f'jaxformer[{extra}] @ {self.path}'
@@ -193,7 +198,7 @@ def environment(requirement: str, folder: str) -> list[str]:
   its own. Both arguments are shell text."""
   return [
     'export PATH="$HOME/.local/bin:$PATH"',
-    'command -v uv >/dev/null || curl -LsSf https://astral.sh/uv/install.sh | sh',
+    '{ command -v uv >/dev/null || curl -LsSf https://astral.sh/uv/install.sh | sh; }',
     f'uv venv --quiet --allow-existing --python {PYTHON} {folder}',
     f'uv pip install --quiet --python {folder} {requirement}',
     f'export PATH={folder}/bin:$PATH']

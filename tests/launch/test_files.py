@@ -267,8 +267,10 @@ def test_a_wheel_here_goes_along():
   words = XPK(cluster='c').arguments(job('v6e-8', Wheel(path='dist/j-0.1-py3-none-any.whl')))
   assert '--script-dir=dist' in words
   assert "'./j-0.1-py3-none-any.whl[tpu]'" in words[-1]
-  with pytest.raises(InputError, match='must be at gs:// or https://'):
+  with pytest.raises(InputError, match='gcloud takes a wheel that is at gs:// or at https://'):
     GCloud().check(job('v6e-8', Wheel(path='dist/j.whl')))
+  with pytest.raises(InputError, match='sky takes a wheel that is a file or at https://'):
+    Sky().check(job('v6e-8', Wheel(path=WHEEL)))
 
 
 def test_sweeps_are_products_with_names_of_their_own():
