@@ -41,12 +41,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Planned:
-  """One job and what it will take; `least_bytes` is of one device's memory."""
+  """One job and what it will take; `memory` of each device."""
 
   job: Any
   experiment: Any
   estimate: Any
-  least_bytes: int
+  memory: Any
 
 
 def run(args: argparse.Namespace, overrides: Overrides) -> int:
@@ -95,9 +95,9 @@ def plan(args: argparse.Namespace, engine: Any, overrides: Overrides) -> list[Pl
       folder=pathlib.Path(HERE if '://' in experiment.run.dir else experiment.run.dir).expanduser(), target=target,
       spot=args.spot, source=source)
     engine.check(job)
-    least = check_on(experiment, target)
+    memory = check_on(experiment, target)
     utilisation = UTILISATION if args.utilisation is None else args.utilisation
-    planned.append(Planned(job, experiment, estimate(experiment, target, args.spot, utilisation), least))
+    planned.append(Planned(job, experiment, estimate(experiment, target, args.spot, utilisation), memory))
   return planned
 
 
@@ -116,9 +116,11 @@ def summary(engine: Any, planned: list[Planned]) -> list[str]:
   lines += [f'  {line}' for line in table(rows)]
   bound = ', on demand; spot capacity costs less, as the market has it' if first.at_most else ''
   lines.append(f'price an hour: {money(first.price_per_hour)}{bound}')
-  memory = max(p.least_bytes for p in planned) / 1e9
-  lines.append(f'memory a device: at least {memory:,.3g} GB of {job.target.device_memory_bytes / 1e9:.3g} (parameters, gradients, '
-               'optimizer); `jaxformer plan` for what comes on top')
+  memory, there = max(p.memory.total for p in planned), job.target.device_memory_bytes
+  fits = 'fits' if memory <= there else (
+    f'{(memory - there) / 1e9:,.3g} GB too much: --training.remat full, --training.accumulate or a larger target')
+  lines.append(f'memory a device: about {memory / 1e9:,.3g} GB of {there / 1e9:.3g}, {fits} '
+               '(`jaxformer plan --compile` asks the compiler)')
   return [*lines, *(f'submitted by: {command}' for command in shown(engine, planned))]
 
 
@@ -131,7 +133,7 @@ def value(engine: Any, planned: list[Planned], files: dict[pathlib.Path, str]) -
   return {
     'engine': engine.tag.lower(), 'target': planned[0].job.target.name, 'spot': planned[0].job.spot,
     'jobs': [{'name': p.job.name, 'command': engine.command(p.job), 'train': p.job.words} | dataclasses.asdict(p.estimate) | {
-      'least_bytes_per_device': p.least_bytes} for p in planned],
+      'memory_bytes_per_device': p.memory.total} for p in planned],
     'price': sum(p.estimate.price for p in planned),
     'files': {str(path): text for path, text in files.items()}}
 

@@ -40,7 +40,7 @@ CASES = [
   ('xpk gpt2-tiny --target v6e-16 --run.dir gs://b/r', 'xpk.cluster', '--xpk.cluster NAME'),
   (f'{SKY} --xpk.cluster x --xpk.zone z', '--xpk.cluster'),
   # whether it fits the chips
-  ('sky gpt2-tiny --run.dir gs://b/r --target v6e-16', '16 devices', 'batch_size / accumulate = 8', 'multiple of the 16 parts'),
+  ('sky gpt2-tiny --run.dir gs://b/r --target v6e-16', '16 devices', 'batch_size = 8', 'multiple of 16'),
   (f'{SKY} --mesh.fsdp 3', '16 devices', 'fsdp 3'),
   ('sky llama2-7b --run.dir gs://b/r --target v6e-16 --training.batch-size 16', '107.8 GB a device', '74.3 GB more', '--mesh.fsdp'),
   (f'{SKY} --model.heads 5', 'heads = 5'),
