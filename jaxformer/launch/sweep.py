@@ -1,0 +1,46 @@
+"""A sweep: the product of a few values of a few fields, a job each."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Sequence
+
+from jaxformer.config import InputError
+
+Override = tuple[str, str]
+
+
+def grid(sweeps: Sequence[str]) -> list[tuple[str, tuple[Override, ...]]]:
+  """(what to add to the name of the run, overrides) for each point; one without overrides where nothing is swept.
+
+  A sweep is `FIELD=VALUE,VALUE,...`; a field that no other sweep names is called by its last part.
+  """
+  axes = [_axis(text) for text in sweeps]
+  fields = [field for field, _ in axes]
+  if twice := next((f for f in fields if fields.count(f) > 1), None):
+    raise InputError(f'--sweep {twice}: given twice')
+  lasts = [field.rpartition('.')[2] for field in fields]
+  labels = [last if lasts.count(last) == 1 else field for field, last in zip(fields, lasts, strict=True)]
+  points = []
+  for values in itertools.product(*(values for _, values in axes)):
+    name = ''.join(f'-{label}-{_word(value)}' for label, value in zip(labels, values, strict=True))
+    points.append((name, tuple(zip(fields, values, strict=True))))
+  names = [name for name, _ in points]
+  if twice := next((n for n in names if names.count(n) > 1), None):
+    raise InputError(f'--sweep: two runs would be called {twice.removeprefix("-")}')
+  return points
+
+
+def _axis(text: str) -> tuple[str, list[str]]:
+  field, equals, values = text.partition('=')
+  field = field.removeprefix('--').replace('-', '_')
+  if not equals or not field or not all(values.split(',')):
+    raise InputError(f'--sweep {text}: must be FIELD=VALUE,VALUE,... as in optimizer.learning-rate=1e-3,3e-4')
+  if field.partition('.')[0] == 'run':
+    raise InputError(f'--sweep {text}: the runs of a sweep are named by what differs; must be a field outside `run`')
+  return field, values.split(',')
+
+
+def _word(value: str) -> str:
+  return re.sub(r'[^\w.+-]+', '-', value).strip('-')
