@@ -1,4 +1,4 @@
-"""What the TPU's compiler makes of a training step whose sequences are divided over four chips, or whose copies are on two slices."""
+"""What the TPU's compiler makes of a training step whose sequences are divided over four chips, or that is on two slices."""
 
 from __future__ import annotations
 

@@ -112,7 +112,8 @@ MESHES = {
   'context2-expert2-tensor2': MeshConfig(data=1, context=2, expert=2, tensor=2),
   'replica2-context2-fsdp2': MeshConfig(data=1, replica=2, context=2, fsdp=2, rules='fsdp'),
 }
-MIXTURES = {'mixtral-tiny': ['context4-fsdp2', 'expert4-fsdp2', 'context2-expert2-tensor2'], 'jamba-tiny': ['context2-expert2-tensor2']}
+MIXTURES = {'mixtral-tiny': ['context4-fsdp2', 'expert4-fsdp2', 'context2-expert2-tensor2'],
+            'jamba-tiny': ['context2-expert2-tensor2']}
 
 
 def meshes_for(name):

@@ -55,7 +55,8 @@ def equal_in_time(f, *arguments, n: int, **sizes: int):
   def both(*arguments):
     def score(*arguments):
       out = f(*arguments)
-      return sum(jnp.sum(jnp.sin(y + jnp.arange(y.shape[1]).reshape(1, -1, *(1,) * (y.ndim - 2)))) for y in jax.tree.leaves(out)), out
+      places = [jnp.arange(y.shape[1]).reshape(1, -1, *(1,) * (y.ndim - 2)) for y in jax.tree.leaves(out)]
+      return sum(jnp.sum(jnp.sin(y + t)) for y, t in zip(jax.tree.leaves(out), places, strict=True)), out
     return jax.grad(score, argnums=tuple(range(len(arguments))), has_aux=True)(*arguments)
 
   gradients, out = jax.jit(lambda *a: both(*a))(*arguments)
