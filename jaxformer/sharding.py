@@ -347,9 +347,18 @@ def per_shard(
     taken = {
       name: entry for axes, spec in zip(in_axes, specs, strict=True) for name, entry in zip(axes or (), spec, strict=False) if name}
     out = tuple(PartitionSpec(*(taken.get(name) if name else None for name in axes)) for axes in out_axes)
-    return jax.shard_map(f, mesh=mesh, in_specs=tuple(specs), out_specs=out if len(out) > 1 else out[0], check_vma=False)(*args)
+    specs = tuple(s if a is None else _naming_single(s, np.ndim(a), mesh) for s, a in zip(specs, args, strict=True))
+    return jax.shard_map(f, mesh=mesh, in_specs=specs, out_specs=out if len(out) > 1 else out[0], check_vma=False)(*args)
 
   return mapped
+
+
+def _naming_single(spec: PartitionSpec, ndim: int, mesh: Mesh) -> PartitionSpec:
+  """The same partition, naming the mesh axes of one device too: a gradient is added up over all that an argument does not name."""
+  entries = [(e,) if isinstance(e, str) else tuple(e or ()) for e in (*spec, *(None,) * (ndim - len(spec)))]
+  named = {n for e in entries for n in e}
+  single = tuple(n for n, size in mesh.shape.items() if size == 1 and n not in named)
+  return PartitionSpec((*entries[0], *single), *entries[1:]) if ndim else spec
 
 
 def param_sharding(mesh: Mesh, rules: Rules | str, name: str, axes: Sequence[str | None], shape: Sequence[int]) -> NamedSharding:

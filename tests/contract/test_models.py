@@ -112,14 +112,14 @@ MESHES = {
   'context2-expert2-tensor2': MeshConfig(data=1, context=2, expert=2, tensor=2),
   'replica2-context2-fsdp2': MeshConfig(data=1, replica=2, context=2, fsdp=2, rules='fsdp'),
 }
-MIXTURES = ('mixtral-tiny', 'jamba-tiny')
+MIXTURES = {'mixtral-tiny': ['context4-fsdp2', 'expert4-fsdp2', 'context2-expert2-tensor2'],
+            'jamba-tiny': ['context2-expert2-tensor2']}
 
 
 def meshes_for(name):
   if name in THOROUGH:
     return [m for m in MESHES if 'expert' not in m]
-  mixed = ['expert4-fsdp2', 'context2-expert2-tensor2'] if name in MIXTURES else []
-  return ['fsdp4-tensor2', 'context4-fsdp2', *mixed]
+  return ['fsdp4-tensor2', *MIXTURES.get(name, ['context4-fsdp2'])]
 
 
 @functools.cache

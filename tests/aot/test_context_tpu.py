@@ -1,0 +1,71 @@
+"""What the TPU's compiler makes of a training step whose sequences are divided over four chips, or that is on two slices."""
+
+from __future__ import annotations
+
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from jaxformer.data import Batch
+from jaxformer.layers.mamba import Mamba
+from jaxformer.models.params import define
+from jaxformer.models.zoo.llama import LLAMA3, llama
+from jaxformer.models.zoo.mamba import mamba
+from jaxformer.planning.program import list_collectives
+from jaxformer.sharding import MeshConfig, batch_sharding, make_mesh, use_mesh
+from jaxformer.training.checkpoint import abstract_state
+from jaxformer.training.optimizer import AdamW, Optimizer
+from jaxformer.training.schedule import Constant
+from jaxformer.training.step import StepConfig, TrainState, compiled_train_step, state_shardings
+
+pytest.importorskip('libtpu', reason='needs libtpu, the compiler for TPUs (pip install jaxformer[tpu])')
+pytestmark = pytest.mark.tpu_compiler
+
+B, T, D = 4, 8192, 256
+MODELS = {
+  'mamba': mamba(Mamba.Config(), D, 2, vocab_size=1024, context=T),
+  'llama': llama(D, 2, 512, 4, 2, vocab_size=1024, context=T, rotary=LLAMA3),
+}
+
+
+def compiled_step(model, config: MeshConfig, slices: int = 1) -> jax.stages.Compiled:
+  from jax.experimental import topologies
+  devices = topologies.get_topology_desc(platform='tpu', topology_name='v5e:2x4', num_slices=slices).devices
+  definition, mesh, rules = define(model), make_mesh(config, devices), config.rules
+  optimizer = Optimizer.of(AdamW(), Constant(), 1000, definition)
+  shapes = {n: jax.ShapeDtypeStruct(i.shape, i.dtype) for n, i in definition.info.items()}
+  key = jax.eval_shape(lambda: jax.random.key(0))
+  state = TrainState(jax.ShapeDtypeStruct((), jnp.int32), shapes, jax.eval_shape(optimizer.init, shapes), key)
+  state = abstract_state(state, state_shardings(definition, optimizer, mesh, rules))
+  ids = jax.ShapeDtypeStruct((B, T), jnp.int32, sharding=batch_sharding(mesh, rules))
+  with use_mesh(mesh, rules):
+    step = compiled_train_step(definition, optimizer, StepConfig(dtype=jnp.bfloat16, remat='full'), mesh, rules)
+    return step.trace(state, Batch(ids, ids, ids)).lower(lowering_platforms=('tpu',)).compile()
+
+
+def numbers(shape: str) -> int:
+  return math.prod(int(d) for d in re.findall(r'\d+', shape.split('[')[1]))
+
+
+@pytest.mark.parametrize('name', MODELS)
+def test_a_long_sequence_is_divided_over_four_chips(name):
+  compiled = compiled_step(MODELS[name], MeshConfig(data=1, fsdp=2, context=4))
+  sequence = B // 2 * T * D
+  kinds = 'all-gather', 'all-reduce', 'all-to-all'
+  large = [c for c in list_collectives(compiled) if c.kind in kinds and max(map(numbers, c.shapes)) >= sequence // 4]
+  if name == 'mamba':
+    assert not large
+  else:   # keys and values of all positions, two of four heads
+    assert large
+    assert {max(map(numbers, c.shapes)) for c in large} == {sequence // 2}
+
+
+def test_a_step_compiles_for_two_slices():
+  model, fits = MODELS['llama'], {'data': 1, 'fsdp': 4, 'tensor': 2}
+  one = compiled_step(model, MeshConfig(**fits)).memory_analysis()
+  two = compiled_step(model, MeshConfig(replica=2, **fits), slices=2).memory_analysis()
+  ids = 3 * 4 * B // 4 * T   # a chip's part of the batch, of which two slices share the rows
+  assert one.argument_size_in_bytes - two.argument_size_in_bytes == ids // 2
