@@ -1,9 +1,23 @@
-"""What models are trained on: text (sources, tokenizers, a cache on disk) and tasks, in batches that resume exactly.
+"""What models are trained on: text (sources, tokenizers, a cache on disk), pairs of texts, and tasks, in batches that resume
+exactly.
 
 Start with `dataset.py`: `open_data(DataConfig(...))` or `open_data(Digits())` gives a `Dataset`.
 """
 
-from jaxformer.data.dataset import Batch, Dataset, DatasetConfig, FeatureBatch, Kind, TrainBatches, open_data
+from jaxformer.data.dataset import (
+  Batch,
+  Dataset,
+  DatasetConfig,
+  FeatureBatch,
+  HeldOutPair,
+  Kind,
+  PairBatch,
+  TrainBatches,
+  open_data,
+)
+from jaxformer.data.pair_tokenizer import PairTokenizer, source_of
+from jaxformer.data.pairs import PairDataset, Pairs
+from jaxformer.data.parallel import JsonLines, Pair, PairCorpus, Parquet, Tsv, TwoFiles
 from jaxformer.data.pipeline import DataConfig, Packed, Packing, RandomWindows, Stream, TextDataset
 from jaxformer.data.readers import Document
 from jaxformer.data.sources import Files, HuggingFace, Mixture, Part, PydocTopics, Source, StandardLibrary
@@ -39,13 +53,22 @@ __all__ = [
   'Document',
   'FeatureBatch',
   'Files',
+  'HeldOutPair',
   'HuggingFace',
   'InductionHead',
+  'JsonLines',
   'Kind',
   'ListOps',
   'Mixture',
   'Packed',
   'Packing',
+  'Pair',
+  'PairBatch',
+  'PairCorpus',
+  'PairDataset',
+  'PairTokenizer',
+  'Pairs',
+  'Parquet',
   'Part',
   'PydocTopics',
   'RandomWindows',
@@ -59,8 +82,11 @@ __all__ = [
   'TokenizerConfig',
   'TokenizerFile',
   'TrainBatches',
+  'Tsv',
+  'TwoFiles',
   'cache_dir',
   'load_tokenizer',
   'open_data',
+  'source_of',
   'train_bpe',
 ]
