@@ -23,8 +23,10 @@ from jaxformer.data.readers import Document
 from jaxformer.data.sources import Files, HuggingFace, Mixture, Part, PydocTopics, Source, StandardLibrary
 from jaxformer.data.splits import ByDocument, ByPosition, Split
 from jaxformer.data.storage import cache_dir
+from jaxformer.data.tasks.dates import Dates
 from jaxformer.data.tasks.digits import Digits
 from jaxformer.data.tasks.listops import ListOps
+from jaxformer.data.tasks.pair_task import PairTask
 from jaxformer.data.tasks.recall import AssociativeRecall, InductionHead
 from jaxformer.data.tasks.task import TaskConfig
 from jaxformer.data.tokenizers import (
@@ -49,6 +51,7 @@ __all__ = [
   'DataConfig',
   'Dataset',
   'DatasetConfig',
+  'Dates',
   'Digits',
   'Document',
   'FeatureBatch',
@@ -66,6 +69,7 @@ __all__ = [
   'PairBatch',
   'PairCorpus',
   'PairDataset',
+  'PairTask',
   'PairTokenizer',
   'Pairs',
   'Parquet',

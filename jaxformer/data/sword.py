@@ -126,8 +126,8 @@ def _download(name: str, packages: list[str], work: Path, log: Log) -> None:
   log(f'downloading the packages {listed}')
   _command(
     ['apt-get', 'download', *packages],
-    f'{name}: the packages {listed} cannot be downloaded, nor are they installed. Debian and Ubuntu have them: get their .deb files on '
-    'such a system (`apt-get download`, after `apt-get update`) and give their folder as --packages DIR', work)
+    f'{name}: the packages {listed} cannot be downloaded, nor are they installed. Debian and Ubuntu have them: get their .deb '
+    'files on such a system (`apt-get download`, after `apt-get update`) and give their folder as --packages DIR', work)
 
 
 def _command(words: list[str], failure: str, folder: Path | None = None) -> None:

@@ -7,7 +7,7 @@ import re
 from typing import Literal
 
 from jaxformer.config import Config, InputError, nearest, types_of
-from jaxformer.data import DataConfig, DatasetConfig, Kind, TaskConfig
+from jaxformer.data import DataConfig, DatasetConfig, Kind, Pairs, TaskConfig
 from jaxformer.models.language_model import ModelConfig
 from jaxformer.models.stack import REMAT
 from jaxformer.sharding import MeshConfig
@@ -127,8 +127,13 @@ def check_fit(model: ModelConfig, data: DatasetConfig, vocab_size: int | None = 
   mine = Kind(*(getattr(model, name, None) for name in Kind._fields))
   if (mine.classes is None) != (kind.classes is None):
     able, asked = ('names one of its classes', 'ask for tokens') if mine.classes else ('predicts tokens', 'ask for a class')
-    fitting = [t.tag for t in _tasks(classes=mine.classes is not None)] + ([] if mine.classes else [DataConfig.tag])
+    tasks = _tasks(classes=mine.classes is not None)
+    fitting = [t.tag for t in tasks if (t.kind.source_vocab_size is None) == (mine.source_vocab_size is None)]
+    fitting += [] if mine.classes else [Pairs.tag if mine.source_vocab_size is not None else DataConfig.tag]
     raise InputError(f'data = {data.tag}: a {model.tag} {able}, and these data {asked}{nearest("", fitting)}')
+  if (mine.source_vocab_size is None) != (kind.source_vocab_size is None):
+    able, asked = ('reads one text', 'are pairs of texts') if kind.source_vocab_size is not None else ('translates', 'are no pairs')
+    raise InputError(f'data = {data.tag}: a {model.tag} {able}, and these data {asked}')
   if mine.features != kind.features:
     has, reads = ('tokens' if n is None else f'{n} numbers' for n in (kind.features, mine.features))
     raise InputError(f'data = {data.tag}: have {has} at each position, and model.input reads {reads}')
