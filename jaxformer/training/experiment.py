@@ -117,11 +117,13 @@ def _tasks(classes: bool) -> list[TaskConfig]:
   return [task for task in (t() for t in whole) if (task.kind.classes is not None) == classes]
 
 
-def check_fit(model: ModelConfig, data: DatasetConfig, vocab_size: int | None = None) -> None:
+def check_fit(
+  model: ModelConfig, data: DatasetConfig, vocab_size: int | None = None, source_vocab_size: int | None = None
+) -> None:
   """Raises `InputError` where a model cannot read the data, or cannot answer what they ask.
 
   Args:
-    vocab_size: of the data once they are open; by default what their config tells.
+    vocab_size, source_vocab_size: of the data once they are open; by default what their config tells.
   """
   kind = data.kind
   mine = Kind(*(getattr(model, name, None) for name in Kind._fields))
@@ -139,7 +141,10 @@ def check_fit(model: ModelConfig, data: DatasetConfig, vocab_size: int | None = 
     raise InputError(f'data = {data.tag}: have {has} at each position, and model.input reads {reads}')
   if mine.classes is not None and kind.classes is not None and mine.classes < kind.classes:
     raise InputError(f'model.classes = {mine.classes}: must be at least {kind.classes}, those of {data.tag}')
-  wanted, whose = vocab_size or kind.vocab_size, 'the tokenizer' if isinstance(data, DataConfig) else data.tag
+  wanted, whose = vocab_size or kind.vocab_size, 'the tokenizer' if isinstance(data, DataConfig | Pairs) else data.tag
   if mine.vocab_size is not None and wanted is not None and wanted > mine.vocab_size:
     field = 'model.vocab_size' if mine.classes is None else 'model.input.vocab_size'
     raise InputError(f'{field} = {mine.vocab_size}: must be at least {wanted}, those of {whose}')
+  wanted = source_vocab_size or kind.source_vocab_size
+  if mine.source_vocab_size is not None and wanted is not None and wanted > mine.source_vocab_size:
+    raise InputError(f'model.source_vocab_size = {mine.source_vocab_size}: must be at least {wanted}, those of {whose}')
