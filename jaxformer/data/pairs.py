@@ -196,12 +196,13 @@ class PairDataset(Dataset):
     index = np.sort(np.concatenate(self._validation.members))
     if (chosen := spread(index.size, 1, limit)) is not None:
       index = index[chosen]
-    return [HeldOutPair(np.append(source.ids(i), np.int32(self._ends[0])), texts[i].source, texts[i].target) for i in index]
+    end = np.int32(self._ends[0])
+    return [HeldOutPair(np.append(source.ids(i), end), texts[i].source, texts[i].target) for i in index.tolist()]
 
   def _batch(self, buckets: Buckets, bucket: int, index_B: Int64[np.ndarray, ' B']) -> PairBatch:
     """The pairs with these numbers, as rows of a bucket."""
     side, (S, T) = buckets.side, buckets.shapes[bucket]
-    return pair_batch([side.source.ids(i) for i in index_B], [side.target.ids(i) for i in index_B], (S, T), self._ends)
+    return pair_batch(*([t.ids(i) for i in index_B.tolist()] for t in (side.source, side.target)), (S, T), self._ends)
 
 
 def end_of(tokenizer: Tokenizer, field: str) -> int:
