@@ -131,7 +131,8 @@ class PairDataset(Dataset):
     self._used = [b for b, m in enumerate(self._train.members) if m.size]
     multiples = self._train.rows(1)
     self._deal = order.Interleave([self._train.members[b].size / multiples[b] for b in self._used])
-    self.size = f'{self._train.fitting:,} pairs of texts'
+    left = self._train.too_long
+    self.size = f'{self._train.fitting:,} pairs of texts' + (f' ({left:,} left out as too long)' if left else '')
     self.manifest: dict[str, Any] = {
       'corpus': corpus,
       'tokenizer': _tokenizer_facts(self.tokenizer),

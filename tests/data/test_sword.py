@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from jaxformer.cli import main
 from jaxformer.config import InputError
 from jaxformer.data import ByDocument, Pairs, Tsv, open_data, sword
 
@@ -87,6 +88,24 @@ def test_verses_are_paired_by_their_place(packages, tmp_path):
   assert sword.prepare('kjv-es', tmp_path / 'again', packages) == manifest
   pairs = Tsv(path=str(tmp_path / 'out' / 'kjv-es.tsv'), document_column=3).pairs()
   assert [p.document for p in pairs] == ['Genesis 1', 'Genesis 1', 'John 3']
+
+
+def test_the_command_prepares_a_corpus_that_the_others_read(packages, tmp_path, capsys):
+  assert main(['data', 'kjv-es', '--out', str(tmp_path / 'out'), '--packages', str(packages)]) == 0
+  first, *_, last = capsys.readouterr().out.splitlines()
+  assert first.startswith(f'{tmp_path}/out/kjv-es.tsv: 3 pairs in 2 chapters, sha256 ')
+  words = last.partition('to use it: ')[2].split()
+  assert words[:4] == ['--data', 'Pairs', '--data.corpus', 'Tsv']
+  assert main(['data', 'train-tokenizer', str(tmp_path / 'tokenizer.json'), '--vocab-size', '262', *words]) == 0
+  own = ['--data.tokenizer', 'TokenizerFile', '--data.tokenizer.path', str(tmp_path / 'tokenizer.json')]
+  assert main(['data', 'info', *words, *own, '--json']) == 0
+  value = json.loads(capsys.readouterr().out)
+  assert value['train']['pairs'] + value['validation']['pairs'] == 3
+  assert value['tokenizer'] == value['source_tokenizer']
+  assert value['tokenizer']['vocab_size'] == 262
+  assert value['corpus']['document_column'] == 3
+  assert main(['data', 'info', *words]) == 0
+  assert 'Tsv, vocabulary 257 to 257; 0 pairs left out with an empty text' in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(('osis', 'text'), [
