@@ -45,7 +45,7 @@ def run(args: argparse.Namespace, overrides: Overrides) -> None:
   if args.by_position and data.kind.classes is not None:
     raise InputError(f'--by-position: {data.tag} asks for one class a sequence')
   dataset = open_data(data, log=note, tokenizer=trained.tokenizer)
-  check_fit(trained.definition.config, data, dataset.vocab_size, dataset.source_vocab_size)
+  check_fit(trained.definition.config, data, dataset.vocab_size)
 
   def batches():
     return dataset.validation_batches(args.batch_size, args.batches)

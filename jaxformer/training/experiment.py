@@ -7,7 +7,7 @@ import re
 from typing import Literal
 
 from jaxformer.config import Config, InputError, nearest, types_of
-from jaxformer.data import DataConfig, DatasetConfig, Kind, Pairs, TaskConfig
+from jaxformer.data import DataConfig, DatasetConfig, Kind, TaskConfig
 from jaxformer.models.language_model import ModelConfig
 from jaxformer.models.stack import REMAT
 from jaxformer.sharding import MeshConfig
@@ -117,34 +117,24 @@ def _tasks(classes: bool) -> list[TaskConfig]:
   return [task for task in (t() for t in whole) if (task.kind.classes is not None) == classes]
 
 
-def check_fit(
-  model: ModelConfig, data: DatasetConfig, vocab_size: int | None = None, source_vocab_size: int | None = None
-) -> None:
+def check_fit(model: ModelConfig, data: DatasetConfig, vocab_size: int | None = None) -> None:
   """Raises `InputError` where a model cannot read the data, or cannot answer what they ask.
 
   Args:
-    vocab_size, source_vocab_size: of the data once they are open; by default what their config tells.
+    vocab_size: of the data once they are open; by default what their config tells.
   """
   kind = data.kind
   mine = Kind(*(getattr(model, name, None) for name in Kind._fields))
   if (mine.classes is None) != (kind.classes is None):
     able, asked = ('names one of its classes', 'ask for tokens') if mine.classes else ('predicts tokens', 'ask for a class')
-    tasks = _tasks(classes=mine.classes is not None)
-    fitting = [t.tag for t in tasks if (t.kind.source_vocab_size is None) == (mine.source_vocab_size is None)]
-    fitting += [] if mine.classes else [Pairs.tag if mine.source_vocab_size is not None else DataConfig.tag]
+    fitting = [t.tag for t in _tasks(classes=mine.classes is not None)] + ([] if mine.classes else [DataConfig.tag])
     raise InputError(f'data = {data.tag}: a {model.tag} {able}, and these data {asked}{nearest("", fitting)}')
-  if (mine.source_vocab_size is None) != (kind.source_vocab_size is None):
-    able, asked = ('reads one text', 'are pairs of texts') if kind.source_vocab_size is not None else ('translates', 'are no pairs')
-    raise InputError(f'data = {data.tag}: a {model.tag} {able}, and these data {asked}')
   if mine.features != kind.features:
     has, reads = ('tokens' if n is None else f'{n} numbers' for n in (kind.features, mine.features))
     raise InputError(f'data = {data.tag}: have {has} at each position, and model.input reads {reads}')
   if mine.classes is not None and kind.classes is not None and mine.classes < kind.classes:
     raise InputError(f'model.classes = {mine.classes}: must be at least {kind.classes}, those of {data.tag}')
-  wanted, whose = vocab_size or kind.vocab_size, 'the tokenizer' if isinstance(data, DataConfig | Pairs) else data.tag
+  wanted, whose = vocab_size or kind.vocab_size, 'the tokenizer' if isinstance(data, DataConfig) else data.tag
   if mine.vocab_size is not None and wanted is not None and wanted > mine.vocab_size:
     field = 'model.vocab_size' if mine.classes is None else 'model.input.vocab_size'
     raise InputError(f'{field} = {mine.vocab_size}: must be at least {wanted}, those of {whose}')
-  wanted = source_vocab_size or kind.source_vocab_size
-  if mine.source_vocab_size is not None and wanted is not None and wanted > mine.source_vocab_size:
-    raise InputError(f'model.source_vocab_size = {mine.source_vocab_size}: must be at least {wanted}, those of {whose}')

@@ -78,7 +78,7 @@ class Setup:
     t, model = experiment.training, experiment.model
     definition, mesh = check(experiment, devices)
     rules = experiment.mesh.rules
-    check_fit(model, experiment.data, dataset.vocab_size, dataset.source_vocab_size)
+    check_fit(model, experiment.data, dataset.vocab_size)
     return cls(
       experiment, definition, dataset, Optimizer.of(experiment.optimizer, experiment.schedule, t.steps, definition), mesh,
       StepConfig(t.accumulate, compute_dtype(t.dtype, mesh), t.remat, t.z_loss),
