@@ -235,6 +235,8 @@ def from_json(data: Any, where: str = '', base: type[Config] = Config) -> Config
   if not isinstance(data, Mapping) or 'type' not in data:
     raise InputError(f'{where or "config"}: expected an object with a "type", found {data!r}')
   cls = config_type(str(data['type']), where or 'type', base)
+  if not issubclass(cls, base):
+    raise InputError(f'{where or "config"} = {cls.tag}: must be {_describe(base)}')
   known = hints(cls)
   for name in data:
     if name != 'type' and name not in known:

@@ -25,8 +25,8 @@ from jaxtyping import install_import_hook
 
 # The rooms of plain functions on arrays. Modules and pytrees are built with tracers and placeholders of other shapes by JAX itself.
 install_import_hook(
-  ['jaxformer.ops', 'jaxformer.data.dataset', 'jaxformer.data.pipeline', 'jaxformer.data.order', 'jaxformer.data.tasks',
-   'jaxformer.inference.sampling', 'jaxformer.training.schedule'],
+  ['jaxformer.ops', 'jaxformer.data.dataset', 'jaxformer.data.pipeline', 'jaxformer.data.pairs', 'jaxformer.data.pair_cache',
+   'jaxformer.data.order', 'jaxformer.data.tasks', 'jaxformer.inference.sampling', 'jaxformer.training.schedule'],
   'beartype.beartype')
 
 jax.config.update('jax_num_cpu_devices', 8)

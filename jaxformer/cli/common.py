@@ -149,7 +149,7 @@ def load_trained(run: str, tokenizer: bool = True) -> Trained:
   """A run (`runs/NAME`, `NAME` in `runs`, either with `@STEP`), a folder of Hugging Face weights with a `tokenizer.json`, or a file
   of RWKV weights with a `tokenizer.json` beside it. `tokenizer` False does without the tokenizer."""
   import jaxformer.models.zoo  # noqa: F401  (registers the configs that a saved experiment names)
-  from jaxformer.data import DataConfig, load_tokenizer
+  from jaxformer.data import DataConfig, Pairs, PairTask, load_tokenizer
   from jaxformer.models.params import define
   from jaxformer.training.checkpoint import load_params
   from jaxformer.training.run import load_experiment
@@ -163,7 +163,7 @@ def load_trained(run: str, tokenizer: bool = True) -> Trained:
   experiment = load_experiment(path)
   definition = define(experiment.model)
   params, found = load_params(f'{path}{at}', definition)
-  text = tokenizer and isinstance(experiment.data, DataConfig)
+  text = tokenizer and isinstance(experiment.data, DataConfig | Pairs | PairTask)
   return Trained(path.name, experiment, definition, params, load_tokenizer(path / 'tokenizer') if text else None, found)
 
 

@@ -3,7 +3,7 @@
 RUN is a run folder or a name in runs/, with @STEP for an older checkpoint, or a folder of Hugging Face weights with its
 tokenizer.json. The text is the validation split of the run's own data, or what --data... overrides say:
 --data.source Files --data.source.path other.txt. Bits per byte do not depend on the tokenizer. A model trained on a task is scored
-on its test sequences.
+on its test sequences, one trained on pairs of texts by the bytes of the translations.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, overrides: Overrides) -> None:
-  from jaxformer.data import DataConfig, TextDataset, open_data
+  from jaxformer.data import DataConfig, Pairs, TextDataset, open_data
   from jaxformer.evaluation import evaluate, loss_by_position
   from jaxformer.training.experiment import Experiment, check_fit
   for option in ('batch_size', 'batches'):
@@ -35,12 +35,12 @@ def run(args: argparse.Namespace, overrides: Overrides) -> None:
   join_processes()
   trained = load_trained(args.run_name)
   for path, _ in overrides:
-    if not of_data(path) or path.startswith('data.tokenizer'):
+    if not of_data(path) or path.startswith(('data.tokenizer', 'data.source_tokenizer', 'data.source-tokenizer')):
       raise InputError(f'--{path}: `jaxformer eval` takes overrides of data alone, and the tokenizer is the model\'s own')
   length = min(trained.definition.config.context, 1024)
   experiment = trained.experiment or Experiment(model=trained.definition.config, data=DataConfig(sequence_length=length))
   data = override(experiment, overrides).data
-  if trained.tokenizer is None and isinstance(data, DataConfig):
+  if trained.tokenizer is None and isinstance(data, DataConfig | Pairs):
     raise InputError(f'{args.run_name}: was trained on {experiment.data.tag}, without a tokenizer; it cannot be scored on text')
   check_fit(trained.definition.config, data)
   if args.by_position and data.kind.classes is not None:
@@ -58,6 +58,8 @@ def run(args: argparse.Namespace, overrides: Overrides) -> None:
     value |= {
       'source': dataset.text.source.tag, 'bits_per_byte': r.bits_per_byte, 'perplexity': r.perplexity, 'bytes': r.bytes,
       'unigram_bits_per_byte': dataset.unigram_bits_per_byte(), 'bigram_bits_per_byte': dataset.bigram_bits_per_byte()}
+  elif r.bytes is not None:
+    value |= {'bits_per_byte': r.bits_per_byte, 'perplexity': r.perplexity, 'bytes': r.bytes, 'accuracy': r.accuracy}
   else:
     value['accuracy'] = r.accuracy
   if args.by_position:
@@ -67,6 +69,10 @@ def run(args: argparse.Namespace, overrides: Overrides) -> None:
     head = f'{trained.name} at step {trained.step}, {data.held_out}: {r.count:,} targets'
     if r.bytes is None:
       out = [head, f'  {r.accuracy:.2%} right, {r.loss:.4f} nats a target']
+    elif dataset.source_vocab_size is not None:
+      out = [f'{head}, {r.bytes:,} bytes of translations',
+             f'  {r.bits_per_byte:.4f} bits per byte, {r.loss:.4f} nats a token, perplexity {r.perplexity:.2f}, '
+             f'{r.accuracy:.2%} of tokens right']
     else:
       out = [f'{head}, {r.bytes:,} bytes',
            f'  {value["bits_per_byte"]:.4f} bits per byte (bigram model of bytes {value["bigram_bits_per_byte"]:.4f}, unigram '

@@ -1,16 +1,32 @@
-"""What models are trained on: text (sources, tokenizers, a cache on disk) and tasks, in batches that resume exactly.
+"""What models are trained on: text (sources, tokenizers, a cache on disk), pairs of texts, and tasks, in batches that resume
+exactly.
 
 Start with `dataset.py`: `open_data(DataConfig(...))` or `open_data(Digits())` gives a `Dataset`.
 """
 
-from jaxformer.data.dataset import Batch, Dataset, DatasetConfig, FeatureBatch, Kind, TrainBatches, open_data
+from jaxformer.data.dataset import (
+  Batch,
+  Dataset,
+  DatasetConfig,
+  FeatureBatch,
+  HeldOutPair,
+  Kind,
+  PairBatch,
+  TrainBatches,
+  open_data,
+)
+from jaxformer.data.pair_tokenizer import PairTokenizer, source_of
+from jaxformer.data.pairs import PairDataset, Pairs
+from jaxformer.data.parallel import JsonLines, Pair, PairCorpus, Parquet, Tsv, TwoFiles
 from jaxformer.data.pipeline import DataConfig, Packed, Packing, RandomWindows, Stream, TextDataset
 from jaxformer.data.readers import Document
 from jaxformer.data.sources import Files, HuggingFace, Mixture, Part, PydocTopics, Source, StandardLibrary
 from jaxformer.data.splits import ByDocument, ByPosition, Split
 from jaxformer.data.storage import cache_dir
+from jaxformer.data.tasks.dates import Dates
 from jaxformer.data.tasks.digits import Digits
 from jaxformer.data.tasks.listops import ListOps
+from jaxformer.data.tasks.pair_task import PairTask
 from jaxformer.data.tasks.recall import AssociativeRecall, InductionHead
 from jaxformer.data.tasks.task import TaskConfig
 from jaxformer.data.tokenizers import (
@@ -35,17 +51,28 @@ __all__ = [
   'DataConfig',
   'Dataset',
   'DatasetConfig',
+  'Dates',
   'Digits',
   'Document',
   'FeatureBatch',
   'Files',
+  'HeldOutPair',
   'HuggingFace',
   'InductionHead',
+  'JsonLines',
   'Kind',
   'ListOps',
   'Mixture',
   'Packed',
   'Packing',
+  'Pair',
+  'PairBatch',
+  'PairCorpus',
+  'PairDataset',
+  'PairTask',
+  'PairTokenizer',
+  'Pairs',
+  'Parquet',
   'Part',
   'PydocTopics',
   'RandomWindows',
@@ -59,8 +86,11 @@ __all__ = [
   'TokenizerConfig',
   'TokenizerFile',
   'TrainBatches',
+  'Tsv',
+  'TwoFiles',
   'cache_dir',
   'load_tokenizer',
   'open_data',
+  'source_of',
   'train_bpe',
 ]

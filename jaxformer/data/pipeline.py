@@ -97,6 +97,12 @@ class DataConfig(DatasetConfig):
     return TextDataset(self, tokenizer, caches, [p.weight for p in parts], self.source.manifest(folder))
 
 
+class DataSection(Config):
+  """The section `data` of an experiment alone, for commands that need no model."""
+
+  data: DatasetConfig = DataConfig()
+
+
 def _check_length(data: DataConfig, source: Source, cache: TokenCache) -> None:
   train, validation = cache.train.tokens_N.size, cache.validation.tokens_N.size
   if data.packing.rows(train, data.sequence_length) < 1:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,10 +30,8 @@ def read_documents(path: Path, name: str, text_field: str) -> Iterator[Document]
   Memory holds one document (of Parquet: one batch of rows) at a time. Raises `InputError` that names the file and the place in
   it.
   """
-  try:
+  with reading(path):
     yield from _read(path, name, text_field)
-  except (OSError, EOFError, zlib.error) as e:
-    raise InputError(f'{path}: cannot be read ({getattr(e, "strerror", None) or e})') from None
 
 
 def _read(path: Path, name: str, text_field: str) -> Iterator[Document]:
@@ -103,14 +102,14 @@ def _lines(path: Path) -> Iterator[bytes]:
 
 
 def _json_lines(path: Path, name: str, text_field: str) -> Iterator[Document]:
-  start = 0
-  for number, line in enumerate(_lines(path), 1):
+  for number, row in json_rows(path):
+    yield Document(f'{name}:{number}', text_of(row, text_field, f'{path}:{number}'))
+
+
+def json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+  """The objects of a file of JSON lines, each with the number of its line from 1; blank lines are passed over."""
+  for number, text in text_lines(path):
     where = f'{path}:{number}'
-    try:
-      text = line.decode('utf-8-sig' if number == 1 else 'utf-8')
-    except UnicodeDecodeError as e:
-      raise InputError(f'{where}: not valid UTF-8 at byte offset {start + e.start} (byte 0x{line[e.start]:02x})') from None
-    start += len(line) + 1
     if not text.strip():
       continue
     try:
@@ -119,16 +118,29 @@ def _json_lines(path: Path, name: str, text_field: str) -> Iterator[Document]:
       raise InputError(f'{where}: not valid JSON ({e}); every line must be one JSON object') from None
     if not isinstance(row, dict):
       raise InputError(f'{where}: a JSON {type(row).__name__}; every line must be one JSON object')
-    yield Document(f'{name}:{number}', text_of(row, text_field, where))
+    yield number, row
 
 
-def text_of(row: dict[str, Any], text_field: str, where: str) -> str:
-  """The text in a row. Raises `InputError` that names the row's fields where `text_field` is none of them or holds no text."""
+def text_lines(path: Path) -> Iterator[tuple[int, str]]:
+  """The lines of a file, decompressed, each with its number from 1 and without its end; a byte order mark is left out."""
+  start = 0
+  for number, line in enumerate(_lines(path), 1):
+    try:
+      yield number, line.decode('utf-8-sig' if number == 1 else 'utf-8').removesuffix('\r')
+    except UnicodeDecodeError as e:
+      where = f'{path}:{number}'
+      raise InputError(f'{where}: not valid UTF-8 at byte offset {start + e.start} (byte 0x{line[e.start]:02x})') from None
+    start += len(line) + 1
+
+
+def text_of(row: dict[str, Any], text_field: str, where: str, setting: str = 'text_field') -> str:
+  """The text in a row. Raises `InputError` that names the row's fields where `text_field` is none of them or holds no text, and the
+  `setting` that chose it."""
   if text_field not in row:
-    raise _missing(text_field, list(row), where)
+    raise _missing(text_field, list(row), where, setting)
   value = row[text_field]
   if not isinstance(value, str):
-    raise InputError(f'{where}: field {text_field!r} holds a {type(value).__name__}; text_field must name a field that holds text')
+    raise InputError(f'{where}: field {text_field!r} holds a {type(value).__name__}; {setting} must name a field that holds text')
   if not value.isascii():
     try:
       value.encode()
@@ -137,24 +149,40 @@ def text_of(row: dict[str, Any], text_field: str, where: str) -> str:
   return value
 
 
-def _missing(text_field: str, fields: list[str], where: str) -> InputError:
+def _missing(text_field: str, fields: list[str], where: str, setting: str) -> InputError:
   shown = ', '.join(fields[:24]) + (', ...' if len(fields) > 24 else '') if fields else 'none'
-  return InputError(f'{where}: no field {text_field!r} (text_field); fields there: {shown}')
+  return InputError(f'{where}: no field {text_field!r} ({setting}); fields there: {shown}')
 
 
 def _parquet(path: Path, name: str, text_field: str) -> Iterator[Document]:
+  for number, row in parquet_rows(path, {'text_field': text_field}):
+    yield Document(f'{name}:{number}', text_of(row, text_field, f'{path} row {number}'))
+
+
+def parquet_rows(path: Path, fields: dict[str, str]) -> Iterator[tuple[int, dict[str, Any]]]:
+  """Some fields (by the settings that chose them) of the rows of a Parquet file, each row with its number from 1."""
   import pyarrow as arrow
   import pyarrow.parquet as parquet
 
   try:
     with parquet.ParquetFile(path) as file:
       schema = file.schema_arrow
-      if text_field not in schema.names:
-        raise _missing(text_field, schema.names, str(path))
+      for setting, field in fields.items():
+        if field not in schema.names:
+          raise _missing(field, schema.names, str(path), setting)
       number = 0
-      for batch in file.iter_batches(batch_size=PARQUET_ROWS, columns=[text_field]):
-        for value in batch.column(0).to_pylist():
+      for batch in file.iter_batches(batch_size=PARQUET_ROWS, columns=sorted(set(fields.values()))):
+        for row in batch.to_pylist():
           number += 1
-          yield Document(f'{name}:{number}', text_of({text_field: value}, text_field, f'{path} row {number}'))
+          yield number, row
   except arrow.ArrowException as e:
     raise InputError(f'{path}: cannot be read as Parquet ({str(e).splitlines()[0]})') from None
+
+
+@contextlib.contextmanager
+def reading(path: Path) -> Generator[None]:
+  """Within, failures of the operating system or of decompression become an `InputError` that names the file."""
+  try:
+    yield
+  except (OSError, EOFError, zlib.error) as e:
+    raise InputError(f'{path}: cannot be read ({getattr(e, "strerror", None) or e})') from None

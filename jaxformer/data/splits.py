@@ -52,10 +52,14 @@ class ByDocument(Split):
     if survey.lowest == survey.highest:
       what = 'the corpus is one document' if survey.documents == 1 else f'all {survey.documents} documents are the same'
       raise InputError(f'{self.tag}: {what}, which cannot be divided between training and validation; use the split ByPosition')
-    bound = min(max(int(self.fraction * HASH_RANGE), survey.lowest + 1), survey.highest)
+    bound = self.bound(survey.lowest, survey.highest)
     for document in documents:
       if document.text:
         yield Piece('validation' if content_hash(document.text) < bound else 'train', document.text, True)
+
+  def bound(self, lowest: int, highest: int) -> int:
+    """Documents whose hash is below are for validation; of all hashes, at least the lowest is below and the highest is not."""
+    return min(max(int(self.fraction * HASH_RANGE), lowest + 1), highest)
 
 
 class ByPosition(Split):

@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Int32
 
 from jaxformer.config import Config, InputError, nearest
+from jaxformer.data.pair_tokenizer import SOURCE_FOLDER, PairTokenizer
 from jaxformer.data.sources import Source
 from jaxformer.data.splits import Split, divide
 from jaxformer.data.storage import sha256, write_atomically
@@ -76,14 +77,18 @@ class TokenizerConfig(Config, abstract=True):
   learned: ClassVar[bool] = False
 
   def build(self, source: Source, split: Split) -> Tokenizer:
-    """The tokenizer, learned from the corpus where it is `learned`."""
+    """The tokenizer, learned from the text to train on where it is `learned`."""
+    return self.learn(p.text for p in divide(source.documents, split, source.tag) if p.side == 'train')
+
+  def learn(self, texts: Iterator[str]) -> Tokenizer:
+    """The tokenizer, learned from all of `texts` where it is `learned`, else without a look at them."""
     raise NotImplementedError
 
 
 class Bytes(TokenizerConfig):
   """UTF-8 bytes, and one token for the end of a document: a vocabulary of 257 that any text fits."""
 
-  def build(self, source: Source, split: Split) -> Tokenizer:
+  def learn(self, texts: Iterator[str]) -> Tokenizer:
     return ByteTokenizer()
 
 
@@ -93,11 +98,14 @@ class Characters(TokenizerConfig):
   learned: ClassVar[bool] = True
 
   def build(self, source: Source, split: Split) -> Tokenizer:
+    return self.learn(d.text for d in source.documents())
+
+  def learn(self, texts: Iterator[str]) -> Tokenizer:
     seen: set[str] = set()
-    for document in source.documents():
-      seen.update(document.text)
+    for text in texts:
+      seen.update(text)
     if not seen:
-      raise InputError(f'{source.tag}: the corpus holds no text')
+      raise InputError(f'{self.tag}: the corpus holds no text')
     return CharacterTokenizer(''.join(sorted(seen)))
 
 
@@ -114,8 +122,7 @@ class BytePairs(TokenizerConfig):
   def validate(self) -> None:
     self.require(self.vocab_size >= 257, 'vocab_size', 'at least 257: the bytes and the end of a document')
 
-  def build(self, source: Source, split: Split) -> Tokenizer:
-    texts = (p.text for p in divide(source.documents, split, source.tag) if p.side == 'train')
+  def learn(self, texts: Iterator[str]) -> Tokenizer:
     return FileTokenizer(_learn_pairs(texts, self.vocab_size), END_OF_DOCUMENT, self.tag)
 
 
@@ -126,7 +133,7 @@ class TokenizerFile(TokenizerConfig):
   path: str
   end_of_document: str | None = None
 
-  def build(self, source: Source, split: Split) -> Tokenizer:
+  def learn(self, texts: Iterator[str]) -> Tokenizer:
     path = Path(self.path).expanduser()
     path = path / 'tokenizer.json' if path.is_dir() else path
     try:
@@ -149,12 +156,14 @@ def _configured_end(path: Path) -> str | None:
 def train_bpe(source: Source, vocab_size: int, out_path: Path | str, split: Split | None = None) -> int:
   """Learns byte pairs from a source (with a `split`, from its training side alone) and writes a `tokenizer.json` to `out_path`.
   The same text gives the same file. Returns the size of the vocabulary, smaller than asked where the text runs out of pairs."""
-  vocab_size = BytePairs(vocab_size=vocab_size).vocab_size
   if split is None:
-    texts = (d.text for d in source.documents())
-  else:
-    texts = (p.text for p in divide(source.documents, split, source.tag) if p.side == 'train')
-  data = _learn_pairs(texts, vocab_size)
+    return write_bpe((d.text for d in source.documents()), vocab_size, out_path)
+  return write_bpe((p.text for p in divide(source.documents, split, source.tag) if p.side == 'train'), vocab_size, out_path)
+
+
+def write_bpe(texts: Iterator[str], vocab_size: int, out_path: Path | str) -> int:
+  """`train_bpe` on texts at hand."""
+  data = _learn_pairs(texts, BytePairs(vocab_size=vocab_size).vocab_size)
   out_path = Path(out_path)
   try:
     out_path.parent.mkdir(parents=True, exist_ok=True)
@@ -187,20 +196,26 @@ def load_tokenizer(folder: Path | str) -> Tokenizer:
   """The tokenizer that `save` wrote into a folder, or the `tokenizer.json` of a folder from elsewhere."""
   folder = Path(folder)
   try:
-    if not (folder / KIND_FILE).exists() and (folder / 'tokenizer.json').exists():
-      path = folder / 'tokenizer.json'
-      return FileTokenizer(path.read_text(encoding='utf-8'), _configured_end(path), str(folder))
-    data = json.loads((folder / KIND_FILE).read_text(encoding='utf-8'))
-    if data['kind'] == 'bytes':
-      return ByteTokenizer()
-    if data['kind'] == 'characters':
-      return CharacterTokenizer(data['characters'])
-    model = (folder / 'tokenizer.json').read_text(encoding='utf-8')
-    return FileTokenizer(model, data['end_of_document'], str(folder), find_end=False)
+    if (folder / SOURCE_FOLDER / KIND_FILE).exists():
+      return PairTokenizer(load_tokenizer(folder / SOURCE_FOLDER), _load(folder))
+    return _load(folder)
   except OSError as e:
     raise InputError(f'{folder}: holds no tokenizer ({e.filename}: {e.strerror})') from None
   except (ValueError, KeyError, TypeError) as e:
     raise e if isinstance(e, InputError) else InputError(f'{folder / KIND_FILE}: damaged ({e})') from None
+
+
+def _load(folder: Path) -> Tokenizer:
+  if not (folder / KIND_FILE).exists() and (folder / 'tokenizer.json').exists():
+    path = folder / 'tokenizer.json'
+    return FileTokenizer(path.read_text(encoding='utf-8'), _configured_end(path), str(folder))
+  data = json.loads((folder / KIND_FILE).read_text(encoding='utf-8'))
+  if data['kind'] == 'bytes':
+    return ByteTokenizer()
+  if data['kind'] == 'characters':
+    return CharacterTokenizer(data['characters'])
+  model = (folder / 'tokenizer.json').read_text(encoding='utf-8')
+  return FileTokenizer(model, data['end_of_document'], str(folder), find_end=False)
 
 
 def _save(folder: Path | str, files: dict[str, str]) -> None:

@@ -1,7 +1,18 @@
-"""What a trained model is worth: exact losses, bits per byte, the loss by position."""
+"""What a trained model is worth: exact losses, bits per byte, the loss by position, and scores of translations."""
 
 from __future__ import annotations
 
 from jaxformer.evaluation.language_model import EvalResult, PositionLoss, bits_per_byte, evaluate, loss_by_position
+from jaxformer.evaluation.translation import Translate, TranslationResult, TranslationScores, evaluate_translation
 
-__all__ = ['EvalResult', 'PositionLoss', 'bits_per_byte', 'evaluate', 'loss_by_position']
+__all__ = [
+  'EvalResult',
+  'PositionLoss',
+  'Translate',
+  'TranslationResult',
+  'TranslationScores',
+  'bits_per_byte',
+  'evaluate',
+  'evaluate_translation',
+  'loss_by_position',
+]

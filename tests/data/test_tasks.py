@@ -1,5 +1,7 @@
 """Tasks against oracles that share no code with them, and the order in which they are shown."""
 
+import datetime
+import re
 import sys
 
 import numpy as np
@@ -7,7 +9,7 @@ import pytest
 
 from jaxformer import config
 from jaxformer.config import InputError
-from jaxformer.data import AssociativeRecall, Digits, InductionHead, ListOps, TaskConfig, open_data
+from jaxformer.data import AssociativeRecall, Dates, Digits, InductionHead, ListOps, TaskConfig, open_data
 from jaxformer.data.tasks import digits, listops
 
 pytestmark = pytest.mark.quick
@@ -16,7 +18,7 @@ INDEX = np.arange(300)
 # What the first sequences are, so that a run of today can be repeated: a change here changes every experiment on the task.
 PINNED = {
   SHORT: '906e3f61b31bdb8e', InductionHead(): 'f8de3efdf763ff35',
-  AssociativeRecall(): 'e3edf8542d94ff67', Digits(): 'bc7a1a1ed084f8c2'}
+  AssociativeRecall(): 'e3edf8542d94ff67', Digits(): 'bc7a1a1ed084f8c2', Dates(): '332cc94aada07c4d'}
 
 
 def value_of(words: list[str]) -> tuple[int, int]:
@@ -142,6 +144,61 @@ def test_digits_without_scikit_learn_names_the_extra(monkeypatch):
     open_data(Digits())
 
 
+# ---- dates ------------------------------------------------------------------------------------------------------------
+
+
+def read_date(text: str) -> datetime.date:
+  """A date in any of the forms, by regular expressions and the library's parser of month names."""
+  if found := re.fullmatch(r'(\d{4})/(\d\d)/(\d\d)', text):
+    return datetime.date(*map(int, found.groups()))
+  if found := re.fullmatch(r'(\d\d)\.(\d\d)\.(\d{4})', text):
+    return datetime.date(*map(int, reversed(found.groups())))
+  day, = re.findall(r'\b(\d{1,2})(?:st|nd|rd|th)?\b', text)
+  year, = re.findall(r'\d{4}', text)
+  words = [w for w in re.findall(r'[A-Z][a-z]+', text) if not w.endswith('day')]
+  date = datetime.datetime.strptime(f'{day} {words[0][:3]} {year}', '%d %b %Y').date()
+  assert words[0] in (date.strftime('%B'), date.strftime('%b'))
+  assert date.strftime('%A') in text or 'day' not in text
+  assert not (ordinal := re.findall(r'\d(st|nd|rd|th)', text)) or ordinal == [
+    'th' if 10 < date.day < 14 else {1: 'st', 2: 'nd', 3: 'rd'}.get(date.day % 10, 'th')]
+  return date
+
+
+def test_dates_say_what_they_are_asked_for():
+  task = Dates(first_year=1890, last_year=2110)
+  for side in ('train', 'test'):
+    texts = task.texts(side, np.arange(1500))
+    assert all(read_date(source).isoformat() == target for source, target in texts)
+    assert max(len(source) for source, _ in texts) < task.source_positions
+    assert {len(target) + 1 for _, target in texts} == {task.positions}
+    assert len({re.sub(r'\d+|[A-Z][a-z]+|st|nd|rd|th\b', 'x', source) for source, _ in texts}) >= 8
+  batch = task.rows('test', np.arange(3))
+  for row, (source, target) in enumerate(task.texts('test', np.arange(3))):
+    assert batch.source_BS[row, : len(source) + 1].tolist() == [*source.encode(), 256]
+    assert batch.targets_BT[row].tolist() == [*target.encode(), 256]
+    assert batch.tokens_BT[row].tolist() == [256, *target.encode()]
+
+
+def test_no_day_of_the_test_is_trained_on_in_any_form():
+  few = Dates(first_year=2000, last_year=2000, forms=3)
+  trained = {target for _, target in few.texts('train', np.arange(20_000))}
+  tested = {target for _, target in few.texts('test', np.arange(2000))}
+  assert not trained & tested
+  assert len(trained | tested) == 366
+  assert 20 <= len(tested) <= 54   # a tenth is expected, three standard deviations
+  wider = {t for _, t in Dates(first_year=1999, last_year=2001).texts('test', np.arange(5000)) if t.startswith('2000')}
+  assert wider <= tested
+
+
+@pytest.mark.parametrize(('settings', 'message'), [
+  ({'first_year': 3}, 'first_year = 3: must be 1000 to 9999'), ({'first_year': 2000, 'last_year': 1999}, 'last_year = 1999'),
+  ({'forms': 11}, 'forms = 11: must be 1 to 10'), ({'test_sequences': 0}, 'test_sequences'),
+])
+def test_dates_refuse(settings, message):
+  with pytest.raises(InputError, match=message):
+    Dates(**settings)
+
+
 # ---- what holds for every task ----------------------------------------------------------------------------------------
 
 
@@ -167,11 +224,13 @@ def test_sequences_depend_on_their_number_alone_and_stay(task):
     assert not np.array_equal(whole[0], task.replace(seed=1).rows('test', np.arange(20))[0])
   assert task.fingerprint().startswith(PINNED[task])
   assert config.from_json(config.to_json(task)) == task
-  kind, (inputs, targets, _) = task.kind, whole
+  kind, targets = task.kind, whole.targets_BT
+  inputs = whole.tokens_BT if kind.features is None else whole.features_BTF
   assert inputs.shape[1] == task.positions == targets.shape[1]
   assert inputs.shape[2:] == (() if kind.features is None else (kind.features,))
   assert targets.max() < (kind.classes or kind.vocab_size)
   assert kind.vocab_size is None or 0 <= inputs.min() <= inputs.max() < kind.vocab_size
+  assert kind.source_vocab_size is None or -1 <= whole.source_BS.min() <= whole.source_BS.max() < kind.source_vocab_size
 
 
 def test_hosts_share_a_batch_and_any_step_can_be_asked_for(task):

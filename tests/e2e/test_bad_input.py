@@ -166,7 +166,13 @@ def test_experiment_files(case, refused, folder):
   ('data info --data.sorce Files', ('--data.sorce', 'did you mean source?')),
   ('data info --datas.source Files', ('--datas.source', 'did you mean data?')),
   ('data info --model.width 3', ('--model.width', 'overrides of data alone')),
-  ('data info --data Files', ('--data', 'name a field', 'source')),
+  ('data info --data Files', ('data = Files', 'must be a config', 'DataConfig', 'Pairs')),
+  ('data info --data Digits', ('--data Digits', 'a task', 'DataConfig and Pairs')),
+  ('data info --data Pairs', ('Pairs needs corpus',)),
+  ('data info --data Pairs --data.corpus Tsv --data.corpus.path gone.tsv', ('Tsv.path', 'gone.tsv', 'a file that exists')),
+  ('data kjv-es', ('--out',)),
+  ('data kjv-es --out a --packages gone', ('--packages gone', 'no such folder')),
+  ('data kjv-es --out a --data.corpus Tsv', ('--data.corpus', 'no overrides')),
   ('data train-tokenizer empty --data.source PydocTopics --vocab-size 300', ('empty', 'cannot be written')),
 ])
 def test_data(command, fragments, refused, folder):
