@@ -22,6 +22,8 @@ import time
 from collections.abc import Callable, Mapping
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 from jaxformer.config import InputError
 
@@ -96,6 +98,23 @@ def join(environment: Mapping[str, str] = os.environ, log: Callable[[str], None]
     reason = (str(e).splitlines() or [type(e).__name__])[0]
     where = f'{found.coordinator} ({found.source})' if isinstance(found, Place) else f'the other processes of {found}'
     raise InputError(f'cannot join {where} within {seconds} s: {reason}') from None
+  return found
+
+
+def first_decides(look: Callable[[], bool]) -> bool:
+  """What `look` says on process 0, on all of them: files may differ between hosts, and change while the first one writes. An
+  `InputError` there is one on all."""
+  if jax.process_count() == 1:
+    return look()
+  error, found = None, False
+  if jax.process_index() == 0:
+    try:
+      found = look()
+    except InputError as e:
+      error = e
+  failed, found = (bool(x) for x in multihost_utils.broadcast_one_to_all(np.array([error is not None, found])))
+  if failed:
+    raise error or InputError('process 0 has stopped; its message says why')
   return found
 
 

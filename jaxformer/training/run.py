@@ -30,6 +30,7 @@ from jaxformer import config
 from jaxformer.config import InputError
 from jaxformer.data import Tokenizer
 from jaxformer.training.experiment import Experiment
+from jaxformer.training.processes import first_decides
 
 # What may differ from the saved config when a run goes on: how long, how often, where it runs and what it keeps. Other numbers of
 # steps stretch or shrink a schedule that depends on them, from where the run is.
@@ -86,30 +87,38 @@ class Run:
     """Opens the folder, without writing. Raises `InputError`, naming the fields, if the run there is of another experiment."""
     self.experiment, self.folder = experiment, run_folder(experiment)
     self.writes = jax.process_index() == 0
-    self.fresh = not (self.folder / 'config.json').exists()
     self.changed: list[str] = []
-    if not self.fresh:
-      saved = config.to_json(load_experiment(self.folder))
-      self.changed = config.differences(saved, config.to_json(experiment))
-      fixed = [d for d in self.changed if not d.startswith(tuple(f'{path}{end}' for path in FREE for end in ('.', ':')))]
-      if fixed:
-        lines = '\n  '.join(fixed)
-        raise InputError(f'{self.folder} is a run of another experiment:\n  {lines}\n'
-                         'give this one another --run.name, or go on with the same settings')
-    elif self.folder.exists() and any(self.folder.iterdir()):
-      raise InputError(f'{self.folder} is not empty and not a run folder (it has no config.json); give another --run.name')
+    self.fresh = first_decides(self._is_fresh)
+
+  def _is_fresh(self) -> bool:
+    if not (self.folder / 'config.json').exists():
+      if self.folder.exists() and any(self.folder.iterdir()):
+        raise InputError(f'{self.folder} is not empty and not a run folder (it has no config.json); give another --run.name')
+      return True
+    saved = config.to_json(load_experiment(self.folder))
+    self.changed = config.differences(saved, config.to_json(self.experiment))
+    fixed = [d for d in self.changed if not d.startswith(tuple(f'{path}{end}' for path in FREE for end in ('.', ':')))]
+    if fixed:
+      lines = '\n  '.join(fixed)
+      raise InputError(f'{self.folder} is a run of another experiment:\n  {lines}\n'
+                       'give this one another --run.name, or go on with the same settings')
+    return False
 
   def check_beginning(self) -> None:
     """Raises `InputError` where the run has begun from random weights: to give it others now would have no effect."""
-    starts = [row for row in _rows(self.folder / 'events.jsonl') if row.get('event') == 'start']
-    if starts and starts[-1].get('init_from') is None:
+    def began_otherwise() -> bool:
+      starts = [row for row in _rows(self.folder / 'events.jsonl') if row.get('event') == 'start']
+      return bool(starts) and starts[-1].get('init_from') is None
+
+    if first_decides(began_otherwise):
       raise InputError(f'--init-from: {self.folder} is a run that began from random weights and would go on from where it is; '
                        'give another --run.name, or leave --init-from out')
 
   def start(self, data_manifest: dict[str, Any], tokenizer: Tokenizer | None) -> None:
     """Writes what is known at the start; `tokenizer` is that of text. Raises `InputError` where the folder cannot be made."""
-    if not self.writes:
-      return
+    first_decides(lambda: self._start(data_manifest, tokenizer))
+
+  def _start(self, data_manifest: dict[str, Any], tokenizer: Tokenizer | None) -> bool:
     try:
       (self.folder / 'checkpoints').mkdir(parents=True, exist_ok=True)
       if tokenizer is not None:
@@ -124,6 +133,7 @@ class Run:
     starts = _list(file)
     write(file, json.dumps([*starts, environment(data_manifest)], indent=2, default=str) + '\n')
     write(self.folder / 'config.json', config.text(self.experiment))   # last: it is what makes the folder a run
+    return True
 
   def rewind(self, step: int) -> None:
     """Drops the metrics of later steps, which will come again: the file reads like that of a run never interrupted."""
