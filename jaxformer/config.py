@@ -190,7 +190,8 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
         return _convert(value, option, where)
       except InputError as e:
         # Of several mismatches the one from inside a matching config says most.
-        error = e if isinstance(value, dict | Config) and option is not type(None) else error
+        inside = isinstance(value, dict | Config) and option is not type(None) and typing.get_origin(option) is not Literal
+        error = e if inside else error
     raise error or wrong
   if origin is Literal:
     if value not in args:

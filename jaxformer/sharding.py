@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-import dataclasses
 import functools
 import math
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -20,7 +19,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from jaxformer.config import Config, InputError
+from jaxformer.config import Config, InputError, nearest
 
 AXES: Mapping[str, str] = {
   'batch': 'sequences of a batch',
@@ -40,6 +39,7 @@ AXES: Mapping[str, str] = {
 }
 
 MESH_AXES: Mapping[str, str] = {
+  'replica': 'copies of everything across slices, over the slow network between them; divides the batch',
   'data': 'copies of the parameters, each with its part of the batch',
   'fsdp': 'divides the batch and the parameters; parameters are gathered layer by layer',
   'expert': 'divides the batch and the experts',
@@ -47,30 +47,75 @@ MESH_AXES: Mapping[str, str] = {
   'tensor': 'divides heads, hidden units and the vocabulary; the fastest links',
 }
 
-Axis = str | tuple[str, ...] | None
+# ---- rules ------------------------------------------------------------------------------------------------------------
+
+Divided = tuple[str, ...] | None
 
 
-@dataclasses.dataclass(frozen=True)
-class Rules:
-  """Two total tables, logical axis -> mesh axis (or several, or None = replicated), for parameters and for activations."""
+class AxisRules(Config):
+  """For each logical axis the mesh axes that divide it, in order; None where it is whole on every device."""
 
-  params: Mapping[str, Axis]
-  activations: Mapping[str, Axis]
+  batch: Divided = None
+  time: Divided = None
+  layers: Divided = None
+  embed: Divided = None
+  heads: Divided = None
+  kv_heads: Divided = None
+  head_dim: Divided = None
+  mlp: Divided = None
+  vocab: Divided = None
+  experts: Divided = None
+  inner: Divided = None
+  state: Divided = None
+  positions: Divided = None
+  norm: Divided = None
 
-  def __post_init__(self):
-    for table in (self.params, self.activations):
-      if wrong := set(table) ^ set(AXES):
-        raise InputError(f'a rule table must name every logical axis once; missing or unknown: {", ".join(sorted(wrong))}')
+  def validate(self):
+    for axis in AXES:
+      names = self[axis]
+      if unknown := [n for n in names if n not in MESH_AXES]:
+        raise InputError(f'AxisRules.{axis} = {list(names)}: no mesh axis {unknown[0]!r}{nearest(unknown[0], MESH_AXES)}')
+      self.require(len(set(names)) == len(names), axis, 'mesh axes that differ')
+
+  def __getitem__(self, axis: str) -> tuple[str, ...]:
+    return getattr(self, axis) or ()
+
+
+_WEIGHT_COLUMNS = ('heads', 'kv_heads', 'mlp', 'vocab', 'experts', 'inner', 'state')   # what stands beside `embed` in a weight
+_TENSOR: dict[str, Any] = dict.fromkeys(('heads', 'kv_heads', 'mlp', 'vocab', 'inner'), ('tensor',))
+_ACTIVATIONS = AxisRules(batch=('replica', 'data', 'fsdp', 'expert'), time=('context',))
+
+
+class Rules(Config):
+  """One's own table, as `MeshConfig.rules`. What is not given is as in `fsdp_tensor`.
+
+  Attributes:
+    params: which mesh axes divide which logical axes of parameters, their gradients and the optimizer's state.
+    activations: the same of activations. Of two logical axes of an array that ask for one mesh axis, the first is served.
+  """
+
+  params: AxisRules = AxisRules(embed=('fsdp',), experts=('expert',), **_TENSOR)
+  activations: AxisRules = _ACTIVATIONS.replace(experts=('expert',), **_TENSOR)
+
+  def validate(self):
+    for axis in ('batch', 'time'):
+      if self.params[axis]:
+        raise InputError(f'Rules.params.{axis} = {list(self.params[axis])}: must be none, as no parameter has this axis')
+    pairs = [('params', 'embed', other) for other in _WEIGHT_COLUMNS] + [
+      ('params', 'experts', 'mlp'), ('activations', 'batch', 'time')]
+    for kind, one, other in pairs:
+      table = getattr(self, kind)
+      if twice := set(table[one]) & set(table[other]):
+        raise InputError(f'Rules.{kind}: {one} and {other} stand in one array, and mesh axis {min(twice)!r} cannot divide both')
 
   def spec(self, axes: Sequence[str | None], *, activations: bool = False) -> PartitionSpec:
     """The partition of an array with these logical axes. A mesh axis asked for twice is an error for a parameter; for an
     activation the first logical axis that asks for it is served."""
     table, taken, spec = self.activations if activations else self.params, set(), []
     for name in axes:
-      if name is not None and name not in table:
+      if name is not None and name not in AXES:
         raise InputError(f'unknown logical axis {name!r}; known: {", ".join(AXES)}')
-      entry = None if name is None else table[name]
-      wanted = () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
+      wanted = () if name is None else table[name]
       if not activations and taken & set(wanted):
         raise InputError(f'logical axes {tuple(axes)} map to mesh axis {", ".join(sorted(taken & set(wanted)))} twice')
       free = tuple(a for a in wanted if a not in taken)
@@ -78,71 +123,104 @@ class Rules:
       spec.append(free if len(free) > 1 else free[0] if free else None)
     return PartitionSpec(*spec)
 
+  def divides(self, mesh_axis: str) -> bool:
+    """Whether something is divided over a mesh axis."""
+    return any(mesh_axis in table[axis] for table in (self.params, self.activations) for axis in AXES)
 
-def _table(**divided: Axis) -> dict[str, Axis]:
-  return dict.fromkeys(AXES) | divided
-
-
-_ACTIVATIONS = _table(batch=('data', 'fsdp', 'expert'), time='context')
-_TENSOR = dict.fromkeys(('heads', 'kv_heads', 'mlp', 'vocab', 'inner'), 'tensor')
 
 RULES: dict[str, Rules] = {
-  'data_parallel': Rules(_table(), _ACTIVATIONS),
-  'fsdp': Rules(_table(embed='fsdp'), _ACTIVATIONS),
-  'fsdp_tensor': Rules(_table(embed='fsdp', experts='expert', **_TENSOR), _ACTIVATIONS | _TENSOR | {'experts': 'expert'}),
+  'data_parallel': Rules(params=AxisRules(), activations=_ACTIVATIONS),
+  'fsdp': Rules(params=AxisRules(embed=('fsdp',)), activations=_ACTIVATIONS),
+  'fsdp_tensor': Rules(),
 }
+
+
+def rules_of(rules: Rules | str) -> Rules:
+  """A table, or that of a preset's name."""
+  return RULES[rules] if isinstance(rules, str) else rules
+
+
+# ---- meshes -----------------------------------------------------------------------------------------------------------
 
 
 class MeshConfig(Config):
   """Devices arranged along named axes; the sizes multiply to the number of devices. At most one size may be -1: what is left.
 
-  `rules` names the table that maps logical axes to these mesh axes: `data_parallel` replicates the parameters, `fsdp` divides
-  them over `fsdp`, `fsdp_tensor` also divides heads, hidden units, vocabulary and experts over `tensor` and `expert`.
+  `rules` is the table that maps logical axes to these mesh axes, by name or one's own: `data_parallel` replicates the parameters,
+  `fsdp` divides them over `fsdp`, `fsdp_tensor` also divides heads, hidden units, vocabulary and experts over `tensor` and
+  `expert`. All of them divide the batch over `replica`, `data`, `fsdp` and `expert`, and time over `context`.
   """
 
+  replica: int = 1
   data: int = -1
   fsdp: int = 1
   expert: int = 1
   context: int = 1
   tensor: int = 1
-  rules: Literal['data_parallel', 'fsdp', 'fsdp_tensor'] = 'fsdp_tensor'
+  rules: Rules | Literal['data_parallel', 'fsdp', 'fsdp_tensor'] = 'fsdp_tensor'
 
   def validate(self):
     for axis in MESH_AXES:
       self.require(getattr(self, axis) >= 1 or getattr(self, axis) == -1, axis, 'at least 1, or -1 for the devices that are left')
     if sum(getattr(self, axis) == -1 for axis in MESH_AXES) > 1:
       raise InputError('mesh: only one axis may be -1')
-    table = RULES[self.rules]
-    used = {m for t in (table.params, table.activations) for a in t.values() if a for m in ((a,) if isinstance(a, str) else a)}
     for axis in MESH_AXES:
       if getattr(self, axis) > 1:
-        divides = axis in used and (axis != 'fsdp' or self.rules != 'data_parallel')
-        self.require(divides, axis, f'1 under rules {self.rules!r}, which divide nothing over it')
+        self.require(self._divides(axis), axis, f'1 under {self._rules_in_words}, which divide nothing over it')
+
+  def _divides(self, axis: str) -> bool:
+    return rules_of(self.rules).divides(axis) and (axis != 'fsdp' or self.rules != 'data_parallel')
+
+  @property
+  def _rules_in_words(self) -> str:
+    return f'rules {self.rules!r}' if isinstance(self.rules, str) else 'these rules'
 
   def sizes(self, devices: int) -> dict[str, int]:
     """Axis -> size for a number of devices. Raises `InputError` when they do not multiply to it."""
     sizes = {axis: getattr(self, axis) for axis in MESH_AXES}
+    rest = next((a for a, s in sizes.items() if s == -1), None)
     fixed = math.prod(s for s in sizes.values() if s != -1)
     given = ', '.join(f'{a} {s}' for a, s in sizes.items() if s != 1)
-    if -1 in sizes.values():
-      if devices % fixed:
-        raise InputError(f'mesh ({given}) needs a multiple of {fixed} devices; there are {devices}')
-      sizes = {a: devices // fixed if s == -1 else s for a, s in sizes.items()}
+    if rest is not None and devices % fixed == 0:
+      sizes[rest] = devices // fixed
+      if sizes[rest] > 1 and not self._divides(rest):
+        raise InputError(f'mesh.{rest} = -1 takes the {sizes[rest]} devices that are left, and {self._rules_in_words} divide '
+                         f'nothing over it; give it as 1 and the devices to another axis')
     if math.prod(sizes.values()) != devices:
-      raise InputError(f'mesh ({given or "one device"}) needs {math.prod(sizes.values())} devices; there are {devices}')
+      wanted = f'a multiple of {fixed}' if rest else str(fixed)
+      raise InputError(f'mesh ({given or "one device"}) needs {wanted} devices; there are {devices}{self._that_fit(devices)}')
     return sizes
+
+  def _that_fit(self, devices: int) -> str:
+    """What of one axis would make the mesh multiply to the devices."""
+    sizes = {axis: getattr(self, axis) for axis in MESH_AXES}
+    flexible, fixed, fits = -1 in sizes.values(), math.prod(abs(s) for s in sizes.values()), []
+    for axis, size in sizes.items():
+      left, over = divmod(devices, fixed // abs(size))   # for this axis, and for one that takes what is left
+      if over == 0 and size != -1 and self._divides(axis):
+        fits += [f'{axis} {math.gcd(left, size)}' if flexible else f'{axis} {left}'] if size > 1 or not flexible else []
+    return f'; with the rest as it is, {" or ".join(fits)} would fit' if fits else ''
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-  """The mesh of a config over `devices` (all by default)."""
+  """The mesh of a config over `devices` (all by default). Devices of several slices lie along `replica`, slice after slice, so that
+  nothing else crosses the network between them."""
   devices = jax.devices() if devices is None else list(devices)
   sizes = config.sizes(len(devices))
   shape, names = tuple(sizes.values()), tuple(sizes)
+  slices = len({getattr(d, 'slice_index', 0) for d in devices})
   if devices[0].platform == 'cpu':   # fake devices have no topology to respect
     array = np.asarray(devices, dtype=object).reshape(shape)
   else:
     from jax.experimental import mesh_utils
-    array = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    if slices > 1 and sizes['replica'] % slices and devices[0].platform == 'tpu':
+      raise InputError(f'mesh.replica = {sizes["replica"]}: must be a multiple of {slices}, the slices of these devices')
+    if slices > 1 and sizes['replica'] % slices == 0:
+      within = (sizes['replica'] // slices, *shape[1:])
+      array = mesh_utils.create_hybrid_device_mesh(
+        within, (slices,) + (1,) * (len(shape) - 1), devices, allow_split_physical_axes=True)
+    else:
+      array = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
   return Mesh(array, names, axis_types=(AxisType.Auto,) * len(names))
 
 
@@ -154,7 +232,7 @@ _ACTIVE: contextvars.ContextVar[tuple[Mesh, Rules] | None] = contextvars.Context
 @contextlib.contextmanager
 def use_mesh(mesh: Mesh, rules: Rules | str = 'fsdp_tensor') -> Generator[Mesh]:
   """Within, `shard` constrains activations, `per_shard` maps kernels, and `platform` is that of the mesh's devices."""
-  token = _ACTIVE.set((mesh, RULES[rules] if isinstance(rules, str) else rules))
+  token = _ACTIVE.set((mesh, rules_of(rules)))
   try:
     with jax.set_mesh(mesh):
       yield mesh
@@ -205,7 +283,7 @@ def gathers() -> bool:
     return False
   mesh, rules = active
   extra = [rules.params[a] for a in AXES if rules.params[a] != rules.activations[a]]
-  return any(mesh.shape[m] > 1 for entry in extra for m in ((entry,) if isinstance(entry, str) else entry or ()))
+  return any(mesh.shape[m] > 1 for entry in extra for m in entry)
 
 
 def mesh_axes(axis: str, size: int) -> tuple[str, ...]:
@@ -263,17 +341,20 @@ def per_shard(
 
 def param_sharding(mesh: Mesh, rules: Rules | str, name: str, axes: Sequence[str | None], shape: Sequence[int]) -> NamedSharding:
   """Where a parameter lives. Raises `InputError` for a mesh axis that does not divide its dimension."""
-  spec = (RULES[rules] if isinstance(rules, str) else rules).spec(axes)
+  spec = rules_of(rules).spec(axes)
   for axis, size, entry in zip(axes, shape, spec, strict=True):
-    parts = math.prod(mesh.shape[n] for n in ((entry,) if isinstance(entry, str) else entry or ()))
+    names = (entry,) if isinstance(entry, str) else entry or ()
+    parts = math.prod(mesh.shape[n] for n in names)
     if size % parts:
-      raise InputError(f'mesh.{entry} = {parts} does not divide {axis} = {size} of parameter {name}')
+      fits = [str(n) for n in range(1, parts) if size % n == 0][-3:]
+      raise InputError(f'mesh.{" x mesh.".join(names)} = {parts} does not divide {axis} = {size} of parameter {name}; '
+                       f'{", ".join(fits)} would')
   return NamedSharding(mesh, spec)
 
 
 def batch_sharding(mesh: Mesh, rules: Rules | str) -> NamedSharding:
   """Where the arrays of a batch live: their first axis is `batch`, their second `time`."""
-  return NamedSharding(mesh, (RULES[rules] if isinstance(rules, str) else rules).spec(('batch', 'time'), activations=True))
+  return NamedSharding(mesh, rules_of(rules).spec(('batch', 'time'), activations=True))
 
 
 def batch_shards(mesh: Mesh, rules: Rules | str) -> int:

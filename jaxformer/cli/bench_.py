@@ -107,7 +107,7 @@ def training(experiment: Any, steps: int) -> dict[str, Any]:
   if known := chip(jax.devices()[0].device_kind):
     for name, causal in (('mfu', True), ('mfu_full', False)):
       flops = flops_per_token(e.model, e.data.positions, causal)
-      value[name] = flops * per_step / median / (known.flops_per_second * mesh.size)
+      value[name] = flops * per_step / median / (known.peak() / known.devices * mesh.size)
   return value
 
 

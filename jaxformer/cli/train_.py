@@ -50,7 +50,7 @@ def run(args: argparse.Namespace, overrides: Overrides) -> int:
   sample = sampler(experiment, dataset)
   result = train(
     experiment, init_from=init_from, dataset=dataset, flops_per_token=flops_per_token,
-    peak_flops_per_second=None if known is None else known.flops_per_second, sample=sample)
+    peak_flops_per_second=None if known is None else known.peak() / known.devices, sample=sample)
   if result.exit_code == 0 and jax.process_index() == 0:
     report(args, result, dataset)
   return result.exit_code

@@ -21,7 +21,7 @@ from jaxformer.config import InputError
 from jaxformer.models.language_model import TargetBatch
 from jaxformer.models.params import Definition, Params
 from jaxformer.ops.loss import IGNORE
-from jaxformer.sharding import batch_sharding, batch_shards, replicated, use_mesh
+from jaxformer.sharding import Rules, batch_sharding, batch_shards, replicated, use_mesh
 
 
 def bits_per_byte(nll_sum: float, bytes: int) -> float:
@@ -91,7 +91,8 @@ class PositionLoss:
 
 def evaluate(
   definition: Definition, params: Params, batches: Iterable[TargetBatch], *,
-  token_bytes_V: Int[np.ndarray, ' V'] | None = None, mesh: Mesh | None = None, rules: str = 'fsdp_tensor', dtype: Any = None,
+  token_bytes_V: Int[np.ndarray, ' V'] | None = None, mesh: Mesh | None = None, rules: Rules | str = 'fsdp_tensor',
+  dtype: Any = None,
 ) -> EvalResult:
   """The loss over all targets of `batches`, each counted once, whatever the size of the batches.
 
@@ -118,7 +119,7 @@ def evaluate(
 
 def loss_by_position(
   definition: Definition, params: Params, batches: Iterable[TargetBatch], *, mesh: Mesh | None = None,
-  rules: str = 'fsdp_tensor', dtype: Any = None,
+  rules: Rules | str = 'fsdp_tensor', dtype: Any = None,
 ) -> PositionLoss:
   """The loss at each position of a document, from 0. Sequences may be longer than those of training, where the model has positions
   for them. The arguments and errors are those of `evaluate`."""
@@ -166,7 +167,7 @@ class _Batch:
 
 @functools.partial(jax.jit, static_argnames=('definition', 'mesh', 'rules'))
 def _scored(
-  definition: Definition, params: Params, batch: _Batch, mesh: Mesh | None, rules: str,
+  definition: Definition, params: Params, batch: _Batch, mesh: Mesh | None, rules: Rules | str,
 ) -> tuple[Float[Array, 'B T'], Bool[Array, 'B T'], Int[Array, 'B T'], Int[Array, 'B T'] | None]:
   """-log p, right answers, targets and segments, for the host to add up."""
   model: Any = definition.merge(params)
@@ -176,7 +177,7 @@ def _scored(
 
 
 def _scores(
-  definition: Definition, params: Params, batches: Iterable[TargetBatch], mesh: Mesh | None, rules: str, dtype: Any,
+  definition: Definition, params: Params, batches: Iterable[TargetBatch], mesh: Mesh | None, rules: Rules | str, dtype: Any,
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray | None]]:
   """-log p, right answers, targets and segments of every batch. While the device has one, the host adds up the one before."""
   if dtype is not None:
@@ -217,7 +218,7 @@ def _filled(batch: _Batch, rows: int) -> _Batch:
   return _Batch(inputs, np.pad(batch.targets_BT, extra, constant_values=IGNORE), segments)
 
 
-def _placed(batch: _Batch, mesh: Mesh | None, rules: str) -> _Batch:
+def _placed(batch: _Batch, mesh: Mesh | None, rules: Rules | str) -> _Batch:
   if mesh is None:
     return batch
   where = batch_sharding(mesh, rules)

@@ -15,6 +15,7 @@ from jaxformer.inference.decoding import request
 from jaxformer.inference.sampling import GREEDY, Sampling
 from jaxformer.models.language_model import LanguageModel
 from jaxformer.models.params import Definition, Params
+from jaxformer.sharding import Rules
 
 
 class DecodeTime(NamedTuple):
@@ -33,7 +34,7 @@ class DecodeTime(NamedTuple):
 
 def time_decode(
   definition: Definition[LanguageModel], params: Params, prompt_length: int, new_tokens: int, batch: int = 1, repeats: int = 5, *,
-  sampling: Sampling = GREEDY, dtype: Any = None, mesh: Mesh | None = None, rules: str = 'fsdp_tensor',
+  sampling: Sampling = GREEDY, dtype: Any = None, mesh: Mesh | None = None, rules: Rules | str = 'fsdp_tensor',
 ) -> DecodeTime:
   """Times prompts of `prompt_length` random tokens continued by `new_tokens`, prefill and decoding apart, warm."""
   if new_tokens < 2 or prompt_length < 1 or batch < 1 or repeats < 1:

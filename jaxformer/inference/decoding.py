@@ -25,7 +25,7 @@ from jaxformer.inference.sampling import PLAIN, Sampling, sample
 from jaxformer.layers.layer import Context, State
 from jaxformer.models.language_model import LanguageModel
 from jaxformer.models.params import Definition, Params
-from jaxformer.sharding import use_mesh
+from jaxformer.sharding import Rules, use_mesh
 
 NONE = -1   # no token: what follows the end of a row, and an end of document that does not exist
 STEP = Context()
@@ -143,7 +143,7 @@ class Request:
   max_len: int
   room: int
   mesh: Mesh | None
-  rules: str
+  rules: Rules | str
   vocab_size: int | None
 
   @property
@@ -169,7 +169,7 @@ class Request:
 def request(
   definition: Definition[LanguageModel], params: Params, prompts: Sequence[Sequence[int]], *, max_new_tokens: int,
   sampling: Sampling = PLAIN, seed: int = 0, end_of_document: int | None = None, dtype: Any = None, max_len: int | None = None,
-  mesh: Mesh | None = None, rules: str = 'fsdp_tensor', vocab_size: int | None = None,
+  mesh: Mesh | None = None, rules: Rules | str = 'fsdp_tensor', vocab_size: int | None = None,
 ) -> Request:
   """Checks a request and rounds its sizes up, so that requests of similar sizes share their compiled programs.
 
@@ -239,7 +239,7 @@ def left_padded(prompts: Sequence[Sequence[int]], length: int) -> tuple[np.ndarr
 
 
 @contextlib.contextmanager
-def on(mesh: Mesh | None, rules: str) -> Generator[None]:
+def on(mesh: Mesh | None, rules: Rules | str) -> Generator[None]:
   """Within, programs are for this mesh; without one, for the default device."""
   with contextlib.nullcontext() if mesh is None else use_mesh(mesh, rules):
     yield

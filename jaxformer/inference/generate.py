@@ -12,6 +12,7 @@ from jaxformer.inference.decoding import NONE, request
 from jaxformer.inference.sampling import PLAIN, Sampling
 from jaxformer.models.language_model import LanguageModel
 from jaxformer.models.params import Definition, Params
+from jaxformer.sharding import Rules
 
 
 class Generated(NamedTuple):
@@ -29,7 +30,7 @@ class Generated(NamedTuple):
 def generate(
   definition: Definition[LanguageModel], params: Params, prompts: Sequence[Sequence[int]], *, max_new_tokens: int,
   sampling: Sampling = PLAIN, seed: int = 0, end_of_document: int | None = None, dtype: Any = None, max_len: int | None = None,
-  mesh: Mesh | None = None, rules: str = 'fsdp_tensor', vocab_size: int | None = None,
+  mesh: Mesh | None = None, rules: Rules | str = 'fsdp_tensor', vocab_size: int | None = None,
 ) -> list[Generated]:
   """A continuation of each prompt, in their order.
 

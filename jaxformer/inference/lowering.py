@@ -1,4 +1,4 @@
-"""Reading prompts, and drawing one more token, from shapes alone: what serving a model would compile, without its weights or devices.
+"""Reading prompts, and drawing one more token, from shapes alone: what serving a model would compile.
 
 Parameters are in bfloat16 and divided over the mesh by its rules; what the model remembers is divided as the programs leave it.
 """

@@ -16,6 +16,7 @@ from jaxformer.inference.decoding import NONE, Decoding, Request, request
 from jaxformer.inference.sampling import Sampling
 from jaxformer.models.language_model import LanguageModel
 from jaxformer.models.params import Definition, Params
+from jaxformer.sharding import Rules
 
 DecodeBytes = Callable[[Iterable[int]], bytes]   # a tokenizer's `decode_bytes`
 
@@ -102,7 +103,7 @@ class Options(TypedDict, total=False):
   dtype: Any
   max_len: int | None
   mesh: Mesh | None
-  rules: str
+  rules: Rules | str
   vocab_size: int | None
 
 

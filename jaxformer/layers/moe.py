@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import jax
@@ -24,7 +25,8 @@ from jaxformer.layers.router import (
   TopKSoftmax,
 )
 from jaxformer.ops import moe
-from jaxformer.ops.routing import load_of, places
+from jaxformer.ops.context import time_axes
+from jaxformer.ops.routing import load_of, places, within
 from jaxformer.sharding import param
 
 
@@ -67,6 +69,10 @@ class Capacity(DispatchConfig):
     if T == 1:
       return Dropless().run(x_BTD, choice, experts, activation)
     capacity = min(T, math.ceil(self.factor * T * K / E))
+    if time_axes(T):   # places are those of whole sequences; what has one is computed where the token is
+      kept_BTK = within(choice.expert_BTK, E, capacity)
+      kept = dataclasses.replace(choice, weight_BTK=jnp.where(kept_BTK, choice.weight_BTK, 0.0))
+      return Dropless().run(x_BTD, kept, experts, activation)[0], {'moe/dropped': 1.0 - jnp.mean(kept_BTK.astype(jnp.float32))}
     token, weight, dropped = places(choice.expert_BTK, choice.weight_BTK, E, capacity)
     return moe.placed(x_BTD, token, weight, experts, activation), {'moe/dropped': dropped}
 

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float
 from jaxformer.layers.init import Init, Orthogonal, Zeros
 from jaxformer.layers.layer import Context, Layer, LayerConfig, Output, Site, starts_BT
 from jaxformer.ops.linear import linear
-from jaxformer.ops.shift import token_shift
+from jaxformer.ops.shift import last_token, token_shift
 from jaxformer.sharding import param, shard
 
 # ---- initial values ---------------------------------------------------------------------------------------------------
@@ -157,4 +157,4 @@ class ChannelMix(Layer):
     h = linear(self.mixed(x_BTD, before, self.mix_k), self.wk[...])
     h = checkpoint_name(shard(jnp.square(jax.nn.relu(h)), 'batch', 'time', 'mlp'), 'mlp_hidden')
     y = jax.nn.sigmoid(linear(self.mixed(x_BTD, before, self.mix_r), self.wr[...])) * linear(h, self.wv[...])
-    return Output(y, None if state is None else LastToken(x_BTD[:, -1].astype(state.last_BD.dtype)))
+    return Output(y, None if state is None else LastToken(last_token(x_BTD).astype(state.last_BD.dtype)))

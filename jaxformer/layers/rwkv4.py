@@ -20,6 +20,7 @@ from jaxformer.layers.init import Init, Orthogonal, Zeros
 from jaxformer.layers.layer import Context, Layer, LayerConfig, Output, Site, starts_BT
 from jaxformer.layers.rwkv import ChannelMix, ChannelMixConfig, decay_ramp, depth, keep, ramp, shifted, vector, zigzag
 from jaxformer.ops.linear import linear
+from jaxformer.ops.shift import last_token
 from jaxformer.ops.wkv4 import Wkv4State, wkv4
 from jaxformer.sharding import param, shard
 
@@ -96,7 +97,7 @@ class TimeMix4(Layer):
     y = checkpoint_name(jax.nn.sigmoid(r) * y, 'attention')
     if state is not None:
       aa, bb, pp = (shard(s, 'batch', 'heads') for s in (sums.aa, sums.bb, sums.pp))
-      state = TimeMix4State(x_BTD[:, -1].astype(state.last_BD.dtype), aa, bb, pp)
+      state = TimeMix4State(last_token(x_BTD).astype(state.last_BD.dtype), aa, bb, pp)
     return Output(linear(y, self.wo[...]), state)
 
 

@@ -20,6 +20,7 @@ from jaxformer.layers.layer import Context, Layer, LayerConfig, Output, Site, st
 from jaxformer.layers.norm import HeadNorm
 from jaxformer.layers.rwkv import decay_ramp, depth, keep, ramp, shifted, vector, zigzag
 from jaxformer.ops.linear import linear
+from jaxformer.ops.shift import last_token
 from jaxformer.ops.wkv6 import wkv6
 from jaxformer.sharding import param, shard
 
@@ -101,7 +102,7 @@ class MatrixMix(Layer):
       starts_BT(ctx.segments_BT, B, T))
     y = checkpoint_name(self.norm(y) * jax.nn.silu(linear(mixed['g'], self.wg[...])), 'attention')
     if state is not None:
-      state = MatrixMixState(x_BTD[:, -1].astype(state.last_BD.dtype), shard(heads_BHKV, 'batch', 'heads', None, None))
+      state = MatrixMixState(last_token(x_BTD).astype(state.last_BD.dtype), shard(heads_BHKV, 'batch', 'heads', None, None))
     return Output(linear(y, self.wo[...]), state)
 
 

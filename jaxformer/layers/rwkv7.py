@@ -20,6 +20,7 @@ from jaxformer.layers.layer import Context, Layer, LayerConfig, Output, Site, st
 from jaxformer.layers.norm import HeadNorm
 from jaxformer.layers.rwkv import LastToken, LowRank, depth, move, ramp, shifted, vector
 from jaxformer.ops.linear import linear
+from jaxformer.ops.shift import last_token
 from jaxformer.ops.wkv7 import wkv7
 from jaxformer.sharding import param, shard
 
@@ -152,7 +153,7 @@ class TimeMix7(Layer):
     y = self.norm(y) + bonus.astype(y.dtype).reshape(B, T, D)
     y = checkpoint_name(y * self.gate(mixed(self.mix_g), jax.nn.sigmoid), 'attention')
     if state is not None:
-      state = TimeMix7State(x_BTD[:, -1].astype(state.last_BD.dtype), shard(heads_BHVK, 'batch', 'heads', None, None))
+      state = TimeMix7State(last_token(x_BTD).astype(state.last_BD.dtype), shard(heads_BHVK, 'batch', 'heads', None, None))
     return Output(linear(y, self.wo[...]), state, share={FIRST_VALUES: v} if self.value is None else {})
 
   def _values(self, x_BTD: Array, ctx: Context) -> Array:
@@ -205,4 +206,4 @@ class ChannelMix7(Layer):
   def __call__(self, x_BTD: Float[Array, 'B T D'], ctx: Context, state: LastToken | None = None) -> Output:
     h = linear(move(x_BTD, shifted(x_BTD, ctx, state) - x_BTD, self.mix_k), self.wk[...])
     h = checkpoint_name(shard(jnp.square(jax.nn.relu(h)), 'batch', 'time', 'mlp'), 'mlp_hidden')
-    return Output(linear(h, self.wv[...]), None if state is None else LastToken(x_BTD[:, -1].astype(state.last_BD.dtype)))
+    return Output(linear(h, self.wv[...]), None if state is None else LastToken(last_token(x_BTD).astype(state.last_BD.dtype)))

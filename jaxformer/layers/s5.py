@@ -85,12 +85,12 @@ class S5(Layer):
     log_a, scale = zoh(a[:, None], jnp.ones_like(a)[:, None], jnp.exp(self.log_dt[...]))
     b = paired(self.b) * scale[:, 0][None]
     u = x_BTD.astype(jnp.float32)
-    v_BTN = shard(linear(u, jnp.concatenate([b.real, b.imag], axis=1)), 'batch', None, None)
+    v_BTN = shard(linear(u, jnp.concatenate([b.real, b.imag], axis=1)), 'batch', 'time', None)
     x_BTN, last = diagonal_scan(v_BTN, log_a[:, 0], state, starts)
     y = linear(x_BTN, self._reading(0)) + self.skip[...][None, None] * u
     if not self.config.causal:
-      after = None if starts is None else jnp.pad(starts[:, 1:], ((0, 0), (0, 1)))[:, ::-1]
-      y = y + linear(diagonal_scan(v_BTN[:, ::-1], log_a[:, 0], None, after)[0][:, ::-1], self._reading(1))
+      after = None if starts is None else jnp.pad(starts[:, 1:], ((0, 0), (0, 1)))
+      y = y + linear(diagonal_scan(v_BTN, log_a[:, 0], None, after, reverse=True)[0], self._reading(1))
     return Output(self._gated(y.astype(x_BTD.dtype), ctx), last)
 
   def _reading(self, direction: int) -> Array:

@@ -14,6 +14,7 @@ from jaxformer.config import InputError
 from jaxformer.layers.init import FanInUniform
 from jaxformer.layers.layer import Context, Layer, LayerConfig, Output, Site, dropout, starts_BT
 from jaxformer.ops.linear import linear
+from jaxformer.ops.shift import token_ahead
 from jaxformer.ops.ssm import System, ssm, ssm_step
 from jaxformer.sharding import param, shard
 
@@ -92,7 +93,7 @@ class StateSpace(Layer):
 
   def __call__(self, x_BTD: Float[Array, 'B T D'], ctx: Context, state: Array | None = None) -> Output:
     starts = None if ctx.segments_BT is None else starts_BT(ctx.segments_BT, *x_BTD.shape[:2])
-    u_BTH = shard(x_BTD.astype(jnp.float32), 'batch', None, 'inner')
+    u_BTH = shard(x_BTD.astype(jnp.float32), 'batch', 'time', 'inner')
     y_BTMH, last = ssm(u_BTH, self.system(), state, starts)
     if not self.config.causal:
       y_BTMH = y_BTMH + _from_the_end(u_BTH, self.system(1), starts)
@@ -109,8 +110,8 @@ class StateSpace(Layer):
 def _from_the_end(u_BTH: Array, system: System, starts: Array | None) -> Array:
   """sum_{s > t} k_{s-t-1} u_s over the positions of a document."""
   after = None if starts is None else jnp.pad(starts[:, 1:], ((0, 0), (0, 1)))   # another document begins at t + 1
-  y, _ = ssm(u_BTH[:, ::-1], system, None, None if after is None else after[:, ::-1])
-  y = jnp.pad(y[:, ::-1][:, 1:], ((0, 0), (0, 1), (0, 0), (0, 0)))
+  y, _ = ssm(u_BTH, system, None, after, reverse=True)
+  y = token_ahead(y)
   return y if after is None else jnp.where(after[:, :, None, None], 0.0, y)
 
 

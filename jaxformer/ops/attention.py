@@ -15,6 +15,8 @@ from jaxtyping import Array, Float
 from jaxformer import sharding
 from jaxformer.ops.attention_backends import attention_cudnn, attention_splash, attention_xla, cudnn_unfit, splash_unfit, xla_unfit
 from jaxformer.ops.attention_chunked import SAVED, attention_chunked, attention_unrolled
+from jaxformer.ops.attention_context import attention_over_time
+from jaxformer.ops.context import time_axes
 from jaxformer.ops.masks import MASKED, Mask
 from jaxformer.ops.route import forced
 
@@ -108,8 +110,12 @@ def attention(
     raise ValueError(f'{q.shape[2]} query heads are no multiple of {k.shape[2]} key/value heads')
   if slopes_H is not None:
     slopes_H = jax.lax.stop_gradient(slopes_H)
+  axes = time_axes(q.shape[1])
   divided = sharding.shards('time', q.shape[1])
   backend = backend or forced('attention')
+  if axes and mask.aligned and backend in (None, 'chunked'):
+    k, v = _divisible(k, q.shape[2]), _divisible(v, q.shape[2])
+    return attention_over_time(q, k, v, mask, axes, scale=scale, softcap=softcap, slopes_H=slopes_H)
   if backend is None:
     backend = choose(q, k, mask, softcap=softcap, slopes_H=slopes_H)
     if divided > 1 and backend != 'naive':

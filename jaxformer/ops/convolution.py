@@ -5,6 +5,9 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from jaxformer.ops.context import from_before, of_last, time_axes
+from jaxformer.sharding import per_shard, shards
+
 
 def short_convolution(
   x_BTD: Float[Array, 'B T D'], w_KD: Float[Array, 'K D'], b_D: Float[Array, ' D'] | None, before_BJD: Float[Array, 'B J D'] | None,
@@ -24,6 +27,26 @@ def short_convolution(
   Returns:
     y, like x; and the last J inputs, for the next call: zeros in place of those that belong to an earlier document.
   """
+  (B, T, D), J = x_BTD.shape, w_KD.shape[0] - 1
+  axes = time_axes(T)
+  if not axes or not 0 < J <= T // shards('time', T):
+    return _convolve(x_BTD, w_KD, b_D, before_BJD, starts_BT)
+
+  def shard(x_BTD: Array, w_KD: Array, b_D: Array | None, before_BJD: Array, starts_BT: Array) -> tuple[Array, Array]:
+    after = _convolve(x_BTD, w_KD, b_D, None, starts_BT)[1]
+    y, _ = _convolve(x_BTD, w_KD, b_D, from_before(after, before_BJD, axes), starts_BT)
+    return y, of_last(after, axes)
+
+  before = jnp.zeros((B, J, D), x_BTD.dtype) if before_BJD is None else before_BJD
+  wide, state = ('batch', 'time', 'inner'), ('batch', None, 'inner')
+  mapped = per_shard(shard, (wide, (None, 'inner'), ('inner',), state, wide[:2]), wide, state)
+  y, after = mapped(x_BTD, w_KD, b_D, before, starts_BT)
+  return y, after
+
+
+def _convolve(
+  x_BTD: Array, w_KD: Array, b_D: Array | None, before_BJD: Array | None, starts_BT: Array,
+) -> tuple[Array, Array]:
   (B, T, D), J = x_BTD.shape, w_KD.shape[0] - 1
   before = jnp.zeros((B, J, D), x_BTD.dtype) if before_BJD is None else before_BJD.astype(x_BTD.dtype)
   inputs = jnp.concatenate([before, x_BTD], axis=1)

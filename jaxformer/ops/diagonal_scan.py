@@ -6,19 +6,55 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Complex, Float
 
+from jaxformer.ops.context import carried, scaled, time_axes, unbroken
 from jaxformer.ops.route import forced
+from jaxformer.sharding import per_shard
 
 
 def diagonal_scan(
   v_BTN: Float[Array, 'B T N'], log_a_P: Complex[Array, ' P'], state_BN: Float[Array, 'B N'] | None = None,
-  starts_BT: Bool[Array, 'B T'] | None = None,
+  starts_BT: Bool[Array, 'B T'] | None = None, *, reverse: bool = False,
 ) -> tuple[Float[Array, 'B T N'], Float[Array, 'B N'] | None]:
   """x_t = exp(log_a) x_{t-1} + v_t for P = N / 2 complex numbers, the real parts of all and then the imaginary parts in a real
   array (Smith et al. 2023, eq. 2, where v_t = Bbar u_t).
 
   The state is zero before the first token, or `state_BN`, and again where `starts_BT` is True. Gives x_BTN and the state after the
-  last token, None where none was given. `route(diagonal_scan=...)`: 'naive', 'associative'. fp32.
+  last token, None where none was given. With `reverse` all is read from the end: x_t follows from x_{t+1}, and `starts_BT` says
+  where x_{t+1} is dropped. `route(diagonal_scan=...)`: 'naive', 'associative'. fp32.
   """
+  if axes := time_axes(v_BTN.shape[1]):
+    return _over_time(v_BTN, log_a_P, state_BN, starts_BT, axes, reverse)
+  if reverse:
+    starts = None if starts_BT is None else jnp.flip(starts_BT, 1)
+    x_BTN, last = _local(jnp.flip(v_BTN, 1), log_a_P, state_BN, starts)
+    return jnp.flip(x_BTN, 1), last
+  return _local(v_BTN, log_a_P, state_BN, starts_BT)
+
+
+def _over_time(v_BTN, log_a_P, state_BN, starts_BT, axes: tuple[str, ...], reverse: bool):
+  """On shards of time (`ops.context`): each runs its part from zeros, and then adds what the state before it has become."""
+  def shard(first_BN, v_BTN, log_re_P, log_im_P, starts_BT):
+    log_a, T = jax.lax.complex(log_re_P, log_im_P), v_BTN.shape[1]
+    v, starts = (jnp.flip(a, 1) if reverse else a for a in (v_BTN, starts_BT))
+    x_BTP = _complex(_local(v, log_a, None, starts)[0])
+    age = jnp.arange(1, T + 1, dtype=jnp.float32)[:, None]
+    size, angle = jnp.exp(age * log_re_P[None]), age * log_im_P[None]
+    power_TP = jax.lax.complex(size * jnp.cos(angle), size * jnp.sin(angle))
+    moved = jnp.where(unbroken(starts)[0][:, None], power_TP[-1:], 0.0)
+    first, last = carried((moved, x_BTP[:, -1]), _complex(first_BN), scaled, axes, reverse=reverse)
+    reached = jnp.cumsum(starts, axis=1) == 0
+    x_BTN = _real(x_BTP + jnp.where(reached[..., None], power_TP[None] * first[:, None], 0.0))
+    return jnp.flip(x_BTN, 1) if reverse else x_BTN, _real(last)
+
+  (B, T, N), token, state = v_BTN.shape, ('batch', 'time', None), ('batch', None)
+  first = jnp.zeros((B, N), jnp.float32) if state_BN is None else state_BN
+  starts = jnp.zeros((B, T), bool) if starts_BT is None else starts_BT
+  mapped = per_shard(shard, (state, token, (None,), (None,), token[:2]), token, state)
+  x_BTN, last = mapped(first, v_BTN, log_a_P.real, log_a_P.imag, starts)
+  return x_BTN, None if state_BN is None else last
+
+
+def _local(v_BTN, log_a_P, state_BN, starts_BT):
   v, x = _complex(v_BTN), None if state_BN is None else _complex(state_BN)
   if forced('diagonal_scan') == 'naive':
     x_BTP = scan_naive(v, log_a_P, x, starts_BT)

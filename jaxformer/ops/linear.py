@@ -8,13 +8,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxformer.sharding import platform
+from jaxformer.sharding import platform, shards
 
 
 def linear(x: Float[Array, '*B D'], w_DF: Float[Array, 'D F'], b_F: Float[Array, ' F'] | None = None) -> Float[Array, '*B F']:
   """x W + b over the last axis."""
-  if platform() == 'cpu' and x.ndim > 1:
-    # XLA:CPU gives plain matrices to its fast matmul; contractions with several leading axes lose it in the backward pass.
+  if platform() == 'cpu' and x.ndim > 1 and (x.ndim < 3 or shards('time', x.shape[1]) == 1):
+    # XLA:CPU gives plain matrices to its fast matmul; contractions with several leading axes lose it in the backward pass. Rows
+    # that a mesh divides by two of them would be gathered.
     y = _matmul(x.reshape(math.prod(x.shape[:-1]), x.shape[-1]), w_DF).reshape(*x.shape[:-1], w_DF.shape[-1])
   else:
     y = jnp.einsum('...D,DF->...F', x, w_DF)

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
+from jaxformer.ops.context import time_axes
 from jaxformer.ops.grouped_matmul import grouped_matmul
 from jaxformer.ops.route import forced
 from jaxformer.sharding import all_mesh_axes, mesh_axes, per_shard, shards
@@ -271,18 +272,19 @@ def placed(
   if forced('moe') == 'naive':
     expert = jnp.broadcast_to(jnp.arange(E)[None, :, None], (B, E, C))
     return moe_naive(x_BTD, *(a.reshape(B, E * C) for a in (token_BEC, expert, weight_BEC)), experts, activation)
-  over = _Mesh.of(B, experts)
+  over, T, axes = _Mesh.of(B, experts), x_BTD.shape[1], time_axes(x_BTD.shape[1])
 
   def shard(x_BTD, token_BEC, weight_BEC, *weights):
-    b, T, D = x_BTD.shape
+    b, _, D = x_BTD.shape
     here = Experts(*weights)
     if over.experts and not over.exchanges:
       mine = here.w_in.shape[0]
       first = jax.lax.axis_index(over.experts) * mine
       token_BEC, weight_BEC = (jax.lax.dynamic_slice_in_dim(a, first, mine, 1) for a in (token_BEC, weight_BEC))
-    e = token_BEC.shape[1]
+    rows, token_BEC, weight_BEC = _rows_of_places(x_BTD, token_BEC, weight_BEC, axes)
+    e, C = token_BEC.shape[1:]
     token_BP, row = token_BEC.reshape(b, e * C), jnp.arange(b)[:, None]
-    rows = x_BTD[row, token_BP].reshape(b, e, C, D).swapaxes(0, 1).reshape(e, b * C, D)
+    rows = rows.swapaxes(0, 1).reshape(e, b * C, D)
     if over.exchanges:
       rows = jax.lax.all_to_all(rows, over.experts, 0, 1, tiled=True)
     y = _batched(rows, here, activation)
@@ -290,11 +292,28 @@ def placed(
       y = jax.lax.all_to_all(y, over.experts, 1, 0, tiled=True)
     y_BPD = y.reshape(e, b, C, D).swapaxes(0, 1).reshape(b, e * C, D).astype(jnp.float32)
     y = jnp.zeros((b, T, D), jnp.float32).at[row, token_BP].add(weight_BEC.reshape(b, e * C, 1) * y_BPD)
+    y = jax.lax.psum_scatter(y, axes, scatter_dimension=1, tiled=True) if axes else y
     return over.summed(y.astype(x_BTD.dtype))
 
-  whole = ('batch', None, None)   # a place holds a token of anywhere in its sequence
-  mapped = per_shard(shard, (whole, whole, whole, *_AXES), whole)
+  whole, tokens = ('batch', None, None), ('batch', 'time', None)   # a place holds a token of anywhere in its sequence
+  mapped = per_shard(shard, (tokens, whole, whole, *_AXES), tokens)
   return mapped(x_BTD, token_BEC, weight_BEC, *experts)
+
+
+def _rows_of_places(x_BTD, token_BEC, weight_BEC, axes: tuple[str, ...]):
+  """The tokens `[b, e, C, D]` in the places of this shard, with their numbers and weights: all places, or where time is divided
+  one part of each expert's, whose tokens other shards send."""
+  row, C = jnp.arange(len(x_BTD))[:, None, None], token_BEC.shape[2]
+  if not axes:
+    return x_BTD[row, token_BEC], token_BEC, weight_BEC
+  n, here, t = jax.lax.axis_size(axes), jax.lax.axis_index(axes), x_BTD.shape[1]
+  token_BEC, weight_BEC = (jnp.pad(a, ((0, 0), (0, 0), (0, -C % n))) for a in (token_BEC, weight_BEC))
+  place = token_BEC - here * t
+  mine = ((place >= 0) & (place < t))[..., None]
+  rows = jnp.where(mine, x_BTD[row, jnp.clip(place, 0, t - 1)], jnp.zeros((), x_BTD.dtype))
+  part = token_BEC.shape[2] // n
+  token_BEC, weight_BEC = (jax.lax.dynamic_slice_in_dim(a, here * part, part, 2) for a in (token_BEC, weight_BEC))
+  return jax.lax.psum_scatter(rows, axes, scatter_dimension=2, tiled=True), token_BEC, weight_BEC
 
 
 def _batched(rows_END, experts: Experts, activation: Activation):

@@ -17,11 +17,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from jaxformer.ops.context import in_turn, time_axes
 from jaxformer.ops.route import forced
 from jaxformer.sharding import per_shard, platform
 
 # A mesh divides the loops by rows alone: with the units divided too, every step would wait for the hidden state of the others.
-_TIMES, _ROWS = (None, 'batch', None, None), ('batch', None)
+_TIMES, _ROWS = ('time', 'batch', None, None), ('batch', None)
 
 
 def _unroll() -> int:
@@ -36,7 +37,7 @@ def _matmul(a: Array, b: Array) -> Array:
 def _product(x: Array, w_DGH: Array) -> Array:
   """x W for every gate, [..., G, H], accumulated in fp32."""
   x = x.astype(w_DGH.dtype)
-  if platform() == 'cpu':   # plain matrices (ops.linear)
+  if platform() == 'cpu' and not (x.ndim == 3 and time_axes(x.shape[0])):   # plain matrices (ops.linear)
     rows = _matmul(x.reshape(-1, x.shape[-1]), w_DGH.reshape(w_DGH.shape[0], -1))
     return rows.reshape(*x.shape[:-1], *w_DGH.shape[1:])
   return jnp.einsum('...D,DGH->...GH', x, w_DGH, preferred_element_type=jnp.float32)
@@ -77,6 +78,22 @@ def _kept(starts_B: Array, *states_BH: Array) -> tuple[Array, ...]:
   return tuple(jnp.where(starts_B[:, None], 0.0, s) for s in states_BH)
 
 
+def _over_time(loop: Any, weights: int, states: int, axes: tuple[str, ...]) -> Any:
+  """`loop(gates, *weights, *states, starts) -> (y, *states)` on a mesh, shards of time in turn (`ops.context.in_turn`)."""
+  def shard(gates_TBGH, *rest):
+    kept, first, starts_TB = rest[:weights], rest[weights:-1], rest[-1]
+
+    def run(state, gates_TBGH, starts_TB):
+      y_TBH, *last = loop(gates_TBGH, *kept, *state, starts_TB)
+      return y_TBH, tuple(last)
+
+    y_TBH, last = in_turn(run, first, (gates_TBGH, starts_TB), axes)
+    return y_TBH, *last
+
+  rows = (_ROWS,) * states
+  return per_shard(shard if axes else loop, (_TIMES, *(None,) * weights, *rows, _TIMES[:2]), _TIMES[:3], *rows)
+
+
 # ---- LSTM -------------------------------------------------------------------------------------------------------------
 
 
@@ -94,7 +111,7 @@ def lstm(
   if forced('lstm') == 'naive':
     return lstm_naive(x_BTD, w_DGH, u_HGH, b_GH, h_BH, c_BH, starts_BT)
   gates = _input_gates(x_BTD, w_DGH, b_GH)
-  loop = per_shard(_lstm_loop, (_TIMES, None, _ROWS, _ROWS, _TIMES[:2]), _TIMES[:3], _ROWS, _ROWS)
+  loop = _over_time(_lstm_loop, 1, 2, time_axes(len(gates)))
   y_TBH, h, c = loop(gates, u_HGH, h_BH.astype(jnp.float32), c_BH.astype(jnp.float32), starts_BT.T)
   return jnp.swapaxes(y_TBH, 0, 1), (h, c)
 
@@ -207,10 +224,10 @@ def gru(
   gates, h_BH = _input_gates(x_BTD, w_DGH, b_GH), h_BH.astype(jnp.float32)
   if after:
     b_after = jnp.zeros(h_BH.shape[1:]) if b_after_H is None else b_after_H.astype(jnp.float32)
-    loop = per_shard(_gru_after_loop, (_TIMES, None, None, _ROWS, _TIMES[:2]), _TIMES[:3], _ROWS)
+    loop = _over_time(_gru_after_loop, 2, 1, time_axes(len(gates)))
     y_TBH, h = loop(gates, u_HGH, b_after, h_BH, starts_BT.T)
   else:
-    loop = per_shard(_gru_loop, (_TIMES, None, _ROWS, _TIMES[:2]), _TIMES[:3], _ROWS)
+    loop = _over_time(_gru_loop, 1, 1, time_axes(len(gates)))
     y_TBH, h = loop(gates, u_HGH, h_BH, starts_BT.T)
   return jnp.swapaxes(y_TBH, 0, 1), h
 

@@ -9,8 +9,9 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
+from jaxformer.ops.context import carried, time_axes
 from jaxformer.sharding import per_shard
 
 
@@ -87,10 +88,31 @@ def places(
   return token, weight, jnp.mean(dropped_B)
 
 
+def within(expert_BTK: Int[Array, 'B T K'], experts: int, capacity: int) -> Bool[Array, 'B T K']:
+  """Whether a token has a place (`places`) with each of its experts."""
+  axes = time_axes(expert_BTK.shape[1])
+
+  def shard(expert_BTK: Array) -> Array:
+    before_BP, taken_BE = _before(expert_BTK, experts)
+    if axes:
+      earlier_BE, _ = carried(taken_BE, jnp.zeros_like(taken_BE), jnp.add, axes)
+      before_BP += jnp.take_along_axis(earlier_BE, expert_BTK.reshape(before_BP.shape), axis=1)
+    return before_BP.reshape(expert_BTK.shape) < capacity
+
+  tokens = ('batch', 'time', None)
+  return per_shard(shard, (tokens,), tokens)(expert_BTK)
+
+
+def _before(expert_BTK: Array, experts: int) -> tuple[Array, Array]:
+  """How many choices before each in its row are of the same expert, [B, T K], and how many each expert has in all, [B, E]."""
+  chosen_BPE = expert_BTK.reshape(len(expert_BTK), -1)[..., None] == jnp.arange(experts).reshape(1, 1, experts)
+  counts_BPE = jnp.cumsum(chosen_BPE, axis=1, dtype=jnp.int32)
+  return jnp.sum(jnp.where(chosen_BPE, counts_BPE - 1, 0), axis=-1), counts_BPE[:, -1]
+
+
 def _places(expert_BTK, weight_BTK, experts, capacity):
   B, T, K = expert_BTK.shape
-  chosen_BPE = expert_BTK.reshape(B, T * K)[..., None] == jnp.arange(experts).reshape(1, 1, experts)
-  before_BP = jnp.sum(jnp.where(chosen_BPE, jnp.cumsum(chosen_BPE, axis=1, dtype=jnp.int32) - 1, 0), axis=-1)
+  before_BP, _ = _before(expert_BTK, experts)
   row = jnp.arange(B)[:, None]
   at = (row, expert_BTK.reshape(B, T * K), before_BP)   # places beyond the last are left out by `mode='drop'`
   token_BP = jnp.broadcast_to((jnp.arange(T * K, dtype=jnp.int32) // K)[None], (B, T * K))

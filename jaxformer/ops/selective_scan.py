@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from jaxformer.ops.context import over_time, scaled, time_axes, unbroken
 from jaxformer.ops.route import forced
-from jaxformer.sharding import per_shard, platform
+from jaxformer.sharding import per_shard, platform, shards
 
 CHUNK = 64         # steps between two states that the forward pass keeps for the backward pass
 
@@ -169,11 +170,23 @@ def selective_scan(
   Returns:
     y, like u, and the state after the last token, in fp32, in which all is computed.
   """
-  form = forced('selective_scan') or choose(u_BTD.shape[1])
+  (batch, T, channels), axes = u_BTD.shape, time_axes(u_BTD.shape[1])
+  form = forced('selective_scan') or choose(T // shards('time', T))
   if form not in FORMS:
     raise ValueError(f'unknown form {form!r} of selective_scan; known: {", ".join(FORMS)}')
-  wide, narrow, state = ('batch', None, 'inner'), ('batch', None, None), ('batch', 'inner', None)
+
+  def run(h, u, dt, A, B, C, D, starts):
+    return FORMS[form](u, dt, A, B, C, D, h, starts)
+
+  def summary(u, dt, A, B, C, D, starts):
+    decay = jnp.exp(jnp.sum(dt.astype(jnp.float32), axis=1)[..., None] * A.astype(jnp.float32)[None])
+    return jnp.where(unbroken(starts)[0][:, None, None], decay, 0.0), run(None, u, dt, A, B, C, D, starts)[1]
+
+  if axes and h_BDN is None:
+    h_BDN = jnp.zeros((batch, channels, A_DN.shape[1]), jnp.float32)
+  wide, narrow, state = ('batch', 'time', 'inner'), ('batch', 'time', None), ('batch', 'inner', None)
   mapped = per_shard(
-    FORMS[form], (wide, wide, ('inner', None), narrow, narrow, ('inner',), state, ('batch', None)), wide, state)
-  y, h = mapped(u_BTD, dt_BTD, A_DN, B_BTN, C_BTN, D_D, h_BDN, starts_BT)
+    over_time(run, summary, scaled, axes),
+    (state, wide, wide, ('inner', None), narrow, narrow, ('inner',), ('batch', 'time')), wide, state)
+  y, h = mapped(h_BDN, u_BTD, dt_BTD, A_DN, B_BTN, C_BTN, D_D, starts_BT)
   return y, h

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from jaxformer.ops.context import over_time, scaled, sums_after, time_axes, unbroken
 from jaxformer.ops.route import forced
 from jaxformer.sharding import per_shard, platform, shards
 
@@ -127,17 +128,36 @@ def ssd(
   Raises:
     ValueError: H is no multiple of G.
   """
-  (_, T, H, _), G = x_BTHP.shape, B_BTGN.shape[2]
+  (batch, T, H, P), (G, N), axes = x_BTHP.shape, B_BTGN.shape[2:], time_axes(x_BTHP.shape[1])
   if H % G:
     raise ValueError(f'{H} heads are no multiple of {G} groups')
-  form = forced('ssd') or ('naive' if T == 1 else 'chunked')
+  form = forced('ssd') or ('naive' if T // shards('time', T) == 1 else 'chunked')
   if form not in FORMS:
     raise ValueError(f'unknown form {form!r} of ssd; known: {", ".join(FORMS)}')
   # Groups repeated until the mesh divides them like the heads: each shard then has the maps of its heads.
   copies = math.lcm(G, shards('heads', H)) // G
   B, C = (a if copies == 1 else jnp.repeat(a, copies, axis=2) for a in (B_BTGN, C_BTGN))
-  wide, maps, state = ('batch', None, 'heads', None), ('batch', None, 'heads', None), ('batch', 'heads', None, None)
+
+  def run(h, x, dt, A, B, C, D, starts):
+    return FORMS[form](x, dt, A, B, C, D, h, starts)
+
+  if axes and state_BHPN is None:
+    state_BHPN = jnp.zeros((batch, H, P, N), jnp.float32)
+  wide, state = ('batch', 'time', 'heads', None), ('batch', 'heads', None, None)
   mapped = per_shard(
-    FORMS[form], (wide, ('batch', None, 'heads'), ('heads',), maps, maps, ('heads',), state, ('batch', None)), wide, state)
-  y, h = mapped(x_BTHP, dt_BTH, A_H, B, C, D_H, state_BHPN, starts_BT)
+    over_time(run, _summary, scaled, axes),
+    (state, wide, wide[:3], ('heads',), wide, wide, ('heads',), wide[:2]), wide, state)
+  y, h = mapped(state_BHPN, x_BTHP, dt_BTH, A_H, B, C, D_H, starts_BT)
   return y, h
+
+
+def _summary(x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, D_H, starts_BT) -> tuple[Array, Array]:
+  """What a part multiplies the state by, and the state that it ends with from zeros."""
+  dt = dt_BTH.astype(jnp.float32)
+  log, (whole, last), G = dt * A_H.astype(jnp.float32)[None, None], unbroken(starts_BT), B_BTGN.shape[2]
+  weight = jnp.where(last[..., None], jnp.exp(sums_after(log)) * dt, 0.0)
+  x = (x_BTHP.astype(jnp.float32) * weight[..., None]).astype(x_BTHP.dtype)
+  by_group = x.reshape(*x.shape[:2], G, -1, x.shape[-1])
+  h = _product('BsGRP,BsGN->BGRPN', by_group, B_BTGN)
+  decay = jnp.where(whole[:, None], jnp.exp(jnp.sum(log, axis=1)), 0.0)
+  return decay[..., None, None], h.reshape(h.shape[0], -1, *h.shape[3:])

@@ -20,9 +20,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxformer.ops.context import over_time, time_axes, unbroken
 from jaxformer.ops.long_convolution import fft_convolution
 from jaxformer.ops.route import forced
-from jaxformer.sharding import platform
+from jaxformer.sharding import per_shard, platform
 
 CHUNK = 64       # positions; about as many as numbers of state, so that states take the memory of the input
 FFT_FROM = 256   # positions from which Fourier transforms are faster than chunks on a CPU or GPU
@@ -56,6 +57,15 @@ class System(abc.ABC):
   def kernel(self, length: int) -> Array:
     """k_MHT = C Abar^j Bbar for j = 0 .. length - 1."""
 
+  @property
+  @abc.abstractmethod
+  def parts(self) -> tuple[tuple[Array, tuple[str | None, ...]], ...]:
+    """The arrays that it consists of, each with its logical axes."""
+
+  @abc.abstractmethod
+  def of(self, *arrays: Array) -> System:
+    """The same system made of other arrays in the order of `parts`: a shard's."""
+
   def zeros(self, batch: int) -> Float[Array, 'B H N']:
     """The state before the first token."""
     _, H, N = self.sizes
@@ -64,23 +74,69 @@ class System(abc.ABC):
 
 def ssm(
   u_BTH: Float[Array, 'B T H'], system: System, state_BHN: Float[Array, 'B H N'] | None = None,
-  starts_BT: Bool[Array, 'B T'] | None = None,
+  starts_BT: Bool[Array, 'B T'] | None = None, *, reverse: bool = False,
 ) -> tuple[Float[Array, 'B T M H'], Float[Array, 'B H N'] | None]:
   """y_BTMH of a system whose state is zero before the first token, or `state_BHN`, and again where `starts_BT` is True.
 
   The forms of `route(ssm=...)`: 'naive', 'chunked', 'fft' (only where neither a state nor starts are given; else 'chunked'). The
-  second result is the state after the last token, None where no state was given. fp32 inside; y has the dtype of u.
+  second result is the state after the last token, None where no state was given. fp32 inside; y has the dtype of u. With `reverse`
+  the sequence is read from its end: x_t follows from x_{t+1}, which is dropped where `starts_BT` is True.
   """
   form = forced('ssm') or ('fft' if u_BTH.shape[1] >= FFT_FROM and platform() != 'tpu' else 'chunked')
   u = u_BTH.astype(jnp.float32)
-  if form == 'naive':
-    y, last = ssm_naive(u, system, state_BHN, starts_BT)
-  elif form == 'fft' and state_BHN is None and starts_BT is None:
-    k_MHT = system.kernel(u.shape[1])
-    y, last = jax.vmap(fft_convolution, (None, 0), 2)(u, k_MHT), None
+  if axes := time_axes(u.shape[1]):
+    y, last = _over_time(u, system, state_BHN, starts_BT, ssm_naive if form == 'naive' else ssm_chunked, axes, reverse)
+  elif reverse:
+    y, last = _local(jnp.flip(u, 1), system, state_BHN, None if starts_BT is None else jnp.flip(starts_BT, 1), form)
+    y = jnp.flip(y, 1)
   else:
-    y, last = ssm_chunked(u, system, state_BHN, starts_BT)
+    y, last = _local(u, system, state_BHN, starts_BT, form)
   return y.astype(u_BTH.dtype), None if state_BHN is None else last
+
+
+def _local(u, system, state_BHN, starts_BT, form: str):
+  if form == 'naive':
+    return ssm_naive(u, system, state_BHN, starts_BT)
+  if form == 'fft' and state_BHN is None and starts_BT is None:
+    return jax.vmap(fft_convolution, (None, 0), 2)(u, system.kernel(u.shape[1])), None
+  return ssm_chunked(u, system, state_BHN, starts_BT)
+
+
+def _over_time(u, system: System, state_BHN, starts_BT, form, axes: tuple[str, ...], reverse: bool):
+  """On shards of time (`ops.context`)."""
+  arrays, array_axes = zip(*((part, axes) for a, axes in system.parts for part in _reals(a)), strict=True)
+  complex_parts = [jnp.iscomplexobj(a) for a, _ in system.parts]
+
+  def shard(state_BHN, u_BTH, *rest):
+    *reals, starts_BT = rest
+    parts = iter(reals)
+    here = system.of(*(jax.lax.complex(next(parts), next(parts)) if pair else next(parts) for pair in complex_parts))
+    if reverse:
+      u_BTH, starts_BT = jnp.flip(u_BTH, 1), None if starts_BT is None else jnp.flip(starts_BT, 1)
+    move = here.transition(u_BTH.shape[1])
+
+    def run(x_BHN, u_BTH):
+      return form(u_BTH, here, x_BHN, starts_BT)
+
+    def summary(u_BTH):
+      own = run(None, u_BTH)[1]
+      return jnp.ones(own.shape[0], bool) if starts_BT is None else unbroken(starts_BT)[0], own
+
+    def join(x_BHN, part):
+      kept_B, own_BHN = part
+      return own_BHN + jnp.where(kept_B[:, None, None], jnp.swapaxes(move(jnp.swapaxes(x_BHN, 0, 1)), 0, 1), 0.0)
+
+    y, last = over_time(run, summary, join, axes, reverse=reverse)(state_BHN, u_BTH)
+    return jnp.flip(y, 1) if reverse else y, last
+
+  wide, state = ('batch', 'time', 'inner'), ('batch', 'inner', None)
+  mapped = per_shard(shard, (state, wide, *array_axes, wide[:2]), ('batch', 'time', None, 'inner'), state)
+  y, last = mapped(system.zeros(u.shape[0]) if state_BHN is None else state_BHN, u, *arrays, starts_BT)
+  return y, last
+
+
+def _reals(a: Array) -> tuple[Array, ...]:
+  return (a.real, a.imag) if jnp.iscomplexobj(a) else (a,)
 
 
 def ssm_naive(

@@ -49,6 +49,14 @@ class Dplr(System):
     M, H, P = self.tilde_MHP.shape
     return M, H, 2 * P
 
+  @property
+  def parts(self):
+    pairs = tuple((a, ('inner', None)) for a in (self.a_HP, self.p_HP, self.b_HP))
+    return *pairs, (self.tilde_MHP, (None, 'inner', None)), (self.dt_H, ('inner',)), *self.dense.parts
+
+  def of(self, *arrays: Array) -> Dplr:
+    return Dplr(*arrays[:5], self.length, self.dense.of(*arrays[5:]))
+
   def next(self, x_BHN: Float[Array, 'B H N'], u_BH: Float[Array, 'B H']) -> Float[Array, 'B H N']:
     return self.dense.next(x_BHN, u_BH)
 

@@ -76,6 +76,13 @@ class Diagonal(System):
     M, H, P = self.c_MHP.shape
     return M, H, 2 * P
 
+  @property
+  def parts(self):
+    return (self.log_a_HP, ('inner', None)), (self.b_HP, ('inner', None)), (self.c_MHP, (None, 'inner', None))
+
+  def of(self, *arrays: Array) -> Diagonal:
+    return Diagonal(*arrays)
+
   def next(self, x_BHN: Float[Array, 'B H N'], u_BH: Float[Array, 'B H']) -> Float[Array, 'B H N']:
     return _rotate(self._powers(jnp.ones(1))[:, 0][None], x_BHN) + _real(self.b_HP)[None] * u_BH[..., None]
 
@@ -143,6 +150,13 @@ class Dense(System):
   def sizes(self) -> tuple[int, int, int]:
     M, H, N = self.c_MHN.shape
     return M, H, N
+
+  @property
+  def parts(self):
+    return (self.d_HNN, ('inner', None, None)), (self.b_HN, ('inner', None)), (self.c_MHN, (None, 'inner', None))
+
+  def of(self, *arrays: Array) -> Dense:
+    return Dense(*arrays)
 
   def next(self, x_BHN: Float[Array, 'B H N'], u_BH: Float[Array, 'B H']) -> Float[Array, 'B H N']:
     moved = jnp.einsum('hnk,bhk->bhn', self.d_HNN, x_BHN, precision='highest')
@@ -217,6 +231,13 @@ class Shift(System):
   def sizes(self) -> tuple[int, int, int]:
     M, H, N = self.c_MHN.shape
     return M, H, N
+
+  @property
+  def parts(self):
+    return ((self.c_MHN, (None, 'inner', None)),)
+
+  def of(self, *arrays: Array) -> Shift:
+    return Shift(*arrays)
 
   def next(self, x_BHN: Float[Array, 'B H N'], u_BH: Float[Array, 'B H']) -> Float[Array, 'B H N']:
     return jnp.concatenate([u_BH[..., None], x_BHN[..., :-1]], axis=-1)

@@ -20,8 +20,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
+from jaxformer.ops.context import over_time, time_axes, unbroken
 from jaxformer.ops.route import forced
-from jaxformer.sharding import platform
+from jaxformer.sharding import per_shard, platform, shards
 
 CHUNK = 64
 NOTHING = -1e38   # the exponent of a sum without terms
@@ -81,14 +82,52 @@ def wkv4(
   (B, T, D), dtype = v_BTD.shape, v_BTD.dtype
   k, v, w, u = (x.astype(jnp.float32) for x in (k_BTD, v_BTD, w_D, u_D))
   state = Wkv4State.empty(B, D) if state is None else state
-  route = route or forced('wkv4') or choose_route(T)
+  axes = time_axes(T)
+  route = route or forced('wkv4') or choose_route(T // shards('time', T))
   if route not in ROUTES:
     raise ValueError(f'wkv4: route must be one of {", ".join(ROUTES)}, got {route!r}')
-  if route == 'naive':
-    y, state = wkv4_naive(k, v, w, u, state, starts_BT)
+
+  def run(state, k, v, w, u, starts):
+    if route == 'naive':
+      return wkv4_naive(k, v, w, u, state, starts)
+    return _chunked(k, v, w, u, state, starts, chunk, route == 'associative')
+
+  if axes:
+    y, state = _over_time(run, axes)(state, k, v, w, u, starts_BT)
   else:
-    y, state = _chunked(k, v, w, u, state, starts_BT, chunk, route == 'associative')
+    y, state = run(state, k, v, w, u, starts_BT)
   return y.astype(dtype), state
+
+
+def _over_time(run, axes: tuple[str, ...]):
+  """`run` on shards of time (`ops.context`). A part lowers the exponent of the state by T w and adds its own sums."""
+  def summary(k, v, w, u, starts):
+    loss = jnp.where(unbroken(starts)[0][:, None], k.shape[1] * w[None], -NOTHING)
+    empty = Wkv4State.empty(k.shape[0], k.shape[2])
+    return loss, plain((empty.aa, empty.bb, empty.pp), k, v, w, u, starts)[1]
+
+  def join(state, part):
+    (aa, bb, pp), (loss, (own_aa, own_bb, own_pp)) = state, part
+    before = jnp.maximum(pp - loss, NOTHING)
+    pp = jnp.maximum(before, own_pp)
+    old, new = jnp.exp(before - pp), jnp.exp(own_pp - pp)
+    return old * aa + new * own_aa, old * bb + new * own_bb, pp
+
+  def plain(state, *inputs):
+    y, last = run(Wkv4State(*state), *inputs)
+    return y, (last.aa, last.bb, last.pp)
+
+  def flat(aa, bb, pp, *inputs):
+    y, last = over_time(plain, summary, join, axes)((aa, bb, pp), *inputs)
+    return y, *last
+
+  def mapped(state, *inputs):
+    token, sums, channel = ('batch', 'time', 'heads'), ('batch', 'heads'), ('heads',)
+    shard = per_shard(flat, (sums, sums, sums, token, token, channel, channel, token[:2]), token, sums, sums, sums)
+    y, *sums = shard(state.aa, state.bb, state.pp, *inputs)
+    return y, Wkv4State(*sums)
+
+  return mapped
 
 
 ROUTES = ('naive', 'chunked', 'associative')

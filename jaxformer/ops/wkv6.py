@@ -21,7 +21,8 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxformer import sharding
-from jaxformer.ops.kernels.wkv6 import wkv6_tpu
+from jaxformer.ops.context import over_time, scaled, sums_after, time_axes, unbroken
+from jaxformer.ops.kernels.wkv6 import wkv6_pallas, wkv6_tpu
 from jaxformer.ops.route import forced
 
 CHUNK = 64   # a power of 2
@@ -62,17 +63,28 @@ def wkv6(
     chunk: tokens at a time, a power of 2.
   """
   (B, T, H, K), V, dtype = r.shape, v.shape[-1], v.dtype
-  route = route or forced('wkv6') or choose_route(T)
+  axes = time_axes(T)
+  route = route or forced('wkv6') or choose_route(T // sharding.shards('time', T))
   if route not in ROUTES:
     raise ValueError(f'wkv6: route must be one of {", ".join(ROUTES)}, got {route!r}')
-  if route == 'pallas':
-    return wkv6_tpu(r, k, v, log_decay, u_HK, state, starts_BT, interpret=sharding.platform() != 'tpu', chunk=chunk)
-  r, k, v, log_decay, u_HK = (x.astype(jnp.float32) for x in (r, k, v, log_decay, u_HK))
+  interpret = sharding.platform() != 'tpu'
+  if route == 'pallas' and not axes:
+    return wkv6_tpu(r, k, v, log_decay, u_HK, state, starts_BT, interpret=interpret, chunk=chunk)
+
+  def run(S, r, k, v, log_decay, u_HK, starts):
+    if route == 'pallas':
+      return wkv6_pallas(r, k, v, log_decay, u_HK, S, starts, interpret=interpret, chunk=chunk)
+    if route == 'naive':
+      return wkv6_naive(r, k, v, log_decay, u_HK, S, starts)
+    return _chunked(r, k, v, log_decay, u_HK, S, starts, chunk)
+
+  if route != 'pallas':
+    r, k, v, log_decay, u_HK = (x.astype(jnp.float32) for x in (r, k, v, log_decay, u_HK))
   S = jnp.zeros((B, H, K, V), jnp.float32) if state is None else state.astype(jnp.float32)
-  if route == 'naive':
-    y, S = wkv6_naive(r, k, v, log_decay, u_HK, S, starts_BT)
-  else:
-    y, S = _chunked(r, k, v, log_decay, u_HK, S, starts_BT, chunk)
+  token, heads = ('batch', 'time', 'heads', None), ('batch', 'heads', None, None)
+  mapped = run if not axes else sharding.per_shard(
+    over_time(run, _summary, scaled, axes), (heads, token, token, token, token, ('heads', None), token[:2]), token, heads)
+  y, S = mapped(S, r, k, v, log_decay, u_HK, starts_BT)
   return y.astype(dtype), S
 
 
@@ -84,6 +96,15 @@ def choose_route(T: int) -> str:
   if sharding.platform() == 'tpu':
     return 'pallas' if T > 1 else 'naive'
   return 'naive' if T <= _SHORT else 'chunked'
+
+
+def _summary(r, k, v, log_decay, u_HK, starts_BT):
+  """What a part multiplies the rows of the state by, and the state that it ends with from zeros."""
+  log = jnp.broadcast_to(log_decay.astype(jnp.float32), k.shape)
+  whole, last = unbroken(starts_BT)
+  kept = jnp.where(last[..., None, None], k.astype(jnp.float32) * jnp.exp(sums_after(log)), 0.0)
+  decay = jnp.where(whole[:, None, None], jnp.exp(jnp.sum(log, axis=1)), 0.0)
+  return decay[..., None], _product('BTHK,BTHV->BHKV', kept, v.astype(jnp.float32))
 
 
 # ---- the chunked form -------------------------------------------------------------------------------------------------

@@ -33,8 +33,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from jaxformer.ops.context import over_time, time_axes
 from jaxformer.ops.route import forced
-from jaxformer.sharding import platform
+from jaxformer.sharding import per_shard, platform, shards
 
 SPAN = 256       # positions whose intermediate values are in memory together; the states at their borders are what a gradient keeps
 SHORT = 8        # fewer positions go one by one: a decode, or a few tokens of a prompt
@@ -59,17 +60,40 @@ def wkv7(
   Returns the outputs, in the type of `v_BTHV`, and the state after the last position, in fp32.
   """
   B, T, H, K = r_BTHK.shape
-  form = forced('wkv7') or ('naive' if T < SHORT else 'chunked')
+  axes = time_axes(T)
+  form = forced('wkv7') or ('naive' if T // shards('time', T) < SHORT else 'chunked')
   if form not in ('naive', 'chunked'):
     raise ValueError(f'wkv7 has no form {form!r}: naive or chunked')
   state = jnp.zeros((B, H, v_BTHV.shape[-1], K), jnp.float32) if state_BHVK is None else state_BHVK.astype(jnp.float32)
   args = tuple(x.astype(jnp.float32) for x in (r_BTHK, log_decay_BTHK, k_BTHK, v_BTHV, a_BTHK, b_BTHK))
-  if form == 'naive':
-    y, state = wkv7_naive(*args, state, starts_BT)
-  else:
-    # Products of bfloat16 inputs may be rounded like these on hardware that does so; sums and states are fp32 in any case.
-    y, state = wkv7_chunked(*args, state, starts_BT, precision=_EXACT if v_BTHV.dtype == jnp.float32 else None)
+  # Products of bfloat16 inputs may be rounded like these on hardware that does so; sums and states are fp32 in any case.
+  precision = _EXACT if v_BTHV.dtype == jnp.float32 else None
+
+  def run(state, r, w, k, v, a, b, starts):
+    if form == 'naive':
+      return wkv7_naive(r, w, k, v, a, b, state, starts)
+    return wkv7_chunked(r, w, k, v, a, b, state, starts, precision=precision)
+
+  token, heads = ('batch', 'time', 'heads', None), ('batch', 'heads', None, None)
+  mapped = per_shard(_over_time(run, axes), (heads, *(token,) * 6, token[:2]), token, heads) if axes else run
+  y, state = mapped(state, *args, starts_BT)
   return y.astype(v_BTHV.dtype), state
+
+
+def _over_time(run, axes: tuple[str, ...]):
+  """`run` on shards of time (`ops.context`). A part takes S to S M + s; both come from one run that begins with the identity below
+  zeros, and adds zeros there."""
+  def summary(r, w, k, v, a, b, starts):
+    (B, T, H, K), V = r.shape, v.shape[-1]
+    below = jnp.concatenate([jnp.zeros((V, K)), jnp.eye(K)])
+    v = jnp.concatenate([v, jnp.zeros((B, T, H, K))], axis=-1)
+    return run(jnp.broadcast_to(below[None, None], (B, H, V + K, K)), r, w, k, v, a, b, starts)[1]
+
+  def join(S_BHVK, part):
+    own, M_BHKK = jnp.split(part, (S_BHVK.shape[2],), axis=2)
+    return jnp.einsum('BHVI,BHIK->BHVK', S_BHVK, M_BHKK, precision=_EXACT) + own
+
+  return over_time(run, summary, join, axes)
 
 
 def wkv7_naive(

@@ -21,7 +21,7 @@ from jaxformer.config import InputError
 from jaxformer.data import Dataset, open_data
 from jaxformer.models.language_model import ModelConfig
 from jaxformer.models.params import Definition, Params, define
-from jaxformer.sharding import make_mesh, use_mesh
+from jaxformer.sharding import Rules, make_mesh, use_mesh
 from jaxformer.training.checkpoint import Checkpoints, load_params
 from jaxformer.training.experiment import Experiment, check_fit
 from jaxformer.training.feed import Feed
@@ -70,7 +70,7 @@ class Setup:
   feed: Feed
 
   @property
-  def rules(self) -> str:
+  def rules(self) -> Rules | str:
     return self.experiment.mesh.rules
 
   @classmethod

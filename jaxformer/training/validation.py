@@ -9,6 +9,7 @@ from jax.sharding import Mesh
 from jaxformer.data import Dataset
 from jaxformer.evaluation import evaluate
 from jaxformer.models.params import Definition, Params
+from jaxformer.sharding import Rules
 from jaxformer.training.feed import Feed
 
 
@@ -17,7 +18,7 @@ class Evaluate(Protocol):
 
 
 def validator(
-  definition: Definition, dataset: Dataset, mesh: Mesh, rules: str, dtype: Any, batch_size: int, limit_batches: int | None
+  definition: Definition, dataset: Dataset, mesh: Mesh, rules: Rules | str, dtype: Any, batch_size: int, limit_batches: int | None
 ) -> Evaluate:
   """A function from parameters to `eval/loss` (nats a target), `eval/source`, and `eval/bits_per_byte` of text or `eval/accuracy`
   over what a task asks.

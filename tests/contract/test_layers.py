@@ -15,6 +15,7 @@ from jaxformer.sharding import MeshConfig, batch_sharding, make_mesh, use_mesh
 
 every = pytest.mark.parametrize('name', LAYERS)
 decoding = pytest.mark.parametrize('name', DECODING)
+IN_TIME = MeshConfig(data=1, context=4, fsdp=2)
 MESH = MeshConfig(data=2, fsdp=2, tensor=2)   # every way of dividing at once; test_models.py has others
 
 
@@ -92,6 +93,30 @@ def test_sharded_equals_unsharded(name):
     x = jax.device_put(x, batch_sharding(devices, MESH.rules))
     sharded = jax.jit(jax.value_and_grad(lambda *a: case.loss(*a)))(params, x, ctx)
   close(sharded, (value, gradients), 1e-4)
+
+
+@every
+def test_divided_in_time_equals_whole(name):
+  """Outputs, the final state and all gradients, from a state that has seen tokens, with documents that begin inside and at the
+  border of shards."""
+  case, x, ctx = layer(name), inputs(), Context(segments_BT=segments(7, 8, 5))
+  state = None
+  if name in DECODING and LAYERS[name].tag != 'Attention':   # a cache is not divided in time
+    state = case.call(case.params, x[:, ::-1], Context(), case.init_state(BATCH, LENGTH))[1]
+
+  def scored(params, x, state):
+    def score(params, x, state):
+      y, after = case.whole(params, x, ctx, state)
+      numbers = [s for s in jax.tree.leaves(after) if jnp.issubdtype(s.dtype, jnp.floating)]
+      return jnp.sum(jnp.sin(y) * (1 + jnp.arange(LENGTH))[None, :, None]) + sum(jnp.sum(jnp.sin(s)) for s in numbers), (y, after)
+    return jax.value_and_grad(score, argnums=(0, 1, 2), has_aux=True)(params, x, state)
+
+  whole = jax.jit(scored)(case.params, x, state)
+  devices = make_mesh(IN_TIME)
+  with use_mesh(devices, IN_TIME.rules):
+    params = jax.device_put(case.params, case.definition.shardings(devices, IN_TIME.rules))
+    divided = jax.jit(lambda *a: scored(*a))(params, jax.device_put(x, batch_sharding(devices, IN_TIME.rules)), state)
+  close(divided, whole, 1e-4)
 
 
 @every

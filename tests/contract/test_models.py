@@ -3,6 +3,7 @@
 `every` is every language model; `all_kinds` has the classifiers too.
 """
 
+import functools
 import types
 
 import jax
@@ -107,14 +108,24 @@ MESHES = {
   'fsdp8': MeshConfig(fsdp=8, rules='fsdp'),
   'data2-fsdp2-tensor2': MeshConfig(data=2, fsdp=2, tensor=2),
   'expert4-fsdp2': MeshConfig(data=1, expert=4, fsdp=2),   # for models with experts
+  'context4-fsdp2': MeshConfig(data=1, context=4, fsdp=2),
+  'context2-expert2-tensor2': MeshConfig(data=1, context=2, expert=2, tensor=2),
+  'replica2-context2-fsdp2': MeshConfig(data=1, replica=2, context=2, fsdp=2, rules='fsdp'),
 }
-MIXTURES = ('mixtral-tiny',)
+MIXTURES = ('mixtral-tiny', 'jamba-tiny')
 
 
 def meshes_for(name):
   if name in THOROUGH:
     return [m for m in MESHES if 'expert' not in m]
-  return ['fsdp4-tensor2', 'expert4-fsdp2'] if name in MIXTURES else ['fsdp4-tensor2']
+  mixed = ['expert4-fsdp2', 'context2-expert2-tensor2'] if name in MIXTURES else []
+  return ['fsdp4-tensor2', 'context4-fsdp2', *mixed]
+
+
+@functools.cache
+def on_one_device(name):
+  case = model(name)
+  return jax.jit(jax.value_and_grad(loss_of(case, batch_of(case, segments(11, 29)))))(case.params)
 
 
 @pytest.mark.parametrize(('name', 'mesh'), [
@@ -123,7 +134,7 @@ def meshes_for(name):
 def test_sharded_equals_unsharded(name, mesh):
   case = model(name)
   batch = batch_of(case, segments(11, 29))
-  reference = jax.jit(jax.value_and_grad(loss_of(case, batch)))(case.params)
+  reference = on_one_device(name)
   devices = make_mesh(mesh)
   params = jax.device_put(case.params, case.definition.shardings(devices, mesh.rules))
   put = {k: jax.device_put(v, batch_sharding(devices, mesh.rules)) for k, v in vars(batch).items()}
