@@ -1,4 +1,4 @@
-"""What a compiled program computes on one device, from its HLO text: products and kernels, with the rounds of the loops around them.
+"""What a compiled program computes on one device, from its HLO text: products and kernels, with the rounds of their loops.
 
 XLA's own count (`cost_analysis`) takes the body of a loop once.
 """
@@ -91,9 +91,9 @@ def _convolution(i: Instruction, around: dict[str, Instruction]) -> Arithmetic:
     pairs *= _valid(
       operands[0][left.index(d)], int(at('size', '1')), out[result.index(d)], int(at('stride', '1')),
       int(at('pad', '0_0').split('_')[0]), int(at('lhs_dilate', '1')), int(at('rhs_dilate', '1')))
-  batches = re.search(r'batch_group_count=(\d+)', i.rest)
   features = out[result.index('f')] * operands[1][right.index('i')]   # the kernel has the input features of one group
-  return Arithmetic(2.0 * features * out[result.index('b')] / (1 if batches is None else 1) * pairs)
+  # (With groups of the batch, the result has the batch of one group.)
+  return Arithmetic(2.0 * features * out[result.index('b')] * pairs)
 
 
 def _window(i: Instruction) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Mapping
@@ -56,11 +57,9 @@ def _of_mesh(text: str) -> np.ndarray:
   asked = re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", found.group(3))
   shape, over = [], []
   for name, size in sizes.items():
-    cuts = sorted({1, size, *(int(c) for n, before, part in asked if n == name and part for c in (before, int(before) * int(part)))})
-    for low, high in zip(cuts, cuts[1:], strict=False):
-      whole = any(n == name and not part for n, _, part in asked)
-      inside = any(n == name and part and int(before) <= low and high <= int(before) * int(part) for n, before, part in asked)
-      over += [len(shape)] if whole or inside else []
+    spans = [(int(before), int(before) * int(part)) if part else (1, size) for n, before, part in asked if n == name]
+    for low, high in itertools.pairwise(sorted({1, size, *itertools.chain(*spans)})):
+      over += [len(shape)] if any(first <= low and high <= last for first, last in spans) else []
       shape.append(high // low)
   ids = (_iota(found.group(2)) if found.group(2) else np.arange(math.prod(sizes.values()))).reshape(shape)
   members = math.prod(shape[i] for i in over)

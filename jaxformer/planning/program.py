@@ -13,8 +13,11 @@ _COLLECTIVES = ('all-gather', 'all-reduce', 'reduce-scatter', 'all-to-all', 'col
 _COMPUTATION = re.compile(r'^(ENTRY )?%?([\w.\-]+) \(.*\{$')
 _INSTRUCTION = re.compile(r'^\s+(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][a-z\d\-]*)\((.*)$')
 SHAPE = re.compile(r'\b(pred|bf16|[suf]\d+\w*|c\d+)\[([\d,]*)\]')
-_DEVICES = re.compile(r'(?:replica_groups|source_target_pairs)=('
-                      r'mesh\[[^]]*\](?:, device_ids=\([^ ]*\))? \{[^}]*\}|\{(?:\{[^}]*\},?)*\}|\[[\d,]*\]<=\[[\d,]*\](?:T\([\d,]*\))?)')
+_DEVICES = re.compile(
+  r'(?:replica_groups|source_target_pairs)=('
+  r'mesh\[[^]]*\](?:, device_ids=\([^ ]*\))? \{[^}]*\}|'      # mesh['a'=4,'b'=2], device_ids=([4,2]T(1,0)) {'a'}
+  r'\{(?:\{[^}]*\},?)*\}|'                                    # {{0,1},{2,3}}
+  r'\[[\d,]*\]<=\[[\d,]*\](?:T\([\d,]*\))?)')               # [2,4]<=[4,2]T(1,0)
 _NAME = re.compile(r'%?([\w.\-]+)$')
 
 
