@@ -240,11 +240,24 @@ def use_mesh(mesh: Mesh, rules: Rules | str = 'fsdp_tensor') -> Generator[Mesh]:
     _ACTIVE.reset(token)
 
 
+_ASSUMED: contextvars.ContextVar[str | None] = contextvars.ContextVar('platform', default=None)
+
+
+@contextlib.contextmanager
+def assume_platform(name: str) -> Generator[None]:
+  """Within, `platform` is 'cpu', 'gpu' or 'tpu' as told: to trace, with shapes alone, what would run on machines that are not there."""
+  token = _ASSUMED.set(name)
+  try:
+    yield
+  finally:
+    _ASSUMED.reset(token)
+
+
 def platform() -> str:
   """'cpu', 'gpu' or 'tpu': what the program being traced will run on. An active mesh decides, so that a program compiled
   ahead of time for a TPU takes the TPU's routes on any host."""
-  active = _ACTIVE.get()
-  name = active[0].devices.flat[0].platform if active else jax.default_backend()
+  active, assumed = _ACTIVE.get(), _ASSUMED.get()
+  name = assumed or (active[0].devices.flat[0].platform if active else jax.default_backend())
   return 'gpu' if name in ('cuda', 'rocm') else name
 
 
