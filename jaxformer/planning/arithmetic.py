@@ -49,13 +49,13 @@ def arithmetic(compiled: jax.stages.Compiled | str) -> Arithmetic:
   @functools.cache
   def of(name: str) -> Arithmetic:
     total = Arithmetic()
-    for i in program.computations[name].values():
+    for own, i in program.computations[name].items():
       if i.operation == 'while':
         total = total.plus(of(i.attribute('body')), program.rounds(name, i))
       elif i.operation == 'conditional':
         total = total.plus(max((of(b) for b in i.branches), key=lambda a: a.total))
       elif i.operation in _COUNTS:
-        total = total.plus(_COUNTS[i.operation](i, program.computations[name]))
+        total = total.plus(_COUNTS[i.operation](own, i, program.computations[name]))
       elif i.called in program.computations:
         total = total.plus(of(i.called))
     return total
@@ -68,14 +68,14 @@ def _dims(i: Instruction | None) -> list[int]:
   return [int(d) for d in found.group(2).split(',') if d] if found else []
 
 
-def _dot(i: Instruction, around: dict[str, Instruction]) -> Arithmetic:
+def _dot(name: str, i: Instruction, around: dict[str, Instruction]) -> Arithmetic:
   left = _dims(around.get(i.operands[0]))
   contracted = re.search(r'lhs_contracting_dims=\{([\d,]*)\}', i.rest)
   inner = math.prod(left[int(d)] for d in contracted.group(1).split(',') if d) if contracted and left else 1
   return Arithmetic(2.0 * math.prod(_dims(i)) * inner)
 
 
-def _convolution(i: Instruction, around: dict[str, Instruction]) -> Arithmetic:
+def _convolution(name: str, i: Instruction, around: dict[str, Instruction]) -> Arithmetic:
   """Multiplications with padding, and with the holes of a dilated input, are none."""
   labels = re.search(r'dim_labels=(\w+)_(\w+)->(\w+)', i.rest)
   operands = [_dims(around.get(o)) for o in i.operands[:2]]
@@ -109,18 +109,16 @@ def _valid(size: int, kernel: int, out: int, stride: int, pad: int, dilate: int,
     0 <= (at := o * stride + k * spread - pad) <= last and at % dilate == 0 for k in range(kernel) for o in range(out))
 
 
-def _custom(i: Instruction, around: dict[str, Instruction]) -> Arithmetic:
+def _custom(name: str, i: Instruction, around: dict[str, Instruction]) -> Arithmetic:
   target = re.search(r'custom_call_target="([^"]*)"', i.rest)
   if target is None or target.group(1) not in KERNELS:
     return Arithmetic()
   if estimate := re.search(r'"cost_estimate":\{"flops":"(\d+)"', i.rest):
     return Arithmetic(kernels=float(estimate.group(1)))
-  source = re.search(r'op_name="([^"]*)"', i.rest)
-  name = source.group(1).rsplit('/', 2)[-2:] if source else [target.group(1)]
-  return Arithmetic(uncounted=Counter({'/'.join(name): 1}))
+  return Arithmetic(uncounted=Counter({re.sub(r'[.\d]+$', '', name): 1}))
 
 
-def _fft(i: Instruction, around: dict[str, Instruction]) -> Arithmetic:
+def _fft(name: str, i: Instruction, around: dict[str, Instruction]) -> Arithmetic:
   return Arithmetic(uncounted=Counter({'fft': 1}))
 
 
