@@ -245,7 +245,7 @@ _ASSUMED: contextvars.ContextVar[str | None] = contextvars.ContextVar('platform'
 
 @contextlib.contextmanager
 def assume_platform(name: str) -> Generator[None]:
-  """Within, `platform` is 'cpu', 'gpu' or 'tpu' as told: to trace, with shapes alone, what would run on machines that are not there."""
+  """Within, `platform` is 'cpu', 'gpu' or 'tpu' as told: to trace with shapes what would run on machines not there."""
   token = _ASSUMED.set(name)
   try:
     yield

@@ -4,7 +4,7 @@ Parameters, optimizer state and batch are exact. What the forward pass keeps is 
 remat policy. The rest is what a compiler does with a step, estimated:
 
 - the weights are rounded to the compute dtype once, divided as the parameters are;
-- gradients are fp32, as the parameters; microbatches need a second set of them to add up in;
+- gradients come out of the backward pass in the compute dtype, when it needs most; microbatches add them up in fp32 beside;
 - the backward pass of one period computes again what was not kept, and holds it with as much again in cotangents of the two
   widest arrays: `working` is what the period would keep without remat, the largest period counts;
 - over `fsdp` the whole weights of one period are there twice (one in use, the next on its way), and its whole gradients once
@@ -24,14 +24,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh, AxisType, NamedSharding
+from jax.sharding import AbstractMesh, AxisType
 
 from jaxformer.config import InputError
 from jaxformer.layers.layer import Context
 from jaxformer.models.language_model import ModelConfig
 from jaxformer.models.params import Definition, define
-from jaxformer.planning.residuals import Kept, kept_arrays
 from jaxformer.ops.route import route
+from jaxformer.planning.residuals import Kept, kept_arrays
 from jaxformer.sharding import MeshConfig, Rules, assume_platform, rules_of
 
 _GROUP = re.compile(r'(.*\bgroups\.\d+)\.')
@@ -47,7 +47,7 @@ class Memory:
     optimizer: its state.
     batch: token ids and targets.
     weights: the parameters in the compute dtype.
-    gradients: fp32.
+    gradients: in the compute dtype, and the fp32 sums of microbatches.
     activations: kept by the remat policy for the backward pass.
     working: of one period's backward pass.
     gathered: whole weights and gradients of a period.
@@ -158,7 +158,7 @@ def training_memory(
     optimizer=2 * parameters if optimizer is None else bytes_of(optimizer),
     batch=8 * accumulate * B * T,
     weights=narrow,
-    gradients=parameters * (2 if accumulate > 1 else 1),
+    gradients=(narrow or parameters) + (parameters if accumulate > 1 else 0),
     activations=sum(k.bytes for k in activations),
     working=0 if remat == 'none' else _largest_period(every),
     gathered=_gathered(definition, mesh, tensor, rules, size),
@@ -208,9 +208,10 @@ def _largest_period(kept: list[Kept]) -> int:
   return max(loops.values(), default=0)
 
 
-def _gathered(definition: Definition, mesh: AbstractMesh, tensor: Mapping[str, tuple[int, ...]], rules: Rules | str, size: int) -> int:
+def _gathered(definition: Definition, mesh: Any, tensor: Mapping[str, tuple[int, ...]], rules: Rules | str, size: int) -> int:
   """Whole weights of the largest period, two of them, and its gradients; 0 where nothing is gathered."""
-  where, groups = definition.shardings(mesh, rules), {}
+  where = definition.shardings(mesh, rules)
+  groups: dict[str, int] = {}
   for name, info in definition.info.items():
     if (found := _GROUP.match(name)) is None:
       continue

@@ -43,7 +43,8 @@ class _Value(NamedTuple):
   rounds: int = 1
 
 
-def kept_arrays(backward: Any, params: Mapping[str, jax.ShapeDtypeStruct], parts: Mapping[str, Sequence[int]], batch: Any) -> list[Kept]:
+def kept_arrays(
+  backward: Any, params: Mapping[str, jax.ShapeDtypeStruct], parts: Mapping[str, Sequence[int]], batch: Any) -> list[Kept]:
   """What `backward(params, batch)`, a function that returns the backward function of `jax.vjp`, closes over; parameters excepted.
 
   Args:

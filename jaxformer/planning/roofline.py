@@ -18,12 +18,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
 
-import jax.numpy as jnp
 from jax.sharding import AbstractMesh
 
-from jaxformer.layers.moe import MoE
+from jaxformer.layers.moe import Moe
 from jaxformer.models.language_model import ModelConfig
 from jaxformer.models.params import define
 from jaxformer.planning.cost import cost, flops_per_token
@@ -130,7 +128,8 @@ def _inference(model, target, mesh, flops, moved, rows, tokens, utilisation, pre
   sent = {'tensor': 2 * (n - 1) / n * _branches(model) * rows * n / mesh.size * getattr(model, 'width', 0) * _size(precision)}
   links, network = _where(target, mesh, sent)
   each = chip.devices
-  return StepTime(flops / mesh.size / (chip.peak(precision) / each * utilisation), moved / mesh.size / (chip.bytes_per_second / each),
+  return StepTime(flops / mesh.size / (chip.peak(precision) / each * utilisation),
+                  moved / mesh.size / (chip.bytes_per_second / each),
                   links / (chip.interconnect_bytes_per_second / each), network / (chip.network_bytes_per_second / each), tokens)
 
 
@@ -145,7 +144,7 @@ def _training_traffic(model: ModelConfig, mesh: AbstractMesh, B: int, T: int, in
     return (mesh.shape[axis] - 1) / mesh.shape[axis]
 
   stream = accumulate * size * B * T * getattr(model, 'width', 0)
-  copies = sum(n * layer.router.per_token for layer, n in model.layers() if isinstance(layer, MoE.Config)) if _mixes(model) else 0
+  copies = sum(n * layer.router.per_token(layer.experts) for layer, n in model.layers() if isinstance(layer, Moe.Config))
   state = sum(n * (layer.state_size(getattr(model, 'width', 0), T)) for layer, n in model.layers())
   return {
     'fsdp': share('fsdp') * 3 * accumulate * in_use,
@@ -155,10 +154,6 @@ def _training_traffic(model: ModelConfig, mesh: AbstractMesh, B: int, T: int, in
     'expert': share('expert') * 4 * copies * stream,
     'context': (mesh.shape['context'] - 1) * 3 * accumulate * size * B * state / mesh.shape['tensor'],
   }
-
-
-def _mixes(model: ModelConfig) -> bool:
-  return any(isinstance(layer, MoE.Config) for layer, _ in model.layers())
 
 
 def _where(target: Target, mesh: AbstractMesh, sent: dict[str, float]) -> tuple[float, float]:

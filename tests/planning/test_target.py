@@ -64,7 +64,8 @@ def test_every_figure_has_a_source_and_a_date():
 def test_a_file_of_ones_own(tmp_path):
   path = tmp_path / 'chips.toml'
   path.write_text('[v5e]\nprice_per_hour = 0.5\n[mine]\nmemory_bytes = 1e9\nbytes_per_second = 1e9\n'
-                  'interconnect_bytes_per_second = 1e9\nnetwork_bytes_per_second = 1e9\nchips_per_host = 4\nprice_per_hour = 1.0\nflops_per_second = {bf16 = 1e12}\n')
+                  'interconnect_bytes_per_second = 1e9\nnetwork_bytes_per_second = 1e9\nchips_per_host = 4\n'
+                  'price_per_hour = 1.0\nflops_per_second = {bf16 = 1e12}\n')
   chips = hardware_file(path)
   assert chips['v5e'].price_per_hour == 0.5
   assert chips['v5e'].memory_bytes == 15.75 * GIB
