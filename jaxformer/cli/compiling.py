@@ -13,8 +13,8 @@ GIB = 2**30
 def check_compiles(target: Any) -> None:
   """Raises `InputError` for a target that this host has no compiler for."""
   if target.topology is None:
-    raise InputError(f'--compile: {target.name} is no TPU slice, and programs for {target.chip.name} compile only where one is '
-                     'installed; without --compile the formulas answer')
+    raise InputError(f'--compile, --search: {target.name} is no TPU slice, and programs for {target.chip.name} compile only where '
+                     'one is installed; without them the formulas answer')
 
 
 def of_setup(experiment: Any, setup: Any) -> Any:
@@ -35,7 +35,6 @@ def train_report(experiment: Any, setup: Any) -> dict[str, Any]:
   """The compiled training step of a setup, as JSON data, with what the formulas disagree on."""
   from jaxformer.planning.compiler import disagreements
   from jaxformer.planning.cost import step_flops
-  check_compiles(setup.target)
   experiment = of_setup(experiment, setup)
   note(f'compiling a step of {setup.batch_size} x {setup.length} tokens for {setup.target.topology}')
   plan = compiled_step(experiment, setup.target)
@@ -53,7 +52,6 @@ def inference_report(experiment: Any, target: Any, phase: str, batch: int, conte
   from jaxformer.models.params import define
   from jaxformer.planning.compiler import compile_plan, disagreements, topology_mesh
   from jaxformer.planning.cost import inference_flops
-  check_compiles(target)
   config = inference_mesh(experiment.model, target)
   note(f'compiling {phase} of {batch} sequences, {context} positions, for {target.topology}')
   mesh = topology_mesh(target.topology, config, target.slices)
@@ -81,22 +79,23 @@ def inference_mesh(model: Any, target: Any) -> Any:
   raise AssertionError('tensor = 1 divides every dimension')
 
 
-def search_report(experiment: Any, setup: Any, batch_given: bool, name: str, utilisation: float) -> dict[str, Any]:
-  """The recommended setup, why the others lost, and the command that trains it, as JSON data."""
+def search_report(experiment: Any, setup: Any, batch_given: bool, name: str) -> tuple[dict[str, Any], Any]:
+  """What was recommended, why the others lost, and the command that trains it, as JSON data; and the recommended setup, or the
+  one that was given where nothing fits."""
   from jaxformer.planning.search import ROWS, search
-  check_compiles(setup.target)
   found = search(setup, lambda s: compiled_step(of_setup(experiment, s), s.target), rows=None if batch_given else ROWS,
-                 utilisation=utilisation, note=note)
+                 note=note)
   best = found.best
   value: dict[str, Any] = {
     'candidates': found.tried, 'lost': [{'name': n, 'reason': r} for n, r in found.lost],
     'compiled': [{'name': c.name, 'predicted_bytes': c.memory.total} | c.compiled.as_json() for c in found.compiled if c.compiled]}
   if best is None:
-    return value | {'best': None}
+    return value | {'best': None}, setup
   length = ['--data.sequence-length', str(setup.length)] if hasattr(experiment.data, 'sequence_length') else []
   return value | {
     'best': best.name, 'bound': best.step.bound, 'step_seconds': best.step.seconds,
-    'tokens_per_second': best.step.tokens_per_second, 'command': ' '.join(['jaxformer train', name, *length, *best.overrides])}
+    'tokens_per_second': best.step.tokens_per_second,
+    'command': ' '.join(['jaxformer train', name, *length, *best.overrides])}, best.setup
 
 
 # ---- for a reader -----------------------------------------------------------------------------------------------------

@@ -3,7 +3,8 @@
 1. Candidates are all meshes that multiply to the devices and divide the model, with each batch size and remat policy.
 2. Those whose memory by the formulas, with a margin, is above a device's are out; so are those that do not divide a dimension.
 3. The rest are sorted by the bound on tokens a second; of what is about equally fast, less traffic and less memory come first.
-4. The first few are compiled. The first that the compiler fits is recommended, the others say why not.
+4. The first few are compiled. Of those that fit, the one with the fastest bound by the compiler's FLOPs is recommended; the
+   others say why not.
 """
 
 from __future__ import annotations
@@ -51,6 +52,15 @@ class Candidate:
     return f'{mesh or "one device"}, batch {self.setup.batch_size}, remat {self.setup.remat}'
 
   @property
+  def seconds_per_token(self) -> float:
+    """The bound; by the compiler's count of FLOPs where there is one, which knows what remat computes again."""
+    s, chip = self.step, self.setup.target.chip
+    if self.compiled is None or self.compiled.flops is None:
+      return s.seconds / s.tokens
+    compute = self.compiled.flops.total * chip.devices / chip.peak(self.setup.precision)
+    return max(compute, s.memory_seconds, s.interconnect_seconds, s.network_seconds) / s.tokens
+
+  @property
   def overrides(self) -> list[str]:
     """Words for the command line of `train`."""
     s = self.setup
@@ -77,8 +87,8 @@ class Found:
 
 
 def search(
-  base: Setup, compile: Compile, *, rows: Sequence[int] | None = None, remats: Sequence[str] = REMAT, utilisation: float = 0.4,
-  best: int = 3, note: Note = lambda line: None,
+  base: Setup, compile: Compile, *, rows: Sequence[int] | None = None, remats: Sequence[str] = REMAT, best: int = 3,
+  note: Note = lambda line: None,
 ) -> Found:
   """Searches from a setup, whose mesh, batch size and remat policy are replaced.
 
@@ -89,7 +99,7 @@ def search(
   """
   setups = list(candidates(base, rows, remats))
   note(f'{len(setups)} candidates')
-  scored = [c for s in setups if (c := scored_or_none(s, utilisation)) is not None]
+  scored = [c for s in setups if (c := scored_or_none(s)) is not None]
   limit = base.target.device_memory_bytes
   small = [c for c in scored if c.memory.total * MARGIN <= limit]
   note(f'{len(small)} fit by the formulas')
@@ -100,7 +110,9 @@ def search(
       break
     note(f'compiling {c.name}')
     compiled.append(dataclasses.replace(c, compiled=compile(c.setup)))
-  winner = next((c for c in compiled if c.compiled is not None and c.compiled.fits), None)
+  fitting = [c for c in compiled if c.compiled is not None and c.compiled.fits]
+  # Equally fast ones keep the order of the cost model.
+  winner = min(fitting, key=lambda c: round(c.seconds_per_token / fitting[0].seconds_per_token / CLOSE), default=None)
   return Found(winner, compiled, _lost(winner, compiled, sorted_by_bound(scored), limit), len(setups))
 
 
@@ -134,7 +146,7 @@ def meshes(base: Setup) -> Iterator[MeshConfig]:
       yield mesh
 
 
-def scored_or_none(setup: Setup, utilisation: float) -> Candidate | None:
+def scored_or_none(setup: Setup) -> Candidate | None:
   """A candidate by the formulas; None where parameters and optimizer alone are too large, or something divides unevenly."""
   mesh = abstract_mesh(setup.mesh, setup.target.devices)
   params = define(setup.model).abstract(mesh, setup.mesh.rules)
@@ -142,7 +154,7 @@ def scored_or_none(setup: Setup, utilisation: float) -> Candidate | None:
     return None
   try:
     memory = setup.memory()
-    return Candidate(setup, memory, setup.step(memory, utilisation))
+    return Candidate(setup, memory, setup.step(memory))
   except InputError:
     return None
 
@@ -189,7 +201,9 @@ def _reason(c: Candidate, winner: Candidate | None, limit: float) -> str:
             f'{c.memory.total / GIB:.2f} GiB by the formulas is too close to the limit of {limit / GIB:.2f}')
   if winner is None:
     return 'was not compiled'
-  slower = winner.step.tokens_per_second / c.step.tokens_per_second - 1
+  bounds = (c.seconds_per_token, winner.seconds_per_token) if c.compiled else tuple(
+    x.step.seconds / x.step.tokens for x in (c, winner))
+  slower = bounds[0] / bounds[1] - 1
   if slower > CLOSE:
     return f'{100 * slower:.0f}% slower, bound by {c.step.bound}'
   total = [sum((s.compute_seconds, s.memory_seconds, s.interconnect_seconds, s.network_seconds)) / s.tokens
