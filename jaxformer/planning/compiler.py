@@ -137,7 +137,7 @@ def compile_plan(lowered: jax.stages.Lowered, mesh: Mesh, limit: float) -> Compi
     limit: bytes of a device; where the compiler refuses the program, its own limit stands.
   """
   began = time.perf_counter()
-  versions = {'jax': jax.__version__, 'libtpu': _version('libtpu')}
+  libtpu = _version('libtpu')
   try:
     with quiet():
       compiled = lowered.compile()
@@ -145,13 +145,16 @@ def compile_plan(lowered: jax.stages.Lowered, mesh: Mesh, limit: float) -> Compi
     used = memory_refusal(str(e))
     if used is None:
       raise
-    return CompiledPlan(total=used[0], limit=used[1], compile_seconds=time.perf_counter() - began, **versions)
+    return CompiledPlan(
+      total=used[0], limit=used[1], compile_seconds=time.perf_counter() - began, jax=jax.__version__, libtpu=libtpu)
   seconds, memory, text = time.perf_counter() - began, compiled.memory_analysis(), text_of(compiled)
+  assert memory is not None   # the TPU's compiler tells
   outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
   return CompiledPlan(
     arguments=memory.argument_size_in_bytes, temporaries=memory.temp_size_in_bytes, outputs=outputs,
     total=memory.argument_size_in_bytes + memory.temp_size_in_bytes + outputs, limit=limit, flops=arithmetic(text),
-    collectives=by_axis(list_collectives(text), dict(mesh.shape)), compile_seconds=seconds, **versions)
+    collectives=by_axis(list_collectives(text), dict(mesh.shape)), compile_seconds=seconds,
+    jax=jax.__version__, libtpu=libtpu)
 
 
 def memory_refusal(message: str) -> tuple[float, float] | None:

@@ -35,7 +35,7 @@ ENTRY %main (x: bf16[2,8,16], w: bf16[16,32]) -> bf16[2,8,16] {
   %zero = s32[] constant(0)
   %state = (s32[], bf16[2,8,16]{2,1,0}, bf16[16,32]{1,0}) tuple(%zero, %x.1, %w.1)
   %loop = (s32[], bf16[2,8,16]{2,1,0}, bf16[16,32]{1,0}) while(%state), condition=%condition, body=%body
-  %kernel = f32[8,16]{1,0} custom-call(%x.1), custom_call_target="tpu_custom_call", backend_config={"custom":{"cost_estimate":{"flops":"1000"}}}
+  %kernel = f32[8] custom-call(%x.1), custom_call_target="tpu_custom_call", backend_config={"cost_estimate":{"flops":"1000"}}
   %silent_kernel.7 = f32[8,16]{1,0} custom-call(%x.1), custom_call_target="tpu_custom_call", backend_config={}
   %moved = f32[8,16]{1,0} custom-call(%x.1), custom_call_target="ConcatBitcast"
   ROOT %y = bf16[2,8,16]{2,1,0} get-tuple-element(%loop), index=1
