@@ -158,8 +158,10 @@ def compile_plan(lowered: jax.stages.Lowered, mesh: Mesh, limit: float) -> Compi
 
 
 def memory_refusal(message: str) -> tuple[float, float] | None:
-  """(bytes that would be used, bytes that there are) of the compiler's RESOURCE_EXHAUSTED; None for another error."""
-  found = re.search(r'Used ([\d.]+)([KMGT]?)i?B? of ([\d.]+)([KMGT]?)i?B? hbm', message)
+  """(bytes that would be used, bytes that there are) of the compiler's RESOURCE_EXHAUSTED; None for another error. Where
+  temporaries alone are too large, the compiler stops there, and what would be used is at least that."""
+  found = (re.search(r'Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm', message) or
+           re.search(r'memory required for .*? \(([\d.]+)([KMGT]?)\) exceeds available HBM \(([\d.]+)([KMGT]?)\)', message))
   if 'RESOURCE_EXHAUSTED' not in message or found is None:
     return None
   unit = {'': 1, 'K': 2**10, 'M': 2**20, 'G': 2**30, 'T': 2**40}
