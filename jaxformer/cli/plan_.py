@@ -109,6 +109,8 @@ def _on_target(
                 remat=t.remat, accumulate=t.accumulate, precision=precision, optimizer=_optimizer_state(experiment))
   found: dict[str, Any] = {}
   if args.search:
+    if chosen := [path for path in given if path.startswith('mesh') or path == 'training.remat']:
+      raise InputError(f'--{chosen[0]}: --search chooses it; give --compile to compile one choice')
     batch_given = not preset or 'training.batch_size' in given
     found['search'], setup = compiling.search_report(experiment, setup, batch_given, args.preset)
   note(f'tracing a step of {setup.batch_size} x {setup.length} tokens on {target.name}')

@@ -88,6 +88,16 @@ def test_gpus_are_refused(capfd):
   assert 'h100:8 is no TPU slice' in capfd.readouterr().err
 
 
+@pytest.mark.parametrize(('words', 'said'), [
+  (('--compile',), '--compile: needs --target'),
+  (('--target', 'v5e:2x4', '--search', '--compile'), '--search: compiles by itself'),
+  (('--target', 'v5e:2x4', '--search', '--mesh.fsdp', '8'), '--mesh.fsdp: --search chooses it'),
+])
+def test_options_without_effect(capfd, words, said):
+  assert main(['plan', 'llama2-tiny', *words]) == 2
+  assert said in capfd.readouterr().err
+
+
 def test_without_the_compiler(capfd, monkeypatch):
   real = importlib.util.find_spec
   monkeypatch.setattr(importlib.util, 'find_spec', lambda name, *rest: None if name == 'libtpu' else real(name, *rest))
