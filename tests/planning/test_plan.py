@@ -1,0 +1,178 @@
+"""Memory, bounds and plans against closed forms and what the TPU's compiler said (experiments/tpu_fit.py)."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from jaxformer.cli.main import main
+from jaxformer.config import InputError
+from jaxformer.models.params import define
+from jaxformer.models.zoo import PRESETS
+from jaxformer.planning.memory import abstract_mesh, local_batch, training_memory
+from jaxformer.planning.plan import default_mesh, parse_amount
+from jaxformer.planning.residuals import kept_arrays
+from jaxformer.planning.roofline import decode, prefill, training_step
+from jaxformer.planning.target import parse_target
+from jaxformer.sharding import MeshConfig
+
+GIB = 2**30
+TINY = sorted(n for n in PRESETS if n.endswith('-tiny'))
+
+
+@pytest.mark.parametrize(('name', 'mesh', 'batch', 'length', 'remat', 'arguments', 'temporaries'), [
+  ('llama2-7b', MeshConfig(data=1, fsdp=16, rules='fsdp'), 16, 4096, 'full', 4.71, 5.49),
+  ('llama2-7b', MeshConfig(data=1, fsdp=16, rules='fsdp'), 32, 4096, 'names', 4.71, 16.35),
+  ('llama3.1-8b', MeshConfig(data=1, fsdp=16, rules='fsdp'), 16, 8192, 'full', 5.61, 8.14),
+  ('llama3.1-8b', MeshConfig(data=1, fsdp=8, tensor=2), 16, 8192, 'full', 5.61, 11.57),
+  ('mamba-1.4b', MeshConfig(data=1, fsdp=16), 16, 2048, 'full', 1.60, 1.56),
+])
+def test_memory_is_the_compilers(name, mesh, batch, length, remat, arguments, temporaries):
+  memory = training_memory(PRESETS[name].model, abstract_mesh(mesh, 16), mesh.rules, batch, length, remat=remat)
+  assert memory.arguments / GIB == pytest.approx(arguments, abs=0.01)
+  assert memory.total / GIB == pytest.approx(arguments + temporaries, rel=0.15)
+  assert memory.temporaries / GIB == pytest.approx(temporaries, rel=0.15)
+
+
+@pytest.mark.parametrize('name', TINY)
+def test_every_family_has_a_plan_of_memory(name):
+  """Remat keeps less; a wider fsdp holds less."""
+  model, mesh = PRESETS[name].model, abstract_mesh(MeshConfig(), 2)
+
+  def of(batch, remat='none', mesh=mesh):
+    return training_memory(model, mesh, 'fsdp_tensor', batch, 64, remat=remat)
+
+  one = of(4)
+  assert of(4, 'full').activations < one.activations
+  assert one.parameters == 4 * define(model).size
+  assert of(4, mesh=abstract_mesh(MeshConfig(data=1, fsdp=2), 2)).parameters < one.parameters
+
+
+@pytest.mark.quick
+def test_what_is_kept_of_a_product():
+  def backward(params, batch):
+    return jax.vjp(lambda p: jnp.tanh(batch @ p['w']).sum(), params)[1]
+
+  w, x = jax.ShapeDtypeStruct((8, 6), jnp.float32), jax.ShapeDtypeStruct((3, 8), jnp.float32)
+  kept = kept_arrays(backward, {'w': w}, {'w': (1, 2)}, x)
+  # x itself is an argument; what is kept for the gradient of tanh is divided by columns, as w is.
+  assert kept
+  assert all(k == ((3, 6), jnp.float32, (1, 2), True, 1) and k.bytes == 4 * 3 * 3 for k in kept)
+
+
+@pytest.mark.quick
+def test_tensor_divides_what_it_divides_in_a_transformer():
+  model = PRESETS['llama2-7b'].model
+  whole = training_memory(model, abstract_mesh(MeshConfig(data=1), 1), 'fsdp_tensor', 1, 4096, platform='cpu')
+  half = training_memory(model, abstract_mesh(MeshConfig(data=1, tensor=2), 2), 'fsdp_tensor', 1, 4096, platform='cpu')
+  # q, k, v, attention's output in heads and joined, six hidden arrays and the logsumexp are halved; the others are whole.
+  stream, hidden = 2 * 4096 * 4096, 2 * 4096 * 11008
+  saved = (whole.activations - half.activations) / 32
+  assert saved == pytest.approx((5 * stream + 6 * hidden + 4 * 32 * 4096) / 2, rel=1e-3)
+
+
+@pytest.mark.quick
+def test_bounds_by_hand():
+  model, target = PRESETS['llama2-7b'].model, parse_target('h200:1')
+  mesh = abstract_mesh(MeshConfig(), 1)
+  one = decode(model, target, mesh, 1, 4096)
+  assert one.bound == 'memory'
+  looked_up = 32000 * 4096
+  assert one.memory_seconds == pytest.approx(2 * (define(model).size - looked_up + 2 * 32 * 4096 * 4096) / 4.8e12, rel=0.001)
+  many = prefill(model, target, mesh, 8, 2048)
+  assert many.bound == 'compute'
+  assert many.tokens_per_second == pytest.approx(989e12 / (2 * (define(model).size - looked_up)), rel=0.05)
+
+
+@pytest.mark.quick
+def test_what_a_mesh_sends():
+  model = PRESETS['llama2-7b'].model
+  target, slices = parse_target('v5e-64'), parse_target('2 x v5e-64')
+
+  def step(target, config):
+    mesh = abstract_mesh(config, target.devices)
+    return training_step(model, target, mesh, 'fsdp_tensor', 128, 4096, kept_bytes=0, optimizer_bytes=0)
+
+  gathered = step(target, MeshConfig(data=1, fsdp=64))
+  assert gathered.interconnect_seconds == pytest.approx(63 / 64 * 3 * 2 * define(model).size / 200e9, rel=1e-6)
+  assert gathered.network_seconds == 0
+  both = step(slices, MeshConfig(replica=2, data=1, fsdp=64))
+  assert both.network_seconds == pytest.approx(4 * define(model).size / 64 / 3.125e9, rel=0.01)
+  # Half the weights over 32 of them; two all-reduces of the residual stream in each of 64 branches, forward and backward.
+  tensor = 31 / 32 * 3 * define(model).size + 1 / 2 * 4 * 64 * 2 * 4 * 4096 * 4096
+  assert step(target, MeshConfig(data=1, fsdp=32, tensor=2)).interconnect_seconds == pytest.approx(tensor / 200e9, rel=1e-6)
+
+
+@pytest.mark.quick
+def test_default_mesh():
+  model = PRESETS['llama2-7b'].model
+  assert default_mesh(model, parse_target('v5e-64'), 64) == MeshConfig(data=1, fsdp=64)
+  assert default_mesh(model, parse_target('2 x v5e-64'), 128) == MeshConfig(replica=2, data=1, fsdp=64)
+  assert default_mesh(model, parse_target('v5e-64'), 16) == MeshConfig(data=1, fsdp=16, tensor=4)
+  assert default_mesh(PRESETS['mamba-2.8b'].model, parse_target('v5p-2048'), 1024) == MeshConfig(data=2, fsdp=512)
+
+
+@pytest.mark.quick
+def test_amounts():
+  assert [parse_amount(t) for t in ('2T', '300B', '1.4e12', '5k')] == [2e12, 300e9, 1.4e12, 5e3]
+  for wrong in ('many', '-3', '0', '2X'):
+    with pytest.raises(InputError, match='write a number such as 2T'):
+      parse_amount(wrong)
+
+
+@pytest.mark.quick
+def test_a_batch_that_the_mesh_does_not_divide():
+  mesh = abstract_mesh(MeshConfig(data=2, fsdp=4, context=2), 16)
+  assert local_batch(mesh, 'fsdp_tensor', 32, 64, 2) == (2, 32)
+  with pytest.raises(InputError, match='batch_size = 12: must be a multiple of 8'):
+    local_batch(mesh, 'fsdp_tensor', 12, 64)
+  with pytest.raises(InputError, match=r'sequence length = 63: must be a multiple of mesh.context = 2'):
+    local_batch(mesh, 'fsdp_tensor', 16, 63)
+
+
+def _plan(capsys, *words):
+  assert main(['plan', *words, '--json']) == 0
+  return json.loads(capsys.readouterr().out)
+
+
+@pytest.mark.quick
+def test_the_command_in_json(capsys):
+  v = _plan(capsys, 'llama2-7b', '--target', 'v5e-64', '--tokens', '2T', '--price', '2')
+  assert v['params'] == 6_738_415_616
+  assert v['run']['seconds'] == pytest.approx(v['train_flops_per_token'] * 2e12 / (64 * 197e12 * 0.4))
+  assert v['run']['price_usd'] == pytest.approx(v['run']['seconds'] / 3600 * 64 * 2)
+  assert v['memory']['fits']
+  assert v['memory']['optimizer'] == pytest.approx(2 * v['memory']['parameters'], rel=1e-6)
+  assert v['mesh']['fsdp'] == 64
+  assert v['step']['bound'] == 'compute'
+  assert v['target']['chip']['source']
+  decode = _plan(capsys, 'jamba-v0.1', '--target', 'h100:8', '--phase', 'decode')
+  assert decode['step']['bound'] == 'memory'
+  plain = _plan(capsys, 'llama2-7b')
+  assert plain['tokens'] == 20 * plain['active_params']
+
+
+@pytest.mark.quick
+def test_a_plan_that_does_not_fit_says_what_would(capsys):
+  v = _plan(capsys, 'llama2-7b', '--target', 'v5e-8')
+  assert not v['memory']['fits']
+  assert v['memory']['short_by'] == pytest.approx(v['memory']['total'] - 15.75 * GIB)
+  assert any('--target v5e-16' in words for words in v['memory']['would_fit'])
+  assert main(['plan', 'llama2-7b', '--target', 'v5e-8']) == 0
+  assert 'does not fit, by' in capsys.readouterr().out
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(('words', 'message'), [
+  (['--target', 'v5q-8'], 'did you mean v5p'), (['--target', 'v5e-8', '--mesh.fsdp', '3'], 'needs a multiple of 3 devices'),
+  (['--target', '2 x v5e-8', '--mesh.fsdp', '8'], 'mesh.replica = 1: must be a multiple of 2'),
+  (['--target', 'v5e-8', '--training.batch-size', '12', '--mesh.fsdp', '8'], 'must be a multiple of 8'),
+  (['--price', '2'], 'with --target alone'), (['--phase', 'decode'], 'needs --target'), (['--tokens', 'x'], 'write a number'),
+  (['--utilisation', '40'], 'at most 1'),
+  (['--target', 'v5e-8', '--mesh.tensor', '5', '--mesh.fsdp', '1'], 'multiple of 5 devices')])
+def test_bad_input(capsys, words, message):
+  assert main(['plan', 'llama2-7b', *words]) == 2
+  out = capsys.readouterr()
+  assert message in out.err
+  assert out.out == ''
