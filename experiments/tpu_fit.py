@@ -38,19 +38,15 @@ from collections.abc import Callable
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 
 import jax
-import jax.numpy as jnp
 
-from jaxformer.data import Batch
+from jaxformer.data import DataConfig, Stream
 from jaxformer.models.language_model import ModelConfig
-from jaxformer.models.params import define
 from jaxformer.models.zoo import PRESETS
 from jaxformer.planning.compiler import topology_mesh
 from jaxformer.planning.program import collectives
-from jaxformer.sharding import MeshConfig, batch_sharding, use_mesh
-from jaxformer.training.checkpoint import abstract_state
-from jaxformer.training.optimizer import AdamW, Optimizer
-from jaxformer.training.schedule import Cosine
-from jaxformer.training.step import StepConfig, TrainState, compiled_train_step, state_shardings
+from jaxformer.sharding import MeshConfig
+from jaxformer.training.experiment import Experiment, TrainingConfig
+from jaxformer.training.lowering import lowered_train_step
 
 GIB = 2**30
 
@@ -76,17 +72,11 @@ CASES = (
 
 
 def compiled(case: Case, model: ModelConfig) -> jax.stages.Compiled:
-  """The training step of a model on the slice of a case."""
-  definition, mesh, rules = define(model), topology_mesh(case.topology, case.mesh), case.mesh.rules
-  optimizer = Optimizer.of(AdamW(), Cosine(), 10_000, definition)
-  shapes = {n: jax.ShapeDtypeStruct(i.shape, i.dtype) for n, i in definition.info.items()}
-  key = jax.eval_shape(lambda: jax.random.key(0))
-  state = TrainState(jax.ShapeDtypeStruct((), jnp.int32), shapes, jax.eval_shape(optimizer.init, shapes), key)
-  state = abstract_state(state, state_shardings(definition, optimizer, mesh, rules))
-  ids = jax.ShapeDtypeStruct((case.batch, case.length), jnp.int32, sharding=batch_sharding(mesh, rules))
-  with use_mesh(mesh, rules):
-    step = compiled_train_step(definition, optimizer, StepConfig(dtype=jnp.bfloat16, remat=case.remat), mesh, rules)
-    return step.trace(state, Batch(ids, ids, None)).lower(lowering_platforms=('tpu',)).compile()
+  """The training step of a model on the slice of a case; documents have no borders."""
+  data = DataConfig(sequence_length=case.length, packing=Stream())
+  training = TrainingConfig(steps=10_000, batch_size=case.batch, remat=case.remat)
+  experiment = Experiment(model=model, data=data, training=training, mesh=case.mesh)
+  return lowered_train_step(experiment, topology_mesh(case.topology, case.mesh)).compile()
 
 
 def row(case: Case, flops: Callable[[Case], str] = lambda case: '') -> str:

@@ -73,7 +73,8 @@ def training(experiment: Any, steps: int) -> dict[str, Any]:
   from jaxformer.planning.cost import flops_per_token
   from jaxformer.planning.hardware import chip
   from jaxformer.sharding import batch_sharding, make_mesh, use_mesh
-  from jaxformer.training.loop import check, compute_dtype
+  from jaxformer.training.loop import check
+  from jaxformer.training.lowering import compute_dtype
   from jaxformer.training.optimizer import Optimizer
   from jaxformer.training.step import StepConfig, compiled_train_step, init_state
   check(experiment)
@@ -118,7 +119,7 @@ def decoding(experiment: Any, context: int, new_tokens: int) -> dict[str, Any]:
   from jaxformer.inference import time_decode
   from jaxformer.models.params import define
   from jaxformer.sharding import make_mesh
-  from jaxformer.training.loop import compute_dtype
+  from jaxformer.training.lowering import compute_dtype
   definition = define(experiment.model)
   dtype = compute_dtype(experiment.training.dtype, make_mesh(experiment.mesh))
   found = time_decode(definition, definition.init(jax.random.key(0)), context, new_tokens, dtype=dtype)

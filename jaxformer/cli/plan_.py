@@ -11,6 +11,7 @@ import argparse
 import dataclasses
 from typing import Any
 
+from jaxformer.cli import compiling
 from jaxformer.cli.common import Overrides, amount, answer, experiment_of, note, table
 from jaxformer.config import InputError, override
 
@@ -27,6 +28,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
   parser.add_argument('--price', type=float, help='USD a chip and hour, in place of the list price')
   parser.add_argument('--hardware', metavar='FILE', help="one's own figures of chips, TOML or JSON (see planning/hardware.py)")
   parser.add_argument('--phase', choices=('train', 'prefill', 'decode'), default='train', help='what is planned (train)')
+  parser.add_argument('--compile', action='store_true', help="run the TPU's compiler on the program, and show what it says")
+  parser.add_argument('--search', action='store_true', help='try meshes, batch sizes (unless given) and remat policies; compile '
+                      'the best few and recommend one')
   parser.add_argument('--json', action='store_true', help='one object with all figures and the inputs they rest on')
 
 
@@ -60,6 +64,11 @@ def _check(args: argparse.Namespace) -> None:
       raise InputError(f'--{name}: has an effect with --target alone')
   if args.phase != 'train' and args.target is None:
     raise InputError(f'--phase {args.phase}: needs --target')
+  for name in ('compile', 'search'):
+    if getattr(args, name) and args.target is None:
+      raise InputError(f'--{name}: needs --target')
+  if args.search and (args.compile or args.phase != 'train'):
+    raise InputError('--search: compiles by itself, and only for training; leave out --compile and --phase')
 
 
 def _target(args: argparse.Namespace) -> Any:
@@ -83,17 +92,32 @@ def _on_target(
   args: argparse.Namespace, experiment: Any, given: set[str], preset: bool, tokens: float, context: int) -> dict[str, Any]:
   from jaxformer.planning.plan import Setup, default_mesh, inference_report, training_report
   target, t = _target(args), experiment.training
+  if args.compile or args.search:
+    compiling.check_compiles(target)
   precision = 'fp32' if t.dtype == 'float32' else 'bf16'
   if args.phase != 'train':
     length = experiment.data.positions if not preset or any('sequence' in path for path in given) else context
-    return inference_report(args.phase, experiment.model, target, t.batch_size, length, precision)
+    value = inference_report(args.phase, experiment.model, target, t.batch_size, length, precision)
+    if args.compile:
+      value['compiled'] = compiling.inference_report(
+        experiment, target, args.phase, t.batch_size, length, value['memory']['total'])
+    return value
   mesh = experiment.mesh
   if preset and not any(path.startswith('mesh') for path in given):
     mesh = default_mesh(experiment.model, target, t.batch_size, t.accumulate)
   setup = Setup(model=experiment.model, target=target, mesh=mesh, batch_size=t.batch_size, length=experiment.data.positions,
                 remat=t.remat, accumulate=t.accumulate, precision=precision, optimizer=_optimizer_state(experiment))
-  note(f'tracing a step of {t.batch_size} x {setup.length} tokens on {target.name}')
-  return training_report(setup, tokens, args.utilisation, args.price)
+  found: dict[str, Any] = {}
+  if args.search:
+    if chosen := [path for path in given if path.startswith('mesh') or path == 'training.remat']:
+      raise InputError(f'--{chosen[0]}: --search chooses it; give --compile to compile one choice')
+    batch_given = not preset or 'training.batch_size' in given
+    found['search'], setup = compiling.search_report(experiment, setup, batch_given, args.preset)
+  note(f'tracing a step of {setup.batch_size} x {setup.length} tokens on {target.name}')
+  found |= training_report(setup, tokens, args.utilisation, args.price)
+  if args.compile:
+    found['compiled'] = compiling.train_report(experiment, setup)
+  return found
 
 
 def _optimizer_state(experiment: Any) -> Any:
@@ -127,7 +151,10 @@ def _lines(v: dict[str, Any]) -> list[str]:
   if 'run' not in v:
     rows.append(('training', f'{v["train_flops"]:.4g} FLOPs',
                  f'{amount(v["tokens"])} tokens, {v["tokens_per_parameter"]:.3g} an active parameter'))
-  return [f'{v["name"]}: {v["params"]:,} parameters{active}', *table(rows + _run_rows(v) + _memory_rows(v) + _step_rows(v), left=3)]
+  compiled = compiling.compiled_lines(v['compiled']) if 'compiled' in v else []
+  found = compiling.search_lines(v['search']) if 'search' in v else []
+  rows += _run_rows(v) + _memory_rows(v) + _step_rows(v) + compiled
+  return [f'{v["name"]}: {v["params"]:,} parameters{active}', *table(rows, left=3), *found]
 
 
 def _run_rows(v: dict[str, Any]) -> list[tuple[str, str, str]]:

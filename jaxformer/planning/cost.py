@@ -79,3 +79,24 @@ def cost(model: ModelConfig, length: int | None = None) -> Cost:
 def _forward(model: ModelConfig, length: int, causal: bool) -> float:
   matrices = sum(2.0 * i.size * i.active for i in define(model).info.values() if i.matmul and len(i.matrix_axes) >= 2)
   return matrices + model.mixing_flops_per_token(length, causal)
+
+
+def step_flops(model: ModelConfig, length: int, batch_size: int, remat: str) -> tuple[float, float]:
+  """FLOPs of a training step on all devices: of three passes, and with the most that is computed again.
+
+  A remat policy computes at most the whole forward pass again; without one, the loss still computes its slices of logits twice.
+  """
+  tokens = batch_size * length
+  three = flops_per_token(model, length) * tokens
+  head = sum(2.0 * i.size for i in define(model).info.values() if i.matmul and 'vocab' in i.axes) * tokens
+  return three, three + (head if remat == 'none' else three / 3)
+
+
+def inference_flops(model: ModelConfig, phase: str, batch: int, context: int) -> float:
+  """Of reading `batch` prompts of `context` tokens ('prefill'), whose last positions alone meet the head; or of one more token of
+  each sequence that has room for `context` ('decode')."""
+  if phase == 'decode':
+    last = model.mixing_flops_per_token(context, False) - model.mixing_flops_per_token(context, True)
+    return batch * (_forward(model, context, True) + last)
+  head = sum(2.0 * i.size for i in define(model).info.values() if i.matmul and 'vocab' in i.axes)
+  return batch * (context * (_forward(model, context, True) - head) + head)

@@ -13,6 +13,11 @@ _COLLECTIVES = ('all-gather', 'all-reduce', 'reduce-scatter', 'all-to-all', 'col
 _COMPUTATION = re.compile(r'^(ENTRY )?%?([\w.\-]+) \(.*\{$')
 _INSTRUCTION = re.compile(r'^\s+(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][a-z\d\-]*)\((.*)$')
 SHAPE = re.compile(r'\b(pred|bf16|[suf]\d+\w*|c\d+)\[([\d,]*)\]')
+_DEVICES = re.compile(
+  r'(?:replica_groups|source_target_pairs)=('
+  r'mesh\[[^]]*\](?:, device_ids=\([^ ]*\))? \{[^}]*\}|'      # mesh['a'=4,'b'=2], device_ids=([4,2]T(1,0)) {'a'}
+  r'\{(?:\{[^}]*\},?)*\}|'                                    # {{0,1},{2,3}}
+  r'\[[\d,]*\]<=\[[\d,]*\](?:T\([\d,]*\))?)')               # [2,4]<=[4,2]T(1,0)
 _NAME = re.compile(r'%?([\w.\-]+)$')
 
 
@@ -32,6 +37,7 @@ class Collective(NamedTuple):
     bytes: of all of them.
     times: how often a run of the program executes it.
     source: where in the traced program it comes from, as 'jit(step)/jvp()/while/body/...'.
+    devices: groups of devices, by their place in the mesh, that exchange among themselves (`planning.groups` reads it).
   """
 
   kind: str
@@ -39,6 +45,7 @@ class Collective(NamedTuple):
   bytes: int
   times: int
   source: str
+  devices: str = ''
 
 
 def collectives(compiled: jax.stages.Compiled | str) -> dict[str, Traffic]:
@@ -56,11 +63,13 @@ def list_collectives(compiled: jax.stages.Compiled | str) -> list[Collective]:
   A loop whose rounds the text does not tell counts as one round, and a counter whose first value it does not tell begins at 0; of
   the branches of a conditional each counts.
   """
-  program = _Program(text_of(compiled))
+  program = Program(text_of(compiled))
   return program.collectives(program.entry, 1)
 
 
-class _Instruction(NamedTuple):
+class Instruction(NamedTuple):
+  """One line of a computation."""
+
   shape: str
   operation: str
   rest: str   # operands and attributes
@@ -80,22 +89,34 @@ class _Instruction(NamedTuple):
     found = re.search(rf'\b{name}=%?([\w.\-]+)', self.rest)
     return found.group(1) if found else ''
 
+  @property
+  def called(self) -> str:
+    """The computation that a fusion, a call or an asynchronous start runs; '' for others."""
+    return self.attribute('calls') or (self.attribute('to_apply') if self.operation == 'call' else '')
 
-class _Program:
+  @property
+  def branches(self) -> list[str]:
+    """Of a conditional."""
+    found = re.search(r'branch_computations=\{([^}]*)\}', self.rest)
+    names = found.group(1).split(',') if found else [self.attribute('true_computation'), self.attribute('false_computation')]
+    return [b.strip().lstrip('%') for b in names]
+
+
+class Program:
   """The computations of a program in HLO text."""
 
   def __init__(self, text: str):
-    self.computations: dict[str, dict[str, _Instruction]] = {}
+    self.computations: dict[str, dict[str, Instruction]] = {}
     self.roots: dict[str, str] = {}
     self.entry, name = '', ''
-    lines: dict[str, _Instruction] = {}
+    lines: dict[str, Instruction] = {}
     for line in text.splitlines():
       if head := _COMPUTATION.match(line):
         lines = self.computations[head.group(2)] = {}
         name = head.group(2)
         self.entry = name if head.group(1) else self.entry
       elif instruction := _INSTRUCTION.match(line):
-        lines[instruction.group(1)] = _Instruction(*instruction.groups()[1:])
+        lines[instruction.group(1)] = Instruction(*instruction.groups()[1:])
         if line.lstrip().startswith('ROOT '):
           self.roots[name] = instruction.group(1)
     # The TPU's compiler writes an asynchronous collective again into each computation that it overlaps with, under one channel.
@@ -108,24 +129,23 @@ class _Program:
     for i in self.computations[name].values():
       kind = i.operation.removesuffix('-start')
       if i.operation == 'while':
-        found += self.collectives(i.attribute('body'), times * self._rounds(name, i))
+        found += self.collectives(i.attribute('body'), times * self.rounds(name, i))
       elif kind in _COLLECTIVES:
         if i.attribute('channel_id') not in self.started or self._starts(name):
           found.append(_collective(kind, i, times))
       elif i.operation == 'conditional':
-        branches = re.search(r'branch_computations=\{([^}]*)\}', i.rest)
-        names = branches.group(1).split(',') if branches else [i.attribute('true_computation'), i.attribute('false_computation')]
-        found += [c for b in names for c in self.collectives(b.strip().lstrip('%'), times)]
-      elif (called := i.attribute('calls') or (i.attribute('to_apply') if i.operation == 'call' else '')) in self.computations:
-        # An all-reduce and a slice in one fusion are how the TPU's compiler writes a reduce-scatter.
-        scatter = called.startswith('all-reduce-scatter')
-        found += [_collective('reduce-scatter', i, times)] if scatter else self.collectives(called, times)
+        found += [c for b in i.branches for c in self.collectives(b, times)]
+      elif i.called in self.computations:
+        inside = self.collectives(i.called, times)
+        if i.called.startswith('all-reduce-scatter'):   # both in one fusion are how the TPU's compiler writes a reduce-scatter
+          inside = [_collective('reduce-scatter', i, times)._replace(devices=c.devices) for c in inside[:1]]
+        found += inside
     return found
 
   def _starts(self, name: str) -> bool:
     return any('"AsyncCollectiveStart"' in i.rest for i in self.computations[name].values())
 
-  def _rounds(self, name: str, loop: _Instruction) -> int:
+  def rounds(self, name: str, loop: Instruction) -> int:
     """Of a while loop: as XLA notes it, else of `for (i = first; i < last; i += step)` where all three are constants."""
     if known := re.search(r'known_trip_count\W+n\W+(\d+)', loop.rest):
       return int(known.group(1))
@@ -142,7 +162,7 @@ class _Program:
     first, last, step = 0 if first is None else first, _value(last), self._step(body, after, index)
     return 1 if last is None or step is None else max(0, -(-(last - first) // step))
 
-  def _root(self, name: str) -> _Instruction | None:
+  def _root(self, name: str) -> Instruction | None:
     return self.computations[name].get(self.roots.get(name, ''))
 
   def _constant(self, computation: str, name: str) -> int | None:
@@ -152,7 +172,7 @@ class _Program:
       i = self.computations[computation].get(i.operands[0])
     return _value(i)
 
-  def _step(self, body: str, after: _Instruction, index: int) -> int | None:
+  def _step(self, body: str, after: Instruction, index: int) -> int | None:
     """What a round adds to the counter, which is element `index` of the loop's state."""
     new = self.computations[body].get(after.operands[index]) if after.operation == 'tuple' else None
     if new is None or new.operation != 'add':
@@ -161,17 +181,20 @@ class _Program:
     return values[0] if len(values) == 1 else None
 
 
-def _value(i: _Instruction | None) -> int | None:
+def _value(i: Instruction | None) -> int | None:
   found = re.match(r'(-?\d+)\)', i.rest) if i is not None and i.operation == 'constant' else None
   return int(found.group(1)) if found else None
 
 
-def _collective(kind: str, i: _Instruction, times: int) -> Collective:
+def _collective(kind: str, i: Instruction, times: int) -> Collective:
   arrays = [(array_bytes(dtype, dims), f'{dtype}[{dims}]') for dtype, dims in SHAPE.findall(re.sub(r'\{.*?\}', '', i.shape))]
   if i.operation.endswith('-start') and kind != 'all-reduce':
     arrays = [max(arrays)]   # the start of a gather or a permute carries (operands, results, ...): the result is as large or larger
   source = re.search(r'op_name="([^"]*)"', i.rest)
-  return Collective(kind, tuple(a[1] for a in arrays), sum(a[0] for a in arrays), times, source.group(1) if source else '')
+  devices = _DEVICES.search(i.rest)
+  return Collective(
+    kind, tuple(a[1] for a in arrays), sum(a[0] for a in arrays), times, source.group(1) if source else '',
+    devices.group(1) if devices else '')
 
 
 def array_bytes(dtype: str, dims: str) -> int:

@@ -22,15 +22,16 @@ from jaxformer.data import Dataset, open_data
 from jaxformer.models.language_model import ModelConfig
 from jaxformer.models.params import Definition, Params, define
 from jaxformer.sharding import Rules, make_mesh, use_mesh
-from jaxformer.training.checkpoint import Checkpoints, abstract_state, load_params
+from jaxformer.training.checkpoint import Checkpoints, load_params
 from jaxformer.training.experiment import Experiment, check_fit
 from jaxformer.training.feed import Feed
 from jaxformer.training.host import keep_freed_memory
 from jaxformer.training.interrupt import Interrupt
+from jaxformer.training.lowering import abstract_train_state, step_config
 from jaxformer.training.optimizer import Optimizer
 from jaxformer.training.report import Log, Meter, Report, scores, to_host
 from jaxformer.training.run import Run, read_metrics
-from jaxformer.training.step import StepConfig, TrainState, compiled_train_step, init_state, state_shardings
+from jaxformer.training.step import StepConfig, TrainState, compiled_train_step, init_state
 from jaxformer.training.validation import Evaluate, validator
 
 DONE, NOT_FINITE, INTERRUPTED = 0, 70, 75
@@ -81,17 +82,12 @@ class Setup:
     check_fit(model, experiment.data, dataset.vocab_size)
     return cls(
       experiment, definition, dataset, Optimizer.of(experiment.optimizer, experiment.schedule, t.steps, definition), mesh,
-      StepConfig(t.accumulate, compute_dtype(t.dtype, mesh), t.remat, t.z_loss),
+      step_config(experiment, mesh),
       Feed(mesh, rules, t.batch_size, experiment.data.positions))
 
   def abstract(self) -> TrainState:
     """Shapes and shardings of the state, without arrays."""
-    where = state_shardings(self.definition, self.optimizer, self.mesh, self.rules)
-    shapes: Any = {n: jax.ShapeDtypeStruct(i.shape, i.dtype) for n, i in self.definition.info.items()}
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    step: Any = jax.ShapeDtypeStruct((), jnp.int32)
-    state = TrainState(step, shapes, jax.eval_shape(self.optimizer.init, shapes), key)
-    return abstract_state(state, where)
+    return abstract_train_state(self.definition, self.optimizer, self.mesh, self.rules)
 
   def validator(self) -> Evaluate:
     t = self.experiment.training
@@ -110,13 +106,6 @@ def check(experiment: Experiment, devices: Sequence[jax.Device] | None = None) -
   Feed(mesh, rules, t.batch_size // t.accumulate, experiment.data.positions)   # each microbatch is divided over the mesh
   definition.shardings(mesh, rules)
   return definition, mesh
-
-
-def compute_dtype(name: str, mesh: Mesh) -> Any:
-  """'auto' is bfloat16 where there is hardware for it."""
-  if name == 'auto':
-    name = 'float32' if mesh.devices.flat[0].platform == 'cpu' else 'bfloat16'
-  return jnp.dtype(name)
 
 
 def train(

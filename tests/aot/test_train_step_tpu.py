@@ -7,20 +7,17 @@ eight chips) of the gradient.
 
 from __future__ import annotations
 
-import jax
-import jax.numpy as jnp
 import pytest
 
-from jaxformer.data import Batch
+from jaxformer.data import DataConfig, Stream
 from jaxformer.models.params import define
 from jaxformer.models.zoo.llama import LLAMA3, llama
 from jaxformer.planning.compiler import has_array, topology_mesh
 from jaxformer.planning.program import list_collectives
-from jaxformer.sharding import MeshConfig, batch_sharding, use_mesh
-from jaxformer.training.checkpoint import abstract_state
-from jaxformer.training.optimizer import AdamW, Optimizer
+from jaxformer.sharding import MeshConfig
+from jaxformer.training.experiment import Experiment, TrainingConfig
+from jaxformer.training.lowering import lowered_train_step
 from jaxformer.training.schedule import Constant
-from jaxformer.training.step import StepConfig, TrainState, compiled_train_step, state_shardings
 
 pytest.importorskip('libtpu', reason='needs libtpu, the compiler for TPUs (pip install jaxformer[tpu])')
 pytestmark = pytest.mark.tpu_compiler
@@ -42,17 +39,9 @@ class Step:
   """A compiled training step, with what it sends."""
 
   def __init__(self, rules: str, remat: str = 'full'):
-    config = MESHES[rules]
-    mesh = topology_mesh('v5e:2x4', config)
-    optimizer = Optimizer.of(AdamW(), Constant(), 1000, DEFINITION)
-    shapes = {n: jax.ShapeDtypeStruct(i.shape, i.dtype) for n, i in DEFINITION.info.items()}
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    state = TrainState(jax.ShapeDtypeStruct((), jnp.int32), shapes, jax.eval_shape(optimizer.init, shapes), key)
-    state = abstract_state(state, state_shardings(DEFINITION, optimizer, mesh, rules))
-    ids = jax.ShapeDtypeStruct((B, T), jnp.int32, sharding=batch_sharding(mesh, rules))
-    with use_mesh(mesh, rules):
-      step = compiled_train_step(DEFINITION, optimizer, StepConfig(dtype=jnp.bfloat16, remat=remat), mesh, rules)
-      self.compiled = step.trace(state, Batch(ids, ids, None)).lower(lowering_platforms=('tpu',)).compile()
+    data, training = DataConfig(sequence_length=T, packing=Stream()), TrainingConfig(batch_size=B, remat=remat)
+    experiment = Experiment(model=DEFINITION.config, data=data, schedule=Constant(), training=training, mesh=MESHES[rules])
+    self.compiled = lowered_train_step(experiment, topology_mesh('v5e:2x4', MESHES[rules])).compile()
     self.collectives = list_collectives(self.compiled)
 
   def sent(self, *kinds: str, dtype: str = '', where: str = '') -> int:

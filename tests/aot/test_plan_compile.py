@@ -1,0 +1,117 @@
+"""`jaxformer plan --compile` and `--search` with the TPU's compiler, on the smallest models of several families."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+
+import jax
+import pytest
+
+from jaxformer.cli.main import main
+from jaxformer.planning.compiler import memory_refusal
+
+tpu_compiler = pytest.mark.tpu_compiler
+needs_libtpu = pytest.mark.skipif(importlib.util.find_spec('libtpu') is None, reason='needs libtpu (pip install jaxformer[tpu])')
+
+
+def plan(capfd, *words: str) -> dict:
+  """The JSON answer of `jaxformer plan`; stderr has progress alone."""
+  assert main(['plan', *words, '--json']) == 0
+  out, err = capfd.readouterr()
+  assert all(line.startswith(('tracing', 'compiling')) or line.split()[0].isdigit() for line in err.splitlines())
+  return json.loads(out)
+
+
+@tpu_compiler
+@needs_libtpu
+@pytest.mark.parametrize('name', ['llama2-tiny', 'mamba-tiny', 'mixtral-tiny'])
+def test_a_training_step(capfd, name):
+  """A chip's arguments are its part of parameters and optimizer state, as the formulas have them; what its collectives go over are
+  the axes of the mesh that have several devices."""
+  found = plan(capfd, name, '--target', 'v5e:2x4', '--mesh.data', '1', '--mesh.fsdp', '4', '--mesh.tensor', '2', '--compile')
+  compiled, memory = found['compiled'], found['memory']
+  assert compiled['fits']
+  assert compiled['short_by'] == 0
+  assert compiled['total'] == compiled['arguments'] + compiled['temporaries'] + compiled['outputs']
+  held = memory['parameters'] + memory['optimizer'] + memory['batch']
+  assert compiled['arguments'] == pytest.approx(held, rel=0.05)   # arrays are padded to tiles
+  assert set(compiled['collectives']) <= {'fsdp', 'tensor', 'fsdp+tensor'}
+  assert compiled['collectives']['fsdp']['all-gather']['bytes'] > 0
+  assert compiled['flops']['total'] > 0
+  assert (compiled['jax'], compiled['libtpu'] != '') == (jax.__version__, True)
+
+
+@tpu_compiler
+@needs_libtpu
+@pytest.mark.parametrize('phase', ['prefill', 'decode'])
+def test_serving(capfd, phase):
+  """Weights are in bfloat16 and over all chips; a round of decoding is one token a sequence."""
+  found = plan(capfd, 'llama2-tiny', '--target', 'v5e:2x2', '--phase', phase, '--compile', '--training.batch-size', '4')
+  compiled = found['compiled']
+  assert compiled['fits']
+  assert compiled['mesh']['tensor'] == 4
+  assert compiled['flops']['total'] == pytest.approx(compiled['predicted_flops'][0], rel=0.3)
+
+
+@tpu_compiler
+@needs_libtpu
+def test_what_does_not_fit_says_by_how_much(capfd):
+  """4,096 sequences a chip without remat: some 60 GiB."""
+  found = plan(
+    capfd, 'llama2-tiny', '--target', 'v5e:2x4', '--compile', '--training.batch-size', '32768', '--training.remat', 'none')
+  compiled = found['compiled']
+  assert not compiled['fits']
+  assert compiled['flops'] is None
+  assert compiled['limit'] == pytest.approx(15.75 * 2**30, rel=0.01)
+  assert compiled['short_by'] == compiled['total'] - compiled['limit'] > 2**30
+
+
+@tpu_compiler
+@needs_libtpu
+def test_search(capfd):
+  """The recommendation compiled and fits; every other has its reason; the command has the overrides of the recommendation."""
+  found = plan(capfd, 'llama2-tiny', '--target', 'v5e:2x4', '--search', '--training.batch-size', '32')
+  search = found['search']
+  best = next(c for c in search['compiled'] if c['name'] == search['best'])
+  assert best['fits']
+  assert best['total'] < best['limit']
+  assert len(search['compiled']) >= 3
+  assert all(entry['reason'] for entry in search['lost'])
+  assert '--training.batch-size 32' in search['command']
+  assert search['command'].startswith('jaxformer train llama2-tiny --data.sequence-length 256 --mesh.data')
+  assert search['candidates'] > 10
+
+
+def test_gpus_are_refused(capfd):
+  assert main(['plan', 'llama2-tiny', '--target', 'h100:8', '--compile']) == 2
+  assert 'h100:8 is no TPU slice' in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(('words', 'said'), [
+  (('--compile',), '--compile: needs --target'),
+  (('--target', 'v5e:2x4', '--search', '--compile'), '--search: compiles by itself'),
+  (('--target', 'v5e:2x4', '--search', '--mesh.fsdp', '8'), '--mesh.fsdp: --search chooses it'),
+])
+def test_options_without_effect(capfd, words, said):
+  assert main(['plan', 'llama2-tiny', *words]) == 2
+  assert said in capfd.readouterr().err
+
+
+def test_without_the_compiler(capfd, monkeypatch):
+  real = importlib.util.find_spec
+  monkeypatch.setattr(importlib.util, 'find_spec', lambda name, *rest: None if name == 'libtpu' else real(name, *rest))
+  assert main(['plan', 'llama2-tiny', '--target', 'v5e:2x4', '--compile']) == 2
+  assert capfd.readouterr().err.splitlines()[-1] == (
+    "error: compiling for a TPU needs its compiler, libtpu: pip install 'jaxformer[tpu]'")
+
+
+@pytest.mark.quick
+def test_refusals_are_read():
+  text = ('RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used 87.02G of 15.75G hbm. '
+          'Exceeded hbm capacity by 71.28G.')
+  assert memory_refusal(text) == (87.02 * 2**30, 15.75 * 2**30)
+  early = 'the total memory required for HLO temporaries (55.90G) exceeds available HBM (15.75G).'
+  assert memory_refusal(f'RESOURCE_EXHAUSTED: Ran out of memory on HBM, {early}') == (55.9 * 2**30, 15.75 * 2**30)
+  assert memory_refusal(text.replace('RESOURCE_EXHAUSTED', 'INTERNAL')) is None
+  assert memory_refusal('RESOURCE_EXHAUSTED: Ran out of memory in memory space vmem.') is None
