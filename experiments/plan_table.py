@@ -13,7 +13,8 @@ place. The bound is the roofline's at the full peak, not a prediction; money is 
 peak, list prices of `planning/hardware.py`. Rows are kept in `plan_table.json` as they are made, and `plan_table.md` is written
 from it.
 
-Cost: one to three minutes a row on two quiet CPU cores, most of it in the compiler.
+Cost: one to three minutes of one CPU core a row, most of it in the compiler (the times in the table are of a machine that did other
+work too: five times as long).
 Result: `plan_table.md`.
 """
 
