@@ -41,7 +41,26 @@ class FeatureBatch(NamedTuple):
   segments_BT: Int32[np.ndarray, 'B T'] | None
 
 
-AnyBatch = Batch | FeatureBatch
+class PairBatch(NamedTuple):
+  """Rows of a text of S tokens and its translation of T. The source ends with the tokenizer's end of a document, after which -1 is
+  padding. `tokens_BT` is what a decoder reads, the same token and then the translation, with 0 as padding; `targets_BT` what it is
+  to predict at each position, the translation and then that token, with -1 where nothing is."""
+
+  source_BS: Int32[np.ndarray, 'B S']
+  tokens_BT: Int32[np.ndarray, 'B T']
+  targets_BT: Int32[np.ndarray, 'B T']
+  segments_BT: None = None
+
+
+AnyBatch = Batch | FeatureBatch | PairBatch
+
+
+class HeldOutPair(NamedTuple):
+  """A text that scores a model, as it reads it (with the end of the document), and what it should make of it."""
+
+  source_ids: Int32[np.ndarray, ' S']
+  source: str
+  reference: str
 
 
 class Kind(NamedTuple):
@@ -51,11 +70,14 @@ class Kind(NamedTuple):
     vocab_size: tokens go in, with ids below it; None for numbers, and where only reading the data tells (text).
     features: numbers a position that go in; None for tokens.
     classes: one of so many is asked for each sequence as a whole; None where tokens are asked.
+    source_vocab_size: tokens of texts to translate go in besides, with ids below it; 0 where only reading the data tells; None for
+      data that are no pairs.
   """
 
   vocab_size: int | None = None
   features: int | None = None
   classes: int | None = None
+  source_vocab_size: int | None = None
 
 
 class DatasetConfig(Config, abstract=True):
@@ -63,7 +85,7 @@ class DatasetConfig(Config, abstract=True):
 
   @property
   def positions(self) -> int:
-    """T, the positions of every row."""
+    """T, the positions of every row; of pairs, those of the longest translations."""
     raise NotImplementedError
 
   @property
@@ -98,8 +120,9 @@ class Dataset:
 
   Attributes:
     config: what it was made of.
-    tokenizer: of text; None for a task, whose tokens stand for nothing else.
+    tokenizer: of text (of pairs, of the translations); None for a task whose tokens stand for nothing else.
     vocab_size: ids of tokens are below it; None where inputs are numbers.
+    source_vocab_size: of pairs, ids of the texts to translate are below it; None for other data.
     size: how much there is to train on, in words.
     manifest: what a run records about the data, as JSON data.
     identity: what the batches depend on, as JSON data; a checkpoint holds it.
@@ -108,6 +131,7 @@ class Dataset:
   config: DatasetConfig
   tokenizer: Tokenizer | None
   vocab_size: int | None
+  source_vocab_size: int | None = None
   size: str
   manifest: dict[str, Any]
   identity: dict[str, Any]
@@ -160,9 +184,15 @@ class Dataset:
   def validation_batches(
     self, batch_size: int, limit_batches: int | None = None, process_index: int = 0, process_count: int = 1
   ) -> Iterator[AnyBatch]:
-    """The rows that score a model once, in order. All batches have the same shape; rows that fill the last one up have no
-    targets. With `limit_batches`, at most so many batches of rows spread evenly over all, always the same ones."""
+    """The rows that score a model once, in order. All batches have the same shape (of pairs, all of a bucket); rows that fill the
+    last one up have no targets. With `limit_batches`, at most so many batches of rows spread evenly over all, always the same
+    ones."""
     raise NotImplementedError
+
+  def held_out_pairs(self, limit: int | None = None) -> list[HeldOutPair]:
+    """Of pairs, what `validation_batches` holds as texts, at most `limit` of them spread evenly over all. Raises `InputError` for
+    other data."""
+    raise InputError(f'data = {self.config.tag}: holds no pairs of texts to translate')
 
 
 def spread(rows: int, batch_size: int, limit_batches: int | None) -> Int64[np.ndarray, ' R'] | None:
