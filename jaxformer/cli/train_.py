@@ -105,10 +105,13 @@ def sampler(experiment: Any, dataset: Any) -> Callable[[Any, int], str] | None:
 
 def report(args: argparse.Namespace, result: Any, dataset: Any) -> None:
   """What came of it: the last sample, and the score beside what counting bytes would give; of a task the accuracy."""
-  if dataset.tokenizer is None:
+  from jaxformer.data import TextDataset
+  if not isinstance(dataset, TextDataset):
     value = {'run': str(result.folder), 'step': result.step, 'metrics': result.metrics}
     accuracy, source = result.metrics.get('eval/accuracy'), result.metrics.get('eval/source')
-    score = 'not evaluated' if accuracy is None else f'{accuracy:.2%} right after {result.step} steps'
+    loss = result.metrics.get('eval/loss')
+    score = 'not evaluated' if loss is None else f'{loss:.4f} nats a target' if accuracy is None else f'{accuracy:.2%} right'
+    score += f' after {result.step} steps'
     answer(json.loads(json.dumps(value, default=float)), args.json, lambda: [f'{source}: {score}', f'run folder: {result.folder}'])
     return
   unigram, bigram = dataset.unigram_bits_per_byte(), dataset.bigram_bits_per_byte()

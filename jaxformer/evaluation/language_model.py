@@ -149,11 +149,12 @@ def _positions_BT(segments_BT: np.ndarray | None, shape: tuple[int, ...]) -> np.
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _Batch:
-  """A batch of tokens or of features, whichever it was."""
+  """A batch of tokens or of features, whichever it was, and of sources where there are some."""
 
   inputs: Array | np.ndarray
   targets_BT: Int[Array | np.ndarray, 'B T']
   segments_BT: Int[Array | np.ndarray, 'B T'] | None
+  source_BS: Int[Array | np.ndarray, 'B S'] | None = None
 
   @property
   def tokens_BT(self) -> Array | np.ndarray:
@@ -199,22 +200,29 @@ def _checked(definition: Definition, batch: Any) -> _Batch:
   config, features = definition.config, getattr(batch, 'features_BTF', None)
   inputs = np.asarray(batch.tokens_BT, np.int32) if features is None else np.asarray(features, np.float32)
   targets, classes = np.asarray(batch.targets_BT, np.int32), getattr(config, 'classes', None)
-  asked = ('targets', targets, IGNORE, classes or config.vocab_size)
-  for name, ids, low, end in (asked,) if features is not None else (('tokens', inputs, 0, config.vocab_size), asked):
+  checks = [('targets', targets, IGNORE, classes or config.vocab_size)]
+  if features is None:
+    checks.insert(0, ('tokens', inputs, 0, config.vocab_size))
+  source = None
+  if hasattr(config, 'source_vocab_size'):
+    source = np.asarray(batch.source_BS, np.int32)
+    checks.insert(0, ('source tokens', source, IGNORE, config.source_vocab_size))   # -1 is padding
+  for name, ids, low, end in checks:
     if ids.size and (ids.min() < low or ids.max() >= end):
       what = 'number of classes' if classes and name == 'targets' else 'vocabulary'
       raise InputError(f'evaluation: {name} from {ids.min()} to {ids.max()}: must be below the {what} of {end}')
-  T = targets.shape[1]
+  T = max(targets.shape[1], 0 if source is None else source.shape[1])
   if config.longest is not None and config.longest < T:
     raise InputError(f'evaluation: {T} tokens in a row are more than the {config.longest} positions that the model has learned')
-  return _Batch(inputs, targets, None if batch.segments_BT is None else np.asarray(batch.segments_BT, np.int32))
+  return _Batch(inputs, targets, None if batch.segments_BT is None else np.asarray(batch.segments_BT, np.int32), source)
 
 
 def _filled(batch: _Batch, rows: int) -> _Batch:
   extra = ((0, rows - len(batch.targets_BT)), (0, 0))
   segments = None if batch.segments_BT is None else np.pad(batch.segments_BT, extra)
   inputs = np.pad(batch.inputs, (*extra, *((0, 0),) * (batch.inputs.ndim - 2)))
-  return _Batch(inputs, np.pad(batch.targets_BT, extra, constant_values=IGNORE), segments)
+  source = None if batch.source_BS is None else np.pad(batch.source_BS, extra, constant_values=IGNORE)
+  return _Batch(inputs, np.pad(batch.targets_BT, extra, constant_values=IGNORE), segments, source)
 
 
 def _placed(batch: _Batch, mesh: Mesh | None, rules: str) -> _Batch:
