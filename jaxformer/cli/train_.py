@@ -18,6 +18,7 @@ from jaxformer.config import InputError
 
 OVERRIDES = True
 SAMPLE_TOKENS = 200
+SAMPLE_PAIRS = 4
 # Settings of a model that do not change what its weights compute.
 FREE = {'dropout', 'init', 'key_init', 'out_init', 'embedding_init', 'head_init'}
 
@@ -86,6 +87,8 @@ def sampler(experiment: Any, dataset: Any) -> Callable[[Any, int], str] | None:
   from jaxformer.models.language_model import LanguageModel
   from jaxformer.models.params import define
   from jaxformer.sharding import make_mesh
+  if dataset.tokenizer is not None and dataset.source_vocab_size is not None:
+    return translator(experiment, dataset)
   if not isinstance(experiment.model, LanguageModel.Config) or dataset.tokenizer is None:
     return None
   definition, tokenizer = define(experiment.model), dataset.tokenizer
@@ -99,6 +102,24 @@ def sampler(experiment: Any, dataset: Any) -> Callable[[Any, int], str] | None:
       sampling=Sampling(temperature=0.8), end_of_document=tokenizer.end_of_document, vocab_size=tokenizer.vocab_size, mesh=mesh,
       rules=experiment.mesh.rules)
     return tokenizer.decode(prompt) + texts[0].text
+
+  return sample
+
+
+def translator(experiment: Any, dataset: Any) -> Callable[[Any, int], str]:
+  """A function from parameters to translations of some held-out sources, always the same, each beside what it should be."""
+  from jaxformer.inference import translate
+  from jaxformer.models.params import define
+  from jaxformer.sharding import make_mesh
+  definition, tokenizer, pairs = define(experiment.model), dataset.tokenizer, dataset.held_out_pairs(SAMPLE_PAIRS)
+  mesh = make_mesh(experiment.mesh)
+
+  def sample(params: Any, step: int) -> str:
+    found = translate(
+      definition, params, [p.source_ids.tolist() for p in pairs], end=tokenizer.end_of_document, vocab_size=tokenizer.vocab_size,
+      mesh=mesh, rules=experiment.mesh.rules)
+    return '\n'.join(
+      f'{p.source} -> {tokenizer.decode(t.tokens)} (should be {p.reference})' for p, t in zip(pairs, found, strict=True))
 
   return sample
 

@@ -1,5 +1,5 @@
-"""Search for a translation on the device: the likeliest token at each step, or a beam; each one program, from the source's tokens to
-the best hypotheses.
+"""Search for a translation on the device: the likeliest token at each step, or a beam; each one program, from the source's tokens
+to the best hypotheses.
 
 Dims: B batch, S source, K width of the beam, N most new tokens, V vocabulary.
 """
@@ -189,7 +189,7 @@ def _attended(alignments: tuple[Array, ...]) -> Array:
 
 @dataclasses.dataclass(frozen=True)
 class _Spread:
-  """How a decoder's state holds K hypotheses a source: `axes` says along which axis each of its arrays has the batch, -1 for none."""
+  """How a decoder's state holds K hypotheses a source; `axes`: along which axis each of its arrays has the batch, -1 for none."""
 
   axes: Any
   K: int

@@ -105,5 +105,6 @@ def _checked(
     if config.longest is not None and len(row) > config.longest:
       raise InputError(f'source {i} has {len(row)} tokens: at most the {config.longest} positions that the model has learned')
   if config.longest is not None and (max_new_tokens or 0) > config.longest:
-    raise InputError(f'max_new_tokens = {max_new_tokens}: must be at most the {config.longest} positions that the model has learned')
+    raise InputError(
+      f'max_new_tokens = {max_new_tokens}: must be at most the {config.longest} positions that the model has learned')
   return rows

@@ -66,7 +66,7 @@ class Context:
     segments_BT: which packed document each position belongs to; changes mark the borders. None: each row is one document.
     dropout_key: randomness for dropout; None where nothing is dropped.
     shared: values of earlier layers by name (`Output.share`).
-    memory: what a decoder reads beside its own tokens; None in a decoder-only model, and where the states hold what is needed of it.
+    memory: what a decoder reads beside its own tokens; None in a decoder-only model, and where states hold what is needed of it.
     align: whether layers that attend to the memory return their weights (`Output.alignments`).
     fresh: the states given are those of `init_state`: nothing came before this call. Attention may then use the kernels that need
       keys and queries at the same positions. It changes no result.

@@ -133,8 +133,8 @@ class RnnSearch(Search):
     r, z = sigmoid(W x_i + U s_{i-1} + C c_i),  s~ = tanh(W x_i + U (r s_{i-1}) + C c_i),  s_i = z s_{i-1} + (1 - z) s~
     t~_i = U_o s_{i-1} + V_o x_i + C_o c_i,  y_i = [max(t~_{i,2k-1}, t~_{i,2k})]_{k=1..l}
 
-  x_i is the embedding of the word before. The paper writes 1 - z for z: weights of its z are ours negated. Its output reads s_{i-1},
-  as printed there and as its code has it.
+  x_i is the embedding of the word before. The paper writes 1 - z for z: weights of its z are ours negated. The output reads
+  s_{i-1}, as printed there.
   """
 
   class Config(SearchConfig):

@@ -110,7 +110,8 @@ class EncoderDecoder(nnx.Module):
       for layer, width, _ in layers_with_widths(self.encoder, self.width):
         self.require(layer.memory_width(width) is None, 'encoder', f'layers that read no encoder; {layer.tag} does')
         recurrent = isinstance(layer, RecurrentConfig | Bidirectional.Config)
-        self.require(recurrent or not self.hand_over, 'hand_over', f'false where the encoder has a layer without a state ({layer.tag})')
+        fits = recurrent or not self.hand_over
+        self.require(fits, 'hand_over', f'false where the encoder has a layer without a state ({layer.tag})')
 
     def build(self, rngs: nnx.Rngs) -> EncoderDecoder:
       return EncoderDecoder(self, rngs)

@@ -91,12 +91,14 @@ class Stack(nnx.Module):
     built, first = [], 0
     for g in groups:
 
-      def period(rngs: nnx.Rngs, layer: int | Array, pattern=g.pattern, widths=tuple(g.widths(width))) -> nnx.List:
+      widths = g.widths(width)
+
+      def period(rngs: nnx.Rngs, layer: int | Array, pattern=g.pattern, widths=widths) -> nnx.List:
         return nnx.List([b.build(widths[i], rngs, Site(layer + i, layers, branches)) for i, b in enumerate(pattern)])
 
       built.append(period(rngs, first) if g.repeats == 1 else stacked(period, g.repeats, rngs, first, len(g.pattern)))
       first += len(g.pattern) * g.repeats
-      width = g.widths(width)[-1]
+      width = widths[-1]
     self.groups = nnx.List(built)
     self.repeats = tuple(g.repeats for g in groups)
 

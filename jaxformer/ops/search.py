@@ -56,8 +56,8 @@ class Weights:
 def additive_attention(
   h_BH: Float[Array, 'B H'], query_HA: Float[Array, 'H A'], v_A: Float[Array, ' A'], source: Source,
 ) -> tuple[Float[Array, 'B C'], Float[Array, 'B S']]:
-  """c = sum_s a_s m_s with a = softmax_s(v . tanh(h W + U m_s)) over the tokens of the source (Bahdanau et al. 2014, section 3.1 and
-  appendix A.1.2), both fp32."""
+  """c = sum_s a_s m_s with a = softmax_s(v . tanh(h W + U m_s)) over the tokens of the source (Bahdanau et al. 2014, section 3.1
+  and appendix A.1.2), both fp32."""
   q_BA = product(h_BH, query_HA)
   hidden = jnp.tanh(q_BA[:, None] + source.keys_BSA.astype(jnp.float32))
   e = jnp.einsum('BSA,A->BS', hidden, v_A.astype(jnp.float32))

@@ -15,7 +15,6 @@ from jaxformer.training.optimizer import AdamW, OptimizerConfig
 from jaxformer.training.schedule import Cosine, ScheduleConfig
 from jaxformer.training.trackers import TensorBoard, TrackerConfig
 
-
 D = TypeVar('D', bound=DatasetConfig)
 
 
@@ -149,8 +148,8 @@ def _check_pairs(model: ModelConfig, mine: Kind, data: DatasetConfig) -> None:
   if (mine.source_vocab_size is None) == (data.kind.source_vocab_size is None):
     return
   if mine.source_vocab_size is None:
-    raise InputError(f'data = {data.tag}: are pairs of a source and a target, which an EncoderDecoder reads, and a {model.tag} reads '
-                     'one sequence')
+    raise InputError(f'data = {data.tag}: are pairs of a source and a target, which an EncoderDecoder reads, and a {model.tag} '
+                     'reads one sequence')
   fitting = [t.tag for t in types_of(DatasetConfig) if t.tag == 'Pairs'] + [d.tag for d in _pair_data()]
   raise InputError(f'data = {data.tag}: an {model.tag} reads pairs of a source and a target, and these data are no pairs'
                    f'{nearest("", fitting)}')
@@ -182,4 +181,5 @@ def check_fit(
     raise InputError(f'{field} = {mine.vocab_size}: must be at least {wanted}, those of {whose}')
   wanted = source_vocab_size or kind.source_vocab_size
   if mine.source_vocab_size is not None and wanted is not None and wanted > mine.source_vocab_size:
-    raise InputError(f'model.source_vocab_size = {mine.source_vocab_size}: must be at least {wanted}, those of the sources of {data.tag}')
+    raise InputError(
+      f'model.source_vocab_size = {mine.source_vocab_size}: must be at least {wanted}, those of the sources of {data.tag}')

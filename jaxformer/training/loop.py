@@ -280,7 +280,9 @@ class _Loop:
   def _tokens_before(self, step: int) -> int:
     """Tokens of the targets, padding counted, that the run has seen up to a step; between rows of metrics, in proportion."""
     rows = [r for r in read_metrics(self.run.folder) if 'tokens' in r and 0 < r['step'] <= step] if step else []
-    return round(rows[-1]['tokens'] * step / rows[-1]['step']) if rows else step * self.config.batch_size * self.setup.experiment.data.positions
+    if rows:
+      return round(rows[-1]['tokens'] * step / rows[-1]['step'])
+    return step * self.config.batch_size * self.setup.experiment.data.positions
 
   def _process(self, step: int, tokens: int, metrics: Any) -> bool:
     """Reports a step, which it waits for; whether its numbers are finite."""

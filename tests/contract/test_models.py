@@ -1,7 +1,7 @@
 """What holds for every tiny preset: the layer contract carried through embedding, stack and head.
 
-`every` is every language model; `all_kinds` has the classifiers and the encoder-decoders too (test_encoder_decoders.py has the rest of
-what holds for these).
+`every` is every language model; `all_kinds` has the classifiers and the encoder-decoders too
+(test_encoder_decoders.py has the rest of what holds for these).
 """
 
 import types

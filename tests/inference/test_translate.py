@@ -136,7 +136,7 @@ def test_limits_and_bad_input():
     ({'max_new_tokens': 0}, 'max_new_tokens = 0'), ({'batch_size': 0}, 'batch_size = 0')):
     with pytest.raises(InputError, match=message):
       translate(definition, params, **{'sources': SOURCES, 'end': END} | given)
-  with pytest.raises(InputError, match='Beam.width = 0'):
+  with pytest.raises(InputError, match=r'Beam\.width = 0'):
     Beam(width=0)
 
 

@@ -69,7 +69,8 @@ def agree(model, config, params, what):
     expected = model(
       input_ids=torch.from_numpy(source), attention_mask=torch.from_numpy(mask).long(),
       decoder_input_ids=torch.from_numpy(tokens)).logits.numpy()
-  ours = jax.jit(lambda p, s, t: define(config).merge(p)(s, t).y)(params, jnp.asarray(np.where(mask, source, -1)), jnp.asarray(tokens))
+  run = jax.jit(lambda p, s, t: define(config).merge(p)(s, t).y)
+  ours = run(params, jnp.asarray(np.where(mask, source, -1)), jnp.asarray(tokens))
   difference = np.abs(np.asarray(ours) - expected).max()
   print(f'{what}: max abs difference {difference:.2e} of logits up to {np.abs(expected).max():.2f}')
   assert np.abs(expected).max() > 0.5

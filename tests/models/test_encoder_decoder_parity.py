@@ -120,8 +120,8 @@ def test_gnmt(layers):
       x = x + m                                         # what goes up is the sum, what recurs is m
       states.append(last)
     memory, logits, attention = x, [], 'decoder.groups.0.0.branches.0.layer'
-    bottom_params = {f'l.{k}': v for k, v in (
-      ('w', np.concatenate([p[f'{attention}.w'], p[f'{attention}.w_context']])), ('u', p[f'{attention}.u']), ('b', p[f'{attention}.b']))}
+    both = np.concatenate([p[f'{attention}.w'], p[f'{attention}.w_context']])
+    bottom_params = {'l.w': both, 'l.u': p[f'{attention}.u'], 'l.b': p[f'{attention}.b']}
     for y in p['embedding'][target]:
       q = states[0][0] @ p[f'{attention}.w_query']
       c = softmax(np.array([p[f'{attention}.v'] @ np.tanh(q + m @ p[f'{attention}.w_key']) for m in memory])) @ memory

@@ -136,9 +136,9 @@ def test_models_and_data_that_do_not_fit(model, data, message):
 
 def test_vocabularies_that_do_not_fit():
   small = TINY.replace(source_vocab_size=12, shared_embedding=False)
-  with pytest.raises(InputError, match='model.source_vocab_size = 12: must be at least 16'):
+  with pytest.raises(InputError, match=r'model\.source_vocab_size = 12: must be at least 16'):
     check_fit(small, Backwards())
-  with pytest.raises(InputError, match='model.vocab_size = 16: must be at least 17'):
+  with pytest.raises(InputError, match=r'model\.vocab_size = 16: must be at least 17'):
     check_fit(TINY, Backwards(), 17, 16)
 
 

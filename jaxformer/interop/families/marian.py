@@ -8,7 +8,7 @@ from typing import Any
 from jaxformer.config import InputError
 from jaxformer.interop.family import Family, family, part
 from jaxformer.interop.settings import ACTIVATIONS, Settings, activation_name
-from jaxformer.interop.weights import NewAxis, Names, Rule, linear, same
+from jaxformer.interop.weights import Names, NewAxis, Rule, linear, same
 from jaxformer.layers.attention import Attention
 from jaxformer.layers.init import Normal
 from jaxformer.layers.layer import LayerConfig
@@ -74,14 +74,15 @@ def rules(config: EncoderDecoder.Config) -> list[Rule]:
       found += [same(f'{ours}.norm.scale', f'{norm}.weight'), same(f'{ours}.norm.offset', f'{norm}.bias')]
       parts = [(p, f'{name}.{"out" if p == "o" else p}_proj') for p in 'qkvo'] if name else [('_in', 'fc1'), ('_out', 'fc2')]
       for mine, other in parts:
-        found += [linear(f'{ours}.layer.w{mine}', f'{theirs}.{other}.weight'), same(f'{ours}.layer.b{mine}', f'{theirs}.{other}.bias')]
+        w, b = f'{ours}.layer.w{mine}', f'{ours}.layer.b{mine}'
+        found += [linear(w, f'{theirs}.{other}.weight'), same(b, f'{theirs}.{other}.bias')]
   return found
 
 
 def names(config: EncoderDecoder.Config) -> Names:
   copies = ('lm_head.weight', 'model.encoder.embed_tokens.weight', 'model.decoder.embed_tokens.weight')
-  return Names(
-    prefix='model.', ignored=(r'model\.(en|de)coder\.embed_positions\.weight',), copies=dict.fromkeys(copies, 'model.shared.weight'))
+  positions = r'model\.(en|de)coder\.embed_positions\.weight'
+  return Names(prefix='model.', ignored=(positions,), copies=dict.fromkeys(copies, 'model.shared.weight'))
 
 
 family(Family('marian', 'MarianMTModel', read, write, rules, names))

@@ -17,7 +17,8 @@ from jaxformer.models.zoo.preset import preset
 
 
 def gnmt(
-  width: int, layers: int, *, vocab_size: int, context: int, init: Init, embedding_init: Init, head_init: Init, dropout: float = 0.0,
+  width: int, layers: int, *, vocab_size: int, context: int, init: Init, embedding_init: Init, head_init: Init,
+  dropout: float = 0.0,
 ) -> EncoderDecoder.Config:
   """The GNMT architecture, with `layers` on each side, at least three. The bottom layer of the decoder begins from the backward
   state of the encoder's, the others from the state of the layer at their height."""

@@ -1,5 +1,5 @@
-"""The Transformer (Vaswani et al. 2017): post-norm LayerNorm without a norm after the stacks, ReLU, sinusoidal positions, one table for
-source, target and head, times sqrt(d). Offsets in feed-forward layers and norms, none in attention or on the logits; with a
+"""The Transformer (Vaswani et al. 2017): post-norm LayerNorm without a norm after the stacks, ReLU, sinusoidal positions, one table
+for source, target and head, times sqrt(d). Offsets in feed-forward layers and norms, none in attention or on the logits; with a
 vocabulary of 37,000 that makes 63,045,632 (base) and 214,171,648 (big)."""
 
 from __future__ import annotations
@@ -18,12 +18,15 @@ from jaxformer.models.encoder_decoder import EncoderDecoder
 from jaxformer.models.stack import Group
 from jaxformer.models.zoo.preset import preset
 
+INTERLEAVED = SinusoidalPositions.Config()
+UNIT_VARIANCE = FanInUniform(gain=math.sqrt(3.0))
+
 
 def transformer(
   width: int, layers: int, hidden: int, heads: int, *, vocab_size: int, context: int, decoder_layers: int | None = None,
   decoder_hidden: int | None = None, decoder_heads: int | None = None, dropout: float = 0.0, bias: bool = False,
   head_bias: bool = False, scaled: bool = True, activation: ActivationName = 'relu',
-  positions: PositionConfig = SinusoidalPositions.Config(), init: Init = FanInUniform(gain=math.sqrt(3.0)),
+  positions: PositionConfig = INTERLEAVED, init: Init = UNIT_VARIANCE,
   embedding_init: Init | None = None,
 ) -> EncoderDecoder.Config:
   """The architecture; the decoder has the sizes of the encoder unless told otherwise. The paper gives no initial values: embeddings
