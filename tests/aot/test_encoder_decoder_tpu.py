@@ -47,14 +47,14 @@ def compiled(definition, config: MeshConfig, sizes=(B, S, T)) -> jax.stages.Comp
 
 
 def test_the_transformer_step():
-  definition = define(transformer(D, 2, 1024, 2, vocab_size=8192, context=T, dropout=0.1))
+  definition = define(transformer(D, 2, 1024, 2, vocab_size=16384, context=T, dropout=0.1))
   step = compiled(definition, FSDP_TENSOR)
   assert step.memory_analysis().argument_size_in_bytes == pytest.approx(12 * definition.size / 8, rel=0.02)
   # Attention of the encoder, of the decoder to itself and to the source: none holds all its weights.
   for queries, keys in ((S, S), (T, T), (T, S)):
     assert not has_array(step, queries, keys), (queries, keys)
   rows = B // 8 * FSDP_TENSOR.tensor
-  assert not has_array(step, rows, T, 8192 // FSDP_TENSOR.tensor)   # nor are there logits of all positions
+  assert not has_array(step, rows, T, 16384 // FSDP_TENSOR.tensor)   # nor are there logits of all positions
 
 
 def test_a_recurrent_step_sums_gradients_alone():

@@ -39,7 +39,7 @@ def model(name):
   params = definition.init(jax.random.key(1))
   keys = jax.random.split(jax.random.key(2), len(params))
   params = {n: p + 0.4 * jax.random.normal(k, p.shape) for k, (n, p) in zip(keys, params.items(), strict=True)}
-  return definition, params | {'head_bias': params['head_bias'].at[END].add(1.0)}
+  return definition, params | {'head_bias': params['head_bias'].at[END].add(4.0 if name == 'transformer' else 1.0)}
 
 
 def padded(sources, length=16):
