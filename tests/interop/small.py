@@ -3,6 +3,7 @@
 import jax
 import numpy as np
 
+from jaxformer.layers.init import Normal
 from jaxformer.layers.mamba import Mamba
 from jaxformer.layers.mamba2 import Mamba2
 from jaxformer.layers.position import SinusoidalPositions
@@ -36,7 +37,7 @@ SMALL = {
   'rwkv4': rwkv4(8, 3, context=12, vocab_size=30, hidden=12),
   'marian': transformer(
     16, 2, 24, 4, decoder_layers=3, vocab_size=30, context=12, bias=True, head_bias=True,
-    positions=SinusoidalPositions.Config(halves=True)),
+    positions=SinusoidalPositions.Config(halves=True), init=Normal(), embedding_init=Normal()),
 }
 
 RWKV = {
