@@ -91,7 +91,7 @@ def training(experiment: Any, steps: int) -> dict[str, Any]:
     batch = jax.device_put(first, batch_sharding(mesh, rules))
     state = init_state(definition, optimizer, t.seed, mesh, rules)
     began = time.perf_counter()
-    how = StepConfig(t.accumulate, compute_dtype(t.dtype, mesh), t.remat, t.z_loss)
+    how = StepConfig(t.accumulate, compute_dtype(t.dtype, mesh), t.remat, t.z_loss, t.label_smoothing)
     step = compiled_train_step(definition, optimizer, how, mesh, rules)
     step = step.lower(state, batch).compile()
     compile_seconds = time.perf_counter() - began

@@ -186,6 +186,26 @@ def load_writer(run: str, what: str) -> Trained:
   return trained
 
 
+def translates(trained: Trained) -> bool:
+  """Whether the model is an encoder-decoder."""
+  from jaxformer.models.encoder_decoder import EncoderDecoder
+  return isinstance(trained.definition.config, EncoderDecoder.Config)
+
+
+def source_tokenizer(trained: Trained) -> Any:
+  """The tokenizer of an encoder-decoder's sources: of two it is the `source` of that of its targets."""
+  return getattr(trained.tokenizer, 'source', trained.tokenizer)
+
+
+def source_ids(trained: Trained, text: str) -> list[int]:
+  """A text as an encoder-decoder reads it, with the end of the document."""
+  tokenizer = source_tokenizer(trained)
+  if tokenizer.end_of_document is None or trained.tokenizer.end_of_document is None:
+    raise InputError(
+      f'{trained.name}: its tokenizer has no token for the end of a document, which sources and translations end with')
+  return [*tokenizer.encode(text).tolist(), tokenizer.end_of_document]
+
+
 def trained_folder(name: str) -> tuple[pathlib.Path, str]:
   """The folder that RUN names, here or in `runs`, and its '@STEP' or ''. Raises `InputError` with the nearest runs."""
   folder, at, step = name.partition('@')

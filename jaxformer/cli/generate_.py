@@ -1,7 +1,8 @@
-"""Continues a text with a trained model, printing it as it comes.
+"""Continues a text with a trained model, printing it as it comes; with an encoder-decoder, translates.
 
 RUN is a run folder or a name in runs/, with @STEP for an older checkpoint, or a folder of Hugging Face weights (safetensors) with
-its tokenizer.json.
+its tokenizer.json. A language model takes --prompt and the options of sampling. An encoder-decoder takes --source, or each line of
+standard input, and the options of search; it prints a line for each.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import argparse
 import sys
 from typing import Any
 
-from jaxformer.cli.common import Overrides, join_processes, load_writer, sampling_arguments, sampling_of
+from jaxformer.cli.common import Overrides, join_processes, load_writer, sampling_arguments, sampling_of, source_ids, translates
 from jaxformer.config import InputError
 
 OVERRIDES = False
@@ -20,14 +21,20 @@ def arguments(parser: argparse.ArgumentParser) -> None:
   parser.add_argument('run_name', metavar='RUN')
   parser.add_argument('--prompt', action='append', help='the text to continue; - reads it from standard input; may be given '
                       'several times')
-  parser.add_argument('--max-new-tokens', type=int, default=200)
+  parser.add_argument('--source', action='append', help='a text to translate, by default every line of standard input; may be '
+                      'given several times')
+  parser.add_argument('--beam', type=int, default=1, help='hypotheses that are kept; 1 takes the likeliest token at each step (1)')
+  parser.add_argument('--length-penalty', type=float, default=0.6, help='how far long translations are made up for (0.6)')
+  parser.add_argument('--coverage-penalty', type=float, default=0.0, help='weight of source tokens that got no attention (0)')
+  parser.add_argument('--max-new-tokens', type=int, help='200 of a text, of a translation twice the source and ten')
   parser.add_argument('--stop', action='append', default=[], metavar='TEXT', help='ends the text before TEXT; may be given '
                       'several times')
   parser.add_argument('--seed', type=int, default=0)
   parser.add_argument('--dtype', choices=('float32', 'bfloat16'), help='of weights and activations; by default bfloat16 on TPU and '
                       'GPU')
   sampling_arguments(parser)
-  parser.add_argument('--json', action='store_true', help='an array of {prompt, text, tokens, finished}, printed at the end')
+  parser.add_argument('--json', action='store_true', help='an array of {prompt, text, tokens, finished}, printed at the end; of '
+                      'translations, of {source, text, tokens, log_p, score, finished}')
 
 
 def run(args: argparse.Namespace, overrides: Overrides) -> None:
@@ -38,15 +45,22 @@ def run(args: argparse.Namespace, overrides: Overrides) -> None:
   from jaxformer.inference import generate_text, stream
   from jaxformer.sharding import platform
   sampling = sampling_of(args)
-  if args.max_new_tokens < 1:
+  if args.max_new_tokens is not None and args.max_new_tokens < 1:
     raise InputError(f'--max-new-tokens {args.max_new_tokens}: must be positive')
   join_processes()
   trained = load_writer(args.run_name, '`jaxformer generate`')
+  if translates(trained):
+    translations(args, trained)
+    return
+  if args.source is not None or args.beam != 1:
+    option = 'source' if args.source is not None else 'beam'
+    raise InputError(f'--{option}: {trained.name} is a language model, which takes --prompt')
   texts = [sys.stdin.read() if p == '-' else p for p in args.prompt or ['']]
   prompts = [trained.tokenizer.encode(t).tolist() for t in texts]
   dtype = args.dtype or ('float32' if platform() == 'cpu' else 'bfloat16')
   options: dict[str, Any] = {
-    'max_new_tokens': args.max_new_tokens, 'stop': args.stop, 'sampling': sampling, 'seed': args.seed, 'dtype': jnp.dtype(dtype),
+    'max_new_tokens': args.max_new_tokens or 200, 'stop': args.stop, 'sampling': sampling, 'seed': args.seed,
+    'dtype': jnp.dtype(dtype),
     'end_of_document': trained.tokenizer.end_of_document, 'vocab_size': trained.tokenizer.vocab_size}
   decode = trained.tokenizer.decode_bytes
   if args.json:
@@ -62,3 +76,28 @@ def run(args: argparse.Namespace, overrides: Overrides) -> None:
   else:
     for text, d in zip(texts, generate_text(trained.definition, trained.params, prompts, decode, **options), strict=True):
       print(f'{text}{d.text}\n')
+
+
+def translations(args: argparse.Namespace, trained: Any) -> None:
+  """Translates and prints."""
+  import json
+
+  import jax.numpy as jnp
+
+  from jaxformer.inference import Beam, translate
+  from jaxformer.sharding import platform
+  for option in ('prompt', 'stop', 'top_k', 'top_p', 'min_p', 'repetition_penalty'):
+    if getattr(args, option):
+      raise InputError(f'--{option.replace("_", "-")}: {trained.name} is an encoder-decoder, which takes --source and searches')
+  beam = Beam(width=args.beam, length_penalty=args.length_penalty, coverage_penalty=args.coverage_penalty)
+  texts = args.source if args.source is not None else [line.rstrip('\n') for line in sys.stdin]
+  dtype = args.dtype or ('float32' if platform() == 'cpu' else 'bfloat16')
+  found = translate(
+    trained.definition, trained.params, [source_ids(trained, text) for text in texts], end=trained.tokenizer.end_of_document,
+    beam=beam, max_new_tokens=args.max_new_tokens, vocab_size=trained.tokenizer.vocab_size, dtype=jnp.dtype(dtype))
+  written = [trained.tokenizer.decode(t.tokens) for t in found]
+  if args.json:
+    print(json.dumps([
+      {'source': source, 'text': text, **t._asdict()} for source, text, t in zip(texts, written, found, strict=True)]))
+  else:
+    print('\n'.join(written))

@@ -18,6 +18,7 @@ from jaxformer.config import InputError
 
 OVERRIDES = True
 SAMPLE_TOKENS = 200
+SAMPLE_PAIRS = 4
 # Settings of a model that do not change what its weights compute.
 FREE = {'dropout', 'init', 'key_init', 'out_init', 'embedding_init', 'head_init'}
 
@@ -87,6 +88,8 @@ def sampler(experiment: Any, dataset: Any) -> Callable[[Any, int], str] | None:
   from jaxformer.models.language_model import LanguageModel
   from jaxformer.models.params import define
   from jaxformer.sharding import make_mesh
+  if dataset.tokenizer is not None and dataset.source_vocab_size is not None:
+    return translator(experiment, dataset)
   if not isinstance(experiment.model, LanguageModel.Config) or dataset.tokenizer is None:
     return None
   definition, tokenizer = define(experiment.model), dataset.tokenizer
@@ -104,12 +107,33 @@ def sampler(experiment: Any, dataset: Any) -> Callable[[Any, int], str] | None:
   return sample
 
 
+def translator(experiment: Any, dataset: Any) -> Callable[[Any, int], str]:
+  """A function from parameters to translations of some held-out sources, always the same, each beside what it should be."""
+  from jaxformer.inference import translate
+  from jaxformer.models.params import define
+  from jaxformer.sharding import make_mesh
+  definition, tokenizer, pairs = define(experiment.model), dataset.tokenizer, dataset.held_out_pairs(SAMPLE_PAIRS)
+  mesh = make_mesh(experiment.mesh)
+
+  def sample(params: Any, step: int) -> str:
+    found = translate(
+      definition, params, [p.source_ids.tolist() for p in pairs], end=tokenizer.end_of_document, vocab_size=tokenizer.vocab_size,
+      mesh=mesh, rules=experiment.mesh.rules)
+    return '\n'.join(
+      f'{p.source} -> {tokenizer.decode(t.tokens)} (should be {p.reference})' for p, t in zip(pairs, found, strict=True))
+
+  return sample
+
+
 def report(args: argparse.Namespace, result: Any, dataset: Any) -> None:
   """What came of it: the last sample, and the score beside what counting bytes would give; of a task the accuracy."""
-  if dataset.tokenizer is None:
+  from jaxformer.data import TextDataset
+  if not isinstance(dataset, TextDataset):
     value = {'run': str(result.folder), 'step': result.step, 'metrics': result.metrics}
     accuracy, source = result.metrics.get('eval/accuracy'), result.metrics.get('eval/source')
-    score = 'not evaluated' if accuracy is None else f'{accuracy:.2%} right after {result.step} steps'
+    loss = result.metrics.get('eval/loss')
+    score = 'not evaluated' if loss is None else f'{loss:.4f} nats a target' if accuracy is None else f'{accuracy:.2%} right'
+    score += f' after {result.step} steps'
     answer(json.loads(json.dumps(value, default=float)), args.json, lambda: [f'{source}: {score}', f'run folder: {result.folder}'])
     return
   unigram, bigram = dataset.unigram_bits_per_byte(), dataset.bigram_bits_per_byte()

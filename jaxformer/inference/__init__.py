@@ -1,10 +1,30 @@
-"""Text from a language model: prompts and the whole decode loop in compiled programs, sampling, streaming with stop strings."""
+"""Text from a model: the whole decode loop in compiled programs; of a language model with sampling, streaming and stop strings,
+of an encoder-decoder by greedy or beam search, with its alignments."""
 
 from __future__ import annotations
 
+from jaxformer.inference.alignment import Alignment, align, draw
+from jaxformer.inference.beam import Beam
 from jaxformer.inference.benchmark import DecodeTime, time_decode
 from jaxformer.inference.generate import Generated, generate
 from jaxformer.inference.sampling import GREEDY, Sampling
 from jaxformer.inference.text import GeneratedText, generate_text, stream
+from jaxformer.inference.translate import Translation, translate
 
-__all__ = ['GREEDY', 'DecodeTime', 'Generated', 'GeneratedText', 'Sampling', 'generate', 'generate_text', 'stream', 'time_decode']
+__all__ = [
+  'GREEDY',
+  'Alignment',
+  'Beam',
+  'DecodeTime',
+  'Generated',
+  'GeneratedText',
+  'Sampling',
+  'Translation',
+  'align',
+  'draw',
+  'generate',
+  'generate_text',
+  'stream',
+  'time_decode',
+  'translate',
+]

@@ -111,6 +111,8 @@ def _functional(value: Any, width: int) -> Any:
     kept['kv_heads'] = kept['kv_heads'] or heads
     kept['head_dim'] = kept['head_dim'] or width // heads
     kept['scale'] = kept['scale'] or 1.0 / math.sqrt(kept['head_dim'])
+  if value['type'] == 'CrossAttention':
+    kept['head_dim'], kept['source_width'] = kept['head_dim'] or width // kept['heads'], kept['source_width'] or width
   if value['type'] == 'Mamba':
     kept['dt_rank'] = kept['dt_rank'] or -(-width // 16)
   return kept

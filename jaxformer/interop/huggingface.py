@@ -114,7 +114,7 @@ def describe(folder: str | os.PathLike) -> dict[str, Any]:
     weights.check(weights.connect(definition.info, kind.rules(config), kind.model_type), reader, kind.names(config))
     stored = [i.dtype for i in reader.info.values()]
     sizes = {f: getattr(config, f) for f in ('width', 'context', 'vocab_size') if hasattr(config, f)}
-    blocks = sum(len(g.pattern) * g.repeats for g in getattr(config, 'stack', ()))
+    blocks = sum(len(g.pattern) * g.repeats for stack in ('stack', 'encoder', 'decoder') for g in getattr(config, stack, ()))
     return {
       'model_type': kind.model_type, 'params': definition.size, **sizes, 'layers': blocks,
       'dtypes': {d: stored.count(d) for d in sorted(set(stored))}, 'files': reader.files, 'bytes': reader.bytes,

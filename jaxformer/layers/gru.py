@@ -76,6 +76,6 @@ class Gru(Recurrent):
     B, T, _ = x_BTD.shape
     first = self.init_state(B, T) if state is None else state
     y_BTH, h = gru(
-      x_BTD, *self._weights(), first.h_BH, starts_BT(ctx.segments_BT, B, T), after=self.after,
+      self._input(x_BTD, ctx), *self._weights(), first.h_BH, starts_BT(ctx.segments_BT, B, T), after=self.after,
       b_after_H=None if self.b_after is None else self.b_after[...])
     return Output(self._out(y_BTH), None if state is None else GruState(h))

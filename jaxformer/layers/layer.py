@@ -16,6 +16,8 @@ The contract, checked for every layer by `tests/contract`:
   gives the same outputs and the same final state. `step` is that for one token.
 - Where `ctx.segments_BT` changes along a row, a new document begins and nothing is carried over. The first token of a call
   always continues what the state holds.
+- A layer that reads the encoder's output finds it in `ctx.memory`, or what it needs of it in a state from `begin`; without a state
+  it begins as from one. `init_state` is not for it.
 - Shapes of states do not depend on what was fed in.
 """
 
@@ -29,9 +31,30 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxformer.config import Config
+from jaxformer.config import Config, InputError
 
 State = Any
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Memory:
+  """What an encoder hands to a decoder.
+
+  Attributes:
+    y_BSC: its output at each position of the source.
+    mask_BS: True where a token stands, False in padding.
+    states: of each of its blocks, from the bottom up, the states that its layers ended in; () where a decoder does not begin from
+      them.
+  """
+
+  y_BSC: Float[Array, 'B S C']
+  mask_BS: Bool[Array, 'B S']
+  states: tuple[tuple[State, ...], ...] = ()
+
+
+class Fixed:
+  """Base of the states that come of the memory and that no step changes: all hypotheses about one source have the same."""
 
 
 @jax.tree_util.register_dataclass
@@ -43,7 +66,8 @@ class Context:
     segments_BT: which packed document each position belongs to; changes mark the borders. None: each row is one document.
     dropout_key: randomness for dropout; None where nothing is dropped.
     shared: values of earlier layers by name (`Output.share`).
-    memory: what a decoder attends to beside itself; None in a decoder-only model.
+    memory: what a decoder reads beside its own tokens; None in a decoder-only model, and where states hold what is needed of it.
+    align: whether layers that attend to the memory return their weights (`Output.alignments`).
     fresh: the states given are those of `init_state`: nothing came before this call. Attention may then use the kernels that need
       keys and queries at the same positions. It changes no result.
     remat: name of the policy of `models.stack.REMAT` by which activations are recomputed in the backward pass.
@@ -53,7 +77,8 @@ class Context:
   segments_BT: Int[Array, 'B T'] | None = None
   dropout_key: Array | None = None
   shared: dict[str, Array] = dataclasses.field(default_factory=dict)
-  memory: Any = None
+  memory: Memory | None = None
+  align: bool = dataclasses.field(default=False, metadata={'static': True})
   fresh: bool = dataclasses.field(default=False, metadata={'static': True})
   remat: str = dataclasses.field(default='none', metadata={'static': True})
   unroll: bool | None = dataclasses.field(default=None, metadata={'static': True})
@@ -77,12 +102,14 @@ class Output:
     aux: scalars by name. One whose name starts with `loss/` is added to the training loss, over all layers; others are diagnostics,
       of which a stack gives a vector over its layers, and a training its mean, least and largest.
     share: values for all later layers.
+    alignments: where `Context.align`, of each layer that attends to the memory its weights `[B, T, S]`, the mean over its heads.
   """
 
   y: Array
   state: State = None
   aux: dict[str, Array] = dataclasses.field(default_factory=dict)
   share: dict[str, Array] = dataclasses.field(default_factory=dict)
+  alignments: tuple[Array, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,6 +135,11 @@ class Layer(nnx.Module):
     """The state before the first token, for sequences of up to `max_len` tokens; `()` for a layer without memory."""
     return ()
 
+  def begin(self, batch: int, max_len: int, memory: Memory, handed: State = None) -> State:
+    """The state before the first token in a decoder that reads `memory`; `handed` is the state that the encoder's layer in the same
+    place ended in, None where it hands over none."""
+    return self.init_state(batch, max_len)
+
   def __call__(self, x_BTD: Float[Array, 'B T D'], ctx: Context, state: State = None) -> Output:
     """A whole sequence; with a state, the sequence that continues from it."""
     raise NotImplementedError
@@ -130,12 +162,20 @@ class LayerConfig(Config, abstract=True):
     """Whether the layer is causal, so that it can continue from a state and decode."""
     return True
 
+  def out_width(self, width: int) -> int:
+    """The width of the output for inputs of `width`."""
+    return width
+
+  def memory_width(self, width: int) -> int | None:
+    """The width of the encoder's output that the layer reads; None for a layer that reads none."""
+    return None
+
   def reads(self, width: int) -> dict[str, int]:
     """What the layer needs of earlier layers (`Context.shared`): name -> channels C of a value `[B, T, C]`."""
     return {}
 
   def state_size(self, width: int, max_len: int) -> int:
-    """How many numbers of state one sequence of up to `max_len` tokens needs, counters aside."""
+    """How many numbers of state one sequence of up to `max_len` tokens needs, counters aside; a source has `max_len` tokens too."""
     return 0
 
   @classmethod
@@ -152,6 +192,13 @@ class LayerConfig(Config, abstract=True):
 
 
 # ---- documents in a row -----------------------------------------------------------------------------------------------
+
+
+def memory_of(ctx: Context, layer: str) -> Memory:
+  """The memory that a layer reads. Raises `InputError` where there is none."""
+  if ctx.memory is None:
+    raise InputError(f'{layer}: reads the output of an encoder, which only an encoder-decoder has')
+  return ctx.memory
 
 
 def starts_BT(segments_BT: Int[Array, 'B T'] | None, batch: int, length: int) -> Bool[Array, 'B T']:

@@ -9,13 +9,15 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from jaxformer.config import InputError
 from jaxformer.layers.init import FanInUniform, Init, Orthogonal, Zeros
-from jaxformer.layers.layer import Context, Layer, LayerConfig, Output, Site, starts_BT
+from jaxformer.layers.layer import Context, Layer, LayerConfig, Memory, Output, Site, State, starts_BT
 from jaxformer.ops.linear import linear
 from jaxformer.ops.recurrence import lstm
 from jaxformer.sharding import param, shard
 
 FORGET = 1   # which of the gates i, f, g, o
+CONTEXT = 'context'   # the name under which a decoder's layer shares what it read of the memory
 
 
 @jax.tree_util.register_dataclass
@@ -32,6 +34,8 @@ class RecurrentConfig(LayerConfig, abstract=True):
 
   Attributes:
     hidden: units H; None for the width. Where it is another number, a projection [H, width] without offsets follows.
+    project: False leaves that projection out: the output is H wide.
+    context: width of the `CONTEXT` that a layer below shares, to be read beside the input, [x, context]; None for none.
     init: of the weights of the input and of the projection; `recurrent_init`: of those of the hidden state. Each gate's matrix is
       drawn by itself.
     bias: initial values of the offsets, one vector a gate; None for no offsets.
@@ -41,13 +45,23 @@ class RecurrentConfig(LayerConfig, abstract=True):
   init: Init = FanInUniform()
   recurrent_init: Init = FanInUniform()
   bias: Init | None = Zeros()
+  project: bool = True
+  context: int | None = None
 
   def validate(self):
     self.require(self.hidden is None or self.hidden > 0, 'hidden', 'positive')
+    self.require(self.project or self.hidden is not None, 'project', 'true where hidden is none, which needs no projection')
+    self.require(self.context is None or self.context > 0, 'context', 'positive')
 
   def units(self, width: int) -> int:
     """H."""
     return self.hidden or width
+
+  def out_width(self, width: int) -> int:
+    return width if self.project else self.units(width)
+
+  def reads(self, width: int) -> dict[str, int]:
+    return {} if self.context is None else {CONTEXT: self.context}
 
 
 class Recurrent(Layer):
@@ -60,14 +74,24 @@ class Recurrent(Layer):
       drawn = [init(rngs.params(), (inputs, H), inputs, site) for _ in range(gates)]
       return param(jnp.stack(drawn, axis=1), ('embed', None, 'inner'))
 
-    self.units = H
-    self.w, self.u = weight(c.init, width), weight(c.recurrent_init, H)
+    self.units, self.reads_context = H, c.context is not None
+    self.w, self.u = weight(c.init, width + (c.context or 0)), weight(c.recurrent_init, H)
     self.b = None if c.bias is None else param(
       self._first_bias(c.bias(rngs.params(), (gates, H), H, site)), (None, 'inner'), decay=False, matmul=False)
-    self.w_out = None if width == H else param(c.init(rngs.params(), (H, width), H, site), ('inner', 'embed'))
+    self.w_out = None if H in (width, c.out_width(width)) else param(c.init(rngs.params(), (H, width), H, site), ('inner', 'embed'))
 
   def _first_bias(self, drawn_GH: Array) -> Array:
     return drawn_GH
+
+  def begin(self, batch: int, max_len: int, memory: Memory, handed: State = None) -> State:
+    own = self.init_state(batch, max_len)
+    given = own if handed is None else handed
+    if jax.tree.structure(given) != jax.tree.structure(own) or given.h_BH.shape != own.h_BH.shape:
+      raise InputError(f'the decoder has a recurrence of {self.units} units where the encoder hands over the state of another')
+    return given
+
+  def _input(self, x_BTD: Array, ctx: Context) -> Array:
+    return jnp.concatenate([x_BTD, ctx.shared[CONTEXT].astype(x_BTD.dtype)], axis=-1) if self.reads_context else x_BTD
 
   def _weights(self) -> tuple[Array, Array, Array | None]:
     return self.w[...], self.u[...], None if self.b is None else self.b[...]
@@ -102,7 +126,8 @@ class Lstm(Recurrent):
 
     @classmethod
     def examples(cls) -> tuple[Lstm.Config, ...]:
-      return cls(), cls(hidden=48, recurrent_init=Orthogonal(), bias=None, forget_bias=0.0)
+      return (
+        cls(), cls(hidden=48, recurrent_init=Orthogonal(), bias=None, forget_bias=0.0), cls(hidden=48, project=False, context=24))
 
   def __init__(self, config: Lstm.Config, width: int, rngs: nnx.Rngs, site: Site):
     self.config = config
@@ -118,5 +143,5 @@ class Lstm(Recurrent):
   def __call__(self, x_BTD: Float[Array, 'B T D'], ctx: Context, state: LstmState | None = None) -> Output:
     B, T, _ = x_BTD.shape
     first = self.init_state(B, T) if state is None else state
-    y_BTH, (h, c) = lstm(x_BTD, *self._weights(), first.h_BH, first.c_BH, starts_BT(ctx.segments_BT, B, T))
+    y_BTH, (h, c) = lstm(self._input(x_BTD, ctx), *self._weights(), first.h_BH, first.c_BH, starts_BT(ctx.segments_BT, B, T))
     return Output(self._out(y_BTH), None if state is None else LstmState(h, c))

@@ -114,13 +114,20 @@ class SinusoidalPositions(nnx.Module):
   paper."""
 
   class Config(PositionConfig):
-    def build(self, width: int, context: int, rngs: nnx.Rngs) -> SinusoidalPositions:
-      return SinusoidalPositions(width)
+    """
+    Attributes:
+      halves: all sines come before all cosines, as in the authors' code and in Marian: the same up to the order of the channels.
+    """
 
-  def __init__(self, width: int):
-    self.width = width
+    halves: bool = False
+
+    def build(self, width: int, context: int, rngs: nnx.Rngs) -> SinusoidalPositions:
+      return SinusoidalPositions(self, width)
+
+  def __init__(self, config: SinusoidalPositions.Config, width: int):
+    self.width, self.axis = width, -2 if config.halves else -1
 
   def __call__(self, positions: Int[Array, '*B']) -> Float[Array, '*B D']:
     f = 10000.0 ** (-np.arange(0, self.width, 2, dtype=np.float64) / self.width)
     angle = positions.astype(jnp.float32)[..., None] * jnp.asarray(f, jnp.float32).reshape((1,) * positions.ndim + (-1,))
-    return jnp.stack([jnp.sin(angle), jnp.cos(angle)], axis=-1).reshape(*positions.shape, -1)[..., : self.width]
+    return jnp.stack([jnp.sin(angle), jnp.cos(angle)], axis=self.axis).reshape(*positions.shape, -1)[..., : self.width]

@@ -10,7 +10,7 @@ from flax import nnx
 from jaxtyping import Array
 
 from jaxformer.config import Config
-from jaxformer.layers.layer import Context, Layer, LayerConfig, Output, Site, State, dropout
+from jaxformer.layers.layer import Context, Layer, LayerConfig, Memory, Output, Site, State, dropout
 from jaxformer.layers.norm import NormConfig, RMSNorm
 from jaxformer.sharding import shard
 
@@ -31,6 +31,12 @@ class BranchConfig(Config, abstract=True):
 
   def build(self, width: int, rngs: nnx.Rngs, site: Site) -> Branch:
     raise NotImplementedError
+
+  def out_width(self, width: int) -> int:
+    """The width after the branch. Raises `InputError` for a sum of vectors of different widths."""
+    out = self.layer.out_width(width)
+    self.require(out == width, 'layer', f'one whose output is as wide as its input; {self.layer.tag} makes {out} of {width}')
+    return out
 
 
 class Branch(nnx.Module):
@@ -109,6 +115,9 @@ class Plain(Branch):
     def build(self, width: int, rngs: nnx.Rngs, site: Site) -> Plain:
       return Plain(self, width, rngs, site)
 
+    def out_width(self, width: int) -> int:
+      return self.layer.out_width(width)
+
   def join(self, x: Array, y: Array) -> Array:
     return y
 
@@ -122,11 +131,23 @@ class Block(nnx.Module):
     def build(self, width: int, rngs: nnx.Rngs, site: Site) -> Block:
       return Block(self, width, rngs, site)
 
+    def widths(self, width: int) -> list[int]:
+      """The width before each branch, and after the last."""
+      widths = [width]
+      for branch in self.branches:
+        widths.append(branch.out_width(widths[-1]))
+      return widths
+
   def __init__(self, config: Block.Config, width: int, rngs: nnx.Rngs, site: Site):
-    self.branches = nnx.List([b.build(width, rngs, site) for b in config.branches])
+    self.branches = nnx.List([b.build(w, rngs, site) for b, w in zip(config.branches, config.widths(width), strict=False)])
 
   def init_state(self, batch: int, max_len: int) -> tuple[State, ...]:
     return tuple(b.layer.init_state(batch, max_len) for b in self.branches)
+
+  def begin(self, batch: int, max_len: int, memory: Memory, handed: tuple[State, ...] | None) -> tuple[State, ...]:
+    """`Layer.begin` of its layers; `handed` are the states of a block of the encoder."""
+    given = (None,) * len(self.branches) if handed is None else handed
+    return tuple(b.layer.begin(batch, max_len, memory, h) for b, h in zip(self.branches, given, strict=True))
 
   def __call__(self, x: Array, ctx: Context, state: tuple[State, ...] | None, one_token: bool) -> Output:
     return in_turn(self.branches, x, ctx, state, one_token)
@@ -136,14 +157,15 @@ def in_turn(
   parts: Iterable[Callable[..., Output]], x: Array, ctx: Context, state: tuple[State, ...] | None, one_token: bool,
 ) -> Output:
   """Branches or blocks one after the other; what one shares, all later ones see."""
-  states, aux, share = [], {}, {}
+  states, aux, share, alignments = [], {}, {}, ()
   for i, part in enumerate(parts):
     out = part(x, ctx.fold(i).replace(shared=ctx.shared | share), None if state is None else state[i], one_token)
     x = out.y
     states.append(out.state)
     share |= out.share
     aux = gather(aux, out.aux)
-  return Output(x, None if state is None else tuple(states), aux, share)
+    alignments += out.alignments
+  return Output(x, None if state is None else tuple(states), aux, share, alignments)
 
 
 def gather(a: dict[str, Array], b: dict[str, Array]) -> dict[str, Array]:

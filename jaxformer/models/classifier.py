@@ -198,12 +198,15 @@ class Classifier(nnx.Module):
     """Logits of the classes of every row, in fp32."""
     return self._logits(batch, ctx)[0]
 
-  def loss(self, batch: TargetBatch, ctx: Context = Context(), z_loss: float = 0.0) -> tuple[LossSums, dict[str, Array]]:
+  def loss(
+    self, batch: TargetBatch, ctx: Context = Context(), z_loss: float = 0.0, label_smoothing: float = 0.0,
+  ) -> tuple[LossSums, dict[str, Array]]:
     """Sums of the loss over a batch, and auxiliary scalars: those of the layers, and `accuracy`, the fraction of right answers."""
     logits, aux = self._logits(batch, ctx)
     nll, hit, lse, counted = _scored(logits, _labels(batch))
     count = jnp.sum(counted).astype(jnp.float32)
-    loss = jnp.sum(nll + jnp.where(counted, z_loss * jnp.square(lse), 0.0))
+    smooth = label_smoothing * (lse - nll - logits.mean(-1))   # the target's logit above the mean of all (`ops.loss`)
+    loss = jnp.sum(nll + jnp.where(counted, z_loss * jnp.square(lse) + smooth, 0.0))
     sums = LossSums(loss, jax.lax.stop_gradient(jnp.sum(nll)), count)
     return sums, aux | {'accuracy': jnp.sum(hit) / jnp.maximum(count, 1.0)}
 

@@ -201,10 +201,16 @@ class LanguageModel(nnx.Module):
     c = self.config.softcap
     return logits if c is None else c * jnp.tanh(logits / c)
 
-  def loss(self, batch: TokenBatch, ctx: Context = Context(), z_loss: float = 0.0) -> tuple[LossSums, dict[str, Array]]:
+  def loss(
+    self, batch: TokenBatch, ctx: Context = Context(), z_loss: float = 0.0, label_smoothing: float = 0.0,
+  ) -> tuple[LossSums, dict[str, Array]]:
     """Sums of the loss over a batch, and the layers' auxiliary scalars."""
     out = self.hidden(batch.tokens_BT, ctx.replace(segments_BT=batch.segments_BT))
-    return cross_entropy(out.y, self._head(), jnp.asarray(batch.targets_BT), z_loss=z_loss, **self._head_options()), out.aux
+    if label_smoothing and self.config.softcap is not None:
+      raise InputError(f'training.label_smoothing = {label_smoothing}: must be 0 where model.softcap bends the logits')
+    sums = cross_entropy(
+      out.y, self._head(), jnp.asarray(batch.targets_BT), z_loss=z_loss, label_smoothing=label_smoothing, **self._head_options())
+    return sums, out.aux
 
   def scores(self, batch: TokenBatch, ctx: Context = Context()) -> tuple[Float[Array, 'B T'], Bool[Array, 'B T']]:
     """-log p(target) of every position, in nats, fp32, and whether no token is likelier; 0 and False where there is no target. Few

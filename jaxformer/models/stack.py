@@ -11,7 +11,7 @@ from flax import nnx
 from jaxtyping import Array
 
 from jaxformer.config import Config
-from jaxformer.layers.layer import Context, LayerConfig, Output, Site, State
+from jaxformer.layers.layer import Context, LayerConfig, Memory, Output, Site, State
 from jaxformer.models.block import Block, gather, in_turn
 from jaxformer.models.params import stacked
 from jaxformer.sharding import gathered, gathers, platform
@@ -48,6 +48,14 @@ class Group(Config):
     self.require(self.repeats > 0, 'repeats', 'positive')
     self.require(len(self.pattern) > 0, 'pattern', 'at least one block')
 
+  def widths(self, width: int) -> list[int]:
+    """The width before each block of the pattern, and after the last. Raises `InputError` where what repeats changes it."""
+    widths = [width]
+    for block in self.pattern:
+      widths.append(block.widths(widths[-1])[-1])
+    self.require(self.repeats == 1 or widths[-1] == width, 'repeats', f'1 where blocks make a width of {widths[-1]} of {width}')
+    return widths
+
 
 def layers_of(groups: tuple[Group, ...]) -> Iterator[tuple[LayerConfig, int]]:
   """Every layer's config, with how many times it stands in the stack."""
@@ -55,6 +63,22 @@ def layers_of(groups: tuple[Group, ...]) -> Iterator[tuple[LayerConfig, int]]:
     for block in group.pattern:
       for branch in block.branches:
         yield branch.layer, group.repeats
+
+
+def layers_with_widths(groups: tuple[Group, ...], width: int) -> Iterator[tuple[LayerConfig, int, int]]:
+  """Every layer's config with the width of its input, and how many times it stands in a stack whose input has `width`."""
+  for group in groups:
+    for block, before in zip(group.pattern, group.widths(width), strict=False):
+      for branch, w in zip(block.branches, block.widths(before), strict=False):
+        yield branch.layer, w, group.repeats
+    width = group.widths(width)[-1]
+
+
+def out_width(groups: tuple[Group, ...], width: int) -> int:
+  """The width of a stack's output."""
+  for group in groups:
+    width = group.widths(width)[-1]
+  return width
 
 
 class Stack(nnx.Module):
@@ -67,11 +91,14 @@ class Stack(nnx.Module):
     built, first = [], 0
     for g in groups:
 
-      def period(rngs: nnx.Rngs, layer: int | Array, pattern=g.pattern) -> nnx.List:
-        return nnx.List([b.build(width, rngs, Site(layer + i, layers, branches)) for i, b in enumerate(pattern)])
+      widths = g.widths(width)
+
+      def period(rngs: nnx.Rngs, layer: int | Array, pattern=g.pattern, widths=widths) -> nnx.List:
+        return nnx.List([b.build(widths[i], rngs, Site(layer + i, layers, branches)) for i, b in enumerate(pattern)])
 
       built.append(period(rngs, first) if g.repeats == 1 else stacked(period, g.repeats, rngs, first, len(g.pattern)))
       first += len(g.pattern) * g.repeats
+      width = widths[-1]
     self.groups = nnx.List(built)
     self.repeats = tuple(g.repeats for g in groups)
 
@@ -85,8 +112,26 @@ class Stack(nnx.Module):
 
     return tuple(period(g) if n == 1 else periods(g, n) for g, n in zip(self.groups, self.repeats, strict=True))
 
+  def begin(self, batch: int, max_len: int, memory: Memory) -> tuple[State, ...]:
+    """The states before the first token in a decoder that reads `memory` (`Layer.begin`). Blocks beyond those of the encoder are
+    handed none."""
+    handed = iter(memory.states)
+
+    def period(blocks: nnx.List) -> tuple[State, ...]:
+      return tuple(b.begin(batch, max_len, memory, next(handed, None)) for b in blocks)
+
+    def periods(blocks: nnx.List, n: int) -> tuple[State, ...]:
+      return jax.tree.map(lambda *s: jnp.stack(s), *(period(p) for p in _periods(blocks, n)))
+
+    return tuple(period(g) if n == 1 else periods(g, n) for g, n in zip(self.groups, self.repeats, strict=True))
+
+  def by_block(self, state: tuple[State, ...]) -> tuple[tuple[State, ...], ...]:
+    """The state of each block, from the bottom up."""
+    parts = (p for s, n in zip(state, self.repeats, strict=True) for p in ([s] if n == 1 else _periods(s, n)))
+    return tuple(block for period in parts for block in period)
+
   def __call__(self, x: Array, ctx: Context, state: tuple[State, ...] | None = None, one_token: bool = False) -> Output:
-    states, aux, share = [], {}, {}
+    states, aux, share, alignments = [], {}, {}, ()
     for i, (blocks, n) in enumerate(zip(self.groups, self.repeats, strict=True)):
       run = _once if n == 1 else _unrolled if self._unroll(ctx) else _scanned
       out = run(blocks, n, x, ctx.fold(i).replace(shared=ctx.shared | share), None if state is None else state[i], one_token)
@@ -94,7 +139,8 @@ class Stack(nnx.Module):
       states.append(out.state)
       share |= out.share
       aux = gather(aux, out.aux)
-    return Output(x, None if state is None else tuple(states), aux, share)
+      alignments += out.alignments
+    return Output(x, None if state is None else tuple(states), aux, share, alignments)
 
   def separated(self, ctx: Context) -> Stack:
     """For many steps in a loop: the same stack with the parameters of every period by themselves, where `ctx` unrolls them.
@@ -165,14 +211,15 @@ def _once(blocks: nnx.List, n: int, x: Array, ctx: Context, state: State, one_to
 
 
 def _unrolled(blocks: nnx.List, n: int, x: Array, ctx: Context, state: State, one_token: bool) -> Output:
-  states, aux = [], {}
+  states, aux, alignments = [], {}, ()
   for i, (blocks_i, state_i) in enumerate(_periods((blocks, state), n)):
     out = _rematerialised(ctx, one_token)(blocks_i, x, ctx.fold(i), state_i)
     _no_share(out)
     x = out.y
     states.append(out.state)
     aux = gather(aux, out.aux)
-  return Output(x, None if state is None else jax.tree.map(lambda *s: jnp.stack(s), *states), aux)
+    alignments += out.alignments
+  return Output(x, None if state is None else jax.tree.map(lambda *s: jnp.stack(s), *states), aux, alignments=alignments)
 
 
 def _periods(tree: Any, n: int) -> list[Any]:
@@ -188,10 +235,12 @@ def _scanned(blocks: nnx.List, n: int, x: Array, ctx: Context, state: State, one
     i, blocks, state = period
     out = _rematerialised(ctx, one_token)(blocks, x, ctx.fold(i), state)
     _no_share(out)
-    return out.y, (out.state, out.aux)
+    return out.y, (out.state, out.aux, out.alignments)
 
-  y, (state, aux) = jax.lax.scan(body, x, (jnp.arange(n), blocks, state))
-  return Output(y, state, {k: v.sum(0) if k.startswith('loss/') else v.reshape(-1) for k, v in aux.items()})
+  y, (state, aux, by_block) = jax.lax.scan(body, x, (jnp.arange(n), blocks, state))
+  alignments = tuple(a[i] for i in range(n) for a in by_block)
+  aux = {k: v.sum(0) if k.startswith('loss/') else v.reshape(-1) for k, v in aux.items()}
+  return Output(y, state, aux, alignments=alignments)
 
 
 def _no_share(out: Output) -> None:

@@ -20,7 +20,7 @@ from jaxformer.ops.context import time_axes
 from jaxformer.ops.masks import MASKED, Mask
 from jaxformer.ops.route import forced
 
-__all__ = ['BACKENDS', 'MASKED', 'SAVED', 'Mask', 'attention', 'attention_naive', 'choose', 'unfit']
+__all__ = ['BACKENDS', 'MASKED', 'SAVED', 'Mask', 'attention', 'attention_naive', 'attention_weights', 'choose', 'unfit']
 
 _Shaped = Array | jax.ShapeDtypeStruct
 
@@ -50,6 +50,18 @@ def attention_naive(
   a = jnp.where(seen, a, MASKED)
   p = jnp.where(seen, jax.nn.softmax(a, axis=-1), 0.0)
   return jnp.einsum('BGRTS,BSGK->BTGRK', p.astype(v.dtype), v).reshape(B, T, H, K)
+
+
+def attention_weights(
+  q: Float[Array, 'B T H K'], k: Float[Array, 'B S G K'], mask: Mask, *, scale: float,
+) -> Float[Array, 'B H T S']:
+  """softmax(scale q k^T) over the keys that `mask` lets through, fp32, all of it in memory: for looking at, and for layers whose
+  attention is small. A query that sees no key has zeros."""
+  (B, T, H, K), (S, G) = q.shape, k.shape[1:3]
+  a = jnp.einsum('BTGRK,BSGK->BGRTS', q.reshape(B, T, G, H // G, K), k.astype(q.dtype), preferred_element_type=jnp.float32) * scale
+  seen = mask.dense(T, S)[:, None, None]
+  p = jnp.where(seen, jax.nn.softmax(jnp.where(seen, a, MASKED), axis=-1), 0.0)
+  return p.reshape(B, H, T, S)
 
 
 BACKENDS = {

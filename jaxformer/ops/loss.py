@@ -36,7 +36,7 @@ class LossSums(NamedTuple):
   """Sums over the counted targets of a batch. Divide by `count` (after summing over microbatches) for means.
 
   Attributes:
-    loss: what is minimised: cross-entropy plus the z-loss, in nats.
+    loss: what is minimised: cross-entropy with smoothed targets plus the z-loss, in nats.
     nll: cross-entropy alone, in nats. For reporting: no gradient flows through it.
     count: number of counted targets, fp32.
   """
@@ -48,10 +48,12 @@ class LossSums(NamedTuple):
 
 def cross_entropy_naive(
   x: Float[Array, 'B T D'], w_DV: Float[Array, 'D V'], targets_BT: Int[Array, 'B T'], *,
-  bias_V: Float[Array, ' V'] | None = None, z_loss: float = 0.0, softcap: float | None = None,
+  bias_V: Float[Array, ' V'] | None = None, z_loss: float = 0.0, softcap: float | None = None, label_smoothing: float = 0.0,
 ) -> LossSums:
-  """sum_i [logsumexp(l_i) - l_i[y_i] + z_loss logsumexp(l_i)^2] over targets y_i != IGNORE, with l_i = x_i W + b in fp32
-  (the z-loss of PaLM, section 5; `softcap` c makes the logits c tanh(l / c)). W is rounded to the dtype of x."""
+  """sum_i [logsumexp(l_i) - sum_v q_iv l_i[v] + z_loss logsumexp(l_i)^2] over targets y_i != IGNORE, with l_i = x_i W + b in fp32
+  (the z-loss of PaLM, section 5; `softcap` c makes the logits c tanh(l / c)). W is rounded to the dtype of x.
+
+  q_i is 1 at y_i; with `label_smoothing` e it is 1 - e there and e / V everywhere besides (Szegedy et al. 2016, section 7)."""
   logits = jnp.einsum('BTD,DV->BTV', x, w_DV.astype(x.dtype), preferred_element_type=jnp.float32)
   if bias_V is not None:
     logits = logits + bias_V.astype(jnp.float32)[None, None]
@@ -61,7 +63,8 @@ def cross_entropy_naive(
   lse = jax.nn.logsumexp(logits, axis=-1)
   picked = jnp.take_along_axis(logits, jnp.maximum(targets_BT, 0)[..., None], axis=-1)[..., 0]
   nll = jnp.where(counted, lse - picked, 0.0)
-  extra = jnp.where(counted, z_loss * jnp.square(lse), 0.0)
+  smooth = jnp.where(counted, label_smoothing * (picked - logits.mean(-1)), 0.0)
+  extra = smooth + jnp.where(counted, z_loss * jnp.square(lse), 0.0)
   return LossSums((nll + extra).sum(), lax.stop_gradient(nll.sum()), counted.sum().astype(jnp.float32))
 
 
@@ -76,7 +79,7 @@ def choose_route(x: Float[Array | jax.ShapeDtypeStruct, 'B T D'], w_DV: Float[Ar
 def cross_entropy(
   x: Float[Array, 'B T D'], w_DV: Float[Array, 'D V'], targets_BT: Int[Array, 'B T'], *,
   bias_V: Float[Array, ' V'] | None = None, z_loss: float = 0.0, softcap: float | None = None,
-  transposed: bool = False, route: str | None = None, chunk: int | None = None,
+  label_smoothing: float = 0.0, transposed: bool = False, route: str | None = None, chunk: int | None = None,
 ) -> LossSums:
   """`cross_entropy_naive` in chunks.
 
@@ -84,13 +87,15 @@ def cross_entropy(
   its gradient comes back in fp32. Differentiable once, in x, W and the bias, through `loss` alone.
 
   Args:
+    label_smoothing: as in the naive form; it takes no `softcap` beside it.
     transposed: W is `table_VD.T`, a tied embedding table; so that a TPU slices it as it is stored and keeps no copy of it.
     route: 'naive', 'rows' or 'vocabulary', None for what suits machine and size (`choose_route`).
     chunk: tokens (rows) or columns of a shard of W (vocabulary) at a time, None for what suits.
   """
   route = route or forced('cross_entropy') or choose_route(x, w_DV)
   if route == 'naive':
-    return cross_entropy_naive(x, w_DV, targets_BT, bias_V=bias_V, z_loss=z_loss, softcap=softcap)
+    return cross_entropy_naive(
+      x, w_DV, targets_BT, bias_V=bias_V, z_loss=z_loss, softcap=softcap, label_smoothing=label_smoothing)
   if route not in ('rows', 'vocabulary'):
     raise ValueError(f"cross_entropy: route must be 'naive', 'rows' or 'vocabulary', got {route!r}")
   counted = targets_BT != IGNORE
@@ -100,7 +105,23 @@ def cross_entropy(
       x, w_DV, bias_V, targets_BT, counted, z_loss=z_loss, softcap=softcap, chunk=chunk, transposed=transposed)
   else:
     loss, nll = _rows_loss(x, w_DV, bias_V, targets_BT, _Static(z_loss, softcap, _rows(x, chunk)))
+  if label_smoothing:
+    if softcap is not None:
+      raise ValueError('cross_entropy: label_smoothing needs logits without a softcap')
+    loss = loss + label_smoothing * _above_mean(x, w_DV, bias_V, targets_BT)
   return LossSums(loss, lax.stop_gradient(nll), counted.sum().astype(jnp.float32))
+
+
+def _above_mean(x, w_DV, bias_V, targets_BT):
+  """sum_i (l_i[y_i] - mean_v l_i[v]) over the counted targets: what smoothing adds, times its strength. The mean of logits is one
+  product with the mean of W's columns, so no row of logits is needed."""
+  w = w_DV.astype(x.dtype)
+  columns_BTD = jnp.moveaxis(jnp.take(w, jnp.maximum(targets_BT, 0), axis=1, mode='clip'), 0, -1)
+  away_BTD = columns_BTD.astype(jnp.float32) - w.astype(jnp.float32).mean(1)[None, None]
+  above = jnp.einsum('BTD,BTD->BT', x.astype(jnp.float32), away_BTD)
+  if bias_V is not None:
+    above = above + jnp.take(bias_V, jnp.maximum(targets_BT, 0), mode='clip') - bias_V.mean()
+  return jnp.where(targets_BT != IGNORE, above, 0.0).sum()
 
 
 def token_scores(

@@ -34,13 +34,13 @@ def _matmul(a: Array, b: Array) -> Array:
   return jnp.matmul(a, b, preferred_element_type=jnp.float32)
 
 
-def _product(x: Array, w_DGH: Array) -> Array:
-  """x W for every gate, [..., G, H], accumulated in fp32."""
-  x = x.astype(w_DGH.dtype)
+def product(x: Array, w: Array) -> Array:
+  """x W, accumulated in fp32: [..., G, H] of a W [D, G, H], for every gate, [..., H] of a matrix."""
+  x = x.astype(w.dtype)
   if platform() == 'cpu' and not (x.ndim == 3 and time_axes(x.shape[0])):   # plain matrices (ops.linear)
-    rows = _matmul(x.reshape(-1, x.shape[-1]), w_DGH.reshape(w_DGH.shape[0], -1))
-    return rows.reshape(*x.shape[:-1], *w_DGH.shape[1:])
-  return jnp.einsum('...D,DGH->...GH', x, w_DGH, preferred_element_type=jnp.float32)
+    rows = _matmul(x.reshape(-1, x.shape[-1]), w.reshape(w.shape[0], -1))
+    return rows.reshape(*x.shape[:-1], *w.shape[1:])
+  return jnp.tensordot(x, w, 1, preferred_element_type=jnp.float32)
 
 
 def _product_transposed(y_BGH: Array, w_DGH: Array) -> Array:
@@ -61,9 +61,9 @@ def _weight_gradient(x_TBD: Array, dy_TBGH: Array, w_DGH: Array) -> Array:
   return dw.astype(w_DGH.dtype)
 
 
-def _input_gates(x_BTD: Array, w_DGH: Array, b_GH: Array | None) -> Array:
+def input_gates(x_BTD: Array, w_DGH: Array, b_GH: Array | None) -> Array:
   """x W + b at all positions, [T, B, G, H], in the dtype of x: time leads, as the loop reads it."""
-  gates = _product(jnp.swapaxes(x_BTD, 0, 1), w_DGH)
+  gates = product(jnp.swapaxes(x_BTD, 0, 1), w_DGH)
   return (gates if b_GH is None else gates + b_GH.astype(jnp.float32)[None, None]).astype(x_BTD.dtype)
 
 
@@ -110,7 +110,7 @@ def lstm(
   """
   if forced('lstm') == 'naive':
     return lstm_naive(x_BTD, w_DGH, u_HGH, b_GH, h_BH, c_BH, starts_BT)
-  gates = _input_gates(x_BTD, w_DGH, b_GH)
+  gates = input_gates(x_BTD, w_DGH, b_GH)
   loop = _over_time(_lstm_loop, 1, 2, time_axes(len(gates)))
   y_TBH, h, c = loop(gates, u_HGH, h_BH.astype(jnp.float32), c_BH.astype(jnp.float32), starts_BT.T)
   return jnp.swapaxes(y_TBH, 0, 1), (h, c)
@@ -155,7 +155,7 @@ def _lstm_step(u_HGH: Array, carry: tuple[Array, Array], now: tuple[Array, Array
   """One step: the new carry, and (h, activated gates, c before)."""
   gates, starts_B = now
   h, c = _kept(starts_B, *carry)
-  act = _lstm_activations(gates.astype(jnp.float32) + _product(h, u_HGH))
+  act = _lstm_activations(gates.astype(jnp.float32) + product(h, u_HGH))
   new = act[:, 1] * c + act[:, 0] * act[:, 2]
   h = act[:, 3] * jnp.tanh(new)
   return (h, new), (h.astype(gates.dtype), act.astype(gates.dtype), c)
@@ -221,7 +221,7 @@ def gru(
   """
   if forced('gru') == 'naive':
     return gru_naive(x_BTD, w_DGH, u_HGH, b_GH, h_BH, starts_BT, after=after, b_after_H=b_after_H)
-  gates, h_BH = _input_gates(x_BTD, w_DGH, b_GH), h_BH.astype(jnp.float32)
+  gates, h_BH = input_gates(x_BTD, w_DGH, b_GH), h_BH.astype(jnp.float32)
   if after:
     b_after = jnp.zeros(h_BH.shape[1:]) if b_after_H is None else b_after_H.astype(jnp.float32)
     loop = _over_time(_gru_after_loop, 2, 1, time_axes(len(gates)))
@@ -272,16 +272,16 @@ def _gru_step(u_HGH: Array):
   gates_of, candidate_of = u_HGH[:, :2], u_HGH[:, 2:]
 
   def step(h, gates):
-    rz = jax.nn.sigmoid(gates[:, :2] + _product(h, gates_of))
+    rz = jax.nn.sigmoid(gates[:, :2] + product(h, gates_of))
     r, z = rz[:, 0], rz[:, 1]
-    return r, z, jnp.tanh(gates[:, 2] + _product(r * h, candidate_of)[:, 0]), ()
+    return r, z, jnp.tanh(gates[:, 2] + product(r * h, candidate_of)[:, 0]), ()
 
   return step
 
 
 def _gru_after_step(u_HGH: Array, b_H: Array):
   def step(h, gates):
-    hidden = _product(h, u_HGH)
+    hidden = product(h, u_HGH)
     rz = jax.nn.sigmoid(gates[:, :2] + hidden[:, :2])
     r, z, m = rz[:, 0], rz[:, 1], hidden[:, 2] + b_H[None]
     return r, z, jnp.tanh(gates[:, 2] + r * m), m

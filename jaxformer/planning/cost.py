@@ -8,6 +8,8 @@ Conventions, stated once:
   is not counted, as in model FLOPs utilisation (PaLM, appendix B).
 - The score and value products of attention are counted over the keys that a causal mask lets through (`causal`), or over all
   pairs (`full`), the convention of many published utilisations.
+- Of an encoder-decoder a token is one of the target, with one of the source beside it: sources and targets of the same length, each
+  matrix multiplied once. State is that of the decoder, keys and values of a source of the context's length included.
 - Embedding tables are looked up and cost nothing; the head counts, tied or not. Of a mixture only the experts in use count.
 """
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from typing import Literal
+from typing import Literal, TypeVar
 
 from jaxformer.config import Config, InputError, nearest, types_of
 from jaxformer.data import DataConfig, DatasetConfig, Kind, TaskConfig
@@ -14,6 +14,8 @@ from jaxformer.sharding import MeshConfig
 from jaxformer.training.optimizer import AdamW, OptimizerConfig
 from jaxformer.training.schedule import Cosine, ScheduleConfig
 from jaxformer.training.trackers import TensorBoard, TrackerConfig
+
+D = TypeVar('D', bound=DatasetConfig)
 
 
 class TrainingConfig(Config):
@@ -26,6 +28,8 @@ class TrainingConfig(Config):
     dtype: of activations and products; 'auto' is bfloat16 on TPU and GPU and float32 on CPU. Parameters are float32.
     remat: what the forward pass keeps, a name of `models.stack.REMAT`.
     z_loss: weight of the squared log-partition function (PaLM, section 5); 0 for none.
+    label_smoothing: how much of each target goes to all tokens evenly (Szegedy et al. 2016, section 7; 0.1 in Vaswani et al. 2017);
+      0 for none.
     eval_every: steps between evaluations; one more follows the last step.
     eval_batches: batches of held-out rows, spread over all of them; None for all.
     checkpoint_every: steps between checkpoints; one more follows the last step.
@@ -43,6 +47,7 @@ class TrainingConfig(Config):
   dtype: Literal['auto', 'bfloat16', 'float32'] = 'auto'
   remat: str = 'none'
   z_loss: float = 0.0
+  label_smoothing: float = 0.0
   eval_every: int = 100
   eval_batches: int | None = 16
   checkpoint_every: int = 100
@@ -58,6 +63,7 @@ class TrainingConfig(Config):
     self.require(self.keep_best >= 0, 'keep_best', 'at least 0')
     self.require(0 <= self.seed < 2**32, 'seed', 'at least 0 and below 2^32')
     self.require(self.z_loss >= 0, 'z_loss', 'at least 0')
+    self.require(0 <= self.label_smoothing < 1, 'label_smoothing', 'at least 0 and below 1')
     self.require(self.eval_batches is None or self.eval_batches > 0, 'eval_batches', 'positive, or none')
     self.require(self.batch_size % self.accumulate == 0, 'batch_size', f'a multiple of accumulate = {self.accumulate}')
     self.require(self.profile is None or 0 <= self.profile[0] < self.profile[1], 'profile', 'a first step and a later one, or none')
@@ -100,31 +106,69 @@ class Experiment(Config):
 def default_experiment(model: ModelConfig, name: str) -> Experiment:
   """What `train NAME` does without overrides: settings under which a tiny model learns in about a minute on two CPU cores."""
   length = min(getattr(model, 'context', 256), 256)
+  # Pairs are short: more of them fit a minute.
+  pairs = getattr(model, 'source_vocab_size', None) is not None
+  training = TrainingConfig(steps=600, batch_size=32, eval_every=200) if pairs else TrainingConfig(steps=400, batch_size=8)
   return Experiment(
     model=model, data=_fitting_task(model) or DataConfig(sequence_length=length), optimizer=AdamW(learning_rate=3e-3),
-    training=TrainingConfig(steps=400, batch_size=8), run=RunConfig(name=name))
+    training=training, run=RunConfig(name=name))
 
 
-def _fitting_task(model: ModelConfig) -> TaskConfig | None:
-  """The task that asks just what a classifier answers; None for other models, and where there is none."""
+def _fitting_task(model: ModelConfig) -> DatasetConfig | None:
+  """The task that asks just what a classifier answers, or pairs of texts that an encoder-decoder can read; None for other models,
+  and where there is none."""
   wanted = tuple(getattr(model, name, None) for name in Kind._fields)
+  if getattr(model, 'source_vocab_size', None) is not None:
+    return next((d for d in _pair_data() if _fits(model, d)), None)
   return next((t for t in _tasks(classes=True) if tuple(t.kind) == wanted), None)
 
 
+def _fits(model: ModelConfig, data: DatasetConfig) -> bool:
+  try:
+    check_fit(model, data)
+  except InputError:
+    return False
+  return True
+
+
+def _as_they_are(base: type[D]) -> list[D]:
+  """Data of every type that needs no setting."""
+  return [t() for t in types_of(base) if not any(f.default is f.default_factory for f in dataclasses.fields(t))]
+
+
 def _tasks(classes: bool) -> list[TaskConfig]:
-  """The tasks, as their defaults have them, that ask for a class, or those that ask for tokens."""
-  whole = [t for t in types_of(TaskConfig) if not any(f.default is f.default_factory for f in dataclasses.fields(t))]
-  return [task for task in (t() for t in whole) if (task.kind.classes is not None) == classes]
+  """The tasks that ask for a class, or those that ask for tokens; not those of pairs."""
+  return [
+    t for t in _as_they_are(TaskConfig) if (t.kind.classes is not None) == classes and t.kind.source_vocab_size is None]
 
 
-def check_fit(model: ModelConfig, data: DatasetConfig, vocab_size: int | None = None) -> None:
+def _pair_data() -> list[DatasetConfig]:
+  """What holds pairs of a source and a target."""
+  return [d for d in _as_they_are(DatasetConfig) if d.kind.source_vocab_size is not None]
+
+
+def _check_pairs(model: ModelConfig, mine: Kind, data: DatasetConfig) -> None:
+  if (mine.source_vocab_size is None) == (data.kind.source_vocab_size is None):
+    return
+  if mine.source_vocab_size is None:
+    raise InputError(f'data = {data.tag}: are pairs of a source and a target, which an EncoderDecoder reads, and a {model.tag} '
+                     'reads one sequence')
+  fitting = [t.tag for t in types_of(DatasetConfig) if t.tag == 'Pairs'] + [d.tag for d in _pair_data()]
+  raise InputError(f'data = {data.tag}: an {model.tag} reads pairs of a source and a target, and these data are no pairs'
+                   f'{nearest("", fitting)}')
+
+
+def check_fit(
+  model: ModelConfig, data: DatasetConfig, vocab_size: int | None = None, source_vocab_size: int | None = None,
+) -> None:
   """Raises `InputError` where a model cannot read the data, or cannot answer what they ask.
 
   Args:
-    vocab_size: of the data once they are open; by default what their config tells.
+    vocab_size, source_vocab_size: of the data once they are open; by default what their config tells.
   """
   kind = data.kind
   mine = Kind(*(getattr(model, name, None) for name in Kind._fields))
+  _check_pairs(model, mine, data)
   if (mine.classes is None) != (kind.classes is None):
     able, asked = ('names one of its classes', 'ask for tokens') if mine.classes else ('predicts tokens', 'ask for a class')
     fitting = [t.tag for t in _tasks(classes=mine.classes is not None)] + ([] if mine.classes else [DataConfig.tag])
@@ -138,3 +182,7 @@ def check_fit(model: ModelConfig, data: DatasetConfig, vocab_size: int | None = 
   if mine.vocab_size is not None and wanted is not None and wanted > mine.vocab_size:
     field = 'model.vocab_size' if mine.classes is None else 'model.input.vocab_size'
     raise InputError(f'{field} = {mine.vocab_size}: must be at least {wanted}, those of {whose}')
+  wanted = source_vocab_size or kind.source_vocab_size
+  if mine.source_vocab_size is not None and wanted is not None and wanted > mine.source_vocab_size:
+    raise InputError(
+      f'model.source_vocab_size = {mine.source_vocab_size}: must be at least {wanted}, those of the sources of {data.tag}')

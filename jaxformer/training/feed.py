@@ -29,19 +29,20 @@ def rows_of_process(sharding: NamedSharding, batch_size: int, length: int) -> tu
 
 
 class Feed:
-  """Puts the rows that this process loads where its devices want them.
+  """Puts the rows that this process loads where its devices want them. Batches may differ in their number of rows and of positions,
+  and so may the arrays of one batch in theirs (sources and targets).
 
   Attributes:
     index, count: for the data pipeline: this process loads part `index` of `count` of each batch.
   """
 
   def __init__(self, mesh: Mesh, rules: Rules | str, batch_size: int, length: int):
-    self._sharding, self._shape = batch_sharding(mesh, rules), (batch_size, length)
-    parts = batch_shards(mesh, rules)
+    self._sharding = batch_sharding(mesh, rules)
+    self._parts = parts = batch_shards(mesh, rules)
     if batch_size % parts:
       raise InputError(f'training.batch_size / accumulate = {batch_size}: must be a multiple of the {parts} parts of the mesh')
     pieces = self._sharding.spec[1] if len(self._sharding.spec) > 1 else None
-    times = math.prod(mesh.shape[a] for a in ((pieces,) if isinstance(pieces, str) else pieces or ()))
+    self._times = times = math.prod(mesh.shape[a] for a in ((pieces,) if isinstance(pieces, str) else pieces or ()))
     if length % times:
       raise InputError(f'data.sequence_length = {length}: must be a multiple of mesh.context = {times}')
     self.index, self.count = rows_of_process(self._sharding, batch_size, length)
@@ -51,12 +52,16 @@ class Feed:
     return jax.tree.map(self._put, batch)
 
   def _put(self, local: np.ndarray) -> Any:
+    rows = self.count * len(local)
+    if rows % self._parts or local.shape[1] % self._times:
+      raise InputError(f'data: a batch of {rows} rows of {local.shape[1]} positions cannot be divided into the {self._parts} by '
+                       f'{self._times} parts of the mesh')
     if self.count == 1:
       return jax.device_put(local, self._sharding)
     first = self.index * len(local)
 
     def part(place: Any) -> np.ndarray:
-      low, high, _ = place[0].indices(self._shape[0])
+      low, high, _ = place[0].indices(rows)
       return local[low - first : high - first, *place[1:]]
 
-    return jax.make_array_from_callback((*self._shape, *local.shape[2:]), self._sharding, part)
+    return jax.make_array_from_callback((rows, *local.shape[1:]), self._sharding, part)

@@ -79,7 +79,7 @@ class Setup:
     t, model = experiment.training, experiment.model
     definition, mesh = check(experiment, devices)
     rules = experiment.mesh.rules
-    check_fit(model, experiment.data, dataset.vocab_size)
+    check_fit(model, experiment.data, dataset.vocab_size, dataset.source_vocab_size)
     return cls(
       experiment, definition, dataset, Optimizer.of(experiment.optimizer, experiment.schedule, t.steps, definition), mesh,
       step_config(experiment, mesh),
@@ -207,7 +207,8 @@ class _Loop:
     self.setup, self.run, self.checkpoints, self.report, self.costs, self.sample = setup, run, checkpoints, report, costs, sample
     self.config = setup.experiment.training
     self.meter, self.saved = Meter(), -1
-    self.tokens = self.config.batch_size * setup.experiment.data.positions
+    self.steps: dict[Any, Any] = {}   # compiled, by the shapes of a batch
+    self.tokens = self.lapped = 0     # seen so far, and up to the last lap
     self.digest = config.digest(setup.experiment)
     self.evaluate = setup.validator()
 
@@ -220,19 +221,20 @@ class _Loop:
         last |= row
       return TrainResult(self.run.folder, start, last, DONE)
     self.saved, self.meter.step = start if start else -1, start
-    pending: tuple[int, Any] | None = None
+    self.tokens = self.lapped = self._tokens_before(start)
+    pending: tuple[int, int, Any] | None = None
     with self._batches(start) as batches, Interrupt() as interrupt, _profiler(c.profile, self.run.folder) as profile:
-      train_step = None
       for done in range(start + 1, c.steps + 1):
         batch = self.setup.feed(next(batches))
-        train_step = train_step or self._compile(state, batch)
+        train_step = self._compiled(state, batch)
         profile(done - 1)
         with jax.transfer_guard('disallow'):
           state, metrics = train_step(state, batch)
         # The step before is over by the time that this one is dispatched, so reading its metrics leaves no gap.
         if pending and not self._process(*pending):
           return self._not_finite(pending[0])
-        pending = (done, metrics)
+        self.tokens += batch.targets_BT.size
+        pending = (done, self.tokens, metrics)
         last_step, stop = done == c.steps, interrupt.requested(done)
         evaluate, save = last_step or done % c.eval_every == 0, last_step or done % c.checkpoint_every == 0
         if evaluate or save or stop:
@@ -250,26 +252,38 @@ class _Loop:
     c, feed = self.config, self.setup.feed
     return self.setup.dataset.train_batches(c.batch_size, c.seed, start, feed.index, feed.count)
 
-  def _compile(self, state: TrainState, batch: Any) -> Any:
-    """The step ahead of its first run, so that its compilation is in no measurement."""
-    s, began = self.setup, time.perf_counter()
-    step = compiled_train_step(s.definition, s.optimizer, s.step_config, s.mesh, s.rules).lower(state, batch).compile()
-    seconds = time.perf_counter() - began
-    self.run.event('compile', seconds=round(seconds, 3))
-    self.report.line(f'compiled the step in {seconds:.1f} s')
-    self.meter.go()
-    return step
+  def _compiled(self, state: TrainState, batch: Any) -> Any:
+    """The step for the shapes of this batch, compiled ahead of its first run, so that its compilation is in no measurement."""
+    shapes = tuple(x.shape for x in jax.tree.leaves(batch))
+    if shapes not in self.steps:
+      if self.steps:
+        self.meter.pause()
+      s, began = self.setup, time.perf_counter()
+      step = compiled_train_step(s.definition, s.optimizer, s.step_config, s.mesh, s.rules).lower(state, batch).compile()
+      self.steps[shapes], seconds = step, time.perf_counter() - began
+      self.run.event('compile', seconds=round(seconds, 3), shapes=shapes)
+      self.report.line(f'compiled the step in {seconds:.1f} s')
+      self.meter.go()
+    return self.steps[shapes]
 
-  def _process(self, step: int, metrics: Any) -> bool:
+  def _tokens_before(self, step: int) -> int:
+    """Tokens of the targets, padding counted, that the run has seen up to a step; between rows of metrics, in proportion."""
+    rows = [r for r in read_metrics(self.run.folder) if 'tokens' in r and 0 < r['step'] <= step] if step else []
+    if rows:
+      return round(rows[-1]['tokens'] * step / rows[-1]['step'])
+    return step * self.config.batch_size * self.setup.experiment.data.positions
+
+  def _process(self, step: int, tokens: int, metrics: Any) -> bool:
     """Reports a step, which it waits for; whether its numbers are finite."""
     values = to_host(metrics)
     finite = bool(values.pop('finite'))
     c = self.config
     if finite and step % c.log_every and step not in (1, c.steps):
       return True
+    steps = max(1, step - self.meter.step)
     seconds = self.meter.lap(step)
-    rate = self.tokens / max(seconds, 1e-9)
-    row = {'step': step, 'tokens': step * self.tokens, **values, 'tokens_per_second': rate, 'step_seconds': seconds}
+    rate, self.lapped = (tokens - self.lapped) / steps / max(seconds, 1e-9), tokens
+    row = {'step': step, 'tokens': tokens, **values, 'tokens_per_second': rate, 'step_seconds': seconds}
     row |= {name: rate * cost for name, cost in self.costs.items()}
     self.report.row(row)
     return finite
@@ -282,7 +296,7 @@ class _Loop:
       began = time.perf_counter()
       found = self.evaluate(state.params)
       loss = found['eval/loss']
-      self.report.row({'step': step, 'tokens': step * self.tokens, **found})
+      self.report.row({'step': step, 'tokens': self.tokens, **found})
       self.report.line(f'step {step}/{self.config.steps} | {scores(found)}')
       self.run.event('eval', step=step, seconds=round(time.perf_counter() - began, 3))
       if self.sample is not None:

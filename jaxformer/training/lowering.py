@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxformer.config import InputError
-from jaxformer.data import Batch, DataConfig, DatasetConfig
+from jaxformer.data import Batch, DataConfig, DatasetConfig, PairBatch, Pairs
 from jaxformer.data.dataset import AnyBatch
 from jaxformer.models.params import Definition, define
 from jaxformer.sharding import Rules, batch_sharding, batch_shards, use_mesh
@@ -30,7 +30,7 @@ def compute_dtype(name: str, mesh: Mesh) -> Any:
 def step_config(experiment: Experiment, mesh: Mesh) -> StepConfig:
   """What the experiment's training says of a step on a mesh."""
   t = experiment.training
-  return StepConfig(t.accumulate, compute_dtype(t.dtype, mesh), t.remat, t.z_loss)
+  return StepConfig(t.accumulate, compute_dtype(t.dtype, mesh), t.remat, t.z_loss, t.label_smoothing)
 
 
 def abstract_train_state(definition: Definition, optimizer: Optimizer, mesh: Mesh, rules: Rules | str) -> TrainState:
@@ -43,7 +43,8 @@ def abstract_train_state(definition: Definition, optimizer: Optimizer, mesh: Mes
 
 
 def abstract_batch(data: DatasetConfig, batch_size: int, mesh: Mesh, rules: Rules | str) -> AnyBatch:
-  """Shapes, dtypes and shardings of a batch. Text has no part in them and is not opened; of other data one row is made.
+  """Shapes, dtypes and shardings of a batch, of pairs one of the longest. Text has no part in them and is not opened; of other data
+  one row is made.
 
   Raises `InputError` where the mesh cannot divide the batch.
   """
@@ -53,6 +54,9 @@ def abstract_batch(data: DatasetConfig, batch_size: int, mesh: Mesh, rules: Rule
   if isinstance(data, DataConfig):
     ids = np.broadcast_to(np.int32(0), (1, data.sequence_length))
     row: Any = Batch(ids, ids, ids if data.packing.segmented else None)
+  elif isinstance(data, Pairs):
+    source, target = (np.broadcast_to(np.int32(0), (1, n[-1])) for n in (data.source_lengths, data.target_lengths))
+    row = PairBatch(source, target, target, None)
   else:
     row = data.open().train_batch(0, 1, 0)
   where = batch_sharding(mesh, rules)

@@ -46,6 +46,7 @@ class StepConfig:
   dtype: Any = jnp.float32
   remat: str = 'none'
   z_loss: float = 0.0
+  label_smoothing: float = 0.0
 
 
 def init_state(definition: Definition, optimizer: Optimizer, seed: int, mesh: Mesh, rules: Rules | str) -> TrainState:
@@ -84,7 +85,8 @@ def loss_and_grads(
 
   def objective(params: Params, batch: TargetBatch, key: Array) -> tuple[Array, tuple[LossSums, Metrics]]:
     model = definition.merge(definition.cast(params, config.dtype))
-    sums, aux = model.loss(batch, Context(dropout_key=key, remat=config.remat), z_loss=config.z_loss)
+    sums, aux = model.loss(
+      batch, Context(dropout_key=key, remat=config.remat), z_loss=config.z_loss, label_smoothing=config.label_smoothing)
     extra = sum((v for name, v in aux.items() if name.startswith('loss/')), jnp.zeros(()))
     return sums.loss / count + extra / n, (sums, aux)
 

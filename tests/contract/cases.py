@@ -10,8 +10,9 @@ from flax import nnx
 
 from jaxformer import config as configs
 from jaxformer.config import Config
-from jaxformer.layers.layer import Context, LayerConfig, Site
+from jaxformer.layers.layer import Context, LayerConfig, Memory, Site
 from jaxformer.models.classifier import Classifier
+from jaxformer.models.encoder_decoder import EncoderDecoder
 from jaxformer.models.language_model import LanguageModel
 from jaxformer.models.params import Definition, define
 from jaxformer.models.zoo import PRESETS
@@ -42,6 +43,7 @@ assert len(LAYERS) == len(EXAMPLES), 'two examples share a name, and only one of
 DECODING = {name: c for name, c in LAYERS.items() if c.decodes}
 TINY = sorted(n for n in PRESETS if n.endswith('-tiny') and isinstance(PRESETS[n].model, LanguageModel.Config))
 CLASSIFIERS = sorted(n for n in PRESETS if n.endswith('-tiny') and isinstance(PRESETS[n].model, Classifier.Config))
+PAIRS = sorted(n for n in PRESETS if n.endswith('-tiny') and isinstance(PRESETS[n].model, EncoderDecoder.Config))
 
 
 class Case:
@@ -63,13 +65,26 @@ class Case:
     """The context with what the layer reads of earlier layers: values that follow from the same position's input alone."""
     config = self.definition.config
     reads = config.layer.reads(config.width) if isinstance(config, Alone) else {}
+    if self.reads_memory:
+      ctx = ctx.replace(memory=self.memory(x.shape[0]))
     # Scanned unless a test asks otherwise: half of what there is to compile.
     return ctx.replace(
       shared={n: jnp.sin(2 * x[..., jnp.arange(c) % x.shape[-1]]) for n, c in reads.items()},
       unroll=bool(ctx.unroll))
 
+  @property
+  def reads_memory(self):
+    config = self.definition.config
+    return isinstance(config, Alone) and config.layer.memory_width(config.width) is not None
+
+  def memory(self, batch: int):
+    """What a layer that reads an encoder's output finds: sources of LENGTH, LENGTH - 2, ... tokens."""
+    y = jax.random.normal(jax.random.key(4), (BATCH, LENGTH, self.definition.config.layer.memory_width(WIDTH)))[:batch]
+    return Memory(y, jnp.arange(LENGTH)[None] < LENGTH - 2 * jnp.arange(batch)[:, None])
+
   def init_state(self, batch: int, max_len: int, params=None):
-    return self.definition.merge(self.params if params is None else params).init_state(batch, max_len)
+    module = self.definition.merge(self.params if params is None else params)
+    return module.begin(batch, max_len, self.memory(batch)) if self.reads_memory else module.init_state(batch, max_len)
 
   def loss(self, params, x, ctx=Context()):
     """A scalar that every output bears on."""
@@ -86,7 +101,9 @@ def layer(name: str) -> Case:
 def model(name: str) -> Case:
   """A tiny preset with at most two periods: what more of them would show, only compile time pays for."""
   config = PRESETS[name].model
-  return Case(config.replace(stack=tuple(g.replace(repeats=min(g.repeats, 2)) for g in config.stack)))
+  return Case(config.replace(**{
+    stack: tuple(g.replace(repeats=min(g.repeats, 2)) for g in getattr(config, stack))
+    for stack in ('stack', 'encoder', 'decoder') if hasattr(config, stack)}))
 
 
 def inputs(dtype=jnp.float32):

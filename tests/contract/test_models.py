@@ -1,6 +1,7 @@
 """What holds for every tiny preset: the layer contract carried through embedding, stack and head.
 
-`every` is every language model; `all_kinds` has the classifiers too.
+`every` is every language model; `all_kinds` has the classifiers and the encoder-decoders too
+(test_encoder_decoders.py has the rest of what holds for these).
 """
 
 import functools
@@ -10,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import BATCH, CLASSIFIERS, TINY, close, model, segments, tokens
+from cases import BATCH, CLASSIFIERS, PAIRS, TINY, close, model, segments, tokens
 
 from jaxformer.layers.layer import Context
 from jaxformer.models.stack import REMAT
@@ -18,7 +19,7 @@ from jaxformer.ops.route import route
 from jaxformer.sharding import MeshConfig, batch_sharding, make_mesh, use_mesh
 
 every = pytest.mark.parametrize('name', TINY)
-all_kinds = pytest.mark.parametrize('name', [*TINY, *CLASSIFIERS])
+all_kinds = pytest.mark.parametrize('name', [*TINY, *CLASSIFIERS, *PAIRS])
 LENGTH = 40
 THOROUGH = ('llama3-tiny', 's4d-tiny')   # with every remat policy and on every mesh; the others with what is most likely to break
 
@@ -26,9 +27,20 @@ THOROUGH = ('llama3-tiny', 's4d-tiny')   # with every remat policy and on every 
 def batch_of(case, segments_BT=None):
   if hasattr(case.definition.config, 'classes'):
     return sequences_of(case)
+  if hasattr(case.definition.config, 'source_vocab_size'):
+    return pairs_of(case)
   t = tokens(case, LENGTH + 1)
   targets = t[:, 1:].at[:, 5].set(-1)
   return types.SimpleNamespace(tokens_BT=t[:, :-1], targets_BT=targets, segments_BT=segments_BT)
+
+
+def pairs_of(case):
+  """Sources of 24, 22, ... tokens and targets of 40, 37, ..."""
+  t, where_BT, row_B1 = tokens(case, LENGTH + 1), jnp.arange(LENGTH)[None], jnp.arange(BATCH)[:, None]
+  source = tokens(case, 24 + LENGTH)[:, LENGTH:]
+  return types.SimpleNamespace(
+    source_BS=jnp.where(where_BT[:, :24] < 24 - 2 * row_B1, source, -1), tokens_BT=t[:, :-1],
+    targets_BT=jnp.where(where_BT < LENGTH - 3 * row_B1, t[:, 1:], -1), segments_BT=None)
 
 
 def sequences_of(case):
@@ -119,6 +131,8 @@ MIXTURES = {'mixtral-tiny': ['context4-fsdp2', 'expert4-fsdp2', 'context2-expert
 def meshes_for(name):
   if name in THOROUGH:
     return [m for m in MESHES if 'expert' not in m]
+  if name in PAIRS:
+    return ['fsdp4-tensor2', 'data8']
   return ['fsdp4-tensor2', *MIXTURES.get(name, ['context4-fsdp2'])]
 
 
@@ -130,7 +144,7 @@ def on_one_device(name):
 
 @pytest.mark.parametrize(('name', 'mesh'), [
   pytest.param(n, MESHES[m], id=f'{n}-{m}')
-  for n in (*TINY, *CLASSIFIERS) for m in meshes_for(n)])
+  for n in (*TINY, *CLASSIFIERS, *PAIRS) for m in meshes_for(n)])
 def test_sharded_equals_unsharded(name, mesh):
   case = model(name)
   batch = batch_of(case, segments(11, 29))

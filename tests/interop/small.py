@@ -3,8 +3,10 @@
 import jax
 import numpy as np
 
+from jaxformer.layers.init import Normal
 from jaxformer.layers.mamba import Mamba
 from jaxformer.layers.mamba2 import Mamba2
+from jaxformer.layers.position import SinusoidalPositions
 from jaxformer.models.params import define
 from jaxformer.models.zoo.gpt import gpt
 from jaxformer.models.zoo.jamba import jamba
@@ -15,6 +17,7 @@ from jaxformer.models.zoo.rwkv4 import rwkv4
 from jaxformer.models.zoo.rwkv5 import rwkv5
 from jaxformer.models.zoo.rwkv6 import rwkv6
 from jaxformer.models.zoo.rwkv7 import rwkv7
+from jaxformer.models.zoo.transformer import transformer
 
 
 def noisy(config, seed=0, std=0.1):
@@ -32,6 +35,9 @@ SMALL = {
   'jamba': jamba(16, 8, 24, 4, 2, experts=3, state=3, context=12, vocab_size=30),
   'mamba2': mamba(Mamba2.Config(state=3, head_dim=4, groups=2, bias=True), 8, 2, context=12, vocab_size=30),
   'rwkv4': rwkv4(8, 3, context=12, vocab_size=30, hidden=12),
+  'marian': transformer(
+    16, 2, 24, 4, decoder_layers=3, vocab_size=30, context=12, bias=True, head_bias=True,
+    positions=SinusoidalPositions.Config(halves=True), init=Normal(), embedding_init=Normal()),
 }
 
 RWKV = {

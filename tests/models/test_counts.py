@@ -5,6 +5,7 @@ Nothing is allocated; the sizes come from abstract shapes.
 
 import pytest
 
+from jaxformer.models.encoder_decoder import EncoderDecoder
 from jaxformer.models.language_model import LanguageModel
 from jaxformer.models.params import define
 from jaxformer.models.zoo import PRESETS
@@ -22,6 +23,10 @@ EXACT = {
   'rwkv4-169m': 169_342_464, 'rwkv4-14b': 14_148_597_760,
   'rwkv7-0.1b': 191_034_624, 'rwkv7-0.4b': 450_767_872,
   'rwkv7-1.5b': 1_527_404_544, 'rwkv7-2.9b': 2_947_735_040,
+  # Conventions: one vector of offsets a gate and offsets on the logits (seq2seq-lstm, gnmt); no offsets, the matrices of the
+  # paper's appendix (rnnsearch); no offsets in attention, one table three times, 37,000 rows (transformer).
+  'seq2seq-lstm': 384_112_000, 'rnnsearch': 80_401_000, 'gnmt': 280_858_880,
+  'transformer-base': 63_045_632, 'transformer-big': 214_171_648,
 }
 
 # name -> width, layers, context. Heads do not change the count.
@@ -117,6 +122,44 @@ RWKV7 = {
 }
 
 
+# -> width, layers, vocabularies
+SEQ2SEQ = {'seq2seq-lstm': (1000, 4, 160_000, 80_000)}
+# -> width of the embedding, units, hidden units of the attention, maxout units, vocabulary
+RNNSEARCH = {'rnnsearch': (620, 1000, 1000, 500, 30_000)}
+GNMT = {'gnmt': (1024, 8, 32_000)}   # -> width, layers, vocabulary
+TRANSFORMER = {'transformer-base': (512, 6, 2048), 'transformer-big': (1024, 6, 4096)}   # -> width, layers, hidden
+
+
+def gates(inputs, units):
+  """Of an LSTM."""
+  return 4 * ((inputs + units) * units + units)
+
+
+def seq2seq_count(D, L, S, V):
+  """Two embeddings, head and its offsets; as many LSTMs on both sides."""
+  return S * D + V * D + V * D + V + 2 * L * gates(D, D)
+
+
+def rnnsearch_count(m, n, A, maxout, V):
+  """Two embeddings and the head; GRUs of three gates, two that read m and one that reads m and 2 n; W_a, U_a and v_a; W_s; U_o, V_o
+  and C_o."""
+  gru = 2 * 3 * (m * n + n * n) + 3 * (m * n + n * n + 2 * n * n)
+  return 2 * V * m + maxout * V + gru + (n * A + 2 * n * A + A) + n * n + 2 * maxout * (n + m + 2 * n)
+
+
+def gnmt_count(D, L, V):
+  """Two embeddings, head and its offsets; LSTMs: two at the bottom of the encoder, one that reads both, L - 2 more; L that read a
+  context too; two matrices and a vector of attention."""
+  return 3 * V * D + V + L * gates(D, D) + gates(2 * D, D) + L * gates(2 * D, D) + 2 * D * D + D
+
+
+def transformer_count(D, L, F, V=37_000):
+  """One table; of the encoder's layers four projections, a feed-forward with offsets and two norms; of the decoder's four
+  projections and a norm more."""
+  encoder = 4 * D * D + 2 * D * F + F + D + 4 * D
+  return V * D + L * (2 * encoder + 4 * D * D + 2 * D)
+
+
 def gpt_count(D, L, T, V=50257):
   """Embedding, positions; a block: q, k, v, o and a feed-forward of 4 D (12 D^2), their offsets (9 D), two norms (4 D); a norm."""
   return V * D + T * D + L * (12 * D * D + 13 * D) + 2 * D
@@ -169,7 +212,8 @@ COUNTED = {
   for formula, table in (
     (gpt_count, GPT), (llama_count, LLAMA), (lstm_count, {n: (d,) for n, d in ZAREMBA.items()}), (h3_count, H3),
     (mamba_count, MAMBA), (mamba2_count, MAMBA2), (rwkv4_count, RWKV4), (rwkv5_count, RWKV5), (rwkv6_count, RWKV6),
-    (rwkv7_count, RWKV7), (mixtral_count, MIXTRAL), (jamba_count, JAMBA), (moe_lstm_count, MOE_LSTM))
+    (rwkv7_count, RWKV7), (mixtral_count, MIXTRAL), (jamba_count, JAMBA), (moe_lstm_count, MOE_LSTM),
+    (seq2seq_count, SEQ2SEQ), (rnnsearch_count, RNNSEARCH), (gnmt_count, GNMT), (transformer_count, TRANSFORMER))
   for name, sizes in table.items()
 }
 
@@ -180,7 +224,8 @@ def test_closed_form(name):
 
 
 def test_every_preset_is_counted():
-  assert {n for n in PRESETS if isinstance(PRESETS[n].model, LanguageModel.Config) and not n.endswith('-tiny')} == set(COUNTED)
+  kinds = LanguageModel.Config | EncoderDecoder.Config
+  assert {n for n in PRESETS if isinstance(PRESETS[n].model, kinds) and not n.endswith('-tiny')} == set(COUNTED)
 
 
 @pytest.mark.parametrize('name', EXACT)

@@ -48,7 +48,8 @@ ROUTES = [('rows', 8), ('rows', None), ('vocabulary', 32), ('vocabulary', 41), (
 
 @quick
 @pytest.mark.parametrize(('route', 'chunk'), ROUTES)
-@pytest.mark.parametrize('options', [{}, {'z_loss': 1e-2, 'softcap': 3.0}], ids=['plain', 'z-loss-softcap'])
+@pytest.mark.parametrize('options', [
+  {}, {'z_loss': 1e-2, 'softcap': 3.0}, {'z_loss': 1e-2, 'label_smoothing': 0.1}], ids=['plain', 'z-loss-softcap', 'smoothed'])
 def test_agrees_with_naive(route, chunk, options):
   inputs, targets = arrays(bias=bool(options))
   got = run(cross_entropy, inputs, targets, route=route, chunk=chunk, **options)

@@ -1,0 +1,46 @@
+"""Google's neural machine translation system (Wu et al. 2016): LSTMs, of which the encoder's bottom layer reads in both directions;
+residual sums from the third layer on; additive attention keyed on the bottom layer of the decoder, whose context every layer of the
+decoder reads beside its input. Source, target and head have tables of their own, gates and logits offsets: 280,858,880 parameters
+with a vocabulary of 32,000."""
+
+from __future__ import annotations
+
+from jaxformer.layers.bidirectional import Bidirectional
+from jaxformer.layers.init import FanInUniform, Init, Normal, Uniform
+from jaxformer.layers.layer import LayerConfig
+from jaxformer.layers.lstm import Lstm
+from jaxformer.layers.search import GnmtAttention
+from jaxformer.models.block import Block, Plain, Residual
+from jaxformer.models.encoder_decoder import EncoderDecoder
+from jaxformer.models.stack import Group
+from jaxformer.models.zoo.preset import preset
+
+
+def gnmt(
+  width: int, layers: int, *, vocab_size: int, context: int, init: Init, embedding_init: Init, head_init: Init,
+  dropout: float = 0.0,
+) -> EncoderDecoder.Config:
+  """The GNMT architecture, with `layers` on each side, at least three. The bottom layer of the decoder begins from the backward
+  state of the encoder's, the others from the state of the layer at their height."""
+  lstm = Lstm.Config(hidden=width, project=False, init=init, recurrent_init=init, bias=init, forget_bias=0.0)
+  beside = lstm.replace(context=width)
+  bottom = GnmtAttention.Config(init=init, recurrent_init=init, attention_init=init, score_init=init, bias=init)
+
+  def plain(layer: LayerConfig) -> Group:
+    return Group(pattern=(Block.Config(branches=(Plain.Config(layer=layer, dropout=dropout),)),))
+
+  def residual(layer: LayerConfig) -> Group:
+    return Group(pattern=(Block.Config(branches=(Residual.Config(layer=layer, dropout=dropout),)),), repeats=layers - 2)
+
+  return EncoderDecoder.Config(
+    source_vocab_size=vocab_size, vocab_size=vocab_size, width=width, context=context, hand_over=True, head_bias=True,
+    dropout=dropout, embedding_init=embedding_init, head_init=head_init,
+    encoder=(plain(Bidirectional.Config(layer=lstm)), plain(lstm), residual(lstm)),
+    decoder=(plain(bottom), plain(beside), residual(beside)))
+
+
+_UNIFORM = Uniform(bound=0.04)
+preset('gnmt', 'gnmt', gnmt(
+  1024, 8, vocab_size=32_000, context=128, init=_UNIFORM, embedding_init=_UNIFORM, head_init=_UNIFORM, dropout=0.2))
+preset('gnmt-tiny', 'gnmt', gnmt(
+  96, 3, vocab_size=264, context=128, init=FanInUniform(), embedding_init=Normal(std=1.0), head_init=FanInUniform()))

@@ -1,0 +1,67 @@
+"""What the TPU's compiler makes of a training step of the Transformer for v5e:2x4: it compiles, a chip holds its part, and no
+attention has all its weights in memory; and of a recurrent one, divided by rows."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from jaxformer.data.dataset import PairBatch
+from jaxformer.layers.init import Uniform
+from jaxformer.models.params import define
+from jaxformer.models.zoo.gnmt import gnmt
+from jaxformer.models.zoo.transformer import transformer
+from jaxformer.planning.compiler import has_array, topology_mesh
+from jaxformer.planning.program import list_collectives
+from jaxformer.sharding import MeshConfig, batch_sharding, use_mesh
+from jaxformer.training.checkpoint import abstract_state
+from jaxformer.training.optimizer import AdamW, Optimizer
+from jaxformer.training.schedule import Constant
+from jaxformer.training.step import StepConfig, TrainState, compiled_train_step, state_shardings
+
+pytest.importorskip('libtpu', reason='needs libtpu, the compiler for TPUs (pip install jaxformer[tpu])')
+pytestmark = pytest.mark.tpu_compiler
+
+B, S, T, D = 16, 384, 640, 256
+FSDP_TENSOR = MeshConfig(data=1, fsdp=4, tensor=2)
+DATA_PARALLEL = MeshConfig(data=8, rules='data_parallel')
+
+
+def compiled(definition, config: MeshConfig, sizes=(B, S, T)) -> jax.stages.Compiled:
+  """The step for pairs of padded sources and targets of other lengths."""
+  mesh, rules, (rows, source, target) = topology_mesh('v5e:2x4', config), config.rules, sizes
+  optimizer = Optimizer.of(AdamW(), Constant(), 1000, definition)
+  shapes = {n: jax.ShapeDtypeStruct(i.shape, i.dtype) for n, i in definition.info.items()}
+  key = jax.eval_shape(lambda: jax.random.key(0))
+  state = TrainState(jax.ShapeDtypeStruct((), jnp.int32), shapes, jax.eval_shape(optimizer.init, shapes), key)
+  state = abstract_state(state, state_shardings(definition, optimizer, mesh, rules))
+
+  def ids(length: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((rows, length), jnp.int32, sharding=batch_sharding(mesh, rules))
+
+  with use_mesh(mesh, rules):
+    how = StepConfig(dtype=jnp.bfloat16, remat='full', label_smoothing=0.1)
+    step = compiled_train_step(definition, optimizer, how, mesh, rules)
+    return step.trace(state, PairBatch(ids(source), ids(target), ids(target))).lower(lowering_platforms=('tpu',)).compile()
+
+
+def test_the_transformer_step():
+  definition = define(transformer(D, 2, 1024, 2, vocab_size=16384, context=T, dropout=0.1))
+  step = compiled(definition, FSDP_TENSOR)
+  assert step.memory_analysis().argument_size_in_bytes == pytest.approx(12 * definition.size / 8, rel=0.02)
+  # Attention of the encoder, of the decoder to itself and to the source: none holds all its weights.
+  for queries, keys in ((S, S), (T, T), (T, S)):
+    assert not has_array(step, queries, keys), (queries, keys)
+  rows = B // 8 * FSDP_TENSOR.tensor
+  assert not has_array(step, rows, T, 16384 // FSDP_TENSOR.tensor)   # nor are there logits of all positions
+
+
+def test_a_recurrent_step_sums_gradients_alone():
+  """Data-parallel: nothing is sent between chips inside the loops over time."""
+  init = Uniform(bound=0.04)
+  definition = define(gnmt(256, 3, vocab_size=4096, context=32, init=init, embedding_init=init, head_init=init))
+  step = compiled(definition, DATA_PARALLEL, (16, 24, 32))
+  sent = list_collectives(step)
+  assert {c.kind for c in sent} == {'all-reduce'}
+  assert sum(c.bytes * c.times for c in sent) <= 4.2 * definition.size

@@ -1,0 +1,148 @@
+"""Encoder-decoders in the training loop: batches whose arrays and steps differ in shape, and data that do not fit."""
+
+import jax
+import numpy as np
+import pytest
+
+from jaxformer.config import InputError
+from jaxformer.data import DataConfig
+from jaxformer.data.dataset import Dataset, DatasetConfig, Kind, PairBatch, process_rows
+from jaxformer.evaluation import evaluate
+from jaxformer.layers.cross_attention import DotScore
+from jaxformer.models.params import define
+from jaxformer.models.zoo import PRESETS
+from jaxformer.models.zoo.seq2seq import luong
+from jaxformer.models.zoo.transformer import transformer
+from jaxformer.sharding import MeshConfig, make_mesh
+from jaxformer.training import AdamW, Constant, Experiment, RunConfig, TrainingConfig, train
+from jaxformer.training.experiment import check_fit
+from jaxformer.training.feed import Feed
+from jaxformer.training.run import read_metrics
+
+ONE = jax.devices()[:1]
+END = 15
+
+
+class Backwards(DatasetConfig):
+  """Sources of 2 to 7 digits, to be said from the end, in two buckets: most steps have another shape than the one before."""
+
+  @property
+  def positions(self):
+    return 8
+
+  @property
+  def kind(self):
+    return Kind(source_vocab_size=16)
+
+  def open(self, cache_dir=None, log=None, tokenizer=None):
+    return BackwardsData(self)
+
+
+class BackwardsData(Dataset):
+  tokenizer, vocab_size, source_vocab_size, size, validation_rows = None, 16, 16, 'digits', 16
+
+  def __init__(self, config):
+    self.config, self.manifest, self.identity = config, {}, {'data': 'backwards'}
+
+  def train_batch(self, step, batch_size, seed, process_index=0, process_count=1):
+    low, high = process_rows(batch_size, process_index, process_count)
+    return self._batch(np.random.default_rng([seed, step]), batch_size, step % 2)[low:high]
+
+  def validation_batches(self, batch_size, limit_batches=None, process_index=0, process_count=1):
+    low, high = process_rows(batch_size, process_index, process_count)
+    for bucket in (0, 1):
+      yield self._batch(np.random.default_rng(bucket), batch_size, bucket)[low:high]
+
+  def _batch(self, numbers, rows, bucket):
+    S, T = ((5, 4), (9, 8))[bucket]
+    source, tokens, targets = np.full((rows, S), -1), np.zeros((rows, T), int), np.full((rows, T), -1)
+    for i in range(rows):
+      digits = numbers.integers(1, 8, numbers.integers(2, T))
+      source[i, :len(digits) + 1] = [*digits, END]
+      tokens[i, :len(digits) + 1] = [END, *digits[::-1]]
+      targets[i, :len(digits) + 1] = [*digits[::-1], END]
+    return Rows(*(a.astype(np.int32) for a in (source, tokens, targets)))
+
+
+class Rows(PairBatch):
+  def __getitem__(self, rows):
+    return PairBatch(*(a[rows] for a in tuple(self)[:3]))
+
+
+TINY = transformer(32, 1, 64, 2, vocab_size=16, context=16)
+
+
+def experiment(tmp_path, model=TINY, name='run', mesh=None, **training):
+  given = {'steps': 12, 'batch_size': 8, 'checkpoint_every': 4, 'eval_every': 6, 'log_every': 1, 'trackers': ()} | training
+  return Experiment(
+    model=model, data=Backwards(), optimizer=AdamW(learning_rate=3e-3), schedule=Constant(), training=TrainingConfig(**given),
+    mesh=mesh or MeshConfig(data=1), run=RunConfig(name=name, dir=str(tmp_path)))
+
+
+def test_one_compilation_a_shape_and_tokens_as_they_were(tmp_path):
+  result = train(experiment(tmp_path, label_smoothing=0.1), devices=ONE, log=lambda line: None)
+  assert result.exit_code == 0
+  events = (result.folder / 'events.jsonl').read_text()
+  assert events.count('"event": "compile"') == 2
+  rows = [r for r in read_metrics(result.folder) if 'train/loss' in r]
+  assert [r['tokens'] for r in rows] == list(np.cumsum([8 * 4, 8 * 8] * 6))
+  evaluated = [r for r in read_metrics(result.folder) if 'eval/loss' in r]
+  assert evaluated[-1]['eval/loss'] < evaluated[0]['eval/loss']
+
+
+def test_interrupted_training_counts_and_learns_the_same(tmp_path):
+  whole = train(experiment(tmp_path, name='whole'), devices=ONE, log=lambda line: None)
+  train(experiment(tmp_path, name='parts', steps=5), devices=ONE, log=lambda line: None)
+  parts = train(experiment(tmp_path, name='parts'), devices=ONE, log=lambda line: None)
+  for name in ('tokens', 'train/loss', 'eval/loss'):
+    assert parts.metrics[name] == whole.metrics[name], name
+
+
+@pytest.mark.parametrize('model', [TINY, luong(32, 1, DotScore(), source_vocab_size=16, vocab_size=16, context=16)],
+                         ids=['transformer', 'luong'])
+def test_eight_devices_learn_what_one_does(tmp_path, model):
+  one = train(experiment(tmp_path, model, 'one'), devices=ONE, log=lambda line: None)
+  eight = train(experiment(
+    tmp_path, model, 'eight', MeshConfig(data=8, rules='data_parallel')), devices=jax.devices(), log=lambda line: None)
+  for name in ('train/loss', 'eval/loss'):
+    assert eight.metrics[name] == pytest.approx(one.metrics[name], rel=1e-4), name
+
+
+def test_accumulated_microbatches_are_the_batch(tmp_path):
+  whole = train(experiment(tmp_path, name='whole', steps=4), devices=ONE, log=lambda line: None)
+  parts = train(experiment(tmp_path, name='parts', steps=4, accumulate=4), devices=ONE, log=lambda line: None)
+  assert parts.metrics['train/loss'] == pytest.approx(whole.metrics['train/loss'], rel=1e-5)
+
+
+def test_scores_do_not_depend_on_how_rows_are_batched():
+  data, definition = Backwards().open(), define(TINY)
+  params = definition.init(jax.random.key(0))
+  batch = next(iter(data.validation_batches(16)))
+  together = evaluate(definition, params, [batch])
+  apart = evaluate(definition, params, [PairBatch(*(a[rows] for a in tuple(batch)[:3])) for rows in (slice(0, 11), slice(11, 16))])
+  assert (together.count, together.hits) == (apart.count, apart.hits)
+  assert together.loss == pytest.approx(apart.loss, rel=1e-5)
+  with pytest.raises(InputError, match='source tokens from 0 to 99'):
+    evaluate(definition, params, [batch._replace(source_BS=np.array([[0, 99]] * 16))])
+
+
+@pytest.mark.parametrize(('model', 'data', 'message'), [
+  ('transformer-tiny', DataConfig(), 'no pairs'), ('gpt2-tiny', Backwards(), 'are pairs of a source and a target'),
+  ('s4d-classifier-tiny', Backwards(), 'are pairs of a source and a target')])
+def test_models_and_data_that_do_not_fit(model, data, message):
+  with pytest.raises(InputError, match=message):
+    check_fit(PRESETS[model].model, data)
+
+
+def test_vocabularies_that_do_not_fit():
+  small = TINY.replace(source_vocab_size=12, shared_embedding=False)
+  with pytest.raises(InputError, match=r'model\.source_vocab_size = 12: must be at least 16'):
+    check_fit(small, Backwards())
+  with pytest.raises(InputError, match=r'model\.vocab_size = 16: must be at least 17'):
+    check_fit(TINY, Backwards(), 17, 16)
+
+
+def test_a_batch_that_the_mesh_does_not_divide():
+  feed = Feed(make_mesh(MeshConfig(data=8)), 'fsdp_tensor', 8, 8)
+  with pytest.raises(InputError, match='12 rows of 4 positions'):
+    feed(PairBatch(*(np.zeros((12, 4), np.int32) for _ in range(3))))
