@@ -9,8 +9,18 @@ from jaxformer.data.readers import Document
 from jaxformer.data.sources import Files, HuggingFace, Mixture, Part, PydocTopics, Source, StandardLibrary
 from jaxformer.data.splits import ByDocument, ByPosition, Split
 from jaxformer.data.storage import cache_dir
+from jaxformer.data.tasks.copying import MadSelectiveCopying, SelectiveCopying
 from jaxformer.data.tasks.digits import Digits
 from jaxformer.data.tasks.listops import ListOps
+from jaxformer.data.tasks.mad import (
+  Compression,
+  FuzzyInContextRecall,
+  InContextRecall,
+  Memorization,
+  NoisyInContextRecall,
+  mad_suite,
+)
+from jaxformer.data.tasks.mqar import MultiQueryRecall
 from jaxformer.data.tasks.recall import AssociativeRecall, InductionHead
 from jaxformer.data.tasks.task import TaskConfig
 from jaxformer.data.tokenizers import (
@@ -32,6 +42,7 @@ __all__ = [
   'BytePairs',
   'Bytes',
   'Characters',
+  'Compression',
   'DataConfig',
   'Dataset',
   'DatasetConfig',
@@ -39,16 +50,23 @@ __all__ = [
   'Document',
   'FeatureBatch',
   'Files',
+  'FuzzyInContextRecall',
   'HuggingFace',
+  'InContextRecall',
   'InductionHead',
   'Kind',
   'ListOps',
+  'MadSelectiveCopying',
+  'Memorization',
   'Mixture',
+  'MultiQueryRecall',
+  'NoisyInContextRecall',
   'Packed',
   'Packing',
   'Part',
   'PydocTopics',
   'RandomWindows',
+  'SelectiveCopying',
   'Source',
   'Split',
   'StandardLibrary',
@@ -61,6 +79,7 @@ __all__ = [
   'TrainBatches',
   'cache_dir',
   'load_tokenizer',
+  'mad_suite',
   'open_data',
   'train_bpe',
 ]

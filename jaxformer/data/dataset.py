@@ -51,11 +51,13 @@ class Kind(NamedTuple):
     vocab_size: tokens go in, with ids below it; None for numbers, and where only reading the data tells (text).
     features: numbers a position that go in; None for tokens.
     classes: one of so many is asked for each sequence as a whole; None where tokens are asked.
+    autoencoder: every token of a sequence is asked, of what is known of it at its last position; None for other data.
   """
 
   vocab_size: int | None = None
   features: int | None = None
   classes: int | None = None
+  autoencoder: bool | None = None
 
 
 class DatasetConfig(Config, abstract=True):
