@@ -106,15 +106,17 @@ def default_experiment(model: ModelConfig, name: str) -> Experiment:
 
 
 def _fitting_task(model: ModelConfig) -> TaskConfig | None:
-  """The task that asks just what a classifier answers; None for other models, and where there is none."""
+  """The task that asks just what a classifier or an autoencoder answers; None for other models, and where there is none."""
   wanted = tuple(getattr(model, name, None) for name in Kind._fields)
-  return next((t for t in _tasks(classes=True) if tuple(t.kind) == wanted), None)
+  return next((t for t in [*_tasks(classes=True), *_tasks(classes=False, autoencoder=True)] if tuple(t.kind) == wanted), None)
 
 
-def _tasks(classes: bool) -> list[TaskConfig]:
-  """The tasks, as their defaults have them, that ask for a class, or those that ask for tokens."""
+def _tasks(classes: bool, autoencoder: bool = False) -> list[TaskConfig]:
+  """The tasks, as their defaults have them, that ask for a class, those that ask for tokens one after the other, or those that ask
+  for all of them of the last position."""
   whole = [t for t in types_of(TaskConfig) if not any(f.default is f.default_factory for f in dataclasses.fields(t))]
-  return [task for task in (t() for t in whole) if (task.kind.classes is not None) == classes]
+  asked = classes, autoencoder
+  return [task for task in (t() for t in whole) if (task.kind.classes is not None, task.kind.autoencoder is not None) == asked]
 
 
 def check_fit(model: ModelConfig, data: DatasetConfig, vocab_size: int | None = None) -> None:
@@ -129,6 +131,12 @@ def check_fit(model: ModelConfig, data: DatasetConfig, vocab_size: int | None = 
     able, asked = ('names one of its classes', 'ask for tokens') if mine.classes else ('predicts tokens', 'ask for a class')
     fitting = [t.tag for t in _tasks(classes=mine.classes is not None)] + ([] if mine.classes else [DataConfig.tag])
     raise InputError(f'data = {data.tag}: a {model.tag} {able}, and these data {asked}{nearest("", fitting)}')
+  if mine.autoencoder != kind.autoencoder:
+    does = 'a whole sequence from its last position'
+    what = f'an {model.tag} tells {does}, and these data ask for something else' if mine.autoencoder else (
+      f'ask for {does}, which an Autoencoder tells; a {model.tag} would be shown each token that it is asked for')
+    fitting = [t.tag for t in _tasks(False, mine.autoencoder is not None)] + ([] if mine.autoencoder else [DataConfig.tag])
+    raise InputError(f'data = {data.tag}: {what}{nearest("", fitting)}')
   if mine.features != kind.features:
     has, reads = ('tokens' if n is None else f'{n} numbers' for n in (kind.features, mine.features))
     raise InputError(f'data = {data.tag}: have {has} at each position, and model.input reads {reads}')

@@ -147,7 +147,7 @@ def test_recall_asks_for_the_value_of_every_key_that_came(task):
     told: dict[int, int] = {}
     expected = {}
     for t in range(0, len(tokens), 2):
-      key, value = tokens[t], (tokens + [None])[t + 1]
+      key, value = tokens[t], [*tokens, None][t + 1]
       if key >= symbols:
         assert value >= symbols
         continue
@@ -190,7 +190,8 @@ def spans(tokens: list[int], keys: int) -> list[tuple[tuple[int, ...], tuple[int
 
 
 @pytest.mark.parametrize('task', [
-  FuzzyInContextRecall(), FuzzyInContextRecall(vocab_size=8, length=60), FuzzyInContextRecall(vocab_size=7, length=40, key_tokens=1),
+  FuzzyInContextRecall(), FuzzyInContextRecall(vocab_size=8, length=60),
+  FuzzyInContextRecall(vocab_size=7, length=40, key_tokens=1),
   FuzzyInContextRecall(vocab_size=9, length=10, key_tokens=4, value_tokens=1)])
 def test_fuzzy_recall_asks_for_every_token_of_a_value_that_came(task):
   pad = task.vocab_size - 1
@@ -231,8 +232,8 @@ def test_motifs_of_fuzzy_recall_are_uniform():
   assert lasts > len(MANY) / 5
   for part in (0, 1):
     motifs = [pair[part] for pair in firsts]
-    everything = [m for size in (1, 2, 3) for m in itertools.permutations(range(3 * part, 3 * part + 3), size)]
-    assert_drawn_from([motifs.count(m) for m in everything], [1 / len([o for o in everything if len(o) == len(m)]) for m in everything])
+    each = [list(itertools.permutations(range(3 * part, 3 * part + 3), size)) for size in (1, 2, 3)]
+    assert_drawn_from([motifs.count(m) for of_size in each for m in of_size], [1 / len(o) for o in each for _ in o])
   whole = [pair for pair in firsts if len(pair[0]) == 1]   # a value is drawn anew for each sequence
   assert len({value for key, value in whole if key == (0,)}) == 15
 

@@ -48,7 +48,7 @@ class RecallTask(MadTask, abstract=True):
   def validate(self) -> None:
     self.require(self.length >= 4 and self.length % 2 == 0, 'length', 'even and at least 4')
     special = self.vocab_size - self.symbols
-    self.require(self.symbols >= 4, 'vocab_size', f'at least {special + 4}: two keys and two values{" besides the noise" * (special > 0)}')
+    self.require(self.symbols >= 4, 'vocab_size', f'at least {special + 4}, of which two are keys and two values')
     super().validate()
 
   @property
@@ -97,7 +97,8 @@ class NoisyInContextRecall(RecallTask):
   """`InContextRecall` among noise: `a 2 # % c 4 a 2 % % ...`, asked as there.
 
   Each pair but the last is, with probability `noise`, two random tokens of a vocabulary of their own instead, the last
-  `noise_vocab_size` tokens; one pair, drawn anew for each sequence, never is.
+  `noise_vocab_size` tokens; one of them, drawn anew for each sequence, never is (the authors' may be the last, which then
+  asks for a key that did not come).
   """
 
   vocab_size: int = 32
@@ -122,8 +123,8 @@ class NoisyInContextRecall(RecallTask):
 
 
 class FuzzyInContextRecall(MadTask):
-  """`InContextRecall` with keys and values of several tokens: `a c 2 b 4 3 1 a c 2 ...`, asked for every token of the value of a key
-  that came before.
+  """`InContextRecall` with keys and values of several tokens: `a c 2 b 4 3 1 a c 2 ...`, asked for every token of the value of a
+  key that came before.
 
   Keys are 1 to `key_tokens` different tokens (in tests always `key_tokens`, else nothing would say where they end), values 1 to
   `value_tokens`, every length as likely and every choice of tokens of a length. In each sequence every key has a value of its own,
@@ -136,7 +137,7 @@ class FuzzyInContextRecall(MadTask):
   value_tokens: int = 3
 
   def validate(self) -> None:
-    least = max(2 * self.key_tokens, 2 * self.value_tokens - 1, 4) + 1   # with the value's half no smaller than the key's
+    least = max(2 * self.key_tokens, 2 * self.value_tokens - 1, 4) + 1   # of an odd number of symbols values have one more
     self.require(self.key_tokens > 0, 'key_tokens', 'positive')
     self.require(self.value_tokens > 0, 'value_tokens', 'positive')
     self.require(self.vocab_size >= least, 'vocab_size', f'at least {least}, for keys of {self.key_tokens} different tokens, '
