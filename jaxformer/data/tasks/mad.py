@@ -97,8 +97,7 @@ class NoisyInContextRecall(RecallTask):
   """`InContextRecall` among noise: `a 2 # % c 4 a 2 % % ...`, asked as there.
 
   Each pair but the last is, with probability `noise`, two random tokens of a vocabulary of their own instead, the last
-  `noise_vocab_size` tokens; one of them, drawn anew for each sequence, never is (the authors' may be the last, which then
-  asks for a key that did not come).
+  `noise_vocab_size` tokens; one of them, drawn anew for each sequence, never is (the authors' may also be the last pair).
   """
 
   vocab_size: int = 32

@@ -1,4 +1,4 @@
-"""Multi-query associative recall (Arora et al. 2023, "Zoology", arXiv 2312.04927, definition 3.1), as the authors' code makes it."""
+"""Multi-query associative recall (Arora et al. 2023, "Zoology", arXiv 2312.04927, definition 3.1), as in the authors' code."""
 
 from __future__ import annotations
 
