@@ -1,6 +1,7 @@
 """An autoencoder: what it computes, and that nothing passes but by the last position."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy import special
@@ -19,9 +20,10 @@ from jaxformer.models.params import define
 from jaxformer.models.stack import Group
 from jaxformer.models.zoo.gpt import gpt
 from jaxformer.planning.cost import cost
+from jaxformer.sharding import MeshConfig, batch_sharding, make_mesh, use_mesh
 
 pytestmark = pytest.mark.quick
-B, T, D, V = 3, 6, 8, 7
+B, T, D, V = 8, 6, 8, 8
 
 
 def config(*layers, **settings):
@@ -85,13 +87,38 @@ def test_loss_scores_and_evaluation_are_those_of_the_logits():
   lse = special.logsumexp(logits, axis=-1)
   nll = np.where(counted, lse - np.take_along_axis(logits, np.maximum(batch.targets_BT, 0)[..., None], axis=-1)[..., 0], 0)
   sums, aux = jax.jit(lambda p: definition.merge(p).loss(batch, z_loss=0.1))(params)
-  np.testing.assert_allclose(sums, (nll.sum() + 0.1 * np.square(lse[counted]).sum(), nll.sum(), 14), rtol=1e-5)
+  np.testing.assert_allclose(sums, (nll.sum() + 0.1 * np.square(lse[counted]).sum(), nll.sum(), 44), rtol=1e-5)
   assert aux == {}
   scores, hit = definition.merge(params).scores(batch)
   np.testing.assert_allclose(scores, nll, rtol=1e-4, atol=1e-5)
   np.testing.assert_array_equal(hit, (logits.argmax(-1) == batch.targets_BT) & counted)
   result = evaluate(definition, params, [batch])
-  np.testing.assert_allclose((result.nll_sum, result.count, result.hits), (nll.sum(), 14, hit.sum()), rtol=1e-5)
+  np.testing.assert_allclose((result.nll_sum, result.count, result.hits), (nll.sum(), 44, hit.sum()), rtol=1e-5)
+
+
+@pytest.mark.parametrize('mesh', [MeshConfig(data=8), MeshConfig(fsdp=4, tensor=2)])
+def test_sharded_equals_unsharded(mesh):
+  definition, params = made(MIXING)
+  batch = batch_of()
+
+  def loss(params, tokens, targets):
+    sums, _ = definition.merge(params).loss(Batch(tokens, targets, None), Context(unroll=False))
+    return sums.loss / sums.count
+
+  want = jax.jit(jax.value_and_grad(loss))(params, batch.tokens_BT, batch.targets_BT)
+  devices = make_mesh(mesh)
+  placed = jax.device_put(params, definition.shardings(devices, mesh.rules))
+  rows = [jax.device_put(a, batch_sharding(devices, mesh.rules)) for a in (batch.tokens_BT, batch.targets_BT)]
+  with use_mesh(devices, mesh.rules):
+    got = jax.jit(jax.value_and_grad(loss))(placed, *rows)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), got, want)
+
+
+def test_bfloat16_is_near():
+  definition, params = made(MIXING)
+  batch = batch_of()
+  loss = jax.jit(lambda p: definition.merge(p).loss(batch)[0].loss / batch.targets_BT.size)
+  assert float(loss(definition.cast(params, jnp.bfloat16))) == pytest.approx(float(loss(params)), rel=0.03)
 
 
 def test_cost_and_settings():
