@@ -3,7 +3,8 @@ appendix B): what a sequence mixer should be able to do, one small task each.
 
 Defaults are the suite's baseline, and `mad_suite` gives the harder settings that its score is the mean over. The multi-query forms
 of recall are the ones that the suite scores: models learn to predict every next token, and are scored by the values of keys that
-came before. Selective copying stands in `copying.py`.
+came before. The authors' code takes the accuracy of each token that is asked for and then their mean, and here it is that of all
+targets; uniform answers make the two much the same. Selective copying stands in `copying.py`.
 """
 
 from __future__ import annotations
