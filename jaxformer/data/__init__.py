@@ -23,9 +23,19 @@ from jaxformer.data.readers import Document
 from jaxformer.data.sources import Files, HuggingFace, Mixture, Part, PydocTopics, Source, StandardLibrary
 from jaxformer.data.splits import ByDocument, ByPosition, Split
 from jaxformer.data.storage import cache_dir
+from jaxformer.data.tasks.copying import MadSelectiveCopying, SelectiveCopying
 from jaxformer.data.tasks.dates import Dates
 from jaxformer.data.tasks.digits import Digits
 from jaxformer.data.tasks.listops import ListOps
+from jaxformer.data.tasks.mad import (
+  Compression,
+  FuzzyInContextRecall,
+  InContextRecall,
+  Memorization,
+  NoisyInContextRecall,
+  mad_suite,
+)
+from jaxformer.data.tasks.mqar import MultiQueryRecall
 from jaxformer.data.tasks.pair_task import PairTask
 from jaxformer.data.tasks.recall import AssociativeRecall, InductionHead
 from jaxformer.data.tasks.task import TaskConfig
@@ -48,6 +58,7 @@ __all__ = [
   'BytePairs',
   'Bytes',
   'Characters',
+  'Compression',
   'DataConfig',
   'Dataset',
   'DatasetConfig',
@@ -56,13 +67,19 @@ __all__ = [
   'Document',
   'FeatureBatch',
   'Files',
+  'FuzzyInContextRecall',
   'HeldOutPair',
   'HuggingFace',
+  'InContextRecall',
   'InductionHead',
   'JsonLines',
   'Kind',
   'ListOps',
+  'MadSelectiveCopying',
+  'Memorization',
   'Mixture',
+  'MultiQueryRecall',
+  'NoisyInContextRecall',
   'Packed',
   'Packing',
   'Pair',
@@ -76,6 +93,7 @@ __all__ = [
   'Part',
   'PydocTopics',
   'RandomWindows',
+  'SelectiveCopying',
   'Source',
   'Split',
   'StandardLibrary',
@@ -90,6 +108,7 @@ __all__ = [
   'TwoFiles',
   'cache_dir',
   'load_tokenizer',
+  'mad_suite',
   'open_data',
   'source_of',
   'train_bpe',

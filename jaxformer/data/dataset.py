@@ -72,12 +72,14 @@ class Kind(NamedTuple):
     classes: one of so many is asked for each sequence as a whole; None where tokens are asked.
     source_vocab_size: tokens of texts to translate go in besides, with ids below it; 0 where only reading the data tells; None for
       data that are no pairs.
+    autoencoder: every token of a sequence is asked, of what is known of it at its last position; None for other data.
   """
 
   vocab_size: int | None = None
   features: int | None = None
   classes: int | None = None
   source_vocab_size: int | None = None
+  autoencoder: bool | None = None
 
 
 class DatasetConfig(Config, abstract=True):

@@ -115,12 +115,12 @@ def default_experiment(model: ModelConfig, name: str) -> Experiment:
 
 
 def _fitting_task(model: ModelConfig) -> DatasetConfig | None:
-  """The task that asks just what a classifier answers, or pairs of texts that an encoder-decoder can read; None for other models,
-  and where there is none."""
+  """The task that asks just what a classifier or an autoencoder answers, or pairs of texts that an encoder-decoder can read; None
+  for other models, and where there is none."""
   wanted = tuple(getattr(model, name, None) for name in Kind._fields)
   if getattr(model, 'source_vocab_size', None) is not None:
     return next((d for d in _pair_data() if _fits(model, d)), None)
-  return next((t for t in _tasks(classes=True) if tuple(t.kind) == wanted), None)
+  return next((t for t in [*_tasks(classes=True), *_tasks(classes=False, autoencoder=True)] if tuple(t.kind) == wanted), None)
 
 
 def _fits(model: ModelConfig, data: DatasetConfig) -> bool:
@@ -136,10 +136,13 @@ def _as_they_are(base: type[D]) -> list[D]:
   return [t() for t in types_of(base) if not any(f.default is f.default_factory for f in dataclasses.fields(t))]
 
 
-def _tasks(classes: bool) -> list[TaskConfig]:
-  """The tasks that ask for a class, or those that ask for tokens; not those of pairs."""
+def _tasks(classes: bool, autoencoder: bool = False) -> list[TaskConfig]:
+  """The tasks that ask for a class, those that ask for tokens one after the other, or those that ask for all of them of the last
+  position; not those of pairs."""
+  asked = classes, autoencoder, False
+  kinds = ((t, t.kind) for t in _as_they_are(TaskConfig))
   return [
-    t for t in _as_they_are(TaskConfig) if (t.kind.classes is not None) == classes and t.kind.source_vocab_size is None]
+    t for t, k in kinds if (k.classes is not None, k.autoencoder is not None, k.source_vocab_size is not None) == asked]
 
 
 def _pair_data() -> list[DatasetConfig]:
@@ -173,6 +176,12 @@ def check_fit(
     able, asked = ('names one of its classes', 'ask for tokens') if mine.classes else ('predicts tokens', 'ask for a class')
     fitting = [t.tag for t in _tasks(classes=mine.classes is not None)] + ([] if mine.classes else [DataConfig.tag])
     raise InputError(f'data = {data.tag}: a {model.tag} {able}, and these data {asked}{nearest("", fitting)}')
+  if mine.autoencoder != kind.autoencoder:
+    does = 'a whole sequence from its last position'
+    what = f'an {model.tag} tells {does}, and these data ask for something else' if mine.autoencoder else (
+      f'ask for {does}, which an Autoencoder tells; a {model.tag} would be shown each token that it is asked for')
+    fitting = [t.tag for t in _tasks(False, mine.autoencoder is not None)] + ([] if mine.autoencoder else [DataConfig.tag])
+    raise InputError(f'data = {data.tag}: {what}{nearest("", fitting)}')
   if mine.features != kind.features:
     has, reads = ('tokens' if n is None else f'{n} numbers' for n in (kind.features, mine.features))
     raise InputError(f'data = {data.tag}: have {has} at each position, and model.input reads {reads}')

@@ -9,7 +9,23 @@ import pytest
 
 from jaxformer import config
 from jaxformer.config import InputError
-from jaxformer.data import AssociativeRecall, Dates, Digits, InductionHead, ListOps, TaskConfig, open_data
+from jaxformer.data import (
+  AssociativeRecall,
+  Compression,
+  Dates,
+  Digits,
+  FuzzyInContextRecall,
+  InContextRecall,
+  InductionHead,
+  ListOps,
+  MadSelectiveCopying,
+  Memorization,
+  MultiQueryRecall,
+  NoisyInContextRecall,
+  SelectiveCopying,
+  TaskConfig,
+  open_data,
+)
 from jaxformer.data.tasks import digits, listops
 
 pytestmark = pytest.mark.quick
@@ -18,7 +34,16 @@ INDEX = np.arange(300)
 # What the first sequences are, so that a run of today can be repeated: a change here changes every experiment on the task.
 PINNED = {
   SHORT: '906e3f61b31bdb8e', InductionHead(): 'f8de3efdf763ff35',
-  AssociativeRecall(): 'e3edf8542d94ff67', Digits(): 'bc7a1a1ed084f8c2', Dates(): '332cc94aada07c4d'}
+  AssociativeRecall(): 'e3edf8542d94ff67', Digits(): 'bc7a1a1ed084f8c2', Dates(): '332cc94aada07c4d',
+  MultiQueryRecall(test_sequences=100): '94b69d19bbb9f385',
+  SelectiveCopying(test_sequences=20): '9dcc020394928567',
+  MadSelectiveCopying(test_sequences=100): '85a5b6904045016d',
+  InContextRecall(test_sequences=100): '2b065cd92c863aa3',
+  NoisyInContextRecall(test_sequences=100): '205b477468870f99',
+  FuzzyInContextRecall(test_sequences=100): '832c0eed268ca54a',
+  Compression(test_sequences=100): '6b33c22e1fad6c78',
+  Memorization(test_sequences=100): '0e48c45ef730d708',
+}
 
 
 def value_of(words: list[str]) -> tuple[int, int]:

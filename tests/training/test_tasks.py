@@ -8,12 +8,29 @@ import pytest
 
 from jaxformer.cli import main
 from jaxformer.config import InputError
-from jaxformer.data import AssociativeRecall, DataConfig, Digits, InductionHead, ListOps, PydocTopics
+from jaxformer.data import (
+  AssociativeRecall,
+  Compression,
+  DataConfig,
+  Digits,
+  InductionHead,
+  ListOps,
+  Memorization,
+  MultiQueryRecall,
+  PydocTopics,
+  SelectiveCopying,
+  mad_suite,
+  open_data,
+)
+from jaxformer.layers.mamba import Mamba
+from jaxformer.models.autoencoder import autoencoder
 from jaxformer.models.classifier import LinearInput, MeanPooling, TokenInput
 from jaxformer.models.params import define
 from jaxformer.models.zoo.gpt import gpt
+from jaxformer.models.zoo.mamba import mamba
 from jaxformer.sharding import MeshConfig
 from jaxformer.training import AdamW, Cosine, Experiment, RunConfig, TrainingConfig, check, load_experiment, load_params, train
+from jaxformer.training.experiment import check_fit, default_experiment
 from jaxformer.training.run import read_metrics
 from tests.models.test_classifier import classifier
 from tests.training.compare import assert_same
@@ -69,6 +86,35 @@ def test_a_language_model_on_a_task(tmp_path):
   assert result.metrics['eval/loss'] == pytest.approx(nll.mean(), rel=1e-5)
 
 
+@pytest.mark.parametrize('task', [
+  Compression(length=6, test_sequences=40), Memorization(vocab_size=12, length=6, test_sequences=40)], ids=lambda t: t.tag)
+def test_the_score_of_a_suite_task_is_the_fraction_right_of_all_targets(tmp_path, task):
+  language_model = gpt(32, 1, 4, context=6, vocab_size=16)
+  e = experiment(tmp_path, of=autoencoder(language_model) if task.kind.autoencoder else language_model, data=task, steps=3,
+                 eval_batches=None)
+  result = train(e, devices=jax.devices()[:1], log=quiet)
+  definition = define(e.model)
+  params, _ = load_params(result.folder, definition)
+  batch = task.rows('test', np.arange(40))
+  model = definition.merge(params)
+  right = np.asarray(model(batch) if task.kind.autoencoder else model(batch.tokens_BT).y).argmax(-1) == batch.targets_BT
+  assert result.metrics['eval/accuracy'] == pytest.approx(right.sum() / (batch.targets_BT != -1).sum())
+
+
+def test_a_trained_model_is_scored_at_another_length(tmp_path, monkeypatch, capsys):
+  """As Mamba is on induction heads: the length of the task is all that differs."""
+  task, of = InductionHead(length=15, vocab_size=16, test_sequences=8), mamba(Mamba.Config(), 16, 1, vocab_size=16, context=16)
+  e = experiment(tmp_path / 'runs', 'short', of=of, data=task, steps=2)
+  train(e, devices=jax.devices()[:1], log=quiet)
+  monkeypatch.chdir(tmp_path)
+  for length in (15, 63):
+    assert main(['eval', 'short', '--data.length', str(length), '--json']) == 0
+    value = json.loads(capsys.readouterr().out)
+    assert (value['targets'], value['source']) == (8, 'InductionHead')
+  assert main(['eval', 'short', '--data.length', '2']) == 2
+  assert 'length = 2: must be at least 3' in capsys.readouterr().err
+
+
 @pytest.fixture(scope='module')
 def digits(tmp_path_factory):
   pytest.importorskip('sklearn')
@@ -109,6 +155,10 @@ def test_the_command_line_on_a_classifier(digits, monkeypatch, capsys):
   (model().replace(classes=8), LISTOPS, 'model.classes = 8: must be at least 10, those of ListOps'),
   (model(TokenInput.Config(vocab_size=12)), LISTOPS, 'model.input.vocab_size = 12: must be at least 15, those of ListOps'),
   (gpt(32, 1, 2, context=64, vocab_size=12), InductionHead(), 'model.vocab_size = 12: must be at least 20, those of InductionHead'),
+  (gpt(32, 1, 2, context=64, vocab_size=16), Compression(), 'which an Autoencoder tells; a LanguageModel would'),
+  (autoencoder(gpt(32, 1, 2, context=64, vocab_size=20)), InductionHead(), 'an Autoencoder tells .* something else.* known: Compr'),
+  (autoencoder(gpt(32, 1, 2, context=64, vocab_size=15)), Compression(), 'model.vocab_size = 15: must be at least 16'),
+  (model(), Compression(), 'a Classifier names one of its classes, and these data ask for tokens'),
 ])
 def test_models_and_data_that_do_not_fit(tmp_path, of, data, message):
   with pytest.raises(InputError, match=message):
@@ -119,3 +169,19 @@ def test_models_and_data_that_do_not_fit(tmp_path, of, data, message):
 def test_a_task_longer_than_the_learned_positions(tmp_path):
   with pytest.raises(InputError, match=r'data = InductionHead: positions = 31: must be at most 16'):
     experiment(tmp_path, of=gpt(32, 1, 2, context=16, vocab_size=20), data=InductionHead())
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize('task', [t for t in mad_suite() if t == type(t)()] + [MultiQueryRecall(), SelectiveCopying()],
+                         ids=lambda t: t.tag)
+def test_a_model_with_the_vocabulary_of_a_task_can_read_it(task):
+  vocab_size, of = open_data(task).vocab_size, autoencoder if task.kind.autoencoder else lambda m: m
+  check_fit(of(gpt(32, 1, 2, context=8, vocab_size=vocab_size)), task, vocab_size)
+  with pytest.raises(InputError, match=rf'model.vocab_size = {vocab_size - 1}: must be at least {vocab_size}'):
+    check_fit(of(gpt(32, 1, 2, context=8, vocab_size=vocab_size - 1)), task)
+
+
+@pytest.mark.quick
+def test_an_autoencoder_is_given_its_task():
+  assert default_experiment(autoencoder(gpt(32, 1, 2, context=64, vocab_size=16)), 'x').data == Compression()
+  assert isinstance(default_experiment(gpt(32, 1, 2, context=64, vocab_size=16), 'x').data, DataConfig)

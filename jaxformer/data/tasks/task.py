@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from jaxtyping import Float32, Int32, Int64, UInt64
+from jaxtyping import Bool, Float32, Int32, Int64, UInt64
 
 from jaxformer import config
 from jaxformer.data import order
@@ -22,6 +22,7 @@ from jaxformer.data.tokenizers import Tokenizer
 
 Side = Literal['train', 'test']
 ENDLESS = 2**62   # numbers of training sequences where a task has no end of them: none comes twice
+HASHED = 2**20   # positions of each side that a fingerprint is of, at most
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -43,8 +44,9 @@ class TaskConfig(DatasetConfig, abstract=True):
     raise NotImplementedError
 
   def fingerprint(self) -> str:
-    """A hash (hex) that changes when the sequences do: of the first of each side."""
-    return hash_of(self.rows('train', np.arange(64)), self.rows('test', np.arange(min(64, self.test_rows))))
+    """A hash (hex) that changes when the sequences do: of the first of each side, fewer of very long ones."""
+    count = min(64, max(1, HASHED // self.positions))
+    return hash_of(self.rows('train', np.arange(count)), self.rows('test', np.arange(min(count, self.test_rows))))
 
   def open(self, cache_dir: Path | str | None = None, log: Log | None = None, tokenizer: Tokenizer | None = None) -> TaskDataset:
     return TaskDataset(self)
@@ -52,6 +54,9 @@ class TaskConfig(DatasetConfig, abstract=True):
 
 class GeneratedTask(TaskConfig, abstract=True):
   """Base of the tasks whose sequences a program makes.
+
+  Many have a `length`. The same task at another length is `replace(length=...)`, and `jaxformer eval RUN --data.length N` scores a
+  trained model there.
 
   Attributes:
     train_sequences: how many are shown over and over; None for no end of them.
@@ -150,6 +155,32 @@ def random_bits(key: np.uint64, index_N: Int64[np.ndarray, ' N'], count: int) ->
 def below(bound: int, bits: UInt64[np.ndarray, '*N']) -> Int64[np.ndarray, '*N']:
   """Numbers in 0..bound-1 from random words; the bias is below bound / 2^64."""
   return (bits % np.uint64(bound)).astype(np.int64)
+
+
+def chance(probability: float, bits: UInt64[np.ndarray, '*N']) -> Bool[np.ndarray, '*N']:
+  """True with a probability, which is taken to 53 bits."""
+  return (bits >> np.uint64(11)) < np.uint64(int(probability * 2**53))
+
+
+def distinct(bound: int, bits_NC: UInt64[np.ndarray, 'N C']) -> Int64[np.ndarray, 'N C']:
+  """C different numbers of 0..bound-1 for each row, every choice and order of them as likely."""
+  C = bits_NC.shape[1]
+  # At first each says which of the numbers that those before it have left it is (a Lehmer code).
+  drawn_NC = (bits_NC % (np.uint64(bound) - np.arange(C, dtype=np.uint64))).astype(np.int64)
+  for c in range(C - 2, -1, -1):
+    later_NC = drawn_NC[:, c + 1 :]
+    later_NC += later_NC >= drawn_NC[:, c : c + 1]
+  return drawn_NC
+
+
+def came_before(number_NP: Int64[np.ndarray, 'N P']) -> Bool[np.ndarray, 'N P']:
+  """Whether the number at each place stands at an earlier place of its row too."""
+  order_NP = np.argsort(number_NP, axis=1, kind='stable')
+  sorted_NP = np.take_along_axis(number_NP, order_NP, axis=1)
+  again_NP = np.pad(sorted_NP[:, 1:] == sorted_NP[:, :-1], ((0, 0), (1, 0)))
+  before_NP = np.empty_like(again_NP)
+  np.put_along_axis(before_NP, order_NP, again_NP, axis=1)
+  return before_NP
 
 
 def hash_of(*batches: AnyBatch) -> str:
