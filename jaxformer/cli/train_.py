@@ -43,7 +43,9 @@ def run(args: argparse.Namespace, overrides: Overrides) -> int:
   from jaxformer.planning.cost import flops_per_token
   from jaxformer.planning.hardware import chip
   from jaxformer.training import check, train
+  from jaxformer.training.run import Run
   check(experiment)   # before the text is read, which may take long
+  Run(experiment)     # and may the folder be used?
   init_from = None if args.init_from is None else initial(args.init_from, experiment)
   dataset = open_data(experiment.data, log=note)
   known = chip(jax.devices()[0].device_kind)

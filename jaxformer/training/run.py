@@ -57,6 +57,7 @@ def load_experiment(folder: str | Place) -> Experiment:
       text = (where / 'config.json').read_text()
     data = json.loads(text)
   except FileNotFoundError:
+    check_bucket(where)
     raise InputError(f'{folder}: not a run folder: there is no config.json') from None
   except OSError as e:
     raise InputError(f'{file}: cannot be read ({e.strerror})') from None
