@@ -129,14 +129,17 @@ def _fetch(path: epath.Path, into: Path) -> None:
 
 
 class Folder:
-  """A run folder on this machine, being written. One process uses it.
-
-  Attributes:
-    home: where its files are written.
-  """
+  """A run folder on this machine, being written."""
 
   def __init__(self, where: Path):
-    self.home = where
+    self._home: Path | None = where
+
+  @property
+  def home(self) -> Path:
+    """The local folder in which files are written."""
+    if self._home is None:
+      self._home = Path(tempfile.mkdtemp(prefix='jaxformer-'))
+    return self._home
 
   def open(self) -> None:
     """Makes it. Raises `OSError`."""
@@ -152,26 +155,25 @@ class Folder:
         with (self.home / name).open('a') as f:
           os.fsync(f.fileno())
 
-  def close(self) -> None:
-    """After the last file."""
+  def close(self, publish: bool) -> None:
+    """After the last file; `publish` what is left. Raises `InputError`."""
 
 
 class BucketFolder(Folder):
-  """A run folder in a bucket. `home` is a temporary folder of this machine.
+  """A run folder in a bucket. `home` is a temporary folder, which a process that is killed leaves behind.
 
-  A push puts all files that changed since the last into the bucket, whatever names it is given, and `close` all that are left. A
-  push that fails is made good by the next one; the second failure in a row is raised.
+  A push puts all files that changed since the last into the bucket, whatever names it is given. One that fails is made good by the
+  next; the second failure in a row is raised.
   """
 
   def __init__(self, where: epath.Path):
-    self.place = where   # where the run is
+    self._place, self._home = where, None
     self._pushed: dict[Path, tuple[int, int]] = {}
     self._failed = False
 
   def open(self) -> None:
-    self.home = Path(tempfile.mkdtemp(prefix='jaxformer-'))
-    with reaching(self.place):
-      _fetch(self.place, self.home)
+    with reaching(self._place):
+      _fetch(self._place, self.home)
     self._pushed = {file: _version(file) for file in self.home.iterdir()}
 
   def push(self, names: Iterable[str] = ()) -> None:
@@ -196,16 +198,19 @@ class BucketFolder(Folder):
   def _put(self, file: Path) -> None:
     data = file.read_bytes()
     try:
-      with reaching(self.place):
-        (self.place / file.relative_to(self.home).as_posix()).write_bytes(data)
+      with reaching(self._place):
+        (self._place / file.relative_to(self.home).as_posix()).write_bytes(data)
     except FileNotFoundError:
-      raise InputError(f'{self.place}: there is no such bucket') from None
+      raise InputError(f'{self._place}: there is no such bucket') from None
 
-  def close(self) -> None:
+  def close(self, publish: bool) -> None:
+    if self._home is None:
+      return
     try:
-      self.publish()
+      if publish:
+        self.publish()
     finally:
-      shutil.rmtree(self.home, ignore_errors=True)
+      shutil.rmtree(self._home, ignore_errors=True)
 
 
 def _version(file: Path) -> tuple[int, int]:

@@ -84,7 +84,7 @@ class Run:
 
   Attributes:
     folder: where.
-    home: the local folder in which files are written, once the run has started: `folder` itself where that is local.
+    home: the local folder in which its files are written: `folder` itself where that is local.
     fresh: whether the run begins here.
   """
 
@@ -123,11 +123,13 @@ class Run:
 
   def start(self, data_manifest: dict[str, Any], tokenizer: Tokenizer | None) -> None:
     """Writes what is known at the start; `tokenizer` is that of text. Raises `InputError` where the folder cannot be made."""
-    if not self.writes:
-      return
+    if self.writes:
+      self._write_start(data_manifest, tokenizer)
+    self._started = True
+
+  def _write_start(self, data_manifest: dict[str, Any], tokenizer: Tokenizer | None) -> None:
     try:
       self._files.open()
-      self._started = True
       (self.home / 'checkpoints').mkdir(exist_ok=True)
       if tokenizer is not None:
         (self.home / 'tokenizer').mkdir(exist_ok=True)
@@ -168,7 +170,7 @@ class Run:
 
   def sync(self) -> None:
     """Makes the lines outlast this process, before a checkpoint that will count on them."""
-    if self._started:
+    if self.writes:
       self._files.push(('metrics.jsonl', 'events.jsonl'))
 
   def _append(self, name: str, row: dict[str, Any]) -> None:
@@ -180,9 +182,8 @@ class Run:
     return self
 
   def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-    if self._started:
-      with contextlib.suppress(*(() if kind is None else (InputError,))):   # the error on its way out says more
-        self._files.close()
+    with contextlib.suppress(*(() if kind is None else (InputError,))):   # the error on its way out says more
+      self._files.close(publish=self._started)
 
 
 def read_metrics(folder: str | Place) -> list[dict[str, Any]]:

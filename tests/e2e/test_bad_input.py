@@ -245,7 +245,7 @@ def test_a_damaged_file_of_metrics_does_not_stop_a_run(damaged, capsys):
 
 
 STORES = [
-  ('train gpt2-tiny --run.dir s3://bucket/runs', "run.dir = 's3://bucket/runs': Orbax", 'use gs://'),
+  ('train gpt2-tiny --run.dir s3://bucket/runs', "run.dir = 's3://bucket/runs': Orbax", 'gs:// alone', 'mount the bucket'),
   ('train gpt2-tiny --run.dir ftp://host/runs', "run.dir = 'ftp://host/runs': no such store", 'gs://BUCKET/FOLDER'),
   ('train gpt2-tiny --run.dir gs:///runs', "run.dir = 'gs:///runs': names no bucket"),
   ('train gpt2-tiny --run.dir gs://bucket/runs', "run.dir = 'gs://bucket/runs': needs gcsfs: pip install 'jaxformer[storage]'"),

@@ -122,7 +122,7 @@ def test_trained_stopped_and_resumed_in_a_bucket_as_on_disk(store, experiment, d
       os.kill(os.getpid(), signal.SIGTERM)
 
   monkeypatch.setattr('jaxformer.training.loop.Checkpoints', near)
-  remote = make_experiment(DIR, 'one', trackers=(TensorBoard(),))
+  remote = make_experiment(DIR, 'one', trackers=(TensorBoard(),), profile=(2, 4))
   first = train(remote, dataset=dataset, devices=ONE, log=stop, sample=lambda params, step: 'text')
   assert (first.exit_code, first.step) == (75, 7)
   assert json.loads((first.folder / 'events.jsonl').read_text().splitlines()[-1])['event'] == 'interrupted'
@@ -132,7 +132,8 @@ def test_trained_stopped_and_resumed_in_a_bucket_as_on_disk(store, experiment, d
   whole = train(experiment('whole'), dataset=dataset, devices=ONE, log=lambda line: None)
   assert curve(second.folder) == curve(whole.folder)
   assert len(list((second.folder / 'tensorboard').iterdir())) == 2
-  assert (second.folder / 'samples.txt').exists()
+  assert any('.xplane.pb' in name for name in store.find('gs://bucket/runs/one/profile'))
+  assert (second.folder / 'samples.txt').read_text() == '==== step 4 ====\ntext\n'
   assert not list(store.scratch.iterdir())
 
 
@@ -171,10 +172,11 @@ def test_an_error_on_its_way_out_is_the_one_to_be_seen(store, dataset):
 def test_what_cannot_be_reached_is_said_before_anything_is_written(store, dataset, monkeypatch):
   with pytest.raises(InputError, match='gs://nowhere/runs/one: there is no bucket gs://nowhere'):
     Run(make_experiment('gs://nowhere/runs', 'one'))
-  run = Run(make_experiment(DIR, 'one'))
   store.failures.append(PermissionError('no access\nfor you'))
   with pytest.raises(InputError, match=r'gs://bucket/runs/one: cannot be reached \(PermissionError: no access for you\)'):
-    run.start(dataset.manifest, dataset.tokenizer)
+    train(make_experiment(DIR, 'one'), dataset=dataset, devices=ONE)
+  assert not list(store.scratch.iterdir())
+  assert Run(make_experiment(DIR, 'two')).fresh
 
   def refuse(path, **more):
     raise PermissionError('403')
