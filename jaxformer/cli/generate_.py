@@ -1,7 +1,7 @@
 """Continues a text with a trained model, printing it as it comes.
 
-RUN is a run folder or a name in runs/, with @STEP for an older checkpoint, or a folder of Hugging Face weights (safetensors) with
-its tokenizer.json.
+RUN is a run folder (which may be gs://BUCKET/FOLDER) or a name in runs/, with @STEP for an older checkpoint, or a folder of Hugging
+Face weights (safetensors) with its tokenizer.json.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 """Trains a preset or an experiment file.
 
-Everything about the run is in runs/NAME. The same command goes on where the run stopped. Any field of the experiment can be
-given as an override: --model.width 256 --training.steps 1000 --optimizer Lion --optimizer.learning-rate 1e-4 --mesh.fsdp 4
---data.source Files --data.source.path my.txt --data.split ByPosition --run.name mine. A name that is no field where it stands is
-looked for below: --model.heads 8 sets the heads of every attention layer. `--show` says what there is.
+Everything about the run is in runs/NAME, or in a bucket with --run.dir gs://BUCKET/FOLDER. The same command goes on where the run
+stopped. Any field of the experiment can be given as an override: --model.width 256 --training.steps 1000
+--optimizer Lion --optimizer.learning-rate 1e-4 --mesh.fsdp 4 --data.source Files --data.source.path my.txt --data.split ByPosition
+--run.name mine. A name that is no field where it stands is looked for below: --model.heads 8 sets the heads of every attention
+layer. `--show` says what there is.
 """
 
 from __future__ import annotations
