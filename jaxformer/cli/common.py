@@ -152,6 +152,7 @@ def load_trained(run: str, tokenizer: bool = True) -> Trained:
   from jaxformer.data import DataConfig, Pairs, PairTask, load_tokenizer
   from jaxformer.models.params import define
   from jaxformer.training.checkpoint import load_params
+  from jaxformer.training.folder import fetched
   from jaxformer.training.run import load_experiment
   foreign = foreign_weights(run)
   if foreign is not None:
@@ -163,14 +164,20 @@ def load_trained(run: str, tokenizer: bool = True) -> Trained:
   experiment = load_experiment(path)
   definition = define(experiment.model)
   params, found = load_params(f'{path}{at}', definition)
-  text = tokenizer and isinstance(experiment.data, DataConfig | Pairs | PairTask)
-  return Trained(path.name, experiment, definition, params, load_tokenizer(path / 'tokenizer') if text else None, found)
+  text = None
+  if tokenizer and isinstance(experiment.data, DataConfig | Pairs | PairTask):
+    with fetched(path / 'tokenizer') as folder:
+      text = load_tokenizer(folder)
+  return Trained(path.name, experiment, definition, params, text, found)
 
 
 def foreign_weights(name: str) -> tuple[pathlib.Path, Callable[..., Any]] | None:
   """Where RUN names weights of another library: their path, and the function of `jaxformer.interop` that reads them. None for a
   run of ours."""
   from jaxformer.interop import is_rwkv, load_hf, load_rwkv
+  from jaxformer.training.folder import is_url
+  if is_url(name):
+    return None
   if is_rwkv(name) and pathlib.Path(name).is_file():
     return pathlib.Path(name), load_rwkv
   path, _ = trained_folder(name)
@@ -206,9 +213,12 @@ def source_ids(trained: Trained, text: str) -> list[int]:
   return [*tokenizer.encode(text).tolist(), tokenizer.end_of_document]
 
 
-def trained_folder(name: str) -> tuple[pathlib.Path, str]:
-  """The folder that RUN names, here or in `runs`, and its '@STEP' or ''. Raises `InputError` with the nearest runs."""
+def trained_folder(name: str) -> tuple[Any, str]:
+  """The folder that RUN names, here, in `runs` or in a bucket, and its '@STEP' or ''. Raises `InputError` with the nearest runs."""
+  from jaxformer.training.folder import is_url, place
   folder, at, step = name.partition('@')
+  if is_url(folder):
+    return place(folder), f'{at}{step}'
   path = next((p for p in (pathlib.Path(folder), pathlib.Path('runs') / folder) if folder and p.is_dir()), None)
   if path is None:
     if pathlib.Path(folder).is_file():

@@ -1,7 +1,7 @@
 """Scores a trained model on held-out data: text in bits per byte, tasks in right answers.
 
-RUN is a run folder or a name in runs/, with @STEP for an older checkpoint, or a folder of Hugging Face weights with its
-tokenizer.json. The text is the validation split of the run's own data, or what --data... overrides say:
+RUN is a run folder (which may be gs://BUCKET/FOLDER) or a name in runs/, with @STEP for an older checkpoint, or a folder of Hugging
+Face weights with its tokenizer.json. The text is the validation split of the run's own data, or what --data... overrides say:
 --data.source Files --data.source.path other.txt. Bits per byte do not depend on the tokenizer. A model trained on a task is scored
 on its test sequences, one trained on pairs of texts by the bytes of the translations.
 """

@@ -1,8 +1,8 @@
 """Continues a text with a trained model, printing it as it comes; with an encoder-decoder, translates.
 
-RUN is a run folder or a name in runs/, with @STEP for an older checkpoint, or a folder of Hugging Face weights (safetensors) with
-its tokenizer.json. A language model takes --prompt and the options of sampling. An encoder-decoder takes --source, or each line of
-standard input, and the options of search; it prints a line for each.
+RUN is a run folder (which may be gs://BUCKET/FOLDER) or a name in runs/, with @STEP for an older checkpoint, or a folder of Hugging
+Face weights (safetensors) with its tokenizer.json. A language model takes --prompt and the options of sampling. An encoder-decoder
+takes --source, or each line of standard input, and the options of search; it prints a line for each.
 """
 
 from __future__ import annotations

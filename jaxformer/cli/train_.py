@@ -1,9 +1,10 @@
 """Trains a preset or an experiment file.
 
-Everything about the run is in runs/NAME. The same command goes on where the run stopped. Any field of the experiment can be
-given as an override: --model.width 256 --training.steps 1000 --optimizer Lion --optimizer.learning-rate 1e-4 --mesh.fsdp 4
---data.source Files --data.source.path my.txt --data.split ByPosition --run.name mine. A name that is no field where it stands is
-looked for below: --model.heads 8 sets the heads of every attention layer. `--show` says what there is.
+Everything about the run is in runs/NAME, or in a bucket with --run.dir gs://BUCKET/FOLDER. The same command goes on where the run
+stopped. Any field of the experiment can be given as an override: --model.width 256 --training.steps 1000
+--optimizer Lion --optimizer.learning-rate 1e-4 --mesh.fsdp 4 --data.source Files --data.source.path my.txt --data.split ByPosition
+--run.name mine. A name that is no field where it stands is looked for below: --model.heads 8 sets the heads of every attention
+layer. `--show` says what there is.
 """
 
 from __future__ import annotations
@@ -44,8 +45,10 @@ def run(args: argparse.Namespace, overrides: Overrides) -> int:
   from jaxformer.planning.cost import flops_per_token
   from jaxformer.planning.hardware import chip
   from jaxformer.training import check, train
+  from jaxformer.training.run import Run
   join_processes()
   check(experiment)   # before the text is read, which may take long
+  Run(experiment)     # and may the folder be used?
   init_from = None if args.init_from is None else initial(args.init_from, experiment)
   dataset = open_data(experiment.data, log=note)
   known = chip(jax.devices()[0].device_kind)

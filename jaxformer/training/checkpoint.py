@@ -16,9 +16,7 @@ import hashlib
 import json
 import logging
 import math
-import shutil
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -28,10 +26,12 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from jaxtyping import Array
 from orbax.checkpoint import v1 as ocp
+from orbax.checkpoint.utils import is_checkpoint_finalized
 
 from jaxformer.config import InputError
 from jaxformer.models.params import Definition, Params
 from jaxformer.sharding import Rules
+from jaxformer.training.folder import Place, move, place, reaching, remove
 from jaxformer.training.step import TrainState
 
 VERSION = 1
@@ -102,12 +102,14 @@ def _seal(meta: dict[str, Any]) -> dict[str, Any]:
 # ---- loading ----------------------------------------------------------------------------------------------------------
 
 
-def steps_in(folder: Path) -> list[int]:
-  """The steps that have a checkpoint, ascending. Interrupted saves have another name and do not count."""
-  return sorted(int(p.name) for p in folder.iterdir() if p.is_dir() and p.name.isdigit()) if folder.is_dir() else []
+def steps_in(folder: Place) -> list[int]:
+  """The steps that have a checkpoint, ascending. Interrupted saves, which have another name, or in a store no mark of being whole,
+  do not count."""
+  found = [p for p in folder.iterdir() if p.name.isdigit() and p.is_dir()] if folder.is_dir() else []
+  return sorted(int(p.name) for p in found if is_checkpoint_finalized(p))
 
 
-def _read_meta(path: Path) -> dict[str, Any]:
+def _read_meta(path: Place) -> dict[str, Any]:
   try:
     meta = json.loads((path / 'meta' / 'data.json').read_text())
     intact = meta['seal'] == _seal(meta)['seal']
@@ -120,7 +122,7 @@ def _read_meta(path: Path) -> dict[str, Any]:
   return meta
 
 
-def _compare(path: Path, meta: dict[str, Any], part: str, abstract: Mapping[str, Any]) -> None:
+def _compare(path: Place, meta: dict[str, Any], part: str, abstract: Mapping[str, Any]) -> None:
   """Raises `InputError` that lists names and shapes in which a checkpoint and what is asked for differ."""
   saved = {name.removeprefix(f'{part}/'): tuple(shape) for name, shape in meta['shapes'].items() if name.startswith(f'{part}/')}
   wanted = {name: tuple(a.shape) for name, a in abstract.items()}
@@ -132,7 +134,7 @@ def _compare(path: Path, meta: dict[str, Any], part: str, abstract: Mapping[str,
     raise InputError(f'{path}: the {part} are not those of this model or optimizer:\n  {shown}')
 
 
-def _read(path: Path, meta: dict[str, Any], abstract: dict[str, dict[str, Any]]) -> dict[str, dict[str, Array]]:
+def _read(path: Place, meta: dict[str, Any], abstract: dict[str, dict[str, Any]]) -> dict[str, dict[str, Array]]:
   """The arrays of the parts asked for, verified. Raises `Damaged`."""
   try:
     with _quiet():
@@ -162,15 +164,16 @@ def _together(read: Callable[[], Any]) -> Any:
   return value
 
 
-def find(path: str | Path) -> Path:
+def find(path: str | Place) -> Place:
   """The checkpoint that a path names: a checkpoint folder, a run folder or its `checkpoints/` (the newest there), or one of these
   with `@step`. Raises `InputError`."""
   base, at, step = str(path).partition('@')
-  folder = Path(base).absolute()
-  if (folder / 'meta').is_dir() and not at:
-    return folder
-  home = folder / 'checkpoints' if (folder / 'checkpoints').is_dir() else folder
-  steps = steps_in(home)
+  folder = place(base)
+  with reaching(folder):
+    if (folder / 'meta').is_dir() and not at:
+      return folder
+    home = folder / 'checkpoints' if (folder / 'checkpoints').is_dir() else folder
+    steps = steps_in(home)
   if not steps:
     raise InputError(f'{path}: no checkpoint there; expected a run folder, or a folder runs/NAME/checkpoints/STEP')
   if at and (not step.isdigit() or int(step) not in steps):
@@ -179,7 +182,7 @@ def find(path: str | Path) -> Path:
 
 
 def load_params(
-  path: str | Path, definition: Definition, mesh: Mesh | None = None, rules: Rules | str = 'fsdp_tensor'
+  path: str | Place, definition: Definition, mesh: Mesh | None = None, rules: Rules | str = 'fsdp_tensor'
 ) -> tuple[Params, int]:
   """The parameters of a checkpoint, and its step.
 
@@ -230,8 +233,8 @@ class Restored:
 class Checkpoints:
   """The checkpoints of a run: saved in the background one at a time; the newest and the best are kept. A context manager."""
 
-  def __init__(self, folder: Path, keep_latest: int, keep_best: int, log: Log):
-    self.folder, self.log = folder.absolute(), log
+  def __init__(self, folder: Place, keep_latest: int, keep_best: int, log: Log):
+    self.folder, self.log = place(folder), log
     self._keep = (keep_latest, keep_best)
     self._pending: tuple[int, Any] | None = None
     self._failed: str | None = None
@@ -310,7 +313,7 @@ class Checkpoints:
       self._manager.close()
     if jax.process_index() == 0:
       for part in self.folder.glob(f'{step}.*'):   # what was written of it, which on a full disk is in the way
-        shutil.rmtree(part, ignore_errors=True)
+        remove(part)
     if self._failed:
       raise SaveError(f'{message} (the one before failed too)') from None
     self._failed = message
@@ -339,7 +342,7 @@ class Checkpoints:
                        'move the run folder away, or train under another --run.name')
     return None
 
-  def _load(self, path: Path, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
+  def _load(self, path: Place, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
     meta, wanted = _read_meta(path), _arrays(abstract)
     for part, tree in wanted.items():
       _compare(path, meta, part, tree)
@@ -362,8 +365,8 @@ class Checkpoints:
       aside = self.folder.parent / 'damaged'
       aside.mkdir(exist_ok=True)
       for step in steps:
-        shutil.rmtree(aside / str(step), ignore_errors=True)
-        shutil.move(self.folder / str(step), aside / str(step))
+        remove(aside / str(step))
+        move(self.folder / str(step), aside / str(step))
     if jax.process_count() > 1:
       multihost_utils.sync_global_devices('damaged checkpoints put aside')
     self._manager = self._open()

@@ -72,7 +72,8 @@ class TrainingConfig(Config):
 
 
 class RunConfig(Config):
-  """The run folder is `dir`/`name`. The same name goes on with the run; None is a name made from the experiment's digest."""
+  """The run folder is `dir`/`name`, where `dir` is a folder or gs://BUCKET/FOLDER. The same name goes on with the run; None is a
+  name made from the experiment's digest."""
 
   name: str | None = None
   dir: str = 'runs'

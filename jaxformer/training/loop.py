@@ -25,6 +25,7 @@ from jaxformer.sharding import Rules, make_mesh, use_mesh
 from jaxformer.training.checkpoint import Checkpoints, load_params
 from jaxformer.training.experiment import Experiment, check_fit
 from jaxformer.training.feed import Feed
+from jaxformer.training.folder import Place
 from jaxformer.training.host import keep_freed_memory
 from jaxformer.training.interrupt import Interrupt
 from jaxformer.training.lowering import abstract_train_state, step_config
@@ -51,7 +52,7 @@ class TrainResult:
     exit_code: 0 done, 70 numbers that are not finite, 75 interrupted and saved.
   """
 
-  folder: Path
+  folder: Place
   step: int
   metrics: dict[str, Any]
   exit_code: int
@@ -109,7 +110,7 @@ def check(experiment: Experiment, devices: Sequence[jax.Device] | None = None) -
 
 
 def train(
-  experiment: Experiment, *, init_from: str | Path | Params | None = None, dataset: Dataset | None = None,
+  experiment: Experiment, *, init_from: str | Place | Params | None = None, dataset: Dataset | None = None,
   devices: Sequence[jax.Device] | None = None, flops_per_token: FlopsPerToken | None = None,
   peak_flops_per_second: float | None = None, sample: Callable[[Params, int], str] | None = None, log: Log | None = None,
 ) -> TrainResult:
@@ -138,6 +139,7 @@ def train(
   with contextlib.ExitStack() as stack:
     stack.enter_context(use_mesh(setup.mesh, setup.rules))
     first = _initial_params(setup, init_from) if run.fresh and init_from is not None else None   # a wrong path fails before writing
+    stack.enter_context(run)
     run.start(dataset.manifest, dataset.tokenizer)
     report = stack.enter_context(Report(run, experiment, log))
     t = experiment.training
@@ -148,7 +150,7 @@ def train(
     return _Loop(setup, run, checkpoints, report, costs, sample).go(state)
 
 
-def _initial_params(setup: Setup, source: str | Path | Params) -> Params:
+def _initial_params(setup: Setup, source: str | Place | Params) -> Params:
   d = setup.definition
   if not isinstance(source, Mapping):
     return load_params(source, d, setup.mesh, setup.rules)[0]
@@ -164,7 +166,7 @@ def _initial_params(setup: Setup, source: str | Path | Params) -> Params:
 
 
 def _begin(
-  setup: Setup, run: Run, checkpoints: Checkpoints, report: Report, init_from: str | Path | Params | None, first: Params | None
+  setup: Setup, run: Run, checkpoints: Checkpoints, report: Report, init_from: str | Place | Params | None, first: Params | None
 ) -> TrainState:
   """The state to go on with: that of the newest checkpoint that is whole, or a new one."""
   restored = checkpoints.restore(setup.abstract())
@@ -223,7 +225,7 @@ class _Loop:
     self.saved, self.meter.step = start if start else -1, start
     self.tokens = self.lapped = self._tokens_before(start)
     pending: tuple[int, int, Any] | None = None
-    with self._batches(start) as batches, Interrupt() as interrupt, _profiler(c.profile, self.run.folder) as profile:
+    with self._batches(start) as batches, Interrupt() as interrupt, _profiler(c.profile, self.run.home) as profile:
       for done in range(start + 1, c.steps + 1):
         batch = self.setup.feed(next(batches))
         train_step = self._compiled(state, batch)
@@ -301,6 +303,7 @@ class _Loop:
       self.run.event('eval', step=step, seconds=round(time.perf_counter() - began, 3))
       if self.sample is not None:
         self.run.samples(step, self.sample(state.params, step))
+      self.run.sync()
     if save:
       self._save(state, step, loss)
     self.meter.go()

@@ -96,7 +96,7 @@ class Report:
   def __enter__(self) -> Report:
     name = self._run.folder.name
     for t in self._trackers:
-      t.start(self._run.folder, name, config.to_json(self._experiment))
+      t.start(self._run.home, name, config.to_json(self._experiment))
     return self
 
   def __exit__(self, *_: object) -> None:

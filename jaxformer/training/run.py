@@ -1,4 +1,4 @@
-"""The folder of a run: what was trained, where, and what came of it. Only process 0 writes.
+"""The folder of a run: what was trained, where, and what came of it. Only process 0 writes. It may be in a bucket (see `folder`).
 
     runs/<name>/config.json         the experiment
                 environment.json    versions, devices, commit, command and data; one entry a start
@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.metadata
 import json
@@ -30,6 +31,7 @@ from jaxformer import config
 from jaxformer.config import InputError
 from jaxformer.data import Tokenizer
 from jaxformer.training.experiment import Experiment
+from jaxformer.training.folder import Place, check_bucket, folder_at, place, reaching
 from jaxformer.training.processes import first_decides
 
 # What may differ from the saved config when a run goes on: how long, how often, where it runs and what it keeps. Other numbers of
@@ -42,18 +44,21 @@ FREE = (
 PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy', 'tokenizers', 'libtpu', 'jax-cuda13-plugin')
 
 
-def run_folder(experiment: Experiment) -> Path:
-  """`run.dir`/`run.name`."""
+def run_folder(experiment: Experiment) -> Place:
+  """`run.dir`/`run.name`. Raises `InputError` for a store that cannot be used."""
   name = experiment.run.name or f'run-{config.digest(experiment)[:8]}'
-  return Path(experiment.run.dir).expanduser().absolute() / name
+  return place(experiment.run.dir, 'run.dir') / name
 
 
-def load_experiment(folder: str | Path) -> Experiment:
+def load_experiment(folder: str | Place) -> Experiment:
   """The experiment of a run folder. Raises `InputError` where there is none."""
-  file = Path(folder) / 'config.json'
+  where, file = place(folder), f'{folder}/config.json'
   try:
-    data = json.loads(file.read_text())
+    with reaching(where):
+      text = (where / 'config.json').read_text()
+    data = json.loads(text)
   except FileNotFoundError:
+    check_bucket(where)
     raise InputError(f'{folder}: not a run folder: there is no config.json') from None
   except OSError as e:
     raise InputError(f'{file}: cannot be read ({e.strerror})') from None
@@ -76,10 +81,11 @@ def _register_configs() -> None:
 
 
 class Run:
-  """A run folder that is being written. A context manager.
+  """A run folder that is being written. A context manager, at whose end all that was written is in the folder.
 
   Attributes:
     folder: where.
+    home: the local folder in which its files are written: `folder` itself where that is local.
     fresh: whether the run begins here.
   """
 
@@ -87,11 +93,16 @@ class Run:
     """Opens the folder, without writing. Raises `InputError`, naming the fields, if the run there is of another experiment."""
     self.experiment, self.folder = experiment, run_folder(experiment)
     self.writes = jax.process_index() == 0
+    self._files = folder_at(self.folder)
+    self._started = False
     self.changed: list[str] = []
     self.fresh = first_decides(self._is_fresh)
 
   def _is_fresh(self) -> bool:
-    if not (self.folder / 'config.json').exists():
+    with reaching(self.folder):
+      fresh = not (self.folder / 'config.json').exists()
+    if fresh:
+      check_bucket(self.folder)
       if self.folder.exists() and any(self.folder.iterdir()):
         raise InputError(f'{self.folder} is not empty and not a run folder (it has no config.json); give another --run.name')
       return True
@@ -103,6 +114,10 @@ class Run:
       raise InputError(f'{self.folder} is a run of another experiment:\n  {lines}\n'
                        'give this one another --run.name, or go on with the same settings')
     return False
+
+  @property
+  def home(self) -> Path:
+    return self._files.home
 
   def check_beginning(self) -> None:
     """Raises `InputError` where the run has begun from random weights: to give it others now would have no effect."""
@@ -116,30 +131,35 @@ class Run:
 
   def start(self, data_manifest: dict[str, Any], tokenizer: Tokenizer | None) -> None:
     """Writes what is known at the start; `tokenizer` is that of text. Raises `InputError` where the folder cannot be made."""
-    first_decides(lambda: self._start(data_manifest, tokenizer))
+    first_decides(lambda: self._write_start(data_manifest, tokenizer))
+    self._started = True
 
-  def _start(self, data_manifest: dict[str, Any], tokenizer: Tokenizer | None) -> bool:
+  def _write_start(self, data_manifest: dict[str, Any], tokenizer: Tokenizer | None) -> bool:
     try:
-      (self.folder / 'checkpoints').mkdir(parents=True, exist_ok=True)
+      self._files.open()
+      (self.home / 'checkpoints').mkdir(exist_ok=True)
       if tokenizer is not None:
-        (self.folder / 'tokenizer').mkdir(exist_ok=True)
+        (self.home / 'tokenizer').mkdir(exist_ok=True)
     except OSError as e:
       raise InputError(f'run.dir = {self.experiment.run.dir!r}: the folder {self.folder} cannot be made ({e.strerror})') from None
-    if not os.access(self.folder, os.W_OK):
+    if not os.access(self.home, os.W_OK):
       raise InputError(f'run.dir = {self.experiment.run.dir!r}: the folder {self.folder} cannot be written')
     if tokenizer is not None:
-      tokenizer.save(self.folder / 'tokenizer')
-    file = self.folder / 'environment.json'
+      tokenizer.save(self.home / 'tokenizer')
+    file = self.home / 'environment.json'
     starts = _list(file)
     write(file, json.dumps([*starts, environment(data_manifest)], indent=2, default=str) + '\n')
-    write(self.folder / 'config.json', config.text(self.experiment))   # last: it is what makes the folder a run
+    write(self.home / 'config.json', config.text(self.experiment))   # last: it is what makes the folder a run
+    self._files.publish()
     return True
 
   def rewind(self, step: int) -> None:
     """Drops the metrics of later steps, which will come again: the file reads like that of a run never interrupted."""
-    file = self.folder / 'metrics.jsonl'
-    if self.writes and file.exists():
-      kept = [json.dumps(row) + '\n' for row in read_metrics(self.folder) if row['step'] <= step]
+    if not self.writes:
+      return
+    file = self.home / 'metrics.jsonl'
+    if file.exists():
+      kept = [json.dumps(row) + '\n' for row in _rows(file) if row['step'] <= step]
       write(file, ''.join(kept))
 
   def metrics(self, row: dict[str, Any]) -> None:
@@ -153,28 +173,33 @@ class Run:
   def samples(self, step: int, text: str) -> None:
     """Adds generated text to `samples.txt`."""
     if self.writes:
-      with (self.folder / 'samples.txt').open('a') as f:
+      with (self.home / 'samples.txt').open('a') as f:
         f.write(f'==== step {step} ====\n{text}\n')
 
   def sync(self) -> None:
-    """Forces the lines to disk, before a checkpoint that will count on them."""
-    for name in ('metrics.jsonl', 'events.jsonl'):
-      if self.writes and (self.folder / name).exists():
-        with (self.folder / name).open('a') as f:
-          os.fsync(f.fileno())
+    """Makes the lines outlast this process, before a checkpoint that will count on them."""
+    if self.writes:
+      self._files.push(('metrics.jsonl', 'events.jsonl'))
 
   def _append(self, name: str, row: dict[str, Any]) -> None:
     if self.writes:
-      with (self.folder / name).open('a') as f:
+      with (self.home / name).open('a') as f:
         f.write(json.dumps(row, default=str) + '\n')
 
+  def __enter__(self) -> Run:
+    return self
 
-def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
+  def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+    with contextlib.suppress(*(() if kind is None else (InputError,))):   # the error on its way out says more
+      self._files.close(publish=self._started)
+
+
+def read_metrics(folder: str | Place) -> list[dict[str, Any]]:
   """The rows of `metrics.jsonl`; a last line that a crash cut is left out."""
-  return _rows(Path(folder) / 'metrics.jsonl')
+  return _rows(place(folder) / 'metrics.jsonl')
 
 
-def _rows(file: Path) -> list[dict[str, Any]]:
+def _rows(file: Place) -> list[dict[str, Any]]:
   rows = []
   for line in file.read_text().splitlines() if file.exists() else ():
     try:

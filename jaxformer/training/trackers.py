@@ -12,7 +12,8 @@ class Tracker(Protocol):
   """Takes metrics as they come. Only process 0 has trackers."""
 
   def start(self, folder: Path, name: str, config: dict[str, Any]) -> None:
-    """Before the first metrics, also of a run that is resumed: `config` is the experiment as JSON data."""
+    """Before the first metrics, also of a run that is resumed. `folder` is local: the run's, or one whose files go there. `config`
+    is the experiment as JSON data."""
   def log(self, step: int, metrics: dict[str, Any]) -> None:
     """The metrics of a step, of which only numbers are kept."""
   def finish(self) -> None:

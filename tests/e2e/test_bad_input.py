@@ -250,6 +250,33 @@ def test_a_damaged_file_of_metrics_does_not_stop_a_run(damaged, capsys):
   assert 'has its 4 steps already' in err
 
 
+STORES = [
+  ('train gpt2-tiny --run.dir s3://bucket/runs', "run.dir = 's3://bucket/runs': Orbax", 'gs:// alone', 'mount the bucket'),
+  ('train gpt2-tiny --run.dir ftp://host/runs', "run.dir = 'ftp://host/runs': no such store", 'gs://BUCKET/FOLDER'),
+  ('train gpt2-tiny --run.dir gs:///runs', "run.dir = 'gs:///runs': names no bucket"),
+  ('train gpt2-tiny --run.dir gs://bucket/runs', "run.dir = 'gs://bucket/runs': needs gcsfs: pip install 'jaxformer[storage]'"),
+  ('train gpt2-tiny --init-from gs://bucket/runs/a@4', 'gs://bucket/runs/a: needs gcsfs'),
+  ('eval gs://bucket/runs/a@4', 'gs://bucket/runs/a: needs gcsfs'),
+  ('generate s3://bucket/a', 's3://bucket/a: Orbax'),
+  ('convert hf://a/b out', 'hf://a/b: no such store'),
+]
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize('case', STORES, ids=lambda c: c[0])
+def test_stores_that_cannot_be_used(case, tmp_path, refused, monkeypatch):
+  import fsspec
+
+  def missing(name):
+    raise ImportError('Please install gcsfs to access Google Storage')
+
+  monkeypatch.chdir(tmp_path)
+  monkeypatch.setattr(fsspec, 'get_filesystem_class', missing)
+  errors = refused(case[0], tmp_path)
+  check(errors, case[1:])
+  assert len(errors.splitlines()) == 1
+
+
 RUNS = [
   (['generate', 'frist'], "no run 'frist'", 'did you mean first?'),
   (['generate', 'first@9'], "no checkpoint of step '9'", 'there are 4'),
