@@ -33,7 +33,7 @@ PORT = 8476   # of process 0, where the environment names its host alone
 
 
 @dataclasses.dataclass(frozen=True)
-class Place:
+class Rank:
   """A process among those that train together.
 
   Attributes:
@@ -49,7 +49,7 @@ class Place:
   source: str
 
 
-def place(environment: Mapping[str, str]) -> Place | str | None:
+def rank(environment: Mapping[str, str]) -> Rank | str | None:
   """Where this process belongs; the name of an environment that JAX reads by itself; or None for a process that is alone.
 
   Raises `InputError` for an environment that contradicts itself.
@@ -57,38 +57,38 @@ def place(environment: Mapping[str, str]) -> Place | str | None:
   if any(name in environment for name in OWN):
     if missing := [name for name in OWN if not environment.get(name)]:
       raise InputError(f'{" and ".join(missing)} must be given with {" and ".join(n for n in OWN if environment.get(n))}')
-    return _place(environment, *OWN)
+    return _rank(environment, *OWN)
   if (known := _known_to_jax(environment)) is not None:
     return known
   if _several(environment, 'SKYPILOT_NUM_NODES'):
     first = environment.get('SKYPILOT_NODE_IPS', '').split()
     if not first:
       raise InputError('SKYPILOT_NUM_NODES is above 1, and SKYPILOT_NODE_IPS does not say where the nodes are')
-    return _place(
+    return _rank(
       {**environment, 'SKYPILOT_NODE_IPS': f'{first[0]}:{PORT}'}, 'SKYPILOT_NODE_IPS', 'SKYPILOT_NUM_NODES', 'SKYPILOT_NODE_RANK')
   if _several(environment, 'NNODES') and 'JAX_COORDINATOR_ADDRESS' in environment:
     host, port = environment['JAX_COORDINATOR_ADDRESS'], environment.get('JAX_COORDINATOR_PORT', str(PORT))
     named = host if ':' in host else f'{host}:{port}'
-    return _place({**environment, 'JAX_COORDINATOR_ADDRESS': named}, 'JAX_COORDINATOR_ADDRESS', 'NNODES', 'NODE_RANK')
+    return _rank({**environment, 'JAX_COORDINATOR_ADDRESS': named}, 'JAX_COORDINATOR_ADDRESS', 'NNODES', 'NODE_RANK')
   return None
 
 
-def join(environment: Mapping[str, str] = os.environ, log: Callable[[str], None] | None = None) -> Place | str | None:
+def join(environment: Mapping[str, str] = os.environ, log: Callable[[str], None] | None = None) -> Rank | str | None:
   """Joins the processes that this one belongs to, waiting for them up to `JAXFORMER_JOIN_SECONDS` (300); alone, nothing happens.
 
-  Returns what `place` says. To be called before any use of devices. `log` is told for whom it waits. Raises `InputError` where the
+  Returns what `rank` says. To be called before any use of devices. `log` is told for whom it waits. Raises `InputError` where the
   environment is wrong, or process 0 cannot be reached in time. (Where process 0 is there and others are missing, JAX ends all of
   them after the same time, with a report of its own and exit code 134.)
   """
-  found = None if jax.distributed.is_initialized() else place(environment)
+  found = None if jax.distributed.is_initialized() else rank(environment)
   if found is None:
     return None
   seconds = _whole(environment, WAIT, 1) if WAIT in environment else 300
   if log is not None:
-    what = f'{found.count} processes at {found.coordinator} as number {found.index}' if isinstance(found, Place) else found
+    what = f'{found.count} processes at {found.coordinator} as number {found.index}' if isinstance(found, Rank) else found
     log(f'joining {what}')
   try:
-    if isinstance(found, Place):
+    if isinstance(found, Rank):
       if found.index:
         _reach(found, seconds)
       jax.distributed.initialize(found.coordinator, found.count, found.index, initialization_timeout=seconds)
@@ -96,7 +96,7 @@ def join(environment: Mapping[str, str] = os.environ, log: Callable[[str], None]
       jax.distributed.initialize(initialization_timeout=seconds)
   except (RuntimeError, ValueError, OSError) as e:
     reason = (str(e).splitlines() or [type(e).__name__])[0]
-    where = f'{found.coordinator} ({found.source})' if isinstance(found, Place) else f'the other processes of {found}'
+    where = f'{found.coordinator} ({found.source})' if isinstance(found, Rank) else f'the other processes of {found}'
     raise InputError(f'cannot join {where} within {seconds} s: {reason}') from None
   return found
 
@@ -118,7 +118,7 @@ def first_decides(look: Callable[[], bool]) -> bool:
   return found
 
 
-def _reach(found: Place, seconds: int) -> None:
+def _reach(found: Rank, seconds: int) -> None:
   """Waits until process 0 listens: JAX's own client ends the program where it does not. Raises `OSError`."""
   host, _, port = found.coordinator.rpartition(':')
   end = time.monotonic() + seconds
@@ -132,14 +132,14 @@ def _reach(found: Place, seconds: int) -> None:
       time.sleep(min(1.0, seconds / 20))
 
 
-def _place(environment: Mapping[str, str], coordinator: str, count: str, index: str) -> Place:
+def _rank(environment: Mapping[str, str], coordinator: str, count: str, index: str) -> Rank:
   address, processes, mine = environment[coordinator], _whole(environment, count, 1), _whole(environment, index, 0)
   host, _, port = address.rpartition(':')
   if not host or not port.isdigit() or not 0 < int(port) < 2**16:
     raise InputError(f'{coordinator} = {address!r}: must be host:port')
   if mine >= processes:
     raise InputError(f'{index} = {mine}: must be below {count} = {processes}; processes count from 0')
-  return Place(address, processes, mine, coordinator)
+  return Rank(address, processes, mine, coordinator)
 
 
 def _whole(environment: Mapping[str, str], name: str, least: int) -> int:

@@ -3,7 +3,7 @@
 import pytest
 
 from jaxformer.config import InputError
-from jaxformer.training.processes import Place, join, place
+from jaxformer.training.processes import Rank, join, rank
 
 pytestmark = pytest.mark.quick
 
@@ -15,9 +15,9 @@ XPK = {'JAX_COORDINATOR_ADDRESS': 'first', 'JAX_COORDINATOR_PORT': '1234', 'NNOD
 
 @pytest.mark.parametrize(('environment', 'found'), [
   ({}, None),
-  (OWN, Place('ten:8476', 4, 3, 'JAXFORMER_COORDINATOR')),
-  (OWN | SLURM, Place('ten:8476', 4, 3, 'JAXFORMER_COORDINATOR')),
-  (SKY, Place('10.0.0.1:8476', 2, 1, 'SKYPILOT_NODE_IPS')),
+  (OWN, Rank('ten:8476', 4, 3, 'JAXFORMER_COORDINATOR')),
+  (OWN | SLURM, Rank('ten:8476', 4, 3, 'JAXFORMER_COORDINATOR')),
+  (SKY, Rank('10.0.0.1:8476', 2, 1, 'SKYPILOT_NODE_IPS')),
   (SKY | {'SKYPILOT_NUM_NODES': '1', 'SKYPILOT_NODE_IPS': '10.0.0.1', 'SKYPILOT_NODE_RANK': '0'}, None),
   (SLURM, 'Slurm job 7'),
   (SLURM | {'SLURM_NTASKS': '1'}, None),
@@ -26,10 +26,10 @@ XPK = {'JAX_COORDINATOR_ADDRESS': 'first', 'JAX_COORDINATOR_PORT': '1234', 'NNOD
   ({'TPU_WORKER_HOSTNAMES': 'a', 'TPU_WORKER_ID': '0'}, None),
   ({'TPU_WORKER_HOSTNAMES': 'a', 'TPU_WORKER_ID': '0', 'MEGASCALE_NUM_SLICES': '2'}, 'this TPU slice'),
   (SKY | {'TPU_WORKER_HOSTNAMES': 'a,b'}, 'this TPU slice'),
-  (XPK, Place('first:1234', 2, 1, 'JAX_COORDINATOR_ADDRESS')),
+  (XPK, Rank('first:1234', 2, 1, 'JAX_COORDINATOR_ADDRESS')),
 ])
 def test_who_belongs_together(environment, found):
-  assert place({'JAX_PLATFORMS': 'cpu'} | environment) == found
+  assert rank({'JAX_PLATFORMS': 'cpu'} | environment) == found
 
 
 @pytest.mark.parametrize(('environment', 'message'), [
