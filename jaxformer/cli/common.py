@@ -97,9 +97,10 @@ def join_processes() -> None:
   from jaxformer.training.processes import join
   if join(log=note) is not None:
     import jax
-    if jax.process_index() > 0:
-      _speaks = False
-      sys.stdout = open(os.devnull, 'w')   # noqa: SIM115  (until the program ends)
+    _speaks = jax.process_index() == 0
+    # Until the program ends. The library that joins CPUs writes about its connections on the descriptor of standard output.
+    sys.stdout = open(os.dup(1) if _speaks else os.devnull, 'w')   # noqa: SIM115
+    os.dup2(2, 1)
 
 
 def answer(value: Any, as_json: bool, lines: Callable[[], list[str]]) -> None:

@@ -21,6 +21,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
   parser.add_argument('run_name', metavar='RUN')
   parser.add_argument('--batch-size', type=int, default=16, help='sequences at a time (16)')
   parser.add_argument('--batches', type=int, help='so many batches, spread over the split; all by default')
+  parser.add_argument('--translations', type=int, default=200, help='of pairs: so many held-out texts are translated and scored, '
+                      'spread over all (200); 0 for none')
   parser.add_argument('--by-position', action='store_true', help='also the loss at each position of a document')
   parser.add_argument('--json', action='store_true')
 
@@ -32,6 +34,8 @@ def run(args: argparse.Namespace, overrides: Overrides) -> None:
   for option in ('batch_size', 'batches'):
     if (given := getattr(args, option)) is not None and given < 1:
       raise InputError(f'--{option.replace("_", "-")} {given}: must be positive')
+  if args.translations < 0:
+    raise InputError(f'--translations {args.translations}: must be at least 0')
   join_processes()
   trained = load_trained(args.run_name)
   for path, _ in overrides:
@@ -46,7 +50,7 @@ def run(args: argparse.Namespace, overrides: Overrides) -> None:
   if args.by_position and data.kind.classes is not None:
     raise InputError(f'--by-position: {data.tag} asks for one class a sequence')
   dataset = open_data(data, log=note, tokenizer=trained.tokenizer)
-  check_fit(trained.definition.config, data, dataset.vocab_size)
+  check_fit(trained.definition.config, data, dataset.vocab_size, dataset.source_vocab_size)
 
   def batches():
     return dataset.validation_batches(args.batch_size, args.batches)
@@ -62,6 +66,10 @@ def run(args: argparse.Namespace, overrides: Overrides) -> None:
     value |= {'bits_per_byte': r.bits_per_byte, 'perplexity': r.perplexity, 'bytes': r.bytes, 'accuracy': r.accuracy}
   else:
     value['accuracy'] = r.accuracy
+  translated = None
+  if dataset.source_vocab_size is not None and args.translations:
+    translated = translations(trained, dataset, args)
+    value['translation'] = translated.json()
   if args.by_position:
     value['loss_by_position'] = loss_by_position(trained.definition, trained.params, batches()).loss_T.tolist()
 
@@ -73,6 +81,7 @@ def run(args: argparse.Namespace, overrides: Overrides) -> None:
       out = [f'{head}, {r.bytes:,} bytes of translations',
              f'  {r.bits_per_byte:.4f} bits per byte, {r.loss:.4f} nats a token, perplexity {r.perplexity:.2f}, '
              f'{r.accuracy:.2%} of tokens right']
+      out += [f'  {line}' for line in translated.lines()] if translated is not None else []
     else:
       out = [f'{head}, {r.bytes:,} bytes',
            f'  {value["bits_per_byte"]:.4f} bits per byte (bigram model of bytes {value["bigram_bits_per_byte"]:.4f}, unigram '
@@ -83,3 +92,17 @@ def run(args: argparse.Namespace, overrides: Overrides) -> None:
     return out
 
   answer(value, args.json, lines)
+
+
+def translations(trained: Any, dataset: Any, args: argparse.Namespace) -> Any:
+  """Scores of the likeliest translation, token by token, of held-out texts."""
+  from jaxformer.evaluation import evaluate_translation
+  from jaxformer.inference.translate import translate
+
+  def search(sources: Any) -> list[list[int]]:
+    found = translate(
+      trained.definition, trained.params, sources, end=dataset.tokenizer.end_of_document, vocab_size=dataset.vocab_size,
+      batch_size=args.batch_size)
+    return [t.tokens for t in found]
+
+  return evaluate_translation(search, dataset.held_out_pairs(args.translations), dataset.tokenizer)

@@ -30,7 +30,7 @@ from orbax.checkpoint.utils import is_checkpoint_finalized
 
 from jaxformer.config import InputError
 from jaxformer.models.params import Definition, Params
-from jaxformer.sharding import Rules
+from jaxformer.sharding import MeshConfig, Rules, make_mesh, replicated
 from jaxformer.training.folder import Place, move, place, reaching, remove
 from jaxformer.training.step import TrainState
 
@@ -189,14 +189,15 @@ def load_params(
   Args:
     path: see `find`.
     definition: of the model; names and shapes must be its own.
-    mesh, rules: where the parameters go; None for one device.
+    mesh, rules: where the parameters go; None for one device, or under several processes for a copy on every device of each.
 
   Raises `InputError` for a path without a checkpoint, one of another model, and a damaged one.
   """
   where = find(path)
   abstract = definition.abstract(mesh, rules)
   if mesh is None:
-    one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    alone = jax.process_count() == 1   # the first device of all belongs to one process; the others could not put anything there
+    one = jax.sharding.SingleDeviceSharding(jax.devices()[0]) if alone else replicated(make_mesh(MeshConfig()))
     abstract = {n: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=one) for n, a in abstract.items()}
 
   def read() -> tuple[Params, int]:

@@ -173,6 +173,7 @@ def test_experiment_files(case, refused, folder):
   ('data kjv-es', ('--out',)),
   ('data kjv-es --out a --packages gone', ('--packages gone', 'no such folder')),
   ('data kjv-es --out a --data.corpus Tsv', ('--data.corpus', 'no overrides')),
+  ('train gpt2-tiny --data Dates', ('data = Dates', 'reads one', 'pairs')),
   ('data train-tokenizer empty --data.source PydocTopics --vocab-size 300', ('empty', 'cannot be written')),
 ])
 def test_data(command, fragments, refused, folder):

@@ -1,5 +1,6 @@
 """Several real processes on this machine: they train as one, stop as one, and other numbers of them go on."""
 
+import json
 import os
 import shutil
 import signal
@@ -23,8 +24,8 @@ TRAIN = ['train', 'gpt2-tiny', *SMALL, '--training.steps', str(STEPS), '--traini
 SHARDED, WHOLE = ['--mesh.data', '2', '--mesh.fsdp', '2'], ['--mesh.data', '4', '--mesh.rules', 'data_parallel']
 
 
-def start(count, words, folder, cache):
-  """`jaxformer train WORDS` in `count` processes that share four devices."""
+def start(count, words, folder, cache, command=TRAIN):
+  """`jaxformer COMMAND WORDS`, training by default, in `count` processes that share four devices."""
   with socket.socket() as s:
     s.bind(('127.0.0.1', 0))
     port = s.getsockname()[1]
@@ -34,7 +35,7 @@ def start(count, words, folder, cache):
     if count > 1:
       own |= {'JAXFORMER_COORDINATOR': f'127.0.0.1:{port}', 'JAXFORMER_PROCESSES': str(count), 'JAXFORMER_PROCESS': str(i)}
     return subprocess.Popen(
-      [sys.executable, '-m', 'jaxformer', *TRAIN, *words], cwd=folder, env=environment(cache) | own, stdout=subprocess.PIPE,
+      [sys.executable, '-m', 'jaxformer', *command, *words], cwd=folder, env=environment(cache) | own, stdout=subprocess.PIPE,
       stderr=subprocess.PIPE, text=True)
 
   return [process(i) for i in range(count)]
@@ -93,3 +94,14 @@ def test_other_numbers_of_processes_go_on(home, cache, count, mesh):
   np.testing.assert_allclose(list(again.values()), list(alone.values()), rtol=1e-5 if mesh == SHARDED else 1e-4)
   assert meta(runs / name, STEPS)['data'] == meta(runs / 'alone', STEPS)['data']
   assert [out.count('run folder: ') for _, out, _ in done] == [1] + [0] * (count - 1)   # one of them speaks
+
+
+def test_two_processes_evaluate_as_one(home, cache):
+  """To 1e-6, and standard output is one JSON value, of the first."""
+  words = ['alone', '--batches', '1', '--json']
+  (one, out, err), = finish(start(1, words, home, cache, ['eval']))
+  assert one == 0, err
+  two = finish(start(2, words, home, cache, ['eval']))
+  assert [code for code, _, _ in two] == [0, 0], two
+  assert two[1][1] == ''
+  assert json.loads(two[0][1])['loss'] == pytest.approx(json.loads(out)['loss'], rel=1e-6)
