@@ -11,6 +11,7 @@ from typing import ClassVar
 from jaxformer.config import Config, InputError
 from jaxformer.launch.job import Git, Job, Source, Wheel, WorkingDirectory
 from jaxformer.planning.target import Target, parse_target
+from jaxformer.training.folder import scheme_of
 
 
 class LaunchError(Exception):
@@ -60,6 +61,8 @@ class Engine(Config, abstract=True):
     if isinstance(job.source, Wheel) and job.source.scheme not in self.wheels:
       places = ' or '.join('a file' if w == 'file' else f'at {w}://' for w in self.wheels)
       raise InputError(f'--source {job.source.path}: {self.tag.lower()} takes a wheel that is {places}')
+    if job.remote:
+      scheme_of(job.run_dir, 'run.dir')
     why = None if job.remote else self.loses(job)
     if why is not None:
       raise InputError(f'run.dir = {job.run_dir!r}: must be on object storage, as in --run.dir gs://BUCKET/runs; {why}')

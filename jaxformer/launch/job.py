@@ -32,7 +32,7 @@ class Source(Config, abstract=True):
   called: ClassVar[str]
 
   def requirement(self, extra: str) -> str:
-    """As pip takes it, with an extra ('tpu', 'cuda')."""
+    """As pip takes it, with extras ('tpu', 'cuda,storage')."""
     raise NotImplementedError
 
 
@@ -143,8 +143,8 @@ class Job:
 
   @property
   def extra(self) -> str:
-    """The optional dependencies that the accelerator needs."""
-    return 'tpu' if self.tpu else 'cuda'
+    """The optional dependencies that the accelerator and the run folder need."""
+    return ('tpu' if self.tpu else 'cuda') + (',storage' if self.remote else '')
 
   @property
   def file(self) -> pathlib.Path | None:

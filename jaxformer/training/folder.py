@@ -36,6 +36,13 @@ def place(name: str | os.PathLike[str], field: str = '') -> Place:
   text = os.fspath(name)
   if not is_url(text):
     return Path(text).expanduser().absolute()
+  scheme, said = scheme_of(text, field)
+  _prepare(scheme, said)
+  return epath.Path(text)
+
+
+def scheme_of(text: str, field: str = '') -> tuple[str, str]:
+  """The scheme of a store's URL, and how errors name the URL. Raises `InputError` for one that no run folder can be at."""
   said = f'{field} = {text!r}' if field else text
   scheme, _, rest = text.partition('://')
   if scheme == 's3':
@@ -45,8 +52,7 @@ def place(name: str | os.PathLike[str], field: str = '') -> Place:
     raise InputError(f'{said}: no such store; a local folder or gs://BUCKET/FOLDER is expected')
   if not rest.split('/')[0]:
     raise InputError(f'{said}: names no bucket; gs://BUCKET/FOLDER is expected')
-  _prepare(scheme, said)
-  return epath.Path(text)
+  return scheme, said
 
 
 def _prepare(scheme: str, said: str) -> None:

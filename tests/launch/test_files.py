@@ -263,10 +263,10 @@ def test_sources(tmp_path, monkeypatch):
 def test_a_wheel_here_goes_along():
   task = Sky().task(job('v6e-8', Wheel(path='dist/j-0.1-py3-none-any.whl')))
   assert task['file_mounts'] == {'~/j-0.1-py3-none-any.whl': 'dist/j-0.1-py3-none-any.whl'}
-  assert """uv pip install --quiet --python "$HOME/jaxformer-env" "$HOME"/'j-0.1-py3-none-any.whl[tpu]'""" in task['setup']
+  assert """uv pip install --quiet --python "$HOME/jaxformer-env" "$HOME"/'j-0.1-py3-none-any.whl[tpu,storage]'""" in task['setup']
   words = XPK(cluster='c').arguments(job('v6e-8', Wheel(path='dist/j-0.1-py3-none-any.whl')))
   assert '--script-dir=dist' in words
-  assert "'./j-0.1-py3-none-any.whl[tpu]'" in words[-1]
+  assert "'./j-0.1-py3-none-any.whl[tpu,storage]'" in words[-1]
   with pytest.raises(InputError, match='gcloud takes a wheel that is at gs:// or at https://'):
     GCloud().check(job('v6e-8', Wheel(path='dist/j.whl')))
   with pytest.raises(InputError, match='sky takes a wheel that is a file or at https://'):

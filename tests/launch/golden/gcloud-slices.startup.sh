@@ -9,7 +9,7 @@ setup() {
   export PATH="$HOME/.local/bin:$PATH" &&
   { command -v uv >/dev/null || curl -LsSf https://astral.sh/uv/install.sh | sh; } &&
   uv venv --quiet --allow-existing --python 3.12 /root/jaxformer-env &&
-  uv pip install --quiet --python /root/jaxformer-env './jaxformer-0.1.0-py3-none-any.whl[tpu]' &&
+  uv pip install --quiet --python /root/jaxformer-env './jaxformer-0.1.0-py3-none-any.whl[tpu,storage]' &&
   export PATH=/root/jaxformer-env/bin:$PATH
 }
 

@@ -8,7 +8,7 @@ setup() {
   export PATH="$HOME/.local/bin:$PATH" &&
   { command -v uv >/dev/null || curl -LsSf https://astral.sh/uv/install.sh | sh; } &&
   uv venv --quiet --allow-existing --python 3.12 /root/jaxformer-env &&
-  uv pip install --quiet --python /root/jaxformer-env 'jaxformer[tpu] @ git+https://github.com/someone/jaxformer@0123abc' &&
+  uv pip install --quiet --python /root/jaxformer-env 'jaxformer[tpu,storage] @ git+https://github.com/someone/jaxformer@0123abc' &&
   export PATH=/root/jaxformer-env/bin:$PATH
 }
 

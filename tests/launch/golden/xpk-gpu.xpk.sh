@@ -10,4 +10,4 @@ xpk workload create \
   --max-restarts=100 \
   --restart-on-exit-codes=75 \
   --termination-grace-period-seconds=120 \
-  '--command=python -m pip install --quiet '"'"'jaxformer[cuda] @ git+https://github.com/someone/jaxformer@0123abc'"'"' && exec jaxformer train gpt2-tiny --run.name=gpt2-tiny --run.dir=gs://bucket/runs'
+  '--command=python -m pip install --quiet '"'"'jaxformer[cuda,storage] @ git+https://github.com/someone/jaxformer@0123abc'"'"' && exec jaxformer train gpt2-tiny --run.name=gpt2-tiny --run.dir=gs://bucket/runs'

@@ -14,4 +14,4 @@ xpk workload create \
   --max-restarts=100 \
   --restart-on-exit-codes=75 \
   --termination-grace-period-seconds=120 \
-  '--command=python -m pip install --quiet '"'"'.[tpu]'"'"' && exec jaxformer train gpt2-tiny --training.steps=2000 --optimizer.learning_rate=3e-4 --run.name=gpt2-tiny --run.dir=gs://bucket/runs'
+  '--command=python -m pip install --quiet '"'"'.[tpu,storage]'"'"' && exec jaxformer train gpt2-tiny --training.steps=2000 --optimizer.learning_rate=3e-4 --run.name=gpt2-tiny --run.dir=gs://bucket/runs'
