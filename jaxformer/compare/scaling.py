@@ -71,8 +71,8 @@ class Fit:
   residual: float
 
   def interval(self, of: Callable[[Law], float], level: float = 0.95) -> tuple[float, float]:
-    """The interval of a positive number that `of(law)` says, such as a coefficient or a loss foretold: on the logarithmic scale, the
-    best law's +- Student's t times the standard deviation over the resamplings."""
+    """The interval of a positive number that `of(law)` says, such as a coefficient or a loss foretold: on the logarithmic scale,
+    the best law's +- Student's t times the standard deviation over the resamplings."""
     if len(self.samples) < 2:
       raise ValueError('an interval needs a fit with bootstrap samples')
     spread = np.std([np.log(of(law)) for law in self.samples], ddof=1)
