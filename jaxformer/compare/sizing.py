@@ -60,7 +60,7 @@ def measure(model: ModelConfig, match: Match) -> float:
 
 
 def solve(
-  family: str, match: Match, target: float, *, vocab_size: int, context: int, tolerance: float = 0.02,
+  family: str | Family, match: Match, target: float, *, vocab_size: int, context: int, tolerance: float = 0.02,
 ) -> Sized:
   """The model of a family that comes closest to a target.
 
@@ -73,13 +73,13 @@ def solve(
     raise InputError(f'match = {match!r}: must be one of {", ".join(get_args(Match))}')
   if not target > 0:
     raise InputError(f'{match} = {target}: must be positive')
-  f = FAMILIES[family]
+  f = FAMILIES[family] if isinstance(family, str) else family
   make = functools.partial(_sized, f, match, target, vocab_size, context)
   found = list(_candidates(f, make, match))
   best = min(found, key=lambda s: (max(abs(s.error), CLOSE), _oddness(f, s)))
   if abs(best.error) > tolerance:
     raise InputError(
-      f'{family}: nothing comes within {tolerance:.0%} of {target:,.0f} {match}; the closest has {best.value:,.0f} '
+      f'{f.name}: nothing comes within {tolerance:.0%} of {target:,.0f} {match}; the closest has {best.value:,.0f} '
       f'(width {best.width}, {best.layers} layers); give another target, or a larger tolerance')
   return best
 
@@ -136,9 +136,9 @@ def _tuned(make: functools.partial[Sized], sized: Sized) -> Iterator[Sized]:
 
 
 def _aspect(f: Family, width: int) -> float:
-  """Width over depth of the family's named models, between them by the logarithm of the width."""
+  """Width over depth of the family's named models, between them by the logarithm of the width; that of Llama for one without."""
   shapes = [_shape_of(PRESETS[name].model) for name in PRESETS if PRESETS[name].family == f.name]
-  named = sorted({(width, width / layers) for width, layers in shapes})
+  named = sorted({(width, width / layers) for width, layers in shapes or [(128, 4), (4096, 32)]})
   return float(np.exp(np.interp(math.log(width), [math.log(w) for w, _ in named], [math.log(a) for _, a in named])))
 
 
