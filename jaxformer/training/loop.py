@@ -144,7 +144,7 @@ def train(
     report = stack.enter_context(Report(run, experiment, log))
     t = experiment.training
     checkpoints = stack.enter_context(Checkpoints(run.folder / 'checkpoints', t.keep_latest, t.keep_best, report.line))
-    state = _begin(setup, run, checkpoints, report, init_from, first)
+    state = begin(setup, run, checkpoints, report, init_from, first)
     del first
     costs = _costs(setup, flops_per_token, peak_flops_per_second)
     return _Loop(setup, run, checkpoints, report, costs, sample).go(state)
@@ -165,7 +165,7 @@ def _initial_params(setup: Setup, source: str | Place | Params) -> Params:
   return {n: jnp.array(jax.device_put(source[n], where[n]), i.dtype) for n, i in d.info.items()}
 
 
-def _begin(
+def begin(
   setup: Setup, run: Run, checkpoints: Checkpoints, report: Report, init_from: str | Place | Params | None, first: Params | None
 ) -> TrainState:
   """The state to go on with: that of the newest checkpoint that is whole, or a new one."""

@@ -228,12 +228,14 @@ class Optimizer:
     config, schedule: what it does.
     steps: of the training, which the schedule needs.
     info: the parameters.
+    peak: a learning rate in place of the config's, where one program trains several (`training.population`).
   """
 
   config: OptimizerConfig
   schedule: ScheduleConfig
   steps: int
   info: dict[str, ParamInfo]
+  peak: Float[Array, ''] | None = None
 
   @classmethod
   def of(cls, config: OptimizerConfig, schedule: ScheduleConfig, steps: int, definition: Definition) -> Optimizer:
@@ -245,7 +247,8 @@ class Optimizer:
 
   def learning_rate(self, step: Step) -> Float[Array, '']:
     """At a step, counted from 0."""
-    return self.config.learning_rate * self.schedule.factor(step, self.steps)
+    peak = self.config.learning_rate if self.peak is None else self.peak
+    return peak * self.schedule.factor(step, self.steps)
 
   def update(self, grads: Params, state: Any, params: Params, step: Step) -> tuple[Params, Any, dict[str, Array]]:
     """p - learning_rate * lr_scale * (direction + weight_decay p); the new parameters and state, and `grad_norm` (before clipping)

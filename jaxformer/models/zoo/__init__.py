@@ -5,9 +5,9 @@ from __future__ import annotations
 import importlib
 import pkgutil
 
-from jaxformer.models.zoo.preset import PRESETS, Preset, preset
+from jaxformer.models.zoo.preset import FAMILIES, PRESETS, Family, Preset, family, preset
 
 for _module in sorted(m.name for m in pkgutil.iter_modules(__path__)):
   importlib.import_module(f'{__name__}.{_module}')
 
-__all__ = ['PRESETS', 'Preset', 'preset']
+__all__ = ['FAMILIES', 'PRESETS', 'Family', 'Preset', 'family', 'preset']

@@ -11,19 +11,19 @@ from jaxformer.layers.position import LearnedPositions
 from jaxformer.models.block import Block, PreNorm
 from jaxformer.models.language_model import LanguageModel
 from jaxformer.models.stack import Group
-from jaxformer.models.zoo.preset import preset
+from jaxformer.models.zoo.preset import HEAD, Make, family, four_times, preset
 
 
 def gpt(
   width: int, layers: int, heads: int, *, context: int, vocab_size: int = 50257, windows: tuple[int | None, ...] = (None,),
-  dropout: float = 0.0, bias: bool = True,
+  dropout: float = 0.0, bias: bool = True, hidden: int | None = None,
 ) -> LanguageModel.Config:
   """The GPT-2 architecture. `windows` gives the attention window of each block of a period (GPT-3 alternates)."""
   norm = LayerNorm.Config(bias=bias)
 
   def block(window: int | None) -> Block.Config:
     attention = Attention.Config(heads=heads, window=window, bias=bias, out_init=ResidualNormal())
-    mlp = Mlp.Config(hidden=4 * width, activation='gelu_tanh', bias=bias, out_init=ResidualNormal())
+    mlp = Mlp.Config(hidden=hidden or 4 * width, activation='gelu_tanh', bias=bias, out_init=ResidualNormal())
     return Block.Config(branches=tuple(PreNorm.Config(layer=layer, norm=norm, dropout=dropout) for layer in (attention, mlp)))
 
   return LanguageModel.Config(
@@ -56,3 +56,14 @@ for name, width, layers, heads in (
 ):
   preset(name, 'gpt3', gpt(width, layers, heads, context=2048, windows=(None, BAND)))
 preset('gpt3-tiny', 'gpt3', gpt(128, 4, 4, context=256, vocab_size=264, windows=(None, 64)))
+
+
+def _grown(windows: tuple[int | None, ...]) -> Make:
+  def make(*, width: int, layers: int, hidden: int, vocab_size: int, context: int) -> LanguageModel.Config:
+    return gpt(width, layers, width // HEAD, context=context, vocab_size=vocab_size, windows=windows, hidden=hidden)
+
+  return make
+
+
+family('gpt2', _grown((None,)), width_step=HEAD, hidden=four_times)
+family('gpt3', _grown((None, 64)), width_step=HEAD, layer_step=2, hidden=four_times)

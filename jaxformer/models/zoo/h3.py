@@ -16,16 +16,16 @@ from jaxformer.layers.norm import LayerNorm
 from jaxformer.models.block import Block, PreNorm
 from jaxformer.models.language_model import LanguageModel
 from jaxformer.models.stack import Group
-from jaxformer.models.zoo.preset import preset
+from jaxformer.models.zoo.preset import HEAD, family, four_times, preset
 
 
 def h3(
   width: int, layers: int, heads: int, attention_at: tuple[int, ...], *, d_state: int = 64, head_dim: int = 1,
-  vocab_size: int = 50264, context: int = 2048, dropout: float = 0.0,
+  vocab_size: int = 50264, context: int = 2048, dropout: float = 0.0, hidden: int | None = None,
 ) -> LanguageModel.Config:
   """The H3 architecture; `heads` are those of the layers with attention, counted from 0, `head_dim` that of the others."""
   norm = LayerNorm.Config()
-  mlp = Mlp.Config(hidden=4 * width, bias=True, out_init=ResidualNormal())
+  mlp = Mlp.Config(hidden=hidden or 4 * width, bias=True, out_init=ResidualNormal())
   attention = Attention.Config(heads=heads, bias=True, out_init=ResidualNormal())
   mixer = H3.Config(d_state=d_state, head_dim=head_dim)
 
@@ -47,3 +47,13 @@ for name, width, layers, heads, attention_at in (
 ):
   preset(name, 'h3', h3(width, layers, heads, attention_at, dropout=0.1))
 preset('h3-tiny', 'h3', h3(128, 4, 4, (3,), d_state=16, vocab_size=264, context=256))
+
+
+def _grown(*, width: int, layers: int, hidden: int, vocab_size: int, context: int) -> LanguageModel.Config:
+  # One layer of attention in the middle up to 16 layers, as in the smallest published model, and two in the larger ones.
+  attention_at = (layers // 2,) if layers <= 16 else (layers // 3, 2 * layers // 3)
+  return h3(
+    width, layers, width // HEAD, attention_at, d_state=16, vocab_size=vocab_size, context=context, hidden=hidden)
+
+
+family('h3', _grown, width_step=HEAD, hidden=four_times)

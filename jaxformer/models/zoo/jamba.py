@@ -15,7 +15,7 @@ from jaxformer.layers.router import SoftmaxTopK
 from jaxformer.models.block import Block, PreNorm
 from jaxformer.models.language_model import LanguageModel
 from jaxformer.models.stack import Group
-from jaxformer.models.zoo.preset import preset
+from jaxformer.models.zoo.preset import HEAD, family, preset, two_thirds
 
 
 def jamba(
@@ -42,3 +42,12 @@ def jamba(
 
 preset('jamba-v0.1', 'jamba', jamba(4096, 32, 14336, 32, 8, vocab_size=65536, context=262144))
 preset('jamba-tiny', 'jamba', jamba(64, 8, 96, 4, 2, experts=4, state=8, vocab_size=264, context=256))
+
+
+def _grown(*, width: int, layers: int, hidden: int, vocab_size: int, context: int) -> LanguageModel.Config:
+  heads = width // HEAD
+  return jamba(
+    width, layers, hidden, heads, heads // 2, experts=4, state=8, vocab_size=vocab_size, context=context)
+
+
+family('jamba', _grown, width_step=2 * HEAD, layer_step=8, hidden=two_thirds)

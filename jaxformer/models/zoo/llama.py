@@ -10,7 +10,7 @@ from jaxformer.layers.position import Llama3Scaling, Rotary
 from jaxformer.models.block import Block, PreNorm
 from jaxformer.models.language_model import LanguageModel
 from jaxformer.models.stack import Group
-from jaxformer.models.zoo.preset import preset
+from jaxformer.models.zoo.preset import HEAD, Make, family, preset, two_thirds
 
 
 def llama(
@@ -52,3 +52,16 @@ for name, width, layers, hidden, heads, kv_heads, context, rotary, tied in (
   preset(name, 'llama3', llama(
     width, layers, hidden, heads, kv_heads, vocab_size=128256, context=context, rotary=rotary, tied=tied))
 preset('llama3-tiny', 'llama3', llama(128, 4, 352, 4, 2, vocab_size=264, context=256, rotary=LLAMA3))
+
+
+def _grown(rotary: Rotary, queries_a_key: int) -> Make:
+  def make(*, width: int, layers: int, hidden: int, vocab_size: int, context: int) -> LanguageModel.Config:
+    heads = width // HEAD
+    groups = heads // queries_a_key if heads % queries_a_key == 0 else heads
+    return llama(width, layers, hidden, heads, groups, vocab_size=vocab_size, context=context, rotary=rotary)
+
+  return make
+
+
+family('llama2', _grown(LLAMA2, 1), width_step=HEAD, hidden=two_thirds)
+family('llama3', _grown(LLAMA3, 2), width_step=2 * HEAD, hidden=two_thirds)

@@ -13,7 +13,7 @@ from jaxformer.layers.lstm import Lstm, RecurrentConfig
 from jaxformer.models.block import Block, Plain
 from jaxformer.models.language_model import LanguageModel
 from jaxformer.models.stack import Group
-from jaxformer.models.zoo.preset import preset
+from jaxformer.models.zoo.preset import Make, family, preset
 
 
 def recurrent(
@@ -41,3 +41,15 @@ for name, layer in (('lstm', Lstm.Config()), ('gru', Gru.Config())):
   # No norm comes between the embedding and the first gates, which see nothing of numbers much below 1.
   preset(f'{name}-tiny', name, recurrent(
     layer, 128, 2, vocab_size=264, context=256, embedding_init=Normal(std=1.0), head_init=FanInUniform()))
+
+
+def _grown(layer: RecurrentConfig) -> Make:
+  def make(*, width: int, layers: int, hidden: int, vocab_size: int, context: int) -> LanguageModel.Config:
+    return recurrent(
+      layer, width, layers, vocab_size=vocab_size, context=context, embedding_init=Normal(std=1.0), head_init=FanInUniform())
+
+  return make
+
+
+family('lstm', _grown(Lstm.Config()))
+family('gru', _grown(Gru.Config()))

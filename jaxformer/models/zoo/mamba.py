@@ -10,7 +10,7 @@ from jaxformer.layers.norm import RMSNorm
 from jaxformer.models.block import Block, PreNorm
 from jaxformer.models.language_model import LanguageModel
 from jaxformer.models.stack import Group
-from jaxformer.models.zoo.preset import preset
+from jaxformer.models.zoo.preset import Make, family, preset
 
 
 def mamba(layer: LayerConfig, width: int, layers: int, *, vocab_size: int, context: int = 2048) -> LanguageModel.Config:
@@ -30,3 +30,14 @@ preset('mamba-tiny', 'mamba', mamba(Mamba.Config(), 128, 4, vocab_size=264, cont
 for size, width, layers in (('130m', 768, 24), ('370m', 1024, 48), ('780m', 1536, 48), ('1.3b', 2048, 48), ('2.7b', 2560, 64)):
   preset(f'mamba2-{size}', 'mamba2', mamba(Mamba2.Config(), width, layers, vocab_size=50288))
 preset('mamba2-tiny', 'mamba2', mamba(Mamba2.Config(state=64, head_dim=32), 128, 4, vocab_size=264, context=256))
+
+
+def _grown(layer: LayerConfig) -> Make:
+  def make(*, width: int, layers: int, hidden: int, vocab_size: int, context: int) -> LanguageModel.Config:
+    return mamba(layer, width, layers, vocab_size=vocab_size, context=context)
+
+  return make
+
+
+family('mamba', _grown(Mamba.Config()))
+family('mamba2', _grown(Mamba2.Config(state=64, head_dim=16)))

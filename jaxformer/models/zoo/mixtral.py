@@ -12,7 +12,7 @@ from jaxformer.layers.router import TopKSoftmax
 from jaxformer.models.block import Block, PreNorm
 from jaxformer.models.language_model import LanguageModel
 from jaxformer.models.stack import Group
-from jaxformer.models.zoo.preset import preset
+from jaxformer.models.zoo.preset import HEAD, family, preset, two_thirds
 
 
 def mixtral(
@@ -31,3 +31,12 @@ def mixtral(
 preset('mixtral-8x7b', 'mixtral', mixtral(4096, 32, 14336, 32, 8, vocab_size=32000, context=32768, balance=0.02))
 preset('mixtral-8x22b', 'mixtral', mixtral(6144, 56, 16384, 48, 8, vocab_size=32000, context=65536, balance=0.001))
 preset('mixtral-tiny', 'mixtral', mixtral(128, 4, 176, 4, 2, vocab_size=264, context=256, balance=0.02))
+
+
+def _grown(*, width: int, layers: int, hidden: int, vocab_size: int, context: int) -> LanguageModel.Config:
+  heads = width // HEAD
+  return mixtral(width, layers, hidden, heads, heads // 2, vocab_size=vocab_size, context=context, balance=0.02)
+
+
+# Two experts a token have the hidden units of one dense layer.
+family('mixtral', _grown, width_step=2 * HEAD, hidden=lambda width: two_thirds(width) // 2)

@@ -12,7 +12,7 @@ from jaxformer.layers.router import NoisyTopK
 from jaxformer.models.block import Block, Residual
 from jaxformer.models.language_model import LanguageModel
 from jaxformer.models.stack import Group
-from jaxformer.models.zoo.preset import preset
+from jaxformer.models.zoo.preset import family, preset
 
 
 def moe_lstm(
@@ -31,3 +31,11 @@ def moe_lstm(
 for experts in (32, 256):
   preset(f'moe-lstm-{experts}', 'moe-lstm', moe_lstm(512, 1024, experts, vocab_size=793_471, context=20, dropout=0.1))
 preset('moe-lstm-tiny', 'moe-lstm', moe_lstm(128, 128, 8, vocab_size=264, context=256))
+
+
+def _grown(*, width: int, layers: int, hidden: int, vocab_size: int, context: int) -> LanguageModel.Config:
+  return moe_lstm(width, hidden, 8, vocab_size=vocab_size, context=context)
+
+
+# Its three layers are its design; it grows in width.
+family('moe-lstm', _grown, hidden=lambda width: width, grows_deeper=False)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from typing import Protocol
 
 from jaxformer.config import Registry
 from jaxformer.models.language_model import ModelConfig
@@ -24,6 +26,57 @@ class Preset:
 
 
 PRESETS: Registry[Preset] = Registry('preset')
+
+
+class Make(Protocol):
+  """The model of a family at a size. `hidden` are the units of its feed-forward layers."""
+
+  def __call__(self, *, width: int, layers: int, hidden: int, vocab_size: int, context: int) -> ModelConfig: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+  """How a family grows: what a comparison may choose to give it the size of others.
+
+  Attributes:
+    name: of the family.
+    make: its model at a size.
+    width_step: widths are multiples of it (of a head, where the heads make up the width).
+    layer_step: layers are multiples of it (of the pattern).
+    hidden: units of a feed-forward layer for a width, as the authors choose them; None for a family without such layers.
+    grows_deeper: whether it may have other numbers of layers; False where their number is the design.
+  """
+
+  name: str
+  make: Make
+  width_step: int = 8
+  layer_step: int = 1
+  hidden: Callable[[int], int] | None = None
+  grows_deeper: bool = True
+
+
+FAMILIES: Registry[Family] = Registry('family')
+
+
+def family(
+  name: str, make: Make, *, width_step: int = 8, layer_step: int = 1, hidden: Callable[[int], int] | None = None,
+  grows_deeper: bool = True,
+) -> None:
+  """Registers how a family grows."""
+  FAMILIES.add(name, Family(name, make, width_step, layer_step, hidden, grows_deeper))
+
+
+HEAD = 32   # width of a head in models of a comparison, and so the step of their widths
+
+
+def four_times(width: int) -> int:
+  """Hidden units of an ungated feed-forward layer (Vaswani et al. 2017)."""
+  return 4 * width
+
+
+def two_thirds(width: int) -> int:
+  """Hidden units of a gated layer with the parameters of an ungated one of 4 D: 8/3 D (Shazeer 2020), in multiples of 8."""
+  return round(width / 3) * 8
 
 
 def preset(name: str, family: str, model: ModelConfig) -> None:

@@ -9,7 +9,7 @@ from jaxformer.layers.rwkv4 import ChannelMix4, TimeMix4
 from jaxformer.models.block import Block, PreNorm
 from jaxformer.models.language_model import LanguageModel
 from jaxformer.models.stack import Group
-from jaxformer.models.zoo.preset import preset
+from jaxformer.models.zoo.preset import family, four_times, preset
 
 LAYER_NORM = LayerNorm.Config()
 
@@ -32,3 +32,4 @@ for name, width, layers in (
 ):
   preset(name, 'rwkv4', rwkv4(width, layers))
 preset('rwkv4-tiny', 'rwkv4', rwkv4(128, 4, context=256, vocab_size=264))
+family('rwkv4', rwkv4, hidden=four_times)

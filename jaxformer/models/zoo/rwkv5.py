@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 from jaxformer.layers.init import Orthogonal, Uniform
 from jaxformer.layers.layer import LayerConfig
 from jaxformer.layers.norm import LayerNorm
@@ -10,7 +12,7 @@ from jaxformer.layers.rwkv5 import TimeMix5
 from jaxformer.models.block import Block, PreNorm
 from jaxformer.models.language_model import LanguageModel
 from jaxformer.models.stack import Group
-from jaxformer.models.zoo.preset import preset
+from jaxformer.models.zoo.preset import HEAD, family, preset
 
 
 def world(width: int, layers: int, time: LayerConfig, channels: LayerConfig, context: int, vocab_size: int) -> LanguageModel.Config:
@@ -39,3 +41,4 @@ for name, width, layers in (
   ('rwkv5-0.4b', 1024, 24), ('rwkv5-1.5b', 2048, 24), ('rwkv5-3b', 2560, 32), ('rwkv5-7b', 4096, 32)):
   preset(name, 'rwkv5', rwkv5(width, layers))
 preset('rwkv5-tiny', 'rwkv5', rwkv5(128, 4, context=256, vocab_size=264, head_dim=32))
+family('rwkv5', functools.partial(rwkv5, head_dim=HEAD), width_step=HEAD, hidden=hidden_size)

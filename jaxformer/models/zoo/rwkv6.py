@@ -3,9 +3,11 @@ the rank."""
 
 from __future__ import annotations
 
+import functools
+
 from jaxformer.layers.rwkv6 import ChannelMix6, TimeMix6
 from jaxformer.models.language_model import LanguageModel
-from jaxformer.models.zoo.preset import preset
+from jaxformer.models.zoo.preset import HEAD, family, preset
 from jaxformer.models.zoo.rwkv5 import hidden_size, world
 
 
@@ -26,3 +28,4 @@ for name, width, layers, ranks in (
 ):
   preset(name, 'rwkv6', rwkv6(width, layers, ranks))
 preset('rwkv6-tiny', 'rwkv6', rwkv6(128, 4, (8, 16), context=256, vocab_size=264, head_dim=32))
+family('rwkv6', functools.partial(rwkv6, ranks=(8, 16), head_dim=HEAD), width_step=HEAD, hidden=hidden_size)

@@ -3,13 +3,15 @@ channel mixing, heads of 64, no offsets in projections, head of its own."""
 
 from __future__ import annotations
 
+import functools
+
 from jaxformer.layers.init import Orthogonal, Uniform
 from jaxformer.layers.norm import LayerNorm
 from jaxformer.layers.rwkv7 import ChannelMix7, TimeMix7
 from jaxformer.models.block import Block, PreNorm
 from jaxformer.models.language_model import LanguageModel
 from jaxformer.models.stack import Group
-from jaxformer.models.zoo.preset import preset
+from jaxformer.models.zoo.preset import HEAD, family, four_times, preset
 
 
 def rwkv7(
@@ -39,3 +41,4 @@ for name, width, layers, ranks in (
 ):
   preset(name, 'rwkv7', rwkv7(width, layers, ranks))
 preset('rwkv7-tiny', 'rwkv7', rwkv7(128, 4, (16, 16, 8, 32), context=256, vocab_size=264, head_dim=32))
+family('rwkv7', functools.partial(rwkv7, ranks=(16, 16, 8, 32), head_dim=HEAD), width_step=HEAD, hidden=four_times)

@@ -13,7 +13,7 @@ from jaxformer.layers.s5 import S5
 from jaxformer.models.block import Block, PreNorm
 from jaxformer.models.language_model import LanguageModel
 from jaxformer.models.stack import Group
-from jaxformer.models.zoo.preset import preset
+from jaxformer.models.zoo.preset import Make, family, preset
 
 
 def state_space(layer: LayerConfig, width: int, layers: int, *, vocab_size: int, context: int) -> LanguageModel.Config:
@@ -29,3 +29,16 @@ preset('lssl-tiny', 'lssl', state_space(LSSL.Config(d_state=32, copies=2), 128, 
 preset('s4-tiny', 's4', state_space(S4.Config(length=256), 128, 6, vocab_size=264, context=256))
 preset('s4d-tiny', 's4d', state_space(S4D.Config(), 128, 6, vocab_size=264, context=256))
 preset('s5-tiny', 's5', state_space(S5.Config(), 128, 6, vocab_size=264, context=256))
+
+
+def _grown(layer: LayerConfig) -> Make:
+  def make(*, width: int, layers: int, hidden: int, vocab_size: int, context: int) -> LanguageModel.Config:
+    fitted = layer.replace(length=context) if isinstance(layer, S4.Config) else layer
+    return state_space(fitted, width, layers, vocab_size=vocab_size, context=context)
+
+  return make
+
+
+for name, layer in (
+  ('lssl', LSSL.Config(d_state=32, copies=2)), ('s4', S4.Config(length=256)), ('s4d', S4D.Config()), ('s5', S5.Config())):
+  family(name, _grown(layer))

@@ -18,7 +18,7 @@ from jaxformer.layers.router import SwitchRouter
 from jaxformer.models.block import Block, PreNorm
 from jaxformer.models.language_model import LanguageModel
 from jaxformer.models.stack import Group
-from jaxformer.models.zoo.preset import preset
+from jaxformer.models.zoo.preset import HEAD, family, four_times, preset
 
 
 def switch(
@@ -39,3 +39,10 @@ def switch(
 
 
 preset('switch-tiny', 'switch', switch(128, 4, 384, 4, 4, vocab_size=264, context=256))
+
+
+def _grown(*, width: int, layers: int, hidden: int, vocab_size: int, context: int) -> LanguageModel.Config:
+  return switch(width, layers, hidden, width // HEAD, 4, vocab_size=vocab_size, context=context)
+
+
+family('switch', _grown, width_step=HEAD, layer_step=2, hidden=four_times)

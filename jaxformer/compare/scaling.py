@@ -1,0 +1,189 @@
+"""Scaling laws (Hoffmann et al. 2022, "Training Compute-Optimal Large Language Models"): the parametric fit of section 3.3 with
+bootstrap intervals, and the parabolas of equal training FLOPs of section 3.2."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from scipy import optimize, stats
+from scipy.special import logsumexp
+
+HUBER = 1e-3       # on log loss, as in the paper
+COEFFICIENTS = 5   # of the law
+
+
+@dataclasses.dataclass(frozen=True)
+class Runs:
+  """Finished trainings of one family: `params`, `tokens` and the `loss` that each ended with, in nats a token."""
+
+  params: Sequence[float]
+  tokens: Sequence[float]
+  loss: Sequence[float]
+
+  def arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Log parameters, log tokens, log loss. Raises `ValueError` for what no law can be fitted to."""
+    n, d, y = (np.asarray(x, np.float64) for x in (self.params, self.tokens, self.loss))
+    if not n.shape == d.shape == y.shape or n.ndim != 1:
+      raise ValueError('params, tokens and loss must be of one length')
+    if not all(np.all(np.isfinite(x) & (x > 0)) for x in (n, d, y)):
+      raise ValueError('params, tokens and losses must be positive and finite')
+    return np.log(n), np.log(d), np.log(y)
+
+
+@dataclasses.dataclass(frozen=True)
+class Law:
+  """L(N, D) = E + A / N^alpha + B / D^beta: the loss, in nats a token, of N parameters after D tokens."""
+
+  E: float
+  A: float
+  B: float
+  alpha: float
+  beta: float
+
+  def loss(self, params: float | np.ndarray, tokens: float | np.ndarray) -> np.ndarray:
+    return self.E + self.A * np.asarray(params, np.float64) ** -self.alpha + self.B * np.asarray(tokens, np.float64) ** -self.beta
+
+  def optimal(self, flops: float, flops_per_param_token: float = 6.0) -> tuple[float, float]:
+    """(N, D) with the least loss at `flops` = k N D training FLOPs, by the paper's eq. 4."""
+    total = flops / flops_per_param_token
+    g = (self.alpha * self.A / (self.beta * self.B)) ** (1 / (self.alpha + self.beta))
+    a = self.beta / (self.alpha + self.beta)
+    return g * total**a, total ** (1 - a) / g
+
+
+@dataclasses.dataclass(frozen=True)
+class Fit:
+  """A fitted law.
+
+  Attributes:
+    law: the best one.
+    samples: the law of each resampling.
+    runs: how many runs it rests on.
+    residual: root mean square of log(loss / fitted loss).
+  """
+
+  law: Law
+  samples: tuple[Law, ...]
+  runs: int
+  residual: float
+
+  def interval(self, of: Callable[[Law], float], level: float = 0.95) -> tuple[float, float]:
+    """The interval of a positive number that `of(law)` says, such as a coefficient or a loss foretold: on the logarithmic scale,
+    the best law's +- Student's t times the standard deviation over the resamplings."""
+    if len(self.samples) < 2:
+      raise ValueError('an interval needs a fit with bootstrap samples')
+    spread = np.std([np.log(of(law)) for law in self.samples], ddof=1)
+    half = stats.t.ppf(0.5 + level / 2, self.runs - COEFFICIENTS) * spread
+    return float(of(self.law) * np.exp(-half)), float(of(self.law) * np.exp(half))
+
+
+def fit_law(runs: Runs, bootstrap: int = 200, seed: int = 0) -> Fit:
+  """The parametric law of a family's runs: the least Huber loss (delta 1e-3) of log L, from several starts, with E, A and B as
+  exponentials so that they stay positive.
+
+  The bootstrap fits again to the law's own losses at each run's N and D with noise of the residuals' size, so that a few runs keep
+  their design. Raises `ValueError` for fewer than six runs, or runs that all have the same parameters or the same tokens.
+  """
+  n, d, y = runs.arrays()
+  if len(n) <= COEFFICIENTS:
+    raise ValueError(f'five coefficients need at least 6 runs; there are {len(n)}')
+  if np.ptp(n) < 1e-9 or np.ptp(d) < 1e-9:
+    raise ValueError('the runs must differ in parameters and in tokens')
+  best = min((_descend(start, n, d, y) for start in _starts(n, d, y)), key=lambda found: found[0])[1]
+  fitted = _log_loss(best, n, d)
+  sigma = np.sqrt(np.sum((y - fitted) ** 2) / (len(n) - COEFFICIENTS))
+  rng = np.random.default_rng(seed)
+  samples = tuple(_law(_descend(best, n, d, fitted + sigma * rng.normal(size=len(n)))[1]) for _ in range(bootstrap))
+  return Fit(_law(best), samples, len(n), float(np.sqrt(np.mean((y - fitted) ** 2))))
+
+
+# theta = (log E, log A, alpha, log B, beta); log L = logsumexp(log E, log A - alpha log N, log B - beta log D)
+
+
+def _terms(theta: np.ndarray, n: np.ndarray, d: np.ndarray) -> np.ndarray:
+  e, a, alpha, b, beta = theta
+  return np.stack([np.full_like(n, e), a - alpha * n, b - beta * d])
+
+
+def _log_loss(theta: np.ndarray, n: np.ndarray, d: np.ndarray) -> np.ndarray:
+  return logsumexp(_terms(theta, n, d), axis=0)
+
+
+def _descend(start: np.ndarray, n: np.ndarray, d: np.ndarray, y: np.ndarray) -> tuple[float, np.ndarray]:
+  """The Huber loss at a local minimum, and where it is."""
+  # Centred logarithms: alpha then hardly moves A, and the descent needs no narrow valley.
+  mn, md = n.mean(), d.mean()
+  theta = np.clip(start - np.array([0, start[2] * mn, 0, start[4] * md, 0]), *_BOUNDS)
+  n, d = n - mn, d - md
+
+  def residuals(theta: np.ndarray) -> np.ndarray:
+    return _log_loss(theta, n, d) - y
+
+  def jacobian(theta: np.ndarray) -> np.ndarray:
+    terms = _terms(theta, n, d)
+    of_e, of_a, of_b = np.exp(terms - logsumexp(terms, axis=0))
+    return np.stack([of_e, of_a, -n * of_a, of_b, -d * of_b], axis=1)
+
+  cost = 0.0
+  for delta in (1.0, 0.01, 0.003, HUBER):   # a kink as sharp as the last one holds a descent up, so it comes by and by
+    found = optimize.least_squares(residuals, theta, jacobian, _BOUNDS, loss='huber', f_scale=delta, x_scale='jac', max_nfev=300)
+    theta, cost = found.x, float(found.cost)
+  return cost, theta + np.array([0, theta[2] * mn, 0, theta[4] * md, 0])
+
+
+_BOUNDS = (np.array([-20.0, -30.0, 0.01, -30.0, 0.01]), np.array([5.0, 10.0, 3.0, 10.0, 3.0]))   # of centred theta
+
+
+def _starts(n: np.ndarray, d: np.ndarray, y: np.ndarray, count: int = 8) -> list[np.ndarray]:
+  """The most promising of a grid: what is above the floor E is shared between parameters and tokens."""
+  least, mean = np.exp(y.min()), np.exp(y).mean()
+  grid = [
+    np.array([np.log(floor * least), np.log(part * (mean - floor * least)) + alpha * n.mean(), alpha,
+              np.log((1 - part) * (mean - floor * least)) + beta * d.mean(), beta])
+    for floor, alpha, beta, part in itertools.product(
+      (0.3, 0.6, 0.8, 0.9, 0.97), (0.15, 0.3, 0.5, 0.8), (0.15, 0.3, 0.5, 0.8), (0.2, 0.5, 0.8))]
+  return sorted(grid, key=lambda theta: np.abs(_log_loss(theta, n, d) - y).sum())[:count]
+
+
+def _law(theta: np.ndarray) -> Law:
+  e, a, alpha, b, beta = theta
+  return Law(float(np.exp(e)), float(np.exp(a)), float(np.exp(b)), float(alpha), float(beta))
+
+
+@dataclasses.dataclass(frozen=True)
+class Parabola:
+  """Loss against log parameters at one number of training FLOPs.
+
+  Attributes:
+    flops: of each run.
+    params: where the parabola is lowest.
+    loss: there.
+    inside: whether that lies among the sizes that were run; if not, it is an extrapolation.
+  """
+
+  flops: float
+  params: float
+  loss: float
+  inside: bool
+
+
+def iso_flop(flops: float, params: Sequence[float], loss: Sequence[float]) -> Parabola:
+  """The size with the least loss among trainings of equal FLOPs. Raises `ValueError` for fewer than three sizes, or losses that do
+  not curve upwards."""
+  x, y = np.log(np.asarray(params, np.float64)), np.asarray(loss, np.float64)
+  if len(set(x)) < 3:
+    raise ValueError(f'a parabola needs at least 3 sizes; there are {len(set(x))}')
+  c2, c1, c0 = np.polyfit(x - x.mean(), y, 2)
+  if c2 <= 0:
+    raise ValueError('the losses do not curve upwards: no size is best among these')
+  at = -c1 / (2 * c2)
+  return Parabola(flops, float(np.exp(at + x.mean())), float(c0 - c1 * c1 / (4 * c2)), bool(x.min() <= at + x.mean() <= x.max()))
+
+
+def power_law(x: Sequence[float], y: Sequence[float]) -> tuple[float, float]:
+  """(a, k) of y = k x^a by least squares on logarithms: how the best size grows with FLOPs."""
+  a, log_k = np.polyfit(np.log(np.asarray(x, np.float64)), np.log(np.asarray(y, np.float64)), 1)
+  return float(a), float(np.exp(log_k))

@@ -1,0 +1,82 @@
+import numpy as np
+import pytest
+
+from jaxformer.compare.scaling import Law, Runs, fit_law, iso_flop, power_law
+
+pytestmark = pytest.mark.quick
+
+CHINCHILLA = Law(E=1.69, A=406.4, B=410.7, alpha=0.34, beta=0.28)   # Hoffmann et al. 2022, eq. 10
+OTHER = Law(E=0.9, A=60.0, B=900.0, alpha=0.25, beta=0.4)
+
+
+def runs(law, noise, seed, sizes=6, budgets=5):
+  rng = np.random.default_rng(seed)
+  n = np.repeat(np.geomspace(1e6, 1e9, sizes), budgets)
+  d = np.tile(np.geomspace(2e7, 2e11, budgets), sizes)
+  return Runs(n, d, law.loss(n, d) * np.exp(noise * rng.normal(size=n.shape)))
+
+
+@pytest.mark.parametrize('law', [CHINCHILLA, OTHER])
+def test_exact_losses_give_the_law_back(law):
+  fit = fit_law(runs(law, 0.0, 0), bootstrap=0)
+  for name in ('E', 'A', 'B', 'alpha', 'beta'):
+    assert getattr(fit.law, name) == pytest.approx(getattr(law, name), rel=2e-2)
+  assert fit.residual < 1e-4
+
+
+NUMBERS = {name: (lambda law, name=name: getattr(law, name)) for name in ('E', 'A', 'B', 'alpha', 'beta')}
+NUMBERS['exponent'] = lambda law: law.beta / (law.alpha + law.beta)
+
+
+@pytest.mark.parametrize('law', [CHINCHILLA, OTHER])
+def test_intervals_hold_the_truth(law):
+  """Of 95 % intervals of six numbers over ten noisy studies, at least 85 % do: 95 % within what ten studies can tell."""
+  held = []
+  for seed in range(10):
+    fit = fit_law(runs(law, 0.01, seed), bootstrap=40, seed=seed)
+    held += [low <= of(law) <= high for of in NUMBERS.values() for low, high in [fit.interval(of)]]
+  assert np.mean(held) >= 0.85
+
+
+def test_intervals_are_no_wider_than_they_need_be():
+  low, high = fit_law(runs(CHINCHILLA, 0.003, 3), bootstrap=40).interval(lambda law: law.alpha)
+  assert high - low < 0.03
+
+
+def test_larger_runs_are_foretold():
+  fit = fit_law(runs(CHINCHILLA, 0.003, 1), bootstrap=40)
+  low, high = fit.interval(lambda law: law.loss(1e10, 1e12))
+  assert low <= CHINCHILLA.loss(1e10, 1e12) <= high
+  assert high - low < 0.1
+
+
+def test_optimum_is_the_least_at_equal_flops():
+  params, tokens = CHINCHILLA.optimal(1e21)
+  assert params * tokens == pytest.approx(1e21 / 6)
+  around = [CHINCHILLA.loss(params * f, tokens / f) for f in (0.8, 1.0, 1.25)]
+  assert around[1] == min(around)
+
+
+def test_parabolas_find_it_too():
+  sizes, budgets = np.geomspace(0.3, 3, 7), (1e19, 1e20, 1e21)
+  lowest = []
+  for c in budgets:
+    best = CHINCHILLA.optimal(c)[0]
+    p = iso_flop(c, best * sizes, [CHINCHILLA.loss(n, c / 6 / n) for n in best * sizes])
+    assert p.params == pytest.approx(best, rel=0.1)
+    assert p.inside
+    lowest.append(p.params)
+  assert power_law(budgets, lowest)[0] == pytest.approx(0.28 / 0.62, abs=0.01)
+
+
+def test_what_cannot_be_fitted_is_said():
+  with pytest.raises(ValueError, match='at least 6 runs; there are 3'):
+    fit_law(Runs([1e6, 2e6, 3e6], [1e8] * 3, [3.0, 2.9, 2.8]))
+  with pytest.raises(ValueError, match='differ in parameters and in tokens'):
+    fit_law(Runs([1e6] * 6, np.geomspace(1e7, 1e9, 6), [3.0] * 6))
+  with pytest.raises(ValueError, match='positive and finite'):
+    fit_law(Runs([1e6] * 6, [1e7] * 6, [3.0] * 5 + [np.nan]))
+  with pytest.raises(ValueError, match='do not curve upwards'):
+    iso_flop(1e18, [1e6, 2e6, 4e6], [3.0, 2.9, 2.8])
+  with pytest.raises(ValueError, match='at least 3 sizes'):
+    iso_flop(1e18, [1e6, 2e6], [3.0, 2.9])
