@@ -17,7 +17,7 @@ from jaxtyping import Array
 
 from jaxformer import config
 from jaxformer.config import InputError
-from jaxformer.data import Dataset, open_data
+from jaxformer.data import Dataset, Pairs, open_data
 from jaxformer.models.params import Definition
 from jaxformer.training.checkpoint import Checkpoints
 from jaxformer.training.experiment import Experiment
@@ -76,6 +76,8 @@ def _check(experiments: Sequence[Experiment]) -> Experiment:
   folders = [(e.run.dir, e.run.name) for e in experiments]
   if len(set(folders)) < len(folders):
     raise InputError('two members of a population have one run folder: give each its own run.name')
+  if isinstance(first.data, Pairs):
+    raise InputError('data = Pairs: its batches have several shapes, and a population is one program')
   if isinstance(first.optimizer, Muon) and first.optimizer.adam_learning_rate is not None:
     raise InputError('optimizer.adam_learning_rate: must be none in a population, where the learning rate varies and it would not')
   return first
@@ -94,6 +96,7 @@ class _Member:
   def __enter__(self) -> _Member:
     with contextlib.ExitStack() as stack:
       dataset, t = self.setup.dataset, self.setup.experiment.training
+      stack.enter_context(self.run)
       self.run.start(dataset.manifest, dataset.tokenizer)
       self.report = stack.enter_context(Report(self.run, self.setup.experiment, lambda line: None))
       folder = self.run.folder / 'checkpoints'
