@@ -19,7 +19,7 @@ from typing import NoReturn
 from jaxformer.cli.common import SECTIONS, Overrides
 from jaxformer.config import InputError, nearest
 
-COMMANDS = ('list', 'train', 'eval', 'generate', 'plan', 'bench', 'convert', 'data')
+COMMANDS = ('list', 'train', 'eval', 'generate', 'plan', 'bench', 'compare', 'check', 'convert', 'data')
 BAD_INPUT = 2
 INTERRUPTED = 130
 

@@ -164,6 +164,11 @@ def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
   return _rows(Path(folder) / 'metrics.jsonl')
 
 
+def read_events(folder: str | Path) -> list[dict[str, Any]]:
+  """The rows of `events.jsonl`, like `read_metrics`."""
+  return _rows(Path(folder) / 'events.jsonl')
+
+
 def _rows(file: Path) -> list[dict[str, Any]]:
   rows = []
   for line in file.read_text().splitlines() if file.exists() else ():
