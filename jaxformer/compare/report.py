@@ -17,7 +17,7 @@ from jaxformer.compare.results import Results, gather
 from jaxformer.compare.runner import Interrupted, Log, run_study
 from jaxformer.compare.study import Study
 from jaxformer.compare.svg import key
-from jaxformer.compare.tables import CSV_HEADER, Table, csv_rows, tables
+from jaxformer.compare.tables import CSV_HEADER, MATCHED, Table, csv_rows, tables
 from jaxformer.data import open_data
 from jaxformer.training.interrupt import Interrupt
 from jaxformer.training.run import environment, write
@@ -63,7 +63,7 @@ def introduction(results: Results) -> str:
   rates = f'one learning rate, {s.learning_rates[0]:g}' if len(s.learning_rates) == 1 else (
     f'the same grid of {len(s.learning_rates)} learning rates')
   return (
-    f'{len(s.entries)} architectures of {s.target:,.0f} {s.match.replace("_", " ")} each (within {s.tolerance:.0%}), trained on '
+    f'{len(s.entries)} architectures of {s.target:,.0f} {MATCHED[s.match]} each (within {s.tolerance:.0%}), trained on '
     f'{s.tokens:,} tokens of each task with {rates} and {len(s.seeds)} seed{"s" if len(s.seeds) > 1 else ""}, on the same '
     'sequences in the same order for equal seeds. What is said holds at this size and budget.')
 
@@ -137,6 +137,7 @@ figcaption { font-size: .95rem; }
 figure svg { width: 100%; height: auto; max-width: 640px; display: block; }
 svg text { fill: #1a1a1a; font-family: inherit; }
 svg .grid { stroke: #e4e4e4; stroke-width: 1; }
+svg .halo { paint-order: stroke; stroke: #fff; stroke-width: 3px; stroke-linejoin: round; }
 svg .axis { stroke: #666; stroke-width: 1; fill: none; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
@@ -149,8 +150,6 @@ dd { margin: 0; overflow-wrap: anywhere; font-family: ui-monospace, monospace; }
 pre { overflow-x: auto; font-size: .8rem; background: #f6f6f6; padding: .6rem; }
 @media (max-width: 600px) {
   body { padding: .7rem; font-size: 15px; }
-  figure svg { min-width: 460px; }
-  figure .scroll { margin-right: -.7rem; }
   dl { grid-template-columns: 1fr; }
   dd { margin-bottom: .4rem; }
 }

@@ -185,6 +185,8 @@ def interval_form(metric: str, e: Estimate | None) -> str:
     return DIVERGED
   if not math.isfinite(e.low):
     return f'{score_form(metric, e.mean)} (one seed)'
+  if metric == 'accuracy':
+    return f'{score_form(metric, e.mean)} ({100 * max(0.0, e.low):.1f} to {100 * min(1.0, e.high):.1f})'
   return f'{score_form(metric, e.mean)} ± {score_form(metric, e.half_width)}'
 
 

@@ -144,8 +144,8 @@ class Study(Config):
 
   @property
   def task_titles(self) -> tuple[str, ...]:
-    """A name for each task: its type, and from the second of a type on its number."""
-    tags = [task.tag for task in self.tasks]
+    """A name for each task: its type, of text that of its source; from the second of a name on with a number."""
+    tags = [task.source.tag if isinstance(task, DataConfig) else task.tag for task in self.tasks]
     counts = [tags[: i + 1].count(tag) for i, tag in enumerate(tags)]
     return tuple(tag if n == 1 else f'{tag}-{n}' for tag, n in zip(tags, counts, strict=True))
 

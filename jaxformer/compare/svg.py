@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 COLOURS = ('#000000', '#0072B2', '#D55E00', '#009E73', '#CC79A7', '#56B4E9', '#E69F00', '#B8A800')
 MARKERS = ('circle', 'square', 'triangle', 'diamond', 'cross', 'down', 'plus')   # with the colours no two of 56 are alike
 WIDTH, HEIGHT = 520, 350
-LEFT, RIGHT, TOP, BOTTOM = 62, 104, 14, 48
-FONT = 13
+LEFT, RIGHT, TOP, BOTTOM = 68, 112, 14, 50
+FONT, LABEL = 14, 13
 MOST_TICKS = 6
 
 Format = Callable[[float], str]
@@ -95,7 +95,8 @@ def chart(series: Sequence[Series], x: Axis, y: Axis, title: str) -> str:
   sy = _Scale(y, ends, HEIGHT - BOTTOM, TOP)
   parts = [
     f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{html.escape(title)}" font-size="{FONT}">',
-    *_axes(sx, sy), *(part for s in series for part in _marks(s, sx, sy)), *_labels(series, sx, sy), '</svg>']
+    *_axes(sx, sy), *(part for s in series for part in _marks(s, sx, sy)),
+    *(_beside if all(len(s.points) < 2 for s in series) else _margin)(series, sx, sy), '</svg>']
   return '\n'.join(parts)
 
 
@@ -157,11 +158,11 @@ def _marks(s: Series, sx: _Scale, sy: _Scale) -> list[str]:
   return parts
 
 
-def _labels(series: Sequence[Series], sx: _Scale, sy: _Scale) -> list[str]:
+def _margin(series: Sequence[Series], sx: _Scale, sy: _Scale) -> list[str]:
   """Names in the right margin at the height of each last point, moved apart, with a thin line to it."""
   named = sorted((s for s in series if s.points), key=lambda s: sy(s.points[-1].y))
   room = (HEIGHT - BOTTOM - TOP) / max(len(named) - 1, 1)
-  gap, heights = min(FONT + 2.0, room), [sy(s.points[-1].y) for s in named]
+  gap, heights = min(LABEL + 2.0, room), [sy(s.points[-1].y) for s in named]
   for i in range(1, len(heights)):
     heights[i] = max(heights[i], heights[i - 1] + gap)
   excess = heights[-1] - (HEIGHT - BOTTOM)
@@ -177,8 +178,33 @@ def _labels(series: Sequence[Series], sx: _Scale, sy: _Scale) -> list[str]:
       f'<path d="M{sx(last.x) + 6:.1f} {sy(last.y):.1f}L{start:.1f} {height:.1f}" stroke="{colour}" stroke-width="0.7" '
       'stroke-dasharray="2 2" fill="none"/>',
       marker(s.style, start + 5, height, 3.6),
-      f'<text x="{start + 13}" y="{height + 4:.1f}" font-size="12">{html.escape(_short(s.name))}</text>']
+      f'<text x="{start + 13}" y="{height + 4:.1f}" font-size="{LABEL}">{html.escape(_short(s.name))}</text>']
   return parts
+
+
+def _beside(series: Sequence[Series], sx: _Scale, sy: _Scale) -> list[str]:
+  """Names beside single points: of a few places around each the first that covers no other name or point."""
+  at = [(sx(s.points[0].x), sy(s.points[0].y), _short(s.name)) for s in series if s.points]
+  taken = [(x - 6, y - 6, x + 6, y + 6) for x, y, _ in at]
+  parts = []
+  for own, (x, y, name) in enumerate(at):
+    length = 0.6 * LABEL * len(name)
+    places = [(x + dx - (length if dx < 0 else 0), y + dy) for dy in (0, -13, 13, -26, 26, -39, 39) for dx in (9, -9)]
+    boxes = [(left, middle - LABEL / 2, left + length, middle + LABEL / 2) for left, middle in places]
+    others = [box for i, box in enumerate(taken) if i != own]
+    inside = [b for b in boxes if b[0] > LEFT and b[2] < WIDTH and b[1] > 0 and b[3] < HEIGHT - BOTTOM]
+    box = next((b for b in inside if not any(_overlap(b, o) for o in others)), boxes[0])
+    taken.append(box)
+    middle = (box[1] + box[3]) / 2
+    if abs(middle - y) > 14:
+      near = box[0] if box[0] > x else box[2]
+      parts.append(f'<path d="M{x:.1f} {y:.1f}L{near:.1f} {middle:.1f}" class="axis" stroke-dasharray="2 2"/>')
+    parts.append(f'<text x="{box[0]:.1f}" y="{middle + 4:.1f}" font-size="{LABEL}" class="halo">{html.escape(name)}</text>')
+  return parts
+
+
+def _overlap(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
+  return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 
 def _short(name: str) -> str:

@@ -8,6 +8,10 @@ from typing import Any
 
 from jaxformer.compare.results import Outcome, Results, TaskResults, interval_form, score_form
 
+MATCHED = {
+  'params': 'parameters', 'active_params': 'active parameters', 'train_flops_per_token': 'training FLOPs a token',
+  'state_bytes': 'bytes of state'}
+
 
 @dataclasses.dataclass(frozen=True)
 class Table:
@@ -60,8 +64,8 @@ def _score_row(o: Outcome, metric: str) -> tuple[str, ...]:
   d = o.difference
   diverged = sum(v is None for v in o.scores.values())
   runs = f'{len(o.scores)}' + (f' ({diverged} diverged)' if diverged else '')
-  between = '' if d is None or not math.isfinite(d.estimate.low) else (
-    f'{_signed(metric, d.estimate.low)} to {_signed(metric, d.estimate.high)}')
+  between = '' if d is None or not math.isfinite(d.estimate.low) else ' to '.join(
+    _signed(metric, max(-1.0, min(1.0, v)) if metric == 'accuracy' else v) for v in (d.estimate.low, d.estimate.high))
   return (o.title, interval_form(metric, o.estimate), '' if d is None else _signed(metric, d.estimate.mean), between,
           '' if d is None or math.isnan(d.p_adjusted) else f'{d.p_adjusted:.2g}', o.verdict or 'the reference', f'{o.rate:g}', runs)
 
@@ -72,7 +76,7 @@ def _signed(metric: str, value: float) -> str:
 
 def sizes(task: TaskResults, results: Results) -> Table:
   s = results.study
-  matched = f'{s.match.replace("_", " ")}, {s.target:,.0f}, within {s.tolerance:.0%}'
+  matched = f'{MATCHED[s.match]}, {s.target:,.0f}, within {s.tolerance:.0%}'
   note = f'Matched: {matched}. FLOPs and state at {task.length} tokens.'
   header = ('architecture', 'parameters', 'active', 'off by', 'training FLOPs a token', 'state')
   rows = tuple((o.title, f'{o.params:,}', f'{o.active_params:,}', f'{o.size_error:+.2%}', amount(o.train_flops_per_token),
