@@ -16,7 +16,7 @@ import numpy as np
 from jaxformer import config
 from jaxformer.compare.runner import Interrupted, Log
 from jaxformer.compare.study import Study
-from jaxformer.data import Dataset, DatasetConfig
+from jaxformer.data import DataConfig, Dataset, DatasetConfig, open_data
 from jaxformer.evaluation import loss_by_position
 from jaxformer.inference import time_decode
 from jaxformer.models.language_model import LanguageModel, ModelConfig
@@ -31,6 +31,7 @@ from jaxformer.training.step import compiled_train_step, init_state
 
 NEW_TOKENS = 32   # decoded at each context
 REPEATS = 3
+BEYOND = 2        # times the length of training at which the loss by position is measured
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,12 +85,22 @@ def measure_costs(
   return found
 
 
+def longer(task: DatasetConfig, dataset: Dataset) -> Dataset:
+  """Text in sequences of `BEYOND` times the length; a task as it is."""
+  if not isinstance(task, DataConfig):
+    return dataset
+  return open_data(task.replace(sequence_length=BEYOND * task.sequence_length), tokenizer=dataset.tokenizer)
+
+
 def by_position(
-  study: Study, where: str, title: str, folders: Sequence[str], model: ModelConfig, dataset: Dataset,
+  study: Study, where: str, title: str, folders: Sequence[str], model: ModelConfig, dataset: Dataset, long: Dataset,
 ) -> list[float | None] | None:
-  """The mean held-out loss of runs at each position, in nats; None for a task with one target a sequence."""
+  """The mean held-out loss of runs at each position, in nats, on the `longer` sequences where the model has positions for them;
+  None for a task with one target a sequence."""
   if dataset.tokenizer is None:
     return None
+  longest = getattr(model, 'longest', None)
+  dataset = long if longest is None or longest >= long.config.positions else dataset
   definition, dtype = define(model), compute_dtype('auto', make_mesh(MeshConfig()))
 
   def measure() -> list[float | None]:
@@ -101,7 +112,7 @@ def by_position(
       sums, counts = sums + found.nll_sum_T, counts + found.count_T
     return [float(s / c) if c else None for s, c in zip(sums, counts, strict=True)]
 
-  key = {'runs': [Path(f).name for f in folders], 'batches': study.eval_batches}
+  key = {'runs': [Path(f).name for f in folders], 'batches': study.eval_batches, 'length': dataset.config.positions}
   return _kept(study, f'positions-{where}-{title}', key, measure)
 
 

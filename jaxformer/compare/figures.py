@@ -108,7 +108,7 @@ def _positions(task: TaskResults, style: dict[str, int]) -> Figure | None:
       points.append(Point(sum(p for p, _ in bin_) / len(bin_) + 1, sum(v for _, v in bin_) / len(bin_)))
       i += len(bin_)
     series.append(Series(o.title, style[o.title], tuple(points), line=True, dots=False))
-  note = 'Held-out loss by the tokens of the document read before, mean over seeds; nats.'
+  note = f'Held-out loss by the tokens of the document read before, mean over seeds; nats. Trained on {task.length} tokens.'
   return _drawn(f'{task.title}: loss by position', note, series, Axis('tokens read', True, amount), Axis('held-out loss'))
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from jaxformer import config
+from jaxformer.compare.sizing import measure
 from jaxformer.compare.study import Entry, Study
 from jaxformer.config import InputError
 from jaxformer.data import Dataset, DatasetConfig, open_data
@@ -85,7 +86,9 @@ def run_study(study: Study, log: Log, interrupt: Interrupt) -> Finished:
     if dataset.vocab_size is None:
       raise InputError(f'Study.tasks: {title} has no tokens; a study compares models of tokens')
     for entry in study.entries:   # before any trains: a size that cannot be met is known at once
-      models[title, entry.title] = entry.model(study, dataset.vocab_size, task.positions)
+      model = models[title, entry.title] = entry.model(study, dataset.vocab_size, task.positions)
+      value = measure(model, study.match)
+      log(f'{title} | {entry.title} | {value:,.0f} {study.match} ({value / study.target - 1:+.2%})')
   for title, task, dataset in zip(study.task_titles, study.tasks, datasets, strict=True):
     runner = _Runner(study, title, dataset, interrupt, log)
     results[title] = tuple(runner.tuned(entry, models[title, entry.title], task) for entry in study.entries)

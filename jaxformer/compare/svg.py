@@ -188,7 +188,7 @@ def _beside(series: Sequence[Series], sx: _Scale, sy: _Scale) -> list[str]:
   taken = [(x - 6, y - 6, x + 6, y + 6) for x, y, _ in at]
   parts = []
   for own, (x, y, name) in enumerate(at):
-    length = 0.6 * LABEL * len(name)
+    length = 0.62 * LABEL * len(name)
     places = [(x + dx - (length if dx < 0 else 0), y + dy) for dy in (0, -13, 13, -26, 26, -39, 39) for dx in (9, -9)]
     boxes = [(left, middle - LABEL / 2, left + length, middle + LABEL / 2) for left, middle in places]
     others = [box for i, box in enumerate(taken) if i != own]
@@ -199,7 +199,9 @@ def _beside(series: Sequence[Series], sx: _Scale, sy: _Scale) -> list[str]:
     if abs(middle - y) > 14:
       near = box[0] if box[0] > x else box[2]
       parts.append(f'<path d="M{x:.1f} {y:.1f}L{near:.1f} {middle:.1f}" class="axis" stroke-dasharray="2 2"/>')
-    parts.append(f'<text x="{box[0]:.1f}" y="{middle + 4:.1f}" font-size="{LABEL}" class="halo">{html.escape(name)}</text>')
+    at_x, anchor = (box[0], 'start') if box[0] > x else (box[2], 'end')
+    parts.append(f'<text x="{at_x:.1f}" y="{middle + 4:.1f}" text-anchor="{anchor}" font-size="{LABEL}" class="halo">'
+                 f'{html.escape(name)}</text>')
   return parts
 
 

@@ -54,8 +54,8 @@ def scores(task: TaskResults, results: Results) -> Table:
   level = 'lower is better' if task.lower_is_better else 'higher is better'
   note = (
     f'Mean and 95% interval (Student) of {task.metric} over seeds, {level}; scored on {task.scored_on}. Differences are paired '
-    'by seed, with the interval of that one comparison; p accounts for all comparisons of the task (Holm), and the verdict '
-    'follows it.')
+    'by seed, with the interval of that one comparison (of accuracies in percentage points); p accounts for all comparisons of '
+    'the task (Holm), and the verdict follows it.')
   header = ('architecture', task.metric, f'against {results.reference}', '95% interval', 'p (Holm)', 'verdict', 'rate', 'seeds')
   return Table(f'Scores: {task.title}', note, header, tuple(_score_row(o, task.metric) for o in task.ranked))
 
@@ -71,7 +71,8 @@ def _score_row(o: Outcome, metric: str) -> tuple[str, ...]:
 
 
 def _signed(metric: str, value: float) -> str:
-  return f'{"−" if value < 0 else "+"}{score_form(metric, abs(value))}'
+  size = f'{100 * abs(value):.1f} pts' if metric == 'accuracy' else score_form(metric, abs(value))
+  return f'{"−" if value < 0 else "+"}{size}'
 
 
 def sizes(task: TaskResults, results: Results) -> Table:

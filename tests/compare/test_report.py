@@ -22,8 +22,8 @@ pytestmark = pytest.mark.quick
 NAMES = ('attention', 'LSTM <1997>', 'worse', 'diverges')
 BITS = {'attention': 2.0, 'LSTM <1997>': 1.5, 'worse': 2.6, 'diverges': 2.0}
 ENVIRONMENT = {
-  'command': ['jaxformer', 'compare', 'invented'], 'versions': {'jax': '1.2.3'}, 'python': '3.11', 'platform': 'here', 'commit': 'abc',
-  'time': 'now', 'devices': {'count': 1, 'kind': 'cpu'}, 'data': {'StandardLibrary': {'sha256': 'f00d'}}}
+  'command': ['jaxformer', 'compare', 'invented'], 'versions': {'jax': '1.2.3'}, 'python': '3.11', 'platform': 'here', 'commit': 'abc', 'time': 'now',
+  'devices': {'count': 1, 'kind': 'cpu'}, 'data': {'StandardLibrary': {'sha256': 'f00d'}}}
 
 
 def invented(folder, names=NAMES, bits=BITS):
@@ -151,7 +151,7 @@ def test_a_chart_keeps_to_its_frame(log):
   numbers = [float(v) for v in re.findall(r'\b(?:x|cx|x1|x2)="([-\d.]+)"', svg)]
   assert numbers
   assert all(0 <= v <= 520 for v in numbers)
-  flat = chart([Series('a', 0, (Point(1.0, 0.0), Point(2.0, 0.0)))], Axis('x', log), Axis('y', log), 'flat')   # no range, and no log of 0
-  assert 'nan' not in flat
+  level = Series('a', 0, (Point(1.0, 0.0), Point(2.0, 0.0)))   # no range, and no logarithm of 0
+  assert 'nan' not in chart([level], Axis('x', log), Axis('y', log), 'flat')
   with pytest.raises(ValueError, match='no points'):
     chart([Series('a', 0, (Point(math.nan, 1.0),))], Axis('x'), Axis('y'), 'empty')
