@@ -22,8 +22,8 @@ pytestmark = pytest.mark.quick
 NAMES = ('attention', 'LSTM <1997>', 'worse', 'diverges')
 BITS = {'attention': 2.0, 'LSTM <1997>': 1.5, 'worse': 2.6, 'diverges': 2.0}
 ENVIRONMENT = {
-  'command': ['jaxformer', 'compare', 'invented'], 'versions': {'jax': '1.2.3'}, 'python': '3.11', 'platform': 'here', 'commit': 'abc', 'time': 'now',
-  'devices': {'count': 1, 'kind': 'cpu'}, 'data': {'StandardLibrary': {'sha256': 'f00d'}}}
+  'command': ['jaxformer', 'compare', 'invented'], 'versions': {'jax': '1.2.3'}, 'python': '3.11', 'platform': 'here',
+  'commit': 'abc', 'time': 'now', 'devices': {'count': 1, 'kind': 'cpu'}, 'data': {'StandardLibrary': {'sha256': 'f00d'}}}
 
 
 def invented(folder, names=NAMES, bits=BITS):
