@@ -10,8 +10,8 @@ from collections.abc import Callable, Sequence
 # Okabe and Ito 2008: told apart by every kind of colour vision. Yellow is darkened: on white it could not be seen.
 COLOURS = ('#000000', '#0072B2', '#D55E00', '#009E73', '#CC79A7', '#56B4E9', '#E69F00', '#B8A800')
 MARKERS = ('circle', 'square', 'triangle', 'diamond', 'cross', 'down', 'plus')   # with the colours no two of 56 are alike
-WIDTH, HEIGHT = 520, 350
-LEFT, RIGHT, TOP, BOTTOM = 68, 112, 14, 50
+WIDTH, HEIGHT = 536, 350
+LEFT, RIGHT, TOP, BOTTOM = 84, 112, 14, 50
 FONT, LABEL = 14, 13
 MOST_TICKS = 6
 

@@ -19,7 +19,7 @@ WRONG = {   # what is changed in the tutorial's layer -> checks that fail -> wha
                {'the state is of the size that the config declares': 'state_size says 64 numbers, and init_state gives 32'}),
   'Steps': (('  def __call__', '  def step(self, x_BD, ctx, state):\n    out = super().step(x_BD, ctx, state)\n'
              '    return Output(out.y + 0.5 * out.y, out.state)\n\n  def __call__'),
-            {'the whole sequence equals a prefill and steps': 'prefill of 0 and 20 steps against the whole sequence: outputs'}),
+            {'the whole sequence equals a prefill and steps': 'prefill of 0 and 20 steps against the whole sequence: the output'}),
 }
 
 

@@ -150,7 +150,7 @@ def test_a_chart_keeps_to_its_frame(log):
   svg = chart([Series('a', 0, points, line=True), Series('b', 9, points[:1])], Axis('x', log), Axis('y'), 'chart')
   numbers = [float(v) for v in re.findall(r'\b(?:x|cx|x1|x2)="([-\d.]+)"', svg)]
   assert numbers
-  assert all(0 <= v <= 520 for v in numbers)
+  assert all(0 <= v <= 536 for v in numbers)
   level = Series('a', 0, (Point(1.0, 0.0), Point(2.0, 0.0)))   # no range, and no logarithm of 0
   assert 'nan' not in chart([level], Axis('x', log), Axis('y', log), 'flat')
   with pytest.raises(ValueError, match='no points'):
