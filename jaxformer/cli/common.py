@@ -48,6 +48,47 @@ def experiment_of(target: str, overrides: Overrides) -> Any:
   return override(experiment, overrides)
 
 
+def study_of(target: str) -> Any:
+  """The study of a name or a file; a file is Python that defines `study` (a `Study`, or a function that returns one)."""
+  from jaxformer.compare.studies import STUDIES
+  from jaxformer.compare.study import Study
+  if not (target.endswith('.py') or os.sep in target):
+    if target not in set(STUDIES):
+      raise InputError(f'no study named {target!r}{nearest(target, STUDIES)}; a file ends in .py')
+    return STUDIES[target]
+  path = pathlib.Path(target)
+  if not path.is_file():
+    raise InputError(f'{target}: no such file')
+  with of_file(path):
+    study = getattr(load_file(path), 'study', None)
+    study = study() if callable(study) else study
+  if not isinstance(study, Study):
+    raise InputError(f'{target}: defines no `study`; it must be a Study or a function that returns one')
+  return study
+
+
+def object_of(name: str) -> Any:
+  """What FILE:NAME stands for: `my_layer.py:MyMixer.Config`. A config type is made with its defaults; a class that has its config
+  inside stands for that."""
+  from jaxformer.config import Config
+  file, colon, inside = name.rpartition(':')
+  path = pathlib.Path(file)
+  if not colon or not inside:
+    raise InputError(f'{name}: must be FILE.py:NAME, as in my_layer.py:MyMixer.Config')
+  if not path.is_file():
+    raise InputError(f'{file}: no such file')
+  with of_file(path):
+    thing = load_file(path)
+    for part in inside.split('.'):
+      if not hasattr(thing, part):
+        here = [n for n, v in vars(thing).items() if isinstance(v, type) and v.__module__ == f'experiment_{path.stem}']
+        raise InputError(f'{name}: has no {part!r}{nearest(part, here)}')
+      thing = getattr(thing, part)
+    if isinstance(thing, type) and not issubclass(thing, Config):
+      thing = getattr(thing, 'Config', thing)
+    return thing() if isinstance(thing, type) and issubclass(thing, Config) else thing
+
+
 @contextlib.contextmanager
 def of_file(path: pathlib.Path) -> Generator[None]:
   """Within, errors name the file; those of the user's own code come with their traceback, from the file on."""

@@ -5,16 +5,21 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from jaxformer import config
+from jaxformer.compare.sizing import measure
 from jaxformer.compare.study import Entry, Study
 from jaxformer.config import InputError
 from jaxformer.data import Dataset, DatasetConfig, open_data
 from jaxformer.models.language_model import ModelConfig
-from jaxformer.training import Experiment, TrainResult, train
-from jaxformer.training.loop import DONE, INTERRUPTED
+from jaxformer.training import Experiment, read_metrics, train
+from jaxformer.training.interrupt import Interrupt
+from jaxformer.training.loop import INTERRUPTED
 from jaxformer.training.population import train_population
+from jaxformer.training.run import read_events, run_folder
 
 Log = Callable[[str], None]
 
@@ -48,7 +53,7 @@ class Tuned:
   Attributes:
     title: of the entry.
     model: as it was trained.
-    trials: the grid, in ascending order of rates, with the tuning seed.
+    trials: the grid, in ascending order of rates, with the tuning seed; none where there was but one rate.
     rate: the best of them.
     at_edge: whether it still lies at an end of the grid, so that a better one may lie beyond.
     runs: at the best rate, a seed each.
@@ -70,37 +75,108 @@ class Finished:
   results: dict[str, tuple[Tuned, ...]]
 
 
-def run_study(study: Study, log: Log) -> Finished:
-  """Trains what is not trained yet, and gathers all. Raises `Interrupted` after a signal, when what was running is saved."""
-  results = {}
-  for task in study.tasks:
-    dataset = open_data(task, log=log)
+def run_study(study: Study, log: Log, interrupt: Interrupt) -> Finished:
+  """Trains what is not trained yet, and gathers all. Raises `Interrupted` after a signal, when what was running is saved.
+
+  The same study gives the same numbers however often it was interrupted.
+  """
+  results, models = {}, {}
+  datasets = [open_data(task, log=log) for task in study.tasks]
+  for title, task, dataset in zip(study.task_titles, study.tasks, datasets, strict=True):
     if dataset.vocab_size is None:
-      raise InputError(f'Study.tasks: {task.tag} asks for classes of features; a study compares models of tokens')
-    found = []
-    for entry in study.entries:
-      model = entry.model(study, dataset.vocab_size, task.positions)
-      log(f'{task.tag}: {entry.title}')
-      found.append(_tuned(study, entry, model, task, dataset, log))
-    results[task.tag] = tuple(found)
+      raise InputError(f'Study.tasks: {title} has no tokens; a study compares models of tokens')
+    for entry in study.entries:   # before any trains: a size that cannot be met is known at once
+      model = models[title, entry.title] = entry.model(study, dataset.vocab_size, task.positions)
+      value = measure(model, study.match)
+      log(f'{title} | {entry.title} | {value:,.0f} {study.match} ({value / study.target - 1:+.2%})')
+  for title, task, dataset in zip(study.task_titles, study.tasks, datasets, strict=True):
+    runner = _Runner(study, title, dataset, interrupt, log)
+    results[title] = tuple(runner.tuned(entry, models[title, entry.title], task) for entry in study.entries)
   return Finished(study, results)
 
 
-def _tuned(study: Study, entry: Entry, model: ModelConfig, task: DatasetConfig, dataset: Dataset, log: Log) -> Tuned:
-  def run(pairs: Sequence[tuple[float, int]]) -> list[Trial]:
-    return _trained([study.experiment(entry, model, task, rate, seed) for rate, seed in pairs], dataset, study.together, log)
+class _Runner:
+  """Trains what is not trained yet of one entry on one task."""
 
-  trials = {t.rate: t for t in run([(rate, study.tuning_seed) for rate in study.learning_rates])}
-  for _ in range(study.extensions):
-    beyond = _beyond(sorted(trials), _best(trials))
-    if beyond is None:
-      break
-    log(f'{entry.title}: the best rate lies at an end of the grid; trying {beyond:g} too')
-    trials |= {t.rate: t for t in run([(beyond, study.tuning_seed)])}
-  rates, best = sorted(trials), _best(trials)
-  return Tuned(
-    entry.title, model, tuple(trials[r] for r in rates), best, len(rates) > 1 and best in (rates[0], rates[-1]),
-    tuple(run([(best, seed) for seed in study.seeds])))
+  def __init__(self, study: Study, where: str, dataset: Dataset, interrupt: Interrupt, log: Log):
+    self.study, self.where, self.dataset, self.interrupt, self.log = study, where, dataset, interrupt, log
+
+  def tuned(self, entry: Entry, model: ModelConfig, task: DatasetConfig) -> Tuned:
+    s = self.study
+
+    def run(pairs: Sequence[tuple[float, int]]) -> list[Trial]:
+      return self.trained(entry.title, [s.experiment(entry, model, task, rate, seed) for rate, seed in pairs])
+
+    trials: dict[float, Trial] = {}
+    best = s.learning_rates[0]
+    if len(s.learning_rates) > 1:
+      trials = {t.rate: t for t in run([(rate, s.tuning_seed) for rate in s.learning_rates])}
+      for _ in range(s.extensions):
+        beyond = _beyond(sorted(trials), _best(trials))
+        if beyond is None:
+          break
+        trials |= {t.rate: t for t in run([(beyond, s.tuning_seed)])}
+      best = _best(trials)
+    rates = sorted(trials)
+    return Tuned(
+      entry.title, model, tuple(trials[r] for r in rates), best, len(rates) > 1 and best in (rates[0], rates[-1]),
+      tuple(run([(best, seed) for seed in s.seeds])))
+
+  def trained(self, title: str, experiments: Sequence[Experiment]) -> list[Trial]:
+    """The runs of experiments of one model, `together` at a time."""
+    found: list[Trial] = []
+    for group in _batched(experiments, self.study.together):
+      done = [finished(e) for e in group]
+      if any(t is None for t in done):   # those that are done go along: in a population of another size sums round otherwise
+        began = time.perf_counter()
+        self._train(group)
+        done = [_trial(e) for e in group]
+        spent = f'{time.perf_counter() - began:.1f} s' + (f' for {len(group)} together' if len(group) > 1 else '')
+      else:
+        spent = 'done before'
+      for t in done:
+        assert t is not None
+        self.log(f'{self.where} | {title} | rate {t.rate:g} | seed {t.seed} | {score_text(t.metrics)} | {spent}')
+        found.append(t)
+    return found
+
+  def _train(self, group: Sequence[Experiment]) -> None:
+    if self.interrupt.signal is None:
+      def quiet(line: str) -> None:
+        """One line a run is enough."""
+      alone = len(group) == 1
+      results = ([train(group[0], dataset=self.dataset, log=quiet)] if alone
+                 else train_population(group, dataset=self.dataset, log=quiet))
+      if all(r.exit_code != INTERRUPTED for r in results) and self.interrupt.signal is None:
+        return
+    raise Interrupted
+
+
+def finished(experiment: Experiment) -> Trial | None:
+  """The run of an experiment if it has come to its end, be it that its numbers stopped being finite."""
+  folder = run_folder(experiment)
+  file = folder / 'config.json'
+  if not file.exists() or file.read_text() != config.text(experiment):
+    return None
+  ends = [row['event'] for row in read_events(folder) if row['event'] in ('start', 'resume', 'done', 'not_finite')]
+  return _trial(experiment) if ends and ends[-1] in ('done', 'not_finite') else None
+
+
+def _trial(experiment: Experiment) -> Trial:
+  folder, last = run_folder(experiment), {}
+  for row in read_metrics(folder):
+    last |= row
+  loss = last.get('eval/loss')
+  return Trial(experiment.optimizer.learning_rate, experiment.training.seed, str(folder),
+               math.inf if loss is None else float(loss), last)
+
+
+def score_text(metrics: dict[str, Any]) -> str:
+  """What a run is judged by, for a reader."""
+  if metrics.get('eval/loss') is None:
+    return 'diverged'
+  bits = metrics.get('eval/bits_per_byte')
+  return f'accuracy {metrics["eval/accuracy"]:.1%}' if bits is None else f'{bits:.4f} bits per byte'
 
 
 def _best(trials: dict[float, Trial]) -> float:
@@ -108,31 +184,12 @@ def _best(trials: dict[float, Trial]) -> float:
 
 
 def _beyond(rates: list[float], best: float) -> float | None:
-  """The next rate outside a grid at whose end the best lies, in the grid's own ratio; None inside it, and for a grid of one."""
-  if len(rates) < 2 or best not in (rates[0], rates[-1]):
+  """The next rate outside a grid at whose end the best lies, in the grid's own ratio; None inside it."""
+  if best not in (rates[0], rates[-1]):
     return None
   beyond = rates[0] ** 2 / rates[1] if best == rates[0] else rates[-1] ** 2 / rates[-2]
   return float(f'{beyond:.3g}')
 
 
-def _trained(experiments: Sequence[Experiment], dataset: Dataset, together: int, log: Log) -> list[Trial]:
-  """The runs of experiments of one model, `together` at a time."""
-  results: list[TrainResult] = []
-  for group in _batched(experiments, together):
-    alone = len(group) == 1
-    done = [train(group[0], dataset=dataset, log=log)] if alone else train_population(group, dataset=dataset, log=log)
-    results += done
-    if any(r.exit_code == INTERRUPTED for r in done):
-      raise Interrupted
-  return [
-    Trial(e.optimizer.learning_rate, e.training.seed, str(r.folder), _loss(r), r.metrics)
-    for e, r in zip(experiments, results, strict=True)]
-
-
 def _batched(values: Sequence[Any], n: int) -> list[Sequence[Any]]:
   return [values[i : i + n] for i in range(0, len(values), n)]
-
-
-def _loss(result: TrainResult) -> float:
-  loss = result.metrics.get('eval/loss')
-  return math.inf if result.exit_code != DONE or loss is None else float(loss)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 from jaxformer import config
 from jaxformer.compare.sizing import Match, solve
 from jaxformer.config import Config, InputError
@@ -88,12 +91,14 @@ class Study(Config):
     tokens: training tokens of a run.
     batch_size: sequences an update.
     optimizer, schedule: the same for all; the learning rate comes from the grid.
-    learning_rates: the grid, from the least to the greatest, tried with seed `tuning_seed`.
+    learning_rates: the grid, from the least to the greatest, tried with seed `tuning_seed`; a single one is not tried, but taken.
     extensions: how often the grid may grow by one rate beyond an end at which the best lies.
     tuning_seed: takes no part in the comparison.
     seeds: of the runs at each one's best learning rate.
     together: how many runs of one architecture train at once in one program (`training.population`).
     eval_batches: batches of held-out sequences that score a run; None for all.
+    contexts: tokens of context at which reading a prompt and decoding are timed; none leaves that out.
+    rounds: how often the training step of each is timed, in turn; 0 leaves that out.
     dir: where studies live.
   """
 
@@ -113,6 +118,8 @@ class Study(Config):
   seeds: tuple[int, ...] = (1, 2, 3)
   together: int = 4
   eval_batches: int | None = 32
+  contexts: tuple[int, ...] = (128, 1024)
+  rounds: int = 5
   dir: str = 'runs'
 
   def validate(self):
@@ -127,10 +134,25 @@ class Study(Config):
     self.require(self.tuning_seed not in self.seeds, 'tuning_seed', 'none of the seeds: the best rate was chosen by it')
     for field in ('target', 'tolerance', 'tokens', 'batch_size', 'together'):
       self.require(getattr(self, field) > 0, field, 'positive')
-    self.require(self.extensions >= 0, 'extensions', 'at least 0')
+    for field in ('extensions', 'rounds'):
+      self.require(getattr(self, field) >= 0, field, 'at least 0')
+    self.require(re.fullmatch(r'\w[\w.+-]*', self.name) is not None, 'name', 'letters, digits and . _ + -: it is a folder')
+    self.require(all(c > 0 for c in self.contexts), 'contexts', 'positive')
     for task in self.tasks:
       batch = self.batch_size * task.positions
       self.require(self.tokens >= batch, 'tokens', f'at least {batch:,}, those of one batch of {task.tag}')
+
+  @property
+  def task_titles(self) -> tuple[str, ...]:
+    """A name for each task: its type, of text that of its source; from the second of a name on with a number."""
+    tags = [task.source.tag if isinstance(task, DataConfig) else task.tag for task in self.tasks]
+    counts = [tags[: i + 1].count(tag) for i, tag in enumerate(tags)]
+    return tuple(tag if n == 1 else f'{tag}-{n}' for tag, n in zip(tags, counts, strict=True))
+
+  @property
+  def folder(self) -> Path:
+    """Where its runs and its report are."""
+    return Path(self.dir) / self.name
 
   def steps(self, task: DatasetConfig) -> int:
     """Updates of a run on a task."""

@@ -16,6 +16,9 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 class Interrupt:
   """Within, SIGTERM, SIGINT and SIGUSR2 set a flag that the loop reads after each step; a second SIGINT aborts.
 
+  One inside another begins with what the outer has heard, and passes on what it hears: a program of several trainings can ask the
+  outer one between them.
+
   Under `jax.distributed` the processes agree on the step after which to stop. There SIGTERM belongs to jax's preemption notifier,
   and the other two are passed on as SIGTERM.
   """
@@ -30,11 +33,19 @@ class Interrupt:
       for s in SIGNALS:
         if not (self._distributed and s is signal.SIGTERM):
           self._old[s] = signal.signal(s, self._handle)
+    for outer in self._outer():
+      self.signal = self.signal or outer.signal
     return self
 
   def __exit__(self, *_: object) -> None:
     for s, old in self._old.items():
       signal.signal(s, old)
+    for outer in self._outer():
+      outer.signal = outer.signal or self.signal
+
+  def _outer(self) -> list[Interrupt]:
+    owners = (getattr(old, '__self__', None) for old in self._old.values())
+    return [owner for owner in owners if isinstance(owner, Interrupt)]
 
   def _handle(self, number: int, frame: object) -> None:
     again = self.signal == 'SIGINT' and number == signal.SIGINT

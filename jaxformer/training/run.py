@@ -199,6 +199,11 @@ def read_metrics(folder: str | Place) -> list[dict[str, Any]]:
   return _rows(place(folder) / 'metrics.jsonl')
 
 
+def read_events(folder: str | Place) -> list[dict[str, Any]]:
+  """The rows of `events.jsonl`, like `read_metrics`."""
+  return _rows(place(folder) / 'events.jsonl')
+
+
 def _rows(file: Place) -> list[dict[str, Any]]:
   rows = []
   for line in file.read_text().splitlines() if file.exists() else ():

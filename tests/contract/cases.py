@@ -4,31 +4,16 @@ import functools
 import re
 
 import jax
-import jax.numpy as jnp
-import numpy as np
-from flax import nnx
 
 from jaxformer import config as configs
-from jaxformer.config import Config
-from jaxformer.layers.layer import Context, LayerConfig, Memory, Site
+from jaxformer.compare.contract import BATCH, LENGTH, WIDTH, Alone, Case, close, inputs, segments
+from jaxformer.layers.layer import LayerConfig
 from jaxformer.models.classifier import Classifier
 from jaxformer.models.encoder_decoder import EncoderDecoder
 from jaxformer.models.language_model import LanguageModel
-from jaxformer.models.params import Definition, define
 from jaxformer.models.zoo import PRESETS
 
-WIDTH, BATCH, LENGTH = 32, 8, 20   # longer than what operations treat as a short decode
-
-
-class Alone(Config):
-  """A layer by itself, as something that `define` can take."""
-
-  layer: LayerConfig
-  width: int = WIDTH
-  site: int = 1
-
-  def build(self, rngs: nnx.Rngs) -> nnx.Module:
-    return self.layer.build(self.width, rngs, Site(layer=self.site, layers=3, branches=6))
+__all__ = ['BATCH', 'LENGTH', 'WIDTH', 'Alone', 'Case', 'close', 'inputs', 'segments']
 
 
 def _named(example: LayerConfig) -> str:
@@ -46,52 +31,6 @@ CLASSIFIERS = sorted(n for n in PRESETS if n.endswith('-tiny') and isinstance(PR
 PAIRS = sorted(n for n in PRESETS if n.endswith('-tiny') and isinstance(PRESETS[n].model, EncoderDecoder.Config))
 
 
-class Case:
-  """A layer or a model with parameters, and its calls jitted once."""
-
-  def __init__(self, config):
-    self.definition: Definition = define(config)
-    params = self.definition.init(jax.random.key(0))
-    # Away from the initial values: a parameter that starts at zero hides what it multiplies.
-    keys = jax.random.split(jax.random.key(1), len(params))
-    self.params = {n: p + 0.05 * jax.random.normal(k, p.shape) for k, (n, p) in zip(keys, params.items(), strict=True)}
-    self.call = jax.jit(self.whole)
-    self.step = jax.jit(lambda p, x, s: _pair(self.definition.merge(p).step(x, self.given(x[:, None], Context()), s)))
-
-  def whole(self, params, x, ctx=Context(), state=None):
-    return _pair(self.definition.merge(params)(x, self.given(x, ctx), state))
-
-  def given(self, x, ctx):
-    """The context with what the layer reads of earlier layers: values that follow from the same position's input alone."""
-    config = self.definition.config
-    reads = config.layer.reads(config.width) if isinstance(config, Alone) else {}
-    if self.reads_memory:
-      ctx = ctx.replace(memory=self.memory(x.shape[0]))
-    # Scanned unless a test asks otherwise: half of what there is to compile.
-    return ctx.replace(
-      shared={n: jnp.sin(2 * x[..., jnp.arange(c) % x.shape[-1]]) for n, c in reads.items()},
-      unroll=bool(ctx.unroll))
-
-  @property
-  def reads_memory(self):
-    config = self.definition.config
-    return isinstance(config, Alone) and config.layer.memory_width(config.width) is not None
-
-  def memory(self, batch: int):
-    """What a layer that reads an encoder's output finds: sources of LENGTH, LENGTH - 2, ... tokens."""
-    y = jax.random.normal(jax.random.key(4), (BATCH, LENGTH, self.definition.config.layer.memory_width(WIDTH)))[:batch]
-    return Memory(y, jnp.arange(LENGTH)[None] < LENGTH - 2 * jnp.arange(batch)[:, None])
-
-  def init_state(self, batch: int, max_len: int, params=None):
-    module = self.definition.merge(self.params if params is None else params)
-    return module.begin(batch, max_len, self.memory(batch)) if self.reads_memory else module.init_state(batch, max_len)
-
-  def loss(self, params, x, ctx=Context()):
-    """A scalar that every output bears on."""
-    y = self.whole(params, x, ctx)[0].astype(jnp.float32)
-    return jnp.sum(jnp.sin(y) * (1 + jnp.arange(y.shape[1])[None, :, None]))
-
-
 @functools.cache
 def layer(name: str) -> Case:
   return Case(Alone(layer=LAYERS[name]))
@@ -106,26 +45,5 @@ def model(name: str) -> Case:
     for stack in ('stack', 'encoder', 'decoder') if hasattr(config, stack)}))
 
 
-def inputs(dtype=jnp.float32):
-  return jax.random.normal(jax.random.key(2), (BATCH, LENGTH, WIDTH), dtype)
-
-
 def tokens(case: Case, length: int, batch: int = BATCH):
   return jax.random.randint(jax.random.key(3), (batch, length), 0, case.definition.config.vocab_size)
-
-
-def segments(*lengths: int):
-  return jnp.broadcast_to(jnp.asarray(np.repeat(np.arange(len(lengths)), lengths))[None], (BATCH, sum(lengths)))
-
-
-def _pair(out):
-  return out.y, out.state
-
-
-def close(a, b, rtol, what=''):
-  """Equal up to `rtol` of the largest magnitude of b, leaf by leaf."""
-  for (path, x), y in zip(jax.tree.leaves_with_path(a), jax.tree.leaves(b), strict=True):
-    x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
-    scale = max(np.abs(y).max(initial=0.0), 1e-3)
-    gap = np.abs(x - y).max(initial=0.0)
-    assert gap <= rtol * scale, f'{what}{jax.tree_util.keystr(path)}: differs by {gap:.2e} where values reach {scale:.2e}'

@@ -1,0 +1,129 @@
+"""`jaxformer compare` as a user starts it: stopped in the middle, it ends with the same numbers."""
+
+import json
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from jaxformer.cli import main
+from jaxformer.compare.studies import STUDIES
+from tests.e2e.program import environment, start
+
+STUDY = '''
+from jaxformer.compare.study import AsIs, Study
+from jaxformer.data import AssociativeRecall
+from jaxformer.models.zoo import FAMILIES
+
+
+def entry(family):
+  return AsIs(name=family, model_config=FAMILIES[family].make(width=16, layers=1, hidden=0, vocab_size=10, context=8))
+
+
+study = Study(
+  name='tiny', entries=(entry('gru'), entry('lstm'), entry('mamba')), tasks=(AssociativeRecall(length=6, test_sequences=64),),
+  tokens=8 * 8 * 60, batch_size=8, learning_rates=(1e-3, 3e-3), extensions=1, seeds=(1, 2), together=2, contexts=(8,), rounds=1)
+'''
+LAYER = '''
+import jax.numpy as jnp
+
+from jaxformer.layers.layer import Layer, LayerConfig, Output
+
+
+class Nothing(Layer):
+  class Config(LayerConfig):
+    def build(self, width, rngs, site):
+      return Nothing()
+
+  def __call__(self, x_BTD, ctx, state=None):
+    return Output(jnp.zeros_like(x_BTD), state)
+'''
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+  (tmp_path / 'study.py').write_text(STUDY)
+  (tmp_path / 'my_layer.py').write_text(LAYER)
+  monkeypatch.chdir(tmp_path)
+  return tmp_path
+
+
+def stopped(folder, cache, number, after):
+  """The study, sent a signal once `after` runs are reported; its exit code and what it said."""
+  command = [sys.executable, '-m', 'jaxformer', 'compare', '../study.py']
+  with subprocess.Popen(command, cwd=folder, env=environment(cache), stderr=subprocess.PIPE, text=True) as process:
+    lines = []
+    for line in process.stderr:
+      lines.append(line)
+      if sum('seed' in text for text in lines) == after:
+        process.send_signal(number)
+        break
+    lines += process.stderr.readlines()
+  return process.returncode, lines
+
+
+@pytest.mark.e2e
+def test_stopped_twice_it_ends_with_the_same_numbers(folder, tmp_path_factory):
+  cache = tmp_path_factory.getbasetemp() / 'jaxformer-cache'
+  reports = []
+  for name in ('whole', 'stopped'):
+    (folder / name).mkdir()
+    if name == 'stopped':
+      code, lines = stopped(folder / name, cache, signal.SIGTERM, 1)
+      assert (code, lines[-1]) == (75, 'interrupted: what was running is saved; the same command goes on from there\n')
+      assert stopped(folder / name, cache, signal.SIGKILL, 6)[0] == -signal.SIGKILL
+    done = start(['compare', '../study.py', '--json'], folder / name, cache)
+    assert done.returncode == 0, done.stderr
+    lines = done.stderr.splitlines()
+    assert all(line.count(' | ') >= 2 for line in lines), done.stderr   # a line a run and a cost, and nothing of the trainings
+    reports.append(json.loads(done.stdout))
+    assert json.loads((folder / name / 'runs' / 'tiny' / 'report' / 'report.json').read_text()) == reports[-1]
+  assert 'done before' in done.stderr
+  assert reports[0]['tasks'] == reports[1]['tasks']
+  assert [len(o['scores']) for o in reports[0]['tasks'][0]['outcomes']] == [2, 2, 2]
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(('command', 'parts'), [
+  (['compare', 'quickstrat'], ["'quickstrat'", 'did you mean quickstart']),
+  (['compare', 'nothing.py'], ['nothing.py: no such file']),
+  (['compare', 'my_layer.py'], ['defines no `study`']),
+  (['compare', 'study.py', '--study.tokenz', '3'], ['--study.tokenz', 'did you mean tokens']),
+  (['compare', 'study.py', '--study.tokens', 'many'], ['tokens', "'many'"]),
+  (['compare', 'study.py', '--tokens', '3'], ["'--tokens'"]),
+  (['compare', 'study.py', '--model.width', '3'], ['--model.width', 'study']),
+  (['compare', 'study.py', '--study.seeds', '1,1'], ['seeds', 'each once']),
+  (['compare', 'study.py', '--add', 'my_layer.py'], ['my_layer.py', 'FILE.py:NAME']),
+  (['compare', 'study.py', '--add', 'my_layer.py:Nothin'], ["'Nothin'", 'did you mean Nothing']),
+  (['compare', 'study.py', '--add', 'study.py:study'], ['study.py:study', 'neither']),
+  (['check', 'my_layer.py'], ['FILE.py:NAME']),
+  (['check', 'absent.py:Layer.Config'], ['absent.py: no such file']),
+  (['check', 'study.py:study'], ['study.py:study', 'is not the config of a layer']),
+])
+def test_bad_input(command, parts, folder, capsys, monkeypatch):
+  from jaxformer import config
+  monkeypatch.setattr(config, '_TYPES', dict(config._TYPES))
+  assert main(command) == 2
+  out, err = capsys.readouterr()
+  assert out == ''
+  assert err.startswith('error: ')
+  assert 'Traceback' not in err
+  for part in parts:
+    assert part in err
+  assert sorted(p.name for p in folder.iterdir() if p.suffix != '') == ['my_layer.py', 'study.py']
+
+
+@pytest.mark.quick
+def test_a_layer_of_ones_own_stands_beside_the_others(folder, capsys, monkeypatch):
+  from jaxformer import config
+  monkeypatch.setattr(config, '_TYPES', dict(config._TYPES))
+  assert main(['compare', 'study.py', '--add', 'my_layer.py:Nothing.Config', '--study.tokens', '1e5', '--show']) == 0
+  shown = json.loads(capsys.readouterr().out)
+  assert shown['tokens'] == 100_000
+  assert shown['entries'][-1]['layer'] == {'type': 'Nothing'}
+
+
+@pytest.mark.quick
+def test_named_studies_hold_ten_architectures():
+  assert {len(STUDIES[name].entries) for name in STUDIES} == {10}
