@@ -6,6 +6,7 @@ formulas of `jaxformer plan` from it, and what does a Chinchilla-optimal trainin
     pip install -e '.[tpu]'
     python experiments/plan_table.py            # the rows that are not there yet
     python experiments/plan_table.py NAME ...   # these rows again
+    python experiments/plan_table.py --formulas # all rows by today's formulas, beside what the compiler said
 
 Needs no TPU. Each row is the training step of the command line (AdamW, fp32 parameters, bf16 products, packed documents) for the
 devices of a slice, from shapes alone. Bytes are those of one device: arguments, temporaries and results that take no argument's
@@ -25,15 +26,19 @@ import json
 import os
 import pathlib
 import sys
+from collections import Counter
 from typing import Any
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 
-from jaxformer.data import DataConfig
+from jaxformer.data import DataConfig, DatasetConfig, Pairs, Tsv
+from jaxformer.models.encoder_decoder import EncoderDecoder
 from jaxformer.models.zoo import PRESETS
+from jaxformer.planning.arithmetic import Arithmetic
 from jaxformer.planning.compiler import CompiledPlan, compile_plan, disagreements, topology_mesh
 from jaxformer.planning.cost import cost, step_flops
 from jaxformer.planning.plan import TOKENS_PER_PARAMETER, Setup, training_report
+from jaxformer.planning.program import Traffic
 from jaxformer.planning.target import parse_target
 from jaxformer.sharding import MESH_AXES, MeshConfig
 from jaxformer.training.experiment import Experiment, TrainingConfig
@@ -57,6 +62,11 @@ class Case:
   note: str = ''
 
 
+RWKV7 = (
+  'the backward pass of the delta rule holds the triangular systems of its chunks in fp32, which the formulas, from what a forward '
+  'pass keeps, do not see')
+
+
 def fsdp(n: int) -> MeshConfig:
   return MeshConfig(data=1, fsdp=n, rules='fsdp')
 
@@ -74,15 +84,18 @@ CASES = (
   Case('mamba-2.8b', 'v5e-32', fsdp(32), 64, 2048),
   Case('mamba2-2.7b', 'v5e-32', fsdp(32), 64, 2048),
   Case('rwkv4-14b', 'v5p-32', fsdp(16), 64, 1024),
-  Case('rwkv7-2.9b', 'v5e-32', fsdp(32), 64, 4096),
+  Case('rwkv7-2.9b', 'v5e-32', fsdp(32), 64, 4096, note=RWKV7),
   Case('h3-2.7b', 'v5e-32', fsdp(32), 64, 2048),
+  Case('transformer-big', 'v5e-8', fsdp(8), 512, 256, note='pairs of 256 tokens, source and target each'),
 )
 
 
 def experiment(case: Case) -> Experiment:
-  return Experiment(
-    model=PRESETS[case.preset].model, data=DataConfig(sequence_length=case.length), mesh=case.mesh,
-    training=TrainingConfig(batch_size=case.batch, remat=case.remat))
+  model = PRESETS[case.preset].model
+  data: DatasetConfig = DataConfig(sequence_length=case.length)
+  if isinstance(model, EncoderDecoder.Config):   # the file is never opened
+    data = Pairs(corpus=Tsv(path='pairs.tsv'), source_lengths=(case.length,), target_lengths=(case.length,))
+  return Experiment(model=model, data=data, mesh=case.mesh, training=TrainingConfig(batch_size=case.batch, remat=case.remat))
 
 
 def compiled(case: Case) -> CompiledPlan:
@@ -139,7 +152,20 @@ def load() -> dict[str, dict[str, Any]]:
   return {r['name']: r for r in json.loads(path.read_text())} if path.exists() else {}
 
 
+def said(figures: dict[str, Any]) -> CompiledPlan:
+  """What the compiler said, from a row."""
+  kept = {k: figures[k] for k in ('arguments', 'temporaries', 'outputs', 'total', 'limit', 'compile_seconds', 'jax', 'libtpu')}
+  flops = figures['flops'] and Arithmetic(
+    figures['flops']['products'], figures['flops']['kernels'], Counter(figures['flops']['not_counted']))
+  sent = {axis: {kind: Traffic(**t) for kind, t in kinds.items()} for axis, kinds in figures['collectives'].items()}
+  return CompiledPlan(**kept, flops=flops, collectives=sent)
+
+
 def main(names: list[str]) -> None:
+  if names == ['--formulas']:
+    rows = load()
+    save({c.preset: row(c, said(rows[c.preset]['compiled'])) for c in CASES if c.preset in rows})
+    return
   if unknown := set(names) - {c.preset for c in CASES}:
     sys.exit(f'no row {sorted(unknown)[0]!r}; there are: {", ".join(c.preset for c in CASES)}')
   for case in CASES:

@@ -7,8 +7,8 @@ remat policy. The rest is what a compiler does with a step, estimated:
 - gradients come out of the backward pass in the compute dtype, when it needs most; microbatches add them up in fp32 beside;
 - the backward pass of one period computes again what was not kept, and holds it with as much again in cotangents of the two
   widest arrays: `working` is what the period would keep without remat, the largest period counts;
-- over `fsdp` the whole weights of one period are there twice (one in use, the next on its way), and its whole gradients once
-  before they are scattered: `gathered`;
+- over `fsdp` the whole weights of one block are there twice (one in use, the next on its way), and its whole gradients once before
+  they are scattered: `gathered`;
 - cross-entropy holds slices of logits (`ops.loss_vocabulary`: at most 64 MiB in fp32, and as much again in backward), and the
   gradient of its input in fp32.
 """
@@ -34,7 +34,7 @@ from jaxformer.ops.route import route
 from jaxformer.planning.residuals import Kept, kept_arrays
 from jaxformer.sharding import MeshConfig, Rules, assume_platform, rules_of
 
-_GROUP = re.compile(r'(.*\bgroups\.\d+)\.')
+_BLOCK = re.compile(r'(.*\bgroups\.\d+\.\d+)\.')
 _LOGIT_BYTES = 2**26
 
 
@@ -50,7 +50,7 @@ class Memory:
     gradients: in the compute dtype, and the fp32 sums of microbatches.
     activations: kept by the remat policy for the backward pass.
     working: of one period's backward pass.
-    gathered: whole weights and gradients of a period.
+    gathered: whole weights and gradients of a block.
     loss: slices of logits and the gradient of the head's input.
   """
 
@@ -209,14 +209,16 @@ def _largest_period(kept: list[Kept]) -> int:
 
 
 def _gathered(definition: Definition, mesh: Any, tensor: Mapping[str, tuple[int, ...]], rules: Rules | str, size: int) -> int:
-  """Whole weights of the largest period, two of them, and its gradients; 0 where nothing is gathered."""
-  where = definition.shardings(mesh, rules)
-  groups: dict[str, int] = {}
+  """Whole weights of the largest block, two of them, and its gradients; 0 where nothing is gathered. Experts stay where they are:
+  tokens travel to them."""
+  where, table = definition.shardings(mesh, rules), rules_of(rules).params
+  blocks: dict[str, int] = {}
   for name, info in definition.info.items():
-    if (found := _GROUP.match(name)) is None:
+    if (found := _BLOCK.match(name)) is None:
       continue
-    shape = [-(-n // p) for n, p in zip(info.shape, tensor[name], strict=True)]
+    axes = zip(info.shape, info.axes, tensor[name], strict=True)
+    shape = [-(-n // (math.prod(mesh.shape[m] for m in table[a]) if a == 'experts' else p)) for n, a, p in axes]
     if math.prod(where[name].shard_shape(info.shape)) < math.prod(shape):
       each = math.prod(shape) // (info.shape[0] if info.axes[0] == 'layers' else 1)
-      groups[found.group(1)] = groups.get(found.group(1), 0) + each * size
-  return 3 * max(groups.values(), default=0)
+      blocks[found.group(1)] = blocks.get(found.group(1), 0) + each * size
+  return 3 * max(blocks.values(), default=0)
