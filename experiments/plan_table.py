@@ -66,6 +66,8 @@ RWKV7 = (
   'the backward pass of the delta rule holds the triangular systems of its chunks in fp32, which the formulas, from what a forward '
   'pass keeps, do not see')
 
+H3 = 'Fourier transforms of long convolutions work on complex numbers of twice the length in fp32, which the formulas do not see'
+
 
 def fsdp(n: int) -> MeshConfig:
   return MeshConfig(data=1, fsdp=n, rules='fsdp')
@@ -85,7 +87,7 @@ CASES = (
   Case('mamba2-2.7b', 'v5e-32', fsdp(32), 64, 2048),
   Case('rwkv4-14b', 'v5p-32', fsdp(16), 64, 1024),
   Case('rwkv7-2.9b', 'v5e-32', fsdp(32), 64, 4096, note=RWKV7),
-  Case('h3-2.7b', 'v5e-32', fsdp(32), 64, 2048),
+  Case('h3-2.7b', 'v5e-32', fsdp(32), 64, 2048, note=H3),
   Case('transformer-big', 'v5e-8', fsdp(8), 512, 256, note='pairs of 256 tokens, source and target each'),
 )
 

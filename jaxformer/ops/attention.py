@@ -125,7 +125,8 @@ def attention(
   axes = time_axes(q.shape[1])
   divided = sharding.shards('time', q.shape[1])
   backend = backend or forced('attention')
-  if axes and mask.aligned and backend in (None, 'chunked'):
+  # Of other keys than the queries' own (an encoder's output) every shard has all.
+  if axes and mask.aligned and mask.key_segments_BS is None and backend in (None, 'chunked'):
     k, v = _divisible(k, q.shape[2]), _divisible(v, q.shape[2])
     return attention_over_time(q, k, v, mask, axes, scale=scale, softcap=softcap, slopes_H=slopes_H)
   if backend is None:
