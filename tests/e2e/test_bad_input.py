@@ -219,7 +219,7 @@ SPOILED = {
   'no tokenizer': (lambda run: gone(run, 'tokenizer'), 'holds no tokenizer'),
   'config cut': (lambda run: (run / 'config.json').write_text('{'), 'JSON'),
   'a list for a config': (lambda run: (run / 'config.json').write_text('[1]'), 'expected an object with a "type"'),
-  'unknown type': (lambda run: rename(run / 'config.json', '"Attention"', '"Atention"'), 'did you mean Attention?'),
+  'unknown type': (lambda run: rename(run / 'config.json', '"Attention"', '"Atention"'), 'did you mean Attention'),
 }
 
 
