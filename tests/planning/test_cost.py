@@ -95,10 +95,12 @@ def test_flops_are_those_that_the_compiler_multiplies(name, training):
   assert formula == pytest.approx(compiled.products + multiplied + counted.elementwise, rel=0.02)
 
 
-@pytest.mark.parametrize('training', [False, True])
-@pytest.mark.parametrize('name', ['gpt2-tiny', 'llama3-tiny', 'mixtral-tiny', 'switch-tiny', 'rwkv4-tiny'])
+@pytest.mark.parametrize(('name', 'training'), [
+  *((name, training) for name in ('gpt2-tiny', 'llama3-tiny', 'rwkv4-tiny') for training in (False, True)),
+  ('mixtral-tiny', False), ('switch-tiny', False)])
 def test_the_compilers_own_count(name, training):
-  """Where it counts all: unrolled, without loops over time (those of RWKV-4 are elementwise, and little)."""
+  """Where it counts all: unrolled, without loops over time (those of RWKV-4 are elementwise, and little), and without the outer
+  products of a mixture's plainest program, each of which it takes for one multiplication a number."""
   model, B, T = PRESETS[name].model, 2, 16
   definition = define(model)
 
