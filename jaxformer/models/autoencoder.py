@@ -106,10 +106,14 @@ class Autoencoder(nnx.Module):
     logits = linear(self._hidden(batch, ctx)[0], self.head[...]).astype(jnp.float32)
     return logits + self.head_bias[...].astype(jnp.float32)[None, None]
 
-  def loss(self, batch: TokenBatch, ctx: Context = Context(), z_loss: float = 0.0) -> tuple[LossSums, dict[str, Array]]:
+  def loss(
+    self, batch: TokenBatch, ctx: Context = Context(), z_loss: float = 0.0, label_smoothing: float = 0.0,
+  ) -> tuple[LossSums, dict[str, Array]]:
     """Sums of the loss over a batch, and the layers' auxiliary scalars."""
     y, aux = self._hidden(batch, ctx)
-    return cross_entropy(y, self.head[...], jnp.asarray(batch.targets_BT), bias_V=self.head_bias[...], z_loss=z_loss), aux
+    sums = cross_entropy(y, self.head[...], jnp.asarray(batch.targets_BT), bias_V=self.head_bias[...], z_loss=z_loss,
+                         label_smoothing=label_smoothing)
+    return sums, aux
 
   def scores(self, batch: TokenBatch, ctx: Context = Context()) -> tuple[Float[Array, 'B T'], Bool[Array, 'B T']]:
     """-log p(target) of every position, in nats, fp32, and whether no token is likelier; 0 and False where there is no target."""
