@@ -194,4 +194,6 @@ def _step_rows(v: dict[str, Any]) -> list[tuple[str, str, str]]:
   times = ', '.join(f'{name} {1e3 * s[f"{name}_seconds"]:,.4g} ms' for name in ('compute', 'memory', 'interconnect', 'network'))
   what = {'prefill': 'prefill', 'decode': 'a decoded token'}.get(v.get('phase', ''), 'a step')
   return [(what, f'at least {1e3 * s["seconds"]:,.4g} ms, bound by {s["bound"]}', times),
-          ('  tokens a second', f'at most {s["tokens_per_second"]:,.0f}', f'{s["tokens"]:,} tokens at once')]
+          ('  tokens a second', f'at most {s["tokens_per_second"]:,.0f}', f'{s["tokens"]:,} tokens at once'),
+          ('  FLOPs a byte', f'{s["arithmetic_intensity"]:,.4g} of memory traffic',
+           f'the chip balances at {s["ridge_intensity"]:,.4g}')]

@@ -115,7 +115,7 @@ def training_report(setup: Setup, tokens: float, utilisation: float, price: floa
     'memory': dataclasses.asdict(memory) | {
       'total': memory.total, 'limit': limit, 'fits': fits, 'short_by': max(0.0, memory.total - limit),
       'would_fit': [] if fits else [words for words, _ in remedies(setup)]},
-    'step': _step(step) | {'batch_size': setup.batch_size, 'sequence_length': setup.length},
+    'step': _step(step, target, setup.precision) | {'batch_size': setup.batch_size, 'sequence_length': setup.length},
     'target': target_report(target), 'mesh': dict(setup.abstract_mesh.shape), 'remat': setup.remat, 'accumulate': setup.accumulate,
   }
 
@@ -135,7 +135,7 @@ def inference_report(
     'memory': {'weights': weights / target.devices, 'state': state / target.devices, 'total': total, 'limit': limit,
                'fits': total <= limit, 'short_by': max(0.0, total - limit),
                'would_fit': [] if total <= limit else [f'{enough} chips or more']},
-    'step': _step(bound) | {'batch_size': batch, 'context': context},
+    'step': _step(bound, target, precision) | {'batch_size': batch, 'context': context},
     'target': target_report(target), 'phase': phase,
   }
 
@@ -147,8 +147,13 @@ def target_report(target: Target) -> dict[str, Any]:
           'chip': dataclasses.asdict(target.chip)}
 
 
-def _step(step: StepTime) -> dict[str, Any]:
-  return dataclasses.asdict(step) | {'bound': step.bound, 'seconds': step.seconds, 'tokens_per_second': step.tokens_per_second}
+def _step(step: StepTime, target: Target, precision: str) -> dict[str, Any]:
+  """The times, and the arithmetic intensity: FLOPs for each byte of the chip's memory that is read or written, beside the number at
+  which the chip is as long about both (its ridge)."""
+  ridge = target.chip.peak(precision) / target.chip.bytes_per_second
+  return dataclasses.asdict(step) | {
+    'bound': step.bound, 'seconds': step.seconds, 'tokens_per_second': step.tokens_per_second,
+    'arithmetic_intensity': ridge * step.compute_seconds / step.memory_seconds, 'ridge_intensity': ridge}
 
 
 # ---- what would fit ---------------------------------------------------------------------------------------------------

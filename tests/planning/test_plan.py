@@ -11,7 +11,7 @@ from jaxformer.config import InputError
 from jaxformer.models.params import define
 from jaxformer.models.zoo import PRESETS
 from jaxformer.planning.memory import abstract_mesh, local_batch, training_memory
-from jaxformer.planning.plan import default_mesh, parse_amount
+from jaxformer.planning.plan import default_mesh, inference_report, parse_amount
 from jaxformer.planning.residuals import kept_arrays
 from jaxformer.planning.roofline import decode, prefill, training_step
 from jaxformer.planning.target import parse_target
@@ -176,3 +176,11 @@ def test_bad_input(capsys, words, message):
   out = capsys.readouterr()
   assert message in out.err
   assert out.out == ''
+
+
+def test_arithmetic_intensity_is_what_the_times_say():
+  """Decoding one sequence does 1 multiplication and addition for each weight of two bytes that it reads: a FLOP a byte."""
+  step = inference_report('decode', PRESETS['llama2-7b'].model, parse_target('h100:1'), batch=1, context=16)['step']
+  assert step['arithmetic_intensity'] == pytest.approx(1.0, rel=0.05)
+  assert step['ridge_intensity'] == pytest.approx(989e12 / 3.35e12, rel=0.01)
+  assert step['bound'] == 'memory'
