@@ -60,11 +60,6 @@ class Autoencoder(nnx.Module):
       """True: every token is asked of the last position (`jaxformer.data.Kind`)."""
       return True
 
-    @property
-    def longest(self) -> int | None:
-      """The longest sequence that the model can read; None where nothing but the context that it was meant for limits it."""
-      return self.context if self.positions is not None and self.positions.bounded else None
-
     def layers(self) -> Iterator[tuple[LayerConfig, int]]:
       return layers_of(self.stack)
 

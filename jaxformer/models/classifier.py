@@ -155,11 +155,6 @@ class Classifier(nnx.Module):
       """Numbers a position that go in; None where tokens do."""
       return self.input.features if isinstance(self.input, LinearInput.Config) else None
 
-    @property
-    def longest(self) -> int | None:
-      """The longest sequence that the model can read; None where nothing but the context that it was meant for limits it."""
-      return self.context if self.positions is not None and self.positions.bounded else None
-
     def layers(self) -> Iterator[tuple[LayerConfig, int]]:
       return layers_of(self.stack)
 

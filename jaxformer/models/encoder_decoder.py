@@ -139,11 +139,6 @@ class EncoderDecoder(nnx.Module):
       both = (*layers_with_widths(self.encoder, self.width), *layers_with_widths(self.decoder, self.width))
       return sum(n * layer.mixing_flops_per_token(width, length, causal) for layer, width, n in both)
 
-    @property
-    def longest(self) -> int | None:
-      """The longest sequence that the model can read; None where nothing but the context that it was meant for limits it."""
-      return self.context if self.positions is not None and self.positions.bounded else None
-
   def __init__(self, config: EncoderDecoder.Config, rngs: nnx.Rngs):
     c = config
     self.config = c

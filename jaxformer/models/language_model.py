@@ -46,6 +46,12 @@ class ModelConfig(Config, abstract=True):
   def build(self, rngs: nnx.Rngs) -> nnx.Module:
     raise NotImplementedError
 
+  @property
+  def longest(self) -> int | None:
+    """The longest sequence that the model can read; None where nothing but the context that it was meant for limits it."""
+    positions: PositionConfig | None = getattr(self, 'positions', None)
+    return self.context if positions is not None and positions.bounded else None
+
   def layers(self) -> Iterator[tuple[LayerConfig, int]]:
     """Every layer's config, with how many times it stands in the model."""
     raise NotImplementedError
@@ -126,11 +132,6 @@ class LanguageModel(nnx.Module):
 
     def mixing_flops_per_token(self, length: int, causal: bool) -> float:
       return sum(n * layer.mixing_flops_per_token(self.width, length, causal) for layer, n in self.layers())
-
-    @property
-    def longest(self) -> int | None:
-      """The longest sequence that the model can read; None where nothing but the context that it was meant for limits it."""
-      return self.context if self.positions is not None and self.positions.bounded else None
 
   def __init__(self, config: LanguageModel.Config, rngs: nnx.Rngs):
     c = config
