@@ -32,6 +32,7 @@ import statistics
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 
+from jaxformer.compare.statistics import estimate
 from jaxformer.config import InputError
 from jaxformer.data import DataConfig
 from jaxformer.layers.position import Rotary
@@ -66,13 +67,6 @@ def score(name: str, rate: float, seed: int, args: argparse.Namespace) -> float:
   return bits
 
 
-def interval(differences: list[float]) -> float:
-  """Half of the 95 % interval of the mean, by Student's t."""
-  from scipy.stats import t
-  n = len(differences)
-  return float(t.ppf(0.975, n - 1)) * statistics.stdev(differences) / n**0.5
-
-
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument('--steps', type=int, default=300)
@@ -92,7 +86,8 @@ def main() -> None:
   differences = [m - d for m, d in zip(scores['mixture'], scores['dense'], strict=True)]
   for name, found in scores.items():
     print(f'{name:8} rate {best[name]:g}: {statistics.mean(found):.4f} bits a byte')
-  print(f'mixture - dense: {statistics.mean(differences):+.4f} +- {interval(differences):.4f} bits a byte '
+  difference = estimate(differences)
+  print(f'mixture - dense: {difference.mean:+.4f} +- {difference.half_width:.4f} bits a byte '
         f'(95 %, paired over {args.seeds} seeds)')
 
 
