@@ -209,17 +209,22 @@ def causal(case: Case) -> None:
 def prefill_and_steps(case: Case, prefill: int) -> None:
   """A whole sequence equals its first `prefill` tokens at once and the others one by one."""
   _decodes(case)
-  x = inputs()
-  whole, final = case.call(case.params, x, Context(), case.init_state(BATCH, LENGTH))
+  continued(case, inputs(), prefill)
+
+
+def continued(case: Case, x: Any, prefill: int) -> None:
+  """The same, of inputs `[B, T, ...]` of a layer or the tokens of a model."""
+  length = x.shape[1]
+  whole, final = case.call(case.params, x, Context(), case.init_state(BATCH, length))
   close(case.call(case.params, x)[0], whole, OUTPUTS, 'what comes without a state, against with one: the output ')
-  state, ys = case.init_state(BATCH, LENGTH), []
+  state, ys = case.init_state(BATCH, length), []
   if prefill:
     y, state = case.call(case.params, x[:, :prefill], Context(), state)
     ys.append(y)
-  for t in range(prefill, LENGTH):
+  for t in range(prefill, length):
     y, state = case.step(case.params, x[:, t], state)
     ys.append(y[:, None])
-  how = f'prefill of {prefill} and {LENGTH - prefill} steps against the whole sequence: the '
+  how = f'prefill of {prefill} and {length - prefill} steps against the whole sequence: the '
   close(jnp.concatenate(ys, axis=1), whole, OUTPUTS, f'{how}output ')
   close(state, final, OUTPUTS, f'{how}final state ')
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from cases import BATCH, CLASSIFIERS, PAIRS, TINY, close, model, segments, tokens
 
+from jaxformer.compare import contract
 from jaxformer.layers.layer import Context
 from jaxformer.models.stack import REMAT
 from jaxformer.ops.route import route
@@ -66,18 +67,7 @@ def loss_of(case, batch):
 @pytest.mark.parametrize('prefill', [0, 17, LENGTH])
 def test_sequence_equals_prefill_and_steps(name, prefill):
   case = model(name)
-  x = tokens(case, LENGTH)
-  whole, final = case.call(case.params, x, Context(), case.init_state(BATCH, LENGTH))
-  state, ys = case.init_state(BATCH, LENGTH), []
-  if prefill:
-    y, state = case.call(case.params, x[:, :prefill], Context(), state)
-    ys.append(y)
-  for t in range(prefill, LENGTH):
-    y, state = case.step(case.params, x[:, t], state)
-    ys.append(y[:, None])
-  close(jnp.concatenate(ys, axis=1), whole, 1e-5)
-  close(state, final, 1e-5, 'state')
-  close(case.call(case.params, x)[0], whole, 1e-5)
+  contract.continued(case, tokens(case, LENGTH), prefill)
 
 
 @every
