@@ -4,6 +4,7 @@ programs are kept between runs.
 `JAXFORMER_NNX=tree` runs the suite with Flax NNX in tree mode.
 """
 
+import gc
 import os
 import pathlib
 from importlib.metadata import version
@@ -43,3 +44,19 @@ if os.environ.get('JAXFORMER_NNX') == 'tree':
 def _own_cache(tmp_path_factory, monkeypatch):
   """No test reads or writes the user's cache of tokenised corpora."""
   monkeypatch.setenv('JAXFORMER_CACHE', str(tmp_path_factory.getbasetemp() / 'jaxformer-cache'))
+
+
+_MAPPINGS = pathlib.Path('/proc/self/maps')
+_tests_run = 0
+
+
+@pytest.fixture(autouse=True)
+def _few_programs():
+  """Compiled programs are let go before the kernel's limit of mappings a process (65,530 by default) is reached: each holds several,
+  and XLA ends the process when it gets no more."""
+  yield
+  global _tests_run
+  _tests_run += 1
+  if _tests_run % 10 == 0 and _MAPPINGS.exists() and _MAPPINGS.read_bytes().count(b'\n') > 20_000:
+    jax.clear_caches()
+    gc.collect()

@@ -16,7 +16,7 @@ from jaxformer.compare.figures import Figure, figures
 from jaxformer.compare.results import Results, gather
 from jaxformer.compare.runner import Interrupted, Log, run_study
 from jaxformer.compare.study import Study
-from jaxformer.compare.svg import key
+from jaxformer.compare.svg import CLASSES, key
 from jaxformer.compare.tables import CSV_HEADER, MATCHED, Table, csv_rows, tables
 from jaxformer.data import open_data
 from jaxformer.training.interrupt import Interrupt
@@ -136,10 +136,7 @@ p { max-width: 75ch; margin: .4rem 0; }
 figure { margin: 0; min-width: 0; }
 figcaption { font-size: .95rem; }
 figure svg { width: 100%; height: auto; max-width: 640px; display: block; }
-svg text { fill: #1a1a1a; font-family: inherit; }
-svg .grid { stroke: #e4e4e4; stroke-width: 1; }
-svg .halo { paint-order: stroke; stroke: #fff; stroke-width: 3px; stroke-linejoin: round; }
-svg .axis { stroke: #666; stroke-width: 1; fill: none; }
+svg text { font-family: inherit; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .25rem .7rem; text-align: right; white-space: nowrap; border-bottom: 1px solid #e4e4e4; }
@@ -177,7 +174,7 @@ def html_text(results: Results) -> str:
   return '\n'.join([
     '<!DOCTYPE html>', '<html lang="en">', '<head>', '<meta charset="utf-8">',
     '<meta name="viewport" content="width=device-width, initial-scale=1">', f'<title>{e(title_of(results))}</title>',
-    f'<style>{STYLE}</style>', '</head>', '<body>', f'<h1>{e(title_of(results))}</h1>',
+    f'<style>{STYLE}{CLASSES}</style>', '</head>', '<body>', f'<h1>{e(title_of(results))}</h1>',
     '<div class="answer">', *(f'<p>{e(line)}</p>' for line in results.answer), '</div>', f'<p>{e(introduction(results))}</p>',
     '<h2>Scores</h2>', *map(_html_table, scores), '<h2>Figures</h2>', f'<div class="keys">{keys}</div>',
     '<p class="note">Bars are 95% intervals over seeds.</p>',

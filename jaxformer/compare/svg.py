@@ -14,6 +14,11 @@ WIDTH, HEIGHT = 536, 350
 LEFT, RIGHT, TOP, BOTTOM = 84, 112, 14, 50
 FONT, LABEL = 14, 13
 MOST_TICKS = 6
+CLASSES = '''svg text { fill: #1a1a1a; }
+svg .grid { stroke: #e4e4e4; stroke-width: 1; }
+svg .halo { paint-order: stroke; stroke: #fff; stroke-width: 3px; stroke-linejoin: round; }
+svg .axis { stroke: #666; stroke-width: 1; fill: none; }
+'''
 
 Format = Callable[[float], str]
 
@@ -98,6 +103,13 @@ def chart(series: Sequence[Series], x: Axis, y: Axis, title: str) -> str:
     *_axes(sx, sy), *(part for s in series for part in _marks(s, sx, sy)),
     *(_beside if all(len(s.points) < 2 for s in series) else _margin)(series, sx, sy), '</svg>']
   return '\n'.join(parts)
+
+
+def standalone(svg: str) -> str:
+  """A chart as a file of its own, with what a report's page gives it: the name space, a font, a white ground and its classes."""
+  opening, rest = svg.split('>', 1)
+  head = opening.replace('<svg ', f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{HEIGHT}" ', 1)
+  return f'{head} font-family="system-ui, sans-serif"><style>{CLASSES}</style><rect width="100%" height="100%" fill="#fff"/>{rest}'
 
 
 def marker(style: int, x: float, y: float, size: float = 4.5) -> str:
