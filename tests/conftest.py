@@ -52,8 +52,8 @@ _tests_run = 0
 
 @pytest.fixture(autouse=True)
 def _few_programs():
-  """Compiled programs are let go before the kernel's limit of mappings a process (65,530 by default) is reached: each holds several,
-  and XLA ends the process when it gets no more."""
+  """Compiled programs are let go before the kernel's limit of mappings a process (65,530) is reached: each holds several, and XLA
+  ends the process when it gets no more."""
   yield
   global _tests_run
   _tests_run += 1
