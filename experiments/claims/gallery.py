@@ -108,7 +108,8 @@ def write_page(results: pathlib.Path) -> pathlib.Path:
     'Claims that are often made of these architectures, each tried by one command at a scale that fits two CPU cores in under half '
     'an hour (the first in about one), and larger with `--scale`. Verdicts hold at the scale that stands beside them. Written by '
     '`python experiments/claims/gallery.py`.',
-    _table(('claim', 'verdict'), tuple((f'{r["number"]}. [{r["claim"]}](#claim-{r["number"]})', f'**{r["verdict"]}**') for r in found))]
+    _table(('claim', 'verdict'),
+           [(f'{r["number"]}. [{r["claim"]}](#claim-{r["number"]})', f'**{r["verdict"]}**') for r in found])]
   for r in found:
     made = r['made_with']
     parts += [

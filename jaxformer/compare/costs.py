@@ -189,8 +189,8 @@ class _Step:
 def _decoding(model: ModelConfig, title: str, contexts: Sequence[int], log: Log) -> list[dict[str, Any]]:
   """Prefill and decoding at each context that the model has positions for."""
   rows = []
-  definition = define(model)
-  params = definition.init(jax.random.key(0)) if contexts else {}
+  definition, mesh = define(model), make_mesh(MeshConfig())
+  params = definition.init(jax.random.key(0), mesh, MeshConfig().rules) if contexts else {}
   for context in contexts:
     longest = getattr(model, 'longest', None)
     if not isinstance(model, LanguageModel.Config) or (longest is not None and context + NEW_TOKENS > longest):
@@ -198,7 +198,7 @@ def _decoding(model: ModelConfig, title: str, contexts: Sequence[int], log: Log)
     state = model.state_size(context + NEW_TOKENS)
     if state is None:
       continue
-    dtype = compute_dtype('auto', make_mesh(MeshConfig()))
+    dtype = compute_dtype('auto', mesh)
     t = time_decode(definition, params, context, NEW_TOKENS, repeats=REPEATS, dtype=dtype)
     rows.append({'context': context, 'state_bytes': 2 * state, 'prefill_seconds': t.prefill_seconds,
                  'seconds_per_token': t.seconds_per_token})

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, Generic, Protocol, TypeVar
 
 import jax
@@ -76,12 +77,8 @@ class Definition(Generic[M_co]):
 
   def init(self, key: Array, mesh: Mesh | None = None, rules: Rules | str = 'fsdp_tensor') -> Params:
     """Initial values; on a mesh they are born sharded, and equal to those made on one device."""
-
-    def build(key: Array) -> Params:
-      leaves = jax.tree.leaves(nnx.split(self.config.build(nnx.Rngs(params=key)))[1])
-      return dict(zip(self.info, leaves, strict=True))
-
-    return jax.jit(build, out_shardings=None if mesh is None else self.shardings(mesh, rules))(key)
+    where = None if mesh is None else tuple(self.shardings(mesh, rules).values())
+    return dict(zip(self.info, _initialiser(self, where)(key), strict=True))
 
   def shardings(self, mesh: Mesh, rules: Rules | str) -> dict[str, jax.sharding.NamedSharding]:
     """Where each parameter lives. Raises `InputError` for a mesh axis that does not divide a dimension."""
@@ -105,6 +102,21 @@ class Definition(Generic[M_co]):
   def active_size(self) -> int:
     """The number of parameters that one token uses: of a mixture only the experts it is sent to."""
     return sum(round(i.size * i.active) for i in self.info.values())
+
+
+@functools.lru_cache(maxsize=64)
+def _initialiser(
+  definition: Definition, where: tuple[jax.sharding.NamedSharding, ...] | None,
+) -> Callable[[Array], tuple[Array, ...]]:
+  """Compiled once for all keys, and on a CPU without LLVM's optimisations: for a small model compiling takes as long as its first
+  ten steps, and running nothing."""
+  device = jax.devices()[0] if where is None else next(iter(where[0].device_set))
+  options = {'xla_backend_optimization_level': 0} if device.platform == 'cpu' else None
+
+  def values(key: Array) -> tuple[Array, ...]:
+    return tuple(jax.tree.leaves(nnx.split(definition.config.build(nnx.Rngs(params=key)))[1]))
+
+  return jax.jit(values, out_shardings=where, compiler_options=options)
 
 
 @functools.lru_cache(maxsize=64)

@@ -220,7 +220,7 @@ class _Population:
       last = m.step == c.steps
       if m.code is not None or not (stop or self._due(m)):
         continue
-      state: TrainState = jax.device_put(jax.tree.map(lambda x, i=i: x[i], states), self.setup.mesh.devices.flat[0])
+      state = jax.device_put(_member(states, i), self.setup.mesh.devices.flat[0])
       loss = None
       if last or m.step % c.eval_every == 0:
         found = self.evaluate(state.params)
@@ -259,6 +259,12 @@ def population_step(definition: Definition, optimizer: Optimizer, settings: Step
 
 def _stacked(states: list[TrainState]) -> TrainState:
   return jax.tree.map(lambda *x: jnp.stack(x), *states)
+
+
+@jax.jit
+def _member(states: TrainState, i: int) -> TrainState:
+  """One of them; one program, where indexing array by array would be one for each shape."""
+  return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), states)
 
 
 def _filled(batches: list[Any]) -> Any:
