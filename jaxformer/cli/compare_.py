@@ -4,12 +4,14 @@ STUDY is a study by name (quickstart, standard) or a Python file that defines `s
 function that returns one). Runs are in DIR/STUDY, the report in DIR/STUDY/report as report.html, .md, .csv and .json. A study that
 was stopped goes on with the same command. Any field can be given: --study.tokens 1e6 --study.seeds 1,2,3
 --study.tasks.0.sequence_length 256. `--add my_layer.py:MyMixer.Config` puts a layer of yours, at the study's size in a frame like
-Llama's, beside the others.
+Llama's, beside the others. Small models leave most cores idle, so several processes train at once (`--workers`); other machines
+with the same DIR may help with `--train-only`.
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
 
 from jaxformer.cli.common import Overrides, answer, note, object_of, study_of
 from jaxformer.config import InputError
@@ -22,6 +24,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
   parser.add_argument('target', metavar='STUDY', help='quickstart, standard, or a Python file that defines `study`')
   parser.add_argument('--add', metavar='FILE:NAME', action='append', default=[],
                       help='a layer config or a model config in a Python file; may be given several times')
+  parser.add_argument('--workers', type=int, metavar='N',
+                      help='processes that train at once; by default one for each core, at most 4, and one on an accelerator')
+  parser.add_argument('--train-only', action='store_true',
+                      help='train what no other process of this study is training, and leave the report to another')
   parser.add_argument('--show', action='store_true', help='print the whole study as JSON and stop')
   parser.add_argument('--json', action='store_true', help='print what report.json holds')
 
@@ -33,15 +39,31 @@ def run(args: argparse.Namespace, overrides: Overrides) -> int:
   if args.show:
     print(config.text(study), end='')
     return 0
-  from jaxformer.compare.report import report_study
+  from jaxformer.compare.report import report_study, train_study
+  from jaxformer.training.interrupt import Interrupt
   try:
-    report = report_study(study, note)
+    if args.train_only:
+      with Interrupt() as interrupt:
+        train_study(study, note, interrupt)
+      return 0
+    report = report_study(study, note, helpers(args, overrides, study))
   except Interrupted:
     note('interrupted: what was running is saved; the same command goes on from there')
     return INTERRUPTED
   folder = study.folder / 'report'
   answer(report.to_json(), args.json, lambda: [*report.answer, f'report: {folder / "report.html"}'])
   return 0
+
+
+def helpers(args: argparse.Namespace, overrides: Overrides, study) -> list[list[str]]:
+  """The commands that train the same study beside this one."""
+  from jaxformer.compare.helpers import worthwhile
+  if args.workers is not None and args.workers < 1:
+    raise InputError(f'--workers {args.workers}: must be at least 1')
+  added = [word for name in args.add for word in ('--add', name)]
+  given = [f'--{name}={value}' for name, value in overrides]
+  command = [sys.executable, '-m', 'jaxformer', 'compare', args.target, *added, *given, '--train-only']
+  return [command] * ((args.workers or worthwhile(len(study.entries))) - 1)
 
 
 def with_added(study, names):

@@ -13,36 +13,48 @@ from pathlib import Path
 from jaxformer import config
 from jaxformer.compare.costs import by_position, longer, measure_costs
 from jaxformer.compare.figures import Figure, figures
+from jaxformer.compare.helpers import running
 from jaxformer.compare.results import Results, gather
-from jaxformer.compare.runner import Interrupted, Log, run_study
+from jaxformer.compare.runner import Finished, Interrupted, Log, Tuned, run_study
 from jaxformer.compare.study import Study
 from jaxformer.compare.svg import CLASSES, key
 from jaxformer.compare.tables import CSV_HEADER, MATCHED, Table, csv_rows, tables
-from jaxformer.data import open_data
+from jaxformer.data import Dataset, open_data
 from jaxformer.training.interrupt import Interrupt
 from jaxformer.training.run import environment, write
 
 
-def report_study(study: Study, log: Log) -> Results:
+def report_study(study: Study, log: Log, helpers: Sequence[Sequence[str]] = ()) -> Results:
   """Runs a study, measures what it costs and writes its report to `DIR/STUDY/report`. Raises `compare.runner.Interrupted` after a
-  signal; called again, it goes on from there."""
+  signal; called again, it goes on from there. `helpers` are commands that train the same study beside this process."""
   with Interrupt() as interrupt:
-    done = run_study(study, log, interrupt)
+    with running(helpers, study.folder):
+      done, positions = train_study(study, log, interrupt)
     datasets = [open_data(task) for task in study.tasks]
     first = done.results[study.task_titles[0]]
     costs = measure_costs(study, {t.title: t.model for t in first}, study.tasks[0], datasets[0], log, interrupt)
-    positions = {}
-    for where, task, dataset in zip(study.task_titles, study.tasks, datasets, strict=True):
-      long = longer(task, dataset)
-      for t in done.results[where]:
-        folders = [r.folder for r in t.runs if r.metrics.get('eval/loss') is not None]
-        positions[where, t.title] = by_position(study, where, t.title, folders, t.model, dataset, long) if folders else None
-        if interrupt.signal is not None:
-          raise Interrupted
     data = {title: d.manifest for title, d in zip(study.task_titles, datasets, strict=True)}
     results = gather(done, costs, positions, environment(data))
     save(results, study.folder / 'report')
   return results
+
+
+def train_study(
+  study: Study, log: Log, interrupt: Interrupt,
+) -> tuple[Finished, dict[tuple[str, str], Sequence[float | None] | None]]:
+  """The runs of a study and, by task and entry, the loss at each position: all of it that several processes may share."""
+  positions: dict[tuple[str, str], Sequence[float | None] | None] = {}
+  long: dict[str, Dataset] = {}
+
+  def by_position_of(where: str, dataset: Dataset, t: Tuned) -> None:
+    if where not in long:
+      long[where] = longer(dataset.config, dataset)
+    folders = [r.folder for r in t.runs if r.metrics.get('eval/loss') is not None]
+    positions[where, t.title] = by_position(study, where, t.title, folders, t.model, dataset, long[where]) if folders else None
+    if interrupt.signal is not None:
+      raise Interrupted
+
+  return run_study(study, log, interrupt, by_position_of), positions
 
 
 def save(results: Results, folder: Path) -> None:

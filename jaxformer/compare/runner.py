@@ -1,12 +1,15 @@
 """Runs a study: every entry tuned alike, then its seeds; each run an ordinary run folder, so that a study that was killed goes on
-where it was."""
+where it was, and several processes share the work by locks on files."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import fcntl
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from pathlib import Path
 from typing import Any
 
 from jaxformer import config
@@ -22,6 +25,7 @@ from jaxformer.training.population import train_population
 from jaxformer.training.run import read_events, run_folder
 
 Log = Callable[[str], None]
+PAUSE = 0.5   # seconds between looks at what other processes train
 
 
 class Interrupted(Exception):
@@ -75,12 +79,19 @@ class Finished:
   results: dict[str, tuple[Tuned, ...]]
 
 
-def run_study(study: Study, log: Log, interrupt: Interrupt) -> Finished:
+def run_study(
+  study: Study, log: Log, interrupt: Interrupt, each: Callable[[str, Dataset, Tuned], None] | None = None,
+) -> Finished:
   """Trains what is not trained yet, and gathers all. Raises `Interrupted` after a signal, when what was running is saved.
 
-  The same study gives the same numbers however often it was interrupted.
+  Several processes may run the same study at once, here or on machines that share its folder: each trains what no other is
+  training, and waits for the others at the end. The same study gives the same numbers however often it was interrupted, and by
+  however many.
+
+  Args:
+    each: is called with the task's title, its data and what came of an entry, while no other process works at that entry.
   """
-  results, models = {}, {}
+  models, jobs = {}, {}
   datasets = [open_data(task, log=log) for task in study.tasks]
   for title, task, dataset in zip(study.task_titles, study.tasks, datasets, strict=True):
     if dataset.vocab_size is None:
@@ -91,8 +102,36 @@ def run_study(study: Study, log: Log, interrupt: Interrupt) -> Finished:
       log(f'{title} | {entry.title} | {value:,.0f} {study.match} ({value / study.target - 1:+.2%})')
   for title, task, dataset in zip(study.task_titles, study.tasks, datasets, strict=True):
     runner = _Runner(study, title, dataset, interrupt, log)
-    results[title] = tuple(runner.tuned(entry, models[title, entry.title], task) for entry in study.entries)
-  return Finished(study, results)
+    for entry in study.entries:
+      jobs[title, entry.title] = runner, entry, task
+  found: dict[tuple[str, str], Tuned] = {}
+  while waiting := [k for k in jobs if k not in found]:
+    for title, name in waiting:
+      with _held(study.folder / 'locks' / f'{title}-{name}') as mine:
+        if mine:
+          runner, entry, task = jobs[title, name]
+          found[title, name] = runner.tuned(entry, models[title, name], task)
+          if each is not None:
+            each(title, runner.dataset, found[title, name])
+    if all(k not in found for k in waiting):
+      if interrupt.signal is not None:
+        raise Interrupted
+      time.sleep(PAUSE)
+  return Finished(study, {title: tuple(found[title, e.title] for e in study.entries) for title in study.task_titles})
+
+
+@contextlib.contextmanager
+def _held(file: Path) -> Generator[bool]:
+  """Whether this process alone has a file until the end of the block. A process that dies lets go."""
+  file.parent.mkdir(parents=True, exist_ok=True)
+  with file.open('w') as f:
+    try:
+      fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      mine = False
+    else:
+      mine = True
+    yield mine
 
 
 class _Runner:

@@ -1,4 +1,4 @@
-"""`jaxformer compare` as a user starts it: stopped in the middle, it ends with the same numbers."""
+"""`jaxformer compare` as a user starts it: stopped in the middle, and by several processes, it ends with the same numbers."""
 
 import json
 import signal
@@ -51,7 +51,7 @@ def folder(tmp_path, monkeypatch):
 
 def stopped(folder, cache, number, after):
   """The study, sent a signal once `after` runs are reported; its exit code and what it said."""
-  command = [sys.executable, '-m', 'jaxformer', 'compare', '../study.py']
+  command = [sys.executable, '-m', 'jaxformer', 'compare', '../study.py', '--workers', '2']
   with subprocess.Popen(command, cwd=folder, env=environment(cache), stderr=subprocess.PIPE, text=True) as process:
     lines = []
     for line in process.stderr:
@@ -73,7 +73,7 @@ def test_stopped_twice_it_ends_with_the_same_numbers(folder, tmp_path_factory):
       code, lines = stopped(folder / name, cache, signal.SIGTERM, 1)
       assert (code, lines[-1]) == (75, 'interrupted: what was running is saved; the same command goes on from there\n')
       assert stopped(folder / name, cache, signal.SIGKILL, 6)[0] == -signal.SIGKILL
-    done = start(['compare', '../study.py', '--json'], folder / name, cache)
+    done = start(['compare', '../study.py', '--json', '--workers', '1' if name == 'whole' else '3'], folder / name, cache)
     assert done.returncode == 0, done.stderr
     lines = done.stderr.splitlines()
     assert all(line.count(' | ') >= 2 for line in lines), done.stderr   # a line a run and a cost, and nothing of the trainings
@@ -92,6 +92,7 @@ def test_stopped_twice_it_ends_with_the_same_numbers(folder, tmp_path_factory):
   (['compare', 'study.py', '--study.tokenz', '3'], ['--study.tokenz', 'did you mean tokens']),
   (['compare', 'study.py', '--study.tokens', 'many'], ['tokens', "'many'"]),
   (['compare', 'study.py', '--tokens', '3'], ["'--tokens'"]),
+  (['compare', 'study.py', '--workers', '0'], ['--workers 0', 'at least 1']),
   (['compare', 'study.py', '--model.width', '3'], ['--model.width', 'study']),
   (['compare', 'study.py', '--study.seeds', '1,1'], ['seeds', 'each once']),
   (['compare', 'study.py', '--add', 'my_layer.py'], ['my_layer.py', 'FILE.py:NAME']),
