@@ -21,21 +21,32 @@ INTERRUPTED = 75
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-  parser.add_argument('target', metavar='STUDY', help='quickstart, standard, or a Python file that defines `study`')
-  parser.add_argument('--add', metavar='FILE:NAME', action='append', default=[],
-                      help='a layer config or a model config in a Python file; may be given several times')
+  study_arguments(parser)
   parser.add_argument('--workers', type=int, metavar='N',
                       help='processes that train at once; by default one for each core, at most 4, and one on an accelerator')
   parser.add_argument('--train-only', action='store_true',
                       help='train what no other process of this study is training, and leave the report to another')
   parser.add_argument('--show', action='store_true', help='print the whole study as JSON and stop')
+
+
+def study_arguments(parser: argparse.ArgumentParser) -> None:
+  """What names a study."""
+  parser.add_argument('target', metavar='STUDY', help='quickstart, standard, or a Python file that defines `study`')
+  parser.add_argument('--add', metavar='FILE:NAME', action='append', default=[],
+                      help='a layer config or a model config in a Python file; may be given several times')
   parser.add_argument('--json', action='store_true', help='print what report.json holds')
+
+
+def study_of_arguments(args: argparse.Namespace, overrides: Overrides):
+  """The study that a command line names."""
+  from jaxformer import config
+  return config.override(with_added(study_of(args.target), args.add), overrides, 'study')
 
 
 def run(args: argparse.Namespace, overrides: Overrides) -> int:
   from jaxformer import config
   from jaxformer.compare.runner import Interrupted
-  study = config.override(with_added(study_of(args.target), args.add), overrides, 'study')
+  study = study_of_arguments(args, overrides)
   if args.show:
     print(config.text(study), end='')
     return 0
@@ -45,14 +56,18 @@ def run(args: argparse.Namespace, overrides: Overrides) -> int:
     if args.train_only:
       with Interrupt() as interrupt:
         train_study(study, note, interrupt)
-      return 0
-    report = report_study(study, note, helpers(args, overrides, study))
+    else:
+      tell(report_study(study, note, helpers(args, overrides, study)), args.json)
   except Interrupted:
     note('interrupted: what was running is saved; the same command goes on from there')
     return INTERRUPTED
-  folder = study.folder / 'report'
-  answer(report.to_json(), args.json, lambda: [*report.answer, f'report: {folder / "report.html"}'])
   return 0
+
+
+def tell(report, as_json: bool) -> None:
+  """The answer of a report, and where it is."""
+  folder = report.study.folder / 'report'
+  answer(report.to_json(), as_json, lambda: [*report.answer, f'report: {folder / "report.html"}'])
 
 
 def helpers(args: argparse.Namespace, overrides: Overrides, study) -> list[list[str]]:

@@ -19,7 +19,8 @@ from typing import NoReturn
 from jaxformer.cli.common import SECTIONS, Overrides
 from jaxformer.config import InputError, nearest
 
-COMMANDS = ('list', 'train', 'eval', 'generate', 'align', 'plan', 'bench', 'compare', 'check', 'convert', 'data', 'launch')
+COMMANDS = (
+  'list', 'train', 'eval', 'generate', 'align', 'plan', 'bench', 'compare', 'report', 'check', 'convert', 'data', 'launch')
 BAD_INPUT = 2
 INTERRUPTED = 130
 

@@ -120,6 +120,25 @@ def run_study(
   return Finished(study, {title: tuple(found[title, e.title] for e in study.entries) for title in study.task_titles})
 
 
+def finished_part(study: Study) -> Study:
+  """The study with those of its entries whose every run is done. Raises `InputError` where there are none."""
+  def is_done(entry: Entry) -> bool:
+    for title, task in zip(study.task_titles, study.tasks, strict=True):
+      dataset = open_data(task)
+      assert dataset.vocab_size is not None
+      try:
+        _Reader(study, title, dataset, Interrupt(), lambda line: None).tuned(
+          entry, entry.model(study, dataset.vocab_size, task.positions), task)
+      except _Unfinished:
+        return False
+    return True
+
+  entries = tuple(e for e in study.entries if is_done(e))
+  if not entries:
+    raise InputError(f'{study.folder}: no architecture of the study has all its runs done; `jaxformer compare` trains them')
+  return study.replace(entries=entries)
+
+
 @contextlib.contextmanager
 def _held(file: Path) -> Generator[bool]:
   """Whether this process alone has a file until the end of the block. A process that dies lets go."""
@@ -189,6 +208,17 @@ class _Runner:
       if all(r.exit_code != INTERRUPTED for r in results) and self.interrupt.signal is None:
         return
     raise Interrupted
+
+
+class _Unfinished(Exception):
+  """A run is not done."""
+
+
+class _Reader(_Runner):
+  """Gathers what is done, and trains nothing."""
+
+  def _train(self, group: Sequence[Experiment]) -> None:
+    raise _Unfinished
 
 
 def finished(experiment: Experiment) -> Trial | None:

@@ -1,6 +1,7 @@
 """`jaxformer compare` as a user starts it: stopped in the middle, and by several processes, it ends with the same numbers."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -82,6 +83,13 @@ def test_stopped_twice_it_ends_with_the_same_numbers(folder, tmp_path_factory):
   assert 'done before' in done.stderr
   assert reports[0]['tasks'] == reports[1]['tasks']
   assert [len(o['scores']) for o in reports[0]['tasks'][0]['outcomes']] == [2, 2, 2]
+  for run in (folder / 'whole' / 'runs' / 'tiny').glob('mamba-*'):
+    shutil.rmtree(run)
+  part = start(['report', '../study.py', '--json'], folder / 'whole', cache)
+  assert part.returncode == 0, part.stderr
+  assert 'not done yet, and left out: mamba' in part.stderr
+  kept = json.loads(part.stdout)['tasks'][0]['outcomes']
+  assert [o['scores'] for o in kept] == [o['scores'] for o in reports[0]['tasks'][0]['outcomes'][:2]]
 
 
 @pytest.mark.quick
@@ -93,6 +101,7 @@ def test_stopped_twice_it_ends_with_the_same_numbers(folder, tmp_path_factory):
   (['compare', 'study.py', '--study.tokens', 'many'], ['tokens', "'many'"]),
   (['compare', 'study.py', '--tokens', '3'], ["'--tokens'"]),
   (['compare', 'study.py', '--workers', '0'], ['--workers 0', 'at least 1']),
+  (['report', 'study.py'], ['tiny', 'all its runs done']),
   (['compare', 'study.py', '--model.width', '3'], ['--model.width', 'study']),
   (['compare', 'study.py', '--study.seeds', '1,1'], ['seeds', 'each once']),
   (['compare', 'study.py', '--add', 'my_layer.py'], ['my_layer.py', 'FILE.py:NAME']),

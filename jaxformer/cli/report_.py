@@ -1,0 +1,32 @@
+"""Writes the report of a study from the runs that are done, and trains nothing.
+
+STUDY is what `jaxformer compare` takes, with the same fields. Architectures with runs still to come are left out, and named. What
+the others cost is measured where it was not yet.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from jaxformer.cli.common import Overrides, note
+from jaxformer.cli.compare_ import INTERRUPTED, study_arguments, study_of_arguments, tell
+
+OVERRIDES = True
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+  study_arguments(parser)
+
+
+def run(args: argparse.Namespace, overrides: Overrides) -> int:
+  from jaxformer.compare.report import report_study
+  from jaxformer.compare.runner import Interrupted, finished_part
+  whole = study_of_arguments(args, overrides)
+  part = finished_part(whole)
+  if missing := [e.title for e in whole.entries if e not in part.entries]:
+    note(f'not done yet, and left out: {", ".join(missing)}')
+  try:
+    tell(report_study(part, note), args.json)
+  except Interrupted:
+    return INTERRUPTED
+  return 0
