@@ -12,16 +12,22 @@ The functions here are the short way; the packages below have the whole of it.
 
 from __future__ import annotations
 
+import types
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
+
+from jaxformer import compare
 
 if TYPE_CHECKING:
   from flax import nnx
 
+  from jaxformer.compare.results import Results
+  from jaxformer.compare.study import Study
   from jaxformer.models.language_model import ModelConfig
   from jaxformer.planning.cost import Cost
   from jaxformer.training import Experiment, TrainResult
 
-__all__ = ['build', 'experiment', 'generate', 'plan', 'preset', 'train']
+__all__ = ['build', 'compare', 'experiment', 'generate', 'plan', 'preset', 'train']
 
 
 def preset(name: str) -> ModelConfig:
@@ -68,3 +74,19 @@ def plan(model: ModelConfig | str, length: int | None = None) -> Cost:
   """What a config or preset costs, from shapes alone; `length` is the training sequence length, the model's context by default."""
   from jaxformer.planning.cost import cost
   return cost(preset(model) if isinstance(model, str) else model, length)
+
+
+class _Compare(types.ModuleType):
+  """The package `jaxformer.compare`, which can be called: it has the name of the function that belongs here."""
+
+  def __call__(self, study: Study | str, *overrides: tuple[str, str], log: Callable[[str], None] | None = None) -> Results:
+    """Runs a study (a name, a file that defines `study`, or a `jaxformer.compare.study.Study`) with (dotted path, text) overrides
+    and writes its report; a study that was stopped goes on. `log` takes a line a run, stderr by default."""
+    from jaxformer.cli.common import note, study_of
+    from jaxformer.compare.report import report_study
+    from jaxformer.config import override
+    whole = study_of(study) if isinstance(study, str) else study
+    return report_study(override(whole, overrides, 'study'), log or note)
+
+
+compare.__class__ = _Compare

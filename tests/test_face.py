@@ -8,8 +8,11 @@ import pytest
 from flax import nnx
 
 import jaxformer
+from jaxformer.compare.study import AsIs, Study
 from jaxformer.config import InputError
+from jaxformer.data import AssociativeRecall
 from jaxformer.models.params import define
+from jaxformer.models.zoo import FAMILIES
 from jaxformer.training import load_params
 
 
@@ -66,3 +69,23 @@ def test_train_and_generate(tmp_path, monkeypatch):
   again = jaxformer.train(e.replace(run=e.run.replace(name='second')), init_from=params, log=lines.append)
   assert again.exit_code == 0
   assert not any(p.is_deleted() for p in params.values())
+
+
+def test_compare(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  gru = FAMILIES['gru'].make(width=16, layers=1, hidden=0, vocab_size=10, context=8)
+  study = Study(
+    name='tiny', entries=(AsIs(name='a', model_config=gru), AsIs(name='b', model_config=gru)), tasks=(
+      AssociativeRecall(length=6, test_sequences=64),), tokens=4096, batch_size=8, learning_rates=(1e-3,), contexts=(), rounds=0)
+  lines = []
+  results = jaxformer.compare(study, ('study.seeds', '1,2'), ('study.tokens', '512'), log=lines.append)
+  assert [sorted(o.scores) for o in results.tasks[0].outcomes] == [[1, 2], [1, 2]]
+  assert results.study.tokens == 512
+  assert (tmp_path / 'runs' / 'tiny' / 'report' / 'report.html').exists()
+  assert len([line for line in lines if 'seed' in line]) == 4
+  assert results.tasks[0].outcomes[0].difference is None
+  assert results.tasks[0].outcomes[1].difference.estimate.mean == 0   # the same model, data and seeds
+  with pytest.raises(InputError, match='did you mean quickstart'):
+    jaxformer.compare('quickstrat')
+  with pytest.raises(InputError, match='did you mean tokens'):
+    jaxformer.compare(study, ('study.tokenz', '5'))

@@ -22,14 +22,19 @@ SECTIONS = ('model', 'data', 'optimizer', 'schedule', 'training', 'mesh', 'run')
 # ---- experiments by name or file --------------------------------------------------------------------------------------
 
 
-def experiment_of(target: str, overrides: Overrides) -> Any:
+def experiment_of(target: str, overrides: Overrides, size: Any = None) -> Any:
   """The experiment that a preset's name or a file stands for, with overrides.
 
-  A file is Python that defines `experiment` (an `Experiment`, or a function that returns one); the file's name is its name.
+  A file is Python that defines `experiment` (an `Experiment`, or a function that returns one); the file's name is its name. With a
+  size (`cli.sizes`) the target is a family or, as it may be without one too, a layer in a file, FILE.py:NAME.
   """
-  from jaxformer.models.zoo import PRESETS
+  from jaxformer.cli import sizes
+  from jaxformer.models.zoo import FAMILIES, PRESETS
   from jaxformer.training.experiment import Experiment, default_experiment
-  if target.endswith('.py') or os.sep in target:
+  if size is not None or sizes.is_layer(target):
+    sized, overrides = sizes.made(target, size, overrides)
+    experiment = sizes.experiment(sized)
+  elif target.endswith('.py') or os.sep in target:
     path = pathlib.Path(target)
     if not path.is_file():
       raise InputError(f'{target}: no such file')
@@ -42,7 +47,9 @@ def experiment_of(target: str, overrides: Overrides) -> Any:
       experiment = experiment.replace(run=experiment.run.replace(name=path.stem))
   else:
     if target not in set(PRESETS):
-      raise InputError(f'no preset named {target!r}{nearest(target, PRESETS)}; `jaxformer list` has all; a file ends in .py')
+      sized = f'; of the family {target} --params 1M makes a model' if target in set(FAMILIES) else ''
+      raise InputError(
+        f'no preset named {target!r}{nearest(target, PRESETS)}; `jaxformer list` has all; a file ends in .py{sized}')
     preset = PRESETS[target]
     experiment = default_experiment(preset.model, preset.name)
   return override(experiment, overrides)

@@ -3,6 +3,11 @@
 FLOPs a token are averaged over the model's context for a preset (with --target, over at most 8,192 tokens), over the experiment's
 sequence length for a file; give --data.sequence-length for another. A preset on a target trains with one sequence a device and
 remat 'full' unless told otherwise. Overrides as in `train`.
+
+With a size (--params 125M, --active-params, --flops-per-token or --state-bytes) the name is that of a family, such as mamba or
+llama3, or a layer of yours as FILE.py:NAME, in a frame like Llama's. The width, depth and hidden units are found that come closest,
+for bytes and 256 tokens of context unless --model.vocab-size and --model.context say otherwise. `plan families`, and several sizes
+as in --params 1M,10M,125M, give a table of shapes and of how close they come.
 """
 
 from __future__ import annotations
@@ -11,7 +16,7 @@ import argparse
 import dataclasses
 from typing import Any
 
-from jaxformer.cli import compiling
+from jaxformer.cli import compiling, sizes
 from jaxformer.cli.common import Overrides, amount, answer, experiment_of, note, table
 from jaxformer.config import InputError, override
 
@@ -20,8 +25,9 @@ GIB = 2**30
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-  parser.add_argument('preset', metavar='PRESET|FILE', help='a name of `jaxformer list`, or a Python file that defines '
-                      '`experiment`')
+  parser.add_argument('preset', metavar='PRESET|FILE|FAMILY|FILE:NAME', help='a name of `jaxformer list`, a Python file that '
+                      'defines `experiment`, or what a model of a size is made of: a family, or a layer in a Python file')
+  sizes.arguments(parser, '; several, as 1M,10M, give a table')
   parser.add_argument('--target', help='what would be rented: v5p-2048, v6e-256, 2 x v5e-256, v5e:2x4, h100:8')
   parser.add_argument('--tokens', help='of the training, as 2T or 300B; by default 20 for each active parameter (Chinchilla)')
   parser.add_argument('--utilisation', type=float, default=0.4, help='of the peak, in time and money (0.4)')
@@ -39,19 +45,37 @@ def run(args: argparse.Namespace, overrides: Overrides) -> None:
   from jaxformer.planning.cost import cost
   from jaxformer.planning.plan import TOKENS_PER_PARAMETER, parse_amount
   _check(args)
-  preset, given = args.preset in PRESETS, {path.replace('-', '_') for path, _ in overrides}
-  experiment = experiment_of(args.preset, [] if args.target and preset else overrides)
+  asked, given = sizes.sizes_of(args), {path.replace('-', '_') for path, _ in overrides}
+  if args.preset == sizes.ALL or len(asked) > 1:
+    _table(args, asked, overrides)
+    return
+  sized = None
+  if asked or sizes.is_layer(args.preset):
+    sized, overrides = sizes.made(args.preset, sizes.size_of(args), overrides)
+  preset = sized is not None or args.preset in PRESETS
+  plain = [] if args.target and preset else overrides
+  experiment = experiment_of(args.preset, plain) if sized is None else override(sizes.experiment(sized), plain)
   if args.target and preset:   # what the tiny training of a preset assumes does not hold on a target
     experiment = _at_scale(experiment, args, overrides, given)
   own_length = not preset or any('sequence' in path for path in given) or (args.target and args.phase == 'train')
   c = cost(experiment.model, experiment.data.positions if own_length else experiment.model.context)
   tokens = TOKENS_PER_PARAMETER * float(c.active_params) if args.tokens is None else parse_amount(args.tokens)
-  value: dict[str, Any] = {'name': args.preset, 'family': PRESETS[args.preset].family if preset else None}
+  value: dict[str, Any] = {'name': args.preset, 'family': PRESETS[args.preset].family if args.preset in PRESETS else None}
+  if sized is not None:
+    value |= {'name': sizes.name_of(sized), 'family': sized.family, 'shape': sizes.shape(sized, experiment.model)}
   value |= dataclasses.asdict(c) | {
     'tokens': tokens, 'tokens_per_parameter': tokens / c.active_params, 'train_flops': tokens * c.train_flops_per_token}
   if args.target:
     value |= _on_target(args, experiment, given, preset, tokens, c.context)
   answer(value, args.json, lambda: _lines(value))
+
+
+def _table(args: argparse.Namespace, asked: list[sizes.Size], overrides: Overrides) -> None:
+  """Shapes of all families or at several sizes, and nothing of their cost."""
+  if args.target is not None:
+    raise InputError('--target: plans one model; give one family and one size')
+  rows = sizes.all_shapes(args.preset, asked, overrides)
+  answer(rows, args.json, lambda: sizes.shape_lines(rows))
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -144,7 +168,8 @@ def _lines(v: dict[str, Any]) -> list[str]:
   active = f', {v["active_params"]:,} active' if v['active_params'] != v['params'] else ''
   state = [] if v['decode_state_bytes'] is None else [
     ('state in decoding', f'{v["decode_state_bytes"] / 1e9:,.4g} GB', f'a sequence of {v["context"]:,} tokens, 2 bytes a number')]
-  rows = [
+  rows = [sizes.shape_row(v['shape'])] if 'shape' in v else []
+  rows += [
     ('training FLOPs a token', f'{v["train_flops_per_token"]:.4g} (causal), {v["train_flops_per_token_full"]:.4g} (full)',
      f'at {v["length"]:,} tokens'),
     ('weights', f'{v["weight_bytes"] / 1e9:,.4g} GB', 'at 2 bytes a parameter'), *state]

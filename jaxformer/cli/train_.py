@@ -5,6 +5,9 @@ stopped. Any field of the experiment can be given as an override: --model.width 
 --optimizer Lion --optimizer.learning-rate 1e-4 --mesh.fsdp 4 --data.source Files --data.source.path my.txt --data.split ByPosition
 --run.name mine. A name that is no field where it stands is looked for below: --model.heads 8 sets the heads of every attention
 layer. `--show` says what there is.
+
+A family at a size is a target too (`train mamba --params 1M`), and so is a layer of yours in a frame like Llama's
+(`train my_layer.py:MyMixer.Config`, of a million parameters unless another size is given); see `jaxformer plan --help`.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ import json
 from collections.abc import Callable
 from typing import Any
 
+from jaxformer.cli import sizes
 from jaxformer.cli.common import Overrides, answer, experiment_of, foreign_weights, join_processes, note, trained_folder
 from jaxformer.config import InputError
 
@@ -25,8 +29,9 @@ FREE = {'dropout', 'init', 'key_init', 'out_init', 'embedding_init', 'head_init'
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-  parser.add_argument('target', metavar='PRESET|FILE', help='a name of `jaxformer list`, or a Python file that defines '
-                      '`experiment`')
+  parser.add_argument('target', metavar='PRESET|FILE|FAMILY|FILE:NAME', help='a name of `jaxformer list`, a Python file that '
+                      'defines `experiment`, or what a model of a size is made of: a family, or a layer in a Python file')
+  sizes.arguments(parser)
   parser.add_argument('--init-from', metavar='RUN', help='begin a new run with the weights of another: a run folder, RUN@STEP, '
                       'a folder of Hugging Face weights, or a file of RWKV weights')
   parser.add_argument('--show', action='store_true', help='print the whole experiment as JSON and stop')
@@ -35,7 +40,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, overrides: Overrides) -> int:
   from jaxformer.config import text
-  experiment = experiment_of(args.target, overrides)
+  experiment = experiment_of(args.target, overrides, sizes.size_of(args))
   if args.show:
     print(text(experiment), end='')
     return 0

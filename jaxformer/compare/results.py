@@ -15,13 +15,14 @@ from jaxformer import config
 from jaxformer.compare.costs import Costs
 from jaxformer.compare.runner import Finished, Trial, Tuned
 from jaxformer.compare.sizing import measure
-from jaxformer.compare.statistics import Difference, Estimate, compare, estimate
+from jaxformer.compare.statistics import Difference, Estimate, compare, compare_all, estimate
 from jaxformer.compare.study import Study
 from jaxformer.planning.cost import cost
 from jaxformer.training import read_metrics
 
 POINTS = 50   # of a curve
 DIVERGED = 'diverged'
+MOST_PAIRED = 12   # architectures that are all compared to each other: of more, a table is no help, and hardly a pair could differ
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +65,14 @@ class Outcome:
 
 @dataclasses.dataclass(frozen=True)
 class TaskResults:
-  """All architectures on one task. `metric` is 'bits per byte' or 'accuracy'; `length` are the positions of a sequence."""
+  """All architectures on one task.
+
+  Attributes:
+    metric: 'bits per byte' or 'accuracy'.
+    length: positions of a sequence.
+    pairs: every architecture against every other, each pair once, from the best mean on; of those whose every run came to an end.
+      Empty where there are fewer than three, whom the outcomes compare, or more than `MOST_PAIRED`.
+  """
 
   title: str
   metric: str
@@ -72,12 +80,17 @@ class TaskResults:
   length: int
   scored_on: str
   outcomes: tuple[Outcome, ...]
+  pairs: tuple[Difference, ...] = ()
 
   @property
   def ranked(self) -> list[Outcome]:
     """From the best mean to the worst; those without one come last."""
     sign = 1 if self.lower_is_better else -1
     return sorted(self.outcomes, key=lambda o: math.inf if o.estimate is None else sign * o.estimate.mean)
+
+  def against_best(self) -> dict[str, str]:
+    """The verdict on each other architecture against the best, where all are compared to each other and it is among them."""
+    return {d.against: d.verdict for d in self.pairs if d.name == self.ranked[0].title}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,12 +134,16 @@ def gather(
     found = done.results[title]
     in_bits = any('eval/bits_per_byte' in t.metrics for tuned in found for t in tuned.runs)
     scores = {t.title: {r.seed: _score(r, in_bits) for r in t.runs} for t in found}
-    differences = _differences(scores, found[0].title, in_bits)
+    whole = _whole(scores, in_bits)
+    first = found[0].title
+    differences = {d.name: d for d in compare(whole, first, lower_is_better=in_bits)} if first in whole else {}
+    pairs = compare_all(whole, lower_is_better=in_bits) if 2 < len(whole) <= MOST_PAIRED else ()
     source = next((str(r.metrics['eval/source']) for t in found for r in t.runs if 'eval/source' in r.metrics), data.held_out)
     outcomes = tuple(
       _outcome(study, t, data.positions, in_bits, scores[t.title], differences.get(t.title), positions.get((title, t.title)),
                first=t is found[0]) for t in found)
-    tasks.append(TaskResults(title, 'bits per byte' if in_bits else 'accuracy', in_bits, data.positions, source, outcomes))
+    metric = 'bits per byte' if in_bits else 'accuracy'
+    tasks.append(TaskResults(title, metric, in_bits, data.positions, source, outcomes, tuple(pairs)))
   return Results(study, study.entries[0].title, tuple(tasks), dict(costs), environment)
 
 
@@ -135,10 +152,12 @@ def _score(trial: Trial, in_bits: bool) -> float | None:
   return float(value) if value is not None and math.isfinite(trial.loss) else None
 
 
-def _differences(scores: Mapping[str, Mapping[int, float | None]], first: str, lower_is_better: bool) -> dict[str, Difference]:
-  """Those of the entries whose every run came to an end; leaving out the runs that diverged would flatter theirs."""
+def _whole(scores: Mapping[str, Mapping[int, float | None]], lower_is_better: bool) -> dict[str, dict[int, float]]:
+  """The scores of the entries whose every run came to an end, from the best mean on; leaving out the runs that diverged would
+  flatter theirs."""
   whole = {title: {s: v for s, v in runs.items() if v is not None} for title, runs in scores.items() if None not in runs.values()}
-  return {d.name: d for d in compare(whole, first, lower_is_better=lower_is_better)} if first in whole else {}
+  sign = 1 if lower_is_better else -1
+  return dict(sorted(whole.items(), key=lambda item: sign * float(np.mean(list(item[1].values())))))
 
 
 def _outcome(
@@ -202,11 +221,24 @@ def _answer(task: TaskResults, reference: str, study: Study) -> str:
   parts = [f'{_list(names)} {"is" if len(names) == 1 else "are"} {word}' for word, names in words.items() if names]
   if len(study.seeds) < 2:
     said.append('One seed tells no difference from chance.')
-  elif parts:
+    return ' '.join(said)
+  if task.against_best():
+    said.append(_near_best(task))
+  if parts:
     said.append(f'Against {reference}, {"; ".join(parts)}' + (f'; no difference is shown for {_list(rest)}.' if rest else '.'))
   elif rest:
     said.append(f'No difference from {reference} is seen at this budget.')
   return ' '.join(said)
+
+
+def _near_best(task: TaskResults) -> str:
+  """Which are not told apart from the best, when all pairs are accounted for."""
+  verdicts = task.against_best()
+  near = [name for name, verdict in verdicts.items() if verdict != 'better']
+  ended = '' if len(verdicts) == len(task.outcomes) - 1 else ' whose runs all came to an end'
+  if not near:
+    return f'It is better than every other{ended}.'
+  return f'No other{ended} is told apart from it.' if len(near) == len(verdicts) else f'Not told apart from it: {_list(near)}.'
 
 
 def _list(names: Sequence[str]) -> str:

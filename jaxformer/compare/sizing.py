@@ -1,8 +1,12 @@
 """Models of equal size: for each family the width, depth and hidden units that come closest to a number of parameters, of training
-FLOPs, or of bytes of state."""
+FLOPs, or of bytes of state.
+
+Every layer's costs are polynomials of its shape, but for a few roundings. So a dozen shapes tell those of all the others, and of
+these only the best are built, to be measured exactly."""
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import functools
 import math
@@ -25,6 +29,7 @@ WIDEST = 2**12           # steps of a family's width
 HIDDEN_STEP = 8
 HIDDEN_RANGE = 0.5, 2.0   # of the family's own number of hidden units: beyond, it would be another architecture
 CLOSE = 0.01              # within it, shape decides between sizes
+MEASURED = 8              # shapes at most that are built for a target
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +40,7 @@ class Sized:
     family: its name.
     model: the model.
     width, layers, hidden: its shape; `hidden` is None where the family has no feed-forward layers.
+    match, target: what is matched, and to how much.
     value: of what is matched.
     error: value / target - 1.
   """
@@ -44,6 +50,8 @@ class Sized:
   width: int
   layers: int
   hidden: int | None
+  match: Match
+  target: float
   value: float
   error: float
 
@@ -74,9 +82,7 @@ def solve(
   if not target > 0:
     raise InputError(f'{match} = {target}: must be positive')
   f = FAMILIES[family] if isinstance(family, str) else family
-  make = functools.partial(_sized, f, match, target, vocab_size, context)
-  found = list(_candidates(f, make, match))
-  best = min(found, key=lambda s: (max(abs(s.error), CLOSE), _oddness(f, s)))
+  best = _closest(f, match, float(target), vocab_size, context)
   if abs(best.error) > tolerance:
     raise InputError(
       f'{f.name}: nothing comes within {tolerance:.0%} of {target:,.0f} {match}; the closest has {best.value:,.0f} '
@@ -84,62 +90,119 @@ def solve(
   return best
 
 
-def _sized(
-  f: Family, match: Match, target: float, vocab_size: int, context: int, width: int, layers: int, hidden: int | None = None,
-) -> Sized:
-  """The model at one shape; `hidden` is the family's own where it is not given."""
-  units = None if f.hidden is None else hidden or f.hidden(width)
-  model = f.make(width=width, layers=layers, hidden=units or 0, vocab_size=vocab_size, context=context)
-  value = measure(model, match)
-  return Sized(f.name, model, width, layers, units, value, value / target - 1)
+def _closest(f: Family, match: Match, target: float, vocab_size: int, context: int) -> Sized:
+  """Builds the best shape by the law; where it misses what the law said, the law is corrected by that, and asked again."""
+  law, factor = _law(f, match, vocab_size, context), 1.0
+  if not any(law.weights):
+    raise InputError(f'{f.name}: a model of it has no {match}, so none can be made equal')
+  found: dict[Shape, Sized] = {}
+  for _ in range(MEASURED):
+    errors = {s: found[s].error if s in found else factor * law(*s) / target - 1 for s in _shapes(f, law, target / factor)}
+    errors |= {s: sized.error for s, sized in found.items()}
+    best = min(errors, key=lambda s: (max(abs(errors[s]), CLOSE), _oddness(f, s)))
+    if best in found:
+      return found[best]
+    model = _model(f, best, vocab_size, context)
+    value = measure(model, match)
+    found[best] = Sized(f.name, model, best[0], _shape_of(model)[1], best[2], match, target, value, value / target - 1)
+    factor = value / law(*best)
+  return min(found.values(), key=lambda s: abs(s.error))
 
 
-def _candidates(f: Family, make: functools.partial[Sized], match: Match) -> Iterator[Sized]:
-  """For each of a few depths around the family's own, the widths on either side of the target, with hidden units that fit."""
-  def own(steps: int) -> Sized:
-    width = steps * f.width_step
-    return make(width, f.layer_step * max(1, round(width / _aspect(f, width) / f.layer_step)))
+# ---- what shapes cost -------------------------------------------------------------------------------------------------
 
-  steps = _bracket(lambda steps: own(steps).error, 128 // f.width_step)[1]
-  depth = own(steps).layers
-  depths = {depth + i * f.layer_step for i in range(-2, 3)} if f.grows_deeper else {depth}
-  for layers in sorted(n for n in depths if n > 0):
-    low, steps = _bracket(lambda steps, layers=layers: make(steps * f.width_step, layers).error, steps)
-    for sized in (make(low * f.width_step, layers), make(steps * f.width_step, layers)):
-      yield sized
-      if match != 'state_bytes' and sized.hidden is not None:
-        yield from _tuned(make, sized)
+Shape = tuple[int, int, int | None]   # width, layers, hidden units
 
 
-def _bracket(error: Callable[[int], float], guess: int) -> tuple[int, int]:
-  """Neighbours between which the error of a size turns positive, (1, 1) where it is so from the first on. Costs grow about with the
-  square of the width, so a step by the root of the error lands close."""
-  low, high, at = 0, WIDEST, max(1, guess)
-  while high - low > 1:
-    e = error(at)
-    low, high = (at, high) if e < 0 else (low, at)
-    at = min(max(round(at / math.sqrt(1 + e)), low + 1), high - 1)
-  return max(low, 1), high
+def _model(f: Family, shape: Shape, vocab_size: int, context: int) -> ModelConfig:
+  width, layers, hidden = shape
+  return f.make(width=width, layers=layers, hidden=hidden or 0, vocab_size=vocab_size, context=context)
 
 
-def _tuned(make: functools.partial[Sized], sized: Sized) -> Iterator[Sized]:
-  """The same width and depth with the hidden units that come closest: what is matched grows in proportion to them."""
-  assert sized.hidden is not None
-  target = sized.value / (1 + sized.error)
-  more = make(sized.width, sized.layers, 2 * sized.hidden)
-  if more.value <= sized.value:
-    return
-  wanted = sized.hidden * (1 + (target - sized.value) / (more.value - sized.value))
+def _terms(width: int, layers: int, hidden: int | None) -> list[float]:
+  """What costs are sums of: 1, w, w^2 and, with hidden units, h and h w, outside the layers and in each."""
+  w, h = width / 512, None if hidden is None else hidden / 512
+  terms = [1.0, w, w * w] if h is None else [1.0, w, w * w, h, h * w]
+  return [*terms, *(layers * t for t in terms)]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Law:
+  """What is matched, as a function of the shape."""
+
+  weights: tuple[float, ...]
+
+  def __call__(self, width: int, layers: int, hidden: int | None) -> float:
+    return float(np.dot(self.weights, _terms(width, layers, hidden)))
+
+
+@functools.lru_cache(maxsize=64)
+def _law(f: Family, match: Match, vocab_size: int, context: int) -> _Law:
+  """The law through as many small models as it has terms. Their widths are those at which nothing is rounded."""
+  shapes: list[Shape] = []
+  for layers in (2 * f.layer_step, 3 * f.layer_step):
+    shapes += [(w, layers, None if f.hidden is None else f.hidden(w)) for w in (128, 256, 512)]
+    if f.hidden is not None:
+      shapes += [(w, layers, 2 * f.hidden(w)) for w in (128, 256)]
+  values = [measure(_model(f, s, vocab_size, context), match) for s in shapes]
+  return _Law(tuple(np.linalg.solve([_terms(*s) for s in shapes], values).tolist()))
+
+
+# ---- shapes -----------------------------------------------------------------------------------------------------------
+
+
+def _shapes(f: Family, law: _Law, target: float) -> Iterator[Shape]:
+  """For each depth up to a factor of two from the family's own, the widths on either side of the target, with the family's hidden
+  units and with those that fit; and the family's own width, since there are costs that no width changes."""
+  step = f.layer_step
+
+  def units(width: int) -> int | None:
+    return None if f.hidden is None else f.hidden(width)
+
+  def own(width: int) -> int:
+    return step * max(1, round(width / _aspect(f, width) / step))
+
+  _, usual = _bracket(f, target, lambda width: law(width, own(width), units(width)))
+  depth = own(usual)
+  depths = range(min(depth // 2, depth - 2 * step) // step * step, max(2 * depth, depth + 2 * step) + 1, step)
+  for layers in [n for n in depths if n > 0] if f.grows_deeper else [depth]:
+    yield usual, layers, units(usual)
+    for width in _bracket(f, target, lambda width, layers=layers: law(width, layers, units(width))):
+      yield width, layers, units(width)
+      if fitting := _fitting_units(f, law, target, width, layers):
+        yield width, layers, fitting
+
+
+def _bracket(f: Family, target: float, value: Callable[[int], float]) -> tuple[int, int]:
+  """Neighbouring widths between which a value passes the target; the first twice where it does so from there on."""
+  n = bisect.bisect_left(range(1, WIDEST), True, key=lambda n: value(n * f.width_step) >= target) + 1
+  return max(n - 1, 1) * f.width_step, n * f.width_step
+
+
+def _fitting_units(f: Family, law: _Law, target: float, width: int, layers: int) -> int | None:
+  """The hidden units that come closest at a width and depth: what is matched grows in proportion to them. None where there are none
+  within what the family may have."""
+  if f.hidden is None:
+    return None
+  own = f.hidden(width)
+  value, more = law(width, layers, own), law(width, layers, 2 * own)
+  if more - value <= 1e-6 * value:   # hidden units have no state
+    return None
+  wanted = own * (1 + (target - value) / (more - value))
   units = max(HIDDEN_STEP, round(wanted / HIDDEN_STEP) * HIDDEN_STEP)
-  if HIDDEN_RANGE[0] <= units / sized.hidden <= HIDDEN_RANGE[1]:
-    yield make(sized.width, sized.layers, units)
+  return units if HIDDEN_RANGE[0] <= units / own <= HIDDEN_RANGE[1] else None
 
 
 def _aspect(f: Family, width: int) -> float:
   """Width over depth of the family's named models, between them by the logarithm of the width; that of Llama for one without."""
-  shapes = [_shape_of(PRESETS[name].model) for name in PRESETS if PRESETS[name].family == f.name]
-  named = sorted({(width, width / layers) for width, layers in shapes or [(128, 4), (4096, 32)]})
+  named = _named_aspects(f.name)
   return float(np.exp(np.interp(math.log(width), [math.log(w) for w, _ in named], [math.log(a) for _, a in named])))
+
+
+@functools.lru_cache(maxsize=64)
+def _named_aspects(family: str) -> list[tuple[int, float]]:
+  shapes = [_shape_of(PRESETS[name].model) for name in PRESETS if PRESETS[name].family == family]
+  return sorted({(width, width / layers) for width, layers in shapes or [(128, 4), (4096, 32)]})
 
 
 def _shape_of(model: ModelConfig) -> tuple[int, int]:
@@ -147,7 +210,8 @@ def _shape_of(model: ModelConfig) -> tuple[int, int]:
   return model.width, sum(len(g.pattern) * g.repeats for g in model.stack)
 
 
-def _oddness(f: Family, s: Sized) -> float:
+def _oddness(f: Family, shape: Shape) -> float:
   """How far a shape is from the family's own."""
-  hidden = 0.0 if f.hidden is None or s.hidden is None else abs(math.log(s.hidden / f.hidden(s.width)))
-  return abs(math.log(s.width / s.layers / _aspect(f, s.width))) + hidden
+  width, layers, units = shape
+  hidden = 0.0 if f.hidden is None or units is None else abs(math.log(units / f.hidden(width)))
+  return abs(math.log(width / layers / _aspect(f, width))) + hidden

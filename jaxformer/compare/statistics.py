@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
@@ -79,19 +80,31 @@ def compare(
   """
   if against not in scores:
     raise ValueError(f'{against!r} is none of {", ".join(scores)}')
+  return _differences(scores, [(name, against) for name in scores if name != against], lower_is_better, level)
+
+
+def compare_all(
+  scores: Mapping[str, Mapping[int, float]], *, lower_is_better: bool = True, level: float = 0.95,
+) -> list[Difference]:
+  """Every architecture against every one that comes after it, as `compare` does: a verdict accounts for all pairs, so that it takes
+  more than one against a single architecture."""
+  return _differences(scores, list(itertools.combinations(scores, 2)), lower_is_better, level)
+
+
+def _differences(
+  scores: Mapping[str, Mapping[int, float]], pairs: Sequence[tuple[str, str]], lower_is_better: bool, level: float,
+) -> list[Difference]:
   found = []
-  for name, mine in scores.items():
-    if name == against:
-      continue
-    seeds = sorted(set(mine) & set(scores[against]))
+  for name, against in pairs:
+    seeds = sorted(set(scores[name]) & set(scores[against]))
     if not seeds:
       raise ValueError(f'{name} and {against} share no seed')
-    d = np.array([mine[s] - scores[against][s] for s in seeds], np.float64)
-    found.append((name, estimate(d, level), _paired_p(d)))
-  adjusted, alpha = holm([p for _, _, p in found]), 1 - level
+    d = np.array([scores[name][s] - scores[against][s] for s in seeds], np.float64)
+    found.append((name, against, estimate(d, level), _paired_p(d)))
+  adjusted, alpha = holm([p for *_, p in found]), 1 - level
   return [
     Difference(name, against, e, p, q, _verdict(e, q, lower_is_better, alpha))
-    for (name, e, p), q in zip(found, adjusted, strict=True)]
+    for (name, against, e, p), q in zip(found, adjusted, strict=True)]
 
 
 def holm(p: Sequence[float]) -> list[float]:

@@ -46,7 +46,8 @@ def seconds(value: float | None) -> str:
 def tables(results: Results) -> list[Table]:
   """All of them, in the order of the report."""
   return [
-    *(scores(t, results) for t in results.tasks), *(sizes(t, results) for t in results.tasks), *costs(results),
+    *(table for t in results.tasks for table in (scores(t, results), *pairs(t))),
+    *(sizes(t, results) for t in results.tasks), *costs(results),
     *(tuning(t) for t in results.tasks if any(o.tried for o in t.outcomes))]
 
 
@@ -58,6 +59,23 @@ def scores(task: TaskResults, results: Results) -> Table:
     'the task (Holm), and the verdict follows it.')
   header = ('architecture', task.metric, f'against {results.reference}', '95% interval', 'p (Holm)', 'verdict', 'rate', 'seeds')
   return Table(f'Scores: {task.title}', note, header, tuple(_score_row(o, task.metric) for o in task.ranked))
+
+
+def pairs(task: TaskResults) -> list[Table]:
+  """Everything against everything, where it is compared so."""
+  if not task.pairs:
+    return []
+  cells: dict[tuple[str, str], str] = {}
+  for d in task.pairs:
+    sure = '*' if d.verdict in ('better', 'worse') else ''
+    cells[d.name, d.against] = _signed(task.metric, d.estimate.mean) + sure
+    cells[d.against, d.name] = _signed(task.metric, -d.estimate.mean) + sure
+  names = list(dict.fromkeys(n for d in task.pairs for n in (d.name, d.against)))
+  note = (
+    f'{task.metric.capitalize()} of the row less that of the column, paired by seed, from the best mean on. * marks what is told '
+    f'apart when all {len(task.pairs)} pairs are accounted for (Holm, 5%).')
+  rows = tuple((a, *(cells.get((a, b), '') for b in names)) for a in names)
+  return [Table(f'Scores, each against each: {task.title}', note, ('architecture', *names), rows)]
 
 
 def _score_row(o: Outcome, metric: str) -> tuple[str, ...]:

@@ -140,11 +140,14 @@ def stacked(build: Any, count: int, rngs: nnx.Rngs, first: int, stride: int) -> 
 
   `layer` is traced: `first`, `first + stride`, ...
   """
-  def state(key: Array, layer: Array):
-    return nnx.split(build(nnx.Rngs(params=key), layer))[1]
+  graphs = []   # of the one trace: tracing takes nearly all of the time of `define`
 
-  graph, _ = nnx.split(nnx.eval_shape(lambda key: build(nnx.Rngs(params=key), jnp.int32(0)), _abstract_key()))
+  def state(key: Array, layer: Array):
+    graph, values = nnx.split(build(nnx.Rngs(params=key), layer))
+    graphs.append(graph)
+    return values
+
   values = jax.vmap(state)(jax.random.split(rngs.params(), count), first + stride * jnp.arange(count))
   values = jax.tree.map(
     lambda v: v.replace(axes=('layers', *v.get_metadata()['axes'])), values, is_leaf=lambda v: isinstance(v, nnx.Variable))
-  return nnx.merge(graph, values)
+  return nnx.merge(graphs[0], values)

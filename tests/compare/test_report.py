@@ -35,7 +35,7 @@ def invented(folder, names=NAMES, bits=BITS):
 
   def trial(title, seed, task, rate=1e-3):
     at = folder / f'{title}-{task}-{seed}-{rate}'.replace('<', '').replace('>', '')
-    at.mkdir()
+    at.mkdir(parents=True)
     value = bits[title] + 0.1 * seed + 0.01 * math.sin(7 * seed + len(title))
     rows = [{'step': s, 'tokens': 100 * s, 'train/loss': value + 1 / s} for s in range(1, 30)]
     score = {'eval/bits_per_byte': value} if task == 'StandardLibrary' else {'eval/accuracy': 1 - value / 4}
@@ -108,6 +108,31 @@ def test_verdicts(results):
   assert 'LSTM <1997> is better; worse is worse; no difference is shown for diverges' in results.answer[0]
   accuracy = {o.title: o.verdict for o in results.tasks[1].outcomes}
   assert accuracy == {n: o.verdict for n, o in text.items()}   # more is better there, and scores were turned round
+
+
+def test_each_against_each(results):
+  task = results.tasks[0]
+  assert [(d.name, d.against) for d in task.pairs] == [
+    ('LSTM <1997>', 'attention'), ('LSTM <1997>', 'worse'), ('attention', 'worse')]
+  assert {d.verdict for d in task.pairs} == {'better'}   # from the best on; one whose run diverged is not among them
+  assert 'It is better than every other whose runs all came to an end.' in results.answer[0]
+  rows = Page(html_text(results)).rows
+  names = ['LSTM <1997>', 'attention', 'worse']
+  table = rows[next(i for i, r in enumerate(rows) if r == ['architecture', *names]):][1:4]
+  assert [r[0] for r in table] == names
+  differences = {(d.name, d.against): d.estimate.mean for d in task.pairs}
+  assert table[0][1:] == [f'−{-differences["LSTM <1997>", n]:.3f}*' for n in names[1:]]   # an empty cell has no text
+  assert table[2][1:] == [f'+{-differences[n, "worse"]:.3f}*' for n in names[:2]]
+  accuracy = {(d.name, d.against): d for d in results.tasks[1].pairs}
+  assert accuracy['LSTM <1997>', 'worse'].verdict == 'better'
+  assert accuracy['LSTM <1997>', 'worse'].estimate.mean > 0
+
+
+def test_those_near_the_best_are_named(tmp_path):
+  near = invented(tmp_path, NAMES[:3], {'attention': 2.0, 'LSTM <1997>': 2.001, 'worse': 2.6})
+  assert 'Not told apart from it: ' in near.answer[0]
+  assert 'worse' not in near.answer[0].partition('Not told apart from it: ')[2].partition('.')[0]
+  assert not invented(tmp_path / 'two', NAMES[:2]).tasks[0].pairs   # the table of scores says it
 
 
 def test_all_forms_agree(results, tmp_path):

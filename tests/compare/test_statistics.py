@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from jaxformer.compare.statistics import compare, estimate, holm
+from jaxformer.compare.statistics import compare, compare_all, estimate, holm
 
 pytestmark = pytest.mark.quick
 
@@ -80,3 +80,22 @@ def test_holm():
   assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])   # Holm's own example
   assert holm([0.9, 0.8]) == [1.0, 1.0]
   assert holm([0.02, math.nan])[0] == pytest.approx(0.02)
+
+
+def test_all_pairs():
+  scores = {'a': {0: 1.0, 1: 1.1, 2: 0.9}, 'b': {0: 2.0, 1: 2.1, 2: 1.8}, 'c': {0: 1.0, 1: 1.3, 2: 0.8}}
+  found = {(d.name, d.against): d for d in compare_all(scores)}
+  assert list(found) == [('a', 'b'), ('a', 'c'), ('b', 'c')]
+  single, = compare({n: scores[n] for n in 'ab'}, 'b')
+  assert found['a', 'b'].p == single.p
+  assert found['a', 'b'].estimate == single.estimate
+  assert [d.p_adjusted for d in found.values()] == holm([d.p for d in found.values()])   # of all pairs at once
+  assert found['a', 'b'].p_adjusted == pytest.approx(3 * single.p)
+  assert [d.verdict for d in found.values()] == ['better', 'no difference seen at this budget', 'worse']
+
+
+def test_of_equal_models_no_pair_is_told_apart():
+  """The chance of even one false verdict among the 28 pairs of eight architectures is 5 %."""
+  clean = sum({d.verdict for d in compare_all(s)} == {'no difference seen at this budget'}
+              for s in studies(3, 400, seeds=5, shift=0.0, others=6))
+  assert clean >= 0.9 * 400
