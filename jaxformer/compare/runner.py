@@ -90,12 +90,12 @@ def run_study(study: Study, log: Log, interrupt: Interrupt) -> Finished:
       value = measure(model, study.match)
       log(f'{title} | {entry.title} | {value:,.0f} {study.match} ({value / study.target - 1:+.2%})')
   for title, task, dataset in zip(study.task_titles, study.tasks, datasets, strict=True):
-    runner = _Runner(study, title, dataset, interrupt, log)
+    runner = Runner(study, title, dataset, interrupt, log)
     results[title] = tuple(runner.tuned(entry, models[title, entry.title], task) for entry in study.entries)
   return Finished(study, results)
 
 
-class _Runner:
+class Runner:
   """Trains what is not trained yet of one entry on one task."""
 
   def __init__(self, study: Study, where: str, dataset: Dataset, interrupt: Interrupt, log: Log):
