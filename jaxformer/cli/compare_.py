@@ -1,10 +1,11 @@
-"""Trains the architectures of a study at equal size, and writes a report of what came of it.
+"""Trains the architectures of a study, at equal size or, in a scaling study, at many sizes and budgets, and writes a report of what
+came of it.
 
-STUDY is a study by name (quickstart, standard) or a Python file that defines `study` (a `jaxformer.compare.study.Study`, or a
-function that returns one). Runs are in DIR/STUDY, the report in DIR/STUDY/report as report.html, .md, .csv and .json. A study that
-was stopped goes on with the same command. Any field can be given: --study.tokens 1e6 --study.seeds 1,2,3
---study.tasks.0.sequence_length 256. `--add my_layer.py:MyMixer.Config` puts a layer of yours, at the study's size in a frame like
-Llama's, beside the others.
+STUDY is a study by name (quickstart, standard, scaling) or a Python file that defines `study` (a `jaxformer.compare.study.Study`, a
+`jaxformer.compare.scaling_study.ScalingStudy`, or a function that returns one). Runs are in DIR/STUDY, the report in
+DIR/STUDY/report as report.html, .md, .csv and .json. A study that was stopped goes on with the same command. Any field can be
+given: --study.tokens 1e6 --study.seeds 1,2,3 --study.tasks.0.sequence_length 256. `--add my_layer.py:MyMixer.Config` puts a layer
+of yours, at the study's size in a frame like Llama's, beside the others.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ INTERRUPTED = 75
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-  parser.add_argument('target', metavar='STUDY', help='quickstart, standard, or a Python file that defines `study`')
+  parser.add_argument('target', metavar='STUDY', help='quickstart, standard, scaling, or a Python file that defines `study`')
   parser.add_argument('--add', metavar='FILE:NAME', action='append', default=[],
                       help='a layer config or a model config in a Python file; may be given several times')
   parser.add_argument('--show', action='store_true', help='print the whole study as JSON and stop')
@@ -34,8 +35,10 @@ def run(args: argparse.Namespace, overrides: Overrides) -> int:
     print(config.text(study), end='')
     return 0
   from jaxformer.compare.report import report_study
+  from jaxformer.compare.scaling_report import report_scaling
+  from jaxformer.compare.scaling_study import ScalingStudy
   try:
-    report = report_study(study, note)
+    report = report_scaling(study, note) if isinstance(study, ScalingStudy) else report_study(study, note)
   except Interrupted:
     note('interrupted: what was running is saved; the same command goes on from there')
     return INTERRUPTED

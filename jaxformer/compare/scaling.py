@@ -47,8 +47,8 @@ class Law:
     return self.E + self.A * np.asarray(params, np.float64) ** -self.alpha + self.B * np.asarray(tokens, np.float64) ** -self.beta
 
   def optimal(self, flops: float, flops_per_param_token: float = 6.0, power: float = 1.0) -> tuple[float, float]:
-    """(N, D) with the least loss at `flops` = k N^power D training FLOPs; at `power` = 1 the paper's eq. 4. Small models have others:
-    their attention and their embeddings, which are looked up and not multiplied, grow unlike their parameters."""
+    """(N, D) with the least loss at `flops` = k N^power D training FLOPs; at `power` = 1 the paper's eq. 4. Small models have other
+    powers: their attention, and their embeddings, which are not multiplied, grow unlike their parameters."""
     total = flops / flops_per_param_token
     n = (self.alpha * self.A / (power * self.beta * self.B) * total**self.beta) ** (1 / (self.alpha + power * self.beta))
     return n, total * n**-power
@@ -83,7 +83,8 @@ class Fit:
 
   def foretold(self, params: float, tokens: float, level: float = 0.95) -> tuple[float, float]:
     """The interval in which the loss of one more run lies: that of the law there, and besides the spread of runs around the law."""
-    return self._around(lambda law: float(law.loss(params, tokens)), level, self.residual**2 * self.runs / (self.runs - COEFFICIENTS))
+    variance = self.residual**2 * self.runs / (self.runs - COEFFICIENTS)
+    return self._around(lambda law: float(law.loss(params, tokens)), level, variance)
 
   def _around(self, of: Callable[[Law], float], level: float, variance: float) -> tuple[float, float]:
     if len(self.samples) < 2:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from jaxformer.compare.scaling_study import Budget, ScalingStudy, budgets
 from jaxformer.compare.study import Grown, Study
 from jaxformer.config import Registry
 from jaxformer.data import AssociativeRecall, DataConfig
 
-STUDIES: Registry[Study] = Registry('study')
+STUDIES: Registry[Study | ScalingStudy] = Registry('study')
 
 ALL_KINDS = tuple(Grown(family=f, name=n) for f, n in (
   ('llama3', 'transformer'), ('mixtral', 'mixture'), ('lstm', 'LSTM'), ('s4d', 'S4D'), ('h3', 'H3'), ('mamba', 'Mamba'),
@@ -25,3 +26,8 @@ STUDIES.add('standard', Study(
   tasks=(DataConfig(sequence_length=512), AssociativeRecall(length=100, vocab_size=40)),
   tokens=50_000_000, batch_size=64, learning_rates=(3e-4, 1e-3, 3e-3), seeds=(1, 2, 3, 4, 5), together=3, eval_batches=32,
   contexts=(128, 1024, 8192), rounds=10))
+
+# Sizes from about where embeddings and blocks weigh alike. One seed: the interval of a law rests on how trainings lie around it.
+STUDIES.add('scaling', ScalingStudy(
+  name='scaling', entries=(Grown(family='llama2', name='transformer'),),
+  budgets=budgets((5e10, 1.25e11, 3.2e11), (3e4, 6e4, 1.2e5, 2.4e5), 0.3), held_out=(Budget(flops=1.2e12, params=(2e5,)),)))
