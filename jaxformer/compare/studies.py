@@ -27,7 +27,9 @@ STUDIES.add('standard', Study(
   tokens=50_000_000, batch_size=64, learning_rates=(3e-4, 1e-3, 3e-3), seeds=(1, 2, 3, 4, 5), together=3, eval_batches=32,
   contexts=(128, 1024, 8192), rounds=10))
 
-# Sizes from about where embeddings and blocks weigh alike. One seed: the interval of a law rests on how trainings lie around it.
+# Sizes grow more slowly than the best one, so that some models see many tokens for their size and some few. One seed: the interval
+# of a law rests on how trainings lie around it. Two trainings beyond the largest budget: with many tokens, with many parameters.
+_BUDGETS = budgets((1.2e11, 3.6e11, 1.08e12, 2.5e12), (3e4, 5e4, 9e4, 1.6e5, 2.9e5), 0.25)
 STUDIES.add('scaling', ScalingStudy(
-  name='scaling', entries=(Grown(family='llama2', name='transformer'),),
-  budgets=budgets((5e10, 1.25e11, 3.2e11), (3e4, 6e4, 1.2e5, 2.4e5), 0.3), held_out=(Budget(flops=1.2e12, params=(2e5,)),)))
+  name='scaling', entries=(Grown(family='llama2', name='transformer'),), budgets=_BUDGETS[:3],
+  held_out=(Budget(flops=2.5e12, params=_BUDGETS[3].params[1::2]),)))
