@@ -72,7 +72,7 @@ def introduction(results: ScalingResults) -> str:
 
 
 def number(value: float) -> str:
-  return amount(value) if value >= 1e4 else f'{value:.3g}'
+  return amount(value) if value >= 1e3 else f'{value:.3g}'
 
 
 def between(i: Interval | None, form: Callable[[float], str] = number) -> str:
