@@ -4,10 +4,10 @@ Question: does a law fitted to small trainings foretell the loss of larger ones,
 
     python experiments/claims/scaling_laws.py [--scale 1] [--families llama2]
 
-What is done: the study of `jaxformer compare scaling`. Five sizes of a Llama-like transformer, 30 thousand to half a million
-parameters, at each of three budgets of training FLOPs (1.2e11, 3.6e11, 1.08e12), on fresh bytes of the built-in corpus; tokens are
+What is done: the study of `jaxformer compare scaling`. Five sizes of a Llama-like transformer, 30 thousand to 300 thousand
+parameters, at each of three budgets of training FLOPs (6e10, 1.8e11, 5.4e11), on fresh bytes of the built-in corpus; tokens are
 what the budget leaves. To the fifteen losses on held-out text is fitted L(N, D) = E + A / N^alpha + B / D^beta. Two trainings of
-2.5e12 FLOPs, one with many tokens and one with many parameters, take no part in the fit: the law foretells each, with the interval
+1.25e12 FLOPs, one with many tokens and one with many parameters, take no part in the fit: the law foretells each, with the interval
 in which one more training lies. One seed a training: the interval comes from how the trainings lie around the law, which includes
 what seeds do. The learning rate is the best of a grid at the middle of the least budget, and falls with FLOPs^-0.125
 (`compare.scaling_study.Transferred`).

@@ -53,9 +53,9 @@ from jaxformer.training.interrupt import Interrupt
 
 CLAIM = 'A larger model underperforms a smaller one when it has too little data.'
 SMALL, LARGE = 3e4, 2.4e5
-TEXTS = (8_000, 60_000, 5_000_000)   # characters of training text
+TEXTS = (5_000, 40_000, 5_000_000)   # characters of training text
 PIECE, HELD_OUT = 2_000, 0.1         # characters of a piece; the share of files that are held out
-TOKENS, FLOPS = 240_000, 1.2e11
+TOKENS, FLOPS = 160_000, 8e10
 SEEDS = (1, 2, 3, 4)
 BATCH, LENGTH = 16, 64
 BITS = 'eval/bits_per_byte'

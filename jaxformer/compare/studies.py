@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from jaxformer.compare.scaling_study import Budget, ScalingStudy, budgets
+from jaxformer.compare.scaling_study import ScalingStudy, budgets
 from jaxformer.compare.study import Grown, Study
 from jaxformer.config import Registry
 from jaxformer.data import AssociativeRecall, DataConfig
@@ -29,7 +29,7 @@ STUDIES.add('standard', Study(
 
 # Sizes grow more slowly than the best one, so that some models see many tokens for their size and some few. One seed: the interval
 # of a law rests on how trainings lie around it. Two trainings beyond the largest budget: with many tokens, with many parameters.
-_BUDGETS = budgets((1.2e11, 3.6e11, 1.08e12, 2.5e12), (3e4, 5e4, 9e4, 1.6e5, 2.9e5), 0.25)
+_BUDGETS = budgets((6e10, 1.8e11, 5.4e11, 1.25e12), (3e4, 4.5e4, 7e4, 1.1e5, 1.7e5), 0.25)
 STUDIES.add('scaling', ScalingStudy(
   name='scaling', entries=(Grown(family='llama2', name='transformer'),), budgets=_BUDGETS[:3],
-  held_out=(Budget(flops=2.5e12, params=_BUDGETS[3].params[1::2]),)))
+  held_out=(_BUDGETS[3].replace(params=_BUDGETS[3].params[1::2]),)))
