@@ -57,7 +57,7 @@ TEXTS = (5_000, 40_000, 5_000_000)   # characters of training text
 PIECE, HELD_OUT = 2_000, 0.1         # characters of a piece; the share of files that are held out
 TOKENS, FLOPS = 160_000, 8e10
 SEEDS = (1, 2, 3, 4)
-BATCH, LENGTH = 16, 64
+BATCH, LENGTH = 4, 64
 BITS = 'eval/bits_per_byte'
 
 
@@ -113,7 +113,7 @@ def texts(characters: int, runs: str) -> DataConfig:
 def study(target: float, tokens: int, data: DataConfig, runs: str) -> Study:
   return Study(
     name='too-little-data', entries=(Grown(family='llama2', name='transformer'),), target=target, tolerance=0.05, tasks=(data,),
-    tokens=tokens, batch_size=BATCH, learning_rates=(1e-3, 3e-3, 1e-2), extensions=1, seeds=SEEDS, together=4, eval_batches=16,
+    tokens=tokens, batch_size=BATCH, learning_rates=(1e-3, 3e-3, 1e-2), extensions=1, seeds=SEEDS, together=4, eval_batches=64,
     evaluations=6, contexts=(), rounds=0, dir=runs)
 
 

@@ -29,7 +29,9 @@ STUDIES.add('standard', Study(
 
 # Sizes grow more slowly than the best one, so that some models see many tokens for their size and some few. One seed: the interval
 # of a law rests on how trainings lie around it. Two trainings beyond the largest budget: with many tokens, with many parameters.
+# Small batches, because larger ones are wasted on models so small, and then the best size lies below the least that there is.
 _BUDGETS = budgets((6e10, 1.8e11, 5.4e11, 1.25e12), (3e4, 4.5e4, 7e4, 1.1e5, 1.7e5), 0.25)
 STUDIES.add('scaling', ScalingStudy(
   name='scaling', entries=(Grown(family='llama2', name='transformer'),), budgets=_BUDGETS[:3],
-  held_out=(_BUDGETS[3].replace(params=_BUDGETS[3].params[1::2]),)))
+  held_out=(_BUDGETS[3].replace(params=_BUDGETS[3].params[1::2]),), task=DataConfig(sequence_length=64), batch_size=4,
+  eval_batches=256))

@@ -223,7 +223,7 @@ from jaxformer.compare.scaling_study import Budget, ScalingStudy, TriedAtEach
 from jaxformer.compare.study import Grown
 from jaxformer.data import AssociativeRecall
 
-sizes = (6e3, 1.2e4, 2.4e4)
+sizes = (1.4e4, 2.8e4, 5.6e4)
 study = ScalingStudy(
   name='tiny', entries=(Grown(family='gpt2'),), budgets=(Budget(flops=1e8, params=sizes), Budget(flops=2e8, params=sizes)),
   held_out=(Budget(flops=4e8, params=sizes[1:2]),), task=AssociativeRecall(length=6, test_sequences=64), batch_size=8,
