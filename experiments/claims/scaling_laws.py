@@ -21,8 +21,8 @@ less than the guess for each; shown in part if it errs less than the guess on av
 `--scale` multiplies the budgets, and above 1 the sizes by its root. `--families llama2 mamba` gives another family a law of its
 own, which counts as well.
 
-A first try with batches of 1,024 tokens in place of 256 was stopped when at its two smaller budgets the smallest model was the best:
-there is no smaller one of this family, and so no parabola. None of its held-out trainings had run.
+A first try with batches of 1,024 tokens in place of 256 was stopped when at its two smaller budgets the smallest model was the
+best: there is no smaller one of this family, and so no parabola. None of its held-out trainings had run.
 
 Cost: 20 trainings, RESULT_COST
 Result (jax 0.10.2): RESULT_TEXT

@@ -200,6 +200,8 @@ def run_scaling(study: ScalingStudy, log: Log, interrupt: Interrupt) -> Finished
 def _plan(study: ScalingStudy, entry: Entry, dataset: Dataset) -> Iterator[Planned]:
   if dataset.vocab_size is None:
     raise InputError(f'ScalingStudy.task = {study.task.tag}: has no tokens; a study compares models of tokens')
+  if study.task.kind.source_vocab_size is not None:
+    raise InputError(f'ScalingStudy.task = {study.task.tag}: are pairs of texts, whose FLOPs a token vary; must be text')
   length, batch = study.task.positions, study.batch_size * study.task.positions
   for budget in (*study.budgets, *study.held_out):
     for target in budget.params:

@@ -28,7 +28,7 @@ from jaxformer.compare.scaling_study import (
 from jaxformer.compare.studies import STUDIES
 from jaxformer.compare.study import AsIs, Grown
 from jaxformer.config import InputError
-from jaxformer.data import AssociativeRecall
+from jaxformer.data import AssociativeRecall, Dates
 from jaxformer.models.zoo import FAMILIES
 from jaxformer.training.interrupt import Interrupt
 from tests.compare.test_report import ENVIRONMENT, Page
@@ -198,6 +198,7 @@ def test_bad_studies(changes, parts):
 @pytest.mark.parametrize(('changes', 'parts'), [
   ({'budgets': budgets((1e4, 1e7), (600, 1200, 2400))}, ['10000 FLOPs are less than one batch of GRU', 'must be at least']),
   ({'budgets': budgets((1e7, 2e7), (1190, 1200, 1210))}, ['are the same model', 'must lie further apart']),
+  ({'task': Dates()}, ['ScalingStudy.task', 'are pairs']),
   ({'tolerance': 1e-6}, ['gru: nothing comes within', 'params']),
 ])
 def test_what_cannot_be_planned(changes, parts, tried):
