@@ -56,7 +56,9 @@ def experiment_of(target: str, overrides: Overrides, size: Any = None) -> Any:
 
 
 def study_of(target: str) -> Any:
-  """The study of a name or a file; a file is Python that defines `study` (a `Study`, or a function that returns one)."""
+  """The study of a name or a file; a file is Python that defines `study` (a `Study` or a `ScalingStudy`, or a function that returns
+  one)."""
+  from jaxformer.compare.scaling_study import ScalingStudy
   from jaxformer.compare.studies import STUDIES
   from jaxformer.compare.study import Study
   if not (target.endswith('.py') or os.sep in target):
@@ -69,8 +71,8 @@ def study_of(target: str) -> Any:
   with of_file(path):
     study = getattr(load_file(path), 'study', None)
     study = study() if callable(study) else study
-  if not isinstance(study, Study):
-    raise InputError(f'{target}: defines no `study`; it must be a Study or a function that returns one')
+  if not isinstance(study, Study | ScalingStudy):
+    raise InputError(f'{target}: defines no `study`; it must be a Study, a ScalingStudy or a function that returns one')
   return study
 
 

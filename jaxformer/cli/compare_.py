@@ -1,11 +1,12 @@
-"""Trains the architectures of a study at equal size, and writes a report of what came of it.
+"""Trains the architectures of a study, at equal size or, in a scaling study, at many sizes and budgets, and writes a report of what
+came of it.
 
-STUDY is a study by name (quickstart, standard) or a Python file that defines `study` (a `jaxformer.compare.study.Study`, or a
-function that returns one). Runs are in DIR/STUDY, the report in DIR/STUDY/report as report.html, .md, .csv and .json. A study that
-was stopped goes on with the same command. Any field can be given: --study.tokens 1e6 --study.seeds 1,2,3
---study.tasks.0.sequence_length 256. `--add my_layer.py:MyMixer.Config` puts a layer of yours, at the study's size in a frame like
-Llama's, beside the others. Small models leave most cores idle, so several processes train at once (`--workers`); other machines
-with the same DIR may help with `--train-only`.
+STUDY is a study by name (quickstart, standard, scaling) or a Python file that defines `study` (a `jaxformer.compare.study.Study`, a
+`jaxformer.compare.scaling_study.ScalingStudy`, or a function that returns one). Runs are in DIR/STUDY, the report in
+DIR/STUDY/report as report.html, .md, .csv and .json. A study that was stopped goes on with the same command. Any field can be
+given: --study.tokens 1e6 --study.seeds 1,2,3 --study.tasks.0.sequence_length 256. `--add my_layer.py:MyMixer.Config` puts a layer
+of yours, at the study's size in a frame like Llama's, beside the others. Small models leave most cores idle, so several processes
+train at once (`--workers`); other machines with the same DIR may help with `--train-only`.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def study_arguments(parser: argparse.ArgumentParser) -> None:
   """What names a study."""
-  parser.add_argument('target', metavar='STUDY', help='quickstart, standard, or a Python file that defines `study`')
+  parser.add_argument('target', metavar='STUDY', help='quickstart, standard, scaling, or a Python file that defines `study`')
   parser.add_argument('--add', metavar='FILE:NAME', action='append', default=[],
                       help='a layer config or a model config in a Python file; may be given several times')
   parser.add_argument('--json', action='store_true', help='print what report.json holds')
@@ -45,19 +46,22 @@ def study_of_arguments(args: argparse.Namespace, overrides: Overrides):
 
 def run(args: argparse.Namespace, overrides: Overrides) -> int:
   from jaxformer import config
-  from jaxformer.compare.runner import Interrupted
+  from jaxformer.compare.sharing import Interrupted
   study = study_of_arguments(args, overrides)
   if args.show:
     print(config.text(study), end='')
     return 0
   from jaxformer.compare.report import report_study, train_study
+  from jaxformer.compare.scaling_report import report_scaling
+  from jaxformer.compare.scaling_study import ScalingStudy, run_scaling
   from jaxformer.training.interrupt import Interrupt
+  train, report = (run_scaling, report_scaling) if isinstance(study, ScalingStudy) else (train_study, report_study)
   try:
     if args.train_only:
       with Interrupt() as interrupt:
-        train_study(study, note, interrupt)
+        train(study, note, interrupt)
     else:
-      tell(report_study(study, note, helpers(args, overrides, study)), args.json)
+      tell(report(study, note, helpers(args, overrides, study)), args.json)
   except Interrupted:
     note('interrupted: what was running is saved; the same command goes on from there')
     return INTERRUPTED
@@ -72,7 +76,7 @@ def tell(report, as_json: bool) -> None:
 
 def helpers(args: argparse.Namespace, overrides: Overrides, study) -> list[list[str]]:
   """The commands that train the same study beside this one."""
-  from jaxformer.compare.helpers import worthwhile
+  from jaxformer.compare.sharing import worthwhile
   if args.workers is not None and args.workers < 1:
     raise InputError(f'--workers {args.workers}: must be at least 1')
   added = [word for name in args.add for word in ('--add', name)]

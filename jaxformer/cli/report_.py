@@ -10,6 +10,7 @@ import argparse
 
 from jaxformer.cli.common import Overrides, note
 from jaxformer.cli.compare_ import INTERRUPTED, study_arguments, study_of_arguments, tell
+from jaxformer.config import InputError
 
 OVERRIDES = True
 
@@ -20,8 +21,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, overrides: Overrides) -> int:
   from jaxformer.compare.report import report_study
-  from jaxformer.compare.runner import Interrupted, finished_part
+  from jaxformer.compare.runner import finished_part
+  from jaxformer.compare.scaling_study import ScalingStudy
+  from jaxformer.compare.sharing import Interrupted
   whole = study_of_arguments(args, overrides)
+  if isinstance(whole, ScalingStudy):
+    raise InputError(f'{args.target}: a law needs all its trainings; `jaxformer compare {args.target}` does those that remain')
   part = finished_part(whole)
   if missing := [e.title for e in whole.entries if e not in part.entries]:
     note(f'not done yet, and left out: {", ".join(missing)}')

@@ -14,7 +14,8 @@ import jax
 import numpy as np
 
 from jaxformer import config
-from jaxformer.compare.runner import Interrupted, Log
+from jaxformer.compare.runner import Log
+from jaxformer.compare.sharing import Interrupted
 from jaxformer.compare.study import Study
 from jaxformer.data import DataConfig, Dataset, DatasetConfig, open_data
 from jaxformer.evaluation import loss_by_position

@@ -35,7 +35,8 @@ def figures(results: Results) -> list[Figure]:
   return [f for f in found if f is not None]
 
 
-def _drawn(title: str, note: str, series: Sequence[Series], x: Axis, y: Axis) -> Figure | None:
+def drawn(title: str, note: str, series: Sequence[Series], x: Axis, y: Axis) -> Figure | None:
+  """A chart as a figure; None without points."""
   return Figure(title, note, chart(series, x, y, title)) if any(s.points for s in series) else None
 
 
@@ -54,7 +55,7 @@ def _quality(task: TaskResults, results: Results, style: dict[str, int]) -> list
     good = 'down' if task.lower_is_better else 'up'
     right = 'right' if what == 'training speed' else 'left'
     note = f'Better is {good} and to the {right}.' + (f' On the frontier: {", ".join(best)}.' if best else '')
-    return _drawn(f'{task.title}: {task.metric} against {what}', note, series, Axis(label, True, amount), _score_axis(task))
+    return drawn(f'{task.title}: {task.metric} against {what}', note, series, Axis(label, True, amount), _score_axis(task))
 
   def speed(o: Outcome) -> float | None:
     return results.costs[o.title].tokens_per_second
@@ -85,7 +86,7 @@ def _curves(task: TaskResults, results: Results, style: dict[str, int]) -> list[
       if per_token:
         points = tuple(Point(tokens * per_token, loss) for tokens, loss in o.curve)
         series.append(Series(o.title, style[o.title], points, line=True, dots=False))
-    return _drawn(f'{task.title}: training loss against {what}', 'Mean over seeds, smoothed; nats a target.', series,
+    return drawn(f'{task.title}: training loss against {what}', 'Mean over seeds, smoothed; nats a target.', series,
                   Axis(label, True, form), Axis('training loss'))
 
   def second(o: Outcome) -> float | None:
@@ -109,14 +110,14 @@ def _positions(task: TaskResults, style: dict[str, int]) -> Figure | None:
       i += len(bin_)
     series.append(Series(o.title, style[o.title], tuple(points), line=True, dots=False))
   note = f'Held-out loss by the tokens of the document read before, mean over seeds; nats. Trained on {task.length} tokens.'
-  return _drawn(f'{task.title}: loss by position', note, series, Axis('tokens read', True, amount), Axis('held-out loss'))
+  return drawn(f'{task.title}: loss by position', note, series, Axis('tokens read', True, amount), Axis('held-out loss'))
 
 
 def _contexts(results: Results, style: dict[str, int]) -> list[Figure | None]:
   def of(value: Callable, title: str, label: str, form: Callable[[float], str]) -> Figure | None:
     series = [Series(n, style[n], tuple(Point(a.context, v) for a in c.contexts if (v := value(a))), line=True)
               for n, c in results.costs.items()]
-    return _drawn(title, 'One sequence.', series, Axis('tokens of context', True, amount), Axis(label, True, form))
+    return drawn(title, 'One sequence.', series, Axis('tokens of context', True, amount), Axis(label, True, form))
 
   return [
     of(lambda a: a.seconds_per_token, 'Decoding time against context', 'time a token', seconds),

@@ -118,7 +118,7 @@ class Results:
 
   def to_json(self) -> dict[str, Any]:
     """JSON data; numbers that are not finite are null."""
-    return _plain({
+    return plain({
       'study': self.study.name, 'answer': self.answer, 'reference': self.reference,
       'tasks': [dataclasses.asdict(t) for t in self.tasks], 'costs': {n: dataclasses.asdict(c) for n, c in self.costs.items()},
       'config': config.to_json(self.study), 'digest': config.digest(self.study), 'environment': self.environment})
@@ -245,12 +245,12 @@ def _list(names: Sequence[str]) -> str:
   return names[0] if len(names) == 1 else f'{", ".join(names[:-1])} and {names[-1]}'
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
   """JSON data without infinities."""
   if isinstance(value, dict):
-    return {str(k): _plain(v) for k, v in value.items()}
+    return {str(k): plain(v) for k, v in value.items()}
   if isinstance(value, list | tuple):
-    return [_plain(v) for v in value]
+    return [plain(v) for v in value]
   if isinstance(value, float | np.floating):
     return float(value) if math.isfinite(value) else None
   return int(value) if isinstance(value, np.integer) else value

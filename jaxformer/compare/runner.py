@@ -3,16 +3,15 @@ where it was, and several processes share the work by locks on files."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import fcntl
+import functools
 import math
 import time
-from collections.abc import Callable, Generator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from jaxformer import config
+from jaxformer.compare.sharing import Interrupted, shared
 from jaxformer.compare.sizing import measure
 from jaxformer.compare.study import Entry, Study
 from jaxformer.config import InputError
@@ -25,11 +24,6 @@ from jaxformer.training.population import train_population
 from jaxformer.training.run import read_events, run_folder
 
 Log = Callable[[str], None]
-PAUSE = 0.5   # seconds between looks at what other processes train
-
-
-class Interrupted(Exception):
-  """A run was interrupted and saved; the same study goes on from there."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,23 +95,20 @@ def run_study(
       value = measure(model, study.match)
       log(f'{title} | {entry.title} | {value:,.0f} {study.match} ({value / study.target - 1:+.2%})')
   for title, task, dataset in zip(study.task_titles, study.tasks, datasets, strict=True):
-    runner = _Runner(study, title, dataset, interrupt, log)
+    runner = Runner(study, title, dataset, interrupt, log)
     for entry in study.entries:
-      jobs[title, entry.title] = runner, entry, task
-  found: dict[tuple[str, str], Tuned] = {}
-  while waiting := [k for k in jobs if k not in found]:
-    for title, name in waiting:
-      with _held(study.folder / 'locks' / f'{title}-{name}') as mine:
-        if mine:
-          runner, entry, task = jobs[title, name]
-          found[title, name] = runner.tuned(entry, models[title, name], task)
-          if each is not None:
-            each(title, runner.dataset, found[title, name])
-    if all(k not in found for k in waiting):
-      if interrupt.signal is not None:
-        raise Interrupted
-      time.sleep(PAUSE)
-  return Finished(study, {title: tuple(found[title, e.title] for e in study.entries) for title in study.task_titles})
+      jobs[f'{title}-{entry.title}'] = functools.partial(_job, runner, entry, models[title, entry.title], task, each)
+  done = iter(shared(study.folder / 'locks', jobs, interrupt).values())
+  return Finished(study, {title: tuple(next(done) for _ in study.entries) for title in study.task_titles})
+
+
+def _job(
+  runner: Runner, entry: Entry, model: ModelConfig, task: DatasetConfig, each: Callable[[str, Dataset, Tuned], None] | None,
+) -> Tuned:
+  tuned = runner.tuned(entry, model, task)
+  if each is not None:
+    each(runner.where, runner.dataset, tuned)
+  return tuned
 
 
 def finished_part(study: Study) -> Study:
@@ -139,21 +130,7 @@ def finished_part(study: Study) -> Study:
   return study.replace(entries=entries)
 
 
-@contextlib.contextmanager
-def _held(file: Path) -> Generator[bool]:
-  """Whether this process alone has a file until the end of the block. A process that dies lets go."""
-  file.parent.mkdir(parents=True, exist_ok=True)
-  with file.open('w') as f:
-    try:
-      fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-      mine = False
-    else:
-      mine = True
-    yield mine
-
-
-class _Runner:
+class Runner:
   """Trains what is not trained yet of one entry on one task."""
 
   def __init__(self, study: Study, where: str, dataset: Dataset, interrupt: Interrupt, log: Log):
@@ -214,7 +191,7 @@ class _Unfinished(Exception):
   """A run is not done."""
 
 
-class _Reader(_Runner):
+class _Reader(Runner):
   """Gathers what is done, and trains nothing."""
 
   def _train(self, group: Sequence[Experiment]) -> None:

@@ -46,12 +46,16 @@ class Law:
   def loss(self, params: float | np.ndarray, tokens: float | np.ndarray) -> np.ndarray:
     return self.E + self.A * np.asarray(params, np.float64) ** -self.alpha + self.B * np.asarray(tokens, np.float64) ** -self.beta
 
-  def optimal(self, flops: float, flops_per_param_token: float = 6.0) -> tuple[float, float]:
-    """(N, D) with the least loss at `flops` = k N D training FLOPs, by the paper's eq. 4."""
+  def optimal(self, flops: float, flops_per_param_token: float = 6.0, power: float = 1.0) -> tuple[float, float]:
+    """(N, D) with the least loss at `flops` = k N^power D training FLOPs; at `power` = 1 the paper's eq. 4. Small models have other
+    powers: their attention, and their embeddings, which are not multiplied, grow unlike their parameters."""
     total = flops / flops_per_param_token
-    g = (self.alpha * self.A / (self.beta * self.B)) ** (1 / (self.alpha + self.beta))
-    a = self.beta / (self.alpha + self.beta)
-    return g * total**a, total ** (1 - a) / g
+    n = (self.alpha * self.A / (power * self.beta * self.B) * total**self.beta) ** (1 / (self.alpha + power * self.beta))
+    return n, total * n**-power
+
+  def exponent(self, power: float = 1.0) -> float:
+    """a of N = k C^a: how the best size grows with the training FLOPs C."""
+    return self.beta / (self.alpha + power * self.beta)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,19 +67,29 @@ class Fit:
     samples: the law of each resampling.
     runs: how many runs it rests on.
     residual: root mean square of log(loss / fitted loss).
+    explained: R^2 of the log losses: the part of their variance that is not residual.
   """
 
   law: Law
   samples: tuple[Law, ...]
   runs: int
   residual: float
+  explained: float
 
   def interval(self, of: Callable[[Law], float], level: float = 0.95) -> tuple[float, float]:
     """The interval of a positive number that `of(law)` says, such as a coefficient or a loss foretold: on the logarithmic scale,
     the best law's +- Student's t times the standard deviation over the resamplings."""
+    return self._around(of, level, 0.0)
+
+  def foretold(self, params: float, tokens: float, level: float = 0.95) -> tuple[float, float]:
+    """The interval in which the loss of one more run lies: that of the law there, and besides the spread of runs around the law."""
+    variance = self.residual**2 * self.runs / (self.runs - COEFFICIENTS)
+    return self._around(lambda law: float(law.loss(params, tokens)), level, variance)
+
+  def _around(self, of: Callable[[Law], float], level: float, variance: float) -> tuple[float, float]:
     if len(self.samples) < 2:
       raise ValueError('an interval needs a fit with bootstrap samples')
-    spread = np.std([np.log(of(law)) for law in self.samples], ddof=1)
+    spread = np.sqrt(np.var([np.log(of(law)) for law in self.samples], ddof=1) + variance)
     half = stats.t.ppf(0.5 + level / 2, self.runs - COEFFICIENTS) * spread
     return float(of(self.law) * np.exp(-half)), float(of(self.law) * np.exp(half))
 
@@ -97,7 +111,8 @@ def fit_law(runs: Runs, bootstrap: int = 200, seed: int = 0) -> Fit:
   sigma = np.sqrt(np.sum((y - fitted) ** 2) / (len(n) - COEFFICIENTS))
   rng = np.random.default_rng(seed)
   samples = tuple(_law(_descend(best, n, d, fitted + sigma * rng.normal(size=len(n)))[1]) for _ in range(bootstrap))
-  return Fit(_law(best), samples, len(n), float(np.sqrt(np.mean((y - fitted) ** 2))))
+  squares = np.mean((y - fitted) ** 2)
+  return Fit(_law(best), samples, len(n), float(np.sqrt(squares)), float(1 - squares / np.var(y)))
 
 
 # theta = (log E, log A, alpha, log B, beta); log L = logsumexp(log E, log A - alpha log N, log B - beta log D)
@@ -162,12 +177,18 @@ class Parabola:
     params: where the parabola is lowest.
     loss: there.
     inside: whether that lies among the sizes that were run; if not, it is an extrapolation.
+    curvature: c of loss = `loss` + c log(N / `params`)^2.
   """
 
   flops: float
   params: float
   loss: float
   inside: bool
+  curvature: float
+
+  def at(self, params: float) -> float:
+    """Its value at a size."""
+    return self.loss + self.curvature * float(np.log(params / self.params)) ** 2
 
 
 def iso_flop(flops: float, params: Sequence[float], loss: Sequence[float]) -> Parabola:
@@ -180,7 +201,8 @@ def iso_flop(flops: float, params: Sequence[float], loss: Sequence[float]) -> Pa
   if c2 <= 0:
     raise ValueError('the losses do not curve upwards: no size is best among these')
   at = -c1 / (2 * c2)
-  return Parabola(flops, float(np.exp(at + x.mean())), float(c0 - c1 * c1 / (4 * c2)), bool(x.min() <= at + x.mean() <= x.max()))
+  lowest, inside = float(c0 - c1 * c1 / (4 * c2)), bool(x.min() <= at + x.mean() <= x.max())
+  return Parabola(flops, float(np.exp(at + x.mean())), lowest, inside, float(c2))
 
 
 def power_law(x: Sequence[float], y: Sequence[float]) -> tuple[float, float]:

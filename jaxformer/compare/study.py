@@ -97,6 +97,7 @@ class Study(Config):
     seeds: of the runs at each one's best learning rate.
     together: how many runs of one architecture train at once in one program (`training.population`).
     eval_batches: batches of held-out sequences that score a run; None for all.
+    evaluations: how often a run is scored on its way, at even steps; its score is that of the end.
     contexts: tokens of context at which reading a prompt and decoding are timed; none leaves that out.
     rounds: how often the training step of each is timed, in turn; 0 leaves that out.
     dir: where studies live.
@@ -118,6 +119,7 @@ class Study(Config):
   seeds: tuple[int, ...] = (1, 2, 3)
   together: int = 4
   eval_batches: int | None = 32
+  evaluations: int = 1
   contexts: tuple[int, ...] = (128, 1024)
   rounds: int = 5
   dir: str = 'runs'
@@ -132,7 +134,7 @@ class Study(Config):
     self.require(list(self.learning_rates) == sorted(set(self.learning_rates)), 'learning_rates', 'in ascending order, each once')
     self.require(len(self.seeds) > 0 and len(set(self.seeds)) == len(self.seeds), 'seeds', 'at least one, each once')
     self.require(self.tuning_seed not in self.seeds, 'tuning_seed', 'none of the seeds: the best rate was chosen by it')
-    for field in ('target', 'tolerance', 'tokens', 'batch_size', 'together'):
+    for field in ('target', 'tolerance', 'tokens', 'batch_size', 'together', 'evaluations'):
       self.require(getattr(self, field) > 0, field, 'positive')
     for field in ('extensions', 'rounds'):
       self.require(getattr(self, field) >= 0, field, 'at least 0')
@@ -164,8 +166,9 @@ class Study(Config):
     experiment = Experiment(
       model=model, data=task, optimizer=self.optimizer.replace(learning_rate=rate), schedule=self.schedule,
       training=TrainingConfig(
-        steps=steps, batch_size=self.batch_size, seed=seed, eval_every=steps, eval_batches=self.eval_batches,
-        checkpoint_every=max(1, steps // 4), keep_latest=1, keep_best=0, log_every=max(1, steps // 50), trackers=()),
+        steps=steps, batch_size=self.batch_size, seed=seed, eval_every=max(1, steps // self.evaluations),
+        eval_batches=self.eval_batches, checkpoint_every=max(1, steps // 4), keep_latest=1, keep_best=0,
+        log_every=max(1, steps // 50), trackers=()),
       run=RunConfig(dir=self.dir))
     short = config.digest(experiment)[:8]
     return config.override(experiment, [('run.name', f'{self.name}/{entry.title}-{task.tag}-{rate:g}-{seed}-{short}')])

@@ -35,7 +35,7 @@ class Point:
 
 @dataclasses.dataclass(frozen=True)
 class Series:
-  """Points of one name. `style` is the number of its colour and marker; `line` joins them, `dots` marks each."""
+  """Points of one name, '' for none. `style` is the number of its colour and marker; `line` joins them, `dots` marks each."""
 
   name: str
   style: int
@@ -172,7 +172,9 @@ def _marks(s: Series, sx: _Scale, sy: _Scale) -> list[str]:
 
 def _margin(series: Sequence[Series], sx: _Scale, sy: _Scale) -> list[str]:
   """Names in the right margin at the height of each last point, moved apart, with a thin line to it."""
-  named = sorted((s for s in series if s.points), key=lambda s: sy(s.points[-1].y))
+  named = sorted((s for s in series if s.points and s.name), key=lambda s: sy(s.points[-1].y))
+  if not named:
+    return []
   room = (HEIGHT - BOTTOM - TOP) / max(len(named) - 1, 1)
   gap, heights = min(LABEL + 2.0, room), [sy(s.points[-1].y) for s in named]
   for i in range(1, len(heights)):

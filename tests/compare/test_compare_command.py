@@ -10,6 +10,8 @@ import pytest
 
 from jaxformer.cli import main
 from jaxformer.compare.studies import STUDIES
+from jaxformer.compare.study import Study
+from jaxformer.models.zoo import FAMILIES
 from tests.e2e.program import environment, start
 
 STUDY = '''
@@ -104,6 +106,7 @@ def test_stopped_twice_it_ends_with_the_same_numbers(folder, tmp_path_factory):
   (['report', 'study.py'], ['tiny', 'all its runs done']),
   (['compare', 'study.py', '--model.width', '3'], ['--model.width', 'study']),
   (['compare', 'study.py', '--study.seeds', '1,1'], ['seeds', 'each once']),
+  (['compare', 'study.py', '--study.evaluations', '0'], ['Study.evaluations = 0', 'positive']),
   (['compare', 'study.py', '--add', 'my_layer.py'], ['my_layer.py', 'FILE.py:NAME']),
   (['compare', 'study.py', '--add', 'my_layer.py:Nothin'], ["'Nothin'", 'did you mean Nothing']),
   (['compare', 'study.py', '--add', 'study.py:study'], ['study.py:study', 'neither']),
@@ -136,4 +139,13 @@ def test_a_layer_of_ones_own_stands_beside_the_others(folder, capsys, monkeypatc
 
 @pytest.mark.quick
 def test_named_studies_hold_ten_architectures():
-  assert {len(STUDIES[name].entries) for name in STUDIES} == {10}
+  assert {len(s.entries) for name in STUDIES if isinstance(s := STUDIES[name], Study)} == {10}
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(('evaluations', 'every'), [(1, 195), (6, 32), (1000, 1)])
+def test_evaluations_lie_at_even_steps(evaluations, every):
+  study = STUDIES['quickstart'].replace(evaluations=evaluations, tokens=200_000)
+  model = FAMILIES['gru'].make(width=8, layers=1, hidden=0, vocab_size=264, context=128)
+  training = study.experiment(study.entries[0], model, study.tasks[0], 1e-3, 1).training
+  assert (training.steps, training.eval_every) == (195, every)

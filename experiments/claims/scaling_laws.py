@@ -1,0 +1,147 @@
+"""Claim 10: parameters, tokens and FLOPs predict loss (scaling laws; Hoffmann et al. 2022, Chinchilla).
+
+Question: does a law fitted to small trainings foretell the loss of larger ones, better than one would guess without it?
+
+    python experiments/claims/scaling_laws.py [--scale 1] [--families llama2]
+
+What is done: the study of `jaxformer compare scaling`. Five sizes of a Llama-like transformer, 30 thousand to 300 thousand
+parameters, at each of three budgets of training FLOPs (6e10, 1.8e11, 5.4e11), on fresh bytes of the built-in corpus; tokens are
+what the budget leaves. To the fifteen losses on held-out text is fitted L(N, D) = E + A / N^alpha + B / D^beta. Two trainings of
+1.25e12 FLOPs, one with many tokens and one with many parameters, take no part in the fit: the law foretells each, with the interval
+in which one more training lies. One seed a training: the interval comes from how the trainings lie around the law, which includes
+what seeds do. The learning rate is the best of a grid at the middle of the least budget, and falls with FLOPs^-0.125
+(`compare.scaling_study.Transferred`).
+
+What is compared to: the loss of the training of the largest budget that is nearest in size, which is what one would guess of a
+larger budget without a law; and how much of the variance of log loss a power law of N, of D, or of FLOPs alone explains.
+
+The verdict: shown if the law explains at least 95 % of the variance, every held-out loss lies in its interval, and the law errs
+less than the guess for each; shown in part if it errs less than the guess on average but one of these fails; else not shown.
+
+`--scale` multiplies the budgets, and above 1 the sizes by its root. `--families llama2 mamba` gives another family a law of its
+own, which counts as well.
+
+A first try with batches of 1,024 tokens in place of 256 was stopped when at its two smaller budgets the smallest model was the
+best: there is no smaller one of this family, and so no parabola. None of its held-out trainings had run.
+
+Cost: 20 trainings, RESULT_COST
+Result (jax 0.10.2): RESULT_TEXT
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+
+import numpy as np
+from gallery import Picture, Result, Verdict, arguments, publish
+
+from jaxformer.compare.scaling_report import between, report_scaling, trainings
+from jaxformer.compare.scaling_results import FamilyLaw, Point, ScalingResults
+from jaxformer.compare.scaling_study import Budget, ScalingStudy
+from jaxformer.compare.studies import STUDIES
+from jaxformer.compare.study import Grown
+from jaxformer.compare.svg import Axis, Series
+from jaxformer.compare.svg import Point as At
+from jaxformer.compare.tables import amount
+
+CLAIM = 'Parameters, tokens and FLOPs predict loss (scaling laws; Chinchilla).'
+EXPLAINED = 0.95
+
+
+def study(scale: float, families: list[str], runs: str) -> ScalingStudy:
+  base = STUDIES['scaling']
+  assert isinstance(base, ScalingStudy)
+
+  def scaled(budgets: tuple[Budget, ...]) -> tuple[Budget, ...]:
+    return tuple(Budget(flops=b.flops * scale, params=tuple(n * max(1, scale) ** 0.5 for n in b.params)) for b in budgets)
+  entries = tuple(Grown(family=f, name='transformer' if f == 'llama2' else f) for f in families)
+  return base.replace(entries=entries, budgets=scaled(base.budgets), held_out=scaled(base.held_out), dir=runs)
+
+
+def guess(f: FamilyLaw, p: Point) -> float:
+  """The loss of the training of the largest budget that is nearest in size."""
+  most = max(q.flops for q in f.fitted)
+  nearest = min((q for q in f.fitted if q.flops == most and q.loss is not None), key=lambda q: abs(np.log(q.params / p.params)))
+  assert nearest.loss is not None
+  return nearest.loss
+
+
+def alone(f: FamilyLaw, of: str) -> float:
+  """R^2 of log loss by a power law of one number."""
+  used = [p for p in f.fitted if p.loss is not None]
+  x, y = (np.log([getattr(p, name) for p in used]) for name in (of, 'loss'))
+  return float(np.corrcoef(x, y)[0, 1] ** 2)
+
+
+def errors(f: FamilyLaw) -> list[tuple[float, float]]:
+  """(of the law, of the guess), relative and unsigned, for each held-out training."""
+  return [(abs(p.foretold.value / p.loss - 1), abs(guess(f, p) / p.loss - 1)) for p in f.held_out
+          if p.loss is not None and p.foretold is not None]
+
+
+def verdict(f: FamilyLaw) -> Verdict:
+  found = errors(f)
+  if f.explained is None or len(found) < len(f.held_out):
+    return 'not shown'
+  better = [law < other for law, other in found]
+  if f.explained >= EXPLAINED and all(p.covered for p in f.held_out) and all(better):
+    return 'shown'
+  return 'shown in part' if np.mean([law for law, _ in found]) < np.mean([other for _, other in found]) else 'not shown'
+
+
+def overall(verdicts: list[Verdict]) -> Verdict:
+  """That of all families: what holds for each, or in part where it does not for all."""
+  return verdicts[0] if len(set(verdicts)) == 1 else 'shown in part'
+
+
+def because(results: ScalingResults) -> str:
+  parts = []
+  for f, said in zip(results.families, results.answer, strict=True):
+    parts.append(said)
+    parts.append('Errors of the law against those of the guess (the training of the largest budget nearest in size): ' + '; '.join(
+      f'{law:.1%} against {other:.1%}' for law, other in errors(f)) + '.')
+    parts.append(f'Alone, a power law of parameters explains {alone(f, "params"):.0%} of the variance of log loss, of tokens '
+                 f'{alone(f, "tokens"):.0%}, of FLOPs {alone(f, "train_flops"):.0%}.')
+    inside = [p for p in f.parabolas.values() if p.inside]
+    parts.append(f'The parabola is lowest among the sizes tried at {len(inside)} of {len(results.study.budgets)} budgets.')
+  parts.append('One seed a training, and budgets that differ by a factor of 20 in all: how far a law reaches needs more.')
+  return ' '.join(parts)
+
+
+def pictures(results: ScalingResults) -> list[Picture]:
+  found = []
+  for f in results.families:
+    law, (k, power), iso = f.law, f.flops_law, []
+    sizes = np.geomspace(min(p.params for p in f.points), max(p.params for p in f.points), 40)
+    for style, flops in enumerate(dict.fromkeys(p.flops for p in f.points)):
+      points = [p for p in f.points if p.flops == flops and p.loss is not None]
+      if law is not None:
+        along = tuple(At(n, float(law.loss(n, flops / (k * n**power)))) for n in sizes)
+        iso.append(Series('', style, along, line=True, dots=False))
+      iso.append(Series(amount(flops), style, tuple(At(p.params, p.loss) for p in points if p.loss is not None)))
+    caption = f'{f.title}: held-out loss against size at equal training FLOPs; lines: the law, fitted to all but the largest budget'
+    found.append(Picture.of(f'{f.title}-sizes', caption, iso, Axis('parameters', True, amount), Axis('nats a byte')))
+  return found
+
+
+def main() -> None:
+  parser = arguments(__doc__)
+  parser.add_argument('--families', nargs='+', default=['llama2'], help='names of families of `jaxformer.models.zoo`')
+  args = parser.parse_args()
+  s = study(args.scale, args.families, args.runs)
+  results = report_scaling(s, lambda line: print(line, flush=True))
+  tables = [trainings(f, results) for f in results.families]
+  rows = tuple((f.title, *row) for f, t in zip(results.families, tables, strict=True) for row in t.rows)
+  fits = '; '.join(f'{f.title}: ' + ', '.join(f'{n} {between(i)}' for n, i in f.coefficients.items()) for f in results.families)
+  publish(args, Result(
+    10, CLAIM, overall([verdict(f) for f in results.families]), f'{because(results)} The law: {fits}.',
+    f'{", ".join(e.title for e in s.entries)}; {len(s.budgets)} budgets of {s.budgets[0].flops:.3g} to {s.budgets[-1].flops:.3g} '
+    f'training FLOPs with {len(s.budgets[0].params)} sizes each, {len(s.held_out[0].params)} trainings of {s.held_out[0].flops:.3g}'
+    f' held out; bytes of the standard library, sequences of {s.task.positions}; {len(s.seeds)} seed.',
+    ('architecture', *tables[0].header), rows, results.to_json()), pictures(results))
+
+
+if __name__ == '__main__':
+  main()

@@ -1,0 +1,249 @@
+"""Claim 9: a larger model underperforms a smaller one when it has too little data.
+
+Question: of two models that differ in size alone, when does the larger one end worse?
+
+    python experiments/claims/too_little_data.py [--scale 1]
+
+"Too little data" has two senses, and both are tried with a Llama-like transformer of 30 thousand and one of 240 thousand
+parameters:
+
+- Few texts. Both train for as many steps on as many tokens, but the texts are pieces of 2,000 characters from the built-in corpus,
+  and there are few of them, so that they are read again and again. The sets are nested, and the largest is not read through once:
+  the control, where the larger model should be better. The held-out text is the same for all, from other files. A run is scored at
+  its end, and on its way: the least of its scores is what one who stops in time would have (chosen by the held-out text itself, a
+  little optimistic for both alike).
+- Few tokens for the compute. Both spend as many training FLOPs on fresh text, so that the larger sees about an eighth of the
+  tokens: the right-hand side of an isoFLOP curve.
+
+Each size has its own learning rate in each setting, the best of one grid on a seed that takes no further part. Four seeds are
+paired by their data; differences are those of held-out bits a byte, larger less smaller, with 95 % intervals by Student's t, and
+p-values of all four comparisons are adjusted together (Holm).
+
+The verdict: shown if the larger is worse at the end on the fewest texts and at equal FLOPs, and better in the control; shown in
+part if one of these three fails; contradicted if the larger is better everywhere; else not shown.
+
+`--scale` multiplies tokens, texts and FLOPs, and the larger size by its root.
+
+Cost: RESULT_COST
+Result (jax 0.10.2): RESULT_TEXT
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import pathlib
+from collections.abc import Sequence
+
+os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+
+from gallery import Picture, Result, Verdict, arguments, publish
+
+from jaxformer.compare.runner import Trial, Tuned, run_study
+from jaxformer.compare.statistics import Estimate, compare, estimate, holm
+from jaxformer.compare.study import Grown, Study
+from jaxformer.compare.svg import Axis, Point, Series
+from jaxformer.compare.tables import amount
+from jaxformer.data import ByPosition, DataConfig, Files, StandardLibrary
+from jaxformer.data.splits import content_hash
+from jaxformer.models.params import define
+from jaxformer.planning.cost import flops_per_token
+from jaxformer.training import read_metrics
+from jaxformer.training.interrupt import Interrupt
+
+CLAIM = 'A larger model underperforms a smaller one when it has too little data.'
+SMALL, LARGE = 3e4, 2.4e5
+TEXTS = (5_000, 40_000, 5_000_000)   # characters of training text
+PIECE, HELD_OUT = 2_000, 0.1         # characters of a piece; the share of files that are held out
+TOKENS, FLOPS = 160_000, 8e10
+SEEDS = (1, 2, 3, 4)
+BATCH, LENGTH = 4, 64
+BITS = 'eval/bits_per_byte'
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """Bits a byte on held-out text: at the end, the least on the way, and (step, bits) all along."""
+
+  end: float
+  best: float
+  curve: tuple[tuple[int, float], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+  """One comparison: what it is called, the tokens of its training text, those that each size was trained on, each size's
+  parameters, learning rate, whether that is at an end of what was tried, and runs by seed."""
+
+  name: str
+  texts: int
+  tokens: tuple[int, int]
+  params: tuple[int, int]
+  rates: tuple[float, float]
+  at_edge: tuple[bool, bool]
+  runs: tuple[dict[int, Run], dict[int, Run]]
+
+  @property
+  def passes(self) -> tuple[float, float]:
+    return self.tokens[0] / self.texts, self.tokens[1] / self.texts
+
+  def scores(self, of: str) -> dict[str, dict[int, float]]:
+    names = ('smaller', 'larger')
+    return {name: {seed: getattr(run, of) for seed, run in runs.items()} for name, runs in zip(names, self.runs, strict=True)}
+
+  def mean(self, size: int, of: str) -> Estimate:
+    return estimate([getattr(run, of) for run in self.runs[size].values()])
+
+
+def texts(characters: int, runs: str) -> DataConfig:
+  """So many characters of pieces to train on, and then the text that is held out, as one file under the runs."""
+  files = sorted(StandardLibrary().documents(), key=lambda d: content_hash(d.text))   # an order that chance decides, once for all
+  held_out = ''.join(d.text for d in files[: round(HELD_OUT * len(files))])
+  rest = [d.text[i : i + PIECE] for d in files[round(HELD_OUT * len(files)) :] for i in range(0, len(d.text), PIECE)]
+  train = ''.join(sorted(rest, key=content_hash))[:characters]
+  file = pathlib.Path(runs) / 'too-little-data' / f'texts-{characters}.txt'
+  content = (train + held_out).encode()
+  if not file.exists() or file.read_bytes() != content:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_bytes(content)
+  split = ByPosition(fraction=len(held_out) / (len(train) + len(held_out)))
+  return DataConfig(source=Files(path=str(file)), sequence_length=LENGTH, split=split)
+
+
+def study(target: float, tokens: int, data: DataConfig, runs: str) -> Study:
+  return Study(
+    name='too-little-data', entries=(Grown(family='llama2', name='transformer'),), target=target, tolerance=0.05, tasks=(data,),
+    tokens=tokens, batch_size=BATCH, learning_rates=(1e-3, 3e-3, 1e-2), extensions=1, seeds=SEEDS, together=4, eval_batches=64,
+    evaluations=6, contexts=(), rounds=0, dir=runs)
+
+
+def trained(s: Study, interrupt: Interrupt) -> tuple[Tuned, dict[int, Run]]:
+  (found,), = run_study(s, lambda line: print(line, flush=True), interrupt).results.values()
+  return found, {trial.seed: _run(trial) for trial in found.runs}
+
+
+def _run(trial: Trial) -> Run:
+  curve = tuple((row['step'], row[BITS]) for row in read_metrics(trial.folder) if row.get(BITS) is not None)
+  return Run(curve[-1][1], min(bits for _, bits in curve), curve)
+
+
+def setting(name: str, data: DataConfig, budgets: Sequence[tuple[float, int]], runs: str, interrupt: Interrupt) -> Setting:
+  """Both sizes, each as (parameters wanted, tokens)."""
+  studies = [study(target, tokens, data, runs) for target, tokens in budgets]
+  (small, small_runs), (large, large_runs) = (trained(s, interrupt) for s in studies)
+  tokens = [s.steps(data) * BATCH * LENGTH for s in studies]
+  return Setting(
+    name, data.open().train_tokens, (tokens[0], tokens[1]), (define(small.model).size, define(large.model).size),
+    (small.rate, large.rate), (small.at_edge, large.at_edge), (small_runs, large_runs))
+
+
+def settings(scale: float, runs: str, interrupt: Interrupt) -> list[Setting]:
+  sizes, tokens = (SMALL, LARGE * max(1, scale) ** 0.5), int(TOKENS * scale)
+  data = [texts(round(n * max(1, scale)), runs) for n in TEXTS]
+  found = [setting(f'{amount(n)} characters of text', d, [(size, tokens) for size in sizes], runs, interrupt)
+           for n, d in zip(TEXTS, data, strict=True)]
+  vocabulary, fresh = data[-1].open().tokenizer.vocab_size, []
+  for size in sizes:
+    s = study(size, BATCH * LENGTH, data[-1], runs)
+    fresh.append((size, int(FLOPS * scale / flops_per_token(s.entries[0].model(s, vocabulary, LENGTH), LENGTH))))
+  return [*found, setting('equal FLOPs', data[-1], fresh, runs, interrupt)]
+
+
+def judged(found: list[Setting]) -> list[dict]:
+  """Each setting's differences, larger less smaller, at the end and at the best of the way; p of the ends by Holm over settings."""
+  ends = [compare(s.scores('end'), 'smaller')[0] for s in found]
+  best = [compare(s.scores('best'), 'smaller')[0] for s in found]
+  adjusted = holm([d.p for d in ends]), holm([d.p for d in best])
+
+  def word(d, p: float) -> str:
+    return 'no difference seen' if not p < 0.05 else 'better' if d.estimate.mean < 0 else 'worse'
+  return [{'end': e.estimate, 'end_p': pe, 'end_word': word(e, pe), 'best': b.estimate, 'best_p': pb, 'best_word': word(b, pb)}
+          for e, b, pe, pb in zip(ends, best, *adjusted, strict=True)]
+
+
+def verdict(judgements: list[dict]) -> Verdict:
+  few, *_, control, flops = (j['end_word'] for j in judgements)
+  borne_out = [few == 'worse', flops == 'worse', control == 'better']
+  if all(borne_out):
+    return 'shown'
+  if sum(borne_out) == 2 and 'worse' in (few, flops):
+    return 'shown in part'
+  return 'contradicted' if all(j['end_word'] == 'better' for j in judgements) else 'not shown'
+
+
+def form(e: Estimate) -> str:
+  return f'{e.mean:+.3f} ± {e.half_width:.3f}'
+
+
+def because(found: list[Setting], judgements: list[dict]) -> str:
+  parts = [f'The larger model has {found[0].params[1]:,} parameters, the smaller {found[0].params[0]:,}; differences are larger '
+           'less smaller in held-out bits a byte, with 95 % intervals over paired seeds.']
+  for s, j in zip(found[:-1], judgements[:-1], strict=True):
+    parts.append(f'On {amount(s.texts)} tokens of text, read {s.passes[1]:.2g} times: {form(j["end"])} at the end '
+                 f'({j["end_word"]}), {form(j["best"])} at the best moment ({j["best_word"]}).')
+  s, j = found[-1], judgements[-1]
+  parts.append(f'At equal FLOPs on fresh text, {amount(s.tokens[1])} tokens against {amount(s.tokens[0])}: {form(j["end"])} '
+               f'({j["end_word"]}).')
+  if judgements[0]['end_word'] == 'worse':
+    parts.append({
+      'worse': 'Stopping in time does not save the larger model on the fewest texts.',
+      'better': 'Stopped in time, the larger model is better even on the fewest texts: it is training on that harms.',
+      'no difference seen': 'Stopped in time, no difference is seen on the fewest texts: it is training on that harms.',
+    }[judgements[0]['best_word']])
+  return ' '.join(parts)
+
+
+def table(found: list[Setting], judgements: list[dict]) -> tuple[tuple[str, ...], ...]:
+  rows = []
+  for s, j in zip(found, judgements, strict=True):
+    for size, name in enumerate(('smaller', 'larger')):
+      rates = f'{s.rates[size]:g}' + (' (at an end)' if s.at_edge[size] else '')
+      own = (form(j['end']), f'{j["end_p"]:.2g}', form(j['best']), f'{j["best_p"]:.2g}') if size else ('', '', '', '')
+      end, best = s.mean(size, 'end'), s.mean(size, 'best')
+      rows.append((s.name, f'{name}, {s.params[size]:,}', f'{s.tokens[size]:,}', f'{s.passes[size]:.2g}', rates,
+                   f'{end.mean:.3f} ± {end.half_width:.3f}', f'{best.mean:.3f} ± {best.half_width:.3f}', *own))
+  return tuple(rows)
+
+
+def pictures(found: list[Setting]) -> list[Picture]:
+  texts, few, names = found[:-1], found[0], ('smaller', 'larger')
+
+  def against_texts(size: int, of: str) -> tuple[Point, ...]:
+    return tuple(Point(s.texts, e.mean, e.low, e.high) for s in texts for e in (s.mean(size, of),))
+  by_texts = [Series(f'{names[size]}, {of}', size + 2 * (of == 'best'), against_texts(size, of), line=True)
+              for of in ('end', 'best') for size in (0, 1)]
+
+  def on_the_way(size: int) -> tuple[Point, ...]:
+    runs = few.runs[size].values()
+    points = []
+    for i, (step, _) in enumerate(next(iter(runs)).curve):
+      e = estimate([run.curve[i][1] for run in runs])
+      points.append(Point(step * BATCH * LENGTH / few.texts, e.mean, e.low, e.high))
+    return tuple(points)
+  way = [Series(name, size, on_the_way(size), line=True) for size, name in enumerate(names)]
+  bits = Axis('bits a byte, held out')
+  return [
+    Picture.of('texts', 'Held-out score against the tokens of text, at equal training tokens; at the end, and at the best moment',
+               by_texts, Axis('tokens of text', True, amount), bits),
+    Picture.of('passes', f'Held-out score on the way, on the fewest texts ({amount(few.texts)} tokens)', way,
+               Axis('passes over the texts'), bits)]
+
+
+def main() -> None:
+  args = arguments(__doc__).parse_args()
+  with Interrupt() as interrupt:
+    found = settings(args.scale, args.runs, interrupt)
+  judgements = judged(found)
+  data = {s.name: {**dataclasses.asdict(s), **{k: dataclasses.asdict(v) if isinstance(v, Estimate) else v for k, v in j.items()}}
+          for s, j in zip(found, judgements, strict=True)}
+  header = ('setting', 'model', 'tokens trained', 'passes', 'rate', 'end', 'best moment', 'larger less smaller, end', 'p (Holm)',
+            'larger less smaller, best', 'p (Holm)')
+  publish(args, Result(
+    9, CLAIM, verdict(judgements), because(found, judgements),
+    f'{amount(found[0].params[0])} and {amount(found[0].params[1])} parameters, {amount(found[0].tokens[0])} tokens a run, or '
+    f'{FLOPS * args.scale:.3g} FLOPs; bytes of the standard library in sequences of {LENGTH}; {len(SEEDS)} seeds.',
+    header, table(found, judgements), data), pictures(found))
+
+
+if __name__ == '__main__':
+  main()
