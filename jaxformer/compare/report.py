@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from jaxformer import config
-from jaxformer.compare.costs import by_position, longer, measure_costs
+from jaxformer.compare.costs import by_position, longer, measure_costs, translations
 from jaxformer.compare.figures import Figure, figures
 from jaxformer.compare.results import Results, gather
 from jaxformer.compare.runner import Interrupted, Log, run_study
@@ -31,16 +31,17 @@ def report_study(study: Study, log: Log) -> Results:
     datasets = [open_data(task) for task in study.tasks]
     first = done.results[study.task_titles[0]]
     costs = measure_costs(study, {t.title: t.model for t in first}, study.tasks[0], datasets[0], log, interrupt)
-    positions = {}
+    positions, translated = {}, {}
     for where, task, dataset in zip(study.task_titles, study.tasks, datasets, strict=True):
       long = longer(task, dataset)
       for t in done.results[where]:
         folders = [r.folder for r in t.runs if r.metrics.get('eval/loss') is not None]
         positions[where, t.title] = by_position(study, where, t.title, folders, t.model, dataset, long) if folders else None
+        translated[where, t.title] = translations(study, where, t.title, folders, t.model, dataset) if folders else None
         if interrupt.signal is not None:
           raise Interrupted
     data = {title: d.manifest for title, d in zip(study.task_titles, datasets, strict=True)}
-    results = gather(done, costs, positions, environment(data))
+    results = gather(done, costs, positions, environment(data), translated)
     save(results, study.folder / 'report')
   return results
 
