@@ -1,4 +1,4 @@
-"""Encoder-decoders in studies: of equal size, on pairs from a task and from a file, and each kind of model on its own kind of data."""
+"""Encoder-decoders in studies: of equal size, on pairs from a task and from a file; and each kind of model on its own data."""
 
 import pytest
 

@@ -49,13 +49,13 @@ class Family:
   Attributes:
     name: of the family.
     make: its model at a size.
-    of_pairs: whether it reads pairs of a source and a target; `make` then takes the vocabulary of the sources too.
     width_step: widths are multiples of it (of a head, where the heads make up the width).
     layer_step: layers are multiples of it (of the pattern).
     hidden: units of a feed-forward layer (of recurrences that are not as wide as the embedding, of those) for a width, as the
       authors choose them; None for a family without such layers.
     grows_deeper: whether it may have other numbers of layers; False where their number is the design.
     fewest_layers: that it can have.
+    of_pairs: whether it reads pairs of a source and a target; `make` then takes the vocabulary of the sources too.
   """
 
   name: str
