@@ -70,7 +70,8 @@ ROUNDS = 15
 
 
 class Copying(PairTask):
-  """Random letters, `fewest` to `most` of them, to be written again."""
+  """Random letters, `fewest` to `most` of them, to be written again. The numbers of the letters of a held-out text, and of no
+  other, add up to a multiple of 16: no text is on both sides."""
 
   fewest: int = 2
   most: int = 24
@@ -86,6 +87,10 @@ class Copying(PairTask):
   def texts(self, side: Side, index_N: np.ndarray) -> list[tuple[str, str]]:
     bits = random_bits(order.key(self.seed, self.tag, side), index_N, 1 + self.most)
     counts, letters = self.fewest + below(self.most - self.fewest + 1, bits[:, 0]), below(len(LETTERS), bits[:, 1:])
+    rows, last = np.arange(len(counts)), counts - 1
+    sums = np.where(np.arange(self.most) < counts[:, None], letters, 0).sum(axis=1) % len(LETTERS)
+    change = -sums if side == 'test' else (sums == 0).astype(sums.dtype)
+    letters[rows, last] = (letters[rows, last] + change) % len(LETTERS)
     texts = [''.join(LETTERS[i] for i in row[:n]) for row, n in zip(letters, counts, strict=True)]
     return [(t, t) for t in texts]
 
@@ -93,7 +98,7 @@ class Copying(PairTask):
 def studies(args) -> dict[str, Study]:
   """The two halves. Tokens grow with the scale, parameters with its root, the longest texts with its fourth root."""
   def length(at_one: int) -> int:
-    return round(at_one * max(1.0, args.scale) ** 0.25 / 8) * 8
+    return round(at_one * max(1.0, args.scale) ** 0.25 / 4) * 4
 
   file = pathlib.Path(args.runs) / 'kjv-es' / 'kjv-es.tsv'
   if not file.exists():
@@ -102,12 +107,13 @@ def studies(args) -> dict[str, Study]:
                  source_lengths=(length(48),), target_lengths=(length(48),))
   common = {
     'entries': tuple(Grown(family=f, name=n) for f, n in NAMES.items()), 'target': 3e5 * max(1.0, args.scale) ** 0.5,
-    'learning_rates': (1e-3, 3e-3, 1e-2), 'extensions': 1, 'seeds': (1, 2, 3), 'together': 3, 'translations': 0, 'contexts': (),
+    'extensions': 2, 'seeds': (1, 2, 3), 'together': 3, 'translations': 0, 'contexts': (),
     'eval_batches': None, 'batch_size': 32, 'rounds': 5, 'dir': args.runs}
   return {
-    'translation': Study(name='bottleneck-kjv-es', tasks=(verses,), tokens=int(args.scale * 400_000), **common),
-    'copying': Study(name='bottleneck-copying', tasks=(Copying(most=length(24), test_sequences=800),),
-                     tokens=int(args.scale * 320_000), **common)}
+    'translation': Study(name='bottleneck-kjv-es', tasks=(verses,), tokens=int(args.scale * 400_000),
+                         learning_rates=(0.01, 0.0333), **common),
+    'copying': Study(name='bottleneck-copying', tasks=(Copying(most=length(20), test_sequences=600),),
+                     tokens=int(args.scale * 240_000), learning_rates=(0.003, 0.01), **common)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -231,6 +237,10 @@ def judged(halves: dict[str, Half], seconds: dict[str, list[list[float]]]) -> tu
   return verdict, [*said, f'{sum(held)} of {len(held)} comparisons that the claim makes hold.'], differences
 
 
+def grid(study: Study) -> str:
+  return '/'.join(f'{r:g}' for r in study.learning_rates)
+
+
 def signed(e: Estimate) -> str:
   return f'{e.mean:+.3f} ± {e.half_width:.3f}'
 
@@ -295,7 +305,7 @@ def main() -> int:
     scale=f'{first.target:,.0f} parameters; {first.tokens:,} positions of verses of at most {first.tasks[0].longest} tokens '
     f'({first.steps(first.tasks[0])} steps of {first.batch_size}), {second.tokens:,} of copies of at most '
     f'{second.tasks[0].longest - 1} letters ({second.steps(second.tasks[0])} steps); '
-    f'rates {", ".join(f"{r:g}" for r in first.learning_rates)}; {len(first.seeds)} seeds',
+    f'rates {grid(first)} and {grid(second)}, extended twice at most where the best is at an end; {len(first.seeds)} seeds',
     header=HEADER, rows=rows(halves, differences),
     data={
       'halves': {n: {'groups': h.groups, 'runs': h.runs, 'step_seconds': h.step_seconds, 'rates': {
