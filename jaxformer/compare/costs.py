@@ -18,8 +18,8 @@ from jaxformer.compare.runner import Log
 from jaxformer.compare.sharing import Interrupted
 from jaxformer.compare.study import Study
 from jaxformer.data import DataConfig, Dataset, DatasetConfig, open_data
-from jaxformer.evaluation import loss_by_position
-from jaxformer.inference import time_decode
+from jaxformer.evaluation import evaluate_translation, loss_by_position
+from jaxformer.inference import time_decode, translate
 from jaxformer.models.language_model import LanguageModel, ModelConfig
 from jaxformer.models.params import define
 from jaxformer.planning.cost import cost
@@ -118,6 +118,34 @@ def by_position(
   return _kept(study, f'positions-{where}-{title}', key, measure)
 
 
+def translations(
+  study: Study, where: str, title: str, folders: Sequence[str], model: ModelConfig, dataset: Dataset,
+) -> dict[str, list[float]] | None:
+  """How well runs translate held-out texts, by measure, a number a run: exact matches as a fraction, BLEU and chrF from 0 to 100
+  where sacrebleu is installed. None for data that are no pairs."""
+  tokenizer = dataset.tokenizer
+  if dataset.source_vocab_size is None or not study.translations or tokenizer is None or tokenizer.end_of_document is None:
+    return None
+  definition, dtype, end = define(model), compute_dtype('auto', make_mesh(MeshConfig())), tokenizer.end_of_document
+
+  def measure() -> dict[str, list[float]]:
+    found: dict[str, list[float]] = {}
+    for folder in folders:
+      params, _ = load_params(folder, definition)
+
+      def search(sources: Any, params: Any = params) -> list[list[int]]:
+        return [t.tokens for t in translate(definition, params, sources, end=end, vocab_size=dataset.vocab_size, dtype=dtype)]
+
+      s = evaluate_translation(search, dataset.held_out_pairs(study.translations), tokenizer, bootstrap=None).scores
+      rows = {'exact match': s.exact_match} | {n: x.value for n, x in (('BLEU', s.bleu), ('chrF', s.chrf)) if x is not None}
+      for name, value in rows.items():
+        found.setdefault(name, []).append(value)
+    return found
+
+  key = {'runs': [Path(f).name for f in folders], 'texts': study.translations}
+  return _kept(study, f'translations-{where}-{title}', key, measure)
+
+
 def _kept(study: Study, name: str, key: dict[str, Any], measure: Callable[[], Any]) -> Any:
   """JSON data that `measure` gives, kept in the study's folder for as long as `key` and the device stay."""
   file = study.folder / 'measured' / f'{name}.json'
@@ -155,9 +183,8 @@ def _time_training(
       seconds[title] += [took] if round_ else []
     if interrupt.signal is not None:
       raise Interrupted
-  tokens = study.batch_size * task.positions
-  return {title: {'tokens_per_second': tokens / statistics.median(seconds[title]), 'compile_seconds': step.compile_seconds,
-                  'step_bytes': step.bytes} for title, step in steps.items()}
+  return {title: {'tokens_per_second': step.batch.targets_BT.size / statistics.median(seconds[title]),
+                  'compile_seconds': step.compile_seconds, 'step_bytes': step.bytes} for title, step in steps.items()}
 
 
 class _Step:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from jaxformer import config
-from jaxformer.compare.costs import by_position, longer, measure_costs
+from jaxformer.compare.costs import by_position, longer, measure_costs, translations
 from jaxformer.compare.figures import figures
 from jaxformer.compare.page import Page, as_csv, as_html, as_markdown, reproduction, save_report
 from jaxformer.compare.results import Results, gather
@@ -24,32 +25,34 @@ def report_study(study: Study, log: Log, helpers: Sequence[Sequence[str]] = ()) 
   signal; called again, it goes on from there. `helpers` are commands that train the same study beside this process."""
   with Interrupt() as interrupt:
     with running(helpers, study.folder):
-      done, positions = train_study(study, log, interrupt)
+      done, positions, translated = train_study(study, log, interrupt)
     datasets = [open_data(task) for task in study.tasks]
     first = done.results[study.task_titles[0]]
     costs = measure_costs(study, {t.title: t.model for t in first}, study.tasks[0], datasets[0], log, interrupt)
     data = {title: d.manifest for title, d in zip(study.task_titles, datasets, strict=True)}
-    results = gather(done, costs, positions, environment(data))
+    results = gather(done, costs, positions, environment(data), translated)
     save(results, study.folder / 'report')
   return results
 
 
-def train_study(
-  study: Study, log: Log, interrupt: Interrupt,
-) -> tuple[Finished, dict[tuple[str, str], Sequence[float | None] | None]]:
-  """The runs of a study and, by task and entry, the loss at each position: all of it that several processes may share."""
-  positions: dict[tuple[str, str], Sequence[float | None] | None] = {}
-  long: dict[str, Dataset] = {}
+Measured = dict[tuple[str, str], Any]
+"""By task and entry."""
 
-  def by_position_of(where: str, dataset: Dataset, t: Tuned) -> None:
+
+def train_study(study: Study, log: Log, interrupt: Interrupt) -> tuple[Finished, Measured, Measured]:
+  """The runs of a study, the loss at each position (`by_position`) and the scores of translations: what several processes share."""
+  positions, translated, long = {}, {}, {}
+
+  def score(where: str, dataset: Dataset, t: Tuned) -> None:
     if where not in long:
       long[where] = longer(dataset.config, dataset)
     folders = [r.folder for r in t.runs if r.metrics.get('eval/loss') is not None]
     positions[where, t.title] = by_position(study, where, t.title, folders, t.model, dataset, long[where]) if folders else None
+    translated[where, t.title] = translations(study, where, t.title, folders, t.model, dataset) if folders else None
     if interrupt.signal is not None:
       raise Interrupted
 
-  return run_study(study, log, interrupt, by_position_of), positions
+  return run_study(study, log, interrupt, score), positions, translated
 
 
 def save(results: Results, folder: Path) -> None:

@@ -43,6 +43,7 @@ class Outcome:
     curve: (tokens, training loss), the mean over seeds.
     position_loss: mean held-out loss at each position, nats; None for tasks with one target.
     runs: names of the run folders.
+    translation: exact match (a fraction), BLEU and chrF over seeds; None for data that are no pairs.
   """
 
   title: str
@@ -61,6 +62,7 @@ class Outcome:
   curve: tuple[tuple[int, float], ...]
   position_loss: tuple[float | None, ...] | None
   runs: tuple[str, ...]
+  translation: dict[str, Estimate] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,9 +128,10 @@ class Results:
 
 def gather(
   done: Finished, costs: Mapping[str, Costs], positions: Mapping[tuple[str, str], Sequence[float | None] | None],
-  environment: dict[str, Any],
+  environment: dict[str, Any], translations: Mapping[tuple[str, str], Mapping[str, Sequence[float]] | None] | None = None,
 ) -> Results:
-  """The results of runs that are done. `positions` are the losses by position of (task, entry)."""
+  """The results of runs that are done. `positions` are the losses by position of (task, entry), `translations` the scores of their
+  runs' translations by measure."""
   study, tasks = done.study, []
   for title, data in zip(study.task_titles, study.tasks, strict=True):
     found = done.results[title]
@@ -141,7 +144,7 @@ def gather(
     source = next((str(r.metrics['eval/source']) for t in found for r in t.runs if 'eval/source' in r.metrics), data.held_out)
     outcomes = tuple(
       _outcome(study, t, data.positions, in_bits, scores[t.title], differences.get(t.title), positions.get((title, t.title)),
-               first=t is found[0]) for t in found)
+               (translations or {}).get((title, t.title)), first=t is found[0]) for t in found)
     metric = 'bits per byte' if in_bits else 'accuracy'
     tasks.append(TaskResults(title, metric, in_bits, data.positions, source, outcomes, tuple(pairs)))
   return Results(study, study.entries[0].title, tuple(tasks), dict(costs), environment)
@@ -162,7 +165,7 @@ def _whole(scores: Mapping[str, Mapping[int, float | None]], lower_is_better: bo
 
 def _outcome(
   study: Study, t: Tuned, length: int, in_bits: bool, scores: dict[int, float | None], difference: Difference | None,
-  positions: Sequence[float | None] | None, first: bool,
+  positions: Sequence[float | None] | None, translation: Mapping[str, Sequence[float]] | None, first: bool,
 ) -> Outcome:
   c, finite = cost(t.model, length), [v for v in scores.values() if v is not None]
   state = t.model.state_size(length)
@@ -172,7 +175,8 @@ def _outcome(
     t.title, c.params, c.active_params, c.train_flops_per_token, None if state is None else 2 * state,
     measure(t.model, study.match) / study.target - 1, tuple((r.rate, _score(r, in_bits)) for r in t.trials), t.rate, t.at_edge,
     scores, estimate(finite) if finite else None, difference, verdict, _curve([r.folder for r in t.runs]),
-    None if positions is None else tuple(positions), tuple(Path(r.folder).name for r in t.runs))
+    None if positions is None else tuple(positions), tuple(Path(r.folder).name for r in t.runs),
+    None if translation is None else {name: estimate(values) for name, values in translation.items()})
 
 
 def _curve(folders: Sequence[str]) -> tuple[tuple[int, float], ...]:
@@ -195,7 +199,7 @@ def score_form(metric: str, value: float | None) -> str:
   """A score for a reader."""
   if value is None or math.isnan(value):
     return 'none'
-  return f'{value:.3f}' if metric == 'bits per byte' else f'{100 * value:.1f}%'
+  return f'{100 * value:.1f}%' if metric == 'accuracy' else f'{value:.2f}' if metric in ('BLEU', 'chrF') else f'{value:.3f}'
 
 
 def interval_form(metric: str, e: Estimate | None) -> str:

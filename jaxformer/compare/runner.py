@@ -18,6 +18,7 @@ from jaxformer.config import InputError
 from jaxformer.data import Dataset, DatasetConfig, open_data
 from jaxformer.models.language_model import ModelConfig
 from jaxformer.training import Experiment, read_metrics, train
+from jaxformer.training.experiment import check_fit
 from jaxformer.training.interrupt import Interrupt
 from jaxformer.training.loop import INTERRUPTED
 from jaxformer.training.population import train_population
@@ -91,7 +92,8 @@ def run_study(
     if dataset.vocab_size is None:
       raise InputError(f'Study.tasks: {title} has no tokens; a study compares models of tokens')
     for entry in study.entries:   # before any trains: a size that cannot be met is known at once
-      model = models[title, entry.title] = entry.model(study, dataset.vocab_size, task.positions)
+      model = models[title, entry.title] = entry.model(study, dataset.vocab_size, task.longest, dataset.source_vocab_size)
+      check_fit(model, task, dataset.vocab_size, dataset.source_vocab_size)
       value = measure(model, study.match)
       log(f'{title} | {entry.title} | {value:,.0f} {study.match} ({value / study.target - 1:+.2%})')
   for title, task, dataset in zip(study.task_titles, study.tasks, datasets, strict=True):
@@ -119,7 +121,7 @@ def finished_part(study: Study) -> Study:
       assert dataset.vocab_size is not None
       try:
         _Reader(study, title, dataset, Interrupt(), lambda line: None).tuned(
-          entry, entry.model(study, dataset.vocab_size, task.positions), task)
+          entry, entry.model(study, dataset.vocab_size, task.longest, dataset.source_vocab_size), task)
       except _Unfinished:
         return False
     return True
@@ -160,7 +162,7 @@ class Runner:
   def trained(self, title: str, experiments: Sequence[Experiment]) -> list[Trial]:
     """The runs of experiments of one model, `together` at a time."""
     found: list[Trial] = []
-    for group in _batched(experiments, self.study.together):
+    for group in _batched(experiments, self.study.together if self.dataset.config.one_shape else 1):
       done = [finished(e) for e in group]
       if any(t is None for t in done):   # those that are done go along: in a population of another size sums round otherwise
         began = time.perf_counter()

@@ -16,6 +16,7 @@ from typing import Literal, get_args
 import numpy as np
 
 from jaxformer.config import InputError
+from jaxformer.models.encoder_decoder import EncoderDecoder
 from jaxformer.models.language_model import LanguageModel, ModelConfig
 from jaxformer.models.params import define
 from jaxformer.models.zoo import FAMILIES, PRESETS, Family
@@ -28,6 +29,7 @@ bytes of state at the context, at 2 bytes a number."""
 WIDEST = 2**12           # steps of a family's width
 HIDDEN_STEP = 8
 HIDDEN_RANGE = 0.5, 2.0   # of the family's own number of hidden units: beyond, it would be another architecture
+TRIES = 3                 # at hidden units that fit; where what is matched is proportional to them, the first is the last
 CLOSE = 0.01              # within it, shape decides between sizes
 MEASURED = 8              # shapes at most that are built for a target
 
@@ -69,20 +71,22 @@ def measure(model: ModelConfig, match: Match) -> float:
 
 def solve(
   family: str | Family, match: Match, target: float, *, vocab_size: int, context: int, tolerance: float = 0.02,
+  source_vocab_size: int | None = None,
 ) -> Sized:
   """The model of a family that comes closest to a target.
 
   Widths are multiples of the family's step, layers of its pattern, hidden units of 8. Among sizes closer than one per cent the one
-  wins whose ratio of width to depth is nearest to that of the family's named models of like width.
+  wins whose ratio of width to depth is nearest to that of the family's named models of like width. `source_vocab_size` is for
+  families of encoder-decoders, and for them alone.
 
-  Raises `InputError` where nothing comes within `tolerance`, with the closest that there is.
+  Raises `InputError` where nothing comes within `tolerance`, with the closest that there is, and for a family of other data.
   """
   if match not in get_args(Match):
     raise InputError(f'match = {match!r}: must be one of {", ".join(get_args(Match))}')
   if not target > 0:
     raise InputError(f'{match} = {target}: must be positive')
   f = FAMILIES[family] if isinstance(family, str) else family
-  best = _closest(f, match, float(target), vocab_size, context)
+  best = _closest(_Builder(f, vocab_size, context, source_vocab_size), match, float(target))
   if abs(best.error) > tolerance:
     raise InputError(
       f'{f.name}: nothing comes within {tolerance:.0%} of {target:,.0f} {match}; the closest has {best.value:,.0f} '
@@ -90,9 +94,27 @@ def solve(
   return best
 
 
-def _closest(f: Family, match: Match, target: float, vocab_size: int, context: int) -> Sized:
+Shape = tuple[int, int, int | None]   # width, layers, hidden units
+
+
+@dataclasses.dataclass(frozen=True)
+class _Builder:
+  """Models of a family for some data."""
+
+  family: Family
+  vocab_size: int
+  context: int
+  source_vocab_size: int | None
+
+  def __call__(self, shape: Shape) -> ModelConfig:
+    width, layers, hidden = shape
+    make = self.family.maker(self.source_vocab_size)
+    return make(width=width, layers=layers, hidden=hidden or 0, vocab_size=self.vocab_size, context=self.context)
+
+
+def _closest(build: _Builder, match: Match, target: float) -> Sized:
   """Builds the best shape by the law; where it misses what the law said, the law is corrected by that, and asked again."""
-  law, factor = _law(f, match, vocab_size, context), 1.0
+  f, law, factor = build.family, _law(build, match), 1.0
   if not any(law.weights):
     raise InputError(f'{f.name}: a model of it has no {match}, so none can be made equal')
   found: dict[Shape, Sized] = {}
@@ -102,7 +124,7 @@ def _closest(f: Family, match: Match, target: float, vocab_size: int, context: i
     best = min(errors, key=lambda s: (max(abs(errors[s]), CLOSE), _oddness(f, s)))
     if best in found:
       return found[best]
-    model = _model(f, best, vocab_size, context)
+    model = build(best)
     value = measure(model, match)
     found[best] = Sized(f.name, model, best[0], _shape_of(model)[1], best[2], match, target, value, value / target - 1)
     factor = value / law(*best)
@@ -111,18 +133,11 @@ def _closest(f: Family, match: Match, target: float, vocab_size: int, context: i
 
 # ---- what shapes cost -------------------------------------------------------------------------------------------------
 
-Shape = tuple[int, int, int | None]   # width, layers, hidden units
-
-
-def _model(f: Family, shape: Shape, vocab_size: int, context: int) -> ModelConfig:
-  width, layers, hidden = shape
-  return f.make(width=width, layers=layers, hidden=hidden or 0, vocab_size=vocab_size, context=context)
-
 
 def _terms(width: int, layers: int, hidden: int | None) -> list[float]:
-  """What costs are sums of: 1, w, w^2 and, with hidden units, h and h w, outside the layers and in each."""
+  """What costs are sums of: 1, w, w^2 and, with hidden units, h, h w and h^2, outside the layers and in each."""
   w, h = width / 512, None if hidden is None else hidden / 512
-  terms = [1.0, w, w * w] if h is None else [1.0, w, w * w, h, h * w]
+  terms = [1.0, w, w * w] if h is None else [1.0, w, w * w, h, h * w, h * h]
   return [*terms, *(layers * t for t in terms)]
 
 
@@ -137,14 +152,15 @@ class _Law:
 
 
 @functools.lru_cache(maxsize=64)
-def _law(f: Family, match: Match, vocab_size: int, context: int) -> _Law:
+def _law(build: _Builder, match: Match) -> _Law:
   """The law through as many small models as it has terms. Their widths are those at which nothing is rounded."""
-  shapes: list[Shape] = []
-  for layers in (2 * f.layer_step, 3 * f.layer_step):
+  f, shapes = build.family, list[Shape]()
+  fewest = max(2 * f.layer_step, f.fewest_layers)
+  for layers in (fewest, fewest + f.layer_step):
     shapes += [(w, layers, None if f.hidden is None else f.hidden(w)) for w in (128, 256, 512)]
     if f.hidden is not None:
-      shapes += [(w, layers, 2 * f.hidden(w)) for w in (128, 256)]
-  values = [measure(_model(f, s, vocab_size, context), match) for s in shapes]
+      shapes += [(w, layers, times * f.hidden(w)) for w, times in ((128, 2), (256, 2), (128, 3))]
+  values = [measure(build(s), match) for s in shapes]
   return _Law(tuple(np.linalg.solve([_terms(*s) for s in shapes], values).tolist()))
 
 
@@ -152,22 +168,25 @@ def _law(f: Family, match: Match, vocab_size: int, context: int) -> _Law:
 
 
 def _shapes(f: Family, law: _Law, target: float) -> Iterator[Shape]:
-  """For each depth up to a factor of two from the family's own, the widths on either side of the target, with the family's hidden
-  units and with those that fit; and the family's own width, since there are costs that no width changes."""
+  """For each depth up to a factor of two from the family's own, the widths on either side of the target (a step further where there
+  is but one depth), with the family's hidden units and with those that fit; and the family's own width, since there are costs that
+  no width changes."""
   step = f.layer_step
 
   def units(width: int) -> int | None:
     return None if f.hidden is None else f.hidden(width)
 
   def own(width: int) -> int:
-    return step * max(1, round(width / _aspect(f, width) / step))
+    return max(step, f.fewest_layers, step * round(width / _aspect(f, width) / step))
 
   _, usual = _bracket(f, target, lambda width: law(width, own(width), units(width)))
   depth = own(usual)
   depths = range(min(depth // 2, depth - 2 * step) // step * step, max(2 * depth, depth + 2 * step) + 1, step)
-  for layers in [n for n in depths if n > 0] if f.grows_deeper else [depth]:
+  beside = 0 if f.grows_deeper else f.width_step
+  for layers in [n for n in depths if n >= max(1, f.fewest_layers)] if f.grows_deeper else [depth]:
     yield usual, layers, units(usual)
-    for width in _bracket(f, target, lambda width, layers=layers: law(width, layers, units(width))):
+    low, high = _bracket(f, target, lambda width, layers=layers: law(width, layers, units(width)))
+    for width in range(max(low - beside, f.width_step), high + beside + 1, f.width_step):
       yield width, layers, units(width)
       if fitting := _fitting_units(f, law, target, width, layers):
         yield width, layers, fitting
@@ -180,17 +199,16 @@ def _bracket(f: Family, target: float, value: Callable[[int], float]) -> tuple[i
 
 
 def _fitting_units(f: Family, law: _Law, target: float, width: int, layers: int) -> int | None:
-  """The hidden units that come closest at a width and depth: what is matched grows in proportion to them. None where there are none
-  within what the family may have."""
+  """The hidden units that come closest at a width and depth; None where none within what the family may have does."""
   if f.hidden is None:
     return None
-  own = f.hidden(width)
-  value, more = law(width, layers, own), law(width, layers, 2 * own)
-  if more - value <= 1e-6 * value:   # hidden units have no state
+  least, most = (round(f.hidden(width) * end / HIDDEN_STEP) for end in HIDDEN_RANGE)
+  units = range(max(1, least) * HIDDEN_STEP, (most + 1) * HIDDEN_STEP, HIDDEN_STEP)
+  below, above = law(width, layers, units[0]), law(width, layers, units[-1])
+  if above - below <= 1e-6 * below or not below <= target <= above:   # hidden units have no state
     return None
-  wanted = own * (1 + (target - value) / (more - value))
-  units = max(HIDDEN_STEP, round(wanted / HIDDEN_STEP) * HIDDEN_STEP)
-  return units if HIDDEN_RANGE[0] <= units / own <= HIDDEN_RANGE[1] else None
+  at = bisect.bisect_left(units, target, key=lambda h: law(width, layers, h))
+  return min(units[max(at - 1, 0) : at + 1], key=lambda h: abs(law(width, layers, h) - target))
 
 
 def _aspect(f: Family, width: int) -> float:
@@ -206,8 +224,10 @@ def _named_aspects(family: str) -> list[tuple[int, float]]:
 
 
 def _shape_of(model: ModelConfig) -> tuple[int, int]:
-  assert isinstance(model, LanguageModel.Config)
-  return model.width, sum(len(g.pattern) * g.repeats for g in model.stack)
+  """Width, and layers of the stack, of an encoder-decoder those of its encoder."""
+  assert isinstance(model, LanguageModel.Config | EncoderDecoder.Config)
+  groups = model.stack if isinstance(model, LanguageModel.Config) else model.encoder
+  return model.width, sum(len(g.pattern) * g.repeats for g in groups)
 
 
 def _oddness(f: Family, shape: Shape) -> float:

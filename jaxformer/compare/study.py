@@ -30,8 +30,8 @@ class Entry(Config, abstract=True):
     """The name in the report."""
     raise NotImplementedError
 
-  def model(self, study: Study, vocab_size: int, context: int) -> ModelConfig:
-    """The model at the study's size."""
+  def model(self, study: Study, vocab_size: int, context: int, source_vocab_size: int | None = None) -> ModelConfig:
+    """The model at the study's size; `source_vocab_size` is that of pairs, None for other data."""
     raise NotImplementedError
 
 
@@ -47,9 +47,9 @@ class Grown(Entry):
   def title(self) -> str:
     return self.name or self.family
 
-  def model(self, study: Study, vocab_size: int, context: int) -> ModelConfig:
+  def model(self, study: Study, vocab_size: int, context: int, source_vocab_size: int | None = None) -> ModelConfig:
     return solve(FAMILIES[self.family], study.match, study.target, vocab_size=vocab_size, context=context,
-                 tolerance=study.tolerance).model
+                 tolerance=study.tolerance, source_vocab_size=source_vocab_size).model
 
 
 class Mixer(Entry):
@@ -61,9 +61,9 @@ class Mixer(Entry):
   def title(self) -> str:
     return self.name or self.layer.tag
 
-  def model(self, study: Study, vocab_size: int, context: int) -> ModelConfig:
+  def model(self, study: Study, vocab_size: int, context: int, source_vocab_size: int | None = None) -> ModelConfig:
     return solve(around(self.layer), study.match, study.target, vocab_size=vocab_size, context=context,
-                 tolerance=study.tolerance).model
+                 tolerance=study.tolerance, source_vocab_size=source_vocab_size).model
 
 
 class AsIs(Entry):
@@ -75,7 +75,7 @@ class AsIs(Entry):
   def title(self) -> str:
     return self.name or self.model_config.tag
 
-  def model(self, study: Study, vocab_size: int, context: int) -> ModelConfig:
+  def model(self, study: Study, vocab_size: int, context: int, source_vocab_size: int | None = None) -> ModelConfig:
     return self.model_config
 
 
@@ -95,9 +95,11 @@ class Study(Config):
     extensions: how often the grid may grow by one rate beyond an end at which the best lies.
     tuning_seed: takes no part in the comparison.
     seeds: of the runs at each one's best learning rate.
-    together: how many runs of one architecture train at once in one program (`training.population`).
+    together: how many runs of one architecture train at once in one program (`training.population`); one after the other on data
+      whose batches have several shapes.
     eval_batches: batches of held-out sequences that score a run; None for all.
     evaluations: how often a run is scored on its way, at even steps; its score is that of the end.
+    translations: held-out texts of pairs that every run translates, the likeliest token at each step; 0 leaves that out.
     contexts: tokens of context at which reading a prompt and decoding are timed; none leaves that out.
     rounds: how often the training step of each is timed, in turn; 0 leaves that out.
     dir: where studies live.
@@ -120,6 +122,7 @@ class Study(Config):
   together: int = 4
   eval_batches: int | None = 32
   evaluations: int = 1
+  translations: int = 200
   contexts: tuple[int, ...] = (128, 1024)
   rounds: int = 5
   dir: str = 'runs'
@@ -136,7 +139,7 @@ class Study(Config):
     self.require(self.tuning_seed not in self.seeds, 'tuning_seed', 'none of the seeds: the best rate was chosen by it')
     for field in ('target', 'tolerance', 'tokens', 'batch_size', 'together', 'evaluations'):
       self.require(getattr(self, field) > 0, field, 'positive')
-    for field in ('extensions', 'rounds'):
+    for field in ('extensions', 'translations', 'rounds'):
       self.require(getattr(self, field) >= 0, field, 'at least 0')
     self.require(re.fullmatch(r'\w[\w.+-]*', self.name) is not None, 'name', 'letters, digits and . _ + -: it is a folder')
     self.require(all(c > 0 for c in self.contexts), 'contexts', 'positive')

@@ -46,7 +46,7 @@ def seconds(value: float | None) -> str:
 def tables(results: Results) -> list[Table]:
   """All of them, in the order of the report."""
   return [
-    *(table for t in results.tasks for table in (scores(t, results), *pairs(t))),
+    *(table for t in results.tasks for table in (scores(t, results), *pairs(t), *translations(t, results))),
     *(sizes(t, results) for t in results.tasks), *costs(results),
     *(tuning(t) for t in results.tasks if any(o.tried for o in t.outcomes))]
 
@@ -91,6 +91,19 @@ def _score_row(o: Outcome, metric: str) -> tuple[str, ...]:
 def _signed(metric: str, value: float) -> str:
   size = f'{100 * abs(value):.1f} pts' if metric == 'accuracy' else score_form(metric, abs(value))
   return f'{"−" if value < 0 else "+"}{size}'
+
+
+def translations(task: TaskResults, results: Results) -> list[Table]:
+  """How well the held-out texts of a task of pairs were translated; nothing for other tasks."""
+  found = {o.title: o.translation for o in task.ranked if o.translation}
+  if not found:
+    return []
+  measures = list(next(iter(found.values())))
+  forms = {m: 'accuracy' if m == 'exact match' else m for m in measures}
+  rows = tuple((title, *(interval_form(forms[m], of[m]) for m in measures)) for title, of in found.items())
+  note = (f'Mean and 95% interval (Student) over seeds, of at most {results.study.translations:,} held-out texts, translated by '
+          'the likeliest token at each step.')
+  return [Table(f'Scores of translations: {task.title}', note, ('architecture', *measures), rows)]
 
 
 def sizes(task: TaskResults, results: Results) -> Table:

@@ -91,6 +91,16 @@ class DatasetConfig(Config, abstract=True):
     raise NotImplementedError
 
   @property
+  def longest(self) -> int:
+    """The positions that a model needs: T, or of pairs the longest sources' where they have more."""
+    return self.positions
+
+  @property
+  def one_shape(self) -> bool:
+    """Whether all batches of training have one shape, and so one compiled program."""
+    return True
+
+  @property
   def kind(self) -> Kind:
     return Kind()
 

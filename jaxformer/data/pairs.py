@@ -63,6 +63,14 @@ class Pairs(DatasetConfig):
     return self.target_lengths[-1]
 
   @property
+  def longest(self) -> int:
+    return max(self.source_lengths[-1], self.target_lengths[-1])
+
+  @property
+  def one_shape(self) -> bool:
+    return len(self.source_lengths) == 1
+
+  @property
   def kind(self) -> Kind:
     return Kind(source_vocab_size=0)
 

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from jaxformer.evaluation.language_model import EvalResult, PositionLoss, bits_per_byte, evaluate, loss_by_position
+from jaxformer.evaluation.language_model import (
+  EvalResult,
+  PositionLoss,
+  bits_per_byte,
+  evaluate,
+  loss_by_position,
+  loss_by_source_length,
+)
 from jaxformer.evaluation.translation import Translate, TranslationResult, TranslationScores, evaluate_translation
 
 __all__ = [
@@ -15,4 +22,5 @@ __all__ = [
   'evaluate',
   'evaluate_translation',
   'loss_by_position',
+  'loss_by_source_length',
 ]

@@ -1,4 +1,4 @@
-"""How well a model predicts: exact sums over all targets, bits per byte, accuracy, and the loss by position.
+"""How well a model predicts: exact sums over all targets, bits per byte, accuracy, and the loss by position and by source.
 
 Dims: B batch, T time.
 """
@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -134,6 +134,22 @@ def loss_by_position(
   if not count_T.any():
     raise InputError('evaluation: the batches hold no target')
   return PositionLoss(nll_sum_T, count_T)
+
+
+def loss_by_source_length(
+  definition: Definition, params: Params, batches: Iterable[Any], edges: Sequence[int], *, dtype: Any = None,
+) -> list[EvalResult | None]:
+  """Of batches of pairs, sums over the targets of sources of like length: `edges` are ascending lengths, without the end of the
+  document, at which groups end (a source of so many tokens is still in the group), and longer ones are a last group; None for a
+  group without targets. The errors are those of `evaluate`."""
+  chosen, groups = list(batches), len(edges) + 1
+  nll_sum_G, count_G, hits_G = np.zeros(groups), np.zeros(groups, np.int64), np.zeros(groups, np.int64)
+  scored = _scores(definition, params, chosen, None, 'fsdp_tensor', dtype)
+  for batch, (nll_BT, hit_BT, targets_BT, _) in zip(chosen, scored, strict=True):
+    group_B = np.searchsorted(edges, (np.asarray(batch.source_BS) != IGNORE).sum(axis=1) - 1)
+    for values_BT, sums_G in ((nll_BT.astype(np.float64), nll_sum_G), (targets_BT != IGNORE, count_G), (hit_BT, hits_G)):
+      np.add.at(sums_G, group_B, values_BT[: len(group_B)].sum(axis=1))
+  return [EvalResult(float(n), int(c), None, int(h)) if c else None for n, c, h in zip(nll_sum_G, count_G, hits_G, strict=True)]
 
 
 def _positions_BT(segments_BT: np.ndarray | None, shape: tuple[int, ...]) -> np.ndarray:

@@ -95,7 +95,7 @@ class Experiment(Config):
   run: RunConfig = RunConfig()
 
   def validate(self):
-    longest, length = getattr(self.model, 'longest', None), self.data.positions
+    longest, length = getattr(self.model, 'longest', None), self.data.longest
     if longest is not None and length > longest:
       field = 'data.sequence_length' if isinstance(self.data, DataConfig) else f'data = {self.data.tag}: positions'
       raise InputError(f'{field} = {length}: must be at most {longest}, where the learned positions of the model end')

@@ -17,7 +17,7 @@ from jaxtyping import Array
 
 from jaxformer import config
 from jaxformer.config import InputError
-from jaxformer.data import Dataset, Pairs, open_data
+from jaxformer.data import Dataset, open_data
 from jaxformer.models.params import Definition
 from jaxformer.training.checkpoint import Checkpoints
 from jaxformer.training.experiment import Experiment
@@ -76,8 +76,8 @@ def _check(experiments: Sequence[Experiment]) -> Experiment:
   folders = [(e.run.dir, e.run.name) for e in experiments]
   if len(set(folders)) < len(folders):
     raise InputError('two members of a population have one run folder: give each its own run.name')
-  if isinstance(first.data, Pairs):
-    raise InputError('data = Pairs: its batches have several shapes, and a population is one program')
+  if not first.data.one_shape:
+    raise InputError(f'data = {first.data.tag}: its batches have several shapes, and a population is one program')
   if isinstance(first.optimizer, Muon) and first.optimizer.adam_learning_rate is not None:
     raise InputError('optimizer.adam_learning_rate: must be none in a population, where the learning rate varies and it would not')
   return first

@@ -13,7 +13,7 @@ import pytest
 from jaxformer.config import InputError
 from jaxformer.data import Dates, HeldOutPair, PairBatch, open_data
 from jaxformer.data.tokenizers import ByteTokenizer
-from jaxformer.evaluation import evaluate, evaluate_translation
+from jaxformer.evaluation import evaluate, evaluate_translation, loss_by_source_length
 from jaxformer.evaluation.translation import by_length, score
 
 pytestmark = pytest.mark.quick
@@ -172,3 +172,19 @@ def test_losses_of_pairs_are_summed_over_the_targets_of_every_bucket():
   assert both.count == 8 * 11
   with pytest.raises(InputError, match='source tokens from -1 to 256: must be below the vocabulary of 100'):
     evaluate(CountsSource(Sizes(source_vocab_size=100)), {}, [whole])
+
+
+def test_losses_by_source_are_those_of_the_pairs_in_each_group():
+  data = open_data(Dates(test_sequences=30))
+  lengths = [len(p.source_ids) - 1 for p in data.held_out_pairs()]
+  edges = [8, 11, 18]   # none is so short; none so long stands alone
+  for batch_size in (30, 16):
+    found = loss_by_source_length(CountsSource(), {}, data.validation_batches(batch_size), edges)
+    for low, high, r in zip([0, *edges], [*edges, 99], found, strict=True):
+      mine = [n for n in lengths if low < n <= high]
+      assert (r is None) == (not mine)
+      if r is not None:
+        assert (r.count, r.hits) == (11 * len(mine), 11 * len(mine))
+        assert r.nll_sum == pytest.approx(sum(11 * (n + 1) for n in mine))
+  assert found[0] is None
+  assert sum(r.count for r in found[1:]) == 330

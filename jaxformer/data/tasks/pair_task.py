@@ -26,6 +26,10 @@ class PairTask(GeneratedTask, abstract=True):
     raise NotImplementedError
 
   @property
+  def longest(self) -> int:
+    return max(self.source_positions, self.positions)
+
+  @property
   def kind(self) -> Kind:
     return Kind(vocab_size=BYTES.vocab_size, source_vocab_size=BYTES.vocab_size)
 

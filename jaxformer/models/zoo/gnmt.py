@@ -13,18 +13,21 @@ from jaxformer.layers.search import GnmtAttention
 from jaxformer.models.block import Block, Plain, Residual
 from jaxformer.models.encoder_decoder import EncoderDecoder
 from jaxformer.models.stack import Group
-from jaxformer.models.zoo.preset import preset
+from jaxformer.models.zoo.preset import as_wide, pair_family, preset
 
 
 def gnmt(
   width: int, layers: int, *, vocab_size: int, context: int, init: Init, embedding_init: Init, head_init: Init,
-  dropout: float = 0.0,
+  dropout: float = 0.0, hidden: int | None = None,
 ) -> EncoderDecoder.Config:
-  """The GNMT architecture, with `layers` on each side, at least three. The bottom layer of the decoder begins from the backward
-  state of the encoder's, the others from the state of the layer at their height."""
-  lstm = Lstm.Config(hidden=width, project=False, init=init, recurrent_init=init, bias=init, forget_bias=0.0)
-  beside = lstm.replace(context=width)
-  bottom = GnmtAttention.Config(init=init, recurrent_init=init, attention_init=init, score_init=init, bias=init)
+  """The GNMT architecture, with `layers` of `hidden` units on each side, at least three, as wide as the embedding unless told
+  otherwise. The bottom layer of the decoder begins from the backward state of the encoder's, the others from the state of the layer
+  at their height."""
+  units = hidden or width
+  lstm = Lstm.Config(hidden=units, project=False, init=init, recurrent_init=init, bias=init, forget_bias=0.0)
+  beside = lstm.replace(context=units)
+  bottom = GnmtAttention.Config(
+    hidden=hidden, source_width=hidden, init=init, recurrent_init=init, attention_init=init, score_init=init, bias=init)
 
   def plain(layer: LayerConfig) -> Group:
     return Group(pattern=(Block.Config(branches=(Plain.Config(layer=layer, dropout=dropout),)),))
@@ -44,3 +47,13 @@ preset('gnmt', 'gnmt', gnmt(
   1024, 8, vocab_size=32_000, context=128, init=_UNIFORM, embedding_init=_UNIFORM, head_init=_UNIFORM, dropout=0.2))
 preset('gnmt-tiny', 'gnmt', gnmt(
   96, 3, vocab_size=264, context=128, init=FanInUniform(), embedding_init=Normal(std=1.0), head_init=FanInUniform()))
+
+
+def _grown(*, width: int, layers: int, hidden: int, source_vocab_size: int, vocab_size: int, context: int) -> EncoderDecoder.Config:
+  fan = FanInUniform()
+  return gnmt(
+    width, layers, vocab_size=vocab_size, context=context, init=fan, embedding_init=Normal(std=1.0), head_init=fan,
+    hidden=hidden).replace(source_vocab_size=source_vocab_size)
+
+
+pair_family('gnmt', _grown, hidden=as_wide, fewest_layers=3)

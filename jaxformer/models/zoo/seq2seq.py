@@ -16,7 +16,7 @@ from jaxformer.layers.search import RnnSearch
 from jaxformer.models.block import Block, Plain
 from jaxformer.models.encoder_decoder import EncoderDecoder
 from jaxformer.models.stack import Group
-from jaxformer.models.zoo.preset import preset
+from jaxformer.models.zoo.preset import as_wide, pair_family, preset
 
 
 def plain(layer: LayerConfig, repeats: int = 1, dropout: float = 0.0) -> Group:
@@ -75,3 +75,28 @@ preset('luong-tiny', 'luong', luong(128, 2, LuongAttention.Config().score, **_TI
 preset('rnnsearch-tiny', 'rnnsearch', rnnsearch(
   64, 96, 96, 64, **_TINY, embedding_init=_WIDE, head_init=_FAN, gru=Gru.Config(recurrent_init=Orthogonal()),
   search=RnnSearch.Config(init=_FAN, attention_init=_FAN, score_init=_FAN, start_init=_FAN, out_init=_FAN)))
+
+
+def _grown_lstm(
+  *, width: int, layers: int, hidden: int, source_vocab_size: int, vocab_size: int, context: int,
+) -> EncoderDecoder.Config:
+  layer = Lstm.Config(hidden=hidden, project=False)
+  stack = (plain(layer), *((plain(layer, layers - 1),) if layers > 1 else ()))
+  return seq2seq_lstm(
+    width, 1, source_vocab_size=source_vocab_size, vocab_size=vocab_size, context=context, layer=layer,
+    embedding_init=Normal(std=1.0), head_init=FanInUniform()).replace(encoder=stack, decoder=stack)
+
+
+def _grown_search(
+  *, width: int, layers: int, hidden: int, source_vocab_size: int, vocab_size: int, context: int,
+) -> EncoderDecoder.Config:
+  """One layer, whatever is asked; attention and maxout in the paper's proportion to the recurrences."""
+  fan = FanInUniform()
+  return rnnsearch(
+    width, hidden, hidden, hidden // 2, source_vocab_size=source_vocab_size, vocab_size=vocab_size, context=context,
+    embedding_init=Normal(std=1.0), head_init=fan, gru=Gru.Config(recurrent_init=Orthogonal()),
+    search=RnnSearch.Config(init=fan, attention_init=fan, score_init=fan, start_init=fan, out_init=fan))
+
+
+pair_family('seq2seq-lstm', _grown_lstm, hidden=as_wide)
+pair_family('rnnsearch', _grown_search, hidden=lambda width: round(width * 1000 / 620 / 8) * 8, grows_deeper=False)

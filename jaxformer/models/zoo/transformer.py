@@ -16,7 +16,7 @@ from jaxformer.layers.position import PositionConfig, SinusoidalPositions
 from jaxformer.models.block import Block, PostNorm
 from jaxformer.models.encoder_decoder import EncoderDecoder
 from jaxformer.models.stack import Group
-from jaxformer.models.zoo.preset import preset
+from jaxformer.models.zoo.preset import HEAD, four_times, pair_family, preset
 
 INTERLEAVED = SinusoidalPositions.Config()
 UNIT_VARIANCE = FanInUniform(gain=math.sqrt(3.0))
@@ -56,3 +56,12 @@ def transformer(
 for name, width, hidden, heads, dropout in (('transformer-base', 512, 2048, 8, 0.1), ('transformer-big', 1024, 4096, 16, 0.3)):
   preset(name, 'transformer', transformer(width, 6, hidden, heads, vocab_size=37_000, context=512, dropout=dropout))
 preset('transformer-tiny', 'transformer', transformer(96, 2, 256, 4, vocab_size=264, context=128))
+
+
+def _grown(*, width: int, layers: int, hidden: int, source_vocab_size: int, vocab_size: int, context: int) -> EncoderDecoder.Config:
+  """Sources and targets of one vocabulary share their table, as in the paper."""
+  grown = transformer(width, layers, hidden, width // HEAD, vocab_size=vocab_size, context=context)
+  return grown.replace(source_vocab_size=source_vocab_size, shared_embedding=source_vocab_size == vocab_size)
+
+
+pair_family('transformer', _grown, width_step=HEAD, hidden=four_times)

@@ -1,0 +1,88 @@
+"""Encoder-decoders in studies: of equal size, on pairs from a task and from a file; and each kind of model on its own data."""
+
+import pytest
+
+from jaxformer.compare.report import markdown_text, report_study
+from jaxformer.compare.runner import run_study
+from jaxformer.compare.sizing import solve
+from jaxformer.compare.study import AsIs, Grown, Mixer, Study
+from jaxformer.config import InputError
+from jaxformer.data import AssociativeRecall, Dates, Pairs, Tsv
+from jaxformer.layers.attention import Attention
+from jaxformer.models.params import define
+from jaxformer.models.zoo import FAMILIES
+from jaxformer.training.interrupt import Interrupt
+
+OF_PAIRS = ('gnmt', 'rnnsearch', 'seq2seq-lstm', 'transformer')
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize('name', OF_PAIRS)
+def test_sizes_are_met(name):
+  found = solve(name, 'params', 3e5, vocab_size=1024, source_vocab_size=300, context=32)
+  assert define(found.model).size == pytest.approx(3e5, rel=0.02)
+  assert found.width % 8 == 0
+  assert found.hidden % 8 == 0
+  assert (found.model.source_vocab_size, found.model.vocab_size) == (300, 1024)
+
+
+@pytest.mark.quick
+def test_one_vocabulary_is_one_table():
+  model = FAMILIES['transformer'].make(width=64, layers=1, hidden=64, source_vocab_size=300, vocab_size=300, context=32)
+  assert model.shared_embedding
+  assert not model.encoder[0].pattern[0].branches[0].layer.causal
+
+
+def entry(family):
+  small = FAMILIES[family].make(
+    width=32, layers=FAMILIES[family].fewest_layers, hidden=16, source_vocab_size=257, vocab_size=257, context=32)
+  return AsIs(name=family, model_config=small)
+
+
+def study(tmp_path, entries, tasks, **settings):
+  small = {'target': 3e4, 'tolerance': 0.5, 'tokens': 11 * 8 * 8, 'batch_size': 8, 'learning_rates': (1e-3, 3e-3), 'extensions': 0,
+           'seeds': (1, 2), 'together': 2, 'eval_batches': 2, 'translations': 6, 'contexts': (8,), 'rounds': 1}
+  return Study(name='pairs', entries=entries, tasks=tasks, dir=str(tmp_path / 'runs'), **(small | settings))
+
+
+def test_a_study_of_translations_from_end_to_end(tmp_path):
+  """On pairs of one shape, side by side; on buckets of two, one after the other."""
+  lines = [f'word {i} of\tpalabra {i}{" de muchas" * (i % 2)}\t{i % 10}\n' for i in range(80)]
+  (tmp_path / 'pairs.tsv').write_text(''.join(lines))
+  buckets = Pairs(corpus=Tsv(path=str(tmp_path / 'pairs.tsv'), document_column=3), source_lengths=(16, 32), target_lengths=(16, 32))
+  s = study(tmp_path, tuple(map(entry, ('rnnsearch', 'transformer'))), (Dates(), buckets), tokens=1500)
+  said = []
+  results = report_study(s, said.append)
+  assert [t.metric for t in results.tasks] == ['bits per byte'] * 2
+  for task in results.tasks:
+    for o in task.outcomes:
+      assert len([v for v in o.scores.values() if v is not None and v > 0]) == 2
+      assert 0 <= o.translation['exact match'].mean <= 1
+      assert o.translation['exact match'].runs == 2
+      assert o.position_loss
+  assert all(c.contexts == () and c.tokens_per_second > 0 for c in results.costs.values())   # decoding costs are a language model's
+  assert 'Scores of translations: Dates' in markdown_text(results)
+  assert sum('together' in line for line in said) == 4   # grids and seeds of either model on the dates
+  again = []
+  assert report_study(s, again.append).tasks == results.tasks
+  assert not [line for line in again if 'costs' in line or ('seed' in line and 'done before' not in line)]
+
+
+RECALL = AssociativeRecall(length=6)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(('entries', 'task', 'parts'), [
+  ((Grown(family='lstm'),), Dates(), ['family lstm', 'one sequence', 'seq2seq-lstm', 'transformer']),
+  ((Grown(family='transformer'),), RECALL, ['family transformer', 'pairs', 'llama3']),
+  ((Mixer(layer=Attention.Config()),), Dates(), ['Attention', 'one sequence']),
+  ((entry('rnnsearch'),), RECALL, ['EncoderDecoder', 'pairs']),
+  ((AsIs(model_config=FAMILIES['gru'].make(width=8, layers=1, hidden=0, vocab_size=264, context=32)),), Dates(),
+   ['Dates', 'LanguageModel', 'one sequence']),
+])
+def test_each_kind_of_model_on_its_own_data(entries, task, parts, tmp_path):
+  with Interrupt() as interrupt, pytest.raises(InputError) as e:
+    run_study(study(tmp_path, entries, (task,)), lambda line: None, interrupt)
+  for part in parts:
+    assert part in str(e.value)
+  assert not (tmp_path / 'runs').exists()
