@@ -172,8 +172,8 @@ def close(a: Any, b: Any, rtol: float, what: str = '') -> None:
     scale, gap = max(np.abs(y).max(initial=0.0), 1e-3), np.abs(x - y)
     if not np.all(gap <= rtol * scale):
       where = [int(i) for i in np.unravel_index(np.argmax(np.where(np.isnan(gap), np.inf, gap)), gap.shape)]
-      raise Broken(
-        f'{what}{jax.tree_util.keystr(path)} differs by up to {np.max(gap):.2g} where values reach {scale:.2g} (at {where})')
+      name = f'{what}{jax.tree_util.keystr(path)}'.rstrip()
+      raise Broken(f'{name} differs by up to {np.max(gap):.2g} where values reach {scale:.2g} (at {where})')
 
 
 # ---- checks -----------------------------------------------------------------------------------------------------------
