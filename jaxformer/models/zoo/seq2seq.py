@@ -8,6 +8,7 @@ the authors' code: 220,000,000. Its local attention is left out.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from jaxformer.layers.bidirectional import Bidirectional
@@ -85,8 +86,11 @@ preset('luong', 'luong', luong(
   embedding_init=_TENTH, head_init=_TENTH))
 
 _TINY: dict[str, Any] = {'source_vocab_size': 264, 'vocab_size': 264, 'context': 128}
+# Outputs of an LSTM begin far below 1, and the upper layer hears of a source only what gets through: input weights three times as
+# large as by fan-in, and states wide enough for a source that nothing looks at again.
 preset('seq2seq-lstm-tiny', 'seq2seq-lstm', seq2seq_lstm(
-  128, 2, **_TINY, layer=LSTM, embedding_init=WIDE, head_init=FAN))
+  192, 2, **_TINY, layer=Lstm.Config(init=FanInUniform(gain=3.0), recurrent_init=Orthogonal()), embedding_init=WIDE,
+  head_init=FanInUniform(gain=math.sqrt(3.0))))
 preset('luong-tiny', 'luong', luong(128, 2, LuongAttention.Config().score, **_TINY))
 preset('rnnsearch-tiny', 'rnnsearch', rnnsearch(
   64, 96, 96, 64, **_TINY, embedding_init=WIDE, head_init=FAN, gru=Gru.Config(recurrent_init=Orthogonal()),
