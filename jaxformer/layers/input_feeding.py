@@ -63,8 +63,10 @@ class InputFeeding(Layer):
 
     def validate(self):
       self.require(self.layers > 0, 'layers', 'positive')
-      self.require(self.lstm.context is None, 'lstm.context', 'none: the bottom one reads what is fed back, others what is below')
-      self.require(self.lstm.hidden is None or not self.lstm.project, 'lstm.project', 'false where it has units of its own')
+      if self.lstm.context is not None:
+        raise InputError(f'InputFeeding.lstm.context = {self.lstm.context}: must be none: the bottom one reads what is fed back')
+      if self.lstm.project and self.lstm.hidden is not None:
+        raise InputError('InputFeeding.lstm.project = True: must be false where hidden is given: attention reads the units')
       self.require(0 <= self.dropout < 1, 'dropout', 'at least 0 and below 1')
 
     def build(self, width: int, rngs: nnx.Rngs, site: Site) -> InputFeeding:

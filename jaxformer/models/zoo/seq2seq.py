@@ -12,7 +12,7 @@ import math
 from typing import Any
 
 from jaxformer.layers.bidirectional import Bidirectional
-from jaxformer.layers.cross_attention import DotScore, LuongAttention, Score
+from jaxformer.layers.cross_attention import DotScore, GeneralScore, LuongAttention, Score
 from jaxformer.layers.gru import Gru
 from jaxformer.layers.init import FanInUniform, Init, Normal, Orthogonal, Uniform
 from jaxformer.layers.input_feeding import InputFeeding
@@ -86,12 +86,14 @@ preset('luong', 'luong', luong(
   embedding_init=_TENTH, head_init=_TENTH))
 
 _TINY: dict[str, Any] = {'source_vocab_size': 264, 'vocab_size': 264, 'context': 128}
-# Outputs of an LSTM begin far below 1, and the upper layer hears of a source only what gets through: input weights three times as
-# large as by fan-in, and states wide enough for a source that nothing looks at again.
+# Outputs of an LSTM begin far below 1, and what reads them hears little: its weights are three times as large as by fan-in. Without
+# attention the states are to hold a whole source, so they are wider.
+_LARGE = FanInUniform(gain=3.0)
+_LSTM, _HEAD = Lstm.Config(init=_LARGE, recurrent_init=Orthogonal()), FanInUniform(gain=math.sqrt(3.0))
 preset('seq2seq-lstm-tiny', 'seq2seq-lstm', seq2seq_lstm(
-  192, 2, **_TINY, layer=Lstm.Config(init=FanInUniform(gain=3.0), recurrent_init=Orthogonal()), embedding_init=WIDE,
-  head_init=FanInUniform(gain=math.sqrt(3.0))))
-preset('luong-tiny', 'luong', luong(128, 2, LuongAttention.Config().score, **_TINY))
+  192, 2, **_TINY, layer=_LSTM, embedding_init=WIDE, head_init=_HEAD))
+preset('luong-tiny', 'luong', luong(
+  128, 2, GeneralScore(init=_LARGE), **_TINY, layer=_LSTM, attention_init=_LARGE, head_init=_HEAD))
 preset('rnnsearch-tiny', 'rnnsearch', rnnsearch(
   64, 96, 96, 64, **_TINY, embedding_init=WIDE, head_init=FAN, gru=Gru.Config(recurrent_init=Orthogonal()),
   search=RnnSearch.Config(init=FAN, attention_init=FAN, score_init=FAN, start_init=FAN, out_init=FAN)))
