@@ -11,7 +11,16 @@ import argparse
 import sys
 from typing import Any
 
-from jaxformer.cli.common import Overrides, join_processes, load_writer, sampling_arguments, sampling_of, translated, translates
+from jaxformer.cli.common import (
+  Overrides,
+  join_processes,
+  load_writer,
+  note,
+  sampling_arguments,
+  sampling_of,
+  translated,
+  translates,
+)
 from jaxformer.config import InputError
 
 OVERRIDES = False
@@ -90,6 +99,8 @@ def translations(args: argparse.Namespace, trained: Any) -> None:
     if getattr(args, option):
       raise InputError(f'--{option.replace("_", "-")}: {trained.name} is an encoder-decoder, which takes --source and searches')
   beam = Beam(width=args.beam, length_penalty=args.length_penalty, coverage_penalty=args.coverage_penalty)
+  if args.source is None and sys.stdin.isatty():
+    note('a text to translate a line, up to the end of input (Ctrl-D)')
   texts = args.source if args.source is not None else [line.rstrip('\n') for line in sys.stdin]
   dtype = args.dtype or ('float32' if platform() == 'cpu' else 'bfloat16')
   found = translated(trained, texts, beam=beam, max_new_tokens=args.max_new_tokens, dtype=jnp.dtype(dtype))

@@ -37,9 +37,13 @@ def test_lines_of_standard_input_and_sources_are_translated_alike(trained, monke
   monkeypatch.setattr('sys.stdin', io.StringIO('one two\nthree\n'))
   assert main(words) == 0
   assert capsys.readouterr().out == ''.join(f'{f["text"]}\n' for f in found)
-  monkeypatch.setattr('sys.stdin', io.StringIO(''))
+  nothing = io.StringIO('')
+  nothing.isatty = lambda: True
+  monkeypatch.setattr('sys.stdin', nothing)
   assert main(words) == 0
-  assert capsys.readouterr().out == ''
+  out, err = capsys.readouterr()
+  assert out == ''
+  assert 'end of input (Ctrl-D)' in err
 
 
 def test_the_public_face_translates_as_the_command_does(trained, capsys):
