@@ -264,6 +264,19 @@ def source_ids(trained: Trained, text: str) -> list[int]:
   return [*tokenizer.encode(text).tolist(), tokenizer.end_of_document]
 
 
+def translated(
+  trained: Trained, texts: Sequence[str], *, beam: Any, max_new_tokens: int | None = None, dtype: Any = None,
+) -> list[tuple[str, Any]]:
+  """Translations by an encoder-decoder, as text and as `inference.Translation`, in the order of the texts; `beam` is an
+  `inference.Beam`."""
+  from jaxformer.inference import translate
+  tokenizer = trained.tokenizer
+  found = translate(
+    trained.definition, trained.params, [source_ids(trained, text) for text in texts], end=tokenizer.end_of_document, beam=beam,
+    max_new_tokens=max_new_tokens, vocab_size=tokenizer.vocab_size, dtype=dtype)
+  return [(tokenizer.decode(t.tokens), t) for t in found]
+
+
 def trained_folder(name: str) -> tuple[Any, str]:
   """The folder that RUN names, here, in `runs` or in a bucket, and its '@STEP' or ''. Raises `InputError` with the nearest runs."""
   from jaxformer.training.folder import is_url, place

@@ -11,7 +11,16 @@ import argparse
 import sys
 from typing import Any
 
-from jaxformer.cli.common import Overrides, join_processes, load_writer, sampling_arguments, sampling_of, source_ids, translates
+from jaxformer.cli.common import (
+  Overrides,
+  join_processes,
+  load_writer,
+  note,
+  sampling_arguments,
+  sampling_of,
+  translated,
+  translates,
+)
 from jaxformer.config import InputError
 
 OVERRIDES = False
@@ -84,20 +93,19 @@ def translations(args: argparse.Namespace, trained: Any) -> None:
 
   import jax.numpy as jnp
 
-  from jaxformer.inference import Beam, translate
+  from jaxformer.inference import Beam
   from jaxformer.sharding import platform
   for option in ('prompt', 'stop', 'top_k', 'top_p', 'min_p', 'repetition_penalty'):
     if getattr(args, option):
       raise InputError(f'--{option.replace("_", "-")}: {trained.name} is an encoder-decoder, which takes --source and searches')
   beam = Beam(width=args.beam, length_penalty=args.length_penalty, coverage_penalty=args.coverage_penalty)
+  if args.source is None and sys.stdin.isatty():
+    note('a text to translate a line, up to the end of input (Ctrl-D)')
   texts = args.source if args.source is not None else [line.rstrip('\n') for line in sys.stdin]
   dtype = args.dtype or ('float32' if platform() == 'cpu' else 'bfloat16')
-  found = translate(
-    trained.definition, trained.params, [source_ids(trained, text) for text in texts], end=trained.tokenizer.end_of_document,
-    beam=beam, max_new_tokens=args.max_new_tokens, vocab_size=trained.tokenizer.vocab_size, dtype=jnp.dtype(dtype))
-  written = [trained.tokenizer.decode(t.tokens) for t in found]
+  found = translated(trained, texts, beam=beam, max_new_tokens=args.max_new_tokens, dtype=jnp.dtype(dtype))
   if args.json:
-    print(json.dumps([
-      {'source': source, 'text': text, **t._asdict()} for source, text, t in zip(texts, written, found, strict=True)]))
+    print(json.dumps([{'source': source, 'text': text, **t._asdict()} for source, (text, t) in zip(texts, found, strict=True)]))
   else:
-    print('\n'.join(written))
+    for text, _ in found:
+      print(text)

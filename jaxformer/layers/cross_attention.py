@@ -153,7 +153,7 @@ class GeneralScore(Score):
 
 class LuongAttention(ReadsMemory):
   """y_t = tanh(W [c_t, h_t]), c_t = sum_s softmax_s(score(h_t, m_s)) m_s: global attention after the recurrence, with the state of
-  the same step (Luong et al. 2015, section 3.1; without input feeding)."""
+  the same step (Luong et al. 2015, section 3.1). With input feeding it stands within `InputFeeding`."""
 
   name = 'LuongAttention'
 

@@ -30,7 +30,7 @@ class Source:
   """What is searched.
 
   Attributes:
-    keys_BSA: U m_s for every vector m_s, computed once.
+    keys_BSA: what is compared, made of every vector m_s once.
     values_BSC: the vectors.
     mask_BS: False where there is padding.
   """
@@ -60,9 +60,13 @@ def additive_attention(
   and appendix A.1.2), both fp32."""
   q_BA = product(h_BH, query_HA)
   hidden = jnp.tanh(q_BA[:, None] + source.keys_BSA.astype(jnp.float32))
-  e = jnp.einsum('BSA,A->BS', hidden, v_A.astype(jnp.float32))
+  return weighted(jnp.einsum('BSA,A->BS', hidden, v_A.astype(jnp.float32)), source)
+
+
+def weighted(e_BS: Float[Array, 'B S'], source: Source) -> tuple[Float[Array, 'B C'], Float[Array, 'B S']]:
+  """c = sum_s a_s m_s with a = softmax_s(e) over the tokens of the source, both fp32."""
   seen = source.mask_BS
-  a = jnp.where(seen, jax.nn.softmax(jnp.where(seen, e, MASKED), axis=-1), 0.0)
+  a = jnp.where(seen, jax.nn.softmax(jnp.where(seen, e_BS, MASKED), axis=-1), 0.0)
   return jnp.einsum('BS,BSC->BC', a, source.values_BSC.astype(jnp.float32)), a
 
 
@@ -98,7 +102,7 @@ def _loop(gates_TBGH, context_CGH, u_HGH, query_HA, v_A, keys_BSA, values_BSC, m
   @jax.checkpoint
   def step(states: States, now):
     gates, starts_B = now
-    states = _begun(starts_B, first, states)
+    states = begun(starts_B, first, states)
     c, a = additive_attention(states[0], query_HA, v_A, source)
     states = cell(gates.astype(jnp.float32) + product(c, context_CGH), u_HGH, states)
     return states, (states[0].astype(gates.dtype), c.astype(gates.dtype), a)
@@ -116,7 +120,7 @@ def search_naive(
   values, ys, cs, alphas = source.values_BSC.astype(jnp.float32), [], [], []
   states, first = (tuple(s.astype(jnp.float32) for s in some) for some in (states, first))
   for t in range(x_BTD.shape[1]):
-    states = _begun(starts_BT[:, t], first, states)
+    states = begun(starts_BT[:, t], first, states)
     h, x = states[0], x_BTD[:, t].astype(jnp.float32)
     e = jnp.tanh((h @ w.query_HA)[:, None] + source.keys_BSA) @ w.v_A
     e = jnp.exp(e - e.max(1, keepdims=True)) * source.mask_BS
@@ -136,7 +140,8 @@ def search_naive(
   return y.astype(x_BTD.dtype), c.astype(x_BTD.dtype), a, states
 
 
-def _begun(starts_B: Array, first: States, states: States) -> States:
+def begun(starts_B: Array, first: States, states: States) -> States:
+  """The states that a step reads: the first ones where a document begins."""
   return tuple(jnp.where(starts_B[:, None], f, s) for f, s in zip(first, states, strict=True))
 
 

@@ -8,9 +8,11 @@ import jax.numpy as jnp
 import pytest
 
 from jaxformer.data.dataset import PairBatch
+from jaxformer.layers.cross_attention import DotScore
 from jaxformer.layers.init import Uniform
 from jaxformer.models.params import define
 from jaxformer.models.zoo.gnmt import gnmt
+from jaxformer.models.zoo.seq2seq import luong
 from jaxformer.models.zoo.transformer import transformer
 from jaxformer.planning.compiler import has_array, topology_mesh
 from jaxformer.planning.program import list_collectives
@@ -23,6 +25,7 @@ from jaxformer.training.step import StepConfig, TrainState, compiled_train_step,
 pytest.importorskip('libtpu', reason='needs libtpu, the compiler for TPUs (pip install jaxformer[tpu])')
 pytestmark = pytest.mark.tpu_compiler
 
+INIT = Uniform(bound=0.04)
 B, S, T, D = 16, 384, 640, 256
 FSDP_TENSOR = MeshConfig(data=1, fsdp=4, tensor=2)
 DATA_PARALLEL = MeshConfig(data=8, rules='data_parallel')
@@ -57,10 +60,13 @@ def test_the_transformer_step():
   assert not has_array(step, rows, T, 16384 // FSDP_TENSOR.tensor)   # nor are there logits of all positions
 
 
-def test_a_recurrent_step_sums_gradients_alone():
+@pytest.mark.parametrize('model', [
+  gnmt(256, 3, vocab_size=4096, context=32, init=INIT, embedding_init=INIT, head_init=INIT),
+  luong(256, 2, DotScore(), source_vocab_size=4096, vocab_size=4096, context=32, dropout=0.2),
+], ids=['gnmt', 'luong'])
+def test_a_recurrent_step_sums_gradients_alone(model):
   """Data-parallel: nothing is sent between chips inside the loops over time."""
-  init = Uniform(bound=0.04)
-  definition = define(gnmt(256, 3, vocab_size=4096, context=32, init=init, embedding_init=init, head_init=init))
+  definition = define(model)
   step = compiled(definition, DATA_PARALLEL, (16, 24, 32))
   sent = list_collectives(step)
   assert {c.kind for c in sent} == {'all-reduce'}

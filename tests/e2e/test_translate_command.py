@@ -6,7 +6,9 @@ import json
 import jax
 import pytest
 
+import jaxformer
 from jaxformer.cli import common, main
+from jaxformer.config import InputError
 from jaxformer.data.tokenizers import ByteTokenizer
 from jaxformer.models.params import define
 from jaxformer.models.zoo import PRESETS
@@ -35,6 +37,26 @@ def test_lines_of_standard_input_and_sources_are_translated_alike(trained, monke
   monkeypatch.setattr('sys.stdin', io.StringIO('one two\nthree\n'))
   assert main(words) == 0
   assert capsys.readouterr().out == ''.join(f'{f["text"]}\n' for f in found)
+  nothing = io.StringIO('')
+  nothing.isatty = lambda: True
+  monkeypatch.setattr('sys.stdin', nothing)
+  assert main(words) == 0
+  out, err = capsys.readouterr()
+  assert out == ''
+  assert 'end of input (Ctrl-D)' in err
+
+
+def test_the_public_face_translates_as_the_command_does(trained, capsys):
+  words = ['generate', 'some', '--max-new-tokens', '9', '--beam', '3', '--length-penalty', '0.3']
+  options = {'beam': 3, 'length_penalty': 0.3, 'max_new_tokens': 9}
+  assert main([*words, '--source', 'one two', '--source', 'three']) == 0
+  several = jaxformer.translate('some', ['one two', 'three'], **options)
+  assert capsys.readouterr().out == ''.join(f'{text}\n' for text in several)
+  assert any(several)
+  assert jaxformer.translate('some', 'three', **options) == several[1]
+  assert jaxformer.translate('some', []) == []
+  with pytest.raises(InputError, match='is an encoder-decoder, which continues no prompt'):
+    jaxformer.generate('some', 'one')
 
 
 def test_an_alignment_is_drawn(trained, tmp_path, capsys):
@@ -64,3 +86,5 @@ def test_a_language_model_has_no_source(trained, capsys):
   assert '--source: some is a language model' in capsys.readouterr().err
   assert main(['align', 'some', '--source', 'x']) == 2
   assert 'is no encoder-decoder' in capsys.readouterr().err
+  with pytest.raises(InputError, match='is a language model, which translates nothing'):
+    jaxformer.translate('some', 'x')

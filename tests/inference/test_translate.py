@@ -26,7 +26,8 @@ N = Normal(std=1.0)
 MODELS = {
   'transformer': transformer(16, 2, 32, 2, vocab_size=12, context=40, head_bias=True),
   'seq2seq-lstm': seq2seq_lstm(16, 2, **SIZES, layer=Lstm.Config(), embedding_init=N, head_init=N),
-  'luong': luong(16, 1, DotScore(), **SIZES),
+  'luong': luong(16, 2, DotScore(), **SIZES),
+  'luong without input feeding': luong(16, 1, DotScore(), **SIZES, input_feeding=False),
   'gnmt': gnmt(16, 3, vocab_size=12, context=40, init=N, embedding_init=N, head_init=N),
 }
 SOURCES = [[1, 2, 3, 4, 5, END], [6, END], [7, 8, 9, 1, 2, 3, 4, 5, 6, END], [2, 2, END], [9, 1, END]]
@@ -115,7 +116,7 @@ def test_the_coverage_penalty_is_that_of_the_alignment():
     search('seq2seq-lstm', Beam(coverage_penalty=0.2))
 
 
-@pytest.mark.parametrize(('name', 'width'), [('transformer', 3), ('gnmt', 3), ('seq2seq-lstm', 1)])
+@pytest.mark.parametrize(('name', 'width'), [('transformer', 3), ('gnmt', 3), ('luong', 3), ('seq2seq-lstm', 1)])
 def test_a_translation_depends_on_its_source_alone(name, width):
   definition, params = model(name)
   options = {'end': END, 'beam': Beam(width=width, length_penalty=0.6), 'vocab_size': V}

@@ -24,8 +24,8 @@ EXACT = {
   'rwkv7-0.1b': 191_034_624, 'rwkv7-0.4b': 450_767_872,
   'rwkv7-1.5b': 1_527_404_544, 'rwkv7-2.9b': 2_947_735_040,
   # Conventions: one vector of offsets a gate and offsets on the logits (seq2seq-lstm, gnmt); no offsets, the matrices of the
-  # paper's appendix (rnnsearch); no offsets in attention, one table three times, 37,000 rows (transformer).
-  'seq2seq-lstm': 384_112_000, 'rnnsearch': 80_401_000, 'gnmt': 280_858_880,
+  # paper's appendix (rnnsearch) or equations (luong); no offsets in attention, one table three times, 37,000 rows (transformer).
+  'seq2seq-lstm': 384_112_000, 'rnnsearch': 80_401_000, 'luong': 220_000_000, 'gnmt': 280_858_880,
   'transformer-base': 63_045_632, 'transformer-big': 214_171_648,
 }
 
@@ -124,6 +124,7 @@ RWKV7 = {
 
 # -> width, layers, vocabularies
 SEQ2SEQ = {'seq2seq-lstm': (1000, 4, 160_000, 80_000)}
+LUONG = {'luong': (1000, 4, 50_000)}   # -> width, layers, vocabulary
 # -> width of the embedding, units, hidden units of the attention, maxout units, vocabulary
 RNNSEARCH = {'rnnsearch': (620, 1000, 1000, 500, 30_000)}
 GNMT = {'gnmt': (1024, 8, 32_000)}   # -> width, layers, vocabulary
@@ -138,6 +139,12 @@ def gates(inputs, units):
 def seq2seq_count(D, L, S, V):
   """Two embeddings, head and its offsets; as many LSTMs on both sides."""
   return S * D + V * D + V * D + V + 2 * L * gates(D, D)
+
+
+def luong_count(D, L, V):
+  """Two embeddings and the head; as many LSTMs without offsets on both sides, one of which reads what is fed back too; a matrix for
+  [c, h]."""
+  return 3 * V * D + 2 * L * 8 * D * D + 4 * D * D + 2 * D * D
 
 
 def rnnsearch_count(m, n, A, maxout, V):
@@ -213,7 +220,8 @@ COUNTED = {
     (gpt_count, GPT), (llama_count, LLAMA), (lstm_count, {n: (d,) for n, d in ZAREMBA.items()}), (h3_count, H3),
     (mamba_count, MAMBA), (mamba2_count, MAMBA2), (rwkv4_count, RWKV4), (rwkv5_count, RWKV5), (rwkv6_count, RWKV6),
     (rwkv7_count, RWKV7), (mixtral_count, MIXTRAL), (jamba_count, JAMBA), (moe_lstm_count, MOE_LSTM),
-    (seq2seq_count, SEQ2SEQ), (rnnsearch_count, RNNSEARCH), (gnmt_count, GNMT), (transformer_count, TRANSFORMER))
+    (seq2seq_count, SEQ2SEQ), (luong_count, LUONG), (rnnsearch_count, RNNSEARCH), (gnmt_count, GNMT),
+    (transformer_count, TRANSFORMER))
   for name, sizes in table.items()
 }
 

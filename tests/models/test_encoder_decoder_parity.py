@@ -137,13 +137,21 @@ def test_gnmt(layers):
   agree(gnmt(n, layers, vocab_size=13, context=20, init=N, embedding_init=N, head_init=N), reference)
 
 
+def of_layer(p, stack, r):
+  """The parameters of an LSTM of several that are stacked."""
+  return {f'l.{k}': p[f'{stack}.groups.0.0.branches.0.layer.{k}'][r] for k in 'wub'}
+
+
+def attended(p, layer, memory, h):
+  """Luong et al. 2015, section 3.1, by the dot product or, where there is a W_a, the general score."""
+  keys = memory @ p[f'{layer}.w_score'] if f'{layer}.w_score' in p else memory
+  return np.tanh(np.concatenate([softmax(keys @ h) @ memory, h]) @ p[f'{layer}.w'])
+
+
 @pytest.mark.parametrize('score', [None, DotScore(), GeneralScore()])
 def test_seq2seq_lstm_and_luong(score):
   """Sutskever et al. 2014: the source from its end, all layers' states handed over. Luong et al. 2015, section 3.1, on top."""
   n = 6
-
-  def of_layer(p, stack, r):
-    return {f'l.{k}': p[f'{stack}.groups.0.0.branches.0.layer.{k}'][r] for k in 'wub'}
 
   def reference(p, source, target):
     x, y = p['source_embedding'][source[::-1]], p['embedding'][target]
@@ -151,10 +159,32 @@ def test_seq2seq_lstm_and_luong(score):
       x, last = run(of_layer(p, 'encoder', r), 'l', x, (np.zeros(n), np.zeros(n)))
       y, _ = run(of_layer(p, 'decoder', r), 'l', y, last)
     if score is not None:
-      top = 'decoder.groups.1.0.branches.0.layer'
-      keys = x if isinstance(score, DotScore) else x @ p[f'{top}.w_score']
-      y = np.array([np.tanh(np.concatenate([softmax(keys @ h) @ x, h]) @ p[f'{top}.w']) for h in y])
+      y = np.array([attended(p, 'decoder.groups.1.0.branches.0.layer', x, h) for h in y])
     return y @ p['head'] + p['head_bias']
 
   plain = seq2seq_lstm(n, 2, **SIZES, layer=Lstm.Config(), embedding_init=N, head_init=N)
-  agree(plain if score is None else luong(n, 2, score, **SIZES), reference)
+  agree(plain if score is None else luong(n, 2, score, **SIZES, input_feeding=False), reference)
+
+
+@pytest.mark.parametrize('layers', [1, 3])
+@pytest.mark.parametrize('score', [DotScore(), GeneralScore()])
+def test_luong_with_input_feeding(score, layers):
+  """Luong et al. 2015, section 3.3: the first layer reads the attentional vector of the step before beside the word."""
+  n, layer = 6, 'decoder.groups.0.0.branches.0.layer'
+
+  def reference(p, source, target):
+    memory, states, logits, attentional = p['source_embedding'][source[::-1]], [], [], np.zeros(n)
+    for r in range(layers):
+      one = {f'l.{k}': p[f'encoder.groups.0.0.branches.0.layer.{k}'] for k in 'wub'} if layers == 1 else of_layer(p, 'encoder', r)
+      memory, last = run(one, 'l', memory, (np.zeros(n), np.zeros(n)))
+      states.append(last)
+    for word in p['embedding'][target]:
+      x = np.concatenate([word, attentional])
+      for r in range(layers):
+        states[r] = lstm(p, f'{layer}.lstms.{r}', x, states[r])
+        x = states[r][0]
+      attentional = attended(p, f'{layer}.attention', memory, x)
+      logits.append(attentional @ p['head'] + p['head_bias'])
+    return np.array(logits)
+
+  agree(luong(n, layers, score, **SIZES), reference)
