@@ -38,7 +38,7 @@ from jaxformer.layers.position import Rotary
 from jaxformer.models.params import define
 from jaxformer.models.zoo.llama import llama
 from jaxformer.models.zoo.mixtral import mixtral
-from jaxformer.training import AdamW, Cosine
+from jaxformer.training import AdamW, Cosine, read_metrics
 
 CLAIM = 'A sparse MoE costs as much as its active parameters and learns more than a dense model of that cost.'
 WIDTH, LAYERS, HEADS, HIDDEN, EXPERTS, LENGTH, VOCABULARY = 64, 2, 4, 88, 16, 128, 264
@@ -71,7 +71,14 @@ def ratios(results: Results) -> dict[str, float]:
   return found
 
 
-def decide(results: Results) -> tuple[gallery.Verdict, str]:
+def busiest(results: Results) -> list[float]:
+  """For each of the mixture's runs the load of the busiest expert of any layer over the mean, at the end; 1 is balance."""
+  metric = 'train/moe/load_ratio_max'
+  folders = (results.study.folder / name for name in outcomes(results.tasks[0])['mixture'].runs)
+  return [[row[metric] for row in read_metrics(folder) if metric in row][-1] for folder in folders]
+
+
+def decide(results: Results, loads: list[float]) -> tuple[gallery.Verdict, str]:
   """The verdict, and why."""
   task, ratio = results.tasks[0], ratios(results)
   of = outcomes(task)
@@ -87,7 +94,8 @@ def decide(results: Results) -> tuple[gallery.Verdict, str]:
     f'Mixture - dense, after equal steps: {difference}. With {ratio["params"]:.2f} times the parameters the mixture has '
     f'{ratio["active_params"]:.3f} times the active ones and {ratio["flops"]:.3f} times the FLOPs a token; on this CPU a training '
     f'step takes {ratio["seconds"]:.2f} times as long (medians of {ROUNDS} interleaved rounds), for sorting tokens, uneven loads '
-    'and the optimizer, which updates every expert. What is equal is the cost in FLOPs, not in seconds.')
+    'and the optimizer, which updates every expert. What is equal is the cost in FLOPs, not in seconds. At the end the busiest '
+    f'expert had {min(loads):.2f} to {max(loads):.2f} times the mean load.')
 
 
 def rows(results: Results) -> tuple[tuple[str, ...], ...]:
@@ -115,7 +123,8 @@ def pictures(results: Results) -> list[gallery.Picture]:
 def main() -> None:
   args = gallery.arguments(__doc__).parse_args()
   results = mixers.run(study(args.scale, args.runs))
-  verdict, because = decide(results)
+  loads = busiest(results)
+  verdict, because = decide(results, loads)
   report = results.to_json()
   updates = results.study.steps(results.study.tasks[0])
   gallery.publish(args, gallery.Result(
@@ -123,7 +132,8 @@ def main() -> None:
     f'width {WIDTH}, {LAYERS} layers, {EXPERTS} experts of which 2 a token; {updates:,} updates of {BATCH} sequences of {LENGTH} '
     f'bytes; rates {RATES}, extended; {len(SEEDS)} seeds',
     ('model', 'parameters', 'active', 'training FLOPs a token', 'tokens a second', 'rate', 'tried', 'bits a byte (95 %)'),
-    rows(results), {'ratios': ratios(results), 'tasks': report['tasks'], 'config': report['config']}), pictures(results))
+    rows(results),
+    {'ratios': ratios(results), 'busiest': loads, 'tasks': report['tasks'], 'config': report['config']}), pictures(results))
 
 
 if __name__ == '__main__':
