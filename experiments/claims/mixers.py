@@ -1,0 +1,120 @@
+"""What the claims that train models share: stacks of a fixed shape around any sequence layers, studies that are run and told in
+words, and what it is to solve a task."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+import jax
+
+from jaxformer.compare.report import report_study
+from jaxformer.compare.results import Outcome, Results, TaskResults, interval_form
+from jaxformer.compare.runner import Interrupted
+from jaxformer.compare.sizing import solve
+from jaxformer.compare.study import Entry, Study
+from jaxformer.compare.svg import Point
+from jaxformer.config import InputError
+from jaxformer.layers.init import FanInNormal, Normal
+from jaxformer.layers.layer import LayerConfig
+from jaxformer.layers.mlp import GatedMlp
+from jaxformer.layers.norm import RMSNorm
+from jaxformer.models.block import Block, PreNorm
+from jaxformer.models.language_model import LanguageModel, ModelConfig
+from jaxformer.models.stack import Group
+from jaxformer.models.zoo.preset import Family, two_thirds
+
+SOLVED = 0.95   # accuracy
+INTERRUPTED = 75
+INIT = FanInNormal()
+RATES = 3e-3, 1e-2, 3e-2   # as many as seeds, so that the grid and the seeds of a mixer are one program
+
+Solved = Literal['solved', 'not solved', 'undecided']
+"""Whether the 95 % interval of an accuracy over seeds lies above `SOLVED`, below it, or on both sides."""
+
+
+class Stacked(Entry):
+  """Blocks in Llama's frame (pre-norm RMSNorm, SwiGLU), one for each of `mixers` in their order, all of one width. Equal size comes
+  from the hidden units alone, so that neither depth nor width is a difference between what is compared. Weights begin at the scale
+  of their inputs: the 0.02 of larger models is next to nothing at this width, and a thousand steps would go by in growing.
+
+  Attributes:
+    mixers: the sequence layers, from the first block to the last.
+    width: of the model.
+  """
+
+  mixers: tuple[LayerConfig, ...]
+  width: int = 32
+
+  def validate(self):
+    self.require(len(self.mixers) > 0, 'mixers', 'at least one layer')
+    self.require(self.width > 0, 'width', 'positive')
+
+  @property
+  def title(self) -> str:
+    return self.name or '-'.join(m.tag for m in self.mixers)
+
+  def model(self, study: Study, vocab_size: int, context: int) -> ModelConfig:
+    family = Family(self.title, self.make, self.width, len(self.mixers), two_thirds, grows_deeper=False)
+    sized = solve(family, study.match, study.target, vocab_size=vocab_size, context=context, tolerance=study.tolerance)
+    if sized.width != self.width:
+      raise InputError(f'Stacked.width = {self.width}: {self.title} has {study.target:,.0f} {study.match} at width {sized.width}; '
+                       'give another width, or another target')
+    return sized.model
+
+  def make(self, *, width: int, layers: int, hidden: int, vocab_size: int, context: int) -> LanguageModel.Config:
+    """The model at a size."""
+    norm = RMSNorm.Config()
+    mlp = GatedMlp.Config(hidden=hidden, init=INIT, out_init=INIT)
+    blocks = tuple(
+      Block.Config(branches=tuple(PreNorm.Config(layer=part, norm=norm) for part in (mixer, mlp))) for mixer in self.mixers)
+    pattern = blocks[:1] if len(set(blocks)) == 1 else blocks   # equal blocks are one program, scanned
+    return LanguageModel.Config(
+      vocab_size=vocab_size, width=width, context=context, final_norm=norm, embedding_init=Normal(std=1.0), head_init=INIT,
+      stack=(Group(pattern=pattern, repeats=layers // len(pattern)),))
+
+
+def run(study: Study) -> Results:
+  """Trains what is not trained yet, writes the study's own report, and prints where it is. After a signal the program ends with the
+  exit code of what goes on when it is started again. Programs are kept beside the runs: at this size compiling costs as much as
+  training, and a grid and the seeds after it are one program."""
+  jax.config.update('jax_compilation_cache_dir', str(Path(study.dir) / 'compiled'))
+  jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
+  try:
+    results = report_study(study, lambda line: print(line, flush=True))
+  except Interrupted:
+    print('interrupted: what was running is saved; the same command goes on from there')
+    sys.exit(INTERRUPTED)
+  print(*results.answer, f'report: {study.folder / "report" / "report.html"}', sep='\n', flush=True)
+  jax.clear_caches()   # the next study compiles other programs
+  return results
+
+
+def outcomes(task: TaskResults) -> dict[str, Outcome]:
+  """Those of a task, by name."""
+  return {o.title: o for o in task.outcomes}
+
+
+def solved(o: Outcome) -> Solved:
+  """What the seeds of one architecture say; a run that diverged has not solved anything."""
+  if o.estimate is None or None in o.scores.values():
+    return 'not solved'
+  return 'solved' if o.estimate.low > SOLVED else 'not solved' if o.estimate.high < SOLVED else 'undecided'
+
+
+def told(task: TaskResults, o: Outcome) -> str:
+  """A score with its interval."""
+  return f'{o.title} {interval_form(task.metric, o.estimate)}'
+
+
+def points(task: TaskResults, at: Mapping[str, float]) -> dict[str, Point]:
+  """A point with its interval for each architecture that came to an end, at the x given; accuracies in per cent."""
+  found = {}
+  for o in task.outcomes:
+    if o.estimate is not None:
+      e, percent = o.estimate, 100.0 if task.metric == 'accuracy' else 1.0
+      low, high = (max(0.0, e.low), min(1.0, e.high)) if task.metric == 'accuracy' else (e.low, e.high)
+      found[o.title] = Point(at[o.title], percent * e.mean, percent * low, percent * high)
+  return found
