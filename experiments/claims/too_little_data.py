@@ -4,25 +4,26 @@ Question: of two models that differ in size alone, when does the larger one end 
 
     python experiments/claims/too_little_data.py [--scale 1]
 
-"Too little data" has two senses, and both are tried with a Llama-like transformer of 30 thousand and one of 240 thousand
+"Too little data" has two senses, and both are tried with a Llama-like transformer of 30 thousand and one of 150 thousand
 parameters:
 
-- Few texts. Both train for as many steps on as many tokens, but the texts are pieces of 2,000 characters from the built-in corpus,
-  and there are few of them, so that they are read again and again. The sets are nested, and the largest is not read through once:
-  the control, where the larger model should be better. The held-out text is the same for all, from other files. A run is scored at
-  its end, and on its way: the least of its scores is what one who stops in time would have (chosen by the held-out text itself, a
-  little optimistic for both alike).
-- Few tokens for the compute. Both spend as many training FLOPs on fresh text, so that the larger sees about an eighth of the
-  tokens: the right-hand side of an isoFLOP curve.
+- Few texts. Both train for as many steps on as many tokens, but the texts are pieces of 500 characters from the built-in corpus,
+  and there are few of them, so that they are read again and again. A run is scored at its end, and on its way: the least of its
+  scores is what one who stops in time would have (chosen by the held-out text itself, a little optimistic for both alike).
+- Few tokens for the compute. Both spend as many training FLOPs on fresh text, so that the larger sees about a fifth of the tokens:
+  the right-hand side of an isoFLOP curve.
+
+The control is as many tokens of fresh text for both: there the larger should be better. The held-out text is the same for all, from
+files that no piece is from.
 
 Each size has its own learning rate in each setting, the best of one grid on a seed that takes no further part. Four seeds are
 paired by their data; differences are those of held-out bits a byte, larger less smaller, with 95 % intervals by Student's t, and
-p-values of all four comparisons are adjusted together (Holm).
+p-values of all three comparisons are adjusted together (Holm).
 
-The verdict: shown if the larger is worse at the end on the fewest texts and at equal FLOPs, and better in the control; shown in
+The verdict: shown if the larger is worse at the end on few texts and at equal FLOPs, and better in the control; shown in
 part if one of these three fails; contradicted if the larger is better everywhere; else not shown.
 
-`--scale` multiplies tokens, texts and FLOPs, and the larger size by its root.
+`--scale` multiplies tokens and texts, and above 1 the larger size by its root.
 
 Cost: RESULT_COST
 Result (jax 0.10.2): RESULT_TEXT
@@ -33,7 +34,6 @@ from __future__ import annotations
 import dataclasses
 import os
 import pathlib
-from collections.abc import Sequence
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 
@@ -52,10 +52,10 @@ from jaxformer.training import read_metrics
 from jaxformer.training.interrupt import Interrupt
 
 CLAIM = 'A larger model underperforms a smaller one when it has too little data.'
-SMALL, LARGE = 3e4, 2.4e5
-TEXTS = (5_000, 40_000, 5_000_000)   # characters of training text
-PIECE, HELD_OUT = 2_000, 0.1         # characters of a piece; the share of files that are held out
-TOKENS, FLOPS = 160_000, 8e10
+SMALL, LARGE = 3e4, 1.5e5
+FEW, FRESH = 3_000, 5_000_000   # characters of training text
+PIECE, HELD_OUT = 500, 0.1      # characters of a piece; the share of files that are held out
+TOKENS = 80_000
 SEEDS = (1, 2, 3, 4)
 BATCH, LENGTH = 4, 64
 BITS = 'eval/bits_per_byte'
@@ -73,12 +73,13 @@ class Run:
 @dataclasses.dataclass(frozen=True)
 class Setting:
   """One comparison: what it is called, the tokens of its training text, those that each size was trained on, each size's
-  parameters, learning rate, whether that is at an end of what was tried, and runs by seed."""
+  parameters, training FLOPs a token, learning rate, whether that is at an end of what was tried, and runs by seed."""
 
   name: str
   texts: int
   tokens: tuple[int, int]
   params: tuple[int, int]
+  flops_per_token: tuple[float, float]
   rates: tuple[float, float]
   at_edge: tuple[bool, bool]
   runs: tuple[dict[int, Run], dict[int, Run]]
@@ -113,7 +114,7 @@ def texts(characters: int, runs: str) -> DataConfig:
 def study(target: float, tokens: int, data: DataConfig, runs: str) -> Study:
   return Study(
     name='too-little-data', entries=(Grown(family='llama2', name='transformer'),), target=target, tolerance=0.05, tasks=(data,),
-    tokens=tokens, batch_size=BATCH, learning_rates=(1e-3, 3e-3, 1e-2), extensions=1, seeds=SEEDS, together=4, eval_batches=64,
+    tokens=tokens, batch_size=BATCH, learning_rates=(3e-4, 1e-3, 3e-3), extensions=1, seeds=SEEDS, together=4, eval_batches=64,
     evaluations=6, contexts=(), rounds=0, dir=runs)
 
 
@@ -127,26 +128,22 @@ def _run(trial: Trial) -> Run:
   return Run(curve[-1][1], min(bits for _, bits in curve), curve)
 
 
-def setting(name: str, data: DataConfig, budgets: Sequence[tuple[float, int]], runs: str, interrupt: Interrupt) -> Setting:
-  """Both sizes, each as (parameters wanted, tokens)."""
-  studies = [study(target, tokens, data, runs) for target, tokens in budgets]
-  (small, small_runs), (large, large_runs) = (trained(s, interrupt) for s in studies)
-  tokens = [s.steps(data) * BATCH * LENGTH for s in studies]
-  return Setting(
-    name, data.open().train_tokens, (tokens[0], tokens[1]), (define(small.model).size, define(large.model).size),
-    (small.rate, large.rate), (small.at_edge, large.at_edge), (small_runs, large_runs))
-
-
 def settings(scale: float, runs: str, interrupt: Interrupt) -> list[Setting]:
   sizes, tokens = (SMALL, LARGE * max(1, scale) ** 0.5), int(TOKENS * scale)
-  data = [texts(round(n * max(1, scale)), runs) for n in TEXTS]
-  found = [setting(f'{amount(n)} characters of text', d, [(size, tokens) for size in sizes], runs, interrupt)
-           for n, d in zip(TEXTS, data, strict=True)]
-  vocabulary, fresh = data[-1].open().tokenizer.vocab_size, []
-  for size in sizes:
-    s = study(size, BATCH * LENGTH, data[-1], runs)
-    fresh.append((size, int(FLOPS * scale / flops_per_token(s.entries[0].model(s, vocabulary, LENGTH), LENGTH))))
-  return [*found, setting('equal FLOPs', data[-1], fresh, runs, interrupt)]
+  few, fresh = (texts(round(n * max(1, scale)), runs) for n in (FEW, FRESH))
+  vocabulary = fresh.open().tokenizer.vocab_size
+  models = [s.entries[0].model(s, vocabulary, LENGTH) for s in (study(size, tokens, fresh, runs) for size in sizes)]
+  params, costs = [define(m).size for m in models], [flops_per_token(m, LENGTH) for m in models]
+
+  def setting(name: str, data: DataConfig, tokens: tuple[int, int]) -> Setting:
+    studies = [study(size, n, data, runs) for size, n in zip(sizes, tokens, strict=True)]
+    (small, small_runs), (large, large_runs) = (trained(s, interrupt) for s in studies)
+    read = [s.steps(data) * BATCH * LENGTH for s in studies]
+    return Setting(
+      name, data.open().train_tokens, (read[0], read[1]), (params[0], params[1]), (costs[0], costs[1]), (small.rate, large.rate),
+      (small.at_edge, large.at_edge), (small_runs, large_runs))
+  return [setting('few texts', few, (tokens, tokens)), setting('fresh texts', fresh, (tokens, tokens)),
+          setting('equal FLOPs', fresh, (int(tokens * costs[1] / costs[0]), tokens))]
 
 
 def judged(found: list[Setting]) -> list[dict]:
@@ -162,7 +159,7 @@ def judged(found: list[Setting]) -> list[dict]:
 
 
 def verdict(judgements: list[dict]) -> Verdict:
-  few, *_, control, flops = (j['end_word'] for j in judgements)
+  few, control, flops = (j['end_word'] for j in judgements)
   borne_out = [few == 'worse', flops == 'worse', control == 'better']
   if all(borne_out):
     return 'shown'
@@ -179,16 +176,16 @@ def because(found: list[Setting], judgements: list[dict]) -> str:
   parts = [f'The larger model has {found[0].params[1]:,} parameters, the smaller {found[0].params[0]:,}; differences are larger '
            'less smaller in held-out bits a byte, with 95 % intervals over paired seeds.']
   for s, j in zip(found[:-1], judgements[:-1], strict=True):
-    parts.append(f'On {amount(s.texts)} tokens of text, read {s.passes[1]:.2g} times: {form(j["end"])} at the end '
+    parts.append(f'{s.name.capitalize()} ({s.passes[1]:.2g} passes over {amount(s.texts)} tokens): {form(j["end"])} at the end '
                  f'({j["end_word"]}), {form(j["best"])} at the best moment ({j["best_word"]}).')
   s, j = found[-1], judgements[-1]
   parts.append(f'At equal FLOPs on fresh text, {amount(s.tokens[1])} tokens against {amount(s.tokens[0])}: {form(j["end"])} '
                f'({j["end_word"]}).')
   if judgements[0]['end_word'] == 'worse':
     parts.append({
-      'worse': 'Stopping in time does not save the larger model on the fewest texts.',
-      'better': 'Stopped in time, the larger model is better even on the fewest texts: it is training on that harms.',
-      'no difference seen': 'Stopped in time, no difference is seen on the fewest texts: it is training on that harms.',
+      'worse': 'Stopping in time does not save the larger model on few texts.',
+      'better': 'Stopped in time, the larger model is better even on few texts: it is training on that harms.',
+      'no difference seen': 'Stopped in time, no difference is seen on few texts: it is training on that harms.',
     }[judgements[0]['best_word']])
   return ' '.join(parts)
 
@@ -206,27 +203,21 @@ def table(found: list[Setting], judgements: list[dict]) -> tuple[tuple[str, ...]
 
 
 def pictures(found: list[Setting]) -> list[Picture]:
-  texts, few, names = found[:-1], found[0], ('smaller', 'larger')
+  few, flops, names = found[0], found[-1], ('smaller', 'larger')
 
-  def against_texts(size: int, of: str) -> tuple[Point, ...]:
-    return tuple(Point(s.texts, e.mean, e.low, e.high) for s in texts for e in (s.mean(size, of),))
-  by_texts = [Series(f'{names[size]}, {of}', size + 2 * (of == 'best'), against_texts(size, of), line=True)
-              for of in ('end', 'best') for size in (0, 1)]
-
-  def on_the_way(size: int) -> tuple[Point, ...]:
-    runs = few.runs[size].values()
-    points = []
+  def on_the_way(s: Setting, size: int, unit: float) -> Series:
+    runs, points = s.runs[size].values(), []
     for i, (step, _) in enumerate(next(iter(runs)).curve):
       e = estimate([run.curve[i][1] for run in runs])
-      points.append(Point(step * BATCH * LENGTH / few.texts, e.mean, e.low, e.high))
-    return tuple(points)
-  way = [Series(name, size, on_the_way(size), line=True) for size, name in enumerate(names)]
+      points.append(Point(step * BATCH * LENGTH * unit, e.mean, e.low, e.high))
+    return Series(names[size], size, tuple(points), line=True)
   bits = Axis('bits a byte, held out')
   return [
-    Picture.of('texts', 'Held-out score against the tokens of text, at equal training tokens; at the end, and at the best moment',
-               by_texts, Axis('tokens of text', True, amount), bits),
-    Picture.of('passes', f'Held-out score on the way, on the fewest texts ({amount(few.texts)} tokens)', way,
-               Axis('passes over the texts'), bits)]
+    Picture.of('passes', f'Held-out score on the way through {few.texts:,} tokens of text, read again and again',
+               [on_the_way(few, size, 1 / few.texts) for size in (0, 1)], Axis('passes over the texts'), bits),
+    Picture.of('flops', 'Held-out score on the way through fresh text, against training FLOPs, to equal ends',
+               [on_the_way(flops, size, flops.flops_per_token[size]) for size in (0, 1)], Axis('training FLOPs', True, amount),
+               bits)]
 
 
 def main() -> None:
@@ -240,8 +231,8 @@ def main() -> None:
             'larger less smaller, best', 'p (Holm)')
   publish(args, Result(
     9, CLAIM, verdict(judgements), because(found, judgements),
-    f'{amount(found[0].params[0])} and {amount(found[0].params[1])} parameters, {amount(found[0].tokens[0])} tokens a run, or '
-    f'{FLOPS * args.scale:.3g} FLOPs; bytes of the standard library in sequences of {LENGTH}; {len(SEEDS)} seeds.',
+    f'{found[0].params[0]:,} and {found[0].params[1]:,} parameters; {found[0].tokens[0]:,} tokens a run, at equal FLOPs '
+    f'{found[-1].tokens[0]:,} of the smaller; bytes of the standard library in sequences of {LENGTH}; {len(SEEDS)} seeds.',
     header, table(found, judgements), data), pictures(found))
 
 
