@@ -62,7 +62,7 @@ def test_a_study_of_translations_from_end_to_end(tmp_path):
       assert o.position_loss
   assert all(c.contexts == () and c.tokens_per_second > 0 for c in results.costs.values())   # decoding costs are a language model's
   assert 'Scores of translations: Dates' in markdown_text(results)
-  assert sum('together' in line for line in said) == 4   # grids and seeds of either model on the dates
+  assert sum('together' in line for line in said) == 8   # two rates and two seeds of either model on the dates
   again = []
   assert report_study(s, again.append).tasks == results.tasks
   assert not [line for line in again if 'costs' in line or ('seed' in line and 'done before' not in line)]
