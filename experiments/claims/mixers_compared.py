@@ -167,7 +167,8 @@ def main() -> None:
   gallery.publish(args, gallery.Result(
     4, CLAIM, verdict, because,
     f'two blocks of width {WIDTH}, {TARGET:,} parameters (within 3 %); updates: {updates} sequences; learning rates '
-    f'{mixers.rates(args.scale)}; {len(SEEDS)} seeds', ('mixer', 'parameters', *TASKS, 'FLOPs at 1,024', 'at 65,536'), rows(tasks, flops), data),
+    f'{mixers.rates(args.scale)}; {len(SEEDS)} seeds',
+    ('mixer', 'parameters', *TASKS, 'FLOPs at 1,024', 'at 65,536'), rows(tasks, flops), data),
     pictures(tasks, flops))
 
 
