@@ -1,4 +1,5 @@
-"""What the claims about mixers rest on: stacks of one shape and equal size, and verdicts that follow from the intervals."""
+"""What the claims about mixers, interleaving and experts rest on: stacks of one shape and equal size, and verdicts that follow from
+the intervals."""
 
 import dataclasses
 import importlib
@@ -7,14 +8,16 @@ import sys
 
 import pytest
 
-from jaxformer.compare.results import Outcome, TaskResults
+from jaxformer.compare.costs import Costs
+from jaxformer.compare.results import Outcome, Results, TaskResults
 from jaxformer.compare.statistics import compare, estimate
 from jaxformer.config import InputError
 from jaxformer.models.params import define
 
 CLAIMS = str(pathlib.Path(__file__).parents[2] / 'experiments' / 'claims')
 sys.path.insert(0, CLAIMS)   # as when a claim is run
-mixers, hybrid_recall, mixers_compared = (importlib.import_module(n) for n in ('mixers', 'hybrid_recall', 'mixers_compared'))
+mixers, hybrid_recall, mixers_compared, sparse_experts = (
+  importlib.import_module(n) for n in ('mixers', 'hybrid_recall', 'mixers_compared', 'sparse_experts'))
 sys.path.remove(CLAIMS)
 
 pytestmark = pytest.mark.quick
@@ -22,10 +25,10 @@ pytestmark = pytest.mark.quick
 NEAR_ONE, HALF, HIGH = (0.99, 0.995, 0.998), (0.5, 0.52, 0.47), (0.97, 0.99, 0.9)
 
 
-def outcomes(first: str, scores: dict[str, tuple[float, ...]]) -> tuple[Outcome, ...]:
+def outcomes(first: str, scores: dict[str, tuple[float, ...]], lower_is_better: bool = False) -> tuple[Outcome, ...]:
   """What a study's report would hold of these scores of seeds 1, 2, 3."""
   seeds = {name: dict(enumerate(found, 1)) for name, found in scores.items()}
-  differences = {d.name: d for d in compare(seeds, first, lower_is_better=False)}
+  differences = {d.name: d for d in compare(seeds, first, lower_is_better=lower_is_better)}
   return tuple(
     Outcome(name, 1, 1, 1.0, 1, 0.0, (), 0.01, False, seeds[name], estimate(found), differences.get(name),
             differences[name].verdict if name in differences else None, (), None, ()) for name, found in scores.items())
@@ -78,3 +81,15 @@ def test_the_verdict_on_interleaving(hybrid, mamba, expected):
   cache = {'attention': [400] * len(hybrid_recall.CONTEXTS), 'Mamba': [1] * len(hybrid_recall.CONTEXTS),
            'hybrid': [101] * len(hybrid_recall.CONTEXTS)}
   assert hybrid_recall.decide(found, cache)[0] == expected
+
+
+@pytest.mark.parametrize(('mixture', 'flops', 'expected'), [
+  ((2.4, 2.43, 2.41), 1.02, 'shown'), ((2.4, 2.43, 2.41), 1.2, 'shown in part'), ((2.4, 2.6, 2.5), 1.2, 'not shown'),
+  ((2.6, 2.63, 2.61), 1.02, 'contradicted')])
+def test_the_verdict_on_sparse_experts(mixture, flops, expected):
+  scores = {'dense': (2.5, 2.52, 2.49), 'mixture': mixture}
+  found = TaskResults('T', 'bits per byte', True, 128, 'tests', outcomes('dense', scores, True))
+  costs = {'dense': Costs(1, 1, 1.0, 100.0, 1.0, 1, ()), 'mixture': Costs(4, 1, flops, 80.0, 1.0, 1, ())}
+  verdict, because = sparse_experts.decide(Results(sparse_experts.study(1.0, 'runs'), 'dense', (found,), costs, {}), [1.2, 1.4])
+  assert verdict == expected
+  assert '1.25 times as long' in because
