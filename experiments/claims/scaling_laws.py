@@ -29,8 +29,9 @@ Result (jax 0.10.2): shown, by the rule above. The law explains 98.3 % of the va
 (1.486 to 1.678) for 95,552 parameters after 2.5 million tokens, and 1.551 came; 1.673 (1.584 to 1.766) for 234,144 parameters after
 0.94 million, and 1.625 came: 1.8 % and 2.9 % off, where the guess is 6.2 % and 10.6 % off. Both came lower than foretold. Three
 things speak for caution. The intervals are of +- 6 %. The coefficients are hardly known (E 1.25, from next to nothing to far above
-every loss; alpha 0.95, from 0.05 to 17; beta 0.40, from 0.23 to 0.70), nor is how the best size grows (FLOPs to the power 0.29, from
-0.08 to 1.09). And a power law of FLOPs alone, which explains 63 % of the variance, was 3.1 % and 1.6 % off on these two, no worse.
+every loss; alpha 0.95, from 0.05 to 17; beta 0.40, from 0.23 to 0.70), nor is how the best size grows (FLOPs to the power 0.29,
+from 0.08 to 1.09). And a power law of FLOPs alone, which explains 63 % of the variance, was 3.1 % and 1.6 % off on these two, no
+worse.
 """
 
 from __future__ import annotations
