@@ -13,7 +13,7 @@ what seeds do. The learning rate is the best of a grid at the middle of the leas
 (`compare.scaling_study.Transferred`).
 
 What is compared to: the loss of the training of the largest budget that is nearest in size, which is what one would guess of a
-larger budget without a law; and how much of the variance of log loss a power law of N, of D, or of FLOPs alone explains.
+larger budget without a law; and power laws of N, of D, and of FLOPs alone, which the verdict does not use.
 
 The verdict: shown if the law explains at least 95 % of the variance, every held-out loss lies in its interval, and the law errs
 less than the guess for each; shown in part if it errs less than the guess on average but one of these fails; else not shown.
@@ -24,8 +24,14 @@ own, which counts as well.
 A first try with batches of 1,024 tokens in place of 256 was stopped when at its two smaller budgets the smallest model was the
 best: there is no smaller one of this family, and so no parabola. None of its held-out trainings had run.
 
-Cost: 20 trainings, RESULT_COST
-Result (jax 0.10.2): RESULT_TEXT
+Cost: 20 trainings, 21 minutes on one core that other programs used as well.
+Result (jax 0.10.2): shown, by the rule above. The law explains 98.3 % of the variance of log loss. It foretold 1.579 nats a byte
+(1.486 to 1.678) for 95,552 parameters after 2.5 million tokens, and 1.551 came; 1.673 (1.584 to 1.766) for 234,144 parameters after
+0.94 million, and 1.625 came: 1.8 % and 2.9 % off, where the guess is 6.2 % and 10.6 % off. Both came lower than foretold. Three
+things speak for caution. The intervals are of +- 6 %. The coefficients are hardly known (E 1.25, from next to nothing to far above
+every loss; alpha 0.95, from 0.05 to 17; beta 0.40, from 0.23 to 0.70), nor is how the best size grows (FLOPs to the power 0.29,
+from 0.08 to 1.09). And a power law of FLOPs alone, which explains 63 % of the variance, was 3.1 % and 1.6 % off on these two, no
+worse.
 """
 
 from __future__ import annotations
@@ -37,6 +43,7 @@ os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 import numpy as np
 from gallery import Picture, Result, Verdict, arguments, publish
 
+from jaxformer.compare.scaling import power_law
 from jaxformer.compare.scaling_report import between, report_scaling, trainings
 from jaxformer.compare.scaling_results import FamilyLaw, Point, ScalingResults
 from jaxformer.compare.scaling_study import Budget, ScalingStudy
@@ -47,7 +54,8 @@ from jaxformer.compare.svg import Point as At
 from jaxformer.compare.tables import amount
 
 CLAIM = 'Parameters, tokens and FLOPs predict loss (scaling laws; Chinchilla).'
-EXPLAINED = 0.95
+EXPLAINED = 0.95   # of the variance of log loss, for a law that fits
+LOOSE = 4          # ends of an interval whose ratio is more say little of a coefficient
 
 
 def study(scale: float, families: list[str], runs: str) -> ScalingStudy:
@@ -68,11 +76,26 @@ def guess(f: FamilyLaw, p: Point) -> float:
   return nearest.loss
 
 
-def alone(f: FamilyLaw, of: str) -> float:
-  """R^2 of log loss by a power law of one number."""
+def alone(f: FamilyLaw, of: str) -> tuple[float, list[float]]:
+  """What a power law of one number does: R^2 of log loss, and the relative errors of what it foretells, unsigned."""
   used = [p for p in f.fitted if p.loss is not None]
-  x, y = (np.log([getattr(p, name) for p in used]) for name in (of, 'loss'))
-  return float(np.corrcoef(x, y)[0, 1] ** 2)
+  x, y = ([getattr(p, name) for p in used] for name in (of, 'loss'))
+  a, k = power_law(x, y)
+  found = [abs(k * getattr(p, of) ** a / p.loss - 1) for p in f.held_out if p.loss is not None]
+  return float(np.corrcoef(np.log(x), np.log(y))[0, 1] ** 2), found
+
+
+def on_one_number(f: FamilyLaw) -> list[str]:
+  """How far one number goes, in sentences."""
+  found = {name: alone(f, of) for name, of in (('parameters', 'params'), ('tokens', 'tokens'), ('FLOPs', 'train_flops'))}
+  law = np.mean([e for e, _ in errors(f)])
+  as_good = [name for name, (_, off) in found.items() if off and np.mean(off) <= law]
+  parts = ['Of the variance of log loss a power law of one number explains ' + ', '.join(
+    f'{r2:.0%} ({name}; off by {" and ".join(f"{e:.1%}" for e in off)} on those held out)'
+    for name, (r2, off) in found.items()) + '.']
+  if as_good:
+    parts.append(f'On those held out {" and ".join(as_good)} alone did no worse.')
+  return parts
 
 
 def errors(f: FamilyLaw) -> list[tuple[float, float]]:
@@ -102,8 +125,11 @@ def because(results: ScalingResults) -> str:
     parts.append(said)
     parts.append('Errors of the law against those of the guess (the training of the largest budget nearest in size): ' + '; '.join(
       f'{law:.1%} against {other:.1%}' for law, other in errors(f)) + '.')
-    parts.append(f'Alone, a power law of parameters explains {alone(f, "params"):.0%} of the variance of log loss, of tokens '
-                 f'{alone(f, "tokens"):.0%}, of FLOPs {alone(f, "train_flops"):.0%}.')
+    parts += on_one_number(f)
+    loose = [name for name, i in f.coefficients.items() if i.high > LOOSE * i.low]
+    if loose:
+      parts.append(f'The losses are foretold better than the law is known: the intervals of {", ".join(loose)} span more than a '
+                   f'factor of {LOOSE}.')
     inside = [p for p in f.parabolas.values() if p.inside]
     parts.append(f'The parabola is lowest among the sizes tried at {len(inside)} of {len(results.study.budgets)} budgets.')
   parts.append('One seed a training, and budgets that differ by a factor of 20 in all: how far a law reaches needs more.')
@@ -140,7 +166,8 @@ def main() -> None:
     f'{", ".join(e.title for e in s.entries)}; {len(s.budgets)} budgets of {s.budgets[0].flops:.3g} to {s.budgets[-1].flops:.3g} '
     f'training FLOPs with {len(s.budgets[0].params)} sizes each, {len(s.held_out[0].params)} trainings of {s.held_out[0].flops:.3g}'
     f' held out; bytes of the standard library, sequences of {s.task.positions}; {len(s.seeds)} seed.',
-    ('architecture', *tables[0].header), rows, results.to_json()), pictures(results))
+    ('architecture', *tables[0].header), rows, {k: v for k, v in results.to_json().items() if k != 'environment'}),
+    pictures(results))
 
 
 if __name__ == '__main__':
