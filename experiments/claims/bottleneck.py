@@ -45,7 +45,8 @@ import numpy as np
 from gallery import Picture, Result, arguments, publish
 
 from jaxformer.compare.costs import measure_costs
-from jaxformer.compare.runner import Interrupted, Trial, Tuned, run_study
+from jaxformer.compare.runner import Trial, Tuned, run_study
+from jaxformer.compare.sharing import Interrupted
 from jaxformer.compare.statistics import Difference, Estimate, compare, estimate
 from jaxformer.compare.study import Grown, Study
 from jaxformer.compare.svg import Axis, Point, Series
@@ -110,10 +111,10 @@ def studies(args) -> dict[str, Study]:
     'extensions': 2, 'seeds': (1, 2, 3), 'together': 3, 'translations': 0, 'contexts': (),
     'eval_batches': None, 'batch_size': 32, 'rounds': 5, 'dir': args.runs}
   return {
+    'copying': Study(name='bottleneck-copying', tasks=(Copying(most=length(16), test_sequences=600),),
+                     tokens=int(args.scale * 170_000), learning_rates=(0.003, 0.01), **common),
     'translation': Study(name='bottleneck-kjv-es', tasks=(verses,), tokens=int(args.scale * 400_000),
-                         learning_rates=(0.01, 0.0333), **common),
-    'copying': Study(name='bottleneck-copying', tasks=(Copying(most=length(20), test_sequences=600),),
-                     tokens=int(args.scale * 240_000), learning_rates=(0.003, 0.01), **common)}
+                         learning_rates=(0.01, 0.0333), **common)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -299,7 +300,7 @@ def main() -> int:
     halves = {name: half_of(name, study, interrupt) for name, study in plans.items()}
   seconds = encoding({n: t.model for n, t in halves['translation'].tuned.items()})
   verdict, said, differences = judged(halves, seconds)
-  first, second = plans.values()
+  first, second = plans['translation'], plans['copying']
   publish(args, Result(
     number=1, claim=CLAIM, verdict=verdict, because=' '.join(said),
     scale=f'{first.target:,.0f} parameters; {first.tokens:,} positions of verses of at most {first.tasks[0].longest} tokens '

@@ -12,7 +12,7 @@ import jax
 
 from jaxformer.compare.report import report_study
 from jaxformer.compare.results import Outcome, Results, TaskResults, interval_form
-from jaxformer.compare.runner import Interrupted
+from jaxformer.compare.sharing import Interrupted
 from jaxformer.compare.sizing import solve
 from jaxformer.compare.study import Entry, Study
 from jaxformer.compare.svg import Point

@@ -40,32 +40,42 @@ def entry(family):
 
 
 def study(tmp_path, entries, tasks, **settings):
-  small = {'target': 3e4, 'tolerance': 0.5, 'tokens': 11 * 8 * 8, 'batch_size': 8, 'learning_rates': (1e-3, 3e-3), 'extensions': 0,
-           'seeds': (1, 2), 'together': 2, 'eval_batches': 2, 'translations': 6, 'contexts': (8,), 'rounds': 1}
+  small = {'target': 3e4, 'tolerance': 0.5, 'tokens': 11 * 8 * 4, 'batch_size': 8, 'learning_rates': (3e-3,), 'seeds': (1, 2),
+           'together': 2, 'eval_batches': 1, 'translations': 6, 'contexts': (8,), 'rounds': 0}
   return Study(name='pairs', entries=entries, tasks=tasks, dir=str(tmp_path / 'runs'), **(small | settings))
 
 
 def test_a_study_of_translations_from_end_to_end(tmp_path):
-  """On pairs of one shape, side by side; on buckets of two, one after the other."""
+  s = study(tmp_path, tuple(map(entry, ('rnnsearch', 'transformer'))), (Dates(),))
+  said, again = [], []
+  results = report_study(s, said.append)
+  task, = results.tasks
+  assert task.metric == 'bits per byte'
+  for o in task.outcomes:
+    assert len([v for v in o.scores.values() if v is not None and v > 0]) == 2
+    assert 0 <= o.translation['exact match'].mean <= 1
+    assert o.translation['exact match'].runs == 2
+    assert o.position_loss
+  assert all(c.contexts == () for c in results.costs.values())   # costs of decoding are a language model's
+  assert 'Scores of translations: Dates' in markdown_text(results)
+  assert sum('together' in line for line in said) == 4
+  assert report_study(s, again.append).tasks == results.tasks
+  assert not [line for line in again if 'seed' in line and 'done before' not in line]
+
+
+def test_buckets_train_one_run_after_the_other(tmp_path):
+  """A population is one program, and buckets are several."""
   lines = [f'word {i} of\tpalabra {i}{" de muchas" * (i % 2)}\t{i % 10}\n' for i in range(80)]
   (tmp_path / 'pairs.tsv').write_text(''.join(lines))
   buckets = Pairs(corpus=Tsv(path=str(tmp_path / 'pairs.tsv'), document_column=3), source_lengths=(16, 32), target_lengths=(16, 32))
-  s = study(tmp_path, tuple(map(entry, ('rnnsearch', 'transformer'))), (Dates(), buckets), tokens=1500)
+  one = buckets.replace(source_lengths=(32,), target_lengths=(32,))
+  assert [d.one_shape for d in (Dates(), one, buckets)] == [True, True, False]
   said = []
-  results = report_study(s, said.append)
-  assert [t.metric for t in results.tasks] == ['bits per byte'] * 2
-  for task in results.tasks:
-    for o in task.outcomes:
-      assert len([v for v in o.scores.values() if v is not None and v > 0]) == 2
-      assert 0 <= o.translation['exact match'].mean <= 1
-      assert o.translation['exact match'].runs == 2
-      assert o.position_loss
-  assert all(c.contexts == () and c.tokens_per_second > 0 for c in results.costs.values())   # decoding costs are a language model's
-  assert 'Scores of translations: Dates' in markdown_text(results)
-  assert sum('together' in line for line in said) == 8   # two rates and two seeds of either model on the dates
-  again = []
-  assert report_study(s, again.append).tasks == results.tasks
-  assert not [line for line in again if 'costs' in line or ('seed' in line and 'done before' not in line)]
+  with Interrupt() as interrupt:
+    done = run_study(study(tmp_path, (entry('transformer'),), (buckets,), tokens=8 * 32 * 2), said.append, interrupt)
+  assert [r.seed for r in done.results['Pairs'][0].runs] == [1, 2]
+  assert all(0 < r.loss < 10 for r in done.results['Pairs'][0].runs)
+  assert not [line for line in said if 'together' in line]
 
 
 RECALL = AssociativeRecall(length=6)
