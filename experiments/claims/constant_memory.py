@@ -21,10 +21,10 @@ where at least one recurrence gets worse beyond its training length, or at least
 
 Cost: six minutes of one CPU core.
 Result (jax 0.10.2): shown in part. From 256 to 65,536 tokens the state of the transformer grows 256 times (131 kB to 33.6 MB),
-that of RWKV-4, RWKV-7, Mamba and Mamba-2 stays (2.24, 8.7, 21.9 and 109 kB). Read in one go over 16 times the training length the loss of
-the same targets differs by +0.393 ± 0.463 nats a byte for the transformer (worse in each of the three seeds, by too unequal amounts
-for the interval), and by -0.001 ± 0.003, +0.002 ± 0.007, +0.001 ± 0.001 and +0.001 ± 0.004 for the recurrences: they read on for
-ever without harm, and without gain.
+that of RWKV-4, RWKV-7, Mamba and Mamba-2 stays (2.24, 8.7, 21.9 and 109 kB). Read in one go over 16 times the training length the
+loss of the same targets differs by +0.393 ± 0.463 nats a byte for the transformer (worse in each of the three seeds, by too unequal
+amounts for the interval), and by -0.001 ± 0.003, +0.002 ± 0.007, +0.001 ± 0.001 and +0.001 ± 0.004 for the recurrences: they read
+on without harm, and without gain.
 """
 
 from __future__ import annotations
