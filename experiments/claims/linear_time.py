@@ -24,13 +24,13 @@ interval); recall goes on where right answers at the longest length are not belo
 
 Cost: four minutes of one CPU core, beside the runs of claim 3.
 Result (jax 0.10.2, two busy cores): shown in part, by the text alone. To read takes Mamba length to the power 1.13 ± 0.09 from
-4,096 to 65,536 tokens (1.02 ± 0.15 from 16,384 on), attention 1.41 ± 0.15 up to 16,384 (1.88 ± 0.10 in the last step); a token decoded
-0.16 ± 0.37 and 0.97 ± 0.07. Mamba's are far from attention's, but not within the bounds set for linear: the noise of a busy machine
-over three rounds is wider than they are. The last 32,768 of 65,536 bytes read in one go differ by +0.003 ± 0.006 nats a byte from
-the same bytes in pieces; the last 1,024 of the transformer's 2,048 by +0.438 ± 0.504. Mamba learned the copying
-unevenly in this budget (68.8, 94.5 and 100.0 % right by seed), so its fall to 31.0 ± 33.5 % at 64 times the length says little; the
-transformer falls from 84.4 to 18.5 %. Induction heads, the paper's own test, were not learned in a trial with one seed: 17.0 %
-right, which is guessing, after 2.5M tokens of length 31.
+4,096 to 65,536 tokens (1.02 ± 0.15 from 16,384 on), attention 1.41 ± 0.15 up to 16,384 (1.88 ± 0.10 in the last step); a token
+decoded 0.16 ± 0.37 and 0.97 ± 0.07. Mamba's are far from attention's, yet not within the bounds set for linear: a token is read
+faster at 4,096 than later, and the noise of decoding over three rounds is wider than its bounds. The last 32,768 of 65,536 bytes
+read in one go differ by +0.003 ± 0.006 nats a byte from the same bytes in pieces; the last 1,024 of the transformer's 2,048 by
++0.438 ± 0.504. Mamba learned the copying unevenly in this budget (68.8, 94.5 and 100.0 % right by seed), so its fall to
+31.0 ± 33.5 % at 64 times the length says little; the transformer falls from 84.4 to 18.5 %. Induction heads, the paper's own test,
+were not learned in a trial with one seed: 17.0 % right, which is guessing, after 2.5M tokens of length 31.
 """
 
 from __future__ import annotations
