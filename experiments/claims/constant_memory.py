@@ -19,8 +19,12 @@ zero that the model gains from it. Intervals are over seeds, and verdicts accoun
 The claim's first sentence is borne out where the recurrences' bytes do not grow and the transformer's do in proportion; the second
 where at least one recurrence gets worse beyond its training length, or at least does not get better.
 
-Cost: seven minutes on one CPU core.
-Result:
+Cost: six minutes of one CPU core.
+Result (jax 0.10.2): shown in part. From 256 to 65,536 tokens the state of the transformer grows 256 times (131 kB to 33.6 MB),
+that of RWKV-4, RWKV-7, Mamba and Mamba-2 stays (2.24, 8.7, 21.9 and 109 kB). Read in one go over 16 times the training length the
+loss of the same targets differs by +0.393 ± 0.463 nats a byte for the transformer (worse in each of the three seeds, by too unequal
+amounts for the interval), and by -0.001 ± 0.003, +0.002 ± 0.007, +0.001 ± 0.001 and +0.001 ± 0.004 for the recurrences: they read
+on without harm, and without gain.
 """
 
 from __future__ import annotations
@@ -135,11 +139,11 @@ def decide(memory: dict[str, list[int]], beyond: dict[int, dict[str, Difference]
   summary = '; '.join(f'{", ".join(names)} {words.get(v, v)}' for v, names in sorted(said.items()))
   because = (
     f'From {CONTEXTS[0]:,} to {CONTEXTS[-1]:,} tokens the transformer\'s state grows {growth[TRANSFORMER]:.0f} times, that of the '
-    f'recurrences {max(growth[n] for n in recurrences):.0f} times. Reading rows of {TIMES} times the training length in one go '
+    f'recurrences {"not at all" if constant else "too"}. Reading rows of {TIMES} times the training length in one go '
     f'instead of in pieces of it changes the loss of the same targets, in nats a byte (95 % over seeds): {", ".join(parts)}; '
     f'{summary}. '
-    'No family had a limit, the transformer included: its rotary positions go on, and so does its cost. '
-    'More training would be needed to say what large models do.')
+    f'{"" if worse or gains else "The recurrences neither lose nor gain by what is farther back than they were trained to read. "}'
+    'No family had a limit, the transformer included: its rotary positions go on. Runs this short say little of large models.')
   return verdict, because
 
 

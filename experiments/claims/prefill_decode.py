@@ -24,6 +24,8 @@ and 19.23 times what it costs to read one (intervals over rounds 3.59 to 5.06, 3
 times, RWKV-7 1.62 to 2.30. Keys and values grow 16 times, and a token decoded takes the transformer 13.77 (11.83 to 16.03) times as
 long; the recurrences' states stay, and so do their times as far as the noise lets see (Mamba 0.97, 0.24 to 3.94; RWKV-7 1.20, 0.66
 to 2.17). Llama 2 7B on a v5e, computed: 1,936 FLOPs a byte in prefill (compute), 1.00 in decoding (memory), 250 times the time.
+What `time_decode` times of decoding holds the freeing of what the prompt leaves behind, too, which at 4,096 tokens and 32 new ones
+adds to the recurrences' figures (in claim 5 the clock starts some tokens later, and Mamba's time a token stays).
 """
 
 from __future__ import annotations
