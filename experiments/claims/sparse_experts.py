@@ -48,8 +48,8 @@ WIDTH, LAYERS, HEADS, HIDDEN, EXPERTS, LENGTH, VOCABULARY = 64, 2, 4, 88, 16, 12
 
 
 def begun(model: LanguageModel.Config) -> LanguageModel.Config:
-  """The model with weights that begin at the scale of their inputs (`mixers.INIT`). With the 0.02 of larger models it is chance when
-  a run leaves the plateau of its first hundreds of steps, and that decides its score at this budget."""
+  """The model with weights that begin at the scale of their inputs (`mixers.INIT`). With the 0.02 of larger models it is chance
+  when a run leaves the plateau of its first hundreds of steps, and that decides its score at this budget."""
   (group,) = model.stack
   (block,) = group.pattern
   mixing, feeding = block.branches
