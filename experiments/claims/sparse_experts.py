@@ -22,19 +22,22 @@ Result: RESULT
 from __future__ import annotations
 
 import os
+from typing import Any
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 
 import gallery
 import mixers
-from mixers import outcomes
+from mixers import INIT, outcomes
 
 from jaxformer.compare.results import Results, interval_form, score_form
 from jaxformer.compare.study import AsIs, Study
 from jaxformer.compare.svg import Axis, Point, Series
 from jaxformer.compare.tables import amount
 from jaxformer.data import DataConfig
+from jaxformer.layers.moe import Moe
 from jaxformer.layers.position import Rotary
+from jaxformer.models.language_model import LanguageModel
 from jaxformer.models.params import define
 from jaxformer.models.zoo.llama import llama
 from jaxformer.models.zoo.mixtral import mixtral
@@ -42,9 +45,27 @@ from jaxformer.training import AdamW, Cosine, read_metrics
 
 CLAIM = 'A sparse MoE costs as much as its active parameters and learns more than a dense model of that cost.'
 WIDTH, LAYERS, HEADS, HIDDEN, EXPERTS, LENGTH, VOCABULARY = 64, 2, 4, 88, 16, 128, 264
-DENSE = llama(WIDTH, LAYERS, 2 * HIDDEN, HEADS, HEADS, vocab_size=VOCABULARY, context=LENGTH, rotary=Rotary(theta=1e4))
-MIXTURE = mixtral(
-  WIDTH, LAYERS, HIDDEN, HEADS, HEADS, experts=EXPERTS, vocab_size=VOCABULARY, context=LENGTH, theta=1e4, balance=0.01)
+
+
+def begun(model: LanguageModel.Config) -> LanguageModel.Config:
+  """The model with weights that begin at the scale of their inputs (`mixers.INIT`). With the 0.02 of larger models it is chance
+  when a run leaves the plateau of its first hundreds of steps, and that decides its score at this budget."""
+  (group,) = model.stack
+  (block,) = group.pattern
+  mixing, feeding = block.branches
+  layer = feeding.layer
+  feed = layer.replace(expert=_scaled(layer.expert)) if isinstance(layer, Moe.Config) else _scaled(layer)
+  branches = mixing.replace(layer=_scaled(mixing.layer)), feeding.replace(layer=feed)
+  return model.replace(stack=(group.replace(pattern=(block.replace(branches=branches),)),))
+
+
+def _scaled(layer: Any) -> Any:
+  return layer.replace(init=INIT, out_init=INIT)
+
+
+DENSE = begun(llama(WIDTH, LAYERS, 2 * HIDDEN, HEADS, HEADS, vocab_size=VOCABULARY, context=LENGTH, rotary=Rotary(theta=1e4)))
+MIXTURE = begun(mixtral(
+  WIDTH, LAYERS, HIDDEN, HEADS, HEADS, experts=EXPERTS, vocab_size=VOCABULARY, context=LENGTH, theta=1e4, balance=0.01))
 BATCH, UPDATES, SEEDS, ROUNDS = 16, 400, (1, 2, 3, 4), 15
 RATES = 4e-3, 1e-2
 CLOSE = 0.05
