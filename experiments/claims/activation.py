@@ -21,8 +21,13 @@ them, the best to the worst (95 % interval of the difference of the two, paired 
 makes the spread too large, so the test is a strict one). A nonlinearity is needed where none is worse than every other (Holm) and
 the layer alone, linear, stays near chance where each other one answers.
 
-Cost: six minutes on one CPU core.
-Result:
+Cost: five minutes of one CPU core.
+Result (jax 0.10.2): shown in part. A nonlinearity is needed: each of the six activations is better than none beyond chance, by
+0.0416 (SiLU) to 0.1762 (ReLU) bits a byte of 3.4791, and the layer alone gets 48.7 % right without one, 99.3 and 99.5 % with ReLU
+and SwiGLU. That it matters little which is not borne out at this budget of 292 updates: from none to the mean activation are
+0.1032 ± 0.0190 bits, from the best to the worst activation 0.1346 ± 0.0352, and the gap less the spread is -0.0314 ± 0.0419. The
+exact GELU and its approximation differ by 0.0006. All seven chose the lower of the two rates, so the best may lie below for some,
+and models trained for so short a time say little of ones that have converged.
 """
 
 from __future__ import annotations
