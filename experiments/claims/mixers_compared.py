@@ -24,7 +24,9 @@ positions) grow as the square of the length, those of the others in proportion t
 paired difference is so (Holm). The claim is shown where all parts hold, and shown in part where some do.
 
 Cost: about ten minutes on one CPU core.
-Result: not run to its end yet.
+Result (jax 0.10.2), so far without memory: recall is solved by attention and H3 (100.0 % each) and not by S4D (30.5 %, 28.5 to
+32.6), nor by Mamba (84.5 %, 68.5 to 100) within this budget; selection is solved by attention (100.0 %) and Mamba (98.4, 99.1 and
+99.9 %) and not by S4D (81.7, 82.2 and 81.0 %).
 """
 
 from __future__ import annotations
