@@ -43,7 +43,7 @@ def study(**changes):
   all_budgets = budgets((3e8, 1.2e9, 4.8e9, 3.6e10), (600, 1200, 2400, 4800))
   held_out = (all_budgets[3].replace(params=all_budgets[3].params[1:3]),)
   return ScalingStudy(**{
-    'name': 'invented', 'entries': (Grown(family='gru', name='GRU <2014>'),), 'budgets': all_budgets[:3], 'held_out': held_out,
+    'name': 'invented', 'entries': (Grown(family='gru', name='GRU-2014'),), 'budgets': all_budgets[:3], 'held_out': held_out,
     'task': TASK, 'batch_size': 8, 'bootstrap': 40, 'learning_rates': (1e-3, 3e-3)} | changes)
 
 
@@ -129,7 +129,7 @@ def test_all_forms_agree():
     assert any(f'{p["params"]:,.0f}' in r and f'{p["loss"]:.3f}' in r for r in page.rows)
     assert f' {p["loss"]:.3f} |' in markdown
   assert data['answer'][0] in markdown
-  assert 'GRU <2014>' in markdown
+  assert 'GRU-2014' in markdown
   assert data['digest'] in markdown
 
 
@@ -152,13 +152,13 @@ def tried(monkeypatch):
 @quick
 def test_tokens_make_up_the_budget(tried):
   done = run_scaling(study(tolerance=0.5), lambda line: None, Interrupt())
-  for scaled in done.results['GRU <2014>']:
+  for scaled in done.results['GRU-2014']:
     p = scaled.planned
     batch = 8 * TASK.positions
     assert p.tokens % batch == 0
     assert abs(p.tokens * p.flops_per_token - p.flops) <= batch * p.flops_per_token / 2
     assert p.params == pytest.approx(p.target, rel=0.5)
-  assert [s.planned.held_out for s in done.results['GRU <2014>']] == [False] * 12 + [True] * 2
+  assert [s.planned.held_out for s in done.results['GRU-2014']] == [False] * 12 + [True] * 2
 
 
 @quick
