@@ -56,7 +56,8 @@ def made(target: str, size: Size | None, overrides: Overrides, tolerance: float 
   without one), and the overrides that are left: the vocabulary and the context are needed to find it."""
   from jaxformer.compare.sizing import solve
   from jaxformer.planning.plan import parse_amount
-  frame, left = dict(BYTES), []
+  family, left = family_of(target), []
+  frame = BYTES | ({'source_vocab_size': BYTES['vocab_size']} if family.of_pairs else {})
   for path, text in overrides:
     section, _, field = path.replace('-', '_').partition('.')
     if section == 'model' and field in frame:
@@ -64,7 +65,7 @@ def made(target: str, size: Size | None, overrides: Overrides, tolerance: float 
     else:
       left.append((path, text))
   match, target_size = size or FIRST
-  return solve(family_of(target), match, target_size, **frame, tolerance=tolerance), left
+  return solve(family, match, target_size, **frame, tolerance=tolerance), left
 
 
 def family_of(target: str) -> Any:

@@ -14,7 +14,12 @@ from jaxformer.models.zoo.around import around
 from jaxformer.planning.cost import cost
 
 SMALL = {'vocab_size': 264, 'context': 256}
+PAIRS = SMALL | {'source_vocab_size': 264}
 SIZES = 1e6, 1e7, 1.25e8
+
+
+def data(family):
+  return PAIRS if FAMILIES[family].of_pairs else SMALL
 
 
 def fits(sized, value):
@@ -24,7 +29,7 @@ def fits(sized, value):
   assert abs(value / sized.target - 1) == abs(sized.error) <= 0.02
   assert sized.width == sized.model.width
   assert sized.width % family.width_step == 0
-  assert sized.layers == sum(len(g.pattern) * g.repeats for g in sized.model.stack)
+  assert sized.layers == sum(len(g.pattern) * g.repeats for g in (sized.model.encoder if family.of_pairs else sized.model.stack))
   assert sized.layers % family.layer_step == 0
   assert (sized.hidden is None) == (family.hidden is None)
   if family.hidden is not None:
@@ -35,7 +40,7 @@ def fits(sized, value):
 @pytest.mark.quick
 @pytest.mark.parametrize('family', list(FAMILIES))
 def test_a_million_parameters(family):
-  sized = solve(family, 'params', 1e6, **SMALL)
+  sized = solve(family, 'params', 1e6, **data(family))
   assert fits(sized, define(sized.model).size)
 
 
@@ -43,10 +48,10 @@ def test_a_million_parameters(family):
 def test_larger_sizes_and_equal_flops(family):
   for size in SIZES:
     for match in ('params', 'active_params'):
-      sized = solve(family, match, size, **SMALL)
+      sized = solve(family, match, size, **data(family))
       assert fits(sized, getattr(cost(sized.model), match))
     flops = cost(solve('llama3', 'params', size, **SMALL).model).train_flops_per_token
-    sized = solve(family, 'train_flops_per_token', flops, **SMALL)
+    sized = solve(family, 'train_flops_per_token', flops, **data(family))
     assert fits(sized, cost(sized.model).train_flops_per_token)
 
 
@@ -56,9 +61,9 @@ def test_state(family):
   """A megabyte of it; but two families have hardly any."""
   if family in ('moe-lstm', 's5'):
     with pytest.raises(InputError, match=r'nothing comes within 2% of 1,000,000 state_bytes; the closest has [123].{6} \(width'):
-      solve(family, 'state_bytes', 1e6, **SMALL)
+      solve(family, 'state_bytes', 1e6, **data(family))
   else:
-    sized = solve(family, 'state_bytes', 1e6, **SMALL)
+    sized = solve(family, 'state_bytes', 1e6, **data(family))
     assert fits(sized, cost(sized.model).decode_state_bytes)
 
 
