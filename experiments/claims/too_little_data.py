@@ -25,8 +25,12 @@ part if one of these three fails; contradicted if the larger is better everywher
 
 `--scale` multiplies tokens and texts, and above 1 the larger size by its root.
 
-Cost: RESULT_COST
-Result (jax 0.10.2): RESULT_TEXT
+Cost: 49 trainings, about a quarter of an hour on one core that other programs used as well.
+Result (jax 0.10.2): shown. On 3,000 tokens of text, read 27 times, the larger ends worse by 0.281 +- 0.121 bits a byte (p 0.01),
+although its learning rate was chosen by the end; at the best moment no difference is seen (-0.014 +- 0.113). At equal FLOPs it ends
+worse by 0.780 +- 0.144 (p 0.0013). In the control it is better by 0.167 +- 0.026 (p 0.001). The control came second: the first, on
+80 thousand tokens for both, saw no difference (-0.113 +- 0.267), for they are too few to train either, and stands in the table as
+"few tokens". The smaller one's best rate on fresh text lay at an end of the grid, which had grown by one.
 """
 
 from __future__ import annotations
