@@ -16,7 +16,10 @@ and FLOPs a token are within 5 % of the dense model's; what the machine makes of
 Shown where both hold, in part where one does, contradicted where the mixture learns less.
 
 Cost: about ten minutes on one CPU core.
-Result: not run to its end yet.
+Result (jax 0.10.2): shown. The mixture's held-out text costs 0.0359 bits a byte less (0.0246 to 0.0472, p 0.0021): 2.624 +- 0.026
+against 2.659 +- 0.031, with 4.53 times the parameters and 1.015 times the FLOPs a token. A training step takes 1.34 times as long.
+Both chose a rate of 0.01, in the middle of what was tried. An earlier experiment, with eight experts, 300 steps, three seeds and
+weights that began smaller, had seen no difference (+0.03 +- 0.07).
 """
 
 from __future__ import annotations
