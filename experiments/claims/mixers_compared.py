@@ -26,8 +26,8 @@ paired difference is so (Holm). The claim is shown where all parts hold, and sho
 Cost: about ten minutes on one CPU core.
 Result (jax 0.10.2): shown in part. Recall is solved by attention and H3 (100.0 % each) and not by S4D (30.5 %, 28.5 to 32.6);
 Mamba has 84.5 % (68.5 to 100) within this budget. Selection is solved by attention (100.0 %) and Mamba (99.1 %, 97.2 to 100) and
-not by S4D (81.6 %, 80.0 to 83.2). Memory says nothing for S4D: it has 97.3 % (85.5 to 100), and the LSTM, which the claim would have
-behind it, 100.0 %; a first try, over 256 tokens, left S4D at chance, so the length was cut to 64, where an LSTM remembers too.
+not by S4D (81.6 %, 80.0 to 83.2). Memory says nothing for S4D: it has 97.3 % (85.5 to 100), and the LSTM, which the claim would
+have behind it, 100.0 %; a first try, over 256 tokens, left S4D at chance, so the length was cut to 64, where an LSTM remembers too.
 """
 
 from __future__ import annotations
