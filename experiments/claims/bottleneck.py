@@ -132,7 +132,7 @@ def studies(args) -> dict[str, Study]:
   return {
     'copying': Study(name='bottleneck-copying', tasks=(Copying(most=length(16), test_sequences=600),),
                      tokens=int(args.scale * 340_000), learning_rates=(0.003, 0.01), **common),
-    'translation': Study(name='bottleneck-kjv-es', tasks=(verses,), tokens=int(args.scale * 400_000),
+    'translation': Study(name='bottleneck-kjv-es', tasks=(verses,), tokens=int(args.scale * 800_000),
                          learning_rates=(0.01, 0.0333), **common)}
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from jaxformer import config
 from jaxformer.compare.runner import Log
 from jaxformer.compare.sharing import Interrupted
-from jaxformer.compare.study import Study
+from jaxformer.compare.study import Study, file_name
 from jaxformer.data import DataConfig, Dataset, DatasetConfig, open_data
 from jaxformer.evaluation import evaluate_translation, loss_by_position
 from jaxformer.inference import time_decode, translate
@@ -148,7 +148,7 @@ def translations(
 
 def _kept(study: Study, name: str, key: dict[str, Any], measure: Callable[[], Any]) -> Any:
   """JSON data that `measure` gives, kept in the study's folder for as long as `key` and the device stay."""
-  file = study.folder / 'measured' / f'{name}.json'
+  file = study.folder / 'measured' / f'{file_name(name)}.json'
   wanted: dict[str, Any] = {'device': f'{jax.device_count()} x {jax.devices()[0].device_kind}', 'jax': jax.__version__}
   for k, v in key.items():
     wanted[k] = {n: config.to_json(m) for n, m in v.items()} if isinstance(v, dict) else config.to_json(v)

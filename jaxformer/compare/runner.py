@@ -13,7 +13,7 @@ from typing import Any
 from jaxformer import config
 from jaxformer.compare.sharing import Interrupted, shared
 from jaxformer.compare.sizing import measure
-from jaxformer.compare.study import Entry, Study
+from jaxformer.compare.study import Entry, Study, file_name
 from jaxformer.config import InputError
 from jaxformer.data import Dataset, DatasetConfig, open_data
 from jaxformer.models.language_model import ModelConfig
@@ -99,7 +99,7 @@ def run_study(
   for title, task, dataset in zip(study.task_titles, study.tasks, datasets, strict=True):
     runner = Runner(study, title, dataset, interrupt, log)
     for entry in study.entries:
-      jobs[f'{title}-{entry.title}'] = functools.partial(_job, runner, entry, models[title, entry.title], task, each)
+      jobs[file_name(f'{title}-{entry.title}')] = functools.partial(_job, runner, entry, models[title, entry.title], task, each)
   done = iter(shared(study.folder / 'locks', jobs, interrupt).values())
   return Finished(study, {title: tuple(next(done) for _ in study.entries) for title in study.task_titles})
 

@@ -13,7 +13,7 @@ from typing import Literal
 from jaxformer.compare.runner import Log, Runner, Tuned
 from jaxformer.compare.sharing import shared
 from jaxformer.compare.sizing import measure
-from jaxformer.compare.study import AsIs, Entry, Study
+from jaxformer.compare.study import AsIs, Entry, Study, file_name
 from jaxformer.config import Config, InputError
 from jaxformer.data import DataConfig, Dataset, DatasetConfig, open_data
 from jaxformer.models.language_model import ModelConfig
@@ -196,8 +196,10 @@ def run_scaling(study: ScalingStudy, log: Log, interrupt: Interrupt) -> Finished
     for p in plans[entry.title]:
       held_out = ' held out' if p.held_out else ''
       log(f'{entry.title} | {p.flops:.3g} FLOPs{held_out} | {p.params:,.0f} {study.match} x {p.tokens:,} tokens')
-  jobs = {title: functools.partial(_trained, study, planned, dataset, log, interrupt) for title, planned in plans.items()}
-  return FinishedScaling(study, shared(study.folder / 'locks', jobs, interrupt))
+  jobs = {file_name(title): functools.partial(_trained, study, planned, dataset, log, interrupt)
+          for title, planned in plans.items()}
+  done = shared(study.folder / 'locks', jobs, interrupt).values()
+  return FinishedScaling(study, dict(zip(plans, done, strict=True)))
 
 
 def _plan(study: ScalingStudy, entry: Entry, dataset: Dataset) -> Iterator[Planned]:

@@ -15,7 +15,10 @@ from jaxformer.models.zoo import FAMILIES
 from jaxformer.models.zoo.around import around
 from jaxformer.training import AdamW, Cosine, Experiment, OptimizerConfig, RunConfig, ScheduleConfig, TrainingConfig
 
-NAME = r'\w[\w.+-]*'
+
+def file_name(title: str) -> str:
+  """A title as runs and measurements have it in the names of their files."""
+  return re.sub(r'[^\w.+-]+', '-', title).strip('.+-') or 'unnamed'
 
 
 class Entry(Config, abstract=True):
@@ -131,11 +134,9 @@ class Study(Config):
 
   def validate(self):
     self.require(len(self.entries) > 0, 'entries', 'at least one architecture')
-    titles = [e.title for e in self.entries]
+    titles = [file_name(e.title) for e in self.entries]
     if twice := sorted({t for t in titles if titles.count(t) > 1}):
       raise InputError(f'Study.entries: {", ".join(twice)} stands there twice; give one of them another name')
-    if odd := [t for t in titles if not re.fullmatch(NAME, t)]:
-      raise InputError(f'{self.tag}.entries: {odd[0]!r}: a name must be letters, digits and . _ + -: run folders have it')
     self.require(len(self.tasks) > 0, 'tasks', 'at least one task')
     self.require(all(r > 0 for r in self.learning_rates or (0,)), 'learning_rates', 'positive, at least one')
     self.require(list(self.learning_rates) == sorted(set(self.learning_rates)), 'learning_rates', 'in ascending order, each once')
@@ -145,7 +146,7 @@ class Study(Config):
       self.require(getattr(self, field) > 0, field, 'positive')
     for field in ('extensions', 'translations', 'rounds'):
       self.require(getattr(self, field) >= 0, field, 'at least 0')
-    self.require(re.fullmatch(NAME, self.name) is not None, 'name', 'letters, digits and . _ + -: it is a folder')
+    self.require(file_name(self.name) == self.name, 'name', 'letters, digits and . _ + -: it is a folder')
     self.require(all(c > 0 for c in self.contexts), 'contexts', 'positive')
     for task in self.tasks:
       batch = self.batch_size * task.positions
@@ -178,4 +179,4 @@ class Study(Config):
         log_every=max(1, steps // 50), trackers=()),
       run=RunConfig(dir=self.dir))
     short = config.digest(experiment)[:8]
-    return config.override(experiment, [('run.name', f'{self.name}/{entry.title}-{task.tag}-{rate:g}-{seed}-{short}')])
+    return config.override(experiment, [('run.name', f'{self.name}/{file_name(entry.title)}-{task.tag}-{rate:g}-{seed}-{short}')])
