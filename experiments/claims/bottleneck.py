@@ -32,22 +32,22 @@ and sword-text-sparv, which it downloads where apt-get can, or finds under --pac
 
 Cost: about three quarters of an hour of one CPU core, shared with other programs and in parts.
 
-Result: shown in part, 4 of 11 comparisons. Copying shows it: of the shortest texts (2 to 5 letters) seq2seq gets all right to the last
-letter, of the longest (14 to 16) 8 %, while RNNsearch and the Transformer stay at 99 % or more; the rise of the loss is +0.433 +-
-0.017 nats, and theirs is less by 0.431 +- 0.017 and 0.430 +- 0.008 (p 0.0002 and less). GNMT falls as seq2seq does (99 % to 3 %; its
-loss rises by 0.236 +- 0.225 more, p 0.046), though it has attention; whether 625 steps are too few for it to be used was not looked
-into. Its tuning seed did much better at the same rate. In a first trial, with half the steps, two of its three seeds had learned
-nothing, so the steps were doubled, for all.
+Result: shown in part, 4 of 11 comparisons. Copying shows it: of the shortest texts (2 to 5 letters) seq2seq gets all right to the
+last letter, of the longest (14 to 16) 8 %, while RNNsearch and the Transformer stay at 99 % or more; the rise of the loss is
++0.433 +- 0.017 nats, and theirs is less by 0.431 +- 0.017 and 0.430 +- 0.008 (p 0.0002 and less). GNMT falls as seq2seq does (99
+% to 3 %; its loss rises by 0.236 +- 0.225 more, p 0.046), though it has attention; whether 625 steps are too few for it to be
+used was not looked into. Its tuning seed did much better at the same rate. In a first trial, with half the steps, two of its
+three seeds had learned nothing, so the steps were doubled, for all.
 
-Translation shows attention's gain at every length, and no bottleneck: RNNsearch has BLEU 6.8 and 6.7 for the shortest and the longest
-quarter and 2.8 to 3.1 nats, the other three BLEU 1 to 2 and 3.4 to 3.7 nats; the loss of all four rises with the source, by 0.23 to
-0.28, and no rise differs from that of seq2seq. A first trial with half of these steps said the same (BLEU 3 at most). What a model of
-so little training says of a verse hardly depends on the verse's length.
+Translation shows attention's gain at every length, and no bottleneck: RNNsearch has BLEU 6.8 and 6.7 for the shortest and the
+longest quarter and 2.8 to 3.1 nats, the other three BLEU 1 to 2 and 3.4 to 3.7 nats; the loss of all four rises with the source,
+by 0.23 to 0.28, and no rise differs from that of seq2seq. A first trial with half of these steps said the same (BLEU 3 at most).
+What a model of so little training says of a verse hardly depends on the verse's length.
 
-Encoding grows most for the Transformer (15 times from 16 to 256 tokens, the others 6 to 9; other trials on a busier machine 15 and
-29): on a CPU core the recurrences lose little by their order, and attention's square shows. The third sentence is contradicted there;
-what an accelerator would say was not measured. A step of training takes RNNsearch 1.2 to 1.5 times what it takes seq2seq, GNMT 1.2 to
-1.9, the Transformer 1.1 to 1.5.
+Encoding grows most for the Transformer (15 times from 16 to 256 tokens, the others 6 to 9; other trials on a busier machine 15
+and 29): on a CPU core the recurrences lose little by their order, and attention's square shows. The third sentence is
+contradicted there; what an accelerator would say was not measured. A step of training takes RNNsearch 1.2 to 1.5 times what it
+takes seq2seq, GNMT 1.2 to 1.9, the Transformer 1.1 to 1.5.
 """
 
 from __future__ import annotations

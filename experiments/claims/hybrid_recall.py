@@ -21,10 +21,10 @@ the hybrid keeps less than half of what attention keeps.
 
 Cost: about twenty minutes on one CPU core that other programs used as well.
 Result (jax 0.10.2): not shown by this rule. The hybrid recalls 100.0 % with every seed, attention with six of nine; another of
-attention's has 29.7 %, having learned next to nothing, and one such seed makes the interval of the difference wide: +8.8 points (-9.1
-to +26.6). Mamba has 63.7 % (49.7 to 77.8), and is behind the hybrid by 36.3 points (22.2 to 50.3, p 0.00034). In no seed is the hybrid
-behind attention. It keeps a quarter of attention's cache at 65,536 tokens. There were three seeds at first, with the same verdict,
-and six were added for a narrower interval.
+attention's has 29.7 %, having learned next to nothing, and one such seed makes the interval of the difference wide: +8.8 points
+(-9.1 to +26.6). Mamba has 63.7 % (49.7 to 77.8), and is behind the hybrid by 36.3 points (22.2 to 50.3, p 0.00034). In no seed is
+the hybrid behind attention. It keeps a quarter of attention's cache at 65,536 tokens. There were three seeds at first, with the
+same verdict, and six were added for a narrower interval.
 """
 
 from __future__ import annotations
