@@ -18,8 +18,8 @@ ALL_KINDS = tuple(Grown(family=f, name=n) for f, n in (
 # layers. One rate and two seeds: tuning, and more seeds, are for the standard study.
 STUDIES.add('quickstart', Study(
   name='quickstart', entries=ALL_KINDS, match='active_params', target=5e5,
-  tasks=(DataConfig(sequence_length=128), AssociativeRecall(length=10)), tokens=50_000, batch_size=8, learning_rates=(3e-3,),
-  seeds=(1, 2), together=2, eval_batches=16, contexts=(64, 512), rounds=5))
+  tasks=(DataConfig(sequence_length=128), AssociativeRecall(length=10)), tokens=40_000, batch_size=8, learning_rates=(3e-3,),
+  seeds=(1, 2), together=2, eval_batches=16, contexts=(64, 512), rounds=3))
 
 STUDIES.add('standard', Study(
   name='standard', entries=ALL_KINDS, target=1e7,

@@ -15,6 +15,8 @@ from jaxformer.models.zoo import FAMILIES
 from jaxformer.models.zoo.around import around
 from jaxformer.training import AdamW, Cosine, Experiment, OptimizerConfig, RunConfig, ScheduleConfig, TrainingConfig
 
+BETWEEN_CHECKPOINTS = 100   # steps of a run at least: a short one is sooner done again than saved
+
 
 def file_name(title: str) -> str:
   """A title as runs and measurements have it in the names of their files."""
@@ -175,8 +177,8 @@ class Study(Config):
       model=model, data=task, optimizer=self.optimizer.replace(learning_rate=rate), schedule=self.schedule,
       training=TrainingConfig(
         steps=steps, batch_size=self.batch_size, seed=seed, eval_every=max(1, steps // self.evaluations),
-        eval_batches=self.eval_batches, checkpoint_every=max(1, steps // 4), keep_latest=1, keep_best=0,
-        log_every=max(1, steps // 50), trackers=()),
+        eval_batches=self.eval_batches, checkpoint_every=max(min(steps, BETWEEN_CHECKPOINTS), steps // 4), keep_latest=1,
+        keep_best=0, log_every=max(1, steps // 50), trackers=()),
       run=RunConfig(dir=self.dir))
     short = config.digest(experiment)[:8]
     return config.override(experiment, [('run.name', f'{self.name}/{file_name(entry.title)}-{task.tag}-{rate:g}-{seed}-{short}')])

@@ -65,6 +65,7 @@ def _mix(h: Array) -> Array:
   return h ^ (h >> 16)
 
 
+@jax.jit
 def _digest(x: Array) -> Array:
   bits = _bits(x)
   index = jnp.zeros(bits.shape, jnp.uint32)
@@ -73,9 +74,10 @@ def _digest(x: Array) -> Array:
   return jnp.sum(_mix(bits ^ _mix(index + jnp.uint32(0x9E3779B9))), dtype=jnp.uint32)
 
 
-@jax.jit
 def digests(arrays: Mapping[str, Array]) -> dict[str, Array]:
-  """Of every array, uint32: sum over its numbers of mix(bit pattern XOR mix(index)), modulo 2^32. The same on every mesh."""
+  """Of every array, uint32: sum over its numbers of mix(bit pattern XOR mix(index)), modulo 2^32. The same on every mesh.
+
+  A small program for each shape: one for all arrays would take longer to compile, for moments have the shapes of parameters."""
   return {name: _digest(x) for name, x in arrays.items()}
 
 
