@@ -51,7 +51,8 @@ class Difference:
   Attributes:
     name, against: the two.
     estimate: of (name - against), paired by seed, with the interval of this one comparison.
-    p: of the two-sided paired t-test; NaN where fewer than two seeds are shared.
+    p: of the two-sided paired t-test, or of the sign test where all differences are the same; NaN where fewer than two seeds are
+      shared.
     p_adjusted: the same with all comparisons of the family accounted for (Holm 1979).
     verdict: in words, from `p_adjusted`.
   """
@@ -122,8 +123,8 @@ def _paired_p(d: np.ndarray) -> float:
   if d.size < 2:
     return float('nan')
   spread = d.std(ddof=1)
-  if spread == 0:   # the same to the last bit in every seed: equal runs, or a constant shift
-    return 1.0 if d[0] == 0 else 0.0
+  if spread <= 1e-9 * abs(d[0]):   # equal runs, or counts with equal shifts by chance: Student has no answer, the sign test has
+    return 1.0 if d[0] == 0 else float(2.0 ** (1 - d.size))
   return float(2 * stats.t.sf(abs(d.mean()) / (spread / np.sqrt(d.size)), d.size - 1))
 
 

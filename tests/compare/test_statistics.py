@@ -68,8 +68,18 @@ def test_a_difference_of_two_standard_deviations_is_found(shared):
     assert set(found) <= {word, 'no difference seen at this budget'}
 
 
+def test_counts_that_differ_by_the_same_by_chance():
+  """Two accuracies of 128 answers each, both higher by 9: the interval has no width, and yet two seeds say next to nothing."""
+  two = {'a': {0: 60 / 128, 1: 62 / 128}, 'b': {0: 69 / 128, 1: 71 / 128}}
+  found, = compare(two, 'a', lower_is_better=False)
+  assert (found.p, found.verdict) == (0.5, 'no difference seen at this budget')
+  nine = {n: dict.fromkeys(range(9), v) for n, v in (('a', 0.5), ('b', 0.6))}
+  found, = compare(nine, 'a', lower_is_better=False)
+  assert (found.p, found.verdict) == (2.0**-8, 'better')
+
+
 def test_words():
-  scores = {'a': {0: 1.0, 1: 1.1}, 'b': {0: 2.0, 1: 2.1}, 'c': {0: 1.0, 1: 1.1}, 'd': {0: 5.0}}
+  scores = {'a': {0: 1.0, 1: 1.1}, 'b': {0: 2.0, 1: 2.11}, 'c': {0: 1.0, 1: 1.1}, 'd': {0: 5.0}}
   assert verdicts(compare(scores, 'a')) == {'b': 'worse', 'c': 'no difference seen at this budget', 'd': 'too few seeds'}
   assert verdicts(compare(scores, 'a', lower_is_better=False))['b'] == 'better'
   with pytest.raises(ValueError, match='none of'):
