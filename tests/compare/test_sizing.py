@@ -154,7 +154,7 @@ def test_training_takes_a_size(capsys):
 @pytest.mark.parametrize(('command', 'parts'), [
   (['plan', 'mamba'], ["no preset named 'mamba'", '--params 1M']),
   (['plan', 'mambo', '--params', '1M'], ["no family named 'mambo'", 'did you mean mamba']),
-  (['plan', 'mamba-130m', '--params', '1M'], ['mamba-130m has the size of a published model', 'there are gpt2, ']),
+  (['plan', 'mamba-130m', '--params', '1M'], ['mamba-130m has the size of a published model', 'there are gnmt, gpt2, ']),
   (['plan', 'mamba', '--params', 'many'], ['--params', "'many'"]),
   (['plan', 'mamba', '--params', '1M', '--state-bytes', '1M'], ['--state-bytes', 'not allowed with', '--params']),
   (['plan', 'mamba', '--params', '1M', '--model.vocab-size', 'x'], ['--model.vocab-size', "'x'"]),
