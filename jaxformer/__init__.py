@@ -25,6 +25,8 @@ if TYPE_CHECKING:
   from flax import nnx
 
   from jaxformer.compare.results import Results
+  from jaxformer.compare.scaling_results import ScalingResults
+  from jaxformer.compare.scaling_study import ScalingStudy
   from jaxformer.compare.study import Study
   from jaxformer.models.language_model import ModelConfig
   from jaxformer.planning.cost import Cost
@@ -113,14 +115,15 @@ def plan(model: ModelConfig | str, length: int | None = None) -> Cost:
 class _Compare(types.ModuleType):
   """The package `jaxformer.compare`, which can be called: it has the name of the function that belongs here."""
 
-  def __call__(self, study: Study | str, *overrides: tuple[str, str], log: Callable[[str], None] | None = None) -> Results:
-    """Runs a study (a name, a file that defines `study`, or a `jaxformer.compare.study.Study`) with (dotted path, text) overrides
+  def __call__(
+    self, study: Study | ScalingStudy | str, *overrides: tuple[str, str], log: Callable[[str], None] | None = None,
+  ) -> Results | ScalingResults:
+    """Runs a study (a name, a file that defines `study`, a `Study` or a `ScalingStudy`) with (dotted path, text) overrides
     and writes its report; a study that was stopped goes on. `log` takes a line a run, stderr by default."""
-    from jaxformer.cli.common import note, study_of
-    from jaxformer.compare.report import report_study
+    from jaxformer.cli.common import note, study_of, ways_of
     from jaxformer.config import override
-    whole = study_of(study) if isinstance(study, str) else study
-    return report_study(override(whole, overrides, 'study'), log or note)
+    whole = override(study_of(study) if isinstance(study, str) else study, overrides, 'study')
+    return ways_of(whole)[1](whole, log or note)
 
 
 compare.__class__ = _Compare

@@ -55,6 +55,14 @@ def experiment_of(target: str, overrides: Overrides, size: Any = None) -> Any:
   return override(experiment, overrides)
 
 
+def ways_of(study: Any) -> tuple[Any, Any]:
+  """What trains a study of its type, and what trains and reports it."""
+  from jaxformer.compare.report import report_study, train_study
+  from jaxformer.compare.scaling_report import report_scaling
+  from jaxformer.compare.scaling_study import ScalingStudy, run_scaling
+  return (run_scaling, report_scaling) if isinstance(study, ScalingStudy) else (train_study, report_study)
+
+
 def study_of(target: str) -> Any:
   """The study of a name or a file; a file is Python that defines `study` (a `Study` or a `ScalingStudy`, or a function that returns
   one)."""

@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from jaxformer.cli.common import Overrides, answer, note, object_of, study_of
+from jaxformer.cli.common import Overrides, answer, note, object_of, study_of, ways_of
 from jaxformer.config import InputError
 
 OVERRIDES = True
@@ -51,11 +51,8 @@ def run(args: argparse.Namespace, overrides: Overrides) -> int:
   if args.show:
     print(config.text(study), end='')
     return 0
-  from jaxformer.compare.report import report_study, train_study
-  from jaxformer.compare.scaling_report import report_scaling
-  from jaxformer.compare.scaling_study import ScalingStudy, run_scaling
   from jaxformer.training.interrupt import Interrupt
-  train, report = (run_scaling, report_scaling) if isinstance(study, ScalingStudy) else (train_study, report_study)
+  train, report = ways_of(study)
   try:
     if args.train_only:
       with Interrupt() as interrupt:

@@ -115,9 +115,10 @@ def _job(
 
 def finished_part(study: Study) -> Study:
   """The study with those of its entries whose every run is done. Raises `InputError` where there are none."""
+  opened = [(title, task, open_data(task)) for title, task in zip(study.task_titles, study.tasks, strict=True)]
+
   def is_done(entry: Entry) -> bool:
-    for title, task in zip(study.task_titles, study.tasks, strict=True):
-      dataset = open_data(task)
+    for title, task, dataset in opened:
       assert dataset.vocab_size is not None
       try:
         _Reader(study, title, dataset, Interrupt(), lambda line: None).tuned(
