@@ -38,6 +38,7 @@ os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 
 import gallery
 import numpy as np
+from gallery import signed
 
 from jaxformer.compare.runner import finished, run_study
 from jaxformer.compare.statistics import Difference, Estimate, compare, estimate
@@ -151,17 +152,14 @@ def decide(bits: dict[str, dict[int, float]], against: list[Difference], right: 
     'contradicted' if matters and gap.high < 0 else 'shown in part' if little or helps or cannot else 'not shown')
   better = sum(d.verdict == 'better' for d in against)
   because = (
-    f'Without an activation the transformer needs {_shown(gap)} bits a byte more than the mean of the {len(against)} activations; '
-    f'from the best of these ({best}) to the worst ({worst}) are {_shown(spread)} (95 %, paired by seed), and the gap less the '
-    f'spread is {_shown(difference)}. {better} of {len(against)} activations are better than none beyond chance (Holm). '
+    f'Without an activation the transformer needs {signed(gap, 4)} bits a byte more than the mean of the {len(against)} '
+    f'activations; from the best of these ({best}) to the worst ({worst}) are {signed(spread, 4)} (95 %, paired by seed), and the '
+    f'gap less the spread is {signed(difference, 4)}. {better} of {len(against)} activations are better than none beyond chance '
+    '(Holm). '
     f'The feed-forward layer alone, without attention, gets {right[NONE].mean:.1%} right without an activation (guessing: 50 %) '
     f'and at least {min(e.mean for e in others):.1%} with each of the {len(others)} tried. The transformer without one still '
     'learns, since attention is nonlinear itself.')
   return verdict, because
-
-
-def _shown(e: Estimate) -> str:
-  return f'{e.mean:+.4f} ± {e.half_width:.4f}'
 
 
 def main() -> None:
@@ -179,7 +177,7 @@ def main() -> None:
   ranked = sorted(tuned, key=lambda t: mean[t.title].mean)
   rows = tuple(
     (t.title, f'{define(t.model).size:,}', f'{t.rate:g}{" (edge)" if t.at_edge else ""}', f'{mean[t.title].mean:.4f}',
-     _shown(found[t.title].estimate) if t.title in found else '', found[t.title].verdict if t.title in found else '',
+     signed(found[t.title].estimate, 4) if t.title in found else '', found[t.title].verdict if t.title in found else '',
      f'{right[t.title].mean:.1%}' if t.title in right else '') for t in ranked)
   style = {n: 1 if n in PLAIN else 2 if n in GATED else 0 for n in bits}
   series = [Series(t.title, style[t.title], (Point(i + 1, mean[t.title].mean, mean[t.title].low, mean[t.title].high),))

@@ -62,7 +62,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from gallery import Picture, Result, arguments, publish
+from gallery import Picture, Result, arguments, publish, signed
 
 from jaxformer.compare.costs import measure_costs
 from jaxformer.compare.runner import Trial, Tuned, run_study
@@ -266,10 +266,6 @@ def percent(e: Estimate) -> tuple[float, float, float]:
 
 def grid(study: Study) -> str:
   return '/'.join(f'{r:g}' for r in study.learning_rates)
-
-
-def signed(e: Estimate) -> str:
-  return f'{e.mean:+.3f} ± {e.half_width:.3f}'
 
 
 def rows(halves: dict[str, Half], differences: dict[str, list[Difference]]) -> tuple[tuple[str, ...], ...]:

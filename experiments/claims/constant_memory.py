@@ -38,6 +38,7 @@ os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 import gallery
 import jax
 import numpy as np
+from gallery import signed
 
 from jaxformer.compare.runner import Finished, Tuned, run_study
 from jaxformer.compare.statistics import Difference, compare, estimate
@@ -134,7 +135,7 @@ def decide(memory: dict[str, list[int]], beyond: dict[int, dict[str, Difference]
   gains = [n for n in said.get('better', []) if n != TRANSFORMER]
   limited = bool(worse) or len(gains) < len(recurrences)
   verdict: gallery.Verdict = 'shown' if constant and worse else 'shown in part' if constant or limited else 'contradicted'
-  parts = [f'{n} {_shown(farthest[n])}' for n in FAMILIES]
+  parts = [f'{n} {signed(farthest[n].estimate)}' for n in FAMILIES]
   words = {'better': 'gain', 'worse': 'lose', 'no difference seen at this budget': 'show no difference'}
   summary = '; '.join(f'{", ".join(names)} {words.get(v, v)}' for v, names in sorted(said.items()))
   because = (
@@ -147,16 +148,12 @@ def decide(memory: dict[str, list[int]], beyond: dict[int, dict[str, Difference]
   return verdict, because
 
 
-def _shown(d: Difference) -> str:
-  return f'{d.estimate.mean:+.3f} ± {d.estimate.half_width:.3f}'
-
-
 def rows(entries: tuple[Tuned, ...], memory: dict[str, list[int]], beyond: dict[int, dict[str, Difference]],
          found: Found) -> tuple[tuple[str, ...], ...]:
   trained = {n: estimate([float(cut[compared(TIMES)].mean()) for _, cut in runs.values()]) for n, runs in found.items()}
   return tuple(
     (t.title, f'{define(t.model).size:,}', amount(memory[t.title][0], 'B'), amount(memory[t.title][-1], 'B'),
-     f'{trained[t.title].mean:.3f}', *(_shown(beyond[r][t.title]) for r in REACHES), beyond[max(REACHES)][t.title].verdict)
+     f'{trained[t.title].mean:.3f}', *(signed(beyond[r][t.title].estimate) for r in REACHES), beyond[max(REACHES)][t.title].verdict)
     for t in entries)
 
 

@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 import jax
 
+from jaxformer.compare.statistics import Estimate
 from jaxformer.compare.svg import Axis, Series, chart, standalone
 
 HERE = pathlib.Path(__file__).parent
@@ -119,6 +120,11 @@ def write_page(results: pathlib.Path) -> pathlib.Path:
       f'`{r["command"]}` (Python {made["python"]}, jax {made["jax"]}, {made["device"]})']
   page.write_text('\n\n'.join(parts) + '\n')
   return page
+
+
+def signed(e: Estimate, places: int = 3) -> str:
+  """A difference with its interval."""
+  return f'{e.mean:+.{places}f} ± {e.half_width:.{places}f}'
 
 
 def _table(header, rows) -> str:

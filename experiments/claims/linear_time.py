@@ -48,6 +48,7 @@ import constant_memory
 import gallery
 import jax
 import numpy as np
+from gallery import signed
 
 from jaxformer.compare.runner import run_study
 from jaxformer.compare.statistics import Difference, Estimate, estimate
@@ -210,9 +211,9 @@ def decide(
     f'{max(LENGTHS[TRANSFORMER]):,} ({_shown(last_step[TRANSFORMER])}); that of a token decoded to the power '
     f'{_shown(writing[MAMBA])} and {_shown(writing[TRANSFORMER])} '
     f'(95 % over {ROUNDS} rounds): {"linear" if linear else "not within the bounds set for linear"}. Of text, the last octave of '
-    f'{READS[MAMBA]:,} bytes, read in one go by Mamba trained at {constant_memory.LENGTH}, differs by {_nats(end)} nats a byte '
-    f'from the same bytes in pieces ({"within" if text else "not within"} the bound of {MARGIN}), the last of '
-    f'{READS[TRANSFORMER]:,} by {_nats(other)} for the transformer. {copied}.'
+    f'{READS[MAMBA]:,} bytes, read in one go by Mamba trained at {constant_memory.LENGTH}, differs by {signed(end.estimate)} '
+    f'nats a byte from the same bytes in pieces ({"within" if text else "not within"} the bound of {MARGIN}), the last of '
+    f'{READS[TRANSFORMER]:,} by {signed(other.estimate)} for the transformer. {copied}.'
     f'{"" if learned else " Mamba has not learned the copying well enough to say anything of longer ones."}')
   return verdict, because
 
@@ -225,10 +226,6 @@ def _shown(e: Estimate) -> str:
   return f'{e.mean:.2f} ± {e.half_width:.2f}'
 
 
-def _nats(d: Difference) -> str:
-  return f'{d.estimate.mean:+.3f} ± {d.estimate.half_width:.3f}'
-
-
 def rows(times: Times, right: dict[str, dict[int, list[float]]], octaves: dict[str, dict[int, Difference]]):
   """A line for each length and each family."""
   found = []
@@ -237,7 +234,7 @@ def rows(times: Times, right: dict[str, dict[int, list[float]]], octaves: dict[s
       found.append((name, 'time', f'{length:,} tokens', seconds(statistics.median(p for p, _ in rounds)) + ' to read',
                     seconds(statistics.median(d for _, d in rounds)) + ' a token decoded'))
   for name, by in octaves.items():
-    found += [(name, 'text', f'{end // 2}x to {end}x', f'{_nats(d)} nats a byte', d.verdict) for end, d in by.items()]
+    found += [(name, 'text', f'{end // 2}x to {end}x', f'{signed(d.estimate)} nats a byte', d.verdict) for end, d in by.items()]
   for name, by in right.items():
     found += [(name, 'recall', f'{times}x', f'{e.mean:.1%} ± {e.half_width:.1%}', 'right') for times, e in
               ((times, estimate(scores)) for times, scores in by.items())]

@@ -41,7 +41,7 @@ import pathlib
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 
-from gallery import Picture, Result, Verdict, arguments, publish
+from gallery import Picture, Result, Verdict, arguments, publish, signed
 
 from jaxformer.compare.runner import Trial, Tuned, run_study
 from jaxformer.compare.statistics import Estimate, compare, estimate, holm
@@ -173,18 +173,14 @@ def verdict(judgements: list[dict]) -> Verdict:
   return 'contradicted' if all(j['end_word'] == 'better' for j in judgements) else 'not shown'
 
 
-def form(e: Estimate) -> str:
-  return f'{e.mean:+.3f} ± {e.half_width:.3f}'
-
-
 def because(found: list[Setting], judgements: list[dict]) -> str:
   parts = [f'The larger model has {found[0].params[1]:,} parameters, the smaller {found[0].params[0]:,}; differences are larger '
            'less smaller in held-out bits a byte, with 95 % intervals over paired seeds.']
   for s, j in zip(found[:-1], judgements[:-1], strict=True):
-    parts.append(f'{s.name.capitalize()} ({amount(s.tokens[1])} for each, {s.passes[1]:.2g} passes): {form(j["end"])} at the end '
-                 f'({j["end_word"]}), {form(j["best"])} at the best moment ({j["best_word"]}).')
+    parts.append(f'{s.name.capitalize()} ({amount(s.tokens[1])} for each, {s.passes[1]:.2g} passes): {signed(j["end"])} at the end '
+                 f'({j["end_word"]}), {signed(j["best"])} at the best moment ({j["best_word"]}).')
   s, j = found[-1], judgements[-1]
-  parts.append(f'At equal FLOPs on fresh text, {amount(s.tokens[1])} tokens against {amount(s.tokens[0])}: {form(j["end"])} '
+  parts.append(f'At equal FLOPs on fresh text, {amount(s.tokens[1])} tokens against {amount(s.tokens[0])}: {signed(j["end"])} '
                f'({j["end_word"]}).')
   if judgements[0]['end_word'] == 'worse':
     parts.append({
@@ -200,7 +196,7 @@ def table(found: list[Setting], judgements: list[dict]) -> tuple[tuple[str, ...]
   for s, j in zip(found, judgements, strict=True):
     for size, name in enumerate(('smaller', 'larger')):
       rates = f'{s.rates[size]:g}' + (' (at an end)' if s.at_edge[size] else '')
-      own = (form(j['end']), f'{j["end_p"]:.2g}', form(j['best']), f'{j["best_p"]:.2g}') if size else ('', '', '', '')
+      own = (signed(j['end']), f'{j["end_p"]:.2g}', signed(j['best']), f'{j["best_p"]:.2g}') if size else ('', '', '', '')
       end, best = s.mean(size, 'end'), s.mean(size, 'best')
       rows.append((s.name, f'{name}, {s.params[size]:,}', f'{s.tokens[size]:,}', f'{s.passes[size]:.2g}', rates,
                    f'{end.mean:.3f} ± {end.half_width:.3f}', f'{best.mean:.3f} ± {best.half_width:.3f}', *own))
