@@ -4,11 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import BATCH, PAIRS, close, model
-from test_models import LENGTH, pairs_of
 
 from jaxformer.layers.layer import Context
 from jaxformer.models.state import state_bytes
+from tests.contract.cases import BATCH, PAIRS, close, model
+from tests.contract.test_models import LENGTH, pairs_of
 
 every = pytest.mark.parametrize('name', PAIRS)
 

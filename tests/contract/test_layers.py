@@ -7,12 +7,12 @@ Tolerances are relative to the largest magnitude of what is compared: 1e-5 for o
 import jax
 import jax.numpy as jnp
 import pytest
-from cases import BATCH, DECODING, LAYERS, LENGTH, Alone, Case, close, inputs, layer, segments
 
 from jaxformer.compare import contract
 from jaxformer.layers.layer import Context
 from jaxformer.ops.route import route
 from jaxformer.sharding import MeshConfig, batch_sharding, make_mesh, use_mesh
+from tests.contract.cases import BATCH, DECODING, LAYERS, LENGTH, Alone, Case, close, inputs, layer, segments
 
 every = pytest.mark.parametrize('name', LAYERS)
 decoding = pytest.mark.parametrize('name', DECODING)

@@ -11,13 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import BATCH, CLASSIFIERS, PAIRS, TINY, close, model, segments, tokens
 
 from jaxformer.compare import contract
 from jaxformer.layers.layer import Context
 from jaxformer.models.stack import REMAT
 from jaxformer.ops.route import route
 from jaxformer.sharding import MeshConfig, batch_sharding, make_mesh, use_mesh
+from tests.contract.cases import BATCH, CLASSIFIERS, PAIRS, TINY, close, model, segments, tokens
 
 every = pytest.mark.parametrize('name', TINY)
 all_kinds = pytest.mark.parametrize('name', [*TINY, *CLASSIFIERS, *PAIRS])

@@ -3,12 +3,12 @@
 import pathlib
 import re
 
-import cases
 import jax.numpy as jnp
 import pytest
-import test_layers as contract
 
 from jaxformer import config
+from tests.contract import cases
+from tests.contract import test_layers as contract
 
 TEXT = (pathlib.Path(__file__).parents[2] / 'CONTRIBUTING.md').read_text()
 
