@@ -74,11 +74,12 @@ def _digest(x: Array) -> Array:
   return jnp.sum(_mix(bits ^ _mix(index + jnp.uint32(0x9E3779B9))), dtype=jnp.uint32)
 
 
-def digests(arrays: Mapping[str, Array]) -> dict[str, Array]:
-  """Of every array, uint32: sum over its numbers of mix(bit pattern XOR mix(index)), modulo 2^32. The same on every mesh.
+def digests(arrays: Mapping[str, Array]) -> dict[str, int]:
+  """Of every array, below 2^32: sum over its numbers of mix(bit pattern XOR mix(index)), modulo 2^32. The same on every mesh.
 
-  A small program for each shape: one for all arrays would take longer to compile, for moments have the shapes of parameters."""
-  return {name: _digest(x) for name, x in arrays.items()}
+  A small program for each shape: one for all arrays would take longer to compile, for moments have the shapes of parameters. One
+  after another: on a CPU with several processes, collectives that wait for each other can fill every thread there is."""
+  return {name: int(_digest(x)) for name, x in arrays.items()}
 
 
 def named(tree: Any) -> dict[str, Any]:
@@ -87,9 +88,8 @@ def named(tree: Any) -> dict[str, Any]:
   return {jax.tree_util.keystr(path, simple=True, separator='/'): leaf for path, leaf in leaves}
 
 
-def _host_digests(state: TrainState) -> dict[str, int]:
-  arrays = {f'{part}/{name}': x for part, tree in _arrays(state).items() for name, x in tree.items()}
-  return {name: int(d) for name, d in jax.device_get(digests(arrays)).items()}
+def _by_path(parts: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+  return {f'{part}/{name}': x for part, tree in parts.items() for name, x in tree.items()}
 
 
 def _arrays(state: TrainState) -> dict[str, dict[str, Any]]:
@@ -143,8 +143,8 @@ def _read(path: Place, meta: dict[str, Any], abstract: dict[str, dict[str, Any]]
       loaded = ocp.load_checkpointables(str(path), abstract)
   except Exception as e:   # which type a damaged file raises cannot be foretold
     raise Damaged(f'it cannot be read ({type(e).__name__}: {_first_line(e)})') from None
-  found = jax.device_get(digests({f'{part}/{name}': x for part, tree in loaded.items() for name, x in tree.items()}))
-  wrong = [name for name, d in found.items() if int(d) != meta['digests'].get(name)]
+  found = digests(_by_path(loaded))
+  wrong = [name for name, d in found.items() if d != meta['digests'].get(name)]
   if wrong:
     names = ', '.join(wrong[:3] + ['...'] * (len(wrong) > 3))
     raise Damaged(f'{len(wrong)} of {len(found)} arrays are not what was saved: {names}')
@@ -278,9 +278,10 @@ class Checkpoints:
     """
     self.wait()
     step, arrays = int(state.step), _arrays(state)
-    shapes = {f'{part}/{name}': list(x.shape) for part, tree in arrays.items() for name, x in tree.items()}
+    by_path = _by_path(arrays)
     meta = _seal({
-      'version': VERSION, 'step': step, 'data': data, 'config': config_digest, 'shapes': shapes, 'digests': _host_digests(state),
+      'version': VERSION, 'step': step, 'data': data, 'config': config_digest,
+      'shapes': {name: list(x.shape) for name, x in by_path.items()}, 'digests': digests(by_path),
       'key': np.asarray(jax.random.key_data(state.key)).tolist()})
     metrics: Any = {'eval/loss': eval_loss} if eval_loss is not None and math.isfinite(eval_loss) else None
     try:
