@@ -40,6 +40,16 @@ if os.environ.get('JAXFORMER_NNX') == 'tree':
   nnx.set_graph_updates(False)
 
 
+def pytest_collection_modifyitems(items):
+  """In the contract suite all tests of one layer or model stand together: they share compiled programs, and xdist's workers begin
+  with halves of the list (`--dist worksteal`)."""
+  def named(item):
+    return str(item.callspec.params.get('name')) if hasattr(item, 'callspec') else ''
+  where = [i for i, item in enumerate(items) if item.path.parent.name == 'contract']
+  for i, item in zip(where, sorted((items[i] for i in where), key=named), strict=True):
+    items[i] = item
+
+
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path_factory, monkeypatch):
   """No test reads or writes the user's cache of tokenised corpora."""

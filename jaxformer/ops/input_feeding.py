@@ -111,23 +111,26 @@ def feed_naive(
   w = jax.tree.map(lambda p: p.astype(jnp.float32), weights)
   values, keys = source.values_BSC.astype(jnp.float32), source.keys_BSA.astype(jnp.float32)
   states, first = (tuple(s.astype(jnp.float32) for s in some) for some in (states, first))
-  L, ys, alphas = len(w.u_HGH), [], []
-  for t in range(x_BTD.shape[1]):
-    y, *layers = begun(starts_BT[:, t], first, states)
-    inputs = [y] if factors_BTN is None else [y * factors_BTN[:, t, :y.shape[-1]]]
+  L = len(w.u_HGH)
+
+  def step(states: States, now):
+    x, starts_B, factors_BN = now
+    y, *layers = begun(starts_B, first, states)
+    inputs = [y] if factors_BN is None else [y * factors_BN[:, :y.shape[-1]]]
     for n, (below, u, b) in enumerate(itertools.zip_longest(w.below_HGH, w.u_HGH, w.b_GH)):
       i, f, g, o = (
         inputs[-1] @ below[:, k] + layers[n] @ u[:, k] + (0.0 if b is None else b[k][None])
-        + (x_BTD[:, t].astype(jnp.float32) @ w.w_DGH[:, k] if n == 0 else 0.0) for k in range(4))
+        + (x @ w.w_DGH[:, k] if n == 0 else 0.0) for k in range(4))
       layers[L + n] = jax.nn.sigmoid(f) * layers[L + n] + jax.nn.sigmoid(i) * jnp.tanh(g)
       layers[n] = jax.nn.sigmoid(o) * jnp.tanh(layers[L + n])
       H = layers[n].shape[-1]
-      inputs.append(layers[n] if factors_BTN is None or n == L - 1 else layers[n] * factors_BTN[:, t, (n + 1) * H:(n + 2) * H])
+      inputs.append(layers[n] if factors_BN is None or n == L - 1 else layers[n] * factors_BN[:, (n + 1) * H:(n + 2) * H])
     e = jnp.einsum('BH,BSH->BS', inputs[-1], keys)
     e = jnp.exp(e - e.max(1, keepdims=True)) * source.mask_BS
     a = e / jnp.maximum(e.sum(1, keepdims=True), 1e-30)
     y = jnp.tanh(jnp.concatenate([(a[:, :, None] * values).sum(1), inputs[-1]], -1) @ w.out_MH)
-    states = y, *layers
-    ys.append(y)
-    alphas.append(a)
-  return jnp.stack(ys, axis=1).astype(x_BTD.dtype), jnp.stack(alphas, axis=1), states
+    return (y, *layers), (y, a)
+
+  in_time = [None if z is None else jnp.swapaxes(z, 0, 1) for z in (x_BTD.astype(jnp.float32), starts_BT, factors_BTN)]
+  states, (y, a) = jax.lax.scan(step, states, tuple(in_time))
+  return jnp.swapaxes(y, 0, 1).astype(x_BTD.dtype), jnp.swapaxes(a, 0, 1), states

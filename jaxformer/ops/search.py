@@ -117,11 +117,13 @@ def search_naive(
   """`search`, one token after the other."""
   w = jax.tree.map(lambda p: p.astype(jnp.float32), weights)
   b = jnp.zeros(w.w_DGH.shape[1:]) if w.b_GH is None else w.b_GH
-  values, ys, cs, alphas = source.values_BSC.astype(jnp.float32), [], [], []
+  values = source.values_BSC.astype(jnp.float32)
   states, first = (tuple(s.astype(jnp.float32) for s in some) for some in (states, first))
-  for t in range(x_BTD.shape[1]):
-    states = begun(starts_BT[:, t], first, states)
-    h, x = states[0], x_BTD[:, t].astype(jnp.float32)
+
+  def step(states: States, now):
+    x, starts_B = now
+    states = begun(starts_B, first, states)
+    h = states[0]
     e = jnp.tanh((h @ w.query_HA)[:, None] + source.keys_BSA) @ w.v_A
     e = jnp.exp(e - e.max(1, keepdims=True)) * source.mask_BS
     a = e / jnp.maximum(e.sum(1, keepdims=True), 1e-30)
@@ -134,9 +136,10 @@ def search_naive(
       i, f, g, o = (products[g] + h @ w.u_HGH[:, g] for g in range(4))
       cell = jax.nn.sigmoid(f) * states[1] + jax.nn.sigmoid(i) * jnp.tanh(g)
       states = jax.nn.sigmoid(o) * jnp.tanh(cell), cell
-    for some, new in zip((ys, cs, alphas), (states[0], c, a), strict=True):
-      some.append(new)
-  y, c, a = (jnp.stack(some, axis=1) for some in (ys, cs, alphas))
+    return states, (states[0], c, a)
+
+  states, outputs = jax.lax.scan(step, states, (jnp.swapaxes(x_BTD, 0, 1).astype(jnp.float32), starts_BT.T))
+  y, c, a = (jnp.swapaxes(z, 0, 1) for z in outputs)
   return y.astype(x_BTD.dtype), c.astype(x_BTD.dtype), a, states
 
 
