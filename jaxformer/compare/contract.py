@@ -18,6 +18,7 @@ from jaxformer.models.params import Definition, define
 from jaxformer.sharding import MeshConfig, batch_sharding, make_mesh, use_mesh
 
 WIDTH, BATCH, LENGTH = 32, 8, 20   # longer than what operations treat as a short decode
+# Checks cut sequences at few places, so that they share the programs of their parts.
 PREFILLS = 0, 1, 17, LENGTH
 OUTPUTS, GRADIENTS, LOW = 1e-5, 1e-4, 0.05   # tolerances, relative to the largest magnitude of what is compared
 
@@ -41,8 +42,9 @@ class Case:
     params = self.definition.init(jax.random.key(0))
     # Away from the initial values: a parameter that starts at zero hides what it multiplies.
     keys = jax.random.split(jax.random.key(1), max(1, len(params)))
+    self.initial = params
     self.params = {n: p + 0.05 * jax.random.normal(k, p.shape) for k, (n, p) in zip(keys, params.items(), strict=False)}
-    self.call = jax.jit(self.whole)
+    self.call, self.gradients = jax.jit(self.whole), jax.jit(self.differentiated)
     self.step = jax.jit(lambda p, x, s: _pair(self.definition.merge(p).step(x, self.given(x[:, None], Context()), s)))
 
   @property
@@ -82,10 +84,16 @@ class Case:
     model: Any = self.definition.merge(self.params if params is None else params)
     return model.init_state(batch, max_len) if self.memory_width is None else model.begin(batch, max_len, self.memory(batch))
 
-  def loss(self, params: Any, x: Any, ctx: Context = Context()) -> Any:
-    """A scalar that every output bears on."""
-    y = self.whole(params, x, ctx)[0].astype(jnp.float32)
-    return jnp.sum(jnp.sin(y) * (1 + jnp.arange(y.shape[1])[None, :, None]))
+  def differentiated(self, params: Any, x: Any, ctx: Context = Context(), state: Any = None) -> tuple[Any, Any]:
+    """(a scalar that all outputs and the last state bear on, (outputs, last state)), and its gradients with respect to parameters,
+    inputs and state."""
+    def score(params, x, state):
+      y, after = self.whole(params, x, ctx, state)
+      numbers = [s for s in jax.tree.leaves(after) if jnp.issubdtype(s.dtype, jnp.floating)]
+      late = jnp.sum(jnp.sin(y.astype(jnp.float32)) * (1 + jnp.arange(y.shape[1])[None, :, None]))
+      return late + sum(jnp.sum(jnp.sin(s)) for s in numbers), (y, after)
+    value, gradients = jax.value_and_grad(score, argnums=(0, 1, 2), has_aux=True, allow_int=True)(params, x, state)
+    return value, jax.tree.map(lambda g: None if g.dtype == jax.dtypes.float0 else g, gradients)   # of counters and masks
 
 
 def inputs(dtype: Any = jnp.float32) -> Any:
@@ -237,10 +245,10 @@ def every_prefill(case: Case) -> None:
 def two_parts(case: Case) -> None:
   """A sequence with several documents equals its parts, wherever it is cut."""
   _decodes(case)
-  x, ctx = inputs(), Context(segments_BT=segments(3, 12, 5))
+  x, ctx = inputs(), Context(segments_BT=segments(2, 13, 5))
   assert ctx.segments_BT is not None
   whole, final = case.call(case.params, x, ctx, case.init_state(BATCH, LENGTH))
-  for cut in (2, 17):
+  for cut in (3, 17):
     parts = [Context(segments_BT=s) for s in (ctx.segments_BT[:, :cut], ctx.segments_BT[:, cut:])]
     first, state = case.call(case.params, x[:, :cut], parts[0], case.init_state(BATCH, LENGTH))
     second, state = case.call(case.params, x[:, cut:], parts[1], state)
@@ -250,11 +258,12 @@ def two_parts(case: Case) -> None:
 
 def packed(case: Case) -> None:
   """Documents packed into a row equal separate ones."""
-  x, begin = inputs(), 0
-  together = case.call(case.params, x, Context(segments_BT=segments(9, 1, 10)))[0]
-  for length in (9, 1, 10):
+  x, begin, lengths = inputs(), 0, (1, 1, 17, 1)
+  first = case.init_state(BATCH, LENGTH) if case.layer.decodes else None
+  together = case.call(case.params, x, Context(segments_BT=segments(*lengths)), first)[0]
+  for length in lengths:
     end = begin + length
-    close(together[:, begin:end], case.call(case.params, x[:, begin:end])[0], OUTPUTS,
+    close(together[:, begin:end], case.call(case.params, x[:, begin:end], Context(), first)[0], OUTPUTS,
           f'the document at positions {begin} to {end - 1}, packed against alone: the output ')
     begin = end
 
@@ -284,7 +293,7 @@ def bfloat16(case: Case) -> None:
   if y.dtype != jnp.bfloat16:
     raise Broken(f'bfloat16 inputs give outputs of {y.dtype}')
   close(y, case.call(case.params, x)[0], LOW, 'bfloat16 against float32: the output ')
-  for name, g in jax.jit(jax.grad(case.loss))(low, x.astype(jnp.bfloat16)).items():
+  for name, g in case.gradients(low, x.astype(jnp.bfloat16))[1][0].items():
     if not np.all(np.isfinite(np.asarray(g, np.float32))):
       raise Broken(f'the gradient of {name} is not finite in bfloat16')
 
@@ -295,14 +304,14 @@ def sharded(case: Case) -> None:
   if count not in (2, 4, 8):
     raise _Skipped(f'{count} device{"s" if count > 1 else ""} here; 2, 4 or 8 are needed')
   mesh = {2: MeshConfig(fsdp=1, tensor=2), 4: MeshConfig(fsdp=2, tensor=2), 8: MeshConfig(data=2, fsdp=2, tensor=2)}[count]
-  x, ctx = inputs(), Context(segments_BT=segments(12, 8))
-  value, gradients = jax.jit(jax.value_and_grad(case.loss))(case.params, x, ctx)
+  x, ctx = inputs(), Context(segments_BT=segments(7, 8, 5))
+  (value, _), gradients = case.gradients(case.params, x, ctx)
   devices = make_mesh(mesh)
   params = jax.device_put(case.params, case.definition.shardings(devices, mesh.rules))
   with use_mesh(devices, mesh.rules):
     x = jax.device_put(x, batch_sharding(devices, mesh.rules))
-    found = jax.jit(jax.value_and_grad(lambda *a: case.loss(*a)))(params, x, ctx)
-  close(found, (value, gradients), GRADIENTS, f'on {count} devices against one: loss and gradients ')
+    (found, _), found_gradients = jax.jit(lambda *a: case.differentiated(*a))(params, x, ctx)
+  close((found, found_gradients), (value, gradients), GRADIENTS, f'on {count} devices against one: loss and gradients ')
 
 
 def survives_json(case: Case) -> None:

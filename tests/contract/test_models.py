@@ -21,21 +21,21 @@ from tests.contract.cases import BATCH, CLASSIFIERS, PAIRS, TINY, close, model, 
 
 every = pytest.mark.parametrize('name', TINY)
 all_kinds = pytest.mark.parametrize('name', [*TINY, *CLASSIFIERS, *PAIRS])
-LENGTH = 40
+LENGTH, DOCUMENTS = 40, (20, 20)
 # With every remat policy and on every mesh; the others with what is most likely to break.
 THOROUGH = ('llama3-tiny', 's4d-tiny')
 # One of each kind that is divided in time. Each layer by itself is so divided in test_layers.py.
 IN_TIME = ('mamba-tiny', 'rwkv7-tiny', 'mixtral-tiny', 'jamba-tiny')
 
 
-def batch_of(case, segments_BT=None):
+def batch_of(case):
   if hasattr(case.definition.config, 'classes'):
     return sequences_of(case)
   if hasattr(case.definition.config, 'source_vocab_size'):
     return pairs_of(case)
   t = tokens(case, LENGTH + 1)
   targets = t[:, 1:].at[:, 5].set(-1)
-  return types.SimpleNamespace(tokens_BT=t[:, :-1], targets_BT=targets, segments_BT=segments_BT)
+  return types.SimpleNamespace(tokens_BT=t[:, :-1], targets_BT=targets, segments_BT=segments(*DOCUMENTS))
 
 
 def pairs_of(case):
@@ -59,35 +59,36 @@ def sequences_of(case):
     segments_BT=(where_BT < length_B1).astype(jnp.int32))
 
 
-def loss_of(case, batch):
-  def loss(params, ctx=Context(unroll=False)):
+def loss_of(case, batch, cast=None):
+  """(the loss, its sums) and the gradients of the parameters, which `cast` turns into what the model computes with."""
+  def loss(params, ctx):
+    params = params if cast is None else cast(params)
     sums, aux = case.definition.merge(params).loss(batch, ctx, z_loss=1e-3)
-    return sums.loss / sums.count + sum((v for k, v in aux.items() if k.startswith('loss/')), 0.0)
-  return loss
+    return sums.loss / sums.count + sum((v for k, v in aux.items() if k.startswith('loss/')), 0.0), sums
+  return lambda params, ctx=Context(unroll=False): jax.value_and_grad(loss, has_aux=True)(params, ctx)
 
 
 @every
-@pytest.mark.parametrize('prefill', [0, 17])
+@pytest.mark.parametrize('prefill', [0, 20])
 def test_sequence_equals_prefill_and_steps(name, prefill):
   case = model(name)
-  contract.continued(case, tokens(case, 20), prefill)
+  contract.continued(case, tokens(case, 24), prefill)
 
 
 @every
 def test_packed_documents_equal_separate_ones(name):
   case = model(name)
   x = tokens(case, LENGTH)
-  packed = case.call(case.params, x, Context(segments_BT=segments(11, 29)))[0]
-  apart = [case.call(case.params, part)[0] for part in (x[:, :11], x[:, 11:])]
+  packed = case.call(case.params, x, Context(segments_BT=segments(*DOCUMENTS)))[0]
+  apart = [case.call(case.params, part, Context(), case.init_state(BATCH, 24))[0] for part in jnp.split(x, 2, axis=1)]
   close(packed, jnp.concatenate(apart, axis=1), 1e-5)
 
 
 @every
 def test_loss_equals_that_of_the_logits(name):
   case = model(name)
-  batch = batch_of(case)
-  sums, _ = jax.jit(lambda p: case.definition.merge(p).loss(batch, Context(unroll=False)))(case.params)
-  logits = np.asarray(case.call(case.params, batch.tokens_BT)[0], np.float64)
+  batch, sums = batch_of(case), on_one_device(name)[0][1]
+  logits = np.asarray(case.call(case.params, batch.tokens_BT, Context(segments_BT=batch.segments_BT))[0], np.float64)
   targets = np.asarray(batch.targets_BT)
   top = logits.max(-1, keepdims=True)
   normaliser = np.log(np.exp(logits - top).sum(-1)) + top[..., 0]
@@ -100,20 +101,20 @@ def test_loss_equals_that_of_the_logits(name):
 def on_one_device(name):
   """Loss and gradients, the stack scanned."""
   case = model(name)
-  return jax.jit(jax.value_and_grad(loss_of(case, batch_of(case, segments(11, 29)))))(case.params)
+  return jax.jit(loss_of(case, batch_of(case)))(case.params)
 
 
 @all_kinds
 def test_every_way_to_run_the_stack_agrees(name):
   case, scanned = model(name), on_one_device(name)
-  loss = loss_of(case, batch_of(case, segments(11, 29)))
+  loss = loss_of(case, batch_of(case))
   with route(every='naive'):
-    close(jax.jit(jax.value_and_grad(loss))(case.params, Context(unroll=True)), scanned, 1e-4, 'naive, unrolled ')
+    close(jax.jit(lambda *a: loss(*a))(case.params, Context(unroll=True)), scanned, 1e-4, 'naive, unrolled ')
   ways = [Context(remat='full', unroll=False)]
   if name in THOROUGH:
     ways = [Context(unroll=True), *(Context(remat=r, unroll=False) for r in REMAT if r not in ('none', 'offload'))]
   for ctx in ways:
-    close(jax.jit(jax.value_and_grad(loss))(case.params, ctx), scanned, 1e-4, f'{ctx.remat} {ctx.unroll} ')
+    close(jax.jit(loss)(case.params, ctx), scanned, 1e-4, f'{ctx.remat} {ctx.unroll} ')
 
 
 MESHES = {
@@ -143,14 +144,14 @@ def meshes_for(name):
   for n in (*TINY, *CLASSIFIERS, *PAIRS) for m in meshes_for(n)])
 def test_sharded_equals_unsharded(name, mesh):
   case = model(name)
-  batch = batch_of(case, segments(11, 29))
+  batch = batch_of(case)
   reference = on_one_device(name)
   devices = make_mesh(mesh)
   params = jax.device_put(case.params, case.definition.shardings(devices, mesh.rules))
   put = {k: jax.device_put(v, batch_sharding(devices, mesh.rules)) for k, v in vars(batch).items()}
   with use_mesh(devices, mesh.rules):
     where = jax.tree.map(lambda p: p.sharding, params)
-    gradient = jax.jit(jax.value_and_grad(loss_of(case, types.SimpleNamespace(**put))), out_shardings=(None, where))
+    gradient = jax.jit(loss_of(case, types.SimpleNamespace(**put)), out_shardings=(None, where))
     close(gradient(params), reference, 1e-4)
 
 
@@ -159,7 +160,7 @@ def test_parameters_are_born_sharded_and_equal(name):
   case = model(name)
   devices = make_mesh(MeshConfig(fsdp=4, tensor=2))
   born = case.definition.init(jax.random.key(0), devices)
-  for parameter, value in case.definition.init(jax.random.key(0)).items():
+  for parameter, value in case.initial.items():
     np.testing.assert_array_equal(np.asarray(born[parameter]), np.asarray(value), err_msg=parameter)
   assert max(p.addressable_shards[0].data.size for p in born.values()) < max(p.size for p in born.values())
 
@@ -167,9 +168,9 @@ def test_parameters_are_born_sharded_and_equal(name):
 @all_kinds
 def test_bfloat16_loss_is_near_and_its_gradients_finite(name):
   case = model(name)
-  loss = loss_of(case, batch_of(case, segments(11, 29)))
-  value, gradients = jax.jit(jax.value_and_grad(lambda p: loss(case.definition.cast(p, jnp.bfloat16))))(case.params)
-  np.testing.assert_allclose(value, on_one_device(name)[0], rtol=0.02)
+  loss = loss_of(case, batch_of(case), lambda p: case.definition.cast(p, jnp.bfloat16))
+  (value, _), gradients = jax.jit(loss)(case.params)
+  np.testing.assert_allclose(value, on_one_device(name)[0][0], rtol=0.02)
   for parameter, g in gradients.items():
     assert g.dtype == jnp.float32
     assert np.all(np.isfinite(np.asarray(g))), parameter

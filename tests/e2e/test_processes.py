@@ -31,7 +31,7 @@ def start(count, words, folder, cache, command=TRAIN):
     port = s.getsockname()[1]
 
   def process(i):
-    own = {'XLA_FLAGS': f'--xla_force_host_platform_device_count={DEVICES // count}'}
+    own = {'XLA_FLAGS': f'{os.environ["XLA_FLAGS"]} --xla_force_host_platform_device_count={DEVICES // count}'}
     if count > 1:
       own |= {'JAXFORMER_COORDINATOR': f'127.0.0.1:{port}', 'JAXFORMER_PROCESSES': str(count), 'JAXFORMER_PROCESS': str(i)}
     return subprocess.Popen(

@@ -5,7 +5,6 @@ import itertools
 import types
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -60,12 +59,15 @@ def search(name, beam, run=beam_search, sources=SOURCES, limit=12):
 
 def forced(name, source, tokens, finished):
   """log p(tokens and end | source) by teacher forcing."""
-  definition, params = model(name)
   targets = [*tokens, END] if finished else tokens
-  batch = types.SimpleNamespace(
-    source_BS=jnp.asarray([source]), tokens_BT=jnp.asarray([[END, *targets[:-1]]]), targets_BT=jnp.asarray([targets]),
-    segments_BT=None)
-  return -float(definition.merge(params).scores(batch)[0].sum())
+  batch = {'source_BS': padded([source]), 'tokens_BT': np.maximum(padded([[END, *targets[:-1]]]), 0),
+           'targets_BT': padded([targets]), 'segments_BT': None}
+  return -float(scores(name)(model(name)[1], batch).sum())
+
+
+@functools.cache
+def scores(name):
+  return jax.jit(lambda params, batch: model(name)[0].merge(params).scores(types.SimpleNamespace(**batch))[0])
 
 
 @pytest.mark.parametrize('name', MODELS)
