@@ -14,7 +14,7 @@ WRONG = {   # what is changed in the tutorial's layer -> checks that fail -> wha
   'Ahead': (('jnp.swapaxes(x_BTD, 0, 1).astype', 'jnp.swapaxes(jnp.roll(x_BTD, -1, 1), 0, 1).astype'),
             {'no output depends on a later input': 'the output at position 0 depends on the input at position 1'}),
   'Forgetful': (('jnp.where(begins_B[:, None], 0.0, h_BD)', 'h_BD'),
-                {'packed documents equal separate ones': 'the document at positions 9 to 9, packed against alone'}),
+                {'packed documents equal separate ones': 'the document at positions 1 to 1, packed against alone'}),
   'Declares': (('return width', 'return 2 * width'),
                {'the state is of the size that the config declares': 'state_size says 64 numbers, and init_state gives 32'}),
   'Steps': (('  def __call__', '  def step(self, x_BD, ctx, state):\n    out = super().step(x_BD, ctx, state)\n'

@@ -13,6 +13,7 @@ from jaxformer.compare.studies import STUDIES
 from jaxformer.compare.study import Study
 from jaxformer.models.zoo import FAMILIES
 from tests.e2e.program import environment, start
+from tests.tiers import thorough
 
 STUDY = '''
 from jaxformer.compare.study import AsIs, Study
@@ -67,6 +68,7 @@ def stopped(folder, cache, number, after):
 
 
 @pytest.mark.e2e
+@thorough
 def test_stopped_twice_it_ends_with_the_same_numbers(folder, tmp_path_factory):
   cache = tmp_path_factory.getbasetemp() / 'jaxformer-cache'
   reports = []

@@ -33,6 +33,7 @@ from jaxformer.data import AssociativeRecall, Dates
 from jaxformer.models.zoo import FAMILIES
 from jaxformer.training.interrupt import Interrupt
 from tests.compare.test_report import ENVIRONMENT, Page
+from tests.tiers import thorough
 
 quick = pytest.mark.quick
 LAW, K, POWER = Law(E=1.2, A=40.0, B=120.0, alpha=0.4, beta=0.35), 9.0, 0.96
@@ -234,6 +235,7 @@ study = ScalingStudy(
 
 
 @pytest.mark.e2e
+@thorough
 def test_interrupted_it_goes_on(tmp_path, monkeypatch, capsys):
   monkeypatch.chdir(tmp_path)
   (tmp_path / 'study.py').write_text(STUDY)

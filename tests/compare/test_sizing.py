@@ -1,5 +1,6 @@
 """The solver gives every family every size; `plan` and `train` show what it made."""
 
+import functools
 import json
 
 import pytest
@@ -12,6 +13,7 @@ from jaxformer.models.params import define
 from jaxformer.models.zoo import FAMILIES
 from jaxformer.models.zoo.around import around
 from jaxformer.planning.cost import cost
+from tests.tiers import families
 
 SMALL = {'vocab_size': 264, 'context': 256}
 PAIRS = SMALL | {'source_vocab_size': 264}
@@ -37,6 +39,11 @@ def fits(sized, value):
   return True
 
 
+@functools.cache
+def flops_of_llama(size):
+  return cost(solve('llama3', 'params', size, **SMALL).model).train_flops_per_token
+
+
 @pytest.mark.quick
 @pytest.mark.parametrize('family', list(FAMILIES))
 def test_a_million_parameters(family):
@@ -44,13 +51,13 @@ def test_a_million_parameters(family):
   assert fits(sized, define(sized.model).size)
 
 
-@pytest.mark.parametrize('family', list(FAMILIES))
+@pytest.mark.parametrize('family', families(FAMILIES))
 def test_larger_sizes_and_equal_flops(family):
   for size in SIZES:
     for match in ('params', 'active_params'):
       sized = solve(family, match, size, **data(family))
       assert fits(sized, getattr(cost(sized.model), match))
-    flops = cost(solve('llama3', 'params', size, **SMALL).model).train_flops_per_token
+    flops = flops_of_llama(size)
     sized = solve(family, 'train_flops_per_token', flops, **data(family))
     assert fits(sized, cost(sized.model).train_flops_per_token)
 

@@ -29,6 +29,7 @@ def _named(example: LayerConfig) -> str:
 EXAMPLES = [e for kind in configs.types_of(LayerConfig) if kind.__module__.startswith('jaxformer.') for e in kind.examples()]
 LAYERS = {_named(example): example for example in EXAMPLES}
 assert len(LAYERS) == len(EXAMPLES), 'two examples share a name, and only one of them would be tested'
+FIRST = {next(name for name, c in LAYERS.items() if c.tag == tag) for tag in {c.tag for c in EXAMPLES}}   # of each layer
 DECODING = {name: c for name, c in LAYERS.items() if c.decodes}
 TINY = sorted(n for n in PRESETS if n.endswith('-tiny') and isinstance(PRESETS[n].model, LanguageModel.Config))
 CLASSIFIERS = sorted(n for n in PRESETS if n.endswith('-tiny') and isinstance(PRESETS[n].model, Classifier.Config))

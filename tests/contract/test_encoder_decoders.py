@@ -9,8 +9,9 @@ from jaxformer.layers.layer import Context
 from jaxformer.models.state import state_bytes
 from tests.contract.cases import BATCH, PAIRS, close, model
 from tests.contract.test_models import LENGTH, pairs_of
+from tests.tiers import families
 
-every = pytest.mark.parametrize('name', PAIRS)
+every = pytest.mark.parametrize('name', families(PAIRS))
 
 
 def logits_of(case):

@@ -12,10 +12,11 @@ from jaxformer.compare import contract
 from jaxformer.layers.layer import Context
 from jaxformer.ops.route import route
 from jaxformer.sharding import MeshConfig, batch_sharding, make_mesh, use_mesh
-from tests.contract.cases import BATCH, DECODING, LAYERS, LENGTH, Alone, Case, close, inputs, layer, segments
+from tests import tiers
+from tests.contract.cases import BATCH, DECODING, FIRST, LAYERS, LENGTH, Alone, Case, close, inputs, layer, segments
 
-every = pytest.mark.parametrize('name', LAYERS)
-decoding = pytest.mark.parametrize('name', DECODING)
+every = pytest.mark.parametrize('name', [tiers.case(n, standing=n in FIRST) for n in LAYERS])
+decoding = pytest.mark.parametrize('name', [tiers.case(n, standing=n in FIRST) for n in DECODING])
 IN_TIME = MeshConfig(data=1, context=4, fsdp=2)
 
 
@@ -107,7 +108,8 @@ def test_config_survives_json(name):
 
 # Of a state that is not known to be fresh, `test_sequence_equals_two_parts` has the general case; attention reads it another way.
 @pytest.mark.parametrize(('name', 'fresh'), [
-  (n, fresh) for n in DECODING for fresh in (False, True) if fresh or DECODING[n].tag == 'Attention'])
+  tiers.case(n, fresh, standing=n in FIRST)
+  for n in DECODING for fresh in (False, True) if fresh or DECODING[n].tag == 'Attention'])
 def test_padding_before_a_document_leaves_no_trace(name, fresh):
   """How prompts of unequal lengths are read: padding is a document of its own, and the next one starts anew, in its state too."""
   case, x, pad = layer(name), inputs(), 3

@@ -18,13 +18,14 @@ from jaxformer.models.stack import REMAT
 from jaxformer.ops.route import route
 from jaxformer.sharding import MeshConfig, batch_sharding, make_mesh, use_mesh
 from tests.contract.cases import BATCH, CLASSIFIERS, PAIRS, TINY, close, model, segments, tokens
+from tests.tiers import STANDING, case, families
 
-every = pytest.mark.parametrize('name', TINY)
+every = pytest.mark.parametrize('name', families(TINY))
 # Of what depends on how a stack is built, and not on the layers in it, which test_layers.py puts on a mesh one by one: a family of
 # each build.
 BUILDS = ('gpt2-tiny', 'h3-tiny', 'jamba-tiny', 'llama3-tiny', 'lstm-tiny', 'mamba-tiny', 'mixtral-tiny', 'moe-lstm-tiny',
           'rwkv4-tiny', 'rwkv7-tiny', 's4d-tiny', *CLASSIFIERS, *PAIRS)
-all_kinds = pytest.mark.parametrize('name', [*TINY, *CLASSIFIERS, *PAIRS])
+all_kinds = pytest.mark.parametrize('name', families([*TINY, *CLASSIFIERS, *PAIRS]))
 LENGTH, DOCUMENTS = 40, (20, 20)
 # With every remat policy and on every mesh; the others with what is most likely to break.
 THOROUGH = ('llama3-tiny', 's4d-tiny')
@@ -108,7 +109,7 @@ def on_one_device(name):
   return jax.jit(loss_of(case, batch_of(case)))(case.params)
 
 
-@pytest.mark.parametrize('name', BUILDS)
+@pytest.mark.parametrize('name', families(BUILDS))
 def test_every_way_to_run_the_stack_agrees(name):
   case, scanned = model(name), on_one_device(name)
   loss = loss_of(case, batch_of(case))
@@ -144,7 +145,7 @@ def meshes_for(name):
 
 
 @pytest.mark.parametrize(('name', 'mesh'), [
-  pytest.param(n, MESHES[m], id=f'{n}-{m}')
+  case(n, MESHES[m], id=f'{n}-{m}', standing=n.removesuffix('-tiny') in STANDING)
   for n in BUILDS for m in meshes_for(n)])
 def test_sharded_equals_unsharded(name, mesh):
   case = model(name)

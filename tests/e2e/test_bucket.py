@@ -11,6 +11,7 @@ from urllib.parse import quote
 import pytest
 
 from tests.e2e.program import SMALL, environment, start
+from tests.tiers import thorough
 
 emulator = pytest.importorskip('gcp_storage_emulator.server', reason='needs gcp-storage-emulator, which stands in for the store')
 pytest.importorskip('gcsfs', reason='needs the extra `storage`')
@@ -45,6 +46,7 @@ def objects(store):
   return [item['name'] for item in json.loads(store())['items']]
 
 
+@thorough
 def test_interrupted_damaged_resumed_and_scored_in_a_bucket(store, tmp_path, cache):
   command = [sys.executable, '-m', 'jaxformer', *RUN, '--training.steps', '100000']
   program = subprocess.Popen(command, cwd=tmp_path, env=environment(cache), stderr=subprocess.PIPE, text=True)

@@ -15,6 +15,7 @@ import pytest
 from jaxformer.training.checkpoint import steps_in
 from jaxformer.training.run import read_metrics
 from tests.e2e.program import SMALL, environment
+from tests.tiers import case
 from tests.training.compare import curve, meta
 
 pytestmark = pytest.mark.e2e
@@ -80,7 +81,9 @@ def test_the_preempted_step_is_one(home):
   assert max(losses(home / 'runs' / 'two')) == steps[0]
 
 
-@pytest.mark.parametrize(('count', 'mesh'), [(2, SHARDED), (1, WHOLE), (4, SHARDED)], ids=['two', 'one, whole', 'four'])
+@pytest.mark.parametrize(('count', 'mesh'), [
+  case(2, SHARDED, id='two', standing=True), case(1, WHOLE, id='one, whole', standing=True),
+  case(4, SHARDED, id='four', standing=False)])
 def test_other_numbers_of_processes_go_on(home, cache, count, mesh):
   """With the same next examples, so with the same losses as one process that was never stopped, to 1e-5; across meshes to 1e-4."""
   name, runs = f'on-{count}', home / 'runs'

@@ -15,6 +15,7 @@ from jaxformer.training import read_metrics
 from tests.e2e.program import SMALL, environment
 from tests.launch.jobs import CASES
 from tests.launch.test_files import there
+from tests.tiers import thorough
 
 SLURM = ['launch', 'slurm', 'gpt2-tiny', '--target', 'h100:8']
 SKY = ['launch', 'sky', 'gpt2-tiny', '--target', 'v6e-16', '--spot', '--run.dir', 'gs://bucket/runs', '--training.batch-size', '16']
@@ -180,6 +181,7 @@ def test_slurm_requeues_what_was_preempted(codes, seen, folder, tools, tmp_path)
 
 
 @pytest.mark.e2e
+@thorough
 def test_slurm_requeues_a_real_run_that_goes_on_where_it_was(folder, tools, tmp_path, monkeypatch):
   """The first start is told to save as Slurm does, by USR2 to the processes of the step; the second one ends the run."""
   for name, value in environment(tmp_path / 'cache').items():

@@ -33,6 +33,7 @@ from jaxformer.ops.routing import places, within
 from jaxformer.ops.wkv6 import wkv6
 from jaxformer.planning.program import list_collectives
 from jaxformer.sharding import MeshConfig, batch_sharding, make_mesh, use_mesh
+from tests.tiers import case
 
 
 def context(n: int, **sizes: int):
@@ -151,7 +152,7 @@ LINEAR = (
   S5.Config(d_state=8), S4D.Config(d_state=8, causal=False), H3.Config(d_state=8), Lstm.Config())
 
 
-@pytest.mark.parametrize('config', LINEAR, ids=lambda c: c.tag)
+@pytest.mark.parametrize('config', [case(c, id=c.tag, standing=i % 3 == 0) for i, c in enumerate(LINEAR)])
 def test_no_sequence_is_gathered(config):
   """Of one layer forward and backward on four shards of time, all that is sent is smaller than a shard's part of the sequence."""
   graph, params = nnx.split(config.build(D, nnx.Rngs(0), Site(layer=0, layers=2, branches=2)))

@@ -13,6 +13,7 @@ from jaxformer.planning.arithmetic import arithmetic
 from jaxformer.planning.cost import cost, flops_per_token
 from jaxformer.planning.flops import traced_flops
 from jaxformer.planning.memory import abstract_batch
+from tests.tiers import families
 
 TINY = sorted(n for n in PRESETS if n.endswith('-tiny') and isinstance(PRESETS[n].model, LanguageModel.Config))
 
@@ -43,7 +44,7 @@ def test_state_bytes():
   assert llama.state_size(100) == 2 * 126 * 100 * 8 * 128
 
 
-@pytest.mark.parametrize('name', TINY)
+@pytest.mark.parametrize('name', families(TINY))
 def test_forward_flops_are_those_of_the_plainest_program(name):
   """The architecture of each tiny model, wider, so that what the formula leaves out (norms, activations) weighs little; in one
   batch so large that what is worked out once for all tokens does too."""
@@ -75,7 +76,7 @@ def outer_products(jaxpr):
 
 
 @pytest.mark.parametrize('training', [False, True])
-@pytest.mark.parametrize('name', TINY)
+@pytest.mark.parametrize('name', families(TINY))
 def test_flops_are_those_that_the_compiler_multiplies(name, training):
   """Of the plainest program of every family, forward and training: products in the compiled text, with the rounds of their loops,
   which XLA's own count takes once. What is elementwise (the plainest recurrences) the trace counts."""

@@ -16,6 +16,7 @@ from jaxformer.planning.residuals import kept_arrays
 from jaxformer.planning.roofline import decode, prefill, training_step
 from jaxformer.planning.target import parse_target
 from jaxformer.sharding import MeshConfig
+from tests.tiers import families
 
 GIB = 2**30
 TINY = sorted(n for n in PRESETS if n.endswith('-tiny'))
@@ -35,7 +36,7 @@ def test_memory_is_the_compilers(name, mesh, batch, length, remat, arguments, te
   assert memory.temporaries / GIB == pytest.approx(temporaries, rel=0.15)
 
 
-@pytest.mark.parametrize('name', TINY)
+@pytest.mark.parametrize('name', families(TINY))
 def test_every_family_has_a_plan_of_memory(name):
   """Remat keeps less; a wider fsdp holds less."""
   model, mesh = PRESETS[name].model, abstract_mesh(MeshConfig(), 2)

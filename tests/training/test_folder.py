@@ -20,6 +20,7 @@ from jaxformer.training import TensorBoard, load_experiment, train
 from jaxformer.training.checkpoint import Checkpoints, steps_in
 from jaxformer.training.folder import fetched, move, place, remove
 from jaxformer.training.run import Run, read_metrics, run_folder
+from tests.tiers import thorough
 from tests.training.compare import curve
 from tests.training.conftest import make_experiment
 
@@ -111,6 +112,7 @@ def test_a_run_that_is_another_is_refused(store, dataset):
     Run(make_experiment(DIR, 'two'))
 
 
+@thorough
 def test_trained_stopped_and_resumed_in_a_bucket_as_on_disk(store, experiment, dataset, monkeypatch, tmp_path):
   disk = tmp_path / 'disk'
 

@@ -12,6 +12,7 @@ from jaxformer.config import InputError
 from jaxformer.training import AdamW, train
 from jaxformer.training.population import train_population
 from jaxformer.training.run import read_metrics
+from tests.tiers import thorough
 from tests.training.compare import curve, meta
 
 ONE = jax.devices()[:1]
@@ -47,6 +48,7 @@ def test_eight_together_equal_eight_alone(experiment, dataset):
   assert len(final) == len(MEMBERS)   # seeds and rates did differ
 
 
+@thorough
 def test_an_interrupted_population_goes_on(experiment, dataset):
   heard = []
 

@@ -1,0 +1,20 @@
+"""Which of tests that are alike the plain `pytest` runs: a few families stand for all. `pytest -m thorough` runs the others."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
+
+# A transformer, a Mamba, an RWKV, a hybrid with experts, an encoder-decoder and a classifier.
+STANDING = 'llama3', 'mamba', 'rwkv7', 'jamba', 'transformer', 's4d-classifier'
+thorough = pytest.mark.thorough
+
+
+def families(names: Iterable[str]) -> list[Any]:
+  """Parameters of a test: names of families, or of their tiny presets."""
+  return [case(name, standing=name.removesuffix('-tiny') in STANDING) for name in names]
+
+
+def case(*values: Any, standing: bool, id: str | None = None) -> Any:
+  """One set of parameters, thorough where it does not stand for others."""
+  return pytest.param(*values, id=id, marks=() if standing else thorough)
