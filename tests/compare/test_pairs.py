@@ -12,6 +12,7 @@ from jaxformer.layers.attention import Attention
 from jaxformer.models.params import define
 from jaxformer.models.zoo import FAMILIES
 from jaxformer.training.interrupt import Interrupt
+from tests.tiers import thorough
 
 OF_PAIRS = ('gnmt', 'rnnsearch', 'seq2seq-lstm', 'transformer')
 
@@ -45,6 +46,7 @@ def study(tmp_path, entries, tasks, **settings):
   return Study(name='pairs', entries=entries, tasks=tasks, dir=str(tmp_path / 'runs'), **(small | settings))
 
 
+@thorough
 def test_a_study_of_translations_from_end_to_end(tmp_path):
   s = study(tmp_path, tuple(map(entry, ('rnnsearch', 'transformer'))), (Dates(),))
   said, again = [], []
@@ -63,6 +65,7 @@ def test_a_study_of_translations_from_end_to_end(tmp_path):
   assert not [line for line in again if 'seed' in line and 'done before' not in line]
 
 
+@thorough
 def test_buckets_train_one_run_after_the_other(tmp_path):
   """A population is one program, and buckets are several."""
   lines = [f'word {i} of\tpalabra {i}{" de muchas" * (i % 2)}\t{i % 10}\n' for i in range(80)]

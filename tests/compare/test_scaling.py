@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 
 from jaxformer.compare.scaling import Law, Runs, fit_law, iso_flop, power_law
+from tests.tiers import case
 
 pytestmark = pytest.mark.quick
 
@@ -28,7 +29,7 @@ NUMBERS = {name: (lambda law, name=name: getattr(law, name)) for name in ('E', '
 NUMBERS['exponent'] = lambda law: law.beta / (law.alpha + law.beta)
 
 
-@pytest.mark.parametrize('law', [CHINCHILLA, OTHER])
+@pytest.mark.parametrize('law', [case(CHINCHILLA, standing=True), case(OTHER, standing=False)])
 def test_intervals_hold_the_truth(law):
   """Of 95 % intervals of six numbers over ten noisy studies, at least 85 % do: 95 % within what ten studies can tell."""
   held = []

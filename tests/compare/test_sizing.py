@@ -44,8 +44,7 @@ def flops_of_llama(size):
   return cost(solve('llama3', 'params', size, **SMALL).model).train_flops_per_token
 
 
-@pytest.mark.quick
-@pytest.mark.parametrize('family', list(FAMILIES))
+@pytest.mark.parametrize('family', families(FAMILIES))
 def test_a_million_parameters(family):
   sized = solve(family, 'params', 1e6, **data(family))
   assert fits(sized, define(sized.model).size)

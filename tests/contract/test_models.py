@@ -17,8 +17,9 @@ from jaxformer.layers.layer import Context
 from jaxformer.models.stack import REMAT
 from jaxformer.ops.route import route
 from jaxformer.sharding import MeshConfig, batch_sharding, make_mesh, use_mesh
+from tests import tiers
 from tests.contract.cases import BATCH, CLASSIFIERS, PAIRS, TINY, close, model, segments, tokens
-from tests.tiers import STANDING, case, families
+from tests.tiers import families
 
 every = pytest.mark.parametrize('name', families(TINY))
 # Of what depends on how a stack is built, and not on the layers in it, which test_layers.py puts on a mesh one by one: a family of
@@ -132,6 +133,7 @@ MESHES = {
   'context2-expert2-tensor2': MeshConfig(data=1, context=2, expert=2, tensor=2),
   'replica2-context2-fsdp2': MeshConfig(data=1, replica=2, context=2, fsdp=2, rules='fsdp'),
 }
+USUAL_MESHES = 'fsdp4-tensor2', 'data8', 'context4-fsdp2', 'context2-expert2-tensor2'
 MIXTURES = {'mixtral-tiny': ['context4-fsdp2', 'expert4-fsdp2', 'context2-expert2-tensor2'],
             'jamba-tiny': ['context2-expert2-tensor2']}
 
@@ -145,7 +147,7 @@ def meshes_for(name):
 
 
 @pytest.mark.parametrize(('name', 'mesh'), [
-  case(n, MESHES[m], id=f'{n}-{m}', standing=n.removesuffix('-tiny') in STANDING)
+  tiers.case(n, MESHES[m], id=f'{n}-{m}', standing=n.removesuffix('-tiny') in tiers.STANDING and m in USUAL_MESHES)
   for n in BUILDS for m in meshes_for(n)])
 def test_sharded_equals_unsharded(name, mesh):
   case = model(name)

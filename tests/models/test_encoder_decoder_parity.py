@@ -13,6 +13,7 @@ from jaxformer.layers.search import RnnSearch
 from jaxformer.models.params import define
 from jaxformer.models.zoo.gnmt import gnmt
 from jaxformer.models.zoo.seq2seq import luong, rnnsearch, seq2seq_lstm
+from tests.tiers import case
 
 N = Normal(std=0.4)
 SIZES = {'source_vocab_size': 13, 'vocab_size': 11, 'context': 20}
@@ -97,7 +98,7 @@ def run(p, layer, xs, state):
   return np.array(out), state
 
 
-@pytest.mark.parametrize('layers', [3, 4])
+@pytest.mark.parametrize('layers', [case(3, standing=False), case(4, standing=True)])
 def test_gnmt(layers):
   """Wu et al. 2016, section 3: sums from the third layer on, c_t of the bottom layer's output before, read by every layer."""
   n = 6

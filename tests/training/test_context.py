@@ -15,7 +15,7 @@ from jaxformer.sharding import AxisRules, MeshConfig, Rules, batch_sharding, mak
 from jaxformer.training import AdamW, Constant, train
 from jaxformer.training.optimizer import Optimizer
 from jaxformer.training.step import StepConfig, compiled_train_step, init_state
-from tests.tiers import case
+from tests.tiers import case, thorough
 
 OWN = Rules(params=AxisRules(embed=('fsdp', 'context'), heads=('tensor',), mlp=('tensor',), inner=('tensor',)))
 MESHES = {
@@ -61,6 +61,7 @@ def test_losses_and_parameters_are_those_of_one_device(name, mesh):
   assert {m.sharding for m in moments} <= placed
 
 
+@thorough
 def test_the_loop_takes_a_mesh_that_divides_time(experiment, dataset):
   def losses(name, devices, *given):
     e = experiment(name, dropout=0.0, steps=3, eval_every=3, checkpoint_every=3, accumulate=2)

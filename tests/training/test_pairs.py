@@ -18,6 +18,7 @@ from jaxformer.training import AdamW, Constant, Experiment, RunConfig, TrainingC
 from jaxformer.training.experiment import check_fit
 from jaxformer.training.feed import Feed
 from jaxformer.training.run import read_metrics
+from tests.tiers import case
 
 ONE = jax.devices()[:1]
 END = 15
@@ -98,8 +99,9 @@ def test_interrupted_training_counts_and_learns_the_same(tmp_path):
     assert parts.metrics[name] == whole.metrics[name], name
 
 
-@pytest.mark.parametrize('model', [TINY, luong(32, 1, DotScore(), source_vocab_size=16, vocab_size=16, context=16)],
-                         ids=['transformer', 'luong'])
+@pytest.mark.parametrize('model', [
+  case(TINY, id='transformer', standing=True),
+  case(luong(32, 1, DotScore(), source_vocab_size=16, vocab_size=16, context=16), id='luong', standing=False)])
 def test_eight_devices_learn_what_one_does(tmp_path, model):
   one = train(experiment(tmp_path, model, 'one'), devices=ONE, log=lambda line: None)
   eight = train(experiment(
