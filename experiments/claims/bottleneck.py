@@ -62,7 +62,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from gallery import Picture, Result, arguments, publish, signed
+from gallery import Picture, Result, arguments, publish, signed, to_the_end
 
 from jaxformer.compare.costs import measure_costs
 from jaxformer.compare.runner import Trial, Tuned, run_study
@@ -309,7 +309,7 @@ def pictures(halves: dict[str, Half], seconds: dict[str, list[list[float]]]) -> 
   return out
 
 
-def main() -> int:
+def main() -> None:
   parser = arguments(__doc__)
   parser.add_argument('--packages', default=None, help='a folder with the .deb files of sword-text-kjv and sword-text-sparv')
   args = parser.parse_args()
@@ -337,15 +337,7 @@ def main() -> int:
       'encoding': {'lengths': LENGTHS, 'seconds': seconds},
       'differences': {n: [dataclasses.asdict(d) for d in of] for n, of in differences.items()}}),
     pictures(halves, seconds))
-  return 0
 
 
 if __name__ == '__main__':
-  try:
-    sys.exit(main())
-  except InputError as e:
-    note(f'error: {e}')
-    sys.exit(2)
-  except Interrupted:
-    note('interrupted: what was running is saved; the same command goes on from there')
-    sys.exit(75)
+  to_the_end(main)

@@ -15,12 +15,16 @@ import pathlib
 import platform
 import shlex
 import sys
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
 
+from jaxformer.compare.sharing import Interrupted
 from jaxformer.compare.statistics import Estimate
 from jaxformer.compare.svg import Axis, Series, chart, standalone
+from jaxformer.config import InputError
+from jaxformer.training.loop import INTERRUPTED
 
 HERE = pathlib.Path(__file__).parent
 RESULTS = HERE / 'results'
@@ -120,6 +124,19 @@ def write_page(results: pathlib.Path) -> pathlib.Path:
       f'`{r["command"]}` (Python {made["python"]}, jax {made["jax"]}, {made["device"]})']
   page.write_text('\n\n'.join(parts) + '\n')
   return page
+
+
+def to_the_end(main: Callable[[], None]) -> None:
+  """Runs a claim. What ends it early is said in one line: wrong input (exit code 2), or a signal (that of a run that goes on
+  when it is started again)."""
+  try:
+    main()
+  except InputError as e:
+    print(f'error: {e}', file=sys.stderr)
+    sys.exit(2)
+  except (Interrupted, KeyboardInterrupt):
+    print('interrupted: runs that are done are kept; the same command goes on from there', file=sys.stderr)
+    sys.exit(INTERRUPTED)
 
 
 def signed(e: Estimate, places: int = 3) -> str:

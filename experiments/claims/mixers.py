@@ -3,7 +3,6 @@ words, and what it is to solve a task."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
@@ -12,7 +11,6 @@ import jax
 
 from jaxformer.compare.report import report_study
 from jaxformer.compare.results import Outcome, Results, TaskResults, interval_form
-from jaxformer.compare.sharing import Interrupted
 from jaxformer.compare.sizing import solve
 from jaxformer.compare.study import Entry, Study
 from jaxformer.compare.svg import Point
@@ -27,7 +25,6 @@ from jaxformer.models.stack import Group
 from jaxformer.models.zoo.preset import Family, two_thirds
 
 SOLVED = 0.95   # accuracy
-INTERRUPTED = 75
 INIT = FanInNormal()
 GRID, RATE = (3e-3, 1e-2, 3e-2), 1e-2
 
@@ -56,7 +53,7 @@ class Stacked(Entry):
   def title(self) -> str:
     return self.name or '-'.join(m.tag for m in self.mixers)
 
-  def model(self, study: Study, vocab_size: int, context: int) -> ModelConfig:
+  def model(self, study: Study, vocab_size: int, context: int, source_vocab_size: int | None = None) -> ModelConfig:
     family = Family(self.title, self.make, self.width, len(self.mixers), two_thirds, grows_deeper=False)
     sized = solve(family, study.match, study.target, vocab_size=vocab_size, context=context, tolerance=study.tolerance)
     if sized.width != self.width:
@@ -84,16 +81,12 @@ def rates(scale: float) -> tuple[float, ...]:
 
 
 def run(study: Study) -> Results:
-  """Trains what is not trained yet, writes the study's own report, and prints where it is. After a signal the program ends with the
-  exit code of what goes on when it is started again. Programs are kept beside the runs: at this size compiling costs as much as
-  training, and a grid and the seeds after it are one program."""
+  """Trains what is not trained yet, writes the study's own report, and prints where it is. Raises `Interrupted` after a
+  signal. Programs are kept beside the runs: at this size compiling costs as much as training, and a grid and the seeds after it are
+  one program."""
   jax.config.update('jax_compilation_cache_dir', str(Path(study.dir) / 'compiled'))
   jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
-  try:
-    results = report_study(study, lambda line: print(line, flush=True))
-  except Interrupted:
-    print('interrupted: what was running is saved; the same command goes on from there')
-    sys.exit(INTERRUPTED)
+  results = report_study(study, lambda line: print(line, flush=True))
   print(*results.answer, f'report: {study.folder / "report" / "report.html"}', sep='\n', flush=True)
   jax.clear_caches()   # the next study compiles other programs
   return results

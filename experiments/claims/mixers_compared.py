@@ -176,4 +176,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-  main()
+  gallery.to_the_end(main)

@@ -41,7 +41,7 @@ import os
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 
 import numpy as np
-from gallery import Picture, Result, Verdict, arguments, publish
+from gallery import Picture, Result, Verdict, arguments, publish, to_the_end
 
 from jaxformer.compare.scaling import power_law
 from jaxformer.compare.scaling_report import between, report_scaling, trainings
@@ -171,4 +171,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-  main()
+  to_the_end(main)

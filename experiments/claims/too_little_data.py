@@ -41,7 +41,7 @@ import pathlib
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 
-from gallery import Picture, Result, Verdict, arguments, publish, signed
+from gallery import Picture, Result, Verdict, arguments, publish, signed, to_the_end
 
 from jaxformer.compare.runner import Trial, Tuned, run_study
 from jaxformer.compare.statistics import Estimate, compare, estimate, holm
@@ -238,4 +238,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-  main()
+  to_the_end(main)

@@ -41,7 +41,7 @@ def task(first: str, scores: dict[str, tuple[float, ...]]) -> TaskResults:
 def test_stacks_of_one_shape_have_equal_size():
   study = hybrid_recall.study(1.0, 'runs')
   for entry in study.entries:
-    model = entry.model(study, hybrid_recall.TASK.kind.vocab_size, hybrid_recall.TASK.positions)
+    model = entry.model(study, hybrid_recall.TASK.kind.vocab_size, hybrid_recall.TASK.positions, None)   # as a study calls it
     assert (model.width, sum(len(g.pattern) * g.repeats for g in model.stack)) == (hybrid_recall.WIDTH, 4)
     assert define(model).active_size == pytest.approx(study.target, rel=study.tolerance)
 
