@@ -33,8 +33,8 @@ os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 import jax
 import jax.numpy as jnp
 
-from jaxformer.config import Config
-from jaxformer.layers.layer import Context, LayerConfig, Site
+from jaxformer.compare.contract import Alone
+from jaxformer.layers.layer import Context
 from jaxformer.layers.mlp import GatedMlp
 from jaxformer.layers.moe import Capacity, Moe
 from jaxformer.layers.router import TopKSoftmax
@@ -42,16 +42,6 @@ from jaxformer.models.params import define
 from jaxformer.training.host import keep_freed_memory
 
 WIDTH, HIDDEN, EXPERTS, K, SEQUENCES = 512, 1024, 8, 2, 8
-
-
-class Alone(Config):
-  """A layer as something that `define` can take."""
-
-  layer: LayerConfig
-
-  def build(self, rngs):
-    return self.layer.build(WIDTH, rngs, Site())
-
 
 EXPERT = GatedMlp.Config(hidden=HIDDEN)
 ROUTED = Moe.Config(experts=EXPERTS, expert=EXPERT, router=TopKSoftmax.Config(k=K, balance=0.01))
@@ -64,7 +54,7 @@ LAYERS = {
 
 def step(layer: LayerConfig, tokens: int):
   """A function that computes a layer's output and all its gradients."""
-  definition = define(Alone(layer=layer))
+  definition = define(Alone(layer=layer, width=WIDTH))
   params = definition.init(jax.random.key(0))
   x = jax.random.normal(jax.random.key(1), (SEQUENCES, tokens // SEQUENCES, WIDTH))
 
@@ -97,7 +87,7 @@ def main() -> None:
   print(f'{"layer":14} {"active":>10} {"median ms":>10} {"least ms":>9} {"ratio":>6}  range of ratios')
   for name, layer in LAYERS.items():
     ratios = [a / b for a, b in zip(seconds[name], seconds['dense'], strict=True)]
-    print(f'{name:14} {define(Alone(layer=layer)).active_size:>10,} {statistics.median(seconds[name]) * 1e3:>10.0f} '
+    print(f'{name:14} {define(Alone(layer=layer, width=WIDTH)).active_size:>10,} {statistics.median(seconds[name]) * 1e3:>10.0f} '
           f'{min(seconds[name]) * 1e3:>9.0f} {statistics.median(ratios):>6.2f}  {min(ratios):.2f} to {max(ratios):.2f}')
 
 
