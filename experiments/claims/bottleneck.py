@@ -56,7 +56,6 @@ import dataclasses
 import json
 import pathlib
 import statistics
-import sys
 import time
 from typing import Any
 
@@ -64,6 +63,7 @@ import jax
 import numpy as np
 from gallery import Picture, Result, arguments, publish, signed, to_the_end
 
+from jaxformer.cli.common import note
 from jaxformer.compare.costs import measure_costs
 from jaxformer.compare.runner import Trial, Tuned, run_study
 from jaxformer.compare.sharing import Interrupted
@@ -161,10 +161,6 @@ class Half:
 
   def over_seeds(self, name: str, of: str, group: int) -> Estimate:
     return estimate([r[of][group] for r in self.runs[name].values()])
-
-
-def note(line: str) -> None:
-  print(line, file=sys.stderr, flush=True)
 
 
 def half_of(name: str, study: Study, interrupt: Interrupt) -> Half:

@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 import jax
 
+from jaxformer.cli.common import note
 from jaxformer.compare.sharing import Interrupted
 from jaxformer.compare.statistics import Estimate
 from jaxformer.compare.svg import Axis, Series, chart, standalone
@@ -132,10 +133,10 @@ def to_the_end(main: Callable[[], None]) -> None:
   try:
     main()
   except InputError as e:
-    print(f'error: {e}', file=sys.stderr)
+    note(f'error: {e}')
     sys.exit(2)
   except (Interrupted, KeyboardInterrupt):
-    print('interrupted: runs that are done are kept; the same command goes on from there', file=sys.stderr)
+    note('interrupted: runs that are done are kept; the same command goes on from there')
     sys.exit(INTERRUPTED)
 
 

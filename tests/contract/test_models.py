@@ -29,7 +29,7 @@ BUILDS = ('gpt2-tiny', 'h3-tiny', 'jamba-tiny', 'llama3-tiny', 'lstm-tiny', 'mam
 all_kinds = pytest.mark.parametrize('name', families([*TINY, *CLASSIFIERS, *PAIRS]))
 LENGTH, DOCUMENTS = 40, (20, 20)
 # With every remat policy and on every mesh; the others with what is most likely to break.
-THOROUGH = ('llama3-tiny', 's4d-tiny')
+IN_EVERY_WAY = ('llama3-tiny', 's4d-tiny')
 # One of each kind that is divided in time. Each layer by itself is so divided in test_layers.py.
 IN_TIME = ('mamba-tiny', 'rwkv7-tiny', 'mixtral-tiny', 'jamba-tiny')
 
@@ -117,7 +117,7 @@ def test_every_way_to_run_the_stack_agrees(name):
   with route(every='naive'):
     close(jax.jit(lambda *a: loss(*a))(case.params, Context(unroll=True)), scanned, 1e-4, 'naive, unrolled ')
   ways = [Context(remat='full', unroll=False)]
-  if name in THOROUGH:
+  if name in IN_EVERY_WAY:
     ways = [Context(unroll=True), *(Context(remat=r, unroll=False) for r in REMAT if r not in ('none', 'offload'))]
   for ctx in ways:
     close(jax.jit(loss)(case.params, ctx), scanned, 1e-4, f'{ctx.remat} {ctx.unroll} ')
@@ -139,7 +139,7 @@ MIXTURES = {'mixtral-tiny': ['context4-fsdp2', 'expert4-fsdp2', 'context2-expert
 
 
 def meshes_for(name):
-  if name in THOROUGH:
+  if name in IN_EVERY_WAY:
     return [m for m in MESHES if 'expert' not in m]
   if name in PAIRS:
     return ['fsdp4-tensor2', 'data8']
