@@ -1,13 +1,15 @@
 """What a mixture of experts costs on a CPU beside the dense layer that does as much.
 
-Question: how much longer does a layer of eight SwiGLU experts, two a token, take forward and backward than a dense SwiGLU layer of
-twice an expert's hidden units, which multiplies every token with as many weights? At 1 the router, the sorting and the uneven loads
-would be free.
+Question: how much longer does a layer of eight SwiGLU experts, two a token, take forward and
+  backward than a dense SwiGLU layer of
+twice an expert's hidden units, which multiplies every token with as many weights? At 1 the router,
+the sorting and the uneven loads would be free.
 
     python experiments/moe_cpu_cost.py [--tokens 4096] [--repeats 9]
 
-Width 512, 1,024 hidden units an expert, fp32, two threads, 8 sequences. All forms live in one process and take turns, so that what
-else the machine does falls on all; the ratio is the median over the rounds of that of the two neighbours.
+Width 512, 1,024 hidden units an expert, fp32, two threads, 8 sequences. All forms live in one
+process and take turns, so that what else the machine does falls on all; the ratio is the median
+over the rounds of that of the two neighbours.
 
 Cost: a minute or two on two CPU cores.
 Result:
@@ -18,8 +20,8 @@ Result:
     dropless        3,149,824       1013       998   1.18  1.05 to 1.24
     capacity 1.25   3,149,824       1158      1090   1.29  1.06 to 1.41
 
-(jax 0.10.2, two cores that did other work too.) Tiles of 64 to 512 rows are within a tenth of each other; those of 128 were taken.
-"""
+(jax 0.10.2, two cores that did other work too.) Tiles of 64 to 512 rows are within a tenth of each
+other; those of 128 were taken."""
 
 from __future__ import annotations
 
@@ -84,11 +86,17 @@ def main() -> None:
       run()
       seconds[name].append(time.perf_counter() - began)
   print(f'{args.tokens} tokens, forward and backward, {args.repeats} rounds')
-  print(f'{"layer":14} {"active":>10} {"median ms":>10} {"least ms":>9} {"ratio":>6}  range of ratios')
+  print(
+    f'{"layer":14} {"active":>10} {"median ms":>10} {"least ms":>9} {"ratio":>6}  range of ratios'
+  )
   for name, layer in LAYERS.items():
     ratios = [a / b for a, b in zip(seconds[name], seconds['dense'], strict=True)]
-    print(f'{name:14} {define(Alone(layer=layer, width=WIDTH)).active_size:>10,} {statistics.median(seconds[name]) * 1e3:>10.0f} '
-          f'{min(seconds[name]) * 1e3:>9.0f} {statistics.median(ratios):>6.2f}  {min(ratios):.2f} to {max(ratios):.2f}')
+    print(
+      f'{name:14} {define(Alone(layer=layer, width=WIDTH)).active_size:>10,} '
+      f'{statistics.median(seconds[name]) * 1e3:>10.0f} '
+      f'{min(seconds[name]) * 1e3:>9.0f} {statistics.median(ratios):>6.2f}  {min(ratios):.2f} to '
+      f'{max(ratios):.2f}'
+    )
 
 
 if __name__ == '__main__':

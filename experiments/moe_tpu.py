@@ -1,26 +1,32 @@
 """Mixtral and Jamba on TPU slices, by the TPU's compiler.
 
-Question: does a training step of a published mixture of experts fit on a slice, are its FLOPs those of the active experts, and how
+Question: does a training step of a published mixture of experts fit on a slice, are its FLOPs those
+  of the active experts, and how
 do tokens travel?
 
     pip install -e '.[tpu]'
     python experiments/moe_tpu.py [NAME ...]
 
-Needs no TPU. As `experiments/tpu_fit.py`: AdamW, fp32 parameters, bf16 products, full remat, compiled for a described slice without
-any array. `arguments` are parameters and optimizer state, `temporaries` all else, in GiB a chip. FLOPs are the compiler's count of
-a model of one period over `planning.cost`'s, which counts three passes where remat makes four of a layer; the compiler counts the
-kernels' rows whether a bucket's places are taken or free, and what is in a loop once. Collectives are GiB of their results on one
-chip in one step; a dropless layer's rounds count once, as many as a balanced router needs.
+Needs no TPU. As `experiments/tpu_fit.py`: AdamW, fp32 parameters, bf16 products, full remat,
+compiled for a described slice without any array. `arguments` are parameters and optimizer state,
+`temporaries` all else, in GiB a chip. FLOPs are the compiler's count of a model of one period over
+`planning.cost`'s, which counts three passes where remat makes four of a layer; the compiler counts
+the kernels' rows whether a bucket's places are taken or free, and what is in a loop once.
+Collectives are GiB of their results on one chip in one step; a dropless layer's rounds count once,
+as many as a balanced router needs.
 
 Cost: five to fifteen minutes a row on two CPU cores that do other work too.
 Result: with jax 0.10.2 and libtpu 0.0.42.1:
 
-    preset       slice      mesh             batch       arguments temporaries compile s  FLOPs  collectives
-    mixtral-8x7b v5p:2x2x4  fsdp 2 expert 8  16 x 4096       40.47       20.80       187   1.23  all-gather 26.71,
+    preset       slice      mesh             batch       arguments temporaries compile s  FLOPs
+    collectives mixtral-8x7b v5p:2x2x4  fsdp 2 expert 8  16 x 4096       40.47       20.80       187
+    1.23  all-gather 26.71,
       all-reduce 8.62, all-to-all 15.00, collective-permute 0.02, reduce-scatter 3.15
-    mixtral-8x7b v5p:2x4x4  fsdp 4 expert 8  32 x 4096       20.24       14.15       272   1.23  all-gather 26.71,
+    mixtral-8x7b v5p:2x4x4  fsdp 4 expert 8  32 x 4096       20.24       14.15       272   1.23
+    all-gather 26.71,
       all-reduce 7.93, all-to-all 15.00, collective-permute 0.02, reduce-scatter 1.57
-    jamba-v0.1   v5p:2x4x4  fsdp 4 expert 8  32 x 4096       34.93       36.07       473     -   all-gather 43.63,
+    jamba-v0.1   v5p:2x4x4  fsdp 4 expert 8  32 x 4096       34.93       36.07       473     -
+    all-gather 43.63,
       all-reduce 3.58, all-to-all 9.41, collective-permute 0.14, reduce-scatter 5.49
 
 All fit the 95 GB of a v5p chip; Jamba's FLOPs were not counted.
@@ -51,7 +57,12 @@ def flops(case: Case) -> str:
   """The compiler's FLOPs of one period over those of the formula."""
   model = PRESETS[case.preset].model
   short = model.replace(stack=tuple(g.replace(repeats=1) for g in model.stack))
-  mine = flops_per_token(short, case.length) * case.batch * case.length / topology_mesh(case.topology, case.mesh).size
+  mine = (
+    flops_per_token(short, case.length)
+    * case.batch
+    * case.length
+    / topology_mesh(case.topology, case.mesh).size
+  )
   return f' {compiled(case, short).cost_analysis()["flops"] / mine:6.2f}'
 
 

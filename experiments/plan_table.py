@@ -1,20 +1,24 @@
-"""Published models, each with a slice on which its training step compiles and fits, what bounds it, and what its training costs.
+"""Published models, each with a slice on which its training step compiles and fits, what bounds it,
+and what its training costs.
 
-Question: what has to be rented to train a published model, does the step fit there by the TPU's own compiler, how far are the
+Question: what has to be rented to train a published model, does the step fit there by the TPU's own
+  compiler, how far are the
 formulas of `jaxformer plan` from it, and what does a Chinchilla-optimal training cost?
 
-    pip install -e '.[tpu]'
-    python experiments/plan_table.py            # the rows that are not there yet
-    python experiments/plan_table.py NAME ...   # these rows again
-    python experiments/plan_table.py --formulas # all rows by today's formulas, beside what the compiler said
+    pip install -e '.[tpu]' python experiments/plan_table.py            # the rows that are not
+    there yet python experiments/plan_table.py NAME ...   # these rows again python
+    experiments/plan_table.py --formulas # all rows by today's formulas, beside what the compiler
+    said
 
-Needs no TPU. Each row is the training step of the command line (AdamW, fp32 parameters, bf16 products, packed documents) for the
-devices of a slice, from shapes alone. Bytes are those of one device: arguments, temporaries and results that take no argument's
-place. The bound is the roofline's at the full peak, not a prediction; money is for 20 tokens an active parameter at 40 % of the
-peak, list prices of `planning/hardware.py`. Rows are kept in `plan_table.json` as they are made, and `plan_table.md` is written
-from it.
+Needs no TPU. Each row is the training step of the command line (AdamW, fp32 parameters, bf16
+products, packed documents) for the devices of a slice, from shapes alone. Bytes are those of one
+device: arguments, temporaries and results that take no argument's place. The bound is the
+roofline's at the full peak, not a prediction; money is for 20 tokens an active parameter at 40 % of
+the peak, list prices of `planning/hardware.py`. Rows are kept in `plan_table.json` as they are
+made, and `plan_table.md` is written from it.
 
-Cost: one to three minutes of one CPU core a row, most of it in the compiler (the times in the table are of a machine that did other
+Cost: one to three minutes of one CPU core a row, most of it in the compiler (the times in the table
+  are of a machine that did other
 work too: five times as long).
 Result: `plan_table.md`.
 """
@@ -63,8 +67,10 @@ class Case:
 
 
 RWKV7 = (
-  'the backward pass of the delta rule holds the triangular systems of its chunks in fp32, which the formulas, from what a forward '
-  'pass keeps, do not see')
+  'the backward pass of the delta rule holds the triangular systems of its chunks in fp32, which '
+  'the formulas, from what a forward '
+  'pass keeps, do not see'
+)
 
 H3 = 'Fourier transforms of long convolutions work on complex numbers of twice the length in fp32, which the formulas do not see'
 
@@ -88,16 +94,30 @@ CASES = (
   Case('rwkv4-14b', 'v5p-32', fsdp(16), 64, 1024),
   Case('rwkv7-2.9b', 'v5e-32', fsdp(32), 64, 4096, note=RWKV7),
   Case('h3-2.7b', 'v5e-32', fsdp(32), 64, 2048, note=H3),
-  Case('transformer-big', 'v5e-8', fsdp(8), 512, 256, note='pairs of 256 tokens, source and target each'),
+  Case(
+    'transformer-big',
+    'v5e-8',
+    fsdp(8),
+    512,
+    256,
+    note='pairs of 256 tokens, source and target each',
+  ),
 )
 
 
 def experiment(case: Case) -> Experiment:
   model = PRESETS[case.preset].model
   data: DatasetConfig = DataConfig(sequence_length=case.length)
-  if isinstance(model, EncoderDecoder.Config):   # the file is never opened
-    data = Pairs(corpus=Tsv(path='pairs.tsv'), source_lengths=(case.length,), target_lengths=(case.length,))
-  return Experiment(model=model, data=data, mesh=case.mesh, training=TrainingConfig(batch_size=case.batch, remat=case.remat))
+  if isinstance(model, EncoderDecoder.Config):  # the file is never opened
+    data = Pairs(
+      corpus=Tsv(path='pairs.tsv'), source_lengths=(case.length,), target_lengths=(case.length,)
+    )
+  return Experiment(
+    model=model,
+    data=data,
+    mesh=case.mesh,
+    training=TrainingConfig(batch_size=case.batch, remat=case.remat),
+  )
 
 
 def compiled(case: Case) -> CompiledPlan:
@@ -109,43 +129,101 @@ def compiled(case: Case) -> CompiledPlan:
 def row(case: Case, plan: CompiledPlan) -> dict[str, Any]:
   """The figures of a case, as JSON data."""
   model, target = PRESETS[case.preset].model, parse_target(case.target)
-  setup = Setup(model=model, target=target, mesh=case.mesh, batch_size=case.batch, length=case.length, remat=case.remat)
+  setup = Setup(
+    model=model,
+    target=target,
+    mesh=case.mesh,
+    batch_size=case.batch,
+    length=case.length,
+    remat=case.remat,
+  )
   c = cost(model, case.length)
   report = training_report(setup, TOKENS_PER_PARAMETER * c.active_params, UTILISATION)
   memory = report['memory']['total']
   flops = [f / target.devices for f in step_flops(model, case.length, case.batch, case.remat)]
   return {
-    'name': case.preset, 'params': c.params, 'target': target.name, 'chips': target.total_chips,
-    'mesh': {a: getattr(case.mesh, a) for a in MESH_AXES if getattr(case.mesh, a) > 1}, 'batch_size': case.batch,
-    'sequence_length': case.length, 'remat': case.remat, 'compiled': plan.as_json(), 'predicted': report['memory'],
-    'predicted_flops': flops, 'ratio': plan.total / memory, 'step': report['step'], 'run': report['run'],
-    'disagreements': disagreements(plan, memory, (flops[0], flops[1])), 'note': case.note}
+    'name': case.preset,
+    'params': c.params,
+    'target': target.name,
+    'chips': target.total_chips,
+    'mesh': {a: getattr(case.mesh, a) for a in MESH_AXES if getattr(case.mesh, a) > 1},
+    'batch_size': case.batch,
+    'sequence_length': case.length,
+    'remat': case.remat,
+    'compiled': plan.as_json(),
+    'predicted': report['memory'],
+    'predicted_flops': flops,
+    'ratio': plan.total / memory,
+    'step': report['step'],
+    'run': report['run'],
+    'disagreements': disagreements(plan, memory, (flops[0], flops[1])),
+    'note': case.note,
+  }
 
 
 def lines(rows: list[dict[str, Any]]) -> list[str]:
   """The table in Markdown."""
   head = (
-    'model', 'slice', 'chips', 'mesh', 'batch', 'remat', 'GiB a chip: compiler', 'formulas', 'ratio', 'step at least, s', 'bound',
-    'tokens/s at most', 'Chinchilla tokens', 'price, USD', 'compiled in, s', 'jax, libtpu')
+    'model',
+    'slice',
+    'chips',
+    'mesh',
+    'batch',
+    'remat',
+    'GiB a chip: compiler',
+    'formulas',
+    'ratio',
+    'step at least, s',
+    'bound',
+    'tokens/s at most',
+    'Chinchilla tokens',
+    'price, USD',
+    'compiled in, s',
+    'jax, libtpu',
+  )
   out = [f'| {" | ".join(head)} |', '|' + ' --- |' * len(head)]
   for r in rows:
     plan = r['compiled']
-    held = f'{plan["total"] / GIB:.2f} of {plan["limit"] / GIB:.2f}' + ('' if plan['fits'] else ' (does not fit)')
+    held = f'{plan["total"] / GIB:.2f} of {plan["limit"] / GIB:.2f}' + (
+      '' if plan['fits'] else ' (does not fit)'
+    )
     cells = (
-      r['name'], r['target'], f'{r["chips"]:,}', ' x '.join(f'{a} {n}' for a, n in r['mesh'].items()),
-      f'{r["batch_size"]} x {r["sequence_length"]}', r['remat'], held, f'{r["predicted"]["total"] / GIB:.2f}', f'{r["ratio"]:.2f}',
-      f'{r["step"]["seconds"]:.3g}', r['step']['bound'], f'{r["step"]["tokens_per_second"]:,.0f}', f'{r["run"]["tokens"]:.3g}',
-      f'{r["run"]["price_usd"]:,.0f}', f'{plan["compile_seconds"]:.0f}', f'{plan["jax"]}, {plan["libtpu"]}')
+      r['name'],
+      r['target'],
+      f'{r["chips"]:,}',
+      ' x '.join(f'{a} {n}' for a, n in r['mesh'].items()),
+      f'{r["batch_size"]} x {r["sequence_length"]}',
+      r['remat'],
+      held,
+      f'{r["predicted"]["total"] / GIB:.2f}',
+      f'{r["ratio"]:.2f}',
+      f'{r["step"]["seconds"]:.3g}',
+      r['step']['bound'],
+      f'{r["step"]["tokens_per_second"]:,.0f}',
+      f'{r["run"]["tokens"]:.3g}',
+      f'{r["run"]["price_usd"]:,.0f}',
+      f'{plan["compile_seconds"]:.0f}',
+      f'{plan["jax"]}, {plan["libtpu"]}',
+    )
     out.append(f'| {" | ".join(cells)} |')
-  remarks = [f'- {r["name"]}: {text}' for r in rows for text in (*r['disagreements'], r['note']) if text]
-  title = 'Where compiler and formulas disagree (memory by 15 %, FLOPs by 5 % beyond remat), and remarks:'
+  remarks = [
+    f'- {r["name"]}: {text}' for r in rows for text in (*r['disagreements'], r['note']) if text
+  ]
+  title = (
+    'Where compiler and formulas disagree (memory by 15 %, FLOPs by 5 % beyond remat), and remarks:'
+  )
   return out + (['', title, '', *remarks] if remarks else [])
 
 
 def save(rows: dict[str, dict[str, Any]]) -> None:
   ordered = [rows[c.preset] for c in CASES if c.preset in rows]
   (FOLDER / 'plan_table.json').write_text(json.dumps(ordered, indent=1) + '\n')
-  title = ['# Training steps that the compiler confirmed', '', 'Made by `python experiments/plan_table.py`; see there.', '']
+  title = [
+    '# Training steps that the compiler confirmed',
+    '',
+    'Made by `python experiments/plan_table.py`; see there.',
+    '',
+  ]
   (FOLDER / 'plan_table.md').write_text('\n'.join(title + lines(ordered)) + '\n')
 
 
@@ -156,10 +234,28 @@ def load() -> dict[str, dict[str, Any]]:
 
 def said(figures: dict[str, Any]) -> CompiledPlan:
   """What the compiler said, from a row."""
-  kept = {k: figures[k] for k in ('arguments', 'temporaries', 'outputs', 'total', 'limit', 'compile_seconds', 'jax', 'libtpu')}
+  kept = {
+    k: figures[k]
+    for k in (
+      'arguments',
+      'temporaries',
+      'outputs',
+      'total',
+      'limit',
+      'compile_seconds',
+      'jax',
+      'libtpu',
+    )
+  }
   flops = figures['flops'] and Arithmetic(
-    figures['flops']['products'], figures['flops']['kernels'], Counter(figures['flops']['not_counted']))
-  sent = {axis: {kind: Traffic(**t) for kind, t in kinds.items()} for axis, kinds in figures['collectives'].items()}
+    figures['flops']['products'],
+    figures['flops']['kernels'],
+    Counter(figures['flops']['not_counted']),
+  )
+  sent = {
+    axis: {kind: Traffic(**t) for kind, t in kinds.items()}
+    for axis, kinds in figures['collectives'].items()
+  }
   return CompiledPlan(**kept, flops=flops, collectives=sent)
 
 

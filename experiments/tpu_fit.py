@@ -1,31 +1,44 @@
 """Published models on TPU slices, by the TPU's compiler.
 
-Question: does a training step fit on a slice, how long does it take to compile, and what do its chips send each other?
+Question: does a training step fit on a slice, how long does it take to compile, and what do its
+  chips send each other?
 
     pip install -e '.[tpu]'
     python experiments/tpu_fit.py [NAME ...]
 
-Needs no TPU. Each row is the training step of the command line (AdamW, fp32 parameters, bf16 products) compiled for a described
-slice, without any array. `arguments` are parameters and optimizer state, `temporaries` all else; collectives are bytes of their
-results on one chip in one step, the rounds of loops counted. Nothing here is a time of the step.
+Needs no TPU. Each row is the training step of the command line (AdamW, fp32 parameters, bf16
+products) compiled for a described slice, without any array. `arguments` are parameters and
+optimizer state, `temporaries` all else; collectives are bytes of their results on one chip in one
+step, the rounds of loops counted. Nothing here is a time of the step.
 
 Cost: one to two and a half minutes a row on two CPU cores that do other work too.
 Result: with jax 0.10.2 and libtpu 0.0.42.1, all in GiB a chip:
 
-    preset       slice      mesh            batch      remat  arguments temporaries compile s  collectives
-    llama2-7b    v5p:2x2x4  fsdp 16         16 x 4096  full        4.71        5.49        58  all-gather 24.59, all-to-all 0.06,
-                                                                                               collective-permute 13.08
-    llama2-7b    v5p:2x2x4  fsdp 16         32 x 4096  names       4.71       16.35        46  all-gather 24.60, all-to-all 0.12,
-                                                                                               collective-permute 13.08
-    llama3.1-8b  v6e:4x4    fsdp 16         16 x 8192  full        5.61        8.14       141  all-gather 27.95, all-to-all 0.12,
-                                                                                               collective-permute 14.85
-    llama3.1-8b  v6e:4x4    fsdp 8 tensor 2 16 x 8192  full        5.61       11.57       107  all-gather 13.97, all-reduce 20.25,
-                                                                                               all-to-all 0.25, reduce-scatter 0.06,
-                                                                                               collective-permute 7.86
+    preset       slice      mesh            batch      remat  arguments temporaries compile s
+    collectives llama2-7b    v5p:2x2x4  fsdp 16         16 x 4096  full        4.71        5.49
+    58  all-gather 24.59, all-to-all 0.06,
+                                                                                               collective-permute
+                                                                                               13.08
+    llama2-7b    v5p:2x2x4  fsdp 16         32 x 4096  names       4.71       16.35        46
+    all-gather 24.60, all-to-all 0.12,
+                                                                                               collective-permute
+                                                                                               13.08
+    llama3.1-8b  v6e:4x4    fsdp 16         16 x 8192  full        5.61        8.14       141
+    all-gather 27.95, all-to-all 0.12,
+                                                                                               collective-permute
+                                                                                               14.85
+    llama3.1-8b  v6e:4x4    fsdp 8 tensor 2 16 x 8192  full        5.61       11.57       107
+    all-gather 13.97, all-reduce 20.25,
+                                                                                               all-to-all
+                                                                                               0.25,
+                                                                                               reduce-scatter
+                                                                                               0.06,
+                                                                                               collective-permute
+                                                                                               7.86
 
-All four fit (95 GB a v5p chip, 32 GB a v6e chip). The gathers are the weights in bf16 without the embedding (12.3 GiB of
-llama2-7b), once forward and once backward; the permutes are rings that scatter their gradients, 17/16 of them on 16 chips.
-"""
+All four fit (95 GB a v5p chip, 32 GB a v6e chip). The gathers are the weights in bf16 without the
+embedding (12.3 GiB of llama2-7b), once forward and once backward; the permutes are rings that
+scatter their gradients, 17/16 of them on 16 chips."""
 
 from __future__ import annotations
 
@@ -67,7 +80,14 @@ CASES = (
   Case('llama2-7b', 'v5p:2x2x4', MeshConfig(data=1, fsdp=16, rules='fsdp'), 16, 4096, 'full'),
   Case('llama2-7b', 'v5p:2x2x4', MeshConfig(data=1, fsdp=16, rules='fsdp'), 32, 4096, 'names'),
   Case('llama3.1-8b', 'v6e:4x4', MeshConfig(data=1, fsdp=16, rules='fsdp'), 16, 8192, 'full'),
-  Case('llama3.1-8b', 'v6e:4x4', MeshConfig(data=1, fsdp=8, tensor=2, rules='fsdp_tensor'), 16, 8192, 'full'),
+  Case(
+    'llama3.1-8b',
+    'v6e:4x4',
+    MeshConfig(data=1, fsdp=8, tensor=2, rules='fsdp_tensor'),
+    16,
+    8192,
+    'full',
+  ),
 )
 
 
@@ -84,15 +104,26 @@ def row(case: Case, flops: Callable[[Case], str] = lambda case: '') -> str:
   began = time.perf_counter()
   try:
     step = compiled(case, PRESETS[case.preset].model)
-  except jax.errors.JaxRuntimeError as e:   # the compiler knows the chip's memory
-    figures = next((line for line in str(e).splitlines() if 'xceeded' in line or 'Used' in line), str(e).splitlines()[0])[:120]
+  except jax.errors.JaxRuntimeError as e:  # the compiler knows the chip's memory
+    figures = next(
+      (line for line in str(e).splitlines() if 'xceeded' in line or 'Used' in line),
+      str(e).splitlines()[0],
+    )[:120]
     figures = f'does not fit: {figures.strip()}'
   else:
     seconds, memory = time.perf_counter() - began, step.memory_analysis()
-    sent = ', '.join(f'{kind} {t.bytes / GIB:.2f}' for kind, t in sorted(collectives(step).items()) if t.bytes > GIB / 200)
+    sent = ', '.join(
+      f'{kind} {t.bytes / GIB:.2f}'
+      for kind, t in sorted(collectives(step).items())
+      if t.bytes > GIB / 200
+    )
     held = f'{memory.argument_size_in_bytes / GIB:9.2f} {memory.temp_size_in_bytes / GIB:11.2f}'
     figures = f'{held} {seconds:9.0f}{flops(case)}  {sent}'
-  mesh = ' '.join(f'{a} {getattr(case.mesh, a)}' for a in ('data', 'fsdp', 'expert', 'tensor') if getattr(case.mesh, a) > 1)
+  mesh = ' '.join(
+    f'{a} {getattr(case.mesh, a)}'
+    for a in ('data', 'fsdp', 'expert', 'tensor')
+    if getattr(case.mesh, a) > 1
+  )
   return f'{case.preset:12} {case.topology:10} {mesh:16} {case.batch:>3} x {case.length:<5} {case.remat:6} {figures}'
 
 

@@ -1,7 +1,9 @@
-"""Experiments as data: frozen dataclasses, to and from JSON, changed by dotted path, hashed, and found by name.
+"""Experiments as data: frozen dataclasses, to and from JSON, changed by dotted path, hashed, and
+found by name.
 
-A part of an experiment (a layer, an optimizer, a data source) is described by a subclass of `Config`. The *type* of a config
-says which part it is; there is no string that selects code. In JSON the type stands under the key `type`:
+A part of an experiment (a layer, an optimizer, a data source) is described by a subclass of
+`Config`. The *type* of a config says which part it is; there is no string that selects code. In
+JSON the type stands under the key `type`:
 
     {"type": "Attention", "heads": 12, "rotary": {"type": "Rotary", "theta": 10000.0}}
 
@@ -23,12 +25,13 @@ from typing import Any, ClassVar, Generic, Literal, Self, TypeVar, cast, datacla
 
 
 class InputError(ValueError):
-  """The user's input cannot be used. The message names the field, the value and what would be accepted; the command line
-  exits 2."""
+  """The user's input cannot be used. The message names the field, the value and what would be
+  accepted; the command line exits 2."""
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-  """'; did you mean a, b?' for the known words nearest to `word`, or the short list of all of them, or nothing."""
+  """'; did you mean a, b?' for the known words nearest to `word`, or the short list of all of them,
+  or nothing."""
   known = sorted(set(known))
   close = difflib.get_close_matches(word, known, n=3, cutoff=0.6)
   if close:
@@ -40,23 +43,28 @@ _TYPES: dict[str, type[Config]] = {}
 C = TypeVar('C', bound='Config')
 
 
-@dataclass_transform(kw_only_default=True, frozen_default=True, field_specifiers=(dataclasses.field,))
+@dataclass_transform(
+  kw_only_default=True, frozen_default=True, field_specifiers=(dataclasses.field,)
+)
 class Config:
-  """Base of every config: subclasses become frozen, keyword-only dataclasses whose field types are checked on construction.
+  """Base of every config: subclasses become frozen, keyword-only dataclasses whose field types are
+  checked on construction.
 
-  A `Config` nested in the class that it configures takes that class's name as its `tag`; any other takes its own name. Pass
-  `abstract=True` in the class statement for a type that only groups others and is never instantiated.
+  A `Config` nested in the class that it configures takes that class's name as its `tag`; any other
+  takes its own name. Pass `abstract=True` in the class statement for a type that only groups others
+  and is never instantiated.
 
   `validate` may be overridden to check values; it raises `InputError`.
   """
 
   tag: ClassVar[str] = 'Config'
-  __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]   # every subclass has them
+  __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]  # every subclass has them
 
   def __init_subclass__(cls, abstract: bool = False, **kwargs):
     super().__init_subclass__(**kwargs)
     if '__doc__' not in cls.__dict__:
-      cls.__doc__ = f'The config of {cls.__qualname__}.'   # else dataclass writes the whole signature there
+      # else dataclass writes the whole signature there
+      cls.__doc__ = f'The config of {cls.__qualname__}.'
     dataclasses.dataclass(frozen=True, kw_only=True)(cls)
     cls.tag = cls.__qualname__.removesuffix('.Config').rsplit('.', 1)[-1]
     if abstract:
@@ -64,7 +72,9 @@ class Config:
     old = _TYPES.get(cls.tag)
     if old is not None and (old.__module__, old.__qualname__) != (cls.__module__, cls.__qualname__):
       raise TypeError(
-        f'two configs share the tag {cls.tag!r}: {old.__module__}.{old.__qualname__} and {cls.__module__}.{cls.__qualname__}')
+        f'two configs share the tag {cls.tag!r}: {old.__module__}.{old.__qualname__} and '
+        f'{cls.__module__}.{cls.__qualname__}'
+      )
     _TYPES[cls.tag] = cls
 
   def __post_init__(self):
@@ -80,7 +90,8 @@ class Config:
     return dataclasses.replace(self, **changes)
 
   def require(self, condition: bool, field: str, accepted: str) -> None:
-    """Raises `InputError` naming `field`, its value and what is accepted, unless `condition` holds."""
+    """Raises `InputError` naming `field`, its value and what is accepted, unless `condition`
+    holds."""
     if not condition:
       raise InputError(f'{self.tag}.{field} = {getattr(self, field)!r}: must be {accepted}')
 
@@ -93,9 +104,12 @@ def hints(cls: type[Config]) -> dict[str, Any]:
 
 
 def config_type(tag: str, where: str = 'type', base: type[Config] = Config) -> type[Config]:
-  """The config class registered under `tag`; the message about a typo names those that are a `base`."""
+  """The config class registered under `tag`; the message about a typo names those that are a
+  `base`."""
   if tag not in _TYPES:
-    raise InputError(f'{where}: no config type {tag!r}{nearest(tag, (c.tag for c in types_of(base)))}')
+    raise InputError(
+      f'{where}: no config type {tag!r}{nearest(tag, (c.tag for c in types_of(base)))}'
+    )
   return _TYPES[tag]
 
 
@@ -104,14 +118,20 @@ def types_of(base: type[C]) -> list[type[C]]:
   return [c for _, c in sorted(_TYPES.items()) if issubclass(c, base)]
 
 
-# ---- values and their types ------------------------------------------------------------------------------------------
+# ---- values and their types --------------------------------------------------------------------
 
 
 class _Text(str):
   """A value as typed on the command line: parsed by the type of the field that it lands in."""
 
 
-_PLAIN = {int: 'a whole number', float: 'a number', bool: 'true or false', str: 'text', type(None): 'none'}
+_PLAIN = {
+  int: 'a whole number',
+  float: 'a number',
+  bool: 'true or false',
+  str: 'text',
+  type(None): 'none',
+}
 
 
 def _describe(hint: Any) -> str:
@@ -160,7 +180,9 @@ def _parse(text: str, hint: Any, where: str) -> Any:
         number = kind(plain)
       except ValueError:
         continue
-      return int(number) if hint is int and math.isfinite(number) and number == int(number) else number
+      return (
+        int(number) if hint is int and math.isfinite(number) and number == int(number) else number
+      )
   return str(text)
 
 
@@ -172,7 +194,8 @@ def _json(text: str, where: str) -> Any:
 
 
 def _convert(value: Any, hint: Any, where: str) -> Any:
-  """`value` as an instance of `hint`: lists become tuples, integers floats, objects with a `type` configs. Raises `InputError`."""
+  """`value` as an instance of `hint`: lists become tuples, integers floats, objects with a `type`
+  configs. Raises `InputError`."""
   if isinstance(value, _Text):
     value = _parse(str(value), hint, where)
   origin, args = typing.get_origin(hint), typing.get_args(hint)
@@ -190,7 +213,11 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
         return _convert(value, option, where)
       except InputError as e:
         # Of several mismatches the one from inside a matching config says most.
-        inside = isinstance(value, dict | Config) and option is not type(None) and typing.get_origin(option) is not Literal
+        inside = (
+          isinstance(value, dict | Config)
+          and option is not type(None)
+          and typing.get_origin(option) is not Literal
+        )
         error = e if inside else error
     raise error or wrong
   if origin is Literal:
@@ -204,12 +231,18 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
       return tuple(_convert(v, args[0], f'{where}.{i}') for i, v in enumerate(value))
     if len(value) != len(args):
       raise wrong
-    return tuple(_convert(v, a, f'{where}.{i}') for i, (v, a) in enumerate(zip(value, args, strict=True)))
+    return tuple(
+      _convert(v, a, f'{where}.{i}') for i, (v, a) in enumerate(zip(value, args, strict=True))
+    )
   if isinstance(hint, type) and issubclass(hint, Config):
     if isinstance(value, Mapping):
       value = from_json(value, where, hint)
     if not isinstance(value, hint):
-      raise wrong if not isinstance(value, Config) else InputError(f'{where} = {value.tag}: must be {_describe(hint)}')
+      raise (
+        wrong
+        if not isinstance(value, Config)
+        else InputError(f'{where} = {value.tag}: must be {_describe(hint)}')
+      )
     return value
   if hint is float and isinstance(value, int) and not isinstance(value, bool):
     return float(value)
@@ -218,20 +251,24 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
   return value
 
 
-# ---- JSON, text, hash -------------------------------------------------------------------------------------------------
+# ---- JSON, text, hash --------------------------------------------------------------------------
 
 
 def to_json(value: Any) -> Any:
-  """A config (or a tuple or plain value inside one) as JSON data; every field is written, defaults included."""
+  """A config (or a tuple or plain value inside one) as JSON data; every field is written, defaults
+  included."""
   if isinstance(value, Config):
-    return {'type': value.tag} | {f.name: to_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    return {'type': value.tag} | {
+      f.name: to_json(getattr(value, f.name)) for f in dataclasses.fields(value)
+    }
   if isinstance(value, tuple | list):
     return [to_json(v) for v in value]
   return value
 
 
 def from_json(data: Any, where: str = '', base: type[Config] = Config) -> Config:
-  """The config that `to_json` wrote. A field left out takes its default; an unknown one is an error. `base` serves messages."""
+  """The config that `to_json` wrote. A field left out takes its default; an unknown one is an
+  error. `base` serves messages."""
   if not isinstance(data, Mapping) or 'type' not in data:
     raise InputError(f'{where or "config"}: expected an object with a "type", found {data!r}')
   cls = config_type(str(data['type']), where or 'type', base)
@@ -240,12 +277,23 @@ def from_json(data: Any, where: str = '', base: type[Config] = Config) -> Config
   known = hints(cls)
   for name in data:
     if name != 'type' and name not in known:
-      raise InputError(f'{where or "config"}: {cls.tag} has no field {name!r}{nearest(name, known)}')
+      raise InputError(
+        f'{where or "config"}: {cls.tag} has no field {name!r}{nearest(name, known)}'
+      )
   missing = [
-    f.name for f in dataclasses.fields(cls) if f.name not in data and f.default is f.default_factory is dataclasses.MISSING]
+    f.name
+    for f in dataclasses.fields(cls)
+    if f.name not in data and f.default is f.default_factory is dataclasses.MISSING
+  ]
   if missing:
     raise InputError(f'{where or "config"}: {cls.tag} needs {", ".join(missing)}')
-  return cls(**{name: _convert(v, known[name], f'{where}.{name}' if where else name) for name, v in data.items() if name != 'type'})
+  return cls(
+    **{
+      name: _convert(v, known[name], f'{where}.{name}' if where else name)
+      for name, v in data.items()
+      if name != 'type'
+    }
+  )
 
 
 def text(config: Config) -> str:
@@ -262,9 +310,15 @@ def differences(old: Any, new: Any, path: str = '') -> list[str]:
   """'path: old -> new' for every place where two JSON values differ."""
   if isinstance(old, dict) and isinstance(new, dict) and old.get('type') == new.get('type'):
     keys = [*old, *(k for k in new if k not in old)]
-    return [d for k in keys for d in differences(old.get(k), new.get(k), f'{path}.{k}' if path else k)]
+    return [
+      d for k in keys for d in differences(old.get(k), new.get(k), f'{path}.{k}' if path else k)
+    ]
   if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
-    return [d for i, pair in enumerate(zip(old, new, strict=True)) for d in differences(*pair, f'{path}.{i}')]
+    return [
+      d
+      for i, pair in enumerate(zip(old, new, strict=True))
+      for d in differences(*pair, f'{path}.{i}')
+    ]
   return [] if old == new else [f'{path}: {_short(old)} -> {_short(new)}']
 
 
@@ -273,20 +327,22 @@ def _short(value: Any) -> str:
   return line if len(line) <= 60 else f'{line[:57]}...'
 
 
-# ---- overrides --------------------------------------------------------------------------------------------------------
+# ---- overrides ---------------------------------------------------------------------------------
 
 
 def override(config: C, assignments: Iterable[tuple[str, str]], root: str = '') -> C:
-  """`config` with fields changed by dotted path, as the command line does: `[('model.width', '256'), ('optimizer', 'Lion')]`.
+  """`config` with fields changed by dotted path, as the command line does: `[('model.width',
+  '256'), ('optimizer', 'Lion')]`.
 
-  A path names fields from the top down, list places by number. A name that is no field where it stands is looked for below:
-  `model.heads` sets every `heads` inside `model`. A value is text, parsed by the field's type; for a field that holds a config it
-  is the name of a config type (which then starts from its defaults) or JSON. All is checked together at the end, so the order
-  of assignments that depend on each other does not matter. A `root` such as 'data' is the path of `config` itself: all paths
-  begin with it.
+  A path names fields from the top down, list places by number. A name that is no field where it
+  stands is looked for below: `model.heads` sets every `heads` inside `model`. A value is text,
+  parsed by the field's type; for a field that holds a config it is the name of a config type (which
+  then starts from its defaults) or JSON. All is checked together at the end, so the order of
+  assignments that depend on each other does not matter. A `root` such as 'data' is the path of
+  `config` itself: all paths begin with it.
 
-  Raises `InputError` with the nearest names for a path that leads nowhere, and for values of a wrong type.
-  """
+  Raises `InputError` with the nearest names for a path that leads nowhere, and for values of a
+  wrong type."""
   tree = to_json(config)
   for path, value in assignments:
     parts = path.replace('-', '_').split('.')
@@ -294,14 +350,18 @@ def override(config: C, assignments: Iterable[tuple[str, str]], root: str = '') 
     if root and parts[0] != root:
       raise InputError(f'--{path}: no such field{nearest(parts[0], [root])}')
     if not below:
-      raise InputError(f'--{path}: a whole {config.tag} cannot be given; name a field of it{nearest("", hints(type(config)))}')
+      raise InputError(
+        f'--{path}: a whole {config.tag} cannot be given; name a field of '
+        f'it{nearest("", hints(type(config)))}'
+      )
     if not _assign(tree, below, _Text(value)):
       raise InputError(f'--{path}: no such field{_instead(tree, below)}')
   return cast(C, from_json(tree, root))
 
 
 def _assign(node: Any, parts: list[str], value: _Text) -> int:
-  """Sets the place that `parts` names in JSON data, or every place that they name further down; how many were set."""
+  """Sets the place that `parts` names in JSON data, or every place that they name further down; how
+  many were set."""
   head, rest = parts[0], parts[1:]
   if isinstance(node, list):
     if head.isdigit():
@@ -327,27 +387,45 @@ def _assign(node: Any, parts: list[str], value: _Text) -> int:
 def to_json_defaults(tag: str) -> dict[str, Any]:
   """A config type as JSON data with its defaults, the fields that have none left out."""
   fields = {
-    f.name: f.default if f.default is not dataclasses.MISSING else f.default_factory for f in dataclasses.fields(_TYPES[tag])}
-  return {'type': tag} | {k: to_json(v() if callable(v) else v) for k, v in fields.items() if v is not dataclasses.MISSING}
+    f.name: f.default if f.default is not dataclasses.MISSING else f.default_factory
+    for f in dataclasses.fields(_TYPES[tag])
+  }
+  return {'type': tag} | {
+    k: to_json(v() if callable(v) else v) for k, v in fields.items() if v is not dataclasses.MISSING
+  }
 
 
 def _tag_for(name: str, hint: Any) -> str | None:
-  """The tag of the config type that a name stands for where `hint` is expected; upper and lower case count the same."""
-  options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+  """The tag of the config type that a name stands for where `hint` is expected; upper and lower
+  case count the same."""
+  options = (
+    typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+  )
   bases = tuple(o for o in options if isinstance(o, type) and issubclass(o, Config))
-  return next((t for t, cls in _TYPES.items() if issubclass(cls, bases) and t.lower() == name.lower()), None) if bases else None
+  return (
+    next(
+      (t for t, cls in _TYPES.items() if issubclass(cls, bases) and t.lower() == name.lower()), None
+    )
+    if bases
+    else None
+  )
 
 
 def _holds_config(hint: Any) -> bool:
-  options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+  options = (
+    typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+  )
   return any(isinstance(o, type) and issubclass(o, Config) for o in options)
 
 
 def _instead(node: Any, parts: list[str]) -> str:
-  """For the message about a path that leads nowhere: what is near the first part that does not fit."""
+  """For the message about a path that leads nowhere: what is near the first part that does not
+  fit."""
   for part in parts:
     place = int(part) if isinstance(node, list) and part.isdigit() else part
-    inside = place < len(node) if isinstance(place, int) else isinstance(node, dict) and place in node
+    inside = (
+      place < len(node) if isinstance(place, int) else isinstance(node, dict) and place in node
+    )
     if not inside:
       own = hints(config_type(node['type'])) if isinstance(node, dict) and 'type' in node else ()
       return nearest(part, _names(node)) or nearest(part, own)
@@ -360,11 +438,13 @@ def _instead(node: Any, parts: list[str]) -> str:
 def _names(node: Any) -> set[str]:
   """The field names at a place and below."""
   children = node.values() if isinstance(node, dict) else node if isinstance(node, list) else ()
-  own = set(hints(config_type(node['type']))) if isinstance(node, dict) and 'type' in node else set()
+  own = (
+    set(hints(config_type(node['type']))) if isinstance(node, dict) and 'type' in node else set()
+  )
   return own.union(*(_names(child) for child in children))
 
 
-# ---- registry of names ------------------------------------------------------------------------------------------------
+# ---- registry of names -------------------------------------------------------------------------
 
 Named = TypeVar('Named')
 

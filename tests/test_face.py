@@ -54,9 +54,18 @@ def test_experiment():
 def test_train_and_generate(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   e = jaxformer.experiment(
-    'gpt2-tiny', ('model.repeats', '1'), ('model.width', '64'), ('model.heads', '4'), ('training.steps', '2'),
-    ('training.batch_size', '8'), ('training.eval_batches', '1'), ('training.trackers', 'none'), ('data.source', 'PydocTopics'),
-    ('data.sequence_length', '32'), ('run.name', 'first'))
+    'gpt2-tiny',
+    ('model.repeats', '1'),
+    ('model.width', '64'),
+    ('model.heads', '4'),
+    ('training.steps', '2'),
+    ('training.batch_size', '8'),
+    ('training.eval_batches', '1'),
+    ('training.trackers', 'none'),
+    ('data.source', 'PydocTopics'),
+    ('data.sequence_length', '32'),
+    ('run.name', 'first'),
+  )
   lines = []
   result = jaxformer.train(e, log=lines.append)
   assert (result.exit_code, result.step, result.folder) == (0, 2, tmp_path / 'runs' / 'first')
@@ -66,7 +75,9 @@ def test_train_and_generate(tmp_path, monkeypatch):
   assert isinstance(text, str)
   # Weights given as a dict are copied: they are still there after training.
   params, _ = load_params('runs/first', define(e.model))
-  again = jaxformer.train(e.replace(run=e.run.replace(name='second')), init_from=params, log=lines.append)
+  again = jaxformer.train(
+    e.replace(run=e.run.replace(name='second')), init_from=params, log=lines.append
+  )
   assert again.exit_code == 0
   assert not any(p.is_deleted() for p in params.values())
 
@@ -75,16 +86,26 @@ def test_compare(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   gru = FAMILIES['gru'].make(width=16, layers=1, hidden=0, vocab_size=10, context=8)
   study = Study(
-    name='tiny', entries=(AsIs(name='a', model_config=gru), AsIs(name='b', model_config=gru)), tasks=(
-      AssociativeRecall(length=6, test_sequences=64),), tokens=4096, batch_size=8, learning_rates=(1e-3,), contexts=(), rounds=0)
+    name='tiny',
+    entries=(AsIs(name='a', model_config=gru), AsIs(name='b', model_config=gru)),
+    tasks=(AssociativeRecall(length=6, test_sequences=64),),
+    tokens=4096,
+    batch_size=8,
+    learning_rates=(1e-3,),
+    contexts=(),
+    rounds=0,
+  )
   lines = []
-  results = jaxformer.compare(study, ('study.seeds', '1,2'), ('study.tokens', '512'), log=lines.append)
+  results = jaxformer.compare(
+    study, ('study.seeds', '1,2'), ('study.tokens', '512'), log=lines.append
+  )
   assert [sorted(o.scores) for o in results.tasks[0].outcomes] == [[1, 2], [1, 2]]
   assert results.study.tokens == 512
   assert (tmp_path / 'runs' / 'tiny' / 'report' / 'report.html').exists()
   assert len([line for line in lines if 'seed' in line]) == 4
   assert results.tasks[0].outcomes[0].difference is None
-  assert results.tasks[0].outcomes[1].difference.estimate.mean == 0   # the same model, data and seeds
+  # the same model, data and seeds
+  assert results.tasks[0].outcomes[1].difference.estimate.mean == 0
   with pytest.raises(InputError, match='did you mean quickstart'):
     jaxformer.compare('quickstrat')
   with pytest.raises(InputError, match='did you mean tokens'):

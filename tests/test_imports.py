@@ -8,7 +8,8 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent
 PACKAGE = ROOT / 'jaxformer'
 
-# Each room may import the rooms named here, and itself. Rooms are folders, or files of the package's top.
+# Each room may import the rooms named here, and itself. Rooms are folders, or files of the
+# package's top.
 MAY_IMPORT = {
   'config': set(),
   'sharding': {'config'},
@@ -22,7 +23,7 @@ MAY_IMPORT = {
   'interop': {'config', 'sharding', 'ops', 'layers', 'models'},
   'training': {'config', 'sharding', 'ops', 'layers', 'models', 'data', 'evaluation'},
 }
-TOP = {'compare', 'launch'}     # may import everything but the command line
+TOP = {'compare', 'launch'}  # may import everything but the command line
 FACE = {'cli', '__init__', '__main__'}
 
 
@@ -36,7 +37,11 @@ def imported(path: pathlib.Path) -> set[str]:
     names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
     if isinstance(node, ast.ImportFrom):
       assert node.level == 0, f'{path}: relative import'
-      names = [f'{node.module}.{a.name}' for a in node.names] if node.module == 'jaxformer' else [node.module]
+      names = (
+        [f'{node.module}.{a.name}' for a in node.names]
+        if node.module == 'jaxformer'
+        else [node.module]
+      )
     for name in names:
       parts = name.split('.')
       if parts[0] == 'jaxformer' and len(parts) > 1:
@@ -59,12 +64,21 @@ def test_direction(path):
 
 
 @pytest.mark.quick
-@pytest.mark.parametrize('path', [p for p in FILES if room(p) in ('config', 'data')], ids=lambda p: str(p.relative_to(ROOT)))
+@pytest.mark.parametrize(
+  'path',
+  [p for p in FILES if room(p) in ('config', 'data')],
+  ids=lambda p: str(p.relative_to(ROOT)),
+)
 def test_config_and_data_need_no_jax(path):
-  assert not any(line.startswith(('import jax', 'from jax ', 'from jax.', 'from flax')) for line in path.read_text().splitlines())
+  assert not any(
+    line.startswith(('import jax', 'from jax ', 'from jax.', 'from flax'))
+    for line in path.read_text().splitlines()
+  )
 
 
 @pytest.mark.quick
 def test_files_stay_readable():
-  long = {str(p.relative_to(ROOT)): n for p in FILES if (n := len(p.read_text().splitlines())) > 500}
+  long = {
+    str(p.relative_to(ROOT)): n for p in FILES if (n := len(p.read_text().splitlines())) > 500
+  }
   assert not long

@@ -8,7 +8,16 @@ import pytest
 
 from jaxformer import config as configs
 from jaxformer.config import InputError
-from jaxformer.sharding import AXES, MESH_AXES, RULES, AxisRules, MeshConfig, Rules, make_mesh, param_sharding
+from jaxformer.sharding import (
+  AXES,
+  MESH_AXES,
+  RULES,
+  AxisRules,
+  MeshConfig,
+  Rules,
+  make_mesh,
+  param_sharding,
+)
 
 pytestmark = pytest.mark.quick
 
@@ -18,34 +27,60 @@ def test_a_table_names_every_logical_axis():
 
 
 def test_a_table_of_ones_own_is_set_by_dotted_path_and_survives_json():
-  given = [('rules', 'Rules'), ('rules.params.embed', 'fsdp,context'), ('rules.activations.inner', 'none'), ('context', '2')]
+  given = [
+    ('rules', 'Rules'),
+    ('rules.params.embed', 'fsdp,context'),
+    ('rules.activations.inner', 'none'),
+    ('context', '2'),
+  ]
   mesh = configs.override(MeshConfig(), given)
   assert mesh.rules.params.embed == ('fsdp', 'context')
   assert mesh.rules.activations.inner is None
-  assert mesh.rules.params.inner == RULES['fsdp_tensor'].params.inner   # parameters and activations are ruled separately
+  # parameters and activations are ruled separately
+  assert mesh.rules.params.inner == RULES['fsdp_tensor'].params.inner
   assert configs.from_json(configs.to_json(mesh)) == mesh
-  where = param_sharding(make_mesh(mesh, jax.devices()), mesh.rules, 'w', ('embed', 'inner'), (8, 8))
+  where = param_sharding(
+    make_mesh(mesh, jax.devices()), mesh.rules, 'w', ('embed', 'inner'), (8, 8)
+  )
   assert where.spec == jax.sharding.PartitionSpec(('fsdp', 'context'), 'tensor')
 
 
-@pytest.mark.parametrize(('given', 'message'), [
-  ({'params.embed': 'fspd'}, "no mesh axis 'fspd'; did you mean fsdp?"),
-  ({'params.embd': 'fsdp'}, 'did you mean embed?'),
-  ({'params.embed': 'tensor'}, "embed and heads stand in one array, and mesh axis 'tensor'"),
-  ({'params.embed': 'fsdp,fsdp'}, 'mesh axes that differ'),
-  ({'params.time': 'context'}, 'no parameter has this axis'),
-  ({'activations.time': 'data'}, "batch and time stand in one array, and mesh axis 'data'"),
-])
+@pytest.mark.parametrize(
+  ('given', 'message'),
+  [
+    ({'params.embed': 'fspd'}, "no mesh axis 'fspd'; did you mean fsdp?"),
+    ({'params.embd': 'fsdp'}, 'did you mean embed?'),
+    ({'params.embed': 'tensor'}, "embed and heads stand in one array, and mesh axis 'tensor'"),
+    ({'params.embed': 'fsdp,fsdp'}, 'mesh axes that differ'),
+    ({'params.time': 'context'}, 'no parameter has this axis'),
+    ({'activations.time': 'data'}, "batch and time stand in one array, and mesh axis 'data'"),
+  ],
+)
 def test_a_table_that_cannot_be_is_told(given, message):
   with pytest.raises(InputError, match=message.replace('?', r'\?')):
-    configs.override(MeshConfig(), [('rules', 'Rules'), *((f'rules.{path}', value) for path, value in given.items())])
+    configs.override(
+      MeshConfig(),
+      [('rules', 'Rules'), *((f'rules.{path}', value) for path, value in given.items())],
+    )
 
 
-@pytest.mark.parametrize(('sizes', 'message'), [
-  ({'fsdp': 4, 'tensor': 3, 'data': 1}, 'needs 12 devices; there are 8; with the rest as it is, tensor 2 would fit'),
-  ({'fsdp': 2, 'data': 1}, 'needs 2 devices; there are 8; with the rest as it is, .*fsdp 8.* would fit'),
-  ({'context': 3}, 'needs a multiple of 3 devices; there are 8; with the rest as it is, context 1 would fit'),
-])
+@pytest.mark.parametrize(
+  ('sizes', 'message'),
+  [
+    (
+      {'fsdp': 4, 'tensor': 3, 'data': 1},
+      'needs 12 devices; there are 8; with the rest as it is, tensor 2 would fit',
+    ),
+    (
+      {'fsdp': 2, 'data': 1},
+      'needs 2 devices; there are 8; with the rest as it is, .*fsdp 8.* would fit',
+    ),
+    (
+      {'context': 3},
+      'needs a multiple of 3 devices; there are 8; with the rest as it is, context 1 would fit',
+    ),
+  ],
+)
 def test_a_mesh_that_does_not_multiply_to_the_devices_is_told(sizes, message):
   with pytest.raises(InputError, match=message):
     MeshConfig(**sizes).sizes(8)
@@ -61,7 +96,9 @@ def test_devices_that_would_divide_nothing_are_told():
 
 def test_an_axis_that_does_not_divide_its_dimension_is_told():
   mesh = make_mesh(MeshConfig(fsdp=8, data=1))
-  with pytest.raises(InputError, match=r'mesh\.fsdp = 8 does not divide embed = 12 of parameter w; 3, 4, 6 would'):
+  with pytest.raises(
+    InputError, match=r'mesh\.fsdp = 8 does not divide embed = 12 of parameter w; 3, 4, 6 would'
+  ):
     param_sharding(mesh, 'fsdp', 'w', ('embed',), (12,))
 
 
@@ -77,9 +114,14 @@ def test_replicas_come_first_and_divide_the_batch():
 
 @pytest.mark.tpu_compiler
 def test_slices_lie_along_replicas():
-  pytest.importorskip('libtpu', reason='needs libtpu, the compiler for TPUs (pip install jaxformer[tpu])')
+  pytest.importorskip(
+    'libtpu', reason='needs libtpu, the compiler for TPUs (pip install jaxformer[tpu])'
+  )
   from jax.experimental import topologies
-  devices = topologies.get_topology_desc(platform='tpu', topology_name='v5e:2x4', num_slices=2).devices
+
+  devices = topologies.get_topology_desc(
+    platform='tpu', topology_name='v5e:2x4', num_slices=2
+  ).devices
   mesh = make_mesh(MeshConfig(replica=2, data=1, fsdp=4, tensor=2), devices)
   slices = np.vectorize(lambda d: d.slice_index)(mesh.devices)
   assert (slices[0] == 0).all()

@@ -1,4 +1,5 @@
-"""Which of tests that are alike the plain `pytest` runs: a few families stand for all. `pytest -m thorough` runs the others."""
+"""Which of tests that are alike the plain `pytest` runs: a few families stand for all. `pytest -m
+thorough` runs the others."""
 
 from collections.abc import Iterable
 from typing import Any

@@ -1,34 +1,40 @@
 """The activation function matters little; a nonlinearity is needed.
 
-Question: how much does the loss of a small transformer hang on which nonlinearity its feed-forward layers have, and how much on
+Question: how much does the loss of a small transformer hang on which nonlinearity its feed-forward
+  layers have, and how much on
 their having one at all?
 
     python experiments/claims/activation.py
 
-A Llama frame (pre-norm RMSNorm, rotary positions) of width 48 and two layers, with seven feed-forward layers in turn: five plain
-ones of 192 units, SwiGLU of the GLU family (Shazeer 2020) of 128, which is exactly as many parameters, and a plain one without
-an activation, two matrices in a row. Each trains on the built-in text with the better of two learning rates (chosen by a seed that
-takes no further part), then with four seeds that see the same rows in the same order. Bits a byte of held-out text are compared
-within seeds.
+A Llama frame (pre-norm RMSNorm, rotary positions) of width 48 and two layers, with seven
+feed-forward layers in turn: five plain ones of 192 units, SwiGLU of the GLU family (Shazeer 2020)
+of 128, which is exactly as many parameters, and a plain one without an activation, two matrices in
+a row. Each trains on the built-in text with the better of two learning rates (chosen by a seed that
+takes no further part), then with four seeds that see the same rows in the same order. Bits a byte
+of held-out text are compared within seeds.
 
-Attention is nonlinear itself (a softmax, and a product of it with the values), and so are norms. So the transformer without an
-activation is no linear model, and the gap is what the feed-forward layers' own nonlinearity adds. What a model without any can do
-is asked of the feed-forward layer alone: two numbers from -1 to 1, one residual branch of width 16 without a norm, and a linear
-classifier say whether the two signs are the same. No line through the plane tells that. Three of the layers are asked.
+Attention is nonlinear itself (a softmax, and a product of it with the values), and so are norms. So
+the transformer without an activation is no linear model, and the gap is what the feed-forward
+layers' own nonlinearity adds. What a model without any can do is asked of the feed-forward layer
+alone: two numbers from -1 to 1, one residual branch of width 16 without a norm, and a linear
+classifier say whether the two signs are the same. No line through the plane tells that. Three of
+the layers are asked.
 
-The activation matters little where the gap, from the mean of all activations to none, is larger than the whole spread among
-them, the best to the worst (95 % interval of the difference of the two, paired by seed; to choose best and worst after the fact
-makes the spread too large, so the test is a strict one). A nonlinearity is needed where none is worse than every other (Holm) and
-the layer alone, linear, stays near chance where each other one answers.
+The activation matters little where the gap, from the mean of all activations to none, is larger
+than the whole spread among them, the best to the worst (95 % interval of the difference of the two,
+paired by seed; to choose best and worst after the fact makes the spread too large, so the test is a
+strict one). A nonlinearity is needed where none is worse than every other (Holm) and the layer
+alone, linear, stays near chance where each other one answers.
 
 Cost: five minutes of one CPU core.
-Result (jax 0.10.2): shown in part. A nonlinearity is needed: each of the six activations is better than none beyond chance, by
-0.0416 (SiLU) to 0.1762 (ReLU) bits a byte of 3.4791, and the layer alone gets 48.7 % right without one, 99.3 and 99.5 % with ReLU
-and SwiGLU. That it matters little which is not borne out at this budget of 292 updates: from none to the mean activation are
-0.1032 ± 0.0190 bits, from the best to the worst activation 0.1346 ± 0.0352, and the gap less the spread is -0.0314 ± 0.0419. The
-exact GELU and its approximation differ by 0.0006. All seven chose the lower of the two rates, so the best may lie below for some,
-and models trained for so short a time say little of ones that have converged.
-"""
+Result (jax 0.10.2): shown in part. A nonlinearity is needed: each of the six activations is better
+than none beyond chance, by 0.0416 (SiLU) to 0.1762 (ReLU) bits a byte of 3.4791, and the layer
+alone gets 48.7 % right without one, 99.3 and 99.5 % with ReLU and SwiGLU. That it matters little
+which is not borne out at this budget of 292 updates: from none to the mean activation are 0.1032 ±
+0.0190 bits, from the best to the worst activation 0.1346 ± 0.0352, and the gap less the spread is
+-0.0314 ± 0.0419. The exact GELU and its approximation differ by 0.0006. All seven chose the lower
+of the two rates, so the best may lie below for some, and models trained for so short a time say
+little of ones that have converged."""
 
 from __future__ import annotations
 
@@ -62,35 +68,60 @@ from jaxformer.training.population import train_population
 CLAIM = 'The activation function matters little; a nonlinearity is needed.'
 NONE = 'none'
 PLAIN: dict[str, ActivationName] = {
-  'ReLU': 'relu', 'squared-ReLU': 'squared_relu', 'GELU': 'gelu', 'GELU-tanh': 'gelu_tanh', 'SiLU': 'silu'}
+  'ReLU': 'relu',
+  'squared-ReLU': 'squared_relu',
+  'GELU': 'gelu',
+  'GELU-tanh': 'gelu_tanh',
+  'SiLU': 'silu',
+}
 GATED: dict[str, ActivationName] = {'SwiGLU': 'silu'}
 WIDTH, LAYERS, HEADS, LENGTH = 48, 2, 3, 128
 ALONE, ALONE_WIDTH, ALONE_STEPS = (NONE, 'ReLU', 'SwiGLU'), 16, 600
 
 
 def layers(width: int) -> dict[str, MlpConfig]:
-  """The feed-forward layers, all of 8 width^2 parameters; the one without an activation comes first."""
+  """The feed-forward layers, all of 8 width^2 parameters; the one without an activation comes
+  first."""
   plain: dict[str, ActivationName] = {NONE: 'identity', **PLAIN}
-  return {**{n: Mlp.Config(hidden=4 * width, activation=a) for n, a in plain.items()},
-          **{n: GatedMlp.Config(hidden=8 * width // 3, activation=a) for n, a in GATED.items()}}
+  return {
+    **{n: Mlp.Config(hidden=4 * width, activation=a) for n, a in plain.items()},
+    **{n: GatedMlp.Config(hidden=8 * width // 3, activation=a) for n, a in GATED.items()},
+  }
 
 
 def transformer(feed_forward: MlpConfig) -> LanguageModel.Config:
   """Two blocks of attention and the feed-forward layer given."""
-  block = Block.Config(branches=(
-    PreNorm.Config(layer=Attention.Config(heads=HEADS, position=Rotary())), PreNorm.Config(layer=feed_forward)))
-  return LanguageModel.Config(vocab_size=264, width=WIDTH, context=LENGTH, stack=(Group(pattern=(block,), repeats=LAYERS),))
+  block = Block.Config(
+    branches=(
+      PreNorm.Config(layer=Attention.Config(heads=HEADS, position=Rotary())),
+      PreNorm.Config(layer=feed_forward),
+    )
+  )
+  return LanguageModel.Config(
+    vocab_size=264, width=WIDTH, context=LENGTH, stack=(Group(pattern=(block,), repeats=LAYERS),)
+  )
 
 
 def study(args) -> Study:
   return Study(
-    name=f'claim-08-{args.scale:g}', entries=tuple(AsIs(name=n, model_config=transformer(f)) for n, f in layers(WIDTH).items()),
-    target=define(transformer(layers(WIDTH)[NONE])).size, tasks=(DataConfig(sequence_length=LENGTH),),
-    tokens=int(150_000 * args.scale), batch_size=4, learning_rates=(3e-3, 1e-2), extensions=0, seeds=(1, 2, 3, 4), together=4,
-    eval_batches=128, contexts=(), rounds=0, dir=args.runs)
+    name=f'claim-08-{args.scale:g}',
+    entries=tuple(AsIs(name=n, model_config=transformer(f)) for n, f in layers(WIDTH).items()),
+    target=define(transformer(layers(WIDTH)[NONE])).size,
+    tasks=(DataConfig(sequence_length=LENGTH),),
+    tokens=int(150_000 * args.scale),
+    batch_size=4,
+    learning_rates=(3e-3, 1e-2),
+    extensions=0,
+    seeds=(1, 2, 3, 4),
+    together=4,
+    eval_batches=128,
+    contexts=(),
+    rounds=0,
+    dir=args.runs,
+  )
 
 
-# ---- the layer alone --------------------------------------------------------------------------------------------------
+# ---- the layer alone ---------------------------------------------------------------------------
 
 
 class SameSign(GeneratedTask):
@@ -113,25 +144,49 @@ class SameSign(GeneratedTask):
 def alone(feed_forward: MlpConfig, name: str, args) -> dict[int, float]:
   """Right answers of a classifier whose one layer this is, by seed."""
   block = Block.Config(branches=(Residual.Config(layer=feed_forward.replace(bias=True)),))
-  model = Classifier.Config(input=LinearInput.Config(features=2), classes=2, width=ALONE_WIDTH, context=1,
-                            stack=(Group(pattern=(block,)),), final_norm=None)
-  runs = [Experiment(
-    model=model, data=SameSign(), optimizer=AdamW(learning_rate=1e-2, weight_decay=0.0), schedule=Cosine(),
-    training=TrainingConfig(steps=ALONE_STEPS, batch_size=64, seed=seed, eval_every=ALONE_STEPS, eval_batches=None,
-                            checkpoint_every=ALONE_STEPS, keep_best=0, log_every=ALONE_STEPS, trackers=()),
-    run=RunConfig(dir=args.runs, name=f'claim-08-alone/{name}-{seed}')) for seed in study(args).seeds]
+  model = Classifier.Config(
+    input=LinearInput.Config(features=2),
+    classes=2,
+    width=ALONE_WIDTH,
+    context=1,
+    stack=(Group(pattern=(block,)),),
+    final_norm=None,
+  )
+  runs = [
+    Experiment(
+      model=model,
+      data=SameSign(),
+      optimizer=AdamW(learning_rate=1e-2, weight_decay=0.0),
+      schedule=Cosine(),
+      training=TrainingConfig(
+        steps=ALONE_STEPS,
+        batch_size=64,
+        seed=seed,
+        eval_every=ALONE_STEPS,
+        eval_batches=None,
+        checkpoint_every=ALONE_STEPS,
+        keep_best=0,
+        log_every=ALONE_STEPS,
+        trackers=(),
+      ),
+      run=RunConfig(dir=args.runs, name=f'claim-08-alone/{name}-{seed}'),
+    )
+    for seed in study(args).seeds
+  ]
   if any(finished(e) is None for e in runs):
     train_population(runs, log=lambda line: None)
   done = {e.training.seed: finished(e) for e in runs}
   return {seed: t.metrics['eval/accuracy'] for seed, t in done.items() if t is not None}
 
 
-# ---- the answer -------------------------------------------------------------------------------------------------------
+# ---- the answer --------------------------------------------------------------------------------
 
 
-def gap_and_spread(bits: dict[str, dict[int, float]]) -> tuple[Estimate, Estimate, Estimate, str, str]:
-  """Paired by seed: none minus the mean activation; worst minus best activation (by their means); the first minus the second;
-  which are best and worst."""
+def gap_and_spread(
+  bits: dict[str, dict[int, float]],
+) -> tuple[Estimate, Estimate, Estimate, str, str]:
+  """Paired by seed: none minus the mean activation; worst minus best activation (by their means);
+  the first minus the second; which are best and worst."""
   names, seeds = [n for n in bits if n != NONE], sorted(bits[NONE])
   mean = {n: float(np.mean(list(bits[n].values()))) for n in names}
   best, worst = min(names, key=lambda n: mean[n]), max(names, key=lambda n: mean[n])
@@ -140,7 +195,9 @@ def gap_and_spread(bits: dict[str, dict[int, float]]) -> tuple[Estimate, Estimat
   return estimate(gap), estimate(spread), estimate(gap - spread), best, worst
 
 
-def decide(bits: dict[str, dict[int, float]], against: list[Difference], right: dict[str, Estimate]) -> tuple[gallery.Verdict, str]:
+def decide(
+  bits: dict[str, dict[int, float]], against: list[Difference], right: dict[str, Estimate]
+) -> tuple[gallery.Verdict, str]:
   """The verdict, and why. `against` are the activations against none."""
   gap, spread, difference, best, worst = gap_and_spread(bits)
   little = difference.low > 0
@@ -148,17 +205,32 @@ def decide(bits: dict[str, dict[int, float]], against: list[Difference], right: 
   helps = all(d.verdict == 'better' for d in against)
   others = [right[n] for n in right if n != NONE]
   cannot = right[NONE].high < 0.75 < min(e.low for e in others)
-  verdict: gallery.Verdict = 'shown' if little and helps and cannot else (
-    'contradicted' if matters and gap.high < 0 else 'shown in part' if little or helps or cannot else 'not shown')
+  verdict: gallery.Verdict = (
+    'shown'
+    if little and helps and cannot
+    else (
+      'contradicted'
+      if matters and gap.high < 0
+      else 'shown in part'
+      if little or helps or cannot
+      else 'not shown'
+    )
+  )
   better = sum(d.verdict == 'better' for d in against)
   because = (
-    f'Without an activation the transformer needs {signed(gap, 4)} bits a byte more than the mean of the {len(against)} '
-    f'activations; from the best of these ({best}) to the worst ({worst}) are {signed(spread, 4)} (95 %, paired by seed), and the '
-    f'gap less the spread is {signed(difference, 4)}. {better} of {len(against)} activations are better than none beyond chance '
+    f'Without an activation the transformer needs {signed(gap, 4)} bits a byte more than the mean '
+    f'of the {len(against)} '
+    f'activations; from the best of these ({best}) to the worst ({worst}) are {signed(spread, 4)} '
+    '(95 %, paired by seed), and the '
+    f'gap less the spread is {signed(difference, 4)}. {better} of {len(against)} activations are '
+    'better than none beyond chance '
     '(Holm). '
-    f'The feed-forward layer alone, without attention, gets {right[NONE].mean:.1%} right without an activation (guessing: 50 %) '
-    f'and at least {min(e.mean for e in others):.1%} with each of the {len(others)} tried. The transformer without one still '
-    'learns, since attention is nonlinear itself.')
+    f'The feed-forward layer alone, without attention, gets {right[NONE].mean:.1%} right without '
+    'an activation (guessing: 50 %) '
+    f'and at least {min(e.mean for e in others):.1%} with each of the {len(others)} tried. The '
+    'transformer without one still '
+    'learns, since attention is nonlinear itself.'
+  )
   return verdict, because
 
 
@@ -176,21 +248,62 @@ def main() -> None:
   mean = {t.title: estimate(list(bits[t.title].values())) for t in tuned}
   ranked = sorted(tuned, key=lambda t: mean[t.title].mean)
   rows = tuple(
-    (t.title, f'{define(t.model).size:,}', f'{t.rate:g}{" (edge)" if t.at_edge else ""}', f'{mean[t.title].mean:.4f}',
-     signed(found[t.title].estimate, 4) if t.title in found else '', found[t.title].verdict if t.title in found else '',
-     f'{right[t.title].mean:.1%}' if t.title in right else '') for t in ranked)
+    (
+      t.title,
+      f'{define(t.model).size:,}',
+      f'{t.rate:g}{" (edge)" if t.at_edge else ""}',
+      f'{mean[t.title].mean:.4f}',
+      signed(found[t.title].estimate, 4) if t.title in found else '',
+      found[t.title].verdict if t.title in found else '',
+      f'{right[t.title].mean:.1%}' if t.title in right else '',
+    )
+    for t in ranked
+  )
   style = {n: 1 if n in PLAIN else 2 if n in GATED else 0 for n in bits}
-  series = [Series(t.title, style[t.title], (Point(i + 1, mean[t.title].mean, mean[t.title].low, mean[t.title].high),))
-            for i, t in enumerate(ranked)]
-  tried = {t.title: {f'{trial.rate:g}': trial.metrics.get('eval/bits_per_byte') for trial in t.trials} for t in tuned}
-  gallery.publish(args, gallery.Result(
-    8, CLAIM, verdict, because,
-    f'{s.target:,.0f} parameters each, {s.tokens:,} bytes of text in rows of {LENGTH}, {len(s.learning_rates)} learning rates, '
-    f'{len(s.seeds)} seeds; the layer alone: width {ALONE_WIDTH}, {ALONE_STEPS} steps of 64',
-    ('feed-forward', 'parameters', 'rate', 'bits a byte', 'against none', 'verdict', 'alone: right'), rows,
-    {'bits_per_byte': bits, 'tried': tried, 'alone': answers},
-  ), [gallery.Picture.of('activations', 'Held-out bits a byte by feed-forward layer, 95 % intervals over seeds', series,
-                         Axis('rank'), Axis('bits a byte'))])
+  series = [
+    Series(
+      t.title,
+      style[t.title],
+      (Point(i + 1, mean[t.title].mean, mean[t.title].low, mean[t.title].high),),
+    )
+    for i, t in enumerate(ranked)
+  ]
+  tried = {
+    t.title: {f'{trial.rate:g}': trial.metrics.get('eval/bits_per_byte') for trial in t.trials}
+    for t in tuned
+  }
+  gallery.publish(
+    args,
+    gallery.Result(
+      8,
+      CLAIM,
+      verdict,
+      because,
+      f'{s.target:,.0f} parameters each, {s.tokens:,} bytes of text in rows of {LENGTH}, '
+      f'{len(s.learning_rates)} learning rates, '
+      f'{len(s.seeds)} seeds; the layer alone: width {ALONE_WIDTH}, {ALONE_STEPS} steps of 64',
+      (
+        'feed-forward',
+        'parameters',
+        'rate',
+        'bits a byte',
+        'against none',
+        'verdict',
+        'alone: right',
+      ),
+      rows,
+      {'bits_per_byte': bits, 'tried': tried, 'alone': answers},
+    ),
+    [
+      gallery.Picture.of(
+        'activations',
+        'Held-out bits a byte by feed-forward layer, 95 % intervals over seeds',
+        series,
+        Axis('rank'),
+        Axis('bits a byte'),
+      )
+    ],
+  )
 
 
 if __name__ == '__main__':

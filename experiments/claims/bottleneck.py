@@ -1,54 +1,69 @@
-"""Does a decoder that sees its source as one vector lose quality as the source grows, and do attention and the transformer not?
+"""Does a decoder that sees its source as one vector lose quality as the source grows, and do
+attention and the transformer not?
 
-Claim 1: "A vanilla seq2seq decoder loses quality as the source grows longer; attention removes that; the transformer does too and
+Claim 1: "A vanilla seq2seq decoder loses quality as the source grows longer; attention removes
+  that; the transformer does too and
 reads its input in parallel."
 
-What is done. Four generations of translation models, seq2seq LSTM (Sutskever et al. 2014), RNNsearch (Bahdanau et al. 2014), GNMT
-(Wu et al. 2016) and the Transformer (Vaswani et al. 2017), with equal numbers of parameters (within 2 %), the same grid of learning
-rates tried with a seed of its own, and the same pairs in the same order for equal seeds. Two halves:
+What is done. Four generations of translation models, seq2seq LSTM (Sutskever et al. 2014),
+RNNsearch (Bahdanau et al. 2014), GNMT (Wu et al. 2016) and the Transformer (Vaswani et al. 2017),
+with equal numbers of parameters (within 2 %), the same grid of learning rates tried with a seed of
+its own, and the same pairs in the same order for equal seeds. Two halves:
 
-- translation: English verses of the King James Bible to Spanish (`jaxformer data kjv-es`), byte pairs learned on both sides;
-- copying: random letters, to be written again. Here all that the decoder must know is in the source, and nothing can be guessed, so
-  that what the one vector does not hold is missing from the output. It is there because at a budget of minutes nobody learns to
-  translate: what a model of so little training says of a verse hardly depends on the verse.
+- translation: English verses of the King James Bible to Spanish (`jaxformer data kjv-es`), byte
+  pairs learned on both sides;
+- copying: random letters, to be written again. Here all that the decoder must know is in the
+  source, and nothing can be guessed, so that what the one vector does not hold is missing from the
+  output. It is there because at a budget of minutes nobody learns to translate: what a model of so
+  little training says of a verse hardly depends on the verse.
 
-A half's grid of rates stands where a first trial put the best ones, and grows beyond an end at which the best of a model lies,
-twice at most; one model's seeds differ in their initial values and in the order of their pairs.
+A half's grid of rates stands where a first trial put the best ones, and grows beyond an end at
+which the best of a model lies, twice at most; one model's seeds differ in their initial values and
+in the order of their pairs.
 
-Held-out pairs are scored in quarters by the length of their source. The statistic is the rise of the held-out loss (nats a token of
-the target, the end counted) from the quarter of the shortest sources to that of the longest, and its difference to that of the
-seq2seq LSTM, paired by seed: what makes long texts easier or harder for every model falls out of the difference. Beside it stand
-BLEU of greedy translations (of copies, the fraction that is right to the last letter), which moves less at this scale. The time of
-a training step is measured in turns, and so is that of encoding one source of 16 to 256 tokens; both are given as ratios alone.
-On a CPU core nothing runs in parallel as on an accelerator: all that could show is that products of whole sequences use the core
-better than a step after the other.
+Held-out pairs are scored in quarters by the length of their source. The statistic is the rise of
+the held-out loss (nats a token of the target, the end counted) from the quarter of the shortest
+sources to that of the longest, and its difference to that of the
+seq2seq LSTM, paired by seed: what makes long texts easier or harder for every model falls out of
+  the difference. Beside it stand
+BLEU of greedy translations (of copies, the fraction that is right to the last letter), which moves
+less at this scale. The time of a training step is measured in turns, and so is that of encoding one
+source of 16 to 256 tokens; both are given as ratios alone. On a CPU core nothing runs in parallel
+as on an accelerator: all that could show is that products of whole sequences use the core better
+than a step after the other.
 
-Verdict: of three sentences, (1) the loss of seq2seq rises with the source; (2) that of RNNsearch, of GNMT and of the transformer
-rises less, each; (3) the transformer's time to encode grows less than that of each of the others. Each of the first two is asked in
-both halves. `p` accounts for the comparisons of a half (Holm).
+Verdict: of three sentences, (1) the loss of seq2seq rises with the source; (2) that of RNNsearch,
+  of GNMT and of the transformer
+rises less, each; (3) the transformer's time to encode grows less than that of each of the others.
+Each of the first two is asked in both halves. `p` accounts for the comparisons of a half (Holm).
 
-Command: python experiments/claims/bottleneck.py (run again after an interruption, it goes on). Needs the packages sword-text-kjv
-and sword-text-sparv, which it downloads where apt-get can, or finds under --packages, and the extra `translation`.
+Command: python experiments/claims/bottleneck.py (run again after an interruption, it goes on).
+  Needs the packages sword-text-kjv
+and sword-text-sparv, which it downloads where apt-get can, or finds under --packages, and the extra
+`translation`.
 
 Cost: about three quarters of an hour of one CPU core, shared with other programs and in parts.
 
-Result: shown in part, 4 of 11 comparisons. Copying shows it: of the shortest texts (2 to 5 letters) seq2seq gets all right to the
-last letter, of the longest (14 to 16) 8 %, while RNNsearch and the Transformer stay at 99 % or more; the rise of the loss is
-+0.433 +- 0.017 nats, and theirs is less by 0.431 +- 0.017 and 0.430 +- 0.008 (p 0.0002 and less). GNMT falls as seq2seq does (99
-% to 3 %; its loss rises by 0.236 +- 0.225 more, p 0.046), though it has attention; whether 625 steps are too few for it to be
-used was not looked into. Its tuning seed did much better at the same rate. In a first trial, with half the steps, two of its
-three seeds had learned nothing, so the steps were doubled, for all.
+Result: shown in part, 4 of 11 comparisons. Copying shows it: of the shortest texts (2 to 5 letters)
+  seq2seq gets all right to the
+last letter, of the longest (14 to 16) 8 %, while RNNsearch and the Transformer stay at 99 % or
+more; the rise of the loss is +0.433 +- 0.017 nats, and theirs is less by 0.431 +- 0.017 and 0.430
++- 0.008 (p 0.0002 and less). GNMT falls as seq2seq does (99 % to 3 %; its loss rises by 0.236 +-
+0.225 more, p 0.046), though it has attention; whether 625 steps are too few for it to be used was
+not looked into. Its tuning seed did much better at the same rate. In a first trial, with half the
+steps, two of its three seeds had learned nothing, so the steps were doubled, for all.
 
-Translation shows attention's gain at every length, and no bottleneck: RNNsearch has BLEU 6.8 and 6.7 for the shortest and the
-longest quarter and 2.8 to 3.1 nats, the other three BLEU 1 to 2 and 3.4 to 3.7 nats; the loss of all four rises with the source,
-by 0.23 to 0.28, and no rise differs from that of seq2seq. A first trial with half of these steps said the same (BLEU 3 at most).
-What a model of so little training says of a verse hardly depends on the verse's length.
+Translation shows attention's gain at every length, and no bottleneck: RNNsearch has BLEU 6.8 and
+6.7 for the shortest and the longest quarter and 2.8 to 3.1 nats, the other three BLEU 1 to 2 and
+3.4 to 3.7 nats; the loss of all four rises with the source, by 0.23 to 0.28, and no rise differs
+from that of seq2seq. A first trial with half of these steps said the same (BLEU 3 at most). What a
+model of so little training says of a verse hardly depends on the verse's length.
 
-Encoding grows most for the Transformer (15 times from 16 to 256 tokens, the others 6 to 9; other trials on a busier machine 15
-and 29): on a CPU core the recurrences lose little by their order, and attention's square shows. The third sentence is
-contradicted there; what an accelerator would say was not measured. A step of training takes RNNsearch 1.2 to 1.5 times what it
-takes seq2seq, GNMT 1.2 to 1.9, the Transformer 1.1 to 1.5.
-"""
+Encoding grows most for the Transformer (15 times from 16 to 256 tokens, the others 6 to 9; other
+trials on a busier machine 15 and 29): on a CPU core the recurrences lose little by their order, and
+attention's square shows. The third sentence is contradicted there; what an accelerator would say
+was not measured. A step of training takes RNNsearch 1.2 to 1.5 times what it takes seq2seq, GNMT
+1.2 to 1.9, the Transformer 1.1 to 1.5."""
 
 from __future__ import annotations
 
@@ -80,18 +95,27 @@ from jaxformer.models.params import Definition, define
 from jaxformer.training import load_params
 from jaxformer.training.interrupt import Interrupt
 
-CLAIM = ('A vanilla seq2seq decoder loses quality as the source grows longer; attention removes that; the transformer does too and '
-         'reads its input in parallel.')
-NAMES = {'seq2seq-lstm': 'seq2seq', 'rnnsearch': 'RNNsearch', 'gnmt': 'GNMT', 'transformer': 'Transformer'}
+CLAIM = (
+  'A vanilla seq2seq decoder loses quality as the source grows longer; attention removes that; the '
+  'transformer does too and '
+  'reads its input in parallel.'
+)
+NAMES = {
+  'seq2seq-lstm': 'seq2seq',
+  'rnnsearch': 'RNNsearch',
+  'gnmt': 'GNMT',
+  'transformer': 'Transformer',
+}
 FIRST, LAST = 'seq2seq', 'Transformer'
 LETTERS = 'abcdefghijklmnop'
-TEXTS = 300                        # translated a run
-LENGTHS = (16, 32, 64, 128, 256)   # of sources to encode
+TEXTS = 300  # translated a run
+LENGTHS = (16, 32, 64, 128, 256)  # of sources to encode
 ROUNDS = 15
 
 
 class Copying(PairTask):
-  """Random letters, `fewest` to `most` of them, to be written again. The numbers of the letters of a held-out text, and of no
+  """Random letters, `fewest` to `most` of them, to be written again. The numbers of the letters of
+  a held-out text, and of no
   other, add up to a multiple of 16: no text is on both sides."""
 
   fewest: int = 2
@@ -107,7 +131,10 @@ class Copying(PairTask):
 
   def texts(self, side: Side, index_N: np.ndarray) -> list[tuple[str, str]]:
     bits = random_bits(order.key(self.seed, self.tag, side), index_N, 1 + self.most)
-    counts, letters = self.fewest + below(self.most - self.fewest + 1, bits[:, 0]), below(len(LETTERS), bits[:, 1:])
+    counts, letters = (
+      self.fewest + below(self.most - self.fewest + 1, bits[:, 0]),
+      below(len(LETTERS), bits[:, 1:]),
+    )
     rows, last = np.arange(len(counts)), counts - 1
     sums = np.where(np.arange(self.most) < counts[:, None], letters, 0).sum(axis=1) % len(LETTERS)
     change = -sums if side == 'test' else (sums == 0).astype(sums.dtype)
@@ -117,24 +144,50 @@ class Copying(PairTask):
 
 
 def studies(args) -> dict[str, Study]:
-  """The two halves. Tokens grow with the scale, parameters with its root, the longest texts with its fourth root."""
+  """The two halves. Tokens grow with the scale, parameters with its root, the longest texts with
+  its fourth root."""
+
   def length(at_one: int) -> int:
     return round(at_one * max(1.0, args.scale) ** 0.25 / 4) * 4
 
   file = pathlib.Path(args.runs) / 'kjv-es' / 'kjv-es.tsv'
   if not file.exists():
     prepare('kjv-es', file.parent, args.packages, note)
-  verses = Pairs(corpus=Tsv(path=str(file), document_column=3), tokenizer=BytePairs(vocab_size=1024),
-                 source_lengths=(length(48),), target_lengths=(length(48),))
+  verses = Pairs(
+    corpus=Tsv(path=str(file), document_column=3),
+    tokenizer=BytePairs(vocab_size=1024),
+    source_lengths=(length(48),),
+    target_lengths=(length(48),),
+  )
   common = {
-    'entries': tuple(Grown(family=f, name=n) for f, n in NAMES.items()), 'target': 3e5 * max(1.0, args.scale) ** 0.5,
-    'extensions': 2, 'seeds': (1, 2, 3), 'together': 3, 'translations': 0, 'contexts': (),
-    'eval_batches': None, 'batch_size': 32, 'rounds': 5, 'dir': args.runs}
+    'entries': tuple(Grown(family=f, name=n) for f, n in NAMES.items()),
+    'target': 3e5 * max(1.0, args.scale) ** 0.5,
+    'extensions': 2,
+    'seeds': (1, 2, 3),
+    'together': 3,
+    'translations': 0,
+    'contexts': (),
+    'eval_batches': None,
+    'batch_size': 32,
+    'rounds': 5,
+    'dir': args.runs,
+  }
   return {
-    'copying': Study(name='bottleneck-copying', tasks=(Copying(most=length(16), test_sequences=600),),
-                     tokens=int(args.scale * 340_000), learning_rates=(0.003, 0.01), **common),
-    'translation': Study(name='bottleneck-kjv-es', tasks=(verses,), tokens=int(args.scale * 800_000),
-                         learning_rates=(0.01, 0.0333), **common)}
+    'copying': Study(
+      name='bottleneck-copying',
+      tasks=(Copying(most=length(16), test_sequences=600),),
+      tokens=int(args.scale * 340_000),
+      learning_rates=(0.003, 0.01),
+      **common,
+    ),
+    'translation': Study(
+      name='bottleneck-kjv-es',
+      tasks=(verses,),
+      tokens=int(args.scale * 800_000),
+      learning_rates=(0.01, 0.0333),
+      **common,
+    ),
+  }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,7 +210,9 @@ class Half:
 
   def rises(self, of: str) -> dict[str, dict[int, float]]:
     """From the shortest sources to the longest."""
-    return {name: {s: r[of][-1] - r[of][0] for s, r in runs.items()} for name, runs in self.runs.items()}
+    return {
+      name: {s: r[of][-1] - r[of][0] for s, r in runs.items()} for name, runs in self.runs.items()
+    }
 
   def over_seeds(self, name: str, of: str, group: int) -> Estimate:
     return estimate([r[of][group] for r in self.runs[name].values()])
@@ -178,48 +233,73 @@ def half_of(name: str, study: Study, interrupt: Interrupt) -> Half:
     definition = define(t.model)
     for trial in t.runs:
       if not np.isfinite(trial.loss):
-        raise InputError(f'{trial.folder}: diverged; the other learning rates of the grid did not, so give other rates')
+        raise InputError(
+          f'{trial.folder}: diverged; the other learning rates of the grid did not, so give other '
+          'rates'
+        )
       runs.setdefault(t.title, {})[trial.seed] = kept(trial, definition, dataset, edges, quality)
       if interrupt.signal is not None:
         raise Interrupted
-  steps = {n: study.batch_size * task.positions / c.tokens_per_second for n, c in costs.items() if c.tokens_per_second}
-  return Half(quality, [(int(g[0]), int(g[-1])) for g in groups], {t.title: t for t in done}, runs, steps)
+  steps = {
+    n: study.batch_size * task.positions / c.tokens_per_second
+    for n, c in costs.items()
+    if c.tokens_per_second
+  }
+  return Half(
+    quality, [(int(g[0]), int(g[-1])) for g in groups], {t.title: t for t in done}, runs, steps
+  )
 
 
-def kept(trial: Trial, definition: Definition, dataset: Dataset, edges: list[int], quality: str) -> dict[str, list[float]]:
+def kept(
+  trial: Trial, definition: Definition, dataset: Dataset, edges: list[int], quality: str
+) -> dict[str, list[float]]:
   """A run's held-out loss and quality by quarter, written into its folder and read from there."""
   file = pathlib.Path(trial.folder) / 'by_source_length.json'
   if file.exists():
     return json.loads(file.read_text())
   params, _ = load_params(trial.folder, definition)
   losses = loss_by_source_length(definition, params, dataset.validation_batches(64), edges)
-  end, most = dataset.tokenizer.end_of_document, dataset.config.positions   # no reference has more
+  end, most = dataset.tokenizer.end_of_document, dataset.config.positions  # no reference has more
 
   def search(sources: Any) -> list[list[int]]:
-    found = translate(definition, params, sources, end=end, vocab_size=dataset.vocab_size, max_new_tokens=most)
+    found = translate(
+      definition, params, sources, end=end, vocab_size=dataset.vocab_size, max_new_tokens=most
+    )
     return [t.tokens for t in found]
 
-  found = evaluate_translation(search, dataset.held_out_pairs(TEXTS), dataset.tokenizer, edges=edges, bootstrap=None).by_length
+  found = evaluate_translation(
+    search, dataset.held_out_pairs(TEXTS), dataset.tokenizer, edges=edges, bootstrap=None
+  ).by_length
   scores = [g.scores.bleu.value if quality == 'BLEU' else 100 * g.scores.exact_match for g in found]
   value = {'loss': [r.loss for r in losses], 'quality': scores}
   file.write_text(json.dumps(value) + '\n')
-  note(f'{trial.folder}: loss by source length {" ".join(f"{v:.3f}" for v in value["loss"])}, {quality} '
-       f'{" ".join(f"{v:.1f}" for v in scores)}')
+  note(
+    f'{trial.folder}: loss by source length {" ".join(f"{v:.3f}" for v in value["loss"])}, '
+    f'{quality} '
+    f'{" ".join(f"{v:.1f}" for v in scores)}'
+  )
   return value
 
 
 def encoding(models: dict[str, Any]) -> dict[str, list[list[float]]]:
-  """Seconds to encode one source, name -> length -> round, in turns: what else the machine does then falls on all alike."""
+  """Seconds to encode one source, name -> length -> round, in turns: what else the machine does
+  then falls on all alike."""
   programs = {}
   for name, model in models.items():
     definition = define(model)
     params = definition.init(jax.random.key(0))
     for n in LENGTHS:
       source = np.arange(n, dtype=np.int32)[None] % 256
-      run = jax.jit(lambda p, s, d=definition: d.merge(p).encode(s).y_BSC).lower(params, source).compile()
-      programs[name, n] = lambda run=run, params=params, source=source: jax.block_until_ready(run(params, source))
+      run = (
+        jax.jit(lambda p, s, d=definition: d.merge(p).encode(s).y_BSC)
+        .lower(params, source)
+        .compile()
+      )
+      programs[name, n] = lambda run=run, params=params, source=source: jax.block_until_ready(
+        run(params, source)
+      )
   seconds: dict[str, list[list[float]]] = {name: [[] for _ in LENGTHS] for name in models}
-  for round_ in range(ROUNDS + 1):   # the first warms up
+  for round_ in range(ROUNDS + 1):  # the first warms up
     for (name, n), run in programs.items():
       took = []
       for _ in range(5):
@@ -231,7 +311,9 @@ def encoding(models: dict[str, Any]) -> dict[str, list[list[float]]]:
   return seconds
 
 
-def judged(halves: dict[str, Half], seconds: dict[str, list[list[float]]]) -> tuple[str, list[str], dict[str, list[Difference]]]:
+def judged(
+  halves: dict[str, Half], seconds: dict[str, list[list[float]]]
+) -> tuple[str, list[str], dict[str, list[Difference]]]:
   """The verdict, what was found of each sentence, and the paired differences."""
   differences, held, against, said = {}, [], [], []
   for name, half in halves.items():
@@ -240,19 +322,45 @@ def judged(halves: dict[str, Half], seconds: dict[str, list[list[float]]]) -> tu
     differences[name] = found
     held += [own.low > 0, *(d.verdict == 'better' for d in found)]
     against += [d.verdict == 'worse' for d in found]
-    said.append(f'{name.capitalize()}: from the quarter of the shortest sources to that of the longest the loss of {FIRST} '
-                f'changes by {signed(own)} nats; against it, ' + '; '.join(
-                  f'{d.name} {signed(d.estimate)} (p {d.p_adjusted:.2g}, {d.verdict})' for d in found) + '.')
+    said.append(
+      f'{name.capitalize()}: from the quarter of the shortest sources to that of the longest the '
+      f'loss of {FIRST} '
+      f'changes by {signed(own)} nats; against it, '
+      + '; '.join(
+        f'{d.name} {signed(d.estimate)} (p {d.p_adjusted:.2g}, {d.verdict})' for d in found
+      )
+      + '.'
+    )
   growth = {n: dict(enumerate(np.array(of[-1]) / np.array(of[0]))) for n, of in seconds.items()}
   found = compare(growth, LAST)
   differences['encoding'] = found
   held += [d.verdict == 'worse' for d in found]
   against += [d.verdict == 'better' for d in found]
-  said.append(f'Encoding {LENGTHS[-1]} tokens takes the {LAST} {statistics.median(growth[LAST].values()):.1f} times what '
-              f'{LENGTHS[0]} take; ' + ', '.join(f'{d.name} {statistics.median(growth[d.name].values()):.1f}' for d in found)
-              + (', on a CPU, whose cores have little to do in parallel.' if jax.default_backend() == 'cpu' else '.'))
-  verdict = ('shown' if all(held) else 'shown in part' if any(held) else 'contradicted' if any(against) else 'not shown')
-  return verdict, [*said, f'{sum(held)} of {len(held)} comparisons that the claim makes hold.'], differences
+  said.append(
+    f'Encoding {LENGTHS[-1]} tokens takes the {LAST} '
+    f'{statistics.median(growth[LAST].values()):.1f} times what '
+    f'{LENGTHS[0]} take; '
+    + ', '.join(f'{d.name} {statistics.median(growth[d.name].values()):.1f}' for d in found)
+    + (
+      ', on a CPU, whose cores have little to do in parallel.'
+      if jax.default_backend() == 'cpu'
+      else '.'
+    )
+  )
+  verdict = (
+    'shown'
+    if all(held)
+    else 'shown in part'
+    if any(held)
+    else 'contradicted'
+    if any(against)
+    else 'not shown'
+  )
+  return (
+    verdict,
+    [*said, f'{sum(held)} of {len(held)} comparisons that the claim makes hold.'],
+    differences,
+  )
 
 
 def percent(e: Estimate) -> tuple[float, float, float]:
@@ -264,25 +372,49 @@ def grid(study: Study) -> str:
   return '/'.join(f'{r:g}' for r in study.learning_rates)
 
 
-def rows(halves: dict[str, Half], differences: dict[str, list[Difference]]) -> tuple[tuple[str, ...], ...]:
+def rows(
+  halves: dict[str, Half], differences: dict[str, list[Difference]]
+) -> tuple[tuple[str, ...], ...]:
   out = []
   for half_name, half in halves.items():
     against = {d.name: d for d in differences[half_name]}
     for name, t in half.tuned.items():
       d = against.get(name)
-      out.append((
-        f'{half_name}: {name}', f'{define(t.model).size:,}', f'{t.rate:g}' + (' (end of the grid)' if t.at_edge else ''),
-        *(f'{e.mean:.3f} ± {e.half_width:.3f}' for e in (half.over_seeds(name, 'loss', g) for g in (0, -1))),
-        signed(estimate(list(half.rises('loss')[name].values()))),
-        'the reference' if d is None else f'{signed(d.estimate)}, p {d.p_adjusted:.2g}: {d.verdict}',
-        f'{half.quality} ' + ', '.join('{:.1f} ({:.1f} to {:.1f})'.format(*percent(half.over_seeds(name, 'quality', g)))
-                                       for g in (0, -1)),
-        f'{half.step_seconds[name] / half.step_seconds[FIRST]:.2f}'))
+      out.append(
+        (
+          f'{half_name}: {name}',
+          f'{define(t.model).size:,}',
+          f'{t.rate:g}' + (' (end of the grid)' if t.at_edge else ''),
+          *(
+            f'{e.mean:.3f} ± {e.half_width:.3f}'
+            for e in (half.over_seeds(name, 'loss', g) for g in (0, -1))
+          ),
+          signed(estimate(list(half.rises('loss')[name].values()))),
+          'the reference'
+          if d is None
+          else f'{signed(d.estimate)}, p {d.p_adjusted:.2g}: {d.verdict}',
+          f'{half.quality} '
+          + ', '.join(
+            '{:.1f} ({:.1f} to {:.1f})'.format(*percent(half.over_seeds(name, 'quality', g)))
+            for g in (0, -1)
+          ),
+          f'{half.step_seconds[name] / half.step_seconds[FIRST]:.2f}',
+        )
+      )
   return tuple(out)
 
 
-HEADER = ('half: model', 'parameters', 'rate', 'loss, shortest quarter', 'loss, longest', 'rise', f'rise against {FIRST}',
-          'quality, shortest to longest', f'time of a training step / {FIRST}')
+HEADER = (
+  'half: model',
+  'parameters',
+  'rate',
+  'loss, shortest quarter',
+  'loss, longest',
+  'rise',
+  f'rise against {FIRST}',
+  'quality, shortest to longest',
+  f'time of a training step / {FIRST}',
+)
 
 
 def pictures(halves: dict[str, Half], seconds: dict[str, list[list[float]]]) -> list[Picture]:
@@ -292,47 +424,85 @@ def pictures(halves: dict[str, Half], seconds: dict[str, list[list[float]]]) -> 
       series = []
       for style, name in enumerate(half.runs):
         at = [(sum(ends) / 2, half.over_seeds(name, of, g)) for g, ends in enumerate(half.groups)]
-        points = tuple(Point(x, *(percent(e) if of == 'quality' else (e.mean, e.low, e.high))) for x, e in at)
+        points = tuple(
+          Point(x, *(percent(e) if of == 'quality' else (e.mean, e.low, e.high))) for x, e in at
+        )
         series.append(Series(name, style, points, line=True))
       caption = f'{half_name.capitalize()}: {label} by length of the source, in quarters; bars are 95% intervals over seeds'
-      out.append(Picture.of(f'{half_name}-{of}', caption, series, Axis('tokens of the source'), Axis(label)))
+      out.append(
+        Picture.of(f'{half_name}-{of}', caption, series, Axis('tokens of the source'), Axis(label))
+      )
   medians = {name: [statistics.median(s) for s in of] for name, of in seconds.items()}
   least = min(of[0] for of in medians.values())
-  series = [Series(name, i, tuple(Point(n, s / least) for n, s in zip(LENGTHS, of, strict=True)), line=True)
-            for i, (name, of) in enumerate(medians.items())]
-  out.append(Picture.of('encoding', f'Time to encode one source, in turns, times the least; medians of {ROUNDS} rounds', series,
-                        Axis('tokens of the source', True), Axis('time, relative', True)))
+  series = [
+    Series(name, i, tuple(Point(n, s / least) for n, s in zip(LENGTHS, of, strict=True)), line=True)
+    for i, (name, of) in enumerate(medians.items())
+  ]
+  out.append(
+    Picture.of(
+      'encoding',
+      f'Time to encode one source, in turns, times the least; medians of {ROUNDS} rounds',
+      series,
+      Axis('tokens of the source', True),
+      Axis('time, relative', True),
+    )
+  )
   return out
 
 
 def main() -> None:
   parser = arguments(__doc__)
-  parser.add_argument('--packages', default=None, help='a folder with the .deb files of sword-text-kjv and sword-text-sparv')
+  parser.add_argument(
+    '--packages',
+    default=None,
+    help='a folder with the .deb files of sword-text-kjv and sword-text-sparv',
+  )
   args = parser.parse_args()
   jax.config.update('jax_compilation_cache_dir', str(pathlib.Path(args.runs) / 'xla'))
   try:
     import sacrebleu  # noqa: F401
   except ImportError:
-    raise InputError("BLEU needs the package 'sacrebleu'; install the extra: pip install 'jaxformer[translation]'") from None
+    raise InputError(
+      "BLEU needs the package 'sacrebleu'; install the extra: pip install 'jaxformer[translation]'"
+    ) from None
   plans = studies(args)
   with Interrupt() as interrupt:
     halves = {name: half_of(name, study, interrupt) for name, study in plans.items()}
   seconds = encoding({n: t.model for n, t in halves['translation'].tuned.items()})
   verdict, said, differences = judged(halves, seconds)
   first, second = plans['translation'], plans['copying']
-  publish(args, Result(
-    number=1, claim=CLAIM, verdict=verdict, because=' '.join(said),
-    scale=f'{first.target:,.0f} parameters; {first.tokens:,} positions of verses of at most {first.tasks[0].longest} tokens '
-    f'({first.steps(first.tasks[0])} steps of {first.batch_size}), {second.tokens:,} of copies of at most '
-    f'{second.tasks[0].longest - 1} letters ({second.steps(second.tasks[0])} steps); '
-    f'rates {grid(first)} and {grid(second)}, extended twice at most where the best is at an end; {len(first.seeds)} seeds',
-    header=HEADER, rows=rows(halves, differences),
-    data={
-      'halves': {n: {'groups': h.groups, 'runs': h.runs, 'step_seconds': h.step_seconds, 'rates': {
-        m: t.rate for m, t in h.tuned.items()}} for n, h in halves.items()},
-      'encoding': {'lengths': LENGTHS, 'seconds': seconds},
-      'differences': {n: [dataclasses.asdict(d) for d in of] for n, of in differences.items()}}),
-    pictures(halves, seconds))
+  publish(
+    args,
+    Result(
+      number=1,
+      claim=CLAIM,
+      verdict=verdict,
+      because=' '.join(said),
+      scale=f'{first.target:,.0f} parameters; {first.tokens:,} positions of verses of at most '
+      f'{first.tasks[0].longest} tokens '
+      f'({first.steps(first.tasks[0])} steps of {first.batch_size}), {second.tokens:,} of copies '
+      'of at most '
+      f'{second.tasks[0].longest - 1} letters ({second.steps(second.tasks[0])} steps); '
+      f'rates {grid(first)} and {grid(second)}, extended twice at most where the best is at an '
+      f'end; {len(first.seeds)} seeds',
+      header=HEADER,
+      rows=rows(halves, differences),
+      data={
+        'halves': {
+          n: {
+            'groups': h.groups,
+            'runs': h.runs,
+            'step_seconds': h.step_seconds,
+            'rates': {m: t.rate for m, t in h.tuned.items()},
+          }
+          for n, h in halves.items()
+        },
+        'encoding': {'lengths': LENGTHS, 'seconds': seconds},
+        'differences': {n: [dataclasses.asdict(d) for d in of] for n, of in differences.items()},
+      },
+    ),
+    pictures(halves, seconds),
+  )
 
 
 if __name__ == '__main__':

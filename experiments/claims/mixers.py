@@ -1,5 +1,5 @@
-"""What the claims that train models share: stacks of a fixed shape around any sequence layers, studies that are run and told in
-words, and what it is to solve a task."""
+"""What the claims that train models share: stacks of a fixed shape around any sequence layers,
+studies that are run and told in words, and what it is to solve a task."""
 
 from __future__ import annotations
 
@@ -24,18 +24,21 @@ from jaxformer.models.language_model import LanguageModel, ModelConfig
 from jaxformer.models.stack import Group
 from jaxformer.models.zoo.preset import Family, two_thirds
 
-SOLVED = 0.95   # accuracy
+SOLVED = 0.95  # accuracy
 INIT = FanInNormal()
 GRID, RATE = (3e-3, 1e-2, 3e-2), 1e-2
 
 Solved = Literal['solved', 'not solved', 'undecided']
-"""Whether the 95 % interval of an accuracy over seeds lies above `SOLVED`, below it, or on both sides."""
+"""Whether the 95 % interval of an accuracy over seeds lies above `SOLVED`, below it, or on both
+sides."""
 
 
 class Stacked(Entry):
-  """Blocks in Llama's frame (pre-norm RMSNorm, SwiGLU), one for each of `mixers` in their order, all of one width. Equal size comes
-  from the hidden units alone, so that neither depth nor width is a difference between what is compared. Weights begin at the scale
-  of their inputs: the 0.02 of larger models is next to nothing at this width, and a thousand steps would go by in growing.
+  """Blocks in Llama's frame (pre-norm RMSNorm, SwiGLU), one for each of `mixers` in their order,
+  all of one width. Equal size comes from the hidden units alone, so that neither depth nor width is
+  a difference between what is compared. Weights begin at the scale
+  of their inputs: the 0.02 of larger models is next to nothing at this width, and a thousand steps
+    would go by in growing.
 
   Attributes:
     mixers: the sequence layers, from the first block to the last.
@@ -53,42 +56,68 @@ class Stacked(Entry):
   def title(self) -> str:
     return self.name or '-'.join(m.tag for m in self.mixers)
 
-  def model(self, study: Study, vocab_size: int, context: int, source_vocab_size: int | None = None) -> ModelConfig:
-    family = Family(self.title, self.make, self.width, len(self.mixers), two_thirds, grows_deeper=False)
-    sized = solve(family, study.match, study.target, vocab_size=vocab_size, context=context, tolerance=study.tolerance)
+  def model(
+    self, study: Study, vocab_size: int, context: int, source_vocab_size: int | None = None
+  ) -> ModelConfig:
+    family = Family(
+      self.title, self.make, self.width, len(self.mixers), two_thirds, grows_deeper=False
+    )
+    sized = solve(
+      family,
+      study.match,
+      study.target,
+      vocab_size=vocab_size,
+      context=context,
+      tolerance=study.tolerance,
+    )
     if sized.width != self.width:
-      raise InputError(f'Stacked.width = {self.width}: {self.title} has {study.target:,.0f} {study.match} at width {sized.width}; '
-                       'give another width, or another target')
+      raise InputError(
+        f'Stacked.width = {self.width}: {self.title} has {study.target:,.0f} {study.match} at '
+        f'width {sized.width}; '
+        'give another width, or another target'
+      )
     return sized.model
 
-  def make(self, *, width: int, layers: int, hidden: int, vocab_size: int, context: int) -> LanguageModel.Config:
+  def make(
+    self, *, width: int, layers: int, hidden: int, vocab_size: int, context: int
+  ) -> LanguageModel.Config:
     """The model at a size."""
     norm = RMSNorm.Config()
     mlp = GatedMlp.Config(hidden=hidden, init=INIT, out_init=INIT)
     blocks = tuple(
-      Block.Config(branches=tuple(PreNorm.Config(layer=part, norm=norm) for part in (mixer, mlp))) for mixer in self.mixers)
-    pattern = blocks[:1] if len(set(blocks)) == 1 else blocks   # equal blocks are one program, scanned
+      Block.Config(branches=tuple(PreNorm.Config(layer=part, norm=norm) for part in (mixer, mlp)))
+      for mixer in self.mixers
+    )
+    # equal blocks are one program, scanned
+    pattern = blocks[:1] if len(set(blocks)) == 1 else blocks
     return LanguageModel.Config(
-      vocab_size=vocab_size, width=width, context=context, final_norm=norm, embedding_init=Normal(std=1.0), head_init=INIT,
-      stack=(Group(pattern=pattern, repeats=layers // len(pattern)),))
+      vocab_size=vocab_size,
+      width=width,
+      context=context,
+      final_norm=norm,
+      embedding_init=Normal(std=1.0),
+      head_init=INIT,
+      stack=(Group(pattern=pattern, repeats=layers // len(pattern)),),
+    )
 
 
 def rates(scale: float) -> tuple[float, ...]:
-  """Learning rates, the same for all that are compared: a grid, which has as many as there are seeds, so that both are one program.
-  Below scale 2 the middle one alone, or tuning would be half of the time: of 0.003 and 0.01 it was the better one for attention, H3
-  and S4D when these recalled 4 pairs after 600 updates of one seed."""
+  """Learning rates, the same for all that are compared: a grid, which has as many as there are
+  seeds, so that both are one program. Below scale 2 the middle one alone, or tuning would be half
+  of the time: of 0.003 and 0.01 it was the better one for attention, H3 and S4D when these recalled
+  4 pairs after 600 updates of one seed."""
   return GRID if scale >= 2 else (RATE,)
 
 
 def run(study: Study) -> Results:
-  """Trains what is not trained yet, writes the study's own report, and prints where it is. Raises `Interrupted` after a
-  signal. Programs are kept beside the runs: at this size compiling costs as much as training, and a grid and the seeds after it are
-  one program."""
+  """Trains what is not trained yet, writes the study's own report, and prints where it is. Raises
+  `Interrupted` after a signal. Programs are kept beside the runs: at this size compiling costs as
+  much as training, and a grid and the seeds after it are one program."""
   jax.config.update('jax_compilation_cache_dir', str(Path(study.dir) / 'compiled'))
   jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
   results = report_study(study, lambda line: print(line, flush=True))
   print(*results.answer, f'report: {study.folder / "report" / "report.html"}', sep='\n', flush=True)
-  jax.clear_caches()   # the next study compiles other programs
+  jax.clear_caches()  # the next study compiles other programs
   return results
 
 
@@ -101,7 +130,13 @@ def solved(o: Outcome) -> Solved:
   """What the seeds of one architecture say; a run that diverged has not solved anything."""
   if o.estimate is None or None in o.scores.values():
     return 'not solved'
-  return 'solved' if o.estimate.low > SOLVED else 'not solved' if o.estimate.high < SOLVED else 'undecided'
+  return (
+    'solved'
+    if o.estimate.low > SOLVED
+    else 'not solved'
+    if o.estimate.high < SOLVED
+    else 'undecided'
+  )
 
 
 def told(task: TaskResults, o: Outcome) -> str:
@@ -110,11 +145,14 @@ def told(task: TaskResults, o: Outcome) -> str:
 
 
 def points(task: TaskResults, at: Mapping[str, float]) -> dict[str, Point]:
-  """A point with its interval for each architecture that came to an end, at the x given; accuracies in per cent."""
+  """A point with its interval for each architecture that came to an end, at the x given; accuracies
+  in per cent."""
   found = {}
   for o in task.outcomes:
     if o.estimate is not None:
       e, percent = o.estimate, 100.0 if task.metric == 'accuracy' else 1.0
-      low, high = (max(0.0, e.low), min(1.0, e.high)) if task.metric == 'accuracy' else (e.low, e.high)
+      low, high = (
+        (max(0.0, e.low), min(1.0, e.high)) if task.metric == 'accuracy' else (e.low, e.high)
+      )
       found[o.title] = Point(at[o.title], percent * e.mean, percent * low, percent * high)
   return found

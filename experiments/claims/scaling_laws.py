@@ -1,37 +1,49 @@
-"""Claim 10: parameters, tokens and FLOPs predict loss (scaling laws; Hoffmann et al. 2022, Chinchilla).
+"""Claim 10: parameters, tokens and FLOPs predict loss (scaling laws; Hoffmann et al. 2022,
+Chinchilla).
 
-Question: does a law fitted to small trainings foretell the loss of larger ones, better than one would guess without it?
+Question: does a law fitted to small trainings foretell the loss of larger ones, better than one
+  would guess without it?
 
     python experiments/claims/scaling_laws.py [--scale 1] [--families llama2]
 
-What is done: the study of `jaxformer compare scaling`. Five sizes of a Llama-like transformer, 30 thousand to 300 thousand
-parameters, at each of three budgets of training FLOPs (6e10, 1.8e11, 5.4e11), on fresh bytes of the built-in corpus; tokens are
-what the budget leaves. To the fifteen losses on held-out text is fitted L(N, D) = E + A / N^alpha + B / D^beta. Two trainings of
-1.25e12 FLOPs, one with many tokens and one with many parameters, take no part in the fit: the law foretells each, with the interval
-in which one more training lies. One seed a training: the interval comes from how the trainings lie around the law, which includes
-what seeds do. The learning rate is the best of a grid at the middle of the least budget, and falls with FLOPs^-0.125
-(`compare.scaling_study.Transferred`).
+What is done: the study of `jaxformer compare scaling`. Five sizes of a Llama-like transformer, 30
+  thousand to 300 thousand
+parameters, at each of three budgets of training FLOPs (6e10, 1.8e11, 5.4e11), on fresh bytes of the
+built-in corpus; tokens are what the budget leaves. To the fifteen losses on held-out text is fitted
+L(N, D) = E + A / N^alpha + B / D^beta. Two trainings of 1.25e12 FLOPs, one with many tokens and one
+with many parameters, take no part in the fit: the law foretells each, with the interval in which
+one more training lies. One seed a training: the interval comes from how the trainings lie around
+the law, which includes what seeds do. The learning rate is the best of a grid at the middle of the
+least budget, and falls with FLOPs^-0.125 (`compare.scaling_study.Transferred`).
 
-What is compared to: the loss of the training of the largest budget that is nearest in size, which is what one would guess of a
-larger budget without a law; and power laws of N, of D, and of FLOPs alone, which the verdict does not use.
+What is compared to: the loss of the training of the largest budget that is nearest in size, which
+  is what one would guess of a
+larger budget without a law; and power laws of N, of D, and of FLOPs alone, which the verdict does
+not use.
 
-The verdict: shown if the law explains at least 95 % of the variance, every held-out loss lies in its interval, and the law errs
-less than the guess for each; shown in part if it errs less than the guess on average but one of these fails; else not shown.
+The verdict: shown if the law explains at least 95 % of the variance, every held-out loss lies in
+  its interval, and the law errs
+less than the guess for each; shown in part if it errs less than the guess on average but one of
+these fails; else not shown.
 
-`--scale` multiplies the budgets, and above 1 the sizes by its root. `--families llama2 mamba` gives another family a law of its
-own, which counts as well.
+`--scale` multiplies the budgets, and above 1 the sizes by its root. `--families llama2 mamba` gives
+another family a law of its own, which counts as well.
 
-A first try with batches of 1,024 tokens in place of 256 was stopped when at its two smaller budgets the smallest model was the
-best: there is no smaller one of this family, and so no parabola. None of its held-out trainings had run.
+A first try with batches of 1,024 tokens in place of 256 was stopped when at its two smaller budgets
+the smallest model was the
+best: there is no smaller one of this family, and so no parabola. None of its held-out trainings had
+  run.
 
 Cost: 20 trainings, 21 minutes on one core that other programs used as well.
-Result (jax 0.10.2): shown, by the rule above. The law explains 98.3 % of the variance of log loss. It foretold 1.579 nats a byte
-(1.486 to 1.678) for 95,552 parameters after 2.5 million tokens, and 1.551 came; 1.673 (1.584 to 1.766) for 234,144 parameters after
-0.94 million, and 1.625 came: 1.8 % and 2.9 % off, where the guess is 6.2 % and 10.6 % off. Both came lower than foretold. Three
-things speak for caution. The intervals are of +- 6 %. The coefficients are hardly known (E 1.25, from next to nothing to far above
-every loss; alpha 0.95, from 0.05 to 17; beta 0.40, from 0.23 to 0.70), nor is how the best size grows (FLOPs to the power 0.29,
-from 0.08 to 1.09). And a power law of FLOPs alone, which explains 63 % of the variance, was 3.1 % and 1.6 % off on these two, no
-worse.
+Result (jax 0.10.2): shown, by the rule above. The law explains 98.3 % of the variance of log loss.
+It foretold 1.579 nats a byte (1.486 to 1.678) for 95,552 parameters after 2.5 million tokens, and
+1.551 came; 1.673 (1.584 to 1.766) for 234,144 parameters after
+0.94 million, and 1.625 came: 1.8 % and 2.9 % off, where the guess is 6.2 % and 10.6 % off. Both
+  came lower than foretold. Three
+things speak for caution. The intervals are of +- 6 %. The coefficients are hardly known (E 1.25,
+from next to nothing to far above every loss; alpha 0.95, from 0.05 to 17; beta 0.40, from 0.23 to
+0.70), nor is how the best size grows (FLOPs to the power 0.29, from 0.08 to 1.09). And a power law
+of FLOPs alone, which explains 63 % of the variance, was 3.1 % and 1.6 % off on these two, no worse.
 """
 
 from __future__ import annotations
@@ -54,8 +66,8 @@ from jaxformer.compare.svg import Point as At
 from jaxformer.compare.tables import amount
 
 CLAIM = 'Parameters, tokens and FLOPs predict loss (scaling laws; Chinchilla).'
-EXPLAINED = 0.95   # of the variance of log loss, for a law that fits
-LOOSE = 4          # ends of an interval whose ratio is more say little of a coefficient
+EXPLAINED = 0.95  # of the variance of log loss, for a law that fits
+LOOSE = 4  # ends of an interval whose ratio is more say little of a coefficient
 
 
 def study(scale: float, families: list[str], runs: str) -> ScalingStudy:
@@ -63,21 +75,31 @@ def study(scale: float, families: list[str], runs: str) -> ScalingStudy:
   assert isinstance(base, ScalingStudy)
 
   def scaled(budgets: tuple[Budget, ...]) -> tuple[Budget, ...]:
-    return tuple(Budget(flops=b.flops * scale, params=tuple(n * max(1, scale) ** 0.5 for n in b.params)) for b in budgets)
+    return tuple(
+      Budget(flops=b.flops * scale, params=tuple(n * max(1, scale) ** 0.5 for n in b.params))
+      for b in budgets
+    )
+
   entries = tuple(Grown(family=f, name='transformer' if f == 'llama2' else f) for f in families)
-  return base.replace(entries=entries, budgets=scaled(base.budgets), held_out=scaled(base.held_out), dir=runs)
+  return base.replace(
+    entries=entries, budgets=scaled(base.budgets), held_out=scaled(base.held_out), dir=runs
+  )
 
 
 def guess(f: FamilyLaw, p: Point) -> float:
   """The loss of the training of the largest budget that is nearest in size."""
   most = max(q.flops for q in f.fitted)
-  nearest = min((q for q in f.fitted if q.flops == most and q.loss is not None), key=lambda q: abs(np.log(q.params / p.params)))
+  nearest = min(
+    (q for q in f.fitted if q.flops == most and q.loss is not None),
+    key=lambda q: abs(np.log(q.params / p.params)),
+  )
   assert nearest.loss is not None
   return nearest.loss
 
 
 def alone(f: FamilyLaw, of: str) -> tuple[float, list[float]]:
-  """What a power law of one number does: R^2 of log loss, and the relative errors of what it foretells, unsigned."""
+  """What a power law of one number does: R^2 of log loss, and the relative errors of what it
+  foretells, unsigned."""
   used = [p for p in f.fitted if p.loss is not None]
   x, y = ([getattr(p, name) for p in used] for name in (of, 'loss'))
   a, k = power_law(x, y)
@@ -87,12 +109,20 @@ def alone(f: FamilyLaw, of: str) -> tuple[float, list[float]]:
 
 def on_one_number(f: FamilyLaw) -> list[str]:
   """How far one number goes, in sentences."""
-  found = {name: alone(f, of) for name, of in (('parameters', 'params'), ('tokens', 'tokens'), ('FLOPs', 'train_flops'))}
+  found = {
+    name: alone(f, of)
+    for name, of in (('parameters', 'params'), ('tokens', 'tokens'), ('FLOPs', 'train_flops'))
+  }
   law = np.mean([e for e, _ in errors(f)])
   as_good = [name for name, (_, off) in found.items() if off and np.mean(off) <= law]
-  parts = ['Of the variance of log loss a power law of one number explains ' + ', '.join(
-    f'{r2:.0%} ({name}; off by {" and ".join(f"{e:.1%}" for e in off)} on those held out)'
-    for name, (r2, off) in found.items()) + '.']
+  parts = [
+    'Of the variance of log loss a power law of one number explains '
+    + ', '.join(
+      f'{r2:.0%} ({name}; off by {" and ".join(f"{e:.1%}" for e in off)} on those held out)'
+      for name, (r2, off) in found.items()
+    )
+    + '.'
+  ]
   if as_good:
     parts.append(f'On those held out {" and ".join(as_good)} alone did no worse.')
   return parts
@@ -100,8 +130,11 @@ def on_one_number(f: FamilyLaw) -> list[str]:
 
 def errors(f: FamilyLaw) -> list[tuple[float, float]]:
   """(of the law, of the guess), relative and unsigned, for each held-out training."""
-  return [(abs(p.foretold.value / p.loss - 1), abs(guess(f, p) / p.loss - 1)) for p in f.held_out
-          if p.loss is not None and p.foretold is not None]
+  return [
+    (abs(p.foretold.value / p.loss - 1), abs(guess(f, p) / p.loss - 1))
+    for p in f.held_out
+    if p.loss is not None and p.foretold is not None
+  ]
 
 
 def verdict(f: FamilyLaw) -> Verdict:
@@ -111,7 +144,11 @@ def verdict(f: FamilyLaw) -> Verdict:
   better = [law < other for law, other in found]
   if f.explained >= EXPLAINED and all(p.covered for p in f.held_out) and all(better):
     return 'shown'
-  return 'shown in part' if np.mean([law for law, _ in found]) < np.mean([other for _, other in found]) else 'not shown'
+  return (
+    'shown in part'
+    if np.mean([law for law, _ in found]) < np.mean([other for _, other in found])
+    else 'not shown'
+  )
 
 
 def overall(verdicts: list[Verdict]) -> Verdict:
@@ -123,16 +160,27 @@ def because(results: ScalingResults) -> str:
   parts = []
   for f, said in zip(results.families, results.answer, strict=True):
     parts.append(said)
-    parts.append('Errors of the law against those of the guess (the training of the largest budget nearest in size): ' + '; '.join(
-      f'{law:.1%} against {other:.1%}' for law, other in errors(f)) + '.')
+    parts.append(
+      'Errors of the law against those of the guess (the training of the largest budget nearest in '
+      'size): ' + '; '.join(f'{law:.1%} against {other:.1%}' for law, other in errors(f)) + '.'
+    )
     parts += on_one_number(f)
     loose = [name for name, i in f.coefficients.items() if i.high > LOOSE * i.low]
     if loose:
-      parts.append(f'The losses are foretold better than the law is known: the intervals of {", ".join(loose)} span more than a '
-                   f'factor of {LOOSE}.')
+      parts.append(
+        'The losses are foretold better than the law is known: the intervals of '
+        f'{", ".join(loose)} span more than a '
+        f'factor of {LOOSE}.'
+      )
     inside = [p for p in f.parabolas.values() if p.inside]
-    parts.append(f'The parabola is lowest among the sizes tried at {len(inside)} of {len(results.study.budgets)} budgets.')
-  parts.append('One seed a training, and budgets that differ by a factor of 20 in all: how far a law reaches needs more.')
+    parts.append(
+      f'The parabola is lowest among the sizes tried at {len(inside)} of '
+      f'{len(results.study.budgets)} budgets.'
+    )
+  parts.append(
+    'One seed a training, and budgets that differ by a factor of 20 in all: how far a law reaches '
+    'needs more.'
+  )
   return ' '.join(parts)
 
 
@@ -146,28 +194,55 @@ def pictures(results: ScalingResults) -> list[Picture]:
       if law is not None:
         along = tuple(At(n, float(law.loss(n, flops / (k * n**power)))) for n in sizes)
         iso.append(Series('', style, along, line=True, dots=False))
-      iso.append(Series(amount(flops), style, tuple(At(p.params, p.loss) for p in points if p.loss is not None)))
+      iso.append(
+        Series(
+          amount(flops), style, tuple(At(p.params, p.loss) for p in points if p.loss is not None)
+        )
+      )
     caption = f'{f.title}: held-out loss against size at equal training FLOPs; lines: the law, fitted to all but the largest budget'
-    found.append(Picture.of(f'{f.title}-sizes', caption, iso, Axis('parameters', True, amount), Axis('nats a byte')))
+    found.append(
+      Picture.of(
+        f'{f.title}-sizes', caption, iso, Axis('parameters', True, amount), Axis('nats a byte')
+      )
+    )
   return found
 
 
 def main() -> None:
   parser = arguments(__doc__)
-  parser.add_argument('--families', nargs='+', default=['llama2'], help='names of families of `jaxformer.models.zoo`')
+  parser.add_argument(
+    '--families', nargs='+', default=['llama2'], help='names of families of `jaxformer.models.zoo`'
+  )
   args = parser.parse_args()
   s = study(args.scale, args.families, args.runs)
   results = report_scaling(s, lambda line: print(line, flush=True))
   tables = [trainings(f, results) for f in results.families]
-  rows = tuple((f.title, *row) for f, t in zip(results.families, tables, strict=True) for row in t.rows)
-  fits = '; '.join(f'{f.title}: ' + ', '.join(f'{n} {between(i)}' for n, i in f.coefficients.items()) for f in results.families)
-  publish(args, Result(
-    10, CLAIM, overall([verdict(f) for f in results.families]), f'{because(results)} The law: {fits}.',
-    f'{", ".join(e.title for e in s.entries)}; {len(s.budgets)} budgets of {s.budgets[0].flops:.3g} to {s.budgets[-1].flops:.3g} '
-    f'training FLOPs with {len(s.budgets[0].params)} sizes each, {len(s.held_out[0].params)} trainings of {s.held_out[0].flops:.3g}'
-    f' held out; bytes of the standard library, sequences of {s.task.positions}; {len(s.seeds)} seed.',
-    ('architecture', *tables[0].header), rows, {k: v for k, v in results.to_json().items() if k != 'environment'}),
-    pictures(results))
+  rows = tuple(
+    (f.title, *row) for f, t in zip(results.families, tables, strict=True) for row in t.rows
+  )
+  fits = '; '.join(
+    f'{f.title}: ' + ', '.join(f'{n} {between(i)}' for n, i in f.coefficients.items())
+    for f in results.families
+  )
+  publish(
+    args,
+    Result(
+      10,
+      CLAIM,
+      overall([verdict(f) for f in results.families]),
+      f'{because(results)} The law: {fits}.',
+      f'{", ".join(e.title for e in s.entries)}; {len(s.budgets)} budgets of '
+      f'{s.budgets[0].flops:.3g} to {s.budgets[-1].flops:.3g} '
+      f'training FLOPs with {len(s.budgets[0].params)} sizes each, {len(s.held_out[0].params)} '
+      f'trainings of {s.held_out[0].flops:.3g}'
+      f' held out; bytes of the standard library, sequences of {s.task.positions}; {len(s.seeds)} '
+      'seed.',
+      ('architecture', *tables[0].header),
+      rows,
+      {k: v for k, v in results.to_json().items() if k != 'environment'},
+    ),
+    pictures(results),
+  )
 
 
 if __name__ == '__main__':

@@ -1,26 +1,33 @@
-"""A sparse MoE costs as much as its active parameters and learns more than a dense model of that cost.
+"""A sparse MoE costs as much as its active parameters and learns more than a dense model of that
+cost.
 
-Question: of two Llama-like models that multiply every token with as many weights, trained for as many steps, how much better does
-the one learn whose feed-forward layers are sixteen experts, two a token, and how much longer does a step take?
+Question: of two Llama-like models that multiply every token with as many weights, trained for as
+  many steps, how much better does
+the one learn whose feed-forward layers are sixteen experts, two a token, and how much longer does a
+step take?
 
     python experiments/claims/sparse_experts.py
 
-Both have width 64, two layers, four heads, and train on the built-in corpus in bytes, batches of 16 sequences of 128. A dense layer
-has 176 hidden units, each expert 88. One study of `jaxformer.compare`: rates from one grid that grows where the best lies at its
-end, the same batches for equal seeds, four seeds that took no part in tuning; the difference is paired by seed, in bits a byte of
-held-out text. Weights begin at the scale of their inputs (`begun` says why). FLOPs are counted (`planning.cost`), of the experts
-those in use; the time of a training step is measured, both in turn, and the ratio is that of the medians.
+Both have width 64, two layers, four heads, and train on the built-in corpus in bytes, batches of 16
+sequences of 128. A dense layer has 176 hidden units, each expert 88. One study of
+`jaxformer.compare`: rates from one grid that grows where the best lies at its end, the same batches
+for equal seeds, four seeds that took no part in tuning; the difference is paired by seed, in bits a
+byte of held-out text. Weights begin at the scale of their inputs (`begun` says why). FLOPs are
+counted (`planning.cost`), of the experts those in use; the time of a training step is measured,
+both in turn, and the ratio is that of the medians.
 
-The claim has two parts. It learns more: the mixture's paired difference is below 0 with 95 %. It costs as much: active parameters
-and FLOPs a token are within 5 % of the dense model's; what the machine makes of it is said beside, as the ratio of tokens a second.
-Shown where both hold, in part where one does, contradicted where the mixture learns less.
+The claim has two parts. It learns more: the mixture's paired difference is below 0 with 95 %. It
+  costs as much: active parameters
+and FLOPs a token are within 5 % of the dense model's; what the machine makes of it is said beside,
+as the ratio of tokens a second. Shown where both hold, in part where one does, contradicted where
+the mixture learns less.
 
 Cost: about ten minutes on one CPU core.
-Result (jax 0.10.2): shown. The mixture's held-out text costs 0.0359 bits a byte less (0.0246 to 0.0472, p 0.0021): 2.624 +- 0.026
-against 2.659 +- 0.031, with 4.53 times the parameters and 1.015 times the FLOPs a token. A training step takes 1.34 times as long.
-Both chose a rate of 0.01, in the middle of what was tried. An earlier experiment, with eight experts, 300 steps, three seeds and
-weights that began smaller, had seen no difference (+0.03 +- 0.07).
-"""
+Result (jax 0.10.2): shown. The mixture's held-out text costs 0.0359 bits a byte less (0.0246 to
+0.0472, p 0.0021): 2.624 +- 0.026 against 2.659 +- 0.031, with 4.53 times the parameters and 1.015
+times the FLOPs a token. A training step takes 1.34 times as long. Both chose a rate of 0.01, in the
+middle of what was tried. An earlier experiment, with eight experts, 300 steps, three seeds and
+weights that began smaller, had seen no difference (+0.03 +- 0.07)."""
 
 from __future__ import annotations
 
@@ -51,13 +58,16 @@ WIDTH, LAYERS, HEADS, HIDDEN, EXPERTS, LENGTH, VOCABULARY = 64, 2, 4, 88, 16, 12
 
 
 def begun(model: LanguageModel.Config) -> LanguageModel.Config:
-  """The model with weights that begin at the scale of their inputs (`mixers.INIT`). With the 0.02 of larger models it is chance
-  when a run leaves the plateau of its first hundreds of steps, and that decides its score at this budget."""
+  """The model with weights that begin at the scale of their inputs (`mixers.INIT`). With the 0.02
+  of larger models it is chance when a run leaves the plateau of its first hundreds of steps, and
+  that decides its score at this budget."""
   (group,) = model.stack
   (block,) = group.pattern
   mixing, feeding = block.branches
   layer = feeding.layer
-  feed = layer.replace(expert=_scaled(layer.expert)) if isinstance(layer, Moe.Config) else _scaled(layer)
+  feed = (
+    layer.replace(expert=_scaled(layer.expert)) if isinstance(layer, Moe.Config) else _scaled(layer)
+  )
   branches = mixing.replace(layer=_scaled(mixing.layer)), feeding.replace(layer=feed)
   return model.replace(stack=(group.replace(pattern=(block.replace(branches=branches),)),))
 
@@ -66,9 +76,32 @@ def _scaled(layer: Any) -> Any:
   return layer.replace(init=INIT, out_init=INIT)
 
 
-DENSE = begun(llama(WIDTH, LAYERS, 2 * HIDDEN, HEADS, HEADS, vocab_size=VOCABULARY, context=LENGTH, rotary=Rotary(theta=1e4)))
-MIXTURE = begun(mixtral(
-  WIDTH, LAYERS, HIDDEN, HEADS, HEADS, experts=EXPERTS, vocab_size=VOCABULARY, context=LENGTH, theta=1e4, balance=0.01))
+DENSE = begun(
+  llama(
+    WIDTH,
+    LAYERS,
+    2 * HIDDEN,
+    HEADS,
+    HEADS,
+    vocab_size=VOCABULARY,
+    context=LENGTH,
+    rotary=Rotary(theta=1e4),
+  )
+)
+MIXTURE = begun(
+  mixtral(
+    WIDTH,
+    LAYERS,
+    HIDDEN,
+    HEADS,
+    HEADS,
+    experts=EXPERTS,
+    vocab_size=VOCABULARY,
+    context=LENGTH,
+    theta=1e4,
+    balance=0.01,
+  )
+)
 BATCH, UPDATES, SEEDS, ROUNDS = 16, 400, (1, 2, 3, 4), 15
 RATES = 4e-3, 1e-2
 CLOSE = 0.05
@@ -77,26 +110,43 @@ CLOSE = 0.05
 def study(scale: float, runs: str) -> Study:
   updates = max(1, round(UPDATES * scale))
   return Study(
-    name='sparse-experts', dir=runs,
-    entries=(AsIs(name='dense', model_config=DENSE), AsIs(name='mixture', model_config=MIXTURE)), match='active_params',
-    target=float(define(DENSE).active_size), tasks=(DataConfig(sequence_length=LENGTH),), tokens=updates * BATCH * LENGTH,
-    batch_size=BATCH, learning_rates=RATES, extensions=1, seeds=SEEDS, eval_batches=32,
-    together=1,   # a population's runs would wait for the busiest expert of all
-    optimizer=AdamW(), schedule=Cosine(warmup=max(1, updates // 10)), contexts=(), rounds=ROUNDS)
+    name='sparse-experts',
+    dir=runs,
+    entries=(AsIs(name='dense', model_config=DENSE), AsIs(name='mixture', model_config=MIXTURE)),
+    match='active_params',
+    target=float(define(DENSE).active_size),
+    tasks=(DataConfig(sequence_length=LENGTH),),
+    tokens=updates * BATCH * LENGTH,
+    batch_size=BATCH,
+    learning_rates=RATES,
+    extensions=1,
+    seeds=SEEDS,
+    eval_batches=32,
+    together=1,  # a population's runs would wait for the busiest expert of all
+    optimizer=AdamW(),
+    schedule=Cosine(warmup=max(1, updates // 10)),
+    contexts=(),
+    rounds=ROUNDS,
+  )
 
 
 def ratios(results: Results) -> dict[str, float]:
-  """Mixture over dense: parameters, active ones, FLOPs, seconds of a training step, and its memory."""
+  """Mixture over dense: parameters, active ones, FLOPs, seconds of a training step, and its
+  memory."""
   dense, mixture = results.costs['dense'], results.costs['mixture']
-  found = {'params': mixture.params / dense.params, 'active_params': mixture.active_params / dense.active_params,
-           'flops': mixture.train_flops_per_token / dense.train_flops_per_token}
+  found = {
+    'params': mixture.params / dense.params,
+    'active_params': mixture.active_params / dense.active_params,
+    'flops': mixture.train_flops_per_token / dense.train_flops_per_token,
+  }
   if dense.tokens_per_second and mixture.tokens_per_second:
     found['seconds'] = dense.tokens_per_second / mixture.tokens_per_second
   return found
 
 
 def busiest(results: Results) -> list[float]:
-  """For each of the mixture's runs the load of the busiest expert of any layer over the mean, at the end; 1 is balance."""
+  """For each of the mixture's runs the load of the busiest expert of any layer over the mean, at
+  the end; 1 is balance."""
   metric = 'train/moe/load_ratio_max'
   folders = (results.study.folder / name for name in outcomes(results.tasks[0])['mixture'].runs)
   return [[row[metric] for row in read_metrics(folder) if metric in row][-1] for folder in folders]
@@ -110,38 +160,83 @@ def decide(results: Results, loads: list[float]) -> tuple[gallery.Verdict, str]:
   learns, behind = d is not None and d.verdict == 'better', d is not None and d.verdict == 'worse'
   costs = all(abs(ratio[k] - 1) < CLOSE for k in ('active_params', 'flops'))
   verdict: gallery.Verdict = (
-    'contradicted' if behind else 'shown' if learns and costs else 'shown in part' if learns or costs else 'not shown')
-  difference = 'a run diverged' if d is None else (
-    f'{d.estimate.mean:+.4f} bits a byte ({d.estimate.low:+.4f} to {d.estimate.high:+.4f}, paired over {len(SEEDS)} seeds, '
-    f'p {d.p:.2g}): the mixture learns {"more" if learns else "less" if behind else "neither more nor less that could be seen"}')
+    'contradicted'
+    if behind
+    else 'shown'
+    if learns and costs
+    else 'shown in part'
+    if learns or costs
+    else 'not shown'
+  )
+  difference = (
+    'a run diverged'
+    if d is None
+    else (
+      f'{d.estimate.mean:+.4f} bits a byte ({d.estimate.low:+.4f} to {d.estimate.high:+.4f}, '
+      f'paired over {len(SEEDS)} seeds, '
+      f'p {d.p:.2g}): the mixture learns '
+      f'{"more" if learns else "less" if behind else "neither more nor less that could be seen"}'
+    )
+  )
   return verdict, (
-    f'Mixture - dense, after equal steps: {difference}. With {ratio["params"]:.2f} times the parameters the mixture has '
-    f'{ratio["active_params"]:.3f} times the active ones and {ratio["flops"]:.3f} times the FLOPs a token; on this CPU a training '
-    f'step takes {ratio["seconds"]:.2f} times as long (medians of {ROUNDS} interleaved rounds), for sorting tokens, uneven loads '
-    'and the optimizer, which updates every expert. What is equal is the cost in FLOPs, not in seconds. At the end the busiest '
-    f'expert had {min(loads):.2f} to {max(loads):.2f} times the mean load.')
+    f'Mixture - dense, after equal steps: {difference}. With {ratio["params"]:.2f} times the '
+    'parameters the mixture has '
+    f'{ratio["active_params"]:.3f} times the active ones and {ratio["flops"]:.3f} times the FLOPs '
+    'a token; on this CPU a training '
+    f'step takes {ratio["seconds"]:.2f} times as long (medians of {ROUNDS} interleaved rounds), '
+    'for sorting tokens, uneven loads '
+    'and the optimizer, which updates every expert. What is equal is the cost in FLOPs, not in '
+    'seconds. At the end the busiest '
+    f'expert had {min(loads):.2f} to {max(loads):.2f} times the mean load.'
+  )
 
 
 def rows(results: Results) -> tuple[tuple[str, ...], ...]:
   task = results.tasks[0]
   return tuple(
-    (o.title, f'{o.params:,}', f'{o.active_params:,}', amount(o.train_flops_per_token),
-     amount(results.costs[o.title].tokens_per_second), f'{o.rate:g}',
-     ', '.join(f'{rate:g}: {score_form(task.metric, score)}' for rate, score in o.tried), interval_form(task.metric, o.estimate))
-    for o in task.outcomes)
+    (
+      o.title,
+      f'{o.params:,}',
+      f'{o.active_params:,}',
+      amount(o.train_flops_per_token),
+      amount(results.costs[o.title].tokens_per_second),
+      f'{o.rate:g}',
+      ', '.join(f'{rate:g}: {score_form(task.metric, score)}' for rate, score in o.tried),
+      interval_form(task.metric, o.estimate),
+    )
+    for o in task.outcomes
+  )
 
 
 def pictures(results: Results) -> list[gallery.Picture]:
   task = results.tasks[0]
-  curves = [Series(o.title, i, tuple(Point(n, loss) for n, loss in o.curve if n > o.curve[-1][0] / 10), line=True, dots=False)
-            for i, o in enumerate(task.outcomes)]
+  curves = [
+    Series(
+      o.title,
+      i,
+      tuple(Point(n, loss) for n, loss in o.curve if n > o.curve[-1][0] / 10),
+      line=True,
+      dots=False,
+    )
+    for i, o in enumerate(task.outcomes)
+  ]
   of = outcomes(task)
-  pairs = [Series(name, i, tuple(Point(s, v) for s, v in of[name].scores.items() if v is not None))
-           for i, name in enumerate(('dense', 'mixture'))]
+  pairs = [
+    Series(name, i, tuple(Point(s, v) for s, v in of[name].scores.items() if v is not None))
+    for i, name in enumerate(('dense', 'mixture'))
+  ]
   return [
-    gallery.Picture.of('curves', 'Training loss by tokens, mean over seeds (the first tenth is left out)', curves,
-                       Axis('tokens', form=amount), Axis('nats a token')),
-    gallery.Picture.of('seeds', 'Held-out bits a byte of each seed', pairs, Axis('seed'), Axis('bits a byte'))]
+    gallery.Picture.of(
+      'curves',
+      'Training loss by tokens, mean over seeds (the first tenth is left out)',
+      curves,
+      Axis('tokens', form=amount),
+      Axis('nats a token'),
+    ),
+    gallery.Picture.of(
+      'seeds', 'Held-out bits a byte of each seed', pairs, Axis('seed'), Axis('bits a byte')
+    ),
+  ]
 
 
 def main() -> None:
@@ -151,13 +246,36 @@ def main() -> None:
   verdict, because = decide(results, loads)
   report = results.to_json()
   updates = results.study.steps(results.study.tasks[0])
-  gallery.publish(args, gallery.Result(
-    7, CLAIM, verdict, because,
-    f'width {WIDTH}, {LAYERS} layers, {EXPERTS} experts of which 2 a token; {updates:,} updates of {BATCH} sequences of {LENGTH} '
-    f'bytes; rates {RATES}, extended; {len(SEEDS)} seeds',
-    ('model', 'parameters', 'active', 'training FLOPs a token', 'tokens a second', 'rate', 'tried', 'bits a byte (95 %)'),
-    rows(results),
-    {'ratios': ratios(results), 'busiest': loads, 'tasks': report['tasks'], 'config': report['config']}), pictures(results))
+  gallery.publish(
+    args,
+    gallery.Result(
+      7,
+      CLAIM,
+      verdict,
+      because,
+      f'width {WIDTH}, {LAYERS} layers, {EXPERTS} experts of which 2 a token; {updates:,} updates '
+      f'of {BATCH} sequences of {LENGTH} '
+      f'bytes; rates {RATES}, extended; {len(SEEDS)} seeds',
+      (
+        'model',
+        'parameters',
+        'active',
+        'training FLOPs a token',
+        'tokens a second',
+        'rate',
+        'tried',
+        'bits a byte (95 %)',
+      ),
+      rows(results),
+      {
+        'ratios': ratios(results),
+        'busiest': loads,
+        'tasks': report['tasks'],
+        'config': report['config'],
+      },
+    ),
+    pictures(results),
+  )
 
 
 if __name__ == '__main__':

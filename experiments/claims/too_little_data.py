@@ -4,34 +4,39 @@ Question: of two models that differ in size alone, when does the larger one end 
 
     python experiments/claims/too_little_data.py [--scale 1]
 
-"Too little data" has two senses, and both are tried with a Llama-like transformer of 30 thousand and one of 150 thousand
-parameters:
+"Too little data" has two senses, and both are tried with a Llama-like transformer of 30 thousand
+and one of 150 thousand parameters:
 
-- Few texts. Both train for as many steps on as many tokens, but the texts are pieces of 500 characters from the built-in corpus,
-  and there are few of them, so that they are read again and again. A run is scored at its end, and on its way: the least of its
-  scores is what one who stops in time would have (chosen by the held-out text itself, a little optimistic for both alike).
-- Few tokens for the compute. Both spend as many training FLOPs on fresh text, so that the larger sees about a fifth of the tokens:
-  the right-hand side of an isoFLOP curve.
+- Few texts. Both train for as many steps on as many tokens, but the texts are pieces of 500
+  characters from the built-in corpus, and there are few of them, so that they are read again and
+  again. A run is scored at its end, and on its way: the least of its scores is what one who stops
+  in time would have (chosen by the held-out text itself, a little optimistic for both alike).
+- Few tokens for the compute. Both spend as many training FLOPs on fresh text, so that the larger
+  sees about a fifth of the tokens: the right-hand side of an isoFLOP curve.
 
-Beside them stand as few tokens of fresh text for both, and the control: as many tokens for both as the smaller has at equal FLOPs,
-with which the larger should be better. The held-out text is the same for all, from files that no piece is from.
+Beside them stand as few tokens of fresh text for both, and the control: as many tokens for both as
+the smaller has at equal FLOPs, with which the larger should be better. The held-out text is the
+same for all, from files that no piece is from.
 
-Each size has its own learning rate in each setting, the best of one grid on a seed that takes no further part. Four seeds are
-paired by their data; differences are those of held-out bits a byte, larger less smaller, with 95 % intervals by Student's t, and
-p-values of all four comparisons are adjusted together (Holm).
+Each size has its own learning rate in each setting, the best of one grid on a seed that takes no
+further part. Four seeds are paired by their data; differences are those of held-out bits a byte,
+larger less smaller, with 95 % intervals by Student's t, and p-values of all four comparisons are
+adjusted together (Holm).
 
-The verdict: shown if the larger is worse at the end on few texts and at equal FLOPs, and better in the control; shown in
+The verdict: shown if the larger is worse at the end on few texts and at equal FLOPs, and better in
+  the control; shown in
 part if one of these three fails; contradicted if the larger is better everywhere; else not shown.
 
 `--scale` multiplies tokens and texts, and above 1 the larger size by its root.
 
 Cost: 49 trainings, about a quarter of an hour on one core that other programs used as well.
-Result (jax 0.10.2): shown. On 3,000 tokens of text, read 27 times, the larger ends worse by 0.281 +- 0.121 bits a byte (p 0.01),
-although its learning rate was chosen by the end; at the best moment no difference is seen (-0.014 +- 0.113). At equal FLOPs it ends
-worse by 0.780 +- 0.144 (p 0.0013). In the control it is better by 0.167 +- 0.026 (p 0.001). The control came second: the first, on
-80 thousand tokens for both, saw no difference (-0.113 +- 0.267), for they are too few to train either, and stands in the table as
-"few tokens". The smaller one's best rate on fresh text lay at an end of the grid, which had grown by one.
-"""
+Result (jax 0.10.2): shown. On 3,000 tokens of text, read 27 times, the larger ends worse by 0.281
++- 0.121 bits a byte (p 0.01), although its learning rate was chosen by the end; at the best moment
+no difference is seen (-0.014 +- 0.113). At equal FLOPs it ends worse by 0.780 +- 0.144 (p 0.0013).
+In the control it is better by 0.167 +- 0.026 (p 0.001). The control came second: the first, on 80
+thousand tokens for both, saw no difference (-0.113 +- 0.267), for they are too few to train either,
+and stands in the table as "few tokens". The smaller one's best rate on fresh text lay at an end of
+the grid, which had grown by one."""
 
 from __future__ import annotations
 
@@ -57,8 +62,8 @@ from jaxformer.training.interrupt import Interrupt
 
 CLAIM = 'A larger model underperforms a smaller one when it has too little data.'
 SMALL, LARGE = 3e4, 1.5e5
-FEW, FRESH = 3_000, 5_000_000   # characters of training text
-PIECE, HELD_OUT = 500, 0.1      # characters of a piece; the share of files that are held out
+FEW, FRESH = 3_000, 5_000_000  # characters of training text
+PIECE, HELD_OUT = 500, 0.1  # characters of a piece; the share of files that are held out
 TOKENS = 80_000
 SEEDS = (1, 2, 3, 4)
 BATCH, LENGTH = 4, 64
@@ -76,8 +81,9 @@ class Run:
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-  """One comparison: what it is called, the tokens of its training text, those that each size was trained on, each size's
-  parameters, training FLOPs a token, learning rate, whether that is at an end of what was tried, and runs by seed."""
+  """One comparison: what it is called, the tokens of its training text, those that each size was
+  trained on, each size's parameters, training FLOPs a token, learning rate, whether that is at an
+  end of what was tried, and runs by seed."""
 
   name: str
   texts: int
@@ -94,17 +100,26 @@ class Setting:
 
   def scores(self, of: str) -> dict[str, dict[int, float]]:
     names = ('smaller', 'larger')
-    return {name: {seed: getattr(run, of) for seed, run in runs.items()} for name, runs in zip(names, self.runs, strict=True)}
+    return {
+      name: {seed: getattr(run, of) for seed, run in runs.items()}
+      for name, runs in zip(names, self.runs, strict=True)
+    }
 
   def mean(self, size: int, of: str) -> Estimate:
     return estimate([getattr(run, of) for run in self.runs[size].values()])
 
 
 def texts(characters: int, runs: str) -> DataConfig:
-  """So many characters of pieces to train on, and then the text that is held out, as one file under the runs."""
-  files = sorted(StandardLibrary().documents(), key=lambda d: content_hash(d.text))   # an order that chance decides, once for all
+  """So many characters of pieces to train on, and then the text that is held out, as one file under
+  the runs."""
+  # an order that chance decides, once for all
+  files = sorted(StandardLibrary().documents(), key=lambda d: content_hash(d.text))
   held_out = ''.join(d.text for d in files[: round(HELD_OUT * len(files))])
-  rest = [d.text[i : i + PIECE] for d in files[round(HELD_OUT * len(files)) :] for i in range(0, len(d.text), PIECE)]
+  rest = [
+    d.text[i : i + PIECE]
+    for d in files[round(HELD_OUT * len(files)) :]
+    for i in range(0, len(d.text), PIECE)
+  ]
   train = ''.join(sorted(rest, key=content_hash))[:characters]
   file = pathlib.Path(runs) / 'too-little-data' / f'texts-{characters}.txt'
   content = (train + held_out).encode()
@@ -117,18 +132,34 @@ def texts(characters: int, runs: str) -> DataConfig:
 
 def study(target: float, tokens: int, data: DataConfig, runs: str) -> Study:
   return Study(
-    name='too-little-data', entries=(Grown(family='llama2', name='transformer'),), target=target, tolerance=0.05, tasks=(data,),
-    tokens=tokens, batch_size=BATCH, learning_rates=(3e-4, 1e-3, 3e-3), extensions=1, seeds=SEEDS, together=4, eval_batches=64,
-    evaluations=6, contexts=(), rounds=0, dir=runs)
+    name='too-little-data',
+    entries=(Grown(family='llama2', name='transformer'),),
+    target=target,
+    tolerance=0.05,
+    tasks=(data,),
+    tokens=tokens,
+    batch_size=BATCH,
+    learning_rates=(3e-4, 1e-3, 3e-3),
+    extensions=1,
+    seeds=SEEDS,
+    together=4,
+    eval_batches=64,
+    evaluations=6,
+    contexts=(),
+    rounds=0,
+    dir=runs,
+  )
 
 
 def trained(s: Study, interrupt: Interrupt) -> tuple[Tuned, dict[int, Run]]:
-  (found,), = run_study(s, lambda line: print(line, flush=True), interrupt).results.values()
+  ((found,),) = run_study(s, lambda line: print(line, flush=True), interrupt).results.values()
   return found, {trial.seed: _run(trial) for trial in found.runs}
 
 
 def _run(trial: Trial) -> Run:
-  curve = tuple((row['step'], row[BITS]) for row in read_metrics(trial.folder) if row.get(BITS) is not None)
+  curve = tuple(
+    (row['step'], row[BITS]) for row in read_metrics(trial.folder) if row.get(BITS) is not None
+  )
   return Run(curve[-1][1], min(bits for _, bits in curve), curve)
 
 
@@ -136,7 +167,10 @@ def settings(scale: float, runs: str, interrupt: Interrupt) -> list[Setting]:
   sizes, tokens = (SMALL, LARGE * max(1, scale) ** 0.5), int(TOKENS * scale)
   few, fresh = (texts(round(n * max(1, scale)), runs) for n in (FEW, FRESH))
   vocabulary = fresh.open().tokenizer.vocab_size
-  models = [s.entries[0].model(s, vocabulary, LENGTH) for s in (study(size, tokens, fresh, runs) for size in sizes)]
+  models = [
+    s.entries[0].model(s, vocabulary, LENGTH)
+    for s in (study(size, tokens, fresh, runs) for size in sizes)
+  ]
   params, costs = [define(m).size for m in models], [flops_per_token(m, LENGTH) for m in models]
 
   def setting(name: str, data: DataConfig, tokens: tuple[int, int]) -> Setting:
@@ -144,23 +178,46 @@ def settings(scale: float, runs: str, interrupt: Interrupt) -> list[Setting]:
     (small, small_runs), (large, large_runs) = (trained(s, interrupt) for s in studies)
     read = [s.steps(data) * BATCH * LENGTH for s in studies]
     return Setting(
-      name, data.open().train_tokens, (read[0], read[1]), (params[0], params[1]), (costs[0], costs[1]), (small.rate, large.rate),
-      (small.at_edge, large.at_edge), (small_runs, large_runs))
+      name,
+      data.open().train_tokens,
+      (read[0], read[1]),
+      (params[0], params[1]),
+      (costs[0], costs[1]),
+      (small.rate, large.rate),
+      (small.at_edge, large.at_edge),
+      (small_runs, large_runs),
+    )
+
   many = int(tokens * costs[1] / costs[0])
-  return [setting('few texts', few, (tokens, tokens)), setting('few tokens', fresh, (tokens, tokens)),
-          setting('control', fresh, (many, many)), setting('equal FLOPs', fresh, (many, tokens))]
+  return [
+    setting('few texts', few, (tokens, tokens)),
+    setting('few tokens', fresh, (tokens, tokens)),
+    setting('control', fresh, (many, many)),
+    setting('equal FLOPs', fresh, (many, tokens)),
+  ]
 
 
 def judged(found: list[Setting]) -> list[dict]:
-  """Each setting's differences, larger less smaller, at the end and at the best of the way; p of the ends by Holm over settings."""
+  """Each setting's differences, larger less smaller, at the end and at the best of the way; p of
+  the ends by Holm over settings."""
   ends = [compare(s.scores('end'), 'smaller')[0] for s in found]
   best = [compare(s.scores('best'), 'smaller')[0] for s in found]
   adjusted = holm([d.p for d in ends]), holm([d.p for d in best])
 
   def word(d, p: float) -> str:
     return 'no difference seen' if not p < 0.05 else 'better' if d.estimate.mean < 0 else 'worse'
-  return [{'end': e.estimate, 'end_p': pe, 'end_word': word(e, pe), 'best': b.estimate, 'best_p': pb, 'best_word': word(b, pb)}
-          for e, b, pe, pb in zip(ends, best, *adjusted, strict=True)]
+
+  return [
+    {
+      'end': e.estimate,
+      'end_p': pe,
+      'end_word': word(e, pe),
+      'best': b.estimate,
+      'best_p': pb,
+      'best_word': word(b, pb),
+    }
+    for e, b, pe, pb in zip(ends, best, *adjusted, strict=True)
+  ]
 
 
 def verdict(judgements: list[dict]) -> Verdict:
@@ -174,20 +231,33 @@ def verdict(judgements: list[dict]) -> Verdict:
 
 
 def because(found: list[Setting], judgements: list[dict]) -> str:
-  parts = [f'The larger model has {found[0].params[1]:,} parameters, the smaller {found[0].params[0]:,}; differences are larger '
-           'less smaller in held-out bits a byte, with 95 % intervals over paired seeds.']
+  parts = [
+    f'The larger model has {found[0].params[1]:,} parameters, the smaller {found[0].params[0]:,}; '
+    'differences are larger '
+    'less smaller in held-out bits a byte, with 95 % intervals over paired seeds.'
+  ]
   for s, j in zip(found[:-1], judgements[:-1], strict=True):
-    parts.append(f'{s.name.capitalize()} ({amount(s.tokens[1])} for each, {s.passes[1]:.2g} passes): {signed(j["end"])} at the end '
-                 f'({j["end_word"]}), {signed(j["best"])} at the best moment ({j["best_word"]}).')
+    parts.append(
+      f'{s.name.capitalize()} ({amount(s.tokens[1])} for each, {s.passes[1]:.2g} passes): '
+      f'{signed(j["end"])} at the end '
+      f'({j["end_word"]}), {signed(j["best"])} at the best moment ({j["best_word"]}).'
+    )
   s, j = found[-1], judgements[-1]
-  parts.append(f'At equal FLOPs on fresh text, {amount(s.tokens[1])} tokens against {amount(s.tokens[0])}: {signed(j["end"])} '
-               f'({j["end_word"]}).')
+  parts.append(
+    f'At equal FLOPs on fresh text, {amount(s.tokens[1])} tokens against {amount(s.tokens[0])}: '
+    f'{signed(j["end"])} '
+    f'({j["end_word"]}).'
+  )
   if judgements[0]['end_word'] == 'worse':
-    parts.append({
-      'worse': 'Stopping in time does not save the larger model on few texts.',
-      'better': 'Stopped in time, the larger model is better even on few texts: it is training on that harms.',
-      'no difference seen': 'Stopped in time, no difference is seen on few texts: it is training on that harms.',
-    }[judgements[0]['best_word']])
+    parts.append(
+      {
+        'worse': 'Stopping in time does not save the larger model on few texts.',
+        'better': 'Stopped in time, the larger model is better even on few texts: it is training '
+        'on that harms.',
+        'no difference seen': 'Stopped in time, no difference is seen on few texts: it is training '
+        'on that harms.',
+      }[judgements[0]['best_word']]
+    )
   return ' '.join(parts)
 
 
@@ -196,10 +266,24 @@ def table(found: list[Setting], judgements: list[dict]) -> tuple[tuple[str, ...]
   for s, j in zip(found, judgements, strict=True):
     for size, name in enumerate(('smaller', 'larger')):
       rates = f'{s.rates[size]:g}' + (' (at an end)' if s.at_edge[size] else '')
-      own = (signed(j['end']), f'{j["end_p"]:.2g}', signed(j['best']), f'{j["best_p"]:.2g}') if size else ('', '', '', '')
+      own = (
+        (signed(j['end']), f'{j["end_p"]:.2g}', signed(j['best']), f'{j["best_p"]:.2g}')
+        if size
+        else ('', '', '', '')
+      )
       end, best = s.mean(size, 'end'), s.mean(size, 'best')
-      rows.append((s.name, f'{name}, {s.params[size]:,}', f'{s.tokens[size]:,}', f'{s.passes[size]:.2g}', rates,
-                   f'{end.mean:.3f} ± {end.half_width:.3f}', f'{best.mean:.3f} ± {best.half_width:.3f}', *own))
+      rows.append(
+        (
+          s.name,
+          f'{name}, {s.params[size]:,}',
+          f'{s.tokens[size]:,}',
+          f'{s.passes[size]:.2g}',
+          rates,
+          f'{end.mean:.3f} ± {end.half_width:.3f}',
+          f'{best.mean:.3f} ± {best.half_width:.3f}',
+          *own,
+        )
+      )
   return tuple(rows)
 
 
@@ -212,13 +296,24 @@ def pictures(found: list[Setting]) -> list[Picture]:
       e = estimate([run.curve[i][1] for run in runs])
       points.append(Point(step * BATCH * LENGTH * unit, e.mean, e.low, e.high))
     return Series(names[size], size, tuple(points), line=True)
+
   bits = Axis('bits a byte, held out')
   return [
-    Picture.of('passes', f'Held-out score on the way through {few.texts:,} tokens of text, read again and again',
-               [on_the_way(few, size, 1 / few.texts) for size in (0, 1)], Axis('passes over the texts'), bits),
-    Picture.of('flops', 'Held-out score on the way through fresh text, against training FLOPs, to equal ends',
-               [on_the_way(flops, size, flops.flops_per_token[size]) for size in (0, 1)], Axis('training FLOPs', True, amount),
-               bits)]
+    Picture.of(
+      'passes',
+      f'Held-out score on the way through {few.texts:,} tokens of text, read again and again',
+      [on_the_way(few, size, 1 / few.texts) for size in (0, 1)],
+      Axis('passes over the texts'),
+      bits,
+    ),
+    Picture.of(
+      'flops',
+      'Held-out score on the way through fresh text, against training FLOPs, to equal ends',
+      [on_the_way(flops, size, flops.flops_per_token[size]) for size in (0, 1)],
+      Axis('training FLOPs', True, amount),
+      bits,
+    ),
+  ]
 
 
 def main() -> None:
@@ -226,15 +321,43 @@ def main() -> None:
   with Interrupt() as interrupt:
     found = settings(args.scale, args.runs, interrupt)
   judgements = judged(found)
-  data = {s.name: {**dataclasses.asdict(s), **{k: dataclasses.asdict(v) if isinstance(v, Estimate) else v for k, v in j.items()}}
-          for s, j in zip(found, judgements, strict=True)}
-  header = ('setting', 'model', 'tokens trained', 'passes', 'rate', 'end', 'best moment', 'larger less smaller, end', 'p (Holm)',
-            'larger less smaller, best', 'p (Holm)')
-  publish(args, Result(
-    9, CLAIM, verdict(judgements), because(found, judgements),
-    f'{found[0].params[0]:,} and {found[0].params[1]:,} parameters; {found[0].tokens[0]:,} tokens a run, at equal FLOPs '
-    f'{found[-1].tokens[0]:,} of the smaller; bytes of the standard library in sequences of {LENGTH}; {len(SEEDS)} seeds.',
-    header, table(found, judgements), data), pictures(found))
+  data = {
+    s.name: {
+      **dataclasses.asdict(s),
+      **{k: dataclasses.asdict(v) if isinstance(v, Estimate) else v for k, v in j.items()},
+    }
+    for s, j in zip(found, judgements, strict=True)
+  }
+  header = (
+    'setting',
+    'model',
+    'tokens trained',
+    'passes',
+    'rate',
+    'end',
+    'best moment',
+    'larger less smaller, end',
+    'p (Holm)',
+    'larger less smaller, best',
+    'p (Holm)',
+  )
+  publish(
+    args,
+    Result(
+      9,
+      CLAIM,
+      verdict(judgements),
+      because(found, judgements),
+      f'{found[0].params[0]:,} and {found[0].params[1]:,} parameters; {found[0].tokens[0]:,} '
+      'tokens a run, at equal FLOPs '
+      f'{found[-1].tokens[0]:,} of the smaller; bytes of the standard library in sequences of '
+      f'{LENGTH}; {len(SEEDS)} seeds.',
+      header,
+      table(found, judgements),
+      data,
+    ),
+    pictures(found),
+  )
 
 
 if __name__ == '__main__':

@@ -1,9 +1,9 @@
 """Checks a layer of yours against the contract of layers: one verdict a line, and what is wrong.
 
-FILE:NAME names a layer's config in a Python file, as in my_layer.py:MyMixer.Config; the examples of its class are checked too.
-Exit code 1 where something does not hold. To have sharding checked on a machine with one device, give the process several:
-XLA_FLAGS=--xla_force_host_platform_device_count=8.
-"""
+FILE:NAME names a layer's config in a Python file, as in my_layer.py:MyMixer.Config; the examples of
+its class are checked too. Exit code 1 where something does not hold. To have sharding checked on a
+machine with one device, give the process several:
+XLA_FLAGS=--xla_force_host_platform_device_count=8."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ OVERRIDES = False
 
 def arguments(parser: argparse.ArgumentParser) -> None:
   parser.add_argument('target', metavar='FILE:NAME', help="a layer's config in a Python file")
-  parser.add_argument('--json', action='store_true', help='an array of {layer, check, verdict, wrong}')
+  parser.add_argument(
+    '--json', action='store_true', help='an array of {layer, check, verdict, wrong}'
+  )
 
 
 def run(args: argparse.Namespace, overrides: Overrides) -> int:
@@ -26,12 +28,17 @@ def run(args: argparse.Namespace, overrides: Overrides) -> int:
   from jaxformer import config
   from jaxformer.compare.contract import check_layer, checked_examples
   from jaxformer.layers.layer import LayerConfig
+
   layer = object_of(args.target)
   if not isinstance(layer, LayerConfig):
     raise InputError(f'{args.target}: is not the config of a layer (a subclass of LayerConfig)')
   found = []
   for example in checked_examples(layer):
-    given = ', '.join(config.differences(config.to_json(type(layer)()), config.to_json(example))) if example != layer else ''
+    given = (
+      ', '.join(config.differences(config.to_json(type(layer)()), config.to_json(example)))
+      if example != layer
+      else ''
+    )
     if not args.json:
       print(f'{example.tag}' + (f' with {given}' if given else ''))
     for verdict in check_layer(example):

@@ -19,18 +19,19 @@ from jaxformer.config import InputError, nearest, override
 Overrides = list[tuple[str, str]]
 SECTIONS = ('model', 'data', 'optimizer', 'schedule', 'training', 'mesh', 'run')
 
-# ---- experiments by name or file --------------------------------------------------------------------------------------
+# ---- experiments by name or file ---------------------------------------------------------------
 
 
 def experiment_of(target: str, overrides: Overrides, size: Any = None) -> Any:
   """The experiment that a preset's name or a file stands for, with overrides.
 
-  A file is Python that defines `experiment` (an `Experiment`, or a function that returns one); the file's name is its name. With a
-  size (`cli.sizes`) the target is a family or, as it may be without one too, a layer in a file, FILE.py:NAME.
-  """
+  A file is Python that defines `experiment` (an `Experiment`, or a function that returns one); the
+  file's name is its name. With a size (`cli.sizes`) the target is a family or, as it may be without
+  one too, a layer in a file, FILE.py:NAME."""
   from jaxformer.cli import sizes
   from jaxformer.models.zoo import FAMILIES, PRESETS
   from jaxformer.training.experiment import Experiment, default_experiment
+
   if size is not None or sizes.is_layer(target):
     sized, overrides = sizes.made(target, size, overrides)
     experiment = sizes.experiment(sized)
@@ -42,14 +43,21 @@ def experiment_of(target: str, overrides: Overrides, size: Any = None) -> Any:
       experiment = getattr(load_file(path), 'experiment', None)
       experiment = experiment() if callable(experiment) else experiment
     if not isinstance(experiment, Experiment):
-      raise InputError(f'{target}: defines no `experiment`; it must be an Experiment or a function that returns one')
+      raise InputError(
+        f'{target}: defines no `experiment`; it must be an Experiment or a function that returns '
+        'one'
+      )
     if experiment.run.name is None:
       experiment = experiment.replace(run=experiment.run.replace(name=path.stem))
   else:
     if target not in set(PRESETS):
-      sized = f'; of the family {target} --params 1M makes a model' if target in set(FAMILIES) else ''
+      sized = (
+        f'; of the family {target} --params 1M makes a model' if target in set(FAMILIES) else ''
+      )
       raise InputError(
-        f'no preset named {target!r}{nearest(target, PRESETS)}; `jaxformer list` has all; a file ends in .py{sized}')
+        f'no preset named {target!r}{nearest(target, PRESETS)}; `jaxformer list` has all; a file '
+        f'ends in .py{sized}'
+      )
     preset = PRESETS[target]
     experiment = default_experiment(preset.model, preset.name)
   return override(experiment, overrides)
@@ -60,15 +68,21 @@ def ways_of(study: Any) -> tuple[Any, Any]:
   from jaxformer.compare.report import report_study, train_study
   from jaxformer.compare.scaling_report import report_scaling
   from jaxformer.compare.scaling_study import ScalingStudy, run_scaling
-  return (run_scaling, report_scaling) if isinstance(study, ScalingStudy) else (train_study, report_study)
+
+  return (
+    (run_scaling, report_scaling)
+    if isinstance(study, ScalingStudy)
+    else (train_study, report_study)
+  )
 
 
 def study_of(target: str) -> Any:
-  """The study of a name or a file; a file is Python that defines `study` (a `Study` or a `ScalingStudy`, or a function that returns
-  one)."""
+  """The study of a name or a file; a file is Python that defines `study` (a `Study` or a
+  `ScalingStudy`, or a function that returns one)."""
   from jaxformer.compare.scaling_study import ScalingStudy
   from jaxformer.compare.studies import STUDIES
   from jaxformer.compare.study import Study
+
   if not (target.endswith('.py') or os.sep in target):
     if target not in set(STUDIES):
       raise InputError(f'no study named {target!r}{nearest(target, STUDIES)}; a file ends in .py')
@@ -80,14 +94,18 @@ def study_of(target: str) -> Any:
     study = getattr(load_file(path), 'study', None)
     study = study() if callable(study) else study
   if not isinstance(study, Study | ScalingStudy):
-    raise InputError(f'{target}: defines no `study`; it must be a Study, a ScalingStudy or a function that returns one')
+    raise InputError(
+      f'{target}: defines no `study`; it must be a Study, a ScalingStudy or a function that '
+      'returns one'
+    )
   return study
 
 
 def object_of(name: str) -> Any:
-  """What FILE:NAME stands for: `my_layer.py:MyMixer.Config`. A config type is made with its defaults; a class that has its config
-  inside stands for that."""
+  """What FILE:NAME stands for: `my_layer.py:MyMixer.Config`. A config type is made with its
+  defaults; a class that has its config inside stands for that."""
   from jaxformer.config import Config
+
   file, colon, inside = name.rpartition(':')
   path = pathlib.Path(file)
   if not colon or not inside:
@@ -98,7 +116,11 @@ def object_of(name: str) -> Any:
     thing = load_file(path)
     for part in inside.split('.'):
       if not hasattr(thing, part):
-        here = [n for n, v in vars(thing).items() if isinstance(v, type) and v.__module__ == f'experiment_{path.stem}']
+        here = [
+          n
+          for n, v in vars(thing).items()
+          if isinstance(v, type) and v.__module__ == f'experiment_{path.stem}'
+        ]
         raise InputError(f'{name}: has no {part!r}{nearest(part, here)}')
       thing = getattr(thing, part)
     if isinstance(thing, type) and not issubclass(thing, Config):
@@ -108,15 +130,21 @@ def object_of(name: str) -> Any:
 
 @contextlib.contextmanager
 def of_file(path: pathlib.Path) -> Generator[None]:
-  """Within, errors name the file; those of the user's own code come with their traceback, from the file on."""
+  """Within, errors name the file; those of the user's own code come with their traceback, from the
+  file on."""
   try:
     yield
   except InputError as e:
     raise InputError(f'{path}: {e}') from None
   except Exception as e:
     frames = traceback.extract_tb(e.__traceback__)
-    first = next((i for i, f in enumerate(frames) if pathlib.Path(f.filename).resolve() == path.resolve()), len(frames))
-    lines = traceback.StackSummary.from_list(frames[first:]).format() + traceback.format_exception_only(e)
+    first = next(
+      (i for i, f in enumerate(frames) if pathlib.Path(f.filename).resolve() == path.resolve()),
+      len(frames),
+    )
+    lines = traceback.StackSummary.from_list(
+      frames[first:]
+    ).format() + traceback.format_exception_only(e)
     raise InputError(f'{path} cannot be run:\n{"".join(lines).rstrip()}') from None
 
 
@@ -136,7 +164,7 @@ def of_data(path: str) -> bool:
   return path.partition('.')[0] == 'data'
 
 
-# ---- output -----------------------------------------------------------------------------------------------------------
+# ---- output ------------------------------------------------------------------------------------
 
 
 _speaks = True
@@ -149,15 +177,18 @@ def note(line: str) -> None:
 
 
 def join_processes() -> None:
-  """Joins the processes that run this command together (`jaxformer.training.processes`); after that the first alone says what comes
-  of it, and each what goes wrong with it."""
+  """Joins the processes that run this command together (`jaxformer.training.processes`); after that
+  the first alone says what comes of it, and each what goes wrong with it."""
   global _speaks
   from jaxformer.training.processes import join
+
   if join(log=note) is not None:
     import jax
+
     _speaks = jax.process_index() == 0
-    # Until the program ends. The library that joins CPUs writes about its connections on the descriptor of standard output.
-    sys.stdout = open(os.dup(1) if _speaks else os.devnull, 'w')   # noqa: SIM115
+    # Until the program ends. The library that joins CPUs writes about its connections on the
+    # descriptor of standard output.
+    sys.stdout = open(os.dup(1) if _speaks else os.devnull, 'w')  # noqa: SIM115
     os.dup2(2, 1)
 
 
@@ -170,8 +201,12 @@ def table(rows: Sequence[Sequence[str]], left: int = 1) -> list[str]:
   """Rows in columns; the first `left` columns are flush left, the others right."""
   widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
   return [
-    '  '.join(c.ljust(w) if i < left else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))).rstrip()
-    for row in rows]
+    '  '.join(
+      c.ljust(w) if i < left else c.rjust(w)
+      for i, (c, w) in enumerate(zip(row, widths, strict=True))
+    ).rstrip()
+    for row in rows
+  ]
 
 
 def amount(n: float) -> str:
@@ -182,7 +217,7 @@ def amount(n: float) -> str:
   return f'{n:.3g}'
 
 
-# ---- trained models -----------------------------------------------------------------------------------------------------
+# ---- trained models ----------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,7 +227,8 @@ class Trained:
   Attributes:
     name: the run's, folder's or file's.
     experiment: what it was trained by; None for weights from elsewhere.
-    tokenizer: of the text that it was trained on; None for one trained on a task, or where it was not asked for.
+    tokenizer: of the text that it was trained on; None for one trained on a task, or where it was
+      not asked for.
     step: of the checkpoint; None for weights from elsewhere.
   """
 
@@ -205,20 +241,24 @@ class Trained:
 
 
 def load_trained(run: str, tokenizer: bool = True) -> Trained:
-  """A run (`runs/NAME`, `NAME` in `runs`, either with `@STEP`), a folder of Hugging Face weights with a `tokenizer.json`, or a file
-  of RWKV weights with a `tokenizer.json` beside it. `tokenizer` False does without the tokenizer."""
+  """A run (`runs/NAME`, `NAME` in `runs`, either with `@STEP`), a folder of Hugging Face weights
+  with a `tokenizer.json`, or a file of RWKV weights with a `tokenizer.json` beside it. `tokenizer`
+  False does without the tokenizer."""
   import jaxformer.models.zoo  # noqa: F401  (registers the configs that a saved experiment names)
   from jaxformer.data import DataConfig, Pairs, PairTask, load_tokenizer
   from jaxformer.models.params import define
   from jaxformer.training.checkpoint import load_params
   from jaxformer.training.folder import fetched
   from jaxformer.training.run import load_experiment
+
   foreign = foreign_weights(run)
   if foreign is not None:
     path, load = foreign
     model, params = load(path)
     beside = path if path.is_dir() else path.parent
-    return Trained(path.name, None, define(model), params, load_tokenizer(beside) if tokenizer else None, None)
+    return Trained(
+      path.name, None, define(model), params, load_tokenizer(beside) if tokenizer else None, None
+    )
   path, at = trained_folder(run)
   experiment = load_experiment(path)
   definition = define(experiment.model)
@@ -231,10 +271,11 @@ def load_trained(run: str, tokenizer: bool = True) -> Trained:
 
 
 def foreign_weights(name: str) -> tuple[pathlib.Path, Callable[..., Any]] | None:
-  """Where RUN names weights of another library: their path, and the function of `jaxformer.interop` that reads them. None for a
-  run of ours."""
+  """Where RUN names weights of another library: their path, and the function of `jaxformer.interop`
+  that reads them. None for a run of ours."""
   from jaxformer.interop import is_rwkv, load_hf, load_rwkv
   from jaxformer.training.folder import is_url
+
   if is_url(name):
     return None
   if is_rwkv(name) and pathlib.Path(name).is_file():
@@ -244,22 +285,28 @@ def foreign_weights(name: str) -> tuple[pathlib.Path, Callable[..., Any]] | None
 
 
 def load_writer(run: str, what: str) -> Trained:
-  """`load_trained` of a model of text. Raises `InputError` for one trained on a task, which `what` (a command) has no use for."""
+  """`load_trained` of a model of text. Raises `InputError` for one trained on a task, which `what`
+  (a command) has no use for."""
   trained = load_trained(run)
   if trained.tokenizer is None:
     model, data = trained.definition.config.tag, trained.experiment.data.tag
-    raise InputError(f'{run}: a {model} trained on {data}; {what} takes models of text (`jaxformer eval {run}` scores this one)')
+    raise InputError(
+      f'{run}: a {model} trained on {data}; {what} takes models of text (`jaxformer eval {run}` '
+      'scores this one)'
+    )
   return trained
 
 
 def translates(trained: Trained) -> bool:
   """Whether the model is an encoder-decoder."""
   from jaxformer.models.encoder_decoder import EncoderDecoder
+
   return isinstance(trained.definition.config, EncoderDecoder.Config)
 
 
 def source_tokenizer(trained: Trained) -> Any:
-  """The tokenizer of an encoder-decoder's sources: of two it is the `source` of that of its targets."""
+  """The tokenizer of an encoder-decoder's sources: of two it is the `source` of that of its
+  targets."""
   return getattr(trained.tokenizer, 'source', trained.tokenizer)
 
 
@@ -268,36 +315,61 @@ def source_ids(trained: Trained, text: str) -> list[int]:
   tokenizer = source_tokenizer(trained)
   if tokenizer.end_of_document is None or trained.tokenizer.end_of_document is None:
     raise InputError(
-      f'{trained.name}: its tokenizer has no token for the end of a document, which sources and translations end with')
+      f'{trained.name}: its tokenizer has no token for the end of a document, which sources and '
+      'translations end with'
+    )
   return [*tokenizer.encode(text).tolist(), tokenizer.end_of_document]
 
 
 def translated(
-  trained: Trained, texts: Sequence[str], *, beam: Any, max_new_tokens: int | None = None, dtype: Any = None,
+  trained: Trained,
+  texts: Sequence[str],
+  *,
+  beam: Any,
+  max_new_tokens: int | None = None,
+  dtype: Any = None,
 ) -> list[tuple[str, Any]]:
-  """Translations by an encoder-decoder, as text and as `inference.Translation`, in the order of the texts; `beam` is an
-  `inference.Beam`."""
+  """Translations by an encoder-decoder, as text and as `inference.Translation`, in the order of the
+  texts; `beam` is an `inference.Beam`."""
   from jaxformer.inference import translate
+
   tokenizer = trained.tokenizer
   found = translate(
-    trained.definition, trained.params, [source_ids(trained, text) for text in texts], end=tokenizer.end_of_document, beam=beam,
-    max_new_tokens=max_new_tokens, vocab_size=tokenizer.vocab_size, dtype=dtype)
+    trained.definition,
+    trained.params,
+    [source_ids(trained, text) for text in texts],
+    end=tokenizer.end_of_document,
+    beam=beam,
+    max_new_tokens=max_new_tokens,
+    vocab_size=tokenizer.vocab_size,
+    dtype=dtype,
+  )
   return [(tokenizer.decode(t.tokens), t) for t in found]
 
 
 def trained_folder(name: str) -> tuple[Any, str]:
-  """The folder that RUN names, here, in `runs` or in a bucket, and its '@STEP' or ''. Raises `InputError` with the nearest runs."""
+  """The folder that RUN names, here, in `runs` or in a bucket, and its '@STEP' or ''. Raises
+  `InputError` with the nearest runs."""
   from jaxformer.training.folder import is_url, place
+
   folder, at, step = name.partition('@')
   if is_url(folder):
     return place(folder), f'{at}{step}'
-  path = next((p for p in (pathlib.Path(folder), pathlib.Path('runs') / folder) if folder and p.is_dir()), None)
+  path = next(
+    (p for p in (pathlib.Path(folder), pathlib.Path('runs') / folder) if folder and p.is_dir()),
+    None,
+  )
   if path is None:
     if pathlib.Path(folder).is_file():
-      raise InputError(f'{folder} is a file; a run, a folder of Hugging Face weights or a .safetensors or .pth file is expected')
+      raise InputError(
+        f'{folder} is a file; a run, a folder of Hugging Face weights or a .safetensors or .pth '
+        'file is expected'
+      )
     runs = pathlib.Path('runs')
     known = sorted(str(p.parent.relative_to(runs)) for p in runs.glob('**/config.json'))
-    raise InputError(f'no run {folder!r}, here or in runs/{nearest(folder.removeprefix("runs/"), known)}')
+    raise InputError(
+      f'no run {folder!r}, here or in runs/{nearest(folder.removeprefix("runs/"), known)}'
+    )
   return path, f'{at}{step}'
 
 
@@ -309,20 +381,40 @@ def is_hugging_face(folder: pathlib.Path) -> bool:
   except FileNotFoundError:
     return False
   except (OSError, ValueError) as e:
-    raise InputError(f'{file}: cannot be read as JSON ({e}); a run folder or a folder of Hugging Face weights has one') from None
+    raise InputError(
+      f'{file}: cannot be read as JSON ({e}); a run folder or a folder of Hugging Face weights has '
+      'one'
+    ) from None
   return isinstance(value, dict) and 'model_type' in value
 
 
 def sampling_arguments(parser: argparse.ArgumentParser) -> None:
   """The options of sampling, named as the fields of `Sampling`."""
-  parser.add_argument('--temperature', type=float, default=0.8, help='divides the logits; 0 takes the likeliest token (0.8)')
+  parser.add_argument(
+    '--temperature',
+    type=float,
+    default=0.8,
+    help='divides the logits; 0 takes the likeliest token (0.8)',
+  )
   parser.add_argument('--top-k', type=int, help='keep the k likeliest tokens')
-  parser.add_argument('--top-p', type=float, help='keep the likeliest tokens with so much probability together')
-  parser.add_argument('--min-p', type=float, help='keep tokens at least so likely, compared to the likeliest')
-  parser.add_argument('--repetition-penalty', type=float, help='makes tokens that have been there less likely')
+  parser.add_argument(
+    '--top-p', type=float, help='keep the likeliest tokens with so much probability together'
+  )
+  parser.add_argument(
+    '--min-p', type=float, help='keep tokens at least so likely, compared to the likeliest'
+  )
+  parser.add_argument(
+    '--repetition-penalty', type=float, help='makes tokens that have been there less likely'
+  )
 
 
 def sampling_of(args: argparse.Namespace) -> Any:
   from jaxformer.inference import Sampling
+
   return Sampling(
-    repetition_penalty=args.repetition_penalty, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, min_p=args.min_p)
+    repetition_penalty=args.repetition_penalty,
+    temperature=args.temperature,
+    top_k=args.top_k,
+    top_p=args.top_p,
+    min_p=args.min_p,
+  )

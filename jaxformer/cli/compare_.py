@@ -1,13 +1,15 @@
-"""Trains the architectures of a study, at equal size or, in a scaling study, at many sizes and budgets, and writes a report of what
-came of it.
+"""Trains the architectures of a study, at equal size or, in a scaling study, at many sizes and
+budgets, and writes a report of what came of it.
 
-STUDY is a study by name (quickstart, standard, scaling) or a Python file that defines `study` (a `jaxformer.compare.study.Study`, a
-`jaxformer.compare.scaling_study.ScalingStudy`, or a function that returns one). Runs are in DIR/STUDY, the report in
-DIR/STUDY/report as report.html, .md, .csv and .json. A study that was stopped goes on with the same command. Any field can be
-given: --study.tokens 1e6 --study.seeds 1,2,3 --study.tasks.0.sequence_length 256. `--add my_layer.py:MyMixer.Config` puts a layer
-of yours, at the study's size in a frame like Llama's, beside the others. Small models leave most cores idle, so several processes
-train at once (`--workers`); other machines with the same DIR may help with `--train-only`.
-"""
+STUDY is a study by name (quickstart, standard, scaling) or a Python file that defines `study` (a
+`jaxformer.compare.study.Study`, a `jaxformer.compare.scaling_study.ScalingStudy`, or a function
+that returns one). Runs are in DIR/STUDY, the report in DIR/STUDY/report as report.html, .md, .csv
+and .json. A study that was stopped goes on with the same command. Any field can be
+given: --study.tokens 1e6 --study.seeds 1,2,3 --study.tasks.0.sequence_length 256. `--add
+  my_layer.py:MyMixer.Config` puts a layer
+of yours, at the study's size in a frame like Llama's, beside the others. Small models leave most
+cores idle, so several processes train at once (`--workers`); other machines with the same DIR may
+help with `--train-only`."""
 
 from __future__ import annotations
 
@@ -23,35 +25,55 @@ INTERRUPTED = 75
 
 def arguments(parser: argparse.ArgumentParser) -> None:
   study_arguments(parser)
-  parser.add_argument('--workers', type=int, metavar='N',
-                      help='processes that train at once; by default one for each core, at most 4, and one on an accelerator')
-  parser.add_argument('--train-only', action='store_true',
-                      help='train what no other process of this study is training, and leave the report to another')
+  parser.add_argument(
+    '--workers',
+    type=int,
+    metavar='N',
+    help='processes that train at once; by default one for each core, at most 4, and one on an '
+    'accelerator',
+  )
+  parser.add_argument(
+    '--train-only',
+    action='store_true',
+    help='train what no other process of this study is training, and leave the report to another',
+  )
   parser.add_argument('--show', action='store_true', help='print the whole study as JSON and stop')
 
 
 def study_arguments(parser: argparse.ArgumentParser) -> None:
   """What names a study."""
-  parser.add_argument('target', metavar='STUDY', help='quickstart, standard, scaling, or a Python file that defines `study`')
-  parser.add_argument('--add', metavar='FILE:NAME', action='append', default=[],
-                      help='a layer config or a model config in a Python file; may be given several times')
+  parser.add_argument(
+    'target',
+    metavar='STUDY',
+    help='quickstart, standard, scaling, or a Python file that defines `study`',
+  )
+  parser.add_argument(
+    '--add',
+    metavar='FILE:NAME',
+    action='append',
+    default=[],
+    help='a layer config or a model config in a Python file; may be given several times',
+  )
   parser.add_argument('--json', action='store_true', help='print what report.json holds')
 
 
 def study_of_arguments(args: argparse.Namespace, overrides: Overrides):
   """The study that a command line names."""
   from jaxformer import config
+
   return config.override(with_added(study_of(args.target), args.add), overrides, 'study')
 
 
 def run(args: argparse.Namespace, overrides: Overrides) -> int:
   from jaxformer import config
   from jaxformer.compare.sharing import Interrupted
+
   study = study_of_arguments(args, overrides)
   if args.show:
     print(config.text(study), end='')
     return 0
   from jaxformer.training.interrupt import Interrupt
+
   train, report = ways_of(study)
   try:
     if args.train_only:
@@ -74,11 +96,21 @@ def tell(report, as_json: bool) -> None:
 def helpers(args: argparse.Namespace, overrides: Overrides, study) -> list[list[str]]:
   """The commands that train the same study beside this one."""
   from jaxformer.compare.sharing import worthwhile
+
   if args.workers is not None and args.workers < 1:
     raise InputError(f'--workers {args.workers}: must be at least 1')
   added = [word for name in args.add for word in ('--add', name)]
   given = [f'--{name}={value}' for name, value in overrides]
-  command = [sys.executable, '-m', 'jaxformer', 'compare', args.target, *added, *given, '--train-only']
+  command = [
+    sys.executable,
+    '-m',
+    'jaxformer',
+    'compare',
+    args.target,
+    *added,
+    *given,
+    '--train-only',
+  ]
   return [command] * ((args.workers or worthwhile(len(study.entries))) - 1)
 
 
@@ -87,6 +119,7 @@ def with_added(study, names):
   from jaxformer.compare.study import AsIs, Mixer
   from jaxformer.layers.layer import LayerConfig
   from jaxformer.models.language_model import ModelConfig
+
   added = []
   for name in names:
     thing = object_of(name)

@@ -1,9 +1,8 @@
 """Reads the command line. `jaxformer COMMAND --help` says what each command takes.
 
-Overrides of an experiment are dotted (`--model.width 256 --optimizer.learning-rate 3e-4`) or name a section
-(`--optimizer Lion`), and are told from a command's own options by that. Answers go to stdout, everything else to stderr; with
-`--json`, stdout is exactly one JSON value.
-"""
+Overrides of an experiment are dotted (`--model.width 256 --optimizer.learning-rate 3e-4`) or name a
+section (`--optimizer Lion`), and are told from a command's own options by that. Answers go to
+stdout, everything else to stderr; with `--json`, stdout is exactly one JSON value."""
 
 from __future__ import annotations
 
@@ -20,24 +19,40 @@ from jaxformer.cli.common import SECTIONS, Overrides
 from jaxformer.config import InputError, nearest
 
 COMMANDS = (
-  'list', 'train', 'eval', 'generate', 'align', 'plan', 'bench', 'compare', 'report', 'check', 'convert', 'data', 'launch')
+  'list',
+  'train',
+  'eval',
+  'generate',
+  'align',
+  'plan',
+  'bench',
+  'compare',
+  'report',
+  'check',
+  'convert',
+  'data',
+  'launch',
+)
 BAD_INPUT = 2
 INTERRUPTED = 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-  """Runs one command; the exit code is 0 done, 2 bad input, 70 non-finite numbers, 75 preempted and saved, 1 any other failure."""
+  """Runs one command; the exit code is 0 done, 2 bad input, 70 non-finite numbers, 75 preempted and
+  saved, 1 any other failure."""
   try:
     own, overrides = split_overrides(sys.argv[1:] if argv is None else argv)
     args = _parser().parse_args(own)
     if overrides and not args.takes_overrides:
-      raise InputError(f'--{overrides[0][0]}: `jaxformer {args.command}` takes no overrides of an experiment')
+      raise InputError(
+        f'--{overrides[0][0]}: `jaxformer {args.command}` takes no overrides of an experiment'
+      )
     choose_platform()
     return args.run(args, overrides) or 0
   except InputError as e:
     print(f'error: {e}', file=sys.stderr)
     return BAD_INPUT
-  except BrokenPipeError:   # the reader of our output has gone (`jaxformer list | head`)
+  except BrokenPipeError:  # the reader of our output has gone (`jaxformer list | head`)
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
   except KeyboardInterrupt:
@@ -45,7 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def split_overrides(argv: Sequence[str]) -> tuple[list[str], Overrides]:
-  """The command's own words, and (path, text) for each override: `--a.b text`, `--a.b=text`, `--a.b` alone for true.
+  """The command's own words, and (path, text) for each override: `--a.b text`, `--a.b=text`,
+  `--a.b` alone for true.
 
   Raises `InputError` for a section alone, which needs a value.
   """
@@ -71,7 +87,8 @@ def split_overrides(argv: Sequence[str]) -> tuple[list[str], Overrides]:
 
 
 def choose_platform() -> None:
-  """Keeps JAX from looking for a TPU where none is: with libtpu installed that takes long and prints pages."""
+  """Keeps JAX from looking for a TPU where none is: with libtpu installed that takes long and
+  prints pages."""
   has_tpu = any(pathlib.Path('/dev').glob('accel*')) or pathlib.Path('/dev/vfio').exists()
   has_gpu = pathlib.Path('/dev/nvidiactl').exists() or pathlib.Path('/dev/kfd').exists()
   if 'JAX_PLATFORMS' not in os.environ and not has_tpu and not has_gpu:
@@ -87,25 +104,38 @@ class _Parser(argparse.ArgumentParser):
   def _check_value(self, action: argparse.Action, value: object) -> None:
     if action.choices is not None and value not in action.choices:
       name = '/'.join(action.option_strings) or action.metavar
-      raise InputError(f'{name} {value!r}: no such choice{nearest(str(value), map(str, action.choices))}')
+      raise InputError(
+        f'{name} {value!r}: no such choice{nearest(str(value), map(str, action.choices))}'
+      )
 
-  def parse_args(self, args=None, namespace=None):   # type: ignore[override]
+  def parse_args(self, args=None, namespace=None):  # type: ignore[override]
     known, extra = self.parse_known_args(args, namespace)
     if extra:
-      raise InputError(f'unknown argument {extra[0]!r} for `jaxformer {known.command}`{nearest(extra[0], known.options)}')
+      raise InputError(
+        f'unknown argument {extra[0]!r} for `jaxformer '
+        f'{known.command}`{nearest(extra[0], known.options)}'
+      )
     return known
 
 
 def _parser() -> _Parser:
   parser = _Parser(
-    prog='jaxformer', description='Train, plan and compare sequence models on TPU and GPU meshes.', allow_abbrev=False)
+    prog='jaxformer',
+    description='Train, plan and compare sequence models on TPU and GPU meshes.',
+    allow_abbrev=False,
+  )
   parser.add_argument('--version', action='version', version=f'jaxformer {_version()}')
   commands = parser.add_subparsers(dest='command', required=True, metavar='COMMAND')
   for name in COMMANDS:
     module = importlib.import_module(f'jaxformer.cli.{name}_')
     doc = module.__doc__ or ''
-    sub = commands.add_parser(name, help=doc.splitlines()[0], description=doc, allow_abbrev=False,
-                              formatter_class=argparse.RawDescriptionHelpFormatter)
+    sub = commands.add_parser(
+      name,
+      help=doc.splitlines()[0],
+      description=doc,
+      allow_abbrev=False,
+      formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     module.arguments(sub)
     options = [o for action in sub._actions for o in action.option_strings]
     sections = [f'--{s}' for s in SECTIONS] if module.OVERRIDES else []

@@ -1,8 +1,7 @@
 """Writes the report of a study from the runs that are done, and trains nothing.
 
-STUDY is what `jaxformer compare` takes, with the same fields. Architectures with runs still to come are left out, and named. What
-the others cost is measured where it was not yet.
-"""
+STUDY is what `jaxformer compare` takes, with the same fields. Architectures with runs still to come
+are left out, and named. What the others cost is measured where it was not yet."""
 
 from __future__ import annotations
 
@@ -24,9 +23,13 @@ def run(args: argparse.Namespace, overrides: Overrides) -> int:
   from jaxformer.compare.runner import finished_part
   from jaxformer.compare.scaling_study import ScalingStudy
   from jaxformer.compare.sharing import Interrupted
+
   whole = study_of_arguments(args, overrides)
   if isinstance(whole, ScalingStudy):
-    raise InputError(f'{args.target}: a law needs all its trainings; `jaxformer compare {args.target}` does those that remain')
+    raise InputError(
+      f'{args.target}: a law needs all its trainings; `jaxformer compare {args.target}` does those '
+      'that remain'
+    )
   part = finished_part(whole)
   if missing := [e.title for e in whole.entries if e not in part.entries]:
     note(f'not done yet, and left out: {", ".join(missing)}')

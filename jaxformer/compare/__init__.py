@@ -1,1 +1,2 @@
-"""Comparisons of architectures: what is matched, how they are tuned, and what their differences say."""
+"""Comparisons of architectures: what is matched, how they are tuned, and what their differences
+say."""

@@ -1,4 +1,5 @@
-"""The contract of layers (`layers/layer.py`) as checks of one layer: what holds, and what is wrong where it does not."""
+"""The contract of layers (`layers/layer.py`) as checks of one layer: what holds, and what is wrong
+where it does not."""
 
 from __future__ import annotations
 
@@ -17,10 +18,11 @@ from jaxformer.layers.layer import Context, LayerConfig, Memory, Output, Site
 from jaxformer.models.params import Definition, define
 from jaxformer.sharding import MeshConfig, batch_sharding, make_mesh, use_mesh
 
-WIDTH, BATCH, LENGTH = 32, 8, 20   # longer than what operations treat as a short decode
+WIDTH, BATCH, LENGTH = 32, 8, 20  # longer than what operations treat as a short decode
 # Checks cut sequences at few places, so that they share the programs of their parts.
 PREFILLS = 0, 1, 17, LENGTH
-OUTPUTS, GRADIENTS, LOW = 1e-5, 1e-4, 0.05   # tolerances, relative to the largest magnitude of what is compared
+# tolerances, relative to the largest magnitude of what is compared
+OUTPUTS, GRADIENTS, LOW = 1e-5, 1e-4, 0.05
 
 
 class Alone(Config):
@@ -43,9 +45,14 @@ class Case:
     # Away from the initial values: a parameter that starts at zero hides what it multiplies.
     keys = jax.random.split(jax.random.key(1), max(1, len(params)))
     self.initial = params
-    self.params = {n: p + 0.05 * jax.random.normal(k, p.shape) for k, (n, p) in zip(keys, params.items(), strict=False)}
+    self.params = {
+      n: p + 0.05 * jax.random.normal(k, p.shape)
+      for k, (n, p) in zip(keys, params.items(), strict=False)
+    }
     self.call, self.gradients = jax.jit(self.whole), jax.jit(self.differentiated)
-    self.step = jax.jit(lambda p, x, s: _pair(self.definition.merge(p).step(x, self.given(x[:, None], Context()), s)))
+    self.step = jax.jit(
+      lambda p, x, s: _pair(self.definition.merge(p).step(x, self.given(x[:, None], Context()), s))
+    )
 
   @property
   def layer(self) -> LayerConfig:
@@ -53,13 +60,16 @@ class Case:
     config: Any = self.definition.config
     return config.layer
 
-  def whole(self, params: Any, x: Any, ctx: Context = Context(), state: Any = None) -> tuple[Any, Any]:
+  def whole(
+    self, params: Any, x: Any, ctx: Context = Context(), state: Any = None
+  ) -> tuple[Any, Any]:
     """Outputs and state of a whole sequence."""
     model: Any = self.definition.merge(params)
     return _pair(model(x, self.given(x, ctx), state))
 
   def given(self, x: Any, ctx: Context) -> Context:
-    """The context with what the layer reads of earlier layers: values that follow from the same position's input alone."""
+    """The context with what the layer reads of earlier layers: values that follow from the same
+    position's input alone."""
     config = self.definition.config
     reads = config.layer.reads(config.width) if isinstance(config, Alone) else {}
     if self.memory_width is not None:
@@ -67,7 +77,8 @@ class Case:
     # Scanned unless a test asks otherwise: half of what there is to compile.
     return ctx.replace(
       shared={n: jnp.sin(2 * x[..., jnp.arange(c) % x.shape[-1]]) for n, c in reads.items()},
-      unroll=bool(ctx.unroll))
+      unroll=bool(ctx.unroll),
+    )
 
   @property
   def memory_width(self) -> int | None:
@@ -76,24 +87,36 @@ class Case:
     return config.layer.memory_width(config.width) if isinstance(config, Alone) else None
 
   def memory(self, batch: int) -> Memory:
-    """What a layer that reads an encoder's output finds: sources of LENGTH, LENGTH - 2, ... tokens."""
+    """What a layer that reads an encoder's output finds: sources of LENGTH, LENGTH - 2, ...
+    tokens."""
     y = jax.random.normal(jax.random.key(4), (BATCH, LENGTH, self.memory_width or 0))[:batch]
     return Memory(y, jnp.arange(LENGTH)[None] < LENGTH - 2 * jnp.arange(batch)[:, None])
 
   def init_state(self, batch: int, max_len: int, params: Any = None) -> Any:
     model: Any = self.definition.merge(self.params if params is None else params)
-    return model.init_state(batch, max_len) if self.memory_width is None else model.begin(batch, max_len, self.memory(batch))
+    return (
+      model.init_state(batch, max_len)
+      if self.memory_width is None
+      else model.begin(batch, max_len, self.memory(batch))
+    )
 
-  def differentiated(self, params: Any, x: Any, ctx: Context = Context(), state: Any = None) -> tuple[Any, Any]:
-    """(a scalar that all outputs and the last state bear on, (outputs, last state)), and its gradients with respect to parameters,
-    inputs and state."""
+  def differentiated(
+    self, params: Any, x: Any, ctx: Context = Context(), state: Any = None
+  ) -> tuple[Any, Any]:
+    """(a scalar that all outputs and the last state bear on, (outputs, last state)), and its
+    gradients with respect to parameters, inputs and state."""
+
     def score(params, x, state):
       y, after = self.whole(params, x, ctx, state)
       numbers = [s for s in jax.tree.leaves(after) if jnp.issubdtype(s.dtype, jnp.floating)]
       late = jnp.sum(jnp.sin(y.astype(jnp.float32)) * (1 + jnp.arange(y.shape[1])[None, :, None]))
       return late + sum(jnp.sum(jnp.sin(s)) for s in numbers), (y, after)
-    value, gradients = jax.value_and_grad(score, argnums=(0, 1, 2), has_aux=True, allow_int=True)(params, x, state)
-    return value, jax.tree.map(lambda g: None if g.dtype == jax.dtypes.float0 else g, gradients)   # of counters and masks
+
+    value, gradients = jax.value_and_grad(score, argnums=(0, 1, 2), has_aux=True, allow_int=True)(
+      params, x, state
+    )
+    # of counters and masks
+    return value, jax.tree.map(lambda g: None if g.dtype == jax.dtypes.float0 else g, gradients)
 
 
 def inputs(dtype: Any = jnp.float32) -> Any:
@@ -102,19 +125,22 @@ def inputs(dtype: Any = jnp.float32) -> Any:
 
 def segments(*lengths: int) -> Any:
   """Documents of these lengths in every row."""
-  return jnp.broadcast_to(jnp.asarray(np.repeat(np.arange(len(lengths)), lengths))[None], (BATCH, sum(lengths)))
+  return jnp.broadcast_to(
+    jnp.asarray(np.repeat(np.arange(len(lengths)), lengths))[None], (BATCH, sum(lengths))
+  )
 
 
 def _pair(out: Output) -> tuple[Any, Any]:
   return out.y, out.state
 
 
-# ---- verdicts ---------------------------------------------------------------------------------------------------------
+# ---- verdicts ----------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-  """Of one check. `wrong` says what does not hold; None where all does. `skipped` says why there was nothing to check."""
+  """Of one check. `wrong` says what does not hold; None where all does. `skipped` says why there
+  was nothing to check."""
 
   check: str
   wrong: str | None = None
@@ -131,7 +157,9 @@ class Verdict:
   @property
   def line(self) -> str:
     word = 'FAILS' if self.wrong else 'skipped' if self.skipped else 'holds'
-    return f'{word:8} {self.check}' + (f': {self.wrong or self.skipped}' if self.wrong or self.skipped else '')
+    return f'{word:8} {self.check}' + (
+      f': {self.wrong or self.skipped}' if self.wrong or self.skipped else ''
+    )
 
 
 class Broken(AssertionError):
@@ -143,7 +171,8 @@ class _Skipped(Exception):
 
 
 def check_layer(layer: LayerConfig) -> Iterator[Verdict]:
-  """One verdict a check, as they come. What the layer raises is a verdict too; one that cannot be built ends the checks."""
+  """One verdict a check, as they come. What the layer raises is a verdict too; one that cannot be
+  built ends the checks."""
   first = 'builds, and gives outputs like its inputs'
   try:
     case = Case(Alone(layer=layer))
@@ -160,7 +189,7 @@ def check_layer(layer: LayerConfig) -> Iterator[Verdict]:
       yield Verdict(name, str(e))
     except _Skipped as e:
       yield Verdict(name, skipped=str(e))
-    except Exception as e:   # the layer's own
+    except Exception as e:  # the layer's own
       yield Verdict(name, _said(e))
 
 
@@ -179,18 +208,24 @@ def close(a: Any, b: Any, rtol: float, what: str = '') -> None:
       raise Broken(f'{what}{jax.tree_util.keystr(path)} has the shape {x.shape}, not {y.shape}')
     scale, gap = max(np.abs(y).max(initial=0.0), 1e-3), np.abs(x - y)
     if not np.all(gap <= rtol * scale):
-      where = [int(i) for i in np.unravel_index(np.argmax(np.where(np.isnan(gap), np.inf, gap)), gap.shape)]
+      where = [
+        int(i) for i in np.unravel_index(np.argmax(np.where(np.isnan(gap), np.inf, gap)), gap.shape)
+      ]
       name = f'{what}{jax.tree_util.keystr(path)}'.rstrip()
-      raise Broken(f'{name} differs by up to {np.max(gap):.2g} where values reach {scale:.2g} (at {where})')
+      raise Broken(
+        f'{name} differs by up to {np.max(gap):.2g} where values reach {scale:.2g} (at {where})'
+      )
 
 
-# ---- checks -----------------------------------------------------------------------------------------------------------
+# ---- checks ------------------------------------------------------------------------------------
 
 
 def shape(case: Case) -> None:
   """Outputs are like inputs."""
   x, model = inputs(), case.definition
-  out = jax.eval_shape(lambda p, x: model.merge(p)(x, case.given(x, Context()), None), case.params, x)
+  out = jax.eval_shape(
+    lambda p, x: model.merge(p)(x, case.given(x, Context()), None), case.params, x
+  )
   if not isinstance(out, Output):
     raise Broken(f'it returns {type(out).__name__}, not Output')
   if (out.y.shape, out.y.dtype) != (x.shape, x.dtype):
@@ -205,13 +240,21 @@ def _decodes(case: Case) -> None:
 def causal(case: Case) -> None:
   """No output depends on a later input, and each on its own: by the gradient."""
   _decodes(case)
-  sums = jax.jit(jax.jacrev(lambda x: jnp.sum(jnp.sin(case.whole(case.params, x)[0]), axis=(0, 2))))(inputs())   # [T, B, T, D]
+  # [T, B, T, D]
+  sums = jax.jit(
+    jax.jacrev(lambda x: jnp.sum(jnp.sin(case.whole(case.params, x)[0]), axis=(0, 2)))
+  )(inputs())
   influence = np.abs(np.asarray(sums)).sum(axis=(1, 3))
   later = np.argwhere(~(np.triu(influence, 1) == 0))
   if len(later):
-    raise Broken(f'the output at position {later[0][0]} depends on the input at position {later[0][1]}, which comes later')
+    raise Broken(
+      f'the output at position {later[0][0]} depends on the input at position {later[0][1]}, which '
+      'comes later'
+    )
   if not np.all(np.diag(influence) > 0):
-    raise Broken(f'the output at position {np.argmin(np.diag(influence))} does not depend on the input there')
+    raise Broken(
+      f'the output at position {np.argmin(np.diag(influence))} does not depend on the input there'
+    )
 
 
 def prefill_and_steps(case: Case, prefill: int) -> None:
@@ -224,7 +267,12 @@ def continued(case: Case, x: Any, prefill: int) -> None:
   """The same, of inputs `[B, T, ...]` of a layer or the tokens of a model."""
   length = x.shape[1]
   whole, final = case.call(case.params, x, Context(), case.init_state(BATCH, length))
-  close(case.call(case.params, x)[0], whole, OUTPUTS, 'what comes without a state, against with one: the output ')
+  close(
+    case.call(case.params, x)[0],
+    whole,
+    OUTPUTS,
+    'what comes without a state, against with one: the output ',
+  )
   state, ys = case.init_state(BATCH, length), []
   if prefill:
     y, state = case.call(case.params, x[:, :prefill], Context(), state)
@@ -263,8 +311,12 @@ def packed(case: Case) -> None:
   together = case.call(case.params, x, Context(segments_BT=segments(*lengths)), first)[0]
   for length in lengths:
     end = begin + length
-    close(together[:, begin:end], case.call(case.params, x[:, begin:end], Context(), first)[0], OUTPUTS,
-          f'the document at positions {begin} to {end - 1}, packed against alone: the output ')
+    close(
+      together[:, begin:end],
+      case.call(case.params, x[:, begin:end], Context(), first)[0],
+      OUTPUTS,
+      f'the document at positions {begin} to {end - 1}, packed against alone: the output ',
+    )
     begin = end
 
 
@@ -272,7 +324,9 @@ def declared(case: Case) -> None:
   """The state is of the size that the config says, and a call leaves its shapes as they are."""
   _decodes(case)
   before = jax.eval_shape(lambda: case.init_state(1, LENGTH))
-  numbers = sum(leaf.size for leaf in jax.tree.leaves(before) if jnp.issubdtype(leaf.dtype, jnp.floating))
+  numbers = sum(
+    leaf.size for leaf in jax.tree.leaves(before) if jnp.issubdtype(leaf.dtype, jnp.floating)
+  )
   said = case.layer.state_size(WIDTH, LENGTH)
   if numbers != said:
     raise Broken(f'state_size says {said:,} numbers, and init_state gives {numbers:,}')
@@ -303,7 +357,11 @@ def sharded(case: Case) -> None:
   count = jax.device_count()
   if count not in (2, 4, 8):
     raise _Skipped(f'{count} device{"s" if count > 1 else ""} here; 2, 4 or 8 are needed')
-  mesh = {2: MeshConfig(fsdp=1, tensor=2), 4: MeshConfig(fsdp=2, tensor=2), 8: MeshConfig(data=2, fsdp=2, tensor=2)}[count]
+  mesh = {
+    2: MeshConfig(fsdp=1, tensor=2),
+    4: MeshConfig(fsdp=2, tensor=2),
+    8: MeshConfig(data=2, fsdp=2, tensor=2),
+  }[count]
   x, ctx = inputs(), Context(segments_BT=segments(7, 8, 5))
   (value, _), gradients = case.gradients(case.params, x, ctx)
   devices = make_mesh(mesh)
@@ -311,7 +369,12 @@ def sharded(case: Case) -> None:
   with use_mesh(devices, mesh.rules):
     x = jax.device_put(x, batch_sharding(devices, mesh.rules))
     (found, _), found_gradients = jax.jit(lambda *a: case.differentiated(*a))(params, x, ctx)
-  close((found, found_gradients), (value, gradients), GRADIENTS, f'on {count} devices against one: loss and gradients ')
+  close(
+    (found, found_gradients),
+    (value, gradients),
+    GRADIENTS,
+    f'on {count} devices against one: loss and gradients ',
+  )
 
 
 def survives_json(case: Case) -> None:
@@ -336,6 +399,6 @@ def checked_examples(layer: LayerConfig) -> tuple[LayerConfig, ...]:
   """The layer, and what its class names as examples of its settings."""
   try:
     examples = type(layer).examples()
-  except (InputError, TypeError):   # a config with fields that have no defaults
+  except (InputError, TypeError):  # a config with fields that have no defaults
     return (layer,)
   return (layer, *(e for e in examples if e != layer))

@@ -1,4 +1,5 @@
-"""What each architecture of a study costs on this machine: counted from its shapes, and measured side by side."""
+"""What each architecture of a study costs on this machine: counted from its shapes, and measured
+side by side."""
 
 from __future__ import annotations
 
@@ -31,14 +32,15 @@ from jaxformer.training.lowering import compute_dtype
 from jaxformer.training.run import write
 from jaxformer.training.step import compiled_train_step, init_state
 
-NEW_TOKENS = 32   # decoded at each context
+NEW_TOKENS = 32  # decoded at each context
 REPEATS = 3
-BEYOND = 2        # times the length of training at which the loss by position is measured
+BEYOND = 2  # times the length of training at which the loss by position is measured
 
 
 @dataclasses.dataclass(frozen=True)
 class AtContext:
-  """Prefill and decoding of one sequence after `context` tokens; times are None where they were not measured."""
+  """Prefill and decoding of one sequence after `context` tokens; times are None where they were not
+  measured."""
 
   context: int
   state_bytes: int
@@ -53,9 +55,11 @@ class Costs:
   Attributes:
     params, active_params: numbers of parameters, and of those that a token uses.
     train_flops_per_token: at the task's length, attention counted causally.
-    tokens_per_second: of training, one run alone on all devices; the median over rounds in which every architecture had its turn.
+    tokens_per_second: of training, one run alone on all devices; the median over rounds in which
+      every architecture had its turn.
     compile_seconds: of the training step.
-    step_bytes: memory of the training step as the compiler says, arguments included; None where it does not.
+    step_bytes: memory of the training step as the compiler says, arguments included; None where it
+      does not.
     contexts: decoding, by context.
   """
 
@@ -69,21 +73,41 @@ class Costs:
 
 
 def measure_costs(
-  study: Study, models: dict[str, ModelConfig], task: DatasetConfig, dataset: Dataset, log: Log, interrupt: Interrupt,
+  study: Study,
+  models: dict[str, ModelConfig],
+  task: DatasetConfig,
+  dataset: Dataset,
+  log: Log,
+  interrupt: Interrupt,
 ) -> dict[str, Costs]:
-  """The costs of a study's models on one of its tasks, by title. What was measured before is read from the study's folder: times of
-  one study are compared, so all that are measured together are from one program on one machine."""
-  training = _kept(study, 'training', {'models': models, 'task': task, 'rounds': study.rounds, 'batch': study.batch_size},
-                   lambda: _time_training(study, models, task, dataset, log, interrupt))
+  """The costs of a study's models on one of its tasks, by title. What was measured before is read
+  from the study's folder: times of one study are compared, so all that are measured together are
+  from one program on one machine."""
+  training = _kept(
+    study,
+    'training',
+    {'models': models, 'task': task, 'rounds': study.rounds, 'batch': study.batch_size},
+    lambda: _time_training(study, models, task, dataset, log, interrupt),
+  )
   found = {}
   for title, model in models.items():
     c = cost(model, task.positions)
     key = {'model': model, 'contexts': study.contexts}
-    rows = _kept(study, f'decoding-{title}', key, lambda model=model, title=title: _decoding(model, title, study.contexts, log))
+    rows = _kept(
+      study,
+      f'decoding-{title}',
+      key,
+      lambda model=model, title=title: _decoding(model, title, study.contexts, log),
+    )
     if interrupt.signal is not None:
       raise Interrupted
-    found[title] = Costs(c.params, c.active_params, c.train_flops_per_token, **training[title],
-                         contexts=tuple(AtContext(**row) for row in rows))
+    found[title] = Costs(
+      c.params,
+      c.active_params,
+      c.train_flops_per_token,
+      **training[title],
+      contexts=tuple(AtContext(**row) for row in rows),
+    )
   return found
 
 
@@ -91,14 +115,22 @@ def longer(task: DatasetConfig, dataset: Dataset) -> Dataset:
   """Text in sequences of `BEYOND` times the length; a task as it is."""
   if not isinstance(task, DataConfig):
     return dataset
-  return open_data(task.replace(sequence_length=BEYOND * task.sequence_length), tokenizer=dataset.tokenizer)
+  return open_data(
+    task.replace(sequence_length=BEYOND * task.sequence_length), tokenizer=dataset.tokenizer
+  )
 
 
 def by_position(
-  study: Study, where: str, title: str, folders: Sequence[str], model: ModelConfig, dataset: Dataset, long: Dataset,
+  study: Study,
+  where: str,
+  title: str,
+  folders: Sequence[str],
+  model: ModelConfig,
+  dataset: Dataset,
+  long: Dataset,
 ) -> list[float | None] | None:
-  """The mean held-out loss of runs at each position, in nats, on the `longer` sequences where the model has positions for them;
-  None for a task with one target a sequence."""
+  """The mean held-out loss of runs at each position, in nats, on the `longer` sequences where the
+  model has positions for them; None for a task with one target a sequence."""
   if dataset.tokenizer is None:
     return None
   longest = getattr(model, 'longest', None)
@@ -110,23 +142,41 @@ def by_position(
     for folder in folders:
       params, _ = load_params(folder, definition)
       found = loss_by_position(
-        definition, params, dataset.validation_batches(study.batch_size, study.eval_batches), dtype=dtype)
+        definition,
+        params,
+        dataset.validation_batches(study.batch_size, study.eval_batches),
+        dtype=dtype,
+      )
       sums, counts = sums + found.nll_sum_T, counts + found.count_T
     return [float(s / c) if c else None for s, c in zip(sums, counts, strict=True)]
 
-  key = {'runs': [Path(f).name for f in folders], 'batches': study.eval_batches, 'length': dataset.config.positions}
+  key = {
+    'runs': [Path(f).name for f in folders],
+    'batches': study.eval_batches,
+    'length': dataset.config.positions,
+  }
   return _kept(study, f'positions-{where}-{title}', key, measure)
 
 
 def translations(
-  study: Study, where: str, title: str, folders: Sequence[str], model: ModelConfig, dataset: Dataset,
+  study: Study, where: str, title: str, folders: Sequence[str], model: ModelConfig, dataset: Dataset
 ) -> dict[str, list[float]] | None:
-  """How well runs translate held-out texts, by measure, a number a run: exact matches as a fraction, BLEU and chrF from 0 to 100
-  where sacrebleu is installed. None for data that are no pairs."""
+  """How well runs translate held-out texts, by measure, a number a run: exact matches as a
+  fraction, BLEU and chrF from 0 to 100 where sacrebleu is installed. None for data that are no
+  pairs."""
   tokenizer = dataset.tokenizer
-  if dataset.source_vocab_size is None or not study.translations or tokenizer is None or tokenizer.end_of_document is None:
+  if (
+    dataset.source_vocab_size is None
+    or not study.translations
+    or tokenizer is None
+    or tokenizer.end_of_document is None
+  ):
     return None
-  definition, dtype, end = define(model), compute_dtype('auto', make_mesh(MeshConfig())), tokenizer.end_of_document
+  definition, dtype, end = (
+    define(model),
+    compute_dtype('auto', make_mesh(MeshConfig())),
+    tokenizer.end_of_document,
+  )
 
   def measure() -> dict[str, list[float]]:
     found: dict[str, list[float]] = {}
@@ -134,10 +184,19 @@ def translations(
       params, _ = load_params(folder, definition)
 
       def search(sources: Any, params: Any = params) -> list[list[int]]:
-        return [t.tokens for t in translate(definition, params, sources, end=end, vocab_size=dataset.vocab_size, dtype=dtype)]
+        return [
+          t.tokens
+          for t in translate(
+            definition, params, sources, end=end, vocab_size=dataset.vocab_size, dtype=dtype
+          )
+        ]
 
-      s = evaluate_translation(search, dataset.held_out_pairs(study.translations), tokenizer, bootstrap=None).scores
-      rows = {'exact match': s.exact_match} | {n: x.value for n, x in (('BLEU', s.bleu), ('chrF', s.chrf)) if x is not None}
+      s = evaluate_translation(
+        search, dataset.held_out_pairs(study.translations), tokenizer, bootstrap=None
+      ).scores
+      rows = {'exact match': s.exact_match} | {
+        n: x.value for n, x in (('BLEU', s.bleu), ('chrF', s.chrf)) if x is not None
+      }
       for name, value in rows.items():
         found.setdefault(name, []).append(value)
     return found
@@ -147,11 +206,17 @@ def translations(
 
 
 def _kept(study: Study, name: str, key: dict[str, Any], measure: Callable[[], Any]) -> Any:
-  """JSON data that `measure` gives, kept in the study's folder for as long as `key` and the device stay."""
+  """JSON data that `measure` gives, kept in the study's folder for as long as `key` and the device
+  stay."""
   file = study.folder / 'measured' / f'{file_name(name)}.json'
-  wanted: dict[str, Any] = {'device': f'{jax.device_count()} x {jax.devices()[0].device_kind}', 'jax': jax.__version__}
+  wanted: dict[str, Any] = {
+    'device': f'{jax.device_count()} x {jax.devices()[0].device_kind}',
+    'jax': jax.__version__,
+  }
   for k, v in key.items():
-    wanted[k] = {n: config.to_json(m) for n, m in v.items()} if isinstance(v, dict) else config.to_json(v)
+    wanted[k] = (
+      {n: config.to_json(m) for n, m in v.items()} if isinstance(v, dict) else config.to_json(v)
+    )
   try:
     saved = json.loads(file.read_text())
     if saved['key'] == wanted:
@@ -165,11 +230,19 @@ def _kept(study: Study, name: str, key: dict[str, Any], measure: Callable[[], An
 
 
 def _time_training(
-  study: Study, models: dict[str, ModelConfig], task: DatasetConfig, dataset: Dataset, log: Log, interrupt: Interrupt,
+  study: Study,
+  models: dict[str, ModelConfig],
+  task: DatasetConfig,
+  dataset: Dataset,
+  log: Log,
+  interrupt: Interrupt,
 ) -> dict[str, dict[str, Any]]:
   """Every model's training step, in turn: what else the machine does then falls on all alike."""
   if not study.rounds:
-    return {title: {'tokens_per_second': None, 'compile_seconds': None, 'step_bytes': None} for title in models}
+    return {
+      title: {'tokens_per_second': None, 'compile_seconds': None, 'step_bytes': None}
+      for title in models
+    }
   steps = {}
   for title, model in models.items():
     steps[title] = _Step(study, title, model, task, dataset)
@@ -177,34 +250,56 @@ def _time_training(
     if interrupt.signal is not None:
       raise Interrupted
   seconds: dict[str, list[float]] = {title: [] for title in models}
-  for round_ in range(study.rounds + 1):   # the first warms up
+  for round_ in range(study.rounds + 1):  # the first warms up
     for title, step in steps.items():
       took = step.seconds()
       seconds[title] += [took] if round_ else []
     if interrupt.signal is not None:
       raise Interrupted
-  return {title: {'tokens_per_second': step.batch.targets_BT.size / statistics.median(seconds[title]),
-                  'compile_seconds': step.compile_seconds, 'step_bytes': step.bytes} for title, step in steps.items()}
+  return {
+    title: {
+      'tokens_per_second': step.batch.targets_BT.size / statistics.median(seconds[title]),
+      'compile_seconds': step.compile_seconds,
+      'step_bytes': step.bytes,
+    }
+    for title, step in steps.items()
+  }
 
 
 class _Step:
   """A compiled training step with its state."""
 
-  def __init__(self, study: Study, title: str, model: ModelConfig, task: DatasetConfig, dataset: Dataset):
+  def __init__(
+    self, study: Study, title: str, model: ModelConfig, task: DatasetConfig, dataset: Dataset
+  ):
     entry = next(e for e in study.entries if e.title == title)
-    setup = Setup.of(study.experiment(entry, model, task, study.learning_rates[0], study.tuning_seed), dataset)
+    setup = Setup.of(
+      study.experiment(entry, model, task, study.learning_rates[0], study.tuning_seed), dataset
+    )
     self.setup = setup
     with use_mesh(setup.mesh, setup.rules):
       first = dataset.train_batch(0, study.batch_size, study.tuning_seed)
       self.batch = jax.device_put(first, batch_sharding(setup.mesh, setup.rules))
-      self.state = init_state(setup.definition, setup.optimizer, study.tuning_seed, setup.mesh, setup.rules)
-      step = compiled_train_step(setup.definition, setup.optimizer, setup.step_config, setup.mesh, setup.rules)
+      self.state = init_state(
+        setup.definition, setup.optimizer, study.tuning_seed, setup.mesh, setup.rules
+      )
+      step = compiled_train_step(
+        setup.definition, setup.optimizer, setup.step_config, setup.mesh, setup.rules
+      )
       began = time.perf_counter()
       self.step = step.lower(self.state, self.batch).compile()
       self.compile_seconds = time.perf_counter() - began
     m = self.step.memory_analysis()
-    self.bytes = None if m is None else int(
-      m.argument_size_in_bytes + m.output_size_in_bytes + m.temp_size_in_bytes - m.alias_size_in_bytes)
+    self.bytes = (
+      None
+      if m is None
+      else int(
+        m.argument_size_in_bytes
+        + m.output_size_in_bytes
+        + m.temp_size_in_bytes
+        - m.alias_size_in_bytes
+      )
+    )
 
   def seconds(self) -> float:
     with use_mesh(self.setup.mesh, self.setup.rules):
@@ -214,22 +309,33 @@ class _Step:
       return time.perf_counter() - began
 
 
-def _decoding(model: ModelConfig, title: str, contexts: Sequence[int], log: Log) -> list[dict[str, Any]]:
+def _decoding(
+  model: ModelConfig, title: str, contexts: Sequence[int], log: Log
+) -> list[dict[str, Any]]:
   """Prefill and decoding at each context that the model has positions for."""
   rows = []
   definition, mesh = define(model), make_mesh(MeshConfig())
   params = definition.init(jax.random.key(0), mesh, MeshConfig().rules) if contexts else {}
   for context in contexts:
     longest = getattr(model, 'longest', None)
-    if not isinstance(model, LanguageModel.Config) or (longest is not None and context + NEW_TOKENS > longest):
+    if not isinstance(model, LanguageModel.Config) or (
+      longest is not None and context + NEW_TOKENS > longest
+    ):
       continue
     state = model.state_size(context + NEW_TOKENS)
     if state is None:
       continue
     dtype = compute_dtype('auto', mesh)
     t = time_decode(definition, params, context, NEW_TOKENS, repeats=REPEATS, dtype=dtype)
-    rows.append({'context': context, 'state_bytes': 2 * state, 'prefill_seconds': t.prefill_seconds,
-                 'seconds_per_token': t.seconds_per_token})
-    log(f'costs | {title} | {context:,} tokens of context: {1e3 * t.seconds_per_token:.2f} ms a token')
+    rows.append(
+      {
+        'context': context,
+        'state_bytes': 2 * state,
+        'prefill_seconds': t.prefill_seconds,
+        'seconds_per_token': t.seconds_per_token,
+      }
+    )
+    log(
+      f'costs | {title} | {context:,} tokens of context: {1e3 * t.seconds_per_token:.2f} ms a token'
+    )
   return rows
-

@@ -10,7 +10,7 @@ from jaxformer.compare.results import Outcome, Results, TaskResults
 from jaxformer.compare.svg import Axis, Point, Series, chart
 from jaxformer.compare.tables import amount, seconds
 
-FLAT = 16   # positions averaged into one point, as far as there are many
+FLAT = 16  # positions averaged into one point, as far as there are many
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +42,7 @@ def drawn(title: str, note: str, series: Sequence[Series], x: Axis, y: Axis) -> 
 
 def _quality(task: TaskResults, results: Results, style: dict[str, int]) -> list[Figure | None]:
   """The score against each cost; of recall tasks against bytes of state too."""
+
   def of(cost: Callable[[Outcome], float | None], label: str, what: str) -> Figure | None:
     series = []
     for o in task.outcomes:
@@ -49,13 +50,25 @@ def _quality(task: TaskResults, results: Results, style: dict[str, int]) -> list
       if value and e:
         scale = 1.0 if task.lower_is_better else 100.0
         ends = (e.low * scale, e.high * scale) if math.isfinite(e.low) else (None, None)
-        ends = ends if task.lower_is_better or ends[0] is None or ends[1] is None else (max(0.0, ends[0]), min(100.0, ends[1]))
+        ends = (
+          ends
+          if task.lower_is_better or ends[0] is None or ends[1] is None
+          else (max(0.0, ends[0]), min(100.0, ends[1]))
+        )
         series.append(Series(o.title, style[o.title], (Point(value, e.mean * scale, *ends),)))
     best = _best(series, task.lower_is_better, more=what == 'training speed')
     good = 'down' if task.lower_is_better else 'up'
     right = 'right' if what == 'training speed' else 'left'
-    note = f'Better is {good} and to the {right}.' + (f' On the frontier: {", ".join(best)}.' if best else '')
-    return drawn(f'{task.title}: {task.metric} against {what}', note, series, Axis(label, True, amount), _score_axis(task))
+    note = f'Better is {good} and to the {right}.' + (
+      f' On the frontier: {", ".join(best)}.' if best else ''
+    )
+    return drawn(
+      f'{task.title}: {task.metric} against {what}',
+      note,
+      series,
+      Axis(label, True, amount),
+      _score_axis(task),
+    )
 
   def speed(o: Outcome) -> float | None:
     return results.costs[o.title].tokens_per_second
@@ -63,15 +76,20 @@ def _quality(task: TaskResults, results: Results, style: dict[str, int]) -> list
   return [
     of(lambda o: o.train_flops_per_token, 'training FLOPs a token', 'compute'),
     of(speed, 'training tokens a second', 'training speed'),
-    of(lambda o: o.state_bytes, f'bytes of state after {task.length} tokens', 'state')]
+    of(lambda o: o.state_bytes, f'bytes of state after {task.length} tokens', 'state'),
+  ]
 
 
 def _best(series: Sequence[Series], lower_is_better: bool, more: bool) -> list[str]:
-  """Names of those than which none is as good in both ways and better in one (Pareto), by the means."""
+  """Names of those than which none is as good in both ways and better in one (Pareto), by the
+  means."""
   sign, side = (1 if lower_is_better else -1), (-1 if more else 1)
   at = {s.name: (side * s.points[0].x, sign * s.points[0].y) for s in series}
-  return [n for n, (x, y) in at.items()
-          if not any(a <= x and b <= y and (a, b) != (x, y) for a, b in at.values())]
+  return [
+    n
+    for n, (x, y) in at.items()
+    if not any(a <= x and b <= y and (a, b) != (x, y) for a, b in at.values())
+  ]
 
 
 def _score_axis(task: TaskResults) -> Axis:
@@ -79,15 +97,22 @@ def _score_axis(task: TaskResults) -> Axis:
 
 
 def _curves(task: TaskResults, results: Results, style: dict[str, int]) -> list[Figure | None]:
-  def of(factor: Callable[[Outcome], float | None], label: str, what: str, form: Callable[[float], str]) -> Figure | None:
+  def of(
+    factor: Callable[[Outcome], float | None], label: str, what: str, form: Callable[[float], str]
+  ) -> Figure | None:
     series = []
     for o in task.outcomes:
       per_token = factor(o)
       if per_token:
         points = tuple(Point(tokens * per_token, loss) for tokens, loss in o.curve)
         series.append(Series(o.title, style[o.title], points, line=True, dots=False))
-    return drawn(f'{task.title}: training loss against {what}', 'Mean over seeds, smoothed; nats a target.', series,
-                  Axis(label, True, form), Axis('training loss'))
+    return drawn(
+      f'{task.title}: training loss against {what}',
+      'Mean over seeds, smoothed; nats a target.',
+      series,
+      Axis(label, True, form),
+      Axis('training loss'),
+    )
 
   def second(o: Outcome) -> float | None:
     speed = results.costs[o.title].tokens_per_second
@@ -96,7 +121,8 @@ def _curves(task: TaskResults, results: Results, style: dict[str, int]) -> list[
   return [
     of(lambda o: 1.0, 'training tokens', 'tokens', amount),
     of(lambda o: o.train_flops_per_token, 'training FLOPs', 'compute', amount),
-    of(second, 'time at the measured speed', 'time', seconds) if task is results.tasks[0] else None]
+    of(second, 'time at the measured speed', 'time', seconds) if task is results.tasks[0] else None,
+  ]
 
 
 def _positions(task: TaskResults, style: dict[str, int]) -> Figure | None:
@@ -104,22 +130,43 @@ def _positions(task: TaskResults, style: dict[str, int]) -> Figure | None:
   for o in task.outcomes:
     loss = [(i, v) for i, v in enumerate(o.position_loss or ()) if v is not None]
     points, i = [], 0
-    while i < len(loss):   # bins grow with the position: the axis is logarithmic
+    while i < len(loss):  # bins grow with the position: the axis is logarithmic
       bin_ = loss[i : i + max(1, min(FLAT, i // 4))]
-      points.append(Point(sum(p for p, _ in bin_) / len(bin_) + 1, sum(v for _, v in bin_) / len(bin_)))
+      points.append(
+        Point(sum(p for p, _ in bin_) / len(bin_) + 1, sum(v for _, v in bin_) / len(bin_))
+      )
       i += len(bin_)
     series.append(Series(o.title, style[o.title], tuple(points), line=True, dots=False))
   note = f'Held-out loss by the tokens of the document read before, mean over seeds; nats. Trained on {task.length} tokens.'
-  return drawn(f'{task.title}: loss by position', note, series, Axis('tokens read', True, amount), Axis('held-out loss'))
+  return drawn(
+    f'{task.title}: loss by position',
+    note,
+    series,
+    Axis('tokens read', True, amount),
+    Axis('held-out loss'),
+  )
 
 
 def _contexts(results: Results, style: dict[str, int]) -> list[Figure | None]:
   def of(value: Callable, title: str, label: str, form: Callable[[float], str]) -> Figure | None:
-    series = [Series(n, style[n], tuple(Point(a.context, v) for a in c.contexts if (v := value(a))), line=True)
-              for n, c in results.costs.items()]
-    return drawn(title, 'One sequence.', series, Axis('tokens of context', True, amount), Axis(label, True, form))
+    series = [
+      Series(
+        n, style[n], tuple(Point(a.context, v) for a in c.contexts if (v := value(a))), line=True
+      )
+      for n, c in results.costs.items()
+    ]
+    return drawn(
+      title,
+      'One sequence.',
+      series,
+      Axis('tokens of context', True, amount),
+      Axis(label, True, form),
+    )
 
   return [
     of(lambda a: a.seconds_per_token, 'Decoding time against context', 'time a token', seconds),
     of(lambda a: a.prefill_seconds, 'Time to read a prompt', 'prefill', seconds),
-    of(lambda a: a.state_bytes, 'State against context', 'bytes of state', lambda v: amount(v, 'B'))]
+    of(
+      lambda a: a.state_bytes, 'State against context', 'bytes of state', lambda v: amount(v, 'B')
+    ),
+  ]

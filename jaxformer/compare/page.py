@@ -61,19 +61,32 @@ def reproduction(study: Config, e: dict[str, Any]) -> list[tuple[str, str]]:
   """(name, value) of what the numbers of a study rest on, from the environment of its runs."""
   devices = e.get('devices', {})
   command = e.get('command') or []
-  shown = shlex.join(['jaxformer', *command[1:]]) if len(command) > 1 and command[1] == 'compare' else 'jaxformer.compare'
+  shown = (
+    shlex.join(['jaxformer', *command[1:]])
+    if len(command) > 1 and command[1] == 'compare'
+    else 'jaxformer.compare'
+  )
   rows = [
-    ('command', shown), ('digest of the study', config.digest(study)), ('commit', e.get('commit') or 'none'),
-    ('versions', ', '.join(f'{n} {v}' for n, v in e.get('versions', {}).items() if v)), ('python', e.get('python', '')),
-    ('device', f'{devices.get("count", "")} x {devices.get("kind", "")}'), ('platform', e.get('platform', '')),
-    ('time', e.get('time', ''))]
+    ('command', shown),
+    ('digest of the study', config.digest(study)),
+    ('commit', e.get('commit') or 'none'),
+    ('versions', ', '.join(f'{n} {v}' for n, v in e.get('versions', {}).items() if v)),
+    ('python', e.get('python', '')),
+    ('device', f'{devices.get("count", "")} x {devices.get("kind", "")}'),
+    ('platform', e.get('platform', '')),
+    ('time', e.get('time', '')),
+  ]
   return [*rows, *((f'data: {title}', _data_hash(m)) for title, m in e.get('data', {}).items())]
 
 
 def _data_hash(manifest: object) -> str:
   """The hashes that a manifest of data holds."""
   if isinstance(manifest, dict):
-    found = [f'{k} {v}' for k, v in manifest.items() if isinstance(v, str) and ('sha' in k or 'hash' in k or 'digest' in k)]
+    found = [
+      f'{k} {v}'
+      for k, v in manifest.items()
+      if isinstance(v, str) and ('sha' in k or 'hash' in k or 'digest' in k)
+    ]
     return ', '.join([*found, *(h for v in manifest.values() if (h := _data_hash(v)))])
   return ''
 
@@ -86,26 +99,36 @@ def as_csv(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
   return out.getvalue()
 
 
-# ---- Markdown ---------------------------------------------------------------------------------------------------------
+# ---- Markdown ----------------------------------------------------------------------------------
 
 
 def as_markdown(page: Page) -> str:
   parts = [f'# {page.title}', *page.answer, page.introduction]
-  parts += [part for t in (*page.results[1], *page.details[1]) for part in (f'## {t.title}', t.note, _markdown_table(t))]
-  parts += ['## How to reproduce', '\n'.join(f'- {name}: `{value}`' for name, value in page.reproduction),
-            '```json\n' + page.study.rstrip() + '\n```']
+  parts += [
+    part
+    for t in (*page.results[1], *page.details[1])
+    for part in (f'## {t.title}', t.note, _markdown_table(t))
+  ]
+  parts += [
+    '## How to reproduce',
+    '\n'.join(f'- {name}: `{value}`' for name, value in page.reproduction),
+    '```json\n' + page.study.rstrip() + '\n```',
+  ]
   return '\n\n'.join(parts) + '\n'
 
 
 def _markdown_table(t: Table) -> str:
   def line(cells: Sequence[str]) -> str:
     return f'| {" | ".join(c.replace("|", chr(92) + "|") for c in cells)} |'
-  return '\n'.join([line(t.header), line(['---', *('---:' for _ in t.header[1:])]), *map(line, t.rows)])
+
+  return '\n'.join(
+    [line(t.header), line(['---', *('---:' for _ in t.header[1:])]), *map(line, t.rows)]
+  )
 
 
-# ---- HTML -------------------------------------------------------------------------------------------------------------
+# ---- HTML --------------------------------------------------------------------------------------
 
-STYLE = '''
+STYLE = """
 :root { color-scheme: light; }
 * { box-sizing: border-box; }
 body { margin: 0 auto; max-width: 1180px; padding: 1.2rem; color: #1a1a1a; background: #fff;
@@ -149,34 +172,71 @@ pre { overflow-x: auto; font-size: .8rem; background: #f6f6f6; padding: .6rem; }
   .answer { background: none; }
   details { display: none; }
 }
-'''
+"""
 
 
 def as_html(page: Page) -> str:
   """The whole page; nothing in it is fetched from anywhere."""
   e, keys = html.escape, ''.join(key(i, name) for i, name in enumerate(page.keys))
-  return '\n'.join([
-    '<!DOCTYPE html>', '<html lang="en">', '<head>', '<meta charset="utf-8">',
-    '<meta name="viewport" content="width=device-width, initial-scale=1">', f'<title>{e(page.title)}</title>',
-    f'<style>{STYLE}{CLASSES}</style>', '</head>', '<body>', f'<h1>{e(page.title)}</h1>',
-    '<div class="answer">', *(f'<p>{e(line)}</p>' for line in page.answer), '</div>', f'<p>{e(page.introduction)}</p>',
-    f'<h2>{e(page.results[0])}</h2>', *map(_html_table, page.results[1]), '<h2>Figures</h2>',
-    *([f'<div class="keys">{keys}</div>'] if keys else []), f'<p class="note">{e(page.bars)}</p>',
-    '<div class="figures">', *map(_html_figure, page.figures), '</div>',
-    f'<h2>{e(page.details[0])}</h2>', *map(_html_table, page.details[1]),
-    '<h2>How to reproduce</h2>', '<dl>', *(f'<dt>{e(n)}</dt><dd>{e(v)}</dd>' for n, v in page.reproduction), '</dl>',
-    '<details><summary>The study as data</summary>', f'<pre>{e(page.study)}</pre>', '</details>',
-    '</body>', '</html>', ''])
+  return '\n'.join(
+    [
+      '<!DOCTYPE html>',
+      '<html lang="en">',
+      '<head>',
+      '<meta charset="utf-8">',
+      '<meta name="viewport" content="width=device-width, initial-scale=1">',
+      f'<title>{e(page.title)}</title>',
+      f'<style>{STYLE}{CLASSES}</style>',
+      '</head>',
+      '<body>',
+      f'<h1>{e(page.title)}</h1>',
+      '<div class="answer">',
+      *(f'<p>{e(line)}</p>' for line in page.answer),
+      '</div>',
+      f'<p>{e(page.introduction)}</p>',
+      f'<h2>{e(page.results[0])}</h2>',
+      *map(_html_table, page.results[1]),
+      '<h2>Figures</h2>',
+      *([f'<div class="keys">{keys}</div>'] if keys else []),
+      f'<p class="note">{e(page.bars)}</p>',
+      '<div class="figures">',
+      *map(_html_figure, page.figures),
+      '</div>',
+      f'<h2>{e(page.details[0])}</h2>',
+      *map(_html_table, page.details[1]),
+      '<h2>How to reproduce</h2>',
+      '<dl>',
+      *(f'<dt>{e(n)}</dt><dd>{e(v)}</dd>' for n, v in page.reproduction),
+      '</dl>',
+      '<details><summary>The study as data</summary>',
+      f'<pre>{e(page.study)}</pre>',
+      '</details>',
+      '</body>',
+      '</html>',
+      '',
+    ]
+  )
 
 
 def _html_table(t: Table) -> str:
   def cells(kind: str, row: Sequence[str]) -> str:
     return '<tr>' + ''.join(f'<{kind}>{html.escape(c)}</{kind}>' for c in row) + '</tr>'
-  return '\n'.join([
-    f'<h3>{html.escape(t.title)}</h3>', f'<p class="note">{html.escape(t.note)}</p>', '<div class="scroll"><table>',
-    f'<thead>{cells("th", t.header)}</thead>', '<tbody>', *(cells('td', row) for row in t.rows), '</tbody></table></div>'])
+
+  return '\n'.join(
+    [
+      f'<h3>{html.escape(t.title)}</h3>',
+      f'<p class="note">{html.escape(t.note)}</p>',
+      '<div class="scroll"><table>',
+      f'<thead>{cells("th", t.header)}</thead>',
+      '<tbody>',
+      *(cells('td', row) for row in t.rows),
+      '</tbody></table></div>',
+    ]
+  )
 
 
 def _html_figure(f: Figure) -> str:
-  caption = f'<strong>{html.escape(f.title)}</strong><br><span class="note">{html.escape(f.note)}</span>'
+  caption = (
+    f'<strong>{html.escape(f.title)}</strong><br><span class="note">{html.escape(f.note)}</span>'
+  )
   return f'<figure><figcaption>{caption}</figcaption><div class="scroll">{f.svg}</div></figure>'

@@ -1,5 +1,6 @@
-"""Scaling laws (Hoffmann et al. 2022, "Training Compute-Optimal Large Language Models"): the parametric fit of section 3.3 with
-bootstrap intervals, and the parabolas of equal training FLOPs of section 3.2."""
+"""Scaling laws (Hoffmann et al. 2022, "Training Compute-Optimal Large Language Models"): the
+parametric fit of section 3.3 with bootstrap intervals, and the parabolas of equal training FLOPs of
+section 3.2."""
 
 from __future__ import annotations
 
@@ -11,20 +12,22 @@ import numpy as np
 from scipy import optimize, stats
 from scipy.special import logsumexp
 
-HUBER = 1e-3       # on log loss, as in the paper
-COEFFICIENTS = 5   # of the law
+HUBER = 1e-3  # on log loss, as in the paper
+COEFFICIENTS = 5  # of the law
 
 
 @dataclasses.dataclass(frozen=True)
 class Runs:
-  """Finished trainings of one family: `params`, `tokens` and the `loss` that each ended with, in nats a token."""
+  """Finished trainings of one family: `params`, `tokens` and the `loss` that each ended with, in
+  nats a token."""
 
   params: Sequence[float]
   tokens: Sequence[float]
   loss: Sequence[float]
 
   def arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Log parameters, log tokens, log loss. Raises `ValueError` for what no law can be fitted to."""
+    """Log parameters, log tokens, log loss. Raises `ValueError` for what no law can be fitted
+    to."""
     n, d, y = (np.asarray(x, np.float64) for x in (self.params, self.tokens, self.loss))
     if not n.shape == d.shape == y.shape or n.ndim != 1:
       raise ValueError('params, tokens and loss must be of one length')
@@ -35,7 +38,8 @@ class Runs:
 
 @dataclasses.dataclass(frozen=True)
 class Law:
-  """L(N, D) = E + A / N^alpha + B / D^beta: the loss, in nats a token, of N parameters after D tokens."""
+  """L(N, D) = E + A / N^alpha + B / D^beta: the loss, in nats a token, of N parameters after D
+  tokens."""
 
   E: float
   A: float
@@ -44,13 +48,23 @@ class Law:
   beta: float
 
   def loss(self, params: float | np.ndarray, tokens: float | np.ndarray) -> np.ndarray:
-    return self.E + self.A * np.asarray(params, np.float64) ** -self.alpha + self.B * np.asarray(tokens, np.float64) ** -self.beta
+    return (
+      self.E
+      + self.A * np.asarray(params, np.float64) ** -self.alpha
+      + self.B * np.asarray(tokens, np.float64) ** -self.beta
+    )
 
-  def optimal(self, flops: float, flops_per_param_token: float = 6.0, power: float = 1.0) -> tuple[float, float]:
-    """(N, D) with the least loss at `flops` = k N^power D training FLOPs; at `power` = 1 the paper's eq. 4. Small models have other
-    powers: their attention, and their embeddings, which are not multiplied, grow unlike their parameters."""
+  def optimal(
+    self, flops: float, flops_per_param_token: float = 6.0, power: float = 1.0
+  ) -> tuple[float, float]:
+    """(N, D) with the least loss at `flops` = k N^power D training FLOPs; at `power` = 1 the
+    paper's eq. 4. Small models have other
+    powers: their attention, and their embeddings, which are not multiplied, grow unlike their
+      parameters."""
     total = flops / flops_per_param_token
-    n = (self.alpha * self.A / (power * self.beta * self.B) * total**self.beta) ** (1 / (self.alpha + power * self.beta))
+    n = (self.alpha * self.A / (power * self.beta * self.B) * total**self.beta) ** (
+      1 / (self.alpha + power * self.beta)
+    )
     return n, total * n**-power
 
   def exponent(self, power: float = 1.0) -> float:
@@ -77,16 +91,20 @@ class Fit:
   explained: float
 
   def interval(self, of: Callable[[Law], float], level: float = 0.95) -> tuple[float, float]:
-    """The interval of a positive number that `of(law)` says, such as a coefficient or a loss foretold: on the logarithmic scale,
-    the best law's +- Student's t times the standard deviation over the resamplings."""
+    """The interval of a positive number that `of(law)` says, such as a coefficient or a loss
+    foretold: on the logarithmic scale, the best law's +- Student's t times the standard deviation
+    over the resamplings."""
     return self._around(of, level, 0.0)
 
   def foretold(self, params: float, tokens: float, level: float = 0.95) -> tuple[float, float]:
-    """The interval in which the loss of one more run lies: that of the law there, and besides the spread of runs around the law."""
+    """The interval in which the loss of one more run lies: that of the law there, and besides the
+    spread of runs around the law."""
     variance = self.residual**2 * self.runs / (self.runs - COEFFICIENTS)
     return self._around(lambda law: float(law.loss(params, tokens)), level, variance)
 
-  def _around(self, of: Callable[[Law], float], level: float, variance: float) -> tuple[float, float]:
+  def _around(
+    self, of: Callable[[Law], float], level: float, variance: float
+  ) -> tuple[float, float]:
     if len(self.samples) < 2:
       raise ValueError('an interval needs a fit with bootstrap samples')
     spread = np.sqrt(np.var([np.log(of(law)) for law in self.samples], ddof=1) + variance)
@@ -95,27 +113,33 @@ class Fit:
 
 
 def fit_law(runs: Runs, bootstrap: int = 200, seed: int = 0) -> Fit:
-  """The parametric law of a family's runs: the least Huber loss (delta 1e-3) of log L, from several starts, with E, A and B as
-  exponentials so that they stay positive.
+  """The parametric law of a family's runs: the least Huber loss (delta 1e-3) of log L, from several
+  starts, with E, A and B as exponentials so that they stay positive.
 
-  The bootstrap fits again to the law's own losses at each run's N and D with noise of the residuals' size, so that a few runs keep
-  their design. Raises `ValueError` for fewer than six runs, or runs that all have the same parameters or the same tokens.
-  """
+  The bootstrap fits again to the law's own losses at each run's N and D with noise of the
+  residuals' size, so that a few runs keep their design. Raises `ValueError` for fewer than six
+  runs, or runs that all have the same parameters or the same tokens."""
   n, d, y = runs.arrays()
   if len(n) <= COEFFICIENTS:
     raise ValueError(f'five coefficients need at least 6 runs; there are {len(n)}')
   if np.ptp(n) < 1e-9 or np.ptp(d) < 1e-9:
     raise ValueError('the runs must differ in parameters and in tokens')
-  best = min((_descend(start, n, d, y) for start in _starts(n, d, y)), key=lambda found: found[0])[1]
+  best = min((_descend(start, n, d, y) for start in _starts(n, d, y)), key=lambda found: found[0])[
+    1
+  ]
   fitted = _log_loss(best, n, d)
   sigma = np.sqrt(np.sum((y - fitted) ** 2) / (len(n) - COEFFICIENTS))
   rng = np.random.default_rng(seed)
-  samples = tuple(_law(_descend(best, n, d, fitted + sigma * rng.normal(size=len(n)))[1]) for _ in range(bootstrap))
+  samples = tuple(
+    _law(_descend(best, n, d, fitted + sigma * rng.normal(size=len(n)))[1])
+    for _ in range(bootstrap)
+  )
   squares = np.mean((y - fitted) ** 2)
   return Fit(_law(best), samples, len(n), float(np.sqrt(squares)), float(1 - squares / np.var(y)))
 
 
-# theta = (log E, log A, alpha, log B, beta); log L = logsumexp(log E, log A - alpha log N, log B - beta log D)
+# theta = (log E, log A, alpha, log B, beta); log L = logsumexp(log E, log A - alpha log N, log B -
+# beta log D)
 
 
 def _terms(theta: np.ndarray, n: np.ndarray, d: np.ndarray) -> np.ndarray:
@@ -127,7 +151,9 @@ def _log_loss(theta: np.ndarray, n: np.ndarray, d: np.ndarray) -> np.ndarray:
   return logsumexp(_terms(theta, n, d), axis=0)
 
 
-def _descend(start: np.ndarray, n: np.ndarray, d: np.ndarray, y: np.ndarray) -> tuple[float, np.ndarray]:
+def _descend(
+  start: np.ndarray, n: np.ndarray, d: np.ndarray, y: np.ndarray
+) -> tuple[float, np.ndarray]:
   """The Huber loss at a local minimum, and where it is."""
   # Centred logarithms: alpha then hardly moves A, and the descent needs no narrow valley.
   mn, md = n.mean(), d.mean()
@@ -143,23 +169,37 @@ def _descend(start: np.ndarray, n: np.ndarray, d: np.ndarray, y: np.ndarray) -> 
     return np.stack([of_e, of_a, -n * of_a, of_b, -d * of_b], axis=1)
 
   cost = 0.0
-  for delta in (1.0, 0.01, 0.003, HUBER):   # a kink as sharp as the last one holds a descent up, so it comes by and by
-    found = optimize.least_squares(residuals, theta, jacobian, _BOUNDS, loss='huber', f_scale=delta, x_scale='jac', max_nfev=300)
+  # a kink as sharp as the last one holds a descent up, so it comes by and by
+  for delta in (1.0, 0.01, 0.003, HUBER):
+    found = optimize.least_squares(
+      residuals, theta, jacobian, _BOUNDS, loss='huber', f_scale=delta, x_scale='jac', max_nfev=300
+    )
     theta, cost = found.x, float(found.cost)
   return cost, theta + np.array([0, theta[2] * mn, 0, theta[4] * md, 0])
 
 
-_BOUNDS = (np.array([-20.0, -30.0, 0.01, -30.0, 0.01]), np.array([5.0, 10.0, 3.0, 10.0, 3.0]))   # of centred theta
+# of centred theta
+_BOUNDS = (np.array([-20.0, -30.0, 0.01, -30.0, 0.01]), np.array([5.0, 10.0, 3.0, 10.0, 3.0]))
 
 
 def _starts(n: np.ndarray, d: np.ndarray, y: np.ndarray, count: int = 8) -> list[np.ndarray]:
-  """The most promising of a grid: what is above the floor E is shared between parameters and tokens."""
+  """The most promising of a grid: what is above the floor E is shared between parameters and
+  tokens."""
   least, mean = np.exp(y.min()), np.exp(y).mean()
   grid = [
-    np.array([np.log(floor * least), np.log(part * (mean - floor * least)) + alpha * n.mean(), alpha,
-              np.log((1 - part) * (mean - floor * least)) + beta * d.mean(), beta])
+    np.array(
+      [
+        np.log(floor * least),
+        np.log(part * (mean - floor * least)) + alpha * n.mean(),
+        alpha,
+        np.log((1 - part) * (mean - floor * least)) + beta * d.mean(),
+        beta,
+      ]
+    )
     for floor, alpha, beta, part in itertools.product(
-      (0.3, 0.6, 0.8, 0.9, 0.97), (0.15, 0.3, 0.5, 0.8), (0.15, 0.3, 0.5, 0.8), (0.2, 0.5, 0.8))]
+      (0.3, 0.6, 0.8, 0.9, 0.97), (0.15, 0.3, 0.5, 0.8), (0.15, 0.3, 0.5, 0.8), (0.2, 0.5, 0.8)
+    )
+  ]
   return sorted(grid, key=lambda theta: np.abs(_log_loss(theta, n, d) - y).sum())[:count]
 
 
@@ -192,8 +232,8 @@ class Parabola:
 
 
 def iso_flop(flops: float, params: Sequence[float], loss: Sequence[float]) -> Parabola:
-  """The size with the least loss among trainings of equal FLOPs. Raises `ValueError` for fewer than three sizes, or losses that do
-  not curve upwards."""
+  """The size with the least loss among trainings of equal FLOPs. Raises `ValueError` for fewer than
+  three sizes, or losses that do not curve upwards."""
   x, y = np.log(np.asarray(params, np.float64)), np.asarray(loss, np.float64)
   if len(set(x)) < 3:
     raise ValueError(f'a parabola needs at least 3 sizes; there are {len(set(x))}')

@@ -1,4 +1,5 @@
-"""One study by several processes: each trains what no other is training. Small models leave most of a machine's cores idle."""
+"""One study by several processes: each trains what no other is training. Small models leave most of
+a machine's cores idle."""
 
 from __future__ import annotations
 
@@ -15,8 +16,8 @@ import jax
 
 from jaxformer.training.interrupt import Interrupt
 
-MOST = 4      # processes by default: each compiles and holds its own programs
-PAUSE = 0.5   # seconds between looks at what other processes do
+MOST = 4  # processes by default: each compiles and holds its own programs
+PAUSE = 0.5  # seconds between looks at what other processes do
 R = TypeVar('R')
 
 
@@ -25,8 +26,9 @@ class Interrupted(Exception):
 
 
 def shared(folder: Path, jobs: Mapping[str, Callable[[], R]], interrupt: Interrupt) -> dict[str, R]:
-  """What each job gives, in their order. Of several processes with one folder each does what no other is at; a job that another has
-  done is done again, so a job must find what is there. Raises `Interrupted` after a signal."""
+  """What each job gives, in their order. Of several processes with one folder each does what no
+  other is at; a job that another has done is done again, so a job must find what is there. Raises
+  `Interrupted` after a signal."""
   found: dict[str, R] = {}
   while waiting := [name for name in jobs if name not in found]:
     for name in waiting:
@@ -42,7 +44,8 @@ def shared(folder: Path, jobs: Mapping[str, Callable[[], R]], interrupt: Interru
 
 @contextlib.contextmanager
 def _held(file: Path) -> Generator[bool]:
-  """Whether this process alone has a file until the end of the block. A process that dies lets go."""
+  """Whether this process alone has a file until the end of the block. A process that dies lets
+  go."""
   file.parent.mkdir(parents=True, exist_ok=True)
   with file.open('w') as f:
     try:
@@ -55,21 +58,24 @@ def _held(file: Path) -> Generator[bool]:
 
 
 def worthwhile(entries: int) -> int:
-  """How many processes a study of so many entries keeps busy: one for each core of a CPU, at most `MOST`; one where there is an
-  accelerator, which has room for one program."""
+  """How many processes a study of so many entries keeps busy: one for each core of a CPU, at most
+  `MOST`; one where there is an accelerator, which has room for one program."""
   return min(len(os.sched_getaffinity(0)), entries, MOST) if jax.default_backend() == 'cpu' else 1
 
 
 @contextlib.contextmanager
 def running(commands: Sequence[Sequence[str]], folder: Path) -> Generator[None]:
-  """Within, the commands run; what they print goes to `folder`/helper-N.log. At a good end they are waited for, else they are told
-  to save and stop. One that fails has no consequences: what it did not train, the others do."""
+  """Within, the commands run; what they print goes to `folder`/helper-N.log. At a good end they are
+  waited for, else they are told to save and stop. One that fails has no consequences: what it did
+  not train, the others do."""
   folder.mkdir(parents=True, exist_ok=True)
   with contextlib.ExitStack() as stack:
     processes = []
     for i, command in enumerate(commands, 1):
       log = stack.enter_context((folder / f'helper-{i}.log').open('w'))
-      processes.append(subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT))
+      processes.append(
+        subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
+      )
     try:
       yield
     except BaseException:

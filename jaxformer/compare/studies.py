@@ -9,29 +9,77 @@ from jaxformer.data import AssociativeRecall, DataConfig
 
 STUDIES: Registry[Study | ScalingStudy] = Registry('study')
 
-ALL_KINDS = tuple(Grown(family=f, name=n) for f, n in (
-  ('llama3', 'transformer'), ('mixtral', 'mixture'), ('lstm', 'LSTM'), ('s4d', 'S4D'), ('h3', 'H3'), ('mamba', 'Mamba'),
-  ('mamba2', 'Mamba-2'), ('rwkv4', 'RWKV-4'), ('rwkv7', 'RWKV-7'), ('jamba', 'Jamba')))
+ALL_KINDS = tuple(
+  Grown(family=f, name=n)
+  for f, n in (
+    ('llama3', 'transformer'),
+    ('mixtral', 'mixture'),
+    ('lstm', 'LSTM'),
+    ('s4d', 'S4D'),
+    ('h3', 'H3'),
+    ('mamba', 'Mamba'),
+    ('mamba2', 'Mamba-2'),
+    ('rwkv4', 'RWKV-4'),
+    ('rwkv7', 'RWKV-7'),
+    ('jamba', 'Jamba'),
+  )
+)
 """One architecture of each kind; the transformer comes first, and the others are compared to it."""
 
-# Half a million active parameters is about the least at which all ten have a shape within two per cent: Jamba's pattern has eight
-# layers. One rate and two seeds: tuning, and more seeds, are for the standard study.
-STUDIES.add('quickstart', Study(
-  name='quickstart', entries=ALL_KINDS, match='active_params', target=5e5,
-  tasks=(DataConfig(sequence_length=128), AssociativeRecall(length=10)), tokens=40_000, batch_size=8, learning_rates=(3e-3,),
-  seeds=(1, 2), together=2, eval_batches=16, contexts=(64, 512), rounds=3))
+# Half a million active parameters is about the least at which all ten have a shape within two per
+# cent: Jamba's pattern has eight layers. One rate and two seeds: tuning, and more seeds, are for
+# the standard study.
+STUDIES.add(
+  'quickstart',
+  Study(
+    name='quickstart',
+    entries=ALL_KINDS,
+    match='active_params',
+    target=5e5,
+    tasks=(DataConfig(sequence_length=128), AssociativeRecall(length=10)),
+    tokens=40_000,
+    batch_size=8,
+    learning_rates=(3e-3,),
+    seeds=(1, 2),
+    together=2,
+    eval_batches=16,
+    contexts=(64, 512),
+    rounds=3,
+  ),
+)
 
-STUDIES.add('standard', Study(
-  name='standard', entries=ALL_KINDS, target=1e7,
-  tasks=(DataConfig(sequence_length=512), AssociativeRecall(length=100, vocab_size=40)),
-  tokens=50_000_000, batch_size=64, learning_rates=(3e-4, 1e-3, 3e-3), seeds=(1, 2, 3, 4, 5), together=3, eval_batches=32,
-  contexts=(128, 1024, 8192), rounds=10))
+STUDIES.add(
+  'standard',
+  Study(
+    name='standard',
+    entries=ALL_KINDS,
+    target=1e7,
+    tasks=(DataConfig(sequence_length=512), AssociativeRecall(length=100, vocab_size=40)),
+    tokens=50_000_000,
+    batch_size=64,
+    learning_rates=(3e-4, 1e-3, 3e-3),
+    seeds=(1, 2, 3, 4, 5),
+    together=3,
+    eval_batches=32,
+    contexts=(128, 1024, 8192),
+    rounds=10,
+  ),
+)
 
-# Sizes grow more slowly than the best one, so that some models see many tokens for their size and some few. One seed: the interval
-# of a law rests on how trainings lie around it. Two trainings beyond the largest budget: with many tokens, with many parameters.
-# Small batches, because larger ones are wasted on models so small, and then the best size lies below the least that there is.
+# Sizes grow more slowly than the best one, so that some models see many tokens for their size and
+# some few. One seed: the interval of a law rests on how trainings lie around it. Two trainings
+# beyond the largest budget: with many tokens, with many parameters. Small batches, because larger
+# ones are wasted on models so small, and then the best size lies below the least that there is.
 _BUDGETS = budgets((6e10, 1.8e11, 5.4e11, 1.25e12), (3e4, 4.5e4, 7e4, 1.1e5, 1.7e5), 0.25)
-STUDIES.add('scaling', ScalingStudy(
-  name='scaling', entries=(Grown(family='llama2', name='transformer'),), budgets=_BUDGETS[:3],
-  held_out=(_BUDGETS[3].replace(params=_BUDGETS[3].params[1::2]),), task=DataConfig(sequence_length=64), batch_size=4,
-  eval_batches=256))
+STUDIES.add(
+  'scaling',
+  ScalingStudy(
+    name='scaling',
+    entries=(Grown(family='llama2', name='transformer'),),
+    budgets=_BUDGETS[:3],
+    held_out=(_BUDGETS[3].replace(params=_BUDGETS[3].params[1::2]),),
+    task=DataConfig(sequence_length=64),
+    batch_size=4,
+    eval_batches=256,
+  ),
+)

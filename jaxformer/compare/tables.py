@@ -9,8 +9,11 @@ from typing import Any
 from jaxformer.compare.results import Outcome, Results, TaskResults, interval_form, score_form
 
 MATCHED = {
-  'params': 'parameters', 'active_params': 'active parameters', 'train_flops_per_token': 'training FLOPs a token',
-  'state_bytes': 'bytes of state'}
+  'params': 'parameters',
+  'active_params': 'active parameters',
+  'train_flops_per_token': 'training FLOPs a token',
+  'state_bytes': 'bytes of state',
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,19 +49,39 @@ def seconds(value: float | None) -> str:
 def tables(results: Results) -> list[Table]:
   """All of them, in the order of the report."""
   return [
-    *(table for t in results.tasks for table in (scores(t, results), *pairs(t), *translations(t, results))),
-    *(sizes(t, results) for t in results.tasks), *costs(results),
-    *(tuning(t) for t in results.tasks if any(o.tried for o in t.outcomes))]
+    *(
+      table
+      for t in results.tasks
+      for table in (scores(t, results), *pairs(t), *translations(t, results))
+    ),
+    *(sizes(t, results) for t in results.tasks),
+    *costs(results),
+    *(tuning(t) for t in results.tasks if any(o.tried for o in t.outcomes)),
+  ]
 
 
 def scores(task: TaskResults, results: Results) -> Table:
   level = 'lower is better' if task.lower_is_better else 'higher is better'
   note = (
-    f'Mean and 95% interval (Student) of {task.metric} over seeds, {level}; scored on {task.scored_on}. Differences are paired '
-    'by seed, with the interval of that one comparison (of accuracies in percentage points); p accounts for all comparisons of '
-    'the task (Holm), and the verdict follows it.')
-  header = ('architecture', task.metric, f'against {results.reference}', '95% interval', 'p (Holm)', 'verdict', 'rate', 'seeds')
-  return Table(f'Scores: {task.title}', note, header, tuple(_score_row(o, task.metric) for o in task.ranked))
+    f'Mean and 95% interval (Student) of {task.metric} over seeds, {level}; scored on '
+    f'{task.scored_on}. Differences are paired '
+    'by seed, with the interval of that one comparison (of accuracies in percentage points); p '
+    'accounts for all comparisons of '
+    'the task (Holm), and the verdict follows it.'
+  )
+  header = (
+    'architecture',
+    task.metric,
+    f'against {results.reference}',
+    '95% interval',
+    'p (Holm)',
+    'verdict',
+    'rate',
+    'seeds',
+  )
+  return Table(
+    f'Scores: {task.title}', note, header, tuple(_score_row(o, task.metric) for o in task.ranked)
+  )
 
 
 def pairs(task: TaskResults) -> list[Table]:
@@ -72,8 +95,10 @@ def pairs(task: TaskResults) -> list[Table]:
     cells[d.against, d.name] = _signed(task.metric, -d.estimate.mean) + sure
   names = list(dict.fromkeys(n for d in task.pairs for n in (d.name, d.against)))
   note = (
-    f'{task.metric.capitalize()} of the row less that of the column, paired by seed, from the best mean on. * marks what is told '
-    f'apart when all {len(task.pairs)} pairs are accounted for (Holm, 5%).')
+    f'{task.metric.capitalize()} of the row less that of the column, paired by seed, from the best '
+    'mean on. * marks what is told '
+    f'apart when all {len(task.pairs)} pairs are accounted for (Holm, 5%).'
+  )
   rows = tuple((a, *(cells.get((a, b), '') for b in names)) for a in names)
   return [Table(f'Scores, each against each: {task.title}', note, ('architecture', *names), rows)]
 
@@ -82,10 +107,24 @@ def _score_row(o: Outcome, metric: str) -> tuple[str, ...]:
   d = o.difference
   diverged = sum(v is None for v in o.scores.values())
   runs = f'{len(o.scores)}' + (f' ({diverged} diverged)' if diverged else '')
-  between = '' if d is None or not math.isfinite(d.estimate.low) else ' to '.join(
-    _signed(metric, max(-1.0, min(1.0, v)) if metric == 'accuracy' else v) for v in (d.estimate.low, d.estimate.high))
-  return (o.title, interval_form(metric, o.estimate), '' if d is None else _signed(metric, d.estimate.mean), between,
-          '' if d is None or math.isnan(d.p_adjusted) else f'{d.p_adjusted:.2g}', o.verdict or 'the reference', f'{o.rate:g}', runs)
+  between = (
+    ''
+    if d is None or not math.isfinite(d.estimate.low)
+    else ' to '.join(
+      _signed(metric, max(-1.0, min(1.0, v)) if metric == 'accuracy' else v)
+      for v in (d.estimate.low, d.estimate.high)
+    )
+  )
+  return (
+    o.title,
+    interval_form(metric, o.estimate),
+    '' if d is None else _signed(metric, d.estimate.mean),
+    between,
+    '' if d is None or math.isnan(d.p_adjusted) else f'{d.p_adjusted:.2g}',
+    o.verdict or 'the reference',
+    f'{o.rate:g}',
+    runs,
+  )
 
 
 def _signed(metric: str, value: float) -> str:
@@ -100,9 +139,14 @@ def translations(task: TaskResults, results: Results) -> list[Table]:
     return []
   measures = list(next(iter(found.values())))
   forms = {m: 'accuracy' if m == 'exact match' else m for m in measures}
-  rows = tuple((title, *(interval_form(forms[m], of[m]) for m in measures)) for title, of in found.items())
-  note = (f'Mean and 95% interval (Student) over seeds, of at most {results.study.translations:,} held-out texts, translated by '
-          'the likeliest token at each step.')
+  rows = tuple(
+    (title, *(interval_form(forms[m], of[m]) for m in measures)) for title, of in found.items()
+  )
+  note = (
+    f'Mean and 95% interval (Student) over seeds, of at most {results.study.translations:,} '
+    'held-out texts, translated by '
+    'the likeliest token at each step.'
+  )
   return [Table(f'Scores of translations: {task.title}', note, ('architecture', *measures), rows)]
 
 
@@ -111,8 +155,17 @@ def sizes(task: TaskResults, results: Results) -> Table:
   matched = f'{MATCHED[s.match]}, {s.target:,.0f}, within {s.tolerance:.0%}'
   note = f'Matched: {matched}. FLOPs and state at {task.length} tokens.'
   header = ('architecture', 'parameters', 'active', 'off by', 'training FLOPs a token', 'state')
-  rows = tuple((o.title, f'{o.params:,}', f'{o.active_params:,}', f'{o.size_error:+.2%}', amount(o.train_flops_per_token),
-                amount(o.state_bytes, 'B')) for o in task.outcomes)
+  rows = tuple(
+    (
+      o.title,
+      f'{o.params:,}',
+      f'{o.active_params:,}',
+      f'{o.size_error:+.2%}',
+      amount(o.train_flops_per_token),
+      amount(o.state_bytes, 'B'),
+    )
+    for o in task.outcomes
+  )
   return Table(f'Sizes: {task.title}', note, header, rows)
 
 
@@ -122,41 +175,105 @@ def costs(results: Results) -> list[Table]:
   where = f'{device.get("count", 1)} × {device.get("kind", "device")}'
   out = []
   if any(c.tokens_per_second is not None for c in found.values()):
-    note = (f'One run alone on {where}; the median of {results.study.rounds} rounds in which every architecture had its turn. '
-            'Memory of the training step is what the compiler reserves.')
-    out.append(Table('Costs of training', note, ('architecture', 'tokens a second', 'compile', 'memory of the step'), tuple(
-      (n, amount(c.tokens_per_second), seconds(c.compile_seconds), amount(c.step_bytes, 'B')) for n, c in found.items())))
+    note = (
+      f'One run alone on {where}; the median of {results.study.rounds} rounds in which every '
+      'architecture had its turn. '
+      'Memory of the training step is what the compiler reserves.'
+    )
+    out.append(
+      Table(
+        'Costs of training',
+        note,
+        ('architecture', 'tokens a second', 'compile', 'memory of the step'),
+        tuple(
+          (n, amount(c.tokens_per_second), seconds(c.compile_seconds), amount(c.step_bytes, 'B'))
+          for n, c in found.items()
+        ),
+      )
+    )
   lengths = sorted({a.context for c in found.values() for a in c.contexts})
   if lengths:
+
     def row(name: str, of: Any) -> tuple[str, ...]:
       at = {a.context: a for a in found[name].contexts}
       return (name, *(of(at[n]) if n in at else '' for n in lengths))
-    kinds = (('Reading a prompt (prefill)', lambda a: seconds(a.prefill_seconds)), ('Decoding, time a token', lambda a: seconds(
-      a.seconds_per_token)), ('State of one sequence', lambda a: amount(a.state_bytes, 'B')))
+
+    kinds = (
+      ('Reading a prompt (prefill)', lambda a: seconds(a.prefill_seconds)),
+      ('Decoding, time a token', lambda a: seconds(a.seconds_per_token)),
+      ('State of one sequence', lambda a: amount(a.state_bytes, 'B')),
+    )
     header = ('architecture', *(f'{n:,} tokens' for n in lengths))
-    out += [Table(title, f'One sequence, by context, on {where}.', header, tuple(row(n, of) for n in found)) for title, of in kinds]
+    out += [
+      Table(
+        title, f'One sequence, by context, on {where}.', header, tuple(row(n, of) for n in found)
+      )
+      for title, of in kinds
+    ]
   return out
 
 
 def tuning(task: TaskResults) -> Table:
   rates = sorted({rate for o in task.outcomes for rate, _ in o.tried})
-  rows = tuple((o.title, *(_tried(o, rate, task.metric) for rate in rates), f'{o.rate:g}', 'yes' if o.at_edge else '')
-               for o in task.outcomes)
+  rows = tuple(
+    (
+      o.title,
+      *(_tried(o, rate, task.metric) for rate in rates),
+      f'{o.rate:g}',
+      'yes' if o.at_edge else '',
+    )
+    for o in task.outcomes
+  )
   note = (
-    f'{task.metric.capitalize()} of the tuning seed, which takes no part in the comparison. The rate with the least held-out '
-    'loss is taken; where it lies at an end, the grid was extended.')
-  return Table(f'Tuning: {task.title}', note, ('architecture', *(f'{r:g}' for r in rates), 'taken', 'at an end'), rows)
+    f'{task.metric.capitalize()} of the tuning seed, which takes no part in the comparison. The '
+    'rate with the least held-out '
+    'loss is taken; where it lies at an end, the grid was extended.'
+  )
+  return Table(
+    f'Tuning: {task.title}',
+    note,
+    ('architecture', *(f'{r:g}' for r in rates), 'taken', 'at an end'),
+    rows,
+  )
 
 
 def _tried(o: Outcome, rate: float, metric: str) -> str:
   found = dict(o.tried)
-  return '' if rate not in found else 'diverged' if found[rate] is None else score_form(metric, found[rate])
+  return (
+    ''
+    if rate not in found
+    else 'diverged'
+    if found[rate] is None
+    else score_form(metric, found[rate])
+  )
 
 
 CSV_HEADER = (
-  'task', 'architecture', 'metric', 'mean', 'low', 'high', 'seeds', 'diverged', 'difference', 'difference_low', 'difference_high',
-  'p', 'p_holm', 'verdict', 'learning_rate', 'at_edge', 'params', 'active_params', 'size_error', 'train_flops_per_token',
-  'state_bytes', 'tokens_per_second', 'compile_seconds', 'step_bytes')
+  'task',
+  'architecture',
+  'metric',
+  'mean',
+  'low',
+  'high',
+  'seeds',
+  'diverged',
+  'difference',
+  'difference_low',
+  'difference_high',
+  'p',
+  'p_holm',
+  'verdict',
+  'learning_rate',
+  'at_edge',
+  'params',
+  'active_params',
+  'size_error',
+  'train_flops_per_token',
+  'state_bytes',
+  'tokens_per_second',
+  'compile_seconds',
+  'step_bytes',
+)
 
 
 def csv_rows(results: Results) -> list[tuple[Any, ...]]:
@@ -167,8 +284,31 @@ def csv_rows(results: Results) -> list[tuple[Any, ...]]:
 def _csv_row(task: TaskResults, o: Outcome, results: Results) -> tuple[Any, ...]:
   e, d, c = o.estimate, o.difference, results.costs[o.title]
   values = (
-    task.title, o.title, task.metric, e and e.mean, e and e.low, e and e.high, len(o.scores),
-    sum(v is None for v in o.scores.values()), d and d.estimate.mean, d and d.estimate.low, d and d.estimate.high, d and d.p,
-    d and d.p_adjusted, o.verdict or 'reference', o.rate, o.at_edge, o.params, o.active_params, o.size_error,
-    o.train_flops_per_token, o.state_bytes, c.tokens_per_second, c.compile_seconds, c.step_bytes)
-  return tuple('' if v is None or (isinstance(v, float) and not math.isfinite(v)) else v for v in values)
+    task.title,
+    o.title,
+    task.metric,
+    e and e.mean,
+    e and e.low,
+    e and e.high,
+    len(o.scores),
+    sum(v is None for v in o.scores.values()),
+    d and d.estimate.mean,
+    d and d.estimate.low,
+    d and d.estimate.high,
+    d and d.p,
+    d and d.p_adjusted,
+    o.verdict or 'reference',
+    o.rate,
+    o.at_edge,
+    o.params,
+    o.active_params,
+    o.size_error,
+    o.train_flops_per_token,
+    o.state_bytes,
+    c.tokens_per_second,
+    c.compile_seconds,
+    c.step_bytes,
+  )
+  return tuple(
+    '' if v is None or (isinstance(v, float) and not math.isfinite(v)) else v for v in values
+  )

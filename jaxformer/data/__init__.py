@@ -1,5 +1,5 @@
-"""What models are trained on: text (sources, tokenizers, a cache on disk), pairs of texts, and tasks, in batches that resume
-exactly.
+"""What models are trained on: text (sources, tokenizers, a cache on disk), pairs of texts, and
+tasks, in batches that resume exactly.
 
 Start with `dataset.py`: `open_data(DataConfig(...))` or `open_data(Digits())` gives a `Dataset`.
 """
@@ -20,7 +20,15 @@ from jaxformer.data.pairs import PairDataset, Pairs
 from jaxformer.data.parallel import JsonLines, Pair, PairCorpus, Parquet, Tsv, TwoFiles
 from jaxformer.data.pipeline import DataConfig, Packed, Packing, RandomWindows, Stream, TextDataset
 from jaxformer.data.readers import Document
-from jaxformer.data.sources import Files, HuggingFace, Mixture, Part, PydocTopics, Source, StandardLibrary
+from jaxformer.data.sources import (
+  Files,
+  HuggingFace,
+  Mixture,
+  Part,
+  PydocTopics,
+  Source,
+  StandardLibrary,
+)
 from jaxformer.data.splits import ByDocument, ByPosition, Split
 from jaxformer.data.storage import cache_dir
 from jaxformer.data.tasks.copying import MadSelectiveCopying, SelectiveCopying

@@ -1,6 +1,7 @@
 """What every experiment trains and validates on: text and tasks have one face, `Dataset`.
 
-Training is random access: a batch is a pure function of the seed and the step. To resume is to ask for the next step, and how
+Training is random access: a batch is a pure function of the seed and the step. To resume is to ask
+  for the next step, and how
 many hosts there are changes who loads a sequence, never which sequences a step sees.
 """
 
@@ -24,9 +25,10 @@ IGNORED = -1
 
 
 class Batch(NamedTuple):
-  """Rows of T tokens. `targets_BT` is what is to be predicted at each position, or -1 where nothing is: in text the token after
-  it, of a sequence to classify its class, at its last position alone. `segments_BT` numbers the documents within a row from 1, with
-  0 for padding; None where there is neither a border nor padding."""
+  """Rows of T tokens. `targets_BT` is what is to be predicted at each position, or -1 where nothing
+  is: in text the token after it, of a sequence to classify its class, at its last position alone.
+  `segments_BT` numbers the documents within a row from 1, with 0 for padding; None where there is
+  neither a border nor padding."""
 
   tokens_BT: Int32[np.ndarray, 'B T']
   targets_BT: Int32[np.ndarray, 'B T']
@@ -42,9 +44,10 @@ class FeatureBatch(NamedTuple):
 
 
 class PairBatch(NamedTuple):
-  """Rows of a text of S tokens and its translation of T. The source ends with the tokenizer's end of a document, after which -1 is
-  padding. `tokens_BT` is what a decoder reads, the same token and then the translation, with 0 as padding; `targets_BT` what it is
-  to predict at each position, the translation and then that token, with -1 where nothing is."""
+  """Rows of a text of S tokens and its translation of T. The source ends with the tokenizer's end
+  of a document, after which -1 is padding. `tokens_BT` is what a decoder reads, the same token and
+  then the translation, with 0 as padding; `targets_BT` what it is to predict at each position, the
+  translation and then that token, with -1 where nothing is."""
 
   source_BS: Int32[np.ndarray, 'B S']
   tokens_BT: Int32[np.ndarray, 'B T']
@@ -56,7 +59,8 @@ AnyBatch = Batch | FeatureBatch | PairBatch
 
 
 class HeldOutPair(NamedTuple):
-  """A text that scores a model, as it reads it (with the end of the document), and what it should make of it."""
+  """A text that scores a model, as it reads it (with the end of the document), and what it should
+  make of it."""
 
   source_ids: Int32[np.ndarray, ' S']
   source: str
@@ -67,12 +71,14 @@ class Kind(NamedTuple):
   """What goes into a model, and what is asked of it.
 
   Attributes:
-    vocab_size: tokens go in, with ids below it; None for numbers, and where only reading the data tells (text).
+    vocab_size: tokens go in, with ids below it; None for numbers, and where only reading the data
+      tells (text).
     features: numbers a position that go in; None for tokens.
     classes: one of so many is asked for each sequence as a whole; None where tokens are asked.
-    source_vocab_size: tokens of texts to translate go in besides, with ids below it; 0 where only reading the data tells; None for
-      data that are no pairs.
-    autoencoder: every token of a sequence is asked, of what is known of it at its last position; None for other data.
+    source_vocab_size: tokens of texts to translate go in besides, with ids below it; 0 where only
+      reading the data tells; None for data that are no pairs.
+    autoencoder: every token of a sequence is asked, of what is known of it at its last position;
+      None for other data.
   """
 
   vocab_size: int | None = None
@@ -92,7 +98,8 @@ class DatasetConfig(Config, abstract=True):
 
   @property
   def longest(self) -> int:
-    """The positions that a model needs: T, or of pairs the longest sources' where they have more."""
+    """The positions that a model needs: T, or of pairs the longest sources' where they have
+    more."""
     return self.positions
 
   @property
@@ -109,15 +116,24 @@ class DatasetConfig(Config, abstract=True):
     """What the sequences that score a model are called."""
     return f'{self.tag} test'
 
-  def open(self, cache_dir: Path | str | None = None, log: Log | None = None, tokenizer: Tokenizer | None = None) -> Dataset:
+  def open(
+    self,
+    cache_dir: Path | str | None = None,
+    log: Log | None = None,
+    tokenizer: Tokenizer | None = None,
+  ) -> Dataset:
     """The data, ready to be read; the arguments are those of `open_data`."""
     raise NotImplementedError
 
 
 def open_data(
-  data: DatasetConfig, cache_dir: Path | str | None = None, log: Log | None = None, tokenizer: Tokenizer | None = None
+  data: DatasetConfig,
+  cache_dir: Path | str | None = None,
+  log: Log | None = None,
+  tokenizer: Tokenizer | None = None,
 ) -> Dataset:
-  """The data of a config: text is tokenised into a cache (see `DataConfig.open`), a task is there at once.
+  """The data of a config: text is tokenised into a cache (see `DataConfig.open`), a task is there
+  at once.
 
   Args:
     cache_dir: `$JAXFORMER_CACHE`, `$XDG_CACHE_HOME/jaxformer` or `~/.cache/jaxformer` by default.
@@ -132,7 +148,8 @@ class Dataset:
 
   Attributes:
     config: what it was made of.
-    tokenizer: of text (of pairs, of the translations); None for a task whose tokens stand for nothing else.
+    tokenizer: of text (of pairs, of the translations); None for a task whose tokens stand for
+      nothing else.
     vocab_size: ids of tokens are below it; None where inputs are numbers.
     source_vocab_size: of pairs, ids of the texts to translate are below it; None for other data.
     size: how much there is to train on, in words.
@@ -148,17 +165,27 @@ class Dataset:
   manifest: dict[str, Any]
   identity: dict[str, Any]
 
-  # ---- training -------------------------------------------------------------------------------------------------------
+  # ---- training --------------------------------------------------------------------------------
 
-  def train_batch(self, step: int, batch_size: int, seed: int, process_index: int = 0, process_count: int = 1) -> AnyBatch:
-    """The rows that process `process_index` of `process_count` has of the global batch of `batch_size` rows at a step (from 0).
-    The rows of all processes, in their order, are those of the one process of a run without others. Thread-safe."""
+  def train_batch(
+    self, step: int, batch_size: int, seed: int, process_index: int = 0, process_count: int = 1
+  ) -> AnyBatch:
+    """The rows that process `process_index` of `process_count` has of the global batch of
+    `batch_size` rows at a step (from 0). The rows of all processes, in their order, are those of
+    the one process of a run without others. Thread-safe."""
     raise NotImplementedError
 
   def train_batches(
-    self, batch_size: int, seed: int, start_step: int = 0, process_index: int = 0, process_count: int = 1, prefetch: int = 2
+    self,
+    batch_size: int,
+    seed: int,
+    start_step: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
+    prefetch: int = 2,
   ) -> TrainBatches:
-    """`train_batch` of `start_step` and all steps after it, without end, up to `prefetch` of them made ahead by a thread."""
+    """`train_batch` of `start_step` and all steps after it, without end, up to `prefetch` of them
+    made ahead by a thread."""
     process_rows(batch_size, process_index, process_count)
 
     def make(step: int) -> AnyBatch:
@@ -168,25 +195,36 @@ class Dataset:
 
   def state(self, next_step: int, batch_size: int, seed: int) -> dict[str, Any]:
     """What a checkpoint stores about the data, as JSON data."""
-    return {'next_step': next_step, 'batch_size': batch_size, 'seed': seed, 'data': dict(self.identity)}
+    return {
+      'next_step': next_step,
+      'batch_size': batch_size,
+      'seed': seed,
+      'data': dict(self.identity),
+    }
 
   def resume_step(self, state: dict[str, Any], batch_size: int, seed: int) -> int:
-    """The step to go on with. Raises `InputError` that names what differs from the `state` stored, since the rest of the run
-    would then not be the one that was interrupted. The number of processes may differ."""
+    """The step to go on with. Raises `InputError` that names what differs from the `state` stored,
+    since the rest of the run would then not be the one that was interrupted. The number of
+    processes may differ."""
     changed = config.differences(state, self.state(state['next_step'], batch_size, seed))
     if changed:
-      raise InputError(f'not the data of the checkpoint ({"; ".join(changed)}): use the same, or start anew from the weights')
+      raise InputError(
+        f'not the data of the checkpoint ({"; ".join(changed)}): use the same, or start anew from '
+        'the weights'
+      )
     return int(state['next_step'])
 
   @staticmethod
-  def _positions(step: int, batch_size: int, process_index: int, process_count: int) -> Int64[np.ndarray, ' B']:
+  def _positions(
+    step: int, batch_size: int, process_index: int, process_count: int
+  ) -> Int64[np.ndarray, ' B']:
     """Where a process's rows of a step stand in the endless sequence of training rows."""
     low, high = process_rows(batch_size, process_index, process_count)
     if step < 0:
       raise InputError(f'step = {step}: must be 0 or more')
     return np.int64(step) * batch_size + np.arange(low, high, dtype=np.int64)
 
-  # ---- validation -----------------------------------------------------------------------------------------------------
+  # ---- validation ------------------------------------------------------------------------------
 
   @property
   def validation_rows(self) -> int:
@@ -194,16 +232,20 @@ class Dataset:
     raise NotImplementedError
 
   def validation_batches(
-    self, batch_size: int, limit_batches: int | None = None, process_index: int = 0, process_count: int = 1
+    self,
+    batch_size: int,
+    limit_batches: int | None = None,
+    process_index: int = 0,
+    process_count: int = 1,
   ) -> Iterator[AnyBatch]:
-    """The rows that score a model once, in order. All batches have the same shape (of pairs, all of a bucket); rows that fill the
-    last one up have no targets. With `limit_batches`, at most so many batches of rows spread evenly over all, always the same
-    ones."""
+    """The rows that score a model once, in order. All batches have the same shape (of pairs, all of
+    a bucket); rows that fill the last one up have no targets. With `limit_batches`, at most so many
+    batches of rows spread evenly over all, always the same ones."""
     raise NotImplementedError
 
   def held_out_pairs(self, limit: int | None = None) -> list[HeldOutPair]:
-    """Of pairs, what `validation_batches` holds as texts, at most `limit` of them spread evenly over all. Raises `InputError` for
-    other data."""
+    """Of pairs, what `validation_batches` holds as texts, at most `limit` of them spread evenly
+    over all. Raises `InputError` for other data."""
     raise InputError(f'data = {self.config.tag}: holds no pairs of texts to translate')
 
 
@@ -219,17 +261,29 @@ def spread(rows: int, batch_size: int, limit_batches: int | None) -> Int64[np.nd
 def process_rows(batch_size: int, process_index: int, process_count: int) -> tuple[int, int]:
   """The first of a process's rows of a batch, and the one after the last."""
   if process_count < 1 or not 0 <= process_index < process_count:
-    raise InputError(f'process_index = {process_index}: must be at least 0 and below process_count = {process_count}')
+    raise InputError(
+      f'process_index = {process_index}: must be at least 0 and below process_count = '
+      f'{process_count}'
+    )
   if batch_size < 1 or batch_size % process_count:
-    raise InputError(f'batch_size = {batch_size}: must be a positive multiple of the {process_count} processes')
+    raise InputError(
+      f'batch_size = {batch_size}: must be a positive multiple of the {process_count} processes'
+    )
   size = batch_size // process_count
   return process_index * size, (process_index + 1) * size
 
 
 class TrainBatches:
-  """Batches of training without end. An iterator and a context manager; `close` stops the thread that makes batches ahead."""
+  """Batches of training without end. An iterator and a context manager; `close` stops the thread
+  that makes batches ahead."""
 
-  def __init__(self, make: Callable[[int], AnyBatch], state: Callable[[int], dict[str, Any]], start_step: int, prefetch: int):
+  def __init__(
+    self,
+    make: Callable[[int], AnyBatch],
+    state: Callable[[int], dict[str, Any]],
+    start_step: int,
+    prefetch: int,
+  ):
     if prefetch < 0:
       raise InputError(f'prefetch = {prefetch}: must be 0 or more')
     self.next_step = start_step

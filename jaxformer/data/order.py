@@ -1,9 +1,8 @@
 """The order of training: which row a position in the endless sequence of training examples shows.
 
-All functions are pure, vectorised over positions, and integer arithmetic only, so that the order never changes with a library:
-a run resumed years later sees the data that it would have seen. Positions are counted over the global batch, so the number of
-hosts is nowhere here.
-"""
+All functions are pure, vectorised over positions, and integer arithmetic only, so that the order
+never changes with a library: a run resumed years later sees the data that it would have seen.
+Positions are counted over the global batch, so the number of hosts is nowhere here."""
 
 from __future__ import annotations
 
@@ -24,24 +23,30 @@ def key(seed: int, *path: int | str) -> np.uint64:
 
 
 def scramble(x_N: UInt64[np.ndarray, ' N']) -> UInt64[np.ndarray, ' N']:
-  """The finaliser of SplitMix64 (Steele et al. 2014): a bijection on uint64 without visible structure."""
+  """The finaliser of SplitMix64 (Steele et al. 2014): a bijection on uint64 without visible
+  structure."""
   x_N = (x_N ^ (x_N >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
   x_N = (x_N ^ (x_N >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
   return x_N ^ (x_N >> np.uint64(31))
 
 
-def random_below(bound: int, position_N: Int64[np.ndarray, ' N'], seed_key: np.uint64) -> Int64[np.ndarray, ' N']:
-  """A number in 0..bound-1, drawn independently for each position. The bias is below bound / 2^64."""
+def random_below(
+  bound: int, position_N: Int64[np.ndarray, ' N'], seed_key: np.uint64
+) -> Int64[np.ndarray, ' N']:
+  """A number in 0..bound-1, drawn independently for each position. The bias is below bound /
+  2^64."""
   mixed_N = scramble(scramble(position_N.astype(np.uint64)) ^ seed_key)
   return (mixed_N % np.uint64(bound)).astype(np.int64)
 
 
-def shuffled(count: int, position_N: Int64[np.ndarray, ' N'], seed_key: np.uint64) -> Int64[np.ndarray, ' N']:
-  """The element of 0..count-1 at each position of an endless pass over them, every epoch a new permutation.
+def shuffled(
+  count: int, position_N: Int64[np.ndarray, ' N'], seed_key: np.uint64
+) -> Int64[np.ndarray, ' N']:
+  """The element of 0..count-1 at each position of an endless pass over them, every epoch a new
+  permutation.
 
-  The permutation is a Feistel network on the smallest even number of bits that holds `count`, walked until it lands inside
-  (Black and Rogaway 2002), so that it needs no memory.
-  """
+  The permutation is a Feistel network on the smallest even number of bits that holds `count`,
+  walked until it lands inside (Black and Rogaway 2002), so that it needs no memory."""
   epoch_N, inside_N = np.divmod(position_N.astype(np.int64), count)
   half = np.uint64(max(1, ((count - 1).bit_length() + 1) // 2))
   mask = np.uint64((1 << int(half)) - 1)
@@ -59,8 +64,8 @@ def shuffled(count: int, position_N: Int64[np.ndarray, ' N'], seed_key: np.uint6
 
 
 class Interleave:
-  """Deals positions out to parts in proportion to weights, as evenly as possible, in a pattern that repeats after 4096
-  positions.
+  """Deals positions out to parts in proportion to weights, as evenly as possible, in a pattern that
+  repeats after 4096 positions.
 
   Every part gets at least one position of the pattern; shares are exact to 1 in 4096.
   """
@@ -68,8 +73,12 @@ class Interleave:
   def __init__(self, weights: Sequence[float]):
     share = np.asarray(weights, np.float64) / np.sum(weights) * SLOTS
     quota = np.maximum(np.floor(share).astype(np.int64), 1)
-    while (excess := int(quota.sum()) - SLOTS) != 0:   # largest remainders, both ways
-      worst = np.argmax(share - quota) if excess < 0 else np.argmax(np.where(quota > 1, quota - share, -np.inf))
+    while (excess := int(quota.sum()) - SLOTS) != 0:  # largest remainders, both ways
+      worst = (
+        np.argmax(share - quota)
+        if excess < 0
+        else np.argmax(np.where(quota > 1, quota - share, -np.inf))
+      )
       quota[worst] += 1 if excess < 0 else -1
     self.quota_K = quota
     # The j-th of q positions belongs at time (j + 1/2) / q of the pattern.
@@ -78,7 +87,9 @@ class Interleave:
     by_time = np.argsort((rank + 0.5) / quota[part], kind='stable')
     self.part_S, self.rank_S = part[by_time], rank[by_time]
 
-  def __call__(self, position_N: Int64[np.ndarray, ' N']) -> tuple[Int64[np.ndarray, ' N'], Int64[np.ndarray, ' N']]:
+  def __call__(
+    self, position_N: Int64[np.ndarray, ' N']
+  ) -> tuple[Int64[np.ndarray, ' N'], Int64[np.ndarray, ' N']]:
     """The part that each position goes to, and how many earlier positions went there."""
     cycle_N, slot_N = np.divmod(position_N.astype(np.int64), SLOTS)
     part_N = self.part_S[slot_N]

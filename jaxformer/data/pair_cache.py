@@ -1,9 +1,10 @@
-"""Tokenised pairs on disk, memory-mapped: built once for a corpus, its tokenizers and split, found by a hash of all of them.
+"""Tokenised pairs on disk, memory-mapped: built once for a corpus, its tokenizers and split, found
+by a hash of all of them.
 
-A cache is a folder with, for each side of the split and for texts and translations each, the tokens one after another (uint16, or
-uint32 for vocabularies beyond 65,536) and the position where every text starts; the held-out pairs as text, for scores of
-translations; and `index.json` with sizes and hashes.
-"""
+A cache is a folder with, for each side of the split and for texts and translations each, the tokens
+one after another (uint16, or uint32 for vocabularies beyond 65,536) and the position where every
+text starts; the held-out pairs as text, for scores of translations; and `index.json` with sizes and
+hashes."""
 
 from __future__ import annotations
 
@@ -35,9 +36,9 @@ HELD_OUT = 'validation.pairs.jsonl'
 class Texts(NamedTuple):
   """The texts or the translations of one side of the split, without ends of documents."""
 
-  tokens_N: UInt[np.ndarray, ' N']           # uint16 or uint32, memory-mapped
-  starts_P1: Int64[np.ndarray, ' P1']        # where each of P texts starts, and where the last ends
-  bytes: int                                 # in UTF-8
+  tokens_N: UInt[np.ndarray, ' N']  # uint16 or uint32, memory-mapped
+  starts_P1: Int64[np.ndarray, ' P1']  # where each of P texts starts, and where the last ends
+  bytes: int  # in UTF-8
 
   def ids(self, index: int) -> Int32[np.ndarray, ' T']:
     """The tokens of a text."""
@@ -53,7 +54,7 @@ class PairSide(NamedTuple):
 
   source: Texts
   target: Texts
-  sha256: str                                # of the tokens and starts as stored
+  sha256: str  # of the tokens and starts as stored
 
   @property
   def pairs(self) -> int:
@@ -75,8 +76,9 @@ class PairCache(NamedTuple):
 
 
 def divide_pairs(corpus: PairCorpus, split: ByDocument) -> Iterator[tuple[Side | None, Pair]]:
-  """The pairs of a corpus in order, each with its side; None where one of its texts is blank. Pairs of a document share a side, and
-  where the corpus names no documents, pairs with the same source. Reads the corpus twice.
+  """The pairs of a corpus in order, each with its side; None where one of its texts is blank. Pairs
+  of a document share a side, and where the corpus names no documents, pairs with the same source.
+  Reads the corpus twice.
 
   Raises `InputError` where the corpus is empty or cannot be divided.
   """
@@ -88,7 +90,10 @@ def divide_pairs(corpus: PairCorpus, split: ByDocument) -> Iterator[tuple[Side |
   if highest < 0:
     raise InputError(f'{corpus.tag}: the corpus holds no pair of texts')
   if lowest == highest:
-    raise InputError(f'{corpus.tag}: all pairs are of one document (or have one source), which cannot be divided by {split.tag}')
+    raise InputError(
+      f'{corpus.tag}: all pairs are of one document (or have one source), which cannot be divided '
+      f'by {split.tag}'
+    )
   bound = split.bound(lowest, highest)
   for pair in corpus.pairs():
     if not _filled(pair):
@@ -101,35 +106,54 @@ def _filled(pair: Pair) -> bool:
   return bool(pair.source.strip() and pair.target.strip())
 
 
-# ---- tokenizers -------------------------------------------------------------------------------------------------------
+# ---- tokenizers --------------------------------------------------------------------------------
 
 
-def training_texts(corpus: PairCorpus, split: ByDocument, source: bool, target: bool) -> Iterator[str]:
-  """The texts to learn a vocabulary from: of the pairs to train on the sources, the targets, or both."""
+def training_texts(
+  corpus: PairCorpus, split: ByDocument, source: bool, target: bool
+) -> Iterator[str]:
+  """The texts to learn a vocabulary from: of the pairs to train on the sources, the targets, or
+  both."""
   for side, pair in divide_pairs(corpus, split):
     if side == 'train':
       yield from (pair.source,) * source + (pair.target,) * target
 
 
 def open_tokenizers(
-  source: TokenizerConfig | None, target: TokenizerConfig, corpus: PairCorpus, split: ByDocument, folder: Path, log: Log
+  source: TokenizerConfig | None,
+  target: TokenizerConfig,
+  corpus: PairCorpus,
+  split: ByDocument,
+  folder: Path,
+  log: Log,
 ) -> Tokenizer:
   """The tokenizer of both sides where `source` is None, else one for each (a `PairTokenizer`)."""
   if source is None:
     return _open_tokenizer(target, corpus, split, (True, True), folder, log)
   return PairTokenizer(
     _open_tokenizer(source, corpus, split, (True, False), folder, log),
-    _open_tokenizer(target, corpus, split, (False, True), folder, log))
+    _open_tokenizer(target, corpus, split, (False, True), folder, log),
+  )
 
 
 def _open_tokenizer(
-  tokenizer: TokenizerConfig, corpus: PairCorpus, split: ByDocument, sides: tuple[bool, bool], folder: Path, log: Log
+  tokenizer: TokenizerConfig,
+  corpus: PairCorpus,
+  split: ByDocument,
+  sides: tuple[bool, bool],
+  folder: Path,
+  log: Log,
 ) -> Tokenizer:
   """One that is learned is learned once and kept in the cache folder."""
   if not tokenizer.learned:
     return tokenizer.learn(iter(()))
   key = sha256(
-    f'pair tokenizer {FORMAT}', config.text(tokenizer), config.text(split), str(sides), corpus.fingerprint(folder))[:32]
+    f'pair tokenizer {FORMAT}',
+    config.text(tokenizer),
+    config.text(split),
+    str(sides),
+    corpus.fingerprint(folder),
+  )[:32]
 
   def build(into: Path) -> None:
     log(f'learning the vocabulary of {tokenizer.tag} from {corpus.tag}')
@@ -144,17 +168,24 @@ def _open_tokenizer(
   return published(folder / f'tokenizer-{key}', build, load)
 
 
-# ---- building ---------------------------------------------------------------------------------------------------------
+# ---- building ----------------------------------------------------------------------------------
 
 
-def open_pairs(corpus: PairCorpus, tokenizer: Tokenizer, split: ByDocument, folder: Path, log: Log) -> PairCache:
-  """The tokens of a corpus, from the cache folder or tokenised now. A cache that is cut off or damaged is built again.
+def open_pairs(
+  corpus: PairCorpus, tokenizer: Tokenizer, split: ByDocument, folder: Path, log: Log
+) -> PairCache:
+  """The tokens of a corpus, from the cache folder or tokenised now. A cache that is cut off or
+  damaged is built again.
 
-  Raises `InputError` for a corpus that is empty or cannot be divided, and for a cache folder that cannot be written.
-  """
-  key = sha256(f'pairs {FORMAT}', corpus.fingerprint(folder), tokenizer.fingerprint(), config.text(split))[:32]
+  Raises `InputError` for a corpus that is empty or cannot be divided, and for a cache folder that
+  cannot be written."""
+  key = sha256(
+    f'pairs {FORMAT}', corpus.fingerprint(folder), tokenizer.fingerprint(), config.text(split)
+  )[:32]
   place = folder / f'pairs-{key}'
-  return published(place, lambda into: _build(into, key, corpus, tokenizer, split, log), lambda at: _open(at, key))
+  return published(
+    place, lambda into: _build(into, key, corpus, tokenizer, split, log), lambda at: _open(at, key)
+  )
 
 
 class _Writer:
@@ -176,12 +207,16 @@ class _Writer:
   def finish(self, starts: Path) -> dict[str, Any]:
     self.file.close()
     if not self.starts[-1]:
-      raise InputError(f'the tokenizer makes no tokens of any text for {starts.name.partition(".starts")[0]}')
+      raise InputError(
+        f'the tokenizer makes no tokens of any text for {starts.name.partition(".starts")[0]}'
+      )
     np.save(starts, np.frombuffer(self.starts, np.int64))
     return {'tokens': self.starts[-1], 'bytes': self.bytes, 'dtype': self.dtype.str}
 
 
-def _build(folder: Path, key: str, corpus: PairCorpus, tokenizer: Tokenizer, split: ByDocument, log: Log) -> None:
+def _build(
+  folder: Path, key: str, corpus: PairCorpus, tokenizer: Tokenizer, split: ByDocument, log: Log
+) -> None:
   log(f'tokenising {corpus.tag} (once; kept in {folder.parent})')
   ways = {'source': source_of(tokenizer), 'target': tokenizer}
   waiting: dict[str, list[Pair]] = {side: [] for side in get_args(Side)}
@@ -189,7 +224,9 @@ def _build(folder: Path, key: str, corpus: PairCorpus, tokenizer: Tokenizer, spl
   with ExitStack() as stack:
     writers = {
       (side, way): _Writer(of, stack.enter_context(open(folder / f'{side}.{way}.tokens', 'wb')))
-      for side in waiting for way, of in ways.items()}
+      for side in waiting
+      for way, of in ways.items()
+    }
     held_out = stack.enter_context(open(folder / HELD_OUT, 'w', encoding='utf-8'))
     for side, pair in divide_pairs(corpus, split):
       if side is None:
@@ -207,12 +244,16 @@ def _build(folder: Path, key: str, corpus: PairCorpus, tokenizer: Tokenizer, spl
     sides: dict[str, dict[str, Any]] = {side: {} for side in waiting}
     for (side, way), writer in writers.items():
       sides[side][way] = writer.finish(folder / f'{side}.{way}.starts.npy')
-  facts = {p.name: {'bytes': p.stat().st_size, 'sha256': file_sha256(p)} for p in sorted(folder.iterdir())}
+  facts = {
+    p.name: {'bytes': p.stat().st_size, 'sha256': file_sha256(p)} for p in sorted(folder.iterdir())
+  }
   index = {'format': FORMAT, 'key': key, 'empty': empty, 'sides': sides, 'files': facts}
   (folder / 'index.json').write_text(json.dumps(index, indent=2) + '\n')
 
 
-def _write(writers: dict[tuple[str, str], _Writer], side: str, pairs: list[Pair], held_out: TextIO) -> None:
+def _write(
+  writers: dict[tuple[str, str], _Writer], side: str, pairs: list[Pair], held_out: TextIO
+) -> None:
   if not pairs:
     return
   writers[side, 'source'].write([p.source for p in pairs])
@@ -221,7 +262,7 @@ def _write(writers: dict[tuple[str, str], _Writer], side: str, pairs: list[Pair]
     held_out.writelines(json.dumps(p, ensure_ascii=False) + '\n' for p in pairs)
 
 
-# ---- opening ----------------------------------------------------------------------------------------------------------
+# ---- opening -----------------------------------------------------------------------------------
 
 
 def _open(folder: Path, key: str) -> PairCache | None:
@@ -232,10 +273,14 @@ def _open(folder: Path, key: str) -> PairCache | None:
       return None
     for name, file in index['files'].items():
       path = folder / name
-      if path.stat().st_size != file['bytes'] or (file['bytes'] <= CHECKED_BYTES and file_sha256(path) != file['sha256']):
+      if path.stat().st_size != file['bytes'] or (
+        file['bytes'] <= CHECKED_BYTES and file_sha256(path) != file['sha256']
+      ):
         return None
-    return PairCache(*(_side(folder, side, index) for side in get_args(Side)), index['empty'], folder / HELD_OUT)
-  except (OSError, ValueError, KeyError, TypeError):   # InputError is a ValueError
+    return PairCache(
+      *(_side(folder, side, index) for side in get_args(Side)), index['empty'], folder / HELD_OUT
+    )
+  except (OSError, ValueError, KeyError, TypeError):  # InputError is a ValueError
     return None
 
 
@@ -243,7 +288,13 @@ def _side(folder: Path, side: str, index: dict[str, Any]) -> PairSide:
   texts = []
   for way in ('source', 'target'):
     facts = index['sides'][side][way]
-    tokens_N = np.memmap(folder / f'{side}.{way}.tokens', facts['dtype'], 'r', shape=(facts['tokens'],))
-    texts.append(Texts(tokens_N, np.load(folder / f'{side}.{way}.starts.npy', mmap_mode='r'), facts['bytes']))
-  names = (f'{side}.{way}.{part}' for way in ('source', 'target') for part in ('tokens', 'starts.npy'))
+    tokens_N = np.memmap(
+      folder / f'{side}.{way}.tokens', facts['dtype'], 'r', shape=(facts['tokens'],)
+    )
+    texts.append(
+      Texts(tokens_N, np.load(folder / f'{side}.{way}.starts.npy', mmap_mode='r'), facts['bytes'])
+    )
+  names = (
+    f'{side}.{way}.{part}' for way in ('source', 'target') for part in ('tokens', 'starts.npy')
+  )
   return PairSide(*texts, sha256(*(index['files'][name]['sha256'] for name in names)))

@@ -19,7 +19,8 @@ SOURCE_FOLDER = 'source'
 
 
 class PairTokenizer:
-  """The tokenizer of translations, with that of their sources as `source`, where they are not the same."""
+  """The tokenizer of translations, with that of their sources as `source`, where they are not the
+  same."""
 
   def __init__(self, source: Tokenizer, target: Tokenizer):
     self.source, self.target = source, target

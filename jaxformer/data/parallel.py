@@ -14,7 +14,8 @@ from jaxformer.data.storage import file_sha256, sha256
 
 
 class Pair(NamedTuple):
-  """A text, its translation, and the document that both are part of: '' where the corpus does not say."""
+  """A text, its translation, and the document that both are part of: '' where the corpus does not
+  say."""
 
   source: str
   target: str
@@ -24,21 +25,27 @@ class Pair(NamedTuple):
 class PairCorpus(Config, abstract=True):
   """A parallel corpus: a finite sequence of pairs, the same on every pass."""
 
-  files: ClassVar[tuple[str, ...]] = ('path',)   # the fields that name files
+  files: ClassVar[tuple[str, ...]] = ('path',)  # the fields that name files
 
   def pairs(self) -> Iterator[Pair]:
-    """Every pair, in order, read as they are asked for. Raises `InputError` for what cannot be read."""
+    """Every pair, in order, read as they are asked for. Raises `InputError` for what cannot be
+    read."""
     raise NotImplementedError
 
   def fingerprint(self, memo: Path | None = None) -> str:
-    """A hash (hex) that changes when a pair does. `memo` is a folder that remembers the hashes of large files."""
+    """A hash (hex) that changes when a pair does. `memo` is a folder that remembers the hashes of
+    large files."""
     settings = {k: v for k, v in config.to_json(self).items() if k not in self.files}
-    return sha256(repr(sorted(settings.items())), *(file_sha256(path, memo) for path in self._paths()))
+    return sha256(
+      repr(sorted(settings.items())), *(file_sha256(path, memo) for path in self._paths())
+    )
 
   def manifest(self, memo: Path | None = None) -> dict[str, Any]:
     """What a run records about the corpus, as JSON data."""
     files = [
-      {'path': str(p.absolute()), 'sha256': file_sha256(p, memo), 'bytes': p.stat().st_size} for p in self._paths()]
+      {'path': str(p.absolute()), 'sha256': file_sha256(p, memo), 'bytes': p.stat().st_size}
+      for p in self._paths()
+    ]
     return config.to_json(self) | {'sha256': self.fingerprint(memo), 'files': files}
 
   def _paths(self) -> list[Path]:
@@ -49,8 +56,9 @@ class PairCorpus(Config, abstract=True):
 
 
 class TwoFiles(PairCorpus):
-  """Two text files whose lines correspond: line n of one translates line n of the other. Files ending in .gz and .zst are
-  decompressed. A line may be empty, which leaves its pair out; the number of lines must be the same."""
+  """Two text files whose lines correspond: line n of one translates line n of the other. Files
+  ending in .gz and .zst are decompressed. A line may be empty, which leaves its pair out; the
+  number of lines must be the same."""
 
   files: ClassVar[tuple[str, ...]] = ('source_path', 'target_path')
 
@@ -63,8 +71,10 @@ class TwoFiles(PairCorpus):
       if mine is None or other is None:
         short, long = (source, target) if mine is None else (target, source)
         raise InputError(
-          f'{self.tag}: {short} ends after {count:,} lines and {long} has {sum(1 for _ in _lines(long)):,}: not aligned; '
-          'line n of one file must be the translation of line n of the other')
+          f'{self.tag}: {short} ends after {count:,} lines and {long} has '
+          f'{sum(1 for _ in _lines(long)):,}: not aligned; '
+          'line n of one file must be the translation of line n of the other'
+        )
       yield Pair(mine, other)
 
 
@@ -75,8 +85,9 @@ def _lines(path: Path) -> Iterator[str]:
 
 
 class Tsv(PairCorpus):
-  """A pair a line, in columns between tabs, counted from 1; there are no quotes and there is no line of headings. Lines that are
-  blank are passed over; a line without one of the columns is an error. `document_column` says which pairs belong together."""
+  """A pair a line, in columns between tabs, counted from 1; there are no quotes and there is no
+  line of headings. Lines that are blank are passed over; a line without one of the columns is an
+  error. `document_column` says which pairs belong together."""
 
   path: str
   source_column: int = 1
@@ -85,12 +96,19 @@ class Tsv(PairCorpus):
 
   def validate(self) -> None:
     self.require(self.source_column >= 1, 'source_column', 'at least 1')
-    self.require(self.target_column >= 1 and self.target_column != self.source_column, 'target_column',
-                 'at least 1 and not source_column')
-    self.require(self.document_column is None or self.document_column >= 1, 'document_column', 'at least 1, or none')
+    self.require(
+      self.target_column >= 1 and self.target_column != self.source_column,
+      'target_column',
+      'at least 1 and not source_column',
+    )
+    self.require(
+      self.document_column is None or self.document_column >= 1,
+      'document_column',
+      'at least 1, or none',
+    )
 
   def pairs(self) -> Iterator[Pair]:
-    path, = self._paths()
+    (path,) = self._paths()
     document = self.document_column
     needed = max(self.source_column, self.target_column, document or 1)
     with reading(path):
@@ -99,8 +117,14 @@ class Tsv(PairCorpus):
           continue
         columns = line.split('\t')
         if len(columns) < needed:
-          raise InputError(f'{path}:{number}: {len(columns)} columns between tabs; column {needed} is asked for')
-        yield Pair(columns[self.source_column - 1], columns[self.target_column - 1], columns[document - 1] if document else '')
+          raise InputError(
+            f'{path}:{number}: {len(columns)} columns between tabs; column {needed} is asked for'
+          )
+        yield Pair(
+          columns[self.source_column - 1],
+          columns[self.target_column - 1],
+          columns[document - 1] if document else '',
+        )
 
 
 class _Rows(PairCorpus, abstract=True):
@@ -112,11 +136,17 @@ class _Rows(PairCorpus, abstract=True):
   document_field: str | None = None
 
   def validate(self) -> None:
-    self.require(self.source_field != self.target_field, 'target_field', 'another than source_field')
+    self.require(
+      self.source_field != self.target_field, 'target_field', 'another than source_field'
+    )
 
   @property
   def _fields(self) -> dict[str, str]:
-    names = {'source_field': self.source_field, 'target_field': self.target_field, 'document_field': self.document_field}
+    names = {
+      'source_field': self.source_field,
+      'target_field': self.target_field,
+      'document_field': self.document_field,
+    }
     return {setting: name for setting, name in names.items() if name is not None}
 
   def _pair(self, row: dict[str, Any], where: str) -> Pair:
@@ -124,11 +154,11 @@ class _Rows(PairCorpus, abstract=True):
 
 
 class JsonLines(_Rows):
-  """A pair in every line, a JSON object with fields for the two texts and, with `document_field`, for what they are part of. Files
-  ending in .gz and .zst are decompressed."""
+  """A pair in every line, a JSON object with fields for the two texts and, with `document_field`,
+  for what they are part of. Files ending in .gz and .zst are decompressed."""
 
   def pairs(self) -> Iterator[Pair]:
-    path, = self._paths()
+    (path,) = self._paths()
     with reading(path):
       for number, row in json_rows(path):
         yield self._pair(row, f'{path}:{number}')
@@ -138,7 +168,7 @@ class Parquet(_Rows):
   """A pair in every row of a Parquet file, in columns named as the fields of `JsonLines`."""
 
   def pairs(self) -> Iterator[Pair]:
-    path, = self._paths()
+    (path,) = self._paths()
     with reading(path):
       for number, row in parquet_rows(path, self._fields):
         yield self._pair(row, f'{path} row {number}')

@@ -27,18 +27,21 @@ class Packing(Config, abstract=True):
   segmented: ClassVar[bool] = False
 
   def rows(self, tokens: int, length: int) -> int:
-    """How many training rows there are; none overlap, and what is left at the end is too short for one."""
+    """How many training rows there are; none overlap, and what is left at the end is too short for
+    one."""
     return (tokens - 1) // length
 
-  def starts(self, seed_key: np.uint64, index_N: Int64[np.ndarray, ' N'], tokens: int, length: int) -> Int64[np.ndarray, ' N']:
+  def starts(
+    self, seed_key: np.uint64, index_N: Int64[np.ndarray, ' N'], tokens: int, length: int
+  ) -> Int64[np.ndarray, ' N']:
     """Where the rows at positions `index_N` of training start, every row once in an epoch."""
     return order.shuffled(self.rows(tokens, length), index_N, seed_key) * length
 
 
 class Packed(Packing):
-  """Documents one after another, cut into rows, with segment ids so that nothing passes from one document to the next; the
-  first token of a document is not predicted. No padding: a document that a row cuts goes on in another row as a segment of its
-  own."""
+  """Documents one after another, cut into rows, with segment ids so that nothing passes from one
+  document to the next; the first token of a document is not predicted. No padding: a document that
+  a row cuts goes on in another row as a segment of its own."""
 
   segmented: ClassVar[bool] = True
 
@@ -48,13 +51,15 @@ class Stream(Packing):
 
 
 class RandomWindows(Packing):
-  """Rows that start at random places of the stream, drawn with replacement, as in nanoGPT; there are no epochs. Validation is
-  as for `Stream`."""
+  """Rows that start at random places of the stream, drawn with replacement, as in nanoGPT; there
+  are no epochs. Validation is as for `Stream`."""
 
   def rows(self, tokens: int, length: int) -> int:
     return max(tokens - length, 0)
 
-  def starts(self, seed_key: np.uint64, index_N: Int64[np.ndarray, ' N'], tokens: int, length: int) -> Int64[np.ndarray, ' N']:
+  def starts(
+    self, seed_key: np.uint64, index_N: Int64[np.ndarray, ' N'], tokens: int, length: int
+  ) -> Int64[np.ndarray, ' N']:
     return order.random_below(self.rows(tokens, length), index_N, seed_key)
 
 
@@ -78,13 +83,19 @@ class DataConfig(DatasetConfig):
   def held_out(self) -> str:
     return f'{self.source.tag} validation'
 
-  def open(self, cache_dir: Path | str | None = None, log: Log | None = None, tokenizer: Tokenizer | None = None) -> TextDataset:
-    """The corpus, tokenised: from the cache where it is there, else built now. `cache_dir` defaults to `$JAXFORMER_CACHE`,
-    `$XDG_CACHE_HOME/jaxformer` or `~/.cache/jaxformer`; `log` takes lines about the progress. A `tokenizer` given replaces that of
-    the config, to evaluate a run on other text.
+  def open(
+    self,
+    cache_dir: Path | str | None = None,
+    log: Log | None = None,
+    tokenizer: Tokenizer | None = None,
+  ) -> TextDataset:
+    """The corpus, tokenised: from the cache where it is there, else built now. `cache_dir` defaults
+    to `$JAXFORMER_CACHE`, `$XDG_CACHE_HOME/jaxformer` or `~/.cache/jaxformer`; `log` takes lines
+    about the progress. A `tokenizer` given replaces that of the config, to evaluate a run on other
+    text.
 
-    Raises `InputError` for a corpus that cannot be read, is empty, cannot be divided, or is shorter than one sequence.
-    """
+    Raises `InputError` for a corpus that cannot be read, is empty, cannot be divided, or is shorter
+    than one sequence."""
     folder = Path(cache_dir).expanduser() if cache_dir is not None else default_cache_dir()
     log = log or logging.getLogger('jaxformer.data').info
     parts = self.source.parts if isinstance(self.source, Mixture) else (Part(source=self.source),)
@@ -94,7 +105,9 @@ class DataConfig(DatasetConfig):
     caches = [open_tokens(p.source, tokenizer, self.split, folder, log) for p in parts]
     for part, cache in zip(parts, caches):
       _check_length(self, part.source, cache)
-    return TextDataset(self, tokenizer, caches, [p.weight for p in parts], self.source.manifest(folder))
+    return TextDataset(
+      self, tokenizer, caches, [p.weight for p in parts], self.source.manifest(folder)
+    )
 
 
 class DataSection(Config):
@@ -107,12 +120,14 @@ def _check_length(data: DataConfig, source: Source, cache: TokenCache) -> None:
   train, validation = cache.train.tokens_N.size, cache.validation.tokens_N.size
   if data.packing.rows(train, data.sequence_length) < 1:
     raise InputError(
-      f'DataConfig.sequence_length = {data.sequence_length}: the training side of {source.tag} has {train} tokens; '
+      f'DataConfig.sequence_length = {data.sequence_length}: the training side of {source.tag} has '
+      f'{train} tokens; '
       f'must be at most {train - 1}, or the corpus larger'
     )
   if _predicted(cache.validation, data.packing.segmented) < 1:
     raise InputError(
-      f'{source.tag}: the validation side has {validation} tokens, too few to predict one; {data.split.tag}.fraction must be larger'
+      f'{source.tag}: the validation side has {validation} tokens, too few to predict one; '
+      f'{data.split.tag}.fraction must be larger'
     )
 
 
@@ -125,10 +140,19 @@ class TextDataset(Dataset):
   """A tokenised corpus with its two sides. Made by `DataConfig.open`."""
 
   def __init__(
-    self, data: DataConfig, tokenizer: Tokenizer, caches: Sequence[TokenCache], weights: Sequence[float], source: dict[str, Any]
+    self,
+    data: DataConfig,
+    tokenizer: Tokenizer,
+    caches: Sequence[TokenCache],
+    weights: Sequence[float],
+    source: dict[str, Any],
   ):
     self.config = self.text = data
-    self.tokenizer, self.vocab_size, self._ends = tokenizer, tokenizer.vocab_size, tokenizer.end_of_document is not None
+    self.tokenizer, self.vocab_size, self._ends = (
+      tokenizer,
+      tokenizer.vocab_size,
+      tokenizer.end_of_document is not None,
+    )
     self._train = [c.train for c in caches]
     self._validation = [c.validation for c in caches]
     self._deal = order.Interleave(weights)
@@ -140,11 +164,18 @@ class TextDataset(Dataset):
     sides = {'train': self._train, 'validation': self._validation}
     self.manifest: dict[str, Any] = {
       'source': source,
-      'tokenizer': {'type': type(tokenizer).__name__, 'vocab_size': self.vocab_size, 'fingerprint': tokenizer.fingerprint()},
+      'tokenizer': {
+        'type': type(tokenizer).__name__,
+        'vocab_size': self.vocab_size,
+        'fingerprint': tokenizer.fingerprint(),
+      },
       'sequence_length': data.sequence_length,
       'split': config.to_json(data.split),
       'packing': config.to_json(data.packing),
-      **{name: [_facts(s) for s in side] if len(side) > 1 else _facts(side[0]) for name, side in sides.items()},
+      **{
+        name: [_facts(s) for s in side] if len(side) > 1 else _facts(side[0])
+        for name, side in sides.items()
+      },
     }
     # What the batches depend on; a checkpoint holds it.
     self.identity: dict[str, Any] = {
@@ -156,30 +187,45 @@ class TextDataset(Dataset):
       'packing': data.packing.tag,
     }
 
-  # ---- training -------------------------------------------------------------------------------------------------------
+  # ---- training --------------------------------------------------------------------------------
 
   @property
   def epoch_sequences(self) -> int:
-    """The training rows of all parts; with one part and a packing that shuffles, so many consecutive rows show each once."""
-    return sum(self.text.packing.rows(s.tokens_N.size, self.text.sequence_length) for s in self._train)
+    """The training rows of all parts; with one part and a packing that shuffles, so many
+    consecutive rows show each once."""
+    return sum(
+      self.text.packing.rows(s.tokens_N.size, self.text.sequence_length) for s in self._train
+    )
 
-  def train_batch(self, step: int, batch_size: int, seed: int, process_index: int = 0, process_count: int = 1) -> Batch:
+  def train_batch(
+    self, step: int, batch_size: int, seed: int, process_index: int = 0, process_count: int = 1
+  ) -> Batch:
     position_B = self._positions(step, batch_size, process_index, process_count)
-    part_B, index_B = self._deal(position_B) if len(self._train) > 1 else (np.zeros_like(position_B), position_B)
+    part_B, index_B = (
+      self._deal(position_B) if len(self._train) > 1 else (np.zeros_like(position_B), position_B)
+    )
     start_B = np.zeros_like(position_B)
     for k in np.unique(part_B):
       mine = part_B == k
       start_B[mine] = self.text.packing.starts(
-        order.key(seed, 'train', int(k)), index_B[mine], self._train[k].tokens_N.size, self.text.sequence_length
+        order.key(seed, 'train', int(k)),
+        index_B[mine],
+        self._train[k].tokens_N.size,
+        self.text.sequence_length,
       )
     return self._cut(self._train, part_B, start_B)
 
-  # ---- validation -----------------------------------------------------------------------------------------------------
+  # ---- validation ------------------------------------------------------------------------------
 
   def validation_batches(
-    self, batch_size: int, limit_batches: int | None = None, process_index: int = 0, process_count: int = 1
+    self,
+    batch_size: int,
+    limit_batches: int | None = None,
+    process_index: int = 0,
+    process_count: int = 1,
   ) -> Iterator[Batch]:
-    """Of the validation side every token is a target once, apart from the first of the stream (`Packed`: of each document)."""
+    """Of the validation side every token is a target once, apart from the first of the stream
+    (`Packed`: of each document)."""
     low, high = process_rows(batch_size, process_index, process_count)
     length, rows_K = self.text.sequence_length, self._rows_K
     part_R = np.repeat(np.arange(len(rows_K)), rows_K)
@@ -201,21 +247,30 @@ class TextDataset(Dataset):
     return [-(-(s.tokens_N.size - 1) // self.text.sequence_length) for s in self._validation]
 
   def unigram_bits_per_byte(self) -> float:
-    """Bits per byte of the validation text under byte frequencies of the training text; see `baselines`."""
+    """Bits per byte of the validation text under byte frequencies of the training text; see
+    `baselines`."""
     return baselines.unigram_bits_per_byte(*self._pairs())
 
   def bigram_bits_per_byte(self) -> float:
-    """Bits per byte of the validation text under frequencies of byte pairs of the training text; see `baselines`."""
+    """Bits per byte of the validation text under frequencies of byte pairs of the training text;
+    see `baselines`."""
     return baselines.bigram_bits_per_byte(*self._pairs())
 
   def _pairs(self) -> tuple[np.ndarray, np.ndarray, bool]:
-    train, validation = (np.sum([s.pairs for s in side], axis=0) for side in (self._train, self._validation))
+    train, validation = (
+      np.sum([s.pairs for s in side], axis=0) for side in (self._train, self._validation)
+    )
     return train, validation, self._ends
 
   def _cut(self, sides: Sequence[SplitTokens], part_B: np.ndarray, start_B: np.ndarray) -> Batch:
-    """The rows that start at given positions of given parts; what lies behind the last token is padding."""
+    """The rows that start at given positions of given parts; what lies behind the last token is
+    padding."""
     shape = (start_B.size, self.text.sequence_length)
-    batch = Batch(np.empty(shape, np.int32), np.empty(shape, np.int32), np.empty(shape, np.int32) if self._segmented else None)
+    batch = Batch(
+      np.empty(shape, np.int32),
+      np.empty(shape, np.int32),
+      np.empty(shape, np.int32) if self._segmented else None,
+    )
     for k in np.unique(part_B):
       mine, side = part_B == k, sides[k]
       last = side.tokens_N.size - 1
@@ -226,7 +281,9 @@ class TextDataset(Dataset):
       if batch.segments_BT is not None:
         document_NS = np.searchsorted(side.starts_D, position_NS, side='right')
         target_NT = target_NT & (document_NS[:, 1:] == document_NS[:, :-1])
-        batch.segments_BT[mine] = np.where(inside_NS, document_NS - document_NS[:, :1] + 1, 0)[:, :-1]
+        batch.segments_BT[mine] = np.where(inside_NS, document_NS - document_NS[:, :1] + 1, 0)[
+          :, :-1
+        ]
       batch.tokens_BT[mine] = np.where(inside_NS, tokens_NS, 0)[:, :-1]
       batch.targets_BT[mine] = np.where(target_NT, tokens_NS[:, 1:], IGNORED)
     return batch

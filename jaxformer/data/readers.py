@@ -1,4 +1,5 @@
-"""Files of text as documents: plain text, JSON lines, Parquet; gzip and Zstandard around the first two."""
+"""Files of text as documents: plain text, JSON lines, Parquet; gzip and Zstandard around the first
+two."""
 
 from __future__ import annotations
 
@@ -14,7 +15,9 @@ from jaxformer.config import InputError
 
 CHUNK_BYTES = 1 << 20
 PARQUET_ROWS = 1024
-ACCEPTED = 'text (.txt, .md, .py, ...), .jsonl, .json (JSON lines), each also with .gz or .zst, or .parquet'
+ACCEPTED = (
+  'text (.txt, .md, .py, ...), .jsonl, .json (JSON lines), each also with .gz or .zst, or .parquet'
+)
 
 
 class Document(NamedTuple):
@@ -25,11 +28,11 @@ class Document(NamedTuple):
 
 
 def read_documents(path: Path, name: str, text_field: str) -> Iterator[Document]:
-  """The documents of one file, named after `name`. A text file is one document, a JSON line or a Parquet row is one each.
+  """The documents of one file, named after `name`. A text file is one document, a JSON line or a
+  Parquet row is one each.
 
-  Memory holds one document (of Parquet: one batch of rows) at a time. Raises `InputError` that names the file and the place in
-  it.
-  """
+  Memory holds one document (of Parquet: one batch of rows) at a time. Raises `InputError` that
+  names the file and the place in it."""
   with reading(path):
     yield from _read(path, name, text_field)
 
@@ -39,7 +42,11 @@ def _read(path: Path, name: str, text_field: str) -> Iterator[Document]:
   if suffixes[-1:] == ['.parquet']:
     yield from _parquet(path, name, text_field)
     return
-  kind = suffixes[-2] if len(suffixes) > 1 and suffixes[-1] in ('.gz', '.zst') else (suffixes or [''])[-1]
+  kind = (
+    suffixes[-2]
+    if len(suffixes) > 1 and suffixes[-1] in ('.gz', '.zst')
+    else (suffixes or [''])[-1]
+  )
   if kind in ('.jsonl', '.json', '.ndjson'):
     yield from _json_lines(path, name, text_field)
   else:
@@ -58,7 +65,8 @@ def _chunks(path: Path) -> Iterator[bytes]:
 
 
 def _zstandard(path: Path) -> Iterator[bytes]:
-  # The library's stream reader ends silently where a frame is cut off; the frame object knows whether it reached its end.
+  # The library's stream reader ends silently where a frame is cut off; the frame object knows
+  # whether it reached its end.
   import zstandard
 
   frame: Any = None
@@ -80,7 +88,9 @@ def _text_chunks(path: Path) -> Iterator[bytes]:
   first = True
   for chunk in _chunks(path):
     if first and b'\0' in chunk[:8192]:
-      raise InputError(f'{path}: not text (a zero byte at offset {chunk.index(0)}); accepted: {ACCEPTED}')
+      raise InputError(
+        f'{path}: not text (a zero byte at offset {chunk.index(0)}); accepted: {ACCEPTED}'
+      )
     first = False
     yield chunk
 
@@ -89,7 +99,9 @@ def _decode(data: bytes, where: str) -> str:
   try:
     return data.decode('utf-8')
   except UnicodeDecodeError as e:
-    raise InputError(f'{where}: not valid UTF-8 at byte offset {e.start} (byte 0x{data[e.start]:02x})') from None
+    raise InputError(
+      f'{where}: not valid UTF-8 at byte offset {e.start} (byte 0x{data[e.start]:02x})'
+    ) from None
 
 
 def _lines(path: Path) -> Iterator[bytes]:
@@ -107,7 +119,8 @@ def _json_lines(path: Path, name: str, text_field: str) -> Iterator[Document]:
 
 
 def json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-  """The objects of a file of JSON lines, each with the number of its line from 1; blank lines are passed over."""
+  """The objects of a file of JSON lines, each with the number of its line from 1; blank lines are
+  passed over."""
   for number, text in text_lines(path):
     where = f'{path}:{number}'
     if not text.strip():
@@ -115,37 +128,47 @@ def json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     try:
       row = json.loads(text)
     except (ValueError, RecursionError) as e:
-      raise InputError(f'{where}: not valid JSON ({e}); every line must be one JSON object') from None
+      raise InputError(
+        f'{where}: not valid JSON ({e}); every line must be one JSON object'
+      ) from None
     if not isinstance(row, dict):
       raise InputError(f'{where}: a JSON {type(row).__name__}; every line must be one JSON object')
     yield number, row
 
 
 def text_lines(path: Path) -> Iterator[tuple[int, str]]:
-  """The lines of a file, decompressed, each with its number from 1 and without its end; a byte order mark is left out."""
+  """The lines of a file, decompressed, each with its number from 1 and without its end; a byte
+  order mark is left out."""
   start = 0
   for number, line in enumerate(_lines(path), 1):
     try:
       yield number, line.decode('utf-8-sig' if number == 1 else 'utf-8').removesuffix('\r')
     except UnicodeDecodeError as e:
       where = f'{path}:{number}'
-      raise InputError(f'{where}: not valid UTF-8 at byte offset {start + e.start} (byte 0x{line[e.start]:02x})') from None
+      raise InputError(
+        f'{where}: not valid UTF-8 at byte offset {start + e.start} (byte 0x{line[e.start]:02x})'
+      ) from None
     start += len(line) + 1
 
 
 def text_of(row: dict[str, Any], text_field: str, where: str, setting: str = 'text_field') -> str:
-  """The text in a row. Raises `InputError` that names the row's fields where `text_field` is none of them or holds no text, and the
-  `setting` that chose it."""
+  """The text in a row. Raises `InputError` that names the row's fields where `text_field` is none
+  of them or holds no text, and the `setting` that chose it."""
   if text_field not in row:
     raise _missing(text_field, list(row), where, setting)
   value = row[text_field]
   if not isinstance(value, str):
-    raise InputError(f'{where}: field {text_field!r} holds a {type(value).__name__}; {setting} must name a field that holds text')
+    raise InputError(
+      f'{where}: field {text_field!r} holds a {type(value).__name__}; {setting} must name a field '
+      'that holds text'
+    )
   if not value.isascii():
     try:
       value.encode()
     except UnicodeEncodeError as e:
-      raise InputError(f'{where}: field {text_field!r} holds half a surrogate pair at character {e.start}') from None
+      raise InputError(
+        f'{where}: field {text_field!r} holds half a surrogate pair at character {e.start}'
+      ) from None
   return value
 
 
@@ -160,7 +183,8 @@ def _parquet(path: Path, name: str, text_field: str) -> Iterator[Document]:
 
 
 def parquet_rows(path: Path, fields: dict[str, str]) -> Iterator[tuple[int, dict[str, Any]]]:
-  """Some fields (by the settings that chose them) of the rows of a Parquet file, each row with its number from 1."""
+  """Some fields (by the settings that chose them) of the rows of a Parquet file, each row with its
+  number from 1."""
   import pyarrow as arrow
   import pyarrow.parquet as parquet
 
@@ -181,7 +205,8 @@ def parquet_rows(path: Path, fields: dict[str, str]) -> Iterator[tuple[int, dict
 
 @contextlib.contextmanager
 def reading(path: Path) -> Generator[None]:
-  """Within, failures of the operating system or of decompression become an `InputError` that names the file."""
+  """Within, failures of the operating system or of decompression become an `InputError` that names
+  the file."""
   try:
     yield
   except (OSError, EOFError, zlib.error) as e:

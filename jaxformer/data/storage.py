@@ -1,4 +1,5 @@
-"""The cache folder: where it is, how a folder gets into it whole or not at all, and the hashes of files."""
+"""The cache folder: where it is, how a folder gets into it whole or not at all, and the hashes of
+files."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ T = TypeVar('T')
 ABANDONED_SECONDS = 24 * 3600.0
 # Below this size hashing again costs less than looking the hash up.
 MEMO_BYTES = 1 << 20
-# A file changed within the resolution of its time stamp can keep that stamp, so that young hashes are not remembered.
+# A file changed within the resolution of its time stamp can keep that stamp, so that young hashes
+# are not remembered.
 RACY_SECONDS = 2.0
 
 
@@ -35,7 +37,8 @@ def cache_dir() -> Path:
 
 
 def sha256(*parts: str | bytes) -> str:
-  """The SHA-256 (hex) of several values, each preceded by its length so that no two lists of values run into one."""
+  """The SHA-256 (hex) of several values, each preceded by its length so that no two lists of values
+  run into one."""
   total = hashlib.sha256()
   for part in parts:
     part = part.encode('utf-8', 'surrogatepass') if isinstance(part, str) else part
@@ -44,13 +47,19 @@ def sha256(*parts: str | bytes) -> str:
 
 
 def file_sha256(path: Path, memo: Path | None = None) -> str:
-  """The SHA-256 (hex) of a file's bytes, read as a stream. Hashes are remembered for as long as the file's size and
-  modification time stay the same: within the process, and those of large files in a `memo` folder. `InputError` where it cannot
+  """The SHA-256 (hex) of a file's bytes, read as a stream. Hashes are remembered for as long as the
+  file's size and
+  modification time stay the same: within the process, and those of large files in a `memo` folder.
+    `InputError` where it cannot
   be read."""
   try:
     stat = path.stat()
     key = (str(path.resolve()), stat.st_size, stat.st_mtime_ns)
-    place = memo / 'hashes' / f'{sha256(json.dumps(key))[:32]}.txt' if memo and stat.st_size >= MEMO_BYTES else None
+    place = (
+      memo / 'hashes' / f'{sha256(json.dumps(key))[:32]}.txt'
+      if memo and stat.st_size >= MEMO_BYTES
+      else None
+    )
     if key not in _hashes and place is not None:
       with contextlib.suppress(OSError):
         _hashes[key] = place.read_text()
@@ -63,7 +72,7 @@ def file_sha256(path: Path, memo: Path | None = None) -> str:
   if time.time() - stat.st_mtime > RACY_SECONDS:
     _hashes[key] = value
     if place is not None:
-      with contextlib.suppress(OSError):   # the memo only saves time
+      with contextlib.suppress(OSError):  # the memo only saves time
         place.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(place, value.encode())
   return value
@@ -84,10 +93,12 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 def published(folder: Path, build: Callable[[Path], None], load: Callable[[Path], T | None]) -> T:
-  """What `load` makes of `folder`; where it gives None (missing or damaged), `build` fills a new folder that takes its place.
+  """What `load` makes of `folder`; where it gives None (missing or damaged), `build` fills a new
+  folder that takes its place.
 
-  Other processes may build the same folder meanwhile: each sees it whole or not at all, and the first to finish wins. A process
-  killed on the way leaves a hidden folder that no one reads and that a later build removes.
+  Other processes may build the same folder meanwhile: each sees it whole or not at all, and the
+  first to finish wins. A process killed on the way leaves a hidden folder that no one reads and
+  that a later build removes.
 
   Raises `InputError` where the folder cannot be written.
   """
@@ -104,10 +115,13 @@ def published(folder: Path, build: Callable[[Path], None], load: Callable[[Path]
       shutil.rmtree(temporary, ignore_errors=True)
   except OSError as e:
     raise InputError(
-      f'cache folder {folder.parent}: cannot be written ({e.strerror or e}); set JAXFORMER_CACHE to a folder that can be'
+      f'cache folder {folder.parent}: cannot be written ({e.strerror or e}); set JAXFORMER_CACHE '
+      'to a folder that can be'
     ) from None
   if found is None:
-    raise InputError(f'cache folder {folder}: what was just written there cannot be read back; check the disk')
+    raise InputError(
+      f'cache folder {folder}: what was just written there cannot be read back; check the disk'
+    )
   return found
 
 
@@ -119,7 +133,7 @@ def _install(temporary: Path, folder: Path, load: Callable[[Path], T | None]) ->
     except OSError as e:
       if e.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
         raise
-    if (found := load(folder)) is not None:   # another process was first
+    if (found := load(folder)) is not None:  # another process was first
       return found
     aside = _new_folder(folder.parent)
     with contextlib.suppress(FileNotFoundError):

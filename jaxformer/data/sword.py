@@ -1,8 +1,9 @@
-"""Parallel corpora of Bible translations in the public domain, made from SWORD modules that Debian and Ubuntu package.
+"""Parallel corpora of Bible translations in the public domain, made from SWORD modules that Debian
+and Ubuntu package.
 
-A module is looked for in a folder given, in /usr/share/sword, and by `apt-get download` and `dpkg-deb -x` into a folder of its own,
-which needs no root. Reading modules needs the extra `translation`.
-"""
+A module is looked for in a folder given, in /usr/share/sword, and by `apt-get download` and
+`dpkg-deb -x` into a folder of its own, which needs no root. Reading modules needs the extra
+`translation`."""
 
 from __future__ import annotations
 
@@ -20,7 +21,7 @@ from jaxformer.data.cache import Log
 from jaxformer.data.storage import file_sha256, write_atomically
 
 INSTALLED = Path('/usr/share/sword')
-INSIDE = 'usr/share/sword'        # where a package holds its modules
+INSIDE = 'usr/share/sword'  # where a package holds its modules
 DOWNLOAD_SECONDS = 600
 
 
@@ -44,14 +45,17 @@ RV = Module('sword-text-sparv', 'spaRV1909eb', 'Reina-Valera (1909), Spanish')
 WEB = Module('sword-text-web', 'engWEB2015eb', 'World English Bible, modern English')
 CORPORA = {'kjv-es': BiblePair(KJV, RV), 'kjv-web': BiblePair(KJV, WEB)}
 
-Verse = tuple[str, int, int]   # book, chapter, verse
+Verse = tuple[str, int, int]  # book, chapter, verse
 
 
-def prepare(name: str, out: Path | str, packages: Path | str | None = None, log: Log = print) -> dict[str, Any]:
+def prepare(
+  name: str, out: Path | str, packages: Path | str | None = None, log: Log = print
+) -> dict[str, Any]:
   """Writes `name`.tsv and `name`.json, the manifest that is returned, into the folder `out`.
 
-  A line is a verse that both translations have, paired by book, chapter and verse: source, target, document (book and chapter),
-  verse. The two of `kjv-web` number a few verses differently (WEB counts as the NRSV does), which puts a handful beside another.
+  A line is a verse that both translations have, paired by book, chapter and verse: source, target,
+  document (book and chapter), verse. The two of `kjv-web` number a few verses differently (WEB
+  counts as the NRSV does), which puts a handful beside another.
 
   Args:
     name: of `CORPORA`.
@@ -63,35 +67,50 @@ def prepare(name: str, out: Path | str, packages: Path | str | None = None, log:
     raise InputError(f'no corpus named {name!r}{nearest(name, CORPORA)}')
   corpus, out = CORPORA[name], Path(out).expanduser()
   with tempfile.TemporaryDirectory(prefix='jaxformer-sword-') as work:
-    roots = find(name, list(corpus), None if packages is None else Path(packages).expanduser(), Path(work), log)
+    roots = find(
+      name, list(corpus), None if packages is None else Path(packages).expanduser(), Path(work), log
+    )
     source, target = (verses(roots[m.package], m) for m in corpus)
     modules = {side: _facts(roots[m.package], m) for side, m in zip(corpus._fields, corpus)}
   shared = [v for v in source if v in target]
   if not shared:
-    raise InputError(f'{name}: {corpus.source.name} and {corpus.target.name} have no verse in common')
+    raise InputError(
+      f'{name}: {corpus.source.name} and {corpus.target.name} have no verse in common'
+    )
   lines = (f'{source[v]}\t{target[v]}\t{v[0]} {v[1]}\t{v[2]}\n' for v in shared)
   data = ''.join(lines).encode()
   try:
     out.mkdir(parents=True, exist_ok=True)
     write_atomically(out / f'{name}.tsv', data)
     manifest = {
-      'corpus': name, **modules,
-      'pairs': len(shared), 'chapters': len({v[:2] for v in shared}),
+      'corpus': name,
+      **modules,
+      'pairs': len(shared),
+      'chapters': len({v[:2] for v in shared}),
       'left_out': {'source': len(source) - len(shared), 'target': len(target) - len(shared)},
       'columns': ['source', 'target', 'document', 'verse'],
-      'file': {'name': f'{name}.tsv', 'bytes': len(data), 'sha256': file_sha256(out / f'{name}.tsv')},
+      'file': {
+        'name': f'{name}.tsv',
+        'bytes': len(data),
+        'sha256': file_sha256(out / f'{name}.tsv'),
+      },
     }
-    write_atomically(out / f'{name}.json', (json.dumps(manifest, indent=2, ensure_ascii=False) + '\n').encode())
+    write_atomically(
+      out / f'{name}.json', (json.dumps(manifest, indent=2, ensure_ascii=False) + '\n').encode()
+    )
   except OSError as e:
     raise InputError(f'{out}: cannot be written ({e.strerror})') from None
   return manifest
 
 
-# ---- finding modules --------------------------------------------------------------------------------------------------
+# ---- finding modules ---------------------------------------------------------------------------
 
 
-def find(name: str, modules: list[Module], folder: Path | None, work: Path, log: Log) -> dict[str, Path]:
-  """Of each module's package, the folder that holds `mods.d` and `modules`. What must be unpacked goes into `work`."""
+def find(
+  name: str, modules: list[Module], folder: Path | None, work: Path, log: Log
+) -> dict[str, Path]:
+  """Of each module's package, the folder that holds `mods.d` and `modules`. What must be unpacked
+  goes into `work`."""
   if folder is not None:
     if not folder.is_dir():
       raise InputError(f'--packages {folder}: no such folder')
@@ -113,7 +132,10 @@ def _given(module: Module, folder: Path, work: Path) -> Path:
       return root
   files = sorted(folder.glob(f'{module.package}_*.deb'))
   if not files:
-    raise InputError(f'{folder}: holds neither {module.package}_*.deb nor the module {module.name} (mods.d/{module.name}.conf)')
+    raise InputError(
+      f'{folder}: holds neither {module.package}_*.deb nor the module {module.name} '
+      f'(mods.d/{module.name}.conf)'
+    )
   into = work / f'unpacked-{module.package}'
   _command(['dpkg-deb', '-x', str(files[-1]), str(into)], f'{files[-1]} cannot be unpacked')
   if not _holds(into / INSIDE, module):
@@ -126,35 +148,52 @@ def _download(name: str, packages: list[str], work: Path, log: Log) -> None:
   log(f'downloading the packages {listed}')
   _command(
     ['apt-get', 'download', *packages],
-    f'{name}: the packages {listed} cannot be downloaded, nor are they installed. Debian and Ubuntu have them: get their .deb '
-    'files on such a system (`apt-get download`, after `apt-get update`) and give their folder as --packages DIR', work)
+    f'{name}: the packages {listed} cannot be downloaded, nor are they installed. Debian and '
+    'Ubuntu have them: get their .deb '
+    'files on such a system (`apt-get download`, after `apt-get update`) and give their folder as '
+    '--packages DIR',
+    work,
+  )
 
 
 def _command(words: list[str], failure: str, folder: Path | None = None) -> None:
   try:
-    done = subprocess.run(words, cwd=folder, capture_output=True, text=True, timeout=DOWNLOAD_SECONDS, check=False)
+    done = subprocess.run(
+      words, cwd=folder, capture_output=True, text=True, timeout=DOWNLOAD_SECONDS, check=False
+    )
   except FileNotFoundError:
     raise InputError(f'{failure} ({words[0]} is not here)') from None
   except subprocess.TimeoutExpired:
     raise InputError(f'{failure} ({words[0]} took more than {DOWNLOAD_SECONDS} s)') from None
   if done.returncode:
-    reason = next((line for line in reversed(done.stderr.splitlines()) if line.strip()), f'exit code {done.returncode}')
+    reason = next(
+      (line for line in reversed(done.stderr.splitlines()) if line.strip()),
+      f'exit code {done.returncode}',
+    )
     raise InputError(f'{failure} ({words[0]}: {reason})')
 
 
 def _facts(root: Path, module: Module) -> dict[str, Any]:
-  conf = (root / 'mods.d' / f'{module.name}.conf')
-  settings = dict(line.split('=', 1) for line in conf.read_text('utf-8', 'replace').splitlines() if '=' in line)
+  conf = root / 'mods.d' / f'{module.name}.conf'
+  settings = dict(
+    line.split('=', 1) for line in conf.read_text('utf-8', 'replace').splitlines() if '=' in line
+  )
   data = root / settings.get('DataPath', '')
   files = [conf, *(p for p in sorted(data.rglob('*')) if p.is_file())]
   return {
-    'package': module.package, 'module': module.name, 'title': module.title, 'version': settings.get('Version'),
+    'package': module.package,
+    'module': module.name,
+    'title': module.title,
+    'version': settings.get('Version'),
     'licence': settings.get('DistributionLicense'),
-    'files': {p.relative_to(root).as_posix(): {'bytes': p.stat().st_size, 'sha256': file_sha256(p)} for p in files},
+    'files': {
+      p.relative_to(root).as_posix(): {'bytes': p.stat().st_size, 'sha256': file_sha256(p)}
+      for p in files
+    },
   }
 
 
-# ---- reading modules --------------------------------------------------------------------------------------------------
+# ---- reading modules ---------------------------------------------------------------------------
 
 
 def verses(root: Path, module: Module) -> dict[Verse, str]:
@@ -162,13 +201,16 @@ def verses(root: Path, module: Module) -> dict[Verse, str]:
   try:
     from pysword.modules import SwordModules
   except ImportError:
-    raise InputError("reading SWORD modules needs the package 'pysword'; install the extra: pip install 'jaxformer[translation]'"
-                     ) from None
+    raise InputError(
+      "reading SWORD modules needs the package 'pysword'; install the extra: pip install "
+      "'jaxformer[translation]'"
+    ) from None
   try:
     modules = SwordModules(str(root))
     modules.parse_modules()
     bible: Any = modules.get_bible_from_module(module.name)
-    # pysword unpacks a book anew for each of its verses; remembering the last one takes a module from a minute to seconds.
+    # pysword unpacks a book anew for each of its verses; remembering the last one takes a module
+    # from a minute to seconds.
     bible._decompressed_text = functools.lru_cache(2)(bible._decompressed_text)
     found = {}
     for books in bible.get_structure().get_books().values():
@@ -179,7 +221,9 @@ def verses(root: Path, module: Module) -> dict[Verse, str]:
             if text := plain(raw):
               found[book.name, chapter, verse] = text
   except (OSError, ValueError, KeyError, AttributeError) as e:
-    raise InputError(f'{root}: the module {module.name} cannot be read ({type(e).__name__}: {e})') from None
+    raise InputError(
+      f'{root}: the module {module.name} cannot be read ({type(e).__name__}: {e})'
+    ) from None
   return found
 
 
@@ -195,11 +239,13 @@ BEFORE_STOP = re.compile(r'\s+(?=[,.;:!?)])')
 def plain(osis: str) -> str:
   """The words of a verse in OSIS markup, on one line.
 
-  Notes, headings of editors and paragraph signs are dropped; headings of the text itself (of Psalms) stay. Where a note or an added
-  word stands between words without a space, one is put there; Spanish pronouns added to the end of a verb stay joined to it.
-  """
+  Notes, headings of editors and paragraph signs are dropped; headings of the text itself (of
+  Psalms) stay. Where a note or an added word stands between words without a space, one is put
+  there; Spanish pronouns added to the end of a verb stay joined to it."""
   text = HEADING.sub(' ', NOTE.sub(' ', osis))
-  text = ADDED.sub(lambda m: m[0] if ENCLITIC.fullmatch(TAG.sub('', m[2])) else f'{m[1]} {m[2]}{m[3]}', text)
+  text = ADDED.sub(
+    lambda m: m[0] if ENCLITIC.fullmatch(TAG.sub('', m[2])) else f'{m[1]} {m[2]}{m[3]}', text
+  )
   text = AFTER_ADDED.sub(r'\1 ', text)
   text = html.unescape(TAG.sub('', text)).replace('¶', ' ')
   return BEFORE_STOP.sub('', ' '.join(text.split()))

@@ -1,4 +1,5 @@
-"""Text to numbers and back: bytes, characters, any `tokenizer.json`, and byte pairs learned from the corpus."""
+"""Text to numbers and back: bytes, characters, any `tokenizer.json`, and byte pairs learned from
+the corpus."""
 
 from __future__ import annotations
 
@@ -34,11 +35,13 @@ class Tokenizer(Protocol):
   vocab_size: int
   # The id that stands after every document; None where the vocabulary has no such token.
   end_of_document: int | None
-  # How many UTF-8 bytes of text a token stands for; 0 for special tokens. Exact for bytes, characters and byte-level BPE.
+  # How many UTF-8 bytes of text a token stands for; 0 for special tokens. Exact for bytes,
+  # characters and byte-level BPE.
   token_bytes: Int32[np.ndarray, ' V']
 
   def encode(self, text: str) -> Int32[np.ndarray, ' T']:
-    """The ids, without an end of document. Text that looks like a special token is text. `InputError` for what has no token."""
+    """The ids, without an end of document. Text that looks like a special token is text.
+    `InputError` for what has no token."""
     ...
 
   def encode_batch(self, texts: Sequence[str]) -> list[Int32[np.ndarray, ' T']]:
@@ -46,15 +49,18 @@ class Tokenizer(Protocol):
     ...
 
   def decode(self, ids: Ids) -> str:
-    """The text; bytes that are not valid UTF-8 become U+FFFD, special tokens nothing. `InputError` for an id out of range."""
+    """The text; bytes that are not valid UTF-8 become U+FFFD, special tokens nothing. `InputError`
+    for an id out of range."""
     ...
 
   def decode_bytes(self, ids: Ids) -> bytes:
-    """The exact bytes of the text: pieces of a sequence decode to pieces of its bytes (where `token_bytes` is exact)."""
+    """The exact bytes of the text: pieces of a sequence decode to pieces of its bytes (where
+    `token_bytes` is exact)."""
     ...
 
   def pieces(self, text: str, size: int = PIECE_CHARACTERS) -> Iterator[str]:
-    """The text cut into pieces of about `size` characters whose encodings, joined, are the encoding of the whole."""
+    """The text cut into pieces of about `size` characters whose encodings, joined, are the encoding
+    of the whole."""
     ...
 
   def fingerprint(self) -> str:
@@ -78,22 +84,27 @@ class TokenizerConfig(Config, abstract=True):
 
   def build(self, source: Source, split: Split) -> Tokenizer:
     """The tokenizer, learned from the text to train on where it is `learned`."""
-    return self.learn(p.text for p in divide(source.documents, split, source.tag) if p.side == 'train')
+    return self.learn(
+      p.text for p in divide(source.documents, split, source.tag) if p.side == 'train'
+    )
 
   def learn(self, texts: Iterator[str]) -> Tokenizer:
-    """The tokenizer, learned from all of `texts` where it is `learned`, else without a look at them."""
+    """The tokenizer, learned from all of `texts` where it is `learned`, else without a look at
+    them."""
     raise NotImplementedError
 
 
 class Bytes(TokenizerConfig):
-  """UTF-8 bytes, and one token for the end of a document: a vocabulary of 257 that any text fits."""
+  """UTF-8 bytes, and one token for the end of a document: a vocabulary of 257 that any text
+  fits."""
 
   def learn(self, texts: Iterator[str]) -> Tokenizer:
     return ByteTokenizer()
 
 
 class Characters(TokenizerConfig):
-  """The distinct characters of the corpus, sorted, as in the published character-level benchmarks: no end of document."""
+  """The distinct characters of the corpus, sorted, as in the published character-level benchmarks:
+  no end of document."""
 
   learned: ClassVar[bool] = True
 
@@ -110,7 +121,8 @@ class Characters(TokenizerConfig):
 
 
 class BytePairs(TokenizerConfig):
-  """Byte-level byte-pair encoding (Sennrich et al. 2016; on bytes as in GPT-2), learned from the text to train on.
+  """Byte-level byte-pair encoding (Sennrich et al. 2016; on bytes as in GPT-2), learned from the
+  text to train on.
 
   A small corpus can run out of pairs before `vocab_size`; the vocabulary is then smaller.
   """
@@ -120,15 +132,18 @@ class BytePairs(TokenizerConfig):
   learned: ClassVar[bool] = True
 
   def validate(self) -> None:
-    self.require(self.vocab_size >= 257, 'vocab_size', 'at least 257: the bytes and the end of a document')
+    self.require(
+      self.vocab_size >= 257, 'vocab_size', 'at least 257: the bytes and the end of a document'
+    )
 
   def learn(self, texts: Iterator[str]) -> Tokenizer:
     return FileTokenizer(_learn_pairs(texts, self.vocab_size), END_OF_DOCUMENT, self.tag)
 
 
 class TokenizerFile(TokenizerConfig):
-  """A Hugging Face `tokenizer.json`, or a folder that holds one. The end of a document is the token named here, else the
-  `eos_token` of `tokenizer_config.json` beside it, else the first usual one that the vocabulary has, else there is none."""
+  """A Hugging Face `tokenizer.json`, or a folder that holds one. The end of a document is the token
+  named here, else the `eos_token` of `tokenizer_config.json` beside it, else the first usual one
+  that the vocabulary has, else there is none."""
 
   path: str
   end_of_document: str | None = None
@@ -139,26 +154,41 @@ class TokenizerFile(TokenizerConfig):
     try:
       data = path.read_text(encoding='utf-8')
     except OSError as e:
-      raise InputError(f'{self.tag}.path = {self.path!r}: {path.name} cannot be read ({e.strerror})') from None
+      raise InputError(
+        f'{self.tag}.path = {self.path!r}: {path.name} cannot be read ({e.strerror})'
+      ) from None
     except UnicodeDecodeError as e:
-      raise InputError(f'{self.tag}.path = {self.path!r}: not valid UTF-8 at byte offset {e.start}') from None
-    return FileTokenizer(data, self.end_of_document or _configured_end(path), f'{self.tag}.path = {self.path!r}')
+      raise InputError(
+        f'{self.tag}.path = {self.path!r}: not valid UTF-8 at byte offset {e.start}'
+      ) from None
+    return FileTokenizer(
+      data, self.end_of_document or _configured_end(path), f'{self.tag}.path = {self.path!r}'
+    )
 
 
 def _configured_end(path: Path) -> str | None:
   try:
-    end = json.loads((path.parent / 'tokenizer_config.json').read_text(encoding='utf-8')).get('eos_token')
+    end = json.loads((path.parent / 'tokenizer_config.json').read_text(encoding='utf-8')).get(
+      'eos_token'
+    )
   except (OSError, ValueError, AttributeError):
     return None
   return end.get('content') if isinstance(end, dict) else end
 
 
-def train_bpe(source: Source, vocab_size: int, out_path: Path | str, split: Split | None = None) -> int:
-  """Learns byte pairs from a source (with a `split`, from its training side alone) and writes a `tokenizer.json` to `out_path`.
-  The same text gives the same file. Returns the size of the vocabulary, smaller than asked where the text runs out of pairs."""
+def train_bpe(
+  source: Source, vocab_size: int, out_path: Path | str, split: Split | None = None
+) -> int:
+  """Learns byte pairs from a source (with a `split`, from its training side alone) and writes a
+  `tokenizer.json` to `out_path`. The same text gives the same file. Returns the size of the
+  vocabulary, smaller than asked where the text runs out of pairs."""
   if split is None:
     return write_bpe((d.text for d in source.documents()), vocab_size, out_path)
-  return write_bpe((p.text for p in divide(source.documents, split, source.tag) if p.side == 'train'), vocab_size, out_path)
+  return write_bpe(
+    (p.text for p in divide(source.documents, split, source.tag) if p.side == 'train'),
+    vocab_size,
+    out_path,
+  )
 
 
 def write_bpe(texts: Iterator[str], vocab_size: int, out_path: Path | str) -> int:
@@ -184,16 +214,23 @@ def _learn_pairs(texts: Iterator[str], vocab_size: int) -> str:
   model.pre_tokenizer = hf.pre_tokenizers.ByteLevel(add_prefix_space=False)
   model.decoder = hf.decoders.ByteLevel()
   trainer = hf.trainers.BpeTrainer(
-    vocab_size=vocab_size, initial_alphabet=sorted(hf.pre_tokenizers.ByteLevel.alphabet()), special_tokens=[END_OF_DOCUMENT],
+    vocab_size=vocab_size,
+    initial_alphabet=sorted(hf.pre_tokenizers.ByteLevel.alphabet()),
+    special_tokens=[END_OF_DOCUMENT],
     show_progress=False,
   )
-  pieces = (piece for text in itertools.chain([first], texts) for piece in _line_pieces(text, PIECE_CHARACTERS))
+  pieces = (
+    piece
+    for text in itertools.chain([first], texts)
+    for piece in _line_pieces(text, PIECE_CHARACTERS)
+  )
   model.train_from_iterator(pieces, trainer)
   return model.to_str()
 
 
 def load_tokenizer(folder: Path | str) -> Tokenizer:
-  """The tokenizer that `save` wrote into a folder, or the `tokenizer.json` of a folder from elsewhere."""
+  """The tokenizer that `save` wrote into a folder, or the `tokenizer.json` of a folder from
+  elsewhere."""
   folder = Path(folder)
   try:
     if (folder / SOURCE_FOLDER / KIND_FILE).exists():
@@ -202,7 +239,9 @@ def load_tokenizer(folder: Path | str) -> Tokenizer:
   except OSError as e:
     raise InputError(f'{folder}: holds no tokenizer ({e.filename}: {e.strerror})') from None
   except (ValueError, KeyError, TypeError) as e:
-    raise e if isinstance(e, InputError) else InputError(f'{folder / KIND_FILE}: damaged ({e})') from None
+    raise (
+      e if isinstance(e, InputError) else InputError(f'{folder / KIND_FILE}: damaged ({e})')
+    ) from None
 
 
 def _load(folder: Path) -> Tokenizer:
@@ -230,7 +269,9 @@ def _checked(ids: Ids, vocab_size: int) -> np.ndarray:
   ids = np.asarray(ids if isinstance(ids, np.ndarray) else list(ids), np.int64).reshape(-1)
   wrong = ids[(ids < 0) | (ids >= vocab_size)]
   if wrong.size:
-    raise InputError(f'token id {wrong[0]}: the vocabulary has {vocab_size} tokens, ids 0 to {vocab_size - 1}')
+    raise InputError(
+      f'token id {wrong[0]}: the vocabulary has {vocab_size} tokens, ids 0 to {vocab_size - 1}'
+    )
   return ids
 
 
@@ -246,8 +287,8 @@ def _slices(text: str, size: int) -> Iterator[str]:
 
 
 def _line_pieces(text: str, size: int) -> Iterator[str]:
-  """Cut only after a line end between two letters or digits: there neither the pattern of GPT-2 nor those derived from it
-  (cl100k, Llama 3, o200k) join what stands on both sides."""
+  """Cut only after a line end between two letters or digits: there neither the pattern of GPT-2 nor
+  those derived from it (cl100k, Llama 3, o200k) join what stands on both sides."""
   start = 0
   while len(text) - start > size:
     cut = WORD_LINE_WORD.search(text, start + size)
@@ -318,7 +359,9 @@ class CharacterTokenizer:
     ids = self._ids[points]
     if (ids < 0).any():
       unknown = chr(points[int(np.argmax(ids < 0))])
-      raise InputError(f'text: the character {unknown!r} is not among the {self.vocab_size} of the vocabulary')
+      raise InputError(
+        f'text: the character {unknown!r} is not among the {self.vocab_size} of the vocabulary'
+      )
     return ids
 
   def encode_batch(self, texts: Sequence[str]) -> list[Int32[np.ndarray, ' T']]:
@@ -356,24 +399,30 @@ class FileTokenizer:
 
     try:
       self._model = hf.Tokenizer.from_str(data)
-    except Exception as e:   # the library raises a plain Exception
+    except Exception as e:  # the library raises a plain Exception
       raise InputError(f'{where}: not a tokenizer.json ({e})') from None
     self._model.no_truncation()
     self._model.no_padding()
-    self._model.encode_special_tokens = True   # text that looks like a special token is text
+    self._model.encode_special_tokens = True  # text that looks like a special token is text
     self._data = data
     vocabulary = self._model.get_vocab(with_added_tokens=True)
     self.vocab_size = max(vocabulary.values()) + 1
     if find_end and end is None:
       end = next((t for t in USUAL_ENDS if t in vocabulary), None)
     if end is not None and end not in vocabulary:
-      raise InputError(f'{where}: end_of_document = {end!r} is not in the vocabulary{nearest(end, _specials(self._model))}')
+      raise InputError(
+        f'{where}: end_of_document = {end!r} is not in the '
+        f'vocabulary{nearest(end, _specials(self._model))}'
+      )
     self._end = end
     self.end_of_document: int | None = None if end is None else vocabulary[end]
     self._byte_level = _is_byte_level(json.loads(data))
-    self._bytes = _byte_table(self._model, self.vocab_size, self.end_of_document) if self._byte_level else None
+    self._bytes = (
+      _byte_table(self._model, self.vocab_size, self.end_of_document) if self._byte_level else None
+    )
     self.token_bytes = (
-      np.array([len(b) for b in self._bytes], np.int32) if self._bytes is not None
+      np.array([len(b) for b in self._bytes], np.int32)
+      if self._bytes is not None
       else _decoded_lengths(self._model, self.vocab_size, self.end_of_document)
     )
 
@@ -384,13 +433,18 @@ class FileTokenizer:
     for text in texts:
       if not text.isascii():
         _encoded(text, 'utf-8')
-    return [np.array(e.ids, np.int32) for e in self._model.encode_batch_fast(list(texts), add_special_tokens=False)]
+    return [
+      np.array(e.ids, np.int32)
+      for e in self._model.encode_batch_fast(list(texts), add_special_tokens=False)
+    ]
 
   def decode(self, ids: Ids) -> str:
     if self._bytes is not None:
       return self.decode_bytes(ids).decode('utf-8', 'replace')
     special = self.end_of_document
-    return self._model.decode([i for i in _checked(ids, self.vocab_size).tolist() if i != special], skip_special_tokens=True)
+    return self._model.decode(
+      [i for i in _checked(ids, self.vocab_size).tolist() if i != special], skip_special_tokens=True
+    )
 
   def decode_bytes(self, ids: Ids) -> bytes:
     if self._bytes is None:
@@ -404,7 +458,13 @@ class FileTokenizer:
     return sha256('tokenizer.json', self._data, self._end or '')
 
   def save(self, folder: Path | str) -> None:
-    _save(folder, {'tokenizer.json': self._data, KIND_FILE: json.dumps({'kind': 'tokenizer.json', 'end_of_document': self._end})})
+    _save(
+      folder,
+      {
+        'tokenizer.json': self._data,
+        KIND_FILE: json.dumps({'kind': 'tokenizer.json', 'end_of_document': self._end}),
+      },
+    )
 
   def hugging_face(self) -> str:
     return self._data
@@ -420,7 +480,8 @@ def _steps(part: dict[str, Any] | None, inner: str) -> list[dict[str, Any]]:
 
 
 def _is_byte_level(data: dict[str, Any]) -> bool:
-  """Whether tokens stand for exact bytes of the text: no normalizer, nothing put before the text, bytes written as GPT-2 does."""
+  """Whether tokens stand for exact bytes of the text: no normalizer, nothing put before the text,
+  bytes written as GPT-2 does."""
   before = _steps(data.get('pre_tokenizer'), 'pretokenizers')
   levels = [s for s in before if s['type'] == 'ByteLevel']
   return (
@@ -441,7 +502,8 @@ def _gpt2_bytes() -> dict[str, int]:
 
 
 def _byte_table(model: Any, vocab_size: int, end: int | None) -> list[bytes]:
-  """The bytes of every token; none for special tokens, the end of a document and ids that are not in use."""
+  """The bytes of every token; none for special tokens, the end of a document and ids that are not
+  in use."""
   table, alphabet = [b''] * vocab_size, _gpt2_bytes()
   added = model.get_added_tokens_decoder()
   for token, index in model.get_vocab(with_added_tokens=True).items():
@@ -455,14 +517,17 @@ def _byte_table(model: Any, vocab_size: int, end: int | None) -> list[bytes]:
 
 
 def _decoded_lengths(model: Any, vocab_size: int, end: int | None) -> np.ndarray:
-  """UTF-8 length of what each token adds after another one: decoders strip the start of a text, so that alone it can be shorter."""
+  """UTF-8 length of what each token adds after another one: decoders strip the start of a text, so
+  that alone it can be shorter."""
   special = {end} | {i for i, t in model.get_added_tokens_decoder().items() if t.special}
   used = sorted(set(model.get_vocab(with_added_tokens=True).values()) - special)
   alone = model.decode_batch([[i] for i in used], skip_special_tokens=True)
   before = next((i for i, text in zip(used, alone) if text.isalnum() and text.isascii()), used[0])
   base = len(model.decode([before], skip_special_tokens=True).encode())
   lengths = np.zeros(vocab_size, np.int32)
-  for i, text in zip(used, model.decode_batch([[before, i] for i in used], skip_special_tokens=True)):
+  for i, text in zip(
+    used, model.decode_batch([[before, i] for i in used], skip_special_tokens=True)
+  ):
     is_byte = re.fullmatch(r'<0x[0-9A-Fa-f]{2}>', model.id_to_token(i))
     lengths[i] = 1 if is_byte else max(len(text.encode()) - base, 0)
   return lengths

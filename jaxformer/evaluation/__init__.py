@@ -1,4 +1,5 @@
-"""What a trained model is worth: exact losses, bits per byte, the loss by position, and scores of translations."""
+"""What a trained model is worth: exact losses, bits per byte, the loss by position, and scores of
+translations."""
 
 from __future__ import annotations
 
@@ -10,7 +11,12 @@ from jaxformer.evaluation.language_model import (
   loss_by_position,
   loss_by_source_length,
 )
-from jaxformer.evaluation.translation import Translate, TranslationResult, TranslationScores, evaluate_translation
+from jaxformer.evaluation.translation import (
+  Translate,
+  TranslationResult,
+  TranslationScores,
+  evaluate_translation,
+)
 
 __all__ = [
   'EvalResult',

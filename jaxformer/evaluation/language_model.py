@@ -1,4 +1,5 @@
-"""How well a model predicts: exact sums over all targets, bits per byte, accuracy, and the loss by position and by source.
+"""How well a model predicts: exact sums over all targets, bits per byte, accuracy, and the loss by
+position and by source.
 
 Dims: B batch, T time.
 """
@@ -25,10 +26,11 @@ from jaxformer.sharding import Rules, batch_sharding, batch_shards, replicated, 
 
 
 def bits_per_byte(nll_sum: float, bytes: int) -> float:
-  """Bits that the model needs for a byte of text: a sum of negative log-likelihoods in nats over `bytes` ln 2.
+  """Bits that the model needs for a byte of text: a sum of negative log-likelihoods in nats over
+  `bytes` ln 2.
 
-  Independent of the tokenizer where `bytes` are the UTF-8 bytes of the text that the counted targets stand for.
-  """
+  Independent of the tokenizer where `bytes` are the UTF-8 bytes of the text that the counted
+  targets stand for."""
   if bytes < 1:
     raise InputError(f'bytes = {bytes}: must be positive')
   return nll_sum / (bytes * math.log(2))
@@ -73,7 +75,8 @@ class EvalResult:
 
 @dataclasses.dataclass(frozen=True)
 class PositionLoss:
-  """Sums over all targets by how many tokens of its document the model had read before the one from which it predicts.
+  """Sums over all targets by how many tokens of its document the model had read before the one from
+  which it predicts.
 
   Attributes:
     nll_sum_T: of -log p(target), in nats, float64.
@@ -86,28 +89,38 @@ class PositionLoss:
   @property
   def loss_T(self) -> np.ndarray:
     """Nats a target; NaN where there was none."""
-    return np.divide(self.nll_sum_T, self.count_T, out=np.full(len(self.count_T), np.nan), where=self.count_T > 0)
+    return np.divide(
+      self.nll_sum_T, self.count_T, out=np.full(len(self.count_T), np.nan), where=self.count_T > 0
+    )
 
 
 def evaluate(
-  definition: Definition, params: Params, batches: Iterable[TargetBatch], *,
-  token_bytes_V: Int[np.ndarray, ' V'] | None = None, mesh: Mesh | None = None, rules: Rules | str = 'fsdp_tensor',
+  definition: Definition,
+  params: Params,
+  batches: Iterable[TargetBatch],
+  *,
+  token_bytes_V: Int[np.ndarray, ' V'] | None = None,
+  mesh: Mesh | None = None,
+  rules: Rules | str = 'fsdp_tensor',
   dtype: Any = None,
 ) -> EvalResult:
   """The loss over all targets of `batches`, each counted once, whatever the size of the batches.
 
   Args:
-    batches: a batch with fewer rows than the first is filled up with rows without targets, so one program serves all.
+    batches: a batch with fewer rows than the first is filled up with rows without targets, so one
+      program serves all.
     token_bytes_V: the UTF-8 bytes that each token of the tokenizer stands for, for bits per byte.
-    mesh, rules: where the parameters live; None for one device. Each process gives its own rows of a batch, and all get the sums.
+    mesh, rules: where the parameters live; None for one device. Each process gives its own rows of
+      a batch, and all get the sums.
     dtype: what to compute in; None for the parameters' own.
 
   Raises:
-    InputError: no targets, token ids out of range, or sequences longer than the model has positions for.
+    InputError: no targets, token ids out of range, or sequences longer than the model has positions
+      for.
   """
   nll_sum, count, bytes, hits = 0.0, 0, 0, 0
   for nll_BT, hit_BT, targets_BT, _ in _scores(definition, params, batches, mesh, rules, dtype):
-    nll_sum += float(nll_BT.sum(dtype=np.float64))   # masked positions are 0
+    nll_sum += float(nll_BT.sum(dtype=np.float64))  # masked positions are 0
     targets = targets_BT[targets_BT != IGNORE]
     count += targets.size
     hits += int(hit_BT.sum())
@@ -118,18 +131,28 @@ def evaluate(
 
 
 def loss_by_position(
-  definition: Definition, params: Params, batches: Iterable[TargetBatch], *, mesh: Mesh | None = None,
-  rules: Rules | str = 'fsdp_tensor', dtype: Any = None,
+  definition: Definition,
+  params: Params,
+  batches: Iterable[TargetBatch],
+  *,
+  mesh: Mesh | None = None,
+  rules: Rules | str = 'fsdp_tensor',
+  dtype: Any = None,
 ) -> PositionLoss:
-  """The loss at each position of a document, from 0. Sequences may be longer than those of training, where the model has positions
-  for them. The arguments and errors are those of `evaluate`."""
+  """The loss at each position of a document, from 0. Sequences may be longer than those of
+  training, where the model has positions for them. The arguments and errors are those of
+  `evaluate`."""
   nll_sum_T, count_T = np.zeros(0), np.zeros(0, np.int64)
-  for nll_BT, _, targets_BT, segments_BT in _scores(definition, params, batches, mesh, rules, dtype):
+  for nll_BT, _, targets_BT, segments_BT in _scores(
+    definition, params, batches, mesh, rules, dtype
+  ):
     counted, length = targets_BT != IGNORE, nll_BT.shape[1]
     if length > len(count_T):
       nll_sum_T, count_T = (np.pad(a, (0, length - len(a))) for a in (nll_sum_T, count_T))
     position = _positions_BT(segments_BT, nll_BT.shape)[counted]
-    nll_sum_T += np.bincount(position, weights=nll_BT[counted].astype(np.float64), minlength=len(nll_sum_T))
+    nll_sum_T += np.bincount(
+      position, weights=nll_BT[counted].astype(np.float64), minlength=len(nll_sum_T)
+    )
     count_T += np.bincount(position, minlength=len(count_T))
   if not count_T.any():
     raise InputError('evaluation: the batches hold no target')
@@ -137,19 +160,36 @@ def loss_by_position(
 
 
 def loss_by_source_length(
-  definition: Definition, params: Params, batches: Iterable[Any], edges: Sequence[int], *, dtype: Any = None,
+  definition: Definition,
+  params: Params,
+  batches: Iterable[Any],
+  edges: Sequence[int],
+  *,
+  dtype: Any = None,
 ) -> list[EvalResult | None]:
-  """Of batches of pairs, sums over the targets of sources of like length: `edges` are ascending lengths, without the end of the
-  document, at which groups end (a source of so many tokens is still in the group), and longer ones are a last group; None for a
-  group without targets. The errors are those of `evaluate`."""
+  """Of batches of pairs, sums over the targets of sources of like length: `edges` are ascending
+  lengths, without the end of the document, at which groups end (a source of so many tokens is still
+  in the group), and longer ones are a last group; None for a group without targets. The errors are
+  those of `evaluate`."""
   chosen, groups = list(batches), len(edges) + 1
-  nll_sum_G, count_G, hits_G = np.zeros(groups), np.zeros(groups, np.int64), np.zeros(groups, np.int64)
+  nll_sum_G, count_G, hits_G = (
+    np.zeros(groups),
+    np.zeros(groups, np.int64),
+    np.zeros(groups, np.int64),
+  )
   scored = _scores(definition, params, chosen, None, 'fsdp_tensor', dtype)
   for batch, (nll_BT, hit_BT, targets_BT, _) in zip(chosen, scored, strict=True):
     group_B = np.searchsorted(edges, (np.asarray(batch.source_BS) != IGNORE).sum(axis=1) - 1)
-    for values_BT, sums_G in ((nll_BT.astype(np.float64), nll_sum_G), (targets_BT != IGNORE, count_G), (hit_BT, hits_G)):
+    for values_BT, sums_G in (
+      (nll_BT.astype(np.float64), nll_sum_G),
+      (targets_BT != IGNORE, count_G),
+      (hit_BT, hits_G),
+    ):
       np.add.at(sums_G, group_B, values_BT[: len(group_B)].sum(axis=1))
-  return [EvalResult(float(n), int(c), None, int(h)) if c else None for n, c, h in zip(nll_sum_G, count_G, hits_G, strict=True)]
+  return [
+    EvalResult(float(n), int(c), None, int(h)) if c else None
+    for n, c, h in zip(nll_sum_G, count_G, hits_G, strict=True)
+  ]
 
 
 def _positions_BT(segments_BT: np.ndarray | None, shape: tuple[int, ...]) -> np.ndarray:
@@ -160,7 +200,7 @@ def _positions_BT(segments_BT: np.ndarray | None, shape: tuple[int, ...]) -> np.
   return index_BT - np.maximum.accumulate(np.where(starts_BT, index_BT, 0), axis=1)
 
 
-# ---- one program over all batches -------------------------------------------------------------------------------------
+# ---- one program over all batches --------------------------------------------------------------
 
 
 @jax.tree_util.register_dataclass
@@ -184,7 +224,7 @@ class _Batch:
 
 @functools.partial(jax.jit, static_argnames=('definition', 'mesh', 'rules'))
 def _scored(
-  definition: Definition, params: Params, batch: _Batch, mesh: Mesh | None, rules: Rules | str,
+  definition: Definition, params: Params, batch: _Batch, mesh: Mesh | None, rules: Rules | str
 ) -> tuple[Float[Array, 'B T'], Bool[Array, 'B T'], Int[Array, 'B T'], Int[Array, 'B T'] | None]:
   """-log p, right answers, targets and segments, for the host to add up."""
   model: Any = definition.merge(params)
@@ -194,9 +234,15 @@ def _scored(
 
 
 def _scores(
-  definition: Definition, params: Params, batches: Iterable[TargetBatch], mesh: Mesh | None, rules: Rules | str, dtype: Any,
+  definition: Definition,
+  params: Params,
+  batches: Iterable[TargetBatch],
+  mesh: Mesh | None,
+  rules: Rules | str,
+  dtype: Any,
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray | None]]:
-  """-log p, right answers, targets and segments of every batch. While the device has one, the host adds up the one before."""
+  """-log p, right answers, targets and segments of every batch. While the device has one, the host
+  adds up the one before."""
   if dtype is not None:
     params = definition.cast(params, dtype)
   rows, pending = 0, None
@@ -205,7 +251,9 @@ def _scores(
     shards = 1 if mesh is None else -(-batch_shards(mesh, rules) // jax.process_count())
     rows = max(rows, -(-len(checked.targets_BT) // shards) * shards)
     with contextlib.nullcontext() if mesh is None else use_mesh(mesh, rules):
-      scored = _scored(definition, params, _placed(_filled(checked, rows), mesh, rules), mesh, rules)
+      scored = _scored(
+        definition, params, _placed(_filled(checked, rows), mesh, rules), mesh, rules
+      )
     if pending is not None:
       yield _fetched(pending)
     pending = scored
@@ -215,7 +263,9 @@ def _scores(
 
 def _checked(definition: Definition, batch: Any) -> _Batch:
   config, features = definition.config, getattr(batch, 'features_BTF', None)
-  inputs = np.asarray(batch.tokens_BT, np.int32) if features is None else np.asarray(features, np.float32)
+  inputs = (
+    np.asarray(batch.tokens_BT, np.int32) if features is None else np.asarray(features, np.float32)
+  )
   targets, classes = np.asarray(batch.targets_BT, np.int32), getattr(config, 'classes', None)
   checks = [('targets', targets, IGNORE, classes or config.vocab_size)]
   if features is None:
@@ -223,22 +273,34 @@ def _checked(definition: Definition, batch: Any) -> _Batch:
   source = None
   if hasattr(config, 'source_vocab_size'):
     source = np.asarray(batch.source_BS, np.int32)
-    checks.insert(0, ('source tokens', source, IGNORE, config.source_vocab_size))   # -1 is padding
+    checks.insert(0, ('source tokens', source, IGNORE, config.source_vocab_size))  # -1 is padding
   for name, ids, low, end in checks:
     if ids.size and (ids.min() < low or ids.max() >= end):
       what = 'number of classes' if classes and name == 'targets' else 'vocabulary'
-      raise InputError(f'evaluation: {name} from {ids.min()} to {ids.max()}: must be below the {what} of {end}')
+      raise InputError(
+        f'evaluation: {name} from {ids.min()} to {ids.max()}: must be below the {what} of {end}'
+      )
   T = max(targets.shape[1], 0 if source is None else source.shape[1])
   if config.longest is not None and config.longest < T:
-    raise InputError(f'evaluation: {T} tokens in a row are more than the {config.longest} positions that the model has learned')
-  return _Batch(inputs, targets, None if batch.segments_BT is None else np.asarray(batch.segments_BT, np.int32), source)
+    raise InputError(
+      f'evaluation: {T} tokens in a row are more than the {config.longest} positions that the '
+      'model has learned'
+    )
+  return _Batch(
+    inputs,
+    targets,
+    None if batch.segments_BT is None else np.asarray(batch.segments_BT, np.int32),
+    source,
+  )
 
 
 def _filled(batch: _Batch, rows: int) -> _Batch:
   extra = ((0, rows - len(batch.targets_BT)), (0, 0))
   segments = None if batch.segments_BT is None else np.pad(batch.segments_BT, extra)
   inputs = np.pad(batch.inputs, (*extra, *((0, 0),) * (batch.inputs.ndim - 2)))
-  source = None if batch.source_BS is None else np.pad(batch.source_BS, extra, constant_values=IGNORE)
+  source = (
+    None if batch.source_BS is None else np.pad(batch.source_BS, extra, constant_values=IGNORE)
+  )
   return _Batch(inputs, np.pad(batch.targets_BT, extra, constant_values=IGNORE), segments, source)
 
 

@@ -1,9 +1,9 @@
-"""How good translations are: BLEU and chrF by sacrebleu, exact matches, and all of them by the length of the source.
+"""How good translations are: BLEU and chrF by sacrebleu, exact matches, and all of them by the
+length of the source.
 
-BLEU is that of Papineni et al. 2002 and chrF that of Popovic 2015, on detokenised text as Post 2018 asks for; a score comes with
-sacrebleu's signature, without which it cannot be compared. sacrebleu is part of the extra `translation`; without it there are exact
-matches alone.
-"""
+BLEU is that of Papineni et al. 2002 and chrF that of Popovic 2015, on detokenised text as Post 2018
+asks for; a score comes with sacrebleu's signature, without which it cannot be compared. sacrebleu
+is part of the extra `translation`; without it there are exact matches alone."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from jaxformer.config import InputError
 from jaxformer.data import HeldOutPair, Tokenizer
 
 Translate = Callable[[list[np.ndarray]], Sequence[Sequence[int] | np.ndarray]]
-"""Translations of several texts: the ids of each, with the end of the document, to those of its translation, with or without."""
+"""Translations of several texts: the ids of each, with the end of the document, to those of its
+translation, with or without."""
 
 BOOTSTRAP = 1000
 GROUPS = 4
@@ -29,7 +30,8 @@ class Score:
   """
   Attributes:
     value: 0 to 100.
-    interval: half the width of the 95% interval of bootstrap resampling (Koehn 2004); None where it was not asked for.
+    interval: half the width of the 95% interval of bootstrap resampling (Koehn 2004); None where it
+      was not asked for.
     signature: what the score was computed by.
   """
 
@@ -59,7 +61,9 @@ class TranslationScores:
 
   def json(self) -> dict[str, Any]:
     return {'pairs': self.pairs, 'exact_match': self.exact_match} | {
-      name: None if score is None else dataclasses.asdict(score) for name, score in (('bleu', self.bleu), ('chrf', self.chrf))}
+      name: None if score is None else dataclasses.asdict(score)
+      for name, score in (('bleu', self.bleu), ('chrf', self.chrf))
+    }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,28 +90,46 @@ class TranslationResult:
 
   def json(self) -> dict[str, Any]:
     """The scores as JSON data."""
-    groups = [{'shortest': g.shortest, 'longest': g.longest} | g.scores.json() for g in self.by_length]
+    groups = [
+      {'shortest': g.shortest, 'longest': g.longest} | g.scores.json() for g in self.by_length
+    ]
     return self.scores.json() | {'by_source_length': groups}
 
   def lines(self) -> list[str]:
     """The scores for a reader, with the signatures below."""
     out = [f'{self.scores.pairs:,} translations: {_line(self.scores)}']
-    out += [f'  source of {g.shortest} to {g.longest} tokens ({g.scores.pairs:,}): {_line(g.scores)}' for g in self.by_length]
+    out += [
+      f'  source of {g.shortest} to {g.longest} tokens ({g.scores.pairs:,}): {_line(g.scores)}'
+      for g in self.by_length
+    ]
     found = (self.scores.bleu, self.scores.chrf)
-    signatures = [f'  {name} {score.signature}' for name, score in zip(('BLEU', 'chrF'), found) if score is not None]
-    return out + (signatures or ["  BLEU and chrF need the package 'sacrebleu': pip install 'jaxformer[translation]'"])
+    signatures = [
+      f'  {name} {score.signature}'
+      for name, score in zip(('BLEU', 'chrF'), found)
+      if score is not None
+    ]
+    return out + (
+      signatures
+      or ["  BLEU and chrF need the package 'sacrebleu': pip install 'jaxformer[translation]'"]
+    )
 
 
 def _line(scores: TranslationScores) -> str:
   parts = [f'exact match {scores.exact_match:.2%}']
   for name, score in (('BLEU', scores.bleu), ('chrF', scores.chrf)):
     if score is not None:
-      parts.append(f'{name} {score.value:.2f}' + ('' if score.interval is None else f' ± {score.interval:.2f}'))
+      parts.append(
+        f'{name} {score.value:.2f}' + ('' if score.interval is None else f' ± {score.interval:.2f}')
+      )
   return ', '.join(parts)
 
 
 def evaluate_translation(
-  translate: Translate, pairs: Sequence[HeldOutPair], tokenizer: Tokenizer, *, edges: Sequence[int] | None = None,
+  translate: Translate,
+  pairs: Sequence[HeldOutPair],
+  tokenizer: Tokenizer,
+  *,
+  edges: Sequence[int] | None = None,
   bootstrap: int | None = BOOTSTRAP,
 ) -> TranslationResult:
   """Translates the sources of `pairs` and scores what comes out.
@@ -116,8 +138,9 @@ def evaluate_translation(
     translate: asked once for all of them.
     pairs: as `Dataset.held_out_pairs` gives them.
     tokenizer: of the translations, which end at the first end of a document.
-    edges: ascending lengths of sources at which the groups end (a source of so many tokens is still in the group); longer ones are
-      a group of their own. None for four groups of about as many pairs each.
+    edges: ascending lengths of sources at which the groups end (a source of so many tokens is still
+      in the group); longer ones are a group of their own. None for four groups of about as many
+      pairs each.
     bootstrap: resamples behind the interval of the scores over all pairs; None for no interval.
   """
   if not pairs:
@@ -129,7 +152,10 @@ def evaluate_translation(
   references = [p.reference for p in pairs]
   lengths = np.array([len(p.source_ids) - 1 for p in pairs])
   return TranslationResult(
-    score(hypotheses, references, bootstrap), by_length(hypotheses, references, lengths, edges), hypotheses)
+    score(hypotheses, references, bootstrap),
+    by_length(hypotheses, references, lengths, edges),
+    hypotheses,
+  )
 
 
 def _before_end(ids: Sequence[int] | np.ndarray, end: int | None) -> list[int]:
@@ -138,9 +164,13 @@ def _before_end(ids: Sequence[int] | np.ndarray, end: int | None) -> list[int]:
 
 
 def by_length(
-  hypotheses: Sequence[str], references: Sequence[str], lengths: Sequence[int] | np.ndarray, edges: Sequence[int] | None = None
+  hypotheses: Sequence[str],
+  references: Sequence[str],
+  lengths: Sequence[int] | np.ndarray,
+  edges: Sequence[int] | None = None,
 ) -> list[LengthScores]:
-  """Scores of groups by the length of the source, without intervals; `edges` as for `evaluate_translation`."""
+  """Scores of groups by the length of the source, without intervals; `edges` as for
+  `evaluate_translation`."""
   lengths = np.asarray(lengths)
   if edges is None:
     edges = np.unique(np.quantile(lengths, np.arange(1, GROUPS) / GROUPS, method='lower')).tolist()
@@ -155,13 +185,18 @@ def by_length(
   return out
 
 
-def score(hypotheses: Sequence[str], references: Sequence[str], bootstrap: int | None = None) -> TranslationScores:
+def score(
+  hypotheses: Sequence[str], references: Sequence[str], bootstrap: int | None = None
+) -> TranslationScores:
   """Scores of translations against one reference each.
 
   Raises `InputError` where there are none, or not as many of both.
   """
   if not hypotheses or len(hypotheses) != len(references):
-    raise InputError(f'translation: {len(hypotheses)} translations and {len(references)} references; as many of both, at least one')
+    raise InputError(
+      f'translation: {len(hypotheses)} translations and {len(references)} references; as many of '
+      'both, at least one'
+    )
   if bootstrap is not None and bootstrap < 2:
     raise InputError(f'bootstrap = {bootstrap}: must be at least 2, or none')
   exact = sum(h == r for h, r in zip(hypotheses, references, strict=True))
@@ -170,13 +205,19 @@ def score(hypotheses: Sequence[str], references: Sequence[str], bootstrap: int |
   except ImportError:
     return TranslationScores(len(hypotheses), exact, None, None)
   # `force` only silences the warning about text that looks tokenised.
-  bleu, chrf = (_scored(metric, hypotheses, references, bootstrap) for metric in (BLEU(force=True), CHRF()))
+  bleu, chrf = (
+    _scored(metric, hypotheses, references, bootstrap) for metric in (BLEU(force=True), CHRF())
+  )
   return TranslationScores(len(hypotheses), exact, bleu, chrf)
 
 
-def _scored(metric: Any, hypotheses: Sequence[str], references: Sequence[str], bootstrap: int | None) -> Score:
+def _scored(
+  metric: Any, hypotheses: Sequence[str], references: Sequence[str], bootstrap: int | None
+) -> Score:
   found = metric.corpus_score(list(hypotheses), [list(references)], n_bootstrap=bootstrap or 1)
   signature = str(metric.get_signature())
   facts = json.loads(found.format(width=6, signature=signature, is_json=True))
   # sacrebleu states no interval where all resamples score 0.
-  return Score(found.score, None if bootstrap is None else facts.get('confidence_var', 0.0), signature)
+  return Score(
+    found.score, None if bootstrap is None else facts.get('confidence_var', 0.0), signature
+  )

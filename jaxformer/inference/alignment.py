@@ -1,4 +1,5 @@
-"""Which words of the source a decoder looked at for each word that it wrote, as a matrix and as a picture."""
+"""Which words of the source a decoder looked at for each word that it wrote, as a matrix and as a
+picture."""
 
 from __future__ import annotations
 
@@ -22,8 +23,10 @@ class Alignment(NamedTuple):
   """Attention of a pair.
 
   Attributes:
-    mean_TS: the mean over layers; row t is what the model looked at when it predicted token t of the target.
-    layers_LTS: of each layer that attends to the source, from the bottom up, the mean over its heads.
+    mean_TS: the mean over layers; row t is what the model looked at when it predicted token t of
+      the target.
+    layers_LTS: of each layer that attends to the source, from the bottom up, the mean over its
+      heads.
   """
 
   mean_TS: Float[np.ndarray, 'T S']
@@ -32,13 +35,21 @@ class Alignment(NamedTuple):
 
 @functools.partial(jax.jit, static_argnames='definition')
 def _alignments(
-  definition: Definition[EncoderDecoder], params: Params, source_BS: Int[Array, 'B S'], tokens_BT: Int[Array, 'B T'],
+  definition: Definition[EncoderDecoder],
+  params: Params,
+  source_BS: Int[Array, 'B S'],
+  tokens_BT: Int[Array, 'B T'],
 ) -> tuple[Array, ...]:
   return definition.merge(params)(source_BS, tokens_BT, Context(align=True)).alignments
 
 
 def align(
-  definition: Definition[EncoderDecoder], params: Params, source: Sequence[int], target: Sequence[int], *, end: int,
+  definition: Definition[EncoderDecoder],
+  params: Params,
+  source: Sequence[int],
+  target: Sequence[int],
+  *,
+  end: int,
   begin: int | None = None,
 ) -> Alignment:
   """The alignment of a source with a target that is given, its own translation or another.
@@ -46,37 +57,55 @@ def align(
   Args:
     source: token ids with the token that ends a source.
     target: token ids without the end, for which there is a row too, the last.
-    end, begin: the token that ends a target, and the one that the decoder reads first; None for `end`.
+    end, begin: the token that ends a target, and the one that the decoder reads first; None for
+      `end`.
 
   Raises `InputError` for a model without attention to the source, and for ids out of range.
   """
   config = definition.config
-  for name, ids, size in (('source', source, config.source_vocab_size), ('target', [*target, end], config.vocab_size)):
+  for name, ids, size in (
+    ('source', source, config.source_vocab_size),
+    ('target', [*target, end], config.vocab_size),
+  ):
     if wrong := [t for t in ids if not 0 <= t < size]:
-      raise InputError(f'{name}: has token {wrong[0]}: must be at least 0 and below the vocabulary of {size}')
+      raise InputError(
+        f'{name}: has token {wrong[0]}: must be at least 0 and below the vocabulary of {size}'
+      )
   if not len(source):
     raise InputError('source: is empty; give at least the token that ends it')
   tokens = [end if begin is None else begin, *target]
-  found = _alignments(definition, params, jnp.asarray([list(source)], jnp.int32), jnp.asarray([tokens], jnp.int32))
+  found = _alignments(
+    definition, params, jnp.asarray([list(source)], jnp.int32), jnp.asarray([tokens], jnp.int32)
+  )
   if not found:
     raise InputError('alignment: the model has no attention to the source')
   layers = np.stack([np.asarray(a[0]) for a in found])
   return Alignment(layers.mean(0), layers)
 
 
-def draw(path: str | os.PathLike, weights_TS: Float[np.ndarray, 'T S'], source: Sequence[str], target: Sequence[str]) -> None:
-  """Writes a picture of an alignment, the target from top to bottom and the source from left to right (as figure 3 of Bahdanau et
-  al. 2014), in the format that the path's ending says. Needs matplotlib, the `plot` extra."""
+def draw(
+  path: str | os.PathLike,
+  weights_TS: Float[np.ndarray, 'T S'],
+  source: Sequence[str],
+  target: Sequence[str],
+) -> None:
+  """Writes a picture of an alignment, the target from top to bottom and the source from left to
+  right (as figure 3 of Bahdanau et al. 2014), in the format that the path's ending says. Needs
+  matplotlib, the `plot` extra."""
   try:
     from matplotlib.figure import Figure
   except ImportError:
     raise InputError("a picture needs matplotlib: pip install 'jaxformer[plot]'") from None
   T, S = weights_TS.shape
   if (len(target), len(source)) != (T, S):
-    raise InputError(f'an alignment of {T} by {S} tokens needs so many names, not {len(target)} and {len(source)}')
+    raise InputError(
+      f'an alignment of {T} by {S} tokens needs so many names, not {len(target)} and {len(source)}'
+    )
   figure = Figure(figsize=(2 + 0.28 * S, 1.5 + 0.28 * T), layout='constrained')
   axes = figure.add_subplot()
-  axes.imshow(weights_TS, cmap='gray', vmin=0.0, vmax=max(1e-6, float(weights_TS.max())), aspect='equal')
+  axes.imshow(
+    weights_TS, cmap='gray', vmin=0.0, vmax=max(1e-6, float(weights_TS.max())), aspect='equal'
+  )
   axes.set_xticks(range(S), source, rotation=90)
   axes.set_yticks(range(T), target)
   axes.xaxis.tick_top()

@@ -1,5 +1,5 @@
-"""Search for a translation on the device: the likeliest token at each step, or a beam; each one program, from the source's tokens
-to the best hypotheses.
+"""Search for a translation on the device: the likeliest token at each step, or a beam; each one
+program, from the source's tokens to the best hypotheses.
 
 Dims: B batch, S source, K width of the beam, N most new tokens, V vocabulary.
 """
@@ -22,15 +22,17 @@ from jaxformer.models.params import Definition, Params
 
 
 class Beam(Config):
-  """Beam search (Sutskever et al. 2014, section 3.2) with the penalties of GNMT (Wu et al. 2016, section 7).
+  """Beam search (Sutskever et al. 2014, section 3.2) with the penalties of GNMT (Wu et al. 2016,
+  section 7).
 
-  The `width` likeliest hypotheses are kept; one that ends keeps its place, and the search goes on with the others until all have
-  ended. The best has the largest
+  The `width` likeliest hypotheses are kept; one that ends keeps its place, and the search goes on
+  with the others until all have ended. The best has the largest
 
-    log p(Y | X) / lp(Y) + cp(X, Y),  lp = ((5 + |Y|) / 6)^length_penalty,  cp = coverage_penalty sum_i log min(sum_j a_ij, 1)
+    log p(Y | X) / lp(Y) + cp(X, Y),  lp = ((5 + |Y|) / 6)^length_penalty,  cp = coverage_penalty
+    sum_i log min(sum_j a_ij, 1)
 
-  where |Y| counts the end and a_ij is the attention of step j to source token i, the mean over layers; of hypotheses that did not
-  end none is taken while there is another.
+  where |Y| counts the end and a_ij is the attention of step j to source token i, the mean over
+  layers; of hypotheses that did not end none is taken while there is another.
 
   Attributes:
     width: 1 takes the likeliest token at each step.
@@ -74,8 +76,9 @@ class Hypotheses:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _Search:
-  """Where a search stands: the decoder's state after all tokens but the last, the last, and the hypotheses; `coverage_BKS` is what
-  each source token has had of attention, None where nobody asks."""
+  """Where a search stands: the decoder's state after all tokens but the last, the last, and the
+  hypotheses; `coverage_BKS` is what each source token has had of attention, None where nobody
+  asks."""
 
   state: DecoderState
   token_BK: Array
@@ -91,7 +94,9 @@ class _Search:
     return self.finished_BK | (self.length_BK >= limit_B[:, None])
 
   def goes_on(self, limit_B: Array) -> Array:
-    return ~(self.done_BK(limit_B) | jnp.isneginf(self.log_p_BK)).all() & (self.count < self.tokens_BKN.shape[2])
+    return ~(self.done_BK(limit_B) | jnp.isneginf(self.log_p_BK)).all() & (
+      self.count < self.tokens_BKN.shape[2]
+    )
 
 
 _STATIC = ('definition', 'beam', 'max_new_tokens', 'vocab_size', 'where')
@@ -99,8 +104,17 @@ _STATIC = ('definition', 'beam', 'max_new_tokens', 'vocab_size', 'where')
 
 @functools.partial(jax.jit, static_argnames=_STATIC)
 def beam_search(
-  definition: Definition[EncoderDecoder], params: Params, source_BS: Int[Array, 'B S'], begin: Int[Array, ''], end: Int[Array, ''],
-  limit_B: Int[Array, ' B'], *, beam: Beam, max_new_tokens: int, vocab_size: int | None = None, where: Any = None,
+  definition: Definition[EncoderDecoder],
+  params: Params,
+  source_BS: Int[Array, 'B S'],
+  begin: Int[Array, ''],
+  end: Int[Array, ''],
+  limit_B: Int[Array, ' B'],
+  *,
+  beam: Beam,
+  max_new_tokens: int,
+  vocab_size: int | None = None,
+  where: Any = None,
 ) -> Hypotheses:
   """The hypotheses of a beam for every source.
 
@@ -113,16 +127,22 @@ def beam_search(
     where: mesh and rules, which the program depends on.
   """
   model, K = definition.merge(params), beam.width
-  search, spread = _begun(definition, model, params, source_BS, begin, K, max_new_tokens, beam.coverage_penalty > 0)
+  search, spread = _begun(
+    definition, model, params, source_BS, begin, K, max_new_tokens, beam.coverage_penalty > 0
+  )
 
   def one(s: _Search) -> _Search:
     B, V = s.token_BK.shape[0], definition.config.vocab_size
-    out = model.step(s.token_BK.reshape(-1), STEP.replace(align=s.coverage_BKS is not None), s.state)
+    out = model.step(
+      s.token_BK.reshape(-1), STEP.replace(align=s.coverage_BKS is not None), s.state
+    )
     total_BKV = s.log_p_BK[:, :, None] + _log_p(out.y, vocab_size).reshape(B, K, V)
     # What is done has one way to go on, which changes nothing and comes before all others.
     done_BK = s.done_BK(limit_B)
     stays_BKV = done_BK[:, :, None] & (jnp.arange(V) == 0)[None, None]
-    total_BKV = jnp.where(done_BK[:, :, None], jnp.where(stays_BKV, s.log_p_BK[:, :, None], -jnp.inf), total_BKV)
+    total_BKV = jnp.where(
+      done_BK[:, :, None], jnp.where(stays_BKV, s.log_p_BK[:, :, None], -jnp.inf), total_BKV
+    )
     _, best_BK = jax.lax.top_k(jnp.where(stays_BKV, jnp.inf, total_BKV).reshape(B, -1), K)
     parent_BK, token_BK = best_BK // V, best_BK % V
 
@@ -132,28 +152,49 @@ def beam_search(
     had_BK = of_parents(done_BK)
     ends_BK = ~had_BK & (token_BK == end)
     tokens = jax.lax.dynamic_update_slice(
-      of_parents(s.tokens_BKN), jnp.where(had_BK | ends_BK, NONE, token_BK)[:, :, None], (0, 0, s.count))
+      of_parents(s.tokens_BKN),
+      jnp.where(had_BK | ends_BK, NONE, token_BK)[:, :, None],
+      (0, 0, s.count),
+    )
     coverage = s.coverage_BKS
     if coverage is not None:
       seen = _attended(out.alignments).reshape(coverage.shape)
       coverage = of_parents(coverage) + jnp.where(had_BK[:, :, None], 0.0, of_parents(seen))
     log_p_BK = jnp.take_along_axis(total_BKV.reshape(B, -1), best_BK, axis=1)
     return _Search(
-      spread.chosen(out.state, parent_BK), jnp.where(had_BK, end, token_BK).astype(jnp.int32), tokens,
-      of_parents(s.length_BK) + ~had_BK, log_p_BK, of_parents(s.finished_BK) | ends_BK, coverage, s.count + 1)
+      spread.chosen(out.state, parent_BK),
+      jnp.where(had_BK, end, token_BK).astype(jnp.int32),
+      tokens,
+      of_parents(s.length_BK) + ~had_BK,
+      log_p_BK,
+      of_parents(s.finished_BK) | ends_BK,
+      coverage,
+      s.count + 1,
+    )
 
   return _best(jax.lax.while_loop(lambda s: s.goes_on(limit_B), one, search), source_BS, beam)
 
 
 @functools.partial(jax.jit, static_argnames=_STATIC)
 def greedy_search(
-  definition: Definition[EncoderDecoder], params: Params, source_BS: Int[Array, 'B S'], begin: Int[Array, ''], end: Int[Array, ''],
-  limit_B: Int[Array, ' B'], *, beam: Beam = GREEDY_BEAM, max_new_tokens: int, vocab_size: int | None = None, where: Any = None,
+  definition: Definition[EncoderDecoder],
+  params: Params,
+  source_BS: Int[Array, 'B S'],
+  begin: Int[Array, ''],
+  end: Int[Array, ''],
+  limit_B: Int[Array, ' B'],
+  *,
+  beam: Beam = GREEDY_BEAM,
+  max_new_tokens: int,
+  vocab_size: int | None = None,
+  where: Any = None,
 ) -> Hypotheses:
-  """One hypothesis for every source, of the likeliest token at each step: `beam_search` of width 1, without its sorting. The
-  penalties of `beam` bear on its score."""
+  """One hypothesis for every source, of the likeliest token at each step: `beam_search` of width 1,
+  without its sorting. The penalties of `beam` bear on its score."""
   model = definition.merge(params)
-  search, _ = _begun(definition, model, params, source_BS, begin, 1, max_new_tokens, beam.coverage_penalty > 0)
+  search, _ = _begun(
+    definition, model, params, source_BS, begin, 1, max_new_tokens, beam.coverage_penalty > 0
+  )
 
   def one(s: _Search) -> _Search:
     out = model.step(s.token_BK[:, 0], STEP.replace(align=s.coverage_BKS is not None), s.state)
@@ -161,23 +202,38 @@ def greedy_search(
     token_BK = jnp.argmax(log_p_BV, axis=-1).astype(jnp.int32)[:, None]
     had_BK = s.done_BK(limit_B)
     ends_BK = ~had_BK & (token_BK == end)
-    tokens = jax.lax.dynamic_update_slice(s.tokens_BKN, jnp.where(had_BK | ends_BK, NONE, token_BK)[:, :, None], (0, 0, s.count))
+    tokens = jax.lax.dynamic_update_slice(
+      s.tokens_BKN, jnp.where(had_BK | ends_BK, NONE, token_BK)[:, :, None], (0, 0, s.count)
+    )
     coverage = s.coverage_BKS
     if coverage is not None:
       coverage = coverage + jnp.where(had_BK[:, :, None], 0.0, _attended(out.alignments)[:, None])
     log_p_BK = s.log_p_BK + jnp.where(had_BK, 0.0, jnp.take_along_axis(log_p_BV, token_BK, axis=1))
-    return _Search(out.state, token_BK, tokens, s.length_BK + ~had_BK, log_p_BK, s.finished_BK | ends_BK, coverage, s.count + 1)
+    return _Search(
+      out.state,
+      token_BK,
+      tokens,
+      s.length_BK + ~had_BK,
+      log_p_BK,
+      s.finished_BK | ends_BK,
+      coverage,
+      s.count + 1,
+    )
 
   return _best(jax.lax.while_loop(lambda s: s.goes_on(limit_B), one, search), source_BS, beam)
 
 
-# ---- pieces -----------------------------------------------------------------------------------------------------------
+# ---- pieces ------------------------------------------------------------------------------------
 
 
 def _log_p(logits: Array, vocab_size: int | None) -> Array:
   """log p of every token; what is no token is as likely as the model says, and never taken."""
   log_p = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
-  return log_p if vocab_size is None else jnp.where((jnp.arange(log_p.shape[-1]) < vocab_size)[None], log_p, -jnp.inf)
+  return (
+    log_p
+    if vocab_size is None
+    else jnp.where((jnp.arange(log_p.shape[-1]) < vocab_size)[None], log_p, -jnp.inf)
+  )
 
 
 def _attended(alignments: tuple[Array, ...]) -> Array:
@@ -189,17 +245,21 @@ def _attended(alignments: tuple[Array, ...]) -> Array:
 
 @dataclasses.dataclass(frozen=True)
 class _Spread:
-  """How a decoder's state holds K hypotheses a source; `axes`: along which axis each of its arrays has the batch, -1 for none."""
+  """How a decoder's state holds K hypotheses a source; `axes`: along which axis each of its arrays
+  has the batch, -1 for none."""
 
   axes: Any
   K: int
 
   def repeated(self, state: DecoderState) -> DecoderState:
     """The state of each source, K times."""
-    return jax.tree.map(lambda x, axis: x if axis < 0 else jnp.repeat(x, self.K, axis=axis), state, self.axes)
+    return jax.tree.map(
+      lambda x, axis: x if axis < 0 else jnp.repeat(x, self.K, axis=axis), state, self.axes
+    )
 
   def chosen(self, state: DecoderState, parent_BK: Array) -> DecoderState:
-    """The states of the parents. What came of the source is the same for all hypotheses and stays."""
+    """The states of the parents. What came of the source is the same for all hypotheses and
+    stays."""
     rows = (parent_BK + self.K * jnp.arange(len(parent_BK))[:, None]).reshape(-1)
 
     def taken(x: Any, axis: Any) -> Any:
@@ -209,9 +269,17 @@ class _Spread:
 
 
 def _begun(
-  definition: Definition, model: EncoderDecoder, params: Params, source_BS: Array, begin: Array, K: int, N: int, covers: bool,
+  definition: Definition,
+  model: EncoderDecoder,
+  params: Params,
+  source_BS: Array,
+  begin: Array,
+  K: int,
+  N: int,
+  covers: bool,
 ) -> tuple[_Search, _Spread]:
-  """The search before its first token. The model's decoder is separated, so that the loop updates each layer's state in place."""
+  """The search before its first token. The model's decoder is separated, so that the loop updates
+  each layer's state in place."""
   stack = model.decoder
 
   def state_of(params: Params, source_BS: Array) -> DecoderState:
@@ -220,7 +288,9 @@ def _begun(
     return dataclasses.replace(state, stack=stack.separate_state(state.stack, STEP))
 
   def shapes(rows: int) -> Any:
-    return jax.eval_shape(state_of, params, jax.ShapeDtypeStruct((rows, source_BS.shape[1]), jnp.int32))
+    return jax.eval_shape(
+      state_of, params, jax.ShapeDtypeStruct((rows, source_BS.shape[1]), jnp.int32)
+    )
 
   def differs(a: Any, b: Any) -> int:
     return next((i for i, (m, n) in enumerate(zip(a.shape, b.shape, strict=True)) if m != n), -1)
@@ -229,11 +299,18 @@ def _begun(
   spread = _Spread(jax.tree.map(differs, shapes(1), shapes(2)), K)
   state = spread.repeated(state_of(params, source_BS))
   model.decoder = stack.separated(STEP)
-  live_K = jnp.where(jnp.arange(K) == 0, 0.0, -jnp.inf)   # the others are the same hypothesis
+  live_K = jnp.where(jnp.arange(K) == 0, 0.0, -jnp.inf)  # the others are the same hypothesis
   zeros_BK = jnp.zeros((B, K), jnp.int32)
   return _Search(
-    state, zeros_BK + begin, jnp.full((B, K, N), NONE, jnp.int32), zeros_BK, jnp.broadcast_to(live_K[None], (B, K)),
-    jnp.zeros((B, K), bool), jnp.zeros((B, K, S)) if covers else None, jnp.int32(0)), spread
+    state,
+    zeros_BK + begin,
+    jnp.full((B, K, N), NONE, jnp.int32),
+    zeros_BK,
+    jnp.broadcast_to(live_K[None], (B, K)),
+    jnp.zeros((B, K), bool),
+    jnp.zeros((B, K, S)) if covers else None,
+    jnp.int32(0),
+  ), spread
 
 
 def _best(s: _Search, source_BS: Array, beam: Beam) -> Hypotheses:
@@ -241,7 +318,14 @@ def _best(s: _Search, source_BS: Array, beam: Beam) -> Hypotheses:
   score = s.log_p_BK / ((5.0 + s.length_BK) / 6.0) ** beam.length_penalty
   if s.coverage_BKS is not None:
     covered = jnp.log(jnp.clip(s.coverage_BKS, 1e-10, 1.0))
-    score = score + beam.coverage_penalty * jnp.where((source_BS != PADDING)[:, None], covered, 0.0).sum(-1)
+    score = score + beam.coverage_penalty * jnp.where(
+      (source_BS != PADDING)[:, None], covered, 0.0
+    ).sum(-1)
   order_BK = jnp.lexsort((-score, ~s.finished_BK), axis=-1)
   parts = s.tokens_BKN, s.length_BK, s.log_p_BK, score, s.finished_BK
-  return Hypotheses(*(jnp.take_along_axis(p, order_BK.reshape(*order_BK.shape, *(1,) * (p.ndim - 2)), axis=1) for p in parts))
+  return Hypotheses(
+    *(
+      jnp.take_along_axis(p, order_BK.reshape(*order_BK.shape, *(1,) * (p.ndim - 2)), axis=1)
+      for p in parts
+    )
+  )

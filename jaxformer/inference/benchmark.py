@@ -33,16 +33,40 @@ class DecodeTime(NamedTuple):
 
 
 def time_decode(
-  definition: Definition[LanguageModel], params: Params, prompt_length: int, new_tokens: int, batch: int = 1, repeats: int = 5, *,
-  sampling: Sampling = GREEDY, dtype: Any = None, mesh: Mesh | None = None, rules: Rules | str = 'fsdp_tensor',
+  definition: Definition[LanguageModel],
+  params: Params,
+  prompt_length: int,
+  new_tokens: int,
+  batch: int = 1,
+  repeats: int = 5,
+  *,
+  sampling: Sampling = GREEDY,
+  dtype: Any = None,
+  mesh: Mesh | None = None,
+  rules: Rules | str = 'fsdp_tensor',
 ) -> DecodeTime:
-  """Times prompts of `prompt_length` random tokens continued by `new_tokens`, prefill and decoding apart, warm."""
+  """Times prompts of `prompt_length` random tokens continued by `new_tokens`, prefill and decoding
+  apart, warm."""
   if new_tokens < 2 or prompt_length < 1 or batch < 1 or repeats < 1:
     raise InputError(
       f'prompt_length = {prompt_length}, batch = {batch} and repeats = {repeats} must be positive, '
-      f'new_tokens = {new_tokens} at least 2')
-  prompts = np.random.default_rng(0).integers(0, definition.config.vocab_size, (batch, prompt_length)).tolist()
-  r = request(definition, params, prompts, max_new_tokens=new_tokens, sampling=sampling, dtype=dtype, mesh=mesh, rules=rules)
+      f'new_tokens = {new_tokens} at least 2'
+    )
+  prompts = (
+    np.random.default_rng(0)
+    .integers(0, definition.config.vocab_size, (batch, prompt_length))
+    .tolist()
+  )
+  r = request(
+    definition,
+    params,
+    prompts,
+    max_new_tokens=new_tokens,
+    sampling=sampling,
+    dtype=dtype,
+    mesh=mesh,
+    rules=rules,
+  )
   start = time.perf_counter()
   jax.block_until_ready(r.advance(r.begin(), new_tokens))
   compile_seconds = time.perf_counter() - start
@@ -51,7 +75,8 @@ def time_decode(
     start = time.perf_counter()
     begun = jax.block_until_ready(r.begin())
     prefill.append(time.perf_counter() - start)
-    # The clock starts within the loop: as it begins, memory that the prompt took is given back, and the more of it the longer.
+    # The clock starts within the loop: as it begins, memory that the prompt took is given back, and
+    # the more of it the longer.
     going = jax.block_until_ready(r.advance(begun, first))
     start = time.perf_counter()
     jax.block_until_ready(r.advance(going, new_tokens))

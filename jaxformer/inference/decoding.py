@@ -1,7 +1,9 @@
-"""Decoding on the device: one program that reads the prompts, and one that holds the whole loop over new tokens.
+"""Decoding on the device: one program that reads the prompts, and one that holds the whole loop
+over new tokens.
 
-The two are apart so that they compile for their own shapes: a prompt of another length leaves the loop as it is, and the loop
-runs to its end or in pieces, for streaming, as the same program. Nothing between them waits for the host.
+The two are apart so that they compile for their own shapes: a prompt of another length leaves the
+loop as it is, and the loop runs to its end or in pieces, for streaming, as the same program.
+Nothing between them waits for the host.
 
 Dims: B batch, T padded length of the prompts, N most new tokens, V vocabulary.
 """
@@ -27,7 +29,7 @@ from jaxformer.models.language_model import LanguageModel
 from jaxformer.models.params import Definition, Params
 from jaxformer.sharding import Rules, use_mesh
 
-NONE = -1   # no token: what follows the end of a row, and an end of document that does not exist
+NONE = -1  # no token: what follows the end of a row, and an end of document that does not exist
 STEP = Context()
 
 
@@ -55,11 +57,23 @@ class Decoding:
   keys_B: Key[Array, ' B']
 
 
-@functools.partial(jax.jit, static_argnames=('definition', 'sampling', 'max_len', 'max_new_tokens', 'vocab_size', 'where'))
+@functools.partial(
+  jax.jit,
+  static_argnames=('definition', 'sampling', 'max_len', 'max_new_tokens', 'vocab_size', 'where'),
+)
 def begin(
-  definition: Definition[LanguageModel], params: Params, tokens_BT: Int[Array, 'B T'], segments_BT: Int[Array, 'B T'],
-  seed: Int[Array, ''], end: Int[Array, ''], *, sampling: Sampling, max_len: int, max_new_tokens: int,
-  vocab_size: int | None = None, where: Any = None,
+  definition: Definition[LanguageModel],
+  params: Params,
+  tokens_BT: Int[Array, 'B T'],
+  segments_BT: Int[Array, 'B T'],
+  seed: Int[Array, ''],
+  end: Int[Array, ''],
+  *,
+  sampling: Sampling,
+  max_len: int,
+  max_new_tokens: int,
+  vocab_size: int | None = None,
+  where: Any = None,
 ) -> Decoding:
   """Reads the prompts and draws the first new token of each.
 
@@ -79,20 +93,38 @@ def begin(
   seen = None
   if sampling.repetition_penalty is not None:
     V = definition.config.vocab_size
-    seen = jnp.zeros((B, V + 1), bool).at[rows[:, None], jnp.where(segments_BT == 1, tokens_BT, V)].set(True)[:, :V]
+    seen = (
+      jnp.zeros((B, V + 1), bool)
+      .at[rows[:, None], jnp.where(segments_BT == 1, tokens_BT, V)]
+      .set(True)[:, :V]
+    )
   empty = jnp.full((B, max_new_tokens), NONE, jnp.int32)
   # Separate, so that the loop updates each layer's state in place.
   state = dataclasses.replace(out.state, stack=model.stack.separate_state(out.state.stack, STEP))
-  start = Decoding(state, jnp.zeros((B,), jnp.int32), empty, jnp.int32(0), jnp.zeros((B,), bool), seen, keys)
+  start = Decoding(
+    state, jnp.zeros((B,), jnp.int32), empty, jnp.int32(0), jnp.zeros((B,), bool), seen, keys
+  )
   return _drawn(start, model.logits(out.y[:, -1]), end, sampling, vocab_size)
 
 
-@functools.partial(jax.jit, static_argnames=('definition', 'sampling', 'vocab_size', 'where'), donate_argnames='decoding')
+@functools.partial(
+  jax.jit,
+  static_argnames=('definition', 'sampling', 'vocab_size', 'where'),
+  donate_argnames='decoding',
+)
 def advance(
-  definition: Definition[LanguageModel], params: Params, decoding: Decoding, limit: Int[Array, ''], end: Int[Array, ''], *,
-  sampling: Sampling, vocab_size: int | None = None, where: Any = None,
+  definition: Definition[LanguageModel],
+  params: Params,
+  decoding: Decoding,
+  limit: Int[Array, ''],
+  end: Int[Array, ''],
+  *,
+  sampling: Sampling,
+  vocab_size: int | None = None,
+  where: Any = None,
 ) -> Decoding:
-  """Draws tokens until `limit` were drawn for each row, or all rows have finished. `decoding` is consumed."""
+  """Draws tokens until `limit` were drawn for each row, or all rows have finished. `decoding` is
+  consumed."""
   model = definition.merge(params)
   model.stack = model.stack.separated(STEP)
 
@@ -106,19 +138,28 @@ def advance(
   return jax.lax.while_loop(more, one, decoding)
 
 
-def _drawn(d: Decoding, logits_BV: Array, end: Array, sampling: Sampling, vocab_size: int | None) -> Decoding:
+def _drawn(
+  d: Decoding, logits_BV: Array, end: Array, sampling: Sampling, vocab_size: int | None
+) -> Decoding:
   """One more token for each row; a finished row draws too, to no effect."""
   if vocab_size is not None:
     is_token_V = jnp.arange(logits_BV.shape[-1]) < vocab_size
     logits_BV = jnp.where(is_token_V[None], logits_BV, -jnp.inf)
-  token_B = sample(jax.vmap(jax.random.fold_in, in_axes=(0, None))(d.keys_B, d.count), logits_BV, d.seen_BV, sampling)
+  token_B = sample(
+    jax.vmap(jax.random.fold_in, in_axes=(0, None))(d.keys_B, d.count),
+    logits_BV,
+    d.seen_BV,
+    sampling,
+  )
   finished_B = d.finished_B | (token_B == end)
-  tokens_BN = jax.lax.dynamic_update_slice(d.tokens_BN, jnp.where(finished_B, NONE, token_B)[:, None], (0, d.count))
+  tokens_BN = jax.lax.dynamic_update_slice(
+    d.tokens_BN, jnp.where(finished_B, NONE, token_B)[:, None], (0, d.count)
+  )
   seen_BV = None if d.seen_BV is None else d.seen_BV.at[jnp.arange(len(token_B)), token_B].set(True)
   return Decoding(d.state, token_B, tokens_BN, d.count + 1, finished_B, seen_BV, d.keys_B)
 
 
-# ---- from the host ----------------------------------------------------------------------------------------------------
+# ---- from the host -----------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,23 +196,51 @@ class Request:
     tokens_BT, segments_BT = left_padded(self.prompts, self.padded)
     with on(self.mesh, self.rules):
       return begin(
-        self.definition, self.params, tokens_BT, segments_BT, np.uint32(self.seed), np.int32(self.end), sampling=self.sampling,
-        max_len=self.max_len, max_new_tokens=self.room, vocab_size=self.vocab_size, where=self._where)
+        self.definition,
+        self.params,
+        tokens_BT,
+        segments_BT,
+        np.uint32(self.seed),
+        np.int32(self.end),
+        sampling=self.sampling,
+        max_len=self.max_len,
+        max_new_tokens=self.room,
+        vocab_size=self.vocab_size,
+        where=self._where,
+      )
 
   def advance(self, decoding: Decoding, limit: int) -> Decoding:
     """Up to `limit` tokens in all, never more than `max_new_tokens`."""
     with on(self.mesh, self.rules):
       return advance(
-        self.definition, self.params, decoding, np.int32(min(limit, self.max_new_tokens)), np.int32(self.end),
-        sampling=self.sampling, vocab_size=self.vocab_size, where=self._where)
+        self.definition,
+        self.params,
+        decoding,
+        np.int32(min(limit, self.max_new_tokens)),
+        np.int32(self.end),
+        sampling=self.sampling,
+        vocab_size=self.vocab_size,
+        where=self._where,
+      )
 
 
 def request(
-  definition: Definition[LanguageModel], params: Params, prompts: Sequence[Sequence[int]], *, max_new_tokens: int,
-  sampling: Sampling = PLAIN, seed: int = 0, end_of_document: int | None = None, dtype: Any = None, max_len: int | None = None,
-  mesh: Mesh | None = None, rules: Rules | str = 'fsdp_tensor', vocab_size: int | None = None,
+  definition: Definition[LanguageModel],
+  params: Params,
+  prompts: Sequence[Sequence[int]],
+  *,
+  max_new_tokens: int,
+  sampling: Sampling = PLAIN,
+  seed: int = 0,
+  end_of_document: int | None = None,
+  dtype: Any = None,
+  max_len: int | None = None,
+  mesh: Mesh | None = None,
+  rules: Rules | str = 'fsdp_tensor',
+  vocab_size: int | None = None,
 ) -> Request:
-  """Checks a request and rounds its sizes up, so that requests of similar sizes share their compiled programs.
+  """Checks a request and rounds its sizes up, so that requests of similar sizes share their
+  compiled programs.
 
   Raises `InputError`; see `jaxformer.inference.generate`.
   """
@@ -181,26 +250,39 @@ def request(
   if not 0 <= seed < 2**32:
     raise InputError(f'seed = {seed}: must be at least 0 and below 2^32')
   if end_of_document is not None and not 0 <= end_of_document < config.vocab_size:
-    raise InputError(f'end_of_document = {end_of_document}: must be at least 0 and below the vocabulary of {config.vocab_size}')
+    raise InputError(
+      f'end_of_document = {end_of_document}: must be at least 0 and below the vocabulary of '
+      f'{config.vocab_size}'
+    )
   if vocab_size is not None and vocab_size < 1:
     raise InputError(f'vocab_size = {vocab_size}: must be at least 1')
   rows = vocab_size if vocab_size is not None and vocab_size < config.vocab_size else None
-  started = [_started(i, prompt, end_of_document, rows or config.vocab_size) for i, prompt in enumerate(prompts)]
+  started = [
+    _started(i, prompt, end_of_document, rows or config.vocab_size)
+    for i, prompt in enumerate(prompts)
+  ]
   if not started:
     raise InputError('prompts: there are none')
   longest = max(range(len(started)), key=lambda i: len(started[i]))
   needed = len(started[longest]) + max_new_tokens
   if config.longest is not None and needed > config.longest:
     raise InputError(
-      f'prompt {longest} has {len(started[longest])} tokens; with max_new_tokens = {max_new_tokens} that is more than the '
-      f'{config.longest} positions that the model has learned')
+      f'prompt {longest} has {len(started[longest])} tokens; with max_new_tokens = '
+      f'{max_new_tokens} that is more than the '
+      f'{config.longest} positions that the model has learned'
+    )
   most = max_len if max_len is not None else config.longest
   if most is not None and needed > most:
     raise InputError(
-      f'max_len = {max_len}: must be at least {needed}, for {len(started[longest])} tokens of prompt {longest} and '
-      f'{max_new_tokens} new ones')
+      f'max_len = {max_len}: must be at least {needed}, for {len(started[longest])} tokens of '
+      f'prompt {longest} and '
+      f'{max_new_tokens} new ones'
+    )
   if max_len is not None and config.longest is not None and max_len > config.longest:
-    raise InputError(f'max_len = {max_len}: must be at most the {config.longest} positions that the model has learned')
+    raise InputError(
+      f'max_len = {max_len}: must be at most the {config.longest} positions that the model has '
+      'learned'
+    )
   room = bucket(max_new_tokens)
   padded = bucket(len(started[longest]))
   if most is not None:
@@ -209,17 +291,39 @@ def request(
   if dtype is not None:
     params = definition.cast(params, dtype)
   end = NONE if end_of_document is None else end_of_document
-  return Request(definition, params, started, max_new_tokens, sampling, seed, end, padded, length, room, mesh, rules, rows)
+  return Request(
+    definition,
+    params,
+    started,
+    max_new_tokens,
+    sampling,
+    seed,
+    end,
+    padded,
+    length,
+    room,
+    mesh,
+    rules,
+    rows,
+  )
 
 
-def _started(index: int, prompt: Sequence[int], end_of_document: int | None, vocab_size: int) -> list[int]:
+def _started(
+  index: int, prompt: Sequence[int], end_of_document: int | None, vocab_size: int
+) -> list[int]:
   tokens = [int(t) for t in prompt]
   if not tokens:
     if end_of_document is None:
-      raise InputError(f'prompt {index} is empty, and the tokenizer has no end of document to start from: give at least one token')
+      raise InputError(
+        f'prompt {index} is empty, and the tokenizer has no end of document to start from: give at '
+        'least one token'
+      )
     return [end_of_document]
   if wrong := [t for t in tokens if not 0 <= t < vocab_size]:
-    raise InputError(f'prompt {index} has token {wrong[0]}: must be at least 0 and below the vocabulary of {vocab_size}')
+    raise InputError(
+      f'prompt {index} has token {wrong[0]}: must be at least 0 and below the vocabulary of '
+      f'{vocab_size}'
+    )
   return tokens
 
 
@@ -229,12 +333,16 @@ def bucket(n: int) -> int:
 
 
 def left_padded(prompts: Sequence[Sequence[int]], length: int) -> tuple[np.ndarray, np.ndarray]:
-  """Prompts that end together at `length`, and segments: padding is a document 0 of its own and the prompt, document 1, starts anew
-  after it, so that no layer carries anything over from the padding. Both int32."""
-  tokens_BT, segments_BT = np.zeros((len(prompts), length), np.int32), np.zeros((len(prompts), length), np.int32)
+  """Prompts that end together at `length`, and segments: padding is a document 0 of its own and the
+  prompt, document 1, starts anew after it, so that no layer carries anything over from the padding.
+  Both int32."""
+  tokens_BT, segments_BT = (
+    np.zeros((len(prompts), length), np.int32),
+    np.zeros((len(prompts), length), np.int32),
+  )
   for i, prompt in enumerate(prompts):
-    tokens_BT[i, length - len(prompt):] = prompt
-    segments_BT[i, length - len(prompt):] = 1
+    tokens_BT[i, length - len(prompt) :] = prompt
+    segments_BT[i, length - len(prompt) :] = 1
   return tokens_BT, segments_BT
 
 

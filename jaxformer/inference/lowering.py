@@ -1,7 +1,8 @@
-"""Reading prompts, and drawing one more token, from shapes alone: what serving a model would compile.
+"""Reading prompts, and drawing one more token, from shapes alone: what serving a model would
+compile.
 
-Parameters are in bfloat16 and divided over the mesh by its rules; what the model remembers is divided as the programs leave it.
-"""
+Parameters are in bfloat16 and divided over the mesh by its rules; what the model remembers is
+divided as the programs leave it."""
 
 from __future__ import annotations
 
@@ -20,7 +21,12 @@ from jaxformer.sharding import Rules, replicated, use_mesh
 
 
 def lowered_prefill(
-  definition: Definition[LanguageModel], mesh: Mesh, rules: Rules | str, batch: int, context: int, prompt: int | None = None
+  definition: Definition[LanguageModel],
+  mesh: Mesh,
+  rules: Rules | str,
+  batch: int,
+  context: int,
+  prompt: int | None = None,
 ) -> jax.stages.Lowered:
   """Reads `batch` prompts and draws a token after each.
 
@@ -32,30 +38,50 @@ def lowered_prefill(
   if batch < 1 or T < 1:
     raise InputError(f'batch = {batch} and context = {T}: must be positive')
   if longest is not None and context > longest:
-    raise InputError(f'context = {context}: must be at most the {longest} positions that the model has learned')
+    raise InputError(
+      f'context = {context}: must be at most the {longest} positions that the model has learned'
+    )
   ids = _array((batch, T), jnp.int32, mesh)
   numbers = _array((), jnp.uint32, mesh), _array((), jnp.int32, mesh)
   with use_mesh(mesh, rules):
     return begin.trace(
-      definition, _params(definition, mesh, rules), ids, ids, *numbers, sampling=GREEDY, max_len=context, max_new_tokens=1,
-      where=(mesh, rules)).lower(lowering_platforms=(mesh.devices.flat[0].platform,))
+      definition,
+      _params(definition, mesh, rules),
+      ids,
+      ids,
+      *numbers,
+      sampling=GREEDY,
+      max_len=context,
+      max_new_tokens=1,
+      where=(mesh, rules),
+    ).lower(lowering_platforms=(mesh.devices.flat[0].platform,))
 
 
 def lowered_decode(
   definition: Definition[LanguageModel], mesh: Mesh, rules: Rules | str, batch: int, context: int
 ) -> jax.stages.Lowered:
-  """Draws tokens with a state that has room for `context` of them, one for each of `batch` sequences in each round of its loop.
+  """Draws tokens with a state that has room for `context` of them, one for each of `batch`
+  sequences in each round of its loop.
 
   Where the state lives is what reading a short prompt leaves, so that program is compiled first.
   """
   reading = lowered_prefill(definition, mesh, rules, batch, context, min(bucket(1), context))
   read: Any = reading.compile()
   decoding = jax.tree.map(
-    lambda a, where: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=where), reading.out_info, read.output_shardings)
+    lambda a, where: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=where),
+    reading.out_info,
+    read.output_shardings,
+  )
   number = _array((), jnp.int32, mesh)
   with use_mesh(mesh, rules):
     return advance.trace(
-      definition, _params(definition, mesh, rules), decoding, number, number, sampling=GREEDY, where=(mesh, rules)
+      definition,
+      _params(definition, mesh, rules),
+      decoding,
+      number,
+      number,
+      sampling=GREEDY,
+      where=(mesh, rules),
     ).lower(lowering_platforms=(mesh.devices.flat[0].platform,))
 
 
@@ -66,5 +92,10 @@ def _array(shape: tuple[int, ...], dtype: Any, mesh: Mesh) -> Any:
 def _params(definition: Definition, mesh: Mesh, rules: Rules | str) -> Any:
   """In bfloat16, but for those that stay in fp32."""
   return {
-    name: jax.ShapeDtypeStruct(a.shape, a.dtype if definition.info[name].full_precision else jnp.bfloat16, sharding=a.sharding)
-    for name, a in definition.abstract(mesh, rules).items()}
+    name: jax.ShapeDtypeStruct(
+      a.shape,
+      a.dtype if definition.info[name].full_precision else jnp.bfloat16,
+      sharding=a.sharding,
+    )
+    for name, a in definition.abstract(mesh, rules).items()
+  }

@@ -13,16 +13,19 @@ from jaxformer.config import Config
 
 
 class Sampling(Config):
-  """How a token is chosen. The parts apply in the order of the fields below, which is that of Hugging Face transformers.
+  """How a token is chosen. The parts apply in the order of the fields below, which is that of
+  Hugging Face transformers.
 
   Attributes:
-    repetition_penalty: divides the positive and multiplies the negative logits of all tokens of the prompt and of the text so
-      far (CTRL, Keskar et al. 2019, section 4.1); None for none.
+    repetition_penalty: divides the positive and multiplies the negative logits of all tokens of the
+      prompt and of the text so far (CTRL, Keskar et al. 2019, section 4.1); None for none.
     temperature: divides the logits; 0 takes the likeliest token.
-    top_k: keep the k likeliest tokens, and those as likely as the last of them (Fan et al. 2018); None for all.
-    top_p: keep the smallest set of likeliest tokens whose mass is at least p (nucleus sampling, Holtzman et al. 2020); None
+    top_k: keep the k likeliest tokens, and those as likely as the last of them (Fan et al. 2018);
+      None for all.
+    top_p: keep the smallest set of likeliest tokens whose mass is at least p (nucleus sampling,
+      Holtzman et al. 2020); None for all.
+    min_p: keep tokens at least min_p times as likely as the likeliest (Nguyen et al. 2024); None
       for all.
-    min_p: keep tokens at least min_p times as likely as the likeliest (Nguyen et al. 2024); None for all.
   """
 
   repetition_penalty: float | None = None
@@ -33,31 +36,48 @@ class Sampling(Config):
 
   def validate(self):
     def given(field: str, holds: bool, accepted: str) -> None:
-      self.require(getattr(self, field) is None or holds, field, f'{accepted}; none for no such rule')
+      self.require(
+        getattr(self, field) is None or holds, field, f'{accepted}; none for no such rule'
+      )
 
     # Comparisons are written so that NaN fails them.
     penalty, k, p, m = self.repetition_penalty, self.top_k, self.top_p, self.min_p
-    given('repetition_penalty', penalty is not None and 0 < penalty < float('inf') and penalty != 1, 'positive and not 1')
-    self.require(0 <= self.temperature < float('inf'), 'temperature', 'at least 0, where 0 takes the likeliest token')
+    given(
+      'repetition_penalty',
+      penalty is not None and 0 < penalty < float('inf') and penalty != 1,
+      'positive and not 1',
+    )
+    self.require(
+      0 <= self.temperature < float('inf'),
+      'temperature',
+      'at least 0, where 0 takes the likeliest token',
+    )
     given('top_k', k is not None and k > 0, 'positive')
     given('top_p', p is not None and 0 < p < 1, 'above 0 and below 1')
     given('min_p', m is not None and 0 < m <= 1, 'above 0 and at most 1')
     if self.temperature == 0:
       for field in ('top_k', 'top_p', 'min_p'):
-        self.require(getattr(self, field) is None, field, 'none at temperature 0: the likeliest token is taken whatever it says')
+        self.require(
+          getattr(self, field) is None,
+          field,
+          'none at temperature 0: the likeliest token is taken whatever it says',
+        )
 
 
-PLAIN = Sampling()                    # draws from the model's own distribution
+PLAIN = Sampling()  # draws from the model's own distribution
 GREEDY = Sampling(temperature=0.0)
 
 
 def sample(
-  keys_B: Key[Array, ' B'] | None, logits_BV: Float[Array, 'B V'], seen_BV: Bool[Array, 'B V'] | None, sampling: Sampling,
+  keys_B: Key[Array, ' B'] | None,
+  logits_BV: Float[Array, 'B V'],
+  seen_BV: Bool[Array, 'B V'] | None,
+  sampling: Sampling,
 ) -> Int[Array, ' B']:
   """A token for each row by its own key, so that a row's draw does not depend on the other rows.
 
-  `seen_BV` says which tokens the row has had; it may be None where there is no repetition penalty, and `keys_B` at temperature 0.
-  """
+  `seen_BV` says which tokens the row has had; it may be None where there is no repetition penalty,
+  and `keys_B` at temperature 0."""
   logits_BV = filtered(logits_BV, seen_BV, sampling)
   if sampling.temperature == 0:
     return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
@@ -66,13 +86,18 @@ def sample(
   return jax.vmap(jax.random.categorical)(keys_B, logits_BV).astype(jnp.int32)
 
 
-def filtered(logits_BV: Float[Array, 'B V'], seen_BV: Bool[Array, 'B V'] | None, sampling: Sampling) -> Float[Array, 'B V']:
-  """The logits, fp32, whose softmax is the distribution that `sample` draws from: -inf for tokens that are left out."""
+def filtered(
+  logits_BV: Float[Array, 'B V'], seen_BV: Bool[Array, 'B V'] | None, sampling: Sampling
+) -> Float[Array, 'B V']:
+  """The logits, fp32, whose softmax is the distribution that `sample` draws from: -inf for tokens
+  that are left out."""
   s, logits_BV = sampling, logits_BV.astype(jnp.float32)
   if s.repetition_penalty is not None:
     if seen_BV is None:
       raise ValueError('a repetition penalty needs to know which tokens were seen')
-    penalised = jnp.where(logits_BV > 0, logits_BV / s.repetition_penalty, logits_BV * s.repetition_penalty)
+    penalised = jnp.where(
+      logits_BV > 0, logits_BV / s.repetition_penalty, logits_BV * s.repetition_penalty
+    )
     logits_BV = jnp.where(seen_BV, penalised, logits_BV)
   if s.temperature == 0:
     return logits_BV
@@ -83,7 +108,9 @@ def filtered(logits_BV: Float[Array, 'B V'], seen_BV: Bool[Array, 'B V'] | None,
     logits_BV = _top_p(logits_BV, s.top_p)
   if s.min_p is not None:
     probabilities = jax.nn.softmax(logits_BV, axis=-1)
-    logits_BV = jnp.where(probabilities >= s.min_p * probabilities.max(-1, keepdims=True), logits_BV, -jnp.inf)
+    logits_BV = jnp.where(
+      probabilities >= s.min_p * probabilities.max(-1, keepdims=True), logits_BV, -jnp.inf
+    )
   return logits_BV
 
 
@@ -93,9 +120,13 @@ def _top_k(logits_BV: Array, k: int) -> Array:
 
 
 def _top_p(logits_BV: Array, p: float) -> Array:
-  order = jnp.argsort(-logits_BV, axis=-1, stable=True)   # of equally likely tokens the lower id goes first
+  # of equally likely tokens the lower id goes first
+  order = jnp.argsort(-logits_BV, axis=-1, stable=True)
   sorted_BV = jax.nn.softmax(jnp.take_along_axis(logits_BV, order, axis=-1), axis=-1)
-  before = jnp.cumsum(sorted_BV, axis=-1) - sorted_BV     # a token stays while those before it do not reach p: one always does
-  rank = jnp.argsort(order, axis=-1)                      # the inverse permutation
-  kept = jnp.take_along_axis(before < p, rank, axis=-1).at[jnp.arange(len(order)), order[:, 0]].set(True)
+  # a token stays while those before it do not reach p: one always does
+  before = jnp.cumsum(sorted_BV, axis=-1) - sorted_BV
+  rank = jnp.argsort(order, axis=-1)  # the inverse permutation
+  kept = (
+    jnp.take_along_axis(before < p, rank, axis=-1).at[jnp.arange(len(order)), order[:, 0]].set(True)
+  )
   return jnp.where(kept, logits_BV, -jnp.inf)

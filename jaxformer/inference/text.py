@@ -18,10 +18,11 @@ from jaxformer.models.language_model import LanguageModel
 from jaxformer.models.params import Definition, Params
 from jaxformer.sharding import Rules
 
-DecodeBytes = Callable[[Iterable[int]], bytes]   # a tokenizer's `decode_bytes`
+DecodeBytes = Callable[[Iterable[int]], bytes]  # a tokenizer's `decode_bytes`
 
-CHUNK = 16     # tokens between two looks of the host
-BEFORE = 8     # tokens decoded along with the new ones, for tokenizers that write a token by what stands before it
+CHUNK = 16  # tokens between two looks of the host
+# tokens decoded along with the new ones, for tokenizers that write a token by what stands before it
+BEFORE = 8
 UNKNOWN = '\ufffd'.encode()
 
 
@@ -30,7 +31,8 @@ class GeneratedText(NamedTuple):
 
   Attributes:
     text: cut before the stop string, where there was one.
-    tokens: all new tokens up to the one that completed the stop string; the end of document left out.
+    tokens: all new tokens up to the one that completed the stop string; the end of document left
+      out.
     finished: a stop string or the end of document ended it; False where `max_new_tokens` did.
   """
 
@@ -42,16 +44,17 @@ class GeneratedText(NamedTuple):
 class TextRow:
   """The text of one row, from tokens that come one at a time.
 
-  Held back are bytes that are no whole character yet, and text that could be the beginning of a stop string. The stop string that
-  is completed first ends the text (of two that end together, the longer), so the text is the same however tokens are grouped.
-  """
+  Held back are bytes that are no whole character yet, and text that could be the beginning of a
+  stop string. The stop string that is completed first ends the text (of two that end together, the
+  longer), so the text is the same however tokens are grouped."""
 
   def __init__(self, prompt: Sequence[int], decode_bytes: DecodeBytes, stops: Sequence[str]):
     self.tokens: list[int] = []
     self.stopped = False
     self._decode, self._stops = decode_bytes, stops
     self._ids = list(prompt[-BEFORE:])
-    self._window, self._read = 0, len(self._ids)      # where the tokens begin that are decoded, and those not yet written
+    # where the tokens begin that are decoded, and those not yet written
+    self._window, self._read = 0, len(self._ids)
     self._characters = codecs.getincrementaldecoder('utf-8')(errors='replace')
     self._held = ''
 
@@ -72,10 +75,10 @@ class TextRow:
     return text if self.stopped else text + rest
 
   def _new_bytes(self, whole: bool) -> bytes:
-    """The bytes that the unread tokens add. Tokenizers that are not byte-level write half a character as U+FFFD: unless the
-    `whole` text is there, these wait for the rest."""
-    before = self._decode(self._ids[self._window:self._read])
-    new = self._decode(self._ids[self._window:])[len(before):]
+    """The bytes that the unread tokens add. Tokenizers that are not byte-level write half a
+    character as U+FFFD: unless the `whole` text is there, these wait for the rest."""
+    before = self._decode(self._ids[self._window : self._read])
+    new = self._decode(self._ids[self._window :])[len(before) :]
     if not new or (new.endswith(UNKNOWN) and not whole):
       return b''
     self._window, self._read = max(self._window, self._read - BEFORE), len(self._ids)
@@ -89,8 +92,11 @@ class TextRow:
       at = min(found)[1]
       text, self._held = self._held[:at], ''
       return text
-    keep = max((n for stop in self._stops for n in range(1, len(stop)) if self._held.endswith(stop[:n])), default=0)
-    text, self._held = self._held[:len(self._held) - keep], self._held[len(self._held) - keep:]
+    keep = max(
+      (n for stop in self._stops for n in range(1, len(stop)) if self._held.endswith(stop[:n])),
+      default=0,
+    )
+    text, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
     return text
 
 
@@ -108,13 +114,22 @@ class Options(TypedDict, total=False):
 
 
 def stream(
-  definition: Definition[LanguageModel], params: Params, prompts: Sequence[Sequence[int]], decode_bytes: DecodeBytes, *,
-  max_new_tokens: int, stop: Sequence[str] = (), chunk: int = CHUNK, **options: Unpack[Options],
+  definition: Definition[LanguageModel],
+  params: Params,
+  prompts: Sequence[Sequence[int]],
+  decode_bytes: DecodeBytes,
+  *,
+  max_new_tokens: int,
+  stop: Sequence[str] = (),
+  chunk: int = CHUNK,
+  **options: Unpack[Options],
 ) -> Iterator[list[str]]:
-  """The continuations as they come: at each turn a piece of text for each row, '' where there is nothing new.
+  """The continuations as they come: at each turn a piece of text for each row, '' where there is
+  nothing new.
 
-  The tokens are those of `generate`, which explains the other arguments and the errors; errors are raised at once, not at the
-  first turn. A row ends before a string of `stop`, at the end of document or after `max_new_tokens`.
+  The tokens are those of `generate`, which explains the other arguments and the errors; errors are
+  raised at once, not at the first turn. A row ends before a string of `stop`, at the end of
+  document or after `max_new_tokens`.
 
   Args:
     decode_bytes: the tokenizer's: the bytes of a sequence of tokens.
@@ -127,17 +142,35 @@ def stream(
 
 
 def generate_text(
-  definition: Definition[LanguageModel], params: Params, prompts: Sequence[Sequence[int]], decode_bytes: DecodeBytes, *,
-  max_new_tokens: int, stop: Sequence[str] = (), chunk: int = CHUNK, **options: Unpack[Options],
+  definition: Definition[LanguageModel],
+  params: Params,
+  prompts: Sequence[Sequence[int]],
+  decode_bytes: DecodeBytes,
+  *,
+  max_new_tokens: int,
+  stop: Sequence[str] = (),
+  chunk: int = CHUNK,
+  **options: Unpack[Options],
 ) -> list[GeneratedText]:
   """What `stream` gives, whole."""
   r = _checked(definition, params, prompts, max_new_tokens, stop, chunk, options)
   rows, finished = _rows(prompts, decode_bytes, stop), np.zeros(len(prompts), bool)
   texts = zip(*_pieces(r, rows, chunk if stop else max_new_tokens, finished))
-  return [GeneratedText(''.join(pieces), row.tokens, bool(f)) for pieces, row, f in zip(texts, rows, finished, strict=True)]
+  return [
+    GeneratedText(''.join(pieces), row.tokens, bool(f))
+    for pieces, row, f in zip(texts, rows, finished, strict=True)
+  ]
 
 
-def _checked(definition, params, prompts, max_new_tokens: int, stop: Sequence[str], chunk: int, options: Options) -> Request:
+def _checked(
+  definition,
+  params,
+  prompts,
+  max_new_tokens: int,
+  stop: Sequence[str],
+  chunk: int,
+  options: Options,
+) -> Request:
   if isinstance(stop, str) or not all(stop):
     raise InputError(f'stop = {stop!r}: must be a list of strings, none of them empty')
   if chunk < 1:
@@ -145,16 +178,24 @@ def _checked(definition, params, prompts, max_new_tokens: int, stop: Sequence[st
   return request(definition, params, prompts, max_new_tokens=max_new_tokens, **options)
 
 
-def _rows(prompts: Sequence[Sequence[int]], decode_bytes: DecodeBytes, stop: Sequence[str]) -> list[TextRow]:
+def _rows(
+  prompts: Sequence[Sequence[int]], decode_bytes: DecodeBytes, stop: Sequence[str]
+) -> list[TextRow]:
   return [TextRow(prompt, decode_bytes, stop) for prompt in prompts]
 
 
-def _pieces(r: Request, rows: list[TextRow], chunk: int, finished_B: np.ndarray) -> Iterator[list[str]]:
+def _pieces(
+  r: Request, rows: list[TextRow], chunk: int, finished_B: np.ndarray
+) -> Iterator[list[str]]:
   """Runs the loop chunk by chunk. `finished_B` is filled in."""
   decoding, done, open_B = r.begin(), 0, np.ones(len(rows), bool)
   while open_B.any():
     decoding = r.advance(decoding, done + chunk)
-    tokens_BN, ended_B, count = np.asarray(decoding.tokens_BN), np.asarray(decoding.finished_B), int(decoding.count)
+    tokens_BN, ended_B, count = (
+      np.asarray(decoding.tokens_BN),
+      np.asarray(decoding.finished_B),
+      int(decoding.count),
+    )
     pieces = []
     for i, row in enumerate(rows):
       piece = ''

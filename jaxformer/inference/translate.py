@@ -32,11 +32,22 @@ class Translation(NamedTuple):
 
 
 def translate(
-  definition: Definition[EncoderDecoder], params: Params, sources: Sequence[Sequence[int]], *, end: int, begin: int | None = None,
-  beam: Beam = GREEDY_BEAM, max_new_tokens: int | None = None, batch_size: int = 64, vocab_size: int | None = None,
-  dtype: Any = None, mesh: Mesh | None = None, rules: str = 'fsdp_tensor',
+  definition: Definition[EncoderDecoder],
+  params: Params,
+  sources: Sequence[Sequence[int]],
+  *,
+  end: int,
+  begin: int | None = None,
+  beam: Beam = GREEDY_BEAM,
+  max_new_tokens: int | None = None,
+  batch_size: int = 64,
+  vocab_size: int | None = None,
+  dtype: Any = None,
+  mesh: Mesh | None = None,
+  rules: str = 'fsdp_tensor',
 ) -> list[Translation]:
-  """The best translation of each source, in their order. It depends on the source alone, not on what is translated beside it.
+  """The best translation of each source, in their order. It depends on the source alone, not on
+  what is translated beside it.
 
   Args:
     sources: token ids as the model reads them, with the token that ends a source.
@@ -45,12 +56,14 @@ def translate(
     beam: how to search; by default the likeliest token at each step.
     max_new_tokens: at most so many tokens, the end counted; None for twice the source and ten.
     batch_size: sources at a time; those of similar lengths go together.
-    vocab_size: of the tokenizer, where the model's is rounded up: the rows beyond are no tokens and are never taken.
+    vocab_size: of the tokenizer, where the model's is rounded up: the rows beyond are no tokens and
+      are never taken.
     dtype: what to compute in; None for the parameters' own.
     mesh, rules: where the parameters live; None for one device.
 
   Raises:
-    InputError: token ids out of range, an empty source, more tokens than the model has positions for.
+    InputError: token ids out of range, an empty source, more tokens than the model has positions
+      for.
   """
   config = definition.config
   begin = end if begin is None else begin
@@ -61,17 +74,37 @@ def translate(
   search = greedy_search if beam.width == 1 else beam_search
   found: dict[int, Translation] = {}
   for first in range(0, len(order), batch_size):
-    chosen = order[first:first + batch_size]
-    filled = [rows[chosen[min(b, len(chosen) - 1)]] for b in range(min(batch_size, bucket(len(chosen))))]
-    limit_B = np.array([max_new_tokens or min(2 * len(row) + 10, config.longest or 2 * len(row) + 10) for row in filled], np.int32)
-    S, N = (min(bucket(int(n)), config.longest or bucket(int(n))) for n in (len(filled[-1]), limit_B.max()))
+    chosen = order[first : first + batch_size]
+    filled = [
+      rows[chosen[min(b, len(chosen) - 1)]] for b in range(min(batch_size, bucket(len(chosen))))
+    ]
+    limit_B = np.array(
+      [
+        max_new_tokens or min(2 * len(row) + 10, config.longest or 2 * len(row) + 10)
+        for row in filled
+      ],
+      np.int32,
+    )
+    S, N = (
+      min(bucket(int(n)), config.longest or bucket(int(n)))
+      for n in (len(filled[-1]), limit_B.max())
+    )
     source_BS = np.full((len(filled), S), PADDING, np.int32)
     for b, row in enumerate(filled):
-      source_BS[b, :len(row)] = row
+      source_BS[b, : len(row)] = row
     with on(mesh, rules):
       best = search(
-        definition, params, source_BS, np.int32(begin), np.int32(end), limit_B, beam=beam, max_new_tokens=N,
-        vocab_size=vocab_size if vocab_size != config.vocab_size else None, where=None if mesh is None else (mesh, rules))
+        definition,
+        params,
+        source_BS,
+        np.int32(begin),
+        np.int32(end),
+        limit_B,
+        beam=beam,
+        max_new_tokens=N,
+        vocab_size=vocab_size if vocab_size != config.vocab_size else None,
+        where=None if mesh is None else (mesh, rules),
+      )
     found |= dict(zip(chosen, _first(best, len(chosen)), strict=True))
   return [found[i] for i in range(len(rows))]
 
@@ -79,32 +112,58 @@ def translate(
 def _first(found: Hypotheses, rows: int) -> list[Translation]:
   """The best hypothesis of each row."""
   tokens_BN, log_p_B, score_B, finished_B = (
-    np.asarray(a[:, 0]) for a in (found.tokens_BKN, found.log_p_BK, found.score_BK, found.finished_BK))
+    np.asarray(a[:, 0])
+    for a in (found.tokens_BKN, found.log_p_BK, found.score_BK, found.finished_BK)
+  )
   return [
-    Translation(tokens_BN[b][tokens_BN[b] != NONE].tolist(), float(log_p_B[b]), float(score_B[b]), bool(finished_B[b]))
-    for b in range(rows)]
+    Translation(
+      tokens_BN[b][tokens_BN[b] != NONE].tolist(),
+      float(log_p_B[b]),
+      float(score_B[b]),
+      bool(finished_B[b]),
+    )
+    for b in range(rows)
+  ]
 
 
 def _checked(
-  config: EncoderDecoder.Config, sources: Sequence[Sequence[int]], begin: int, end: int, max_new_tokens: int | None,
-  batch_size: int, vocab_size: int | None,
+  config: EncoderDecoder.Config,
+  sources: Sequence[Sequence[int]],
+  begin: int,
+  end: int,
+  max_new_tokens: int | None,
+  batch_size: int,
+  vocab_size: int | None,
 ) -> list[list[int]]:
-  for name, value in (('max_new_tokens', max_new_tokens), ('batch_size', batch_size), ('vocab_size', vocab_size)):
+  for name, value in (
+    ('max_new_tokens', max_new_tokens),
+    ('batch_size', batch_size),
+    ('vocab_size', vocab_size),
+  ):
     if value is not None and value < 1:
       raise InputError(f'{name} = {value}: must be at least 1')
   for name, token in (('end', end), ('begin', begin)):
     if not 0 <= token < config.vocab_size:
-      raise InputError(f'{name} = {token}: must be at least 0 and below the vocabulary of {config.vocab_size}')
+      raise InputError(
+        f'{name} = {token}: must be at least 0 and below the vocabulary of {config.vocab_size}'
+      )
   rows = [[int(t) for t in source] for source in sources]
   for i, row in enumerate(rows):
     if not row:
       raise InputError(f'source {i} is empty: give at least the token that ends it')
     if wrong := [t for t in row if not 0 <= t < config.source_vocab_size]:
       raise InputError(
-        f'source {i} has token {wrong[0]}: must be at least 0 and below the vocabulary of {config.source_vocab_size}')
+        f'source {i} has token {wrong[0]}: must be at least 0 and below the vocabulary of '
+        f'{config.source_vocab_size}'
+      )
     if config.longest is not None and len(row) > config.longest:
-      raise InputError(f'source {i} has {len(row)} tokens: at most the {config.longest} positions that the model has learned')
+      raise InputError(
+        f'source {i} has {len(row)} tokens: at most the {config.longest} positions that the model '
+        'has learned'
+      )
   if config.longest is not None and (max_new_tokens or 0) > config.longest:
     raise InputError(
-      f'max_new_tokens = {max_new_tokens}: must be at most the {config.longest} positions that the model has learned')
+      f'max_new_tokens = {max_new_tokens}: must be at most the {config.longest} positions that the '
+      'model has learned'
+    )
   return rows

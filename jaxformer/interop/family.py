@@ -18,14 +18,16 @@ from jaxformer.models.language_model import LanguageModel, ModelConfig
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-  """A checkpoint format of one architecture. To add one: a file in `families/` that makes one of these and calls `family`.
+  """A checkpoint format of one architecture. To add one: a file in `families/` that makes one of
+  these and calls `family`.
 
   Attributes:
     model_type: the field of that name in `config.json`.
     architecture: the class of transformers that runs it.
     read: `config.json` -> our config. Refuses (`InputError`) what our layers do not do.
-    write: our config -> `config.json`, without `model_type` and `architectures`. It takes what it needs from the place where it
-      would stand, and need not look for the rest: what `read` does not give back is found by comparison. `part` helps.
+    write: our config -> `config.json`, without `model_type` and `architectures`. It takes what it
+      needs from the place where it would stand, and need not look for the rest: what `read` does
+      not give back is found by comparison. `part` helps.
     rules: our config -> the map of weights.
     names: our config -> prefix, ignored tensors and copies.
   """
@@ -52,24 +54,35 @@ C = TypeVar('C', bound=Config)
 def part(value: Any, kind: type[C], where: str) -> C:
   """`value`, which stands at `where`, if it is a `kind`; else `InputError`."""
   if not isinstance(value, kind):
-    raise InputError(f'{where} is {value.tag if isinstance(value, Config) else value!r}, not {kind.tag}')
+    raise InputError(
+      f'{where} is {value.tag if isinstance(value, Config) else value!r}, not {kind.tag}'
+    )
   return value
 
 
 def blocks(config: Any) -> list[Block.Config]:
   """The blocks of a language model in order; `InputError` for another kind of model."""
-  return [b for g in part(config, LanguageModel.Config, 'model').stack for _ in range(g.repeats) for b in g.pattern]
+  return [
+    b
+    for g in part(config, LanguageModel.Config, 'model').stack
+    for _ in range(g.repeats)
+    for b in g.pattern
+  ]
 
 
 def branches(block: Block.Config, count: int) -> tuple[PreNorm.Config, ...]:
-  """The branches of the block that `write` takes for all, if they are `count` pre-norm ones; else `InputError`."""
+  """The branches of the block that `write` takes for all, if they are `count` pre-norm ones; else
+  `InputError`."""
   if len(block.branches) != count:
     raise InputError(f'block 0 has {len(block.branches)} branches, not {count}')
-  return tuple(part(b, PreNorm.Config, f'branch {i} of block 0') for i, b in enumerate(block.branches))
+  return tuple(
+    part(b, PreNorm.Config, f'branch {i} of block 0') for i, b in enumerate(block.branches)
+  )
 
 
 def match(config: ModelConfig) -> tuple[Family, dict[str, Any]]:
-  """The family that a model belongs to, and its `config.json`. Raises `InputError` saying what stands in the way in each.
+  """The family that a model belongs to, and its `config.json`. Raises `InputError` saying what
+  stands in the way in each.
 
   A model belongs to a family when reading what was written gives it back, up to `functional`.
   """
@@ -77,42 +90,58 @@ def match(config: ModelConfig) -> tuple[Family, dict[str, Any]]:
   for name in FAMILIES:
     candidate = FAMILIES[name]
     try:
-      fields = {'model_type': name, 'architectures': [candidate.architecture], **candidate.write(config)}
+      fields = {
+        'model_type': name,
+        'architectures': [candidate.architecture],
+        **candidate.write(config),
+      }
       differ = differences(mine, functional(candidate.read(Settings(fields, name))))
     except InputError as e:
       differ = [str(e)]
     if not differ:
       return candidate, fields
     reasons[name] = shortened(differ, 3)
-  raise InputError('no Hugging Face model computes this one. ' + '. '.join(f'As {n}: {why}' for n, why in reasons.items()))
+  raise InputError(
+    'no Hugging Face model computes this one. '
+    + '. '.join(f'As {n}: {why}' for n, why in reasons.items())
+  )
 
 
-_TRAINING = ('dropout', 'balance', 'z_loss')   # fields that bear on training alone
+_TRAINING = ('dropout', 'balance', 'z_loss')  # fields that bear on training alone
 
 
 def functional(config: ModelConfig) -> Any:
-  """The config as JSON without what leaves the function of the weights alone: initial values, dropout and the losses of routers are
-  left out, a stack is the list of its blocks, and derived sizes are spelt out. Models with equal forms compute the same from the
-  same weights."""
+  """The config as JSON without what leaves the function of the weights alone: initial values,
+  dropout and the losses of routers are left out, a stack is the list of its blocks, and derived
+  sizes are spelt out. Models with equal forms compute the same from the same weights."""
   return _functional(to_json(config), getattr(config, 'width', 0))
 
 
 def _functional(value: Any, width: int) -> Any:
   if isinstance(value, list):
     if value and all(isinstance(v, dict) and v.get('type') == 'Group' for v in value):
-      return [_functional(b, width) for g in value for _ in range(g['repeats']) for b in g['pattern']]
+      return [
+        _functional(b, width) for g in value for _ in range(g['repeats']) for b in g['pattern']
+      ]
     return [_functional(v, width) for v in value]
   if not isinstance(value, dict):
     return value
   fields = hints(config_type(value['type']))
-  kept = {k: _functional(v, width) for k, v in value.items() if k not in _TRAINING and not (k in fields and _is_init(fields[k]))}
+  kept = {
+    k: _functional(v, width)
+    for k, v in value.items()
+    if k not in _TRAINING and not (k in fields and _is_init(fields[k]))
+  }
   if value['type'] == 'Attention':
     heads = kept['heads']
     kept['kv_heads'] = kept['kv_heads'] or heads
     kept['head_dim'] = kept['head_dim'] or width // heads
     kept['scale'] = kept['scale'] or 1.0 / math.sqrt(kept['head_dim'])
   if value['type'] == 'CrossAttention':
-    kept['head_dim'], kept['source_width'] = kept['head_dim'] or width // kept['heads'], kept['source_width'] or width
+    kept['head_dim'], kept['source_width'] = (
+      kept['head_dim'] or width // kept['heads'],
+      kept['source_width'] or width,
+    )
   if value['type'] == 'Mamba':
     kept['dt_rank'] = kept['dt_rank'] or -(-width // 16)
   return kept

@@ -1,8 +1,10 @@
-"""RWKV's own weight files, both ways: one file of tensors named as in RWKV-LM, `.safetensors` or `.pth`, and nothing beside it.
+"""RWKV's own weight files, both ways: one file of tensors named as in RWKV-LM, `.safetensors` or
+`.pth`, and nothing beside it.
 
-There is no config: which tensors there are tells the version, and their shapes the sizes. What no shape tells (the context that
-the model is meant for, and the initial values of a training that starts anew) is as in the published models.
-"""
+There is no config: which tensors there are tells the version, and their shapes the sizes. What no
+  shape tells (the context that
+the model is meant for, and the initial values of a training that starts anew) is as in the
+published models."""
 
 from __future__ import annotations
 
@@ -48,7 +50,8 @@ class Version:
   Attributes:
     name: as published.
     sign: pattern of a tensor's name that no version before it has.
-    read: the shapes of a file's tensors -> our config. What it does not look at, the map of weights checks.
+    read: the shapes of a file's tensors -> our config. What it does not look at, the map of weights
+      checks.
     rules: our config -> the map of weights.
     ignored: patterns of tensors that carry nothing.
   """
@@ -71,7 +74,9 @@ class Sizes:
     if name not in self.shapes:
       raise InputError(f'{self.where}: tensor {name} is missing')
     if len(self.shapes[name]) != rank:
-      raise InputError(f'{self.where}: {name} is {list(self.shapes[name])}, but must have {rank} axes')
+      raise InputError(
+        f'{self.where}: {name} is {list(self.shapes[name])}, but must have {rank} axes'
+      )
     return self.shapes[name]
 
   @property
@@ -96,28 +101,41 @@ class ByHead(Step):
     return [a.reshape(-1) for a in theirs]
 
 
-ROW = (NewAxis(0), NewAxis(0))   # vectors over the channels are kept as [1, 1, D]
+ROW = (NewAxis(0), NewAxis(0))  # vectors over the channels are kept as [1, 1, D]
 
 
 def _frame() -> list[Rule]:
   """Everything but the two layers of a block."""
   norms = {
-    'embedding_norm': 'blocks.0.ln0', 'final_norm': 'ln_out', 'stack.{layer}.branches.0.norm': 'blocks.{layer}.ln1',
-    'stack.{layer}.branches.1.norm': 'blocks.{layer}.ln2', 'stack.{layer}.branches.0.layer.norm': 'blocks.{layer}.att.ln_x'}
+    'embedding_norm': 'blocks.0.ln0',
+    'final_norm': 'ln_out',
+    'stack.{layer}.branches.0.norm': 'blocks.{layer}.ln1',
+    'stack.{layer}.branches.1.norm': 'blocks.{layer}.ln2',
+    'stack.{layer}.branches.0.layer.norm': 'blocks.{layer}.att.ln_x',
+  }
   return [
-    same('embedding', 'emb.weight'), linear('head', 'head.weight'),
-    *(same(f'{ours}.{a}', f'{theirs}.{b}') for ours, theirs in norms.items() for a, b in (('scale', 'weight'), ('offset', 'bias')))]
+    same('embedding', 'emb.weight'),
+    linear('head', 'head.weight'),
+    *(
+      same(f'{ours}.{a}', f'{theirs}.{b}')
+      for ours, theirs in norms.items()
+      for a, b in (('scale', 'weight'), ('offset', 'bias'))
+    ),
+  ]
 
 
-def _mixing(matrices: Mapping[str, str], rows: Mapping[str, str], layer: int, theirs: str) -> list[Rule]:
+def _mixing(
+  matrices: Mapping[str, str], rows: Mapping[str, str], layer: int, theirs: str
+) -> list[Rule]:
   """Matrices and vectors of layer `layer` of every block, our name -> theirs."""
   ours = f'stack.{{layer}}.branches.{layer}.layer'
   return [
     *(linear(f'{ours}.{o}', f'blocks.{{layer}}.{theirs}.{t}.weight') for o, t in matrices.items()),
-    *(Rule((f'{ours}.{o}',), f'blocks.{{layer}}.{theirs}.{t}', ROW) for o, t in rows.items())]
+    *(Rule((f'{ours}.{o}',), f'blocks.{{layer}}.{theirs}.{t}', ROW) for o, t in rows.items()),
+  ]
 
 
-# ---- RWKV-4 -----------------------------------------------------------------------------------------------------------
+# ---- RWKV-4 ------------------------------------------------------------------------------------
 
 
 def _read_4(sizes: Sizes) -> LanguageModel.Config:
@@ -126,7 +144,8 @@ def _read_4(sizes: Sizes) -> LanguageModel.Config:
 
 
 def _mixes(layer: int, theirs: str, letters: str, name: str = 'time_mix') -> list[Rule]:
-  """The matrices and vectors of mixing that have the same names in RWKV-4, 5 and 6, and what else there is by letter."""
+  """The matrices and vectors of mixing that have the same names in RWKV-4, 5 and 6, and what else
+  there is by letter."""
   words = {'r': 'receptance', 'k': 'key', 'v': 'value', 'g': 'gate', 'o': 'output'}
   matrices = {f'w{z}': words[z] for z in {'att': 'rkvgo', 'ffn': 'rkv'}[theirs]}
   return _mixing(matrices, {f'mix_{z}': f'{name}_{z}' for z in letters}, layer, theirs)
@@ -142,41 +161,72 @@ def _rules_4(config: LanguageModel.Config) -> list[Rule]:
   return [*_frame(), *_mixes(0, 'att', 'kvr'), *vectors, *CHANNELS_4]
 
 
-# ---- RWKV-5.2 and RWKV-6 ----------------------------------------------------------------------------------------------
+# ---- RWKV-5.2 and RWKV-6 -----------------------------------------------------------------------
 
 
 def _read_5(sizes: Sizes) -> LanguageModel.Config:
   vocab, width = sizes('emb.weight')
   # A matrix: the decays of RWKV-5.0 and 5.1, of which a head has one, are not read.
   head_dim = sizes('blocks.0.att.time_decay')[1]
-  return rwkv5(width, sizes.layers, vocab_size=vocab, hidden=sizes('blocks.0.ffn.key.weight')[0], head_dim=head_dim)
+  return rwkv5(
+    width,
+    sizes.layers,
+    vocab_size=vocab,
+    hidden=sizes('blocks.0.ffn.key.weight')[0],
+    head_dim=head_dim,
+  )
 
 
 def _rules_5(config: LanguageModel.Config) -> list[Rule]:
-  by_head = (ByHead(part(blocks(config)[0].branches[0].layer, TimeMix5.Config, 'layer 0 of block 0').head_dim),)
-  vectors = Rule((f'{TIME}.decay',), f'{ATT}.time_decay', by_head), Rule((f'{TIME}.bonus',), f'{ATT}.time_faaaa', by_head)
+  by_head = (
+    ByHead(
+      part(blocks(config)[0].branches[0].layer, TimeMix5.Config, 'layer 0 of block 0').head_dim
+    ),
+  )
+  vectors = (
+    Rule((f'{TIME}.decay',), f'{ATT}.time_decay', by_head),
+    Rule((f'{TIME}.bonus',), f'{ATT}.time_faaaa', by_head),
+  )
   return [*_frame(), *_mixes(0, 'att', 'kvrg'), *vectors, *CHANNELS_4]
 
 
 def _read_6(sizes: Sizes) -> LanguageModel.Config:
   (vocab, width), att = sizes('emb.weight'), 'blocks.0.att'
   return rwkv6(
-    width, sizes.layers, (sizes(f'{att}.time_maa_w2', 3)[1], sizes(f'{att}.time_decay_w1')[1]), vocab_size=vocab,
-    hidden=sizes('blocks.0.ffn.key.weight')[0], head_dim=sizes(f'{att}.time_faaaa')[1])
+    width,
+    sizes.layers,
+    (sizes(f'{att}.time_maa_w2', 3)[1], sizes(f'{att}.time_decay_w1')[1]),
+    vocab_size=vocab,
+    hidden=sizes('blocks.0.ffn.key.weight')[0],
+    head_dim=sizes(f'{att}.time_faaaa')[1],
+  )
 
 
 def _rules_6(config: LanguageModel.Config) -> list[Rule]:
-  by_head = (ByHead(part(blocks(config)[0].branches[0].layer, TimeMix6.Config, 'layer 0 of block 0').head_dim),)
+  by_head = (
+    ByHead(
+      part(blocks(config)[0].branches[0].layer, TimeMix6.Config, 'layer 0 of block 0').head_dim
+    ),
+  )
   return [
-    *_frame(), *_mixes(0, 'att', 'xwkvrg', 'time_maa'),
-    *(same(f'{TIME}.{o}', f'{ATT}.time_{t}') for o, t in (
-      ('mix_down', 'maa_w1'), ('mix_up', 'maa_w2'), ('decay.down', 'decay_w1'), ('decay.up', 'decay_w2'))),
-    Rule((f'{TIME}.decay.offset',), f'{ATT}.time_decay', ROW), Rule((f'{TIME}.bonus',), f'{ATT}.time_faaaa', by_head),
+    *_frame(),
+    *_mixes(0, 'att', 'xwkvrg', 'time_maa'),
+    *(
+      same(f'{TIME}.{o}', f'{ATT}.time_{t}')
+      for o, t in (
+        ('mix_down', 'maa_w1'),
+        ('mix_up', 'maa_w2'),
+        ('decay.down', 'decay_w1'),
+        ('decay.up', 'decay_w2'),
+      )
+    ),
+    Rule((f'{TIME}.decay.offset',), f'{ATT}.time_decay', ROW),
+    Rule((f'{TIME}.bonus',), f'{ATT}.time_faaaa', by_head),
     *_mixes(1, 'ffn', 'kr', 'time_maa'),
   ]
 
 
-# ---- RWKV-7 -----------------------------------------------------------------------------------------------------------
+# ---- RWKV-7 ------------------------------------------------------------------------------------
 
 
 def _read_7(sizes: Sizes) -> LanguageModel.Config:
@@ -184,7 +234,13 @@ def _read_7(sizes: Sizes) -> LanguageModel.Config:
   value = sizes('blocks.1.att.v1')[1] if layers > 1 else 1
   ranks = sizes(f'{att}.w1')[1], sizes(f'{att}.a1')[1], value, sizes(f'{att}.g1')[1]
   return rwkv7(
-    width, layers, ranks, vocab_size=vocab, hidden=sizes('blocks.0.ffn.key.weight')[0], head_dim=sizes(f'{att}.r_k')[1])
+    width,
+    layers,
+    ranks,
+    vocab_size=vocab,
+    hidden=sizes('blocks.0.ffn.key.weight')[0],
+    head_dim=sizes(f'{att}.r_k')[1],
+  )
 
 
 def _rules_7(config: LanguageModel.Config) -> list[Rule]:
@@ -195,15 +251,22 @@ def _rules_7(config: LanguageModel.Config) -> list[Rule]:
   return [
     *_frame(),
     *_mixing({'wr': 'receptance', 'wk': 'key', 'wv': 'value', 'wo': 'output'}, rows, 0, 'att'),
-    *(same(f'{TIME}.{o}.{a}', f'{ATT}.{t}{b}') for o, t in low_rank.items() for a, b in (('down', 1), ('up', 2))),
+    *(
+      same(f'{TIME}.{o}.{a}', f'{ATT}.{t}{b}')
+      for o, t in low_rank.items()
+      for a, b in (('down', 1), ('up', 2))
+    ),
     Rule((f'{TIME}.rho',), f'{ATT}.r_k', (ByHead(time.head_dim),)),
     *_mixing({'wk': 'key', 'wv': 'value'}, {'mix_k': 'x_k'}, 1, 'ffn'),
   ]
 
 
-VERSIONS: tuple[Version, ...] = (   # the latest first: the first whose sign is there is it
-  # The first block has no values to mix in; the official code makes these parameters there too, and never uses them.
-  Version('RWKV-7', r'blocks\.0\.att\.r_k', _read_7, _rules_7, ignored=(r'blocks\.0\.att\.v[012]',)),
+VERSIONS: tuple[Version, ...] = (  # the latest first: the first whose sign is there is it
+  # The first block has no values to mix in; the official code makes these parameters there too, and
+  # never uses them.
+  Version(
+    'RWKV-7', r'blocks\.0\.att\.r_k', _read_7, _rules_7, ignored=(r'blocks\.0\.att\.v[012]',)
+  ),
   Version('RWKV-6', r'blocks\.0\.att\.time_maa_x', _read_6, _rules_6),
   Version('RWKV-5.2', r'blocks\.0\.att\.gate\.weight', _read_5, _rules_5),
   Version('RWKV-4', r'blocks\.0\.att\.time_first', _read_4, _rules_4),
@@ -219,7 +282,7 @@ def version_of(shapes: Shapes, where: str) -> Version:
   raise InputError(f'{where}: not the weights of {_READ}; it holds {shortened(shapes, 4)}')
 
 
-# ---- both ways --------------------------------------------------------------------------------------------------------
+# ---- both ways ---------------------------------------------------------------------------------
 
 
 def is_rwkv(path: str | os.PathLike) -> bool:
@@ -228,12 +291,15 @@ def is_rwkv(path: str | os.PathLike) -> bool:
 
 
 def load_rwkv(
-  path: str | os.PathLike, dtype: Any = jnp.float32, mesh: Mesh | None = None, rules: Rules | str = 'fsdp_tensor',
+  path: str | os.PathLike,
+  dtype: Any = jnp.float32,
+  mesh: Mesh | None = None,
+  rules: Rules | str = 'fsdp_tensor',
 ) -> tuple[ModelConfig, Params]:
   """The model config and parameters of a weight file. Arguments as for `load_hf`.
 
-  Raises `InputError` for a file that is no RWKV model of these versions, and for `.pth` without PyTorch.
-  """
+  Raises `InputError` for a file that is no RWKV model of these versions, and for `.pth` without
+  PyTorch."""
   if not Path(path).is_file():
     raise InputError(f'{path}: no such file')
   with _open(path) as reader:
@@ -242,7 +308,9 @@ def load_rwkv(
     config = version.read(Sizes(shapes, str(path)))
     info, names = define(config).info, weights.Names(ignored=version.ignored)
     links = weights.connect(info, version.rules(config), version.name)
-    return config, weights.load(links, info, reader, names, dtype_of(dtype), placing(config, mesh, rules))
+    return config, weights.load(
+      links, info, reader, names, dtype_of(dtype), placing(config, mesh, rules)
+    )
 
 
 @contextlib.contextmanager
@@ -254,11 +322,14 @@ def _open(path: str | os.PathLike) -> Generator[Tensors]:
       yield reader
 
 
-def save_rwkv(path: str | os.PathLike, model_config: ModelConfig, params: Params, dtype: Any = jnp.float32) -> None:
-  """Writes a weight file, `.safetensors` or `.pth`, which appears only when it is whole; one that is there is left alone.
+def save_rwkv(
+  path: str | os.PathLike, model_config: ModelConfig, params: Params, dtype: Any = jnp.float32
+) -> None:
+  """Writes a weight file, `.safetensors` or `.pth`, which appears only when it is whole; one that
+  is there is left alone.
 
-  Raises `InputError` for a model that is none of the versions, saying which part, and for `.pth` without PyTorch.
-  """
+  Raises `InputError` for a model that is none of the versions, saying which part, and for `.pth`
+  without PyTorch."""
   if not is_rwkv(path):
     raise InputError(f'{path}: the name of a file of RWKV weights ends in {" or ".join(SUFFIXES)}')
   dtype, info = dtype_of(dtype), define(model_config).info
@@ -269,17 +340,25 @@ def save_rwkv(path: str | os.PathLike, model_config: ModelConfig, params: Params
     write_torch(path, list(export.shapes), export, dtype)
     return
   with new_file(path) as partial:
-    safetensors.numpy.save_file({n: cast(n, export(n), dtype) for n in export.shapes}, partial, metadata={'format': 'pt'})
+    safetensors.numpy.save_file(
+      {n: cast(n, export(n), dtype) for n in export.shapes}, partial, metadata={'format': 'pt'}
+    )
 
 
 def _links(config: ModelConfig) -> list[weights.Link]:
-  """The map of a model's weights. It is of a version when the shapes that would be written, read again, give it back."""
+  """The map of a model's weights. It is of a version when the shapes that would be written, read
+  again, give it back."""
   reasons = []
   for version in VERSIONS:
     try:
       links = weights.connect(define(config).info, version.rules(config), version.name)
-      read = version.read(Sizes({n: s for link in links for n, s in link.theirs.items()}, version.name))
-      differ = differences(functional(config), functional(read.replace(context=getattr(config, 'context', read.context))))
+      read = version.read(
+        Sizes({n: s for link in links for n, s in link.theirs.items()}, version.name)
+      )
+      differ = differences(
+        functional(config),
+        functional(read.replace(context=getattr(config, 'context', read.context))),
+      )
     except InputError as e:
       differ = [str(e)]
     if not differ:

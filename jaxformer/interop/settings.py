@@ -1,4 +1,5 @@
-"""Reading another library's `config.json`: every field that changes the function is taken or refused, none is passed over."""
+"""Reading another library's `config.json`: every field that changes the function is taken or
+refused, none is passed over."""
 
 from __future__ import annotations
 
@@ -10,21 +11,31 @@ from jaxformer.layers.mlp import ActivationName
 
 T = TypeVar('T')
 _NEEDED = object()
-_KINDS: dict[type, str] = {int: 'an integer', float: 'a number', bool: 'true or false', str: 'a string', dict: 'an object'}
+_KINDS: dict[type, str] = {
+  int: 'an integer',
+  float: 'a number',
+  bool: 'true or false',
+  str: 'a string',
+  dict: 'an object',
+}
 
 
 class Settings:
-  """The fields of a `config.json`, read with their types. `where` stands at the start of every message."""
+  """The fields of a `config.json`, read with their types. `where` stands at the start of every
+  message."""
 
   def __init__(self, fields: Mapping[str, Any], where: str = 'config.json'):
     self.fields, self.where = fields, where
 
   def fail(self, name: str, accepted: str) -> InputError:
     """The error for a value that cannot be used."""
-    return InputError(f'{self.where}: {name} = {self.fields.get(name)!r} is not supported: must be {accepted}')
+    return InputError(
+      f'{self.where}: {name} = {self.fields.get(name)!r} is not supported: must be {accepted}'
+    )
 
   def get(self, name: str, kind: type[T], default: Any = _NEEDED) -> T:
-    """The field as `kind`; `default` (what the other library takes) where it is left out or null."""
+    """The field as `kind`; `default` (what the other library takes) where it is left out or
+    null."""
     value = self.fields.get(name)
     if value is None:
       if default is _NEEDED:
@@ -44,7 +55,8 @@ class Settings:
     return value
 
   def only(self, name: str, *accepted: Any) -> None:
-    """Refuses every value but the first of `accepted` (which a field left out has) and those that mean the same."""
+    """Refuses every value but the first of `accepted` (which a field left out has) and those that
+    mean the same."""
     if self.fields.get(name, accepted[0]) not in accepted:
       raise self.fail(name, ' or '.join(repr(a) for a in accepted))
 
@@ -57,9 +69,17 @@ class Settings:
 
 
 ACTIVATIONS: dict[str, ActivationName] = {
-  'gelu': 'gelu', 'gelu_new': 'gelu_tanh', 'gelu_pytorch_tanh': 'gelu_tanh', 'gelu_fast': 'gelu_tanh',
-  'relu': 'relu', 'relu2': 'squared_relu',
-  'silu': 'silu', 'swish': 'silu', 'sigmoid': 'sigmoid', 'tanh': 'tanh', 'linear': 'identity',
+  'gelu': 'gelu',
+  'gelu_new': 'gelu_tanh',
+  'gelu_pytorch_tanh': 'gelu_tanh',
+  'gelu_fast': 'gelu_tanh',
+  'relu': 'relu',
+  'relu2': 'squared_relu',
+  'silu': 'silu',
+  'swish': 'silu',
+  'sigmoid': 'sigmoid',
+  'tanh': 'tanh',
+  'linear': 'identity',
 }
 """Their name of an activation -> ours. The first name of several is the one written."""
 

@@ -1,5 +1,5 @@
-"""Safetensors files, alone or in folders: tensors read one at a time, written in files of bounded size. Nothing here knows a
-model."""
+"""Safetensors files, alone or in folders: tensors read one at a time, written in files of bounded
+size. Nothing here knows a model."""
 
 from __future__ import annotations
 
@@ -25,9 +25,13 @@ INDEX = 'model.safetensors.index.json'
 PICKLES = ('*.bin', '*.pth', '*.pt', '*.ckpt')
 
 DTYPES: Mapping[str, np.dtype] = {
-  'F64': np.dtype(np.float64), 'F32': np.dtype(np.float32), 'F16': np.dtype(np.float16), 'BF16': np.dtype(ml_dtypes.bfloat16),
+  'F64': np.dtype(np.float64),
+  'F32': np.dtype(np.float32),
+  'F16': np.dtype(np.float16),
+  'BF16': np.dtype(ml_dtypes.bfloat16),
 }
-"""Floating-point types by the name that safetensors gives them. Integers (quantised weights, buffers) are not among them."""
+"""Floating-point types by the name that safetensors gives them. Integers (quantised weights,
+buffers) are not among them."""
 
 Shape = tuple[int, ...]
 
@@ -41,7 +45,8 @@ class TensorInfo(NamedTuple):
 
 
 class Tensors(Protocol):
-  """Named tensors of a file or folder `source`: what is known of each at once, and its value when it is asked for."""
+  """Named tensors of a file or folder `source`: what is known of each at once, and its value when
+  it is asked for."""
 
   @property
   def source(self) -> Path: ...
@@ -54,10 +59,11 @@ class Tensors(Protocol):
 
 
 class Reader:
-  """The tensors of a folder or of one file, by name. Headers are read at once, values only by `read`, one tensor at a time.
+  """The tensors of a folder or of one file, by name. Headers are read at once, values only by
+  `read`, one tensor at a time.
 
-  Raises `InputError` for a folder without safetensors, a missing or damaged file, and an index that disagrees with its files.
-  """
+  Raises `InputError` for a folder without safetensors, a missing or damaged file, and an index that
+  disagrees with its files."""
 
   def __init__(self, source: str | os.PathLike):
     self.source = Path(source)
@@ -66,7 +72,9 @@ class Reader:
     self._open: dict[str, Any] = {}
     self.info: dict[str, TensorInfo] = {}
     try:
-      self._read_headers(*(([self.source.name], None) if self.source.is_file() else _files(self.folder)))
+      self._read_headers(
+        *(([self.source.name], None) if self.source.is_file() else _files(self.folder))
+      )
     except BaseException:
       self.close()
       raise
@@ -75,7 +83,9 @@ class Reader:
     for file in files:
       path = self.folder / file
       if not path.is_file():
-        raise InputError(f'{self.folder / INDEX} names {file}, which is not there: the download is not complete')
+        raise InputError(
+          f'{self.folder / INDEX} names {file}, which is not there: the download is not complete'
+        )
       try:
         handle = self._files.enter_context(safetensors.safe_open(path, 'numpy'))
       except (safetensors.SafetensorError, OSError) as e:
@@ -84,10 +94,16 @@ class Reader:
       for name in handle.keys():  # noqa: SIM118 (the handle is no mapping)
         part = handle.get_slice(name)
         if name in self.info:
-          raise InputError(f'{self.folder}: tensor {name} is in both {self.info[name].file} and {file}')
+          raise InputError(
+            f'{self.folder}: tensor {name} is in both {self.info[name].file} and {file}'
+          )
         self.info[name] = TensorInfo(tuple(part.get_shape()), str(part.get_dtype()), file)
-    if index is not None and (lost := [n for n, file in index.items() if n not in self.info or self.info[n].file != file]):
-      raise InputError(f'{self.folder / INDEX} promises tensors that its files do not hold: {shortened(lost)}')
+    if index is not None and (
+      lost := [n for n, file in index.items() if n not in self.info or self.info[n].file != file]
+    ):
+      raise InputError(
+        f'{self.folder / INDEX} promises tensors that its files do not hold: {shortened(lost)}'
+      )
 
   @property
   def bytes(self) -> int:
@@ -103,7 +119,9 @@ class Reader:
     try:
       return self._open[self.info[name].file].get_tensor(name)
     except safetensors.SafetensorError as e:
-      raise InputError(f'{self.folder / self.info[name].file}: tensor {name} cannot be read: {e}') from None
+      raise InputError(
+        f'{self.folder / self.info[name].file}: tensor {name} cannot be read: {e}'
+      ) from None
 
   def close(self) -> None:
     self._files.close()
@@ -118,27 +136,39 @@ class Reader:
 def _files(folder: Path) -> tuple[list[str], dict[str, str] | None]:
   """The safetensors files of a folder, and the index where there is one."""
   if not folder.is_dir():
-    raise InputError(f'{folder}: no such folder; weights are read from a local copy of the repository')
+    raise InputError(
+      f'{folder}: no such folder; weights are read from a local copy of the repository'
+    )
   if (folder / INDEX).is_file():
     index = read_json(folder / INDEX).get('weight_map')
-    if not isinstance(index, dict) or not index or not all(isinstance(f, str) for f in index.values()):
+    if (
+      not isinstance(index, dict)
+      or not index
+      or not all(isinstance(f, str) for f in index.values())
+    ):
       raise InputError(f'{folder / INDEX}: no "weight_map" from tensors to files')
     files = sorted(set(index.values()))
     if outside := [f for f in files if Path(f).name != f or not f.endswith('.safetensors')]:
-      raise InputError(f'{folder / INDEX}: {outside[0]!r} is not the name of a safetensors file in the folder')
+      raise InputError(
+        f'{folder / INDEX}: {outside[0]!r} is not the name of a safetensors file in the folder'
+      )
     return files, index
   if (folder / SINGLE).is_file():
     return [SINGLE], None
   if pickles := sorted({p.name for pattern in PICKLES for p in folder.glob(pattern)}):
     raise InputError(
-      f'{folder} holds {shortened(pickles, 3)} but no {SINGLE}. Pickled weights can run code when they are opened, so they are '
-      'never read here. Convert them once where you trust them: python -c "from transformers import AutoModelForCausalLM as M; '
-      "M.from_pretrained('IN', dtype='auto').save_pretrained('OUT')\"")
+      f'{folder} holds {shortened(pickles, 3)} but no {SINGLE}. Pickled weights can run code when '
+      'they are opened, so they are '
+      'never read here. Convert them once where you trust them: python -c "from transformers '
+      'import AutoModelForCausalLM as M; '
+      "M.from_pretrained('IN', dtype='auto').save_pretrained('OUT')\""
+    )
   raise InputError(f'{folder}: neither {SINGLE} nor {INDEX} is there')
 
 
 def read_json(path: Path) -> dict[str, Any]:
-  """The object that a JSON file holds. Raises `InputError` where it is missing or holds something else."""
+  """The object that a JSON file holds. Raises `InputError` where it is missing or holds something
+  else."""
   try:
     value = json.loads(path.read_text(encoding='utf-8'))
   except FileNotFoundError:
@@ -156,11 +186,12 @@ def shortened(names: Iterable[object], most: int = 12) -> str:
   return ', '.join(names[:most]) + (f' and {len(names) - most} more' if len(names) > most else '')
 
 
-# ---- writing ----------------------------------------------------------------------------------------------------------
+# ---- writing -----------------------------------------------------------------------------------
 
 
 def plan_files(sizes: Mapping[str, int], max_bytes: int) -> dict[str, list[str]]:
-  """File -> its tensors, in order: a file is closed when the next tensor would take it past `max_bytes` (one alone may)."""
+  """File -> its tensors, in order: a file is closed when the next tensor would take it past
+  `max_bytes` (one alone may)."""
   parts: list[list[str]] = [[]]
   filled = 0
   for name, size in sizes.items():
@@ -174,16 +205,26 @@ def plan_files(sizes: Mapping[str, int], max_bytes: int) -> dict[str, list[str]]
   return {f'model-{i:05}-of-{len(parts):05}.safetensors': names for i, names in enumerate(parts, 1)}
 
 
-def write(folder: Path, shapes: Mapping[str, Shape], value: Callable[[str], np.ndarray], dtype: np.dtype, max_bytes: int) -> None:
-  """Writes tensors of known shapes, asking `value` for one after the other; at most one file's worth is in memory.
+def write(
+  folder: Path,
+  shapes: Mapping[str, Shape],
+  value: Callable[[str], np.ndarray],
+  dtype: np.dtype,
+  max_bytes: int,
+) -> None:
+  """Writes tensors of known shapes, asking `value` for one after the other; at most one file's
+  worth is in memory.
 
   Raises `InputError` where a finite number does not fit `dtype`.
   """
   sizes = {name: math.prod(shape) * dtype.itemsize for name, shape in shapes.items()}
   files = plan_files(sizes, max_bytes)
   for file, names in files.items():
-    # The format says 'pt' because transformers refuses files that do not say which framework they suit.
-    safetensors.numpy.save_file({n: cast(n, value(n), dtype) for n in names}, folder / file, metadata={'format': 'pt'})
+    # The format says 'pt' because transformers refuses files that do not say which framework they
+    # suit.
+    safetensors.numpy.save_file(
+      {n: cast(n, value(n), dtype) for n in names}, folder / file, metadata={'format': 'pt'}
+    )
   if len(files) > 1:
     where = {name: file for file, names in files.items() for name in names}
     index = {'metadata': {'total_size': sum(sizes.values())}, 'weight_map': where}
@@ -191,20 +232,25 @@ def write(folder: Path, shapes: Mapping[str, Shape], value: Callable[[str], np.n
 
 
 def cast(name: str, value: np.ndarray, dtype: np.dtype) -> np.ndarray:
-  """`value` as a contiguous array of another type. Raises `InputError` where a finite number becomes infinite."""
+  """`value` as a contiguous array of another type. Raises `InputError` where a finite number
+  becomes infinite."""
   with np.errstate(over='ignore'):
     # Contiguous, because safetensors writes the memory of an array as it lies, transposed or not.
     result = np.asarray(value, dtype=dtype, order='C')
   narrower = ml_dtypes.finfo(dtype).max < ml_dtypes.finfo(value.dtype).max
   if narrower and not np.isfinite(result).all() and np.isfinite(value).all():
     largest = float(np.abs(value).max())
-    raise InputError(f'dtype = {dtype}: {name} holds numbers up to {largest:.3g}, too large for it; use bfloat16 or float32')
+    raise InputError(
+      f'dtype = {dtype}: {name} holds numbers up to {largest:.3g}, too large for it; use bfloat16 '
+      'or float32'
+    )
   return result
 
 
 @contextlib.contextmanager
 def new_file(path: str | os.PathLike) -> Generator[Path]:
-  """A file to write, which appears under its name only when it is whole. Raises `InputError` where that name is taken."""
+  """A file to write, which appears under its name only when it is whole. Raises `InputError` where
+  that name is taken."""
   target = Path(path).absolute()
   if target.exists():
     raise InputError(f'{path}: already there; nothing is overwritten')
@@ -221,7 +267,8 @@ def new_file(path: str | os.PathLike) -> Generator[Path]:
 
 @contextlib.contextmanager
 def new_folder(folder: str | os.PathLike) -> Generator[Path]:
-  """A folder to fill, which appears under its name only when all is written. Raises `InputError` where that name is taken."""
+  """A folder to fill, which appears under its name only when all is written. Raises `InputError`
+  where that name is taken."""
   target = Path(folder).absolute()
   if target.exists() and not (target.is_dir() and not any(target.iterdir())):
     raise InputError(f'{folder}: already there and not an empty folder; nothing is overwritten')

@@ -1,4 +1,5 @@
-"""A state dict in a `.pth` file: read with PyTorch's unpickler of tensors alone, which runs no code, and written.
+"""A state dict in a `.pth` file: read with PyTorch's unpickler of tensors alone, which runs no
+code, and written.
 
 PyTorch is imported only here, and only when such a file is touched.
 """
@@ -20,21 +21,32 @@ _NAMES = {'float64': 'F64', 'float32': 'F32', 'float16': 'F16', 'bfloat16': 'BF1
 
 
 class TorchReader:
-  """The tensors of a state dict, by name; the face is that of `tensors.Tensors`. The file is mapped, so that only what is read is
-  in memory. Raises `InputError` where PyTorch is missing, and for a file that holds anything but tensors by name."""
+  """The tensors of a state dict, by name; the face is that of `tensors.Tensors`. The file is
+  mapped, so that only what is read is in memory. Raises `InputError` where PyTorch is missing, and
+  for a file that holds anything but tensors by name."""
 
   def __init__(self, source: str | os.PathLike):
     torch, self.source = _torch(source), Path(source)
     try:
       tensors = _load(torch, self.source)
-    except Exception as e:   # from bytes that are no pickle the unpickler comes to anything
+    except Exception as e:  # from bytes that are no pickle the unpickler comes to anything
       why = str(e).partition('\n')[0] or type(e).__name__
-      raise InputError(f'{source}: no state dict that can be read without running code: {why}') from None
-    if not isinstance(tensors, dict) or not all(isinstance(n, str) and torch.is_tensor(t) for n, t in tensors.items()):
-      raise InputError(f'{source}: holds something other than tensors by name; the state dict of a model is expected')
+      raise InputError(
+        f'{source}: no state dict that can be read without running code: {why}'
+      ) from None
+    if not isinstance(tensors, dict) or not all(
+      isinstance(n, str) and torch.is_tensor(t) for n, t in tensors.items()
+    ):
+      raise InputError(
+        f'{source}: holds something other than tensors by name; the state dict of a model is '
+        'expected'
+      )
     self._tensors: Mapping[str, Any] = tensors
     kinds = {n: str(t.dtype).removeprefix('torch.') for n, t in tensors.items()}
-    self.info = {n: TensorInfo(tuple(t.shape), _NAMES.get(kinds[n], kinds[n]), self.source.name) for n, t in tensors.items()}
+    self.info = {
+      n: TensorInfo(tuple(t.shape), _NAMES.get(kinds[n], kinds[n]), self.source.name)
+      for n, t in tensors.items()
+    }
 
   def read(self, name: str) -> np.ndarray:
     """One tensor, in the type of the file."""
@@ -50,18 +62,19 @@ def _load(torch: Any, path: Path) -> Any:
   except RuntimeError as e:
     if 'mmap' not in str(e):
       raise
-    return torch.load(path, map_location='cpu', weights_only=True)   # the format before PyTorch 1.6 cannot be mapped
+    # the format before PyTorch 1.6 cannot be mapped
+    return torch.load(path, map_location='cpu', weights_only=True)
 
 
 def write_torch(
-  path: str | os.PathLike, names: Sequence[str], value: Callable[[str], np.ndarray], dtype: np.dtype,
+  path: str | os.PathLike, names: Sequence[str], value: Callable[[str], np.ndarray], dtype: np.dtype
 ) -> None:
   """Writes tensors as a state dict, asking `value` for one after the other."""
   torch = _torch(path)
 
   def tensor(name: str) -> Any:
     array = cast(name, value(name), dtype)
-    if dtype == ml_dtypes.bfloat16:   # a type that PyTorch does not take from numpy
+    if dtype == ml_dtypes.bfloat16:  # a type that PyTorch does not take from numpy
       return torch.tensor(array.view(np.int16)).view(torch.bfloat16)
     return torch.tensor(array)
 
@@ -73,5 +86,7 @@ def _torch(path: str | os.PathLike) -> Any:
   try:
     import torch
   except ModuleNotFoundError:
-    raise InputError(f'{path}: .pth files need PyTorch: pip install torch; .safetensors files need nothing more') from None
+    raise InputError(
+      f'{path}: .pth files need PyTorch: pip install torch; .safetensors files need nothing more'
+    ) from None
   return torch

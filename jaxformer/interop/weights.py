@@ -1,8 +1,9 @@
-"""The map between our parameters and another format's tensors: one description, read in both directions.
+"""The map between our parameters and another format's tensors: one description, read in both
+directions.
 
-Our side of a rule is a parameter's *unstacked* name: `stack.{layer}.branches.0.layer.wq` is that of one block, counted through
-the whole stack, wherever the groups and repeats of the config put it. The engine stacks and unstacks.
-"""
+Our side of a rule is a parameter's *unstacked* name: `stack.{layer}.branches.0.layer.wq` is that of
+one block, counted through the whole stack, wherever the groups and repeats of the config put it.
+The engine stacks and unstacks."""
 
 from __future__ import annotations
 
@@ -20,11 +21,12 @@ from jaxformer.models.params import ParamInfo
 Arrays = list[np.ndarray]
 
 
-# ---- steps: how our arrays become theirs, and back --------------------------------------------------------------------
+# ---- steps: how our arrays become theirs, and back ---------------------------------------------
 
 
 class Step:
-  """One change on the way from our arrays to theirs. `load` undoes `save`; `shapes` says what `save` does to shapes.
+  """One change on the way from our arrays to theirs. `load` undoes `save`; `shapes` says what
+  `save` does to shapes.
 
   A family that needs another change writes a subclass in its own file.
   """
@@ -91,7 +93,8 @@ class Unstack(Step):
 
 @dataclasses.dataclass(frozen=True)
 class NewAxis(Step):
-  """Theirs has one more axis, of size 1, at place `axis` (depthwise convolutions, offsets kept as a row)."""
+  """Theirs has one more axis, of size 1, at place `axis` (depthwise convolutions, offsets kept as a
+  row)."""
 
   axis: int
 
@@ -105,17 +108,16 @@ class NewAxis(Step):
     return [np.squeeze(a, self.axis) for a in theirs]
 
 
-TRANSPOSE = Permute((1, 0))   # torch's Linear keeps [out, in], we keep [in, out]
+TRANSPOSE = Permute((1, 0))  # torch's Linear keeps [out, in], we keep [in, out]
 
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
   """Some of our parameters <-> some of their tensors.
 
-  `{layer}` in the names stands for every block that has all of our parameters; a rule whose parameters are nowhere (offsets of
-  a model without offsets) does not apply. `{item}` in their name stands for 0, 1, ... along our first axis; then the
-  first step is `Unstack`.
-  """
+  `{layer}` in the names stands for every block that has all of our parameters; a rule whose
+  parameters are nowhere (offsets of a model without offsets) does not apply. `{item}` in their name
+  stands for 0, 1, ... along our first axis; then the first step is `Unstack`."""
 
   ours: tuple[str, ...]
   theirs: str
@@ -132,12 +134,13 @@ def linear(ours: str, theirs: str) -> Rule:
   return Rule((ours,), theirs, (TRANSPOSE,))
 
 
-# ---- places and links: the rules made concrete for one model ----------------------------------------------------------
+# ---- places and links: the rules made concrete for one model -----------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-  """Where the parameter of one block lives: the name of the stored array, the row of it (None for all), and the shape there."""
+  """Where the parameter of one block lives: the name of the stored array, the row of it (None for
+  all), and the shape there."""
 
   stored: str
   row: int | None
@@ -148,9 +151,10 @@ _IN_GROUP = re.compile(r'(?P<stack>(?:.+\.)?)groups\.(?P<group>\d+)\.(?P<place>\
 
 
 def places(info: Mapping[str, ParamInfo]) -> dict[str, Place]:
-  """Unstacked name -> place, for every parameter of a model; blocks are counted through all groups of a stack."""
+  """Unstacked name -> place, for every parameter of a model; blocks are counted through all groups
+  of a stack."""
   found = {name: _IN_GROUP.fullmatch(name) for name in info}
-  patterns: dict[tuple[str, int], int] = {}   # (stack, group) -> blocks in a period
+  patterns: dict[tuple[str, int], int] = {}  # (stack, group) -> blocks in a period
   repeats: dict[tuple[str, int], int] = {}
   for name, m in found.items():
     if m is not None:
@@ -199,16 +203,23 @@ class Link:
 
 
 def connect(info: Mapping[str, ParamInfo], rules: Iterable[Rule], family: str) -> list[Link]:
-  """The links of a model, which cover each of its parameters once. Raises `InputError` naming those that no rule covers."""
+  """The links of a model, which cover each of its parameters once. Raises `InputError` naming those
+  that no rule covers."""
   where = places(info)
-  layers = sorted({int(n) for name in where for n in re.findall(r'(?:^|\.)(\d+)\.branches\.', name)})
+  layers = sorted(
+    {int(n) for name in where for n in re.findall(r'(?:^|\.)(\d+)\.branches\.', name)}
+  )
   links = []
   for rule in rules:
     per_layer = any('{layer}' in o for o in rule.ours)
     for layer in layers if per_layer else [None]:
       names = [o.replace('{layer}', str(layer)) for o in rule.ours]
       if all(n in where for n in names):
-        links.append(_link(tuple(where[n] for n in names), rule.theirs.replace('{layer}', str(layer)), rule.steps))
+        links.append(
+          _link(
+            tuple(where[n] for n in names), rule.theirs.replace('{layer}', str(layer)), rule.steps
+          )
+        )
   covered = [p for link in links for p in link.ours]
   if missing := [name for name, p in where.items() if p not in set(covered)]:
     raise InputError(f'the {family} format has no place for {shortened(missing)}')
@@ -219,13 +230,17 @@ def connect(info: Mapping[str, ParamInfo], rules: Iterable[Rule], family: str) -
 
 def _link(ours: tuple[Place, ...], theirs: str, steps: tuple[Step, ...]) -> Link:
   shapes = [p.shape for p in ours]
-  names = [theirs.replace('{item}', str(i)) for i in range(shapes[0][0])] if '{item}' in theirs else [theirs]
+  names = (
+    [theirs.replace('{item}', str(i)) for i in range(shapes[0][0])]
+    if '{item}' in theirs
+    else [theirs]
+  )
   for step in steps:
     shapes = step.shapes(shapes)
   return Link(ours, dict(zip(names, shapes, strict=True)), steps)
 
 
-# ---- load -------------------------------------------------------------------------------------------------------------
+# ---- load --------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -234,7 +249,8 @@ class Names:
 
   Attributes:
     prefix: what a file of the model without its head leaves out at the start of every name.
-    ignored: patterns (matched in full) of tensors that carry nothing: buffers of masks and frequencies.
+    ignored: patterns (matched in full) of tensors that carry nothing: buffers of masks and
+      frequencies.
     copies: tensor -> the one that it may repeat, number for number (tied heads).
   """
 
@@ -245,13 +261,19 @@ class Names:
   def resolve(self, reader: Tensors, wanted: Container[str]) -> dict[str, str]:
     """Full name -> name in the file, without the ignored ones."""
     bare = not any(n.startswith(self.prefix) for n in reader.info)
-    full = {self.prefix + n if bare and n not in wanted and n not in self.copies else n: n for n in reader.info}
-    return {n: stored for n, stored in full.items() if not any(re.fullmatch(p, n) for p in self.ignored)}
+    full = {
+      self.prefix + n if bare and n not in wanted and n not in self.copies else n: n
+      for n in reader.info
+    }
+    return {
+      n: stored for n, stored in full.items() if not any(re.fullmatch(p, n) for p in self.ignored)
+    }
 
 
 def check(links: Sequence[Link], reader: Tensors, names: Names) -> dict[str, str]:
-  """Compares the headers with the map before any value is read: full name -> name in the file. Raises one `InputError` with
-  all that is missing, unexpected, of another shape, or of a type that holds no weights."""
+  """Compares the headers with the map before any value is read: full name -> name in the file.
+  Raises one `InputError` with all that is missing, unexpected, of another shape, or of a type that
+  holds no weights."""
   wanted = {name: shape for link in links for name, shape in link.theirs.items()}
   found = names.resolve(reader, wanted)
   problems = []
@@ -260,7 +282,11 @@ def check(links: Sequence[Link], reader: Tensors, names: Names) -> dict[str, str
   if unexpected := [n for n in found if n not in wanted and n not in names.copies]:
     problems.append(f'unexpected: {shortened(unexpected)}')
   both = [(n, reader.info[found[n]]) for n in wanted if n in found]
-  if shapes := [f'{n} is {list(i.shape)}, the config needs {list(wanted[n])}' for n, i in both if i.shape != wanted[n]]:
+  if shapes := [
+    f'{n} is {list(i.shape)}, the config needs {list(wanted[n])}'
+    for n, i in both
+    if i.shape != wanted[n]
+  ]:
     problems.append(f'of another shape: {shortened(shapes)}')
   if types := [f'{n} ({i.dtype})' for n, i in both if i.dtype not in DTYPES]:
     problems.append(f'of a type that is not read ({", ".join(DTYPES)} are): {shortened(types)}')
@@ -268,17 +294,24 @@ def check(links: Sequence[Link], reader: Tensors, names: Names) -> dict[str, str
     raise InputError(f'{reader.source} does not hold this model. ' + '; '.join(problems))
   for copy, original in names.copies.items():
     if copy in found and not np.array_equal(reader.read(found[copy]), reader.read(found[original])):
-      raise InputError(f'{reader.source}: {copy} differs from {original}, but the config ties them; '
-                       'if they are meant to differ, set tie_word_embeddings to false in config.json')
+      raise InputError(
+        f'{reader.source}: {copy} differs from {original}, but the config ties them; '
+        'if they are meant to differ, set tie_word_embeddings to false in config.json'
+      )
   return found
 
 
 def load(
-  links: Sequence[Link], info: Mapping[str, ParamInfo], reader: Tensors, names: Names, dtype: np.dtype,
+  links: Sequence[Link],
+  info: Mapping[str, ParamInfo],
+  reader: Tensors,
+  names: Names,
+  dtype: np.dtype,
   put: Callable[[str, np.ndarray], Any],
 ) -> dict[str, Any]:
-  """Our parameters, stacked. Each goes through `put` (to a device) as soon as it is whole, so that beside the result only what
-  is being assembled is in memory. Parameters marked `full_precision` stay fp32."""
+  """Our parameters, stacked. Each goes through `put` (to a device) as soon as it is whole, so that
+  beside the result only what is being assembled is in memory. Parameters marked `full_precision`
+  stay fp32."""
   found = check(links, reader, names)
   rest = {name: info[name].shape[0] if _stacked(info[name]) else 1 for name in info}
   partial: dict[str, np.ndarray] = {}
@@ -288,15 +321,19 @@ def load(
     for place, array in zip(link.ours, arrays, strict=True):
       name = place.stored
       if name not in partial:
-        partial[name] = np.empty(info[name].shape, np.float32 if info[name].full_precision else dtype)
-      partial[name][... if place.row is None else place.row] = cast(name, array, partial[name].dtype)
+        partial[name] = np.empty(
+          info[name].shape, np.float32 if info[name].full_precision else dtype
+        )
+      partial[name][... if place.row is None else place.row] = cast(
+        name, array, partial[name].dtype
+      )
       rest[name] -= 1
       if not rest[name]:
         done[name] = put(name, partial.pop(name))
   return {name: done[name] for name in info}
 
 
-# ---- save -------------------------------------------------------------------------------------------------------------
+# ---- save --------------------------------------------------------------------------------------
 
 
 def check_params(info: Mapping[str, ParamInfo], params: Mapping[str, Any]) -> None:
@@ -306,8 +343,11 @@ def check_params(info: Mapping[str, ParamInfo], params: Mapping[str, Any]) -> No
     problems.append(f'missing: {shortened(missing)}')
   if unexpected := [n for n in params if n not in info]:
     problems.append(f'unexpected: {shortened(unexpected)}')
-  if shapes := [f'{n} is {list(params[n].shape)}, the config needs {list(i.shape)}'
-                for n, i in info.items() if n in params and tuple(params[n].shape) != i.shape]:
+  if shapes := [
+    f'{n} is {list(params[n].shape)}, the config needs {list(i.shape)}'
+    for n, i in info.items()
+    if n in params and tuple(params[n].shape) != i.shape
+  ]:
     problems.append(f'of another shape: {shortened(shapes)}')
   if problems:
     raise InputError('the parameters are not those of the config. ' + '; '.join(problems))

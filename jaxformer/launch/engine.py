@@ -36,7 +36,8 @@ class Engine(Config, abstract=True):
   wheels: ClassVar[tuple[str, ...]] = ('file', 'https')
 
   def default_source(self) -> Source:
-    """What the machines install when the user does not say. Raises `InputError` where there is nothing to assume."""
+    """What the machines install when the user does not say. Raises `InputError` where there is
+    nothing to assume."""
     raise NotImplementedError
 
   @property
@@ -45,7 +46,8 @@ class Engine(Config, abstract=True):
     return False
 
   def loses(self, job: Job) -> str | None:
-    """Why a run folder on the machines' own disks is lost or cannot be shared; None where it is safe."""
+    """Why a run folder on the machines' own disks is lost or cannot be shared; None where it is
+    safe."""
     if job.spot:
       return 'the disks of spot machines go with them'
     if job.target.hosts > 1:
@@ -56,22 +58,31 @@ class Engine(Config, abstract=True):
     """Raises `InputError` for a job that this engine cannot serve."""
     self.serves(job.target)
     if not isinstance(job.source, self.sources):
-      raise InputError(f'--source: {self.tag.lower()} does not take {job.source.called}; must be '
-                       f'{", ".join(s.called for s in self.sources)}')
+      raise InputError(
+        f'--source: {self.tag.lower()} does not take {job.source.called}; must be '
+        f'{", ".join(s.called for s in self.sources)}'
+      )
     if isinstance(job.source, Wheel) and job.source.scheme not in self.wheels:
       places = ' or '.join('a file' if w == 'file' else f'at {w}://' for w in self.wheels)
-      raise InputError(f'--source {job.source.path}: {self.tag.lower()} takes a wheel that is {places}')
+      raise InputError(
+        f'--source {job.source.path}: {self.tag.lower()} takes a wheel that is {places}'
+      )
     if job.remote:
       scheme_of(job.run_dir, 'run.dir')
     why = None if job.remote else self.loses(job)
     if why is not None:
-      raise InputError(f'run.dir = {job.run_dir!r}: must be on object storage, as in --run.dir gs://BUCKET/runs; {why}')
+      raise InputError(
+        f'run.dir = {job.run_dir!r}: must be on object storage, as in --run.dir gs://BUCKET/runs; '
+        f'{why}'
+      )
 
   def serves(self, target: Target) -> None:
     """Raises `InputError` for a target whose chips this engine does not have."""
     if target.chip.name not in self.chips:
-      raise InputError(f'--target {target.name}: {self.tag.lower()} does not serve {target.chip.name}; it serves '
-                       f'{", ".join(self.chips)}')
+      raise InputError(
+        f'--target {target.name}: {self.tag.lower()} does not serve {target.chip.name}; it serves '
+        f'{", ".join(self.chips)}'
+      )
 
   def files(self, job: Job) -> dict[pathlib.Path, str]:
     """File -> text."""
@@ -105,13 +116,19 @@ def shape(target: Target) -> str:
 
 def standard(target: Target) -> bool:
   """Whether the size of a TPU slice alone says what its topology is."""
-  return parse_target(f'{target.chip.name}-{target.chips * target.chip.cores}').topology == target.topology
+  return (
+    parse_target(f'{target.chip.name}-{target.chips * target.chip.cores}').topology
+    == target.topology
+  )
 
 
 def submit(engine: Engine, job: Job) -> None:
   """Calls the tool. Raises `LaunchError` where it is not installed, or fails."""
   if shutil.which(engine.program) is None:
-    raise LaunchError(f'{engine.program} is not installed here ({engine.get}); then {shlex.join(engine.command(job))}')
+    raise LaunchError(
+      f'{engine.program} is not installed here ({engine.get}); then '
+      f'{shlex.join(engine.command(job))}'
+    )
   code = subprocess.run(engine.command(job), check=False).returncode
   if code:
     raise LaunchError(f'{shlex.join(engine.command(job))} ended with code {code}')

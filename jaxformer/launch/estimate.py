@@ -1,4 +1,5 @@
-"""What a job will take: tokens, FLOPs, time, money and memory, from the cost model and the table of hardware."""
+"""What a job will take: tokens, FLOPs, time, money and memory, from the cost model and the table of
+hardware."""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ class Estimate:
     seconds: of training; starting, compiling and evaluating come on top.
     price_per_hour: dollars for all chips.
     price: dollars for `seconds`.
-    at_most: the prices are those on demand, because spot capacity has no list price: it moves with the market, below them.
+    at_most: the prices are those on demand, because spot capacity has no list price: it moves with
+      the market, below them.
   """
 
   params: int
@@ -37,7 +39,9 @@ class Estimate:
   at_most: bool
 
 
-def estimate(experiment: Experiment, target: Target, spot: bool, utilisation: float = UTILISATION) -> Estimate:
+def estimate(
+  experiment: Experiment, target: Target, spot: bool, utilisation: float = UTILISATION
+) -> Estimate:
   """The estimate of a whole run. Raises `InputError` for a utilisation that is none."""
   if not 0 < utilisation <= 1:
     raise InputError(f'--utilisation {utilisation:g}: must be above 0 and at most 1')
@@ -48,7 +52,15 @@ def estimate(experiment: Experiment, target: Target, spot: bool, utilisation: fl
   seconds = flops / (target.total_chips * target.chip.peak() * utilisation)
   listed, on_demand = target.price_per_hour(spot=spot), target.price_per_hour()
   an_hour = on_demand if listed is None else listed
-  assert an_hour is not None   # there is no chip without a price on demand
+  assert an_hour is not None  # there is no chip without a price on demand
   return Estimate(
-    params=of.params, active_params=of.active_params, tokens=tokens, flops=flops, utilisation=utilisation, seconds=seconds,
-    price_per_hour=an_hour, price=an_hour * seconds / 3600, at_most=listed is None)
+    params=of.params,
+    active_params=of.active_params,
+    tokens=tokens,
+    flops=flops,
+    utilisation=utilisation,
+    seconds=seconds,
+    price_per_hour=an_hour,
+    price=an_hour * seconds / 3600,
+    at_most=listed is None,
+  )

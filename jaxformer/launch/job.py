@@ -1,11 +1,13 @@
 """What every engine starts: one training run on one target, as shell commands.
 
     what is installed   a git commit, a wheel or a folder (`Source`), into an environment of its own
-    what runs           `jaxformer train EXPERIMENT overrides --run.name NAME --run.dir DIR`, one process a host; on Slurm, a GPU
+    what runs           `jaxformer train EXPERIMENT overrides --run.name NAME --run.dir DIR`, one
+    process a host; on Slurm, a GPU
 
-The exit code tells an engine what to do: 75 is preempted and saved (start again, the run goes on), a code of 128 and more is a
-process that a signal ended, as of a host whose peer died (start again, a few times), any other one is final.
-"""
+The exit code tells an engine what to do: 75 is preempted and saved (start again, the run goes on),
+  a code of 128 and more is a
+process that a signal ended, as of a host whose peer died (start again, a few times), any other one
+is final."""
 
 from __future__ import annotations
 
@@ -23,7 +25,7 @@ PREEMPTED: Final = 75
 SIGNALLED: Final = 128
 PYTHON: Final = '3.12'
 
-# ---- where the code comes from ----------------------------------------------------------------------------------------
+# ---- where the code comes from -----------------------------------------------------------------
 
 
 class Source(Config, abstract=True):
@@ -86,13 +88,16 @@ class Installed(Source):
 
 
 def source_of(text: str) -> Source:
-  """What `--source` names. Raises `InputError` for a repository without a commit, and for files that are not there."""
+  """What `--source` names. Raises `InputError` for a repository without a commit, and for files
+  that are not there."""
   if text == 'installed':
     return Installed()
   if text.startswith('git+'):
     url, at, commit = text.removeprefix('git+').rpartition('@')
     if not at or '/' in commit or '://' not in url:
-      raise InputError(f'--source {text}: must be git+URL@COMMIT, so that every restart runs the same code')
+      raise InputError(
+        f'--source {text}: must be git+URL@COMMIT, so that every restart runs the same code'
+      )
     return Git(url=url, commit=commit)
   path = pathlib.Path(text)
   if text.endswith('.whl'):
@@ -101,11 +106,14 @@ def source_of(text: str) -> Source:
       raise InputError(f'--source {text}: no such file')
     return wheel
   if not (path / 'pyproject.toml').is_file():
-    raise InputError(f'--source {text}: must be {", ".join(s.called for s in (Git, Wheel, WorkingDirectory))}, or installed')
+    raise InputError(
+      f'--source {text}: must be {", ".join(s.called for s in (Git, Wheel, WorkingDirectory))}, or '
+      'installed'
+    )
   return WorkingDirectory(path=text)
 
 
-# ---- the job ------------------------------------------------------------------------------------------------------------
+# ---- the job -----------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -149,18 +157,31 @@ class Job:
   @property
   def file(self) -> pathlib.Path | None:
     """The experiment file, None for a preset."""
-    return pathlib.Path(self.experiment) if self.experiment.endswith('.py') or '/' in self.experiment else None
+    return (
+      pathlib.Path(self.experiment)
+      if self.experiment.endswith('.py') or '/' in self.experiment
+      else None
+    )
 
   @property
   def carried(self) -> str | None:
     """The text of an experiment file that the source does not bring along."""
-    return self.file.read_text() if self.file is not None and isinstance(self.source, Git | Wheel) else None
+    return (
+      self.file.read_text()
+      if self.file is not None and isinstance(self.source, Git | Wheel)
+      else None
+    )
 
   @property
   def words(self) -> list[str]:
     """`jaxformer train ...` as the machines run it, in the folder of the source."""
     given = (*self.overrides, ('run.name', self.name), ('run.dir', self.run_dir))
-    return ['jaxformer', 'train', self._experiment_there(), *(f'--{path}={text}' for path, text in given)]
+    return [
+      'jaxformer',
+      'train',
+      self._experiment_there(),
+      *(f'--{path}={text}' for path, text in given),
+    ]
 
   def path(self, end: str) -> pathlib.Path:
     """A file of the job, beside the run folder where that is here."""
@@ -171,37 +192,43 @@ class Job:
     return shlex.join(self.words)
 
   def short_name(self, longest: int = 39) -> str:
-    """The name in lower case letters, digits and dashes, as clusters and clouds want it; a long one is cut and told apart by a
-    digest of the whole."""
+    """The name in lower case letters, digits and dashes, as clusters and clouds want it; a long one
+    is cut and told apart by a digest of the whole."""
     name = re.sub(r'[^a-z0-9]+', '-', self.name.lower()).strip('-')
     name = name if name[:1].isalpha() else f'run-{name}'
     if len(name) <= longest:
       return name
-    return f'{name[:longest - 7].rstrip("-")}-{hashlib.sha256(self.name.encode()).hexdigest()[:6]}'
+    return f'{name[: longest - 7].rstrip("-")}-{hashlib.sha256(self.name.encode()).hexdigest()[:6]}'
 
   def _experiment_there(self) -> str:
     if self.file is None:
       return self.experiment
     if isinstance(self.source, Git | Wheel):
       return self.file.name
-    root = pathlib.Path(self.source.path if isinstance(self.source, WorkingDirectory) else '.').resolve()
+    root = pathlib.Path(
+      self.source.path if isinstance(self.source, WorkingDirectory) else '.'
+    ).resolve()
     if not self.file.resolve().is_relative_to(root):
-      raise InputError(f'{self.experiment}: must be in the folder {root} that the machines have, or --source a commit or a wheel')
+      raise InputError(
+        f'{self.experiment}: must be in the folder {root} that the machines have, or --source a '
+        'commit or a wheel'
+      )
     return str(self.file.resolve().relative_to(root))
 
 
-# ---- commands -----------------------------------------------------------------------------------------------------------
+# ---- commands ----------------------------------------------------------------------------------
 
 
 def environment(requirement: str, folder: str) -> list[str]:
-  """Commands that make a virtual environment and put it first on the path. Images of clouds come with an older Python; uv brings
-  its own. Both arguments are shell text."""
+  """Commands that make a virtual environment and put it first on the path. Images of clouds come
+  with an older Python; uv brings its own. Both arguments are shell text."""
   return [
     'export PATH="$HOME/.local/bin:$PATH"',
     '{ command -v uv >/dev/null || curl -LsSf https://astral.sh/uv/install.sh | sh; }',
     f'uv venv --quiet --allow-existing --python {PYTHON} {folder}',
     f'uv pip install --quiet --python {folder} {requirement}',
-    f'export PATH={folder}/bin:$PATH']
+    f'export PATH={folder}/bin:$PATH',
+  ]
 
 
 def write_experiment(job: Job) -> list[str]:

@@ -12,7 +12,8 @@ Override = tuple[str, str]
 
 
 def grid(sweeps: Sequence[str]) -> list[tuple[str, tuple[Override, ...]]]:
-  """(what to add to the name of the run, overrides) for each point; one without overrides where nothing is swept.
+  """(what to add to the name of the run, overrides) for each point; one without overrides where
+  nothing is swept.
 
   A sweep is `FIELD=VALUE,VALUE,...`; a field that no other sweep names is called by its last part.
   """
@@ -21,7 +22,9 @@ def grid(sweeps: Sequence[str]) -> list[tuple[str, tuple[Override, ...]]]:
   if twice := next((f for f in fields if fields.count(f) > 1), None):
     raise InputError(f'--sweep {twice}: given twice')
   lasts = [field.rpartition('.')[2] for field in fields]
-  labels = [last if lasts.count(last) == 1 else field for field, last in zip(fields, lasts, strict=True)]
+  labels = [
+    last if lasts.count(last) == 1 else field for field, last in zip(fields, lasts, strict=True)
+  ]
   points = []
   for values in itertools.product(*(values for _, values in axes)):
     name = ''.join(f'-{label}-{_word(value)}' for label, value in zip(labels, values, strict=True))
@@ -36,9 +39,14 @@ def _axis(text: str) -> tuple[str, list[str]]:
   field, equals, values = text.partition('=')
   field = field.removeprefix('--').replace('-', '_')
   if not equals or not field or not all(values.split(',')):
-    raise InputError(f'--sweep {text}: must be FIELD=VALUE,VALUE,... as in optimizer.learning-rate=1e-3,3e-4')
+    raise InputError(
+      f'--sweep {text}: must be FIELD=VALUE,VALUE,... as in optimizer.learning-rate=1e-3,3e-4'
+    )
   if field.partition('.')[0] == 'run':
-    raise InputError(f'--sweep {text}: the runs of a sweep are named by what differs; must be a field outside `run`')
+    raise InputError(
+      f'--sweep {text}: the runs of a sweep are named by what differs; must be a field outside '
+      '`run`'
+    )
   return field, values.split(',')
 
 

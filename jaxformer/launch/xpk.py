@@ -37,12 +37,21 @@ class XPK(Engine):
   program = 'xpk'
   get = "`pip install 'xpk>=1.16,<2'` in an environment of its own"
   chips = {
-    'v4': 'v4', 'v5e': 'v5litepod', 'v5p': 'v5p', 'v6e': 'v6e', 'v7x': 'tpu7x', 'h100': 'h100-80gb-8', 'h200': 'h200-141gb-8',
-    'b200': 'b200-8'}
+    'v4': 'v4',
+    'v5e': 'v5litepod',
+    'v5p': 'v5p',
+    'v6e': 'v6e',
+    'v7x': 'tpu7x',
+    'h100': 'h100-80gb-8',
+    'h200': 'h200-141gb-8',
+    'b200': 'b200-8',
+  }
   priorities = ('very-low', 'low', 'medium', 'high', 'very-high')
 
   def validate(self):
-    self.require(self.priority in self.priorities, 'priority', f'one of {", ".join(self.priorities)}')
+    self.require(
+      self.priority in self.priorities, 'priority', f'one of {", ".join(self.priorities)}'
+    )
     self.require(self.max_restarts >= 0, 'max_restarts', 'at least 0')
     self.require(self.grace_seconds > 0, 'grace_seconds', 'positive')
 
@@ -52,36 +61,66 @@ class XPK(Engine):
   def check(self, job):
     super().check(job)
     if self.cluster is None:
-      raise InputError('xpk.cluster = None: must be the name of a GKE cluster, as in --xpk.cluster NAME')
+      raise InputError(
+        'xpk.cluster = None: must be the name of a GKE cluster, as in --xpk.cluster NAME'
+      )
     if job.target.chip.name == 'v5e' and job.target.chips < 8:
       raise InputError(f'--target {job.target.name}: xpk has v5e slices of 8 chips and more')
     if not job.tpu and nodes_of_gpus(job.target)[1] != 8:
-      raise InputError(f'--target {job.target.name}: xpk has nodes of 8 GPUs; must be a multiple of 8')
+      raise InputError(
+        f'--target {job.target.name}: xpk has nodes of 8 GPUs; must be a multiple of 8'
+      )
 
   def arguments(self, job: Job) -> list[str]:
     """The command as words."""
     if job.tpu:
       # Sizes of 3-D slices do not always mean the same topology to xpk.
       solid = shape(job.target).count('x') == 2
-      name = f'{self.chips[job.target.chip.name]}-{shape(job.target)}' if solid else accelerator_type(job.target)
+      name = (
+        f'{self.chips[job.target.chip.name]}-{shape(job.target)}'
+        if solid
+        else accelerator_type(job.target)
+      )
       what = [f'--tpu-type={name}', f'--num-slices={job.target.slices}']
     else:
-      what = [f'--device-type={self.chips[job.target.chip.name]}', f'--num-nodes={nodes_of_gpus(job.target)[0]}']
+      what = [
+        f'--device-type={self.chips[job.target.chip.name]}',
+        f'--num-nodes={nodes_of_gpus(job.target)[0]}',
+      ]
     if isinstance(job.source, WorkingDirectory):
       image = [f'--base-docker-image={self.image}', f'--script-dir={job.source.path}']
     elif isinstance(job.source, Wheel) and job.source.local:
-      image = [f'--base-docker-image={self.image}', f'--script-dir={pathlib.Path(job.source.path).parent}']
+      image = [
+        f'--base-docker-image={self.image}',
+        f'--script-dir={pathlib.Path(job.source.path).parent}',
+      ]
     else:
       image = [f'--docker-image={self.image}']
-    where = [f'--{name}={value}' for name, value in (('project', self.project), ('zone', self.zone)) if value is not None]
+    where = [
+      f'--{name}={value}'
+      for name, value in (('project', self.project), ('zone', self.zone))
+      if value is not None
+    ]
     return [
-      'xpk', 'workload', 'create', f'--workload={job.short_name()}', f'--cluster={self.cluster}', *where, *what,
-      *(['--spot'] if job.spot else []), *image, f'--priority={self.priority}', f'--max-restarts={self.max_restarts}',
-      f'--restart-on-exit-codes={PREEMPTED}', f'--termination-grace-period-seconds={self.grace_seconds}',
-      f'--command={self.container_command(job)}']
+      'xpk',
+      'workload',
+      'create',
+      f'--workload={job.short_name()}',
+      f'--cluster={self.cluster}',
+      *where,
+      *what,
+      *(['--spot'] if job.spot else []),
+      *image,
+      f'--priority={self.priority}',
+      f'--max-restarts={self.max_restarts}',
+      f'--restart-on-exit-codes={PREEMPTED}',
+      f'--termination-grace-period-seconds={self.grace_seconds}',
+      f'--command={self.container_command(job)}',
+    ]
 
   def container_command(self, job: Job) -> str:
-    """One line: xpk puts it into a block of YAML, and sends SIGTERM to what it started, whose place training takes."""
+    """One line: xpk puts it into a block of YAML, and sends SIGTERM to what it started, whose place
+    training takes."""
     requirement = job.source.requirement(job.extra)
     if isinstance(job.source, Wheel) and job.source.local:
       requirement = f'./{pathlib.Path(job.source.path).name}[{job.extra}]'

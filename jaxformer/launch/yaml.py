@@ -24,7 +24,10 @@ def _lines(mapping: dict[str, Any], indent: str = '') -> list[str]:
     elif isinstance(value, str) and '\n' in value:
       # The indentation is said, because the first line may begin with spaces of its own.
       body = value.rstrip('\n').split('\n')
-      lines += [f'{start} |2' if body[0].startswith(' ') else f'{start} |', *(f'{indent}  {line}' if line else '' for line in body)]
+      lines += [
+        f'{start} |2' if body[0].startswith(' ') else f'{start} |',
+        *(f'{indent}  {line}' if line else '' for line in body),
+      ]
     elif isinstance(value, list):
       lines.append(f'{start} [{", ".join(map(_scalar, value))}]')
     else:
@@ -33,7 +36,8 @@ def _lines(mapping: dict[str, Any], indent: str = '') -> list[str]:
 
 
 def _scalar(value: Any) -> str:
-  """Plain where no reader could take it for something else, otherwise as in JSON, which YAML includes."""
+  """Plain where no reader could take it for something else, otherwise as in JSON, which YAML
+  includes."""
   if isinstance(value, str) and _PLAIN.fullmatch(value) and value.lower() not in _OTHER:
     return value
   return json.dumps(value)

@@ -1,1 +1,2 @@
-"""Sequence layers and feed-forward layers with one face (`layer.py`), norms, positions and initial values."""
+"""Sequence layers and feed-forward layers with one face (`layer.py`), norms, positions and initial
+values."""

@@ -13,7 +13,15 @@ from jaxtyping import Array, Float, Int
 
 from jaxformer.config import InputError
 from jaxformer.layers.init import Init, Normal
-from jaxformer.layers.layer import Context, Layer, LayerConfig, Output, Site, positions_BT, starts_BT
+from jaxformer.layers.layer import (
+  Context,
+  Layer,
+  LayerConfig,
+  Output,
+  Site,
+  positions_BT,
+  starts_BT,
+)
 from jaxformer.layers.norm import NormConfig, RMSNorm
 from jaxformer.layers.position import Alibi, AttentionPosition, Llama3Scaling, Rotary
 from jaxformer.ops.attention import Mask, attention
@@ -27,7 +35,8 @@ class AttentionState:
   """Keys and values seen so far.
 
   Attributes:
-    k, v: position n lives in slot n mod S. S is the longest sequence, or the window where there is one.
+    k, v: position n lives in slot n mod S. S is the longest sequence, or the window where there is
+      one.
     length: positions seen so far, the same for all rows.
     offset_B: how many of them belong to the row's present document.
   """
@@ -39,11 +48,11 @@ class AttentionState:
 
 
 class Attention(Layer):
-  """softmax(q k^T / sqrt(K) + position bias) v over heads, then an output projection (Vaswani et al. 2017, section 3.2).
+  """softmax(q k^T / sqrt(K) + position bias) v over heads, then an output projection (Vaswani et
+  al. 2017, section 3.2).
 
-  `kv_heads` < `heads` is grouped-query attention (Ainslie et al. 2023), 1 is multi-query (Shazeer 2019): query head h reads
-  key/value head h // (heads / kv_heads).
-  """
+  `kv_heads` < `heads` is grouped-query attention (Ainslie et al. 2023), 1 is multi-query (Shazeer
+  2019): query head h reads key/value head h // (heads / kv_heads)."""
 
   class Config(LayerConfig):
     """
@@ -53,9 +62,11 @@ class Attention(Layer):
       head_dim: None for width / heads.
       position: `Rotary`, `Alibi`, or None where positions come from elsewhere or not at all.
       causal: False lets every position see every other, which excludes decoding.
-      window: sliding window: a query sees itself and the window - 1 positions before it; None for all.
+      window: sliding window: a query sees itself and the window - 1 positions before it; None for
+        all.
       bias: offsets on all four projections (GPT-2).
-      qk_norm: norm over each head's query and key (Henry et al. 2020; Llama-style models use RMSNorm); None for none.
+      qk_norm: norm over each head's query and key (Henry et al. 2020; Llama-style models use
+        RMSNorm); None for none.
       softcap: logits become c tanh(logits / c) (Gemma 2); None for none.
       scale: factor on the logits; None for 1 / sqrt(head_dim).
       init: of the query, key and value projections; `out_init`: of the output projection.
@@ -86,10 +97,14 @@ class Attention(Layer):
       """K, from the width where it is not given."""
       if self.head_dim is None and width % self.heads:
         raise InputError(
-          f'width = {width} is not divisible by Attention.heads = {self.heads}; give head_dim or another number of heads')
+          f'width = {width} is not divisible by Attention.heads = {self.heads}; give head_dim or '
+          'another number of heads'
+        )
       size = self.head_dim or width // self.heads
       if isinstance(self.position, Rotary) and size % 2:
-        raise InputError(f'Attention.head_dim = {size}: rotary positions need an even head dimension')
+        raise InputError(
+          f'Attention.head_dim = {size}: rotary positions need an even head dimension'
+        )
       return size
 
     def build(self, width: int, rngs: nnx.Rngs, site: Site) -> Attention:
@@ -100,15 +115,25 @@ class Attention(Layer):
       return self.causal
 
     def state_size(self, width: int, max_len: int) -> int:
-      return 2 * min(self.window or max_len, max_len) * (self.kv_heads or self.heads) * self.head_size(width)
+      return (
+        2
+        * min(self.window or max_len, max_len)
+        * (self.kv_heads or self.heads)
+        * self.head_size(width)
+      )
 
     @classmethod
     def examples(cls) -> tuple[Attention.Config, ...]:
       return (
         cls(heads=4),
         cls(heads=4, kv_heads=2, position=Rotary(), bias=True),
-        cls(heads=4, kv_heads=1, head_dim=16, position=Rotary(theta=100.0, scaling=Llama3Scaling(original_context=16)),
-            qk_norm=RMSNorm.Config()),
+        cls(
+          heads=4,
+          kv_heads=1,
+          head_dim=16,
+          position=Rotary(theta=100.0, scaling=Llama3Scaling(original_context=16)),
+          qk_norm=RMSNorm.Config(),
+        ),
         cls(heads=4, window=5, position=Rotary(), softcap=5.0),
         cls(heads=3, head_dim=8, kv_heads=3, position=Alibi(), scale=0.2),
         cls(heads=4, causal=False),
@@ -118,7 +143,8 @@ class Attention(Layer):
     def mixing_flops_per_token(self, width: int, length: int, causal: bool) -> float:
       seen = length if self.window is None else min(self.window, length)
       if causal and self.causal:
-        seen = (seen * (seen + 1) / 2 + (length - seen) * seen) / length   # the first queries see fewer keys
+        # the first queries see fewer keys
+        seen = (seen * (seen + 1) / 2 + (length - seen) * seen) / length
       return 4.0 * self.heads * self.head_size(width) * seen
 
   def __init__(self, config: Attention.Config, width: int, rngs: nnx.Rngs, site: Site):
@@ -133,20 +159,30 @@ class Attention(Layer):
       return param(jnp.zeros(size), (axis,), decay=False) if c.bias else None
 
     self.wq, self.bq = weight(c.init, (width, H * K), ('embed', 'heads')), bias(H * K, 'heads')
-    self.wk, self.bk = weight(c.init, (width, G * K), ('embed', 'kv_heads')), bias(G * K, 'kv_heads')
-    self.wv, self.bv = weight(c.init, (width, G * K), ('embed', 'kv_heads')), bias(G * K, 'kv_heads')
+    self.wk, self.bk = (
+      weight(c.init, (width, G * K), ('embed', 'kv_heads')),
+      bias(G * K, 'kv_heads'),
+    )
+    self.wv, self.bv = (
+      weight(c.init, (width, G * K), ('embed', 'kv_heads')),
+      bias(G * K, 'kv_heads'),
+    )
     self.wo, self.bo = weight(c.out_init, (H * K, width), ('heads', 'embed')), bias(width, 'norm')
     self.q_norm = None if c.qk_norm is None else c.qk_norm.build(K)
     self.k_norm = None if c.qk_norm is None else c.qk_norm.build(K)
 
   def init_state(self, batch: int, max_len: int) -> AttentionState:
     if not self.config.causal:
-      raise InputError('Attention.causal = False: bidirectional attention has no state and cannot decode')
+      raise InputError(
+        'Attention.causal = False: bidirectional attention has no state and cannot decode'
+      )
     S = max_len if self.config.window is None else min(self.config.window, max_len)
     empty = jnp.zeros((batch, S, self.kv_heads, self.head_dim), self.wk[...].dtype)
     return AttentionState(empty, empty, jnp.zeros((), jnp.int32), jnp.zeros((batch,), jnp.int32))
 
-  def __call__(self, x_BTD: Float[Array, 'B T D'], ctx: Context, state: AttentionState | None = None) -> Output:
+  def __call__(
+    self, x_BTD: Float[Array, 'B T D'], ctx: Context, state: AttentionState | None = None
+  ) -> Output:
     B, T, _ = x_BTD.shape
     starts = starts_BT(ctx.segments_BT, B, T)
     positions = positions_BT(starts, None if state is None else state.offset_B)
@@ -154,9 +190,13 @@ class Attention(Layer):
     if state is not None:
       state, k_all, v_all, mask = _extend(state, k, v, starts, positions, self.config.window)
     if state is None or ctx.fresh:
-      # Numbered by their borders: a number that comes again is another document, as it is for every layer with a state.
+      # Numbered by their borders: a number that comes again is another document, as it is for every
+      # layer with a state.
       segments_BT = None if ctx.segments_BT is None else jnp.cumsum(starts, axis=1, dtype=jnp.int32)
-      return Output(self._out(self._attend(q, k, v, Mask(self.config.causal, self.config.window, segments_BT))), state)
+      return Output(
+        self._out(self._attend(q, k, v, Mask(self.config.causal, self.config.window, segments_BT))),
+        state,
+      )
     return Output(self._out(self._attend(q, k_all, v_all, mask)), state)
 
   def _qkv(self, x_BTD: Array, positions: Array) -> tuple[Array, Array, Array]:
@@ -164,7 +204,11 @@ class Attention(Layer):
       y = linear(x_BTD, w[...], None if b is None else b[...])
       return shard(y.reshape(*x_BTD.shape[:2], -1, self.head_dim), 'batch', 'time', axis, None)
 
-    q, k, v = heads(self.wq, self.bq, 'heads'), heads(self.wk, self.bk, 'kv_heads'), heads(self.wv, self.bv, 'kv_heads')
+    q, k, v = (
+      heads(self.wq, self.bq, 'heads'),
+      heads(self.wk, self.bk, 'kv_heads'),
+      heads(self.wv, self.bv, 'kv_heads'),
+    )
     if self.q_norm is not None and self.k_norm is not None:
       q, k = self.q_norm(q), self.k_norm(k)
     if isinstance(self.config.position, Rotary):
@@ -183,33 +227,46 @@ class Attention(Layer):
 
 
 def _extend(
-  state: AttentionState, k_new: Array, v_new: Array, starts: Array, positions: Array, window: int | None,
+  state: AttentionState,
+  k_new: Array,
+  v_new: Array,
+  starts: Array,
+  positions: Array,
+  window: int | None,
 ) -> tuple[AttentionState, Array, Array, Mask]:
-  """Adds T positions to the cache: the new state, and the keys, values and mask for the T queries."""
+  """Adds T positions to the cache: the new state, and the keys, values and mask for the T
+  queries."""
   T, S, n = starts.shape[1], state.k_BSGK.shape[1], state.length
   slots = jnp.arange(S, dtype=jnp.int32)
   index_new = n + jnp.arange(T, dtype=jnp.int32)
-  index_old = n - 1 - (n - 1 - slots) % S          # what each slot held before: the last position that lives there
+  # what each slot held before: the last position that lives there
+  index_old = n - 1 - (n - 1 - slots) % S
   last = n + T - 1
-  index_now = last - (last - slots) % S            # and what it holds after
+  index_now = last - (last - slots) % S  # and what it holds after
   if window is None or T == 1:
     at = (0, n % S, 0, 0)
     k_all = jax.lax.dynamic_update_slice(state.k_BSGK, k_new.astype(state.k_BSGK.dtype), at)
     v_all = jax.lax.dynamic_update_slice(state.v_BSGK, v_new.astype(state.v_BSGK.dtype), at)
     k_kept, v_kept, index_S = k_all, v_all, index_now
   else:
-    # The first queries still see positions that the last ones push out of the window: attend to old and new side by side.
+    # The first queries still see positions that the last ones push out of the window: attend to old
+    # and new side by side.
     k_all = jnp.concatenate([state.k_BSGK, k_new.astype(state.k_BSGK.dtype)], axis=1)
     v_all = jnp.concatenate([state.v_BSGK, v_new.astype(state.v_BSGK.dtype)], axis=1)
     source = jnp.where(index_now >= n, S + index_now - n, slots)
     k_kept, v_kept = jnp.take(k_all, source, axis=1), jnp.take(v_all, source, axis=1)
     index_S = jnp.concatenate([index_old, index_new])
-  # Documents are told apart by where they begin: the present one is 0, those that begin in this call 1, 2, ...
+  # Documents are told apart by where they begin: the present one is 0, those that begin in this
+  # call 1, 2, ...
   segments_BT = jnp.cumsum(starts, axis=1, dtype=jnp.int32)
   new_BS = jnp.take(segments_BT, jnp.clip(index_S - n, 0, T - 1), axis=1)
   old_BS = jnp.where(index_S[None] >= (n - state.offset_B)[:, None], 0, -1)
   segments_BS = jnp.where((index_S >= n)[None], new_BS, old_BS)
   mask = Mask(True, window, segments_BT, segments_BS, index_new, index_S)
   kept = AttentionState(
-    shard(k_kept, 'batch', None, 'kv_heads', None), shard(v_kept, 'batch', None, 'kv_heads', None), n + T, positions[:, -1] + 1)
+    shard(k_kept, 'batch', None, 'kv_heads', None),
+    shard(v_kept, 'batch', None, 'kv_heads', None),
+    n + T,
+    positions[:, -1] + 1,
+  )
   return kept, k_all, v_all, mask

@@ -18,16 +18,16 @@ from jaxformer.layers.lstm import Lstm, RecurrentConfig
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class BidirectionalState:
-  """The states that the two directions begin from, or ended in: forward after the last token of the row, backward after the first
-  token of the row's last document."""
+  """The states that the two directions begin from, or ended in: forward after the last token of the
+  row, backward after the first token of the row's last document."""
 
   forward: State
   backward: State
 
 
 class Bidirectional(Layer):
-  """[forward_t, backward_t]: two recurrences, one from the left and one from the right (Schuster and Paliwal 1997), twice as wide
-  as one. Each has weights of its own."""
+  """[forward_t, backward_t]: two recurrences, one from the left and one from the right (Schuster
+  and Paliwal 1997), twice as wide as one. Each has weights of its own."""
 
   class Config(LayerConfig):
     """
@@ -55,18 +55,28 @@ class Bidirectional(Layer):
       return cls(), cls(layer=Gru.Config(hidden=24, project=False))
 
   def __init__(self, config: Bidirectional.Config, width: int, rngs: nnx.Rngs, site: Site):
-    self.forward, self.backward = config.layer.build(width, rngs, site), config.layer.build(width, rngs, site)
+    self.forward, self.backward = (
+      config.layer.build(width, rngs, site),
+      config.layer.build(width, rngs, site),
+    )
 
   def init_state(self, batch: int, max_len: int) -> BidirectionalState:
-    return BidirectionalState(self.forward.init_state(batch, max_len), self.backward.init_state(batch, max_len))
+    return BidirectionalState(
+      self.forward.init_state(batch, max_len), self.backward.init_state(batch, max_len)
+    )
 
-  def __call__(self, x_BTD: Float[Array, 'B T D'], ctx: Context, state: BidirectionalState | None = None) -> Output:
+  def __call__(
+    self, x_BTD: Float[Array, 'B T D'], ctx: Context, state: BidirectionalState | None = None
+  ) -> Output:
     first = BidirectionalState(None, None) if state is None else state
     forward = self.forward(x_BTD, ctx.fold(0), first.forward)
     back = _Backwards(ctx.segments_BT, *x_BTD.shape[:2])
     shared = {name: back.there(v) for name, v in ctx.shared.items()}
     backward = self.backward(
-      back.there(x_BTD), ctx.fold(1).replace(segments_BT=back.segments_BT, shared=shared), first.backward)
+      back.there(x_BTD),
+      ctx.fold(1).replace(segments_BT=back.segments_BT, shared=shared),
+      first.backward,
+    )
     y = jnp.concatenate([forward.y, back.again(backward.y)], axis=-1)
     return Output(y, None if state is None else BidirectionalState(forward.state, backward.state))
 
@@ -75,15 +85,17 @@ class Bidirectional(Layer):
 
 
 class _Backwards:
-  """Rows from the right to the left. The last document of a row comes last, so that the recurrence ends at its first token even
-  where padding stands before it."""
+  """Rows from the right to the left. The last document of a row comes last, so that the recurrence
+  ends at its first token even where padding stands before it."""
 
   def __init__(self, segments_BT: Int[Array, 'B T'] | None, batch: int, length: int):
     self.segments_BT = self._index_BT = None
     if segments_BT is None:
       return
-    number_BT = jnp.cumsum(starts_BT(segments_BT, batch, length), axis=1, dtype=jnp.int32)   # each document has one of its own
-    earlier_B = jnp.sum(number_BT != number_BT[:, -1:], axis=1, dtype=jnp.int32)             # positions of other documents
+    # each document has one of its own
+    number_BT = jnp.cumsum(starts_BT(segments_BT, batch, length), axis=1, dtype=jnp.int32)
+    # positions of other documents
+    earlier_B = jnp.sum(number_BT != number_BT[:, -1:], axis=1, dtype=jnp.int32)
     self._index_BT = (earlier_B[:, None] - 1 - jnp.arange(length, dtype=jnp.int32)[None]) % length
     self.segments_BT = self.there(number_BT)
 

@@ -1,4 +1,5 @@
-"""A decoder's attention to the encoder's output: multi-head as in the Transformer, and Luong's multiplicative one."""
+"""A decoder's attention to the encoder's output: multi-head as in the Transformer, and Luong's
+multiplicative one."""
 
 from __future__ import annotations
 
@@ -13,7 +14,17 @@ from jaxtyping import Array, Bool, Float
 
 from jaxformer.config import Config, InputError
 from jaxformer.layers.init import FanInUniform, Init, Normal
-from jaxformer.layers.layer import Context, Fixed, Layer, LayerConfig, Memory, Output, Site, State, memory_of
+from jaxformer.layers.layer import (
+  Context,
+  Fixed,
+  Layer,
+  LayerConfig,
+  Memory,
+  Output,
+  Site,
+  State,
+  memory_of,
+)
 from jaxformer.ops.attention import Mask, attention, attention_weights
 from jaxformer.ops.linear import linear
 from jaxformer.sharding import param, shard
@@ -30,12 +41,16 @@ class KeysState(Fixed):
 
 
 class ReadsMemory(Layer):
-  """Base of the layers without a recurrence that attend to the memory: their state is made of it once."""
+  """Base of the layers without a recurrence that attend to the memory: their state is made of it
+  once."""
 
   name = ''
 
   def init_state(self, batch: int, max_len: int) -> State:
-    raise InputError(f'{self.name}: its state is made of the output of an encoder, which only an encoder-decoder has')
+    raise InputError(
+      f'{self.name}: its state is made of the output of an encoder, which only an encoder-decoder '
+      'has'
+    )
 
   def keys(self, memory: Memory) -> KeysState:
     raise NotImplementedError
@@ -51,8 +66,9 @@ def _seen(keys: KeysState, T: int) -> Mask:
 
 
 class CrossAttention(ReadsMemory):
-  """softmax(q k^T / sqrt(K)) v with queries from the decoder and keys and values from the encoder's output (Vaswani et al. 2017,
-  section 3.2.3), then an output projection. Padding of the source is hidden."""
+  """softmax(q k^T / sqrt(K)) v with queries from the decoder and keys and values from the encoder's
+  output (Vaswani et al. 2017, section 3.2.3), then an output projection. Padding of the source is
+  hidden."""
 
   name = 'CrossAttention'
 
@@ -81,7 +97,9 @@ class CrossAttention(ReadsMemory):
       """K, from the width where it is not given."""
       if self.head_dim is None and width % self.heads:
         raise InputError(
-          f'width = {width} is not divisible by CrossAttention.heads = {self.heads}; give head_dim or another number of heads')
+          f'width = {width} is not divisible by CrossAttention.heads = {self.heads}; give head_dim '
+          'or another number of heads'
+        )
       return self.head_dim or width // self.heads
 
     def build(self, width: int, rngs: nnx.Rngs, site: Site) -> CrossAttention:
@@ -95,7 +113,8 @@ class CrossAttention(ReadsMemory):
 
     @classmethod
     def examples(cls) -> tuple[CrossAttention.Config, ...]:
-      # Without offsets: the same number on all keys leaves a softmax as it is, and what is measured of its gradient is rounding.
+      # Without offsets: the same number on all keys leaves a softmax as it is, and what is measured
+      # of its gradient is rounding.
       return cls(), cls(head_dim=16, source_width=24)
 
     def mixing_flops_per_token(self, width: int, length: int, causal: bool) -> float:
@@ -122,19 +141,25 @@ class CrossAttention(ReadsMemory):
 
   def keys(self, memory: Memory) -> KeysState:
     y = memory.y_BSC.astype(self.wk[...].dtype)
-    return KeysState(self._heads(y, self.wk, self.bk, None), self._heads(y, self.wv, self.bv, None), memory.mask_BS)
+    return KeysState(
+      self._heads(y, self.wk, self.bk, None), self._heads(y, self.wv, self.bv, None), memory.mask_BS
+    )
 
-  def __call__(self, x_BTD: Float[Array, 'B T D'], ctx: Context, state: KeysState | None = None) -> Output:
+  def __call__(
+    self, x_BTD: Float[Array, 'B T D'], ctx: Context, state: KeysState | None = None
+  ) -> Output:
     keys = self.keys(memory_of(ctx, self.name)) if state is None else state
     q = self._heads(x_BTD, self.wq, self.bq, 'time')
     mask, scale = _seen(keys, x_BTD.shape[1]), 1.0 / math.sqrt(self.head_dim)
     y = attention(q, keys.k_BSGK.astype(q.dtype), keys.v_BSGC.astype(q.dtype), mask, scale=scale)
     weights = (attention_weights(q, keys.k_BSGK, mask, scale=scale).mean(1),) if ctx.align else ()
     y = checkpoint_name(y.reshape(*y.shape[:2], -1), 'attention')
-    return Output(linear(y, self.wo[...], None if self.bo is None else self.bo[...]), state, alignments=weights)
+    return Output(
+      linear(y, self.wo[...], None if self.bo is None else self.bo[...]), state, alignments=weights
+    )
 
 
-# ---- Luong ------------------------------------------------------------------------------------------------------------
+# ---- Luong -------------------------------------------------------------------------------------
 
 
 class Score(Config, abstract=True):
@@ -152,8 +177,9 @@ class GeneralScore(Score):
 
 
 class LuongAttention(ReadsMemory):
-  """y_t = tanh(W [c_t, h_t]), c_t = sum_s softmax_s(score(h_t, m_s)) m_s: global attention after the recurrence, with the state of
-  the same step (Luong et al. 2015, section 3.1). With input feeding it stands within `InputFeeding`."""
+  """y_t = tanh(W [c_t, h_t]), c_t = sum_s softmax_s(score(h_t, m_s)) m_s: global attention after
+  the recurrence, with the state of the same step (Luong et al. 2015, section 3.1). With input
+  feeding it stands within `InputFeeding`."""
 
   name = 'LuongAttention'
 
@@ -174,7 +200,10 @@ class LuongAttention(ReadsMemory):
 
     def build(self, width: int, rngs: nnx.Rngs, site: Site) -> LuongAttention:
       if isinstance(self.score, DotScore) and self.memory_width(width) != width:
-        raise InputError(f'LuongAttention.score = DotScore: needs a source_width of {width}, the width of the decoder')
+        raise InputError(
+          f'LuongAttention.score = DotScore: needs a source_width of {width}, the width of the '
+          'decoder'
+        )
       return LuongAttention(self, width, rngs, site)
 
     def memory_width(self, width: int) -> int:
@@ -194,7 +223,11 @@ class LuongAttention(ReadsMemory):
     c, C = config, config.memory_width(width)
     self.width = width
     general = c.score if isinstance(c.score, GeneralScore) else None
-    self.w_score = None if general is None else param(general.init(rngs.params(), (C, width), C, site), ('embed', None))
+    self.w_score = (
+      None
+      if general is None
+      else param(general.init(rngs.params(), (C, width), C, site), ('embed', None))
+    )
     self.w = param(c.init(rngs.params(), (C + width, width), C + width, site), (None, 'embed'))
 
   def keys(self, memory: Memory) -> KeysState:
@@ -202,9 +235,13 @@ class LuongAttention(ReadsMemory):
     keys = values if self.w_score is None else linear(values, self.w_score[...])
     return KeysState(keys[:, :, None], values[:, :, None], memory.mask_BS)
 
-  def __call__(self, x_BTD: Float[Array, 'B T D'], ctx: Context, state: KeysState | None = None) -> Output:
+  def __call__(
+    self, x_BTD: Float[Array, 'B T D'], ctx: Context, state: KeysState | None = None
+  ) -> Output:
     keys = self.keys(memory_of(ctx, self.name)) if state is None else state
-    a = attention_weights(x_BTD[:, :, None], keys.k_BSGK, _seen(keys, x_BTD.shape[1]), scale=1.0)[:, 0]
+    a = attention_weights(x_BTD[:, :, None], keys.k_BSGK, _seen(keys, x_BTD.shape[1]), scale=1.0)[
+      :, 0
+    ]
     c = jnp.einsum('BTS,BSC->BTC', a.astype(x_BTD.dtype), keys.v_BSGC[:, :, 0].astype(x_BTD.dtype))
     y = jnp.tanh(linear(jnp.concatenate([c, x_BTD], axis=-1), self.w[...]))
     return Output(y, state, alignments=(a,) if ctx.align else ())

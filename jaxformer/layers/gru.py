@@ -34,16 +34,17 @@ class ResetState(Reset):
 
 
 class ResetProduct(Reset):
-  """n = tanh(x W + b + r (h U + b')) (cuDNN, PyTorch): the three products with h are one, which is faster. b' is there where there
-  are offsets."""
+  """n = tanh(x W + b + r (h U + b')) (cuDNN, PyTorch): the three products with h are one, which is
+  faster. b' is there where there are offsets."""
 
 
 class Gru(Recurrent):
-  """h_t = z h_{t-1} + (1 - z) n, with r, z = sigmoid(x W + h U + b) (Cho et al. 2014): `ops.recurrence.gru`.
+  """h_t = z h_{t-1} + (1 - z) n, with r, z = sigmoid(x W + h U + b) (Cho et al. 2014):
+  `ops.recurrence.gru`.
 
-  PyTorch's two vectors of offsets add up to `b` for r and z; for n they are `b` and b' of `ResetProduct`. Bahdanau et al. 2014
-  write 1 - z for z: weights of theirs are ours after those of z are negated.
-  """
+  PyTorch's two vectors of offsets add up to `b` for r and z; for n they are `b` and b' of
+  `ResetProduct`. Bahdanau et al. 2014 write 1 - z for z: weights of theirs are ours after those of
+  z are negated."""
 
   class Config(RecurrentConfig):
     """
@@ -61,21 +62,34 @@ class Gru(Recurrent):
 
     @classmethod
     def examples(cls) -> tuple[Gru.Config, ...]:
-      return cls(recurrent_init=Orthogonal()), cls(reset=ResetProduct()), cls(hidden=48, bias=None, reset=ResetProduct())
+      return (
+        cls(recurrent_init=Orthogonal()),
+        cls(reset=ResetProduct()),
+        cls(hidden=48, bias=None, reset=ResetProduct()),
+      )
 
   def __init__(self, config: Gru.Config, width: int, rngs: nnx.Rngs, site: Site):
     super().__init__(config, 3, width, rngs, site)
     self.after, H = isinstance(config.reset, ResetProduct), self.units
     bias = config.bias if self.after else None
-    self.b_after = None if bias is None else param(bias(rngs.params(), (H,), H, site), ('inner',), decay=False)
+    self.b_after = (
+      None if bias is None else param(bias(rngs.params(), (H,), H, site), ('inner',), decay=False)
+    )
 
   def init_state(self, batch: int, max_len: int) -> GruState:
     return GruState(jnp.zeros((batch, self.units)))
 
-  def __call__(self, x_BTD: Float[Array, 'B T D'], ctx: Context, state: GruState | None = None) -> Output:
+  def __call__(
+    self, x_BTD: Float[Array, 'B T D'], ctx: Context, state: GruState | None = None
+  ) -> Output:
     B, T, _ = x_BTD.shape
     first = self.init_state(B, T) if state is None else state
     y_BTH, h = gru(
-      self._input(x_BTD, ctx), *self._weights(), first.h_BH, starts_BT(ctx.segments_BT, B, T), after=self.after,
-      b_after_H=None if self.b_after is None else self.b_after[...])
+      self._input(x_BTD, ctx),
+      *self._weights(),
+      first.h_BH,
+      starts_BT(ctx.segments_BT, B, T),
+      after=self.after,
+      b_after_H=None if self.b_after is None else self.b_after[...],
+    )
     return Output(self._out(y_BTH), None if state is None else GruState(h))

@@ -1,4 +1,5 @@
-"""H3: two state-space models with products between them, in the place of attention (Fu et al. 2023, 'Hungry Hungry Hippos')."""
+"""H3: two state-space models with products between them, in the place of attention (Fu et al. 2023,
+'Hungry Hungry Hippos')."""
 
 from __future__ import annotations
 
@@ -24,8 +25,8 @@ from jaxformer.sharding import param, shard
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class H3State:
-  """The last N keys of each channel, newest first, and the states of the diagonal systems: for each row one for every pair of a key
-  dimension and a value dimension of a head. fp32."""
+  """The last N keys of each channel, newest first, and the states of the diagonal systems: for each
+  row one for every pair of a key dimension and a value dimension of a head. fp32."""
 
   keys_BDN: Float[Array, 'B D N']
   kv_BHN: Float[Array, 'BKK H N']
@@ -34,16 +35,16 @@ class H3State:
 class H3(Layer):
   """y = W_o (q * diag(shift(k) * v)) over D / K heads of K dimensions (section 3.2, algorithm 1):
 
-    q, k, v = x W_q + b_q, x W_k + b_k, x W_v + b_v
-    k'_t    = sum_i taps_i k_{t-i} + skip_k k_t         the shift system: N taps a channel
-    z_t     = k'_t v_t^T                                [K, K] a head
-    s_t     = diag(z)_t + skip z_t                      S4D with one system a head, for all K x K entries
-    y_t     = (q_t^T s_t) W_o + b_o                     channels in the order (value dimension, head)
+    q, k, v = x W_q + b_q, x W_k + b_k, x W_v + b_v k'_t    = sum_i taps_i k_{t-i} + skip_k k_t
+    the shift system: N taps a channel z_t     = k'_t v_t^T                                [K, K] a
+    head s_t     = diag(z)_t + skip z_t                      S4D with one system a head, for all K x
+    K entries y_t     = (q_t^T s_t) W_o + b_o                     channels in the order (value
+    dimension, head)
 
-  The shift system has matrices B and C: its state is B u_t + the state one place on, so taps_i = sum_j B_j C_{j+i}. The paper
-  fixes B = e_1, which makes them C; the published models start there and learn B too, as this layer does. The state kept here is
-  that of B = e_1, the keys themselves, whatever B is.
-  """
+  The shift system has matrices B and C: its state is B u_t + the state one place on, so taps_i =
+    sum_j B_j C_{j+i}. The paper
+  fixes B = e_1, which makes them C; the published models start there and learn B too, as this layer
+  does. The state kept here is that of B = e_1, the keys themselves, whatever B is."""
 
   class Config(LayerConfig):
     """
@@ -67,7 +68,9 @@ class H3(Layer):
 
     def validate(self):
       self.require(self.head_dim > 0, 'head_dim', 'positive')
-      self.require(self.d_state > 0 and self.d_state % 2 == 0, 'd_state', 'positive and even: conjugate pairs')
+      self.require(
+        self.d_state > 0 and self.d_state % 2 == 0, 'd_state', 'positive and even: conjugate pairs'
+      )
       self.require(self.dt_min > 0, 'dt_min', 'positive')
       self.require(self.dt_max >= self.dt_min, 'dt_max', f'at least dt_min = {self.dt_min}')
       self.require(self.lr_scale >= 0, 'lr_scale', 'at least 0')
@@ -89,7 +92,8 @@ class H3(Layer):
       return cls(d_state=8), cls(head_dim=4, d_state=6, dt_min=0.01, dt_max=0.5)
 
     def mixing_flops_per_token(self, width: int, length: int, causal: bool) -> float:
-      # A sum over taps; the recurrence, a complex product with an input and an output; the products with keys, values, queries.
+      # A sum over taps; the recurrence, a complex product with an input and an output; the products
+      # with keys, values, queries.
       return width * (2.0 * self.d_state + self.head_dim * (7.0 * self.d_state + 5.0))
 
   def __init__(self, config: H3.Config, width: int, rngs: nnx.Rngs, site: Site):
@@ -97,36 +101,54 @@ class H3(Layer):
     self.config, self.heads = c, H
 
     def projection(axes: tuple[str, str], bias_axis: str) -> tuple[nnx.Param, nnx.Param]:
-      return param(c.init(rngs.params(), (D, D), D, site), axes), param(jnp.zeros(D), (bias_axis,), decay=False)
+      return param(c.init(rngs.params(), (D, D), D, site), axes), param(
+        jnp.zeros(D), (bias_axis,), decay=False
+      )
 
     self.wq, self.bq = projection(('embed', 'inner'), 'inner')
     self.wk, self.bk = projection(('embed', 'inner'), 'inner')
     self.wv, self.bv = projection(('embed', 'inner'), 'inner')
     self.wo, self.bo = projection(('inner', 'embed'), 'norm')
     self.shift_b = recurrent(jnp.zeros((D, N)).at[:, 0].set(1.0), ('inner', 'state'), c.lr_scale)
-    self.shift_c = recurrent(FanInUniform()(rngs.params(), (D, N), N, site), ('inner', 'state'), decay=True)
+    self.shift_c = recurrent(
+      FanInUniform()(rngs.params(), (D, N), N, site), ('inner', 'state'), decay=True
+    )
     self.shift_skip = recurrent(jax.random.normal(rngs.params(), (D,)), ('inner',))
     low, high = math.log(c.dt_min), math.log(c.dt_max)
-    self.log_dt = recurrent(jax.random.uniform(rngs.params(), (H,), jnp.float32, low, high), ('inner',), c.lr_scale)
-    a, b = (jnp.broadcast_to(jnp.asarray(v, jnp.complex64)[None], (H, N // 2)) for v in c.spectrum.values(N))
+    self.log_dt = recurrent(
+      jax.random.uniform(rngs.params(), (H,), jnp.float32, low, high), ('inner',), c.lr_scale
+    )
+    a, b = (
+      jnp.broadcast_to(jnp.asarray(v, jnp.complex64)[None], (H, N // 2))
+      for v in c.spectrum.values(N)
+    )
     self.log_decay = recurrent(jnp.log(-a.real), ('inner', 'state'), c.lr_scale)
     self.frequency = recurrent(a.imag, ('inner', 'state'), c.lr_scale)
     self.b = recurrent(pairs(b), ('inner', 'state', None), c.lr_scale)
-    self.c = recurrent(pairs(complex_normal(rngs.params(), (H, N // 2))), ('inner', 'state', None), decay=True)
+    self.c = recurrent(
+      pairs(complex_normal(rngs.params(), (H, N // 2))), ('inner', 'state', None), decay=True
+    )
     self.skip = recurrent(jax.random.normal(rngs.params(), (H,)), ('inner',))
 
   def systems(self) -> tuple[Shift, Diagonal]:
-    """The discrete systems of the present parameters: for the keys, and for their products with the values."""
+    """The discrete systems of the present parameters: for the keys, and for their products with the
+    values."""
     taps_DN = jnp.sum(toeplitz(self.shift_b[...]) * self.shift_c[...][:, None], axis=-1)
     a = jax.lax.complex(-jnp.exp(self.log_decay[...]), self.frequency[...])
     log_a, b = self.config.discretisation(a, paired(self.b), jnp.exp(self.log_dt[...]))
     return Shift(taps_DN[None]), Diagonal(log_a, b, paired(self.c)[None])
 
   def init_state(self, batch: int, max_len: int) -> H3State:
-    (H, D), N, pairs_BKK = (self.heads, self.wk.shape[1]), self.config.d_state, batch * self.config.head_dim**2
+    (H, D), N, pairs_BKK = (
+      (self.heads, self.wk.shape[1]),
+      self.config.d_state,
+      batch * self.config.head_dim**2,
+    )
     return H3State(jnp.zeros((batch, D, N)), jnp.zeros((pairs_BKK, H, N)))
 
-  def __call__(self, x_BTD: Float[Array, 'B T D'], ctx: Context, state: H3State | None = None) -> Output:
+  def __call__(
+    self, x_BTD: Float[Array, 'B T D'], ctx: Context, state: H3State | None = None
+  ) -> Output:
     K = self.config.head_dim
     q, k, v = self._qkv(x_BTD)
     starts = None if ctx.segments_BT is None else starts_BT(ctx.segments_BT, *x_BTD.shape[:2])

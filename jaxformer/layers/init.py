@@ -30,8 +30,8 @@ class Normal(Init):
 
 
 class ResidualNormal(Init):
-  """N(0, std^2 / branches): the output projections of GPT-2 (Radford et al. 2019, section 2.3), whose sum over the residual
-  branches of the stack then keeps its scale at any depth."""
+  """N(0, std^2 / branches): the output projections of GPT-2 (Radford et al. 2019, section 2.3),
+  whose sum over the residual branches of the stack then keeps its scale at any depth."""
 
   std: float = 0.02
 
@@ -68,7 +68,8 @@ class FanInUniform(Init):
 
 
 class ResidualUniform(Init):
-  """`FanInUniform` / sqrt(branches): the output projections of Mamba (`rescale_prenorm_residual` in the authors' code)."""
+  """`FanInUniform` / sqrt(branches): the output projections of Mamba (`rescale_prenorm_residual` in
+  the authors' code)."""
 
   gain: float = 1.0
 
@@ -84,8 +85,9 @@ class Zeros(Init):
 
 
 class Orthogonal(Init):
-  """A (semi-)orthogonal matrix [in, out], times `gain` (Saxe et al. 2014). With `wide`, times sqrt(out / in) where out > in as
-  well, which is how RWKV draws the weights that its code stores as [out, in]."""
+  """A (semi-)orthogonal matrix [in, out], times `gain` (Saxe et al. 2014). With `wide`, times
+  sqrt(out / in) where out > in as well, which is how RWKV draws the weights that its code stores as
+  [out, in]."""
 
   gain: float = 1.0
   wide: bool = True
@@ -93,7 +95,10 @@ class Orthogonal(Init):
   def __call__(self, key, shape, fan_in, site):
     rows, columns = shape
     gain = self.gain * (math.sqrt(columns / rows) if self.wide and columns > rows else 1.0)
-    # One matrix after the other where layers are built stacked: jaxlib divides a batch of QR decompositions over the threads that
-    # also run the devices, and on several devices of a CPU with few cores all of them then wait for each other (jaxlib 0.10.2).
-    draw = jax.custom_batching.sequential_vmap(lambda k: jax.nn.initializers.orthogonal()(k, tuple(shape), jnp.float32))
+    # One matrix after the other where layers are built stacked: jaxlib divides a batch of QR
+    # decompositions over the threads that also run the devices, and on several devices of a CPU
+    # with few cores all of them then wait for each other (jaxlib 0.10.2).
+    draw = jax.custom_batching.sequential_vmap(
+      lambda k: jax.nn.initializers.orthogonal()(k, tuple(shape), jnp.float32)
+    )
     return gain * draw(key)

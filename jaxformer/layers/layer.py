@@ -1,23 +1,26 @@
 """The one face of every layer, and the legend of dimensions. Read this file first.
 
-A layer maps a sequence to a sequence. Attention, recurrences, feed-forward layers and mixtures of experts all have this face, so a
-block is a tuple of layers and a model is data. What a layer remembers from one call to the next is its *state*: a small typed
-pytree that goes in as an argument and comes out in the result. No module holds a cache, and there is no decode flag.
+A layer maps a sequence to a sequence. Attention, recurrences, feed-forward layers and mixtures of
+experts all have this face, so a block is a tuple of layers and a model is data. What a layer
+remembers from one call to the next is its *state*: a small typed pytree that goes in as an argument
+and comes out in the result. No module holds a cache, and there is no decode flag.
 
-Names of dimensions, one legend for the package; arrays whose shape is not plain carry them as a suffix (`q_BTHK`):
+Names of dimensions, one legend for the package; arrays whose shape is not plain carry them as a
+suffix (`q_BTHK`):
 
-  B batch   T time   S source or cache length   D width   H heads   G key/value heads   K head dim   F hidden
-  E experts   N state   V vocabulary   C chunk   P periods   L layers
+  B batch   T time   S source or cache length   D width   H heads   G key/value heads   K head dim
+  F hidden E experts   N state   V vocabulary   C chunk   P periods   L layers
 
 The contract, checked for every layer by `tests/contract`:
 
 - `layer(x_BTD, ctx)` is causal unless the config says otherwise, and the same on any mesh.
-- `layer(x_BTD, ctx, state)` continues from `state`; `init_state` is the state before the first token. A sequence cut anywhere
-  gives the same outputs and the same final state. `step` is that for one token.
-- Where `ctx.segments_BT` changes along a row, a new document begins and nothing is carried over. The first token of a call
-  always continues what the state holds.
-- A layer that reads the encoder's output finds it in `ctx.memory`, or what it needs of it in a state from `begin`; without a state
-  it begins as from one. `init_state` is not for it.
+- `layer(x_BTD, ctx, state)` continues from `state`; `init_state` is the state before the first
+  token. A sequence cut anywhere gives the same outputs and the same final state. `step` is that for
+  one token.
+- Where `ctx.segments_BT` changes along a row, a new document begins and nothing is carried over.
+  The first token of a call always continues what the state holds.
+- A layer that reads the encoder's output finds it in `ctx.memory`, or what it needs of it in a
+  state from `begin`; without a state it begins as from one. `init_state` is not for it.
 - Shapes of states do not depend on what was fed in.
 """
 
@@ -44,8 +47,8 @@ class Memory:
   Attributes:
     y_BSC: its output at each position of the source.
     mask_BS: True where a token stands, False in padding.
-    states: of each of its blocks, from the bottom up, the states that its layers ended in; () where a decoder does not begin from
-      them.
+    states: of each of its blocks, from the bottom up, the states that its layers ended in; () where
+      a decoder does not begin from them.
   """
 
   y_BSC: Float[Array, 'B S C']
@@ -54,7 +57,8 @@ class Memory:
 
 
 class Fixed:
-  """Base of the states that come of the memory and that no step changes: all hypotheses about one source have the same."""
+  """Base of the states that come of the memory and that no step changes: all hypotheses about one
+  source have the same."""
 
 
 @jax.tree_util.register_dataclass
@@ -63,14 +67,17 @@ class Context:
   """What several layers of a model need beside their input.
 
   Attributes:
-    segments_BT: which packed document each position belongs to; changes mark the borders. None: each row is one document.
+    segments_BT: which packed document each position belongs to; changes mark the borders. None:
+      each row is one document.
     dropout_key: randomness for dropout; None where nothing is dropped.
     shared: values of earlier layers by name (`Output.share`).
-    memory: what a decoder reads beside its own tokens; None in a decoder-only model, and where states hold what is needed of it.
+    memory: what a decoder reads beside its own tokens; None in a decoder-only model, and where
+      states hold what is needed of it.
     align: whether layers that attend to the memory return their weights (`Output.alignments`).
-    fresh: the states given are those of `init_state`: nothing came before this call. Attention may then use the kernels that need
-      keys and queries at the same positions. It changes no result.
-    remat: name of the policy of `models.stack.REMAT` by which activations are recomputed in the backward pass.
+    fresh: the states given are those of `init_state`: nothing came before this call. Attention may
+      then use the kernels that need keys and queries at the same positions. It changes no result.
+    remat: name of the policy of `models.stack.REMAT` by which activations are recomputed in the
+      backward pass.
     unroll: whether stacked periods run as a Python loop rather than a scan; None: where it pays.
   """
 
@@ -88,7 +95,11 @@ class Context:
 
   def fold(self, i: int | Array) -> Context:
     """The context of part `i` of something that has several: each part drops its own units."""
-    return self if self.dropout_key is None else self.replace(dropout_key=jax.random.fold_in(self.dropout_key, i))
+    return (
+      self
+      if self.dropout_key is None
+      else self.replace(dropout_key=jax.random.fold_in(self.dropout_key, i))
+    )
 
 
 @jax.tree_util.register_dataclass
@@ -99,10 +110,12 @@ class Output:
   Attributes:
     y: like the input.
     state: the state after the last token where a state was given, else None.
-    aux: scalars by name. One whose name starts with `loss/` is added to the training loss, over all layers; others are diagnostics,
-      of which a stack gives a vector over its layers, and a training its mean, least and largest.
+    aux: scalars by name. One whose name starts with `loss/` is added to the training loss, over all
+      layers; others are diagnostics, of which a stack gives a vector over its layers, and a
+      training its mean, least and largest.
     share: values for all later layers.
-    alignments: where `Context.align`, of each layer that attends to the memory its weights `[B, T, S]`, the mean over its heads.
+    alignments: where `Context.align`, of each layer that attends to the memory its weights `[B, T,
+      S]`, the mean over its heads.
   """
 
   y: Array
@@ -117,7 +130,8 @@ class Site:
   """Where in a model a layer is built; official initialisations depend on it.
 
   Attributes:
-    layer: index of the layer's block, counted through the whole stack; traced where blocks are built stacked.
+    layer: index of the layer's block, counted through the whole stack; traced where blocks are
+      built stacked.
     layers: number of blocks in the stack.
     branches: number of residual branches in the stack (two a block in a transformer).
   """
@@ -128,16 +142,17 @@ class Site:
 
 
 class Layer(nnx.Module):
-  """Base of all layers. Override `__call__`; override `init_state` where there is a state, and `step` where one token has a
-  cheaper form."""
+  """Base of all layers. Override `__call__`; override `init_state` where there is a state, and
+  `step` where one token has a cheaper form."""
 
   def init_state(self, batch: int, max_len: int) -> State:
-    """The state before the first token, for sequences of up to `max_len` tokens; `()` for a layer without memory."""
+    """The state before the first token, for sequences of up to `max_len` tokens; `()` for a layer
+    without memory."""
     return ()
 
   def begin(self, batch: int, max_len: int, memory: Memory, handed: State = None) -> State:
-    """The state before the first token in a decoder that reads `memory`; `handed` is the state that the encoder's layer in the same
-    place ended in, None where it hands over none."""
+    """The state before the first token in a decoder that reads `memory`; `handed` is the state that
+    the encoder's layer in the same place ended in, None where it hands over none."""
     return self.init_state(batch, max_len)
 
   def __call__(self, x_BTD: Float[Array, 'B T D'], ctx: Context, state: State = None) -> Output:
@@ -171,27 +186,31 @@ class LayerConfig(Config, abstract=True):
     return None
 
   def reads(self, width: int) -> dict[str, int]:
-    """What the layer needs of earlier layers (`Context.shared`): name -> channels C of a value `[B, T, C]`."""
+    """What the layer needs of earlier layers (`Context.shared`): name -> channels C of a value `[B,
+    T, C]`."""
     return {}
 
   def state_size(self, width: int, max_len: int) -> int:
-    """How many numbers of state one sequence of up to `max_len` tokens needs, counters aside; a source has `max_len` tokens too."""
+    """How many numbers of state one sequence of up to `max_len` tokens needs, counters aside; a
+    source has `max_len` tokens too."""
     return 0
 
   @classmethod
   def examples(cls) -> tuple[LayerConfig, ...]:
-    """Small configs for width 32 that between them use every setting: what the contract suite runs."""
+    """Small configs for width 32 that between them use every setting: what the contract suite
+    runs."""
     return (cls(),)
 
   def mixing_flops_per_token(self, width: int, length: int, causal: bool) -> float:
-    """Forward FLOPs a token that are no products with parameters: scores and recurrences, averaged over a sequence of `length`.
+    """Forward FLOPs a token that are no products with parameters: scores and recurrences, averaged
+    over a sequence of `length`.
 
-    `causal` counts only the pairs that a causal mask lets through; otherwise the full convention, every pair.
-    """
+    `causal` counts only the pairs that a causal mask lets through; otherwise the full convention,
+    every pair."""
     return 0.0
 
 
-# ---- documents in a row -----------------------------------------------------------------------------------------------
+# ---- documents in a row ------------------------------------------------------------------------
 
 
 def memory_of(ctx: Context, layer: str) -> Memory:
@@ -202,14 +221,18 @@ def memory_of(ctx: Context, layer: str) -> Memory:
 
 
 def starts_BT(segments_BT: Int[Array, 'B T'] | None, batch: int, length: int) -> Bool[Array, 'B T']:
-  """True where a packed document begins. The first position is False: there the incoming state decides."""
+  """True where a packed document begins. The first position is False: there the incoming state
+  decides."""
   if segments_BT is None:
     return jnp.zeros((batch, length), bool)
   return jnp.pad(segments_BT[:, 1:] != segments_BT[:, :-1], ((0, 0), (1, 0)))
 
 
-def positions_BT(starts: Bool[Array, 'B T'], offset_B: Int[Array, ' B'] | None = None) -> Int[Array, 'B T']:
-  """The position of each token within its document; the document of the first token has already had `offset_B` tokens."""
+def positions_BT(
+  starts: Bool[Array, 'B T'], offset_B: Int[Array, ' B'] | None = None
+) -> Int[Array, 'B T']:
+  """The position of each token within its document; the document of the first token has already had
+  `offset_B` tokens."""
   B, T = starts.shape
   index = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32)[None], (B, T))
   first = jnp.zeros((B,), jnp.int32) if offset_B is None else -offset_B.astype(jnp.int32)
@@ -218,8 +241,8 @@ def positions_BT(starts: Bool[Array, 'B T'], offset_B: Int[Array, ' B'] | None =
 
 
 def dropout(x: Array, rate: float, ctx: Context) -> Array:
-  """Zeroes each number with probability `rate` and scales the rest by 1 / (1 - rate) (Srivastava et al. 2014), where `ctx` has a
-  key."""
+  """Zeroes each number with probability `rate` and scales the rest by 1 / (1 - rate) (Srivastava et
+  al. 2014), where `ctx` has a key."""
   if rate == 0.0 or ctx.dropout_key is None:
     return x
   keep = jax.random.bernoulli(ctx.dropout_key, 1.0 - rate, x.shape)

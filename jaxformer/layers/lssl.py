@@ -1,5 +1,5 @@
-"""The linear state-space layer (Gu, Johnson, Goel, Saab, Dao, Rudra and Re 2021, 'Combining Recurrent, Convolutional, and
-Continuous-time Models with Linear State-Space Layers')."""
+"""The linear state-space layer (Gu, Johnson, Goel, Saab, Dao, Rudra and Re 2021, 'Combining
+Recurrent, Convolutional, and Continuous-time Models with Linear State-Space Layers')."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ class Fixed(Transition):
 
 
 class Shared(Transition):
-  """One A is learned for all channels, whose steps differ; `lr_scale` is the factor on its learning rate."""
+  """One A is learned for all channels, whose steps differ; `lr_scale` is the factor on its learning
+  rate."""
 
   lr_scale: float = 0.01
 
@@ -45,12 +46,14 @@ class PerChannel(Transition):
   lr_scale: float = 0.01
 
   def start(self, a_NN, width):
-    return recurrent(jnp.broadcast_to(a_NN[None], (width, *a_NN.shape)), ('inner', 'state', None), self.lr_scale)
+    return recurrent(
+      jnp.broadcast_to(a_NN[None], (width, *a_NN.shape)), ('inner', 'state', None), self.lr_scale
+    )
 
 
 class LSSL(StateSpace):
-  """x' = A x + B u, y_m = C_m x + D_m u for m = 1 .. copies, with a dense A, by Tustin's rule with each channel's own step; then
-  GELU and a projection of all copies of all channels to the width.
+  """x' = A x + B u, y_m = C_m x + D_m u for m = 1 .. copies, with a dense A, by Tustin's rule with
+  each channel's own step; then GELU and a projection of all copies of all channels to the width.
 
   A and B start as HiPPO-LegS; B is not learned.
   """
@@ -74,10 +77,13 @@ class LSSL(StateSpace):
 
     @classmethod
     def examples(cls) -> tuple[LSSL.Config, ...]:
-      return cls(d_state=5, copies=2, transition=PerChannel()), cls(d_state=4, transition=Fixed(), copies=2, causal=False)
+      return cls(d_state=5, copies=2, transition=PerChannel()), cls(
+        d_state=4, transition=Fixed(), copies=2, causal=False
+      )
 
     def mixing_flops_per_token(self, width: int, length: int, causal: bool) -> float:
-      return self.directions * width * self.d_state * (2.0 * self.d_state + 2.0 + 2.0 * self.copies)   # the recurrence
+      # the recurrence
+      return self.directions * width * self.d_state * (2.0 * self.d_state + 2.0 + 2.0 * self.copies)
 
   def __init__(self, config: LSSL.Config, width: int, rngs: nnx.Rngs, site: Site):
     super().__init__(config, width, rngs, site, outputs=config.copies, gated=False)
@@ -85,12 +91,17 @@ class LSSL(StateSpace):
     self.copies = c.copies
     self.a = c.transition.start(jnp.asarray(legs(c.d_state)[0], jnp.float32), width)
     self.c = recurrent(
-      jax.random.normal(rngs.params(), (c.directions * c.copies, width, c.d_state)), (None, 'inner', 'state'), decay=True)
+      jax.random.normal(rngs.params(), (c.directions * c.copies, width, c.d_state)),
+      (None, 'inner', 'state'),
+      decay=True,
+    )
 
   def system(self, direction: int = 0) -> Dense:
     N, M = self.config.d_state, self.copies
     a, b = (jnp.asarray(v, jnp.float32) for v in legs(N))
     a = a if self.a is None else self.a[...]
     a_HNN = jnp.broadcast_to(a[None], (self.width, N, N)) if a.ndim == 2 else a
-    d, bbar = dense_bilinear(a_HNN, jnp.broadcast_to(b[None], (self.width, N)), jnp.exp(self.log_dt[...]))
-    return Dense(d, bbar, self.c[...][direction * M:(direction + 1) * M])
+    d, bbar = dense_bilinear(
+      a_HNN, jnp.broadcast_to(b[None], (self.width, N)), jnp.exp(self.log_dt[...])
+    )
+    return Dense(d, bbar, self.c[...][direction * M : (direction + 1) * M])

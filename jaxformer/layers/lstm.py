@@ -11,13 +11,22 @@ from jaxtyping import Array, Float
 
 from jaxformer.config import InputError
 from jaxformer.layers.init import FanInUniform, Init, Orthogonal, Zeros
-from jaxformer.layers.layer import Context, Layer, LayerConfig, Memory, Output, Site, State, starts_BT
+from jaxformer.layers.layer import (
+  Context,
+  Layer,
+  LayerConfig,
+  Memory,
+  Output,
+  Site,
+  State,
+  starts_BT,
+)
 from jaxformer.ops.linear import linear
 from jaxformer.ops.recurrence import lstm
 from jaxformer.sharding import param, shard
 
-FORGET = 1   # which of the gates i, f, g, o
-CONTEXT = 'context'   # the name under which a decoder's layer shares what it read of the memory
+FORGET = 1  # which of the gates i, f, g, o
+CONTEXT = 'context'  # the name under which a decoder's layer shares what it read of the memory
 
 
 @jax.tree_util.register_dataclass
@@ -33,11 +42,13 @@ class RecurrentConfig(LayerConfig, abstract=True):
   """What the gated recurrences share.
 
   Attributes:
-    hidden: units H; None for the width. Where it is another number, a projection [H, width] without offsets follows.
+    hidden: units H; None for the width. Where it is another number, a projection [H, width] without
+      offsets follows.
     project: False leaves that projection out: the output is H wide.
-    context: width of the `CONTEXT` that a layer below shares, to be read beside the input, [x, context]; None for none.
-    init: of the weights of the input and of the projection; `recurrent_init`: of those of the hidden state. Each gate's matrix is
-      drawn by itself.
+    context: width of the `CONTEXT` that a layer below shares, to be read beside the input, [x,
+      context]; None for none.
+    init: of the weights of the input and of the projection; `recurrent_init`: of those of the
+      hidden state. Each gate's matrix is drawn by itself.
     bias: initial values of the offsets, one vector a gate; None for no offsets.
   """
 
@@ -50,7 +61,11 @@ class RecurrentConfig(LayerConfig, abstract=True):
 
   def validate(self):
     self.require(self.hidden is None or self.hidden > 0, 'hidden', 'positive')
-    self.require(self.project or self.hidden is not None, 'project', 'true where hidden is none, which needs no projection')
+    self.require(
+      self.project or self.hidden is not None,
+      'project',
+      'true where hidden is none, which needs no projection',
+    )
     self.require(self.context is None or self.context > 0, 'context', 'positive')
 
   def units(self, width: int) -> int:
@@ -76,9 +91,21 @@ class Recurrent(Layer):
 
     self.units, self.reads_context = H, c.context is not None
     self.w, self.u = weight(c.init, width + (c.context or 0)), weight(c.recurrent_init, H)
-    self.b = None if c.bias is None else param(
-      self._first_bias(c.bias(rngs.params(), (gates, H), H, site)), (None, 'inner'), decay=False, matmul=False)
-    self.w_out = None if H in (width, c.out_width(width)) else param(c.init(rngs.params(), (H, width), H, site), ('inner', 'embed'))
+    self.b = (
+      None
+      if c.bias is None
+      else param(
+        self._first_bias(c.bias(rngs.params(), (gates, H), H, site)),
+        (None, 'inner'),
+        decay=False,
+        matmul=False,
+      )
+    )
+    self.w_out = (
+      None
+      if H in (width, c.out_width(width))
+      else param(c.init(rngs.params(), (H, width), H, site), ('inner', 'embed'))
+    )
 
   def _first_bias(self, drawn_GH: Array) -> Array:
     return drawn_GH
@@ -87,11 +114,18 @@ class Recurrent(Layer):
     own = self.init_state(batch, max_len)
     given = own if handed is None else handed
     if jax.tree.structure(given) != jax.tree.structure(own) or given.h_BH.shape != own.h_BH.shape:
-      raise InputError(f'the decoder has a recurrence of {self.units} units where the encoder hands over the state of another')
+      raise InputError(
+        f'the decoder has a recurrence of {self.units} units where the encoder hands over the '
+        'state of another'
+      )
     return given
 
   def _input(self, x_BTD: Array, ctx: Context) -> Array:
-    return jnp.concatenate([x_BTD, ctx.shared[CONTEXT].astype(x_BTD.dtype)], axis=-1) if self.reads_context else x_BTD
+    return (
+      jnp.concatenate([x_BTD, ctx.shared[CONTEXT].astype(x_BTD.dtype)], axis=-1)
+      if self.reads_context
+      else x_BTD
+    )
 
   def _weights(self) -> tuple[Array, Array, Array | None]:
     return self.w[...], self.u[...], None if self.b is None else self.b[...]
@@ -102,21 +136,25 @@ class Recurrent(Layer):
 
 
 class Lstm(Recurrent):
-  """The LSTM with a forget gate and without peepholes (Hochreiter and Schmidhuber 1997; Gers et al. 2000): `ops.recurrence.lstm`.
-  One vector of offsets a gate; PyTorch's two add up to it."""
+  """The LSTM with a forget gate and without peepholes (Hochreiter and Schmidhuber 1997; Gers et al.
+  2000): `ops.recurrence.lstm`. One vector of offsets a gate; PyTorch's two add up to it."""
 
   class Config(RecurrentConfig):
     """
     Attributes:
-      forget_bias: added to the forget gate's initial offset, so that cells remember from the start (Gers et al. 2000; 1 as
-        Jozefowicz et al. 2015 recommend).
+      forget_bias: added to the forget gate's initial offset, so that cells remember from the start
+        (Gers et al. 2000; 1 as Jozefowicz et al. 2015 recommend).
     """
 
     forget_bias: float = 1.0
 
     def validate(self):
       super().validate()
-      self.require(self.bias is not None or self.forget_bias == 0, 'forget_bias', '0 where there are no offsets (bias = None)')
+      self.require(
+        self.bias is not None or self.forget_bias == 0,
+        'forget_bias',
+        '0 where there are no offsets (bias = None)',
+      )
 
     def build(self, width: int, rngs: nnx.Rngs, site: Site) -> Lstm:
       return Lstm(self, width, rngs, site)
@@ -127,7 +165,10 @@ class Lstm(Recurrent):
     @classmethod
     def examples(cls) -> tuple[Lstm.Config, ...]:
       return (
-        cls(), cls(hidden=48, recurrent_init=Orthogonal(), bias=None, forget_bias=0.0), cls(hidden=48, project=False, context=24))
+        cls(),
+        cls(hidden=48, recurrent_init=Orthogonal(), bias=None, forget_bias=0.0),
+        cls(hidden=48, project=False, context=24),
+      )
 
   def __init__(self, config: Lstm.Config, width: int, rngs: nnx.Rngs, site: Site):
     self.config = config
@@ -140,8 +181,16 @@ class Lstm(Recurrent):
     zeros = jnp.zeros((batch, self.units))
     return LstmState(zeros, zeros)
 
-  def __call__(self, x_BTD: Float[Array, 'B T D'], ctx: Context, state: LstmState | None = None) -> Output:
+  def __call__(
+    self, x_BTD: Float[Array, 'B T D'], ctx: Context, state: LstmState | None = None
+  ) -> Output:
     B, T, _ = x_BTD.shape
     first = self.init_state(B, T) if state is None else state
-    y_BTH, (h, c) = lstm(self._input(x_BTD, ctx), *self._weights(), first.h_BH, first.c_BH, starts_BT(ctx.segments_BT, B, T))
+    y_BTH, (h, c) = lstm(
+      self._input(x_BTD, ctx),
+      *self._weights(),
+      first.h_BH,
+      first.c_BH,
+      starts_BT(ctx.segments_BT, B, T),
+    )
     return Output(self._out(y_BTH), None if state is None else LstmState(h, c))

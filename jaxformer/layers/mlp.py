@@ -16,7 +16,9 @@ from jaxformer.layers.layer import Context, Layer, LayerConfig, Output, Site, dr
 from jaxformer.ops.linear import linear
 from jaxformer.sharding import param, shard
 
-ActivationName = Literal['identity', 'relu', 'squared_relu', 'gelu', 'gelu_tanh', 'silu', 'sigmoid', 'tanh']
+ActivationName = Literal[
+  'identity', 'relu', 'squared_relu', 'gelu', 'gelu_tanh', 'silu', 'sigmoid', 'tanh'
+]
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
   'identity': lambda x: x,
@@ -72,7 +74,10 @@ class FeedForward(Layer):
 
     self.w_in, self.b_in = weight_in(), bias(F, 'mlp')
     self.w_gate, self.b_gate = (weight_in(), bias(F, 'mlp')) if gated else (None, None)
-    self.w_out, self.b_out = param(c.out_init(rngs.params(), (F, width), F, site), ('mlp', 'embed')), bias(width, 'norm')
+    self.w_out, self.b_out = (
+      param(c.out_init(rngs.params(), (F, width), F, site), ('mlp', 'embed')),
+      bias(width, 'norm'),
+    )
 
   def __call__(self, x_BTD: Float[Array, 'B T D'], ctx: Context, state=None) -> Output:
     return Output(self._run(x_BTD, ctx), state)
@@ -100,8 +105,9 @@ class Mlp(FeedForward):
 
 
 class GatedMlp(FeedForward):
-  """y = (act(x W_gate) * x W_in) W_out (Shazeer 2020): SwiGLU with `silu`, GEGLU with `gelu`, ReGLU, GLU with `sigmoid`,
-  bilinear with `identity`. Llama names these projections w1 (gate), w3 (in) and w2 (out)."""
+  """y = (act(x W_gate) * x W_in) W_out (Shazeer 2020): SwiGLU with `silu`, GEGLU with `gelu`,
+  ReGLU, GLU with `sigmoid`, bilinear with `identity`. Llama names these projections w1 (gate), w3
+  (in) and w2 (out)."""
 
   class Config(MlpConfig):
     activation: ActivationName = 'silu'

@@ -1,4 +1,5 @@
-"""Mixtures of experts: a router, feed-forward layers of which each token uses a few, and a way for tokens to reach them."""
+"""Mixtures of experts: a router, feed-forward layers of which each token uses a few, and a way for
+tokens to reach them."""
 
 from __future__ import annotations
 
@@ -34,7 +35,7 @@ class DispatchConfig(Config, abstract=True):
   """Base of the ways for tokens to reach the experts that they have chosen."""
 
   def run(
-    self, x_BTD: Array, choice: Choice, experts: moe.Experts, activation: moe.Activation,
+    self, x_BTD: Array, choice: Choice, experts: moe.Experts, activation: moe.Activation
   ) -> tuple[Array, dict[str, Array]]:
     """The experts' weighted sum, and diagnostics."""
     raise NotImplementedError
@@ -48,12 +49,13 @@ class Dropless(DispatchConfig):
 
 
 class Capacity(DispatchConfig):
-  """An expert takes at most C = ceil(factor T K / E) tokens of a sequence of T, those that come first; a token whose expert is full
-  does without it, and the residual stream carries it (Fedus et al. 2022, section 2.2, whose groups of tokens are here the
-  sequences).
+  """An expert takes at most C = ceil(factor T K / E) tokens of a sequence of T, those that come
+  first; a token whose expert is full does without it, and the residual stream carries it (Fedus et
+  al. 2022, section 2.2, whose groups of tokens are here the sequences).
 
-  No place depends on later tokens. But C grows with the length, and tokens before, of whatever document, take places: with drops,
-  a sequence is not what its parts are apart. A single token (decoding) is never dropped, nor is any with a factor of E / K.
+  No place depends on later tokens. But C grows with the length, and tokens before, of whatever
+  document, take places: with drops, a sequence is not what its parts are apart. A single token
+  (decoding) is never dropped, nor is any with a factor of E / K.
 
   Attributes:
     factor: the paper trains with 1.0 to 1.25 and evaluates with 2.0.
@@ -69,10 +71,13 @@ class Capacity(DispatchConfig):
     if T == 1:
       return Dropless().run(x_BTD, choice, experts, activation)
     capacity = min(T, math.ceil(self.factor * T * K / E))
-    if time_axes(T):   # places are those of whole sequences; what has one is computed where the token is
+    # places are those of whole sequences; what has one is computed where the token is
+    if time_axes(T):
       kept_BTK = within(choice.expert_BTK, E, capacity)
       kept = dataclasses.replace(choice, weight_BTK=jnp.where(kept_BTK, choice.weight_BTK, 0.0))
-      return Dropless().run(x_BTD, kept, experts, activation)[0], {'moe/dropped': 1.0 - jnp.mean(kept_BTK.astype(jnp.float32))}
+      return Dropless().run(x_BTD, kept, experts, activation)[0], {
+        'moe/dropped': 1.0 - jnp.mean(kept_BTK.astype(jnp.float32))
+      }
     token, weight, dropped = places(choice.expert_BTK, choice.weight_BTK, E, capacity)
     return moe.placed(x_BTD, token, weight, experts, activation), {'moe/dropped': dropped}
 
@@ -80,29 +85,41 @@ class Capacity(DispatchConfig):
 class ExpertWeights(nnx.Module):
   """The weights of E feed-forward layers, stacked; each is drawn by itself."""
 
-  def __init__(self, config: MlpConfig, experts: int, active: float, width: int, rngs: nnx.Rngs, site: Site):
+  def __init__(
+    self, config: MlpConfig, experts: int, active: float, width: int, rngs: nnx.Rngs, site: Site
+  ):
     F = config.hidden
 
     def weight(init, shape: tuple[int, int], *axes: str) -> nnx.Param:
-      drawn = jax.vmap(lambda key: init(key, shape, shape[0], site))(jax.random.split(rngs.params(), experts))
+      drawn = jax.vmap(lambda key: init(key, shape, shape[0], site))(
+        jax.random.split(rngs.params(), experts)
+      )
       return param(drawn, ('experts', *axes), active=active)
 
     self.w_in = weight(config.init, (width, F), 'embed', 'mlp')
-    self.w_gate = weight(config.init, (width, F), 'embed', 'mlp') if isinstance(config, GatedMlp.Config) else None
+    self.w_gate = (
+      weight(config.init, (width, F), 'embed', 'mlp')
+      if isinstance(config, GatedMlp.Config)
+      else None
+    )
     self.w_out = weight(config.out_init, (F, width), 'mlp', 'embed')
 
   def __call__(self) -> moe.Experts:
-    return moe.Experts(self.w_in[...], None if self.w_gate is None else self.w_gate[...], self.w_out[...])
+    return moe.Experts(
+      self.w_in[...], None if self.w_gate is None else self.w_gate[...], self.w_out[...]
+    )
 
 
 class Moe(Layer):
-  """y = act(sum over the chosen experts e of weight_e(x) expert_e(x)) + shared(x) (Shazeer et al. 2017, eq. 1).
+  """y = act(sum over the chosen experts e of weight_e(x) expert_e(x)) + shared(x) (Shazeer et al.
+  2017, eq. 1).
 
-  `aux` has the router's losses, and diagnostics, one number a layer: `moe/load_ratio`, the load of the busiest expert over the mean
-  (1 at balance, E / K where the same experts serve all); `moe/entropy` of the router's probabilities, a token, in nats (at most
-  log E; 0 where it has made up its mind); `moe/router_logits`, the largest in magnitude; `moe/dropped`, the fraction of choices
-  dropped, where the dispatch may drop, or of tokens that no expert took, where experts choose.
-  """
+  `aux` has the router's losses, and diagnostics, one number a layer: `moe/load_ratio`, the load of
+  the busiest expert over the mean (1 at balance, E / K where the same experts serve all);
+  `moe/entropy` of the router's probabilities, a token, in nats (at most log E; 0 where it has made
+  up its mind); `moe/router_logits`, the largest in magnitude; `moe/dropped`, the fraction of
+  choices dropped, where the dispatch may drop, or of tokens that no expert took, where experts
+  choose."""
 
   class Config(LayerConfig):
     """
@@ -110,7 +127,8 @@ class Moe(Layer):
       experts: E.
       expert: the feed-forward layer that each expert is, without offsets and dropout.
       router: which experts a token goes to.
-      dispatch: how it gets there; None for a router that fills the experts' places itself (`ExpertChoice`).
+      dispatch: how it gets there; None for a router that fills the experts' places itself
+        (`ExpertChoice`).
       shared: a feed-forward layer that all tokens use (DeepSeek-AI 2024); None for none.
       out_activation: on the weighted sum (sigmoid in Shazeer et al. 2017, appendix C.1).
     """
@@ -126,10 +144,15 @@ class Moe(Layer):
       self.require(self.experts > 1, 'experts', 'at least 2')
       if self.expert.bias or self.expert.dropout:
         field = 'bias' if self.expert.bias else 'dropout'
-        raise InputError(f'{self.tag}.expert.{field} = {getattr(self.expert, field)}: experts have no offsets and no dropout')
+        raise InputError(
+          f'{self.tag}.expert.{field} = {getattr(self.expert, field)}: experts have no offsets and '
+          'no dropout'
+        )
       self.router.check(self.experts)
       chooses = isinstance(self.router, ExpertChoice.Config)
-      accepted = 'none: experts that choose fill their own places' if chooses else 'Dropless or Capacity'
+      accepted = (
+        'none: experts that choose fill their own places' if chooses else 'Dropless or Capacity'
+      )
       self.require((self.dispatch is None) == chooses, 'dispatch', accepted)
 
     def build(self, width: int, rngs: nnx.Rngs, site: Site) -> Moe:
@@ -141,15 +164,25 @@ class Moe(Layer):
 
     @classmethod
     def examples(cls) -> tuple[Moe.Config, ...]:
-      """Every router and every dispatch. Places suffice for all tokens, as what is dropped depends on the rest of a row; of noise
-      and jitter there is none without a key."""
+      """Every router and every dispatch. Places suffice for all tokens, as what is dropped depends
+      on the rest of a row; of noise and jitter there is none without a key."""
       gated, plain = GatedMlp.Config(hidden=24), Mlp.Config(hidden=24, activation='relu')
       return (
         cls(experts=4, expert=gated, router=TopKSoftmax.Config(balance=0.01, z_loss=0.001)),
-        cls(experts=4, expert=plain, router=SwitchRouter.Config(jitter=0.01, balance=0.01), dispatch=Capacity(factor=4.0)),
+        cls(
+          experts=4,
+          expert=plain,
+          router=SwitchRouter.Config(jitter=0.01, balance=0.01),
+          dispatch=Capacity(factor=4.0),
+        ),
         cls(experts=4, expert=gated, router=SoftmaxTopK.Config(), dispatch=Capacity(factor=2.0)),
         cls(experts=6, expert=plain, router=NoisyTopK.Config(k=3), out_activation='sigmoid'),
-        cls(experts=4, expert=gated, router=BiasBalanced.Config(scale=2.5, bias_rate=3.0), shared=plain),
+        cls(
+          experts=4,
+          expert=gated,
+          router=BiasBalanced.Config(scale=2.5, bias_rate=3.0),
+          shared=plain,
+        ),
         cls(experts=4, expert=gated, router=ExpertChoice.Config(choices=4.0), dispatch=None),
       )
 
@@ -163,14 +196,20 @@ class Moe(Layer):
 
   def init_state(self, batch: int, max_len: int) -> tuple[()]:
     if not self.config.decodes:
-      raise InputError(f'{self.config.tag}.router = {self.config.router.tag}: experts that choose among all tokens cannot decode')
+      raise InputError(
+        f'{self.config.tag}.router = {self.config.router.tag}: experts that choose among all '
+        'tokens cannot decode'
+      )
     return ()
 
   def __call__(self, x_BTD: Float[Array, 'B T D'], ctx: Context, state=None) -> Output:
     c, routed, weights = self.config, self.router(x_BTD, ctx), self.experts()
     activation = ACTIVATIONS[c.expert.activation]
     if isinstance(routed, Places):
-      y, aux = moe.placed(x_BTD, routed.token_BEC, routed.weight_BEC, weights, activation), {'moe/dropped': _left_out(routed)}
+      y, aux = (
+        moe.placed(x_BTD, routed.token_BEC, routed.weight_BEC, weights, activation),
+        {'moe/dropped': _left_out(routed)},
+      )
     else:
       assert c.dispatch is not None
       y, aux = c.dispatch.run(x_BTD, routed, weights, activation)
@@ -188,5 +227,7 @@ class Moe(Layer):
 
 def _left_out(routed: Places) -> Array:
   B, T, _ = routed.logits_BTE.shape
-  taken = jnp.zeros((B, T), bool).at[jnp.arange(B)[:, None], routed.token_BEC.reshape(B, -1)].set(True)
+  taken = (
+    jnp.zeros((B, T), bool).at[jnp.arange(B)[:, None], routed.token_BEC.reshape(B, -1)].set(True)
+  )
   return 1.0 - jnp.mean(taken.astype(jnp.float32))

@@ -1,4 +1,5 @@
-"""Normalisation over the width. Statistics are taken in fp32, the result is cast back and then scaled, as Llama does."""
+"""Normalisation over the width. Statistics are taken in fp32, the result is cast back and then
+scaled, as Llama does."""
 
 from __future__ import annotations
 
@@ -42,7 +43,8 @@ class RMSNorm(nnx.Module):
 
 
 class LayerNorm(nnx.Module):
-  """y = (x - mean(x)) / sqrt(var(x) + eps) * scale + offset (Ba et al. 2016); `bias` False leaves out the offset."""
+  """y = (x - mean(x)) / sqrt(var(x) + eps) * scale + offset (Ba et al. 2016); `bias` False leaves
+  out the offset."""
 
   class Config(NormConfig):
     bias: bool = True
@@ -64,8 +66,9 @@ class LayerNorm(nnx.Module):
 
 
 class HeadNorm(nnx.Module):
-  """LayerNorm of each head by itself, with a scale and an offset for every channel of all heads (Wu and He 2018 with a group a
-  head; RWKV-5 to 7): y_h = (x_h - mean(x_h)) / sqrt(var(x_h) + eps), flattened, then * scale + offset."""
+  """LayerNorm of each head by itself, with a scale and an offset for every channel of all heads (Wu
+  and He 2018 with a group a head; RWKV-5 to 7): y_h = (x_h - mean(x_h)) / sqrt(var(x_h) + eps),
+  flattened, then * scale + offset."""
 
   class Config(NormConfig):
     def build(self, width: int) -> HeadNorm:

@@ -15,20 +15,20 @@ from jaxformer.layers.init import Init, Normal
 from jaxformer.layers.layer import Site
 from jaxformer.sharding import param
 
-# ---- inside attention -------------------------------------------------------------------------------------------------
+# ---- inside attention --------------------------------------------------------------------------
 
 
 class AttentionPosition(Config, abstract=True):
-  """How attention knows positions: `Rotary` turns queries and keys, `Alibi` adds a bias to the logits."""
+  """How attention knows positions: `Rotary` turns queries and keys, `Alibi` adds a bias to the
+  logits."""
 
 
 class Llama3Scaling(Config):
   """Llama 3.1's stretching of rotary frequencies to longer contexts.
 
-  With wavelength 2 pi / f: frequencies whose wavelength is below `original_context / high` stay, those above
-  `original_context / low` are divided by `factor`, and between them f' = (1 - s) f / factor + s f with
-  s = (original_context / wavelength - low) / (high - low).
-  """
+  With wavelength 2 pi / f: frequencies whose wavelength is below `original_context / high` stay,
+  those above `original_context / low` are divided by `factor`, and between them f' = (1 - s) f /
+  factor + s f with s = (original_context / wavelength - low) / (high - low)."""
 
   factor: float = 8.0
   low: float = 1.0
@@ -42,11 +42,11 @@ class Llama3Scaling(Config):
 
 
 class Rotary(AttentionPosition):
-  """Rotary position embedding (Su et al. 2021, section 3.2): pair (i, i + K/2) of a head turns by position x theta^(-2i/K).
+  """Rotary position embedding (Su et al. 2021, section 3.2): pair (i, i + K/2) of a head turns by
+  position x theta^(-2i/K).
 
-  The pairing of halves is that of the Hugging Face checkpoints; Meta's originals pair neighbours, which is the same up to a
-  permutation of each head's query and key rows.
-  """
+  The pairing of halves is that of the Hugging Face checkpoints; Meta's originals pair neighbours,
+  which is the same up to a permutation of each head's query and key rows."""
 
   theta: float = 10000.0
   scaling: Llama3Scaling | None = None
@@ -56,7 +56,9 @@ class Rotary(AttentionPosition):
     f = self.theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
     return f if self.scaling is None else self.scaling.apply(f)
 
-  def rotate(self, x: Float[Array, 'B T H K'], positions: Int[Array, 'B T']) -> Float[Array, 'B T H K']:
+  def rotate(
+    self, x: Float[Array, 'B T H K'], positions: Int[Array, 'B T']
+  ) -> Float[Array, 'B T H K']:
     half = x.shape[-1] // 2
     frequencies = jnp.asarray(self.frequencies(x.shape[-1]), jnp.float32)
     angle = positions.astype(jnp.float32)[:, :, None, None] * frequencies[None, None, None]
@@ -66,11 +68,11 @@ class Rotary(AttentionPosition):
 
 
 class Alibi(AttentionPosition):
-  """Attention with linear biases (Press et al. 2022): head h adds -m_h |t - s| to its logits, m_h = 2^(-8 h / H), h = 1..H.
+  """Attention with linear biases (Press et al. 2022): head h adds -m_h |t - s| to its logits, m_h =
+  2^(-8 h / H), h = 1..H.
 
-  For a number of heads that is no power of two, the slopes of the next lower power are followed by every second slope of
-  the next higher one, as in the authors' code.
-  """
+  For a number of heads that is no power of two, the slopes of the next lower power are followed by
+  every second slope of the next higher one, as in the authors' code."""
 
   def slopes(self, heads: int) -> np.ndarray:
     lower = 2 ** int(math.log2(heads))
@@ -79,13 +81,13 @@ class Alibi(AttentionPosition):
     return np.concatenate([slopes, finer[0::2][: heads - lower]]).astype(np.float32)
 
 
-# ---- added to embeddings ----------------------------------------------------------------------------------------------
+# ---- added to embeddings -----------------------------------------------------------------------
 
 
 class PositionConfig(Config, abstract=True):
   """Base of the positions that are added to embeddings."""
 
-  bounded: ClassVar[bool] = False   # whether there are none beyond the model's context
+  bounded: ClassVar[bool] = False  # whether there are none beyond the model's context
 
   def build(self, width: int, context: int, rngs: nnx.Rngs) -> nnx.Module:
     raise NotImplementedError
@@ -103,20 +105,25 @@ class LearnedPositions(nnx.Module):
       return LearnedPositions(self, width, context, rngs)
 
   def __init__(self, config: LearnedPositions.Config, width: int, context: int, rngs: nnx.Rngs):
-    self.table = param(config.init(rngs.params(), (context, width), context, Site()), ('positions', 'embed'), matmul=False)
+    self.table = param(
+      config.init(rngs.params(), (context, width), context, Site()),
+      ('positions', 'embed'),
+      matmul=False,
+    )
 
   def __call__(self, positions: Int[Array, '*B']) -> Float[Array, '*B D']:
     return jnp.take(self.table[...], positions, axis=0, mode='clip')
 
 
 class SinusoidalPositions(nnx.Module):
-  """PE(p, 2i) = sin(p / 10000^(2i/D)), PE(p, 2i+1) = cos(the same) (Vaswani et al. 2017, section 3.5), interleaved as in the
-  paper."""
+  """PE(p, 2i) = sin(p / 10000^(2i/D)), PE(p, 2i+1) = cos(the same) (Vaswani et al. 2017, section
+  3.5), interleaved as in the paper."""
 
   class Config(PositionConfig):
     """
     Attributes:
-      halves: all sines come before all cosines, as in the authors' code and in Marian: the same up to the order of the channels.
+      halves: all sines come before all cosines, as in the authors' code and in Marian: the same up
+        to the order of the channels.
     """
 
     halves: bool = False
@@ -129,5 +136,9 @@ class SinusoidalPositions(nnx.Module):
 
   def __call__(self, positions: Int[Array, '*B']) -> Float[Array, '*B D']:
     f = 10000.0 ** (-np.arange(0, self.width, 2, dtype=np.float64) / self.width)
-    angle = positions.astype(jnp.float32)[..., None] * jnp.asarray(f, jnp.float32).reshape((1,) * positions.ndim + (-1,))
-    return jnp.stack([jnp.sin(angle), jnp.cos(angle)], axis=self.axis).reshape(*positions.shape, -1)[..., : self.width]
+    angle = positions.astype(jnp.float32)[..., None] * jnp.asarray(f, jnp.float32).reshape(
+      (1,) * positions.ndim + (-1,)
+    )
+    return jnp.stack([jnp.sin(angle), jnp.cos(angle)], axis=self.axis).reshape(
+      *positions.shape, -1
+    )[..., : self.width]

@@ -1,7 +1,8 @@
-"""Routers: which experts a token goes to, and how much each counts. Logits, probabilities and losses are fp32.
+"""Routers: which experts a token goes to, and how much each counts. Logits, probabilities and
+losses are fp32.
 
-Each way of routing is a config type. Dims as everywhere, and K experts a token, C places of an expert in a sequence.
-"""
+Each way of routing is a config type. Dims as everywhere, and K experts a token, C places of an
+expert in a sequence."""
 
 from __future__ import annotations
 
@@ -55,7 +56,8 @@ class RouterConfig(Config, abstract=True):
   """Base of the routers.
 
   Attributes:
-    balance: weight of `ops.routing.balance_loss`; None for none. A balanced layer costs `balance` times the experts a token.
+    balance: weight of `ops.routing.balance_loss`; None for none. A balanced layer costs `balance`
+      times the experts a token.
     z_loss: weight of `ops.routing.z_loss`; None for none.
     init: of the logits' weights.
   """
@@ -66,7 +68,9 @@ class RouterConfig(Config, abstract=True):
 
   def validate(self):
     for field in ('balance', 'z_loss'):
-      self.require(getattr(self, field) is None or getattr(self, field) > 0, field, 'positive, or none')
+      self.require(
+        getattr(self, field) is None or getattr(self, field) > 0, field, 'positive, or none'
+      )
 
   def build(self, width: int, experts: int, rngs: nnx.Rngs, site: Site) -> Router:
     raise NotImplementedError
@@ -88,28 +92,45 @@ class Router(nnx.Module):
   """Base of the routers: logits = x W, fp32."""
 
   def __init__(self, config: RouterConfig, width: int, experts: int, rngs: nnx.Rngs, site: Site):
-    self.config: Any = config   # of the subclass
+    self.config: Any = config  # of the subclass
     self.experts = experts
     # Replicated over the experts' mesh axis: all are compared for each token.
-    self.w = param(config.init(rngs.params(), (width, experts), width, site), ('embed', None), full_precision=True)
+    self.w = param(
+      config.init(rngs.params(), (width, experts), width, site),
+      ('embed', None),
+      full_precision=True,
+    )
 
   def __call__(self, x_BTD: Float[Array, 'B T D'], ctx: Context) -> Choice | Places:
     raise NotImplementedError
 
   def logits(self, x_BTD: Array, w: nnx.Param | None = None) -> Float[Array, 'B T E']:
     w_DE = (self.w if w is None else w)[...].astype(jnp.float32)
-    return jnp.einsum('btd,de->bte', x_BTD.astype(jnp.float32), w_DE, precision=jax.lax.Precision.HIGHEST)
+    return jnp.einsum(
+      'btd,de->bte', x_BTD.astype(jnp.float32), w_DE, precision=jax.lax.Precision.HIGHEST
+    )
 
   def chosen(
-    self, expert_BTK: Array, weight_BTK: Array, logits_BTE: Array, probabilities_BTE: Array, losses: dict[str, Array],
+    self,
+    expert_BTK: Array,
+    weight_BTK: Array,
+    logits_BTE: Array,
+    probabilities_BTE: Array,
+    losses: dict[str, Array],
   ) -> Choice:
     c = self.config
     if c.balance is not None:
-      losses = losses | {'balance': c.balance * balance_loss(load_of(expert_BTK, self.experts), probabilities_BTE)}
-    return Choice(expert_BTK, weight_BTK, logits_BTE, probabilities_BTE, losses | self._z_loss(logits_BTE))
+      losses = losses | {
+        'balance': c.balance * balance_loss(load_of(expert_BTK, self.experts), probabilities_BTE)
+      }
+    return Choice(
+      expert_BTK, weight_BTK, logits_BTE, probabilities_BTE, losses | self._z_loss(logits_BTE)
+    )
 
   def _z_loss(self, logits_BTE: Array) -> dict[str, Array]:
-    return {} if self.config.z_loss is None else {'router_z': self.config.z_loss * z_loss(logits_BTE)}
+    return (
+      {} if self.config.z_loss is None else {'router_z': self.config.z_loss * z_loss(logits_BTE)}
+    )
 
 
 class TokenChoiceConfig(RouterConfig, abstract=True):
@@ -134,8 +155,8 @@ class TokenChoiceConfig(RouterConfig, abstract=True):
 
 
 class TopKSoftmax(Router):
-  """The k largest logits, and the softmax over these (Jiang et al. 2024, section 2.1: Mixtral), which is the softmax over all, the
-  chosen ones scaled to add up to 1."""
+  """The k largest logits, and the softmax over these (Jiang et al. 2024, section 2.1: Mixtral),
+  which is the softmax over all, the chosen ones scaled to add up to 1."""
 
   class Config(TokenChoiceConfig):
     def validate(self):
@@ -148,11 +169,14 @@ class TopKSoftmax(Router):
   def __call__(self, x_BTD: Float[Array, 'B T D'], ctx: Context) -> Choice:
     logits = self.logits(x_BTD)
     top, expert = jax.lax.top_k(logits, self.config.k)
-    return self.chosen(expert, jax.nn.softmax(top, axis=-1), logits, jax.nn.softmax(logits, axis=-1), {})
+    return self.chosen(
+      expert, jax.nn.softmax(top, axis=-1), logits, jax.nn.softmax(logits, axis=-1), {}
+    )
 
 
 class SoftmaxTopK(Router):
-  """The softmax over all logits, and the k largest of it as they are (Lieber et al. 2024: Jamba)."""
+  """The softmax over all logits, and the k largest of it as they are (Lieber et al. 2024:
+  Jamba)."""
 
   class Config(TokenChoiceConfig):
     def build(self, width: int, experts: int, rngs: nnx.Rngs, site: Site) -> SoftmaxTopK:
@@ -166,8 +190,9 @@ class SoftmaxTopK(Router):
 
 
 class SwitchRouter(Router):
-  """One expert a token: the likeliest of the softmax, weighted with its probability (Fedus et al. 2022, eq. 1-2). In training the
-  router sees x u with u uniform in [1 - jitter, 1 + jitter] (their section 2.4), where the context has a key for dropout."""
+  """One expert a token: the likeliest of the softmax, weighted with its probability (Fedus et al.
+  2022, eq. 1-2). In training the router sees x u with u uniform in [1 - jitter, 1 + jitter] (their
+  section 2.4), where the context has a key for dropout."""
 
   class Config(RouterConfig):
     """
@@ -198,11 +223,13 @@ class SwitchRouter(Router):
 
 
 class NoisyTopK(Router):
-  """H = x W + eps softplus(x W_noise), eps ~ N(0, 1); the softmax over the k largest of H (Shazeer et al. 2017, eq. 3-5).
+  """H = x W + eps softplus(x W_noise), eps ~ N(0, 1); the softmax over the k largest of H (Shazeer
+  et al. 2017, eq. 3-5).
 
-  Two losses balance it: w CV(importance)^2 with importance_e the sum of e's weights over the batch (eq. 6-7), and w CV(load)^2 with
-  the load in closed form (`ops.routing.noisy_load`). Noise is drawn where the context has a key for dropout; without one H = x W.
-  """
+  Two losses balance it: w CV(importance)^2 with importance_e the sum of e's weights over the batch
+    (eq. 6-7), and w CV(load)^2 with
+  the load in closed form (`ops.routing.noisy_load`). Noise is drawn where the context has a key for
+  dropout; without one H = x W."""
 
   class Config(TokenChoiceConfig):
     """
@@ -220,7 +247,9 @@ class NoisyTopK(Router):
     def validate(self):
       super().validate()
       for field in ('importance', 'load'):
-        self.require(getattr(self, field) is None or getattr(self, field) > 0, field, 'positive, or none')
+        self.require(
+          getattr(self, field) is None or getattr(self, field) > 0, field, 'positive, or none'
+        )
       self.require(self.floor >= 0, 'floor', 'at least 0')
 
     def check(self, experts: int) -> None:
@@ -230,30 +259,45 @@ class NoisyTopK(Router):
     def build(self, width: int, experts: int, rngs: nnx.Rngs, site: Site) -> NoisyTopK:
       return NoisyTopK(self, width, experts, rngs, site)
 
-  def __init__(self, config: NoisyTopK.Config, width: int, experts: int, rngs: nnx.Rngs, site: Site):
+  def __init__(
+    self, config: NoisyTopK.Config, width: int, experts: int, rngs: nnx.Rngs, site: Site
+  ):
     super().__init__(config, width, experts, rngs, site)
-    self.w_noise = param(config.init(rngs.params(), (width, experts), width, site), ('embed', None), full_precision=True)
+    self.w_noise = param(
+      config.init(rngs.params(), (width, experts), width, site),
+      ('embed', None),
+      full_precision=True,
+    )
 
   def __call__(self, x_BTD: Float[Array, 'B T D'], ctx: Context) -> Choice:
     c, clean = self.config, self.logits(x_BTD)
     std = jax.nn.softplus(self.logits(x_BTD, self.w_noise)) + c.floor
-    noisy = clean if ctx.dropout_key is None else clean + std * jax.random.normal(ctx.dropout_key, clean.shape)
+    noisy = (
+      clean
+      if ctx.dropout_key is None
+      else clean + std * jax.random.normal(ctx.dropout_key, clean.shape)
+    )
     top, expert = jax.lax.top_k(noisy, c.k)
     weight, losses = jax.nn.softmax(top, axis=-1), {}
     if c.importance is not None:
       chosen = expert[..., None] == jnp.arange(self.experts).reshape(1, 1, 1, -1)
-      losses['importance'] = c.importance * cv_squared(jnp.sum(jnp.where(chosen, weight[..., None], 0.0), axis=(0, 1, 2)))
+      losses['importance'] = c.importance * cv_squared(
+        jnp.sum(jnp.where(chosen, weight[..., None], 0.0), axis=(0, 1, 2))
+      )
     if c.load is not None:
       losses['load'] = c.load * cv_squared(noisy_load(clean, noisy, std, c.k))
     return self.chosen(expert, weight, clean, jax.nn.softmax(clean, axis=-1), losses)
 
 
 class BiasBalanced(Router):
-  """Balance without a loss (DeepSeek-AI 2024, section 2.1.2; DeepSeek-V3): scores s = sigmoid(x W); the k largest of s + bias are
-  chosen; their weights are scale s / (sum of the chosen s), in which the bias has no part.
+  """Balance without a loss (DeepSeek-AI 2024, section 2.1.2; DeepSeek-V3): scores s = sigmoid(x W);
+  the k largest of s + bias are chosen; their weights are scale s / (sum of the chosen s), in which
+  the bias has no part.
 
-  The bias of an expert with more than the mean load falls and that of one with less rises, each step by nearly
-  learning rate * `bias_rate`: see `ops.routing.nudge`. (The paper's step is 0.001, whatever the schedule.)
+  The bias of an expert with more than the mean load falls and that of one with less rises, each
+  step by nearly
+  learning rate * `bias_rate`: see `ops.routing.nudge`. (The paper's step is 0.001, whatever the
+    schedule.)
   """
 
   class Config(TokenChoiceConfig):
@@ -274,27 +318,37 @@ class BiasBalanced(Router):
     def build(self, width: int, experts: int, rngs: nnx.Rngs, site: Site) -> BiasBalanced:
       return BiasBalanced(self, width, experts, rngs, site)
 
-  def __init__(self, config: BiasBalanced.Config, width: int, experts: int, rngs: nnx.Rngs, site: Site):
+  def __init__(
+    self, config: BiasBalanced.Config, width: int, experts: int, rngs: nnx.Rngs, site: Site
+  ):
     super().__init__(config, width, experts, rngs, site)
     self.bias = param(
-      jnp.zeros(experts), (None,), decay=False, lr_scale=config.bias_rate, full_precision=True, matmul=False)
+      jnp.zeros(experts),
+      (None,),
+      decay=False,
+      lr_scale=config.bias_rate,
+      full_precision=True,
+      matmul=False,
+    )
 
   def __call__(self, x_BTD: Float[Array, 'B T D'], ctx: Context) -> Choice:
     logits, bias = self.logits(x_BTD), self.bias[...]
     score = jax.nn.sigmoid(logits)
     expert = jax.lax.top_k(jax.lax.stop_gradient(score + bias.reshape(1, 1, -1)), self.config.k)[1]
     s = jnp.take_along_axis(score, expert, axis=-1)
-    weight = self.config.scale * s / (jnp.sum(s, axis=-1, keepdims=True) + 1e-20) + nudge(bias, load_of(expert, self.experts))
+    weight = self.config.scale * s / (jnp.sum(s, axis=-1, keepdims=True) + 1e-20) + nudge(
+      bias, load_of(expert, self.experts)
+    )
     return self.chosen(expert, weight, logits, score / jnp.sum(score, axis=-1, keepdims=True), {})
 
 
 class ExpertChoice(Router):
-  """Experts choose: each takes, of every sequence, the C = ceil(T choices / E) tokens to which the softmax gives it most, weighted
-  with their probabilities (Zhou et al. 2022, section 3.1, whose groups of tokens are here the sequences). Always balanced.
+  """Experts choose: each takes, of every sequence, the C = ceil(T choices / E) tokens to which the
+  softmax gives it most, weighted with their probabilities (Zhou et al. 2022, section 3.1, whose
+  groups of tokens are here the sequences). Always balanced.
 
-  Whether a token is taken depends on later ones, and on the other documents of its row, so a layer with it does not decode. With
-  `choices` = E every expert takes every token.
-  """
+  Whether a token is taken depends on later ones, and on the other documents of its row, so a layer
+  with it does not decode. With `choices` = E every expert takes every token."""
 
   class Config(RouterConfig):
     """
@@ -318,7 +372,9 @@ class ExpertChoice(Router):
 
     def check(self, experts: int) -> None:
       if self.choices > experts:
-        raise InputError(f'{self.tag}.choices = {self.choices}: must be at most the number of experts, {experts}')
+        raise InputError(
+          f'{self.tag}.choices = {self.choices}: must be at most the number of experts, {experts}'
+        )
 
     def per_token(self, experts: int) -> float:
       return self.choices
@@ -326,5 +382,7 @@ class ExpertChoice(Router):
   def __call__(self, x_BTD: Float[Array, 'B T D'], ctx: Context) -> Places:
     logits, T = self.logits(x_BTD), x_BTD.shape[1]
     probabilities = jax.nn.softmax(logits, axis=-1)
-    weight, token = jax.lax.top_k(jnp.swapaxes(probabilities, 1, 2), math.ceil(T * self.config.choices / self.experts))
+    weight, token = jax.lax.top_k(
+      jnp.swapaxes(probabilities, 1, 2), math.ceil(T * self.config.choices / self.experts)
+    )
     return Places(token, weight, logits, probabilities, self._z_loss(logits))

@@ -1,5 +1,5 @@
-"""What the versions of RWKV share: how initial values depend on the depth of a block, functions of the token of low rank, what a
-token shift remembers, and the channel mixing with a receptance.
+"""What the versions of RWKV share: how initial values depend on the depth of a block, functions of
+the token of low rank, what a token shift remembers, and the channel mixing with a receptance.
 
 Dims: R rank.
 """
@@ -22,7 +22,7 @@ from jaxformer.ops.linear import linear
 from jaxformer.ops.shift import last_token, token_shift
 from jaxformer.sharding import param, shard
 
-# ---- initial values ---------------------------------------------------------------------------------------------------
+# ---- initial values ----------------------------------------------------------------------------
 
 
 def depth(site: Site) -> tuple[Array, Array]:
@@ -37,12 +37,14 @@ def vector(value: Array, **metadata: Any) -> nnx.Param:
 
 
 def ramp(width: int, exponent: Array | float) -> Float[Array, ' D']:
-  """(i / D)^exponent: from 0 to almost 1. How much of the present token a channel sees to begin with."""
+  """(i / D)^exponent: from 0 to almost 1. How much of the present token a channel sees to begin
+  with."""
   return (jnp.arange(width) / width) ** exponent
 
 
 def decay_ramp(width: int, deep: Array) -> Float[Array, ' D']:
-  """(i / (D - 1))^(0.7 + 1.3 deep): from 0 to 1, later in deeper blocks. Time decays of RWKV-4 to 6 begin on it."""
+  """(i / (D - 1))^(0.7 + 1.3 deep): from 0 to 1, later in deeper blocks. Time decays of RWKV-4 to 6
+  begin on it."""
   return (jnp.arange(width) / (width - 1)) ** (0.7 + 1.3 * deep)
 
 
@@ -51,10 +53,10 @@ def zigzag(width: int) -> Float[Array, ' D']:
   return (jnp.arange(width) + 1.0) % 3 - 1.0
 
 
-SMALL = Orthogonal(gain=0.1, wide=False)   # how RWKV-7 draws what follows a matrix of zeros
+SMALL = Orthogonal(gain=0.1, wide=False)  # how RWKV-7 draws what follows a matrix of zeros
 
 
-# ---- pieces -----------------------------------------------------------------------------------------------------------
+# ---- pieces ------------------------------------------------------------------------------------
 
 
 @jax.tree_util.register_dataclass
@@ -66,9 +68,12 @@ class LastToken:
 
 
 def shifted(x_BTD: Float[Array, 'B T D'], ctx: Context, state: Any) -> Float[Array, 'B T D']:
-  """The inputs one token back (`ops.shift`), before them what `state.last_BD` holds; None for nothing."""
+  """The inputs one token back (`ops.shift`), before them what `state.last_BD` holds; None for
+  nothing."""
   B, T, _ = x_BTD.shape
-  return token_shift(x_BTD, None if state is None else state.last_BD, starts_BT(ctx.segments_BT, B, T))
+  return token_shift(
+    x_BTD, None if state is None else state.last_BD, starts_BT(ctx.segments_BT, B, T)
+  )
 
 
 def keep(x_BTD: Array, before_BTD: Array, mix: nnx.Param) -> Array:
@@ -78,30 +83,46 @@ def keep(x_BTD: Array, before_BTD: Array, mix: nnx.Param) -> Array:
 
 
 def move(x_BTD: Array, change_BTD: Array, mix: nnx.Param | Array) -> Array:
-  """x + change mix, where change = shift(x) - x: `mix` is how far to go towards the token before (RWKV-6 and 7)."""
+  """x + change mix, where change = shift(x) - x: `mix` is how far to go towards the token before
+  (RWKV-6 and 7)."""
   mix = mix[...]
   return x_BTD + change_BTD * (mix[None, None] if mix.ndim == 1 else mix)
 
 
 class LowRank(nnx.Module):
-  """f(x) = offset + activation(x A) B, with A [D, R] from zero and B [R, D] small: a function of the token that starts constant."""
+  """f(x) = offset + activation(x A) B, with A [D, R] from zero and B [R, D] small: a function of
+  the token that starts constant."""
 
   def __init__(
-    self, width: int, rank: int, rngs: nnx.Rngs, site: Site, offset: Array | None = None, *,
-    init: Init = SMALL, lr_scale: float = 1.0, full_precision: bool = False,
+    self,
+    width: int,
+    rank: int,
+    rngs: nnx.Rngs,
+    site: Site,
+    offset: Array | None = None,
+    *,
+    init: Init = SMALL,
+    lr_scale: float = 1.0,
+    full_precision: bool = False,
   ):
     """`init` is that of B; `lr_scale` and `full_precision` are those of the offset."""
     self.down = param(jnp.zeros((width, rank)), ('embed', 'state'), decay=False)
     self.up = param(init(rngs.params(), (rank, width), rank, site), ('state', 'heads'), decay=False)
-    self.offset = None if offset is None else vector(offset, lr_scale=lr_scale, full_precision=full_precision)
+    self.offset = (
+      None if offset is None else vector(offset, lr_scale=lr_scale, full_precision=full_precision)
+    )
 
   def __call__(self, x_BTD: Array, activation: Callable[[Array], Array] = lambda h: h) -> Array:
     """In fp32 where there is an offset, else in the type of x."""
     y = linear(activation(linear(x_BTD, self.down[...])), self.up[...])
-    return y if self.offset is None else y.astype(jnp.float32) + self.offset[...].astype(jnp.float32)[None, None]
+    return (
+      y
+      if self.offset is None
+      else y.astype(jnp.float32) + self.offset[...].astype(jnp.float32)[None, None]
+    )
 
 
-# ---- channel mixing with a receptance ---------------------------------------------------------------------------------
+# ---- channel mixing with a receptance ----------------------------------------------------------
 
 
 class ChannelMixConfig(LayerConfig, abstract=True):
@@ -127,11 +148,11 @@ class ChannelMixConfig(LayerConfig, abstract=True):
 
 
 class ChannelMix(Layer):
-  """Base of the channel mixing of RWKV-4 to 6: y = sigmoid(x'_r W_r) * relu(x'_k W_k)^2 W_v (Peng et al. 2023, equations 14, 15
-  and 18).
+  """Base of the channel mixing of RWKV-4 to 6: y = sigmoid(x'_r W_r) * relu(x'_k W_k)^2 W_v (Peng
+  et al. 2023, equations 14, 15 and 18).
 
-  The versions differ in how x' is mixed of x and shift(x), and thus in what the vectors of mixing hold.
-  """
+  The versions differ in how x' is mixed of x and shift(x), and thus in what the vectors of mixing
+  hold."""
 
   def first_mix(self, ramp_D: Array) -> Array:
     """What a vector of mixing begins with, if `ramp_D` of the present token is to stay."""
@@ -152,9 +173,15 @@ class ChannelMix(Layer):
   def init_state(self, batch: int, max_len: int) -> LastToken:
     return LastToken(jnp.zeros((batch, self.wk.shape[0]), self.wk[...].dtype))
 
-  def __call__(self, x_BTD: Float[Array, 'B T D'], ctx: Context, state: LastToken | None = None) -> Output:
+  def __call__(
+    self, x_BTD: Float[Array, 'B T D'], ctx: Context, state: LastToken | None = None
+  ) -> Output:
     before = shifted(x_BTD, ctx, state)
     h = linear(self.mixed(x_BTD, before, self.mix_k), self.wk[...])
     h = checkpoint_name(shard(jnp.square(jax.nn.relu(h)), 'batch', 'time', 'mlp'), 'mlp_hidden')
-    y = jax.nn.sigmoid(linear(self.mixed(x_BTD, before, self.mix_r), self.wr[...])) * linear(h, self.wv[...])
-    return Output(y, None if state is None else LastToken(last_token(x_BTD).astype(state.last_BD.dtype)))
+    y = jax.nn.sigmoid(linear(self.mixed(x_BTD, before, self.mix_r), self.wr[...])) * linear(
+      h, self.wv[...]
+    )
+    return Output(
+      y, None if state is None else LastToken(last_token(x_BTD).astype(state.last_BD.dtype))
+    )

@@ -1,8 +1,9 @@
-"""RWKV-4 (Peng et al. 2023, section 3.1): time mixing by a weighted mean over all tokens so far, and channel mixing.
+"""RWKV-4 (Peng et al. 2023, section 3.1): time mixing by a weighted mean over all tokens so far,
+and channel mixing.
 
-Initial values and learning rates are those of the official training code (RWKV-LM, RWKV-v4neo), which decays no weight at all:
-`optimizer.weight_decay` 0. Here as in RWKV-5 and later, matrices would decay and vectors would not.
-"""
+Initial values and learning rates are those of the official training code (RWKV-LM, RWKV-v4neo),
+which decays no weight at all: `optimizer.weight_decay` 0. Here as in RWKV-5 and later, matrices
+would decay and vectors would not."""
 
 from __future__ import annotations
 
@@ -18,7 +19,17 @@ from jaxtyping import Array, Float
 from jaxformer.config import InputError
 from jaxformer.layers.init import Init, Orthogonal, Zeros
 from jaxformer.layers.layer import Context, Layer, LayerConfig, Output, Site, starts_BT
-from jaxformer.layers.rwkv import ChannelMix, ChannelMixConfig, decay_ramp, depth, keep, ramp, shifted, vector, zigzag
+from jaxformer.layers.rwkv import (
+  ChannelMix,
+  ChannelMixConfig,
+  decay_ramp,
+  depth,
+  keep,
+  ramp,
+  shifted,
+  vector,
+  zigzag,
+)
 from jaxformer.ops.linear import linear
 from jaxformer.ops.shift import last_token
 from jaxformer.ops.wkv4 import Wkv4State, wkv4
@@ -28,7 +39,8 @@ from jaxformer.sharding import param, shard
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TimeMix4State:
-  """The last token's input, and the sums over all tokens so far in fp32: aa e^pp of values, bb e^pp of weights (`ops.wkv4`)."""
+  """The last token's input, and the sums over all tokens so far in fp32: aa e^pp of values, bb e^pp
+  of weights (`ops.wkv4`)."""
 
   last_BD: Float[Array, 'B D']
   aa_BD: Float[Array, 'B D']
@@ -37,11 +49,13 @@ class TimeMix4State:
 
 
 class TimeMix4(Layer):
-  """Time mixing of RWKV-4 (equations 11 to 13, 16 and 17). With x'_z = mix_z x + (1 - mix_z) shift(x) for each z below:
+  """Time mixing of RWKV-4 (equations 11 to 13, 16 and 17). With x'_z = mix_z x + (1 - mix_z)
+  shift(x) for each z below:
 
     r, k, v = x'_r W_r, x'_k W_k, x'_v W_v         w = exp(decay) > 0, u = bonus, a channel
 
-    wkv_t = (sum_{i<t} e^{-(t-1-i) w + k_i} v_i + e^{u + k_t} v_t) / (sum_{i<t} e^{-(t-1-i) w + k_i} + e^{u + k_t})
+    wkv_t = (sum_{i<t} e^{-(t-1-i) w + k_i} v_i + e^{u + k_t} v_t) / (sum_{i<t} e^{-(t-1-i) w + k_i}
+    + e^{u + k_t})
 
     y = (sigmoid(r) * wkv) W_o
 
@@ -65,7 +79,9 @@ class TimeMix4(Layer):
       return 4 * width
 
     def mixing_flops_per_token(self, width: int, length: int, causal: bool) -> float:
-      return 11.0 * width   # both sums twice, with u and for the next token: 3 each with v and 2 without; and the quotient
+      # both sums twice, with u and for the next token: 3 each with v and 2 without; and the
+      # quotient
+      return 11.0 * width
 
   def __init__(self, config: TimeMix4.Config, width: int, rngs: nnx.Rngs, site: Site):
     c, D = config, width
@@ -86,11 +102,15 @@ class TimeMix4(Layer):
     sums = Wkv4State.empty(batch, D)
     return TimeMix4State(jnp.zeros((batch, D), self.wr[...].dtype), sums.aa, sums.bb, sums.pp)
 
-  def __call__(self, x_BTD: Float[Array, 'B T D'], ctx: Context, state: TimeMix4State | None = None) -> Output:
+  def __call__(
+    self, x_BTD: Float[Array, 'B T D'], ctx: Context, state: TimeMix4State | None = None
+  ) -> Output:
     B, T, _ = x_BTD.shape
     before = shifted(x_BTD, ctx, state)
-    r, k, v = (shard(linear(keep(x_BTD, before, mix), w[...]), 'batch', 'time', 'heads')
-               for mix, w in ((self.mix_r, self.wr), (self.mix_k, self.wk), (self.mix_v, self.wv)))
+    r, k, v = (
+      shard(linear(keep(x_BTD, before, mix), w[...]), 'batch', 'time', 'heads')
+      for mix, w in ((self.mix_r, self.wr), (self.mix_k, self.wk), (self.mix_v, self.wv))
+    )
     w_D = jnp.exp(self.decay[...].astype(jnp.float32))
     sums = None if state is None else Wkv4State(state.aa_BD, state.bb_BD, state.pp_BD)
     y, sums = wkv4(k, v, w_D, self.bonus[...], sums, starts_BT(ctx.segments_BT, B, T))
@@ -102,10 +122,11 @@ class TimeMix4(Layer):
 
 
 class ChannelMix4(ChannelMix):
-  """Channel mixing of RWKV-4 and 5: y = sigmoid(x'_r W_r) * relu(x'_k W_k)^2 W_v with x'_z = mix_z x + (1 - mix_z) shift(x).
+  """Channel mixing of RWKV-4 and 5: y = sigmoid(x'_r W_r) * relu(x'_k W_k)^2 W_v with x'_z = mix_z
+  x + (1 - mix_z) shift(x).
 
-  RWKV-4 draws W_k with `Orthogonal()`, whose numbers grow with F / D; RWKV-5 with `Orthogonal(wide=False)`.
-  """
+  RWKV-4 draws W_k with `Orthogonal()`, whose numbers grow with F / D; RWKV-5 with
+  `Orthogonal(wide=False)`."""
 
   class Config(ChannelMixConfig):
     """

@@ -1,8 +1,8 @@
-"""RWKV-5.2 "Eagle" (Peng et al. 2024, section 4.1): time mixing with a matrix as each head's state. Its channel mixing is
-RWKV-4's.
+"""RWKV-5.2 "Eagle" (Peng et al. 2024, section 4.1): time mixing with a matrix as each head's state.
+Its channel mixing is RWKV-4's.
 
-Initial values and learning rates are those of the official training code (RWKV-LM, RWKV-v5, `x052`).
-"""
+Initial values and learning rates are those of the official training code (RWKV-LM, RWKV-v5,
+`x052`)."""
 
 from __future__ import annotations
 
@@ -38,7 +38,8 @@ class MatrixMixConfig(LayerConfig, abstract=True):
   """
   Attributes:
     head_dim: channels of a head; they divide the width.
-    norm: of the heads' outputs. The official one is eps 1e-5 after a division by 8, which is 64e-5 without it.
+    norm: of the heads' outputs. The official one is eps 1e-5 after a division by 8, which is 64e-5
+      without it.
     init: of W_r and W_v; `key_init`: of W_k and W_g; `out_init`: of W_o.
   """
 
@@ -55,12 +56,14 @@ class MatrixMixConfig(LayerConfig, abstract=True):
     return width + width * self.head_dim
 
   def mixing_flops_per_token(self, width: int, length: int, causal: bool) -> float:
-    # r^T S and + k v^T are 2 each and the decay 1, for each number of the state; r u k summed and times v are 5 a channel.
+    # r^T S and + k v^T are 2 each and the decay 1, for each number of the state; r u k summed and
+    # times v are 5 a channel.
     return 5.0 * width * self.head_dim + 5.0 * width
 
 
 class MatrixMix(Layer):
-  """Base of the time mixing of RWKV-5 and 6: everything but how inputs are mixed and where the decays come from."""
+  """Base of the time mixing of RWKV-5 and 6: everything but how inputs are mixed and where the
+  decays come from."""
 
   def __init__(self, config: MatrixMixConfig, width: int, rngs: nnx.Rngs, site: Site):
     c, D, K = config, width, config.head_dim
@@ -68,7 +71,9 @@ class MatrixMix(Layer):
       raise InputError(f'width = {D} is not a multiple of {c.tag}.head_dim = {K}')
     self.config = c
     deep = depth(site)[0]
-    self.bonus = vector(deep * (1.0 - jnp.arange(D) / (D - 1)) + 0.1 * zigzag(D), full_precision=True)
+    self.bonus = vector(
+      deep * (1.0 - jnp.arange(D) / (D - 1)) + 0.1 * zigzag(D), full_precision=True
+    )
     self.wr = param(c.init(rngs.params(), (D, D), D, site), ('embed', 'heads'))
     self.wk = param(c.key_init(rngs.params(), (D, D), D, site), ('embed', 'heads'))
     self.wv = param(c.init(rngs.params(), (D, D), D, site), ('embed', 'heads'))
@@ -83,35 +88,57 @@ class MatrixMix(Layer):
 
   def init_state(self, batch: int, max_len: int) -> MatrixMixState:
     D, K = self.wr.shape[0], self.config.head_dim
-    return MatrixMixState(jnp.zeros((batch, D), self.wr[...].dtype), jnp.zeros((batch, D // K, K, K), jnp.float32))
+    return MatrixMixState(
+      jnp.zeros((batch, D), self.wr[...].dtype), jnp.zeros((batch, D // K, K, K), jnp.float32)
+    )
 
   def recur(
-    self, x_BTD: Array, mixed: dict[str, Array], log_decay: Float[Array, '#B #T D'], ctx: Context, state: MatrixMixState | None,
+    self,
+    x_BTD: Array,
+    mixed: dict[str, Array],
+    log_decay: Float[Array, '#B #T D'],
+    ctx: Context,
+    state: MatrixMixState | None,
   ) -> Output:
-    """From the mixed inputs of r, k, v and g, and the logs of the decays in fp32, to the layer's output."""
+    """From the mixed inputs of r, k, v and g, and the logs of the decays in fp32, to the layer's
+    output."""
     B, T, D = x_BTD.shape
     K = self.config.head_dim
 
     def by_head(z: Array) -> Array:
       return z.reshape(*z.shape[:-1], D // K, K)
 
-    r, k, v = (shard(by_head(linear(mixed[z], w[...])), 'batch', 'time', 'heads', None)
-               for z, w in (('r', self.wr), ('k', self.wk), ('v', self.wv)))
+    r, k, v = (
+      shard(by_head(linear(mixed[z], w[...])), 'batch', 'time', 'heads', None)
+      for z, w in (('r', self.wr), ('k', self.wk), ('v', self.wv))
+    )
     y, heads_BHKV = wkv6(
-      r, k, v, by_head(log_decay), by_head(self.bonus[...]), None if state is None else state.heads_BHKV,
-      starts_BT(ctx.segments_BT, B, T))
+      r,
+      k,
+      v,
+      by_head(log_decay),
+      by_head(self.bonus[...]),
+      None if state is None else state.heads_BHKV,
+      starts_BT(ctx.segments_BT, B, T),
+    )
     y = checkpoint_name(self.norm(y) * jax.nn.silu(linear(mixed['g'], self.wg[...])), 'attention')
     if state is not None:
-      state = MatrixMixState(last_token(x_BTD).astype(state.last_BD.dtype), shard(heads_BHKV, 'batch', 'heads', None, None))
+      state = MatrixMixState(
+        last_token(x_BTD).astype(state.last_BD.dtype),
+        shard(heads_BHKV, 'batch', 'heads', None, None),
+      )
     return Output(linear(y, self.wo[...]), state)
 
 
 class TimeMix5(MatrixMix):
-  """Time mixing of RWKV-5.2. With x'_z = mix_z x + (1 - mix_z) shift(x) for each z below, and heads of K channels:
+  """Time mixing of RWKV-5.2. With x'_z = mix_z x + (1 - mix_z) shift(x) for each z below, and heads
+  of K channels:
 
-    r, k, v, g = x'_r W_r, x'_k W_k, x'_v W_v, silu(x'_g W_g)          w = exp(-exp(decay)), u = bonus, a channel
+    r, k, v, g = x'_r W_r, x'_k W_k, x'_v W_v, silu(x'_g W_g)          w = exp(-exp(decay)), u =
+    bonus, a channel
 
-    S_t = diag(w) S_{t-1} + k_t v_t^T,   y = (norm by head(r_t^T (S_{t-1} + diag(u) k_t v_t^T)) * g) W_o
+    S_t = diag(w) S_{t-1} + k_t v_t^T,   y = (norm by head(r_t^T (S_{t-1} + diag(u) k_t v_t^T)) * g)
+    W_o
 
   `decay` learns at twice the learning rate.
   """
@@ -128,11 +155,18 @@ class TimeMix5(MatrixMix):
     super().__init__(config, width, rngs, site)
     deep, shallow = depth(site)
     self.mix_r, self.mix_k = vector(ramp(width, 0.5 * shallow)), vector(ramp(width, shallow))
-    self.mix_v, self.mix_g = vector(ramp(width, shallow) + 0.3 * deep), vector(ramp(width, 0.5 * shallow))
+    self.mix_v, self.mix_g = (
+      vector(ramp(width, shallow) + 0.3 * deep),
+      vector(ramp(width, 0.5 * shallow)),
+    )
     self.decay = vector(self.first_decay(width, site), lr_scale=2.0, full_precision=True)
 
-  def __call__(self, x_BTD: Float[Array, 'B T D'], ctx: Context, state: MatrixMixState | None = None) -> Output:
+  def __call__(
+    self, x_BTD: Float[Array, 'B T D'], ctx: Context, state: MatrixMixState | None = None
+  ) -> Output:
     before = shifted(x_BTD, ctx, state)
     mixes = {'r': self.mix_r, 'k': self.mix_k, 'v': self.mix_v, 'g': self.mix_g}
     log_decay = -jnp.exp(self.decay[...].astype(jnp.float32))[None, None]
-    return self.recur(x_BTD, {z: keep(x_BTD, before, mix) for z, mix in mixes.items()}, log_decay, ctx, state)
+    return self.recur(
+      x_BTD, {z: keep(x_BTD, before, mix) for z, mix in mixes.items()}, log_decay, ctx, state
+    )

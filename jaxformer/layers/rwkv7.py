@@ -1,4 +1,5 @@
-"""RWKV-7 "Goose" (Peng et al. 2025, section 4 and appendix): time mixing with a generalized delta rule, and its channel mixing.
+"""RWKV-7 "Goose" (Peng et al. 2025, section 4 and appendix): time mixing with a generalized delta
+rule, and its channel mixing.
 
 Initial values are those of the modules of the official training code (RWKV-LM, RWKV-v7/train_temp).
 """
@@ -24,7 +25,7 @@ from jaxformer.ops.shift import last_token
 from jaxformer.ops.wkv7 import wkv7
 from jaxformer.sharding import param, shard
 
-FIRST_VALUES = 'rwkv7/first_values'   # what the first time mixing shares with all later ones
+FIRST_VALUES = 'rwkv7/first_values'  # what the first time mixing shares with all later ones
 
 
 @jax.tree_util.register_dataclass
@@ -37,25 +38,27 @@ class TimeMix7State:
 
 
 class TimeMix7(Layer):
-  """Time mixing of RWKV-7. With x'_z = x + (shift(x) - x) mix_z for each z below, and heads of K channels:
+  """Time mixing of RWKV-7. With x'_z = x + (shift(x) - x) mix_z for each z below, and heads of K
+  channels:
 
-    r, k, v = x'_r W_r, x'_k W_k, x'_v W_v            decay log w = -exp(-1/2) sigmoid(w_0 + tanh(x'_w A_w) B_w)
-    rate a = sigmoid(a_0 + x'_a A_a B_a)              gate g = sigmoid(x'_g A_g) B_g
-    v += (v_first - v) sigmoid(v_0 + x'_v A_v B_v)    removal key kappa = normalised by head(k * xi)
-    k *= 1 + (a - 1) alpha                            S_t = S_{t-1} (diag(w) - kappa (a kappa)^T) + v k^T
+    r, k, v = x'_r W_r, x'_k W_k, x'_v W_v            decay log w = -exp(-1/2) sigmoid(w_0 +
+    tanh(x'_w A_w) B_w) rate a = sigmoid(a_0 + x'_a A_a B_a)              gate g = sigmoid(x'_g A_g)
+    B_g v += (v_first - v) sigmoid(v_0 + x'_v A_v B_v)    removal key kappa = normalised by head(k *
+    xi) k *= 1 + (a - 1) alpha                            S_t = S_{t-1} (diag(w) - kappa (a
+    kappa)^T) + v k^T
 
     y = (norm by head(S_t r) + sum over head(r k rho) v) * g,   out = y W_o
 
-  `v_first` are the values of the first time mixing in the stack, which shares them (`Context.shared`) and has no such mixing of
-  its own.
-  """
+  `v_first` are the values of the first time mixing in the stack, which shares them
+  (`Context.shared`) and has no such mixing of its own."""
 
   class Config(LayerConfig):
     """
     Attributes:
       head_dim: channels of a head; they divide the width.
       decay_rank, rate_rank, gate_rank: rank R of A and B in w, a and g.
-      value_rank: the same in the mixing of v; None for the first of the stack, which shares its values instead.
+      value_rank: the same in the mixing of v; None for the first of the stack, which shares its
+        values instead.
       norm: of the heads' outputs.
       init: of W_r and W_v; `key_init`: of W_k; `out_init`: of W_o.
     """
@@ -74,7 +77,11 @@ class TimeMix7(Layer):
       self.require(self.head_dim > 1, 'head_dim', 'at least 2')
       for field in ('decay_rank', 'rate_rank', 'gate_rank'):
         self.require(getattr(self, field) > 0, field, 'positive')
-      self.require(self.value_rank is None or self.value_rank > 0, 'value_rank', 'positive, or none for the first of the stack')
+      self.require(
+        self.value_rank is None or self.value_rank > 0,
+        'value_rank',
+        'positive, or none for the first of the stack',
+      )
 
     def build(self, width: int, rngs: nnx.Rngs, site: Site) -> TimeMix7:
       return TimeMix7(self, width, rngs, site)
@@ -86,7 +93,8 @@ class TimeMix7(Layer):
       return width + width * self.head_dim
 
     def mixing_flops_per_token(self, width: int, length: int, causal: bool) -> float:
-      return 9.0 * width * self.head_dim   # S a, + u b^T, + v k^T and S r are 2 each, the decay 1, for each number of the state
+      # S a, + u b^T, + v k^T and S r are 2 each, the decay 1, for each number of the state
+      return 9.0 * width * self.head_dim
 
     @classmethod
     def examples(cls) -> tuple[TimeMix7.Config, ...]:
@@ -101,18 +109,35 @@ class TimeMix7(Layer):
       raise InputError(f'width = {D} is not a multiple of TimeMix7.head_dim = {K}')
     self.config = c
     deep, shallow = depth(site)
-    self.mix_r, self.mix_w, self.mix_k = (vector(1.0 - ramp(D, e * shallow)) for e in (0.2, 0.9, 0.7))
-    self.mix_v, self.mix_a, self.mix_g = (vector(1.0 - ramp(D, e * shallow)) for e in (0.7, 0.9, 0.2))
+    self.mix_r, self.mix_w, self.mix_k = (
+      vector(1.0 - ramp(D, e * shallow)) for e in (0.2, 0.9, 0.7)
+    )
+    self.mix_v, self.mix_a, self.mix_g = (
+      vector(1.0 - ramp(D, e * shallow)) for e in (0.7, 0.9, 0.2)
+    )
     place = jnp.arange(D) / (D - 1)
     line = place - 0.5
-    zigzag = (jnp.arange(D) % K - (K - 1) / 2) / ((K - 1) / 2)   # within each head from -1 to 1
+    zigzag = (jnp.arange(D) % K - (K - 1) / 2) / ((K - 1) / 2)  # within each head from -1 to 1
     zigzag = zigzag * jnp.abs(zigzag)
-    self.decay = LowRank(D, c.decay_rank, rngs, site, -5.5 + 6.0 * place ** (1.0 + deep**0.3) + 2.5 * zigzag,
-                         lr_scale=2.0, full_precision=True)
+    self.decay = LowRank(
+      D,
+      c.decay_rank,
+      rngs,
+      site,
+      -5.5 + 6.0 * place ** (1.0 + deep**0.3) + 2.5 * zigzag,
+      lr_scale=2.0,
+      full_precision=True,
+    )
     self.rate = LowRank(D, c.rate_rank, rngs, site, -0.19 + 0.3 * zigzag + 0.4 * line)
-    self.value = None if c.value_rank is None else LowRank(D, c.value_rank, rngs, site, 0.73 - 0.4 * line)
+    self.value = (
+      None if c.value_rank is None else LowRank(D, c.value_rank, rngs, site, 0.73 - 0.4 * line)
+    )
     self.gate = LowRank(D, c.gate_rank, rngs, site)
-    self.xi, self.alpha, self.rho = vector(0.71 - 0.1 * line), vector(jnp.full(D, 1.02)), vector(jnp.full(D, -0.04))
+    self.xi, self.alpha, self.rho = (
+      vector(0.71 - 0.1 * line),
+      vector(jnp.full(D, 1.02)),
+      vector(jnp.full(D, -0.04)),
+    )
     self.wr = param(c.init(rngs.params(), (D, D), D, site), ('embed', 'heads'))
     self.wk = param(c.key_init(rngs.params(), (D, D), D, site), ('embed', 'heads'))
     self.wv = param(c.init(rngs.params(), (D, D), D, site), ('embed', 'heads'))
@@ -122,9 +147,13 @@ class TimeMix7(Layer):
 
   def init_state(self, batch: int, max_len: int) -> TimeMix7State:
     D, K = self.wr.shape[0], self.config.head_dim
-    return TimeMix7State(jnp.zeros((batch, D), self.wr[...].dtype), jnp.zeros((batch, D // K, K, K), jnp.float32))
+    return TimeMix7State(
+      jnp.zeros((batch, D), self.wr[...].dtype), jnp.zeros((batch, D // K, K, K), jnp.float32)
+    )
 
-  def __call__(self, x_BTD: Float[Array, 'B T D'], ctx: Context, state: TimeMix7State | None = None) -> Output:
+  def __call__(
+    self, x_BTD: Float[Array, 'B T D'], ctx: Context, state: TimeMix7State | None = None
+  ) -> Output:
     B, T, D = x_BTD.shape
     starts = starts_BT(ctx.segments_BT, B, T)
     change = shifted(x_BTD, ctx, state) - x_BTD
@@ -138,23 +167,43 @@ class TimeMix7(Layer):
     def fp32(p: nnx.Param) -> Array:
       return p[...].astype(jnp.float32)[None, None]
 
-    r, k = linear(mixed(self.mix_r), self.wr[...]), linear(mixed(self.mix_k), self.wk[...]).astype(jnp.float32)
+    r, k = (
+      linear(mixed(self.mix_r), self.wr[...]),
+      linear(mixed(self.mix_k), self.wk[...]).astype(jnp.float32),
+    )
     v = self._values(mixed(self.mix_v), ctx)
     log_decay = -math.exp(-0.5) * jax.nn.sigmoid(self.decay(mixed(self.mix_w), jnp.tanh))
     rate = jax.nn.sigmoid(self.rate(mixed(self.mix_a)))
     removal = by_head(k * fp32(self.xi))
-    removal = removal * jax.lax.rsqrt(jnp.maximum(jnp.sum(jnp.square(removal), axis=-1, keepdims=True), 1e-24))
+    removal = removal * jax.lax.rsqrt(
+      jnp.maximum(jnp.sum(jnp.square(removal), axis=-1, keepdims=True), 1e-24)
+    )
     k = by_head(k * (1.0 + (rate - 1.0) * fp32(self.alpha)))
     r, values, rate = by_head(r), by_head(v), by_head(rate)
     y, heads_BHVK = wkv7(
-      r, by_head(log_decay), k, values, -removal, rate * removal, None if state is None else state.heads_BHVK, starts)
+      r,
+      by_head(log_decay),
+      k,
+      values,
+      -removal,
+      rate * removal,
+      None if state is None else state.heads_BHVK,
+      starts,
+    )
     rho = fp32(self.rho).reshape(1, 1, -1, self.config.head_dim)
-    bonus = jnp.sum(r.astype(jnp.float32) * k * rho, axis=-1, keepdims=True) * values.astype(jnp.float32)
+    bonus = jnp.sum(r.astype(jnp.float32) * k * rho, axis=-1, keepdims=True) * values.astype(
+      jnp.float32
+    )
     y = self.norm(y) + bonus.astype(y.dtype).reshape(B, T, D)
     y = checkpoint_name(y * self.gate(mixed(self.mix_g), jax.nn.sigmoid), 'attention')
     if state is not None:
-      state = TimeMix7State(last_token(x_BTD).astype(state.last_BD.dtype), shard(heads_BHVK, 'batch', 'heads', None, None))
-    return Output(linear(y, self.wo[...]), state, share={FIRST_VALUES: v} if self.value is None else {})
+      state = TimeMix7State(
+        last_token(x_BTD).astype(state.last_BD.dtype),
+        shard(heads_BHVK, 'batch', 'heads', None, None),
+      )
+    return Output(
+      linear(y, self.wo[...]), state, share={FIRST_VALUES: v} if self.value is None else {}
+    )
 
   def _values(self, x_BTD: Array, ctx: Context) -> Array:
     v = linear(x_BTD, self.wv[...])
@@ -162,13 +211,16 @@ class TimeMix7(Layer):
       return v
     if FIRST_VALUES not in ctx.shared:
       raise InputError(
-        f'TimeMix7.value_rank = {self.config.value_rank}, but no earlier layer has shared its values: the first of a stack needs '
-        'value_rank = None, in a group of its own')
+        f'TimeMix7.value_rank = {self.config.value_rank}, but no earlier layer has shared its '
+        'values: the first of a stack needs '
+        'value_rank = None, in a group of its own'
+      )
     return v + (ctx.shared[FIRST_VALUES] - v) * jax.nn.sigmoid(self.value(x_BTD)).astype(v.dtype)
 
 
 class ChannelMix7(Layer):
-  """Channel mixing of RWKV-7: y = relu((x + (shift(x) - x) mix_k) W_k)^2 W_v, without the receptance of earlier versions."""
+  """Channel mixing of RWKV-7: y = relu((x + (shift(x) - x) mix_k) W_k)^2 W_v, without the
+  receptance of earlier versions."""
 
   class Config(LayerConfig):
     """
@@ -203,7 +255,12 @@ class ChannelMix7(Layer):
   def init_state(self, batch: int, max_len: int) -> LastToken:
     return LastToken(jnp.zeros((batch, self.wk.shape[0]), self.wk[...].dtype))
 
-  def __call__(self, x_BTD: Float[Array, 'B T D'], ctx: Context, state: LastToken | None = None) -> Output:
+  def __call__(
+    self, x_BTD: Float[Array, 'B T D'], ctx: Context, state: LastToken | None = None
+  ) -> Output:
     h = linear(move(x_BTD, shifted(x_BTD, ctx, state) - x_BTD, self.mix_k), self.wk[...])
     h = checkpoint_name(shard(jnp.square(jax.nn.relu(h)), 'batch', 'time', 'mlp'), 'mlp_hidden')
-    return Output(linear(h, self.wv[...]), None if state is None else LastToken(last_token(x_BTD).astype(state.last_BD.dtype)))
+    return Output(
+      linear(h, self.wv[...]),
+      None if state is None else LastToken(last_token(x_BTD).astype(state.last_BD.dtype)),
+    )

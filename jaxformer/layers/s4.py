@@ -8,25 +8,32 @@ import numpy as np
 from flax import nnx
 
 from jaxformer.layers.layer import Site
-from jaxformer.layers.state_space import PairedConfig, StateSpace, complex_normal, paired, pairs, recurrent
+from jaxformer.layers.state_space import (
+  PairedConfig,
+  StateSpace,
+  complex_normal,
+  paired,
+  pairs,
+  recurrent,
+)
 from jaxformer.ops.hippo import legs_dplr
 from jaxformer.ops.ssm_dplr import Dplr, dense_dplr, dplr, truncated
 
 
 class S4(StateSpace):
-  """x' = (Lambda - p p^*) x + B u, y = 2 Re(C x) + D u for each channel, by Tustin's rule with the channel's own step; then GELU
-  and a gated projection.
+  """x' = (Lambda - p p^*) x + B u, y = 2 Re(C x) + D u for each channel, by Tustin's rule with the
+  channel's own step; then GELU and a gated projection.
 
-  It starts as HiPPO-LegS in the basis in which that is diagonal plus rank one, with the imaginary part of B clipped at 2. The
-  parameter of the output is C~ = C (I - Abar^length), made once from a random C; Lambda, p, B and the step learn with `lr_scale`
-  and without weight decay, C~ is a weight like others.
-  """
+  It starts as HiPPO-LegS in the basis in which that is diagonal plus rank one, with the imaginary
+  part of B clipped at 2. The parameter of the output is C~ = C (I - Abar^length), made once from a
+  random C; Lambda, p, B and the step learn with `lr_scale` and without weight decay, C~ is a weight
+  like others."""
 
   class Config(PairedConfig):
     """
     Attributes:
-      length: the sequence length that C~ is for, which the kernels of shorter sequences are cut from. Other lengths are right, but
-        cost an N x N solve a channel.
+      length: the sequence length that C~ is for, which the kernels of shorter sequences are cut
+        from. Other lengths are right, but cost an N x N solve a channel.
     """
 
     length: int = 1024
@@ -43,7 +50,8 @@ class S4(StateSpace):
       return cls(d_state=8, length=64), cls(d_state=4, length=16, causal=False)
 
     def mixing_flops_per_token(self, width: int, length: int, causal: bool) -> float:
-      return self.directions * width * self.d_state * (2.0 * self.d_state + 4.0)   # the recurrence with real matrices
+      # the recurrence with real matrices
+      return self.directions * width * self.d_state * (2.0 * self.d_state + 4.0)
 
   def __init__(self, config: S4.Config, width: int, rngs: nnx.Rngs, site: Site):
     super().__init__(config, width, rngs, site)
@@ -63,5 +71,5 @@ class S4(StateSpace):
 
   def system(self, direction: int = 0) -> Dplr:
     a = jax.lax.complex(-jnp.exp(self.log_decay[...]), self.frequency[...])
-    tilde = paired(self.c_tilde)[direction:direction + 1]
+    tilde = paired(self.c_tilde)[direction : direction + 1]
     return dplr(a, paired(self.p), paired(self.b), tilde, jnp.exp(self.log_dt[...]), self.length)

@@ -1,5 +1,5 @@
-"""S4D: diagonal state spaces (Gu, Gupta, Goel and Re 2022, 'On the Parameterization and Initialization of Diagonal State Space
-Models')."""
+"""S4D: diagonal state spaces (Gu, Gupta, Goel and Re 2022, 'On the Parameterization and
+Initialization of Diagonal State Space Models')."""
 
 from __future__ import annotations
 
@@ -11,13 +11,21 @@ from jaxtyping import Array
 
 from jaxformer.config import Config
 from jaxformer.layers.layer import Site
-from jaxformer.layers.state_space import PairedConfig, StateSpace, complex_normal, paired, pairs, recurrent
+from jaxformer.layers.state_space import (
+  PairedConfig,
+  StateSpace,
+  complex_normal,
+  paired,
+  pairs,
+  recurrent,
+)
 from jaxformer.ops.hippo import legs_dplr
 from jaxformer.ops.ssm_systems import Diagonal, bilinear, zoh
 
 
 class Spectrum(Config, abstract=True):
-  """Base of the initial values of A and B for N real numbers of state: N / 2 complex numbers, the other half their conjugates."""
+  """Base of the initial values of A and B for N real numbers of state: N / 2 complex numbers, the
+  other half their conjugates."""
 
   def values(self, size: int) -> tuple[np.ndarray, np.ndarray]:
     """A and B, complex."""
@@ -33,7 +41,8 @@ class Lin(Spectrum):
 
 
 class Inv(Spectrum):
-  """A_n = -1/2 + i N / pi (N / (2n + 1) - 1), B = 1 (section 4.3, S4D-Inv), which approximates `LegS`."""
+  """A_n = -1/2 + i N / pi (N / (2n + 1) - 1), B = 1 (section 4.3, S4D-Inv), which approximates
+  `LegS`."""
 
   def values(self, size):
     n = np.arange(size // 2)
@@ -49,7 +58,8 @@ class LegS(Spectrum):
 
 
 class Real(Spectrum):
-  """A_n = -(n + 1), B = 1 (section 4.3, S4D-Real). Frequencies start at 0 and are learned like those of the others."""
+  """A_n = -(n + 1), B = 1 (section 4.3, S4D-Real). Frequencies start at 0 and are learned like
+  those of the others."""
 
   def values(self, size):
     n = np.arange(size // 2)
@@ -79,12 +89,11 @@ class Bilinear(Discretisation):
 
 
 class S4D(StateSpace):
-  """x' = A x + B u, y = 2 Re(C x) + D u with diagonal A for each channel, discretised with the channel's own step; then GELU and a
-  gated projection.
+  """x' = A x + B u, y = 2 Re(C x) + D u with diagonal A for each channel, discretised with the
+  channel's own step; then GELU and a gated projection.
 
-  A = -exp(log_decay) + i frequency stays stable. A, B and the step learn with `lr_scale` and without weight decay; C is a weight
-  like others.
-  """
+  A = -exp(log_decay) + i frequency stays stable. A, B and the step learn with `lr_scale` and
+  without weight decay; C is a weight like others."""
 
   class Config(PairedConfig):
     """
@@ -101,20 +110,28 @@ class S4D(StateSpace):
 
     @classmethod
     def examples(cls) -> tuple[S4D.Config, ...]:
-      return cls(d_state=6, spectrum=LegS(), discretisation=Bilinear()), cls(d_state=4, causal=False)
+      return cls(d_state=6, spectrum=LegS(), discretisation=Bilinear()), cls(
+        d_state=4, causal=False
+      )
 
   def __init__(self, config: S4D.Config, width: int, rngs: nnx.Rngs, site: Site):
     super().__init__(config, width, rngs, site)
     c, shape = config, (width, config.d_state // 2)
     self.discretisation = c.discretisation
-    a, b = (jnp.broadcast_to(jnp.asarray(v, jnp.complex64)[None], shape) for v in c.spectrum.values(c.d_state))
+    a, b = (
+      jnp.broadcast_to(jnp.asarray(v, jnp.complex64)[None], shape)
+      for v in c.spectrum.values(c.d_state)
+    )
     self.log_decay = recurrent(jnp.log(-a.real), ('inner', 'state'), c.lr_scale)
     self.frequency = recurrent(a.imag, ('inner', 'state'), c.lr_scale)
     self.b = recurrent(pairs(b), ('inner', 'state', None), c.lr_scale)
     self.c = recurrent(
-      pairs(complex_normal(rngs.params(), (c.directions, *shape))), (None, 'inner', 'state', None), decay=True)
+      pairs(complex_normal(rngs.params(), (c.directions, *shape))),
+      (None, 'inner', 'state', None),
+      decay=True,
+    )
 
   def system(self, direction: int = 0) -> Diagonal:
     a = jax.lax.complex(-jnp.exp(self.log_decay[...]), self.frequency[...])
     log_a, b = self.discretisation(a, paired(self.b), jnp.exp(self.log_dt[...]))
-    return Diagonal(log_a, b, paired(self.c)[direction:direction + 1])
+    return Diagonal(log_a, b, paired(self.c)[direction : direction + 1])

@@ -1,4 +1,5 @@
-"""S5 (Smith, Warrington and Linderman 2023, 'Simplified State Space Layers for Sequence Modeling')."""
+"""S5 (Smith, Warrington and Linderman 2023, 'Simplified State Space Layers for Sequence
+Modeling')."""
 
 from __future__ import annotations
 
@@ -22,12 +23,13 @@ from jaxformer.sharding import param, shard
 
 
 class S5(Layer):
-  """x' = Lambda x + B u, y = 2 Re(C x) + D u: one diagonal system whose input and output are all channels, by zero-order hold with
-  a step for each state; then g = gelu(y) and g * sigmoid(g W) (section 3 and appendix B).
+  """x' = Lambda x + B u, y = 2 Re(C x) + D u: one diagonal system whose input and output are all
+  channels, by zero-order hold with a step for each state; then g = gelu(y) and g * sigmoid(g W)
+  (section 3 and appendix B).
 
-  Lambda starts as the diagonal of HiPPO-LegS of N / blocks numbers, `blocks` times; B and C are random matrices brought to that
-  basis. Lambda, B and the steps learn with `lr_scale` and without weight decay.
-  """
+  Lambda starts as the diagonal of HiPPO-LegS of N / blocks numbers, `blocks` times; B and C are
+  random matrices brought to that basis. Lambda, B and the steps learn with `lr_scale` and without
+  weight decay."""
 
   class Config(PairedConfig):
     """
@@ -49,7 +51,7 @@ class S5(Layer):
       return self.d_state
 
     def mixing_flops_per_token(self, width: int, length: int, causal: bool) -> float:
-      return self.directions * 4.0 * self.d_state   # a complex product and a sum
+      return self.directions * 4.0 * self.d_state  # a complex product and a sum
 
     @classmethod
     def examples(cls) -> tuple[S5.Config, ...]:
@@ -63,25 +65,42 @@ class S5(Layer):
     self.decay = recurrent(a.real, ('inner',), c.lr_scale)
     self.frequency = recurrent(a.imag, ('inner',), c.lr_scale)
     low, high = math.log(c.dt_min), math.log(c.dt_max)
-    self.log_dt = recurrent(jax.random.uniform(rngs.params(), (N // 2,), jnp.float32, low, high), ('inner',), c.lr_scale)
+    self.log_dt = recurrent(
+      jax.random.uniform(rngs.params(), (N // 2,), jnp.float32, low, high), ('inner',), c.lr_scale
+    )
     b_JNH = FanInNormal()(rngs.params(), (J, N // J, H), H, site)
     b = jnp.einsum('np,jnh->hjp', v_NP.conj(), b_JNH, precision='highest').reshape(H, N // 2)
-    self.b = param(pairs(b), ('embed', 'inner', None), decay=False, lr_scale=c.lr_scale, full_precision=True)
+    self.b = param(
+      pairs(b), ('embed', 'inner', None), decay=False, lr_scale=c.lr_scale, full_precision=True
+    )
     c_JNRH = FanInNormal()(rngs.params(), (J, N // J, c.directions, H), N, site)
-    c_PRH = jnp.einsum('np,jnrh->jprh', v_NP, c_JNRH, precision='highest').reshape(N // 2, c.directions, H)
+    c_PRH = jnp.einsum('np,jnrh->jprh', v_NP, c_JNRH, precision='highest').reshape(
+      N // 2, c.directions, H
+    )
     self.c = param(pairs(c_PRH), ('inner', None, 'embed', None), full_precision=True)
-    self.skip = param(jax.random.normal(rngs.params(), (H,)), ('norm',), decay=False, full_precision=True, matmul=False)
+    self.skip = param(
+      jax.random.normal(rngs.params(), (H,)),
+      ('norm',),
+      decay=False,
+      full_precision=True,
+      matmul=False,
+    )
     self.w_gate = param(FanInUniform()(rngs.params(), (H, H), H, site), ('embed', None))
     self.b_gate = param(FanInUniform()(rngs.params(), (H,), H, site), ('norm',), decay=False)
 
   def init_state(self, batch: int, max_len: int) -> Float[Array, 'B N']:
     if not self.config.causal:
-      raise InputError('S5.causal = False: a layer that reads from both ends has no state and cannot decode')
+      raise InputError(
+        'S5.causal = False: a layer that reads from both ends has no state and cannot decode'
+      )
     return jnp.zeros((batch, self.config.d_state), jnp.float32)
 
-  def __call__(self, x_BTD: Float[Array, 'B T D'], ctx: Context, state: Array | None = None) -> Output:
+  def __call__(
+    self, x_BTD: Float[Array, 'B T D'], ctx: Context, state: Array | None = None
+  ) -> Output:
     starts = None if ctx.segments_BT is None else starts_BT(ctx.segments_BT, *x_BTD.shape[:2])
-    a = jax.lax.complex(jnp.minimum(self.decay[...], -1e-4), self.frequency[...])   # stable, whatever is learned
+    # stable, whatever is learned
+    a = jax.lax.complex(jnp.minimum(self.decay[...], -1e-4), self.frequency[...])
     log_a, scale = zoh(a[:, None], jnp.ones_like(a)[:, None], jnp.exp(self.log_dt[...]))
     b = paired(self.b) * scale[:, 0][None]
     u = x_BTD.astype(jnp.float32)
@@ -90,7 +109,9 @@ class S5(Layer):
     y = linear(x_BTN, self._reading(0)) + self.skip[...][None, None] * u
     if not self.config.causal:
       after = None if starts is None else jnp.pad(starts[:, 1:], ((0, 0), (0, 1)))
-      y = y + linear(diagonal_scan(v_BTN, log_a[:, 0], None, after, reverse=True)[0], self._reading(1))
+      y = y + linear(
+        diagonal_scan(v_BTN, log_a[:, 0], None, after, reverse=True)[0], self._reading(1)
+      )
     return Output(self._gated(y.astype(x_BTD.dtype), ctx), last)
 
   def _reading(self, direction: int) -> Array:
@@ -100,4 +121,8 @@ class S5(Layer):
 
   def _gated(self, y: Array, ctx: Context) -> Array:
     g = dropout(jax.nn.gelu(y, approximate=False), self.config.dropout, ctx.fold(0))
-    return dropout(g * jax.nn.sigmoid(linear(g, self.w_gate[...], self.b_gate[...])), self.config.dropout, ctx.fold(1))
+    return dropout(
+      g * jax.nn.sigmoid(linear(g, self.w_gate[...], self.b_gate[...])),
+      self.config.dropout,
+      ctx.fold(1),
+    )

@@ -11,7 +11,18 @@ from jaxtyping import Array, Bool, Float
 
 from jaxformer.config import InputError
 from jaxformer.layers.init import Init, Normal, Orthogonal, Uniform, Zeros
-from jaxformer.layers.layer import Context, Fixed, Layer, LayerConfig, Memory, Output, Site, State, memory_of, starts_BT
+from jaxformer.layers.layer import (
+  Context,
+  Fixed,
+  Layer,
+  LayerConfig,
+  Memory,
+  Output,
+  Site,
+  State,
+  memory_of,
+  starts_BT,
+)
 from jaxformer.layers.lstm import CONTEXT, FORGET
 from jaxformer.ops.linear import linear
 from jaxformer.ops.search import Source, States, Weights, search
@@ -45,8 +56,9 @@ class SearchConfig(LayerConfig, abstract=True):
     hidden: units H; None for the width.
     attention: hidden units A of the attention; None for H.
     source_width: C, of the encoder's output; None for the width.
-    init: of the weights of the input and of what was read; `recurrent_init`: of those of the hidden state, gate by gate;
-      `attention_init`: of the attention's matrices; `score_init`: of the vector that makes one number of its hidden units.
+    init: of the weights of the input and of what was read; `recurrent_init`: of those of the hidden
+      state, gate by gate; `attention_init`: of the attention's matrices; `score_init`: of the
+      vector that makes one number of its hidden units.
     bias: initial values of the gates' offsets, one vector a gate; None for no offsets.
   """
 
@@ -91,9 +103,21 @@ class Search(Layer):
       drawn = [init(rngs.params(), (inputs, H), inputs, site) for _ in range(gates)]
       return param(jnp.stack(drawn, axis=1), ('embed', None, 'inner'))
 
-    self.w, self.w_context, self.u = weight(c.init, width), weight(c.init, C), weight(c.recurrent_init, H)
-    self.b = None if c.bias is None else param(
-      self._first_bias(c.bias(rngs.params(), (gates, H), H, site)), (None, 'inner'), decay=False, matmul=False)
+    self.w, self.w_context, self.u = (
+      weight(c.init, width),
+      weight(c.init, C),
+      weight(c.recurrent_init, H),
+    )
+    self.b = (
+      None
+      if c.bias is None
+      else param(
+        self._first_bias(c.bias(rngs.params(), (gates, H), H, site)),
+        (None, 'inner'),
+        decay=False,
+        matmul=False,
+      )
+    )
     self.w_query = param(c.attention_init(rngs.params(), (H, A), H, site), ('embed', 'inner'))
     self.w_key = param(c.attention_init(rngs.params(), (C, A), C, site), ('embed', 'inner'))
     self.v = param(c.score_init(rngs.params(), (A,), A, site), ('inner',), decay=False)
@@ -102,7 +126,10 @@ class Search(Layer):
     return drawn_GH
 
   def init_state(self, batch: int, max_len: int) -> SearchState:
-    raise InputError(f'{self.name}: its state is made of the output of an encoder, which only an encoder-decoder has')
+    raise InputError(
+      f'{self.name}: its state is made of the output of an encoder, which only an encoder-decoder '
+      'has'
+    )
 
   def first_states(self, memory: Memory, handed: State) -> States:
     """The states before the first token."""
@@ -111,31 +138,49 @@ class Search(Layer):
   def begin(self, batch: int, max_len: int, memory: Memory, handed: State = None) -> SearchState:
     values = memory.y_BSC.astype(self.w[...].dtype)
     first = self.first_states(memory, handed)
-    return SearchState(first, SourceState(linear(values, self.w_key[...]), values, memory.mask_BS, first))
+    return SearchState(
+      first, SourceState(linear(values, self.w_key[...]), values, memory.mask_BS, first)
+    )
 
-  def run(self, x_BTD: Array, ctx: Context, state: SearchState | None) -> tuple[SearchState, Array, Array, Array]:
+  def run(
+    self, x_BTD: Array, ctx: Context, state: SearchState | None
+  ) -> tuple[SearchState, Array, Array, Array]:
     """The state to begin from, all hidden states and contexts, and the attention's weights."""
     B, T, _ = x_BTD.shape
     before = self.begin(B, T, memory_of(ctx, self.name)) if state is None else state
-    s, weights = before.source, Weights(
-      self.w[...], self.w_context[...], self.u[...], None if self.b is None else self.b[...], self.w_query[...], self.v[...])
+    s, weights = (
+      before.source,
+      Weights(
+        self.w[...],
+        self.w_context[...],
+        self.u[...],
+        None if self.b is None else self.b[...],
+        self.w_query[...],
+        self.v[...],
+      ),
+    )
     y, c, a, last = search(
-      x_BTD, weights, Source(s.keys_BSA, s.values_BSC, s.mask_BS), before.states, s.first, starts_BT(ctx.segments_BT, B, T))
+      x_BTD,
+      weights,
+      Source(s.keys_BSA, s.values_BSC, s.mask_BS),
+      before.states,
+      s.first,
+      starts_BT(ctx.segments_BT, B, T),
+    )
     return SearchState(last, s), y, c, a
 
 
 class RnnSearch(Search):
-  """The decoder of Bahdanau et al. 2014 (appendix A.2): a GRU that reads the source by additive attention keyed on its state
-  before, and the hidden layer of its output.
+  """The decoder of Bahdanau et al. 2014 (appendix A.2): a GRU that reads the source by additive
+  attention keyed on its state before, and the hidden layer of its output.
 
-    s_0 = tanh(W_s m<-_1), m<-_1 the backward half of the encoder's output at the first word
-    e_ij = v . tanh(W_a s_{i-1} + U_a m_j),  c_i = sum_j softmax_j(e_ij) m_j
-    r, z = sigmoid(W x_i + U s_{i-1} + C c_i),  s~ = tanh(W x_i + U (r s_{i-1}) + C c_i),  s_i = z s_{i-1} + (1 - z) s~
-    t~_i = U_o s_{i-1} + V_o x_i + C_o c_i,  y_i = [max(t~_{i,2k-1}, t~_{i,2k})]_{k=1..l}
+    s_0 = tanh(W_s m<-_1), m<-_1 the backward half of the encoder's output at the first word e_ij =
+    v . tanh(W_a s_{i-1} + U_a m_j),  c_i = sum_j softmax_j(e_ij) m_j r, z = sigmoid(W x_i + U
+    s_{i-1} + C c_i),  s~ = tanh(W x_i + U (r s_{i-1}) + C c_i),  s_i = z s_{i-1} + (1 - z) s~ t~_i
+    = U_o s_{i-1} + V_o x_i + C_o c_i,  y_i = [max(t~_{i,2k-1}, t~_{i,2k})]_{k=1..l}
 
-  x_i is the embedding of the word before. The paper writes 1 - z for z: weights of its z are ours negated. The output reads
-  s_{i-1}, as printed there.
-  """
+  x_i is the embedding of the word before. The paper writes 1 - z for z: weights of its z are ours
+  negated. The output reads s_{i-1}, as printed there."""
 
   class Config(SearchConfig):
     """
@@ -156,7 +201,11 @@ class RnnSearch(Search):
     def validate(self):
       super().validate()
       self.require(self.maxout > 0, 'maxout', 'positive')
-      self.require(self.source_width is None or self.source_width % 2 == 0, 'source_width', 'even: two directions side by side')
+      self.require(
+        self.source_width is None or self.source_width % 2 == 0,
+        'source_width',
+        'even: two directions side by side',
+      )
 
     def build(self, width: int, rngs: nnx.Rngs, site: Site) -> RnnSearch:
       return RnnSearch(self, width, rngs, site)
@@ -176,33 +225,48 @@ class RnnSearch(Search):
   def __init__(self, config: RnnSearch.Config, width: int, rngs: nnx.Rngs, site: Site):
     super().__init__(config, 3, width, rngs, site)
     c, H, C = config, self.units, config.memory_width(width)
-    self.w_start = param(c.start_init(rngs.params(), (C // 2, H), C // 2, site), ('embed', 'inner'), matmul=False)
+    self.w_start = param(
+      c.start_init(rngs.params(), (C // 2, H), C // 2, site), ('embed', 'inner'), matmul=False
+    )
 
     def out(inputs: int) -> nnx.Param:
-      return param(c.out_init(rngs.params(), (inputs, 2 * c.maxout), inputs, site), ('embed', 'inner'))
+      return param(
+        c.out_init(rngs.params(), (inputs, 2 * c.maxout), inputs, site), ('embed', 'inner')
+      )
 
     self.out_state, self.out_input, self.out_context = out(H), out(width), out(C)
 
   def first_states(self, memory: Memory, handed: State) -> States:
-    first_word = memory.y_BSC[:, 0, self.w_start[...].shape[0]:]
-    return (jnp.tanh(linear(first_word.astype(jnp.float32), self.w_start[...].astype(jnp.float32))),)
+    first_word = memory.y_BSC[:, 0, self.w_start[...].shape[0] :]
+    return (
+      jnp.tanh(linear(first_word.astype(jnp.float32), self.w_start[...].astype(jnp.float32))),
+    )
 
-  def __call__(self, x_BTD: Float[Array, 'B T D'], ctx: Context, state: SearchState | None = None) -> Output:
+  def __call__(
+    self, x_BTD: Float[Array, 'B T D'], ctx: Context, state: SearchState | None = None
+  ) -> Output:
     B, T, _ = x_BTD.shape
     begun = self.begin(B, T, memory_of(ctx, self.name)) if state is None else state
     after, s_BTH, c_BTC, a_BTS = self.run(x_BTD, ctx, begun)
-    before_BTH = jnp.concatenate([begun.states[0][:, None].astype(s_BTH.dtype), s_BTH[:, :-1]], axis=1)
+    before_BTH = jnp.concatenate(
+      [begun.states[0][:, None].astype(s_BTH.dtype), s_BTH[:, :-1]], axis=1
+    )
     starts = starts_BT(ctx.segments_BT, B, T)[:, :, None]
     before_BTH = jnp.where(starts, begun.source.first[0][:, None].astype(s_BTH.dtype), before_BTH)
-    t = linear(before_BTH, self.out_state[...]) + linear(x_BTD, self.out_input[...]) + linear(c_BTC, self.out_context[...])
+    t = (
+      linear(before_BTH, self.out_state[...])
+      + linear(x_BTD, self.out_input[...])
+      + linear(c_BTC, self.out_context[...])
+    )
     y = t.reshape(B, T, -1, 2).max(-1)
     return Output(y, None if state is None else after, alignments=(a_BTS,) if ctx.align else ())
 
 
 class GnmtAttention(Search):
-  """The bottom layer of GNMT's decoder (Wu et al. 2016, section 3): an LSTM that reads [x_t, c_t], where c_t is what one hidden
-  layer's attention (eq. 4), keyed on this layer's output of the step before, finds in the encoder's output. c_t is shared as
-  `CONTEXT` for all layers above to read at the same step."""
+  """The bottom layer of GNMT's decoder (Wu et al. 2016, section 3): an LSTM that reads [x_t, c_t],
+  where c_t is what one hidden layer's attention (eq. 4), keyed on this layer's output of the step
+  before, finds in the encoder's output. c_t is shared as `CONTEXT` for all layers above to read at
+  the same step."""
 
   class Config(SearchConfig):
     """
@@ -214,7 +278,11 @@ class GnmtAttention(Search):
 
     def validate(self):
       super().validate()
-      self.require(self.bias is not None or self.forget_bias == 0, 'forget_bias', '0 where there are no offsets (bias = None)')
+      self.require(
+        self.bias is not None or self.forget_bias == 0,
+        'forget_bias',
+        '0 where there are no offsets (bias = None)',
+      )
 
     def build(self, width: int, rngs: nnx.Rngs, site: Site) -> GnmtAttention:
       return GnmtAttention(self, width, rngs, site)
@@ -242,6 +310,10 @@ class GnmtAttention(Search):
       return zeros, zeros
     return handed.h_BH, handed.c_BH
 
-  def __call__(self, x_BTD: Float[Array, 'B T D'], ctx: Context, state: SearchState | None = None) -> Output:
+  def __call__(
+    self, x_BTD: Float[Array, 'B T D'], ctx: Context, state: SearchState | None = None
+  ) -> Output:
     after, y, c, a = self.run(x_BTD, ctx, state)
-    return Output(y, None if state is None else after, share={CONTEXT: c}, alignments=(a,) if ctx.align else ())
+    return Output(
+      y, None if state is None else after, share={CONTEXT: c}, alignments=(a,) if ctx.align else ()
+    )

@@ -1,5 +1,5 @@
-"""What the linear time-invariant state-space layers share: one system for each channel, in one or both directions, a skip, and the
-way out."""
+"""What the linear time-invariant state-space layers share: one system for each channel, in one or
+both directions, a skip, and the way out."""
 
 from __future__ import annotations
 
@@ -64,34 +64,58 @@ class PairedConfig(StateSpaceConfig, abstract=True):
     self.require(self.d_state % 2 == 0, 'd_state', 'even: conjugate pairs')
 
   def mixing_flops_per_token(self, width: int, length: int, causal: bool) -> float:
-    return self.directions * 7.0 * width * self.d_state   # the recurrence: a complex product, an input and an output
+    # the recurrence: a complex product, an input and an output
+    return self.directions * 7.0 * width * self.d_state
 
 
 class StateSpace(Layer):
-  """y = D u + system(u) for each channel, then the way out. A layer says with `system` what its system is.
+  """y = D u + system(u) for each channel, then the way out. A layer says with `system` what its
+  system is.
 
   In both directions y_t also has sum_{s > t} k'_{s-t-1} u_s, with the kernel k' of a second system.
   """
 
-  def __init__(self, config: StateSpaceConfig, width: int, rngs: nnx.Rngs, site: Site, *, outputs: int = 1, gated: bool = True):
+  def __init__(
+    self,
+    config: StateSpaceConfig,
+    width: int,
+    rngs: nnx.Rngs,
+    site: Site,
+    *,
+    outputs: int = 1,
+    gated: bool = True,
+  ):
     c = config
     self.config, self.width = c, width
     low, high = math.log(c.dt_min), math.log(c.dt_max)
-    self.log_dt = recurrent(jax.random.uniform(rngs.params(), (width,), jnp.float32, low, high), ('inner',), c.lr_scale)
+    self.log_dt = recurrent(
+      jax.random.uniform(rngs.params(), (width,), jnp.float32, low, high), ('inner',), c.lr_scale
+    )
     self.skip = param(
-      jax.random.normal(rngs.params(), (outputs, width)), (None, 'inner'), decay=False, full_precision=True, matmul=False)
+      jax.random.normal(rngs.params(), (outputs, width)),
+      (None, 'inner'),
+      decay=False,
+      full_precision=True,
+      matmul=False,
+    )
     self.readout = Readout(outputs * width, width, rngs, site, gated=gated, rate=c.dropout)
 
   def system(self, direction: int = 0) -> System:
-    """The discrete system of the present parameters; direction 1 is that which reads from the end."""
+    """The discrete system of the present parameters; direction 1 is that which reads from the
+    end."""
     raise NotImplementedError
 
   def init_state(self, batch: int, max_len: int) -> Float[Array, 'B H N']:
     if not self.config.causal:
-      raise InputError(f'{self.config.tag}.causal = False: a layer that reads from both ends has no state and cannot decode')
+      raise InputError(
+        f'{self.config.tag}.causal = False: a layer that reads from both ends has no state and '
+        'cannot decode'
+      )
     return jnp.zeros((batch, self.width, self.config.d_state), jnp.float32)
 
-  def __call__(self, x_BTD: Float[Array, 'B T D'], ctx: Context, state: Array | None = None) -> Output:
+  def __call__(
+    self, x_BTD: Float[Array, 'B T D'], ctx: Context, state: Array | None = None
+  ) -> Output:
     starts = None if ctx.segments_BT is None else starts_BT(ctx.segments_BT, *x_BTD.shape[:2])
     u_BTH = shard(x_BTD.astype(jnp.float32), 'batch', 'time', 'inner')
     y_BTMH, last = ssm(u_BTH, self.system(), state, starts)
@@ -109,17 +133,20 @@ class StateSpace(Layer):
 
 def _from_the_end(u_BTH: Array, system: System, starts: Array | None) -> Array:
   """sum_{s > t} k_{s-t-1} u_s over the positions of a document."""
-  after = None if starts is None else jnp.pad(starts[:, 1:], ((0, 0), (0, 1)))   # another document begins at t + 1
+  # another document begins at t + 1
+  after = None if starts is None else jnp.pad(starts[:, 1:], ((0, 0), (0, 1)))
   y, _ = ssm(u_BTH, system, None, after, reverse=True)
   y = token_ahead(y)
   return y if after is None else jnp.where(after[:, :, None, None], 0.0, y)
 
 
 class Readout(nnx.Module):
-  """dropout(gelu(y)) W + b over all outputs of all channels; `gated` projects to twice the width and gives a * sigmoid(b) of the
-  halves (GLU, Dauphin et al. 2017)."""
+  """dropout(gelu(y)) W + b over all outputs of all channels; `gated` projects to twice the width
+  and gives a * sigmoid(b) of the halves (GLU, Dauphin et al. 2017)."""
 
-  def __init__(self, size: int, width: int, rngs: nnx.Rngs, site: Site, *, gated: bool, rate: float):
+  def __init__(
+    self, size: int, width: int, rngs: nnx.Rngs, site: Site, *, gated: bool, rate: float
+  ):
     self.gated, self.rate = gated, rate
     F = 2 * width if gated else width
     self.w_out = param(FanInUniform()(rngs.params(), (size, F), size, site), ('inner', 'embed'))
@@ -128,20 +155,26 @@ class Readout(nnx.Module):
   def __call__(self, y_BMH: Float[Array, '*B M H'], ctx: Context) -> Float[Array, '*B D']:
     y = y_BMH.reshape(*y_BMH.shape[:-2], -1)
     y = shard(y, 'batch', *('time',) * (y.ndim - 2), 'inner')
-    z = linear(dropout(jax.nn.gelu(y, approximate=False), self.rate, ctx), self.w_out[...], self.b_out[...])
+    z = linear(
+      dropout(jax.nn.gelu(y, approximate=False), self.rate, ctx), self.w_out[...], self.b_out[...]
+    )
     if not self.gated:
       return z
     a, b = jnp.split(z, 2, axis=-1)
     return a * jax.nn.sigmoid(b)
 
 
-def recurrent(value: Array, axes: tuple[str | None, ...], lr_scale: float = 1.0, decay: bool = False) -> nnx.Param:
-  """A parameter of a system: fp32, by default without weight decay, no product with a token by itself."""
+def recurrent(
+  value: Array, axes: tuple[str | None, ...], lr_scale: float = 1.0, decay: bool = False
+) -> nnx.Param:
+  """A parameter of a system: fp32, by default without weight decay, no product with a token by
+  itself."""
   return param(value, axes, decay=decay, lr_scale=lr_scale, full_precision=True, matmul=False)
 
 
 def pairs(z: Array) -> Array:
-  """Complex numbers as real ones with a last axis of 2: what optimizers, checkpoints and meshes see."""
+  """Complex numbers as real ones with a last axis of 2: what optimizers, checkpoints and meshes
+  see."""
   return jnp.stack([z.real, z.imag], axis=-1).astype(jnp.float32)
 
 

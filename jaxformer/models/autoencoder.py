@@ -1,4 +1,5 @@
-"""An autoencoder of token sequences: what a stack knows at the last position is all that its decoder reads."""
+"""An autoencoder of token sequences: what a stack knows at the last position is all that its
+decoder reads."""
 
 from __future__ import annotations
 
@@ -21,23 +22,27 @@ from jaxformer.sharding import param, shard
 
 
 class Autoencoder(nnx.Module):
-  """p(token t | the sequence) = softmax(W norm(mlp(z + PE(t))) + b), with z the output of stack(embedding(tokens) + positions) at
-  the last position (the MAD suite's model for compression: Poli et al. 2024, section 3.1 and appendix B).
+  """p(token t | the sequence) = softmax(W norm(mlp(z + PE(t))) + b), with z the output of
+  stack(embedding(tokens) + positions) at the last position (the MAD suite's model for compression:
+  Poli et al. 2024, section 3.1 and appendix B).
 
-  The decoder, mlp(x) = gelu(W2 norm(gelu(W1 norm(x) + b1)) + b2), is of the stack's width and sees no token: nothing but the
-  sinusoids PE(t) tells it where it is. Sequences all end at the last position of their row: there are no segments.
-  """
+  The decoder, mlp(x) = gelu(W2 norm(gelu(W1 norm(x) + b1)) + b2), is of the stack's width and sees
+  no token: nothing but the sinusoids PE(t) tells it where it is. Sequences all end at the last
+  position of their row: there are no segments."""
 
   class Config(ModelConfig):
     """
     Attributes:
       vocab_size: rows of the embedding.
       width: of the residual stream, of z and of the decoder.
-      context: the longest sequence that the model is meant for; the size of a table of learned positions.
+      context: the longest sequence that the model is meant for; the size of a table of learned
+        positions.
       stack: groups of blocks.
-      positions: added to the embeddings; None where layers know positions themselves, or do without.
+      positions: added to the embeddings; None where layers know positions themselves, or do
+        without.
       norm: of the decoder and before the head.
-      embedding_init, init: initial values of the embedding, and of the decoder and the head. Offsets begin at zero.
+      embedding_init, init: initial values of the embedding, and of the decoder and the head.
+        Offsets begin at zero.
     """
 
     vocab_size: int
@@ -67,22 +72,30 @@ class Autoencoder(nnx.Module):
       """None: an autoencoder reads a sequence as a whole."""
 
     def mixing_flops_per_token(self, length: int, causal: bool) -> float:
-      return sum(n * layer.mixing_flops_per_token(self.width, length, causal) for layer, n in self.layers())
+      return sum(
+        n * layer.mixing_flops_per_token(self.width, length, causal) for layer, n in self.layers()
+      )
 
   def __init__(self, config: Autoencoder.Config, rngs: nnx.Rngs):
     c, D, V = config, config.width, config.vocab_size
     self.config = c
-    self.embedding = param(c.embedding_init(rngs.params(), (V, D), V, Site()), ('vocab', 'embed'), matmul=False)
+    self.embedding = param(
+      c.embedding_init(rngs.params(), (V, D), V, Site()), ('vocab', 'embed'), matmul=False
+    )
     self.positions = None if c.positions is None else c.positions.build(D, c.context, rngs)
     self.stack = Stack(c.stack, D, rngs)
     self.places = SinusoidalPositions(SinusoidalPositions.Config(), D)
     self.norm_1, self.norm_2, self.norm_3 = c.norm.build(D), c.norm.build(D), c.norm.build(D)
-    self.w_1, self.w_2 = (param(c.init(rngs.params(), (D, D), D, Site()), ('embed', None)) for _ in range(2))
+    self.w_1, self.w_2 = (
+      param(c.init(rngs.params(), (D, D), D, Site()), ('embed', None)) for _ in range(2)
+    )
     self.b_1, self.b_2 = (param(jnp.zeros(D), ('norm',), decay=False) for _ in range(2))
     self.head = param(c.init(rngs.params(), (D, V), D, Site()), ('embed', 'vocab'))
     self.head_bias = param(jnp.zeros(V), ('vocab',), decay=False)
 
-  def _hidden(self, batch: TokenBatch, ctx: Context) -> tuple[Float[Array, 'B T D'], dict[str, Array]]:
+  def _hidden(
+    self, batch: TokenBatch, ctx: Context
+  ) -> tuple[Float[Array, 'B T D'], dict[str, Array]]:
     """What the head reads at every position."""
     tokens_BT = jnp.asarray(batch.tokens_BT)
     B, T = tokens_BT.shape
@@ -102,21 +115,46 @@ class Autoencoder(nnx.Module):
     return logits + self.head_bias[...].astype(jnp.float32)[None, None]
 
   def loss(
-    self, batch: TokenBatch, ctx: Context = Context(), z_loss: float = 0.0, label_smoothing: float = 0.0,
+    self,
+    batch: TokenBatch,
+    ctx: Context = Context(),
+    z_loss: float = 0.0,
+    label_smoothing: float = 0.0,
   ) -> tuple[LossSums, dict[str, Array]]:
     """Sums of the loss over a batch, and the layers' auxiliary scalars."""
     y, aux = self._hidden(batch, ctx)
-    sums = cross_entropy(y, self.head[...], jnp.asarray(batch.targets_BT), bias_V=self.head_bias[...], z_loss=z_loss,
-                         label_smoothing=label_smoothing)
+    sums = cross_entropy(
+      y,
+      self.head[...],
+      jnp.asarray(batch.targets_BT),
+      bias_V=self.head_bias[...],
+      z_loss=z_loss,
+      label_smoothing=label_smoothing,
+    )
     return sums, aux
 
-  def scores(self, batch: TokenBatch, ctx: Context = Context()) -> tuple[Float[Array, 'B T'], Bool[Array, 'B T']]:
-    """-log p(target) of every position, in nats, fp32, and whether no token is likelier; 0 and False where there is no target."""
-    return token_scores(self._hidden(batch, ctx)[0], self.head[...], jnp.asarray(batch.targets_BT), bias_V=self.head_bias[...])
+  def scores(
+    self, batch: TokenBatch, ctx: Context = Context()
+  ) -> tuple[Float[Array, 'B T'], Bool[Array, 'B T']]:
+    """-log p(target) of every position, in nats, fp32, and whether no token is likelier; 0 and
+    False where there is no target."""
+    return token_scores(
+      self._hidden(batch, ctx)[0],
+      self.head[...],
+      jnp.asarray(batch.targets_BT),
+      bias_V=self.head_bias[...],
+    )
 
 
 def autoencoder(model: LanguageModel.Config) -> Autoencoder.Config:
-  """An autoencoder with the stack, the width and the positions of a language model, to put an architecture to `Compression`."""
+  """An autoencoder with the stack, the width and the positions of a language model, to put an
+  architecture to `Compression`."""
   return Autoencoder.Config(
-    vocab_size=model.vocab_size, width=model.width, context=model.context, stack=model.stack, positions=model.positions,
-    norm=model.final_norm or RMSNorm.Config(), embedding_init=model.embedding_init)
+    vocab_size=model.vocab_size,
+    width=model.width,
+    context=model.context,
+    stack=model.stack,
+    positions=model.positions,
+    norm=model.final_norm or RMSNorm.Config(),
+    embedding_init=model.embedding_init,
+  )

@@ -1,4 +1,5 @@
-"""A block: a tuple of residual branches. The type of a branch says where the norm and the sum are."""
+"""A block: a tuple of residual branches. The type of a branch says where the norm and the sum
+are."""
 
 from __future__ import annotations
 
@@ -35,7 +36,11 @@ class BranchConfig(Config, abstract=True):
   def out_width(self, width: int) -> int:
     """The width after the branch. Raises `InputError` for a sum of vectors of different widths."""
     out = self.layer.out_width(width)
-    self.require(out == width, 'layer', f'one whose output is as wide as its input; {self.layer.tag} makes {out} of {width}')
+    self.require(
+      out == width,
+      'layer',
+      f'one whose output is as wide as its input; {self.layer.tag} makes {out} of {width}',
+    )
     return out
 
 
@@ -63,7 +68,9 @@ class Branch(nnx.Module):
 class Normed(Branch):
   """Base of the branches with a norm."""
 
-  def __init__(self, config: BranchConfig, norm: NormConfig, width: int, rngs: nnx.Rngs, site: Site):
+  def __init__(
+    self, config: BranchConfig, norm: NormConfig, width: int, rngs: nnx.Rngs, site: Site
+  ):
     super().__init__(config, width, rngs, site)
     self.norm = norm.build(width)
 
@@ -139,27 +146,44 @@ class Block(nnx.Module):
       return widths
 
   def __init__(self, config: Block.Config, width: int, rngs: nnx.Rngs, site: Site):
-    self.branches = nnx.List([b.build(w, rngs, site) for b, w in zip(config.branches, config.widths(width), strict=False)])
+    self.branches = nnx.List(
+      [b.build(w, rngs, site) for b, w in zip(config.branches, config.widths(width), strict=False)]
+    )
 
   def init_state(self, batch: int, max_len: int) -> tuple[State, ...]:
     return tuple(b.layer.init_state(batch, max_len) for b in self.branches)
 
-  def begin(self, batch: int, max_len: int, memory: Memory, handed: tuple[State, ...] | None) -> tuple[State, ...]:
+  def begin(
+    self, batch: int, max_len: int, memory: Memory, handed: tuple[State, ...] | None
+  ) -> tuple[State, ...]:
     """`Layer.begin` of its layers; `handed` are the states of a block of the encoder."""
     given = (None,) * len(self.branches) if handed is None else handed
-    return tuple(b.layer.begin(batch, max_len, memory, h) for b, h in zip(self.branches, given, strict=True))
+    return tuple(
+      b.layer.begin(batch, max_len, memory, h) for b, h in zip(self.branches, given, strict=True)
+    )
 
-  def __call__(self, x: Array, ctx: Context, state: tuple[State, ...] | None, one_token: bool) -> Output:
+  def __call__(
+    self, x: Array, ctx: Context, state: tuple[State, ...] | None, one_token: bool
+  ) -> Output:
     return in_turn(self.branches, x, ctx, state, one_token)
 
 
 def in_turn(
-  parts: Iterable[Callable[..., Output]], x: Array, ctx: Context, state: tuple[State, ...] | None, one_token: bool,
+  parts: Iterable[Callable[..., Output]],
+  x: Array,
+  ctx: Context,
+  state: tuple[State, ...] | None,
+  one_token: bool,
 ) -> Output:
   """Branches or blocks one after the other; what one shares, all later ones see."""
   states, aux, share, alignments = [], {}, {}, ()
   for i, part in enumerate(parts):
-    out = part(x, ctx.fold(i).replace(shared=ctx.shared | share), None if state is None else state[i], one_token)
+    out = part(
+      x,
+      ctx.fold(i).replace(shared=ctx.shared | share),
+      None if state is None else state[i],
+      one_token,
+    )
     x = out.y
     states.append(out.state)
     share |= out.share
@@ -169,8 +193,9 @@ def in_turn(
 
 
 def gather(a: dict[str, Array], b: dict[str, Array]) -> dict[str, Array]:
-  """The auxiliary values of two parts, b after a: losses (`loss/...`) added, of others a vector with an entry for every layer that
-  gives the name."""
+  """The auxiliary values of two parts, b after a: losses (`loss/...`) added, of others a vector
+  with an entry for every layer that gives the name."""
+
   def both(name: str, v: Array) -> Array:
     if name.startswith('loss/'):
       return a[name] + v if name in a else v

@@ -21,7 +21,7 @@ from jaxformer.ops.linear import linear
 from jaxformer.ops.loss import IGNORE, LossSums
 from jaxformer.sharding import param, shard
 
-# ---- what goes in -----------------------------------------------------------------------------------------------------
+# ---- what goes in ------------------------------------------------------------------------------
 
 
 class InputConfig(Config, abstract=True):
@@ -47,7 +47,9 @@ class TokenInput(nnx.Module):
 
   def __init__(self, config: TokenInput.Config, width: int, rngs: nnx.Rngs):
     V = config.vocab_size
-    self.embedding = param(config.init(rngs.params(), (V, width), V, Site()), (None, 'embed'), matmul=False)
+    self.embedding = param(
+      config.init(rngs.params(), (V, width), V, Site()), (None, 'embed'), matmul=False
+    )
 
   def __call__(self, batch: Any) -> Float[Array, 'B T D']:
     return jnp.take(self.embedding[...], batch.tokens_BT, axis=0, mode='clip')
@@ -72,16 +74,20 @@ class LinearInput(nnx.Module):
     self.b = param(config.init(rngs.params(), (width,), F, Site()), ('norm',), decay=False)
 
   def __call__(self, batch: Any) -> Float[Array, 'B T D']:
-    return linear(jnp.asarray(batch.features_BTF).astype(self.w[...].dtype), self.w[...], self.b[...])
+    return linear(
+      jnp.asarray(batch.features_BTF).astype(self.w[...].dtype), self.w[...], self.b[...]
+    )
 
 
-# ---- one vector for a sequence ----------------------------------------------------------------------------------------
+# ---- one vector for a sequence -----------------------------------------------------------------
 
 
 class Pooling(Config, abstract=True):
   """Base of the ways to make one vector of those of all positions."""
 
-  def __call__(self, y_BTD: Float[Array, 'B T D'], valid_BT: Bool[Array, 'B T']) -> Float[Array, 'B D']:
+  def __call__(
+    self, y_BTD: Float[Array, 'B T D'], valid_BT: Bool[Array, 'B T']
+  ) -> Float[Array, 'B D']:
     """`valid_BT` is False where a row is padding, which is at its end."""
     raise NotImplementedError
 
@@ -102,17 +108,17 @@ class LastPooling(Pooling):
     return jnp.take_along_axis(y_BTD, last_B[:, None, None], axis=1)[:, 0]
 
 
-# ---- the model --------------------------------------------------------------------------------------------------------
+# ---- the model ---------------------------------------------------------------------------------
 
 
 class Classifier(nnx.Module):
   """p(class | sequence) = softmax(W pool(norm(stack(input(sequence) + positions))) + b).
 
-  A batch is that of a language model, with tokens or `features_BTF`: the class of a row stands in `targets_BT` at the last
-  position of its sequence, and -1 everywhere else (in all of a row that does not count). Sequences of unequal lengths are padded
-  at the end, with `segments_BT` 1 in the sequence and 0 in the padding, which is a document of its own: no layer passes anything
-  between documents in either direction, and pooling leaves the padding out, so that it changes nothing.
-  """
+  A batch is that of a language model, with tokens or `features_BTF`: the class of a row stands in
+  `targets_BT` at the last position of its sequence, and -1 everywhere else (in all of a row that
+  does not count). Sequences of unequal lengths are padded at the end, with `segments_BT` 1 in the
+  sequence and 0 in the padding, which is a document of its own: no layer passes anything between
+  documents in either direction, and pooling leaves the padding out, so that it changes nothing."""
 
   class Config(ModelConfig):
     """
@@ -120,7 +126,8 @@ class Classifier(nnx.Module):
       input: tokens or numbers.
       classes: of which one is the answer.
       width: of the residual stream.
-      context: the longest sequence that the model is meant for; the size of a table of learned positions.
+      context: the longest sequence that the model is meant for; the size of a table of learned
+        positions.
       stack: groups of blocks; layers in both directions are welcome.
       positions: added to the inputs; None where layers know positions themselves, or do without.
       final_norm: norm before pooling; None for none (post-norm stacks).
@@ -163,7 +170,9 @@ class Classifier(nnx.Module):
 
     def mixing_flops_per_token(self, length: int, causal: bool) -> float:
       """Those of the layers, and the head, which multiplies one vector a sequence."""
-      layers = sum(n * layer.mixing_flops_per_token(self.width, length, causal) for layer, n in self.layers())
+      layers = sum(
+        n * layer.mixing_flops_per_token(self.width, length, causal) for layer, n in self.layers()
+      )
       return layers + 2.0 * self.width * self.classes / length
 
   def __init__(self, config: Classifier.Config, rngs: nnx.Rngs):
@@ -173,10 +182,14 @@ class Classifier(nnx.Module):
     self.positions = None if c.positions is None else c.positions.build(D, c.context, rngs)
     self.stack = Stack(c.stack, D, rngs)
     self.final_norm = None if c.final_norm is None else c.final_norm.build(D)
-    self.head = param(c.head_init(rngs.params(), (D, c.classes), D, Site()), ('embed', None), matmul=False)
+    self.head = param(
+      c.head_init(rngs.params(), (D, c.classes), D, Site()), ('embed', None), matmul=False
+    )
     self.head_bias = param(jnp.zeros(c.classes), (None,), decay=False)
 
-  def _logits(self, batch: TargetBatch, ctx: Context) -> tuple[Float[Array, 'B V'], dict[str, Array]]:
+  def _logits(
+    self, batch: TargetBatch, ctx: Context
+  ) -> tuple[Float[Array, 'B V'], dict[str, Array]]:
     B, T = batch.targets_BT.shape
     segments_BT = None if batch.segments_BT is None else jnp.asarray(batch.segments_BT)
     x = self.input(batch)
@@ -194,19 +207,28 @@ class Classifier(nnx.Module):
     return self._logits(batch, ctx)[0]
 
   def loss(
-    self, batch: TargetBatch, ctx: Context = Context(), z_loss: float = 0.0, label_smoothing: float = 0.0,
+    self,
+    batch: TargetBatch,
+    ctx: Context = Context(),
+    z_loss: float = 0.0,
+    label_smoothing: float = 0.0,
   ) -> tuple[LossSums, dict[str, Array]]:
-    """Sums of the loss over a batch, and auxiliary scalars: those of the layers, and `accuracy`, the fraction of right answers."""
+    """Sums of the loss over a batch, and auxiliary scalars: those of the layers, and `accuracy`,
+    the fraction of right answers."""
     logits, aux = self._logits(batch, ctx)
     nll, hit, lse, counted = _scored(logits, _labels(batch))
     count = jnp.sum(counted).astype(jnp.float32)
-    smooth = label_smoothing * (lse - nll - logits.mean(-1))   # the target's logit above the mean of all (`ops.loss`)
+    # the target's logit above the mean of all (`ops.loss`)
+    smooth = label_smoothing * (lse - nll - logits.mean(-1))
     loss = jnp.sum(nll + jnp.where(counted, z_loss * jnp.square(lse) + smooth, 0.0))
     sums = LossSums(loss, jax.lax.stop_gradient(jnp.sum(nll)), count)
     return sums, aux | {'accuracy': jnp.sum(hit) / jnp.maximum(count, 1.0)}
 
-  def scores(self, batch: TargetBatch, ctx: Context = Context()) -> tuple[Float[Array, 'B T'], Bool[Array, 'B T']]:
-    """-log p(class) in nats, and whether no class is likelier, where a target stands; 0 and False elsewhere."""
+  def scores(
+    self, batch: TargetBatch, ctx: Context = Context()
+  ) -> tuple[Float[Array, 'B T'], Bool[Array, 'B T']]:
+    """-log p(class) in nats, and whether no class is likelier, where a target stands; 0 and False
+    elsewhere."""
     nll, hit, _, _ = _scored(self._logits(batch, ctx)[0], _labels(batch))
     asked_BT = jnp.asarray(batch.targets_BT) != IGNORE
     return jnp.where(asked_BT, nll[:, None], 0.0), asked_BT & hit[:, None]
@@ -222,4 +244,9 @@ def _scored(logits_BV: Array, label_B: Array) -> tuple[Array, Array, Array, Arra
   counted = label_B != IGNORE
   lse = jax.nn.logsumexp(logits_BV, axis=-1)
   picked = jnp.take_along_axis(logits_BV, jnp.maximum(label_B, 0)[:, None], axis=-1)[:, 0]
-  return jnp.where(counted, lse - picked, 0.0), counted & (picked >= jnp.max(logits_BV, axis=-1)), lse, counted
+  return (
+    jnp.where(counted, lse - picked, 0.0),
+    counted & (picked >= jnp.max(logits_BV, axis=-1)),
+    lse,
+    counted,
+  )

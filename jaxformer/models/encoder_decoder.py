@@ -1,4 +1,5 @@
-"""An encoder-decoder: a stack that reads a source, and a stack that writes a target and reads what the first made of the source."""
+"""An encoder-decoder: a stack that reads a source, and a stack that writes a target and reads what
+the first made of the source."""
 
 from __future__ import annotations
 
@@ -14,7 +15,17 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxformer.config import InputError
 from jaxformer.layers.bidirectional import Bidirectional, BidirectionalState
 from jaxformer.layers.init import Init, Normal
-from jaxformer.layers.layer import Context, LayerConfig, Memory, Output, Site, State, dropout, positions_BT, starts_BT
+from jaxformer.layers.layer import (
+  Context,
+  LayerConfig,
+  Memory,
+  Output,
+  Site,
+  State,
+  dropout,
+  positions_BT,
+  starts_BT,
+)
 from jaxformer.layers.lstm import RecurrentConfig
 from jaxformer.layers.norm import NormConfig
 from jaxformer.layers.position import PositionConfig
@@ -25,12 +36,12 @@ from jaxformer.ops.linear import linear
 from jaxformer.ops.loss import LossSums, cross_entropy, token_scores
 from jaxformer.sharding import param, shard
 
-PADDING = -1   # no token of the source
+PADDING = -1  # no token of the source
 
 
 class PairBatch(TokenBatch, Protocol):
-  """What an encoder-decoder is trained on: `source_BS`, -1 at the end of a row as padding; `tokens_BT`, what the decoder reads,
-  and `targets_BT`, what it is to say then."""
+  """What an encoder-decoder is trained on: `source_BS`, -1 at the end of a row as padding;
+  `tokens_BT`, what the decoder reads, and `targets_BT`, what it is to say then."""
 
   @property
   def source_BS(self) -> Any: ...
@@ -39,39 +50,47 @@ class PairBatch(TokenBatch, Protocol):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DecoderState:
-  """The states of the decoder's stack, with what they need of the source, and how many tokens each row has had."""
+  """The states of the decoder's stack, with what they need of the source, and how many tokens each
+  row has had."""
 
   stack: tuple[State, ...]
   offset_B: Int[Array, ' B']
 
 
 class EncoderDecoder(nnx.Module):
-  """p(token t | tokens before t, source) = softmax(head(norm(decoder(embedding(tokens), encoder(embedding(source)))))).
+  """p(token t | tokens before t, source) = softmax(head(norm(decoder(embedding(tokens),
+  encoder(embedding(source)))))).
 
-  The source is padded with -1 at the end of a row, which changes nothing: no layer of the encoder passes anything from padding to
-  tokens, and the decoder's layers see the tokens alone. Rows of targets are padded at their end, where nothing is predicted.
+  The source is padded with -1 at the end of a row, which changes nothing: no layer of the encoder
+  passes anything from padding to tokens, and the decoder's layers see the tokens alone. Rows of
+  targets are padded at their end, where nothing is predicted.
 
-  Token ids are not checked inside a compiled program: an id outside the vocabulary reads the nearest row.
-  """
+  Token ids are not checked inside a compiled program: an id outside the vocabulary reads the
+  nearest row."""
 
   class Config(ModelConfig):
     """
     Attributes:
       source_vocab_size, vocab_size: rows of the embeddings of source and target.
       width: of both embeddings.
-      context: the longest source, and the longest target, that the model is meant for; the size of a table of learned positions.
+      context: the longest source, and the longest target, that the model is meant for; the size of
+        a table of learned positions.
       encoder, decoder: groups of blocks; a layer may change the width of what flows on.
-      positions: added to the embeddings of both; None where layers know positions themselves, or do without.
+      positions: added to the embeddings of both; None where layers know positions themselves, or do
+        without.
       embedding_scale: factor on the embeddings; None for 1.
-      encoder_norm, final_norm: norms after either stack; None for none (post-norm stacks and recurrences).
+      encoder_norm, final_norm: norms after either stack; None for none (post-norm stacks and
+        recurrences).
       shared_embedding: source and target have one table.
       tied: the head is the target's embedding's transpose.
       head_bias: offsets on the logits.
-      reverse_source: the encoder reads the source from its end to its beginning (Sutskever et al. 2014, section 3.3).
-      hand_over: each layer of the decoder begins from the state that the encoder's layer in its place ended in; of one in both
-        directions, from that of the backward one.
+      reverse_source: the encoder reads the source from its end to its beginning (Sutskever et al.
+        2014, section 3.3).
+      hand_over: each layer of the decoder begins from the state that the encoder's layer in its
+        place ended in; of one in both directions, from that of the backward one.
       dropout: rate on the embeddings.
-      embedding_init, head_init: initial values; `head_init` must be left alone where the head is tied.
+      embedding_init, head_init: initial values; `head_init` must be left alone where the head is
+        tied.
     """
 
     source_vocab_size: int
@@ -97,21 +116,41 @@ class EncoderDecoder(nnx.Module):
       for field in ('source_vocab_size', 'vocab_size', 'width', 'context'):
         self.require(getattr(self, field) > 0, field, 'positive')
       self.require(0 <= self.dropout < 1, 'dropout', 'at least 0 and below 1')
-      self.require(not (self.tied and self.head_init is not None), 'head_init', 'none where the head is tied to the embedding')
+      self.require(
+        not (self.tied and self.head_init is not None),
+        'head_init',
+        'none where the head is tied to the embedding',
+      )
       same = not self.shared_embedding or self.source_vocab_size == self.vocab_size
-      self.require(same, 'source_vocab_size', f'{self.vocab_size}, that of the target, where they share an embedding')
-      self.require(not self.tied or self.decoder_width == self.width, 'tied', f'false where the decoder makes {self.decoder_width} '
-                   f'of a width of {self.width}')
+      self.require(
+        same,
+        'source_vocab_size',
+        f'{self.vocab_size}, that of the target, where they share an embedding',
+      )
+      self.require(
+        not self.tied or self.decoder_width == self.width,
+        'tied',
+        f'false where the decoder makes {self.decoder_width} of a width of {self.width}',
+      )
       for layer, width, _ in layers_with_widths(self.decoder, self.width):
         self.require(layer.decodes, 'decoder', f'layers that decode; {layer.tag} does not')
         reads = layer.memory_width(width)
         if reads not in (None, self.memory_width):
-          raise InputError(f'{layer.tag}.source_width = {reads}: must be {self.memory_width}, the width of the encoder\'s output')
+          raise InputError(
+            f'{layer.tag}.source_width = {reads}: must be {self.memory_width}, the width of the '
+            "encoder's output"
+          )
       for layer, width, _ in layers_with_widths(self.encoder, self.width):
-        self.require(layer.memory_width(width) is None, 'encoder', f'layers that read no encoder; {layer.tag} does')
+        self.require(
+          layer.memory_width(width) is None,
+          'encoder',
+          f'layers that read no encoder; {layer.tag} does',
+        )
         recurrent = isinstance(layer, RecurrentConfig | Bidirectional.Config)
         fits = recurrent or not self.hand_over
-        self.require(fits, 'hand_over', f'false where the encoder has a layer without a state ({layer.tag})')
+        self.require(
+          fits, 'hand_over', f'false where the encoder has a layer without a state ({layer.tag})'
+        )
 
     def build(self, rngs: nnx.Rngs) -> EncoderDecoder:
       return EncoderDecoder(self, rngs)
@@ -131,13 +170,23 @@ class EncoderDecoder(nnx.Module):
       yield from layers_of(self.decoder)
 
     def state_size(self, max_len: int) -> int:
-      """Of decoding a target of up to `max_len` tokens from a source of `max_len`: what the decoder keeps of the source counts."""
-      return sum(n * layer.state_size(width, max_len) for layer, width, n in layers_with_widths(self.decoder, self.width))
+      """Of decoding a target of up to `max_len` tokens from a source of `max_len`: what the decoder
+      keeps of the source counts."""
+      return sum(
+        n * layer.state_size(width, max_len)
+        for layer, width, n in layers_with_widths(self.decoder, self.width)
+      )
 
     def mixing_flops_per_token(self, length: int, causal: bool) -> float:
-      """Of a token of the target, with one of the source beside it: sources and targets of `length` tokens."""
-      both = (*layers_with_widths(self.encoder, self.width), *layers_with_widths(self.decoder, self.width))
-      return sum(n * layer.mixing_flops_per_token(width, length, causal) for layer, width, n in both)
+      """Of a token of the target, with one of the source beside it: sources and targets of `length`
+      tokens."""
+      both = (
+        *layers_with_widths(self.encoder, self.width),
+        *layers_with_widths(self.decoder, self.width),
+      )
+      return sum(
+        n * layer.mixing_flops_per_token(width, length, causal) for layer, width, n in both
+      )
 
   def __init__(self, config: EncoderDecoder.Config, rngs: nnx.Rngs):
     c = config
@@ -145,7 +194,9 @@ class EncoderDecoder(nnx.Module):
     V, D, site = c.vocab_size, c.width, Site()
 
     def table(rows: int, matmul: bool) -> nnx.Param:
-      return param(c.embedding_init(rngs.params(), (rows, D), rows, site), ('vocab', 'embed'), matmul=matmul)
+      return param(
+        c.embedding_init(rngs.params(), (rows, D), rows, site), ('vocab', 'embed'), matmul=matmul
+      )
 
     self.source_embedding = None if c.shared_embedding else table(c.source_vocab_size, False)
     self.embedding = table(V, c.tied)
@@ -154,10 +205,12 @@ class EncoderDecoder(nnx.Module):
     self.encoder_norm = None if c.encoder_norm is None else c.encoder_norm.build(c.memory_width)
     self.final_norm = None if c.final_norm is None else c.final_norm.build(c.decoder_width)
     H, head_init = c.decoder_width, c.head_init or Normal()
-    self.head = None if c.tied else param(head_init(rngs.params(), (H, V), H, site), ('embed', 'vocab'))
+    self.head = (
+      None if c.tied else param(head_init(rngs.params(), (H, V), H, site), ('embed', 'vocab'))
+    )
     self.head_bias = param(jnp.zeros(V), ('vocab',), decay=False) if c.head_bias else None
 
-  # ---- pieces ---------------------------------------------------------------------------------------------------------
+  # ---- pieces ----------------------------------------------------------------------------------
 
   def encode(self, source_BS: Int[Array, 'B S'], ctx: Context = Context()) -> Memory:
     """What the decoder reads of the source."""
@@ -172,38 +225,59 @@ class EncoderDecoder(nnx.Module):
     valid_BS = source != PADDING
     ctx = ctx.replace(segments_BT=valid_BS.astype(jnp.int32))
     positions = positions_BT(starts_BT(ctx.segments_BT, B, S))
-    x = self._embed(self.embedding if self.source_embedding is None else self.source_embedding, source, positions, ctx)
+    x = self._embed(
+      self.embedding if self.source_embedding is None else self.source_embedding,
+      source,
+      positions,
+      ctx,
+    )
     states = self.encoder.init_state(B, S) if c.hand_over else None
     out = self.encoder(shard(x, 'batch', 'time', 'embed'), ctx, states)
     y = out.y if self.encoder_norm is None else self.encoder_norm(out.y)
-    final = () if states is None else tuple(tuple(_backward(s) for s in block) for block in self.encoder.by_block(out.state))
+    final = (
+      ()
+      if states is None
+      else tuple(tuple(_backward(s) for s in block) for block in self.encoder.by_block(out.state))
+    )
     return Memory(order.back(y), source_BS != PADDING, final), out.aux
 
   def _check_length(self, length: int) -> None:
     if self.config.longest is not None and length > self.config.longest:
       raise InputError(
-        f'a sequence of {length} tokens is longer than the {self.config.longest} positions that the model has learned')
+        f'a sequence of {length} tokens is longer than the {self.config.longest} positions that '
+        'the model has learned'
+      )
 
   def init_state(self, memory: Memory, max_len: int) -> DecoderState:
-    """The state before the first token of a target of up to `max_len` tokens. Steps need the memory no more."""
+    """The state before the first token of a target of up to `max_len` tokens. Steps need the memory
+    no more."""
     self._check_length(max_len)
     B = memory.mask_BS.shape[0]
     return DecoderState(self.decoder.begin(B, max_len, memory), jnp.zeros((B,), jnp.int32))
 
   def hidden(
-    self, tokens_BT: Int[Array, 'B T'], memory: Memory | None, ctx: Context = Context(), state: DecoderState | None = None,
+    self,
+    tokens_BT: Int[Array, 'B T'],
+    memory: Memory | None,
+    ctx: Context = Context(),
+    state: DecoderState | None = None,
   ) -> Output:
-    """The normed output of the decoder, `[B, T, D]`: what the head reads. With a state, the target continues from it, and `memory`
-    may be None."""
+    """The normed output of the decoder, `[B, T, D]`: what the head reads. With a state, the target
+    continues from it, and `memory` may be None."""
     B, T = tokens_BT.shape
     ctx = ctx.fold(1).replace(memory=memory)
-    positions = positions_BT(starts_BT(ctx.segments_BT, B, T), None if state is None else state.offset_B)
+    positions = positions_BT(
+      starts_BT(ctx.segments_BT, B, T), None if state is None else state.offset_B
+    )
     x = shard(self._embed(self.embedding, tokens_BT, positions, ctx), 'batch', 'time', 'embed')
-    # What is handed over stands in states; where nothing is, layers need none and keep no keys and values for later tokens.
+    # What is handed over stands in states; where nothing is, layers need none and keep no keys and
+    # values for later tokens.
     begun = state.stack if state is not None else self._begun(memory, T)
     out = self.decoder(x, ctx if state is not None else ctx.replace(fresh=begun is not None), begun)
     y = out.y if self.final_norm is None else self.final_norm(out.y)
-    return dataclasses.replace(out, y=y, state=None if state is None else DecoderState(out.state, positions[:, -1] + 1))
+    return dataclasses.replace(
+      out, y=y, state=None if state is None else DecoderState(out.state, positions[:, -1] + 1)
+    )
 
   def _begun(self, memory: Memory | None, length: int) -> tuple[State, ...] | None:
     if memory is None:
@@ -216,18 +290,26 @@ class EncoderDecoder(nnx.Module):
       x = x * self.config.embedding_scale
     if self.positions is not None:
       x = x + self.positions(positions).astype(x.dtype)
-    return dropout(x, self.config.dropout, ctx.fold(max(len(self.config.encoder), len(self.config.decoder))))
+    return dropout(
+      x, self.config.dropout, ctx.fold(max(len(self.config.encoder), len(self.config.decoder)))
+    )
 
   def _head(self) -> Array:
     return self.embedding[...].T if self.head is None else self.head[...]
 
   def _head_options(self) -> dict[str, Any]:
-    return {'bias_V': None if self.head_bias is None else self.head_bias[...], 'transposed': self.head is None}
+    return {
+      'bias_V': None if self.head_bias is None else self.head_bias[...],
+      'transposed': self.head is None,
+    }
 
-  # ---- the public face ------------------------------------------------------------------------------------------------
+  # ---- the public face -------------------------------------------------------------------------
 
-  def __call__(self, source_BS: Int[Array, 'B S'], tokens_BT: Int[Array, 'B T'], ctx: Context = Context()) -> Output:
-    """Logits of every position of the target, `[B, T, V]` in fp32. For training use `loss`, which never holds them all."""
+  def __call__(
+    self, source_BS: Int[Array, 'B S'], tokens_BT: Int[Array, 'B T'], ctx: Context = Context()
+  ) -> Output:
+    """Logits of every position of the target, `[B, T, V]` in fp32. For training use `loss`, which
+    never holds them all."""
     out = self._both(source_BS, tokens_BT, ctx)
     return dataclasses.replace(out, y=self.logits(out.y))
 
@@ -241,7 +323,9 @@ class EncoderDecoder(nnx.Module):
     x = shard(self._embed(self.embedding, token_B, state.offset_B, ctx), 'batch', 'embed')
     out = self.decoder(x, ctx, state.stack, one_token=True)
     y = out.y if self.final_norm is None else self.final_norm(out.y)
-    return dataclasses.replace(out, y=self.logits(y), state=DecoderState(out.state, state.offset_B + 1))
+    return dataclasses.replace(
+      out, y=self.logits(y), state=DecoderState(out.state, state.offset_B + 1)
+    )
 
   def logits(self, y: Float[Array, '*B D']) -> Float[Array, '*B V']:
     """The head alone: fp32 logits of hidden vectors."""
@@ -251,17 +335,29 @@ class EncoderDecoder(nnx.Module):
     return logits
 
   def loss(
-    self, batch: PairBatch, ctx: Context = Context(), z_loss: float = 0.0, label_smoothing: float = 0.0,
+    self,
+    batch: PairBatch,
+    ctx: Context = Context(),
+    z_loss: float = 0.0,
+    label_smoothing: float = 0.0,
   ) -> tuple[LossSums, dict[str, Array]]:
     """Sums of the loss over a batch, and the layers' auxiliary scalars."""
     out = self._both(batch.source_BS, batch.tokens_BT, ctx)
     sums = cross_entropy(
-      out.y, self._head(), jnp.asarray(batch.targets_BT), z_loss=z_loss, label_smoothing=label_smoothing, **self._head_options())
+      out.y,
+      self._head(),
+      jnp.asarray(batch.targets_BT),
+      z_loss=z_loss,
+      label_smoothing=label_smoothing,
+      **self._head_options(),
+    )
     return sums, out.aux
 
-  def scores(self, batch: PairBatch, ctx: Context = Context()) -> tuple[Float[Array, 'B T'], Bool[Array, 'B T']]:
-    """-log p(target) of every position, in nats, fp32, and whether no token is likelier; 0 and False where there is no target. Few
-    logits are held at a time."""
+  def scores(
+    self, batch: PairBatch, ctx: Context = Context()
+  ) -> tuple[Float[Array, 'B T'], Bool[Array, 'B T']]:
+    """-log p(target) of every position, in nats, fp32, and whether no token is likelier; 0 and
+    False where there is no target. Few logits are held at a time."""
     y_BTD = self._both(batch.source_BS, batch.tokens_BT, ctx).y
     return token_scores(y_BTD, self._head(), jnp.asarray(batch.targets_BT), **self._head_options())
 
@@ -271,8 +367,9 @@ def _backward(state: State) -> State:
 
 
 class _Order:
-  """The order in which the encoder reads a row: from the left with padding at the end; with padding at the beginning where the
-  states at the end are handed over, so that the last token makes them; or from the right."""
+  """The order in which the encoder reads a row: from the left with padding at the end; with padding
+  at the beginning where the states at the end are handed over, so that the last token makes them;
+  or from the right."""
 
   def __init__(self, mask_BS: Array, reverse: bool, last: bool):
     S = mask_BS.shape[1]
@@ -287,4 +384,6 @@ class _Order:
     return tokens_BS if self._there is None else jnp.take_along_axis(tokens_BS, self._there, axis=1)
 
   def back(self, y_BSC: Array) -> Array:
-    return y_BSC if self._back is None else jnp.take_along_axis(y_BSC, self._back[:, :, None], axis=1)
+    return (
+      y_BSC if self._back is None else jnp.take_along_axis(y_BSC, self._back[:, :, None], axis=1)
+    )

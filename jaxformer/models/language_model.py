@@ -13,7 +13,16 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxformer.config import Config, InputError
 from jaxformer.layers.init import Init, Normal
-from jaxformer.layers.layer import Context, LayerConfig, Output, Site, State, dropout, positions_BT, starts_BT
+from jaxformer.layers.layer import (
+  Context,
+  LayerConfig,
+  Output,
+  Site,
+  State,
+  dropout,
+  positions_BT,
+  starts_BT,
+)
 from jaxformer.layers.norm import NormConfig, RMSNorm
 from jaxformer.layers.position import PositionConfig
 from jaxformer.models.stack import Group, Stack, layers_of
@@ -23,7 +32,8 @@ from jaxformer.sharding import param, shard
 
 
 class TargetBatch(Protocol):
-  """What every model is trained on. `targets_BT` is -1 where there is nothing to predict; `segments_BT` may be None."""
+  """What every model is trained on. `targets_BT` is -1 where there is nothing to predict;
+  `segments_BT` may be None."""
 
   @property
   def targets_BT(self) -> Any: ...
@@ -39,7 +49,8 @@ class TokenBatch(TargetBatch, Protocol):
 
 
 class ModelConfig(Config, abstract=True):
-  """Base of the models' configs: `build` makes the module, `jaxformer.models.params.define` its structure without arrays."""
+  """Base of the models' configs: `build` makes the module, `jaxformer.models.params.define` its
+  structure without arrays."""
 
   context: int
 
@@ -48,7 +59,8 @@ class ModelConfig(Config, abstract=True):
 
   @property
   def longest(self) -> int | None:
-    """The longest sequence that the model can read; None where nothing but the context that it was meant for limits it."""
+    """The longest sequence that the model can read; None where nothing but the context that it was
+    meant for limits it."""
     positions: PositionConfig | None = getattr(self, 'positions', None)
     return self.context if positions is not None and positions.bounded else None
 
@@ -57,11 +69,13 @@ class ModelConfig(Config, abstract=True):
     raise NotImplementedError
 
   def state_size(self, max_len: int) -> int | None:
-    """How many numbers of state one sequence of up to `max_len` tokens needs in decoding; None for a model that does not decode."""
+    """How many numbers of state one sequence of up to `max_len` tokens needs in decoding; None for
+    a model that does not decode."""
     raise NotImplementedError
 
   def mixing_flops_per_token(self, length: int, causal: bool) -> float:
-    """Forward FLOPs a token that are no products with parameters (`LayerConfig.mixing_flops_per_token`), over all layers."""
+    """Forward FLOPs a token that are no products with parameters
+    (`LayerConfig.mixing_flops_per_token`), over all layers."""
     raise NotImplementedError
 
 
@@ -77,18 +91,19 @@ class LanguageModelState:
 class LanguageModel(nnx.Module):
   """p(token t | tokens before t) = softmax(head(norm(stack(embedding(tokens) + positions)))).
 
-  Token ids are not checked inside a compiled program: an id outside the vocabulary reads the nearest row. The data pipeline and
-  `generate` check before.
-  """
+  Token ids are not checked inside a compiled program: an id outside the vocabulary reads the
+  nearest row. The data pipeline and `generate` check before."""
 
   class Config(ModelConfig):
     """
     Attributes:
       vocab_size: rows of the embedding.
       width: of the residual stream.
-      context: the longest sequence that the model is meant for; the size of a table of learned positions.
+      context: the longest sequence that the model is meant for; the size of a table of learned
+        positions.
       stack: groups of blocks.
-      positions: added to the embeddings; None where layers know positions themselves, or do without.
+      positions: added to the embeddings; None where layers know positions themselves, or do
+        without.
       embedding_norm: norm right after the embedding (RWKV's ln0); None for none.
       embedding_scale: factor on the embeddings; None for 1.
       final_norm: norm before the head; None for none (post-norm stacks).
@@ -96,7 +111,8 @@ class LanguageModel(nnx.Module):
       head_bias: offsets on the logits.
       softcap: logits become c tanh(logits / c); None for none.
       dropout: rate on the embeddings.
-      embedding_init, head_init: initial values; `head_init` must be left alone where the head is tied.
+      embedding_init, head_init: initial values; `head_init` must be left alone where the head is
+        tied.
     """
 
     vocab_size: int
@@ -119,7 +135,11 @@ class LanguageModel(nnx.Module):
         self.require(getattr(self, field) > 0, field, 'positive')
       self.require(0 <= self.dropout < 1, 'dropout', 'at least 0 and below 1')
       self.require(self.softcap is None or self.softcap > 0, 'softcap', 'positive')
-      self.require(not (self.tied and self.head_init is not None), 'head_init', 'none where the head is tied to the embedding')
+      self.require(
+        not (self.tied and self.head_init is not None),
+        'head_init',
+        'none where the head is tied to the embedding',
+      )
 
     def build(self, rngs: nnx.Rngs) -> LanguageModel:
       return LanguageModel(self, rngs)
@@ -131,37 +151,55 @@ class LanguageModel(nnx.Module):
       return sum(n * layer.state_size(self.width, max_len) for layer, n in self.layers())
 
     def mixing_flops_per_token(self, length: int, causal: bool) -> float:
-      return sum(n * layer.mixing_flops_per_token(self.width, length, causal) for layer, n in self.layers())
+      return sum(
+        n * layer.mixing_flops_per_token(self.width, length, causal) for layer, n in self.layers()
+      )
 
   def __init__(self, config: LanguageModel.Config, rngs: nnx.Rngs):
     c = config
     self.config = c
     V, D, site = c.vocab_size, c.width, Site()
-    self.embedding = param(c.embedding_init(rngs.params(), (V, D), V, site), ('vocab', 'embed'), matmul=c.tied)
+    self.embedding = param(
+      c.embedding_init(rngs.params(), (V, D), V, site), ('vocab', 'embed'), matmul=c.tied
+    )
     self.positions = None if c.positions is None else c.positions.build(D, c.context, rngs)
     self.embedding_norm = None if c.embedding_norm is None else c.embedding_norm.build(D)
     self.stack = Stack(c.stack, D, rngs)
     self.final_norm = None if c.final_norm is None else c.final_norm.build(D)
     head_init = c.head_init or Normal()
-    self.head = None if c.tied else param(head_init(rngs.params(), (D, V), D, site), ('embed', 'vocab'))
+    self.head = (
+      None if c.tied else param(head_init(rngs.params(), (D, V), D, site), ('embed', 'vocab'))
+    )
     self.head_bias = param(jnp.zeros(V), ('vocab',), decay=False) if c.head_bias else None
 
-  # ---- pieces ---------------------------------------------------------------------------------------------------------
+  # ---- pieces ----------------------------------------------------------------------------------
 
   def init_state(self, batch: int, max_len: int) -> LanguageModelState:
     """The state before the first token, for sequences of up to `max_len` tokens."""
     if self.config.longest is not None and max_len > self.config.longest:
       raise InputError(
-        f'a sequence of {max_len} tokens is longer than the {self.config.longest} positions that the model has learned')
+        f'a sequence of {max_len} tokens is longer than the {self.config.longest} positions that '
+        'the model has learned'
+      )
     return LanguageModelState(self.stack.init_state(batch, max_len), jnp.zeros((batch,), jnp.int32))
 
-  def hidden(self, tokens_BT: Int[Array, 'B T'], ctx: Context = Context(), state: LanguageModelState | None = None) -> Output:
-    """The normed output of the stack, `[B, T, D]`: what the head reads. With a state, the sequence continues from it."""
-    positions = positions_BT(starts_BT(ctx.segments_BT, *tokens_BT.shape), None if state is None else state.offset_B)
+  def hidden(
+    self,
+    tokens_BT: Int[Array, 'B T'],
+    ctx: Context = Context(),
+    state: LanguageModelState | None = None,
+  ) -> Output:
+    """The normed output of the stack, `[B, T, D]`: what the head reads. With a state, the sequence
+    continues from it."""
+    positions = positions_BT(
+      starts_BT(ctx.segments_BT, *tokens_BT.shape), None if state is None else state.offset_B
+    )
     x = shard(self._embed(tokens_BT, positions, ctx), 'batch', 'time', 'embed')
     out = self.stack(x, ctx, None if state is None else state.stack)
     y = out.y if self.final_norm is None else self.final_norm(out.y)
-    return dataclasses.replace(out, y=y, state=None if state is None else LanguageModelState(out.state, positions[:, -1] + 1))
+    return dataclasses.replace(
+      out, y=y, state=None if state is None else LanguageModelState(out.state, positions[:, -1] + 1)
+    )
 
   def _embed(self, tokens: Array, positions: Array, ctx: Context) -> Array:
     x = jnp.take(self.embedding[...], tokens, axis=0, mode='clip')
@@ -180,10 +218,16 @@ class LanguageModel(nnx.Module):
     bias = None if self.head_bias is None else self.head_bias[...]
     return {'bias_V': bias, 'softcap': self.config.softcap, 'transposed': self.head is None}
 
-  # ---- the public face ------------------------------------------------------------------------------------------------
+  # ---- the public face -------------------------------------------------------------------------
 
-  def __call__(self, tokens_BT: Int[Array, 'B T'], ctx: Context = Context(), state: LanguageModelState | None = None) -> Output:
-    """Logits of every position, `[B, T, V]` in fp32. For training use `loss`, which never holds them all."""
+  def __call__(
+    self,
+    tokens_BT: Int[Array, 'B T'],
+    ctx: Context = Context(),
+    state: LanguageModelState | None = None,
+  ) -> Output:
+    """Logits of every position, `[B, T, V]` in fp32. For training use `loss`, which never holds
+    them all."""
     out = self.hidden(tokens_BT, ctx, state)
     return dataclasses.replace(out, y=self.logits(out.y))
 
@@ -192,7 +236,9 @@ class LanguageModel(nnx.Module):
     x = shard(self._embed(token_B, state.offset_B, ctx), 'batch', 'embed')
     out = self.stack(x, ctx, state.stack, one_token=True)
     y = out.y if self.final_norm is None else self.final_norm(out.y)
-    return dataclasses.replace(out, y=self.logits(y), state=LanguageModelState(out.state, state.offset_B + 1))
+    return dataclasses.replace(
+      out, y=self.logits(y), state=LanguageModelState(out.state, state.offset_B + 1)
+    )
 
   def logits(self, y: Float[Array, '*B D']) -> Float[Array, '*B V']:
     """The head alone: fp32 logits of hidden vectors."""
@@ -203,18 +249,33 @@ class LanguageModel(nnx.Module):
     return logits if c is None else c * jnp.tanh(logits / c)
 
   def loss(
-    self, batch: TokenBatch, ctx: Context = Context(), z_loss: float = 0.0, label_smoothing: float = 0.0,
+    self,
+    batch: TokenBatch,
+    ctx: Context = Context(),
+    z_loss: float = 0.0,
+    label_smoothing: float = 0.0,
   ) -> tuple[LossSums, dict[str, Array]]:
     """Sums of the loss over a batch, and the layers' auxiliary scalars."""
     out = self.hidden(batch.tokens_BT, ctx.replace(segments_BT=batch.segments_BT))
     if label_smoothing and self.config.softcap is not None:
-      raise InputError(f'training.label_smoothing = {label_smoothing}: must be 0 where model.softcap bends the logits')
+      raise InputError(
+        f'training.label_smoothing = {label_smoothing}: must be 0 where model.softcap bends the '
+        'logits'
+      )
     sums = cross_entropy(
-      out.y, self._head(), jnp.asarray(batch.targets_BT), z_loss=z_loss, label_smoothing=label_smoothing, **self._head_options())
+      out.y,
+      self._head(),
+      jnp.asarray(batch.targets_BT),
+      z_loss=z_loss,
+      label_smoothing=label_smoothing,
+      **self._head_options(),
+    )
     return sums, out.aux
 
-  def scores(self, batch: TokenBatch, ctx: Context = Context()) -> tuple[Float[Array, 'B T'], Bool[Array, 'B T']]:
-    """-log p(target) of every position, in nats, fp32, and whether no token is likelier; 0 and False where there is no target. Few
-    logits are held at a time."""
+  def scores(
+    self, batch: TokenBatch, ctx: Context = Context()
+  ) -> tuple[Float[Array, 'B T'], Bool[Array, 'B T']]:
+    """-log p(target) of every position, in nats, fp32, and whether no token is likelier; 0 and
+    False where there is no target. Few logits are held at a time."""
     y_BTD = self.hidden(batch.tokens_BT, ctx.replace(segments_BT=batch.segments_BT)).y
     return token_scores(y_BTD, self._head(), jnp.asarray(batch.targets_BT), **self._head_options())

@@ -1,9 +1,8 @@
 """A model as a pure function of a flat dictionary of arrays.
 
-Modules are built once to learn their structure; training, checkpoints and weight conversion see `{name: array}`, which costs
-the least to dispatch, reads well in a checkpoint, and needs no library to walk. `Definition.merge` makes a module of it again,
-inside a jitted function.
-"""
+Modules are built once to learn their structure; training, checkpoints and weight conversion see
+`{name: array}`, which costs the least to dispatch, reads well in a checkpoint, and needs no library
+to walk. `Definition.merge` makes a module of it again, inside a jitted function."""
 
 from __future__ import annotations
 
@@ -33,7 +32,8 @@ class Buildable(Protocol[M_co]):
 
 @dataclasses.dataclass(frozen=True)
 class ParamInfo:
-  """A parameter without its value; the fields after `dtype` are those of `jaxformer.sharding.param`."""
+  """A parameter without its value; the fields after `dtype` are those of
+  `jaxformer.sharding.param`."""
 
   shape: tuple[int, ...]
   dtype: Any
@@ -56,42 +56,57 @@ class ParamInfo:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Definition(Generic[M_co]):
-  """The structure of a model: what is needed to initialise it, to run it, and to say what it costs, without any array.
+  """The structure of a model: what is needed to initialise it, to run it, and to say what it costs,
+  without any array.
 
-  Definitions compare by identity, so that one can be a static argument of a jitted function; `define` gives the same one for
-  the same config.
+  Definitions compare by identity, so that one can be a static argument of a jitted function;
+  `define` gives the same one for the same config.
 
   Attributes:
     config: of the model or layer that was built.
     info: every parameter by name, in a fixed order.
   """
 
-  config: Any   # a Buildable[M_co] with fields of its own
+  config: Any  # a Buildable[M_co] with fields of its own
   info: dict[str, ParamInfo]
   _graph: Any = dataclasses.field(repr=False)
   _tree: Any = dataclasses.field(repr=False)
 
   def merge(self, params: Params) -> M_co:
     """The module with these values for parameters."""
-    return nnx.merge(self._graph, jax.tree.unflatten(self._tree, [params[name] for name in self.info]))
+    return nnx.merge(
+      self._graph, jax.tree.unflatten(self._tree, [params[name] for name in self.info])
+    )
 
-  def init(self, key: Array, mesh: Mesh | None = None, rules: Rules | str = 'fsdp_tensor') -> Params:
+  def init(
+    self, key: Array, mesh: Mesh | None = None, rules: Rules | str = 'fsdp_tensor'
+  ) -> Params:
     """Initial values; on a mesh they are born sharded, and equal to those made on one device."""
     where = None if mesh is None else tuple(self.shardings(mesh, rules).values())
     return dict(zip(self.info, _initialiser(self, where)(key), strict=True))
 
   def shardings(self, mesh: Mesh, rules: Rules | str) -> dict[str, jax.sharding.NamedSharding]:
-    """Where each parameter lives. Raises `InputError` for a mesh axis that does not divide a dimension."""
-    return {name: param_sharding(mesh, rules, name, i.axes, i.shape) for name, i in self.info.items()}
+    """Where each parameter lives. Raises `InputError` for a mesh axis that does not divide a
+    dimension."""
+    return {
+      name: param_sharding(mesh, rules, name, i.axes, i.shape) for name, i in self.info.items()
+    }
 
-  def abstract(self, mesh: Mesh | None = None, rules: Rules | str = 'fsdp_tensor') -> dict[str, jax.ShapeDtypeStruct]:
+  def abstract(
+    self, mesh: Mesh | None = None, rules: Rules | str = 'fsdp_tensor'
+  ) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes, dtypes and, with a mesh, shardings."""
     where = dict.fromkeys(self.info) if mesh is None else self.shardings(mesh, rules)
-    return {name: jax.ShapeDtypeStruct(i.shape, i.dtype, sharding=where[name]) for name, i in self.info.items()}
+    return {
+      name: jax.ShapeDtypeStruct(i.shape, i.dtype, sharding=where[name])
+      for name, i in self.info.items()
+    }
 
   def cast(self, params: Params, dtype: Any) -> Params:
     """The parameters in the compute dtype, those marked `full_precision` left in fp32."""
-    return {name: p if self.info[name].full_precision else p.astype(dtype) for name, p in params.items()}
+    return {
+      name: p if self.info[name].full_precision else p.astype(dtype) for name, p in params.items()
+    }
 
   @property
   def size(self) -> int:
@@ -106,10 +121,10 @@ class Definition(Generic[M_co]):
 
 @functools.lru_cache(maxsize=64)
 def _initialiser(
-  definition: Definition, where: tuple[jax.sharding.NamedSharding, ...] | None,
+  definition: Definition, where: tuple[jax.sharding.NamedSharding, ...] | None
 ) -> Callable[[Array], tuple[Array, ...]]:
-  """Compiled once for all keys, and on a CPU without LLVM's optimisations: for a small model compiling takes as long as its first
-  ten steps, and running nothing."""
+  """Compiled once for all keys, and on a CPU without LLVM's optimisations: for a small model
+  compiling takes as long as its first ten steps, and running nothing."""
   device = jax.devices()[0] if where is None else next(iter(where[0].device_set))
   options = {'xla_backend_optimization_level': 0} if device.platform == 'cpu' else None
 
@@ -121,13 +136,22 @@ def _initialiser(
 
 @functools.lru_cache(maxsize=64)
 def define(config: Buildable[M_co]) -> Definition[M_co]:
-  """The structure of a config, found from abstract shapes: no parameter is allocated, whatever the size."""
-  graph, state = nnx.split(nnx.eval_shape(lambda key: config.build(nnx.Rngs(params=key)), _abstract_key()))
+  """The structure of a config, found from abstract shapes: no parameter is allocated, whatever the
+  size."""
+  graph, state = nnx.split(
+    nnx.eval_shape(lambda key: config.build(nnx.Rngs(params=key)), _abstract_key())
+  )
   info = {}
   for path, variable in nnx.to_flat_state(state):
     meta = variable.get_metadata()
-    fields = {f.name: meta[f.name] for f in dataclasses.fields(ParamInfo) if f.name not in ('shape', 'dtype')}
-    info['.'.join(map(str, path))] = ParamInfo(tuple(variable.shape), jnp.dtype(variable.dtype), **fields)
+    fields = {
+      f.name: meta[f.name]
+      for f in dataclasses.fields(ParamInfo)
+      if f.name not in ('shape', 'dtype')
+    }
+    info['.'.join(map(str, path))] = ParamInfo(
+      tuple(variable.shape), jnp.dtype(variable.dtype), **fields
+    )
   return Definition(config, info, graph, jax.tree.structure(state))
 
 
@@ -136,18 +160,24 @@ def _abstract_key() -> jax.ShapeDtypeStruct:
 
 
 def stacked(build: Any, count: int, rngs: nnx.Rngs, first: int, stride: int) -> Any:
-  """`count` modules made by `build(rngs, layer)` as one whose parameters have a leading `layers` axis.
+  """`count` modules made by `build(rngs, layer)` as one whose parameters have a leading `layers`
+  axis.
 
   `layer` is traced: `first`, `first + stride`, ...
   """
-  graphs = []   # of the one trace: tracing takes nearly all of the time of `define`
+  graphs = []  # of the one trace: tracing takes nearly all of the time of `define`
 
   def state(key: Array, layer: Array):
     graph, values = nnx.split(build(nnx.Rngs(params=key), layer))
     graphs.append(graph)
     return values
 
-  values = jax.vmap(state)(jax.random.split(rngs.params(), count), first + stride * jnp.arange(count))
+  values = jax.vmap(state)(
+    jax.random.split(rngs.params(), count), first + stride * jnp.arange(count)
+  )
   values = jax.tree.map(
-    lambda v: v.replace(axes=('layers', *v.get_metadata()['axes'])), values, is_leaf=lambda v: isinstance(v, nnx.Variable))
+    lambda v: v.replace(axes=('layers', *v.get_metadata()['axes'])),
+    values,
+    is_leaf=lambda v: isinstance(v, nnx.Variable),
+  )
   return nnx.merge(graphs[0], values)

@@ -1,4 +1,5 @@
-"""Scaled dot-product attention behind one function, `attention`, with a backend for each kind of machine.
+"""Scaled dot-product attention behind one function, `attention`, with a backend for each kind of
+machine.
 
 Dims: B batch, T queries, S keys, H query heads, G key/value heads (H = G x group), K head dim.
 """
@@ -13,33 +14,64 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxformer import sharding
-from jaxformer.ops.attention_backends import attention_cudnn, attention_splash, attention_xla, cudnn_unfit, splash_unfit, xla_unfit
+from jaxformer.ops.attention_backends import (
+  attention_cudnn,
+  attention_splash,
+  attention_xla,
+  cudnn_unfit,
+  splash_unfit,
+  xla_unfit,
+)
 from jaxformer.ops.attention_chunked import SAVED, attention_chunked, attention_unrolled
 from jaxformer.ops.attention_context import attention_over_time
 from jaxformer.ops.context import time_axes
 from jaxformer.ops.masks import MASKED, Mask
 from jaxformer.ops.route import forced
 
-__all__ = ['BACKENDS', 'MASKED', 'SAVED', 'Mask', 'attention', 'attention_naive', 'attention_weights', 'choose', 'unfit']
+__all__ = [
+  'BACKENDS',
+  'MASKED',
+  'SAVED',
+  'Mask',
+  'attention',
+  'attention_naive',
+  'attention_weights',
+  'choose',
+  'unfit',
+]
 
 _Shaped = Array | jax.ShapeDtypeStruct
 
-_SHORT = 16                   # up to so many queries (decoding) the logits of the naive form are small
-_SMALL_BYTES = 16 * 2**20     # and so they are up to this size, where no other backend is at home
-_UNROLLED_T = 1024            # the longest sequence that a CPU does in a few unrolled blocks; at 2048 chunked is faster
+# up to so many queries (decoding) the logits of the naive form are small
+_SHORT = 16
+_SMALL_BYTES = 16 * 2**20  # and so they are up to this size, where no other backend is at home
+# the longest sequence that a CPU does in a few unrolled blocks; at 2048 chunked is faster
+_UNROLLED_T = 1024
 
 
 def attention_naive(
-  q: Float[Array, 'B T H K'], k: Float[Array, 'B S G K'], v: Float[Array, 'B S G K'], mask: Mask, *,
-  scale: float, softcap: float | None = None, slopes_H: Float[Array, ' H'] | None = None,
+  q: Float[Array, 'B T H K'],
+  k: Float[Array, 'B S G K'],
+  v: Float[Array, 'B S G K'],
+  mask: Mask,
+  *,
+  scale: float,
+  softcap: float | None = None,
+  slopes_H: Float[Array, ' H'] | None = None,
 ) -> Float[Array, 'B T H K']:
-  """softmax(scale q k^T + bias) v over the keys that `mask` lets through (Vaswani et al. 2017, eq. 1), logits in fp32.
+  """softmax(scale q k^T + bias) v over the keys that `mask` lets through (Vaswani et al. 2017, eq.
+  1), logits in fp32.
 
-  Query head h uses key/value head h // (H / G). With `softcap` c the logits become c tanh(logits / c) (Gemma 2). With ALiBi
-  `slopes_H` m, -m |t - s| is added to the logit of key s for query t (Press et al. 2022, section 3).
-  """
+  Query head h uses key/value head h // (H / G). With `softcap` c the logits become c tanh(logits /
+  c) (Gemma 2). With ALiBi `slopes_H` m, -m |t - s| is added to the logit of key s for query t
+  (Press et al. 2022, section 3)."""
   (B, T, H, K), (S, G) = q.shape, k.shape[1:3]
-  a = jnp.einsum('BTGRK,BSGK->BGRTS', q.reshape(B, T, G, H // G, K), k, preferred_element_type=jnp.float32) * scale
+  a = (
+    jnp.einsum(
+      'BTGRK,BSGK->BGRTS', q.reshape(B, T, G, H // G, K), k, preferred_element_type=jnp.float32
+    )
+    * scale
+  )
   if softcap is not None:
     a = softcap * jnp.tanh(a / softcap)
   if slopes_H is not None:
@@ -53,21 +85,29 @@ def attention_naive(
 
 
 def attention_weights(
-  q: Float[Array, 'B T H K'], k: Float[Array, 'B S G K'], mask: Mask, *, scale: float,
+  q: Float[Array, 'B T H K'], k: Float[Array, 'B S G K'], mask: Mask, *, scale: float
 ) -> Float[Array, 'B H T S']:
-  """softmax(scale q k^T) over the keys that `mask` lets through, fp32, all of it in memory: for looking at, and for layers whose
-  attention is small. A query that sees no key has zeros."""
+  """softmax(scale q k^T) over the keys that `mask` lets through, fp32, all of it in memory: for
+  looking at, and for layers whose attention is small. A query that sees no key has zeros."""
   (B, T, H, K), (S, G) = q.shape, k.shape[1:3]
-  a = jnp.einsum('BTGRK,BSGK->BGRTS', q.reshape(B, T, G, H // G, K), k.astype(q.dtype), preferred_element_type=jnp.float32) * scale
+  a = (
+    jnp.einsum(
+      'BTGRK,BSGK->BGRTS',
+      q.reshape(B, T, G, H // G, K),
+      k.astype(q.dtype),
+      preferred_element_type=jnp.float32,
+    )
+    * scale
+  )
   seen = mask.dense(T, S)[:, None, None]
   p = jnp.where(seen, jax.nn.softmax(jnp.where(seen, a, MASKED), axis=-1), 0.0)
   return p.reshape(B, H, T, S)
 
 
 BACKENDS = {
-  'naive': attention_naive,         # all cases, B H T S logits in memory
-  'chunked': attention_chunked,     # all cases, memory linear in T and S
-  'unrolled': attention_unrolled,   # aligned masks; the fast one on a CPU
+  'naive': attention_naive,  # all cases, B H T S logits in memory
+  'chunked': attention_chunked,  # all cases, memory linear in T and S
+  'unrolled': attention_unrolled,  # aligned masks; the fast one on a CPU
   'xla': attention_xla,
   'cudnn': attention_cudnn,
   'splash': attention_splash,
@@ -75,8 +115,13 @@ BACKENDS = {
 
 
 def unfit(
-  backend: str, q: Float[_Shaped, 'B T H K'], k: Float[_Shaped, 'B S G K'], mask: Mask, *,
-  softcap: float | None = None, slopes_H: Float[Array, ' H'] | None = None,
+  backend: str,
+  q: Float[_Shaped, 'B T H K'],
+  k: Float[_Shaped, 'B S G K'],
+  mask: Mask,
+  *,
+  softcap: float | None = None,
+  slopes_H: Float[Array, ' H'] | None = None,
 ) -> str | None:
   """Why a backend cannot do this on `sharding.platform()`, in words; None when it can."""
   if backend == 'unrolled':
@@ -84,40 +129,58 @@ def unfit(
   if backend == 'xla':
     return xla_unfit(q, k, mask, softcap, slopes_H)
   if backend in ('cudnn', 'splash'):
-    return (cudnn_unfit if backend == 'cudnn' else splash_unfit)(q, k, mask, softcap, slopes_H, sharding.platform())
+    return (cudnn_unfit if backend == 'cudnn' else splash_unfit)(
+      q, k, mask, softcap, slopes_H, sharding.platform()
+    )
   if backend not in BACKENDS:
     raise ValueError(f'unknown attention backend {backend!r}; known: {", ".join(BACKENDS)}')
   return None
 
 
 def choose(
-  q: Float[_Shaped, 'B T H K'], k: Float[_Shaped, 'B S G K'], mask: Mask, *,
-  softcap: float | None = None, slopes_H: Float[Array, ' H'] | None = None,
+  q: Float[_Shaped, 'B T H K'],
+  k: Float[_Shaped, 'B S G K'],
+  mask: Mask,
+  *,
+  softcap: float | None = None,
+  slopes_H: Float[Array, ' H'] | None = None,
 ) -> str:
-  """The backend for these shapes (arrays or `ShapeDtypeStruct`s) and this mask on `sharding.platform()`.
+  """The backend for these shapes (arrays or `ShapeDtypeStruct`s) and this mask on
+  `sharding.platform()`.
 
-  Few queries (decoding): naive. A TPU: splash, a GPU: cuDNN, where they can. A CPU: unrolled, where the mask is aligned and the
-  length moderate. Else naive where its logits are small, and chunked, which can do everything.
-  """
+  Few queries (decoding): naive. A TPU: splash, a GPU: cuDNN, where they can. A CPU: unrolled, where
+  the mask is aligned and the length moderate. Else naive where its logits are small, and chunked,
+  which can do everything."""
   (B, T, H, _), S = q.shape, k.shape[1]
   if T <= _SHORT:
     return 'naive'
   platform = sharding.platform()
   own = {'tpu': 'splash', 'gpu': 'cudnn', 'cpu': 'unrolled'}[platform]
-  if unfit(own, q, k, mask, softcap=softcap, slopes_H=slopes_H) is None and (platform != 'cpu' or max(T, S) <= _UNROLLED_T):
+  if unfit(own, q, k, mask, softcap=softcap, slopes_H=slopes_H) is None and (
+    platform != 'cpu' or max(T, S) <= _UNROLLED_T
+  ):
     return own
   return 'naive' if 4 * B * H * T * S <= _SMALL_BYTES else 'chunked'
 
 
 def attention(
-  q: Float[Array, 'B T H K'], k: Float[Array, 'B S G K'], v: Float[Array, 'B S G K'], mask: Mask, *,
-  scale: float, softcap: float | None = None, slopes_H: Float[Array, ' H'] | None = None, backend: str | None = None,
+  q: Float[Array, 'B T H K'],
+  k: Float[Array, 'B S G K'],
+  v: Float[Array, 'B S G K'],
+  mask: Mask,
+  *,
+  scale: float,
+  softcap: float | None = None,
+  slopes_H: Float[Array, ' H'] | None = None,
+  backend: str | None = None,
 ) -> Float[Array, 'B T H K']:
-  """Attention by the backend that suits the machine, the shapes and the mask (`choose`); see `attention_naive` for the meaning.
+  """Attention by the backend that suits the machine, the shapes and the mask (`choose`); see
+  `attention_naive` for the meaning.
 
-  `slopes_H` are constants: no gradient flows to them. A query that sees no key gives zeros. `backend` forces a row of `BACKENDS`
-  and raises `ValueError` where it cannot do the case. `chunked` and `splash` give output and logsumexp the checkpoint name `SAVED`.
-  """
+  `slopes_H` are constants: no gradient flows to them. A query that sees no key gives zeros.
+    `backend` forces a row of `BACKENDS`
+  and raises `ValueError` where it cannot do the case. `chunked` and `splash` give output and
+  logsumexp the checkpoint name `SAVED`."""
   if q.shape[2] % k.shape[2]:
     raise ValueError(f'{q.shape[2]} query heads are no multiple of {k.shape[2]} key/value heads')
   if slopes_H is not None:
@@ -136,27 +199,49 @@ def attention(
   elif why := unfit(backend, q, k, mask, softcap=softcap, slopes_H=slopes_H):
     raise ValueError(f'attention backend {backend!r} cannot do this: {why}')
   elif divided > 1 and backend not in ('naive', 'chunked'):
-    raise ValueError(f'attention backend {backend!r} cannot do this: the mesh divides the queries over time')
+    raise ValueError(
+      f'attention backend {backend!r} cannot do this: the mesh divides the queries over time'
+    )
   if backend == 'naive':
     return attention_naive(q, k, v, mask, scale=scale, softcap=softcap, slopes_H=slopes_H)
-  if divided > 1:   # a shard's positions are no longer 0..T-1
+  if divided > 1:  # a shard's positions are no longer 0..T-1
     t, s = mask.positions(q.shape[1], k.shape[1])
     mask = dataclasses.replace(mask, index_T=t, index_S=s, key_segments_BS=mask.keys())
   k, v = _divisible(k, q.shape[2]), _divisible(v, q.shape[2])
 
   def local(q, k, v, segments_BT, key_segments_BS, index_T, index_S, slopes_H):
-    here = dataclasses.replace(mask, segments_BT=segments_BT, key_segments_BS=key_segments_BS, index_T=index_T, index_S=index_S)
+    here = dataclasses.replace(
+      mask,
+      segments_BT=segments_BT,
+      key_segments_BS=key_segments_BS,
+      index_T=index_T,
+      index_S=index_S,
+    )
     return BACKENDS[backend](q, k, v, here, scale=scale, softcap=softcap, slopes_H=slopes_H)
 
   whole = ('batch', None, 'kv_heads', None)
   mapped = sharding.per_shard(
-    local, (('batch', 'time', 'heads', None), whole, whole, ('batch', 'time'), ('batch', None), ('time',), (None,), ('heads',)),
-    ('batch', 'time', 'heads', None))
-  return mapped(q, k, v, mask.segments_BT, mask.key_segments_BS, mask.index_T, mask.index_S, slopes_H)
+    local,
+    (
+      ('batch', 'time', 'heads', None),
+      whole,
+      whole,
+      ('batch', 'time'),
+      ('batch', None),
+      ('time',),
+      (None,),
+      ('heads',),
+    ),
+    ('batch', 'time', 'heads', None),
+  )
+  return mapped(
+    q, k, v, mask.segments_BT, mask.key_segments_BS, mask.index_T, mask.index_S, slopes_H
+  )
 
 
 def _divisible(x: Float[Array, 'B S G K'], H: int) -> Float[Array, 'B S g K']:
-  """Key/value heads repeated until the mesh divides them like the query heads: each shard then has the keys of its queries."""
+  """Key/value heads repeated until the mesh divides them like the query heads: each shard then has
+  the keys of its queries."""
   G, parts = x.shape[2], sharding.shards('heads', H)
   repeats = math.lcm(G, parts) // G
   return x if repeats == 1 else jnp.repeat(x, repeats, axis=2)

@@ -1,7 +1,9 @@
 """Attention by kernels of others: XLA's composition, cuDNN on a GPU, splash attention on a TPU.
 
-Each has the signature of `attention_naive` and takes what its `*_unfit` function has passed: a reason in words why the backend
-cannot do a case, or None. Dims: B batch, T queries, S keys, H query heads, G key/value heads, K head dim.
+Each has the signature of `attention_naive` and takes what its `*_unfit` function has passed: a
+reason in words why the backend
+cannot do a case, or None. Dims: B batch, T queries, S keys, H query heads, G key/value heads, K
+  head dim.
 """
 
 from __future__ import annotations
@@ -17,8 +19,9 @@ from jaxformer.ops.attention_chunked import SAVED
 from jaxformer.ops.masks import Mask
 
 _LANES = 128
-# The fused backward kernel spares two products in seven and writes one dq per block of keys: memory that grows with the square
-# of the length. Above four blocks (T = 8192, B4 H16 K128: 1,413 MiB against 775) dq gets a kernel of its own.
+# The fused backward kernel spares two products in seven and writes one dq per block of keys: memory
+# that grows with the square of the length. Above four blocks (T = 8192, B4 H16 K128: 1,413 MiB
+# against 775) dq gets a kernel of its own.
 _FUSED_BLOCKS = 4
 
 
@@ -30,24 +33,43 @@ def _window(mask: Mask) -> tuple[int, int] | None:
 def xla_unfit(q, k, mask: Mask, softcap: float | None, slopes_H) -> str | None:
   if softcap is not None or slopes_H is not None:
     return 'it has no soft cap and no ALiBi'
-  return 'it takes no segments and no positions' if not mask.aligned or mask.segments_BT is not None else None
+  return (
+    'it takes no segments and no positions'
+    if not mask.aligned or mask.segments_BT is not None
+    else None
+  )
 
 
 def attention_xla(
-  q: Float[Array, 'B T H K'], k: Float[Array, 'B S G K'], v: Float[Array, 'B S G K'], mask: Mask, *,
-  scale: float, softcap: float | None = None, slopes_H: Float[Array, ' H'] | None = None,
+  q: Float[Array, 'B T H K'],
+  k: Float[Array, 'B S G K'],
+  v: Float[Array, 'B S G K'],
+  mask: Mask,
+  *,
+  scale: float,
+  softcap: float | None = None,
+  slopes_H: Float[Array, ' H'] | None = None,
   implementation: Literal['xla', 'cudnn'] = 'xla',
 ) -> Float[Array, 'B T H K']:
-  """`jax.nn.dot_product_attention`; structure is told by arguments, as an explicit mask array makes cuDNN several times slower."""
+  """`jax.nn.dot_product_attention`; structure is told by arguments, as an explicit mask array makes
+  cuDNN several times slower."""
   return jax.nn.dot_product_attention(
-    q, k, v, scale=scale, is_causal=mask.causal, local_window_size=_window(mask), implementation=implementation)
+    q,
+    k,
+    v,
+    scale=scale,
+    is_causal=mask.causal,
+    local_window_size=_window(mask),
+    implementation=implementation,
+  )
 
 
 attention_cudnn = functools.partial(attention_xla, implementation='cudnn')
 
 
 def cudnn_unfit(q, k, mask: Mask, softcap: float | None, slopes_H, platform: str) -> str | None:
-  """Why cuDNN's flash attention cannot do this; 256 head dims need Hopper, which shapes do not tell, so 128 is the limit here."""
+  """Why cuDNN's flash attention cannot do this; 256 head dims need Hopper, which shapes do not
+  tell, so 128 is the limit here."""
   if platform != 'gpu':
     return f'it runs on a GPU, not on a {platform}'
   if q.dtype not in (jnp.bfloat16, jnp.float16):
@@ -67,7 +89,11 @@ def splash_unfit(q, k, mask: Mask, softcap: float | None, slopes_H, platform: st
     return f'it runs on a TPU, not on a {platform}'
   if slopes_H is not None:
     return 'it has no ALiBi'
-  if not mask.aligned or mask.key_segments_BS is not None or (mask.segments_BT is not None and T != S):
+  if (
+    not mask.aligned
+    or mask.key_segments_BS is not None
+    or (mask.segments_BT is not None and T != S)
+  ):
     return 'it needs keys and queries at the same positions'
   if mask.causal and T != S:
     return 'its causal mask needs as many keys as queries'
@@ -82,11 +108,18 @@ def _block(size: int) -> int:
 
 
 def attention_splash(
-  q: Float[Array, 'B T H K'], k: Float[Array, 'B S G K'], v: Float[Array, 'B S G K'], mask: Mask, *,
-  scale: float, softcap: float | None = None, slopes_H: Float[Array, ' H'] | None = None, interpret: bool = False,
+  q: Float[Array, 'B T H K'],
+  k: Float[Array, 'B S G K'],
+  v: Float[Array, 'B S G K'],
+  mask: Mask,
+  *,
+  scale: float,
+  softcap: float | None = None,
+  slopes_H: Float[Array, ' H'] | None = None,
+  interpret: bool = False,
 ) -> Float[Array, 'B T H K']:
-  """Splash attention, the block-sparse flash attention kernel that comes with JAX. It saves output and logsumexp under the name
-  `SAVED`. The scale is applied to q, in fp32 and rounded back."""
+  """Splash attention, the block-sparse flash attention kernel that comes with JAX. It saves output
+  and logsumexp under the name `SAVED`. The scale is applied to q, in fp32 and rounded back."""
   from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
   from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
@@ -99,11 +132,21 @@ def attention_splash(
   bq, bk = _block(T), _block(S)
   fused = S // bk <= _FUSED_BLOCKS
   sizes = kernels.BlockSizes(
-    block_q=bq, block_kv=bk, block_q_dkv=bq, block_kv_dkv=bk, use_fused_bwd_kernel=fused,
-    block_q_dq=None if fused else bq, block_kv_dq=None if fused else bk)
+    block_q=bq,
+    block_kv=bk,
+    block_q_dkv=bq,
+    block_kv_dkv=bk,
+    use_fused_bwd_kernel=fused,
+    block_q_dq=None if fused else bq,
+    block_kv_dq=None if fused else bk,
+  )
   kernel = kernels.make_splash_mha_single_device(
-    masks.MultiHeadMask([one] * H), block_sizes=sizes, attn_logits_soft_cap=softcap, residual_checkpoint_name=SAVED,
-    interpret=interpret)
+    masks.MultiHeadMask([one] * H),
+    block_sizes=sizes,
+    attn_logits_soft_cap=softcap,
+    residual_checkpoint_name=SAVED,
+    interpret=interpret,
+  )
   q = (q.astype(jnp.float32) * scale).astype(q.dtype)
   q, k, v = (x.transpose(0, 2, 1, 3) for x in (q, k, v))
   if mask.segments_BT is None:

@@ -1,18 +1,20 @@
-"""Attention in memory linear in the length, in plain JAX, with VJPs of their own (FlashAttention-2, Dao 2023).
+"""Attention in memory linear in the length, in plain JAX, with VJPs of their own (FlashAttention-2,
+Dao 2023).
 
-Saved for the backward pass: the output and one logsumexp per query, L_t = log sum_s exp(a_ts). With P = exp(A - L) recomputed
+Saved for the backward pass: the output and one logsumexp per query, L_t = log sum_s exp(a_ts). With
+  P = exp(A - L) recomputed
 block by block, delta_t = sum_K dO_tK O_tK:
 
   dV = P^T dO,   dA = P * (dO V^T - delta),   dQ = scale dA K,   dK = scale dA^T Q
 
-`chunked` loops over blocks of queries and keys and skips the pairs whose mask is empty; it does all that the naive form does.
-`unrolled` is for CPUs and lengths of some thousands: a few blocks of queries, each against just the keys it can see, with
-slices known when the program is built.
+`chunked` loops over blocks of queries and keys and skips the pairs whose mask is empty; it does all
+that the naive form does. `unrolled` is for CPUs and lengths of some thousands: a few blocks of
+queries, each against just the keys it can see, with slices known when the program is built.
 
 Dims: B batch, T queries, S keys, G key/value heads, R query heads per key/value head, K head dim.
-Heads come first inside (`BGRTK`), because XLA's batched matrix products want the contracted block contiguous, and query heads
-of a group are rows of one product, so keys and values are never repeated.
-"""
+Heads come first inside (`BGRTK`), because XLA's batched matrix products want the contracted block
+contiguous, and query heads of a group are rows of one product, so keys and values are never
+repeated."""
 
 from __future__ import annotations
 
@@ -30,9 +32,12 @@ from jaxtyping import Array, Float, Int
 from jaxformer.ops.masks import MASKED, Mask, distances, visible
 from jaxformer.sharding import platform
 
-SAVED = 'attention'            # name of the residuals, for remat policies: saving them spares the backward pass a forward pass
-_FLOOR = MASKED / 2            # a running maximum never falls below, so that exp(MASKED - maximum) is 0 and not 1
-_KEEP_BYTES = 32 * 2**20       # `unrolled` keeps the probabilities for the backward pass up to this size
+# name of the residuals, for remat policies: saving them spares the backward pass a forward pass
+SAVED = 'attention'
+# a running maximum never falls below, so that exp(MASKED - maximum) is 0 and not 1
+_FLOOR = MASKED / 2
+# `unrolled` keeps the probabilities for the backward pass up to this size
+_KEEP_BYTES = 32 * 2**20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +50,8 @@ class _Static:
 
 
 class _Where(NamedTuple):
-  """Positions and segments of queries and keys, and the slopes: what decides bias and mask, and carries no gradient."""
+  """Positions and segments of queries and keys, and the slopes: what decides bias and mask, and
+  carries no gradient."""
 
   t: Int[Array | np.ndarray, '*blocks T']
   s: Int[Array | np.ndarray, '*blocks S']
@@ -55,7 +61,8 @@ class _Where(NamedTuple):
 
 
 class _Aligned(NamedTuple):
-  """The same where positions are known when the program is built: keys and queries are 0..S-1 and 0..T-1."""
+  """The same where positions are known when the program is built: keys and queries are 0..S-1 and
+  0..T-1."""
 
   segments: Int[Array, 'B T'] | None
   key_segments: Int[Array, 'B S'] | None
@@ -74,7 +81,7 @@ def _logits(q, k, at: _Where, static: _Static):
     a = a + at.slopes[None, :, :, None, None] * distance[None, None, None]
   seen = visible(at.t, at.s, causal=static.causal, window=static.window)[None]
   if at.segments is not None:
-    assert at.key_segments is not None   # both or neither
+    assert at.key_segments is not None  # both or neither
     seen = seen & (at.segments[:, :, None] == at.key_segments[:, None, :])
   elif isinstance(seen, np.ndarray) and seen.all():
     return a, slope
@@ -110,22 +117,23 @@ def _delta(do, out):
   return jnp.einsum('BGRTK,BGRTK->BGRT', do, out, preferred_element_type=jnp.float32)[..., None]
 
 
-# ---- blocks of queries and keys in loops ------------------------------------------------------------------------------
+# ---- blocks of queries and keys in loops -------------------------------------------------------
 
 
 def _blocks(x, axis: int, block: int, fill=0):
-  """Pads `axis` to whole blocks and moves them to the front: `[..., n, ...]` -> `[n / block, ..., block, ...]`."""
+  """Pads `axis` to whole blocks and moves them to the front: `[..., n, ...]` -> `[n / block, ...,
+  block, ...]`."""
   n = -(-x.shape[axis] // block)
   pad = [(0, 0)] * x.ndim
   pad[axis] = (0, n * block - x.shape[axis])
   x = jnp.pad(x, pad, constant_values=fill)
-  return jnp.moveaxis(x.reshape(*x.shape[:axis], n, block, *x.shape[axis + 1:]), axis, 0)
+  return jnp.moveaxis(x.reshape(*x.shape[:axis], n, block, *x.shape[axis + 1 :]), axis, 0)
 
 
 def _joined(x, axis: int, size: int):
   """The inverse of `_blocks`, without the padding."""
   x = jnp.moveaxis(x, 0, axis)
-  x = x.reshape(*x.shape[:axis], x.shape[axis] * x.shape[axis + 1], *x.shape[axis + 2:])
+  x = x.reshape(*x.shape[:axis], x.shape[axis] * x.shape[axis + 1], *x.shape[axis + 2 :])
   return lax.slice_in_dim(x, 0, size, axis=axis)
 
 
@@ -137,11 +145,16 @@ def _in_blocks(at: _Where, static: _Static) -> _Where:
 
 
 def _ranges(at: _Where, static: _Static):
-  """For each block of queries the first and one past the last block of keys that it may see, and the same for each block of
-  keys: from the extremes of positions and segments, so a few too many pairs may be visited and never one too few."""
+  """For each block of queries the first and one past the last block of keys that it may see, and
+  the same for each block of
+  keys: from the extremes of positions and segments, so a few too many pairs may be visited and
+    never one too few."""
   far = jnp.iinfo(jnp.int32).max // 2
-  empty = at.s < 0   # empty cache slots and padding
-  last, first = jnp.where(empty, -far, at.s).max(-1)[None, :], jnp.where(empty, far, at.s).min(-1)[None, :]
+  empty = at.s < 0  # empty cache slots and padding
+  last, first = (
+    jnp.where(empty, -far, at.s).max(-1)[None, :],
+    jnp.where(empty, far, at.s).min(-1)[None, :],
+  )
   newest, oldest = at.t.max(-1)[:, None], jnp.where(at.t < 0, far, at.t).min(-1)[:, None]
   seen = jnp.broadcast_to(last >= 0, (at.t.shape[0], at.s.shape[0]))
   if static.causal:
@@ -149,7 +162,7 @@ def _ranges(at: _Where, static: _Static):
   if static.window is not None:
     seen &= (last > oldest - static.window) & (first < newest + static.window)
   if at.segments is not None:
-    assert at.key_segments is not None   # both or neither
+    assert at.key_segments is not None  # both or neither
     q, k = at.segments[:, None], at.key_segments[None]
     seen &= ((q.max(-1) >= k.min(-1)) & (k.max(-1) >= q.min(-1))).any(-1)
 
@@ -173,7 +186,10 @@ def _chunked_forward(q, k, v, at, static):
   T, G, dtype = q.shape[1], k.shape[2], q.dtype
   blocks = _in_blocks(at, static)
   (lo, hi), _ = _ranges(blocks, static)
-  qs, ks, vs = _blocks(_heads_first(q, G), 3, static.block), *(_blocks(x.transpose(0, 2, 1, 3), 2, static.block) for x in (k, v))
+  qs, ks, vs = (
+    _blocks(_heads_first(q, G), 3, static.block),
+    *(_blocks(x.transpose(0, 2, 1, 3), 2, static.block) for x in (k, v)),
+  )
 
   def queries(_, xs):
     qi, ti, segments, start, stop = xs
@@ -184,11 +200,15 @@ def _chunked_forward(q, k, v, at, static):
       a, _ = _logits(qi, _take(ks, j), here, static)
       new = jnp.maximum(top, a.max(-1, keepdims=True))
       p, old = jnp.exp(a - new), jnp.exp(top - new)
-      pv = jnp.einsum('BGRTS,BGSK->BGRTK', p.astype(dtype), _take(vs, j), preferred_element_type=jnp.float32)
+      pv = jnp.einsum(
+        'BGRTS,BGSK->BGRTK', p.astype(dtype), _take(vs, j), preferred_element_type=jnp.float32
+      )
       return acc * old + pv, total * old + p.sum(-1, keepdims=True), new
 
     zero = jnp.zeros((*qi.shape[:-1], 1), jnp.float32)
-    acc, total, top = lax.fori_loop(start, stop, keys, (jnp.zeros(qi.shape, jnp.float32), zero, zero + _FLOOR))
+    acc, total, top = lax.fori_loop(
+      start, stop, keys, (jnp.zeros(qi.shape, jnp.float32), zero, zero + _FLOOR)
+    )
     total = jnp.where(total == 0, 1.0, total)
     return None, ((acc / total).astype(dtype), (top + jnp.log(total))[..., 0])
 
@@ -216,14 +236,18 @@ def _chunked_backward(static, saved, do):
       qi = _take(qs, i)
       a, slope = _logits(qi, kj, here, static)
       p = jnp.exp(a - _take(lses, i))
-      dqi, dki, dvi = _block_gradients(p, qi, kj, vj, _take(dos, i), _take(deltas, i), slope, static.scale)
+      dqi, dki, dvi = _block_gradients(
+        p, qi, kj, vj, _take(dos, i), _take(deltas, i), slope, static.scale
+      )
       return lax.dynamic_update_index_in_dim(dq, _take(dq, i) + dqi, i, 0), dk + dki, dv + dvi
 
     zero = jnp.zeros(kj.shape, jnp.float32)
     dq, dk, dv = lax.fori_loop(start, stop, queries, (dq, zero, zero))
     return dq, (dk.astype(k.dtype), dv.astype(v.dtype))
 
-  dq, (dk, dv) = lax.scan(keys, jnp.zeros(qs.shape, jnp.float32), (ks, vs, blocks.s, blocks.key_segments, lo, hi))
+  dq, (dk, dv) = lax.scan(
+    keys, jnp.zeros(qs.shape, jnp.float32), (ks, vs, blocks.s, blocks.key_segments, lo, hi)
+  )
   dq = _heads_last(_joined(dq, 3, T)).astype(q.dtype)
   return dq, _joined(dk, 2, S).transpose(0, 2, 1, 3), _joined(dv, 2, S).transpose(0, 2, 1, 3), None
 
@@ -232,14 +256,21 @@ _chunked.defvjp(_chunked_forward, _chunked_backward)
 
 
 def attention_chunked(
-  q: Float[Array, 'B T H K'], k: Float[Array, 'B S G K'], v: Float[Array, 'B S G K'], mask: Mask, *,
-  scale: float, softcap: float | None = None, slopes_H: Float[Array, ' H'] | None = None, block: int | None = None,
+  q: Float[Array, 'B T H K'],
+  k: Float[Array, 'B S G K'],
+  v: Float[Array, 'B S G K'],
+  mask: Mask,
+  *,
+  scale: float,
+  softcap: float | None = None,
+  slopes_H: Float[Array, ' H'] | None = None,
+  block: int | None = None,
 ) -> Float[Array, 'B T H K']:
-  """Attention block by block in both lengths: what `attention_naive` means, in memory linear in T and S.
+  """Attention block by block in both lengths: what `attention_naive` means, in memory linear in T
+  and S.
 
-  Differentiable in q, k and v; `slopes_H` are constants. Pairs of blocks that cannot see each other (the future, beyond the
-  window, other packed documents, empty cache slots) are not visited.
-  """
+  Differentiable in q, k and v; `slopes_H` are constants. Pairs of blocks that cannot see each other
+  (the future, beyond the window, other packed documents, empty cache slots) are not visited."""
   (T, H), (S, G) = q.shape[1:3], k.shape[1:3]
   t, s = mask.positions(T, S)
   slopes = None if slopes_H is None else slopes_H.astype(jnp.float32).reshape(G, H // G)
@@ -248,7 +279,7 @@ def attention_chunked(
   return _chunked(q, k, v, at, _Static(mask.causal, mask.window, scale, softcap, block))
 
 
-# ---- a few blocks of queries, unrolled --------------------------------------------------------------------------------
+# ---- a few blocks of queries, unrolled ---------------------------------------------------------
 
 
 def _spans(T: int, S: int, static: _Static) -> list[tuple[slice, slice]]:
@@ -256,7 +287,9 @@ def _spans(T: int, S: int, static: _Static) -> list[tuple[slice, slice]]:
   spans, b = [], static.block
   for start in range(0, T, b):
     t = np.arange(start, min(T, start + b))
-    cols = np.flatnonzero(visible(t, np.arange(S), causal=static.causal, window=static.window).any(0))
+    cols = np.flatnonzero(
+      visible(t, np.arange(S), causal=static.causal, window=static.window).any(0)
+    )
     lo, hi = (int(cols[0]) // b * b, min(S, (int(cols[-1]) // b + 1) * b)) if len(cols) else (0, 1)
     spans.append((slice(start, start + len(t)), slice(lo, hi)))
   return spans
@@ -266,7 +299,9 @@ def _here(at: _Aligned, rows: slice, cols: slice) -> _Where:
   """One block of queries and its keys, positions as numpy."""
   segments = None if at.segments is None else at.segments[:, rows]
   keys = None if at.key_segments is None else at.key_segments[:, cols]
-  return _Where(np.arange(rows.start, rows.stop), np.arange(cols.start, cols.stop), segments, keys, at.slopes)
+  return _Where(
+    np.arange(rows.start, rows.stop), np.arange(cols.start, cols.stop), segments, keys, at.slopes
+  )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -277,8 +312,9 @@ def _unrolled(q, k, v, at: _Aligned, static: _Static):
 def _unrolled_forward(q, k, v, at, static):
   (B, T, H, _), (S, G) = q.shape, k.shape[1:3]
   spans = _spans(T, S, static)
-  # Kept probabilities save the backward pass a product and an exp: a seventh of all work, for memory that grows with T^2.
-  # With a soft cap its derivative would have to be kept too, so they are recomputed.
+  # Kept probabilities save the backward pass a product and an exp: a seventh of all work, for
+  # memory that grows with T^2. With a soft cap its derivative would have to be kept too, so they
+  # are recomputed.
   pairs = sum((r.stop - r.start) * (c.stop - c.start) for r, c in spans)
   keep = static.softcap is None and pairs * B * H * q.dtype.itemsize <= _KEEP_BYTES
   qh, kh, vh = _heads_first(q, G), k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
@@ -290,7 +326,11 @@ def _unrolled_forward(q, k, v, at, static):
     total = p.sum(-1, keepdims=True)
     total = jnp.where(total == 0, 1.0, total)
     p = (p / total).astype(v.dtype)
-    outs.append(jnp.einsum('BGRTS,BGSK->BGRTK', p, vh[:, :, cols], preferred_element_type=jnp.float32).astype(q.dtype))
+    outs.append(
+      jnp.einsum('BGRTS,BGSK->BGRTK', p, vh[:, :, cols], preferred_element_type=jnp.float32).astype(
+        q.dtype
+      )
+    )
     ps.append(p if keep else None)
     lses.append(None if keep else top + jnp.log(total))
   out = jnp.concatenate(outs, axis=3)
@@ -303,15 +343,20 @@ def _unrolled_backward(static, saved, do):
   do = _heads_first(do, G)
   delta = _delta(do, out)
   dqs = []
-  dks, dvs = ([jnp.zeros((B, G, min(b, S - j), K), jnp.float32) for j in range(0, S, b)] for _ in range(2))
+  dks, dvs = (
+    [jnp.zeros((B, G, min(b, S - j), K), jnp.float32) for j in range(0, S, b)] for _ in range(2)
+  )
   for (rows, cols), lse, p in zip(_spans(T, S, static), lses, ps, strict=True):
     qi, kj, slope = q[:, :, :, rows], k[:, :, cols], None
     if p is None:
       a, slope = _logits(qi, kj, _here(at, rows, cols), static)
       p = jnp.exp(a - lse)
-    dq, dk, dv = _block_gradients(p, qi, kj, v[:, :, cols], do[:, :, :, rows], delta[:, :, :, rows], slope, static.scale)
+    dq, dk, dv = _block_gradients(
+      p, qi, kj, v[:, :, cols], do[:, :, :, rows], delta[:, :, :, rows], slope, static.scale
+    )
     dqs.append(dq.astype(q.dtype))
-    for j in range(cols.start // b, -(-cols.stop // b)):   # adding block by block, as adding into a slice would copy the whole
+    # adding block by block, as adding into a slice would copy the whole
+    for j in range(cols.start // b, -(-cols.stop // b)):
       here = slice(j * b - cols.start, min((j + 1) * b, S) - cols.start)
       dks[j], dvs[j] = dks[j] + dk[:, :, here], dvs[j] + dv[:, :, here]
   dk, dv = (jnp.concatenate(x, axis=2).transpose(0, 2, 1, 3) for x in (dks, dvs))
@@ -322,13 +367,24 @@ _unrolled.defvjp(_unrolled_forward, _unrolled_backward)
 
 
 def attention_unrolled(
-  q: Float[Array, 'B T H K'], k: Float[Array, 'B S G K'], v: Float[Array, 'B S G K'], mask: Mask, *,
-  scale: float, softcap: float | None = None, slopes_H: Float[Array, ' H'] | None = None, block: int | None = None,
+  q: Float[Array, 'B T H K'],
+  k: Float[Array, 'B S G K'],
+  v: Float[Array, 'B S G K'],
+  mask: Mask,
+  *,
+  scale: float,
+  softcap: float | None = None,
+  slopes_H: Float[Array, ' H'] | None = None,
+  block: int | None = None,
 ) -> Float[Array, 'B T H K']:
-  """Attention in about eight blocks of queries, each against just the keys it can see: what `attention_naive` means, for an
-  aligned mask. Half the work of the naive form under a causal mask; temporaries of one block, B H T S / 8 numbers."""
+  """Attention in about eight blocks of queries, each against just the keys it can see: what
+  `attention_naive` means, for an aligned mask. Half the work of the naive form under a causal mask;
+  temporaries of one block, B H T S / 8 numbers."""
   if not mask.aligned:
-    raise ValueError('attention_unrolled slices by position and needs keys and queries at the same positions (no index_T, index_S)')
+    raise ValueError(
+      'attention_unrolled slices by position and needs keys and queries at the same positions (no '
+      'index_T, index_S)'
+    )
   (T, H), G = q.shape[1:3], k.shape[2]
   slopes = None if slopes_H is None else slopes_H.astype(jnp.float32).reshape(G, H // G)
   at = _Aligned(mask.segments_BT, None if mask.segments_BT is None else mask.keys(), slopes)

@@ -1,12 +1,15 @@
-"""Recurrences over sequences that a mesh divides in time: each shard runs its own part, and only states travel.
+"""Recurrences over sequences that a mesh divides in time: each shard runs its own part, and only
+states travel.
 
-A linear recurrence takes a part of a sequence from the state before it to the state after it by a map that can be summed up: for
-x -> a x + s by (a, s), the transition and the state that the part ends with when it begins with nothing. Each shard sums up its own
-part, the summaries of all shards (never the sequence) are gathered, and each shard joins those before its own to the state that it
-begins with. So the work of n shards is that of a sequence of T / n, twice where the summary needs a run of its own.
+A linear recurrence takes a part of a sequence from the state before it to the state after it by a
+map that can be summed up: for x -> a x + s by (a, s), the transition and the state that the part
+ends with when it begins with nothing. Each shard sums up its own part, the summaries of all shards
+(never the sequence) are gathered, and each shard joins those before its own to the state that it
+begins with. So the work of n shards is that of a sequence of T / n, twice where the summary needs a
+run of its own.
 
-All functions but `time_axes` are called inside `sharding.per_shard`, with the mesh axes that divide time.
-"""
+All functions but `time_axes` are called inside `sharding.per_shard`, with the mesh axes that divide
+time."""
 
 from __future__ import annotations
 
@@ -30,7 +33,12 @@ def time_axes(length: int) -> Axes:
 
 
 def carried(
-  summary: Any, state: State, join: Callable[[State, Any], State], axes: Axes, *, reverse: bool = False,
+  summary: Any,
+  state: State,
+  join: Callable[[State, Any], State],
+  axes: Axes,
+  *,
+  reverse: bool = False,
 ) -> tuple[State, State]:
   """The state before this shard's part, and that after the whole sequence, the same on all shards.
 
@@ -54,11 +62,16 @@ def _gathered(a: Array, axes: Axes) -> Array:
 
 
 def over_time(
-  run: Callable[..., tuple[Any, State]], summary: Callable[..., Any], join: Callable[[State, Any], State], axes: Axes, *,
+  run: Callable[..., tuple[Any, State]],
+  summary: Callable[..., Any],
+  join: Callable[[State, Any], State],
+  axes: Axes,
+  *,
   reverse: bool = False,
 ) -> Callable[..., tuple[Any, State]]:
-  """`run(state, *inputs) -> (y, last state)` for inputs of which each shard has a part, and the state before the whole sequence,
-  which each shard has whole. `summary(*inputs)` sums up a part for `join`. Without axes, `run` itself."""
+  """`run(state, *inputs) -> (y, last state)` for inputs of which each shard has a part, and the
+  state before the whole sequence, which each shard has whole. `summary(*inputs)` sums up a part for
+  `join`. Without axes, `run` itself."""
   if not axes:
     return run
 
@@ -70,19 +83,21 @@ def over_time(
 
 
 def in_turn(
-  run: Callable[..., tuple[Array, State]], state: State, inputs: tuple[Array, ...], axes: Axes,
+  run: Callable[..., tuple[Array, State]], state: State, inputs: tuple[Array, ...], axes: Axes
 ) -> tuple[Array, State]:
-  """`run(state, *inputs) -> (y, last state)` where no summary is possible: the state goes from shard to shard.
+  """`run(state, *inputs) -> (y, last state)` where no summary is possible: the state goes from
+  shard to shard.
 
-  The rows of the batch go through the shards in groups, so that a shard runs one group while the next runs the one before: with m
-  groups n shards take n + m - 1 turns, of which each shard has m of its own. Memory is divided by n, time by n m / (n + m - 1).
-  Inputs and y are `[T, B, ...]`, states `[B, ...]`.
-  """
+  The rows of the batch go through the shards in groups, so that a shard runs one group while the
+  next runs the one before: with m groups n shards take n + m - 1 turns, of which each shard has m
+  of its own. Memory is divided by n, time by n m / (n + m - 1). Inputs and y are `[T, B, ...]`,
+  states `[B, ...]`."""
   n, here, rows = lax.axis_size(axes), lax.axis_index(axes), jax.tree.leaves(state)[0].shape[0]
   m = next(m for m in range(min(n, rows), 0, -1) if rows % m == 0)
 
   def turn(passed: State, i: Array) -> tuple[State, Any]:
-    # A shard's own turns are those of the groups 0 .. m - 1; what it makes of the rows in other turns goes nowhere.
+    # A shard's own turns are those of the groups 0 .. m - 1; what it makes of the rows in other
+    # turns goes nowhere.
     group = jnp.clip(i - here, 0, m - 1) * (rows // m)
 
     def rows_of(a: Array, axis: int) -> Array:
@@ -90,9 +105,11 @@ def in_turn(
 
     first = jax.tree.map(lambda s, p: jnp.where(here == 0, rows_of(s, 0), p), state, passed)
     y, last = run(first, *(rows_of(x, 1) for x in inputs))
-    return jax.tree.map(lambda s: lax.ppermute(s, axes, [(j, j + 1) for j in range(n - 1)]), last), (y, last)
+    return jax.tree.map(
+      lambda s: lax.ppermute(s, axes, [(j, j + 1) for j in range(n - 1)]), last
+    ), (y, last)
 
-  nothing = jax.tree.map(lambda s: jnp.zeros_like(s[:rows // m]), state)
+  nothing = jax.tree.map(lambda s: jnp.zeros_like(s[: rows // m]), state)
   _, made = lax.scan(turn, nothing, jnp.arange(n + m - 1))
   y, last = jax.tree.map(lambda a: lax.dynamic_slice_in_dim(a, here, m, 0), made)
   y = jnp.moveaxis(y, 0, 1).reshape(y.shape[1], rows, *y.shape[3:])
@@ -105,8 +122,9 @@ def scaled(state: Array, part: tuple[Array, Array]) -> Array:
 
 
 def unbroken(starts_BT: Bool[Array, 'B T']) -> tuple[Bool[Array, ' B'], Bool[Array, 'B T']]:
-  """Whether no document begins in this part, so that something of the state before it is left after it; and for each position
-  whether none begins later in it, so that something of the position is left."""
+  """Whether no document begins in this part, so that something of the state before it is left after
+  it; and for each position whether none begins later in it, so that something of the position is
+  left."""
   later = jnp.flip(jnp.cumsum(jnp.flip(starts_BT, 1), axis=1, dtype=jnp.int32), 1) - starts_BT
   return ~jnp.any(starts_BT, axis=1), later == 0
 
@@ -114,7 +132,13 @@ def unbroken(starts_BT: Bool[Array, 'B T']) -> tuple[Bool[Array, ' B'], Bool[Arr
 def sums_after(x: Array, axis: int = 1) -> Array:
   """For each position the sum over the later ones."""
   later = lax.slice_in_dim(x, 1, None, axis=axis)
-  return jnp.concatenate([lax.cumsum(later, axis=axis, reverse=True), jnp.zeros_like(lax.slice_in_dim(x, 0, 1, axis=axis))], axis)
+  return jnp.concatenate(
+    [
+      lax.cumsum(later, axis=axis, reverse=True),
+      jnp.zeros_like(lax.slice_in_dim(x, 0, 1, axis=axis)),
+    ],
+    axis,
+  )
 
 
 def from_before(x: Array, first: Array, axes: Axes) -> Array:

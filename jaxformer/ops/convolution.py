@@ -10,29 +10,38 @@ from jaxformer.sharding import per_shard, shards
 
 
 def short_convolution(
-  x_BTD: Float[Array, 'B T D'], w_KD: Float[Array, 'K D'], b_D: Float[Array, ' D'] | None, before_BJD: Float[Array, 'B J D'] | None,
+  x_BTD: Float[Array, 'B T D'],
+  w_KD: Float[Array, 'K D'],
+  b_D: Float[Array, ' D'] | None,
+  before_BJD: Float[Array, 'B J D'] | None,
   starts_BT: Bool[Array, 'B T'],
 ) -> tuple[Float[Array, 'B T D'], Float[Array, 'B J D']]:
-  """y_t = b + sum_k w_k x_{t-K+1+k}, each channel by itself: the last of the K taps is the present input.
+  """y_t = b + sum_k w_k x_{t-K+1+k}, each channel by itself: the last of the K taps is the present
+  input.
 
-  A sum of K shifted products, which XLA fuses; a grouped convolution of one channel a group it runs slowly. Summed in fp32.
+  A sum of K shifted products, which XLA fuses; a grouped convolution of one channel a group it runs
+  slowly. Summed in fp32.
 
   Args:
     x_BTD: inputs.
     w_KD: taps, from the oldest input to the present one.
     b_D: offsets; None for none.
-    before_BJD: the J = K - 1 inputs before these, zeros where there were none; None for none at all.
+    before_BJD: the J = K - 1 inputs before these, zeros where there were none; None for none at
+      all.
     starts_BT: where a document begins; no tap reaches back across such a border.
 
   Returns:
-    y, like x; and the last J inputs, for the next call: zeros in place of those that belong to an earlier document.
+    y, like x; and the last J inputs, for the next call: zeros in place of those that belong to an
+    earlier document.
   """
   (B, T, D), J = x_BTD.shape, w_KD.shape[0] - 1
   axes = time_axes(T)
   if not axes or not 0 < J <= T // shards('time', T):
     return _convolve(x_BTD, w_KD, b_D, before_BJD, starts_BT)
 
-  def shard(x_BTD: Array, w_KD: Array, b_D: Array | None, before_BJD: Array, starts_BT: Array) -> tuple[Array, Array]:
+  def shard(
+    x_BTD: Array, w_KD: Array, b_D: Array | None, before_BJD: Array, starts_BT: Array
+  ) -> tuple[Array, Array]:
     after = _convolve(x_BTD, w_KD, b_D, None, starts_BT)[1]
     y, _ = _convolve(x_BTD, w_KD, b_D, from_before(after, before_BJD, axes), starts_BT)
     return y, of_last(after, axes)
@@ -45,16 +54,21 @@ def short_convolution(
 
 
 def _convolve(
-  x_BTD: Array, w_KD: Array, b_D: Array | None, before_BJD: Array | None, starts_BT: Array,
+  x_BTD: Array, w_KD: Array, b_D: Array | None, before_BJD: Array | None, starts_BT: Array
 ) -> tuple[Array, Array]:
   (B, T, D), J = x_BTD.shape, w_KD.shape[0] - 1
-  before = jnp.zeros((B, J, D), x_BTD.dtype) if before_BJD is None else before_BJD.astype(x_BTD.dtype)
+  before = (
+    jnp.zeros((B, J, D), x_BTD.dtype) if before_BJD is None else before_BJD.astype(x_BTD.dtype)
+  )
   inputs = jnp.concatenate([before, x_BTD], axis=1)
-  cut = jnp.zeros((B, T), bool)                    # whether a border lies within the last `back` steps
+  # whether a border lies within the last `back` steps
+  cut = jnp.zeros((B, T), bool)
   y, after = jnp.zeros((), jnp.float32), []
   for back in range(J + 1):
-    tap = inputs[:, J - back:J - back + T]
-    y = y + jnp.where(cut[..., None], 0.0, tap.astype(jnp.float32)) * w_KD[J - back].astype(jnp.float32).reshape(1, 1, D)
+    tap = inputs[:, J - back : J - back + T]
+    y = y + jnp.where(cut[..., None], 0.0, tap.astype(jnp.float32)) * w_KD[J - back].astype(
+      jnp.float32
+    ).reshape(1, 1, D)
     if back < J:
       after.append(jnp.where(cut[:, -1:], jnp.zeros((), x_BTD.dtype), inputs[:, T + J - 1 - back]))
       cut = starts_BT | jnp.pad(cut[:, :-1], ((0, 0), (1, 0)))

@@ -1,4 +1,5 @@
-"""The recurrence of many inputs and many outputs with a diagonal state matrix that does not change with time (S5)."""
+"""The recurrence of many inputs and many outputs with a diagonal state matrix that does not change
+with time (S5)."""
 
 from __future__ import annotations
 
@@ -12,16 +13,20 @@ from jaxformer.sharding import per_shard
 
 
 def diagonal_scan(
-  v_BTN: Float[Array, 'B T N'], log_a_P: Complex[Array, ' P'], state_BN: Float[Array, 'B N'] | None = None,
-  starts_BT: Bool[Array, 'B T'] | None = None, *, reverse: bool = False,
+  v_BTN: Float[Array, 'B T N'],
+  log_a_P: Complex[Array, ' P'],
+  state_BN: Float[Array, 'B N'] | None = None,
+  starts_BT: Bool[Array, 'B T'] | None = None,
+  *,
+  reverse: bool = False,
 ) -> tuple[Float[Array, 'B T N'], Float[Array, 'B N'] | None]:
-  """x_t = exp(log_a) x_{t-1} + v_t for P = N / 2 complex numbers, the real parts of all and then the imaginary parts in a real
-  array (Smith et al. 2023, eq. 2, where v_t = Bbar u_t).
+  """x_t = exp(log_a) x_{t-1} + v_t for P = N / 2 complex numbers, the real parts of all and then
+  the imaginary parts in a real array (Smith et al. 2023, eq. 2, where v_t = Bbar u_t).
 
-  The state is zero before the first token, or `state_BN`, and again where `starts_BT` is True. Gives x_BTN and the state after the
-  last token, None where none was given. With `reverse` all is read from the end: x_t follows from x_{t+1}, and `starts_BT` says
-  where x_{t+1} is dropped. `route(diagonal_scan=...)`: 'naive', 'associative'. fp32.
-  """
+  The state is zero before the first token, or `state_BN`, and again where `starts_BT` is True.
+  Gives x_BTN and the state after the last token, None where none was given. With `reverse` all is
+  read from the end: x_t follows from x_{t+1}, and `starts_BT` says where x_{t+1} is dropped.
+  `route(diagonal_scan=...)`: 'naive', 'associative'. fp32."""
   if axes := time_axes(v_BTN.shape[1]):
     return _over_time(v_BTN, log_a_P, state_BN, starts_BT, axes, reverse)
   if reverse:
@@ -32,7 +37,9 @@ def diagonal_scan(
 
 
 def _over_time(v_BTN, log_a_P, state_BN, starts_BT, axes: tuple[str, ...], reverse: bool):
-  """On shards of time (`ops.context`): each runs its part from zeros, and then adds what the state before it has become."""
+  """On shards of time (`ops.context`): each runs its part from zeros, and then adds what the state
+  before it has become."""
+
   def shard(first_BN, v_BTN, log_re_P, log_im_P, starts_BT):
     log_a, T = jax.lax.complex(log_re_P, log_im_P), v_BTN.shape[1]
     v, starts = (jnp.flip(a, 1) if reverse else a for a in (v_BTN, starts_BT))
@@ -69,7 +76,9 @@ def _local(v_BTN, log_a_P, state_BN, starts_BT):
 
 
 def scan_naive(
-  v_BTP: Complex[Array, 'B T P'], log_a_P: Complex[Array, ' P'], x_BP: Complex[Array, 'B P'] | None = None,
+  v_BTP: Complex[Array, 'B T P'],
+  log_a_P: Complex[Array, ' P'],
+  x_BP: Complex[Array, 'B P'] | None = None,
   starts_BT: Bool[Array, 'B T'] | None = None,
 ) -> Complex[Array, 'B T P']:
   """One token after the other."""
@@ -88,13 +97,16 @@ def scan_naive(
 @jax.custom_vjp
 def _associative(a_BTP: Array, v_BTP: Array) -> Array:
   """x_t = a_t x_{t-1} + v_t as a scan of (a, v) (a', v') = (a a', a' v + v'), in log T steps."""
+
   def join(first, then):
     return first[0] * then[0], then[0] * first[1] + then[1]
+
   return jax.lax.associative_scan(join, (a_BTP, v_BTP), axis=1)[1]
 
 
 def _associative_backward(residuals, g_BTP):
-  """The recurrence from the end, with a moved by one: it keeps x alone, where every step of the scan would keep its own."""
+  """The recurrence from the end, with a moved by one: it keeps x alone, where every step of the
+  scan would keep its own."""
   a_BTP, x_BTP = residuals
   later = jnp.pad(a_BTP[:, 1:], ((0, 0), (0, 1), (0, 0)))
   dv = _associative(later[:, ::-1], g_BTP[:, ::-1])[:, ::-1]

@@ -1,9 +1,9 @@
 """Products of sorted rows with one matrix a group: what the experts of a mixture compute.
 
-Row i of x belongs to group e where sizes_0 + ... + sizes_(e-1) <= i < sizes_0 + ... + sizes_e. Rows after the last group belong to
-none, give zeros and cost nothing. FLOPs are those of the rows, whatever the number of groups; `jax.lax.ragged_dot` is not used, as
-what becomes of it differs between compilers and may be a dense product of every row with every group's matrix.
-"""
+Row i of x belongs to group e where sizes_0 + ... + sizes_(e-1) <= i < sizes_0 + ... + sizes_e. Rows
+after the last group belong to none, give zeros and cost nothing. FLOPs are those of the rows,
+whatever the number of groups; `jax.lax.ragged_dot` is not used, as what becomes of it differs
+between compilers and may be a dense product of every row with every group's matrix."""
 
 from __future__ import annotations
 
@@ -17,17 +17,25 @@ from jaxformer.ops.route import forced
 from jaxformer.sharding import platform
 
 FORMS = ('naive', 'tiles', 'megablox')
-# Rows of a tile. On a CPU a tile must outweigh fetching a group's matrix; half a tile a group is wasted.
+# Rows of a tile. On a CPU a tile must outweigh fetching a group's matrix; half a tile a group is
+# wasted.
 _ROWS = {'cpu': 128, 'gpu': 512}
 
 
 def grouped_matmul(
-  x_MK: Float[Array, 'M K'], w_EKN: Float[Array, 'E K N'], sizes_E: Int[Array, ' E'], *, form: str | None = None,
+  x_MK: Float[Array, 'M K'],
+  w_EKN: Float[Array, 'E K N'],
+  sizes_E: Int[Array, ' E'],
+  *,
+  form: str | None = None,
 ) -> Float[Array, 'M N']:
-  """y_i = x_i W_e for each row i of group e, in the dtype of x, accumulated in fp32; zeros for rows of no group.
+  """y_i = x_i W_e for each row i of group e, in the dtype of x, accumulated in fp32; zeros for rows
+  of no group.
 
-  Forms: `megablox`, the grouped matmul kernel that comes with JAX, on a TPU; `tiles`, a loop over groups and over tiles of each
-  group's rows with a number of rounds that depends on `sizes_E`, elsewhere; `naive`, every row with every matrix.
+  Forms: `megablox`, the grouped matmul kernel that comes with JAX, on a TPU; `tiles`, a loop over
+    groups and over tiles of each
+  group's rows with a number of rounds that depends on `sizes_E`, elsewhere; `naive`, every row with
+  every matrix.
 
   Args:
     sizes_E: rows of each group; they add up to at most M.
@@ -45,7 +53,7 @@ def grouped_matmul(
 
 
 def grouped_matmul_naive(
-  x_MK: Float[Array, 'M K'], w_EKN: Float[Array, 'E K N'], sizes_E: Int[Array, ' E'],
+  x_MK: Float[Array, 'M K'], w_EKN: Float[Array, 'E K N'], sizes_E: Int[Array, ' E']
 ) -> Float[Array, 'M N']:
   """Every row with every group's matrix; the group's own is picked."""
   group_M = _group_of_row(sizes_E, x_MK.shape[0])
@@ -59,7 +67,7 @@ def _group_of_row(sizes_E: Array, M: int) -> Array:
   return jnp.searchsorted(jnp.cumsum(sizes_E), jnp.arange(M), side='right')
 
 
-# ---- tiles ------------------------------------------------------------------------------------------------------------
+# ---- tiles -------------------------------------------------------------------------------------
 
 
 def _tile_rows(M: int) -> int:
@@ -99,14 +107,17 @@ def _over_groups(sizes_E: Array, rows: int, first, group):
 
 def _rows_by_matrices(x_MK, matrix, sizes_E, N, rows):
   M, K = x_MK.shape
-  x = jnp.pad(x_MK, ((0, rows), (0, 0)))   # the last tile of a group may hang over into the next ones, which come later
+  # the last tile of a group may hang over into the next ones, which come later
+  x = jnp.pad(x_MK, ((0, rows), (0, 0)))
 
   def group(e, start, tiles, y):
     w = matrix(e)
 
     def tile(i, y):
       at = start + i * rows
-      part = jnp.matmul(jax.lax.dynamic_slice(x, (at, 0), (rows, K)), w, preferred_element_type=jnp.float32)
+      part = jnp.matmul(
+        jax.lax.dynamic_slice(x, (at, 0), (rows, K)), w, preferred_element_type=jnp.float32
+      )
       return jax.lax.dynamic_update_slice(y, part.astype(y.dtype), (at, 0))
 
     return jax.lax.fori_loop(0, tiles, tile, y)
@@ -134,17 +145,24 @@ def _outer_products(x_MK, dy_MN, sizes_E, rows):
   return _over_groups(sizes_E, rows, jnp.zeros((sizes_E.shape[0], K, N), jnp.float32), group)
 
 
-# ---- megablox ---------------------------------------------------------------------------------------------------------
+# ---- megablox ----------------------------------------------------------------------------------
 
-_TILE = 512, 1024, 1024   # rows and the two sides of a group's matrix, of the product; in bf16 9 MiB of the 16 of a v5e's VMEM
-_TILE_OUTER = 512, 512, 1024   # of the sum of outer products, which holds its tile of dW in fp32
+# rows and the two sides of a group's matrix, of the product; in bf16 9 MiB of the 16 of a v5e's
+# VMEM
+_TILE = 512, 1024, 1024
+_TILE_OUTER = 512, 512, 1024  # of the sum of outer products, which holds its tile of dW in fp32
 
 
 def megablox(
-  x_MK: Float[Array, 'M K'], w_EKN: Float[Array, 'E K N'], sizes_E: Int[Array, ' E'], *, interpret: bool = False,
+  x_MK: Float[Array, 'M K'],
+  w_EKN: Float[Array, 'E K N'],
+  sizes_E: Int[Array, ' E'],
+  *,
+  interpret: bool = False,
 ) -> Float[Array, 'M N']:
-  """The grouped matmul of MegaBlocks (Gale et al. 2022) as a Pallas kernel for TPUs, from `jax.experimental`; its gradients are the
-  same kernel with W transposed, and the one for sums of outer products."""
+  """The grouped matmul of MegaBlocks (Gale et al. 2022) as a Pallas kernel for TPUs, from
+  `jax.experimental`; its gradients are the same kernel with W transposed, and the one for sums of
+  outer products."""
   return _megablox(x_MK, w_EKN, sizes_E.astype(jnp.int32), interpret)
 
 
@@ -159,6 +177,7 @@ def _megablox_forward(x_MK, w_EKN, sizes_E, interpret):
 
 def _megablox_backward(interpret, saved, dy_MN):
   from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm
+
   x_MK, w_EKN, sizes_E = saved
   dx_MK = _gmm(dy_MN, w_EKN, sizes_E, interpret, transposed=True)
   x, dy = _padded(x_MK), _padded(dy_MN)
@@ -172,9 +191,18 @@ _megablox.defvjp(_megablox_forward, _megablox_backward)
 
 def _gmm(x_MK, w_EKN, sizes_E, interpret, transposed):
   from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm
+
   M, x = x_MK.shape[0], _padded(x_MK)
   tiling = _tiling(x.shape[0], x.shape[1], w_EKN.shape[1 if transposed else 2], x.dtype, _TILE)
-  y = gmm(x, w_EKN.astype(x.dtype), sizes_E, jnp.dtype(x.dtype), tiling, transpose_rhs=transposed, interpret=interpret)[:M]
+  y = gmm(
+    x,
+    w_EKN.astype(x.dtype),
+    sizes_E,
+    jnp.dtype(x.dtype),
+    tiling,
+    transpose_rhs=transposed,
+    interpret=interpret,
+  )[:M]
   # Nobody has written the rows of no group.
   return jnp.where((jnp.arange(M) < jnp.sum(sizes_E))[:, None], y, jnp.zeros((), y.dtype))
 
@@ -186,11 +214,15 @@ def _padded(x_MK):
 
 
 def _kernel_rows(M: int) -> int:
-  """The rows of a tile: fewer where there are few, in multiples of what a register holds in bf16."""
+  """The rows of a tile: fewer where there are few, in multiples of what a register holds in
+  bf16."""
   return min(_TILE[0], -(-M // 16) * 16)
 
 
 def _tiling(M, K, N, dtype, largest):
-  """Tiles of at most `largest`; half of each side of the matrix in fp32, whose numbers are twice as wide."""
+  """Tiles of at most `largest`; half of each side of the matrix in fp32, whose numbers are twice as
+  wide."""
   wide = 2 if jnp.dtype(dtype).itemsize > 2 else 1
-  return _kernel_rows(M), *(min(-(-side // 128) * 128, most // wide) for side, most in zip((K, N), largest[1:], strict=True))
+  return _kernel_rows(M), *(
+    min(-(-side // 128) * 128, most // wide) for side, most in zip((K, N), largest[1:], strict=True)
+  )

@@ -11,12 +11,16 @@ from jaxtyping import Array, Float
 from jaxformer.sharding import platform, shards
 
 
-def linear(x: Float[Array, '*B D'], w_DF: Float[Array, 'D F'], b_F: Float[Array, ' F'] | None = None) -> Float[Array, '*B F']:
+def linear(
+  x: Float[Array, '*B D'], w_DF: Float[Array, 'D F'], b_F: Float[Array, ' F'] | None = None
+) -> Float[Array, '*B F']:
   """x W + b over the last axis."""
   if platform() == 'cpu' and x.ndim > 1 and (x.ndim < 3 or shards('time', x.shape[1]) == 1):
-    # XLA:CPU gives plain matrices to its fast matmul; contractions with several leading axes lose it in the backward pass. Rows
-    # that a mesh divides by two of them would be gathered.
-    y = _matmul(x.reshape(math.prod(x.shape[:-1]), x.shape[-1]), w_DF).reshape(*x.shape[:-1], w_DF.shape[-1])
+    # XLA:CPU gives plain matrices to its fast matmul; contractions with several leading axes lose
+    # it in the backward pass. Rows that a mesh divides by two of them would be gathered.
+    y = _matmul(x.reshape(math.prod(x.shape[:-1]), x.shape[-1]), w_DF).reshape(
+      *x.shape[:-1], w_DF.shape[-1]
+    )
   else:
     y = jnp.einsum('...D,DF->...F', x, w_DF)
   return y if b_F is None else y + b_F.reshape((1,) * (y.ndim - 1) + (-1,))
@@ -33,7 +37,8 @@ def _forward(x_ND, w_DF):
 
 def _backward(saved, dy_NF):
   x_ND, w_DF = saved
-  # XLA:CPU's product with a transposed left side is slower than writing out the transpose of the narrower side first.
+  # XLA:CPU's product with a transposed left side is slower than writing out the transpose of the
+  # narrower side first.
   if x_ND.shape[1] <= dy_NF.shape[1]:
     dw_DF = jax.lax.optimization_barrier(x_ND.T) @ dy_NF
   else:

@@ -1,13 +1,17 @@
-"""Cross-entropy in slices of the vocabulary: a running logsumexp forward, the slice's logits again backward.
+"""Cross-entropy in slices of the vocabulary: a running logsumexp forward, the slice's logits again
+backward.
 
-With l = x W + b, L = logsumexp(l) and y the target: d loss / d l_v = exp(l_v - L) (1 + 2 z L) - [v = y], for z-loss weight z.
+With l = x W + b, L = logsumexp(l) and y the target: d loss / d l_v = exp(l_v - L) (1 + 2 z L) - [v
+= y], for z-loss weight z.
 
-A vocabulary divided over the mesh is given an axis of its own, `s`: a slice takes as many columns from every shard, the running
-maximum and sum are kept per shard and joined once after the loop, and so is dx, so that the loop itself talks to no other shard
-of the vocabulary. What remains in the loop on a mesh with divided parameters: a gather of one slice of W, in the dtype of the
-products, and a reduction of one slice of dW.
+A vocabulary divided over the mesh is given an axis of its own, `s`: a slice takes as many columns
+from every shard, the running maximum and sum are kept per shard and joined once after the loop, and
+so is dx, so that the loop itself talks to no other shard of the vocabulary. What remains in the
+loop on a mesh with divided parameters: a gather of one slice of W, in the dtype of the products,
+and a reduction of one slice of dW.
 
-Dims: B batch, T time, D width, s shards of the vocabulary, V vocabulary (of one shard here), C a slice of it.
+Dims: B batch, T time, D width, s shards of the vocabulary, V vocabulary (of one shard here), C a
+  slice of it.
 """
 
 from __future__ import annotations
@@ -23,7 +27,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxformer.sharding import platform, shard, shard_param, shards
 
-_LOGIT_BYTES = 2**26   # of one slice on one device, fp32; the backward pass holds it in the dtype of the products
+# of one slice on one device, fp32; the backward pass holds it in the dtype of the products
+_LOGIT_BYTES = 2**26
 _LANES = 128
 
 
@@ -32,7 +37,7 @@ class _Static:
   z_loss: float
   softcap: float | None
   chunk: int
-  transposed: bool   # W lies in memory as V x D
+  transposed: bool  # W lies in memory as V x D
 
 
 def _chunk(x, V: int, parts: int) -> int:
@@ -59,14 +64,17 @@ def _slices(f, carry, V: int, chunk: int):
 
 
 def _as_stored(w, transposed: bool):
-  """Keeps a slice `D s C` in the layout in which W is stored; the TPU's compiler else may copy all of W into the other one."""
-  if platform() != 'tpu' or w.shape[1] > 1:   # the partitioner gathers what such a constraint names over the shards
+  """Keeps a slice `D s C` in the layout in which W is stored; the TPU's compiler else may copy all
+  of W into the other one."""
+  # the partitioner gathers what such a constraint names over the shards
+  if platform() != 'tpu' or w.shape[1] > 1:
     return w
   return with_layout_constraint(w, Layout((1, 2, 0) if transposed else (1, 0, 2)))
 
 
 def _cast(w, dtype):
-  """`astype` that stays where it is. The TPU's compiler moves a plain rounding to bf16 out of the loop and keeps a copy of W."""
+  """`astype` that stays where it is. The TPU's compiler moves a plain rounding to bf16 out of the
+  loop and keeps a copy of W."""
   if w.dtype == dtype or w.dtype.itemsize <= dtype.itemsize:
     return w.astype(dtype)
   kind = jnp.finfo(dtype)
@@ -74,9 +82,12 @@ def _cast(w, dtype):
 
 
 def _logits(x, w, bias, start, size, static: _Static):
-  """Logits `B T s C` of the columns from `start` in every shard in fp32, the soft cap's derivative, the slice of W."""
-  w = shard_param(lax.dynamic_slice_in_dim(w, start, size, axis=2), 'embed', 'vocab', None)   # or all of W is gathered, then sliced
-  w = shard(_cast(_as_stored(w, static.transposed), x.dtype), None, 'vocab', None)   # gathered after the cast: half the bytes
+  """Logits `B T s C` of the columns from `start` in every shard in fp32, the soft cap's derivative,
+  the slice of W."""
+  # or all of W is gathered, then sliced
+  w = shard_param(lax.dynamic_slice_in_dim(w, start, size, axis=2), 'embed', 'vocab', None)
+  # gathered after the cast: half the bytes
+  w = shard(_cast(_as_stored(w, static.transposed), x.dtype), None, 'vocab', None)
   logits, slope = jnp.einsum('BTD,DsC->BTsC', x, w, preferred_element_type=jnp.float32), None
   if bias is not None:
     logits = logits + lax.dynamic_slice_in_dim(bias, start, size, axis=1)[None, None]
@@ -93,7 +104,8 @@ def _is_target(targets, start, size, parts: int, V: int):
 
 
 def _logsumexp(x, w, bias, targets, static: _Static):
-  """logsumexp of all logits, the target's logit and the largest, `B T` each, for W by shards `D s V`."""
+  """logsumexp of all logits, the target's logit and the largest, `B T` each, for W by shards `D s
+  V`."""
   (B, T, _), (_, parts, V) = x.shape, w.shape
 
   def some(carry, start, size):
@@ -131,12 +143,15 @@ def _backward(static, saved, cotangents):
   def some(carry, start, size):
     dx, dw, db = carry
     logits, slope, ws = _logits(x, w, bias, start, size, static)
-    d = jnp.exp(logits - lse) * factor - jnp.where(_is_target(targets, start, size, parts, V), weight, 0.0)
+    d = jnp.exp(logits - lse) * factor - jnp.where(
+      _is_target(targets, start, size, parts, V), weight, 0.0
+    )
     d = d if slope is None else d * slope
     if db is not None:
       db = lax.dynamic_update_slice_in_dim(db, d.sum((0, 1)), start, axis=1)
     d = shard(d.astype(x.dtype), 'batch', 'time', 'vocab', None)
-    dws = jnp.einsum('BTD,BTsC->DsC', x, d, preferred_element_type=w.dtype)   # and so are the parts that a mesh adds up
+    # and so are the parts that a mesh adds up
+    dws = jnp.einsum('BTD,BTsC->DsC', x, d, preferred_element_type=w.dtype)
     dws = shard_param(dws, 'embed', 'vocab', None)
     dw = lax.dynamic_update_slice_in_dim(dw, dws, start, axis=2)
     dx = dx + jnp.einsum('BTsC,DsC->sBTD', d, ws, preferred_element_type=jnp.float32)
@@ -144,7 +159,9 @@ def _backward(static, saved, cotangents):
 
   dx = shard(jnp.zeros((parts, B, T, D), jnp.float32), 'vocab', 'batch', 'time', None)
   dw = shard_param(jnp.zeros(w.shape, w.dtype), 'embed', 'vocab', None)
-  dx, dw, db = _slices(some, (dx, dw, None if bias is None else jnp.zeros_like(bias)), V, static.chunk)
+  dx, dw, db = _slices(
+    some, (dx, dw, None if bias is None else jnp.zeros_like(bias)), V, static.chunk
+  )
   return dx.sum(0).astype(x.dtype), dw, db, None, None
 
 
@@ -152,18 +169,33 @@ _loss.defvjp(_forward, _backward)
 
 
 def vocabulary_loss(
-  x: Float[Array, 'B T D'], w_DV: Float[Array, 'D V'], bias_V: Float[Array, ' V'] | None, targets_BT: Int[Array, 'B T'],
-  counted_BT: Bool[Array, 'B T'], *, z_loss: float, softcap: float | None, chunk: int | None = None, transposed: bool = False,
+  x: Float[Array, 'B T D'],
+  w_DV: Float[Array, 'D V'],
+  bias_V: Float[Array, ' V'] | None,
+  targets_BT: Int[Array, 'B T'],
+  counted_BT: Bool[Array, 'B T'],
+  *,
+  z_loss: float,
+  softcap: float | None,
+  chunk: int | None = None,
+  transposed: bool = False,
 ) -> tuple[Float[Array, ''], Float[Array, '']]:
-  """Loss with z-loss, and nll, summed over the counted tokens. A gradient flows through the first alone."""
+  """Loss with z-loss, and nll, summed over the counted tokens. A gradient flows through the first
+  alone."""
   parts = shards('vocab', w_DV.shape[1])
   static = _Static(z_loss, softcap, chunk or _chunk(x, w_DV.shape[1], parts), transposed)
   return _loss(x, *_by_shard(w_DV, bias_V, parts), targets_BT, counted_BT, static)
 
 
 def vocabulary_logsumexp(
-  x: Float[Array, 'B T D'], w_DV: Float[Array, 'D V'], bias_V: Float[Array, ' V'] | None, targets_BT: Int[Array, 'B T'], *,
-  softcap: float | None, chunk: int | None = None, transposed: bool = False,
+  x: Float[Array, 'B T D'],
+  w_DV: Float[Array, 'D V'],
+  bias_V: Float[Array, ' V'] | None,
+  targets_BT: Int[Array, 'B T'],
+  *,
+  softcap: float | None,
+  chunk: int | None = None,
+  transposed: bool = False,
 ) -> tuple[Float[Array, 'B T'], Float[Array, 'B T'], Float[Array, 'B T']]:
   """logsumexp of each token's logits, its target's logit, and the largest."""
   parts = shards('vocab', w_DV.shape[1])

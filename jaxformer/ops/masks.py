@@ -1,4 +1,5 @@
-"""Which key a query may see, told by structure and never as a `T x S` array, so that kernels can use it."""
+"""Which key a query may see, told by structure and never as a `T x S` array, so that kernels can
+use it."""
 
 from __future__ import annotations
 
@@ -10,21 +11,24 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
-MASKED = -1e30   # finite: a row with no key at all gives zeros, not NaN
+MASKED = -1e30  # finite: a row with no key at all gives zeros, not NaN
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Mask:
-  """A query sees a key of its own segment that is not in its future (`causal`) and fewer than `window` positions back.
+  """A query sees a key of its own segment that is not in its future (`causal`) and fewer than
+  `window` positions back.
 
   Attributes:
     causal: keys after the query are hidden.
-    window: how many positions a query sees, itself included; None for all. Without `causal` it is a band: |t - s| < window.
+    window: how many positions a query sees, itself included; None for all. Without `causal` it is a
+      band: |t - s| < window.
     segments_BT: the segment of each query, None where all is one segment.
     key_segments_BS: the segment of each key; None where keys and queries are the same positions.
-    index_T: position of each query, and index_S: of each key, negative for an empty cache slot. Both None where keys and
-      queries are the same positions 0..T-1, which is what the fast backends need.
+    index_T: position of each query, and index_S: of each key, negative for an empty cache slot.
+      Both None where keys and queries are the same positions 0..T-1, which is what the fast
+      backends need.
   """
 
   causal: bool = dataclasses.field(default=True, metadata={'static': True})
@@ -41,8 +45,10 @@ class Mask:
 
   def positions(self, T: int, S: int) -> tuple[Int[Array, ' T'], Int[Array, ' S']]:
     """The position of each query and of each key."""
-    return (jnp.arange(T, dtype=jnp.int32) if self.index_T is None else self.index_T,
-            jnp.arange(S, dtype=jnp.int32) if self.index_S is None else self.index_S)
+    return (
+      jnp.arange(T, dtype=jnp.int32) if self.index_T is None else self.index_T,
+      jnp.arange(S, dtype=jnp.int32) if self.index_S is None else self.index_S,
+    )
 
   def keys(self) -> Int[Array, 'B S'] | None:
     """The segment of each key, None where all is one segment."""
@@ -58,11 +64,16 @@ class Mask:
 
 
 def visible(
-  t: Int[Array | np.ndarray, ' T'], s: Int[Array | np.ndarray, ' S'], *, causal: bool, window: int | None,
+  t: Int[Array | np.ndarray, ' T'],
+  s: Int[Array | np.ndarray, ' S'],
+  *,
+  causal: bool,
+  window: int | None,
 ) -> Bool[Array | np.ndarray, 'T S']:
-  """Whether the query at position t may see the key at position s, segments apart. From numpy arrays a numpy array."""
+  """Whether the query at position t may see the key at position s, segments apart. From numpy
+  arrays a numpy array."""
   row, col = t[:, None], s[None, :]
-  seen = (col >= 0) & (row == row)   # the second for its shape
+  seen = (col >= 0) & (row == row)  # the second for its shape
   if causal:
     seen = seen & (col <= row)
   if window is not None:

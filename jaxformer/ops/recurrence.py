@@ -1,12 +1,14 @@
 """Gated recurrences: the LSTM and two forms of the GRU.
 
-The fast forms take the products with the input out of the loop over time, as one product for all positions; inside stays what
-has to: the product with the hidden state. Their backward passes collect the gradients of the gates and multiply them with the
-hidden states once, after the loop, instead of adding an H x 4H matrix at every step, which also means one sum over a mesh
-instead of one a step.
+The fast forms take the products with the input out of the loop over time, as one product for all
+positions; inside stays what
+has to: the product with the hidden state. Their backward passes collect the gradients of the gates
+  and multiply them with the
+hidden states once, after the loop, instead of adding an H x 4H matrix at every step, which also
+means one sum over a mesh instead of one a step.
 
-Gates are an axis of their own (`w_DGH`), so that a mesh divides units and not gates. State and gates are computed in fp32.
-"""
+Gates are an axis of their own (`w_DGH`), so that a mesh divides units and not gates. State and
+gates are computed in fp32."""
 
 from __future__ import annotations
 
@@ -21,12 +23,14 @@ from jaxformer.ops.context import in_turn, time_axes
 from jaxformer.ops.route import forced
 from jaxformer.sharding import per_shard, platform
 
-# A mesh divides the loops by rows alone: with the units divided too, every step would wait for the hidden state of the others.
+# A mesh divides the loops by rows alone: with the units divided too, every step would wait for the
+# hidden state of the others.
 _TIMES, _ROWS = ('time', 'batch', None, None), ('batch', None)
 
 
 def _unroll() -> int:
-  """Steps in one iteration of the loop. On a CPU the loop costs nothing beside the products, and longer bodies run slower."""
+  """Steps in one iteration of the loop. On a CPU the loop costs nothing beside the products, and
+  longer bodies run slower."""
   return 1 if platform() == 'cpu' else 4
 
 
@@ -35,9 +39,11 @@ def _matmul(a: Array, b: Array) -> Array:
 
 
 def product(x: Array, w: Array) -> Array:
-  """x W, accumulated in fp32: [..., G, H] of a W [D, G, H], for every gate, [..., H] of a matrix."""
+  """x W, accumulated in fp32: [..., G, H] of a W [D, G, H], for every gate, [..., H] of a
+  matrix."""
   x = x.astype(w.dtype)
-  if platform() == 'cpu' and not (x.ndim == 3 and time_axes(x.shape[0])):   # plain matrices (ops.linear)
+  # plain matrices (ops.linear)
+  if platform() == 'cpu' and not (x.ndim == 3 and time_axes(x.shape[0])):
     rows = _matmul(x.reshape(-1, x.shape[-1]), w.reshape(w.shape[0], -1))
     return rows.reshape(*x.shape[:-1], *w.shape[1:])
   return jnp.tensordot(x, w, 1, preferred_element_type=jnp.float32)
@@ -64,7 +70,9 @@ def _weight_gradient(x_TBD: Array, dy_TBGH: Array, w_DGH: Array) -> Array:
 def input_gates(x_BTD: Array, w_DGH: Array, b_GH: Array | None) -> Array:
   """x W + b at all positions, [T, B, G, H], in the dtype of x: time leads, as the loop reads it."""
   gates = product(jnp.swapaxes(x_BTD, 0, 1), w_DGH)
-  return (gates if b_GH is None else gates + b_GH.astype(jnp.float32)[None, None]).astype(x_BTD.dtype)
+  return (gates if b_GH is None else gates + b_GH.astype(jnp.float32)[None, None]).astype(
+    x_BTD.dtype
+  )
 
 
 def _before(first_BH: Array, all_TBH: Array, starts_TB: Array) -> Array:
@@ -79,7 +87,9 @@ def _kept(starts_B: Array, *states_BH: Array) -> tuple[Array, ...]:
 
 
 def _over_time(loop: Any, weights: int, states: int, axes: tuple[str, ...]) -> Any:
-  """`loop(gates, *weights, *states, starts) -> (y, *states)` on a mesh, shards of time in turn (`ops.context.in_turn`)."""
+  """`loop(gates, *weights, *states, starts) -> (y, *states)` on a mesh, shards of time in turn
+  (`ops.context.in_turn`)."""
+
   def shard(gates_TBGH, *rest):
     kept, first, starts_TB = rest[:weights], rest[weights:-1], rest[-1]
 
@@ -91,23 +101,31 @@ def _over_time(loop: Any, weights: int, states: int, axes: tuple[str, ...]) -> A
     return y_TBH, *last
 
   rows = (_ROWS,) * states
-  return per_shard(shard if axes else loop, (_TIMES, *(None,) * weights, *rows, _TIMES[:2]), _TIMES[:3], *rows)
+  return per_shard(
+    shard if axes else loop, (_TIMES, *(None,) * weights, *rows, _TIMES[:2]), _TIMES[:3], *rows
+  )
 
 
-# ---- LSTM -------------------------------------------------------------------------------------------------------------
+# ---- LSTM --------------------------------------------------------------------------------------
 
 
 def lstm(
-  x_BTD: Float[Array, 'B T D'], w_DGH: Float[Array, 'D 4 H'], u_HGH: Float[Array, 'H 4 H'], b_GH: Float[Array, '4 H'] | None,
-  h_BH: Float[Array, 'B H'], c_BH: Float[Array, 'B H'], starts_BT: Bool[Array, 'B T'],
+  x_BTD: Float[Array, 'B T D'],
+  w_DGH: Float[Array, 'D 4 H'],
+  u_HGH: Float[Array, 'H 4 H'],
+  b_GH: Float[Array, '4 H'] | None,
+  h_BH: Float[Array, 'B H'],
+  c_BH: Float[Array, 'B H'],
+  starts_BT: Bool[Array, 'B T'],
 ) -> tuple[Float[Array, 'B T H'], tuple[Float[Array, 'B H'], Float[Array, 'B H']]]:
-  """The LSTM with a forget gate (Hochreiter and Schmidhuber 1997; Gers et al. 2000; in the form of Graves 2013 without peepholes).
+  """The LSTM with a forget gate (Hochreiter and Schmidhuber 1997; Gers et al. 2000; in the form of
+  Graves 2013 without peepholes).
 
-  i, f, o = sigmoid(x_t W + h_{t-1} U + b),  g = tanh(x_t W + h_{t-1} U + b)   gates in the order i, f, g, o
-  c_t = f c_{t-1} + i g,  h_t = o tanh(c_t)
+  i, f, o = sigmoid(x_t W + h_{t-1} U + b),  g = tanh(x_t W + h_{t-1} U + b)   gates in the order i,
+  f, g, o c_t = f c_{t-1} + i g,  h_t = o tanh(c_t)
 
-  h and c are zero before a token where `starts_BT`. Returns all h_t in the dtype of x, and (h_T, c_T) in fp32.
-  """
+  h and c are zero before a token where `starts_BT`. Returns all h_t in the dtype of x, and (h_T,
+  c_T) in fp32."""
   if forced('lstm') == 'naive':
     return lstm_naive(x_BTD, w_DGH, u_HGH, b_GH, h_BH, c_BH, starts_BT)
   gates = input_gates(x_BTD, w_DGH, b_GH)
@@ -117,8 +135,13 @@ def lstm(
 
 
 def lstm_naive(
-  x_BTD: Float[Array, 'B T D'], w_DGH: Float[Array, 'D 4 H'], u_HGH: Float[Array, 'H 4 H'], b_GH: Float[Array, '4 H'] | None,
-  h_BH: Float[Array, 'B H'], c_BH: Float[Array, 'B H'], starts_BT: Bool[Array, 'B T'],
+  x_BTD: Float[Array, 'B T D'],
+  w_DGH: Float[Array, 'D 4 H'],
+  u_HGH: Float[Array, 'H 4 H'],
+  b_GH: Float[Array, '4 H'] | None,
+  h_BH: Float[Array, 'B H'],
+  c_BH: Float[Array, 'B H'],
+  starts_BT: Bool[Array, 'B T'],
 ) -> tuple[Float[Array, 'B T H'], tuple[Float[Array, 'B H'], Float[Array, 'B H']]]:
   """`lstm`, one token after the other."""
   w, u = w_DGH.astype(jnp.float32), u_HGH.astype(jnp.float32)
@@ -133,7 +156,9 @@ def lstm_naive(
     return (h, c), h
 
   first = (h_BH.astype(jnp.float32), c_BH.astype(jnp.float32))
-  last, y_TBH = jax.lax.scan(step, first, (jnp.swapaxes(x_BTD, 0, 1).astype(jnp.float32), starts_BT.T))
+  last, y_TBH = jax.lax.scan(
+    step, first, (jnp.swapaxes(x_BTD, 0, 1).astype(jnp.float32), starts_BT.T)
+  )
   return jnp.swapaxes(y_TBH, 0, 1).astype(x_BTD.dtype), last
 
 
@@ -143,9 +168,10 @@ def _lstm_activations(gates_BGH: Array) -> Array:
 
 
 def lstm_cell(
-  gates_BGH: Float[Array, 'B 4 H'], c_BH: Float[Array, 'B H'],
+  gates_BGH: Float[Array, 'B 4 H'], c_BH: Float[Array, 'B H']
 ) -> tuple[Float[Array, 'B H'], Float[Array, 'B H']]:
-  """(h_t, c_t) from x_t W + h_{t-1} U + b and c_{t-1}: for decoders whose input depends on h_{t-1} by other ways too."""
+  """(h_t, c_t) from x_t W + h_{t-1} U + b and c_{t-1}: for decoders whose input depends on h_{t-1}
+  by other ways too."""
   i, f, g, o = (gates_BGH[:, n] for n in range(4))
   c = jax.nn.sigmoid(f) * c_BH + jax.nn.sigmoid(i) * jnp.tanh(g)
   return jax.nn.sigmoid(o) * jnp.tanh(c), c
@@ -162,8 +188,11 @@ def _lstm_step(u_HGH: Array, carry: tuple[Array, Array], now: tuple[Array, Array
 
 
 @jax.custom_vjp
-def _lstm_loop(gates_TBGH: Array, u_HGH: Array, h_BH: Array, c_BH: Array, starts_TB: Array) -> tuple[Array, Array, Array]:
+def _lstm_loop(
+  gates_TBGH: Array, u_HGH: Array, h_BH: Array, c_BH: Array, starts_TB: Array
+) -> tuple[Array, Array, Array]:
   """(all h, last h, last c) from the products with the input."""
+
   def step(carry, now):
     carry, (h, _, _) = _lstm_step(u_HGH, carry, now)
     return carry, h
@@ -174,7 +203,8 @@ def _lstm_loop(gates_TBGH: Array, u_HGH: Array, h_BH: Array, c_BH: Array, starts
 
 def _lstm_forward(gates_TBGH: Array, u_HGH: Array, h_BH: Array, c_BH: Array, starts_TB: Array):
   (h, c), (y, act, before) = jax.lax.scan(
-    functools.partial(_lstm_step, u_HGH), (h_BH, c_BH), (gates_TBGH, starts_TB), unroll=_unroll())
+    functools.partial(_lstm_step, u_HGH), (h_BH, c_BH), (gates_TBGH, starts_TB), unroll=_unroll()
+  )
   return (y, h, c), (u_HGH, h_BH, starts_TB, y, act, before)
 
 
@@ -190,35 +220,49 @@ def _lstm_backward(kept: Any, cotangents: tuple[Array, Array, Array]):
     tanh_c = jnp.tanh(f * c + i * g)
     dc = dc + dh * o * (1 - tanh_c * tanh_c)
     dgates = jnp.stack(
-      [dc * g * i * (1 - i), dc * c * f * (1 - f), dc * i * (1 - g * g), dh * tanh_c * o * (1 - o)], axis=1)
+      [dc * g * i * (1 - i), dc * c * f * (1 - f), dc * i * (1 - g * g), dh * tanh_c * o * (1 - o)],
+      axis=1,
+    )
     carry = _kept(starts_B, _product_transposed(dgates, u_HGH), dc * f)
     return carry, dgates.astype(act.dtype)
 
   (dh, dc), dgates_TBGH = jax.lax.scan(
-    step, (dh_BH, dc_BH), (dy_TBH, act_TBGH, c_TBH, starts_TB), reverse=True, unroll=_unroll())
-  return dgates_TBGH, _weight_gradient(_before(h_BH, y_TBH, starts_TB), dgates_TBGH, u_HGH), dh, dc, None
+    step, (dh_BH, dc_BH), (dy_TBH, act_TBGH, c_TBH, starts_TB), reverse=True, unroll=_unroll()
+  )
+  return (
+    dgates_TBGH,
+    _weight_gradient(_before(h_BH, y_TBH, starts_TB), dgates_TBGH, u_HGH),
+    dh,
+    dc,
+    None,
+  )
 
 
 _lstm_loop.defvjp(_lstm_forward, _lstm_backward)
 
 
-# ---- GRU --------------------------------------------------------------------------------------------------------------
+# ---- GRU ---------------------------------------------------------------------------------------
 
 
 def gru(
-  x_BTD: Float[Array, 'B T D'], w_DGH: Float[Array, 'D 3 H'], u_HGH: Float[Array, 'H 3 H'], b_GH: Float[Array, '3 H'] | None,
-  h_BH: Float[Array, 'B H'], starts_BT: Bool[Array, 'B T'], *, after: bool = False, b_after_H: Float[Array, ' H'] | None = None,
+  x_BTD: Float[Array, 'B T D'],
+  w_DGH: Float[Array, 'D 3 H'],
+  u_HGH: Float[Array, 'H 3 H'],
+  b_GH: Float[Array, '3 H'] | None,
+  h_BH: Float[Array, 'B H'],
+  starts_BT: Bool[Array, 'B T'],
+  *,
+  after: bool = False,
+  b_after_H: Float[Array, ' H'] | None = None,
 ) -> tuple[Float[Array, 'B T H'], Float[Array, 'B H']]:
   """The gated recurrent unit (Cho et al. 2014, eq. 5 to 8), gates in the order r, z, n.
 
-  r, z = sigmoid(x_t W + h_{t-1} U + b)
-  n = tanh(x_t W_n + b_n + (r h_{t-1}) U_n)            as published
-  n = tanh(x_t W_n + b_n + r (h_{t-1} U_n + b_after))  with `after` (cuDNN): all products with h_{t-1} are then one
-  h_t = z h_{t-1} + (1 - z) n
+  r, z = sigmoid(x_t W + h_{t-1} U + b) n = tanh(x_t W_n + b_n + (r h_{t-1}) U_n)            as
+  published n = tanh(x_t W_n + b_n + r (h_{t-1} U_n + b_after))  with `after` (cuDNN): all products
+  with h_{t-1} are then one h_t = z h_{t-1} + (1 - z) n
 
-  Bahdanau et al. 2014 write 1 - z for z, which is the same with the weights of z negated. h is zero before a token where
-  `starts_BT`. Returns all h_t in the dtype of x, and h_T in fp32.
-  """
+  Bahdanau et al. 2014 write 1 - z for z, which is the same with the weights of z negated. h is zero
+  before a token where `starts_BT`. Returns all h_t in the dtype of x, and h_T in fp32."""
   if forced('gru') == 'naive':
     return gru_naive(x_BTD, w_DGH, u_HGH, b_GH, h_BH, starts_BT, after=after, b_after_H=b_after_H)
   gates, h_BH = input_gates(x_BTD, w_DGH, b_GH), h_BH.astype(jnp.float32)
@@ -233,8 +277,15 @@ def gru(
 
 
 def gru_naive(
-  x_BTD: Float[Array, 'B T D'], w_DGH: Float[Array, 'D 3 H'], u_HGH: Float[Array, 'H 3 H'], b_GH: Float[Array, '3 H'] | None,
-  h_BH: Float[Array, 'B H'], starts_BT: Bool[Array, 'B T'], *, after: bool = False, b_after_H: Float[Array, ' H'] | None = None,
+  x_BTD: Float[Array, 'B T D'],
+  w_DGH: Float[Array, 'D 3 H'],
+  u_HGH: Float[Array, 'H 3 H'],
+  b_GH: Float[Array, '3 H'] | None,
+  h_BH: Float[Array, 'B H'],
+  starts_BT: Bool[Array, 'B T'],
+  *,
+  after: bool = False,
+  b_after_H: Float[Array, ' H'] | None = None,
 ) -> tuple[Float[Array, 'B T H'], Float[Array, 'B H']]:
   """`gru`, one token after the other."""
   w, u = w_DGH.astype(jnp.float32), u_HGH.astype(jnp.float32)
@@ -256,7 +307,9 @@ def gru_naive(
 
 
 def _gru_scan(step: Any, gates_TBGH: Array, h_BH: Array, starts_TB: Array):
-  """(last h, (all h, what else `step` keeps)); `step(h, gates)` gives the activated gates, and what it keeps."""
+  """(last h, (all h, what else `step` keeps)); `step(h, gates)` gives the activated gates, and what
+  it keeps."""
+
   def run(h, now):
     gates, starts_B = now
     (h,) = _kept(starts_B, h)
@@ -290,7 +343,9 @@ def _gru_after_step(u_HGH: Array, b_H: Array):
 
 
 @jax.custom_vjp
-def _gru_loop(gates_TBGH: Array, u_HGH: Array, h_BH: Array, starts_TB: Array) -> tuple[Array, Array]:
+def _gru_loop(
+  gates_TBGH: Array, u_HGH: Array, h_BH: Array, starts_TB: Array
+) -> tuple[Array, Array]:
   h, (y_TBH, _, _) = _gru_scan(_gru_step(u_HGH), gates_TBGH, h_BH, starts_TB)
   return y_TBH, h
 
@@ -315,10 +370,20 @@ def _gru_backward(kept: Any, cotangents: tuple[Array, Array]):
     (dh,) = _kept(starts_B, dh * z + drh * r + _product_transposed(drz, gates_of))
     return dh, jnp.concatenate([drz, dn[:, None]], axis=1).astype(act.dtype)
 
-  dh, d_TBGH = jax.lax.scan(step, cotangents[1], (cotangents[0], act_TBGH, before_TBH, starts_TB), reverse=True, unroll=_unroll())
-  du = jnp.concatenate([
-    _weight_gradient(before_TBH, d_TBGH[:, :, :2], gates_of),
-    _weight_gradient(before_TBH * act_TBGH[:, :, 0], d_TBGH[:, :, 2:], candidate_of)], axis=1)
+  dh, d_TBGH = jax.lax.scan(
+    step,
+    cotangents[1],
+    (cotangents[0], act_TBGH, before_TBH, starts_TB),
+    reverse=True,
+    unroll=_unroll(),
+  )
+  du = jnp.concatenate(
+    [
+      _weight_gradient(before_TBH, d_TBGH[:, :, :2], gates_of),
+      _weight_gradient(before_TBH * act_TBGH[:, :, 0], d_TBGH[:, :, 2:], candidate_of),
+    ],
+    axis=1,
+  )
   return d_TBGH, du, dh, None
 
 
@@ -326,7 +391,9 @@ _gru_loop.defvjp(_gru_forward, _gru_backward)
 
 
 @jax.custom_vjp
-def _gru_after_loop(gates_TBGH: Array, u_HGH: Array, b_H: Array, h_BH: Array, starts_TB: Array) -> tuple[Array, Array]:
+def _gru_after_loop(
+  gates_TBGH: Array, u_HGH: Array, b_H: Array, h_BH: Array, starts_TB: Array
+) -> tuple[Array, Array]:
   h, (y_TBH, _, _) = _gru_scan(_gru_after_step(u_HGH, b_H), gates_TBGH, h_BH, starts_TB)
   return y_TBH, h
 
@@ -351,7 +418,12 @@ def _gru_after_backward(kept: Any, cotangents: tuple[Array, Array]):
     return dh, (jnp.stack([*drz, dn], axis=1).astype(act.dtype), hidden.astype(act.dtype))
 
   dh, (d_TBGH, hidden_TBGH) = jax.lax.scan(
-    step, cotangents[1], (cotangents[0], act_TBGH, m_TBH, before_TBH, starts_TB), reverse=True, unroll=_unroll())
+    step,
+    cotangents[1],
+    (cotangents[0], act_TBGH, m_TBH, before_TBH, starts_TB),
+    reverse=True,
+    unroll=_unroll(),
+  )
   db = hidden_TBGH[:, :, 2].astype(jnp.float32).sum((0, 1))
   return d_TBGH, _weight_gradient(before_TBH, hidden_TBGH, u_HGH), db, dh, None
 

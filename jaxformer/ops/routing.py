@@ -1,4 +1,5 @@
-"""What routers of mixtures of experts compute beside their choice: balancing losses, closed-form loads, places with a limit.
+"""What routers of mixtures of experts compute beside their choice: balancing losses, closed-form
+loads, places with a limit.
 
 Dims: N tokens, E experts, K experts a token, C places of an expert in a sequence. All in fp32.
 """
@@ -18,17 +19,23 @@ from jaxformer.sharding import per_shard
 def load_of(expert_BTK: Int[Array, 'B T K'], experts: int) -> Float[Array, ' E']:
   """Tokens sent to each expert, as a fraction of all tokens; they add up to K."""
   chosen = expert_BTK[..., None] == jnp.arange(experts).reshape(1, 1, 1, experts)
-  return jnp.sum(chosen, axis=(0, 1, 2)).astype(jnp.float32) / (expert_BTK.shape[0] * expert_BTK.shape[1])
+  return jnp.sum(chosen, axis=(0, 1, 2)).astype(jnp.float32) / (
+    expert_BTK.shape[0] * expert_BTK.shape[1]
+  )
 
 
-def balance_loss(load_E: Float[Array, ' E'], probabilities_BTE: Float[Array, 'B T E']) -> Float[Array, '']:
-  """E sum_e f_e P_e, with f_e the fraction of tokens sent to expert e and P_e the mean probability of it (Fedus et al. 2022, eq.
-  4-6).
+def balance_loss(
+  load_E: Float[Array, ' E'], probabilities_BTE: Float[Array, 'B T E']
+) -> Float[Array, '']:
+  """E sum_e f_e P_e, with f_e the fraction of tokens sent to expert e and P_e the mean probability
+  of it (Fedus et al. 2022, eq. 4-6).
 
-  f adds up to K, the experts a token, so balance costs K: 1 for Switch, 2 for two experts a token, as in transformers' Mixtral.
-  (Its function pools the tokens of all layers; here each layer has a loss of its own, and they are added.)
-  """
-  return load_E.shape[0] * jnp.sum(jax.lax.stop_gradient(load_E) * jnp.mean(probabilities_BTE, axis=(0, 1)))
+  f adds up to K, the experts a token, so balance costs K: 1 for Switch, 2 for two experts a token,
+  as in transformers' Mixtral. (Its function pools the tokens of all layers; here each layer has a
+  loss of its own, and they are added.)"""
+  return load_E.shape[0] * jnp.sum(
+    jax.lax.stop_gradient(load_E) * jnp.mean(probabilities_BTE, axis=(0, 1))
+  )
 
 
 def z_loss(logits_BTE: Float[Array, 'B T E']) -> Float[Array, '']:
@@ -37,19 +44,23 @@ def z_loss(logits_BTE: Float[Array, 'B T E']) -> Float[Array, '']:
 
 
 def cv_squared(x_E: Float[Array, ' E']) -> Float[Array, '']:
-  """The squared coefficient of variation, variance / mean^2, over the population (Shazeer et al. 2017, eq. 7)."""
+  """The squared coefficient of variation, variance / mean^2, over the population (Shazeer et al.
+  2017, eq. 7)."""
   return jnp.var(x_E) / (jnp.square(jnp.mean(x_E)) + 1e-10)
 
 
 def noisy_load(
-  clean_BTE: Float[Array, 'B T E'], noisy_BTE: Float[Array, 'B T E'], std_BTE: Float[Array, 'B T E'], k: int,
+  clean_BTE: Float[Array, 'B T E'],
+  noisy_BTE: Float[Array, 'B T E'],
+  std_BTE: Float[Array, 'B T E'],
+  k: int,
 ) -> Float[Array, ' E']:
-  """Load_e = sum_tokens Phi((clean_e - kth_excluding_e) / std_e): how many tokens would choose e if its noise alone were drawn
-  again (Shazeer et al. 2017, eq. 8-10). kth_excluding_e is the k-th largest noisy logit among the others: of all, the (k+1)-th
-  where e is among the k chosen, else the k-th. Needs k < E.
-  """
+  """Load_e = sum_tokens Phi((clean_e - kth_excluding_e) / std_e): how many tokens would choose e if
+  its noise alone were drawn again (Shazeer et al. 2017, eq. 8-10). kth_excluding_e is the k-th
+  largest noisy logit among the others: of all, the (k+1)-th where e is among the k chosen, else the
+  k-th. Needs k < E."""
   top = jax.lax.top_k(noisy_BTE, k + 1)[0]
-  kth, next_ = top[..., k - 1:k], top[..., k:]
+  kth, next_ = top[..., k - 1 : k], top[..., k:]
   threshold = jnp.where(noisy_BTE > next_, next_, kth)
   return jnp.sum(jax.scipy.stats.norm.cdf((clean_BTE - threshold) / std_BTE), axis=(0, 1))
 
@@ -59,11 +70,13 @@ NUDGE = 1e-4
 
 @jax.custom_vjp
 def nudge(bias_E: Float[Array, ' E'], load_E: Float[Array, ' E']) -> Float[Array, '']:
-  """0, with `NUDGE` sign(load - mean load) for gradient with respect to the biases, whatever comes from behind.
+  """0, with `NUDGE` sign(load - mean load) for gradient with respect to the biases, whatever comes
+  from behind.
 
-  Balancing without a loss adds a bias to each expert's score and lowers it where the expert has too many tokens (DeepSeek-AI 2024,
-  section 2.1.2). As the gradient of a parameter, that rule is applied by the optimizer, kept by checkpoints and summed by
-  accumulation like all others. All our optimizers take steps of the size of the learning rate, whatever that of gradients, so a
+  Balancing without a loss adds a bias to each expert's score and lowers it where the expert has too
+  many tokens (DeepSeek-AI 2024, section 2.1.2). As the gradient of a parameter, that rule is
+  applied by the optimizer, kept by checkpoints and summed by accumulation like all others. All our
+  optimizers take steps of the size of the learning rate, whatever that of gradients, so a
   small one serves: it leaves the global norm to the gradients of the loss.
   """
   return jnp.zeros(())
@@ -71,19 +84,27 @@ def nudge(bias_E: Float[Array, ' E'], load_E: Float[Array, ' E']) -> Float[Array
 
 nudge.defvjp(
   lambda bias_E, load_E: (jnp.zeros(()), load_E),
-  lambda load_E, _: (NUDGE * jnp.sign(load_E - jnp.mean(load_E)), jnp.zeros_like(load_E)))
+  lambda load_E, _: (NUDGE * jnp.sign(load_E - jnp.mean(load_E)), jnp.zeros_like(load_E)),
+)
 
 
 def places(
-  expert_BTK: Int[Array, 'B T K'], weight_BTK: Float[Array, 'B T K'], experts: int, capacity: int,
+  expert_BTK: Int[Array, 'B T K'], weight_BTK: Float[Array, 'B T K'], experts: int, capacity: int
 ) -> tuple[Int[Array, 'B E C'], Float[Array, 'B E C'], Float[Array, '']]:
-  """Gives each expert at most `capacity` tokens of every sequence, the earlier ones: a token loses those of its experts whose
-  places are taken by tokens before it. So no token's place depends on later ones, nor on other sequences.
+  """Gives each expert at most `capacity` tokens of every sequence, the earlier ones: a token loses
+  those of its experts whose places are taken by tokens before it. So no token's place depends on
+  later ones, nor on other sequences.
 
-  Returns the token in each place of each expert and its weight (0 where a place stays empty), and the fraction of choices dropped.
-  """
+  Returns the token in each place of each expert and its weight (0 where a place stays empty), and
+  the fraction of choices dropped."""
   tokens = ('batch', None, None)
-  mapped = per_shard(functools.partial(_places, experts=experts, capacity=capacity), (tokens, tokens), tokens, tokens, ('batch',))
+  mapped = per_shard(
+    functools.partial(_places, experts=experts, capacity=capacity),
+    (tokens, tokens),
+    tokens,
+    tokens,
+    ('batch',),
+  )
   token, weight, dropped_B = mapped(expert_BTK, weight_BTK)
   return token, weight, jnp.mean(dropped_B)
 
@@ -104,8 +125,11 @@ def within(expert_BTK: Int[Array, 'B T K'], experts: int, capacity: int) -> Bool
 
 
 def _before(expert_BTK: Array, experts: int) -> tuple[Array, Array]:
-  """How many choices before each in its row are of the same expert, [B, T K], and how many each expert has in all, [B, E]."""
-  chosen_BPE = expert_BTK.reshape(len(expert_BTK), -1)[..., None] == jnp.arange(experts).reshape(1, 1, experts)
+  """How many choices before each in its row are of the same expert, [B, T K], and how many each
+  expert has in all, [B, E]."""
+  chosen_BPE = expert_BTK.reshape(len(expert_BTK), -1)[..., None] == jnp.arange(experts).reshape(
+    1, 1, experts
+  )
   counts_BPE = jnp.cumsum(chosen_BPE, axis=1, dtype=jnp.int32)
   return jnp.sum(jnp.where(chosen_BPE, counts_BPE - 1, 0), axis=-1), counts_BPE[:, -1]
 
@@ -114,8 +138,13 @@ def _places(expert_BTK, weight_BTK, experts, capacity):
   B, T, K = expert_BTK.shape
   before_BP, _ = _before(expert_BTK, experts)
   row = jnp.arange(B)[:, None]
-  at = (row, expert_BTK.reshape(B, T * K), before_BP)   # places beyond the last are left out by `mode='drop'`
+  # places beyond the last are left out by `mode='drop'`
+  at = (row, expert_BTK.reshape(B, T * K), before_BP)
   token_BP = jnp.broadcast_to((jnp.arange(T * K, dtype=jnp.int32) // K)[None], (B, T * K))
   token = jnp.zeros((B, experts, capacity), jnp.int32).at[at].set(token_BP, mode='drop')
-  weight = jnp.zeros((B, experts, capacity), jnp.float32).at[at].set(weight_BTK.reshape(B, T * K), mode='drop')
+  weight = (
+    jnp.zeros((B, experts, capacity), jnp.float32)
+    .at[at]
+    .set(weight_BTK.reshape(B, T * K), mode='drop')
+  )
   return token, weight, jnp.mean((before_BP >= capacity).astype(jnp.float32), axis=1)

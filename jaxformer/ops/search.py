@@ -1,10 +1,13 @@
-"""A recurrence that searches the source at every step: additive attention keyed on the state before, inside the loop.
+"""A recurrence that searches the source at every step: additive attention keyed on the state
+before, inside the loop.
 
-The fast form takes the product with the input out of the loop, forgets what a step computes but its states, which the backward
-pass computes again (the hidden layer of the attention is S times as large as they are), and divides rows over a mesh, so that
-gradients of the weights are summed over it once and not at every step.
+The fast form takes the product with the input out of the loop, forgets what a step computes but its
+states, which the backward pass computes again (the hidden layer of the attention is S times as
+large as they are), and divides rows over a mesh, so that gradients of the weights are summed over
+it once and not at every step.
 
-Dims: B batch, T time, S source, D input, C width of the source's vectors, A hidden units of the attention, H units, G gates.
+Dims: B batch, T time, S source, D input, C width of the source's vectors, A hidden units of the
+  attention, H units, G gates.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ from jaxformer.ops.recurrence import input_gates, lstm_cell, product
 from jaxformer.ops.route import forced
 from jaxformer.sharding import per_shard
 
-States = tuple[Array, ...]   # (h,) of a GRU, (h, c) of an LSTM
+States = tuple[Array, ...]  # (h,) of a GRU, (h, c) of an LSTM
 
 
 @jax.tree_util.register_dataclass
@@ -43,7 +46,8 @@ class Source:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Weights:
-  """Of the loop: W and b of the input, those of what was read and of the state before, and of the attention."""
+  """Of the loop: W and b of the input, those of what was read and of the state before, and of the
+  attention."""
 
   w_DGH: Float[Array, 'D G H']
   context_CGH: Float[Array, 'C G H']
@@ -54,16 +58,18 @@ class Weights:
 
 
 def additive_attention(
-  h_BH: Float[Array, 'B H'], query_HA: Float[Array, 'H A'], v_A: Float[Array, ' A'], source: Source,
+  h_BH: Float[Array, 'B H'], query_HA: Float[Array, 'H A'], v_A: Float[Array, ' A'], source: Source
 ) -> tuple[Float[Array, 'B C'], Float[Array, 'B S']]:
-  """c = sum_s a_s m_s with a = softmax_s(v . tanh(h W + U m_s)) over the tokens of the source (Bahdanau et al. 2014, section 3.1
-  and appendix A.1.2), both fp32."""
+  """c = sum_s a_s m_s with a = softmax_s(v . tanh(h W + U m_s)) over the tokens of the source
+  (Bahdanau et al. 2014, section 3.1 and appendix A.1.2), both fp32."""
   q_BA = product(h_BH, query_HA)
   hidden = jnp.tanh(q_BA[:, None] + source.keys_BSA.astype(jnp.float32))
   return weighted(jnp.einsum('BSA,A->BS', hidden, v_A.astype(jnp.float32)), source)
 
 
-def weighted(e_BS: Float[Array, 'B S'], source: Source) -> tuple[Float[Array, 'B C'], Float[Array, 'B S']]:
+def weighted(
+  e_BS: Float[Array, 'B S'], source: Source
+) -> tuple[Float[Array, 'B C'], Float[Array, 'B S']]:
   """c = sum_s a_s m_s with a = softmax_s(e) over the tokens of the source, both fp32."""
   seen = source.mask_BS
   a = jnp.where(seen, jax.nn.softmax(jnp.where(seen, e_BS, MASKED), axis=-1), 0.0)
@@ -71,12 +77,19 @@ def weighted(e_BS: Float[Array, 'B S'], source: Source) -> tuple[Float[Array, 'B
 
 
 def search(
-  x_BTD: Float[Array, 'B T D'], weights: Weights, source: Source, states: States, first: States, starts_BT: Bool[Array, 'B T'],
+  x_BTD: Float[Array, 'B T D'],
+  weights: Weights,
+  source: Source,
+  states: States,
+  first: States,
+  starts_BT: Bool[Array, 'B T'],
 ) -> tuple[Float[Array, 'B T H'], Float[Array, 'B T C'], Float[Array, 'B T S'], States]:
-  """c_t = attention(h_{t-1});  h_t = cell(x_t, c_t, h_{t-1}), whose products are x_t W + c_t C + h_{t-1} U + b.
+  """c_t = attention(h_{t-1});  h_t = cell(x_t, c_t, h_{t-1}), whose products are x_t W + c_t C +
+  h_{t-1} U + b.
 
-  Three gates make the GRU of `ops.recurrence.gru` (Cho et al. 2014; Bahdanau et al. 2014, appendix A.2.2), four the LSTM of
-  `ops.recurrence.lstm`. Before a token where `starts_BT` the states are `first`.
+  Three gates make the GRU of `ops.recurrence.gru` (Cho et al. 2014; Bahdanau et al. 2014, appendix
+  A.2.2), four the LSTM of `ops.recurrence.lstm`. Before a token where `starts_BT` the states are
+  `first`.
 
   Returns all h_t and c_t in the dtype of x, the attention's weights and the last states in fp32.
   """
@@ -84,19 +97,54 @@ def search(
     return search_naive(x_BTD, weights, source, states, first, starts_BT)
   gates = input_gates(x_BTD, weights.w_DGH, weights.b_GH)
   loop = per_shard(
-    _loop, ((None, 'batch', None, None), *(None,) * 4, *(('batch', None, None),) * 2, *(('batch', None),) * 3, (None, 'batch')),
-    *((None, 'batch', None),) * 3, (None, 'batch', None))
+    _loop,
+    (
+      (None, 'batch', None, None),
+      *(None,) * 4,
+      *(('batch', None, None),) * 2,
+      *(('batch', None),) * 3,
+      (None, 'batch'),
+    ),
+    *((None, 'batch', None),) * 3,
+    (None, 'batch', None),
+  )
   y, c, a, last = loop(
-    gates, weights.context_CGH, weights.u_HGH, weights.query_HA, weights.v_A, source.keys_BSA, source.values_BSC, source.mask_BS,
-    jnp.concatenate(states, -1), jnp.concatenate(first, -1), starts_BT.T)
+    gates,
+    weights.context_CGH,
+    weights.u_HGH,
+    weights.query_HA,
+    weights.v_A,
+    source.keys_BSA,
+    source.values_BSC,
+    source.mask_BS,
+    jnp.concatenate(states, -1),
+    jnp.concatenate(first, -1),
+    starts_BT.T,
+  )
   y, c, a = (jnp.swapaxes(z, 0, 1) for z in (y, c, a))
   return y, c, a, tuple(last)
 
 
-def _loop(gates_TBGH, context_CGH, u_HGH, query_HA, v_A, keys_BSA, values_BSC, mask_BS, states, first, starts_TB):
-  """The loop over time; states come side by side in one array and leave stacked, so that a mesh divides them by one rule."""
+def _loop(
+  gates_TBGH,
+  context_CGH,
+  u_HGH,
+  query_HA,
+  v_A,
+  keys_BSA,
+  values_BSC,
+  mask_BS,
+  states,
+  first,
+  starts_TB,
+):
+  """The loop over time; states come side by side in one array and leave stacked, so that a mesh
+  divides them by one rule."""
   H, source = u_HGH.shape[-1], Source(keys_BSA, values_BSC, mask_BS)
-  cell, split = _CELLS[u_HGH.shape[1]], lambda s: tuple(s[:, i:i + H].astype(jnp.float32) for i in range(0, s.shape[1], H))
+  cell, split = (
+    _CELLS[u_HGH.shape[1]],
+    lambda s: tuple(s[:, i : i + H].astype(jnp.float32) for i in range(0, s.shape[1], H)),
+  )
   first = split(first)
 
   @jax.checkpoint
@@ -112,7 +160,12 @@ def _loop(gates_TBGH, context_CGH, u_HGH, query_HA, v_A, keys_BSA, values_BSC, m
 
 
 def search_naive(
-  x_BTD: Float[Array, 'B T D'], weights: Weights, source: Source, states: States, first: States, starts_BT: Bool[Array, 'B T'],
+  x_BTD: Float[Array, 'B T D'],
+  weights: Weights,
+  source: Source,
+  states: States,
+  first: States,
+  starts_BT: Bool[Array, 'B T'],
 ) -> tuple[Float[Array, 'B T H'], Float[Array, 'B T C'], Float[Array, 'B T S'], States]:
   """`search`, one token after the other."""
   w = jax.tree.map(lambda p: p.astype(jnp.float32), weights)
@@ -138,7 +191,9 @@ def search_naive(
       states = jax.nn.sigmoid(o) * jnp.tanh(cell), cell
     return states, (states[0], c, a)
 
-  states, outputs = jax.lax.scan(step, states, (jnp.swapaxes(x_BTD, 0, 1).astype(jnp.float32), starts_BT.T))
+  states, outputs = jax.lax.scan(
+    step, states, (jnp.swapaxes(x_BTD, 0, 1).astype(jnp.float32), starts_BT.T)
+  )
   y, c, a = (jnp.swapaxes(z, 0, 1) for z in outputs)
   return y.astype(x_BTD.dtype), c.astype(x_BTD.dtype), a, states
 

@@ -1,4 +1,5 @@
-"""The selective scan of Mamba: a diagonal linear recurrence whose step size, input and output maps depend on the input.
+"""The selective scan of Mamba: a diagonal linear recurrence whose step size, input and output maps
+depend on the input.
 
 Dims: B batch, T time, D channels, N state.
 """
@@ -13,26 +14,44 @@ from jaxformer.ops.context import over_time, scaled, time_axes, unbroken
 from jaxformer.ops.route import forced
 from jaxformer.sharding import per_shard, platform, shards
 
-CHUNK = 64         # steps between two states that the forward pass keeps for the backward pass
+CHUNK = 64  # steps between two states that the forward pass keeps for the backward pass
 
 
 def selective_scan_step(
-  u_BD: Float[Array, 'B D'], dt_BD: Float[Array, 'B D'], A_DN: Float[Array, 'D N'], B_BN: Float[Array, 'B N'],
-  C_BN: Float[Array, 'B N'], D_D: Float[Array, ' D'], h_BDN: Float[Array, 'B D N'],
+  u_BD: Float[Array, 'B D'],
+  dt_BD: Float[Array, 'B D'],
+  A_DN: Float[Array, 'D N'],
+  B_BN: Float[Array, 'B N'],
+  C_BN: Float[Array, 'B N'],
+  D_D: Float[Array, ' D'],
+  h_BDN: Float[Array, 'B D N'],
 ) -> tuple[Float[Array, 'B D'], Float[Array, 'B D N']]:
   """One token of `selective_scan`."""
   u, dt, B, C = (a.astype(jnp.float32) for a in (u_BD, dt_BD, B_BN, C_BN))
-  h = jnp.exp(dt[..., None] * A_DN.astype(jnp.float32)[None]) * h_BDN + (dt * u)[..., None] * B[:, None]
+  h = (
+    jnp.exp(dt[..., None] * A_DN.astype(jnp.float32)[None]) * h_BDN
+    + (dt * u)[..., None] * B[:, None]
+  )
   y = jnp.sum(h * C[:, None], axis=-1) + D_D.astype(jnp.float32)[None] * u
   return y.astype(u_BD.dtype), h
 
 
 def selective_scan_naive(
-  u_BTD: Float[Array, 'B T D'], dt_BTD: Float[Array, 'B T D'], A_DN: Float[Array, 'D N'], B_BTN: Float[Array, 'B T N'],
-  C_BTN: Float[Array, 'B T N'], D_D: Float[Array, ' D'], h_BDN: Float[Array, 'B D N'] | None, starts_BT: Bool[Array, 'B T'],
+  u_BTD: Float[Array, 'B T D'],
+  dt_BTD: Float[Array, 'B T D'],
+  A_DN: Float[Array, 'D N'],
+  B_BTN: Float[Array, 'B T N'],
+  C_BTN: Float[Array, 'B T N'],
+  D_D: Float[Array, ' D'],
+  h_BDN: Float[Array, 'B D N'] | None,
+  starts_BT: Bool[Array, 'B T'],
 ) -> tuple[Float[Array, 'B T D'], Float[Array, 'B D N']]:
   """The recurrence step by step. Its gradient stores every state."""
-  first = jnp.zeros((u_BTD.shape[0], *A_DN.shape), jnp.float32) if h_BDN is None else h_BDN.astype(jnp.float32)
+  first = (
+    jnp.zeros((u_BTD.shape[0], *A_DN.shape), jnp.float32)
+    if h_BDN is None
+    else h_BDN.astype(jnp.float32)
+  )
 
   def step(h, now):
     u, dt, B, C, start = now
@@ -44,8 +63,9 @@ def selective_scan_naive(
   return jnp.swapaxes(y, 0, 1), h
 
 
-# ---- chunked ----------------------------------------------------------------------------------------------------------
-# Inside, time comes first and the channels last: T.., B, N, D. The state's N is narrow, and a TPU keeps 128 numbers a row.
+# ---- chunked -----------------------------------------------------------------------------------
+# Inside, time comes first and the channels last: T.., B, N, D. The state's N is narrow, and a TPU
+# keeps 128 numbers a row.
 
 
 def _decay(dt_BD: Array, A_ND: Array, start_B: Array) -> Array:
@@ -53,7 +73,8 @@ def _decay(dt_BD: Array, A_ND: Array, start_B: Array) -> Array:
 
 
 def _run(h_BND: Array, chunk: tuple[Array, ...], A_ND: Array, emit: str) -> tuple[Array, Array]:
-  """The recurrence over one chunk: the state after it, and C.h of every step ('y') or the state before every step ('h')."""
+  """The recurrence over one chunk: the state after it, and C.h of every step ('y') or the state
+  before every step ('h')."""
 
   def step(h, now):
     u, dt, B, C, start = (a.astype(jnp.float32) for a in now)
@@ -65,7 +86,8 @@ def _run(h_BND: Array, chunk: tuple[Array, ...], A_ND: Array, emit: str) -> tupl
 
 @jax.custom_vjp
 def _chunked(chunks: tuple[Array, ...], A_ND: Array, h_BND: Array) -> tuple[Array, Array]:
-  """C.h of every step and the state after the last, for `chunks` = (u, dt, B, C, start), each [chunk, step, ...]."""
+  """C.h of every step and the state after the last, for `chunks` = (u, dt, B, C, start), each
+  [chunk, step, ...]."""
   return _chunked_forward(chunks, A_ND, h_BND)[0]
 
 
@@ -79,21 +101,25 @@ def _chunked_forward(chunks, A_ND, h_BND):
 
 
 def _chunked_backward(kept, cotangents):
-  """Chunk after chunk from the last: its states once more from the one before it, then with g_t = dL/dy_t the adjoint recurrence
-  l_t = C_t g_t + a_{t+1} l_{t+1} of l_t = dL/dh_t, from which all gradients follow."""
+  """Chunk after chunk from the last: its states once more from the one before it, then with g_t =
+  dL/dy_t the adjoint recurrence l_t = C_t g_t + a_{t+1} l_{t+1} of l_t = dL/dh_t, from which all
+  gradients follow."""
   chunks, A_ND, before = kept
   dy, dh = cotangents
 
   def step(carry, now):
-    tail, dA = carry                                        # a_{t+1} l_{t+1}, and the gradient of A so far
-    (u, dt, B, C, start), g, h = (jax.tree.map(lambda a: a.astype(jnp.float32), part) for part in now)
+    # a_{t+1} l_{t+1}, and the gradient of A so far
+    tail, dA = carry
+    (u, dt, B, C, start), g, h = (
+      jax.tree.map(lambda a: a.astype(jnp.float32), part) for part in now
+    )
     a, x = _decay(dt, A_ND, start), dt * u
     l = tail + g[:, None] * C[..., None]
     dC = jnp.sum((a * h + x[:, None] * B[..., None]) * g[:, None], axis=2)
     dB = jnp.sum(l * x[:, None], axis=2)
     dx = jnp.sum(l * B[..., None], axis=1)
     tail = l * a
-    through = tail * h                                      # dL / d(dt A)
+    through = tail * h  # dL / d(dt A)
     ddt = jnp.sum(through * A_ND[None], axis=1) + dx * u
     return (tail, dA + jnp.sum(through * dt[:, None], axis=0)), (dx * dt, ddt, dB, dC)
 
@@ -103,7 +129,9 @@ def _chunked_backward(kept, cotangents):
     carry, gradients = jax.lax.scan(step, carry, (inputs, g, states), reverse=True)
     return carry, tuple(d.astype(a.dtype) for d, a in zip(gradients, inputs, strict=False))
 
-  (dh, dA), gradients = jax.lax.scan(chunk, (dh, jnp.zeros_like(A_ND)), (chunks, dy, before), reverse=True)
+  (dh, dA), gradients = jax.lax.scan(
+    chunk, (dh, jnp.zeros_like(A_ND)), (chunks, dy, before), reverse=True
+  )
   return (*gradients, jnp.zeros_like(chunks[4])), dA, dh
 
 
@@ -111,27 +139,41 @@ _chunked.defvjp(_chunked_forward, _chunked_backward)
 
 
 def selective_scan_chunked(
-  u_BTD: Float[Array, 'B T D'], dt_BTD: Float[Array, 'B T D'], A_DN: Float[Array, 'D N'], B_BTN: Float[Array, 'B T N'],
-  C_BTN: Float[Array, 'B T N'], D_D: Float[Array, ' D'], h_BDN: Float[Array, 'B D N'] | None, starts_BT: Bool[Array, 'B T'],
+  u_BTD: Float[Array, 'B T D'],
+  dt_BTD: Float[Array, 'B T D'],
+  A_DN: Float[Array, 'D N'],
+  B_BTN: Float[Array, 'B T N'],
+  C_BTN: Float[Array, 'B T N'],
+  D_D: Float[Array, ' D'],
+  h_BDN: Float[Array, 'B D N'] | None,
+  starts_BT: Bool[Array, 'B T'],
 ) -> tuple[Float[Array, 'B T D'], Float[Array, 'B D N']]:
-  """The recurrence step by step, with a gradient that keeps the states between chunks alone and computes those inside them again:
-  T / `CHUNK` + `CHUNK` states in memory where the naive form's gradient stores T, and more than one array of that size."""
+  """The recurrence step by step, with a gradient that keeps the states between chunks alone and
+  computes those inside them again: T / `CHUNK` + `CHUNK` states in memory where the naive form's
+  gradient stores T, and more than one array of that size."""
   (batch, T, channels), N = u_BTD.shape, A_DN.shape[1]
   length = min(CHUNK, T)
-  padding = -T % length   # with a step size of 0 the state stays as it is
+  padding = -T % length  # with a step size of 0 the state stays as it is
 
   def chunks(a):
     a = jnp.pad(jnp.swapaxes(a, 0, 1), ((0, padding), *((0, 0),) * (a.ndim - 1)))
     return a.reshape(-1, length, *a.shape[1:])
 
-  h = jnp.zeros((batch, N, channels), jnp.float32) if h_BDN is None else jnp.swapaxes(h_BDN.astype(jnp.float32), 1, 2)
+  h = (
+    jnp.zeros((batch, N, channels), jnp.float32)
+    if h_BDN is None
+    else jnp.swapaxes(h_BDN.astype(jnp.float32), 1, 2)
+  )
   inputs = (u_BTD, dt_BTD, B_BTN, C_BTN, starts_BT.astype(jnp.float32))
   y, h = _chunked(tuple(chunks(a) for a in inputs), A_DN.astype(jnp.float32).T, h)
-  y = jnp.swapaxes(y.reshape(-1, batch, channels)[:T], 0, 1) + D_D.astype(jnp.float32).reshape(1, 1, -1) * u_BTD.astype(jnp.float32)
+  y = jnp.swapaxes(y.reshape(-1, batch, channels)[:T], 0, 1) + D_D.astype(jnp.float32).reshape(
+    1, 1, -1
+  ) * u_BTD.astype(jnp.float32)
   return y.astype(u_BTD.dtype), jnp.swapaxes(h, 1, 2)
 
 
-# ---- the choice -------------------------------------------------------------------------------------------------------
+# ---- the choice --------------------------------------------------------------------------------
+
 
 def _pallas(*arguments):
   """Our own kernel for TPUs; elsewhere it is interpreted, which is slow."""
@@ -151,12 +193,20 @@ def choose(length: int) -> str:
 
 
 def selective_scan(
-  u_BTD: Float[Array, 'B T D'], dt_BTD: Float[Array, 'B T D'], A_DN: Float[Array, 'D N'], B_BTN: Float[Array, 'B T N'],
-  C_BTN: Float[Array, 'B T N'], D_D: Float[Array, ' D'], h_BDN: Float[Array, 'B D N'] | None, starts_BT: Bool[Array, 'B T'],
+  u_BTD: Float[Array, 'B T D'],
+  dt_BTD: Float[Array, 'B T D'],
+  A_DN: Float[Array, 'D N'],
+  B_BTN: Float[Array, 'B T N'],
+  C_BTN: Float[Array, 'B T N'],
+  D_D: Float[Array, ' D'],
+  h_BDN: Float[Array, 'B D N'] | None,
+  starts_BT: Bool[Array, 'B T'],
 ) -> tuple[Float[Array, 'B T D'], Float[Array, 'B D N']]:
-  """h_t = exp(dt_t A) h_{t-1} + dt_t B_t u_t,  y_t = C_t . h_t + D u_t, in every channel (Gu and Dao 2023, eq. 2 and algorithm 2).
+  """h_t = exp(dt_t A) h_{t-1} + dt_t B_t u_t,  y_t = C_t . h_t + D u_t, in every channel (Gu and
+  Dao 2023, eq. 2 and algorithm 2).
 
-  The input map is discretised as dt B (Euler), as in the authors' code; eq. 4 of the paper has the exact integral.
+  The input map is discretised as dt B (Euler), as in the authors' code; eq. 4 of the paper has the
+  exact integral.
 
   Args:
     u_BTD: inputs.
@@ -179,14 +229,25 @@ def selective_scan(
     return FORMS[form](u, dt, A, B, C, D, h, starts)
 
   def summary(u, dt, A, B, C, D, starts):
-    decay = jnp.exp(jnp.sum(dt.astype(jnp.float32), axis=1)[..., None] * A.astype(jnp.float32)[None])
-    return jnp.where(unbroken(starts)[0][:, None, None], decay, 0.0), run(None, u, dt, A, B, C, D, starts)[1]
+    decay = jnp.exp(
+      jnp.sum(dt.astype(jnp.float32), axis=1)[..., None] * A.astype(jnp.float32)[None]
+    )
+    return jnp.where(unbroken(starts)[0][:, None, None], decay, 0.0), run(
+      None, u, dt, A, B, C, D, starts
+    )[1]
 
   if axes and h_BDN is None:
     h_BDN = jnp.zeros((batch, channels, A_DN.shape[1]), jnp.float32)
-  wide, narrow, state = ('batch', 'time', 'inner'), ('batch', 'time', None), ('batch', 'inner', None)
+  wide, narrow, state = (
+    ('batch', 'time', 'inner'),
+    ('batch', 'time', None),
+    ('batch', 'inner', None),
+  )
   mapped = per_shard(
     over_time(run, summary, scaled, axes),
-    (state, wide, wide, ('inner', None), narrow, narrow, ('inner',), ('batch', 'time')), wide, state)
+    (state, wide, wide, ('inner', None), narrow, narrow, ('inner',), ('batch', 'time')),
+    wide,
+    state,
+  )
   y, h = mapped(h_BDN, u_BTD, dt_BTD, A_DN, B_BTN, C_BTN, D_D, starts_BT)
   return y, h

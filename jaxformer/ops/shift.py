@@ -11,10 +11,10 @@ from jaxformer.sharding import per_shard
 
 
 def token_shift(
-  x_BTD: Float[Array, 'B T D'], last_BD: Float[Array, 'B D'] | None, starts_BT: Bool[Array, 'B T'],
+  x_BTD: Float[Array, 'B T D'], last_BD: Float[Array, 'B D'] | None, starts_BT: Bool[Array, 'B T']
 ) -> Float[Array, 'B T D']:
-  """x_{t-1} at position t (Peng et al. 2023, section 3.1.1): `last_BD` at the first position (None: zeros), zeros where a packed
-  document begins. The next call's `last_BD` is `last_token(x_BTD)`."""
+  """x_{t-1} at position t (Peng et al. 2023, section 3.1.1): `last_BD` at the first position (None:
+  zeros), zeros where a packed document begins. The next call's `last_BD` is `last_token(x_BTD)`."""
   first = jnp.zeros_like(x_BTD[:, 0]) if last_BD is None else last_BD.astype(x_BTD.dtype)
   return (_over_time if time_axes(x_BTD.shape[1]) else _shifted)(x_BTD, first, starts_BT)
 
@@ -29,8 +29,9 @@ _TOKEN, _ROW = ('batch', 'time', None), ('batch', None)
 
 @jax.custom_vjp
 def _over_time(x_BTD: Array, first_BD: Array, starts_BT: Array) -> Array:
-  """On shards of time, each of which gets one token from the shard before. The gradient of a mapped function is added up over the
-  mesh axes that divide nothing of its input (`tensor`), so it is mapped by itself."""
+  """On shards of time, each of which gets one token from the shard before. The gradient of a mapped
+  function is added up over the mesh axes that divide nothing of its input (`tensor`), so it is
+  mapped by itself."""
   axes = time_axes(x_BTD.shape[1])
 
   def shard(x_BTD: Array, first_BD: Array, starts_BT: Array) -> Array:
@@ -47,7 +48,9 @@ def _over_time_backward(starts_BT: Array, g_BTD: Array):
   return dx, dfirst, None
 
 
-_over_time.defvjp(lambda x, first, starts: (_over_time(x, first, starts), starts), _over_time_backward)
+_over_time.defvjp(
+  lambda x, first, starts: (_over_time(x, first, starts), starts), _over_time_backward
+)
 
 
 def _ahead(x: Array, beyond: Array) -> Array:

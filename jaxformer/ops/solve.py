@@ -1,7 +1,8 @@
 """Many small systems of linear equations at once.
 
-On a CPU, LAPACK's batched solver waits for threads of the pool that it runs in itself: several devices that solve at the same time
-hold all of them, and none goes on. There the elimination is written out here.
+On a CPU, LAPACK's batched solver waits for threads of the pool that it runs in itself: several
+devices that solve at the same time hold all of them, and none goes on. There the elimination is
+written out here.
 
 Dims: H systems, N unknowns, M right sides.
 """
@@ -18,7 +19,7 @@ from jaxformer.sharding import platform
 
 
 def solve(
-  a_HNN: Float[Array, 'H N N'], b_HNM: Float[Array, 'H N M'], *, route: str | None = None,
+  a_HNN: Float[Array, 'H N N'], b_HNM: Float[Array, 'H N M'], *, route: str | None = None
 ) -> Float[Array, 'H N M']:
   """a^{-1} b for each of H systems.
 
@@ -31,7 +32,8 @@ def solve(
 
 @jax.custom_vjp
 def _solve(a, b):
-  """Gauss-Jordan elimination with partial pivoting (Golub and Van Loan, Matrix Computations, section 3.4)."""
+  """Gauss-Jordan elimination with partial pivoting (Golub and Van Loan, Matrix Computations,
+  section 3.4)."""
   N, rows = a.shape[-1], jnp.concatenate([a, b], axis=-1)
   index = jnp.arange(N)[None]
 

@@ -2,12 +2,17 @@
 
   x_t = Abar x_{t-1} + Bbar u_t        y_t = C x_t
 
-A `System` says what Abar, Bbar and C are (`ops/ssm_systems.py`, `ops/ssm_dplr.py`); everything here is the same for all of them.
-There are three forms: the recurrence itself (`ssm_naive`), a convolution with the kernel C Abar^j Bbar by Fourier transform, and
-chunks: inside a chunk a product with the Toeplitz matrix of the kernel, from chunk to chunk the state. Chunks are matrix products,
-continue from a state and keep packed documents apart exactly; the state of every chunk's start, and no more of it, is in memory.
+A `System` says what Abar, Bbar and C are (`ops/ssm_systems.py`, `ops/ssm_dplr.py`); everything here
+is the same for all of them.
+There are three forms: the recurrence itself (`ssm_naive`), a convolution with the kernel C Abar^j
+  Bbar by Fourier transform, and
+chunks: inside a chunk a product with the Toeplitz matrix of the kernel, from chunk to chunk the
+  state. Chunks are matrix products,
+continue from a state and keep packed documents apart exactly; the state of every chunk's start, and
+no more of it, is in memory.
 
-States are real: N numbers a channel, the real and the imaginary parts side by side where a system thinks in complex numbers.
+States are real: N numbers a channel, the real and the imaginary parts side by side where a system
+  thinks in complex numbers.
 """
 
 from __future__ import annotations
@@ -25,8 +30,9 @@ from jaxformer.ops.long_convolution import fft_convolution
 from jaxformer.ops.route import forced
 from jaxformer.sharding import per_shard, platform
 
-CHUNK = 64       # positions; about as many as numbers of state, so that states take the memory of the input
-FFT_FROM = 256   # positions from which Fourier transforms are faster than chunks on a CPU or GPU
+# positions; about as many as numbers of state, so that states take the memory of the input
+CHUNK = 64
+FFT_FROM = 256  # positions from which Fourier transforms are faster than chunks on a CPU or GPU
 
 
 class System(abc.ABC):
@@ -73,21 +79,34 @@ class System(abc.ABC):
 
 
 def ssm(
-  u_BTH: Float[Array, 'B T H'], system: System, state_BHN: Float[Array, 'B H N'] | None = None,
-  starts_BT: Bool[Array, 'B T'] | None = None, *, reverse: bool = False,
+  u_BTH: Float[Array, 'B T H'],
+  system: System,
+  state_BHN: Float[Array, 'B H N'] | None = None,
+  starts_BT: Bool[Array, 'B T'] | None = None,
+  *,
+  reverse: bool = False,
 ) -> tuple[Float[Array, 'B T M H'], Float[Array, 'B H N'] | None]:
-  """y_BTMH of a system whose state is zero before the first token, or `state_BHN`, and again where `starts_BT` is True.
+  """y_BTMH of a system whose state is zero before the first token, or `state_BHN`, and again where
+  `starts_BT` is True.
 
-  The forms of `route(ssm=...)`: 'naive', 'chunked', 'fft' (only where neither a state nor starts are given; else 'chunked'). The
-  second result is the state after the last token, None where no state was given. fp32 inside; y has the dtype of u. With `reverse`
-  the sequence is read from its end: x_t follows from x_{t+1}, which is dropped where `starts_BT` is True.
+  The forms of `route(ssm=...)`: 'naive', 'chunked', 'fft' (only where neither a state nor starts
+  are given; else 'chunked'). The second result is the state after the last token, None where no
+  state was given. fp32 inside; y has the dtype of u. With `reverse`
+  the sequence is read from its end: x_t follows from x_{t+1}, which is dropped where `starts_BT` is
+    True.
   """
-  form = forced('ssm') or ('fft' if u_BTH.shape[1] >= FFT_FROM and platform() != 'tpu' else 'chunked')
+  form = forced('ssm') or (
+    'fft' if u_BTH.shape[1] >= FFT_FROM and platform() != 'tpu' else 'chunked'
+  )
   u = u_BTH.astype(jnp.float32)
   if axes := time_axes(u.shape[1]):
-    y, last = _over_time(u, system, state_BHN, starts_BT, ssm_naive if form == 'naive' else ssm_chunked, axes, reverse)
+    y, last = _over_time(
+      u, system, state_BHN, starts_BT, ssm_naive if form == 'naive' else ssm_chunked, axes, reverse
+    )
   elif reverse:
-    y, last = _local(jnp.flip(u, 1), system, state_BHN, None if starts_BT is None else jnp.flip(starts_BT, 1), form)
+    y, last = _local(
+      jnp.flip(u, 1), system, state_BHN, None if starts_BT is None else jnp.flip(starts_BT, 1), form
+    )
     y = jnp.flip(y, 1)
   else:
     y, last = _local(u, system, state_BHN, starts_BT, form)
@@ -104,13 +123,19 @@ def _local(u, system, state_BHN, starts_BT, form: str):
 
 def _over_time(u, system: System, state_BHN, starts_BT, form, axes: tuple[str, ...], reverse: bool):
   """On shards of time (`ops.context`)."""
-  arrays, array_axes = zip(*((part, axes) for a, axes in system.parts for part in _reals(a)), strict=True)
+  arrays, array_axes = zip(
+    *((part, axes) for a, axes in system.parts for part in _reals(a)), strict=True
+  )
   complex_parts = [jnp.iscomplexobj(a) for a, _ in system.parts]
 
   def shard(state_BHN, u_BTH, *rest):
     *reals, starts_BT = rest
     parts = iter(reals)
-    here = system.of(*(jax.lax.complex(next(parts), next(parts)) if pair else next(parts) for pair in complex_parts))
+    here = system.of(
+      *(
+        jax.lax.complex(next(parts), next(parts)) if pair else next(parts) for pair in complex_parts
+      )
+    )
     if reverse:
       u_BTH, starts_BT = jnp.flip(u_BTH, 1), None if starts_BT is None else jnp.flip(starts_BT, 1)
     move = here.transition(u_BTH.shape[1])
@@ -124,14 +149,20 @@ def _over_time(u, system: System, state_BHN, starts_BT, form, axes: tuple[str, .
 
     def join(x_BHN, part):
       kept_B, own_BHN = part
-      return own_BHN + jnp.where(kept_B[:, None, None], jnp.swapaxes(move(jnp.swapaxes(x_BHN, 0, 1)), 0, 1), 0.0)
+      return own_BHN + jnp.where(
+        kept_B[:, None, None], jnp.swapaxes(move(jnp.swapaxes(x_BHN, 0, 1)), 0, 1), 0.0
+      )
 
     y, last = over_time(run, summary, join, axes, reverse=reverse)(state_BHN, u_BTH)
     return jnp.flip(y, 1) if reverse else y, last
 
   wide, state = ('batch', 'time', 'inner'), ('batch', 'inner', None)
-  mapped = per_shard(shard, (state, wide, *array_axes, wide[:2]), ('batch', 'time', None, 'inner'), state)
-  y, last = mapped(system.zeros(u.shape[0]) if state_BHN is None else state_BHN, u, *arrays, starts_BT)
+  mapped = per_shard(
+    shard, (state, wide, *array_axes, wide[:2]), ('batch', 'time', None, 'inner'), state
+  )
+  y, last = mapped(
+    system.zeros(u.shape[0]) if state_BHN is None else state_BHN, u, *arrays, starts_BT
+  )
   return y, last
 
 
@@ -140,7 +171,9 @@ def _reals(a: Array) -> tuple[Array, ...]:
 
 
 def ssm_naive(
-  u_BTH: Float[Array, 'B T H'], system: System, state_BHN: Float[Array, 'B H N'] | None = None,
+  u_BTH: Float[Array, 'B T H'],
+  system: System,
+  state_BHN: Float[Array, 'B H N'] | None = None,
   starts_BT: Bool[Array, 'B T'] | None = None,
 ) -> tuple[Float[Array, 'B T M H'], Float[Array, 'B H N']]:
   """The recurrence, one token after the other."""
@@ -158,19 +191,22 @@ def ssm_naive(
 
 
 def ssm_step(
-  u_BH: Float[Array, 'B H'], system: System, state_BHN: Float[Array, 'B H N'],
+  u_BH: Float[Array, 'B H'], system: System, state_BHN: Float[Array, 'B H N']
 ) -> tuple[Float[Array, 'B M H'], Float[Array, 'B H N']]:
   """One token: y_BMH, which has the dtype of u, and the new state."""
   x_BHN = system.next(state_BHN, u_BH.astype(jnp.float32))
   return system.read(x_BHN).astype(u_BH.dtype), x_BHN
 
 
-# ---- chunks -----------------------------------------------------------------------------------------------------------
+# ---- chunks ------------------------------------------------------------------------------------
 
 
 def ssm_chunked(
-  u_BTH: Float[Array, 'B T H'], system: System, state_BHN: Float[Array, 'B H N'] | None = None,
-  starts_BT: Bool[Array, 'B T'] | None = None, chunk: int = CHUNK,
+  u_BTH: Float[Array, 'B T H'],
+  system: System,
+  state_BHN: Float[Array, 'B H N'] | None = None,
+  starts_BT: Bool[Array, 'B T'] | None = None,
+  chunk: int = CHUNK,
 ) -> tuple[Float[Array, 'B T M H'], Float[Array, 'B H N']]:
   """The recurrence chunk by chunk; a last, shorter chunk takes what is left over."""
   B, T, _ = u_BTH.shape
@@ -183,20 +219,34 @@ def ssm_chunked(
     if size:
       begins = None if starts_BT is None else starts_BT[:, start:end]
       into_HCN, out_MHCN = maps[0][:, :size], maps[1][:, :, :size]
-      y, x_HBN = _chunks(u_BTH[:, start:end], k_MHC[..., :size], into_HCN, out_MHCN, system.transition(size), x_HBN, begins)
+      y, x_HBN = _chunks(
+        u_BTH[:, start:end],
+        k_MHC[..., :size],
+        into_HCN,
+        out_MHCN,
+        system.transition(size),
+        x_HBN,
+        begins,
+      )
       ys.append(y)
   return ys[0] if len(ys) == 1 else jnp.concatenate(ys, axis=1), jnp.swapaxes(x_HBN, 0, 1)
 
 
 def _chunks(
-  u_BTH: Array, k_MHC: Array, into_HCN: Array, out_MHCN: Array, transition: Callable[[Array], Array], x_HBN: Array,
+  u_BTH: Array,
+  k_MHC: Array,
+  into_HCN: Array,
+  out_MHCN: Array,
+  transition: Callable[[Array], Array],
+  x_HBN: Array,
   starts_BT: Array | None,
 ) -> tuple[Array, Array]:
   """T a multiple of C: y_BTMH and the last state, channels first."""
   (B, T, H), (M, _, C) = u_BTH.shape, k_MHC.shape
   n = T // C
-  u_HGC = u_BTH.reshape(B * n, C, H).transpose(2, 0, 1)                    # G: chunks of all rows
-  out_HNF = out_MHCN.transpose(1, 3, 0, 2).reshape(H, -1, M * C)           # F: outputs times positions
+  u_HGC = u_BTH.reshape(B * n, C, H).transpose(2, 0, 1)  # G: chunks of all rows
+  # F: outputs times positions
+  out_HNF = out_MHCN.transpose(1, 3, 0, 2).reshape(H, -1, M * C)
   if starts_BT is None:
     index_GC, u_last, kept_nB = None, u_HGC, None
   else:
@@ -210,16 +260,22 @@ def _chunks(
   def carry(x_HBN, now):
     ends_HBN, kept_B = now
     moved = transition(x_HBN)
-    return ends_HBN + (moved if kept_B is None else jnp.where(kept_B[None, :, None], moved, 0.0)), x_HBN
+    return ends_HBN + (
+      moved if kept_B is None else jnp.where(kept_B[None, :, None], moved, 0.0)
+    ), x_HBN
 
   last, before_nHBN = jax.lax.scan(carry, x_HBN, (ends_nHBN, kept_nB))
   from_state = _matmul(before_nHBN.transpose(1, 2, 0, 3).reshape(H, B * n, -1), out_HNF)
-  w_HCF = toeplitz(k_MHC.reshape(M * H, C)).reshape(M, H, C, C).transpose(1, 2, 0, 3).reshape(H, C, M * C)
+  w_HCF = (
+    toeplitz(k_MHC.reshape(M * H, C)).reshape(M, H, C, C).transpose(1, 2, 0, 3).reshape(H, C, M * C)
+  )
   if index_GC is None:
     y_HGF = _matmul(u_HGC, w_HCF) + from_state
   else:
     seen_GF = jnp.tile(index_GC, (1, M))
-    y_HGF = _within_documents(u_HGC, w_HCF, index_GC, seen_GF) + jnp.where((seen_GF == 0)[None], from_state, 0.0)
+    y_HGF = _within_documents(u_HGC, w_HCF, index_GC, seen_GF) + jnp.where(
+      (seen_GF == 0)[None], from_state, 0.0
+    )
   return y_HGF.reshape(H, B, n, M, C).transpose(1, 2, 4, 3, 0).reshape(B, T, M, H), last
 
 
@@ -227,8 +283,9 @@ def toeplitz(k_HC: Float[Array, 'H C']) -> Float[Array, 'H C C']:
   """w[s, t] = k[t - s], 0 where t < s: u_C @ w is the causal convolution of C positions."""
   H, C = k_HC.shape
   row = jnp.concatenate([k_HC, jnp.zeros_like(k_HC)], axis=1)
-  # Rows of 2 C numbers, read again as rows of 2 C - 1, shift by one from each to the next: no gather, whose gradient scatters.
-  flat = jnp.broadcast_to(row[:, None], (H, C, 2 * C)).reshape(H, -1)[:, :C * (2 * C - 1)]
+  # Rows of 2 C numbers, read again as rows of 2 C - 1, shift by one from each to the next: no
+  # gather, whose gradient scatters.
+  flat = jnp.broadcast_to(row[:, None], (H, C, 2 * C)).reshape(H, -1)[:, : C * (2 * C - 1)]
   return flat.reshape(H, C, 2 * C - 1)[:, :, :C]
 
 
@@ -238,15 +295,22 @@ def _matmul(a: Array, b: Array) -> Array:
 
 @jax.custom_vjp
 def _within_documents(
-  u_HGC: Float[Array, 'H G C'], w_HCF: Float[Array, 'H C F'], index_GC: Int[Array, 'G C'], index_GF: Int[Array, 'G F'],
+  u_HGC: Float[Array, 'H G C'],
+  w_HCF: Float[Array, 'H C F'],
+  index_GC: Int[Array, 'G C'],
+  index_GF: Int[Array, 'G F'],
 ) -> Float[Array, 'H G F']:
   """sum_s u[s] w[s, t] over the pairs of positions of one document.
 
-  Product after product, each of one document of every chunk: as many as the chunk with most documents has, mostly two.
-  """
+  Product after product, each of one document of every chunk: as many as the chunk with most
+  documents has, mostly two."""
+
   def add(d, y_HGF):
     return y_HGF + _only(d, index_GF, _matmul(_only(d, index_GC, u_HGC), w_HCF))
-  return jax.lax.fori_loop(0, jnp.max(index_GC) + 1, add, jnp.zeros((*u_HGC.shape[:2], w_HCF.shape[2]), u_HGC.dtype))
+
+  return jax.lax.fori_loop(
+    0, jnp.max(index_GC) + 1, add, jnp.zeros((*u_HGC.shape[:2], w_HCF.shape[2]), u_HGC.dtype)
+  )
 
 
 def _only(d: Array, index: Array, x: Array) -> Array:
@@ -263,7 +327,9 @@ def _within_documents_backward(residuals, g_HGF):
     dw += jnp.einsum('hgc,hgf->hcf', _only(d, index_GC, u_HGC), g, precision='highest')
     return du, dw
 
-  du, dw = jax.lax.fori_loop(0, jnp.max(index_GC) + 1, add, (jnp.zeros_like(u_HGC), jnp.zeros_like(w_HCF)))
+  du, dw = jax.lax.fori_loop(
+    0, jnp.max(index_GC) + 1, add, (jnp.zeros_like(u_HGC), jnp.zeros_like(w_HCF))
+  )
   none = np.zeros(index_GC.shape, jax.dtypes.float0), np.zeros(index_GF.shape, jax.dtypes.float0)
   return du, dw, *none
 

@@ -1,5 +1,5 @@
-"""The system of S4: diagonal plus rank one, whose kernel is a Cauchy product (Gu, Goel and Re 2022, 'Efficiently Modeling Long
-Sequences with Structured State Spaces', section 3 and appendix C)."""
+"""The system of S4: diagonal plus rank one, whose kernel is a Cauchy product (Gu, Goel and Re 2022,
+'Efficiently Modeling Long Sequences with Structured State Spaces', section 3 and appendix C)."""
 
 from __future__ import annotations
 
@@ -15,17 +15,19 @@ from jaxformer.ops.solve import solve
 from jaxformer.ops.ssm import System
 from jaxformer.ops.ssm_systems import Dense, power_less_one
 
-NODES = 128   # frequencies of a kernel that are worked on together
+NODES = 128  # frequencies of a kernel that are worked on together
 
 
 @dataclasses.dataclass(frozen=True)
 class Dplr(System):
-  """x' = (Lambda - p p^*) x + b u, y = 2 Re(c x), made discrete by Tustin's rule. Each complex number stands for itself and its
+  """x' = (Lambda - p p^*) x + b u, y = 2 Re(c x), made discrete by Tustin's rule. Each complex
+  number stands for itself and its
   conjugate: the system has N = 2 P real numbers of state a channel.
 
-  What is given for C is C~ = C (I - Abar^length), which the kernel of that length needs (lemma C.3). Kernels of up to that length
-  are made from C~ alone and cut; for the recurrence and for longer kernels C is recovered with an N x N solve. That loses digits
-  as |1 - e^{-dt length / 2}| nears 0, so `length` should not be far below 1 / dt.
+  What is given for C is C~ = C (I - Abar^length), which the kernel of that length needs (lemma
+  C.3). Kernels of up to that length are made from C~ alone and cut; for the recurrence and for
+  longer kernels C is recovered with an N x N solve. That loses digits as |1 - e^{-dt length / 2}|
+  nears 0, so `length` should not be far below 1 / dt.
 
   Attributes:
     a_HP: Lambda, with negative real part.
@@ -52,7 +54,12 @@ class Dplr(System):
   @property
   def parts(self):
     pairs = tuple((a, ('inner', None)) for a in (self.a_HP, self.p_HP, self.b_HP))
-    return *pairs, (self.tilde_MHP, (None, 'inner', None)), (self.dt_H, ('inner',)), *self.dense.parts
+    return (
+      *pairs,
+      (self.tilde_MHP, (None, 'inner', None)),
+      (self.dt_H, ('inner',)),
+      *self.dense.parts,
+    )
 
   def of(self, *arrays: Array) -> Dplr:
     return Dplr(*arrays[:5], self.length, self.dense.of(*arrays[5:]))
@@ -70,26 +77,38 @@ class Dplr(System):
     return self.dense.maps(length)
 
   def kernel(self, length: int) -> Array:
-    """The inverse Fourier transform of the generating function at the roots of unity (algorithm 1)."""
+    """The inverse Fourier transform of the generating function at the roots of unity (algorithm
+    1)."""
     if length <= self.length:
-      return cauchy_kernel(self.a_HP, self.p_HP, self.b_HP, self.tilde_MHP, self.dt_H, self.length)[..., :length]
+      return cauchy_kernel(self.a_HP, self.p_HP, self.b_HP, self.tilde_MHP, self.dt_H, self.length)[
+        ..., :length
+      ]
     tilde_MHP = truncated(self.dense.c_MHN, self.dense.d_HNN, length)
     return cauchy_kernel(self.a_HP, self.p_HP, self.b_HP, tilde_MHP, self.dt_H, length)
 
 
 def dplr(
-  a_HP: Complex[Array, 'H P'], p_HP: Complex[Array, 'H P'], b_HP: Complex[Array, 'H P'], tilde_MHP: Complex[Array, 'M H P'],
-  dt_H: Float[Array, ' H'], length: int,
+  a_HP: Complex[Array, 'H P'],
+  p_HP: Complex[Array, 'H P'],
+  b_HP: Complex[Array, 'H P'],
+  tilde_MHP: Complex[Array, 'M H P'],
+  dt_H: Float[Array, ' H'],
+  length: int,
 ) -> Dplr:
-  """The system with its dense form, which a compiler leaves out where only a kernel is asked for."""
+  """The system with its dense form, which a compiler leaves out where only a kernel is asked
+  for."""
   d, bbar = dense_dplr(a_HP, p_HP, b_HP, dt_H)
   rest = -jnp.swapaxes(power_less_one(d, length), 1, 2)
   tilde_MHN = jnp.concatenate([2 * tilde_MHP.real, -2 * tilde_MHP.imag], axis=-1)
   c_HNM = solve(rest, jnp.transpose(tilde_MHN, (1, 2, 0)))
-  return Dplr(a_HP, p_HP, b_HP, tilde_MHP, dt_H, length, Dense(d, bbar, jnp.transpose(c_HNM, (2, 0, 1))))
+  return Dplr(
+    a_HP, p_HP, b_HP, tilde_MHP, dt_H, length, Dense(d, bbar, jnp.transpose(c_HNM, (2, 0, 1)))
+  )
 
 
-def truncated(c_MHN: Float[Array, 'M H N'], d_HNN: Float[Array, 'H N N'], length: int) -> Complex[Array, 'M H P']:
+def truncated(
+  c_MHN: Float[Array, 'M H N'], d_HNN: Float[Array, 'H N N'], length: int
+) -> Complex[Array, 'M H P']:
   """C~ = C (I - Abar^length) for Abar = I + d, as complex numbers."""
   tilde = -jnp.einsum('mhk,hkn->mhn', c_MHN, power_less_one(d_HNN, length), precision='highest')
   re, im = jnp.split(tilde, 2, axis=-1)
@@ -97,19 +116,22 @@ def truncated(c_MHN: Float[Array, 'M H N'], d_HNN: Float[Array, 'H N N'], length
 
 
 def dense_dplr(
-  a_HP: Complex[Array, 'H P'], p_HP: Complex[Array, 'H P'], b_HP: Complex[Array, 'H P'], dt_H: Float[Array, ' H'],
+  a_HP: Complex[Array, 'H P'],
+  p_HP: Complex[Array, 'H P'],
+  b_HP: Complex[Array, 'H P'],
+  dt_H: Float[Array, ' H'],
 ) -> tuple[Float[Array, 'H N N'], Float[Array, 'H N']]:
-  """Abar - I for Abar = (I - dt/2 A)^{-1} (I + dt/2 A), and Bbar = (I - dt/2 A)^{-1} dt B, as real matrices for the state
-  [Re x, Im x].
+  """Abar - I for Abar = (I - dt/2 A)^{-1} (I + dt/2 A), and Bbar = (I - dt/2 A)^{-1} dt B, as real
+  matrices for the state [Re x, Im x].
 
-  With q = [Re p, Im p], A is D - 2 q q^T: D rotates each pair. Then (I - dt/2 A)^{-1} = E - E q q^T E / (1 / dt + q^T E q) with
-  E = (I - dt/2 D)^{-1}, all in closed form. A + A^T is negative definite, so every power of Abar has a norm below 1, and neither
-  powers nor squares of it lose digits.
-  """
+  With q = [Re p, Im p], A is D - 2 q q^T: D rotates each pair. Then (I - dt/2 A)^{-1} = E - E q q^T
+  E / (1 / dt + q^T E q) with E = (I - dt/2 D)^{-1}, all in closed form. A + A^T is negative
+  definite, so every power of Abar has a norm below 1, and neither powers nor squares of it lose
+  digits."""
   dt = dt_H[:, None]
   e = 1.0 / (1.0 - 0.5 * dt * a_HP)
-  e_q, e_b = e * p_HP, e * b_HP                                       # complex: E [Re p, Im p]
-  e_q_left = e * p_HP.conj()                                          # q^T E is [Re, -Im] of it
+  e_q, e_b = e * p_HP, e * b_HP  # complex: E [Re p, Im p]
+  e_q_left = e * p_HP.conj()  # q^T E is [Re, -Im] of it
   gain = 1.0 / (1.0 / dt + jnp.sum((p_HP.conj() * e_q).real, axis=1, keepdims=True))
   right = _real(e_q)
   left = jnp.concatenate([e_q_left.real, -e_q_left.imag], axis=1)
@@ -117,7 +139,9 @@ def dense_dplr(
   # Abar - I = 2 ((I - dt/2 A)^{-1} - I); of the part without q that is dt a / (1 - dt a / 2).
   turn = dt * a_HP * e
   re, im = jax.vmap(jnp.diag)(turn.real), jax.vmap(jnp.diag)(turn.imag)
-  block = jnp.concatenate([jnp.concatenate([re, -im], axis=2), jnp.concatenate([im, re], axis=2)], axis=1)
+  block = jnp.concatenate(
+    [jnp.concatenate([re, -im], axis=2), jnp.concatenate([im, re], axis=2)], axis=1
+  )
   return block - 2.0 * gain[..., None] * right[:, :, None] * left[:, None], bbar
 
 
@@ -126,37 +150,51 @@ def _real(z: Array) -> Array:
 
 
 def cauchy_kernel(
-  a_HP: Complex[Array, 'H P'], p_HP: Complex[Array, 'H P'], b_HP: Complex[Array, 'H P'], tilde_MHP: Complex[Array, 'M H P'],
-  dt_H: Float[Array, ' H'], length: int,
+  a_HP: Complex[Array, 'H P'],
+  p_HP: Complex[Array, 'H P'],
+  b_HP: Complex[Array, 'H P'],
+  tilde_MHP: Complex[Array, 'M H P'],
+  dt_H: Float[Array, ' H'],
+  length: int,
 ) -> Float[Array, 'M H T']:
-  """k = irfft of 2 / (1 + w) (C~ r b - C~ r p p^* r b / (1 + p^* r p)) with r = (z - Lambda)^{-1}, z = 2 / dt (1 - w) / (1 + w),
-  at w = exp(-2 pi i k / length) for k = 0 .. length / 2.
+  """k = irfft of 2 / (1 + w) (C~ r b - C~ r p p^* r b / (1 + p^* r p)) with r = (z - Lambda)^{-1},
+  z = 2 / dt (1 - w) / (1 + w), at w = exp(-2 pi i k / length) for k = 0 .. length / 2.
 
-  With theta / 2 = pi k / length, s and c its sine and cosine, r = c dt/2 / (i s - c dt/2 Lambda), so nothing divides by 1 + w and
-  w = -1 (c = 0) is a node like all others, its limit dt/2 C~ b included. A node's numbers are worked out for `NODES` nodes at a
+  With theta / 2 = pi k / length, s and c its sine and cosine, r = c dt/2 / (i s - c dt/2 Lambda),
+  so nothing divides by 1 + w and w = -1 (c = 0) is a node like all others, its limit dt/2 C~ b
+  included. A node's numbers are worked out for `NODES` nodes at a
   time and again in the backward pass: H N NODES numbers, not H N length.
   """
   M, H, _ = tilde_MHP.shape
   half = np.pi * np.arange(length // 2 + 1) / length
   blocks = -(-len(half) // NODES)
-  half = np.pad(half, (0, blocks * NODES - len(half)), constant_values=1.0)   # any number: cut off below
+  # any number: cut off below
+  half = np.pad(half, (0, blocks * NODES - len(half)), constant_values=1.0)
   sin, cos = (jnp.asarray(f(half).reshape(blocks, NODES), jnp.float32) for f in (np.sin, np.cos))
-  # C~ b and C~ p for each output, then p^* b and p^* p; their conjugates belong to the conjugate of Lambda.
-  products = [*jnp.concatenate([tilde_MHP * b_HP[None], tilde_MHP * p_HP[None]]), p_HP.conj() * b_HP, p_HP.conj() * p_HP]
+  # C~ b and C~ p for each output, then p^* b and p^* p; their conjugates belong to the conjugate of
+  # Lambda.
+  products = [
+    *jnp.concatenate([tilde_MHP * b_HP[None], tilde_MHP * p_HP[None]]),
+    p_HP.conj() * b_HP,
+    p_HP.conj() * p_HP,
+  ]
   v_HVP = jnp.stack(products, axis=1)
-  weights = jnp.concatenate([v_HVP.real, -v_HVP.imag], axis=2), jnp.concatenate([v_HVP.real, v_HVP.imag], axis=2)
+  weights = (
+    jnp.concatenate([v_HVP.real, -v_HVP.imag], axis=2),
+    jnp.concatenate([v_HVP.real, v_HVP.imag], axis=2),
+  )
   mu_HP, gain = 0.5 * dt_H[:, None] * a_HP, 0.5 * dt_H[:, None, None]
 
   @jax.checkpoint
   def at(nodes):
     s_G, c_G = nodes
     sums = _cauchy(weights, mu_HP, s_G, c_G)
-    cb, cp, pb, pp = sums[:, :M], sums[:, M:2 * M], sums[:, -2:-1], sums[:, -1:]
+    cb, cp, pb, pp = sums[:, :M], sums[:, M : 2 * M], sums[:, -2:-1], sums[:, -1:]
     g = gain * c_G[None, None]
     return gain * (cb - cp * (g * pb) / (1.0 + g * pp)) * jax.lax.complex(c_G, s_G)[None, None]
 
-  k_f = jax.lax.map(at, (sin, cos))                                   # [blocks, H, M, NODES]
-  k_f = k_f.transpose(2, 1, 0, 3).reshape(M, H, -1)[..., :length // 2 + 1]
+  k_f = jax.lax.map(at, (sin, cos))  # [blocks, H, M, NODES]
+  k_f = k_f.transpose(2, 1, 0, 3).reshape(M, H, -1)[..., : length // 2 + 1]
   return jnp.fft.irfft(k_f, length, axis=-1)
 
 
@@ -164,9 +202,19 @@ def _cauchy(weights: tuple[Array, Array], mu_HP: Array, s_G: Array, c_G: Array) 
   """sum_n v_n / (i s - c mu_n) + conj(v_n) / (i s - c conj(mu_n)): [H, V, G]."""
   c, s = c_G[None, None], s_G[None, None]
   real, imag = -c * mu_HP.real[..., None], c * mu_HP.imag[..., None]
-  below, above = s - imag, s + imag                                   # of mu and of its conjugate
+  below, above = s - imag, s + imag  # of mu and of its conjugate
   size, size_conj = 1.0 / (real * real + below * below), 1.0 / (real * real + above * above)
   re, re_conj, im, im_conj = real * size, real * size_conj, -below * size, -above * size_conj
-  reals = jnp.einsum('hvn,hng->hvg', weights[0], jnp.concatenate([re + re_conj, im - im_conj], axis=1), precision='highest')
-  imags = jnp.einsum('hvn,hng->hvg', weights[1], jnp.concatenate([im + im_conj, re - re_conj], axis=1), precision='highest')
+  reals = jnp.einsum(
+    'hvn,hng->hvg',
+    weights[0],
+    jnp.concatenate([re + re_conj, im - im_conj], axis=1),
+    precision='highest',
+  )
+  imags = jnp.einsum(
+    'hvn,hng->hvg',
+    weights[1],
+    jnp.concatenate([im + im_conj, re - re_conj], axis=1),
+    precision='highest',
+  )
   return jax.lax.complex(reals, imags)

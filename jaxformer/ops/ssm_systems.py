@@ -1,5 +1,5 @@
-"""Systems for `ops.ssm`: diagonal in complex conjugate pairs, dense, and the shift register; and how a continuous system is
-made discrete."""
+"""Systems for `ops.ssm`: diagonal in complex conjugate pairs, dense, and the shift register; and
+how a continuous system is made discrete."""
 
 from __future__ import annotations
 
@@ -14,29 +14,41 @@ from jaxtyping import Array, Complex, Float
 from jaxformer.ops.solve import solve
 from jaxformer.ops.ssm import System
 
-# ---- from continuous to discrete --------------------------------------------------------------------------------------
+# ---- from continuous to discrete ---------------------------------------------------------------
 
 
-def zoh(a: Complex[Array, 'H N'], b: Complex[Array, 'H N'], dt_H: Float[Array, ' H']) -> tuple[Array, Array]:
-  """Zero-order hold of x' = a x + b u for diagonal a: log Abar = dt a and Bbar = (Abar - 1) / a b (Gu et al. 2022, eq. 6).
+def zoh(
+  a: Complex[Array, 'H N'], b: Complex[Array, 'H N'], dt_H: Float[Array, ' H']
+) -> tuple[Array, Array]:
+  """Zero-order hold of x' = a x + b u for diagonal a: log Abar = dt a and Bbar = (Abar - 1) / a b
+  (Gu et al. 2022, eq. 6).
 
-  The imaginary part of log Abar is brought to [-pi, pi]: powers of Abar then keep their digits. `a` must not be 0.
-  """
+  The imaginary part of log Abar is brought to [-pi, pi]: powers of Abar then keep their digits. `a`
+  must not be 0."""
   z = dt_H[:, None] * a
   half = jnp.sin(0.5 * z.imag)
   # e^z - 1 without the cancellation near z = 0.
-  grown = jax.lax.complex(jnp.expm1(z.real) * jnp.cos(z.imag) - 2 * half * half, jnp.exp(z.real) * jnp.sin(z.imag))
+  grown = jax.lax.complex(
+    jnp.expm1(z.real) * jnp.cos(z.imag) - 2 * half * half, jnp.exp(z.real) * jnp.sin(z.imag)
+  )
   turns = jax.lax.stop_gradient(jnp.round(z.imag / (2 * math.pi)))
-  high = 6.28125   # 2 pi in two parts, of which the first times a small whole number is exact
+  high = 6.28125  # 2 pi in two parts, of which the first times a small whole number is exact
   angle = (z.imag - turns * high) - turns * (2 * math.pi - high)
   return jax.lax.complex(z.real, angle), grown / a * b
 
 
-def bilinear(a: Complex[Array, 'H N'], b: Complex[Array, 'H N'], dt_H: Float[Array, ' H']) -> tuple[Array, Array]:
-  """Tustin's rule for diagonal a: Abar = (1 + dt a / 2) / (1 - dt a / 2), Bbar = dt b / (1 - dt a / 2); gives log Abar and Bbar."""
+def bilinear(
+  a: Complex[Array, 'H N'], b: Complex[Array, 'H N'], dt_H: Float[Array, ' H']
+) -> tuple[Array, Array]:
+  """Tustin's rule for diagonal a: Abar = (1 + dt a / 2) / (1 - dt a / 2), Bbar = dt b / (1 - dt a /
+  2); gives log Abar and Bbar."""
   w = 0.5 * dt_H[:, None] * a
-  above, below = jnp.square(1 + w.real) + jnp.square(w.imag), jnp.square(1 - w.real) + jnp.square(w.imag)
-  ratio = 4 * w.real / below                    # |Abar|^2 - 1: exact where Abar is near the unit circle
+  above, below = (
+    jnp.square(1 + w.real) + jnp.square(w.imag),
+    jnp.square(1 - w.real) + jnp.square(w.imag),
+  )
+  # |Abar|^2 - 1: exact where Abar is near the unit circle
+  ratio = 4 * w.real / below
   near = ratio > -0.5
   far = jnp.log(jnp.maximum(above, 1e-30)) - jnp.log(below)
   size = 0.5 * jnp.where(near, jnp.log1p(jnp.where(near, ratio, 0.0)), far)
@@ -45,22 +57,23 @@ def bilinear(a: Complex[Array, 'H N'], b: Complex[Array, 'H N'], dt_H: Float[Arr
 
 
 def dense_bilinear(
-  a: Float[Array, 'H N N'], b: Float[Array, 'H N'], dt_H: Float[Array, ' H'],
+  a: Float[Array, 'H N N'], b: Float[Array, 'H N'], dt_H: Float[Array, ' H']
 ) -> tuple[Float[Array, 'H N N'], Float[Array, 'H N']]:
-  """Tustin's rule for real matrices: Abar - I = (I - dt A / 2)^{-1} dt A (see `Dense`) and Bbar = (I - dt A / 2)^{-1} dt b."""
+  """Tustin's rule for real matrices: Abar - I = (I - dt A / 2)^{-1} dt A (see `Dense`) and Bbar =
+  (I - dt A / 2)^{-1} dt b."""
   dt = dt_H[:, None, None]
   right = dt * jnp.concatenate([a, b[..., None]], axis=-1)
   solved = solve(jnp.eye(a.shape[-1])[None] - 0.5 * dt * a, right)
   return solved[..., :-1], solved[..., -1]
 
 
-# ---- diagonal ---------------------------------------------------------------------------------------------------------
+# ---- diagonal ----------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
 class Diagonal(System):
-  """x_t = exp(log_a) x_{t-1} + b u_t, y_t = 2 Re(c x_t): each complex number stands for itself and its conjugate, so a system of
-  N real numbers of state has P = N / 2 of them.
+  """x_t = exp(log_a) x_{t-1} + b u_t, y_t = 2 Re(c x_t): each complex number stands for itself and
+  its conjugate, so a system of N real numbers of state has P = N / 2 of them.
 
   Attributes:
     log_a_HP, b_HP: of `zoh` or `bilinear`.
@@ -78,13 +91,20 @@ class Diagonal(System):
 
   @property
   def parts(self):
-    return (self.log_a_HP, ('inner', None)), (self.b_HP, ('inner', None)), (self.c_MHP, (None, 'inner', None))
+    return (
+      (self.log_a_HP, ('inner', None)),
+      (self.b_HP, ('inner', None)),
+      (self.c_MHP, (None, 'inner', None)),
+    )
 
   def of(self, *arrays: Array) -> Diagonal:
     return Diagonal(*arrays)
 
   def next(self, x_BHN: Float[Array, 'B H N'], u_BH: Float[Array, 'B H']) -> Float[Array, 'B H N']:
-    return _rotate(self._powers(jnp.ones(1))[:, 0][None], x_BHN) + _real(self.b_HP)[None] * u_BH[..., None]
+    return (
+      _rotate(self._powers(jnp.ones(1))[:, 0][None], x_BHN)
+      + _real(self.b_HP)[None] * u_BH[..., None]
+    )
 
   def read(self, x_BHN: Float[Array, 'B H N']) -> Float[Array, 'B M H']:
     return jnp.sum(x_BHN[:, None] * _reading(self.c_MHP)[None], axis=-1)
@@ -104,8 +124,8 @@ class Diagonal(System):
     return into, _reading(self.c_MHP[:, :, None] * self._powers(1 + jnp.arange(length))[None])
 
   def kernel(self, length: int) -> Array:
-    """A product of Vandermonde matrices in two levels, k_{i W + j} = 2 Re sum_p (c Abar^{i W})_p (b Abar^j)_p: of the order of
-    N sqrt(T) numbers for each channel, not N T."""
+    """A product of Vandermonde matrices in two levels, k_{i W + j} = 2 Re sum_p (c Abar^{i W})_p (b
+    Abar^j)_p: of the order of N sqrt(T) numbers for each channel, not N T."""
     W = min(length, max(16, 1 << math.ceil(math.log2(length) / 2)))
     rows = -(-length // W)
     fine_HWN = _real(self.b_HP[:, None] * self._powers(jnp.arange(W)))
@@ -130,17 +150,16 @@ def _reading(c: Array) -> Array:
   return jnp.concatenate([2 * c.real, -2 * c.imag], axis=-1)
 
 
-# ---- dense ------------------------------------------------------------------------------------------------------------
+# ---- dense -------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
 class Dense(System):
-  """Real matrices: x_t = Abar x_{t-1} + b u_t, y_t = c x_t with Abar = I + d. Powers come from squares (Krylov doubling):
-  O(N^3 log C) for a channel.
+  """Real matrices: x_t = Abar x_{t-1} + b u_t, y_t = c x_t with Abar = I + d. Powers come from
+  squares (Krylov doubling): O(N^3 log C) for a channel.
 
-  Matrices near I, of systems with slow modes, are kept and multiplied as their difference from it: in fp32, I + d has few digits
-  of d, and all that a slow mode remembers hangs on them.
-  """
+  Matrices near I, of systems with slow modes, are kept and multiplied as their difference from it:
+  in fp32, I + d has few digits of d, and all that a slow mode remembers hangs on them."""
 
   d_HNN: Float[Array, 'H N N']
   b_HN: Float[Array, 'H N']
@@ -153,7 +172,11 @@ class Dense(System):
 
   @property
   def parts(self):
-    return (self.d_HNN, ('inner', None, None)), (self.b_HN, ('inner', None)), (self.c_MHN, (None, 'inner', None))
+    return (
+      (self.d_HNN, ('inner', None, None)),
+      (self.b_HN, ('inner', None)),
+      (self.c_MHN, (None, 'inner', None)),
+    )
 
   def of(self, *arrays: Array) -> Dense:
     return Dense(*arrays)
@@ -189,7 +212,8 @@ class Dense(System):
 
 
 def power_less_one(d: Float[Array, 'H N N'], power: int) -> Float[Array, 'H N N']:
-  """(I + d)^power - I by repeated squaring, without ever adding I: (I + d)(I + e) = I + (d + e + d e)."""
+  """(I + d)^power - I by repeated squaring, without ever adding I: (I + d)(I + e) = I + (d + e + d
+  e)."""
   result = jnp.zeros_like(d)
   while power:
     if power & 1:
@@ -204,26 +228,29 @@ def _squared_less_one(d: Array) -> Array:
 
 
 def krylov(
-  d_HNN: Float[Array, 'H N N'], v_HMN: Float[Array, 'H M N'], length: int, transposed: bool = False,
+  d_HNN: Float[Array, 'H N N'], v_HMN: Float[Array, 'H M N'], length: int, transposed: bool = False
 ) -> Float[Array, 'H R N']:
-  """The rows v Abar^j, or v (Abar^j)^T, for j = 0 .. length - 1 and Abar = I + d, M rows for each j: twice as many with each
-  square of Abar."""
+  """The rows v Abar^j, or v (Abar^j)^T, for j = 0 .. length - 1 and Abar = I + d, M rows for each
+  j: twice as many with each square of Abar."""
   M, rows = v_HMN.shape[1], v_HMN
   while (have := rows.shape[1] // M) < length:
-    old = rows[:, :(length - have) * M]
-    moved = jnp.einsum('hrk,hnk->hrn' if transposed else 'hrk,hkn->hrn', old, d_HNN, precision='highest')
+    old = rows[:, : (length - have) * M]
+    moved = jnp.einsum(
+      'hrk,hnk->hrn' if transposed else 'hrk,hkn->hrn', old, d_HNN, precision='highest'
+    )
     rows = jnp.concatenate([rows, old + moved], axis=1)
     d_HNN = _squared_less_one(d_HNN) if 2 * have < length else d_HNN
   return rows
 
 
-# ---- shift ------------------------------------------------------------------------------------------------------------
+# ---- shift -------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
 class Shift(System):
-  """A shift register: the state is the last N inputs, newest first, y_t = sum_n c_n u_{t-n}. A short convolution as a state-space
-  model (Fu et al. 2023, section 3.2: the shift SSM of H3, with B = e_1)."""
+  """A shift register: the state is the last N inputs, newest first, y_t = sum_n c_n u_{t-n}. A
+  short convolution as a state-space model (Fu et al. 2023, section 3.2: the shift SSM of H3, with B
+  = e_1)."""
 
   c_MHN: Float[Array, 'M H N']
 
@@ -253,7 +280,7 @@ class Shift(System):
     _, H, N = self.sizes
     into = jnp.broadcast_to(jnp.eye(length, N)[None], (H, length, N))
     c = jnp.pad(self.c_MHN, ((0, 0), (0, 0), (0, length)))
-    return into, jnp.stack([c[..., j + 1:j + 1 + N] for j in range(length)], axis=2)
+    return into, jnp.stack([c[..., j + 1 : j + 1 + N] for j in range(length)], axis=2)
 
   def kernel(self, length: int) -> Array:
     c = self.c_MHN[..., :length]

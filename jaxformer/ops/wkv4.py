@@ -1,12 +1,16 @@
-"""The recurrence of RWKV-4: a weighted mean of all values so far, with a weight of its own for the present one.
+"""The recurrence of RWKV-4: a weighted mean of all values so far, with a weight of its own for the
+present one.
 
-  y_t = (sum_{i<t} e^{-(t-1-i) w + k_i} v_i + e^{u + k_t} v_t) / (sum_{i<t} e^{-(t-1-i) w + k_i} + e^{u + k_t})
+  y_t = (sum_{i<t} e^{-(t-1-i) w + k_i} v_i + e^{u + k_t} v_t) / (sum_{i<t} e^{-(t-1-i) w + k_i} +
+  e^{u + k_t})
 
-(Peng et al. 2023, "RWKV", equation 16), w > 0 a channel. Numerator and denominator are kept as aa e^pp and bb e^pp, so that no
-exponential overflows. Everything is fp32; y comes back in the dtype of v.
+(Peng et al. 2023, "RWKV", equation 16), w > 0 a channel. Numerator and denominator are kept as aa
+e^pp and bb e^pp, so that no exponential overflows. Everything is fp32; y comes back in the dtype of
+v.
 
-The chunked form finds the exponents pp first. They are a choice, not a part of the result, so no gradient flows through them and
-what is left are two linear recurrences whose coefficients are known for a whole chunk at once.
+The chunked form finds the exponents pp first. They are a choice, not a part of the result, so no
+gradient flows through them and what is left are two linear recurrences whose coefficients are known
+for a whole chunk at once.
 
 Dims: B batch, T time, C chunk, D channels.
 """
@@ -25,15 +29,16 @@ from jaxformer.ops.route import forced
 from jaxformer.sharding import per_shard, platform, shards
 
 CHUNK = 64
-NOTHING = -1e38   # the exponent of a sum without terms
-_SHORT = 4        # up to so many tokens the recurrence itself is the fastest form
+NOTHING = -1e38  # the exponent of a sum without terms
+_SHORT = 4  # up to so many tokens the recurrence itself is the fastest form
 _UNROLL = 8
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Wkv4State:
-  """The sums over all tokens so far: aa e^pp of e^{..} v and bb e^pp of e^{..}, as of the next token. Fp32."""
+  """The sums over all tokens so far: aa e^pp of e^{..} v and bb e^pp of e^{..}, as of the next
+  token. Fp32."""
 
   aa: Float[Array, 'B D']
   bb: Float[Array, 'B D']
@@ -47,13 +52,20 @@ class Wkv4State:
 
 
 def wkv4_naive(
-  k_BTD: Float[Array, 'B T D'], v_BTD: Float[Array, 'B T D'], w_D: Float[Array, ' D'], u_D: Float[Array, ' D'], state: Wkv4State,
+  k_BTD: Float[Array, 'B T D'],
+  v_BTD: Float[Array, 'B T D'],
+  w_D: Float[Array, ' D'],
+  u_D: Float[Array, ' D'],
+  state: Wkv4State,
   starts_BT: Bool[Array, 'B T'],
 ) -> tuple[Float[Array, 'B T D'], Wkv4State]:
   """The recurrence, one token after the other, in fp32."""
+
   def step(state, now):
     k_BD, v_BD, begins_B = now
-    aa, bb, pp = (jnp.where(begins_B[:, None], e, s) for e, s in zip((0.0, 0.0, NOTHING), state, strict=True))
+    aa, bb, pp = (
+      jnp.where(begins_B[:, None], e, s) for e, s in zip((0.0, 0.0, NOTHING), state, strict=True)
+    )
     p = jnp.maximum(pp, u_D[None] + k_BD)
     old, new = jnp.exp(pp - p), jnp.exp(u_D[None] + k_BD - p)
     y_BD = (old * aa + new * v_BD) / (old * bb + new)
@@ -62,21 +74,32 @@ def wkv4_naive(
     return (old * aa + new * v_BD, old * bb + new, p), y_BD
 
   first = state.aa, state.bb, state.pp
-  last, y_TBD = lax.scan(step, first, (jnp.swapaxes(k_BTD, 0, 1), jnp.swapaxes(v_BTD, 0, 1), starts_BT.T))
+  last, y_TBD = lax.scan(
+    step, first, (jnp.swapaxes(k_BTD, 0, 1), jnp.swapaxes(v_BTD, 0, 1), starts_BT.T)
+  )
   return jnp.swapaxes(y_TBD, 0, 1), Wkv4State(*last)
 
 
 def wkv4(
-  k_BTD: Float[Array, 'B T D'], v_BTD: Float[Array, 'B T D'], w_D: Float[Array, ' D'], u_D: Float[Array, ' D'],
-  state: Wkv4State | None, starts_BT: Bool[Array, 'B T'], *, route: str | None = None, chunk: int = CHUNK,
+  k_BTD: Float[Array, 'B T D'],
+  v_BTD: Float[Array, 'B T D'],
+  w_D: Float[Array, ' D'],
+  u_D: Float[Array, ' D'],
+  state: Wkv4State | None,
+  starts_BT: Bool[Array, 'B T'],
+  *,
+  route: str | None = None,
+  chunk: int = CHUNK,
 ) -> tuple[Float[Array, 'B T D'], Wkv4State]:
   """y and the state after the last token.
 
   Args:
-    w_D: exp(time_decay), what the weight of a token loses a step; u_D: what is added to the present token's key.
+    w_D: exp(time_decay), what the weight of a token loses a step; u_D: what is added to the present
+      token's key.
     state: None before the first token.
     starts_BT: where a packed document begins: nothing is left of the state before that token.
-    route: 'naive', 'chunked' (a scan inside each chunk), 'associative' (a tree inside each chunk), None for what suits.
+    route: 'naive', 'chunked' (a scan inside each chunk), 'associative' (a tree inside each chunk),
+      None for what suits.
     chunk: tokens at a time.
   """
   (B, T, D), dtype = v_BTD.shape, v_BTD.dtype
@@ -100,7 +123,9 @@ def wkv4(
 
 
 def _over_time(run, axes: tuple[str, ...]):
-  """`run` on shards of time (`ops.context`). A part lowers the exponent of the state by T w and adds its own sums."""
+  """`run` on shards of time (`ops.context`). A part lowers the exponent of the state by T w and
+  adds its own sums."""
+
   def summary(k, v, w, u, starts):
     loss = jnp.where(unbroken(starts)[0][:, None], k.shape[1] * w[None], -NOTHING)
     empty = Wkv4State.empty(k.shape[0], k.shape[2])
@@ -123,7 +148,9 @@ def _over_time(run, axes: tuple[str, ...]):
 
   def mapped(state, *inputs):
     token, sums, channel = ('batch', 'time', 'heads'), ('batch', 'heads'), ('heads',)
-    shard = per_shard(flat, (sums, sums, sums, token, token, channel, channel, token[:2]), token, sums, sums, sums)
+    shard = per_shard(
+      flat, (sums, sums, sums, token, token, channel, channel, token[:2]), token, sums, sums, sums
+    )
     y, *sums = shard(state.aa, state.bb, state.pp, *inputs)
     return y, Wkv4State(*sums)
 
@@ -138,11 +165,12 @@ def choose_route(T: int) -> str:
   return 'naive' if T <= _SHORT else 'chunked' if platform() == 'cpu' else 'associative'
 
 
-# ---- the chunked form -------------------------------------------------------------------------------------------------
+# ---- the chunked form --------------------------------------------------------------------------
 
 
 def _chunked(k, v, w, u, state: Wkv4State, starts, chunk: int, tree: bool):
-  """Whole chunks in a scan that keeps the states at their borders alone for the backward pass, then what is left."""
+  """Whole chunks in a scan that keeps the states at their borders alone for the backward pass, then
+  what is left."""
   (B, T, D), ys = k.shape, []
   n, rest = divmod(T, chunk)
 
@@ -151,11 +179,11 @@ def _chunked(k, v, w, u, state: Wkv4State, starts, chunk: int, tree: bool):
     return _chunk(state, *(jnp.swapaxes(x, 0, 1) for x in now), w, u, tree)
 
   if n:
-    cut = lambda x: jnp.moveaxis(x[:, :n * chunk].reshape(B, n, chunk, *x.shape[2:]), 1, 0)   # noqa: E731
+    cut = lambda x: jnp.moveaxis(x[:, : n * chunk].reshape(B, n, chunk, *x.shape[2:]), 1, 0)  # noqa: E731
     state, y = lax.scan(body, state, tuple(cut(x) for x in (k, v, starts)))
     ys.append(y.reshape(n * chunk, B, D))
   if rest:
-    state, y = body(state, tuple(x[:, n * chunk:] for x in (k, v, starts)))
+    state, y = body(state, tuple(x[:, n * chunk :] for x in (k, v, starts)))
     ys.append(y)
   return jnp.swapaxes(ys[0] if len(ys) == 1 else jnp.concatenate(ys), 0, 1), state
 
@@ -163,11 +191,15 @@ def _chunked(k, v, w, u, state: Wkv4State, starts, chunk: int, tree: bool):
 def _chunk(state: Wkv4State, k, v, starts, w, u, tree: bool):
   """(state, y) after a chunk of tokens `[C, B, D]`."""
   w, u, begins = w[None, None], u[None, None], starts[..., None]
-  after = lax.stop_gradient(_exponents(state.pp, k, w, begins, tree))               # of the state after each token
+  # of the state after each token
+  after = lax.stop_gradient(_exponents(state.pp, k, w, begins, tree))
   before = jnp.where(begins, NOTHING, jnp.concatenate([state.pp[None], after[:-1]]))
   keeps, takes = jnp.exp(before - w - after), jnp.exp(k - after)
-  aa, bb = _linear(keeps, (takes * v, takes), (state.aa, state.bb), tree)           # after each token, too
-  aa_before, bb_before = (jnp.concatenate([s[None], x[:-1]]) for s, x in ((state.aa, aa), (state.bb, bb)))
+  # after each token, too
+  aa, bb = _linear(keeps, (takes * v, takes), (state.aa, state.bb), tree)
+  aa_before, bb_before = (
+    jnp.concatenate([s[None], x[:-1]]) for s, x in ((state.aa, aa), (state.bb, bb))
+  )
   p = lax.stop_gradient(jnp.maximum(before, u + k))
   old, new = jnp.exp(before - p), jnp.exp(u + k - p)
   y = (old * aa_before + new * v) / (old * bb_before + new)
@@ -181,25 +213,32 @@ def _exponents(pp, k, w, begins, tree: bool):
   """max(pp - w, k) after each token."""
   loss = jnp.where(begins, -NOTHING, jnp.broadcast_to(w, k.shape))
   if not tree:
+
     def step(p, now):
       p = jnp.maximum(p - now[0], now[1])
       return p, p
+
     return lax.scan(step, pp, (loss, k), unroll=_UNROLL)[1]
 
   def join(a, b):
     return jnp.minimum(a[0] + b[0], -NOTHING), jnp.maximum(a[1] - b[0], b[1])
+
   lost, own = lax.associative_scan(join, (loss, k))
   return jnp.maximum(pp[None] - lost, own)
 
 
 def _last_exponent(pp, k, w, starts):
-  """The same after the last token, differentiable: the largest of pp - C w and all k_i - (C - 1 - i) w since the document began."""
+  """The same after the last token, differentiable: the largest of pp - C w and all k_i - (C - 1 -
+  i) w since the document began."""
   C = k.shape[0]
-  begun = jnp.flip(lax.cummax(jnp.flip(starts, 0).astype(jnp.int32), axis=0), 0) == 1   # here or later in the chunk
-  dropped = jnp.concatenate([begun, jnp.zeros_like(begun[:1])])[..., None]              # of the state, then of each token
+  # here or later in the chunk
+  begun = jnp.flip(lax.cummax(jnp.flip(starts, 0).astype(jnp.int32), axis=0), 0) == 1
+  # of the state, then of each token
+  dropped = jnp.concatenate([begun, jnp.zeros_like(begun[:1])])[..., None]
   age = jnp.arange(C, -1, -1, dtype=jnp.float32)[:, None, None]
   candidates = jnp.where(dropped, NOTHING, jnp.concatenate([pp[None], k]) - age * w)
-  # By index: a maximum's gradient compares numbers, and those computed again need not be equal to the last bit.
+  # By index: a maximum's gradient compares numbers, and those computed again need not be equal to
+  # the last bit.
   best = jnp.argmax(candidates, axis=0)
   chosen = jnp.arange(C + 1)[:, None, None] == best[None]
   return jnp.sum(jnp.where(chosen, candidates, 0.0), axis=0)
@@ -208,12 +247,15 @@ def _last_exponent(pp, k, w, starts):
 def _linear(keeps, takes, first, tree: bool):
   """x_t = keeps_t x_{t-1} + takes_t over the first axis, for several x with the same keeps."""
   if not tree:
+
     def step(x, now):
       x = tuple(now[0] * a + b for a, b in zip(x, now[1], strict=True))
       return x, x
+
     return lax.scan(step, first, (keeps, takes), unroll=_UNROLL)[1]
 
   def join(a, b):
     return a[0] * b[0], tuple(b[0] * x + y for x, y in zip(a[1], b[1], strict=True))
+
   kept, own = lax.associative_scan(join, (keeps, takes))
   return tuple(kept * x[None] + y for x, y in zip(first, own, strict=True))

@@ -1,25 +1,31 @@
 """The recurrence of RWKV-7: a matrix-valued state under a generalized delta rule.
 
-Peng et al. 2025 ("RWKV-7 Goose"), section 4.1. For each head, with S a matrix [V, K] that starts as 0,
+Peng et al. 2025 ("RWKV-7 Goose"), section 4.1. For each head, with S a matrix [V, K] that starts as
+0,
 
   S_t = S_{t-1} (diag(exp(w_t)) + a_t b_t^T) + v_t k_t^T,    y_t = S_t r_t
 
-where the paper's removal key kappa and in-context learning rate eta give a = -kappa and b = eta * kappa: what the state holds
-under the key kappa is partly taken out before v is put in under k. At a position where a packed document begins, S_{t-1} := 0.
+where the paper's removal key kappa and in-context learning rate eta give a = -kappa and b = eta *
+kappa: what the state holds under the key kappa is partly taken out before v is put in under k. At a
+position where a packed document begins, S_{t-1} := 0.
 
-The fast form goes chunk by chunk (the WY representation of Bischof and Van Loan 1987, as Yang et al. 2024 use it for the delta
-rule, here with a decay for each channel). Within a chunk of C positions that begins with state S, with L_t the sum of w_1 .. w_t
-and d(t, s) = exp(L_t - L_s), write u_t = S_{t-1} a_t for what is read under the removal key. Then
+The fast form goes chunk by chunk (the WY representation of Bischof and Van Loan 1987, as Yang et
+al. 2024 use it for the delta rule, here with a decay for each channel). Within a chunk of C
+positions that begins with state S, with L_t the sum of w_1 .. w_t and d(t, s) = exp(L_t - L_s),
+write u_t = S_{t-1} a_t for what is read under the removal key. Then
 
   u_t = S (exp(L_{t-1}) a_t) + sum_{s<t} A^ab_ts u_s + A^ak_ts v_s
   y_t = S (exp(L_t) r_t) + sum_{s<=t} A^rb_ts u_s + A^rk_ts v_s
   S'  = S diag(exp(L_C)) + sum_s u_s (d(C, s) b_s)^T + v_s (d(C, s) k_s)^T
 
-  A^ab_ts = a_t . d(t-1, s) b_s,   A^ak_ts = a_t . d(t-1, s) k_s,   A^rb_ts = r_t . d(t, s) b_s,   A^rk_ts = r_t . d(t, s) k_s
+  A^ab_ts = a_t . d(t-1, s) b_s,   A^ak_ts = a_t . d(t-1, s) k_s,   A^rb_ts = r_t . d(t, s) b_s,
+  A^rk_ts = r_t . d(t, s) k_s
 
-so U = (I - A^ab)^{-1} (...) is the solution of a unit triangular system of C rows, everything else is products of matrices, and
-only the product of S with one [K, K] matrix a chunk is sequential. d(t, s) is computed as a product of two factors, one for each
-side, about the middle of the chunk: with w >= -0.6065 they stay below exp(0.31 C), far from the limits of fp32, and a product of
+so U = (I - A^ab)^{-1} (...) is the solution of a unit triangular system of C rows, everything else
+is products of matrices, and only the product of S with one [K, K] matrix a chunk is sequential.
+d(t, s) is computed as a product of two factors, one for each
+side, about the middle of the chunk: with w >= -0.6065 they stay below exp(0.31 C), far from the
+  limits of fp32, and a product of
 two accurate factors is as accurate.
 
 Dims: B batch, T time, H heads, K key channels, V value channels, C positions of a chunk, N chunks.
@@ -37,15 +43,22 @@ from jaxformer.ops.context import over_time, time_axes
 from jaxformer.ops.route import forced
 from jaxformer.sharding import per_shard, platform, shards
 
-SPAN = 256       # positions whose intermediate values are in memory together; the states at their borders are what a gradient keeps
-SHORT = 8        # fewer positions go one by one: a decode, or a few tokens of a prompt
+# positions whose intermediate values are in memory together; the states at their borders are what a
+# gradient keeps
+SPAN = 256
+SHORT = 8  # fewer positions go one by one: a decode, or a few tokens of a prompt
 _EXACT = jax.lax.Precision.HIGHEST
 
 
 def wkv7(
-  r_BTHK: Float[Array, 'B T H K'], log_decay_BTHK: Float[Array, 'B T H K'], k_BTHK: Float[Array, 'B T H K'],
-  v_BTHV: Float[Array, 'B T H V'], a_BTHK: Float[Array, 'B T H K'], b_BTHK: Float[Array, 'B T H K'],
-  state_BHVK: Float[Array, 'B H V K'] | None, starts_BT: Bool[Array, 'B T'],
+  r_BTHK: Float[Array, 'B T H K'],
+  log_decay_BTHK: Float[Array, 'B T H K'],
+  k_BTHK: Float[Array, 'B T H K'],
+  v_BTHV: Float[Array, 'B T H V'],
+  a_BTHK: Float[Array, 'B T H K'],
+  b_BTHK: Float[Array, 'B T H K'],
+  state_BHVK: Float[Array, 'B H V K'] | None,
+  starts_BT: Bool[Array, 'B T'],
 ) -> tuple[Float[Array, 'B T H V'], Float[Array, 'B H V K']]:
   """The recurrence above, in fp32 whatever the input's type.
 
@@ -64,9 +77,16 @@ def wkv7(
   form = forced('wkv7') or ('naive' if T // shards('time', T) < SHORT else 'chunked')
   if form not in ('naive', 'chunked'):
     raise ValueError(f'wkv7 has no form {form!r}: naive or chunked')
-  state = jnp.zeros((B, H, v_BTHV.shape[-1], K), jnp.float32) if state_BHVK is None else state_BHVK.astype(jnp.float32)
-  args = tuple(x.astype(jnp.float32) for x in (r_BTHK, log_decay_BTHK, k_BTHK, v_BTHV, a_BTHK, b_BTHK))
-  # Products of bfloat16 inputs may be rounded like these on hardware that does so; sums and states are fp32 in any case.
+  state = (
+    jnp.zeros((B, H, v_BTHV.shape[-1], K), jnp.float32)
+    if state_BHVK is None
+    else state_BHVK.astype(jnp.float32)
+  )
+  args = tuple(
+    x.astype(jnp.float32) for x in (r_BTHK, log_decay_BTHK, k_BTHK, v_BTHV, a_BTHK, b_BTHK)
+  )
+  # Products of bfloat16 inputs may be rounded like these on hardware that does so; sums and states
+  # are fp32 in any case.
   precision = _EXACT if v_BTHV.dtype == jnp.float32 else None
 
   def run(state, r, w, k, v, a, b, starts):
@@ -75,14 +95,19 @@ def wkv7(
     return wkv7_chunked(r, w, k, v, a, b, state, starts, precision=precision)
 
   token, heads = ('batch', 'time', 'heads', None), ('batch', 'heads', None, None)
-  mapped = per_shard(_over_time(run, axes), (heads, *(token,) * 6, token[:2]), token, heads) if axes else run
+  mapped = (
+    per_shard(_over_time(run, axes), (heads, *(token,) * 6, token[:2]), token, heads)
+    if axes
+    else run
+  )
   y, state = mapped(state, *args, starts_BT)
   return y.astype(v_BTHV.dtype), state
 
 
 def _over_time(run, axes: tuple[str, ...]):
-  """`run` on shards of time (`ops.context`). A part takes S to S M + s; both come from one run that begins with the identity below
-  zeros, and adds zeros there."""
+  """`run` on shards of time (`ops.context`). A part takes S to S M + s; both come from one run that
+  begins with the identity below zeros, and adds zeros there."""
+
   def summary(r, w, k, v, a, b, starts):
     (B, T, H, K), V = r.shape, v.shape[-1]
     below = jnp.concatenate([jnp.zeros((V, K)), jnp.eye(K)])
@@ -97,9 +122,14 @@ def _over_time(run, axes: tuple[str, ...]):
 
 
 def wkv7_naive(
-  r_BTHK: Float[Array, 'B T H K'], log_decay_BTHK: Float[Array, 'B T H K'], k_BTHK: Float[Array, 'B T H K'],
-  v_BTHV: Float[Array, 'B T H V'], a_BTHK: Float[Array, 'B T H K'], b_BTHK: Float[Array, 'B T H K'],
-  state_BHVK: Float[Array, 'B H V K'], starts_BT: Bool[Array, 'B T'],
+  r_BTHK: Float[Array, 'B T H K'],
+  log_decay_BTHK: Float[Array, 'B T H K'],
+  k_BTHK: Float[Array, 'B T H K'],
+  v_BTHV: Float[Array, 'B T H V'],
+  a_BTHK: Float[Array, 'B T H K'],
+  b_BTHK: Float[Array, 'B T H K'],
+  state_BHVK: Float[Array, 'B H V K'],
+  starts_BT: Bool[Array, 'B T'],
 ) -> tuple[Float[Array, 'B T H V'], Float[Array, 'B H V K']]:
   """One position after the other."""
 
@@ -107,32 +137,47 @@ def wkv7_naive(
     r, w, k, v, a, b, begins_B = now
     S_BHVK = jnp.where(begins_B[:, None, None, None], 0.0, S_BHVK)
     u_BHV = jnp.einsum('BHVK,BHK->BHV', S_BHVK, a, precision=_EXACT)
-    S_BHVK = S_BHVK * jnp.exp(w)[:, :, None, :] + u_BHV[..., None] * b[:, :, None, :] + v[..., None] * k[:, :, None, :]
+    S_BHVK = (
+      S_BHVK * jnp.exp(w)[:, :, None, :]
+      + u_BHV[..., None] * b[:, :, None, :]
+      + v[..., None] * k[:, :, None, :]
+    )
     return S_BHVK, jnp.einsum('BHVK,BHK->BHV', S_BHVK, r, precision=_EXACT)
 
-  by_time = (jnp.swapaxes(x, 0, 1) for x in (r_BTHK, log_decay_BTHK, k_BTHK, v_BTHV, a_BTHK, b_BTHK, starts_BT))
+  by_time = (
+    jnp.swapaxes(x, 0, 1)
+    for x in (r_BTHK, log_decay_BTHK, k_BTHK, v_BTHV, a_BTHK, b_BTHK, starts_BT)
+  )
   state_BHVK, y_TBHV = jax.lax.scan(step, state_BHVK, tuple(by_time))
   return jnp.swapaxes(y_TBHV, 0, 1), state_BHVK
 
 
-# ---- chunks -----------------------------------------------------------------------------------------------------------
+# ---- chunks ------------------------------------------------------------------------------------
 
 
 def wkv7_chunked(
-  r_BTHK: Float[Array, 'B T H K'], log_decay_BTHK: Float[Array, 'B T H K'], k_BTHK: Float[Array, 'B T H K'],
-  v_BTHV: Float[Array, 'B T H V'], a_BTHK: Float[Array, 'B T H K'], b_BTHK: Float[Array, 'B T H K'],
-  state_BHVK: Float[Array, 'B H V K'], starts_BT: Bool[Array, 'B T'], *, chunk: int | None = None, span: int = SPAN,
+  r_BTHK: Float[Array, 'B T H K'],
+  log_decay_BTHK: Float[Array, 'B T H K'],
+  k_BTHK: Float[Array, 'B T H K'],
+  v_BTHV: Float[Array, 'B T H V'],
+  a_BTHK: Float[Array, 'B T H K'],
+  b_BTHK: Float[Array, 'B T H K'],
+  state_BHVK: Float[Array, 'B H V K'],
+  starts_BT: Bool[Array, 'B T'],
+  *,
+  chunk: int | None = None,
+  span: int = SPAN,
   precision: jax.lax.Precision | None = _EXACT,
 ) -> tuple[Float[Array, 'B T H V'], Float[Array, 'B H V K']]:
-  """Chunk by chunk. A gradient keeps the inputs and the state at every `span` positions, and computes the rest again.
+  """Chunk by chunk. A gradient keeps the inputs and the state at every `span` positions, and
+  computes the rest again.
 
-  `chunk` (None: what suits the platform) is at most 64, where the factors of the decay reach exp(19.4). `precision` is that of
-  all products but those that invert the triangular matrix.
-  """
+  `chunk` (None: what suits the platform) is at most 64, where the factors of the decay reach
+  exp(19.4). `precision` is that of all products but those that invert the triangular matrix."""
   B, T, H, _ = r_BTHK.shape
   C = chunk or (16 if platform() == 'cpu' else 32)
   assert C in (1, 2, 4, 8, 16, 32, 64)
-  N = min(max(span // C, 1), -(-T // C))             # chunks of a span
+  N = min(max(span // C, 1), -(-T // C))  # chunks of a span
   spans = -(-T // (N * C))
   # Padding neither decays nor adds to the state.
   pad = spans * N * C - T
@@ -140,30 +185,38 @@ def wkv7_chunked(
   def by_span(x: Array) -> Array:
     x = jnp.pad(x, ((0, 0), (0, pad), *((0, 0),) * (x.ndim - 2)))
     x = x.reshape(B, spans, N, C, *x.shape[2:])
-    return jnp.moveaxis(jnp.moveaxis(x, 4, 1) if x.ndim > 4 else x[:, None], 2, 0)   # [spans, B, H, N, C, ...]; one head for starts
+    # [spans, B, H, N, C, ...]; one head for starts
+    return jnp.moveaxis(jnp.moveaxis(x, 4, 1) if x.ndim > 4 else x[:, None], 2, 0)
 
-  inputs = tuple(by_span(x) for x in (r_BTHK, log_decay_BTHK, k_BTHK, v_BTHV, a_BTHK, b_BTHK, starts_BT))
+  inputs = tuple(
+    by_span(x) for x in (r_BTHK, log_decay_BTHK, k_BTHK, v_BTHV, a_BTHK, b_BTHK, starts_BT)
+  )
   body = jax.checkpoint(functools.partial(_span, precision=precision), prevent_cse=False)
   if spans == 1:
     state_BHVK, y = body(state_BHVK, tuple(x[0] for x in inputs))
     y = y[None]
   else:
     state_BHVK, y = jax.lax.scan(body, state_BHVK, inputs)
-  y = jnp.moveaxis(jnp.moveaxis(y, 0, 2), 1, 4)      # [B, spans, N, C, H, V]
+  y = jnp.moveaxis(jnp.moveaxis(y, 0, 2), 1, 4)  # [B, spans, N, C, H, V]
   return y.reshape(B, spans * N * C, H, -1)[:, :T], state_BHVK
 
 
-def _span(S_BHVK: Array, inputs: tuple[Array, ...], *, precision: jax.lax.Precision | None) -> tuple[Array, Array]:
-  """The state after some chunks, and their outputs `[B, H, N, C, V]`: all chunks at once but for the states at their borders."""
+def _span(
+  S_BHVK: Array, inputs: tuple[Array, ...], *, precision: jax.lax.Precision | None
+) -> tuple[Array, Array]:
+  """The state after some chunks, and their outputs `[B, H, N, C, V]`: all chunks at once but for
+  the states at their borders."""
   r, w, k, v, a, b, starts = inputs
   C = r.shape[-2]
   dot = functools.partial(jnp.einsum, precision=precision, preferred_element_type=jnp.float32)
-  document = jnp.cumsum(starts, axis=-1)             # [B, 1, N, C], 0 for the one that the chunk begins in
+  # [B, 1, N, C], 0 for the one that the chunk begins in
+  document = jnp.cumsum(starts, axis=-1)
   L = jnp.cumsum(w, axis=-2)
   before, end = L - w, L[..., -1:, :]
   middle = jax.lax.stop_gradient(L[..., C // 2 - 1 : C // 2, :])
 
-  # All four kinds of pairs in one product: rows a_1 .. a_C, r_1 .. r_C; columns b_1 .. b_C, k_1 .. k_C.
+  # All four kinds of pairs in one product: rows a_1 .. a_C, r_1 .. r_C; columns b_1 .. b_C, k_1 ..
+  # k_C.
   rows = jnp.concatenate([a * jnp.exp(before - middle), r * jnp.exp(L - middle)], axis=-2)
   columns = jnp.concatenate([b, k], axis=-2) * jnp.exp(middle - jnp.concatenate([L, L], axis=-2))
   pairs = dot('...tK,...sK->...ts', rows, columns)
@@ -175,37 +228,44 @@ def _span(S_BHVK: Array, inputs: tuple[Array, ...], *, precision: jax.lax.Precis
   pairs = jnp.where(mask, pairs, 0.0)
   ab, ak, rb, rk = pairs[..., :C, :C], pairs[..., :C, C:], pairs[..., C:, :C], pairs[..., C:, C:]
 
-  # What of a position's a and r meets the state that the chunk begins with, and what of b and k is left at its end.
+  # What of a position's a and r meets the state that the chunk begins with, and what of b and k is
+  # left at its end.
   reads, kept = (document == 0)[..., None], (document == document[..., -1:])[..., None]
   a_in, r_in = jnp.where(reads, a * jnp.exp(before), 0.0), jnp.where(reads, r * jnp.exp(L), 0.0)
   left = jnp.exp(end - L)
   b_out, k_out = jnp.where(kept, b * left, 0.0), jnp.where(kept, k * left, 0.0)
-  decay = jnp.where(reads[..., -1:, :], jnp.exp(end), 0.0)   # [B, H, N, 1, K]
+  decay = jnp.where(reads[..., -1:, :], jnp.exp(end), 0.0)  # [B, H, N, 1, K]
 
   # U = W S^T + G: what is read under the removal keys, as a function of the state.
   inverse = unit_lower_inverse(ab)
   W = dot('...ts,...sK->...tK', inverse, a_in)
   G = dot('...ts,...sV->...tV', inverse, dot('...ts,...sV->...tV', ak, v))
-  turn = dot('...sI,...sK->...IK', W, b_out)                 # S' = S (diag(decay) + turn) + add
-  add = dot('...sV,...sK->...VK', jnp.concatenate([G, v], axis=-2), jnp.concatenate([b_out, k_out], axis=-2))
+  turn = dot('...sI,...sK->...IK', W, b_out)  # S' = S (diag(decay) + turn) + add
+  add = dot(
+    '...sV,...sK->...VK', jnp.concatenate([G, v], axis=-2), jnp.concatenate([b_out, k_out], axis=-2)
+  )
 
   def border(S_BHVK, now):
     decay, turn, add = now
     return S_BHVK * decay + dot('BHVI,BHIK->BHVK', S_BHVK, turn) + add, S_BHVK
 
-  last, S_NBHVK = jax.lax.scan(border, S_BHVK, tuple(jnp.moveaxis(x, 2, 0) for x in (decay, turn, add)))
+  last, S_NBHVK = jax.lax.scan(
+    border, S_BHVK, tuple(jnp.moveaxis(x, 2, 0) for x in (decay, turn, add))
+  )
   read = r_in + dot('...ts,...sK->...tK', rb, W)
   y = dot('BHNtK,NBHVK->BHNtV', read, S_NBHVK)
-  return last, y + dot('...ts,...sV->...tV', jnp.concatenate([rb, rk], axis=-1), jnp.concatenate([G, v], axis=-2))
+  return last, y + dot(
+    '...ts,...sV->...tV', jnp.concatenate([rb, rk], axis=-1), jnp.concatenate([G, v], axis=-2)
+  )
 
 
 @jax.custom_vjp
 def unit_lower_inverse(A: Float[Array, '*B C C']) -> Float[Array, '*B C C']:
   """(I - A)^{-1} for strictly lower triangular A of a power of two of rows, by blocks.
 
-  [[P, 0], [-A', Q]]^{-1} = [[P^{-1}, 0], [Q^{-1} A' P^{-1}, Q^{-1}]]. All factors are inverses themselves, which are bounded where
-  the transitions contract; the powers of A that a Neumann series adds up are not, and cancel.
-  """
+  [[P, 0], [-A', Q]]^{-1} = [[P^{-1}, 0], [Q^{-1} A' P^{-1}, Q^{-1}]]. All factors are inverses
+  themselves, which are bounded where the transitions contract; the powers of A that a Neumann
+  series adds up are not, and cancel."""
   return _unit_lower_inverse(A)
 
 
@@ -214,7 +274,9 @@ def _unit_lower_inverse(A: Array) -> Array:
   if C == 1:
     return jnp.ones_like(A)
   h = C // 2
-  P, Q = jnp.moveaxis(_unit_lower_inverse(jnp.stack([A[..., :h, :h], A[..., h:, h:]], axis=-3)), -3, 0)
+  P, Q = jnp.moveaxis(
+    _unit_lower_inverse(jnp.stack([A[..., :h, :h], A[..., h:, h:]], axis=-3)), -3, 0
+  )
   corner = jnp.matmul(jnp.matmul(Q, A[..., h:, :h], precision=_EXACT), P, precision=_EXACT)
   top = jnp.concatenate([P, jnp.zeros_like(P)], axis=-1)
   return jnp.concatenate([top, jnp.concatenate([corner, Q], axis=-1)], axis=-2)

@@ -1,4 +1,5 @@
-"""What a compiled program computes on one device, from its HLO text: products and kernels, with the rounds of their loops.
+"""What a compiled program computes on one device, from its HLO text: products and kernels, with the
+rounds of their loops.
 
 XLA's own count (`cost_analysis`) takes the body of a loop once.
 """
@@ -15,7 +16,7 @@ import jax
 
 from jaxformer.planning.program import SHAPE, Instruction, Program, text_of
 
-KERNELS = ('tpu_custom_call', 'TopK')   # custom calls that compute; others move or reserve memory
+KERNELS = ('tpu_custom_call', 'TopK')  # custom calls that compute; others move or reserve memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +26,8 @@ class Arithmetic:
   Attributes:
     products: of matrix products and convolutions, 2 a multiplication and its addition.
     kernels: of kernels written by hand, as they estimate themselves.
-    uncounted: what computes and says no number, with how often it runs: 'fft', or the name of a kernel.
+    uncounted: what computes and says no number, with how often it runs: 'fft', or the name of a
+      kernel.
   """
 
   products: float = 0.0
@@ -38,12 +40,16 @@ class Arithmetic:
 
   def plus(self, other: Arithmetic, times: int = 1) -> Arithmetic:
     many = Counter({name: times * n for name, n in other.uncounted.items()})
-    return Arithmetic(self.products + times * other.products, self.kernels + times * other.kernels, self.uncounted + many)
+    return Arithmetic(
+      self.products + times * other.products,
+      self.kernels + times * other.kernels,
+      self.uncounted + many,
+    )
 
 
 def arithmetic(compiled: jax.stages.Compiled | str) -> Arithmetic:
-  """Of a compiled program, or of its text. Of the branches of a conditional the one with most counts; a loop whose rounds the text
-  does not tell counts as one round."""
+  """Of a compiled program, or of its text. Of the branches of a conditional the one with most
+  counts; a loop whose rounds the text does not tell counts as one round."""
   program = Program(text_of(compiled))
 
   @functools.cache
@@ -71,7 +77,11 @@ def _dims(i: Instruction | None) -> list[int]:
 def _dot(name: str, i: Instruction, around: dict[str, Instruction]) -> Arithmetic:
   left = _dims(around.get(i.operands[0]))
   contracted = re.search(r'lhs_contracting_dims=\{([\d,]*)\}', i.rest)
-  inner = math.prod(left[int(d)] for d in contracted.group(1).split(',') if d) if contracted and left else 1
+  inner = (
+    math.prod(left[int(d)] for d in contracted.group(1).split(',') if d)
+    if contracted and left
+    else 1
+  )
   return Arithmetic(2.0 * math.prod(_dims(i)) * inner)
 
 
@@ -85,13 +95,21 @@ def _convolution(name: str, i: Instruction, around: dict[str, Instruction]) -> A
   window = {k: v.split('x') for k, v in re.findall(r'(\w+)=([\d_\-x]+)', _window(i))}
   pairs = 1
   for d in (c for c in result if c.isdigit()):
+
     def at(name: str, default: str, d: str = d) -> str:
       return window[name][int(d)] if name in window else default
 
     pairs *= _valid(
-      operands[0][left.index(d)], int(at('size', '1')), out[result.index(d)], int(at('stride', '1')),
-      int(at('pad', '0_0').split('_')[0]), int(at('lhs_dilate', '1')), int(at('rhs_dilate', '1')))
-  features = out[result.index('f')] * operands[1][right.index('i')]   # the kernel has the input features of one group
+      operands[0][left.index(d)],
+      int(at('size', '1')),
+      out[result.index(d)],
+      int(at('stride', '1')),
+      int(at('pad', '0_0').split('_')[0]),
+      int(at('lhs_dilate', '1')),
+      int(at('rhs_dilate', '1')),
+    )
+  # the kernel has the input features of one group
+  features = out[result.index('f')] * operands[1][right.index('i')]
   # (With groups of the batch, the result has the batch of one group.)
   return Arithmetic(2.0 * features * out[result.index('b')] * pairs)
 
@@ -102,11 +120,16 @@ def _window(i: Instruction) -> str:
 
 
 @functools.cache
-def _valid(size: int, kernel: int, out: int, stride: int, pad: int, dilate: int, spread: int) -> int:
+def _valid(
+  size: int, kernel: int, out: int, stride: int, pad: int, dilate: int, spread: int
+) -> int:
   """How many pairs of an output and a tap meet a number of the input, along one dimension."""
   last = (size - 1) * dilate
   return sum(
-    0 <= (at := o * stride + k * spread - pad) <= last and at % dilate == 0 for k in range(kernel) for o in range(out))
+    0 <= (at := o * stride + k * spread - pad) <= last and at % dilate == 0
+    for k in range(kernel)
+    for o in range(out)
+  )
 
 
 def _custom(name: str, i: Instruction, around: dict[str, Instruction]) -> Arithmetic:

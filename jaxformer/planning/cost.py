@@ -2,15 +2,18 @@
 
 Conventions, stated once:
 
-- A product of a token with an `[in, out]` matrix is 2 in out FLOPs. What is elementwise (norms, activations, softmax) is not
-  counted.
-- Training costs 3 forward passes (one forward, two for the gradients of activations and of weights); what remat computes again
-  is not counted, as in model FLOPs utilisation (PaLM, appendix B).
-- The score and value products of attention are counted over the keys that a causal mask lets through (`causal`), or over all
-  pairs (`full`), the convention of many published utilisations.
-- Of an encoder-decoder a token is one of the target, with one of the source beside it: sources and targets of the same length, each
-  matrix multiplied once. State is that of the decoder, keys and values of a source of the context's length included.
-- Embedding tables are looked up and cost nothing; the head counts, tied or not. Of a mixture only the experts in use count.
+- A product of a token with an `[in, out]` matrix is 2 in out FLOPs. What is elementwise (norms,
+  activations, softmax) is not counted.
+- Training costs 3 forward passes (one forward, two for the gradients of activations and of
+  weights); what remat computes again is not counted, as in model FLOPs utilisation (PaLM, appendix
+  B).
+- The score and value products of attention are counted over the keys that a causal mask lets
+  through (`causal`), or over all pairs (`full`), the convention of many published utilisations.
+- Of an encoder-decoder a token is one of the target, with one of the source beside it: sources and
+  targets of the same length, each matrix multiplied once. State is that of the decoder, keys and
+  values of a source of the context's length included.
+- Embedding tables are looked up and cost nothing; the head counts, tied or not. Of a mixture only
+  the experts in use count.
 """
 
 from __future__ import annotations
@@ -35,8 +38,8 @@ class Cost:
     train_flops_per_token: causal convention; three times the forward ones.
     train_flops_per_token_full: the same in the full convention.
     context: the length that the state is sized for, in tokens.
-    decode_state_bytes: keys and values, or recurrent state, of one sequence of `context` tokens at 2 bytes a number; None
-      for a model that does not decode.
+    decode_state_bytes: keys and values, or recurrent state, of one sequence of `context` tokens at
+      2 bytes a number; None for a model that does not decode.
     weight_bytes: the parameters at 2 bytes a number.
   """
 
@@ -53,12 +56,14 @@ class Cost:
 
 
 def flops_per_token(model: ModelConfig, length: int, causal: bool = True) -> float:
-  """Training FLOPs a token at a sequence length: 3 x (2 x active matrix parameters + products between positions)."""
+  """Training FLOPs a token at a sequence length: 3 x (2 x active matrix parameters + products
+  between positions)."""
   return 3 * _forward(model, length, causal)
 
 
 def cost(model: ModelConfig, length: int | None = None) -> Cost:
-  """The cost of a model. `length` is the training sequence length, the model's context by default."""
+  """The cost of a model. `length` is the training sequence length, the model's context by
+  default."""
   definition = define(model)
   length = model.context if length is None else length
   if length < 1:
@@ -79,26 +84,36 @@ def cost(model: ModelConfig, length: int | None = None) -> Cost:
 
 
 def _forward(model: ModelConfig, length: int, causal: bool) -> float:
-  matrices = sum(2.0 * i.size * i.active for i in define(model).info.values() if i.matmul and len(i.matrix_axes) >= 2)
+  matrices = sum(
+    2.0 * i.size * i.active
+    for i in define(model).info.values()
+    if i.matmul and len(i.matrix_axes) >= 2
+  )
   return matrices + model.mixing_flops_per_token(length, causal)
 
 
 def step_flops(model: ModelConfig, length: int, batch_size: int, remat: str) -> tuple[float, float]:
-  """FLOPs of a training step on all devices: of three passes, and with the most that is computed again.
+  """FLOPs of a training step on all devices: of three passes, and with the most that is computed
+  again.
 
-  A remat policy computes at most the whole forward pass again; without one, the loss still computes its slices of logits twice.
-  """
+  A remat policy computes at most the whole forward pass again; without one, the loss still computes
+  its slices of logits twice."""
   tokens = batch_size * length
   three = flops_per_token(model, length) * tokens
-  head = sum(2.0 * i.size for i in define(model).info.values() if i.matmul and 'vocab' in i.axes) * tokens
+  head = (
+    sum(2.0 * i.size for i in define(model).info.values() if i.matmul and 'vocab' in i.axes)
+    * tokens
+  )
   return three, three + (head if remat == 'none' else three / 3)
 
 
 def inference_flops(model: ModelConfig, phase: str, batch: int, context: int) -> float:
-  """Of reading `batch` prompts of `context` tokens ('prefill'), whose last positions alone meet the head; or of one more token of
-  each sequence that has room for `context` ('decode')."""
+  """Of reading `batch` prompts of `context` tokens ('prefill'), whose last positions alone meet the
+  head; or of one more token of each sequence that has room for `context` ('decode')."""
   if phase == 'decode':
-    last = model.mixing_flops_per_token(context, False) - model.mixing_flops_per_token(context, True)
+    last = model.mixing_flops_per_token(context, False) - model.mixing_flops_per_token(
+      context, True
+    )
     return batch * (_forward(model, context, True) + last)
   head = sum(2.0 * i.size for i in define(model).info.values() if i.matmul and 'vocab' in i.axes)
   return batch * (context * (_forward(model, context, True) - head) + head)

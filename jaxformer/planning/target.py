@@ -1,4 +1,5 @@
-"""What one rents, by the name that its seller gives it: 'v5p-2048', 'v6e-256', '2 x v5e-256', 'v5e:2x4', 'h100:8'."""
+"""What one rents, by the name that its seller gives it: 'v5p-2048', 'v6e-256', '2 x v5e-256',
+'v5e:2x4', 'h100:8'."""
 
 from __future__ import annotations
 
@@ -12,12 +13,35 @@ from jaxformer.planning.hardware import CHIPS, Chip, chip_named
 
 # The shapes that Google offers, smallest first; the first one of a size is its standard one.
 _FLAT = ('1x1', '2x2', '2x4', '4x4', '4x8', '8x8', '8x16', '16x16')
-_SOLID = ('2x2x1', '2x2x2', '2x2x4', '2x4x4', '4x4x4', '4x4x8', '4x4x12', '4x8x8', '4x4x16', '4x8x12', '8x8x8', '8x8x12',
-          '8x8x16', '8x16x16', '12x12x12', '12x12x16', '12x16x16', '12x12x24', '16x16x16')
+_SOLID = (
+  '2x2x1',
+  '2x2x2',
+  '2x2x4',
+  '2x4x4',
+  '4x4x4',
+  '4x4x8',
+  '4x4x12',
+  '4x8x8',
+  '4x4x16',
+  '4x8x12',
+  '8x8x8',
+  '8x8x12',
+  '8x8x16',
+  '8x16x16',
+  '12x12x12',
+  '12x12x16',
+  '12x16x16',
+  '12x12x24',
+  '16x16x16',
+)
 SHAPES: Mapping[str, tuple[str, ...]] = {
-  'v4': _SOLID, 'v5e': _FLAT, 'v5p': (*_SOLID, '12x16x24', '12x24x24', '16x16x24'), 'v6e': _FLAT,
-  'v7x': (*_SOLID, '12x16x24', '16x16x24', '12x24x24', '16x24x24')}
-_LIBTPU = {'v7x': 'tpu7x'}   # chip -> what libtpu calls it, where that differs
+  'v4': _SOLID,
+  'v5e': _FLAT,
+  'v5p': (*_SOLID, '12x16x24', '12x24x24', '16x16x24'),
+  'v6e': _FLAT,
+  'v7x': (*_SOLID, '12x16x24', '16x16x24', '12x24x24', '16x24x24'),
+}
+_LIBTPU = {'v7x': 'tpu7x'}  # chip -> what libtpu calls it, where that differs
 _FORM = re.compile(r'(?:(\d+)\s*x\s*)?(?=[a-z])([a-z][\w\-]*?)(?:-(\d+)|:(\d+(?:x\d+)*))')
 
 
@@ -71,9 +95,9 @@ class Target:
 def parse_target(text: str, chips: Mapping[str, Chip] = CHIPS) -> Target:
   """The target of a name.
 
-  `NAME-N` counts chips (v5e, v6e) or TensorCores, two a chip (v4, v5p, v7x); `NAME:AxB` is a topology; `GPU:N` a number of GPUs;
-  `S x ...` is S slices. Raises `InputError` that names the nearest chip, or the sizes that are offered next to one that is not.
-  """
+  `NAME-N` counts chips (v5e, v6e) or TensorCores, two a chip (v4, v5p, v7x); `NAME:AxB` is a
+  topology; `GPU:N` a number of GPUs; `S x ...` is S slices. Raises `InputError` that names the
+  nearest chip, or the sizes that are offered next to one that is not."""
   match = _FORM.fullmatch(text.strip().lower())
   if match is None:
     raise InputError(f'target {text!r}: write v5p-2048, v6e-256, 2 x v5e-256, v5e:2x4 or h100:8')
@@ -82,8 +106,12 @@ def parse_target(text: str, chips: Mapping[str, Chip] = CHIPS) -> Target:
   count = int(slices or 1)
   if count < 1:
     raise InputError(f'target {text!r}: at least one slice')
-  one = _gpus(text, chip, number or shape, count) if chip.domain else _slice(text, chip, number, shape)
-  return dataclasses.replace(one, slices=count, name=one.name if count == 1 else f'{count} x {one.name}')
+  one = (
+    _gpus(text, chip, number or shape, count) if chip.domain else _slice(text, chip, number, shape)
+  )
+  return dataclasses.replace(
+    one, slices=count, name=one.name if count == 1 else f'{count} x {one.name}'
+  )
 
 
 def _gpus(text: str, chip: Chip, number: str, slices: int) -> Target:
@@ -92,21 +120,28 @@ def _gpus(text: str, chip: Chip, number: str, slices: int) -> Target:
   n = int(number)
   if n > chip.chips_per_host and n % chip.chips_per_host:
     each, below = chip.chips_per_host, n // chip.chips_per_host * chip.chips_per_host
-    raise InputError(f'target {text!r}: hosts of {chip.name} have {each}; try {below} or {below + each}')
+    raise InputError(
+      f'target {text!r}: hosts of {chip.name} have {each}; try {below} or {below + each}'
+    )
   return Target(chip, n, slices, None, f'{chip.name}:{n}')
 
 
 def _slice(text: str, chip: Chip, number: str | None, shape: str | None) -> Target:
   shapes = SHAPES.get(chip.name)
   if shape is not None and 'x' not in shape:
-    raise InputError(f'target {text!r}: give a topology ({chip.name}:{(shapes or _FLAT)[1]}) or a size ({chip.name}-{shape})')
-  if shapes is None:   # a chip of the user's own file
+    raise InputError(
+      f'target {text!r}: give a topology ({chip.name}:{(shapes or _FLAT)[1]}) or a size '
+      f'({chip.name}-{shape})'
+    )
+  if shapes is None:  # a chip of the user's own file
     n = math.prod(int(d) for d in shape.split('x')) if shape else int(number or 0)
     return Target(chip, n, 1, None, f'{chip.name}-{n}')
   if shape is not None:
     shape = 'x'.join(map(str, sorted(map(int, shape.split('x'))))) if shape not in shapes else shape
     if shape not in shapes:
-      raise InputError(f'target {text!r}: not offered; topologies of {chip.name}: {", ".join(shapes)}')
+      raise InputError(
+        f'target {text!r}: not offered; topologies of {chip.name}: {", ".join(shapes)}'
+      )
   else:
     offered = {_size(s): s for s in reversed(shapes)}
     asked = int(number or 0)
@@ -114,12 +149,17 @@ def _slice(text: str, chip: Chip, number: str | None, shape: str | None) -> Targ
       counts = sorted(n * chip.cores for n in offered)
       near = [*[n for n in counts if n < asked][-1:], *[n for n in counts if n > asked][:1]]
       unit = 'TensorCores, two a chip' if chip.cores == 2 else 'chips'
-      raise InputError(f'target {text!r}: not offered ({chip.name} sizes count {unit}); '
-                       f'try {" or ".join(f"{chip.name}-{n}" for n in near)}')
+      raise InputError(
+        f'target {text!r}: not offered ({chip.name} sizes count {unit}); '
+        f'try {" or ".join(f"{chip.name}-{n}" for n in near)}'
+      )
     shape = offered[asked // chip.cores]
   n = _size(shape)
-  described = '2x2' if n == 1 else shape   # libtpu describes no smaller slice; one chip is the first of it
-  return Target(chip, n, 1, f'{_LIBTPU.get(chip.name, chip.name)}:{described}', f'{chip.name}-{n * chip.cores}')
+  # libtpu describes no smaller slice; one chip is the first of it
+  described = '2x2' if n == 1 else shape
+  return Target(
+    chip, n, 1, f'{_LIBTPU.get(chip.name, chip.name)}:{described}', f'{chip.name}-{n * chip.cores}'
+  )
 
 
 def _size(shape: str) -> int:

@@ -1,4 +1,5 @@
-"""Training: an experiment as data, one step as a pure function, one loop, checkpoints, run folders."""
+"""Training: an experiment as data, one step as a pure function, one loop, checkpoints, run
+folders."""
 
 from jaxformer.training.checkpoint import load_params
 from jaxformer.training.experiment import Experiment, RunConfig, TrainingConfig, default_experiment

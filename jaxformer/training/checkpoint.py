@@ -1,10 +1,10 @@
 """Checkpoints: saved in the background, verified when loaded. The only file that knows Orbax.
 
-A checkpoint is a folder `<step>/` with three parts: `params` and `optimizer` (arrays by name, written by all processes) and `meta`
-(JSON: step, random key, position in the data, digest of the config, and a digest of every array). Storage formats do not notice a
-flipped bit in array data, so every array is hashed before it is saved and after it is loaded; the hash does not depend on how an
-array is divided over devices, so a checkpoint may be loaded on any mesh.
-"""
+A checkpoint is a folder `<step>/` with three parts: `params` and `optimizer` (arrays by name,
+written by all processes) and `meta` (JSON: step, random key, position in the data, digest of the
+config, and a digest of every array). Storage formats do not notice a flipped bit in array data, so
+every array is hashed before it is saved and after it is loaded; the hash does not depend on how an
+array is divided over devices, so a checkpoint may be loaded on any mesh."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Damaged(Exception):
   """A checkpoint whose parts are missing, unreadable, or not what was saved."""
 
 
-# ---- digests ----------------------------------------------------------------------------------------------------------
+# ---- digests -----------------------------------------------------------------------------------
 
 
 def _bits(x: Array) -> Array:
@@ -75,10 +75,13 @@ def _digest(x: Array) -> Array:
 
 
 def digests(arrays: Mapping[str, Array]) -> dict[str, int]:
-  """Of every array, below 2^32: sum over its numbers of mix(bit pattern XOR mix(index)), modulo 2^32. The same on every mesh.
+  """Of every array, below 2^32: sum over its numbers of mix(bit pattern XOR mix(index)), modulo
+  2^32. The same on every mesh.
 
-  A small program for each shape: one for all arrays would take longer to compile, for moments have the shapes of parameters. One
-  after another: on a CPU with several processes, collectives that wait for each other can fill every thread there is."""
+  A small program for each shape: one for all arrays would take longer to compile, for moments have
+    the shapes of parameters. One
+  after another: on a CPU with several processes, collectives that wait for each other can fill
+    every thread there is."""
   return {name: int(_digest(x)) for name, x in arrays.items()}
 
 
@@ -101,13 +104,15 @@ def _seal(meta: dict[str, Any]) -> dict[str, Any]:
   return body | {'seal': hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()}
 
 
-# ---- loading ----------------------------------------------------------------------------------------------------------
+# ---- loading -----------------------------------------------------------------------------------
 
 
 def steps_in(folder: Place) -> list[int]:
-  """The steps that have a checkpoint, ascending. Interrupted saves, which have another name, or in a store no mark of being whole,
-  do not count."""
-  found = [p for p in folder.iterdir() if p.name.isdigit() and p.is_dir()] if folder.is_dir() else []
+  """The steps that have a checkpoint, ascending. Interrupted saves, which have another name, or in
+  a store no mark of being whole, do not count."""
+  found = (
+    [p for p in folder.iterdir() if p.name.isdigit() and p.is_dir()] if folder.is_dir() else []
+  )
   return sorted(int(p.name) for p in found if is_checkpoint_finalized(p))
 
 
@@ -120,15 +125,26 @@ def _read_meta(path: Place) -> dict[str, Any]:
   if not intact:
     raise Damaged('its meta data were changed')
   if meta['version'] != VERSION:
-    raise InputError(f'{path}: a checkpoint of format {meta["version"]}; this version reads {VERSION}')
+    raise InputError(
+      f'{path}: a checkpoint of format {meta["version"]}; this version reads {VERSION}'
+    )
   return meta
 
 
 def _compare(path: Place, meta: dict[str, Any], part: str, abstract: Mapping[str, Any]) -> None:
-  """Raises `InputError` that lists names and shapes in which a checkpoint and what is asked for differ."""
-  saved = {name.removeprefix(f'{part}/'): tuple(shape) for name, shape in meta['shapes'].items() if name.startswith(f'{part}/')}
+  """Raises `InputError` that lists names and shapes in which a checkpoint and what is asked for
+  differ."""
+  saved = {
+    name.removeprefix(f'{part}/'): tuple(shape)
+    for name, shape in meta['shapes'].items()
+    if name.startswith(f'{part}/')
+  }
   wanted = {name: tuple(a.shape) for name, a in abstract.items()}
-  lines = [f'{name}: {saved[name]} in the checkpoint, {s} here' for name, s in wanted.items() if saved.get(name, s) != s]
+  lines = [
+    f'{name}: {saved[name]} in the checkpoint, {s} here'
+    for name, s in wanted.items()
+    if saved.get(name, s) != s
+  ]
   lines += [f'{name}: not in the checkpoint' for name in wanted if name not in saved]
   lines += [f'{name}: only in the checkpoint' for name in saved if name not in wanted]
   if lines:
@@ -136,12 +152,14 @@ def _compare(path: Place, meta: dict[str, Any], part: str, abstract: Mapping[str
     raise InputError(f'{path}: the {part} are not those of this model or optimizer:\n  {shown}')
 
 
-def _read(path: Place, meta: dict[str, Any], abstract: dict[str, dict[str, Any]]) -> dict[str, dict[str, Array]]:
+def _read(
+  path: Place, meta: dict[str, Any], abstract: dict[str, dict[str, Any]]
+) -> dict[str, dict[str, Array]]:
   """The arrays of the parts asked for, verified. Raises `Damaged`."""
   try:
     with _quiet():
       loaded = ocp.load_checkpointables(str(path), abstract)
-  except Exception as e:   # which type a damaged file raises cannot be foretold
+  except Exception as e:  # which type a damaged file raises cannot be foretold
     raise Damaged(f'it cannot be read ({type(e).__name__}: {_first_line(e)})') from None
   found = digests(_by_path(loaded))
   wrong = [name for name, d in found.items() if d != meta['digests'].get(name)]
@@ -167,8 +185,8 @@ def _together(read: Callable[[], Any]) -> Any:
 
 
 def find(path: str | Place) -> Place:
-  """The checkpoint that a path names: a checkpoint folder, a run folder or its `checkpoints/` (the newest there), or one of these
-  with `@step`. Raises `InputError`."""
+  """The checkpoint that a path names: a checkpoint folder, a run folder or its `checkpoints/` (the
+  newest there), or one of these with `@step`. Raises `InputError`."""
   base, at, step = str(path).partition('@')
   folder = place(base)
   with reaching(folder):
@@ -177,30 +195,45 @@ def find(path: str | Place) -> Place:
     home = folder / 'checkpoints' if (folder / 'checkpoints').is_dir() else folder
     steps = steps_in(home)
   if not steps:
-    raise InputError(f'{path}: no checkpoint there; expected a run folder, or a folder runs/NAME/checkpoints/STEP')
+    raise InputError(
+      f'{path}: no checkpoint there; expected a run folder, or a folder runs/NAME/checkpoints/STEP'
+    )
   if at and (not step.isdigit() or int(step) not in steps):
-    raise InputError(f'{path}: no checkpoint of step {step!r}; there are {", ".join(map(str, steps))}')
+    raise InputError(
+      f'{path}: no checkpoint of step {step!r}; there are {", ".join(map(str, steps))}'
+    )
   return home / str(int(step) if at else steps[-1])
 
 
 def load_params(
-  path: str | Place, definition: Definition, mesh: Mesh | None = None, rules: Rules | str = 'fsdp_tensor'
+  path: str | Place,
+  definition: Definition,
+  mesh: Mesh | None = None,
+  rules: Rules | str = 'fsdp_tensor',
 ) -> tuple[Params, int]:
   """The parameters of a checkpoint, and its step.
 
   Args:
     path: see `find`.
     definition: of the model; names and shapes must be its own.
-    mesh, rules: where the parameters go; None for one device, or under several processes for a copy on every device of each.
+    mesh, rules: where the parameters go; None for one device, or under several processes for a copy
+      on every device of each.
 
   Raises `InputError` for a path without a checkpoint, one of another model, and a damaged one.
   """
   where = find(path)
   abstract = definition.abstract(mesh, rules)
   if mesh is None:
-    alone = jax.process_count() == 1   # the first device of all belongs to one process; the others could not put anything there
-    one = jax.sharding.SingleDeviceSharding(jax.devices()[0]) if alone else replicated(make_mesh(MeshConfig()))
-    abstract = {n: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=one) for n, a in abstract.items()}
+    # the first device of all belongs to one process; the others could not put anything there
+    alone = jax.process_count() == 1
+    one = (
+      jax.sharding.SingleDeviceSharding(jax.devices()[0])
+      if alone
+      else replicated(make_mesh(MeshConfig()))
+    )
+    abstract = {
+      n: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=one) for n, a in abstract.items()
+    }
 
   def read() -> tuple[Params, int]:
     meta = _read_meta(where)
@@ -215,7 +248,7 @@ def load_params(
     raise InputError(f'{where}: damaged: {e}{advice}') from None
 
 
-# ---- a run's checkpoints ----------------------------------------------------------------------------------------------
+# ---- a run's checkpoints -----------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -234,7 +267,8 @@ class Restored:
 
 
 class Checkpoints:
-  """The checkpoints of a run: saved in the background one at a time; the newest and the best are kept. A context manager."""
+  """The checkpoints of a run: saved in the background one at a time; the newest and the best are
+  kept. A context manager."""
 
   def __init__(self, folder: Place, keep_latest: int, keep_best: int, log: Log):
     self.folder, self.log = place(folder), log
@@ -245,7 +279,8 @@ class Checkpoints:
     self._manager = self._open()
 
   def _set_aside_metrics(self) -> None:
-    """Orbax reads the metrics of all checkpoints when it opens the folder and fails on one that is cut; they only rank the best."""
+    """Orbax reads the metrics of all checkpoints when it opens the folder and fails on one that is
+    cut; they only rank the best."""
     if jax.process_index() == 0:
       for step in steps_in(self.folder):
         file = self.folder / str(step) / 'metrics' / 'metrics'
@@ -258,43 +293,72 @@ class Checkpoints:
       multihost_utils.sync_global_devices('metrics of checkpoints read')
 
   def _open(self) -> ocp.training.Checkpointer:
-    saving: Any = ocp.training.save_decision_policies   # Orbax's own types do not agree with each other
+    # Orbax's own types do not agree with each other
+    saving: Any = ocp.training.save_decision_policies
     policies: Any = ocp.training.preservation_policies
     latest, best = self._keep
-    by_loss = policies.BestN(get_metric_fn=lambda m: -m['eval/loss'], n=best, keep_checkpoints_without_metrics=False)
-    registry = ocp.handlers.local_registry()   # else a dictionary of numbers is taken for arrays
+    by_loss = policies.BestN(
+      get_metric_fn=lambda m: -m['eval/loss'], n=best, keep_checkpoints_without_metrics=False
+    )
+    registry = ocp.handlers.local_registry()  # else a dictionary of numbers is taken for arrays
     registry.add(ocp.handlers.JsonHandler, checkpointable_name='meta')
     context = ocp.Context()
     context.checkpointables.registry = registry
     with _quiet():
       return ocp.training.Checkpointer(
-        str(self.folder), context=context, save_decision_policy=saving.FixedIntervalPolicy(1),
-        preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(latest), by_loss]), cleanup_tmp_directories=True)
+        str(self.folder),
+        context=context,
+        save_decision_policy=saving.FixedIntervalPolicy(1),
+        preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(latest), by_loss]),
+        cleanup_tmp_directories=True,
+      )
 
-  def save(self, state: TrainState, data: dict[str, Any], config_digest: str, eval_loss: float | None = None) -> None:
-    """Starts to write the state; returns as soon as it may be donated. An earlier save is finished first.
+  def save(
+    self,
+    state: TrainState,
+    data: dict[str, Any],
+    config_digest: str,
+    eval_loss: float | None = None,
+  ) -> None:
+    """Starts to write the state; returns as soon as it may be donated. An earlier save is finished
+    first.
 
-    A save that fails is reported and tried again at the next; the second failure in a row raises `SaveError`.
-    """
+    A save that fails is reported and tried again at the next; the second failure in a row raises
+    `SaveError`."""
     self.wait()
     step, arrays = int(state.step), _arrays(state)
     by_path = _by_path(arrays)
-    meta = _seal({
-      'version': VERSION, 'step': step, 'data': data, 'config': config_digest,
-      'shapes': {name: list(x.shape) for name, x in by_path.items()}, 'digests': digests(by_path),
-      'key': np.asarray(jax.random.key_data(state.key)).tolist()})
-    metrics: Any = {'eval/loss': eval_loss} if eval_loss is not None and math.isfinite(eval_loss) else None
+    meta = _seal(
+      {
+        'version': VERSION,
+        'step': step,
+        'data': data,
+        'config': config_digest,
+        'shapes': {name: list(x.shape) for name, x in by_path.items()},
+        'digests': digests(by_path),
+        'key': np.asarray(jax.random.key_data(state.key)).tolist(),
+      }
+    )
+    metrics: Any = (
+      {'eval/loss': eval_loss} if eval_loss is not None and math.isfinite(eval_loss) else None
+    )
     try:
       with _quiet():
         response = self._manager.save_checkpointables_async(
-          step, {**arrays, 'meta': meta}, force=True, overwrite=step in steps_in(self.folder), metrics=metrics)
+          step,
+          {**arrays, 'meta': meta},
+          force=True,
+          overwrite=step in steps_in(self.folder),
+          metrics=metrics,
+        )
     except Exception as e:
       self._failure(step, e)
     else:
       self._pending = (step, response)
 
   def wait(self, final: bool = False) -> None:
-    """Until nothing is being written. Raises `SaveError` for a failure that is the second in a row, or `final`."""
+    """Until nothing is being written. Raises `SaveError` for a failure that is the second in a row,
+    or `final`."""
     if self._pending is not None:
       step, response = self._pending
       self._pending = None
@@ -310,13 +374,18 @@ class Checkpoints:
 
   def _failure(self, step: int, error: Exception) -> None:
     text = str(error)
-    full = getattr(error, 'errno', None) == errno.ENOSPC or 'No space left' in text or 'RESOURCE_EXHAUSTED' in text
+    full = (
+      getattr(error, 'errno', None) == errno.ENOSPC
+      or 'No space left' in text
+      or 'RESOURCE_EXHAUSTED' in text
+    )
     what = 'the disk is full' if full else f'{type(error).__name__}: {_first_line(error)}'
     message = f'checkpoint {step} in {self.folder}: {what}'
-    with contextlib.suppress(Exception):   # it reports the same failure once more
+    with contextlib.suppress(Exception):  # it reports the same failure once more
       self._manager.close()
     if jax.process_index() == 0:
-      for part in self.folder.glob(f'{step}.*'):   # what was written of it, which on a full disk is in the way
+      # what was written of it, which on a full disk is in the way
+      for part in self.folder.glob(f'{step}.*'):
         remove(part)
     if self._failed:
       raise SaveError(f'{message} (the one before failed too)') from None
@@ -325,11 +394,11 @@ class Checkpoints:
     self._manager = self._open()
 
   def restore(self, abstract: TrainState) -> Restored | None:
-    """The newest checkpoint that is whole, on the shardings of `abstract`; None where there is none at all.
+    """The newest checkpoint that is whole, on the shardings of `abstract`; None where there is none
+    at all.
 
-    Damaged ones that are newer are moved to `damaged/` beside the folder. Raises `InputError` where all are damaged, and for
-    one that is of another model or optimizer.
-    """
+    Damaged ones that are newer are moved to `damaged/` beside the folder. Raises `InputError` where
+    all are damaged, and for one that is of another model or optimizer."""
     damaged: list[tuple[int, str]] = []
     for step in reversed(steps_in(self.folder)):
       path = self.folder / str(step)
@@ -342,8 +411,10 @@ class Checkpoints:
       self._put_aside([s for s, _ in damaged])
       return Restored(state, data, tuple(damaged))
     if damaged:
-      raise InputError(f'{self.folder}: no checkpoint is whole: {"; ".join(f"{s}: {e}" for s, e in damaged)}; '
-                       'move the run folder away, or train under another --run.name')
+      raise InputError(
+        f'{self.folder}: no checkpoint is whole: {"; ".join(f"{s}: {e}" for s, e in damaged)}; '
+        'move the run folder away, or train under another --run.name'
+      )
     return None
 
   def _load(self, path: Place, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
@@ -355,11 +426,14 @@ class Checkpoints:
     opt_state = jax.tree.unflatten(jax.tree.structure(abstract.opt_state), leaves)
 
     @functools.partial(jax.jit, out_shardings=(abstract.step.sharding, abstract.key.sharding))
-    def place(step: Array, data: Array) -> tuple[Array, Array]:   # unlike device_put, also where other processes have devices
+    # unlike device_put, also where other processes have devices
+    def place(step: Array, data: Array) -> tuple[Array, Array]:
       return step, jax.random.wrap_key_data(data)
 
     step, key = place(np.int32(meta['step']), np.array(meta['key'], np.uint32))
-    return TrainState(step, {name: loaded['params'][name] for name in abstract.params}, opt_state, key), meta['data']
+    return TrainState(
+      step, {name: loaded['params'][name] for name in abstract.params}, opt_state, key
+    ), meta['data']
 
   def _put_aside(self, steps: list[int]) -> None:
     if not steps:
@@ -387,14 +461,16 @@ class Checkpoints:
       self.wait(final=True)
       self.close()
     else:
-      with contextlib.suppress(Exception):   # the error on its way out says more
+      with contextlib.suppress(Exception):  # the error on its way out says more
         self.wait()
         self.close()
 
 
 def abstract_state(state_shapes: TrainState, shardings: TrainState) -> TrainState:
   """Shapes, dtypes and shardings of a state, for `Checkpoints.restore`."""
-  return jax.tree.map(lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), state_shapes, shardings)
+  return jax.tree.map(
+    lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), state_shapes, shardings
+  )
 
 
 def _first_line(error: Exception) -> str:
@@ -403,7 +479,8 @@ def _first_line(error: Exception) -> str:
 
 @contextlib.contextmanager
 def _quiet():
-  """Orbax reports every step of its work, and errors that are reported here, on the root logger's level."""
+  """Orbax reports every step of its work, and errors that are reported here, on the root logger's
+  level."""
   from absl import logging as absl_logging
 
   old = absl_logging.get_verbosity()

@@ -1,7 +1,9 @@
-"""Where a run folder is: on this machine, or in a bucket of an object store (`gs://bucket/runs/NAME`).
+"""Where a run folder is: on this machine, or in a bucket of an object store
+(`gs://bucket/runs/NAME`).
 
-A store replaces objects whole, each at once; it neither appends nor renames. So the small files of a run in a bucket are written in
-a folder of this machine as those of any run are, and those that changed are put into the bucket from time to time. Arrays do not
+A store replaces objects whole, each at once; it neither appends nor renames. So the small files of
+a run in a bucket are written in a folder of this machine as those of any run are, and those that
+changed are put into the bucket from time to time. Arrays do not
 take this way: Orbax writes them to the store itself, from every process.
 """
 
@@ -22,7 +24,8 @@ from jaxformer.config import InputError
 Place = Path | epath.Path
 """A local path, or one of a store."""
 
-STORES = {'gs': 'gcsfs'}   # schemes by which Orbax and etils reach a store, and the package that each needs
+# schemes by which Orbax and etils reach a store, and the package that each needs
+STORES = {'gs': 'gcsfs'}
 
 
 def is_url(name: str | os.PathLike[str]) -> bool:
@@ -30,7 +33,8 @@ def is_url(name: str | os.PathLike[str]) -> bool:
 
 
 def place(name: str | os.PathLike[str], field: str = '') -> Place:
-  """The path that a name stands for, absolute. Raises `InputError`, which begins with `field`, for a store that cannot be used."""
+  """The path that a name stands for, absolute. Raises `InputError`, which begins with `field`, for
+  a store that cannot be used."""
   if isinstance(name, epath.Path):
     return name
   text = os.fspath(name)
@@ -42,12 +46,16 @@ def place(name: str | os.PathLike[str], field: str = '') -> Place:
 
 
 def scheme_of(text: str, field: str = '') -> tuple[str, str]:
-  """The scheme of a store's URL, and how errors name the URL. Raises `InputError` for one that no run folder can be at."""
+  """The scheme of a store's URL, and how errors name the URL. Raises `InputError` for one that no
+  run folder can be at."""
   said = f'{field} = {text!r}' if field else text
   scheme, _, rest = text.partition('://')
   if scheme == 's3':
-    raise InputError(f'{said}: Orbax, which writes the checkpoints, reaches gs:// alone; use that, or mount the bucket and name '
-                     'the folder')
+    raise InputError(
+      f'{said}: Orbax, which writes the checkpoints, reaches gs:// alone; use that, or mount the '
+      'bucket and name '
+      'the folder'
+    )
   if scheme not in STORES:
     raise InputError(f'{said}: no such store; a local folder or gs://BUCKET/FOLDER is expected')
   if not rest.split('/')[0]:
@@ -66,21 +74,23 @@ def _prepare(scheme: str, said: str) -> None:
   fsspec.config.conf.setdefault('gcs', {}).setdefault('use_listings_cache', False)
   logger = logging.getLogger(STORES[scheme])
   if logger.level == logging.NOTSET:
-    logger.setLevel(logging.CRITICAL)   # it logs the traceback of every error that it also raises
+    logger.setLevel(logging.CRITICAL)  # it logs the traceback of every error that it also raises
 
 
 @contextlib.contextmanager
 def reaching(where: Place) -> Generator[None]:
-  """Within, what a store refuses is an `InputError` that names the URL and the reason. Errors of local files pass, and so does
-  `FileNotFoundError`."""
+  """Within, what a store refuses is an `InputError` that names the URL and the reason. Errors of
+  local files pass, and so does `FileNotFoundError`."""
   try:
     yield
   except (InputError, FileNotFoundError):
     raise
-  except Exception as e:   # which type a store raises cannot be foretold
+  except Exception as e:  # which type a store raises cannot be foretold
     if isinstance(where, Path):
       raise
-    raise InputError(f'{where}: cannot be reached ({type(e).__name__}: {" ".join(str(e).split())[:300]})') from None
+    raise InputError(
+      f'{where}: cannot be reached ({type(e).__name__}: {" ".join(str(e).split())[:300]})'
+    ) from None
 
 
 def check_bucket(where: Place) -> None:
@@ -92,7 +102,7 @@ def check_bucket(where: Place) -> None:
     next(iter(bucket.iterdir()), None)
   except FileNotFoundError:
     raise InputError(f'{where}: there is no bucket {bucket}') from None
-  except Exception as e:   # whoever may use a folder need not see the bucket
+  except Exception as e:  # whoever may use a folder need not see the bucket
     logging.getLogger(__name__).debug('%s cannot be listed: %s', bucket, e)
 
 
@@ -111,14 +121,15 @@ def move(source: Place, target: Place) -> None:
     return
   import fsspec
 
-  store, _ = fsspec.url_to_fs(os.fspath(source))   # the store copies; no byte comes by here
+  store, _ = fsspec.url_to_fs(os.fspath(source))  # the store copies; no byte comes by here
   store.copy(os.fspath(source), os.fspath(target), recursive=True)
   store.rm(os.fspath(source), recursive=True)
 
 
 @contextlib.contextmanager
 def fetched(path: Place) -> Generator[Path]:
-  """Within, a local folder with the files that are directly in a folder: that folder itself where it is local."""
+  """Within, a local folder with the files that are directly in a folder: that folder itself where
+  it is local."""
   if isinstance(path, Path):
     yield path
     return
@@ -166,11 +177,11 @@ class Folder:
 
 
 class BucketFolder(Folder):
-  """A run folder in a bucket. `home` is a temporary folder, which a process that is killed leaves behind.
+  """A run folder in a bucket. `home` is a temporary folder, which a process that is killed leaves
+  behind.
 
-  A push puts all files that changed since the last into the bucket, whatever names it is given. One that fails is made good by the
-  next; the second failure in a row is raised.
-  """
+  A push puts all files that changed since the last into the bucket, whatever names it is given. One
+  that fails is made good by the next; the second failure in a row is raised."""
 
   def __init__(self, where: epath.Path):
     self._place, self._home = where, None
@@ -196,7 +207,7 @@ class BucketFolder(Folder):
     # `config.json` last: it is what makes the folder a run.
     files = [f for f in self.home.rglob('*') if f.is_file()]
     for file in sorted(files, key=lambda f: f.name == 'config.json'):
-      version = _version(file)   # of before: what is written meanwhile goes with the next push
+      version = _version(file)  # of before: what is written meanwhile goes with the next push
       if self._pushed.get(file) != version:
         self._put(file)
         self._pushed[file] = version

@@ -14,14 +14,14 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 
 
 class Interrupt:
-  """Within, SIGTERM, SIGINT and SIGUSR2 set a flag that the loop reads after each step; a second SIGINT aborts.
+  """Within, SIGTERM, SIGINT and SIGUSR2 set a flag that the loop reads after each step; a second
+  SIGINT aborts.
 
-  One inside another begins with what the outer has heard, and passes on what it hears: a program of several trainings can ask the
-  outer one between them.
+  One inside another begins with what the outer has heard, and passes on what it hears: a program of
+  several trainings can ask the outer one between them.
 
-  Under `jax.distributed` the processes agree on the step after which to stop. There SIGTERM belongs to jax's preemption notifier,
-  and the other two are passed on as SIGTERM.
-  """
+  Under `jax.distributed` the processes agree on the step after which to stop. There SIGTERM belongs
+  to jax's preemption notifier, and the other two are passed on as SIGTERM."""
 
   def __init__(self) -> None:
     self.signal: str | None = None
@@ -29,7 +29,8 @@ class Interrupt:
     self._distributed = jax.distributed.is_initialized()
 
   def __enter__(self) -> Interrupt:
-    if threading.current_thread() is threading.main_thread():   # elsewhere Python allows no handlers
+    # elsewhere Python allows no handlers
+    if threading.current_thread() is threading.main_thread():
       for s in SIGNALS:
         if not (self._distributed and s is signal.SIGTERM):
           self._old[s] = signal.signal(s, self._handle)

@@ -1,7 +1,7 @@
 """The training loop: restore or begin; then step, report, evaluate, save; short and linear.
 
-Exit codes, which a job's launcher acts on: 0 done, 70 stopped on numbers that are not finite, 75 interrupted and saved (run again).
-"""
+Exit codes, which a job's launcher acts on: 0 done, 70 stopped on numbers that are not finite, 75
+interrupted and saved (run again)."""
 
 from __future__ import annotations
 
@@ -75,16 +75,23 @@ class Setup:
     return self.experiment.mesh.rules
 
   @classmethod
-  def of(cls, experiment: Experiment, dataset: Dataset, devices: Sequence[jax.Device] | None = None) -> Setup:
+  def of(
+    cls, experiment: Experiment, dataset: Dataset, devices: Sequence[jax.Device] | None = None
+  ) -> Setup:
     """Raises `InputError` for parts that do not fit."""
     t, model = experiment.training, experiment.model
     definition, mesh = check(experiment, devices)
     rules = experiment.mesh.rules
     check_fit(model, experiment.data, dataset.vocab_size, dataset.source_vocab_size)
     return cls(
-      experiment, definition, dataset, Optimizer.of(experiment.optimizer, experiment.schedule, t.steps, definition), mesh,
+      experiment,
+      definition,
+      dataset,
+      Optimizer.of(experiment.optimizer, experiment.schedule, t.steps, definition),
+      mesh,
       step_config(experiment, mesh),
-      Feed(mesh, rules, t.batch_size, experiment.data.positions))
+      Feed(mesh, rules, t.batch_size, experiment.data.positions),
+    )
 
   def abstract(self) -> TrainState:
     """Shapes and shardings of the state, without arrays."""
@@ -93,41 +100,61 @@ class Setup:
   def validator(self) -> Evaluate:
     t = self.experiment.training
     rows = t.batch_size // t.accumulate
-    return validator(self.definition, self.dataset, self.mesh, self.rules, self.step_config.dtype, rows, t.eval_batches)
+    return validator(
+      self.definition,
+      self.dataset,
+      self.mesh,
+      self.rules,
+      self.step_config.dtype,
+      rows,
+      t.eval_batches,
+    )
 
 
-def check(experiment: Experiment, devices: Sequence[jax.Device] | None = None) -> tuple[Definition, Mesh]:
-  """The model and the mesh of an experiment, checked against each other: what can be known before the data are read.
+def check(
+  experiment: Experiment, devices: Sequence[jax.Device] | None = None
+) -> tuple[Definition, Mesh]:
+  """The model and the mesh of an experiment, checked against each other: what can be known before
+  the data are read.
 
   Raises `InputError` for parts that do not fit.
   """
   t, rules = experiment.training, experiment.mesh.rules
   check_fit(experiment.model, experiment.data)
   definition, mesh = define(experiment.model), make_mesh(experiment.mesh, devices)
-  Feed(mesh, rules, t.batch_size // t.accumulate, experiment.data.positions)   # each microbatch is divided over the mesh
+  # each microbatch is divided over the mesh
+  Feed(mesh, rules, t.batch_size // t.accumulate, experiment.data.positions)
   definition.shardings(mesh, rules)
   return definition, mesh
 
 
 def train(
-  experiment: Experiment, *, init_from: str | Place | Params | None = None, dataset: Dataset | None = None,
-  devices: Sequence[jax.Device] | None = None, flops_per_token: FlopsPerToken | None = None,
-  peak_flops_per_second: float | None = None, sample: Callable[[Params, int], str] | None = None, log: Log | None = None,
+  experiment: Experiment,
+  *,
+  init_from: str | Place | Params | None = None,
+  dataset: Dataset | None = None,
+  devices: Sequence[jax.Device] | None = None,
+  flops_per_token: FlopsPerToken | None = None,
+  peak_flops_per_second: float | None = None,
+  sample: Callable[[Params, int], str] | None = None,
+  log: Log | None = None,
 ) -> TrainResult:
   """Trains an experiment in its run folder; goes on where the run there stopped.
 
   Args:
     experiment: what to do.
-    init_from: what the run begins with: a checkpoint (see `checkpoint.find`), or parameters by name, which are copied. A run that
-      began so already goes on; one that began otherwise is an error.
+    init_from: what the run begins with: a checkpoint (see `checkpoint.find`), or parameters by
+      name, which are copied. A run that began so already goes on; one that began otherwise is an
+      error.
     dataset: the data of the experiment, if it is open already.
     devices: to run on; all by default.
-    flops_per_token, peak_flops_per_second: of the model and of one device; with both, `mfu` is reported.
+    flops_per_token, peak_flops_per_second: of the model and of one device; with both, `mfu` is
+      reported.
     sample: text generated from parameters at a step, kept in `samples.txt` after each evaluation.
     log: takes the lines about progress; on stderr by default.
 
-  Raises `InputError` before anything is written if the experiment cannot be run, or the folder holds another one.
-  """
+  Raises `InputError` before anything is written if the experiment cannot be run, or the folder
+  holds another one."""
   run = Run(experiment)
   if init_from is not None:
     run.check_beginning()
@@ -138,12 +165,15 @@ def train(
     keep_freed_memory()
   with contextlib.ExitStack() as stack:
     stack.enter_context(use_mesh(setup.mesh, setup.rules))
-    first = _initial_params(setup, init_from) if run.fresh and init_from is not None else None   # a wrong path fails before writing
+    # a wrong path fails before writing
+    first = _initial_params(setup, init_from) if run.fresh and init_from is not None else None
     stack.enter_context(run)
     run.start(dataset.manifest, dataset.tokenizer)
     report = stack.enter_context(Report(run, experiment, log))
     t = experiment.training
-    checkpoints = stack.enter_context(Checkpoints(run.folder / 'checkpoints', t.keep_latest, t.keep_best, report.line))
+    checkpoints = stack.enter_context(
+      Checkpoints(run.folder / 'checkpoints', t.keep_latest, t.keep_best, report.line)
+    )
     state = begin(setup, run, checkpoints, report, init_from, first)
     del first
     costs = _costs(setup, flops_per_token, peak_flops_per_second)
@@ -154,9 +184,15 @@ def _initial_params(setup: Setup, source: str | Place | Params) -> Params:
   d = setup.definition
   if not isinstance(source, Mapping):
     return load_params(source, d, setup.mesh, setup.rules)[0]
-  lines = [f'{n}: not given' for n in d.info if n not in source] + [f'{n}: not of this model' for n in source if n not in d.info]
+  lines = [f'{n}: not given' for n in d.info if n not in source] + [
+    f'{n}: not of this model' for n in source if n not in d.info
+  ]
   found = {n: tuple(source[n].shape) for n in d.info if n in source}
-  lines += [f'{n}: {shape} given, {d.info[n].shape} here' for n, shape in found.items() if shape != d.info[n].shape]
+  lines += [
+    f'{n}: {shape} given, {d.info[n].shape} here'
+    for n, shape in found.items()
+    if shape != d.info[n].shape
+  ]
   if lines:
     shown = '\n  '.join(lines[:12] + ([f'and {len(lines) - 12} more'] if len(lines) > 12 else []))
     raise InputError(f'init_from: the parameters given are not those of this model:\n  {shown}')
@@ -166,7 +202,12 @@ def _initial_params(setup: Setup, source: str | Place | Params) -> Params:
 
 
 def begin(
-  setup: Setup, run: Run, checkpoints: Checkpoints, report: Report, init_from: str | Place | Params | None, first: Params | None
+  setup: Setup,
+  run: Run,
+  checkpoints: Checkpoints,
+  report: Report,
+  init_from: str | Place | Params | None,
+  first: Params | None,
 ) -> TrainState:
   """The state to go on with: that of the newest checkpoint that is whole, or a new one."""
   restored = checkpoints.restore(setup.abstract())
@@ -177,7 +218,10 @@ def begin(
       run.event('checkpoint_damaged', step=damaged, problem=problem)
     run.rewind(step)
     run.event('resume', step=step, changed=run.changed)
-    report.line(f'resuming {run.folder} at step {step}' + (f' with {"; ".join(run.changed)}' if run.changed else ''))
+    report.line(
+      f'resuming {run.folder} at step {step}'
+      + (f' with {"; ".join(run.changed)}' if run.changed else '')
+    )
     return restored.state
   if init_from is not None and first is None:
     first = _initial_params(setup, init_from)
@@ -185,17 +229,25 @@ def begin(
   source = f'{len(init_from)} arrays given' if isinstance(init_from, Mapping) else init_from
   run.event('start', init_from=None if source is None else str(source))
   d, dtype = setup.definition, setup.step_config.dtype
-  report.line(f'{run.folder}: {d.size:,} parameters, {setup.mesh.size} devices, {dtype}, {setup.dataset.size}')
+  report.line(
+    f'{run.folder}: {d.size:,} parameters, {setup.mesh.size} devices, {dtype}, {setup.dataset.size}'
+  )
   state = init_state(d, setup.optimizer, setup.experiment.training.seed, setup.mesh, setup.rules)
   return state if first is None else dataclasses.replace(state, params=first)
 
 
-def _costs(setup: Setup, flops_per_token: FlopsPerToken | None, peak: float | None) -> dict[str, float]:
-  """Utilisation at one token a second, by convention: `mfu` counts what causal attention needs, `mfu_full` all pairs."""
+def _costs(
+  setup: Setup, flops_per_token: FlopsPerToken | None, peak: float | None
+) -> dict[str, float]:
+  """Utilisation at one token a second, by convention: `mfu` counts what causal attention needs,
+  `mfu_full` all pairs."""
   if flops_per_token is None or peak is None:
     return {}
   e = setup.experiment
-  needs = {name: flops_per_token(e.model, e.data.positions, causal) for name, causal in (('mfu', True), ('mfu_full', False))}
+  needs = {
+    name: flops_per_token(e.model, e.data.positions, causal)
+    for name, causal in (('mfu', True), ('mfu_full', False))
+  }
   return {name: flops / (peak * setup.mesh.size) for name, flops in needs.items()}
 
 
@@ -203,14 +255,26 @@ class _Loop:
   """Steps, and what happens between them."""
 
   def __init__(
-    self, setup: Setup, run: Run, checkpoints: Checkpoints, report: Report, costs: dict[str, float],
+    self,
+    setup: Setup,
+    run: Run,
+    checkpoints: Checkpoints,
+    report: Report,
+    costs: dict[str, float],
     sample: Callable[[Params, int], str] | None,
   ):
-    self.setup, self.run, self.checkpoints, self.report, self.costs, self.sample = setup, run, checkpoints, report, costs, sample
+    self.setup, self.run, self.checkpoints, self.report, self.costs, self.sample = (
+      setup,
+      run,
+      checkpoints,
+      report,
+      costs,
+      sample,
+    )
     self.config = setup.experiment.training
     self.meter, self.saved = Meter(), -1
-    self.steps: dict[Any, Any] = {}   # compiled, by the shapes of a batch
-    self.tokens = self.lapped = 0     # seen so far, and up to the last lap
+    self.steps: dict[Any, Any] = {}  # compiled, by the shapes of a batch
+    self.tokens = self.lapped = 0  # seen so far, and up to the last lap
     self.digest = config.digest(setup.experiment)
     self.evaluate = setup.validator()
 
@@ -225,20 +289,28 @@ class _Loop:
     self.saved, self.meter.step = start if start else -1, start
     self.tokens = self.lapped = self._tokens_before(start)
     pending: tuple[int, int, Any] | None = None
-    with self._batches(start) as batches, Interrupt() as interrupt, _profiler(c.profile, self.run.home) as profile:
+    with (
+      self._batches(start) as batches,
+      Interrupt() as interrupt,
+      _profiler(c.profile, self.run.home) as profile,
+    ):
       for done in range(start + 1, c.steps + 1):
         batch = self.setup.feed(next(batches))
         train_step = self._compiled(state, batch)
         profile(done - 1)
         with jax.transfer_guard('disallow'):
           state, metrics = train_step(state, batch)
-        # The step before is over by the time that this one is dispatched, so reading its metrics leaves no gap.
+        # The step before is over by the time that this one is dispatched, so reading its metrics
+        # leaves no gap.
         if pending and not self._process(*pending):
           return self._not_finite(pending[0])
         self.tokens += batch.targets_BT.size
         pending = (done, self.tokens, metrics)
         last_step, stop = done == c.steps, interrupt.requested(done)
-        evaluate, save = last_step or done % c.eval_every == 0, last_step or done % c.checkpoint_every == 0
+        evaluate, save = (
+          last_step or done % c.eval_every == 0,
+          last_step or done % c.checkpoint_every == 0,
+        )
         if evaluate or save or stop:
           if not self._process(*pending):
             return self._not_finite(done)
@@ -255,13 +327,18 @@ class _Loop:
     return self.setup.dataset.train_batches(c.batch_size, c.seed, start, feed.index, feed.count)
 
   def _compiled(self, state: TrainState, batch: Any) -> Any:
-    """The step for the shapes of this batch, compiled ahead of its first run, so that its compilation is in no measurement."""
+    """The step for the shapes of this batch, compiled ahead of its first run, so that its
+    compilation is in no measurement."""
     shapes = tuple(x.shape for x in jax.tree.leaves(batch))
     if shapes not in self.steps:
       if self.steps:
         self.meter.pause()
       s, began = self.setup, time.perf_counter()
-      step = compiled_train_step(s.definition, s.optimizer, s.step_config, s.mesh, s.rules).lower(state, batch).compile()
+      step = (
+        compiled_train_step(s.definition, s.optimizer, s.step_config, s.mesh, s.rules)
+        .lower(state, batch)
+        .compile()
+      )
       self.steps[shapes], seconds = step, time.perf_counter() - began
       self.run.event('compile', seconds=round(seconds, 3), shapes=shapes)
       self.report.line(f'compiled the step in {seconds:.1f} s')
@@ -269,8 +346,13 @@ class _Loop:
     return self.steps[shapes]
 
   def _tokens_before(self, step: int) -> int:
-    """Tokens of the targets, padding counted, that the run has seen up to a step; between rows of metrics, in proportion."""
-    rows = [r for r in read_metrics(self.run.folder) if 'tokens' in r and 0 < r['step'] <= step] if step else []
+    """Tokens of the targets, padding counted, that the run has seen up to a step; between rows of
+    metrics, in proportion."""
+    rows = (
+      [r for r in read_metrics(self.run.folder) if 'tokens' in r and 0 < r['step'] <= step]
+      if step
+      else []
+    )
     if rows:
       return round(rows[-1]['tokens'] * step / rows[-1]['step'])
     return step * self.config.batch_size * self.setup.experiment.data.positions
@@ -285,7 +367,13 @@ class _Loop:
     steps = max(1, step - self.meter.step)
     seconds = self.meter.lap(step)
     rate, self.lapped = (tokens - self.lapped) / steps / max(seconds, 1e-9), tokens
-    row = {'step': step, 'tokens': tokens, **values, 'tokens_per_second': rate, 'step_seconds': seconds}
+    row = {
+      'step': step,
+      'tokens': tokens,
+      **values,
+      'tokens_per_second': rate,
+      'step_seconds': seconds,
+    }
     row |= {name: rate * cost for name, cost in self.costs.items()}
     self.report.row(row)
     return finite
@@ -312,7 +400,7 @@ class _Loop:
     if self.saved == step:
       return
     began = time.perf_counter()
-    self.run.sync()   # a checkpoint counts on the metrics up to its step
+    self.run.sync()  # a checkpoint counts on the metrics up to its step
     data = self.setup.dataset.state(step, self.config.batch_size, self.config.seed)
     self.checkpoints.save(state, data, self.digest, loss)
     self.saved = step
@@ -320,15 +408,20 @@ class _Loop:
 
   def _not_finite(self, step: int) -> TrainResult:
     self.run.event('not_finite', step=step)
-    with contextlib.suppress(RuntimeError):   # of two failures this is the one to report
+    with contextlib.suppress(RuntimeError):  # of two failures this is the one to report
       self.checkpoints.wait()
-    self.report.line(f'stopped: loss or gradient of step {step} is not finite; the checkpoints before it are kept')
+    self.report.line(
+      f'stopped: loss or gradient of step {step} is not finite; the checkpoints before it are kept'
+    )
     return self._result(step, NOT_FINITE)
 
   def _interrupted(self, step: int, signal: str | None) -> TrainResult:
     self.checkpoints.wait(final=True)
     self.run.event('interrupted', step=step, signal=signal)
-    self.report.line(f'interrupted ({signal or "preemption"}): saved at step {step}; the same command goes on from there')
+    self.report.line(
+      f'interrupted ({signal or "preemption"}): saved at step {step}; the same command goes on '
+      'from there'
+    )
     return self._result(step, INTERRUPTED)
 
   def _result(self, step: int, code: int) -> TrainResult:
@@ -337,7 +430,8 @@ class _Loop:
 
 @contextlib.contextmanager
 def _profiler(window: tuple[int, int] | None, folder: Path) -> Generator[Callable[[int], None]]:
-  """Within, the function given is told each step before it is dispatched, and records those of the window."""
+  """Within, the function given is told each step before it is dispatched, and records those of the
+  window."""
   running = False
 
   def at(step: int) -> None:

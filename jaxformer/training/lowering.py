@@ -1,4 +1,5 @@
-"""A training step from shapes alone: what a run would compile, without its data, its parameters or its devices."""
+"""A training step from shapes alone: what a run would compile, without its data, its parameters or
+its devices."""
 
 from __future__ import annotations
 
@@ -30,10 +31,14 @@ def compute_dtype(name: str, mesh: Mesh) -> Any:
 def step_config(experiment: Experiment, mesh: Mesh) -> StepConfig:
   """What the experiment's training says of a step on a mesh."""
   t = experiment.training
-  return StepConfig(t.accumulate, compute_dtype(t.dtype, mesh), t.remat, t.z_loss, t.label_smoothing)
+  return StepConfig(
+    t.accumulate, compute_dtype(t.dtype, mesh), t.remat, t.z_loss, t.label_smoothing
+  )
 
 
-def abstract_train_state(definition: Definition, optimizer: Optimizer, mesh: Mesh, rules: Rules | str) -> TrainState:
+def abstract_train_state(
+  definition: Definition, optimizer: Optimizer, mesh: Mesh, rules: Rules | str
+) -> TrainState:
   """Shapes, dtypes and shardings of a training state."""
   shapes: Any = {n: jax.ShapeDtypeStruct(i.shape, i.dtype) for n, i in definition.info.items()}
   key: Any = jax.eval_shape(lambda: jax.random.key(0))
@@ -42,32 +47,42 @@ def abstract_train_state(definition: Definition, optimizer: Optimizer, mesh: Mes
   return abstract_state(state, state_shardings(definition, optimizer, mesh, rules))
 
 
-def abstract_batch(data: DatasetConfig, batch_size: int, mesh: Mesh, rules: Rules | str) -> AnyBatch:
-  """Shapes, dtypes and shardings of a batch, of pairs one of the longest. Text has no part in them and is not opened; of other data
-  one row is made.
+def abstract_batch(
+  data: DatasetConfig, batch_size: int, mesh: Mesh, rules: Rules | str
+) -> AnyBatch:
+  """Shapes, dtypes and shardings of a batch, of pairs one of the longest. Text has no part in them
+  and is not opened; of other data one row is made.
 
   Raises `InputError` where the mesh cannot divide the batch.
   """
   parts = batch_shards(mesh, rules)
   if batch_size % parts:
-    raise InputError(f'training.batch_size / accumulate = {batch_size}: must be a multiple of the {parts} parts of the mesh')
+    raise InputError(
+      f'training.batch_size / accumulate = {batch_size}: must be a multiple of the {parts} parts '
+      'of the mesh'
+    )
   if isinstance(data, DataConfig):
     ids = np.broadcast_to(np.int32(0), (1, data.sequence_length))
     row: Any = Batch(ids, ids, ids if data.packing.segmented else None)
   elif isinstance(data, Pairs):
-    source, target = (np.broadcast_to(np.int32(0), (1, n[-1])) for n in (data.source_lengths, data.target_lengths))
+    source, target = (
+      np.broadcast_to(np.int32(0), (1, n[-1])) for n in (data.source_lengths, data.target_lengths)
+    )
     row = PairBatch(source, target, target, None)
   else:
     row = data.open().train_batch(0, 1, 0)
   where = batch_sharding(mesh, rules)
-  return jax.tree.map(lambda a: jax.ShapeDtypeStruct((batch_size, *a.shape[1:]), a.dtype, sharding=where), row)
+  return jax.tree.map(
+    lambda a: jax.ShapeDtypeStruct((batch_size, *a.shape[1:]), a.dtype, sharding=where), row
+  )
 
 
 def lowered_train_step(experiment: Experiment, mesh: Mesh) -> jax.stages.Lowered:
-  """The step of an experiment for the devices of a mesh, which may be those of a described machine (`planning.topology_mesh`).
+  """The step of an experiment for the devices of a mesh, which may be those of a described machine
+  (`planning.topology_mesh`).
 
-  Raises `InputError` for what does not fit together: data and model, or an axis of the mesh and a dimension.
-  """
+  Raises `InputError` for what does not fit together: data and model, or an axis of the mesh and a
+  dimension."""
   e, rules = experiment, experiment.mesh.rules
   check_fit(e.model, e.data)
   definition = define(e.model)

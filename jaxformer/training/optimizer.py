@@ -1,9 +1,10 @@
-"""Optimizers: what turns gradients into updates, with each parameter's own learning rate and weight decay.
+"""Optimizers: what turns gradients into updates, with each parameter's own learning rate and weight
+decay.
 
-An optimizer is a config whose `direction` is an optax transformation on the flat dictionary of parameters: it says where to go, for
-a learning rate of 1. What all have in common (clipping, schedule, decoupled weight decay, the parameters' own factors) stands once,
-in `Optimizer.update`. Its state is arrays named after parameters, so that it is divided over a mesh as they are.
-"""
+An optimizer is a config whose `direction` is an optax transformation on the flat dictionary of
+parameters: it says where to go, for a learning rate of 1. What all have in common (clipping,
+schedule, decoupled weight decay, the parameters' own factors) stands once, in `Optimizer.update`.
+Its state is arrays named after parameters, so that it is divided over a mesh as they are."""
 
 from __future__ import annotations
 
@@ -27,8 +28,8 @@ class OptimizerConfig(Config, abstract=True):
 
   Attributes:
     learning_rate: at the peak of the schedule.
-    weight_decay: decoupled: a parameter loses learning_rate * weight_decay of itself at each step, those whose metadata say
-      `decay=False` excepted.
+    weight_decay: decoupled: a parameter loses learning_rate * weight_decay of itself at each step,
+      those whose metadata say `decay=False` excepted.
     clip: the gradients are scaled down to this global norm; None for never.
   """
 
@@ -54,8 +55,9 @@ class OptimizerConfig(Config, abstract=True):
 
 
 class AdamW(OptimizerConfig):
-  """m = b1 m + (1 - b1) g;  v = b2 v + (1 - b2) g^2;  update = m' / (sqrt(v') + eps) + weight_decay p, where m' = m / (1 - b1^t)
-  and v' = v / (1 - b2^t) (Kingma and Ba 2015; Loshchilov and Hutter 2019)."""
+  """m = b1 m + (1 - b1) g;  v = b2 v + (1 - b2) g^2;  update = m' / (sqrt(v') + eps) + weight_decay
+  p, where m' = m / (1 - b1^t) and v' = v / (1 - b2^t) (Kingma and Ba 2015; Loshchilov and Hutter
+  2019)."""
 
   learning_rate: float = 1e-3
   beta1: float = 0.9
@@ -67,8 +69,9 @@ class AdamW(OptimizerConfig):
 
 
 class Lion(OptimizerConfig):
-  """update = sign(b1 m + (1 - b1) g) + weight_decay p;  m = b2 m + (1 - b2) g (Chen et al. 2023, algorithm 2). The paper takes a
-  learning rate three to ten times below AdamW's and a weight decay as much above."""
+  """update = sign(b1 m + (1 - b1) g) + weight_decay p;  m = b2 m + (1 - b2) g (Chen et al. 2023,
+  algorithm 2). The paper takes a learning rate three to ten times below AdamW's and a weight decay
+  as much above."""
 
   learning_rate: float = 1e-4
   weight_decay: float = 1.0
@@ -80,16 +83,19 @@ class Lion(OptimizerConfig):
 
 
 class Muon(OptimizerConfig):
-  """Momentum, orthogonalised: m = b m + g;  update = scale * orthogonal(g + b m) (Jordan et al. 2024), for the weight matrices of
-  the blocks; AdamW with `adam_*` for embeddings, heads, vectors, and the parameters of recurrences.
+  """Momentum, orthogonalised: m = b m + g;  update = scale * orthogonal(g + b m) (Jordan et al.
+  2024), for the weight matrices of the blocks; AdamW with `adam_*` for embeddings, heads, vectors,
+  and the parameters of recurrences.
 
-  `orthogonal` is `steps` rounds of Newton-Schulz (see there), for each layer and each expert by itself.
+  `orthogonal` is `steps` rounds of Newton-Schulz (see there), for each layer and each expert by
+  itself.
 
   Attributes:
     momentum: b.
     steps: rounds of Newton-Schulz.
-    scale: 'adam' is 0.2 sqrt(max(d_in, d_out)), which makes updates as large as AdamW's, so that one learning rate serves both
-      (Liu et al. 2025, section 2.2); 'shape' is sqrt(max(1, d_out / d_in)) (Jordan).
+    scale: 'adam' is 0.2 sqrt(max(d_in, d_out)), which makes updates as large as AdamW's, so that
+      one learning rate serves both (Liu et al. 2025, section 2.2); 'shape' is sqrt(max(1, d_out /
+      d_in)) (Jordan).
     adam_learning_rate: None for the same.
   """
 
@@ -105,13 +111,22 @@ class Muon(OptimizerConfig):
   def validate(self):
     super().validate()
     self.require(self.steps > 0, 'steps', 'positive')
-    self.require(self.adam_learning_rate is None or self.adam_learning_rate > 0, 'adam_learning_rate', 'positive, or none')
+    self.require(
+      self.adam_learning_rate is None or self.adam_learning_rate > 0,
+      'adam_learning_rate',
+      'positive, or none',
+    )
 
   def orthogonalised(self, info: ParamInfo) -> bool:
-    """Whether a parameter is a weight matrix inside the blocks: two axes beside the stacked ones, neither of them a table's rows,
-    the taps of a convolution nor a recurrence's state."""
+    """Whether a parameter is a weight matrix inside the blocks: two axes beside the stacked ones,
+    neither of them a table's rows, the taps of a convolution nor a recurrence's state."""
     axes = info.matrix_axes
-    return len(axes) == 2 and info.matmul and info.decay and not {'vocab', 'positions', 'state', 'norm', 'head_dim'} & set(axes)
+    return (
+      len(axes) == 2
+      and info.matmul
+      and info.decay
+      and not {'vocab', 'positions', 'state', 'norm', 'head_dim'} & set(axes)
+    )
 
   def rate(self, info):
     same = self.adam_learning_rate is None or self.orthogonalised(info)
@@ -134,7 +149,10 @@ class Muon(OptimizerConfig):
       muon, muon_state = momentum.update(muon, state['muon'])
       others, adam_state = adam.update(others, state['adam'])
       muon = {name: self._scale(g.shape) * newton_schulz(g, self.steps) for name, g in muon.items()}
-      return {name: (muon if name in muon else others)[name] for name in updates}, {'muon': muon_state, 'adam': adam_state}
+      return {name: (muon if name in muon else others)[name] for name in updates}, {
+        'muon': muon_state,
+        'adam': adam_state,
+      }
 
     return optax.GradientTransformation(init, update)
 
@@ -144,11 +162,11 @@ class Muon(OptimizerConfig):
 
 
 def newton_schulz(g: Float[Array, '*L M N'], steps: int) -> Float[Array, '*L M N']:
-  """Nearly U V^T of every matrix g = U S V^T: X <- a X + (b A + c A^2) X with A = X X^T, from X = g / |g|, where
-  (a, b, c) = (3.4445, -4.7750, 2.0315) make small singular values grow fastest and leave all in about 0.7 .. 1.2
-  (Jordan et al. 2024)."""
+  """Nearly U V^T of every matrix g = U S V^T: X <- a X + (b A + c A^2) X with A = X X^T, from X = g
+  / |g|, where (a, b, c) = (3.4445, -4.7750, 2.0315) make small singular values grow fastest and
+  leave all in about 0.7 .. 1.2 (Jordan et al. 2024)."""
   wide = g.shape[-2] <= g.shape[-1]
-  x = g if wide else jnp.swapaxes(g, -1, -2)   # the smaller Gram matrix
+  x = g if wide else jnp.swapaxes(g, -1, -2)  # the smaller Gram matrix
   x = x / (jnp.sqrt(jnp.sum(jnp.square(x), axis=(-1, -2), keepdims=True)) + 1e-7)
   for _ in range(steps):
     gram = x @ jnp.swapaxes(x, -1, -2)
@@ -157,7 +175,8 @@ def newton_schulz(g: Float[Array, '*L M N'], steps: int) -> Float[Array, '*L M N
 
 
 class AdafactorState(NamedTuple):
-  """Second moments: of large matrices their means over the last axis (`row`) and the one before (`col`), of others all (`full`)."""
+  """Second moments: of large matrices their means over the last axis (`row`) and the one before
+  (`col`), of others all (`full`)."""
 
   count: Array
   row: Params
@@ -166,14 +185,16 @@ class AdafactorState(NamedTuple):
 
 
 class Adafactor(OptimizerConfig):
-  """V = R C^T / mean(R), with R and C moving averages of the row and column means of g^2 + 1e-30, and b2 = 1 - t^-decay;
-  u = g / sqrt(V);  update = u / max(1, rms(u) / threshold) + weight_decay p (Shazeer and Stern 2018, algorithm 4, without
-  relative step sizes and first moment), for each layer and each expert by itself.
+  """V = R C^T / mean(R), with R and C moving averages of the row and column means of g^2 + 1e-30,
+  and b2 = 1 - t^-decay; u = g / sqrt(V);  update = u / max(1, rms(u) / threshold) + weight_decay p
+  (Shazeer and Stern 2018, algorithm 4, without relative step sizes and first moment), for each
+  layer and each expert by itself.
 
   Attributes:
     decay: the exponent.
     threshold: the paper's d.
-    factored_from: matrices with both sides at least so large are factored; of others the whole second moment is kept.
+    factored_from: matrices with both sides at least so large are factored; of others the whole
+      second moment is kept.
   """
 
   learning_rate: float = 1e-3
@@ -193,9 +214,11 @@ class Adafactor(OptimizerConfig):
     def init(params):
       large = {n: p for n, p in params.items() if factored(n)}
       return AdafactorState(
-        jnp.zeros((), jnp.int32), {n: jnp.zeros_like(p[..., 0]) for n, p in large.items()},
+        jnp.zeros((), jnp.int32),
+        {n: jnp.zeros_like(p[..., 0]) for n, p in large.items()},
         {n: jnp.zeros_like(p[..., 0, :]) for n, p in large.items()},
-        {n: jnp.zeros_like(p) for n, p in params.items() if n not in large})
+        {n: jnp.zeros_like(p) for n, p in params.items() if n not in large},
+      )
 
     def update(updates, state, params=None):
       count = state.count + 1
@@ -228,7 +251,8 @@ class Optimizer:
     config, schedule: what it does.
     steps: of the training, which the schedule needs.
     info: the parameters.
-    peak: a learning rate in place of the config's, where one program trains several (`training.population`).
+    peak: a learning rate in place of the config's, where one program trains several
+      (`training.population`).
   """
 
   config: OptimizerConfig
@@ -238,7 +262,9 @@ class Optimizer:
   peak: Float[Array, ''] | None = None
 
   @classmethod
-  def of(cls, config: OptimizerConfig, schedule: ScheduleConfig, steps: int, definition: Definition) -> Optimizer:
+  def of(
+    cls, config: OptimizerConfig, schedule: ScheduleConfig, steps: int, definition: Definition
+  ) -> Optimizer:
     return cls(config, schedule, steps, definition.info)
 
   def init(self, params: Params) -> Any:
@@ -250,9 +276,11 @@ class Optimizer:
     peak = self.config.learning_rate if self.peak is None else self.peak
     return peak * self.schedule.factor(step, self.steps)
 
-  def update(self, grads: Params, state: Any, params: Params, step: Step) -> tuple[Params, Any, dict[str, Array]]:
-    """p - learning_rate * lr_scale * (direction + weight_decay p); the new parameters and state, and `grad_norm` (before clipping)
-    and `learning_rate`."""
+  def update(
+    self, grads: Params, state: Any, params: Params, step: Step
+  ) -> tuple[Params, Any, dict[str, Array]]:
+    """p - learning_rate * lr_scale * (direction + weight_decay p); the new parameters and state,
+    and `grad_norm` (before clipping) and `learning_rate`."""
     c, rate = self.config, self.learning_rate(step)
     norm = optax.tree.norm(grads)
     if c.clip is not None:
@@ -263,16 +291,28 @@ class Optimizer:
 
     def new(name: str, p: Array) -> Array:
       decay = c.weight_decay if self.info[name].decay else 0.0
-      return p - rate * c.rate(self.info[name]) * (direction[name] + decay * p if decay else direction[name])
+      return p - rate * c.rate(self.info[name]) * (
+        direction[name] + decay * p if decay else direction[name]
+      )
 
-    return {name: new(name, p) for name, p in params.items()}, state, {'grad_norm': norm, 'learning_rate': rate}
+    return (
+      {name: new(name, p) for name, p in params.items()},
+      state,
+      {'grad_norm': norm, 'learning_rate': rate},
+    )
 
   def shardings(self, mesh: Mesh, params: dict[str, NamedSharding]) -> Any:
-    """Where the state lives: what belongs to a parameter is divided as the parameter is, on the axes that both have."""
-    abstract = jax.eval_shape(self.init, {n: jax.ShapeDtypeStruct(i.shape, i.dtype) for n, i in self.info.items()})
+    """Where the state lives: what belongs to a parameter is divided as the parameter is, on the
+    axes that both have."""
+    abstract = jax.eval_shape(
+      self.init, {n: jax.ShapeDtypeStruct(i.shape, i.dtype) for n, i in self.info.items()}
+    )
 
     def where(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> NamedSharding:
-      name = next((k.key for k in reversed(path) if isinstance(k, jax.tree_util.DictKey) and k.key in params), None)
+      name = next(
+        (k.key for k in reversed(path) if isinstance(k, jax.tree_util.DictKey) and k.key in params),
+        None,
+      )
       if name is None:
         return replicated(mesh)
       spec, missing = params[name].spec, len(self.info[name].shape) - leaf.ndim

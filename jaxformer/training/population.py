@@ -1,5 +1,6 @@
-"""Many runs of one architecture in one compiled program: seeds and learning rates trained side by side under `vmap`, divided over
-the devices. Each is an ordinary run, with its own folder, data order and checkpoints, and may go on by itself later."""
+"""Many runs of one architecture in one compiled program: seeds and learning rates trained side by
+side under `vmap`, divided over the devices. Each is an ordinary run, with its own folder, data
+order and checkpoints, and may go on by itself later."""
 
 from __future__ import annotations
 
@@ -34,14 +35,18 @@ VARIED = ('training.seed', 'optimizer.learning_rate', 'run.name', 'run.dir')
 
 
 def train_population(
-  experiments: Sequence[Experiment], *, dataset: Dataset | None = None, devices: Sequence[jax.Device] | None = None,
+  experiments: Sequence[Experiment],
+  *,
+  dataset: Dataset | None = None,
+  devices: Sequence[jax.Device] | None = None,
   log: Log | None = None,
 ) -> list[TrainResult]:
-  """Trains experiments that differ in `VARIED` alone, together; goes on where their runs stopped, each from its own step.
+  """Trains experiments that differ in `VARIED` alone, together; goes on where their runs stopped,
+  each from its own step.
 
-  Every member lives on one device; as many devices as divide the members have equal parts of them. What a member computes is what
-  `train` computes for its experiment on one device, up to the rounding of batched products. A member whose numbers stop being
-  finite ends, and the others go on.
+  Every member lives on one device; as many devices as divide the members have equal parts of them.
+  What a member computes is what `train` computes for its experiment on one device, up to the
+  rounding of batched products. A member whose numbers stop being finite ends, and the others go on.
 
   Args:
     experiments: the members.
@@ -49,8 +54,8 @@ def train_population(
     devices: to run on; all by default.
     log: takes the lines about progress; on stderr by default.
 
-  Returns one result a member, in order. Raises `InputError` for members that differ in more, have equal folders, or cannot be run.
-  """
+  Returns one result a member, in order. Raises `InputError` for members that differ in more, have
+  equal folders, or cannot be run."""
   first = _check(experiments)
   devices = list(jax.devices() if devices is None else devices)
   check(first, devices[:1])
@@ -70,16 +75,28 @@ def _check(experiments: Sequence[Experiment]) -> Experiment:
     raise InputError('a population trains in one process; there are several')
   first = experiments[0]
   for e in experiments[1:]:
-    other = [d for d in config.differences(config.to_json(first), config.to_json(e)) if not d.startswith(VARIED)]
+    other = [
+      d
+      for d in config.differences(config.to_json(first), config.to_json(e))
+      if not d.startswith(VARIED)
+    ]
     if other:
-      raise InputError(f'the members of a population differ in {", ".join(VARIED)} alone; here also in {"; ".join(other)}')
+      raise InputError(
+        f'the members of a population differ in {", ".join(VARIED)} alone; here also in '
+        f'{"; ".join(other)}'
+      )
   folders = [(e.run.dir, e.run.name) for e in experiments]
   if len(set(folders)) < len(folders):
     raise InputError('two members of a population have one run folder: give each its own run.name')
   if not first.data.one_shape:
-    raise InputError(f'data = {first.data.tag}: its batches have several shapes, and a population is one program')
+    raise InputError(
+      f'data = {first.data.tag}: its batches have several shapes, and a population is one program'
+    )
   if isinstance(first.optimizer, Muon) and first.optimizer.adam_learning_rate is not None:
-    raise InputError('optimizer.adam_learning_rate: must be none in a population, where the learning rate varies and it would not')
+    raise InputError(
+      'optimizer.adam_learning_rate: must be none in a population, where the learning rate varies '
+      'and it would not'
+    )
   return first
 
 
@@ -100,7 +117,9 @@ class _Member:
       self.run.start(dataset.manifest, dataset.tokenizer)
       self.report = stack.enter_context(Report(self.run, self.setup.experiment, lambda line: None))
       folder = self.run.folder / 'checkpoints'
-      self.checkpoints = stack.enter_context(Checkpoints(folder, t.keep_latest, t.keep_best, self.report.line))
+      self.checkpoints = stack.enter_context(
+        Checkpoints(folder, t.keep_latest, t.keep_best, self.report.line)
+      )
       self._stack = stack.pop_all()
     return self
 
@@ -124,13 +143,17 @@ class _Member:
 
   @property
   def result(self) -> TrainResult:
-    return TrainResult(self.run.folder, self.step, dict(self.report.last), DONE if self.code is None else self.code)
+    return TrainResult(
+      self.run.folder, self.step, dict(self.report.last), DONE if self.code is None else self.code
+    )
 
 
 class _Population:
   """Steps of all members, and what happens between them."""
 
-  def __init__(self, members: list[_Member], dataset: Dataset, devices: Sequence[jax.Device], log: Log | None):
+  def __init__(
+    self, members: list[_Member], dataset: Dataset, devices: Sequence[jax.Device], log: Log | None
+  ):
     self.members, self.setup = members, members[0].setup
     self.config = self.setup.experiment.training
     self.tokens = self.config.batch_size * self.setup.experiment.data.positions
@@ -138,21 +161,30 @@ class _Population:
     self.meter = Meter()
     self.log = log or _stderr
     parts = max(n for n in range(1, len(devices) + 1) if len(members) % n == 0)
-    self.mesh = Mesh(np.asarray(devices[:parts], dtype=object), ('members',), axis_types=(AxisType.Auto,))
+    self.mesh = Mesh(
+      np.asarray(devices[:parts], dtype=object), ('members',), axis_types=(AxisType.Auto,)
+    )
 
   def go(self) -> list[TrainResult]:
     members, s = self.members, self.setup
     states = self._put(_stacked([m.begin() for m in members]))
-    rates = self._put(np.array([m.setup.experiment.optimizer.learning_rate for m in members], np.float32))
+    rates = self._put(
+      np.array([m.setup.experiment.optimizer.learning_rate for m in members], np.float32)
+    )
     step = population_step(s.definition, s.optimizer, s.step_config, self.mesh)
-    self.log(f'{len(members)} runs of {s.definition.size:,} parameters together, on {self.mesh.size} devices')
+    self.log(
+      f'{len(members)} runs of {s.definition.size:,} parameters together, on {self.mesh.size} '
+      'devices'
+    )
     with contextlib.ExitStack() as stack, Interrupt() as interrupt:
       feeds = [stack.enter_context(m.batches()) for m in members]
       batches: list[Any] = [None] * len(members)
       pending: tuple[list[_Member], list[int], Any] | None = None
       compiled = None
       while running := [m for m in members if m.code is None]:
-        batches = [self._next(m, feed, batch) for m, feed, batch in zip(members, feeds, batches, strict=True)]
+        batches = [
+          self._next(m, feed, batch) for m, feed, batch in zip(members, feeds, batches, strict=True)
+        ]
         stacked = self._put(_filled(batches))
         active = self._put(np.array([m.code is None for m in members]))
         compiled = compiled or self._compile(step, states, stacked, rates, active)
@@ -170,7 +202,8 @@ class _Population:
     return [m.result for m in members]
 
   def _next(self, m: _Member, feed: Iterator[Any], last: Any) -> Any:
-    """The next batch of a member; one that has ended is given its last again, which changes nothing."""
+    """The next batch of a member; one that has ended is given its last again, which changes
+    nothing."""
     return next(feed) if m.code is None else last
 
   def _put(self, tree: Any) -> Any:
@@ -201,16 +234,27 @@ class _Population:
       if finite and step % c.log_every and step not in (1, c.steps):
         continue
       seconds = self.meter.lap(step) if seconds is None else seconds
-      m.report.row({
-        'step': step, 'tokens': step * self.tokens, **values, 'tokens_per_second': self.tokens / max(seconds, 1e-9),
-        'step_seconds': seconds})
+      m.report.row(
+        {
+          'step': step,
+          'tokens': step * self.tokens,
+          **values,
+          'tokens_per_second': self.tokens / max(seconds, 1e-9),
+          'step_seconds': seconds,
+        }
+      )
       if not finite:
         m.code = NOT_FINITE
         m.run.event('not_finite', step=step)
-        self.log(f'{m.run.folder.name}: loss or gradient of step {step} is not finite; the others go on')
+        self.log(
+          f'{m.run.folder.name}: loss or gradient of step {step} is not finite; the others go on'
+        )
     if seconds is not None and losses:
-      self.log(f'step {max(steps)}/{c.steps} | {len(losses)} runs | loss {min(losses):.3f} to {max(losses):.3f} | '
-               f'{seconds * 1e3:.0f} ms')
+      self.log(
+        f'step {max(steps)}/{c.steps} | {len(losses)} runs | loss {min(losses):.3f} to '
+        f'{max(losses):.3f} | '
+        f'{seconds * 1e3:.0f} ms'
+      )
 
   def _between(self, states: TrainState, stop: bool, signal: str | None) -> None:
     """Evaluates and saves those whose time it is; the clock stands still."""
@@ -231,25 +275,38 @@ class _Population:
       if last or stop:
         m.checkpoints.wait(final=True)
         m.code = DONE if last else INTERRUPTED
-        m.run.event('done', step=m.step) if last else m.run.event('interrupted', step=m.step, signal=signal)
+        m.run.event('done', step=m.step) if last else m.run.event(
+          'interrupted', step=m.step, signal=signal
+        )
     self.meter.go()
 
   def _save(self, m: _Member, state: TrainState, loss: float | None) -> None:
     if m.saved != m.step:
       m.run.sync()
       t = m.setup.experiment.training
-      m.checkpoints.save(state, self.setup.dataset.state(m.step, t.batch_size, t.seed), m.digest, loss)
+      m.checkpoints.save(
+        state, self.setup.dataset.state(m.step, t.batch_size, t.seed), m.digest, loss
+      )
       m.saved = m.step
       m.run.event('checkpoint', step=m.step)
 
 
-def population_step(definition: Definition, optimizer: Optimizer, settings: StepConfig, mesh: Mesh) -> jax.stages.Wrapped:
-  """`train_step` of many states, batches and peak learning rates on a leading axis, divided over `mesh`'s axis `members`; a member
-  that is not `active` stays as it is. The states are donated."""
+def population_step(
+  definition: Definition, optimizer: Optimizer, settings: StepConfig, mesh: Mesh
+) -> jax.stages.Wrapped:
+  """`train_step` of many states, batches and peak learning rates on a leading axis, divided over
+  `mesh`'s axis `members`; a member that is not `active` stays as it is. The states are donated."""
+
   def one(state: TrainState, batch: Any, rate: Array, active: Array) -> tuple[TrainState, Any]:
-    after, metrics = train_step(definition, dataclasses.replace(optimizer, peak=rate), settings, state, batch)
-    kept = {name: jax.tree.map(lambda new, old: jnp.where(active, new, old), getattr(after, name), getattr(state, name))
-            for name in ('step', 'params', 'opt_state')}
+    after, metrics = train_step(
+      definition, dataclasses.replace(optimizer, peak=rate), settings, state, batch
+    )
+    kept = {
+      name: jax.tree.map(
+        lambda new, old: jnp.where(active, new, old), getattr(after, name), getattr(state, name)
+      )
+      for name in ('step', 'params', 'opt_state')
+    }
     return TrainState(**kept, key=state.key), metrics
 
   part = PartitionSpec('members')
@@ -268,7 +325,8 @@ def _member(states: TrainState, i: int) -> TrainState:
 
 
 def _filled(batches: list[Any]) -> Any:
-  """Batches on a leading axis; a member that had ended before its first one is given another's, which changes nothing."""
+  """Batches on a leading axis; a member that had ended before its first one is given another's,
+  which changes nothing."""
   some = next(b for b in batches if b is not None)
   return jax.tree.map(lambda *x: np.stack(x), *(some if b is None else b for b in batches))
 

@@ -1,10 +1,13 @@
-"""Several processes of one training: found from the environment, and joined before JAX first looks for devices.
+"""Several processes of one training: found from the environment, and joined before JAX first looks
+for devices.
 
-Each host of a TPU slice, or each node of a GPU cluster, runs the same command. Which processes belong together is taken, in this
-order, from
+Each host of a TPU slice, or each node of a GPU cluster, runs the same command. Which processes
+belong together is taken, in this order, from
 
-- `JAXFORMER_COORDINATOR` (host:port of process 0), `JAXFORMER_PROCESSES` (how many) and `JAXFORMER_PROCESS` (which, from 0);
-- what JAX finds by itself: Cloud TPU, TPUs on GKE, Slurm, Open MPI, Kubernetes with its Python package;
+- `JAXFORMER_COORDINATOR` (host:port of process 0), `JAXFORMER_PROCESSES` (how many) and
+  `JAXFORMER_PROCESS` (which, from 0);
+- what JAX finds by itself: Cloud TPU, TPUs on GKE, Slurm, Open MPI, Kubernetes with its Python
+  package;
 - `SKYPILOT_NODE_IPS` and `SKYPILOT_NODE_RANK`, which SkyPilot sets on each node;
 - `JAX_COORDINATOR_ADDRESS`, `NNODES` and `NODE_RANK`, which xpk sets on nodes with GPUs.
 
@@ -29,7 +32,7 @@ from jaxformer.config import InputError
 
 OWN = ('JAXFORMER_COORDINATOR', 'JAXFORMER_PROCESSES', 'JAXFORMER_PROCESS')
 WAIT = 'JAXFORMER_JOIN_SECONDS'
-PORT = 8476   # of process 0, where the environment names its host alone
+PORT = 8476  # of process 0, where the environment names its host alone
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,60 +53,91 @@ class Rank:
 
 
 def rank(environment: Mapping[str, str]) -> Rank | str | None:
-  """Where this process belongs; the name of an environment that JAX reads by itself; or None for a process that is alone.
+  """Where this process belongs; the name of an environment that JAX reads by itself; or None for a
+  process that is alone.
 
   Raises `InputError` for an environment that contradicts itself.
   """
   if any(name in environment for name in OWN):
     if missing := [name for name in OWN if not environment.get(name)]:
-      raise InputError(f'{" and ".join(missing)} must be given with {" and ".join(n for n in OWN if environment.get(n))}')
+      raise InputError(
+        f'{" and ".join(missing)} must be given with '
+        f'{" and ".join(n for n in OWN if environment.get(n))}'
+      )
     return _rank(environment, *OWN)
   if (known := _known_to_jax(environment)) is not None:
     return known
   if _several(environment, 'SKYPILOT_NUM_NODES'):
     first = environment.get('SKYPILOT_NODE_IPS', '').split()
     if not first:
-      raise InputError('SKYPILOT_NUM_NODES is above 1, and SKYPILOT_NODE_IPS does not say where the nodes are')
+      raise InputError(
+        'SKYPILOT_NUM_NODES is above 1, and SKYPILOT_NODE_IPS does not say where the nodes are'
+      )
     return _rank(
-      {**environment, 'SKYPILOT_NODE_IPS': f'{first[0]}:{PORT}'}, 'SKYPILOT_NODE_IPS', 'SKYPILOT_NUM_NODES', 'SKYPILOT_NODE_RANK')
+      {**environment, 'SKYPILOT_NODE_IPS': f'{first[0]}:{PORT}'},
+      'SKYPILOT_NODE_IPS',
+      'SKYPILOT_NUM_NODES',
+      'SKYPILOT_NODE_RANK',
+    )
   if _several(environment, 'NNODES') and 'JAX_COORDINATOR_ADDRESS' in environment:
-    host, port = environment['JAX_COORDINATOR_ADDRESS'], environment.get('JAX_COORDINATOR_PORT', str(PORT))
+    host, port = (
+      environment['JAX_COORDINATOR_ADDRESS'],
+      environment.get('JAX_COORDINATOR_PORT', str(PORT)),
+    )
     named = host if ':' in host else f'{host}:{port}'
-    return _rank({**environment, 'JAX_COORDINATOR_ADDRESS': named}, 'JAX_COORDINATOR_ADDRESS', 'NNODES', 'NODE_RANK')
+    return _rank(
+      {**environment, 'JAX_COORDINATOR_ADDRESS': named},
+      'JAX_COORDINATOR_ADDRESS',
+      'NNODES',
+      'NODE_RANK',
+    )
   return None
 
 
-def join(environment: Mapping[str, str] = os.environ, log: Callable[[str], None] | None = None) -> Rank | str | None:
-  """Joins the processes that this one belongs to, waiting for them up to `JAXFORMER_JOIN_SECONDS` (300); alone, nothing happens.
+def join(
+  environment: Mapping[str, str] = os.environ, log: Callable[[str], None] | None = None
+) -> Rank | str | None:
+  """Joins the processes that this one belongs to, waiting for them up to `JAXFORMER_JOIN_SECONDS`
+  (300); alone, nothing happens.
 
-  Returns what `rank` says. To be called before any use of devices. `log` is told for whom it waits. Raises `InputError` where the
-  environment is wrong, or process 0 cannot be reached in time. (Where process 0 is there and others are missing, JAX ends all of
-  them after the same time, with a report of its own and exit code 134.)
-  """
+  Returns what `rank` says. To be called before any use of devices. `log` is told for whom it waits.
+  Raises `InputError` where the environment is wrong, or process 0 cannot be reached in time. (Where
+  process 0 is there and others are missing, JAX ends all of them after the same time, with a report
+  of its own and exit code 134.)"""
   found = None if jax.distributed.is_initialized() else rank(environment)
   if found is None:
     return None
   seconds = _whole(environment, WAIT, 1) if WAIT in environment else 300
   if log is not None:
-    what = f'{found.count} processes at {found.coordinator} as number {found.index}' if isinstance(found, Rank) else found
+    what = (
+      f'{found.count} processes at {found.coordinator} as number {found.index}'
+      if isinstance(found, Rank)
+      else found
+    )
     log(f'joining {what}')
   try:
     if isinstance(found, Rank):
       if found.index:
         _reach(found, seconds)
-      jax.distributed.initialize(found.coordinator, found.count, found.index, initialization_timeout=seconds)
+      jax.distributed.initialize(
+        found.coordinator, found.count, found.index, initialization_timeout=seconds
+      )
     else:
       jax.distributed.initialize(initialization_timeout=seconds)
   except (RuntimeError, ValueError, OSError) as e:
     reason = (str(e).splitlines() or [type(e).__name__])[0]
-    where = f'{found.coordinator} ({found.source})' if isinstance(found, Rank) else f'the other processes of {found}'
+    where = (
+      f'{found.coordinator} ({found.source})'
+      if isinstance(found, Rank)
+      else f'the other processes of {found}'
+    )
     raise InputError(f'cannot join {where} within {seconds} s: {reason}') from None
   return found
 
 
 def first_decides(look: Callable[[], bool]) -> bool:
-  """What `look` says on process 0, on all of them: files may differ between hosts, and change while the first one writes. An
-  `InputError` there is one on all."""
+  """What `look` says on process 0, on all of them: files may differ between hosts, and change while
+  the first one writes. An `InputError` there is one on all."""
   if jax.process_count() == 1:
     return look()
   error, found = None, False
@@ -112,19 +146,24 @@ def first_decides(look: Callable[[], bool]) -> bool:
       found = look()
     except InputError as e:
       error = e
-  failed, found = (bool(x) for x in multihost_utils.broadcast_one_to_all(np.array([error is not None, found])))
+  failed, found = (
+    bool(x) for x in multihost_utils.broadcast_one_to_all(np.array([error is not None, found]))
+  )
   if failed:
     raise error or InputError('process 0 has stopped; its message says why')
   return found
 
 
 def _reach(found: Rank, seconds: int) -> None:
-  """Waits until process 0 listens: JAX's own client ends the program where it does not. Raises `OSError`."""
+  """Waits until process 0 listens: JAX's own client ends the program where it does not. Raises
+  `OSError`."""
   host, _, port = found.coordinator.rpartition(':')
   end = time.monotonic() + seconds
   while True:
     try:
-      socket.create_connection((host.strip('[]'), int(port)), timeout=max(0.1, end - time.monotonic())).close()
+      socket.create_connection(
+        (host.strip('[]'), int(port)), timeout=max(0.1, end - time.monotonic())
+      ).close()
       return
     except OSError:
       if time.monotonic() >= end:
@@ -133,12 +172,18 @@ def _reach(found: Rank, seconds: int) -> None:
 
 
 def _rank(environment: Mapping[str, str], coordinator: str, count: str, index: str) -> Rank:
-  address, processes, mine = environment[coordinator], _whole(environment, count, 1), _whole(environment, index, 0)
+  address, processes, mine = (
+    environment[coordinator],
+    _whole(environment, count, 1),
+    _whole(environment, index, 0),
+  )
   host, _, port = address.rpartition(':')
   if not host or not port.isdigit() or not 0 < int(port) < 2**16:
     raise InputError(f'{coordinator} = {address!r}: must be host:port')
   if mine >= processes:
-    raise InputError(f'{index} = {mine}: must be below {count} = {processes}; processes count from 0')
+    raise InputError(
+      f'{index} = {mine}: must be below {count} = {processes}; processes count from 0'
+    )
   return Rank(address, processes, mine, coordinator)
 
 
@@ -154,7 +199,8 @@ def _several(environment: Mapping[str, str], name: str) -> bool:
 
 
 def _known_to_jax(environment: Mapping[str, str]) -> str | None:
-  """The environment that `jax.distributed.initialize` would recognise. (JAX itself only says so after it has waited.)"""
+  """The environment that `jax.distributed.initialize` would recognise. (JAX itself only says so
+  after it has waited.)"""
   if _on_tpu(environment):
     return 'this TPU slice'
   slurm = ('SLURM_JOB_ID', 'SLURM_STEP_NODELIST', 'SLURM_PROCID', 'SLURM_LOCALID')
@@ -162,18 +208,26 @@ def _known_to_jax(environment: Mapping[str, str]) -> str | None:
     return f'Slurm job {environment["SLURM_JOB_ID"]}'
   if 'OMPI_MCA_orte_hnp_uri' in environment and _several(environment, 'OMPI_COMM_WORLD_SIZE'):
     return 'this Open MPI job'
-  if 'KUBERNETES_SERVICE_HOST' in environment and 'JOB_COMPLETION_INDEX' in environment and importlib.util.find_spec('kubernetes'):
+  if (
+    'KUBERNETES_SERVICE_HOST' in environment
+    and 'JOB_COMPLETION_INDEX' in environment
+    and importlib.util.find_spec('kubernetes')
+  ):
     return 'this Kubernetes job'
   return None
 
 
 def _on_tpu(environment: Mapping[str, str]) -> bool:
-  """Whether this is one of several hosts with TPUs. GKE lists them in the environment; on a Cloud TPU machine only its metadata
+  """Whether this is one of several hosts with TPUs. GKE lists them in the environment; on a Cloud
+  TPU machine only its metadata
   tells, which JAX asks: a host that is alone is then a group of one."""
   hosts = environment.get('TPU_PROCESS_ADDRESSES') or environment.get('TPU_WORKER_HOSTNAMES')
   if hosts is not None:
     return ',' in hosts or _several(environment, 'MEGASCALE_NUM_SLICES')
-  if environment.get('JAX_PLATFORMS', 'tpu') not in ('', 'tpu', 'tpu,cpu') or 'TPU_SKIP_MDS_QUERY' in environment:
+  if (
+    environment.get('JAX_PLATFORMS', 'tpu') not in ('', 'tpu', 'tpu,cpu')
+    or 'TPU_SKIP_MDS_QUERY' in environment
+  ):
     return False
   chips = any(pathlib.Path('/dev').glob('accel*')) or any(pathlib.Path('/dev/vfio').glob('[0-9]*'))
   return chips and importlib.util.find_spec('libtpu') is not None

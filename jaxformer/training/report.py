@@ -1,4 +1,5 @@
-"""What a run says while it goes: rows of metrics, trackers, and lines or a bar on stderr. Only process 0 says anything."""
+"""What a run says while it goes: rows of metrics, trackers, and lines or a bar on stderr. Only
+process 0 says anything."""
 
 from __future__ import annotations
 
@@ -62,10 +63,21 @@ class Report:
 
   def _start_bar(self) -> Log:
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import (
+      BarColumn,
+      MofNCompleteColumn,
+      Progress,
+      TextColumn,
+      TimeRemainingColumn,
+    )
 
     console = Console(stderr=True)
-    columns = TextColumn('{task.description}'), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    columns = (
+      TextColumn('{task.description}'),
+      BarColumn(),
+      MofNCompleteColumn(),
+      TimeRemainingColumn(),
+    )
     self._bar = Progress(*columns, console=console)
     self._task = self._bar.add_task('starting', total=self._steps)
     self._bar.start()
@@ -108,6 +120,7 @@ class Report:
 
 def summary(row: dict[str, Any]) -> str:
   """loss 3.214 | lr 3.0e-04 | gnorm 0.91 | 12.3k tok/s | mfu 31.2% | 84 ms"""
+
   def number(key: str, form: str) -> str:
     return 'not finite' if row[key] is None else format(row[key], form)
 
@@ -125,7 +138,11 @@ def summary(row: dict[str, Any]) -> str:
 def scores(found: dict[str, Any]) -> str:
   """eval loss 1.3862 | 2.0000 bits per byte | corpus validation; of a task | accuracy 50.00% |"""
   of_text = found.get('eval/bits_per_byte')
-  score = f'{of_text:.4f} bits per byte' if of_text is not None else f'accuracy {found["eval/accuracy"]:.2%}'
+  score = (
+    f'{of_text:.4f} bits per byte'
+    if of_text is not None
+    else f'accuracy {found["eval/accuracy"]:.2%}'
+  )
   return f'eval loss {found["eval/loss"]:.4f} | {score} | {found["eval/source"]}'
 
 

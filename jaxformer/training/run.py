@@ -1,4 +1,5 @@
-"""The folder of a run: what was trained, where, and what came of it. Only process 0 writes. It may be in a bucket (see `folder`).
+"""The folder of a run: what was trained, where, and what came of it. Only process 0 writes. It may
+be in a bucket (see `folder`).
 
     runs/<name>/config.json         the experiment
                 environment.json    versions, devices, commit, command and data; one entry a start
@@ -34,14 +35,34 @@ from jaxformer.training.experiment import Experiment
 from jaxformer.training.folder import Place, check_bucket, folder_at, place, reaching
 from jaxformer.training.processes import first_decides
 
-# What may differ from the saved config when a run goes on: how long, how often, where it runs and what it keeps. Other numbers of
-# steps stretch or shrink a schedule that depends on them, from where the run is.
+# What may differ from the saved config when a run goes on: how long, how often, where it runs and
+# what it keeps. Other numbers of steps stretch or shrink a schedule that depends on them, from
+# where the run is.
 FREE = (
-  'training.steps', 'training.eval_every', 'training.checkpoint_every', 'training.log_every', 'training.keep_latest',
-  'training.keep_best', 'training.trackers', 'training.profile', 'training.remat', 'mesh', 'run',
+  'training.steps',
+  'training.eval_every',
+  'training.checkpoint_every',
+  'training.log_every',
+  'training.keep_latest',
+  'training.keep_best',
+  'training.trackers',
+  'training.profile',
+  'training.remat',
+  'mesh',
+  'run',
 )
 
-PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy', 'tokenizers', 'libtpu', 'jax-cuda13-plugin')
+PACKAGES = (
+  'jax',
+  'jaxlib',
+  'flax',
+  'optax',
+  'orbax-checkpoint',
+  'numpy',
+  'tokenizers',
+  'libtpu',
+  'jax-cuda13-plugin',
+)
 
 
 def run_folder(experiment: Experiment) -> Place:
@@ -81,7 +102,8 @@ def _register_configs() -> None:
 
 
 class Run:
-  """A run folder that is being written. A context manager, at whose end all that was written is in the folder.
+  """A run folder that is being written. A context manager, at whose end all that was written is in
+  the folder.
 
   Attributes:
     folder: where.
@@ -90,7 +112,8 @@ class Run:
   """
 
   def __init__(self, experiment: Experiment):
-    """Opens the folder, without writing. Raises `InputError`, naming the fields, if the run there is of another experiment."""
+    """Opens the folder, without writing. Raises `InputError`, naming the fields, if the run there
+    is of another experiment."""
     self.experiment, self.folder = experiment, run_folder(experiment)
     self.writes = jax.process_index() == 0
     self._files = folder_at(self.folder)
@@ -104,15 +127,24 @@ class Run:
     if fresh:
       check_bucket(self.folder)
       if self.folder.exists() and any(self.folder.iterdir()):
-        raise InputError(f'{self.folder} is not empty and not a run folder (it has no config.json); give another --run.name')
+        raise InputError(
+          f'{self.folder} is not empty and not a run folder (it has no config.json); give another '
+          '--run.name'
+        )
       return True
     saved = config.to_json(load_experiment(self.folder))
     self.changed = config.differences(saved, config.to_json(self.experiment))
-    fixed = [d for d in self.changed if not d.startswith(tuple(f'{path}{end}' for path in FREE for end in ('.', ':')))]
+    fixed = [
+      d
+      for d in self.changed
+      if not d.startswith(tuple(f'{path}{end}' for path in FREE for end in ('.', ':')))
+    ]
     if fixed:
       lines = '\n  '.join(fixed)
-      raise InputError(f'{self.folder} is a run of another experiment:\n  {lines}\n'
-                       'give this one another --run.name, or go on with the same settings')
+      raise InputError(
+        f'{self.folder} is a run of another experiment:\n  {lines}\n'
+        'give this one another --run.name, or go on with the same settings'
+      )
     return False
 
   @property
@@ -120,17 +152,23 @@ class Run:
     return self._files.home
 
   def check_beginning(self) -> None:
-    """Raises `InputError` where the run has begun from random weights: to give it others now would have no effect."""
+    """Raises `InputError` where the run has begun from random weights: to give it others now would
+    have no effect."""
+
     def began_otherwise() -> bool:
       starts = [row for row in _rows(self.folder / 'events.jsonl') if row.get('event') == 'start']
       return bool(starts) and starts[-1].get('init_from') is None
 
     if first_decides(began_otherwise):
-      raise InputError(f'--init-from: {self.folder} is a run that began from random weights and would go on from where it is; '
-                       'give another --run.name, or leave --init-from out')
+      raise InputError(
+        f'--init-from: {self.folder} is a run that began from random weights and would go on from '
+        'where it is; '
+        'give another --run.name, or leave --init-from out'
+      )
 
   def start(self, data_manifest: dict[str, Any], tokenizer: Tokenizer | None) -> None:
-    """Writes what is known at the start; `tokenizer` is that of text. Raises `InputError` where the folder cannot be made."""
+    """Writes what is known at the start; `tokenizer` is that of text. Raises `InputError` where the
+    folder cannot be made."""
     first_decides(lambda: self._write_start(data_manifest, tokenizer))
     self._started = True
 
@@ -141,20 +179,27 @@ class Run:
       if tokenizer is not None:
         (self.home / 'tokenizer').mkdir(exist_ok=True)
     except OSError as e:
-      raise InputError(f'run.dir = {self.experiment.run.dir!r}: the folder {self.folder} cannot be made ({e.strerror})') from None
+      raise InputError(
+        f'run.dir = {self.experiment.run.dir!r}: the folder {self.folder} cannot be made '
+        f'({e.strerror})'
+      ) from None
     if not os.access(self.home, os.W_OK):
-      raise InputError(f'run.dir = {self.experiment.run.dir!r}: the folder {self.folder} cannot be written')
+      raise InputError(
+        f'run.dir = {self.experiment.run.dir!r}: the folder {self.folder} cannot be written'
+      )
     if tokenizer is not None:
       tokenizer.save(self.home / 'tokenizer')
     file = self.home / 'environment.json'
     starts = _list(file)
     write(file, json.dumps([*starts, environment(data_manifest)], indent=2, default=str) + '\n')
-    write(self.home / 'config.json', config.text(self.experiment))   # last: it is what makes the folder a run
+    # last: it is what makes the folder a run
+    write(self.home / 'config.json', config.text(self.experiment))
     self._files.publish()
     return True
 
   def rewind(self, step: int) -> None:
-    """Drops the metrics of later steps, which will come again: the file reads like that of a run never interrupted."""
+    """Drops the metrics of later steps, which will come again: the file reads like that of a run
+    never interrupted."""
     if not self.writes:
       return
     file = self.home / 'metrics.jsonl'
@@ -190,7 +235,8 @@ class Run:
     return self
 
   def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-    with contextlib.suppress(*(() if kind is None else (InputError,))):   # the error on its way out says more
+    # the error on its way out says more
+    with contextlib.suppress(*(() if kind is None else (InputError,))):
       self._files.close(publish=self._started)
 
 
@@ -239,9 +285,14 @@ def environment(data_manifest: dict[str, Any]) -> dict[str, Any]:
     'python': platform.python_version(),
     'platform': platform.platform(),
     'cpus': os.cpu_count(),
-    'versions': {'jaxformer': _version('jaxformer')} | {p: v for p in PACKAGES if (v := _version(p))},
+    'versions': {'jaxformer': _version('jaxformer')}
+    | {p: v for p in PACKAGES if (v := _version(p))},
     'devices': {
-      'platform': devices[0].platform, 'kind': devices[0].device_kind, 'count': len(devices), 'processes': jax.process_count()},
+      'platform': devices[0].platform,
+      'kind': devices[0].device_kind,
+      'count': len(devices),
+      'processes': jax.process_count(),
+    },
     'xla_flags': {k: os.environ[k] for k in ('XLA_FLAGS', 'LIBTPU_INIT_ARGS') if k in os.environ},
     'commit': _commit(),
     'data': data_manifest,
@@ -256,14 +307,19 @@ def _version(package: str) -> str | None:
 
 
 def _commit() -> str | None:
-  """The commit of the package's source, with a + where files differ from it; None outside a repository."""
+  """The commit of the package's source, with a + where files differ from it; None outside a
+  repository."""
   if shutil.which('git') is None:
     return None
   home = Path(__file__).parent
 
   def git(*words: str) -> str | None:
-    done = subprocess.run(['git', '-C', str(home), *words], capture_output=True, text=True, check=False, timeout=20)
+    done = subprocess.run(
+      ['git', '-C', str(home), *words], capture_output=True, text=True, check=False, timeout=20
+    )
     return done.stdout.strip() if done.returncode == 0 else None
 
   head = git('rev-parse', 'HEAD')
-  return head and head + ('+' if git('status', '--porcelain', '--untracked-files=no', '--', str(home.parent)) else '')
+  return head and head + (
+    '+' if git('status', '--porcelain', '--untracked-files=no', '--', str(home.parent)) else ''
+  )

@@ -1,7 +1,8 @@
-"""Learning-rate schedules: pure functions of the step, giving the factor on the optimizer's `learning_rate`.
+"""Learning-rate schedules: pure functions of the step, giving the factor on the optimizer's
+`learning_rate`.
 
-Steps count from 0, so the first update of a warm-up over `w` steps uses 1 / w of the learning rate, and update `w - 1` all of it.
-"""
+Steps count from 0, so the first update of a warm-up over `w` steps uses 1 / w of the learning rate,
+and update `w - 1` all of it."""
 
 from __future__ import annotations
 
@@ -31,8 +32,8 @@ class ScheduleConfig(Config, abstract=True):
     return min(steps // 10, 1000) if self.warmup is None else self.warmup
 
   def factor(self, step: Step, steps: int) -> Factor:
-    """The factor at a step of a training of `steps` steps: min(1, (step + 1) / warmup) * after(progress), where progress goes from
-    0 at the end of the warm-up to 1 at the last step."""
+    """The factor at a step of a training of `steps` steps: min(1, (step + 1) / warmup) *
+    after(progress), where progress goes from 0 at the end of the warm-up to 1 at the last step."""
     w = self.warmup_steps(steps)
     t = jnp.asarray(step, jnp.float32)
     progress = jnp.clip((t - w) / max(1, steps - 1 - w), 0.0, 1.0)
@@ -77,8 +78,9 @@ class Cosine(ScheduleConfig):
 
 
 class WSD(ScheduleConfig):
-  """Warm-up, stable, decay (Hu et al. 2024, MiniCPM, section 4): 1 until the last `decay` of the steps after the warm-up, then
-  linearly (or as 1 - sqrt, Hägele et al. 2024, with `sqrt`) down to `final`."""
+  """Warm-up, stable, decay (Hu et al. 2024, MiniCPM, section 4): 1 until the last `decay` of the
+  steps after the warm-up, then linearly (or as 1 - sqrt, Hägele et al. 2024, with `sqrt`) down to
+  `final`."""
 
   decay: float = 0.2
   final: float = 0.0
@@ -95,8 +97,8 @@ class WSD(ScheduleConfig):
 
 
 class Noam(ScheduleConfig):
-  """width^-0.5 min(t^-0.5, t warmup^-1.5) with t = step + 1 (Vaswani et al. 2017, section 5.3). The optimizer's `learning_rate` is
-  a factor on it, 1 in the paper; `width` is the paper's d_model."""
+  """width^-0.5 min(t^-0.5, t warmup^-1.5) with t = step + 1 (Vaswani et al. 2017, section 5.3). The
+  optimizer's `learning_rate` is a factor on it, 1 in the paper; `width` is the paper's d_model."""
 
   width: int
 

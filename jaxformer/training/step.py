@@ -40,7 +40,8 @@ class TrainState:
 
 @dataclasses.dataclass(frozen=True)
 class StepConfig:
-  """What a step does beside what model and optimizer say; the fields are those of `TrainingConfig`, `dtype` resolved."""
+  """What a step does beside what model and optimizer say; the fields are those of `TrainingConfig`,
+  `dtype` resolved."""
 
   accumulate: int = 1
   dtype: Any = jnp.float32
@@ -49,44 +50,60 @@ class StepConfig:
   label_smoothing: float = 0.0
 
 
-def init_state(definition: Definition, optimizer: Optimizer, seed: int, mesh: Mesh, rules: Rules | str) -> TrainState:
+def init_state(
+  definition: Definition, optimizer: Optimizer, seed: int, mesh: Mesh, rules: Rules | str
+) -> TrainState:
   """The state before the first step, born where it lives; equal on all meshes."""
   where = state_shardings(definition, optimizer, mesh, rules)
   params = definition.init(jax.random.key(seed), mesh, rules)
   opt_state = jax.jit(optimizer.init, out_shardings=where.opt_state)(params)
   # A stream of its own, apart from that of the initial values.
-  step, key = jax.jit(lambda: (jnp.int32(0), jax.random.fold_in(jax.random.key(seed), 1)), out_shardings=(where.step, where.key))()
+  step, key = jax.jit(
+    lambda: (jnp.int32(0), jax.random.fold_in(jax.random.key(seed), 1)),
+    out_shardings=(where.step, where.key),
+  )()
   return TrainState(step, params, opt_state, key)
 
 
-def state_shardings(definition: Definition, optimizer: Optimizer, mesh: Mesh, rules: Rules | str) -> TrainState:
+def state_shardings(
+  definition: Definition, optimizer: Optimizer, mesh: Mesh, rules: Rules | str
+) -> TrainState:
   """Where each array of the state lives."""
-  params: Any = definition.shardings(mesh, rules)   # shardings stand where a state has arrays
+  params: Any = definition.shardings(mesh, rules)  # shardings stand where a state has arrays
   whole: Any = replicated(mesh)
   return TrainState(whole, params, optimizer.shardings(mesh, params), whole)
 
 
 def microbatches(batch: TargetBatch, n: int) -> TargetBatch:
-  """A batch as n of them on a leading axis. Microbatch i has the rows i, n + i, ...: of a batch that is divided over devices each
-  device keeps its rows."""
-  return jax.tree.map(lambda x: jnp.swapaxes(x.reshape(x.shape[0] // n, n, *x.shape[1:]), 0, 1), batch)
+  """A batch as n of them on a leading axis. Microbatch i has the rows i, n + i, ...: of a batch
+  that is divided over devices each device keeps its rows."""
+  return jax.tree.map(
+    lambda x: jnp.swapaxes(x.reshape(x.shape[0] // n, n, *x.shape[1:]), 0, 1), batch
+  )
 
 
 def loss_and_grads(
   definition: Definition, config: StepConfig, params: Params, batch: TargetBatch, key: Array
 ) -> tuple[LossSums, Metrics, Params]:
-  """Sums of the loss over a batch, auxiliary scalars, and the gradient of what is minimised: loss / count + sum of `loss/...`.
+  """Sums of the loss over a batch, auxiliary scalars, and the gradient of what is minimised: loss /
+  count + sum of `loss/...`.
 
-  The gradient of accumulated microbatches is that of the whole batch, however the counted targets fall: each microbatch is divided
-  by the count of the whole. (An auxiliary loss that is no mean over tokens becomes the mean over microbatches.)
-  """
+  The gradient of accumulated microbatches is that of the whole batch, however the counted targets
+  fall: each microbatch is divided by the count of the whole. (An auxiliary loss that is no mean
+  over tokens becomes the mean over microbatches.)"""
   n = config.accumulate
   count = jnp.maximum(jnp.sum(batch.targets_BT != IGNORE).astype(jnp.float32), 1.0)
 
-  def objective(params: Params, batch: TargetBatch, key: Array) -> tuple[Array, tuple[LossSums, Metrics]]:
+  def objective(
+    params: Params, batch: TargetBatch, key: Array
+  ) -> tuple[Array, tuple[LossSums, Metrics]]:
     model = definition.merge(definition.cast(params, config.dtype))
     sums, aux = model.loss(
-      batch, Context(dropout_key=key, remat=config.remat), z_loss=config.z_loss, label_smoothing=config.label_smoothing)
+      batch,
+      Context(dropout_key=key, remat=config.remat),
+      z_loss=config.z_loss,
+      label_smoothing=config.label_smoothing,
+    )
     extra = sum((v for name, v in aux.items() if name.startswith('loss/')), jnp.zeros(()))
     return sums.loss / count + extra / n, (sums, aux)
 
@@ -101,30 +118,44 @@ def loss_and_grads(
     return jax.tree.map(jnp.add, total, (sums, aux, grads)), None
 
   split = microbatches(batch, n)
-  zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(grad, params, jax.tree.map(lambda x: x[0], split), key))
+  zero = jax.tree.map(
+    lambda s: jnp.zeros(s.shape, s.dtype),
+    jax.eval_shape(grad, params, jax.tree.map(lambda x: x[0], split), key),
+  )
   zero = (zero[1][0], zero[1][1], zero[0])
   (sums, aux, grads), _ = jax.lax.scan(add, zero, (jnp.arange(n), split))
   return sums, {name: v / n for name, v in aux.items()}, grads
 
 
 def over_layers(aux: Metrics) -> Metrics:
-  """Diagnostics of many layers as three numbers each: `name` is the mean, `name_min` and `name_max` are those of the layers at
-  either end, where one router that collapses, or one logit that grows, shows whatever the depth."""
+  """Diagnostics of many layers as three numbers each: `name` is the mean, `name_min` and `name_max`
+  are those of the layers at either end, where one router that collapses, or one logit that grows,
+  shows whatever the depth."""
   many = {name: v for name, v in aux.items() if v.size > 1}
-  ends = {f'{name}_min': jnp.min(v) for name, v in many.items()} | {f'{name}_max': jnp.max(v) for name, v in many.items()}
+  ends = {f'{name}_min': jnp.min(v) for name, v in many.items()} | {
+    f'{name}_max': jnp.max(v) for name, v in many.items()
+  }
   return {name: jnp.mean(v) for name, v in aux.items()} | ends
 
 
 def train_step(
-  definition: Definition, optimizer: Optimizer, config: StepConfig, state: TrainState, batch: TargetBatch
+  definition: Definition,
+  optimizer: Optimizer,
+  config: StepConfig,
+  state: TrainState,
+  batch: TargetBatch,
 ) -> tuple[TrainState, Metrics]:
-  """One update. Metrics: `train/loss` (cross-entropy a target, nats), `train/grad_norm`, `learning_rate`, `finite`, and the layers'
-  auxiliary values as `train/...` (`over_layers`)."""
+  """One update. Metrics: `train/loss` (cross-entropy a target, nats), `train/grad_norm`,
+  `learning_rate`, `finite`, and the layers' auxiliary values as `train/...` (`over_layers`)."""
   key = jax.random.fold_in(state.key, state.step)
   sums, aux, grads = loss_and_grads(definition, config, state.params, batch, key)
   params, opt_state, did = optimizer.update(grads, state.opt_state, state.params, state.step)
   loss = sums.nll / jnp.maximum(sums.count, 1.0)
-  metrics = {'train/loss': loss, 'train/grad_norm': did['grad_norm'], 'learning_rate': did['learning_rate']}
+  metrics = {
+    'train/loss': loss,
+    'train/grad_norm': did['grad_norm'],
+    'learning_rate': did['learning_rate'],
+  }
   metrics |= {f'train/{name}': v for name, v in over_layers(aux).items()}
   metrics['finite'] = jnp.isfinite(sums.loss) & jnp.isfinite(did['grad_norm'])
   return TrainState(state.step + 1, params, opt_state, state.key), metrics
@@ -133,11 +164,16 @@ def train_step(
 def compiled_train_step(
   definition: Definition, optimizer: Optimizer, config: StepConfig, mesh: Mesh, rules: Rules | str
 ) -> jax.stages.Wrapped:
-  """`train_step` of a state and a batch, jitted for a mesh; the state is donated. Call it inside `use_mesh`."""
+  """`train_step` of a state and a batch, jitted for a mesh; the state is donated. Call it inside
+  `use_mesh`."""
   where = state_shardings(definition, optimizer, mesh, rules)
 
   def step(state: TrainState, batch: TargetBatch) -> tuple[TrainState, Metrics]:
     return train_step(definition, optimizer, config, state, batch)
 
   return jax.jit(
-    step, donate_argnums=0, in_shardings=(where, batch_sharding(mesh, rules)), out_shardings=(where, replicated(mesh)))
+    step,
+    donate_argnums=0,
+    in_shardings=(where, batch_sharding(mesh, rules)),
+    out_shardings=(where, replicated(mesh)),
+  )

@@ -12,10 +12,12 @@ class Tracker(Protocol):
   """Takes metrics as they come. Only process 0 has trackers."""
 
   def start(self, folder: Path, name: str, config: dict[str, Any]) -> None:
-    """Before the first metrics, also of a run that is resumed. `folder` is local: the run's, or one whose files go there. `config`
-    is the experiment as JSON data."""
+    """Before the first metrics, also of a run that is resumed. `folder` is local: the run's, or one
+    whose files go there. `config` is the experiment as JSON data."""
+
   def log(self, step: int, metrics: dict[str, Any]) -> None:
     """The metrics of a step, of which only numbers are kept."""
+
   def finish(self) -> None:
     """After the last."""
 
@@ -42,7 +44,9 @@ class Wandb(TrackerConfig):
   mode: str = 'offline'
 
   def validate(self):
-    self.require(self.mode in ('online', 'offline', 'disabled'), 'mode', 'online, offline or disabled')
+    self.require(
+      self.mode in ('online', 'offline', 'disabled'), 'mode', 'online, offline or disabled'
+    )
 
   def build(self):
     return _Wandb(self, _extra('wandb'))
@@ -64,7 +68,8 @@ def _extra(module: str) -> Any:
     return importlib.import_module(module)
   except ImportError as e:
     raise InputError(
-      f'training.trackers: {module} is not installed ({e}); install the extra `track`: pip install "jaxformer[track]"'
+      f'training.trackers: {module} is not installed ({e}); install the extra `track`: pip install '
+      '"jaxformer[track]"'
     ) from None
 
 
@@ -96,7 +101,9 @@ class _Wandb:
   def start(self, folder: Path, name: str, config: dict[str, Any]) -> None:
     c = self.config
     where = {'project': c.project, 'entity': c.entity, 'mode': c.mode, 'dir': str(folder)}
-    self.run = self.module.init(name=name, id=name.replace('/', '-'), resume='allow', config=config, **where)
+    self.run = self.module.init(
+      name=name, id=name.replace('/', '-'), resume='allow', config=config, **where
+    )
 
   def log(self, step: int, metrics: dict[str, Any]) -> None:
     self.run.log(_numbers(metrics), step=step)

@@ -1,4 +1,5 @@
-"""What the TPU's compiler makes of a training step whose sequences are divided over four chips, or that is on two slices."""
+"""What the TPU's compiler makes of a training step whose sequences are divided over four chips, or
+that is on two slices."""
 
 from __future__ import annotations
 
@@ -21,7 +22,9 @@ from jaxformer.training.optimizer import AdamW, Optimizer
 from jaxformer.training.schedule import Constant
 from jaxformer.training.step import StepConfig, TrainState, compiled_train_step, state_shardings
 
-pytest.importorskip('libtpu', reason='needs libtpu, the compiler for TPUs (pip install jaxformer[tpu])')
+pytest.importorskip(
+  'libtpu', reason='needs libtpu, the compiler for TPUs (pip install jaxformer[tpu])'
+)
 pytestmark = pytest.mark.tpu_compiler
 
 B, T, D = 4, 8192, 256
@@ -31,18 +34,27 @@ MODELS = {
 }
 
 
-def compiled_step(model, config: MeshConfig, rows: int = B, length: int = T, slices: int = 1) -> jax.stages.Compiled:
+def compiled_step(
+  model, config: MeshConfig, rows: int = B, length: int = T, slices: int = 1
+) -> jax.stages.Compiled:
   from jax.experimental import topologies
-  devices = topologies.get_topology_desc(platform='tpu', topology_name='v5e:2x4', num_slices=slices).devices
+
+  devices = topologies.get_topology_desc(
+    platform='tpu', topology_name='v5e:2x4', num_slices=slices
+  ).devices
   definition, mesh, rules = define(model), make_mesh(config, devices), config.rules
   optimizer = Optimizer.of(AdamW(), Constant(), 1000, definition)
   shapes = {n: jax.ShapeDtypeStruct(i.shape, i.dtype) for n, i in definition.info.items()}
   key = jax.eval_shape(lambda: jax.random.key(0))
-  state = TrainState(jax.ShapeDtypeStruct((), jnp.int32), shapes, jax.eval_shape(optimizer.init, shapes), key)
+  state = TrainState(
+    jax.ShapeDtypeStruct((), jnp.int32), shapes, jax.eval_shape(optimizer.init, shapes), key
+  )
   state = abstract_state(state, state_shardings(definition, optimizer, mesh, rules))
   ids = jax.ShapeDtypeStruct((rows, length), jnp.int32, sharding=batch_sharding(mesh, rules))
   with use_mesh(mesh, rules):
-    step = compiled_train_step(definition, optimizer, StepConfig(dtype=jnp.bfloat16, remat='full'), mesh, rules)
+    step = compiled_train_step(
+      definition, optimizer, StepConfig(dtype=jnp.bfloat16, remat='full'), mesh, rules
+    )
     return step.trace(state, Batch(ids, ids, ids)).lower(lowering_platforms=('tpu',)).compile()
 
 
@@ -55,16 +67,25 @@ def test_a_long_sequence_is_divided_over_four_chips(name):
   compiled = compiled_step(MODELS[name], MeshConfig(data=1, fsdp=2, context=4))
   sequence = B // 2 * T * D
   kinds = 'all-gather', 'all-reduce', 'all-to-all'
-  large = [c for c in list_collectives(compiled) if c.kind in kinds and max(map(numbers, c.shapes)) >= sequence // 4]
+  large = [
+    c
+    for c in list_collectives(compiled)
+    if c.kind in kinds and max(map(numbers, c.shapes)) >= sequence // 4
+  ]
   if name == 'mamba':
     assert not large
-  else:   # keys and values of all positions, two of four heads
+  else:  # keys and values of all positions, two of four heads
     assert large
     assert {max(map(numbers, c.shapes)) for c in large} == {sequence // 2}
 
 
 def test_a_step_compiles_for_two_slices():
-  """Each slice has a copy of the state, divided over its eight chips; the sixteen divide the batch."""
-  compiled = compiled_step(MODELS['llama'], MeshConfig(replica=2, data=1, fsdp=8), 16, 512, slices=2)
+  """Each slice has a copy of the state, divided over its eight chips; the sixteen divide the
+  batch."""
+  compiled = compiled_step(
+    MODELS['llama'], MeshConfig(replica=2, data=1, fsdp=8), 16, 512, slices=2
+  )
   state = 12 * define(MODELS['llama']).size / 8
-  assert compiled.memory_analysis().argument_size_in_bytes == pytest.approx(state + 3 * 4 * 512, rel=0.02)
+  assert compiled.memory_analysis().argument_size_in_bytes == pytest.approx(
+    state + 3 * 4 * 512, rel=0.02
+  )

@@ -1,5 +1,6 @@
-"""What the TPU's compiler makes of a training step of the Transformer for v5e:2x4: it compiles, a chip holds its part, and no
-attention has all its weights in memory; and of a recurrent one, divided by rows."""
+"""What the TPU's compiler makes of a training step of the Transformer for v5e:2x4: it compiles, a
+chip holds its part, and no attention has all its weights in memory; and of a recurrent one, divided
+by rows."""
 
 from __future__ import annotations
 
@@ -22,7 +23,9 @@ from jaxformer.training.optimizer import AdamW, Optimizer
 from jaxformer.training.schedule import Constant
 from jaxformer.training.step import StepConfig, TrainState, compiled_train_step, state_shardings
 
-pytest.importorskip('libtpu', reason='needs libtpu, the compiler for TPUs (pip install jaxformer[tpu])')
+pytest.importorskip(
+  'libtpu', reason='needs libtpu, the compiler for TPUs (pip install jaxformer[tpu])'
+)
 pytestmark = pytest.mark.tpu_compiler
 
 INIT = Uniform(bound=0.04)
@@ -37,7 +40,9 @@ def compiled(definition, config: MeshConfig, sizes=(B, S, T)) -> jax.stages.Comp
   optimizer = Optimizer.of(AdamW(), Constant(), 1000, definition)
   shapes = {n: jax.ShapeDtypeStruct(i.shape, i.dtype) for n, i in definition.info.items()}
   key = jax.eval_shape(lambda: jax.random.key(0))
-  state = TrainState(jax.ShapeDtypeStruct((), jnp.int32), shapes, jax.eval_shape(optimizer.init, shapes), key)
+  state = TrainState(
+    jax.ShapeDtypeStruct((), jnp.int32), shapes, jax.eval_shape(optimizer.init, shapes), key
+  )
   state = abstract_state(state, state_shardings(definition, optimizer, mesh, rules))
 
   def ids(length: int) -> jax.ShapeDtypeStruct:
@@ -46,24 +51,36 @@ def compiled(definition, config: MeshConfig, sizes=(B, S, T)) -> jax.stages.Comp
   with use_mesh(mesh, rules):
     how = StepConfig(dtype=jnp.bfloat16, remat='full', label_smoothing=0.1)
     step = compiled_train_step(definition, optimizer, how, mesh, rules)
-    return step.trace(state, PairBatch(ids(source), ids(target), ids(target))).lower(lowering_platforms=('tpu',)).compile()
+    return (
+      step.trace(state, PairBatch(ids(source), ids(target), ids(target)))
+      .lower(lowering_platforms=('tpu',))
+      .compile()
+    )
 
 
 def test_the_transformer_step():
   definition = define(transformer(D, 2, 1024, 2, vocab_size=16384, context=T, dropout=0.1))
   step = compiled(definition, FSDP_TENSOR)
-  assert step.memory_analysis().argument_size_in_bytes == pytest.approx(12 * definition.size / 8, rel=0.02)
-  # Attention of the encoder, of the decoder to itself and to the source: none holds all its weights.
+  assert step.memory_analysis().argument_size_in_bytes == pytest.approx(
+    12 * definition.size / 8, rel=0.02
+  )
+  # Attention of the encoder, of the decoder to itself and to the source: none holds all its
+  # weights.
   for queries, keys in ((S, S), (T, T), (T, S)):
     assert not has_array(step, queries, keys), (queries, keys)
   rows = B // 8 * FSDP_TENSOR.tensor
-  assert not has_array(step, rows, T, 16384 // FSDP_TENSOR.tensor)   # nor are there logits of all positions
+  # nor are there logits of all positions
+  assert not has_array(step, rows, T, 16384 // FSDP_TENSOR.tensor)
 
 
-@pytest.mark.parametrize('model', [
-  gnmt(256, 3, vocab_size=4096, context=32, init=INIT, embedding_init=INIT, head_init=INIT),
-  luong(256, 2, DotScore(), source_vocab_size=4096, vocab_size=4096, context=32, dropout=0.2),
-], ids=['gnmt', 'luong'])
+@pytest.mark.parametrize(
+  'model',
+  [
+    gnmt(256, 3, vocab_size=4096, context=32, init=INIT, embedding_init=INIT, head_init=INIT),
+    luong(256, 2, DotScore(), source_vocab_size=4096, vocab_size=4096, context=32, dropout=0.2),
+  ],
+  ids=['gnmt', 'luong'],
+)
 def test_a_recurrent_step_sums_gradients_alone(model):
   """Data-parallel: nothing is sent between chips inside the loops over time."""
   definition = define(model)

@@ -1,4 +1,5 @@
-"""`jaxformer plan --compile` and `--search` with the TPU's compiler, on the smallest models of several families."""
+"""`jaxformer plan --compile` and `--search` with the TPU's compiler, on the smallest models of
+several families."""
 
 from __future__ import annotations
 
@@ -12,30 +13,49 @@ from jaxformer.cli.main import main
 from jaxformer.planning.compiler import memory_refusal
 
 tpu_compiler = pytest.mark.tpu_compiler
-needs_libtpu = pytest.mark.skipif(importlib.util.find_spec('libtpu') is None, reason='needs libtpu (pip install jaxformer[tpu])')
+needs_libtpu = pytest.mark.skipif(
+  importlib.util.find_spec('libtpu') is None, reason='needs libtpu (pip install jaxformer[tpu])'
+)
 
 
 def plan(capfd, *words: str) -> dict:
   """The JSON answer of `jaxformer plan`; stderr has progress alone."""
   assert main(['plan', *words, '--json']) == 0
   out, err = capfd.readouterr()
-  assert all(line.startswith(('tracing', 'compiling')) or line.split()[0].isdigit() for line in err.splitlines())
+  assert all(
+    line.startswith(('tracing', 'compiling')) or line.split()[0].isdigit()
+    for line in err.splitlines()
+  )
   return json.loads(out)
 
 
 @tpu_compiler
 @needs_libtpu
-@pytest.mark.parametrize(('name', 'padding'), [('llama2-tiny', 1.7), ('mamba-tiny', 1.05), ('mixtral-tiny', 1.6)])
+@pytest.mark.parametrize(
+  ('name', 'padding'), [('llama2-tiny', 1.7), ('mamba-tiny', 1.05), ('mixtral-tiny', 1.6)]
+)
 def test_a_training_step(capfd, name, padding):
-  """A chip's arguments are its part of parameters and optimizer state, as the formulas have them; what its collectives go over are
-  the axes of the mesh that have several devices."""
-  found = plan(capfd, name, '--target', 'v5e:2x4', '--mesh.data', '1', '--mesh.fsdp', '4', '--mesh.tensor', '2', '--compile')
+  """A chip's arguments are its part of parameters and optimizer state, as the formulas have them;
+  what its collectives go over are the axes of the mesh that have several devices."""
+  found = plan(
+    capfd,
+    name,
+    '--target',
+    'v5e:2x4',
+    '--mesh.data',
+    '1',
+    '--mesh.fsdp',
+    '4',
+    '--mesh.tensor',
+    '2',
+    '--compile',
+  )
   compiled, memory = found['compiled'], found['memory']
   assert compiled['fits']
   assert compiled['short_by'] == 0
   assert compiled['total'] == compiled['arguments'] + compiled['temporaries'] + compiled['outputs']
   held = memory['parameters'] + memory['optimizer'] + memory['batch']
-  assert held <= compiled['arguments'] < padding * held   # parts narrower than a tile are padded
+  assert held <= compiled['arguments'] < padding * held  # parts narrower than a tile are padded
   assert set(compiled['collectives']) <= {'fsdp', 'tensor', 'fsdp+tensor'}
   assert compiled['collectives']['fsdp']['all-gather']['bytes'] > 0
   assert compiled['flops']['total'] > 0
@@ -47,7 +67,17 @@ def test_a_training_step(capfd, name, padding):
 @pytest.mark.parametrize('phase', ['prefill', 'decode'])
 def test_serving(capfd, phase):
   """Weights are in bfloat16 and over all chips; a round of decoding is one token a sequence."""
-  found = plan(capfd, 'llama2-tiny', '--target', 'v5e:2x2', '--phase', phase, '--compile', '--training.batch-size', '4')
+  found = plan(
+    capfd,
+    'llama2-tiny',
+    '--target',
+    'v5e:2x2',
+    '--phase',
+    phase,
+    '--compile',
+    '--training.batch-size',
+    '4',
+  )
   compiled = found['compiled']
   assert compiled['fits']
   assert compiled['mesh']['tensor'] == 4
@@ -59,7 +89,16 @@ def test_serving(capfd, phase):
 def test_what_does_not_fit_says_by_how_much(capfd):
   """4,096 sequences a chip without remat: some 60 GiB."""
   found = plan(
-    capfd, 'llama2-tiny', '--target', 'v5e:2x4', '--compile', '--training.batch-size', '32768', '--training.remat', 'none')
+    capfd,
+    'llama2-tiny',
+    '--target',
+    'v5e:2x4',
+    '--compile',
+    '--training.batch-size',
+    '32768',
+    '--training.remat',
+    'none',
+  )
   compiled = found['compiled']
   assert not compiled['fits']
   assert compiled['flops'] is None
@@ -70,8 +109,11 @@ def test_what_does_not_fit_says_by_how_much(capfd):
 @tpu_compiler
 @needs_libtpu
 def test_search(capfd):
-  """The recommendation compiled and fits; every other has its reason; the command has the overrides of the recommendation."""
-  found = plan(capfd, 'llama2-tiny', '--target', 'v5e:2x4', '--search', '--training.batch-size', '32')
+  """The recommendation compiled and fits; every other has its reason; the command has the overrides
+  of the recommendation."""
+  found = plan(
+    capfd, 'llama2-tiny', '--target', 'v5e:2x4', '--search', '--training.batch-size', '32'
+  )
   search = found['search']
   best = next(c for c in search['compiled'] if c['name'] == search['best'])
   assert best['fits']
@@ -79,7 +121,9 @@ def test_search(capfd):
   assert len(search['compiled']) >= 3
   assert all(entry['reason'] for entry in search['lost'])
   assert '--training.batch-size 32' in search['command']
-  assert search['command'].startswith('jaxformer train llama2-tiny --data.sequence-length 256 --mesh.data')
+  assert search['command'].startswith(
+    'jaxformer train llama2-tiny --data.sequence-length 256 --mesh.data'
+  )
   assert search['candidates'] > 10
 
 
@@ -88,11 +132,14 @@ def test_gpus_are_refused(capfd):
   assert 'h100:8 is no TPU slice' in capfd.readouterr().err
 
 
-@pytest.mark.parametrize(('words', 'said'), [
-  (('--compile',), '--compile: needs --target'),
-  (('--target', 'v5e:2x4', '--search', '--compile'), '--search: compiles by itself'),
-  (('--target', 'v5e:2x4', '--search', '--mesh.fsdp', '8'), '--mesh.fsdp: --search chooses it'),
-])
+@pytest.mark.parametrize(
+  ('words', 'said'),
+  [
+    (('--compile',), '--compile: needs --target'),
+    (('--target', 'v5e:2x4', '--search', '--compile'), '--search: compiles by itself'),
+    (('--target', 'v5e:2x4', '--search', '--mesh.fsdp', '8'), '--mesh.fsdp: --search chooses it'),
+  ],
+)
 def test_options_without_effect(capfd, words, said):
   assert main(['plan', 'llama2-tiny', *words]) == 2
   assert said in capfd.readouterr().err
@@ -100,18 +147,27 @@ def test_options_without_effect(capfd, words, said):
 
 def test_without_the_compiler(capfd, monkeypatch):
   real = importlib.util.find_spec
-  monkeypatch.setattr(importlib.util, 'find_spec', lambda name, *rest: None if name == 'libtpu' else real(name, *rest))
+  monkeypatch.setattr(
+    importlib.util, 'find_spec', lambda name, *rest: None if name == 'libtpu' else real(name, *rest)
+  )
   assert main(['plan', 'llama2-tiny', '--target', 'v5e:2x4', '--compile']) == 2
   assert capfd.readouterr().err.splitlines()[-1] == (
-    "error: compiling for a TPU needs its compiler, libtpu: pip install 'jaxformer[tpu]'")
+    "error: compiling for a TPU needs its compiler, libtpu: pip install 'jaxformer[tpu]'"
+  )
 
 
 @pytest.mark.quick
 def test_refusals_are_read():
-  text = ('RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used 87.02G of 15.75G hbm. '
-          'Exceeded hbm capacity by 71.28G.')
+  text = (
+    'RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. '
+    'Used 87.02G of 15.75G hbm. '
+    'Exceeded hbm capacity by 71.28G.'
+  )
   assert memory_refusal(text) == (87.02 * 2**30, 15.75 * 2**30)
   early = 'the total memory required for HLO temporaries (55.90G) exceeds available HBM (15.75G).'
-  assert memory_refusal(f'RESOURCE_EXHAUSTED: Ran out of memory on HBM, {early}') == (55.9 * 2**30, 15.75 * 2**30)
+  assert memory_refusal(f'RESOURCE_EXHAUSTED: Ran out of memory on HBM, {early}') == (
+    55.9 * 2**30,
+    15.75 * 2**30,
+  )
   assert memory_refusal(text.replace('RESOURCE_EXHAUSTED', 'INTERNAL')) is None
   assert memory_refusal('RESOURCE_EXHAUSTED: Ran out of memory in memory space vmem.') is None

@@ -1,4 +1,5 @@
-"""What the TPU's compiler makes of our kernel of the selective scan: memory in MiB a device, and what is sent."""
+"""What the TPU's compiler makes of our kernel of the selective scan: memory in MiB a device, and
+what is sent."""
 
 from __future__ import annotations
 
@@ -12,7 +13,9 @@ from jaxformer.planning.compiler import compile_for_tpu, has_array, topology_mes
 from jaxformer.planning.program import collectives, list_collectives
 from jaxformer.sharding import MeshConfig
 
-pytest.importorskip('libtpu', reason='needs libtpu, the compiler for TPUs (pip install jaxformer[tpu])')
+pytest.importorskip(
+  'libtpu', reason='needs libtpu, the compiler for TPUs (pip install jaxformer[tpu])'
+)
 pytestmark = pytest.mark.tpu_compiler
 
 
@@ -27,13 +30,24 @@ def forward(starts, dy, dh, *arguments):
 
 def shapes(B, T, D, N, dtype, place=lambda *axes: None):
   """What `with_gradients` takes; `place` says where an array with these axes lives."""
+
   def array(*dims, dtype=jnp.float32, axes=()):
     return jax.ShapeDtypeStruct(dims, dtype, sharding=place(*axes))
 
   wide, narrow = array(B, T, D, dtype=dtype, axes='btd'), array(B, T, N, dtype=dtype, axes='bt_')
   state = array(B, D, N, axes='bd_')
-  return (array(B, T, dtype=jnp.bool_, axes='bt'), wide, state, wide, wide, array(D, N, axes='d_'), narrow, narrow,
-          array(D, axes='d'), state)
+  return (
+    array(B, T, dtype=jnp.bool_, axes='bt'),
+    wide,
+    state,
+    wide,
+    wide,
+    array(D, N, axes='d_'),
+    narrow,
+    narrow,
+    array(D, axes='d'),
+    state,
+  )
 
 
 def temporaries(compiled):
@@ -43,8 +57,12 @@ def temporaries(compiled):
 @pytest.mark.parametrize('chip', ['v5e', 'v6e'])
 @pytest.mark.parametrize('dtype', [jnp.bfloat16, jnp.float32], ids=['bf16', 'fp32'])
 def test_one_layer_of_mamba_130m(chip, dtype):
-  """B8 T2048 D1536 N16. The states of all steps are 3,072 MiB; those between chunks, all that is stored, 12."""
-  mesh, arguments = topology_mesh(f'{chip}:2x2', MeshConfig(data=1)), shapes(8, 2048, 1536, 16, dtype)
+  """B8 T2048 D1536 N16. The states of all steps are 3,072 MiB; those between chunks, all that is
+  stored, 12."""
+  mesh, arguments = (
+    topology_mesh(f'{chip}:2x2', MeshConfig(data=1)),
+    shapes(8, 2048, 1536, 16, dtype),
+  )
   compiled = compile_for_tpu(forward, *arguments, mesh=mesh)
   assert compiled.as_text().count('custom_call_target="tpu_custom_call"') == 1
   assert temporaries(compiled) < 16
@@ -56,19 +74,30 @@ def test_one_layer_of_mamba_130m(chip, dtype):
 
 
 @pytest.mark.parametrize(
-  ('B', 'T', 'D', 'N'), [(2, 1000, 200, 4), (1, 512, 4096, 64), (1, 300, 16384, 16), (1, 2, 128, 8)], ids=str)
+  ('B', 'T', 'D', 'N'),
+  [(2, 1000, 200, 4), (1, 512, 4096, 64), (1, 300, 16384, 16), (1, 2, 128, 8)],
+  ids=str,
+)
 def test_sizes_that_fit_no_block(B, T, D, N):
-  """They compile within the VMEM of a v5e: blocks that hang over, wide states, many channels, two tokens."""
-  compile_for_tpu(with_gradients, *shapes(B, T, D, N, jnp.bfloat16), mesh=topology_mesh('v5e:2x2', MeshConfig(data=1)))
+  """They compile within the VMEM of a v5e: blocks that hang over, wide states, many channels, two
+  tokens."""
+  compile_for_tpu(
+    with_gradients,
+    *shapes(B, T, D, N, jnp.bfloat16),
+    mesh=topology_mesh('v5e:2x2', MeshConfig(data=1)),
+  )
 
 
 def test_on_a_mesh():
-  """Batch over fsdp, channels over tensor: nothing is sent forwards, and backwards only sums of what is small."""
+  """Batch over fsdp, channels over tensor: nothing is sent forwards, and backwards only sums of
+  what is small."""
   mesh = topology_mesh('v5e:2x4', MeshConfig(data=1, fsdp=2, tensor=4))
   B, T, D, N = 8, 1024, 2048, 16
 
   def place(*axes):
-    return NamedSharding(mesh, PartitionSpec(*({'b': ('data', 'fsdp', 'expert'), 'd': 'tensor'}.get(a) for a in axes)))
+    return NamedSharding(
+      mesh, PartitionSpec(*({'b': ('data', 'fsdp', 'expert'), 'd': 'tensor'}.get(a) for a in axes))
+    )
 
   arguments = shapes(B, T, D, N, jnp.float32, place)
   where = tuple(a.sharding for a in arguments)
@@ -76,7 +105,9 @@ def test_on_a_mesh():
   compiled = compile_for_tpu(forward, *arguments, mesh=mesh, out_shardings=(wide, state))
   assert 'tpu_custom_call' in compiled.as_text()
   assert not collectives(compiled)
-  compiled = compile_for_tpu(with_gradients, *arguments, mesh=mesh, out_shardings=(wide, state, *where[3:]))
+  compiled = compile_for_tpu(
+    with_gradients, *arguments, mesh=mesh, out_shardings=(wide, state, *where[3:])
+  )
   assert set(collectives(compiled)) == {'all-reduce'}
   maps, rates = 4 * B // 2 * T * N, 4 * D // 4 * N
   assert sum(c.bytes * c.times for c in list_collectives(compiled)) <= 2 * maps + 2 * rates

@@ -1,4 +1,5 @@
-"""What the TPU's compiler makes of the selective scan and of state-space duality for v5e: memory, forward and backward, in MiB."""
+"""What the TPU's compiler makes of the selective scan and of state-space duality for v5e: memory,
+forward and backward, in MiB."""
 
 from __future__ import annotations
 
@@ -12,10 +13,12 @@ from jaxformer.ops.ssd import ssd
 from jaxformer.planning.compiler import compile_for_tpu, has_array, topology_mesh
 from jaxformer.sharding import MeshConfig
 
-pytest.importorskip('libtpu', reason='needs libtpu, the compiler for TPUs (pip install jaxformer[tpu])')
+pytest.importorskip(
+  'libtpu', reason='needs libtpu, the compiler for TPUs (pip install jaxformer[tpu])'
+)
 pytestmark = pytest.mark.tpu_compiler
 
-B, T = 8, 2048   # one layer of the 130m models
+B, T = 8, 2048  # one layer of the 130m models
 
 
 @pytest.fixture(scope='module')
@@ -33,9 +36,11 @@ def full(*shape):
 
 def with_gradients(operation):
   """Output, state, and the gradients of all but the borders, with documents in the rows."""
+
   def run(starts, dy, *arguments):
     (y, h), pull = jax.vjp(lambda *a: operation(*a, starts), *arguments)
     return y, h, *pull((dy, h))
+
   return run
 
 
@@ -44,22 +49,44 @@ def temporaries(compiled):
 
 
 def test_selective_scan_is_small(one):
-  """1,536 channels with 16 states: 3,072 MiB for the states of all steps in fp32, of which a naive gradient keeps several."""
+  """1,536 channels with 16 states: 3,072 MiB for the states of all steps in fp32, of which a naive
+  gradient keeps several."""
   D, N = 1536, 16
   u, maps = array(B, T, D), array(B, T, N)
   with route(selective_scan='chunked'):
     compiled = compile_for_tpu(
-      with_gradients(selective_scan), array(B, T, dtype=jnp.bool_), u, u, full(B, T, D), full(D, N), maps, maps, full(D),
-      full(B, D, N), mesh=one)
+      with_gradients(selective_scan),
+      array(B, T, dtype=jnp.bool_),
+      u,
+      u,
+      full(B, T, D),
+      full(D, N),
+      maps,
+      maps,
+      full(D),
+      full(B, D, N),
+      mesh=one,
+    )
   assert temporaries(compiled) < 560
   assert not has_array(compiled, B, T, D, N)
 
 
 def test_ssd_is_small(one):
-  """24 heads of 64 channels with 128 states: 1,536 MiB for the weights of all chunks of 256 in fp32, 98,304 for all states."""
+  """24 heads of 64 channels with 128 states: 1,536 MiB for the weights of all chunks of 256 in
+  fp32, 98,304 for all states."""
   H, P, N = 24, 64, 128
   x, maps = array(B, T, H, P), array(B, T, 1, N)
   compiled = compile_for_tpu(
-    with_gradients(ssd), array(B, T, dtype=jnp.bool_), x, x, full(B, T, H), full(H), maps, maps, full(H), full(B, H, P, N),
-    mesh=one)
+    with_gradients(ssd),
+    array(B, T, dtype=jnp.bool_),
+    x,
+    x,
+    full(B, T, H),
+    full(H),
+    maps,
+    maps,
+    full(H),
+    full(B, H, P, N),
+    mesh=one,
+  )
   assert temporaries(compiled) < 560

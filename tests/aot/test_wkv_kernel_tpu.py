@@ -1,4 +1,5 @@
-"""What the TPU's compiler makes of WKV-6: kernels, memory and traffic. Memory is in MiB a device."""
+"""What the TPU's compiler makes of WKV-6: kernels, memory and traffic. Memory is in MiB a
+device."""
 
 from __future__ import annotations
 
@@ -12,27 +13,38 @@ from jaxformer.planning.compiler import compile_for_tpu, topology_mesh
 from jaxformer.planning.program import collectives
 from jaxformer.sharding import MeshConfig
 
-pytest.importorskip('libtpu', reason='needs libtpu, the compiler for TPUs (pip install jaxformer[tpu])')
+pytest.importorskip(
+  'libtpu', reason='needs libtpu, the compiler for TPUs (pip install jaxformer[tpu])'
+)
 pytestmark = pytest.mark.tpu_compiler
 
 B, T, H, K = 8, 2048, 24, 64
-SAVED = 4 * B * H * K * K * (T // 256) / 2**20   # states in fp32, one in 256 tokens
+SAVED = 4 * B * H * K * K * (T // 256) / 2**20  # states in fp32, one in 256 tokens
 
 
 def arguments(H=H, K=K, where=lambda *axes: None):
   """As projections give them, heads side by side: [B, T, H K]."""
+
   def array(*shape, dtype=jnp.float32, axes=()):
     return jax.ShapeDtypeStruct(shape, dtype, sharding=where(*axes))
+
   token = ('batch', None, 'heads')
   r = array(B, T, H * K, dtype=jnp.bfloat16, axes=token)
-  return (r, r, r, array(B, T, H * K, axes=token), array(H, K, axes=('heads', None)),
-          array(B, H, K, K, axes=('batch', 'heads', None, None))), array(B, T, dtype=bool, axes=('batch', None))
+  return (
+    r,
+    r,
+    r,
+    array(B, T, H * K, axes=token),
+    array(H, K, axes=('heads', None)),
+    array(B, H, K, K, axes=('batch', 'heads', None, None)),
+  ), array(B, T, dtype=bool, axes=('batch', None))
 
 
 def forward(form=None, H=H, K=K):
   def run(r, k, v, w, u, state, starts):
     y, state = wkv6(*(x.reshape(B, T, H, K) for x in (r, k, v, w)), u, state, starts, route=form)
     return y.reshape(B, T, H * K), state
+
   return run
 
 
@@ -40,6 +52,7 @@ def with_gradients(form=None, H=H, K=K):
   def run(arguments, starts, dy, dstate):
     out, pull = jax.vjp(lambda *a: forward(form, H, K)(*a, starts), *arguments)
     return out, pull((dy, dstate))
+
   return run
 
 
@@ -60,13 +73,16 @@ def test_forward_needs_no_memory(one):
 
 
 def test_gradients_need_the_saved_states_alone(one):
-  """No array in the order of the inputs (96 MiB the decays), no state a chunk; a megabyte of constants and document numbers."""
+  """No array in the order of the inputs (96 MiB the decays), no state a chunk; a megabyte of
+  constants and document numbers."""
   tokens, starts = arguments()
   compiled = compile_for_tpu(with_gradients(), tokens, starts, tokens[0], tokens[-1], mesh=one)
   assert compiled.as_text().count('custom_call_target="tpu_custom_call"') == 2
   assert temporaries(compiled) <= SAVED + 1
   if one.devices.flat[0].device_kind == 'TPU v5 lite':
-    portable = compile_for_tpu(with_gradients('chunked'), tokens, starts, tokens[0], tokens[-1], mesh=one)
+    portable = compile_for_tpu(
+      with_gradients('chunked'), tokens, starts, tokens[0], tokens[-1], mesh=one
+    )
     print(f'kernel {temporaries(compiled):.0f} MiB, chunked {temporaries(portable):.0f} MiB')
     assert 10 * temporaries(compiled) < temporaries(portable)
 
@@ -76,14 +92,23 @@ def test_other_heads_compile(H, K):
   """An odd number of heads, heads that fill no vector of lanes, and heads of a whole one."""
   tokens, starts = arguments(H, K)
   mesh = topology_mesh('v5e:2x2', MeshConfig(data=1))
-  compiled = compile_for_tpu(with_gradients(H=H, K=K), tokens, starts, tokens[0], tokens[-1], mesh=mesh)
+  compiled = compile_for_tpu(
+    with_gradients(H=H, K=K), tokens, starts, tokens[0], tokens[-1], mesh=mesh
+  )
   assert compiled.as_text().count('custom_call_target="tpu_custom_call"') == 2
 
 
 def test_shards_send_nothing():
   """Batch over two, heads over four."""
-  mesh, names = topology_mesh('v5e:2x4', MeshConfig(data=1, fsdp=2, tensor=4)), {'batch': 'fsdp', 'heads': 'tensor', None: None}
-  tokens, starts = arguments(where=lambda *axes: NamedSharding(mesh, PartitionSpec(*(names[a] for a in axes))))
-  compiled = compile_for_tpu(forward(), *tokens, starts, mesh=mesh, out_shardings=(tokens[0].sharding, tokens[-1].sharding))
+  mesh, names = (
+    topology_mesh('v5e:2x4', MeshConfig(data=1, fsdp=2, tensor=4)),
+    {'batch': 'fsdp', 'heads': 'tensor', None: None},
+  )
+  tokens, starts = arguments(
+    where=lambda *axes: NamedSharding(mesh, PartitionSpec(*(names[a] for a in axes)))
+  )
+  compiled = compile_for_tpu(
+    forward(), *tokens, starts, mesh=mesh, out_shardings=(tokens[0].sharding, tokens[-1].sharding)
+  )
   assert 'tpu_custom_call' in compiled.as_text()
   assert not collectives(compiled)

@@ -1,5 +1,5 @@
-"""What the claims about mixers, interleaving and experts rest on: stacks of one shape and equal size, and verdicts that follow from
-the intervals."""
+"""What the claims about mixers, interleaving and experts rest on: stacks of one shape and equal
+size, and verdicts that follow from the intervals."""
 
 import dataclasses
 import importlib
@@ -15,9 +15,11 @@ from jaxformer.config import InputError
 from jaxformer.models.params import define
 
 CLAIMS = str(pathlib.Path(__file__).parents[2] / 'experiments' / 'claims')
-sys.path.insert(0, CLAIMS)   # as when a claim is run
+sys.path.insert(0, CLAIMS)  # as when a claim is run
 mixers, hybrid_recall, mixers_compared, sparse_experts = (
-  importlib.import_module(n) for n in ('mixers', 'hybrid_recall', 'mixers_compared', 'sparse_experts'))
+  importlib.import_module(n)
+  for n in ('mixers', 'hybrid_recall', 'mixers_compared', 'sparse_experts')
+)
 sys.path.remove(CLAIMS)
 
 pytestmark = pytest.mark.quick
@@ -25,13 +27,33 @@ pytestmark = pytest.mark.quick
 NEAR_ONE, HALF, HIGH = (0.99, 0.995, 0.998), (0.5, 0.52, 0.47), (0.97, 0.99, 0.9)
 
 
-def outcomes(first: str, scores: dict[str, tuple[float, ...]], lower_is_better: bool = False) -> tuple[Outcome, ...]:
+def outcomes(
+  first: str, scores: dict[str, tuple[float, ...]], lower_is_better: bool = False
+) -> tuple[Outcome, ...]:
   """What a study's report would hold of these scores of seeds 1, 2, 3."""
   seeds = {name: dict(enumerate(found, 1)) for name, found in scores.items()}
   differences = {d.name: d for d in compare(seeds, first, lower_is_better=lower_is_better)}
   return tuple(
-    Outcome(name, 1, 1, 1.0, 1, 0.0, (), 0.01, False, seeds[name], estimate(found), differences.get(name),
-            differences[name].verdict if name in differences else None, (), None, ()) for name, found in scores.items())
+    Outcome(
+      name,
+      1,
+      1,
+      1.0,
+      1,
+      0.0,
+      (),
+      0.01,
+      False,
+      seeds[name],
+      estimate(found),
+      differences.get(name),
+      differences[name].verdict if name in differences else None,
+      (),
+      None,
+      (),
+    )
+    for name, found in scores.items()
+  )
 
 
 def task(first: str, scores: dict[str, tuple[float, ...]]) -> TaskResults:
@@ -41,8 +63,14 @@ def task(first: str, scores: dict[str, tuple[float, ...]]) -> TaskResults:
 def test_stacks_of_one_shape_have_equal_size():
   study = hybrid_recall.study(1.0, 'runs')
   for entry in study.entries:
-    model = entry.model(study, hybrid_recall.TASK.kind.vocab_size, hybrid_recall.TASK.positions, None)   # as a study calls it
-    assert (model.width, sum(len(g.pattern) * g.repeats for g in model.stack)) == (hybrid_recall.WIDTH, 4)
+    # as a study calls it
+    model = entry.model(
+      study, hybrid_recall.TASK.kind.vocab_size, hybrid_recall.TASK.positions, None
+    )
+    assert (model.width, sum(len(g.pattern) * g.repeats for g in model.stack)) == (
+      hybrid_recall.WIDTH,
+      4,
+    )
     assert define(model).active_size == pytest.approx(study.target, rel=study.tolerance)
 
 
@@ -52,7 +80,9 @@ def test_a_size_that_the_width_does_not_allow_is_refused():
     study.entries[0].model(study, 64, 64)
 
 
-@pytest.mark.parametrize(('scores', 'expected'), [(NEAR_ONE, 'solved'), (HALF, 'not solved'), (HIGH, 'undecided')])
+@pytest.mark.parametrize(
+  ('scores', 'expected'), [(NEAR_ONE, 'solved'), (HALF, 'not solved'), (HIGH, 'undecided')]
+)
 def test_what_it_is_to_solve_a_task(scores, expected):
   (outcome,) = outcomes('a', {'a': scores})
   assert mixers.solved(outcome) == expected
@@ -60,13 +90,18 @@ def test_what_it_is_to_solve_a_task(scores, expected):
 
 def test_a_run_that_diverged_solves_nothing():
   (outcome,) = outcomes('a', {'a': NEAR_ONE})
-  assert mixers.solved(dataclasses.replace(outcome, scores={**outcome.scores, 4: None})) == 'not solved'
+  assert (
+    mixers.solved(dataclasses.replace(outcome, scores={**outcome.scores, 4: None})) == 'not solved'
+  )
 
 
 def test_the_parts_of_the_claim_about_four_mixers():
   scores = {'S4D': HALF, 'H3': NEAR_ONE, 'Mamba': NEAR_ONE, 'attention': NEAR_ONE}
-  tasks = {'memory': task('S4D', {'S4D': NEAR_ONE, 'attention': NEAR_ONE, 'LSTM': HALF}), 'recall': task('S4D', scores),
-           'selection': task('S4D', scores)}
+  tasks = {
+    'memory': task('S4D', {'S4D': NEAR_ONE, 'attention': NEAR_ONE, 'LSTM': HALF}),
+    'recall': task('S4D', scores),
+    'selection': task('S4D', scores),
+  }
   flops = {name: [1.0, 4.0 if name == 'attention' else 2.0] for name in scores}
   assert mixers_compared.decide(tasks, flops)[0] == 'shown'
   weak = tasks | {'recall': task('S4D', scores | {'H3': HIGH})}
@@ -74,22 +109,43 @@ def test_the_parts_of_the_claim_about_four_mixers():
   assert not mixers_compared.parts(tasks, flops | {'attention': [1.0, 2.0]})['at a quadratic price']
 
 
-@pytest.mark.parametrize(('hybrid', 'mamba', 'expected'), [
-  (NEAR_ONE, HALF, 'shown'), (NEAR_ONE, NEAR_ONE, 'shown in part'), (HALF, HALF, 'contradicted'), (HIGH, HALF, 'not shown')])
+@pytest.mark.parametrize(
+  ('hybrid', 'mamba', 'expected'),
+  [
+    (NEAR_ONE, HALF, 'shown'),
+    (NEAR_ONE, NEAR_ONE, 'shown in part'),
+    (HALF, HALF, 'contradicted'),
+    (HIGH, HALF, 'not shown'),
+  ],
+)
 def test_the_verdict_on_interleaving(hybrid, mamba, expected):
   found = task('attention', {'attention': NEAR_ONE, 'Mamba': mamba, 'hybrid': hybrid})
-  cache = {'attention': [400] * len(hybrid_recall.CONTEXTS), 'Mamba': [1] * len(hybrid_recall.CONTEXTS),
-           'hybrid': [101] * len(hybrid_recall.CONTEXTS)}
+  cache = {
+    'attention': [400] * len(hybrid_recall.CONTEXTS),
+    'Mamba': [1] * len(hybrid_recall.CONTEXTS),
+    'hybrid': [101] * len(hybrid_recall.CONTEXTS),
+  }
   assert hybrid_recall.decide(found, cache)[0] == expected
 
 
-@pytest.mark.parametrize(('mixture', 'flops', 'expected'), [
-  ((2.4, 2.43, 2.41), 1.02, 'shown'), ((2.4, 2.43, 2.41), 1.2, 'shown in part'), ((2.4, 2.6, 2.5), 1.2, 'not shown'),
-  ((2.6, 2.63, 2.61), 1.02, 'contradicted')])
+@pytest.mark.parametrize(
+  ('mixture', 'flops', 'expected'),
+  [
+    ((2.4, 2.43, 2.41), 1.02, 'shown'),
+    ((2.4, 2.43, 2.41), 1.2, 'shown in part'),
+    ((2.4, 2.6, 2.5), 1.2, 'not shown'),
+    ((2.6, 2.63, 2.61), 1.02, 'contradicted'),
+  ],
+)
 def test_the_verdict_on_sparse_experts(mixture, flops, expected):
   scores = {'dense': (2.5, 2.52, 2.49), 'mixture': mixture}
   found = TaskResults('T', 'bits per byte', True, 128, 'tests', outcomes('dense', scores, True))
-  costs = {'dense': Costs(1, 1, 1.0, 100.0, 1.0, 1, ()), 'mixture': Costs(4, 1, flops, 80.0, 1.0, 1, ())}
-  verdict, because = sparse_experts.decide(Results(sparse_experts.study(1.0, 'runs'), 'dense', (found,), costs, {}), [1.2, 1.4])
+  costs = {
+    'dense': Costs(1, 1, 1.0, 100.0, 1.0, 1, ()),
+    'mixture': Costs(4, 1, flops, 80.0, 1.0, 1, ()),
+  }
+  verdict, because = sparse_experts.decide(
+    Results(sparse_experts.study(1.0, 'runs'), 'dense', (found,), costs, {}), [1.2, 1.4]
+  )
   assert verdict == expected
   assert '1.25 times as long' in because

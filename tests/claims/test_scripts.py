@@ -1,4 +1,5 @@
-"""Experiments that take long to run still fit the package: each can be imported, and its entries of studies are made as any."""
+"""Experiments that take long to run still fit the package: each can be imported, and its entries of
+studies are made as any."""
 
 import importlib.util
 import inspect
@@ -11,7 +12,10 @@ from jaxformer import config
 from jaxformer.compare.study import Entry
 
 EXPERIMENTS = pathlib.Path(__file__).parents[2] / 'experiments'
-SCRIPTS = sorted(str(p.relative_to(EXPERIMENTS)) for p in (*EXPERIMENTS.glob('*.py'), *EXPERIMENTS.glob('claims/*.py')))
+SCRIPTS = sorted(
+  str(p.relative_to(EXPERIMENTS))
+  for p in (*EXPERIMENTS.glob('*.py'), *EXPERIMENTS.glob('claims/*.py'))
+)
 
 
 @pytest.mark.quick
@@ -20,7 +24,11 @@ def test_it_can_be_imported(script, monkeypatch):
   path = EXPERIMENTS / script
   if 'import torch' in path.read_text():
     pytest.importorskip('torch', reason='compares with torch')
-  monkeypatch.setattr(config, '_TYPES', {t: k for t, k in config._TYPES.items() if k.__module__.startswith('jaxformer.')})
+  monkeypatch.setattr(
+    config,
+    '_TYPES',
+    {t: k for t, k in config._TYPES.items() if k.__module__.startswith('jaxformer.')},
+  )
   monkeypatch.syspath_prepend(str(path.parent))
   spec = importlib.util.spec_from_file_location(f'experiment_{path.stem}', path)
   module = importlib.util.module_from_spec(spec)
@@ -28,4 +36,6 @@ def test_it_can_be_imported(script, monkeypatch):
   spec.loader.exec_module(module)
   for kind in vars(module).values():
     if inspect.isclass(kind) and issubclass(kind, Entry) and kind.__module__ == spec.name:
-      assert list(inspect.signature(kind.model).parameters) == list(inspect.signature(Entry.model).parameters), kind
+      assert list(inspect.signature(kind.model).parameters) == list(
+        inspect.signature(Entry.model).parameters
+      ), kind

@@ -1,4 +1,5 @@
-"""`jaxformer check` on layers written outside the package: one that keeps the contract, and some that do not."""
+"""`jaxformer check` on layers written outside the package: one that keeps the contract, and some
+that do not."""
 
 import json
 import pathlib
@@ -10,28 +11,56 @@ from jaxformer import config
 from jaxformer.cli import main
 
 TEXT = (pathlib.Path(__file__).parents[2] / 'CONTRIBUTING.md').read_text()
-WRONG = {   # what is changed in the tutorial's layer -> checks that fail -> what is said
-  'Ahead': (('jnp.swapaxes(x_BTD, 0, 1).astype', 'jnp.swapaxes(jnp.roll(x_BTD, -1, 1), 0, 1).astype'),
-            {'no output depends on a later input': 'the output at position 0 depends on the input at position 1'}),
-  'Forgetful': (('jnp.where(begins_B[:, None], 0.0, h_BD)', 'h_BD'),
-                {'packed documents equal separate ones': 'the document at positions 1 to 1, packed against alone'}),
-  'Declares': (('return width', 'return 2 * width'),
-               {'the state is of the size that the config declares': 'state_size says 64 numbers, and init_state gives 32'}),
-  'Steps': (('  def __call__', '  def step(self, x_BD, ctx, state):\n    out = super().step(x_BD, ctx, state)\n'
-             '    return Output(out.y + 0.5 * out.y, out.state)\n\n  def __call__'),
-            {'the whole sequence equals a prefill and steps': 'prefill of 0 and 20 steps against the whole sequence: the output'}),
+WRONG = {  # what is changed in the tutorial's layer -> checks that fail -> what is said
+  'Ahead': (
+    ('jnp.swapaxes(x_BTD, 0, 1).astype', 'jnp.swapaxes(jnp.roll(x_BTD, -1, 1), 0, 1).astype'),
+    {
+      'no output depends on a later input': 'the output at position 0 depends on the input at '
+      'position 1'
+    },
+  ),
+  'Forgetful': (
+    ('jnp.where(begins_B[:, None], 0.0, h_BD)', 'h_BD'),
+    {
+      'packed documents equal separate ones': 'the document at positions 1 to 1, packed against '
+      'alone'
+    },
+  ),
+  'Declares': (
+    ('return width', 'return 2 * width'),
+    {
+      'the state is of the size that the config declares': 'state_size says 64 numbers, and '
+      'init_state gives 32'
+    },
+  ),
+  'Steps': (
+    (
+      '  def __call__',
+      '  def step(self, x_BD, ctx, state):\n    out = super().step(x_BD, ctx, state)\n'
+      '    return Output(out.y + 0.5 * out.y, out.state)\n\n  def __call__',
+    ),
+    {
+      'the whole sequence equals a prefill and steps': 'prefill of 0 and 20 steps against the '
+      'whole sequence: the output'
+    },
+  ),
 }
 
 
 @pytest.fixture
 def layer(tmp_path, monkeypatch):
-  """Writes the tutorial's layer under another name, with a change; returns what names it on the command line."""
+  """Writes the tutorial's layer under another name, with a change; returns what names it on the
+  command line."""
   monkeypatch.setattr(config, '_TYPES', dict(config._TYPES))
 
   def write(name, old='', new=''):
-    code, = re.findall(r'## Add a layer\n.*?```python\n(.*?)```', TEXT, re.S)
+    (code,) = re.findall(r'## Add a layer\n.*?```python\n(.*?)```', TEXT, re.S)
     assert not old or code.count(old) == 1
-    code = code.replace('class Leaky(', f'class {name}(').replace('return Leaky(', f'return {name}(').replace(old or '\0', new)
+    code = (
+      code.replace('class Leaky(', f'class {name}(')
+      .replace('return Leaky(', f'return {name}(')
+      .replace(old or '\0', new)
+    )
     file = tmp_path / f'{name.lower()}.py'
     file.write_text(code)
     return f'{file}:{name}.Config'
@@ -45,7 +74,8 @@ def test_one_that_keeps_the_contract(layer, capsys):
   assert lines[0] == 'Kept'
   assert lines[-1] == 'the contract holds'
   assert len(lines) == 11
-  assert all(line.startswith('  holds    ') for line in lines[1:-1])   # sharding too: the tests have 8 devices
+  # sharding too: the tests have 8 devices
+  assert all(line.startswith('  holds    ') for line in lines[1:-1])
 
 
 @pytest.mark.parametrize('name', WRONG)
@@ -56,12 +86,15 @@ def test_one_that_does_not(name, layer, capsys):
   for check, words in wrong.items():
     assert found[check]['verdict'] == 'fails'
     assert words in found[check]['wrong']
-  if name != 'Ahead':   # what looks ahead breaks in many ways
+  if name != 'Ahead':  # what looks ahead breaks in many ways
     assert [c for c, v in found.items() if v['verdict'] == 'fails'] == list(wrong)
 
 
 def test_one_that_cannot_be_run(layer, capsys):
   assert main(['check', layer('Fails', 'B, T, D = x_BTD.shape', 'B, T = x_BTD.shape')]) == 1
   out = capsys.readouterr().out
-  assert 'FAILS    builds, and gives outputs like its inputs: ValueError: too many values to unpack' in out
+  assert (
+    'FAILS    builds, and gives outputs like its inputs: ValueError: too many values to unpack'
+    in out
+  )
   assert '1 of 1 checks fail' in out

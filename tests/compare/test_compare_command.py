@@ -1,4 +1,5 @@
-"""`jaxformer compare` as a user starts it: stopped in the middle, and by several processes, it ends with the same numbers."""
+"""`jaxformer compare` as a user starts it: stopped in the middle, and by several processes, it ends
+with the same numbers."""
 
 import json
 import shutil
@@ -15,7 +16,7 @@ from jaxformer.models.zoo import FAMILIES
 from tests.e2e.program import environment, start
 from tests.tiers import thorough
 
-STUDY = '''
+STUDY = """
 from jaxformer.compare.study import AsIs, Study
 from jaxformer.data import AssociativeRecall
 from jaxformer.models.zoo import FAMILIES
@@ -28,8 +29,8 @@ def entry(family):
 study = Study(
   name='tiny', entries=(entry('gru'), entry('lstm'), entry('mamba')), tasks=(AssociativeRecall(length=6, test_sequences=64),),
   tokens=8 * 8 * 60, batch_size=8, learning_rates=(1e-3, 3e-3), extensions=1, seeds=(1, 2), together=2, contexts=(8,), rounds=1)
-'''
-LAYER = '''
+"""
+LAYER = """
 import jax.numpy as jnp
 
 from jaxformer.layers.layer import Layer, LayerConfig, Output
@@ -42,7 +43,7 @@ class Nothing(Layer):
 
   def __call__(self, x_BTD, ctx, state=None):
     return Output(jnp.zeros_like(x_BTD), state)
-'''
+"""
 
 
 @pytest.fixture
@@ -56,7 +57,9 @@ def folder(tmp_path, monkeypatch):
 def stopped(folder, cache, number, after):
   """The study, sent a signal once `after` runs are reported; its exit code and what it said."""
   command = [sys.executable, '-m', 'jaxformer', 'compare', '../study.py', '--workers', '2']
-  with subprocess.Popen(command, cwd=folder, env=environment(cache), stderr=subprocess.PIPE, text=True) as process:
+  with subprocess.Popen(
+    command, cwd=folder, env=environment(cache), stderr=subprocess.PIPE, text=True
+  ) as process:
     lines = []
     for line in process.stderr:
       lines.append(line)
@@ -76,14 +79,25 @@ def test_stopped_twice_it_ends_with_the_same_numbers(folder, tmp_path_factory):
     (folder / name).mkdir()
     if name == 'stopped':
       code, lines = stopped(folder / name, cache, signal.SIGTERM, 1)
-      assert (code, lines[-1]) == (75, 'interrupted: what was running is saved; the same command goes on from there\n')
+      assert (code, lines[-1]) == (
+        75,
+        'interrupted: what was running is saved; the same command goes on from there\n',
+      )
       assert stopped(folder / name, cache, signal.SIGKILL, 6)[0] == -signal.SIGKILL
-    done = start(['compare', '../study.py', '--json', '--workers', '1' if name == 'whole' else '3'], folder / name, cache)
+    done = start(
+      ['compare', '../study.py', '--json', '--workers', '1' if name == 'whole' else '3'],
+      folder / name,
+      cache,
+    )
     assert done.returncode == 0, done.stderr
     lines = done.stderr.splitlines()
-    assert all(line.count(' | ') >= 2 for line in lines), done.stderr   # a line a run and a cost, and nothing of the trainings
+    # a line a run and a cost, and nothing of the trainings
+    assert all(line.count(' | ') >= 2 for line in lines), done.stderr
     reports.append(json.loads(done.stdout))
-    assert json.loads((folder / name / 'runs' / 'tiny' / 'report' / 'report.json').read_text()) == reports[-1]
+    assert (
+      json.loads((folder / name / 'runs' / 'tiny' / 'report' / 'report.json').read_text())
+      == reports[-1]
+    )
   assert 'done before' in done.stderr
   assert reports[0]['tasks'] == reports[1]['tasks']
   assert [len(o['scores']) for o in reports[0]['tasks'][0]['outcomes']] == [2, 2, 2]
@@ -93,31 +107,37 @@ def test_stopped_twice_it_ends_with_the_same_numbers(folder, tmp_path_factory):
   assert part.returncode == 0, part.stderr
   assert 'not done yet, and left out: mamba' in part.stderr
   kept = json.loads(part.stdout)['tasks'][0]['outcomes']
-  assert [o['scores'] for o in kept] == [o['scores'] for o in reports[0]['tasks'][0]['outcomes'][:2]]
+  assert [o['scores'] for o in kept] == [
+    o['scores'] for o in reports[0]['tasks'][0]['outcomes'][:2]
+  ]
 
 
 @pytest.mark.quick
-@pytest.mark.parametrize(('command', 'parts'), [
-  (['compare', 'quickstrat'], ["'quickstrat'", 'did you mean quickstart']),
-  (['compare', 'nothing.py'], ['nothing.py: no such file']),
-  (['compare', 'my_layer.py'], ['defines no `study`']),
-  (['compare', 'study.py', '--study.tokenz', '3'], ['--study.tokenz', 'did you mean tokens']),
-  (['compare', 'study.py', '--study.tokens', 'many'], ['tokens', "'many'"]),
-  (['compare', 'study.py', '--tokens', '3'], ["'--tokens'"]),
-  (['compare', 'study.py', '--workers', '0'], ['--workers 0', 'at least 1']),
-  (['report', 'study.py'], ['tiny', 'all its runs done']),
-  (['compare', 'study.py', '--model.width', '3'], ['--model.width', 'study']),
-  (['compare', 'study.py', '--study.seeds', '1,1'], ['seeds', 'each once']),
-  (['compare', 'study.py', '--study.evaluations', '0'], ['Study.evaluations = 0', 'positive']),
-  (['compare', 'study.py', '--add', 'my_layer.py'], ['my_layer.py', 'FILE.py:NAME']),
-  (['compare', 'study.py', '--add', 'my_layer.py:Nothin'], ["'Nothin'", 'did you mean Nothing']),
-  (['compare', 'study.py', '--add', 'study.py:study'], ['study.py:study', 'neither']),
-  (['check', 'my_layer.py'], ['FILE.py:NAME']),
-  (['check', 'absent.py:Layer.Config'], ['absent.py: no such file']),
-  (['check', 'study.py:study'], ['study.py:study', 'is not the config of a layer']),
-])
+@pytest.mark.parametrize(
+  ('command', 'parts'),
+  [
+    (['compare', 'quickstrat'], ["'quickstrat'", 'did you mean quickstart']),
+    (['compare', 'nothing.py'], ['nothing.py: no such file']),
+    (['compare', 'my_layer.py'], ['defines no `study`']),
+    (['compare', 'study.py', '--study.tokenz', '3'], ['--study.tokenz', 'did you mean tokens']),
+    (['compare', 'study.py', '--study.tokens', 'many'], ['tokens', "'many'"]),
+    (['compare', 'study.py', '--tokens', '3'], ["'--tokens'"]),
+    (['compare', 'study.py', '--workers', '0'], ['--workers 0', 'at least 1']),
+    (['report', 'study.py'], ['tiny', 'all its runs done']),
+    (['compare', 'study.py', '--model.width', '3'], ['--model.width', 'study']),
+    (['compare', 'study.py', '--study.seeds', '1,1'], ['seeds', 'each once']),
+    (['compare', 'study.py', '--study.evaluations', '0'], ['Study.evaluations = 0', 'positive']),
+    (['compare', 'study.py', '--add', 'my_layer.py'], ['my_layer.py', 'FILE.py:NAME']),
+    (['compare', 'study.py', '--add', 'my_layer.py:Nothin'], ["'Nothin'", 'did you mean Nothing']),
+    (['compare', 'study.py', '--add', 'study.py:study'], ['study.py:study', 'neither']),
+    (['check', 'my_layer.py'], ['FILE.py:NAME']),
+    (['check', 'absent.py:Layer.Config'], ['absent.py: no such file']),
+    (['check', 'study.py:study'], ['study.py:study', 'is not the config of a layer']),
+  ],
+)
 def test_bad_input(command, parts, folder, capsys, monkeypatch):
   from jaxformer import config
+
   monkeypatch.setattr(config, '_TYPES', dict(config._TYPES))
   assert main(command) == 2
   out, err = capsys.readouterr()
@@ -132,8 +152,22 @@ def test_bad_input(command, parts, folder, capsys, monkeypatch):
 @pytest.mark.quick
 def test_a_layer_of_ones_own_stands_beside_the_others(folder, capsys, monkeypatch):
   from jaxformer import config
+
   monkeypatch.setattr(config, '_TYPES', dict(config._TYPES))
-  assert main(['compare', 'study.py', '--add', 'my_layer.py:Nothing.Config', '--study.tokens', '1e5', '--show']) == 0
+  assert (
+    main(
+      [
+        'compare',
+        'study.py',
+        '--add',
+        'my_layer.py:Nothing.Config',
+        '--study.tokens',
+        '1e5',
+        '--show',
+      ]
+    )
+    == 0
+  )
   shown = json.loads(capsys.readouterr().out)
   assert shown['tokens'] == 100_000
   assert shown['entries'][-1]['layer'] == {'type': 'Nothing'}

@@ -1,4 +1,5 @@
-"""Encoder-decoders in studies: of equal size, on pairs from a task and from a file; and each kind of model on its own data."""
+"""Encoder-decoders in studies: of equal size, on pairs from a task and from a file; and each kind
+of model on its own data."""
 
 import pytest
 
@@ -29,21 +30,42 @@ def test_sizes_are_met(name):
 
 @pytest.mark.quick
 def test_one_vocabulary_is_one_table():
-  model = FAMILIES['transformer'].make(width=64, layers=1, hidden=64, source_vocab_size=300, vocab_size=300, context=32)
+  model = FAMILIES['transformer'].make(
+    width=64, layers=1, hidden=64, source_vocab_size=300, vocab_size=300, context=32
+  )
   assert model.shared_embedding
   assert not model.encoder[0].pattern[0].branches[0].layer.causal
 
 
 def entry(family):
   small = FAMILIES[family].make(
-    width=32, layers=FAMILIES[family].fewest_layers, hidden=16, source_vocab_size=257, vocab_size=257, context=32)
+    width=32,
+    layers=FAMILIES[family].fewest_layers,
+    hidden=16,
+    source_vocab_size=257,
+    vocab_size=257,
+    context=32,
+  )
   return AsIs(name=family, model_config=small)
 
 
 def study(tmp_path, entries, tasks, **settings):
-  small = {'target': 3e4, 'tolerance': 0.5, 'tokens': 11 * 8 * 4, 'batch_size': 8, 'learning_rates': (3e-3,), 'seeds': (1, 2),
-           'together': 2, 'eval_batches': 1, 'translations': 6, 'contexts': (8,), 'rounds': 0}
-  return Study(name='pairs', entries=entries, tasks=tasks, dir=str(tmp_path / 'runs'), **(small | settings))
+  small = {
+    'target': 3e4,
+    'tolerance': 0.5,
+    'tokens': 11 * 8 * 4,
+    'batch_size': 8,
+    'learning_rates': (3e-3,),
+    'seeds': (1, 2),
+    'together': 2,
+    'eval_batches': 1,
+    'translations': 6,
+    'contexts': (8,),
+    'rounds': 0,
+  }
+  return Study(
+    name='pairs', entries=entries, tasks=tasks, dir=str(tmp_path / 'runs'), **(small | settings)
+  )
 
 
 @thorough
@@ -51,14 +73,15 @@ def test_a_study_of_translations_from_end_to_end(tmp_path):
   s = study(tmp_path, tuple(map(entry, ('rnnsearch', 'transformer'))), (Dates(),))
   said, again = [], []
   results = report_study(s, said.append)
-  task, = results.tasks
+  (task,) = results.tasks
   assert task.metric == 'bits per byte'
   for o in task.outcomes:
     assert len([v for v in o.scores.values() if v is not None and v > 0]) == 2
     assert 0 <= o.translation['exact match'].mean <= 1
     assert o.translation['exact match'].runs == 2
     assert o.position_loss
-  assert all(c.contexts == () for c in results.costs.values())   # costs of decoding are a language model's
+  # costs of decoding are a language model's
+  assert all(c.contexts == () for c in results.costs.values())
   assert 'Scores of translations: Dates' in markdown_text(results)
   assert sum('together' in line for line in said) == 4
   assert report_study(s, again.append).tasks == results.tasks
@@ -70,12 +93,20 @@ def test_buckets_train_one_run_after_the_other(tmp_path):
   """A population is one program, and buckets are several."""
   lines = [f'word {i} of\tpalabra {i}{" de muchas" * (i % 2)}\t{i % 10}\n' for i in range(80)]
   (tmp_path / 'pairs.tsv').write_text(''.join(lines))
-  buckets = Pairs(corpus=Tsv(path=str(tmp_path / 'pairs.tsv'), document_column=3), source_lengths=(16, 32), target_lengths=(16, 32))
+  buckets = Pairs(
+    corpus=Tsv(path=str(tmp_path / 'pairs.tsv'), document_column=3),
+    source_lengths=(16, 32),
+    target_lengths=(16, 32),
+  )
   one = buckets.replace(source_lengths=(32,), target_lengths=(32,))
   assert [d.one_shape for d in (Dates(), one, buckets)] == [True, True, False]
   said = []
   with Interrupt() as interrupt:
-    done = run_study(study(tmp_path, (entry('transformer'),), (buckets,), tokens=8 * 32 * 2), said.append, interrupt)
+    done = run_study(
+      study(tmp_path, (entry('transformer'),), (buckets,), tokens=8 * 32 * 2),
+      said.append,
+      interrupt,
+    )
   assert [r.seed for r in done.results['Pairs'][0].runs] == [1, 2]
   assert all(0 < r.loss < 10 for r in done.results['Pairs'][0].runs)
   assert not [line for line in said if 'together' in line]
@@ -85,14 +116,28 @@ RECALL = AssociativeRecall(length=6)
 
 
 @pytest.mark.quick
-@pytest.mark.parametrize(('entries', 'task', 'parts'), [
-  ((Grown(family='lstm'),), Dates(), ['family lstm', 'one sequence', 'seq2seq-lstm', 'transformer']),
-  ((Grown(family='transformer'),), RECALL, ['family transformer', 'pairs', 'llama3']),
-  ((Mixer(layer=Attention.Config()),), Dates(), ['Attention', 'one sequence']),
-  ((entry('rnnsearch'),), RECALL, ['EncoderDecoder', 'pairs']),
-  ((AsIs(model_config=FAMILIES['gru'].make(width=8, layers=1, hidden=0, vocab_size=264, context=32)),), Dates(),
-   ['Dates', 'LanguageModel', 'one sequence']),
-])
+@pytest.mark.parametrize(
+  ('entries', 'task', 'parts'),
+  [
+    (
+      (Grown(family='lstm'),),
+      Dates(),
+      ['family lstm', 'one sequence', 'seq2seq-lstm', 'transformer'],
+    ),
+    ((Grown(family='transformer'),), RECALL, ['family transformer', 'pairs', 'llama3']),
+    ((Mixer(layer=Attention.Config()),), Dates(), ['Attention', 'one sequence']),
+    ((entry('rnnsearch'),), RECALL, ['EncoderDecoder', 'pairs']),
+    (
+      (
+        AsIs(
+          model_config=FAMILIES['gru'].make(width=8, layers=1, hidden=0, vocab_size=264, context=32)
+        ),
+      ),
+      Dates(),
+      ['Dates', 'LanguageModel', 'one sequence'],
+    ),
+  ],
+)
 def test_each_kind_of_model_on_its_own_data(entries, task, parts, tmp_path):
   with Interrupt() as interrupt, pytest.raises(InputError) as e:
     run_study(study(tmp_path, entries, (task,)), lambda line: None, interrupt)

@@ -1,5 +1,5 @@
-"""The README's layer: its code stands alone, keeps the contract, is made to a size and trained, and stands in a study's report.
-Where it is written wrong, what is wrong is said."""
+"""The README's layer: its code stands alone, keeps the contract, is made to a size and trained, and
+stands in a study's report. Where it is written wrong, what is wrong is said."""
 
 import json
 import pathlib
@@ -13,17 +13,34 @@ from jaxformer.cli.common import object_of
 from jaxformer.compare.contract import check_layer
 from tests.tiers import thorough
 
-SECTION = (pathlib.Path(__file__).parents[2] / 'README.md').read_text().partition('## Your own layer\n')[2].partition('\n## ')[0]
+SECTION = (
+  (pathlib.Path(__file__).parents[2] / 'README.md')
+  .read_text()
+  .partition('## Your own layer\n')[2]
+  .partition('\n## ')[0]
+)
 LAYER, STUDY = re.findall(r'```python\n(.*?)```', SECTION, re.S)
 NAME = 'my_layer.py:GatedLinear.Config'
 WRONG = {
-  'ahead': ('linear(x_BTD, w[...]).reshape', 'linear(jnp.roll(x_BTD, -1, 1), w[...]).reshape', 'no output depends on a later input',
-            'the output at position 0 depends on the input at position 1, which comes later'),
-  'step': ('  def __call__', '  def step(self, x_BD, ctx, state):\n    out = self(x_BD[:, None], ctx, 0.9 * state)\n'
-           '    return Output(out.y[:, 0], out.state)\n\n  def __call__', 'the whole sequence equals a prefill and steps',
-           'prefill of 0 and 20 steps against the whole sequence: the output differs by up to'),
-  'documents': ('starts_BT(ctx.segments_BT, B, T)', 'starts_BT(None, B, T)', 'packed documents equal separate ones',
-                'the document at positions 1 to 1, packed against alone: the output differs by up to'),
+  'ahead': (
+    'linear(x_BTD, w[...]).reshape',
+    'linear(jnp.roll(x_BTD, -1, 1), w[...]).reshape',
+    'no output depends on a later input',
+    'the output at position 0 depends on the input at position 1, which comes later',
+  ),
+  'step': (
+    '  def __call__',
+    '  def step(self, x_BD, ctx, state):\n    out = self(x_BD[:, None], ctx, 0.9 * state)\n'
+    '    return Output(out.y[:, 0], out.state)\n\n  def __call__',
+    'the whole sequence equals a prefill and steps',
+    'prefill of 0 and 20 steps against the whole sequence: the output differs by up to',
+  ),
+  'documents': (
+    'starts_BT(ctx.segments_BT, B, T)',
+    'starts_BT(None, B, T)',
+    'packed documents equal separate ones',
+    'the document at positions 1 to 1, packed against alone: the output differs by up to',
+  ),
 }
 
 
@@ -45,9 +62,10 @@ def test_it_is_short():
 def test_it_keeps_the_contract(folder, capsys):
   assert main(['check', NAME]) == 0
   said = capsys.readouterr().out
-  assert 'skipped' not in said   # sharding too: the tests have 8 devices
+  assert 'skipped' not in said  # sharding too: the tests have 8 devices
   for line in re.search(r'check my_layer.py:\S+\n(.*?)```', SECTION, re.S)[1].splitlines():
-    assert line in said.splitlines() or line.startswith('  skipped  sharded')   # on the README's one device
+    # on the README's one device
+    assert line in said.splitlines() or line.startswith('  skipped  sharded')
 
 
 @pytest.mark.parametrize('name', WRONG)
@@ -55,7 +73,8 @@ def test_written_wrong_it_is_told_so(name, folder):
   old, new, check, words = WRONG[name]
   assert LAYER.count(old) == 1
   (folder / 'my_layer.py').write_text(LAYER.replace(old, new))
-  verdict = next(v for v in check_layer(object_of(NAME)) if v.check == check)   # as `jaxformer check` prints them
+  # as `jaxformer check` prints them
+  verdict = next(v for v in check_layer(object_of(NAME)) if v.check == check)
   assert words in verdict.wrong
   assert verdict.line.startswith(f'FAILS    {check}: ')
 
@@ -69,20 +88,55 @@ def test_it_is_planned_at_a_size(folder, capsys):
   assert plan['name'] == 'GatedLinear-125M'
 
 
-SMALL = ('--study.tokens', '512', '--study.batch-size', '4', '--study.eval-batches', '1', '--study.target', '1e5',
-         '--study.seeds', '1,2', '--study.tasks.0.sequence-length', '32', '--study.tasks.0.source', 'PydocTopics')
+SMALL = (
+  '--study.tokens',
+  '512',
+  '--study.batch-size',
+  '4',
+  '--study.eval-batches',
+  '1',
+  '--study.target',
+  '1e5',
+  '--study.seeds',
+  '1,2',
+  '--study.tasks.0.sequence-length',
+  '32',
+  '--study.tasks.0.source',
+  'PydocTopics',
+)
 
 
 @thorough
 def test_it_is_trained_and_compared(folder, capsys):
   data = ['--data.source', 'PydocTopics', '--data.sequence-length', '32']
-  assert main(['train', NAME, '--params', '100K', '--training.steps', '2', '--training.eval-batches', '1', *data, '--json']) == 0
+  assert (
+    main(
+      [
+        'train',
+        NAME,
+        '--params',
+        '100K',
+        '--training.steps',
+        '2',
+        '--training.eval-batches',
+        '1',
+        *data,
+        '--json',
+      ]
+    )
+    == 0
+  )
   assert (folder / 'runs' / 'GatedLinear-100K' / 'metrics.jsonl').exists()
   capsys.readouterr()
   assert main(['compare', 'small.py', '--add', NAME, *SMALL]) == 0
   assert 'runs/small/report/report.html' in capsys.readouterr().out
-  rows = [line.split(' | ') for line in (folder / 'runs' / 'small' / 'report' / 'report.md').read_text().splitlines()]
+  rows = [
+    line.split(' | ')
+    for line in (folder / 'runs' / 'small' / 'report' / 'report.md').read_text().splitlines()
+  ]
   row = next(r for r in rows if r[0] == '| GatedLinear')
-  shown = next(line.split(' | ') for line in SECTION.splitlines() if line.startswith('| GatedLinear'))
+  shown = next(
+    line.split(' | ') for line in SECTION.splitlines() if line.startswith('| GatedLinear')
+  )
   assert len(row) == len(shown)
   assert float(row[1].split(' ± ')[0]) > 0

@@ -22,23 +22,40 @@ pytestmark = pytest.mark.quick
 NAMES = ('attention', 'LSTM <1997>', 'worse', 'diverges')
 BITS = {'attention': 2.0, 'LSTM <1997>': 1.5, 'worse': 2.6, 'diverges': 2.0}
 ENVIRONMENT = {
-  'command': ['jaxformer', 'compare', 'invented'], 'versions': {'jax': '1.2.3'}, 'python': '3.11', 'platform': 'here',
-  'commit': 'abc', 'time': 'now', 'devices': {'count': 1, 'kind': 'cpu'}, 'data': {'StandardLibrary': {'sha256': 'f00d'}}}
+  'command': ['jaxformer', 'compare', 'invented'],
+  'versions': {'jax': '1.2.3'},
+  'python': '3.11',
+  'platform': 'here',
+  'commit': 'abc',
+  'time': 'now',
+  'devices': {'count': 1, 'kind': 'cpu'},
+  'data': {'StandardLibrary': {'sha256': 'f00d'}},
+}
 
 
 def invented(folder, names=NAMES, bits=BITS):
-  """A study of text and of recall: every seed adds the same to all, and each run a little of its own."""
+  """A study of text and of recall: every seed adds the same to all, and each run a little of its
+  own."""
   model = FAMILIES['gru'].make(width=8, layers=1, hidden=0, vocab_size=256, context=32)
   study = Study(
-    name='invented', entries=tuple(AsIs(name=n, model_config=model) for n in names), target=6000,
-    tasks=(DataConfig(sequence_length=32), AssociativeRecall()), learning_rates=(1e-3, 3e-3), dir=str(folder))
+    name='invented',
+    entries=tuple(AsIs(name=n, model_config=model) for n in names),
+    target=6000,
+    tasks=(DataConfig(sequence_length=32), AssociativeRecall()),
+    learning_rates=(1e-3, 3e-3),
+    dir=str(folder),
+  )
 
   def trial(title, seed, task, rate=1e-3):
     at = folder / f'{title}-{task}-{seed}-{rate}'.replace('<', '').replace('>', '')
     at.mkdir(parents=True)
     value = bits[title] + 0.1 * seed + 0.01 * math.sin(7 * seed + len(title))
     rows = [{'step': s, 'tokens': 100 * s, 'train/loss': value + 1 / s} for s in range(1, 30)]
-    score = {'eval/bits_per_byte': value} if task == 'StandardLibrary' else {'eval/accuracy': 1 - value / 4}
+    score = (
+      {'eval/bits_per_byte': value}
+      if task == 'StandardLibrary'
+      else {'eval/accuracy': 1 - value / 4}
+    )
     last = {'step': 30, 'tokens': 3000, 'eval/loss': value, 'eval/source': f'{task} test', **score}
     if title == 'diverges' and seed == 2:
       last = {'step': 30, 'eval/loss': None}
@@ -46,10 +63,31 @@ def invented(folder, names=NAMES, bits=BITS):
     return Trial(rate, seed, str(at), last['eval/loss'] or math.inf, last)
 
   results = {
-    task: tuple(Tuned(n, model, tuple(trial(n, 0, task, r) for r in study.learning_rates), 1e-3, True,
-                      tuple(trial(n, s, task) for s in study.seeds)) for n in names) for task in study.task_titles}
-  costs = {n: Costs(6000, 6000, 4e4, 1e3 * (i + 1), 1.5, 10**6 * (i + 1), tuple(
-    AtContext(c, 100 if i else 100 * c, 1e-3 * c, 1e-4) for c in (64, 512))) for i, n in enumerate(names)}
+    task: tuple(
+      Tuned(
+        n,
+        model,
+        tuple(trial(n, 0, task, r) for r in study.learning_rates),
+        1e-3,
+        True,
+        tuple(trial(n, s, task) for s in study.seeds),
+      )
+      for n in names
+    )
+    for task in study.task_titles
+  }
+  costs = {
+    n: Costs(
+      6000,
+      6000,
+      4e4,
+      1e3 * (i + 1),
+      1.5,
+      10**6 * (i + 1),
+      tuple(AtContext(c, 100 if i else 100 * c, 1e-3 * c, 1e-4) for c in (64, 512)),
+    )
+    for i, n in enumerate(names)
+  }
   positions = {('StandardLibrary', n): [3 - i / 64 for i in range(32)] for n in names}
   return gather(Finished(study, results), costs, positions, ENVIRONMENT)
 
@@ -71,7 +109,9 @@ class Page(html.parser.HTMLParser):
     assert not self.open
 
   def handle_starttag(self, tag, attributes):
-    self.fetched += [v for k, v in attributes if k in ('src', 'href', 'xlink:href', 'srcset')] + [tag] * (tag in ('link', 'script'))
+    self.fetched += [v for k, v in attributes if k in ('src', 'href', 'xlink:href', 'srcset')] + [
+      tag
+    ] * (tag in ('link', 'script'))
     self.charts += ('role', 'img') in attributes
     self.rows += [[]] if tag == 'tr' else []
     if tag not in self.EMPTY:
@@ -96,7 +136,7 @@ def test_the_page_stands_alone(results):
   assert 'nan' not in re.sub(r'[a-z]+nan|nan[a-z]+', '', text.lower())
   assert 'Infinity' not in text
   assert '<1997>' not in text
-  assert page.charts == 15   # 3 of quality a task, 3 and 2 of curves, 1 by position, 3 by context
+  assert page.charts == 15  # 3 of quality a task, 3 and 2 of curves, 1 by position, 3 by context
 
 
 def test_verdicts(results):
@@ -105,23 +145,32 @@ def test_verdicts(results):
   assert text['diverges'].scores[2] is None
   assert text['diverges'].estimate.runs == 2
   assert results.answer[0].startswith('StandardLibrary: LSTM <1997> has the best mean')
-  assert 'LSTM <1997> is better; worse is worse; no difference is shown for diverges' in results.answer[0]
+  assert (
+    'LSTM <1997> is better; worse is worse; no difference is shown for diverges'
+    in results.answer[0]
+  )
   accuracy = {o.title: o.verdict for o in results.tasks[1].outcomes}
-  assert accuracy == {n: o.verdict for n, o in text.items()}   # more is better there, and scores were turned round
+  # more is better there, and scores were turned round
+  assert accuracy == {n: o.verdict for n, o in text.items()}
 
 
 def test_each_against_each(results):
   task = results.tasks[0]
   assert [(d.name, d.against) for d in task.pairs] == [
-    ('LSTM <1997>', 'attention'), ('LSTM <1997>', 'worse'), ('attention', 'worse')]
-  assert {d.verdict for d in task.pairs} == {'better'}   # from the best on; one whose run diverged is not among them
+    ('LSTM <1997>', 'attention'),
+    ('LSTM <1997>', 'worse'),
+    ('attention', 'worse'),
+  ]
+  # from the best on; one whose run diverged is not among them
+  assert {d.verdict for d in task.pairs} == {'better'}
   assert 'It is better than every other whose runs all came to an end.' in results.answer[0]
   rows = Page(html_text(results)).rows
   names = ['LSTM <1997>', 'attention', 'worse']
-  table = rows[next(i for i, r in enumerate(rows) if r == ['architecture', *names]):][1:4]
+  table = rows[next(i for i, r in enumerate(rows) if r == ['architecture', *names]) :][1:4]
   assert [r[0] for r in table] == names
   differences = {(d.name, d.against): d.estimate.mean for d in task.pairs}
-  assert table[0][1:] == [f'−{-differences["LSTM <1997>", n]:.3f}*' for n in names[1:]]   # an empty cell has no text
+  # an empty cell has no text
+  assert table[0][1:] == [f'−{-differences["LSTM <1997>", n]:.3f}*' for n in names[1:]]
   assert table[2][1:] == [f'+{-differences[n, "worse"]:.3f}*' for n in names[:2]]
   accuracy = {(d.name, d.against): d for d in results.tasks[1].pairs}
   assert accuracy['LSTM <1997>', 'worse'].verdict == 'better'
@@ -132,22 +181,37 @@ def test_those_near_the_best_are_named(tmp_path):
   near = invented(tmp_path, NAMES[:3], {'attention': 2.0, 'LSTM <1997>': 2.001, 'worse': 2.6})
   assert 'Not told apart from it: ' in near.answer[0]
   assert 'worse' not in near.answer[0].partition('Not told apart from it: ')[2].partition('.')[0]
-  assert not invented(tmp_path / 'two', NAMES[:2]).tasks[0].pairs   # the table of scores says it
+  assert not invented(tmp_path / 'two', NAMES[:2]).tasks[0].pairs  # the table of scores says it
 
 
 def test_all_forms_agree(results, tmp_path):
   save(results, tmp_path / 'report')
-  assert sorted(p.name for p in (tmp_path / 'report').iterdir()) == ['report.csv', 'report.html', 'report.json', 'report.md']
-  data = json.loads((tmp_path / 'report' / 'report.json').read_text(), parse_constant=lambda c: pytest.fail(c))
+  assert sorted(p.name for p in (tmp_path / 'report').iterdir()) == [
+    'report.csv',
+    'report.html',
+    'report.json',
+    'report.md',
+  ]
+  data = json.loads(
+    (tmp_path / 'report' / 'report.json').read_text(), parse_constant=lambda c: pytest.fail(c)
+  )
   table = list(csv.DictReader(io.StringIO(csv_text(results))))
   markdown, page = markdown_text(results), Page(html_text(results))
   outcomes = [(t, o) for t in data['tasks'] for o in t['outcomes']]
   assert len(table) == len(outcomes) == 8
   for row, (task, o) in zip(table, outcomes, strict=True):
-    assert (row['task'], row['architecture'], row['verdict']) == (task['title'], o['title'], o['verdict'] or 'reference')
+    assert (row['task'], row['architecture'], row['verdict']) == (
+      task['title'],
+      o['title'],
+      o['verdict'] or 'reference',
+    )
     assert float(row['mean']) == o['estimate']['mean']
     assert row['p_holm'] == ('' if o['difference'] is None else str(o['difference']['p_adjusted']))
-    mean = f'{o["estimate"]["mean"]:.3f} ±' if task['metric'] == 'bits per byte' else f'{100 * o["estimate"]["mean"]:.1f}% ('
+    mean = (
+      f'{o["estimate"]["mean"]:.3f} ±'
+      if task['metric'] == 'bits per byte'
+      else f'{100 * o["estimate"]["mean"]:.1f}% ('
+    )
     assert any(r and r[0] == o['title'] and len(r) > 1 and r[1].startswith(mean) for r in page.rows)
     assert f'| {o["title"]} | {mean}' in markdown
   for line in data['answer']:
@@ -159,10 +223,23 @@ def test_all_forms_agree(results, tmp_path):
 def test_a_study_of_one_seed_claims_nothing(tmp_path):
   one = invented(tmp_path, ('attention', 'worse'))
   study = one.study.replace(seeds=(1,))
-  outcomes = {t: tuple(Tuned(o.title, e.model_config, (), 1e-3, False, tuple(
-    Trial(1e-3, s, str(tmp_path / r), 1.0, {'eval/loss': 1.0, 'eval/bits_per_byte': v}) for r, (s, v) in zip(
-      o.runs[:1], list(o.scores.items())[:1], strict=True))) for o, e in zip(task.outcomes, study.entries, strict=True))
-    for t, task in zip(study.task_titles, one.tasks, strict=True)}
+  outcomes = {
+    t: tuple(
+      Tuned(
+        o.title,
+        e.model_config,
+        (),
+        1e-3,
+        False,
+        tuple(
+          Trial(1e-3, s, str(tmp_path / r), 1.0, {'eval/loss': 1.0, 'eval/bits_per_byte': v})
+          for r, (s, v) in zip(o.runs[:1], list(o.scores.items())[:1], strict=True)
+        ),
+      )
+      for o, e in zip(task.outcomes, study.entries, strict=True)
+    )
+    for t, task in zip(study.task_titles, one.tasks, strict=True)
+  }
   found = gather(Finished(study, outcomes), one.costs, {}, ENVIRONMENT)
   assert [o.verdict for o in found.tasks[0].outcomes] == [None, 'too few seeds']
   assert 'One seed tells no difference from chance' in found.answer[0]
@@ -172,11 +249,16 @@ def test_a_study_of_one_seed_claims_nothing(tmp_path):
 @pytest.mark.parametrize('log', [False, True])
 def test_a_chart_keeps_to_its_frame(log):
   points = tuple(Point(10.0**i, 3.0 + i, 2.0 + i, 4.0 + i) for i in range(5))
-  svg = chart([Series('a', 0, points, line=True), Series('b', 9, points[:1])], Axis('x', log), Axis('y'), 'chart')
+  svg = chart(
+    [Series('a', 0, points, line=True), Series('b', 9, points[:1])],
+    Axis('x', log),
+    Axis('y'),
+    'chart',
+  )
   numbers = [float(v) for v in re.findall(r'\b(?:x|cx|x1|x2)="([-\d.]+)"', svg)]
   assert numbers
   assert all(0 <= v <= 536 for v in numbers)
-  level = Series('a', 0, (Point(1.0, 0.0), Point(2.0, 0.0)))   # no range, and no logarithm of 0
+  level = Series('a', 0, (Point(1.0, 0.0), Point(2.0, 0.0)))  # no range, and no logarithm of 0
   assert 'nan' not in chart([level], Axis('x', log), Axis('y', log), 'flat')
   with pytest.raises(ValueError, match='no points'):
     chart([Series('a', 0, (Point(math.nan, 1.0),))], Axis('x'), Axis('y'), 'empty')

@@ -6,7 +6,7 @@ from tests.tiers import case
 
 pytestmark = pytest.mark.quick
 
-CHINCHILLA = Law(E=1.69, A=406.4, B=410.7, alpha=0.34, beta=0.28)   # Hoffmann et al. 2022, eq. 10
+CHINCHILLA = Law(E=1.69, A=406.4, B=410.7, alpha=0.34, beta=0.28)  # Hoffmann et al. 2022, eq. 10
 OTHER = Law(E=0.9, A=60.0, B=900.0, alpha=0.25, beta=0.4)
 
 
@@ -25,13 +25,16 @@ def test_exact_losses_give_the_law_back(law):
   assert fit.residual < 1e-4
 
 
-NUMBERS = {name: (lambda law, name=name: getattr(law, name)) for name in ('E', 'A', 'B', 'alpha', 'beta')}
+NUMBERS = {
+  name: (lambda law, name=name: getattr(law, name)) for name in ('E', 'A', 'B', 'alpha', 'beta')
+}
 NUMBERS['exponent'] = lambda law: law.beta / (law.alpha + law.beta)
 
 
 @pytest.mark.parametrize('law', [case(CHINCHILLA, standing=True), case(OTHER, standing=False)])
 def test_intervals_hold_the_truth(law):
-  """Of 95 % intervals of six numbers over ten noisy studies, at least 85 % do: 95 % within what ten studies can tell."""
+  """Of 95 % intervals of six numbers over ten noisy studies, at least 85 % do: 95 % within what ten
+  studies can tell."""
   held = []
   for seed in range(10):
     fit = fit_law(runs(law, 0.01, seed), bootstrap=40, seed=seed)
@@ -52,7 +55,8 @@ def test_larger_runs_are_foretold():
 
 
 def test_intervals_of_one_more_run_hold_it():
-  """Of 95 % intervals, over three larger runs in each of eight noisy studies; they are wider than those of the law by the noise."""
+  """Of 95 % intervals, over three larger runs in each of eight noisy studies; they are wider than
+  those of the law by the noise."""
   held, rng = [], np.random.default_rng(5)
   for seed in range(8):
     fit = fit_law(runs(CHINCHILLA, 0.01, seed), bootstrap=30, seed=seed)
@@ -66,7 +70,9 @@ def test_intervals_of_one_more_run_hold_it():
 
 
 def test_explained_is_the_part_that_is_no_noise():
-  clean, noisy = (fit_law(runs(CHINCHILLA, noise, 0), bootstrap=0).explained for noise in (0.0, 0.1))
+  clean, noisy = (
+    fit_law(runs(CHINCHILLA, noise, 0), bootstrap=0).explained for noise in (0.0, 0.1)
+  )
   assert clean > 0.9999
   assert 0.5 < noisy < 0.99
 

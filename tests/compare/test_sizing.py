@@ -31,7 +31,10 @@ def fits(sized, value):
   assert abs(value / sized.target - 1) == abs(sized.error) <= 0.02
   assert sized.width == sized.model.width
   assert sized.width % family.width_step == 0
-  assert sized.layers == sum(len(g.pattern) * g.repeats for g in (sized.model.encoder if family.of_pairs else sized.model.stack))
+  assert sized.layers == sum(
+    len(g.pattern) * g.repeats
+    for g in (sized.model.encoder if family.of_pairs else sized.model.stack)
+  )
   assert sized.layers % family.layer_step == 0
   assert (sized.hidden is None) == (family.hidden is None)
   if family.hidden is not None:
@@ -66,7 +69,10 @@ def test_larger_sizes_and_equal_flops(family):
 def test_state(family):
   """A megabyte of it; but two families have hardly any."""
   if family in ('moe-lstm', 's5'):
-    with pytest.raises(InputError, match=r'nothing comes within 2% of 1,000,000 state_bytes; the closest has [123].{6} \(width'):
+    with pytest.raises(
+      InputError,
+      match=r'nothing comes within 2% of 1,000,000 state_bytes; the closest has [123].{6} \(width',
+    ):
       solve(family, 'state_bytes', 1e6, **data(family))
   else:
     sized = solve(family, 'state_bytes', 1e6, **data(family))
@@ -89,7 +95,11 @@ def test_other_vocabularies_and_contexts_count():
 
 @pytest.mark.quick
 def test_what_cannot_be_made_is_said():
-  with pytest.raises(InputError, match=r'llama3: nothing comes within 2% of 3 state_bytes; the closest has 32,768 \(width 64, 1 '):
+  with pytest.raises(
+    InputError,
+    match=r'llama3: nothing comes within 2% of 3 state_bytes; the closest has 32,768 \(width 64, 1 '
+    r'',
+  ):
     solve('llama3', 'state_bytes', 3, **SMALL)
   with pytest.raises(InputError, match='has no state_bytes, so none can be made equal'):
     solve(around(GatedMlp.Config(hidden=8)), 'state_bytes', 1e4, **SMALL)
@@ -99,7 +109,7 @@ def test_what_cannot_be_made_is_said():
     solve('mamba', 'flops', 1e6, **SMALL)
 
 
-# ---- on the command line ----------------------------------------------------------------------------------------------
+# ---- on the command line -----------------------------------------------------------------------
 
 
 def answered(capsys, *command):
@@ -117,9 +127,28 @@ def test_a_plan_of_a_size(capsys):
   assert shape['within']
   assert main(['plan', 'mamba', '--params', '1M']) == 0
   lines = capsys.readouterr().out.splitlines()
-  assert lines[1].split() == ['shape', 'width', f'{shape["width"]},', f'{shape["layers"]}', 'layers',
-                              f'{100 * shape["error"]:+.2f}%', 'of', '1M', 'parameters']
-  active = answered(capsys, 'plan', 'mamba', '--flops-per-token', '1e7', '--model.vocab-size', '512', '--model.context', '64')
+  assert lines[1].split() == [
+    'shape',
+    'width',
+    f'{shape["width"]},',
+    f'{shape["layers"]}',
+    'layers',
+    f'{100 * shape["error"]:+.2f}%',
+    'of',
+    '1M',
+    'parameters',
+  ]
+  active = answered(
+    capsys,
+    'plan',
+    'mamba',
+    '--flops-per-token',
+    '1e7',
+    '--model.vocab-size',
+    '512',
+    '--model.context',
+    '64',
+  )
   assert abs(active['train_flops_per_token'] / 1e7 - 1) <= 0.02
   assert (active['name'], active['length']) == ('mamba-10M-flops', 64)
 
@@ -140,7 +169,9 @@ def test_what_is_changed_afterwards_is_measured(capsys):
 
 def test_a_table_of_all_families(capsys):
   rows = answered(capsys, 'plan', 'families', '--state-bytes', '100K,1M')
-  assert [(r['family'], r['target']) for r in rows] == [(f, s) for f in FAMILIES for s in (1e5, 1e6)]
+  assert [(r['family'], r['target']) for r in rows] == [
+    (f, s) for f in FAMILIES for s in (1e5, 1e6)
+  ]
   assert all(r['value'] == r['state_bytes'] for r in rows)
   assert main(['plan', 'llama3', '--state-bytes', '3,1M']) == 0
   lines = capsys.readouterr().out.splitlines()
@@ -157,19 +188,40 @@ def test_training_takes_a_size(capsys):
 
 
 @pytest.mark.quick
-@pytest.mark.parametrize(('command', 'parts'), [
-  (['plan', 'mamba'], ["no preset named 'mamba'", '--params 1M']),
-  (['plan', 'mambo', '--params', '1M'], ["no family named 'mambo'", 'did you mean mamba']),
-  (['plan', 'mamba-130m', '--params', '1M'], ['mamba-130m has the size of a published model', 'there are gnmt, gpt2, ']),
-  (['plan', 'mamba', '--params', 'many'], ['--params', "'many'"]),
-  (['plan', 'mamba', '--params', '1M', '--state-bytes', '1M'], ['--state-bytes', 'not allowed with', '--params']),
-  (['plan', 'mamba', '--params', '1M', '--model.vocab-size', 'x'], ['--model.vocab-size', "'x'"]),
-  (['plan', 'mamba', '--params', '1M', '--model.widht', '3'], ['--model.widht', 'did you mean width']),
-  (['plan', 'families', '--params', '1M', '--target', 'v5e-4'], ['--target', 'one family and one size']),
-  (['plan', 'families', '--params', '1M', '--training.steps', '3'], ['--training.steps', '--model.vocab-size']),
-  (['train', 'mamba', '--params', '1M,2M'], ['one size makes one model; 2']),
-  (['plan', 'llama3', '--state-bytes', '3'], ['nothing comes within 2%', 'the closest has 32,768']),
-])
+@pytest.mark.parametrize(
+  ('command', 'parts'),
+  [
+    (['plan', 'mamba'], ["no preset named 'mamba'", '--params 1M']),
+    (['plan', 'mambo', '--params', '1M'], ["no family named 'mambo'", 'did you mean mamba']),
+    (
+      ['plan', 'mamba-130m', '--params', '1M'],
+      ['mamba-130m has the size of a published model', 'there are gnmt, gpt2, '],
+    ),
+    (['plan', 'mamba', '--params', 'many'], ['--params', "'many'"]),
+    (
+      ['plan', 'mamba', '--params', '1M', '--state-bytes', '1M'],
+      ['--state-bytes', 'not allowed with', '--params'],
+    ),
+    (['plan', 'mamba', '--params', '1M', '--model.vocab-size', 'x'], ['--model.vocab-size', "'x'"]),
+    (
+      ['plan', 'mamba', '--params', '1M', '--model.widht', '3'],
+      ['--model.widht', 'did you mean width'],
+    ),
+    (
+      ['plan', 'families', '--params', '1M', '--target', 'v5e-4'],
+      ['--target', 'one family and one size'],
+    ),
+    (
+      ['plan', 'families', '--params', '1M', '--training.steps', '3'],
+      ['--training.steps', '--model.vocab-size'],
+    ),
+    (['train', 'mamba', '--params', '1M,2M'], ['one size makes one model; 2']),
+    (
+      ['plan', 'llama3', '--state-bytes', '3'],
+      ['nothing comes within 2%', 'the closest has 32,768'],
+    ),
+  ],
+)
 def test_bad_input(command, parts, capsys, tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   assert main(command) == 2

@@ -10,8 +10,8 @@ pytestmark = pytest.mark.quick
 
 
 def studies(seed, count, *, seeds, shift, shared=0.5, others=0):
-  """Simulated studies of two architectures (and `others` that equal the first): the score of a run is noise of standard deviation
-  1, of which a part `shared` belongs to the seed."""
+  """Simulated studies of two architectures (and `others` that equal the first): the score of a run
+  is noise of standard deviation 1, of which a part `shared` belongs to the seed."""
   rng = np.random.default_rng(seed)
   for _ in range(count):
     common = math.sqrt(shared) * rng.normal(size=seeds)
@@ -30,7 +30,12 @@ def test_interval_is_students():
   x = [1.0, 2.0, 4.0]
   e = estimate(x)
   low, high = stats.t.interval(0.95, 2, loc=np.mean(x), scale=stats.sem(x))
-  assert (e.mean, e.low, e.high, e.runs) == (pytest.approx(7 / 3), pytest.approx(low), pytest.approx(high), 3)
+  assert (e.mean, e.low, e.high, e.runs) == (
+    pytest.approx(7 / 3),
+    pytest.approx(low),
+    pytest.approx(high),
+    3,
+  )
   assert estimate([2.0]).low == -math.inf
   with pytest.raises(ValueError, match='at least one'):
     estimate([])
@@ -47,15 +52,17 @@ def test_p_is_that_of_the_paired_test():
   (d,) = compare({'a': a, 'b': b}, 'a')
   assert d.p == pytest.approx(stats.ttest_rel([1.2, 2.5, 3.6], [1.0, 2.0, 3.5]).pvalue)
   assert d.estimate.mean == pytest.approx(0.8 / 3)
-  assert d.estimate.runs == 3   # the seed that one of them lacks is left out
+  assert d.estimate.runs == 3  # the seed that one of them lacks is left out
 
 
 @pytest.mark.parametrize('shared', [0.0, 0.5])
 @pytest.mark.parametrize('others', [0, 8])
 def test_equal_models_are_seldom_told_apart(others, shared):
   """The chance of even one false verdict in a study, however many architectures it has, is 5 %."""
-  clean = sum(set(verdicts(compare(s, 'a')).values()) == {'no difference seen at this budget'}
-              for s in studies(1, 400, seeds=5, shift=0.0, others=others, shared=shared))
+  clean = sum(
+    set(verdicts(compare(s, 'a')).values()) == {'no difference seen at this budget'}
+    for s in studies(1, 400, seeds=5, shift=0.0, others=others, shared=shared)
+  )
   assert clean >= 0.9 * 400
 
 
@@ -63,49 +70,67 @@ def test_equal_models_are_seldom_told_apart(others, shared):
 def test_a_difference_of_two_standard_deviations_is_found(shared):
   """With five seeds, at least half the time; better and worse are not mixed up."""
   for shift, word in ((-2.0, 'better'), (2.0, 'worse')):
-    found = [verdicts(compare(s, 'a'))['b'] for s in studies(2, 300, seeds=5, shift=shift, shared=shared)]
+    found = [
+      verdicts(compare(s, 'a'))['b'] for s in studies(2, 300, seeds=5, shift=shift, shared=shared)
+    ]
     assert found.count(word) >= 150
     assert set(found) <= {word, 'no difference seen at this budget'}
 
 
 def test_counts_that_differ_by_the_same_by_chance():
-  """Two accuracies of 128 answers each, both higher by 9: the interval has no width, and yet two seeds say next to nothing."""
+  """Two accuracies of 128 answers each, both higher by 9: the interval has no width, and yet two
+  seeds say next to nothing."""
   two = {'a': {0: 60 / 128, 1: 62 / 128}, 'b': {0: 69 / 128, 1: 71 / 128}}
-  found, = compare(two, 'a', lower_is_better=False)
+  (found,) = compare(two, 'a', lower_is_better=False)
   assert (found.p, found.verdict) == (0.5, 'no difference seen at this budget')
   nine = {n: dict.fromkeys(range(9), v) for n, v in (('a', 0.5), ('b', 0.6))}
-  found, = compare(nine, 'a', lower_is_better=False)
+  (found,) = compare(nine, 'a', lower_is_better=False)
   assert (found.p, found.verdict) == (2.0**-8, 'better')
 
 
 def test_words():
   scores = {'a': {0: 1.0, 1: 1.1}, 'b': {0: 2.0, 1: 2.11}, 'c': {0: 1.0, 1: 1.1}, 'd': {0: 5.0}}
-  assert verdicts(compare(scores, 'a')) == {'b': 'worse', 'c': 'no difference seen at this budget', 'd': 'too few seeds'}
+  assert verdicts(compare(scores, 'a')) == {
+    'b': 'worse',
+    'c': 'no difference seen at this budget',
+    'd': 'too few seeds',
+  }
   assert verdicts(compare(scores, 'a', lower_is_better=False))['b'] == 'better'
   with pytest.raises(ValueError, match='none of'):
     compare(scores, 'e')
 
 
 def test_holm():
-  assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])   # Holm's own example
+  assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])  # Holm's own example
   assert holm([0.9, 0.8]) == [1.0, 1.0]
   assert holm([0.02, math.nan])[0] == pytest.approx(0.02)
 
 
 def test_all_pairs():
-  scores = {'a': {0: 1.0, 1: 1.1, 2: 0.9}, 'b': {0: 2.0, 1: 2.1, 2: 1.8}, 'c': {0: 1.0, 1: 1.3, 2: 0.8}}
+  scores = {
+    'a': {0: 1.0, 1: 1.1, 2: 0.9},
+    'b': {0: 2.0, 1: 2.1, 2: 1.8},
+    'c': {0: 1.0, 1: 1.3, 2: 0.8},
+  }
   found = {(d.name, d.against): d for d in compare_all(scores)}
   assert list(found) == [('a', 'b'), ('a', 'c'), ('b', 'c')]
-  single, = compare({n: scores[n] for n in 'ab'}, 'b')
+  (single,) = compare({n: scores[n] for n in 'ab'}, 'b')
   assert found['a', 'b'].p == single.p
   assert found['a', 'b'].estimate == single.estimate
-  assert [d.p_adjusted for d in found.values()] == holm([d.p for d in found.values()])   # of all pairs at once
+  # of all pairs at once
+  assert [d.p_adjusted for d in found.values()] == holm([d.p for d in found.values()])
   assert found['a', 'b'].p_adjusted == pytest.approx(3 * single.p)
-  assert [d.verdict for d in found.values()] == ['better', 'no difference seen at this budget', 'worse']
+  assert [d.verdict for d in found.values()] == [
+    'better',
+    'no difference seen at this budget',
+    'worse',
+  ]
 
 
 def test_of_equal_models_no_pair_is_told_apart():
   """The chance of even one false verdict among the 28 pairs of eight architectures is 5 %."""
-  clean = sum({d.verdict for d in compare_all(s)} == {'no difference seen at this budget'}
-              for s in studies(3, 400, seeds=5, shift=0.0, others=6))
+  clean = sum(
+    {d.verdict for d in compare_all(s)} == {'no difference seen at this budget'}
+    for s in studies(3, 400, seeds=5, shift=0.0, others=6)
+  )
   assert clean >= 0.9 * 400

@@ -15,7 +15,9 @@ every = pytest.mark.parametrize('name', families(PAIRS))
 
 
 def logits_of(case):
-  return jax.jit(lambda p, source, tokens: case.definition.merge(p)(source, tokens, Context(unroll=False)).y)
+  return jax.jit(
+    lambda p, source, tokens: case.definition.merge(p)(source, tokens, Context(unroll=False)).y
+  )
 
 
 @every
@@ -51,9 +53,9 @@ def test_padding_and_order_of_a_batch_change_nothing(name):
   batch, logits = pairs_of(case), logits_of(case)
   together = logits(case.params, batch.source_BS, batch.tokens_BT)
   for i in (1, 7):
-    source = batch.source_BS[i:i + 1, :24 - 2 * i]
+    source = batch.source_BS[i : i + 1, : 24 - 2 * i]
     assert np.all(np.asarray(source) >= 0)
-    close(logits(case.params, source, batch.tokens_BT[i:i + 1])[0], together[i], 1e-5)
+    close(logits(case.params, source, batch.tokens_BT[i : i + 1])[0], together[i], 1e-5)
   order = np.random.default_rng(0).permutation(BATCH)
   close(logits(case.params, batch.source_BS[order], batch.tokens_BT[order]), together[order], 1e-5)
 
@@ -65,10 +67,15 @@ def test_outputs_depend_on_all_of_the_source_and_on_no_later_token(name):
   source_table = 'embedding' if case.definition.config.shared_embedding else 'source_embedding'
 
   def influence(table, rows):
-    """How much each id of `rows` bears on the outputs at the first ten positions; each id stands in one place alone."""
+    """How much each id of `rows` bears on the outputs at the first ten positions; each id stands in
+    one place alone."""
+
     def total(p):
-      out = model_of(p).hidden(tokens, model_of(p).encode(source, Context(unroll=False)), Context(unroll=False))
+      out = model_of(p).hidden(
+        tokens, model_of(p).encode(source, Context(unroll=False)), Context(unroll=False)
+      )
       return jnp.sum(jnp.sin(out.y[:, :10]))
+
     return np.abs(np.asarray(jax.jit(jax.grad(total))(case.params)[table]))[rows].sum(-1)
 
   tokens, source = jnp.arange(100, 120)[None], jnp.arange(200, 216)[None]
@@ -82,16 +89,24 @@ def test_outputs_depend_on_all_of_the_source_and_on_no_later_token(name):
 def test_loss_equals_that_of_the_logits(name):
   case = model(name)
   batch, smoothing = pairs_of(case), 0.1
-  sums, _ = jax.jit(lambda p: case.definition.merge(p).loss(batch, Context(unroll=False), label_smoothing=smoothing))(case.params)
+  sums, _ = jax.jit(
+    lambda p: case.definition.merge(p).loss(batch, Context(unroll=False), label_smoothing=smoothing)
+  )(case.params)
   logits = np.asarray(logits_of(case)(case.params, batch.source_BS, batch.tokens_BT), np.float64)
   targets = np.asarray(batch.targets_BT)
-  log_p = logits - np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1, keepdims=True)) - logits.max(-1, keepdims=True)
+  log_p = (
+    logits
+    - np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1, keepdims=True))
+    - logits.max(-1, keepdims=True)
+  )
   nll = -np.take_along_axis(log_p, np.maximum(targets, 0)[..., None], -1)[..., 0]
   counted = targets != -1
   np.testing.assert_allclose(float(sums.nll), nll[counted].sum(), rtol=1e-5)
   smoothed = (1 - smoothing) * nll - smoothing * log_p.mean(-1)
   np.testing.assert_allclose(float(sums.loss), smoothed[counted].sum(), rtol=1e-5)
-  nll_BT, hit_BT = jax.jit(lambda p: case.definition.merge(p).scores(batch, Context(unroll=False)))(case.params)
+  nll_BT, hit_BT = jax.jit(lambda p: case.definition.merge(p).scores(batch, Context(unroll=False)))(
+    case.params
+  )
   close(nll_BT, np.where(counted, nll, 0), 1e-5)
   assert np.array_equal(np.asarray(hit_BT), counted & (logits.argmax(-1) == targets))
 
@@ -100,8 +115,11 @@ def test_loss_equals_that_of_the_logits(name):
 def test_state_is_as_declared(name):
   definition = model(name).definition
   memory = jax.eval_shape(
-    lambda p: definition.merge(p).encode(jnp.zeros((1, 32), jnp.int32)), definition.abstract())
-  state = jax.eval_shape(lambda p, m: definition.merge(p).init_state(m, 32), definition.abstract(), memory)
+    lambda p: definition.merge(p).encode(jnp.zeros((1, 32), jnp.int32)), definition.abstract()
+  )
+  state = jax.eval_shape(
+    lambda p, m: definition.merge(p).init_state(m, 32), definition.abstract(), memory
+  )
   numbers = sum(s.size for s in jax.tree.leaves(state) if jnp.issubdtype(s.dtype, jnp.floating))
   assert numbers == definition.config.state_size(32)
   assert state_bytes(definition, 1, 32) == 2 * numbers
@@ -112,8 +130,11 @@ def test_alignments_are_distributions_over_the_tokens_of_the_source(name):
   case = model(name)
   batch = pairs_of(case)
   for unroll in (False, True):
-    out = jax.jit(lambda p, c=Context(unroll=unroll, align=True): case.definition.merge(p)(batch.source_BS, batch.tokens_BT, c))(
-      case.params)
+    out = jax.jit(
+      lambda p, c=Context(unroll=unroll, align=True): case.definition.merge(p)(
+        batch.source_BS, batch.tokens_BT, c
+      )
+    )(case.params)
     assert bool(out.alignments) == (name != 'seq2seq-lstm-tiny')
     for a in map(np.asarray, out.alignments):
       assert a.shape == (BATCH, LENGTH, 24)

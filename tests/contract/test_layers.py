@@ -1,8 +1,8 @@
-"""The layer contract (`jaxformer/layers/layer.py`), for every example of every registered layer. The checks that `jaxformer check`
-makes too are in `jaxformer/compare/contract.py`.
+"""The layer contract (`jaxformer/layers/layer.py`), for every example of every registered layer.
+The checks that `jaxformer check` makes too are in `jaxformer/compare/contract.py`.
 
-Tolerances are relative to the largest magnitude of what is compared: 1e-5 for outputs and states, 1e-4 for gradients (fp32).
-"""
+Tolerances are relative to the largest magnitude of what is compared: 1e-5 for outputs and states,
+1e-4 for gradients (fp32)."""
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,19 @@ from jaxformer.layers.layer import Context
 from jaxformer.ops.route import route
 from jaxformer.sharding import MeshConfig, batch_sharding, make_mesh, use_mesh
 from tests import tiers
-from tests.contract.cases import BATCH, DECODING, FIRST, LAYERS, LENGTH, Alone, Case, close, inputs, layer, segments
+from tests.contract.cases import (
+  BATCH,
+  DECODING,
+  FIRST,
+  LAYERS,
+  LENGTH,
+  Alone,
+  Case,
+  close,
+  inputs,
+  layer,
+  segments,
+)
 
 every = pytest.mark.parametrize('name', [tiers.case(n, standing=n in FIRST) for n in LAYERS])
 decoding = pytest.mark.parametrize('name', [tiers.case(n, standing=n in FIRST) for n in DECODING])
@@ -21,7 +33,8 @@ IN_TIME = MeshConfig(data=1, context=4, fsdp=2)
 
 
 def seen(name):
-  """A state that has read tokens; None for a layer without one, and for attention, whose cache is not divided in time."""
+  """A state that has read tokens; None for a layer without one, and for attention, whose cache is
+  not divided in time."""
   if name not in DECODING or LAYERS[name].tag == 'Attention':
     return None
   case = layer(name)
@@ -30,18 +43,25 @@ def seen(name):
 
 @every
 def test_fast_form_equals_naive(name):
-  """Outputs, the final state and all gradients, from a state that has seen tokens, with several documents."""
+  """Outputs, the final state and all gradients, from a state that has seen tokens, with several
+  documents."""
   case, ctx = layer(name), Context(segments_BT=segments(7, 8, 5))
   fast, gradients = case.gradients(case.params, inputs(), ctx, seen(name))
   with route(every='naive'):
-    naive, naive_gradients = jax.jit(lambda *a: case.differentiated(*a))(case.params, inputs(), ctx, seen(name))
+    naive, naive_gradients = jax.jit(lambda *a: case.differentiated(*a))(
+      case.params, inputs(), ctx, seen(name)
+    )
   close(fast, naive, 1e-5)
   close(gradients, naive_gradients, 1e-4, 'gradient ')
 
 
 @pytest.mark.parametrize('name', [n for n in DECODING if DECODING[n].tag == 'Attention'])
 def test_fast_form_equals_naive_on_a_cache(name):
-  case, ctx, state = layer(name), Context(segments_BT=segments(2, 13, 5)), layer(name).init_state(BATCH, LENGTH)
+  case, ctx, state = (
+    layer(name),
+    Context(segments_BT=segments(2, 13, 5)),
+    layer(name).init_state(BATCH, LENGTH),
+  )
   with route(every='naive'):
     naive = jax.jit(lambda *a: case.whole(*a))(case.params, inputs(), ctx, state)
   close(case.call(case.params, inputs(), ctx, state), naive, 1e-5)
@@ -78,8 +98,8 @@ def test_sharded_equals_unsharded(name):
 
 @every
 def test_divided_in_time_equals_whole(name):
-  """Outputs, the final state and all gradients, from a state that has seen tokens, with documents that begin inside and at the
-  border of shards."""
+  """Outputs, the final state and all gradients, from a state that has seen tokens, with documents
+  that begin inside and at the border of shards."""
   case, x, state = layer(name), inputs(), seen(name)
   ctx = Context(segments_BT=segments(7, 8, 5))
   whole = case.gradients(case.params, x, ctx, state)
@@ -87,7 +107,8 @@ def test_divided_in_time_equals_whole(name):
   with use_mesh(devices, IN_TIME.rules):
     params = jax.device_put(case.params, case.definition.shardings(devices, IN_TIME.rules))
     divided = jax.jit(lambda *a: case.differentiated(*a))(
-      params, jax.device_put(x, batch_sharding(devices, IN_TIME.rules)), ctx, state)
+      params, jax.device_put(x, batch_sharding(devices, IN_TIME.rules)), ctx, state
+    )
   close(divided, whole, 1e-4)
 
 
@@ -106,12 +127,20 @@ def test_config_survives_json(name):
   contract.survives_json(layer(name))
 
 
-# Of a state that is not known to be fresh, `test_sequence_equals_two_parts` has the general case; attention reads it another way.
-@pytest.mark.parametrize(('name', 'fresh'), [
-  tiers.case(n, fresh, standing=n in FIRST)
-  for n in DECODING for fresh in (False, True) if fresh or DECODING[n].tag == 'Attention'])
+# Of a state that is not known to be fresh, `test_sequence_equals_two_parts` has the general case;
+# attention reads it another way.
+@pytest.mark.parametrize(
+  ('name', 'fresh'),
+  [
+    tiers.case(n, fresh, standing=n in FIRST)
+    for n in DECODING
+    for fresh in (False, True)
+    if fresh or DECODING[n].tag == 'Attention'
+  ],
+)
 def test_padding_before_a_document_leaves_no_trace(name, fresh):
-  """How prompts of unequal lengths are read: padding is a document of its own, and the next one starts anew, in its state too."""
+  """How prompts of unequal lengths are read: padding is a document of its own, and the next one
+  starts anew, in its state too."""
   case, x, pad = layer(name), inputs(), 3
   segments_BT = jnp.broadcast_to((jnp.arange(LENGTH) >= pad).astype(jnp.int32), (BATCH, LENGTH))
   ctx = Context(segments_BT=segments_BT, fresh=fresh)

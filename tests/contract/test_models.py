@@ -22,10 +22,23 @@ from tests.contract.cases import BATCH, CLASSIFIERS, PAIRS, TINY, close, model, 
 from tests.tiers import families
 
 every = pytest.mark.parametrize('name', families(TINY))
-# Of what depends on how a stack is built, and not on the layers in it, which test_layers.py puts on a mesh one by one: a family of
-# each build.
-BUILDS = ('gpt2-tiny', 'h3-tiny', 'jamba-tiny', 'llama3-tiny', 'lstm-tiny', 'mamba-tiny', 'mixtral-tiny', 'moe-lstm-tiny',
-          'rwkv4-tiny', 'rwkv7-tiny', 's4d-tiny', *CLASSIFIERS, *PAIRS)
+# Of what depends on how a stack is built, and not on the layers in it, which test_layers.py puts on
+# a mesh one by one: a family of each build.
+BUILDS = (
+  'gpt2-tiny',
+  'h3-tiny',
+  'jamba-tiny',
+  'llama3-tiny',
+  'lstm-tiny',
+  'mamba-tiny',
+  'mixtral-tiny',
+  'moe-lstm-tiny',
+  'rwkv4-tiny',
+  'rwkv7-tiny',
+  's4d-tiny',
+  *CLASSIFIERS,
+  *PAIRS,
+)
 all_kinds = pytest.mark.parametrize('name', families([*TINY, *CLASSIFIERS, *PAIRS]))
 LENGTH, DOCUMENTS = 40, (20, 20)
 # With every remat policy and on every mesh; the others with what is most likely to break.
@@ -41,16 +54,25 @@ def batch_of(case):
     return pairs_of(case)
   t = tokens(case, LENGTH + 1)
   targets = t[:, 1:].at[:, 5].set(-1)
-  return types.SimpleNamespace(tokens_BT=t[:, :-1], targets_BT=targets, segments_BT=segments(*DOCUMENTS))
+  return types.SimpleNamespace(
+    tokens_BT=t[:, :-1], targets_BT=targets, segments_BT=segments(*DOCUMENTS)
+  )
 
 
 def pairs_of(case):
   """Sources of 24, 22, ... tokens and targets of 40, 37, ..."""
-  t, where_BT, row_B1 = tokens(case, LENGTH + 1), jnp.arange(LENGTH)[None], jnp.arange(BATCH)[:, None]
+  t, where_BT, row_B1 = (
+    tokens(case, LENGTH + 1),
+    jnp.arange(LENGTH)[None],
+    jnp.arange(BATCH)[:, None],
+  )
   source = tokens(case, 24 + LENGTH)[:, LENGTH:]
   return types.SimpleNamespace(
-    source_BS=jnp.where(where_BT[:, :24] < 24 - 2 * row_B1, source, -1), tokens_BT=t[:, :-1],
-    targets_BT=jnp.where(where_BT < LENGTH - 3 * row_B1, t[:, 1:], -1), segments_BT=None)
+    source_BS=jnp.where(where_BT[:, :24] < 24 - 2 * row_B1, source, -1),
+    tokens_BT=t[:, :-1],
+    targets_BT=jnp.where(where_BT < LENGTH - 3 * row_B1, t[:, 1:], -1),
+    segments_BT=None,
+  )
 
 
 def sequences_of(case):
@@ -58,20 +80,32 @@ def sequences_of(case):
   config, length_B = case.definition.config, LENGTH - 3 * jnp.arange(BATCH)
   label_B = jnp.arange(BATCH) % config.classes
   where_BT, length_B1 = jnp.arange(LENGTH)[None], length_B[:, None]
-  inputs = {'tokens_BT': tokens(case, LENGTH)} if config.features is None else {
-    'features_BTF': jax.random.normal(jax.random.key(3), (BATCH, LENGTH, config.features))}
+  inputs = (
+    {'tokens_BT': tokens(case, LENGTH)}
+    if config.features is None
+    else {'features_BTF': jax.random.normal(jax.random.key(3), (BATCH, LENGTH, config.features))}
+  )
   return types.SimpleNamespace(
-    **inputs, targets_BT=jnp.where(where_BT == length_B1 - 1, label_B[:, None], -1),
-    segments_BT=(where_BT < length_B1).astype(jnp.int32))
+    **inputs,
+    targets_BT=jnp.where(where_BT == length_B1 - 1, label_B[:, None], -1),
+    segments_BT=(where_BT < length_B1).astype(jnp.int32),
+  )
 
 
 def loss_of(case, batch, cast=None):
-  """(the loss, its sums) and the gradients of the parameters, which `cast` turns into what the model computes with."""
+  """(the loss, its sums) and the gradients of the parameters, which `cast` turns into what the
+  model computes with."""
+
   def loss(params, ctx):
     params = params if cast is None else cast(params)
     sums, aux = case.definition.merge(params).loss(batch, ctx, z_loss=1e-3)
-    return sums.loss / sums.count + sum((v for k, v in aux.items() if k.startswith('loss/')), 0.0), sums
-  return lambda params, ctx=Context(unroll=False): jax.value_and_grad(loss, has_aux=True)(params, ctx)
+    return sums.loss / sums.count + sum(
+      (v for k, v in aux.items() if k.startswith('loss/')), 0.0
+    ), sums
+
+  return lambda params, ctx=Context(unroll=False): jax.value_and_grad(loss, has_aux=True)(
+    params, ctx
+  )
 
 
 @every
@@ -86,7 +120,10 @@ def test_packed_documents_equal_separate_ones(name):
   case = model(name)
   x = tokens(case, LENGTH)
   packed = case.call(case.params, x, Context(segments_BT=segments(*DOCUMENTS)))[0]
-  apart = [case.call(case.params, part, Context(), case.init_state(BATCH, 24))[0] for part in jnp.split(x, 2, axis=1)]
+  apart = [
+    case.call(case.params, part, Context(), case.init_state(BATCH, 24))[0]
+    for part in jnp.split(x, 2, axis=1)
+  ]
   close(packed, jnp.concatenate(apart, axis=1), 1e-5)
 
 
@@ -94,7 +131,9 @@ def test_packed_documents_equal_separate_ones(name):
 def test_loss_equals_that_of_the_logits(name):
   case = model(name)
   batch, sums = batch_of(case), on_one_device(name)[0][1]
-  logits = np.asarray(case.call(case.params, batch.tokens_BT, Context(segments_BT=batch.segments_BT))[0], np.float64)
+  logits = np.asarray(
+    case.call(case.params, batch.tokens_BT, Context(segments_BT=batch.segments_BT))[0], np.float64
+  )
   targets = np.asarray(batch.targets_BT)
   top = logits.max(-1, keepdims=True)
   normaliser = np.log(np.exp(logits - top).sum(-1)) + top[..., 0]
@@ -115,10 +154,18 @@ def test_every_way_to_run_the_stack_agrees(name):
   case, scanned = model(name), on_one_device(name)
   loss = loss_of(case, batch_of(case))
   with route(every='naive'):
-    close(jax.jit(lambda *a: loss(*a))(case.params, Context(unroll=True)), scanned, 1e-4, 'naive, unrolled ')
+    close(
+      jax.jit(lambda *a: loss(*a))(case.params, Context(unroll=True)),
+      scanned,
+      1e-4,
+      'naive, unrolled ',
+    )
   ways = [Context(remat='full', unroll=False)]
   if name in IN_EVERY_WAY:
-    ways = [Context(unroll=True), *(Context(remat=r, unroll=False) for r in REMAT if r not in ('none', 'offload'))]
+    ways = [
+      Context(unroll=True),
+      *(Context(remat=r, unroll=False) for r in REMAT if r not in ('none', 'offload')),
+    ]
   for ctx in ways:
     close(jax.jit(loss)(case.params, ctx), scanned, 1e-4, f'{ctx.remat} {ctx.unroll} ')
 
@@ -128,14 +175,16 @@ MESHES = {
   'data8': MeshConfig(data=8, rules='data_parallel'),
   'fsdp8': MeshConfig(fsdp=8, rules='fsdp'),
   'data2-fsdp2-tensor2': MeshConfig(data=2, fsdp=2, tensor=2),
-  'expert4-fsdp2': MeshConfig(data=1, expert=4, fsdp=2),   # for models with experts
+  'expert4-fsdp2': MeshConfig(data=1, expert=4, fsdp=2),  # for models with experts
   'context4-fsdp2': MeshConfig(data=1, context=4, fsdp=2),
   'context2-expert2-tensor2': MeshConfig(data=1, context=2, expert=2, tensor=2),
   'replica2-context2-fsdp2': MeshConfig(data=1, replica=2, context=2, fsdp=2, rules='fsdp'),
 }
 USUAL_MESHES = 'fsdp4-tensor2', 'data8', 'context4-fsdp2', 'context2-expert2-tensor2'
-MIXTURES = {'mixtral-tiny': ['context4-fsdp2', 'expert4-fsdp2', 'context2-expert2-tensor2'],
-            'jamba-tiny': ['context2-expert2-tensor2']}
+MIXTURES = {
+  'mixtral-tiny': ['context4-fsdp2', 'expert4-fsdp2', 'context2-expert2-tensor2'],
+  'jamba-tiny': ['context2-expert2-tensor2'],
+}
 
 
 def meshes_for(name):
@@ -146,9 +195,19 @@ def meshes_for(name):
   return ['fsdp4-tensor2', *MIXTURES.get(name, ['context4-fsdp2'] if name in IN_TIME else [])]
 
 
-@pytest.mark.parametrize(('name', 'mesh'), [
-  tiers.case(n, MESHES[m], id=f'{n}-{m}', standing=n.removesuffix('-tiny') in tiers.STANDING and m in USUAL_MESHES)
-  for n in BUILDS for m in meshes_for(n)])
+@pytest.mark.parametrize(
+  ('name', 'mesh'),
+  [
+    tiers.case(
+      n,
+      MESHES[m],
+      id=f'{n}-{m}',
+      standing=n.removesuffix('-tiny') in tiers.STANDING and m in USUAL_MESHES,
+    )
+    for n in BUILDS
+    for m in meshes_for(n)
+  ],
+)
 def test_sharded_equals_unsharded(name, mesh):
   case = model(name)
   batch = batch_of(case)
@@ -169,7 +228,9 @@ def test_parameters_are_born_sharded_and_equal(name):
   born = case.definition.init(jax.random.key(0), devices)
   for parameter, value in case.initial.items():
     np.testing.assert_array_equal(np.asarray(born[parameter]), np.asarray(value), err_msg=parameter)
-  assert max(p.addressable_shards[0].data.size for p in born.values()) < max(p.size for p in born.values())
+  assert max(p.addressable_shards[0].data.size for p in born.values()) < max(
+    p.size for p in born.values()
+  )
 
 
 @all_kinds
@@ -191,5 +252,5 @@ def test_padding_leaves_no_trace_in_a_class(name):
   together = logits(case.params, vars(batch))
   for i in (1, 7):
     length = int(batch.segments_BT[i].sum())
-    alone = {k: v[i:i + 1, :length] for k, v in vars(batch).items()} | {'segments_BT': None}
+    alone = {k: v[i : i + 1, :length] for k, v in vars(batch).items()} | {'segments_BT': None}
     close(logits(case.params, alone)[0], together[i], 1e-5)

@@ -1,4 +1,5 @@
-"""The layer of CONTRIBUTING.md is as it says: its code stands alone and keeps the contract; layers that break it are caught."""
+"""The layer of CONTRIBUTING.md is as it says: its code stands alone and keeps the contract; layers
+that break it are caught."""
 
 import pathlib
 import re
@@ -15,8 +16,12 @@ TEXT = (pathlib.Path(__file__).parents[2] / 'CONTRIBUTING.md').read_text()
 
 def tutorial(tag: str, *changes: tuple[str, str]):
   """The layer of the tutorial under a tag of its own, with changes to its text."""
-  code, = re.findall(r'## Add a layer\n.*?```python\n(.*?)```', TEXT, re.S)
-  for old, new in (('class Leaky(', f'class {tag}('), ('return Leaky(', f'return {tag}('), *changes):
+  (code,) = re.findall(r'## Add a layer\n.*?```python\n(.*?)```', TEXT, re.S)
+  for old, new in (
+    ('class Leaky(', f'class {tag}('),
+    ('return Leaky(', f'return {tag}('),
+    *changes,
+  ):
     assert code.count(old) == 1, old
     code = code.replace(old, new)
   space = {'__name__': __name__}
@@ -26,7 +31,10 @@ def tutorial(tag: str, *changes: tuple[str, str]):
 
 LAYERS = {
   'right': ('TutorialLeaky',),
-  'looks ahead': ('TutorialAhead', ('jnp.swapaxes(x_BTD, 0, 1).astype', 'jnp.swapaxes(jnp.roll(x_BTD, -1, 1), 0, 1).astype')),
+  'looks ahead': (
+    'TutorialAhead',
+    ('jnp.swapaxes(x_BTD, 0, 1).astype', 'jnp.swapaxes(jnp.roll(x_BTD, -1, 1), 0, 1).astype'),
+  ),
   'forgets documents': ('TutorialForgetful', ('jnp.where(begins_B[:, None], 0.0, h_BD)', 'h_BD')),
   'another state': ('TutorialState', ('return width', 'return 2 * width')),
 }
@@ -64,11 +72,15 @@ def test_the_layer_of_the_tutorial_keeps_the_contract(layer):
   hold(layer)
 
 
-@pytest.mark.parametrize(('layer', 'test'), [
-  ('looks ahead', contract.test_no_output_depends_on_a_later_input),
-  ('forgets documents', contract.test_packed_documents_equal_separate_ones),
-  ('another state', contract.test_state_is_as_declared),
-], indirect=['layer'])
+@pytest.mark.parametrize(
+  ('layer', 'test'),
+  [
+    ('looks ahead', contract.test_no_output_depends_on_a_later_input),
+    ('forgets documents', contract.test_packed_documents_equal_separate_ones),
+    ('another state', contract.test_state_is_as_declared),
+  ],
+  indirect=['layer'],
+)
 def test_a_wrong_layer_breaks_it(layer, test, request):
   with pytest.raises(AssertionError):
     test(next(n for n, c in cases.LAYERS.items() if type(c) is layer.Config))

@@ -42,8 +42,12 @@ def test_baselines_are_the_stated_formulas(corpus, tokenizer, ends):
   data = open_data(DataConfig(source=source, tokenizer=tokenizer, split=split, sequence_length=8))
   pieces = list(divide(source.documents, split, ''))
   train, validation = ([p.text for p in pieces if p.side == s] for s in ('train', 'validation'))
-  assert data.unigram_bits_per_byte() == pytest.approx(naive(train, validation, ends, bigram=False), rel=1e-12)
-  assert data.bigram_bits_per_byte() == pytest.approx(naive(train, validation, ends, bigram=True), rel=1e-12)
+  assert data.unigram_bits_per_byte() == pytest.approx(
+    naive(train, validation, ends, bigram=False), rel=1e-12
+  )
+  assert data.bigram_bits_per_byte() == pytest.approx(
+    naive(train, validation, ends, bigram=True), rel=1e-12
+  )
   assert data.bigram_bits_per_byte() < data.unigram_bits_per_byte() < 8
 
 

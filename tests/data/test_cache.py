@@ -39,7 +39,9 @@ def opened(path, **fields):
 
 
 def everything(data):
-  return [b.tokens_BT for b in data.validation_batches(4)] + [data.train_batch(s, 4, 0).tokens_BT for s in range(5)]
+  return [b.tokens_BT for b in data.validation_batches(4)] + [
+    data.train_batch(s, 4, 0).tokens_BT for s in range(5)
+  ]
 
 
 def same(a, b):
@@ -67,7 +69,9 @@ def test_built_once(corpus, tokenizer):
 def test_what_differs_is_built_anew(corpus, cache):
   path = corpus(TEXTS)
   opened(path)
-  for count, fields in enumerate([{'split': ByPosition()}, {'split': ByDocument(fraction=0.2)}, {'tokenizer': Characters()}], 2):
+  for count, fields in enumerate(
+    [{'split': ByPosition()}, {'split': ByDocument(fraction=0.2)}, {'tokenizer': Characters()}], 2
+  ):
     _, lines = opened(path, **fields)
     assert lines
     assert len(token_files(cache)) == count
@@ -80,7 +84,7 @@ def test_what_differs_is_built_anew(corpus, cache):
 def test_changed_content_is_noticed(corpus, tokenizer):
   path = corpus(TEXTS)
   before, _ = opened(path, tokenizer=tokenizer)
-  corpus([t.replace('document', 'DOCUMENT') for t in TEXTS])   # the same size
+  corpus([t.replace('document', 'DOCUMENT') for t in TEXTS])  # the same size
   after, lines = opened(path, tokenizer=tokenizer)
   assert lines
   assert not same(everything(before), everything(after))
@@ -98,14 +102,17 @@ def flip(path):
 
 @pytest.mark.quick
 @pytest.mark.parametrize('harm', [truncate, flip, os.unlink])
-@pytest.mark.parametrize('name', ['train.tokens', 'validation.tokens', 'train.starts.npy', 'train.pairs.npy', 'index.json'])
+@pytest.mark.parametrize(
+  'name', ['train.tokens', 'validation.tokens', 'train.starts.npy', 'train.pairs.npy', 'index.json']
+)
 def test_damage_is_repaired(corpus, cache, harm, name):
   path = corpus(TEXTS)
   whole = everything(opened(path)[0])
   harm(token_files(cache, name)[0])
   again, lines = opened(path)
   assert same(everything(again), whole)
-  if (name, harm) != ('index.json', flip):   # a flip within a hash or a count is noticed; one within spaces need not be
+  # a flip within a hash or a count is noticed; one within spaces need not be
+  if (name, harm) != ('index.json', flip):
     assert lines
   assert [p.name for p in cache.iterdir() if p.name.startswith('.')] == []
 
@@ -126,7 +133,7 @@ def test_simultaneous_builds(corpus, cache, monkeypatch):
   together, original = threading.Barrier(4), splits.ByDocument.pieces
 
   def pieces(self, documents, survey):
-    together.wait(10)   # all four are past the look into the cache
+    together.wait(10)  # all four are past the look into the cache
     yield from original(self, documents, survey)
 
   monkeypatch.setattr(splits.ByDocument, 'pieces', pieces)
@@ -173,7 +180,9 @@ def test_killed_build_leaves_no_half_cache(corpus, cache):
     cache._Writer.write = slowly
     open_data(DataConfig(source=Files(path=sys.argv[1]), sequence_length=16), log=lambda line: None)
   """)
-  process = subprocess.Popen([sys.executable, '-c', script, path], stdout=subprocess.PIPE, text=True)
+  process = subprocess.Popen(
+    [sys.executable, '-c', script, path], stdout=subprocess.PIPE, text=True
+  )
   assert process.stdout is not None
   for _ in range(3):
     assert process.stdout.readline() == 'wrote\n'
@@ -198,14 +207,21 @@ def test_killed_build_leaves_no_half_cache(corpus, cache):
 def test_cache_that_cannot_be_written(corpus, tmp_path, monkeypatch):
   path = corpus(TEXTS)
   (tmp_path / 'file').write_text('')
-  with pytest.raises(InputError, match=r'cache folder .*file.*: cannot be written \(.*\); set JAXFORMER_CACHE'):
-    open_data(DataConfig(source=Files(path=path), sequence_length=16), cache_dir=tmp_path / 'file' / 'inside')
+  with pytest.raises(
+    InputError, match=r'cache folder .*file.*: cannot be written \(.*\); set JAXFORMER_CACHE'
+  ):
+    open_data(
+      DataConfig(source=Files(path=path), sequence_length=16),
+      cache_dir=tmp_path / 'file' / 'inside',
+    )
 
   def refuse(*args, **kwargs):
     raise PermissionError(13, 'Permission denied')
 
-  monkeypatch.setattr(os, 'mkdir', refuse)   # permissions do not bind the superuser
-  with pytest.raises(InputError, match=r'cannot be written \(Permission denied\); set JAXFORMER_CACHE'):
+  monkeypatch.setattr(os, 'mkdir', refuse)  # permissions do not bind the superuser
+  with pytest.raises(
+    InputError, match=r'cannot be written \(Permission denied\); set JAXFORMER_CACHE'
+  ):
     opened(path)
 
 
@@ -214,10 +230,15 @@ def test_cache_within_the_corpus(tmp_path):
   (tmp_path / 'texts').mkdir()
   for i in range(9):
     (tmp_path / 'texts' / f'{i}.txt').write_text(TEXTS[i])
-  data = DataConfig(source=Files(path=str(tmp_path / 'texts')), sequence_length=16, split=ByPosition())
-  with pytest.raises(InputError, match=r'the cache folder .*texts/cache lies in it; set JAXFORMER_CACHE to one outside'):
+  data = DataConfig(
+    source=Files(path=str(tmp_path / 'texts')), sequence_length=16, split=ByPosition()
+  )
+  with pytest.raises(
+    InputError,
+    match=r'the cache folder .*texts/cache lies in it; set JAXFORMER_CACHE to one outside',
+  ):
     open_data(data, cache_dir=tmp_path / 'texts' / 'cache')
-  open_data(data, cache_dir=tmp_path / 'texts' / '.cache')   # hidden files are no part of a corpus
+  open_data(data, cache_dir=tmp_path / 'texts' / '.cache')  # hidden files are no part of a corpus
   lines = []
   open_data(data, cache_dir=tmp_path / 'texts' / '.cache', log=lines.append)
   assert not lines
@@ -240,7 +261,10 @@ def test_long_documents_come_in_pieces(corpus, monkeypatch, cache):
   path = corpus(texts)
   for tokenizer in (Bytes(), BytePairs(vocab_size=260)):
     whole = everything(opened(path, tokenizer=tokenizer)[0])
-    small = {'jaxformer.data.cache.BATCH_CHARACTERS': 3000, 'jaxformer.data.tokenizers.PIECE_CHARACTERS': 1000}
+    small = {
+      'jaxformer.data.cache.BATCH_CHARACTERS': 3000,
+      'jaxformer.data.tokenizers.PIECE_CHARACTERS': 1000,
+    }
     with monkeypatch.context() as m:
       for name, value in small.items():
         m.setattr(name, value)
@@ -257,7 +281,12 @@ def test_long_documents_come_in_pieces(corpus, monkeypatch, cache):
 
 @pytest.mark.quick
 def test_large_vocabularies_take_four_bytes(corpus, cache, tmp_path):
-  path = corpus([''.join(chr(0x4E00 + (i * 5000 + j) % 66000 + 0x10000) for j in range(5000)) for i in range(15)])
+  path = corpus(
+    [
+      ''.join(chr(0x4E00 + (i * 5000 + j) % 66000 + 0x10000) for j in range(5000))
+      for i in range(15)
+    ]
+  )
   data, _ = opened(path, tokenizer=Characters())
   assert data.vocab_size > 65_536
   assert token_files(cache)[0].stat().st_size == 4 * data.train_tokens

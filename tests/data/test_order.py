@@ -45,14 +45,14 @@ def test_epochs_and_seeds_are_unrelated():
   epochs = shuffled(10_000, np.arange(20_000), key(0)).reshape(2, -1)
   other = shuffled(10_000, np.arange(10_000), key(1))
   for a, b in ((epochs[0], epochs[1]), (epochs[0], other), (epochs[0], np.arange(10_000))):
-    assert abs(np.corrcoef(a, b)[0, 1]) < 0.04   # 4 standard deviations
+    assert abs(np.corrcoef(a, b)[0, 1]) < 0.04  # 4 standard deviations
     assert (a == b).sum() < 10
 
 
 def test_random_windows_are_uniform():
   drawn = random_below(10, np.arange(100_000), key(3))
   counts = np.bincount(drawn, minlength=10)
-  assert abs(counts - 10_000).max() < 400   # 4 standard deviations
+  assert abs(counts - 10_000).max() < 400  # 4 standard deviations
   assert abs(np.corrcoef(drawn[1:], drawn[:-1])[0, 1]) < 0.0127
 
 
@@ -77,7 +77,10 @@ def test_interleaving_deals_in_proportion_and_numbers_without_gaps(weights):
     assert np.array_equal(mine, np.arange(mine.size))
     assert abs(mine.size / part.size - share[k]) <= max(len(weights), 1) / SLOTS
     # Early on as well: never further from its share than a few positions.
-    assert np.abs(np.cumsum(part == k) - share[k] * np.arange(1, part.size + 1))[:200].max() <= len(weights) + 1
+    assert (
+      np.abs(np.cumsum(part == k) - share[k] * np.arange(1, part.size + 1))[:200].max()
+      <= len(weights) + 1
+    )
 
 
 def test_tiny_weights_still_get_positions():

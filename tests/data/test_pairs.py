@@ -1,4 +1,5 @@
-"""Batches of pairs: what is in them, in what order, whatever the hosts; and the cache behind them."""
+"""Batches of pairs: what is in them, in what order, whatever the hosts; and the cache behind
+them."""
 
 import collections
 import shutil
@@ -7,7 +8,18 @@ import numpy as np
 import pytest
 
 from jaxformer.config import InputError, from_json, override, to_json
-from jaxformer.data import BytePairs, Bytes, Characters, Dates, Pairs, PairTokenizer, Tsv, load_tokenizer, open_data, source_of
+from jaxformer.data import (
+  BytePairs,
+  Bytes,
+  Characters,
+  Dates,
+  Pairs,
+  PairTokenizer,
+  Tsv,
+  load_tokenizer,
+  open_data,
+  source_of,
+)
 from jaxformer.data.pipeline import DataSection
 
 pytestmark = pytest.mark.quick
@@ -28,9 +40,12 @@ def pairs(tmp_path):
 
 
 def texts(batch):
-  """(source, target) of each row that is asked for, from the ids, which are checked against each other."""
+  """(source, target) of each row that is asked for, from the ids, which are checked against each
+  other."""
   out = []
-  for source, tokens, targets in zip(batch.source_BS, batch.tokens_BT, batch.targets_BT, strict=True):
+  for source, tokens, targets in zip(
+    batch.source_BS, batch.tokens_BT, batch.targets_BT, strict=True
+  ):
     length, count = (source != -1).sum(), (targets != -1).sum()
     assert (source[length:] == -1).all()
     assert source[length - 1] == END
@@ -41,12 +56,17 @@ def texts(batch):
     assert targets[count - 1] == END
     np.testing.assert_array_equal(tokens[1:count], targets[: count - 1])
     assert not tokens[count:].any()
-    out.append((bytes(source[: length - 1].tolist()).decode(), bytes(targets[: count - 1].tolist()).decode()))
+    out.append(
+      (bytes(source[: length - 1].tolist()).decode(), bytes(targets[: count - 1].tolist()).decode())
+    )
   return out
 
 
 def bucket_of(source, target):
-  return next((b for b, (s, t) in enumerate(zip(*LENGTHS.values())) if len(source) < s and len(target) < t), None)
+  return next(
+    (b for b, (s, t) in enumerate(zip(*LENGTHS.values())) if len(source) < s and len(target) < t),
+    None,
+  )
 
 
 def test_batches_hold_pairs_of_their_bucket_and_about_the_same_number_of_positions(pairs):
@@ -89,14 +109,21 @@ def test_hosts_and_resuming_change_nothing(pairs):
     for step, whole in enumerate(want):
       parts = [data.train_batch(step, 8, 5, i, count) for i in range(count)]
       for field in ('source_BS', 'tokens_BT', 'targets_BT'):
-        np.testing.assert_array_equal(np.concatenate([getattr(p, field) for p in parts]), getattr(whole, field))
+        np.testing.assert_array_equal(
+          np.concatenate([getattr(p, field) for p in parts]), getattr(whole, field)
+        )
   again = open_data(pairs())
   start = again.resume_step(state, 8, 5)
   with again.train_batches(8, 5, start) as batches, data.train_batches(8, 5, 12) as others:
     for _ in range(5):
       np.testing.assert_array_equal(next(batches).source_BS, next(others).source_BS)
-  assert any(not np.array_equal(data.train_batch(s, 8, 6).source_BS, want[s].source_BS) for s in range(12))
-  for changed in ({'source_lengths': (10, 20, 40)}, {'split': {'type': 'ByDocument', 'fraction': 0.3}}):
+  assert any(
+    not np.array_equal(data.train_batch(s, 8, 6).source_BS, want[s].source_BS) for s in range(12)
+  )
+  for changed in (
+    {'source_lengths': (10, 20, 40)},
+    {'split': {'type': 'ByDocument', 'fraction': 0.3}},
+  ):
     other = open_data(from_json(to_json(pairs()) | changed))
     with pytest.raises(InputError, match='not the data of the checkpoint'):
       other.resume_step(state, 8, 5)
@@ -155,7 +182,9 @@ def test_one_tokenizer_is_learned_on_both_sides_or_two_on_one_each(pairs, tmp_pa
   merges = [joint.tokenizer.decode([i]) for i in range(257, 270)]
   assert any('aa' in m for m in merges)
   assert any('bb' in m for m in merges)
-  two = open_data(pairs(tokenizer=BytePairs(vocab_size=270), source_tokenizer=BytePairs(vocab_size=264)))
+  two = open_data(
+    pairs(tokenizer=BytePairs(vocab_size=270), source_tokenizer=BytePairs(vocab_size=264))
+  )
   assert (two.source_vocab_size, two.vocab_size) == (264, 270)
   assert not any('a' in two.tokenizer.decode([i]) for i in range(257, 270))
   assert not any('b' in two.source_tokenizer.decode([i]) for i in range(257, 264))
@@ -167,7 +196,10 @@ def test_one_tokenizer_is_learned_on_both_sides_or_two_on_one_each(pairs, tmp_pa
   assert isinstance(loaded, PairTokenizer)
   assert loaded.fingerprint() == two.tokenizer.fingerprint()
   assert source_of(loaded).encode('aaaa').tolist() == two.source_tokenizer.encode('aaaa').tolist()
-  assert open_data(pairs(), tokenizer=loaded).manifest['train']['sha256'] == two.manifest['train']['sha256']
+  assert (
+    open_data(pairs(), tokenizer=loaded).manifest['train']['sha256']
+    == two.manifest['train']['sha256']
+  )
 
 
 def test_the_cache_is_used_repaired_and_not_shared_by_other_content(pairs, cache):
@@ -176,42 +208,67 @@ def test_the_cache_is_used_repaired_and_not_shared_by_other_content(pairs, cache
   assert said == [f'tokenising Tsv (once; kept in {cache})']
   assert open_data(pairs(), log=said.append).identity == first.identity
   assert len(said) == 1
-  folder, = cache.glob('pairs-*')
+  (folder,) = cache.glob('pairs-*')
   tokens = folder / 'train.source.tokens'
   tokens.write_bytes(b'\0' + tokens.read_bytes()[1:])
   again = open_data(pairs(), log=said.append)
   assert len(said) == 2
-  np.testing.assert_array_equal(again.train_batch(0, 4, 0).source_BS, first.train_batch(0, 4, 0).source_BS)
+  np.testing.assert_array_equal(
+    again.train_batch(0, 4, 0).source_BS, first.train_batch(0, 4, 0).source_BS
+  )
   assert open_data(pairs(PAIRS[:-1]), log=said.append).identity != first.identity
   assert len(list(cache.glob('pairs-*'))) == 2
   shutil.rmtree(cache)
 
 
-@pytest.mark.parametrize(('fields', 'message'), [
-  ({'source_lengths': (10, 20)}, 'target_lengths = .*as many as source_lengths, of which there are 2'),
-  ({'source_lengths': (20, 10, 32)}, 'source_lengths = .*ascending'),
-  ({'source_lengths': (1, 10, 32)}, 'at least 2'),
-  ({'source_lengths': (10, 10, 10), 'target_lengths': (8, 8, 10)}, 'different buckets'),
-  ({'source_lengths': (2,), 'target_lengths': (2,)}, r'none of the \d+ pairs for train of Tsv fits 2 and 2 tokens'),
-  ({'tokenizer': Characters()}, r'Pairs\.source_tokenizer: has no token for the end'),
-  ({'tokenizer': Characters(), 'source_tokenizer': Bytes()}, r'Pairs\.tokenizer: has no token for the end'),
-])
+@pytest.mark.parametrize(
+  ('fields', 'message'),
+  [
+    (
+      {'source_lengths': (10, 20)},
+      'target_lengths = .*as many as source_lengths, of which there are 2',
+    ),
+    ({'source_lengths': (20, 10, 32)}, 'source_lengths = .*ascending'),
+    ({'source_lengths': (1, 10, 32)}, 'at least 2'),
+    ({'source_lengths': (10, 10, 10), 'target_lengths': (8, 8, 10)}, 'different buckets'),
+    (
+      {'source_lengths': (2,), 'target_lengths': (2,)},
+      r'none of the \d+ pairs for train of Tsv fits 2 and 2 tokens',
+    ),
+    ({'tokenizer': Characters()}, r'Pairs\.source_tokenizer: has no token for the end'),
+    (
+      {'tokenizer': Characters(), 'source_tokenizer': Bytes()},
+      r'Pairs\.tokenizer: has no token for the end',
+    ),
+  ],
+)
 def test_bad_settings(pairs, fields, message):
   with pytest.raises(InputError, match=message):
     open_data(pairs(**fields))
 
 
 def test_overrides_choose_pairs(tmp_path):
-  data = override(DataSection(), [
-    ('data', 'pairs'), ('data.corpus', 'Tsv'), ('data.corpus.path', 'x.tsv'), ('data.source_lengths', '8,16'),
-    ('data.target-lengths', '8,16'), ('data.tokenizer', 'BytePairs')]).data
-  assert data == Pairs(corpus=Tsv(path='x.tsv'), source_lengths=(8, 16), target_lengths=(8, 16), tokenizer=BytePairs())
+  data = override(
+    DataSection(),
+    [
+      ('data', 'pairs'),
+      ('data.corpus', 'Tsv'),
+      ('data.corpus.path', 'x.tsv'),
+      ('data.source_lengths', '8,16'),
+      ('data.target-lengths', '8,16'),
+      ('data.tokenizer', 'BytePairs'),
+    ],
+  ).data
+  assert data == Pairs(
+    corpus=Tsv(path='x.tsv'), source_lengths=(8, 16), target_lengths=(8, 16), tokenizer=BytePairs()
+  )
   assert data.kind.source_vocab_size == 0
   assert data.positions == 16
 
 
 def test_other_data_have_no_pairs_to_translate():
   from jaxformer.data import InductionHead
+
   with pytest.raises(InputError, match='InductionHead: holds no pairs'):
     open_data(InductionHead()).held_out_pairs()
   assert len(open_data(Dates()).held_out_pairs(7)) == 7

@@ -12,12 +12,19 @@ from jaxformer.data import ByDocument, JsonLines, Pair, Parquet, Tsv, TwoFiles
 from jaxformer.data.pair_cache import divide_pairs, training_texts
 
 pytestmark = pytest.mark.quick
-PAIRS = [Pair('one two', 'uno dos', 'a'), Pair('thrée', 'tres', 'a'), Pair('four "4"', 'cuatro', 'b'), Pair('five', 'cinco', 'c')]
+PAIRS = [
+  Pair('one two', 'uno dos', 'a'),
+  Pair('thrée', 'tres', 'a'),
+  Pair('four "4"', 'cuatro', 'b'),
+  Pair('five', 'cinco', 'c'),
+]
 
 
 @pytest.fixture
 def corpora(tmp_path):
-  (tmp_path / 'a.tsv').write_text(''.join('\t'.join((p.document, p.target, p.source)) + '\n' for p in PAIRS))
+  (tmp_path / 'a.tsv').write_text(
+    ''.join('\t'.join((p.document, p.target, p.source)) + '\n' for p in PAIRS)
+  )
   rows = [{'en': p.source, 'es': p.target, 'book': p.document, 'n': 1} for p in PAIRS]
   with gzip.open(tmp_path / 'a.jsonl.gz', 'wt') as file:
     file.writelines(json.dumps(r) + '\n' for r in rows)
@@ -50,23 +57,42 @@ def test_fingerprints_follow_content_and_columns_but_not_paths(corpora, tmp_path
   (tmp_path / 'copy.tsv').write_bytes((tmp_path / 'a.tsv').read_bytes())
   (tmp_path / 'more.tsv').write_bytes((tmp_path / 'a.tsv').read_bytes() + b'd\td\td\n')
   assert tsv.replace(path=str(tmp_path / 'copy.tsv')).fingerprint() == tsv.fingerprint()
-  more, bare, swapped = {'path': str(tmp_path / 'more.tsv')}, {'document_column': None}, {'source_column': 2, 'target_column': 3}
+  more, bare, swapped = (
+    {'path': str(tmp_path / 'more.tsv')},
+    {'document_column': None},
+    {'source_column': 2, 'target_column': 3},
+  )
   others = [tsv.replace(**changes) for changes in (more, bare, swapped)]
   assert len({c.fingerprint() for c in [tsv, *others]}) == 4
 
 
-
-
-@pytest.mark.parametrize(('kind', 'content', 'fields', 'message'), [
-  (Tsv, 'a\tb\nc\n', {}, r'x:2: 1 columns between tabs; column 2 is asked for'),
-  (Tsv, 'a\tb\n', {'document_column': 3}, r'x:1: 2 columns between tabs; column 3'),
-  (JsonLines, '{"source": "a", "target": "b"}\n{"source": "a", "es": "b"}\n', {},
-   r"x:2: no field 'target' \(target_field\); fields there: source, es"),
-  (JsonLines, '{"source": "a", "target": 3}\n', {}, r"x:1: field 'target' holds a int; target_field must name"),
-  (JsonLines, '{"source": "a", "target": "b"}\n', {'document_field': 'book'}, r"no field 'book' \(document_field\)"),
-  (JsonLines, '["a", "b"]\n', {}, r'x:1: a JSON list'),
-  (Parquet, 'PAR', {}, r'x: cannot be read as Parquet'),
-])
+@pytest.mark.parametrize(
+  ('kind', 'content', 'fields', 'message'),
+  [
+    (Tsv, 'a\tb\nc\n', {}, r'x:2: 1 columns between tabs; column 2 is asked for'),
+    (Tsv, 'a\tb\n', {'document_column': 3}, r'x:1: 2 columns between tabs; column 3'),
+    (
+      JsonLines,
+      '{"source": "a", "target": "b"}\n{"source": "a", "es": "b"}\n',
+      {},
+      r"x:2: no field 'target' \(target_field\); fields there: source, es",
+    ),
+    (
+      JsonLines,
+      '{"source": "a", "target": 3}\n',
+      {},
+      r"x:1: field 'target' holds a int; target_field must name",
+    ),
+    (
+      JsonLines,
+      '{"source": "a", "target": "b"}\n',
+      {'document_field': 'book'},
+      r"no field 'book' \(document_field\)",
+    ),
+    (JsonLines, '["a", "b"]\n', {}, r'x:1: a JSON list'),
+    (Parquet, 'PAR', {}, r'x: cannot be read as Parquet'),
+  ],
+)
 def test_faulty_files_are_refused_with_the_place(tmp_path, kind, content, fields, message):
   (tmp_path / 'x').write_text(content)
   with pytest.raises(InputError, match=message):
@@ -74,7 +100,9 @@ def test_faulty_files_are_refused_with_the_place(tmp_path, kind, content, fields
 
 
 def test_a_parquet_file_without_the_column(corpora):
-  with pytest.raises(InputError, match=r"no field 'de' \(target_field\); fields there: en, es, book, n"):
+  with pytest.raises(
+    InputError, match=r"no field 'de' \(target_field\); fields there: en, es, book, n"
+  ):
     list(corpora['parquet'].replace(target_field='de').pairs())
 
 
@@ -92,13 +120,16 @@ def test_settings_that_make_no_sense():
     (lambda: Tsv(path='a', source_column=2), 'target_column = 2'),
     (lambda: Tsv(path='a', document_column=0), 'document_column = 0'),
     (lambda: JsonLines(path='a', target_field='source'), 'another than source_field'),
-    (lambda: list(TwoFiles(source_path='gone', target_path='gone').pairs()), 'source_path = \'gone\': must be a file that exists'),
+    (
+      lambda: list(TwoFiles(source_path='gone', target_path='gone').pairs()),
+      "source_path = 'gone': must be a file that exists",
+    ),
   ):
     with pytest.raises(InputError, match=message):
       make()
 
 
-# ---- the split --------------------------------------------------------------------------------------------------------
+# ---- the split ---------------------------------------------------------------------------------
 
 
 def corpus_of(tmp_path, rows):
@@ -118,13 +149,15 @@ def test_documents_stay_together_and_blank_pairs_are_on_no_side(tmp_path):
       sides.setdefault(pair.document, set()).add(side)
   assert all(len(s) == 1 for s in sides.values())
   held_out = sum(s == {'validation'} for s in sides.values())
-  assert 8 <= held_out <= 28   # 18 of 60 expected, three standard deviations
+  assert 8 <= held_out <= 28  # 18 of 60 expected, three standard deviations
   texts = list(training_texts(corpus, ByDocument(fraction=0.3), source=True, target=True))
   assert texts == [t for side, p in placed if side == 'train' for t in (p.source, p.target)]
 
 
 def test_without_documents_the_same_source_is_on_one_side(tmp_path):
-  corpus = corpus_of(tmp_path, [(f's{i % 20}', f't{i}', 'd') for i in range(200)]).replace(document_column=None)
+  corpus = corpus_of(tmp_path, [(f's{i % 20}', f't{i}', 'd') for i in range(200)]).replace(
+    document_column=None
+  )
   sides = {}
   for side, pair in divide_pairs(corpus, ByDocument(fraction=0.5)):
     sides.setdefault(pair.source, set()).add(side)
@@ -132,9 +165,13 @@ def test_without_documents_the_same_source_is_on_one_side(tmp_path):
   assert set.union(*sides.values()) == {'train', 'validation'}
 
 
-@pytest.mark.parametrize(('rows', 'message'), [
-  ([(' ', 'a', 'd')], 'holds no pair of texts'), ([('a', 'b', 'd'), ('c', 'd', 'd')], 'all pairs are of one document'),
-])
+@pytest.mark.parametrize(
+  ('rows', 'message'),
+  [
+    ([(' ', 'a', 'd')], 'holds no pair of texts'),
+    ([('a', 'b', 'd'), ('c', 'd', 'd')], 'all pairs are of one document'),
+  ],
+)
 def test_corpora_that_cannot_be_divided(tmp_path, rows, message):
   with pytest.raises(InputError, match=message):
     list(divide_pairs(corpus_of(tmp_path, rows), ByDocument()))

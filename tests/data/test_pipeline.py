@@ -1,4 +1,5 @@
-"""Batches: complete, resumable, the same for any number of hosts, and nothing passes between documents."""
+"""Batches: complete, resumable, the same for any number of hosts, and nothing passes between
+documents."""
 
 import itertools
 import threading
@@ -44,10 +45,19 @@ def dataset(corpus):
 def mixture(corpus):
   def make(weights, packing=None):
     parts = [
-      Part(source=Files(path=corpus([letter * 50 + str(i) for i in range(60 * (k + 1))], f'{letter}.jsonl')), weight=float(w))
+      Part(
+        source=Files(
+          path=corpus([letter * 50 + str(i) for i in range(60 * (k + 1))], f'{letter}.jsonl')
+        ),
+        weight=float(w),
+      )
       for k, (letter, w) in enumerate(zip('xyz', weights))
     ]
-    return open_data(DataConfig(source=Mixture(parts=tuple(parts)), sequence_length=LENGTH, packing=packing or Packed()))
+    return open_data(
+      DataConfig(
+        source=Mixture(parts=tuple(parts)), sequence_length=LENGTH, packing=packing or Packed()
+      )
+    )
 
   return make
 
@@ -62,7 +72,12 @@ def join(batches):
 
 def stream(data, side):
   """The tokens of one side in order, read from the cache."""
-  return np.concatenate([np.asarray(s.tokens_N, np.int32) for s in (data._train if side == 'train' else data._validation)])
+  return np.concatenate(
+    [
+      np.asarray(s.tokens_N, np.int32)
+      for s in (data._train if side == 'train' else data._validation)
+    ]
+  )
 
 
 @pytest.mark.parametrize('packing', PACKINGS)
@@ -86,7 +101,9 @@ def test_order_does_not_depend_on_the_number_of_hosts(dataset, packing, hosts):
     whole = data.train_batch(step, 8, seed=3)
     assert equal(join([data.train_batch(step, 8, 3, i, hosts) for i in range(hosts)]), whole)
   for whole, parts in zip(
-    data.validation_batches(8), zip(*(data.validation_batches(8, None, i, hosts) for i in range(hosts)), strict=True), strict=True
+    data.validation_batches(8),
+    zip(*(data.validation_batches(8, None, i, hosts) for i in range(hosts)), strict=True),
+    strict=True,
   ):
     assert equal(join(parts), whole)
 
@@ -94,7 +111,10 @@ def test_order_does_not_depend_on_the_number_of_hosts(dataset, packing, hosts):
 def test_mixture_does_not_depend_on_the_number_of_hosts(mixture):
   data = mixture([1, 2, 0.5])
   for step in (0, 600):
-    assert equal(join([data.train_batch(step, 8, 3, i, 4) for i in range(4)]), data.train_batch(step, 8, seed=3))
+    assert equal(
+      join([data.train_batch(step, 8, 3, i, 4) for i in range(4)]),
+      data.train_batch(step, 8, seed=3),
+    )
 
 
 @pytest.mark.parametrize('packing', [Packed(), Stream()])
@@ -104,7 +124,9 @@ def test_epoch_shows_every_sequence_once(dataset, packing, batch_size):
   tokens, rows = stream(data, 'train'), data.epoch_sequences
   assert rows == (data.train_tokens - 1) // LENGTH
   expected = sorted(tokens[: rows * LENGTH].reshape(rows, LENGTH).tolist())
-  shown = np.concatenate([data.train_batch(s, batch_size, 1).tokens_BT for s in range(-(-3 * rows // batch_size))])
+  shown = np.concatenate(
+    [data.train_batch(s, batch_size, 1).tokens_BT for s in range(-(-3 * rows // batch_size))]
+  )
   epochs = [shown[e * rows : (e + 1) * rows].tolist() for e in range(3)]
   assert all(sorted(e) == expected for e in epochs)
   assert epochs[0] != epochs[1] != epochs[2]
@@ -127,11 +149,14 @@ def test_random_windows_start_anywhere(dataset):
 
 
 def test_packing_never_crosses_documents(dataset):
-  """Rows are taken apart by segment: every piece lies within one document, and together they predict all but its first tokens."""
+  """Rows are taken apart by segment: every piece lies within one document, and together they
+  predict all but its first tokens."""
   data = dataset(packing=Packed())
   end = data.tokenizer.end_of_document
   documents = {t.encode() + b'\0' for t in TEXTS}
-  batches = [data.train_batch(s, 1, 0) for s in range(data.epoch_sequences)] + list(data.validation_batches(4))
+  batches = [data.train_batch(s, 1, 0) for s in range(data.epoch_sequences)] + list(
+    data.validation_batches(4)
+  )
   for batch in batches:
     for tokens, targets, segments in zip(*batch):
       assert (np.diff(segments[segments > 0]) >= 0).all()
@@ -142,7 +167,8 @@ def test_packing_never_crosses_documents(dataset):
         whole = [*piece.tolist(), *([after[-1]] if after[-1] >= 0 else [])]
         text = bytes(0 if t == end else t for t in whole)
         assert any(text in d for d in documents)
-        # The end of a document is a target, nothing is predicted from it, and from all else something is.
+        # The end of a document is a target, nothing is predicted from it, and from all else
+        # something is.
         assert np.array_equal(after == -1, piece == end)
   targets = np.concatenate([b.targets_BT.ravel() for b in batches])
   assert (targets == end).sum() >= len(TEXTS) - 1
@@ -194,7 +220,7 @@ def test_resuming_equals_not_stopping(dataset, prefetch):
     assert all(equal(a, b) for a, b in zip(whole, itertools.islice(batches, 5)))
     state = batches.state()
   assert state['next_step'] == 5
-  again = dataset()   # from the cache, as another process would
+  again = dataset()  # from the cache, as another process would
   with again.train_batches(4, 9, again.resume_step(state, 4, 9), prefetch=prefetch) as batches:
     assert all(equal(a, b) for a, b in zip(whole[5:], batches))
 
@@ -245,7 +271,8 @@ def test_mixture_proportions(mixture, packing):
     for row in data.train_batch(step, 8, 0).tokens_BT:
       text = data.tokenizer.decode(row)
       counts[next(c for c in 'xyz' if c in text)] += 1
-  assert [counts[c] for c in 'xyz'] == pytest.approx([100, 200, 500], abs=8)   # a digit-only row has no letter
+  # a digit-only row has no letter
+  assert [counts[c] for c in 'xyz'] == pytest.approx([100, 200, 500], abs=8)
 
 
 def test_mixture_shows_every_sequence_of_a_part_once_an_epoch(mixture):
@@ -262,27 +289,40 @@ def test_mixture_shows_every_sequence_of_a_part_once_an_epoch(mixture):
 
 def test_mixture_validates_on_all_of_each_part(mixture):
   data = mixture([1, 100])
-  assert sum((b.targets_BT >= 0).sum() for b in data.validation_batches(4)) == data.validation_targets
+  assert (
+    sum((b.targets_BT >= 0).sum() for b in data.validation_batches(4)) == data.validation_targets
+  )
   assert data.validation_tokens == sum(f['tokens'] for f in data.manifest['validation'])
 
 
 def test_too_little_text(dataset, corpus):
-  with pytest.raises(InputError, match=r'sequence_length = 9999: the training side of Files has \d+ tokens; must be at most'):
+  with pytest.raises(
+    InputError,
+    match=r'sequence_length = 9999: the training side of Files has \d+ tokens; must be at most',
+  ):
     dataset(sequence_length=9999)
   with pytest.raises(InputError, match=r'DataConfig\.sequence_length = 1: must be at least 2'):
     DataConfig(sequence_length=1)
-  with pytest.raises(InputError, match=r'validation side has 1 tokens, too few .*; ByPosition\.fraction must be larger'):
+  with pytest.raises(
+    InputError,
+    match=r'validation side has 1 tokens, too few .*; ByPosition\.fraction must be larger',
+  ):
     dataset(['abcdefgh'], tokenizer=Characters(), split=ByPosition(), sequence_length=4)
   with pytest.raises(InputError, match='the corpus holds no text'):
     dataset(['', ''])
   longest = dataset(packing=Stream()).train_tokens - 1
-  assert dataset(packing=Stream(), sequence_length=longest).train_batch(0, 2, 0).tokens_BT.shape == (2, longest)
+  assert dataset(packing=Stream(), sequence_length=longest).train_batch(
+    0, 2, 0
+  ).tokens_BT.shape == (2, longest)
 
 
 def test_bad_batch_arguments(dataset):
   data = dataset()
   for arguments, message in [
-    ({'batch_size': 6, 'process_count': 4}, 'batch_size = 6: must be a positive multiple of the 4 processes'),
+    (
+      {'batch_size': 6, 'process_count': 4},
+      'batch_size = 6: must be a positive multiple of the 4 processes',
+    ),
     ({'batch_size': 0}, 'batch_size = 0'),
     ({'batch_size': 4, 'process_index': 2, 'process_count': 2}, 'process_index = 2'),
   ]:
@@ -297,15 +337,24 @@ def test_bad_batch_arguments(dataset):
 
 
 def test_configs_are_data():
-  config = DataConfig(source=Mixture(parts=(Part(source=PydocTopics()), Part(source=StandardLibrary(), weight=3.0))))
+  config = DataConfig(
+    source=Mixture(parts=(Part(source=PydocTopics()), Part(source=StandardLibrary(), weight=3.0)))
+  )
   assert from_json(to_json(config)) == config
-  changed = override(DataConfig(), [('source', 'Files'), ('source.path', 'x.txt'), ('split', 'ByPosition'), ('packing', 'Stream')])
+  changed = override(
+    DataConfig(),
+    [('source', 'Files'), ('source.path', 'x.txt'), ('split', 'ByPosition'), ('packing', 'Stream')],
+  )
   assert changed == DataConfig(source=Files(path='x.txt'), split=ByPosition(), packing=Stream())
 
 
 def test_tokenizer_of_a_run_on_other_text(dataset, corpus):
   data = dataset(tokenizer=Characters())
-  other = DataConfig(source=Files(path=corpus(['<1> 2', '<2> 3 <4>'], 'other.jsonl')), tokenizer=Bytes(), sequence_length=2)
+  other = DataConfig(
+    source=Files(path=corpus(['<1> 2', '<2> 3 <4>'], 'other.jsonl')),
+    tokenizer=Bytes(),
+    sequence_length=2,
+  )
   assert open_data(other, tokenizer=data.tokenizer).vocab_size == data.vocab_size
 
 

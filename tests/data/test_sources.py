@@ -22,17 +22,23 @@ def texts(path, **fields):
   return [d.text for d in Files(path=str(path), **fields).documents()]
 
 
-@pytest.mark.parametrize('name', ['a.txt', 'a.md', 'a', 'a.weird', 'a.txt.gz', 'a.txt.zst', 'a.py.gz'])
+@pytest.mark.parametrize(
+  'name', ['a.txt', 'a.md', 'a', 'a.weird', 'a.txt.gz', 'a.txt.zst', 'a.py.gz']
+)
 def test_text_file_is_one_exact_document(tmp_path, name):
   data = 'first\r\nsecond é\n\n'.encode()
-  compress = {'.gz': gzip.compress, '.zst': zstandard.ZstdCompressor().compress}.get(os.path.splitext(name)[1], bytes)
+  compress = {'.gz': gzip.compress, '.zst': zstandard.ZstdCompressor().compress}.get(
+    os.path.splitext(name)[1], bytes
+  )
   (tmp_path / name).write_bytes(compress(data))
   assert texts(tmp_path / name) == [data.decode()]
 
 
 @pytest.mark.parametrize('name', ['a.jsonl', 'a.json', 'a.jsonl.gz', 'a.jsonl.zst', 'a.JSONL'])
 def test_json_line_is_a_document(tmp_path, name):
-  compress = {'.gz': gzip.compress, '.zst': zstandard.ZstdCompressor().compress}.get(os.path.splitext(name)[1], bytes)
+  compress = {'.gz': gzip.compress, '.zst': zstandard.ZstdCompressor().compress}.get(
+    os.path.splitext(name)[1], bytes
+  )
   (tmp_path / name).write_bytes(compress(LINES))
   documents = list(Files(path=str(tmp_path / name)).documents())
   assert [d.text for d in documents] == ['one', 'zwei ü', '']
@@ -60,7 +66,11 @@ def test_folder_and_pattern_are_sorted_and_skip_hidden_files(tmp_path):
     path.write_text(name)
   assert texts(tmp_path) == ['b.txt', 'sub/a.txt', 'sub/c.md']
   assert texts(tmp_path / '**' / '*.txt') == ['b.txt', 'sub/a.txt']
-  assert [d.name for d in Files(path=str(tmp_path)).documents()] == ['b.txt', 'sub/a.txt', 'sub/c.md']
+  assert [d.name for d in Files(path=str(tmp_path)).documents()] == [
+    'b.txt',
+    'sub/a.txt',
+    'sub/c.md',
+  ]
 
 
 def truncated(data: bytes) -> bytes:
@@ -73,12 +83,24 @@ BAD_FILES = {
   'latin.txt': (b'caf\xe9 au lait', r'latin\.txt: not valid UTF-8 at byte offset 3 \(byte 0xe9\)'),
   'bad.jsonl': (b'{"text": "a"}\n{"text": ', r'bad\.jsonl:2: not valid JSON'),
   'list.jsonl': (b'["a"]\n', r'list\.jsonl:1: a JSON list; every line must be one JSON object'),
-  'field.jsonl': (b'{"body": "a", "id": 1}\n', r"field\.jsonl:1: no field 'text' \(text_field\); fields there: body, id"),
+  'field.jsonl': (
+    b'{"body": "a", "id": 1}\n',
+    r"field\.jsonl:1: no field 'text' \(text_field\); fields there: body, id",
+  ),
   'number.jsonl': (b'{"text": 3}\n', r"number\.jsonl:1: field 'text' holds a int"),
-  'latin.jsonl': (b'{"text": "a"}\n{"text": "\xe9"}\n', r'latin\.jsonl:2: not valid UTF-8 at byte offset 24'),
-  'half.jsonl': (b'{"text": "\\ud800"}\n', r"half\.jsonl:1: field 'text' holds half a surrogate pair"),
+  'latin.jsonl': (
+    b'{"text": "a"}\n{"text": "\xe9"}\n',
+    r'latin\.jsonl:2: not valid UTF-8 at byte offset 24',
+  ),
+  'half.jsonl': (
+    b'{"text": "\\ud800"}\n',
+    r"half\.jsonl:1: field 'text' holds half a surrogate pair",
+  ),
   'cut.txt.gz': (truncated(gzip.compress(NOISE)), r'cut\.txt\.gz: cannot be read'),
-  'cut.txt.zst': (truncated(zstandard.ZstdCompressor().compress(NOISE)), r'cut\.txt\.zst: .* \(the compressed data is cut off'),
+  'cut.txt.zst': (
+    truncated(zstandard.ZstdCompressor().compress(NOISE)),
+    r'cut\.txt\.zst: .* \(the compressed data is cut off',
+  ),
   'no.txt.gz': (b'plain text', r'no\.txt\.gz: cannot be read'),
   'no.txt.zst': (b'plain text', r'no\.txt\.zst: cannot be read'),
   'no.parquet': (b'plain text', r'no\.parquet: cannot be read as Parquet'),
@@ -120,7 +142,7 @@ def test_unreadable_file(tmp_path, monkeypatch):
   def refuse(*args, **kwargs):
     raise PermissionError(13, 'Permission denied')
 
-  monkeypatch.setattr('builtins.open', refuse)   # permissions do not bind the superuser
+  monkeypatch.setattr('builtins.open', refuse)  # permissions do not bind the superuser
   with pytest.raises(InputError, match=r'secret\.txt: cannot be read \(Permission denied\)'):
     texts(path)
   with pytest.raises(InputError, match=r'secret\.txt: cannot be read \(Permission denied\)'):
@@ -135,7 +157,9 @@ def test_fingerprint_follows_content_names_and_field(tmp_path):
   second = Files(path=str(tmp_path)).fingerprint()
   (tmp_path / 'b.txt').write_text('two')
   third = Files(path=str(tmp_path)).fingerprint()
-  assert len({first, second, third, Files(path=str(tmp_path), text_field='body').fingerprint()}) == 4
+  assert (
+    len({first, second, third, Files(path=str(tmp_path), text_field='body').fingerprint()}) == 4
+  )
 
 
 def test_hashes_of_large_files_are_remembered_until_the_file_changes(tmp_path, monkeypatch, cache):
@@ -148,7 +172,7 @@ def test_hashes_of_large_files_are_remembered_until_the_file_changes(tmp_path, m
   first = source.fingerprint(cache)
   monkeypatch.setattr(storage, '_hashes', {})
   with monkeypatch.context() as m:
-    m.setattr('builtins.open', None)   # so that hashing again would fail
+    m.setattr('builtins.open', None)  # so that hashing again would fail
     assert source.fingerprint(cache) == first
   path.write_bytes(b'b' * (storage.MEMO_BYTES + 1))
   assert source.fingerprint(cache) != first
@@ -158,7 +182,10 @@ def test_the_same_content_elsewhere_has_the_same_fingerprint(tmp_path):
   for folder in ('one', 'two'):
     (tmp_path / folder).mkdir()
     (tmp_path / folder / 'a.txt').write_text('text')
-  assert Files(path=str(tmp_path / 'one')).fingerprint() == Files(path=str(tmp_path / 'two')).fingerprint()
+  assert (
+    Files(path=str(tmp_path / 'one')).fingerprint()
+    == Files(path=str(tmp_path / 'two')).fingerprint()
+  )
 
 
 def test_standard_library_is_there_and_limited_deterministically():
@@ -171,7 +198,11 @@ def test_standard_library_is_there_and_limited_deterministically():
   assert not any('test' in n.split('/') or 'site-packages' in n for n in names)
   manifest = StandardLibrary(max_bytes=200_000).manifest()
   assert manifest['bytes'] == 200_000
-  assert manifest['sha256'] == StandardLibrary(max_bytes=200_000).fingerprint() != StandardLibrary().fingerprint()
+  assert (
+    manifest['sha256']
+    == StandardLibrary(max_bytes=200_000).fingerprint()
+    != StandardLibrary().fingerprint()
+  )
   with pytest.raises(InputError, match='max_bytes = 0'):
     StandardLibrary(max_bytes=0)
 
@@ -184,7 +215,9 @@ def test_topics_are_prose():
 
 def test_manifests_are_json(tmp_path):
   (tmp_path / 'a.txt').write_text('text')
-  source = Mixture(parts=(Part(source=Files(path=str(tmp_path)), weight=2.0), Part(source=PydocTopics())))
+  source = Mixture(
+    parts=(Part(source=Files(path=str(tmp_path)), weight=2.0), Part(source=PydocTopics()))
+  )
   manifest = json.loads(json.dumps(source.manifest()))
   assert manifest['parts'][0]['source']['files'][0]['name'] == 'a.txt'
   assert manifest['parts'][0]['source']['bytes'] == 4
@@ -202,7 +235,10 @@ def test_mixture_of_mixtures_or_bad_weights():
 
 def test_hub_without_its_package(monkeypatch):
   monkeypatch.setitem(sys.modules, 'datasets', None)
-  with pytest.raises(InputError, match=r"needs the package 'datasets'; install the extra: pip install 'jaxformer\[hf\]'"):
+  with pytest.raises(
+    InputError,
+    match=r"needs the package 'datasets'; install the extra: pip install 'jaxformer\[hf\]'",
+  ):
     list(HuggingFace(name='some/name').documents())
 
 

@@ -19,7 +19,9 @@ def test_documents_stay_on_their_side_when_others_are_added():
   train, validation = sides(texts, ByDocument(fraction=0.1))
   assert sorted(train + validation) == sorted(texts)
   assert 140 < len(validation) < 260
-  more_train, more_validation = sides([f'new {i}' for i in range(500)] + texts[::-1], ByDocument(fraction=0.1))
+  more_train, more_validation = sides(
+    [f'new {i}' for i in range(500)] + texts[::-1], ByDocument(fraction=0.1)
+  )
   assert set(train) < set(more_train)
   assert set(validation) < set(more_validation)
 
@@ -44,11 +46,15 @@ def test_what_cannot_be_divided():
     sides(['same', 'same'], ByDocument())
   with pytest.raises(InputError, match='here: the corpus holds no text'):
     sides(['', ''], ByDocument())
-  with pytest.raises(InputError, match=r'ByPosition\.fraction = 0\.1: leaves a side of the 1 characters empty'):
+  with pytest.raises(
+    InputError, match=r'ByPosition\.fraction = 0\.1: leaves a side of the 1 characters empty'
+  ):
     sides(['x'], ByPosition())
   for split in (ByDocument, ByPosition):
     for fraction in (0.0, 1.0, -0.1):
-      with pytest.raises(InputError, match=rf'{split.__name__}\.fraction = .*: must be between 0 and 1'):
+      with pytest.raises(
+        InputError, match=rf'{split.__name__}\.fraction = .*: must be between 0 and 1'
+      ):
         split(fraction=fraction)
 
 
@@ -65,7 +71,16 @@ def test_the_published_corpus_of_characters_leaves_its_published_validation_side
 
 
 def test_by_position_cuts_one_document_only():
-  pieces = list(divide(lambda: (Document('', t) for t in ('abcd', '', 'efgh', 'ij')), ByPosition(fraction=0.4), 'here'))
+  pieces = list(
+    divide(
+      lambda: (Document('', t) for t in ('abcd', '', 'efgh', 'ij')),
+      ByPosition(fraction=0.4),
+      'here',
+    )
+  )
   assert [(p.side, p.text, p.ends) for p in pieces] == [
-    ('train', 'abcd', True), ('train', 'ef', False), ('validation', 'gh', True), ('validation', 'ij', True),
+    ('train', 'abcd', True),
+    ('train', 'ef', False),
+    ('validation', 'gh', True),
+    ('validation', 'ij', True),
   ]

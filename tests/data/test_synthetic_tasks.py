@@ -1,4 +1,5 @@
-"""Recall, copying and the MAD suite against solvers that read nothing but the tokens, and the distributions that are claimed."""
+"""Recall, copying and the MAD suite against solvers that read nothing but the tokens, and the
+distributions that are claimed."""
 
 import itertools
 
@@ -50,12 +51,19 @@ def assert_uniform(values, low, end):
   assert_drawn_from(counts[low:], np.ones(end - low))
 
 
-# ---- multi-query associative recall -----------------------------------------------------------------------------------
+# ---- multi-query associative recall ------------------------------------------------------------
 
 
-@pytest.mark.parametrize('task', [
-  MultiQueryRecall(), MultiQueryRecall(pairs=3, vocab_size=8, length=12), MultiQueryRecall(pairs=16, length=256, power=0.5),
-  MultiQueryRecall(pairs=5, vocab_size=13, length=40, random_filler=True)], ids=['paper', 'full', 'long', 'filler'])
+@pytest.mark.parametrize(
+  'task',
+  [
+    MultiQueryRecall(),
+    MultiQueryRecall(pairs=3, vocab_size=8, length=12),
+    MultiQueryRecall(pairs=16, length=256, power=0.5),
+    MultiQueryRecall(pairs=5, vocab_size=13, length=40, random_filler=True),
+  ],
+  ids=['paper', 'full', 'long', 'filler'],
+)
 def test_every_key_of_mqar_is_asked_once(task):
   half, context = task.vocab_size // 2, 2 * task.pairs
   for side in ('train', 'test'):
@@ -72,7 +80,9 @@ def test_every_key_of_mqar_is_asked_once(task):
       assert task.random_filler or not any(rest)
   if task.random_filler:
     many = task.rows('test', MANY[:5000])
-    assert_uniform(many.tokens_BT[:, context:][many.targets_BT[:, context:] == -1], 0, task.vocab_size)
+    assert_uniform(
+      many.tokens_BT[:, context:][many.targets_BT[:, context:] == -1], 0, task.vocab_size
+    )
 
 
 @pytest.mark.parametrize('power', [0.01, 0.5, 1.0])
@@ -84,23 +94,35 @@ def test_keys_of_mqar_come_again_by_the_power_law(power):
   first = np.take_along_axis(batch.tokens_BT, place.reshape(-1, 2), axis=1)[:, 0] == keys[:, 0]
   first, second = np.where(first, slot[:, 0], slot[:, 1]), np.where(first, slot[:, 1], slot[:, 0])
   weight = np.arange(1, 6) ** (power - 1)
-  law = {(i, j): weight[i] * weight[j] / (weight.sum() - weight[i]) for i, j in itertools.permutations(range(5), 2)}
+  law = {
+    (i, j): weight[i] * weight[j] / (weight.sum() - weight[i])
+    for i, j in itertools.permutations(range(5), 2)
+  }
   assert_drawn_from([np.sum((first == i) & (second == j)) for i, j in law], list(law.values()))
   assert_uniform(keys, 1, 5)
   assert_uniform(batch.targets_BT[row, place], 5, 10)
 
 
 def test_weights_of_the_power_law():
-  np.testing.assert_allclose(np.array(mqar.power_law(1000, 0.01)) / 2**40, np.arange(1.0, 1001) ** -0.99, rtol=1e-8)
+  np.testing.assert_allclose(
+    np.array(mqar.power_law(1000, 0.01)) / 2**40, np.arange(1.0, 1001) ** -0.99, rtol=1e-8
+  )
   assert set(mqar.power_law(50, 1.0)) == {2**40}
 
 
-# ---- selective copying ------------------------------------------------------------------------------------------------
+# ---- selective copying -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize('task', [
-  SelectiveCopying(), SelectiveCopying(copied=3, vocab_size=4, length=8), MadSelectiveCopying(),
-  MadSelectiveCopying(copied=3, vocab_size=4, length=8)], ids=['paper', 'short', 'mad', 'mad short'])
+@pytest.mark.parametrize(
+  'task',
+  [
+    SelectiveCopying(),
+    SelectiveCopying(copied=3, vocab_size=4, length=8),
+    MadSelectiveCopying(),
+    MadSelectiveCopying(copied=3, vocab_size=4, length=8),
+  ],
+  ids=['paper', 'short', 'mad', 'mad short'],
+)
 def test_copying_asks_for_what_was_not_noise(task):
   V, M = task.vocab_size, task.copied
   mad = isinstance(task, MadSelectiveCopying)
@@ -134,12 +156,20 @@ def test_blanks_of_mad_go_before_a_token_each_as_likely():
     assert_drawn_from(np.bincount(column, minlength=7), stats.binom.pmf(np.arange(7), 6, 1 / 3))
 
 
-# ---- recall of the MAD suite ------------------------------------------------------------------------------------------
+# ---- recall of the MAD suite -------------------------------------------------------------------
 
 
-@pytest.mark.parametrize('task', [
-  InContextRecall(), InContextRecall(vocab_size=4, length=4), InContextRecall(vocab_size=128, length=256), NoisyInContextRecall(),
-  NoisyInContextRecall(vocab_size=7, noise_vocab_size=3, length=4, noise=0.9), NoisyInContextRecall(noise=0.8)])
+@pytest.mark.parametrize(
+  'task',
+  [
+    InContextRecall(),
+    InContextRecall(vocab_size=4, length=4),
+    InContextRecall(vocab_size=128, length=256),
+    NoisyInContextRecall(),
+    NoisyInContextRecall(vocab_size=7, noise_vocab_size=3, length=4, noise=0.9),
+    NoisyInContextRecall(noise=0.8),
+  ],
+)
 def test_recall_asks_for_the_value_of_every_key_that_came(task):
   symbols = task.vocab_size - getattr(task, 'noise_vocab_size', 0)
   for tokens, targets in rows(task.rows('test', INDEX)):
@@ -176,23 +206,31 @@ def test_keys_values_and_noise_of_recall_are_uniform():
   pairs = task.rows('train', MANY).tokens_BT[:, :10].reshape(-1, 5, 2)
   noise = (pairs >= 6).all(axis=2)
   assert not ((pairs >= 6).any(axis=2) & ~noise).any()
-  assert_drawn_from(np.bincount(noise.sum(axis=1), minlength=6)[:5], stats.binom.pmf(np.arange(5), 4, 0.4))
+  assert_drawn_from(
+    np.bincount(noise.sum(axis=1), minlength=6)[:5], stats.binom.pmf(np.arange(5), 4, 0.4)
+  )
   assert (noise.sum(axis=1) < 5).all()
   assert_drawn_from(noise.sum(axis=0), np.ones(5))
   assert_uniform(pairs[noise], 6, 9)
 
 
 def spans(tokens: list[int], keys: int) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-  """The keys and values of a sequence of the fuzzy recall: runs of the two halves of the vocabulary."""
+  """The keys and values of a sequence of the fuzzy recall: runs of the two halves of the
+  vocabulary."""
   runs = [tuple(run) for _, run in itertools.groupby(tokens, key=lambda t: t < keys)]
   assert tokens[0] < keys
   return list(itertools.zip_longest(runs[0::2], runs[1::2], fillvalue=()))
 
 
-@pytest.mark.parametrize('task', [
-  FuzzyInContextRecall(), FuzzyInContextRecall(vocab_size=8, length=60),
-  FuzzyInContextRecall(vocab_size=7, length=40, key_tokens=1),
-  FuzzyInContextRecall(vocab_size=9, length=10, key_tokens=4, value_tokens=1)])
+@pytest.mark.parametrize(
+  'task',
+  [
+    FuzzyInContextRecall(),
+    FuzzyInContextRecall(vocab_size=8, length=60),
+    FuzzyInContextRecall(vocab_size=7, length=40, key_tokens=1),
+    FuzzyInContextRecall(vocab_size=9, length=10, key_tokens=4, value_tokens=1),
+  ],
+)
 def test_fuzzy_recall_asks_for_every_token_of_a_value_that_came(task):
   pad = task.vocab_size - 1
   for side in ('train', 'test'):
@@ -207,7 +245,7 @@ def test_fuzzy_recall_asks_for_every_token_of_a_value_that_came(task):
         assert 1 <= len(key) <= task.key_tokens
         assert side == 'train' or len(key) == task.key_tokens
         assert len(set(key)) == len(key)
-        if key in told:   # the last token of the last pair is asked, not shown
+        if key in told:  # the last token of the last pair is asked, not shown
           assert value == told[key][: -1 if i == len(pairs) - 1 else None]
           expected |= {t + len(key) - 1 + j: token for j, token in enumerate(told[key])}
         else:
@@ -223,7 +261,7 @@ def test_fuzzy_recall_asks_for_every_token_of_a_value_that_came(task):
 
 
 def test_motifs_of_fuzzy_recall_are_uniform():
-  task = FuzzyInContextRecall(vocab_size=7, length=12)   # three tokens in keys, three in values
+  task = FuzzyInContextRecall(vocab_size=7, length=12)  # three tokens in keys, three in values
   firsts, lasts = [], 0
   for tokens, _ in rows(task.rows('train', MANY)):
     pairs = spans([t for t in tokens if t != 6], 3)
@@ -233,12 +271,14 @@ def test_motifs_of_fuzzy_recall_are_uniform():
   for part in (0, 1):
     motifs = [pair[part] for pair in firsts]
     each = [list(itertools.permutations(range(3 * part, 3 * part + 3), size)) for size in (1, 2, 3)]
-    assert_drawn_from([motifs.count(m) for of_size in each for m in of_size], [1 / len(o) for o in each for _ in o])
-  whole = [pair for pair in firsts if len(pair[0]) == 1]   # a value is drawn anew for each sequence
+    assert_drawn_from(
+      [motifs.count(m) for of_size in each for m in of_size], [1 / len(o) for o in each for _ in o]
+    )
+  whole = [pair for pair in firsts if len(pair[0]) == 1]  # a value is drawn anew for each sequence
   assert len({value for key, value in whole if key == (0,)}) == 15
 
 
-# ---- compression and memorization -------------------------------------------------------------------------------------
+# ---- compression and memorization --------------------------------------------------------------
 
 
 def test_compression_asks_for_everything():
@@ -250,7 +290,9 @@ def test_compression_asks_for_everything():
   assert_uniform(batch.tokens_BT[:, :-1], 0, 15)
 
 
-@pytest.mark.parametrize('task', [Memorization(), Memorization(vocab_size=9, length=4, train_sequences=40)])
+@pytest.mark.parametrize(
+  'task', [Memorization(), Memorization(vocab_size=9, length=4, train_sequences=40)]
+)
 def test_memorization_is_solved_by_what_training_showed(task):
   special, told = task.vocab_size - 1, {}
   for tokens, targets in rows(task.rows('train', np.arange(task.train_sequences))):
@@ -266,30 +308,52 @@ def test_memorization_is_solved_by_what_training_showed(task):
     assert [told[key] for key in tokens[0::2]] == targets[1::2]
   assert_uniform(task.rows('test', INDEX).tokens_BT[:, 0::2], 0, keys)
   other = task.replace(seed=1).rows('test', INDEX)
-  assert any(told[k] != v for k, v in zip(other.tokens_BT[:, 0], other.targets_BT[:, 1], strict=True))
+  assert any(
+    told[k] != v for k, v in zip(other.tokens_BT[:, 0], other.targets_BT[:, 1], strict=True)
+  )
 
 
-# ---- all of them ------------------------------------------------------------------------------------------------------
+# ---- all of them -------------------------------------------------------------------------------
 
 
 def test_the_suite_varies_one_thing_at_a_time():
   suite = mad_suite()
   assert len(suite) == len(set(suite)) == 66
   for task in suite:
-    changed = {f for f in ('vocab_size', 'length', 'train_sequences', 'noise', 'copied')
-               if getattr(task, f, None) != getattr(type(task)(), f, None)}
+    changed = {
+      f
+      for f in ('vocab_size', 'length', 'train_sequences', 'noise', 'copied')
+      if getattr(task, f, None) != getattr(type(task)(), f, None)
+    }
     assert len(changed) <= 1
     batch = task.rows('test', INDEX[:4])
     assert batch.tokens_BT.shape == (4, task.positions)
   assert [t for t in suite if t == type(t)()] == [
-    InContextRecall(), FuzzyInContextRecall(), NoisyInContextRecall(), MadSelectiveCopying(), Compression(), Memorization()]
+    InContextRecall(),
+    FuzzyInContextRecall(),
+    NoisyInContextRecall(),
+    MadSelectiveCopying(),
+    Compression(),
+    Memorization(),
+  ]
 
 
-@pytest.mark.parametrize('task', [
-  MultiQueryRecall(), SelectiveCopying(length=64), MadSelectiveCopying(), InContextRecall(), NoisyInContextRecall(),
-  FuzzyInContextRecall(), Compression()])
+@pytest.mark.parametrize(
+  'task',
+  [
+    MultiQueryRecall(),
+    SelectiveCopying(length=64),
+    MadSelectiveCopying(),
+    InContextRecall(),
+    NoisyInContextRecall(),
+    FuzzyInContextRecall(),
+    Compression(),
+  ],
+)
 def test_no_test_sequence_is_one_of_training(task):
-  sides = [{row.tobytes() for row in task.rows(side, MANY[:3000]).tokens_BT} for side in ('train', 'test')]
+  sides = [
+    {row.tobytes() for row in task.rows(side, MANY[:3000]).tokens_BT} for side in ('train', 'test')
+  ]
   assert len(sides[0] | sides[1]) == 6000
 
 
@@ -305,33 +369,44 @@ def test_the_same_task_at_other_lengths():
     assert len(other.fingerprint()) == 64
 
 
-@pytest.mark.parametrize(('task', 'settings', 'message'), [
-  (MultiQueryRecall, {'pairs': 0}, 'pairs = 0: must be positive'),
-  (MultiQueryRecall, {'pairs': 17}, 'length = 64: must be even and at least 68'),
-  (MultiQueryRecall, {'length': 63}, 'length = 63: must be even'),
-  (MultiQueryRecall, {'vocab_size': 9}, 'vocab_size = 9: must be at least 10'),
-  (MultiQueryRecall, {'power': 0.0}, 'power = 0.0: must be above 0'), (MultiQueryRecall, {'power': 1.5}, 'at most 1'),
-  (SelectiveCopying, {'copied': 0}, 'copied = 0'), (SelectiveCopying, {'vocab_size': 3}, 'vocab_size = 3'),
-  (SelectiveCopying, {'length': 33}, 'length = 33: must be at least 34'),
-  (MadSelectiveCopying, {'length': 33}, 'length = 33: must be at least 34'),
-  (InContextRecall, {'length': 7}, 'length = 7: must be even'), (InContextRecall, {'length': 2}, 'length = 2'),
-  (InContextRecall, {'vocab_size': 3}, 'vocab_size = 3: must be at least 4'),
-  (NoisyInContextRecall, {'vocab_size': 19}, 'vocab_size = 19: must be at least 20'),
-  (NoisyInContextRecall, {'noise': 1.0}, 'noise = 1.0'), (NoisyInContextRecall, {'noise': 0.0}, 'noise = 0.0'),
-  (NoisyInContextRecall, {'noise_vocab_size': 0}, 'noise_vocab_size = 0'),
-  (FuzzyInContextRecall, {'vocab_size': 6}, 'vocab_size = 6: must be at least 7'),
-  (FuzzyInContextRecall, {'key_tokens': 0}, 'key_tokens = 0'), (FuzzyInContextRecall, {'value_tokens': 0}, 'value_tokens = 0'),
-  (FuzzyInContextRecall, {'key_tokens': 16, 'vocab_size': 64}, 'key_tokens = 16: must be fewer'),
-  (FuzzyInContextRecall, {'length': 11}, 'length = 11: must be at least 12'),
-  (Compression, {'length': 1}, 'length = 1'), (Compression, {'vocab_size': 2}, 'vocab_size = 2'),
-  (Memorization, {'length': 3}, 'length = 3'), (Memorization, {'vocab_size': 4}, 'vocab_size = 4'),
-  (Memorization, {'test_sequences': 0}, 'test_sequences = 0')])
+@pytest.mark.parametrize(
+  ('task', 'settings', 'message'),
+  [
+    (MultiQueryRecall, {'pairs': 0}, 'pairs = 0: must be positive'),
+    (MultiQueryRecall, {'pairs': 17}, 'length = 64: must be even and at least 68'),
+    (MultiQueryRecall, {'length': 63}, 'length = 63: must be even'),
+    (MultiQueryRecall, {'vocab_size': 9}, 'vocab_size = 9: must be at least 10'),
+    (MultiQueryRecall, {'power': 0.0}, 'power = 0.0: must be above 0'),
+    (MultiQueryRecall, {'power': 1.5}, 'at most 1'),
+    (SelectiveCopying, {'copied': 0}, 'copied = 0'),
+    (SelectiveCopying, {'vocab_size': 3}, 'vocab_size = 3'),
+    (SelectiveCopying, {'length': 33}, 'length = 33: must be at least 34'),
+    (MadSelectiveCopying, {'length': 33}, 'length = 33: must be at least 34'),
+    (InContextRecall, {'length': 7}, 'length = 7: must be even'),
+    (InContextRecall, {'length': 2}, 'length = 2'),
+    (InContextRecall, {'vocab_size': 3}, 'vocab_size = 3: must be at least 4'),
+    (NoisyInContextRecall, {'vocab_size': 19}, 'vocab_size = 19: must be at least 20'),
+    (NoisyInContextRecall, {'noise': 1.0}, 'noise = 1.0'),
+    (NoisyInContextRecall, {'noise': 0.0}, 'noise = 0.0'),
+    (NoisyInContextRecall, {'noise_vocab_size': 0}, 'noise_vocab_size = 0'),
+    (FuzzyInContextRecall, {'vocab_size': 6}, 'vocab_size = 6: must be at least 7'),
+    (FuzzyInContextRecall, {'key_tokens': 0}, 'key_tokens = 0'),
+    (FuzzyInContextRecall, {'value_tokens': 0}, 'value_tokens = 0'),
+    (FuzzyInContextRecall, {'key_tokens': 16, 'vocab_size': 64}, 'key_tokens = 16: must be fewer'),
+    (FuzzyInContextRecall, {'length': 11}, 'length = 11: must be at least 12'),
+    (Compression, {'length': 1}, 'length = 1'),
+    (Compression, {'vocab_size': 2}, 'vocab_size = 2'),
+    (Memorization, {'length': 3}, 'length = 3'),
+    (Memorization, {'vocab_size': 4}, 'vocab_size = 4'),
+    (Memorization, {'test_sequences': 0}, 'test_sequences = 0'),
+  ],
+)
 def test_settings(task, settings, message):
   with pytest.raises(InputError, match=message):
     task(**settings)
 
 
-# ---- what they are made with ------------------------------------------------------------------------------------------
+# ---- what they are made with -------------------------------------------------------------------
 
 
 def test_distinct_numbers_in_every_order():

@@ -29,12 +29,18 @@ from jaxformer.data import (
 from jaxformer.data.tasks import digits, listops
 
 pytestmark = pytest.mark.quick
-SHORT = ListOps(max_depth=5, max_args=5, min_length=10, max_length=60, train_sequences=50, test_sequences=40)
+SHORT = ListOps(
+  max_depth=5, max_args=5, min_length=10, max_length=60, train_sequences=50, test_sequences=40
+)
 INDEX = np.arange(300)
-# What the first sequences are, so that a run of today can be repeated: a change here changes every experiment on the task.
+# What the first sequences are, so that a run of today can be repeated: a change here changes every
+# experiment on the task.
 PINNED = {
-  SHORT: '906e3f61b31bdb8e', InductionHead(): 'f8de3efdf763ff35',
-  AssociativeRecall(): 'e3edf8542d94ff67', Digits(): 'bc7a1a1ed084f8c2', Dates(): '332cc94aada07c4d',
+  SHORT: '906e3f61b31bdb8e',
+  InductionHead(): 'f8de3efdf763ff35',
+  AssociativeRecall(): 'e3edf8542d94ff67',
+  Digits(): 'bc7a1a1ed084f8c2',
+  Dates(): '332cc94aada07c4d',
   MultiQueryRecall(test_sequences=100): '94b69d19bbb9f385',
   SelectiveCopying(test_sequences=20): '9dcc020394928567',
   MadSelectiveCopying(test_sequences=100): '85a5b6904045016d',
@@ -57,11 +63,17 @@ def value_of(words: list[str]) -> tuple[int, int]:
     elif word == ']':
       name, *values = stack.pop()
       assert 2 <= len(values) <= 5
-      stack[-1].append({
-        '[MAX': max, '[MIN': min, '[SM': lambda v: sum(v) % 10, '[MED': lambda v: int(np.median(v))}[name](values))
+      stack[-1].append(
+        {
+          '[MAX': max,
+          '[MIN': min,
+          '[SM': lambda v: sum(v) % 10,
+          '[MED': lambda v: int(np.median(v)),
+        }[name](values)
+      )
     else:
       stack[-1].append(int(word))
-  (_, value), = stack
+  ((_, value),) = stack
   return value, deepest
 
 
@@ -93,10 +105,17 @@ def test_listops_of_the_published_lengths():
   assert (lengths < 2000).all()
 
 
-@pytest.mark.parametrize(('settings', 'message'), [
-  ({'max_depth': 1}, 'max_depth'), ({'max_args': 1}, 'max_args'), ({'max_depth': 2, 'max_args': 3}, 'below 4'),
-  ({'max_length': 501}, '2 more than min_length'), ({'train_sequences': 0}, 'train_sequences = 0'),
-  ({'test_sequences': 0}, 'test_sequences = 0')])
+@pytest.mark.parametrize(
+  ('settings', 'message'),
+  [
+    ({'max_depth': 1}, 'max_depth'),
+    ({'max_args': 1}, 'max_args'),
+    ({'max_depth': 2, 'max_args': 3}, 'below 4'),
+    ({'max_length': 501}, '2 more than min_length'),
+    ({'train_sequences': 0}, 'train_sequences = 0'),
+    ({'test_sequences': 0}, 'test_sequences = 0'),
+  ],
+)
 def test_listops_settings(settings, message):
   with pytest.raises(InputError, match=message):
     ListOps(**settings)
@@ -116,7 +135,8 @@ def test_induction_asks_for_what_followed_the_special_token():
     assert tokens[-1] == 18
     assert tokens.count(18) == 2
     assert targets[-1] == tokens[tokens.index(18) + 1]
-    assert targets[:-1].tolist() == tokens[1:]   # to learn from, every token; to be scored by, the last
+    # to learn from, every token; to be scored by, the last
+    assert targets[:-1].tolist() == tokens[1:]
     places.append(tokens.index(18))
     answers.append(targets[-1])
   assert set(places) == set(range(28))
@@ -129,7 +149,7 @@ def test_recall_asks_for_the_value_of_a_key_that_came():
   answers, maps = [], set()
   for tokens, targets in zip(batch.tokens_BT.tolist(), batch.targets_BT, strict=True):
     values = dict(zip(tokens[:20:2], tokens[1:20:2], strict=True))
-    assert tokens[1:20:2] == [values[k] for k in tokens[:20:2]]   # one value a key
+    assert tokens[1:20:2] == [values[k] for k in tokens[:20:2]]  # one value a key
     assert set(values) <= set(range(4))
     assert set(values.values()) <= set(range(4, 8))
     assert tokens[20] == 8
@@ -138,13 +158,16 @@ def test_recall_asks_for_the_value_of_a_key_that_came():
     answers.append(int(targets[-1]))
     maps.add(tuple(sorted(values.items())))
   assert min(np.bincount(answers)[4:]) > 50
-  assert len(maps) > 150   # of 4^4, drawn anew for each sequence
+  assert len(maps) > 150  # of 4^4, drawn anew for each sequence
 
 
 @pytest.mark.parametrize('task', [InductionHead, AssociativeRecall])
 def test_synthetic_settings(task):
   for settings, message in (
-    ({'length': 1}, 'length = 1'), ({'vocab_size': 3}, 'vocab_size = 3'), ({'test_sequences': 0}, 'test_sequences = 0')):
+    ({'length': 1}, 'length = 1'),
+    ({'vocab_size': 3}, 'vocab_size = 3'),
+    ({'test_sequences': 0}, 'test_sequences = 0'),
+  ):
     with pytest.raises(InputError, match=message):
       task(**settings)
 
@@ -152,11 +175,14 @@ def test_synthetic_settings(task):
 def test_digits():
   pytest.importorskip('sklearn')
   from sklearn.datasets import load_digits
+
   data, task = load_digits(), Digits()
   assert (task.train_rows, task.test_rows) == (1438, 359)
   for side, numbers in (('train', [0, 1, 2, 3, 5]), ('test', [4, 9, 14])):
     batch = task.rows(side, np.arange(len(numbers)))
-    np.testing.assert_array_equal(batch.features_BTF[:, :, 0], np.float32(data.images[numbers].reshape(-1, 64) / 16))
+    np.testing.assert_array_equal(
+      batch.features_BTF[:, :, 0], np.float32(data.images[numbers].reshape(-1, 64) / 16)
+    )
     np.testing.assert_array_equal(batch.targets_BT[:, -1], data.target[numbers])
     assert (batch.targets_BT[:, :-1] == -1).all()
     assert batch.segments_BT is None
@@ -169,7 +195,7 @@ def test_digits_without_scikit_learn_names_the_extra(monkeypatch):
     open_data(Digits())
 
 
-# ---- dates ------------------------------------------------------------------------------------------------------------
+# ---- dates -------------------------------------------------------------------------------------
 
 
 def read_date(text: str) -> datetime.date:
@@ -178,14 +204,15 @@ def read_date(text: str) -> datetime.date:
     return datetime.date(*map(int, found.groups()))
   if found := re.fullmatch(r'(\d\d)\.(\d\d)\.(\d{4})', text):
     return datetime.date(*map(int, reversed(found.groups())))
-  day, = re.findall(r'\b(\d{1,2})(?:st|nd|rd|th)?\b', text)
-  year, = re.findall(r'\d{4}', text)
+  (day,) = re.findall(r'\b(\d{1,2})(?:st|nd|rd|th)?\b', text)
+  (year,) = re.findall(r'\d{4}', text)
   words = [w for w in re.findall(r'[A-Z][a-z]+', text) if not w.endswith('day')]
   date = datetime.datetime.strptime(f'{day} {words[0][:3]} {year}', '%d %b %Y').date()
   assert words[0] in (date.strftime('%B'), date.strftime('%b'))
   assert date.strftime('%A') in text or 'day' not in text
   assert not (ordinal := re.findall(r'\d(st|nd|rd|th)', text)) or ordinal == [
-    'th' if 10 < date.day < 14 else {1: 'st', 2: 'nd', 3: 'rd'}.get(date.day % 10, 'th')]
+    'th' if 10 < date.day < 14 else {1: 'st', 2: 'nd', 3: 'rd'}.get(date.day % 10, 'th')
+  ]
   return date
 
 
@@ -210,21 +237,30 @@ def test_no_day_of_the_test_is_trained_on_in_any_form():
   tested = {target for _, target in few.texts('test', np.arange(2000))}
   assert not trained & tested
   assert len(trained | tested) == 366
-  assert 20 <= len(tested) <= 54   # a tenth is expected, three standard deviations
-  wider = {t for _, t in Dates(first_year=1999, last_year=2001).texts('test', np.arange(5000)) if t.startswith('2000')}
+  assert 20 <= len(tested) <= 54  # a tenth is expected, three standard deviations
+  wider = {
+    t
+    for _, t in Dates(first_year=1999, last_year=2001).texts('test', np.arange(5000))
+    if t.startswith('2000')
+  }
   assert wider <= tested
 
 
-@pytest.mark.parametrize(('settings', 'message'), [
-  ({'first_year': 3}, 'first_year = 3: must be 1000 to 9999'), ({'first_year': 2000, 'last_year': 1999}, 'last_year = 1999'),
-  ({'forms': 11}, 'forms = 11: must be 1 to 10'), ({'test_sequences': 0}, 'test_sequences'),
-])
+@pytest.mark.parametrize(
+  ('settings', 'message'),
+  [
+    ({'first_year': 3}, 'first_year = 3: must be 1000 to 9999'),
+    ({'first_year': 2000, 'last_year': 1999}, 'last_year = 1999'),
+    ({'forms': 11}, 'forms = 11: must be 1 to 10'),
+    ({'test_sequences': 0}, 'test_sequences'),
+  ],
+)
 def test_dates_refuse(settings, message):
   with pytest.raises(InputError, match=message):
     Dates(**settings)
 
 
-# ---- what holds for every task ----------------------------------------------------------------------------------------
+# ---- what holds for every task -----------------------------------------------------------------
 
 
 @pytest.fixture(params=PINNED, ids=lambda t: t.tag)
@@ -255,7 +291,10 @@ def test_sequences_depend_on_their_number_alone_and_stay(task):
   assert inputs.shape[2:] == (() if kind.features is None else (kind.features,))
   assert targets.max() < (kind.classes or kind.vocab_size)
   assert kind.vocab_size is None or 0 <= inputs.min() <= inputs.max() < kind.vocab_size
-  assert kind.source_vocab_size is None or -1 <= whole.source_BS.min() <= whole.source_BS.max() < kind.source_vocab_size
+  assert (
+    kind.source_vocab_size is None
+    or -1 <= whole.source_BS.min() <= whole.source_BS.max() < kind.source_vocab_size
+  )
 
 
 def test_hosts_share_a_batch_and_any_step_can_be_asked_for(task):
@@ -280,10 +319,14 @@ def test_every_test_sequence_comes_once(task):
   np.testing.assert_array_equal(rows[: task.test_rows], want.targets_BT)
   assert (rows[task.test_rows :] == -1).all()
   few = list(data.validation_batches(4, 2))
-  np.testing.assert_array_equal(np.concatenate([b[0] for b in few]), want[0][np.arange(8) * task.test_rows // 8])
+  np.testing.assert_array_equal(
+    np.concatenate([b[0] for b in few]), want[0][np.arange(8) * task.test_rows // 8]
+  )
   halves = [list(data.validation_batches(4, 2, i, 2)) for i in (0, 1)]
-  np.testing.assert_array_equal(np.concatenate([b[0] for pair in zip(*halves, strict=True) for b in pair]),
-                                np.concatenate([b[0] for b in few]))
+  np.testing.assert_array_equal(
+    np.concatenate([b[0] for pair in zip(*halves, strict=True) for b in pair]),
+    np.concatenate([b[0] for b in few]),
+  )
 
 
 def test_a_finite_task_shows_each_sequence_once_an_epoch():

@@ -9,7 +9,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxformer.config import InputError
-from jaxformer.data import ByPosition, BytePairs, Bytes, Characters, Files, PydocTopics, TokenizerFile, load_tokenizer, train_bpe
+from jaxformer.data import (
+  ByPosition,
+  BytePairs,
+  Bytes,
+  Characters,
+  Files,
+  PydocTopics,
+  TokenizerFile,
+  load_tokenizer,
+  train_bpe,
+)
 from jaxformer.data.storage import published
 from jaxformer.data.tokenizers import ByteTokenizer, CharacterTokenizer, FileTokenizer
 
@@ -38,12 +48,33 @@ def test_any_text_comes_back_with_its_bytes_accounted_for(every, text):
     ids = tokenizer.encode(text)
     assert ids.dtype == np.int32
     assert tokenizer.decode(ids) == text
-    assert tokenizer.decode_bytes(ids) == text.encode() == b''.join(tokenizer.decode_bytes([i]) for i in ids.tolist())
+    assert (
+      tokenizer.decode_bytes(ids)
+      == text.encode()
+      == b''.join(tokenizer.decode_bytes([i]) for i in ids.tolist())
+    )
     assert tokenizer.token_bytes[ids].sum() == len(text.encode())
     assert all((ids >= 0) & (ids < tokenizer.vocab_size))
 
 
-ATOMS = ['a', 'ab', ' ', '  ', '\n', '\n\n', '\t', '.', ' x', "'s", '12', '/', '\r\n', 'é', '_', '日本']
+ATOMS = [
+  'a',
+  'ab',
+  ' ',
+  '  ',
+  '\n',
+  '\n\n',
+  '\t',
+  '.',
+  ' x',
+  "'s",
+  '12',
+  '/',
+  '\r\n',
+  'é',
+  '_',
+  '日本',
+]
 WORDS = st.lists(st.sampled_from(ATOMS), max_size=60)
 
 
@@ -54,7 +85,10 @@ def test_pieces_encode_as_the_whole(every, words, size):
   for tokenizer in every:
     pieces = list(tokenizer.pieces(text, size))
     assert ''.join(pieces) == text
-    assert np.concatenate([[], *tokenizer.encode_batch(pieces)]).tolist() == tokenizer.encode(text).tolist()
+    assert (
+      np.concatenate([[], *tokenizer.encode_batch(pieces)]).tolist()
+      == tokenizer.encode(text).tolist()
+    )
 
 
 def test_pieces_of_real_text_are_small(every):
@@ -69,13 +103,19 @@ def test_invalid_bytes_decode_to_replacements():
   tokenizer = Bytes().build(PydocTopics(), ByPosition())
   assert tokenizer.decode([0xC3, 65, 256]) == '\ufffdA'
   assert tokenizer.decode_bytes([0xC3, 65, 256]) == b'\xc3A'
-  assert (tokenizer.vocab_size, tokenizer.end_of_document, tokenizer.token_bytes[256]) == (257, 256, 0)
+  assert (tokenizer.vocab_size, tokenizer.end_of_document, tokenizer.token_bytes[256]) == (
+    257,
+    256,
+    0,
+  )
 
 
 def test_ids_out_of_range(every):
   for tokenizer in [*every, CharacterTokenizer('abc')]:
     for wrong in (-1, tokenizer.vocab_size):
-      with pytest.raises(InputError, match=f'token id {wrong}: the vocabulary has {tokenizer.vocab_size} tokens'):
+      with pytest.raises(
+        InputError, match=f'token id {wrong}: the vocabulary has {tokenizer.vocab_size} tokens'
+      ):
         tokenizer.decode([0, wrong])
 
 
@@ -102,10 +142,10 @@ def test_pairs_are_learned_deterministically_from_the_training_side(tmp_path):
   source = Files(path=str(tmp_path / 'a.txt'))
   first, second = (BytePairs(vocab_size=300).build(source, ByPosition()) for _ in range(2))
   assert first.fingerprint() == second.fingerprint()
-  assert len(first.encode('zyzzyva')) == 7   # never seen in training
+  assert len(first.encode('zyzzyva')) == 7  # never seen in training
   assert len(first.encode('the cat')) <= 2
   assert first.end_of_document == 0
-  assert first.vocab_size < 300   # the text has no more pairs
+  assert first.vocab_size < 300  # the text has no more pairs
   with pytest.raises(InputError, match=r'BytePairs\.vocab_size = 256: must be at least 257'):
     BytePairs(vocab_size=256)
 
@@ -145,7 +185,9 @@ def test_folder_of_a_hub_tokenizer(tmp_path, pairs):
   (tmp_path / 'tokenizer.json').write_text(json.dumps(data))
 
   def end(**fields):
-    return TokenizerFile(path=str(tmp_path), **fields).build(PydocTopics(), ByPosition()).end_of_document
+    return (
+      TokenizerFile(path=str(tmp_path), **fields).build(PydocTopics(), ByPosition()).end_of_document
+    )
 
   assert end() == 0
   assert end(end_of_document='</s>') == 600
@@ -153,7 +195,9 @@ def test_folder_of_a_hub_tokenizer(tmp_path, pairs):
   assert end() == 600
   (tmp_path / 'tokenizer_config.json').write_text('{"eos_token": "</s>"}')
   assert end() == 600
-  with pytest.raises(InputError, match=r"end_of_document = '</t>' is not in the vocabulary; did you mean </s>"):
+  with pytest.raises(
+    InputError, match=r"end_of_document = '</t>' is not in the vocabulary; did you mean </s>"
+  ):
     end(end_of_document='</t>')
 
 
@@ -175,7 +219,9 @@ def test_tokenizer_that_is_not_byte_level(tmp_path):
   model.pre_tokenizer = hf.pre_tokenizers.Metaspace()
   model.decoder = hf.decoders.Sequence([hf.decoders.ByteFallback(), hf.decoders.Metaspace()])
   fallback = [f'<0x{b:02X}>' for b in range(256)]
-  trainer = hf.trainers.BpeTrainer(vocab_size=500, special_tokens=['<unk>', '</s>'], show_progress=False)
+  trainer = hf.trainers.BpeTrainer(
+    vocab_size=500, special_tokens=['<unk>', '</s>'], show_progress=False
+  )
   model.train_from_iterator(['the cat sat on the mat, the dog did not'] * 20, trainer)
   model.add_tokens(fallback)
   tokenizer = FileTokenizer(model.to_str(), None, 'here')
@@ -207,12 +253,16 @@ def test_learned_tokenizers_fit_the_cache(tmp_path):
 @pytest.mark.quick
 def test_the_hugging_face_form_is_the_same_tokenizer(tmp_path):
   import tokenizers as hf
+
   text = 'naïve\n\ttabs 日本 €'
   for tokenizer in (ByteTokenizer(), CharacterTokenizer(''.join(sorted(set(text))))):
     folder = tmp_path / type(tokenizer).__name__
     folder.mkdir()
     (folder / 'tokenizer.json').write_text(tokenizer.hugging_face())
-    assert hf.Tokenizer.from_file(str(folder / 'tokenizer.json')).encode(text).ids == tokenizer.encode(text).tolist()
+    assert (
+      hf.Tokenizer.from_file(str(folder / 'tokenizer.json')).encode(text).ids
+      == tokenizer.encode(text).tolist()
+    )
     again = load_tokenizer(folder)
     assert again.encode(text).tolist() == tokenizer.encode(text).tolist()
     assert again.decode(again.encode(text)) == text

@@ -11,7 +11,8 @@ FIRST = ['train', 'gpt2-tiny', *SMALL, '--run.name', 'first']
 
 @pytest.fixture(scope='session')
 def cache(tmp_path_factory):
-  return tmp_path_factory.getbasetemp() / 'jaxformer-cache'   # where JAXFORMER_CACHE points in every test
+  # where JAXFORMER_CACHE points in every test
+  return tmp_path_factory.getbasetemp() / 'jaxformer-cache'
 
 
 @pytest.fixture(scope='session')

@@ -14,24 +14,51 @@ ROOT = Path(__file__).parents[2]
 SMALL = [
   *('--model.repeats', '1', '--model.width', '64', '--model.heads', '4'),
   *('--training.steps', '4', '--training.batch-size', '8', '--training.eval-batches', '1'),
-  *('--training.log-every', '1', '--training.trackers', 'none', '--data.source', 'PydocTopics', '--data.sequence-length', '32'),
+  *(
+    '--training.log-every',
+    '1',
+    '--training.trackers',
+    'none',
+    '--data.source',
+    'PydocTopics',
+    '--data.sequence-length',
+    '32',
+  ),
 ]
 
 
 def environment(cache: Path) -> dict[str, str]:
   return os.environ | {
-    'PYTHONPATH': str(ROOT), 'JAX_PLATFORMS': 'cpu', 'JAXFORMER_CACHE': str(cache),
+    'PYTHONPATH': str(ROOT),
+    'JAX_PLATFORMS': 'cpu',
+    'JAXFORMER_CACHE': str(cache),
     'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0.2',
-    'JAX_COMPILATION_CACHE_DIR': jax.config.jax_compilation_cache_dir}
+    'JAX_COMPILATION_CACHE_DIR': jax.config.jax_compilation_cache_dir,
+  }
 
 
-def start(words, folder: Path, cache: Path, text: str = '', program=('-m', 'jaxformer')) -> subprocess.CompletedProcess:
+def start(
+  words, folder: Path, cache: Path, text: str = '', program=('-m', 'jaxformer')
+) -> subprocess.CompletedProcess:
   """`jaxformer WORDS` in a process of its own."""
   command, env = [sys.executable, *program, *map(str, words)], environment(cache)
-  return subprocess.run(command, cwd=folder, env=env, input=text, capture_output=True, text=True, check=False, timeout=180)
+  return subprocess.run(
+    command,
+    cwd=folder,
+    env=env,
+    input=text,
+    capture_output=True,
+    text=True,
+    check=False,
+    timeout=180,
+  )
 
 
 def contents(folder: Path) -> dict[str, str]:
   """Every file and folder below, with a hash of what it holds."""
   return {
-    str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() if p.is_file() else 'folder' for p in folder.rglob('*')}
+    str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest()
+    if p.is_file()
+    else 'folder'
+    for p in folder.rglob('*')
+  }

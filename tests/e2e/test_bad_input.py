@@ -1,4 +1,5 @@
-"""What cannot be used is said in one message, with code 2, before anything of the user's is touched."""
+"""What cannot be used is said in one message, with code 2, before anything of the user's is
+touched."""
 
 import shlex
 import shutil
@@ -21,7 +22,7 @@ def refused(capsys):
     out, err = capsys.readouterr()
     assert out == ''
     assert 'Traceback (most recent call last)' not in err
-    errors = err[err.index('error: '):]
+    errors = err[err.index('error: ') :]
     assert err.count('error: ') == 1
     assert len(errors.splitlines()) <= 16
     assert contents(folder) == before
@@ -31,10 +32,17 @@ def refused(capsys):
 
 
 FILES = {
-  'empty.txt': b'', 'bad.txt': b'abc\xff\xfe', 'binary.dat': b'\x7fELF\0\0', 'short.txt': b'hi',
+  'empty.txt': b'',
+  'bad.txt': b'abc\xff\xfe',
+  'binary.dat': b'\x7fELF\0\0',
+  'short.txt': b'hi',
   'some.txt': b'one two three\n' * 400,
-  'broken.jsonl': b'{"text": "fine"}\n{broken\n', 'fields.jsonl': b'{"texts": "x"}\n', 'garbage.json': b'garbage',
-  'nothing.py': b'x = 1\n', 'number.py': b'experiment = 3\n', 'syntax.py': b'def f(:\n',
+  'broken.jsonl': b'{"text": "fine"}\n{broken\n',
+  'fields.jsonl': b'{"texts": "x"}\n',
+  'garbage.json': b'garbage',
+  'nothing.py': b'x = 1\n',
+  'number.py': b'experiment = 3\n',
+  'syntax.py': b'def f(:\n',
   'fails.py': b'def experiment():\n  return 1 / 0\n',
   'config.py': b'from jaxformer.training import TrainingConfig\nTrainingConfig(steps=-1)\n',
 }
@@ -107,9 +115,21 @@ CORPORA = [
   ('fields.jsonl', "no field 'text'", 'texts'),
   ('short.txt', 'sequence_length = 32'),
   ('some.txt --data.tokenizer TokenizerFile', 'needs path'),
-  ('some.txt --data.tokenizer TokenizerFile --data.tokenizer.path nope.json', "'nope.json'", 'cannot be read'),
-  ('some.txt --data.tokenizer TokenizerFile --data.tokenizer.path garbage.json', "'garbage.json'", 'not a tokenizer.json'),
-  ('some.txt --data.tokenizer BytePairs --data.tokenizer.vocab-size 3', 'vocab_size = 3', 'at least 257'),
+  (
+    'some.txt --data.tokenizer TokenizerFile --data.tokenizer.path nope.json',
+    "'nope.json'",
+    'cannot be read',
+  ),
+  (
+    'some.txt --data.tokenizer TokenizerFile --data.tokenizer.path garbage.json',
+    "'garbage.json'",
+    'not a tokenizer.json',
+  ),
+  (
+    'some.txt --data.tokenizer BytePairs --data.tokenizer.vocab-size 3',
+    'vocab_size = 3',
+    'at least 257',
+  ),
 ]
 
 EXPERIMENTS = [
@@ -145,13 +165,23 @@ def test_options(case, refused, folder):
 @pytest.mark.quick
 @pytest.mark.parametrize('case', FIELDS, ids=lambda c: c[0])
 def test_fields(case, refused, folder):
-  check(refused(['train', 'gpt2-tiny', *SMALL, '--run.name', 'x', *shlex.split(case[0])], folder), case[1:])
+  check(
+    refused(['train', 'gpt2-tiny', *SMALL, '--run.name', 'x', *shlex.split(case[0])], folder),
+    case[1:],
+  )
 
 
 @pytest.mark.quick
 @pytest.mark.parametrize('case', CORPORA, ids=lambda c: c[0])
 def test_corpora(case, refused, folder):
-  own = ['--data.source', 'Files', '--data.split', 'ByPosition', '--data.source.path', *shlex.split(case[0])]
+  own = [
+    '--data.source',
+    'Files',
+    '--data.split',
+    'ByPosition',
+    '--data.source.path',
+    *shlex.split(case[0]),
+  ]
   check(refused(['train', 'gpt2-tiny', *SMALL, '--run.name', 'x', *own], folder), case[1:])
 
 
@@ -162,20 +192,29 @@ def test_experiment_files(case, refused, folder):
 
 
 @pytest.mark.quick
-@pytest.mark.parametrize(('command', 'fragments'), [
-  ('data info --data.sorce Files', ('--data.sorce', 'did you mean source?')),
-  ('data info --datas.source Files', ('--datas.source', 'did you mean data?')),
-  ('data info --model.width 3', ('--model.width', 'overrides of data alone')),
-  ('data info --data Files', ('data = Files', 'must be a config', 'DataConfig', 'Pairs')),
-  ('data info --data Digits', ('--data Digits', 'a task', 'DataConfig and Pairs')),
-  ('data info --data Pairs', ('Pairs needs corpus',)),
-  ('data info --data Pairs --data.corpus Tsv --data.corpus.path gone.tsv', ('Tsv.path', 'gone.tsv', 'a file that exists')),
-  ('data kjv-es', ('--out',)),
-  ('data kjv-es --out a --packages gone', ('--packages gone', 'no such folder')),
-  ('data kjv-es --out a --data.corpus Tsv', ('--data.corpus', 'no overrides')),
-  ('train gpt2-tiny --data Dates', ('data = Dates', 'reads one', 'pairs')),
-  ('data train-tokenizer empty --data.source PydocTopics --vocab-size 300', ('empty', 'cannot be written')),
-])
+@pytest.mark.parametrize(
+  ('command', 'fragments'),
+  [
+    ('data info --data.sorce Files', ('--data.sorce', 'did you mean source?')),
+    ('data info --datas.source Files', ('--datas.source', 'did you mean data?')),
+    ('data info --model.width 3', ('--model.width', 'overrides of data alone')),
+    ('data info --data Files', ('data = Files', 'must be a config', 'DataConfig', 'Pairs')),
+    ('data info --data Digits', ('--data Digits', 'a task', 'DataConfig and Pairs')),
+    ('data info --data Pairs', ('Pairs needs corpus',)),
+    (
+      'data info --data Pairs --data.corpus Tsv --data.corpus.path gone.tsv',
+      ('Tsv.path', 'gone.tsv', 'a file that exists'),
+    ),
+    ('data kjv-es', ('--out',)),
+    ('data kjv-es --out a --packages gone', ('--packages gone', 'no such folder')),
+    ('data kjv-es --out a --data.corpus Tsv', ('--data.corpus', 'no overrides')),
+    ('train gpt2-tiny --data Dates', ('data = Dates', 'reads one', 'pairs')),
+    (
+      'data train-tokenizer empty --data.source PydocTopics --vocab-size 300',
+      ('empty', 'cannot be written'),
+    ),
+  ],
+)
 def test_data(command, fragments, refused, folder):
   check(refused(command, folder), fragments)
 
@@ -185,7 +224,7 @@ def test_kv_heads_that_do_not_divide_the_heads(refused, folder):
   check(refused('train llama3-tiny --model.kv-heads 3', folder), ['kv_heads = 3', 'heads = 4'])
 
 
-# ---- runs and folders of weights, damaged --------------------------------------------------------------------------------
+# ---- runs and folders of weights, damaged ------------------------------------------------------
 
 
 @pytest.fixture
@@ -218,8 +257,14 @@ SPOILED = {
   'no checkpoint': (lambda run: gone(run, 'checkpoints/4'), 'no checkpoint'),
   'no tokenizer': (lambda run: gone(run, 'tokenizer'), 'holds no tokenizer'),
   'config cut': (lambda run: (run / 'config.json').write_text('{'), 'JSON'),
-  'a list for a config': (lambda run: (run / 'config.json').write_text('[1]'), 'expected an object with a "type"'),
-  'unknown type': (lambda run: rename(run / 'config.json', '"Attention"', '"Atention"'), 'did you mean Attention'),
+  'a list for a config': (
+    lambda run: (run / 'config.json').write_text('[1]'),
+    'expected an object with a "type"',
+  ),
+  'unknown type': (
+    lambda run: rename(run / 'config.json', '"Attention"', '"Atention"'),
+    'did you mean Attention',
+  ),
 }
 
 
@@ -252,10 +297,22 @@ def test_a_damaged_file_of_metrics_does_not_stop_a_run(damaged, capsys):
 
 
 STORES = [
-  ('train gpt2-tiny --run.dir s3://bucket/runs', "run.dir = 's3://bucket/runs': Orbax", 'gs:// alone', 'mount the bucket'),
-  ('train gpt2-tiny --run.dir ftp://host/runs', "run.dir = 'ftp://host/runs': no such store", 'gs://BUCKET/FOLDER'),
+  (
+    'train gpt2-tiny --run.dir s3://bucket/runs',
+    "run.dir = 's3://bucket/runs': Orbax",
+    'gs:// alone',
+    'mount the bucket',
+  ),
+  (
+    'train gpt2-tiny --run.dir ftp://host/runs',
+    "run.dir = 'ftp://host/runs': no such store",
+    'gs://BUCKET/FOLDER',
+  ),
   ('train gpt2-tiny --run.dir gs:///runs', "run.dir = 'gs:///runs': names no bucket"),
-  ('train gpt2-tiny --run.dir gs://bucket/runs', "run.dir = 'gs://bucket/runs': needs gcsfs: pip install 'jaxformer[storage]'"),
+  (
+    'train gpt2-tiny --run.dir gs://bucket/runs',
+    "run.dir = 'gs://bucket/runs': needs gcsfs: pip install 'jaxformer[storage]'",
+  ),
   ('train gpt2-tiny --init-from gs://bucket/runs/a@4', 'gs://bucket/runs/a: needs gcsfs'),
   ('eval gs://bucket/runs/a@4', 'gs://bucket/runs/a: needs gcsfs'),
   ('generate s3://bucket/a', 's3://bucket/a: Orbax'),
@@ -286,11 +343,27 @@ RUNS = [
   (['generate', 'first', '--stop', ''], 'stop', 'empty'),
   (['eval', 'first', '--model.width', '3'], '--model.width', 'data alone'),
   (['convert', 'first', 'runs'], 'runs', 'nothing is overwritten'),
-  ([*FIRST, '--model.width', '32', '--training.batch-size', '16'], 'another experiment',
-   'model.width: 64 -> 32', 'training.batch_size: 8 -> 16'),
+  (
+    [*FIRST, '--model.width', '32', '--training.batch-size', '16'],
+    'another experiment',
+    'model.width: 64 -> 32',
+    'training.batch_size: 8 -> 16',
+  ),
   ([*FIRST, '--init-from', 'first'], '--init-from', 'began from random weights'),
-  (['train', 'gpt2-tiny', *SMALL, '--model.width', '32', '--run.name', 'x', '--init-from', 'first'],
-   '(264, 64) in the checkpoint, (264, 32) here'),
+  (
+    [
+      'train',
+      'gpt2-tiny',
+      *SMALL,
+      '--model.width',
+      '32',
+      '--run.name',
+      'x',
+      '--init-from',
+      'first',
+    ],
+    '(264, 64) in the checkpoint, (264, 32) here',
+  ),
 ]
 
 
@@ -313,10 +386,16 @@ def test_folders_of_weights_that_cannot_be_read(home, refused, tmp_path, capsys)
     return refused(['generate', folder, '--prompt', 'x'], tmp_path)
 
   def replace(old, new):
-    return lambda f: (f / 'config.json').write_text((f / 'config.json').read_text().replace(old, new))
+    return lambda f: (f / 'config.json').write_text(
+      (f / 'config.json').read_text().replace(old, new)
+    )
 
-  assert 'never read here' in message(lambda f: (f / 'model.safetensors').rename(f / 'pytorch_model.bin'))
-  assert 'cut short' in message(lambda f: (f / 'model.safetensors').write_bytes((f / 'model.safetensors').read_bytes()[:1000]))
+  assert 'never read here' in message(
+    lambda f: (f / 'model.safetensors').rename(f / 'pytorch_model.bin')
+  )
+  assert 'cut short' in message(
+    lambda f: (f / 'model.safetensors').write_bytes((f / 'model.safetensors').read_bytes()[:1000])
+  )
   assert "'mish'" in message(replace('gelu_new', 'mish'))
   assert 'did you mean gpt2?' in message(replace('"gpt2"', '"gptt2"'))
   assert 'holds no tokenizer' in message(lambda f: (f / 'tokenizer.json').unlink())
@@ -329,13 +408,21 @@ def test_a_dict_of_parameters_is_checked_by_name_and_shape(tmp_path, monkeypatch
   import jaxformer
   from jaxformer.config import InputError
   from jaxformer.models.params import define
+
   monkeypatch.chdir(tmp_path)
   flags = [(w.removeprefix('--'), v) for w, v in zip(SMALL[::2], SMALL[1::2], strict=True)]
   experiment = jaxformer.experiment('gpt2-tiny', *flags, ('run.name', 'given'))
   params = {n: np.zeros(i.shape, np.float32) for n, i in define(experiment.model).info.items()}
-  params['final_norm.scale'], params['spare'] = np.zeros(3, np.float32), params.pop('final_norm.offset')
+  params['final_norm.scale'], params['spare'] = (
+    np.zeros(3, np.float32),
+    params.pop('final_norm.offset'),
+  )
   with pytest.raises(InputError) as e:
     jaxformer.train(experiment, init_from=params)
-  for line in ('final_norm.offset: not given', 'spare: not of this model', 'final_norm.scale: (3,) given, (64,) here'):
+  for line in (
+    'final_norm.offset: not given',
+    'spare: not of this model',
+    'final_norm.scale: (3,) given, (64,) here',
+  ):
     assert line in str(e.value)
   assert list(tmp_path.iterdir()) == []

@@ -13,25 +13,45 @@ import pytest
 from tests.e2e.program import SMALL, environment, start
 from tests.tiers import thorough
 
-emulator = pytest.importorskip('gcp_storage_emulator.server', reason='needs gcp-storage-emulator, which stands in for the store')
+emulator = pytest.importorskip(
+  'gcp_storage_emulator.server', reason='needs gcp-storage-emulator, which stands in for the store'
+)
 pytest.importorskip('gcsfs', reason='needs the extra `storage`')
 
 pytestmark = pytest.mark.e2e
-RUN = ['train', 'gpt2-tiny', *SMALL, '--training.checkpoint-every', '1', '--training.eval-every', '100000',
-       '--run.dir', 'gs://bucket/runs', '--run.name', 'one']
+RUN = [
+  'train',
+  'gpt2-tiny',
+  *SMALL,
+  '--training.checkpoint-every',
+  '1',
+  '--training.eval-every',
+  '100000',
+  '--run.dir',
+  'gs://bucket/runs',
+  '--run.name',
+  'one',
+]
 
 
 @pytest.fixture
 def store(monkeypatch):
-  """A function that asks the server, which has one bucket, about objects; programs started here find it."""
+  """A function that asks the server, which has one bucket, about objects; programs started here
+  find it."""
   with socket.socket() as s:
     s.bind(('127.0.0.1', 0))
     host = f'http://127.0.0.1:{s.getsockname()[1]}'
   for name, value in {
-      'STORAGE_EMULATOR_HOST': host, 'TENSORSTORE_GCS_HTTP_URL': host, 'NO_GCE_CHECK': 'true',
-      'GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT': 'false'}.items():   # the last asks a service that the emulator lacks
+    'STORAGE_EMULATOR_HOST': host,
+    'TENSORSTORE_GCS_HTTP_URL': host,
+    'NO_GCE_CHECK': 'true',
+    # the last asks a service that the emulator lacks
+    'GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT': 'false',
+  }.items():
     monkeypatch.setenv(name, value)
-  server = emulator.create_server('127.0.0.1', int(host.rpartition(':')[2]), in_memory=True, default_bucket='bucket')
+  server = emulator.create_server(
+    '127.0.0.1', int(host.rpartition(':')[2]), in_memory=True, default_bucket='bucket'
+  )
   server.start()
 
   def ask(query='', method='GET'):
@@ -49,7 +69,9 @@ def objects(store):
 @thorough
 def test_interrupted_damaged_resumed_and_scored_in_a_bucket(store, tmp_path, cache):
   command = [sys.executable, '-m', 'jaxformer', *RUN, '--training.steps', '100000']
-  program = subprocess.Popen(command, cwd=tmp_path, env=environment(cache), stderr=subprocess.PIPE, text=True)
+  program = subprocess.Popen(
+    command, cwd=tmp_path, env=environment(cache), stderr=subprocess.PIPE, text=True
+  )
   try:
     heard = []
     for line in program.stderr:
@@ -64,7 +86,15 @@ def test_interrupted_damaged_resumed_and_scored_in_a_bucket(store, tmp_path, cac
   assert f'saved at step {steps[-1]}' in heard[-1]
   assert len(steps) == 2
   assert {n for n in names if 'checkpoints' not in n} == {
-    f'runs/one/{n}' for n in ('config.json', 'environment.json', 'metrics.jsonl', 'events.jsonl', 'tokenizer/tokenizer_kind.json')}
+    f'runs/one/{n}'
+    for n in (
+      'config.json',
+      'environment.json',
+      'metrics.jsonl',
+      'events.jsonl',
+      'tokenizer/tokenizer_kind.json',
+    )
+  }
 
   store('/' + quote(f'runs/one/checkpoints/{steps[-1]}/meta/data.json', safe=''), method='DELETE')
   last = steps[-1] + 1
@@ -74,10 +104,15 @@ def test_interrupted_damaged_resumed_and_scored_in_a_bucket(store, tmp_path, cac
   assert json.loads(done.stdout)['run'] == 'gs://bucket/runs/one'
   names = objects(store)
   assert f'runs/one/damaged/{steps[-1]}/commit_success.txt' in names
-  rows = [json.loads(line) for line in store('/' + quote('runs/one/metrics.jsonl', safe='') + '?alt=media').splitlines()]
+  rows = [
+    json.loads(line)
+    for line in store('/' + quote('runs/one/metrics.jsonl', safe='') + '?alt=media').splitlines()
+  ]
   assert [r['step'] for r in rows if 'train/loss' in r] == list(range(1, last + 1))
 
-  scored = start(['eval', f'gs://bucket/runs/one@{last}', '--batches', '1', '--json'], tmp_path, cache)
+  scored = start(
+    ['eval', f'gs://bucket/runs/one@{last}', '--batches', '1', '--json'], tmp_path, cache
+  )
   assert scored.returncode == 0, scored.stderr
   assert json.loads(scored.stdout)['step'] == last
   assert not list(tmp_path.iterdir())
@@ -85,8 +120,12 @@ def test_interrupted_damaged_resumed_and_scored_in_a_bucket(store, tmp_path, cac
 
 def test_what_is_not_there_is_said_in_one_line(store, tmp_path, cache):
   for words, message in (
-      ([*RUN, '--run.dir', 'gs://nowhere/runs'], 'gs://nowhere/runs/one: there is no bucket gs://nowhere'),
-      (['eval', 'gs://bucket/none'], 'gs://bucket/none: not a run folder: there is no config.json')):
+    (
+      [*RUN, '--run.dir', 'gs://nowhere/runs'],
+      'gs://nowhere/runs/one: there is no bucket gs://nowhere',
+    ),
+    (['eval', 'gs://bucket/none'], 'gs://bucket/none: not a run folder: there is no config.json'),
+  ):
     done = start(words, tmp_path, cache)
     assert done.returncode == 2
     assert done.stdout == ''

@@ -30,7 +30,7 @@ def answer(capsys):
   return run
 
 
-# ---- training ---------------------------------------------------------------------------------------------------------
+# ---- training ----------------------------------------------------------------------------------
 
 
 def test_train_answers_one_json_value_and_says_the_rest_on_stderr(first):
@@ -39,9 +39,20 @@ def test_train_answers_one_json_value_and_says_the_rest_on_stderr(first):
   assert value['run'] == str(home / 'runs' / 'first')
   assert value['step'] == value['metrics']['step'] == 4
   assert value['metrics']['train/loss'] < math.log(264) + 1
-  assert all(part in done.stderr for part in ('parameters, 1 devices', 'compiled the step', 'step 4/4', 'bits per byte'))
+  assert all(
+    part in done.stderr
+    for part in ('parameters, 1 devices', 'compiled the step', 'step 4/4', 'bits per byte')
+  )
   names = {p.name for p in (home / 'runs' / 'first').iterdir()}
-  assert names == {'config.json', 'environment.json', 'metrics.jsonl', 'events.jsonl', 'checkpoints', 'tokenizer', 'samples.txt'}
+  assert names == {
+    'config.json',
+    'environment.json',
+    'metrics.jsonl',
+    'events.jsonl',
+    'checkpoints',
+    'tokenizer',
+    'samples.txt',
+  }
 
 
 def test_the_same_command_has_nothing_left_to_do(first, cache):
@@ -72,7 +83,8 @@ def test_an_experiment_file(answer, tmp_path, monkeypatch):
     'def experiment():\n'
     '  training = TrainingConfig(steps=2, batch_size=8, eval_batches=1, trackers=())\n'
     '  data = DataConfig(source=PydocTopics(), sequence_length=32)\n'
-    "  return Experiment(model=PRESETS['gpt2-tiny'].model, data=data, training=training)\n")
+    "  return Experiment(model=PRESETS['gpt2-tiny'].model, data=data, training=training)\n"
+  )
   value, _ = answer('train', 'question.py', *SMALL[:6], '--training.steps', 1, '--json')
   assert (value['run'], value['step']) == (str(tmp_path / 'runs' / 'question'), 1)
   assert answer('plan', 'question.py', '--json')[0]['length'] == 32
@@ -80,7 +92,20 @@ def test_an_experiment_file(answer, tmp_path, monkeypatch):
 
 def test_a_tokenizer_of_ones_own(answer, tmp_path, monkeypatch, capsys):
   monkeypatch.chdir(tmp_path)
-  assert main(['data', 'train-tokenizer', 'pairs.json', '--vocab-size', '300', '--data.source', 'PydocTopics']) == 0
+  assert (
+    main(
+      [
+        'data',
+        'train-tokenizer',
+        'pairs.json',
+        '--vocab-size',
+        '300',
+        '--data.source',
+        'PydocTopics',
+      ]
+    )
+    == 0
+  )
   assert 'pairs.json: 300 tokens' in capsys.readouterr().err
   own = ['--data.tokenizer', 'TokenizerFile', '--data.tokenizer.path', 'pairs.json']
   info = answer('data', 'info', '--data.source', 'PydocTopics', *own, '--json')[0]
@@ -88,8 +113,15 @@ def test_a_tokenizer_of_ones_own(answer, tmp_path, monkeypatch, capsys):
   model = ['--model.vocab-size', 304, '--training.steps', 1]
   value, _ = answer('train', 'gpt2-tiny', *SMALL, *own, *model, '--run.name', 'pairs', '--json')
   assert value['step'] == 1
-  (tmp_path / 'pairs.json').unlink()   # the run has its own
-  assert len(answer('generate', 'pairs', '--prompt', 'The ', '--max-new-tokens', 3, '--json')[0][0]['tokens']) <= 3
+  (tmp_path / 'pairs.json').unlink()  # the run has its own
+  assert (
+    len(
+      answer('generate', 'pairs', '--prompt', 'The ', '--max-new-tokens', 3, '--json')[0][0][
+        'tokens'
+      ]
+    )
+    <= 3
+  )
 
 
 def test_numbers_that_are_not_finite_exit_70(tmp_path, monkeypatch, capsys):
@@ -113,12 +145,17 @@ def test_interrupting_the_compilation_exits_130_without_a_traceback(tmp_path, mo
   assert 'Traceback' not in err
 
 
-# ---- a trained model --------------------------------------------------------------------------------------------------
+# ---- a trained model ---------------------------------------------------------------------------
 
 
 def test_generate_prints_the_prompt_and_the_text(first, cache):
   home = first[0]
-  done = start(['generate', 'first', '--prompt', '-', '--max-new-tokens', '8', '--temperature', '0'], home, cache, text='def f(')
+  done = start(
+    ['generate', 'first', '--prompt', '-', '--max-new-tokens', '8', '--temperature', '0'],
+    home,
+    cache,
+    text='def f(',
+  )
   assert done.returncode == 0, done.stderr
   assert done.stdout.startswith('def f(')
   assert done.stderr == ''
@@ -126,26 +163,32 @@ def test_generate_prints_the_prompt_and_the_text(first, cache):
 
 def test_generate_json_stop_and_several_prompts(home, answer):
   def texts(*words):
-    return answer('generate', 'runs/first@4', *words, '--max-new-tokens', 24, '--temperature', 0, '--json')[0]
+    return answer(
+      'generate', 'runs/first@4', *words, '--max-new-tokens', 24, '--temperature', 0, '--json'
+    )[0]
 
   one, two = texts('--prompt', 'The ', '--prompt', 'class A')
   assert set(one) == {'prompt', 'text', 'tokens', 'finished'}
   assert (one['prompt'], two['prompt']) == ('The ', 'class A')
   assert one['text'] == bytes(t for t in one['tokens'] if t < 256).decode(errors='replace')
   stop = one['text'][3]
-  stopped, = texts('--prompt', 'The ', '--stop', stop)
-  assert stopped['text'] == one['text'][:one['text'].index(stop)]
+  (stopped,) = texts('--prompt', 'The ', '--stop', stop)
+  assert stopped['text'] == one['text'][: one['text'].index(stop)]
   assert stopped['finished']
 
 
 def test_eval_repeats_what_training_measured(first, home, answer):
   value = answer('eval', 'first', '--batch-size', 8, '--batches', 1, '--json')[0]
   assert value['loss'] == pytest.approx(first[1]['metrics']['eval/loss'], rel=1e-5)
-  assert value['bits_per_byte'] == pytest.approx(first[1]['metrics']['eval/bits_per_byte'], rel=1e-5)
+  assert value['bits_per_byte'] == pytest.approx(
+    first[1]['metrics']['eval/bits_per_byte'], rel=1e-5
+  )
   assert value['bigram_bits_per_byte'] == pytest.approx(first[1]['bigram_bits_per_byte'])
 
 
-def test_weights_for_others_say_the_same_and_can_be_trained_on(home, answer, tmp_path, monkeypatch, capsys):
+def test_weights_for_others_say_the_same_and_can_be_trained_on(
+  home, answer, tmp_path, monkeypatch, capsys
+):
   out = tmp_path / 'weights'
   assert main(['convert', 'first', str(out)]) == 0
   assert {p.name for p in out.iterdir()} == {'config.json', 'model.safetensors', 'tokenizer.json'}
@@ -162,17 +205,22 @@ def test_weights_for_others_say_the_same_and_can_be_trained_on(home, answer, tmp
   assert contents(tmp_path) == before
 
 
-# ---- without a model --------------------------------------------------------------------------------------------------
+# ---- without a model ---------------------------------------------------------------------------
 
 
 def test_the_largest_preset_is_planned_in_seconds_and_little_memory(tmp_path, cache):
   # Not `ru_maxrss`: a process inherits that of the one that started it.
-  program = ('-c', 'import re, sys\nfrom jaxformer.cli import main\ncode = main()\n'
-             r'print(re.search(r"VmHWM:\s+(\d+) kB", open("/proc/self/status").read())[1], file=sys.stderr)' '\nsys.exit(code)')
+  program = (
+    '-c',
+    'import re, sys\nfrom jaxformer.cli import main\ncode = main()\n'
+    r'print(re.search(r"VmHWM:\s+(\d+) kB", open("/proc/self/status").read())[1], file=sys.stderr)'
+    '\nsys.exit(code)',
+  )
   began = time.monotonic()
   done = start(['plan', 'llama3.1-405b', '--json'], tmp_path, cache, program=program)
   assert done.returncode == 0, done.stderr
-  assert time.monotonic() - began < 60   # a minute on any machine; allocating the model would never end
+  # a minute on any machine; allocating the model would never end
+  assert time.monotonic() - began < 60
   value = json.loads(done.stdout)
   assert value['params'] == value['active_params'] == 405_853_388_800
   assert value['decode_state_bytes'] == 2 * 126 * 8 * 128 * 131_072 * 2
@@ -182,20 +230,34 @@ def test_the_largest_preset_is_planned_in_seconds_and_little_memory(tmp_path, ca
 def test_list_names_every_preset_with_its_size(answer):
   rows = {r['name']: r for r in answer('list', '--json')[0]}
   assert set(rows['gpt2']) == {'name', 'family', 'params', 'active_params'}
-  assert {name: rows[name]['params'] for name in ('gpt2', 'llama2-7b', 'llama3-8b', 'llama3.2-1b')} == {
-    'gpt2': 124_439_808, 'llama2-7b': 6_738_415_616, 'llama3-8b': 8_030_261_248, 'llama3.2-1b': 1_235_814_400}
+  assert {
+    name: rows[name]['params'] for name in ('gpt2', 'llama2-7b', 'llama3-8b', 'llama3.2-1b')
+  } == {
+    'gpt2': 124_439_808,
+    'llama2-7b': 6_738_415_616,
+    'llama3-8b': 8_030_261_248,
+    'llama3.2-1b': 1_235_814_400,
+  }
 
 
 def test_a_reader_that_leaves_early_is_no_error(tmp_path, cache):
   done = subprocess.run(
-    ['bash', '-c', 'set -o pipefail; "$0" -m jaxformer list | head -1', sys.executable], cwd=tmp_path, env=environment(cache),
-    capture_output=True, text=True, check=False, timeout=120)
+    ['bash', '-c', 'set -o pipefail; "$0" -m jaxformer list | head -1', sys.executable],
+    cwd=tmp_path,
+    env=environment(cache),
+    capture_output=True,
+    text=True,
+    check=False,
+    timeout=120,
+  )
   assert (done.returncode, done.stderr) == (0, '')
   assert done.stdout.split() == ['name', 'family', 'params', 'active']
 
 
 def test_bench_measures_training_and_decoding(answer):
-  value = answer('bench', 'gpt2-tiny', *SMALL, '--steps', 2, '--new-tokens', 4, '--context', 8, '--json')[0]
+  value = answer(
+    'bench', 'gpt2-tiny', *SMALL, '--steps', 2, '--new-tokens', 4, '--context', 8, '--json'
+  )[0]
   assert value['training']['tokens_per_step'] == 8 * 32
   assert [r['context'] for r in value['decoding']] == [8]
   assert min(value['training']['tokens_per_second'], value['decoding'][0]['seconds_per_token']) > 0
@@ -208,9 +270,30 @@ def test_data_info(answer):
 
 
 def test_overrides_reach_where_they_should(answer):
-  value = answer('train', 'gpt2-tiny', '--show', '--model.heads', 2, '--optimizer', 'Lion', '--optimizer.learning-rate', '1e-4',
-                 '--training.trackers', 'none', '--training.eval-batches', 'none', '--model.stack.0.repeats', 3)[0]
-  attention = [b['layer'] for g in value['model']['stack'] for p in g['pattern'] for b in p['branches'] if 'heads' in b['layer']]
+  value = answer(
+    'train',
+    'gpt2-tiny',
+    '--show',
+    '--model.heads',
+    2,
+    '--optimizer',
+    'Lion',
+    '--optimizer.learning-rate',
+    '1e-4',
+    '--training.trackers',
+    'none',
+    '--training.eval-batches',
+    'none',
+    '--model.stack.0.repeats',
+    3,
+  )[0]
+  attention = [
+    b['layer']
+    for g in value['model']['stack']
+    for p in g['pattern']
+    for b in p['branches']
+    if 'heads' in b['layer']
+  ]
   assert attention
   assert {a['heads'] for a in attention} == {2}
   assert value['optimizer']['type'] == 'Lion'

@@ -1,4 +1,5 @@
-"""Several real processes on this machine: they train as one, stop as one, and other numbers of them go on."""
+"""Several real processes on this machine: they train as one, stop as one, and other numbers of them
+go on."""
 
 import json
 import os
@@ -20,24 +21,49 @@ from tests.training.compare import curve, meta
 
 pytestmark = pytest.mark.e2e
 STEPS, DEVICES = 40, 4
-TRAIN = ['train', 'gpt2-tiny', *SMALL, '--training.steps', str(STEPS), '--training.eval-every', str(STEPS),
-         '--training.checkpoint-every', str(STEPS)]
-SHARDED, WHOLE = ['--mesh.data', '2', '--mesh.fsdp', '2'], ['--mesh.data', '4', '--mesh.rules', 'data_parallel']
+TRAIN = [
+  'train',
+  'gpt2-tiny',
+  *SMALL,
+  '--training.steps',
+  str(STEPS),
+  '--training.eval-every',
+  str(STEPS),
+  '--training.checkpoint-every',
+  str(STEPS),
+]
+SHARDED, WHOLE = (
+  ['--mesh.data', '2', '--mesh.fsdp', '2'],
+  ['--mesh.data', '4', '--mesh.rules', 'data_parallel'],
+)
 
 
 def start(count, words, folder, cache, command=TRAIN):
-  """`jaxformer COMMAND WORDS`, training by default, in `count` processes that share four devices."""
+  """`jaxformer COMMAND WORDS`, training by default, in `count` processes that share four
+  devices."""
   with socket.socket() as s:
     s.bind(('127.0.0.1', 0))
     port = s.getsockname()[1]
 
   def process(i):
-    own = {'XLA_FLAGS': f'{os.environ["XLA_FLAGS"]} --xla_force_host_platform_device_count={DEVICES // count}'}
+    own = {
+      'XLA_FLAGS': f'{os.environ["XLA_FLAGS"]} '
+      f'--xla_force_host_platform_device_count={DEVICES // count}'
+    }
     if count > 1:
-      own |= {'JAXFORMER_COORDINATOR': f'127.0.0.1:{port}', 'JAXFORMER_PROCESSES': str(count), 'JAXFORMER_PROCESS': str(i)}
+      own |= {
+        'JAXFORMER_COORDINATOR': f'127.0.0.1:{port}',
+        'JAXFORMER_PROCESSES': str(count),
+        'JAXFORMER_PROCESS': str(i),
+      }
     return subprocess.Popen(
-      [sys.executable, '-m', 'jaxformer', *command, *words], cwd=folder, env=environment(cache) | own, stdout=subprocess.PIPE,
-      stderr=subprocess.PIPE, text=True)
+      [sys.executable, '-m', 'jaxformer', *command, *words],
+      cwd=folder,
+      env=environment(cache) | own,
+      stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE,
+      text=True,
+    )
 
   return [process(i) for i in range(count)]
 
@@ -58,15 +84,19 @@ def losses(folder):
 
 @pytest.fixture(scope='module')
 def home(tmp_path_factory, cache):
-  """A folder with `runs/alone`, by one process, and `runs/two`, by two of which the second was asked to stop."""
+  """A folder with `runs/alone`, by one process, and `runs/two`, by two of which the second was
+  asked to stop."""
   folder = tmp_path_factory.mktemp('processes')
-  alone, = finish(start(1, [*SHARDED, '--run.name', 'alone'], folder, cache))
+  (alone,) = finish(start(1, [*SHARDED, '--run.name', 'alone'], folder, cache))
   assert alone[0] == 0, alone
   two, end = start(2, [*SHARDED, '--run.name', 'two'], folder, cache), time.monotonic() + 200
-  while max((r['step'] for r in read_metrics(folder / 'runs' / 'two')), default=0) < 3 and time.monotonic() < end:
+  while (
+    max((r['step'] for r in read_metrics(folder / 'runs' / 'two')), default=0) < 3
+    and time.monotonic() < end
+  ):
     assert [p.poll() for p in two] == [None, None], finish(two)
     time.sleep(0.005)
-  os.kill(two[1].pid, signal.SIGTERM)   # the one that writes nothing
+  os.kill(two[1].pid, signal.SIGTERM)  # the one that writes nothing
   ended = finish(two)
   assert [code for code, _, _ in ended] == [75, 75], ended
   assert ended[0][2].count('the same command goes on from there') == 1
@@ -81,11 +111,17 @@ def test_the_preempted_step_is_one(home):
   assert max(losses(home / 'runs' / 'two')) == steps[0]
 
 
-@pytest.mark.parametrize(('count', 'mesh'), [
-  case(2, SHARDED, id='two', standing=True), case(1, WHOLE, id='one, whole', standing=True),
-  case(4, SHARDED, id='four', standing=False)])
+@pytest.mark.parametrize(
+  ('count', 'mesh'),
+  [
+    case(2, SHARDED, id='two', standing=True),
+    case(1, WHOLE, id='one, whole', standing=True),
+    case(4, SHARDED, id='four', standing=False),
+  ],
+)
 def test_other_numbers_of_processes_go_on(home, cache, count, mesh):
-  """With the same next examples, so with the same losses as one process that was never stopped, to 1e-5; across meshes to 1e-4."""
+  """With the same next examples, so with the same losses as one process that was never stopped, to
+  1e-5; across meshes to 1e-4."""
   name, runs = f'on-{count}', home / 'runs'
   shutil.copytree(runs / 'two', runs / name)
   first = steps_in(runs / name / 'checkpoints')[0]
@@ -94,15 +130,18 @@ def test_other_numbers_of_processes_go_on(home, cache, count, mesh):
   assert f'at step {first}' in done[0][2]
   alone, again = losses(runs / 'alone'), losses(runs / name)
   assert list(again) == list(alone) == list(range(1, STEPS + 1))
-  np.testing.assert_allclose(list(again.values()), list(alone.values()), rtol=1e-5 if mesh == SHARDED else 1e-4)
+  np.testing.assert_allclose(
+    list(again.values()), list(alone.values()), rtol=1e-5 if mesh == SHARDED else 1e-4
+  )
   assert meta(runs / name, STEPS)['data'] == meta(runs / 'alone', STEPS)['data']
-  assert [out.count('run folder: ') for _, out, _ in done] == [1] + [0] * (count - 1)   # one of them speaks
+  # one of them speaks
+  assert [out.count('run folder: ') for _, out, _ in done] == [1] + [0] * (count - 1)
 
 
 def test_two_processes_evaluate_as_one(home, cache):
   """To 1e-6, and standard output is one JSON value, of the first."""
   words = ['alone', '--batches', '1', '--json']
-  (one, out, err), = finish(start(1, words, home, cache, ['eval']))
+  ((one, out, err),) = finish(start(1, words, home, cache, ['eval']))
   assert one == 0, err
   two = finish(start(2, words, home, cache, ['eval']))
   assert [code for code, _, _ in two] == [0, 0], two

@@ -1,4 +1,5 @@
-"""`generate` and `align` with an encoder-decoder, from the words of the command to what it prints."""
+"""`generate` and `align` with an encoder-decoder, from the words of the command to what it
+prints."""
 
 import io
 import json
@@ -18,11 +19,15 @@ from jaxformer.models.zoo.transformer import transformer
 @pytest.fixture
 def trained(monkeypatch):
   """Makes every RUN a small model of bytes with random weights."""
+
   def of(model):
     definition = define(model)
     params = definition.init(jax.random.key(0))
-    monkeypatch.setattr(common, 'load_trained', lambda run, tokenizer=True: common.Trained(
-      run, None, definition, params, ByteTokenizer(), 1))
+    monkeypatch.setattr(
+      common,
+      'load_trained',
+      lambda run, tokenizer=True: common.Trained(run, None, definition, params, ByteTokenizer(), 1),
+    )
 
   of(transformer(16, 1, 32, 2, vocab_size=264, context=64))
   return of
@@ -33,7 +38,9 @@ def test_lines_of_standard_input_and_sources_are_translated_alike(trained, monke
   assert main([*words, '--source', 'one two', '--source', 'three', '--json']) == 0
   found = json.loads(capsys.readouterr().out)
   assert [f['source'] for f in found] == ['one two', 'three']
-  assert all(len(f['tokens']) <= 5 and f['log_p'] < 0 and max(f['tokens'], default=0) < 257 for f in found)
+  assert all(
+    len(f['tokens']) <= 5 and f['log_p'] < 0 and max(f['tokens'], default=0) < 257 for f in found
+  )
   monkeypatch.setattr('sys.stdin', io.StringIO('one two\nthree\n'))
   assert main(words) == 0
   assert capsys.readouterr().out == ''.join(f'{f["text"]}\n' for f in found)
@@ -62,19 +69,42 @@ def test_the_public_face_translates_as_the_command_does(trained, capsys):
 def test_an_alignment_is_drawn(trained, tmp_path, capsys):
   pytest.importorskip('matplotlib')
   picture = tmp_path / 'a.svg'
-  assert main(['align', 'some', '--source', 'abc', '--target', 'xy', '--layer', '0', '--out', str(picture), '--json']) == 0
+  assert (
+    main(
+      [
+        'align',
+        'some',
+        '--source',
+        'abc',
+        '--target',
+        'xy',
+        '--layer',
+        '0',
+        '--out',
+        str(picture),
+        '--json',
+      ]
+    )
+    == 0
+  )
   found = json.loads(capsys.readouterr().out)
   assert (found['source'], found['target']) == (['a', 'b', 'c', '<end>'], ['x', 'y', '<end>'])
   assert all(sum(row) == pytest.approx(1, abs=1e-5) for row in found['weights'])
   assert '<svg' in picture.read_text()
 
 
-@pytest.mark.parametrize(('words', 'message'), [
-  (['generate', 'some', '--prompt', 'x'], '--prompt: some is an encoder-decoder'),
-  (['generate', 'some', '--source', 'x', '--top-k', '3'], '--top-k: some is an encoder-decoder'),
-  (['generate', 'some', '--source', 'x', '--beam', '0'], 'Beam.width = 0'),
-  (['align', 'some', '--source', 'x', '--target', 'y', '--layer', '1'], '--layer 1: must be at least 0 and below the 1 layers'),
-])
+@pytest.mark.parametrize(
+  ('words', 'message'),
+  [
+    (['generate', 'some', '--prompt', 'x'], '--prompt: some is an encoder-decoder'),
+    (['generate', 'some', '--source', 'x', '--top-k', '3'], '--top-k: some is an encoder-decoder'),
+    (['generate', 'some', '--source', 'x', '--beam', '0'], 'Beam.width = 0'),
+    (
+      ['align', 'some', '--source', 'x', '--target', 'y', '--layer', '1'],
+      '--layer 1: must be at least 0 and below the 1 layers',
+    ),
+  ],
+)
 def test_options_that_have_no_effect_are_errors(trained, words, message, capsys):
   assert main(words) == 2
   assert message in capsys.readouterr().err

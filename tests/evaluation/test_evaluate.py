@@ -27,7 +27,11 @@ class Batch:
   segments_BT: np.ndarray | None = None
 
   def rows(self, i, j):
-    return Batch(self.tokens_BT[i:j], self.targets_BT[i:j], None if self.segments_BT is None else self.segments_BT[i:j])
+    return Batch(
+      self.tokens_BT[i:j],
+      self.targets_BT[i:j],
+      None if self.segments_BT is None else self.segments_BT[i:j],
+    )
 
 
 def data(rows=7, packed=True, length=T, vocab=32):
@@ -47,8 +51,8 @@ def naive(definition, params, batch):
     for s in np.unique(segments):
       here = np.flatnonzero(segments == s)
       padded = np.zeros((1, len(row)), np.int32)
-      padded[0, :len(here)] = row[here]
-      logits = np.asarray(forward(params, padded), np.float64)[0, :len(here)]
+      padded[0, : len(here)] = row[here]
+      logits = np.asarray(forward(params, padded), np.float64)[0, : len(here)]
       lse = np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1)) + logits.max(-1)
       nll[b, here] = lse - logits[np.arange(len(here)), np.maximum(batch.targets_BT[b, here], 0)]
       positions[b, here] = np.arange(len(here))
@@ -64,7 +68,12 @@ def test_sums_are_exact_whatever_the_batches(packed):
   counted = batch.targets_BT >= 0
   for size in (7, 3):
     token_bytes_V = np.arange(definition.config.vocab_size) % 4
-    result = evaluate(definition, params, (batch.rows(i, i + size) for i in range(0, 7, size)), token_bytes_V=token_bytes_V)
+    result = evaluate(
+      definition,
+      params,
+      (batch.rows(i, i + size) for i in range(0, 7, size)),
+      token_bytes_V=token_bytes_V,
+    )
     assert result.bytes == token_bytes_V[batch.targets_BT[counted]].sum()
     assert result.count == counted.sum()
     np.testing.assert_allclose(result.nll_sum, nll[counted].sum(), rtol=2e-6)
@@ -78,7 +87,10 @@ def test_agrees_with_the_training_loss():
   """Also with a head that is biased, capped and tied."""
   config = CONFIGS['alibi'].replace(head_bias=True, softcap=5.0, tied=True)
   definition, batch = define(config), data()
-  params = {k: v + 0.3 * jax.random.normal(jax.random.key(2), v.shape) for k, v in definition.init(jax.random.key(0)).items()}
+  params = {
+    k: v + 0.3 * jax.random.normal(jax.random.key(2), v.shape)
+    for k, v in definition.init(jax.random.key(0)).items()
+  }
   sums, _ = jax.jit(lambda p: definition.merge(p).loss(batch))(params)
   result = evaluate(definition, params, [batch])
   np.testing.assert_allclose(result.nll_sum, sums.nll, rtol=2e-6)
@@ -89,8 +101,11 @@ def test_sharded_equals_one_device(axes):
   definition, params = model('grouped')
   mesh = make_mesh(MeshConfig(**{'data': 1} | axes))
   placed = jax.device_put(params, definition.shardings(mesh, 'fsdp_tensor'))
-  batch = data()   # 7 rows divide nothing
-  one, many = evaluate(definition, params, [batch]), evaluate(definition, placed, [batch.rows(0, 4), batch.rows(4, 7)], mesh=mesh)
+  batch = data()  # 7 rows divide nothing
+  one, many = (
+    evaluate(definition, params, [batch]),
+    evaluate(definition, placed, [batch.rows(0, 4), batch.rows(4, 7)], mesh=mesh),
+  )
   np.testing.assert_allclose(many.nll_sum, one.nll_sum, rtol=2e-6)
   assert many.count == one.count
 
@@ -107,7 +122,11 @@ def test_loss_by_position(packed):
     here = counted & (positions == t)
     assert result.count_T[t] == here.sum()
     np.testing.assert_allclose(result.nll_sum_T[t], nll[here].sum(), rtol=1e-5, atol=1e-5)
-    assert np.isnan(result.loss_T[t]) if not here.any() else result.loss_T[t] == result.nll_sum_T[t] / here.sum()
+    assert (
+      np.isnan(result.loss_T[t])
+      if not here.any()
+      else result.loss_T[t] == result.nll_sum_T[t] / here.sum()
+    )
   total = evaluate(definition, params, [batch])
   np.testing.assert_allclose(result.nll_sum_T.sum(), total.nll_sum, rtol=1e-6)
 
@@ -115,7 +134,10 @@ def test_loss_by_position(packed):
 @pytest.mark.quick
 def test_beyond_the_training_length():
   definition, params = model('alibi')
-  assert len(loss_by_position(definition, params, [data(rows=2, packed=False, length=80)]).loss_T) == 80   # its context is 64
+  # its context is 64
+  assert (
+    len(loss_by_position(definition, params, [data(rows=2, packed=False, length=80)]).loss_T) == 80
+  )
   learned, params = model('gpt2-tiny')
   with pytest.raises(InputError, match=r'257.*256'):
     evaluate(learned, params, [data(rows=1, length=257)])

@@ -17,8 +17,16 @@ from jaxformer.evaluation import evaluate, evaluate_translation, loss_by_source_
 from jaxformer.evaluation.translation import by_length, score
 
 pytestmark = pytest.mark.quick
-HYPOTHESES = ['the cat sat on the mat today', 'a dog ran away from the big house', 'he said yes to all of them']
-REFERENCES = ['the cat sat on a mat today', 'a dog ran far away from the house', 'he said yes to all of them']
+HYPOTHESES = [
+  'the cat sat on the mat today',
+  'a dog ran away from the big house',
+  'he said yes to all of them',
+]
+REFERENCES = [
+  'the cat sat on a mat today',
+  'a dog ran far away from the house',
+  'he said yes to all of them',
+]
 
 
 def ngrams(items, n):
@@ -38,11 +46,13 @@ def bleu(hypotheses, references):
 
 
 def chrf(hypotheses, references):
-  """Popovic 2015, equation 1 with beta 2: precision and recall of character n-grams, each the mean over n up to 6; spaces are left
-  out and counts are those of the corpus."""
+  """Popovic 2015, equation 1 with beta 2: precision and recall of character n-grams, each the mean
+  over n up to 6; spaces are left out and counts are those of the corpus."""
   rates = []
   for n in range(1, 7):
-    have, want = ([ngrams(t.replace(' ', ''), n) for t in texts] for texts in (hypotheses, references))
+    have, want = (
+      [ngrams(t.replace(' ', ''), n) for t in texts] for texts in (hypotheses, references)
+    )
     hits = sum(sum((a & b).values()) for a, b in zip(have, want))
     rates.append([hits / sum(sum(c.values()) for c in counts) for counts in (have, want)])
   p, r = np.mean(rates, axis=0)
@@ -59,7 +69,11 @@ def test_scores_are_those_of_the_papers():
   assert found.bleu.signature.startswith('nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp|version:')
   assert 'nc:6|nw:0|space:no' in found.chrf.signature
   perfect = score(REFERENCES, REFERENCES)
-  assert (perfect.exact_match, perfect.bleu.value, perfect.chrf.value) == (1.0, pytest.approx(100), pytest.approx(100))
+  assert (perfect.exact_match, perfect.bleu.value, perfect.chrf.value) == (
+    1.0,
+    pytest.approx(100),
+    pytest.approx(100),
+  )
 
 
 def test_intervals_are_those_of_resampling_and_repeat():
@@ -75,7 +89,7 @@ def test_intervals_are_those_of_resampling_and_repeat():
     index = rng.integers(0, 40, 40)
     resampled.append(bleu([wrong[i] for i in index], [texts[i] for i in index]))
   low, high = np.quantile(resampled, [0.025, 0.975])
-  assert found.bleu.interval == pytest.approx((high - low) / 2, rel=0.25)   # two sets of resamples
+  assert found.bleu.interval == pytest.approx((high - low) / 2, rel=0.25)  # two sets of resamples
   assert score([''] * 3, REFERENCES, bootstrap=10).bleu.interval == 0.0
 
 
@@ -84,7 +98,11 @@ def test_groups_by_length_partition_the_pairs():
   texts = [f'number {i} of a few' for i in range(7)]
   groups = by_length(texts, [*texts[:6], 'other'], lengths, edges=[4, 8, 20])
   assert [(g.shortest, g.longest, g.scores.pairs, g.scores.exact) for g in groups] == [
-    (3, 3, 2, 2), (5, 7, 2, 2), (9, 12, 2, 2), (30, 30, 1, 0)]
+    (3, 3, 2, 2),
+    (5, 7, 2, 2),
+    (9, 12, 2, 2),
+    (30, 30, 1, 0),
+  ]
   quarters = by_length(texts, texts, lengths)
   assert sum(g.scores.pairs for g in quarters) == 7
   assert all(a.longest < b.shortest for a, b in itertools.pairwise(quarters))
@@ -94,17 +112,26 @@ def test_groups_by_length_partition_the_pairs():
 
 
 def test_translations_end_at_the_first_end_and_are_decoded():
-  pairs = [HeldOutPair(np.array([*s.encode(), 256], np.int32), s, s.upper()) for s in ('ab', 'a longer one', 'cde')]
+  pairs = [
+    HeldOutPair(np.array([*s.encode(), 256], np.int32), s, s.upper())
+    for s in ('ab', 'a longer one', 'cde')
+  ]
   asked = []
 
   def translate(sources):
     asked.extend(bytes(s[:-1].tolist()).decode() for s in sources)
-    return [[*p.reference.encode(), 256, 65, 66] if i != 1 else np.frombuffer(b'WRONG', np.uint8) for i, p in enumerate(pairs)]
+    return [
+      [*p.reference.encode(), 256, 65, 66] if i != 1 else np.frombuffer(b'WRONG', np.uint8)
+      for i, p in enumerate(pairs)
+    ]
 
   result = evaluate_translation(translate, pairs, ByteTokenizer(), edges=[3], bootstrap=None)
   assert asked == ['ab', 'a longer one', 'cde']
   assert result.hypotheses == ['AB', 'WRONG', 'CDE']
-  assert [(g.shortest, g.longest, g.scores.exact) for g in result.by_length] == [(2, 3, 2), (12, 12, 0)]
+  assert [(g.shortest, g.longest, g.scores.exact) for g in result.by_length] == [
+    (2, 3, 2),
+    (12, 12, 0),
+  ]
   value = result.json()
   assert (value['pairs'], value['exact_match']) == (3, pytest.approx(2 / 3))
   assert [g['longest'] for g in value['by_source_length']] == [3, 12]
@@ -119,21 +146,28 @@ def test_without_sacrebleu_there_are_exact_matches(monkeypatch):
   monkeypatch.setitem(sys.modules, 'sacrebleu.metrics', None)
   data = open_data(Dates(test_sequences=50))
   pairs = data.held_out_pairs()
-  result = evaluate_translation(lambda _: [data.tokenizer.encode(p.reference) for p in pairs], pairs, data.tokenizer)
+  result = evaluate_translation(
+    lambda _: [data.tokenizer.encode(p.reference) for p in pairs], pairs, data.tokenizer
+  )
   assert (result.scores.exact_match, result.scores.bleu, result.scores.chrf) == (1.0, None, None)
   assert result.json()['bleu'] is None
   assert result.lines()[-1].endswith("pip install 'jaxformer[translation]'")
 
 
-@pytest.mark.parametrize(('hypotheses', 'references', 'bootstrap', 'message'), [
-  ([], [], None, '0 translations'), (['a'], ['a', 'b'], None, '1 translations and 2 references'), (['a'], ['a'], 1, 'at least 2'),
-])
+@pytest.mark.parametrize(
+  ('hypotheses', 'references', 'bootstrap', 'message'),
+  [
+    ([], [], None, '0 translations'),
+    (['a'], ['a', 'b'], None, '1 translations and 2 references'),
+    (['a'], ['a'], 1, 'at least 2'),
+  ],
+)
 def test_scores_of_nothing(hypotheses, references, bootstrap, message):
   with pytest.raises(InputError, match=message):
     score(hypotheses, references, bootstrap)
 
 
-# ---- losses of pairs --------------------------------------------------------------------------------------------------
+# ---- losses of pairs ---------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,21 +197,29 @@ def test_losses_of_pairs_are_summed_over_the_targets_of_every_bucket():
   pairs = data.held_out_pairs()
   want = sum(len(p.source_ids) * (len(p.reference) + 1) for p in pairs)
   for batch_size in (30, 16):
-    r = evaluate(CountsSource(), {}, data.validation_batches(batch_size), token_bytes_V=data.tokenizer.token_bytes)
+    r = evaluate(
+      CountsSource(),
+      {},
+      data.validation_batches(batch_size),
+      token_bytes_V=data.tokenizer.token_bytes,
+    )
     assert r.nll_sum == pytest.approx(want)
-    assert (r.count, r.hits, r.bytes) == (30 * 11, 30 * 11, 30 * 10)   # the end of a document is a target without bytes
+    # the end of a document is a target without bytes
+    assert (r.count, r.hits, r.bytes) == (30 * 11, 30 * 11, 30 * 10)
   whole = data.train_batch(0, 6, 0)
   short = PairBatch(*(a if a is None else a[:2] for a in whole))
   both = evaluate(CountsSource(), {}, [whole, short])
   assert both.count == 8 * 11
-  with pytest.raises(InputError, match='source tokens from -1 to 256: must be below the vocabulary of 100'):
+  with pytest.raises(
+    InputError, match='source tokens from -1 to 256: must be below the vocabulary of 100'
+  ):
     evaluate(CountsSource(Sizes(source_vocab_size=100)), {}, [whole])
 
 
 def test_losses_by_source_are_those_of_the_pairs_in_each_group():
   data = open_data(Dates(test_sequences=30))
   lengths = [len(p.source_ids) - 1 for p in data.held_out_pairs()]
-  edges = [8, 11, 18]   # none is so short; none so long stands alone
+  edges = [8, 11, 18]  # none is so short; none so long stands alone
   for batch_size in (30, 16):
     found = loss_by_source_length(CountsSource(), {}, data.validation_batches(batch_size), edges)
     for low, high, r in zip([0, *edges], [*edges, 99], found, strict=True):

@@ -1,4 +1,5 @@
-"""The full config of every preset, as text: a change of any default shows up in review as a readable difference.
+"""The full config of every preset, as text: a change of any default shows up in review as a
+readable difference.
 
 After a change that is meant: `JAXFORMER_UPDATE_GOLDEN=1 pytest tests/golden`.
 """
@@ -28,7 +29,9 @@ def test_config_is_the_golden_one(name):
   path = FOLDER / f'{name}.txt'
   if UPDATE:
     path.write_text(described(name))
-  assert path.exists(), f'no golden file for {name}: run JAXFORMER_UPDATE_GOLDEN=1 pytest tests/golden'
+  assert path.exists(), (
+    f'no golden file for {name}: run JAXFORMER_UPDATE_GOLDEN=1 pytest tests/golden'
+  )
   assert path.read_text() == described(name)
 
 

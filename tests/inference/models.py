@@ -20,10 +20,15 @@ VOCAB = 32
 
 
 def tiny(*, position=None, window=None, repeats=2, positions=None, context=64, kv_heads=None):
-  layers = (Attention.Config(heads=4, kv_heads=kv_heads, position=position, window=window), Mlp.Config(hidden=64))
+  layers = (
+    Attention.Config(heads=4, kv_heads=kv_heads, position=position, window=window),
+    Mlp.Config(hidden=64),
+  )
   block = Block.Config(branches=tuple(PreNorm.Config(layer=layer) for layer in layers))
   stack = (Group(pattern=(block,), repeats=repeats),)
-  return LanguageModel.Config(vocab_size=VOCAB, width=32, context=context, stack=stack, positions=positions)
+  return LanguageModel.Config(
+    vocab_size=VOCAB, width=32, context=context, stack=stack, positions=positions
+  )
 
 
 CONFIGS = {
@@ -50,10 +55,11 @@ def _forward(definition):
 
 
 def greedy(definition, params, prompt, count, length=64):
-  """argmax of a forward pass over the whole sequence, token by token; the padding is behind, where causality hides it."""
+  """argmax of a forward pass over the whole sequence, token by token; the padding is behind, where
+  causality hides it."""
   tokens = list(prompt)
   for _ in range(count):
     padded = np.zeros((1, length), np.int32)
-    padded[0, :len(tokens)] = tokens
+    padded[0, : len(tokens)] = tokens
     tokens.append(int(_forward(definition)(params, padded)[0, len(tokens) - 1].argmax()))
-  return tokens[len(prompt):]
+  return tokens[len(prompt) :]

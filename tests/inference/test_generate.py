@@ -25,20 +25,28 @@ def test_greedy_is_the_argmax_of_forward_passes(name):
   got = generate(definition, params, PROMPTS, max_new_tokens=18, sampling=GREEDY)
   want = [greedy(definition, params, p, 18) for p in PROMPTS]
   assert [g.tokens for g in got] == want
-  assert len({t for row in want for t in row}) > 5   # a model that always says the same would show nothing
+  # a model that always says the same would show nothing
+  assert len({t for row in want for t in row}) > 5
   assert not any(g.finished for g in got)
 
 
 @pytest.mark.quick
-@pytest.mark.parametrize('sampling', [GREEDY, Sampling(temperature=0.8, top_p=0.9, repetition_penalty=1.2)], ids=str)
+@pytest.mark.parametrize(
+  'sampling', [GREEDY, Sampling(temperature=0.8, top_p=0.9, repetition_penalty=1.2)], ids=str
+)
 def test_a_row_does_not_depend_on_its_neighbours(sampling):
   definition, params = model('window')
 
   def run(prompts):
-    return [g.tokens for g in generate(definition, params, prompts, max_new_tokens=12, sampling=sampling, seed=5, max_len=48)]
+    return [
+      g.tokens
+      for g in generate(
+        definition, params, prompts, max_new_tokens=12, sampling=sampling, seed=5, max_len=48
+      )
+    ]
 
   first = run([PROMPTS[0], PROMPTS[2]])
-  assert run([PROMPTS[0], list(range(25))])[0] == first[0]   # more padding
+  assert run([PROMPTS[0], list(range(25))])[0] == first[0]  # more padding
   assert run([list(range(25)), PROMPTS[2]])[1] == first[1]
 
 
@@ -47,7 +55,9 @@ def test_seeds():
   definition, params = model('alibi')
 
   def run(seed):
-    return [g.tokens for g in generate(definition, params, [[3], [3]], max_new_tokens=12, seed=seed)]
+    return [
+      g.tokens for g in generate(definition, params, [[3], [3]], max_new_tokens=12, seed=seed)
+    ]
 
   assert run(1) == run(1)
   assert run(1) != run(2)
@@ -57,13 +67,19 @@ def test_seeds():
 @pytest.mark.quick
 def test_end_of_document_ends_a_row_and_all_ends_the_loop():
   definition, params = model('alibi')
-  whole = [g.tokens for g in generate(definition, params, PROMPTS, max_new_tokens=20, sampling=GREEDY)]
+  whole = [
+    g.tokens for g in generate(definition, params, PROMPTS, max_new_tokens=20, sampling=GREEDY)
+  ]
   end = whole[0][6]
-  got = generate(definition, params, PROMPTS, max_new_tokens=20, sampling=GREEDY, end_of_document=end)
+  got = generate(
+    definition, params, PROMPTS, max_new_tokens=20, sampling=GREEDY, end_of_document=end
+  )
   for tokens, g in zip(whole, got):
     assert g.finished == (end in tokens)
-    assert g.tokens == (tokens[:tokens.index(end)] if end in tokens else tokens)
-  r = request(definition, params, PROMPTS[:1], max_new_tokens=20, sampling=GREEDY, end_of_document=end)
+    assert g.tokens == (tokens[: tokens.index(end)] if end in tokens else tokens)
+  r = request(
+    definition, params, PROMPTS[:1], max_new_tokens=20, sampling=GREEDY, end_of_document=end
+  )
   assert int(r.advance(r.begin(), 20).count) == whole[0].index(end) + 1
 
 
@@ -71,15 +87,21 @@ def test_end_of_document_ends_a_row_and_all_ends_the_loop():
 def test_repetition_penalty_reaches_the_prompt_and_the_new_tokens():
   definition, params = model('alibi')
   forward = jax.jit(lambda p, t: definition.merge(p)(t).y[0])
-  tokens, penalty = [1, 2, 3], 1.8   # token 0 is padding, and no part of the prompt
+  tokens, penalty = [1, 2, 3], 1.8  # token 0 is padding, and no part of the prompt
   for _ in range(8):
     padded = np.zeros((1, 16), np.int32)
-    padded[0, :len(tokens)] = tokens
+    padded[0, : len(tokens)] = tokens
     logits = np.array(forward(params, padded)[len(tokens) - 1])
     for t in set(tokens):
       logits[t] = logits[t] / penalty if logits[t] > 0 else logits[t] * penalty
     tokens.append(int(logits.argmax()))
-  got = generate(definition, params, [[1, 2, 3]], max_new_tokens=8, sampling=Sampling(temperature=0.0, repetition_penalty=penalty))
+  got = generate(
+    definition,
+    params,
+    [[1, 2, 3]],
+    max_new_tokens=8,
+    sampling=Sampling(temperature=0.0, repetition_penalty=penalty),
+  )
   assert got[0].tokens == tokens[3:]
 
 
@@ -90,7 +112,9 @@ def test_the_whole_context_of_learned_positions():
   prompt = [i % 200 for i in range(context - 3)]
   got = generate(definition, params, [prompt, [1, 2]], max_new_tokens=3, sampling=GREEDY)
   assert got[0].tokens == greedy(definition, params, prompt, 3, length=context)
-  with pytest.raises(InputError, match=f'prompt 1 has {context - 3} tokens.*max_new_tokens = 4.*{context}'):
+  with pytest.raises(
+    InputError, match=f'prompt 1 has {context - 3} tokens.*max_new_tokens = 4.*{context}'
+  ):
     generate(definition, params, [[1], prompt], max_new_tokens=4)
 
 
@@ -105,21 +129,27 @@ def test_beyond_the_context_where_nothing_is_learned():
 @pytest.mark.quick
 def test_empty_prompt_starts_from_the_end_of_document():
   definition, params = model('alibi')
-  empty, given = (generate(definition, params, [p], max_new_tokens=4, sampling=GREEDY, end_of_document=7)[0] for p in ([], [7]))
+  empty, given = (
+    generate(definition, params, [p], max_new_tokens=4, sampling=GREEDY, end_of_document=7)[0]
+    for p in ([], [7])
+  )
   assert empty == given
 
 
 @pytest.mark.quick
-@pytest.mark.parametrize(('prompts', 'options', 'message'), [
-  ([[1], []], {}, 'prompt 1 is empty'),
-  ([], {}, 'there are none'),
-  ([[1, 32]], {}, 'token 32.*32'),
-  ([[1, -1]], {}, 'token -1'),
-  ([[1]], {'max_new_tokens': 0}, 'max_new_tokens = 0'),
-  ([[1]], {'end_of_document': 32}, 'end_of_document = 32'),
-  ([[1]], {'seed': -1}, 'seed = -1'),
-  ([[1] * 9], {'max_len': 11}, 'max_len = 11.* 12'),
-])
+@pytest.mark.parametrize(
+  ('prompts', 'options', 'message'),
+  [
+    ([[1], []], {}, 'prompt 1 is empty'),
+    ([], {}, 'there are none'),
+    ([[1, 32]], {}, 'token 32.*32'),
+    ([[1, -1]], {}, 'token -1'),
+    ([[1]], {'max_new_tokens': 0}, 'max_new_tokens = 0'),
+    ([[1]], {'end_of_document': 32}, 'end_of_document = 32'),
+    ([[1]], {'seed': -1}, 'seed = -1'),
+    ([[1] * 9], {'max_len': 11}, 'max_len = 11.* 12'),
+  ],
+)
 def test_errors(prompts, options, message):
   definition, params = model('alibi')
   with pytest.raises(InputError, match=message):
@@ -132,7 +162,9 @@ def test_similar_requests_share_programs():
   assert [bucket(n) for n in (1, 16, 17, 200, 256, 257, 513)] == [16, 16, 32, 256, 256, 512, 768]
 
   def run(length, new, **o):
-    return generate(definition, params, [list(range(length))] * 3, max_new_tokens=new, sampling=GREEDY, **o)
+    return generate(
+      definition, params, [list(range(length))] * 3, max_new_tokens=new, sampling=GREEDY, **o
+    )
 
   run(17, 17)
   before = advance._cache_size()
@@ -148,14 +180,20 @@ def test_bf16():
   definition, params = model('grouped')
   r = request(definition, params, PROMPTS, max_new_tokens=8, sampling=GREEDY, dtype=jnp.bfloat16)
   begun = r.begin()
-  assert {x.dtype for x in jax.tree.leaves(begun.state) if jnp.issubdtype(x.dtype, jnp.floating)} == {jnp.dtype(jnp.bfloat16)}
+  assert {
+    x.dtype for x in jax.tree.leaves(begun.state) if jnp.issubdtype(x.dtype, jnp.floating)
+  } == {jnp.dtype(jnp.bfloat16)}
   assert r.advance(begun, 8).tokens_BN.shape == (4, 16)
 
 
-@pytest.mark.parametrize(('axes', 'prompts'), [
-  ({'fsdp': 4, 'tensor': 2}, PROMPTS * 2),
-  ({'fsdp': 2, 'tensor': 4}, PROMPTS[:3]),   # neither rows nor key/value heads can be divided
-], ids=['divisible', 'not'])
+@pytest.mark.parametrize(
+  ('axes', 'prompts'),
+  [
+    ({'fsdp': 4, 'tensor': 2}, PROMPTS * 2),
+    ({'fsdp': 2, 'tensor': 4}, PROMPTS[:3]),  # neither rows nor key/value heads can be divided
+  ],
+  ids=['divisible', 'not'],
+)
 def test_sharded_equals_one_device(axes, prompts):
   definition, params = model('grouped')
   mesh = make_mesh(MeshConfig(**{'data': 1} | axes))
@@ -180,13 +218,18 @@ def test_state_bytes():
   assert state_bytes(llama, 3, S, bytes_per_number=1) == 3 * 2 * L * G * K * S
   window = define(CONFIGS['window'])
   assert state_bytes(window, 1, 1000) == state_bytes(window, 1, 5) == 2 * 4 * 8 * 5 * 2
-  assert state_bytes(llama, 1, 100) == 2 * llama.config.state_size(100)   # as declared
+  assert state_bytes(llama, 1, 100) == 2 * llama.config.state_size(100)  # as declared
 
 
 @pytest.mark.quick
-@pytest.mark.parametrize('sampling', [GREEDY, Sampling(temperature=5.0), Sampling(top_p=0.99, repetition_penalty=1.2)], ids=str)
+@pytest.mark.parametrize(
+  'sampling',
+  [GREEDY, Sampling(temperature=5.0), Sampling(top_p=0.99, repetition_penalty=1.2)],
+  ids=str,
+)
 def test_rows_of_the_head_that_are_no_tokens_are_never_drawn(sampling):
-  """Models round their vocabulary up; a model of random weights would draw those rows in no time."""
+  """Models round their vocabulary up; a model of random weights would draw those rows in no
+  time."""
   definition, params = model('alibi')
   got = generate(definition, params, PROMPTS, max_new_tokens=40, sampling=sampling, vocab_size=16)
   assert {t for g in got for t in g.tokens} <= set(range(16))

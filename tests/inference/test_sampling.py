@@ -37,9 +37,20 @@ def expected(sampling: Sampling, p=P, seen=SEEN) -> np.ndarray:
 
 
 CASES = [
-  PLAIN, Sampling(temperature=0.5), Sampling(temperature=2.0), Sampling(top_k=1), Sampling(top_k=3), Sampling(top_k=99),
-  Sampling(top_p=0.01), Sampling(top_p=0.6), Sampling(top_p=0.7), Sampling(top_p=0.999), Sampling(min_p=0.5), Sampling(min_p=1.0),
-  Sampling(repetition_penalty=1.7), Sampling(repetition_penalty=0.5),
+  PLAIN,
+  Sampling(temperature=0.5),
+  Sampling(temperature=2.0),
+  Sampling(top_k=1),
+  Sampling(top_k=3),
+  Sampling(top_k=99),
+  Sampling(top_p=0.01),
+  Sampling(top_p=0.6),
+  Sampling(top_p=0.7),
+  Sampling(top_p=0.999),
+  Sampling(min_p=0.5),
+  Sampling(min_p=1.0),
+  Sampling(repetition_penalty=1.7),
+  Sampling(repetition_penalty=0.5),
   Sampling(repetition_penalty=1.3, temperature=0.8, top_k=4, top_p=0.9, min_p=0.3),
 ]
 
@@ -56,46 +67,78 @@ def test_distribution_is_that_of_the_papers(sampling):
 @pytest.mark.parametrize('sampling', [PLAIN, CASES[-1]], ids=str)
 def test_draws_follow_the_distribution(sampling):
   n = 6_000
-  logits, seen = jnp.broadcast_to(jnp.asarray(np.log(P), jnp.float32), (n, 5)), jnp.broadcast_to(SEEN, (n, 5))
-  tokens = np.asarray(jax.jit(lambda k: sample(k, logits, seen, sampling))(jax.random.split(jax.random.key(0), n)))
+  logits, seen = (
+    jnp.broadcast_to(jnp.asarray(np.log(P), jnp.float32), (n, 5)),
+    jnp.broadcast_to(SEEN, (n, 5)),
+  )
+  tokens = np.asarray(
+    jax.jit(lambda k: sample(k, logits, seen, sampling))(jax.random.split(jax.random.key(0), n))
+  )
   counts, p = np.bincount(tokens, minlength=5), expected(sampling)
   assert not counts[p == 0].any()
   chi2 = ((counts - n * p)[p > 0] ** 2 / (n * p[p > 0])).sum()
-  assert chi2 < 23.5   # the 0.9999 quantile at 4 degrees of freedom; fewer tokens kept have a lower one
+  # the 0.9999 quantile at 4 degrees of freedom; fewer tokens kept have a lower one
+  assert chi2 < 23.5
 
 
 @pytest.mark.quick
 def test_equal_logits():
-  """The nucleus is the smallest set even among equals, and the likeliest token stays when rounding says otherwise."""
+  """The nucleus is the smallest set even among equals, and the likeliest token stays when rounding
+  says otherwise."""
   flat = jnp.zeros((1, 8))
-  assert np.isfinite(filtered(flat, None, Sampling(top_p=0.5))).tolist() == [[True] * 4 + [False] * 4]
-  assert np.isfinite(filtered(flat, None, Sampling(top_k=2))).all()   # as likely as the second
+  assert np.isfinite(filtered(flat, None, Sampling(top_p=0.5))).tolist() == [
+    [True] * 4 + [False] * 4
+  ]
+  assert np.isfinite(filtered(flat, None, Sampling(top_k=2))).all()  # as likely as the second
   assert np.isfinite(filtered(flat, None, Sampling(min_p=1.0))).all()
   assert np.isfinite(filtered(flat, None, Sampling(top_p=1e-9))).sum() == 1
 
 
 @pytest.mark.quick
 def test_rows_are_drawn_by_their_own_keys():
-  keys, logits = jax.random.split(jax.random.key(3), 6), jax.random.normal(jax.random.key(4), (6, 50))
+  keys, logits = (
+    jax.random.split(jax.random.key(3), 6),
+    jax.random.normal(jax.random.key(4), (6, 50)),
+  )
   together = sample(keys, logits, None, PLAIN)
-  alone = [int(sample(keys[i:i + 1], logits[i:i + 1], None, PLAIN)[0]) for i in range(6)]
+  alone = [int(sample(keys[i : i + 1], logits[i : i + 1], None, PLAIN)[0]) for i in range(6)]
   assert together.tolist() == alone
 
 
 @pytest.mark.quick
 def test_greedy_takes_the_likeliest_after_the_penalty():
-  logits, seen = jnp.asarray([[1.0, 3.0, 2.0], [-1.0, -3.0, -2.0]]), jnp.asarray([[False, True, False], [True, False, False]])
+  logits, seen = (
+    jnp.asarray([[1.0, 3.0, 2.0], [-1.0, -3.0, -2.0]]),
+    jnp.asarray([[False, True, False], [True, False, False]]),
+  )
   assert sample(None, logits, None, GREEDY).tolist() == [1, 0]
-  assert sample(None, logits, seen, Sampling(temperature=0.0, repetition_penalty=3.0)).tolist() == [2, 2]
+  assert sample(None, logits, seen, Sampling(temperature=0.0, repetition_penalty=3.0)).tolist() == [
+    2,
+    2,
+  ]
 
 
 @pytest.mark.quick
-@pytest.mark.parametrize('wrong', [
-  {'temperature': -1.0}, {'temperature': float('nan')}, {'temperature': float('inf')}, {'top_k': 0}, {'top_p': 0.0},
-  {'top_p': 1.0}, {'top_p': float('nan')},
-  {'min_p': 0.0}, {'min_p': 1.5}, {'repetition_penalty': 0.0}, {'repetition_penalty': 1.0}, {'temperature': 0.0, 'top_k': 5},
-  {'temperature': 0.0, 'top_p': 0.5}, {'temperature': 0.0, 'min_p': 0.5},
-], ids=str)
+@pytest.mark.parametrize(
+  'wrong',
+  [
+    {'temperature': -1.0},
+    {'temperature': float('nan')},
+    {'temperature': float('inf')},
+    {'top_k': 0},
+    {'top_p': 0.0},
+    {'top_p': 1.0},
+    {'top_p': float('nan')},
+    {'min_p': 0.0},
+    {'min_p': 1.5},
+    {'repetition_penalty': 0.0},
+    {'repetition_penalty': 1.0},
+    {'temperature': 0.0, 'top_k': 5},
+    {'temperature': 0.0, 'top_p': 0.5},
+    {'temperature': 0.0, 'min_p': 0.5},
+  ],
+  ids=str,
+)
 def test_settings_without_effect_are_errors(wrong):
   with pytest.raises(InputError, match=list(wrong)[-1]):
     Sampling(**wrong)

@@ -1,4 +1,5 @@
-"""Search: greedy against a beam of one, scores against teacher forcing, and a beam against all that there is."""
+"""Search: greedy against a beam of one, scores against teacher forcing, and a beam against all that
+there is."""
 
 import functools
 import itertools
@@ -30,7 +31,13 @@ MODELS = {
   'luong without input feeding': luong(16, 1, DotScore(), **SIZES, input_feeding=False),
   'gnmt': gnmt(16, 3, vocab_size=12, context=40, init=N, embedding_init=N, head_init=N),
 }
-SOURCES = [[1, 2, 3, 4, 5, END], [6, END], [7, 8, 9, 1, 2, 3, 4, 5, 6, END], [2, 2, END], [9, 1, END]]
+SOURCES = [
+  [1, 2, 3, 4, 5, END],
+  [6, END],
+  [7, 8, 9, 1, 2, 3, 4, 5, 6, END],
+  [2, 2, END],
+  [9, 1, END],
+]
 
 
 @functools.cache
@@ -39,39 +46,60 @@ def model(name):
   definition = define(MODELS[name])
   params = definition.init(jax.random.key(1))
   keys = jax.random.split(jax.random.key(2), len(params))
-  params = {n: p + 0.4 * jax.random.normal(k, p.shape) for k, (n, p) in zip(keys, params.items(), strict=True)}
-  return definition, params | {'head_bias': params['head_bias'].at[END].add(4.0 if name == 'transformer' else 1.0)}
+  params = {
+    n: p + 0.4 * jax.random.normal(k, p.shape)
+    for k, (n, p) in zip(keys, params.items(), strict=True)
+  }
+  return definition, params | {
+    'head_bias': params['head_bias'].at[END].add(4.0 if name == 'transformer' else 1.0)
+  }
 
 
 def padded(sources, length=16):
   rows = np.full((len(sources), length), -1, np.int32)
   for row, source in zip(rows, sources, strict=True):
-    row[:len(source)] = source
+    row[: len(source)] = source
   return rows
 
 
 def search(name, beam, run=beam_search, sources=SOURCES, limit=12):
   definition, params = model(name)
   found = run(
-    definition, params, padded(sources), np.int32(END), np.int32(END), np.full(len(sources), limit, np.int32), beam=beam,
-    max_new_tokens=16, vocab_size=V if definition.config.vocab_size > V else None)
+    definition,
+    params,
+    padded(sources),
+    np.int32(END),
+    np.int32(END),
+    np.full(len(sources), limit, np.int32),
+    beam=beam,
+    max_new_tokens=16,
+    vocab_size=V if definition.config.vocab_size > V else None,
+  )
   return types.SimpleNamespace(**{k: np.asarray(v) for k, v in vars(found).items()})
 
 
 def forced(name, source, tokens, finished):
   """log p(tokens and end | source) by teacher forcing."""
   targets = [*tokens, END] if finished else tokens
-  batch = {'source_BS': padded([source]), 'tokens_BT': np.maximum(padded([[END, *targets[:-1]]]), 0),
-           'targets_BT': padded([targets]), 'segments_BT': None}
+  batch = {
+    'source_BS': padded([source]),
+    'tokens_BT': np.maximum(padded([[END, *targets[:-1]]]), 0),
+    'targets_BT': padded([targets]),
+    'segments_BT': None,
+  }
   return -float(scores(name)(model(name)[1], batch).sum())
 
 
 @functools.cache
 def scores(name):
-  return jax.jit(lambda params, batch: model(name)[0].merge(params).scores(types.SimpleNamespace(**batch))[0])
+  return jax.jit(
+    lambda params, batch: model(name)[0].merge(params).scores(types.SimpleNamespace(**batch))[0]
+  )
 
 
-@pytest.mark.parametrize('name', [case(name, standing=name in ('transformer', 'seq2seq-lstm')) for name in MODELS])
+@pytest.mark.parametrize(
+  'name', [case(name, standing=name in ('transformer', 'seq2seq-lstm')) for name in MODELS]
+)
 def test_a_beam_of_one_is_greedy(name):
   beam = Beam(width=1, length_penalty=0.5)
   one, greedy = search(name, beam), search(name, beam, greedy_search)
@@ -81,7 +109,9 @@ def test_a_beam_of_one_is_greedy(name):
     np.testing.assert_allclose(getattr(one, part), getattr(greedy, part), atol=1e-5)
 
 
-@pytest.mark.parametrize('name', [case(name, standing=name in ('transformer', 'seq2seq-lstm')) for name in MODELS])
+@pytest.mark.parametrize(
+  'name', [case(name, standing=name in ('transformer', 'seq2seq-lstm')) for name in MODELS]
+)
 def test_scores_agree_with_teacher_forcing(name):
   found = search(name, Beam(width=4, length_penalty=0.6))
   assert found.finished_BK.any()
@@ -89,15 +119,20 @@ def test_scores_agree_with_teacher_forcing(name):
     tokens = found.tokens_BKN[b, k][found.tokens_BKN[b, k] != -1].tolist()
     finished, length = bool(found.finished_BK[b, k]), int(found.length_BK[b, k])
     assert length == len(tokens) + finished
-    assert found.log_p_BK[b, k] == pytest.approx(forced(name, SOURCES[b], tokens, finished), abs=1e-4)
-    assert found.score_BK[b, k] == pytest.approx(found.log_p_BK[b, k] / ((5 + length) / 6) ** 0.6, rel=1e-5)
+    assert found.log_p_BK[b, k] == pytest.approx(
+      forced(name, SOURCES[b], tokens, finished), abs=1e-4
+    )
+    assert found.score_BK[b, k] == pytest.approx(
+      found.log_p_BK[b, k] / ((5 + length) / 6) ** 0.6, rel=1e-5
+    )
   ended = np.where(found.finished_BK, found.score_BK, -np.inf)
   assert np.all(ended[:, 0] == ended.max(1))
 
 
 @pytest.mark.parametrize('name', ['transformer', 'gnmt'])
 def test_a_wide_beam_finds_the_best_of_all(name):
-  """Two tokens at most, an end among them: a beam as wide as the vocabulary keeps every first token."""
+  """Two tokens at most, an end among them: a beam as wide as the vocabulary keeps every first
+  token."""
   found = search(name, Beam(width=V), limit=2)
   for b, source in enumerate(SOURCES[:2]):
     ways = [[], *([t] for t in range(V) if t != END)]
@@ -112,16 +147,22 @@ def test_the_coverage_penalty_is_that_of_the_alignment():
   found = search('transformer', Beam(width=3, coverage_penalty=0.7))
   for b, k in itertools.product(range(len(SOURCES)), range(3)):
     tokens = found.tokens_BKN[b, k][found.tokens_BKN[b, k] != -1].tolist()
-    rows = align(definition, params, SOURCES[b], tokens, end=END).mean_TS[:found.length_BK[b, k]]
+    rows = align(definition, params, SOURCES[b], tokens, end=END).mean_TS[: found.length_BK[b, k]]
     expected = 0.7 * np.log(np.minimum(rows.sum(0), 1)).sum()
     assert found.score_BK[b, k] - found.log_p_BK[b, k] == pytest.approx(expected, abs=1e-4)
   with pytest.raises(InputError, match='coverage_penalty: must be 0'):
     search('seq2seq-lstm', Beam(coverage_penalty=0.2))
 
 
-@pytest.mark.parametrize(('name', 'width'), [
-  case('transformer', 3, standing=True), case('gnmt', 3, standing=False), case('luong', 3, standing=False),
-  case('seq2seq-lstm', 1, standing=True)])
+@pytest.mark.parametrize(
+  ('name', 'width'),
+  [
+    case('transformer', 3, standing=True),
+    case('gnmt', 3, standing=False),
+    case('luong', 3, standing=False),
+    case('seq2seq-lstm', 1, standing=True),
+  ],
+)
 def test_a_translation_depends_on_its_source_alone(name, width):
   definition, params = model(name)
   options = {'end': END, 'beam': Beam(width=width, length_penalty=0.6), 'vocab_size': V}
@@ -135,11 +176,19 @@ def test_a_translation_depends_on_its_source_alone(name, width):
 
 def test_limits_and_bad_input():
   definition, params = model('transformer')
-  for t, source in zip(translate(definition, params, SOURCES, end=END, max_new_tokens=3, vocab_size=V), SOURCES, strict=True):
+  for t, source in zip(
+    translate(definition, params, SOURCES, end=END, max_new_tokens=3, vocab_size=V),
+    SOURCES,
+    strict=True,
+  ):
     assert len(t.tokens) + t.finished <= 3, source
   for given, message in (
-    ({'sources': [[1], []]}, 'source 1 is empty'), ({'sources': [[12]]}, 'source 0 has token 12'), ({'end': 12}, 'end = 12'),
-    ({'max_new_tokens': 0}, 'max_new_tokens = 0'), ({'batch_size': 0}, 'batch_size = 0')):
+    ({'sources': [[1], []]}, 'source 1 is empty'),
+    ({'sources': [[12]]}, 'source 0 has token 12'),
+    ({'end': 12}, 'end = 12'),
+    ({'max_new_tokens': 0}, 'max_new_tokens = 0'),
+    ({'batch_size': 0}, 'batch_size = 0'),
+  ):
     with pytest.raises(InputError, match=message):
       translate(definition, params, **{'sources': SOURCES, 'end': END} | given)
   with pytest.raises(InputError, match=r'Beam\.width = 0'):

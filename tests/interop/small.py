@@ -21,9 +21,13 @@ from jaxformer.models.zoo.transformer import transformer
 
 
 def noisy(config, seed=0, std=0.1):
-  """Parameters of which none is constant: scales of ones and offsets of zeros would hide a wrong map."""
+  """Parameters of which none is constant: scales of ones and offsets of zeros would hide a wrong
+  map."""
   info, numbers = define(config).info, np.random.default_rng(seed)
-  return {n: jax.numpy.asarray(numbers.normal('scale' in n, std, i.shape), 'float32') for n, i in info.items()}
+  return {
+    n: jax.numpy.asarray(numbers.normal('scale' in n, std, i.shape), 'float32')
+    for n, i in info.items()
+  }
 
 
 SMALL = {
@@ -33,11 +37,24 @@ SMALL = {
   'mamba': mamba(Mamba.Config(state=3, dt_rank=2, bias=True), 8, 2, context=12, vocab_size=30),
   'mixtral': mixtral(16, 3, 24, 4, 2, experts=4, context=12, vocab_size=30, balance=0.02),
   'jamba': jamba(16, 8, 24, 4, 2, experts=3, state=3, context=12, vocab_size=30),
-  'mamba2': mamba(Mamba2.Config(state=3, head_dim=4, groups=2, bias=True), 8, 2, context=12, vocab_size=30),
+  'mamba2': mamba(
+    Mamba2.Config(state=3, head_dim=4, groups=2, bias=True), 8, 2, context=12, vocab_size=30
+  ),
   'rwkv4': rwkv4(8, 3, context=12, vocab_size=30, hidden=12),
   'marian': transformer(
-    16, 2, 24, 4, decoder_layers=3, vocab_size=30, context=12, bias=True, head_bias=True,
-    positions=SinusoidalPositions.Config(halves=True), init=Normal(), embedding_init=Normal()),
+    16,
+    2,
+    24,
+    4,
+    decoder_layers=3,
+    vocab_size=30,
+    context=12,
+    bias=True,
+    head_bias=True,
+    positions=SinusoidalPositions.Config(halves=True),
+    init=Normal(),
+    embedding_init=Normal(),
+  ),
 }
 
 RWKV = {
@@ -49,6 +66,7 @@ RWKV = {
 
 
 def noisy_rwkv(config, seed=0, std=0.1):
-  """Official initial values, each with noise: some of them decide whether a recurrence is stable."""
+  """Official initial values, each with noise: some of them decide whether a recurrence is
+  stable."""
   initial, noise = define(config).init(jax.random.key(3)), noisy(config, seed, std)
   return {n: noise[n] if 'scale' in n else p + noise[n] for n, p in initial.items()}

@@ -31,7 +31,9 @@ pytestmark = pytest.mark.quick
 def same(a, b):
   assert list(a) == list(b)
   for name in a:
-    np.testing.assert_array_equal(np.asarray(a[name]), np.asarray(b[name]), err_msg=name, strict=True)
+    np.testing.assert_array_equal(
+      np.asarray(a[name]), np.asarray(b[name]), err_msg=name, strict=True
+    )
 
 
 @pytest.fixture(params=SMALL)
@@ -47,7 +49,9 @@ def tensors_of(folder):
 def rewrite(folder, change):
   tensors = tensors_of(folder)
   change(tensors)
-  safetensors.numpy.save_file({n: np.ascontiguousarray(t) for n, t in tensors.items()}, folder / SINGLE)
+  safetensors.numpy.save_file(
+    {n: np.ascontiguousarray(t) for n, t in tensors.items()}, folder / SINGLE
+  )
 
 
 def change_config(folder, **fields):
@@ -62,7 +66,7 @@ def saved(tmp_path):
   return tmp_path / 'saved'
 
 
-# ---- round trips ------------------------------------------------------------------------------------------------------
+# ---- round trips -------------------------------------------------------------------------------
 
 
 def test_round_trip_is_bit_for_bit(small, tmp_path):
@@ -71,7 +75,7 @@ def test_round_trip_is_bit_for_bit(small, tmp_path):
   read, loaded = load_hf(tmp_path / 'out')
   assert read == config
   same(loaded, params)
-  assert os.listdir(tmp_path) == ['out']   # nothing partial is left behind
+  assert os.listdir(tmp_path) == ['out']  # nothing partial is left behind
 
 
 def test_second_export_is_byte_for_byte(saved, tmp_path):
@@ -95,10 +99,14 @@ def test_divided_files(small, tmp_path):
 def test_transposed_arrays_are_written_as_they_read(saved):
   wq = noisy(SMALL['llama'])['stack.groups.0.0.branches.0.layer.wq']
   for layer in range(3):
-    np.testing.assert_array_equal(tensors_of(saved)[f'model.layers.{layer}.self_attn.q_proj.weight'], np.asarray(wq[layer]).T)
+    np.testing.assert_array_equal(
+      tensors_of(saved)[f'model.layers.{layer}.self_attn.q_proj.weight'], np.asarray(wq[layer]).T
+    )
 
 
-@pytest.mark.parametrize(('name', 'file_type'), [('bfloat16', ml_dtypes.bfloat16), ('float16', np.float16)])
+@pytest.mark.parametrize(
+  ('name', 'file_type'), [('bfloat16', ml_dtypes.bfloat16), ('float16', np.float16)]
+)
 def test_half_precision_files_become_float32(small, tmp_path, name, file_type):
   config, params = small
   save_hf(tmp_path / 'out', config, params, dtype=name)
@@ -107,8 +115,10 @@ def test_half_precision_files_become_float32(small, tmp_path, name, file_type):
   rounded = {n: np.asarray(p).astype(file_type) for n, p in params.items()}
   same(load_hf(tmp_path / 'out')[1], {n: p.astype('float32') for n, p in rounded.items()})
   kept = {n for n, i in define(config).info.items() if i.full_precision}
-  same(load_hf(tmp_path / 'out', dtype=jnp.dtype(file_type))[1], {
-    n: p.astype('float32') if n in kept else p for n, p in rounded.items()})
+  same(
+    load_hf(tmp_path / 'out', dtype=jnp.dtype(file_type))[1],
+    {n: p.astype('float32') if n in kept else p for n, p in rounded.items()},
+  )
 
 
 def test_numbers_too_large_for_the_type(tmp_path):
@@ -125,7 +135,10 @@ def test_onto_a_mesh(saved):
   _, params = load_hf(saved, mesh=mesh)
   same(params, load_hf(saved)[1])
   wq = params['stack.groups.0.0.branches.0.layer.wq']
-  assert wq.sharding == define(SMALL['llama']).shardings(mesh, 'fsdp_tensor')['stack.groups.0.0.branches.0.layer.wq']
+  assert (
+    wq.sharding
+    == define(SMALL['llama']).shardings(mesh, 'fsdp_tensor')['stack.groups.0.0.branches.0.layer.wq']
+  )
   assert wq.addressable_shards[0].data.shape == (3, 4, 8)
 
 
@@ -137,7 +150,9 @@ def test_grouping_of_blocks_does_not_matter(tmp_path):
   read, loaded = load_hf(tmp_path / 'out')
   assert read == config
   tokens = jnp.arange(20).reshape(2, 10)
-  logits = [define(c).merge(p)(tokens).y for c, p in ((regrouped, noisy(regrouped)), (read, loaded))]
+  logits = [
+    define(c).merge(p)(tokens).y for c, p in ((regrouped, noisy(regrouped)), (read, loaded))
+  ]
   np.testing.assert_allclose(*logits, atol=1e-6)
 
 
@@ -146,7 +161,12 @@ def test_describe_reads_headers(saved):
   assert told == json.loads(json.dumps(told))
   assert told['model_type'] == 'llama'
   assert told['params'] == define(SMALL['llama']).size
-  assert (told['layers'], told['width'], told['dtypes'], told['files']) == (3, 16, {'F32': 30}, [SINGLE])
+  assert (told['layers'], told['width'], told['dtypes'], told['files']) == (
+    3,
+    16,
+    {'F32': 30},
+    [SINGLE],
+  )
   assert told['bytes'] == (saved / SINGLE).stat().st_size
 
 
@@ -164,7 +184,7 @@ def test_tokenizer_comes_along(saved, tmp_path):
   assert load_hf(tmp_path / 'out')[0] == SMALL['llama']
 
 
-# ---- what the files may leave out, and what they may not -------------------------------------------------------------
+# ---- what the files may leave out, and what they may not ---------------------------------------
 
 
 def test_names_without_the_prefix_and_buffers(tmp_path):
@@ -185,8 +205,13 @@ def test_names_without_the_prefix_and_buffers(tmp_path):
 
 def test_a_tied_head_must_be_the_embedding(tmp_path):
   save_hf(tmp_path / 'out', SMALL['tied'], noisy(SMALL['tied']))
-  rewrite(tmp_path / 'out', lambda t: t.update({'lm_head.weight': t['model.embed_tokens.weight'] + 1}))
-  with pytest.raises(InputError, match=r'lm_head\.weight differs from model\.embed_tokens\.weight.*tie_word_embeddings'):
+  rewrite(
+    tmp_path / 'out', lambda t: t.update({'lm_head.weight': t['model.embed_tokens.weight'] + 1})
+  )
+  with pytest.raises(
+    InputError,
+    match=r'lm_head\.weight differs from model\.embed_tokens\.weight.*tie_word_embeddings',
+  ):
     load_hf(tmp_path / 'out')
 
 
@@ -212,8 +237,12 @@ def test_all_that_is_wrong_in_one_message(saved):
 def test_parameters_are_checked_before_anything_is_written(tmp_path):
   params = noisy(SMALL['llama'])
   head = params.pop('head')
-  with pytest.raises(InputError, match=r'missing: head; unexpected: tail; of another shape: embedding is \[3, 3\]'):
-    save_hf(tmp_path / 'out', SMALL['llama'], params | {'tail': head, 'embedding': jnp.zeros((3, 3))})
+  with pytest.raises(
+    InputError, match=r'missing: head; unexpected: tail; of another shape: embedding is \[3, 3\]'
+  ):
+    save_hf(
+      tmp_path / 'out', SMALL['llama'], params | {'tail': head, 'embedding': jnp.zeros((3, 3))}
+    )
   assert os.listdir(tmp_path) == []
 
 
@@ -271,7 +300,7 @@ def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch):
   assert os.listdir(tmp_path) == []
 
 
-# ---- models without a counterpart ------------------------------------------------------------------------------------
+# ---- models without a counterpart --------------------------------------------------------------
 
 
 def llama_with(**attention):
@@ -279,36 +308,60 @@ def llama_with(**attention):
   block = config.stack[0].pattern[0]
   first, second = block.branches
   layer = first.layer.replace(**attention)
-  return config.replace(stack=(Group(pattern=(Block.Config(branches=(first.replace(layer=layer), second)),), repeats=3),))
+  return config.replace(
+    stack=(
+      Group(pattern=(Block.Config(branches=(first.replace(layer=layer), second)),), repeats=3),
+    )
+  )
 
 
-OTHER = Block.Config(branches=(PreNorm.Config(layer=Attention.Config()), PreNorm.Config(layer=GatedMlp.Config(hidden=8))))
+OTHER = Block.Config(
+  branches=(
+    PreNorm.Config(layer=Attention.Config()),
+    PreNorm.Config(layer=GatedMlp.Config(hidden=8)),
+  )
+)
 
 
-@pytest.mark.parametrize(('config', 'message'), [
-  (llama_with(softcap=30.0), r'As llama: stack\.0\.branches\.0\.layer\.softcap: 30\.0 -> null'),
-  (llama_with(position=None), 'As llama: the position of layer 0 of block 0 is None, not Rotary'),
-  (SMALL['gpt2'].replace(head_bias=True), 'As gpt2: head_bias: true -> false'),
-  (SMALL['gpt2'].replace(final_norm=None), 'As gpt2: final_norm'),
-  (SMALL['llama'].replace(stack=(Group(pattern=(Block.Config(branches=(PreNorm.Config(layer=Attention.Config()),)),)),)),
-   'As llama: block 0 has 1 branches, not 2'),
-  (SMALL['llama'].replace(stack=(*SMALL['llama'].stack, Group(pattern=(OTHER,)))), r'As llama: stack\.3\.branches'),
-])
+@pytest.mark.parametrize(
+  ('config', 'message'),
+  [
+    (llama_with(softcap=30.0), r'As llama: stack\.0\.branches\.0\.layer\.softcap: 30\.0 -> null'),
+    (llama_with(position=None), 'As llama: the position of layer 0 of block 0 is None, not Rotary'),
+    (SMALL['gpt2'].replace(head_bias=True), 'As gpt2: head_bias: true -> false'),
+    (SMALL['gpt2'].replace(final_norm=None), 'As gpt2: final_norm'),
+    (
+      SMALL['llama'].replace(
+        stack=(
+          Group(pattern=(Block.Config(branches=(PreNorm.Config(layer=Attention.Config()),)),)),
+        )
+      ),
+      'As llama: block 0 has 1 branches, not 2',
+    ),
+    (
+      SMALL['llama'].replace(stack=(*SMALL['llama'].stack, Group(pattern=(OTHER,)))),
+      r'As llama: stack\.3\.branches',
+    ),
+  ],
+)
 def test_models_without_a_counterpart(tmp_path, config, message):
   with pytest.raises(InputError, match=message):
     save_hf(tmp_path / 'out', config, {})
 
 
-# ---- pieces -----------------------------------------------------------------------------------------------------------
+# ---- pieces ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(('steps', 'shapes'), [
-  ((Concat(1),), [(3, 2), (3, 1), (3, 4)]),
-  ((Concat(1), Permute((1, 0))), [(3, 2), (3, 1)]),
-  ((Unstack(), Permute((1, 0))), [(5, 3, 2)]),
-  ((Permute((1, 0)), NewAxis(1)), [(4, 6)]),
-  ((Permute((2, 0, 1)),), [(2, 3, 4)]),
-])
+@pytest.mark.parametrize(
+  ('steps', 'shapes'),
+  [
+    ((Concat(1),), [(3, 2), (3, 1), (3, 4)]),
+    ((Concat(1), Permute((1, 0))), [(3, 2), (3, 1)]),
+    ((Unstack(), Permute((1, 0))), [(5, 3, 2)]),
+    ((Permute((1, 0)), NewAxis(1)), [(4, 6)]),
+    ((Permute((2, 0, 1)),), [(2, 3, 4)]),
+  ],
+)
 def test_steps_undo_themselves(steps, shapes):
   numbers = np.random.default_rng(0)
   ours = [numbers.normal(size=s).astype('float32') for s in shapes]
@@ -325,13 +378,24 @@ def test_places_count_blocks_through_all_groups_of_a_stack():
     axes = ('layers', *(None,) * (len(shape) - 1)) if stacked else (None,) * len(shape)
     return ParamInfo(shape, np.float32, axes, True, 1.0, False, True, 1.0)
 
-  where = weights.places({
-    'embedding': info(7, 2), 'stack.groups.0.0.a': info(2), 'stack.groups.1.0.a': info(3, 2, stacked=True),
-    'stack.groups.1.1.b': info(3, 4, stacked=True), 'stack.groups.2.0.a': info(2),
-    'encoder.stack.groups.0.0.a': info(2, 2, stacked=True),
-  })
+  where = weights.places(
+    {
+      'embedding': info(7, 2),
+      'stack.groups.0.0.a': info(2),
+      'stack.groups.1.0.a': info(3, 2, stacked=True),
+      'stack.groups.1.1.b': info(3, 4, stacked=True),
+      'stack.groups.2.0.a': info(2),
+      'encoder.stack.groups.0.0.a': info(2, 2, stacked=True),
+    }
+  )
   assert where['embedding'] == weights.Place('embedding', None, (7, 2))
-  assert [where[f'stack.{i}.a'].stored.split('.')[2] for i in (0, 1, 3, 5, 7)] == ['0', '1', '1', '1', '2']
+  assert [where[f'stack.{i}.a'].stored.split('.')[2] for i in (0, 1, 3, 5, 7)] == [
+    '0',
+    '1',
+    '1',
+    '1',
+    '2',
+  ]
   assert where['stack.6.b'] == weights.Place('stack.groups.1.1.b', 2, (4,))
   assert where['encoder.stack.1.a'] == weights.Place('encoder.stack.groups.0.0.a', 1, (2,))
   assert len(where) == 11
@@ -340,15 +404,19 @@ def test_places_count_blocks_through_all_groups_of_a_stack():
 def test_a_rule_that_is_forgotten_is_noticed():
   rules = FAMILIES['llama'].rules(SMALL['llama'])
   with pytest.raises(InputError, match=r'no place for stack\.0\.branches\.1\.layer\.w_out'):
-    weights.connect(define(SMALL['llama']).info, [r for r in rules if 'w_out' not in r.ours[0]], 'llama')
+    weights.connect(
+      define(SMALL['llama']).info, [r for r in rules if 'w_out' not in r.ours[0]], 'llama'
+    )
   with pytest.raises(ValueError, match='twice'):
     weights.connect(define(SMALL['llama']).info, [*rules, rules[0]], 'llama')
 
 
 def test_files_are_closed_when_full():
   assert plan_files({'a': 5, 'b': 5, 'c': 20, 'd': 1}, 10) == {
-    'model-00001-of-00003.safetensors': ['a', 'b'], 'model-00002-of-00003.safetensors': ['c'],
-    'model-00003-of-00003.safetensors': ['d']}
+    'model-00001-of-00003.safetensors': ['a', 'b'],
+    'model-00002-of-00003.safetensors': ['c'],
+    'model-00003-of-00003.safetensors': ['d'],
+  }
   assert plan_files({'a': 5}, 1) == {SINGLE: ['a']}
 
 
@@ -360,4 +428,4 @@ def test_one_tensor_at_a_time(saved, monkeypatch):
   monkeypatch.setattr(jax.numpy, 'asarray', lambda x: put.append(len(read)) or x)
   load_hf(saved)
   assert len(read) == len(set(read)) == 30
-  assert max(b - a for a, b in itertools.pairwise(put)) == 3   # as many as there are layers
+  assert max(b - a for a, b in itertools.pairwise(put)) == 3  # as many as there are layers

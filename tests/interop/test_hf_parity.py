@@ -1,4 +1,5 @@
-"""Against transformers, the oracle: the same logits and the same greedy tokens, in both directions, fp32 on a CPU."""
+"""Against transformers, the oracle: the same logits and the same greedy tokens, in both directions,
+fp32 on a CPU."""
 
 import functools
 import importlib.util
@@ -16,15 +17,30 @@ from tests.interop.small import noisy
 LACKING = [m for m in ('torch', 'transformers') if importlib.util.find_spec(m) is None]
 pytestmark = [
   pytest.mark.parity,
-  pytest.mark.skipif(bool(LACKING), reason=f'{" and ".join(LACKING)} not installed: pip install "jaxformer[parity]"'),
+  pytest.mark.skipif(
+    bool(LACKING), reason=f'{" and ".join(LACKING)} not installed: pip install "jaxformer[parity]"'
+  ),
 ]
 
 TOLERANCE = 1e-4
 LENGTH, NEW = 96, 48
 
-SIZE = {'vocab_size': 97, 'hidden_size': 64, 'num_hidden_layers': 2, 'intermediate_size': 96, 'max_position_embeddings': 256}
-LLAMA3 = {'rope_type': 'llama3', 'rope_theta': 10000.0, 'factor': 8.0, 'low_freq_factor': 1.0, 'high_freq_factor': 4.0,
-          'original_max_position_embeddings': 32}   # short, so that the sequences here are far beyond it
+SIZE = {
+  'vocab_size': 97,
+  'hidden_size': 64,
+  'num_hidden_layers': 2,
+  'intermediate_size': 96,
+  'max_position_embeddings': 256,
+}
+LLAMA3 = {
+  'rope_type': 'llama3',
+  'rope_theta': 10000.0,
+  'factor': 8.0,
+  'low_freq_factor': 1.0,
+  'high_freq_factor': 4.0,
+  # short, so that the sequences here are far beyond it
+  'original_max_position_embeddings': 32,
+}
 GPT2 = {'vocab_size': 97, 'n_embd': 64, 'n_layer': 2, 'n_head': 4, 'n_positions': 256}
 
 MAMBA = {'vocab_size': 97, 'hidden_size': 64, 'num_hidden_layers': 2}
@@ -32,43 +48,142 @@ RWKV = {'vocab_size': 97, 'hidden_size': 64, 'num_hidden_layers': 2, 'context_le
 
 MODELS = {
   'gpt2': ('GPT2', GPT2),
-  'gpt2-unusual': ('GPT2', GPT2 | {'n_inner': 80, 'activation_function': 'gelu', 'layer_norm_epsilon': 1e-2,
-                                   'scale_attn_weights': False, 'tie_word_embeddings': False}),
+  'gpt2-unusual': (
+    'GPT2',
+    GPT2
+    | {
+      'n_inner': 80,
+      'activation_function': 'gelu',
+      'layer_norm_epsilon': 1e-2,
+      'scale_attn_weights': False,
+      'tie_word_embeddings': False,
+    },
+  ),
   'llama2': ('Llama', SIZE | {'num_attention_heads': 4, 'rms_norm_eps': 1e-5}),
-  'llama3.1': ('Llama', SIZE | {'num_attention_heads': 4, 'num_key_value_heads': 2, 'rope_parameters': LLAMA3}),
-  'llama3.2': ('Llama', SIZE | {'num_attention_heads': 4, 'num_key_value_heads': 1, 'tie_word_embeddings': True, 'head_dim': 24,
-                                'rope_parameters': LLAMA3 | {'factor': 32.0, 'rope_theta': 5e5}}),
-  'llama-biases': ('Llama', SIZE | {'num_attention_heads': 4, 'attention_bias': True, 'mlp_bias': True, 'rms_norm_eps': 1e-2}),
-  'mistral': ('Mistral', SIZE | {'num_attention_heads': 4, 'num_key_value_heads': 2, 'sliding_window': 7}),
+  'llama3.1': (
+    'Llama',
+    SIZE | {'num_attention_heads': 4, 'num_key_value_heads': 2, 'rope_parameters': LLAMA3},
+  ),
+  'llama3.2': (
+    'Llama',
+    SIZE
+    | {
+      'num_attention_heads': 4,
+      'num_key_value_heads': 1,
+      'tie_word_embeddings': True,
+      'head_dim': 24,
+      'rope_parameters': LLAMA3 | {'factor': 32.0, 'rope_theta': 5e5},
+    },
+  ),
+  'llama-biases': (
+    'Llama',
+    SIZE
+    | {'num_attention_heads': 4, 'attention_bias': True, 'mlp_bias': True, 'rms_norm_eps': 1e-2},
+  ),
+  'mistral': (
+    'Mistral',
+    SIZE | {'num_attention_heads': 4, 'num_key_value_heads': 2, 'sliding_window': 7},
+  ),
 }
 MODELS |= {
   'mamba': ('Mamba', MAMBA),
-  'mamba-unusual': ('Mamba', MAMBA | {
-    'state_size': 5, 'expand': 3, 'conv_kernel': 3, 'time_step_rank': 7, 'use_bias': True, 'use_conv_bias': False,
-    'layer_norm_epsilon': 1e-2, 'tie_word_embeddings': False}),
-  'mamba2': ('Mamba2', MAMBA | {
-    'num_heads': 8, 'head_dim': 16, 'state_size': 16, 'n_groups': 1, 'tie_word_embeddings': True}),
-  'mamba2-unusual': ('Mamba2', MAMBA | {
-    'num_heads': 12, 'head_dim': 16, 'expand': 3, 'n_groups': 4, 'conv_kernel': 3, 'state_size': 8, 'use_bias': True,
-    'use_conv_bias': False, 'layer_norm_epsilon': 1e-2, 'chunk_size': 32}),
+  'mamba-unusual': (
+    'Mamba',
+    MAMBA
+    | {
+      'state_size': 5,
+      'expand': 3,
+      'conv_kernel': 3,
+      'time_step_rank': 7,
+      'use_bias': True,
+      'use_conv_bias': False,
+      'layer_norm_epsilon': 1e-2,
+      'tie_word_embeddings': False,
+    },
+  ),
+  'mamba2': (
+    'Mamba2',
+    MAMBA
+    | {
+      'num_heads': 8,
+      'head_dim': 16,
+      'state_size': 16,
+      'n_groups': 1,
+      'tie_word_embeddings': True,
+    },
+  ),
+  'mamba2-unusual': (
+    'Mamba2',
+    MAMBA
+    | {
+      'num_heads': 12,
+      'head_dim': 16,
+      'expand': 3,
+      'n_groups': 4,
+      'conv_kernel': 3,
+      'state_size': 8,
+      'use_bias': True,
+      'use_conv_bias': False,
+      'layer_norm_epsilon': 1e-2,
+      'chunk_size': 32,
+    },
+  ),
   'rwkv4': ('Rwkv', RWKV),
-  'rwkv4-unusual': ('Rwkv', RWKV | {
-    'num_hidden_layers': 3, 'attention_hidden_size': 64, 'intermediate_size': 80, 'layer_norm_epsilon': 1e-2, 'rescale_every': 0}),
-  # Theirs halves weights when it runs, never what is stored. More halvings show in their logits too, by the norms' eps.
-  'rwkv4-rescaled': ('Rwkv', RWKV | {'num_hidden_layers': 3, 'rescale_every': 2, 'layer_norm_epsilon': 1e-6}),
+  'rwkv4-unusual': (
+    'Rwkv',
+    RWKV
+    | {
+      'num_hidden_layers': 3,
+      'attention_hidden_size': 64,
+      'intermediate_size': 80,
+      'layer_norm_epsilon': 1e-2,
+      'rescale_every': 0,
+    },
+  ),
+  # Theirs halves weights when it runs, never what is stored. More halvings show in their logits
+  # too, by the norms' eps.
+  'rwkv4-rescaled': (
+    'Rwkv',
+    RWKV | {'num_hidden_layers': 3, 'rescale_every': 2, 'layer_norm_epsilon': 1e-6},
+  ),
 }
 
 MOE = SIZE | {'num_attention_heads': 4, 'num_key_value_heads': 2, 'num_experts_per_tok': 2}
 MODELS |= {
   'mixtral': ('Mixtral', MOE | {'num_local_experts': 4}),
-  'mixtral-unusual': ('Mixtral', MOE | {
-    'num_local_experts': 6, 'num_experts_per_tok': 3, 'sliding_window': 7, 'head_dim': 24, 'tie_word_embeddings': True,
-    'router_aux_loss_coef': 0.0, 'rope_parameters': {'rope_type': 'default', 'rope_theta': 1e4}}),
+  'mixtral-unusual': (
+    'Mixtral',
+    MOE
+    | {
+      'num_local_experts': 6,
+      'num_experts_per_tok': 3,
+      'sliding_window': 7,
+      'head_dim': 24,
+      'tie_word_embeddings': True,
+      'router_aux_loss_coef': 0.0,
+      'rope_parameters': {'rope_type': 'default', 'rope_theta': 1e4},
+    },
+  ),
   'jamba': ('Jamba', MOE | {'num_experts': 4, 'num_hidden_layers': 8, 'mamba_dt_rank': 5}),
-  'jamba-unusual': ('Jamba', MOE | {
-    'num_experts': 3, 'num_hidden_layers': 6, 'attn_layer_period': 3, 'attn_layer_offset': 1, 'expert_layer_period': 4,
-    'expert_layer_offset': 2, 'mamba_d_state': 5, 'mamba_expand': 3, 'mamba_d_conv': 3, 'mamba_proj_bias': True,
-    'mamba_conv_bias': False, 'rms_norm_eps': 1e-2, 'tie_word_embeddings': True}),
+  'jamba-unusual': (
+    'Jamba',
+    MOE
+    | {
+      'num_experts': 3,
+      'num_hidden_layers': 6,
+      'attn_layer_period': 3,
+      'attn_layer_offset': 1,
+      'expert_layer_period': 4,
+      'expert_layer_offset': 2,
+      'mamba_d_state': 5,
+      'mamba_expand': 3,
+      'mamba_d_conv': 3,
+      'mamba_proj_bias': True,
+      'mamba_conv_bias': False,
+      'rms_norm_eps': 1e-2,
+      'tie_word_embeddings': True,
+    },
+  ),
 }
 
 
@@ -76,12 +191,17 @@ def theirs(name):
   """A random model of transformers."""
   import torch
   import transformers
+
   family, fields = MODELS[name]
   torch.manual_seed(0)
   config = getattr(transformers, f'{family}Config')(**fields, bos_token_id=None, eos_token_id=None)
-  model = (transformers.GPT2LMHeadModel if family == 'GPT2' else getattr(transformers, f'{family}ForCausalLM'))(config).eval()
+  model = (
+    transformers.GPT2LMHeadModel
+    if family == 'GPT2'
+    else getattr(transformers, f'{family}ForCausalLM')
+  )(config).eval()
   with torch.no_grad():
-    for p in model.parameters():   # scales of ones and offsets of zeros would hide a wrong map
+    for p in model.parameters():  # scales of ones and offsets of zeros would hide a wrong map
       p.add_(torch.randn_like(p) * 0.1)
   return model
 
@@ -102,6 +222,7 @@ def tokens(seed=0, length=LENGTH):
 
 def their_logits(model, ids):
   import torch
+
   with torch.no_grad():
     return model(torch.from_numpy(ids)).logits.float().numpy()
 
@@ -118,35 +239,61 @@ def _logits(config, params, ids):
 def agree(ours, expected, what):
   difference = np.abs(ours - expected).max()
   print(f'{what}: max abs difference {difference:.2e} of logits up to {np.abs(expected).max():.2f}')
-  assert np.abs(expected).max() > 0.5   # else a small difference says nothing
+  assert np.abs(expected).max() > 0.5  # else a small difference says nothing
   assert difference < TOLERANCE
 
 
 def test_import_gives_the_same_logits(imported, request):
   model, config, params = imported
-  agree(our_logits(config, params, tokens()), their_logits(model, tokens()), f'import {request.node.callspec.id}')
+  agree(
+    our_logits(config, params, tokens()),
+    their_logits(model, tokens()),
+    f'import {request.node.callspec.id}',
+  )
 
 
 def test_export_gives_the_same_logits(imported, request, tmp_path):
   import transformers
+
   _, config, _ = imported
   initial, noise = define(config).init(jax.random.key(3)), noisy(config, seed=7, std=0.05)
   params = {n: noise[n] if 'scale' in n else p + noise[n] for n, p in initial.items()}
   save_hf(tmp_path / 'ours', config, params)
-  model, told = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'ours', output_loading_info=True)
+  model, told = transformers.AutoModelForCausalLM.from_pretrained(
+    tmp_path / 'ours', output_loading_info=True
+  )
   assert not any(told[k] for k in ('missing_keys', 'unexpected_keys', 'mismatched_keys')), told
-  agree(our_logits(config, params, tokens(1)), their_logits(model.eval(), tokens(1)), f'export {request.node.callspec.id}')
+  agree(
+    our_logits(config, params, tokens(1)),
+    their_logits(model.eval(), tokens(1)),
+    f'export {request.node.callspec.id}',
+  )
   assert load_hf(tmp_path / 'ours')[0] == config
 
 
 @pytest.mark.parametrize(
-  'imported', ['gpt2', 'llama2', 'llama3.1', 'llama3.2', 'mistral', 'mamba', 'mamba2', 'mixtral', 'jamba', 'rwkv4'], indirect=True)
+  'imported',
+  [
+    'gpt2',
+    'llama2',
+    'llama3.1',
+    'llama3.2',
+    'mistral',
+    'mamba',
+    'mamba2',
+    'mixtral',
+    'jamba',
+    'rwkv4',
+  ],
+  indirect=True,
+)
 def test_greedy_tokens_are_the_same(imported):
   """48 tokens, ours by prefill and steps, theirs by their own cache."""
   import torch
+
   model, config, params = imported
   # Their cache of RWKV-4 is right for one row: of several, each token meets the states of all.
-  prompt = tokens(2, 40)[:1 if model.config.model_type == 'rwkv' else 2]
+  prompt = tokens(2, 40)[: 1 if model.config.model_type == 'rwkv' else 2]
   definition = define(config)
 
   @jax.jit
@@ -163,14 +310,22 @@ def test_greedy_tokens_are_the_same(imported):
 
   with torch.no_grad():
     expected = model.generate(
-      torch.from_numpy(prompt), attention_mask=torch.ones(prompt.shape, dtype=torch.long), do_sample=False, max_new_tokens=NEW,
-      min_new_tokens=NEW, pad_token_id=0)
-  np.testing.assert_array_equal(np.asarray(greedy(params, jnp.asarray(prompt))), expected[:, prompt.shape[1]:].numpy())
+      torch.from_numpy(prompt),
+      attention_mask=torch.ones(prompt.shape, dtype=torch.long),
+      do_sample=False,
+      max_new_tokens=NEW,
+      min_new_tokens=NEW,
+      pad_token_id=0,
+    )
+  np.testing.assert_array_equal(
+    np.asarray(greedy(params, jnp.asarray(prompt))), expected[:, prompt.shape[1] :].numpy()
+  )
 
 
 def test_scaling_matters_here():
   """The Llama 3.1 case would notice a wrong scaling: without it the logits are far off."""
   import torch
+
   model = theirs('llama3.1')
   scaled = their_logits(model, tokens())
   model.model.rotary_emb.inv_freq = 10000.0 ** (-torch.arange(0, 16, 2) / 16)
@@ -179,6 +334,7 @@ def test_scaling_matters_here():
 
 def test_bf16_files_and_divided_files_of_theirs(tmp_path):
   import torch
+
   model = theirs('llama3.1').to(torch.bfloat16)
   model.save_pretrained(tmp_path / 'theirs', max_shard_size='100KB')
   assert len(list((tmp_path / 'theirs').glob('*.safetensors'))) > 1

@@ -22,7 +22,9 @@ needs_torch = pytest.mark.skipif(not TORCH, reason='torch not installed')
 def same(a, b):
   assert list(a) == list(b)
   for name in a:
-    np.testing.assert_array_equal(np.asarray(a[name]), np.asarray(b[name]), err_msg=name, strict=True)
+    np.testing.assert_array_equal(
+      np.asarray(a[name]), np.asarray(b[name]), err_msg=name, strict=True
+    )
 
 
 @pytest.fixture(params=RWKV)
@@ -38,7 +40,7 @@ def test_round_trip_is_bit_for_bit(saved, tmp_path):
   read, loaded = load_rwkv(path)
   assert read == config
   same(loaded, params)
-  assert os.listdir(tmp_path) == ['m.safetensors']   # nothing partial is left behind
+  assert os.listdir(tmp_path) == ['m.safetensors']  # nothing partial is left behind
 
 
 @needs_torch
@@ -47,12 +49,17 @@ def test_both_kinds_of_file_hold_the_same(saved, tmp_path, dtype):
   _, config, params = saved
   for suffix in ('safetensors', 'pth'):
     save_rwkv(tmp_path / f'again.{suffix}', config, params, dtype=dtype)
-  (config_a, a), (config_b, b) = load_rwkv(tmp_path / 'again.safetensors'), load_rwkv(tmp_path / 'again.pth')
+  (config_a, a), (config_b, b) = (
+    load_rwkv(tmp_path / 'again.safetensors'),
+    load_rwkv(tmp_path / 'again.pth'),
+  )
   assert config_a == config_b == config
   same(a, b)
   if dtype == 'bfloat16':
-    same({n: np.asarray(p) for n, p in a.items()},
-         {n: np.asarray(p).astype(ml_dtypes.bfloat16).astype(np.float32) for n, p in params.items()})
+    same(
+      {n: np.asarray(p) for n, p in a.items()},
+      {n: np.asarray(p).astype(ml_dtypes.bfloat16).astype(np.float32) for n, p in params.items()},
+    )
 
 
 @pytest.mark.parametrize('name', ['rwkv4-14b', 'rwkv5-7b', 'rwkv6-7b', 'rwkv7-2.9b'])
@@ -63,14 +70,26 @@ def test_published_sizes_follow_from_the_shapes(name):
   assert version_of(shapes, name).read(Sizes(shapes, name)) == model
 
 
-@pytest.mark.parametrize(('change', 'message'), [
-  (lambda t: t.pop('blocks.1.ffn.key.weight'), r'missing: blocks\.1\.ffn\.key\.weight'),
-  (lambda t: t.update({'blocks.0.att.extra': np.zeros(3, np.float32)}), r'unexpected: blocks\.0\.att\.extra'),
-  (lambda t: t.update({'ln_out.bias': np.zeros(3, np.float32)}), r'ln_out\.bias is \[3\]'),
-  (lambda t: t.pop('emb.weight'), r'tensor emb\.weight is missing'),
-  (lambda t: t.update({'emb.weight': np.zeros(3, np.float32)}), r'emb\.weight is \[3\], but must have 2 axes'),
-  (lambda t: t.update({'head.weight': np.zeros(t['head.weight'].shape, np.int8)}), 'of a type that is not read'),
-])
+@pytest.mark.parametrize(
+  ('change', 'message'),
+  [
+    (lambda t: t.pop('blocks.1.ffn.key.weight'), r'missing: blocks\.1\.ffn\.key\.weight'),
+    (
+      lambda t: t.update({'blocks.0.att.extra': np.zeros(3, np.float32)}),
+      r'unexpected: blocks\.0\.att\.extra',
+    ),
+    (lambda t: t.update({'ln_out.bias': np.zeros(3, np.float32)}), r'ln_out\.bias is \[3\]'),
+    (lambda t: t.pop('emb.weight'), r'tensor emb\.weight is missing'),
+    (
+      lambda t: t.update({'emb.weight': np.zeros(3, np.float32)}),
+      r'emb\.weight is \[3\], but must have 2 axes',
+    ),
+    (
+      lambda t: t.update({'head.weight': np.zeros(t['head.weight'].shape, np.int8)}),
+      'of a type that is not read',
+    ),
+  ],
+)
 def test_files_that_are_not_whole(saved, change, message):
   path, _, _ = saved
   tensors = safetensors.numpy.load_file(path)
@@ -83,18 +102,30 @@ def test_files_that_are_not_whole(saved, change, message):
 def test_other_files_are_refused(tmp_path):
   with pytest.raises(InputError, match='no such file'):
     load_rwkv(tmp_path / 'none.safetensors')
-  safetensors.numpy.save_file({'blocks.0.att.time_mix_k': np.zeros((1, 1, 4), np.float32)}, tmp_path / 'v3.safetensors')
-  with pytest.raises(InputError, match=r'not the weights of RWKV-7, RWKV-6, RWKV-5\.2, RWKV-4; it holds blocks\.0\.att'):
+  safetensors.numpy.save_file(
+    {'blocks.0.att.time_mix_k': np.zeros((1, 1, 4), np.float32)}, tmp_path / 'v3.safetensors'
+  )
+  with pytest.raises(
+    InputError,
+    match=r'not the weights of RWKV-7, RWKV-6, RWKV-5\.2, RWKV-4; it holds blocks\.0\.att',
+  ):
     load_rwkv(tmp_path / 'v3.safetensors')
   (tmp_path / 'cut.safetensors').write_bytes(b'abc')
   with pytest.raises(InputError, match='damaged'):
     load_rwkv(tmp_path / 'cut.safetensors')
 
 
-@pytest.mark.parametrize(('version', 'change', 'message'), [
-  ('RWKV-5.1', {'blocks.0.att.time_decay': (4,)}, r'time_decay is \[4\], but must have 2 axes'),
-  ('RWKV-5.0', {'blocks.0.att.gate.weight': None, 'blocks.0.att.time_first': (4,)}, r'unexpected: .*time_faaaa'),
-])
+@pytest.mark.parametrize(
+  ('version', 'change', 'message'),
+  [
+    ('RWKV-5.1', {'blocks.0.att.time_decay': (4,)}, r'time_decay is \[4\], but must have 2 axes'),
+    (
+      'RWKV-5.0',
+      {'blocks.0.att.gate.weight': None, 'blocks.0.att.time_first': (4,)},
+      r'unexpected: .*time_faaaa',
+    ),
+  ],
+)
 def test_versions_between_are_refused(tmp_path, version, change, message):
   """RWKV-5.0 and 5.1 have one decay a head."""
   save_rwkv(tmp_path / '5.2.safetensors', RWKV['rwkv5'], noisy(RWKV['rwkv5']))
@@ -146,4 +177,6 @@ def test_what_cannot_be_written(saved, tmp_path):
   with pytest.raises(InputError, match=r'embedding_norm\.eps'):
     save_rwkv(tmp_path / 'odd.safetensors', odd, params)
   with pytest.raises(InputError, match='missing'):
-    save_rwkv(tmp_path / 'part.safetensors', config, {n: p for n, p in params.items() if n != 'head'})
+    save_rwkv(
+      tmp_path / 'part.safetensors', config, {n: p for n, p in params.items() if n != 'head'}
+    )

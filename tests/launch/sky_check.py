@@ -1,7 +1,8 @@
-"""Run by the Python that has SkyPilot: prints, for each task file, why SkyPilot does not accept it, or ''.
+"""Run by the Python that has SkyPilot: prints, for each task file, why SkyPilot does not accept it,
+or ''.
 
-SkyPilot leaves the fields of `job_recovery` open, for strategies of others; here the known ones are all.
-"""
+SkyPilot leaves the fields of `job_recovery` open, for strategies of others; here the known ones are
+all."""
 
 import json
 import sys
@@ -12,7 +13,7 @@ import yaml
 from sky.utils import schemas
 
 closed = schemas.get_resources_schema()
-recovery, = [s for s in closed['properties']['job_recovery']['anyOf'] if s['type'] == 'object']
+(recovery,) = [s for s in closed['properties']['job_recovery']['anyOf'] if s['type'] == 'object']
 recovery['additionalProperties'] = False
 
 

@@ -1,4 +1,5 @@
-"""`jaxformer launch` from the words to the tool. Stand-ins of the tools are on the path: what they are called with counts."""
+"""`jaxformer launch` from the words to the tool. Stand-ins of the tools are on the path: what they
+are called with counts."""
 
 import io
 import json
@@ -18,7 +19,18 @@ from tests.launch.test_files import there
 from tests.tiers import thorough
 
 SLURM = ['launch', 'slurm', 'gpt2-tiny', '--target', 'h100:8']
-SKY = ['launch', 'sky', 'gpt2-tiny', '--target', 'v6e-16', '--spot', '--run.dir', 'gs://bucket/runs', '--training.batch-size', '16']
+SKY = [
+  'launch',
+  'sky',
+  'gpt2-tiny',
+  '--target',
+  'v6e-16',
+  '--spot',
+  '--run.dir',
+  'gs://bucket/runs',
+  '--training.batch-size',
+  '16',
+]
 
 
 @pytest.fixture
@@ -57,10 +69,11 @@ def on_terminal(monkeypatch, typed):
 
     def readline(self):
       return typed
+
   monkeypatch.setattr(sys, 'stdin', Terminal())
 
 
-# ---- what is said, asked and started -------------------------------------------------------------------------------------
+# ---- what is said, asked and started -----------------------------------------------------------
 
 
 @pytest.mark.quick
@@ -69,7 +82,7 @@ def test_a_dry_run_prints_file_and_plan_and_writes_nothing(folder, tools, capsys
   assert main([*SKY, '--dry-run']) == 0
   out, err = capsys.readouterr()
   assert '==== runs/gpt2-tiny.sky.yaml ====\nname: gpt2-tiny\n' in out
-  assert 'price an hour: $43.20, on demand' in out   # 16 chips at $2.70
+  assert 'price an hour: $43.20, on demand' in out  # 16 chips at $2.70
   assert re.search(r'memory a device: about 0\.0\d+ GB of 33\.6, fits', out)
   assert err == ''
   assert list(folder.iterdir()) == calls() == []
@@ -80,17 +93,38 @@ def test_json_is_one_value_with_files_commands_and_price(folder, capsys):
   assert main([*SKY, '--dry-run', '--json', '--sweep', 'training.seed=0,1']) == 0
   value = json.loads(capsys.readouterr().out)
   assert [j['name'] for j in value['jobs']] == ['gpt2-tiny-seed-0', 'gpt2-tiny-seed-1']
-  assert list(value['files']) == ['runs/gpt2-tiny-seed-0.sky.yaml', 'runs/gpt2-tiny-seed-1.sky.yaml']
-  assert value['jobs'][1]['command'] == ['sky', 'jobs', 'launch', '--yes', '--detach-run', 'runs/gpt2-tiny-seed-1.sky.yaml']
+  assert list(value['files']) == [
+    'runs/gpt2-tiny-seed-0.sky.yaml',
+    'runs/gpt2-tiny-seed-1.sky.yaml',
+  ]
+  assert value['jobs'][1]['command'] == [
+    'sky',
+    'jobs',
+    'launch',
+    '--yes',
+    '--detach-run',
+    'runs/gpt2-tiny-seed-1.sky.yaml',
+  ]
   assert value['price'] == pytest.approx(sum(j['price'] for j in value['jobs']))
   assert value['price'] > 0
-  assert value['jobs'][0]['memory_bytes_per_device'] > 16 * value['jobs'][0]['params']   # every device has a copy
+  # every device has a copy
+  assert value['jobs'][0]['memory_bytes_per_device'] > 16 * value['jobs'][0]['params']
 
 
 @pytest.mark.quick
 def test_an_estimate_over_the_memory_is_said(folder, capsys):
-  words = ['--run.dir', 'gs://b/r', '--mesh.fsdp', '16', '--mesh.data', '1', '--training.batch-size', '256',
-           '--data.sequence-length', '2048']
+  words = [
+    '--run.dir',
+    'gs://b/r',
+    '--mesh.fsdp',
+    '16',
+    '--mesh.data',
+    '1',
+    '--training.batch-size',
+    '256',
+    '--data.sequence-length',
+    '2048',
+  ]
   assert main(['launch', 'sky', 'llama2-7b', '--target', 'v6e-16', *words, '--dry-run']) == 0
   assert 'GB too much: --training.remat full' in capsys.readouterr().out
 
@@ -98,8 +132,22 @@ def test_an_estimate_over_the_memory_is_said(folder, capsys):
 @pytest.mark.quick
 def test_a_sweep_is_a_job_a_value_with_the_price_of_all(folder, tools, capsys):
   calls = tools(sky='exit 0')
-  assert main([*SKY, '--yes', '--sweep', 'optimizer.learning-rate=1e-3,3e-4', '--sweep', 'training.seed=0,1']) == 0
-  names = [f'gpt2-tiny-learning_rate-{rate}-seed-{seed}' for rate in ('1e-3', '3e-4') for seed in (0, 1)]
+  assert (
+    main(
+      [
+        *SKY,
+        '--yes',
+        '--sweep',
+        'optimizer.learning-rate=1e-3,3e-4',
+        '--sweep',
+        'training.seed=0,1',
+      ]
+    )
+    == 0
+  )
+  names = [
+    f'gpt2-tiny-learning_rate-{rate}-seed-{seed}' for rate in ('1e-3', '3e-4') for seed in (0, 1)
+  ]
   assert calls() == [f'sky jobs launch --yes --detach-run runs/{name}.sky.yaml' for name in names]
   text = (folder / 'runs' / f'{names[2]}.sky.yaml').read_text()
   assert f'--optimizer.learning_rate=3e-4 --training.seed=0 --run.name={names[2]}' in text
@@ -107,7 +155,9 @@ def test_a_sweep_is_a_job_a_value_with_the_price_of_all(folder, tools, capsys):
 
 
 @pytest.mark.quick
-@pytest.mark.parametrize(('typed', 'started'), [('y\n', True), ('yes\n', True), ('n\n', False), ('\n', False), ('', False)])
+@pytest.mark.parametrize(
+  ('typed', 'started'), [('y\n', True), ('yes\n', True), ('n\n', False), ('\n', False), ('', False)]
+)
 def test_it_asks_on_a_terminal(typed, started, folder, tools, monkeypatch, capsys):
   calls = tools(sky='exit 0')
   on_terminal(monkeypatch, typed)
@@ -128,11 +178,22 @@ def test_it_does_not_start_where_it_cannot_ask(folder, tools, monkeypatch, capsy
 
 
 @pytest.mark.quick
-@pytest.mark.parametrize(('words', 'file', 'get'), [
-  (SKY, 'runs/gpt2-tiny.sky.yaml', 'pip install'), (SLURM, 'runs/gpt2-tiny.sbatch', 'login node'),
-  (['launch', 'xpk', *SKY[2:], '--xpk.cluster', 'c'], 'runs/gpt2-tiny.xpk.sh', 'pip install'),
-  (['launch', 'gcloud', *SKY[2:], '--source', 'git+https://h/r@1'], 'runs/gpt2-tiny.startup.sh', 'https://cloud.google.com/sdk')])
-def test_a_missing_tool_is_one_error_after_the_file_is_written(words, file, get, folder, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+  ('words', 'file', 'get'),
+  [
+    (SKY, 'runs/gpt2-tiny.sky.yaml', 'pip install'),
+    (SLURM, 'runs/gpt2-tiny.sbatch', 'login node'),
+    (['launch', 'xpk', *SKY[2:], '--xpk.cluster', 'c'], 'runs/gpt2-tiny.xpk.sh', 'pip install'),
+    (
+      ['launch', 'gcloud', *SKY[2:], '--source', 'git+https://h/r@1'],
+      'runs/gpt2-tiny.startup.sh',
+      'https://cloud.google.com/sdk',
+    ),
+  ],
+)
+def test_a_missing_tool_is_one_error_after_the_file_is_written(
+  words, file, get, folder, tmp_path, monkeypatch, capsys
+):
   empty_path(tmp_path, monkeypatch)
   assert main([*words, '--yes']) == 1
   out, err = capsys.readouterr()
@@ -152,29 +213,40 @@ def test_a_tool_that_fails_is_an_error_and_ends_a_sweep(folder, tools, capsys):
   assert len(calls()) == 1
 
 
-# ---- Slurm: requeue ---------------------------------------------------------------------------------------------------------
+# ---- Slurm: requeue ----------------------------------------------------------------------------
 
 # A scheduler that runs the job at once, and again for as long as it is requeued.
-SBATCH = '''
+SBATCH = """
 export SLURM_JOB_ID=7 SLURM_RESTART_COUNT=0
 while true; do
   bash "$1"; echo "ended $?" >> {calls}
   [ -e requeued ] || break
   rm requeued
   SLURM_RESTART_COUNT=$((SLURM_RESTART_COUNT + 1))
-done'''
+done"""
 SCONTROL = '[ "$1 $2" = "requeue 7" ] && touch requeued'
 
 
 @pytest.mark.quick
-@pytest.mark.parametrize(('codes', 'seen'), [
-  ([0], [0]), ([75, 75, 75, 75, 75, 0], [75, 75, 75, 75, 75, 0]), ([134, 75, 137, 0], [134, 75, 137, 0]), ([2], [2]), ([70], [70]),
-  ([134, 134, 134, 134, 0], [134, 134, 134, 134])])
+@pytest.mark.parametrize(
+  ('codes', 'seen'),
+  [
+    ([0], [0]),
+    ([75, 75, 75, 75, 75, 0], [75, 75, 75, 75, 75, 0]),
+    ([134, 75, 137, 0], [134, 75, 137, 0]),
+    ([2], [2]),
+    ([70], [70]),
+    ([134, 134, 134, 134, 0], [134, 134, 134, 134]),
+  ],
+)
 def test_slurm_requeues_what_was_preempted(codes, seen, folder, tools, tmp_path):
   """75 always, a process that a signal ended three times, anything else never."""
   (folder / 'codes').write_text(''.join(f'{code}\n' for code in codes))
-  calls = tools(sbatch=SBATCH.format(calls=tmp_path / 'calls'), scontrol=SCONTROL,
-                srun='code=$(head -1 codes); sed -i 1d codes; exit "$code"')
+  calls = tools(
+    sbatch=SBATCH.format(calls=tmp_path / 'calls'),
+    scontrol=SCONTROL,
+    srun='code=$(head -1 codes); sed -i 1d codes; exit "$code"',
+  )
   assert main([*SLURM, '--yes']) == 0
   assert [int(line.split()[1]) for line in calls() if line.startswith('ended')] == seen
   assert calls()[1] == 'srun jaxformer train gpt2-tiny --run.name=gpt2-tiny --run.dir=runs'
@@ -183,34 +255,68 @@ def test_slurm_requeues_what_was_preempted(codes, seen, folder, tools, tmp_path)
 @pytest.mark.e2e
 @thorough
 def test_slurm_requeues_a_real_run_that_goes_on_where_it_was(folder, tools, tmp_path, monkeypatch):
-  """The first start is told to save as Slurm does, by USR2 to the processes of the step; the second one ends the run."""
+  """The first start is told to save as Slurm does, by USR2 to the processes of the step; the second
+  one ends the run."""
   for name, value in environment(tmp_path / 'cache').items():
     if name.startswith(('PYTHONPATH', 'JAX')):
       monkeypatch.setenv(name, value)
-  tell = '''
+  tell = """
 "$@" & child=$!
 if [ "$SLURM_RESTART_COUNT" = 0 ]; then
   until [ -s runs/gpt2-tiny/metrics.jsonl ]; do sleep 0.02; done
   kill -USR2 $child
 fi
-wait $child'''
-  calls = tools(sbatch=SBATCH.format(calls=tmp_path / 'calls'), scontrol=SCONTROL, srun=tell,
-                jaxformer=f'exec {sys.executable} -m jaxformer "$@"')
-  few = [*SMALL, '--training.steps', '400', '--training.eval-every', '400', '--training.checkpoint-every', '400']
+wait $child"""
+  calls = tools(
+    sbatch=SBATCH.format(calls=tmp_path / 'calls'),
+    scontrol=SCONTROL,
+    srun=tell,
+    jaxformer=f'exec {sys.executable} -m jaxformer "$@"',
+  )
+  few = [
+    *SMALL,
+    '--training.steps',
+    '400',
+    '--training.eval-every',
+    '400',
+    '--training.checkpoint-every',
+    '400',
+  ]
   assert main([*SLURM, *few, '--yes']) == 0
-  assert [line for line in calls() if line.startswith(('ended', 'scontrol'))] == ['scontrol requeue 7', 'ended 75', 'ended 0']
-  assert [row['step'] for row in read_metrics(folder / 'runs' / 'gpt2-tiny') if 'train/loss' in row] == list(range(1, 401))
+  assert [line for line in calls() if line.startswith(('ended', 'scontrol'))] == [
+    'scontrol requeue 7',
+    'ended 75',
+    'ended 0',
+  ]
+  assert [
+    row['step'] for row in read_metrics(folder / 'runs' / 'gpt2-tiny') if 'train/loss' in row
+  ] == list(range(1, 401))
 
 
-# ---- queued resources -------------------------------------------------------------------------------------------------------
+# ---- queued resources --------------------------------------------------------------------------
 
 
 @pytest.mark.quick
-def test_gcloud_asks_again_for_what_was_preempted_until_the_run_is_over(folder, tools, monkeypatch, tmp_path):
+def test_gcloud_asks_again_for_what_was_preempted_until_the_run_is_over(
+  folder, tools, monkeypatch, tmp_path
+):
   monkeypatch.setenv('POLL_SECONDS', '0.01')
-  (folder / 'states').write_text('\nWAITING_FOR_RESOURCES\nACTIVE\nSUSPENDING\nSUSPENDED\nACTIVE\n\n')
-  calls = tools(gcloud=f'if [ "$4" = list ]; then head -1 {folder}/states; sed -i 1d {folder}/states; fi')
-  words = ['launch', 'gcloud', *SKY[2:], '--source', 'git+https://h/r@1', '--gcloud.zone', 'z', '--yes']
+  (folder / 'states').write_text(
+    '\nWAITING_FOR_RESOURCES\nACTIVE\nSUSPENDING\nSUSPENDED\nACTIVE\n\n'
+  )
+  calls = tools(
+    gcloud=f'if [ "$4" = list ]; then head -1 {folder}/states; sed -i 1d {folder}/states; fi'
+  )
+  words = [
+    'launch',
+    'gcloud',
+    *SKY[2:],
+    '--source',
+    'git+https://h/r@1',
+    '--gcloud.zone',
+    'z',
+    '--yes',
+  ]
   assert main(words) == 0
   did = [line.split()[4] for line in calls()]
   assert did == ['list', 'create', *['list'] * 4, 'delete', 'create', 'list', 'list']
@@ -218,25 +324,50 @@ def test_gcloud_asks_again_for_what_was_preempted_until_the_run_is_over(folder, 
 
 
 def machine(tools, tmp_path, codes, case='gcloud-spot', setup='exit 0', worker=0):
-  """Runs the script of a TPU machine where training ends with these codes; what was called, and the exit code."""
+  """Runs the script of a TPU machine where training ends with these codes; what was called, and the
+  exit code."""
   engine, one = CASES[case]
   (tmp_path / 'codes').write_text(''.join(f'{code}\n' for code in codes))
   metadata = f'case "${{@: -1}}" in *agent-worker-number) echo {worker} ;; *zone) echo projects/1/zones/us-east5-a ;; esac'
-  calls = tools(uv=setup, curl=metadata, gcloud='exit 0', sleep='exit 0',
-                jaxformer=f'code=$(head -1 {tmp_path}/codes); sed -i 1d {tmp_path}/codes; exit "$code"')
+  calls = tools(
+    uv=setup,
+    curl=metadata,
+    gcloud='exit 0',
+    sleep='exit 0',
+    jaxformer=f'code=$(head -1 {tmp_path}/codes); sed -i 1d {tmp_path}/codes; exit "$code"',
+  )
   home = tmp_path / 'machine'
   home.mkdir()
-  done = subprocess.run(['bash', '-c', there(engine.files(one)[Path('runs/gpt2-tiny.startup.sh')])], cwd=home,
-                        env=os.environ | {'HOME': str(home)}, capture_output=True, text=True, check=False, timeout=60)
-  return [line.split()[0] if not line.startswith('gcloud') else ' '.join(line.split()[:5]) for line in calls()], done.returncode
+  done = subprocess.run(
+    ['bash', '-c', there(engine.files(one)[Path('runs/gpt2-tiny.startup.sh')])],
+    cwd=home,
+    env=os.environ | {'HOME': str(home)},
+    capture_output=True,
+    text=True,
+    check=False,
+    timeout=60,
+  )
+  return [
+    line.split()[0] if not line.startswith('gcloud') else ' '.join(line.split()[:5])
+    for line in calls()
+  ], done.returncode
 
 
 AGAIN, BACK = 'jaxformer', 'gcloud compute tpus queued-resources delete'
 
 
 @pytest.mark.quick
-@pytest.mark.parametrize(('codes', 'starts', 'code'), [
-  ([0], 1, 0), ([75, 75, 75, 75, 75, 0], 6, 0), ([134, 75, 0], 3, 0), ([2], 1, 2), ([70], 1, 70), ([134] * 9, 4, 134)])
+@pytest.mark.parametrize(
+  ('codes', 'starts', 'code'),
+  [
+    ([0], 1, 0),
+    ([75, 75, 75, 75, 75, 0], 6, 0),
+    ([134, 75, 0], 3, 0),
+    ([2], 1, 2),
+    ([70], 1, 70),
+    ([134] * 9, 4, 134),
+  ],
+)
 def test_a_tpu_machine_goes_on_and_gives_itself_back(codes, starts, code, tools, tmp_path):
   did, found = machine(tools, tmp_path, codes)
   assert (did.count(AGAIN), found) == (starts, code)

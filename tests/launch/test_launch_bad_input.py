@@ -1,4 +1,5 @@
-"""What `jaxformer launch` cannot do is said in one message, with code 2, before a file is written or a tool is called."""
+"""What `jaxformer launch` cannot do is said in one message, with code 2, before a file is written
+or a tool is called."""
 
 import shlex
 
@@ -20,7 +21,11 @@ CASES = [
   ('sky gpt2-tiny --target v9-16', "'v9'", 'known: v4, v5e'),
   ('sky gpt2-tiny --target v6e', "'v6e'", 'v6e-256'),
   ('sky gpt2-tiny --target v6e-17', "'v6e-17'", 'v6e-16 or v6e-32'),
-  ('xpk gpt2-tiny --target v5e-4 --run.dir gs://b/r --xpk.cluster c', 'v5e-4', 'of 8 chips and more'),
+  (
+    'xpk gpt2-tiny --target v5e-4 --run.dir gs://b/r --xpk.cluster c',
+    'v5e-4',
+    'of 8 chips and more',
+  ),
   ('sky gpt2-tiny --run.dir gs://b/r --target v5p:4x4x16', 'of 4x4x16', 'standard topology'),
   ('sky gpt2-tinny --target v6e-16', "'gpt2-tinny'", 'did you mean gpt2-tiny'),
   ('sky missing.py --target v6e-16', 'missing.py: no such file'),
@@ -36,20 +41,48 @@ CASES = [
   ('xpk gpt2-tiny --target a100:8 --xpk.cluster c', 'xpk does not serve a100'),
   ('xpk gpt2-tiny --target h100:4 --run.dir gs://b/r --xpk.cluster c', 'h100:4', 'multiple of 8'),
   ('slurm gpt2-tiny --target h100:12', "'h100:12'", 'try 8 or 16'),
-  (f'{SKY.replace("v6e-16", "2xv6e-16")}', '2 x v6e-16', 'does not connect slices', 'xpk or gcloud'),
+  (
+    f'{SKY.replace("v6e-16", "2xv6e-16")}',
+    '2 x v6e-16',
+    'does not connect slices',
+    'xpk or gcloud',
+  ),
   ('xpk gpt2-tiny --target v6e-16 --run.dir gs://b/r', 'xpk.cluster', '--xpk.cluster NAME'),
   (f'{SKY} --xpk.cluster x --xpk.zone z', '--xpk.cluster'),
   # whether it fits the chips
-  ('sky gpt2-tiny --run.dir gs://b/r --target v6e-16', '16 devices', 'batch_size = 8', 'multiple of 16'),
+  (
+    'sky gpt2-tiny --run.dir gs://b/r --target v6e-16',
+    '16 devices',
+    'batch_size = 8',
+    'multiple of 16',
+  ),
   (f'{SKY} --mesh.fsdp 3', '16 devices', 'fsdp 3'),
-  ('sky llama2-7b --run.dir gs://b/r --target v6e-16 --training.batch-size 16', '107.8 GB a device', '74.3 GB more', '--mesh.fsdp'),
+  (
+    'sky llama2-7b --run.dir gs://b/r --target v6e-16 --training.batch-size 16',
+    '107.8 GB a device',
+    '74.3 GB more',
+    '--mesh.fsdp',
+  ),
   (f'{SKY} --model.heads 5', 'heads = 5'),
   # where the run is kept
   ('sky gpt2-tiny --target v6e-8 --spot', "run.dir = 'runs'", 'gs://', 'spot'),
-  ('sky gpt2-tiny --target v6e-16 --training.batch-size 16', "run.dir = 'runs'", 'gs://', 'do not share a disk'),
+  (
+    'sky gpt2-tiny --target v6e-16 --training.batch-size 16',
+    "run.dir = 'runs'",
+    'gs://',
+    'do not share a disk',
+  ),
   ('sky gpt2-tiny --target v6e-8', "run.dir = 'runs'", 'when the job is over'),
-  ('sky gpt2-tiny --target v6e-8 --spot --run.dir gs://b/r --sky.managed false', 'sky.managed', '--spot'),
-  ('sky gpt2-tiny --target v6e-8 --sky.managed false --sky.max-restarts 3', 'max_restarts = 3', 'nothing restarts'),
+  (
+    'sky gpt2-tiny --target v6e-8 --spot --run.dir gs://b/r --sky.managed false',
+    'sky.managed',
+    '--spot',
+  ),
+  (
+    'sky gpt2-tiny --target v6e-8 --sky.managed false --sky.max-restarts 3',
+    'max_restarts = 3',
+    'nothing restarts',
+  ),
   ('slurm gpt2-tiny --target h100:8 --spot', '--spot', '--slurm.partition'),
   # what it installs
   ('gcloud gpt2-tiny --target v6e-8 --run.dir gs://b/r', '--source', 'git+URL@COMMIT'),

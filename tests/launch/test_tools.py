@@ -1,5 +1,6 @@
-"""What the tools themselves say of the job files, without a network or an account. `pip install 'skypilot>=0.14,<0.15'
-'xpk>=1.16,<2'` in an environment of its own, with its `bin` on the path, and nothing of sky and xpk is skipped."""
+"""What the tools themselves say of the job files, without a network or an account. `pip install
+'skypilot>=0.14,<0.15' 'xpk>=1.16,<2'` in an environment of its own, with its `bin` on the path, and
+nothing of sky and xpk is skipped."""
 
 import json
 import os
@@ -33,19 +34,36 @@ def tool(name):
 
 def start(words, folder, **env):
   quiet = {'SKYPILOT_DISABLE_USAGE_COLLECTION': '1', 'HOME': str(folder), 'PYTHONPATH': ''}
-  return subprocess.run(list(map(str, words)), cwd=folder, env=os.environ | quiet | env, capture_output=True, text=True,
-                        check=False, timeout=180)
+  return subprocess.run(
+    list(map(str, words)),
+    cwd=folder,
+    env=os.environ | quiet | env,
+    capture_output=True,
+    text=True,
+    check=False,
+    timeout=180,
+  )
 
 
 MISSPELT = {
-  'task': 'num_nods', 'resources': 'use_spott', 'accelerator_args': 'runtime_versions', 'job_recovery': 'recover_on_exit_code'}
+  'task': 'num_nods',
+  'resources': 'use_spott',
+  'accelerator_args': 'runtime_versions',
+  'job_recovery': 'recover_on_exit_code',
+}
 
 
 def spoilt(part):
   """A good task with one field misspelt."""
   engine, one = CASES['sky-tpu-spot']
   task = engine.task(one)
-  place = task if part == 'task' else task['resources'] if part == 'resources' else task['resources'][part]
+  place = (
+    task
+    if part == 'task'
+    else task['resources']
+    if part == 'resources'
+    else task['resources'][part]
+  )
   place[MISSPELT[part]] = 1
   return task
 
@@ -57,11 +75,16 @@ def verdicts(tmp_path_factory):
   engine, one = CASES['sky-tpu-spot']
   wrong = engine.task(one)
   wrong['resources']['job_recovery']['recover_on_exit_codes'] = [300]
-  tasks = {case: CASES[case][0].task(CASES[case][1]) for case in of('sky')} | {part: spoilt(part) for part in MISSPELT} | {
-    'wrong value': wrong}
+  tasks = (
+    {case: CASES[case][0].task(CASES[case][1]) for case in of('sky')}
+    | {part: spoilt(part) for part in MISSPELT}
+    | {'wrong value': wrong}
+  )
   for name, task in tasks.items():
     (folder / f'{name}.yaml').write_text(to_yaml(task))
-  done = start([python, HERE / 'sky_check.py', *(folder / f'{name}.yaml' for name in tasks)], folder)
+  done = start(
+    [python, HERE / 'sky_check.py', *(folder / f'{name}.yaml' for name in tasks)], folder
+  )
   assert done.returncode == 0, done.stderr
   return {Path(file).stem: said for file, said in json.loads(done.stdout.splitlines()[-1]).items()}
 
@@ -80,18 +103,22 @@ def test_skypilot_refuses_a_wrong_value(verdicts):
   assert '300 is greater than the maximum of 255' in verdicts['wrong value']
 
 
-@pytest.mark.parametrize('command', [name for name in KNOWN if name.split()[0] in ('xpk', 'gcloud') or 'launch' in name])
+@pytest.mark.parametrize(
+  'command', [name for name in KNOWN if name.split()[0] in ('xpk', 'gcloud') or 'launch' in name]
+)
 def test_the_flags_that_we_know_are_those_of_the_tool(command, tmp_path):
   tool(command.split()[0])
   done = start([*command.split(), '--help'], tmp_path)
   assert done.returncode == 0, done.stderr
-  plain = re.sub(r'\x1b\[[0-9;]*m', '', done.stdout)   # gcloud writes in bold
+  plain = re.sub(r'\x1b\[[0-9;]*m', '', done.stdout)  # gcloud writes in bold
   assert set(re.findall(r'(?<![\w-])--[a-z][a-z0-9-]+', plain)) >= KNOWN[command]
 
 
 def xpk(words, folder):
   assert words[0] == 'xpk'
-  project = [] if any(w.startswith('--project') for w in words) else ['--project=p', '--zone=us-east5-b']
+  project = (
+    [] if any(w.startswith('--project') for w in words) else ['--project=p', '--zone=us-east5-b']
+  )
   return start([tool('xpk'), *words[1:], *project, '--dry-run', '--skip-validation'], folder)
 
 
@@ -118,10 +145,16 @@ def test_xpk_carries_any_argument(tmp_path):
   assert engine.container_command(one) in done.stdout
 
 
-@pytest.mark.parametrize(('right', 'wrong'), [
-  ('--tpu-type=', '--tpu-typ3='), ('--tpu-type=v5p-4x4x4', '--tpu-type=v5p-4x4x3'),
-  ('--restart-on-exit-codes=75', '--restart-on-codes=75'),
-  ('--priority=medium', '--priority=mediun'), ('--workload=gpt2-tiny', '--workload=GPT_2')])
+@pytest.mark.parametrize(
+  ('right', 'wrong'),
+  [
+    ('--tpu-type=', '--tpu-typ3='),
+    ('--tpu-type=v5p-4x4x4', '--tpu-type=v5p-4x4x3'),
+    ('--restart-on-exit-codes=75', '--restart-on-codes=75'),
+    ('--priority=medium', '--priority=mediun'),
+    ('--workload=gpt2-tiny', '--workload=GPT_2'),
+  ],
+)
 def test_xpk_refuses_what_is_misspelt(right, wrong, tmp_path):
   engine, one = CASES['xpk-git']
   words = [w.replace(right, wrong) for w in engine.arguments(one)]
@@ -132,9 +165,18 @@ def test_xpk_refuses_what_is_misspelt(right, wrong, tmp_path):
 
 
 def lint(command, folder):
-  done = start([tool('gcloud'), 'meta', 'lint-gcloud-commands', f'--command-string={command}', '--format=json'], folder)
+  done = start(
+    [
+      tool('gcloud'),
+      'meta',
+      'lint-gcloud-commands',
+      f'--command-string={command}',
+      '--format=json',
+    ],
+    folder,
+  )
   assert done.returncode == 0, done.stderr
-  said, _ = json.JSONDecoder().raw_decode(done.stdout)   # an empty list follows
+  said, _ = json.JSONDecoder().raw_decode(done.stdout)  # an empty list follows
   return said[0]['success']
 
 
@@ -144,10 +186,16 @@ def test_gcloud_knows_the_commands(case, tmp_path):
   found = [words for text in engine.files(one).values() for words in commands(text)]
   assert found
   for words in found:
-    plain = [w if '$' not in w else f'{w.partition("=")[0]}=x' if w.startswith('--') else 'x' for w in words]   # not by the shell
+    # not by the shell
+    plain = [
+      w if '$' not in w else f'{w.partition("=")[0]}=x' if w.startswith('--') else 'x'
+      for w in words
+    ]
     assert lint(shlex.join(plain), tmp_path), words
 
 
 def test_gcloud_refuses_a_misspelt_flag(tmp_path):
   engine, one = CASES['gcloud-spot']
-  assert not lint(shlex.join(engine.create(one)).replace('--accelerator-type', '--accelerator-typ'), tmp_path)
+  assert not lint(
+    shlex.join(engine.create(one)).replace('--accelerator-type', '--accelerator-typ'), tmp_path
+  )

@@ -1,4 +1,5 @@
-"""The key/value cache: sequences cut anywhere, with documents that begin anywhere, in a window or not."""
+"""The key/value cache: sequences cut anywhere, with documents that begin anywhere, in a window or
+not."""
 
 from __future__ import annotations
 
@@ -13,16 +14,24 @@ from jaxformer.layers.layer import Context, Site
 from jaxformer.layers.position import Alibi, Rotary
 
 B, T, D = 2, 13, 16
-SEGMENTS = jnp.asarray([[0, 0, 0, 1, 1, 1, 1, 1, 2, 2, 3, 3, 3], [5, 5, 5, 5, 5, 5, 5, 5, 5, 5, 5, 7, 7]])
+SEGMENTS = jnp.asarray(
+  [[0, 0, 0, 1, 1, 1, 1, 1, 2, 2, 3, 3, 3], [5, 5, 5, 5, 5, 5, 5, 5, 5, 5, 5, 7, 7]]
+)
 
 
 @pytest.mark.quick
-@pytest.mark.parametrize(('window', 'position'), [(None, Rotary()), (3, Rotary()), (5, Alibi()), (1, None), (20, Alibi())], ids=str)
+@pytest.mark.parametrize(
+  ('window', 'position'),
+  [(None, Rotary()), (3, Rotary()), (5, Alibi()), (1, None), (20, Alibi())],
+  ids=str,
+)
 @pytest.mark.parametrize('segments', [None, SEGMENTS], ids=['one document', 'packed'])
 def test_cut_anywhere(window, position, segments):
-  layer = Attention.Config(heads=4, kv_heads=2, window=window, position=position).build(D, nnx.Rngs(0), Site())
+  layer = Attention.Config(heads=4, kv_heads=2, window=window, position=position).build(
+    D, nnx.Rngs(0), Site()
+  )
   for w in (layer.wq, layer.wk):
-    w[...] = 30 * w[...]   # sharp attention: a wrong key shows
+    w[...] = 30 * w[...]  # sharp attention: a wrong key shows
   x = jax.random.normal(jax.random.key(1), (B, T, D))
   graph, params = nnx.split(layer)
   call = jax.jit(lambda x, ctx, state: nnx.merge(graph, params)(x, ctx, state))
@@ -31,12 +40,17 @@ def test_cut_anywhere(window, position, segments):
   for cuts in ((13,), (4, 4, 4), (2, 6, 2)):
     state, parts, at = layer.init_state(B, T + 2), [], 0
     for i, n in enumerate(cuts):
-      ctx = Context(segments_BT=None if segments is None else segments[:, at:at + n], fresh=i == 0)
-      starts_here = at == 0 or segments is None or bool((segments[:, at] == segments[:, at - 1]).all())
+      ctx = Context(
+        segments_BT=None if segments is None else segments[:, at : at + n], fresh=i == 0
+      )
+      starts_here = (
+        at == 0 or segments is None or bool((segments[:, at] == segments[:, at - 1]).all())
+      )
       if not starts_here:
-        break   # the first token of a call continues the document before it: such a cut is another text
-      out = call(x[:, at:at + n], ctx, state)
-      slow = call(x[:, at:at + n], ctx.replace(fresh=False), state)
+        # the first token of a call continues the document before it: such a cut is another text
+        break
+      out = call(x[:, at : at + n], ctx, state)
+      slow = call(x[:, at : at + n], ctx.replace(fresh=False), state)
       np.testing.assert_allclose(out.y, slow.y, atol=1e-5)
       jax.tree.map(np.testing.assert_array_equal, out.state, slow.state)
       state, parts, at = out.state, [*parts, out.y], at + n
@@ -54,4 +68,6 @@ def test_a_segment_number_used_again_is_another_document():
   again, new = jnp.asarray([[1, 1, 2, 2, 1, 1]]), jnp.asarray([[1, 1, 2, 2, 3, 3]])
   want = layer(x, Context(segments_BT=new)).y
   np.testing.assert_allclose(layer(x, Context(segments_BT=again)).y, want, atol=1e-6)
-  np.testing.assert_allclose(layer(x, Context(segments_BT=again), layer.init_state(1, 6)).y, want, atol=1e-6)
+  np.testing.assert_allclose(
+    layer(x, Context(segments_BT=again), layer.init_state(1, 6)).y, want, atol=1e-6
+  )

@@ -1,4 +1,5 @@
-"""Input feeding beside what the contract asks of every layer: dropout, states handed over, and settings that cannot be."""
+"""Input feeding beside what the contract asks of every layer: dropout, states handed over, and
+settings that cannot be."""
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +36,9 @@ def test_dropout_needs_a_key():
   x, dropping = numbers(1, B, T, D), layer(dropout=0.5)
   whole, same = (some(x, Context(memory=memory())).y for some in (layer(), dropping))
   np.testing.assert_array_equal(whole, same)
-  first, again, other = (dropping(x, Context(memory=memory(), dropout_key=jax.random.key(k))).y for k in (0, 0, 1))
+  first, again, other = (
+    dropping(x, Context(memory=memory(), dropout_key=jax.random.key(k))).y for k in (0, 0, 1)
+  )
   np.testing.assert_array_equal(first, again)
   assert np.all(np.abs(np.asarray(first - other)).max((0, 2))[1:] > 1e-4)
   assert np.abs(np.asarray(first - whole)).max() > 1e-3
@@ -54,11 +57,15 @@ def test_states_are_handed_over_from_the_bottom_up():
     layer().begin(B, T, memory(((LstmState(numbers(2, B, 4), numbers(3, B, 4)),),)))
 
 
-@pytest.mark.parametrize(('settings', 'message'), [
-  ({'layers': 0}, 'InputFeeding.layers = 0'), ({'dropout': 1.0}, 'InputFeeding.dropout = 1.0'),
-  ({'lstm': Lstm.Config(context=4)}, 'InputFeeding.lstm.context = 4'),
-  ({'lstm': Lstm.Config(hidden=4)}, 'InputFeeding.lstm.project = True'),
-])
+@pytest.mark.parametrize(
+  ('settings', 'message'),
+  [
+    ({'layers': 0}, 'InputFeeding.layers = 0'),
+    ({'dropout': 1.0}, 'InputFeeding.dropout = 1.0'),
+    ({'lstm': Lstm.Config(context=4)}, 'InputFeeding.lstm.context = 4'),
+    ({'lstm': Lstm.Config(hidden=4)}, 'InputFeeding.lstm.project = True'),
+  ],
+)
 def test_bad_settings_are_named(settings, message):
   with pytest.raises(InputError, match=message):
     InputFeeding.Config(**settings)

@@ -1,4 +1,5 @@
-"""Initial values of Mamba and Mamba-2, to the letter of the authors' code, and which parameters decay."""
+"""Initial values of Mamba and Mamba-2, to the letter of the authors' code, and which parameters
+decay."""
 
 import numpy as np
 import pytest
@@ -49,21 +50,24 @@ def test_mamba():
     uniform(v[name], 4**-0.5)
   uniform(v['w_s'], inner**-0.5)
   uniform(v['w_dt'], rank**-0.5)
-  uniform(v['w_out'], (inner * 6)**-0.5)   # six residual branches
+  uniform(v['w_out'], (inner * 6) ** -0.5)  # six residual branches
   log_uniform_steps(v['b_dt'])
-  np.testing.assert_allclose(np.exp(v['A_log']), np.broadcast_to(np.arange(1, 17), (inner, 16)), rtol=1e-6)
+  np.testing.assert_allclose(
+    np.exp(v['A_log']), np.broadcast_to(np.arange(1, 17), (inner, 16)), rtol=1e-6
+  )
   assert (v['D'] == 1).all()
   assert not any(v[name].any() for name in ('b_x', 'b_z', 'b_out'))
   assert v['w_s'].shape == (inner, rank + 2 * 16)
 
 
 def test_mamba2():
-  v = values(Mamba2.Config(state=32, head_dim=1, bias=True))   # many heads, for the sake of the statistics
+  # many heads, for the sake of the statistics
+  v = values(Mamba2.Config(state=32, head_dim=1, bias=True))
   for name in ('w_x', 'w_z', 'w_bc', 'w_dt'):
     uniform(v[name], WIDTH**-0.5)
   for name in ('conv_x', 'conv_bc', 'conv_b_x', 'conv_b_bc'):
     uniform(v[name], 4**-0.5)
-  uniform(v['w_out'], (256 * 6)**-0.5)
+  uniform(v['w_out'], (256 * 6) ** -0.5)
   log_uniform_steps(v['b_dt'])
   rates = np.exp(v['A_log'])
   assert 1 <= rates.min() < 1.5
@@ -74,11 +78,17 @@ def test_mamba2():
   assert not any(v[name].any() for name in ('b_x', 'b_z', 'b_bc', 'b_dt_in', 'b_out'))
 
 
-@pytest.mark.parametrize(('layer', 'recurrence', 'biases'), [
-  (Mamba.Config(bias=True), ('A_log', 'D', 'b_dt'), ('b_x', 'b_z', 'b_conv', 'b_out')),
-  (Mamba2.Config(head_dim=32, bias=True), ('A_log', 'D', 'b_dt'),
-   ('b_x', 'b_z', 'b_bc', 'b_dt_in', 'conv_b_x', 'conv_b_bc', 'scale', 'b_out')),
-])
+@pytest.mark.parametrize(
+  ('layer', 'recurrence', 'biases'),
+  [
+    (Mamba.Config(bias=True), ('A_log', 'D', 'b_dt'), ('b_x', 'b_z', 'b_conv', 'b_out')),
+    (
+      Mamba2.Config(head_dim=32, bias=True),
+      ('A_log', 'D', 'b_dt'),
+      ('b_x', 'b_z', 'b_bc', 'b_dt_in', 'conv_b_x', 'conv_b_bc', 'scale', 'b_out'),
+    ),
+  ],
+)
 def test_what_decays(layer, recurrence, biases):
   """Weights do, recurrences, offsets and scales do not; recurrences stay in fp32."""
   info = {n: p.get_metadata() for n, p in built(layer).items()}

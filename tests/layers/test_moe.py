@@ -1,4 +1,5 @@
-"""What mixtures of experts do beside the layer contract: what they refuse, show, drop, and learn to balance."""
+"""What mixtures of experts do beside the layer contract: what they refuse, show, drop, and learn to
+balance."""
 
 import types
 
@@ -13,7 +14,14 @@ from jaxformer.data import Batch
 from jaxformer.layers.layer import Context, Site
 from jaxformer.layers.mlp import GatedMlp, Mlp
 from jaxformer.layers.moe import Capacity, Dropless, Moe
-from jaxformer.layers.router import BiasBalanced, ExpertChoice, NoisyTopK, SoftmaxTopK, SwitchRouter, TopKSoftmax
+from jaxformer.layers.router import (
+  BiasBalanced,
+  ExpertChoice,
+  NoisyTopK,
+  SoftmaxTopK,
+  SwitchRouter,
+  TopKSoftmax,
+)
 from jaxformer.models.block import Block, PreNorm
 from jaxformer.models.language_model import LanguageModel
 from jaxformer.models.params import define
@@ -39,43 +47,67 @@ def inputs(B=2, T=8):
   return jax.random.normal(jax.random.key(1), (B, T, D))
 
 
-@pytest.mark.parametrize(('change', 'message'), [
-  ({'experts': 1}, 'Moe.experts = 1: must be at least 2'),
-  ({'router': TopKSoftmax.Config(k=5)}, 'TopKSoftmax.k = 5: must be at most the number of experts, 4'),
-  ({'router': NoisyTopK.Config(k=4)}, 'NoisyTopK.k = 4: must be below the number of experts, 4'),
-  ({'router': ExpertChoice.Config(choices=5.0), 'dispatch': None}, 'ExpertChoice.choices = 5.0: must be at most'),
-  ({'router': ExpertChoice.Config()}, r'Moe.dispatch = Dropless\(\): must be none: experts that choose fill their own places'),
-  ({'dispatch': None}, 'Moe.dispatch = None: must be Dropless or Capacity'),
-  ({'expert': Mlp.Config(bias=True)}, 'Moe.expert.bias = True: experts have no offsets'),
-  ({'expert': Mlp.Config(dropout=0.1)}, 'Moe.expert.dropout = 0.1'),
-])
+@pytest.mark.parametrize(
+  ('change', 'message'),
+  [
+    ({'experts': 1}, 'Moe.experts = 1: must be at least 2'),
+    (
+      {'router': TopKSoftmax.Config(k=5)},
+      'TopKSoftmax.k = 5: must be at most the number of experts, 4',
+    ),
+    ({'router': NoisyTopK.Config(k=4)}, 'NoisyTopK.k = 4: must be below the number of experts, 4'),
+    (
+      {'router': ExpertChoice.Config(choices=5.0), 'dispatch': None},
+      'ExpertChoice.choices = 5.0: must be at most',
+    ),
+    (
+      {'router': ExpertChoice.Config()},
+      r'Moe.dispatch = Dropless\(\): must be none: experts that choose fill their own places',
+    ),
+    ({'dispatch': None}, 'Moe.dispatch = None: must be Dropless or Capacity'),
+    ({'expert': Mlp.Config(bias=True)}, 'Moe.expert.bias = True: experts have no offsets'),
+    ({'expert': Mlp.Config(dropout=0.1)}, 'Moe.expert.dropout = 0.1'),
+  ],
+)
 def test_settings_that_do_not_fit(change, message):
   with pytest.raises(InputError, match=message):
     Moe.Config(**{'experts': E, **change})
 
 
 def test_routers_refuse_settings_without_effect():
-  with pytest.raises(InputError, match='k = 1: must be at least 2: the weight of a single expert would always be 1'):
+  with pytest.raises(
+    InputError, match='k = 1: must be at least 2: the weight of a single expert would always be 1'
+  ):
     TopKSoftmax.Config(k=1)
-  with pytest.raises(InputError, match=r'balance = 0\.1: must be none: experts that choose are always balanced'):
+  with pytest.raises(
+    InputError, match=r'balance = 0\.1: must be none: experts that choose are always balanced'
+  ):
     ExpertChoice.Config(balance=0.1)
   with pytest.raises(InputError, match=r'z_loss = 0\.0: must be positive, or none'):
     SwitchRouter.Config(z_loss=0.0)
 
 
-LOGITS = jnp.log(jnp.array([0.4, 0.3, 0.2, 0.1]))   # of a token whose channels are 1, 0, 0, ...
+LOGITS = jnp.log(jnp.array([0.4, 0.3, 0.2, 0.1]))  # of a token whose channels are 1, 0, 0, ...
 
 
-@pytest.mark.parametrize(('router', 'experts', 'weights'), [
-  (TopKSoftmax.Config(), [0, 1], [4 / 7, 3 / 7]),
-  (SoftmaxTopK.Config(), [0, 1], [0.4, 0.3]),
-  (SwitchRouter.Config(), [0], [0.4]),
-  (NoisyTopK.Config(k=3), [0, 1, 2], [4 / 9, 3 / 9, 2 / 9]),
-  (BiasBalanced.Config(scale=2.5), [0, 1], [2.5 * (4 / 14) / (4 / 14 + 3 / 13), 2.5 * (3 / 13) / (4 / 14 + 3 / 13)]),
-], ids=lambda v: getattr(v, 'tag', ''))
+@pytest.mark.parametrize(
+  ('router', 'experts', 'weights'),
+  [
+    (TopKSoftmax.Config(), [0, 1], [4 / 7, 3 / 7]),
+    (SoftmaxTopK.Config(), [0, 1], [0.4, 0.3]),
+    (SwitchRouter.Config(), [0], [0.4]),
+    (NoisyTopK.Config(k=3), [0, 1, 2], [4 / 9, 3 / 9, 2 / 9]),
+    (
+      BiasBalanced.Config(scale=2.5),
+      [0, 1],
+      [2.5 * (4 / 14) / (4 / 14 + 3 / 13), 2.5 * (3 / 13) / (4 / 14 + 3 / 13)],
+    ),
+  ],
+  ids=lambda v: getattr(v, 'tag', ''),
+)
 def test_choices_and_weights(router, experts, weights):
-  """Probabilities 0.4, 0.3, 0.2, 0.1: renormalised over the chosen (Mixtral, Shazeer) or not (Jamba, Switch); sigmoids p / (1 +
-  p)."""
+  """Probabilities 0.4, 0.3, 0.2, 0.1: renormalised over the chosen (Mixtral, Shazeer) or not
+  (Jamba, Switch); sigmoids p / (1 + p)."""
   built = router.build(D, E, nnx.Rngs(0), Site())
   built.w[...] = jnp.zeros((D, E)).at[0].set(LOGITS)
   choice = built(jnp.zeros((1, 1, D)).at[..., 0].set(1.0), Context())
@@ -89,7 +121,9 @@ def test_a_bias_changes_the_choice_and_not_the_weights():
   built.bias[...] = jnp.array([-1.0, 0.0, 0.0, 0.0])
   choice = built(jnp.zeros((1, 1, D)).at[..., 0].set(1.0), Context())
   np.testing.assert_array_equal(choice.expert_BTK[0, 0], [1, 2])
-  np.testing.assert_allclose(choice.weight_BTK[0, 0], np.array([3 / 13, 2 / 12]) / (3 / 13 + 2 / 12), rtol=1e-5)
+  np.testing.assert_allclose(
+    choice.weight_BTK[0, 0], np.array([3 / 13, 2 / 12]) / (3 / 13 + 2 / 12), rtol=1e-5
+  )
 
 
 def test_noise_and_jitter_need_a_key():
@@ -102,14 +136,17 @@ def test_noise_and_jitter_need_a_key():
 
 
 def test_experts_that_choose_take_their_likeliest_tokens():
-  """Two choices of eight tokens by four experts: four places each; the weight is the probability."""
+  """Two choices of eight tokens by four experts: four places each; the weight is the
+  probability."""
   x = inputs(1, 8)
   built = ExpertChoice.Config(choices=2.0).build(D, E, nnx.Rngs(0), Site())
   chosen = built(x, Context())
   assert chosen.token_BEC.shape == (1, E, 4)
   p = np.asarray(jax.nn.softmax(built.logits(x), axis=-1))[0]
   for e in range(E):
-    np.testing.assert_array_equal(np.sort(chosen.token_BEC[0, e]), np.sort(np.argsort(-p[:, e])[:4]))
+    np.testing.assert_array_equal(
+      np.sort(chosen.token_BEC[0, e]), np.sort(np.argsort(-p[:, e])[:4])
+    )
     np.testing.assert_allclose(np.sort(chosen.weight_BEC[0, e]), np.sort(p[:, e])[4:], rtol=1e-6)
   config = Moe.Config(experts=E, router=ExpertChoice.Config(), dispatch=None)
   assert not config.decodes
@@ -118,8 +155,9 @@ def test_experts_that_choose_take_their_likeliest_tokens():
 
 
 def test_capacity_drops_what_it_says():
-  """A router without preference sends all tokens to the first two of four experts: of C = ceil(1.25 x 8 x 2 / 4) = 5 places each,
-  five of eight tokens keep both and three lose both; the last three rows are zeros."""
+  """A router without preference sends all tokens to the first two of four experts: of C = ceil(1.25
+  x 8 x 2 / 4) = 5 places each, five of eight tokens keep both and three lose both; the last three
+  rows are zeros."""
   config = Moe.Config(experts=E, expert=EXPERT, dispatch=Capacity())
   out = run(config, inputs(), w=jnp.zeros((D, E)))
   assert float(out.aux['moe/dropped']) == pytest.approx(3 / 8)
@@ -129,13 +167,15 @@ def test_capacity_drops_what_it_says():
   np.testing.assert_allclose(out.y[:, :5], whole[:, :5], rtol=1e-4, atol=1e-6)
 
 
-# ---- in a model -------------------------------------------------------------------------------------------------------
+# ---- in a model --------------------------------------------------------------------------------
 
 
 def model(router, layers=3, experts=8):
   moe = Moe.Config(experts=experts, expert=GatedMlp.Config(hidden=16), router=router)
   block = Block.Config(branches=(PreNorm.Config(layer=moe),))
-  return LanguageModel.Config(vocab_size=32, width=D, context=16, stack=(Group(pattern=(block,), repeats=layers),))
+  return LanguageModel.Config(
+    vocab_size=32, width=D, context=16, stack=(Group(pattern=(block,), repeats=layers),)
+  )
 
 
 def batch(seed=0, B=8, T=16):
@@ -145,10 +185,11 @@ def batch(seed=0, B=8, T=16):
 
 @pytest.mark.parametrize('unroll', [False, True])
 def test_a_router_that_collapses_is_visible(unroll):
-  """Router 1 of three sends all tokens to the same two of eight experts: its own entry says so, and so does the log."""
+  """Router 1 of three sends all tokens to the same two of eight experts: its own entry says so, and
+  so does the log."""
   definition = define(model(TopKSoftmax.Config(balance=0.01)))
   params = definition.init(jax.random.key(0))
-  name, = (n for n in params if n.endswith('router.w'))
+  (name,) = (n for n in params if n.endswith('router.w'))
   params[name] = params[name].at[1].set(0.0)
   _, aux = jax.jit(lambda p: definition.merge(p).loss(batch(), Context(unroll=unroll)))(params)
   ratio = aux['moe/load_ratio']
@@ -164,19 +205,22 @@ def test_a_router_that_collapses_is_visible(unroll):
 
 
 def trained(router, steps, rate=0.02, accumulate=1):
-  """Load ratios of a mixture whose router begins collapsed, over training steps of the loop's own function."""
+  """Load ratios of a mixture whose router begins collapsed, over training steps of the loop's own
+  function."""
   definition = define(model(router, layers=1, experts=4))
   optimizer = Optimizer.of(AdamW(learning_rate=rate), Constant(), steps, definition)
   params = definition.init(jax.random.key(0))
-  bias, = (n for n in params if n.endswith('router.bias'))
-  params[bias] = jnp.array([0.3, 0.3, 0.0, 0.0])   # the sigmoids are all near a half
+  (bias,) = (n for n in params if n.endswith('router.bias'))
+  params[bias] = jnp.array([0.3, 0.3, 0.0, 0.0])  # the sigmoids are all near a half
   state = TrainState(jnp.int32(0), params, optimizer.init(params), jax.random.key(1))
   config = StepConfig(accumulate=accumulate)
   fixed = batch(B=16)
 
   @jax.jit
   def step(state):
-    return train_step(definition, optimizer, config, state, Batch(fixed.tokens_BT, fixed.targets_BT, None))
+    return train_step(
+      definition, optimizer, config, state, Batch(fixed.tokens_BT, fixed.targets_BT, None)
+    )
 
   ratios, norms = [], []
   for _ in range(steps):
@@ -188,8 +232,8 @@ def trained(router, steps, rate=0.02, accumulate=1):
 
 @pytest.mark.parametrize('accumulate', [1, 2])
 def test_biases_balance_without_a_loss(accumulate):
-  """All tokens begin at two of four experts (a ratio of 2); the optimizer's own steps on the biases bring them to all. Without
-  them nothing does."""
+  """All tokens begin at two of four experts (a ratio of 2); the optimizer's own steps on the biases
+  bring them to all. Without them nothing does."""
   ratios, norms = trained(BiasBalanced.Config(), 80, accumulate=accumulate)
   assert ratios[0] == pytest.approx(2)
   assert np.mean(ratios[-20:]) < 1.35
@@ -210,7 +254,7 @@ def test_biases_leave_the_gradient_norm_to_the_loss():
     return sums.loss / sums.count
 
   gradients = jax.jit(jax.grad(loss))(params)
-  bias, = (n for n in params if n.endswith('router.bias'))
+  (bias,) = (n for n in params if n.endswith('router.bias'))
   assert set(np.unique(np.abs(np.asarray(gradients[bias])))) <= {np.float32(0), np.float32(NUDGE)}
   squares = {n: float(jnp.sum(jnp.square(g))) for n, g in gradients.items()}
   assert squares[bias] < 1e-4 * sum(squares.values())

@@ -13,8 +13,17 @@ LLAMA3_1 = Rotary(theta=500_000.0, scaling=Llama3Scaling(factor=8.0))
 
 # Head dim 128, theta 5e5, factor 8, from the reference implementation in fp32.
 GOLDEN = {
-  1: 8.146172166e-01, 16: 3.760603070e-02, 28: 3.211446106e-03, 29: 2.166570630e-03, 30: 1.371893683e-03, 31: 8.567514597e-04,
-  32: 5.248460220e-04, 33: 3.126936499e-04, 34: 1.785077911e-04, 35: 9.556212171e-05, 63: 3.068925878e-07,
+  1: 8.146172166e-01,
+  16: 3.760603070e-02,
+  28: 3.211446106e-03,
+  29: 2.166570630e-03,
+  30: 1.371893683e-03,
+  31: 8.567514597e-04,
+  32: 5.248460220e-04,
+  33: 3.126936499e-04,
+  34: 1.785077911e-04,
+  35: 9.556212171e-05,
+  63: 3.068925878e-07,
 }
 
 
@@ -54,10 +63,16 @@ def rotated(x_K, position, rotary=PLAIN):
 
 
 def test_rotation_by_hand():
-  """Pair (i, i + K/2) turns by position x theta^(-2i/K): with K = 4 and theta = 100, by p and p / 10."""
+  """Pair (i, i + K/2) turns by position x theta^(-2i/K): with K = 4 and theta = 100, by p and p /
+  10."""
   x, p = np.array([1.0, 2.0, 3.0, 4.0]), 3
   a, b = p * 1.0, p * 0.1
-  expected = [np.cos(a) - 3 * np.sin(a), 2 * np.cos(b) - 4 * np.sin(b), 3 * np.cos(a) + np.sin(a), 4 * np.cos(b) + 2 * np.sin(b)]
+  expected = [
+    np.cos(a) - 3 * np.sin(a),
+    2 * np.cos(b) - 4 * np.sin(b),
+    3 * np.cos(a) + np.sin(a),
+    4 * np.cos(b) + 2 * np.sin(b),
+  ]
   np.testing.assert_allclose(rotated(x, p, Rotary(theta=100.0)), expected, atol=1e-6)
   np.testing.assert_array_equal(rotated(x, 0), x.astype(np.float32))
 
@@ -67,7 +82,8 @@ def test_scores_depend_on_distance_alone(rotary):
   q, k = np.random.default_rng(0).normal(size=(2, 64))
   for distance in (0, 1, 7, 500):
     scores = [rotated(q, p + distance, rotary) @ rotated(k, p, rotary) for p in (0, 1, 13, 1000)]
-    np.testing.assert_allclose(scores, scores[0], atol=1e-3)   # an fp32 angle of 1500 rad is exact to 6e-5, times 64 numbers
+    # an fp32 angle of 1500 rad is exact to 6e-5, times 64 numbers
+    np.testing.assert_allclose(scores, scores[0], atol=1e-3)
   assert abs(rotated(q, 3, rotary) @ rotated(k, 0, rotary) - q @ k) > 0.1
 
 
@@ -100,6 +116,20 @@ def test_alibi_slopes_of_a_power_of_two():
 
 
 def test_alibi_slopes_of_twelve_heads():
-  """As the authors' code: those of 8 heads, then 2^-0.5, 2^-1.5, 2^-2.5, 2^-3.5 from those of 16."""
-  expected = [0.5, 0.25, 0.125, 0.0625, 0.03125, 0.015625, 0.0078125, 0.00390625, 0.70710678, 0.35355339, 0.17677670, 0.08838835]
+  """As the authors' code: those of 8 heads, then 2^-0.5, 2^-1.5, 2^-2.5, 2^-3.5 from those of
+  16."""
+  expected = [
+    0.5,
+    0.25,
+    0.125,
+    0.0625,
+    0.03125,
+    0.015625,
+    0.0078125,
+    0.00390625,
+    0.70710678,
+    0.35355339,
+    0.17677670,
+    0.08838835,
+  ]
   np.testing.assert_allclose(Alibi().slopes(12), expected, rtol=1e-7)

@@ -1,4 +1,5 @@
-"""LSTM and GRU layers against torch: gate order, where the reset gate acts, offsets; and the GRU that torch does not have."""
+"""LSTM and GRU layers against torch: gate order, where the reset gate acts, offsets; and the GRU
+that torch does not have."""
 
 import importlib.util
 
@@ -17,7 +18,9 @@ B, T, D = 3, 23, 16
 
 def parity(test):
   lacking = importlib.util.find_spec('torch') is None
-  return pytest.mark.parity(pytest.mark.skipif(lacking, reason='torch not installed: pip install "jaxformer[parity]"')(test))
+  return pytest.mark.parity(
+    pytest.mark.skipif(lacking, reason='torch not installed: pip install "jaxformer[parity]"')(test)
+  )
 
 
 def numbers(*shape, seed=0):
@@ -26,14 +29,19 @@ def numbers(*shape, seed=0):
 
 def torch_layer(kind, hidden=D):
   import torch
+
   torch.manual_seed(0)
   return getattr(torch.nn, kind)(D, hidden, batch_first=True)
 
 
 def set_weights(layer, other):
-  """Their [gates * H, inputs] as our [inputs, gates, H]; returns their two vectors of offsets, [gates, H] each."""
+  """Their [gates * H, inputs] as our [inputs, gates, H]; returns their two vectors of offsets,
+  [gates, H] each."""
   G, H = layer.w.shape[1], layer.w.shape[2]
-  w, u, b, c = (p.detach().numpy() for p in (other.weight_ih_l0, other.weight_hh_l0, other.bias_ih_l0, other.bias_hh_l0))
+  w, u, b, c = (
+    p.detach().numpy()
+    for p in (other.weight_ih_l0, other.weight_hh_l0, other.bias_ih_l0, other.bias_hh_l0)
+  )
   layer.w[...] = jnp.asarray(w.reshape(G, H, -1).transpose(2, 0, 1))
   layer.u[...] = jnp.asarray(u.reshape(G, H, -1).transpose(2, 0, 1))
   return b.reshape(G, H), c.reshape(G, H)
@@ -43,12 +51,18 @@ def set_weights(layer, other):
 @pytest.mark.parametrize('hidden', [16, 24])
 def test_lstm_is_torchs(hidden):
   import torch
-  other, layer = torch_layer('LSTM', hidden), Lstm.Config(hidden=hidden).build(D, nnx.Rngs(0), Site())
+
+  other, layer = (
+    torch_layer('LSTM', hidden),
+    Lstm.Config(hidden=hidden).build(D, nnx.Rngs(0), Site()),
+  )
   layer.b[...] = jnp.asarray(sum(set_weights(layer, other)))
   x, h, c = numbers(B, T, D), numbers(B, hidden), numbers(B, hidden, seed=1)
   y, (h_n, c_n) = other(torch.from_numpy(x), (torch.from_numpy(h)[None], torch.from_numpy(c)[None]))
   out = layer(jnp.asarray(x), Context(), LstmState(jnp.asarray(h), jnp.asarray(c)))
-  expected = y.detach().numpy() if hidden == D else y.detach().numpy() @ np.asarray(layer.w_out[...])
+  expected = (
+    y.detach().numpy() if hidden == D else y.detach().numpy() @ np.asarray(layer.w_out[...])
+  )
   np.testing.assert_allclose(out.y, expected, atol=1e-5)
   np.testing.assert_allclose(out.state.h_BH, h_n[0].detach(), atol=1e-5)
   np.testing.assert_allclose(out.state.c_BH, c_n[0].detach(), atol=1e-5)
@@ -57,6 +71,7 @@ def test_lstm_is_torchs(hidden):
 @parity
 def test_gru_with_the_reset_product_is_torchs():
   import torch
+
   other, layer = torch_layer('GRU'), Gru.Config(reset=ResetProduct()).build(D, nnx.Rngs(0), Site())
   b, c = set_weights(layer, other)
   layer.b[...] = jnp.asarray(b + c * np.asarray([1, 1, 0], np.float32)[:, None])
@@ -70,7 +85,8 @@ def test_gru_with_the_reset_product_is_torchs():
 
 @pytest.mark.quick
 def test_gru_of_the_papers():
-  """Bahdanau et al. 2014, appendix A.1.1, in float64: s = (1 - z) s + z s~, s~ = tanh(W x + U (r s)); their z is one minus ours."""
+  """Bahdanau et al. 2014, appendix A.1.1, in float64: s = (1 - z) s + z s~, s~ = tanh(W x + U (r
+  s)); their z is one minus ours."""
   layer = Gru.Config().build(D, nnx.Rngs(0), Site())
   w, u, b = (np.asarray(p[...], np.float64) for p in (layer.w, layer.u, layer.b))
   b = numbers(3, D).astype(np.float64)
@@ -88,7 +104,9 @@ def test_gru_of_the_papers():
 @pytest.mark.quick
 def test_forget_gates_start_open_and_each_gate_is_drawn_alone():
   layer = Lstm.Config(forget_bias=2.0).build(64, nnx.Rngs(0), Site())
-  np.testing.assert_array_equal(np.asarray(layer.b[...]), np.asarray([0, 2, 0, 0], np.float32)[:, None].repeat(64, 1))
+  np.testing.assert_array_equal(
+    np.asarray(layer.b[...]), np.asarray([0, 2, 0, 0], np.float32)[:, None].repeat(64, 1)
+  )
   u = np.asarray(layer.u[...])
   assert np.abs(u).max() <= 1 / 8
   assert np.abs(np.corrcoef(u.transpose(1, 0, 2).reshape(4, -1)) - np.eye(4)).max() < 0.1

@@ -1,4 +1,5 @@
-"""RWKV-7's initial values, which are part of the architecture, and how its layers stand in a stack."""
+"""RWKV-7's initial values, which are part of the architecture, and how its layers stand in a
+stack."""
 
 import jax
 import numpy as np
@@ -37,33 +38,63 @@ def official(name, layer):
     zigzag *= abs(zigzag)
     values[n] = {
       'decay.offset': -6 + 6 * (n / (D - 1)) ** (1 + deep**0.3) + 0.5 + 2.5 * zigzag,
-      'rate.offset': -0.19 + 0.3 * zigzag + 0.4 * line, 'value.offset': 0.73 - 0.4 * line, 'xi': 0.71 - 0.1 * line, 'alpha': 1.02,
-      'rho': -0.04, 'norm.scale': ((1 + layer) / L) ** 0.7,
-      **{f'mix_{z}': 1 - (n / D) ** (e * shallow) for z, e in zip('rwkvag', (0.2, 0.9, 0.7, 0.7, 0.9, 0.2), strict=True)},
+      'rate.offset': -0.19 + 0.3 * zigzag + 0.4 * line,
+      'value.offset': 0.73 - 0.4 * line,
+      'xi': 0.71 - 0.1 * line,
+      'alpha': 1.02,
+      'rho': -0.04,
+      'norm.scale': ((1 + layer) / L) ** 0.7,
+      **{
+        f'mix_{z}': 1 - (n / D) ** (e * shallow)
+        for z, e in zip('rwkvag', (0.2, 0.9, 0.7, 0.7, 0.9, 0.2), strict=True)
+      },
     }[name]
   return values
 
 
-VECTORS = ('decay.offset', 'rate.offset', 'value.offset', 'xi', 'alpha', 'rho', 'norm.scale', *(f'mix_{z}' for z in 'rwkvag'))
+VECTORS = (
+  'decay.offset',
+  'rate.offset',
+  'value.offset',
+  'xi',
+  'alpha',
+  'rho',
+  'norm.scale',
+  *(f'mix_{z}' for z in 'rwkvag'),
+)
 
 
 @pytest.mark.parametrize('layer', [0, 1, 5])
 def test_vectors_of_time_mixing(model, layer):
   for name in VECTORS:
     if (layer, name) != (0, 'value.offset'):
-      np.testing.assert_allclose(of_block(model[1], layer, 0, name), official(name, layer), rtol=2e-5, atol=2e-6, err_msg=name)
+      np.testing.assert_allclose(
+        of_block(model[1], layer, 0, name),
+        official(name, layer),
+        rtol=2e-5,
+        atol=2e-6,
+        err_msg=name,
+      )
 
 
 def test_golden_numbers(model):
-  """A few of them, by hand: w0 begins at -5.5 - 2.5 and ends at 0.5 + 2.5 in every block; channel 32 is 1 / 31.5 into its zigzag
-  times half of that."""
+  """A few of them, by hand: w0 begins at -5.5 - 2.5 and ends at 0.5 + 2.5 in every block; channel
+  32 is 1 / 31.5 into its zigzag times half of that."""
   params = model[1]
   for layer in range(L):
     w0 = of_block(params, layer, 0, 'decay.offset')
     np.testing.assert_allclose(w0[[0, 127]], [-8.0, 3.0], rtol=1e-6)
-  np.testing.assert_allclose(of_block(params, 0, 0, 'decay.offset')[32], -5.5 + 6 * 32 / 127 + 2.5 * (0.5 / 31.5) ** 2, rtol=1e-6)
-  np.testing.assert_allclose(of_block(params, 0, 0, 'rate.offset')[[0, 127]], [-0.69, 0.31], rtol=1e-5)
-  np.testing.assert_allclose(of_block(params, 3, 0, 'value.offset')[[0, 127]], [0.93, 0.53], rtol=1e-5)
+  np.testing.assert_allclose(
+    of_block(params, 0, 0, 'decay.offset')[32],
+    -5.5 + 6 * 32 / 127 + 2.5 * (0.5 / 31.5) ** 2,
+    rtol=1e-6,
+  )
+  np.testing.assert_allclose(
+    of_block(params, 0, 0, 'rate.offset')[[0, 127]], [-0.69, 0.31], rtol=1e-5
+  )
+  np.testing.assert_allclose(
+    of_block(params, 3, 0, 'value.offset')[[0, 127]], [0.93, 0.53], rtol=1e-5
+  )
   np.testing.assert_allclose(of_block(params, 3, 1, 'mix_k')[64], 1 - 0.5 ** (0.5**4), rtol=1e-5)
   assert of_block(params, 0, 0, 'mix_r')[0] == 1.0
 

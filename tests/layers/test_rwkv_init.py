@@ -1,4 +1,5 @@
-"""Initial values of RWKV-4, 5.2 and 6, to the letter of the official code, and what the optimizer is told of each parameter."""
+"""Initial values of RWKV-4, 5.2 and 6, to the letter of the official code, and what the optimizer
+is told of each parameter."""
 
 import math
 
@@ -20,7 +21,10 @@ from jaxformer.models.zoo.rwkv6 import rwkv6
 pytestmark = pytest.mark.quick
 D, L, K = 128, 6, 32
 TIME = {
-  4: TimeMix4.Config(), 5: TimeMix5.Config(head_dim=K), 6: TimeMix6.Config(head_dim=K, mix_rank=8, decay_rank=12)}
+  4: TimeMix4.Config(),
+  5: TimeMix5.Config(head_dim=K),
+  6: TimeMix6.Config(head_dim=K, mix_rank=8, decay_rank=12),
+}
 CHANNELS = {4: rwkv4(D, L), 5: rwkv5(D, L), 6: rwkv6(D, L)}
 CHANNELS = {v: m.stack[0].pattern[0].branches[1].layer for v, m in CHANNELS.items()}
 
@@ -28,7 +32,9 @@ CHANNELS = {v: m.stack[0].pattern[0].branches[1].layer for v, m in CHANNELS.item
 def built(layer, site, width=D):
   """Values and metadata by name."""
   module = layer.build(width, nnx.Rngs(params=0), Site(layer=site, layers=L, branches=2 * L))
-  return {'.'.join(map(str, path)): p for path, p in nnx.to_flat_state(nnx.state(module, nnx.Param))}
+  return {
+    '.'.join(map(str, path)): p for path, p in nnx.to_flat_state(nnx.state(module, nnx.Param))
+  }
 
 
 def values(layer, site, width=D):
@@ -36,29 +42,48 @@ def values(layer, site, width=D):
 
 
 def official(version, name, layer):
-  """What the constructors of the official code compute, number by number as they do. RWKV-6 keeps what RWKV-5 takes from 1."""
+  """What the constructors of the official code compute, number by number as they do. RWKV-6 keeps
+  what RWKV-5 takes from 1."""
   deep, shallow = layer / (L - 1), 1.0 - layer / L
   slow, fast = (-5, 8) if version == 4 else (-6, 5)
   result = np.zeros(D)
   for n in range(D):
     zigzag = (n + 1) % 3 - 1
     x = n / D
-    mixes = {'mix_k': x**shallow, 'mix_v': x**shallow + 0.3 * deep, 'mix_r': x ** (0.5 * shallow), 'mix_g': x ** (0.5 * shallow),
-             'mix_x': x**shallow, 'mix_w': x**shallow}
-    bonus = math.log(0.3) + 0.5 * zigzag if version == 4 else deep * (1 - n / (D - 1)) + 0.1 * zigzag
+    mixes = {
+      'mix_k': x**shallow,
+      'mix_v': x**shallow + 0.3 * deep,
+      'mix_r': x ** (0.5 * shallow),
+      'mix_g': x ** (0.5 * shallow),
+      'mix_x': x**shallow,
+      'mix_w': x**shallow,
+    }
+    bonus = (
+      math.log(0.3) + 0.5 * zigzag if version == 4 else deep * (1 - n / (D - 1)) + 0.1 * zigzag
+    )
     result[n] = {
-      'decay': slow + fast * (n / (D - 1)) ** (0.7 + 1.3 * deep), 'bonus': bonus, 'norm.scale': ((1 + layer) / L) ** 0.7,
-      'norm.offset': 0.0, **{z: 1.0 - m if version == 6 else m for z, m in mixes.items()}}[name]
+      'decay': slow + fast * (n / (D - 1)) ** (0.7 + 1.3 * deep),
+      'bonus': bonus,
+      'norm.scale': ((1 + layer) / L) ** 0.7,
+      'norm.offset': 0.0,
+      **{z: 1.0 - m if version == 6 else m for z, m in mixes.items()},
+    }[name]
   return result
 
 
 @pytest.mark.parametrize('layer', [0, 3, 5])
 @pytest.mark.parametrize('version', TIME)
 def test_vectors_of_time_mixing(version, layer):
-  vectors = {n.replace('decay.offset', 'decay'): v for n, v in values(TIME[version], layer).items() if v.ndim == 1}
+  vectors = {
+    n.replace('decay.offset', 'decay'): v
+    for n, v in values(TIME[version], layer).items()
+    if v.ndim == 1
+  }
   assert len(vectors) == {4: 5, 5: 8, 6: 10}[version]
   for name, value in vectors.items():
-    np.testing.assert_allclose(value, official(version, name, layer), rtol=2e-5, atol=2e-6, err_msg=name)
+    np.testing.assert_allclose(
+      value, official(version, name, layer), rtol=2e-5, atol=2e-6, err_msg=name
+    )
 
 
 @pytest.mark.parametrize('version', CHANNELS)
@@ -66,8 +91,10 @@ def test_channel_mixing(version):
   found, F = values(CHANNELS[version], 3), 4 * D if version == 4 else 448
   for name in ('mix_k', 'mix_r'):
     expected = (np.arange(D) / D) ** (1 - 3 / L)
-    np.testing.assert_allclose(found[name], 1 - expected if version == 6 else expected, rtol=1e-5, atol=1e-6)
-  gain = F / D if version == 4 else 1.0   # squared
+    np.testing.assert_allclose(
+      found[name], 1 - expected if version == 6 else expected, rtol=1e-5, atol=1e-6
+    )
+  gain = F / D if version == 4 else 1.0  # squared
   np.testing.assert_allclose(found['wk'] @ found['wk'].T, gain * np.eye(D), atol=1e-5)
   assert found['wk'].shape == (D, F)
   assert not found['wv'].any()
@@ -76,15 +103,21 @@ def test_channel_mixing(version):
 
 def test_published_numbers_of_rwkv4():
   """Of the 169M model (12 layers, width 768), as its official constructor gives them."""
-  time = TimeMix4.Config(init=TimeMix4.Config().out_init)   # without the matrix, which takes a second to draw
+  # without the matrix, which takes a second to draw
+  time = TimeMix4.Config(init=TimeMix4.Config().out_init)
 
   def of(layer):
     module = time.build(768, nnx.Rngs(params=0), Site(layer=layer, layers=12, branches=24))
     return {n: np.asarray(p[...]) for n, p in vars(module).items() if isinstance(p, nnx.Param)}
+
   first, last = of(0), of(11)
-  np.testing.assert_allclose(first['decay'][[0, 1, 384, 767]], [-5, -4.923487, -0.070929, 3], rtol=1e-5)
+  np.testing.assert_allclose(
+    first['decay'][[0, 1, 384, 767]], [-5, -4.923487, -0.070929, 3], rtol=1e-5
+  )
   np.testing.assert_allclose(first['bonus'][:3], [-1.203973, -0.703973, -1.703973], rtol=1e-6)
-  np.testing.assert_allclose(last['decay'][[0, 1, 384, 767]], [-5, -4.999986, -2.994781, 3], rtol=1e-6)
+  np.testing.assert_allclose(
+    last['decay'][[0, 1, 384, 767]], [-5, -4.999986, -2.994781, 3], rtol=1e-6
+  )
   for name, number in (('mix_k', 0.574848), ('mix_v', 0.874848), ('mix_r', 0.758187)):
     np.testing.assert_allclose(last[name][1], number, rtol=2e-6, err_msg=name)
 
@@ -92,12 +125,19 @@ def test_published_numbers_of_rwkv4():
 @pytest.mark.parametrize('version', TIME)
 def test_matrices_of_time_mixing(version):
   found = values(TIME[version], 4)
-  gains = {4: {'wr': 0.0, 'wk': 0.0, 'wv': 1.0, 'wo': 0.0}}.get(version, {'wr': 1.0, 'wk': 0.1, 'wv': 1.0, 'wg': 0.1, 'wo': 0.0})
+  gains = {4: {'wr': 0.0, 'wk': 0.0, 'wv': 1.0, 'wo': 0.0}}.get(
+    version, {'wr': 1.0, 'wk': 0.1, 'wv': 1.0, 'wg': 0.1, 'wo': 0.0}
+  )
   for name, gain in gains.items():
-    np.testing.assert_allclose(found[name] @ found[name].T, gain**2 * np.eye(D), atol=1e-5, err_msg=name)
+    np.testing.assert_allclose(
+      found[name] @ found[name].T, gain**2 * np.eye(D), atol=1e-5, err_msg=name
+    )
   rest = {n: v for n, v in found.items() if v.ndim > 1 and n not in gains}
-  assert {n: v.shape for n, v in rest.items()} == ({} if version < 6 else {
-    'mix_down': (D, 5 * 8), 'mix_up': (5, 8, D), 'decay.down': (D, 12), 'decay.up': (12, D)})
+  assert {n: v.shape for n, v in rest.items()} == (
+    {}
+    if version < 6
+    else {'mix_down': (D, 5 * 8), 'mix_up': (5, 8, D), 'decay.down': (D, 12), 'decay.up': (12, D)}
+  )
   for name, value in rest.items():
     if 'down' in name:
       assert not value.any()
@@ -106,17 +146,28 @@ def test_matrices_of_time_mixing(version):
 
 
 def test_embedding_and_head():
-  """Of all versions: numbers up to 1e-4, and an orthogonal head of gain 1/2, larger by the root of V / D."""
-  for model in (rwkv4(32, 1, vocab_size=70), rwkv5(32, 1, vocab_size=70, head_dim=K), rwkv6(32, 1, vocab_size=70, head_dim=K)):
-    assert (model.embedding_init, model.head_init) == (rwkv4(8, 1).embedding_init, rwkv4(8, 1).head_init)
+  """Of all versions: numbers up to 1e-4, and an orthogonal head of gain 1/2, larger by the root of
+  V / D."""
+  for model in (
+    rwkv4(32, 1, vocab_size=70),
+    rwkv5(32, 1, vocab_size=70, head_dim=K),
+    rwkv6(32, 1, vocab_size=70, head_dim=K),
+  ):
+    assert (model.embedding_init, model.head_init) == (
+      rwkv4(8, 1).embedding_init,
+      rwkv4(8, 1).head_init,
+    )
   params = define(model).init(jax.random.key(0))
   assert 0.99e-4 < np.abs(params['embedding']).max() <= 1e-4
-  np.testing.assert_allclose(params['head'] @ params['head'].T, 0.25 * 70 / 32 * np.eye(32), atol=1e-5)
+  np.testing.assert_allclose(
+    params['head'] @ params['head'].T, 0.25 * 70 / 32 * np.eye(32), atol=1e-5
+  )
 
 
 @pytest.mark.parametrize('version', TIME)
 def test_what_the_optimizer_is_told(version):
-  """Decay on plain matrices alone; two and, in RWKV-4, three times the learning rate; decays and bonuses stay fp32."""
+  """Decay on plain matrices alone; two and, in RWKV-4, three times the learning rate; decays and
+  bonuses stay fp32."""
   for name, p in (built(TIME[version], 1) | built(CHANNELS[version], 1)).items():
     meta = p.get_metadata()
     rates = {'decay': 2.0, 'decay.offset': 2.0, 'bonus': 3.0 if version == 4 else 1.0}
@@ -127,7 +178,9 @@ def test_what_the_optimizer_is_told(version):
 
 def test_settings_that_do_not_fit():
   for layer in (TimeMix5.Config(head_dim=24), TimeMix6.Config(head_dim=24)):
-    with pytest.raises(InputError, match=rf'width = 128 is not a multiple of {layer.tag}\.head_dim = 24'):
+    with pytest.raises(
+      InputError, match=rf'width = 128 is not a multiple of {layer.tag}\.head_dim = 24'
+    ):
       layer.build(D, nnx.Rngs(params=0), Site())
   with pytest.raises(InputError, match='at least 2'):
     TimeMix4.Config().build(1, nnx.Rngs(params=0), Site())

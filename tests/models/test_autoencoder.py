@@ -27,20 +27,35 @@ B, T, D, V = 8, 6, 8, 8
 
 
 def config(*layers, **settings):
-  block = Block.Config(branches=tuple(PreNorm.Config(layer=layer, norm=LayerNorm.Config()) for layer in layers))
+  block = Block.Config(
+    branches=tuple(PreNorm.Config(layer=layer, norm=LayerNorm.Config()) for layer in layers)
+  )
   return Autoencoder.Config(
-    vocab_size=V, width=D, context=T, stack=(Group(pattern=(block,), repeats=2),), norm=LayerNorm.Config(), **settings)
+    vocab_size=V,
+    width=D,
+    context=T,
+    stack=(Group(pattern=(block,), repeats=2),),
+    norm=LayerNorm.Config(),
+    **settings,
+  )
 
 
-MIXING = config(Attention.Config(heads=2, position=Alibi()), Mlp.Config(hidden=12), positions=LearnedPositions.Config())
-APART = config(Mlp.Config(hidden=12))   # nothing passes from one position to another
+MIXING = config(
+  Attention.Config(heads=2, position=Alibi()),
+  Mlp.Config(hidden=12),
+  positions=LearnedPositions.Config(),
+)
+APART = config(Mlp.Config(hidden=12))  # nothing passes from one position to another
 
 
 def made(config):
   definition = define(config)
   params = definition.init(jax.random.key(0))
   keys = jax.random.split(jax.random.key(1), len(params))
-  return definition, {n: p + 0.3 * jax.random.normal(k, p.shape) for k, (n, p) in zip(keys, params.items(), strict=True)}
+  return definition, {
+    n: p + 0.3 * jax.random.normal(k, p.shape)
+    for k, (n, p) in zip(keys, params.items(), strict=True)
+  }
 
 
 def batch_of(seed=0):
@@ -50,12 +65,15 @@ def batch_of(seed=0):
 
 def test_only_the_last_position_is_read():
   batch, other = batch_of(), batch_of(1)
-  other = other._replace(tokens_BT=np.concatenate([other.tokens_BT[:, :-1], batch.tokens_BT[:, -1:]], axis=1))
+  other = other._replace(
+    tokens_BT=np.concatenate([other.tokens_BT[:, :-1], batch.tokens_BT[:, -1:]], axis=1)
+  )
   for each, same in ((APART, True), (MIXING, False)):
     definition, params = made(each)
     logits = jax.jit(lambda p, b, d=definition: d.merge(p)(b))
     assert np.array_equal(logits(params, batch), logits(params, other)) == same
-    assert not np.allclose(logits(params, batch)[:, 0], logits(params, batch)[:, 1])   # the place asked for counts
+    # the place asked for counts
+    assert not np.allclose(logits(params, batch)[:, 0], logits(params, batch)[:, 1])
 
 
 def test_the_decoder():
@@ -64,7 +82,10 @@ def test_the_decoder():
 
   def norm(x, name):
     x = x - x.mean(-1, keepdims=True)
-    return x / np.sqrt((x**2).mean(-1, keepdims=True) + LayerNorm.Config().eps) * p[f'{name}.scale'] + p[f'{name}.offset']
+    return (
+      x / np.sqrt((x**2).mean(-1, keepdims=True) + LayerNorm.Config().eps) * p[f'{name}.scale']
+      + p[f'{name}.offset']
+    )
 
   def gelu(x):
     return x * special.ndtr(x)
@@ -85,15 +106,23 @@ def test_loss_scores_and_evaluation_are_those_of_the_logits():
   batch.targets_BT[1, 2:] = -1
   logits, counted = np.asarray(definition.merge(params)(batch), np.float64), batch.targets_BT != -1
   lse = special.logsumexp(logits, axis=-1)
-  nll = np.where(counted, lse - np.take_along_axis(logits, np.maximum(batch.targets_BT, 0)[..., None], axis=-1)[..., 0], 0)
+  nll = np.where(
+    counted,
+    lse - np.take_along_axis(logits, np.maximum(batch.targets_BT, 0)[..., None], axis=-1)[..., 0],
+    0,
+  )
   sums, aux = jax.jit(lambda p: definition.merge(p).loss(batch, z_loss=0.1))(params)
-  np.testing.assert_allclose(sums, (nll.sum() + 0.1 * np.square(lse[counted]).sum(), nll.sum(), 44), rtol=1e-5)
+  np.testing.assert_allclose(
+    sums, (nll.sum() + 0.1 * np.square(lse[counted]).sum(), nll.sum(), 44), rtol=1e-5
+  )
   assert aux == {}
   scores, hit = definition.merge(params).scores(batch)
   np.testing.assert_allclose(scores, nll, rtol=1e-4, atol=1e-5)
   np.testing.assert_array_equal(hit, (logits.argmax(-1) == batch.targets_BT) & counted)
   result = evaluate(definition, params, [batch])
-  np.testing.assert_allclose((result.nll_sum, result.count, result.hits), (nll.sum(), 44, hit.sum()), rtol=1e-5)
+  np.testing.assert_allclose(
+    (result.nll_sum, result.count, result.hits), (nll.sum(), 44, hit.sum()), rtol=1e-5
+  )
 
 
 @pytest.mark.parametrize('mesh', [MeshConfig(data=8), MeshConfig(fsdp=4, tensor=2)])
@@ -108,7 +137,10 @@ def test_sharded_equals_unsharded(mesh):
   want = jax.jit(jax.value_and_grad(loss))(params, batch.tokens_BT, batch.targets_BT)
   devices = make_mesh(mesh)
   placed = jax.device_put(params, definition.shardings(devices, mesh.rules))
-  rows = [jax.device_put(a, batch_sharding(devices, mesh.rules)) for a in (batch.tokens_BT, batch.targets_BT)]
+  rows = [
+    jax.device_put(a, batch_sharding(devices, mesh.rules))
+    for a in (batch.tokens_BT, batch.targets_BT)
+  ]
   with use_mesh(devices, mesh.rules):
     got = jax.jit(jax.value_and_grad(loss))(placed, *rows)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), got, want)
@@ -118,14 +150,18 @@ def test_bfloat16_is_near():
   definition, params = made(MIXING)
   batch = batch_of()
   loss = jax.jit(lambda p: definition.merge(p).loss(batch)[0].loss / batch.targets_BT.size)
-  assert float(loss(definition.cast(params, jnp.bfloat16))) == pytest.approx(float(loss(params)), rel=0.03)
+  assert float(loss(definition.cast(params, jnp.bfloat16))) == pytest.approx(
+    float(loss(params)), rel=0.03
+  )
 
 
 def test_cost_and_settings():
   c = cost(MIXING)
   layers, decoder = 2 * (4 * D * D + 2 * D * 12), 2 * D * D + D * V
   assert c.decode_state_bytes is None
-  assert c.forward_flops_per_token == pytest.approx(2 * (layers + decoder) + 2 * 4 * D * (T + 1) / 2)
+  assert c.forward_flops_per_token == pytest.approx(
+    2 * (layers + decoder) + 2 * 4 * D * (T + 1) / 2
+  )
   assert MIXING.longest == T
   assert APART.longest is None
   with pytest.raises(InputError, match='width = 0'):
@@ -135,6 +171,11 @@ def test_cost_and_settings():
 def test_the_autoencoder_of_a_language_model():
   model = gpt(32, 2, 4, context=16, vocab_size=20)
   made_of = autoencoder(model)
-  assert (made_of.stack, made_of.width, made_of.positions, made_of.vocab_size) == (model.stack, 32, model.positions, 20)
+  assert (made_of.stack, made_of.width, made_of.positions, made_of.vocab_size) == (
+    model.stack,
+    32,
+    model.positions,
+    20,
+  )
   assert made_of.norm == model.final_norm
   define(made_of)

@@ -13,7 +13,13 @@ from jaxformer.layers.mlp import Mlp
 from jaxformer.layers.norm import LayerNorm
 from jaxformer.layers.position import Alibi, LearnedPositions
 from jaxformer.models.block import Block, PreNorm
-from jaxformer.models.classifier import Classifier, LastPooling, LinearInput, MeanPooling, TokenInput
+from jaxformer.models.classifier import (
+  Classifier,
+  LastPooling,
+  LinearInput,
+  MeanPooling,
+  TokenInput,
+)
 from jaxformer.models.params import define
 from jaxformer.models.stack import Group
 from jaxformer.planning.cost import cost
@@ -25,24 +31,39 @@ LENGTHS = np.array([12, 1, 7, 4])
 
 def classifier(input_, causal, pooling, **settings):
   layers = Attention.Config(heads=2, causal=causal, position=Alibi()), Mlp.Config(hidden=24)
-  block = Block.Config(branches=tuple(PreNorm.Config(layer=layer, norm=LayerNorm.Config()) for layer in layers))
+  block = Block.Config(
+    branches=tuple(PreNorm.Config(layer=layer, norm=LayerNorm.Config()) for layer in layers)
+  )
   return Classifier.Config(
-    input=input_, classes=CLASSES, width=16, context=T, stack=(Group(pattern=(block,), repeats=2),), pooling=pooling, **settings)
+    input=input_,
+    classes=CLASSES,
+    width=16,
+    context=T,
+    stack=(Group(pattern=(block,), repeats=2),),
+    pooling=pooling,
+    **settings,
+  )
 
 
 CONFIGS = {
   'tokens in both directions': classifier(TokenInput.Config(vocab_size=9), False, MeanPooling()),
-  'numbers from the left': classifier(LinearInput.Config(features=3), True, LastPooling(), positions=LearnedPositions.Config()),
+  'numbers from the left': classifier(
+    LinearInput.Config(features=3), True, LastPooling(), positions=LearnedPositions.Config()
+  ),
 }
 
 
 @pytest.fixture(params=CONFIGS.values(), ids=CONFIGS)
 def case(request):
-  """A definition, parameters away from their initial values, and sequences of unequal lengths with what pads them."""
+  """A definition, parameters away from their initial values, and sequences of unequal lengths with
+  what pads them."""
   definition = define(request.param)
   params = definition.init(jax.random.key(0))
   keys = jax.random.split(jax.random.key(1), len(params))
-  params = {n: p + 0.1 * jax.random.normal(k, p.shape) for k, (n, p) in zip(keys, params.items(), strict=True)}
+  params = {
+    n: p + 0.1 * jax.random.normal(k, p.shape)
+    for k, (n, p) in zip(keys, params.items(), strict=True)
+  }
   return definition, params, padded(request.param, seed=0)
 
 
@@ -67,31 +88,41 @@ def test_padding_changes_nothing(case):
   for i, length in enumerate(LENGTHS):
     alone = type(batch)(batch[0][i : i + 1, :length], batch.targets_BT[i : i + 1, :length], None)
     np.testing.assert_allclose(logits(params, alone)[0], together[i], rtol=1e-5, atol=1e-5)
-  assert not np.allclose(together, logits(params, batch._replace(segments_BT=None)), atol=1e-3)   # it would, if it were read
+  # it would, if it were read
+  assert not np.allclose(together, logits(params, batch._replace(segments_BT=None)), atol=1e-3)
 
 
 def test_loss_scores_and_evaluation_are_those_of_the_logits(case):
   definition, params, batch = case
-  batch = batch._replace(targets_BT=np.where(np.arange(4)[:, None] == 1, -1, batch.targets_BT))   # a row that does not count
+  # a row that does not count
+  batch = batch._replace(targets_BT=np.where(np.arange(4)[:, None] == 1, -1, batch.targets_BT))
   logits = np.asarray(definition.merge(params)(batch), np.float64)
   lse = np.log(np.exp(logits).sum(-1))
   rows, labels = np.array([0, 2, 3]), np.array([3, 4, 3])
   nll, hits = lse[rows] - logits[rows, labels], logits[rows].argmax(-1) == labels
   sums, aux = jax.jit(lambda p: definition.merge(p).loss(batch, z_loss=0.1))(params)
-  np.testing.assert_allclose(sums, (nll.sum() + 0.1 * np.square(lse[rows]).sum(), nll.sum(), 3), rtol=1e-5)
+  np.testing.assert_allclose(
+    sums, (nll.sum() + 0.1 * np.square(lse[rows]).sum(), nll.sum(), 3), rtol=1e-5
+  )
   assert float(aux['accuracy']) == pytest.approx(hits.mean())
   scores, hit = definition.merge(params).scores(batch)
   np.testing.assert_allclose(np.asarray(scores)[rows, LENGTHS[rows] - 1], nll, rtol=1e-5)
   assert np.count_nonzero(scores) == 3
   assert np.asarray(hit).sum() == hits.sum()
   result = evaluate(definition, params, [batch])
-  np.testing.assert_allclose((result.nll_sum, result.count, result.accuracy), (nll.sum(), 3, hits.mean()), rtol=1e-5)
+  np.testing.assert_allclose(
+    (result.nll_sum, result.count, result.accuracy), (nll.sum(), 3, hits.mean()), rtol=1e-5
+  )
 
 
 def test_evaluation_refuses_what_does_not_fit(case):
   definition, params, batch = case
-  with pytest.raises(InputError, match=r'targets from -1 to 5: must be below the number of classes of 5'):
-    evaluate(definition, params, [batch._replace(targets_BT=np.where(batch.targets_BT >= 0, 5, -1))])
+  with pytest.raises(
+    InputError, match=r'targets from -1 to 5: must be below the number of classes of 5'
+  ):
+    evaluate(
+      definition, params, [batch._replace(targets_BT=np.where(batch.targets_BT >= 0, 5, -1))]
+    )
   if definition.config.features is None:
     with pytest.raises(InputError, match=r'tokens from .* must be below the vocabulary of 9'):
       evaluate(definition, params, [batch._replace(tokens_BT=batch.tokens_BT + 4)])
@@ -103,7 +134,9 @@ def test_cost(case):
   matrices = 2 * (4 * 16 * 16 + 2 * 16 * 24) + (3 * 16 if config.features else 0)
   seen = (T + 1) / 2 if config.features else T
   assert c.decode_state_bytes is None
-  assert c.forward_flops_per_token == pytest.approx(2 * matrices + 2 * 4 * 16 * seen + 2 * 16 * CLASSES / T)
+  assert c.forward_flops_per_token == pytest.approx(
+    2 * matrices + 2 * 4 * 16 * seen + 2 * 16 * CLASSES / T
+  )
   head, norms = 16 * CLASSES + CLASSES, 5 * 2 * 16
   inputs = 3 * 16 + 16 + T * 16 if config.features else 9 * 16
   assert c.params == 2 * (4 * 16 * 16 + 2 * 16 * 24) + inputs + norms + head

@@ -1,4 +1,5 @@
-"""RNNsearch, GNMT, Luong's attention and the seq2seq LSTM against numpy, written from the papers, a sentence at a time, float64."""
+"""RNNsearch, GNMT, Luong's attention and the seq2seq LSTM against numpy, written from the papers, a
+sentence at a time, float64."""
 
 import jax
 import jax.numpy as jnp
@@ -32,32 +33,43 @@ def softmax(x):
 def weights(config):
   params = define(config).init(jax.random.key(0))
   keys = jax.random.split(jax.random.key(1), len(params))
-  return {n: np.asarray(0.4 * jax.random.normal(k, p.shape)) for k, (n, p) in zip(keys, params.items(), strict=True)}
+  return {
+    n: np.asarray(0.4 * jax.random.normal(k, p.shape))
+    for k, (n, p) in zip(keys, params.items(), strict=True)
+  }
 
 
 def agree(config, reference):
-  """Logits of both pairs at once, the shorter source padded, against those of a function of one pair."""
+  """Logits of both pairs at once, the shorter source padded, against those of a function of one
+  pair."""
   params = weights(config)
   source = np.full((2, 7), -1)
   for row, s in zip(source, SOURCES, strict=True):
-    row[:len(s)] = s
+    row[: len(s)] = s
   model = define(config).merge({n: jnp.asarray(p) for n, p in params.items()})
   ours = np.asarray(model(jnp.asarray(source), jnp.asarray(TARGETS)).y)
   wide = {n: p.astype(np.float64) for n, p in params.items()}
   for b, (s, t) in enumerate(zip(SOURCES, TARGETS, strict=True)):
     expected = reference(wide, s, t)
     assert np.abs(expected).max() > 0.3
-    print(f'max abs difference {np.abs(ours[b] - expected).max():.1e} of logits up to {np.abs(expected).max():.2f}')
+    print(
+      f'max abs difference {np.abs(ours[b] - expected).max():.1e} of logits up to '
+      f'{np.abs(expected).max():.2f}'
+    )
     np.testing.assert_allclose(ours[b], expected, atol=1e-5, rtol=0)
 
 
 def test_rnnsearch():
-  """Bahdanau et al. 2014, appendix A, with its own z: ours is 1 - z, so the weights of z change their sign."""
+  """Bahdanau et al. 2014, appendix A, with its own z: ours is 1 - z, so the weights of z change
+  their sign."""
 
   def gru(w, u, x, s, extra=0.0):
     """A.1.1: s = (1 - z) s + z tanh(W x + U (r s)); gates in our order r, z, n."""
     extra = np.broadcast_to(extra, w.shape[1:])
-    r, z = sigmoid(x @ w[:, 0] + s @ u[:, 0] + extra[0]), sigmoid(-(x @ w[:, 1] + s @ u[:, 1] + extra[1]))
+    r, z = (
+      sigmoid(x @ w[:, 0] + s @ u[:, 0] + extra[0]),
+      sigmoid(-(x @ w[:, 1] + s @ u[:, 1] + extra[1])),
+    )
     return (1 - z) * s + z * np.tanh(x @ w[:, 2] + (r * s) @ u[:, 2] + extra[2])
 
   def reference(p, source, target):
@@ -73,19 +85,33 @@ def test_rnnsearch():
     for y in p['embedding'][target]:
       a = softmax(np.array([d['v'] @ np.tanh(s @ d['w_query'] + m_j @ d['w_key']) for m_j in m]))
       c = a @ m
-      t = s @ d['out_state'] + y @ d['out_input'] + c @ d['out_context']   # with the state before
+      t = s @ d['out_state'] + y @ d['out_input'] + c @ d['out_context']  # with the state before
       logits.append(np.maximum(t[0::2], t[1::2]) @ p['head'])
       s = gru(d['w'], d['u'], y, s, np.einsum('C,CGH->GH', c, d['w_context']))
     return np.array(logits)
 
-  agree(rnnsearch(
-    5, 6, 7, 4, **SIZES, embedding_init=N, head_init=N, gru=Gru.Config(bias=None), search=RnnSearch.Config()), reference)
+  agree(
+    rnnsearch(
+      5,
+      6,
+      7,
+      4,
+      **SIZES,
+      embedding_init=N,
+      head_init=N,
+      gru=Gru.Config(bias=None),
+      search=RnnSearch.Config(),
+    ),
+    reference,
+  )
 
 
 def lstm(p, layer, x, state):
   """Graves' cell; gates in our order i, f, g, o."""
   h, c = state
-  i, f, g, o = (x @ p[f'{layer}.w'][:, k] + h @ p[f'{layer}.u'][:, k] + p[f'{layer}.b'][k] for k in range(4))
+  i, f, g, o = (
+    x @ p[f'{layer}.w'][:, k] + h @ p[f'{layer}.u'][:, k] + p[f'{layer}.b'][k] for k in range(4)
+  )
   c = sigmoid(f) * c + sigmoid(i) * np.tanh(g)
   return sigmoid(o) * np.tanh(c), c
 
@@ -100,7 +126,8 @@ def run(p, layer, xs, state):
 
 @pytest.mark.parametrize('layers', [case(3, standing=False), case(4, standing=True)])
 def test_gnmt(layers):
-  """Wu et al. 2016, section 3: sums from the third layer on, c_t of the bottom layer's output before, read by every layer."""
+  """Wu et al. 2016, section 3: sums from the third layer on, c_t of the bottom layer's output
+  before, read by every layer."""
   n = 6
 
   def stacked(p, stack, r):
@@ -113,21 +140,34 @@ def test_gnmt(layers):
     xs, bottom = p['source_embedding'][source], 'encoder.groups.0.0.branches.0.layer'
     forward, _ = run(p, f'{bottom}.forward', xs, zero)
     backward, last = run(p, f'{bottom}.backward', xs[::-1], zero)
-    states = [last]                                     # of the layer in both directions the backward state is handed over
-    x, last = run(p, 'encoder.groups.1.0.branches.0.layer', np.concatenate([forward, backward[::-1]], axis=1), zero)
+    # of the layer in both directions the backward state is handed over
+    states = [last]
+    x, last = run(
+      p,
+      'encoder.groups.1.0.branches.0.layer',
+      np.concatenate([forward, backward[::-1]], axis=1),
+      zero,
+    )
     states.append(last)
     for r in range(layers - 2):
       m, last = run(stacked(p, 'encoder', r), 'l', x, zero)
-      x = x + m                                         # what goes up is the sum, what recurs is m
+      x = x + m  # what goes up is the sum, what recurs is m
       states.append(last)
     memory, logits, attention = x, [], 'decoder.groups.0.0.branches.0.layer'
     both = np.concatenate([p[f'{attention}.w'], p[f'{attention}.w_context']])
     bottom_params = {'l.w': both, 'l.u': p[f'{attention}.u'], 'l.b': p[f'{attention}.b']}
     for y in p['embedding'][target]:
       q = states[0][0] @ p[f'{attention}.w_query']
-      c = softmax(np.array([p[f'{attention}.v'] @ np.tanh(q + m @ p[f'{attention}.w_key']) for m in memory])) @ memory
+      c = (
+        softmax(
+          np.array([p[f'{attention}.v'] @ np.tanh(q + m @ p[f'{attention}.w_key']) for m in memory])
+        )
+        @ memory
+      )
       states[0] = lstm(bottom_params, 'l', np.concatenate([y, c]), states[0])
-      states[1] = lstm(p, 'decoder.groups.1.0.branches.0.layer', np.concatenate([states[0][0], c]), states[1])
+      states[1] = lstm(
+        p, 'decoder.groups.1.0.branches.0.layer', np.concatenate([states[0][0], c]), states[1]
+      )
       x = states[1][0]
       for r in range(layers - 2):
         states[2 + r] = lstm(stacked(p, 'decoder', r), 'l', np.concatenate([x, c]), states[2 + r])
@@ -135,7 +175,9 @@ def test_gnmt(layers):
       logits.append(x @ p['head'] + p['head_bias'])
     return np.array(logits)
 
-  agree(gnmt(n, layers, vocab_size=13, context=20, init=N, embedding_init=N, head_init=N), reference)
+  agree(
+    gnmt(n, layers, vocab_size=13, context=20, init=N, embedding_init=N, head_init=N), reference
+  )
 
 
 def of_layer(p, stack, r):
@@ -144,14 +186,16 @@ def of_layer(p, stack, r):
 
 
 def attended(p, layer, memory, h):
-  """Luong et al. 2015, section 3.1, by the dot product or, where there is a W_a, the general score."""
+  """Luong et al. 2015, section 3.1, by the dot product or, where there is a W_a, the general
+  score."""
   keys = memory @ p[f'{layer}.w_score'] if f'{layer}.w_score' in p else memory
   return np.tanh(np.concatenate([softmax(keys @ h) @ memory, h]) @ p[f'{layer}.w'])
 
 
 @pytest.mark.parametrize('score', [None, DotScore(), GeneralScore()])
 def test_seq2seq_lstm_and_luong(score):
-  """Sutskever et al. 2014: the source from its end, all layers' states handed over. Luong et al. 2015, section 3.1, on top."""
+  """Sutskever et al. 2014: the source from its end, all layers' states handed over. Luong et al.
+  2015, section 3.1, on top."""
   n = 6
 
   def reference(p, source, target):
@@ -170,13 +214,18 @@ def test_seq2seq_lstm_and_luong(score):
 @pytest.mark.parametrize('layers', [1, 3])
 @pytest.mark.parametrize('score', [DotScore(), GeneralScore()])
 def test_luong_with_input_feeding(score, layers):
-  """Luong et al. 2015, section 3.3: the first layer reads the attentional vector of the step before beside the word."""
+  """Luong et al. 2015, section 3.3: the first layer reads the attentional vector of the step before
+  beside the word."""
   n, layer = 6, 'decoder.groups.0.0.branches.0.layer'
 
   def reference(p, source, target):
     memory, states, logits, attentional = p['source_embedding'][source[::-1]], [], [], np.zeros(n)
     for r in range(layers):
-      one = {f'l.{k}': p[f'encoder.groups.0.0.branches.0.layer.{k}'] for k in 'wub'} if layers == 1 else of_layer(p, 'encoder', r)
+      one = (
+        {f'l.{k}': p[f'encoder.groups.0.0.branches.0.layer.{k}'] for k in 'wub'}
+        if layers == 1
+        else of_layer(p, 'encoder', r)
+      )
       memory, last = run(one, 'l', memory, (np.zeros(n), np.zeros(n)))
       states.append(last)
     for word in p['embedding'][target]:

@@ -1,4 +1,5 @@
-"""Initial values as the papers and their code give them, and what they lead to: the loss of a model that knows nothing."""
+"""Initial values as the papers and their code give them, and what they lead to: the loss of a model
+that knows nothing."""
 
 import math
 
@@ -28,7 +29,7 @@ def pieces(params, ending):
 def test_gpt2_weights(gpt2, ending):
   for p in pieces(gpt2, ending):
     n = p.size
-    assert abs(p.std() - 0.02) < 0.02 * 5 / math.sqrt(2 * n)   # five standard errors
+    assert abs(p.std() - 0.02) < 0.02 * 5 / math.sqrt(2 * n)  # five standard errors
     assert abs(p.mean()) < 0.02 * 5 / math.sqrt(n)
 
 
@@ -47,7 +48,16 @@ def test_gpt2_residual_projections(gpt2, ending):
 def test_gpt2_positions_offsets_and_norms(gpt2):
   (table,) = pieces(gpt2, 'positions.table')
   assert abs(table.std() - 0.01) < 0.01 * 5 / math.sqrt(2 * table.size)
-  for ending, value in (('.bq', 0), ('.bk', 0), ('.bv', 0), ('.bo', 0), ('.b_in', 0), ('.b_out', 0), ('.offset', 0), ('.scale', 1)):
+  for ending, value in (
+    ('.bq', 0),
+    ('.bk', 0),
+    ('.bv', 0),
+    ('.bo', 0),
+    ('.b_in', 0),
+    ('.b_out', 0),
+    ('.offset', 0),
+    ('.scale', 1),
+  ):
     found = pieces(gpt2, ending)
     assert found, ending
     assert all((p == value).all() for p in found), ending
@@ -63,18 +73,23 @@ def test_blocks_are_drawn_independently(gpt2):
 
 @pytest.mark.quick
 def test_presets_of_any_depth_have_the_right_residual_init():
-  """The initialiser is told how many branches there are in the whole stack, also where blocks alternate."""
+  """The initialiser is told how many branches there are in the whole stack, also where blocks
+  alternate."""
   for name in ('gpt2-tiny', 'gpt3-tiny'):
     params = define(PRESETS[name].model).init(jax.random.key(1))
     for p in pieces(params, 'layer.w_out'):
       assert abs(p.std() - 0.02 / math.sqrt(8)) < 0.02 / math.sqrt(8) * 5 / math.sqrt(2 * p.size)
 
 
-@pytest.mark.parametrize(('config', 'expected'), [
-  (gpt(64, 2, 4, context=64, vocab_size=50257), 10.8249),
-  (llama(64, 2, 176, 4, 2, context=64, vocab_size=32000, rotary=LLAMA3), 10.3735),
-  (llama(64, 2, 176, 4, 2, context=64, vocab_size=128256, rotary=LLAMA3), 11.7618),
-], ids=['gpt2', 'llama2', 'llama3'])
+@pytest.mark.parametrize(
+  ('config', 'expected'),
+  [
+    (gpt(64, 2, 4, context=64, vocab_size=50257), 10.8249),
+    (llama(64, 2, 176, 4, 2, context=64, vocab_size=32000, rotary=LLAMA3), 10.3735),
+    (llama(64, 2, 176, 4, 2, context=64, vocab_size=128256, rotary=LLAMA3), 11.7618),
+  ],
+  ids=['gpt2', 'llama2', 'llama3'],
+)
 def test_initial_loss_is_that_of_a_guess(config, expected):
   """ln V, up to the variance of the logits: half of 64 x 0.02^2 adds 0.0128 at this width."""
   assert math.log(config.vocab_size) == pytest.approx(expected, abs=1e-4)
@@ -87,4 +102,4 @@ def test_initial_loss_is_that_of_a_guess(config, expected):
     return -jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], axis=-1).mean()
 
   value = float(loss(definition.init(jax.random.key(0)), jnp.asarray(tokens), jnp.asarray(targets)))
-  assert value == pytest.approx(expected + 0.0128, abs=0.04)   # 256 tokens, each off by about 0.16
+  assert value == pytest.approx(expected + 0.0128, abs=0.04)  # 256 tokens, each off by about 0.16

@@ -1,4 +1,5 @@
-"""Every backend of `attention` means what the naive form means: output and gradients, over the cases of the mask."""
+"""Every backend of `attention` means what the naive form means: output and gradients, over the
+cases of the mask."""
 
 from __future__ import annotations
 
@@ -18,8 +19,9 @@ from jaxformer.ops.attention import BACKENDS, Mask, attention, attention_naive, 
 
 quick = pytest.mark.quick
 
-# Of the largest number in the reference. fp32: rounding of sums in another order. bf16 has 8 bits: inputs of products are
-# rounded at other places (probabilities before or after the division), so a few units of 2^-8.
+# Of the largest number in the reference. fp32: rounding of sums in another order. bf16 has 8 bits:
+# inputs of products are rounded at other places (probabilities before or after the division), so a
+# few units of 2^-8.
 TOLERANCE = {jnp.float32: 1e-5, jnp.bfloat16: 2e-2}
 
 
@@ -33,6 +35,7 @@ def with_gradients(f, q, k, v, g):
   def run(q, k, v, g):
     out, pull = jax.vjp(f, q, k, v)
     return out, *pull(g)
+
   return jax.jit(run)(q, k, v, g)
 
 
@@ -42,12 +45,18 @@ def assert_same(got, want, tolerance):
     assert a.dtype == b.dtype, name
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
     assert np.isfinite(a).all(), name
-    assert np.abs(a - b).max() <= tolerance * max(1.0, np.abs(b).max()), (name, np.abs(a - b).max(), np.abs(b).max())
+    assert np.abs(a - b).max() <= tolerance * max(1.0, np.abs(b).max()), (
+      name,
+      np.abs(a - b).max(),
+      np.abs(b).max(),
+    )
 
 
 def packed(B, T, seed=0):
   """Documents of random lengths, numbered along the sequence."""
-  return jnp.asarray(np.cumsum(np.random.default_rng(seed).random((B, T)) < 4 / T, axis=1), jnp.int32)
+  return jnp.asarray(
+    np.cumsum(np.random.default_rng(seed).random((B, T)) < 4 / T, axis=1), jnp.int32
+  )
 
 
 # B, T, S, H, G, K, mask, softcap, alibi: odd sizes, grouped heads and every kind of mask
@@ -66,14 +75,50 @@ CASES = {
   'alibi': (2, 97, 97, 4, 2, 16, Mask(), None, True),
   'alibi-softcap-window': (2, 97, 97, 4, 2, 16, Mask(window=50), 5.0, True),
   'segments': (3, 150, 150, 4, 2, 8, Mask(segments_BT=packed(3, 150)), None, False),
-  'segments-full': (3, 150, 150, 4, 2, 8, Mask(causal=False, segments_BT=packed(3, 150)), None, False),
-  'segments-of-keys': (2, 50, 75, 2, 2, 8, Mask(False, None, packed(2, 50, 1), packed(2, 75, 2)), None, False),
+  'segments-full': (
+    3,
+    150,
+    150,
+    4,
+    2,
+    8,
+    Mask(causal=False, segments_BT=packed(3, 150)),
+    None,
+    False,
+  ),
+  'segments-of-keys': (
+    2,
+    50,
+    75,
+    2,
+    2,
+    8,
+    Mask(False, None, packed(2, 50, 1), packed(2, 75, 2)),
+    None,
+    False,
+  ),
 }
 CACHES = {
   # 70 of 160 slots filled, the queries are the last 20 of them
-  'prefill-into-cache': (2, 20, 160, 4, 2, 8, Mask(index_T=jnp.arange(50, 70), index_S=jnp.r_[jnp.arange(70), jnp.full(90, -1)])),
+  'prefill-into-cache': (
+    2,
+    20,
+    160,
+    4,
+    2,
+    8,
+    Mask(index_T=jnp.arange(50, 70), index_S=jnp.r_[jnp.arange(70), jnp.full(90, -1)]),
+  ),
   # a ring of 64 slots holding the positions 100..163
-  'ring': (2, 30, 64, 2, 2, 8, Mask(window=40, index_T=jnp.arange(134, 164), index_S=100 + (jnp.arange(64) - 36) % 64)),
+  'ring': (
+    2,
+    30,
+    64,
+    2,
+    2,
+    8,
+    Mask(window=40, index_T=jnp.arange(134, 164), index_S=100 + (jnp.arange(64) - 36) % 64),
+  ),
   'empty': (1, 5, 32, 2, 2, 8, Mask(index_T=jnp.arange(5), index_S=jnp.full(32, -1))),
   'no-key-for-some': (1, 40, 40, 2, 2, 8, Mask(index_T=jnp.arange(40), index_S=jnp.arange(20, 60))),
 }
@@ -89,15 +134,22 @@ IN_BF16 = 'causal', 'grouped', 'alibi-softcap-window', 'segments'
 QUICK = 'grouped', 'alibi-softcap-window', 'segments'
 
 
-@pytest.mark.parametrize(('case', 'dtype'), [
-  *(pytest.param(c, jnp.float32, marks=quick if c in QUICK else ()) for c in CASES), *((c, jnp.bfloat16) for c in IN_BF16)])
+@pytest.mark.parametrize(
+  ('case', 'dtype'),
+  [
+    *(pytest.param(c, jnp.float32, marks=quick if c in QUICK else ()) for c in CASES),
+    *((c, jnp.bfloat16) for c in IN_BF16),
+  ],
+)
 def test_agrees_with_naive(case, dtype):
   B, T, S, H, G, K, mask, softcap, alibi = CASES[case]
   inputs = arrays(B, T, S, H, G, K, dtype)
   common = {'scale': K**-0.5, 'softcap': softcap, 'slopes_H': slopes(H, alibi)}
   want = with_gradients(lambda q, k, v: attention_naive(q, k, v, mask, **common), *inputs)
   for backend, block in ('chunked', 64), ('unrolled', None):
-    got = with_gradients(lambda q, k, v: BACKENDS[backend](q, k, v, mask, block=block, **common), *inputs)   # noqa: B023
+    got = with_gradients(
+      lambda q, k, v: BACKENDS[backend](q, k, v, mask, block=block, **common), *inputs
+    )
     assert_same(got, want, TOLERANCE[dtype])
 
 
@@ -106,34 +158,55 @@ def test_agrees_with_naive(case, dtype):
 def test_chunked_over_a_cache(case, block):
   B, T, S, H, G, K, mask = CACHES[case]
   inputs = arrays(B, T, S, H, G, K)
-  got = with_gradients(lambda q, k, v: ops.attention_chunked(q, k, v, mask, scale=0.3, block=block), *inputs)
-  assert_same(got, with_gradients(lambda q, k, v: attention_naive(q, k, v, mask, scale=0.3), *inputs), 1e-5)
+  got = with_gradients(
+    lambda q, k, v: ops.attention_chunked(q, k, v, mask, scale=0.3, block=block), *inputs
+  )
+  assert_same(
+    got, with_gradients(lambda q, k, v: attention_naive(q, k, v, mask, scale=0.3), *inputs), 1e-5
+  )
 
 
 def test_unrolled_without_kept_probabilities(monkeypatch):
   from jaxformer.ops import attention_chunked
+
   inputs, mask = arrays(2, 150, 150, 4, 2, 16), Mask(segments_BT=packed(2, 150))
   kept = with_gradients(lambda q, k, v: ops.attention_unrolled(q, k, v, mask, scale=0.25), *inputs)
   monkeypatch.setattr(attention_chunked, '_KEEP_BYTES', 0)
-  assert_same(with_gradients(lambda q, k, v: ops.attention_unrolled(q, k, v, mask, scale=0.25), *inputs), kept, 1e-5)
+  assert_same(
+    with_gradients(lambda q, k, v: ops.attention_unrolled(q, k, v, mask, scale=0.25), *inputs),
+    kept,
+    1e-5,
+  )
 
 
 @pytest.mark.parametrize('case', ['causal', 'grouped', 'full', 'window', 'band'])
 def test_xla_agrees_with_naive(case):
   B, T, S, H, G, K, mask, _, _ = CASES[case]
   inputs = arrays(B, T, S, H, G, K)
-  got = with_gradients(lambda q, k, v: attention(q, k, v, mask, scale=K**-0.5, backend='xla'), *inputs)
-  assert_same(got, with_gradients(lambda q, k, v: attention_naive(q, k, v, mask, scale=K**-0.5), *inputs), 1e-5)
+  got = with_gradients(
+    lambda q, k, v: attention(q, k, v, mask, scale=K**-0.5, backend='xla'), *inputs
+  )
+  assert_same(
+    got,
+    with_gradients(lambda q, k, v: attention_naive(q, k, v, mask, scale=K**-0.5), *inputs),
+    1e-5,
+  )
 
 
-@pytest.mark.parametrize(('mask', 'softcap', 'K'), [
-  (Mask(window=100), None, 128), (Mask(segments_BT=packed(1, 256)), None, 128), (Mask(), 3.0, 64),
-], ids=['window', 'segments', 'softcap-head-dim-64'])
+@pytest.mark.parametrize(
+  ('mask', 'softcap', 'K'),
+  [(Mask(window=100), None, 128), (Mask(segments_BT=packed(1, 256)), None, 128), (Mask(), 3.0, 64)],
+  ids=['window', 'segments', 'softcap-head-dim-64'],
+)
 def test_splash_interpreted_agrees_with_naive(mask, softcap, K):
   inputs = arrays(1, 256, 256, 2, 1, K)
   common = {'scale': K**-0.5, 'softcap': softcap}
-  got = with_gradients(lambda q, k, v: ops.attention_splash(q, k, v, mask, interpret=True, **common), *inputs)
-  assert_same(got, with_gradients(lambda q, k, v: attention_naive(q, k, v, mask, **common), *inputs), 1e-5)
+  got = with_gradients(
+    lambda q, k, v: ops.attention_splash(q, k, v, mask, interpret=True, **common), *inputs
+  )
+  assert_same(
+    got, with_gradients(lambda q, k, v: attention_naive(q, k, v, mask, **common), *inputs), 1e-5
+  )
 
 
 @quick
@@ -141,8 +214,14 @@ def test_splash_interpreted_agrees_with_naive(mask, softcap, K):
 def test_a_query_without_keys_gives_zeros(backend):
   """Queries of a segment that no key has: output and gradients 0, nothing infinite."""
   q, k, v, g = arrays(1, 40, 40, 2, 2, 8)
-  mask = Mask(causal=False, segments_BT=jnp.ones((1, 40), jnp.int32), key_segments_BS=jnp.zeros((1, 40), jnp.int32))
-  for x in with_gradients(lambda q, k, v: attention(q, k, v, mask, scale=1.0, backend=backend), q, k, v, g):
+  mask = Mask(
+    causal=False,
+    segments_BT=jnp.ones((1, 40), jnp.int32),
+    key_segments_BS=jnp.zeros((1, 40), jnp.int32),
+  )
+  for x in with_gradients(
+    lambda q, k, v: attention(q, k, v, mask, scale=1.0, backend=backend), q, k, v, g
+  ):
     np.testing.assert_array_equal(x, np.zeros_like(x))
 
 
@@ -150,7 +229,9 @@ def test_a_query_without_keys_gives_zeros(backend):
 def test_large_logits_stay_finite(backend):
   q, k, v, g = arrays(1, 70, 70, 2, 2, 8)
   inputs = (q * 1e3, k * 1e3, v, g)
-  got = with_gradients(lambda q, k, v: attention(q, k, v, Mask(), scale=1.0, backend=backend), *inputs)
+  got = with_gradients(
+    lambda q, k, v: attention(q, k, v, Mask(), scale=1.0, backend=backend), *inputs
+  )
   assert all(np.isfinite(x).all() for x in got)
   np.testing.assert_allclose(got[0], attention_naive(*inputs[:3], Mask(), scale=1.0), atol=1e-5)
 
@@ -161,34 +242,47 @@ def packed_run(f, q, k, v, g, segments, causal, window):
   return with_gradients(lambda q, k, v: f(q, k, v, mask, scale=0.3), q, k, v, g)
 
 
-chunked_by_32 = functools.partial(ops.attention_chunked, block=32)   # one object, so that jit finds it again
+# one object, so that jit finds it again
+chunked_by_32 = functools.partial(ops.attention_chunked, block=32)
 
 
-@hypothesis.given(st.lists(st.integers(1, 60), max_size=8), st.sampled_from([(True, None), (True, 30)]), st.integers(0, 99))
+@hypothesis.given(
+  st.lists(st.integers(1, 60), max_size=8),
+  st.sampled_from([(True, None), (True, 30)]),
+  st.integers(0, 99),
+)
 @hypothesis.settings(max_examples=30, deadline=None)
 def test_random_packing(lengths, kind, seed):
   """Packed documents, in any numbering: as naive, and the first as it is alone."""
   lengths, T = [*lengths, 130], 130
-  segments = jnp.asarray(np.repeat(np.random.default_rng(seed).permutation(len(lengths)), lengths)[:T], jnp.int32)[None]
+  segments = jnp.asarray(
+    np.repeat(np.random.default_rng(seed).permutation(len(lengths)), lengths)[:T], jnp.int32
+  )[None]
   inputs = arrays(1, T, T, 2, 1, 8, seed=seed)
   want = packed_run(attention_naive, *inputs, segments, *kind)
   for f in ops.attention_unrolled, chunked_by_32:
     assert_same(packed_run(f, *inputs, segments, *kind), want, 1e-5)
   end = min(T, lengths[0])
-  alone = packed_run(attention_naive, *inputs, jnp.zeros_like(segments), *kind)[0]   # causal, so what follows the first is unseen
+  # causal, so what follows the first is unseen
+  alone = packed_run(attention_naive, *inputs, jnp.zeros_like(segments), *kind)[0]
   np.testing.assert_allclose(want[0][:, :end], alone[:, :end], atol=1e-5)
 
 
 def test_chunked_memory_is_linear():
   def temporaries(T):
     x = jax.ShapeDtypeStruct((1, T, 2, 32), jnp.float32)
+
     def f(q, k, v):
       return ops.attention_chunked(q, k, v, Mask(), scale=0.2, block=256).sum()
-    return jax.jit(jax.grad(f, (0, 1, 2))).lower(x, x, x).compile().memory_analysis().temp_size_in_bytes
+
+    return (
+      jax.jit(jax.grad(f, (0, 1, 2))).lower(x, x, x).compile().memory_analysis().temp_size_in_bytes
+    )
+
   assert temporaries(8192) < 2.2 * temporaries(4096)
 
 
-# ---- the choice of a backend ------------------------------------------------------------------------------------------
+# ---- the choice of a backend -------------------------------------------------------------------
 
 
 def shape(B=4, T=2048, H=16, K=128, dtype=jnp.bfloat16):
@@ -196,58 +290,93 @@ def shape(B=4, T=2048, H=16, K=128, dtype=jnp.bfloat16):
 
 
 @quick
-@pytest.mark.parametrize(('platform', 'q', 'k', 'mask', 'options', 'expected'), [
-  ('tpu', shape(), shape(), Mask(), {}, 'splash'),
-  ('tpu', shape(), shape(H=4), Mask(window=512), {'softcap': 30.0}, 'splash'),
-  ('tpu', shape(), shape(), Mask(segments_BT=jnp.zeros((4, 2048), jnp.int32)), {}, 'splash'),
-  ('tpu', shape(), shape(), Mask(), {'slopes_H': jnp.ones(16)}, 'chunked'),
-  ('tpu', shape(T=2000), shape(T=2000), Mask(), {}, 'chunked'),
-  ('tpu', shape(T=1), shape(), Mask(index_T=jnp.zeros(1, jnp.int32), index_S=jnp.arange(2048)), {}, 'naive'),
-  ('tpu', shape(T=256), shape(), Mask(index_T=jnp.arange(256), index_S=jnp.arange(2048)), {}, 'chunked'),
-  ('gpu', shape(), shape(), Mask(), {}, 'cudnn'),
-  ('gpu', shape(), shape(H=4), Mask(window=512), {}, 'cudnn'),
-  ('gpu', shape(), shape(T=512), Mask(causal=False), {}, 'cudnn'),
-  ('gpu', shape(dtype=jnp.float32), shape(dtype=jnp.float32), Mask(), {}, 'chunked'),
-  ('gpu', shape(K=100), shape(K=100), Mask(), {}, 'chunked'),
-  ('gpu', shape(K=256), shape(K=256), Mask(), {}, 'chunked'),
-  ('gpu', shape(), shape(), Mask(causal=False, window=8), {}, 'chunked'),
-  ('gpu', shape(), shape(), Mask(), {'softcap': 30.0}, 'chunked'),
-  ('gpu', shape(), shape(), Mask(segments_BT=jnp.zeros((4, 2048), jnp.int32)), {}, 'chunked'),
-  ('gpu', shape(T=1), shape(), Mask(causal=False), {}, 'naive'),
-  ('cpu', shape(T=256, H=4), shape(T=256, H=4), Mask(), {}, 'unrolled'),
-  ('cpu', shape(T=8192), shape(T=8192), Mask(), {}, 'chunked'),
-  ('cpu', shape(B=1, T=64, H=4), shape(B=1, T=256, H=4), Mask(index_T=jnp.arange(64), index_S=jnp.arange(256)), {}, 'naive'),
-])
+@pytest.mark.parametrize(
+  ('platform', 'q', 'k', 'mask', 'options', 'expected'),
+  [
+    ('tpu', shape(), shape(), Mask(), {}, 'splash'),
+    ('tpu', shape(), shape(H=4), Mask(window=512), {'softcap': 30.0}, 'splash'),
+    ('tpu', shape(), shape(), Mask(segments_BT=jnp.zeros((4, 2048), jnp.int32)), {}, 'splash'),
+    ('tpu', shape(), shape(), Mask(), {'slopes_H': jnp.ones(16)}, 'chunked'),
+    ('tpu', shape(T=2000), shape(T=2000), Mask(), {}, 'chunked'),
+    (
+      'tpu',
+      shape(T=1),
+      shape(),
+      Mask(index_T=jnp.zeros(1, jnp.int32), index_S=jnp.arange(2048)),
+      {},
+      'naive',
+    ),
+    (
+      'tpu',
+      shape(T=256),
+      shape(),
+      Mask(index_T=jnp.arange(256), index_S=jnp.arange(2048)),
+      {},
+      'chunked',
+    ),
+    ('gpu', shape(), shape(), Mask(), {}, 'cudnn'),
+    ('gpu', shape(), shape(H=4), Mask(window=512), {}, 'cudnn'),
+    ('gpu', shape(), shape(T=512), Mask(causal=False), {}, 'cudnn'),
+    ('gpu', shape(dtype=jnp.float32), shape(dtype=jnp.float32), Mask(), {}, 'chunked'),
+    ('gpu', shape(K=100), shape(K=100), Mask(), {}, 'chunked'),
+    ('gpu', shape(K=256), shape(K=256), Mask(), {}, 'chunked'),
+    ('gpu', shape(), shape(), Mask(causal=False, window=8), {}, 'chunked'),
+    ('gpu', shape(), shape(), Mask(), {'softcap': 30.0}, 'chunked'),
+    ('gpu', shape(), shape(), Mask(segments_BT=jnp.zeros((4, 2048), jnp.int32)), {}, 'chunked'),
+    ('gpu', shape(T=1), shape(), Mask(causal=False), {}, 'naive'),
+    ('cpu', shape(T=256, H=4), shape(T=256, H=4), Mask(), {}, 'unrolled'),
+    ('cpu', shape(T=8192), shape(T=8192), Mask(), {}, 'chunked'),
+    (
+      'cpu',
+      shape(B=1, T=64, H=4),
+      shape(B=1, T=256, H=4),
+      Mask(index_T=jnp.arange(64), index_S=jnp.arange(256)),
+      {},
+      'naive',
+    ),
+  ],
+)
 def test_choice(monkeypatch, platform, q, k, mask, options, expected):
   monkeypatch.setattr(sharding, 'platform', lambda: platform)
   assert choose(q, k, mask, **options) == expected
 
 
 @quick
-@pytest.mark.parametrize(('backend', 'mask', 'message'), [
-  ('cudnn', Mask(), 'runs on a GPU'),
-  ('splash', Mask(), 'runs on a TPU'),
-  ('unrolled', Mask(index_T=jnp.arange(8), index_S=jnp.arange(8)), 'same positions'),
-  ('xla', Mask(segments_BT=jnp.zeros((1, 8), jnp.int32)), 'no segments'),
-  ('flash', Mask(), 'known: naive'),
-])
+@pytest.mark.parametrize(
+  ('backend', 'mask', 'message'),
+  [
+    ('cudnn', Mask(), 'runs on a GPU'),
+    ('splash', Mask(), 'runs on a TPU'),
+    ('unrolled', Mask(index_T=jnp.arange(8), index_S=jnp.arange(8)), 'same positions'),
+    ('xla', Mask(segments_BT=jnp.zeros((1, 8), jnp.int32)), 'no segments'),
+    ('flash', Mask(), 'known: naive'),
+  ],
+)
 def test_a_forced_backend_says_what_it_cannot_do(backend, mask, message):
   q, k, v, _ = arrays(1, 8, 8, 2, 2, 8)
   with pytest.raises(ValueError, match=message):
     attention(q, k, v, mask, scale=1.0, backend=backend)
 
 
-# ---- on a mesh --------------------------------------------------------------------------------------------------------
+# ---- on a mesh ---------------------------------------------------------------------------------
 
 
 @pytest.mark.skipif(jax.device_count() < 8, reason='needs 8 (fake) devices')
-@pytest.mark.parametrize(('mesh', 'G', 'backend'), [
-  ({'fsdp': 2, 'tensor': 4}, 8, None), ({'fsdp': 2, 'tensor': 4}, 2, None), ({'fsdp': 2, 'tensor': 4}, 1, 'chunked'),
-  ({'data': 8}, 2, 'chunked'), ({'fsdp': 2, 'context': 2, 'tensor': 2}, 8, None), ({'fsdp': 2, 'context': 2, 'tensor': 2}, 1, None),
-], ids=str)
+@pytest.mark.parametrize(
+  ('mesh', 'G', 'backend'),
+  [
+    ({'fsdp': 2, 'tensor': 4}, 8, None),
+    ({'fsdp': 2, 'tensor': 4}, 2, None),
+    ({'fsdp': 2, 'tensor': 4}, 1, 'chunked'),
+    ({'data': 8}, 2, 'chunked'),
+    ({'fsdp': 2, 'context': 2, 'tensor': 2}, 8, None),
+    ({'fsdp': 2, 'context': 2, 'tensor': 2}, 1, None),
+  ],
+  ids=str,
+)
 def test_sharded_agrees_with_unsharded(mesh, G, backend):
   inputs, mask = arrays(8, 64, 64, 8, G, 8), Mask(segments_BT=packed(8, 64))
-  f = lambda q, k, v: attention(q, k, v, mask, scale=0.3, backend=backend)   # noqa: E731
+  f = lambda q, k, v: attention(q, k, v, mask, scale=0.3, backend=backend)  # noqa: E731
   want = with_gradients(lambda q, k, v: attention_naive(q, k, v, mask, scale=0.3), *inputs)
   with sharding.use_mesh(sharding.make_mesh(sharding.MeshConfig(**{'data': 1} | mesh))):
     assert_same(with_gradients(f, *inputs), want, 1e-5)
@@ -257,9 +386,14 @@ def test_sharded_agrees_with_unsharded(mesh, G, backend):
 def test_remat_by_name_saves_the_residuals():
   """Under a policy that saves `SAVED`, the backward pass does not run the forward loop again."""
   q, k, v, _ = arrays(1, 64, 64, 2, 2, 8)
+
   def loops(policy):
-    f = jax.checkpoint(lambda q, k, v: ops.attention_chunked(jnp.sin(q), k, v, Mask(), scale=0.3, block=32).sum(), policy=policy)
+    f = jax.checkpoint(
+      lambda q, k, v: ops.attention_chunked(jnp.sin(q), k, v, Mask(), scale=0.3, block=32).sum(),
+      policy=policy,
+    )
     return str(jax.make_jaxpr(jax.grad(f))(q, k, v)).count('while')
+
   saved = jax.checkpoint_policies.save_only_these_names(ops.SAVED)
   assert loops(saved) < loops(jax.checkpoint_policies.nothing_saveable)
 

@@ -1,7 +1,8 @@
-"""Sequences divided over a mesh in time: what the contract suite does not reach, and what compiled programs send.
+"""Sequences divided over a mesh in time: what the contract suite does not reach, and what compiled
+programs send.
 
-Tolerances are relative to the largest magnitude of what is compared: 1e-5 for outputs, 1e-4 for gradients (fp32).
-"""
+Tolerances are relative to the largest magnitude of what is compared: 1e-5 for outputs, 1e-4 for
+gradients (fp32)."""
 
 import math
 import re
@@ -38,7 +39,7 @@ from tests.tiers import case
 
 def context(n: int, **sizes: int):
   config = MeshConfig(**{'data': 1, 'context': n} | sizes)
-  return use_mesh(make_mesh(config, jax.devices()[:math.prod(sizes.values()) * n]), config.rules)
+  return use_mesh(make_mesh(config, jax.devices()[: math.prod(sizes.values()) * n]), config.rules)
 
 
 def normal(seed: int, *shape: int):
@@ -53,11 +54,17 @@ def close(a, b, rtol):
 
 def equal_in_time(f, *arguments, n: int, **sizes: int):
   """f and the gradient of a scalar of it, on n shards of time and on one device."""
+
   def both(*arguments):
     def score(*arguments):
       out = f(*arguments)
-      places = [jnp.arange(y.shape[1]).reshape(1, -1, *(1,) * (y.ndim - 2)) for y in jax.tree.leaves(out)]
-      return sum(jnp.sum(jnp.sin(y + t)) for y, t in zip(jax.tree.leaves(out), places, strict=True)), out
+      places = [
+        jnp.arange(y.shape[1]).reshape(1, -1, *(1,) * (y.ndim - 2)) for y in jax.tree.leaves(out)
+      ]
+      return sum(
+        jnp.sum(jnp.sin(y + t)) for y, t in zip(jax.tree.leaves(out), places, strict=True)
+      ), out
+
     return jax.grad(score, argnums=tuple(range(len(arguments))), has_aux=True)(*arguments)
 
   gradients, out = jax.jit(lambda *a: both(*a))(*arguments)
@@ -67,22 +74,32 @@ def equal_in_time(f, *arguments, n: int, **sizes: int):
   close(divided_gradients, gradients, 1e-4)
 
 
-# ---- attention --------------------------------------------------------------------------------------------------------
+# ---- attention ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(('n', 'mask', 'options'), [
-  (8, Mask(), {}),
-  (3, Mask(), {'softcap': 3.0}),                # an odd number of shards sends its halves another way round
-  (4, Mask(), {'slopes_H': jnp.asarray([0.5, 0.25, 0.1, 0.05])}),
-  (4, Mask(window=17), {}),                     # a window longer than a shard's part is balanced, a short one need not be
-  (4, Mask(window=5), {}),
-  (4, Mask(causal=False), {}),
-  (4, Mask(causal=False, window=9), {}),
-], ids=['8', '3-softcap', '4-alibi', '4-window17', '4-window5', '4-both-ways', '4-band'])
+@pytest.mark.parametrize(
+  ('n', 'mask', 'options'),
+  [
+    (8, Mask(), {}),
+    # an odd number of shards sends its halves another way round
+    (3, Mask(), {'softcap': 3.0}),
+    (4, Mask(), {'slopes_H': jnp.asarray([0.5, 0.25, 0.1, 0.05])}),
+    # a window longer than a shard's part is balanced, a short one need not be
+    (4, Mask(window=17), {}),
+    (4, Mask(window=5), {}),
+    (4, Mask(causal=False), {}),
+    (4, Mask(causal=False, window=9), {}),
+  ],
+  ids=['8', '3-softcap', '4-alibi', '4-window17', '4-window5', '4-both-ways', '4-band'],
+)
 @pytest.mark.parametrize('packed', [False, True])
 def test_attention(n, mask, options, packed):
   T = 48
-  segments = jnp.broadcast_to(jnp.asarray(np.repeat([0, 1, 2], [7, 25, 16]))[None], (2, T)) if packed else None
+  segments = (
+    jnp.broadcast_to(jnp.asarray(np.repeat([0, 1, 2], [7, 25, 16]))[None], (2, T))
+    if packed
+    else None
+  )
   mask = Mask(mask.causal, mask.window, segments)
   q, k, v = normal(0, 2, T, 4, 8), normal(1, 2, T, 2, 8), normal(2, 2, T, 2, 8)
   equal_in_time(lambda q, k, v: attention(q, k, v, mask, scale=0.3, **options), q, k, v, n=n)
@@ -94,8 +111,10 @@ def test_attention_of_parts_that_cannot_be_halved():
 
 
 def test_causal_attention_is_balanced():
-  """Every shard visits as many pairs of blocks: the ranges of keys that its queries can see are equally long in all."""
+  """Every shard visits as many pairs of blocks: the ranges of keys that its queries can see are
+  equally long in all."""
   from jaxformer.ops.attention_context import _workers
+
   for n in (2, 3, 4, 8):
     firsts, seconds = (dict(p) for p in _workers(n))
     halves = {i: [] for i in range(n)}
@@ -105,7 +124,7 @@ def test_causal_attention_is_balanced():
     assert {sum(half + 1 for half in own) for own in halves.values()} == {2 * n + 1}
 
 
-# ---- recurrences ------------------------------------------------------------------------------------------------------
+# ---- recurrences -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize('taps', [1, 4, 9])
@@ -143,18 +162,31 @@ def test_places_are_those_of_the_whole_sequence():
   assert int((~has).sum()) > 0
 
 
-# ---- what is sent -----------------------------------------------------------------------------------------------------
+# ---- what is sent ------------------------------------------------------------------------------
 
 B, T, D = 2, 1024, 32
 LINEAR = (
-  Mamba.Config(state=4), Mamba2.Config(state=8, head_dim=8), TimeMix4.Config(), TimeMix5.Config(head_dim=8),
-  TimeMix6.Config(head_dim=8), TimeMix7.Config(head_dim=8, value_rank=None), S4.Config(d_state=8, length=64), S4D.Config(d_state=8),
-  S5.Config(d_state=8), S4D.Config(d_state=8, causal=False), H3.Config(d_state=8), Lstm.Config())
+  Mamba.Config(state=4),
+  Mamba2.Config(state=8, head_dim=8),
+  TimeMix4.Config(),
+  TimeMix5.Config(head_dim=8),
+  TimeMix6.Config(head_dim=8),
+  TimeMix7.Config(head_dim=8, value_rank=None),
+  S4.Config(d_state=8, length=64),
+  S4D.Config(d_state=8),
+  S5.Config(d_state=8),
+  S4D.Config(d_state=8, causal=False),
+  H3.Config(d_state=8),
+  Lstm.Config(),
+)
 
 
-@pytest.mark.parametrize('config', [case(c, id=c.tag, standing=i % 3 == 0) for i, c in enumerate(LINEAR)])
+@pytest.mark.parametrize(
+  'config', [case(c, id=c.tag, standing=i % 3 == 0) for i, c in enumerate(LINEAR)]
+)
 def test_no_sequence_is_gathered(config):
-  """Of one layer forward and backward on four shards of time, all that is sent is smaller than a shard's part of the sequence."""
+  """Of one layer forward and backward on four shards of time, all that is sent is smaller than a
+  shard's part of the sequence."""
   graph, params = nnx.split(config.build(D, nnx.Rngs(0), Site(layer=0, layers=2, branches=2)))
 
   def loss(params, x, segments_BT):
@@ -163,9 +195,16 @@ def test_no_sequence_is_gathered(config):
   config = MeshConfig(data=1, context=4)
   mesh = make_mesh(config, jax.devices()[:4])
   where = batch_sharding(mesh, config.rules)
-  x, ids = jax.ShapeDtypeStruct((B, T, D), jnp.float32, sharding=where), jax.ShapeDtypeStruct((B, T), jnp.int32, sharding=where)
+  x, ids = (
+    jax.ShapeDtypeStruct((B, T, D), jnp.float32, sharding=where),
+    jax.ShapeDtypeStruct((B, T), jnp.int32, sharding=where),
+  )
   with use_mesh(mesh, config.rules):
-    compiled = jax.jit(jax.grad(loss, argnums=(0, 1)), out_shardings=(None, where)).lower(params, x, ids).compile()
+    compiled = (
+      jax.jit(jax.grad(loss, argnums=(0, 1)), out_shardings=(None, where))
+      .lower(params, x, ids)
+      .compile()
+    )
   sent = list_collectives(compiled)
   assert sent
   assert not [c for c in sent if max(map(numbers, c.shapes)) >= B * T * D // 4]

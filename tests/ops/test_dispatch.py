@@ -1,7 +1,8 @@
-"""Mixtures of experts: each form against pair by pair, on one device and with tokens travelling between shards of the experts.
+"""Mixtures of experts: each form against pair by pair, on one device and with tokens travelling
+between shards of the experts.
 
-Tolerances are relative to the largest magnitude: 1e-5 for outputs and gradients on one device, 1e-4 on a mesh.
-"""
+Tolerances are relative to the largest magnitude: 1e-5 for outputs and gradients on one device, 1e-4
+on a mesh."""
 
 import functools
 
@@ -25,22 +26,32 @@ B, T, D, F, E, K = 8, 6, 16, 24, 8, 2
 def near(a, b, rtol):
   for (path, x), y in zip(jax.tree.leaves_with_path(a), jax.tree.leaves(b), strict=True):
     x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
-    assert np.abs(x - y).max(initial=0) <= rtol * max(np.abs(y).max(initial=0), 1e-3), jax.tree_util.keystr(path)
+    assert np.abs(x - y).max(initial=0) <= rtol * max(np.abs(y).max(initial=0), 1e-3), (
+      jax.tree_util.keystr(path)
+    )
 
 
 def examples(skewed=False, gated=True):
-  """Inputs, choices, weights of experts, and a cotangent; skewed: nearly all tokens choose the same two experts."""
+  """Inputs, choices, weights of experts, and a cotangent; skewed: nearly all tokens choose the same
+  two experts."""
   keys = jax.random.split(jax.random.key(0), 7)
   x, g = jax.random.normal(keys[0], (B, T, D)), jax.random.normal(keys[6], (B, T, D))
-  logits = jax.random.normal(keys[1], (B, T, E)) + (5.0 * (jnp.arange(E) < 2) if skewed else jnp.zeros(E)).reshape(1, 1, E)
+  logits = jax.random.normal(keys[1], (B, T, E)) + (
+    5.0 * (jnp.arange(E) < 2) if skewed else jnp.zeros(E)
+  ).reshape(1, 1, E)
   top, expert = jax.lax.top_k(logits, K)
-  w = [0.3 * jax.random.normal(k, s) for k, s in zip(keys[2:5], ((E, D, F), (E, D, F), (E, F, D)), strict=True)]
+  w = [
+    0.3 * jax.random.normal(k, s)
+    for k, s in zip(keys[2:5], ((E, D, F), (E, D, F), (E, F, D)), strict=True)
+  ]
   return x, expert, jax.nn.softmax(top), Experts(w[0], w[1] if gated else None, w[2]), g
 
 
 def value_and_gradients(f, x, expert, weight, experts, g):
   def run(x, weight, experts, g):
-    y, pull = jax.vjp(lambda x, weight, experts: f(x, expert, weight, experts, jax.nn.silu), x, weight, experts)
+    y, pull = jax.vjp(
+      lambda x, weight, experts: f(x, expert, weight, experts, jax.nn.silu), x, weight, experts
+    )
     return y, pull(g)
 
   return jax.jit(run)(x, weight, experts, g)
@@ -63,7 +74,9 @@ def test_naive_is_a_sum_over_experts():
   for b, t in ((0, 0), (3, 5), (7, 2)):
     expected = np.zeros(D)
     for e, w in zip(np.asarray(expert[b, t]), np.asarray(weight[b, t]), strict=True):
-      hidden = np.maximum(np.asarray(x[b, t], np.float64) @ np.asarray(experts.w_in[e], np.float64), 0)
+      hidden = np.maximum(
+        np.asarray(x[b, t], np.float64) @ np.asarray(experts.w_in[e], np.float64), 0
+      )
       expected += w * (hidden @ np.asarray(experts.w_out[e], np.float64))
     np.testing.assert_allclose(got[b, t], expected, rtol=1e-4, atol=1e-5)
 
@@ -81,7 +94,8 @@ def test_places_for_all_are_pair_by_pair():
 
 
 def test_places_go_to_the_first_tokens():
-  """Three tokens, all of which want expert 1 first: with one place the first has it; the others keep their second choices."""
+  """Three tokens, all of which want expert 1 first: with one place the first has it; the others
+  keep their second choices."""
   expert = jnp.array([[[1, 0], [1, 2], [1, 3]]])
   weight = jnp.array([[[0.6, 0.4], [0.7, 0.3], [0.8, 0.2]]])
   token, kept, dropped = places(expert, weight, 4, 1)
@@ -104,17 +118,27 @@ def test_dropped_choices_are_missing_and_nothing_else():
   near(got, by_pairs(x, expert, weight * kept, experts, jax.nn.silu), 1e-5)
 
 
-# ---- the grouped matmul -----------------------------------------------------------------------------------------------
+# ---- the grouped matmul ------------------------------------------------------------------------
 
-SIZES = {'spread': (5, 0, 9, 18), 'one': (0, 0, 40, 0), 'some rows of none': (3, 8, 0, 2), 'none at all': (0, 0, 0, 0)}
+SIZES = {
+  'spread': (5, 0, 9, 18),
+  'one': (0, 0, 40, 0),
+  'some rows of none': (3, 8, 0, 2),
+  'none at all': (0, 0, 0, 0),
+}
 
 
 @pytest.mark.parametrize('sizes', SIZES.values(), ids=list(SIZES))
-@pytest.mark.parametrize('form', [
-  functools.partial(grouped_matmul, form='tiles'), functools.partial(megablox, interpret=True)], ids=['tiles', 'megablox'])
+@pytest.mark.parametrize(
+  'form',
+  [functools.partial(grouped_matmul, form='tiles'), functools.partial(megablox, interpret=True)],
+  ids=['tiles', 'megablox'],
+)
 def test_grouped_matmul_is_the_naive_one(form, sizes):
   keys = jax.random.split(jax.random.key(0), 3)
-  x, w, g = (jax.random.normal(k, s) for k, s in zip(keys, ((40, 24), (4, 24, 136), (40, 136)), strict=True))
+  x, w, g = (
+    jax.random.normal(k, s) for k, s in zip(keys, ((40, 24), (4, 24, 136), (40, 136)), strict=True)
+  )
   sizes = jnp.array(sizes)
 
   def run(f):
@@ -127,14 +151,18 @@ def test_grouped_matmul_is_the_naive_one(form, sizes):
 def test_tiles_smaller_than_groups(monkeypatch):
   """Several tiles a group, the last of which hang over into the next groups."""
   from jaxformer.ops import grouped_matmul as module
+
   monkeypatch.setattr(module, '_tile_rows', lambda rows: 8)
-  test_grouped_matmul_is_the_naive_one(functools.partial(grouped_matmul, form='tiles'), SIZES['spread'])
+  test_grouped_matmul_is_the_naive_one(
+    functools.partial(grouped_matmul, form='tiles'), SIZES['spread']
+  )
 
 
-# ---- shards of the experts --------------------------------------------------------------------------------------------
+# ---- shards of the experts ---------------------------------------------------------------------
 
 MESHES = {
-  'expert4-fsdp2': MeshConfig(data=1, expert=4, fsdp=2), 'expert2-tensor2-data2': MeshConfig(data=2, expert=2, tensor=2),
+  'expert4-fsdp2': MeshConfig(data=1, expert=4, fsdp=2),
+  'expert2-tensor2-data2': MeshConfig(data=2, expert=2, tensor=2),
   'expert8': MeshConfig(data=1, expert=8),
 }
 
@@ -151,7 +179,8 @@ def test_shards_of_experts_equal_one_device(form, mesh):
 def test_rounds_carry_any_imbalance(monkeypatch):
   """All tokens want the same two experts, of one shard, and a round has room for few of them."""
   case = examples(skewed=True)
-  monkeypatch.setattr(moe, '_bucket_rows', lambda pairs, shards: 2)   # of the 12 pairs of each of eight devices
+  # of the 12 pairs of each of eight devices
+  monkeypatch.setattr(moe, '_bucket_rows', lambda pairs, shards: 2)
   expected = value_and_gradients(by_pairs, *case)
   with use_mesh(make_mesh(MESHES['expert4-fsdp2'])):
     near(value_and_gradients(dropless, *case), expected, 1e-4)
@@ -173,22 +202,35 @@ def test_tokens_travel_and_weights_stay(form):
   config = MESHES['expert4-fsdp2']
   mesh = make_mesh(config)
   tokens = batch_sharding(mesh, 'fsdp_tensor')
-  stored = Experts(*(
-    jax.device_put(w, param_sharding(mesh, 'fsdp_tensor', 'w', axes, w.shape))
-    for w, axes in zip(experts, (('experts', 'embed', 'mlp'),) * 2 + (('experts', 'mlp', 'embed'),), strict=True)))
+  stored = Experts(
+    *(
+      jax.device_put(w, param_sharding(mesh, 'fsdp_tensor', 'w', axes, w.shape))
+      for w, axes in zip(
+        experts, (('experts', 'embed', 'mlp'),) * 2 + (('experts', 'mlp', 'embed'),), strict=True
+      )
+    )
+  )
   put = [jax.device_put(a, tokens) for a in (x, expert, weight, g)]
 
   def run(x, expert, weight, experts, g):
-    y, pull = jax.vjp(lambda x, weight, experts: form(x, expert, weight, experts, jax.nn.silu), x, weight, experts)
+    y, pull = jax.vjp(
+      lambda x, weight, experts: form(x, expert, weight, experts, jax.nn.silu), x, weight, experts
+    )
     return y, pull(g)
 
   with use_mesh(mesh):
     where = tokens, (tokens, tokens, jax.tree.map(lambda w: w.sharding, stored))
-    compiled = jax.jit(run, out_shardings=where).lower(put[0], put[1], put[2], stored, put[3]).compile()
+    compiled = (
+      jax.jit(run, out_shardings=where).lower(put[0], put[1], put[2], stored, put[3]).compile()
+    )
   sent = list_collectives(compiled)
   travelling = [c for c in sent if c.kind == 'all-to-all']
-  assert len(travelling) >= 4   # there and back, forwards and backwards
+  assert len(travelling) >= 4  # there and back, forwards and backwards
   gathered = [s for c in sent if c.kind == 'all-gather' for s in c.shapes]
-  assert gathered   # weights over fsdp, of the experts of one shard
+  assert gathered  # weights over fsdp, of the experts of one shard
   assert not [s for s in gathered if s.startswith((f'f32[{E},{D},', f'f32[{E},{F},'))], gathered
-  near(compiled(put[0], put[1], put[2], stored, put[3]), value_and_gradients(form, x, expert, weight, experts, g), 1e-4)
+  near(
+    compiled(put[0], put[1], put[2], stored, put[3]),
+    value_and_gradients(form, x, expert, weight, experts, g),
+    1e-4,
+  )

@@ -1,5 +1,5 @@
-"""The fast loop of input feeding against the naive one: outputs, alignments, last states and gradients by everything, with and
-without factors on what layers read."""
+"""The fast loop of input feeding against the naive one: outputs, alignments, last states and
+gradients by everything, with and without factors on what layers read."""
 
 import jax
 import jax.numpy as jnp
@@ -26,17 +26,25 @@ def numbers(*shape, seed=0):
 def test_fast_equals_naive(layers, offsets, factors):
   each = range(layers)
   weights = Weights(
-    numbers(D, 4, H), tuple(numbers(H, 4, H, seed=n) for n in each), tuple(numbers(H, 4, H, seed=9 + n) for n in each),
-    tuple(numbers(4, H, seed=n) for n in each) if offsets else (), numbers(C + H, H))
+    numbers(D, 4, H),
+    tuple(numbers(H, 4, H, seed=n) for n in each),
+    tuple(numbers(H, 4, H, seed=9 + n) for n in each),
+    tuple(numbers(4, H, seed=n) for n in each) if offsets else (),
+    numbers(C + H, H),
+  )
   source = Source(numbers(B, S, H), numbers(B, S, C), MASK)
-  states, first = (tuple(numbers(B, H, seed=20 * k + n) for n in range(2 * layers + 1)) for k in (1, 2))
+  states, first = (
+    tuple(numbers(B, H, seed=20 * k + n) for n in range(2 * layers + 1)) for k in (1, 2)
+  )
   args = [numbers(B, T, D), weights, (source.keys_BSA, source.values_BSC), states, first]
   dropped = 2.0 * (numbers(B, T, layers * H, seed=3) > 0) if factors else None
 
   def loss(run, args):
     x, weights, (keys, values), states, first = args
     y, a, last = run(x, weights, Source(keys, values, MASK), states, first, STARTS, dropped)
-    return jnp.sum(jnp.sin(y)) + jnp.sum(a * numbers(B, T, S)) + sum(jnp.sum(jnp.cos(s)) for s in last), (y, a, last)
+    return jnp.sum(jnp.sin(y)) + jnp.sum(a * numbers(B, T, S)) + sum(
+      jnp.sum(jnp.cos(s)) for s in last
+    ), (y, a, last)
 
   run = jax.jit(jax.grad(loss, argnums=1, has_aux=True), static_argnums=0)
   (gradients, outputs), (naive_gradients, naive_outputs) = run(feed, args), run(feed_naive, args)

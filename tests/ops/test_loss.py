@@ -19,17 +19,23 @@ B, T, D, V = 2, 13, 16, 205
 
 def arrays(dtype=jnp.float32, w_dtype=None, bias=False, V=V, B=B, T=T):
   keys = jax.random.split(jax.random.key(0), 5)
-  targets = jnp.where(jax.random.bernoulli(keys[3], 0.2, (B, T)), IGNORE, jax.random.randint(keys[2], (B, T), 0, V))
+  targets = jnp.where(
+    jax.random.bernoulli(keys[3], 0.2, (B, T)), IGNORE, jax.random.randint(keys[2], (B, T), 0, V)
+  )
   return {
-    'x': jax.random.normal(keys[0], (B, T, D), dtype), 'w': jax.random.normal(keys[1], (D, V), w_dtype or dtype),
-    'bias': jax.random.normal(keys[4], (V,)) if bias else None}, targets
+    'x': jax.random.normal(keys[0], (B, T, D), dtype),
+    'w': jax.random.normal(keys[1], (D, V), w_dtype or dtype),
+    'bias': jax.random.normal(keys[4], (V,)) if bias else None,
+  }, targets
 
 
 def run(f, arrays, targets, **options):
   """Sums, and the gradients of three times the mean loss."""
+
   def mean(a):
     sums = f(a['x'], a['w'], targets, bias_V=a['bias'], **options)
     return 3.0 * sums.loss / jnp.maximum(sums.count, 1.0), sums
+
   (_, sums), gradients = jax.jit(jax.value_and_grad(mean, has_aux=True))(arrays)
   return sums, gradients
 
@@ -40,16 +46,23 @@ def assert_same(got, want, tolerance=1e-5):
     assert a.shape == b.shape
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
     assert np.isfinite(a).all()
-    assert np.abs(a - b).max() <= tolerance * max(np.abs(b).max(), 1e-2), (np.abs(a - b).max(), np.abs(b).max())
+    assert np.abs(a - b).max() <= tolerance * max(np.abs(b).max(), 1e-2), (
+      np.abs(a - b).max(),
+      np.abs(b).max(),
+    )
 
 
-ROUTES = [('rows', 8), ('rows', None), ('vocabulary', 32), ('vocabulary', 41), ('vocabulary', None)]   # 205 = 5 x 41
+# 205 = 5 x 41
+ROUTES = [('rows', 8), ('rows', None), ('vocabulary', 32), ('vocabulary', 41), ('vocabulary', None)]
 
 
 @quick
 @pytest.mark.parametrize(('route', 'chunk'), ROUTES)
-@pytest.mark.parametrize('options', [
-  {}, {'z_loss': 1e-2, 'softcap': 3.0}, {'z_loss': 1e-2, 'label_smoothing': 0.1}], ids=['plain', 'z-loss-softcap', 'smoothed'])
+@pytest.mark.parametrize(
+  'options',
+  [{}, {'z_loss': 1e-2, 'softcap': 3.0}, {'z_loss': 1e-2, 'label_smoothing': 0.1}],
+  ids=['plain', 'z-loss-softcap', 'smoothed'],
+)
 def test_agrees_with_naive(route, chunk, options):
   inputs, targets = arrays(bias=bool(options))
   got = run(cross_entropy, inputs, targets, route=route, chunk=chunk, **options)
@@ -59,7 +72,8 @@ def test_agrees_with_naive(route, chunk, options):
 @pytest.mark.parametrize('route', ['rows', 'vocabulary'])
 @pytest.mark.parametrize('w_dtype', [jnp.bfloat16, jnp.float32])
 def test_bf16(route, w_dtype):
-  """x in bf16, W in bf16 or fp32: sums to fp32 rounding, gradients to a unit of bf16 (2^-8), where d logits is rounded."""
+  """x in bf16, W in bf16 or fp32: sums to fp32 rounding, gradients to a unit of bf16 (2^-8), where
+  d logits is rounded."""
   inputs, targets = arrays(jnp.bfloat16, w_dtype)
   sums, gradients = run(cross_entropy, inputs, targets, route=route, chunk=32)
   want_sums, want = run(cross_entropy_naive, inputs, targets)
@@ -72,7 +86,9 @@ def test_bf16(route, w_dtype):
 @pytest.mark.parametrize('route', ['rows', 'vocabulary'])
 def test_all_ignored(route):
   inputs, targets = arrays(bias=True)
-  sums, gradients = run(cross_entropy, inputs, jnp.full_like(targets, IGNORE), route=route, z_loss=0.1)
+  sums, gradients = run(
+    cross_entropy, inputs, jnp.full_like(targets, IGNORE), route=route, z_loss=0.1
+  )
   assert sums == (0.0, 0.0, 0.0)
   assert all((g == 0).all() for g in jax.tree.leaves(gradients))
 
@@ -87,8 +103,12 @@ def test_ignored_tokens_get_no_gradient(route):
 @pytest.mark.parametrize('route', ['rows', 'vocabulary'])
 def test_a_tied_table_gets_the_transposed_gradient(route):
   inputs, targets = arrays()
+
   def loss(table_VD):
-    return cross_entropy(inputs['x'], table_VD.T, targets, route=route, chunk=32, transposed=True).loss
+    return cross_entropy(
+      inputs['x'], table_VD.T, targets, route=route, chunk=32, transposed=True
+    ).loss
+
   want = jax.grad(lambda w: cross_entropy_naive(inputs['x'], w, targets).loss)(inputs['w'])
   assert_same(jax.grad(loss)(inputs['w'].T), want.T)
 
@@ -97,8 +117,12 @@ def test_a_tied_table_gets_the_transposed_gradient(route):
 def test_token_scores(route, chunk):
   inputs, targets = arrays(bias=True)
   top = jnp.argmax(linear(inputs['x'], inputs['w'], inputs['bias']), axis=-1)
-  targets = jnp.where((targets != IGNORE) & (jnp.arange(targets.shape[1]) % 3 == 0)[None], top, targets)
-  score = jax.jit(lambda x, w, b: token_scores(x, w, targets, bias_V=b, softcap=3.0, route=route, chunk=chunk))
+  targets = jnp.where(
+    (targets != IGNORE) & (jnp.arange(targets.shape[1]) % 3 == 0)[None], top, targets
+  )
+  score = jax.jit(
+    lambda x, w, b: token_scores(x, w, targets, bias_V=b, softcap=3.0, route=route, chunk=chunk)
+  )
   nll, hit = score(*inputs.values())
   np.testing.assert_array_equal(hit, (targets == top) & (targets != IGNORE))
   assert 0 < hit.sum() < (targets != IGNORE).sum()
@@ -113,29 +137,46 @@ def test_token_scores(route, chunk):
 def test_value_alone_computes_no_gradient(route):
   """One matrix product a token when nothing is differentiated."""
   inputs, targets = arrays(V=256, T=16)
-  f = lambda x, w: cross_entropy(x, w, targets, route=route, chunk=64).loss   # noqa: E731
+  f = lambda x, w: cross_entropy(x, w, targets, route=route, chunk=64).loss  # noqa: E731
   assert str(jax.make_jaxpr(f)(inputs['x'], inputs['w'])).count('dot_general') == 1
 
 
 @pytest.mark.parametrize('route', ['rows', 'vocabulary'])
 def test_no_array_of_all_logits(route):
   inputs, targets = arrays(V=2048, B=4, T=256)
-  f = lambda x, w: cross_entropy(x, w, targets, route=route, chunk=128).loss   # noqa: E731
-  assert '4,256,2048' not in str(jax.make_jaxpr(jax.grad(f, (0, 1)))(inputs['x'], inputs['w'])).replace('1024,2048', '4,256,2048')
+  f = lambda x, w: cross_entropy(x, w, targets, route=route, chunk=128).loss  # noqa: E731
+  assert '4,256,2048' not in str(
+    jax.make_jaxpr(jax.grad(f, (0, 1)))(inputs['x'], inputs['w'])
+  ).replace('1024,2048', '4,256,2048')
 
 
 @quick
 def test_choice(monkeypatch):
-  x, small, large = (jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in ((4, 4096, 2048), (2048, 8192), (2048, 128256)))
-  cases = ('cpu', large, 'rows'), ('tpu', small, 'rows'), ('tpu', large, 'vocabulary'), ('gpu', large, 'vocabulary')
+  x, small, large = (
+    jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in ((4, 4096, 2048), (2048, 8192), (2048, 128256))
+  )
+  cases = (
+    ('cpu', large, 'rows'),
+    ('tpu', small, 'rows'),
+    ('tpu', large, 'vocabulary'),
+    ('gpu', large, 'vocabulary'),
+  )
   for platform, w, route in cases:
     monkeypatch.setattr(sharding, 'platform', lambda platform=platform: platform)
     assert ops.choose_route(x, w) == route
 
 
 @pytest.mark.skipif(jax.device_count() < 8, reason='needs 8 (fake) devices')
-@pytest.mark.parametrize('mesh', [
-  {'fsdp': 8}, {'fsdp': 2, 'tensor': 4}, {'data': 2, 'context': 2, 'tensor': 2}, {'data': 8, 'rules': 'data_parallel'}], ids=str)
+@pytest.mark.parametrize(
+  'mesh',
+  [
+    {'fsdp': 8},
+    {'fsdp': 2, 'tensor': 4},
+    {'data': 2, 'context': 2, 'tensor': 2},
+    {'data': 8, 'rules': 'data_parallel'},
+  ],
+  ids=str,
+)
 def test_sharded_agrees_with_unsharded(mesh):
   inputs, targets = arrays(bias=True, B=8, T=16, V=208)
   want = run(cross_entropy_naive, inputs, targets, z_loss=1e-2)

@@ -1,5 +1,5 @@
-"""The fast LSTM and GRU against the naive ones: outputs, last states, and gradients by everything, the first states and the last
-ones among them."""
+"""The fast LSTM and GRU against the naive ones: outputs, last states, and gradients by everything,
+the first states and the last ones among them."""
 
 import jax
 import jax.numpy as jnp
@@ -29,8 +29,13 @@ CASES = {
 @pytest.mark.parametrize('name', CASES)
 def test_fast_equals_naive(name):
   fast, naive, G, states, options = CASES[name]
-  args = [numbers(B, T, D), numbers(D, G, H), numbers(H, G, H), None if options is None else numbers(G, H),
-          *(numbers(B, H, seed=1 + i) for i in range(states))]
+  args = [
+    numbers(B, T, D),
+    numbers(D, G, H),
+    numbers(H, G, H),
+    None if options is None else numbers(G, H),
+    *(numbers(B, H, seed=1 + i) for i in range(states)),
+  ]
   extra = {'b_after_H': numbers(H)} if options else {}
 
   def loss(op, args, extra):

@@ -1,8 +1,8 @@
-"""The fast forms of the selective scan and of state-space duality mean what the naive ones mean; the short convolution means its
-sum.
+"""The fast forms of the selective scan and of state-space duality mean what the naive ones mean;
+the short convolution means its sum.
 
-Tolerances are relative to the largest magnitude of what is compared: 1e-5 for outputs and states, 1e-4 for gradients (fp32).
-"""
+Tolerances are relative to the largest magnitude of what is compared: 1e-5 for outputs and states,
+1e-4 for gradients (fp32)."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ from jaxformer.ops.route import route
 
 pytestmark = pytest.mark.quick
 
-BATCH, LENGTH, CHUNK = 2, 37, 8   # a remainder of 5
+BATCH, LENGTH, CHUNK = 2, 37, 8  # a remainder of 5
 
 
 def starts(length=LENGTH):
-  """Borders inside a chunk, at the first step of one, at the last, and two in a row; the other row has one at the very first."""
+  """Borders inside a chunk, at the first step of one, at the last, and two in a row; the other row
+  has one at the very first."""
   rows = np.zeros((BATCH, length), bool)
   rows[0, [3, 8, 15, 16, 30]] = True
   rows[1, [0, 21]] = True
@@ -40,15 +41,30 @@ def steps(seed, *shape):
 
 def scan_arrays():
   D, N = 6, 3
-  return (normal(0, BATCH, LENGTH, D), steps(1, BATCH, LENGTH, D), -jnp.exp(normal(2, D, N)), normal(3, BATCH, LENGTH, N),
-          normal(4, BATCH, LENGTH, N), normal(5, D), normal(6, BATCH, D, N))
+  return (
+    normal(0, BATCH, LENGTH, D),
+    steps(1, BATCH, LENGTH, D),
+    -jnp.exp(normal(2, D, N)),
+    normal(3, BATCH, LENGTH, N),
+    normal(4, BATCH, LENGTH, N),
+    normal(5, D),
+    normal(6, BATCH, D, N),
+  )
 
 
 def ssd_arrays(G=2):
   H, P, N = 4, 3, 5
-  rates = -jnp.asarray([0.1, 1.0, 16.0, 200.0])   # the last forgets all but the present within a chunk
-  return (normal(0, BATCH, LENGTH, H, P), steps(1, BATCH, LENGTH, H), rates, normal(3, BATCH, LENGTH, G, N),
-          normal(4, BATCH, LENGTH, G, N), normal(5, H), normal(6, BATCH, H, P, N))
+  # the last forgets all but the present within a chunk
+  rates = -jnp.asarray([0.1, 1.0, 16.0, 200.0])
+  return (
+    normal(0, BATCH, LENGTH, H, P),
+    steps(1, BATCH, LENGTH, H),
+    rates,
+    normal(3, BATCH, LENGTH, G, N),
+    normal(4, BATCH, LENGTH, G, N),
+    normal(5, H),
+    normal(6, BATCH, H, P, N),
+  )
 
 
 OPERATIONS = {
@@ -73,6 +89,7 @@ def close(got, want, rtol):
 
 def run(operation, form, arrays, begins):
   """(output, state), and the gradients of a number that every output and the last state bear on."""
+
   def value(arrays):
     y, h = operation(*arrays, begins)
     return jnp.sum(jnp.sin(y) * normal(7, *y.shape)) + jnp.sum(jnp.cos(h)), (y, h)
@@ -84,7 +101,8 @@ def run(operation, form, arrays, begins):
 
 @pytest.mark.parametrize('name', OPERATIONS)
 def test_fast_equals_naive(name):
-  """Outputs, last states, and the gradients of all arrays, the first state among them, over several chunks with a remainder."""
+  """Outputs, last states, and the gradients of all arrays, the first state among them, over several
+  chunks with a remainder."""
   operation, arrays, forms = OPERATIONS[name]
   want = run(operation, 'naive', arrays(), starts())
   for form in set(forms) - {'naive'}:
@@ -106,12 +124,15 @@ def test_a_border_hides_what_was_before(name):
 
 @pytest.mark.parametrize('name', OPERATIONS)
 def test_gradients_keep_few_states(name):
-  """What the forward pass keeps: the inputs and the states between chunks, not those of all tokens."""
+  """What the forward pass keeps: the inputs and the states between chunks, not those of all
+  tokens."""
   operation, arrays, _ = OPERATIONS[name]
   arrays = arrays()
   state, chunks = arrays[-1].size, -(-LENGTH // CHUNK)
   kept = jax.eval_shape(lambda *a: jax.vjp(lambda *a: operation(*a, starts()), *a)[1], *arrays)
-  assert max(a.size for a in jax.tree.leaves(kept)) <= max(chunks * state, 2 * max(a.size for a in arrays))
+  assert max(a.size for a in jax.tree.leaves(kept)) <= max(
+    chunks * state, 2 * max(a.size for a in arrays)
+  )
   with route(every='naive'):
     kept = jax.eval_shape(lambda *a: jax.vjp(lambda *a: operation(*a, starts()), *a)[1], *arrays)
   assert max(a.size for a in jax.tree.leaves(kept)) >= LENGTH * state
@@ -132,7 +153,10 @@ def test_half_precision_inputs(name):
 @pytest.mark.parametrize('name', OPERATIONS)
 def test_unknown_forms_are_named(name):
   operation, arrays, _ = OPERATIONS[name]
-  with route(**{name: 'fastest'}), pytest.raises(ValueError, match=f"'fastest' of {name}; known: naive, chunked"):
+  with (
+    route(**{name: 'fastest'}),
+    pytest.raises(ValueError, match=f"'fastest' of {name}; known: naive, chunked"),
+  ):
     operation(*arrays(), starts())
 
 
@@ -141,7 +165,7 @@ def test_heads_must_fill_the_groups():
     ssd_ops.ssd(*ssd_arrays(G=3), starts())
 
 
-# ---- the short convolution --------------------------------------------------------------------------------------------
+# ---- the short convolution ---------------------------------------------------------------------
 
 
 def convolved(x, w, b, before, begins):
@@ -159,18 +183,27 @@ def convolved(x, w, b, before, begins):
 
 @pytest.mark.parametrize('taps', [1, 2, 4])
 def test_convolution_is_the_sum(taps):
-  x, w, b, before = (np.asarray(normal(i, *s)) for i, s in enumerate(((BATCH, LENGTH, 3), (taps, 3), (3,), (BATCH, taps - 1, 3))))
+  x, w, b, before = (
+    np.asarray(normal(i, *s))
+    for i, s in enumerate(((BATCH, LENGTH, 3), (taps, 3), (3,), (BATCH, taps - 1, 3)))
+  )
   y, after = short_convolution(*map(jnp.asarray, (x, w, b, before)), starts())
   close(y, jnp.asarray(convolved(x, w, b, before, np.asarray(starts()))), 1e-5)
-  close(after, jnp.asarray(x[:, LENGTH - taps + 1:]), 1e-5) if taps > 1 else None
+  close(after, jnp.asarray(x[:, LENGTH - taps + 1 :]), 1e-5) if taps > 1 else None
   without = short_convolution(jnp.asarray(x), jnp.asarray(w), None, None, starts())[0]
   close(without, jnp.asarray(convolved(x, w, 0 * b, 0 * before, np.asarray(starts()))), 1e-5)
 
 
 @pytest.mark.parametrize('cut', [1, 2, 9, 17, 31])
 def test_convolution_continues_exactly(cut):
-  """In two calls as in one, with a border right before the cut, at it, and shortly before it; calls shorter than the taps too."""
-  x, w, b, before = normal(0, BATCH, LENGTH, 3), normal(1, 4, 3), normal(2, 3), normal(3, BATCH, 3, 3)
+  """In two calls as in one, with a border right before the cut, at it, and shortly before it; calls
+  shorter than the taps too."""
+  x, w, b, before = (
+    normal(0, BATCH, LENGTH, 3),
+    normal(1, 4, 3),
+    normal(2, 3),
+    normal(3, BATCH, 3, 3),
+  )
   y, after = short_convolution(x, w, b, before, starts())
   first, between = short_convolution(x[:, :cut], w, b, before, starts()[:, :cut])
   second, last = short_convolution(x[:, cut:], w, b, between, starts()[:, cut:])

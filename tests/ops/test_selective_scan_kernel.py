@@ -1,4 +1,5 @@
-"""The Pallas kernel of the selective scan, interpreted, against the recurrence step by step: outputs, states and all gradients."""
+"""The Pallas kernel of the selective scan, interpreted, against the recurrence step by step:
+outputs, states and all gradients."""
 
 from __future__ import annotations
 
@@ -22,9 +23,17 @@ def examples(B, T, D, N, dtype=jnp.float32):
   def normal(*shape, dtype=jnp.float32):
     return jnp.asarray(random.normal(size=shape), dtype)
 
-  arguments = (normal(B, T, D, dtype=dtype), jax.nn.softplus(normal(B, T, D) - 3).astype(dtype), -jnp.exp(normal(D, N)),
-               normal(B, T, N, dtype=dtype), normal(B, T, N, dtype=dtype), normal(D), normal(B, D, N))
-  # Documents begin in the middle, at the last position and, in a second row, at the first; in the first row's second chunk none.
+  arguments = (
+    normal(B, T, D, dtype=dtype),
+    jax.nn.softplus(normal(B, T, D) - 3).astype(dtype),
+    -jnp.exp(normal(D, N)),
+    normal(B, T, N, dtype=dtype),
+    normal(B, T, N, dtype=dtype),
+    normal(D),
+    normal(B, D, N),
+  )
+  # Documents begin in the middle, at the last position and, in a second row, at the first; in the
+  # first row's second chunk none.
   starts = np.zeros((B, T), bool)
   starts[0, [5, 13]] = starts[-1, [T // 2, T - 1]] = True
   starts[1:, 0] = True
@@ -36,6 +45,7 @@ def with_gradients(scan, arguments, starts, cotangents):
   def run(arguments, cotangents):
     out, pull = jax.vjp(lambda *a: scan(*a, starts), *arguments)
     return *out, *pull(cotangents)
+
   return run(arguments, cotangents)
 
 
@@ -44,7 +54,8 @@ def interpreted(*arguments):
 
 
 def compare(got, expected):
-  """Relative to the largest number: 1e-5 for y and h, 1e-4 for gradients; what is bfloat16 may round to a neighbour."""
+  """Relative to the largest number: 1e-5 for y and h, 1e-4 for gradients; what is bfloat16 may
+  round to a neighbour."""
   for name, a, b in zip(NAMES, got, expected, strict=True):
     assert a.shape == b.shape, name
     assert a.dtype == b.dtype, name
@@ -56,20 +67,28 @@ def compare(got, expected):
 
 @pytest.mark.parametrize(
   ('B', 'T', 'D', 'N', 'dtype'),
-  [(2, 40, 200, 4, jnp.float32),      # blocks hang over the end of the channels and of time; rows of state are padded
-   (2, 136, 640, 16, jnp.float32),    # two chunks, two blocks of channels forwards and three backwards
-   (1, 100, 128, 64, jnp.bfloat16)],  # a wide state in shorter chunks; fp32 inside, so that state and dA are as exact as ever
-  ids=['overhang', 'blocks', 'wide-bf16'])
+  # blocks hang over the end of the channels and of time; rows of state are padded
+  [
+    (2, 40, 200, 4, jnp.float32),
+    # two chunks, two blocks of channels forwards and three backwards
+    (2, 136, 640, 16, jnp.float32),
+    # a wide state in shorter chunks; fp32 inside, so that state and dA are as exact as ever
+    (1, 100, 128, 64, jnp.bfloat16),
+  ],
+  ids=['overhang', 'blocks', 'wide-bf16'],
+)
 def test_kernel_is_the_recurrence(B, T, D, N, dtype):
   arguments, starts, cotangents = examples(B, T, D, N, dtype)
-  got, expected = (with_gradients(f, arguments, starts, cotangents) for f in (interpreted, selective_scan_naive))
+  got, expected = (
+    with_gradients(f, arguments, starts, cotangents) for f in (interpreted, selective_scan_naive)
+  )
   compare(got, expected)
 
 
 @pytest.mark.parametrize('sizes', [{'fsdp': 2, 'tensor': 4}], ids=str)
 def test_on_a_mesh(sizes):
-  """Batch over fsdp, channels over tensor: the gradients of B and C, which every shard of the channels reads whole, are summed
-  over the channels, and those of A and D over the batch."""
+  """Batch over fsdp, channels over tensor: the gradients of B and C, which every shard of the
+  channels reads whole, are summed over the channels, and those of A and D over the batch."""
   arguments, starts, cotangents = examples(2, 16, 512, 4)
   expected = with_gradients(selective_scan_naive, arguments, starts, cotangents)
   with use_mesh(make_mesh(MeshConfig(data=1, **sizes))), route(selective_scan='pallas'):

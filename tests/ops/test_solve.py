@@ -1,5 +1,5 @@
-"""Systems of linear equations: elimination against NumPy in float64, its gradients against the library's, and many devices at
-once."""
+"""Systems of linear equations: elimination against NumPy in float64, its gradients against the
+library's, and many devices at once."""
 
 import jax
 import jax.numpy as jnp
@@ -15,18 +15,23 @@ A, B = RNG.normal(size=(6, 12, 12)), RNG.normal(size=(6, 12, 3))
 
 def test_solution_needs_pivots_and_is_that_of_numpy():
   a = A.copy()
-  a[:, 0, 0] = 0.0    # no elimination without exchanging rows
+  a[:, 0, 0] = 0.0  # no elimination without exchanging rows
   x = solve(jnp.asarray(a, jnp.float32), jnp.asarray(B, jnp.float32), route='elimination')
   wanted = np.linalg.solve(a, B)
-  for mine, true, condition in zip(np.asarray(x, np.float64), wanted, np.linalg.cond(a), strict=True):
+  for mine, true, condition in zip(
+    np.asarray(x, np.float64), wanted, np.linalg.cond(a), strict=True
+  ):
     assert np.abs(mine - true).max() < 1e-6 * condition * np.abs(true).max()
 
 
 def test_gradients_are_those_of_the_library():
   def value(a, b, route):
     return jnp.sum(jnp.sin(solve(a, b, route=route)))
+
   a, b = jnp.asarray(A + 4 * np.eye(12), jnp.float32), jnp.asarray(B, jnp.float32)
-  for mine, library in zip(*(jax.grad(value, argnums=(0, 1))(a, b, r) for r in ('elimination', 'library')), strict=True):
+  for mine, library in zip(
+    *(jax.grad(value, argnums=(0, 1))(a, b, r) for r in ('elimination', 'library')), strict=True
+  ):
     np.testing.assert_allclose(mine, library, rtol=1e-4, atol=1e-5)
 
 
@@ -36,4 +41,6 @@ def test_eight_devices_that_solve_at_once_all_come_to_an_end(turn):
   with use_mesh(make_mesh(MeshConfig(data=8))):
     a = jnp.asarray(np.broadcast_to(A[:1] + 4 * np.eye(12), (512, 12, 12)), jnp.float32)
     x = jax.jit(lambda a: solve(a, jnp.ones((512, 12, 1))))(a)
-    np.testing.assert_allclose(x, np.linalg.solve(np.asarray(a, np.float64), np.ones((512, 12, 1))), rtol=1e-4)
+    np.testing.assert_allclose(
+      x, np.linalg.solve(np.asarray(a, np.float64), np.ones((512, 12, 1))), rtol=1e-4
+    )

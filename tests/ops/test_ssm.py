@@ -1,5 +1,5 @@
-"""Linear time-invariant systems: chunks and Fourier transforms against the recurrence, and that against dense matrices in
-complex128."""
+"""Linear time-invariant systems: chunks and Fourier transforms against the recurrence, and that
+against dense matrices in complex128."""
 
 from __future__ import annotations
 
@@ -48,16 +48,33 @@ def close(a, b, rtol):
   for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
     x, y = np.asarray(x), np.asarray(y)
     assert x.shape == y.shape
-    assert np.abs(x - y).max() <= rtol * max(np.abs(y).max(), 1e-3), np.abs(x - y).max() / np.abs(y).max()
+    assert np.abs(x - y).max() <= rtol * max(np.abs(y).max(), 1e-3), (
+      np.abs(x - y).max() / np.abs(y).max()
+    )
 
 
 @pytest.mark.parametrize('kind', KINDS)
 @pytest.mark.parametrize(('length', 'packed'), [(19, True), (16, False), (5, True)])
 def test_chunks_equal_the_recurrence(kind, length, packed):
-  """Outputs, states and gradients, where documents begin anywhere: at a chunk's border, two in a chunk, at the first token."""
+  """Outputs, states and gradients, where documents begin anywhere: at a chunk's border, two in a
+  chunk, at the first token."""
   given, build = parameters(kind)
-  starts = jnp.zeros((B, length), bool).at[0, 3].set(True).at[0, 5].set(True).at[1, 0].set(True).at[2, 8:10].set(True)
-  u, x, w = normal(8, B, length, H), normal(9, B, H, build(*given).sizes[2]), normal(10, B, length, M, H)
+  starts = (
+    jnp.zeros((B, length), bool)
+    .at[0, 3]
+    .set(True)
+    .at[0, 5]
+    .set(True)
+    .at[1, 0]
+    .set(True)
+    .at[2, 8:10]
+    .set(True)
+  )
+  u, x, w = (
+    normal(8, B, length, H),
+    normal(9, B, H, build(*given).sizes[2]),
+    normal(10, B, length, M, H),
+  )
 
   def loss(form, given, u, x):
     y, last = form(u, build(*given), x, starts if packed else None)
@@ -65,7 +82,8 @@ def test_chunks_equal_the_recurrence(kind, length, packed):
 
   results = [
     jax.jit(jax.grad(lambda *a, form=form: loss(form, *a), (0, 1, 2), has_aux=True))(given, u, x)
-    for form in (lambda *a: ssm_chunked(*a, chunk=8), ssm_naive)]
+    for form in (lambda *a: ssm_chunked(*a, chunk=8), ssm_naive)
+  ]
   (fast, values), (slow, naive_values) = results
   close(values, naive_values, 1e-5)
   close(fast, slow, 1e-4)
@@ -95,7 +113,11 @@ def test_fourier_transform_equals_the_recurrence(kind, length):
 def test_discretisation(rule):
   """In double precision: the matrix exponential of a diagonal matrix, and Tustin's rule."""
   a, b, dt = continuous()
-  a64, b64, z = np.asarray(a, np.complex128), np.asarray(b, np.complex128), np.asarray(dt, np.float64)[:, None]
+  a64, b64, z = (
+    np.asarray(a, np.complex128),
+    np.asarray(b, np.complex128),
+    np.asarray(dt, np.float64)[:, None],
+  )
   if rule is zoh:
     abar, bbar = np.exp(z * a64), (np.exp(z * a64) - 1) / a64 * b64
   else:
@@ -125,7 +147,8 @@ def test_steps_equal_the_recurrence(kind):
 
 
 def test_every_form_can_be_asked_for():
-  """The recurrence is a loop over all positions, the chunks over one in `CHUNK`, the Fourier transform none."""
+  """The recurrence is a loop over all positions, the chunks over one in `CHUNK`, the Fourier
+  transform none."""
   given, build = parameters('zoh')
   u = normal(8, 1, 512, H)
   for form, loops, spectra in (('naive', 1, 0), ('chunked', 1, 0), ('fft', 0, 1)):
@@ -145,7 +168,9 @@ def test_output_has_the_dtype_of_the_input():
 @pytest.mark.parametrize('length', [1, 2, 7, 33])
 def test_long_convolution(length):
   u, k = normal(1, B, length, H), normal(2, H, length)
-  expected = np.stack([[np.convolve(u[b, :, h], k[h])[:length] for h in range(H)] for b in range(B)]).transpose(0, 2, 1)
+  expected = np.stack(
+    [[np.convolve(u[b, :, h], k[h])[:length] for h in range(H)] for b in range(B)]
+  ).transpose(0, 2, 1)
   close(fft_convolution(u, k), expected, 1e-5)
   close(convolution_naive(u, k), expected, 1e-5)
   square = np.asarray(toeplitz(k))
@@ -153,16 +178,31 @@ def test_long_convolution(length):
 
 
 def test_lengths_of_transforms():
-  assert [fast_length(n) for n in (1, 2, 3, 4, 5, 7, 13, 17, 25, 511)] == [1, 2, 3, 4, 6, 8, 16, 24, 32, 512]
+  assert [fast_length(n) for n in (1, 2, 3, 4, 5, 7, 13, 17, 25, 511)] == [
+    1,
+    2,
+    3,
+    4,
+    6,
+    8,
+    16,
+    24,
+    32,
+    512,
+  ]
 
 
 def test_powers_of_matrices():
   a, v = 0.9 * jnp.linalg.qr(normal(3, H, N, N))[0], normal(4, H, 2, N)
-  powers = [np.stack([np.linalg.matrix_power(np.asarray(m, np.float64), j) for m in a]) for j in range(9)]
+  powers = [
+    np.stack([np.linalg.matrix_power(np.asarray(m, np.float64), j) for m in a]) for j in range(9)
+  ]
   d = a - jnp.eye(N)[None]
   for j in (0, 1, 5, 8):
     close(power_less_one(d, j) + jnp.eye(N)[None], powers[j], 1e-5)
-  rows, turned = (np.asarray(krylov(d, v, 7, transposed=t)).reshape(H, 7, 2, N) for t in (False, True))
+  rows, turned = (
+    np.asarray(krylov(d, v, 7, transposed=t)).reshape(H, 7, 2, N) for t in (False, True)
+  )
   for j in range(7):
     close(rows[:, j], np.asarray(v) @ powers[j], 1e-5)
     close(turned[:, j], np.asarray(v) @ powers[j].transpose(0, 2, 1), 1e-5)

@@ -1,8 +1,9 @@
-"""The recurrences of RWKV-4 and of RWKV-5 and 6: every fast form means what the naive form means, in outputs, states and gradients,
-the gradient of the incoming state included; and the naive form means what the papers' sums say.
+"""The recurrences of RWKV-4 and of RWKV-5 and 6: every fast form means what the naive form means,
+in outputs, states and gradients, the gradient of the incoming state included; and the naive form
+means what the papers' sums say.
 
-Tolerances are relative to the largest magnitude: 1e-5 for outputs and states, 1e-4 for gradients (fp32).
-"""
+Tolerances are relative to the largest magnitude: 1e-5 for outputs and states, 1e-4 for gradients
+(fp32)."""
 
 import functools
 
@@ -25,7 +26,9 @@ def close(got, want, rtol):
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
     assert np.isfinite(a).all(), jax.tree_util.keystr(path)
     gap, scale = np.abs(a - b).max(initial=0.0), max(np.abs(b).max(initial=0.0), 1e-3)
-    assert gap <= rtol * scale, f'{jax.tree_util.keystr(path)}: differs by {gap:.2e} where values reach {scale:.2e}'
+    assert gap <= rtol * scale, (
+      f'{jax.tree_util.keystr(path)}: differs by {gap:.2e} where values reach {scale:.2e}'
+    )
 
 
 def starts(B, T, seed=0, rate=0.1):
@@ -34,25 +37,36 @@ def starts(B, T, seed=0, rate=0.1):
 
 def results(op, arguments, begins, form, chunk):
   """((y, state), gradients of a scalar that all of it bears on)."""
+
   def scalar(arguments):
     out = op(*arguments, begins, route=form, chunk=chunk)
     leaves = jax.tree.leaves(out)
-    weights = [jnp.sin(1.0 + jnp.arange(x.size, dtype=jnp.float32)).reshape(x.shape) for x in leaves]
+    weights = [
+      jnp.sin(1.0 + jnp.arange(x.size, dtype=jnp.float32)).reshape(x.shape) for x in leaves
+    ]
     return sum(jnp.sum(w * x) for w, x in zip(weights, leaves, strict=True)), out
 
   gradients, out = jax.jit(jax.grad(scalar, has_aux=True))(arguments)
   return out, gradients
 
 
-# ---- RWKV-4 -----------------------------------------------------------------------------------------------------------
+# ---- RWKV-4 ------------------------------------------------------------------------------------
 
 
 def arrays4(T, w=None, fresh=False, B=2, D=6):
   r = np.random.default_rng(T)
   k, v, u = r.normal(0, 2, (B, T, D)), r.normal(0, 1, (B, T, D)), r.normal(0, 1, D)
   w = np.exp(r.normal(-1, 2, D)) if w is None else np.full(D, w)
-  state = Wkv4State.empty(B, D) if fresh else Wkv4State(
-    *(jnp.asarray(x, jnp.float32) for x in (r.normal(0, 1, (B, D)), np.exp(r.normal(0, 1, (B, D))), r.normal(0, 2, (B, D)))))
+  state = (
+    Wkv4State.empty(B, D)
+    if fresh
+    else Wkv4State(
+      *(
+        jnp.asarray(x, jnp.float32)
+        for x in (r.normal(0, 1, (B, D)), np.exp(r.normal(0, 1, (B, D))), r.normal(0, 2, (B, D)))
+      )
+    )
+  )
   return *(jnp.asarray(x, jnp.float32) for x in (k, v, w, u)), state
 
 
@@ -62,29 +76,39 @@ def test_wkv4_is_the_weighted_mean():
   y, _ = wkv4(k, v, w, u, None, starts(2, 9, rate=0.0), route='naive')
   k, v, w, u = (np.asarray(x, np.float64) for x in (k, v, w, u))
   for t in range(9):
-    weights = np.stack([np.exp(-(t - 1 - i) * w + k[:, i]) for i in range(t)] + [np.exp(u + k[:, t])])
-    expected = (weights * np.moveaxis(v[:, :t + 1], 1, 0)).sum(0) / weights.sum(0)
+    weights = np.stack(
+      [np.exp(-(t - 1 - i) * w + k[:, i]) for i in range(t)] + [np.exp(u + k[:, t])]
+    )
+    expected = (weights * np.moveaxis(v[:, : t + 1], 1, 0)).sum(0) / weights.sum(0)
     np.testing.assert_allclose(y[:, t], expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize('form', ['chunked', 'associative'])
-@pytest.mark.parametrize(('T', 'w', 'fresh'), [(1, None, True), (21, None, False), (16, np.exp(3.0), True)])
+@pytest.mark.parametrize(
+  ('T', 'w', 'fresh'), [(1, None, True), (21, None, False), (16, np.exp(3.0), True)]
+)
 def test_wkv4_fast_forms_equal_the_naive_one(form, T, w, fresh):
-  """Chunks of 8: whole ones, and a rest. Decays from none to strong: e^3 is the strongest of RWKV-4's initial ones."""
+  """Chunks of 8: whole ones, and a rest. Decays from none to strong: e^3 is the strongest of
+  RWKV-4's initial ones."""
   arguments, begins = arrays4(T, w, fresh), starts(2, T)
   fast, naive = (results(wkv4, arguments, begins, f, 8) for f in (form, 'naive'))
   close(fast[0], naive[0], 1e-5)
   close(fast[1], naive[1], 1e-4)
 
 
-# ---- RWKV-5 and 6 -----------------------------------------------------------------------------------------------------
+# ---- RWKV-5 and 6 ------------------------------------------------------------------------------
 
 
 def arrays6(T, log_decay=None, static=False, B=2, H=2, K=4, V=3):
   n = np.random.default_rng(T)
   shape = (1, 1, H, K) if static else (B, T, H, K)
   decay = -np.exp(n.normal(-1, 2, shape)) if log_decay is None else np.full(shape, log_decay)
-  arrays = *(n.normal(0, 1, (B, T, H, d)) for d in (K, K, V)), decay, n.normal(0, 1, (H, K)), n.normal(0, 1, (B, H, K, V))
+  arrays = (
+    *(n.normal(0, 1, (B, T, H, d)) for d in (K, K, V)),
+    decay,
+    n.normal(0, 1, (H, K)),
+    n.normal(0, 1, (B, H, K, V)),
+  )
   return tuple(jnp.asarray(x, jnp.float32) for x in arrays)
 
 
@@ -94,21 +118,32 @@ def test_wkv6_is_the_decayed_sum():
   y, last = wkv6(r, k, v, log_decay, u, None, starts(2, 9, rate=0.0), route='naive')
   r, k, v, log_decay, u = (np.asarray(x, np.float64) for x in (r, k, v, log_decay, u))
 
-  def reaches(i, t):   # what is left of token i at token t
-    return np.exp(log_decay[:, i + 1:t].sum(1))
+  def reaches(i, t):  # what is left of token i at token t
+    return np.exp(log_decay[:, i + 1 : t].sum(1))
 
   for t in range(9):
     own = (r[:, t] * u[None] * k[:, t]).sum(-1, keepdims=True) * v[:, t]
-    expected = own + sum((r[:, t] * k[:, i] * reaches(i, t)).sum(-1, keepdims=True) * v[:, i] for i in range(t))
+    expected = own + sum(
+      (r[:, t] * k[:, i] * reaches(i, t)).sum(-1, keepdims=True) * v[:, i] for i in range(t)
+    )
     np.testing.assert_allclose(y[:, t], expected, rtol=1e-5, atol=1e-5)
   expected = sum((k[:, i] * reaches(i, 9))[..., None] * v[:, i, :, None] for i in range(9))
   np.testing.assert_allclose(last, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(('T', 'log_decay', 'static'), [
-  (1, None, False), (21, None, False), (16, -np.exp(3.0), False), (5, -1e6, False), (21, None, True)])
+@pytest.mark.parametrize(
+  ('T', 'log_decay', 'static'),
+  [
+    (1, None, False),
+    (21, None, False),
+    (16, -np.exp(3.0), False),
+    (5, -1e6, False),
+    (21, None, True),
+  ],
+)
 def test_wkv6_chunked_equals_naive(T, log_decay, static):
-  """Chunks of 8: whole ones, and a rest. Decays from nearly none to so strong that a step leaves nothing."""
+  """Chunks of 8: whole ones, and a rest. Decays from nearly none to so strong that a step leaves
+  nothing."""
   arguments, begins = arrays6(T, log_decay, static), starts(2, T)
   fast, naive = (results(wkv6, arguments, begins, f, 8) for f in ('chunked', 'naive'))
   close(fast[0], naive[0], 1e-5)
@@ -117,15 +152,19 @@ def test_wkv6_chunked_equals_naive(T, log_decay, static):
 
 @quick
 def test_a_strong_decay_takes_no_digits_from_later_weak_ones():
-  """Differences of cumulative sums would: after a sum of -2e4 the log decays here are below its last digit."""
+  """Differences of cumulative sums would: after a sum of -2e4 the log decays here are below its
+  last digit."""
   r, k, v, _, u, state = arrays6(16)
   log_decay = jnp.full(r.shape, -1e-3).at[:, 1].set(-2e4)
   begins = starts(2, 16, rate=0.0)
-  fast, naive = (jax.jit(functools.partial(wkv6, route=f))(r, k, v, log_decay, u, state, begins) for f in ('chunked', 'naive'))
+  fast, naive = (
+    jax.jit(functools.partial(wkv6, route=f))(r, k, v, log_decay, u, state, begins)
+    for f in ('chunked', 'naive')
+  )
   close(fast, naive, 1e-6)
 
 
-# ---- both -------------------------------------------------------------------------------------------------------------
+# ---- both --------------------------------------------------------------------------------------
 
 
 @quick
@@ -142,13 +181,18 @@ def test_dtypes_and_routes(op, arrays):
 
 
 @quick
-@pytest.mark.parametrize(('module', 'op', 'arrays'), [(four, wkv4, arrays4), (six, wkv6, arrays6)], ids=['wkv4', 'wkv6'])
+@pytest.mark.parametrize(
+  ('module', 'op', 'arrays'), [(four, wkv4, arrays4), (six, wkv6, arrays6)], ids=['wkv4', 'wkv6']
+)
 def test_route_selects_the_naive_form(module, op, arrays, monkeypatch):
   seen = []
   naive = f'{op.__name__}_naive'
-  monkeypatch.setattr(module, naive, functools.partial(lambda f, *a: seen.append(1) or f(*a), getattr(module, naive)))
+  monkeypatch.setattr(
+    module, naive, functools.partial(lambda f, *a: seen.append(1) or f(*a), getattr(module, naive))
+  )
   jax.eval_shape(lambda *a: op(*a)[0], *arrays(20), starts(2, 20))
   assert not seen
   with route(every='naive'):
-    jax.eval_shape(lambda *a: op(*a)[0], *arrays(20), starts(2, 20))   # another function: a trace is kept for each
+    # another function: a trace is kept for each
+    jax.eval_shape(lambda *a: op(*a)[0], *arrays(20), starts(2, 20))
   assert seen

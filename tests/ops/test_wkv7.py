@@ -1,7 +1,7 @@
 """The recurrence of RWKV-7: against numpy in float64, and the chunked form against the naive one.
 
-Tolerances are relative to the largest magnitude: 1e-5 for outputs and states, 1e-4 for gradients (fp32).
-"""
+Tolerances are relative to the largest magnitude: 1e-5 for outputs and states, 1e-4 for gradients
+(fp32)."""
 
 import jax
 import jax.numpy as jnp
@@ -16,20 +16,37 @@ B, H, K, V = 2, 2, 8, 6
 
 
 def inputs(T, seed=0, slow=False, dtype=jnp.float32):
-  """Removal keys of length 1 and learning rates below 1, as the layer gives them. `slow`: hardly any decay and almost one key for
-  all positions, where the triangular matrix is as far from the identity as it comes."""
+  """Removal keys of length 1 and learning rates below 1, as the layer gives them. `slow`: hardly
+  any decay and almost one key for all positions, where the triangular matrix is as far from the
+  identity as it comes."""
   rng = np.random.default_rng(seed)
-  r, k, v = rng.normal(size=(B, T, H, K)), rng.normal(size=(B, T, H, K)), rng.normal(size=(B, T, H, V))
-  kappa = (rng.normal(size=(1, 1, H, K)) + 0.01 * rng.normal(size=(B, T, H, K))) if slow else rng.normal(size=(B, T, H, K))
+  r, k, v = (
+    rng.normal(size=(B, T, H, K)),
+    rng.normal(size=(B, T, H, K)),
+    rng.normal(size=(B, T, H, V)),
+  )
+  kappa = (
+    (rng.normal(size=(1, 1, H, K)) + 0.01 * rng.normal(size=(B, T, H, K)))
+    if slow
+    else rng.normal(size=(B, T, H, K))
+  )
   kappa /= np.linalg.norm(kappa, axis=-1, keepdims=True)
   rate = rng.uniform(0.99 if slow else 0.0, 1.0, (B, T, H, K))
   w = -0.6065 * rng.uniform(0.0, 0.001 if slow else 1.0, (B, T, H, K))
   state = rng.normal(size=(B, H, V, K))
-  return [jnp.asarray(x, dtype) for x in (r, w, k, v, -kappa, rate * kappa)], jnp.asarray(state, jnp.float32)
+  return [jnp.asarray(x, dtype) for x in (r, w, k, v, -kappa, rate * kappa)], jnp.asarray(
+    state, jnp.float32
+  )
 
 
 def begins(T, *at):
-  return jnp.zeros((B, T), bool).at[0, jnp.asarray(at, int)].set(True).at[1, jnp.asarray([t for t in at if t > 2], int)].set(True)
+  return (
+    jnp.zeros((B, T), bool)
+    .at[0, jnp.asarray(at, int)]
+    .set(True)
+    .at[1, jnp.asarray([t for t in at if t > 2], int)]
+    .set(True)
+  )
 
 
 def close(a, b, rtol):
@@ -58,17 +75,28 @@ def value_and_gradients(f, args, state, starts):
   def loss(args, state):
     y, last = f(*args, state, starts)
     return jnp.sum(jnp.sin(y)) + jnp.sum(jnp.cos(last)), (y, last)
+
   return jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(args, state)
 
 
-@pytest.mark.parametrize(('T', 'at', 'chunk', 'span', 'slow'), [
-  (16, (), 16, 256, False), (21, (0, 1, 15, 17), 16, 256, False), (75, (5, 16, 40), 16, 32, False), (64, (), 16, 256, True),
-  (70, (30, 31), 64, 256, False)])
+@pytest.mark.parametrize(
+  ('T', 'at', 'chunk', 'span', 'slow'),
+  [
+    (16, (), 16, 256, False),
+    (21, (0, 1, 15, 17), 16, 256, False),
+    (75, (5, 16, 40), 16, 32, False),
+    (64, (), 16, 256, True),
+    (70, (30, 31), 64, 256, False),
+  ],
+)
 def test_chunked_equals_naive(T, at, chunk, span, slow):
-  """Whole and cut chunks, several spans, documents that begin anywhere; outputs, states, and gradients of everything."""
+  """Whole and cut chunks, several spans, documents that begin anywhere; outputs, states, and
+  gradients of everything."""
   args, state = inputs(T, slow=slow)
   starts = begins(T, *at)
-  fast = value_and_gradients(lambda *x: wkv7_chunked(*x, chunk=chunk, span=span), args, state, starts)
+  fast = value_and_gradients(
+    lambda *x: wkv7_chunked(*x, chunk=chunk, span=span), args, state, starts
+  )
   naive = value_and_gradients(wkv7_naive, args, state, starts)
   close(fast[0][1], naive[0][1], 1e-5)
   close(fast[1], naive[1], 1e-4)
@@ -79,7 +107,11 @@ def test_strongest_decay_at_every_position():
   args, state = inputs(64)
   args[1] = jnp.full_like(args[1], -0.60653066)
   starts = begins(64)
-  close(jax.jit(lambda *x: wkv7_chunked(*x, chunk=64))(*args, state, starts), jax.jit(wkv7_naive)(*args, state, starts), 1e-5)
+  close(
+    jax.jit(lambda *x: wkv7_chunked(*x, chunk=64))(*args, state, starts),
+    jax.jit(wkv7_naive)(*args, state, starts),
+    1e-5,
+  )
 
 
 def test_public_function():
@@ -111,10 +143,16 @@ def test_inverse():
 
 
 def test_a_gradient_keeps_the_inputs_and_border_states_alone():
-  """What the backward pass needs from the forward pass: no more than a small multiple of the inputs."""
+  """What the backward pass needs from the forward pass: no more than a small multiple of the
+  inputs."""
   T = 4 * ops.SPAN
   shapes = [jax.ShapeDtypeStruct((B, T, H, n), jnp.float32) for n in (K, K, K, V, K, K)]
-  state, starts = jax.ShapeDtypeStruct((B, H, V, K), jnp.float32), jax.ShapeDtypeStruct((B, T), jnp.bool_)
-  _, pull = jax.eval_shape(lambda *x: jax.vjp(lambda *y: wkv7_chunked(*y, x[-1]), *x[:-1]), *shapes, state, starts)
+  state, starts = (
+    jax.ShapeDtypeStruct((B, H, V, K), jnp.float32),
+    jax.ShapeDtypeStruct((B, T), jnp.bool_),
+  )
+  _, pull = jax.eval_shape(
+    lambda *x: jax.vjp(lambda *y: wkv7_chunked(*y, x[-1]), *x[:-1]), *shapes, state, starts
+  )
   kept = sum(x.size for x in jax.tree.leaves(pull))
   assert kept < 1.5 * sum(x.size for x in shapes)

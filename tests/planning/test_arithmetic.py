@@ -1,4 +1,5 @@
-"""FLOPs from HLO text: products with the rounds of their loops, as the TPU's compiler writes them (convolutions) and others do."""
+"""FLOPs from HLO text: products with the rounds of their loops, as the TPU's compiler writes them
+(convolutions) and others do."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ import pytest
 
 from jaxformer.planning.arithmetic import arithmetic
 
-LOOP = '''HloModule m
+LOOP = """HloModule m
 
 %body (p: (s32[], bf16[2,8,16], bf16[16,32])) -> (s32[], bf16[2,8,16], bf16[16,32]) {
   %p = (s32[], bf16[2,8,16]{2,1,0}, bf16[16,32]{1,0}) parameter(0)
@@ -40,7 +41,7 @@ ENTRY %main (x: bf16[2,8,16], w: bf16[16,32]) -> bf16[2,8,16] {
   %moved = f32[8,16]{1,0} custom-call(%x.1), custom_call_target="ConcatBitcast"
   ROOT %y = bf16[2,8,16]{2,1,0} get-tuple-element(%loop), index=1
 }
-'''
+"""
 
 
 @pytest.mark.quick
@@ -52,34 +53,61 @@ def test_loops_kernels_and_what_says_nothing():
 
 
 @pytest.mark.quick
-@pytest.mark.parametrize(('line', 'operands', 'flops'), [
-  ('f32[4,6] dot(%a, %b), lhs_contracting_dims={1}, rhs_contracting_dims={0}', ('f32[4,5]', 'f32[5,6]'), 2 * 4 * 5 * 6),
-  ('f32[3,4,6] dot(%a, %b), lhs_batch_dims={0}, lhs_contracting_dims={2}, rhs_batch_dims={0}, rhs_contracting_dims={1}',
-   ('f32[3,4,5]', 'f32[3,5,6]'), 3 * 2 * 4 * 5 * 6),
-  # A batch of products as a convolution: dilated and padded so that each tap meets its own row.
-  ('f32[3,4,6] convolution(%a, %b), window={size=3 stride=2 pad=0_0 lhs_dilate=3}, dim_labels=0bf_0io->0bf',
-   ('f32[3,4,5]', 'f32[3,5,6]'), 3 * 2 * 4 * 5 * 6),
-  # Four taps over eight places, padded by three: 4 x 8 pairs less the 6 that meet padding; each channel by itself.
-  ('f32[1,8,10] convolution(%a, %b), window={size=4 pad=3_0}, dim_labels=b0f_0io->b0f, feature_group_count=10',
-   ('f32[1,8,10]', 'f32[4,1,10]'), 2 * 10 * (4 * 8 - 6)),
-])
+@pytest.mark.parametrize(
+  ('line', 'operands', 'flops'),
+  [
+    (
+      'f32[4,6] dot(%a, %b), lhs_contracting_dims={1}, rhs_contracting_dims={0}',
+      ('f32[4,5]', 'f32[5,6]'),
+      2 * 4 * 5 * 6,
+    ),
+    (
+      'f32[3,4,6] dot(%a, %b), lhs_batch_dims={0}, lhs_contracting_dims={2}, rhs_batch_dims={0}, '
+      'rhs_contracting_dims={1}',
+      ('f32[3,4,5]', 'f32[3,5,6]'),
+      3 * 2 * 4 * 5 * 6,
+    ),
+    # A batch of products as a convolution: dilated and padded so that each tap meets its own row.
+    (
+      'f32[3,4,6] convolution(%a, %b), window={size=3 stride=2 pad=0_0 lhs_dilate=3}, '
+      'dim_labels=0bf_0io->0bf',
+      ('f32[3,4,5]', 'f32[3,5,6]'),
+      3 * 2 * 4 * 5 * 6,
+    ),
+    # Four taps over eight places, padded by three: 4 x 8 pairs less the 6 that meet padding; each
+    # channel by itself.
+    (
+      'f32[1,8,10] convolution(%a, %b), window={size=4 pad=3_0}, dim_labels=b0f_0io->b0f, '
+      'feature_group_count=10',
+      ('f32[1,8,10]', 'f32[4,1,10]'),
+      2 * 10 * (4 * 8 - 6),
+    ),
+  ],
+)
 def test_products(line, operands, flops):
-  text = f'''HloModule m
+  text = f"""HloModule m
 
 ENTRY %main (a: f32[1], b: f32[1]) -> f32[1] {{
   %a = {operands[0]} parameter(0)
   %b = {operands[1]} parameter(1)
   ROOT %c = {line}
 }}
-'''
+"""
   assert arithmetic(text).products == flops
 
 
 def test_a_compiled_program():
   """XLA's own count has the body of the loop once."""
+
   def f(x, w):
     return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, w)[0]
 
-  compiled = jax.jit(f).lower(jax.ShapeDtypeStruct((32, 64), jnp.float32), jax.ShapeDtypeStruct((9, 64, 64), jnp.float32)).compile()
+  compiled = (
+    jax.jit(f)
+    .lower(
+      jax.ShapeDtypeStruct((32, 64), jnp.float32), jax.ShapeDtypeStruct((9, 64, 64), jnp.float32)
+    )
+    .compile()
+  )
   assert arithmetic(compiled).products == 9 * 2 * 32 * 64 * 64
   assert compiled.cost_analysis()['flops'] < 2 * 2 * 32 * 64 * 64 + 32 * 64 * 9

@@ -1,4 +1,5 @@
-"""The chapter's numbers: what `experiments/chapter_numbers.py` prints, held to the figures in print."""
+"""The chapter's numbers: what `experiments/chapter_numbers.py` prints, held to the figures in
+print."""
 
 import importlib.util
 import pathlib
@@ -17,10 +18,17 @@ def chapter():
   return module
 
 
-@pytest.mark.parametrize(('name', 'printed'), [
-  ('llama2-7b', (32, 4096, 11008, 32000, 4096)), ('llama2-13b', (40, 5120, 13824, 32000, 4096)),
-  ('llama2-70b', (80, 8192, 28672, 32000, 4096)), ('llama3.1-8b', (32, 4096, 14336, 128256, 131072)),
-  ('llama3.1-70b', (80, 8192, 28672, 128256, 131072)), ('llama3.1-405b', (126, 16384, 53248, 128256, 131072))])
+@pytest.mark.parametrize(
+  ('name', 'printed'),
+  [
+    ('llama2-7b', (32, 4096, 11008, 32000, 4096)),
+    ('llama2-13b', (40, 5120, 13824, 32000, 4096)),
+    ('llama2-70b', (80, 8192, 28672, 32000, 4096)),
+    ('llama3.1-8b', (32, 4096, 14336, 128256, 131072)),
+    ('llama3.1-70b', (80, 8192, 28672, 128256, 131072)),
+    ('llama3.1-405b', (126, 16384, 53248, 128256, 131072)),
+  ],
+)
 def test_llama_table(chapter, name, printed):
   assert chapter.shape(name) == printed
 
@@ -39,7 +47,7 @@ def test_days_and_price_of_gpt3(chapter):
   assert a_day == pytest.approx(5.2e18, rel=0.005)
   assert int(chapter.gpt3_days()) == 236
   assert round(chapter.gpt3_price(236), 2) == 4_142_811.43
-  assert round(chapter.gpt3_price(256), 2) != 4_142_811.43      # its formula as printed
+  assert round(chapter.gpt3_price(256), 2) != 4_142_811.43  # its formula as printed
   assert 6 * chapter.of('gpt3-175b').params * 300e9 == pytest.approx(3.14e23, rel=0.005)
   assert chapter.DAY == 24 * 60 * 60
 
@@ -58,12 +66,15 @@ def test_mixtures(chapter):
 
 
 def test_cache_at_256k(chapter):
-  gib = {name: chapter.cache_bytes(name) / 2**30 for name in ('jamba-v0.1', 'mixtral-8x7b', 'llama2-7b')}
+  gib = {
+    name: chapter.cache_bytes(name) / 2**30 for name in ('jamba-v0.1', 'mixtral-8x7b', 'llama2-7b')
+  }
   # Table 1 of the Jamba paper: 4, 32 and 128 GB.
   assert round(gib['jamba-v0.1']) == 4
   assert gib['mixtral-8x7b'] == 32
   assert gib['llama2-7b'] == 128
-  assert chapter.of('jamba-v0.1').params + chapter.cache_bytes('jamba-v0.1') < 80e9     # one byte a weight
+  # one byte a weight
+  assert chapter.of('jamba-v0.1').params + chapter.cache_bytes('jamba-v0.1') < 80e9
 
 
 def test_the_note_is_what_it_prints(chapter):

@@ -15,7 +15,9 @@ from jaxformer.planning.flops import traced_flops
 from jaxformer.planning.memory import abstract_batch
 from tests.tiers import families
 
-TINY = sorted(n for n in PRESETS if n.endswith('-tiny') and isinstance(PRESETS[n].model, LanguageModel.Config))
+TINY = sorted(
+  n for n in PRESETS if n.endswith('-tiny') and isinstance(PRESETS[n].model, LanguageModel.Config)
+)
 
 
 @pytest.mark.parametrize('name', ['llama2-7b', 'llama3.1-405b'])
@@ -23,13 +25,18 @@ def test_dense_transformer_equals_the_textbook_formula(name):
   model = PRESETS[name].model
   c = cost(model, length=4096)
   layers, heads_dim = sum(g.repeats for g in model.stack), model.width
-  matrices = c.params - c.embedding_params - (2 * layers + 1) * model.width       # norms excepted
-  assert c.train_flops_per_token == pytest.approx(6 * matrices + 6 * layers * heads_dim * (4096 + 1), rel=1e-12)
-  assert c.train_flops_per_token_full == pytest.approx(6 * matrices + 12 * layers * heads_dim * 4096, rel=1e-12)
+  matrices = c.params - c.embedding_params - (2 * layers + 1) * model.width  # norms excepted
+  assert c.train_flops_per_token == pytest.approx(
+    6 * matrices + 6 * layers * heads_dim * (4096 + 1), rel=1e-12
+  )
+  assert c.train_flops_per_token_full == pytest.approx(
+    6 * matrices + 12 * layers * heads_dim * 4096, rel=1e-12
+  )
 
 
 def test_gpt3_training_flops_are_the_published_ones():
-  # 3.14e23 FLOPs for 300B tokens (Brown et al. 2020, table D.1), which leaves attention's scores out.
+  # 3.14e23 FLOPs for 300B tokens (Brown et al. 2020, table D.1), which leaves attention's scores
+  # out.
   c = cost(PRESETS['gpt3-175b'].model)
   assert 6 * c.params * 300e9 == pytest.approx(3.14e23, rel=0.005)
   assert c.train_flops_per_token * 300e9 == pytest.approx(3.14e23, rel=0.02)
@@ -46,13 +53,17 @@ def test_state_bytes():
 
 @pytest.mark.parametrize('name', families(TINY))
 def test_forward_flops_are_those_of_the_plainest_program(name):
-  """The architecture of each tiny model, wider, so that what the formula leaves out (norms, activations) weighs little; in one
-  batch so large that what is worked out once for all tokens does too."""
+  """The architecture of each tiny model, wider, so that what the formula leaves out (norms,
+  activations) weighs little; in one batch so large that what is worked out once for all tokens does
+  too."""
   model, B, T = PRESETS[name].model.replace(width=1024), 512, 64
   definition = define(model)
   with route(every='naive'):
     counted = traced_flops(
-      lambda p, t: definition.merge(p)(t, Context(unroll=False)).y, definition.abstract(), jax.ShapeDtypeStruct((B, T), jnp.int32))
+      lambda p, t: definition.merge(p)(t, Context(unroll=False)).y,
+      definition.abstract(),
+      jax.ShapeDtypeStruct((B, T), jnp.int32),
+    )
   formula = B * T * flops_per_token(model, T, causal=False) / 3
   assert formula == pytest.approx(counted.total, rel=0.02)
   if not any(layer.mixing_flops_per_token(model.width, T, False) for layer, _ in model.layers()):
@@ -60,8 +71,8 @@ def test_forward_flops_are_those_of_the_plainest_program(name):
 
 
 def outer_products(jaxpr):
-  """FLOPs of contractions over one number: the compiler multiplies and does not contract. A mixture's plainest program has them
-  where a token's share of a weight's gradient is made."""
+  """FLOPs of contractions over one number: the compiler multiplies and does not contract. A
+  mixture's plainest program has them where a token's share of a weight's gradient is made."""
   total = 0.0
   for eqn in jaxpr.eqns:
     values = [j for p in eqn.params.values() for j in (p if isinstance(p, tuple) else (p,))]
@@ -78,37 +89,57 @@ def outer_products(jaxpr):
 @pytest.mark.parametrize('training', [False, True])
 @pytest.mark.parametrize('name', families(TINY))
 def test_flops_are_those_that_the_compiler_multiplies(name, training):
-  """Of the plainest program of every family, forward and training: products in the compiled text, with the rounds of their loops,
-  which XLA's own count takes once. What is elementwise (the plainest recurrences) the trace counts."""
+  """Of the plainest program of every family, forward and training: products in the compiled text,
+  with the rounds of their loops, which XLA's own count takes once. What is elementwise (the
+  plainest recurrences) the trace counts."""
   model, B, T = PRESETS[name].model.replace(width=1024), 512, 64
   definition = define(model)
 
   def loss(p, batch):
     return definition.merge(p).loss(batch, Context(unroll=False))[0].loss
 
-  f, arguments = jax.grad(loss) if training else loss, (definition.abstract(), abstract_batch(model, B, T))
+  f, arguments = (
+    jax.grad(loss) if training else loss,
+    (definition.abstract(), abstract_batch(model, B, T)),
+  )
   with route(every='naive'):
-    counted, compiled = traced_flops(f, *arguments), arithmetic(jax.jit(f).lower(*arguments).compile())
+    counted, compiled = (
+      traced_flops(f, *arguments),
+      arithmetic(jax.jit(f).lower(*arguments).compile()),
+    )
     multiplied = outer_products(jax.make_jaxpr(f)(*arguments).jaxpr)
-  assert set(compiled.uncounted) <= {'custom-call'}   # the choice of the largest
+  assert set(compiled.uncounted) <= {'custom-call'}  # the choice of the largest
   assert compiled.products == pytest.approx(counted.products - multiplied, rel=0.005)
   formula = B * T * flops_per_token(model, T, causal=False) / (1 if training else 3)
   assert formula == pytest.approx(compiled.products + multiplied + counted.elementwise, rel=0.02)
 
 
-@pytest.mark.parametrize(('name', 'training'), [
-  *((name, training) for name in ('gpt2-tiny', 'llama3-tiny', 'rwkv4-tiny') for training in (False, True)),
-  ('mixtral-tiny', False), ('switch-tiny', False)])
+@pytest.mark.parametrize(
+  ('name', 'training'),
+  [
+    *(
+      (name, training)
+      for name in ('gpt2-tiny', 'llama3-tiny', 'rwkv4-tiny')
+      for training in (False, True)
+    ),
+    ('mixtral-tiny', False),
+    ('switch-tiny', False),
+  ],
+)
 def test_the_compilers_own_count(name, training):
-  """Where it counts all: unrolled, without loops over time (those of RWKV-4 are elementwise, and little), and without the outer
-  products of a mixture's plainest program, each of which it takes for one multiplication a number."""
+  """Where it counts all: unrolled, without loops over time (those of RWKV-4 are elementwise, and
+  little), and without the outer products of a mixture's plainest program, each of which it takes
+  for one multiplication a number."""
   model, B, T = PRESETS[name].model, 2, 16
   definition = define(model)
 
   def loss(p, batch):
     return definition.merge(p).loss(batch, Context(unroll=True))[0].loss
 
-  f, arguments = jax.grad(loss) if training else loss, (definition.abstract(), abstract_batch(model, B, T))
+  f, arguments = (
+    jax.grad(loss) if training else loss,
+    (definition.abstract(), abstract_batch(model, B, T)),
+  )
   with route(every='naive'):
     counted, compiled = traced_flops(f, *arguments), jax.jit(f).lower(*arguments).compile()
   assert counted.total == pytest.approx(compiled.cost_analysis()['flops'], rel=0.02)
@@ -117,6 +148,7 @@ def test_the_compilers_own_count(name, training):
 def test_traced_flops_by_hand():
   def loop(x, w):
     return jax.lax.scan(lambda x, _: (jnp.maximum(x @ w, 0.0) + x, None), x, length=5)[0].sum()
+
   shapes = jax.ShapeDtypeStruct((3, 8), jnp.float32), jax.ShapeDtypeStruct((8, 8), jnp.float32)
   assert traced_flops(loop, *shapes) == (5 * 2 * 3 * 8 * 8, 5 * 2 * 24 + 24)
   z = jax.ShapeDtypeStruct((4,), jnp.complex64)

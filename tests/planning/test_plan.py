@@ -1,4 +1,5 @@
-"""Memory, bounds and plans against closed forms and what the TPU's compiler said (experiments/tpu_fit.py)."""
+"""Memory, bounds and plans against closed forms and what the TPU's compiler said
+(experiments/tpu_fit.py)."""
 
 import json
 
@@ -22,15 +23,20 @@ GIB = 2**30
 TINY = sorted(n for n in PRESETS if n.endswith('-tiny'))
 
 
-@pytest.mark.parametrize(('name', 'mesh', 'batch', 'length', 'remat', 'arguments', 'temporaries'), [
-  ('llama2-7b', MeshConfig(data=1, fsdp=16, rules='fsdp'), 16, 4096, 'full', 4.71, 5.49),
-  ('llama2-7b', MeshConfig(data=1, fsdp=16, rules='fsdp'), 32, 4096, 'names', 4.71, 16.35),
-  ('llama3.1-8b', MeshConfig(data=1, fsdp=16, rules='fsdp'), 16, 8192, 'full', 5.61, 8.14),
-  ('llama3.1-8b', MeshConfig(data=1, fsdp=8, tensor=2), 16, 8192, 'full', 5.61, 11.57),
-  ('mamba-1.4b', MeshConfig(data=1, fsdp=16), 16, 2048, 'full', 1.60, 1.56),
-])
+@pytest.mark.parametrize(
+  ('name', 'mesh', 'batch', 'length', 'remat', 'arguments', 'temporaries'),
+  [
+    ('llama2-7b', MeshConfig(data=1, fsdp=16, rules='fsdp'), 16, 4096, 'full', 4.71, 5.49),
+    ('llama2-7b', MeshConfig(data=1, fsdp=16, rules='fsdp'), 32, 4096, 'names', 4.71, 16.35),
+    ('llama3.1-8b', MeshConfig(data=1, fsdp=16, rules='fsdp'), 16, 8192, 'full', 5.61, 8.14),
+    ('llama3.1-8b', MeshConfig(data=1, fsdp=8, tensor=2), 16, 8192, 'full', 5.61, 11.57),
+    ('mamba-1.4b', MeshConfig(data=1, fsdp=16), 16, 2048, 'full', 1.60, 1.56),
+  ],
+)
 def test_memory_is_the_compilers(name, mesh, batch, length, remat, arguments, temporaries):
-  memory = training_memory(PRESETS[name].model, abstract_mesh(mesh, 16), mesh.rules, batch, length, remat=remat)
+  memory = training_memory(
+    PRESETS[name].model, abstract_mesh(mesh, 16), mesh.rules, batch, length, remat=remat
+  )
   assert memory.arguments / GIB == pytest.approx(arguments, abs=0.01)
   assert memory.total / GIB == pytest.approx(arguments + temporaries, rel=0.15)
   assert memory.temporaries / GIB == pytest.approx(temporaries, rel=0.15)
@@ -65,9 +71,14 @@ def test_what_is_kept_of_a_product():
 @pytest.mark.quick
 def test_tensor_divides_what_it_divides_in_a_transformer():
   model = PRESETS['llama2-7b'].model
-  whole = training_memory(model, abstract_mesh(MeshConfig(data=1), 1), 'fsdp_tensor', 1, 4096, platform='cpu')
-  half = training_memory(model, abstract_mesh(MeshConfig(data=1, tensor=2), 2), 'fsdp_tensor', 1, 4096, platform='cpu')
-  # q, k, v, attention's output in heads and joined, six hidden arrays and the logsumexp are halved; the others are whole.
+  whole = training_memory(
+    model, abstract_mesh(MeshConfig(data=1), 1), 'fsdp_tensor', 1, 4096, platform='cpu'
+  )
+  half = training_memory(
+    model, abstract_mesh(MeshConfig(data=1, tensor=2), 2), 'fsdp_tensor', 1, 4096, platform='cpu'
+  )
+  # q, k, v, attention's output in heads and joined, six hidden arrays and the logsumexp are halved;
+  # the others are whole.
   stream, hidden = 2 * 4096 * 4096, 2 * 4096 * 11008
   saved = (whole.activations - half.activations) / 32
   assert saved == pytest.approx((5 * stream + 6 * hidden + 4 * 32 * 4096) / 2, rel=1e-3)
@@ -80,10 +91,14 @@ def test_bounds_by_hand():
   one = decode(model, target, mesh, 1, 4096)
   assert one.bound == 'memory'
   looked_up = 32000 * 4096
-  assert one.memory_seconds == pytest.approx(2 * (define(model).size - looked_up + 2 * 32 * 4096 * 4096) / 4.8e12, rel=0.001)
+  assert one.memory_seconds == pytest.approx(
+    2 * (define(model).size - looked_up + 2 * 32 * 4096 * 4096) / 4.8e12, rel=0.001
+  )
   many = prefill(model, target, mesh, 8, 2048)
   assert many.bound == 'compute'
-  assert many.tokens_per_second == pytest.approx(989e12 / (2 * (define(model).size - looked_up)), rel=0.05)
+  assert many.tokens_per_second == pytest.approx(
+    989e12 / (2 * (define(model).size - looked_up)), rel=0.05
+  )
 
 
 @pytest.mark.quick
@@ -93,25 +108,36 @@ def test_what_a_mesh_sends():
 
   def step(target, config):
     mesh = abstract_mesh(config, target.devices)
-    return training_step(model, target, mesh, 'fsdp_tensor', 128, 4096, kept_bytes=0, optimizer_bytes=0)
+    return training_step(
+      model, target, mesh, 'fsdp_tensor', 128, 4096, kept_bytes=0, optimizer_bytes=0
+    )
 
   gathered = step(target, MeshConfig(data=1, fsdp=64))
-  assert gathered.interconnect_seconds == pytest.approx(63 / 64 * 3 * 2 * define(model).size / 200e9, rel=1e-6)
+  assert gathered.interconnect_seconds == pytest.approx(
+    63 / 64 * 3 * 2 * define(model).size / 200e9, rel=1e-6
+  )
   assert gathered.network_seconds == 0
   both = step(slices, MeshConfig(replica=2, data=1, fsdp=64))
   assert both.network_seconds == pytest.approx(4 * define(model).size / 64 / 3.125e9, rel=0.01)
-  # Half the weights over 32 of them; two all-reduces of the residual stream in each of 64 branches, forward and backward.
+  # Half the weights over 32 of them; two all-reduces of the residual stream in each of 64 branches,
+  # forward and backward.
   tensor = 31 / 32 * 3 * define(model).size + 1 / 2 * 4 * 64 * 2 * 4 * 4096 * 4096
-  assert step(target, MeshConfig(data=1, fsdp=32, tensor=2)).interconnect_seconds == pytest.approx(tensor / 200e9, rel=1e-6)
+  assert step(target, MeshConfig(data=1, fsdp=32, tensor=2)).interconnect_seconds == pytest.approx(
+    tensor / 200e9, rel=1e-6
+  )
 
 
 @pytest.mark.quick
 def test_default_mesh():
   model = PRESETS['llama2-7b'].model
   assert default_mesh(model, parse_target('v5e-64'), 64) == MeshConfig(data=1, fsdp=64)
-  assert default_mesh(model, parse_target('2 x v5e-64'), 128) == MeshConfig(replica=2, data=1, fsdp=64)
+  assert default_mesh(model, parse_target('2 x v5e-64'), 128) == MeshConfig(
+    replica=2, data=1, fsdp=64
+  )
   assert default_mesh(model, parse_target('v5e-64'), 16) == MeshConfig(data=1, fsdp=16, tensor=4)
-  assert default_mesh(PRESETS['mamba-2.8b'].model, parse_target('v5p-2048'), 1024) == MeshConfig(data=2, fsdp=512)
+  assert default_mesh(PRESETS['mamba-2.8b'].model, parse_target('v5p-2048'), 1024) == MeshConfig(
+    data=2, fsdp=512
+  )
 
 
 @pytest.mark.quick
@@ -128,7 +154,9 @@ def test_a_batch_that_the_mesh_does_not_divide():
   assert local_batch(mesh, 'fsdp_tensor', 32, 64, 2) == (2, 32)
   with pytest.raises(InputError, match='batch_size = 12: must be a multiple of 8'):
     local_batch(mesh, 'fsdp_tensor', 12, 64)
-  with pytest.raises(InputError, match=r'sequence length = 63: must be a multiple of mesh.context = 2'):
+  with pytest.raises(
+    InputError, match=r'sequence length = 63: must be a multiple of mesh.context = 2'
+  ):
     local_batch(mesh, 'fsdp_tensor', 16, 63)
 
 
@@ -141,7 +169,9 @@ def _plan(capsys, *words):
 def test_the_command_in_json(capsys):
   v = _plan(capsys, 'llama2-7b', '--target', 'v5e-64', '--tokens', '2T', '--price', '2')
   assert v['params'] == 6_738_415_616
-  assert v['run']['seconds'] == pytest.approx(v['train_flops_per_token'] * 2e12 / (64 * 197e12 * 0.4))
+  assert v['run']['seconds'] == pytest.approx(
+    v['train_flops_per_token'] * 2e12 / (64 * 197e12 * 0.4)
+  )
   assert v['run']['price_usd'] == pytest.approx(v['run']['seconds'] / 3600 * 64 * 2)
   assert v['memory']['fits']
   assert v['memory']['optimizer'] == pytest.approx(2 * v['memory']['parameters'], rel=1e-6)
@@ -165,13 +195,23 @@ def test_a_plan_that_does_not_fit_says_what_would(capsys):
 
 
 @pytest.mark.quick
-@pytest.mark.parametrize(('words', 'message'), [
-  (['--target', 'v5q-8'], 'did you mean v5p'), (['--target', 'v5e-8', '--mesh.fsdp', '3'], 'needs a multiple of 3 devices'),
-  (['--target', '2 x v5e-8', '--mesh.fsdp', '8'], 'mesh.replica = 1: must be a multiple of 2'),
-  (['--target', 'v5e-8', '--training.batch-size', '12', '--mesh.fsdp', '8'], 'must be a multiple of 8'),
-  (['--price', '2'], 'with --target alone'), (['--phase', 'decode'], 'needs --target'), (['--tokens', 'x'], 'write a number'),
-  (['--utilisation', '40'], 'at most 1'),
-  (['--target', 'v5e-8', '--mesh.tensor', '5', '--mesh.fsdp', '1'], 'multiple of 5 devices')])
+@pytest.mark.parametrize(
+  ('words', 'message'),
+  [
+    (['--target', 'v5q-8'], 'did you mean v5p'),
+    (['--target', 'v5e-8', '--mesh.fsdp', '3'], 'needs a multiple of 3 devices'),
+    (['--target', '2 x v5e-8', '--mesh.fsdp', '8'], 'mesh.replica = 1: must be a multiple of 2'),
+    (
+      ['--target', 'v5e-8', '--training.batch-size', '12', '--mesh.fsdp', '8'],
+      'must be a multiple of 8',
+    ),
+    (['--price', '2'], 'with --target alone'),
+    (['--phase', 'decode'], 'needs --target'),
+    (['--tokens', 'x'], 'write a number'),
+    (['--utilisation', '40'], 'at most 1'),
+    (['--target', 'v5e-8', '--mesh.tensor', '5', '--mesh.fsdp', '1'], 'multiple of 5 devices'),
+  ],
+)
 def test_bad_input(capsys, words, message):
   assert main(['plan', 'llama2-7b', *words]) == 2
   out = capsys.readouterr()
@@ -180,8 +220,11 @@ def test_bad_input(capsys, words, message):
 
 
 def test_arithmetic_intensity_is_what_the_times_say():
-  """Decoding one sequence does 1 multiplication and addition for each weight of two bytes that it reads: a FLOP a byte."""
-  step = inference_report('decode', PRESETS['llama2-7b'].model, parse_target('h100:1'), batch=1, context=16)['step']
+  """Decoding one sequence does 1 multiplication and addition for each weight of two bytes that it
+  reads: a FLOP a byte."""
+  step = inference_report(
+    'decode', PRESETS['llama2-7b'].model, parse_target('h100:1'), batch=1, context=16
+  )['step']
   assert step['arithmetic_intensity'] == pytest.approx(1.0, rel=0.05)
   assert step['ridge_intensity'] == pytest.approx(989e12 / 3.35e12, rel=0.01)
   assert step['bound'] == 'memory'

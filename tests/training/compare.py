@@ -19,7 +19,8 @@ def meta(folder: Path, step: int) -> dict:
 
 
 def assert_same(one: Path, other: Path, step: int) -> None:
-  """Bit for bit: every array of the state by its digest, the random key, the place in the data, and the curves."""
+  """Bit for bit: every array of the state by its digest, the random key, the place in the data, and
+  the curves."""
   a, b = meta(one, step), meta(other, step)
   for part in ('digests', 'key', 'data', 'step'):
     assert a[part] == b[part], part

@@ -22,15 +22,29 @@ def dataset():
 
 
 SHORT = {
-  'steps': 12, 'batch_size': 8, 'checkpoint_every': 4, 'eval_every': 4, 'eval_batches': 2, 'log_every': 1, 'trackers': ()}
+  'steps': 12,
+  'batch_size': 8,
+  'checkpoint_every': 4,
+  'eval_every': 4,
+  'eval_batches': 2,
+  'log_every': 1,
+  'trackers': (),
+}
 
 
-def make_experiment(folder, name='run', *, dropout=0.1, optimizer=None, mesh=None, schedule=None, **training):
+def make_experiment(
+  folder, name='run', *, dropout=0.1, optimizer=None, mesh=None, schedule=None, **training
+):
   """An experiment in a folder; other keywords go to `TrainingConfig`."""
   return Experiment(
-    model=gpt(32, 2, 2, context=32, vocab_size=264, dropout=dropout), data=DATA, optimizer=optimizer or AdamW(learning_rate=3e-3),
-    schedule=schedule or Cosine(warmup=2), training=TrainingConfig(**SHORT | training), mesh=mesh or MeshConfig(data=1),
-    run=RunConfig(name=name, dir=str(folder)))
+    model=gpt(32, 2, 2, context=32, vocab_size=264, dropout=dropout),
+    data=DATA,
+    optimizer=optimizer or AdamW(learning_rate=3e-3),
+    schedule=schedule or Cosine(warmup=2),
+    training=TrainingConfig(**SHORT | training),
+    mesh=mesh or MeshConfig(data=1),
+    run=RunConfig(name=name, dir=str(folder)),
+  )
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
-"""Runs whose folder is in a bucket. Memory stands in for the store; checkpoints, which Orbax writes by a client of its own, stay on
-disk here and are tried against a server in tests/e2e/test_bucket.py."""
+"""Runs whose folder is in a bucket. Memory stands in for the store; checkpoints, which Orbax writes
+by a client of its own, stay on disk here and are tried against a server in
+tests/e2e/test_bucket.py."""
 
 import json
 import logging
@@ -30,7 +31,8 @@ DIR = 'gs://bucket/runs'
 
 @pytest.fixture
 def store(monkeypatch, tmp_path):
-  """A store in memory with one bucket, that may be told to fail; temporary folders of runs are made in the test's own."""
+  """A store in memory with one bucket, that may be told to fail; temporary folders of runs are made
+  in the test's own."""
 
   class Store(MemoryFileSystem):
     protocol = ('gs', 'gcs')
@@ -84,7 +86,7 @@ def test_a_run_killed_loses_what_followed_its_last_checkpoint(store, dataset):
   assert read_metrics(run.folder) == [{'step': 1}, {'step': 2}, {'step': 3}]
   run.metrics({'step': 4})
   assert len(read_metrics(f'{DIR}/one')) == 3
-  del run   # killed
+  del run  # killed
 
   with begun(store, dataset) as run:
     assert not run.fresh
@@ -94,18 +96,23 @@ def test_a_run_killed_loses_what_followed_its_last_checkpoint(store, dataset):
     run.samples(3, 'text')
     assert len(json.loads((run.folder / 'environment.json').read_text())) == 2
   assert read_metrics(run.folder) == [{'step': 1}, {'step': 2}, {'step': 3}]
-  events = [json.loads(line)['event'] for line in (run.folder / 'events.jsonl').read_text().splitlines()]
+  events = [
+    json.loads(line)['event'] for line in (run.folder / 'events.jsonl').read_text().splitlines()
+  ]
   assert events == ['start', 'resume']
   assert (run.folder / 'samples.txt').read_text().count('text') == 2
   with fetched(run.folder / 'tokenizer') as folder:
     assert load_tokenizer(folder).fingerprint() == dataset.tokenizer.fingerprint()
-  assert len(list(store.scratch.iterdir())) == 1   # of the run that was killed
+  assert len(list(store.scratch.iterdir())) == 1  # of the run that was killed
 
 
 def test_a_run_that_is_another_is_refused(store, dataset):
   with begun(store, dataset):
     pass
-  with pytest.raises(InputError, match=r'gs://bucket/runs/one is a run of another experiment:\n  training.seed: 0 -> 1'):
+  with pytest.raises(
+    InputError,
+    match=r'gs://bucket/runs/one is a run of another experiment:\n  training.seed: 0 -> 1',
+  ):
     Run(make_experiment(DIR, 'one', seed=1))
   (place(DIR) / 'two' / 'notes.txt').write_text('mine')
   with pytest.raises(InputError, match='gs://bucket/runs/two is not empty and not a run folder'):
@@ -113,7 +120,9 @@ def test_a_run_that_is_another_is_refused(store, dataset):
 
 
 @thorough
-def test_trained_stopped_and_resumed_in_a_bucket_as_on_disk(store, experiment, dataset, monkeypatch, tmp_path):
+def test_trained_stopped_and_resumed_in_a_bucket_as_on_disk(
+  store, experiment, dataset, monkeypatch, tmp_path
+):
   disk = tmp_path / 'disk'
 
   def near(folder, *more):
@@ -127,8 +136,19 @@ def test_trained_stopped_and_resumed_in_a_bucket_as_on_disk(store, experiment, d
   remote = make_experiment(DIR, 'one', trackers=(TensorBoard(),), profile=(2, 4))
   first = train(remote, dataset=dataset, devices=ONE, log=stop, sample=lambda params, step: 'text')
   assert (first.exit_code, first.step) == (75, 7)
-  assert json.loads((first.folder / 'events.jsonl').read_text().splitlines()[-1])['event'] == 'interrupted'
-  assert [r['step'] for r in read_metrics(first.folder) if 'train/loss' in r] == [1, 2, 3, 4, 5, 6, 7]
+  assert (
+    json.loads((first.folder / 'events.jsonl').read_text().splitlines()[-1])['event']
+    == 'interrupted'
+  )
+  assert [r['step'] for r in read_metrics(first.folder) if 'train/loss' in r] == [
+    1,
+    2,
+    3,
+    4,
+    5,
+    6,
+    7,
+  ]
   second = train(remote, dataset=dataset, devices=ONE, log=lambda line: None)
   assert (second.exit_code, second.step) == (0, 12)
   whole = train(experiment('whole'), dataset=dataset, devices=ONE, log=lambda line: None)
@@ -150,7 +170,9 @@ def test_a_store_that_fails_once_is_tried_again(store, dataset):
     run.metrics({'step': 2})
     store.failures.extend([OSError('busy')] * 2)
     run.sync()
-    with pytest.raises(InputError, match=r'gs://bucket/runs/one: cannot be reached \(OSError: busy\)'):
+    with pytest.raises(
+      InputError, match=r'gs://bucket/runs/one: cannot be reached \(OSError: busy\)'
+    ):
       run.sync()
   assert len(read_metrics(run.folder)) == 2
 
@@ -175,7 +197,10 @@ def test_what_cannot_be_reached_is_said_before_anything_is_written(store, datase
   with pytest.raises(InputError, match='gs://nowhere/runs/one: there is no bucket gs://nowhere'):
     Run(make_experiment('gs://nowhere/runs', 'one'))
   store.failures.append(PermissionError('no access\nfor you'))
-  with pytest.raises(InputError, match=r'gs://bucket/runs/one: cannot be reached \(PermissionError: no access for you\)'):
+  with pytest.raises(
+    InputError,
+    match=r'gs://bucket/runs/one: cannot be reached \(PermissionError: no access for you\)',
+  ):
     train(make_experiment(DIR, 'one'), dataset=dataset, devices=ONE)
   assert not list(store.scratch.iterdir())
   assert Run(make_experiment(DIR, 'two')).fresh
@@ -185,7 +210,9 @@ def test_what_cannot_be_reached_is_said_before_anything_is_written(store, datase
 
   monkeypatch.setattr(store, 'info', refuse)
   monkeypatch.setattr(store, 'exists', refuse)
-  with pytest.raises(InputError, match=r'gs://bucket/runs/one: cannot be reached \(PermissionError: 403\)'):
+  with pytest.raises(
+    InputError, match=r'gs://bucket/runs/one: cannot be reached \(PermissionError: 403\)'
+  ):
     Run(make_experiment(DIR, 'one'))
 
 
@@ -207,9 +234,14 @@ def test_checkpoints_in_a_bucket_count_once_they_are_marked_whole(store):
 
 
 @pytest.mark.quick
-@pytest.mark.parametrize(('name', 'words'), [
-  ('s3://bucket/runs', "run.dir = 's3://bucket/runs': Orbax"), ('ftp://host/runs', "run.dir = 'ftp://host/runs': no such store"),
-  ('gs:///runs', "run.dir = 'gs:///runs': names no bucket")])
+@pytest.mark.parametrize(
+  ('name', 'words'),
+  [
+    ('s3://bucket/runs', "run.dir = 's3://bucket/runs': Orbax"),
+    ('ftp://host/runs', "run.dir = 'ftp://host/runs': no such store"),
+    ('gs:///runs', "run.dir = 'gs:///runs': names no bucket"),
+  ],
+)
 def test_a_url_that_is_of_no_use(name, words):
   with pytest.raises(InputError) as e:
     run_folder(make_experiment(name))
@@ -224,7 +256,9 @@ def test_without_the_package_the_extra_is_named(monkeypatch):
   monkeypatch.setattr(fsspec, 'get_filesystem_class', missing)
   with pytest.raises(InputError) as e:
     run_folder(make_experiment(DIR))
-  assert str(e.value) == "run.dir = 'gs://bucket/runs': needs gcsfs: pip install 'jaxformer[storage]'"
+  assert (
+    str(e.value) == "run.dir = 'gs://bucket/runs': needs gcsfs: pip install 'jaxformer[storage]'"
+  )
 
 
 @pytest.mark.quick

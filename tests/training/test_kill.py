@@ -20,7 +20,13 @@ from tests.training.conftest import CACHE, make_experiment
 
 pytestmark = pytest.mark.e2e
 HERE = Path(__file__).parent
-LONG = {'steps': 300, 'checkpoint_every': 20, 'eval_every': 100, 'eval_batches': 1, 'keep_latest': 3}
+LONG = {
+  'steps': 300,
+  'checkpoint_every': 20,
+  'eval_every': 100,
+  'eval_batches': 1,
+  'keep_latest': 3,
+}
 
 
 def written(experiment):
@@ -33,11 +39,16 @@ def written(experiment):
 
 def start(experiment):
   command = [sys.executable, HERE / 'program.py', written(experiment), CACHE]
-  return subprocess.Popen([str(c) for c in command], env=environment(), stderr=subprocess.PIPE, text=True)
+  return subprocess.Popen(
+    [str(c) for c in command], env=environment(), stderr=subprocess.PIPE, text=True
+  )
 
 
 def environment():
-  return os.environ | {'PYTHONPATH': str(HERE.parent.parent), 'JAX_COMPILATION_CACHE_DIR': jax.config.jax_compilation_cache_dir}
+  return os.environ | {
+    'PYTHONPATH': str(HERE.parent.parent),
+    'JAX_COMPILATION_CACHE_DIR': jax.config.jax_compilation_cache_dir,
+  }
 
 
 def finish(program, timeout=180):
@@ -49,7 +60,7 @@ def wait_for(condition, program, timeout=120):
   """Polls until a condition holds or the program ends."""
   end = time.monotonic() + timeout
   while program.poll() is None and time.monotonic() < end:
-    with contextlib.suppress(OSError, ValueError):   # files come and go
+    with contextlib.suppress(OSError, ValueError):  # files come and go
       if condition():
         return
     time.sleep(0.001)
@@ -84,11 +95,17 @@ def test_killed_at_any_moment_and_run_again_it_ends_the_same_bit_for_bit(long, w
   assert finish(program)[0] == -signal.SIGKILL
   program = start(long('killed'))
   began = steps_in(folder / 'checkpoints')[-1]
-  wait_for(lambda: steps_done(folder) > began and any('tmp' in p.name for p in (folder / 'checkpoints').iterdir()), program)
+  wait_for(
+    lambda: (
+      steps_done(folder) > began
+      and any('tmp' in p.name for p in (folder / 'checkpoints').iterdir())
+    ),
+    program,
+  )
   program.kill()
   assert finish(program)[0] == -signal.SIGKILL
   with (folder / 'metrics.jsonl').open('a') as f:
-    f.write('{"step": 299, "train/lo')   # and a line cut short
+    f.write('{"step": 299, "train/lo')  # and a line cut short
   code, err = finish(start(long('killed')))
   assert code == 0, err
   assert f'resuming {folder}' in err
@@ -112,9 +129,13 @@ def test_a_scheduler_that_wants_the_machine_back_gets_75(long, whole, tmp_path):
 def test_a_full_disk_is_said_plainly(long, tmp_path):
   """A limit on the size of files stands in for the disk."""
   program = [sys.executable, str(HERE / 'program.py'), str(written(long('full'))), str(CACHE)]
-  command = ['bash', '-c', 'trap "" XFSZ; ulimit -f 60; exec "$@"', '-', *program]   # KiB, less than the arrays have
-  env = environment() | {'JAX_ENABLE_COMPILATION_CACHE': 'false'}   # its files would be cut short too
-  done = subprocess.run(command, env=env, stderr=subprocess.PIPE, text=True, check=False, timeout=180)
+  # KiB, less than the arrays have
+  command = ['bash', '-c', 'trap "" XFSZ; ulimit -f 60; exec "$@"', '-', *program]
+  # its files would be cut short too
+  env = environment() | {'JAX_ENABLE_COMPILATION_CACHE': 'false'}
+  done = subprocess.run(
+    command, env=env, stderr=subprocess.PIPE, text=True, check=False, timeout=180
+  )
   assert done.returncode == 1
   assert f'warning: checkpoint 20 in {tmp_path}/full/checkpoints: ' in done.stderr
   assert 'SaveError: checkpoint 40' in done.stderr.splitlines()[-1]

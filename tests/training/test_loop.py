@@ -14,7 +14,15 @@ from jaxformer.config import InputError
 from jaxformer.data import load_tokenizer
 from jaxformer.models.params import define
 from jaxformer.sharding import MeshConfig
-from jaxformer.training import AdamW, Constant, TensorBoard, Trackio, load_experiment, load_params, train
+from jaxformer.training import (
+  AdamW,
+  Constant,
+  TensorBoard,
+  Trackio,
+  load_experiment,
+  load_params,
+  train,
+)
 from jaxformer.training.checkpoint import steps_in
 from jaxformer.training.loop import Setup
 from jaxformer.training.run import read_metrics
@@ -43,50 +51,99 @@ def quiet(line: str) -> None:
 
 def test_the_run_folder(experiment, dataset):
   result = train(
-    experiment(trackers=(TensorBoard(),), log_every=3, profile=(2, 4)), dataset=dataset, devices=ONE, log=quiet,
+    experiment(trackers=(TensorBoard(),), log_every=3, profile=(2, 4)),
+    dataset=dataset,
+    devices=ONE,
+    log=quiet,
     sample=lambda params, step: f'at {step}',
-    flops_per_token=lambda model, length, causal: 100.0 if causal else 200.0, peak_flops_per_second=1e9)
+    flops_per_token=lambda model, length, causal: 100.0 if causal else 200.0,
+    peak_flops_per_second=1e9,
+  )
   folder = result.folder
   assert result.exit_code == 0
   assert result.step == 12
-  assert load_experiment(folder) == experiment(trackers=(TensorBoard(),), log_every=3, profile=(2, 4))
+  assert load_experiment(folder) == experiment(
+    trackers=(TensorBoard(),), log_every=3, profile=(2, 4)
+  )
   assert list((folder / 'profile').rglob('*.xplane.pb'))
   rows = read_metrics(folder)
   assert [r['step'] for r in rows if 'train/loss' in r] == [1, 3, 6, 9, 12]
   assert [r['step'] for r in rows if 'eval/loss' in r] == [4, 8, 12]
   assert set(rows[0]) == {
-    'step', 'tokens', 'train/loss', 'train/grad_norm', 'learning_rate', 'tokens_per_second', 'step_seconds', 'mfu', 'mfu_full'}
+    'step',
+    'tokens',
+    'train/loss',
+    'train/grad_norm',
+    'learning_rate',
+    'tokens_per_second',
+    'step_seconds',
+    'mfu',
+    'mfu_full',
+  }
   assert rows[-2]['tokens'] == 12 * 8 * 32
   assert rows[0]['mfu_full'] == pytest.approx(2 * rows[0]['mfu'])
   assert rows[0]['mfu'] == pytest.approx(rows[0]['tokens_per_second'] * 100 / 1e9)
   assert rows[-1]['eval/source'] == 'PydocTopics validation, 2 batches of 8'
   targets = np.concatenate([b.targets_BT for b in dataset.validation_batches(8, 2)])
   counted = targets[targets >= 0]
-  bits = rows[-1]['eval/loss'] / math.log(2) * counted.size / dataset.tokenizer.token_bytes[counted].sum()
+  bits = (
+    rows[-1]['eval/loss']
+    / math.log(2)
+    * counted.size
+    / dataset.tokenizer.token_bytes[counted].sum()
+  )
   assert rows[-1]['eval/bits_per_byte'] == pytest.approx(bits)
-  events = [json.loads(line)['event'] for line in (folder / 'events.jsonl').read_text().splitlines()]
-  assert events == ['start', 'compile', 'eval', 'checkpoint', 'eval', 'checkpoint', 'eval', 'checkpoint', 'done']
-  environment, = json.loads((folder / 'environment.json').read_text())
+  events = [
+    json.loads(line)['event'] for line in (folder / 'events.jsonl').read_text().splitlines()
+  ]
+  assert events == [
+    'start',
+    'compile',
+    'eval',
+    'checkpoint',
+    'eval',
+    'checkpoint',
+    'eval',
+    'checkpoint',
+    'done',
+  ]
+  (environment,) = json.loads((folder / 'environment.json').read_text())
   assert environment['data']['source'] == dataset.manifest['source']
   assert environment['versions']['jax'] == jax.__version__
   assert load_tokenizer(folder / 'tokenizer').fingerprint() == dataset.tokenizer.fingerprint()
   assert list((folder / 'tensorboard').iterdir())
   assert (folder / 'samples.txt').read_text().count('at ') == 3
-  again = train(experiment(trackers=(TensorBoard(),), log_every=3), dataset=dataset, devices=ONE, log=quiet)
-  assert (again.exit_code, again.step, again.metrics['eval/loss']) == (0, 12, result.metrics['eval/loss'])
+  again = train(
+    experiment(trackers=(TensorBoard(),), log_every=3), dataset=dataset, devices=ONE, log=quiet
+  )
+  assert (again.exit_code, again.step, again.metrics['eval/loss']) == (
+    0,
+    12,
+    result.metrics['eval/loss'],
+  )
 
 
-@pytest.mark.parametrize(('dtype', 'mesh', 'devices'), [
-  ('float32', MeshConfig(data=1), 1), ('bfloat16', MeshConfig(data=1, fsdp=2, tensor=2), 4)], ids=['float32', 'bfloat16-sharded'])
-def test_stopped_and_resumed_is_as_never_stopped_bit_for_bit(experiment, dataset, dtype, mesh, devices):
+@pytest.mark.parametrize(
+  ('dtype', 'mesh', 'devices'),
+  [('float32', MeshConfig(data=1), 1), ('bfloat16', MeshConfig(data=1, fsdp=2, tensor=2), 4)],
+  ids=['float32', 'bfloat16-sharded'],
+)
+def test_stopped_and_resumed_is_as_never_stopped_bit_for_bit(
+  experiment, dataset, dtype, mesh, devices
+):
   def go(name, log=quiet):
-    e = experiment(name, steps=20, dtype=dtype, mesh=mesh, checkpoint_every=10, eval_every=5, dropout=0.1)
+    e = experiment(
+      name, steps=20, dtype=dtype, mesh=mesh, checkpoint_every=10, eval_every=5, dropout=0.1
+    )
     return train(e, dataset=dataset, devices=jax.devices()[:devices], log=log)
 
   whole = go('whole')
   first = go('parts', stop_at(10))
-  assert (first.exit_code, first.step) == (75, 11)   # the metrics of step 10 are read while step 11 runs
-  assert json.loads((first.folder / 'events.jsonl').read_text().splitlines()[-1])['signal'] == 'SIGTERM'
+  # the metrics of step 10 are read while step 11 runs
+  assert (first.exit_code, first.step) == (75, 11)
+  assert (
+    json.loads((first.folder / 'events.jsonl').read_text().splitlines()[-1])['signal'] == 'SIGTERM'
+  )
   second = go('parts')
   assert (second.exit_code, second.step) == (0, 20)
   assert_same(whole.folder, second.folder, 20)
@@ -100,8 +157,11 @@ def test_a_run_goes_on_elsewhere_with_the_same_losses(experiment, dataset):
   heard = []
   result = train(moved, dataset=dataset, log=heard.append)
   assert 'mesh.fsdp: 1 -> 4' in heard[0]
-  np.testing.assert_allclose([r['train/loss'] for r in curve(result.folder) if 'train/loss' in r],
-                             [r['train/loss'] for r in curve(whole.folder) if 'train/loss' in r], atol=1e-4)
+  np.testing.assert_allclose(
+    [r['train/loss'] for r in curve(result.folder) if 'train/loss' in r],
+    [r['train/loss'] for r in curve(whole.folder) if 'train/loss' in r],
+    atol=1e-4,
+  )
 
 
 @pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGUSR2])
@@ -123,7 +183,8 @@ def test_a_second_interrupt_aborts(experiment, dataset):
 
   with pytest.raises(KeyboardInterrupt):
     train(experiment(), dataset=dataset, devices=ONE, log=log)
-  assert train(experiment(), dataset=dataset, devices=ONE, log=quiet).step == 12   # and leaves a run that can go on
+  # and leaves a run that can go on
+  assert train(experiment(), dataset=dataset, devices=ONE, log=quiet).step == 12
 
 
 def test_numbers_that_are_not_finite_stop_the_run(experiment, dataset):
@@ -144,14 +205,20 @@ def test_numbers_that_are_not_finite_stop_the_run(experiment, dataset):
 
 @pytest.fixture(scope='module')
 def whole(dataset, tmp_path_factory):
-  return train(make_experiment(tmp_path_factory.mktemp('whole')), dataset=dataset, devices=ONE, log=quiet)
+  return train(
+    make_experiment(tmp_path_factory.mktemp('whole')), dataset=dataset, devices=ONE, log=quiet
+  )
 
 
 @pytest.mark.parametrize('damage', ['bit', 'truncated', 'meta'])
 def test_a_damaged_checkpoint_is_noticed_and_passed_over(experiment, dataset, whole, damage):
   first = train(experiment('hurt'), dataset=dataset, devices=ONE, log=stop_at(9))
   newest = first.folder / 'checkpoints' / '10'
-  file = newest / 'meta' / 'data.json' if damage == 'meta' else max((newest / 'params').rglob('*'), key=lambda f: f.stat().st_size)
+  file = (
+    newest / 'meta' / 'data.json'
+    if damage == 'meta'
+    else max((newest / 'params').rglob('*'), key=lambda f: f.stat().st_size)
+  )
   content = bytearray(file.read_bytes())
   content[len(content) // 2] ^= 4
   file.write_bytes(content[: len(content) // 2] if damage == 'truncated' else content)
@@ -180,7 +247,10 @@ def test_another_experiment_of_the_same_name_is_refused_and_nothing_is_written(e
   folder = train(experiment(steps=2), dataset=dataset, devices=ONE, log=quiet).folder
   before = snapshot(folder)
   other = experiment(steps=2, optimizer=AdamW(learning_rate=9e-3), batch_size=4)
-  with pytest.raises(InputError, match=r'optimizer.learning_rate: 0.003 -> 0.009\n  training.batch_size: 8 -> 4\n.*--run.name'):
+  with pytest.raises(
+    InputError,
+    match=r'optimizer.learning_rate: 0.003 -> 0.009\n  training.batch_size: 8 -> 4\n.*--run.name',
+  ):
     train(other, dataset=dataset, devices=ONE, log=quiet)
   assert snapshot(folder) == before
 
@@ -202,28 +272,53 @@ def test_more_steps_extend_a_run(experiment, dataset):
 
 def test_the_newest_and_the_best_checkpoints_are_kept(experiment, dataset, monkeypatch):
   losses = iter((5.0, 4.0, 1.0, 3.0, 2.0, 4.0))
-  monkeypatch.setattr(Setup, 'validator', lambda self: lambda params: {
-    'eval/loss': next(losses), 'eval/bits_per_byte': 1.0, 'eval/source': 'made up'})
+  monkeypatch.setattr(
+    Setup,
+    'validator',
+    lambda self: (
+      lambda params: {
+        'eval/loss': next(losses),
+        'eval/bits_per_byte': 1.0,
+        'eval/source': 'made up',
+      }
+    ),
+  )
   e = experiment(steps=6, eval_every=1, checkpoint_every=1, keep_latest=2, keep_best=2)
-  assert steps_in(train(e, dataset=dataset, devices=ONE, log=quiet).folder / 'checkpoints') == [3, 5, 6]
+  assert steps_in(train(e, dataset=dataset, devices=ONE, log=quiet).folder / 'checkpoints') == [
+    3,
+    5,
+    6,
+  ]
 
 
 def test_a_run_may_begin_with_the_parameters_of_another(experiment, dataset):
-  source = train(experiment('source', steps=8, checkpoint_every=4), dataset=dataset, devices=ONE, log=quiet)
+  source = train(
+    experiment('source', steps=8, checkpoint_every=4), dataset=dataset, devices=ONE, log=quiet
+  )
   small = AdamW(learning_rate=1e-12)
   for path, step in ((f'{source.folder}@4', 4), (source.folder / 'checkpoints' / '8', 8)):
     e = experiment(f'from-{len(str(path))}', steps=1, optimizer=small, schedule=Constant(warmup=0))
     result = train(e, init_from=path, dataset=dataset, devices=ONE, log=quiet)
-    expected = {r['step']: r['eval/loss'] for r in read_metrics(source.folder) if 'eval/loss' in r}[step]
+    expected = {r['step']: r['eval/loss'] for r in read_metrics(source.folder) if 'eval/loss' in r}[
+      step
+    ]
     assert result.metrics['eval/loss'] == pytest.approx(expected, abs=1e-6)
     assert meta(result.folder, 1)['step'] == 1
   assert load_params(source.folder, define(e.model))[1] == 8
   wrong = experiment('wrong')
   wrong = wrong.replace(model=wrong.model.replace(vocab_size=300))
-  with pytest.raises(InputError, match=r'embedding: \(264, 32\) in the checkpoint, \(300, 32\) here'):
+  with pytest.raises(
+    InputError, match=r'embedding: \(264, 32\) in the checkpoint, \(300, 32\) here'
+  ):
     train(wrong, init_from=source.folder, dataset=dataset, devices=ONE, log=quiet)
   with pytest.raises(InputError, match='no checkpoint there'):
-    train(experiment('wrong'), init_from=source.folder.parent / 'nowhere', dataset=dataset, devices=ONE, log=quiet)
+    train(
+      experiment('wrong'),
+      init_from=source.folder.parent / 'nowhere',
+      dataset=dataset,
+      devices=ONE,
+      log=quiet,
+    )
   assert not (source.folder.parent / 'wrong').exists()
 
 

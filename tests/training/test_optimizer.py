@@ -14,11 +14,24 @@ from jaxformer.training.step import StepConfig, compiled_train_step, init_state
 
 pytestmark = pytest.mark.quick
 ALL = (
-  AdamW(learning_rate=1e-2), Lion(learning_rate=3e-3), Muon(learning_rate=1e-2), Adafactor(learning_rate=1e-2, factored_from=16))
+  AdamW(learning_rate=1e-2),
+  Lion(learning_rate=3e-3),
+  Muon(learning_rate=1e-2),
+  Adafactor(learning_rate=1e-2, factored_from=16),
+)
 
 
 def info(*axes, shape, decay=True, lr_scale=1.0, matmul=True):
-  return ParamInfo(shape, jnp.float32, axes, decay=decay, lr_scale=lr_scale, full_precision=False, matmul=matmul, active=1.0)
+  return ParamInfo(
+    shape,
+    jnp.float32,
+    axes,
+    decay=decay,
+    lr_scale=lr_scale,
+    full_precision=False,
+    matmul=matmul,
+    active=1.0,
+  )
 
 
 INFO = {
@@ -30,7 +43,10 @@ INFO = {
 
 
 def tree(seed):
-  return {n: jax.random.normal(jax.random.fold_in(jax.random.key(seed), k), i.shape) for k, (n, i) in enumerate(INFO.items())}
+  return {
+    n: jax.random.normal(jax.random.fold_in(jax.random.key(seed), k), i.shape)
+    for k, (n, i) in enumerate(INFO.items())
+  }
 
 
 @pytest.mark.parametrize('config', ALL, ids=lambda c: c.tag)
@@ -44,7 +60,9 @@ def test_weight_decay_and_learning_rates_follow_the_parameters(config):
   grads = tree(1) | {'slow': tree(1)['w']}
   o = Optimizer(config.replace(weight_decay=0.0), Constant(warmup=0), 10, INFO)
   moved, _, did = o.update(grads, o.init(params), params, 0)
-  np.testing.assert_allclose((moved['slow'] - params['slow']), 0.5 * (moved['w'] - params['w']), atol=1e-6)
+  np.testing.assert_allclose(
+    (moved['slow'] - params['slow']), 0.5 * (moved['w'] - params['w']), atol=1e-6
+  )
   np.testing.assert_allclose(did['grad_norm'], optax.tree.norm(grads), rtol=1e-6)
 
 
@@ -52,7 +70,9 @@ def test_adamw_is_that_of_optax():
   some = {n: i for n, i in INFO.items() if i.lr_scale == 1}
   o = Optimizer(AdamW(learning_rate=1e-2, weight_decay=0.1, clip=1.0), Constant(warmup=0), 10, some)
   theirs = optax.chain(
-    optax.clip_by_global_norm(1.0), optax.adamw(1e-2, 0.9, 0.95, weight_decay=0.1, mask={n: i.decay for n, i in some.items()}))
+    optax.clip_by_global_norm(1.0),
+    optax.adamw(1e-2, 0.9, 0.95, weight_decay=0.1, mask={n: i.decay for n, i in some.items()}),
+  )
   params = other = {n: p for n, p in tree(0).items() if n in some}
   state, their_state = o.init(params), theirs.init(params)
   for step in range(4):
@@ -72,7 +92,8 @@ def test_newton_schulz_orthogonalises_every_matrix_by_itself():
     assert values.min() > 0.5
     assert values.max() < 1.3
     u, _, vt = np.linalg.svd(g, full_matrices=False)
-    assert np.sum(np.asarray(x) * (u @ vt)) / np.prod(values.shape) > 0.8   # near U V^T: the mean cosine with its directions
+    # near U V^T: the mean cosine with its directions
+    assert np.sum(np.asarray(x) * (u @ vt)) / np.prod(values.shape) > 0.8
     if g.ndim == 4:
       np.testing.assert_allclose(x[1, 1], newton_schulz(g[1, 1], 5), rtol=2e-3, atol=2e-4)
 
@@ -82,18 +103,32 @@ def test_muon_takes_the_matrices_of_blocks_alone():
   taken = {n.rsplit('.', 1)[-1] for n, i in definition.info.items() if Muon().orthogonalised(i)}
   assert taken == {'wq', 'wk', 'wv', 'wo', 'w_in', 'w_out'}
   params = tree(0)
-  o = Optimizer(Muon(learning_rate=1.0, adam_learning_rate=1e-3, weight_decay=0.0, clip=None), Constant(warmup=0), 10, INFO)
+  o = Optimizer(
+    Muon(learning_rate=1.0, adam_learning_rate=1e-3, weight_decay=0.0, clip=None),
+    Constant(warmup=0),
+    10,
+    INFO,
+  )
   moved, _, _ = o.update(tree(1), o.init(params), params, 0)
-  np.testing.assert_allclose(jnp.abs(moved['embedding'] - params['embedding']), 1e-3, rtol=1e-2)   # Adam's first step: the sign
+  # Adam's first step: the sign
+  np.testing.assert_allclose(jnp.abs(moved['embedding'] - params['embedding']), 1e-3, rtol=1e-2)
   rms = float(jnp.sqrt(jnp.mean(jnp.square(moved['w'] - params['w']))))
-  assert 0.1 < rms < 0.3   # 0.2, as AdamW's
+  assert 0.1 < rms < 0.3  # 0.2, as AdamW's
 
 
 def test_adafactor_is_that_of_optax_where_nothing_is_stacked():
   shape = (24, 40)
   one = {'w': info('embed', 'mlp', shape=shape)}
-  o = Optimizer(Adafactor(learning_rate=1.0, weight_decay=0.0, clip=None, factored_from=16), Constant(warmup=0), 10, one)
-  theirs = optax.chain(optax.scale_by_factored_rms(decay_rate=0.8, min_dim_size_to_factor=16), optax.clip_by_block_rms(1.0))
+  o = Optimizer(
+    Adafactor(learning_rate=1.0, weight_decay=0.0, clip=None, factored_from=16),
+    Constant(warmup=0),
+    10,
+    one,
+  )
+  theirs = optax.chain(
+    optax.scale_by_factored_rms(decay_rate=0.8, min_dim_size_to_factor=16),
+    optax.clip_by_block_rms(1.0),
+  )
   params = other = {'w': jnp.zeros(shape)}
   state, their_state = o.init(params), theirs.init(params)
   for step in range(3):
@@ -114,7 +149,9 @@ def test_learns_and_its_state_is_divided_as_its_parameters(config, dataset):
     state = init_state(definition, o, 0, mesh, rules)
     where = {n: p.sharding for n, p in state.params.items()}
     for path, leaf in jax.tree_util.tree_flatten_with_path(state.opt_state)[0]:
-      name = next((k.key for k in path if isinstance(k, jax.tree_util.DictKey) and k.key in where), None)
+      name = next(
+        (k.key for k in path if isinstance(k, jax.tree_util.DictKey) and k.key in where), None
+      )
       if name is not None and leaf.shape == state.params[name].shape:
         assert leaf.sharding == where[name], path
     step = compiled_train_step(definition, o, StepConfig(), mesh, rules)

@@ -1,4 +1,5 @@
-"""Encoder-decoders in the training loop: batches whose arrays and steps differ in shape, and data that do not fit."""
+"""Encoder-decoders in the training loop: batches whose arrays and steps differ in shape, and data
+that do not fit."""
 
 import jax
 import numpy as np
@@ -25,7 +26,8 @@ END = 15
 
 
 class Backwards(DatasetConfig):
-  """Sources of 2 to 7 digits, to be said from the end, in two buckets: most steps have another shape than the one before."""
+  """Sources of 2 to 7 digits, to be said from the end, in two buckets: most steps have another
+  shape than the one before."""
 
   @property
   def positions(self):
@@ -56,12 +58,16 @@ class BackwardsData(Dataset):
 
   def _batch(self, numbers, rows, bucket):
     S, T = ((5, 4), (9, 8))[bucket]
-    source, tokens, targets = np.full((rows, S), -1), np.zeros((rows, T), int), np.full((rows, T), -1)
+    source, tokens, targets = (
+      np.full((rows, S), -1),
+      np.zeros((rows, T), int),
+      np.full((rows, T), -1),
+    )
     for i in range(rows):
       digits = numbers.integers(1, 8, numbers.integers(2, T))
-      source[i, :len(digits) + 1] = [*digits, END]
-      tokens[i, :len(digits) + 1] = [END, *digits[::-1]]
-      targets[i, :len(digits) + 1] = [*digits[::-1], END]
+      source[i, : len(digits) + 1] = [*digits, END]
+      tokens[i, : len(digits) + 1] = [END, *digits[::-1]]
+      targets[i, : len(digits) + 1] = [*digits[::-1], END]
     return Rows(*(a.astype(np.int32) for a in (source, tokens, targets)))
 
 
@@ -74,10 +80,23 @@ TINY = transformer(32, 1, 64, 2, vocab_size=16, context=16)
 
 
 def experiment(tmp_path, model=TINY, name='run', mesh=None, **training):
-  given = {'steps': 12, 'batch_size': 8, 'checkpoint_every': 4, 'eval_every': 6, 'log_every': 1, 'trackers': ()} | training
+  given = {
+    'steps': 12,
+    'batch_size': 8,
+    'checkpoint_every': 4,
+    'eval_every': 6,
+    'log_every': 1,
+    'trackers': (),
+  } | training
   return Experiment(
-    model=model, data=Backwards(), optimizer=AdamW(learning_rate=3e-3), schedule=Constant(), training=TrainingConfig(**given),
-    mesh=mesh or MeshConfig(data=1), run=RunConfig(name=name, dir=str(tmp_path)))
+    model=model,
+    data=Backwards(),
+    optimizer=AdamW(learning_rate=3e-3),
+    schedule=Constant(),
+    training=TrainingConfig(**given),
+    mesh=mesh or MeshConfig(data=1),
+    run=RunConfig(name=name, dir=str(tmp_path)),
+  )
 
 
 def test_one_compilation_a_shape_and_tokens_as_they_were(tmp_path):
@@ -99,20 +118,33 @@ def test_interrupted_training_counts_and_learns_the_same(tmp_path):
     assert parts.metrics[name] == whole.metrics[name], name
 
 
-@pytest.mark.parametrize('model', [
-  case(TINY, id='transformer', standing=True),
-  case(luong(32, 1, DotScore(), source_vocab_size=16, vocab_size=16, context=16), id='luong', standing=False)])
+@pytest.mark.parametrize(
+  'model',
+  [
+    case(TINY, id='transformer', standing=True),
+    case(
+      luong(32, 1, DotScore(), source_vocab_size=16, vocab_size=16, context=16),
+      id='luong',
+      standing=False,
+    ),
+  ],
+)
 def test_eight_devices_learn_what_one_does(tmp_path, model):
   one = train(experiment(tmp_path, model, 'one'), devices=ONE, log=lambda line: None)
-  eight = train(experiment(
-    tmp_path, model, 'eight', MeshConfig(data=8, rules='data_parallel')), devices=jax.devices(), log=lambda line: None)
+  eight = train(
+    experiment(tmp_path, model, 'eight', MeshConfig(data=8, rules='data_parallel')),
+    devices=jax.devices(),
+    log=lambda line: None,
+  )
   for name in ('train/loss', 'eval/loss'):
     assert eight.metrics[name] == pytest.approx(one.metrics[name], rel=1e-4), name
 
 
 def test_accumulated_microbatches_are_the_batch(tmp_path):
   whole = train(experiment(tmp_path, name='whole', steps=4), devices=ONE, log=lambda line: None)
-  parts = train(experiment(tmp_path, name='parts', steps=4, accumulate=4), devices=ONE, log=lambda line: None)
+  parts = train(
+    experiment(tmp_path, name='parts', steps=4, accumulate=4), devices=ONE, log=lambda line: None
+  )
   assert parts.metrics['train/loss'] == pytest.approx(whole.metrics['train/loss'], rel=1e-5)
 
 
@@ -121,16 +153,25 @@ def test_scores_do_not_depend_on_how_rows_are_batched():
   params = definition.init(jax.random.key(0))
   batch = next(iter(data.validation_batches(16)))
   together = evaluate(definition, params, [batch])
-  apart = evaluate(definition, params, [PairBatch(*(a[rows] for a in tuple(batch)[:3])) for rows in (slice(0, 11), slice(11, 16))])
+  apart = evaluate(
+    definition,
+    params,
+    [PairBatch(*(a[rows] for a in tuple(batch)[:3])) for rows in (slice(0, 11), slice(11, 16))],
+  )
   assert (together.count, together.hits) == (apart.count, apart.hits)
   assert together.loss == pytest.approx(apart.loss, rel=1e-5)
   with pytest.raises(InputError, match='source tokens from 0 to 99'):
     evaluate(definition, params, [batch._replace(source_BS=np.array([[0, 99]] * 16))])
 
 
-@pytest.mark.parametrize(('model', 'data', 'message'), [
-  ('transformer-tiny', DataConfig(), 'no pairs'), ('gpt2-tiny', Backwards(), 'are pairs of a source and a target'),
-  ('s4d-classifier-tiny', Backwards(), 'are pairs of a source and a target')])
+@pytest.mark.parametrize(
+  ('model', 'data', 'message'),
+  [
+    ('transformer-tiny', DataConfig(), 'no pairs'),
+    ('gpt2-tiny', Backwards(), 'are pairs of a source and a target'),
+    ('s4d-classifier-tiny', Backwards(), 'are pairs of a source and a target'),
+  ],
+)
 def test_models_and_data_that_do_not_fit(model, data, message):
   with pytest.raises(InputError, match=message):
     check_fit(PRESETS[model].model, data)

@@ -25,7 +25,9 @@ def quiet(line):
 
 def members(experiment, prefix, **training):
   return [
-    experiment(f'{prefix}{seed}-{rate}', seed=seed, optimizer=AdamW(learning_rate=rate), **training) for seed, rate in MEMBERS]
+    experiment(f'{prefix}{seed}-{rate}', seed=seed, optimizer=AdamW(learning_rate=rate), **training)
+    for seed, rate in MEMBERS
+  ]
 
 
 def losses(folder):
@@ -33,9 +35,12 @@ def losses(folder):
 
 
 def test_eight_together_equal_eight_alone(experiment, dataset):
-  """Losses to 1e-5 at the first step and to 1e-3 over 50 (fp32); dropout, evaluations and the place in the data are the same."""
+  """Losses to 1e-5 at the first step and to 1e-3 over 50 (fp32); dropout, evaluations and the place
+  in the data are the same."""
   settings = {'steps': 50, 'eval_every': 25, 'checkpoint_every': 50}
-  together = train_population(members(experiment, 'p', **settings), dataset=dataset, devices=jax.devices()[:4], log=quiet)
+  together = train_population(
+    members(experiment, 'p', **settings), dataset=dataset, devices=jax.devices()[:4], log=quiet
+  )
   for result, alone in zip(together, members(experiment, 'a', **settings), strict=True):
     one = train(alone, dataset=dataset, devices=ONE, log=quiet)
     assert (result.exit_code, result.step) == (0, 50)
@@ -45,7 +50,7 @@ def test_eight_together_equal_eight_alone(experiment, dataset):
     assert result.metrics['eval/loss'] == pytest.approx(one.metrics['eval/loss'], rel=1e-3)
     assert meta(result.folder, 50)['data'] == meta(one.folder, 50)['data']
   final = {r.metrics['train/loss'] for r in together}
-  assert len(final) == len(MEMBERS)   # seeds and rates did differ
+  assert len(final) == len(MEMBERS)  # seeds and rates did differ
 
 
 @thorough
@@ -76,7 +81,12 @@ def test_one_that_diverges_leaves_the_others_alone(experiment, dataset):
   tame = experiment('tame', optimizer=AdamW(learning_rate=1e-3))
   ended = train_population([wild, tame], dataset=dataset, devices=ONE, log=quiet)
   assert [r.exit_code for r in ended] == [70, 0]
-  one = train(experiment('alone', optimizer=AdamW(learning_rate=1e-3)), dataset=dataset, devices=ONE, log=quiet)
+  one = train(
+    experiment('alone', optimizer=AdamW(learning_rate=1e-3)),
+    dataset=dataset,
+    devices=ONE,
+    log=quiet,
+  )
   np.testing.assert_allclose(losses(ended[1].folder), losses(one.folder), rtol=1e-4)
 
 

@@ -6,10 +6,18 @@ from jaxformer.training import WSD, Constant, Cosine, Linear, Noam
 
 pytestmark = pytest.mark.quick
 
-GOLDEN = {   # step -> factor, of 101 steps with a warm-up of 20: progress is (step - 20) / 80
+GOLDEN = {  # step -> factor, of 101 steps with a warm-up of 20: progress is (step - 20) / 80
   Constant(warmup=20): {0: 0.05, 9: 0.5, 19: 1.0, 20: 1.0, 100: 1.0},
   Linear(warmup=20, final=0.1): {0: 0.05, 20: 1.0, 60: 0.55, 100: 0.1},
-  Cosine(warmup=20, final=0.1): {4: 0.25, 19: 1.0, 20: 1.0, 40: 0.1 + 0.9 * (1 + 2**-0.5) / 2, 60: 0.55, 100: 0.1, 500: 0.1},
+  Cosine(warmup=20, final=0.1): {
+    4: 0.25,
+    19: 1.0,
+    20: 1.0,
+    40: 0.1 + 0.9 * (1 + 2**-0.5) / 2,
+    60: 0.55,
+    100: 0.1,
+    500: 0.1,
+  },
   WSD(warmup=20, decay=0.25): {9: 0.5, 20: 1.0, 80: 1.0, 90: 0.5, 100: 0.0},
   WSD(warmup=20, decay=0.25, sqrt=True): {80: 1.0, 85: 0.5, 100: 0.0},
   Noam(warmup=16, width=64): {0: 1 / 8 / 64, 15: 1 / 32, 63: 1 / 64},

@@ -11,11 +11,18 @@ from jaxformer.models.zoo.gpt import gpt
 from jaxformer.sharding import MeshConfig, batch_sharding, make_mesh, use_mesh
 from jaxformer.training import AdamW, Cosine
 from jaxformer.training.optimizer import Optimizer
-from jaxformer.training.step import StepConfig, compiled_train_step, init_state, loss_and_grads, train_step
+from jaxformer.training.step import (
+  StepConfig,
+  compiled_train_step,
+  init_state,
+  loss_and_grads,
+  train_step,
+)
 from tests.tiers import case
 
 DEFINITION = define(gpt(32, 2, 2, context=32, vocab_size=264))
-# Key offsets have a gradient of zero, which rounding makes 1e-9: with an eps of that size Adam would divide noise by noise.
+# Key offsets have a gradient of zero, which rounding makes 1e-9: with an eps of that size Adam
+# would divide noise by noise.
 OPTIMIZER = Optimizer.of(AdamW(learning_rate=1e-3, eps=1e-6), Cosine(warmup=2), 8, DEFINITION)
 
 
@@ -26,14 +33,18 @@ def batch(step: int, rows: int = 8, length: int = 16) -> Batch:
   targets = tokens[:, 1:].copy()
   targets[0, 3:] = -1
   targets[5] = -1
-  return Batch(tokens[:, :-1], targets, np.cumsum(rng.random((rows, length)) < 0.2, axis=1, dtype=np.int32))
+  return Batch(
+    tokens[:, :-1], targets, np.cumsum(rng.random((rows, length)) < 0.2, axis=1, dtype=np.int32)
+  )
 
 
 @pytest.mark.quick
 @pytest.mark.parametrize('accumulate', [2, 4])
 def test_accumulated_gradients_are_those_of_the_whole_batch(accumulate):
   params, key = DEFINITION.init(jax.random.key(0)), jax.random.key(1)
-  whole, _, grads = jax.jit(lambda p: loss_and_grads(DEFINITION, StepConfig(z_loss=1e-3), p, batch(0), key))(params)
+  whole, _, grads = jax.jit(
+    lambda p: loss_and_grads(DEFINITION, StepConfig(z_loss=1e-3), p, batch(0), key)
+  )(params)
   config = StepConfig(z_loss=1e-3, accumulate=accumulate)
   sums, _, parts = jax.jit(lambda p: loss_and_grads(DEFINITION, config, p, batch(0), key))(params)
   np.testing.assert_allclose(sums, whole, rtol=1e-6)
@@ -44,7 +55,9 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(accumulate):
 @pytest.mark.quick
 def test_the_gradient_is_that_of_the_mean_over_counted_targets():
   params, key = DEFINITION.init(jax.random.key(0)), jax.random.key(1)
-  sums, _, grads = jax.jit(lambda p: loss_and_grads(DEFINITION, StepConfig(), p, batch(0), key))(params)
+  sums, _, grads = jax.jit(lambda p: loss_and_grads(DEFINITION, StepConfig(), p, batch(0), key))(
+    params
+  )
   name, direction = 'embedding', jax.random.normal(jax.random.key(2), (264, 32))
 
   @jax.jit
@@ -75,10 +88,15 @@ def alone():
   return run(MeshConfig(), jax.devices()[:1])
 
 
-@pytest.mark.parametrize('mesh', [
-  case(MeshConfig(fsdp=4, tensor=2, data=1), id='fsdp4-tensor2', standing=True),
-  case(MeshConfig(data=4, rules='data_parallel', context=2), id='data4-context2', standing=True),
-  case(MeshConfig(fsdp=8, data=1), id='fsdp8', standing=False), case(MeshConfig(data=8), id='data8', standing=False)])
+@pytest.mark.parametrize(
+  'mesh',
+  [
+    case(MeshConfig(fsdp=4, tensor=2, data=1), id='fsdp4-tensor2', standing=True),
+    case(MeshConfig(data=4, rules='data_parallel', context=2), id='data4-context2', standing=True),
+    case(MeshConfig(fsdp=8, data=1), id='fsdp8', standing=False),
+    case(MeshConfig(data=8), id='data8', standing=False),
+  ],
+)
 def test_on_eight_devices_the_losses_and_parameters_are_those_of_one(alone, mesh):
   losses, params, state = run(mesh, jax.devices())
   np.testing.assert_allclose(losses, alone[0], atol=1e-5)
@@ -93,7 +111,9 @@ def test_numbers_that_are_not_finite_are_flagged():
   params = DEFINITION.init(jax.random.key(0))
   mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
   state = init_state(DEFINITION, OPTIMIZER, 0, mesh, 'fsdp_tensor')
-  step = jax.jit(lambda s: train_step(DEFINITION, OPTIMIZER, StepConfig(), s, batch(0))[1]['finite'])
+  step = jax.jit(
+    lambda s: train_step(DEFINITION, OPTIMIZER, StepConfig(), s, batch(0))[1]['finite']
+  )
   assert step(state)
   bad = {**params, 'embedding': params['embedding'].at[3, 4].set(jnp.inf)}
   assert not step(dataclasses.replace(state, params=bad))

@@ -29,7 +29,17 @@ from jaxformer.models.params import define
 from jaxformer.models.zoo.gpt import gpt
 from jaxformer.models.zoo.mamba import mamba
 from jaxformer.sharding import MeshConfig
-from jaxformer.training import AdamW, Cosine, Experiment, RunConfig, TrainingConfig, check, load_experiment, load_params, train
+from jaxformer.training import (
+  AdamW,
+  Cosine,
+  Experiment,
+  RunConfig,
+  TrainingConfig,
+  check,
+  load_experiment,
+  load_params,
+  train,
+)
 from jaxformer.training.experiment import check_fit, default_experiment
 from jaxformer.training.run import read_metrics
 from tests.models.test_classifier import classifier
@@ -37,17 +47,27 @@ from tests.training.compare import assert_same
 from tests.training.conftest import SHORT
 from tests.training.test_loop import quiet, stop_at
 
-LISTOPS = ListOps(max_depth=4, max_args=4, min_length=4, max_length=32, train_sequences=40, test_sequences=30)
+LISTOPS = ListOps(
+  max_depth=4, max_args=4, min_length=4, max_length=32, train_sequences=40, test_sequences=30
+)
 
 
 def model(input_=None):
-  return classifier(input_ or TokenInput.Config(vocab_size=15), False, MeanPooling()).replace(classes=10, context=64)
+  return classifier(input_ or TokenInput.Config(vocab_size=15), False, MeanPooling()).replace(
+    classes=10, context=64
+  )
 
 
 def experiment(folder, name='run', *, of=None, data=LISTOPS, mesh=None, **training):
   return Experiment(
-    model=of or model(), data=data, optimizer=AdamW(learning_rate=3e-3), schedule=Cosine(warmup=2),
-    training=TrainingConfig(**SHORT | training), mesh=mesh or MeshConfig(data=1), run=RunConfig(name=name, dir=str(folder)))
+    model=of or model(),
+    data=data,
+    optimizer=AdamW(learning_rate=3e-3),
+    schedule=Cosine(warmup=2),
+    training=TrainingConfig(**SHORT | training),
+    mesh=mesh or MeshConfig(data=1),
+    run=RunConfig(name=name, dir=str(folder)),
+  )
 
 
 def test_a_classifier_stopped_and_resumed_is_as_never_stopped_bit_for_bit(tmp_path):
@@ -73,7 +93,9 @@ def test_a_classifier_stopped_and_resumed_is_as_never_stopped_bit_for_bit(tmp_pa
 
 def test_a_language_model_on_a_task(tmp_path):
   task = AssociativeRecall(test_sequences=40)
-  e = experiment(tmp_path, of=gpt(32, 1, 4, context=32, vocab_size=12), data=task, steps=3, eval_batches=None)
+  e = experiment(
+    tmp_path, of=gpt(32, 1, 4, context=32, vocab_size=12), data=task, steps=3, eval_batches=None
+  )
   result = train(e, devices=jax.devices()[:1], log=quiet)
   assert result.metrics['eval/source'] == 'AssociativeRecall test'
   definition = define(e.model)
@@ -86,24 +108,43 @@ def test_a_language_model_on_a_task(tmp_path):
   assert result.metrics['eval/loss'] == pytest.approx(nll.mean(), rel=1e-5)
 
 
-@pytest.mark.parametrize('task', [
-  Compression(length=6, test_sequences=40), Memorization(vocab_size=12, length=6, test_sequences=40)], ids=lambda t: t.tag)
+@pytest.mark.parametrize(
+  'task',
+  [
+    Compression(length=6, test_sequences=40),
+    Memorization(vocab_size=12, length=6, test_sequences=40),
+  ],
+  ids=lambda t: t.tag,
+)
 def test_the_score_of_a_suite_task_is_the_fraction_right_of_all_targets(tmp_path, task):
   language_model = gpt(32, 1, 4, context=6, vocab_size=16)
-  e = experiment(tmp_path, of=autoencoder(language_model) if task.kind.autoencoder else language_model, data=task, steps=3,
-                 eval_batches=None)
+  e = experiment(
+    tmp_path,
+    of=autoencoder(language_model) if task.kind.autoencoder else language_model,
+    data=task,
+    steps=3,
+    eval_batches=None,
+  )
   result = train(e, devices=jax.devices()[:1], log=quiet)
   definition = define(e.model)
   params, _ = load_params(result.folder, definition)
   batch = task.rows('test', np.arange(40))
   model = definition.merge(params)
-  right = np.asarray(model(batch) if task.kind.autoencoder else model(batch.tokens_BT).y).argmax(-1) == batch.targets_BT
-  assert result.metrics['eval/accuracy'] == pytest.approx(right.sum() / (batch.targets_BT != -1).sum())
+  right = (
+    np.asarray(model(batch) if task.kind.autoencoder else model(batch.tokens_BT).y).argmax(-1)
+    == batch.targets_BT
+  )
+  assert result.metrics['eval/accuracy'] == pytest.approx(
+    right.sum() / (batch.targets_BT != -1).sum()
+  )
 
 
 def test_a_trained_model_is_scored_at_another_length(tmp_path, monkeypatch, capsys):
   """As Mamba is on induction heads: the length of the task is all that differs."""
-  task, of = InductionHead(length=15, vocab_size=16, test_sequences=8), mamba(Mamba.Config(), 16, 1, vocab_size=16, context=16)
+  task, of = (
+    InductionHead(length=15, vocab_size=16, test_sequences=8),
+    mamba(Mamba.Config(), 16, 1, vocab_size=16, context=16),
+  )
   e = experiment(tmp_path / 'runs', 'short', of=of, data=task, steps=2)
   train(e, devices=jax.devices()[:1], log=quiet)
   monkeypatch.chdir(tmp_path)
@@ -119,8 +160,15 @@ def test_a_trained_model_is_scored_at_another_length(tmp_path, monkeypatch, caps
 def digits(tmp_path_factory):
   pytest.importorskip('sklearn')
   home = tmp_path_factory.mktemp('digits')
-  e = experiment(home / 'runs', 'digits', of=model(LinearInput.Config(features=1)), data=Digits(), mesh=MeshConfig(), steps=2,
-                 eval_batches=None)
+  e = experiment(
+    home / 'runs',
+    'digits',
+    of=model(LinearInput.Config(features=1)),
+    data=Digits(),
+    mesh=MeshConfig(),
+    steps=2,
+    eval_batches=None,
+  )
   assert train(e, log=quiet).exit_code == 0
   return home
 
@@ -137,29 +185,77 @@ def test_the_command_line_on_a_classifier(digits, monkeypatch, capsys):
   assert main(['eval', 'digits']) == 0
   assert 'Digits test: 359 targets' in capsys.readouterr().out
   for words, message in (
-    ('generate digits --prompt x', 'a Classifier trained on Digits'), ('convert digits out', 'a Classifier trained on Digits'),
-    ('eval digits --by-position', 'one class a sequence'), ('eval digits --data DataConfig', 'without a tokenizer'),
-    ('eval digits --data ListOps', 'data = ListOps: have tokens at each position, and model.input reads 1 numbers'),
+    ('generate digits --prompt x', 'a Classifier trained on Digits'),
+    ('convert digits out', 'a Classifier trained on Digits'),
+    ('eval digits --by-position', 'one class a sequence'),
+    ('eval digits --data DataConfig', 'without a tokenizer'),
+    (
+      'eval digits --data ListOps',
+      'data = ListOps: have tokens at each position, and model.input reads 1 numbers',
+    ),
   ):
     assert main(words.split()) == 2
     assert message in capsys.readouterr().err
 
 
 @pytest.mark.quick
-@pytest.mark.parametrize(('of', 'data', 'message'), [
-  (model(), DataConfig(source=PydocTopics(), sequence_length=32), 'a Classifier names one of its classes, and these data ask for'),
-  (model(), InductionHead(), 'a Classifier names one of its classes.*known: Digits, ListOps'),
-  (gpt(32, 1, 2, context=64, vocab_size=300), LISTOPS, 'a LanguageModel predicts tokens, and these data ask for a class'),
-  (model(), Digits(), 'have 1 numbers at each position, and model.input reads tokens'),
-  (model(LinearInput.Config(features=2)), Digits(), 'have 1 numbers at each position, and model.input reads 2 numbers'),
-  (model().replace(classes=8), LISTOPS, 'model.classes = 8: must be at least 10, those of ListOps'),
-  (model(TokenInput.Config(vocab_size=12)), LISTOPS, 'model.input.vocab_size = 12: must be at least 15, those of ListOps'),
-  (gpt(32, 1, 2, context=64, vocab_size=12), InductionHead(), 'model.vocab_size = 12: must be at least 20, those of InductionHead'),
-  (gpt(32, 1, 2, context=64, vocab_size=16), Compression(), 'which an Autoencoder tells; a LanguageModel would'),
-  (autoencoder(gpt(32, 1, 2, context=64, vocab_size=20)), InductionHead(), 'an Autoencoder tells .* something else.* known: Compr'),
-  (autoencoder(gpt(32, 1, 2, context=64, vocab_size=15)), Compression(), 'model.vocab_size = 15: must be at least 16'),
-  (model(), Compression(), 'a Classifier names one of its classes, and these data ask for tokens'),
-])
+@pytest.mark.parametrize(
+  ('of', 'data', 'message'),
+  [
+    (
+      model(),
+      DataConfig(source=PydocTopics(), sequence_length=32),
+      'a Classifier names one of its classes, and these data ask for',
+    ),
+    (model(), InductionHead(), 'a Classifier names one of its classes.*known: Digits, ListOps'),
+    (
+      gpt(32, 1, 2, context=64, vocab_size=300),
+      LISTOPS,
+      'a LanguageModel predicts tokens, and these data ask for a class',
+    ),
+    (model(), Digits(), 'have 1 numbers at each position, and model.input reads tokens'),
+    (
+      model(LinearInput.Config(features=2)),
+      Digits(),
+      'have 1 numbers at each position, and model.input reads 2 numbers',
+    ),
+    (
+      model().replace(classes=8),
+      LISTOPS,
+      'model.classes = 8: must be at least 10, those of ListOps',
+    ),
+    (
+      model(TokenInput.Config(vocab_size=12)),
+      LISTOPS,
+      'model.input.vocab_size = 12: must be at least 15, those of ListOps',
+    ),
+    (
+      gpt(32, 1, 2, context=64, vocab_size=12),
+      InductionHead(),
+      'model.vocab_size = 12: must be at least 20, those of InductionHead',
+    ),
+    (
+      gpt(32, 1, 2, context=64, vocab_size=16),
+      Compression(),
+      'which an Autoencoder tells; a LanguageModel would',
+    ),
+    (
+      autoencoder(gpt(32, 1, 2, context=64, vocab_size=20)),
+      InductionHead(),
+      'an Autoencoder tells .* something else.* known: Compr',
+    ),
+    (
+      autoencoder(gpt(32, 1, 2, context=64, vocab_size=15)),
+      Compression(),
+      'model.vocab_size = 15: must be at least 16',
+    ),
+    (
+      model(),
+      Compression(),
+      'a Classifier names one of its classes, and these data ask for tokens',
+    ),
+  ],
+)
 def test_models_and_data_that_do_not_fit(tmp_path, of, data, message):
   with pytest.raises(InputError, match=message):
     check(experiment(tmp_path, of=of, data=data))
@@ -172,16 +268,26 @@ def test_a_task_longer_than_the_learned_positions(tmp_path):
 
 
 @pytest.mark.quick
-@pytest.mark.parametrize('task', [t for t in mad_suite() if t == type(t)()] + [MultiQueryRecall(), SelectiveCopying()],
-                         ids=lambda t: t.tag)
+@pytest.mark.parametrize(
+  'task',
+  [t for t in mad_suite() if t == type(t)()] + [MultiQueryRecall(), SelectiveCopying()],
+  ids=lambda t: t.tag,
+)
 def test_a_model_with_the_vocabulary_of_a_task_can_read_it(task):
   vocab_size, of = open_data(task).vocab_size, autoencoder if task.kind.autoencoder else lambda m: m
   check_fit(of(gpt(32, 1, 2, context=8, vocab_size=vocab_size)), task, vocab_size)
-  with pytest.raises(InputError, match=rf'model.vocab_size = {vocab_size - 1}: must be at least {vocab_size}'):
+  with pytest.raises(
+    InputError, match=rf'model.vocab_size = {vocab_size - 1}: must be at least {vocab_size}'
+  ):
     check_fit(of(gpt(32, 1, 2, context=8, vocab_size=vocab_size - 1)), task)
 
 
 @pytest.mark.quick
 def test_an_autoencoder_is_given_its_task():
-  assert default_experiment(autoencoder(gpt(32, 1, 2, context=64, vocab_size=16)), 'x').data == Compression()
-  assert isinstance(default_experiment(gpt(32, 1, 2, context=64, vocab_size=16), 'x').data, DataConfig)
+  assert (
+    default_experiment(autoencoder(gpt(32, 1, 2, context=64, vocab_size=16)), 'x').data
+    == Compression()
+  )
+  assert isinstance(
+    default_experiment(gpt(32, 1, 2, context=64, vocab_size=16), 'x').data, DataConfig
+  )

@@ -1,4 +1,5 @@
-"""Tasks, one file each: importing this package registers them all. `task.py` says what a task is."""
+"""Tasks, one file each: importing this package registers them all. `task.py` says what a task
+is."""
 
 from __future__ import annotations
 

@@ -12,7 +12,20 @@ from jaxformer.data import order
 from jaxformer.data.tasks.pair_task import PairTask
 from jaxformer.data.tasks.task import Side, below, random_bits
 
-MONTHS = ('January', 'February', 'March', 'April', 'May', 'June', 'July', 'August', 'September', 'October', 'November', 'December')
+MONTHS = (
+  'January',
+  'February',
+  'March',
+  'April',
+  'May',
+  'June',
+  'July',
+  'August',
+  'September',
+  'October',
+  'November',
+  'December',
+)
 DAYS = ('Monday', 'Tuesday', 'Wednesday', 'Thursday', 'Friday', 'Saturday', 'Sunday')
 FORMS = (
   '{year}/{month:02}/{day:02}',
@@ -26,16 +39,16 @@ FORMS = (
   '{weekday}, {day} {name} {year}',
   '{weekday}, {name} {ordinal}, {year}',
 )
-HELD_OUT = 10   # one day in so many is for testing
+HELD_OUT = 10  # one day in so many is for testing
 
 
 class Dates(PairTask):
-  """`Tuesday, March 5th, 1996` to `1996-03-05`: one form comes out of many, whose parts stand at other places in each.
+  """`Tuesday, March 5th, 1996` to `1996-03-05`: one form comes out of many, whose parts stand at
+  other places in each.
 
-  A pair is a random day from the first of `first_year` to the last of `last_year` in one of the first `forms` of ten forms, at
-  random; the first are the plainest. One day in ten is for testing: a tested day was never trained on in any form. The longest
-  source is 31 characters.
-  """
+  A pair is a random day from the first of `first_year` to the last of `last_year` in one of the
+  first `forms` of ten forms, at random; the first are the plainest. One day in ten is for testing:
+  a tested day was never trained on in any form. The longest source is 31 characters."""
 
   first_year: int = 1900
   last_year: int = 2099
@@ -60,21 +73,35 @@ class Dates(PairTask):
     days = _days(self.first_year, self.last_year, side)
     day_N, form_N = days[below(days.size, bits[:, 0])], below(self.forms, bits[:, 1])
     dates = [datetime.date.fromordinal(int(day)) for day in day_N]
-    return [(written(date, int(form)), date.isoformat()) for date, form in zip(dates, form_N, strict=True)]
+    return [
+      (written(date, int(form)), date.isoformat()) for date, form in zip(dates, form_N, strict=True)
+    ]
 
 
 def written(date: datetime.date, form: int) -> str:
   """A date in one of the forms."""
   name = MONTHS[date.month - 1]
-  suffix = 'th' if date.day in (11, 12, 13) else {1: 'st', 2: 'nd', 3: 'rd'}.get(date.day % 10, 'th')
+  suffix = (
+    'th' if date.day in (11, 12, 13) else {1: 'st', 2: 'nd', 3: 'rd'}.get(date.day % 10, 'th')
+  )
   return FORMS[form].format(
-    year=date.year, month=date.month, day=date.day, name=name, short=name[:3], ordinal=f'{date.day}{suffix}',
-    weekday=DAYS[date.weekday()])
+    year=date.year,
+    month=date.month,
+    day=date.day,
+    name=name,
+    short=name[:3],
+    ordinal=f'{date.day}{suffix}',
+    weekday=DAYS[date.weekday()],
+  )
 
 
 @functools.cache
 def _days(first_year: int, last_year: int, side: Side) -> Int64[np.ndarray, ' N']:
-  """The days of a side, as proleptic Gregorian ordinals. A day has the same side in every range of years."""
-  first, last = datetime.date(first_year, 1, 1).toordinal(), datetime.date(last_year, 12, 31).toordinal()
+  """The days of a side, as proleptic Gregorian ordinals. A day has the same side in every range of
+  years."""
+  first, last = (
+    datetime.date(first_year, 1, 1).toordinal(),
+    datetime.date(last_year, 12, 31).toordinal(),
+  )
   days = np.arange(first, last + 1)
   return days[(order.random_below(HELD_OUT, days, order.key(0, 'Dates')) == 0) == (side == 'test')]

@@ -15,11 +15,12 @@ FOLD = 5
 
 
 class Digits(TaskConfig):
-  """The 1,797 images of 8 x 8 pixels that come with scikit-learn (Alpaydin and Kaynak 1998, the test part of the UCI set), as
-  sequences of 64 pixels in rows from the top, each one number from 0 to 1; ten classes.
+  """The 1,797 images of 8 x 8 pixels that come with scikit-learn (Alpaydin and Kaynak 1998, the
+  test part of the UCI set), as sequences of 64 pixels in rows from the top, each one number from 0
+  to 1; ten classes.
 
-  Every fifth image is for testing (image i where i mod 5 = 4: 359), so both sides hold digits of the same writers.
-  """
+  Every fifth image is for testing (image i where i mod 5 = 4: 359), so both sides hold digits of
+  the same writers."""
 
   @property
   def positions(self) -> int:
@@ -49,7 +50,9 @@ class Digits(TaskConfig):
     return labelled(images[chosen], labels[chosen])
 
   def fingerprint(self) -> str:
-    return hash_of(*(self.rows(side, np.arange(self.rows_of(side).size)) for side in ('train', 'test')))
+    return hash_of(
+      *(self.rows(side, np.arange(self.rows_of(side).size)) for side in ('train', 'test'))
+    )
 
 
 @functools.cache
@@ -57,6 +60,9 @@ def _images() -> tuple[Float32[np.ndarray, 'N 64 1'], Int64[np.ndarray, ' N']]:
   try:
     from sklearn.datasets import load_digits
   except ImportError:
-    raise InputError('Digits: the images come with scikit-learn, which is not installed: pip install "jaxformer[tasks]"') from None
+    raise InputError(
+      'Digits: the images come with scikit-learn, which is not installed: pip install '
+      '"jaxformer[tasks]"'
+    ) from None
   data = load_digits()
   return (data.data[:, :, None] / 16.0).astype(np.float32), data.target.astype(np.int64)

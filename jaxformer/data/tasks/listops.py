@@ -15,21 +15,23 @@ from jaxformer.data.tasks.task import GeneratedTask, Side, labelled, random_bits
 OPERATORS = ('MAX', 'MIN', 'MED', 'SM')
 CLOSE = 10 + len(OPERATORS)
 TRIES = 10_000
-NESTED = 0.25   # how often an argument is a list
+NESTED = 0.25  # how often an argument is a list
 NAMES = (*'0123456789', *(f'[{name}' for name in OPERATORS), ']')
 
 
 class ListOps(GeneratedTask):
-  """The value, 0 to 9, of an expression such as `[MAX 2 9 [MIN 4 7 ] 0 ]` (Nangia and Bowman 2018; at the lengths of the Long Range
-  Arena, Tay et al. 2021, section 2.2.1).
+  """The value, 0 to 9, of an expression such as `[MAX 2 9 [MIN 4 7 ] 0 ]` (Nangia and Bowman 2018;
+  at the lengths of the Long Range Arena, Tay et al. 2021, section 2.2.1).
 
-  Operators: maximum, minimum, median (of an even number, the mean of the middle two rounded down), sum modulo 10. A list has 2
-  to `max_args` arguments, each a list with probability 1/4 down to `max_depth` lists within one another, else a digit. An
-  expression is drawn anew until its tokens number more than `min_length` and less than `max_length`. Tokens: the ten digits,
-  four operators with their brackets, the closing bracket; parentheses of binary trees are left out, as in the Long Range Arena.
+  Operators: maximum, minimum, median (of an even number, the mean of the middle two rounded down),
+    sum modulo 10. A list has 2
+  to `max_args` arguments, each a list with probability 1/4 down to `max_depth` lists within one
+  another, else a digit. An expression is drawn anew until its tokens number more than `min_length`
+  and less than `max_length`. Tokens: the ten digits, four operators with their brackets, the
+  closing bracket; parentheses of binary trees are left out, as in the Long Range Arena.
 
-  Training shows `train_sequences` expressions over and over; None makes new ones without end. Expressions are made when they
-  are asked for, a few milliseconds each at the published lengths.
+  Training shows `train_sequences` expressions over and over; None makes new ones without end.
+  Expressions are made when they are asked for, a few milliseconds each at the published lengths.
   """
 
   max_depth: int = 10
@@ -44,8 +46,16 @@ class ListOps(GeneratedTask):
     self.require(self.max_args >= 2, 'max_args', 'at least 2')
     self.require(self.min_length >= 0, 'min_length', 'at least 0')
     largest = expression_length(self.max_depth, self.max_args)
-    self.require(self.min_length + 1 < largest, 'min_length', f'below {largest - 1}: no expression of this depth is longer')
-    self.require(self.max_length > max(self.min_length + 1, 4), 'max_length', 'at least 5 and 2 more than min_length')
+    self.require(
+      self.min_length + 1 < largest,
+      'min_length',
+      f'below {largest - 1}: no expression of this depth is longer',
+    )
+    self.require(
+      self.max_length > max(self.min_length + 1, 4),
+      'max_length',
+      'at least 5 and 2 more than min_length',
+    )
     super().validate()
 
   @property
@@ -62,20 +72,28 @@ class ListOps(GeneratedTask):
     tokens = np.zeros((index_N.size, self.max_length), np.int32)
     for row, (expression, _) in zip(tokens, drawn, strict=True):
       row[: len(expression)] = expression
-    return labelled(tokens, np.array([value for _, value in drawn], np.int64), np.array([len(e) for e, _ in drawn], np.int64))
+    return labelled(
+      tokens,
+      np.array([value for _, value in drawn], np.int64),
+      np.array([len(e) for e, _ in drawn], np.int64),
+    )
 
   def _draw(self, seed: int) -> tuple[list[int], int]:
     """The tokens and the value of an expression."""
-    uniform = random.Random(seed).random   # of the library's generators the one whose numbers are promised to stay
+    # of the library's generators the one whose numbers are promised to stay
+    uniform = random.Random(seed).random
     for _ in range(TRIES):
       tokens: list[int] = []
-      # Digits alone are never long enough, so the outermost is a list; one that has grown too long is given up.
+      # Digits alone are never long enough, so the outermost is a list; one that has grown too long
+      # is given up.
       value = self._list(uniform, tokens, 1)
       if self.min_length < len(tokens) < self.max_length:
         return tokens, value
     raise InputError(
-      f'ListOps.min_length = {self.min_length}: of {TRIES:,} expressions none is longer, and shorter than max_length = '
-      f'{self.max_length}; bounds further apart, or a larger max_depth or max_args, are needed')
+      f'ListOps.min_length = {self.min_length}: of {TRIES:,} expressions none is longer, and '
+      'shorter than max_length = '
+      f'{self.max_length}; bounds further apart, or a larger max_depth or max_args, are needed'
+    )
 
   def _list(self, uniform, tokens: list[int], depth: int) -> int:
     """Adds the tokens of a list; its value."""

@@ -1,11 +1,12 @@
-"""The MAD suite (Poli et al. 2024, "Mechanistic Design and Scaling of Hybrid Architectures", arXiv 2403.17844, section 3.1 and
-appendix B): what a sequence mixer should be able to do, one small task each.
+"""The MAD suite (Poli et al. 2024, "Mechanistic Design and Scaling of Hybrid Architectures", arXiv
+2403.17844, section 3.1 and appendix B): what a sequence mixer should be able to do, one small task
+each.
 
-Defaults are the suite's baseline, and `mad_suite` gives the harder settings that its score is the mean over. The multi-query forms
-of recall are the ones that the suite scores: models learn to predict every next token, and are scored by the values of keys that
-came before. The authors' code takes the accuracy of each token that is asked for and then their mean, and here it is that of all
-targets; uniform answers make the two much the same. Selective copying stands in `copying.py`.
-"""
+Defaults are the suite's baseline, and `mad_suite` gives the harder settings that its score is the
+mean over. The multi-query forms of recall are the ones that the suite scores: models learn to
+predict every next token, and are scored by the values of keys that came before. The authors' code
+takes the accuracy of each token that is asked for and then their mean, and here it is that of all
+targets; uniform answers make the two much the same. Selective copying stands in `copying.py`."""
 
 from __future__ import annotations
 
@@ -15,7 +16,16 @@ from jaxtyping import Bool, Int64, UInt64
 from jaxformer.data import order
 from jaxformer.data.dataset import IGNORED, AnyBatch, Batch, Kind
 from jaxformer.data.tasks.copying import MadSelectiveCopying
-from jaxformer.data.tasks.task import GeneratedTask, Side, TaskConfig, below, came_before, chance, distinct, random_bits
+from jaxformer.data.tasks.task import (
+  GeneratedTask,
+  Side,
+  TaskConfig,
+  below,
+  came_before,
+  chance,
+  distinct,
+  random_bits,
+)
 
 
 class MadTask(GeneratedTask, abstract=True):
@@ -40,7 +50,7 @@ class MadTask(GeneratedTask, abstract=True):
     return Kind(vocab_size=self.vocab_size)
 
 
-# ---- recall -----------------------------------------------------------------------------------------------------------
+# ---- recall ------------------------------------------------------------------------------------
 
 
 class RecallTask(MadTask, abstract=True):
@@ -49,7 +59,11 @@ class RecallTask(MadTask, abstract=True):
   def validate(self) -> None:
     self.require(self.length >= 4 and self.length % 2 == 0, 'length', 'even and at least 4')
     special = self.vocab_size - self.symbols
-    self.require(self.symbols >= 4, 'vocab_size', f'at least {special + 4}, of which two are keys and two values')
+    self.require(
+      self.symbols >= 4,
+      'vocab_size',
+      f'at least {special + 4}, of which two are keys and two values',
+    )
     super().validate()
 
   @property
@@ -62,7 +76,11 @@ class RecallTask(MadTask, abstract=True):
     return self.vocab_size
 
   def _recall(
-    self, side: Side, index_N: Int64[np.ndarray, ' N'], noise_NP: Bool[np.ndarray, 'N P'], noise_NP2: Int64[np.ndarray, 'N P 2']
+    self,
+    side: Side,
+    index_N: Int64[np.ndarray, ' N'],
+    noise_NP: Bool[np.ndarray, 'N P'],
+    noise_NP2: Int64[np.ndarray, 'N P 2'],
   ) -> AnyBatch:
     """Pairs, with noise in the place of some."""
     (N, P), keys = noise_NP.shape, self.symbols // 2
@@ -72,9 +90,14 @@ class RecallTask(MadTask, abstract=True):
     came_NK = np.zeros((N, keys + 1), bool)
     np.put_along_axis(came_NK, np.where(noise_NP, keys, key_NP), True, axis=1)
     # Of the keys that came the one with the largest random number.
-    last_N = np.where(came_NK[:, :keys], bits[:, keys + P :] >> np.uint64(1), np.uint64(0)).argmax(axis=1)
+    last_N = np.where(came_NK[:, :keys], bits[:, keys + P :] >> np.uint64(1), np.uint64(0)).argmax(
+      axis=1
+    )
     key_NQ = np.concatenate([key_NP, last_N[:, None]], axis=1)
-    tokens, asked = np.stack([key_NQ, np.take_along_axis(value_NK, key_NQ, axis=1)], axis=2), np.zeros((N, P + 1, 2), bool)
+    tokens, asked = (
+      np.stack([key_NQ, np.take_along_axis(value_NK, key_NQ, axis=1)], axis=2),
+      np.zeros((N, P + 1, 2), bool),
+    )
     tokens[:, :P] = np.where(noise_NP[:, :, None], noise_NP2, tokens[:, :P])
     noise_NQ = np.pad(noise_NP, ((0, 0), (0, 1)))
     asked[:, :, 1] = came_before(np.where(noise_NQ, keys, key_NQ)) & ~noise_NQ
@@ -82,12 +105,13 @@ class RecallTask(MadTask, abstract=True):
 
 
 class InContextRecall(RecallTask):
-  """Say the value of a key again: `a 2 c 4 a 2 b 3 c 4 ...`, asked for the value at every key that came before.
+  """Say the value of a key again: `a 2 c 4 a 2 b 3 c 4 ...`, asked for the value at every key that
+  came before.
 
-  In each sequence every key has a value of its own, drawn at random. `length` / 2 pairs of a random key and its value follow each
-  other; the last is of a key that came, each of those as likely. The first half of the vocabulary are keys, the rest values. The
-  score is the fraction right of the values of keys that came before.
-  """
+  In each sequence every key has a value of its own, drawn at random. `length` / 2 pairs of a random
+  key and its value follow each other; the last is of a key that came, each of those as likely. The
+  first half of the vocabulary are keys, the rest values. The score is the fraction right of the
+  values of keys that came before."""
 
   def rows(self, side: Side, index_N: Int64[np.ndarray, ' N']) -> AnyBatch:
     shape = index_N.size, self.length // 2 - 1
@@ -97,9 +121,9 @@ class InContextRecall(RecallTask):
 class NoisyInContextRecall(RecallTask):
   """`InContextRecall` among noise: `a 2 # % c 4 a 2 % % ...`, asked as there.
 
-  Each pair but the last is, with probability `noise`, two random tokens of a vocabulary of their own instead, the last
-  `noise_vocab_size` tokens; one of them, drawn anew for each sequence, never is (the authors' may also be the last pair).
-  """
+  Each pair but the last is, with probability `noise`, two random tokens of a vocabulary of their
+  own instead, the last `noise_vocab_size` tokens; one of them, drawn anew for each sequence, never
+  is (the authors' may also be the last pair)."""
 
   vocab_size: int = 32
   noise: float = 0.2
@@ -119,17 +143,24 @@ class NoisyInContextRecall(RecallTask):
     bits = random_bits(order.key(self.seed, self.tag, side, 'noise'), index_N, 1 + 3 * P)
     noise_NP = chance(self.noise, bits[:, 1 : 1 + P])
     noise_NP[np.arange(N), below(P, bits[:, 0])] = False
-    return self._recall(side, index_N, noise_NP, self.symbols + below(self.noise_vocab_size, bits[:, 1 + P :]).reshape(N, P, 2))
+    return self._recall(
+      side,
+      index_N,
+      noise_NP,
+      self.symbols + below(self.noise_vocab_size, bits[:, 1 + P :]).reshape(N, P, 2),
+    )
 
 
 class FuzzyInContextRecall(MadTask):
-  """`InContextRecall` with keys and values of several tokens: `a c 2 b 4 3 1 a c 2 ...`, asked for every token of the value of a
-  key that came before.
+  """`InContextRecall` with keys and values of several tokens: `a c 2 b 4 3 1 a c 2 ...`, asked for
+  every token of the value of a key that came before.
 
-  Keys are 1 to `key_tokens` different tokens (in tests always `key_tokens`, else nothing would say where they end), values 1 to
-  `value_tokens`, every length as likely and every choice of tokens of a length. In each sequence every key has a value of its own,
-  drawn at random. Pairs follow each other while they leave room for the longest; the last is that of one of the pairs that came.
-  Token `vocab_size` - 1 fills up at the left; the first half of the others are in keys, the rest in values. Ours is how the last
+  Keys are 1 to `key_tokens` different tokens (in tests always `key_tokens`, else nothing would say
+  where they end), values 1 to `value_tokens`, every length as likely and every choice of tokens of
+  a length. In each sequence every key has a value of its own, drawn at random. Pairs follow each
+  other while they leave room for the longest; the last is that of one of the pairs that came. Token
+  `vocab_size` - 1 fills up at the left; the first half of the others are in keys, the rest in
+  values. Ours is how the last
   pair is drawn: the authors place it by its position, at times where the sequence has ended before.
   """
 
@@ -137,14 +168,25 @@ class FuzzyInContextRecall(MadTask):
   value_tokens: int = 3
 
   def validate(self) -> None:
-    least = max(2 * self.key_tokens, 2 * self.value_tokens - 1, 4) + 1   # of an odd number of symbols values have one more
+    # of an odd number of symbols values have one more
+    least = max(2 * self.key_tokens, 2 * self.value_tokens - 1, 4) + 1
     self.require(self.key_tokens > 0, 'key_tokens', 'positive')
     self.require(self.value_tokens > 0, 'value_tokens', 'positive')
-    self.require(self.vocab_size >= least, 'vocab_size', f'at least {least}, for keys of {self.key_tokens} different tokens, '
-                 f'values of {self.value_tokens}, and one that fills up')
-    self.require(self.vocab_size**self.key_tokens < 2**62, 'key_tokens', f'fewer: there are 2^62 keys of {self.vocab_size} tokens')
+    self.require(
+      self.vocab_size >= least,
+      'vocab_size',
+      f'at least {least}, for keys of {self.key_tokens} different tokens, '
+      f'values of {self.value_tokens}, and one that fills up',
+    )
+    self.require(
+      self.vocab_size**self.key_tokens < 2**62,
+      'key_tokens',
+      f'fewer: there are 2^62 keys of {self.vocab_size} tokens',
+    )
     longest = self.key_tokens + self.value_tokens
-    self.require(self.length >= 2 * longest, 'length', f'at least {2 * longest}, for two of the longest pairs')
+    self.require(
+      self.length >= 2 * longest, 'length', f'at least {2 * longest}, for two of the longest pairs'
+    )
     super().validate()
 
   def rows(self, side: Side, index_N: Int64[np.ndarray, ' N']) -> AnyBatch:
@@ -157,16 +199,29 @@ class FuzzyInContextRecall(MadTask):
     key_MK = motifs(size_M, keys, word_MK[:, 1:])
     number_M = ((key_MK + 1) * self.vocab_size ** np.arange(k)).sum(axis=1)
     # Words that the sequence and the key decide, so the same for a key wherever it comes.
-    of_key_M = (order.scramble(number_M.astype(np.uint64)) ^ np.repeat(bits[:, 0], P)).view(np.int64)
+    of_key_M = (order.scramble(number_M.astype(np.uint64)) ^ np.repeat(bits[:, 0], P)).view(
+      np.int64
+    )
     word_MV = random_bits(order.key(self.seed, self.tag, 'values'), of_key_M, 1 + self.value_tokens)
-    value_MV = motifs(1 + below(self.value_tokens, word_MV[:, 0]), self.vocab_size - 1 - keys, word_MV[:, 1:])
-    pair_NPL = np.concatenate([key_MK, np.where(value_MV < 0, -1, keys + value_MV)], axis=1).reshape(N, P, -1)
+    value_MV = motifs(
+      1 + below(self.value_tokens, word_MV[:, 0]), self.vocab_size - 1 - keys, word_MV[:, 1:]
+    )
+    pair_NPL = np.concatenate(
+      [key_MK, np.where(value_MV < 0, -1, keys + value_MV)], axis=1
+    ).reshape(N, P, -1)
     shown_NP = np.cumsum((pair_NPL >= 0).sum(axis=2), axis=1) <= room
     last_N = (bits[:, 1] % shown_NP.sum(axis=1).astype(np.uint64)).astype(np.int64)[:, None]
     number_NP = number_M.reshape(N, P)
     pair_NQL = np.concatenate(
-      [np.where(shown_NP[:, :, None], pair_NPL, -1), np.take_along_axis(pair_NPL, last_N[:, :, None], axis=1)], axis=1)
-    again_NQ = came_before(np.concatenate([number_NP, np.take_along_axis(number_NP, last_N, axis=1)], axis=1))
+      [
+        np.where(shown_NP[:, :, None], pair_NPL, -1),
+        np.take_along_axis(pair_NPL, last_N[:, :, None], axis=1),
+      ],
+      axis=1,
+    )
+    again_NQ = came_before(
+      np.concatenate([number_NP, np.take_along_axis(number_NP, last_N, axis=1)], axis=1)
+    )
     asked_NQL = again_NQ[:, :, None] & (np.arange(pair_NQL.shape[2]) >= k)
     return foretold(*self._packed(pair_NQL.reshape(N, -1), asked_NQL.reshape(N, -1)), side)
 
@@ -182,30 +237,36 @@ class FuzzyInContextRecall(MadTask):
     return tokens, asked
 
 
-def motifs(size_M: Int64[np.ndarray, ' M'], symbols: int, bits_MK: UInt64[np.ndarray, 'M K']) -> Int64[np.ndarray, 'M K']:
+def motifs(
+  size_M: Int64[np.ndarray, ' M'], symbols: int, bits_MK: UInt64[np.ndarray, 'M K']
+) -> Int64[np.ndarray, 'M K']:
   """As many different numbers of 0..symbols-1 as the sizes say, then -1."""
   return np.where(np.arange(bits_MK.shape[1]) < size_M[:, None], distinct(symbols, bits_MK), -1)
 
 
-def foretold(tokens_NS: Int64[np.ndarray, 'N S'], asked_NS: Bool[np.ndarray, 'N S'], side: Side) -> Batch:
-  """Sequences learned from as text is, every next token a target; in tests those asked alone are."""
+def foretold(
+  tokens_NS: Int64[np.ndarray, 'N S'], asked_NS: Bool[np.ndarray, 'N S'], side: Side
+) -> Batch:
+  """Sequences learned from as text is, every next token a target; in tests those asked alone
+  are."""
   targets = tokens_NS[:, 1:].astype(np.int32)
   if side == 'test':
     targets = np.where(asked_NS[:, 1:], targets, np.int32(IGNORED))
   return Batch(tokens_NS[:, :-1].astype(np.int32), targets, None)
 
 
-# ---- compression and memorization -------------------------------------------------------------------------------------
+# ---- compression and memorization --------------------------------------------------------------
 
 
 class Compression(MadTask):
-  """Tell a whole sequence from its last position: random tokens, then a special one, asked for all of them.
+  """Tell a whole sequence from its last position: random tokens, then a special one, asked for all
+  of them.
 
-  A model reads the sequence, and every token is to be told from its vector at the last position and the place asked for, by an MLP:
-  it takes an `Autoencoder`, since a language model would see at each position what it is asked for. The special token is
-  `vocab_size` - 1. As in the authors' code it is asked for too, so that the score is the fraction right of `length` tokens, one of
-  them always the same.
-  """
+  A model reads the sequence, and every token is to be told from its vector at the last position and
+  the place asked for, by an MLP: it takes an `Autoencoder`, since a language model would see at
+  each position what it is asked for. The special token is `vocab_size` - 1. As in the authors' code
+  it is asked for too, so that the score is the fraction right of `length` tokens, one of them
+  always the same."""
 
   length: int = 32
 
@@ -220,19 +281,22 @@ class Compression(MadTask):
 
   def rows(self, side: Side, index_N: Int64[np.ndarray, ' N']) -> AnyBatch:
     special = self.vocab_size - 1
-    tokens = below(special, random_bits(order.key(self.seed, self.tag, side), index_N, self.length)).astype(np.int32)
+    tokens = below(
+      special, random_bits(order.key(self.seed, self.tag, side), index_N, self.length)
+    ).astype(np.int32)
     tokens[:, -1] = special
     return Batch(tokens, tokens.copy(), None)
 
 
 class Memorization(MadTask):
-  """Learn facts by heart: `a _ c _ b _ ...`, asked at each `_` for the value of the key before it, which is never shown.
+  """Learn facts by heart: `a _ c _ b _ ...`, asked at each `_` for the value of the key before it,
+  which is never shown.
 
-  Each key has one value for good (no two the same), drawn with the `seed`, on both sides: to be learned from the targets of
-  training. `length` / 2 random keys are each followed by the special token, `vocab_size` - 1; the first half of the other tokens
-  are keys, the rest values. The score is the fraction of values that are right. With the larger vocabularies of the suite some keys
-  come in no training sequence.
-  """
+  Each key has one value for good (no two the same), drawn with the `seed`, on both sides: to be
+  learned from the targets of training. `length` / 2 random keys are each followed by the special
+  token, `vocab_size` - 1; the first half of the other tokens are keys, the rest values. The score
+  is the fraction of values that are right. With the larger vocabularies of the suite some keys come
+  in no training sequence."""
 
   vocab_size: int = 256
   length: int = 32
@@ -240,35 +304,64 @@ class Memorization(MadTask):
 
   def validate(self) -> None:
     self.require(self.length >= 2 and self.length % 2 == 0, 'length', 'even and at least 2')
-    self.require(self.vocab_size >= 5, 'vocab_size', 'at least 5: two keys, two values and the token that asks')
+    self.require(
+      self.vocab_size >= 5, 'vocab_size', 'at least 5: two keys, two values and the token that asks'
+    )
     super().validate()
 
   def rows(self, side: Side, index_N: Int64[np.ndarray, ' N']) -> AnyBatch:
     keys, special = (self.vocab_size - 1) // 2, self.vocab_size - 1
-    value_K = keys + order.shuffled(special - keys, np.arange(keys), order.key(self.seed, self.tag, 'values'))
-    key_NP = below(keys, random_bits(order.key(self.seed, self.tag, side), index_N, self.length // 2))
+    value_K = keys + order.shuffled(
+      special - keys, np.arange(keys), order.key(self.seed, self.tag, 'values')
+    )
+    key_NP = below(
+      keys, random_bits(order.key(self.seed, self.tag, side), index_N, self.length // 2)
+    )
     tokens = np.full((index_N.size, self.length), special, np.int32)
     targets = np.full(tokens.shape, IGNORED, np.int32)
     tokens[:, ::2], targets[:, 1::2] = key_NP, value_K[key_NP]
     return Batch(tokens, targets, None)
 
 
-# ---- the suite --------------------------------------------------------------------------------------------------------
+# ---- the suite ---------------------------------------------------------------------------------
 
 _FEWER = (6400, 3200, 1600, 800)
 _HARDER: dict[type[TaskConfig], dict[str, tuple[float, ...]]] = {
-  InContextRecall: {'vocab_size': (32, 64, 128), 'length': (256, 512, 1024), 'train_sequences': _FEWER},
-  FuzzyInContextRecall: {'vocab_size': (32, 64, 128), 'length': (256, 512, 1024), 'train_sequences': _FEWER},
+  InContextRecall: {
+    'vocab_size': (32, 64, 128),
+    'length': (256, 512, 1024),
+    'train_sequences': _FEWER,
+  },
+  FuzzyInContextRecall: {
+    'vocab_size': (32, 64, 128),
+    'length': (256, 512, 1024),
+    'train_sequences': _FEWER,
+  },
   NoisyInContextRecall: {
-    'vocab_size': (48, 80, 144), 'length': (256, 512, 1024), 'train_sequences': _FEWER, 'noise': (0.4, 0.6, 0.8)},
+    'vocab_size': (48, 80, 144),
+    'length': (256, 512, 1024),
+    'train_sequences': _FEWER,
+    'noise': (0.4, 0.6, 0.8),
+  },
   MadSelectiveCopying: {
-    'vocab_size': (32, 64, 128), 'length': (512, 1024), 'train_sequences': _FEWER, 'copied': (32, 64, 96)},
+    'vocab_size': (32, 64, 128),
+    'length': (512, 1024),
+    'train_sequences': _FEWER,
+    'copied': (32, 64, 96),
+  },
   Compression: {'vocab_size': (32, 64, 128), 'length': (64, 128, 256), 'train_sequences': _FEWER},
   Memorization: {'vocab_size': (512, 1024, 2048, 4096, 8192)},
 }
 
 
 def mad_suite() -> list[TaskConfig]:
-  """The tasks of the suite, each at its baseline and then harder in one way at a time. A task's score is the mean over its own."""
-  return [t for kind, ways in _HARDER.items() for t in (
-    kind(), *(kind().replace(**{field: value}) for field, values in ways.items() for value in values))]
+  """The tasks of the suite, each at its baseline and then harder in one way at a time. A task's
+  score is the mean over its own."""
+  return [
+    t
+    for kind, ways in _HARDER.items()
+    for t in (
+      kind(),
+      *(kind().replace(**{field: value}) for field, values in ways.items() for value in values),
+    )
+  ]

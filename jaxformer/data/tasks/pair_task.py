@@ -1,4 +1,5 @@
-"""Tasks of pairs: a text goes in, another is to come out. Texts are short, and their tokens are bytes."""
+"""Tasks of pairs: a text goes in, another is to come out. Texts are short, and their tokens are
+bytes."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ END = 256
 
 
 class PairTask(GeneratedTask, abstract=True):
-  """Base of the tasks of pairs. One says `texts` and the lengths of the longest, with their ends."""
+  """Base of the tasks of pairs. One says `texts` and the lengths of the longest, with their
+  ends."""
 
   @property
   def source_positions(self) -> int:
@@ -34,7 +36,8 @@ class PairTask(GeneratedTask, abstract=True):
     return Kind(vocab_size=BYTES.vocab_size, source_vocab_size=BYTES.vocab_size)
 
   def texts(self, side: Side, index_N: Int64[np.ndarray, ' N']) -> list[tuple[str, str]]:
-    """The sources and targets of a side with these numbers. No source of one side is on the other."""
+    """The sources and targets of a side with these numbers. No source of one side is on the
+    other."""
     raise NotImplementedError
 
   def rows(self, side: Side, index_N: Int64[np.ndarray, ' N']) -> PairBatch:
@@ -42,7 +45,12 @@ class PairTask(GeneratedTask, abstract=True):
     sources, targets = ([BYTES.encode(t[i]) for t in texts] for i in (0, 1))
     return pair_batch(sources, targets, (self.source_positions, self.positions), (END, END))
 
-  def open(self, cache_dir: Path | str | None = None, log: Log | None = None, tokenizer: Tokenizer | None = None) -> TaskDataset:
+  def open(
+    self,
+    cache_dir: Path | str | None = None,
+    log: Log | None = None,
+    tokenizer: Tokenizer | None = None,
+  ) -> TaskDataset:
     return PairTaskDataset(self)
 
 
@@ -57,4 +65,7 @@ class PairTaskDataset(TaskDataset):
   def held_out_pairs(self, limit: int | None = None) -> list[HeldOutPair]:
     index = spread(self.validation_rows, 1, limit)
     texts = self.pairs.texts('test', np.arange(self.validation_rows) if index is None else index)
-    return [HeldOutPair(np.append(BYTES.encode(source), np.int32(END)), source, target) for source, target in texts]
+    return [
+      HeldOutPair(np.append(BYTES.encode(source), np.int32(END)), source, target)
+      for source, target in texts
+    ]

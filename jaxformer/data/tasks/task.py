@@ -1,8 +1,9 @@
 """What a task is: sequences that a program makes or a package brings, and what is asked of them.
 
-A task is one file in this folder: a config type whose `rows` gives the sequences at some numbers, as a pure function of the
-config, the side and the numbers. Everything else (order, hosts, resuming, a last batch that is not full) is here.
-"""
+A task is one file in this folder: a config type whose `rows` gives the sequences at some numbers,
+  as a pure function of the
+config, the side and the numbers. Everything else (order, hosts, resuming, a last batch that is not
+full) is here."""
 
 from __future__ import annotations
 
@@ -17,12 +18,21 @@ from jaxtyping import Bool, Float32, Int32, Int64, UInt64
 from jaxformer import config
 from jaxformer.data import order
 from jaxformer.data.cache import Log
-from jaxformer.data.dataset import IGNORED, AnyBatch, Batch, Dataset, DatasetConfig, FeatureBatch, process_rows, spread
+from jaxformer.data.dataset import (
+  IGNORED,
+  AnyBatch,
+  Batch,
+  Dataset,
+  DatasetConfig,
+  FeatureBatch,
+  process_rows,
+  spread,
+)
 from jaxformer.data.tokenizers import Tokenizer
 
 Side = Literal['train', 'test']
-ENDLESS = 2**62   # numbers of training sequences where a task has no end of them: none comes twice
-HASHED = 2**20   # positions of each side that a fingerprint is of, at most
+ENDLESS = 2**62  # numbers of training sequences where a task has no end of them: none comes twice
+HASHED = 2**20  # positions of each side that a fingerprint is of, at most
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -31,7 +41,8 @@ class TaskConfig(DatasetConfig, abstract=True):
 
   @property
   def train_rows(self) -> int | None:
-    """How many training sequences there are, shown in another order every epoch; None where they are made without end."""
+    """How many training sequences there are, shown in another order every epoch; None where they
+    are made without end."""
     raise NotImplementedError
 
   @property
@@ -40,23 +51,32 @@ class TaskConfig(DatasetConfig, abstract=True):
     raise NotImplementedError
 
   def rows(self, side: Side, index_N: Int64[np.ndarray, ' N']) -> AnyBatch:
-    """The sequences of a side with these numbers, from 0. The same whatever else is asked for, and on any machine."""
+    """The sequences of a side with these numbers, from 0. The same whatever else is asked for, and
+    on any machine."""
     raise NotImplementedError
 
   def fingerprint(self) -> str:
-    """A hash (hex) that changes when the sequences do: of the first of each side, fewer of very long ones."""
+    """A hash (hex) that changes when the sequences do: of the first of each side, fewer of very
+    long ones."""
     count = min(64, max(1, HASHED // self.positions))
-    return hash_of(self.rows('train', np.arange(count)), self.rows('test', np.arange(min(count, self.test_rows))))
+    return hash_of(
+      self.rows('train', np.arange(count)), self.rows('test', np.arange(min(count, self.test_rows)))
+    )
 
-  def open(self, cache_dir: Path | str | None = None, log: Log | None = None, tokenizer: Tokenizer | None = None) -> TaskDataset:
+  def open(
+    self,
+    cache_dir: Path | str | None = None,
+    log: Log | None = None,
+    tokenizer: Tokenizer | None = None,
+  ) -> TaskDataset:
     return TaskDataset(self)
 
 
 class GeneratedTask(TaskConfig, abstract=True):
   """Base of the tasks whose sequences a program makes.
 
-  Many have a `length`. The same task at another length is `replace(length=...)`, and `jaxformer eval RUN --data.length N` scores a
-  trained model there.
+  Many have a `length`. The same task at another length is `replace(length=...)`, and `jaxformer
+  eval RUN --data.length N` scores a trained model there.
 
   Attributes:
     train_sequences: how many are shown over and over; None for no end of them.
@@ -70,7 +90,9 @@ class GeneratedTask(TaskConfig, abstract=True):
 
   def validate(self) -> None:
     endless = self.train_sequences is None
-    self.require(endless or self.train_sequences > 0, 'train_sequences', 'positive, or none for no end of them')
+    self.require(
+      endless or self.train_sequences > 0, 'train_sequences', 'positive, or none for no end of them'
+    )
     self.require(self.test_sequences > 0, 'test_sequences', 'positive')
 
   @property
@@ -89,14 +111,29 @@ class TaskDataset(Dataset):
     self.config = self.task = task
     self.tokenizer, self.vocab_size = None, task.kind.vocab_size
     rows, sha256 = task.train_rows, task.fingerprint()
-    self.size = f'sequences of {task.tag} without end' if rows is None else f'{rows:,} sequences of {task.tag}'
-    self.manifest: dict[str, Any] = {'task': config.to_json(task), 'train': rows, 'test': task.test_rows, 'sha256': sha256}
+    self.size = (
+      f'sequences of {task.tag} without end'
+      if rows is None
+      else f'{rows:,} sequences of {task.tag}'
+    )
+    self.manifest: dict[str, Any] = {
+      'task': config.to_json(task),
+      'train': rows,
+      'test': task.test_rows,
+      'sha256': sha256,
+    }
     self.identity: dict[str, Any] = {'task': config.to_json(task), 'sha256': sha256}
 
-  def train_batch(self, step: int, batch_size: int, seed: int, process_index: int = 0, process_count: int = 1) -> AnyBatch:
+  def train_batch(
+    self, step: int, batch_size: int, seed: int, process_index: int = 0, process_count: int = 1
+  ) -> AnyBatch:
     position_B = self._positions(step, batch_size, process_index, process_count)
     key, rows = order.key(seed, 'task'), self.task.train_rows
-    index_B = order.random_below(ENDLESS, position_B, key) if rows is None else order.shuffled(rows, position_B, key)
+    index_B = (
+      order.random_below(ENDLESS, position_B, key)
+      if rows is None
+      else order.shuffled(rows, position_B, key)
+    )
     return self.task.rows('train', index_B)
 
   @property
@@ -104,7 +141,11 @@ class TaskDataset(Dataset):
     return self.task.test_rows
 
   def validation_batches(
-    self, batch_size: int, limit_batches: int | None = None, process_index: int = 0, process_count: int = 1
+    self,
+    batch_size: int,
+    limit_batches: int | None = None,
+    process_index: int = 0,
+    process_count: int = 1,
   ) -> Iterator[AnyBatch]:
     low, high = process_rows(batch_size, process_index, process_count)
     index_R = np.arange(self.validation_rows)
@@ -116,37 +157,48 @@ class TaskDataset(Dataset):
   def _test(self, index_B: Int64[np.ndarray, ' B']) -> AnyBatch:
     """Test sequences by number; -1 stands for a row without targets."""
     batch = self.task.rows('test', np.maximum(index_B, 0))
-    return batch._replace(targets_BT=np.where(index_B[:, None] >= 0, batch.targets_BT, np.int32(IGNORED)))
+    return batch._replace(
+      targets_BT=np.where(index_B[:, None] >= 0, batch.targets_BT, np.int32(IGNORED))
+    )
 
 
-# ---- what tasks are made with -----------------------------------------------------------------------------------------
+# ---- what tasks are made with ------------------------------------------------------------------
 
 
 def labelled(
-  inputs: Int32[np.ndarray, 'B T'] | Float32[np.ndarray, 'B T F'], label_B: Int64[np.ndarray, ' B'],
+  inputs: Int32[np.ndarray, 'B T'] | Float32[np.ndarray, 'B T F'],
+  label_B: Int64[np.ndarray, ' B'],
   length_B: Int64[np.ndarray, ' B'] | None = None,
 ) -> AnyBatch:
-  """Sequences to classify: the label stands at the last position of each; what follows its length is padding."""
+  """Sequences to classify: the label stands at the last position of each; what follows its length
+  is padding."""
   rows, length = inputs.shape[:2]
   last_B = np.full(rows, length) - 1 if length_B is None else length_B - 1
   targets_BT = np.full((rows, length), IGNORED, np.int32)
   targets_BT[np.arange(rows), last_B] = label_B
-  segments_BT = None if length_B is None else (np.arange(length)[None] < length_B[:, None]).astype(np.int32)
+  segments_BT = (
+    None if length_B is None else (np.arange(length)[None] < length_B[:, None]).astype(np.int32)
+  )
   batch = Batch if inputs.ndim == 2 else FeatureBatch
   return batch(inputs, targets_BT, segments_BT)
 
 
-def asked_last(tokens_BT: Int64[np.ndarray, 'B T'], answer_B: Int64[np.ndarray, ' B'], side: Side) -> Batch:
-  """Sequences after which one token is asked for. They are learned from as text is, every next token a target; in tests there is
-  no target before the last."""
+def asked_last(
+  tokens_BT: Int64[np.ndarray, 'B T'], answer_B: Int64[np.ndarray, ' B'], side: Side
+) -> Batch:
+  """Sequences after which one token is asked for. They are learned from as text is, every next
+  token a target; in tests there is no target before the last."""
   targets_BT = np.concatenate([tokens_BT[:, 1:], answer_B[:, None]], axis=1).astype(np.int32)
   if side == 'test':
     targets_BT[:, :-1] = IGNORED
   return Batch(tokens_BT.astype(np.int32), targets_BT, None)
 
 
-def random_bits(key: np.uint64, index_N: Int64[np.ndarray, ' N'], count: int) -> UInt64[np.ndarray, 'N count']:
-  """`count` random words for each number: SplitMix64 streams, integer arithmetic alone, so the same with every library."""
+def random_bits(
+  key: np.uint64, index_N: Int64[np.ndarray, ' N'], count: int
+) -> UInt64[np.ndarray, 'N count']:
+  """`count` random words for each number: SplitMix64 streams, integer arithmetic alone, so the same
+  with every library."""
   start_N = order.scramble(order.scramble(index_N.astype(np.uint64)) ^ key)
   at_NC = start_N[:, None] + _GOLDEN * np.arange(1, count + 1, dtype=np.uint64)[None]
   return order.scramble(at_NC.reshape(-1)).reshape(at_NC.shape)

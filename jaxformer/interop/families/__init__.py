@@ -1,4 +1,5 @@
-"""The checkpoint formats, one file a family. Importing this package registers them all in `FAMILIES`."""
+"""The checkpoint formats, one file a family. Importing this package registers them all in
+`FAMILIES`."""
 
 from __future__ import annotations
 

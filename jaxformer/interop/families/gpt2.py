@@ -1,4 +1,5 @@
-"""GPT-2. Its linear layers are `Conv1D`s, whose weights are [in, out] as ours are; query, key and value are one."""
+"""GPT-2. Its linear layers are `Conv1D`s, whose weights are [in, out] as ours are; query, key and
+value are one."""
 
 from __future__ import annotations
 
@@ -18,49 +19,90 @@ from jaxformer.models.stack import Group
 
 
 def read(hf: Settings) -> LanguageModel.Config:
-  """Dropout of attention weights (`attn_pdrop`) is dropped: our attention has none, and it leaves the weights' function alone.
-  `reorder_and_upcast_attn` asks for fp32 logits, which we always have."""
+  """Dropout of attention weights (`attn_pdrop`) is dropped: our attention has none, and it leaves
+  the weights' function alone. `reorder_and_upcast_attn` asks for fp32 logits, which we always
+  have."""
   hf.only('add_cross_attention', False)
   hf.only('scale_attn_by_inverse_layer_idx', False)
   width, std = hf.count('n_embd', 768), hf.get('initializer_range', float, 0.02)
   norm = LayerNorm.Config(eps=hf.get('layer_norm_epsilon', float, 1e-5))
   attention = Attention.Config(
-    heads=hf.count('n_head', 12), bias=True, scale=None if hf.get('scale_attn_weights', bool, True) else 1.0,
-    init=Normal(std=std), out_init=ResidualNormal(std=std))
+    heads=hf.count('n_head', 12),
+    bias=True,
+    scale=None if hf.get('scale_attn_weights', bool, True) else 1.0,
+    init=Normal(std=std),
+    out_init=ResidualNormal(std=std),
+  )
   mlp = Mlp.Config(
-    hidden=hf.count('n_inner', 4 * width), activation=hf.choose('activation_function', ACTIVATIONS, 'gelu_new'), bias=True,
-    init=Normal(std=std), out_init=ResidualNormal(std=std))
+    hidden=hf.count('n_inner', 4 * width),
+    activation=hf.choose('activation_function', ACTIVATIONS, 'gelu_new'),
+    bias=True,
+    init=Normal(std=std),
+    out_init=ResidualNormal(std=std),
+  )
   dropout = hf.get('resid_pdrop', float, 0.1)
-  block = Block.Config(branches=tuple(PreNorm.Config(layer=layer, norm=norm, dropout=dropout) for layer in (attention, mlp)))
+  block = Block.Config(
+    branches=tuple(
+      PreNorm.Config(layer=layer, norm=norm, dropout=dropout) for layer in (attention, mlp)
+    )
+  )
   return LanguageModel.Config(
-    vocab_size=hf.count('vocab_size', 50257), width=width, context=hf.count('n_positions', 1024),
-    positions=LearnedPositions.Config(), stack=(Group(pattern=(block,), repeats=hf.count('n_layer', 12)),), final_norm=norm,
-    tied=hf.get('tie_word_embeddings', bool, True), dropout=hf.get('embd_pdrop', float, 0.1), embedding_init=Normal(std=std))
+    vocab_size=hf.count('vocab_size', 50257),
+    width=width,
+    context=hf.count('n_positions', 1024),
+    positions=LearnedPositions.Config(),
+    stack=(Group(pattern=(block,), repeats=hf.count('n_layer', 12)),),
+    final_norm=norm,
+    tied=hf.get('tie_word_embeddings', bool, True),
+    dropout=hf.get('embd_pdrop', float, 0.1),
+    embedding_init=Normal(std=std),
+  )
 
 
 def write(config: LanguageModel.Config) -> dict[str, Any]:
   stack = blocks(config)
   first, second = branches(stack[0], 2)
-  attention, mlp = part(first.layer, Attention.Config, 'layer 0 of block 0'), part(second.layer, Mlp.Config, 'layer 1 of block 0')
+  attention, mlp = (
+    part(first.layer, Attention.Config, 'layer 0 of block 0'),
+    part(second.layer, Mlp.Config, 'layer 1 of block 0'),
+  )
   std = config.embedding_init.std if isinstance(config.embedding_init, Normal) else 0.02
   return {
-    'vocab_size': config.vocab_size, 'n_positions': config.context, 'n_ctx': config.context, 'n_embd': config.width,
-    'n_layer': len(stack), 'n_head': attention.heads, 'n_inner': None if mlp.hidden == 4 * config.width else mlp.hidden,
-    'activation_function': activation_name(mlp.activation), 'layer_norm_epsilon': first.norm.eps,
-    'scale_attn_weights': attention.scale != 1.0, 'initializer_range': std, 'tie_word_embeddings': config.tied,
-    'resid_pdrop': first.dropout, 'embd_pdrop': config.dropout, 'attn_pdrop': 0.0,
+    'vocab_size': config.vocab_size,
+    'n_positions': config.context,
+    'n_ctx': config.context,
+    'n_embd': config.width,
+    'n_layer': len(stack),
+    'n_head': attention.heads,
+    'n_inner': None if mlp.hidden == 4 * config.width else mlp.hidden,
+    'activation_function': activation_name(mlp.activation),
+    'layer_norm_epsilon': first.norm.eps,
+    'scale_attn_weights': attention.scale != 1.0,
+    'initializer_range': std,
+    'tie_word_embeddings': config.tied,
+    'resid_pdrop': first.dropout,
+    'embd_pdrop': config.dropout,
+    'attn_pdrop': 0.0,
   }
 
 
 def rules(config: LanguageModel.Config) -> list[Rule]:
-  layer, attention, mlp = 'transformer.h.{layer}', 'stack.{layer}.branches.0', 'stack.{layer}.branches.1'
+  layer, attention, mlp = (
+    'transformer.h.{layer}',
+    'stack.{layer}.branches.0',
+    'stack.{layer}.branches.1',
+  )
   return [
     same('embedding', 'transformer.wte.weight'),
     same('positions.table', 'transformer.wpe.weight'),
     same(f'{attention}.norm.scale', f'{layer}.ln_1.weight'),
     same(f'{attention}.norm.offset', f'{layer}.ln_1.bias'),
-    Rule(tuple(f'{attention}.layer.w{p}' for p in 'qkv'), f'{layer}.attn.c_attn.weight', (Concat(1),)),
-    Rule(tuple(f'{attention}.layer.b{p}' for p in 'qkv'), f'{layer}.attn.c_attn.bias', (Concat(0),)),
+    Rule(
+      tuple(f'{attention}.layer.w{p}' for p in 'qkv'), f'{layer}.attn.c_attn.weight', (Concat(1),)
+    ),
+    Rule(
+      tuple(f'{attention}.layer.b{p}' for p in 'qkv'), f'{layer}.attn.c_attn.bias', (Concat(0),)
+    ),
     same(f'{attention}.layer.wo', f'{layer}.attn.c_proj.weight'),
     same(f'{attention}.layer.bo', f'{layer}.attn.c_proj.bias'),
     same(f'{mlp}.norm.scale', f'{layer}.ln_2.weight'),
@@ -77,8 +119,11 @@ def rules(config: LanguageModel.Config) -> list[Rule]:
 
 def names(config: LanguageModel.Config) -> Names:
   return Names(
-    prefix='transformer.', ignored=(r'transformer\.h\.\d+\.attn\.(bias|masked_bias)',),   # the causal mask, kept as buffers
-    copies={'lm_head.weight': 'transformer.wte.weight'} if config.tied else {})
+    # the causal mask, kept as buffers
+    prefix='transformer.',
+    ignored=(r'transformer\.h\.\d+\.attn\.(bias|masked_bias)',),
+    copies={'lm_head.weight': 'transformer.wte.weight'} if config.tied else {},
+  )
 
 
 family(Family('gpt2', 'GPT2LMHeadModel', read, write, rules, names))

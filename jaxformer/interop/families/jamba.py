@@ -1,4 +1,5 @@
-"""Jamba: Mamba layers and some of attention, feed-forward layers and some with experts, which have tensors of their own on disk."""
+"""Jamba: Mamba layers and some of attention, feed-forward layers and some with experts, which have
+tensors of their own on disk."""
 
 from __future__ import annotations
 
@@ -43,32 +44,60 @@ def shortest(blocks: list[Block.Config]) -> Group:
 
 
 def read(hf: Settings) -> LanguageModel.Config:
-  """How transformers draws the initial values of Mamba layers is not how their authors do; ours are the authors'."""
+  """How transformers draws the initial values of Mamba layers is not how their authors do; ours are
+  the authors'."""
   hf.only('hidden_act', 'silu', 'swish')
   hf.only('sliding_window', None)
   width, std = hf.count('hidden_size', 4096), hf.get('initializer_range', float, 0.02)
-  init, norm, automatic = Normal(std=std), RMSNorm.Config(eps=hf.get('rms_norm_eps', float, 1e-6)), -(-width // 16)
-  rank = automatic if hf.fields.get('mamba_dt_rank', 'auto') in ('auto', None) else hf.count('mamba_dt_rank')
+  init, norm, automatic = (
+    Normal(std=std),
+    RMSNorm.Config(eps=hf.get('rms_norm_eps', float, 1e-6)),
+    -(-width // 16),
+  )
+  rank = (
+    automatic
+    if hf.fields.get('mamba_dt_rank', 'auto') in ('auto', None)
+    else hf.count('mamba_dt_rank')
+  )
   mixer = Mamba.Config(
-    state=hf.count('mamba_d_state', 16), expand=hf.count('mamba_expand', 2), taps=hf.count('mamba_d_conv', 4),
-    dt_rank=None if rank == automatic else rank, bias=hf.get('mamba_proj_bias', bool, False),
-    conv_bias=hf.get('mamba_conv_bias', bool, True), inner_norm=norm)
+    state=hf.count('mamba_d_state', 16),
+    expand=hf.count('mamba_expand', 2),
+    taps=hf.count('mamba_d_conv', 4),
+    dt_rank=None if rank == automatic else rank,
+    bias=hf.get('mamba_proj_bias', bool, False),
+    conv_bias=hf.get('mamba_conv_bias', bool, True),
+    inner_norm=norm,
+  )
   attention = Attention.Config(
-    heads=hf.count('num_attention_heads', 32), kv_heads=hf.count('num_key_value_heads', 8), init=init, out_init=init)
+    heads=hf.count('num_attention_heads', 32),
+    kv_heads=hf.count('num_key_value_heads', 8),
+    init=init,
+    out_init=init,
+  )
   mlp = GatedMlp.Config(hidden=hf.count('intermediate_size', 14336), init=init, out_init=init)
   experts, layers = hf.count('num_experts', 16), hf.count('num_hidden_layers', 32)
-  router = SoftmaxTopK.Config(k=hf.count('num_experts_per_tok', 2), balance=balance(hf, 0.001), init=init)
+  router = SoftmaxTopK.Config(
+    k=hf.count('num_experts_per_tok', 2), balance=balance(hf, 0.001), init=init
+  )
   moe = mlp if experts == 1 else Moe.Config(experts=experts, expert=mlp, router=router)
   attends, sparse = periodic(hf, 'attn', 8, 4), periodic(hf, 'expert', 2, 1)
 
   def block(i: int) -> Block.Config:
-    parts = attention if i % attends[0] == attends[1] else mixer, moe if i % sparse[0] == sparse[1] else mlp
+    parts = (
+      attention if i % attends[0] == attends[1] else mixer,
+      moe if i % sparse[0] == sparse[1] else mlp,
+    )
     return Block.Config(branches=tuple(PreNorm.Config(layer=layer, norm=norm) for layer in parts))
 
   return LanguageModel.Config(
-    vocab_size=hf.count('vocab_size', 65536), width=width, context=hf.count('max_position_embeddings', 262144),
-    stack=(shortest([block(i) for i in range(layers)]),), final_norm=norm, tied=hf.get('tie_word_embeddings', bool, False),
-    embedding_init=init)
+    vocab_size=hf.count('vocab_size', 65536),
+    width=width,
+    context=hf.count('max_position_embeddings', 262144),
+    stack=(shortest([block(i) for i in range(layers)]),),
+    final_norm=norm,
+    tied=hf.get('tie_word_embeddings', bool, False),
+    embedding_init=init,
+  )
 
 
 def _period(where: list[bool]) -> tuple[int, int]:
@@ -91,45 +120,84 @@ def write(config: LanguageModel.Config) -> dict[str, Any]:
     raise InputError('no block has a Mamba layer and a feed-forward layer')
   attends = _period([isinstance(mixer, Attention.Config) for mixer, _ in layers])
   sparse = _period([isinstance(feed_forward, Moe.Config) for _, feed_forward in layers])
-  router = SoftmaxTopK.Config() if moe is None else part(moe.router, SoftmaxTopK.Config, 'the router')
+  router = (
+    SoftmaxTopK.Config() if moe is None else part(moe.router, SoftmaxTopK.Config, 'the router')
+  )
   attention = attention or Attention.Config()
   return {
-    'vocab_size': config.vocab_size, 'hidden_size': config.width, 'intermediate_size': mlp.hidden, 'num_hidden_layers': len(stack),
-    'num_attention_heads': attention.heads, 'num_key_value_heads': attention.kv_heads or attention.heads, 'hidden_act': 'silu',
-    'max_position_embeddings': config.context, 'rms_norm_eps': branches(stack[0], 2)[0].norm.eps,
-    'initializer_range': config.embedding_init.std if isinstance(config.embedding_init, Normal) else 0.02,
-    'tie_word_embeddings': config.tied, 'attention_dropout': 0.0, 'num_experts': 1 if moe is None else moe.experts,
-    'attn_layer_period': attends[0], 'attn_layer_offset': attends[1], 'expert_layer_period': sparse[0],
-    'expert_layer_offset': sparse[1], 'mamba_d_state': mixer.state, 'mamba_d_conv': mixer.taps, 'mamba_expand': mixer.expand,
-    'mamba_dt_rank': mixer.rank(config.width), 'mamba_conv_bias': mixer.conv_bias, 'mamba_proj_bias': mixer.bias,
+    'vocab_size': config.vocab_size,
+    'hidden_size': config.width,
+    'intermediate_size': mlp.hidden,
+    'num_hidden_layers': len(stack),
+    'num_attention_heads': attention.heads,
+    'num_key_value_heads': attention.kv_heads or attention.heads,
+    'hidden_act': 'silu',
+    'max_position_embeddings': config.context,
+    'rms_norm_eps': branches(stack[0], 2)[0].norm.eps,
+    'initializer_range': config.embedding_init.std
+    if isinstance(config.embedding_init, Normal)
+    else 0.02,
+    'tie_word_embeddings': config.tied,
+    'attention_dropout': 0.0,
+    'num_experts': 1 if moe is None else moe.experts,
+    'attn_layer_period': attends[0],
+    'attn_layer_offset': attends[1],
+    'expert_layer_period': sparse[0],
+    'expert_layer_offset': sparse[1],
+    'mamba_d_state': mixer.state,
+    'mamba_d_conv': mixer.taps,
+    'mamba_expand': mixer.expand,
+    'mamba_dt_rank': mixer.rank(config.width),
+    'mamba_conv_bias': mixer.conv_bias,
+    'mamba_proj_bias': mixer.bias,
     **write_router(router),
   }
 
 
 def rules(config: LanguageModel.Config) -> list[Rule]:
-  layer, mixer, feed_forward = 'model.layers.{layer}', 'stack.{layer}.branches.0', 'stack.{layer}.branches.1'
+  layer, mixer, feed_forward = (
+    'model.layers.{layer}',
+    'stack.{layer}.branches.0',
+    'stack.{layer}.branches.1',
+  )
   projections = ('gate', 'gate'), ('in', 'up'), ('out', 'down')
   of_mamba = [
     dataclasses.replace(r, theirs=r.theirs.replace(mamba.THEIRS, f'{layer}.mamba'))
-    for r in mamba.rules(config) if r.theirs.startswith(mamba.THEIRS)]
+    for r in mamba.rules(config)
+    if r.theirs.startswith(mamba.THEIRS)
+  ]
   return [
     same('embedding', 'model.embed_tokens.weight'),
     same(f'{mixer}.norm.scale', f'{layer}.input_layernorm.weight'),
     *(linear(f'{mixer}.layer.w{p}', f'{layer}.self_attn.{p}_proj.weight') for p in 'qkvo'),
     *of_mamba,
-    *(same(f'{mixer}.layer.norms.{i}.scale', f'{layer}.mamba.{n}_layernorm.weight') for i, n in enumerate(('dt', 'b', 'c'))),
+    *(
+      same(f'{mixer}.layer.norms.{i}.scale', f'{layer}.mamba.{n}_layernorm.weight')
+      for i, n in enumerate(('dt', 'b', 'c'))
+    ),
     same(f'{feed_forward}.norm.scale', f'{layer}.pre_ff_layernorm.weight'),
-    *(linear(f'{feed_forward}.layer.w_{o}', f'{layer}.feed_forward.{t}_proj.weight') for o, t in projections),
+    *(
+      linear(f'{feed_forward}.layer.w_{o}', f'{layer}.feed_forward.{t}_proj.weight')
+      for o, t in projections
+    ),
     linear(f'{feed_forward}.layer.router.w', f'{layer}.feed_forward.router.weight'),
-    *(Rule((f'{feed_forward}.layer.experts.w_{o}',), f'{layer}.feed_forward.experts.{{item}}.{t}_proj.weight', EXPERTS)
-      for o, t in projections),
+    *(
+      Rule(
+        (f'{feed_forward}.layer.experts.w_{o}',),
+        f'{layer}.feed_forward.experts.{{item}}.{t}_proj.weight',
+        EXPERTS,
+      )
+      for o, t in projections
+    ),
     same('final_norm.scale', 'model.final_layernorm.weight'),
     linear('head', 'lm_head.weight'),
   ]
 
 
 def names(config: LanguageModel.Config) -> Names:
-  return Names(prefix='model.', copies={'lm_head.weight': 'model.embed_tokens.weight'} if config.tied else {})
+  return Names(
+    prefix='model.', copies={'lm_head.weight': 'model.embed_tokens.weight'} if config.tied else {}
+  )
 
 
 family(Family('jamba', 'JambaForCausalLM', read, write, rules, names))

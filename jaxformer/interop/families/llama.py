@@ -17,17 +17,23 @@ from jaxformer.models.block import Block, PreNorm
 from jaxformer.models.language_model import LanguageModel
 from jaxformer.models.stack import Group
 
-_SCALING = {   # our field -> theirs
-  'factor': 'factor', 'low': 'low_freq_factor', 'high': 'high_freq_factor', 'original_context': 'original_max_position_embeddings',
+_SCALING = {  # our field -> theirs
+  'factor': 'factor',
+  'low': 'low_freq_factor',
+  'high': 'high_freq_factor',
+  'original_context': 'original_max_position_embeddings',
 }
 
 
 def read_rotary(hf: Settings) -> Rotary:
-  """Rotary positions, from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (before). Given both, they must
-  agree. Frequencies as they are or stretched as in Llama 3.1; other `rope_type`s are refused."""
+  """Rotary positions, from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling`
+  (before). Given both, they must agree. Frequencies as they are or stretched as in Llama 3.1; other
+  `rope_type`s are refused."""
   forms = [f for f in ('rope_scaling', 'rope_parameters') if hf.fields.get(f) is not None]
   theta = hf.get('rope_theta', float, 10000.0)
-  found = [_rotary(Settings(hf.get(f, dict), f'{hf.where}: {f}'), theta) for f in forms] or [Rotary(theta=theta)]
+  found = [_rotary(Settings(hf.get(f, dict), f'{hf.where}: {f}'), theta) for f in forms] or [
+    Rotary(theta=theta)
+  ]
   hf.only('partial_rotary_factor', 1.0, None)
   if found[0] != found[-1]:
     both = ' and '.join(f'{f} = {hf.fields[f]!r}' for f in forms)
@@ -43,43 +49,81 @@ def _rotary(rope: Settings, theta: float) -> Rotary:
     return Rotary(theta=theta)
   if kind != 'llama3':
     raise rope.fail('rope_type' if 'rope_type' in rope.fields else 'type', "'default' or 'llama3'")
-  return Rotary(theta=theta, scaling=Llama3Scaling(
-    factor=rope.get('factor', float), low=rope.get('low_freq_factor', float), high=rope.get('high_freq_factor', float),
-    original_context=rope.count('original_max_position_embeddings')))
+  return Rotary(
+    theta=theta,
+    scaling=Llama3Scaling(
+      factor=rope.get('factor', float),
+      low=rope.get('low_freq_factor', float),
+      high=rope.get('high_freq_factor', float),
+      original_context=rope.count('original_max_position_embeddings'),
+    ),
+  )
 
 
 def write_rotary(rotary: Rotary) -> dict[str, Any]:
   """Both forms, so that transformers 4 and 5 and what was written for either read it."""
-  kind = {'rope_type': 'default'} if rotary.scaling is None else {
-    'rope_type': 'llama3', **{theirs: getattr(rotary.scaling, ours) for ours, theirs in _SCALING.items()}}
+  kind = (
+    {'rope_type': 'default'}
+    if rotary.scaling is None
+    else {
+      'rope_type': 'llama3',
+      **{theirs: getattr(rotary.scaling, ours) for ours, theirs in _SCALING.items()},
+    }
+  )
   return {
-    'rope_theta': rotary.theta, 'rope_scaling': None if rotary.scaling is None else kind,
+    'rope_theta': rotary.theta,
+    'rope_scaling': None if rotary.scaling is None else kind,
     'rope_parameters': {'rope_theta': rotary.theta, **kind},
   }
 
 
-def build(hf: Settings, *, bias: bool = False, mlp_bias: bool = False, window: int | None = None) -> LanguageModel.Config:
+def build(
+  hf: Settings, *, bias: bool = False, mlp_bias: bool = False, window: int | None = None
+) -> LanguageModel.Config:
   """The architecture from the fields that all of its relatives have; their defaults are Llama's."""
-  width, heads, std = hf.count('hidden_size', 4096), hf.count('num_attention_heads', 32), hf.get('initializer_range', float, 0.02)
+  width, heads, std = (
+    hf.count('hidden_size', 4096),
+    hf.count('num_attention_heads', 32),
+    hf.get('initializer_range', float, 0.02),
+  )
   head_dim = hf.count('head_dim', None)
   init, norm = Normal(std=std), RMSNorm.Config(eps=hf.get('rms_norm_eps', float, 1e-6))
   attention = Attention.Config(
-    heads=heads, kv_heads=hf.count('num_key_value_heads', heads),
-    head_dim=None if head_dim and head_dim * heads == width else head_dim, position=read_rotary(hf), window=window, bias=bias,
-    init=init, out_init=init)
+    heads=heads,
+    kv_heads=hf.count('num_key_value_heads', heads),
+    head_dim=None if head_dim and head_dim * heads == width else head_dim,
+    position=read_rotary(hf),
+    window=window,
+    bias=bias,
+    init=init,
+    out_init=init,
+  )
   mlp = GatedMlp.Config(
-    hidden=hf.count('intermediate_size', 11008), activation=hf.choose('hidden_act', ACTIVATIONS, 'silu'), bias=mlp_bias,
-    init=init, out_init=init)
-  block = Block.Config(branches=(PreNorm.Config(layer=attention, norm=norm), PreNorm.Config(layer=mlp, norm=norm)))
+    hidden=hf.count('intermediate_size', 11008),
+    activation=hf.choose('hidden_act', ACTIVATIONS, 'silu'),
+    bias=mlp_bias,
+    init=init,
+    out_init=init,
+  )
+  block = Block.Config(
+    branches=(PreNorm.Config(layer=attention, norm=norm), PreNorm.Config(layer=mlp, norm=norm))
+  )
   return LanguageModel.Config(
-    vocab_size=hf.count('vocab_size', 32000), width=width, context=hf.count('max_position_embeddings', 2048),
-    stack=(Group(pattern=(block,), repeats=hf.count('num_hidden_layers', 32)),), final_norm=norm,
-    tied=hf.get('tie_word_embeddings', bool, False), embedding_init=init)
+    vocab_size=hf.count('vocab_size', 32000),
+    width=width,
+    context=hf.count('max_position_embeddings', 2048),
+    stack=(Group(pattern=(block,), repeats=hf.count('num_hidden_layers', 32)),),
+    final_norm=norm,
+    tied=hf.get('tie_word_embeddings', bool, False),
+    embedding_init=init,
+  )
 
 
 def read(hf: Settings) -> LanguageModel.Config:
   """`pretraining_tp` only says in how many pieces products were once computed."""
-  return build(hf, bias=hf.get('attention_bias', bool, False), mlp_bias=hf.get('mlp_bias', bool, False))
+  return build(
+    hf, bias=hf.get('attention_bias', bool, False), mlp_bias=hf.get('mlp_bias', bool, False)
+  )
 
 
 def write(config: LanguageModel.Config) -> dict[str, Any]:
@@ -90,20 +134,36 @@ def write(config: LanguageModel.Config) -> dict[str, Any]:
   rotary = part(attention.position, Rotary, 'the position of layer 0 of block 0')
   std = config.embedding_init.std if isinstance(config.embedding_init, Normal) else 0.02
   return {
-    'vocab_size': config.vocab_size, 'hidden_size': config.width, 'intermediate_size': mlp.hidden, 'num_hidden_layers': len(stack),
-    'num_attention_heads': attention.heads, 'num_key_value_heads': attention.kv_heads or attention.heads,
-    'head_dim': attention.head_size(config.width), 'hidden_act': activation_name(mlp.activation),
-    'max_position_embeddings': config.context, 'rms_norm_eps': first.norm.eps,
-    'initializer_range': std, 'tie_word_embeddings': config.tied,
+    'vocab_size': config.vocab_size,
+    'hidden_size': config.width,
+    'intermediate_size': mlp.hidden,
+    'num_hidden_layers': len(stack),
+    'num_attention_heads': attention.heads,
+    'num_key_value_heads': attention.kv_heads or attention.heads,
+    'head_dim': attention.head_size(config.width),
+    'hidden_act': activation_name(mlp.activation),
+    'max_position_embeddings': config.context,
+    'rms_norm_eps': first.norm.eps,
+    'initializer_range': std,
+    'tie_word_embeddings': config.tied,
     'attention_bias': attention.bias,
-    'mlp_bias': mlp.bias, 'attention_dropout': 0.0, **write_rotary(rotary),
+    'mlp_bias': mlp.bias,
+    'attention_dropout': 0.0,
+    **write_rotary(rotary),
   }
 
 
 def rules(config: LanguageModel.Config) -> list[Rule]:
-  layer, attention, mlp = 'model.layers.{layer}', 'stack.{layer}.branches.0', 'stack.{layer}.branches.1'
+  layer, attention, mlp = (
+    'model.layers.{layer}',
+    'stack.{layer}.branches.0',
+    'stack.{layer}.branches.1',
+  )
   projections = [(f'{attention}.layer.{{}}{p}', f'{layer}.self_attn.{p}_proj') for p in 'qkvo']
-  projections += [(f'{mlp}.layer.{{}}_{o}', f'{layer}.mlp.{t}_proj') for o, t in (('gate', 'gate'), ('in', 'up'), ('out', 'down'))]
+  projections += [
+    (f'{mlp}.layer.{{}}_{o}', f'{layer}.mlp.{t}_proj')
+    for o, t in (('gate', 'gate'), ('in', 'up'), ('out', 'down'))
+  ]
   return [
     same('embedding', 'model.embed_tokens.weight'),
     same(f'{attention}.norm.scale', f'{layer}.input_layernorm.weight'),
@@ -117,13 +177,20 @@ def rules(config: LanguageModel.Config) -> list[Rule]:
 
 def names(config: LanguageModel.Config) -> Names:
   return Names(
-    prefix='model.', ignored=(r'model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq',),
-    copies={'lm_head.weight': 'model.embed_tokens.weight'} if config.tied else {})
+    prefix='model.',
+    ignored=(r'model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq',),
+    copies={'lm_head.weight': 'model.embed_tokens.weight'} if config.tied else {},
+  )
 
 
-# ---- Mistral ----------------------------------------------------------------------------------------------------------
+# ---- Mistral -----------------------------------------------------------------------------------
 
-_MISTRAL = {'intermediate_size': 14336, 'num_key_value_heads': 8, 'max_position_embeddings': 131072, 'sliding_window': 4096}
+_MISTRAL = {
+  'intermediate_size': 14336,
+  'num_key_value_heads': 8,
+  'max_position_embeddings': 131072,
+  'sliding_window': 4096,
+}
 
 
 def read_mistral(hf: Settings) -> LanguageModel.Config:
@@ -134,7 +201,9 @@ def read_mistral(hf: Settings) -> LanguageModel.Config:
 def write_mistral(config: LanguageModel.Config) -> dict[str, Any]:
   fields = write(config)
   del fields['attention_bias'], fields['mlp_bias']
-  attention = part(config.stack[0].pattern[0].branches[0].layer, Attention.Config, 'layer 0 of block 0')
+  attention = part(
+    config.stack[0].pattern[0].branches[0].layer, Attention.Config, 'layer 0 of block 0'
+  )
   return fields | {'sliding_window': attention.window}
 
 

@@ -14,27 +14,37 @@ from jaxformer.models.block import Block, PreNorm
 from jaxformer.models.language_model import LanguageModel
 from jaxformer.models.stack import Group
 
-CONTEXT = 2048   # the authors'; their format has no place for it, so we write the field that other families have
+# the authors'; their format has no place for it, so we write the field that other families have
+CONTEXT = 2048
 
 
-def build(hf: Settings, layer: LayerConfig, *, layers: int, width: int, vocab_size: int, tied: bool) -> LanguageModel.Config:
-  """The architecture around a layer, from the fields that Mamba and Mamba-2 share and their defaults where those differ.
+def build(
+  hf: Settings, layer: LayerConfig, *, layers: int, width: int, vocab_size: int, tied: bool
+) -> LanguageModel.Config:
+  """The architecture around a layer, from the fields that Mamba and Mamba-2 share and their
+  defaults where those differ.
 
-  How transformers draws initial values (`initializer_range`, `rescale_prenorm_residual`, `time_step_scale`,
-  `time_step_init_scheme`) is not how the authors do, and is left out: ours are the authors'.
-  """
+  How transformers draws initial values (`initializer_range`, `rescale_prenorm_residual`,
+  `time_step_scale`, `time_step_init_scheme`) is not how the authors do, and is left out: ours are
+  the authors'."""
   for name, needed in (('hidden_act', ('silu', 'swish')), ('rms_norm', (True,))):
     hf.only(name, *needed)
   norm = RMSNorm.Config(eps=hf.get('layer_norm_epsilon', float, 1e-5))
   block = Block.Config(branches=(PreNorm.Config(layer=layer, norm=norm),))
   return LanguageModel.Config(
-    vocab_size=hf.count('vocab_size', vocab_size), width=width, context=hf.count('max_position_embeddings', CONTEXT),
-    stack=(Group(pattern=(block,), repeats=hf.count('num_hidden_layers', layers)),), final_norm=norm,
-    tied=hf.get('tie_word_embeddings', bool, tied))
+    vocab_size=hf.count('vocab_size', vocab_size),
+    width=width,
+    context=hf.count('max_position_embeddings', CONTEXT),
+    stack=(Group(pattern=(block,), repeats=hf.count('num_hidden_layers', layers)),),
+    final_norm=norm,
+    tied=hf.get('tie_word_embeddings', bool, tied),
+  )
 
 
 def steps(hf: Settings) -> StepBias:
-  low, high, floor = (hf.get(f'time_step_{n}', float, v) for n, v in (('min', 1e-3), ('max', 1e-1), ('floor', 1e-4)))
+  low, high, floor = (
+    hf.get(f'time_step_{n}', float, v) for n, v in (('min', 1e-3), ('max', 1e-1), ('floor', 1e-4))
+  )
   return StepBias(low=low, high=high, floor=floor)
 
 
@@ -42,10 +52,18 @@ def read(hf: Settings) -> LanguageModel.Config:
   width, expand = hf.count('hidden_size', 768), hf.count('expand', 2)
   hf.only('intermediate_size', expand * width)
   automatic = -(-width // 16)
-  rank = automatic if hf.fields.get('time_step_rank', 'auto') == 'auto' else hf.count('time_step_rank')
+  rank = (
+    automatic if hf.fields.get('time_step_rank', 'auto') == 'auto' else hf.count('time_step_rank')
+  )
   layer = Mamba.Config(
-    state=hf.count('state_size', 16), expand=expand, taps=hf.count('conv_kernel', 4), dt_rank=None if rank == automatic else rank,
-    bias=hf.get('use_bias', bool, False), conv_bias=hf.get('use_conv_bias', bool, True), dt_init=steps(hf))
+    state=hf.count('state_size', 16),
+    expand=expand,
+    taps=hf.count('conv_kernel', 4),
+    dt_rank=None if rank == automatic else rank,
+    bias=hf.get('use_bias', bool, False),
+    conv_bias=hf.get('use_conv_bias', bool, True),
+    dt_init=steps(hf),
+  )
   return build(hf, layer, layers=32, width=width, vocab_size=50280, tied=True)
 
 
@@ -54,32 +72,47 @@ def write_model(config: LanguageModel.Config) -> dict[str, Any]:
   stack = blocks(config)
   (first,) = branches(stack[0], 1)
   return {
-    'vocab_size': config.vocab_size, 'hidden_size': config.width, 'num_hidden_layers': len(stack), 'hidden_act': 'silu',
-    'layer_norm_epsilon': first.norm.eps, 'max_position_embeddings': config.context, 'tie_word_embeddings': config.tied,
-    'residual_in_fp32': True, 'initializer_range': 0.02,
+    'vocab_size': config.vocab_size,
+    'hidden_size': config.width,
+    'num_hidden_layers': len(stack),
+    'hidden_act': 'silu',
+    'layer_norm_epsilon': first.norm.eps,
+    'max_position_embeddings': config.context,
+    'tie_word_embeddings': config.tied,
+    'residual_in_fp32': True,
+    'initializer_range': 0.02,
   }
 
 
 def write_layer(layer: Any) -> dict[str, Any]:
   """The fields that a `Mamba` and a `Mamba2` share."""
   fields = {
-    'state_size': layer.state, 'expand': layer.expand, 'conv_kernel': layer.taps, 'use_bias': layer.bias,
+    'state_size': layer.state,
+    'expand': layer.expand,
+    'conv_kernel': layer.taps,
+    'use_bias': layer.bias,
     'use_conv_bias': layer.conv_bias,
   }
   if isinstance(layer.dt_init, StepBias):
     fields |= {
-      'time_step_min': layer.dt_init.low, 'time_step_max': layer.dt_init.high, 'time_step_floor': layer.dt_init.floor}
+      'time_step_min': layer.dt_init.low,
+      'time_step_max': layer.dt_init.high,
+      'time_step_floor': layer.dt_init.floor,
+    }
   return fields
 
 
 def write(config: LanguageModel.Config) -> dict[str, Any]:
   (first,) = branches(blocks(config)[0], 1)
   layer = part(first.layer, Mamba.Config, 'layer 0 of block 0')
-  return write_model(config) | write_layer(layer) | {
-    'intermediate_size': layer.expand * config.width, 'time_step_rank': layer.rank(config.width)}
+  return (
+    write_model(config)
+    | write_layer(layer)
+    | {'intermediate_size': layer.expand * config.width, 'time_step_rank': layer.rank(config.width)}
+  )
 
 
-CONV = (TRANSPOSE, NewAxis(1))   # [taps, channels] of ours, [channels, 1, taps] of theirs
+CONV = (TRANSPOSE, NewAxis(1))  # [taps, channels] of ours, [channels, 1, taps] of theirs
 OURS, THEIRS = 'stack.{layer}.branches.0.layer', 'backbone.layers.{layer}.mixer'
 
 
@@ -111,7 +144,10 @@ def rules(config: LanguageModel.Config) -> list[Rule]:
 
 
 def names(config: LanguageModel.Config) -> Names:
-  return Names(prefix='backbone.', copies={'lm_head.weight': 'backbone.embeddings.weight'} if config.tied else {})
+  return Names(
+    prefix='backbone.',
+    copies={'lm_head.weight': 'backbone.embeddings.weight'} if config.tied else {},
+  )
 
 
 family(Family('mamba', 'MambaForCausalLM', read, write, rules, names))

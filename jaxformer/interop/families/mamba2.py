@@ -1,11 +1,22 @@
-"""Mamba-2. `in_proj` is W_z, W_x, W_bc and W_dt side by side, `conv1d` the convolutions of x and of [B, C]."""
+"""Mamba-2. `in_proj` is W_z, W_x, W_bc and W_dt side by side, `conv1d` the convolutions of x and of
+[B, C]."""
 
 from __future__ import annotations
 
 import math
 from typing import Any
 
-from jaxformer.interop.families.mamba import CONV, OURS, THEIRS, build, names, outer_rules, steps, write_layer, write_model
+from jaxformer.interop.families.mamba import (
+  CONV,
+  OURS,
+  THEIRS,
+  build,
+  names,
+  outer_rules,
+  steps,
+  write_layer,
+  write_model,
+)
 from jaxformer.interop.family import Family, blocks, branches, family, part
 from jaxformer.interop.settings import Settings
 from jaxformer.interop.weights import TRANSPOSE, Concat, Rule, same
@@ -15,24 +26,40 @@ from jaxformer.models.language_model import LanguageModel
 
 def read(hf: Settings) -> LanguageModel.Config:
   """`chunk_size` and `time_step_rank` leave the function alone."""
-  width, expand, head_dim = hf.count('hidden_size', 4096), hf.count('expand', 2), hf.count('head_dim', 64)
+  width, expand, head_dim = (
+    hf.count('hidden_size', 4096),
+    hf.count('expand', 2),
+    hf.count('head_dim', 64),
+  )
   if hf.count('num_heads', 128) * head_dim != expand * width:
     raise hf.fail('num_heads', f'{expand} x hidden_size / head_dim = {expand * width / head_dim:g}')
   hf.only('norm_before_gate', False)
   _unlimited(hf)
   layer = Mamba2.Config(
-    state=hf.count('state_size', 128), expand=expand, head_dim=head_dim, groups=hf.count('n_groups', 8),
-    taps=hf.count('conv_kernel', 4), bias=hf.get('use_bias', bool, False), conv_bias=hf.get('use_conv_bias', bool, True),
-    norm_eps=hf.get('layer_norm_epsilon', float, 1e-5), dt_init=steps(hf))
+    state=hf.count('state_size', 128),
+    expand=expand,
+    head_dim=head_dim,
+    groups=hf.count('n_groups', 8),
+    taps=hf.count('conv_kernel', 4),
+    bias=hf.get('use_bias', bool, False),
+    conv_bias=hf.get('use_conv_bias', bool, True),
+    norm_eps=hf.get('layer_norm_epsilon', float, 1e-5),
+    dt_init=steps(hf),
+  )
   return build(hf, layer, layers=64, width=width, vocab_size=32768, tied=False)
 
 
 def _unlimited(hf: Settings) -> None:
-  """Step sizes must not be clipped: `time_step_limit` is [0, infinity], which files spell in several ways."""
+  """Step sizes must not be clipped: `time_step_limit` is [0, infinity], which files spell in
+  several ways."""
   limit = hf.fields.get('time_step_limit')
   if limit is None:
     return
-  numbers = [v.get('__float__') if isinstance(v, dict) else v for v in limit] if isinstance(limit, (list, tuple)) else []
+  numbers = (
+    [v.get('__float__') if isinstance(v, dict) else v for v in limit]
+    if isinstance(limit, (list, tuple))
+    else []
+  )
   try:
     accepted = [float(v) for v in numbers] == [0.0, math.inf]
   except (TypeError, ValueError):
@@ -44,15 +71,31 @@ def _unlimited(hf: Settings) -> None:
 def write(config: LanguageModel.Config) -> dict[str, Any]:
   (first,) = branches(blocks(config)[0], 1)
   layer = part(first.layer, Mamba2.Config, 'layer 0 of block 0')
-  return write_model(config) | write_layer(layer) | {
-    'num_heads': layer.heads(config.width), 'head_dim': layer.head_dim, 'n_groups': layer.groups, 'chunk_size': 256}
+  return (
+    write_model(config)
+    | write_layer(layer)
+    | {
+      'num_heads': layer.heads(config.width),
+      'head_dim': layer.head_dim,
+      'n_groups': layer.groups,
+      'chunk_size': 256,
+    }
+  )
 
 
 def rules(config: LanguageModel.Config) -> list[Rule]:
   return [
     *outer_rules(),
-    Rule(tuple(f'{OURS}.{p}' for p in ('w_z', 'w_x', 'w_bc', 'w_dt')), f'{THEIRS}.in_proj.weight', (Concat(1), TRANSPOSE)),
-    Rule(tuple(f'{OURS}.{p}' for p in ('b_z', 'b_x', 'b_bc', 'b_dt_in')), f'{THEIRS}.in_proj.bias', (Concat(0),)),
+    Rule(
+      tuple(f'{OURS}.{p}' for p in ('w_z', 'w_x', 'w_bc', 'w_dt')),
+      f'{THEIRS}.in_proj.weight',
+      (Concat(1), TRANSPOSE),
+    ),
+    Rule(
+      tuple(f'{OURS}.{p}' for p in ('b_z', 'b_x', 'b_bc', 'b_dt_in')),
+      f'{THEIRS}.in_proj.bias',
+      (Concat(0),),
+    ),
     Rule((f'{OURS}.conv_x', f'{OURS}.conv_bc'), f'{THEIRS}.conv1d.weight', (Concat(1), *CONV)),
     Rule((f'{OURS}.conv_b_x', f'{OURS}.conv_b_bc'), f'{THEIRS}.conv1d.bias', (Concat(0),)),
     same(f'{OURS}.b_dt', f'{THEIRS}.dt_bias'),

@@ -1,4 +1,5 @@
-"""Marian: the Transformer of Vaswani et al. 2017, with offsets in attention and on the logits, and sines before cosines."""
+"""Marian: the Transformer of Vaswani et al. 2017, with offsets in attention and on the logits, and
+sines before cosines."""
 
 from __future__ import annotations
 
@@ -21,58 +22,107 @@ from jaxformer.models.zoo.transformer import transformer
 
 
 def read(hf: Settings) -> EncoderDecoder.Config:
-  """Dropout inside attention and feed-forward layers, and of whole layers, is dropped: it leaves the weights' function alone."""
+  """Dropout inside attention and feed-forward layers, and of whole layers, is dropped: it leaves
+  the weights' function alone."""
   hf.only('share_encoder_decoder_embeddings', True)
   hf.only('tie_word_embeddings', True)
   vocab_size, width = hf.count('vocab_size', 58101), hf.count('d_model', 1024)
   hf.only('decoder_vocab_size', vocab_size, None)
   init = Normal(std=hf.get('init_std', float, 0.02))
   return transformer(
-    width, hf.count('encoder_layers', 12), hf.count('encoder_ffn_dim', 4096), hf.count('encoder_attention_heads', 16),
-    vocab_size=vocab_size, context=hf.count('max_position_embeddings', 1024), decoder_layers=hf.count('decoder_layers', 12),
-    decoder_hidden=hf.count('decoder_ffn_dim', 4096), decoder_heads=hf.count('decoder_attention_heads', 16),
-    dropout=hf.get('dropout', float, 0.1), bias=True, head_bias=True, scaled=hf.get('scale_embedding', bool, False),
-    activation=hf.choose('activation_function', ACTIVATIONS, 'gelu'), positions=SinusoidalPositions.Config(halves=True),
-    init=init, embedding_init=init)
+    width,
+    hf.count('encoder_layers', 12),
+    hf.count('encoder_ffn_dim', 4096),
+    hf.count('encoder_attention_heads', 16),
+    vocab_size=vocab_size,
+    context=hf.count('max_position_embeddings', 1024),
+    decoder_layers=hf.count('decoder_layers', 12),
+    decoder_hidden=hf.count('decoder_ffn_dim', 4096),
+    decoder_heads=hf.count('decoder_attention_heads', 16),
+    dropout=hf.get('dropout', float, 0.1),
+    bias=True,
+    head_bias=True,
+    scaled=hf.get('scale_embedding', bool, False),
+    activation=hf.choose('activation_function', ACTIVATIONS, 'gelu'),
+    positions=SinusoidalPositions.Config(halves=True),
+    init=init,
+    embedding_init=init,
+  )
 
 
-def _layers(groups: tuple[Group, ...], count: int, where: str) -> tuple[list[LayerConfig], int, float]:
+def _layers(
+  groups: tuple[Group, ...], count: int, where: str
+) -> tuple[list[LayerConfig], int, float]:
   """The layers of the first block of a stack, the number of its blocks, and the dropout."""
   blocks = [b for g in groups for _ in range(g.repeats) for b in g.pattern]
-  branches = [part(b, PostNorm.Config, f'a branch of block 0 of the {where}') for b in blocks[0].branches]
+  branches = [
+    part(b, PostNorm.Config, f'a branch of block 0 of the {where}') for b in blocks[0].branches
+  ]
   if len(branches) != count:
     raise InputError(f'block 0 of the {where} has {len(branches)} branches, not {count}')
   return [b.layer for b in branches], len(blocks), branches[0].dropout
 
 
 def write(config: EncoderDecoder.Config) -> dict[str, Any]:
-  """The token that a decoder reads first is no part of our config: the last of the vocabulary stands there, Marian's padding."""
+  """The token that a decoder reads first is no part of our config: the last of the vocabulary
+  stands there, Marian's padding."""
   config = part(config, EncoderDecoder.Config, 'model')
   (attention, mlp), layers, dropout = _layers(config.encoder, 2, 'encoder')
   (over, _, mlp_over), layers_over, _ = _layers(config.decoder, 3, 'decoder')
   attention, over = (part(a, Attention.Config, 'layer 0 of block 0') for a in (attention, over))
   mlp, mlp_over = (part(m, Mlp.Config, 'the last layer of block 0') for m in (mlp, mlp_over))
-  scaled = config.embedding_scale is not None and math.isclose(config.embedding_scale, math.sqrt(config.width))
+  scaled = config.embedding_scale is not None and math.isclose(
+    config.embedding_scale, math.sqrt(config.width)
+  )
   return {
-    'vocab_size': config.vocab_size, 'decoder_vocab_size': config.vocab_size, 'd_model': config.width,
-    'max_position_embeddings': config.context, 'encoder_layers': layers, 'decoder_layers': layers_over,
-    'encoder_ffn_dim': mlp.hidden, 'decoder_ffn_dim': mlp_over.hidden, 'encoder_attention_heads': attention.heads,
-    'decoder_attention_heads': over.heads, 'activation_function': activation_name(mlp.activation), 'dropout': dropout,
-    'attention_dropout': 0.0, 'activation_dropout': 0.0, 'scale_embedding': scaled, 'share_encoder_decoder_embeddings': True,
-    'tie_word_embeddings': True, 'is_encoder_decoder': True, 'decoder_start_token_id': config.vocab_size - 1,
+    'vocab_size': config.vocab_size,
+    'decoder_vocab_size': config.vocab_size,
+    'd_model': config.width,
+    'max_position_embeddings': config.context,
+    'encoder_layers': layers,
+    'decoder_layers': layers_over,
+    'encoder_ffn_dim': mlp.hidden,
+    'decoder_ffn_dim': mlp_over.hidden,
+    'encoder_attention_heads': attention.heads,
+    'decoder_attention_heads': over.heads,
+    'activation_function': activation_name(mlp.activation),
+    'dropout': dropout,
+    'attention_dropout': 0.0,
+    'activation_dropout': 0.0,
+    'scale_embedding': scaled,
+    'share_encoder_decoder_embeddings': True,
+    'tie_word_embeddings': True,
+    'is_encoder_decoder': True,
+    'decoder_start_token_id': config.vocab_size - 1,
     'forced_eos_token_id': None,
     'init_std': config.embedding_init.std if isinstance(config.embedding_init, Normal) else 0.02,
   }
 
 
 def rules(config: EncoderDecoder.Config) -> list[Rule]:
-  found = [same('embedding', 'model.shared.weight'), Rule(('head_bias',), 'final_logits_bias', (NewAxis(0),))]
-  for stack, names in (('encoder', ('self_attn', '')), ('decoder', ('self_attn', 'encoder_attn', ''))):
+  found = [
+    same('embedding', 'model.shared.weight'),
+    Rule(('head_bias',), 'final_logits_bias', (NewAxis(0),)),
+  ]
+  for stack, names in (
+    ('encoder', ('self_attn', '')),
+    ('decoder', ('self_attn', 'encoder_attn', '')),
+  ):
     theirs = f'model.{stack}.layers.{{layer}}'
     for i, name in enumerate(names):
-      ours, norm = f'{stack}.{{layer}}.branches.{i}', f'{theirs}.{name}_layer_norm' if name else f'{theirs}.final_layer_norm'
-      found += [same(f'{ours}.norm.scale', f'{norm}.weight'), same(f'{ours}.norm.offset', f'{norm}.bias')]
-      parts = [(p, f'{name}.{"out" if p == "o" else p}_proj') for p in 'qkvo'] if name else [('_in', 'fc1'), ('_out', 'fc2')]
+      ours, norm = (
+        f'{stack}.{{layer}}.branches.{i}',
+        f'{theirs}.{name}_layer_norm' if name else f'{theirs}.final_layer_norm',
+      )
+      found += [
+        same(f'{ours}.norm.scale', f'{norm}.weight'),
+        same(f'{ours}.norm.offset', f'{norm}.bias'),
+      ]
+      parts = (
+        [(p, f'{name}.{"out" if p == "o" else p}_proj') for p in 'qkvo']
+        if name
+        else [('_in', 'fc1'), ('_out', 'fc2')]
+      )
       for mine, other in parts:
         w, b = f'{ours}.layer.w{mine}', f'{ours}.layer.b{mine}'
         found += [linear(w, f'{theirs}.{other}.weight'), same(b, f'{theirs}.{other}.bias')]
@@ -80,9 +130,15 @@ def rules(config: EncoderDecoder.Config) -> list[Rule]:
 
 
 def names(config: EncoderDecoder.Config) -> Names:
-  copies = ('lm_head.weight', 'model.encoder.embed_tokens.weight', 'model.decoder.embed_tokens.weight')
+  copies = (
+    'lm_head.weight',
+    'model.encoder.embed_tokens.weight',
+    'model.decoder.embed_tokens.weight',
+  )
   positions = r'model\.(en|de)coder\.embed_positions\.weight'
-  return Names(prefix='model.', ignored=(positions,), copies=dict.fromkeys(copies, 'model.shared.weight'))
+  return Names(
+    prefix='model.', ignored=(positions,), copies=dict.fromkeys(copies, 'model.shared.weight')
+  )
 
 
 family(Family('marian', 'MarianMTModel', read, write, rules, names))

@@ -1,4 +1,5 @@
-"""Named architectures, one file a family. Importing this package registers them all in `PRESETS`."""
+"""Named architectures, one file a family. Importing this package registers them all in
+`PRESETS`."""
 
 from __future__ import annotations
 

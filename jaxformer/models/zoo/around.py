@@ -1,4 +1,5 @@
-"""A family around any sequence layer: Llama's frame (pre-norm RMSNorm, SwiGLU) with the layer in attention's place."""
+"""A family around any sequence layer: Llama's frame (pre-norm RMSNorm, SwiGLU) with the layer in
+attention's place."""
 
 from __future__ import annotations
 
@@ -12,12 +13,21 @@ from jaxformer.models.zoo.preset import HEAD, Family, two_thirds
 
 
 def around(layer: LayerConfig) -> Family:
-  """How a model grows whose blocks are `layer` and a gated feed-forward layer. The layer brings its own knowledge of positions."""
-  def make(*, width: int, layers: int, hidden: int, vocab_size: int, context: int) -> LanguageModel.Config:
+  """How a model grows whose blocks are `layer` and a gated feed-forward layer. The layer brings its
+  own knowledge of positions."""
+
+  def make(
+    *, width: int, layers: int, hidden: int, vocab_size: int, context: int
+  ) -> LanguageModel.Config:
     norm = RMSNorm.Config()
     parts = layer, GatedMlp.Config(hidden=hidden)
     block = Block.Config(branches=tuple(PreNorm.Config(layer=part, norm=norm) for part in parts))
     return LanguageModel.Config(
-      vocab_size=vocab_size, width=width, context=context, final_norm=norm, stack=(Group(pattern=(block,), repeats=layers),))
+      vocab_size=vocab_size,
+      width=width,
+      context=context,
+      final_norm=norm,
+      stack=(Group(pattern=(block,), repeats=layers),),
+    )
 
   return Family(layer.tag, make, HEAD, 1, two_thirds)

@@ -1,8 +1,8 @@
-"""Sequence classifiers of state-space layers that read in both directions: S4D (Gu et al. 2022b), mean pooling.
+"""Sequence classifiers of state-space layers that read in both directions: S4D (Gu et al. 2022b),
+mean pooling.
 
-Blocks are pre-norm with LayerNorm where the Long Range Arena's have BatchNorm, whose statistics would tie the rows of a batch, and
-padding, to one another.
-"""
+Blocks are pre-norm with LayerNorm where the Long Range Arena's have BatchNorm, whose statistics
+would tie the rows of a batch, and padding, to one another."""
 
 from __future__ import annotations
 
@@ -18,19 +18,50 @@ LISTOPS, DIGITS = TokenInput.Config(vocab_size=15), LinearInput.Config(features=
 
 
 def state_space_classifier(
-  layer: LayerConfig, width: int, layers: int, *, input: InputConfig, classes: int, context: int, dropout: float = 0.0,
+  layer: LayerConfig,
+  width: int,
+  layers: int,
+  *,
+  input: InputConfig,
+  classes: int,
+  context: int,
+  dropout: float = 0.0,
 ) -> Classifier.Config:
   """A stack of state-space layers, each with its own gate, and one answer."""
-  block = Block.Config(branches=(PreNorm.Config(layer=layer, norm=LayerNorm.Config(), dropout=dropout),))
+  block = Block.Config(
+    branches=(PreNorm.Config(layer=layer, norm=LayerNorm.Config(), dropout=dropout),)
+  )
   return Classifier.Config(
-    input=input, classes=classes, width=width, context=context, stack=(Group(pattern=(block,), repeats=layers),))
+    input=input,
+    classes=classes,
+    width=width,
+    context=context,
+    stack=(Group(pattern=(block,), repeats=layers),),
+  )
 
 
-# The sizes of S4's third configuration for ListOps: 6 layers of width 256 with 4 numbers of state a channel.
-preset('s4d-listops', 's4d-classifier', state_space_classifier(
-  S4D.Config(d_state=4, causal=False), 256, 6, input=LISTOPS, classes=10, context=2000))
-# The sizes that the authors give for a first try on images: 4 layers of width 128, 64 numbers of state.
-preset('s4d-digits', 's4d-classifier', state_space_classifier(
-  S4D.Config(causal=False), 128, 4, input=DIGITS, classes=10, context=64, dropout=0.1))
-preset('s4d-classifier-tiny', 's4d-classifier', state_space_classifier(
-  S4D.Config(d_state=16, causal=False), 64, 2, input=DIGITS, classes=10, context=64))
+# The sizes of S4's third configuration for ListOps: 6 layers of width 256 with 4 numbers of state a
+# channel.
+preset(
+  's4d-listops',
+  's4d-classifier',
+  state_space_classifier(
+    S4D.Config(d_state=4, causal=False), 256, 6, input=LISTOPS, classes=10, context=2000
+  ),
+)
+# The sizes that the authors give for a first try on images: 4 layers of width 128, 64 numbers of
+# state.
+preset(
+  's4d-digits',
+  's4d-classifier',
+  state_space_classifier(
+    S4D.Config(causal=False), 128, 4, input=DIGITS, classes=10, context=64, dropout=0.1
+  ),
+)
+preset(
+  's4d-classifier-tiny',
+  's4d-classifier',
+  state_space_classifier(
+    S4D.Config(d_state=16, causal=False), 64, 2, input=DIGITS, classes=10, context=64
+  ),
+)

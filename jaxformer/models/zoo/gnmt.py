@@ -1,6 +1,7 @@
-"""Google's neural machine translation system (Wu et al. 2016): LSTMs, of which the encoder's bottom layer reads in both directions;
-residual sums from the third layer on; additive attention keyed on the bottom layer of the decoder, whose context every layer of the
-decoder reads beside its input. Source, target and head have tables of their own, gates and logits offsets: 280,858,880 parameters
+"""Google's neural machine translation system (Wu et al. 2016): LSTMs, of which the encoder's bottom
+layer reads in both directions; residual sums from the third layer on; additive attention keyed on
+the bottom layer of the decoder, whose context every layer of the decoder reads beside its input.
+Source, target and head have tables of their own, gates and logits offsets: 280,858,880 parameters
 with a vocabulary of 32,000."""
 
 from __future__ import annotations
@@ -17,43 +18,103 @@ from jaxformer.models.zoo.preset import as_wide, pair_family, preset
 
 
 def gnmt(
-  width: int, layers: int, *, vocab_size: int, context: int, init: Init, embedding_init: Init, head_init: Init,
-  dropout: float = 0.0, hidden: int | None = None,
+  width: int,
+  layers: int,
+  *,
+  vocab_size: int,
+  context: int,
+  init: Init,
+  embedding_init: Init,
+  head_init: Init,
+  dropout: float = 0.0,
+  hidden: int | None = None,
 ) -> EncoderDecoder.Config:
-  """The GNMT architecture, with `layers` of `hidden` units on each side, at least three, as wide as the embedding unless told
-  otherwise. The bottom layer of the decoder begins from the backward state of the encoder's, the others from the state of the layer
-  at their height."""
+  """The GNMT architecture, with `layers` of `hidden` units on each side, at least three, as wide as
+  the embedding unless told otherwise. The bottom layer of the decoder begins from the backward
+  state of the encoder's, the others from the state of the layer at their height."""
   units = hidden or width
-  lstm = Lstm.Config(hidden=units, project=False, init=init, recurrent_init=init, bias=init, forget_bias=0.0)
+  lstm = Lstm.Config(
+    hidden=units, project=False, init=init, recurrent_init=init, bias=init, forget_bias=0.0
+  )
   beside = lstm.replace(context=units)
   bottom = GnmtAttention.Config(
-    hidden=hidden, source_width=hidden, init=init, recurrent_init=init, attention_init=init, score_init=init, bias=init)
+    hidden=hidden,
+    source_width=hidden,
+    init=init,
+    recurrent_init=init,
+    attention_init=init,
+    score_init=init,
+    bias=init,
+  )
 
   def plain(layer: LayerConfig) -> Group:
     return Group(pattern=(Block.Config(branches=(Plain.Config(layer=layer, dropout=dropout),)),))
 
   def residual(layer: LayerConfig) -> Group:
-    return Group(pattern=(Block.Config(branches=(Residual.Config(layer=layer, dropout=dropout),)),), repeats=layers - 2)
+    return Group(
+      pattern=(Block.Config(branches=(Residual.Config(layer=layer, dropout=dropout),)),),
+      repeats=layers - 2,
+    )
 
   return EncoderDecoder.Config(
-    source_vocab_size=vocab_size, vocab_size=vocab_size, width=width, context=context, hand_over=True, head_bias=True,
-    dropout=dropout, embedding_init=embedding_init, head_init=head_init,
+    source_vocab_size=vocab_size,
+    vocab_size=vocab_size,
+    width=width,
+    context=context,
+    hand_over=True,
+    head_bias=True,
+    dropout=dropout,
+    embedding_init=embedding_init,
+    head_init=head_init,
     encoder=(plain(Bidirectional.Config(layer=lstm)), plain(lstm), residual(lstm)),
-    decoder=(plain(bottom), plain(beside), residual(beside)))
+    decoder=(plain(bottom), plain(beside), residual(beside)),
+  )
 
 
 _UNIFORM = Uniform(bound=0.04)
-preset('gnmt', 'gnmt', gnmt(
-  1024, 8, vocab_size=32_000, context=128, init=_UNIFORM, embedding_init=_UNIFORM, head_init=_UNIFORM, dropout=0.2))
-preset('gnmt-tiny', 'gnmt', gnmt(
-  96, 3, vocab_size=264, context=128, init=FanInUniform(), embedding_init=Normal(std=1.0), head_init=FanInUniform()))
+preset(
+  'gnmt',
+  'gnmt',
+  gnmt(
+    1024,
+    8,
+    vocab_size=32_000,
+    context=128,
+    init=_UNIFORM,
+    embedding_init=_UNIFORM,
+    head_init=_UNIFORM,
+    dropout=0.2,
+  ),
+)
+preset(
+  'gnmt-tiny',
+  'gnmt',
+  gnmt(
+    96,
+    3,
+    vocab_size=264,
+    context=128,
+    init=FanInUniform(),
+    embedding_init=Normal(std=1.0),
+    head_init=FanInUniform(),
+  ),
+)
 
 
-def _grown(*, width: int, layers: int, hidden: int, source_vocab_size: int, vocab_size: int, context: int) -> EncoderDecoder.Config:
+def _grown(
+  *, width: int, layers: int, hidden: int, source_vocab_size: int, vocab_size: int, context: int
+) -> EncoderDecoder.Config:
   fan = FanInUniform()
   return gnmt(
-    width, layers, vocab_size=vocab_size, context=context, init=fan, embedding_init=Normal(std=1.0), head_init=fan,
-    hidden=hidden).replace(source_vocab_size=source_vocab_size)
+    width,
+    layers,
+    vocab_size=vocab_size,
+    context=context,
+    init=fan,
+    embedding_init=Normal(std=1.0),
+    head_init=fan,
+    hidden=hidden,
+  ).replace(source_vocab_size=source_vocab_size)
 
 
 pair_family('gnmt', _grown, hidden=as_wide, fewest_layers=3)

@@ -1,5 +1,5 @@
-"""GPT-2 (Radford et al. 2019) and GPT-3 (Brown et al. 2020): pre-norm LayerNorm, learned positions, GELU (tanh), offsets
-everywhere, tied head."""
+"""GPT-2 (Radford et al. 2019) and GPT-3 (Brown et al. 2020): pre-norm LayerNorm, learned positions,
+GELU (tanh), offsets everywhere, tied head."""
 
 from __future__ import annotations
 
@@ -15,21 +15,42 @@ from jaxformer.models.zoo.preset import HEAD, Make, family, four_times, preset
 
 
 def gpt(
-  width: int, layers: int, heads: int, *, context: int, vocab_size: int = 50257, windows: tuple[int | None, ...] = (None,),
-  dropout: float = 0.0, bias: bool = True, hidden: int | None = None,
+  width: int,
+  layers: int,
+  heads: int,
+  *,
+  context: int,
+  vocab_size: int = 50257,
+  windows: tuple[int | None, ...] = (None,),
+  dropout: float = 0.0,
+  bias: bool = True,
+  hidden: int | None = None,
 ) -> LanguageModel.Config:
-  """The GPT-2 architecture. `windows` gives the attention window of each block of a period (GPT-3 alternates)."""
+  """The GPT-2 architecture. `windows` gives the attention window of each block of a period (GPT-3
+  alternates)."""
   norm = LayerNorm.Config(bias=bias)
 
   def block(window: int | None) -> Block.Config:
     attention = Attention.Config(heads=heads, window=window, bias=bias, out_init=ResidualNormal())
-    mlp = Mlp.Config(hidden=hidden or 4 * width, activation='gelu_tanh', bias=bias, out_init=ResidualNormal())
-    return Block.Config(branches=tuple(PreNorm.Config(layer=layer, norm=norm, dropout=dropout) for layer in (attention, mlp)))
+    mlp = Mlp.Config(
+      hidden=hidden or 4 * width, activation='gelu_tanh', bias=bias, out_init=ResidualNormal()
+    )
+    return Block.Config(
+      branches=tuple(
+        PreNorm.Config(layer=layer, norm=norm, dropout=dropout) for layer in (attention, mlp)
+      )
+    )
 
   return LanguageModel.Config(
-    vocab_size=vocab_size, width=width, context=context, tied=True, dropout=dropout,
-    positions=LearnedPositions.Config(init=Normal(std=0.01)), final_norm=norm,
-    stack=(Group(pattern=tuple(block(w) for w in windows), repeats=layers // len(windows)),))
+    vocab_size=vocab_size,
+    width=width,
+    context=context,
+    tied=True,
+    dropout=dropout,
+    positions=LearnedPositions.Config(init=Normal(std=0.01)),
+    final_norm=norm,
+    stack=(Group(pattern=tuple(block(w) for w in windows), repeats=layers // len(windows)),),
+  )
 
 
 for name, width, layers, heads in (
@@ -41,8 +62,9 @@ for name, width, layers, heads in (
   preset(name, 'gpt2', gpt(width, layers, heads, context=1024))
 preset('gpt2-tiny', 'gpt2', gpt(128, 4, 4, context=256, vocab_size=264))
 
-# Table 2.1 of the paper, with two of its rows mended: 24 heads of 128 do not make XL's width of 2048 (16 do), and 40 heads of 128
-# make 5120, not the 13B row's 5140. "Alternating dense and locally banded sparse" attention: the paper gives no band; 256 is ours.
+# Table 2.1 of the paper, with two of its rows mended: 24 heads of 128 do not make XL's width of
+# 2048 (16 do), and 40 heads of 128 make 5120, not the 13B row's 5140. "Alternating dense and
+# locally banded sparse" attention: the paper gives no band; 256 is ours.
 BAND = 256
 for name, width, layers, heads in (
   ('gpt3-125m', 768, 12, 12),
@@ -59,8 +81,18 @@ preset('gpt3-tiny', 'gpt3', gpt(128, 4, 4, context=256, vocab_size=264, windows=
 
 
 def _grown(windows: tuple[int | None, ...]) -> Make:
-  def make(*, width: int, layers: int, hidden: int, vocab_size: int, context: int) -> LanguageModel.Config:
-    return gpt(width, layers, width // HEAD, context=context, vocab_size=vocab_size, windows=windows, hidden=hidden)
+  def make(
+    *, width: int, layers: int, hidden: int, vocab_size: int, context: int
+  ) -> LanguageModel.Config:
+    return gpt(
+      width,
+      layers,
+      width // HEAD,
+      context=context,
+      vocab_size=vocab_size,
+      windows=windows,
+      hidden=hidden,
+    )
 
   return make
 

@@ -1,7 +1,7 @@
-"""H3 (Fu et al. 2023): pre-norm LayerNorm, H3 for token mixing but for two or three layers of attention, GELU (tanh), offsets
-everywhere, no positions, tied head. Sizes, the places of attention and a vocabulary padded to a multiple of 8 are those of the
-published models; 2.7b is the one with three layers of attention.
-"""
+"""H3 (Fu et al. 2023): pre-norm LayerNorm, H3 for token mixing but for two or three layers of
+attention, GELU (tanh), offsets everywhere, no positions, tied head. Sizes, the places of attention
+and a vocabulary padded to a multiple of 8 are those of the published models; 2.7b is the one with
+three layers of attention."""
 
 from __future__ import annotations
 
@@ -20,23 +20,41 @@ from jaxformer.models.zoo.preset import HEAD, family, four_times, preset
 
 
 def h3(
-  width: int, layers: int, heads: int, attention_at: tuple[int, ...], *, d_state: int = 64, head_dim: int = 1,
-  vocab_size: int = 50264, context: int = 2048, dropout: float = 0.0, hidden: int | None = None,
+  width: int,
+  layers: int,
+  heads: int,
+  attention_at: tuple[int, ...],
+  *,
+  d_state: int = 64,
+  head_dim: int = 1,
+  vocab_size: int = 50264,
+  context: int = 2048,
+  dropout: float = 0.0,
+  hidden: int | None = None,
 ) -> LanguageModel.Config:
-  """The H3 architecture; `heads` are those of the layers with attention, counted from 0, `head_dim` that of the others."""
+  """The H3 architecture; `heads` are those of the layers with attention, counted from 0, `head_dim`
+  that of the others."""
   norm = LayerNorm.Config()
   mlp = Mlp.Config(hidden=hidden or 4 * width, bias=True, out_init=ResidualNormal())
   attention = Attention.Config(heads=heads, bias=True, out_init=ResidualNormal())
   mixer = H3.Config(d_state=d_state, head_dim=head_dim)
 
   def group(layer: LayerConfig, repeats: int) -> Group:
-    block = Block.Config(branches=tuple(PreNorm.Config(layer=part, norm=norm) for part in (layer, mlp)))
+    block = Block.Config(
+      branches=tuple(PreNorm.Config(layer=part, norm=norm) for part in (layer, mlp))
+    )
     return Group(pattern=(block,), repeats=repeats)
 
   runs = itertools.groupby(i in attention_at for i in range(layers))
   return LanguageModel.Config(
-    vocab_size=vocab_size, width=width, context=context, tied=True, dropout=dropout, final_norm=norm,
-    stack=tuple(group(attention if attends else mixer, len(list(run))) for attends, run in runs))
+    vocab_size=vocab_size,
+    width=width,
+    context=context,
+    tied=True,
+    dropout=dropout,
+    final_norm=norm,
+    stack=tuple(group(attention if attends else mixer, len(list(run))) for attends, run in runs),
+  )
 
 
 for name, width, layers, heads, attention_at in (
@@ -49,11 +67,22 @@ for name, width, layers, heads, attention_at in (
 preset('h3-tiny', 'h3', h3(128, 4, 4, (3,), d_state=16, vocab_size=264, context=256))
 
 
-def _grown(*, width: int, layers: int, hidden: int, vocab_size: int, context: int) -> LanguageModel.Config:
-  # One layer of attention in the middle up to 16 layers, as in the smallest published model, and two in the larger ones.
+def _grown(
+  *, width: int, layers: int, hidden: int, vocab_size: int, context: int
+) -> LanguageModel.Config:
+  # One layer of attention in the middle up to 16 layers, as in the smallest published model, and
+  # two in the larger ones.
   attention_at = (layers // 2,) if layers <= 16 else (layers // 3, 2 * layers // 3)
   return h3(
-    width, layers, width // HEAD, attention_at, d_state=16, vocab_size=vocab_size, context=context, hidden=hidden)
+    width,
+    layers,
+    width // HEAD,
+    attention_at,
+    d_state=16,
+    vocab_size=vocab_size,
+    context=context,
+    hidden=hidden,
+  )
 
 
 family('h3', _grown, width_step=HEAD, hidden=four_times)

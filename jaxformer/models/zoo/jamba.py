@@ -1,6 +1,6 @@
-"""Jamba (Lieber et al. 2024): Mamba layers with norms over dt, B and C, one layer of attention among eight, and sixteen experts,
-two a token, in place of every second feed-forward layer. Pre-norm RMSNorm, SwiGLU, no positions: the Mamba layers know where they
-are."""
+"""Jamba (Lieber et al. 2024): Mamba layers with norms over dt, B and C, one layer of attention
+among eight, and sixteen experts, two a token, in place of every second feed-forward layer. Pre-norm
+RMSNorm, SwiGLU, no positions: the Mamba layers know where they are."""
 
 from __future__ import annotations
 
@@ -19,35 +19,74 @@ from jaxformer.models.zoo.preset import HEAD, family, preset, two_thirds
 
 
 def jamba(
-  width: int, layers: int, hidden: int, heads: int, kv_heads: int, *, experts: int = 16, k: int = 2, state: int = 16,
-  attention_every: int = 8, attention_first: int = 4, moe_every: int = 2, moe_first: int = 1, vocab_size: int, context: int,
+  width: int,
+  layers: int,
+  hidden: int,
+  heads: int,
+  kv_heads: int,
+  *,
+  experts: int = 16,
+  k: int = 2,
+  state: int = 16,
+  attention_every: int = 8,
+  attention_first: int = 4,
+  moe_every: int = 2,
+  moe_first: int = 1,
+  vocab_size: int,
+  context: int,
 ) -> LanguageModel.Config:
-  """The Jamba architecture. Of each `attention_every` layers, counted from 0, the one at `attention_first` attends; `moe_*` are
-  the same for the layers with experts. The pattern is the shortest that repeats."""
+  """The Jamba architecture. Of each `attention_every` layers, counted from 0, the one at
+  `attention_first` attends; `moe_*` are the same for the layers with experts. The pattern is the
+  shortest that repeats."""
   norm = RMSNorm.Config(eps=1e-6)
-  attention, mamba = Attention.Config(heads=heads, kv_heads=kv_heads), Mamba.Config(state=state, inner_norm=norm)
+  attention, mamba = (
+    Attention.Config(heads=heads, kv_heads=kv_heads),
+    Mamba.Config(state=state, inner_norm=norm),
+  )
   mlp = GatedMlp.Config(hidden=hidden)
   moe = Moe.Config(experts=experts, expert=mlp, router=SoftmaxTopK.Config(k=k, balance=0.001))
 
   def block(i: int) -> Block.Config:
     mixer = attention if i % attention_every == attention_first else mamba
     feed_forward = moe if i % moe_every == moe_first else mlp
-    return Block.Config(branches=(PreNorm.Config(layer=mixer, norm=norm), PreNorm.Config(layer=feed_forward, norm=norm)))
+    return Block.Config(
+      branches=(
+        PreNorm.Config(layer=mixer, norm=norm),
+        PreNorm.Config(layer=feed_forward, norm=norm),
+      )
+    )
 
   period = math.lcm(attention_every, moe_every)
   return LanguageModel.Config(
-    vocab_size=vocab_size, width=width, context=context, final_norm=norm,
-    stack=(Group(pattern=tuple(block(i) for i in range(period)), repeats=layers // period),))
+    vocab_size=vocab_size,
+    width=width,
+    context=context,
+    final_norm=norm,
+    stack=(Group(pattern=tuple(block(i) for i in range(period)), repeats=layers // period),),
+  )
 
 
 preset('jamba-v0.1', 'jamba', jamba(4096, 32, 14336, 32, 8, vocab_size=65536, context=262144))
-preset('jamba-tiny', 'jamba', jamba(64, 8, 96, 4, 2, experts=4, state=8, vocab_size=264, context=256))
+preset(
+  'jamba-tiny', 'jamba', jamba(64, 8, 96, 4, 2, experts=4, state=8, vocab_size=264, context=256)
+)
 
 
-def _grown(*, width: int, layers: int, hidden: int, vocab_size: int, context: int) -> LanguageModel.Config:
+def _grown(
+  *, width: int, layers: int, hidden: int, vocab_size: int, context: int
+) -> LanguageModel.Config:
   heads = width // HEAD
   return jamba(
-    width, layers, hidden, heads, heads // 2, experts=4, state=8, vocab_size=vocab_size, context=context)
+    width,
+    layers,
+    hidden,
+    heads,
+    heads // 2,
+    experts=4,
+    state=8,
+    vocab_size=vocab_size,
+    context=context,
+  )
 
 
 family('jamba', _grown, width_step=2 * HEAD, layer_step=8, hidden=two_thirds)

@@ -1,5 +1,5 @@
-"""Llama 2 (Touvron et al. 2023) and Llama 3, 3.1, 3.2 (Grattafiori et al. 2024): pre-norm RMSNorm, rotary positions, SwiGLU,
-grouped-query attention, no offsets."""
+"""Llama 2 (Touvron et al. 2023) and Llama 3, 3.1, 3.2 (Grattafiori et al. 2024): pre-norm RMSNorm,
+rotary positions, SwiGLU, grouped-query attention, no offsets."""
 
 from __future__ import annotations
 
@@ -14,17 +14,32 @@ from jaxformer.models.zoo.preset import HEAD, Make, family, preset, two_thirds
 
 
 def llama(
-  width: int, layers: int, hidden: int, heads: int, kv_heads: int, *, vocab_size: int, context: int, rotary: Rotary,
+  width: int,
+  layers: int,
+  hidden: int,
+  heads: int,
+  kv_heads: int,
+  *,
+  vocab_size: int,
+  context: int,
+  rotary: Rotary,
   tied: bool = False,
 ) -> LanguageModel.Config:
   """The Llama architecture."""
   norm = RMSNorm.Config()
   attention = Attention.Config(heads=heads, kv_heads=kv_heads, position=rotary)
   mlp = GatedMlp.Config(hidden=hidden)
-  block = Block.Config(branches=(PreNorm.Config(layer=attention, norm=norm), PreNorm.Config(layer=mlp, norm=norm)))
+  block = Block.Config(
+    branches=(PreNorm.Config(layer=attention, norm=norm), PreNorm.Config(layer=mlp, norm=norm))
+  )
   return LanguageModel.Config(
-    vocab_size=vocab_size, width=width, context=context, tied=tied, final_norm=norm,
-    stack=(Group(pattern=(block,), repeats=layers),))
+    vocab_size=vocab_size,
+    width=width,
+    context=context,
+    tied=tied,
+    final_norm=norm,
+    stack=(Group(pattern=(block,), repeats=layers),),
+  )
 
 
 LLAMA2 = Rotary(theta=10_000.0)
@@ -37,8 +52,14 @@ for name, width, layers, hidden, heads, kv_heads in (
   ('llama2-13b', 5120, 40, 13824, 40, 40),
   ('llama2-70b', 8192, 80, 28672, 64, 8),
 ):
-  preset(name, 'llama2', llama(width, layers, hidden, heads, kv_heads, vocab_size=32000, context=4096, rotary=LLAMA2))
-preset('llama2-tiny', 'llama2', llama(128, 4, 352, 4, 4, vocab_size=264, context=256, rotary=LLAMA2))
+  preset(
+    name,
+    'llama2',
+    llama(width, layers, hidden, heads, kv_heads, vocab_size=32000, context=4096, rotary=LLAMA2),
+  )
+preset(
+  'llama2-tiny', 'llama2', llama(128, 4, 352, 4, 4, vocab_size=264, context=256, rotary=LLAMA2)
+)
 
 for name, width, layers, hidden, heads, kv_heads, context, rotary, tied in (
   ('llama3-8b', 4096, 32, 14336, 32, 8, 8192, LLAMA3, False),
@@ -49,16 +70,35 @@ for name, width, layers, hidden, heads, kv_heads, context, rotary, tied in (
   ('llama3.2-1b', 2048, 16, 8192, 32, 8, 131072, LLAMA3_2, True),
   ('llama3.2-3b', 3072, 28, 8192, 24, 8, 131072, LLAMA3_2, True),
 ):
-  preset(name, 'llama3', llama(
-    width, layers, hidden, heads, kv_heads, vocab_size=128256, context=context, rotary=rotary, tied=tied))
-preset('llama3-tiny', 'llama3', llama(128, 4, 352, 4, 2, vocab_size=264, context=256, rotary=LLAMA3))
+  preset(
+    name,
+    'llama3',
+    llama(
+      width,
+      layers,
+      hidden,
+      heads,
+      kv_heads,
+      vocab_size=128256,
+      context=context,
+      rotary=rotary,
+      tied=tied,
+    ),
+  )
+preset(
+  'llama3-tiny', 'llama3', llama(128, 4, 352, 4, 2, vocab_size=264, context=256, rotary=LLAMA3)
+)
 
 
 def _grown(rotary: Rotary, queries_a_key: int) -> Make:
-  def make(*, width: int, layers: int, hidden: int, vocab_size: int, context: int) -> LanguageModel.Config:
+  def make(
+    *, width: int, layers: int, hidden: int, vocab_size: int, context: int
+  ) -> LanguageModel.Config:
     heads = width // HEAD
     groups = heads // queries_a_key if heads % queries_a_key == 0 else heads
-    return llama(width, layers, hidden, heads, groups, vocab_size=vocab_size, context=context, rotary=rotary)
+    return llama(
+      width, layers, hidden, heads, groups, vocab_size=vocab_size, context=context, rotary=rotary
+    )
 
   return make
 

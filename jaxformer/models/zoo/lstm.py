@@ -1,9 +1,9 @@
 """Language models of stacked LSTMs and GRUs, without norms, residuals and positions.
 
-`lstm-zaremba-*` are the word-level models of Zaremba et al. 2014 (section 4.1, Penn Treebank): two layers as wide as the embedding;
-dropout on what flows upwards (the embedding, between the layers, before the head), never on what flows through time. Every weight
-starts uniform within one bound. The context is how far gradients went back.
-"""
+`lstm-zaremba-*` are the word-level models of Zaremba et al. 2014 (section 4.1, Penn Treebank): two
+layers as wide as the embedding; dropout on what flows upwards (the embedding, between the layers,
+before the head), never on what flows through time. Every weight starts uniform within one bound.
+The context is how far gradients went back."""
 
 from __future__ import annotations
 
@@ -17,36 +17,81 @@ from jaxformer.models.zoo.preset import Make, family, preset
 
 
 def recurrent(
-  layer: RecurrentConfig, width: int, layers: int, *, vocab_size: int, context: int, dropout: float = 0.0,
-  embedding_init: Init, head_init: Init,
+  layer: RecurrentConfig,
+  width: int,
+  layers: int,
+  *,
+  vocab_size: int,
+  context: int,
+  dropout: float = 0.0,
+  embedding_init: Init,
+  head_init: Init,
 ) -> LanguageModel.Config:
   """Layers one on the other."""
   block = Block.Config(branches=(Plain.Config(layer=layer, dropout=dropout),))
   return LanguageModel.Config(
-    vocab_size=vocab_size, width=width, context=context, final_norm=None, head_bias=True, dropout=dropout,
-    embedding_init=embedding_init, head_init=head_init, stack=(Group(pattern=(block,), repeats=layers),))
+    vocab_size=vocab_size,
+    width=width,
+    context=context,
+    final_norm=None,
+    head_bias=True,
+    dropout=dropout,
+    embedding_init=embedding_init,
+    head_init=head_init,
+    stack=(Group(pattern=(block,), repeats=layers),),
+  )
 
 
 def zaremba(width: int, dropout: float, bound: float, context: int) -> LanguageModel.Config:
   """The models of Zaremba et al. 2014."""
   init = Uniform(bound=bound)
   layer = Lstm.Config(init=init, recurrent_init=init, bias=init, forget_bias=0.0)
-  return recurrent(layer, width, 2, vocab_size=10_000, context=context, dropout=dropout, embedding_init=init, head_init=init)
+  return recurrent(
+    layer,
+    width,
+    2,
+    vocab_size=10_000,
+    context=context,
+    dropout=dropout,
+    embedding_init=init,
+    head_init=init,
+  )
 
 
 preset('lstm-zaremba-small', 'lstm', zaremba(200, 0.0, 0.1, 20))
 preset('lstm-zaremba-medium', 'lstm', zaremba(650, 0.5, 0.05, 35))
 preset('lstm-zaremba-large', 'lstm', zaremba(1500, 0.65, 0.04, 35))
 for name, layer in (('lstm', Lstm.Config()), ('gru', Gru.Config())):
-  # No norm comes between the embedding and the first gates, which see nothing of numbers much below 1.
-  preset(f'{name}-tiny', name, recurrent(
-    layer, 128, 2, vocab_size=264, context=256, embedding_init=Normal(std=1.0), head_init=FanInUniform()))
+  # No norm comes between the embedding and the first gates, which see nothing of numbers much below
+  # 1.
+  preset(
+    f'{name}-tiny',
+    name,
+    recurrent(
+      layer,
+      128,
+      2,
+      vocab_size=264,
+      context=256,
+      embedding_init=Normal(std=1.0),
+      head_init=FanInUniform(),
+    ),
+  )
 
 
 def _grown(layer: RecurrentConfig) -> Make:
-  def make(*, width: int, layers: int, hidden: int, vocab_size: int, context: int) -> LanguageModel.Config:
+  def make(
+    *, width: int, layers: int, hidden: int, vocab_size: int, context: int
+  ) -> LanguageModel.Config:
     return recurrent(
-      layer, width, layers, vocab_size=vocab_size, context=context, embedding_init=Normal(std=1.0), head_init=FanInUniform())
+      layer,
+      width,
+      layers,
+      vocab_size=vocab_size,
+      context=context,
+      embedding_init=Normal(std=1.0),
+      head_init=FanInUniform(),
+    )
 
   return make
 

@@ -1,5 +1,5 @@
-"""Mamba (Gu and Dao 2023) and Mamba-2 (Dao and Gu 2024): blocks of one pre-norm branch, no feed-forward, no positions, tied
-head."""
+"""Mamba (Gu and Dao 2023) and Mamba-2 (Dao and Gu 2024): blocks of one pre-norm branch, no
+feed-forward, no positions, tied head."""
 
 from __future__ import annotations
 
@@ -13,27 +13,52 @@ from jaxformer.models.stack import Group
 from jaxformer.models.zoo.preset import Make, family, preset
 
 
-def mamba(layer: LayerConfig, width: int, layers: int, *, vocab_size: int, context: int = 2048) -> LanguageModel.Config:
+def mamba(
+  layer: LayerConfig, width: int, layers: int, *, vocab_size: int, context: int = 2048
+) -> LanguageModel.Config:
   """The architecture of both, around a `Mamba` or a `Mamba2`."""
   norm = RMSNorm.Config(eps=1e-5)
   block = Block.Config(branches=(PreNorm.Config(layer=layer, norm=norm),))
   return LanguageModel.Config(
-    vocab_size=vocab_size, width=width, context=context, tied=True, final_norm=norm,
-    stack=(Group(pattern=(block,), repeats=layers),))
+    vocab_size=vocab_size,
+    width=width,
+    context=context,
+    tied=True,
+    final_norm=norm,
+    stack=(Group(pattern=(block,), repeats=layers),),
+  )
 
 
 # The vocabulary of GPT-NeoX, 50277, padded to a multiple of 8 and of 16.
-for size, width, layers in (('130m', 768, 24), ('370m', 1024, 48), ('790m', 1536, 48), ('1.4b', 2048, 48), ('2.8b', 2560, 64)):
+for size, width, layers in (
+  ('130m', 768, 24),
+  ('370m', 1024, 48),
+  ('790m', 1536, 48),
+  ('1.4b', 2048, 48),
+  ('2.8b', 2560, 64),
+):
   preset(f'mamba-{size}', 'mamba', mamba(Mamba.Config(), width, layers, vocab_size=50280))
 preset('mamba-tiny', 'mamba', mamba(Mamba.Config(), 128, 4, vocab_size=264, context=256))
 
-for size, width, layers in (('130m', 768, 24), ('370m', 1024, 48), ('780m', 1536, 48), ('1.3b', 2048, 48), ('2.7b', 2560, 64)):
+for size, width, layers in (
+  ('130m', 768, 24),
+  ('370m', 1024, 48),
+  ('780m', 1536, 48),
+  ('1.3b', 2048, 48),
+  ('2.7b', 2560, 64),
+):
   preset(f'mamba2-{size}', 'mamba2', mamba(Mamba2.Config(), width, layers, vocab_size=50288))
-preset('mamba2-tiny', 'mamba2', mamba(Mamba2.Config(state=64, head_dim=32), 128, 4, vocab_size=264, context=256))
+preset(
+  'mamba2-tiny',
+  'mamba2',
+  mamba(Mamba2.Config(state=64, head_dim=32), 128, 4, vocab_size=264, context=256),
+)
 
 
 def _grown(layer: LayerConfig) -> Make:
-  def make(*, width: int, layers: int, hidden: int, vocab_size: int, context: int) -> LanguageModel.Config:
+  def make(
+    *, width: int, layers: int, hidden: int, vocab_size: int, context: int
+  ) -> LanguageModel.Config:
     return mamba(layer, width, layers, vocab_size=vocab_size, context=context)
 
   return make

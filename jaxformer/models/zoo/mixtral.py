@@ -1,5 +1,6 @@
-"""Mixtral (Jiang et al. 2024): Llama's blocks with eight SwiGLU experts, two a token, in place of each feed-forward layer; no
-sliding window. The balancing losses' weights are those of the published configurations, where the loss is one over all layers."""
+"""Mixtral (Jiang et al. 2024): Llama's blocks with eight SwiGLU experts, two a token, in place of
+each feed-forward layer; no sliding window. The balancing losses' weights are those of the published
+configurations, where the loss is one over all layers."""
 
 from __future__ import annotations
 
@@ -16,26 +17,61 @@ from jaxformer.models.zoo.preset import HEAD, family, preset, two_thirds
 
 
 def mixtral(
-  width: int, layers: int, hidden: int, heads: int, kv_heads: int, *, experts: int = 8, k: int = 2, vocab_size: int, context: int,
-  theta: float = 1e6, balance: float | None,
+  width: int,
+  layers: int,
+  hidden: int,
+  heads: int,
+  kv_heads: int,
+  *,
+  experts: int = 8,
+  k: int = 2,
+  vocab_size: int,
+  context: int,
+  theta: float = 1e6,
+  balance: float | None,
 ) -> LanguageModel.Config:
   """The Mixtral architecture."""
   norm = RMSNorm.Config(eps=1e-5)
   attention = Attention.Config(heads=heads, kv_heads=kv_heads, position=Rotary(theta=theta))
-  moe = Moe.Config(experts=experts, expert=GatedMlp.Config(hidden=hidden), router=TopKSoftmax.Config(k=k, balance=balance))
-  block = Block.Config(branches=(PreNorm.Config(layer=attention, norm=norm), PreNorm.Config(layer=moe, norm=norm)))
+  moe = Moe.Config(
+    experts=experts,
+    expert=GatedMlp.Config(hidden=hidden),
+    router=TopKSoftmax.Config(k=k, balance=balance),
+  )
+  block = Block.Config(
+    branches=(PreNorm.Config(layer=attention, norm=norm), PreNorm.Config(layer=moe, norm=norm))
+  )
   return LanguageModel.Config(
-    vocab_size=vocab_size, width=width, context=context, final_norm=norm, stack=(Group(pattern=(block,), repeats=layers),))
+    vocab_size=vocab_size,
+    width=width,
+    context=context,
+    final_norm=norm,
+    stack=(Group(pattern=(block,), repeats=layers),),
+  )
 
 
-preset('mixtral-8x7b', 'mixtral', mixtral(4096, 32, 14336, 32, 8, vocab_size=32000, context=32768, balance=0.02))
-preset('mixtral-8x22b', 'mixtral', mixtral(6144, 56, 16384, 48, 8, vocab_size=32000, context=65536, balance=0.001))
-preset('mixtral-tiny', 'mixtral', mixtral(128, 4, 176, 4, 2, vocab_size=264, context=256, balance=0.02))
+preset(
+  'mixtral-8x7b',
+  'mixtral',
+  mixtral(4096, 32, 14336, 32, 8, vocab_size=32000, context=32768, balance=0.02),
+)
+preset(
+  'mixtral-8x22b',
+  'mixtral',
+  mixtral(6144, 56, 16384, 48, 8, vocab_size=32000, context=65536, balance=0.001),
+)
+preset(
+  'mixtral-tiny', 'mixtral', mixtral(128, 4, 176, 4, 2, vocab_size=264, context=256, balance=0.02)
+)
 
 
-def _grown(*, width: int, layers: int, hidden: int, vocab_size: int, context: int) -> LanguageModel.Config:
+def _grown(
+  *, width: int, layers: int, hidden: int, vocab_size: int, context: int
+) -> LanguageModel.Config:
   heads = width // HEAD
-  return mixtral(width, layers, hidden, heads, heads // 2, vocab_size=vocab_size, context=context, balance=0.02)
+  return mixtral(
+    width, layers, hidden, heads, heads // 2, vocab_size=vocab_size, context=context, balance=0.02
+  )
 
 
 # Two experts a token have the hidden units of one dense layer.

@@ -1,6 +1,7 @@
-"""The sparsely-gated mixture of experts between two LSTMs (Shazeer et al. 2017, section 5.1 and appendix C.1): each of the three
-layers adds to its input; experts of one ReLU layer, four a token; a sigmoid on their sum. The vocabulary is that of the One
-Billion Word benchmark. Sizes are those of the flat models; the hierarchical ones route twice."""
+"""The sparsely-gated mixture of experts between two LSTMs (Shazeer et al. 2017, section 5.1 and
+appendix C.1): each of the three layers adds to its input; experts of one ReLU layer, four a token;
+a sigmoid on their sum. The vocabulary is that of the One Billion Word benchmark. Sizes are those of
+the flat models; the hierarchical ones route twice."""
 
 from __future__ import annotations
 
@@ -16,24 +17,51 @@ from jaxformer.models.zoo.preset import family, preset
 
 
 def moe_lstm(
-  width: int, hidden: int, experts: int, *, k: int = 4, vocab_size: int, context: int, dropout: float = 0.0,
+  width: int,
+  hidden: int,
+  experts: int,
+  *,
+  k: int = 4,
+  vocab_size: int,
+  context: int,
+  dropout: float = 0.0,
 ) -> LanguageModel.Config:
   """LSTM, mixture of experts, LSTM."""
-  expert = Mlp.Config(hidden=hidden, activation='relu', init=FanInUniform(), out_init=FanInUniform())
-  moe = Moe.Config(experts=experts, expert=expert, router=NoisyTopK.Config(k=k), out_activation='sigmoid')
+  expert = Mlp.Config(
+    hidden=hidden, activation='relu', init=FanInUniform(), out_init=FanInUniform()
+  )
+  moe = Moe.Config(
+    experts=experts, expert=expert, router=NoisyTopK.Config(k=k), out_activation='sigmoid'
+  )
   layers = Lstm.Config(), moe, Lstm.Config()
   return LanguageModel.Config(
-    vocab_size=vocab_size, width=width, context=context, final_norm=None, dropout=dropout, head_bias=True,
-    embedding_init=Normal(std=1.0), head_init=FanInUniform(),
-    stack=tuple(Group(pattern=(Block.Config(branches=(Residual.Config(layer=layer, dropout=dropout),)),)) for layer in layers))
+    vocab_size=vocab_size,
+    width=width,
+    context=context,
+    final_norm=None,
+    dropout=dropout,
+    head_bias=True,
+    embedding_init=Normal(std=1.0),
+    head_init=FanInUniform(),
+    stack=tuple(
+      Group(pattern=(Block.Config(branches=(Residual.Config(layer=layer, dropout=dropout),)),))
+      for layer in layers
+    ),
+  )
 
 
 for experts in (32, 256):
-  preset(f'moe-lstm-{experts}', 'moe-lstm', moe_lstm(512, 1024, experts, vocab_size=793_471, context=20, dropout=0.1))
+  preset(
+    f'moe-lstm-{experts}',
+    'moe-lstm',
+    moe_lstm(512, 1024, experts, vocab_size=793_471, context=20, dropout=0.1),
+  )
 preset('moe-lstm-tiny', 'moe-lstm', moe_lstm(128, 128, 8, vocab_size=264, context=256))
 
 
-def _grown(*, width: int, layers: int, hidden: int, vocab_size: int, context: int) -> LanguageModel.Config:
+def _grown(
+  *, width: int, layers: int, hidden: int, vocab_size: int, context: int
+) -> LanguageModel.Config:
   return moe_lstm(width, hidden, 8, vocab_size=vocab_size, context=context)
 
 

@@ -1,5 +1,6 @@
-"""RWKV-4 (Peng et al. 2023): the models trained on the Pile. Pre-norm LayerNorm and one more norm after the embedding, time mixing
-and channel mixing of 4 D, no offsets in projections, head of its own."""
+"""RWKV-4 (Peng et al. 2023): the models trained on the Pile. Pre-norm LayerNorm and one more norm
+after the embedding, time mixing and channel mixing of 4 D, no offsets in projections, head of its
+own."""
 
 from __future__ import annotations
 
@@ -15,19 +16,37 @@ LAYER_NORM = LayerNorm.Config()
 
 
 def rwkv4(
-  width: int, layers: int, *, context: int = 1024, vocab_size: int = 50277, hidden: int | None = None,
+  width: int,
+  layers: int,
+  *,
+  context: int = 1024,
+  vocab_size: int = 50277,
+  hidden: int | None = None,
   norm: LayerNorm.Config = LAYER_NORM,
 ) -> LanguageModel.Config:
   """The RWKV-4 architecture."""
   mixing = ChannelMix4.Config(hidden=hidden or 4 * width)
-  block = Block.Config(branches=tuple(PreNorm.Config(layer=layer, norm=norm) for layer in (TimeMix4.Config(), mixing)))
+  block = Block.Config(
+    branches=tuple(PreNorm.Config(layer=layer, norm=norm) for layer in (TimeMix4.Config(), mixing))
+  )
   return LanguageModel.Config(
-    vocab_size=vocab_size, width=width, context=context, stack=(Group(pattern=(block,), repeats=layers),), embedding_norm=norm,
-    final_norm=norm, embedding_init=Uniform(bound=1e-4), head_init=Orthogonal(gain=0.5))
+    vocab_size=vocab_size,
+    width=width,
+    context=context,
+    stack=(Group(pattern=(block,), repeats=layers),),
+    embedding_norm=norm,
+    final_norm=norm,
+    embedding_init=Uniform(bound=1e-4),
+    head_init=Orthogonal(gain=0.5),
+  )
 
 
 for name, width, layers in (
-  ('rwkv4-169m', 768, 12), ('rwkv4-430m', 1024, 24), ('rwkv4-1b5', 2048, 24), ('rwkv4-3b', 2560, 32), ('rwkv4-7b', 4096, 32),
+  ('rwkv4-169m', 768, 12),
+  ('rwkv4-430m', 1024, 24),
+  ('rwkv4-1b5', 2048, 24),
+  ('rwkv4-3b', 2560, 32),
+  ('rwkv4-7b', 4096, 32),
   ('rwkv4-14b', 5120, 40),
 ):
   preset(name, 'rwkv4', rwkv4(width, layers))

@@ -1,4 +1,5 @@
-"""RWKV-5.2 "Eagle" (Peng et al. 2024): the World models. The frame of RWKV-4, with heads of 64 and channel mixing of 3.5 D."""
+"""RWKV-5.2 "Eagle" (Peng et al. 2024): the World models. The frame of RWKV-4, with heads of 64 and
+channel mixing of 3.5 D."""
 
 from __future__ import annotations
 
@@ -15,13 +16,24 @@ from jaxformer.models.stack import Group
 from jaxformer.models.zoo.preset import HEAD, family, preset
 
 
-def world(width: int, layers: int, time: LayerConfig, channels: LayerConfig, context: int, vocab_size: int) -> LanguageModel.Config:
+def world(
+  width: int, layers: int, time: LayerConfig, channels: LayerConfig, context: int, vocab_size: int
+) -> LanguageModel.Config:
   """The frame that RWKV-5 and 6 share: norms, embedding and head, around one kind of block."""
   norm = LayerNorm.Config()
-  block = Block.Config(branches=tuple(PreNorm.Config(layer=layer, norm=norm) for layer in (time, channels)))
+  block = Block.Config(
+    branches=tuple(PreNorm.Config(layer=layer, norm=norm) for layer in (time, channels))
+  )
   return LanguageModel.Config(
-    vocab_size=vocab_size, width=width, context=context, stack=(Group(pattern=(block,), repeats=layers),), embedding_norm=norm,
-    final_norm=norm, embedding_init=Uniform(bound=1e-4), head_init=Orthogonal(gain=0.5))
+    vocab_size=vocab_size,
+    width=width,
+    context=context,
+    stack=(Group(pattern=(block,), repeats=layers),),
+    embedding_norm=norm,
+    final_norm=norm,
+    embedding_init=Uniform(bound=1e-4),
+    head_init=Orthogonal(gain=0.5),
+  )
 
 
 def hidden_size(width: int) -> int:
@@ -30,7 +42,13 @@ def hidden_size(width: int) -> int:
 
 
 def rwkv5(
-  width: int, layers: int, *, context: int = 4096, vocab_size: int = 65536, hidden: int | None = None, head_dim: int = 64,
+  width: int,
+  layers: int,
+  *,
+  context: int = 4096,
+  vocab_size: int = 65536,
+  hidden: int | None = None,
+  head_dim: int = 64,
 ) -> LanguageModel.Config:
   """The RWKV-5.2 architecture."""
   channels = ChannelMix4.Config(hidden=hidden or hidden_size(width), init=Orthogonal(wide=False))
@@ -38,7 +56,11 @@ def rwkv5(
 
 
 for name, width, layers in (
-  ('rwkv5-0.4b', 1024, 24), ('rwkv5-1.5b', 2048, 24), ('rwkv5-3b', 2560, 32), ('rwkv5-7b', 4096, 32)):
+  ('rwkv5-0.4b', 1024, 24),
+  ('rwkv5-1.5b', 2048, 24),
+  ('rwkv5-3b', 2560, 32),
+  ('rwkv5-7b', 4096, 32),
+):
   preset(name, 'rwkv5', rwkv5(width, layers))
 preset('rwkv5-tiny', 'rwkv5', rwkv5(128, 4, context=256, vocab_size=264, head_dim=32))
 family('rwkv5', functools.partial(rwkv5, head_dim=HEAD), width_step=HEAD, hidden=hidden_size)

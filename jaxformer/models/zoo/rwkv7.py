@@ -1,5 +1,6 @@
-"""RWKV-7 "Goose" (Peng et al. 2025): the World models. Pre-norm LayerNorm and one more norm after the embedding, time mixing and
-channel mixing, heads of 64, no offsets in projections, head of its own."""
+"""RWKV-7 "Goose" (Peng et al. 2025): the World models. Pre-norm LayerNorm and one more norm after
+the embedding, time mixing and channel mixing, heads of 64, no offsets in projections, head of its
+own."""
 
 from __future__ import annotations
 
@@ -15,22 +16,43 @@ from jaxformer.models.zoo.preset import HEAD, family, four_times, preset
 
 
 def rwkv7(
-  width: int, layers: int, ranks: tuple[int, int, int, int], *, context: int = 4096, vocab_size: int = 65536,
-  hidden: int | None = None, head_dim: int = 64,
+  width: int,
+  layers: int,
+  ranks: tuple[int, int, int, int],
+  *,
+  context: int = 4096,
+  vocab_size: int = 65536,
+  hidden: int | None = None,
+  head_dim: int = 64,
 ) -> LanguageModel.Config:
-  """The RWKV-7 architecture. `ranks` are those of decay, in-context learning rate, value mixing and gate. The first block shares
-  its values with all others, so it is a group of its own."""
+  """The RWKV-7 architecture. `ranks` are those of decay, in-context learning rate, value mixing and
+  gate. The first block shares its values with all others, so it is a group of its own."""
   norm, (decay, rate, value, gate) = LayerNorm.Config(), ranks
-  first = TimeMix7.Config(head_dim=head_dim, decay_rank=decay, rate_rank=rate, value_rank=None, gate_rank=gate)
+  first = TimeMix7.Config(
+    head_dim=head_dim, decay_rank=decay, rate_rank=rate, value_rank=None, gate_rank=gate
+  )
   channels = ChannelMix7.Config(hidden=hidden or 4 * width)
 
   def block(time: TimeMix7.Config) -> Block.Config:
-    return Block.Config(branches=(PreNorm.Config(layer=time, norm=norm), PreNorm.Config(layer=channels, norm=norm)))
+    return Block.Config(
+      branches=(PreNorm.Config(layer=time, norm=norm), PreNorm.Config(layer=channels, norm=norm))
+    )
 
-  later = (Group(pattern=(block(first.replace(value_rank=value)),), repeats=layers - 1),) if layers > 1 else ()
+  later = (
+    (Group(pattern=(block(first.replace(value_rank=value)),), repeats=layers - 1),)
+    if layers > 1
+    else ()
+  )
   return LanguageModel.Config(
-    vocab_size=vocab_size, width=width, context=context, stack=(Group(pattern=(block(first),)), *later), embedding_norm=norm,
-    final_norm=norm, embedding_init=Uniform(bound=1e-4), head_init=Orthogonal(gain=0.5))
+    vocab_size=vocab_size,
+    width=width,
+    context=context,
+    stack=(Group(pattern=(block(first),)), *later),
+    embedding_norm=norm,
+    final_norm=norm,
+    embedding_init=Uniform(bound=1e-4),
+    head_init=Orthogonal(gain=0.5),
+  )
 
 
 for name, width, layers, ranks in (
@@ -40,5 +62,12 @@ for name, width, layers, ranks in (
   ('rwkv7-2.9b', 2560, 32, (96, 96, 64, 320)),
 ):
   preset(name, 'rwkv7', rwkv7(width, layers, ranks))
-preset('rwkv7-tiny', 'rwkv7', rwkv7(128, 4, (16, 16, 8, 32), context=256, vocab_size=264, head_dim=32))
-family('rwkv7', functools.partial(rwkv7, ranks=(16, 16, 8, 32), head_dim=HEAD), width_step=HEAD, hidden=four_times)
+preset(
+  'rwkv7-tiny', 'rwkv7', rwkv7(128, 4, (16, 16, 8, 32), context=256, vocab_size=264, head_dim=32)
+)
+family(
+  'rwkv7',
+  functools.partial(rwkv7, ranks=(16, 16, 8, 32), head_dim=HEAD),
+  width_step=HEAD,
+  hidden=four_times,
+)

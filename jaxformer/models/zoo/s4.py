@@ -1,6 +1,7 @@
-"""State-space models that do not change with time, as language models: LSSL (Gu et al. 2021), S4 (Gu, Goel and Re 2022), S4D (Gu,
-Gupta, Goel and Re 2022) and S5 (Smith et al. 2023). Pre-norm blocks of one layer each, which ends in a gate or a projection of its
-own; no feed-forward layer and no positions."""
+"""State-space models that do not change with time, as language models: LSSL (Gu et al. 2021), S4
+(Gu, Goel and Re 2022), S4D (Gu, Gupta, Goel and Re 2022) and S5 (Smith et al. 2023). Pre-norm
+blocks of one layer each, which ends in a gate or a projection of its own; no feed-forward layer and
+no positions."""
 
 from __future__ import annotations
 
@@ -16,23 +17,36 @@ from jaxformer.models.stack import Group
 from jaxformer.models.zoo.preset import Make, family, preset
 
 
-def state_space(layer: LayerConfig, width: int, layers: int, *, vocab_size: int, context: int) -> LanguageModel.Config:
+def state_space(
+  layer: LayerConfig, width: int, layers: int, *, vocab_size: int, context: int
+) -> LanguageModel.Config:
   """A stack of state-space layers."""
   norm = LayerNorm.Config()
   block = Block.Config(branches=(PreNorm.Config(layer=layer, norm=norm),))
   return LanguageModel.Config(
-    vocab_size=vocab_size, width=width, context=context, tied=True, final_norm=norm,
-    stack=(Group(pattern=(block,), repeats=layers),))
+    vocab_size=vocab_size,
+    width=width,
+    context=context,
+    tied=True,
+    final_norm=norm,
+    stack=(Group(pattern=(block,), repeats=layers),),
+  )
 
 
-preset('lssl-tiny', 'lssl', state_space(LSSL.Config(d_state=32, copies=2), 128, 6, vocab_size=264, context=256))
+preset(
+  'lssl-tiny',
+  'lssl',
+  state_space(LSSL.Config(d_state=32, copies=2), 128, 6, vocab_size=264, context=256),
+)
 preset('s4-tiny', 's4', state_space(S4.Config(length=256), 128, 6, vocab_size=264, context=256))
 preset('s4d-tiny', 's4d', state_space(S4D.Config(), 128, 6, vocab_size=264, context=256))
 preset('s5-tiny', 's5', state_space(S5.Config(), 128, 6, vocab_size=264, context=256))
 
 
 def _grown(layer: LayerConfig) -> Make:
-  def make(*, width: int, layers: int, hidden: int, vocab_size: int, context: int) -> LanguageModel.Config:
+  def make(
+    *, width: int, layers: int, hidden: int, vocab_size: int, context: int
+  ) -> LanguageModel.Config:
     fitted = layer.replace(length=context) if isinstance(layer, S4.Config) else layer
     return state_space(fitted, width, layers, vocab_size=vocab_size, context=context)
 
@@ -40,5 +54,9 @@ def _grown(layer: LayerConfig) -> Make:
 
 
 for name, layer in (
-  ('lssl', LSSL.Config(d_state=32, copies=2)), ('s4', S4.Config(length=256)), ('s4d', S4D.Config()), ('s5', S5.Config())):
+  ('lssl', LSSL.Config(d_state=32, copies=2)),
+  ('s4', S4.Config(length=256)),
+  ('s4d', S4D.Config()),
+  ('s5', S5.Config()),
+):
   family(name, _grown(layer))

@@ -1,10 +1,12 @@
-"""Recurrent encoder-decoders without and with attention: Sutskever et al. 2014, Bahdanau et al. 2014, Luong et al. 2015.
+"""Recurrent encoder-decoders without and with attention: Sutskever et al. 2014, Bahdanau et al.
+2014, Luong et al. 2015.
 
-Conventions of the sizes: `seq2seq-lstm` has one vector of offsets a gate and offsets on the logits, which makes 384,112,000;
-`rnnsearch` has no offsets at all, as the equations of the paper's appendix, 80,401,000. `luong` is the global model with input
-feeding and the score that served it best, the dot product (Luong et al. 2015, section 5.2); it has no offsets, as its equations and
-the authors' code: 220,000,000. Its local attention is left out.
-"""
+Conventions of the sizes: `seq2seq-lstm` has one vector of offsets a gate and offsets on the logits,
+  which makes 384,112,000;
+`rnnsearch` has no offsets at all, as the equations of the paper's appendix, 80,401,000. `luong` is
+the global model with input feeding and the score that served it best, the dot product (Luong et al.
+2015, section 5.2); it has no offsets, as its equations and the authors' code: 220,000,000. Its
+local attention is left out."""
 
 from __future__ import annotations
 
@@ -30,94 +32,247 @@ WIDE, FAN, LSTM = Normal(std=1.0), FanInUniform(), Lstm.Config()
 
 def plain(layer: LayerConfig, repeats: int = 1, dropout: float = 0.0) -> Group:
   """Layers one on the other, without residuals."""
-  return Group(pattern=(Block.Config(branches=(Plain.Config(layer=layer, dropout=dropout),)),), repeats=repeats)
+  return Group(
+    pattern=(Block.Config(branches=(Plain.Config(layer=layer, dropout=dropout),)),), repeats=repeats
+  )
 
 
 def seq2seq_lstm(
-  width: int, layers: int, *, source_vocab_size: int, vocab_size: int, context: int, layer: Lstm.Config, embedding_init: Init,
-  head_init: Init, dropout: float = 0.0,
+  width: int,
+  layers: int,
+  *,
+  source_vocab_size: int,
+  vocab_size: int,
+  context: int,
+  layer: Lstm.Config,
+  embedding_init: Init,
+  head_init: Init,
+  dropout: float = 0.0,
 ) -> EncoderDecoder.Config:
-  """LSTMs on both sides; the source is reversed, and all layers' states are handed over: all that the decoder knows of it."""
+  """LSTMs on both sides; the source is reversed, and all layers' states are handed over: all that
+  the decoder knows of it."""
   stack = (plain(layer, layers, dropout),)
   return EncoderDecoder.Config(
-    source_vocab_size=source_vocab_size, vocab_size=vocab_size, width=width, context=context, encoder=stack, decoder=stack,
-    reverse_source=True, hand_over=True, head_bias=True, dropout=dropout, embedding_init=embedding_init, head_init=head_init)
+    source_vocab_size=source_vocab_size,
+    vocab_size=vocab_size,
+    width=width,
+    context=context,
+    encoder=stack,
+    decoder=stack,
+    reverse_source=True,
+    hand_over=True,
+    head_bias=True,
+    dropout=dropout,
+    embedding_init=embedding_init,
+    head_init=head_init,
+  )
 
 
 def luong(
-  width: int, layers: int, score: Score, *, source_vocab_size: int, vocab_size: int, context: int,
-  layer: Lstm.Config = LSTM, attention_init: Init = FAN, embedding_init: Init = WIDE, head_init: Init = FAN,
-  head_bias: bool = True, dropout: float = 0.0, input_feeding: bool = True,
+  width: int,
+  layers: int,
+  score: Score,
+  *,
+  source_vocab_size: int,
+  vocab_size: int,
+  context: int,
+  layer: Lstm.Config = LSTM,
+  attention_init: Init = FAN,
+  embedding_init: Init = WIDE,
+  head_init: Init = FAN,
+  head_bias: bool = True,
+  dropout: float = 0.0,
+  input_feeding: bool = True,
 ) -> EncoderDecoder.Config:
-  """The same with global attention on top: the decoder's output is compared with every output of the encoder, and what comes of it
-  is read at the next step too, unless without `input_feeding`."""
+  """The same with global attention on top: the decoder's output is compared with every output of
+  the encoder, and what comes of it is read at the next step too, unless without `input_feeding`."""
   base = seq2seq_lstm(
-    width, layers, source_vocab_size=source_vocab_size, vocab_size=vocab_size, context=context, layer=layer,
-    embedding_init=embedding_init, head_init=head_init, dropout=dropout)
+    width,
+    layers,
+    source_vocab_size=source_vocab_size,
+    vocab_size=vocab_size,
+    context=context,
+    layer=layer,
+    embedding_init=embedding_init,
+    head_init=head_init,
+    dropout=dropout,
+  )
   attention = LuongAttention.Config(score=score, init=attention_init)
   fed = InputFeeding.Config(layers=layers, lstm=layer, attention=attention, dropout=dropout)
-  return base.replace(head_bias=head_bias, decoder=(plain(fed),) if input_feeding else (*base.decoder, plain(attention)))
+  return base.replace(
+    head_bias=head_bias,
+    decoder=(plain(fed),) if input_feeding else (*base.decoder, plain(attention)),
+  )
 
 
 def rnnsearch(
-  width: int, hidden: int, attention: int, maxout: int, *, source_vocab_size: int, vocab_size: int, context: int,
-  embedding_init: Init, head_init: Init, gru: Gru.Config, search: RnnSearch.Config,
+  width: int,
+  hidden: int,
+  attention: int,
+  maxout: int,
+  *,
+  source_vocab_size: int,
+  vocab_size: int,
+  context: int,
+  embedding_init: Init,
+  head_init: Init,
+  gru: Gru.Config,
+  search: RnnSearch.Config,
 ) -> EncoderDecoder.Config:
-  """A GRU in both directions, and one that searches what they made of the source; `gru` and `search` give the initial values."""
+  """A GRU in both directions, and one that searches what they made of the source; `gru` and
+  `search` give the initial values."""
   encoder = Bidirectional.Config(layer=gru.replace(hidden=hidden, project=False))
-  decoder = search.replace(hidden=hidden, attention=attention, source_width=2 * hidden, maxout=maxout)
+  decoder = search.replace(
+    hidden=hidden, attention=attention, source_width=2 * hidden, maxout=maxout
+  )
   return EncoderDecoder.Config(
-    source_vocab_size=source_vocab_size, vocab_size=vocab_size, width=width, context=context, encoder=(plain(encoder),),
-    decoder=(plain(decoder),), embedding_init=embedding_init, head_init=head_init)
+    source_vocab_size=source_vocab_size,
+    vocab_size=vocab_size,
+    width=width,
+    context=context,
+    encoder=(plain(encoder),),
+    decoder=(plain(decoder),),
+    embedding_init=embedding_init,
+    head_init=head_init,
+  )
 
 
 _UNIFORM = Uniform(bound=0.08)
-preset('seq2seq-lstm', 'seq2seq-lstm', seq2seq_lstm(
-  1000, 4, source_vocab_size=160_000, vocab_size=80_000, context=50, embedding_init=_UNIFORM, head_init=_UNIFORM,
-  layer=Lstm.Config(init=_UNIFORM, recurrent_init=_UNIFORM, bias=_UNIFORM, forget_bias=0.0)))
+preset(
+  'seq2seq-lstm',
+  'seq2seq-lstm',
+  seq2seq_lstm(
+    1000,
+    4,
+    source_vocab_size=160_000,
+    vocab_size=80_000,
+    context=50,
+    embedding_init=_UNIFORM,
+    head_init=_UNIFORM,
+    layer=Lstm.Config(init=_UNIFORM, recurrent_init=_UNIFORM, bias=_UNIFORM, forget_bias=0.0),
+  ),
+)
 _NORMAL = Normal(std=0.01)
-preset('rnnsearch', 'rnnsearch', rnnsearch(
-  620, 1000, 1000, 500, source_vocab_size=30_000, vocab_size=30_000, context=50, embedding_init=_NORMAL, head_init=_NORMAL,
-  gru=Gru.Config(init=_NORMAL, recurrent_init=Orthogonal(), bias=None), search=RnnSearch.Config()))
+preset(
+  'rnnsearch',
+  'rnnsearch',
+  rnnsearch(
+    620,
+    1000,
+    1000,
+    500,
+    source_vocab_size=30_000,
+    vocab_size=30_000,
+    context=50,
+    embedding_init=_NORMAL,
+    head_init=_NORMAL,
+    gru=Gru.Config(init=_NORMAL, recurrent_init=Orthogonal(), bias=None),
+    search=RnnSearch.Config(),
+  ),
+)
 _TENTH = Uniform(bound=0.1)
-preset('luong', 'luong', luong(
-  1000, 4, DotScore(), source_vocab_size=50_000, vocab_size=50_000, context=50, dropout=0.2, head_bias=False,
-  layer=Lstm.Config(init=_TENTH, recurrent_init=_TENTH, bias=None, forget_bias=0.0), attention_init=_TENTH,
-  embedding_init=_TENTH, head_init=_TENTH))
+preset(
+  'luong',
+  'luong',
+  luong(
+    1000,
+    4,
+    DotScore(),
+    source_vocab_size=50_000,
+    vocab_size=50_000,
+    context=50,
+    dropout=0.2,
+    head_bias=False,
+    layer=Lstm.Config(init=_TENTH, recurrent_init=_TENTH, bias=None, forget_bias=0.0),
+    attention_init=_TENTH,
+    embedding_init=_TENTH,
+    head_init=_TENTH,
+  ),
+)
 
 _TINY: dict[str, Any] = {'source_vocab_size': 264, 'vocab_size': 264, 'context': 128}
-# Outputs of an LSTM begin far below 1, and what reads them hears little: its weights are three times as large as by fan-in. Without
-# attention the states are to hold a whole source, so they are wider.
+# Outputs of an LSTM begin far below 1, and what reads them hears little: its weights are three
+# times as large as by fan-in. Without attention the states are to hold a whole source, so they are
+# wider.
 _LARGE = FanInUniform(gain=3.0)
-_LSTM, _HEAD = Lstm.Config(init=_LARGE, recurrent_init=Orthogonal()), FanInUniform(gain=math.sqrt(3.0))
-preset('seq2seq-lstm-tiny', 'seq2seq-lstm', seq2seq_lstm(
-  192, 2, **_TINY, layer=_LSTM, embedding_init=WIDE, head_init=_HEAD))
-preset('luong-tiny', 'luong', luong(
-  128, 2, GeneralScore(init=_LARGE), **_TINY, layer=_LSTM, attention_init=_LARGE, head_init=_HEAD))
-preset('rnnsearch-tiny', 'rnnsearch', rnnsearch(
-  64, 96, 96, 64, **_TINY, embedding_init=WIDE, head_init=FAN, gru=Gru.Config(recurrent_init=Orthogonal()),
-  search=RnnSearch.Config(init=FAN, attention_init=FAN, score_init=FAN, start_init=FAN, out_init=FAN)))
+_LSTM, _HEAD = (
+  Lstm.Config(init=_LARGE, recurrent_init=Orthogonal()),
+  FanInUniform(gain=math.sqrt(3.0)),
+)
+preset(
+  'seq2seq-lstm-tiny',
+  'seq2seq-lstm',
+  seq2seq_lstm(192, 2, **_TINY, layer=_LSTM, embedding_init=WIDE, head_init=_HEAD),
+)
+preset(
+  'luong-tiny',
+  'luong',
+  luong(
+    128, 2, GeneralScore(init=_LARGE), **_TINY, layer=_LSTM, attention_init=_LARGE, head_init=_HEAD
+  ),
+)
+preset(
+  'rnnsearch-tiny',
+  'rnnsearch',
+  rnnsearch(
+    64,
+    96,
+    96,
+    64,
+    **_TINY,
+    embedding_init=WIDE,
+    head_init=FAN,
+    gru=Gru.Config(recurrent_init=Orthogonal()),
+    search=RnnSearch.Config(
+      init=FAN, attention_init=FAN, score_init=FAN, start_init=FAN, out_init=FAN
+    ),
+  ),
+)
 
 
 def _grown_lstm(
-  *, width: int, layers: int, hidden: int, source_vocab_size: int, vocab_size: int, context: int,
+  *, width: int, layers: int, hidden: int, source_vocab_size: int, vocab_size: int, context: int
 ) -> EncoderDecoder.Config:
   layer = _LSTM.replace(hidden=hidden, project=False)
   stack = (plain(layer), *((plain(layer, layers - 1),) if layers > 1 else ()))
   return seq2seq_lstm(
-    width, 1, source_vocab_size=source_vocab_size, vocab_size=vocab_size, context=context, layer=layer,
-    embedding_init=WIDE, head_init=_HEAD).replace(encoder=stack, decoder=stack)
+    width,
+    1,
+    source_vocab_size=source_vocab_size,
+    vocab_size=vocab_size,
+    context=context,
+    layer=layer,
+    embedding_init=WIDE,
+    head_init=_HEAD,
+  ).replace(encoder=stack, decoder=stack)
 
 
 def _grown_search(
-  *, width: int, layers: int, hidden: int, source_vocab_size: int, vocab_size: int, context: int,
+  *, width: int, layers: int, hidden: int, source_vocab_size: int, vocab_size: int, context: int
 ) -> EncoderDecoder.Config:
-  """One layer, whatever is asked; attention and maxout in the paper's proportion to the recurrences."""
+  """One layer, whatever is asked; attention and maxout in the paper's proportion to the
+  recurrences."""
   return rnnsearch(
-    width, hidden, hidden, hidden // 2, source_vocab_size=source_vocab_size, vocab_size=vocab_size, context=context,
-    embedding_init=WIDE, head_init=FAN, gru=Gru.Config(recurrent_init=Orthogonal()),
-    search=RnnSearch.Config(init=FAN, attention_init=FAN, score_init=FAN, start_init=FAN, out_init=FAN))
+    width,
+    hidden,
+    hidden,
+    hidden // 2,
+    source_vocab_size=source_vocab_size,
+    vocab_size=vocab_size,
+    context=context,
+    embedding_init=WIDE,
+    head_init=FAN,
+    gru=Gru.Config(recurrent_init=Orthogonal()),
+    search=RnnSearch.Config(
+      init=FAN, attention_init=FAN, score_init=FAN, start_init=FAN, out_init=FAN
+    ),
+  )
 
 
 pair_family('seq2seq-lstm', _grown_lstm, hidden=as_wide)
-pair_family('rnnsearch', _grown_search, hidden=lambda width: round(width * 1000 / 620 / 8) * 8, grows_deeper=False)
+pair_family(
+  'rnnsearch',
+  _grown_search,
+  hidden=lambda width: round(width * 1000 / 620 / 8) * 8,
+  grows_deeper=False,
+)

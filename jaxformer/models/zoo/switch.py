@@ -1,9 +1,10 @@
-"""Switch (Fedus et al. 2022): one expert a token, in every second feed-forward layer, ReLU, pre-norm RMSNorm, no offsets.
+"""Switch (Fedus et al. 2022): one expert a token, in every second feed-forward layer, ReLU,
+pre-norm RMSNorm, no offsets.
 
-The published models are encoder-decoders (T5); this is their decoder without the attention to an encoder, at a size of our own, so
-it bears no published name. It has rotary positions where T5 has learned offsets of attention. And it drops no token:
-`--model.dispatch Capacity` limits the experts as the paper does.
-"""
+The published models are encoder-decoders (T5); this is their decoder without the attention to an
+encoder, at a size of our own, so it bears no published name. It has rotary positions where T5 has
+learned offsets of attention. And it drops no token: `--model.dispatch Capacity` limits the experts
+as the paper does."""
 
 from __future__ import annotations
 
@@ -22,26 +23,39 @@ from jaxformer.models.zoo.preset import HEAD, family, four_times, preset
 
 
 def switch(
-  width: int, layers: int, hidden: int, heads: int, experts: int, *, vocab_size: int, context: int,
+  width: int, layers: int, hidden: int, heads: int, experts: int, *, vocab_size: int, context: int
 ) -> LanguageModel.Config:
-  """A decoder of Switch layers. Initial values: N(0, 0.1 / fan_in), the paper's smaller scale (section 2.4)."""
+  """A decoder of Switch layers. Initial values: N(0, 0.1 / fan_in), the paper's smaller scale
+  (section 2.4)."""
   norm, init = RMSNorm.Config(eps=1e-6), FanInNormal(gain=0.1**0.5)
   attention = Attention.Config(heads=heads, position=Rotary(), init=init, out_init=init)
   mlp = Mlp.Config(hidden=hidden, activation='relu', init=init, out_init=init)
-  moe = Moe.Config(experts=experts, expert=mlp, router=SwitchRouter.Config(jitter=0.01, balance=0.01, init=init))
+  moe = Moe.Config(
+    experts=experts, expert=mlp, router=SwitchRouter.Config(jitter=0.01, balance=0.01, init=init)
+  )
 
   def block(feed_forward: LayerConfig) -> Block.Config:
-    return Block.Config(branches=tuple(PreNorm.Config(layer=layer, norm=norm) for layer in (attention, feed_forward)))
+    return Block.Config(
+      branches=tuple(PreNorm.Config(layer=layer, norm=norm) for layer in (attention, feed_forward))
+    )
 
   return LanguageModel.Config(
-    vocab_size=vocab_size, width=width, context=context, final_norm=norm, embedding_init=Normal(std=1.0), head_init=init,
-    stack=(Group(pattern=(block(mlp), block(moe)), repeats=layers // 2),))
+    vocab_size=vocab_size,
+    width=width,
+    context=context,
+    final_norm=norm,
+    embedding_init=Normal(std=1.0),
+    head_init=init,
+    stack=(Group(pattern=(block(mlp), block(moe)), repeats=layers // 2),),
+  )
 
 
 preset('switch-tiny', 'switch', switch(128, 4, 384, 4, 4, vocab_size=264, context=256))
 
 
-def _grown(*, width: int, layers: int, hidden: int, vocab_size: int, context: int) -> LanguageModel.Config:
+def _grown(
+  *, width: int, layers: int, hidden: int, vocab_size: int, context: int
+) -> LanguageModel.Config:
   return switch(width, layers, hidden, width // HEAD, 4, vocab_size=vocab_size, context=context)
 
 

@@ -1,6 +1,7 @@
-"""The Transformer (Vaswani et al. 2017): post-norm LayerNorm without a norm after the stacks, ReLU, sinusoidal positions, one table
-for source, target and head, times sqrt(d). Offsets in feed-forward layers and norms, none in attention or on the logits; with a
-vocabulary of 37,000 that makes 63,045,632 (base) and 214,171,648 (big)."""
+"""The Transformer (Vaswani et al. 2017): post-norm LayerNorm without a norm after the stacks, ReLU,
+sinusoidal positions, one table for source, target and head, times sqrt(d). Offsets in feed-forward
+layers and norms, none in attention or on the logits; with a vocabulary of 37,000 that makes
+63,045,632 (base) and 214,171,648 (big)."""
 
 from __future__ import annotations
 
@@ -23,18 +24,34 @@ UNIT_VARIANCE = FanInUniform(gain=math.sqrt(3.0))
 
 
 def transformer(
-  width: int, layers: int, hidden: int, heads: int, *, vocab_size: int, context: int, decoder_layers: int | None = None,
-  decoder_hidden: int | None = None, decoder_heads: int | None = None, dropout: float = 0.0, bias: bool = False,
-  head_bias: bool = False, scaled: bool = True, activation: ActivationName = 'relu',
-  positions: PositionConfig = INTERLEAVED, init: Init = UNIT_VARIANCE,
+  width: int,
+  layers: int,
+  hidden: int,
+  heads: int,
+  *,
+  vocab_size: int,
+  context: int,
+  decoder_layers: int | None = None,
+  decoder_hidden: int | None = None,
+  decoder_heads: int | None = None,
+  dropout: float = 0.0,
+  bias: bool = False,
+  head_bias: bool = False,
+  scaled: bool = True,
+  activation: ActivationName = 'relu',
+  positions: PositionConfig = INTERLEAVED,
+  init: Init = UNIT_VARIANCE,
   embedding_init: Init | None = None,
 ) -> EncoderDecoder.Config:
-  """The architecture; the decoder has the sizes of the encoder unless told otherwise. The paper gives no initial values: embeddings
-  start at N(0, 1 / d), so that they have length 1 a number after the scale, matrices with the variance of 1 / fan-in."""
+  """The architecture; the decoder has the sizes of the encoder unless told otherwise. The paper
+  gives no initial values: embeddings start at N(0, 1 / d), so that they have length 1 a number
+  after the scale, matrices with the variance of 1 / fan-in."""
   norm = LayerNorm.Config()
 
   def group(repeats: int, *layers: LayerConfig) -> Group:
-    block = Block.Config(branches=tuple(PostNorm.Config(layer=layer, norm=norm, dropout=dropout) for layer in layers))
+    block = Block.Config(
+      branches=tuple(PostNorm.Config(layer=layer, norm=norm, dropout=dropout) for layer in layers)
+    )
     return Group(pattern=(block,), repeats=repeats)
 
   def mlp(hidden: int) -> Mlp.Config:
@@ -46,22 +63,44 @@ def transformer(
   over = decoder_heads or heads
   cross = CrossAttention.Config(heads=over, bias=bias, init=init, out_init=init)
   return EncoderDecoder.Config(
-    source_vocab_size=vocab_size, vocab_size=vocab_size, width=width, context=context, positions=positions,
-    embedding_scale=math.sqrt(width) if scaled else None, shared_embedding=True, tied=True, head_bias=head_bias, dropout=dropout,
-    embedding_init=embedding_init or Normal(std=width ** -0.5),
+    source_vocab_size=vocab_size,
+    vocab_size=vocab_size,
+    width=width,
+    context=context,
+    positions=positions,
+    embedding_scale=math.sqrt(width) if scaled else None,
+    shared_embedding=True,
+    tied=True,
+    head_bias=head_bias,
+    dropout=dropout,
+    embedding_init=embedding_init or Normal(std=width**-0.5),
     encoder=(group(layers, attention(heads, False), mlp(hidden)),),
-    decoder=(group(decoder_layers or layers, attention(over, True), cross, mlp(decoder_hidden or hidden)),))
+    decoder=(
+      group(decoder_layers or layers, attention(over, True), cross, mlp(decoder_hidden or hidden)),
+    ),
+  )
 
 
-for name, width, hidden, heads, dropout in (('transformer-base', 512, 2048, 8, 0.1), ('transformer-big', 1024, 4096, 16, 0.3)):
-  preset(name, 'transformer', transformer(width, 6, hidden, heads, vocab_size=37_000, context=512, dropout=dropout))
+for name, width, hidden, heads, dropout in (
+  ('transformer-base', 512, 2048, 8, 0.1),
+  ('transformer-big', 1024, 4096, 16, 0.3),
+):
+  preset(
+    name,
+    'transformer',
+    transformer(width, 6, hidden, heads, vocab_size=37_000, context=512, dropout=dropout),
+  )
 preset('transformer-tiny', 'transformer', transformer(96, 2, 256, 4, vocab_size=264, context=128))
 
 
-def _grown(*, width: int, layers: int, hidden: int, source_vocab_size: int, vocab_size: int, context: int) -> EncoderDecoder.Config:
+def _grown(
+  *, width: int, layers: int, hidden: int, source_vocab_size: int, vocab_size: int, context: int
+) -> EncoderDecoder.Config:
   """Sources and targets of one vocabulary share their table, as in the paper."""
   grown = transformer(width, layers, hidden, width // HEAD, vocab_size=vocab_size, context=context)
-  return grown.replace(source_vocab_size=source_vocab_size, shared_embedding=source_vocab_size == vocab_size)
+  return grown.replace(
+    source_vocab_size=source_vocab_size, shared_embedding=source_vocab_size == vocab_size
+  )
 
 
 pair_family('transformer', _grown, width_step=HEAD, hidden=four_times)

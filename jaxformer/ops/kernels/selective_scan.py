@@ -1,4 +1,5 @@
-"""The selective scan of Mamba (Gu & Dao 2023, section 3.3 and algorithm 2) as a Pallas kernel for TPUs, forward and backward."""
+"""The selective scan of Mamba (Gu & Dao 2023, section 3.3 and algorithm 2) as a Pallas kernel for
+TPUs, forward and backward."""
 
 from __future__ import annotations
 
@@ -12,8 +13,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Bool, Float
 
-_LANES, _ROWS = 128, 8   # of a vector register in fp32
-# Numbers of state in a block: eight registers and four, beside as many of A, of decays and of what is added.
+_LANES, _ROWS = 128, 8  # of a vector register in fp32
+# Numbers of state in a block: eight registers and four, beside as many of A, of decays and of what
+# is added.
 _FORWARD, _BACKWARD = 8192, 4096
 _LOG2E = math.log2(math.e)
 
@@ -33,7 +35,8 @@ def _channels(D: int, N: int, numbers: int) -> int:
 
 
 def _read(ref, lanes, rows=None):
-  """A block in fp32 with zeros where it hangs over the array: `lanes` and `rows` are left of it, None where it never does."""
+  """A block in fp32 with zeros where it hangs over the array: `lanes` and `rows` are left of it,
+  None where it never does."""
   x = ref[...].astype(jnp.float32)
   if lanes is not None:
     x = jnp.where(jax.lax.broadcasted_iota(jnp.int32, x.shape, 1) < lanes, x, 0.0)
@@ -45,12 +48,13 @@ def _read(ref, lanes, rows=None):
 def _store(ref, x):
   """[T, K] into [K / 128, T, 128], where `_spread` finds its rows."""
   for j in range(ref.shape[0]):
-    ref[j] = x[:, j * _LANES:(j + 1) * _LANES]
+    ref[j] = x[:, j * _LANES : (j + 1) * _LANES]
 
 
 def _spread(ref, t, N: int, interpret: bool):
-  """Row t of what `_store` stored in each of N rows, [N, K]. A load with stride 0 does that where a TPU would spend a permutation
-  on every register to broadcast a row that it has loaded; the interpreter knows no such stride."""
+  """Row t of what `_store` stored in each of N rows, [N, K]. A load with stride 0 does that where a
+  TPU would spend a permutation on every register to broadcast a row that it has loaded; the
+  interpreter knows no such stride."""
   if interpret:
     return jnp.broadcast_to(ref[:, pl.ds(t, 1)].reshape(1, -1), (N, ref.shape[0] * _LANES))
   row = jnp.concatenate([ref[j, pl.ds(t, _ROWS, stride=0)] for j in range(ref.shape[0])], 1)
@@ -58,13 +62,14 @@ def _spread(ref, t, N: int, interpret: bool):
 
 
 def _columns(ref, x_NT):
-  """[N, T] into [T, N, 128]: each column in all lanes. The time loop then loads what it would have to permute."""
-  ref[...] = jnp.broadcast_to(x_NT.T[:ref.shape[0], :, None], ref.shape)
+  """[N, T] into [T, N, 128]: each column in all lanes. The time loop then loads what it would have
+  to permute."""
+  ref[...] = jnp.broadcast_to(x_NT.T[: ref.shape[0], :, None], ref.shape)
 
 
 def _column_sums(ref, out):
   """[T, N, 128] into [N, T]: column t is the sum over the lanes of the t-th."""
-  out[:, :ref.shape[0]] = jnp.sum(ref[...], 2).T
+  out[:, : ref.shape[0]] = jnp.sum(ref[...], 2).T
 
 
 def _wide(x_NL, K: int):
@@ -74,7 +79,7 @@ def _wide(x_NL, K: int):
 
 def _narrow(x_NK):
   """[N, K] -> [N, 128]: the sum over the groups of 128 lanes."""
-  return sum(x_NK[:, j:j + _LANES] for j in range(0, x_NK.shape[1], _LANES))
+  return sum(x_NK[:, j : j + _LANES] for j in range(0, x_NK.shape[1], _LANES))
 
 
 def _fold(x):
@@ -83,16 +88,21 @@ def _fold(x):
 
 
 def _row_sums(parts):
-  """Eight arrays [8, K] -> [8, K]: row r is the sum over the rows of the r-th. Halving eight of them together takes 10 rotations
-  of rows where one by one would take 24."""
+  """Eight arrays [8, K] -> [8, K]: row r is the sum over the rows of the r-th. Halving eight of
+  them together takes 10 rotations of rows where one by one would take 24."""
   row = jax.lax.broadcasted_iota(jnp.int32, parts[0].shape, 0)
   for m in (4, 2, 1):
     low = (row & m) == 0
     if m == 4:
-      parts = [jnp.where(low, a, b) + pltpu.roll(jnp.where(low, b, a), 4, 0) for a, b in zip(parts[:4], parts[4:], strict=True)]
+      parts = [
+        jnp.where(low, a, b) + pltpu.roll(jnp.where(low, b, a), 4, 0)
+        for a, b in zip(parts[:4], parts[4:], strict=True)
+      ]
     else:
-      parts = [jnp.where(low, a + pltpu.roll(a, _ROWS - m, 0), b + pltpu.roll(b, m, 0))
-               for a, b in zip(parts[:m], parts[m:], strict=True)]
+      parts = [
+        jnp.where(low, a + pltpu.roll(a, _ROWS - m, 0), b + pltpu.roll(b, m, 0))
+        for a, b in zip(parts[:m], parts[m:], strict=True)
+      ]
   return parts[0]
 
 
@@ -102,7 +112,8 @@ def _left(size: int, block: int, index):
 
 
 def _forward_kernel(keep, u, dt, A, B, C, D, h0, y, *rest, size, interpret):
-  """One chunk of time of one block of channels; see `_forward`. Refs [T, K] with K channels, [N, T] and [N, K]."""
+  """One chunk of time of one block of channels; see `_forward`. Refs [T, K] with K channels, [N, T]
+  and [N, K]."""
   *borders, hT, dt_s, x_s, y_s, B_s, C_s, h_s = rest
   t, d, (T, K), N = pl.program_id(1), pl.program_id(2), u.shape, A.shape[0]
   lanes, rows = _left(size[1], K, d), _left(size[0], T, t)
@@ -134,7 +145,8 @@ def _forward_kernel(keep, u, dt, A, B, C, D, h0, y, *rest, size, interpret):
     y_s[pl.ds(at, _ROWS)] = _row_sums(parts)
     return h
 
-  def run(resets):   # most chunks lie inside of a document and spare the product of every decay with 1
+  # most chunks lie inside of a document and spare the product of every decay with 1
+  def run(resets):
     return lambda h: jax.lax.fori_loop(0, T // _ROWS, functools.partial(group, resets=resets), h)
 
   h_s[d] = jax.lax.cond(keep[0, T] > 0, run(False), run(True), h_s[d])
@@ -145,9 +157,44 @@ def _forward_kernel(keep, u, dt, A, B, C, D, h0, y, *rest, size, interpret):
     hT[...] = h_s[d]
 
 
-def _backward_kernel(keep, u, dt, A, B, C, D, border, dy, dhT, du, ddt, dA, dB, dC, dD, dh0,
-                     dt_s, x_s, dy_s, s_s, q_s, B_s, C_s, dB_s, dC_s, h_s, decay_s, g_s, dA_s, dD_s, *, size, interpret):
-  """One chunk, the last first: its states again from the border, then the adjoint state backwards; see `_backward`."""
+def _backward_kernel(
+  keep,
+  u,
+  dt,
+  A,
+  B,
+  C,
+  D,
+  border,
+  dy,
+  dhT,
+  du,
+  ddt,
+  dA,
+  dB,
+  dC,
+  dD,
+  dh0,
+  dt_s,
+  x_s,
+  dy_s,
+  s_s,
+  q_s,
+  B_s,
+  C_s,
+  dB_s,
+  dC_s,
+  h_s,
+  decay_s,
+  g_s,
+  dA_s,
+  dD_s,
+  *,
+  size,
+  interpret,
+):
+  """One chunk, the last first: its states again from the border, then the adjoint state backwards;
+  see `_backward`."""
   t, d, (T, K), N = pl.program_id(1), pl.program_id(2), u.shape, A.shape[0]
   lanes, rows = _left(size[1], K, d), _left(size[0], T, pl.num_programs(1) - 1 - t)
 
@@ -214,19 +261,26 @@ def _backward_kernel(keep, u, dt, A, B, C, D, border, dy, dhT, du, ddt, dA, dB, 
 
 
 def _chunk(T: int, D: int, N: int) -> int:
-  """Positions of a chunk: the lanes of one register, fewer for a short sequence (16 rows are a whole tile of bfloat16) and for a
-  state so wide that the backward kernel would need more than 13 of the 16 MiB of VMEM that a program has by default."""
+  """Positions of a chunk: the lanes of one register, fewer for a short sequence (16 rows are a
+  whole tile of bfloat16) and for a state so wide that the backward kernel would need more than 13
+  of the 16 MiB of VMEM that a program has by default."""
   K = _channels(D, N, _BACKWARD)
-  position = 4 * N * _LANES + 2 * N * K + 15 * K   # spread maps and their gradients; states and decays; rows
+  # spread maps and their gradients; states and decays; rows
+  position = 4 * N * _LANES + 2 * N * K + 15 * K
   fits = (13 * 2**18 - N * (2 * D + 12 * K)) // position // 16 * 16
   return min(_up(T, 16), max(fits, 16), _LANES)
 
 
-def _specs(N: int, chunk: int, K: int, chunks: int, blocks: int, reverse: bool) -> dict[str, pl.BlockSpec]:
-  """What one program of the grid (batch, time, channels) sees. 'first' and 'last' are fetched, or written, in the first or last
-  round over the channels alone."""
+def _specs(
+  N: int, chunk: int, K: int, chunks: int, blocks: int, reverse: bool
+) -> dict[str, pl.BlockSpec]:
+  """What one program of the grid (batch, time, channels) sees. 'first' and 'last' are fetched, or
+  written, in the first or last round over the channels alone."""
+
   def spec(shape, index, **where):
-    return pl.BlockSpec(shape, lambda b, t, d: index(b, chunks - 1 - t if reverse else t, d), **where)
+    return pl.BlockSpec(
+      shape, lambda b, t, d: index(b, chunks - 1 - t if reverse else t, d), **where
+    )
 
   def once(rows, round_, rest):
     return pl.BlockSpec((None, rows, K), lambda b, t, d: (b, 0, jnp.where(t == round_, d, rest)))
@@ -254,20 +308,33 @@ def _vmem(*shape: int):
 
 def _options(name: str, interpret: bool, flops: int, exponentials: int, moved) -> dict[str, Any]:
   cost = pl.CostEstimate(
-    flops=flops, transcendentals=exponentials, bytes_accessed=sum(math.prod(x.shape) * x.dtype.itemsize for x in moved))
+    flops=flops,
+    transcendentals=exponentials,
+    bytes_accessed=sum(math.prod(x.shape) * x.dtype.itemsize for x in moved),
+  )
   return {
-    'compiler_params': pltpu.CompilerParams(dimension_semantics=('parallel', 'arbitrary', 'arbitrary')),
-    'cost_estimate': cost, 'interpret': interpret, 'name': name}
+    'compiler_params': pltpu.CompilerParams(
+      dimension_semantics=('parallel', 'arbitrary', 'arbitrary')
+    ),
+    'cost_estimate': cost,
+    'interpret': interpret,
+    'name': name,
+  }
 
 
 def _forward(u, dt, A, B, C, D, h, keep, interpret: bool, save: bool):
-  """(y, [the states before each chunk: B chunks N D,] the last state). The grid's channels are innermost, so that the maps of a
-  chunk are spread over the lanes once; the states of all channels stay in VMEM over time."""
+  """(y, [the states before each chunk: B chunks N D,] the last state). The grid's channels are
+  innermost, so that the maps of a chunk are spread over the lanes once; the states of all channels
+  stay in VMEM over time."""
   (Bt, T, Dm), N, (chunks, chunk) = u.shape, A.shape[0], (keep.shape[1], keep.shape[3] - 1)
   K = _channels(Dm, N, _FORWARD)
   blocks, tiles = _cdiv(Dm, K), _vmem(K // _LANES, chunk, _LANES)
   s = _specs(N, chunk, K, chunks, blocks, False)
-  out = [('TD', _shape(*u.shape, dtype=u.dtype)), ('borders', _shape(Bt, chunks, N, Dm)), ('last', _shape(*h.shape))]
+  out = [
+    ('TD', _shape(*u.shape, dtype=u.dtype)),
+    ('borders', _shape(Bt, chunks, N, Dm)),
+    ('last', _shape(*h.shape)),
+  ]
   if not save:
     del out[1]
   return pl.pallas_call(
@@ -276,20 +343,39 @@ def _forward(u, dt, A, B, C, D, h, keep, interpret: bool, save: bool):
     in_specs=[s[k] for k in ('keep', 'TD', 'TD', 'ND', 'NT', 'NT', 'D', 'first')],
     out_specs=[s[k] for k, _ in out],
     out_shape=[x for _, x in out],
-    scratch_shapes=[tiles, tiles, _vmem(chunk, K), *(_vmem(chunk, N, _LANES),) * 2, _vmem(blocks, N, K)],
-    **_options('selective_scan', interpret, 8 * u.size * N, u.size * N, (u, dt, B, C, h, *(x for _, x in out))),
+    scratch_shapes=[
+      tiles,
+      tiles,
+      _vmem(chunk, K),
+      *(_vmem(chunk, N, _LANES),) * 2,
+      _vmem(blocks, N, K),
+    ],
+    **_options(
+      'selective_scan',
+      interpret,
+      8 * u.size * N,
+      u.size * N,
+      (u, dt, B, C, h, *(x for _, x in out)),
+    ),
   )(keep, u, dt, A, B, C, D, h)
 
 
 def _backward(u, dt, A, B, C, D, keep, borders, dy, dhT, interpret: bool):
-  """(du, ddt, dA, dB, dC, dD, dh), time from its end. dB and dC add up over the channels and dA and dD over time in VMEM; over the
-  batch, whose programs may run on two cores, they are added here."""
+  """(du, ddt, dA, dB, dC, dD, dh), time from its end. dB and dC add up over the channels and dA and
+  dD over time in VMEM; over the batch, whose programs may run on two cores, they are added here."""
   (Bt, T, Dm), N, (chunks, chunk) = u.shape, A.shape[0], (keep.shape[1], keep.shape[3] - 1)
   K = _channels(Dm, N, _BACKWARD)
   blocks, tiles = _cdiv(Dm, K), _vmem(K // _LANES, chunk, _LANES)
   s = _specs(N, chunk, K, chunks, blocks, True)
-  out = [_shape(*u.shape, dtype=u.dtype), _shape(*dt.shape, dtype=dt.dtype), _shape(Bt, N, Dm), _shape(*B.shape), _shape(*C.shape),
-         _shape(Bt, 1, Dm), _shape(*dhT.shape)]
+  out = [
+    _shape(*u.shape, dtype=u.dtype),
+    _shape(*dt.shape, dtype=dt.dtype),
+    _shape(Bt, N, Dm),
+    _shape(*B.shape),
+    _shape(*C.shape),
+    _shape(Bt, 1, Dm),
+    _shape(*dhT.shape),
+  ]
   du, ddt, dA, dB, dC, dD, dh = pl.pallas_call(
     functools.partial(_backward_kernel, size=(T, Dm), interpret=interpret),
     grid=(Bt, chunks, blocks),
@@ -297,9 +383,20 @@ def _backward(u, dt, A, B, C, D, keep, borders, dy, dhT, interpret: bool):
     out_specs=[s[k] for k in ('TD', 'TD', 'last', 'NT', 'NT', 'last D', 'last')],
     out_shape=out,
     scratch_shapes=[
-      *(tiles,) * 3, *(_vmem(chunk, K),) * 2, *(_vmem(chunk, N, _LANES),) * 4, *(_vmem(chunk, N, K),) * 2,
-      *(_vmem(blocks, N, K),) * 2, _vmem(blocks, 1, K)],
-    **_options('selective_scan_backward', interpret, 24 * u.size * N, u.size * N, (u, dt, dy, B, C, dhT, borders, *out)),
+      *(tiles,) * 3,
+      *(_vmem(chunk, K),) * 2,
+      *(_vmem(chunk, N, _LANES),) * 4,
+      *(_vmem(chunk, N, K),) * 2,
+      *(_vmem(blocks, N, K),) * 2,
+      _vmem(blocks, 1, K),
+    ],
+    **_options(
+      'selective_scan_backward',
+      interpret,
+      24 * u.size * N,
+      u.size * N,
+      (u, dt, dy, B, C, dhT, borders, *out),
+    ),
   )(keep, u, dt, A, B, C, D, borders, dy, dhT)
   return du, ddt, dA.sum(0), dB, dC, dD.sum(0), dh
 
@@ -323,12 +420,19 @@ _scan.defvjp(_scan_forward, _scan_backward)
 
 
 def selective_scan_pallas(
-  u_BTD: Float[Array, 'B T D'], dt_BTD: Float[Array, 'B T D'], A_DN: Float[Array, 'D N'], B_BTN: Float[Array, 'B T N'],
-  C_BTN: Float[Array, 'B T N'], D_D: Float[Array, ' D'], h_BDN: Float[Array, 'B D N'] | None, starts_BT: Bool[Array, 'B T'],
+  u_BTD: Float[Array, 'B T D'],
+  dt_BTD: Float[Array, 'B T D'],
+  A_DN: Float[Array, 'D N'],
+  B_BTN: Float[Array, 'B T N'],
+  C_BTN: Float[Array, 'B T N'],
+  D_D: Float[Array, ' D'],
+  h_BDN: Float[Array, 'B D N'] | None,
+  starts_BT: Bool[Array, 'B T'],
   interpret: bool = False,
 ) -> tuple[Float[Array, 'B T D'], Float[Array, 'B D N']]:
-  """h_t = exp(dt_t A) (0 where a document starts, else h_{t-1}) + dt_t u_t B_t;  y_t = C_t h_t + D u_t  (section 3.3, with the
-  simplified Euler rule for B of the authors' code). The state is fp32, y has the dtype of u. `interpret` runs it on any device."""
+  """h_t = exp(dt_t A) (0 where a document starts, else h_{t-1}) + dt_t u_t B_t;  y_t = C_t h_t + D
+  u_t  (section 3.3, with the simplified Euler rule for B of the authors' code). The state is fp32,
+  y has the dtype of u. `interpret` runs it on any device."""
   f32 = jnp.float32
   (Bt, T, D), N = u_BTD.shape, A_DN.shape[1]
   rows = -N % _ROWS
@@ -336,13 +440,19 @@ def selective_scan_pallas(
   chunks = _cdiv(T, chunk)
 
   def columns(x_BTN):
-    x = jnp.pad(x_BTN.astype(f32), ((0, 0), (0, chunks * chunk - T), (0, rows))).reshape(Bt, chunks, chunk, N + rows)
+    x = jnp.pad(x_BTN.astype(f32), ((0, 0), (0, chunks * chunk - T), (0, rows))).reshape(
+      Bt, chunks, chunk, N + rows
+    )
     return jnp.pad(x.transpose(0, 1, 3, 2), ((0, 0), (0, 0), (0, 0), (0, _LANES - chunk)))
 
-  keep = 1 - jnp.pad(starts_BT, ((0, 0), (0, chunks * chunk - T))).astype(f32).reshape(Bt, chunks, 1, chunk)
+  keep = 1 - jnp.pad(starts_BT, ((0, 0), (0, chunks * chunk - T))).astype(f32).reshape(
+    Bt, chunks, 1, chunk
+  )
   keep = jnp.concatenate([keep, keep.min(-1, keepdims=True)], -1)
   h = jnp.zeros((Bt, D, N), f32) if h_BDN is None else h_BDN.astype(f32)
   h = jnp.pad(h.transpose(0, 2, 1), ((0, 0), (0, rows), (0, 0)))
   A = jnp.pad(A_DN.astype(f32).T, ((0, rows), (0, 0)))
-  y, h = _scan(u_BTD, dt_BTD, A, columns(B_BTN), columns(C_BTN), D_D.astype(f32)[None], h, keep, interpret)
+  y, h = _scan(
+    u_BTD, dt_BTD, A, columns(B_BTN), columns(C_BTN), D_D.astype(f32)[None], h, keep, interpret
+  )
   return y, h[:, :N].transpose(0, 2, 1)
