@@ -1,12 +1,10 @@
 """The numbers of a textbook chapter on model size, each computed again.
 
-Question: which of the chapter's figures follow from the models and formulas that it names, and
-  where one does not, why?
+Question: which of the chapter's figures follow from the models and formulas that it names, and where one does not, why?
 
     python experiments/chapter_numbers.py
 
-Needs nothing but the package: no array is made. The chapter is the part on model architecture and
-  size of a book on applications of
+Needs nothing but the package: no array is made. The chapter is the part on model architecture and size of a book on applications of
 foundation models. 1 GB is 1e9 bytes, 1 GiB is 2^30.
 
 Cost: five seconds.
@@ -19,10 +17,9 @@ Result:
     llama3-8b          32  4,096        14,336     128,256    8,192   8,030,261,248
     llama3-70b         80  8,192        28,672     128,256    8,192  70,553,706,496
     llama3.1-405b     126 16,384        53,248     128,256  131,072 405,853,388,800
-      llama2-70b: the chapter prints a feed-forward width of 22,016; the released model has 28,672,
-      and only with that has it its parameters (with 22,016 it would have 55,890,419,712).
-      llama3-8b: the chapter calls it 7B, and gives 128K context to all of Llama 3, which version
-      3.1 brought.
+      llama2-70b: the chapter prints a feed-forward width of 22,016; the released model has 28,672, and only with that has it its
+      parameters (with 22,016 it would have 55,890,419,712).
+      llama3-8b: the chapter calls it 7B, and gives 128K context to all of Llama 3, which version 3.1 brought.
 
     7B parameters at 2 bytes: 14 GB (llama2-7b, 6,738,415,616: 13.48 GB)
     llama2-7b: 32 heads of 128 from a width of 4,096
@@ -31,24 +28,24 @@ Result:
     GPT-3: 6 x 174,604,259,328 x 300B = 3.14e+23 FLOPs (published 3.14e+23)
     one H100 at 6e+13 FLOP/s: 5.2e+18 FLOPs a day; 256 of them: 236.61 days, 236 whole ones
     256 H100 x 24 h x 236 days x $2 / 0.7 = $4,142,811.43, the figure that the chapter prints
-      its printed formula has 256 for the days, the number of GPUs again: that would be
-      $4,493,897.14 days at 50% (doing okay) 473, at 70% (great) 338; in bf16 at 989 TFLOP/s and 40%
-      35.9
+      its printed formula has 256 for the days, the number of GPUs again: that would be $4,493,897.14
+      days at 50% (doing okay) 473, at 70% (great) 338; in bf16 at 989 TFLOP/s and 40% 35.9
 
-    model             parameters   tokens  tokens a parameter  6 N D FLOPs  PFLOP/s-days LaMDA
-    137B     168B                 1.2     1.38e+23         1,598 GPT-3                   175B
-    300B                 1.7     3.15e+23         3,646 Jurassic-1              178B     300B
-    1.7      3.2e+23         3,708 Gopher                  280B     300B                 1.1
-    5.04e+23         5,833 MT-NLG                  530B     270B                 0.5     8.59e+23
-    9,938 Chinchilla               70B   1,400B                20.0     5.88e+23         6,806 Llama
-    1 65B              65B   1,400B                21.5     5.46e+23         6,319 Llama 2 70B
-    70B   2,000B                28.6      8.4e+23         9,722 Llama 3.1 405B          405B
-    15,000B                37.0     3.65e+25       421,875 1 FLOP/s-day = 86,400 FLOPs; training
-    tokens = tokens of the data set x epochs (1T tokens, 2 epochs: 2e+12)
+    model             parameters   tokens  tokens a parameter  6 N D FLOPs  PFLOP/s-days
+    LaMDA                   137B     168B                 1.2     1.38e+23         1,598
+    GPT-3                   175B     300B                 1.7     3.15e+23         3,646
+    Jurassic-1              178B     300B                 1.7      3.2e+23         3,708
+    Gopher                  280B     300B                 1.1     5.04e+23         5,833
+    MT-NLG                  530B     270B                 0.5     8.59e+23         9,938
+    Chinchilla               70B   1,400B                20.0     5.88e+23         6,806
+    Llama 1 65B              65B   1,400B                21.5     5.46e+23         6,319
+    Llama 2 70B              70B   2,000B                28.6      8.4e+23         9,722
+    Llama 3.1 405B          405B  15,000B                37.0     3.65e+25       421,875
+    1 FLOP/s-day = 86,400 FLOPs; training tokens = tokens of the data set x epochs (1T tokens, 2 epochs: 2e+12)
 
-    mixtral-8x7b: 46,702,792,704 parameters, 12,879,925,248 active; 93.4 GB at 2 bytes, 46.7 GB at 1
-    byte jamba-v0.1: 51,570,323,328 parameters, 12,110,311,296 active; 103.1 GB at 2 bytes, 51.6 GB
-    at 1 byte state of one sequence of 262,144 tokens at 2 bytes:
+    mixtral-8x7b: 46,702,792,704 parameters, 12,879,925,248 active; 93.4 GB at 2 bytes, 46.7 GB at 1 byte
+    jamba-v0.1: 51,570,323,328 parameters, 12,110,311,296 active; 103.1 GB at 2 bytes, 51.6 GB at 1 byte
+    state of one sequence of 262,144 tokens at 2 bytes:
       jamba-v0.1       4.0 GiB
       mixtral-8x7b    32.0 GiB
       llama2-7b      128.0 GiB
@@ -100,7 +97,7 @@ def shape(name: str) -> tuple[int, int, int, int, int]:
     model.width,
     hidden,
     model.vocab_size,
-    model.context,
+    model.context_length,
   )
 
 
@@ -140,7 +137,7 @@ def lines() -> list[str]:
     '3.1 brought.',
     '',
   ]
-  seven, longer = of('llama2-7b'), cost(PRESETS['llama2-7b'].model.replace(context=131072))
+  seven, longer = of('llama2-7b'), cost(PRESETS['llama2-7b'].model.replace(context_length=131072))
   attention = next(
     layer for layer, _ in PRESETS['llama2-7b'].model.layers() if hasattr(layer, 'heads')
   )

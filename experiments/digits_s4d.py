@@ -22,7 +22,13 @@ from jaxformer.training import AdamW, Cosine, Experiment, TrainingConfig
 
 experiment = Experiment(
   model=state_space_classifier(
-    S4D.Config(d_state=32, causal=False), 64, 3, input=DIGITS, classes=10, context=64, dropout=0.1
+    S4D.Config(d_state=32, causal=False),
+    64,
+    3,
+    input=DIGITS,
+    classes=10,
+    context_length=64,
+    dropout=0.1,
   ),
   data=Digits(),
   optimizer=AdamW(learning_rate=1e-2, weight_decay=0.05),

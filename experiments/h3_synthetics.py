@@ -73,7 +73,7 @@ def model(mixer: LayerConfig, task: TaskConfig) -> LanguageModel.Config:
   return LanguageModel.Config(
     vocab_size=task.kind.vocab_size,
     width=WIDTH,
-    context=task.positions,
+    context_length=task.positions,
     final_norm=norm,
     dropout=0.1,
     stack=(Group(pattern=(block,), repeats=LAYERS),),

@@ -85,7 +85,16 @@ def ours(connection: Connection) -> None:
 
   keep_freed_memory()  # as `train` does on a CPU
   definition = define(
-    llama(WIDTH, LAYERS, HIDDEN, HEADS, HEADS, vocab_size=VOCABULARY, context=LENGTH, rotary=LLAMA3)
+    llama(
+      WIDTH,
+      LAYERS,
+      HIDDEN,
+      HEADS,
+      HEADS,
+      vocab_size=VOCABULARY,
+      context_length=LENGTH,
+      rotary=LLAMA3,
+    )
   )
   adamw = AdamW(learning_rate=LEARNING_RATE, weight_decay=WEIGHT_DECAY, clip=CLIP)
   optimizer = Optimizer(adamw, Constant(warmup=0), 1_000_000, definition.info)

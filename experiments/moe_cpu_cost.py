@@ -35,12 +35,12 @@ os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 import jax
 import jax.numpy as jnp
 
-from jaxformer.compare.contract import Alone
 from jaxformer.layers.layer import Context
 from jaxformer.layers.mlp import GatedMlp
 from jaxformer.layers.moe import Capacity, Moe
 from jaxformer.layers.router import TopKSoftmax
 from jaxformer.models.params import define
+from jaxformer.testing.contract import Alone
 from jaxformer.training.host import keep_freed_memory
 
 WIDTH, HIDDEN, EXPERTS, K, SEQUENCES = 512, 1024, 8, 2, 8

@@ -39,7 +39,7 @@ experiment = Experiment(
   model=LanguageModel.Config(
     vocab_size=65,
     width=WIDTH,
-    context=CONTEXT,
+    context_length=CONTEXT,
     tied=True,
     positions=LearnedPositions.Config(init=Normal(std=0.02)),
     final_norm=norm,

@@ -12,23 +12,20 @@ The functions here are the short way; the packages below have the whole of it.
 
 from __future__ import annotations
 
-import types
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, overload
-
-from jaxformer import compare
 
 if TYPE_CHECKING:
   from collections.abc import Sequence
 
   from flax import nnx
 
-  from jaxformer.compare.results import Results
-  from jaxformer.compare.scaling_results import ScalingResults
-  from jaxformer.compare.scaling_study import ScalingStudy
-  from jaxformer.compare.study import Study
   from jaxformer.models.language_model import ModelConfig
   from jaxformer.planning.cost import Cost
+  from jaxformer.study.results import Results
+  from jaxformer.study.scaling_results import ScalingResults
+  from jaxformer.study.scaling_study import ScalingStudy
+  from jaxformer.study.study import Study
   from jaxformer.training import Experiment, TrainResult
 
 __all__ = ['build', 'compare', 'experiment', 'generate', 'plan', 'preset', 'train', 'translate']
@@ -154,24 +151,16 @@ def plan(model: ModelConfig | str, length: int | None = None) -> Cost:
   return cost(preset(model) if isinstance(model, str) else model, length)
 
 
-class _Compare(types.ModuleType):
-  """The package `jaxformer.compare`, which can be called: it has the name of the function that
-  belongs here."""
+def compare(
+  study: Study | ScalingStudy | str,
+  *overrides: tuple[str, str],
+  log: Callable[[str], None] | None = None,
+) -> Results | ScalingResults:
+  """Runs a study (a name, a file that defines `study`, a `Study` or a `ScalingStudy`) with
+  (dotted path, text) overrides and writes its report. `log` takes a line per run, stderr by
+  default."""
+  from jaxformer.cli.common import note, study_of, ways_of
+  from jaxformer.config import override
 
-  def __call__(
-    self,
-    study: Study | ScalingStudy | str,
-    *overrides: tuple[str, str],
-    log: Callable[[str], None] | None = None,
-  ) -> Results | ScalingResults:
-    """Runs a study (a name, a file that defines `study`, a `Study` or a `ScalingStudy`) with
-    (dotted path, text) overrides and writes its report; a study that was stopped goes on. `log`
-    takes a line a run, stderr by default."""
-    from jaxformer.cli.common import note, study_of, ways_of
-    from jaxformer.config import override
-
-    whole = override(study_of(study) if isinstance(study, str) else study, overrides, 'study')
-    return ways_of(whole)[1](whole, log or note)
-
-
-compare.__class__ = _Compare
+  whole = override(study_of(study) if isinstance(study, str) else study, overrides, 'study')
+  return ways_of(whole)[1](whole, log or note)

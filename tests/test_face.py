@@ -8,11 +8,11 @@ import pytest
 from flax import nnx
 
 import jaxformer
-from jaxformer.compare.study import AsIs, Study
 from jaxformer.config import InputError
 from jaxformer.data import AssociativeRecall
 from jaxformer.models.params import define
 from jaxformer.models.zoo import FAMILIES
+from jaxformer.study.study import AsIs, Study
 from jaxformer.training import load_params
 
 
@@ -84,7 +84,7 @@ def test_train_and_generate(tmp_path, monkeypatch):
 
 def test_compare(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
-  gru = FAMILIES['gru'].make(width=16, layers=1, hidden=0, vocab_size=10, context=8)
+  gru = FAMILIES['gru'].make(width=16, layers=1, hidden=0, vocab_size=10, context_length=8)
   study = Study(
     name='tiny',
     entries=(AsIs(name='a', model_config=gru), AsIs(name='b', model_config=gru)),

@@ -46,10 +46,6 @@ import gallery
 import numpy as np
 from gallery import signed
 
-from jaxformer.compare.runner import finished, run_study
-from jaxformer.compare.statistics import Difference, Estimate, compare, estimate
-from jaxformer.compare.study import AsIs, Study
-from jaxformer.compare.svg import Axis, Point, Series
 from jaxformer.data import DataConfig, order
 from jaxformer.data.dataset import AnyBatch, Kind
 from jaxformer.data.tasks.task import GeneratedTask, Side, labelled, random_bits
@@ -61,6 +57,10 @@ from jaxformer.models.classifier import Classifier, LinearInput
 from jaxformer.models.language_model import LanguageModel
 from jaxformer.models.params import define
 from jaxformer.models.stack import Group
+from jaxformer.study.runner import finished, run_study
+from jaxformer.study.statistics import Difference, Estimate, compare, estimate
+from jaxformer.study.study import AsIs, Study
+from jaxformer.study.svg import Axis, Point, Series
 from jaxformer.training import AdamW, Cosine, Experiment, RunConfig, TrainingConfig
 from jaxformer.training.interrupt import Interrupt
 from jaxformer.training.population import train_population
@@ -98,7 +98,10 @@ def transformer(feed_forward: MlpConfig) -> LanguageModel.Config:
     )
   )
   return LanguageModel.Config(
-    vocab_size=264, width=WIDTH, context=LENGTH, stack=(Group(pattern=(block,), repeats=LAYERS),)
+    vocab_size=264,
+    width=WIDTH,
+    context_length=LENGTH,
+    stack=(Group(pattern=(block,), repeats=LAYERS),),
   )
 
 
@@ -148,7 +151,7 @@ def alone(feed_forward: MlpConfig, name: str, args) -> dict[int, float]:
     input=LinearInput.Config(features=2),
     classes=2,
     width=ALONE_WIDTH,
-    context=1,
+    context_length=1,
     stack=(Group(pattern=(block,)),),
     final_norm=None,
   )

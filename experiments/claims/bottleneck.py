@@ -79,12 +79,6 @@ import numpy as np
 from gallery import Picture, Result, arguments, publish, signed, to_the_end
 
 from jaxformer.cli.common import note
-from jaxformer.compare.costs import measure_costs
-from jaxformer.compare.runner import Trial, Tuned, run_study
-from jaxformer.compare.sharing import Interrupted
-from jaxformer.compare.statistics import Difference, Estimate, compare, estimate
-from jaxformer.compare.study import Grown, Study
-from jaxformer.compare.svg import Axis, Point, Series
 from jaxformer.config import InputError
 from jaxformer.data import BytePairs, Dataset, Pairs, PairTask, Tsv, open_data, order
 from jaxformer.data.sword import prepare
@@ -92,6 +86,12 @@ from jaxformer.data.tasks.task import Side, below, random_bits
 from jaxformer.evaluation import evaluate_translation, loss_by_source_length
 from jaxformer.inference import translate
 from jaxformer.models.params import Definition, define
+from jaxformer.study.costs import measure_costs
+from jaxformer.study.runner import Trial, Tuned, run_study
+from jaxformer.study.sharing import Interrupted
+from jaxformer.study.statistics import Difference, Estimate, compare, estimate
+from jaxformer.study.study import Grown, Study
+from jaxformer.study.svg import Axis, Point, Series
 from jaxformer.training import load_params
 from jaxformer.training.interrupt import Interrupt
 
@@ -479,10 +479,10 @@ def main() -> None:
       verdict=verdict,
       because=' '.join(said),
       scale=f'{first.target:,.0f} parameters; {first.tokens:,} positions of verses of at most '
-      f'{first.tasks[0].longest} tokens '
+      f'{first.tasks[0].max_len} tokens '
       f'({first.steps(first.tasks[0])} steps of {first.batch_size}), {second.tokens:,} of copies '
       'of at most '
-      f'{second.tasks[0].longest - 1} letters ({second.steps(second.tasks[0])} steps); '
+      f'{second.tasks[0].max_len - 1} letters ({second.steps(second.tasks[0])} steps); '
       f'rates {grid(first)} and {grid(second)}, extended twice at most where the best is at an '
       f'end; {len(first.seeds)} seeds',
       header=HEADER,

@@ -48,16 +48,16 @@ import jax
 import numpy as np
 from gallery import signed
 
-from jaxformer.compare.runner import Finished, Tuned, run_study
-from jaxformer.compare.statistics import Difference, compare, estimate
-from jaxformer.compare.study import Grown, Study
-from jaxformer.compare.svg import Axis, Point, Series
-from jaxformer.compare.tables import amount
 from jaxformer.data import Batch, DataConfig, Dataset, open_data
 from jaxformer.data.pipeline import Stream
 from jaxformer.evaluation import loss_by_position
 from jaxformer.models.language_model import ModelConfig
 from jaxformer.models.params import Definition, define
+from jaxformer.study.runner import Finished, Tuned, run_study
+from jaxformer.study.statistics import Difference, compare, estimate
+from jaxformer.study.study import Grown, Study
+from jaxformer.study.svg import Axis, Point, Series
+from jaxformer.study.tables import amount
 from jaxformer.training import load_params
 from jaxformer.training.interrupt import Interrupt
 

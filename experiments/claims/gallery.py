@@ -22,10 +22,10 @@ from typing import Any, Literal
 import jax
 
 from jaxformer.cli.common import note
-from jaxformer.compare.sharing import Interrupted
-from jaxformer.compare.statistics import Estimate
-from jaxformer.compare.svg import Axis, Series, chart, standalone
 from jaxformer.config import InputError
+from jaxformer.study.sharing import Interrupted
+from jaxformer.study.statistics import Estimate
+from jaxformer.study.svg import Axis, Series, chart, standalone
 from jaxformer.training.loop import INTERRUPTED
 
 HERE = pathlib.Path(__file__).parent

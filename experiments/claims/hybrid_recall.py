@@ -14,7 +14,7 @@ are left out, so active parameters are all. Mamba has 8 numbers of state a chann
 
 They learn multi-query associative recall (Arora et al. 2023) of 4 pairs: a sequence names 4 keys
 and their values, then each key once more, for the value that it had. One study of
-`jaxformer.compare`: one learning rate for all (from `--scale 2` on the best of a grid, by a seed
+`jaxformer.study`: one learning rate for all (from `--scale 2` on the best of a grid, by a seed
 that takes no further part), the same batches for equal seeds, nine seeds.
 
 Recall is kept where the hybrid is not worse than attention by more than 2 points: the 95 % interval
@@ -41,11 +41,6 @@ import gallery
 import mixers
 from mixers import INIT, Stacked, outcomes, told
 
-from jaxformer.compare.results import TaskResults, interval_form
-from jaxformer.compare.statistics import Difference, compare
-from jaxformer.compare.study import Study
-from jaxformer.compare.svg import Axis, Point, Series
-from jaxformer.compare.tables import amount
 from jaxformer.data.tasks.mqar import MultiQueryRecall
 from jaxformer.layers.attention import Attention
 from jaxformer.layers.mamba import Mamba
@@ -53,6 +48,11 @@ from jaxformer.layers.norm import RMSNorm
 from jaxformer.layers.position import Rotary
 from jaxformer.models.zoo import PRESETS
 from jaxformer.models.zoo.jamba import jamba
+from jaxformer.study.results import TaskResults, interval_form
+from jaxformer.study.statistics import Difference, compare
+from jaxformer.study.study import Study
+from jaxformer.study.svg import Axis, Point, Series
+from jaxformer.study.tables import amount
 from jaxformer.training import AdamW, Cosine
 
 CLAIM = "Jamba's interleaving keeps attention's recall at a fraction of the cache."
@@ -117,12 +117,12 @@ def published() -> tuple[int, int, int]:
     attention_every=1,
     attention_first=0,
     vocab_size=65536,
-    context=model.context,
+    context_length=model.context_length,
   )
   return (
-    model.context,
-    2 * (model.state_size(model.context) or 0),
-    2 * (full.state_size(model.context) or 0),
+    model.context_length,
+    2 * (model.state_size(model.context_length) or 0),
+    2 * (full.state_size(model.context_length) or 0),
   )
 
 

@@ -59,11 +59,6 @@ import jax
 import numpy as np
 from gallery import signed
 
-from jaxformer.compare.runner import run_study
-from jaxformer.compare.statistics import Difference, Estimate, estimate
-from jaxformer.compare.study import AsIs, Study
-from jaxformer.compare.svg import Axis, Point, Series
-from jaxformer.compare.tables import seconds
 from jaxformer.data import open_data
 from jaxformer.data.tasks.copying import SelectiveCopying
 from jaxformer.evaluation import evaluate
@@ -72,6 +67,11 @@ from jaxformer.inference.sampling import GREEDY
 from jaxformer.models.language_model import LanguageModel
 from jaxformer.models.params import Definition, Params, define
 from jaxformer.models.zoo import FAMILIES
+from jaxformer.study.runner import run_study
+from jaxformer.study.statistics import Difference, Estimate, estimate
+from jaxformer.study.study import AsIs, Study
+from jaxformer.study.svg import Axis, Point, Series
+from jaxformer.study.tables import seconds
 from jaxformer.training import load_params
 from jaxformer.training.interrupt import Interrupt
 
@@ -98,7 +98,7 @@ def model(
     layers=2 * layers if name == MAMBA else layers,
     hidden=f.hidden(width) if f.hidden else 0,
     vocab_size=vocab_size,
-    context=context,
+    context_length=context,
   )
   assert isinstance(made, LanguageModel.Config)
   return made

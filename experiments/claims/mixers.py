@@ -9,11 +9,6 @@ from typing import Literal
 
 import jax
 
-from jaxformer.compare.report import report_study
-from jaxformer.compare.results import Outcome, Results, TaskResults, interval_form
-from jaxformer.compare.sizing import solve
-from jaxformer.compare.study import Entry, Study
-from jaxformer.compare.svg import Point
 from jaxformer.config import InputError
 from jaxformer.layers.init import FanInNormal, Normal
 from jaxformer.layers.layer import LayerConfig
@@ -23,6 +18,11 @@ from jaxformer.models.block import Block, PreNorm
 from jaxformer.models.language_model import LanguageModel, ModelConfig
 from jaxformer.models.stack import Group
 from jaxformer.models.zoo.preset import Family, two_thirds
+from jaxformer.study.report import report_study
+from jaxformer.study.results import Outcome, Results, TaskResults, interval_form
+from jaxformer.study.sizing import solve
+from jaxformer.study.study import Entry, Study
+from jaxformer.study.svg import Point
 
 SOLVED = 0.95  # accuracy
 INIT = FanInNormal()
@@ -67,7 +67,7 @@ class Stacked(Entry):
       study.match,
       study.target,
       vocab_size=vocab_size,
-      context=context,
+      context_length=context,
       tolerance=study.tolerance,
     )
     if sized.width != self.width:
@@ -93,7 +93,7 @@ class Stacked(Entry):
     return LanguageModel.Config(
       vocab_size=vocab_size,
       width=width,
-      context=context,
+      context_length=context,
       final_norm=norm,
       embedding_init=Normal(std=1.0),
       head_init=INIT,

@@ -9,7 +9,7 @@ models have equal size, tuning and training?
 
 Every model is two blocks in Llama's frame (pre-norm, SwiGLU) of width 32 around one mixer, S4D (the
 form of S4 with a diagonal matrix), H3, Mamba or attention with rotary positions; hidden units bring
-all to the same number of parameters. Each task is a study of `jaxformer.compare` with a report of
+all to the same number of parameters. Each task is a study of `jaxformer.study` with a report of
 its own: one learning rate for all (from `--scale 2` on the best of a grid, by a seed that takes no
 further part), the same batches in the same order for equal seeds, three seeds.
 
@@ -50,10 +50,6 @@ import gallery
 import mixers
 from mixers import INIT, Stacked, outcomes, solved, told
 
-from jaxformer.compare.results import Results, TaskResults, interval_form
-from jaxformer.compare.study import Study
-from jaxformer.compare.svg import Axis, Point, Series
-from jaxformer.compare.tables import amount
 from jaxformer.data import TaskConfig
 from jaxformer.data.tasks.copying import SelectiveCopying
 from jaxformer.data.tasks.mqar import MultiQueryRecall
@@ -64,6 +60,10 @@ from jaxformer.layers.lstm import Lstm
 from jaxformer.layers.mamba import Mamba
 from jaxformer.layers.position import Rotary
 from jaxformer.layers.s4d import S4D
+from jaxformer.study.results import Results, TaskResults, interval_form
+from jaxformer.study.study import Study
+from jaxformer.study.svg import Axis, Point, Series
+from jaxformer.study.tables import amount
 from jaxformer.training import AdamW, Cosine
 
 CLAIM = (

@@ -48,15 +48,15 @@ import constant_memory
 import gallery
 import jax
 
-from jaxformer.compare.statistics import Difference, compare, estimate
-from jaxformer.compare.svg import Axis, Point, Series
-from jaxformer.compare.tables import amount, seconds
 from jaxformer.inference import time_decode
 from jaxformer.models.language_model import LanguageModel
 from jaxformer.models.params import define
 from jaxformer.models.zoo import FAMILIES, PRESETS
 from jaxformer.planning.plan import inference_report
 from jaxformer.planning.target import parse_target
+from jaxformer.study.statistics import Difference, compare, estimate
+from jaxformer.study.svg import Axis, Point, Series
+from jaxformer.study.tables import amount, seconds
 
 CLAIM = 'Prefill is parallel, decode is sequential: their cost per token differs, and keys and values grow with the context.'
 # family, layers
@@ -78,7 +78,7 @@ def model(name: str) -> LanguageModel.Config:
     layers=layers,
     hidden=f.hidden(WIDTH) if f.hidden else 0,
     vocab_size=VOCABULARY,
-    context=CONTEXTS[0],
+    context_length=CONTEXTS[0],
   )
   assert isinstance(made, LanguageModel.Config)
   return made

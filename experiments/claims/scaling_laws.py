@@ -55,15 +55,15 @@ os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 import numpy as np
 from gallery import Picture, Result, Verdict, arguments, publish, to_the_end
 
-from jaxformer.compare.scaling import power_law
-from jaxformer.compare.scaling_report import between, report_scaling, trainings
-from jaxformer.compare.scaling_results import FamilyLaw, Point, ScalingResults
-from jaxformer.compare.scaling_study import Budget, ScalingStudy
-from jaxformer.compare.studies import STUDIES
-from jaxformer.compare.study import Grown
-from jaxformer.compare.svg import Axis, Series
-from jaxformer.compare.svg import Point as At
-from jaxformer.compare.tables import amount
+from jaxformer.study.scaling import power_law
+from jaxformer.study.scaling_report import between, report_scaling, trainings
+from jaxformer.study.scaling_results import FamilyLaw, Point, ScalingResults
+from jaxformer.study.scaling_study import Budget, ScalingStudy
+from jaxformer.study.studies import STUDIES
+from jaxformer.study.study import Grown
+from jaxformer.study.svg import Axis, Series
+from jaxformer.study.svg import Point as At
+from jaxformer.study.tables import amount
 
 CLAIM = 'Parameters, tokens and FLOPs predict loss (scaling laws; Chinchilla).'
 EXPLAINED = 0.95  # of the variance of log loss, for a law that fits

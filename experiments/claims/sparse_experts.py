@@ -10,7 +10,7 @@ step take?
 
 Both have width 64, two layers, four heads, and train on the built-in corpus in bytes, batches of 16
 sequences of 128. A dense layer has 176 hidden units, each expert 88. One study of
-`jaxformer.compare`: rates from one grid that grows where the best lies at its end, the same batches
+`jaxformer.study`: rates from one grid that grows where the best lies at its end, the same batches
 for equal seeds, four seeds that took no part in tuning; the difference is paired by seed, in bits a
 byte of held-out text. Weights begin at the scale of their inputs (`begun` says why). FLOPs are
 counted (`planning.cost`), of the experts those in use; the time of a training step is measured,
@@ -40,10 +40,6 @@ import gallery
 import mixers
 from mixers import INIT, outcomes
 
-from jaxformer.compare.results import Results, interval_form, score_form
-from jaxformer.compare.study import AsIs, Study
-from jaxformer.compare.svg import Axis, Point, Series
-from jaxformer.compare.tables import amount
 from jaxformer.data import DataConfig
 from jaxformer.layers.moe import Moe
 from jaxformer.layers.position import Rotary
@@ -51,6 +47,10 @@ from jaxformer.models.language_model import LanguageModel
 from jaxformer.models.params import define
 from jaxformer.models.zoo.llama import llama
 from jaxformer.models.zoo.mixtral import mixtral
+from jaxformer.study.results import Results, interval_form, score_form
+from jaxformer.study.study import AsIs, Study
+from jaxformer.study.svg import Axis, Point, Series
+from jaxformer.study.tables import amount
 from jaxformer.training import AdamW, Cosine, read_metrics
 
 CLAIM = 'A sparse MoE costs as much as its active parameters and learns more than a dense model of that cost.'
@@ -84,7 +84,7 @@ DENSE = begun(
     HEADS,
     HEADS,
     vocab_size=VOCABULARY,
-    context=LENGTH,
+    context_length=LENGTH,
     rotary=Rotary(theta=1e4),
   )
 )
@@ -97,7 +97,7 @@ MIXTURE = begun(
     HEADS,
     experts=EXPERTS,
     vocab_size=VOCABULARY,
-    context=LENGTH,
+    context_length=LENGTH,
     theta=1e4,
     balance=0.01,
   )

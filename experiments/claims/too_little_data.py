@@ -48,15 +48,15 @@ os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 
 from gallery import Picture, Result, Verdict, arguments, publish, signed, to_the_end
 
-from jaxformer.compare.runner import Trial, Tuned, run_study
-from jaxformer.compare.statistics import Estimate, compare, estimate, holm
-from jaxformer.compare.study import Grown, Study
-from jaxformer.compare.svg import Axis, Point, Series
-from jaxformer.compare.tables import amount
 from jaxformer.data import ByPosition, DataConfig, Files, StandardLibrary
 from jaxformer.data.splits import content_hash
 from jaxformer.models.params import define
 from jaxformer.planning.cost import flops_per_token
+from jaxformer.study.runner import Trial, Tuned, run_study
+from jaxformer.study.statistics import Estimate, compare, estimate, holm
+from jaxformer.study.study import Grown, Study
+from jaxformer.study.svg import Axis, Point, Series
+from jaxformer.study.tables import amount
 from jaxformer.training import read_metrics
 from jaxformer.training.interrupt import Interrupt
 

@@ -2,7 +2,7 @@
 and tokens.
 
 Training runs the experiment's own step (batch, sequence length, optimizer, mesh, dtype); decoding
-is measured at each --context. Figures are medians; on a shared machine compare only what ran in one
+is measured at each --context-length. Figures are medians; on a shared machine compare only what ran in one
 invocation."""
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     '--steps', type=int, default=10, help='training steps measured (10); 0 leaves training out'
   )
   parser.add_argument(
-    '--context',
+    '--context-length',
     type=int,
     action='append',
     help='tokens in the prompt before decoding is measured; may be given several times',
@@ -53,9 +53,9 @@ def run(args: argparse.Namespace, overrides: Overrides) -> None:
 
   if args.steps < 0 or args.new_tokens < 0:
     raise InputError(f'--steps {args.steps} and --new-tokens {args.new_tokens}: must be at least 0')
-  if args.new_tokens == 1 or any(c < 1 for c in args.context or ()):
+  if args.new_tokens == 1 or any(c < 1 for c in args.context_length or ()):
     raise InputError(
-      '--context must be positive, and --new-tokens at least 2 (or 0 for no decoding)'
+      '--context-length must be positive, and --new-tokens at least 2 (or 0 for no decoding)'
     )
   experiment = experiment_of(args.target, overrides)
   join_processes()
@@ -67,9 +67,9 @@ def run(args: argparse.Namespace, overrides: Overrides) -> None:
   if args.steps:
     value['training'] = training(experiment, args.steps)
   if args.new_tokens and isinstance(experiment.model, LanguageModel.Config):
-    longest = experiment.model.longest
+    longest = experiment.model.max_len
     contexts = (
-      args.context
+      args.context_length
       or [c for c in (128, 1024) if longest is None or c + args.new_tokens <= longest]
       or [64]
     )
@@ -92,7 +92,7 @@ def run(args: argparse.Namespace, overrides: Overrides) -> None:
             ('context', 'prefill ms', 'ms a token', 'state'),
             *(
               (
-                f'{r["context"]:,}',
+                f'{r["context_length"]:,}',
                 f'{1e3 * r["prefill_seconds"]:.1f}',
                 f'{1e3 * r["seconds_per_token"]:.2f}',
                 f'{amount(r["state_bytes"])}B',
@@ -104,7 +104,7 @@ def run(args: argparse.Namespace, overrides: Overrides) -> None:
       ]
       if len(d) > 1:
         out += [
-          f'from {d[0]["context"]:,} to {d[-1]["context"]:,} tokens of context: '
+          f'from {d[0]["context_length"]:,} to {d[-1]["context_length"]:,} tokens of context: '
           f'{d[-1]["seconds_per_token"] / d[0]["seconds_per_token"]:.2f} times the time a token, '
           f'{d[-1]["state_bytes"] / max(1, d[0]["state_bytes"]):.2f} times the state'
         ]
@@ -169,7 +169,7 @@ def training(experiment: Any, steps: int) -> dict[str, Any]:
   return value
 
 
-def decoding(experiment: Any, context: int, new_tokens: int) -> dict[str, Any]:
+def decoding(experiment: Any, context_length: int, new_tokens: int) -> dict[str, Any]:
   """Prefill and decoding at one context length, batch 1."""
   import jax
 
@@ -181,9 +181,9 @@ def decoding(experiment: Any, context: int, new_tokens: int) -> dict[str, Any]:
   definition = define(experiment.model)
   dtype = compute_dtype(experiment.training.dtype, make_mesh(experiment.mesh))
   found = time_decode(
-    definition, definition.init(jax.random.key(0)), context, new_tokens, dtype=dtype
+    definition, definition.init(jax.random.key(0)), context_length, new_tokens, dtype=dtype
   )
   return {
-    'context': context,
-    'state_bytes': 2 * experiment.model.state_size(context + new_tokens),
+    'context_length': context_length,
+    'state_bytes': 2 * experiment.model.state_size(context_length + new_tokens),
   } | found._asdict()

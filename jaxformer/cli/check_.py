@@ -26,8 +26,8 @@ def run(args: argparse.Namespace, overrides: Overrides) -> int:
   import json
 
   from jaxformer import config
-  from jaxformer.compare.contract import check_layer, checked_examples
   from jaxformer.layers.layer import LayerConfig
+  from jaxformer.testing.contract import check_layer, checked_examples
 
   layer = object_of(args.target)
   if not isinstance(layer, LayerConfig):

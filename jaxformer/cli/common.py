@@ -65,9 +65,9 @@ def experiment_of(target: str, overrides: Overrides, size: Any = None) -> Any:
 
 def ways_of(study: Any) -> tuple[Any, Any]:
   """What trains a study of its type, and what trains and reports it."""
-  from jaxformer.compare.report import report_study, train_study
-  from jaxformer.compare.scaling_report import report_scaling
-  from jaxformer.compare.scaling_study import ScalingStudy, run_scaling
+  from jaxformer.study.report import report_study, train_study
+  from jaxformer.study.scaling_report import report_scaling
+  from jaxformer.study.scaling_study import ScalingStudy, run_scaling
 
   return (
     (run_scaling, report_scaling)
@@ -79,9 +79,9 @@ def ways_of(study: Any) -> tuple[Any, Any]:
 def study_of(target: str) -> Any:
   """The study of a name or a file; a file is Python that defines `study` (a `Study` or a
   `ScalingStudy`, or a function that returns one)."""
-  from jaxformer.compare.scaling_study import ScalingStudy
-  from jaxformer.compare.studies import STUDIES
-  from jaxformer.compare.study import Study
+  from jaxformer.study.scaling_study import ScalingStudy
+  from jaxformer.study.studies import STUDIES
+  from jaxformer.study.study import Study
 
   if not (target.endswith('.py') or os.sep in target):
     if target not in set(STUDIES):

@@ -2,7 +2,7 @@
 budgets, and writes a report of what came of it.
 
 STUDY is a study by name (quickstart, standard, scaling) or a Python file that defines `study` (a
-`jaxformer.compare.study.Study`, a `jaxformer.compare.scaling_study.ScalingStudy`, or a function
+`jaxformer.study.study.Study`, a `jaxformer.study.scaling_study.ScalingStudy`, or a function
 that returns one). Runs are in DIR/STUDY, the report in DIR/STUDY/report as report.html, .md, .csv
 and .json. A study that was stopped goes on with the same command. Any field can be
 given: --study.tokens 1e6 --study.seeds 1,2,3 --study.tasks.0.sequence_length 256. `--add
@@ -66,7 +66,7 @@ def study_of_arguments(args: argparse.Namespace, overrides: Overrides):
 
 def run(args: argparse.Namespace, overrides: Overrides) -> int:
   from jaxformer import config
-  from jaxformer.compare.sharing import Interrupted
+  from jaxformer.study.sharing import Interrupted
 
   study = study_of_arguments(args, overrides)
   if args.show:
@@ -95,7 +95,7 @@ def tell(report, as_json: bool) -> None:
 
 def helpers(args: argparse.Namespace, overrides: Overrides, study) -> list[list[str]]:
   """The commands that train the same study beside this one."""
-  from jaxformer.compare.sharing import worthwhile
+  from jaxformer.study.sharing import worthwhile
 
   if args.workers is not None and args.workers < 1:
     raise InputError(f'--workers {args.workers}: must be at least 1')
@@ -116,9 +116,9 @@ def helpers(args: argparse.Namespace, overrides: Overrides, study) -> list[list[
 
 def with_added(study, names):
   """The study with the layers and models that `--add` names."""
-  from jaxformer.compare.study import AsIs, Mixer
   from jaxformer.layers.layer import LayerConfig
   from jaxformer.models.language_model import ModelConfig
+  from jaxformer.study.study import AsIs, Mixer
 
   added = []
   for name in names:

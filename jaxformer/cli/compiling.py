@@ -59,7 +59,7 @@ def train_report(experiment: Any, setup: Any) -> dict[str, Any]:
 
 
 def inference_report(
-  experiment: Any, target: Any, phase: str, batch: int, context: int, predicted_bytes: float
+  experiment: Any, target: Any, phase: str, batch: int, context_length: int, predicted_bytes: float
 ) -> dict[str, Any]:
   """A compiled prefill, or decoding, as JSON data. Heads and hidden units are divided as widely as
   they can be; the rest of the devices have copies, unless the experiment's mesh says otherwise."""
@@ -69,15 +69,15 @@ def inference_report(
   from jaxformer.planning.cost import inference_flops
 
   config = inference_mesh(experiment.model, target)
-  note(f'compiling {phase} of {batch} sequences, {context} positions, for {target.topology}')
+  note(f'compiling {phase} of {batch} sequences, {context_length} positions, for {target.topology}')
   mesh = topology_mesh(target.topology, config, target.slices)
   lower = {'prefill': lowered_prefill, 'decode': lowered_decode}[phase]
   plan = compile_plan(
-    lower(define(experiment.model), mesh, config.rules, batch, context),
+    lower(define(experiment.model), mesh, config.rules, batch, context_length),
     mesh,
     target.device_memory_bytes,
   )
-  flops = inference_flops(experiment.model, phase, batch, context) / target.devices
+  flops = inference_flops(experiment.model, phase, batch, context_length) / target.devices
   return plan.as_json() | {
     'mesh': dict(mesh.shape),
     'predicted_bytes': predicted_bytes,

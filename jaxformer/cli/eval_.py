@@ -56,7 +56,7 @@ def run(args: argparse.Namespace, overrides: Overrides) -> None:
         f'--{path}: `jaxformer eval` takes overrides of data alone, and the tokenizer is the '
         "model's own"
       )
-  length = min(trained.definition.config.context, 1024)
+  length = min(trained.definition.config.context_length, 1024)
   experiment = trained.experiment or Experiment(
     model=trained.definition.config, data=DataConfig(sequence_length=length)
   )

@@ -9,7 +9,7 @@ Overrides as in `train`.
 With a size (--params 125M, --active-params, --flops-per-token or --state-bytes) the name is that of
 a family, such as mamba or llama3, or a layer of yours as FILE.py:NAME, in a frame like Llama's. The
 width, depth and hidden units are found that come closest, for bytes and 256 tokens of context
-unless --model.vocab-size and --model.context say otherwise. `plan families`, and several sizes as
+unless --model.vocab-size and --model.context-length say otherwise. `plan families`, and several sizes as
 in --params 1M,10M,125M, give a table of shapes and of how close they come."""
 
 from __future__ import annotations
@@ -99,7 +99,9 @@ def run(args: argparse.Namespace, overrides: Overrides) -> None:
     or any('sequence' in path for path in given)
     or (args.target and args.phase == 'train')
   )
-  c = cost(experiment.model, experiment.data.positions if own_length else experiment.model.context)
+  c = cost(
+    experiment.model, experiment.data.positions if own_length else experiment.model.context_length
+  )
   tokens = (
     TOKENS_PER_PARAMETER * float(c.active_params)
     if args.tokens is None
@@ -121,7 +123,7 @@ def run(args: argparse.Namespace, overrides: Overrides) -> None:
     'train_flops': tokens * c.train_flops_per_token,
   }
   if args.target:
-    value |= _on_target(args, experiment, given, preset, tokens, c.context)
+    value |= _on_target(args, experiment, given, preset, tokens, c.context_length)
   answer(value, args.json, lambda: _lines(value))
 
 
@@ -170,7 +172,7 @@ def _at_scale(
   )
   data = experiment.data
   if hasattr(data, 'sequence_length'):
-    data = data.replace(sequence_length=min(model.context, 8192))
+    data = data.replace(sequence_length=min(model.context_length, 8192))
   return override(experiment.replace(training=training, data=data), overrides)
 
 
@@ -180,7 +182,7 @@ def _on_target(
   given: set[str],
   preset: bool,
   tokens: float,
-  context: int,
+  context_length: int,
 ) -> dict[str, Any]:
   from jaxformer.planning.plan import Setup, default_mesh, inference_report, training_report
 
@@ -192,7 +194,7 @@ def _on_target(
     length = (
       experiment.data.positions
       if not preset or any('sequence' in path for path in given)
-      else context
+      else context_length
     )
     value = inference_report(args.phase, experiment.model, target, t.batch_size, length, precision)
     if args.compile:
@@ -260,7 +262,7 @@ def _lines(v: dict[str, Any]) -> list[str]:
       (
         'state in decoding',
         f'{v["decode_state_bytes"] / 1e9:,.4g} GB',
-        f'a sequence of {v["context"]:,} tokens, 2 bytes a number',
+        f'a sequence of {v["context_length"]:,} tokens, 2 bytes a number',
       )
     ]
   )

@@ -19,10 +19,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, overrides: Overrides) -> int:
-  from jaxformer.compare.report import report_study
-  from jaxformer.compare.runner import finished_part
-  from jaxformer.compare.scaling_study import ScalingStudy
-  from jaxformer.compare.sharing import Interrupted
+  from jaxformer.study.report import report_study
+  from jaxformer.study.runner import finished_part
+  from jaxformer.study.scaling_study import ScalingStudy
+  from jaxformer.study.sharing import Interrupted
 
   whole = study_of_arguments(args, overrides)
   if isinstance(whole, ScalingStudy):

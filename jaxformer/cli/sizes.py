@@ -22,7 +22,7 @@ OPTIONS = {  # option -> (what is matched, in words, ending of a name)
 WORDS = {match: words for match, words, _ in OPTIONS.values()}
 FIRST: Size = 'params', 1e6
 # of a model made to a size, unless told otherwise: those of the tiny presets
-BYTES = {'vocab_size': 264, 'context': 256}
+BYTES = {'vocab_size': 264, 'context_length': 256}
 ALL = 'families'
 TOLERANCE = 0.02
 
@@ -69,8 +69,8 @@ def made(
   """The model (a `compare.sizing.Sized`) of a family, or around the layer FILE:NAME, at a size (of
   a million parameters for a layer without one), and the overrides that are left: the vocabulary and
   the context are needed to find it."""
-  from jaxformer.compare.sizing import solve
   from jaxformer.planning.plan import parse_amount
+  from jaxformer.study.sizing import solve
 
   family, left = family_of(target), []
   frame = BYTES | ({'source_vocab_size': BYTES['vocab_size']} if family.of_pairs else {})
@@ -127,7 +127,7 @@ def name_of(sized: Any) -> str:
 def shape(sized: Any, model: Any) -> dict[str, Any]:
   """A made model as JSON data: its shape, and how close `model` comes, which may have been changed
   since."""
-  from jaxformer.compare.sizing import measure
+  from jaxformer.study.sizing import measure
 
   value = measure(model, sized.match)
   error = value / sized.target - 1
@@ -156,7 +156,7 @@ def all_shapes(target: str, sizes: Sequence[Size], overrides: Overrides) -> list
       sized, left = made(name, size, overrides, tolerance=math.inf)
       if left:
         raise InputError(
-          f'--{left[0][0]}: a table of sizes takes --model.vocab-size and --model.context alone'
+          f'--{left[0][0]}: a table of sizes takes --model.vocab-size and --model.context-length alone'
         )
       c = cost(sized.model)
       found.append(

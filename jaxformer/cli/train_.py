@@ -110,7 +110,9 @@ def initial(source: str, experiment: Any) -> Any:
     return str(path)
   model, params = load(path, mesh=make_mesh(experiment.mesh), rules=experiment.mesh.rules)
   if load is load_rwkv:  # such a file does not say what context its model is meant for
-    model = model.replace(context=getattr(experiment.model, 'context', model.context))
+    model = model.replace(
+      context_length=getattr(experiment.model, 'context_length', model.context_length)
+    )
   lines = [
     d
     for d in differences(to_json(model), to_json(experiment.model))
@@ -146,7 +148,7 @@ def sampler(experiment: Any, dataset: Any) -> Callable[[Any, int], str] | None:
   mesh = make_mesh(experiment.mesh)
 
   def sample(params: Any, step: int) -> str:
-    room = (experiment.model.longest or SAMPLE_TOKENS + 1) - 1
+    room = (experiment.model.max_len or SAMPLE_TOKENS + 1) - 1
     texts = generate_text(
       definition,
       params,

@@ -97,7 +97,7 @@ class DatasetConfig(Config, abstract=True):
     raise NotImplementedError
 
   @property
-  def longest(self) -> int:
+  def max_len(self) -> int:
     """The positions that a model needs: T, or of pairs the longest sources' where they have
     more."""
     return self.positions

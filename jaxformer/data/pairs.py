@@ -80,7 +80,7 @@ class Pairs(DatasetConfig):
     return self.target_lengths[-1]
 
   @property
-  def longest(self) -> int:
+  def max_len(self) -> int:
     return max(self.source_lengths[-1], self.target_lengths[-1])
 
   @property

@@ -281,9 +281,9 @@ def _checked(definition: Definition, batch: Any) -> _Batch:
         f'evaluation: {name} from {ids.min()} to {ids.max()}: must be below the {what} of {end}'
       )
   T = max(targets.shape[1], 0 if source is None else source.shape[1])
-  if config.longest is not None and config.longest < T:
+  if config.max_len is not None and config.max_len < T:
     raise InputError(
-      f'evaluation: {T} tokens in a row are more than the {config.longest} positions that the '
+      f'evaluation: {T} tokens in a row are more than the {config.max_len} positions that the '
       'model has learned'
     )
   return _Batch(

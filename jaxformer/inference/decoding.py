@@ -265,22 +265,22 @@ def request(
     raise InputError('prompts: there are none')
   longest = max(range(len(started)), key=lambda i: len(started[i]))
   needed = len(started[longest]) + max_new_tokens
-  if config.longest is not None and needed > config.longest:
+  if config.max_len is not None and needed > config.max_len:
     raise InputError(
       f'prompt {longest} has {len(started[longest])} tokens; with max_new_tokens = '
       f'{max_new_tokens} that is more than the '
-      f'{config.longest} positions that the model has learned'
+      f'{config.max_len} positions that the model has learned'
     )
-  most = max_len if max_len is not None else config.longest
+  most = max_len if max_len is not None else config.max_len
   if most is not None and needed > most:
     raise InputError(
       f'max_len = {max_len}: must be at least {needed}, for {len(started[longest])} tokens of '
       f'prompt {longest} and '
       f'{max_new_tokens} new ones'
     )
-  if max_len is not None and config.longest is not None and max_len > config.longest:
+  if max_len is not None and config.max_len is not None and max_len > config.max_len:
     raise InputError(
-      f'max_len = {max_len}: must be at most the {config.longest} positions that the model has '
+      f'max_len = {max_len}: must be at most the {config.max_len} positions that the model has '
       'learned'
     )
   room = bucket(max_new_tokens)

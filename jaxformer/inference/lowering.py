@@ -25,21 +25,21 @@ def lowered_prefill(
   mesh: Mesh,
   rules: Rules | str,
   batch: int,
-  context: int,
+  context_length: int,
   prompt: int | None = None,
 ) -> jax.stages.Lowered:
   """Reads `batch` prompts and draws a token after each.
 
   Args:
-    context: positions that the model's state has room for.
+    context_length: positions that the model's state has room for.
     prompt: tokens of each prompt; None for as many as there is room for.
   """
-  T, longest = context if prompt is None else prompt, definition.config.longest
+  T, longest = context_length if prompt is None else prompt, definition.config.max_len
   if batch < 1 or T < 1:
-    raise InputError(f'batch = {batch} and context = {T}: must be positive')
-  if longest is not None and context > longest:
+    raise InputError(f'batch = {batch} and context_length = {T}: must be positive')
+  if longest is not None and context_length > longest:
     raise InputError(
-      f'context = {context}: must be at most the {longest} positions that the model has learned'
+      f'context_length = {context_length}: must be at most the {longest} positions that the model has learned'
     )
   ids = _array((batch, T), jnp.int32, mesh)
   numbers = _array((), jnp.uint32, mesh), _array((), jnp.int32, mesh)
@@ -51,21 +51,27 @@ def lowered_prefill(
       ids,
       *numbers,
       sampling=GREEDY,
-      max_len=context,
+      max_len=context_length,
       max_new_tokens=1,
       where=(mesh, rules),
     ).lower(lowering_platforms=(mesh.devices.flat[0].platform,))
 
 
 def lowered_decode(
-  definition: Definition[LanguageModel], mesh: Mesh, rules: Rules | str, batch: int, context: int
+  definition: Definition[LanguageModel],
+  mesh: Mesh,
+  rules: Rules | str,
+  batch: int,
+  context_length: int,
 ) -> jax.stages.Lowered:
   """Draws tokens with a state that has room for `context` of them, one for each of `batch`
   sequences in each round of its loop.
 
   Where the state lives is what reading a short prompt leaves, so that program is compiled first.
   """
-  reading = lowered_prefill(definition, mesh, rules, batch, context, min(bucket(1), context))
+  reading = lowered_prefill(
+    definition, mesh, rules, batch, context_length, min(bucket(1), context_length)
+  )
   read: Any = reading.compile()
   decoding = jax.tree.map(
     lambda a, where: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=where),

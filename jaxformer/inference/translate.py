@@ -80,13 +80,13 @@ def translate(
     ]
     limit_B = np.array(
       [
-        max_new_tokens or min(2 * len(row) + 10, config.longest or 2 * len(row) + 10)
+        max_new_tokens or min(2 * len(row) + 10, config.max_len or 2 * len(row) + 10)
         for row in filled
       ],
       np.int32,
     )
     S, N = (
-      min(bucket(int(n)), config.longest or bucket(int(n)))
+      min(bucket(int(n)), config.max_len or bucket(int(n)))
       for n in (len(filled[-1]), limit_B.max())
     )
     source_BS = np.full((len(filled), S), PADDING, np.int32)
@@ -156,14 +156,14 @@ def _checked(
         f'source {i} has token {wrong[0]}: must be at least 0 and below the vocabulary of '
         f'{config.source_vocab_size}'
       )
-    if config.longest is not None and len(row) > config.longest:
+    if config.max_len is not None and len(row) > config.max_len:
       raise InputError(
-        f'source {i} has {len(row)} tokens: at most the {config.longest} positions that the model '
+        f'source {i} has {len(row)} tokens: at most the {config.max_len} positions that the model '
         'has learned'
       )
-  if config.longest is not None and (max_new_tokens or 0) > config.longest:
+  if config.max_len is not None and (max_new_tokens or 0) > config.max_len:
     raise InputError(
-      f'max_new_tokens = {max_new_tokens}: must be at most the {config.longest} positions that the '
+      f'max_new_tokens = {max_new_tokens}: must be at most the {config.max_len} positions that the '
       'model has learned'
     )
   return rows

@@ -155,7 +155,7 @@ def describe(folder: str | os.PathLike) -> dict[str, Any]:
     )
     stored = [i.dtype for i in reader.info.values()]
     sizes = {
-      f: getattr(config, f) for f in ('width', 'context', 'vocab_size') if hasattr(config, f)
+      f: getattr(config, f) for f in ('width', 'context_length', 'vocab_size') if hasattr(config, f)
     }
     blocks = sum(
       len(g.pattern) * g.repeats

@@ -119,7 +119,7 @@ def _frame() -> list[Rule]:
     *(
       same(f'{ours}.{a}', f'{theirs}.{b}')
       for ours, theirs in norms.items()
-      for a, b in (('scale', 'weight'), ('offset', 'bias'))
+      for a, b in (('scale', 'weight'), ('bias', 'bias'))
     ),
   ]
 
@@ -220,7 +220,7 @@ def _rules_6(config: LanguageModel.Config) -> list[Rule]:
         ('decay.up', 'decay_w2'),
       )
     ),
-    Rule((f'{TIME}.decay.offset',), f'{ATT}.time_decay', ROW),
+    Rule((f'{TIME}.decay.bias',), f'{ATT}.time_decay', ROW),
     Rule((f'{TIME}.bonus',), f'{ATT}.time_faaaa', by_head),
     *_mixes(1, 'ffn', 'kr', 'time_maa'),
   ]
@@ -247,7 +247,7 @@ def _rules_7(config: LanguageModel.Config) -> list[Rule]:
   time = part(blocks(config)[0].branches[0].layer, TimeMix7.Config, 'layer 0 of block 0')
   low_rank = {'decay': 'w', 'rate': 'a', 'value': 'v', 'gate': 'g'}
   rows = {f'mix_{z}': f'x_{z}' for z in 'rwkvag'} | {'xi': 'k_k', 'alpha': 'k_a'}
-  rows |= {f'{o}.offset': f'{t}0' for o, t in low_rank.items() if o != 'gate'}
+  rows |= {f'{o}.bias': f'{t}0' for o, t in low_rank.items() if o != 'gate'}
   return [
     *_frame(),
     *_mixing({'wr': 'receptance', 'wk': 'key', 'wv': 'value', 'wo': 'output'}, rows, 0, 'att'),
@@ -357,7 +357,9 @@ def _links(config: ModelConfig) -> list[weights.Link]:
       )
       differ = differences(
         functional(config),
-        functional(read.replace(context=getattr(config, 'context', read.context))),
+        functional(
+          read.replace(context_length=getattr(config, 'context_length', read.context_length))
+        ),
       )
     except InputError as e:
       differ = [str(e)]

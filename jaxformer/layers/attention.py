@@ -17,8 +17,8 @@ from jaxformer.layers.layer import (
   Context,
   Layer,
   LayerConfig,
+  LayerPosition,
   Output,
-  Site,
   positions_BT,
   starts_BT,
 )
@@ -107,8 +107,8 @@ class Attention(Layer):
         )
       return size
 
-    def build(self, width: int, rngs: nnx.Rngs, site: Site) -> Attention:
-      return Attention(self, width, rngs, site)
+    def build(self, width: int, rngs: nnx.Rngs, position: LayerPosition) -> Attention:
+      return Attention(self, width, rngs, position)
 
     @property
     def decodes(self) -> bool:
@@ -147,13 +147,13 @@ class Attention(Layer):
         seen = (seen * (seen + 1) / 2 + (length - seen) * seen) / length
       return 4.0 * self.heads * self.head_size(width) * seen
 
-  def __init__(self, config: Attention.Config, width: int, rngs: nnx.Rngs, site: Site):
+  def __init__(self, config: Attention.Config, width: int, rngs: nnx.Rngs, position: LayerPosition):
     c, K = config, config.head_size(width)
     H, G = c.heads, c.kv_heads or c.heads
     self.config, self.head_dim, self.kv_heads = c, K, G
 
     def weight(init: Init, shape: tuple[int, int], axes: tuple[str, str]):
-      return param(init(rngs.params(), shape, shape[0], site), axes)
+      return param(init(rngs.params(), shape, shape[0], position), axes)
 
     def bias(size: int, axis: str):
       return param(jnp.zeros(size), (axis,), decay=False) if c.bias else None

@@ -11,7 +11,15 @@ from jaxtyping import Array, Float, Int
 
 from jaxformer.config import InputError
 from jaxformer.layers.gru import Gru
-from jaxformer.layers.layer import Context, Layer, LayerConfig, Output, Site, State, starts_BT
+from jaxformer.layers.layer import (
+  Context,
+  Layer,
+  LayerConfig,
+  LayerPosition,
+  Output,
+  State,
+  starts_BT,
+)
 from jaxformer.layers.lstm import Lstm, RecurrentConfig
 
 
@@ -37,8 +45,8 @@ class Bidirectional(Layer):
 
     layer: RecurrentConfig = Lstm.Config()
 
-    def build(self, width: int, rngs: nnx.Rngs, site: Site) -> Bidirectional:
-      return Bidirectional(self, width, rngs, site)
+    def build(self, width: int, rngs: nnx.Rngs, position: LayerPosition) -> Bidirectional:
+      return Bidirectional(self, width, rngs, position)
 
     @property
     def decodes(self) -> bool:
@@ -54,10 +62,12 @@ class Bidirectional(Layer):
     def examples(cls) -> tuple[Bidirectional.Config, ...]:
       return cls(), cls(layer=Gru.Config(hidden=24, project=False))
 
-  def __init__(self, config: Bidirectional.Config, width: int, rngs: nnx.Rngs, site: Site):
+  def __init__(
+    self, config: Bidirectional.Config, width: int, rngs: nnx.Rngs, position: LayerPosition
+  ):
     self.forward, self.backward = (
-      config.layer.build(width, rngs, site),
-      config.layer.build(width, rngs, site),
+      config.layer.build(width, rngs, position),
+      config.layer.build(width, rngs, position),
     )
 
   def init_state(self, batch: int, max_len: int) -> BidirectionalState:

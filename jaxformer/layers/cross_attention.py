@@ -19,9 +19,9 @@ from jaxformer.layers.layer import (
   Fixed,
   Layer,
   LayerConfig,
+  LayerPosition,
   Memory,
   Output,
-  Site,
   State,
   memory_of,
 )
@@ -102,8 +102,8 @@ class CrossAttention(ReadsMemory):
         )
       return self.head_dim or width // self.heads
 
-    def build(self, width: int, rngs: nnx.Rngs, site: Site) -> CrossAttention:
-      return CrossAttention(self, width, rngs, site)
+    def build(self, width: int, rngs: nnx.Rngs, position: LayerPosition) -> CrossAttention:
+      return CrossAttention(self, width, rngs, position)
 
     def memory_width(self, width: int) -> int:
       return self.source_width or width
@@ -120,12 +120,14 @@ class CrossAttention(ReadsMemory):
     def mixing_flops_per_token(self, width: int, length: int, causal: bool) -> float:
       return 4.0 * self.heads * self.head_size(width) * length
 
-  def __init__(self, config: CrossAttention.Config, width: int, rngs: nnx.Rngs, site: Site):
+  def __init__(
+    self, config: CrossAttention.Config, width: int, rngs: nnx.Rngs, position: LayerPosition
+  ):
     c, K, C = config, config.head_size(width), config.memory_width(width)
     self.head_dim, H = K, c.heads
 
     def weight(init: Init, shape: tuple[int, int], axes: tuple[str, str]):
-      return param(init(rngs.params(), shape, shape[0], site), axes)
+      return param(init(rngs.params(), shape, shape[0], position), axes)
 
     def bias(size: int, axis: str):
       return param(jnp.zeros(size), (axis,), decay=False) if c.bias else None
@@ -198,13 +200,13 @@ class LuongAttention(ReadsMemory):
     def validate(self):
       self.require(self.source_width is None or self.source_width > 0, 'source_width', 'positive')
 
-    def build(self, width: int, rngs: nnx.Rngs, site: Site) -> LuongAttention:
+    def build(self, width: int, rngs: nnx.Rngs, position: LayerPosition) -> LuongAttention:
       if isinstance(self.score, DotScore) and self.memory_width(width) != width:
         raise InputError(
           f'LuongAttention.score = DotScore: needs a source_width of {width}, the width of the '
           'decoder'
         )
-      return LuongAttention(self, width, rngs, site)
+      return LuongAttention(self, width, rngs, position)
 
     def memory_width(self, width: int) -> int:
       return self.source_width or width
@@ -219,16 +221,18 @@ class LuongAttention(ReadsMemory):
     def mixing_flops_per_token(self, width: int, length: int, causal: bool) -> float:
       return 2.0 * (width + self.memory_width(width)) * length
 
-  def __init__(self, config: LuongAttention.Config, width: int, rngs: nnx.Rngs, site: Site):
+  def __init__(
+    self, config: LuongAttention.Config, width: int, rngs: nnx.Rngs, position: LayerPosition
+  ):
     c, C = config, config.memory_width(width)
     self.width = width
     general = c.score if isinstance(c.score, GeneralScore) else None
     self.w_score = (
       None
       if general is None
-      else param(general.init(rngs.params(), (C, width), C, site), ('embed', None))
+      else param(general.init(rngs.params(), (C, width), C, position), ('embed', None))
     )
-    self.w = param(c.init(rngs.params(), (C + width, width), C + width, site), (None, 'embed'))
+    self.w = param(c.init(rngs.params(), (C + width, width), C + width, position), (None, 'embed'))
 
   def keys(self, memory: Memory) -> KeysState:
     values = memory.y_BSC.astype(self.w[...].dtype)

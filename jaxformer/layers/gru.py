@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 from jaxformer.config import Config
 from jaxformer.layers.init import Orthogonal
-from jaxformer.layers.layer import Context, Output, Site, starts_BT
+from jaxformer.layers.layer import Context, LayerPosition, Output, starts_BT
 from jaxformer.layers.lstm import Recurrent, RecurrentConfig
 from jaxformer.ops.recurrence import gru
 from jaxformer.sharding import param
@@ -54,8 +54,8 @@ class Gru(Recurrent):
 
     reset: Reset = ResetState()
 
-    def build(self, width: int, rngs: nnx.Rngs, site: Site) -> Gru:
-      return Gru(self, width, rngs, site)
+    def build(self, width: int, rngs: nnx.Rngs, position: LayerPosition) -> Gru:
+      return Gru(self, width, rngs, position)
 
     def state_size(self, width: int, max_len: int) -> int:
       return self.units(width)
@@ -68,12 +68,14 @@ class Gru(Recurrent):
         cls(hidden=48, bias=None, reset=ResetProduct()),
       )
 
-  def __init__(self, config: Gru.Config, width: int, rngs: nnx.Rngs, site: Site):
-    super().__init__(config, 3, width, rngs, site)
+  def __init__(self, config: Gru.Config, width: int, rngs: nnx.Rngs, position: LayerPosition):
+    super().__init__(config, 3, width, rngs, position)
     self.after, H = isinstance(config.reset, ResetProduct), self.units
     bias = config.bias if self.after else None
     self.b_after = (
-      None if bias is None else param(bias(rngs.params(), (H,), H, site), ('inner',), decay=False)
+      None
+      if bias is None
+      else param(bias(rngs.params(), (H,), H, position), ('inner',), decay=False)
     )
 
   def init_state(self, batch: int, max_len: int) -> GruState:

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 
 from jaxformer.config import InputError
 from jaxformer.layers.init import FanInUniform, Init, Normal
-from jaxformer.layers.layer import Context, Layer, LayerConfig, Output, Site, starts_BT
+from jaxformer.layers.layer import Context, Layer, LayerConfig, LayerPosition, Output, starts_BT
 from jaxformer.layers.s4d import Bilinear, Discretisation, Lin, Spectrum
 from jaxformer.layers.state_space import complex_normal, paired, pairs, recurrent
 from jaxformer.ops.linear import linear
@@ -81,8 +81,8 @@ class H3(Layer):
         raise InputError(f'width = {width} is not divisible by H3.head_dim = {self.head_dim}')
       return width // self.head_dim
 
-    def build(self, width: int, rngs: nnx.Rngs, site: Site) -> H3:
-      return H3(self, width, rngs, site)
+    def build(self, width: int, rngs: nnx.Rngs, position: LayerPosition) -> H3:
+      return H3(self, width, rngs, position)
 
     def state_size(self, width: int, max_len: int) -> int:
       return width * self.d_state * (1 + self.head_dim)
@@ -96,12 +96,12 @@ class H3(Layer):
       # with keys, values, queries.
       return width * (2.0 * self.d_state + self.head_dim * (7.0 * self.d_state + 5.0))
 
-  def __init__(self, config: H3.Config, width: int, rngs: nnx.Rngs, site: Site):
+  def __init__(self, config: H3.Config, width: int, rngs: nnx.Rngs, position: LayerPosition):
     c, D, H, N = config, width, config.heads(width), config.d_state
     self.config, self.heads = c, H
 
     def projection(axes: tuple[str, str], bias_axis: str) -> tuple[nnx.Param, nnx.Param]:
-      return param(c.init(rngs.params(), (D, D), D, site), axes), param(
+      return param(c.init(rngs.params(), (D, D), D, position), axes), param(
         jnp.zeros(D), (bias_axis,), decay=False
       )
 
@@ -111,7 +111,7 @@ class H3(Layer):
     self.wo, self.bo = projection(('inner', 'embed'), 'norm')
     self.shift_b = recurrent(jnp.zeros((D, N)).at[:, 0].set(1.0), ('inner', 'state'), c.lr_scale)
     self.shift_c = recurrent(
-      FanInUniform()(rngs.params(), (D, N), N, site), ('inner', 'state'), decay=True
+      FanInUniform()(rngs.params(), (D, N), N, position), ('inner', 'state'), decay=True
     )
     self.shift_skip = recurrent(jax.random.normal(rngs.params(), (D,)), ('inner',))
     low, high = math.log(c.dt_min), math.log(c.dt_max)

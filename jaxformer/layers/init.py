@@ -10,13 +10,15 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from jaxformer.config import Config
-from jaxformer.layers.layer import Site
+from jaxformer.layers.layer import LayerPosition
 
 
 class Init(Config, abstract=True):
   """Base of the initialisers."""
 
-  def __call__(self, key: Array, shape: Sequence[int], fan_in: int, site: Site) -> Array:
+  def __call__(
+    self, key: Array, shape: Sequence[int], fan_in: int, position: LayerPosition
+  ) -> Array:
     raise NotImplementedError
 
 
@@ -25,7 +27,7 @@ class Normal(Init):
 
   std: float = 0.02
 
-  def __call__(self, key, shape, fan_in, site):
+  def __call__(self, key, shape, fan_in, position):
     return self.std * jax.random.normal(key, shape, jnp.float32)
 
 
@@ -35,8 +37,8 @@ class ResidualNormal(Init):
 
   std: float = 0.02
 
-  def __call__(self, key, shape, fan_in, site):
-    return self.std / math.sqrt(site.branches) * jax.random.normal(key, shape, jnp.float32)
+  def __call__(self, key, shape, fan_in, position):
+    return self.std / math.sqrt(position.branches) * jax.random.normal(key, shape, jnp.float32)
 
 
 class Uniform(Init):
@@ -44,7 +46,7 @@ class Uniform(Init):
 
   bound: float = 0.08
 
-  def __call__(self, key, shape, fan_in, site):
+  def __call__(self, key, shape, fan_in, position):
     return jax.random.uniform(key, shape, jnp.float32, -self.bound, self.bound)
 
 
@@ -53,7 +55,7 @@ class FanInNormal(Init):
 
   gain: float = 1.0
 
-  def __call__(self, key, shape, fan_in, site):
+  def __call__(self, key, shape, fan_in, position):
     return self.gain / math.sqrt(fan_in) * jax.random.normal(key, shape, jnp.float32)
 
 
@@ -62,7 +64,7 @@ class FanInUniform(Init):
 
   gain: float = 1.0
 
-  def __call__(self, key, shape, fan_in, site):
+  def __call__(self, key, shape, fan_in, position):
     bound = self.gain / math.sqrt(fan_in)
     return jax.random.uniform(key, shape, jnp.float32, -bound, bound)
 
@@ -73,14 +75,14 @@ class ResidualUniform(Init):
 
   gain: float = 1.0
 
-  def __call__(self, key, shape, fan_in, site):
-    return FanInUniform(gain=self.gain)(key, shape, fan_in, site) / math.sqrt(site.branches)
+  def __call__(self, key, shape, fan_in, position):
+    return FanInUniform(gain=self.gain)(key, shape, fan_in, position) / math.sqrt(position.branches)
 
 
 class Zeros(Init):
   """Zeros: a branch that starts as the identity."""
 
-  def __call__(self, key, shape, fan_in, site):
+  def __call__(self, key, shape, fan_in, position):
     return jnp.zeros(shape, jnp.float32)
 
 
@@ -92,7 +94,7 @@ class Orthogonal(Init):
   gain: float = 1.0
   wide: bool = True
 
-  def __call__(self, key, shape, fan_in, site):
+  def __call__(self, key, shape, fan_in, position):
     rows, columns = shape
     gain = self.gain * (math.sqrt(columns / rows) if self.wide and columns > rows else 1.0)
     # One matrix after the other where layers are built stacked: jaxlib divides a batch of QR

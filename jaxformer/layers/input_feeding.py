@@ -18,17 +18,17 @@ from jaxformer.layers.layer import (
   Fixed,
   Layer,
   LayerConfig,
+  LayerPosition,
   Memory,
   Output,
-  Site,
   State,
   dropout,
   memory_of,
   starts_BT,
 )
 from jaxformer.layers.lstm import Lstm, LstmState
+from jaxformer.ops.attentive_decoder import Source
 from jaxformer.ops.input_feeding import Weights, feed
-from jaxformer.ops.search import Source
 
 
 @jax.tree_util.register_dataclass
@@ -78,9 +78,9 @@ class InputFeeding(Layer):
 
     def validate(self):
       self.require(self.layers > 0, 'layers', 'positive')
-      if self.lstm.context is not None:
+      if self.lstm.context_width is not None:
         raise InputError(
-          f'InputFeeding.lstm.context = {self.lstm.context}: must be none: the bottom one reads '
+          f'InputFeeding.lstm.context_width = {self.lstm.context_width}: must be none: the bottom one reads '
           'what is fed back'
         )
       if self.lstm.project and self.lstm.hidden is not None:
@@ -90,8 +90,8 @@ class InputFeeding(Layer):
         )
       self.require(0 <= self.dropout < 1, 'dropout', 'at least 0 and below 1')
 
-    def build(self, width: int, rngs: nnx.Rngs, site: Site) -> InputFeeding:
-      return InputFeeding(self, width, rngs, site)
+    def build(self, width: int, rngs: nnx.Rngs, position: LayerPosition) -> InputFeeding:
+      return InputFeeding(self, width, rngs, position)
 
     def out_width(self, width: int) -> int:
       return self.lstm.units(width)
@@ -122,14 +122,16 @@ class InputFeeding(Layer):
     def mixing_flops_per_token(self, width: int, length: int, causal: bool) -> float:
       return self.attention.mixing_flops_per_token(self.lstm.units(width), length, causal)
 
-  def __init__(self, config: InputFeeding.Config, width: int, rngs: nnx.Rngs, site: Site):
+  def __init__(
+    self, config: InputFeeding.Config, width: int, rngs: nnx.Rngs, position: LayerPosition
+  ):
     H = config.lstm.units(width)
     self.width, self.dropout = width, config.dropout
-    bottom = config.lstm.replace(context=H).build(width, rngs, site)
+    bottom = config.lstm.replace(context_width=H).build(width, rngs, position)
     self.lstms = nnx.List(
-      [bottom, *(config.lstm.build(H, rngs, site) for _ in range(config.layers - 1))]
+      [bottom, *(config.lstm.build(H, rngs, position) for _ in range(config.layers - 1))]
     )
-    self.attention = config.attention.build(H, rngs, site)
+    self.attention = config.attention.build(H, rngs, position)
 
   def init_state(self, batch: int, max_len: int) -> FedState:
     raise InputError(

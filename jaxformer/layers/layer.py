@@ -126,18 +126,18 @@ class Output:
 
 
 @dataclasses.dataclass(frozen=True)
-class Site:
+class LayerPosition:
   """Where in a model a layer is built; official initialisations depend on it.
 
   Attributes:
-    layer: index of the layer's block, counted through the whole stack; traced where blocks are
+    index: index of the layer's block, counted through the whole stack; traced where blocks are
       built stacked.
-    layers: number of blocks in the stack.
+    depth: number of blocks in the stack.
     branches: number of residual branches in the stack (two a block in a transformer).
   """
 
-  layer: int | Array = 0
-  layers: int = 1
+  index: int | Array = 0
+  depth: int = 1
   branches: int = 1
 
 
@@ -168,7 +168,7 @@ class Layer(nnx.Module):
 class LayerConfig(Config, abstract=True):
   """Base of all layer configs. The type selects the class: `build` constructs it."""
 
-  def build(self, width: int, rngs: nnx.Rngs, site: Site) -> Layer:
+  def build(self, width: int, rngs: nnx.Rngs, position: LayerPosition) -> Layer:
     """The layer for inputs of `width`, with official initial values for its place in the model."""
     raise NotImplementedError
 

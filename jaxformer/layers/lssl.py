@@ -9,7 +9,7 @@ from flax import nnx
 from jaxtyping import Array
 
 from jaxformer.config import Config
-from jaxformer.layers.layer import Site
+from jaxformer.layers.layer import LayerPosition
 from jaxformer.layers.state_space import StateSpace, StateSpaceConfig, recurrent
 from jaxformer.ops.hippo import legs
 from jaxformer.ops.ssm_systems import Dense, dense_bilinear
@@ -72,8 +72,8 @@ class LSSL(StateSpace):
       super().validate()
       self.require(self.copies > 0, 'copies', 'positive')
 
-    def build(self, width: int, rngs: nnx.Rngs, site: Site) -> LSSL:
-      return LSSL(self, width, rngs, site)
+    def build(self, width: int, rngs: nnx.Rngs, position: LayerPosition) -> LSSL:
+      return LSSL(self, width, rngs, position)
 
     @classmethod
     def examples(cls) -> tuple[LSSL.Config, ...]:
@@ -85,8 +85,8 @@ class LSSL(StateSpace):
       # the recurrence
       return self.directions * width * self.d_state * (2.0 * self.d_state + 2.0 + 2.0 * self.copies)
 
-  def __init__(self, config: LSSL.Config, width: int, rngs: nnx.Rngs, site: Site):
-    super().__init__(config, width, rngs, site, outputs=config.copies, gated=False)
+  def __init__(self, config: LSSL.Config, width: int, rngs: nnx.Rngs, position: LayerPosition):
+    super().__init__(config, width, rngs, position, outputs=config.copies, gated=False)
     c = config
     self.copies = c.copies
     self.a = c.transition.start(jnp.asarray(legs(c.d_state)[0], jnp.float32), width)

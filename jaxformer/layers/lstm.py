@@ -15,9 +15,9 @@ from jaxformer.layers.layer import (
   Context,
   Layer,
   LayerConfig,
+  LayerPosition,
   Memory,
   Output,
-  Site,
   State,
   starts_BT,
 )
@@ -45,7 +45,7 @@ class RecurrentConfig(LayerConfig, abstract=True):
     hidden: units H; None for the width. Where it is another number, a projection [H, width] without
       offsets follows.
     project: False leaves that projection out: the output is H wide.
-    context: width of the `CONTEXT` that a layer below shares, to be read beside the input, [x,
+    context_width: width of the `CONTEXT` that a layer below shares, to be read beside the input, [x,
       context]; None for none.
     init: of the weights of the input and of the projection; `recurrent_init`: of those of the
       hidden state. Each gate's matrix is drawn by itself.
@@ -57,7 +57,7 @@ class RecurrentConfig(LayerConfig, abstract=True):
   recurrent_init: Init = FanInUniform()
   bias: Init | None = Zeros()
   project: bool = True
-  context: int | None = None
+  context_width: int | None = None
 
   def validate(self):
     self.require(self.hidden is None or self.hidden > 0, 'hidden', 'positive')
@@ -66,7 +66,7 @@ class RecurrentConfig(LayerConfig, abstract=True):
       'project',
       'true where hidden is none, which needs no projection',
     )
-    self.require(self.context is None or self.context > 0, 'context', 'positive')
+    self.require(self.context_width is None or self.context_width > 0, 'context_width', 'positive')
 
   def units(self, width: int) -> int:
     """H."""
@@ -76,26 +76,28 @@ class RecurrentConfig(LayerConfig, abstract=True):
     return width if self.project else self.units(width)
 
   def reads(self, width: int) -> dict[str, int]:
-    return {} if self.context is None else {CONTEXT: self.context}
+    return {} if self.context_width is None else {CONTEXT: self.context_width}
 
 
 class Recurrent(Layer):
   """Base of the gated recurrences: their parameters, and the projection of their output."""
 
-  def __init__(self, config: RecurrentConfig, gates: int, width: int, rngs: nnx.Rngs, site: Site):
+  def __init__(
+    self, config: RecurrentConfig, gates: int, width: int, rngs: nnx.Rngs, position: LayerPosition
+  ):
     c, H = config, config.units(width)
 
     def weight(init: Init, inputs: int) -> nnx.Param:
-      drawn = [init(rngs.params(), (inputs, H), inputs, site) for _ in range(gates)]
+      drawn = [init(rngs.params(), (inputs, H), inputs, position) for _ in range(gates)]
       return param(jnp.stack(drawn, axis=1), ('embed', None, 'inner'))
 
-    self.units, self.reads_context = H, c.context is not None
-    self.w, self.u = weight(c.init, width + (c.context or 0)), weight(c.recurrent_init, H)
+    self.units, self.reads_context = H, c.context_width is not None
+    self.w, self.u = weight(c.init, width + (c.context_width or 0)), weight(c.recurrent_init, H)
     self.b = (
       None
       if c.bias is None
       else param(
-        self._first_bias(c.bias(rngs.params(), (gates, H), H, site)),
+        self._first_bias(c.bias(rngs.params(), (gates, H), H, position)),
         (None, 'inner'),
         decay=False,
         matmul=False,
@@ -104,7 +106,7 @@ class Recurrent(Layer):
     self.w_out = (
       None
       if H in (width, c.out_width(width))
-      else param(c.init(rngs.params(), (H, width), H, site), ('inner', 'embed'))
+      else param(c.init(rngs.params(), (H, width), H, position), ('inner', 'embed'))
     )
 
   def _first_bias(self, drawn_GH: Array) -> Array:
@@ -142,7 +144,7 @@ class Lstm(Recurrent):
   class Config(RecurrentConfig):
     """
     Attributes:
-      forget_bias: added to the forget gate's initial offset, so that cells remember from the start
+      forget_bias: added to the forget gate's initial bias, so that cells remember from the start
         (Gers et al. 2000; 1 as Jozefowicz et al. 2015 recommend).
     """
 
@@ -156,8 +158,8 @@ class Lstm(Recurrent):
         '0 where there are no offsets (bias = None)',
       )
 
-    def build(self, width: int, rngs: nnx.Rngs, site: Site) -> Lstm:
-      return Lstm(self, width, rngs, site)
+    def build(self, width: int, rngs: nnx.Rngs, position: LayerPosition) -> Lstm:
+      return Lstm(self, width, rngs, position)
 
     def state_size(self, width: int, max_len: int) -> int:
       return 2 * self.units(width)
@@ -167,12 +169,12 @@ class Lstm(Recurrent):
       return (
         cls(),
         cls(hidden=48, recurrent_init=Orthogonal(), bias=None, forget_bias=0.0),
-        cls(hidden=48, project=False, context=24),
+        cls(hidden=48, project=False, context_width=24),
       )
 
-  def __init__(self, config: Lstm.Config, width: int, rngs: nnx.Rngs, site: Site):
+  def __init__(self, config: Lstm.Config, width: int, rngs: nnx.Rngs, position: LayerPosition):
     self.config = config
-    super().__init__(config, 4, width, rngs, site)
+    super().__init__(config, 4, width, rngs, position)
 
   def _first_bias(self, drawn_GH: Array) -> Array:
     return drawn_GH.at[FORGET].add(self.config.forget_bias)

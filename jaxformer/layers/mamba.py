@@ -11,7 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from jaxformer.layers.init import FanInUniform, Init, ResidualUniform
-from jaxformer.layers.layer import Context, Layer, LayerConfig, Output, Site, starts_BT
+from jaxformer.layers.layer import Context, Layer, LayerConfig, LayerPosition, Output, starts_BT
 from jaxformer.layers.norm import NormConfig, RMSNorm
 from jaxformer.ops.convolution import short_convolution
 from jaxformer.ops.linear import linear
@@ -31,7 +31,7 @@ class StepBias(Init):
     self.require(0 < self.low <= self.high, 'low', f'positive and at most high = {self.high}')
     self.require(self.floor > 0, 'floor', 'positive')
 
-  def __call__(self, key, shape, fan_in, site):
+  def __call__(self, key, shape, fan_in, position):
     log = jax.random.uniform(key, shape, jnp.float32, math.log(self.low), math.log(self.high))
     step = jnp.maximum(jnp.exp(log), self.floor)
     return step + jnp.log(-jnp.expm1(-step))  # the inverse of softplus
@@ -59,17 +59,17 @@ class Mamba(Layer):
     Attributes:
       state: N, numbers of state a channel.
       expand: channels inside the layer, as a multiple of the width.
-      taps: of the convolution, the present input among them.
+      d_conv: of the convolution, the present input among them.
       dt_rank: size of dt'; None for width / 16, rounded up.
       bias: offsets on the projections in and out; `conv_bias`: of the convolution.
       inner_norm: norm over dt', B and C each (Jamba); None for none.
-      init: of the projections, the convolution and its offset; `out_init`: of the projection out;
+      init: of the projections, the convolution and its bias; `out_init`: of the projection out;
         `dt_init`: of b_dt.
     """
 
     state: int = 16
     expand: int = 2
-    taps: int = 4
+    d_conv: int = 4
     dt_rank: int | None = None
     bias: bool = False
     conv_bias: bool = True
@@ -79,7 +79,7 @@ class Mamba(Layer):
     dt_init: Init = StepBias()
 
     def validate(self):
-      for field in ('state', 'expand', 'taps'):
+      for field in ('state', 'expand', 'd_conv'):
         self.require(getattr(self, field) > 0, field, 'positive')
       self.require(self.dt_rank is None or self.dt_rank > 0, 'dt_rank', 'positive')
 
@@ -87,16 +87,16 @@ class Mamba(Layer):
       """The size of dt', from the width where it is not given."""
       return self.dt_rank or -(-width // 16)
 
-    def build(self, width: int, rngs: nnx.Rngs, site: Site) -> Mamba:
-      return Mamba(self, width, rngs, site)
+    def build(self, width: int, rngs: nnx.Rngs, position: LayerPosition) -> Mamba:
+      return Mamba(self, width, rngs, position)
 
     def state_size(self, width: int, max_len: int) -> int:
-      return self.expand * width * (self.taps - 1 + self.state)
+      return self.expand * width * (self.d_conv - 1 + self.state)
 
     @classmethod
     def examples(cls) -> tuple[Mamba.Config, ...]:
       return (
-        cls(state=4, expand=3, taps=3, dt_rank=5),
+        cls(state=4, expand=3, d_conv=3, dt_rank=5),
         cls(state=3, bias=True, conv_bias=False, inner_norm=RMSNorm.Config()),
       )
 
@@ -104,12 +104,12 @@ class Mamba(Layer):
       # 3 for the decay, 4 for the update, 2 for the output
       return 9.0 * self.expand * width * self.state
 
-  def __init__(self, config: Mamba.Config, width: int, rngs: nnx.Rngs, site: Site):
+  def __init__(self, config: Mamba.Config, width: int, rngs: nnx.Rngs, position: LayerPosition):
     c, inner, R = config, config.expand * width, config.rank(width)
     self.config, self.rank = c, R
 
     def weight(init: Init, fan_in: int, shape: tuple[int, ...], *axes: str):
-      return param(init(rngs.params(), shape, fan_in, site), axes)
+      return param(init(rngs.params(), shape, fan_in, position), axes)
 
     def bias(size: int, axis: str):
       return param(jnp.zeros(size), (axis,), decay=False) if c.bias else None
@@ -122,16 +122,16 @@ class Mamba(Layer):
       weight(c.init, width, (width, inner), 'embed', 'inner'),
       bias(inner, 'inner'),
     )
-    self.w_conv = weight(c.init, c.taps, (c.taps, inner), 'state', 'inner')
+    self.w_conv = weight(c.init, c.d_conv, (c.d_conv, inner), 'state', 'inner')
     self.b_conv = (
-      param(c.init(rngs.params(), (inner,), c.taps, site), ('inner',), decay=False)
+      param(c.init(rngs.params(), (inner,), c.d_conv, position), ('inner',), decay=False)
       if c.conv_bias
       else None
     )
     self.w_s = weight(c.init, inner, (inner, R + 2 * c.state), 'inner', 'state')
     self.w_dt = weight(c.init, R, (R, inner), 'state', 'inner')
     self.b_dt = param(
-      c.dt_init(rngs.params(), (inner,), R, site), ('inner',), decay=False, full_precision=True
+      c.dt_init(rngs.params(), (inner,), R, position), ('inner',), decay=False, full_precision=True
     )
     rates = jnp.broadcast_to(jnp.arange(1.0, c.state + 1)[None], (inner, c.state))  # S4D-Real
     self.A_log = param(
@@ -151,7 +151,7 @@ class Mamba(Layer):
   def init_state(self, batch: int, max_len: int) -> MambaState:
     inner, N = self.A_log.shape[-2:]
     return MambaState(
-      jnp.zeros((batch, self.config.taps - 1, inner), self.w_x[...].dtype),
+      jnp.zeros((batch, self.config.d_conv - 1, inner), self.w_x[...].dtype),
       jnp.zeros((batch, inner, N), jnp.float32),
     )
 

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 from jaxformer.config import InputError
 from jaxformer.layers.init import FanInUniform, Init, ResidualUniform
-from jaxformer.layers.layer import Context, Layer, LayerConfig, Output, Site, starts_BT
+from jaxformer.layers.layer import Context, Layer, LayerConfig, LayerPosition, Output, starts_BT
 from jaxformer.layers.mamba import StepBias
 from jaxformer.ops.convolution import short_convolution
 from jaxformer.ops.linear import linear
@@ -30,7 +30,7 @@ class LogUniformRate(Init):
   def validate(self):
     self.require(0 < self.low <= self.high, 'low', f'positive and at most high = {self.high}')
 
-  def __call__(self, key, shape, fan_in, site):
+  def __call__(self, key, shape, fan_in, position):
     return jnp.log(jax.random.uniform(key, shape, jnp.float32, self.low, self.high))
 
 
@@ -59,10 +59,10 @@ class Mamba2(Layer):
       expand: channels inside the layer, as a multiple of the width.
       head_dim: channels of a head.
       groups: of heads that share B and C.
-      taps: of the convolution, the present input among them.
+      d_conv: of the convolution, the present input among them.
       bias: offsets on the projections in and out; `conv_bias`: of the convolution.
       norm_eps: of the gated norm.
-      init: of the projections, the convolution and its offset; `out_init`: of the projection out;
+      init: of the projections, the convolution and its bias; `out_init`: of the projection out;
         `dt_init`: of b_dt; `rate_init`: of A_log.
     """
 
@@ -70,7 +70,7 @@ class Mamba2(Layer):
     expand: int = 2
     head_dim: int = 64
     groups: int = 1
-    taps: int = 4
+    d_conv: int = 4
     bias: bool = False
     conv_bias: bool = True
     norm_eps: float = 1e-5
@@ -80,7 +80,7 @@ class Mamba2(Layer):
     rate_init: Init = LogUniformRate()
 
     def validate(self):
-      for field in ('state', 'expand', 'head_dim', 'groups', 'taps'):
+      for field in ('state', 'expand', 'head_dim', 'groups', 'd_conv'):
         self.require(getattr(self, field) > 0, field, 'positive')
 
     def heads(self, width: int) -> int:
@@ -97,18 +97,18 @@ class Mamba2(Layer):
         )
       return heads
 
-    def build(self, width: int, rngs: nnx.Rngs, site: Site) -> Mamba2:
-      return Mamba2(self, width, rngs, site)
+    def build(self, width: int, rngs: nnx.Rngs, position: LayerPosition) -> Mamba2:
+      return Mamba2(self, width, rngs, position)
 
     def state_size(self, width: int, max_len: int) -> int:
-      return (self.taps - 1) * (
+      return (self.d_conv - 1) * (
         self.expand * width + 2 * self.groups * self.state
       ) + self.expand * width * self.state
 
     @classmethod
     def examples(cls) -> tuple[Mamba2.Config, ...]:
       return (
-        cls(state=4, expand=3, head_dim=16, taps=3, norm_eps=1e-3),
+        cls(state=4, expand=3, head_dim=16, d_conv=3, norm_eps=1e-3),
         cls(state=8, head_dim=8, groups=4, bias=True, conv_bias=False),
       )
 
@@ -119,7 +119,7 @@ class Mamba2(Layer):
       seen = (chunk + 1) / 2 if causal else chunk
       return 2.0 * seen * (self.groups * self.state + inner) + 4.0 * inner * self.state
 
-  def __init__(self, config: Mamba2.Config, width: int, rngs: nnx.Rngs, site: Site):
+  def __init__(self, config: Mamba2.Config, width: int, rngs: nnx.Rngs, position: LayerPosition):
     c, inner, H, maps = (
       config,
       config.expand * width,
@@ -129,14 +129,14 @@ class Mamba2(Layer):
     self.config = c
 
     def weight(init: Init, fan_in: int, shape: tuple[int, ...], *axes: str | None):
-      return param(init(rngs.params(), shape, fan_in, site), axes)
+      return param(init(rngs.params(), shape, fan_in, position), axes)
 
     def bias(size: int, axis: str):
       return param(jnp.zeros(size), (axis,), decay=False) if c.bias else None
 
     def conv_bias(size: int, axis: str):
       return (
-        param(c.init(rngs.params(), (size,), c.taps, site), (axis,), decay=False)
+        param(c.init(rngs.params(), (size,), c.d_conv, position), (axis,), decay=False)
         if c.conv_bias
         else None
       )
@@ -158,15 +158,15 @@ class Mamba2(Layer):
     )
     self.w_dt, self.b_dt_in = weight(c.init, width, (width, H), 'embed', 'heads'), bias(H, 'heads')
     self.conv_x, self.conv_b_x = (
-      weight(c.init, c.taps, (c.taps, inner), 'state', 'inner'),
+      weight(c.init, c.d_conv, (c.d_conv, inner), 'state', 'inner'),
       conv_bias(inner, 'inner'),
     )
     self.conv_bc, self.conv_b_bc = (
-      weight(c.init, c.taps, (c.taps, maps), 'state', None),
+      weight(c.init, c.d_conv, (c.d_conv, maps), 'state', None),
       conv_bias(maps, 'state'),
     )
-    self.b_dt = vector(c.dt_init(rngs.params(), (H,), width, site))
-    self.A_log = vector(c.rate_init(rngs.params(), (H,), width, site))
+    self.b_dt = vector(c.dt_init(rngs.params(), (H,), width, position))
+    self.A_log = vector(c.rate_init(rngs.params(), (H,), width, position))
     self.D = vector(jnp.ones(H))
     self.scale = param(jnp.ones(inner), ('inner',), decay=False)
     self.w_out, self.b_out = (
@@ -182,8 +182,8 @@ class Mamba2(Layer):
       self.A_log.shape[-1],
     )
     return Mamba2State(
-      jnp.zeros((batch, c.taps - 1, inner), dtype),
-      jnp.zeros((batch, c.taps - 1, 2 * c.groups * c.state), dtype),
+      jnp.zeros((batch, c.d_conv - 1, inner), dtype),
+      jnp.zeros((batch, c.d_conv - 1, 2 * c.groups * c.state), dtype),
       jnp.zeros((batch, H, c.head_dim, c.state), jnp.float32),
     )
 

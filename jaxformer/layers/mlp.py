@@ -12,7 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from jaxformer.layers.init import Init, Normal
-from jaxformer.layers.layer import Context, Layer, LayerConfig, Output, Site, dropout
+from jaxformer.layers.layer import Context, Layer, LayerConfig, LayerPosition, Output, dropout
 from jaxformer.ops.linear import linear
 from jaxformer.sharding import param, shard
 
@@ -62,12 +62,14 @@ class MlpConfig(LayerConfig, abstract=True):
 class FeedForward(Layer):
   """Base of the two: one with a gate and one without."""
 
-  def __init__(self, config: MlpConfig, width: int, rngs: nnx.Rngs, site: Site, *, gated: bool):
+  def __init__(
+    self, config: MlpConfig, width: int, rngs: nnx.Rngs, position: LayerPosition, *, gated: bool
+  ):
     c, F = config, config.hidden
     self.config = c
 
     def weight_in():
-      return param(c.init(rngs.params(), (width, F), width, site), ('embed', 'mlp'))
+      return param(c.init(rngs.params(), (width, F), width, position), ('embed', 'mlp'))
 
     def bias(size: int, axis: str):
       return param(jnp.zeros(size), (axis,), decay=False) if c.bias else None
@@ -75,7 +77,7 @@ class FeedForward(Layer):
     self.w_in, self.b_in = weight_in(), bias(F, 'mlp')
     self.w_gate, self.b_gate = (weight_in(), bias(F, 'mlp')) if gated else (None, None)
     self.w_out, self.b_out = (
-      param(c.out_init(rngs.params(), (F, width), F, site), ('mlp', 'embed')),
+      param(c.out_init(rngs.params(), (F, width), F, position), ('mlp', 'embed')),
       bias(width, 'norm'),
     )
 
@@ -100,8 +102,8 @@ class Mlp(FeedForward):
   """y = act(x W_in + b_in) W_out + b_out (Vaswani et al. 2017, section 3.3)."""
 
   class Config(MlpConfig):
-    def build(self, width: int, rngs: nnx.Rngs, site: Site) -> Mlp:
-      return Mlp(self, width, rngs, site, gated=False)
+    def build(self, width: int, rngs: nnx.Rngs, position: LayerPosition) -> Mlp:
+      return Mlp(self, width, rngs, position, gated=False)
 
 
 class GatedMlp(FeedForward):
@@ -112,5 +114,5 @@ class GatedMlp(FeedForward):
   class Config(MlpConfig):
     activation: ActivationName = 'silu'
 
-    def build(self, width: int, rngs: nnx.Rngs, site: Site) -> GatedMlp:
-      return GatedMlp(self, width, rngs, site, gated=True)
+    def build(self, width: int, rngs: nnx.Rngs, position: LayerPosition) -> GatedMlp:
+      return GatedMlp(self, width, rngs, position, gated=True)

@@ -12,7 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from jaxformer.config import Config, InputError
-from jaxformer.layers.layer import Context, Layer, LayerConfig, Output, Site
+from jaxformer.layers.layer import Context, Layer, LayerConfig, LayerPosition, Output
 from jaxformer.layers.mlp import ACTIVATIONS, ActivationName, GatedMlp, Mlp, MlpConfig
 from jaxformer.layers.router import (
   BiasBalanced,
@@ -26,8 +26,8 @@ from jaxformer.layers.router import (
   TopKSoftmax,
 )
 from jaxformer.ops import moe
-from jaxformer.ops.context import time_axes
 from jaxformer.ops.routing import load_of, places, within
+from jaxformer.ops.sequence_parallel import time_axes
 from jaxformer.sharding import param
 
 
@@ -86,12 +86,18 @@ class ExpertWeights(nnx.Module):
   """The weights of E feed-forward layers, stacked; each is drawn by itself."""
 
   def __init__(
-    self, config: MlpConfig, experts: int, active: float, width: int, rngs: nnx.Rngs, site: Site
+    self,
+    config: MlpConfig,
+    experts: int,
+    active: float,
+    width: int,
+    rngs: nnx.Rngs,
+    position: LayerPosition,
   ):
     F = config.hidden
 
     def weight(init, shape: tuple[int, int], *axes: str) -> nnx.Param:
-      drawn = jax.vmap(lambda key: init(key, shape, shape[0], site))(
+      drawn = jax.vmap(lambda key: init(key, shape, shape[0], position))(
         jax.random.split(rngs.params(), experts)
       )
       return param(drawn, ('experts', *axes), active=active)
@@ -155,8 +161,8 @@ class Moe(Layer):
       )
       self.require((self.dispatch is None) == chooses, 'dispatch', accepted)
 
-    def build(self, width: int, rngs: nnx.Rngs, site: Site) -> Moe:
-      return Moe(self, width, rngs, site)
+    def build(self, width: int, rngs: nnx.Rngs, position: LayerPosition) -> Moe:
+      return Moe(self, width, rngs, position)
 
     @property
     def decodes(self) -> bool:
@@ -186,13 +192,13 @@ class Moe(Layer):
         cls(experts=4, expert=gated, router=ExpertChoice.Config(choices=4.0), dispatch=None),
       )
 
-  def __init__(self, config: Moe.Config, width: int, rngs: nnx.Rngs, site: Site):
+  def __init__(self, config: Moe.Config, width: int, rngs: nnx.Rngs, position: LayerPosition):
     c = config
     self.config = c
-    self.router = c.router.build(width, c.experts, rngs, site)
+    self.router = c.router.build(width, c.experts, rngs, position)
     active = c.router.per_token(c.experts) / c.experts
-    self.experts = ExpertWeights(c.expert, c.experts, active, width, rngs, site)
-    self.shared = None if c.shared is None else c.shared.build(width, rngs, site)
+    self.experts = ExpertWeights(c.expert, c.experts, active, width, rngs, position)
+    self.shared = None if c.shared is None else c.shared.build(width, rngs, position)
 
   def init_state(self, batch: int, max_len: int) -> tuple[()]:
     if not self.config.decodes:

@@ -43,8 +43,8 @@ class RMSNorm(nnx.Module):
 
 
 class LayerNorm(nnx.Module):
-  """y = (x - mean(x)) / sqrt(var(x) + eps) * scale + offset (Ba et al. 2016); `bias` False leaves
-  out the offset."""
+  """y = (x - mean(x)) / sqrt(var(x) + eps) * scale + bias (Ba et al. 2016); `bias` False leaves
+  out the bias."""
 
   class Config(NormConfig):
     bias: bool = True
@@ -55,20 +55,20 @@ class LayerNorm(nnx.Module):
   def __init__(self, config: LayerNorm.Config, width: int):
     self.eps = config.eps
     self.scale = param(jnp.ones(width), ('norm',), decay=False)
-    self.offset = param(jnp.zeros(width), ('norm',), decay=False) if config.bias else None
+    self.bias = param(jnp.zeros(width), ('norm',), decay=False) if config.bias else None
 
   def __call__(self, x: Float[Array, '*B D']) -> Float[Array, '*B D']:
     x32 = x.astype(jnp.float32)
     centred = x32 - jnp.mean(x32, axis=-1, keepdims=True)
     y = centred * jax.lax.rsqrt(jnp.mean(jnp.square(centred), axis=-1, keepdims=True) + self.eps)
     y = _scaled(y.astype(x.dtype), self.scale[...])
-    return y if self.offset is None else y + self.offset[...].reshape((1,) * (x.ndim - 1) + (-1,))
+    return y if self.bias is None else y + self.bias[...].reshape((1,) * (x.ndim - 1) + (-1,))
 
 
 class HeadNorm(nnx.Module):
-  """LayerNorm of each head by itself, with a scale and an offset for every channel of all heads (Wu
+  """LayerNorm of each head by itself, with a scale and a bias for every channel of all heads (Wu
   and He 2018 with a group a head; RWKV-5 to 7): y_h = (x_h - mean(x_h)) / sqrt(var(x_h) + eps),
-  flattened, then * scale + offset."""
+  flattened, then * scale + bias."""
 
   class Config(NormConfig):
     def build(self, width: int) -> HeadNorm:
@@ -77,11 +77,11 @@ class HeadNorm(nnx.Module):
   def __init__(self, config: HeadNorm.Config, width: int):
     self.eps = config.eps
     self.scale = param(jnp.ones(width), ('norm',), decay=False)
-    self.offset = param(jnp.zeros(width), ('norm',), decay=False)
+    self.bias = param(jnp.zeros(width), ('norm',), decay=False)
 
   def __call__(self, x: Float[Array, '*B H K']) -> Float[Array, '*B D']:
     x32 = x.astype(jnp.float32)
     centred = x32 - jnp.mean(x32, axis=-1, keepdims=True)
     y = centred * jax.lax.rsqrt(jnp.mean(jnp.square(centred), axis=-1, keepdims=True) + self.eps)
     y = _scaled(y.astype(x.dtype).reshape(*x.shape[:-2], -1), self.scale[...])
-    return y + self.offset[...].reshape((1,) * (y.ndim - 1) + (-1,))
+    return y + self.bias[...].reshape((1,) * (y.ndim - 1) + (-1,))

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxformer.config import Config
 from jaxformer.layers.init import Init, Normal
-from jaxformer.layers.layer import Site
+from jaxformer.layers.layer import LayerPosition
 from jaxformer.sharding import param
 
 # ---- inside attention --------------------------------------------------------------------------
@@ -89,7 +89,7 @@ class PositionConfig(Config, abstract=True):
 
   bounded: ClassVar[bool] = False  # whether there are none beyond the model's context
 
-  def build(self, width: int, context: int, rngs: nnx.Rngs) -> nnx.Module:
+  def build(self, width: int, context_length: int, rngs: nnx.Rngs) -> nnx.Module:
     raise NotImplementedError
 
 
@@ -101,12 +101,14 @@ class LearnedPositions(nnx.Module):
 
     bounded: ClassVar[bool] = True
 
-    def build(self, width: int, context: int, rngs: nnx.Rngs) -> LearnedPositions:
-      return LearnedPositions(self, width, context, rngs)
+    def build(self, width: int, context_length: int, rngs: nnx.Rngs) -> LearnedPositions:
+      return LearnedPositions(self, width, context_length, rngs)
 
-  def __init__(self, config: LearnedPositions.Config, width: int, context: int, rngs: nnx.Rngs):
+  def __init__(
+    self, config: LearnedPositions.Config, width: int, context_length: int, rngs: nnx.Rngs
+  ):
     self.table = param(
-      config.init(rngs.params(), (context, width), context, Site()),
+      config.init(rngs.params(), (context_length, width), context_length, LayerPosition()),
       ('positions', 'embed'),
       matmul=False,
     )
@@ -128,7 +130,7 @@ class SinusoidalPositions(nnx.Module):
 
     halves: bool = False
 
-    def build(self, width: int, context: int, rngs: nnx.Rngs) -> SinusoidalPositions:
+    def build(self, width: int, context_length: int, rngs: nnx.Rngs) -> SinusoidalPositions:
       return SinusoidalPositions(self, width)
 
   def __init__(self, config: SinusoidalPositions.Config, width: int):

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxformer.config import Config, InputError
 from jaxformer.layers.init import Init, Normal, Zeros
-from jaxformer.layers.layer import Context, Site
+from jaxformer.layers.layer import Context, LayerPosition
 from jaxformer.ops.routing import balance_loss, cv_squared, load_of, noisy_load, nudge, z_loss
 from jaxformer.sharding import param
 
@@ -72,7 +72,7 @@ class RouterConfig(Config, abstract=True):
         getattr(self, field) is None or getattr(self, field) > 0, field, 'positive, or none'
       )
 
-  def build(self, width: int, experts: int, rngs: nnx.Rngs, site: Site) -> Router:
+  def build(self, width: int, experts: int, rngs: nnx.Rngs, position: LayerPosition) -> Router:
     raise NotImplementedError
 
   @property
@@ -91,12 +91,14 @@ class RouterConfig(Config, abstract=True):
 class Router(nnx.Module):
   """Base of the routers: logits = x W, fp32."""
 
-  def __init__(self, config: RouterConfig, width: int, experts: int, rngs: nnx.Rngs, site: Site):
+  def __init__(
+    self, config: RouterConfig, width: int, experts: int, rngs: nnx.Rngs, position: LayerPosition
+  ):
     self.config: Any = config  # of the subclass
     self.experts = experts
     # Replicated over the experts' mesh axis: all are compared for each token.
     self.w = param(
-      config.init(rngs.params(), (width, experts), width, site),
+      config.init(rngs.params(), (width, experts), width, position),
       ('embed', None),
       full_precision=True,
     )
@@ -163,8 +165,10 @@ class TopKSoftmax(Router):
       super().validate()
       self.require(self.k > 1, 'k', 'at least 2: the weight of a single expert would always be 1')
 
-    def build(self, width: int, experts: int, rngs: nnx.Rngs, site: Site) -> TopKSoftmax:
-      return TopKSoftmax(self, width, experts, rngs, site)
+    def build(
+      self, width: int, experts: int, rngs: nnx.Rngs, position: LayerPosition
+    ) -> TopKSoftmax:
+      return TopKSoftmax(self, width, experts, rngs, position)
 
   def __call__(self, x_BTD: Float[Array, 'B T D'], ctx: Context) -> Choice:
     logits = self.logits(x_BTD)
@@ -179,8 +183,10 @@ class SoftmaxTopK(Router):
   Jamba)."""
 
   class Config(TokenChoiceConfig):
-    def build(self, width: int, experts: int, rngs: nnx.Rngs, site: Site) -> SoftmaxTopK:
-      return SoftmaxTopK(self, width, experts, rngs, site)
+    def build(
+      self, width: int, experts: int, rngs: nnx.Rngs, position: LayerPosition
+    ) -> SoftmaxTopK:
+      return SoftmaxTopK(self, width, experts, rngs, position)
 
   def __call__(self, x_BTD: Float[Array, 'B T D'], ctx: Context) -> Choice:
     logits = self.logits(x_BTD)
@@ -206,8 +212,10 @@ class SwitchRouter(Router):
       super().validate()
       self.require(0 <= self.jitter < 1, 'jitter', 'at least 0 and below 1')
 
-    def build(self, width: int, experts: int, rngs: nnx.Rngs, site: Site) -> SwitchRouter:
-      return SwitchRouter(self, width, experts, rngs, site)
+    def build(
+      self, width: int, experts: int, rngs: nnx.Rngs, position: LayerPosition
+    ) -> SwitchRouter:
+      return SwitchRouter(self, width, experts, rngs, position)
 
     def per_token(self, experts: int) -> float:
       return 1
@@ -256,15 +264,20 @@ class NoisyTopK(Router):
       if self.k >= experts:
         raise InputError(f'{self.tag}.k = {self.k}: must be below the number of experts, {experts}')
 
-    def build(self, width: int, experts: int, rngs: nnx.Rngs, site: Site) -> NoisyTopK:
-      return NoisyTopK(self, width, experts, rngs, site)
+    def build(self, width: int, experts: int, rngs: nnx.Rngs, position: LayerPosition) -> NoisyTopK:
+      return NoisyTopK(self, width, experts, rngs, position)
 
   def __init__(
-    self, config: NoisyTopK.Config, width: int, experts: int, rngs: nnx.Rngs, site: Site
+    self,
+    config: NoisyTopK.Config,
+    width: int,
+    experts: int,
+    rngs: nnx.Rngs,
+    position: LayerPosition,
   ):
-    super().__init__(config, width, experts, rngs, site)
+    super().__init__(config, width, experts, rngs, position)
     self.w_noise = param(
-      config.init(rngs.params(), (width, experts), width, site),
+      config.init(rngs.params(), (width, experts), width, position),
       ('embed', None),
       full_precision=True,
     )
@@ -315,13 +328,20 @@ class BiasBalanced(Router):
       self.require(self.scale > 0, 'scale', 'positive')
       self.require(self.bias_rate > 0, 'bias_rate', 'positive')
 
-    def build(self, width: int, experts: int, rngs: nnx.Rngs, site: Site) -> BiasBalanced:
-      return BiasBalanced(self, width, experts, rngs, site)
+    def build(
+      self, width: int, experts: int, rngs: nnx.Rngs, position: LayerPosition
+    ) -> BiasBalanced:
+      return BiasBalanced(self, width, experts, rngs, position)
 
   def __init__(
-    self, config: BiasBalanced.Config, width: int, experts: int, rngs: nnx.Rngs, site: Site
+    self,
+    config: BiasBalanced.Config,
+    width: int,
+    experts: int,
+    rngs: nnx.Rngs,
+    position: LayerPosition,
   ):
-    super().__init__(config, width, experts, rngs, site)
+    super().__init__(config, width, experts, rngs, position)
     self.bias = param(
       jnp.zeros(experts),
       (None,),
@@ -363,8 +383,10 @@ class ExpertChoice(Router):
       self.require(self.choices > 0, 'choices', 'positive')
       self.require(self.balance is None, 'balance', 'none: experts that choose are always balanced')
 
-    def build(self, width: int, experts: int, rngs: nnx.Rngs, site: Site) -> ExpertChoice:
-      return ExpertChoice(self, width, experts, rngs, site)
+    def build(
+      self, width: int, experts: int, rngs: nnx.Rngs, position: LayerPosition
+    ) -> ExpertChoice:
+      return ExpertChoice(self, width, experts, rngs, position)
 
     @property
     def causal(self) -> bool:

@@ -17,18 +17,18 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from jaxformer.layers.init import Init, Orthogonal, Zeros
-from jaxformer.layers.layer import Context, Layer, LayerConfig, Output, Site, starts_BT
+from jaxformer.layers.layer import Context, Layer, LayerConfig, LayerPosition, Output, starts_BT
 from jaxformer.ops.linear import linear
-from jaxformer.ops.shift import last_token, token_shift
+from jaxformer.ops.token_shift import last_token, token_shift
 from jaxformer.sharding import param, shard
 
 # ---- initial values ----------------------------------------------------------------------------
 
 
-def depth(site: Site) -> tuple[Array, Array]:
+def depth(position: LayerPosition) -> tuple[Array, Array]:
   """How deep a block lies: from 0 to 1 over the blocks, and from 1 to almost 0."""
-  layer = jnp.asarray(site.layer, jnp.float32)
-  return layer / max(site.layers - 1, 1), 1.0 - layer / site.layers
+  layer = jnp.asarray(position.index, jnp.float32)
+  return layer / max(position.depth - 1, 1), 1.0 - layer / position.depth
 
 
 def vector(value: Array, **metadata: Any) -> nnx.Param:
@@ -90,7 +90,7 @@ def move(x_BTD: Array, change_BTD: Array, mix: nnx.Param | Array) -> Array:
 
 
 class LowRank(nnx.Module):
-  """f(x) = offset + activation(x A) B, with A [D, R] from zero and B [R, D] small: a function of
+  """f(x) = bias + activation(x A) B, with A [D, R] from zero and B [R, D] small: a function of
   the token that starts constant."""
 
   def __init__(
@@ -98,27 +98,29 @@ class LowRank(nnx.Module):
     width: int,
     rank: int,
     rngs: nnx.Rngs,
-    site: Site,
-    offset: Array | None = None,
+    position: LayerPosition,
+    bias: Array | None = None,
     *,
     init: Init = SMALL,
     lr_scale: float = 1.0,
     full_precision: bool = False,
   ):
-    """`init` is that of B; `lr_scale` and `full_precision` are those of the offset."""
+    """`init` is that of B; `lr_scale` and `full_precision` are those of the bias."""
     self.down = param(jnp.zeros((width, rank)), ('embed', 'state'), decay=False)
-    self.up = param(init(rngs.params(), (rank, width), rank, site), ('state', 'heads'), decay=False)
-    self.offset = (
-      None if offset is None else vector(offset, lr_scale=lr_scale, full_precision=full_precision)
+    self.up = param(
+      init(rngs.params(), (rank, width), rank, position), ('state', 'heads'), decay=False
+    )
+    self.bias = (
+      None if bias is None else vector(bias, lr_scale=lr_scale, full_precision=full_precision)
     )
 
   def __call__(self, x_BTD: Array, activation: Callable[[Array], Array] = lambda h: h) -> Array:
-    """In fp32 where there is an offset, else in the type of x."""
+    """In fp32 where there is a bias, else in the type of x."""
     y = linear(activation(linear(x_BTD, self.down[...])), self.up[...])
     return (
       y
-      if self.offset is None
-      else y.astype(jnp.float32) + self.offset[...].astype(jnp.float32)[None, None]
+      if self.bias is None
+      else y.astype(jnp.float32) + self.bias[...].astype(jnp.float32)[None, None]
     )
 
 
@@ -162,13 +164,13 @@ class ChannelMix(Layer):
     """x'."""
     raise NotImplementedError
 
-  def __init__(self, config: ChannelMixConfig, width: int, rngs: nnx.Rngs, site: Site):
+  def __init__(self, config: ChannelMixConfig, width: int, rngs: nnx.Rngs, position: LayerPosition):
     c, D, F = config, width, config.hidden
-    begin = self.first_mix(ramp(D, depth(site)[1]))
+    begin = self.first_mix(ramp(D, depth(position)[1]))
     self.mix_k, self.mix_r = vector(begin), vector(begin)
-    self.wk = param(c.init(rngs.params(), (D, F), D, site), ('embed', 'mlp'))
-    self.wv = param(c.out_init(rngs.params(), (F, D), F, site), ('mlp', 'embed'))
-    self.wr = param(c.out_init(rngs.params(), (D, D), D, site), ('embed', 'mlp'))
+    self.wk = param(c.init(rngs.params(), (D, F), D, position), ('embed', 'mlp'))
+    self.wv = param(c.out_init(rngs.params(), (F, D), F, position), ('mlp', 'embed'))
+    self.wr = param(c.out_init(rngs.params(), (D, D), D, position), ('embed', 'mlp'))
 
   def init_state(self, batch: int, max_len: int) -> LastToken:
     return LastToken(jnp.zeros((batch, self.wk.shape[0]), self.wk[...].dtype))

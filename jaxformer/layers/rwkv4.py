@@ -18,7 +18,7 @@ from jaxtyping import Array, Float
 
 from jaxformer.config import InputError
 from jaxformer.layers.init import Init, Orthogonal, Zeros
-from jaxformer.layers.layer import Context, Layer, LayerConfig, Output, Site, starts_BT
+from jaxformer.layers.layer import Context, Layer, LayerConfig, LayerPosition, Output, starts_BT
 from jaxformer.layers.rwkv import (
   ChannelMix,
   ChannelMixConfig,
@@ -31,7 +31,7 @@ from jaxformer.layers.rwkv import (
   zigzag,
 )
 from jaxformer.ops.linear import linear
-from jaxformer.ops.shift import last_token
+from jaxformer.ops.token_shift import last_token
 from jaxformer.ops.wkv4 import Wkv4State, wkv4
 from jaxformer.sharding import param, shard
 
@@ -72,8 +72,8 @@ class TimeMix4(Layer):
     key_init: Init = Zeros()
     out_init: Init = Zeros()
 
-    def build(self, width: int, rngs: nnx.Rngs, site: Site) -> TimeMix4:
-      return TimeMix4(self, width, rngs, site)
+    def build(self, width: int, rngs: nnx.Rngs, position: LayerPosition) -> TimeMix4:
+      return TimeMix4(self, width, rngs, position)
 
     def state_size(self, width: int, max_len: int) -> int:
       return 4 * width
@@ -83,19 +83,19 @@ class TimeMix4(Layer):
       # quotient
       return 11.0 * width
 
-  def __init__(self, config: TimeMix4.Config, width: int, rngs: nnx.Rngs, site: Site):
+  def __init__(self, config: TimeMix4.Config, width: int, rngs: nnx.Rngs, position: LayerPosition):
     c, D = config, width
     if D < 2:
       raise InputError(f'width = {D}: TimeMix4 needs at least 2')
-    deep, shallow = depth(site)
+    deep, shallow = depth(position)
     self.mix_k, self.mix_v = vector(ramp(D, shallow)), vector(ramp(D, shallow) + 0.3 * deep)
     self.mix_r = vector(ramp(D, 0.5 * shallow))
     self.decay = vector(-5.0 + 8.0 * decay_ramp(D, deep), lr_scale=2.0, full_precision=True)
     self.bonus = vector(math.log(0.3) + 0.5 * zigzag(D), lr_scale=3.0, full_precision=True)
-    self.wr = param(c.key_init(rngs.params(), (D, D), D, site), ('embed', 'heads'))
-    self.wk = param(c.key_init(rngs.params(), (D, D), D, site), ('embed', 'heads'))
-    self.wv = param(c.init(rngs.params(), (D, D), D, site), ('embed', 'heads'))
-    self.wo = param(c.out_init(rngs.params(), (D, D), D, site), ('heads', 'embed'))
+    self.wr = param(c.key_init(rngs.params(), (D, D), D, position), ('embed', 'heads'))
+    self.wk = param(c.key_init(rngs.params(), (D, D), D, position), ('embed', 'heads'))
+    self.wv = param(c.init(rngs.params(), (D, D), D, position), ('embed', 'heads'))
+    self.wo = param(c.out_init(rngs.params(), (D, D), D, position), ('heads', 'embed'))
 
   def init_state(self, batch: int, max_len: int) -> TimeMix4State:
     D = self.wr.shape[0]
@@ -136,8 +136,8 @@ class ChannelMix4(ChannelMix):
 
     init: Init = Orthogonal()
 
-    def build(self, width: int, rngs: nnx.Rngs, site: Site) -> ChannelMix4:
-      return ChannelMix4(self, width, rngs, site)
+    def build(self, width: int, rngs: nnx.Rngs, position: LayerPosition) -> ChannelMix4:
+      return ChannelMix4(self, width, rngs, position)
 
   def first_mix(self, ramp_D):
     return ramp_D

@@ -16,11 +16,11 @@ from jaxtyping import Array, Float
 
 from jaxformer.config import InputError
 from jaxformer.layers.init import Init, Orthogonal, Zeros
-from jaxformer.layers.layer import Context, Layer, LayerConfig, Output, Site, starts_BT
+from jaxformer.layers.layer import Context, Layer, LayerConfig, LayerPosition, Output, starts_BT
 from jaxformer.layers.norm import HeadNorm
 from jaxformer.layers.rwkv import decay_ramp, depth, keep, ramp, shifted, vector, zigzag
 from jaxformer.ops.linear import linear
-from jaxformer.ops.shift import last_token
+from jaxformer.ops.token_shift import last_token
 from jaxformer.ops.wkv6 import wkv6
 from jaxformer.sharding import param, shard
 
@@ -65,26 +65,26 @@ class MatrixMix(Layer):
   """Base of the time mixing of RWKV-5 and 6: everything but how inputs are mixed and where the
   decays come from."""
 
-  def __init__(self, config: MatrixMixConfig, width: int, rngs: nnx.Rngs, site: Site):
+  def __init__(self, config: MatrixMixConfig, width: int, rngs: nnx.Rngs, position: LayerPosition):
     c, D, K = config, width, config.head_dim
     if D % K or D < 2:
       raise InputError(f'width = {D} is not a multiple of {c.tag}.head_dim = {K}')
     self.config = c
-    deep = depth(site)[0]
+    deep = depth(position)[0]
     self.bonus = vector(
       deep * (1.0 - jnp.arange(D) / (D - 1)) + 0.1 * zigzag(D), full_precision=True
     )
-    self.wr = param(c.init(rngs.params(), (D, D), D, site), ('embed', 'heads'))
-    self.wk = param(c.key_init(rngs.params(), (D, D), D, site), ('embed', 'heads'))
-    self.wv = param(c.init(rngs.params(), (D, D), D, site), ('embed', 'heads'))
-    self.wg = param(c.key_init(rngs.params(), (D, D), D, site), ('embed', 'heads'))
-    self.wo = param(c.out_init(rngs.params(), (D, D), D, site), ('heads', 'embed'))
+    self.wr = param(c.init(rngs.params(), (D, D), D, position), ('embed', 'heads'))
+    self.wk = param(c.key_init(rngs.params(), (D, D), D, position), ('embed', 'heads'))
+    self.wv = param(c.init(rngs.params(), (D, D), D, position), ('embed', 'heads'))
+    self.wg = param(c.key_init(rngs.params(), (D, D), D, position), ('embed', 'heads'))
+    self.wo = param(c.out_init(rngs.params(), (D, D), D, position), ('heads', 'embed'))
     self.norm = c.norm.build(D)
-    self.norm.scale = vector(jnp.full(D, ((1.0 + site.layer) / site.layers) ** 0.7))
+    self.norm.scale = vector(jnp.full(D, ((1.0 + position.index) / position.depth) ** 0.7))
 
-  def first_decay(self, width: int, site: Site) -> Float[Array, ' D']:
+  def first_decay(self, width: int, position: LayerPosition) -> Float[Array, ' D']:
     """What the decays begin with, as log(-log)."""
-    return -6.0 + 5.0 * decay_ramp(width, depth(site)[0])
+    return -6.0 + 5.0 * decay_ramp(width, depth(position)[0])
 
   def init_state(self, batch: int, max_len: int) -> MatrixMixState:
     D, K = self.wr.shape[0], self.config.head_dim
@@ -144,22 +144,22 @@ class TimeMix5(MatrixMix):
   """
 
   class Config(MatrixMixConfig):
-    def build(self, width: int, rngs: nnx.Rngs, site: Site) -> TimeMix5:
-      return TimeMix5(self, width, rngs, site)
+    def build(self, width: int, rngs: nnx.Rngs, position: LayerPosition) -> TimeMix5:
+      return TimeMix5(self, width, rngs, position)
 
     @classmethod
     def examples(cls) -> tuple[TimeMix5.Config, ...]:
       return (cls(head_dim=8, norm=HeadNorm.Config(eps=1e-3)),)
 
-  def __init__(self, config: TimeMix5.Config, width: int, rngs: nnx.Rngs, site: Site):
-    super().__init__(config, width, rngs, site)
-    deep, shallow = depth(site)
+  def __init__(self, config: TimeMix5.Config, width: int, rngs: nnx.Rngs, position: LayerPosition):
+    super().__init__(config, width, rngs, position)
+    deep, shallow = depth(position)
     self.mix_r, self.mix_k = vector(ramp(width, 0.5 * shallow)), vector(ramp(width, shallow))
     self.mix_v, self.mix_g = (
       vector(ramp(width, shallow) + 0.3 * deep),
       vector(ramp(width, 0.5 * shallow)),
     )
-    self.decay = vector(self.first_decay(width, site), lr_scale=2.0, full_precision=True)
+    self.decay = vector(self.first_decay(width, position), lr_scale=2.0, full_precision=True)
 
   def __call__(
     self, x_BTD: Float[Array, 'B T D'], ctx: Context, state: MatrixMixState | None = None

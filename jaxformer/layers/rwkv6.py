@@ -11,7 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from jaxformer.layers.init import Uniform
-from jaxformer.layers.layer import Context, Output, Site
+from jaxformer.layers.layer import Context, LayerPosition, Output
 from jaxformer.layers.norm import HeadNorm
 from jaxformer.layers.rwkv import (
   ChannelMix,
@@ -57,30 +57,30 @@ class TimeMix6(MatrixMix):
       for field in ('mix_rank', 'decay_rank'):
         self.require(getattr(self, field) > 0, field, 'positive')
 
-    def build(self, width: int, rngs: nnx.Rngs, site: Site) -> TimeMix6:
-      return TimeMix6(self, width, rngs, site)
+    def build(self, width: int, rngs: nnx.Rngs, position: LayerPosition) -> TimeMix6:
+      return TimeMix6(self, width, rngs, position)
 
     @classmethod
     def examples(cls) -> tuple[TimeMix6.Config, ...]:
       return (cls(head_dim=8, mix_rank=4, decay_rank=6, norm=HeadNorm.Config(eps=1e-3)),)
 
-  def __init__(self, config: TimeMix6.Config, width: int, rngs: nnx.Rngs, site: Site):
-    super().__init__(config, width, rngs, site)
+  def __init__(self, config: TimeMix6.Config, width: int, rngs: nnx.Rngs, position: LayerPosition):
+    super().__init__(config, width, rngs, position)
     D, R, small = width, config.mix_rank, Uniform(bound=0.01)
-    deep, shallow = depth(site)
+    deep, shallow = depth(position)
     self.mix_x, self.mix_w, self.mix_k = (vector(1.0 - ramp(D, shallow)) for _ in range(3))
     self.mix_v = vector(1.0 - (ramp(D, shallow) + 0.3 * deep))
     self.mix_r, self.mix_g = (vector(1.0 - ramp(D, 0.5 * shallow)) for _ in range(2))
     self.mix_down = param(jnp.zeros((D, len(MIXED) * R)), ('embed', 'state'), decay=False)
     self.mix_up = param(
-      small(rngs.params(), (len(MIXED), R, D), R, site), (None, 'state', 'embed'), decay=False
+      small(rngs.params(), (len(MIXED), R, D), R, position), (None, 'state', 'embed'), decay=False
     )
     self.decay = LowRank(
       D,
       config.decay_rank,
       rngs,
-      site,
-      self.first_decay(D, site),
+      position,
+      self.first_decay(D, position),
       init=small,
       lr_scale=2.0,
       full_precision=True,
@@ -110,8 +110,8 @@ class ChannelMix6(ChannelMix):
   (shift(x) - x) mix_z."""
 
   class Config(ChannelMixConfig):
-    def build(self, width: int, rngs: nnx.Rngs, site: Site) -> ChannelMix6:
-      return ChannelMix6(self, width, rngs, site)
+    def build(self, width: int, rngs: nnx.Rngs, position: LayerPosition) -> ChannelMix6:
+      return ChannelMix6(self, width, rngs, position)
 
   def first_mix(self, ramp_D):
     return 1.0 - ramp_D

@@ -17,11 +17,11 @@ from jaxtyping import Array, Float
 
 from jaxformer.config import InputError
 from jaxformer.layers.init import FanInUniform, Init, Zeros
-from jaxformer.layers.layer import Context, Layer, LayerConfig, Output, Site, starts_BT
+from jaxformer.layers.layer import Context, Layer, LayerConfig, LayerPosition, Output, starts_BT
 from jaxformer.layers.norm import HeadNorm
 from jaxformer.layers.rwkv import LastToken, LowRank, depth, move, ramp, shifted, vector
 from jaxformer.ops.linear import linear
-from jaxformer.ops.shift import last_token
+from jaxformer.ops.token_shift import last_token
 from jaxformer.ops.wkv7 import wkv7
 from jaxformer.sharding import param, shard
 
@@ -83,8 +83,8 @@ class TimeMix7(Layer):
         'positive, or none for the first of the stack',
       )
 
-    def build(self, width: int, rngs: nnx.Rngs, site: Site) -> TimeMix7:
-      return TimeMix7(self, width, rngs, site)
+    def build(self, width: int, rngs: nnx.Rngs, position: LayerPosition) -> TimeMix7:
+      return TimeMix7(self, width, rngs, position)
 
     def reads(self, width: int) -> dict[str, int]:
       return {} if self.value_rank is None else {FIRST_VALUES: width}
@@ -103,12 +103,12 @@ class TimeMix7(Layer):
         cls(head_dim=16, rate_rank=6, value_rank=5, norm=HeadNorm.Config(eps=1e-3)),
       )
 
-  def __init__(self, config: TimeMix7.Config, width: int, rngs: nnx.Rngs, site: Site):
+  def __init__(self, config: TimeMix7.Config, width: int, rngs: nnx.Rngs, position: LayerPosition):
     c, D, K = config, width, config.head_dim
     if D % K or D < 2:
       raise InputError(f'width = {D} is not a multiple of TimeMix7.head_dim = {K}')
     self.config = c
-    deep, shallow = depth(site)
+    deep, shallow = depth(position)
     self.mix_r, self.mix_w, self.mix_k = (
       vector(1.0 - ramp(D, e * shallow)) for e in (0.2, 0.9, 0.7)
     )
@@ -123,27 +123,27 @@ class TimeMix7(Layer):
       D,
       c.decay_rank,
       rngs,
-      site,
+      position,
       -5.5 + 6.0 * place ** (1.0 + deep**0.3) + 2.5 * zigzag,
       lr_scale=2.0,
       full_precision=True,
     )
-    self.rate = LowRank(D, c.rate_rank, rngs, site, -0.19 + 0.3 * zigzag + 0.4 * line)
+    self.rate = LowRank(D, c.rate_rank, rngs, position, -0.19 + 0.3 * zigzag + 0.4 * line)
     self.value = (
-      None if c.value_rank is None else LowRank(D, c.value_rank, rngs, site, 0.73 - 0.4 * line)
+      None if c.value_rank is None else LowRank(D, c.value_rank, rngs, position, 0.73 - 0.4 * line)
     )
-    self.gate = LowRank(D, c.gate_rank, rngs, site)
+    self.gate = LowRank(D, c.gate_rank, rngs, position)
     self.xi, self.alpha, self.rho = (
       vector(0.71 - 0.1 * line),
       vector(jnp.full(D, 1.02)),
       vector(jnp.full(D, -0.04)),
     )
-    self.wr = param(c.init(rngs.params(), (D, D), D, site), ('embed', 'heads'))
-    self.wk = param(c.key_init(rngs.params(), (D, D), D, site), ('embed', 'heads'))
-    self.wv = param(c.init(rngs.params(), (D, D), D, site), ('embed', 'heads'))
-    self.wo = param(c.out_init(rngs.params(), (D, D), D, site), ('heads', 'embed'))
+    self.wr = param(c.init(rngs.params(), (D, D), D, position), ('embed', 'heads'))
+    self.wk = param(c.key_init(rngs.params(), (D, D), D, position), ('embed', 'heads'))
+    self.wv = param(c.init(rngs.params(), (D, D), D, position), ('embed', 'heads'))
+    self.wo = param(c.out_init(rngs.params(), (D, D), D, position), ('heads', 'embed'))
     self.norm = c.norm.build(D)
-    self.norm.scale = vector(jnp.full(D, ((1.0 + site.layer) / site.layers) ** 0.7))
+    self.norm.scale = vector(jnp.full(D, ((1.0 + position.index) / position.depth) ** 0.7))
 
   def init_state(self, batch: int, max_len: int) -> TimeMix7State:
     D, K = self.wr.shape[0], self.config.head_dim
@@ -236,8 +236,8 @@ class ChannelMix7(Layer):
     def validate(self):
       self.require(self.hidden > 0, 'hidden', 'positive')
 
-    def build(self, width: int, rngs: nnx.Rngs, site: Site) -> ChannelMix7:
-      return ChannelMix7(self, width, rngs, site)
+    def build(self, width: int, rngs: nnx.Rngs, position: LayerPosition) -> ChannelMix7:
+      return ChannelMix7(self, width, rngs, position)
 
     def state_size(self, width: int, max_len: int) -> int:
       return width
@@ -246,11 +246,13 @@ class ChannelMix7(Layer):
     def examples(cls) -> tuple[ChannelMix7.Config, ...]:
       return (cls(hidden=48),)
 
-  def __init__(self, config: ChannelMix7.Config, width: int, rngs: nnx.Rngs, site: Site):
+  def __init__(
+    self, config: ChannelMix7.Config, width: int, rngs: nnx.Rngs, position: LayerPosition
+  ):
     F = config.hidden
-    self.mix_k = vector(1.0 - ramp(width, depth(site)[1] ** 4))
-    self.wk = param(config.init(rngs.params(), (width, F), width, site), ('embed', 'mlp'))
-    self.wv = param(config.out_init(rngs.params(), (F, width), F, site), ('mlp', 'embed'))
+    self.mix_k = vector(1.0 - ramp(width, depth(position)[1] ** 4))
+    self.wk = param(config.init(rngs.params(), (width, F), width, position), ('embed', 'mlp'))
+    self.wv = param(config.out_init(rngs.params(), (F, width), F, position), ('mlp', 'embed'))
 
   def init_state(self, batch: int, max_len: int) -> LastToken:
     return LastToken(jnp.zeros((batch, self.wk.shape[0]), self.wk[...].dtype))

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxformer.layers.layer import Site
+from jaxformer.layers.layer import LayerPosition
 from jaxformer.layers.state_space import (
   PairedConfig,
   StateSpace,
@@ -42,8 +42,8 @@ class S4(StateSpace):
       super().validate()
       self.require(self.length > 0, 'length', 'positive')
 
-    def build(self, width: int, rngs: nnx.Rngs, site: Site) -> S4:
-      return S4(self, width, rngs, site)
+    def build(self, width: int, rngs: nnx.Rngs, position: LayerPosition) -> S4:
+      return S4(self, width, rngs, position)
 
     @classmethod
     def examples(cls) -> tuple[S4.Config, ...]:
@@ -53,8 +53,8 @@ class S4(StateSpace):
       # the recurrence with real matrices
       return self.directions * width * self.d_state * (2.0 * self.d_state + 4.0)
 
-  def __init__(self, config: S4.Config, width: int, rngs: nnx.Rngs, site: Site):
-    super().__init__(config, width, rngs, site)
+  def __init__(self, config: S4.Config, width: int, rngs: nnx.Rngs, position: LayerPosition):
+    super().__init__(config, width, rngs, position)
     c, shape = config, (width, config.d_state // 2)
     self.length = c.length
     a, p, b = legs_dplr(c.d_state)

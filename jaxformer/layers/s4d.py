@@ -10,7 +10,7 @@ from flax import nnx
 from jaxtyping import Array
 
 from jaxformer.config import Config
-from jaxformer.layers.layer import Site
+from jaxformer.layers.layer import LayerPosition
 from jaxformer.layers.state_space import (
   PairedConfig,
   StateSpace,
@@ -105,8 +105,8 @@ class S4D(StateSpace):
     spectrum: Spectrum = Lin()
     discretisation: Discretisation = Zoh()
 
-    def build(self, width: int, rngs: nnx.Rngs, site: Site) -> S4D:
-      return S4D(self, width, rngs, site)
+    def build(self, width: int, rngs: nnx.Rngs, position: LayerPosition) -> S4D:
+      return S4D(self, width, rngs, position)
 
     @classmethod
     def examples(cls) -> tuple[S4D.Config, ...]:
@@ -114,8 +114,8 @@ class S4D(StateSpace):
         d_state=4, causal=False
       )
 
-  def __init__(self, config: S4D.Config, width: int, rngs: nnx.Rngs, site: Site):
-    super().__init__(config, width, rngs, site)
+  def __init__(self, config: S4D.Config, width: int, rngs: nnx.Rngs, position: LayerPosition):
+    super().__init__(config, width, rngs, position)
     c, shape = config, (width, config.d_state // 2)
     self.discretisation = c.discretisation
     a, b = (

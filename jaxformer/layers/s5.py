@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 
 from jaxformer.config import InputError
 from jaxformer.layers.init import FanInNormal, FanInUniform
-from jaxformer.layers.layer import Context, Layer, Output, Site, dropout, starts_BT
+from jaxformer.layers.layer import Context, Layer, LayerPosition, Output, dropout, starts_BT
 from jaxformer.layers.state_space import PairedConfig, paired, pairs, recurrent
 from jaxformer.ops.diagonal_scan import diagonal_scan
 from jaxformer.ops.hippo import legs_basis
@@ -44,8 +44,8 @@ class S5(Layer):
       fits = self.blocks > 0 and self.d_state % (2 * self.blocks) == 0
       self.require(fits, 'blocks', f'such that d_state = {self.d_state} is an even number for each')
 
-    def build(self, width: int, rngs: nnx.Rngs, site: Site) -> S5:
-      return S5(self, width, rngs, site)
+    def build(self, width: int, rngs: nnx.Rngs, position: LayerPosition) -> S5:
+      return S5(self, width, rngs, position)
 
     def state_size(self, width: int, max_len: int) -> int:
       return self.d_state
@@ -57,7 +57,7 @@ class S5(Layer):
     def examples(cls) -> tuple[S5.Config, ...]:
       return cls(d_state=8, blocks=2), cls(d_state=4, causal=False)
 
-  def __init__(self, config: S5.Config, width: int, rngs: nnx.Rngs, site: Site):
+  def __init__(self, config: S5.Config, width: int, rngs: nnx.Rngs, position: LayerPosition):
     c, (N, J), H = config, (config.d_state, config.blocks), width
     self.config, self.width = c, width
     a, v = legs_basis(N // J)
@@ -68,12 +68,12 @@ class S5(Layer):
     self.log_dt = recurrent(
       jax.random.uniform(rngs.params(), (N // 2,), jnp.float32, low, high), ('inner',), c.lr_scale
     )
-    b_JNH = FanInNormal()(rngs.params(), (J, N // J, H), H, site)
+    b_JNH = FanInNormal()(rngs.params(), (J, N // J, H), H, position)
     b = jnp.einsum('np,jnh->hjp', v_NP.conj(), b_JNH, precision='highest').reshape(H, N // 2)
     self.b = param(
       pairs(b), ('embed', 'inner', None), decay=False, lr_scale=c.lr_scale, full_precision=True
     )
-    c_JNRH = FanInNormal()(rngs.params(), (J, N // J, c.directions, H), N, site)
+    c_JNRH = FanInNormal()(rngs.params(), (J, N // J, c.directions, H), N, position)
     c_PRH = jnp.einsum('np,jnrh->jprh', v_NP, c_JNRH, precision='highest').reshape(
       N // 2, c.directions, H
     )
@@ -85,8 +85,8 @@ class S5(Layer):
       full_precision=True,
       matmul=False,
     )
-    self.w_gate = param(FanInUniform()(rngs.params(), (H, H), H, site), ('embed', None))
-    self.b_gate = param(FanInUniform()(rngs.params(), (H,), H, site), ('norm',), decay=False)
+    self.w_gate = param(FanInUniform()(rngs.params(), (H, H), H, position), ('embed', None))
+    self.b_gate = param(FanInUniform()(rngs.params(), (H,), H, position), ('norm',), decay=False)
 
   def init_state(self, batch: int, max_len: int) -> Float[Array, 'B N']:
     if not self.config.causal:

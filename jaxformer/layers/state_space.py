@@ -12,10 +12,18 @@ from jaxtyping import Array, Float
 
 from jaxformer.config import InputError
 from jaxformer.layers.init import FanInUniform
-from jaxformer.layers.layer import Context, Layer, LayerConfig, Output, Site, dropout, starts_BT
+from jaxformer.layers.layer import (
+  Context,
+  Layer,
+  LayerConfig,
+  LayerPosition,
+  Output,
+  dropout,
+  starts_BT,
+)
 from jaxformer.ops.linear import linear
-from jaxformer.ops.shift import token_ahead
 from jaxformer.ops.ssm import System, ssm, ssm_step
+from jaxformer.ops.token_shift import token_ahead
 from jaxformer.sharding import param, shard
 
 
@@ -80,7 +88,7 @@ class StateSpace(Layer):
     config: StateSpaceConfig,
     width: int,
     rngs: nnx.Rngs,
-    site: Site,
+    position: LayerPosition,
     *,
     outputs: int = 1,
     gated: bool = True,
@@ -98,7 +106,7 @@ class StateSpace(Layer):
       full_precision=True,
       matmul=False,
     )
-    self.readout = Readout(outputs * width, width, rngs, site, gated=gated, rate=c.dropout)
+    self.readout = Readout(outputs * width, width, rngs, position, gated=gated, rate=c.dropout)
 
   def system(self, direction: int = 0) -> System:
     """The discrete system of the present parameters; direction 1 is that which reads from the
@@ -145,12 +153,19 @@ class Readout(nnx.Module):
   and gives a * sigmoid(b) of the halves (GLU, Dauphin et al. 2017)."""
 
   def __init__(
-    self, size: int, width: int, rngs: nnx.Rngs, site: Site, *, gated: bool, rate: float
+    self,
+    size: int,
+    width: int,
+    rngs: nnx.Rngs,
+    position: LayerPosition,
+    *,
+    gated: bool,
+    rate: float,
   ):
     self.gated, self.rate = gated, rate
     F = 2 * width if gated else width
-    self.w_out = param(FanInUniform()(rngs.params(), (size, F), size, site), ('inner', 'embed'))
-    self.b_out = param(FanInUniform()(rngs.params(), (F,), size, site), ('norm',), decay=False)
+    self.w_out = param(FanInUniform()(rngs.params(), (size, F), size, position), ('inner', 'embed'))
+    self.b_out = param(FanInUniform()(rngs.params(), (F,), size, position), ('norm',), decay=False)
 
   def __call__(self, y_BMH: Float[Array, '*B M H'], ctx: Context) -> Float[Array, '*B D']:
     y = y_BMH.reshape(*y_BMH.shape[:-2], -1)

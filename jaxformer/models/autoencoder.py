@@ -11,7 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from jaxformer.layers.init import Init, Normal
-from jaxformer.layers.layer import Context, LayerConfig, Site, positions_BT, starts_BT
+from jaxformer.layers.layer import Context, LayerConfig, LayerPosition, positions_BT, starts_BT
 from jaxformer.layers.norm import NormConfig, RMSNorm
 from jaxformer.layers.position import PositionConfig, SinusoidalPositions
 from jaxformer.models.language_model import LanguageModel, ModelConfig, TokenBatch
@@ -35,7 +35,7 @@ class Autoencoder(nnx.Module):
     Attributes:
       vocab_size: rows of the embedding.
       width: of the residual stream, of z and of the decoder.
-      context: the longest sequence that the model is meant for; the size of a table of learned
+      context_length: the longest sequence that the model is meant for; the size of a table of learned
         positions.
       stack: groups of blocks.
       positions: added to the embeddings; None where layers know positions themselves, or do
@@ -54,7 +54,7 @@ class Autoencoder(nnx.Module):
     init: Init = Normal()
 
     def validate(self):
-      for field in ('vocab_size', 'width', 'context'):
+      for field in ('vocab_size', 'width', 'context_length'):
         self.require(getattr(self, field) > 0, field, 'positive')
 
     def build(self, rngs: nnx.Rngs) -> Autoencoder:
@@ -80,17 +80,17 @@ class Autoencoder(nnx.Module):
     c, D, V = config, config.width, config.vocab_size
     self.config = c
     self.embedding = param(
-      c.embedding_init(rngs.params(), (V, D), V, Site()), ('vocab', 'embed'), matmul=False
+      c.embedding_init(rngs.params(), (V, D), V, LayerPosition()), ('vocab', 'embed'), matmul=False
     )
-    self.positions = None if c.positions is None else c.positions.build(D, c.context, rngs)
+    self.positions = None if c.positions is None else c.positions.build(D, c.context_length, rngs)
     self.stack = Stack(c.stack, D, rngs)
     self.places = SinusoidalPositions(SinusoidalPositions.Config(), D)
     self.norm_1, self.norm_2, self.norm_3 = c.norm.build(D), c.norm.build(D), c.norm.build(D)
     self.w_1, self.w_2 = (
-      param(c.init(rngs.params(), (D, D), D, Site()), ('embed', None)) for _ in range(2)
+      param(c.init(rngs.params(), (D, D), D, LayerPosition()), ('embed', None)) for _ in range(2)
     )
     self.b_1, self.b_2 = (param(jnp.zeros(D), ('norm',), decay=False) for _ in range(2))
-    self.head = param(c.init(rngs.params(), (D, V), D, Site()), ('embed', 'vocab'))
+    self.head = param(c.init(rngs.params(), (D, V), D, LayerPosition()), ('embed', 'vocab'))
     self.head_bias = param(jnp.zeros(V), ('vocab',), decay=False)
 
   def _hidden(
@@ -152,7 +152,7 @@ def autoencoder(model: LanguageModel.Config) -> Autoencoder.Config:
   return Autoencoder.Config(
     vocab_size=model.vocab_size,
     width=model.width,
-    context=model.context,
+    context_length=model.context_length,
     stack=model.stack,
     positions=model.positions,
     norm=model.final_norm or RMSNorm.Config(),

@@ -11,7 +11,16 @@ from flax import nnx
 from jaxtyping import Array
 
 from jaxformer.config import Config
-from jaxformer.layers.layer import Context, Layer, LayerConfig, Memory, Output, Site, State, dropout
+from jaxformer.layers.layer import (
+  Context,
+  Layer,
+  LayerConfig,
+  LayerPosition,
+  Memory,
+  Output,
+  State,
+  dropout,
+)
 from jaxformer.layers.norm import NormConfig, RMSNorm
 from jaxformer.sharding import shard
 
@@ -30,7 +39,7 @@ class BranchConfig(Config, abstract=True):
   def validate(self):
     self.require(0 <= self.dropout < 1, 'dropout', 'at least 0 and below 1')
 
-  def build(self, width: int, rngs: nnx.Rngs, site: Site) -> Branch:
+  def build(self, width: int, rngs: nnx.Rngs, position: LayerPosition) -> Branch:
     raise NotImplementedError
 
   def out_width(self, width: int) -> int:
@@ -47,8 +56,8 @@ class BranchConfig(Config, abstract=True):
 class Branch(nnx.Module):
   """Base of the branches: a layer, and `join`."""
 
-  def __init__(self, config: BranchConfig, width: int, rngs: nnx.Rngs, site: Site):
-    self.layer: Layer = config.layer.build(width, rngs, site)
+  def __init__(self, config: BranchConfig, width: int, rngs: nnx.Rngs, position: LayerPosition):
+    self.layer: Layer = config.layer.build(width, rngs, position)
     self.dropout = config.dropout
 
   def before(self, x: Array) -> Array:
@@ -69,9 +78,14 @@ class Normed(Branch):
   """Base of the branches with a norm."""
 
   def __init__(
-    self, config: BranchConfig, norm: NormConfig, width: int, rngs: nnx.Rngs, site: Site
+    self,
+    config: BranchConfig,
+    norm: NormConfig,
+    width: int,
+    rngs: nnx.Rngs,
+    position: LayerPosition,
   ):
-    super().__init__(config, width, rngs, site)
+    super().__init__(config, width, rngs, position)
     self.norm = norm.build(width)
 
 
@@ -81,8 +95,8 @@ class PreNorm(Normed):
   class Config(BranchConfig):
     norm: NormConfig = RMSNorm.Config()
 
-    def build(self, width: int, rngs: nnx.Rngs, site: Site) -> PreNorm:
-      return PreNorm(self, self.norm, width, rngs, site)
+    def build(self, width: int, rngs: nnx.Rngs, position: LayerPosition) -> PreNorm:
+      return PreNorm(self, self.norm, width, rngs, position)
 
   def before(self, x: Array) -> Array:
     return self.norm(x)
@@ -97,8 +111,8 @@ class PostNorm(Normed):
   class Config(BranchConfig):
     norm: NormConfig = RMSNorm.Config()
 
-    def build(self, width: int, rngs: nnx.Rngs, site: Site) -> PostNorm:
-      return PostNorm(self, self.norm, width, rngs, site)
+    def build(self, width: int, rngs: nnx.Rngs, position: LayerPosition) -> PostNorm:
+      return PostNorm(self, self.norm, width, rngs, position)
 
   def join(self, x: Array, y: Array) -> Array:
     return self.norm(x + y)
@@ -108,8 +122,8 @@ class Residual(Branch):
   """x + layer(x), without a norm (Shazeer et al. 2017, appendix C.1)."""
 
   class Config(BranchConfig):
-    def build(self, width: int, rngs: nnx.Rngs, site: Site) -> Residual:
-      return Residual(self, width, rngs, site)
+    def build(self, width: int, rngs: nnx.Rngs, position: LayerPosition) -> Residual:
+      return Residual(self, width, rngs, position)
 
   def join(self, x: Array, y: Array) -> Array:
     return x + y
@@ -119,8 +133,8 @@ class Plain(Branch):
   """layer(x), without norm or sum (stacks of LSTMs)."""
 
   class Config(BranchConfig):
-    def build(self, width: int, rngs: nnx.Rngs, site: Site) -> Plain:
-      return Plain(self, width, rngs, site)
+    def build(self, width: int, rngs: nnx.Rngs, position: LayerPosition) -> Plain:
+      return Plain(self, width, rngs, position)
 
     def out_width(self, width: int) -> int:
       return self.layer.out_width(width)
@@ -135,8 +149,8 @@ class Block(nnx.Module):
   class Config(Config):
     branches: tuple[BranchConfig, ...]
 
-    def build(self, width: int, rngs: nnx.Rngs, site: Site) -> Block:
-      return Block(self, width, rngs, site)
+    def build(self, width: int, rngs: nnx.Rngs, position: LayerPosition) -> Block:
+      return Block(self, width, rngs, position)
 
     def widths(self, width: int) -> list[int]:
       """The width before each branch, and after the last."""
@@ -145,9 +159,12 @@ class Block(nnx.Module):
         widths.append(branch.out_width(widths[-1]))
       return widths
 
-  def __init__(self, config: Block.Config, width: int, rngs: nnx.Rngs, site: Site):
+  def __init__(self, config: Block.Config, width: int, rngs: nnx.Rngs, position: LayerPosition):
     self.branches = nnx.List(
-      [b.build(w, rngs, site) for b, w in zip(config.branches, config.widths(width), strict=False)]
+      [
+        b.build(w, rngs, position)
+        for b, w in zip(config.branches, config.widths(width), strict=False)
+      ]
     )
 
   def init_state(self, batch: int, max_len: int) -> tuple[State, ...]:

@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxformer.config import Config
 from jaxformer.layers.init import FanInUniform, Init, Normal
-from jaxformer.layers.layer import Context, LayerConfig, Site, positions_BT, starts_BT
+from jaxformer.layers.layer import Context, LayerConfig, LayerPosition, positions_BT, starts_BT
 from jaxformer.layers.norm import LayerNorm, NormConfig
 from jaxformer.layers.position import PositionConfig
 from jaxformer.models.language_model import ModelConfig, TargetBatch
@@ -48,7 +48,7 @@ class TokenInput(nnx.Module):
   def __init__(self, config: TokenInput.Config, width: int, rngs: nnx.Rngs):
     V = config.vocab_size
     self.embedding = param(
-      config.init(rngs.params(), (V, width), V, Site()), (None, 'embed'), matmul=False
+      config.init(rngs.params(), (V, width), V, LayerPosition()), (None, 'embed'), matmul=False
     )
 
   def __call__(self, batch: Any) -> Float[Array, 'B T D']:
@@ -70,8 +70,8 @@ class LinearInput(nnx.Module):
 
   def __init__(self, config: LinearInput.Config, width: int, rngs: nnx.Rngs):
     F = config.features
-    self.w = param(config.init(rngs.params(), (F, width), F, Site()), (None, 'embed'))
-    self.b = param(config.init(rngs.params(), (width,), F, Site()), ('norm',), decay=False)
+    self.w = param(config.init(rngs.params(), (F, width), F, LayerPosition()), (None, 'embed'))
+    self.b = param(config.init(rngs.params(), (width,), F, LayerPosition()), ('norm',), decay=False)
 
   def __call__(self, batch: Any) -> Float[Array, 'B T D']:
     return linear(
@@ -126,7 +126,7 @@ class Classifier(nnx.Module):
       input: tokens or numbers.
       classes: of which one is the answer.
       width: of the residual stream.
-      context: the longest sequence that the model is meant for; the size of a table of learned
+      context_length: the longest sequence that the model is meant for; the size of a table of learned
         positions.
       stack: groups of blocks; layers in both directions are welcome.
       positions: added to the inputs; None where layers know positions themselves, or do without.
@@ -145,7 +145,7 @@ class Classifier(nnx.Module):
     head_init: Init = FanInUniform()
 
     def validate(self):
-      for field in ('width', 'context'):
+      for field in ('width', 'context_length'):
         self.require(getattr(self, field) > 0, field, 'positive')
       self.require(self.classes > 1, 'classes', 'at least 2')
 
@@ -179,11 +179,11 @@ class Classifier(nnx.Module):
     c, D = config, config.width
     self.config = c
     self.input = c.input.build(D, rngs)
-    self.positions = None if c.positions is None else c.positions.build(D, c.context, rngs)
+    self.positions = None if c.positions is None else c.positions.build(D, c.context_length, rngs)
     self.stack = Stack(c.stack, D, rngs)
     self.final_norm = None if c.final_norm is None else c.final_norm.build(D)
     self.head = param(
-      c.head_init(rngs.params(), (D, c.classes), D, Site()), ('embed', None), matmul=False
+      c.head_init(rngs.params(), (D, c.classes), D, LayerPosition()), ('embed', None), matmul=False
     )
     self.head_bias = param(jnp.zeros(c.classes), (None,), decay=False)
 

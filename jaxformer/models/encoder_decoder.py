@@ -18,9 +18,9 @@ from jaxformer.layers.init import Init, Normal
 from jaxformer.layers.layer import (
   Context,
   LayerConfig,
+  LayerPosition,
   Memory,
   Output,
-  Site,
   State,
   dropout,
   positions_BT,
@@ -73,7 +73,7 @@ class EncoderDecoder(nnx.Module):
     Attributes:
       source_vocab_size, vocab_size: rows of the embeddings of source and target.
       width: of both embeddings.
-      context: the longest source, and the longest target, that the model is meant for; the size of
+      context_length: the longest source, and the longest target, that the model is meant for; the size of
         a table of learned positions.
       encoder, decoder: groups of blocks; a layer may change the width of what flows on.
       positions: added to the embeddings of both; None where layers know positions themselves, or do
@@ -96,7 +96,7 @@ class EncoderDecoder(nnx.Module):
     source_vocab_size: int
     vocab_size: int
     width: int
-    context: int
+    context_length: int
     encoder: tuple[Group, ...]
     decoder: tuple[Group, ...]
     positions: PositionConfig | None = None
@@ -113,7 +113,7 @@ class EncoderDecoder(nnx.Module):
     head_init: Init | None = None
 
     def validate(self):
-      for field in ('source_vocab_size', 'vocab_size', 'width', 'context'):
+      for field in ('source_vocab_size', 'vocab_size', 'width', 'context_length'):
         self.require(getattr(self, field) > 0, field, 'positive')
       self.require(0 <= self.dropout < 1, 'dropout', 'at least 0 and below 1')
       self.require(
@@ -191,22 +191,24 @@ class EncoderDecoder(nnx.Module):
   def __init__(self, config: EncoderDecoder.Config, rngs: nnx.Rngs):
     c = config
     self.config = c
-    V, D, site = c.vocab_size, c.width, Site()
+    V, D, position = c.vocab_size, c.width, LayerPosition()
 
     def table(rows: int, matmul: bool) -> nnx.Param:
       return param(
-        c.embedding_init(rngs.params(), (rows, D), rows, site), ('vocab', 'embed'), matmul=matmul
+        c.embedding_init(rngs.params(), (rows, D), rows, position),
+        ('vocab', 'embed'),
+        matmul=matmul,
       )
 
     self.source_embedding = None if c.shared_embedding else table(c.source_vocab_size, False)
     self.embedding = table(V, c.tied)
-    self.positions = None if c.positions is None else c.positions.build(D, c.context, rngs)
+    self.positions = None if c.positions is None else c.positions.build(D, c.context_length, rngs)
     self.encoder, self.decoder = Stack(c.encoder, D, rngs), Stack(c.decoder, D, rngs)
     self.encoder_norm = None if c.encoder_norm is None else c.encoder_norm.build(c.memory_width)
     self.final_norm = None if c.final_norm is None else c.final_norm.build(c.decoder_width)
     H, head_init = c.decoder_width, c.head_init or Normal()
     self.head = (
-      None if c.tied else param(head_init(rngs.params(), (H, V), H, site), ('embed', 'vocab'))
+      None if c.tied else param(head_init(rngs.params(), (H, V), H, position), ('embed', 'vocab'))
     )
     self.head_bias = param(jnp.zeros(V), ('vocab',), decay=False) if c.head_bias else None
 
@@ -242,9 +244,9 @@ class EncoderDecoder(nnx.Module):
     return Memory(order.back(y), source_BS != PADDING, final), out.aux
 
   def _check_length(self, length: int) -> None:
-    if self.config.longest is not None and length > self.config.longest:
+    if self.config.max_len is not None and length > self.config.max_len:
       raise InputError(
-        f'a sequence of {length} tokens is longer than the {self.config.longest} positions that '
+        f'a sequence of {length} tokens is longer than the {self.config.max_len} positions that '
         'the model has learned'
       )
 

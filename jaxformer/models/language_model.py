@@ -16,8 +16,8 @@ from jaxformer.layers.init import Init, Normal
 from jaxformer.layers.layer import (
   Context,
   LayerConfig,
+  LayerPosition,
   Output,
-  Site,
   State,
   dropout,
   positions_BT,
@@ -52,17 +52,17 @@ class ModelConfig(Config, abstract=True):
   """Base of the models' configs: `build` makes the module, `jaxformer.models.params.define` its
   structure without arrays."""
 
-  context: int
+  context_length: int
 
   def build(self, rngs: nnx.Rngs) -> nnx.Module:
     raise NotImplementedError
 
   @property
-  def longest(self) -> int | None:
+  def max_len(self) -> int | None:
     """The longest sequence that the model can read; None where nothing but the context that it was
     meant for limits it."""
     positions: PositionConfig | None = getattr(self, 'positions', None)
-    return self.context if positions is not None and positions.bounded else None
+    return self.context_length if positions is not None and positions.bounded else None
 
   def layers(self) -> Iterator[tuple[LayerConfig, int]]:
     """Every layer's config, with how many times it stands in the model."""
@@ -99,7 +99,7 @@ class LanguageModel(nnx.Module):
     Attributes:
       vocab_size: rows of the embedding.
       width: of the residual stream.
-      context: the longest sequence that the model is meant for; the size of a table of learned
+      context_length: the longest sequence that the model is meant for; the size of a table of learned
         positions.
       stack: groups of blocks.
       positions: added to the embeddings; None where layers know positions themselves, or do
@@ -117,7 +117,7 @@ class LanguageModel(nnx.Module):
 
     vocab_size: int
     width: int
-    context: int
+    context_length: int
     stack: tuple[Group, ...]
     positions: PositionConfig | None = None
     embedding_norm: NormConfig | None = None
@@ -131,7 +131,7 @@ class LanguageModel(nnx.Module):
     head_init: Init | None = None
 
     def validate(self):
-      for field in ('vocab_size', 'width', 'context'):
+      for field in ('vocab_size', 'width', 'context_length'):
         self.require(getattr(self, field) > 0, field, 'positive')
       self.require(0 <= self.dropout < 1, 'dropout', 'at least 0 and below 1')
       self.require(self.softcap is None or self.softcap > 0, 'softcap', 'positive')
@@ -158,17 +158,17 @@ class LanguageModel(nnx.Module):
   def __init__(self, config: LanguageModel.Config, rngs: nnx.Rngs):
     c = config
     self.config = c
-    V, D, site = c.vocab_size, c.width, Site()
+    V, D, position = c.vocab_size, c.width, LayerPosition()
     self.embedding = param(
-      c.embedding_init(rngs.params(), (V, D), V, site), ('vocab', 'embed'), matmul=c.tied
+      c.embedding_init(rngs.params(), (V, D), V, position), ('vocab', 'embed'), matmul=c.tied
     )
-    self.positions = None if c.positions is None else c.positions.build(D, c.context, rngs)
+    self.positions = None if c.positions is None else c.positions.build(D, c.context_length, rngs)
     self.embedding_norm = None if c.embedding_norm is None else c.embedding_norm.build(D)
     self.stack = Stack(c.stack, D, rngs)
     self.final_norm = None if c.final_norm is None else c.final_norm.build(D)
     head_init = c.head_init or Normal()
     self.head = (
-      None if c.tied else param(head_init(rngs.params(), (D, V), D, site), ('embed', 'vocab'))
+      None if c.tied else param(head_init(rngs.params(), (D, V), D, position), ('embed', 'vocab'))
     )
     self.head_bias = param(jnp.zeros(V), ('vocab',), decay=False) if c.head_bias else None
 
@@ -176,9 +176,9 @@ class LanguageModel(nnx.Module):
 
   def init_state(self, batch: int, max_len: int) -> LanguageModelState:
     """The state before the first token, for sequences of up to `max_len` tokens."""
-    if self.config.longest is not None and max_len > self.config.longest:
+    if self.config.max_len is not None and max_len > self.config.max_len:
       raise InputError(
-        f'a sequence of {max_len} tokens is longer than the {self.config.longest} positions that '
+        f'a sequence of {max_len} tokens is longer than the {self.config.max_len} positions that '
         'the model has learned'
       )
     return LanguageModelState(self.stack.init_state(batch, max_len), jnp.zeros((batch,), jnp.int32))

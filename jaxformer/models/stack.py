@@ -12,7 +12,7 @@ from flax import nnx
 from jaxtyping import Array
 
 from jaxformer.config import Config
-from jaxformer.layers.layer import Context, LayerConfig, Memory, Output, Site, State
+from jaxformer.layers.layer import Context, LayerConfig, LayerPosition, Memory, Output, State
 from jaxformer.models.block import Block, gather, in_turn
 from jaxformer.models.params import stacked
 from jaxformer.sharding import gathered, gathers, platform
@@ -112,7 +112,7 @@ class Stack(nnx.Module):
       def period(rngs: nnx.Rngs, layer: int | Array, pattern=g.pattern, widths=widths) -> nnx.List:
         return nnx.List(
           [
-            b.build(widths[i], rngs, Site(layer + i, layers, branches))
+            b.build(widths[i], rngs, LayerPosition(layer + i, layers, branches))
             for i, b in enumerate(pattern)
           ]
         )

@@ -23,10 +23,10 @@ from jaxformer.ops.attention_backends import (
   xla_unfit,
 )
 from jaxformer.ops.attention_chunked import SAVED, attention_chunked, attention_unrolled
-from jaxformer.ops.attention_context import attention_over_time
-from jaxformer.ops.context import time_axes
+from jaxformer.ops.attention_sequence_parallel import attention_over_time
 from jaxformer.ops.masks import MASKED, Mask
 from jaxformer.ops.route import forced
+from jaxformer.ops.sequence_parallel import time_axes
 
 __all__ = [
   'BACKENDS',

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from jaxformer.ops.context import from_before, of_last, time_axes
+from jaxformer.ops.sequence_parallel import from_before, of_last, time_axes
 from jaxformer.sharding import per_shard, shards
 
 

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Complex, Float
 
-from jaxformer.ops.context import carried, scaled, time_axes, unbroken
 from jaxformer.ops.route import forced
+from jaxformer.ops.sequence_parallel import carried, scaled, time_axes, unbroken
 from jaxformer.sharding import per_shard
 
 
@@ -37,7 +37,7 @@ def diagonal_scan(
 
 
 def _over_time(v_BTN, log_a_P, state_BN, starts_BT, axes: tuple[str, ...], reverse: bool):
-  """On shards of time (`ops.context`): each runs its part from zeros, and then adds what the state
+  """On shards of time (`ops.sequence_parallel`): each runs its part from zeros, and then adds what the state
   before it has become."""
 
   def shard(first_BN, v_BTN, log_re_P, log_im_P, starts_BT):

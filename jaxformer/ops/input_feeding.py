@@ -18,9 +18,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from jaxformer.ops.attentive_decoder import Source, States, begun, weighted
 from jaxformer.ops.recurrence import input_gates, lstm_cell, product
 from jaxformer.ops.route import forced
-from jaxformer.ops.search import Source, States, begun, weighted
 from jaxformer.sharding import per_shard
 
 

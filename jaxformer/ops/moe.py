@@ -26,9 +26,9 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from jaxformer.ops.context import time_axes
 from jaxformer.ops.grouped_matmul import grouped_matmul
 from jaxformer.ops.route import forced
+from jaxformer.ops.sequence_parallel import time_axes
 from jaxformer.sharding import all_mesh_axes, mesh_axes, per_shard, shards
 
 Activation = Callable[[Array], Array]

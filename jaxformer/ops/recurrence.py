@@ -19,8 +19,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from jaxformer.ops.context import in_turn, time_axes
 from jaxformer.ops.route import forced
+from jaxformer.ops.sequence_parallel import in_turn, time_axes
 from jaxformer.sharding import per_shard, platform
 
 # A mesh divides the loops by rows alone: with the units divided too, every step would wait for the
@@ -88,7 +88,7 @@ def _kept(starts_B: Array, *states_BH: Array) -> tuple[Array, ...]:
 
 def _over_time(loop: Any, weights: int, states: int, axes: tuple[str, ...]) -> Any:
   """`loop(gates, *weights, *states, starts) -> (y, *states)` on a mesh, shards of time in turn
-  (`ops.context.in_turn`)."""
+  (`ops.sequence_parallel.in_turn`)."""
 
   def shard(gates_TBGH, *rest):
     kept, first, starts_TB = rest[:weights], rest[weights:-1], rest[-1]

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxformer.ops.context import carried, time_axes
+from jaxformer.ops.sequence_parallel import carried, time_axes
 from jaxformer.sharding import per_shard
 
 

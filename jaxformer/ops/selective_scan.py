@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from jaxformer.ops.context import over_time, scaled, time_axes, unbroken
 from jaxformer.ops.route import forced
+from jaxformer.ops.sequence_parallel import over_time, scaled, time_axes, unbroken
 from jaxformer.sharding import per_shard, platform, shards
 
 CHUNK = 64  # steps between two states that the forward pass keeps for the backward pass

@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from jaxformer.ops.context import over_time, scaled, sums_after, time_axes, unbroken
 from jaxformer.ops.route import forced
+from jaxformer.ops.sequence_parallel import over_time, scaled, sums_after, time_axes, unbroken
 from jaxformer.sharding import per_shard, platform, shards
 
 # steps of a chunk; longer ones cost products, shorter ones memory traffic

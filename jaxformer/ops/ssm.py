@@ -25,9 +25,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxformer.ops.context import over_time, time_axes, unbroken
 from jaxformer.ops.long_convolution import fft_convolution
 from jaxformer.ops.route import forced
+from jaxformer.ops.sequence_parallel import over_time, time_axes, unbroken
 from jaxformer.sharding import per_shard, platform
 
 # positions; about as many as numbers of state, so that states take the memory of the input
@@ -122,7 +122,7 @@ def _local(u, system, state_BHN, starts_BT, form: str):
 
 
 def _over_time(u, system: System, state_BHN, starts_BT, form, axes: tuple[str, ...], reverse: bool):
-  """On shards of time (`ops.context`)."""
+  """On shards of time (`ops.sequence_parallel`)."""
   arrays, array_axes = zip(
     *((part, axes) for a, axes in system.parts for part in _reals(a)), strict=True
   )

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Complex, Float
 
-from jaxformer.ops.solve import solve
+from jaxformer.ops.linear_solve import solve
 from jaxformer.ops.ssm import System
 from jaxformer.ops.ssm_systems import Dense, power_less_one
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Complex, Float
 
-from jaxformer.ops.solve import solve
+from jaxformer.ops.linear_solve import solve
 from jaxformer.ops.ssm import System
 
 # ---- from continuous to discrete ---------------------------------------------------------------

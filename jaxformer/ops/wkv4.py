@@ -24,8 +24,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
-from jaxformer.ops.context import over_time, time_axes, unbroken
 from jaxformer.ops.route import forced
+from jaxformer.ops.sequence_parallel import over_time, time_axes, unbroken
 from jaxformer.sharding import per_shard, platform, shards
 
 CHUNK = 64
@@ -123,7 +123,7 @@ def wkv4(
 
 
 def _over_time(run, axes: tuple[str, ...]):
-  """`run` on shards of time (`ops.context`). A part lowers the exponent of the state by T w and
+  """`run` on shards of time (`ops.sequence_parallel`). A part lowers the exponent of the state by T w and
   adds its own sums."""
 
   def summary(k, v, w, u, starts):

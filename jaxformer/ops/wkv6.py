@@ -24,9 +24,9 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxformer import sharding
-from jaxformer.ops.context import over_time, scaled, sums_after, time_axes, unbroken
 from jaxformer.ops.kernels.wkv6 import wkv6_pallas, wkv6_tpu
 from jaxformer.ops.route import forced
+from jaxformer.ops.sequence_parallel import over_time, scaled, sums_after, time_axes, unbroken
 
 CHUNK = 64  # a power of 2
 _SHORT = 4  # up to so many tokens the recurrence itself is the fastest form

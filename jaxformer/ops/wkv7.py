@@ -39,8 +39,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from jaxformer.ops.context import over_time, time_axes
 from jaxformer.ops.route import forced
+from jaxformer.ops.sequence_parallel import over_time, time_axes
 from jaxformer.sharding import per_shard, platform, shards
 
 # positions whose intermediate values are in memory together; the states at their borders are what a
@@ -105,7 +105,7 @@ def wkv7(
 
 
 def _over_time(run, axes: tuple[str, ...]):
-  """`run` on shards of time (`ops.context`). A part takes S to S M + s; both come from one run that
+  """`run` on shards of time (`ops.sequence_parallel`). A part takes S to S M + s; both come from one run that
   begins with the identity below zeros, and adds zeros there."""
 
   def summary(r, w, k, v, a, b, starts):

@@ -37,7 +37,7 @@ class Cost:
     forward_flops_per_token: causal convention.
     train_flops_per_token: causal convention; three times the forward ones.
     train_flops_per_token_full: the same in the full convention.
-    context: the length that the state is sized for, in tokens.
+    context_length: the length that the state is sized for, in tokens.
     decode_state_bytes: keys and values, or recurrent state, of one sequence of `context` tokens at
       2 bytes a number; None for a model that does not decode.
     weight_bytes: the parameters at 2 bytes a number.
@@ -50,7 +50,7 @@ class Cost:
   forward_flops_per_token: float
   train_flops_per_token: float
   train_flops_per_token_full: float
-  context: int
+  context_length: int
   decode_state_bytes: int | None
   weight_bytes: int
 
@@ -65,10 +65,10 @@ def cost(model: ModelConfig, length: int | None = None) -> Cost:
   """The cost of a model. `length` is the training sequence length, the model's context by
   default."""
   definition = define(model)
-  length = model.context if length is None else length
+  length = model.context_length if length is None else length
   if length < 1:
     raise InputError(f'sequence length = {length}: must be positive')
-  state = model.state_size(model.context)
+  state = model.state_size(model.context_length)
   return Cost(
     params=definition.size,
     active_params=definition.active_size,
@@ -77,7 +77,7 @@ def cost(model: ModelConfig, length: int | None = None) -> Cost:
     forward_flops_per_token=_forward(model, length, True),
     train_flops_per_token=flops_per_token(model, length),
     train_flops_per_token_full=flops_per_token(model, length, causal=False),
-    context=model.context,
+    context_length=model.context_length,
     decode_state_bytes=None if state is None else 2 * state,
     weight_bytes=2 * definition.size,
   )
@@ -107,13 +107,13 @@ def step_flops(model: ModelConfig, length: int, batch_size: int, remat: str) -> 
   return three, three + (head if remat == 'none' else three / 3)
 
 
-def inference_flops(model: ModelConfig, phase: str, batch: int, context: int) -> float:
+def inference_flops(model: ModelConfig, phase: str, batch: int, context_length: int) -> float:
   """Of reading `batch` prompts of `context` tokens ('prefill'), whose last positions alone meet the
   head; or of one more token of each sequence that has room for `context` ('decode')."""
   if phase == 'decode':
-    last = model.mixing_flops_per_token(context, False) - model.mixing_flops_per_token(
-      context, True
+    last = model.mixing_flops_per_token(context_length, False) - model.mixing_flops_per_token(
+      context_length, True
     )
-    return batch * (_forward(model, context, True) + last)
+    return batch * (_forward(model, context_length, True) + last)
   head = sum(2.0 * i.size for i in define(model).info.values() if i.matmul and 'vocab' in i.axes)
-  return batch * (context * (_forward(model, context, True) - head) + head)
+  return batch * (context_length * (_forward(model, context_length, True) - head) + head)

@@ -173,20 +173,25 @@ def training_report(
 
 
 def inference_report(
-  phase: str, model: ModelConfig, target: Target, batch: int, context: int, precision: str = 'bf16'
+  phase: str,
+  model: ModelConfig,
+  target: Target,
+  batch: int,
+  context_length: int,
+  precision: str = 'bf16',
 ) -> dict[str, Any]:
   """Memory of weights and state, divided evenly over the devices, and the bound of a prefill or of
   one decoded token."""
-  if model.state_size(context) is None:
+  if model.state_size(context_length) is None:
     raise InputError(
       f'--phase {phase}: a {model.tag} reads a sequence as a whole and does not decode'
     )
   mesh = abstract_mesh(MeshConfig(data=1, tensor=target.devices), target.devices)
   bound = {'prefill': prefill, 'decode': decode}[phase](
-    model, target, mesh, batch, context, precision=precision
+    model, target, mesh, batch, context_length, precision=precision
   )
   size = {'fp32': 4, 'bf16': 2}.get(precision, 1)
-  weights, state = size * define(model).size, size * (model.state_size(context) or 0) * batch
+  weights, state = size * define(model).size, size * (model.state_size(context_length) or 0) * batch
   total, limit = (weights + state) / target.devices, target.device_memory_bytes
   enough = -(-(weights + state) // int(target.chip.memory_bytes))
   return {
@@ -199,7 +204,8 @@ def inference_report(
       'short_by': max(0.0, total - limit),
       'would_fit': [] if total <= limit else [f'{enough} chips or more'],
     },
-    'step': _step(bound, target, precision) | {'batch_size': batch, 'context': context},
+    'step': _step(bound, target, precision)
+    | {'batch_size': batch, 'context_length': context_length},
     'target': target_report(target),
     'phase': phase,
   }

@@ -149,7 +149,7 @@ def decode(
   target: Target,
   mesh: AbstractMesh,
   batch: int,
-  context: int,
+  context_length: int,
   *,
   utilisation: float = 1.0,
   precision: str = 'bf16',
@@ -158,13 +158,15 @@ def decode(
   read once. Of a mixture, the experts that so many tokens choose between them, evenly: E (1 - (1 -
   k / E)^batch) of E."""
   size = _size(precision)
-  flops = batch * (cost(model, context).forward_flops_per_token + _last_token_extra(model, context))
+  flops = batch * (
+    cost(model, context_length).forward_flops_per_token + _last_token_extra(model, context_length)
+  )
   weights = size * sum(
     i.size * (1 - (1 - i.active) ** batch if i.active < 1 else 1)
     for i in define(model).info.values()
     if i.matmul or i.active < 1
   )
-  state = size * (model.state_size(context) or 0) * batch
+  state = size * (model.state_size(context_length) or 0) * batch
   return _inference(
     model, target, mesh, flops, weights + state, batch, batch, utilisation, precision
   )
@@ -174,9 +176,11 @@ def _size(precision: str) -> int:
   return {'fp32': 4, 'bf16': 2}.get(precision, 1)
 
 
-def _last_token_extra(model: ModelConfig, context: int) -> float:
+def _last_token_extra(model: ModelConfig, context_length: int) -> float:
   """The last of `context` tokens sees all of them, where the mean one sees half."""
-  return model.mixing_flops_per_token(context, False) - model.mixing_flops_per_token(context, True)
+  return model.mixing_flops_per_token(context_length, False) - model.mixing_flops_per_token(
+    context_length, True
+  )
 
 
 def _inference(model, target, mesh, flops, moved, rows, tokens, utilisation, precision) -> StepTime:

@@ -121,7 +121,7 @@ class Experiment(Config):
   run: RunConfig = RunConfig()
 
   def validate(self):
-    longest, length = getattr(self.model, 'longest', None), self.data.longest
+    longest, length = getattr(self.model, 'max_len', None), self.data.max_len
     if longest is not None and length > longest:
       field = (
         'data.sequence_length'
@@ -142,7 +142,7 @@ class Experiment(Config):
 def default_experiment(model: ModelConfig, name: str) -> Experiment:
   """What `train NAME` does without overrides: settings under which a tiny model learns in about a
   minute on two CPU cores."""
-  length = min(getattr(model, 'context', 256), 256)
+  length = min(getattr(model, 'context_length', 256), 256)
   # Pairs are short: more of them fit a minute.
   pairs = getattr(model, 'source_vocab_size', None) is not None
   training = (

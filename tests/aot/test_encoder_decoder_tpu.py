@@ -59,7 +59,7 @@ def compiled(definition, config: MeshConfig, sizes=(B, S, T)) -> jax.stages.Comp
 
 
 def test_the_transformer_step():
-  definition = define(transformer(D, 2, 1024, 2, vocab_size=16384, context=T, dropout=0.1))
+  definition = define(transformer(D, 2, 1024, 2, vocab_size=16384, context_length=T, dropout=0.1))
   step = compiled(definition, FSDP_TENSOR)
   assert step.memory_analysis().argument_size_in_bytes == pytest.approx(
     12 * definition.size / 8, rel=0.02
@@ -76,8 +76,12 @@ def test_the_transformer_step():
 @pytest.mark.parametrize(
   'model',
   [
-    gnmt(256, 3, vocab_size=4096, context=32, init=INIT, embedding_init=INIT, head_init=INIT),
-    luong(256, 2, DotScore(), source_vocab_size=4096, vocab_size=4096, context=32, dropout=0.2),
+    gnmt(
+      256, 3, vocab_size=4096, context_length=32, init=INIT, embedding_init=INIT, head_init=INIT
+    ),
+    luong(
+      256, 2, DotScore(), source_vocab_size=4096, vocab_size=4096, context_length=32, dropout=0.2
+    ),
   ],
   ids=['gnmt', 'luong'],
 )

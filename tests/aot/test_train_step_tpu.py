@@ -31,7 +31,7 @@ MESHES = {
 }
 B, T, D, V, LAYERS = 16, 1024, 512, 16384, 2
 TOKENS = B * T // 8  # of a chip, where all eight divide the batch
-DEFINITION = define(llama(D, LAYERS, 1408, 4, 2, vocab_size=V, context=T, rotary=LLAMA3))
+DEFINITION = define(llama(D, LAYERS, 1408, 4, 2, vocab_size=V, context_length=T, rotary=LLAMA3))
 # Bytes in bf16 of the matrices of the layers and the head, and of the norms' scales.
 WEIGHTS = sum(2 * i.size for i in DEFINITION.info.values() if i.matmul and 'norm' not in i.axes)
 NORMS = 2 * (2 * LAYERS + 1) * D

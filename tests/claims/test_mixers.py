@@ -8,11 +8,11 @@ import sys
 
 import pytest
 
-from jaxformer.compare.costs import Costs
-from jaxformer.compare.results import Outcome, Results, TaskResults
-from jaxformer.compare.statistics import compare, estimate
 from jaxformer.config import InputError
 from jaxformer.models.params import define
+from jaxformer.study.costs import Costs
+from jaxformer.study.results import Outcome, Results, TaskResults
+from jaxformer.study.statistics import compare, estimate
 
 CLAIMS = str(pathlib.Path(__file__).parents[2] / 'experiments' / 'claims')
 sys.path.insert(0, CLAIMS)  # as when a claim is run

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from jaxformer import config
-from jaxformer.compare.study import Entry
+from jaxformer.study.study import Entry
 
 EXPERIMENTS = pathlib.Path(__file__).parents[2] / 'experiments'
 SCRIPTS = sorted(

@@ -6,7 +6,6 @@ import re
 import jax
 
 from jaxformer import config as configs
-from jaxformer.compare.contract import BATCH, LENGTH, WIDTH, Alone, Case, close, inputs, segments
 from jaxformer.layers.layer import LayerConfig
 from jaxformer.layers.lssl import LSSL
 from jaxformer.layers.s4 import S4
@@ -16,6 +15,7 @@ from jaxformer.models.language_model import LanguageModel
 from jaxformer.models.zoo import PRESETS
 from jaxformer.models.zoo.jamba import jamba
 from jaxformer.models.zoo.s4 import state_space
+from jaxformer.testing.contract import BATCH, LENGTH, WIDTH, Alone, Case, close, inputs, segments
 
 __all__ = ['BATCH', 'LENGTH', 'WIDTH', 'Alone', 'Case', 'close', 'inputs', 'segments']
 
@@ -67,10 +67,14 @@ SMALLER = {
     attention_every=2,
     attention_first=1,
     vocab_size=264,
-    context=256,
+    context_length=256,
   ),
-  's4-tiny': state_space(S4.Config(d_state=16, length=64), 64, 2, vocab_size=264, context=256),
-  'lssl-tiny': state_space(LSSL.Config(d_state=16, copies=2), 64, 2, vocab_size=264, context=256),
+  's4-tiny': state_space(
+    S4.Config(d_state=16, length=64), 64, 2, vocab_size=264, context_length=256
+  ),
+  'lssl-tiny': state_space(
+    LSSL.Config(d_state=16, copies=2), 64, 2, vocab_size=264, context_length=256
+  ),
 }
 
 

@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxformer.compare import contract
 from jaxformer.layers.layer import Context
 from jaxformer.ops.route import route
 from jaxformer.sharding import MeshConfig, batch_sharding, make_mesh, use_mesh
+from jaxformer.study import contract
 from tests import tiers
 from tests.contract.cases import (
   BATCH,

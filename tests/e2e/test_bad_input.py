@@ -415,12 +415,12 @@ def test_a_dict_of_parameters_is_checked_by_name_and_shape(tmp_path, monkeypatch
   params = {n: np.zeros(i.shape, np.float32) for n, i in define(experiment.model).info.items()}
   params['final_norm.scale'], params['spare'] = (
     np.zeros(3, np.float32),
-    params.pop('final_norm.offset'),
+    params.pop('final_norm.bias'),
   )
   with pytest.raises(InputError) as e:
     jaxformer.train(experiment, init_from=params)
   for line in (
-    'final_norm.offset: not given',
+    'final_norm.bias: not given',
     'spare: not of this model',
     'final_norm.scale: (3,) given, (64,) here',
   ):

@@ -29,7 +29,7 @@ def trained(monkeypatch):
       lambda run, tokenizer=True: common.Trained(run, None, definition, params, ByteTokenizer(), 1),
     )
 
-  of(transformer(16, 1, 32, 2, vocab_size=264, context=64))
+  of(transformer(16, 1, 32, 2, vocab_size=264, context_length=64))
   return of
 
 

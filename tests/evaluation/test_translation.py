@@ -174,7 +174,7 @@ def test_scores_of_nothing(hypotheses, references, bootstrap, message):
 class Sizes:
   vocab_size: int = 257
   source_vocab_size: int = 257
-  longest: None = None
+  max_len: None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,7 +19,9 @@ from jaxformer.models.zoo import PRESETS
 VOCAB = 32
 
 
-def tiny(*, position=None, window=None, repeats=2, positions=None, context=64, kv_heads=None):
+def tiny(
+  *, position=None, window=None, repeats=2, positions=None, context_length=64, kv_heads=None
+):
   layers = (
     Attention.Config(heads=4, kv_heads=kv_heads, position=position, window=window),
     Mlp.Config(hidden=64),
@@ -27,7 +29,7 @@ def tiny(*, position=None, window=None, repeats=2, positions=None, context=64, k
   block = Block.Config(branches=tuple(PreNorm.Config(layer=layer) for layer in layers))
   stack = (Group(pattern=(block,), repeats=repeats),)
   return LanguageModel.Config(
-    vocab_size=VOCAB, width=32, context=context, stack=stack, positions=positions
+    vocab_size=VOCAB, width=32, context_length=context_length, stack=stack, positions=positions
   )
 
 

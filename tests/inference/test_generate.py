@@ -108,12 +108,13 @@ def test_repetition_penalty_reaches_the_prompt_and_the_new_tokens():
 @pytest.mark.quick
 def test_the_whole_context_of_learned_positions():
   definition, params = model('gpt2-tiny')
-  context = definition.config.context
-  prompt = [i % 200 for i in range(context - 3)]
+  context_length = definition.config.context_length
+  prompt = [i % 200 for i in range(context_length - 3)]
   got = generate(definition, params, [prompt, [1, 2]], max_new_tokens=3, sampling=GREEDY)
-  assert got[0].tokens == greedy(definition, params, prompt, 3, length=context)
+  assert got[0].tokens == greedy(definition, params, prompt, 3, length=context_length)
   with pytest.raises(
-    InputError, match=f'prompt 1 has {context - 3} tokens.*max_new_tokens = 4.*{context}'
+    InputError,
+    match=f'prompt 1 has {context_length - 3} tokens.*max_new_tokens = 4.*{context_length}',
   ):
     generate(definition, params, [[1], prompt], max_new_tokens=4)
 

@@ -22,14 +22,14 @@ from jaxformer.models.zoo.transformer import transformer
 from tests.tiers import case
 
 V, END = 11, 10
-SIZES = {'source_vocab_size': 12, 'vocab_size': V, 'context': 40}
+SIZES = {'source_vocab_size': 12, 'vocab_size': V, 'context_length': 40}
 N = Normal(std=1.0)
 MODELS = {
-  'transformer': transformer(16, 2, 32, 2, vocab_size=12, context=40, head_bias=True),
+  'transformer': transformer(16, 2, 32, 2, vocab_size=12, context_length=40, head_bias=True),
   'seq2seq-lstm': seq2seq_lstm(16, 2, **SIZES, layer=Lstm.Config(), embedding_init=N, head_init=N),
   'luong': luong(16, 2, DotScore(), **SIZES),
   'luong without input feeding': luong(16, 1, DotScore(), **SIZES, input_feeding=False),
-  'gnmt': gnmt(16, 3, vocab_size=12, context=40, init=N, embedding_init=N, head_init=N),
+  'gnmt': gnmt(16, 3, vocab_size=12, context_length=40, init=N, embedding_init=N, head_init=N),
 }
 SOURCES = [
   [1, 2, 3, 4, 5, END],

@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from jaxformer.layers.attention import Attention
-from jaxformer.layers.layer import Context, Site
+from jaxformer.layers.layer import Context, LayerPosition
 from jaxformer.layers.position import Alibi, Rotary
 
 B, T, D = 2, 13, 16
@@ -28,7 +28,7 @@ SEGMENTS = jnp.asarray(
 @pytest.mark.parametrize('segments', [None, SEGMENTS], ids=['one document', 'packed'])
 def test_cut_anywhere(window, position, segments):
   layer = Attention.Config(heads=4, kv_heads=2, window=window, position=position).build(
-    D, nnx.Rngs(0), Site()
+    D, nnx.Rngs(0), LayerPosition()
   )
   for w in (layer.wq, layer.wk):
     w[...] = 30 * w[...]  # sharp attention: a wrong key shows
@@ -63,7 +63,7 @@ def test_cut_anywhere(window, position, segments):
 @pytest.mark.quick
 def test_a_segment_number_used_again_is_another_document():
   """Changes mark the borders: with a state and without."""
-  layer = Attention.Config(heads=2).build(D, nnx.Rngs(0), Site())
+  layer = Attention.Config(heads=2).build(D, nnx.Rngs(0), LayerPosition())
   x = jax.random.normal(jax.random.key(1), (1, 6, D))
   again, new = jnp.asarray([[1, 1, 2, 2, 1, 1]]), jnp.asarray([[1, 1, 2, 2, 3, 3]])
   want = layer(x, Context(segments_BT=new)).y

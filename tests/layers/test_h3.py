@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from jaxformer.layers.h3 import H3
-from jaxformer.layers.layer import Context, Site
+from jaxformer.layers.layer import Context, LayerPosition
 
 B, T, D, N = 2, 23, 12, 6
 
@@ -44,7 +44,7 @@ def dense(layer: H3, x_BTD: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize('head_dim', [1, 3])
 def test_equals_the_dense_recurrence(head_dim):
   layer = H3.Config(head_dim=head_dim, d_state=N, dt_min=0.05, dt_max=0.5).build(
-    D, nnx.Rngs(0), Site()
+    D, nnx.Rngs(0), LayerPosition()
   )
   random = np.random.default_rng(0)
   for parameter in jax.tree.leaves(layer, is_leaf=lambda v: isinstance(v, nnx.Param)):
@@ -61,7 +61,7 @@ def test_equals_the_dense_recurrence(head_dim):
 def test_starts_as_published():
   """B = e_1 of the shift system, so that its taps are C; a bilinear S4D-Lin; steps log-uniform; no
   learning-rate scale."""
-  layer = H3.Config().build(64, nnx.Rngs(0), Site())
+  layer = H3.Config().build(64, nnx.Rngs(0), LayerPosition())
   shift, diagonal = layer.systems()
   np.testing.assert_array_equal(shift.c_MHN[0], layer.shift_c[...])
   assert np.abs(layer.shift_c[...]).max() <= 1 / 8

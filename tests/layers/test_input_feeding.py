@@ -6,13 +6,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxformer.compare.contract import Alone
 from jaxformer.config import InputError
 from jaxformer.layers.cross_attention import DotScore, LuongAttention
 from jaxformer.layers.input_feeding import InputFeeding
 from jaxformer.layers.layer import Context, Memory
 from jaxformer.layers.lstm import Lstm, LstmState
 from jaxformer.models.params import define
+from jaxformer.testing.contract import Alone
 
 pytestmark = pytest.mark.quick
 B, T, S, D = 2, 5, 3, 8
@@ -62,7 +62,7 @@ def test_states_are_handed_over_from_the_bottom_up():
   [
     ({'layers': 0}, 'InputFeeding.layers = 0'),
     ({'dropout': 1.0}, 'InputFeeding.dropout = 1.0'),
-    ({'lstm': Lstm.Config(context=4)}, 'InputFeeding.lstm.context = 4'),
+    ({'lstm': Lstm.Config(context_width=4)}, 'InputFeeding.lstm.context_width = 4'),
     ({'lstm': Lstm.Config(hidden=4)}, 'InputFeeding.lstm.project = True'),
   ],
 )

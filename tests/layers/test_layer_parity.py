@@ -38,7 +38,7 @@ def test_norms(ours, theirs, eps, scale):
   other.load_state_dict({n: torch.from_numpy(weights[n]) for n in other.state_dict()})
   module.scale = nnx.Param(jnp.asarray(weights['weight']))
   if ours is LayerNorm:
-    module.offset = nnx.Param(jnp.asarray(weights['bias']))
+    module.bias = nnx.Param(jnp.asarray(weights['bias']))
   np.testing.assert_allclose(
     module(jnp.asarray(x)), other(torch.from_numpy(x)).detach(), atol=2e-6, rtol=2e-6
   )

@@ -6,7 +6,7 @@ import pytest
 from flax import nnx
 
 from jaxformer.config import InputError
-from jaxformer.layers.layer import Site
+from jaxformer.layers.layer import LayerPosition
 from jaxformer.layers.mamba import Mamba
 from jaxformer.layers.mamba2 import Mamba2
 
@@ -17,7 +17,7 @@ WIDTH = 128
 
 def built(layer):
   """Parameters by name."""
-  module = layer.build(WIDTH, nnx.Rngs(params=0), Site(layer=1, layers=6, branches=6))
+  module = layer.build(WIDTH, nnx.Rngs(params=0), LayerPosition(index=1, depth=6, branches=6))
   return {n: p for n, p in vars(module).items() if isinstance(p, nnx.Param)}
 
 

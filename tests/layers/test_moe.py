@@ -11,7 +11,7 @@ from flax import nnx
 
 from jaxformer.config import InputError
 from jaxformer.data import Batch
-from jaxformer.layers.layer import Context, Site
+from jaxformer.layers.layer import Context, LayerPosition
 from jaxformer.layers.mlp import GatedMlp, Mlp
 from jaxformer.layers.moe import Capacity, Dropless, Moe
 from jaxformer.layers.router import (
@@ -37,7 +37,7 @@ EXPERT = GatedMlp.Config(hidden=8)
 
 
 def run(config, x, ctx=Context(), **values):
-  layer = config.build(x.shape[-1], nnx.Rngs(0), Site())
+  layer = config.build(x.shape[-1], nnx.Rngs(0), LayerPosition())
   for name, value in values.items():
     getattr(layer.router, name)[...] = value
   return layer(x, ctx)
@@ -108,7 +108,7 @@ LOGITS = jnp.log(jnp.array([0.4, 0.3, 0.2, 0.1]))  # of a token whose channels a
 def test_choices_and_weights(router, experts, weights):
   """Probabilities 0.4, 0.3, 0.2, 0.1: renormalised over the chosen (Mixtral, Shazeer) or not
   (Jamba, Switch); sigmoids p / (1 + p)."""
-  built = router.build(D, E, nnx.Rngs(0), Site())
+  built = router.build(D, E, nnx.Rngs(0), LayerPosition())
   built.w[...] = jnp.zeros((D, E)).at[0].set(LOGITS)
   choice = built(jnp.zeros((1, 1, D)).at[..., 0].set(1.0), Context())
   np.testing.assert_array_equal(choice.expert_BTK[0, 0], experts)
@@ -116,7 +116,7 @@ def test_choices_and_weights(router, experts, weights):
 
 
 def test_a_bias_changes_the_choice_and_not_the_weights():
-  built = BiasBalanced.Config().build(D, E, nnx.Rngs(0), Site())
+  built = BiasBalanced.Config().build(D, E, nnx.Rngs(0), LayerPosition())
   built.w[...] = jnp.zeros((D, E)).at[0].set(LOGITS)
   built.bias[...] = jnp.array([-1.0, 0.0, 0.0, 0.0])
   choice = built(jnp.zeros((1, 1, D)).at[..., 0].set(1.0), Context())
@@ -139,7 +139,7 @@ def test_experts_that_choose_take_their_likeliest_tokens():
   """Two choices of eight tokens by four experts: four places each; the weight is the
   probability."""
   x = inputs(1, 8)
-  built = ExpertChoice.Config(choices=2.0).build(D, E, nnx.Rngs(0), Site())
+  built = ExpertChoice.Config(choices=2.0).build(D, E, nnx.Rngs(0), LayerPosition())
   chosen = built(x, Context())
   assert chosen.token_BEC.shape == (1, E, 4)
   p = np.asarray(jax.nn.softmax(built.logits(x), axis=-1))[0]
@@ -151,7 +151,7 @@ def test_experts_that_choose_take_their_likeliest_tokens():
   config = Moe.Config(experts=E, router=ExpertChoice.Config(), dispatch=None)
   assert not config.decodes
   with pytest.raises(InputError, match='experts that choose among all tokens cannot decode'):
-    config.build(D, nnx.Rngs(0), Site()).init_state(1, 8)
+    config.build(D, nnx.Rngs(0), LayerPosition()).init_state(1, 8)
 
 
 def test_capacity_drops_what_it_says():
@@ -174,7 +174,7 @@ def model(router, layers=3, experts=8):
   moe = Moe.Config(experts=experts, expert=GatedMlp.Config(hidden=16), router=router)
   block = Block.Config(branches=(PreNorm.Config(layer=moe),))
   return LanguageModel.Config(
-    vocab_size=32, width=D, context=16, stack=(Group(pattern=(block,), repeats=layers),)
+    vocab_size=32, width=D, context_length=16, stack=(Group(pattern=(block,), repeats=layers),)
   )
 
 

@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from jaxformer.layers.gru import Gru, GruState, ResetProduct
-from jaxformer.layers.layer import Context, Site
+from jaxformer.layers.layer import Context, LayerPosition
 from jaxformer.layers.lstm import Lstm, LstmState
 
 B, T, D = 3, 23, 16
@@ -54,7 +54,7 @@ def test_lstm_is_torchs(hidden):
 
   other, layer = (
     torch_layer('LSTM', hidden),
-    Lstm.Config(hidden=hidden).build(D, nnx.Rngs(0), Site()),
+    Lstm.Config(hidden=hidden).build(D, nnx.Rngs(0), LayerPosition()),
   )
   layer.b[...] = jnp.asarray(sum(set_weights(layer, other)))
   x, h, c = numbers(B, T, D), numbers(B, hidden), numbers(B, hidden, seed=1)
@@ -72,7 +72,10 @@ def test_lstm_is_torchs(hidden):
 def test_gru_with_the_reset_product_is_torchs():
   import torch
 
-  other, layer = torch_layer('GRU'), Gru.Config(reset=ResetProduct()).build(D, nnx.Rngs(0), Site())
+  other, layer = (
+    torch_layer('GRU'),
+    Gru.Config(reset=ResetProduct()).build(D, nnx.Rngs(0), LayerPosition()),
+  )
   b, c = set_weights(layer, other)
   layer.b[...] = jnp.asarray(b + c * np.asarray([1, 1, 0], np.float32)[:, None])
   layer.b_after[...] = jnp.asarray(c[2])
@@ -87,7 +90,7 @@ def test_gru_with_the_reset_product_is_torchs():
 def test_gru_of_the_papers():
   """Bahdanau et al. 2014, appendix A.1.1, in float64: s = (1 - z) s + z s~, s~ = tanh(W x + U (r
   s)); their z is one minus ours."""
-  layer = Gru.Config().build(D, nnx.Rngs(0), Site())
+  layer = Gru.Config().build(D, nnx.Rngs(0), LayerPosition())
   w, u, b = (np.asarray(p[...], np.float64) for p in (layer.w, layer.u, layer.b))
   b = numbers(3, D).astype(np.float64)
   layer.b[...] = jnp.asarray(b, jnp.float32)
@@ -103,7 +106,7 @@ def test_gru_of_the_papers():
 
 @pytest.mark.quick
 def test_forget_gates_start_open_and_each_gate_is_drawn_alone():
-  layer = Lstm.Config(forget_bias=2.0).build(64, nnx.Rngs(0), Site())
+  layer = Lstm.Config(forget_bias=2.0).build(64, nnx.Rngs(0), LayerPosition())
   np.testing.assert_array_equal(
     np.asarray(layer.b[...]), np.asarray([0, 2, 0, 0], np.float32)[:, None].repeat(64, 1)
   )

@@ -37,9 +37,9 @@ def official(name, layer):
     zigzag = ((n % K) - ((K - 1) / 2)) / ((K - 1) / 2)
     zigzag *= abs(zigzag)
     values[n] = {
-      'decay.offset': -6 + 6 * (n / (D - 1)) ** (1 + deep**0.3) + 0.5 + 2.5 * zigzag,
-      'rate.offset': -0.19 + 0.3 * zigzag + 0.4 * line,
-      'value.offset': 0.73 - 0.4 * line,
+      'decay.bias': -6 + 6 * (n / (D - 1)) ** (1 + deep**0.3) + 0.5 + 2.5 * zigzag,
+      'rate.bias': -0.19 + 0.3 * zigzag + 0.4 * line,
+      'value.bias': 0.73 - 0.4 * line,
       'xi': 0.71 - 0.1 * line,
       'alpha': 1.02,
       'rho': -0.04,
@@ -53,9 +53,9 @@ def official(name, layer):
 
 
 VECTORS = (
-  'decay.offset',
-  'rate.offset',
-  'value.offset',
+  'decay.bias',
+  'rate.bias',
+  'value.bias',
   'xi',
   'alpha',
   'rho',
@@ -67,7 +67,7 @@ VECTORS = (
 @pytest.mark.parametrize('layer', [0, 1, 5])
 def test_vectors_of_time_mixing(model, layer):
   for name in VECTORS:
-    if (layer, name) != (0, 'value.offset'):
+    if (layer, name) != (0, 'value.bias'):
       np.testing.assert_allclose(
         of_block(model[1], layer, 0, name),
         official(name, layer),
@@ -82,18 +82,18 @@ def test_golden_numbers(model):
   32 is 1 / 31.5 into its zigzag times half of that."""
   params = model[1]
   for layer in range(L):
-    w0 = of_block(params, layer, 0, 'decay.offset')
+    w0 = of_block(params, layer, 0, 'decay.bias')
     np.testing.assert_allclose(w0[[0, 127]], [-8.0, 3.0], rtol=1e-6)
   np.testing.assert_allclose(
-    of_block(params, 0, 0, 'decay.offset')[32],
+    of_block(params, 0, 0, 'decay.bias')[32],
     -5.5 + 6 * 32 / 127 + 2.5 * (0.5 / 31.5) ** 2,
     rtol=1e-6,
   )
   np.testing.assert_allclose(
-    of_block(params, 0, 0, 'rate.offset')[[0, 127]], [-0.69, 0.31], rtol=1e-5
+    of_block(params, 0, 0, 'rate.bias')[[0, 127]], [-0.69, 0.31], rtol=1e-5
   )
   np.testing.assert_allclose(
-    of_block(params, 3, 0, 'value.offset')[[0, 127]], [0.93, 0.53], rtol=1e-5
+    of_block(params, 3, 0, 'value.bias')[[0, 127]], [0.93, 0.53], rtol=1e-5
   )
   np.testing.assert_allclose(of_block(params, 3, 1, 'mix_k')[64], 1 - 0.5 ** (0.5**4), rtol=1e-5)
   assert of_block(params, 0, 0, 'mix_r')[0] == 1.0
@@ -123,8 +123,8 @@ def test_what_the_optimizer_is_told(model):
     last = name.rpartition('.')[2]
     matrix = last in ('wr', 'wk', 'wv', 'wo', 'embedding', 'head')
     assert info.decay == matrix, name
-    assert info.lr_scale == (2.0 if name.endswith('decay.offset') else 1.0), name
-    assert info.full_precision == name.endswith('decay.offset'), name
+    assert info.lr_scale == (2.0 if name.endswith('decay.bias') else 1.0), name
+    assert info.full_precision == name.endswith('decay.bias'), name
 
 
 def test_only_the_first_block_may_do_without_values():

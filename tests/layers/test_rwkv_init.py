@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from jaxformer.config import InputError
-from jaxformer.layers.layer import Site
+from jaxformer.layers.layer import LayerPosition
 from jaxformer.layers.rwkv4 import ChannelMix4, TimeMix4
 from jaxformer.layers.rwkv5 import TimeMix5
 from jaxformer.layers.rwkv6 import ChannelMix6, TimeMix6
@@ -29,16 +29,18 @@ CHANNELS = {4: rwkv4(D, L), 5: rwkv5(D, L), 6: rwkv6(D, L)}
 CHANNELS = {v: m.stack[0].pattern[0].branches[1].layer for v, m in CHANNELS.items()}
 
 
-def built(layer, site, width=D):
+def built(layer, position, width=D):
   """Values and metadata by name."""
-  module = layer.build(width, nnx.Rngs(params=0), Site(layer=site, layers=L, branches=2 * L))
+  module = layer.build(
+    width, nnx.Rngs(params=0), LayerPosition(index=position, depth=L, branches=2 * L)
+  )
   return {
     '.'.join(map(str, path)): p for path, p in nnx.to_flat_state(nnx.state(module, nnx.Param))
   }
 
 
-def values(layer, site, width=D):
-  return {n: np.asarray(p[...]) for n, p in built(layer, site, width).items()}
+def values(layer, position, width=D):
+  return {n: np.asarray(p[...]) for n, p in built(layer, position, width).items()}
 
 
 def official(version, name, layer):
@@ -65,7 +67,7 @@ def official(version, name, layer):
       'decay': slow + fast * (n / (D - 1)) ** (0.7 + 1.3 * deep),
       'bonus': bonus,
       'norm.scale': ((1 + layer) / L) ** 0.7,
-      'norm.offset': 0.0,
+      'norm.bias': 0.0,
       **{z: 1.0 - m if version == 6 else m for z, m in mixes.items()},
     }[name]
   return result
@@ -75,7 +77,7 @@ def official(version, name, layer):
 @pytest.mark.parametrize('version', TIME)
 def test_vectors_of_time_mixing(version, layer):
   vectors = {
-    n.replace('decay.offset', 'decay'): v
+    n.replace('decay.bias', 'decay'): v
     for n, v in values(TIME[version], layer).items()
     if v.ndim == 1
   }
@@ -107,7 +109,7 @@ def test_published_numbers_of_rwkv4():
   time = TimeMix4.Config(init=TimeMix4.Config().out_init)
 
   def of(layer):
-    module = time.build(768, nnx.Rngs(params=0), Site(layer=layer, layers=12, branches=24))
+    module = time.build(768, nnx.Rngs(params=0), LayerPosition(index=layer, depth=12, branches=24))
     return {n: np.asarray(p[...]) for n, p in vars(module).items() if isinstance(p, nnx.Param)}
 
   first, last = of(0), of(11)
@@ -170,7 +172,7 @@ def test_what_the_optimizer_is_told(version):
   bonuses stay fp32."""
   for name, p in (built(TIME[version], 1) | built(CHANNELS[version], 1)).items():
     meta = p.get_metadata()
-    rates = {'decay': 2.0, 'decay.offset': 2.0, 'bonus': 3.0 if version == 4 else 1.0}
+    rates = {'decay': 2.0, 'decay.bias': 2.0, 'bonus': 3.0 if version == 4 else 1.0}
     assert meta['decay'] == (name in ('wr', 'wk', 'wv', 'wg', 'wo')), name
     assert meta['lr_scale'] == rates.get(name, 1.0), name
     assert meta['full_precision'] == (name in rates), name
@@ -181,9 +183,9 @@ def test_settings_that_do_not_fit():
     with pytest.raises(
       InputError, match=rf'width = 128 is not a multiple of {layer.tag}\.head_dim = 24'
     ):
-      layer.build(D, nnx.Rngs(params=0), Site())
+      layer.build(D, nnx.Rngs(params=0), LayerPosition())
   with pytest.raises(InputError, match='at least 2'):
-    TimeMix4.Config().build(1, nnx.Rngs(params=0), Site())
+    TimeMix4.Config().build(1, nnx.Rngs(params=0), LayerPosition())
   with pytest.raises(InputError, match=r'TimeMix6\.mix_rank = 0'):
     TimeMix6.Config(mix_rank=0)
   with pytest.raises(InputError, match=r'TimeMix5\.head_dim = 0'):

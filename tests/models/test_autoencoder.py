@@ -33,7 +33,7 @@ def config(*layers, **settings):
   return Autoencoder.Config(
     vocab_size=V,
     width=D,
-    context=T,
+    context_length=T,
     stack=(Group(pattern=(block,), repeats=2),),
     norm=LayerNorm.Config(),
     **settings,
@@ -84,7 +84,7 @@ def test_the_decoder():
     x = x - x.mean(-1, keepdims=True)
     return (
       x / np.sqrt((x**2).mean(-1, keepdims=True) + LayerNorm.Config().eps) * p[f'{name}.scale']
-      + p[f'{name}.offset']
+      + p[f'{name}.bias']
     )
 
   def gelu(x):
@@ -162,14 +162,14 @@ def test_cost_and_settings():
   assert c.forward_flops_per_token == pytest.approx(
     2 * (layers + decoder) + 2 * 4 * D * (T + 1) / 2
   )
-  assert MIXING.longest == T
-  assert APART.longest is None
+  assert MIXING.max_len == T
+  assert APART.max_len is None
   with pytest.raises(InputError, match='width = 0'):
     APART.replace(width=0)
 
 
 def test_the_autoencoder_of_a_language_model():
-  model = gpt(32, 2, 4, context=16, vocab_size=20)
+  model = gpt(32, 2, 4, context_length=16, vocab_size=20)
   made_of = autoencoder(model)
   assert (made_of.stack, made_of.width, made_of.positions, made_of.vocab_size) == (
     model.stack,

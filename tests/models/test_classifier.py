@@ -38,7 +38,7 @@ def classifier(input_, causal, pooling, **settings):
     input=input_,
     classes=CLASSES,
     width=16,
-    context=T,
+    context_length=T,
     stack=(Group(pattern=(block,), repeats=2),),
     pooling=pooling,
     **settings,

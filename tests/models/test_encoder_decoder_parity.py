@@ -6,18 +6,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxformer.layers.attentive_decoder import RnnSearch
 from jaxformer.layers.cross_attention import DotScore, GeneralScore
 from jaxformer.layers.gru import Gru
 from jaxformer.layers.init import Normal
 from jaxformer.layers.lstm import Lstm
-from jaxformer.layers.search import RnnSearch
 from jaxformer.models.params import define
 from jaxformer.models.zoo.gnmt import gnmt
 from jaxformer.models.zoo.seq2seq import luong, rnnsearch, seq2seq_lstm
 from tests.tiers import case
 
 N = Normal(std=0.4)
-SIZES = {'source_vocab_size': 13, 'vocab_size': 11, 'context': 20}
+SIZES = {'source_vocab_size': 13, 'vocab_size': 11, 'context_length': 20}
 SOURCES, TARGETS = [[3, 1, 4, 1, 5], [9, 2, 6]], [[1, 2, 3, 4], [5, 6, 7, 8]]
 
 
@@ -176,7 +176,8 @@ def test_gnmt(layers):
     return np.array(logits)
 
   agree(
-    gnmt(n, layers, vocab_size=13, context=20, init=N, embedding_init=N, head_init=N), reference
+    gnmt(n, layers, vocab_size=13, context_length=20, init=N, embedding_init=N, head_init=N),
+    reference,
   )
 
 

@@ -17,7 +17,7 @@ from jaxformer.models.zoo.llama import LLAMA3, llama
 @pytest.fixture(scope='module')
 def gpt2():
   """GPT-2's depth, a smaller width and vocabulary."""
-  return define(gpt(128, 12, 4, context=256, vocab_size=2000)).init(jax.random.key(0))
+  return define(gpt(128, 12, 4, context_length=256, vocab_size=2000)).init(jax.random.key(0))
 
 
 def pieces(params, ending):
@@ -55,7 +55,7 @@ def test_gpt2_positions_offsets_and_norms(gpt2):
     ('.bo', 0),
     ('.b_in', 0),
     ('.b_out', 0),
-    ('.offset', 0),
+    ('norm.bias', 0),
     ('.scale', 1),
   ):
     found = pieces(gpt2, ending)
@@ -84,9 +84,9 @@ def test_presets_of_any_depth_have_the_right_residual_init():
 @pytest.mark.parametrize(
   ('config', 'expected'),
   [
-    (gpt(64, 2, 4, context=64, vocab_size=50257), 10.8249),
-    (llama(64, 2, 176, 4, 2, context=64, vocab_size=32000, rotary=LLAMA3), 10.3735),
-    (llama(64, 2, 176, 4, 2, context=64, vocab_size=128256, rotary=LLAMA3), 11.7618),
+    (gpt(64, 2, 4, context_length=64, vocab_size=50257), 10.8249),
+    (llama(64, 2, 176, 4, 2, context_length=64, vocab_size=32000, rotary=LLAMA3), 10.3735),
+    (llama(64, 2, 176, 4, 2, context_length=64, vocab_size=128256, rotary=LLAMA3), 11.7618),
   ],
   ids=['gpt2', 'llama2', 'llama3'],
 )

@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxformer.ops.attentive_decoder import Source
 from jaxformer.ops.input_feeding import Weights, feed, feed_naive
-from jaxformer.ops.search import Source
 from tests.tiers import case
 
 pytestmark = pytest.mark.quick

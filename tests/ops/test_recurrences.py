@@ -182,14 +182,14 @@ def convolved(x, w, b, before, begins):
 
 
 @pytest.mark.parametrize('taps', [1, 2, 4])
-def test_convolution_is_the_sum(taps):
+def test_convolution_is_the_sum(d_conv):
   x, w, b, before = (
     np.asarray(normal(i, *s))
-    for i, s in enumerate(((BATCH, LENGTH, 3), (taps, 3), (3,), (BATCH, taps - 1, 3)))
+    for i, s in enumerate(((BATCH, LENGTH, 3), (d_conv, 3), (3,), (BATCH, d_conv - 1, 3)))
   )
   y, after = short_convolution(*map(jnp.asarray, (x, w, b, before)), starts())
   close(y, jnp.asarray(convolved(x, w, b, before, np.asarray(starts()))), 1e-5)
-  close(after, jnp.asarray(x[:, LENGTH - taps + 1 :]), 1e-5) if taps > 1 else None
+  close(after, jnp.asarray(x[:, LENGTH - d_conv + 1 :]), 1e-5) if d_conv > 1 else None
   without = short_convolution(jnp.asarray(x), jnp.asarray(w), None, None, starts())[0]
   close(without, jnp.asarray(convolved(x, w, 0 * b, 0 * before, np.asarray(starts()))), 1e-5)
 

@@ -223,7 +223,7 @@ def test_arithmetic_intensity_is_what_the_times_say():
   """Decoding one sequence does 1 multiplication and addition for each weight of two bytes that it
   reads: a FLOP a byte."""
   step = inference_report(
-    'decode', PRESETS['llama2-7b'].model, parse_target('h100:1'), batch=1, context=16
+    'decode', PRESETS['llama2-7b'].model, parse_target('h100:1'), batch=1, context_length=16
   )['step']
   assert step['arithmetic_intensity'] == pytest.approx(1.0, rel=0.05)
   assert step['ridge_intensity'] == pytest.approx(989e12 / 3.35e12, rel=0.01)

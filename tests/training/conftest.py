@@ -37,7 +37,7 @@ def make_experiment(
 ):
   """An experiment in a folder; other keywords go to `TrainingConfig`."""
   return Experiment(
-    model=gpt(32, 2, 2, context=32, vocab_size=264, dropout=dropout),
+    model=gpt(32, 2, 2, context_length=32, vocab_size=264, dropout=dropout),
     data=DATA,
     optimizer=optimizer or AdamW(learning_rate=3e-3),
     schedule=schedule or Cosine(warmup=2),

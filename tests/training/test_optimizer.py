@@ -99,7 +99,7 @@ def test_newton_schulz_orthogonalises_every_matrix_by_itself():
 
 
 def test_muon_takes_the_matrices_of_blocks_alone():
-  definition = define(gpt(32, 2, 2, context=32, vocab_size=264))
+  definition = define(gpt(32, 2, 2, context_length=32, vocab_size=264))
   taken = {n.rsplit('.', 1)[-1] for n, i in definition.info.items() if Muon().orthogonalised(i)}
   assert taken == {'wq', 'wk', 'wv', 'wo', 'w_in', 'w_out'}
   params = tree(0)
@@ -141,7 +141,7 @@ def test_adafactor_is_that_of_optax_where_nothing_is_stacked():
 
 @pytest.mark.parametrize('config', ALL, ids=lambda c: c.tag)
 def test_learns_and_its_state_is_divided_as_its_parameters(config, dataset):
-  definition, rules = define(gpt(32, 2, 2, context=32, vocab_size=264)), 'fsdp_tensor'
+  definition, rules = define(gpt(32, 2, 2, context_length=32, vocab_size=264)), 'fsdp_tensor'
   mesh = make_mesh(MeshConfig(fsdp=2, tensor=2, data=1), jax.devices()[:4])
   o = Optimizer.of(config, Constant(warmup=2), 12, definition)
   batch = dataset.train_batch(0, 8, 0)

@@ -76,7 +76,7 @@ class Rows(PairBatch):
     return PairBatch(*(a[rows] for a in tuple(self)[:3]))
 
 
-TINY = transformer(32, 1, 64, 2, vocab_size=16, context=16)
+TINY = transformer(32, 1, 64, 2, vocab_size=16, context_length=16)
 
 
 def experiment(tmp_path, model=TINY, name='run', mesh=None, **training):
@@ -123,7 +123,7 @@ def test_interrupted_training_counts_and_learns_the_same(tmp_path):
   [
     case(TINY, id='transformer', standing=True),
     case(
-      luong(32, 1, DotScore(), source_vocab_size=16, vocab_size=16, context=16),
+      luong(32, 1, DotScore(), source_vocab_size=16, vocab_size=16, context_length=16),
       id='luong',
       standing=False,
     ),

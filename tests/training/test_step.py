@@ -20,7 +20,7 @@ from jaxformer.training.step import (
 )
 from tests.tiers import case
 
-DEFINITION = define(gpt(32, 2, 2, context=32, vocab_size=264))
+DEFINITION = define(gpt(32, 2, 2, context_length=32, vocab_size=264))
 # Key offsets have a gradient of zero, which rounding makes 1e-9: with an eps of that size Adam
 # would divide noise by noise.
 OPTIMIZER = Optimizer.of(AdamW(learning_rate=1e-3, eps=1e-6), Cosine(warmup=2), 8, DEFINITION)
@@ -121,7 +121,7 @@ def test_numbers_that_are_not_finite_are_flagged():
 
 @pytest.mark.quick
 def test_dropout_differs_between_steps_and_not_between_runs():
-  definition = define(gpt(32, 2, 2, context=32, vocab_size=264, dropout=0.5))
+  definition = define(gpt(32, 2, 2, context_length=32, vocab_size=264, dropout=0.5))
   params = definition.init(jax.random.key(0))
   loss = jax.jit(lambda key: loss_and_grads(definition, StepConfig(), params, batch(0), key)[0].nll)
   one, same, other = (float(loss(jax.random.fold_in(jax.random.key(0), i))) for i in (0, 0, 1))

@@ -54,7 +54,7 @@ LISTOPS = ListOps(
 
 def model(input_=None):
   return classifier(input_ or TokenInput.Config(vocab_size=15), False, MeanPooling()).replace(
-    classes=10, context=64
+    classes=10, context_length=64
   )
 
 
@@ -94,7 +94,11 @@ def test_a_classifier_stopped_and_resumed_is_as_never_stopped_bit_for_bit(tmp_pa
 def test_a_language_model_on_a_task(tmp_path):
   task = AssociativeRecall(test_sequences=40)
   e = experiment(
-    tmp_path, of=gpt(32, 1, 4, context=32, vocab_size=12), data=task, steps=3, eval_batches=None
+    tmp_path,
+    of=gpt(32, 1, 4, context_length=32, vocab_size=12),
+    data=task,
+    steps=3,
+    eval_batches=None,
   )
   result = train(e, devices=jax.devices()[:1], log=quiet)
   assert result.metrics['eval/source'] == 'AssociativeRecall test'
@@ -117,7 +121,7 @@ def test_a_language_model_on_a_task(tmp_path):
   ids=lambda t: t.tag,
 )
 def test_the_score_of_a_suite_task_is_the_fraction_right_of_all_targets(tmp_path, task):
-  language_model = gpt(32, 1, 4, context=6, vocab_size=16)
+  language_model = gpt(32, 1, 4, context_length=6, vocab_size=16)
   e = experiment(
     tmp_path,
     of=autoencoder(language_model) if task.kind.autoencoder else language_model,
@@ -143,7 +147,7 @@ def test_a_trained_model_is_scored_at_another_length(tmp_path, monkeypatch, caps
   """As Mamba is on induction heads: the length of the task is all that differs."""
   task, of = (
     InductionHead(length=15, vocab_size=16, test_sequences=8),
-    mamba(Mamba.Config(), 16, 1, vocab_size=16, context=16),
+    mamba(Mamba.Config(), 16, 1, vocab_size=16, context_length=16),
   )
   e = experiment(tmp_path / 'runs', 'short', of=of, data=task, steps=2)
   train(e, devices=jax.devices()[:1], log=quiet)
@@ -209,7 +213,7 @@ def test_the_command_line_on_a_classifier(digits, monkeypatch, capsys):
     ),
     (model(), InductionHead(), 'a Classifier names one of its classes.*known: Digits, ListOps'),
     (
-      gpt(32, 1, 2, context=64, vocab_size=300),
+      gpt(32, 1, 2, context_length=64, vocab_size=300),
       LISTOPS,
       'a LanguageModel predicts tokens, and these data ask for a class',
     ),
@@ -230,22 +234,22 @@ def test_the_command_line_on_a_classifier(digits, monkeypatch, capsys):
       'model.input.vocab_size = 12: must be at least 15, those of ListOps',
     ),
     (
-      gpt(32, 1, 2, context=64, vocab_size=12),
+      gpt(32, 1, 2, context_length=64, vocab_size=12),
       InductionHead(),
       'model.vocab_size = 12: must be at least 20, those of InductionHead',
     ),
     (
-      gpt(32, 1, 2, context=64, vocab_size=16),
+      gpt(32, 1, 2, context_length=64, vocab_size=16),
       Compression(),
       'which an Autoencoder tells; a LanguageModel would',
     ),
     (
-      autoencoder(gpt(32, 1, 2, context=64, vocab_size=20)),
+      autoencoder(gpt(32, 1, 2, context_length=64, vocab_size=20)),
       InductionHead(),
       'an Autoencoder tells .* something else.* known: Compr',
     ),
     (
-      autoencoder(gpt(32, 1, 2, context=64, vocab_size=15)),
+      autoencoder(gpt(32, 1, 2, context_length=64, vocab_size=15)),
       Compression(),
       'model.vocab_size = 15: must be at least 16',
     ),
@@ -264,7 +268,7 @@ def test_models_and_data_that_do_not_fit(tmp_path, of, data, message):
 @pytest.mark.quick
 def test_a_task_longer_than_the_learned_positions(tmp_path):
   with pytest.raises(InputError, match=r'data = InductionHead: positions = 31: must be at most 16'):
-    experiment(tmp_path, of=gpt(32, 1, 2, context=16, vocab_size=20), data=InductionHead())
+    experiment(tmp_path, of=gpt(32, 1, 2, context_length=16, vocab_size=20), data=InductionHead())
 
 
 @pytest.mark.quick
@@ -275,19 +279,19 @@ def test_a_task_longer_than_the_learned_positions(tmp_path):
 )
 def test_a_model_with_the_vocabulary_of_a_task_can_read_it(task):
   vocab_size, of = open_data(task).vocab_size, autoencoder if task.kind.autoencoder else lambda m: m
-  check_fit(of(gpt(32, 1, 2, context=8, vocab_size=vocab_size)), task, vocab_size)
+  check_fit(of(gpt(32, 1, 2, context_length=8, vocab_size=vocab_size)), task, vocab_size)
   with pytest.raises(
     InputError, match=rf'model.vocab_size = {vocab_size - 1}: must be at least {vocab_size}'
   ):
-    check_fit(of(gpt(32, 1, 2, context=8, vocab_size=vocab_size - 1)), task)
+    check_fit(of(gpt(32, 1, 2, context_length=8, vocab_size=vocab_size - 1)), task)
 
 
 @pytest.mark.quick
 def test_an_autoencoder_is_given_its_task():
   assert (
-    default_experiment(autoencoder(gpt(32, 1, 2, context=64, vocab_size=16)), 'x').data
+    default_experiment(autoencoder(gpt(32, 1, 2, context_length=64, vocab_size=16)), 'x').data
     == Compression()
   )
   assert isinstance(
-    default_experiment(gpt(32, 1, 2, context=64, vocab_size=16), 'x').data, DataConfig
+    default_experiment(gpt(32, 1, 2, context_length=64, vocab_size=16), 'x').data, DataConfig
   )

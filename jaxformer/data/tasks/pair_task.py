@@ -28,7 +28,7 @@ class PairTask(GeneratedTask, abstract=True):
     raise NotImplementedError
 
   @property
-  def longest(self) -> int:
+  def max_len(self) -> int:
     return max(self.source_positions, self.positions)
 
   @property

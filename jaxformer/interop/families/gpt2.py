@@ -49,7 +49,7 @@ def read(hf: Settings) -> LanguageModel.Config:
   return LanguageModel.Config(
     vocab_size=hf.count('vocab_size', 50257),
     width=width,
-    context=hf.count('n_positions', 1024),
+    context_length=hf.count('n_positions', 1024),
     positions=LearnedPositions.Config(),
     stack=(Group(pattern=(block,), repeats=hf.count('n_layer', 12)),),
     final_norm=norm,
@@ -69,8 +69,8 @@ def write(config: LanguageModel.Config) -> dict[str, Any]:
   std = config.embedding_init.std if isinstance(config.embedding_init, Normal) else 0.02
   return {
     'vocab_size': config.vocab_size,
-    'n_positions': config.context,
-    'n_ctx': config.context,
+    'n_positions': config.context_length,
+    'n_ctx': config.context_length,
     'n_embd': config.width,
     'n_layer': len(stack),
     'n_head': attention.heads,
@@ -96,7 +96,7 @@ def rules(config: LanguageModel.Config) -> list[Rule]:
     same('embedding', 'transformer.wte.weight'),
     same('positions.table', 'transformer.wpe.weight'),
     same(f'{attention}.norm.scale', f'{layer}.ln_1.weight'),
-    same(f'{attention}.norm.offset', f'{layer}.ln_1.bias'),
+    same(f'{attention}.norm.bias', f'{layer}.ln_1.bias'),
     Rule(
       tuple(f'{attention}.layer.w{p}' for p in 'qkv'), f'{layer}.attn.c_attn.weight', (Concat(1),)
     ),
@@ -106,13 +106,13 @@ def rules(config: LanguageModel.Config) -> list[Rule]:
     same(f'{attention}.layer.wo', f'{layer}.attn.c_proj.weight'),
     same(f'{attention}.layer.bo', f'{layer}.attn.c_proj.bias'),
     same(f'{mlp}.norm.scale', f'{layer}.ln_2.weight'),
-    same(f'{mlp}.norm.offset', f'{layer}.ln_2.bias'),
+    same(f'{mlp}.norm.bias', f'{layer}.ln_2.bias'),
     same(f'{mlp}.layer.w_in', f'{layer}.mlp.c_fc.weight'),
     same(f'{mlp}.layer.b_in', f'{layer}.mlp.c_fc.bias'),
     same(f'{mlp}.layer.w_out', f'{layer}.mlp.c_proj.weight'),
     same(f'{mlp}.layer.b_out', f'{layer}.mlp.c_proj.bias'),
     same('final_norm.scale', 'transformer.ln_f.weight'),
-    same('final_norm.offset', 'transformer.ln_f.bias'),
+    same('final_norm.bias', 'transformer.ln_f.bias'),
     linear('head', 'lm_head.weight'),
   ]
 

@@ -62,7 +62,7 @@ def read(hf: Settings) -> LanguageModel.Config:
   mixer = Mamba.Config(
     state=hf.count('mamba_d_state', 16),
     expand=hf.count('mamba_expand', 2),
-    taps=hf.count('mamba_d_conv', 4),
+    d_conv=hf.count('mamba_d_conv', 4),
     dt_rank=None if rank == automatic else rank,
     bias=hf.get('mamba_proj_bias', bool, False),
     conv_bias=hf.get('mamba_conv_bias', bool, True),
@@ -92,7 +92,7 @@ def read(hf: Settings) -> LanguageModel.Config:
   return LanguageModel.Config(
     vocab_size=hf.count('vocab_size', 65536),
     width=width,
-    context=hf.count('max_position_embeddings', 262144),
+    context_length=hf.count('max_position_embeddings', 262144),
     stack=(shortest([block(i) for i in range(layers)]),),
     final_norm=norm,
     tied=hf.get('tie_word_embeddings', bool, False),
@@ -132,7 +132,7 @@ def write(config: LanguageModel.Config) -> dict[str, Any]:
     'num_attention_heads': attention.heads,
     'num_key_value_heads': attention.kv_heads or attention.heads,
     'hidden_act': 'silu',
-    'max_position_embeddings': config.context,
+    'max_position_embeddings': config.context_length,
     'rms_norm_eps': branches(stack[0], 2)[0].norm.eps,
     'initializer_range': config.embedding_init.std
     if isinstance(config.embedding_init, Normal)
@@ -145,7 +145,7 @@ def write(config: LanguageModel.Config) -> dict[str, Any]:
     'expert_layer_period': sparse[0],
     'expert_layer_offset': sparse[1],
     'mamba_d_state': mixer.state,
-    'mamba_d_conv': mixer.taps,
+    'mamba_d_conv': mixer.d_conv,
     'mamba_expand': mixer.expand,
     'mamba_dt_rank': mixer.rank(config.width),
     'mamba_conv_bias': mixer.conv_bias,

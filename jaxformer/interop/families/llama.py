@@ -111,7 +111,7 @@ def build(
   return LanguageModel.Config(
     vocab_size=hf.count('vocab_size', 32000),
     width=width,
-    context=hf.count('max_position_embeddings', 2048),
+    context_length=hf.count('max_position_embeddings', 2048),
     stack=(Group(pattern=(block,), repeats=hf.count('num_hidden_layers', 32)),),
     final_norm=norm,
     tied=hf.get('tie_word_embeddings', bool, False),
@@ -142,7 +142,7 @@ def write(config: LanguageModel.Config) -> dict[str, Any]:
     'num_key_value_heads': attention.kv_heads or attention.heads,
     'head_dim': attention.head_size(config.width),
     'hidden_act': activation_name(mlp.activation),
-    'max_position_embeddings': config.context,
+    'max_position_embeddings': config.context_length,
     'rms_norm_eps': first.norm.eps,
     'initializer_range': std,
     'tie_word_embeddings': config.tied,

@@ -34,7 +34,7 @@ def build(
   return LanguageModel.Config(
     vocab_size=hf.count('vocab_size', vocab_size),
     width=width,
-    context=hf.count('max_position_embeddings', CONTEXT),
+    context_length=hf.count('max_position_embeddings', CONTEXT),
     stack=(Group(pattern=(block,), repeats=hf.count('num_hidden_layers', layers)),),
     final_norm=norm,
     tied=hf.get('tie_word_embeddings', bool, tied),
@@ -58,7 +58,7 @@ def read(hf: Settings) -> LanguageModel.Config:
   layer = Mamba.Config(
     state=hf.count('state_size', 16),
     expand=expand,
-    taps=hf.count('conv_kernel', 4),
+    d_conv=hf.count('conv_kernel', 4),
     dt_rank=None if rank == automatic else rank,
     bias=hf.get('use_bias', bool, False),
     conv_bias=hf.get('use_conv_bias', bool, True),
@@ -77,7 +77,7 @@ def write_model(config: LanguageModel.Config) -> dict[str, Any]:
     'num_hidden_layers': len(stack),
     'hidden_act': 'silu',
     'layer_norm_epsilon': first.norm.eps,
-    'max_position_embeddings': config.context,
+    'max_position_embeddings': config.context_length,
     'tie_word_embeddings': config.tied,
     'residual_in_fp32': True,
     'initializer_range': 0.02,
@@ -89,7 +89,7 @@ def write_layer(layer: Any) -> dict[str, Any]:
   fields = {
     'state_size': layer.state,
     'expand': layer.expand,
-    'conv_kernel': layer.taps,
+    'conv_kernel': layer.d_conv,
     'use_bias': layer.bias,
     'use_conv_bias': layer.conv_bias,
   }

@@ -40,7 +40,7 @@ def read(hf: Settings) -> LanguageModel.Config:
     expand=expand,
     head_dim=head_dim,
     groups=hf.count('n_groups', 8),
-    taps=hf.count('conv_kernel', 4),
+    d_conv=hf.count('conv_kernel', 4),
     bias=hf.get('use_bias', bool, False),
     conv_bias=hf.get('use_conv_bias', bool, True),
     norm_eps=hf.get('layer_norm_epsilon', float, 1e-5),

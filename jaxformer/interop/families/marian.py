@@ -35,7 +35,7 @@ def read(hf: Settings) -> EncoderDecoder.Config:
     hf.count('encoder_ffn_dim', 4096),
     hf.count('encoder_attention_heads', 16),
     vocab_size=vocab_size,
-    context=hf.count('max_position_embeddings', 1024),
+    context_length=hf.count('max_position_embeddings', 1024),
     decoder_layers=hf.count('decoder_layers', 12),
     decoder_hidden=hf.count('decoder_ffn_dim', 4096),
     decoder_heads=hf.count('decoder_attention_heads', 16),
@@ -78,7 +78,7 @@ def write(config: EncoderDecoder.Config) -> dict[str, Any]:
     'vocab_size': config.vocab_size,
     'decoder_vocab_size': config.vocab_size,
     'd_model': config.width,
-    'max_position_embeddings': config.context,
+    'max_position_embeddings': config.context_length,
     'encoder_layers': layers,
     'decoder_layers': layers_over,
     'encoder_ffn_dim': mlp.hidden,
@@ -116,7 +116,7 @@ def rules(config: EncoderDecoder.Config) -> list[Rule]:
       )
       found += [
         same(f'{ours}.norm.scale', f'{norm}.weight'),
-        same(f'{ours}.norm.offset', f'{norm}.bias'),
+        same(f'{ours}.norm.bias', f'{norm}.bias'),
       ]
       parts = (
         [(p, f'{name}.{"out" if p == "o" else p}_proj') for p in 'qkvo']

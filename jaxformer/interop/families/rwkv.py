@@ -29,7 +29,7 @@ def read(hf: Settings) -> LanguageModel.Config:
   config = rwkv4(
     width,
     hf.count('num_hidden_layers', 32),
-    context=hf.count('context_length', CONTEXT),
+    context_length=hf.count('context_length', CONTEXT),
     vocab_size=hf.count('vocab_size', 50277),
     hidden=hf.count('intermediate_size', 4 * width),
     norm=norm,
@@ -46,7 +46,7 @@ def write(config: LanguageModel.Config) -> dict[str, Any]:
   time, channels = branches(stack[0], 2)
   return {
     'vocab_size': config.vocab_size,
-    'context_length': config.context,
+    'context_length': config.context_length,
     'hidden_size': config.width,
     'attention_hidden_size': config.width,
     'num_hidden_layers': len(stack),
@@ -81,7 +81,7 @@ def rules(config: LanguageModel.Config) -> list[Rule]:
     *(
       same(f'{ours}.{a}', f'{theirs}.{b}')
       for ours, theirs in norms.items()
-      for a, b in (('scale', 'weight'), ('offset', 'bias'))
+      for a, b in (('scale', 'weight'), ('bias', 'bias'))
     ),
     *(
       Rule((f'{ours}.mix_{z}',), f'{theirs}.time_mix_{words[z]}', (NewAxis(0), NewAxis(0)))

@@ -17,7 +17,7 @@ def around(layer: LayerConfig) -> Family:
   own knowledge of positions."""
 
   def make(
-    *, width: int, layers: int, hidden: int, vocab_size: int, context: int
+    *, width: int, layers: int, hidden: int, vocab_size: int, context_length: int
   ) -> LanguageModel.Config:
     norm = RMSNorm.Config()
     parts = layer, GatedMlp.Config(hidden=hidden)
@@ -25,7 +25,7 @@ def around(layer: LayerConfig) -> Family:
     return LanguageModel.Config(
       vocab_size=vocab_size,
       width=width,
-      context=context,
+      context_length=context_length,
       final_norm=norm,
       stack=(Group(pattern=(block,), repeats=layers),),
     )

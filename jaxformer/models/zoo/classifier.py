@@ -24,7 +24,7 @@ def state_space_classifier(
   *,
   input: InputConfig,
   classes: int,
-  context: int,
+  context_length: int,
   dropout: float = 0.0,
 ) -> Classifier.Config:
   """A stack of state-space layers, each with its own gate, and one answer."""
@@ -35,7 +35,7 @@ def state_space_classifier(
     input=input,
     classes=classes,
     width=width,
-    context=context,
+    context_length=context_length,
     stack=(Group(pattern=(block,), repeats=layers),),
   )
 
@@ -46,7 +46,7 @@ preset(
   's4d-listops',
   's4d-classifier',
   state_space_classifier(
-    S4D.Config(d_state=4, causal=False), 256, 6, input=LISTOPS, classes=10, context=2000
+    S4D.Config(d_state=4, causal=False), 256, 6, input=LISTOPS, classes=10, context_length=2000
   ),
 )
 # The sizes that the authors give for a first try on images: 4 layers of width 128, 64 numbers of
@@ -55,13 +55,13 @@ preset(
   's4d-digits',
   's4d-classifier',
   state_space_classifier(
-    S4D.Config(causal=False), 128, 4, input=DIGITS, classes=10, context=64, dropout=0.1
+    S4D.Config(causal=False), 128, 4, input=DIGITS, classes=10, context_length=64, dropout=0.1
   ),
 )
 preset(
   's4d-classifier-tiny',
   's4d-classifier',
   state_space_classifier(
-    S4D.Config(d_state=16, causal=False), 64, 2, input=DIGITS, classes=10, context=64
+    S4D.Config(d_state=16, causal=False), 64, 2, input=DIGITS, classes=10, context_length=64
   ),
 )

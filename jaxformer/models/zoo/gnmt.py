@@ -6,11 +6,11 @@ with a vocabulary of 32,000."""
 
 from __future__ import annotations
 
+from jaxformer.layers.attentive_decoder import GnmtAttention
 from jaxformer.layers.bidirectional import Bidirectional
 from jaxformer.layers.init import FanInUniform, Init, Normal, Uniform
 from jaxformer.layers.layer import LayerConfig
 from jaxformer.layers.lstm import Lstm
-from jaxformer.layers.search import GnmtAttention
 from jaxformer.models.block import Block, Plain, Residual
 from jaxformer.models.encoder_decoder import EncoderDecoder
 from jaxformer.models.stack import Group
@@ -22,7 +22,7 @@ def gnmt(
   layers: int,
   *,
   vocab_size: int,
-  context: int,
+  context_length: int,
   init: Init,
   embedding_init: Init,
   head_init: Init,
@@ -36,7 +36,7 @@ def gnmt(
   lstm = Lstm.Config(
     hidden=units, project=False, init=init, recurrent_init=init, bias=init, forget_bias=0.0
   )
-  beside = lstm.replace(context=units)
+  beside = lstm.replace(context_width=units)
   bottom = GnmtAttention.Config(
     hidden=hidden,
     source_width=hidden,
@@ -60,7 +60,7 @@ def gnmt(
     source_vocab_size=vocab_size,
     vocab_size=vocab_size,
     width=width,
-    context=context,
+    context_length=context_length,
     hand_over=True,
     head_bias=True,
     dropout=dropout,
@@ -79,7 +79,7 @@ preset(
     1024,
     8,
     vocab_size=32_000,
-    context=128,
+    context_length=128,
     init=_UNIFORM,
     embedding_init=_UNIFORM,
     head_init=_UNIFORM,
@@ -93,7 +93,7 @@ preset(
     96,
     3,
     vocab_size=264,
-    context=128,
+    context_length=128,
     init=FanInUniform(),
     embedding_init=Normal(std=1.0),
     head_init=FanInUniform(),
@@ -102,14 +102,20 @@ preset(
 
 
 def _grown(
-  *, width: int, layers: int, hidden: int, source_vocab_size: int, vocab_size: int, context: int
+  *,
+  width: int,
+  layers: int,
+  hidden: int,
+  source_vocab_size: int,
+  vocab_size: int,
+  context_length: int,
 ) -> EncoderDecoder.Config:
   fan = FanInUniform()
   return gnmt(
     width,
     layers,
     vocab_size=vocab_size,
-    context=context,
+    context_length=context_length,
     init=fan,
     embedding_init=Normal(std=1.0),
     head_init=fan,

@@ -19,7 +19,7 @@ def gpt(
   layers: int,
   heads: int,
   *,
-  context: int,
+  context_length: int,
   vocab_size: int = 50257,
   windows: tuple[int | None, ...] = (None,),
   dropout: float = 0.0,
@@ -44,7 +44,7 @@ def gpt(
   return LanguageModel.Config(
     vocab_size=vocab_size,
     width=width,
-    context=context,
+    context_length=context_length,
     tied=True,
     dropout=dropout,
     positions=LearnedPositions.Config(init=Normal(std=0.01)),
@@ -59,8 +59,8 @@ for name, width, layers, heads in (
   ('gpt2-large', 1280, 36, 20),
   ('gpt2-xl', 1600, 48, 25),
 ):
-  preset(name, 'gpt2', gpt(width, layers, heads, context=1024))
-preset('gpt2-tiny', 'gpt2', gpt(128, 4, 4, context=256, vocab_size=264))
+  preset(name, 'gpt2', gpt(width, layers, heads, context_length=1024))
+preset('gpt2-tiny', 'gpt2', gpt(128, 4, 4, context_length=256, vocab_size=264))
 
 # Table 2.1 of the paper, with two of its rows mended: 24 heads of 128 do not make XL's width of
 # 2048 (16 do), and 40 heads of 128 make 5120, not the 13B row's 5140. "Alternating dense and
@@ -76,19 +76,19 @@ for name, width, layers, heads in (
   ('gpt3-13b', 5120, 40, 40),
   ('gpt3-175b', 12288, 96, 96),
 ):
-  preset(name, 'gpt3', gpt(width, layers, heads, context=2048, windows=(None, BAND)))
-preset('gpt3-tiny', 'gpt3', gpt(128, 4, 4, context=256, vocab_size=264, windows=(None, 64)))
+  preset(name, 'gpt3', gpt(width, layers, heads, context_length=2048, windows=(None, BAND)))
+preset('gpt3-tiny', 'gpt3', gpt(128, 4, 4, context_length=256, vocab_size=264, windows=(None, 64)))
 
 
 def _grown(windows: tuple[int | None, ...]) -> Make:
   def make(
-    *, width: int, layers: int, hidden: int, vocab_size: int, context: int
+    *, width: int, layers: int, hidden: int, vocab_size: int, context_length: int
   ) -> LanguageModel.Config:
     return gpt(
       width,
       layers,
       width // HEAD,
-      context=context,
+      context_length=context_length,
       vocab_size=vocab_size,
       windows=windows,
       hidden=hidden,

@@ -28,7 +28,7 @@ def h3(
   d_state: int = 64,
   head_dim: int = 1,
   vocab_size: int = 50264,
-  context: int = 2048,
+  context_length: int = 2048,
   dropout: float = 0.0,
   hidden: int | None = None,
 ) -> LanguageModel.Config:
@@ -49,7 +49,7 @@ def h3(
   return LanguageModel.Config(
     vocab_size=vocab_size,
     width=width,
-    context=context,
+    context_length=context_length,
     tied=True,
     dropout=dropout,
     final_norm=norm,
@@ -64,11 +64,11 @@ for name, width, layers, heads, attention_at in (
   ('h3-2.7b', 2560, 32, 20, (8, 16, 24)),
 ):
   preset(name, 'h3', h3(width, layers, heads, attention_at, dropout=0.1))
-preset('h3-tiny', 'h3', h3(128, 4, 4, (3,), d_state=16, vocab_size=264, context=256))
+preset('h3-tiny', 'h3', h3(128, 4, 4, (3,), d_state=16, vocab_size=264, context_length=256))
 
 
 def _grown(
-  *, width: int, layers: int, hidden: int, vocab_size: int, context: int
+  *, width: int, layers: int, hidden: int, vocab_size: int, context_length: int
 ) -> LanguageModel.Config:
   # One layer of attention in the middle up to 16 layers, as in the smallest published model, and
   # two in the larger ones.
@@ -80,7 +80,7 @@ def _grown(
     attention_at,
     d_state=16,
     vocab_size=vocab_size,
-    context=context,
+    context_length=context_length,
     hidden=hidden,
   )
 

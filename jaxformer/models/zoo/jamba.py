@@ -33,7 +33,7 @@ def jamba(
   moe_every: int = 2,
   moe_first: int = 1,
   vocab_size: int,
-  context: int,
+  context_length: int,
 ) -> LanguageModel.Config:
   """The Jamba architecture. Of each `attention_every` layers, counted from 0, the one at
   `attention_first` attends; `moe_*` are the same for the layers with experts. The pattern is the
@@ -60,20 +60,24 @@ def jamba(
   return LanguageModel.Config(
     vocab_size=vocab_size,
     width=width,
-    context=context,
+    context_length=context_length,
     final_norm=norm,
     stack=(Group(pattern=tuple(block(i) for i in range(period)), repeats=layers // period),),
   )
 
 
-preset('jamba-v0.1', 'jamba', jamba(4096, 32, 14336, 32, 8, vocab_size=65536, context=262144))
 preset(
-  'jamba-tiny', 'jamba', jamba(64, 8, 96, 4, 2, experts=4, state=8, vocab_size=264, context=256)
+  'jamba-v0.1', 'jamba', jamba(4096, 32, 14336, 32, 8, vocab_size=65536, context_length=262144)
+)
+preset(
+  'jamba-tiny',
+  'jamba',
+  jamba(64, 8, 96, 4, 2, experts=4, state=8, vocab_size=264, context_length=256),
 )
 
 
 def _grown(
-  *, width: int, layers: int, hidden: int, vocab_size: int, context: int
+  *, width: int, layers: int, hidden: int, vocab_size: int, context_length: int
 ) -> LanguageModel.Config:
   heads = width // HEAD
   return jamba(
@@ -85,7 +89,7 @@ def _grown(
     experts=4,
     state=8,
     vocab_size=vocab_size,
-    context=context,
+    context_length=context_length,
   )
 
 

@@ -21,7 +21,7 @@ def llama(
   kv_heads: int,
   *,
   vocab_size: int,
-  context: int,
+  context_length: int,
   rotary: Rotary,
   tied: bool = False,
 ) -> LanguageModel.Config:
@@ -35,7 +35,7 @@ def llama(
   return LanguageModel.Config(
     vocab_size=vocab_size,
     width=width,
-    context=context,
+    context_length=context_length,
     tied=tied,
     final_norm=norm,
     stack=(Group(pattern=(block,), repeats=layers),),
@@ -55,13 +55,17 @@ for name, width, layers, hidden, heads, kv_heads in (
   preset(
     name,
     'llama2',
-    llama(width, layers, hidden, heads, kv_heads, vocab_size=32000, context=4096, rotary=LLAMA2),
+    llama(
+      width, layers, hidden, heads, kv_heads, vocab_size=32000, context_length=4096, rotary=LLAMA2
+    ),
   )
 preset(
-  'llama2-tiny', 'llama2', llama(128, 4, 352, 4, 4, vocab_size=264, context=256, rotary=LLAMA2)
+  'llama2-tiny',
+  'llama2',
+  llama(128, 4, 352, 4, 4, vocab_size=264, context_length=256, rotary=LLAMA2),
 )
 
-for name, width, layers, hidden, heads, kv_heads, context, rotary, tied in (
+for name, width, layers, hidden, heads, kv_heads, context_length, rotary, tied in (
   ('llama3-8b', 4096, 32, 14336, 32, 8, 8192, LLAMA3, False),
   ('llama3-70b', 8192, 80, 28672, 64, 8, 8192, LLAMA3, False),
   ('llama3.1-8b', 4096, 32, 14336, 32, 8, 131072, LLAMA3_1, False),
@@ -80,24 +84,33 @@ for name, width, layers, hidden, heads, kv_heads, context, rotary, tied in (
       heads,
       kv_heads,
       vocab_size=128256,
-      context=context,
+      context_length=context_length,
       rotary=rotary,
       tied=tied,
     ),
   )
 preset(
-  'llama3-tiny', 'llama3', llama(128, 4, 352, 4, 2, vocab_size=264, context=256, rotary=LLAMA3)
+  'llama3-tiny',
+  'llama3',
+  llama(128, 4, 352, 4, 2, vocab_size=264, context_length=256, rotary=LLAMA3),
 )
 
 
 def _grown(rotary: Rotary, queries_a_key: int) -> Make:
   def make(
-    *, width: int, layers: int, hidden: int, vocab_size: int, context: int
+    *, width: int, layers: int, hidden: int, vocab_size: int, context_length: int
   ) -> LanguageModel.Config:
     heads = width // HEAD
     groups = heads // queries_a_key if heads % queries_a_key == 0 else heads
     return llama(
-      width, layers, hidden, heads, groups, vocab_size=vocab_size, context=context, rotary=rotary
+      width,
+      layers,
+      hidden,
+      heads,
+      groups,
+      vocab_size=vocab_size,
+      context_length=context_length,
+      rotary=rotary,
     )
 
   return make

@@ -22,7 +22,7 @@ def recurrent(
   layers: int,
   *,
   vocab_size: int,
-  context: int,
+  context_length: int,
   dropout: float = 0.0,
   embedding_init: Init,
   head_init: Init,
@@ -32,7 +32,7 @@ def recurrent(
   return LanguageModel.Config(
     vocab_size=vocab_size,
     width=width,
-    context=context,
+    context_length=context_length,
     final_norm=None,
     head_bias=True,
     dropout=dropout,
@@ -42,7 +42,7 @@ def recurrent(
   )
 
 
-def zaremba(width: int, dropout: float, bound: float, context: int) -> LanguageModel.Config:
+def zaremba(width: int, dropout: float, bound: float, context_length: int) -> LanguageModel.Config:
   """The models of Zaremba et al. 2014."""
   init = Uniform(bound=bound)
   layer = Lstm.Config(init=init, recurrent_init=init, bias=init, forget_bias=0.0)
@@ -51,7 +51,7 @@ def zaremba(width: int, dropout: float, bound: float, context: int) -> LanguageM
     width,
     2,
     vocab_size=10_000,
-    context=context,
+    context_length=context_length,
     dropout=dropout,
     embedding_init=init,
     head_init=init,
@@ -72,7 +72,7 @@ for name, layer in (('lstm', Lstm.Config()), ('gru', Gru.Config())):
       128,
       2,
       vocab_size=264,
-      context=256,
+      context_length=256,
       embedding_init=Normal(std=1.0),
       head_init=FanInUniform(),
     ),
@@ -81,14 +81,14 @@ for name, layer in (('lstm', Lstm.Config()), ('gru', Gru.Config())):
 
 def _grown(layer: RecurrentConfig) -> Make:
   def make(
-    *, width: int, layers: int, hidden: int, vocab_size: int, context: int
+    *, width: int, layers: int, hidden: int, vocab_size: int, context_length: int
   ) -> LanguageModel.Config:
     return recurrent(
       layer,
       width,
       layers,
       vocab_size=vocab_size,
-      context=context,
+      context_length=context_length,
       embedding_init=Normal(std=1.0),
       head_init=FanInUniform(),
     )

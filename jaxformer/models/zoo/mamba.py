@@ -14,7 +14,7 @@ from jaxformer.models.zoo.preset import Make, family, preset
 
 
 def mamba(
-  layer: LayerConfig, width: int, layers: int, *, vocab_size: int, context: int = 2048
+  layer: LayerConfig, width: int, layers: int, *, vocab_size: int, context_length: int = 2048
 ) -> LanguageModel.Config:
   """The architecture of both, around a `Mamba` or a `Mamba2`."""
   norm = RMSNorm.Config(eps=1e-5)
@@ -22,7 +22,7 @@ def mamba(
   return LanguageModel.Config(
     vocab_size=vocab_size,
     width=width,
-    context=context,
+    context_length=context_length,
     tied=True,
     final_norm=norm,
     stack=(Group(pattern=(block,), repeats=layers),),
@@ -38,7 +38,7 @@ for size, width, layers in (
   ('2.8b', 2560, 64),
 ):
   preset(f'mamba-{size}', 'mamba', mamba(Mamba.Config(), width, layers, vocab_size=50280))
-preset('mamba-tiny', 'mamba', mamba(Mamba.Config(), 128, 4, vocab_size=264, context=256))
+preset('mamba-tiny', 'mamba', mamba(Mamba.Config(), 128, 4, vocab_size=264, context_length=256))
 
 for size, width, layers in (
   ('130m', 768, 24),
@@ -51,15 +51,15 @@ for size, width, layers in (
 preset(
   'mamba2-tiny',
   'mamba2',
-  mamba(Mamba2.Config(state=64, head_dim=32), 128, 4, vocab_size=264, context=256),
+  mamba(Mamba2.Config(state=64, head_dim=32), 128, 4, vocab_size=264, context_length=256),
 )
 
 
 def _grown(layer: LayerConfig) -> Make:
   def make(
-    *, width: int, layers: int, hidden: int, vocab_size: int, context: int
+    *, width: int, layers: int, hidden: int, vocab_size: int, context_length: int
   ) -> LanguageModel.Config:
-    return mamba(layer, width, layers, vocab_size=vocab_size, context=context)
+    return mamba(layer, width, layers, vocab_size=vocab_size, context_length=context_length)
 
   return make
 

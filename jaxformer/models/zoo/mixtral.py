@@ -26,7 +26,7 @@ def mixtral(
   experts: int = 8,
   k: int = 2,
   vocab_size: int,
-  context: int,
+  context_length: int,
   theta: float = 1e6,
   balance: float | None,
 ) -> LanguageModel.Config:
@@ -44,7 +44,7 @@ def mixtral(
   return LanguageModel.Config(
     vocab_size=vocab_size,
     width=width,
-    context=context,
+    context_length=context_length,
     final_norm=norm,
     stack=(Group(pattern=(block,), repeats=layers),),
   )
@@ -53,24 +53,33 @@ def mixtral(
 preset(
   'mixtral-8x7b',
   'mixtral',
-  mixtral(4096, 32, 14336, 32, 8, vocab_size=32000, context=32768, balance=0.02),
+  mixtral(4096, 32, 14336, 32, 8, vocab_size=32000, context_length=32768, balance=0.02),
 )
 preset(
   'mixtral-8x22b',
   'mixtral',
-  mixtral(6144, 56, 16384, 48, 8, vocab_size=32000, context=65536, balance=0.001),
+  mixtral(6144, 56, 16384, 48, 8, vocab_size=32000, context_length=65536, balance=0.001),
 )
 preset(
-  'mixtral-tiny', 'mixtral', mixtral(128, 4, 176, 4, 2, vocab_size=264, context=256, balance=0.02)
+  'mixtral-tiny',
+  'mixtral',
+  mixtral(128, 4, 176, 4, 2, vocab_size=264, context_length=256, balance=0.02),
 )
 
 
 def _grown(
-  *, width: int, layers: int, hidden: int, vocab_size: int, context: int
+  *, width: int, layers: int, hidden: int, vocab_size: int, context_length: int
 ) -> LanguageModel.Config:
   heads = width // HEAD
   return mixtral(
-    width, layers, hidden, heads, heads // 2, vocab_size=vocab_size, context=context, balance=0.02
+    width,
+    layers,
+    hidden,
+    heads,
+    heads // 2,
+    vocab_size=vocab_size,
+    context_length=context_length,
+    balance=0.02,
   )
 
 

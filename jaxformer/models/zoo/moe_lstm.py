@@ -23,7 +23,7 @@ def moe_lstm(
   *,
   k: int = 4,
   vocab_size: int,
-  context: int,
+  context_length: int,
   dropout: float = 0.0,
 ) -> LanguageModel.Config:
   """LSTM, mixture of experts, LSTM."""
@@ -37,7 +37,7 @@ def moe_lstm(
   return LanguageModel.Config(
     vocab_size=vocab_size,
     width=width,
-    context=context,
+    context_length=context_length,
     final_norm=None,
     dropout=dropout,
     head_bias=True,
@@ -54,15 +54,15 @@ for experts in (32, 256):
   preset(
     f'moe-lstm-{experts}',
     'moe-lstm',
-    moe_lstm(512, 1024, experts, vocab_size=793_471, context=20, dropout=0.1),
+    moe_lstm(512, 1024, experts, vocab_size=793_471, context_length=20, dropout=0.1),
   )
-preset('moe-lstm-tiny', 'moe-lstm', moe_lstm(128, 128, 8, vocab_size=264, context=256))
+preset('moe-lstm-tiny', 'moe-lstm', moe_lstm(128, 128, 8, vocab_size=264, context_length=256))
 
 
 def _grown(
-  *, width: int, layers: int, hidden: int, vocab_size: int, context: int
+  *, width: int, layers: int, hidden: int, vocab_size: int, context_length: int
 ) -> LanguageModel.Config:
-  return moe_lstm(width, hidden, 8, vocab_size=vocab_size, context=context)
+  return moe_lstm(width, hidden, 8, vocab_size=vocab_size, context_length=context_length)
 
 
 # Its three layers are its design; it grows in width.

@@ -34,7 +34,7 @@ class Make(Protocol):
   """The model of a family at a size. `hidden` are the units of its feed-forward layers."""
 
   def __call__(
-    self, *, width: int, layers: int, hidden: int, vocab_size: int, context: int
+    self, *, width: int, layers: int, hidden: int, vocab_size: int, context_length: int
   ) -> ModelConfig: ...
 
 
@@ -50,7 +50,7 @@ class MakePairs(Protocol):
     hidden: int,
     source_vocab_size: int,
     vocab_size: int,
-    context: int,
+    context_length: int,
   ) -> ModelConfig: ...
 
 

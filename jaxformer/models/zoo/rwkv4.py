@@ -19,7 +19,7 @@ def rwkv4(
   width: int,
   layers: int,
   *,
-  context: int = 1024,
+  context_length: int = 1024,
   vocab_size: int = 50277,
   hidden: int | None = None,
   norm: LayerNorm.Config = LAYER_NORM,
@@ -32,7 +32,7 @@ def rwkv4(
   return LanguageModel.Config(
     vocab_size=vocab_size,
     width=width,
-    context=context,
+    context_length=context_length,
     stack=(Group(pattern=(block,), repeats=layers),),
     embedding_norm=norm,
     final_norm=norm,
@@ -50,5 +50,5 @@ for name, width, layers in (
   ('rwkv4-14b', 5120, 40),
 ):
   preset(name, 'rwkv4', rwkv4(width, layers))
-preset('rwkv4-tiny', 'rwkv4', rwkv4(128, 4, context=256, vocab_size=264))
+preset('rwkv4-tiny', 'rwkv4', rwkv4(128, 4, context_length=256, vocab_size=264))
 family('rwkv4', rwkv4, hidden=four_times)

@@ -17,7 +17,12 @@ from jaxformer.models.zoo.preset import HEAD, family, preset
 
 
 def world(
-  width: int, layers: int, time: LayerConfig, channels: LayerConfig, context: int, vocab_size: int
+  width: int,
+  layers: int,
+  time: LayerConfig,
+  channels: LayerConfig,
+  context_length: int,
+  vocab_size: int,
 ) -> LanguageModel.Config:
   """The frame that RWKV-5 and 6 share: norms, embedding and head, around one kind of block."""
   norm = LayerNorm.Config()
@@ -27,7 +32,7 @@ def world(
   return LanguageModel.Config(
     vocab_size=vocab_size,
     width=width,
-    context=context,
+    context_length=context_length,
     stack=(Group(pattern=(block,), repeats=layers),),
     embedding_norm=norm,
     final_norm=norm,
@@ -45,14 +50,16 @@ def rwkv5(
   width: int,
   layers: int,
   *,
-  context: int = 4096,
+  context_length: int = 4096,
   vocab_size: int = 65536,
   hidden: int | None = None,
   head_dim: int = 64,
 ) -> LanguageModel.Config:
   """The RWKV-5.2 architecture."""
   channels = ChannelMix4.Config(hidden=hidden or hidden_size(width), init=Orthogonal(wide=False))
-  return world(width, layers, TimeMix5.Config(head_dim=head_dim), channels, context, vocab_size)
+  return world(
+    width, layers, TimeMix5.Config(head_dim=head_dim), channels, context_length, vocab_size
+  )
 
 
 for name, width, layers in (
@@ -62,5 +69,5 @@ for name, width, layers in (
   ('rwkv5-7b', 4096, 32),
 ):
   preset(name, 'rwkv5', rwkv5(width, layers))
-preset('rwkv5-tiny', 'rwkv5', rwkv5(128, 4, context=256, vocab_size=264, head_dim=32))
+preset('rwkv5-tiny', 'rwkv5', rwkv5(128, 4, context_length=256, vocab_size=264, head_dim=32))
 family('rwkv5', functools.partial(rwkv5, head_dim=HEAD), width_step=HEAD, hidden=hidden_size)

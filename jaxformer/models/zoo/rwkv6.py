@@ -16,7 +16,7 @@ def rwkv6(
   layers: int,
   ranks: tuple[int, int] = (32, 64),
   *,
-  context: int = 4096,
+  context_length: int = 4096,
   vocab_size: int = 65536,
   hidden: int | None = None,
   head_dim: int = 64,
@@ -27,7 +27,7 @@ def rwkv6(
     TimeMix6.Config(head_dim=head_dim, mix_rank=mix, decay_rank=decay),
     ChannelMix6.Config(hidden=hidden or hidden_size(width)),
   )
-  return world(width, layers, time, channels, context, vocab_size)
+  return world(width, layers, time, channels, context_length, vocab_size)
 
 
 for name, width, layers, ranks in (
@@ -37,7 +37,9 @@ for name, width, layers, ranks in (
   ('rwkv6-14b', 4096, 61, (64, 128)),
 ):
   preset(name, 'rwkv6', rwkv6(width, layers, ranks))
-preset('rwkv6-tiny', 'rwkv6', rwkv6(128, 4, (8, 16), context=256, vocab_size=264, head_dim=32))
+preset(
+  'rwkv6-tiny', 'rwkv6', rwkv6(128, 4, (8, 16), context_length=256, vocab_size=264, head_dim=32)
+)
 family(
   'rwkv6',
   functools.partial(rwkv6, ranks=(8, 16), head_dim=HEAD),

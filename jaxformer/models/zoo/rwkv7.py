@@ -20,7 +20,7 @@ def rwkv7(
   layers: int,
   ranks: tuple[int, int, int, int],
   *,
-  context: int = 4096,
+  context_length: int = 4096,
   vocab_size: int = 65536,
   hidden: int | None = None,
   head_dim: int = 64,
@@ -46,7 +46,7 @@ def rwkv7(
   return LanguageModel.Config(
     vocab_size=vocab_size,
     width=width,
-    context=context,
+    context_length=context_length,
     stack=(Group(pattern=(block(first),)), *later),
     embedding_norm=norm,
     final_norm=norm,
@@ -63,7 +63,9 @@ for name, width, layers, ranks in (
 ):
   preset(name, 'rwkv7', rwkv7(width, layers, ranks))
 preset(
-  'rwkv7-tiny', 'rwkv7', rwkv7(128, 4, (16, 16, 8, 32), context=256, vocab_size=264, head_dim=32)
+  'rwkv7-tiny',
+  'rwkv7',
+  rwkv7(128, 4, (16, 16, 8, 32), context_length=256, vocab_size=264, head_dim=32),
 )
 family(
   'rwkv7',

@@ -18,7 +18,7 @@ from jaxformer.models.zoo.preset import Make, family, preset
 
 
 def state_space(
-  layer: LayerConfig, width: int, layers: int, *, vocab_size: int, context: int
+  layer: LayerConfig, width: int, layers: int, *, vocab_size: int, context_length: int
 ) -> LanguageModel.Config:
   """A stack of state-space layers."""
   norm = LayerNorm.Config()
@@ -26,7 +26,7 @@ def state_space(
   return LanguageModel.Config(
     vocab_size=vocab_size,
     width=width,
-    context=context,
+    context_length=context_length,
     tied=True,
     final_norm=norm,
     stack=(Group(pattern=(block,), repeats=layers),),
@@ -36,19 +36,21 @@ def state_space(
 preset(
   'lssl-tiny',
   'lssl',
-  state_space(LSSL.Config(d_state=32, copies=2), 128, 6, vocab_size=264, context=256),
+  state_space(LSSL.Config(d_state=32, copies=2), 128, 6, vocab_size=264, context_length=256),
 )
-preset('s4-tiny', 's4', state_space(S4.Config(length=256), 128, 6, vocab_size=264, context=256))
-preset('s4d-tiny', 's4d', state_space(S4D.Config(), 128, 6, vocab_size=264, context=256))
-preset('s5-tiny', 's5', state_space(S5.Config(), 128, 6, vocab_size=264, context=256))
+preset(
+  's4-tiny', 's4', state_space(S4.Config(length=256), 128, 6, vocab_size=264, context_length=256)
+)
+preset('s4d-tiny', 's4d', state_space(S4D.Config(), 128, 6, vocab_size=264, context_length=256))
+preset('s5-tiny', 's5', state_space(S5.Config(), 128, 6, vocab_size=264, context_length=256))
 
 
 def _grown(layer: LayerConfig) -> Make:
   def make(
-    *, width: int, layers: int, hidden: int, vocab_size: int, context: int
+    *, width: int, layers: int, hidden: int, vocab_size: int, context_length: int
   ) -> LanguageModel.Config:
-    fitted = layer.replace(length=context) if isinstance(layer, S4.Config) else layer
-    return state_space(fitted, width, layers, vocab_size=vocab_size, context=context)
+    fitted = layer.replace(length=context_length) if isinstance(layer, S4.Config) else layer
+    return state_space(fitted, width, layers, vocab_size=vocab_size, context_length=context_length)
 
   return make
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from jaxformer.layers.attentive_decoder import RnnSearch
 from jaxformer.layers.bidirectional import Bidirectional
 from jaxformer.layers.cross_attention import DotScore, GeneralScore, LuongAttention, Score
 from jaxformer.layers.gru import Gru
@@ -20,7 +21,6 @@ from jaxformer.layers.init import FanInUniform, Init, Normal, Orthogonal, Unifor
 from jaxformer.layers.input_feeding import InputFeeding
 from jaxformer.layers.layer import LayerConfig
 from jaxformer.layers.lstm import Lstm
-from jaxformer.layers.search import RnnSearch
 from jaxformer.models.block import Block, Plain
 from jaxformer.models.encoder_decoder import EncoderDecoder
 from jaxformer.models.stack import Group
@@ -43,7 +43,7 @@ def seq2seq_lstm(
   *,
   source_vocab_size: int,
   vocab_size: int,
-  context: int,
+  context_length: int,
   layer: Lstm.Config,
   embedding_init: Init,
   head_init: Init,
@@ -56,7 +56,7 @@ def seq2seq_lstm(
     source_vocab_size=source_vocab_size,
     vocab_size=vocab_size,
     width=width,
-    context=context,
+    context_length=context_length,
     encoder=stack,
     decoder=stack,
     reverse_source=True,
@@ -75,7 +75,7 @@ def luong(
   *,
   source_vocab_size: int,
   vocab_size: int,
-  context: int,
+  context_length: int,
   layer: Lstm.Config = LSTM,
   attention_init: Init = FAN,
   embedding_init: Init = WIDE,
@@ -91,7 +91,7 @@ def luong(
     layers,
     source_vocab_size=source_vocab_size,
     vocab_size=vocab_size,
-    context=context,
+    context_length=context_length,
     layer=layer,
     embedding_init=embedding_init,
     head_init=head_init,
@@ -113,7 +113,7 @@ def rnnsearch(
   *,
   source_vocab_size: int,
   vocab_size: int,
-  context: int,
+  context_length: int,
   embedding_init: Init,
   head_init: Init,
   gru: Gru.Config,
@@ -129,7 +129,7 @@ def rnnsearch(
     source_vocab_size=source_vocab_size,
     vocab_size=vocab_size,
     width=width,
-    context=context,
+    context_length=context_length,
     encoder=(plain(encoder),),
     decoder=(plain(decoder),),
     embedding_init=embedding_init,
@@ -146,7 +146,7 @@ preset(
     4,
     source_vocab_size=160_000,
     vocab_size=80_000,
-    context=50,
+    context_length=50,
     embedding_init=_UNIFORM,
     head_init=_UNIFORM,
     layer=Lstm.Config(init=_UNIFORM, recurrent_init=_UNIFORM, bias=_UNIFORM, forget_bias=0.0),
@@ -163,7 +163,7 @@ preset(
     500,
     source_vocab_size=30_000,
     vocab_size=30_000,
-    context=50,
+    context_length=50,
     embedding_init=_NORMAL,
     head_init=_NORMAL,
     gru=Gru.Config(init=_NORMAL, recurrent_init=Orthogonal(), bias=None),
@@ -180,7 +180,7 @@ preset(
     DotScore(),
     source_vocab_size=50_000,
     vocab_size=50_000,
-    context=50,
+    context_length=50,
     dropout=0.2,
     head_bias=False,
     layer=Lstm.Config(init=_TENTH, recurrent_init=_TENTH, bias=None, forget_bias=0.0),
@@ -190,7 +190,7 @@ preset(
   ),
 )
 
-_TINY: dict[str, Any] = {'source_vocab_size': 264, 'vocab_size': 264, 'context': 128}
+_TINY: dict[str, Any] = {'source_vocab_size': 264, 'vocab_size': 264, 'context_length': 128}
 # Outputs of an LSTM begin far below 1, and what reads them hears little: its weights are three
 # times as large as by fan-in. Without attention the states are to hold a whole source, so they are
 # wider.
@@ -231,7 +231,13 @@ preset(
 
 
 def _grown_lstm(
-  *, width: int, layers: int, hidden: int, source_vocab_size: int, vocab_size: int, context: int
+  *,
+  width: int,
+  layers: int,
+  hidden: int,
+  source_vocab_size: int,
+  vocab_size: int,
+  context_length: int,
 ) -> EncoderDecoder.Config:
   layer = _LSTM.replace(hidden=hidden, project=False)
   stack = (plain(layer), *((plain(layer, layers - 1),) if layers > 1 else ()))
@@ -240,7 +246,7 @@ def _grown_lstm(
     1,
     source_vocab_size=source_vocab_size,
     vocab_size=vocab_size,
-    context=context,
+    context_length=context_length,
     layer=layer,
     embedding_init=WIDE,
     head_init=_HEAD,
@@ -248,7 +254,13 @@ def _grown_lstm(
 
 
 def _grown_search(
-  *, width: int, layers: int, hidden: int, source_vocab_size: int, vocab_size: int, context: int
+  *,
+  width: int,
+  layers: int,
+  hidden: int,
+  source_vocab_size: int,
+  vocab_size: int,
+  context_length: int,
 ) -> EncoderDecoder.Config:
   """One layer, whatever is asked; attention and maxout in the paper's proportion to the
   recurrences."""
@@ -259,7 +271,7 @@ def _grown_search(
     hidden // 2,
     source_vocab_size=source_vocab_size,
     vocab_size=vocab_size,
-    context=context,
+    context_length=context_length,
     embedding_init=WIDE,
     head_init=FAN,
     gru=Gru.Config(recurrent_init=Orthogonal()),

@@ -23,7 +23,14 @@ from jaxformer.models.zoo.preset import HEAD, family, four_times, preset
 
 
 def switch(
-  width: int, layers: int, hidden: int, heads: int, experts: int, *, vocab_size: int, context: int
+  width: int,
+  layers: int,
+  hidden: int,
+  heads: int,
+  experts: int,
+  *,
+  vocab_size: int,
+  context_length: int,
 ) -> LanguageModel.Config:
   """A decoder of Switch layers. Initial values: N(0, 0.1 / fan_in), the paper's smaller scale
   (section 2.4)."""
@@ -42,7 +49,7 @@ def switch(
   return LanguageModel.Config(
     vocab_size=vocab_size,
     width=width,
-    context=context,
+    context_length=context_length,
     final_norm=norm,
     embedding_init=Normal(std=1.0),
     head_init=init,
@@ -50,13 +57,15 @@ def switch(
   )
 
 
-preset('switch-tiny', 'switch', switch(128, 4, 384, 4, 4, vocab_size=264, context=256))
+preset('switch-tiny', 'switch', switch(128, 4, 384, 4, 4, vocab_size=264, context_length=256))
 
 
 def _grown(
-  *, width: int, layers: int, hidden: int, vocab_size: int, context: int
+  *, width: int, layers: int, hidden: int, vocab_size: int, context_length: int
 ) -> LanguageModel.Config:
-  return switch(width, layers, hidden, width // HEAD, 4, vocab_size=vocab_size, context=context)
+  return switch(
+    width, layers, hidden, width // HEAD, 4, vocab_size=vocab_size, context_length=context_length
+  )
 
 
 family('switch', _grown, width_step=HEAD, layer_step=2, hidden=four_times)

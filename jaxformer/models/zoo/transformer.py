@@ -30,7 +30,7 @@ def transformer(
   heads: int,
   *,
   vocab_size: int,
-  context: int,
+  context_length: int,
   decoder_layers: int | None = None,
   decoder_hidden: int | None = None,
   decoder_heads: int | None = None,
@@ -66,7 +66,7 @@ def transformer(
     source_vocab_size=vocab_size,
     vocab_size=vocab_size,
     width=width,
-    context=context,
+    context_length=context_length,
     positions=positions,
     embedding_scale=math.sqrt(width) if scaled else None,
     shared_embedding=True,
@@ -88,16 +88,26 @@ for name, width, hidden, heads, dropout in (
   preset(
     name,
     'transformer',
-    transformer(width, 6, hidden, heads, vocab_size=37_000, context=512, dropout=dropout),
+    transformer(width, 6, hidden, heads, vocab_size=37_000, context_length=512, dropout=dropout),
   )
-preset('transformer-tiny', 'transformer', transformer(96, 2, 256, 4, vocab_size=264, context=128))
+preset(
+  'transformer-tiny', 'transformer', transformer(96, 2, 256, 4, vocab_size=264, context_length=128)
+)
 
 
 def _grown(
-  *, width: int, layers: int, hidden: int, source_vocab_size: int, vocab_size: int, context: int
+  *,
+  width: int,
+  layers: int,
+  hidden: int,
+  source_vocab_size: int,
+  vocab_size: int,
+  context_length: int,
 ) -> EncoderDecoder.Config:
   """Sources and targets of one vocabulary share their table, as in the paper."""
-  grown = transformer(width, layers, hidden, width // HEAD, vocab_size=vocab_size, context=context)
+  grown = transformer(
+    width, layers, hidden, width // HEAD, vocab_size=vocab_size, context_length=context_length
+  )
   return grown.replace(
     source_vocab_size=source_vocab_size, shared_embedding=source_vocab_size == vocab_size
   )

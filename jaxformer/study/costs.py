@@ -15,9 +15,6 @@ import jax
 import numpy as np
 
 from jaxformer import config
-from jaxformer.compare.runner import Log
-from jaxformer.compare.sharing import Interrupted
-from jaxformer.compare.study import Study, file_name
 from jaxformer.data import DataConfig, Dataset, DatasetConfig, open_data
 from jaxformer.evaluation import evaluate_translation, loss_by_position
 from jaxformer.inference import time_decode, translate
@@ -25,6 +22,9 @@ from jaxformer.models.language_model import LanguageModel, ModelConfig
 from jaxformer.models.params import define
 from jaxformer.planning.cost import cost
 from jaxformer.sharding import MeshConfig, batch_sharding, make_mesh, use_mesh
+from jaxformer.study.runner import Log
+from jaxformer.study.sharing import Interrupted
+from jaxformer.study.study import Study, file_name
 from jaxformer.training import load_params
 from jaxformer.training.interrupt import Interrupt
 from jaxformer.training.loop import Setup
@@ -39,10 +39,10 @@ BEYOND = 2  # times the length of training at which the loss by position is meas
 
 @dataclasses.dataclass(frozen=True)
 class AtContext:
-  """Prefill and decoding of one sequence after `context` tokens; times are None where they were not
+  """Prefill and decoding of one sequence after `context_length` tokens; times are None where they were not
   measured."""
 
-  context: int
+  context_length: int
   state_bytes: int
   prefill_seconds: float | None = None
   seconds_per_token: float | None = None
@@ -133,7 +133,7 @@ def by_position(
   model has positions for them; None for a task with one target a sequence."""
   if dataset.tokenizer is None:
     return None
-  longest = getattr(model, 'longest', None)
+  longest = getattr(model, 'max_len', None)
   dataset = long if longest is None or longest >= long.config.positions else dataset
   definition, dtype = define(model), compute_dtype('auto', make_mesh(MeshConfig()))
 
@@ -316,26 +316,26 @@ def _decoding(
   rows = []
   definition, mesh = define(model), make_mesh(MeshConfig())
   params = definition.init(jax.random.key(0), mesh, MeshConfig().rules) if contexts else {}
-  for context in contexts:
-    longest = getattr(model, 'longest', None)
+  for context_length in contexts:
+    longest = getattr(model, 'max_len', None)
     if not isinstance(model, LanguageModel.Config) or (
-      longest is not None and context + NEW_TOKENS > longest
+      longest is not None and context_length + NEW_TOKENS > longest
     ):
       continue
-    state = model.state_size(context + NEW_TOKENS)
+    state = model.state_size(context_length + NEW_TOKENS)
     if state is None:
       continue
     dtype = compute_dtype('auto', mesh)
-    t = time_decode(definition, params, context, NEW_TOKENS, repeats=REPEATS, dtype=dtype)
+    t = time_decode(definition, params, context_length, NEW_TOKENS, repeats=REPEATS, dtype=dtype)
     rows.append(
       {
-        'context': context,
+        'context_length': context_length,
         'state_bytes': 2 * state,
         'prefill_seconds': t.prefill_seconds,
         'seconds_per_token': t.seconds_per_token,
       }
     )
     log(
-      f'costs | {title} | {context:,} tokens of context: {1e3 * t.seconds_per_token:.2f} ms a token'
+      f'costs | {title} | {context_length:,} tokens of context: {1e3 * t.seconds_per_token:.2f} ms a token'
     )
   return rows

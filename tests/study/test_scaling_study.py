@@ -10,12 +10,15 @@ import numpy as np
 import pytest
 
 from jaxformer.cli import main
-from jaxformer.compare.page import as_csv, as_html, as_markdown
-from jaxformer.compare.runner import Runner, Trial, Tuned
-from jaxformer.compare.scaling import Law
-from jaxformer.compare.scaling_report import CSV_HEADER, csv_rows, extrapolation, page_of
-from jaxformer.compare.scaling_results import gather_scaling
-from jaxformer.compare.scaling_study import (
+from jaxformer.config import InputError
+from jaxformer.data import AssociativeRecall, Dates
+from jaxformer.models.zoo import FAMILIES
+from jaxformer.study.page import as_csv, as_html, as_markdown
+from jaxformer.study.runner import Runner, Trial, Tuned
+from jaxformer.study.scaling import Law
+from jaxformer.study.scaling_report import CSV_HEADER, csv_rows, extrapolation, page_of
+from jaxformer.study.scaling_results import gather_scaling
+from jaxformer.study.scaling_study import (
   Budget,
   FinishedScaling,
   Planned,
@@ -26,14 +29,11 @@ from jaxformer.compare.scaling_study import (
   budgets,
   run_scaling,
 )
-from jaxformer.compare.sharing import Interrupted
-from jaxformer.compare.studies import STUDIES
-from jaxformer.compare.study import AsIs, Grown
-from jaxformer.config import InputError
-from jaxformer.data import AssociativeRecall, Dates
-from jaxformer.models.zoo import FAMILIES
+from jaxformer.study.sharing import Interrupted
+from jaxformer.study.studies import STUDIES
+from jaxformer.study.study import AsIs, Grown
 from jaxformer.training.interrupt import Interrupt
-from tests.compare.test_report import ENVIRONMENT, Page
+from tests.study.test_report import ENVIRONMENT, Page
 from tests.tiers import thorough
 
 quick = pytest.mark.quick
@@ -63,7 +63,7 @@ def invented(noise=0.003, diverged=(), s=None):
   """Trainings whose losses are those of `LAW` but for noise; those whose place is among `diverged`
   are none."""
   s, rng, scaled = s or study(), np.random.default_rng(3), []
-  model = FAMILIES['gru'].make(width=8, layers=1, hidden=0, vocab_size=10, context=8)
+  model = FAMILIES['gru'].make(width=8, layers=1, hidden=0, vocab_size=10, context_length=8)
   for b in (*s.budgets, *s.held_out):
     for n in b.params:
       tokens = round(b.flops / K / n**POWER)
@@ -225,7 +225,9 @@ def test_rates(tried):
       {
         'entries': (
           AsIs(
-            model_config=FAMILIES['gru'].make(width=8, layers=1, hidden=0, vocab_size=10, context=8)
+            model_config=FAMILIES['gru'].make(
+              width=8, layers=1, hidden=0, vocab_size=10, context_length=8
+            )
           ),
         )
       },
@@ -292,8 +294,8 @@ def test_budgets_grow():
 # ---- from end to end ---------------------------------------------------------------------------
 
 STUDY = """
-from jaxformer.compare.scaling_study import Budget, ScalingStudy, TriedAtEach
-from jaxformer.compare.study import Grown
+from jaxformer.study.scaling_study import Budget, ScalingStudy, TriedAtEach
+from jaxformer.study.study import Grown
 from jaxformer.data import AssociativeRecall
 
 sizes = (1.4e4, 2.8e4, 5.6e4)

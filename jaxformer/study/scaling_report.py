@@ -9,22 +9,22 @@ from typing import Any
 import numpy as np
 
 from jaxformer import config
-from jaxformer.compare.figures import Figure, drawn
-from jaxformer.compare.page import Page, as_csv, reproduction, save_report
-from jaxformer.compare.runner import Log
-from jaxformer.compare.scaling_results import (
+from jaxformer.data import open_data
+from jaxformer.study.figures import Figure, drawn
+from jaxformer.study.page import Page, as_csv, reproduction, save_report
+from jaxformer.study.runner import Log
+from jaxformer.study.scaling_results import (
   FamilyLaw,
   Interval,
   Point,
   ScalingResults,
   gather_scaling,
 )
-from jaxformer.compare.scaling_study import ScalingStudy, Transferred, run_scaling
-from jaxformer.compare.sharing import running
-from jaxformer.compare.svg import Axis, Series
-from jaxformer.compare.svg import Point as At
-from jaxformer.compare.tables import MATCHED, Table, amount
-from jaxformer.data import open_data
+from jaxformer.study.scaling_study import ScalingStudy, Transferred, run_scaling
+from jaxformer.study.sharing import running
+from jaxformer.study.svg import Axis, Series
+from jaxformer.study.svg import Point as At
+from jaxformer.study.tables import MATCHED, Table, amount
 from jaxformer.training.interrupt import Interrupt
 from jaxformer.training.run import environment
 

@@ -7,13 +7,13 @@ import re
 from pathlib import Path
 
 from jaxformer import config
-from jaxformer.compare.sizing import Match, solve
 from jaxformer.config import Config, InputError
 from jaxformer.data import DataConfig, DatasetConfig
 from jaxformer.layers.layer import LayerConfig
 from jaxformer.models.language_model import ModelConfig
 from jaxformer.models.zoo import FAMILIES
 from jaxformer.models.zoo.around import around
+from jaxformer.study.sizing import Match, solve
 from jaxformer.training import (
   AdamW,
   Cosine,
@@ -47,7 +47,7 @@ class Entry(Config, abstract=True):
     raise NotImplementedError
 
   def model(
-    self, study: Study, vocab_size: int, context: int, source_vocab_size: int | None = None
+    self, study: Study, vocab_size: int, context_length: int, source_vocab_size: int | None = None
   ) -> ModelConfig:
     """The model at the study's size; `source_vocab_size` is that of pairs, None for other data."""
     raise NotImplementedError
@@ -66,14 +66,14 @@ class Grown(Entry):
     return self.name or self.family
 
   def model(
-    self, study: Study, vocab_size: int, context: int, source_vocab_size: int | None = None
+    self, study: Study, vocab_size: int, context_length: int, source_vocab_size: int | None = None
   ) -> ModelConfig:
     return solve(
       FAMILIES[self.family],
       study.match,
       study.target,
       vocab_size=vocab_size,
-      context=context,
+      context_length=context_length,
       tolerance=study.tolerance,
       source_vocab_size=source_vocab_size,
     ).model
@@ -89,14 +89,14 @@ class Mixer(Entry):
     return self.name or self.layer.tag
 
   def model(
-    self, study: Study, vocab_size: int, context: int, source_vocab_size: int | None = None
+    self, study: Study, vocab_size: int, context_length: int, source_vocab_size: int | None = None
   ) -> ModelConfig:
     return solve(
       around(self.layer),
       study.match,
       study.target,
       vocab_size=vocab_size,
-      context=context,
+      context_length=context_length,
       tolerance=study.tolerance,
       source_vocab_size=source_vocab_size,
     ).model
@@ -112,7 +112,7 @@ class AsIs(Entry):
     return self.name or self.model_config.tag
 
   def model(
-    self, study: Study, vocab_size: int, context: int, source_vocab_size: int | None = None
+    self, study: Study, vocab_size: int, context_length: int, source_vocab_size: int | None = None
   ) -> ModelConfig:
     return self.model_config
 

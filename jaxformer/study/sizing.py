@@ -67,8 +67,8 @@ def measure(model: ModelConfig, match: Match) -> float:
   if match == 'active_params':
     return float(define(model).active_size)
   if match == 'train_flops_per_token':
-    return flops_per_token(model, model.context)
-  return 2.0 * (model.state_size(model.context) or 0)
+    return flops_per_token(model, model.context_length)
+  return 2.0 * (model.state_size(model.context_length) or 0)
 
 
 def solve(
@@ -77,7 +77,7 @@ def solve(
   target: float,
   *,
   vocab_size: int,
-  context: int,
+  context_length: int,
   tolerance: float = 0.02,
   source_vocab_size: int | None = None,
 ) -> Sized:
@@ -95,7 +95,7 @@ def solve(
   if not target > 0:
     raise InputError(f'{match} = {target}: must be positive')
   f = FAMILIES[family] if isinstance(family, str) else family
-  best = _closest(_Builder(f, vocab_size, context, source_vocab_size), match, float(target))
+  best = _closest(_Builder(f, vocab_size, context_length, source_vocab_size), match, float(target))
   if abs(best.error) > tolerance:
     raise InputError(
       f'{f.name}: nothing comes within {tolerance:.0%} of {target:,.0f} {match}; the closest has '
@@ -114,7 +114,7 @@ class _Builder:
 
   family: Family
   vocab_size: int
-  context: int
+  context_length: int
   source_vocab_size: int | None
 
   def __call__(self, shape: Shape) -> ModelConfig:
@@ -125,7 +125,7 @@ class _Builder:
       layers=layers,
       hidden=hidden or 0,
       vocab_size=self.vocab_size,
-      context=self.context,
+      context_length=self.context_length,
     )
 
 

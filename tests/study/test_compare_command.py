@@ -10,14 +10,14 @@ import sys
 import pytest
 
 from jaxformer.cli import main
-from jaxformer.compare.studies import STUDIES
-from jaxformer.compare.study import Study
 from jaxformer.models.zoo import FAMILIES
+from jaxformer.study.studies import STUDIES
+from jaxformer.study.study import Study
 from tests.e2e.program import environment, start
 from tests.tiers import thorough
 
 STUDY = """
-from jaxformer.compare.study import AsIs, Study
+from jaxformer.study.study import AsIs, Study
 from jaxformer.data import AssociativeRecall
 from jaxformer.models.zoo import FAMILIES
 
@@ -182,6 +182,6 @@ def test_named_studies_hold_ten_architectures():
 @pytest.mark.parametrize(('evaluations', 'every'), [(1, 195), (6, 32), (1000, 1)])
 def test_evaluations_lie_at_even_steps(evaluations, every):
   study = STUDIES['quickstart'].replace(evaluations=evaluations, tokens=200_000)
-  model = FAMILIES['gru'].make(width=8, layers=1, hidden=0, vocab_size=264, context=128)
+  model = FAMILIES['gru'].make(width=8, layers=1, hidden=0, vocab_size=264, context_length=128)
   training = study.experiment(study.entries[0], model, study.tasks[0], 1e-3, 1).training
   assert (training.steps, training.eval_every) == (195, every)

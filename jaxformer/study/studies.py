@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from jaxformer.compare.scaling_study import ScalingStudy, budgets
-from jaxformer.compare.study import Grown, Study
 from jaxformer.config import Registry
 from jaxformer.data import AssociativeRecall, DataConfig
+from jaxformer.study.scaling_study import ScalingStudy, budgets
+from jaxformer.study.study import Grown, Study
 
 STUDIES: Registry[Study | ScalingStudy] = Registry('study')
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from jaxformer.ops.context import from_after, from_before, of_first, of_last, time_axes
+from jaxformer.ops.sequence_parallel import from_after, from_before, of_first, of_last, time_axes
 from jaxformer.sharding import per_shard
 
 

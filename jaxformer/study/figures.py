@@ -6,9 +6,9 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 
-from jaxformer.compare.results import Outcome, Results, TaskResults
-from jaxformer.compare.svg import Axis, Point, Series, chart
-from jaxformer.compare.tables import amount, seconds
+from jaxformer.study.results import Outcome, Results, TaskResults
+from jaxformer.study.svg import Axis, Point, Series, chart
+from jaxformer.study.tables import amount, seconds
 
 FLAT = 16  # positions averaged into one point, as far as there are many
 
@@ -151,7 +151,10 @@ def _contexts(results: Results, style: dict[str, int]) -> list[Figure | None]:
   def of(value: Callable, title: str, label: str, form: Callable[[float], str]) -> Figure | None:
     series = [
       Series(
-        n, style[n], tuple(Point(a.context, v) for a in c.contexts if (v := value(a))), line=True
+        n,
+        style[n],
+        tuple(Point(a.context_length, v) for a in c.contexts if (v := value(a))),
+        line=True,
       )
       for n, c in results.costs.items()
     ]

@@ -29,8 +29,8 @@ pytestmark = pytest.mark.tpu_compiler
 
 B, T, D = 4, 8192, 256
 MODELS = {
-  'mamba': mamba(Mamba.Config(), D, 2, vocab_size=1024, context=T),
-  'llama': llama(D, 2, 512, 4, 2, vocab_size=1024, context=T, rotary=LLAMA3),
+  'mamba': mamba(Mamba.Config(), D, 2, vocab_size=1024, context_length=T),
+  'llama': llama(D, 2, 512, 4, 2, vocab_size=1024, context_length=T, rotary=LLAMA3),
 }
 
 

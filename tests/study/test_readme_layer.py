@@ -10,7 +10,7 @@ import pytest
 from jaxformer import config
 from jaxformer.cli import main
 from jaxformer.cli.common import object_of
-from jaxformer.compare.contract import check_layer
+from jaxformer.testing.contract import check_layer
 from tests.tiers import thorough
 
 SECTION = (

@@ -12,12 +12,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from jaxformer import config
-from jaxformer.compare.sharing import Interrupted, shared
-from jaxformer.compare.sizing import measure
-from jaxformer.compare.study import Entry, Study, file_name
 from jaxformer.config import InputError
 from jaxformer.data import Dataset, DatasetConfig, open_data
 from jaxformer.models.language_model import ModelConfig
+from jaxformer.study.sharing import Interrupted, shared
+from jaxformer.study.sizing import measure
+from jaxformer.study.study import Entry, Study, file_name
 from jaxformer.training import Experiment, read_metrics, train
 from jaxformer.training.experiment import check_fit
 from jaxformer.training.interrupt import Interrupt
@@ -100,7 +100,7 @@ def run_study(
       raise InputError(f'Study.tasks: {title} has no tokens; a study compares models of tokens')
     for entry in study.entries:  # before any trains: a size that cannot be met is known at once
       model = models[title, entry.title] = entry.model(
-        study, dataset.vocab_size, task.longest, dataset.source_vocab_size
+        study, dataset.vocab_size, task.max_len, dataset.source_vocab_size
       )
       check_fit(model, task, dataset.vocab_size, dataset.source_vocab_size)
       value = measure(model, study.match)
@@ -144,7 +144,7 @@ def finished_part(study: Study) -> Study:
       try:
         _Reader(study, title, dataset, Interrupt(), lambda line: None).tuned(
           entry,
-          entry.model(study, dataset.vocab_size, task.longest, dataset.source_vocab_size),
+          entry.model(study, dataset.vocab_size, task.max_len, dataset.source_vocab_size),
           task,
         )
       except _Unfinished:

@@ -16,16 +16,16 @@ from jaxformer.layers.layer import (
   Fixed,
   Layer,
   LayerConfig,
+  LayerPosition,
   Memory,
   Output,
-  Site,
   State,
   memory_of,
   starts_BT,
 )
 from jaxformer.layers.lstm import CONTEXT, FORGET
+from jaxformer.ops.attentive_decoder import Source, States, Weights, search
 from jaxformer.ops.linear import linear
-from jaxformer.ops.search import Source, States, Weights, search
 from jaxformer.sharding import param
 
 
@@ -91,16 +91,18 @@ class SearchConfig(LayerConfig, abstract=True):
     return 2.0 * length * ((self.attention or self.units(width)) + self.memory_width(width))
 
 
-class Search(Layer):
+class AttentiveDecoder(Layer):
   """Base of the two: the weights of the loop, and the state."""
 
-  def __init__(self, config: SearchConfig, gates: int, width: int, rngs: nnx.Rngs, site: Site):
+  def __init__(
+    self, config: SearchConfig, gates: int, width: int, rngs: nnx.Rngs, position: LayerPosition
+  ):
     c, H, C = config, config.units(width), config.memory_width(width)
     A = c.attention or H
     self.name, self.units = c.tag, H
 
     def weight(init: Init, inputs: int) -> nnx.Param:
-      drawn = [init(rngs.params(), (inputs, H), inputs, site) for _ in range(gates)]
+      drawn = [init(rngs.params(), (inputs, H), inputs, position) for _ in range(gates)]
       return param(jnp.stack(drawn, axis=1), ('embed', None, 'inner'))
 
     self.w, self.w_context, self.u = (
@@ -112,15 +114,15 @@ class Search(Layer):
       None
       if c.bias is None
       else param(
-        self._first_bias(c.bias(rngs.params(), (gates, H), H, site)),
+        self._first_bias(c.bias(rngs.params(), (gates, H), H, position)),
         (None, 'inner'),
         decay=False,
         matmul=False,
       )
     )
-    self.w_query = param(c.attention_init(rngs.params(), (H, A), H, site), ('embed', 'inner'))
-    self.w_key = param(c.attention_init(rngs.params(), (C, A), C, site), ('embed', 'inner'))
-    self.v = param(c.score_init(rngs.params(), (A,), A, site), ('inner',), decay=False)
+    self.w_query = param(c.attention_init(rngs.params(), (H, A), H, position), ('embed', 'inner'))
+    self.w_key = param(c.attention_init(rngs.params(), (C, A), C, position), ('embed', 'inner'))
+    self.v = param(c.score_init(rngs.params(), (A,), A, position), ('inner',), decay=False)
 
   def _first_bias(self, drawn_GH: Array) -> Array:
     return drawn_GH
@@ -170,7 +172,7 @@ class Search(Layer):
     return SearchState(last, s), y, c, a
 
 
-class RnnSearch(Search):
+class RnnSearch(AttentiveDecoder):
   """The decoder of Bahdanau et al. 2014 (appendix A.2): a GRU that reads the source by additive
   attention keyed on its state before, and the hidden layer of its output.
 
@@ -207,8 +209,8 @@ class RnnSearch(Search):
         'even: two directions side by side',
       )
 
-    def build(self, width: int, rngs: nnx.Rngs, site: Site) -> RnnSearch:
-      return RnnSearch(self, width, rngs, site)
+    def build(self, width: int, rngs: nnx.Rngs, position: LayerPosition) -> RnnSearch:
+      return RnnSearch(self, width, rngs, position)
 
     def out_width(self, width: int) -> int:
       return self.maxout
@@ -222,16 +224,16 @@ class RnnSearch(Search):
       some = cls(init=n, attention_init=n, score_init=n)
       return some, some.replace(hidden=24, attention=16, source_width=20, maxout=12, bias=n)
 
-  def __init__(self, config: RnnSearch.Config, width: int, rngs: nnx.Rngs, site: Site):
-    super().__init__(config, 3, width, rngs, site)
+  def __init__(self, config: RnnSearch.Config, width: int, rngs: nnx.Rngs, position: LayerPosition):
+    super().__init__(config, 3, width, rngs, position)
     c, H, C = config, self.units, config.memory_width(width)
     self.w_start = param(
-      c.start_init(rngs.params(), (C // 2, H), C // 2, site), ('embed', 'inner'), matmul=False
+      c.start_init(rngs.params(), (C // 2, H), C // 2, position), ('embed', 'inner'), matmul=False
     )
 
     def out(inputs: int) -> nnx.Param:
       return param(
-        c.out_init(rngs.params(), (inputs, 2 * c.maxout), inputs, site), ('embed', 'inner')
+        c.out_init(rngs.params(), (inputs, 2 * c.maxout), inputs, position), ('embed', 'inner')
       )
 
     self.out_state, self.out_input, self.out_context = out(H), out(width), out(C)
@@ -262,7 +264,7 @@ class RnnSearch(Search):
     return Output(y, None if state is None else after, alignments=(a_BTS,) if ctx.align else ())
 
 
-class GnmtAttention(Search):
+class GnmtAttention(AttentiveDecoder):
   """The bottom layer of GNMT's decoder (Wu et al. 2016, section 3): an LSTM that reads [x_t, c_t],
   where c_t is what one hidden layer's attention (eq. 4), keyed on this layer's output of the step
   before, finds in the encoder's output. c_t is shared as `CONTEXT` for all layers above to read at
@@ -271,7 +273,7 @@ class GnmtAttention(Search):
   class Config(SearchConfig):
     """
     Attributes:
-      forget_bias: added to the forget gate's initial offset.
+      forget_bias: added to the forget gate's initial bias.
     """
 
     forget_bias: float = 0.0
@@ -284,8 +286,8 @@ class GnmtAttention(Search):
         '0 where there are no offsets (bias = None)',
       )
 
-    def build(self, width: int, rngs: nnx.Rngs, site: Site) -> GnmtAttention:
-      return GnmtAttention(self, width, rngs, site)
+    def build(self, width: int, rngs: nnx.Rngs, position: LayerPosition) -> GnmtAttention:
+      return GnmtAttention(self, width, rngs, position)
 
     def out_width(self, width: int) -> int:
       return self.units(width)
@@ -297,9 +299,11 @@ class GnmtAttention(Search):
     def examples(cls) -> tuple[GnmtAttention.Config, ...]:
       return cls(), cls(hidden=24, attention=16, source_width=20, forget_bias=1.0)
 
-  def __init__(self, config: GnmtAttention.Config, width: int, rngs: nnx.Rngs, site: Site):
+  def __init__(
+    self, config: GnmtAttention.Config, width: int, rngs: nnx.Rngs, position: LayerPosition
+  ):
     self.forget_bias = config.forget_bias
-    super().__init__(config, 4, width, rngs, site)
+    super().__init__(config, 4, width, rngs, position)
 
   def _first_bias(self, drawn_GH: Array) -> Array:
     return drawn_GH.at[FORGET].add(self.forget_bias)

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from typing import Any
 
-from jaxformer.compare.results import Outcome, Results, TaskResults, interval_form, score_form
+from jaxformer.study.results import Outcome, Results, TaskResults, interval_form, score_form
 
 MATCHED = {
   'params': 'parameters',
@@ -191,11 +191,11 @@ def costs(results: Results) -> list[Table]:
         ),
       )
     )
-  lengths = sorted({a.context for c in found.values() for a in c.contexts})
+  lengths = sorted({a.context_length for c in found.values() for a in c.contexts})
   if lengths:
 
     def row(name: str, of: Any) -> tuple[str, ...]:
-      at = {a.context: a for a in found[name].contexts}
+      at = {a.context_length: a for a in found[name].contexts}
       return (name, *(of(at[n]) if n in at else '' for n in lengths))
 
     kinds = (

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from jaxformer import config
-from jaxformer.compare.results import plain
-from jaxformer.compare.scaling import Fit, Law, Parabola, Runs, fit_law, iso_flop, power_law
-from jaxformer.compare.scaling_study import FinishedScaling, Scaled, ScalingStudy
+from jaxformer.study.results import plain
+from jaxformer.study.scaling import Fit, Law, Parabola, Runs, fit_law, iso_flop, power_law
+from jaxformer.study.scaling_study import FinishedScaling, Scaled, ScalingStudy
 
 COEFFICIENTS = tuple(f.name for f in dataclasses.fields(Law))
 

@@ -9,14 +9,14 @@ import re
 
 import pytest
 
-from jaxformer.compare.costs import AtContext, Costs
-from jaxformer.compare.report import csv_text, html_text, markdown_text, save
-from jaxformer.compare.results import gather
-from jaxformer.compare.runner import Finished, Trial, Tuned
-from jaxformer.compare.study import AsIs, Study
-from jaxformer.compare.svg import Axis, Point, Series, chart
 from jaxformer.data import AssociativeRecall, DataConfig
 from jaxformer.models.zoo import FAMILIES
+from jaxformer.study.costs import AtContext, Costs
+from jaxformer.study.report import csv_text, html_text, markdown_text, save
+from jaxformer.study.results import gather
+from jaxformer.study.runner import Finished, Trial, Tuned
+from jaxformer.study.study import AsIs, Study
+from jaxformer.study.svg import Axis, Point, Series, chart
 
 pytestmark = pytest.mark.quick
 NAMES = ('attention', 'LSTM <1997>', 'worse', 'diverges')
@@ -36,7 +36,7 @@ ENVIRONMENT = {
 def invented(folder, names=NAMES, bits=BITS):
   """A study of text and of recall: every seed adds the same to all, and each run a little of its
   own."""
-  model = FAMILIES['gru'].make(width=8, layers=1, hidden=0, vocab_size=256, context=32)
+  model = FAMILIES['gru'].make(width=8, layers=1, hidden=0, vocab_size=256, context_length=32)
   study = Study(
     name='invented',
     entries=tuple(AsIs(name=n, model_config=model) for n in names),

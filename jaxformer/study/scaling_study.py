@@ -11,14 +11,14 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
-from jaxformer.compare.runner import Log, Runner, Tuned
-from jaxformer.compare.sharing import shared
-from jaxformer.compare.sizing import measure
-from jaxformer.compare.study import AsIs, Entry, Study, file_name
 from jaxformer.config import Config, InputError
 from jaxformer.data import DataConfig, Dataset, DatasetConfig, open_data
 from jaxformer.models.language_model import ModelConfig
 from jaxformer.planning.cost import flops_per_token
+from jaxformer.study.runner import Log, Runner, Tuned
+from jaxformer.study.sharing import shared
+from jaxformer.study.sizing import measure
+from jaxformer.study.study import AsIs, Entry, Study, file_name
 from jaxformer.training import AdamW, Cosine, OptimizerConfig, ScheduleConfig
 from jaxformer.training.interrupt import Interrupt
 

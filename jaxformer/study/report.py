@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from jaxformer import config
-from jaxformer.compare.costs import by_position, longer, measure_costs, translations
-from jaxformer.compare.figures import figures
-from jaxformer.compare.page import Page, as_csv, as_html, as_markdown, reproduction, save_report
-from jaxformer.compare.results import Results, gather
-from jaxformer.compare.runner import Finished, Log, Tuned, run_study
-from jaxformer.compare.sharing import Interrupted, running
-from jaxformer.compare.study import Study
-from jaxformer.compare.tables import CSV_HEADER, MATCHED, csv_rows, tables
 from jaxformer.data import Dataset, open_data
+from jaxformer.study.costs import by_position, longer, measure_costs, translations
+from jaxformer.study.figures import figures
+from jaxformer.study.page import Page, as_csv, as_html, as_markdown, reproduction, save_report
+from jaxformer.study.results import Results, gather
+from jaxformer.study.runner import Finished, Log, Tuned, run_study
+from jaxformer.study.sharing import Interrupted, running
+from jaxformer.study.study import Study
+from jaxformer.study.tables import CSV_HEADER, MATCHED, csv_rows, tables
 from jaxformer.training.interrupt import Interrupt
 from jaxformer.training.run import environment
 

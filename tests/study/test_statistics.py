@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from jaxformer.compare.statistics import compare, compare_all, estimate, holm
+from jaxformer.study.statistics import compare, compare_all, estimate, holm
 
 pytestmark = pytest.mark.quick
 

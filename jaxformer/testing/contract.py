@@ -14,7 +14,7 @@ from flax import nnx
 
 from jaxformer import config as configs
 from jaxformer.config import Config, InputError
-from jaxformer.layers.layer import Context, LayerConfig, Memory, Output, Site
+from jaxformer.layers.layer import Context, LayerConfig, LayerPosition, Memory, Output
 from jaxformer.models.params import Definition, define
 from jaxformer.sharding import MeshConfig, batch_sharding, make_mesh, use_mesh
 
@@ -30,10 +30,12 @@ class Alone(Config):
 
   layer: LayerConfig
   width: int = WIDTH
-  site: int = 1
+  position: int = 1
 
   def build(self, rngs: nnx.Rngs) -> nnx.Module:
-    return self.layer.build(self.width, rngs, Site(layer=self.site, layers=3, branches=6))
+    return self.layer.build(
+      self.width, rngs, LayerPosition(index=self.position, depth=3, branches=6)
+    )
 
 
 class Case:

@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 
 from jaxformer import config
-from jaxformer.compare.costs import Costs
-from jaxformer.compare.runner import Finished, Trial, Tuned
-from jaxformer.compare.sizing import measure
-from jaxformer.compare.statistics import Difference, Estimate, compare, compare_all, estimate
-from jaxformer.compare.study import Study
 from jaxformer.planning.cost import cost
+from jaxformer.study.costs import Costs
+from jaxformer.study.runner import Finished, Trial, Tuned
+from jaxformer.study.sizing import measure
+from jaxformer.study.statistics import Difference, Estimate, compare, compare_all, estimate
+from jaxformer.study.study import Study
 from jaxformer.training import read_metrics
 
 POINTS = 50  # of a curve

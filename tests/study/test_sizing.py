@@ -6,16 +6,16 @@ import json
 import pytest
 
 from jaxformer.cli import main
-from jaxformer.compare.sizing import HIDDEN_RANGE, solve
 from jaxformer.config import InputError
 from jaxformer.layers.mlp import GatedMlp
 from jaxformer.models.params import define
 from jaxformer.models.zoo import FAMILIES
 from jaxformer.models.zoo.around import around
 from jaxformer.planning.cost import cost
+from jaxformer.study.sizing import HIDDEN_RANGE, solve
 from tests.tiers import families
 
-SMALL = {'vocab_size': 264, 'context': 256}
+SMALL = {'vocab_size': 264, 'context_length': 256}
 PAIRS = SMALL | {'source_vocab_size': 264}
 SIZES = 1e6, 1e7, 1.25e8
 
@@ -88,9 +88,9 @@ def test_what_no_width_changes_leaves_the_width_alone():
 
 @pytest.mark.quick
 def test_other_vocabularies_and_contexts_count():
-  sized = solve('gpt2', 'params', 1e7, vocab_size=8192, context=512)
+  sized = solve('gpt2', 'params', 1e7, vocab_size=8192, context_length=512)
   assert fits(sized, define(sized.model).size)
-  assert (sized.model.vocab_size, sized.model.context) == (8192, 512)
+  assert (sized.model.vocab_size, sized.model.context_length) == (8192, 512)
 
 
 @pytest.mark.quick
@@ -146,7 +146,7 @@ def test_a_plan_of_a_size(capsys):
     '1e7',
     '--model.vocab-size',
     '512',
-    '--model.context',
+    '--model.context-length',
     '64',
   )
   assert abs(active['train_flops_per_token'] / 1e7 - 1) <= 0.02

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from jaxformer import config
-from jaxformer.compare.figures import Figure
-from jaxformer.compare.svg import CLASSES, key
-from jaxformer.compare.tables import Table
 from jaxformer.config import Config
+from jaxformer.study.figures import Figure
+from jaxformer.study.svg import CLASSES, key
+from jaxformer.study.tables import Table
 from jaxformer.training.run import write
 
 
@@ -64,7 +64,7 @@ def reproduction(study: Config, e: dict[str, Any]) -> list[tuple[str, str]]:
   shown = (
     shlex.join(['jaxformer', *command[1:]])
     if len(command) > 1 and command[1] == 'compare'
-    else 'jaxformer.compare'
+    else 'jaxformer.study'
   )
   rows = [
     ('command', shown),

@@ -14,7 +14,7 @@ import pytest
 from flax import nnx
 
 from jaxformer.layers.h3 import H3
-from jaxformer.layers.layer import Context, Site
+from jaxformer.layers.layer import Context, LayerPosition
 from jaxformer.layers.lstm import Lstm
 from jaxformer.layers.mamba import Mamba
 from jaxformer.layers.mamba2 import Mamba2
@@ -113,7 +113,7 @@ def test_attention_of_parts_that_cannot_be_halved():
 def test_causal_attention_is_balanced():
   """Every shard visits as many pairs of blocks: the ranges of keys that its queries can see are
   equally long in all."""
-  from jaxformer.ops.attention_context import _workers
+  from jaxformer.ops.attention_sequence_parallel import _workers
 
   for n in (2, 3, 4, 8):
     firsts, seconds = (dict(p) for p in _workers(n))
@@ -128,9 +128,9 @@ def test_causal_attention_is_balanced():
 
 
 @pytest.mark.parametrize('taps', [1, 4, 9])
-def test_a_convolution_longer_than_a_part_is_not_divided(taps):
+def test_a_convolution_longer_than_a_part_is_not_divided(d_conv):
   """Parts are of 5 positions: nothing to send, what the part before has, and more than that."""
-  x, w = normal(0, 2, 20, 6), normal(1, taps, 6)
+  x, w = normal(0, 2, 20, 6), normal(1, d_conv, 6)
   starts = jnp.zeros((2, 20), bool).at[:, jnp.asarray([4, 5, 13])].set(True)
   equal_in_time(lambda x, w: short_convolution(x, w, None, None, starts), x, w, n=4)
 
@@ -187,7 +187,9 @@ LINEAR = (
 def test_no_sequence_is_gathered(config):
   """Of one layer forward and backward on four shards of time, all that is sent is smaller than a
   shard's part of the sequence."""
-  graph, params = nnx.split(config.build(D, nnx.Rngs(0), Site(layer=0, layers=2, branches=2)))
+  graph, params = nnx.split(
+    config.build(D, nnx.Rngs(0), LayerPosition(index=0, depth=2, branches=2))
+  )
 
   def loss(params, x, segments_BT):
     return jnp.sum(jnp.sin(nnx.merge(graph, params)(x, Context(segments_BT=segments_BT)).y))

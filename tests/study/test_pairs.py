@@ -3,15 +3,15 @@ of model on its own data."""
 
 import pytest
 
-from jaxformer.compare.report import markdown_text, report_study
-from jaxformer.compare.runner import run_study
-from jaxformer.compare.sizing import solve
-from jaxformer.compare.study import AsIs, Grown, Mixer, Study
 from jaxformer.config import InputError
 from jaxformer.data import AssociativeRecall, Dates, Pairs, Tsv
 from jaxformer.layers.attention import Attention
 from jaxformer.models.params import define
 from jaxformer.models.zoo import FAMILIES
+from jaxformer.study.report import markdown_text, report_study
+from jaxformer.study.runner import run_study
+from jaxformer.study.sizing import solve
+from jaxformer.study.study import AsIs, Grown, Mixer, Study
 from jaxformer.training.interrupt import Interrupt
 from tests.tiers import thorough
 
@@ -21,7 +21,7 @@ OF_PAIRS = ('gnmt', 'rnnsearch', 'seq2seq-lstm', 'transformer')
 @pytest.mark.quick
 @pytest.mark.parametrize('name', OF_PAIRS)
 def test_sizes_are_met(name):
-  found = solve(name, 'params', 3e5, vocab_size=1024, source_vocab_size=300, context=32)
+  found = solve(name, 'params', 3e5, vocab_size=1024, source_vocab_size=300, context_length=32)
   assert define(found.model).size == pytest.approx(3e5, rel=0.02)
   assert found.width % 8 == 0
   assert found.hidden % 8 == 0
@@ -31,7 +31,7 @@ def test_sizes_are_met(name):
 @pytest.mark.quick
 def test_one_vocabulary_is_one_table():
   model = FAMILIES['transformer'].make(
-    width=64, layers=1, hidden=64, source_vocab_size=300, vocab_size=300, context=32
+    width=64, layers=1, hidden=64, source_vocab_size=300, vocab_size=300, context_length=32
   )
   assert model.shared_embedding
   assert not model.encoder[0].pattern[0].branches[0].layer.causal
@@ -44,7 +44,7 @@ def entry(family):
     hidden=16,
     source_vocab_size=257,
     vocab_size=257,
-    context=32,
+    context_length=32,
   )
   return AsIs(name=family, model_config=small)
 
@@ -130,7 +130,9 @@ RECALL = AssociativeRecall(length=6)
     (
       (
         AsIs(
-          model_config=FAMILIES['gru'].make(width=8, layers=1, hidden=0, vocab_size=264, context=32)
+          model_config=FAMILIES['gru'].make(
+            width=8, layers=1, hidden=0, vocab_size=264, context_length=32
+          )
         ),
       ),
       Dates(),

@@ -69,7 +69,7 @@ MODELS = {
     attention_every=2,
     attention_first=1,
     vocab_size=264,
-    context=256,
+    context_length=256,
   )
 }
 

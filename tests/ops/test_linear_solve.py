@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxformer.ops.solve import solve
+from jaxformer.ops.linear_solve import solve
 from jaxformer.sharding import MeshConfig, make_mesh, use_mesh
 
 RNG = np.random.default_rng(0)

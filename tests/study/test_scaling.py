@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from jaxformer.compare.scaling import Law, Runs, fit_law, iso_flop, power_law
+from jaxformer.study.scaling import Law, Runs, fit_law, iso_flop, power_law
 from tests.tiers import case
 
 pytestmark = pytest.mark.quick
