@@ -12,16 +12,17 @@ PACKAGE = ROOT / 'jaxformer'
 # package's top.
 MAY_IMPORT = {
   'config': set(),
+  'task_type': set(),
   'sharding': {'config'},
   'ops': {'config', 'sharding'},
   'layers': {'config', 'sharding', 'ops'},
-  'models': {'config', 'sharding', 'ops', 'layers'},
-  'data': {'config'},
-  'inference': {'config', 'sharding', 'ops', 'layers', 'models'},
-  'evaluation': {'config', 'sharding', 'ops', 'layers', 'models', 'data', 'inference'},
-  'planning': {'config', 'sharding', 'ops', 'layers', 'models'},
-  'interop': {'config', 'sharding', 'ops', 'layers', 'models'},
-  'training': {'config', 'sharding', 'ops', 'layers', 'models', 'data', 'evaluation'},
+  'models': {'config', 'task_type', 'sharding', 'ops', 'layers'},
+  'data': {'config', 'task_type'},
+  'inference': {'config', 'task_type', 'sharding', 'ops', 'layers', 'models'},
+  'evaluation': {'config', 'task_type', 'sharding', 'ops', 'layers', 'models', 'data', 'inference'},
+  'planning': {'config', 'task_type', 'sharding', 'ops', 'layers', 'models'},
+  'interop': {'config', 'task_type', 'sharding', 'ops', 'layers', 'models'},
+  'training': {'config', 'task_type', 'sharding', 'ops', 'layers', 'models', 'data', 'evaluation'},
 }
 TOP = {'study', 'launch', 'testing'}  # may import everything but the command line
 FACE = {'cli', '__init__', '__main__'}
