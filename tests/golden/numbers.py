@@ -1,0 +1,270 @@
+"""Numbers that no change of the code's shape may change: losses of trainings, logits, sizes, plans, and one whole study.
+
+    python -m tests.golden.numbers [losses] [logits] [counts] [plans] [study]
+
+writes the JSON files beside this one, all of them where none is named; `test_numbers.py` compares. The files know presets and plain
+words, no modules and no fields: whatever is renamed is followed in the first part of this file, which has all that is imported.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+import sys
+import tempfile
+from collections.abc import Iterable
+from typing import Any
+
+import tests.conftest  # the same flags of XLA, eight devices, and checks as under pytest: before anything else of JAX
+
+assert tests.conftest
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+FOLDER = pathlib.Path(__file__).parent
+
+# ---- all that is known of the package ---------------------------------------------------------------------------------
+
+
+def presets() -> list[str]:
+  from jaxformer.models.zoo import PRESETS
+  return list(PRESETS)
+
+
+def model_of(preset: str) -> Any:
+  from jaxformer.models.zoo import PRESETS
+  return PRESETS[preset].model
+
+
+def definition_of(preset: str) -> Any:
+  from jaxformer.models.params import define
+  return define(model_of(preset))
+
+
+def reads(preset: str) -> dict[str, int | None]:
+  """What goes in and out: sizes of vocabularies, None for what the model does not have."""
+  m = model_of(preset)
+  return {'tokens': getattr(m, 'vocab_size', None), 'sources': getattr(m, 'source_vocab_size', None),
+          'features': getattr(m, 'features', None), 'classes': getattr(m, 'classes', None)}
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Batch:
+  """The names are those that models read a batch by."""
+
+  targets_BT: Any
+  tokens_BT: Any = None
+  features_BTF: Any = None
+  source_BS: Any = None
+  segments_BT: Any = None
+
+
+def initial(preset: str) -> dict[str, Any]:
+  return definition_of(preset).init(jax.random.key(0))
+
+
+def train(preset: str, params: dict[str, Any], batches: list[Batch], rate: float) -> tuple[list[float], float]:
+  """The loss of each step of AdamW at a constant rate, in fp32 on one device; and the norm of the last gradient."""
+  from jaxformer.training.optimizer import AdamW, Optimizer
+  from jaxformer.training.schedule import Constant
+  from jaxformer.training.step import StepConfig, TrainState, train_step
+  definition = definition_of(preset)
+  optimizer = Optimizer.of(AdamW(learning_rate=rate), Constant(warmup=0), len(batches), definition)
+  step = _compiled_once(preset, lambda state, batch: train_step(definition, optimizer, StepConfig(), state, batch))
+  state = TrainState(jnp.int32(0), params, optimizer.init(params), jax.random.key(1))
+  losses, metrics = [], {}
+  for batch in batches:
+    state, metrics = step(state, batch)
+    losses.append(float(metrics['train/loss']))
+  return losses, float(metrics['train/grad_norm'])
+
+
+def logits_of(preset: str, params: dict[str, Any], batch: Batch) -> np.ndarray:
+  definition = definition_of(preset)
+
+  def run(params, batch):
+    model = definition.merge(params)
+    if batch.source_BS is not None:
+      return model(batch.source_BS, batch.tokens_BT).y
+    return model(batch.tokens_BT).y if reads(preset)['classes'] is None else model(batch)
+
+  return np.asarray(jax.jit(run)(params, batch))
+
+
+def size(preset: str) -> dict[str, int]:
+  definition = definition_of(preset)
+  return {'params': definition.size, 'active_params': definition.active_size}
+
+
+def plan(preset: str) -> dict[str, Any]:
+  """What a training and a decoding take: with one sequence a device on 64 chips of v5e, or 1,024 of v5p where the model is large."""
+  from jaxformer.planning.cost import cost
+  from jaxformer.planning.plan import Setup, default_mesh, inference_report, training_report
+  from jaxformer.planning.target import parse_target
+  model = model_of(preset)
+  c = cost(model)
+  target = parse_target('v5e-64' if c.params < 3e9 else 'v5p-2048')
+  length, batch = min(model.context, 8192), target.devices
+  mesh = default_mesh(model, target, batch)
+  report = training_report(Setup(model=model, target=target, mesh=mesh, batch_size=batch, length=length), 20.0 * c.active_params, 0.4)
+  memory, step, run = report['memory'], report['step'], report['run']
+  found = {
+    'cost': {
+      'params': c.params, 'active_params': c.active_params, 'embedding_params': c.embedding_params, 'length': c.length,
+      'forward_flops_per_token_causal': c.forward_flops_per_token, 'train_flops_per_token_causal': c.train_flops_per_token,
+      'train_flops_per_token_full': c.train_flops_per_token_full, 'decode_state_bytes': c.decode_state_bytes,
+      'weight_bytes': c.weight_bytes},
+    'target': target.name, 'mesh': report['mesh'], 'batch': batch, 'length': length,
+    'memory': {part: memory[part] for part in (
+      'parameters', 'optimizer', 'batch', 'weights', 'gradients', 'activations', 'working', 'gathered', 'loss', 'total', 'limit')},
+    'fits': memory['fits'], 'bound': step['bound'],
+    'step_seconds': {part: step[f'{part}_seconds'] for part in ('compute', 'memory', 'interconnect', 'network')},
+    'flops_per_byte': step['arithmetic_intensity'],
+    'run': {'train_flops': run['train_flops'], 'seconds': run['seconds'], 'usd': run['price_usd']}}
+  if c.decode_state_bytes is not None:
+    for phase in ('prefill', 'decode'):
+      report = inference_report(phase, model, target, 1, length)
+      found[phase] = {
+        'weights': report['memory']['weights'], 'state': report['memory']['state'], 'bound': report['step']['bound'],
+        'seconds': {part: report['step'][f'{part}_seconds'] for part in ('compute', 'memory', 'interconnect', 'network')}}
+  return found
+
+
+def study(folder: str) -> dict[str, Any]:
+  """Two families of a size, two learning rates, two seeds; on key and value, where the values are asked for."""
+  from jaxformer import compare
+  from jaxformer.compare.study import Grown, Study
+  from jaxformer.data import AssociativeRecall
+  whole = Study(
+    name='numbers', entries=(Grown(family='gru'), Grown(family='llama3')), target=47e3, tolerance=0.05,
+    tasks=(AssociativeRecall(length=6, test_sequences=64),), tokens=4096, batch_size=8, learning_rates=(1e-3, 1e-2), extensions=0,
+    seeds=(1, 2), contexts=(), rounds=0, dir=folder)
+  task, = compare(whole, log=lambda line: None).tasks
+  return {'metric': task.metric, 'length': task.length, 'entries': {
+    o.title: {
+      'params': o.params, 'active_params': o.active_params, 'train_flops_per_token': o.train_flops_per_token,
+      'state_bytes': o.state_bytes, 'size_error': o.size_error, 'tried': [list(t) for t in o.tried], 'rate': o.rate,
+      'scores': {str(seed): score for seed, score in o.scores.items()}, 'mean': o.estimate.mean,
+      'interval': [o.estimate.low, o.estimate.high], 'verdict': o.verdict, 'curve': [list(p) for p in o.curve],
+      'loss_by_position': None if o.position_loss is None else list(o.position_loss)}
+    for o in task.outcomes}}
+
+
+# ---- inputs -----------------------------------------------------------------------------------------------------------
+
+TINY = [name for name in presets() if name.endswith('-tiny')]
+STEPS, RATE = 20, 3e-3
+
+
+def batches(preset: str, count: int, rows: int, length: int, documents: bool) -> list[Batch]:
+  """Drawn from a seed, in the shapes that a model reads. With `documents` rows hold what training data have: two documents each, or
+  padding at their ends, and targets that do not count."""
+  r, draw = reads(preset), np.random.default_rng(5)
+
+  def ids(vocabulary: int) -> np.ndarray:
+    return draw.integers(0, vocabulary, (rows, length), dtype=np.int32)
+
+  def one() -> Batch:
+    targets, segments = np.full((rows, length), -1, np.int32), None
+    if r['classes'] is not None:
+      if documents:
+        segments = np.ones((rows, length), np.int32)
+        segments[-1, -5:] = 0
+      last = length - 1 if segments is None else segments.sum(1) - 1
+      targets[np.arange(rows), last] = draw.integers(0, r['classes'], rows)
+      if r['features'] is not None:
+        features = draw.standard_normal((rows, length, r['features']), dtype=np.float32)
+        return Batch(targets, features_BTF=features, segments_BT=segments)
+      return Batch(targets, tokens_BT=ids(r['tokens']), segments_BT=segments)
+    tokens, targets = ids(r['tokens']), ids(r['tokens'])
+    source = None if r['sources'] is None else ids(r['sources'])
+    if documents and source is not None:
+      source[-1, -5:] = -1
+      targets[-1, -3:] = -1
+    elif documents:
+      targets[0, 3] = -1
+      segments = np.ones((rows, length), np.int32)
+      segments[:, length // 2 + 3:] = 2
+    return Batch(targets, tokens_BT=tokens, source_BS=source, segments_BT=segments)
+
+  return [one() for _ in range(count)]
+
+
+_steps: dict[str, Any] = {}
+
+
+def _compiled_once(preset: str, step: Any) -> Any:
+  return _steps.setdefault(preset, jax.jit(step))
+
+
+# ---- numbers ----------------------------------------------------------------------------------------------------------
+
+
+def losses(preset: str, nudged: bool = False) -> dict[str, Any]:
+  """`nudged`: about a third of the initial values are the next greater float, and a third the next smaller: what another order of
+  additions could have done."""
+  params = initial(preset)
+  if nudged:
+    draw = np.random.default_rng(7)
+    params = {n: jnp.asarray(np.asarray(p) * (1 + 2.0**-23 * draw.integers(-1, 2, p.shape)).astype(np.float32))
+              for n, p in params.items()}
+  four = batches(preset, 4, 2, 32, documents=True)
+  found, norm = train(preset, params, [four[i % 4] for i in range(STEPS)], RATE)
+  return {'losses': found, 'grad_norm': norm}
+
+
+def losses_with_rounding(preset: str) -> dict[str, Any]:
+  """Besides, what the least change of the initial values makes of it: relative, the largest of all losses, and of the norm."""
+  found, other = losses(preset), losses(preset, nudged=True)
+  return found | {'rounding': max(abs(a / b - 1) for a, b in zip(found['losses'], other['losses'], strict=True)),
+                  'rounding_of_norm': abs(found['grad_norm'] / other['grad_norm'] - 1)}
+
+
+def logits(preset: str) -> dict[str, Any]:
+  batch, = batches(preset, 1, 2, 24, documents=False)
+  y = logits_of(preset, initial(preset), batch).astype(np.float64).ravel()
+  return {'sampled': y[np.linspace(0, y.size - 1, 16).astype(int)].tolist(), 'size': y.size, 'mean': float(y.mean()),
+          'std': float(y.std()), 'sum_of_abs': float(np.abs(y).sum())}
+
+
+def here() -> str:
+  """Where the same program gives the same bits: processor and compiler."""
+  names = [line.split(':')[1].strip() for line in pathlib.Path('/proc/cpuinfo').read_text().splitlines()
+           if line.startswith(('model name', 'flags'))] if pathlib.Path('/proc/cpuinfo').exists() else []
+  wide = sorted({f for f in ' '.join(names).split() if f.startswith(('avx', 'amx', 'fma'))})
+  return f'{next(iter(names), "unknown")}; {" ".join(wide)}; jaxlib {jax.lib.__version__}'
+
+
+def recorded(what: str) -> dict[str, Any]:
+  return json.loads((FOLDER / f'{what}.json').read_text())
+
+
+def _studied() -> dict[str, Any]:
+  with tempfile.TemporaryDirectory() as folder:
+    return study(folder)
+
+
+def compute(what: str) -> dict[str, Any]:
+  if what == 'study':
+    return {'recorded_on': here()} | _studied()
+  one, names = {'losses': (losses_with_rounding, TINY), 'logits': (logits, TINY),
+                'counts': (size, presets()), 'plans': (plan, presets())}[what]
+  found = {}
+  for name in names:
+    print(what, name, file=sys.stderr, flush=True)
+    found[name] = one(name)
+  return {'recorded_on': here(), 'presets': found} if what in ('losses', 'logits') else found
+
+
+def main(what: Iterable[str]) -> None:
+  for name in what or ('counts', 'losses', 'logits', 'study', 'plans'):
+    found = compute(name)
+    (FOLDER / f'{name}.json').write_text(json.dumps(found, indent=1) + '\n')
+
+
+if __name__ == '__main__':
+  main(sys.argv[1:])
