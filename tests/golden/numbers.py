@@ -1,9 +1,11 @@
-"""Numbers that no change of the code's shape may change: losses of trainings, logits, sizes, plans, and one whole study.
+"""Numbers that no change of the code's shape may change: losses of trainings, logits, sizes, plans,
+and one whole study.
 
-    python -m tests.golden.numbers [losses] [logits] [counts] [plans] [study]
+    python -m tests.golden.numbers [losses|logits|counts|plans|study]... [PRESET]...
 
-writes the JSON files beside this one, all of them where none is named; `test_numbers.py` compares. The files know presets and plain
-words, no modules and no fields: whatever is renamed is followed in the first part of this file, which has all that is imported.
+writes the JSON files beside this one, all of them where none is named, and of all presets where
+none is named; `test_numbers.py` compares. The files know presets and plain words, no modules and no
+fields: whatever is renamed is followed in the first part of this file, which has all imports.
 """
 
 from __future__ import annotations
@@ -13,42 +15,47 @@ import json
 import pathlib
 import sys
 import tempfile
-from collections.abc import Iterable
 from typing import Any
 
-import tests.conftest  # the same flags of XLA, eight devices, and checks as under pytest: before anything else of JAX
+import tests.conftest  # noqa: F401  the suite's flags of XLA and its devices, before all else of JAX
 
-assert tests.conftest
-
+# isort: split
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 FOLDER = pathlib.Path(__file__).parent
 
-# ---- all that is known of the package ---------------------------------------------------------------------------------
+# ---- all that is known of the package -----------------------------------------------------------
 
 
 def presets() -> list[str]:
   from jaxformer.models.zoo import PRESETS
+
   return list(PRESETS)
 
 
 def model_of(preset: str) -> Any:
   from jaxformer.models.zoo import PRESETS
+
   return PRESETS[preset].model
 
 
 def definition_of(preset: str) -> Any:
   from jaxformer.models.params import define
+
   return define(model_of(preset))
 
 
 def reads(preset: str) -> dict[str, int | None]:
   """What goes in and out: sizes of vocabularies, None for what the model does not have."""
   m = model_of(preset)
-  return {'tokens': getattr(m, 'vocab_size', None), 'sources': getattr(m, 'source_vocab_size', None),
-          'features': getattr(m, 'features', None), 'classes': getattr(m, 'classes', None)}
+  return {
+    'tokens': getattr(m, 'vocab_size', None),
+    'sources': getattr(m, 'source_vocab_size', None),
+    'features': getattr(m, 'features', None),
+    'classes': getattr(m, 'classes', None),
+  }
 
 
 @jax.tree_util.register_dataclass
@@ -67,14 +74,20 @@ def initial(preset: str) -> dict[str, Any]:
   return definition_of(preset).init(jax.random.key(0))
 
 
-def train(preset: str, params: dict[str, Any], batches: list[Batch], rate: float) -> tuple[list[float], float]:
-  """The loss of each step of AdamW at a constant rate, in fp32 on one device; and the norm of the last gradient."""
+def train(
+  preset: str, params: dict[str, Any], batches: list[Batch], rate: float
+) -> tuple[list[float], float]:
+  """The loss of each step of AdamW at a constant rate, in fp32 on one device; and the norm of the
+  last gradient."""
   from jaxformer.training.optimizer import AdamW, Optimizer
   from jaxformer.training.schedule import Constant
   from jaxformer.training.step import StepConfig, TrainState, train_step
+
   definition = definition_of(preset)
   optimizer = Optimizer.of(AdamW(learning_rate=rate), Constant(warmup=0), len(batches), definition)
-  step = _compiled_once(preset, lambda state, batch: train_step(definition, optimizer, StepConfig(), state, batch))
+  step = _compiled_once(
+    preset, lambda state, batch: train_step(definition, optimizer, StepConfig(), state, batch)
+  )
   state = TrainState(jnp.int32(0), params, optimizer.init(params), jax.random.key(1))
   losses, metrics = [], {}
   for batch in batches:
@@ -100,69 +113,141 @@ def size(preset: str) -> dict[str, int]:
   return {'params': definition.size, 'active_params': definition.active_size}
 
 
-def plan(preset: str) -> dict[str, Any]:
-  """What a training and a decoding take: with one sequence a device on 64 chips of v5e, or 1,024 of v5p where the model is large."""
+def cost_of(preset: str) -> dict[str, Any]:
   from jaxformer.planning.cost import cost
+
+  c = cost(model_of(preset))
+  return {
+    'params': c.params,
+    'active_params': c.active_params,
+    'embedding_params': c.embedding_params,
+    'length': c.length,
+    'forward_flops_per_token_causal': c.forward_flops_per_token,
+    'train_flops_per_token_causal': c.train_flops_per_token,
+    'train_flops_per_token_full': c.train_flops_per_token_full,
+    'decode_state_bytes': c.decode_state_bytes,
+    'weight_bytes': c.weight_bytes,
+  }
+
+
+def plan(preset: str) -> dict[str, Any]:
+  """Beside its cost, a training with one sequence a device on 64 chips of v5e, or 1,024 of v5p
+  where the model is large, and inference for one user there."""
   from jaxformer.planning.plan import Setup, default_mesh, inference_report, training_report
   from jaxformer.planning.target import parse_target
-  model = model_of(preset)
-  c = cost(model)
-  target = parse_target('v5e-64' if c.params < 3e9 else 'v5p-2048')
-  length, batch = min(model.context, 8192), target.devices
+
+  model, cost = model_of(preset), cost_of(preset)
+  target = parse_target('v5e-64' if cost['params'] < 3e9 else 'v5p-2048')
+  length, batch = min(cost['length'], 8192), target.devices
   mesh = default_mesh(model, target, batch)
-  report = training_report(Setup(model=model, target=target, mesh=mesh, batch_size=batch, length=length), 20.0 * c.active_params, 0.4)
+  setup = Setup(model=model, target=target, mesh=mesh, batch_size=batch, length=length)
+  report = training_report(setup, 20.0 * cost['active_params'], 0.4)
   memory, step, run = report['memory'], report['step'], report['run']
   found = {
-    'cost': {
-      'params': c.params, 'active_params': c.active_params, 'embedding_params': c.embedding_params, 'length': c.length,
-      'forward_flops_per_token_causal': c.forward_flops_per_token, 'train_flops_per_token_causal': c.train_flops_per_token,
-      'train_flops_per_token_full': c.train_flops_per_token_full, 'decode_state_bytes': c.decode_state_bytes,
-      'weight_bytes': c.weight_bytes},
-    'target': target.name, 'mesh': report['mesh'], 'batch': batch, 'length': length,
-    'memory': {part: memory[part] for part in (
-      'parameters', 'optimizer', 'batch', 'weights', 'gradients', 'activations', 'working', 'gathered', 'loss', 'total', 'limit')},
-    'fits': memory['fits'], 'bound': step['bound'],
-    'step_seconds': {part: step[f'{part}_seconds'] for part in ('compute', 'memory', 'interconnect', 'network')},
+    'cost': cost,
+    'target': target.name,
+    'batch': batch,
+    'length': length,
+    'mesh': {
+      axis: report['mesh'][axis]
+      for axis in ('replica', 'data', 'fsdp', 'expert', 'context', 'tensor')
+    },
+    'memory': {
+      part: memory[part]
+      for part in (
+        'parameters',
+        'optimizer',
+        'batch',
+        'weights',
+        'gradients',
+        'activations',
+        'working',
+        'gathered',
+        'loss',
+        'total',
+        'limit',
+      )
+    },
+    'fits': memory['fits'],
+    'bound': step['bound'],
+    'step_seconds': _seconds(step),
     'flops_per_byte': step['arithmetic_intensity'],
-    'run': {'train_flops': run['train_flops'], 'seconds': run['seconds'], 'usd': run['price_usd']}}
-  if c.decode_state_bytes is not None:
+    'run': {'train_flops': run['train_flops'], 'seconds': run['seconds'], 'usd': run['price_usd']},
+  }
+  if cost['decode_state_bytes'] is not None:
     for phase in ('prefill', 'decode'):
       report = inference_report(phase, model, target, 1, length)
       found[phase] = {
-        'weights': report['memory']['weights'], 'state': report['memory']['state'], 'bound': report['step']['bound'],
-        'seconds': {part: report['step'][f'{part}_seconds'] for part in ('compute', 'memory', 'interconnect', 'network')}}
+        'weights': report['memory']['weights'],
+        'state': report['memory']['state'],
+        'bound': report['step']['bound'],
+        'seconds': _seconds(report['step']),
+      }
   return found
 
 
+def _seconds(step: dict[str, Any]) -> dict[str, float]:
+  return {
+    part: step[f'{part}_seconds'] for part in ('compute', 'memory', 'interconnect', 'network')
+  }
+
+
 def study(folder: str) -> dict[str, Any]:
-  """Two families of a size, two learning rates, two seeds; on key and value, where the values are asked for."""
+  """Two families of a size, two learning rates, two seeds; they recall the values of keys."""
   from jaxformer import compare
-  from jaxformer.compare.study import Grown, Study
   from jaxformer.data import AssociativeRecall
+  from jaxformer.study.study import Grown, Study
+
   whole = Study(
-    name='numbers', entries=(Grown(family='gru'), Grown(family='llama3')), target=47e3, tolerance=0.05,
-    tasks=(AssociativeRecall(length=6, test_sequences=64),), tokens=4096, batch_size=8, learning_rates=(1e-3, 1e-2), extensions=0,
-    seeds=(1, 2), contexts=(), rounds=0, dir=folder)
-  task, = compare(whole, log=lambda line: None).tasks
-  return {'metric': task.metric, 'length': task.length, 'entries': {
-    o.title: {
-      'params': o.params, 'active_params': o.active_params, 'train_flops_per_token': o.train_flops_per_token,
-      'state_bytes': o.state_bytes, 'size_error': o.size_error, 'tried': [list(t) for t in o.tried], 'rate': o.rate,
-      'scores': {str(seed): score for seed, score in o.scores.items()}, 'mean': o.estimate.mean,
-      'interval': [o.estimate.low, o.estimate.high], 'verdict': o.verdict, 'curve': [list(p) for p in o.curve],
-      'loss_by_position': None if o.position_loss is None else list(o.position_loss)}
-    for o in task.outcomes}}
+    name='numbers',
+    entries=(Grown(family='gru'), Grown(family='llama3')),
+    target=47e3,
+    tolerance=0.05,
+    tasks=(AssociativeRecall(length=6, test_sequences=64),),
+    tokens=4096,
+    batch_size=8,
+    learning_rates=(1e-3, 1e-2),
+    extensions=0,
+    seeds=(1, 2),
+    contexts=(),
+    rounds=0,
+    dir=folder,
+  )
+  (task,) = compare(whole, log=lambda line: None).tasks
+  return {
+    'metric': task.metric,
+    'length': task.length,
+    'entries': {
+      o.title: {
+        'params': o.params,
+        'active_params': o.active_params,
+        'train_flops_per_token': o.train_flops_per_token,
+        'state_bytes': o.state_bytes,
+        'size_error': o.size_error,
+        'tried': [list(t) for t in o.tried],
+        'rate': o.rate,
+        'scores': {str(seed): score for seed, score in o.scores.items()},
+        'mean': o.estimate.mean,
+        'interval': [o.estimate.low, o.estimate.high],
+        'verdict': o.verdict,
+        'curve': [list(p) for p in o.curve],
+        'loss_by_position': None if o.position_loss is None else list(o.position_loss),
+      }
+      for o in task.outcomes
+    },
+  }
 
 
-# ---- inputs -----------------------------------------------------------------------------------------------------------
+# ---- inputs -------------------------------------------------------------------------------------
 
 TINY = [name for name in presets() if name.endswith('-tiny')]
 STEPS, RATE = 20, 3e-3
+FEWER = {'s4-tiny': 3, 'lssl-tiny': 6}  # which solve large systems at each step: 4 s, and 1 s
 
 
 def batches(preset: str, count: int, rows: int, length: int, documents: bool) -> list[Batch]:
-  """Drawn from a seed, in the shapes that a model reads. With `documents` rows hold what training data have: two documents each, or
-  padding at their ends, and targets that do not count."""
+  """Drawn from a seed, in the shapes that a model reads. With `documents` rows hold what training
+  data have: two documents each, or padding at their ends, and targets that do not count."""
   r, draw = reads(preset), np.random.default_rng(5)
 
   def ids(vocabulary: int) -> np.ndarray:
@@ -188,7 +273,7 @@ def batches(preset: str, count: int, rows: int, length: int, documents: bool) ->
     elif documents:
       targets[0, 3] = -1
       segments = np.ones((rows, length), np.int32)
-      segments[:, length // 2 + 3:] = 2
+      segments[:, length // 2 + 3 :] = 2
     return Batch(targets, tokens_BT=tokens, source_BS=source, segments_BT=segments)
 
   return [one() for _ in range(count)]
@@ -201,40 +286,59 @@ def _compiled_once(preset: str, step: Any) -> Any:
   return _steps.setdefault(preset, jax.jit(step))
 
 
-# ---- numbers ----------------------------------------------------------------------------------------------------------
+# ---- numbers ------------------------------------------------------------------------------------
 
 
 def losses(preset: str, nudged: bool = False) -> dict[str, Any]:
-  """`nudged`: about a third of the initial values are the next greater float, and a third the next smaller: what another order of
-  additions could have done."""
+  """`nudged`: a third of the initial values are the next greater float, and a third the next
+  smaller: what another order of additions could have done."""
   params = initial(preset)
   if nudged:
     draw = np.random.default_rng(7)
-    params = {n: jnp.asarray(np.asarray(p) * (1 + 2.0**-23 * draw.integers(-1, 2, p.shape)).astype(np.float32))
-              for n, p in params.items()}
+    params = {
+      n: jnp.asarray(
+        np.asarray(p) * (1 + 2.0**-23 * draw.integers(-1, 2, p.shape)).astype(np.float32)
+      )
+      for n, p in params.items()
+    }
   four = batches(preset, 4, 2, 32, documents=True)
-  found, norm = train(preset, params, [four[i % 4] for i in range(STEPS)], RATE)
+  found, norm = train(preset, params, [four[i % 4] for i in range(FEWER.get(preset, STEPS))], RATE)
   return {'losses': found, 'grad_norm': norm}
 
 
 def losses_with_rounding(preset: str) -> dict[str, Any]:
-  """Besides, what the least change of the initial values makes of it: relative, the largest of all losses, and of the norm."""
+  """Besides, what the least change of the initial values makes of it: relative, the most of all
+  losses, and of the norm."""
   found, other = losses(preset), losses(preset, nudged=True)
-  return found | {'rounding': max(abs(a / b - 1) for a, b in zip(found['losses'], other['losses'], strict=True)),
-                  'rounding_of_norm': abs(found['grad_norm'] / other['grad_norm'] - 1)}
+  return found | {
+    'rounding': max(abs(a / b - 1) for a, b in zip(found['losses'], other['losses'], strict=True)),
+    'rounding_of_norm': abs(found['grad_norm'] / other['grad_norm'] - 1),
+  }
 
 
 def logits(preset: str) -> dict[str, Any]:
-  batch, = batches(preset, 1, 2, 24, documents=False)
+  (batch,) = batches(preset, 1, 2, 24, documents=False)
   y = logits_of(preset, initial(preset), batch).astype(np.float64).ravel()
-  return {'sampled': y[np.linspace(0, y.size - 1, 16).astype(int)].tolist(), 'size': y.size, 'mean': float(y.mean()),
-          'std': float(y.std()), 'sum_of_abs': float(np.abs(y).sum())}
+  return {
+    'sampled': y[np.linspace(0, y.size - 1, 16).astype(int)].tolist(),
+    'size': y.size,
+    'mean': float(y.mean()),
+    'std': float(y.std()),
+    'sum_of_abs': float(np.abs(y).sum()),
+  }
 
 
 def here() -> str:
   """Where the same program gives the same bits: processor and compiler."""
-  names = [line.split(':')[1].strip() for line in pathlib.Path('/proc/cpuinfo').read_text().splitlines()
-           if line.startswith(('model name', 'flags'))] if pathlib.Path('/proc/cpuinfo').exists() else []
+  names = (
+    [
+      line.split(':')[1].strip()
+      for line in pathlib.Path('/proc/cpuinfo').read_text().splitlines()
+      if line.startswith(('model name', 'flags'))
+    ]
+    if pathlib.Path('/proc/cpuinfo').exists()
+    else []
+  )
   wide = sorted({f for f in ' '.join(names).split() if f.startswith(('avx', 'amx', 'fma'))})
   return f'{next(iter(names), "unknown")}; {" ".join(wide)}; jaxlib {jax.lib.__version__}'
 
@@ -248,22 +352,33 @@ def _studied() -> dict[str, Any]:
     return study(folder)
 
 
-def compute(what: str) -> dict[str, Any]:
+def compute(what: str, only: list[str]) -> dict[str, Any]:
+  """The content of a file; of all presets, or of some, the others as they are recorded."""
   if what == 'study':
     return {'recorded_on': here()} | _studied()
-  one, names = {'losses': (losses_with_rounding, TINY), 'logits': (logits, TINY),
-                'counts': (size, presets()), 'plans': (plan, presets())}[what]
-  found = {}
+  one, names = {
+    'losses': (losses_with_rounding, TINY),
+    'logits': (logits, TINY),
+    'counts': (size, presets()),
+    'plans': (plan, presets()),
+  }[what]
+  before = recorded(what) if only else {}
+  found = before.get('presets', before)
   for name in names:
-    print(what, name, file=sys.stderr, flush=True)
-    found[name] = one(name)
-  return {'recorded_on': here(), 'presets': found} if what in ('losses', 'logits') else found
+    if name in only or not only:
+      print(what, name, file=sys.stderr, flush=True)
+      found[name] = one(name)
+  found = {name: found[name] for name in names if name in found}
+  return found if what in ('counts', 'plans') else {'recorded_on': here(), 'presets': found}
 
 
-def main(what: Iterable[str]) -> None:
-  for name in what or ('counts', 'losses', 'logits', 'study', 'plans'):
-    found = compute(name)
-    (FOLDER / f'{name}.json').write_text(json.dumps(found, indent=1) + '\n')
+def main(arguments: list[str]) -> None:
+  every = ('counts', 'losses', 'logits', 'study', 'plans')
+  only = [a for a in arguments if a not in every]
+  assert set(only) <= set(presets()), f'neither {", ".join(every)} nor presets: {only}'
+  for what in [a for a in arguments if a in every] or every:
+    found = compute(what, only)
+    (FOLDER / f'{what}.json').write_text(json.dumps(found, indent=1) + '\n')
 
 
 if __name__ == '__main__':
