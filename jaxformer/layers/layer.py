@@ -177,6 +177,16 @@ class LayerConfig(Config, abstract=True):
     """Whether the layer is causal, so that it can continue from a state and decode."""
     return True
 
+  @property
+  def expert_count(self) -> int:
+    """Number of experts that a mesh axis may shard; 0 for a layer without any."""
+    return 0
+
+  @property
+  def experts_per_token(self) -> float:
+    """Mean number of experts that each token is sent to."""
+    return 0
+
   def out_width(self, width: int) -> int:
     """The width of the output for inputs of `width`."""
     return width

@@ -168,6 +168,14 @@ class Moe(Layer):
     def decodes(self) -> bool:
       return self.router.causal
 
+    @property
+    def expert_count(self) -> int:
+      return self.experts
+
+    @property
+    def experts_per_token(self) -> float:
+      return self.router.per_token(self.experts)
+
     @classmethod
     def examples(cls) -> tuple[Moe.Config, ...]:
       """Every router and every dispatch. Places suffice for all tokens, as what is dropped depends
@@ -196,7 +204,7 @@ class Moe(Layer):
     c = config
     self.config = c
     self.router = c.router.build(width, c.experts, rngs, position)
-    active = c.router.per_token(c.experts) / c.experts
+    active = c.experts_per_token / c.experts
     self.experts = ExpertWeights(c.expert, c.experts, active, width, rngs, position)
     self.shared = None if c.shared is None else c.shared.build(width, rngs, position)
 

@@ -26,7 +26,6 @@ import math
 
 from jax.sharding import AbstractMesh
 
-from jaxformer.layers.moe import Moe
 from jaxformer.models.language_model import ModelConfig
 from jaxformer.models.params import define
 from jaxformer.planning.cost import cost, flops_per_token
@@ -229,11 +228,7 @@ def _training_traffic(
     return (mesh.shape[axis] - 1) / mesh.shape[axis]
 
   stream = accumulate * size * B * T * getattr(model, 'width', 0)
-  copies = sum(
-    n * layer.router.per_token(layer.experts)
-    for layer, n in model.layers()
-    if isinstance(layer, Moe.Config)
-  )
+  copies = sum(n * layer.experts_per_token for layer, n in model.layers())
   state = sum(n * (layer.state_size(getattr(model, 'width', 0), T)) for layer, n in model.layers())
   return {
     'fsdp': share('fsdp') * 3 * accumulate * in_use,

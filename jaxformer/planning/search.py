@@ -19,7 +19,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from jaxformer.config import InputError
-from jaxformer.layers.moe import Moe
 from jaxformer.models.params import define
 from jaxformer.planning.compiler import CompiledPlan
 from jaxformer.planning.memory import Memory, abstract_mesh, bytes_of
@@ -153,7 +152,7 @@ def candidates(base: Setup, rows: Sequence[int] | None, remats: Sequence[str]) -
 def meshes(base: Setup) -> Iterator[MeshConfig]:
   """Meshes of the target that divide the model's parameters and sequences; slices along
   `replica`."""
-  experts = [layer.experts for layer, _ in base.model.layers() if isinstance(layer, Moe.Config)]
+  experts = [layer.expert_count for layer, _ in base.model.layers() if layer.expert_count]
   n = base.target.devices_per_slice
   for tensor, expert, context in itertools.product(_divisors(n), _divisors(n), _divisors(n)):
     rest, over = divmod(n, tensor * expert * context)
