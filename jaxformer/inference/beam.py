@@ -16,7 +16,6 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxformer.config import Config, InputError
 from jaxformer.inference.decoding import NONE, STEP
-from jaxformer.layers.layer import Fixed
 from jaxformer.models.encoder_decoder import PADDING, DecoderState, EncoderDecoder
 from jaxformer.models.params import Definition, Params
 
@@ -127,7 +126,7 @@ def beam_search(
     where: mesh and rules, which the program depends on.
   """
   model, K = definition.merge(params), beam.width
-  search, spread = _begun(
+  search = _begun(
     definition, model, params, source_BS, begin, K, max_new_tokens, beam.coverage_penalty > 0
   )
 
@@ -145,6 +144,7 @@ def beam_search(
     )
     _, best_BK = jax.lax.top_k(jnp.where(stays_BKV, jnp.inf, total_BKV).reshape(B, -1), K)
     parent_BK, token_BK = best_BK // V, best_BK % V
+    rows = (parent_BK + K * jnp.arange(B)[:, None]).reshape(-1)
 
     def of_parents(x: Array) -> Array:
       return jnp.take_along_axis(x, parent_BK.reshape(B, K, *(1,) * (x.ndim - 2)), axis=1)
@@ -162,7 +162,7 @@ def beam_search(
       coverage = of_parents(coverage) + jnp.where(had_BK[:, :, None], 0.0, of_parents(seen))
     log_p_BK = jnp.take_along_axis(total_BKV.reshape(B, -1), best_BK, axis=1)
     return _Search(
-      spread.chosen(out.state, parent_BK),
+      _select_rows(model, out.state, rows, same_source=True),
       jnp.where(had_BK, end, token_BK).astype(jnp.int32),
       tokens,
       of_parents(s.length_BK) + ~had_BK,
@@ -192,7 +192,7 @@ def greedy_search(
   """One hypothesis for every source, of the likeliest token at each step: `beam_search` of width 1,
   without its sorting. The penalties of `beam` bear on its score."""
   model = definition.merge(params)
-  search, _ = _begun(
+  search = _begun(
     definition, model, params, source_BS, begin, 1, max_new_tokens, beam.coverage_penalty > 0
   )
 
@@ -243,29 +243,14 @@ def _attended(alignments: tuple[Array, ...]) -> Array:
   return jnp.mean(jnp.stack([a[:, 0] for a in alignments]), axis=0)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Spread:
-  """How a decoder's state holds K hypotheses a source; `axes`: along which axis each of its arrays
-  has the batch, -1 for none."""
-
-  axes: Any
-  K: int
-
-  def repeated(self, state: DecoderState) -> DecoderState:
-    """The state of each source, K times."""
-    return jax.tree.map(
-      lambda x, axis: x if axis < 0 else jnp.repeat(x, self.K, axis=axis), state, self.axes
-    )
-
-  def chosen(self, state: DecoderState, parent_BK: Array) -> DecoderState:
-    """The states of the parents. What came of the source is the same for all hypotheses and
-    stays."""
-    rows = (parent_BK + self.K * jnp.arange(len(parent_BK))[:, None]).reshape(-1)
-
-    def taken(x: Any, axis: Any) -> Any:
-      return x if isinstance(x, Fixed) or axis < 0 else jnp.take(x, rows, axis=axis)
-
-    return jax.tree.map(taken, state, self.axes, is_leaf=lambda x: isinstance(x, Fixed))
+def _select_rows(
+  model: EncoderDecoder, state: DecoderState, index: Array, same_source: bool = False
+) -> DecoderState:
+  """`Layer.select_rows` of the decoder's state."""
+  return DecoderState(
+    model.decoder.select_rows(state.stack, index, same_source),
+    jnp.take(state.offset_B, index, axis=0),
+  )
 
 
 def _begun(
@@ -277,7 +262,7 @@ def _begun(
   K: int,
   N: int,
   covers: bool,
-) -> tuple[_Search, _Spread]:
+) -> _Search:
   """The search before its first token. The model's decoder is separated, so that the loop updates
   each layer's state in place."""
   stack = model.decoder
@@ -287,18 +272,11 @@ def _begun(
     state = fresh.init_state(fresh.encode(source_BS), N)
     return dataclasses.replace(state, stack=stack.separate_state(state.stack, STEP))
 
-  def shapes(rows: int) -> Any:
-    return jax.eval_shape(
-      state_of, params, jax.ShapeDtypeStruct((rows, source_BS.shape[1]), jnp.int32)
-    )
-
-  def differs(a: Any, b: Any) -> int:
-    return next((i for i, (m, n) in enumerate(zip(a.shape, b.shape, strict=True)) if m != n), -1)
-
   B, S = source_BS.shape
-  spread = _Spread(jax.tree.map(differs, shapes(1), shapes(2)), K)
-  state = spread.repeated(state_of(params, source_BS))
+  state = state_of(params, source_BS)
   model.decoder = stack.separated(STEP)
+  if K > 1:
+    state = _select_rows(model, state, jnp.repeat(jnp.arange(B), K))
   live_K = jnp.where(jnp.arange(K) == 0, 0.0, -jnp.inf)  # the others are the same hypothesis
   zeros_BK = jnp.zeros((B, K), jnp.int32)
   return _Search(
@@ -310,7 +288,7 @@ def _begun(
     jnp.zeros((B, K), bool),
     jnp.zeros((B, K, S)) if covers else None,
     jnp.int32(0),
-  ), spread
+  )
 
 
 def _best(s: _Search, source_BS: Array, beam: Beam) -> Hypotheses:

@@ -18,6 +18,7 @@ from jaxformer.layers.layer import (
   Layer,
   LayerConfig,
   LayerPosition,
+  Memory,
   Output,
   positions_BT,
   starts_BT,
@@ -171,7 +172,7 @@ class Attention(Layer):
     self.q_norm = None if c.qk_norm is None else c.qk_norm.build(K)
     self.k_norm = None if c.qk_norm is None else c.qk_norm.build(K)
 
-  def init_state(self, batch: int, max_len: int) -> AttentionState:
+  def init_state(self, batch: int, max_len: int, memory: Memory | None = None) -> AttentionState:
     if not self.config.causal:
       raise InputError(
         'Attention.causal = False: bidirectional attention has no state and cannot decode'

@@ -9,18 +9,15 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
-from jaxformer.config import InputError
 from jaxformer.layers.init import Init, Normal, Orthogonal, Uniform, Zeros
 from jaxformer.layers.layer import (
   Context,
-  Fixed,
   Layer,
   LayerConfig,
   LayerPosition,
   Memory,
   Output,
-  State,
-  memory_of,
+  required,
   starts_BT,
 )
 from jaxformer.layers.lstm import CONTEXT, FORGET
@@ -31,7 +28,7 @@ from jaxformer.sharding import param
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class SourceState(Fixed):
+class SourceState:
   """What is searched, and the states that a document begins from, side by side (fp32)."""
 
   keys_BSA: Float[Array, 'B S A']
@@ -127,29 +124,28 @@ class AttentiveDecoder(Layer):
   def _first_bias(self, drawn_GH: Array) -> Array:
     return drawn_GH
 
-  def init_state(self, batch: int, max_len: int) -> SearchState:
-    raise InputError(
-      f'{self.name}: its state is made of the output of an encoder, which only an encoder-decoder '
-      'has'
-    )
-
-  def first_states(self, memory: Memory, handed: State) -> States:
+  def first_states(self, memory: Memory) -> States:
     """The states before the first token."""
     raise NotImplementedError
 
-  def begin(self, batch: int, max_len: int, memory: Memory, handed: State = None) -> SearchState:
+  def init_state(self, batch: int, max_len: int, memory: Memory | None = None) -> SearchState:
+    memory = required(memory, self.name)
     values = memory.y_BSC.astype(self.w[...].dtype)
-    first = self.first_states(memory, handed)
+    first = self.first_states(memory)
     return SearchState(
       first, SourceState(linear(values, self.w_key[...]), values, memory.mask_BS, first)
     )
+
+  def select_rows(self, state: SearchState, index: Array, same_source: bool = False) -> SearchState:
+    source = state.source if same_source else super().select_rows(state.source, index)
+    return SearchState(super().select_rows(state.states, index), source)
 
   def run(
     self, x_BTD: Array, ctx: Context, state: SearchState | None
   ) -> tuple[SearchState, Array, Array, Array]:
     """The state to begin from, all hidden states and contexts, and the attention's weights."""
     B, T, _ = x_BTD.shape
-    before = self.begin(B, T, memory_of(ctx, self.name)) if state is None else state
+    before = self.init_state(B, T, ctx.memory) if state is None else state
     s, weights = (
       before.source,
       Weights(
@@ -238,7 +234,7 @@ class RnnSearch(AttentiveDecoder):
 
     self.out_state, self.out_input, self.out_context = out(H), out(width), out(C)
 
-  def first_states(self, memory: Memory, handed: State) -> States:
+  def first_states(self, memory: Memory) -> States:
     first_word = memory.y_BSC[:, 0, self.w_start[...].shape[0] :]
     return (
       jnp.tanh(linear(first_word.astype(jnp.float32), self.w_start[...].astype(jnp.float32))),
@@ -248,7 +244,7 @@ class RnnSearch(AttentiveDecoder):
     self, x_BTD: Float[Array, 'B T D'], ctx: Context, state: SearchState | None = None
   ) -> Output:
     B, T, _ = x_BTD.shape
-    begun = self.begin(B, T, memory_of(ctx, self.name)) if state is None else state
+    begun = self.init_state(B, T, ctx.memory) if state is None else state
     after, s_BTH, c_BTC, a_BTS = self.run(x_BTD, ctx, begun)
     before_BTH = jnp.concatenate(
       [begun.states[0][:, None].astype(s_BTH.dtype), s_BTH[:, :-1]], axis=1
@@ -308,11 +304,11 @@ class GnmtAttention(AttentiveDecoder):
   def _first_bias(self, drawn_GH: Array) -> Array:
     return drawn_GH.at[FORGET].add(self.forget_bias)
 
-  def first_states(self, memory: Memory, handed: State) -> States:
-    if handed is None:
+  def first_states(self, memory: Memory) -> States:
+    if memory.state is None:
       zeros = jnp.zeros((memory.y_BSC.shape[0], self.units))
       return zeros, zeros
-    return handed.h_BH, handed.c_BH
+    return memory.state.h_BH, memory.state.c_BH
 
   def __call__(
     self, x_BTD: Float[Array, 'B T D'], ctx: Context, state: SearchState | None = None

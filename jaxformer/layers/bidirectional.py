@@ -16,6 +16,7 @@ from jaxformer.layers.layer import (
   Layer,
   LayerConfig,
   LayerPosition,
+  Memory,
   Output,
   State,
   starts_BT,
@@ -52,6 +53,10 @@ class Bidirectional(Layer):
     def decodes(self) -> bool:
       return False
 
+    @property
+    def hands_over(self) -> bool:
+      return True
+
     def out_width(self, width: int) -> int:
       return 2 * self.layer.out_width(width)
 
@@ -70,7 +75,9 @@ class Bidirectional(Layer):
       config.layer.build(width, rngs, position),
     )
 
-  def init_state(self, batch: int, max_len: int) -> BidirectionalState:
+  def init_state(
+    self, batch: int, max_len: int, memory: Memory | None = None
+  ) -> BidirectionalState:
     return BidirectionalState(
       self.forward.init_state(batch, max_len), self.backward.init_state(batch, max_len)
     )
@@ -89,6 +96,9 @@ class Bidirectional(Layer):
     )
     y = jnp.concatenate([forward.y, back.again(backward.y)], axis=-1)
     return Output(y, None if state is None else BidirectionalState(forward.state, backward.state))
+
+  def handed_over(self, state: BidirectionalState) -> State:
+    return state.backward
 
   def step(self, x_BD: Float[Array, 'B D'], ctx: Context, state: BidirectionalState) -> Output:
     raise InputError('Bidirectional: reads a sequence from both ends and cannot decode')

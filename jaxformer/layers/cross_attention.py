@@ -16,14 +16,12 @@ from jaxformer.config import Config, InputError
 from jaxformer.layers.init import FanInUniform, Init, Normal
 from jaxformer.layers.layer import (
   Context,
-  Fixed,
   Layer,
   LayerConfig,
   LayerPosition,
   Memory,
   Output,
-  State,
-  memory_of,
+  required,
 )
 from jaxformer.ops.attention import Mask, attention, attention_weights
 from jaxformer.ops.linear import linear
@@ -32,7 +30,7 @@ from jaxformer.sharding import param, shard
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class KeysState(Fixed):
+class KeysState:
   """Keys and values of a source, and which of them are tokens."""
 
   k_BSGK: Float[Array, 'B S G K']
@@ -46,17 +44,14 @@ class ReadsMemory(Layer):
 
   name = ''
 
-  def init_state(self, batch: int, max_len: int) -> State:
-    raise InputError(
-      f'{self.name}: its state is made of the output of an encoder, which only an encoder-decoder '
-      'has'
-    )
-
   def keys(self, memory: Memory) -> KeysState:
     raise NotImplementedError
 
-  def begin(self, batch: int, max_len: int, memory: Memory, handed: State = None) -> KeysState:
-    return self.keys(memory)
+  def init_state(self, batch: int, max_len: int, memory: Memory | None = None) -> KeysState:
+    return self.keys(required(memory, self.name))
+
+  def select_rows(self, state: KeysState, index: Array, same_source: bool = False) -> KeysState:
+    return state if same_source else super().select_rows(state, index)
 
 
 def _seen(keys: KeysState, T: int) -> Mask:
@@ -150,7 +145,7 @@ class CrossAttention(ReadsMemory):
   def __call__(
     self, x_BTD: Float[Array, 'B T D'], ctx: Context, state: KeysState | None = None
   ) -> Output:
-    keys = self.keys(memory_of(ctx, self.name)) if state is None else state
+    keys = self.keys(required(ctx.memory, self.name)) if state is None else state
     q = self._heads(x_BTD, self.wq, self.bq, 'time')
     mask, scale = _seen(keys, x_BTD.shape[1]), 1.0 / math.sqrt(self.head_dim)
     y = attention(q, keys.k_BSGK.astype(q.dtype), keys.v_BSGC.astype(q.dtype), mask, scale=scale)
@@ -242,7 +237,7 @@ class LuongAttention(ReadsMemory):
   def __call__(
     self, x_BTD: Float[Array, 'B T D'], ctx: Context, state: KeysState | None = None
   ) -> Output:
-    keys = self.keys(memory_of(ctx, self.name)) if state is None else state
+    keys = self.keys(required(ctx.memory, self.name)) if state is None else state
     a = attention_weights(x_BTD[:, :, None], keys.k_BSGK, _seen(keys, x_BTD.shape[1]), scale=1.0)[
       :, 0
     ]

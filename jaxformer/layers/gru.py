@@ -78,14 +78,14 @@ class Gru(Recurrent):
       else param(bias(rngs.params(), (H,), H, position), ('inner',), decay=False)
     )
 
-  def init_state(self, batch: int, max_len: int) -> GruState:
+  def zeros(self, batch: int) -> GruState:
     return GruState(jnp.zeros((batch, self.units)))
 
   def __call__(
     self, x_BTD: Float[Array, 'B T D'], ctx: Context, state: GruState | None = None
   ) -> Output:
     B, T, _ = x_BTD.shape
-    first = self.init_state(B, T) if state is None else state
+    first = self.zeros(B) if state is None else state
     y_BTH, h = gru(
       self._input(x_BTD, ctx),
       *self._weights(),

@@ -13,7 +13,15 @@ from jaxtyping import Array, Float
 
 from jaxformer.config import InputError
 from jaxformer.layers.init import FanInUniform, Init, Normal
-from jaxformer.layers.layer import Context, Layer, LayerConfig, LayerPosition, Output, starts_BT
+from jaxformer.layers.layer import (
+  Context,
+  Layer,
+  LayerConfig,
+  LayerPosition,
+  Memory,
+  Output,
+  starts_BT,
+)
 from jaxformer.layers.s4d import Bilinear, Discretisation, Lin, Spectrum
 from jaxformer.layers.state_space import complex_normal, paired, pairs, recurrent
 from jaxformer.ops.linear import linear
@@ -138,13 +146,18 @@ class H3(Layer):
     log_a, b = self.config.discretisation(a, paired(self.b), jnp.exp(self.log_dt[...]))
     return Shift(taps_DN[None]), Diagonal(log_a, b, paired(self.c)[None])
 
-  def init_state(self, batch: int, max_len: int) -> H3State:
+  def init_state(self, batch: int, max_len: int, memory: Memory | None = None) -> H3State:
     (H, D), N, pairs_BKK = (
       (self.heads, self.wk.shape[1]),
       self.config.d_state,
       batch * self.config.head_dim**2,
     )
     return H3State(jnp.zeros((batch, D, N)), jnp.zeros((pairs_BKK, H, N)))
+
+  def select_rows(self, state: H3State, index: Array, same_source: bool = False) -> H3State:
+    pairs = self.config.head_dim**2
+    rows = (index[:, None] * pairs + jnp.arange(pairs)[None]).reshape(-1)
+    return H3State(jnp.take(state.keys_BDN, index, axis=0), jnp.take(state.kv_BHN, rows, axis=0))
 
   def __call__(
     self, x_BTD: Float[Array, 'B T D'], ctx: Context, state: H3State | None = None

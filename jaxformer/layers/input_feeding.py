@@ -15,15 +15,13 @@ from jaxformer.config import InputError
 from jaxformer.layers.cross_attention import DotScore, KeysState, LuongAttention
 from jaxformer.layers.layer import (
   Context,
-  Fixed,
   Layer,
   LayerConfig,
   LayerPosition,
   Memory,
   Output,
-  State,
   dropout,
-  memory_of,
+  required,
   starts_BT,
 )
 from jaxformer.layers.lstm import Lstm, LstmState
@@ -33,7 +31,7 @@ from jaxformer.ops.input_feeding import Weights, feed
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class FedSource(Fixed):
+class FedSource:
   """What is attended to, and the states of the LSTMs that a document begins from (fp32)."""
 
   keys: KeysState
@@ -133,27 +131,26 @@ class InputFeeding(Layer):
     )
     self.attention = config.attention.build(H, rngs, position)
 
-  def init_state(self, batch: int, max_len: int) -> FedState:
-    raise InputError(
-      'InputFeeding: its state is made of the output of an encoder, which only an encoder-decoder '
-      'has'
-    )
-
-  def begin(self, batch: int, max_len: int, memory: Memory, handed: State = None) -> FedState:
+  def init_state(self, batch: int, max_len: int, memory: Memory | None = None) -> FedState:
+    memory = required(memory, 'InputFeeding')
     ended = itertools.chain((s for block in memory.states for s in block), itertools.repeat(None))
     first = tuple(
-      lstm.begin(batch, max_len, memory, state)
+      lstm.init_state(batch, max_len, memory.replace(state=state))
       for lstm, state in zip(self.lstms, ended, strict=False)
     )
     return FedState(
       jnp.zeros_like(first[0].h_BH), first, FedSource(self.attention.keys(memory), first)
     )
 
+  def select_rows(self, state: FedState, index: Array, same_source: bool = False) -> FedState:
+    source = state.source if same_source else super().select_rows(state.source, index)
+    return FedState(*super().select_rows((state.y_BH, state.lstms), index), source)
+
   def __call__(
     self, x_BTD: Float[Array, 'B T D'], ctx: Context, state: FedState | None = None
   ) -> Output:
     B, T, _ = x_BTD.shape
-    before = self.begin(B, T, memory_of(ctx, 'InputFeeding')) if state is None else state
+    before = self.init_state(B, T, ctx.memory) if state is None else state
     keys, first, H = before.source.keys, before.source.first, before.y_BH.shape[-1]
     drops = self.dropout > 0 and ctx.dropout_key is not None
     factors = (

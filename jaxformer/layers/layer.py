@@ -19,8 +19,8 @@ The contract, checked for every layer by `tests/contract`:
   one token.
 - Where `ctx.segments_BT` changes along a row, a new document begins and nothing is carried over.
   The first token of a call always continues what the state holds.
-- A layer that reads the encoder's output finds it in `ctx.memory`, or what it needs of it in a
-  state from `begin`; without a state it begins as from one. `init_state` is not for it.
+- In an encoder-decoder, `init_state(..., memory)` puts into the state what the layer needs of the
+  encoder; steps need the memory no more. Without a state a layer finds the memory in `ctx.memory`.
 - Shapes of states do not depend on what was fed in.
 """
 
@@ -42,23 +42,24 @@ State = Any
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Memory:
-  """What an encoder hands to a decoder.
+  """What a decoder reads of an encoder.
 
   Attributes:
-    y_BSC: its output at each position of the source.
-    mask_BS: True where a token stands, False in padding.
-    states: of each of its blocks, from the bottom up, the states that its layers ended in; () where
-      a decoder does not begin from them.
+    y_BSC: the encoder's output at each position of the source.
+    mask_BS: True at tokens, False at padding.
+    states: final states of the encoder's layers, by block from the bottom up; () where the decoder
+      does not start from them.
+    state: of `states`, that of the encoder layer in the same position as the layer which reads
+      this; None if there is none. `Stack` and `Block` select it.
   """
 
   y_BSC: Float[Array, 'B S C']
   mask_BS: Bool[Array, 'B S']
   states: tuple[tuple[State, ...], ...] = ()
+  state: State = None
 
-
-class Fixed:
-  """Base of the states that come of the memory and that no step changes: all hypotheses about one
-  source have the same."""
+  def replace(self, **changes: Any) -> Memory:
+    return dataclasses.replace(self, **changes)
 
 
 @jax.tree_util.register_dataclass
@@ -145,15 +146,24 @@ class Layer(nnx.Module):
   """Base of all layers. Override `__call__`; override `init_state` where there is a state, and
   `step` where one token has a cheaper form."""
 
-  def init_state(self, batch: int, max_len: int) -> State:
-    """The state before the first token, for sequences of up to `max_len` tokens; `()` for a layer
-    without memory."""
+  def init_state(self, batch: int, max_len: int, memory: Memory | None = None) -> State:
+    """Return the state before the first token, for sequences of up to `max_len` tokens; `()` for a
+    layer without a state.
+
+    In a decoder, `memory` is what the encoder made of the source, and `memory.state` the final
+    state of the encoder layer in the same position, or None."""
     return ()
 
-  def begin(self, batch: int, max_len: int, memory: Memory, handed: State = None) -> State:
-    """The state before the first token in a decoder that reads `memory`; `handed` is the state that
-    the encoder's layer in the same place ended in, None where it hands over none."""
-    return self.init_state(batch, max_len)
+  def select_rows(self, state: State, index: Int[Array, ' N'], same_source: bool = False) -> State:
+    """Return the state of the rows `index` of a batch, as beam search reorders hypotheses.
+
+    With `same_source`, each row is replaced by one with the same source, so what a state holds of
+    the source stays as it is. By default every array that is not a scalar has the batch first."""
+    return jax.tree.map(lambda x: x if x.ndim == 0 else jnp.take(x, index, axis=0), state)
+
+  def handed_over(self, state: State) -> State:
+    """Of a final state in an encoder, what the decoder layer in the same position starts from."""
+    return state
 
   def __call__(self, x_BTD: Float[Array, 'B T D'], ctx: Context, state: State = None) -> Output:
     """A whole sequence; with a state, the sequence that continues from it."""
@@ -186,6 +196,11 @@ class LayerConfig(Config, abstract=True):
   def experts_per_token(self) -> float:
     """Mean number of experts that each token is sent to."""
     return 0
+
+  @property
+  def hands_over(self) -> bool:
+    """Whether a decoder layer can start from this layer's final state."""
+    return False
 
   def out_width(self, width: int) -> int:
     """The width of the output for inputs of `width`."""
@@ -223,11 +238,11 @@ class LayerConfig(Config, abstract=True):
 # ---- documents in a row ------------------------------------------------------------------------
 
 
-def memory_of(ctx: Context, layer: str) -> Memory:
-  """The memory that a layer reads. Raises `InputError` where there is none."""
-  if ctx.memory is None:
+def required(memory: Memory | None, layer: str) -> Memory:
+  """Return the memory that a layer reads. Raises `InputError` if there is none."""
+  if memory is None:
     raise InputError(f'{layer}: reads the output of an encoder, which only an encoder-decoder has')
-  return ctx.memory
+  return memory
 
 
 def starts_BT(segments_BT: Int[Array, 'B T'] | None, batch: int, length: int) -> Bool[Array, 'B T']:

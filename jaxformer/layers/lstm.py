@@ -75,6 +75,10 @@ class RecurrentConfig(LayerConfig, abstract=True):
   def out_width(self, width: int) -> int:
     return width if self.project else self.units(width)
 
+  @property
+  def hands_over(self) -> bool:
+    return True
+
   def reads(self, width: int) -> dict[str, int]:
     return {} if self.context_width is None else {CONTEXT: self.context_width}
 
@@ -112,9 +116,13 @@ class Recurrent(Layer):
   def _first_bias(self, drawn_GH: Array) -> Array:
     return drawn_GH
 
-  def begin(self, batch: int, max_len: int, memory: Memory, handed: State = None) -> State:
-    own = self.init_state(batch, max_len)
-    given = own if handed is None else handed
+  def zeros(self, batch: int) -> State:
+    """The state of a document that begins from nothing."""
+    raise NotImplementedError
+
+  def init_state(self, batch: int, max_len: int, memory: Memory | None = None) -> State:
+    own = self.zeros(batch)
+    given = own if memory is None or memory.state is None else memory.state
     if jax.tree.structure(given) != jax.tree.structure(own) or given.h_BH.shape != own.h_BH.shape:
       raise InputError(
         f'the decoder has a recurrence of {self.units} units where the encoder hands over the '
@@ -179,7 +187,7 @@ class Lstm(Recurrent):
   def _first_bias(self, drawn_GH: Array) -> Array:
     return drawn_GH.at[FORGET].add(self.config.forget_bias)
 
-  def init_state(self, batch: int, max_len: int) -> LstmState:
+  def zeros(self, batch: int) -> LstmState:
     zeros = jnp.zeros((batch, self.units))
     return LstmState(zeros, zeros)
 
@@ -187,7 +195,7 @@ class Lstm(Recurrent):
     self, x_BTD: Float[Array, 'B T D'], ctx: Context, state: LstmState | None = None
   ) -> Output:
     B, T, _ = x_BTD.shape
-    first = self.init_state(B, T) if state is None else state
+    first = self.zeros(B) if state is None else state
     y_BTH, (h, c) = lstm(
       self._input(x_BTD, ctx),
       *self._weights(),

@@ -11,7 +11,15 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from jaxformer.layers.init import FanInUniform, Init, ResidualUniform
-from jaxformer.layers.layer import Context, Layer, LayerConfig, LayerPosition, Output, starts_BT
+from jaxformer.layers.layer import (
+  Context,
+  Layer,
+  LayerConfig,
+  LayerPosition,
+  Memory,
+  Output,
+  starts_BT,
+)
 from jaxformer.layers.norm import NormConfig, RMSNorm
 from jaxformer.ops.convolution import short_convolution
 from jaxformer.ops.linear import linear
@@ -148,7 +156,7 @@ class Mamba(Layer):
       else nnx.List([c.inner_norm.build(n) for n in (R, c.state, c.state)])
     )
 
-  def init_state(self, batch: int, max_len: int) -> MambaState:
+  def init_state(self, batch: int, max_len: int, memory: Memory | None = None) -> MambaState:
     inner, N = self.A_log.shape[-2:]
     return MambaState(
       jnp.zeros((batch, self.config.d_conv - 1, inner), self.w_x[...].dtype),

@@ -11,7 +11,15 @@ from jaxtyping import Array, Float
 
 from jaxformer.config import InputError
 from jaxformer.layers.init import FanInUniform, Init, ResidualUniform
-from jaxformer.layers.layer import Context, Layer, LayerConfig, LayerPosition, Output, starts_BT
+from jaxformer.layers.layer import (
+  Context,
+  Layer,
+  LayerConfig,
+  LayerPosition,
+  Memory,
+  Output,
+  starts_BT,
+)
 from jaxformer.layers.mamba import StepBias
 from jaxformer.ops.convolution import short_convolution
 from jaxformer.ops.linear import linear
@@ -174,7 +182,7 @@ class Mamba2(Layer):
       bias(width, 'norm'),
     )
 
-  def init_state(self, batch: int, max_len: int) -> Mamba2State:
+  def init_state(self, batch: int, max_len: int, memory: Memory | None = None) -> Mamba2State:
     c, dtype, inner, H = (
       self.config,
       self.w_x[...].dtype,

@@ -12,7 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from jaxformer.config import Config, InputError
-from jaxformer.layers.layer import Context, Layer, LayerConfig, LayerPosition, Output
+from jaxformer.layers.layer import Context, Layer, LayerConfig, LayerPosition, Memory, Output
 from jaxformer.layers.mlp import ACTIVATIONS, ActivationName, GatedMlp, Mlp, MlpConfig
 from jaxformer.layers.router import (
   BiasBalanced,
@@ -208,7 +208,7 @@ class Moe(Layer):
     self.experts = ExpertWeights(c.expert, c.experts, active, width, rngs, position)
     self.shared = None if c.shared is None else c.shared.build(width, rngs, position)
 
-  def init_state(self, batch: int, max_len: int) -> tuple[()]:
+  def init_state(self, batch: int, max_len: int, memory: Memory | None = None) -> tuple[()]:
     if not self.config.decodes:
       raise InputError(
         f'{self.config.tag}.router = {self.config.router.tag}: experts that choose among all '

@@ -17,7 +17,15 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from jaxformer.layers.init import Init, Orthogonal, Zeros
-from jaxformer.layers.layer import Context, Layer, LayerConfig, LayerPosition, Output, starts_BT
+from jaxformer.layers.layer import (
+  Context,
+  Layer,
+  LayerConfig,
+  LayerPosition,
+  Memory,
+  Output,
+  starts_BT,
+)
 from jaxformer.ops.linear import linear
 from jaxformer.ops.token_shift import last_token, token_shift
 from jaxformer.sharding import param, shard
@@ -172,7 +180,7 @@ class ChannelMix(Layer):
     self.wv = param(c.out_init(rngs.params(), (F, D), F, position), ('mlp', 'embed'))
     self.wr = param(c.out_init(rngs.params(), (D, D), D, position), ('embed', 'mlp'))
 
-  def init_state(self, batch: int, max_len: int) -> LastToken:
+  def init_state(self, batch: int, max_len: int, memory: Memory | None = None) -> LastToken:
     return LastToken(jnp.zeros((batch, self.wk.shape[0]), self.wk[...].dtype))
 
   def __call__(

@@ -18,7 +18,15 @@ from jaxtyping import Array, Float
 
 from jaxformer.config import InputError
 from jaxformer.layers.init import Init, Orthogonal, Zeros
-from jaxformer.layers.layer import Context, Layer, LayerConfig, LayerPosition, Output, starts_BT
+from jaxformer.layers.layer import (
+  Context,
+  Layer,
+  LayerConfig,
+  LayerPosition,
+  Memory,
+  Output,
+  starts_BT,
+)
 from jaxformer.layers.rwkv import (
   ChannelMix,
   ChannelMixConfig,
@@ -97,7 +105,7 @@ class TimeMix4(Layer):
     self.wv = param(c.init(rngs.params(), (D, D), D, position), ('embed', 'heads'))
     self.wo = param(c.out_init(rngs.params(), (D, D), D, position), ('heads', 'embed'))
 
-  def init_state(self, batch: int, max_len: int) -> TimeMix4State:
+  def init_state(self, batch: int, max_len: int, memory: Memory | None = None) -> TimeMix4State:
     D = self.wr.shape[0]
     sums = Wkv4State.empty(batch, D)
     return TimeMix4State(jnp.zeros((batch, D), self.wr[...].dtype), sums.aa, sums.bb, sums.pp)

@@ -16,7 +16,15 @@ from jaxtyping import Array, Float
 
 from jaxformer.config import InputError
 from jaxformer.layers.init import Init, Orthogonal, Zeros
-from jaxformer.layers.layer import Context, Layer, LayerConfig, LayerPosition, Output, starts_BT
+from jaxformer.layers.layer import (
+  Context,
+  Layer,
+  LayerConfig,
+  LayerPosition,
+  Memory,
+  Output,
+  starts_BT,
+)
 from jaxformer.layers.norm import HeadNorm
 from jaxformer.layers.rwkv import decay_ramp, depth, keep, ramp, shifted, vector, zigzag
 from jaxformer.ops.linear import linear
@@ -86,7 +94,7 @@ class MatrixMix(Layer):
     """What the decays begin with, as log(-log)."""
     return -6.0 + 5.0 * decay_ramp(width, depth(position)[0])
 
-  def init_state(self, batch: int, max_len: int) -> MatrixMixState:
+  def init_state(self, batch: int, max_len: int, memory: Memory | None = None) -> MatrixMixState:
     D, K = self.wr.shape[0], self.config.head_dim
     return MatrixMixState(
       jnp.zeros((batch, D), self.wr[...].dtype), jnp.zeros((batch, D // K, K, K), jnp.float32)

@@ -17,7 +17,15 @@ from jaxtyping import Array, Float
 
 from jaxformer.config import InputError
 from jaxformer.layers.init import FanInUniform, Init, Zeros
-from jaxformer.layers.layer import Context, Layer, LayerConfig, LayerPosition, Output, starts_BT
+from jaxformer.layers.layer import (
+  Context,
+  Layer,
+  LayerConfig,
+  LayerPosition,
+  Memory,
+  Output,
+  starts_BT,
+)
 from jaxformer.layers.norm import HeadNorm
 from jaxformer.layers.rwkv import LastToken, LowRank, depth, move, ramp, shifted, vector
 from jaxformer.ops.linear import linear
@@ -145,7 +153,7 @@ class TimeMix7(Layer):
     self.norm = c.norm.build(D)
     self.norm.scale = vector(jnp.full(D, ((1.0 + position.index) / position.depth) ** 0.7))
 
-  def init_state(self, batch: int, max_len: int) -> TimeMix7State:
+  def init_state(self, batch: int, max_len: int, memory: Memory | None = None) -> TimeMix7State:
     D, K = self.wr.shape[0], self.config.head_dim
     return TimeMix7State(
       jnp.zeros((batch, D), self.wr[...].dtype), jnp.zeros((batch, D // K, K, K), jnp.float32)
@@ -254,7 +262,7 @@ class ChannelMix7(Layer):
     self.wk = param(config.init(rngs.params(), (width, F), width, position), ('embed', 'mlp'))
     self.wv = param(config.out_init(rngs.params(), (F, width), F, position), ('mlp', 'embed'))
 
-  def init_state(self, batch: int, max_len: int) -> LastToken:
+  def init_state(self, batch: int, max_len: int, memory: Memory | None = None) -> LastToken:
     return LastToken(jnp.zeros((batch, self.wk.shape[0]), self.wk[...].dtype))
 
   def __call__(

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 
 from jaxformer.config import InputError
 from jaxformer.layers.init import FanInNormal, FanInUniform
-from jaxformer.layers.layer import Context, Layer, LayerPosition, Output, dropout, starts_BT
+from jaxformer.layers.layer import Context, Layer, LayerPosition, Memory, Output, dropout, starts_BT
 from jaxformer.layers.state_space import PairedConfig, paired, pairs, recurrent
 from jaxformer.ops.diagonal_scan import diagonal_scan
 from jaxformer.ops.hippo import legs_basis
@@ -88,7 +88,9 @@ class S5(Layer):
     self.w_gate = param(FanInUniform()(rngs.params(), (H, H), H, position), ('embed', None))
     self.b_gate = param(FanInUniform()(rngs.params(), (H,), H, position), ('norm',), decay=False)
 
-  def init_state(self, batch: int, max_len: int) -> Float[Array, 'B N']:
+  def init_state(
+    self, batch: int, max_len: int, memory: Memory | None = None
+  ) -> Float[Array, 'B N']:
     if not self.config.causal:
       raise InputError(
         'S5.causal = False: a layer that reads from both ends has no state and cannot decode'

@@ -17,6 +17,7 @@ from jaxformer.layers.layer import (
   Layer,
   LayerConfig,
   LayerPosition,
+  Memory,
   Output,
   dropout,
   starts_BT,
@@ -113,7 +114,9 @@ class StateSpace(Layer):
     end."""
     raise NotImplementedError
 
-  def init_state(self, batch: int, max_len: int) -> Float[Array, 'B H N']:
+  def init_state(
+    self, batch: int, max_len: int, memory: Memory | None = None
+  ) -> Float[Array, 'B H N']:
     if not self.config.causal:
       raise InputError(
         f'{self.config.tag}.causal = False: a layer that reads from both ends has no state and '

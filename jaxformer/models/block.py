@@ -167,17 +167,27 @@ class Block(nnx.Module):
       ]
     )
 
-  def init_state(self, batch: int, max_len: int) -> tuple[State, ...]:
-    return tuple(b.layer.init_state(batch, max_len) for b in self.branches)
-
-  def begin(
-    self, batch: int, max_len: int, memory: Memory, handed: tuple[State, ...] | None
-  ) -> tuple[State, ...]:
-    """`Layer.begin` of its layers; `handed` are the states of a block of the encoder."""
-    given = (None,) * len(self.branches) if handed is None else handed
+  def init_state(self, batch: int, max_len: int, memory: Memory | None = None) -> tuple[State, ...]:
+    """`Layer.init_state` of its layers; `memory.state` holds the states of a block of the
+    encoder."""
+    if memory is None or memory.state is None:
+      return tuple(b.layer.init_state(batch, max_len, memory) for b in self.branches)
     return tuple(
-      b.layer.begin(batch, max_len, memory, h) for b, h in zip(self.branches, given, strict=True)
+      b.layer.init_state(batch, max_len, memory.replace(state=s))
+      for b, s in zip(self.branches, memory.state, strict=True)
     )
+
+  def select_rows(
+    self, state: tuple[State, ...], index: Array, same_source: bool = False
+  ) -> tuple[State, ...]:
+    """`Layer.select_rows` of its layers."""
+    return tuple(
+      b.layer.select_rows(s, index, same_source) for b, s in zip(self.branches, state, strict=True)
+    )
+
+  def handed_over(self, state: tuple[State, ...]) -> tuple[State, ...]:
+    """`Layer.handed_over` of its layers."""
+    return tuple(b.layer.handed_over(s) for b, s in zip(self.branches, state, strict=True))
 
   def __call__(
     self, x: Array, ctx: Context, state: tuple[State, ...] | None, one_token: bool

@@ -13,7 +13,6 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxformer.config import InputError
-from jaxformer.layers.bidirectional import Bidirectional, BidirectionalState
 from jaxformer.layers.init import Init, Normal
 from jaxformer.layers.layer import (
   Context,
@@ -26,7 +25,6 @@ from jaxformer.layers.layer import (
   positions_BT,
   starts_BT,
 )
-from jaxformer.layers.lstm import RecurrentConfig
 from jaxformer.layers.norm import NormConfig
 from jaxformer.layers.position import PositionConfig
 from jaxformer.models.block import gather
@@ -146,10 +144,10 @@ class EncoderDecoder(nnx.Module):
           'encoder',
           f'layers that read no encoder; {layer.tag} does',
         )
-        recurrent = isinstance(layer, RecurrentConfig | Bidirectional.Config)
-        fits = recurrent or not self.hand_over
         self.require(
-          fits, 'hand_over', f'false where the encoder has a layer without a state ({layer.tag})'
+          layer.hands_over or not self.hand_over,
+          'hand_over',
+          f'false where the encoder has a layer without a state ({layer.tag})',
         )
 
     def build(self, rngs: nnx.Rngs) -> EncoderDecoder:
@@ -236,11 +234,7 @@ class EncoderDecoder(nnx.Module):
     states = self.encoder.init_state(B, S) if c.hand_over else None
     out = self.encoder(shard(x, 'batch', 'time', 'embed'), ctx, states)
     y = out.y if self.encoder_norm is None else self.encoder_norm(out.y)
-    final = (
-      ()
-      if states is None
-      else tuple(tuple(_backward(s) for s in block) for block in self.encoder.by_block(out.state))
-    )
+    final = () if states is None else self.encoder.handed_over(out.state)
     return Memory(order.back(y), source_BS != PADDING, final), out.aux
 
   def _check_length(self, length: int) -> None:
@@ -255,7 +249,7 @@ class EncoderDecoder(nnx.Module):
     no more."""
     self._check_length(max_len)
     B = memory.mask_BS.shape[0]
-    return DecoderState(self.decoder.begin(B, max_len, memory), jnp.zeros((B,), jnp.int32))
+    return DecoderState(self.decoder.init_state(B, max_len, memory), jnp.zeros((B,), jnp.int32))
 
   def hidden(
     self,
@@ -284,7 +278,9 @@ class EncoderDecoder(nnx.Module):
   def _begun(self, memory: Memory | None, length: int) -> tuple[State, ...] | None:
     if memory is None:
       raise ValueError('hidden: needs a memory or a state')
-    return self.decoder.begin(memory.mask_BS.shape[0], length, memory) if memory.states else None
+    return (
+      self.decoder.init_state(memory.mask_BS.shape[0], length, memory) if memory.states else None
+    )
 
   def _embed(self, table: nnx.Param, tokens: Array, positions: Array, ctx: Context) -> Array:
     x = jnp.take(table[...], tokens, axis=0, mode='clip')
@@ -362,10 +358,6 @@ class EncoderDecoder(nnx.Module):
     False where there is no target. Few logits are held at a time."""
     y_BTD = self._both(batch.source_BS, batch.tokens_BT, ctx).y
     return token_scores(y_BTD, self._head(), jnp.asarray(batch.targets_BT), **self._head_options())
-
-
-def _backward(state: State) -> State:
-  return state.backward if isinstance(state, BidirectionalState) else state
 
 
 class _Order:

@@ -127,41 +127,54 @@ class Stack(nnx.Module):
     self.groups = nnx.List(built)
     self.repeats = tuple(g.repeats for g in groups)
 
-  def init_state(self, batch: int, max_len: int) -> tuple[State, ...]:
-    def period(blocks: nnx.List) -> tuple[State, ...]:
-      return tuple(b.init_state(batch, max_len) for b in blocks)
-
-    def periods(blocks: nnx.List, n: int) -> tuple[State, ...]:
-      first = period(jax.tree.map(lambda p: p[0], blocks))
-      return jax.tree.map(lambda z: jnp.broadcast_to(z, (n, *z.shape)), first)
-
-    return tuple(
-      period(g) if n == 1 else periods(g, n) for g, n in zip(self.groups, self.repeats, strict=True)
-    )
-
-  def begin(self, batch: int, max_len: int, memory: Memory) -> tuple[State, ...]:
-    """The states before the first token in a decoder that reads `memory` (`Layer.begin`). Blocks
-    beyond those of the encoder are handed none."""
-    handed = iter(memory.states)
+  def init_state(self, batch: int, max_len: int, memory: Memory | None = None) -> tuple[State, ...]:
+    """The states before the first token (`Layer.init_state`). Of `memory.states`, each block gets
+    that of the encoder's block in the same position; blocks beyond those of the encoder get
+    none."""
+    states = iter(() if memory is None else memory.states)
 
     def period(blocks: nnx.List) -> tuple[State, ...]:
-      return tuple(b.begin(batch, max_len, memory, next(handed, None)) for b in blocks)
+      return tuple(
+        b.init_state(
+          batch, max_len, None if memory is None else memory.replace(state=next(states, None))
+        )
+        for b in blocks
+      )
 
     def periods(blocks: nnx.List, n: int) -> tuple[State, ...]:
+      if memory is None:
+        first = period(jax.tree.map(lambda p: p[0], blocks))
+        return jax.tree.map(lambda z: jnp.broadcast_to(z, (n, *z.shape)), first)
       return jax.tree.map(lambda *s: jnp.stack(s), *(period(p) for p in _periods(blocks, n)))
 
     return tuple(
       period(g) if n == 1 else periods(g, n) for g, n in zip(self.groups, self.repeats, strict=True)
     )
 
-  def by_block(self, state: tuple[State, ...]) -> tuple[tuple[State, ...], ...]:
-    """The state of each block, from the bottom up."""
-    parts = (
-      p
-      for s, n in zip(state, self.repeats, strict=True)
-      for p in ([s] if n == 1 else _periods(s, n))
+  def select_rows(
+    self, state: tuple[State, ...], index: Array, same_source: bool = False
+  ) -> tuple[State, ...]:
+    """`Layer.select_rows` of all layers."""
+
+    def period(blocks: nnx.List, states: tuple[State, ...]) -> tuple[State, ...]:
+      return tuple(
+        b.select_rows(s, index, same_source) for b, s in zip(blocks, states, strict=True)
+      )
+
+    return tuple(
+      period(g, s) if n == 1 else jax.vmap(lambda s, g=g: period(g, s))(s)
+      for g, s, n in zip(self.groups, state, self.repeats, strict=True)
     )
-    return tuple(block for period in parts for block in period)
+
+  def handed_over(self, state: tuple[State, ...]) -> tuple[tuple[State, ...], ...]:
+    """What an encoder in this final state hands over, by block from the bottom up
+    (`Memory.states`)."""
+    return tuple(
+      block.handed_over(s)
+      for blocks, states, n in zip(self.groups, state, self.repeats, strict=True)
+      for period in ([states] if n == 1 else _periods(states, n))
+      for block, s in zip(blocks, period, strict=True)
+    )
 
   def __call__(
     self, x: Array, ctx: Context, state: tuple[State, ...] | None = None, one_token: bool = False

@@ -96,11 +96,9 @@ class Case:
 
   def init_state(self, batch: int, max_len: int, params: Any = None) -> Any:
     model: Any = self.definition.merge(self.params if params is None else params)
-    return (
-      model.init_state(batch, max_len)
-      if self.memory_width is None
-      else model.begin(batch, max_len, self.memory(batch))
-    )
+    if self.memory_width is None:
+      return model.init_state(batch, max_len)
+    return model.init_state(batch, max_len, self.memory(batch))
 
   def differentiated(
     self, params: Any, x: Any, ctx: Context = Context(), state: Any = None

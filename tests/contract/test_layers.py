@@ -11,7 +11,7 @@ import pytest
 from jaxformer.layers.layer import Context
 from jaxformer.ops.route import route
 from jaxformer.sharding import MeshConfig, batch_sharding, make_mesh, use_mesh
-from jaxformer.study import contract
+from jaxformer.testing import contract
 from tests import tiers
 from tests.contract.cases import (
   BATCH,

@@ -16,7 +16,7 @@ from jaxformer.layers.layer import Context
 from jaxformer.models.stack import REMAT
 from jaxformer.ops.route import route
 from jaxformer.sharding import MeshConfig, batch_sharding, make_mesh, use_mesh
-from jaxformer.study import contract
+from jaxformer.testing import contract
 from tests import tiers
 from tests.contract.cases import BATCH, CLASSIFIERS, PAIRS, TINY, close, model, segments, tokens
 from tests.tiers import families
