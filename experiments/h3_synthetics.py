@@ -71,7 +71,7 @@ def model(mixer: LayerConfig, task: TaskConfig) -> LanguageModel.Config:
     )
   )
   return LanguageModel.Config(
-    vocab_size=task.kind.vocab_size,
+    vocab_size=task.task.vocab_size,
     width=WIDTH,
     context_length=task.positions,
     final_norm=norm,

@@ -47,7 +47,7 @@ import numpy as np
 from gallery import signed
 
 from jaxformer.data import DataConfig, order
-from jaxformer.data.dataset import AnyBatch, Kind
+from jaxformer.data.dataset import AnyBatch
 from jaxformer.data.tasks.task import GeneratedTask, Side, labelled, random_bits
 from jaxformer.layers.attention import Attention
 from jaxformer.layers.mlp import ActivationName, GatedMlp, Mlp, MlpConfig
@@ -61,6 +61,7 @@ from jaxformer.study.runner import finished, run_study
 from jaxformer.study.statistics import Difference, Estimate, compare, estimate
 from jaxformer.study.study import AsIs, Study
 from jaxformer.study.svg import Axis, Point, Series
+from jaxformer.task_type import TaskType
 from jaxformer.training import AdamW, Cosine, Experiment, RunConfig, TrainingConfig
 from jaxformer.training.interrupt import Interrupt
 from jaxformer.training.population import train_population
@@ -135,8 +136,8 @@ class SameSign(GeneratedTask):
     return 1
 
   @property
-  def kind(self) -> Kind:
-    return Kind(features=2, classes=2)
+  def task(self) -> TaskType:
+    return TaskType(inputs='features', predicts='class', features=2, classes=2)
 
   def rows(self, side: Side, index_N: np.ndarray) -> AnyBatch:
     bits = random_bits(order.key(self.seed, self.tag, side), index_N, 2)

@@ -98,7 +98,7 @@ def study(scale: float, runs: str) -> Study:
 
 def caches(done: Study) -> dict[str, list[int]]:
   """Bytes of one sequence's state, by context."""
-  models = {e.title: e.model(done, TASK.kind.vocab_size, TASK.positions) for e in done.entries}
+  models = {e.title: e.model(done, TASK.task.vocab_size, TASK.positions) for e in done.entries}
   return {
     name: [2 * (model.state_size(n) or 0) for n in CONTEXTS] for name, model in models.items()
   }

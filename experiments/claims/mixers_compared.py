@@ -135,7 +135,7 @@ def price(results: Results) -> dict[str, list[float]]:
   length, for each mixer."""
   done = results.study
   models = {
-    e.title: e.model(done, done.tasks[0].kind.vocab_size, done.tasks[0].positions)
+    e.title: e.model(done, done.tasks[0].task.vocab_size, done.tasks[0].positions)
     for e in done.entries
   }
   return {

@@ -20,6 +20,7 @@ from jaxformer import config
 from jaxformer.config import Config, InputError
 from jaxformer.data.cache import Log
 from jaxformer.data.tokenizers import Tokenizer
+from jaxformer.task_type import TaskType
 
 IGNORED = -1
 
@@ -108,8 +109,18 @@ class DatasetConfig(Config, abstract=True):
     return True
 
   @property
+  def task(self) -> TaskType:
+    """What these data provide and what is to be predicted; sizes that only reading the data tells
+    (of text) are None."""
+    return TaskType()
+
+  @property
   def kind(self) -> Kind:
-    return Kind()
+    t = self.task
+    source = (t.source_vocab_size or 0) if t.inputs == 'pairs' else None
+    return Kind(
+      t.vocab_size, t.features, t.classes, source, True if t.predicts == 'sequence' else None
+    )
 
   @property
   def held_out(self) -> str:

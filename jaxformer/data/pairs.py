@@ -20,7 +20,6 @@ from jaxformer.data.dataset import (
   Dataset,
   DatasetConfig,
   HeldOutPair,
-  Kind,
   PairBatch,
   process_rows,
   spread,
@@ -31,6 +30,7 @@ from jaxformer.data.parallel import PairCorpus
 from jaxformer.data.splits import ByDocument
 from jaxformer.data.storage import cache_dir as default_cache_dir
 from jaxformer.data.tokenizers import Bytes, Tokenizer, TokenizerConfig
+from jaxformer.task_type import TaskType
 
 
 class Pairs(DatasetConfig):
@@ -88,8 +88,8 @@ class Pairs(DatasetConfig):
     return len(self.source_lengths) == 1
 
   @property
-  def kind(self) -> Kind:
-    return Kind(source_vocab_size=0)
+  def task(self) -> TaskType:
+    return TaskType(inputs='pairs')
 
   @property
   def held_out(self) -> str:

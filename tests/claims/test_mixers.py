@@ -65,7 +65,7 @@ def test_stacks_of_one_shape_have_equal_size():
   for entry in study.entries:
     # as a study calls it
     model = entry.model(
-      study, hybrid_recall.TASK.kind.vocab_size, hybrid_recall.TASK.positions, None
+      study, hybrid_recall.TASK.task.vocab_size, hybrid_recall.TASK.positions, None
     )
     assert (model.width, sum(len(g.pattern) * g.repeats for g in model.stack)) == (
       hybrid_recall.WIDTH,

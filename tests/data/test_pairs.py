@@ -21,6 +21,7 @@ from jaxformer.data import (
   source_of,
 )
 from jaxformer.data.pipeline import DataSection
+from jaxformer.task_type import TaskType
 
 pytestmark = pytest.mark.quick
 END = 256
@@ -262,7 +263,7 @@ def test_overrides_choose_pairs(tmp_path):
   assert data == Pairs(
     corpus=Tsv(path='x.tsv'), source_lengths=(8, 16), target_lengths=(8, 16), tokenizer=BytePairs()
   )
-  assert data.kind.source_vocab_size == 0
+  assert data.task == TaskType(inputs='pairs')
   assert data.positions == 16
 
 

@@ -285,7 +285,7 @@ def test_sequences_depend_on_their_number_alone_and_stay(task):
     assert not np.array_equal(whole[0], task.replace(seed=1).rows('test', np.arange(20))[0])
   assert task.fingerprint().startswith(PINNED[task])
   assert config.from_json(config.to_json(task)) == task
-  kind, targets = task.kind, whole.targets_BT
+  kind, targets = task.task, whole.targets_BT
   inputs = whole.tokens_BT if kind.features is None else whole.features_BTF
   assert inputs.shape[1] == task.positions == targets.shape[1]
   assert inputs.shape[2:] == (() if kind.features is None else (kind.features,))

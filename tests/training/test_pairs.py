@@ -7,7 +7,7 @@ import pytest
 
 from jaxformer.config import InputError
 from jaxformer.data import DataConfig
-from jaxformer.data.dataset import Dataset, DatasetConfig, Kind, PairBatch, process_rows
+from jaxformer.data.dataset import Dataset, DatasetConfig, PairBatch, process_rows
 from jaxformer.evaluation import evaluate
 from jaxformer.layers.cross_attention import DotScore
 from jaxformer.models.params import define
@@ -15,6 +15,7 @@ from jaxformer.models.zoo import PRESETS
 from jaxformer.models.zoo.seq2seq import luong
 from jaxformer.models.zoo.transformer import transformer
 from jaxformer.sharding import MeshConfig, make_mesh
+from jaxformer.task_type import TaskType
 from jaxformer.training import AdamW, Constant, Experiment, RunConfig, TrainingConfig, train
 from jaxformer.training.experiment import check_fit
 from jaxformer.training.feed import Feed
@@ -34,8 +35,8 @@ class Backwards(DatasetConfig):
     return 8
 
   @property
-  def kind(self):
-    return Kind(source_vocab_size=16)
+  def task(self):
+    return TaskType(inputs='pairs', source_vocab_size=16)
 
   def open(self, cache_dir=None, log=None, tokenizer=None):
     return BackwardsData(self)

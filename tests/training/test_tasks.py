@@ -124,7 +124,7 @@ def test_the_score_of_a_suite_task_is_the_fraction_right_of_all_targets(tmp_path
   language_model = gpt(32, 1, 4, context_length=6, vocab_size=16)
   e = experiment(
     tmp_path,
-    of=autoencoder(language_model) if task.kind.autoencoder else language_model,
+    of=autoencoder(language_model) if task.task.predicts == 'sequence' else language_model,
     data=task,
     steps=3,
     eval_batches=None,
@@ -135,7 +135,7 @@ def test_the_score_of_a_suite_task_is_the_fraction_right_of_all_targets(tmp_path
   batch = task.rows('test', np.arange(40))
   model = definition.merge(params)
   right = (
-    np.asarray(model(batch) if task.kind.autoencoder else model(batch.tokens_BT).y).argmax(-1)
+    np.asarray(model(batch) if task.task.predicts == 'sequence' else model(batch.tokens_BT).y).argmax(-1)
     == batch.targets_BT
   )
   assert result.metrics['eval/accuracy'] == pytest.approx(
@@ -278,7 +278,7 @@ def test_a_task_longer_than_the_learned_positions(tmp_path):
   ids=lambda t: t.tag,
 )
 def test_a_model_with_the_vocabulary_of_a_task_can_read_it(task):
-  vocab_size, of = open_data(task).vocab_size, autoencoder if task.kind.autoencoder else lambda m: m
+  vocab_size, of = open_data(task).vocab_size, autoencoder if task.task.predicts == 'sequence' else lambda m: m
   check_fit(of(gpt(32, 1, 2, context_length=8, vocab_size=vocab_size)), task, vocab_size)
   with pytest.raises(
     InputError, match=rf'model.vocab_size = {vocab_size - 1}: must be at least {vocab_size}'

@@ -7,8 +7,9 @@ import numpy as np
 from jaxtyping import Int32, Int64
 
 from jaxformer.data import order
-from jaxformer.data.dataset import IGNORED, AnyBatch, Batch, Kind
+from jaxformer.data.dataset import IGNORED, AnyBatch, Batch
 from jaxformer.data.tasks.task import GeneratedTask, Side, below, distinct, random_bits
+from jaxformer.task_type import TaskType
 
 
 class CopyingTask(GeneratedTask, abstract=True):
@@ -44,8 +45,8 @@ class CopyingTask(GeneratedTask, abstract=True):
     return self.length
 
   @property
-  def kind(self) -> Kind:
-    return Kind(vocab_size=self.vocab_size)
+  def task(self) -> TaskType:
+    return TaskType(vocab_size=self.vocab_size)
 
   def _batch(
     self,

@@ -8,8 +8,9 @@ import numpy as np
 from jaxtyping import Float32, Int64
 
 from jaxformer.config import InputError
-from jaxformer.data.dataset import AnyBatch, Kind
+from jaxformer.data.dataset import AnyBatch
 from jaxformer.data.tasks.task import Side, TaskConfig, hash_of, labelled
+from jaxformer.task_type import TaskType
 
 FOLD = 5
 
@@ -27,8 +28,8 @@ class Digits(TaskConfig):
     return 64
 
   @property
-  def kind(self) -> Kind:
-    return Kind(features=1, classes=10)
+  def task(self) -> TaskType:
+    return TaskType(inputs='features', predicts='class', features=1, classes=10)
 
   @property
   def train_rows(self) -> int:

@@ -9,8 +9,9 @@ from jaxtyping import Int64
 
 from jaxformer.config import InputError
 from jaxformer.data import order
-from jaxformer.data.dataset import AnyBatch, Kind
+from jaxformer.data.dataset import AnyBatch
 from jaxformer.data.tasks.task import GeneratedTask, Side, labelled, random_bits
+from jaxformer.task_type import TaskType
 
 OPERATORS = ('MAX', 'MIN', 'MED', 'SM')
 CLOSE = 10 + len(OPERATORS)
@@ -63,8 +64,8 @@ class ListOps(GeneratedTask):
     return self.max_length
 
   @property
-  def kind(self) -> Kind:
-    return Kind(vocab_size=len(NAMES), classes=10)
+  def task(self) -> TaskType:
+    return TaskType(predicts='class', vocab_size=len(NAMES), classes=10)
 
   def rows(self, side: Side, index_N: Int64[np.ndarray, ' N']) -> AnyBatch:
     seeds = random_bits(order.key(self.seed, self.tag, side), index_N, 1)[:, 0]

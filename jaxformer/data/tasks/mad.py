@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Bool, Int64, UInt64
 
 from jaxformer.data import order
-from jaxformer.data.dataset import IGNORED, AnyBatch, Batch, Kind
+from jaxformer.data.dataset import IGNORED, AnyBatch, Batch
 from jaxformer.data.tasks.copying import MadSelectiveCopying
 from jaxformer.data.tasks.task import (
   GeneratedTask,
@@ -26,6 +26,7 @@ from jaxformer.data.tasks.task import (
   distinct,
   random_bits,
 )
+from jaxformer.task_type import TaskType
 
 
 class MadTask(GeneratedTask, abstract=True):
@@ -46,8 +47,8 @@ class MadTask(GeneratedTask, abstract=True):
     return self.length
 
   @property
-  def kind(self) -> Kind:
-    return Kind(vocab_size=self.vocab_size)
+  def task(self) -> TaskType:
+    return TaskType(vocab_size=self.vocab_size)
 
 
 # ---- recall ------------------------------------------------------------------------------------
@@ -101,7 +102,7 @@ class RecallTask(MadTask, abstract=True):
     tokens[:, :P] = np.where(noise_NP[:, :, None], noise_NP2, tokens[:, :P])
     noise_NQ = np.pad(noise_NP, ((0, 0), (0, 1)))
     asked[:, :, 1] = came_before(np.where(noise_NQ, keys, key_NQ)) & ~noise_NQ
-    return foretold(tokens.reshape(N, self.length), asked.reshape(N, self.length), side)
+    return next_token_targets(tokens.reshape(N, self.length), asked.reshape(N, self.length), side)
 
 
 class InContextRecall(RecallTask):
@@ -223,7 +224,9 @@ class FuzzyInContextRecall(MadTask):
       np.concatenate([number_NP, np.take_along_axis(number_NP, last_N, axis=1)], axis=1)
     )
     asked_NQL = again_NQ[:, :, None] & (np.arange(pair_NQL.shape[2]) >= k)
-    return foretold(*self._packed(pair_NQL.reshape(N, -1), asked_NQL.reshape(N, -1)), side)
+    return next_token_targets(
+      *self._packed(pair_NQL.reshape(N, -1), asked_NQL.reshape(N, -1)), side
+    )
 
   def _packed(
     self, cell_NC: Int64[np.ndarray, 'N C'], asked_NC: Bool[np.ndarray, 'N C']
@@ -244,7 +247,7 @@ def motifs(
   return np.where(np.arange(bits_MK.shape[1]) < size_M[:, None], distinct(symbols, bits_MK), -1)
 
 
-def foretold(
+def next_token_targets(
   tokens_NS: Int64[np.ndarray, 'N S'], asked_NS: Bool[np.ndarray, 'N S'], side: Side
 ) -> Batch:
   """Sequences learned from as text is, every next token a target; in tests those asked alone
@@ -276,8 +279,8 @@ class Compression(MadTask):
     super().validate()
 
   @property
-  def kind(self) -> Kind:
-    return Kind(vocab_size=self.vocab_size, autoencoder=True)
+  def task(self) -> TaskType:
+    return TaskType(predicts='sequence', vocab_size=self.vocab_size)
 
   def rows(self, side: Side, index_N: Int64[np.ndarray, ' N']) -> AnyBatch:
     special = self.vocab_size - 1

@@ -10,8 +10,9 @@ import numpy as np
 from jaxtyping import Int64, UInt64
 
 from jaxformer.data import order
-from jaxformer.data.dataset import IGNORED, AnyBatch, Batch, Kind
+from jaxformer.data.dataset import IGNORED, AnyBatch, Batch
 from jaxformer.data.tasks.task import GeneratedTask, Side, below, distinct, random_bits
+from jaxformer.task_type import TaskType
 
 SCALE = 2**40  # of the power law's weights as whole numbers
 
@@ -60,8 +61,8 @@ class MultiQueryRecall(GeneratedTask):
     return self.length
 
   @property
-  def kind(self) -> Kind:
-    return Kind(vocab_size=self.vocab_size)
+  def task(self) -> TaskType:
+    return TaskType(vocab_size=self.vocab_size)
 
   def rows(self, side: Side, index_N: Int64[np.ndarray, ' N']) -> AnyBatch:
     V, P, N = self.vocab_size, self.pairs, index_N.size

@@ -9,10 +9,11 @@ import numpy as np
 from jaxtyping import Int64
 
 from jaxformer.data.cache import Log
-from jaxformer.data.dataset import HeldOutPair, Kind, PairBatch, spread
+from jaxformer.data.dataset import HeldOutPair, PairBatch, spread
 from jaxformer.data.pairs import pair_batch
 from jaxformer.data.tasks.task import GeneratedTask, Side, TaskDataset
 from jaxformer.data.tokenizers import ByteTokenizer, Tokenizer
+from jaxformer.task_type import TaskType
 
 BYTES = ByteTokenizer()
 END = 256
@@ -32,8 +33,8 @@ class PairTask(GeneratedTask, abstract=True):
     return max(self.source_positions, self.positions)
 
   @property
-  def kind(self) -> Kind:
-    return Kind(vocab_size=BYTES.vocab_size, source_vocab_size=BYTES.vocab_size)
+  def task(self) -> TaskType:
+    return TaskType(inputs='pairs', vocab_size=BYTES.vocab_size, source_vocab_size=BYTES.vocab_size)
 
   def texts(self, side: Side, index_N: Int64[np.ndarray, ' N']) -> list[tuple[str, str]]:
     """The sources and targets of a side with these numbers. No source of one side is on the

@@ -10,8 +10,9 @@ import numpy as np
 from jaxtyping import Int64
 
 from jaxformer.data import order
-from jaxformer.data.dataset import AnyBatch, Kind
-from jaxformer.data.tasks.task import GeneratedTask, Side, asked_last, below, random_bits
+from jaxformer.data.dataset import AnyBatch
+from jaxformer.data.tasks.task import GeneratedTask, Side, below, random_bits, target_last_only
+from jaxformer.task_type import TaskType
 
 
 class InductionHead(GeneratedTask):
@@ -38,8 +39,8 @@ class InductionHead(GeneratedTask):
     return self.length + 1
 
   @property
-  def kind(self) -> Kind:
-    return Kind(vocab_size=self.vocab_size)
+  def task(self) -> TaskType:
+    return TaskType(vocab_size=self.vocab_size)
 
   def rows(self, side: Side, index_N: Int64[np.ndarray, ' N']) -> AnyBatch:
     special, each = self.vocab_size - 2, np.arange(index_N.size)
@@ -49,7 +50,7 @@ class InductionHead(GeneratedTask):
     )
     place = below(self.length - 2, bits[:, 0])
     tokens[each, place] = special
-    return asked_last(tokens, tokens[each, place + 1], side)
+    return target_last_only(tokens, tokens[each, place + 1], side)
 
 
 class AssociativeRecall(GeneratedTask):
@@ -74,8 +75,8 @@ class AssociativeRecall(GeneratedTask):
     return self.length + 2
 
   @property
-  def kind(self) -> Kind:
-    return Kind(vocab_size=self.vocab_size)
+  def task(self) -> TaskType:
+    return TaskType(vocab_size=self.vocab_size)
 
   def rows(self, side: Side, index_N: Int64[np.ndarray, ' N']) -> AnyBatch:
     special, pairs, N = self.vocab_size - 2, self.length // 2, index_N.size
@@ -92,4 +93,4 @@ class AssociativeRecall(GeneratedTask):
     tokens = np.concatenate(
       [pair_NP2.reshape(N, self.length), np.full((N, 1), special), query_N[:, None]], axis=1
     )
-    return asked_last(tokens, value_NK[np.arange(N), query_N], side)
+    return target_last_only(tokens, value_NK[np.arange(N), query_N], side)

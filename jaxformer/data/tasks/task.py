@@ -37,7 +37,7 @@ _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
 class TaskConfig(DatasetConfig, abstract=True):
-  """Base of the tasks. A new one says `kind`, `positions`, `train_rows`, `test_rows` and `rows`."""
+  """Base of the tasks. A new one says `task`, `positions`, `train_rows`, `test_rows` and `rows`."""
 
   @property
   def train_rows(self) -> int | None:
@@ -109,7 +109,7 @@ class TaskDataset(Dataset):
 
   def __init__(self, task: TaskConfig):
     self.config = self.task = task
-    self.tokenizer, self.vocab_size = None, task.kind.vocab_size
+    self.tokenizer, self.vocab_size = None, task.task.vocab_size
     rows, sha256 = task.train_rows, task.fingerprint()
     self.size = (
       f'sequences of {task.tag} without end'
@@ -183,7 +183,7 @@ def labelled(
   return batch(inputs, targets_BT, segments_BT)
 
 
-def asked_last(
+def target_last_only(
   tokens_BT: Int64[np.ndarray, 'B T'], answer_B: Int64[np.ndarray, ' B'], side: Side
 ) -> Batch:
   """Sequences after which one token is asked for. They are learned from as text is, every next
