@@ -1,5 +1,5 @@
-"""Scaled dot-product attention behind one function, `attention`, with a backend for each kind of
-machine.
+"""Scaled dot-product attention behind one function, `attention`, with an implementation for each
+kind of machine.
 
 Dims: B batch, T queries, S keys, H query heads, G key/value heads (H = G x group), K head dim.
 """
@@ -18,33 +18,33 @@ from jaxformer.ops.attention_backends import (
   attention_cudnn,
   attention_splash,
   attention_xla,
-  cudnn_unfit,
-  splash_unfit,
-  xla_unfit,
+  cudnn_unsupported,
+  splash_unsupported,
+  xla_unsupported,
 )
 from jaxformer.ops.attention_chunked import SAVED, attention_chunked, attention_unrolled
 from jaxformer.ops.attention_sequence_parallel import attention_over_time
+from jaxformer.ops.implementation import Implementation, Operation
 from jaxformer.ops.masks import MASKED, Mask
-from jaxformer.ops.route import forced
 from jaxformer.ops.sequence_parallel import time_axes
 
 __all__ = [
-  'BACKENDS',
+  'ATTENTION',
   'MASKED',
   'SAVED',
   'Mask',
   'attention',
   'attention_naive',
   'attention_weights',
-  'choose',
-  'unfit',
 ]
 
 _Shaped = Array | jax.ShapeDtypeStruct
 
 # up to so many queries (decoding) the logits of the naive form are small
 _SHORT = 16
-_SMALL_BYTES = 16 * 2**20  # and so they are up to this size, where no other backend is at home
+_SMALL_BYTES = (
+  16 * 2**20
+)  # and so they are up to this size, where no kernel of the platform applies
 # the longest sequence that a CPU does in a few unrolled blocks; at 2048 chunked is faster
 _UNROLLED_T = 1024
 
@@ -104,63 +104,58 @@ def attention_weights(
   return p.reshape(B, H, T, S)
 
 
-BACKENDS = {
-  'naive': attention_naive,  # all cases, B H T S logits in memory
-  'chunked': attention_chunked,  # all cases, memory linear in T and S
-  'unrolled': attention_unrolled,  # aligned masks; the fast one on a CPU
-  'xla': attention_xla,
-  'cudnn': attention_cudnn,
-  'splash': attention_splash,
-}
+def _sharded_over_time(q) -> bool:
+  return sharding.shards('time', q.shape[1]) > 1
 
 
-def unfit(
-  backend: str,
-  q: Float[_Shaped, 'B T H K'],
-  k: Float[_Shaped, 'B S G K'],
-  mask: Mask,
-  *,
-  softcap: float | None = None,
-  slopes_H: Float[Array, ' H'] | None = None,
-) -> str | None:
-  """Why a backend cannot do this on `sharding.platform()`, in words; None when it can."""
-  if backend == 'unrolled':
-    return None if mask.aligned else 'it needs keys and queries at the same positions'
-  if backend == 'xla':
-    return xla_unfit(q, k, mask, softcap, slopes_H)
-  if backend in ('cudnn', 'splash'):
-    return (cudnn_unfit if backend == 'cudnn' else splash_unfit)(
-      q, k, mask, softcap, slopes_H, sharding.platform()
-    )
-  if backend not in BACKENDS:
-    raise ValueError(f'unknown attention backend {backend!r}; known: {", ".join(BACKENDS)}')
-  return None
+def _on_one_shard_of_time(unsupported):
+  """The same reasons, and that the queries are sharded over time."""
+
+  def reason(q, k, mask, **options) -> str | None:
+    if _sharded_over_time(q):
+      return 'it needs all queries of a sequence on one device'
+    return unsupported(q, k, mask, **options)
+
+  return reason
 
 
-def choose(
-  q: Float[_Shaped, 'B T H K'],
-  k: Float[_Shaped, 'B S G K'],
-  mask: Mask,
-  *,
-  softcap: float | None = None,
-  slopes_H: Float[Array, ' H'] | None = None,
-) -> str:
-  """The backend for these shapes (arrays or `ShapeDtypeStruct`s) and this mask on
-  `sharding.platform()`.
+def _unrolled_unsupported(q, k, mask: Mask, softcap=None, slopes_H=None) -> str | None:
+  return None if mask.aligned else 'it needs keys and queries at the same positions'
 
-  Few queries (decoding): naive. A TPU: splash, a GPU: cuDNN, where they can. A CPU: unrolled, where
-  the mask is aligned and the length moderate. Else naive where its logits are small, and chunked,
-  which can do everything."""
+
+def _order(q: _Shaped, k: _Shaped, mask: Mask, softcap=None, slopes_H=None) -> tuple[str, ...]:
+  """Few queries (decoding): naive. A TPU: splash, a GPU: cuDNN, where they can. A CPU: unrolled,
+  where the mask is aligned and the length moderate. Else naive where its logits are small, and
+  chunked, which can do everything."""
   (B, T, H, _), S = q.shape, k.shape[1]
+  if _sharded_over_time(q) and mask.aligned and mask.key_segments_BS is None:
+    return ('chunked',)
   if T <= _SHORT:
-    return 'naive'
+    return ('naive',)
+  if _sharded_over_time(q):
+    return ('chunked',)
+  general = 'naive' if 4 * B * H * T * S <= _SMALL_BYTES else 'chunked'
   platform = sharding.platform()
-  own = {'tpu': 'splash', 'gpu': 'cudnn', 'cpu': 'unrolled'}[platform]
-  if unfit(own, q, k, mask, softcap=softcap, slopes_H=slopes_H) is None and (
-    platform != 'cpu' or max(T, S) <= _UNROLLED_T
-  ):
-    return own
-  return 'naive' if 4 * B * H * T * S <= _SMALL_BYTES else 'chunked'
+  if platform == 'cpu' and max(T, S) > _UNROLLED_T:
+    return (general,)
+  return {'tpu': 'splash', 'gpu': 'cudnn', 'cpu': 'unrolled'}[platform], general
+
+
+ATTENTION = Operation(
+  'attention',
+  {
+    # all cases, B H T S logits in memory
+    'naive': Implementation(attention_naive),
+    # all cases, memory linear in T and S
+    'chunked': Implementation(attention_chunked),
+    # aligned masks; the fastest on a CPU
+    'unrolled': Implementation(attention_unrolled, _on_one_shard_of_time(_unrolled_unsupported)),
+    'xla': Implementation(attention_xla, _on_one_shard_of_time(xla_unsupported)),
+    'cudnn': Implementation(attention_cudnn, _on_one_shard_of_time(cudnn_unsupported)),
+    'splash': Implementation(attention_splash, _on_one_shard_of_time(splash_unsupported)),
+  },
+  _order,
+)
 
 
 def attention(
@@ -172,42 +167,27 @@ def attention(
   scale: float,
   softcap: float | None = None,
   slopes_H: Float[Array, ' H'] | None = None,
-  backend: str | None = None,
 ) -> Float[Array, 'B T H K']:
-  """Attention by the backend that suits the machine, the shapes and the mask (`choose`); see
-  `attention_naive` for the meaning.
+  """Attention by the implementation that suits the machine, the shapes and the mask (`ATTENTION`);
+  `attention_naive` defines the result.
 
   `slopes_H` are constants: no gradient flows to them. A query that sees no key gives zeros.
-    `backend` forces a row of `BACKENDS`
-  and raises `ValueError` where it cannot do the case. `chunked` and `splash` give output and
-  logsumexp the checkpoint name `SAVED`."""
+  `chunked` and `splash` give output and logsumexp the checkpoint name `SAVED`."""
   if q.shape[2] % k.shape[2]:
     raise ValueError(f'{q.shape[2]} query heads are no multiple of {k.shape[2]} key/value heads')
   if slopes_H is not None:
     slopes_H = jax.lax.stop_gradient(slopes_H)
-  axes = time_axes(q.shape[1])
-  divided = sharding.shards('time', q.shape[1])
-  backend = backend or forced('attention')
-  # Of other keys than the queries' own (an encoder's output) every shard has all.
-  if axes and mask.aligned and mask.key_segments_BS is None and backend in (None, 'chunked'):
-    k, v = _divisible(k, q.shape[2]), _divisible(v, q.shape[2])
-    return attention_over_time(q, k, v, mask, axes, scale=scale, softcap=softcap, slopes_H=slopes_H)
-  if backend is None:
-    backend = choose(q, k, mask, softcap=softcap, slopes_H=slopes_H)
-    if divided > 1 and backend != 'naive':
-      backend = 'chunked'
-  elif why := unfit(backend, q, k, mask, softcap=softcap, slopes_H=slopes_H):
-    raise ValueError(f'attention backend {backend!r} cannot do this: {why}')
-  elif divided > 1 and backend not in ('naive', 'chunked'):
-    raise ValueError(
-      f'attention backend {backend!r} cannot do this: the mesh divides the queries over time'
-    )
-  if backend == 'naive':
+  chosen = ATTENTION.choose(q, k, mask, softcap=softcap, slopes_H=slopes_H)
+  if chosen == 'naive':
     return attention_naive(q, k, v, mask, scale=scale, softcap=softcap, slopes_H=slopes_H)
-  if divided > 1:  # a shard's positions are no longer 0..T-1
+  k, v = _divisible(k, q.shape[2]), _divisible(v, q.shape[2])
+  axes = time_axes(q.shape[1])
+  # Every shard has all keys that are not the queries' own (an encoder's output).
+  if axes and mask.aligned and mask.key_segments_BS is None:
+    return attention_over_time(q, k, v, mask, axes, scale=scale, softcap=softcap, slopes_H=slopes_H)
+  if axes:  # a shard's positions are no longer 0..T-1
     t, s = mask.positions(q.shape[1], k.shape[1])
     mask = dataclasses.replace(mask, index_T=t, index_S=s, key_segments_BS=mask.keys())
-  k, v = _divisible(k, q.shape[2]), _divisible(v, q.shape[2])
 
   def local(q, k, v, segments_BT, key_segments_BS, index_T, index_S, slopes_H):
     here = dataclasses.replace(
@@ -217,7 +197,7 @@ def attention(
       index_T=index_T,
       index_S=index_S,
     )
-    return BACKENDS[backend](q, k, v, here, scale=scale, softcap=softcap, slopes_H=slopes_H)
+    return ATTENTION[chosen](q, k, v, here, scale=scale, softcap=softcap, slopes_H=slopes_H)
 
   whole = ('batch', None, 'kv_heads', None)
   mapped = sharding.per_shard(

@@ -1,6 +1,6 @@
 """Attention by kernels of others: XLA's composition, cuDNN on a GPU, splash attention on a TPU.
 
-Each has the signature of `attention_naive` and takes what its `*_unfit` function has passed: a
+Each has the signature of `attention_naive` and takes what its `*_unsupported` function has passed: a
 reason in words why the backend
 cannot do a case, or None. Dims: B batch, T queries, S keys, H query heads, G key/value heads, K
   head dim.
@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxformer import sharding
 from jaxformer.ops.attention_chunked import SAVED
 from jaxformer.ops.masks import Mask
 
@@ -30,7 +31,7 @@ def _window(mask: Mask) -> tuple[int, int] | None:
   return None if mask.window is None else (mask.window - 1, 0 if mask.causal else mask.window - 1)
 
 
-def xla_unfit(q, k, mask: Mask, softcap: float | None, slopes_H) -> str | None:
+def xla_unsupported(q, k, mask: Mask, softcap=None, slopes_H=None) -> str | None:
   if softcap is not None or slopes_H is not None:
     return 'it has no soft cap and no ALiBi'
   return (
@@ -67,10 +68,10 @@ def attention_xla(
 attention_cudnn = functools.partial(attention_xla, implementation='cudnn')
 
 
-def cudnn_unfit(q, k, mask: Mask, softcap: float | None, slopes_H, platform: str) -> str | None:
+def cudnn_unsupported(q, k, mask: Mask, softcap=None, slopes_H=None) -> str | None:
   """Why cuDNN's flash attention cannot do this; 256 head dims need Hopper, which shapes do not
   tell, so 128 is the limit here."""
-  if platform != 'gpu':
+  if (platform := sharding.platform()) != 'gpu':
     return f'it runs on a GPU, not on a {platform}'
   if q.dtype not in (jnp.bfloat16, jnp.float16):
     return f'it takes bfloat16 and float16, not {q.dtype}'
@@ -80,12 +81,12 @@ def cudnn_unfit(q, k, mask: Mask, softcap: float | None, slopes_H, platform: str
     return 'its window needs a causal mask'
   if mask.causal and q.shape[1] != k.shape[1]:
     return 'its causal mask needs as many keys as queries'
-  return xla_unfit(q, k, mask, softcap, slopes_H)
+  return xla_unsupported(q, k, mask, softcap, slopes_H)
 
 
-def splash_unfit(q, k, mask: Mask, softcap: float | None, slopes_H, platform: str) -> str | None:
+def splash_unsupported(q, k, mask: Mask, softcap=None, slopes_H=None) -> str | None:
   T, S = q.shape[1], k.shape[1]
-  if platform != 'tpu':
+  if (platform := sharding.platform()) != 'tpu':
     return f'it runs on a TPU, not on a {platform}'
   if slopes_H is not None:
     return 'it has no ALiBi'

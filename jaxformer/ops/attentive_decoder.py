@@ -19,9 +19,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from jaxformer.ops.implementation import Implementation, Operation
 from jaxformer.ops.masks import MASKED
 from jaxformer.ops.recurrence import input_gates, lstm_cell, product
-from jaxformer.ops.route import forced
 from jaxformer.sharding import per_shard
 
 States = tuple[Array, ...]  # (h,) of a GRU, (h, c) of an LSTM
@@ -93,7 +93,7 @@ def search(
 
   Returns all h_t and c_t in the dtype of x, the attention's weights and the last states in fp32.
   """
-  if forced('search') == 'naive':
+  if ATTENTIVE_DECODER.choose() == 'naive':
     return search_naive(x_BTD, weights, source, states, first, starts_BT)
   gates = input_gates(x_BTD, weights.w_DGH, weights.b_GH)
   loop = per_shard(
@@ -213,5 +213,11 @@ def _gru(gates_BGH: Array, u_HGH: Array, states: States) -> States:
 def _lstm(gates_BGH: Array, u_HGH: Array, states: States) -> States:
   return lstm_cell(gates_BGH + product(states[0], u_HGH), states[1])
 
+
+ATTENTIVE_DECODER = Operation(
+  'attentive_decoder',
+  {'naive': Implementation(search_naive), 'scan': Implementation(_loop)},
+  lambda: ('scan',),
+)
 
 _CELLS: dict[int, Callable[[Array, Array, States], States]] = {3: _gru, 4: _lstm}

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Complex, Float
 
-from jaxformer.ops.route import forced
+from jaxformer.ops.implementation import Implementation, Operation
 from jaxformer.ops.sequence_parallel import carried, scaled, time_axes, unbroken
 from jaxformer.sharding import per_shard
 
@@ -26,7 +26,7 @@ def diagonal_scan(
   The state is zero before the first token, or `state_BN`, and again where `starts_BT` is True.
   Gives x_BTN and the state after the last token, None where none was given. With `reverse` all is
   read from the end: x_t follows from x_{t+1}, and `starts_BT` says where x_{t+1} is dropped.
-  `route(diagonal_scan=...)`: 'naive', 'associative'. fp32."""
+  fp32."""
   if axes := time_axes(v_BTN.shape[1]):
     return _over_time(v_BTN, log_a_P, state_BN, starts_BT, axes, reverse)
   if reverse:
@@ -63,7 +63,7 @@ def _over_time(v_BTN, log_a_P, state_BN, starts_BT, axes: tuple[str, ...], rever
 
 def _local(v_BTN, log_a_P, state_BN, starts_BT):
   v, x = _complex(v_BTN), None if state_BN is None else _complex(state_BN)
-  if forced('diagonal_scan') == 'naive':
+  if DIAGONAL_SCAN.choose() == 'naive':
     x_BTP = scan_naive(v, log_a_P, x, starts_BT)
   else:
     a_BTP = jnp.broadcast_to(jnp.exp(log_a_P)[None, None], v.shape)
@@ -128,3 +128,10 @@ def _complex(x: Array) -> Array:
 
 def _real(z: Array) -> Array:
   return jnp.concatenate([z.real, z.imag], axis=-1)
+
+
+DIAGONAL_SCAN = Operation(
+  'diagonal_scan',
+  {'naive': Implementation(scan_naive), 'associative': Implementation(_associative)},
+  lambda: ('associative',),
+)

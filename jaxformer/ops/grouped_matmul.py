@@ -13,43 +13,29 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxformer.ops.route import forced
+from jaxformer.ops.implementation import Implementation, Operation
 from jaxformer.sharding import platform
 
-FORMS = ('naive', 'tiles', 'megablox')
 # Rows of a tile. On a CPU a tile must outweigh fetching a group's matrix; half a tile a group is
 # wasted.
 _ROWS = {'cpu': 128, 'gpu': 512}
 
 
 def grouped_matmul(
-  x_MK: Float[Array, 'M K'],
-  w_EKN: Float[Array, 'E K N'],
-  sizes_E: Int[Array, ' E'],
-  *,
-  form: str | None = None,
+  x_MK: Float[Array, 'M K'], w_EKN: Float[Array, 'E K N'], sizes_E: Int[Array, ' E']
 ) -> Float[Array, 'M N']:
   """y_i = x_i W_e for each row i of group e, in the dtype of x, accumulated in fp32; zeros for rows
   of no group.
 
-  Forms: `megablox`, the grouped matmul kernel that comes with JAX, on a TPU; `tiles`, a loop over
+  Implementations: `megablox`, the grouped matmul kernel that comes with JAX, on a TPU; `tiles`, a loop over
     groups and over tiles of each
   group's rows with a number of rounds that depends on `sizes_E`, elsewhere; `naive`, every row with
   every matrix.
 
   Args:
     sizes_E: rows of each group; they add up to at most M.
-    form: overrules the choice, as `route(grouped_matmul=...)` does.
   """
-  form = form or forced('grouped_matmul') or ('megablox' if platform() == 'tpu' else 'tiles')
-  if form == 'naive':
-    return grouped_matmul_naive(x_MK, w_EKN, sizes_E)
-  sizes_E = sizes_E.astype(jnp.int32)
-  if form == 'tiles':
-    return _tiled(x_MK, w_EKN, sizes_E, _tile_rows(x_MK.shape[0]))
-  if form != 'megablox':
-    raise ValueError(f'grouped_matmul has no form {form!r}; it has {", ".join(FORMS)}')
-  return megablox(x_MK, w_EKN, sizes_E)
+  return GROUPED_MATMUL[GROUPED_MATMUL.choose()](x_MK, w_EKN, sizes_E.astype(jnp.int32))
 
 
 def grouped_matmul_naive(
@@ -68,6 +54,13 @@ def _group_of_row(sizes_E: Array, M: int) -> Array:
 
 
 # ---- tiles -------------------------------------------------------------------------------------
+
+
+def grouped_matmul_tiles(
+  x_MK: Float[Array, 'M K'], w_EKN: Float[Array, 'E K N'], sizes_E: Int[Array, ' E']
+) -> Float[Array, 'M N']:
+  """Group by group, in tiles of each group's rows."""
+  return _tiled(x_MK, w_EKN, sizes_E, _tile_rows(x_MK.shape[0]))
 
 
 def _tile_rows(M: int) -> int:
@@ -226,3 +219,14 @@ def _tiling(M, K, N, dtype, largest):
   return _kernel_rows(M), *(
     min(-(-side // 128) * 128, most // wide) for side, most in zip((K, N), largest[1:], strict=True)
   )
+
+
+GROUPED_MATMUL = Operation(
+  'grouped_matmul',
+  {
+    'naive': Implementation(grouped_matmul_naive),
+    'tiles': Implementation(grouped_matmul_tiles),
+    'megablox': Implementation(megablox),
+  },
+  lambda: ('megablox',) if platform() == 'tpu' else ('tiles',),
+)

@@ -19,8 +19,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from jaxformer.ops.attentive_decoder import Source, States, begun, weighted
+from jaxformer.ops.implementation import Implementation, Operation
 from jaxformer.ops.recurrence import input_gates, lstm_cell, product
-from jaxformer.ops.route import forced
 from jaxformer.sharding import per_shard
 
 
@@ -66,7 +66,7 @@ def feed(
 
   Returns all y_t in the dtype of x, the attention's weights and the last states in fp32.
   """
-  if forced('input_feeding') == 'naive':
+  if INPUT_FEEDING.choose() == 'naive':
     return feed_naive(x_BTD, weights, source, states, first, starts_BT, factors_BTN)
   L = len(weights.u_HGH)
   gates = input_gates(x_BTD, weights.w_DGH, weights.b_GH[0] if weights.b_GH else None)
@@ -201,3 +201,10 @@ def feed_naive(
   ]
   states, (y, a) = jax.lax.scan(step, states, tuple(in_time))
   return jnp.swapaxes(y, 0, 1).astype(x_BTD.dtype), jnp.swapaxes(a, 0, 1), states
+
+
+INPUT_FEEDING = Operation(
+  'input_feeding',
+  {'naive': Implementation(feed_naive), 'scan': Implementation(_loop)},
+  lambda: ('scan',),
+)

@@ -14,20 +14,13 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from jaxformer.ops.route import forced
+from jaxformer.ops.implementation import Implementation, Operation
 from jaxformer.sharding import platform
 
 
-def solve(
-  a_HNN: Float[Array, 'H N N'], b_HNM: Float[Array, 'H N M'], *, route: str | None = None
-) -> Float[Array, 'H N M']:
-  """a^{-1} b for each of H systems.
-
-  Args:
-    route: 'library' or 'elimination'; None for what suits `sharding.platform()`.
-  """
-  route = route or forced('solve') or ('elimination' if platform() == 'cpu' else 'library')
-  return _solve(a_HNN, b_HNM) if route == 'elimination' else jnp.linalg.solve(a_HNN, b_HNM)
+def solve(a_HNN: Float[Array, 'H N N'], b_HNM: Float[Array, 'H N M']) -> Float[Array, 'H N M']:
+  """a^{-1} b for each of H systems."""
+  return SOLVE[SOLVE.choose()](a_HNN, b_HNM)
 
 
 @jax.custom_vjp
@@ -61,3 +54,9 @@ def _backward(saved, dx):
 
 
 _solve.defvjp(_forward, _backward)
+
+SOLVE = Operation(
+  'solve',
+  {'naive': Implementation(jnp.linalg.solve), 'elimination': Implementation(_solve)},
+  lambda: ('elimination',) if platform() == 'cpu' else ('naive',),
+)

@@ -25,8 +25,8 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxformer import sharding
+from jaxformer.ops.implementation import Implementation, Operation
 from jaxformer.ops.loss_vocabulary import vocabulary_logsumexp, vocabulary_loss
-from jaxformer.ops.route import forced
 
 IGNORE = -1  # a target that counts for nothing
 
@@ -81,15 +81,15 @@ def cross_entropy_naive(
   )
 
 
-def choose_route(
+def _order(
   x: Float[Array | jax.ShapeDtypeStruct, 'B T D'], w_DV: Float[Array | jax.ShapeDtypeStruct, 'D V']
-) -> str:
-  """'rows' or 'vocabulary', for `sharding.platform()` and the mesh. On several devices dW would be
-  reduced once a chunk of rows."""
+) -> tuple[str, ...]:
+  """On several devices `rows` would reduce dW once per chunk."""
   (B, T, _), (D, V) = x.shape, w_DV.shape
   if sharding.shards('batch', B) * sharding.shards('time', T) * sharding.shards('vocab', V) > 1:
-    return 'vocabulary'
-  return 'rows' if sharding.platform() == 'cpu' or 4 * D * V <= _ACCUMULATOR_BYTES else 'vocabulary'
+    return ('vocabulary',)
+  rows = sharding.platform() == 'cpu' or 4 * D * V <= _ACCUMULATOR_BYTES
+  return ('rows',) if rows else ('vocabulary',)
 
 
 def cross_entropy(
@@ -102,7 +102,6 @@ def cross_entropy(
   softcap: float | None = None,
   label_smoothing: float = 0.0,
   transposed: bool = False,
-  route: str | None = None,
   chunk: int | None = None,
 ) -> LossSums:
   """`cross_entropy_naive` in chunks.
@@ -115,11 +114,10 @@ def cross_entropy(
     label_smoothing: as in the naive form; it takes no `softcap` beside it.
     transposed: W is `table_VD.T`, a tied embedding table; so that a TPU slices it as it is stored
       and keeps no copy of it.
-    route: 'naive', 'rows' or 'vocabulary', None for what suits machine and size (`choose_route`).
     chunk: tokens (rows) or columns of a shard of W (vocabulary) at a time, None for what suits.
   """
-  route = route or forced('cross_entropy') or choose_route(x, w_DV)
-  if route == 'naive':
+  chosen = CROSS_ENTROPY.choose(x, w_DV)
+  if chosen == 'naive':
     return cross_entropy_naive(
       x,
       w_DV,
@@ -129,11 +127,9 @@ def cross_entropy(
       softcap=softcap,
       label_smoothing=label_smoothing,
     )
-  if route not in ('rows', 'vocabulary'):
-    raise ValueError(f"cross_entropy: route must be 'naive', 'rows' or 'vocabulary', got {route!r}")
   counted = targets_BT != IGNORE
   bias_V = None if bias_V is None else bias_V.astype(jnp.float32)
-  if route == 'vocabulary':
+  if chosen == 'vocabulary':
     loss, nll = vocabulary_loss(
       x,
       w_DV,
@@ -175,7 +171,6 @@ def token_scores(
   bias_V: Float[Array, ' V'] | None = None,
   softcap: float | None = None,
   transposed: bool = False,
-  route: str | None = None,
   chunk: int | None = None,
 ) -> tuple[Float[Array, 'B T'], Bool[Array, 'B T']]:
   """logsumexp(l_i) - l_i[y_i] of each token in nats, and whether no logit is larger than l_i[y_i];
@@ -183,7 +178,7 @@ def token_scores(
   x, w_DV, bias_V = lax.stop_gradient(
     (x, w_DV, None if bias_V is None else bias_V.astype(jnp.float32))
   )
-  if (route or choose_route(x, w_DV)) == 'vocabulary':
+  if TOKEN_SCORES.choose(x, w_DV) == 'vocabulary':
     found = vocabulary_logsumexp(
       x, w_DV, bias_V, targets_BT, softcap=softcap, chunk=chunk, transposed=transposed
     )
@@ -309,3 +304,19 @@ def _rows_backward(static, saved, cotangents):
 
 
 _rows_loss.defvjp(_rows_forward, _rows_backward)
+
+
+CROSS_ENTROPY = Operation(
+  'cross_entropy',
+  {
+    'naive': Implementation(cross_entropy_naive),
+    'rows': Implementation(_rows_loss),
+    'vocabulary': Implementation(vocabulary_loss),
+  },
+  _order,
+)
+TOKEN_SCORES = Operation(
+  'token_scores',
+  {'rows': Implementation(_row_logits), 'vocabulary': Implementation(vocabulary_logsumexp)},
+  _order,
+)

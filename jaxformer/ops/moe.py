@@ -27,7 +27,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from jaxformer.ops.grouped_matmul import grouped_matmul
-from jaxformer.ops.route import forced
+from jaxformer.ops.implementation import Implementation, Operation
 from jaxformer.ops.sequence_parallel import time_axes
 from jaxformer.sharding import all_mesh_axes, mesh_axes, per_shard, shards
 
@@ -91,7 +91,7 @@ def dropless(
   traffic grows only with the imbalance. The gradient goes through the same rounds and computes the
   experts' hidden units again."""
   B, T, K = expert_BTK.shape
-  if forced('moe') == 'naive':
+  if MOE_DROPLESS.choose() == 'naive':
     token_BP = jnp.broadcast_to((jnp.arange(T * K) // K)[None], (B, T * K))
     return moe_naive(
       x_BTD,
@@ -322,7 +322,7 @@ def placed(
   0 is empty; it costs as much as a full one. Products are those of E matrices with B C rows each;
   on shards of the experts all places travel once there and back."""
   B, E, C = token_BEC.shape
-  if forced('moe') == 'naive':
+  if MOE_CAPACITY.choose() == 'naive':
     expert = jnp.broadcast_to(jnp.arange(E)[None, :, None], (B, E, C))
     return moe_naive(
       x_BTD, *(a.reshape(B, E * C) for a in (token_BEC, expert, weight_BEC)), experts, activation
@@ -389,3 +389,15 @@ def _batched(rows_END, experts: Experts, activation: Activation):
   h = times(rows_END, experts.w_in)
   h = activation(h) if experts.w_gate is None else activation(times(rows_END, experts.w_gate)) * h
   return times(checkpoint_name(h, 'mlp_hidden'), experts.w_out)
+
+
+MOE_DROPLESS = Operation(
+  'moe_dropless',
+  {'naive': Implementation(moe_naive), 'grouped': Implementation(_sorted)},
+  lambda: ('grouped',),
+)
+MOE_CAPACITY = Operation(
+  'moe_capacity',
+  {'naive': Implementation(moe_naive), 'batched': Implementation(_batched)},
+  lambda: ('batched',),
+)

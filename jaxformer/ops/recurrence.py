@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from jaxformer.ops.route import forced
+from jaxformer.ops.implementation import Implementation, Operation
 from jaxformer.ops.sequence_parallel import in_turn, time_axes
 from jaxformer.sharding import per_shard, platform
 
@@ -126,7 +126,7 @@ def lstm(
 
   h and c are zero before a token where `starts_BT`. Returns all h_t in the dtype of x, and (h_T,
   c_T) in fp32."""
-  if forced('lstm') == 'naive':
+  if LSTM.choose() == 'naive':
     return lstm_naive(x_BTD, w_DGH, u_HGH, b_GH, h_BH, c_BH, starts_BT)
   gates = input_gates(x_BTD, w_DGH, b_GH)
   loop = _over_time(_lstm_loop, 1, 2, time_axes(len(gates)))
@@ -263,7 +263,7 @@ def gru(
 
   Bahdanau et al. 2014 write 1 - z for z, which is the same with the weights of z negated. h is zero
   before a token where `starts_BT`. Returns all h_t in the dtype of x, and h_T in fp32."""
-  if forced('gru') == 'naive':
+  if GRU.choose() == 'naive':
     return gru_naive(x_BTD, w_DGH, u_HGH, b_GH, h_BH, starts_BT, after=after, b_after_H=b_after_H)
   gates, h_BH = input_gates(x_BTD, w_DGH, b_GH), h_BH.astype(jnp.float32)
   if after:
@@ -429,3 +429,13 @@ def _gru_after_backward(kept: Any, cotangents: tuple[Array, Array]):
 
 
 _gru_after_loop.defvjp(_gru_after_forward, _gru_after_backward)
+
+
+LSTM = Operation(
+  'lstm',
+  {'naive': Implementation(lstm_naive), 'scan': Implementation(_lstm_loop)},
+  lambda: ('scan',),
+)
+GRU = Operation(
+  'gru', {'naive': Implementation(gru_naive), 'scan': Implementation(_gru_loop)}, lambda: ('scan',)
+)

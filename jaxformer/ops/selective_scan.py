@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from jaxformer.ops.route import forced
+from jaxformer.ops.implementation import Implementation, Operation
+from jaxformer.ops.kernels.selective_scan import selective_scan_pallas
 from jaxformer.ops.sequence_parallel import over_time, scaled, time_axes, unbroken
 from jaxformer.sharding import per_shard, platform, shards
 
@@ -177,19 +178,22 @@ def selective_scan_chunked(
 
 def _pallas(*arguments):
   """Our own kernel for TPUs; elsewhere it is interpreted, which is slow."""
-  from jaxformer.ops.kernels.selective_scan import selective_scan_pallas
-
   return selective_scan_pallas(*arguments, interpret=platform() != 'tpu')
 
 
-FORMS = {'naive': selective_scan_naive, 'chunked': selective_scan_chunked, 'pallas': _pallas}
+def _order(T: int) -> tuple[str, ...]:
+  return ('naive',) if T == 1 else ('pallas',) if platform() == 'tpu' else ('chunked',)
 
 
-def choose(length: int) -> str:
-  """The form for a sequence of `length` on `sharding.platform()`."""
-  if length == 1:
-    return 'naive'
-  return 'pallas' if platform() == 'tpu' else 'chunked'
+SELECTIVE_SCAN = Operation(
+  'selective_scan',
+  {
+    'naive': Implementation(selective_scan_naive),
+    'chunked': Implementation(selective_scan_chunked),
+    'pallas': Implementation(_pallas),
+  },
+  _order,
+)
 
 
 def selective_scan(
@@ -221,12 +225,10 @@ def selective_scan(
     y, like u, and the state after the last token, in fp32, in which all is computed.
   """
   (batch, T, channels), axes = u_BTD.shape, time_axes(u_BTD.shape[1])
-  form = forced('selective_scan') or choose(T // shards('time', T))
-  if form not in FORMS:
-    raise ValueError(f'unknown form {form!r} of selective_scan; known: {", ".join(FORMS)}')
+  chosen = SELECTIVE_SCAN.choose(T // shards('time', T))
 
   def run(h, u, dt, A, B, C, D, starts):
-    return FORMS[form](u, dt, A, B, C, D, h, starts)
+    return SELECTIVE_SCAN[chosen](u, dt, A, B, C, D, h, starts)
 
   def summary(u, dt, A, B, C, D, starts):
     decay = jnp.exp(

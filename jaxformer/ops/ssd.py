@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from jaxformer.ops.route import forced
+from jaxformer.ops.implementation import Implementation, Operation
 from jaxformer.ops.sequence_parallel import over_time, scaled, sums_after, time_axes, unbroken
 from jaxformer.sharding import per_shard, platform, shards
 
@@ -145,7 +145,11 @@ def ssd_chunked(
   return y.astype(x_BTHP.dtype), state.reshape(batch, H, P, N)
 
 
-FORMS = {'naive': ssd_naive, 'chunked': ssd_chunked}
+SSD = Operation(
+  'ssd',
+  {'naive': Implementation(ssd_naive), 'chunked': Implementation(ssd_chunked)},
+  lambda T: ('naive',) if T == 1 else ('chunked',),
+)
 
 
 def ssd(
@@ -180,16 +184,14 @@ def ssd(
   (batch, T, H, P), (G, N), axes = x_BTHP.shape, B_BTGN.shape[2:], time_axes(x_BTHP.shape[1])
   if H % G:
     raise ValueError(f'{H} heads are no multiple of {G} groups')
-  form = forced('ssd') or ('naive' if T // shards('time', T) == 1 else 'chunked')
-  if form not in FORMS:
-    raise ValueError(f'unknown form {form!r} of ssd; known: {", ".join(FORMS)}')
+  chosen = SSD.choose(T // shards('time', T))
   # Groups repeated until the mesh divides them like the heads: each shard then has the maps of its
   # heads.
   copies = math.lcm(G, shards('heads', H)) // G
   B, C = (a if copies == 1 else jnp.repeat(a, copies, axis=2) for a in (B_BTGN, C_BTGN))
 
   def run(h, x, dt, A, B, C, D, starts):
-    return FORMS[form](x, dt, A, B, C, D, h, starts)
+    return SSD[chosen](x, dt, A, B, C, D, h, starts)
 
   if axes and state_BHPN is None:
     state_BHPN = jnp.zeros((batch, H, P, N), jnp.float32)

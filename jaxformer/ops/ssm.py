@@ -25,8 +25,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxformer.ops.implementation import Implementation, Operation
 from jaxformer.ops.long_convolution import fft_convolution
-from jaxformer.ops.route import forced
 from jaxformer.ops.sequence_parallel import over_time, time_axes, unbroken
 from jaxformer.sharding import per_shard, platform
 
@@ -89,36 +89,38 @@ def ssm(
   """y_BTMH of a system whose state is zero before the first token, or `state_BHN`, and again where
   `starts_BT` is True.
 
-  The forms of `route(ssm=...)`: 'naive', 'chunked', 'fft' (only where neither a state nor starts
-  are given; else 'chunked'). The second result is the state after the last token, None where no
+  The second result is the state after the last token, None where no
   state was given. fp32 inside; y has the dtype of u. With `reverse`
   the sequence is read from its end: x_t follows from x_{t+1}, which is dropped where `starts_BT` is
     True.
   """
-  form = forced('ssm') or (
-    'fft' if u_BTH.shape[1] >= FFT_FROM and platform() != 'tpu' else 'chunked'
-  )
+  chosen = SSM.choose(u_BTH.shape[1], state_BHN is not None, starts_BT is not None)
+  form = SSM[chosen]
   u = u_BTH.astype(jnp.float32)
   if axes := time_axes(u.shape[1]):
-    y, last = _over_time(
-      u, system, state_BHN, starts_BT, ssm_naive if form == 'naive' else ssm_chunked, axes, reverse
-    )
+    y, last = _over_time(u, system, state_BHN, starts_BT, form, axes, reverse)
   elif reverse:
-    y, last = _local(
-      jnp.flip(u, 1), system, state_BHN, None if starts_BT is None else jnp.flip(starts_BT, 1), form
+    y, last = form(
+      jnp.flip(u, 1), system, state_BHN, None if starts_BT is None else jnp.flip(starts_BT, 1)
     )
     y = jnp.flip(y, 1)
   else:
-    y, last = _local(u, system, state_BHN, starts_BT, form)
+    y, last = form(u, system, state_BHN, starts_BT)
   return y.astype(u_BTH.dtype), None if state_BHN is None else last
 
 
-def _local(u, system, state_BHN, starts_BT, form: str):
-  if form == 'naive':
-    return ssm_naive(u, system, state_BHN, starts_BT)
-  if form == 'fft' and state_BHN is None and starts_BT is None:
-    return jax.vmap(fft_convolution, (None, 0), 2)(u, system.kernel(u.shape[1])), None
-  return ssm_chunked(u, system, state_BHN, starts_BT)
+def _fft(u, system, state_BHN, starts_BT):
+  return jax.vmap(fft_convolution, (None, 0), 2)(u, system.kernel(u.shape[1])), None
+
+
+def _fft_unsupported(T: int, state: bool, starts: bool) -> str | None:
+  if time_axes(T):
+    return 'it needs all positions of a sequence on one device'
+  return 'it takes no state and no packed documents' if state or starts else None
+
+
+def _order(T: int, state: bool, starts: bool) -> tuple[str, ...]:
+  return ('fft', 'chunked') if T >= FFT_FROM and platform() != 'tpu' else ('chunked',)
 
 
 def _over_time(u, system: System, state_BHN, starts_BT, form, axes: tuple[str, ...], reverse: bool):
@@ -335,3 +337,14 @@ def _within_documents_backward(residuals, g_HGF):
 
 
 _within_documents.defvjp(lambda *a: (_within_documents(*a), a), _within_documents_backward)
+
+
+SSM = Operation(
+  'ssm',
+  {
+    'naive': Implementation(ssm_naive),
+    'chunked': Implementation(ssm_chunked),
+    'fft': Implementation(_fft, _fft_unsupported),
+  },
+  _order,
+)

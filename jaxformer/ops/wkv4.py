@@ -18,13 +18,14 @@ Dims: B batch, T time, C chunk, D channels.
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
-from jaxformer.ops.route import forced
+from jaxformer.ops.implementation import Implementation, Operation
 from jaxformer.ops.sequence_parallel import over_time, time_axes, unbroken
 from jaxformer.sharding import per_shard, platform, shards
 
@@ -58,6 +59,7 @@ def wkv4_naive(
   u_D: Float[Array, ' D'],
   state: Wkv4State,
   starts_BT: Bool[Array, 'B T'],
+  chunk: int = CHUNK,
 ) -> tuple[Float[Array, 'B T D'], Wkv4State]:
   """The recurrence, one token after the other, in fp32."""
 
@@ -88,7 +90,6 @@ def wkv4(
   state: Wkv4State | None,
   starts_BT: Bool[Array, 'B T'],
   *,
-  route: str | None = None,
   chunk: int = CHUNK,
 ) -> tuple[Float[Array, 'B T D'], Wkv4State]:
   """y and the state after the last token.
@@ -98,22 +99,16 @@ def wkv4(
       token's key.
     state: None before the first token.
     starts_BT: where a packed document begins: nothing is left of the state before that token.
-    route: 'naive', 'chunked' (a scan inside each chunk), 'associative' (a tree inside each chunk),
-      None for what suits.
     chunk: tokens at a time.
   """
   (B, T, D), dtype = v_BTD.shape, v_BTD.dtype
   k, v, w, u = (x.astype(jnp.float32) for x in (k_BTD, v_BTD, w_D, u_D))
   state = Wkv4State.empty(B, D) if state is None else state
   axes = time_axes(T)
-  route = route or forced('wkv4') or choose_route(T // shards('time', T))
-  if route not in ROUTES:
-    raise ValueError(f'wkv4: route must be one of {", ".join(ROUTES)}, got {route!r}')
+  chosen = WKV4.choose(T // shards('time', T))
 
   def run(state, k, v, w, u, starts):
-    if route == 'naive':
-      return wkv4_naive(k, v, w, u, state, starts)
-    return _chunked(k, v, w, u, state, starts, chunk, route == 'associative')
+    return WKV4[chosen](k, v, w, u, state, starts, chunk)
 
   if axes:
     y, state = _over_time(run, axes)(state, k, v, w, u, starts_BT)
@@ -157,18 +152,15 @@ def _over_time(run, axes: tuple[str, ...]):
   return mapped
 
 
-ROUTES = ('naive', 'chunked', 'associative')
-
-
-def choose_route(T: int) -> str:
-  """The form for T tokens, for `sharding.platform()`: an accelerator wants few, large steps."""
-  return 'naive' if T <= _SHORT else 'chunked' if platform() == 'cpu' else 'associative'
+def _order(T: int) -> tuple[str, ...]:
+  """An accelerator prefers few, large steps."""
+  return ('naive',) if T <= _SHORT else ('chunked',) if platform() == 'cpu' else ('associative',)
 
 
 # ---- the chunked form --------------------------------------------------------------------------
 
 
-def _chunked(k, v, w, u, state: Wkv4State, starts, chunk: int, tree: bool):
+def _chunked(k, v, w, u, state: Wkv4State, starts, chunk: int, tree: bool = False):
   """Whole chunks in a scan that keeps the states at their borders alone for the backward pass, then
   what is left."""
   (B, T, D), ys = k.shape, []
@@ -259,3 +251,16 @@ def _linear(keeps, takes, first, tree: bool):
 
   kept, own = lax.associative_scan(join, (keeps, takes))
   return tuple(kept * x[None] + y for x, y in zip(first, own, strict=True))
+
+
+WKV4 = Operation(
+  'wkv4',
+  {
+    'naive': Implementation(wkv4_naive),
+    # a scan inside each chunk
+    'chunked': Implementation(_chunked),
+    # an associative scan inside each chunk
+    'associative': Implementation(functools.partial(_chunked, tree=True)),
+  },
+  _order,
+)

@@ -24,8 +24,8 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxformer import sharding
+from jaxformer.ops.implementation import Implementation, Operation
 from jaxformer.ops.kernels.wkv6 import wkv6_pallas, wkv6_tpu
-from jaxformer.ops.route import forced
 from jaxformer.ops.sequence_parallel import over_time, scaled, sums_after, time_axes, unbroken
 
 CHUNK = 64  # a power of 2
@@ -67,7 +67,6 @@ def wkv6(
   state: _State | None,
   starts_BT: Bool[Array, 'B T'],
   *,
-  route: str | None = None,
   chunk: int = CHUNK,
 ) -> tuple[Float[Array, 'B T H V'], Float[Array, 'B H K V']]:
   """y and the state after the last token.
@@ -77,27 +76,23 @@ def wkv6(
       tokens (RWKV-5).
     state: None for zeros. Fp32 whatever the rest is, as is the state returned.
     starts_BT: where a packed document begins: the state is zero before that token.
-    route: 'naive', 'chunked' or 'pallas' (a TPU's kernel, elsewhere interpreted); None for what
-      suits.
     chunk: tokens at a time, a power of 2.
   """
   (B, T, H, K), V, dtype = r.shape, v.shape[-1], v.dtype
   axes = time_axes(T)
-  route = route or forced('wkv6') or choose_route(T // sharding.shards('time', T))
-  if route not in ROUTES:
-    raise ValueError(f'wkv6: route must be one of {", ".join(ROUTES)}, got {route!r}')
+  chosen = WKV6.choose(T // sharding.shards('time', T))
   interpret = sharding.platform() != 'tpu'
-  if route == 'pallas' and not axes:
+  if chosen == 'pallas' and not axes:
     return wkv6_tpu(r, k, v, log_decay, u_HK, state, starts_BT, interpret=interpret, chunk=chunk)
 
   def run(S, r, k, v, log_decay, u_HK, starts):
-    if route == 'pallas':
+    if chosen == 'pallas':
       return wkv6_pallas(r, k, v, log_decay, u_HK, S, starts, interpret=interpret, chunk=chunk)
-    if route == 'naive':
+    if chosen == 'naive':
       return wkv6_naive(r, k, v, log_decay, u_HK, S, starts)
     return _chunked(r, k, v, log_decay, u_HK, S, starts, chunk)
 
-  if route != 'pallas':
+  if chosen != 'pallas':
     r, k, v, log_decay, u_HK = (x.astype(jnp.float32) for x in (r, k, v, log_decay, u_HK))
   S = jnp.zeros((B, H, K, V), jnp.float32) if state is None else state.astype(jnp.float32)
   token, heads = ('batch', 'time', 'heads', None), ('batch', 'heads', None, None)
@@ -115,14 +110,10 @@ def wkv6(
   return y.astype(dtype), S
 
 
-ROUTES = ('naive', 'chunked', 'pallas')
-
-
-def choose_route(T: int) -> str:
-  """The form for T tokens on `sharding.platform()`."""
+def _order(T: int) -> tuple[str, ...]:
   if sharding.platform() == 'tpu':
-    return 'pallas' if T > 1 else 'naive'
-  return 'naive' if T <= _SHORT else 'chunked'
+    return ('pallas',) if T > 1 else ('naive',)
+  return ('naive',) if T <= _SHORT else ('chunked',)
 
 
 def _summary(r, k, v, log_decay, u_HK, starts_BT):
@@ -228,3 +219,15 @@ def _halves(x):
 
 def _product(letters: str, a, b):
   return jnp.einsum(letters, a, b, precision=lax.Precision.HIGHEST)
+
+
+WKV6 = Operation(
+  'wkv6',
+  {
+    'naive': Implementation(wkv6_naive),
+    'chunked': Implementation(_chunked),
+    # a TPU's kernel; elsewhere it is interpreted, which is slow
+    'pallas': Implementation(wkv6_pallas),
+  },
+  _order,
+)

@@ -39,7 +39,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from jaxformer.ops.route import forced
+from jaxformer.ops.implementation import Implementation, Operation
 from jaxformer.ops.sequence_parallel import over_time, time_axes
 from jaxformer.sharding import per_shard, platform, shards
 
@@ -74,9 +74,7 @@ def wkv7(
   """
   B, T, H, K = r_BTHK.shape
   axes = time_axes(T)
-  form = forced('wkv7') or ('naive' if T // shards('time', T) < SHORT else 'chunked')
-  if form not in ('naive', 'chunked'):
-    raise ValueError(f'wkv7 has no form {form!r}: naive or chunked')
+  chosen = WKV7.choose(T // shards('time', T))
   state = (
     jnp.zeros((B, H, v_BTHV.shape[-1], K), jnp.float32)
     if state_BHVK is None
@@ -90,7 +88,7 @@ def wkv7(
   precision = _EXACT if v_BTHV.dtype == jnp.float32 else None
 
   def run(state, r, w, k, v, a, b, starts):
-    if form == 'naive':
+    if chosen == 'naive':
       return wkv7_naive(r, w, k, v, a, b, state, starts)
     return wkv7_chunked(r, w, k, v, a, b, state, starts, precision=precision)
 
@@ -294,3 +292,10 @@ def _inverse_backward(X: Array, dX: Array) -> tuple[Array]:
 
 
 unit_lower_inverse.defvjp(_inverse_forward, _inverse_backward)
+
+
+WKV7 = Operation(
+  'wkv7',
+  {'naive': Implementation(wkv7_naive), 'chunked': Implementation(wkv7_chunked)},
+  lambda T: ('naive',) if T < SHORT else ('chunked',),
+)

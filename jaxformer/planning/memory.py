@@ -33,7 +33,7 @@ from jaxformer.config import InputError
 from jaxformer.layers.layer import Context
 from jaxformer.models.language_model import ModelConfig
 from jaxformer.models.params import Definition, define
-from jaxformer.ops.route import route
+from jaxformer.ops.implementation import implementation
 from jaxformer.planning.residuals import Kept, kept_arrays
 from jaxformer.sharding import MeshConfig, Rules, assume_platform, rules_of
 
@@ -219,7 +219,7 @@ def _kept_cached(
   parts = dict(zip(definition.info, tensor, strict=True))
   # A mesh of several devices takes the loss in slices of the vocabulary whatever its size; none is
   # active here.
-  with assume_platform(platform), route(cross_entropy='vocabulary'):
+  with assume_platform(platform), implementation(cross_entropy='vocabulary'):
     return kept_arrays(backward, definition.abstract(), parts, abstract_batch(model, B, T))
 
 

@@ -13,6 +13,7 @@ from jaxformer.ops.loss import cross_entropy
 from jaxformer.planning.compiler import compile_for_tpu, has_array, topology_mesh
 from jaxformer.planning.program import collectives, list_collectives
 from jaxformer.sharding import MeshConfig, batch_sharding, param_sharding
+from tests.helpers import forced
 
 pytest.importorskip(
   'libtpu', reason='needs libtpu, the compiler for TPUs (pip install jaxformer[tpu])'
@@ -69,11 +70,18 @@ def test_grouped_attention_with_window_and_softcap_is_a_kernel(one, K):
   assert 'tpu_custom_call' in compiled.as_text()
 
 
-@pytest.mark.parametrize('backend', [None, 'chunked'])
-def test_attention_memory_is_linear(one, backend):
+@pytest.mark.parametrize('chosen', [None, 'chunked'])
+def test_attention_memory_is_linear(one, chosen):
   """A few arrays of the size of q at T = 16,384, where one of the size T x T is eight times q."""
   q = array(1, 16384, 8, 128)
-  compiled = compile_for_tpu(attention_and_gradients(backend=backend), q, q, q, q, mesh=one)
+  compiled = compile_for_tpu(
+    forced(attention_and_gradients(), **({'attention': chosen} if chosen else {})),
+    q,
+    q,
+    q,
+    q,
+    mesh=one,
+  )
   assert temporaries(compiled) < 6 * 32
   assert not has_array(compiled, 16384, 16384)
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxformer.ops.route import route
+from jaxformer.ops.implementation import implementation
 from jaxformer.ops.selective_scan import selective_scan
 from jaxformer.ops.ssd import ssd
 from jaxformer.planning.compiler import compile_for_tpu, has_array, topology_mesh
@@ -53,7 +53,7 @@ def test_selective_scan_is_small(one):
   gradient keeps several."""
   D, N = 1536, 16
   u, maps = array(B, T, D), array(B, T, N)
-  with route(selective_scan='chunked'):
+  with implementation(selective_scan='chunked'):
     compiled = compile_for_tpu(
       with_gradients(selective_scan),
       array(B, T, dtype=jnp.bool_),

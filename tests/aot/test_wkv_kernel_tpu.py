@@ -12,6 +12,7 @@ from jaxformer.ops.wkv6 import wkv6
 from jaxformer.planning.compiler import compile_for_tpu, topology_mesh
 from jaxformer.planning.program import collectives
 from jaxformer.sharding import MeshConfig
+from tests.helpers import forced
 
 pytest.importorskip(
   'libtpu', reason='needs libtpu, the compiler for TPUs (pip install jaxformer[tpu])'
@@ -40,17 +41,18 @@ def arguments(H=H, K=K, where=lambda *axes: None):
   ), array(B, T, dtype=bool, axes=('batch', None))
 
 
-def forward(form=None, H=H, K=K):
+def forward(chosen=None, H=H, K=K):
   def run(r, k, v, w, u, state, starts):
-    y, state = wkv6(*(x.reshape(B, T, H, K) for x in (r, k, v, w)), u, state, starts, route=form)
+    op = forced(wkv6, wkv6=chosen) if chosen else wkv6
+    y, state = op(*(x.reshape(B, T, H, K) for x in (r, k, v, w)), u, state, starts)
     return y.reshape(B, T, H * K), state
 
   return run
 
 
-def with_gradients(form=None, H=H, K=K):
+def with_gradients(chosen=None, H=H, K=K):
   def run(arguments, starts, dy, dstate):
-    out, pull = jax.vjp(lambda *a: forward(form, H, K)(*a, starts), *arguments)
+    out, pull = jax.vjp(lambda *a: forward(chosen, H, K)(*a, starts), *arguments)
     return out, pull((dy, dstate))
 
   return run

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 
 from jaxformer.layers.layer import Context
-from jaxformer.ops.route import route
+from jaxformer.ops.implementation import implementation
 from jaxformer.sharding import MeshConfig, batch_sharding, make_mesh, use_mesh
 from jaxformer.testing import contract
 from tests import tiers
@@ -47,7 +47,7 @@ def test_fast_form_equals_naive(name):
   documents."""
   case, ctx = layer(name), Context(segments_BT=segments(7, 8, 5))
   fast, gradients = case.gradients(case.params, inputs(), ctx, seen(name))
-  with route(every='naive'):
+  with implementation(every='naive'):
     naive, naive_gradients = jax.jit(lambda *a: case.differentiated(*a))(
       case.params, inputs(), ctx, seen(name)
     )
@@ -62,7 +62,7 @@ def test_fast_form_equals_naive_on_a_cache(name):
     Context(segments_BT=segments(2, 13, 5)),
     layer(name).init_state(BATCH, LENGTH),
   )
-  with route(every='naive'):
+  with implementation(every='naive'):
     naive = jax.jit(lambda *a: case.whole(*a))(case.params, inputs(), ctx, state)
   close(case.call(case.params, inputs(), ctx, state), naive, 1e-5)
 

@@ -14,7 +14,7 @@ import pytest
 
 from jaxformer.layers.layer import Context
 from jaxformer.models.stack import REMAT
-from jaxformer.ops.route import route
+from jaxformer.ops.implementation import implementation
 from jaxformer.sharding import MeshConfig, batch_sharding, make_mesh, use_mesh
 from jaxformer.testing import contract
 from tests import tiers
@@ -153,7 +153,7 @@ def on_one_device(name):
 def test_every_way_to_run_the_stack_agrees(name):
   case, scanned = model(name), on_one_device(name)
   loss = loss_of(case, batch_of(case))
-  with route(every='naive'):
+  with implementation(every='naive'):
     close(
       jax.jit(lambda *a: loss(*a))(case.params, Context(unroll=True)),
       scanned,

@@ -1,4 +1,4 @@
-"""Every backend of `attention` means what the naive form means: output and gradients, over the
+"""Every implementation of `attention` means what the naive form means: output and gradients, over the
 cases of the mask."""
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ import pytest
 
 from jaxformer import sharding
 from jaxformer.ops import attention as ops
-from jaxformer.ops.attention import BACKENDS, Mask, attention, attention_naive, choose
+from jaxformer.ops.attention import ATTENTION, Mask, attention, attention_naive
+from tests.helpers import forced
 
 quick = pytest.mark.quick
 
@@ -146,9 +147,9 @@ def test_agrees_with_naive(case, dtype):
   inputs = arrays(B, T, S, H, G, K, dtype)
   common = {'scale': K**-0.5, 'softcap': softcap, 'slopes_H': slopes(H, alibi)}
   want = with_gradients(lambda q, k, v: attention_naive(q, k, v, mask, **common), *inputs)
-  for backend, block in ('chunked', 64), ('unrolled', None):
+  for implementation, block in ('chunked', 64), ('unrolled', None):
     got = with_gradients(
-      lambda q, k, v: BACKENDS[backend](q, k, v, mask, block=block, **common), *inputs
+      lambda q, k, v: ATTENTION[implementation](q, k, v, mask, block=block, **common), *inputs
     )
     assert_same(got, want, TOLERANCE[dtype])
 
@@ -184,7 +185,7 @@ def test_xla_agrees_with_naive(case):
   B, T, S, H, G, K, mask, _, _ = CASES[case]
   inputs = arrays(B, T, S, H, G, K)
   got = with_gradients(
-    lambda q, k, v: attention(q, k, v, mask, scale=K**-0.5, backend='xla'), *inputs
+    forced(lambda q, k, v: attention(q, k, v, mask, scale=K**-0.5), attention='xla'), *inputs
   )
   assert_same(
     got,
@@ -210,8 +211,8 @@ def test_splash_interpreted_agrees_with_naive(mask, softcap, K):
 
 
 @quick
-@pytest.mark.parametrize('backend', ['naive', 'chunked', 'unrolled'])
-def test_a_query_without_keys_gives_zeros(backend):
+@pytest.mark.parametrize('implementation', ['naive', 'chunked', 'unrolled'])
+def test_a_query_without_keys_gives_zeros(implementation):
   """Queries of a segment that no key has: output and gradients 0, nothing infinite."""
   q, k, v, g = arrays(1, 40, 40, 2, 2, 8)
   mask = Mask(
@@ -220,17 +221,21 @@ def test_a_query_without_keys_gives_zeros(backend):
     key_segments_BS=jnp.zeros((1, 40), jnp.int32),
   )
   for x in with_gradients(
-    lambda q, k, v: attention(q, k, v, mask, scale=1.0, backend=backend), q, k, v, g
+    forced(lambda q, k, v: attention(q, k, v, mask, scale=1.0), attention=implementation),
+    q,
+    k,
+    v,
+    g,
   ):
     np.testing.assert_array_equal(x, np.zeros_like(x))
 
 
-@pytest.mark.parametrize('backend', ['chunked', 'unrolled'])
-def test_large_logits_stay_finite(backend):
+@pytest.mark.parametrize('implementation', ['chunked', 'unrolled'])
+def test_large_logits_stay_finite(implementation):
   q, k, v, g = arrays(1, 70, 70, 2, 2, 8)
   inputs = (q * 1e3, k * 1e3, v, g)
   got = with_gradients(
-    lambda q, k, v: attention(q, k, v, Mask(), scale=1.0, backend=backend), *inputs
+    forced(lambda q, k, v: attention(q, k, v, Mask(), scale=1.0), attention=implementation), *inputs
   )
   assert all(np.isfinite(x).all() for x in got)
   np.testing.assert_allclose(got[0], attention_naive(*inputs[:3], Mask(), scale=1.0), atol=1e-5)
@@ -282,7 +287,7 @@ def test_chunked_memory_is_linear():
   assert temporaries(8192) < 2.2 * temporaries(4096)
 
 
-# ---- the choice of a backend -------------------------------------------------------------------
+# ---- the choice of a implementation -------------------------------------------------------------------
 
 
 def shape(B=4, T=2048, H=16, K=128, dtype=jnp.bfloat16):
@@ -338,24 +343,24 @@ def shape(B=4, T=2048, H=16, K=128, dtype=jnp.bfloat16):
 )
 def test_choice(monkeypatch, platform, q, k, mask, options, expected):
   monkeypatch.setattr(sharding, 'platform', lambda: platform)
-  assert choose(q, k, mask, **options) == expected
+  assert ATTENTION.choose(q, k, mask, **options) == expected
 
 
 @quick
 @pytest.mark.parametrize(
-  ('backend', 'mask', 'message'),
+  ('implementation', 'mask', 'message'),
   [
     ('cudnn', Mask(), 'runs on a GPU'),
     ('splash', Mask(), 'runs on a TPU'),
     ('unrolled', Mask(index_T=jnp.arange(8), index_S=jnp.arange(8)), 'same positions'),
     ('xla', Mask(segments_BT=jnp.zeros((1, 8), jnp.int32)), 'no segments'),
-    ('flash', Mask(), 'known: naive'),
+    ('flash', Mask(), 'one of naive'),
   ],
 )
-def test_a_forced_backend_says_what_it_cannot_do(backend, mask, message):
+def test_a_forced_implementation_says_what_it_cannot_do(implementation, mask, message):
   q, k, v, _ = arrays(1, 8, 8, 2, 2, 8)
   with pytest.raises(ValueError, match=message):
-    attention(q, k, v, mask, scale=1.0, backend=backend)
+    forced(attention, attention=implementation)(q, k, v, mask, scale=1.0)
 
 
 # ---- on a mesh ---------------------------------------------------------------------------------
@@ -363,7 +368,7 @@ def test_a_forced_backend_says_what_it_cannot_do(backend, mask, message):
 
 @pytest.mark.skipif(jax.device_count() < 8, reason='needs 8 (fake) devices')
 @pytest.mark.parametrize(
-  ('mesh', 'G', 'backend'),
+  ('mesh', 'G', 'implementation'),
   [
     ({'fsdp': 2, 'tensor': 4}, 8, None),
     ({'fsdp': 2, 'tensor': 4}, 2, None),
@@ -374,9 +379,12 @@ def test_a_forced_backend_says_what_it_cannot_do(backend, mask, message):
   ],
   ids=str,
 )
-def test_sharded_agrees_with_unsharded(mesh, G, backend):
+def test_sharded_agrees_with_unsharded(mesh, G, implementation):
   inputs, mask = arrays(8, 64, 64, 8, G, 8), Mask(segments_BT=packed(8, 64))
-  f = lambda q, k, v: attention(q, k, v, mask, scale=0.3, backend=backend)  # noqa: E731
+  f = forced(
+    lambda q, k, v: attention(q, k, v, mask, scale=0.3),
+    **({'attention': implementation} if implementation else {}),
+  )
   want = with_gradients(lambda q, k, v: attention_naive(q, k, v, mask, scale=0.3), *inputs)
   with sharding.use_mesh(sharding.make_mesh(sharding.MeshConfig(**{'data': 1} | mesh))):
     assert_same(with_gradients(f, *inputs), want, 1e-5)

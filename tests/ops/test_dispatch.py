@@ -13,11 +13,12 @@ import pytest
 
 from jaxformer.ops import moe
 from jaxformer.ops.grouped_matmul import grouped_matmul, grouped_matmul_naive, megablox
+from jaxformer.ops.implementation import implementation
 from jaxformer.ops.moe import Experts, dropless, placed
-from jaxformer.ops.route import route
 from jaxformer.ops.routing import places
 from jaxformer.planning.program import list_collectives
 from jaxformer.sharding import MeshConfig, batch_sharding, make_mesh, param_sharding, use_mesh
+from tests.helpers import forced
 
 pytestmark = pytest.mark.quick
 B, T, D, F, E, K = 8, 6, 16, 24, 8, 2
@@ -58,7 +59,7 @@ def value_and_gradients(f, x, expert, weight, experts, g):
 
 
 def by_pairs(x, expert, weight, experts, activation):
-  with route(moe='naive'):
+  with implementation(moe_dropless='naive'):
     return dropless(x, expert, weight, experts, activation)
 
 
@@ -131,7 +132,7 @@ SIZES = {
 @pytest.mark.parametrize('sizes', SIZES.values(), ids=list(SIZES))
 @pytest.mark.parametrize(
   'form',
-  [functools.partial(grouped_matmul, form='tiles'), functools.partial(megablox, interpret=True)],
+  [forced(grouped_matmul, grouped_matmul='tiles'), functools.partial(megablox, interpret=True)],
   ids=['tiles', 'megablox'],
 )
 def test_grouped_matmul_is_the_naive_one(form, sizes):
@@ -154,7 +155,7 @@ def test_tiles_smaller_than_groups(monkeypatch):
 
   monkeypatch.setattr(module, '_tile_rows', lambda rows: 8)
   test_grouped_matmul_is_the_naive_one(
-    functools.partial(grouped_matmul, form='tiles'), SIZES['spread']
+    forced(grouped_matmul, grouped_matmul='tiles'), SIZES['spread']
   )
 
 

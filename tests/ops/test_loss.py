@@ -1,4 +1,4 @@
-"""Both routes of `cross_entropy` mean what the naive form means: sums and gradients."""
+"""Both fast implementations of `cross_entropy` agree with the naive one: sums and gradients."""
 
 from __future__ import annotations
 
@@ -8,9 +8,15 @@ import numpy as np
 import pytest
 
 from jaxformer import sharding
-from jaxformer.ops import loss as ops
 from jaxformer.ops.linear import linear
-from jaxformer.ops.loss import IGNORE, cross_entropy, cross_entropy_naive, token_scores
+from jaxformer.ops.loss import (
+  CROSS_ENTROPY,
+  IGNORE,
+  cross_entropy,
+  cross_entropy_naive,
+  token_scores,
+)
+from tests.helpers import forced
 
 quick = pytest.mark.quick
 
@@ -53,29 +59,35 @@ def assert_same(got, want, tolerance=1e-5):
 
 
 # 205 = 5 x 41
-ROUTES = [('rows', 8), ('rows', None), ('vocabulary', 32), ('vocabulary', 41), ('vocabulary', None)]
+IMPLEMENTATIONS = [
+  ('rows', 8),
+  ('rows', None),
+  ('vocabulary', 32),
+  ('vocabulary', 41),
+  ('vocabulary', None),
+]
 
 
 @quick
-@pytest.mark.parametrize(('route', 'chunk'), ROUTES)
+@pytest.mark.parametrize(('chosen', 'chunk'), IMPLEMENTATIONS)
 @pytest.mark.parametrize(
   'options',
   [{}, {'z_loss': 1e-2, 'softcap': 3.0}, {'z_loss': 1e-2, 'label_smoothing': 0.1}],
   ids=['plain', 'z-loss-softcap', 'smoothed'],
 )
-def test_agrees_with_naive(route, chunk, options):
+def test_agrees_with_naive(chosen, chunk, options):
   inputs, targets = arrays(bias=bool(options))
-  got = run(cross_entropy, inputs, targets, route=route, chunk=chunk, **options)
+  got = run(forced(cross_entropy, cross_entropy=chosen), inputs, targets, chunk=chunk, **options)
   assert_same(got, run(cross_entropy_naive, inputs, targets, **options))
 
 
-@pytest.mark.parametrize('route', ['rows', 'vocabulary'])
+@pytest.mark.parametrize('chosen', ['rows', 'vocabulary'])
 @pytest.mark.parametrize('w_dtype', [jnp.bfloat16, jnp.float32])
-def test_bf16(route, w_dtype):
+def test_bf16(chosen, w_dtype):
   """x in bf16, W in bf16 or fp32: sums to fp32 rounding, gradients to a unit of bf16 (2^-8), where
   d logits is rounded."""
   inputs, targets = arrays(jnp.bfloat16, w_dtype)
-  sums, gradients = run(cross_entropy, inputs, targets, route=route, chunk=32)
+  sums, gradients = run(forced(cross_entropy, cross_entropy=chosen), inputs, targets, chunk=32)
   want_sums, want = run(cross_entropy_naive, inputs, targets)
   assert_same(sums, want_sums)
   assert gradients['w'].dtype == w_dtype
@@ -83,45 +95,47 @@ def test_bf16(route, w_dtype):
 
 
 @quick
-@pytest.mark.parametrize('route', ['rows', 'vocabulary'])
-def test_all_ignored(route):
+@pytest.mark.parametrize('chosen', ['rows', 'vocabulary'])
+def test_all_ignored(chosen):
   inputs, targets = arrays(bias=True)
   sums, gradients = run(
-    cross_entropy, inputs, jnp.full_like(targets, IGNORE), route=route, z_loss=0.1
+    forced(cross_entropy, cross_entropy=chosen), inputs, jnp.full_like(targets, IGNORE), z_loss=0.1
   )
   assert sums == (0.0, 0.0, 0.0)
   assert all((g == 0).all() for g in jax.tree.leaves(gradients))
 
 
-@pytest.mark.parametrize('route', ['rows', 'vocabulary'])
-def test_ignored_tokens_get_no_gradient(route):
+@pytest.mark.parametrize('chosen', ['rows', 'vocabulary'])
+def test_ignored_tokens_get_no_gradient(chosen):
   inputs, targets = arrays()
-  dx = run(cross_entropy, inputs, targets, route=route, chunk=32)[1]['x']
+  dx = run(forced(cross_entropy, cross_entropy=chosen), inputs, targets, chunk=32)[1]['x']
   assert (np.asarray(dx == 0).all(-1) == np.asarray(targets == IGNORE)).all()
 
 
-@pytest.mark.parametrize('route', ['rows', 'vocabulary'])
-def test_a_tied_table_gets_the_transposed_gradient(route):
+@pytest.mark.parametrize('chosen', ['rows', 'vocabulary'])
+def test_a_tied_table_gets_the_transposed_gradient(chosen):
   inputs, targets = arrays()
 
   def loss(table_VD):
-    return cross_entropy(
-      inputs['x'], table_VD.T, targets, route=route, chunk=32, transposed=True
+    return forced(cross_entropy, cross_entropy=chosen)(
+      inputs['x'], table_VD.T, targets, chunk=32, transposed=True
     ).loss
 
   want = jax.grad(lambda w: cross_entropy_naive(inputs['x'], w, targets).loss)(inputs['w'])
   assert_same(jax.grad(loss)(inputs['w'].T), want.T)
 
 
-@pytest.mark.parametrize(('route', 'chunk'), ROUTES)
-def test_token_scores(route, chunk):
+@pytest.mark.parametrize(('chosen', 'chunk'), IMPLEMENTATIONS)
+def test_token_scores(chosen, chunk):
   inputs, targets = arrays(bias=True)
   top = jnp.argmax(linear(inputs['x'], inputs['w'], inputs['bias']), axis=-1)
   targets = jnp.where(
     (targets != IGNORE) & (jnp.arange(targets.shape[1]) % 3 == 0)[None], top, targets
   )
   score = jax.jit(
-    lambda x, w, b: token_scores(x, w, targets, bias_V=b, softcap=3.0, route=route, chunk=chunk)
+    lambda x, w, b: forced(token_scores, token_scores=chosen)(
+      x, w, targets, bias_V=b, softcap=3.0, chunk=chunk
+    )
   )
   nll, hit = score(*inputs.values())
   np.testing.assert_array_equal(hit, (targets == top) & (targets != IGNORE))
@@ -133,18 +147,18 @@ def test_token_scores(route, chunk):
 
 
 @quick
-@pytest.mark.parametrize('route', ['rows', 'vocabulary'])
-def test_value_alone_computes_no_gradient(route):
+@pytest.mark.parametrize('chosen', ['rows', 'vocabulary'])
+def test_value_alone_computes_no_gradient(chosen):
   """One matrix product a token when nothing is differentiated."""
   inputs, targets = arrays(V=256, T=16)
-  f = lambda x, w: cross_entropy(x, w, targets, route=route, chunk=64).loss  # noqa: E731
+  f = lambda x, w: forced(cross_entropy, cross_entropy=chosen)(x, w, targets, chunk=64).loss  # noqa: E731
   assert str(jax.make_jaxpr(f)(inputs['x'], inputs['w'])).count('dot_general') == 1
 
 
-@pytest.mark.parametrize('route', ['rows', 'vocabulary'])
-def test_no_array_of_all_logits(route):
+@pytest.mark.parametrize('chosen', ['rows', 'vocabulary'])
+def test_no_array_of_all_logits(chosen):
   inputs, targets = arrays(V=2048, B=4, T=256)
-  f = lambda x, w: cross_entropy(x, w, targets, route=route, chunk=128).loss  # noqa: E731
+  f = lambda x, w: forced(cross_entropy, cross_entropy=chosen)(x, w, targets, chunk=128).loss  # noqa: E731
   assert '4,256,2048' not in str(
     jax.make_jaxpr(jax.grad(f, (0, 1)))(inputs['x'], inputs['w'])
   ).replace('1024,2048', '4,256,2048')
@@ -161,9 +175,9 @@ def test_choice(monkeypatch):
     ('tpu', large, 'vocabulary'),
     ('gpu', large, 'vocabulary'),
   )
-  for platform, w, route in cases:
+  for platform, w, chosen in cases:
     monkeypatch.setattr(sharding, 'platform', lambda platform=platform: platform)
-    assert ops.choose_route(x, w) == route
+    assert CROSS_ENTROPY.choose(x, w) == chosen
 
 
 @pytest.mark.skipif(jax.device_count() < 8, reason='needs 8 (fake) devices')
@@ -182,6 +196,6 @@ def test_sharded_agrees_with_unsharded(mesh):
   want = run(cross_entropy_naive, inputs, targets, z_loss=1e-2)
   config = sharding.MeshConfig(**{'data': 1} | mesh)
   with sharding.use_mesh(sharding.make_mesh(config), config.rules):
-    assert ops.choose_route(inputs['x'], inputs['w']) == 'vocabulary'
+    assert CROSS_ENTROPY.choose(inputs['x'], inputs['w']) == 'vocabulary'
     assert_same(run(cross_entropy, inputs, targets, z_loss=1e-2), want)
     assert_same(run(cross_entropy, inputs, targets, z_loss=1e-2, chunk=20), want)

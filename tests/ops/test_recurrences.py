@@ -14,7 +14,7 @@ import pytest
 from jaxformer.ops import selective_scan as scan_ops
 from jaxformer.ops import ssd as ssd_ops
 from jaxformer.ops.convolution import short_convolution
-from jaxformer.ops.route import route
+from jaxformer.ops.implementation import implementation
 
 pytestmark = pytest.mark.quick
 
@@ -68,8 +68,8 @@ def ssd_arrays(G=2):
 
 
 OPERATIONS = {
-  'selective_scan': (scan_ops.selective_scan, scan_arrays, scan_ops.FORMS),
-  'ssd': (ssd_ops.ssd, ssd_arrays, ssd_ops.FORMS),
+  'selective_scan': (scan_ops.selective_scan, scan_arrays, scan_ops.SELECTIVE_SCAN.table),
+  'ssd': (ssd_ops.ssd, ssd_arrays, ssd_ops.SSD.table),
 }
 
 
@@ -94,7 +94,7 @@ def run(operation, form, arrays, begins):
     y, h = operation(*arrays, begins)
     return jnp.sum(jnp.sin(y) * normal(7, *y.shape)) + jnp.sum(jnp.cos(h)), (y, h)
 
-  with route(every=form):
+  with implementation(every=form):
     (_, results), gradients = jax.jit(jax.value_and_grad(value, has_aux=True))(arrays)
   return results, gradients
 
@@ -133,7 +133,7 @@ def test_gradients_keep_few_states(name):
   assert max(a.size for a in jax.tree.leaves(kept)) <= max(
     chunks * state, 2 * max(a.size for a in arrays)
   )
-  with route(every='naive'):
+  with implementation(every='naive'):
     kept = jax.eval_shape(lambda *a: jax.vjp(lambda *a: operation(*a, starts()), *a)[1], *arrays)
   assert max(a.size for a in jax.tree.leaves(kept)) >= LENGTH * state
 
@@ -151,11 +151,11 @@ def test_half_precision_inputs(name):
 
 
 @pytest.mark.parametrize('name', OPERATIONS)
-def test_unknown_forms_are_named(name):
+def test_unknown_implementations_are_named(name):
   operation, arrays, _ = OPERATIONS[name]
   with (
-    route(**{name: 'fastest'}),
-    pytest.raises(ValueError, match=f"'fastest' of {name}; known: naive, chunked"),
+    implementation(**{name: 'fastest'}),
+    pytest.raises(ValueError, match=f"{name} = 'fastest': must be one of naive, chunked"),
   ):
     operation(*arrays(), starts())
 
@@ -181,7 +181,7 @@ def convolved(x, w, b, before, begins):
   return y
 
 
-@pytest.mark.parametrize('taps', [1, 2, 4])
+@pytest.mark.parametrize('d_conv', [1, 2, 4])
 def test_convolution_is_the_sum(d_conv):
   x, w, b, before = (
     np.asarray(normal(i, *s))

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxformer.ops.implementation import implementation
 from jaxformer.ops.kernels.selective_scan import selective_scan_pallas
-from jaxformer.ops.route import route
 from jaxformer.ops.selective_scan import selective_scan, selective_scan_naive
 from jaxformer.sharding import MeshConfig, make_mesh, use_mesh
 
@@ -91,7 +91,7 @@ def test_on_a_mesh(sizes):
   channels reads whole, are summed over the channels, and those of A and D over the batch."""
   arguments, starts, cotangents = examples(2, 16, 512, 4)
   expected = with_gradients(selective_scan_naive, arguments, starts, cotangents)
-  with use_mesh(make_mesh(MeshConfig(data=1, **sizes))), route(selective_scan='pallas'):
+  with use_mesh(make_mesh(MeshConfig(data=1, **sizes))), implementation(selective_scan='pallas'):
     got = with_gradients(selective_scan, arguments, starts, cotangents)
   assert len(got[0].sharding.device_set) == 8
   assert got[0].addressable_shards[0].data.shape == (1, 16, 128)

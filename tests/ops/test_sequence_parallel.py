@@ -27,9 +27,9 @@ from jaxformer.layers.s4d import S4D
 from jaxformer.layers.s5 import S5
 from jaxformer.ops.attention import attention
 from jaxformer.ops.convolution import short_convolution
+from jaxformer.ops.implementation import implementation
 from jaxformer.ops.masks import Mask
 from jaxformer.ops.recurrence import gru
-from jaxformer.ops.route import route
 from jaxformer.ops.routing import places, within
 from jaxformer.ops.wkv6 import wkv6
 from jaxformer.planning.program import list_collectives
@@ -127,7 +127,7 @@ def test_causal_attention_is_balanced():
 # ---- recurrences -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize('taps', [1, 4, 9])
+@pytest.mark.parametrize('d_conv', [1, 4, 9])
 def test_a_convolution_longer_than_a_part_is_not_divided(d_conv):
   """Parts are of 5 positions: nothing to send, what the part before has, and more than that."""
   x, w = normal(0, 2, 20, 6), normal(1, d_conv, 6)
@@ -147,7 +147,7 @@ def test_decays_that_are_the_same_for_all_tokens_and_the_kernel():
   decay, u, S = -jnp.exp(normal(3, 1, 1, 2, 8)), normal(4, 2, 8), normal(5, 2, 2, 8, 8)
   starts = jnp.zeros((2, 32), bool).at[:, 9].set(True)
   equal_in_time(lambda r, k, v, S: wkv6(r, k, v, decay, u, S, starts), r, k, v, S, n=4)
-  with route(wkv6='pallas'):
+  with implementation(wkv6='pallas'):
     equal_in_time(lambda r, k, v, S: wkv6(r, k, v, decay, u, S, starts), r, k, v, S, n=2)
 
 

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxformer.ops.implementation import implementation
 from jaxformer.ops.long_convolution import convolution_naive, fast_length, fft_convolution
-from jaxformer.ops.route import route
 from jaxformer.ops.ssm import ssm, ssm_chunked, ssm_naive, ssm_step, toeplitz
 from jaxformer.ops.ssm_systems import Dense, Diagonal, Shift, bilinear, krylov, power_less_one, zoh
 
@@ -102,7 +102,7 @@ def test_fourier_transform_equals_the_recurrence(kind, length):
 
   results = []
   for form in ('fft', 'naive'):
-    with route(ssm=form):
+    with implementation(ssm=form):
       results.append(jax.jit(lambda *a: jax.grad(loss, (0, 1), has_aux=True)(*a))(given, u))
   (fast, y), (slow, naive_y) = results
   close(y, naive_y, 1e-5)
@@ -152,7 +152,7 @@ def test_every_form_can_be_asked_for():
   given, build = parameters('zoh')
   u = normal(8, 1, 512, H)
   for form, loops, spectra in (('naive', 1, 0), ('chunked', 1, 0), ('fft', 0, 1)):
-    with route(ssm=form):
+    with implementation(ssm=form):
       text = str(jax.make_jaxpr(lambda u: ssm(u, build(*given))[0])(u))
     assert ('length=512' in text) == (form == 'naive')
     assert ('scan[' in text) == bool(loops)

@@ -5,18 +5,14 @@ means what the papers' sums say.
 Tolerances are relative to the largest magnitude: 1e-5 for outputs and states, 1e-4 for gradients
 (fp32)."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxformer.ops import wkv4 as four
-from jaxformer.ops import wkv6 as six
-from jaxformer.ops.route import route
 from jaxformer.ops.wkv4 import Wkv4State, wkv4
 from jaxformer.ops.wkv6 import wkv6
+from tests.helpers import forced
 
 quick = pytest.mark.quick
 
@@ -39,7 +35,7 @@ def results(op, arguments, begins, form, chunk):
   """((y, state), gradients of a scalar that all of it bears on)."""
 
   def scalar(arguments):
-    out = op(*arguments, begins, route=form, chunk=chunk)
+    out = forced(op, **{op.__name__: form})(*arguments, begins, chunk=chunk)
     leaves = jax.tree.leaves(out)
     weights = [
       jnp.sin(1.0 + jnp.arange(x.size, dtype=jnp.float32)).reshape(x.shape) for x in leaves
@@ -73,7 +69,7 @@ def arrays4(T, w=None, fresh=False, B=2, D=6):
 @quick
 def test_wkv4_is_the_weighted_mean():
   k, v, w, u, _ = arrays4(9)
-  y, _ = wkv4(k, v, w, u, None, starts(2, 9, rate=0.0), route='naive')
+  y, _ = forced(wkv4, wkv4='naive')(k, v, w, u, None, starts(2, 9, rate=0.0))
   k, v, w, u = (np.asarray(x, np.float64) for x in (k, v, w, u))
   for t in range(9):
     weights = np.stack(
@@ -115,7 +111,7 @@ def arrays6(T, log_decay=None, static=False, B=2, H=2, K=4, V=3):
 @quick
 def test_wkv6_is_the_decayed_sum():
   r, k, v, log_decay, u, _ = arrays6(9)
-  y, last = wkv6(r, k, v, log_decay, u, None, starts(2, 9, rate=0.0), route='naive')
+  y, last = forced(wkv6, wkv6='naive')(r, k, v, log_decay, u, None, starts(2, 9, rate=0.0))
   r, k, v, log_decay, u = (np.asarray(x, np.float64) for x in (r, k, v, log_decay, u))
 
   def reaches(i, t):  # what is left of token i at token t
@@ -158,7 +154,7 @@ def test_a_strong_decay_takes_no_digits_from_later_weak_ones():
   log_decay = jnp.full(r.shape, -1e-3).at[:, 1].set(-2e4)
   begins = starts(2, 16, rate=0.0)
   fast, naive = (
-    jax.jit(functools.partial(wkv6, route=f))(r, k, v, log_decay, u, state, begins)
+    jax.jit(forced(wkv6, wkv6=f))(r, k, v, log_decay, u, state, begins)
     for f in ('chunked', 'naive')
   )
   close(fast, naive, 1e-6)
@@ -169,30 +165,12 @@ def test_a_strong_decay_takes_no_digits_from_later_weak_ones():
 
 @quick
 @pytest.mark.parametrize(('op', 'arrays'), [(wkv4, arrays4), (wkv6, arrays6)], ids=['wkv4', 'wkv6'])
-def test_dtypes_and_routes(op, arrays):
+def test_dtypes_and_implementations(op, arrays):
   low = jax.tree.map(lambda x: x.astype(jnp.bfloat16), arrays(6)[:-1])
   y, state = op(*low, None, starts(2, 6))
   assert y.dtype == jnp.bfloat16
   assert {s.dtype for s in jax.tree.leaves(state)} == {jnp.dtype('float32')}
   y32, _ = op(*(x.astype(jnp.float32) for x in low), None, starts(2, 6))
   np.testing.assert_array_equal(y, y32.astype(jnp.bfloat16))
-  with pytest.raises(ValueError, match=r"must be one of naive, chunked.*got 'fast'"):
-    op(*low, None, starts(2, 6), route='fast')
-
-
-@quick
-@pytest.mark.parametrize(
-  ('module', 'op', 'arrays'), [(four, wkv4, arrays4), (six, wkv6, arrays6)], ids=['wkv4', 'wkv6']
-)
-def test_route_selects_the_naive_form(module, op, arrays, monkeypatch):
-  seen = []
-  naive = f'{op.__name__}_naive'
-  monkeypatch.setattr(
-    module, naive, functools.partial(lambda f, *a: seen.append(1) or f(*a), getattr(module, naive))
-  )
-  jax.eval_shape(lambda *a: op(*a)[0], *arrays(20), starts(2, 20))
-  assert not seen
-  with route(every='naive'):
-    # another function: a trace is kept for each
-    jax.eval_shape(lambda *a: op(*a)[0], *arrays(20), starts(2, 20))
-  assert seen
+  with pytest.raises(ValueError, match=r"= 'fast': must be one of naive, chunked"):
+    forced(op, every='naive', **{op.__name__: 'fast'})(*low, None, starts(2, 6))

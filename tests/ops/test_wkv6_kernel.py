@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from jaxformer.ops.implementation import implementation
 from jaxformer.ops.kernels.wkv6 import wkv6_pallas, wkv6_tpu
-from jaxformer.ops.route import route
 from jaxformer.ops.wkv6 import wkv6
 from jaxformer.sharding import MeshConfig, make_mesh, use_mesh
 
@@ -149,7 +149,7 @@ def test_bf16_is_near():
 
 def test_route_selects_the_kernel():
   arguments, starts, _ = inputs(1, 20, 2, 16, 16)
-  with route(wkv6='pallas'):
+  with implementation(wkv6='pallas'):
     routed = jax.make_jaxpr(lambda *a: wkv6(*a, starts))(*arguments)
   assert 'pallas_call' in str(routed)
   assert 'pallas_call' not in str(jax.make_jaxpr(lambda *a: wkv6(*a, starts))(*arguments))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jaxformer.ops import wkv7 as ops
-from jaxformer.ops.route import route
+from jaxformer.ops.implementation import implementation
 from jaxformer.ops.wkv7 import unit_lower_inverse, wkv7, wkv7_chunked, wkv7_naive
 
 B, H, K, V = 2, 2, 8, 6
@@ -126,12 +126,12 @@ def test_public_function():
   close(low, y, 0.05)
   assert 'cumsum' in str(_traced('chunked', args, state, starts))
   assert 'cumsum' not in str(_traced('naive', args, state, starts))
-  with pytest.raises(ValueError, match='no form'):
+  with pytest.raises(ValueError, match='must be one of naive, chunked'):
     _traced('fast', args, state, starts)
 
 
 def _traced(form, args, state, starts):
-  with route(wkv7=form):
+  with implementation(wkv7=form):
     return jax.make_jaxpr(lambda *x: wkv7(*x))(*args, state, starts)
 
 

@@ -8,7 +8,7 @@ from jaxformer.layers.layer import Context
 from jaxformer.models.language_model import LanguageModel
 from jaxformer.models.params import define
 from jaxformer.models.zoo import PRESETS
-from jaxformer.ops.route import route
+from jaxformer.ops.implementation import implementation
 from jaxformer.planning.arithmetic import arithmetic
 from jaxformer.planning.cost import cost, flops_per_token
 from jaxformer.planning.flops import traced_flops
@@ -58,7 +58,7 @@ def test_forward_flops_are_those_of_the_plainest_program(name):
   too."""
   model, B, T = PRESETS[name].model.replace(width=1024), 512, 64
   definition = define(model)
-  with route(every='naive'):
+  with implementation(every='naive'):
     counted = traced_flops(
       lambda p, t: definition.merge(p)(t, Context(unroll=False)).y,
       definition.abstract(),
@@ -102,7 +102,7 @@ def test_flops_are_those_that_the_compiler_multiplies(name, training):
     jax.grad(loss) if training else loss,
     (definition.abstract(), abstract_batch(model, B, T)),
   )
-  with route(every='naive'):
+  with implementation(every='naive'):
     counted, compiled = (
       traced_flops(f, *arguments),
       arithmetic(jax.jit(f).lower(*arguments).compile()),
@@ -140,7 +140,7 @@ def test_the_compilers_own_count(name, training):
     jax.grad(loss) if training else loss,
     (definition.abstract(), abstract_batch(model, B, T)),
   )
-  with route(every='naive'):
+  with implementation(every='naive'):
     counted, compiled = traced_flops(f, *arguments), jax.jit(f).lower(*arguments).compile()
   assert counted.total == pytest.approx(compiled.cost_analysis()['flops'], rel=0.02)
 
