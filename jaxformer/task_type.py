@@ -1,9 +1,14 @@
-"""What a model reads and predicts, as one value that models and data sets both declare."""
+"""What a model reads and predicts: the task type that models and data sets both declare, and the
+batches that pass between them."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal, NamedTuple
+
+# The id that stands for no token: positions without a target, padding of sources, and what follows
+# the end of a decoded sequence.
+IGNORE = -1
 
 Inputs = Literal['tokens', 'features', 'pairs']
 Predicts = Literal['next_token', 'class', 'sequence']
@@ -46,3 +51,22 @@ class TaskType:
     """Describe the task in words: 'tokens -> next token'."""
     inputs = self.inputs if self.features is None else f'{self.features} features per position'
     return f'{inputs} -> {self.predicts.replace("_", " ")}'
+
+
+class Batch(NamedTuple):
+  """Rows to train on or to score, as NumPy or JAX arrays.
+
+  Attributes:
+    inputs: what the model reads: token ids `B T`, or features `B T F` in fp32. Of pairs, what the
+      decoder reads.
+    targets_BT: the id to predict at each position, or IGNORE. Of language modeling the token that
+      follows; of classification the class, at the last position of the sequence alone.
+    segments_BT: the documents of a row, numbered from 1, with 0 for padding; None where rows hold
+      neither a boundary nor padding.
+    source_BS: of pairs, the source with the token that ends it, then IGNORE as padding; else None.
+  """
+
+  inputs: Any
+  targets_BT: Any
+  segments_BT: Any = None
+  source_BS: Any = None

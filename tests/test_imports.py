@@ -14,7 +14,7 @@ MAY_IMPORT = {
   'config': set(),
   'task_type': set(),
   'sharding': {'config'},
-  'ops': {'config', 'sharding'},
+  'ops': {'config', 'task_type', 'sharding'},
   'layers': {'config', 'sharding', 'ops'},
   'models': {'config', 'task_type', 'sharding', 'ops', 'layers'},
   'data': {'config', 'task_type'},

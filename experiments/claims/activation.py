@@ -47,7 +47,7 @@ import numpy as np
 from gallery import signed
 
 from jaxformer.data import DataConfig, order
-from jaxformer.data.dataset import AnyBatch
+from jaxformer.data.dataset import Batch
 from jaxformer.data.tasks.task import GeneratedTask, Side, labelled, random_bits
 from jaxformer.layers.attention import Attention
 from jaxformer.layers.mlp import ActivationName, GatedMlp, Mlp, MlpConfig
@@ -139,7 +139,7 @@ class SameSign(GeneratedTask):
   def task(self) -> TaskType:
     return TaskType(inputs='features', predicts='class', features=2, classes=2)
 
-  def rows(self, side: Side, index_N: np.ndarray) -> AnyBatch:
+  def rows(self, side: Side, index_N: np.ndarray) -> Batch:
     bits = random_bits(order.key(self.seed, self.tag, side), index_N, 2)
     x_N2 = 2 * (bits >> np.uint64(40)).astype(np.float32) / 2**24 - 1
     return labelled(x_N2[:, None], (x_N2[:, 0] * x_N2[:, 1] > 0).astype(np.int64))

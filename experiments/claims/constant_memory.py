@@ -135,11 +135,11 @@ def losses(
   if not file.exists():
     params, _ = load_params(folder, definition)
     batches = data.validation_batches(min(rows, BATCH), -(-rows // BATCH))
-    whole = [Batch(b.tokens_BT, b.targets_BT, None) for b in batches if isinstance(b, Batch)]
+    whole = [Batch(b.inputs, b.targets_BT, None) for b in batches if isinstance(b, Batch)]
     parts = [slice(i, i + LENGTH) for i in range(0, length, LENGTH)]
     cut = [
       loss_by_position(
-        definition, params, (Batch(b.tokens_BT[:, p], b.targets_BT[:, p], None) for b in whole)
+        definition, params, (Batch(b.inputs[:, p], b.targets_BT[:, p], None) for b in whole)
       )
       for p in parts
     ]

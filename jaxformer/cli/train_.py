@@ -143,7 +143,7 @@ def sampler(experiment: Any, dataset: Any) -> Callable[[Any, int], str] | None:
   prompt = (
     []
     if tokenizer.end_of_document is not None
-    else next(iter(dataset.validation_batches(1))).tokens_BT[0, :1].tolist()
+    else next(iter(dataset.validation_batches(1))).inputs[0, :1].tolist()
   )
   mesh = make_mesh(experiment.mesh)
 

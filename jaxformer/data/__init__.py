@@ -5,13 +5,10 @@ Start with `dataset.py`: `open_data(DataConfig(...))` or `open_data(Digits())` g
 """
 
 from jaxformer.data.dataset import (
-  Batch,
   Dataset,
   DatasetConfig,
-  FeatureBatch,
   HeldOutPair,
   Kind,
-  PairBatch,
   TrainBatches,
   open_data,
 )
@@ -57,8 +54,10 @@ from jaxformer.data.tokenizers import (
   load_tokenizer,
   train_bpe,
 )
+from jaxformer.task_type import IGNORE, Batch
 
 __all__ = [
+  'IGNORE',
   'AssociativeRecall',
   'Batch',
   'ByDocument',
@@ -73,7 +72,6 @@ __all__ = [
   'Dates',
   'Digits',
   'Document',
-  'FeatureBatch',
   'Files',
   'FuzzyInContextRecall',
   'HeldOutPair',
@@ -91,7 +89,6 @@ __all__ = [
   'Packed',
   'Packing',
   'Pair',
-  'PairBatch',
   'PairCorpus',
   'PairDataset',
   'PairTask',

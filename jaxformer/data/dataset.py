@@ -14,49 +14,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Float32, Int32, Int64
+from jaxtyping import Int32, Int64
 
 from jaxformer import config
 from jaxformer.config import Config, InputError
 from jaxformer.data.cache import Log
 from jaxformer.data.tokenizers import Tokenizer
-from jaxformer.task_type import TaskType
-
-IGNORED = -1
-
-
-class Batch(NamedTuple):
-  """Rows of T tokens. `targets_BT` is what is to be predicted at each position, or -1 where nothing
-  is: in text the token after it, of a sequence to classify its class, at its last position alone.
-  `segments_BT` numbers the documents within a row from 1, with 0 for padding; None where there is
-  neither a border nor padding."""
-
-  tokens_BT: Int32[np.ndarray, 'B T']
-  targets_BT: Int32[np.ndarray, 'B T']
-  segments_BT: Int32[np.ndarray, 'B T'] | None
-
-
-class FeatureBatch(NamedTuple):
-  """A `Batch` whose inputs are F numbers a position."""
-
-  features_BTF: Float32[np.ndarray, 'B T F']
-  targets_BT: Int32[np.ndarray, 'B T']
-  segments_BT: Int32[np.ndarray, 'B T'] | None
-
-
-class PairBatch(NamedTuple):
-  """Rows of a text of S tokens and its translation of T. The source ends with the tokenizer's end
-  of a document, after which -1 is padding. `tokens_BT` is what a decoder reads, the same token and
-  then the translation, with 0 as padding; `targets_BT` what it is to predict at each position, the
-  translation and then that token, with -1 where nothing is."""
-
-  source_BS: Int32[np.ndarray, 'B S']
-  tokens_BT: Int32[np.ndarray, 'B T']
-  targets_BT: Int32[np.ndarray, 'B T']
-  segments_BT: None = None
-
-
-AnyBatch = Batch | FeatureBatch | PairBatch
+from jaxformer.task_type import Batch, TaskType
 
 
 class HeldOutPair(NamedTuple):
@@ -180,7 +144,7 @@ class Dataset:
 
   def train_batch(
     self, step: int, batch_size: int, seed: int, process_index: int = 0, process_count: int = 1
-  ) -> AnyBatch:
+  ) -> Batch:
     """The rows that process `process_index` of `process_count` has of the global batch of
     `batch_size` rows at a step (from 0). The rows of all processes, in their order, are those of
     the one process of a run without others. Thread-safe."""
@@ -199,7 +163,7 @@ class Dataset:
     made ahead by a thread."""
     process_rows(batch_size, process_index, process_count)
 
-    def make(step: int) -> AnyBatch:
+    def make(step: int) -> Batch:
       return self.train_batch(step, batch_size, seed, process_index, process_count)
 
     return TrainBatches(make, lambda step: self.state(step, batch_size, seed), start_step, prefetch)
@@ -248,7 +212,7 @@ class Dataset:
     limit_batches: int | None = None,
     process_index: int = 0,
     process_count: int = 1,
-  ) -> Iterator[AnyBatch]:
+  ) -> Iterator[Batch]:
     """The rows that score a model once, in order. All batches have the same shape (of pairs, all of
     a bucket); rows that fill the last one up have no targets. With `limit_batches`, at most so many
     batches of rows spread evenly over all, always the same ones."""
@@ -290,7 +254,7 @@ class TrainBatches:
 
   def __init__(
     self,
-    make: Callable[[int], AnyBatch],
+    make: Callable[[int], Batch],
     state: Callable[[int], dict[str, Any]],
     start_step: int,
     prefetch: int,
@@ -299,7 +263,7 @@ class TrainBatches:
       raise InputError(f'prefetch = {prefetch}: must be 0 or more')
     self.next_step = start_step
     self._make, self._state = make, state
-    self._ahead: deque[Future[AnyBatch]] = deque()
+    self._ahead: deque[Future[Batch]] = deque()
     self._pool = ThreadPoolExecutor(1, 'jaxformer-data') if prefetch else None
     self._prefetch = prefetch
     self._closed = False
@@ -307,7 +271,7 @@ class TrainBatches:
   def __iter__(self) -> TrainBatches:
     return self
 
-  def __next__(self) -> AnyBatch:
+  def __next__(self) -> Batch:
     if self._closed:
       raise StopIteration
     if self._pool is None:

@@ -15,22 +15,14 @@ from jaxformer import config
 from jaxformer.config import InputError
 from jaxformer.data import order
 from jaxformer.data.cache import Log
-from jaxformer.data.dataset import (
-  IGNORED,
-  Dataset,
-  DatasetConfig,
-  HeldOutPair,
-  PairBatch,
-  process_rows,
-  spread,
-)
+from jaxformer.data.dataset import Dataset, DatasetConfig, HeldOutPair, process_rows, spread
 from jaxformer.data.pair_cache import PairCache, PairSide, open_pairs, open_tokenizers
 from jaxformer.data.pair_tokenizer import source_of
 from jaxformer.data.parallel import PairCorpus
 from jaxformer.data.splits import ByDocument
 from jaxformer.data.storage import cache_dir as default_cache_dir
 from jaxformer.data.tokenizers import Bytes, Tokenizer, TokenizerConfig
-from jaxformer.task_type import TaskType
+from jaxformer.task_type import IGNORE, Batch, TaskType
 
 
 class Pairs(DatasetConfig):
@@ -208,7 +200,7 @@ class PairDataset(Dataset):
 
   def train_batch(
     self, step: int, batch_size: int, seed: int, process_index: int = 0, process_count: int = 1
-  ) -> PairBatch:
+  ) -> Batch:
     if step < 0:
       raise InputError(f'step = {step}: must be 0 or more')
     (used,), (turn,) = self._deal(np.array([step], np.int64))
@@ -231,7 +223,7 @@ class PairDataset(Dataset):
     limit_batches: int | None = None,
     process_index: int = 0,
     process_count: int = 1,
-  ) -> Iterator[PairBatch]:
+  ) -> Iterator[Batch]:
     """Bucket after bucket, of `batch_size` rows each, in an order without a pattern so that a part
     of them is a sample."""
     low, high = process_rows(batch_size, process_index, process_count)
@@ -247,7 +239,7 @@ class PairDataset(Dataset):
     for bucket, index in batches:
       filled = np.concatenate([index, np.repeat(index[:1], batch_size - index.size)])[low:high]
       batch = self._batch(self._validation, bucket, filled)
-      batch.targets_BT[max(index.size - low, 0) :] = IGNORED
+      batch.targets_BT[max(index.size - low, 0) :] = IGNORE
       yield batch
 
   @property
@@ -265,7 +257,7 @@ class PairDataset(Dataset):
       for i in index.tolist()
     ]
 
-  def _batch(self, buckets: Buckets, bucket: int, index_B: Int64[np.ndarray, ' B']) -> PairBatch:
+  def _batch(self, buckets: Buckets, bucket: int, index_B: Int64[np.ndarray, ' B']) -> Batch:
     """The pairs with these numbers, as rows of a bucket."""
     side, (S, T) = buckets.side, buckets.shapes[bucket]
     return pair_batch(
@@ -298,15 +290,15 @@ def pair_batch(
   targets: list[np.ndarray],
   shape: tuple[int, int],
   ends: tuple[int, int],
-) -> PairBatch:
+) -> Batch:
   """Texts and their translations, without ends, as rows of S and T tokens with the ends of source
   and target."""
-  source_BS = np.full((len(sources), shape[0]), IGNORED, np.int32)
+  source_BS = np.full((len(sources), shape[0]), IGNORE, np.int32)
   tokens_BT = np.zeros((len(sources), shape[1]), np.int32)
-  targets_BT = np.full(tokens_BT.shape, IGNORED, np.int32)
+  targets_BT = np.full(tokens_BT.shape, IGNORE, np.int32)
   tokens_BT[:, 0] = ends[1]
   for row, (source, target) in enumerate(zip(sources, targets, strict=True)):
     source_BS[row, : source.size], source_BS[row, source.size] = source, ends[0]
     tokens_BT[row, 1 : target.size + 1] = target
     targets_BT[row, : target.size], targets_BT[row, target.size] = target, ends[1]
-  return PairBatch(source_BS, tokens_BT, targets_BT)
+  return Batch(tokens_BT, targets_BT, source_BS=source_BS)

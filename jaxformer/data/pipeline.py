@@ -14,11 +14,12 @@ from jaxformer import config
 from jaxformer.config import Config, InputError
 from jaxformer.data import baselines, order
 from jaxformer.data.cache import Log, SplitTokens, TokenCache, open_tokenizer, open_tokens
-from jaxformer.data.dataset import IGNORED, Batch, Dataset, DatasetConfig, process_rows, spread
+from jaxformer.data.dataset import Dataset, DatasetConfig, process_rows, spread
 from jaxformer.data.sources import Mixture, Part, Source, StandardLibrary
 from jaxformer.data.splits import ByDocument, Split
 from jaxformer.data.storage import cache_dir as default_cache_dir
 from jaxformer.data.tokenizers import Bytes, Tokenizer, TokenizerConfig
+from jaxformer.task_type import IGNORE, Batch
 
 
 class Packing(Config, abstract=True):
@@ -284,8 +285,8 @@ class TextDataset(Dataset):
         batch.segments_BT[mine] = np.where(inside_NS, document_NS - document_NS[:, :1] + 1, 0)[
           :, :-1
         ]
-      batch.tokens_BT[mine] = np.where(inside_NS, tokens_NS, 0)[:, :-1]
-      batch.targets_BT[mine] = np.where(target_NT, tokens_NS[:, 1:], IGNORED)
+      batch.inputs[mine] = np.where(inside_NS, tokens_NS, 0)[:, :-1]
+      batch.targets_BT[mine] = np.where(target_NT, tokens_NS[:, 1:], IGNORE)
     return batch
 
   @property

@@ -19,10 +19,9 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxformer.config import InputError
-from jaxformer.models.language_model import TargetBatch
 from jaxformer.models.params import Definition, Params
-from jaxformer.ops.loss import IGNORE
 from jaxformer.sharding import Rules, batch_sharding, batch_shards, replicated, use_mesh
+from jaxformer.task_type import IGNORE, Batch
 
 
 def bits_per_byte(nll_sum: float, bytes: int) -> float:
@@ -97,7 +96,7 @@ class PositionLoss:
 def evaluate(
   definition: Definition,
   params: Params,
-  batches: Iterable[TargetBatch],
+  batches: Iterable[Batch],
   *,
   token_bytes_V: Int[np.ndarray, ' V'] | None = None,
   mesh: Mesh | None = None,
@@ -133,7 +132,7 @@ def evaluate(
 def loss_by_position(
   definition: Definition,
   params: Params,
-  batches: Iterable[TargetBatch],
+  batches: Iterable[Batch],
   *,
   mesh: Mesh | None = None,
   rules: Rules | str = 'fsdp_tensor',
@@ -203,28 +202,9 @@ def _positions_BT(segments_BT: np.ndarray | None, shape: tuple[int, ...]) -> np.
 # ---- one program over all batches --------------------------------------------------------------
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class _Batch:
-  """A batch of tokens or of features, whichever it was, and of sources where there are some."""
-
-  inputs: Array | np.ndarray
-  targets_BT: Int[Array | np.ndarray, 'B T']
-  segments_BT: Int[Array | np.ndarray, 'B T'] | None
-  source_BS: Int[Array | np.ndarray, 'B S'] | None = None
-
-  @property
-  def tokens_BT(self) -> Array | np.ndarray:
-    return self.inputs
-
-  @property
-  def features_BTF(self) -> Array | np.ndarray:
-    return self.inputs
-
-
 @functools.partial(jax.jit, static_argnames=('definition', 'mesh', 'rules'))
 def _scored(
-  definition: Definition, params: Params, batch: _Batch, mesh: Mesh | None, rules: Rules | str
+  definition: Definition, params: Params, batch: Batch, mesh: Mesh | None, rules: Rules | str
 ) -> tuple[Float[Array, 'B T'], Bool[Array, 'B T'], Int[Array, 'B T'], Int[Array, 'B T'] | None]:
   """-log p, right answers, targets and segments, for the host to add up."""
   model: Any = definition.merge(params)
@@ -236,7 +216,7 @@ def _scored(
 def _scores(
   definition: Definition,
   params: Params,
-  batches: Iterable[TargetBatch],
+  batches: Iterable[Batch],
   mesh: Mesh | None,
   rules: Rules | str,
   dtype: Any,
@@ -261,14 +241,12 @@ def _scores(
     yield _fetched(pending)
 
 
-def _checked(definition: Definition, batch: Any) -> _Batch:
-  config, features = definition.config, getattr(batch, 'features_BTF', None)
-  inputs = (
-    np.asarray(batch.tokens_BT, np.int32) if features is None else np.asarray(features, np.float32)
-  )
+def _checked(definition: Definition, batch: Batch) -> Batch:
+  config, tokens = definition.config, np.ndim(batch.inputs) == 2
+  inputs = np.asarray(batch.inputs, np.int32 if tokens else np.float32)
   targets, classes = np.asarray(batch.targets_BT, np.int32), getattr(config, 'classes', None)
   checks = [('targets', targets, IGNORE, classes or config.vocab_size)]
-  if features is None:
+  if tokens:
     checks.insert(0, ('tokens', inputs, 0, config.vocab_size))
   source = None
   if hasattr(config, 'source_vocab_size'):
@@ -286,7 +264,7 @@ def _checked(definition: Definition, batch: Any) -> _Batch:
       f'evaluation: {T} tokens in a row are more than the {config.max_len} positions that the '
       'model has learned'
     )
-  return _Batch(
+  return Batch(
     inputs,
     targets,
     None if batch.segments_BT is None else np.asarray(batch.segments_BT, np.int32),
@@ -294,17 +272,17 @@ def _checked(definition: Definition, batch: Any) -> _Batch:
   )
 
 
-def _filled(batch: _Batch, rows: int) -> _Batch:
+def _filled(batch: Batch, rows: int) -> Batch:
   extra = ((0, rows - len(batch.targets_BT)), (0, 0))
   segments = None if batch.segments_BT is None else np.pad(batch.segments_BT, extra)
   inputs = np.pad(batch.inputs, (*extra, *((0, 0),) * (batch.inputs.ndim - 2)))
   source = (
     None if batch.source_BS is None else np.pad(batch.source_BS, extra, constant_values=IGNORE)
   )
-  return _Batch(inputs, np.pad(batch.targets_BT, extra, constant_values=IGNORE), segments, source)
+  return Batch(inputs, np.pad(batch.targets_BT, extra, constant_values=IGNORE), segments, source)
 
 
-def _placed(batch: _Batch, mesh: Mesh | None, rules: Rules | str) -> _Batch:
+def _placed(batch: Batch, mesh: Mesh | None, rules: Rules | str) -> Batch:
   if mesh is None:
     return batch
   where = batch_sharding(mesh, rules)

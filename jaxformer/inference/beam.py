@@ -15,9 +15,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxformer.config import Config, InputError
-from jaxformer.inference.decoding import NONE, STEP
-from jaxformer.models.encoder_decoder import PADDING, DecoderState, EncoderDecoder
+from jaxformer.inference.decoding import STEP
+from jaxformer.models.encoder_decoder import DecoderState, EncoderDecoder
 from jaxformer.models.params import Definition, Params
+from jaxformer.task_type import IGNORE
 
 
 class Beam(Config):
@@ -153,7 +154,7 @@ def beam_search(
     ends_BK = ~had_BK & (token_BK == end)
     tokens = jax.lax.dynamic_update_slice(
       of_parents(s.tokens_BKN),
-      jnp.where(had_BK | ends_BK, NONE, token_BK)[:, :, None],
+      jnp.where(had_BK | ends_BK, IGNORE, token_BK)[:, :, None],
       (0, 0, s.count),
     )
     coverage = s.coverage_BKS
@@ -203,7 +204,7 @@ def greedy_search(
     had_BK = s.done_BK(limit_B)
     ends_BK = ~had_BK & (token_BK == end)
     tokens = jax.lax.dynamic_update_slice(
-      s.tokens_BKN, jnp.where(had_BK | ends_BK, NONE, token_BK)[:, :, None], (0, 0, s.count)
+      s.tokens_BKN, jnp.where(had_BK | ends_BK, IGNORE, token_BK)[:, :, None], (0, 0, s.count)
     )
     coverage = s.coverage_BKS
     if coverage is not None:
@@ -282,7 +283,7 @@ def _begun(
   return _Search(
     state,
     zeros_BK + begin,
-    jnp.full((B, K, N), NONE, jnp.int32),
+    jnp.full((B, K, N), IGNORE, jnp.int32),
     zeros_BK,
     jnp.broadcast_to(live_K[None], (B, K)),
     jnp.zeros((B, K), bool),
@@ -297,7 +298,7 @@ def _best(s: _Search, source_BS: Array, beam: Beam) -> Hypotheses:
   if s.coverage_BKS is not None:
     covered = jnp.log(jnp.clip(s.coverage_BKS, 1e-10, 1.0))
     score = score + beam.coverage_penalty * jnp.where(
-      (source_BS != PADDING)[:, None], covered, 0.0
+      (source_BS != IGNORE)[:, None], covered, 0.0
     ).sum(-1)
   order_BK = jnp.lexsort((-score, ~s.finished_BK), axis=-1)
   parts = s.tokens_BKN, s.length_BK, s.log_p_BK, score, s.finished_BK

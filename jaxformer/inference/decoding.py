@@ -28,8 +28,8 @@ from jaxformer.layers.layer import Context, State
 from jaxformer.models.language_model import LanguageModel
 from jaxformer.models.params import Definition, Params
 from jaxformer.sharding import Rules, use_mesh
+from jaxformer.task_type import IGNORE
 
-NONE = -1  # no token: what follows the end of a row, and an end of document that does not exist
 STEP = Context()
 
 
@@ -98,7 +98,7 @@ def begin(
       .at[rows[:, None], jnp.where(segments_BT == 1, tokens_BT, V)]
       .set(True)[:, :V]
     )
-  empty = jnp.full((B, max_new_tokens), NONE, jnp.int32)
+  empty = jnp.full((B, max_new_tokens), IGNORE, jnp.int32)
   # Separate, so that the loop updates each layer's state in place.
   state = dataclasses.replace(out.state, stack=model.stack.separate_state(out.state.stack, STEP))
   start = Decoding(
@@ -153,7 +153,7 @@ def _drawn(
   )
   finished_B = d.finished_B | (token_B == end)
   tokens_BN = jax.lax.dynamic_update_slice(
-    d.tokens_BN, jnp.where(finished_B, NONE, token_B)[:, None], (0, d.count)
+    d.tokens_BN, jnp.where(finished_B, IGNORE, token_B)[:, None], (0, d.count)
   )
   seen_BV = None if d.seen_BV is None else d.seen_BV.at[jnp.arange(len(token_B)), token_B].set(True)
   return Decoding(d.state, token_B, tokens_BN, d.count + 1, finished_B, seen_BV, d.keys_B)
@@ -290,7 +290,7 @@ def request(
   length = max_len if max_len is not None else min(padded + room, most or padded + room)
   if dtype is not None:
     params = definition.cast(params, dtype)
-  end = NONE if end_of_document is None else end_of_document
+  end = IGNORE if end_of_document is None else end_of_document
   return Request(
     definition,
     params,

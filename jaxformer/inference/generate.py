@@ -8,11 +8,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxformer.inference.decoding import NONE, request
+from jaxformer.inference.decoding import request
 from jaxformer.inference.sampling import PLAIN, Sampling
 from jaxformer.models.language_model import LanguageModel
 from jaxformer.models.params import Definition, Params
 from jaxformer.sharding import Rules
+from jaxformer.task_type import IGNORE
 
 
 class Generated(NamedTuple):
@@ -78,4 +79,4 @@ def generate(
   )
   last = r.advance(r.begin(), max_new_tokens)
   tokens_BN, finished_B = np.asarray(last.tokens_BN), np.asarray(last.finished_B)
-  return [Generated(row[row != NONE].tolist(), bool(f)) for row, f in zip(tokens_BN, finished_B)]
+  return [Generated(row[row != IGNORE].tolist(), bool(f)) for row, f in zip(tokens_BN, finished_B)]

@@ -12,11 +12,12 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxformer.config import InputError
-from jaxformer.inference.decoding import NONE, Decoding, Request, request
+from jaxformer.inference.decoding import Decoding, Request, request
 from jaxformer.inference.sampling import Sampling
 from jaxformer.models.language_model import LanguageModel
 from jaxformer.models.params import Definition, Params
 from jaxformer.sharding import Rules
+from jaxformer.task_type import IGNORE
 
 DecodeBytes = Callable[[Iterable[int]], bytes]  # a tokenizer's `decode_bytes`
 
@@ -201,7 +202,7 @@ def _pieces(
       piece = ''
       if open_B[i]:
         new = tokens_BN[i, done:count]
-        piece = ''.join(row.push(int(t)) for t in new[new != NONE] if not row.stopped)
+        piece = ''.join(row.push(int(t)) for t in new[new != IGNORE] if not row.stopped)
         if ended_B[i] or row.stopped or count >= r.max_new_tokens:
           piece += row.close()
           finished_B[i], open_B[i] = ended_B[i] or row.stopped, False

@@ -10,9 +10,10 @@ from jax.sharding import Mesh
 
 from jaxformer.config import InputError
 from jaxformer.inference.beam import GREEDY_BEAM, Beam, Hypotheses, beam_search, greedy_search
-from jaxformer.inference.decoding import NONE, bucket, on
-from jaxformer.models.encoder_decoder import PADDING, EncoderDecoder
+from jaxformer.inference.decoding import bucket, on
+from jaxformer.models.encoder_decoder import EncoderDecoder
 from jaxformer.models.params import Definition, Params
+from jaxformer.task_type import IGNORE
 
 
 class Translation(NamedTuple):
@@ -89,7 +90,7 @@ def translate(
       min(bucket(int(n)), config.max_len or bucket(int(n)))
       for n in (len(filled[-1]), limit_B.max())
     )
-    source_BS = np.full((len(filled), S), PADDING, np.int32)
+    source_BS = np.full((len(filled), S), IGNORE, np.int32)
     for b, row in enumerate(filled):
       source_BS[b, : len(row)] = row
     with on(mesh, rules):
@@ -117,7 +118,7 @@ def _first(found: Hypotheses, rows: int) -> list[Translation]:
   )
   return [
     Translation(
-      tokens_BN[b][tokens_BN[b] != NONE].tolist(),
+      tokens_BN[b][tokens_BN[b] != IGNORE].tolist(),
       float(log_p_B[b]),
       float(score_B[b]),
       bool(finished_B[b]),

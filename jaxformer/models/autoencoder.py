@@ -14,11 +14,12 @@ from jaxformer.layers.init import Init, Normal
 from jaxformer.layers.layer import Context, LayerConfig, LayerPosition, positions_BT, starts_BT
 from jaxformer.layers.norm import NormConfig, RMSNorm
 from jaxformer.layers.position import PositionConfig, SinusoidalPositions
-from jaxformer.models.language_model import LanguageModel, ModelConfig, TokenBatch
+from jaxformer.models.language_model import LanguageModel, ModelConfig
 from jaxformer.models.stack import Group, Stack, layers_of
 from jaxformer.ops.linear import linear
 from jaxformer.ops.loss import LossSums, cross_entropy, token_scores
 from jaxformer.sharding import param, shard
+from jaxformer.task_type import Batch
 
 
 class Autoencoder(nnx.Module):
@@ -93,11 +94,9 @@ class Autoencoder(nnx.Module):
     self.head = param(c.init(rngs.params(), (D, V), D, LayerPosition()), ('embed', 'vocab'))
     self.head_bias = param(jnp.zeros(V), ('vocab',), decay=False)
 
-  def _hidden(
-    self, batch: TokenBatch, ctx: Context
-  ) -> tuple[Float[Array, 'B T D'], dict[str, Array]]:
+  def _hidden(self, batch: Batch, ctx: Context) -> tuple[Float[Array, 'B T D'], dict[str, Array]]:
     """What the head reads at every position."""
-    tokens_BT = jnp.asarray(batch.tokens_BT)
+    tokens_BT = jnp.asarray(batch.inputs)
     B, T = tokens_BT.shape
     position_BT = positions_BT(starts_BT(None, B, T))
     x = jnp.take(self.embedding[...], tokens_BT, axis=0, mode='clip')
@@ -109,17 +108,13 @@ class Autoencoder(nnx.Module):
     y = jax.nn.gelu(linear(self.norm_2(y), self.w_2[...], self.b_2[...]), approximate=False)
     return self.norm_3(y), out.aux
 
-  def __call__(self, batch: TokenBatch, ctx: Context = Context()) -> Float[Array, 'B T V']:
+  def __call__(self, batch: Batch, ctx: Context = Context()) -> Float[Array, 'B T V']:
     """Logits of the tokens at every position, in fp32."""
     logits = linear(self._hidden(batch, ctx)[0], self.head[...]).astype(jnp.float32)
     return logits + self.head_bias[...].astype(jnp.float32)[None, None]
 
   def loss(
-    self,
-    batch: TokenBatch,
-    ctx: Context = Context(),
-    z_loss: float = 0.0,
-    label_smoothing: float = 0.0,
+    self, batch: Batch, ctx: Context = Context(), z_loss: float = 0.0, label_smoothing: float = 0.0
   ) -> tuple[LossSums, dict[str, Array]]:
     """Sums of the loss over a batch, and the layers' auxiliary scalars."""
     y, aux = self._hidden(batch, ctx)
@@ -134,7 +129,7 @@ class Autoencoder(nnx.Module):
     return sums, aux
 
   def scores(
-    self, batch: TokenBatch, ctx: Context = Context()
+    self, batch: Batch, ctx: Context = Context()
   ) -> tuple[Float[Array, 'B T'], Bool[Array, 'B T']]:
     """-log p(target) of every position, in nats, fp32, and whether no token is likelier; 0 and
     False where there is no target."""

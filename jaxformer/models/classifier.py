@@ -15,11 +15,12 @@ from jaxformer.layers.init import FanInUniform, Init, Normal
 from jaxformer.layers.layer import Context, LayerConfig, LayerPosition, positions_BT, starts_BT
 from jaxformer.layers.norm import LayerNorm, NormConfig
 from jaxformer.layers.position import PositionConfig
-from jaxformer.models.language_model import ModelConfig, TargetBatch
+from jaxformer.models.language_model import ModelConfig
 from jaxformer.models.stack import Group, Stack, layers_of
 from jaxformer.ops.linear import linear
-from jaxformer.ops.loss import IGNORE, LossSums
+from jaxformer.ops.loss import LossSums
 from jaxformer.sharding import param, shard
+from jaxformer.task_type import IGNORE, Batch
 
 # ---- what goes in ------------------------------------------------------------------------------
 
@@ -52,7 +53,7 @@ class TokenInput(nnx.Module):
     )
 
   def __call__(self, batch: Any) -> Float[Array, 'B T D']:
-    return jnp.take(self.embedding[...], batch.tokens_BT, axis=0, mode='clip')
+    return jnp.take(self.embedding[...], batch.inputs, axis=0, mode='clip')
 
 
 class LinearInput(nnx.Module):
@@ -74,9 +75,7 @@ class LinearInput(nnx.Module):
     self.b = param(config.init(rngs.params(), (width,), F, LayerPosition()), ('norm',), decay=False)
 
   def __call__(self, batch: Any) -> Float[Array, 'B T D']:
-    return linear(
-      jnp.asarray(batch.features_BTF).astype(self.w[...].dtype), self.w[...], self.b[...]
-    )
+    return linear(jnp.asarray(batch.inputs).astype(self.w[...].dtype), self.w[...], self.b[...])
 
 
 # ---- one vector for a sequence -----------------------------------------------------------------
@@ -114,7 +113,7 @@ class LastPooling(Pooling):
 class Classifier(nnx.Module):
   """p(class | sequence) = softmax(W pool(norm(stack(input(sequence) + positions))) + b).
 
-  A batch is that of a language model, with tokens or `features_BTF`: the class of a row stands in
+  A batch is that of a language model, with tokens or features as inputs: the class of a row stands in
   `targets_BT` at the last position of its sequence, and -1 everywhere else (in all of a row that
   does not count). Sequences of unequal lengths are padded at the end, with `segments_BT` 1 in the
   sequence and 0 in the padding, which is a document of its own: no layer passes anything between
@@ -187,9 +186,7 @@ class Classifier(nnx.Module):
     )
     self.head_bias = param(jnp.zeros(c.classes), (None,), decay=False)
 
-  def _logits(
-    self, batch: TargetBatch, ctx: Context
-  ) -> tuple[Float[Array, 'B V'], dict[str, Array]]:
+  def _logits(self, batch: Batch, ctx: Context) -> tuple[Float[Array, 'B V'], dict[str, Array]]:
     B, T = batch.targets_BT.shape
     segments_BT = None if batch.segments_BT is None else jnp.asarray(batch.segments_BT)
     x = self.input(batch)
@@ -202,16 +199,12 @@ class Classifier(nnx.Module):
     bias = self.head_bias[...].astype(jnp.float32)
     return linear(pooled, self.head[...]).astype(jnp.float32) + bias[None], out.aux
 
-  def __call__(self, batch: TargetBatch, ctx: Context = Context()) -> Float[Array, 'B V']:
+  def __call__(self, batch: Batch, ctx: Context = Context()) -> Float[Array, 'B V']:
     """Logits of the classes of every row, in fp32."""
     return self._logits(batch, ctx)[0]
 
   def loss(
-    self,
-    batch: TargetBatch,
-    ctx: Context = Context(),
-    z_loss: float = 0.0,
-    label_smoothing: float = 0.0,
+    self, batch: Batch, ctx: Context = Context(), z_loss: float = 0.0, label_smoothing: float = 0.0
   ) -> tuple[LossSums, dict[str, Array]]:
     """Sums of the loss over a batch, and auxiliary scalars: those of the layers, and `accuracy`,
     the fraction of right answers."""
@@ -225,7 +218,7 @@ class Classifier(nnx.Module):
     return sums, aux | {'accuracy': jnp.sum(hit) / jnp.maximum(count, 1.0)}
 
   def scores(
-    self, batch: TargetBatch, ctx: Context = Context()
+    self, batch: Batch, ctx: Context = Context()
   ) -> tuple[Float[Array, 'B T'], Bool[Array, 'B T']]:
     """-log p(class) in nats, and whether no class is likelier, where a target stands; 0 and False
     elsewhere."""
@@ -234,7 +227,7 @@ class Classifier(nnx.Module):
     return jnp.where(asked_BT, nll[:, None], 0.0), asked_BT & hit[:, None]
 
 
-def _labels(batch: TargetBatch) -> Int[Array, ' B']:
+def _labels(batch: Batch) -> Int[Array, ' B']:
   """The one target of each row, or -1."""
   return jnp.max(jnp.asarray(batch.targets_BT), axis=1)
 

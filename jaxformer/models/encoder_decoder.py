@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,21 +28,12 @@ from jaxformer.layers.layer import (
 from jaxformer.layers.norm import NormConfig
 from jaxformer.layers.position import PositionConfig
 from jaxformer.models.block import gather
-from jaxformer.models.language_model import ModelConfig, TokenBatch
+from jaxformer.models.language_model import ModelConfig
 from jaxformer.models.stack import Group, Stack, layers_of, layers_with_widths, out_width
 from jaxformer.ops.linear import linear
 from jaxformer.ops.loss import LossSums, cross_entropy, token_scores
 from jaxformer.sharding import param, shard
-
-PADDING = -1  # no token of the source
-
-
-class PairBatch(TokenBatch, Protocol):
-  """What an encoder-decoder is trained on: `source_BS`, -1 at the end of a row as padding;
-  `tokens_BT`, what the decoder reads, and `targets_BT`, what it is to say then."""
-
-  @property
-  def source_BS(self) -> Any: ...
+from jaxformer.task_type import IGNORE, Batch
 
 
 @jax.tree_util.register_dataclass
@@ -220,9 +211,9 @@ class EncoderDecoder(nnx.Module):
     """The memory, and the auxiliary values of the encoder's layers."""
     c, (B, S) = self.config, source_BS.shape
     self._check_length(S)
-    order = _Order(source_BS != PADDING, c.reverse_source, c.hand_over)
+    order = _Order(source_BS != IGNORE, c.reverse_source, c.hand_over)
     source, ctx = order.there(jnp.asarray(source_BS)), ctx.fold(0)
-    valid_BS = source != PADDING
+    valid_BS = source != IGNORE
     ctx = ctx.replace(segments_BT=valid_BS.astype(jnp.int32))
     positions = positions_BT(starts_BT(ctx.segments_BT, B, S))
     x = self._embed(
@@ -235,7 +226,7 @@ class EncoderDecoder(nnx.Module):
     out = self.encoder(shard(x, 'batch', 'time', 'embed'), ctx, states)
     y = out.y if self.encoder_norm is None else self.encoder_norm(out.y)
     final = () if states is None else self.encoder.handed_over(out.state)
-    return Memory(order.back(y), source_BS != PADDING, final), out.aux
+    return Memory(order.back(y), source_BS != IGNORE, final), out.aux
 
   def _check_length(self, length: int) -> None:
     if self.config.max_len is not None and length > self.config.max_len:
@@ -333,14 +324,10 @@ class EncoderDecoder(nnx.Module):
     return logits
 
   def loss(
-    self,
-    batch: PairBatch,
-    ctx: Context = Context(),
-    z_loss: float = 0.0,
-    label_smoothing: float = 0.0,
+    self, batch: Batch, ctx: Context = Context(), z_loss: float = 0.0, label_smoothing: float = 0.0
   ) -> tuple[LossSums, dict[str, Array]]:
     """Sums of the loss over a batch, and the layers' auxiliary scalars."""
-    out = self._both(batch.source_BS, batch.tokens_BT, ctx)
+    out = self._both(batch.source_BS, batch.inputs, ctx)
     sums = cross_entropy(
       out.y,
       self._head(),
@@ -352,11 +339,11 @@ class EncoderDecoder(nnx.Module):
     return sums, out.aux
 
   def scores(
-    self, batch: PairBatch, ctx: Context = Context()
+    self, batch: Batch, ctx: Context = Context()
   ) -> tuple[Float[Array, 'B T'], Bool[Array, 'B T']]:
     """-log p(target) of every position, in nats, fp32, and whether no token is likelier; 0 and
     False where there is no target. Few logits are held at a time."""
-    y_BTD = self._both(batch.source_BS, batch.tokens_BT, ctx).y
+    y_BTD = self._both(batch.source_BS, batch.inputs, ctx).y
     return token_scores(y_BTD, self._head(), jnp.asarray(batch.targets_BT), **self._head_options())
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,23 +29,7 @@ from jaxformer.models.stack import Group, Stack, layers_of
 from jaxformer.ops.linear import linear
 from jaxformer.ops.loss import LossSums, cross_entropy, token_scores
 from jaxformer.sharding import param, shard
-
-
-class TargetBatch(Protocol):
-  """What every model is trained on. `targets_BT` is -1 where there is nothing to predict;
-  `segments_BT` may be None."""
-
-  @property
-  def targets_BT(self) -> Any: ...
-  @property
-  def segments_BT(self) -> Any: ...
-
-
-class TokenBatch(TargetBatch, Protocol):
-  """What a language model is trained on."""
-
-  @property
-  def tokens_BT(self) -> Any: ...
+from jaxformer.task_type import Batch
 
 
 class ModelConfig(Config, abstract=True):
@@ -249,14 +233,10 @@ class LanguageModel(nnx.Module):
     return logits if c is None else c * jnp.tanh(logits / c)
 
   def loss(
-    self,
-    batch: TokenBatch,
-    ctx: Context = Context(),
-    z_loss: float = 0.0,
-    label_smoothing: float = 0.0,
+    self, batch: Batch, ctx: Context = Context(), z_loss: float = 0.0, label_smoothing: float = 0.0
   ) -> tuple[LossSums, dict[str, Array]]:
     """Sums of the loss over a batch, and the layers' auxiliary scalars."""
-    out = self.hidden(batch.tokens_BT, ctx.replace(segments_BT=batch.segments_BT))
+    out = self.hidden(batch.inputs, ctx.replace(segments_BT=batch.segments_BT))
     if label_smoothing and self.config.softcap is not None:
       raise InputError(
         f'training.label_smoothing = {label_smoothing}: must be 0 where model.softcap bends the '
@@ -273,9 +253,9 @@ class LanguageModel(nnx.Module):
     return sums, out.aux
 
   def scores(
-    self, batch: TokenBatch, ctx: Context = Context()
+    self, batch: Batch, ctx: Context = Context()
   ) -> tuple[Float[Array, 'B T'], Bool[Array, 'B T']]:
     """-log p(target) of every position, in nats, fp32, and whether no token is likelier; 0 and
     False where there is no target. Few logits are held at a time."""
-    y_BTD = self.hidden(batch.tokens_BT, ctx.replace(segments_BT=batch.segments_BT)).y
+    y_BTD = self.hidden(batch.inputs, ctx.replace(segments_BT=batch.segments_BT)).y
     return token_scores(y_BTD, self._head(), jnp.asarray(batch.targets_BT), **self._head_options())

@@ -27,8 +27,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxformer import sharding
 from jaxformer.ops.implementation import Implementation, Operation
 from jaxformer.ops.loss_vocabulary import vocabulary_logsumexp, vocabulary_loss
-
-IGNORE = -1  # a target that counts for nothing
+from jaxformer.task_type import IGNORE
 
 _ROWS = {'cpu': 512}  # tokens at a time; a CPU wants their logits in its cache
 _ACCUMULATOR_BYTES = 2**26  # the largest fp32 dW that an accelerator accumulates

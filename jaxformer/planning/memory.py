@@ -36,6 +36,7 @@ from jaxformer.models.params import Definition, define
 from jaxformer.ops.implementation import implementation
 from jaxformer.planning.residuals import Kept, kept_arrays
 from jaxformer.sharding import MeshConfig, Rules, assume_platform, rules_of
+from jaxformer.task_type import Batch
 
 _BLOCK = re.compile(r'(.*\bgroups\.\d+\.\d+)\.')
 _LOGIT_BYTES = 2**26
@@ -82,28 +83,14 @@ class Memory:
     return sum(getattr(self, f.name) for f in dataclasses.fields(self))
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class AbstractBatch:
-  """What any model may read of a batch, in shapes."""
-
-  targets_BT: Any
-  tokens_BT: Any = None
-  features_BTF: Any = None
-  source_BS: Any = None
-  segments_BT: Any = None
-
-
-def abstract_batch(model: ModelConfig, batch: int, length: int) -> AbstractBatch:
+def abstract_batch(model: ModelConfig, batch: int, length: int) -> Batch:
   """`batch` sequences of `length` positions, of what the model reads."""
   ids = jax.ShapeDtypeStruct((batch, length), jnp.int32)
   features = getattr(model, 'features', None)
   if features is not None:
-    return AbstractBatch(
-      ids, features_BTF=jax.ShapeDtypeStruct((batch, length, features), jnp.float32)
-    )
+    return Batch(jax.ShapeDtypeStruct((batch, length, features), jnp.float32), ids)
   source = ids if getattr(model, 'source_vocab_size', None) is not None else None
-  return AbstractBatch(ids, tokens_BT=ids, source_BS=source)
+  return Batch(ids, ids, source_BS=source)
 
 
 def abstract_mesh(config: MeshConfig, devices: int) -> AbstractMesh:

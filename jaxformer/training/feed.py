@@ -10,8 +10,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from jaxformer.config import InputError
-from jaxformer.models.language_model import TargetBatch
 from jaxformer.sharding import Rules, batch_sharding, batch_shards
+from jaxformer.task_type import Batch
 
 
 def rows_of_process(sharding: NamedSharding, batch_size: int, length: int) -> tuple[int, int]:
@@ -59,7 +59,7 @@ class Feed:
       )
     self.index, self.count = rows_of_process(self._sharding, batch_size, length)
 
-  def __call__(self, batch: TargetBatch) -> TargetBatch:
+  def __call__(self, batch: Batch) -> Batch:
     """The batch on the devices. Returns at once."""
     return jax.tree.map(self._put, batch)
 

@@ -11,8 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxformer.config import InputError
-from jaxformer.data import Batch, DataConfig, DatasetConfig, PairBatch, Pairs
-from jaxformer.data.dataset import AnyBatch
+from jaxformer.data import Batch, DataConfig, DatasetConfig, Pairs
 from jaxformer.models.params import Definition, define
 from jaxformer.sharding import Rules, batch_sharding, batch_shards, use_mesh
 from jaxformer.training.checkpoint import abstract_state
@@ -47,9 +46,7 @@ def abstract_train_state(
   return abstract_state(state, state_shardings(definition, optimizer, mesh, rules))
 
 
-def abstract_batch(
-  data: DatasetConfig, batch_size: int, mesh: Mesh, rules: Rules | str
-) -> AnyBatch:
+def abstract_batch(data: DatasetConfig, batch_size: int, mesh: Mesh, rules: Rules | str) -> Batch:
   """Shapes, dtypes and shardings of a batch, of pairs one of the longest. Text has no part in them
   and is not opened; of other data one row is made.
 
@@ -68,7 +65,7 @@ def abstract_batch(
     source, target = (
       np.broadcast_to(np.int32(0), (1, n[-1])) for n in (data.source_lengths, data.target_lengths)
     )
-    row = PairBatch(source, target, target, None)
+    row = Batch(target, target, source_BS=source)
   else:
     row = data.open().train_batch(0, 1, 0)
   where = batch_sharding(mesh, rules)

@@ -11,10 +11,10 @@ from jax.sharding import Mesh
 from jaxtyping import Array
 
 from jaxformer.layers.layer import Context
-from jaxformer.models.language_model import TargetBatch
 from jaxformer.models.params import Definition, Params
-from jaxformer.ops.loss import IGNORE, LossSums
+from jaxformer.ops.loss import LossSums
 from jaxformer.sharding import Rules, batch_sharding, replicated
+from jaxformer.task_type import IGNORE, Batch
 from jaxformer.training.optimizer import Optimizer
 
 Metrics = dict[str, Array]
@@ -74,7 +74,7 @@ def state_shardings(
   return TrainState(whole, params, optimizer.shardings(mesh, params), whole)
 
 
-def microbatches(batch: TargetBatch, n: int) -> TargetBatch:
+def microbatches(batch: Batch, n: int) -> Batch:
   """A batch as n of them on a leading axis. Microbatch i has the rows i, n + i, ...: of a batch
   that is divided over devices each device keeps its rows."""
   return jax.tree.map(
@@ -83,7 +83,7 @@ def microbatches(batch: TargetBatch, n: int) -> TargetBatch:
 
 
 def loss_and_grads(
-  definition: Definition, config: StepConfig, params: Params, batch: TargetBatch, key: Array
+  definition: Definition, config: StepConfig, params: Params, batch: Batch, key: Array
 ) -> tuple[LossSums, Metrics, Params]:
   """Sums of the loss over a batch, auxiliary scalars, and the gradient of what is minimised: loss /
   count + sum of `loss/...`.
@@ -94,9 +94,7 @@ def loss_and_grads(
   n = config.accumulate
   count = jnp.maximum(jnp.sum(batch.targets_BT != IGNORE).astype(jnp.float32), 1.0)
 
-  def objective(
-    params: Params, batch: TargetBatch, key: Array
-  ) -> tuple[Array, tuple[LossSums, Metrics]]:
+  def objective(params: Params, batch: Batch, key: Array) -> tuple[Array, tuple[LossSums, Metrics]]:
     model = definition.merge(definition.cast(params, config.dtype))
     sums, aux = model.loss(
       batch,
@@ -139,11 +137,7 @@ def over_layers(aux: Metrics) -> Metrics:
 
 
 def train_step(
-  definition: Definition,
-  optimizer: Optimizer,
-  config: StepConfig,
-  state: TrainState,
-  batch: TargetBatch,
+  definition: Definition, optimizer: Optimizer, config: StepConfig, state: TrainState, batch: Batch
 ) -> tuple[TrainState, Metrics]:
   """One update. Metrics: `train/loss` (cross-entropy a target, nats), `train/grad_norm`,
   `learning_rate`, `finite`, and the layers' auxiliary values as `train/...` (`over_layers`)."""
@@ -168,7 +162,7 @@ def compiled_train_step(
   `use_mesh`."""
   where = state_shardings(definition, optimizer, mesh, rules)
 
-  def step(state: TrainState, batch: TargetBatch) -> tuple[TrainState, Metrics]:
+  def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
     return train_step(definition, optimizer, config, state, batch)
 
   return jax.jit(

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxformer.data.dataset import PairBatch
+from jaxformer.data import Batch
 from jaxformer.layers.cross_attention import DotScore
 from jaxformer.layers.init import Uniform
 from jaxformer.models.params import define
@@ -52,7 +52,7 @@ def compiled(definition, config: MeshConfig, sizes=(B, S, T)) -> jax.stages.Comp
     how = StepConfig(dtype=jnp.bfloat16, remat='full', label_smoothing=0.1)
     step = compiled_train_step(definition, optimizer, how, mesh, rules)
     return (
-      step.trace(state, PairBatch(ids(source), ids(target), ids(target)))
+      step.trace(state, Batch(ids(target), ids(target), source_BS=ids(source)))
       .lower(lowering_platforms=('tpu',))
       .compile()
     )

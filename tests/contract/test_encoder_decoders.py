@@ -25,7 +25,7 @@ def logits_of(case):
 def test_teacher_forced_equals_prefill_and_steps(name, prefill):
   case = model(name)
   batch, merge = pairs_of(case), case.definition.merge
-  x = batch.tokens_BT[:, :24]
+  x = batch.inputs[:, :24]
   whole = logits_of(case)(case.params, batch.source_BS, x)
   memory = jax.jit(lambda p: merge(p).encode(batch.source_BS, Context(unroll=False)))(case.params)
   state, ys = jax.jit(lambda p: merge(p).init_state(memory, LENGTH))(case.params), []
@@ -51,13 +51,13 @@ def test_teacher_forced_equals_prefill_and_steps(name, prefill):
 def test_padding_and_order_of_a_batch_change_nothing(name):
   case = model(name)
   batch, logits = pairs_of(case), logits_of(case)
-  together = logits(case.params, batch.source_BS, batch.tokens_BT)
+  together = logits(case.params, batch.source_BS, batch.inputs)
   for i in (1, 7):
     source = batch.source_BS[i : i + 1, : 24 - 2 * i]
     assert np.all(np.asarray(source) >= 0)
-    close(logits(case.params, source, batch.tokens_BT[i : i + 1])[0], together[i], 1e-5)
+    close(logits(case.params, source, batch.inputs[i : i + 1])[0], together[i], 1e-5)
   order = np.random.default_rng(0).permutation(BATCH)
-  close(logits(case.params, batch.source_BS[order], batch.tokens_BT[order]), together[order], 1e-5)
+  close(logits(case.params, batch.source_BS[order], batch.inputs[order]), together[order], 1e-5)
 
 
 @every
@@ -92,7 +92,7 @@ def test_loss_equals_that_of_the_logits(name):
   sums, _ = jax.jit(
     lambda p: case.definition.merge(p).loss(batch, Context(unroll=False), label_smoothing=smoothing)
   )(case.params)
-  logits = np.asarray(logits_of(case)(case.params, batch.source_BS, batch.tokens_BT), np.float64)
+  logits = np.asarray(logits_of(case)(case.params, batch.source_BS, batch.inputs), np.float64)
   targets = np.asarray(batch.targets_BT)
   log_p = (
     logits
@@ -132,7 +132,7 @@ def test_alignments_are_distributions_over_the_tokens_of_the_source(name):
   for unroll in (False, True):
     out = jax.jit(
       lambda p, c=Context(unroll=unroll, align=True): case.definition.merge(p)(
-        batch.source_BS, batch.tokens_BT, c
+        batch.source_BS, batch.inputs, c
       )
     )(case.params)
     assert bool(out.alignments) == (name != 'seq2seq-lstm-tiny')

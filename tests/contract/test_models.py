@@ -55,7 +55,7 @@ def batch_of(case):
   t = tokens(case, LENGTH + 1)
   targets = t[:, 1:].at[:, 5].set(-1)
   return types.SimpleNamespace(
-    tokens_BT=t[:, :-1], targets_BT=targets, segments_BT=segments(*DOCUMENTS)
+    inputs=t[:, :-1], targets_BT=targets, segments_BT=segments(*DOCUMENTS)
   )
 
 
@@ -69,7 +69,7 @@ def pairs_of(case):
   source = tokens(case, 24 + LENGTH)[:, LENGTH:]
   return types.SimpleNamespace(
     source_BS=jnp.where(where_BT[:, :24] < 24 - 2 * row_B1, source, -1),
-    tokens_BT=t[:, :-1],
+    inputs=t[:, :-1],
     targets_BT=jnp.where(where_BT < LENGTH - 3 * row_B1, t[:, 1:], -1),
     segments_BT=None,
   )
@@ -80,13 +80,10 @@ def sequences_of(case):
   config, length_B = case.definition.config, LENGTH - 3 * jnp.arange(BATCH)
   label_B = jnp.arange(BATCH) % config.classes
   where_BT, length_B1 = jnp.arange(LENGTH)[None], length_B[:, None]
-  inputs = (
-    {'tokens_BT': tokens(case, LENGTH)}
-    if config.features is None
-    else {'features_BTF': jax.random.normal(jax.random.key(3), (BATCH, LENGTH, config.features))}
-  )
   return types.SimpleNamespace(
-    **inputs,
+    inputs=tokens(case, LENGTH)
+    if config.features is None
+    else jax.random.normal(jax.random.key(3), (BATCH, LENGTH, config.features)),
     targets_BT=jnp.where(where_BT == length_B1 - 1, label_B[:, None], -1),
     segments_BT=(where_BT < length_B1).astype(jnp.int32),
   )
@@ -132,7 +129,7 @@ def test_loss_equals_that_of_the_logits(name):
   case = model(name)
   batch, sums = batch_of(case), on_one_device(name)[0][1]
   logits = np.asarray(
-    case.call(case.params, batch.tokens_BT, Context(segments_BT=batch.segments_BT))[0], np.float64
+    case.call(case.params, batch.inputs, Context(segments_BT=batch.segments_BT))[0], np.float64
   )
   targets = np.asarray(batch.targets_BT)
   top = logits.max(-1, keepdims=True)

@@ -39,8 +39,8 @@ def opened(path, **fields):
 
 
 def everything(data):
-  return [b.tokens_BT for b in data.validation_batches(4)] + [
-    data.train_batch(s, 4, 0).tokens_BT for s in range(5)
+  return [b.inputs for b in data.validation_batches(4)] + [
+    data.train_batch(s, 4, 0).inputs for s in range(5)
   ]
 
 

@@ -44,9 +44,7 @@ def texts(batch):
   """(source, target) of each row that is asked for, from the ids, which are checked against each
   other."""
   out = []
-  for source, tokens, targets in zip(
-    batch.source_BS, batch.tokens_BT, batch.targets_BT, strict=True
-  ):
+  for source, tokens, targets in zip(batch.source_BS, batch.inputs, batch.targets_BT, strict=True):
     length, count = (source != -1).sum(), (targets != -1).sum()
     assert (source[length:] == -1).all()
     assert source[length - 1] == END
@@ -75,7 +73,7 @@ def test_batches_hold_pairs_of_their_bucket_and_about_the_same_number_of_positio
   shapes = collections.Counter()
   for step in range(60):
     batch = data.train_batch(step, 6, seed=1)
-    (rows, S), (_, T) = batch.source_BS.shape, batch.tokens_BT.shape
+    (rows, S), (_, T) = batch.source_BS.shape, batch.inputs.shape
     bucket = LENGTHS['source_lengths'].index(S)
     assert LENGTHS['target_lengths'][bucket] == T
     assert rows == 6 * (56 // (S + T))
@@ -109,7 +107,7 @@ def test_hosts_and_resuming_change_nothing(pairs):
   for count in (2, 4):
     for step, whole in enumerate(want):
       parts = [data.train_batch(step, 8, 5, i, count) for i in range(count)]
-      for field in ('source_BS', 'tokens_BT', 'targets_BT'):
+      for field in ('source_BS', 'inputs', 'targets_BT'):
         np.testing.assert_array_equal(
           np.concatenate([getattr(p, field) for p in parts]), getattr(whole, field)
         )

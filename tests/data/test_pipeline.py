@@ -84,11 +84,11 @@ def stream(data, side):
 def test_shapes_and_shift(dataset, packing):
   data = dataset(packing=packing)
   batch = data.train_batch(3, 8, seed=0)
-  assert batch.tokens_BT.shape == batch.targets_BT.shape == (8, LENGTH)
-  assert batch.tokens_BT.dtype == batch.targets_BT.dtype == np.int32
+  assert batch.inputs.shape == batch.targets_BT.shape == (8, LENGTH)
+  assert batch.inputs.dtype == batch.targets_BT.dtype == np.int32
   assert (batch.segments_BT is None) == (not isinstance(packing, Packed))
   predicted = batch.targets_BT[:, :-1] >= 0
-  assert np.array_equal(batch.targets_BT[:, :-1][predicted], batch.tokens_BT[:, 1:][predicted])
+  assert np.array_equal(batch.targets_BT[:, :-1][predicted], batch.inputs[:, 1:][predicted])
   if not isinstance(packing, Packed):
     assert (batch.targets_BT >= 0).all()
 
@@ -125,7 +125,7 @@ def test_epoch_shows_every_sequence_once(dataset, packing, batch_size):
   assert rows == (data.train_tokens - 1) // LENGTH
   expected = sorted(tokens[: rows * LENGTH].reshape(rows, LENGTH).tolist())
   shown = np.concatenate(
-    [data.train_batch(s, batch_size, 1).tokens_BT for s in range(-(-3 * rows // batch_size))]
+    [data.train_batch(s, batch_size, 1).inputs for s in range(-(-3 * rows // batch_size))]
   )
   epochs = [shown[e * rows : (e + 1) * rows].tolist() for e in range(3)]
   assert all(sorted(e) == expected for e in epochs)
@@ -143,7 +143,7 @@ def test_random_windows_start_anywhere(dataset):
   data = dataset(packing=RandomWindows())
   tokens = stream(data, 'train')
   windows = {tuple(tokens[i : i + LENGTH]) for i in range(data.train_tokens - LENGTH)}
-  shown = {tuple(row) for s in range(100) for row in data.train_batch(s, 512, 0).tokens_BT.tolist()}
+  shown = {tuple(row) for s in range(100) for row in data.train_batch(s, 512, 0).inputs.tolist()}
   assert shown <= windows
   assert len(shown) > 0.95 * len(windows)
 
@@ -158,7 +158,7 @@ def test_packing_never_crosses_documents(dataset):
     data.validation_batches(4)
   )
   for batch in batches:
-    for tokens, targets, segments in zip(*batch):
+    for tokens, targets, segments in zip(*batch[:3]):
       assert (np.diff(segments[segments > 0]) >= 0).all()
       for segment in set(segments[segments > 0].tolist()):
         inside = segments == segment
@@ -186,7 +186,7 @@ def test_validation_predicts_every_token_once(dataset, packing, batch_size):
   data = dataset(packing=packing)
   tokens = stream(data, 'validation')
   batches = list(data.validation_batches(batch_size))
-  assert all(b.tokens_BT.shape == (batch_size, LENGTH) for b in batches)
+  assert all(b.inputs.shape == (batch_size, LENGTH) for b in batches)
   targets = np.concatenate([b.targets_BT.ravel() for b in batches])
   predicted = targets[targets >= 0]
   expected = tokens[1:]
@@ -200,8 +200,8 @@ def test_validation_predicts_every_token_once(dataset, packing, batch_size):
 
 def test_validation_with_a_limit_is_spread_and_repeatable(dataset):
   data = dataset(packing=Stream())
-  rows = np.concatenate([b.tokens_BT for b in data.validation_batches(1)])
-  chosen = np.concatenate([b.tokens_BT for b in data.validation_batches(2, limit_batches=4)])
+  rows = np.concatenate([b.inputs for b in data.validation_batches(1)])
+  chosen = np.concatenate([b.inputs for b in data.validation_batches(2, limit_batches=4)])
   places = [next(i for i, r in enumerate(rows) if np.array_equal(r, c)) for c in chosen]
   assert len(set(places)) == 8
   assert places == sorted(places)
@@ -268,7 +268,7 @@ def test_mixture_proportions(mixture, packing):
   data = mixture([1, 2, 5], packing)
   counts = dict.fromkeys('xyz', 0)
   for step in range(100):
-    for row in data.train_batch(step, 8, 0).tokens_BT:
+    for row in data.train_batch(step, 8, 0).inputs:
       text = data.tokenizer.decode(row)
       counts[next(c for c in 'xyz' if c in text)] += 1
   # a digit-only row has no letter
@@ -280,7 +280,7 @@ def test_mixture_shows_every_sequence_of_a_part_once_an_epoch(mixture):
   rows = [data.config.packing.rows(s.tokens_N.size, LENGTH) for s in data._train]
   shown = {c: [] for c in 'xy'}
   for step in range(2 * max(rows)):
-    for row in data.train_batch(step, 1, 0).tokens_BT:
+    for row in data.train_batch(step, 1, 0).inputs:
       text = data.tokenizer.decode(row)
       shown['x' if 'x' in text else 'y'].append(tuple(row))
   assert len({tuple(r) for r in shown['y'][: rows[1]]}) == len(set(shown['y'])) > 0
@@ -311,9 +311,10 @@ def test_too_little_text(dataset, corpus):
   with pytest.raises(InputError, match='the corpus holds no text'):
     dataset(['', ''])
   longest = dataset(packing=Stream()).train_tokens - 1
-  assert dataset(packing=Stream(), sequence_length=longest).train_batch(
-    0, 2, 0
-  ).tokens_BT.shape == (2, longest)
+  assert dataset(packing=Stream(), sequence_length=longest).train_batch(0, 2, 0).inputs.shape == (
+    2,
+    longest,
+  )
 
 
 def test_bad_batch_arguments(dataset):
@@ -361,5 +362,5 @@ def test_tokenizer_of_a_run_on_other_text(dataset, corpus):
 def test_default_corpus(monkeypatch):
   data = open_data(DataConfig(source=StandardLibrary(max_bytes=300_000)))
   assert data.vocab_size == 257
-  assert data.train_batch(0, 16, 0).tokens_BT.shape == (16, 256)
+  assert data.train_batch(0, 16, 0).inputs.shape == (16, 256)
   assert 3 < data.bigram_bits_per_byte() < data.unigram_bits_per_byte() < 6

@@ -31,7 +31,7 @@ KEY = np.uint64(7)
 
 def rows(batch):
   assert batch.segments_BT is None
-  return zip(batch.tokens_BT.tolist(), batch.targets_BT.tolist(), strict=True)
+  return zip(batch.inputs.tolist(), batch.targets_BT.tolist(), strict=True)
 
 
 def asked(targets: list[int]) -> dict[int, int]:
@@ -80,18 +80,16 @@ def test_every_key_of_mqar_is_asked_once(task):
       assert task.random_filler or not any(rest)
   if task.random_filler:
     many = task.rows('test', MANY[:5000])
-    assert_uniform(
-      many.tokens_BT[:, context:][many.targets_BT[:, context:] == -1], 0, task.vocab_size
-    )
+    assert_uniform(many.inputs[:, context:][many.targets_BT[:, context:] == -1], 0, task.vocab_size)
 
 
 @pytest.mark.parametrize('power', [0.01, 0.5, 1.0])
 def test_keys_of_mqar_come_again_by_the_power_law(power):
   task = MultiQueryRecall(pairs=2, vocab_size=10, length=14, power=power)
   batch = task.rows('train', MANY)
-  keys, (row, place) = batch.tokens_BT[:, 0:4:2], np.nonzero(batch.targets_BT != -1)
+  keys, (row, place) = batch.inputs[:, 0:4:2], np.nonzero(batch.targets_BT != -1)
   slot = ((place - 4) // 2).reshape(-1, 2)
-  first = np.take_along_axis(batch.tokens_BT, place.reshape(-1, 2), axis=1)[:, 0] == keys[:, 0]
+  first = np.take_along_axis(batch.inputs, place.reshape(-1, 2), axis=1)[:, 0] == keys[:, 0]
   first, second = np.where(first, slot[:, 0], slot[:, 1]), np.where(first, slot[:, 1], slot[:, 0])
   weight = np.arange(1, 6) ** (power - 1)
   law = {
@@ -140,7 +138,7 @@ def test_what_is_copied_stands_anywhere():
   task = SelectiveCopying(copied=2, vocab_size=5, length=8)
   batch = task.rows('train', MANY)
   assert_uniform(batch.targets_BT[:, -2:], 1, 4)
-  places = np.nonzero((batch.tokens_BT > 0) & (batch.tokens_BT < 4))[1].reshape(-1, 2)
+  places = np.nonzero((batch.inputs > 0) & (batch.inputs < 4))[1].reshape(-1, 2)
   pairs = list(itertools.combinations(range(6), 2))
   assert_drawn_from([np.sum((places == pair).all(axis=1)) for pair in pairs], np.ones(15))
 
@@ -149,7 +147,7 @@ def test_blanks_of_mad_go_before_a_token_each_as_likely():
   task = MadSelectiveCopying(copied=3, vocab_size=5, length=13)
   batch = task.rows('train', MANY)
   assert_uniform(batch.targets_BT[:, -3:], 0, 3)
-  places = np.nonzero(batch.tokens_BT < 3)[1].reshape(-1, 3)
+  places = np.nonzero(batch.inputs < 3)[1].reshape(-1, 3)
   before = np.diff(places, axis=1, prepend=-1) - 1
   assert (before.sum(axis=1) == 6).all()
   for column in before.T:
@@ -197,13 +195,13 @@ def test_recall_asks_for_the_value_of_every_key_that_came(task):
 
 def test_keys_values_and_noise_of_recall_are_uniform():
   batch = InContextRecall(vocab_size=7, length=6).rows('test', MANY)
-  assert_uniform(batch.tokens_BT[:, 0:4:2], 0, 3)
-  assert_uniform(batch.tokens_BT[:, 1], 3, 7)
-  same = batch.tokens_BT[:, 0] == batch.tokens_BT[:, 2]
-  assert (batch.tokens_BT[same, 4] == batch.tokens_BT[same, 0]).all()
-  assert_drawn_from(np.bincount(batch.tokens_BT[~same, 4] == batch.tokens_BT[~same, 2]), [1, 1])
+  assert_uniform(batch.inputs[:, 0:4:2], 0, 3)
+  assert_uniform(batch.inputs[:, 1], 3, 7)
+  same = batch.inputs[:, 0] == batch.inputs[:, 2]
+  assert (batch.inputs[same, 4] == batch.inputs[same, 0]).all()
+  assert_drawn_from(np.bincount(batch.inputs[~same, 4] == batch.inputs[~same, 2]), [1, 1])
   task = NoisyInContextRecall(length=12, noise=0.4, vocab_size=9, noise_vocab_size=3)
-  pairs = task.rows('train', MANY).tokens_BT[:, :10].reshape(-1, 5, 2)
+  pairs = task.rows('train', MANY).inputs[:, :10].reshape(-1, 5, 2)
   noise = (pairs >= 6).all(axis=2)
   assert not ((pairs >= 6).any(axis=2) & ~noise).any()
   assert_drawn_from(
@@ -284,10 +282,10 @@ def test_motifs_of_fuzzy_recall_are_uniform():
 def test_compression_asks_for_everything():
   task = Compression()
   batch = task.rows('test', INDEX)
-  np.testing.assert_array_equal(batch.tokens_BT, batch.targets_BT)
-  assert batch.tokens_BT.shape == (400, 32)
-  assert (batch.tokens_BT[:, -1] == 15).all()
-  assert_uniform(batch.tokens_BT[:, :-1], 0, 15)
+  np.testing.assert_array_equal(batch.inputs, batch.targets_BT)
+  assert batch.inputs.shape == (400, 32)
+  assert (batch.inputs[:, -1] == 15).all()
+  assert_uniform(batch.inputs[:, :-1], 0, 15)
 
 
 @pytest.mark.parametrize(
@@ -306,11 +304,9 @@ def test_memorization_is_solved_by_what_training_showed(task):
   assert keys <= min(told.values()) <= max(told.values()) < special
   for tokens, targets in rows(task.rows('test', INDEX)):
     assert [told[key] for key in tokens[0::2]] == targets[1::2]
-  assert_uniform(task.rows('test', INDEX).tokens_BT[:, 0::2], 0, keys)
+  assert_uniform(task.rows('test', INDEX).inputs[:, 0::2], 0, keys)
   other = task.replace(seed=1).rows('test', INDEX)
-  assert any(
-    told[k] != v for k, v in zip(other.tokens_BT[:, 0], other.targets_BT[:, 1], strict=True)
-  )
+  assert any(told[k] != v for k, v in zip(other.inputs[:, 0], other.targets_BT[:, 1], strict=True))
 
 
 # ---- all of them -------------------------------------------------------------------------------
@@ -327,7 +323,7 @@ def test_the_suite_varies_one_thing_at_a_time():
     }
     assert len(changed) <= 1
     batch = task.rows('test', INDEX[:4])
-    assert batch.tokens_BT.shape == (4, task.positions)
+    assert batch.inputs.shape == (4, task.positions)
   assert [t for t in suite if t == type(t)()] == [
     InContextRecall(),
     FuzzyInContextRecall(),
@@ -352,7 +348,7 @@ def test_the_suite_varies_one_thing_at_a_time():
 )
 def test_no_test_sequence_is_one_of_training(task):
   sides = [
-    {row.tobytes() for row in task.rows(side, MANY[:3000]).tokens_BT} for side in ('train', 'test')
+    {row.tobytes() for row in task.rows(side, MANY[:3000]).inputs} for side in ('train', 'test')
   ]
   assert len(sides[0] | sides[1]) == 6000
 
@@ -363,7 +359,7 @@ def test_the_same_task_at_other_lengths():
   for exponent in (6, 8, 16):
     other = task.replace(length=2**exponent - 1)
     batch = other.rows('test', np.arange(4))
-    assert batch.tokens_BT.shape == (4, 2**exponent)
+    assert batch.inputs.shape == (4, 2**exponent)
     for tokens, targets in rows(batch):
       assert asked(targets) == {2**exponent - 1: tokens[tokens.index(14) + 1]}
     assert len(other.fingerprint()) == 64

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 
 import jax
@@ -15,23 +14,15 @@ from jaxformer.evaluation import bits_per_byte, evaluate, loss_by_position
 from jaxformer.models.language_model import LanguageModel
 from jaxformer.models.params import define
 from jaxformer.sharding import MeshConfig, make_mesh
+from jaxformer.task_type import Batch
 from tests.inference.models import CONFIGS, model
 
 T = 24
 
 
-@dataclasses.dataclass
-class Batch:
-  tokens_BT: np.ndarray
-  targets_BT: np.ndarray
-  segments_BT: np.ndarray | None = None
-
+class Rows(Batch):
   def rows(self, i, j):
-    return Batch(
-      self.tokens_BT[i:j],
-      self.targets_BT[i:j],
-      None if self.segments_BT is None else self.segments_BT[i:j],
-    )
+    return Rows(*(a if a is None else a[i:j] for a in self))
 
 
 def data(rows=7, packed=True, length=T, vocab=32):
@@ -39,14 +30,14 @@ def data(rows=7, packed=True, length=T, vocab=32):
   tokens = rng.integers(0, vocab, (rows, length + 1)).astype(np.int32)
   targets = np.where(rng.random((rows, length)) < 0.2, -1, tokens[:, 1:]).astype(np.int32)
   segments = np.cumsum(rng.random((rows, length)) < 0.15, axis=1, dtype=np.int32) + 1
-  return Batch(tokens[:, :-1], targets, segments if packed else None)
+  return Rows(tokens[:, :-1], targets, segments if packed else None)
 
 
 def naive(definition, params, batch):
   """nll of every position, float64, document by document."""
   forward = jax.jit(lambda p, t: definition.merge(p)(t).y)
-  nll, positions = np.zeros(batch.tokens_BT.shape), np.zeros(batch.tokens_BT.shape, int)
-  for b, row in enumerate(batch.tokens_BT):
+  nll, positions = np.zeros(batch.inputs.shape), np.zeros(batch.inputs.shape, int)
+  for b, row in enumerate(batch.inputs):
     segments = np.ones(len(row)) if batch.segments_BT is None else batch.segments_BT[b]
     for s in np.unique(segments):
       here = np.flatnonzero(segments == s)
@@ -164,7 +155,7 @@ def test_an_untrained_model_knows_nothing():
 @pytest.mark.quick
 def test_errors():
   definition, params = model('grouped')
-  nothing = dataclasses.replace(data(), targets_BT=np.full((7, T), -1, np.int32))
+  nothing = data()._replace(targets_BT=np.full((7, T), -1, np.int32))
   for call in (evaluate, loss_by_position):
     with pytest.raises(InputError, match='no target'):
       call(definition, params, [nothing])

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from jaxformer.config import InputError
-from jaxformer.data import Dates, HeldOutPair, PairBatch, open_data
+from jaxformer.data import Batch, Dates, HeldOutPair, open_data
 from jaxformer.data.tokenizers import ByteTokenizer
 from jaxformer.evaluation import evaluate, evaluate_translation, loss_by_source_length
 from jaxformer.evaluation.translation import by_length, score
@@ -207,7 +207,7 @@ def test_losses_of_pairs_are_summed_over_the_targets_of_every_bucket():
     # the end of a document is a target without bytes
     assert (r.count, r.hits, r.bytes) == (30 * 11, 30 * 11, 30 * 10)
   whole = data.train_batch(0, 6, 0)
-  short = PairBatch(*(a if a is None else a[:2] for a in whole))
+  short = Batch(*(a if a is None else a[:2] for a in whole))
   both = evaluate(CountsSource(), {}, [whole, short])
   assert both.count == 8 * 11
   with pytest.raises(

@@ -10,7 +10,6 @@ fields: whatever is renamed is followed in the first part of this file, which ha
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import pathlib
 import sys
@@ -23,6 +22,8 @@ import tests.conftest  # noqa: F401  the suite's flags of XLA and its devices, b
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from jaxformer.task_type import Batch
 
 FOLDER = pathlib.Path(__file__).parent
 
@@ -58,18 +59,6 @@ def reads(preset: str) -> dict[str, int | None]:
   }
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Batch:
-  """The names are those that models read a batch by."""
-
-  targets_BT: Any
-  tokens_BT: Any = None
-  features_BTF: Any = None
-  source_BS: Any = None
-  segments_BT: Any = None
-
-
 def initial(preset: str) -> dict[str, Any]:
   return definition_of(preset).init(jax.random.key(0))
 
@@ -102,8 +91,8 @@ def logits_of(preset: str, params: dict[str, Any], batch: Batch) -> np.ndarray:
   def run(params, batch):
     model = definition.merge(params)
     if batch.source_BS is not None:
-      return model(batch.source_BS, batch.tokens_BT).y
-    return model(batch.tokens_BT).y if reads(preset)['classes'] is None else model(batch)
+      return model(batch.source_BS, batch.inputs).y
+    return model(batch.inputs).y if reads(preset)['classes'] is None else model(batch)
 
   return np.asarray(jax.jit(run)(params, batch))
 
@@ -263,8 +252,8 @@ def batches(preset: str, count: int, rows: int, length: int, documents: bool) ->
       targets[np.arange(rows), last] = draw.integers(0, r['classes'], rows)
       if r['features'] is not None:
         features = draw.standard_normal((rows, length, r['features']), dtype=np.float32)
-        return Batch(targets, features_BTF=features, segments_BT=segments)
-      return Batch(targets, tokens_BT=ids(r['tokens']), segments_BT=segments)
+        return Batch(features, targets, segments)
+      return Batch(ids(r['tokens']), targets, segments)
     tokens, targets = ids(r['tokens']), ids(r['tokens'])
     source = None if r['sources'] is None else ids(r['sources'])
     if documents and source is not None:
@@ -274,7 +263,7 @@ def batches(preset: str, count: int, rows: int, length: int, documents: bool) ->
       targets[0, 3] = -1
       segments = np.ones((rows, length), np.int32)
       segments[:, length // 2 + 3 :] = 2
-    return Batch(targets, tokens_BT=tokens, source_BS=source, segments_BT=segments)
+    return Batch(tokens, targets, segments, source)
 
   return [one() for _ in range(count)]
 

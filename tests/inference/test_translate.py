@@ -83,7 +83,7 @@ def forced(name, source, tokens, finished):
   targets = [*tokens, END] if finished else tokens
   batch = {
     'source_BS': padded([source]),
-    'tokens_BT': np.maximum(padded([[END, *targets[:-1]]]), 0),
+    'inputs': np.maximum(padded([[END, *targets[:-1]]]), 0),
     'targets_BT': padded([targets]),
     'segments_BT': None,
   }

@@ -180,7 +180,7 @@ def model(router, layers=3, experts=8):
 
 def batch(seed=0, B=8, T=16):
   tokens = jax.random.randint(jax.random.key(seed), (B, T + 1), 0, 32)
-  return types.SimpleNamespace(tokens_BT=tokens[:, :-1], targets_BT=tokens[:, 1:], segments_BT=None)
+  return types.SimpleNamespace(inputs=tokens[:, :-1], targets_BT=tokens[:, 1:], segments_BT=None)
 
 
 @pytest.mark.parametrize('unroll', [False, True])
@@ -219,7 +219,7 @@ def trained(router, steps, rate=0.02, accumulate=1):
   @jax.jit
   def step(state):
     return train_step(
-      definition, optimizer, config, state, Batch(fixed.tokens_BT, fixed.targets_BT, None)
+      definition, optimizer, config, state, Batch(fixed.inputs, fixed.targets_BT, None)
     )
 
   ratios, norms = [], []

@@ -66,7 +66,7 @@ def batch_of(seed=0):
 def test_only_the_last_position_is_read():
   batch, other = batch_of(), batch_of(1)
   other = other._replace(
-    tokens_BT=np.concatenate([other.tokens_BT[:, :-1], batch.tokens_BT[:, -1:]], axis=1)
+    inputs=np.concatenate([other.inputs[:, :-1], batch.inputs[:, -1:]], axis=1)
   )
   for each, same in ((APART, True), (MIXING, False)):
     definition, params = made(each)
@@ -91,7 +91,7 @@ def test_the_decoder():
     return x * special.ndtr(x)
 
   model = definition.merge(params)
-  z = np.asarray(model.stack(model.embedding[...][batch.tokens_BT], Context()).y)[:, -1]
+  z = np.asarray(model.stack(model.embedding[...][batch.inputs], Context()).y)[:, -1]
   place = np.arange(T)[:, None] * 10000.0 ** (-np.arange(0, D, 2) / D)
   y = z[:, None] + np.stack([np.sin(place), np.cos(place)], axis=-1).reshape(1, T, D)
   for i in (1, 2):
@@ -134,12 +134,11 @@ def test_sharded_equals_unsharded(mesh):
     sums, _ = definition.merge(params).loss(Batch(tokens, targets, None), Context(unroll=False))
     return sums.loss / sums.count
 
-  want = jax.jit(jax.value_and_grad(loss))(params, batch.tokens_BT, batch.targets_BT)
+  want = jax.jit(jax.value_and_grad(loss))(params, batch.inputs, batch.targets_BT)
   devices = make_mesh(mesh)
   placed = jax.device_put(params, definition.shardings(devices, mesh.rules))
   rows = [
-    jax.device_put(a, batch_sharding(devices, mesh.rules))
-    for a in (batch.tokens_BT, batch.targets_BT)
+    jax.device_put(a, batch_sharding(devices, mesh.rules)) for a in (batch.inputs, batch.targets_BT)
   ]
   with use_mesh(devices, mesh.rules):
     got = jax.jit(jax.value_and_grad(loss))(placed, *rows)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxformer.config import InputError
-from jaxformer.data import Batch, FeatureBatch
+from jaxformer.data import Batch
 from jaxformer.evaluation import evaluate
 from jaxformer.layers.attention import Attention
 from jaxformer.layers.mlp import Mlp
@@ -77,7 +77,7 @@ def padded(config, seed):
     tokens = np.where(inside, rng.integers(0, 9, (4, T)), noise.integers(0, 9, (4, T)))
     return Batch(tokens.astype(np.int32), targets, inside.astype(np.int32))
   values = np.where(inside[:, :, None], rng.normal(size=(4, T, 3)), noise.normal(size=(4, T, 3)))
-  return FeatureBatch(values.astype(np.float32), targets, inside.astype(np.int32))
+  return Batch(values.astype(np.float32), targets, inside.astype(np.int32))
 
 
 def test_padding_changes_nothing(case):
@@ -86,7 +86,7 @@ def test_padding_changes_nothing(case):
   together = logits(params, batch)
   np.testing.assert_array_equal(together, logits(params, padded(definition.config, seed=1)))
   for i, length in enumerate(LENGTHS):
-    alone = type(batch)(batch[0][i : i + 1, :length], batch.targets_BT[i : i + 1, :length], None)
+    alone = Batch(batch.inputs[i : i + 1, :length], batch.targets_BT[i : i + 1, :length], None)
     np.testing.assert_allclose(logits(params, alone)[0], together[i], rtol=1e-5, atol=1e-5)
   # it would, if it were read
   assert not np.allclose(together, logits(params, batch._replace(segments_BT=None)), atol=1e-3)
@@ -125,7 +125,7 @@ def test_evaluation_refuses_what_does_not_fit(case):
     )
   if definition.config.features is None:
     with pytest.raises(InputError, match=r'tokens from .* must be below the vocabulary of 9'):
-      evaluate(definition, params, [batch._replace(tokens_BT=batch.tokens_BT + 4)])
+      evaluate(definition, params, [batch._replace(inputs=batch.inputs + 4)])
 
 
 def test_cost(case):
@@ -157,7 +157,7 @@ def test_gradients_do_not_reach_the_padding():
   params, batch = definition.init(jax.random.key(0)), padded(definition.config, seed=0)
 
   def loss(x):
-    return definition.merge(params).loss(batch._replace(features_BTF=x))[0].loss
+    return definition.merge(params).loss(batch._replace(inputs=x))[0].loss
 
-  slope = jax.jit(jax.grad(loss))(jnp.asarray(batch.features_BTF))
+  slope = jax.jit(jax.grad(loss))(jnp.asarray(batch.inputs))
   np.testing.assert_array_equal(np.abs(slope).sum(-1) > 0, batch.segments_BT == 1)

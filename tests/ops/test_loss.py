@@ -9,13 +9,8 @@ import pytest
 
 from jaxformer import sharding
 from jaxformer.ops.linear import linear
-from jaxformer.ops.loss import (
-  CROSS_ENTROPY,
-  IGNORE,
-  cross_entropy,
-  cross_entropy_naive,
-  token_scores,
-)
+from jaxformer.ops.loss import CROSS_ENTROPY, cross_entropy, cross_entropy_naive, token_scores
+from jaxformer.task_type import IGNORE
 from tests.helpers import forced
 
 quick = pytest.mark.quick

@@ -7,7 +7,7 @@ import pytest
 
 from jaxformer.config import InputError
 from jaxformer.data import DataConfig
-from jaxformer.data.dataset import Dataset, DatasetConfig, PairBatch, process_rows
+from jaxformer.data.dataset import Dataset, DatasetConfig, process_rows
 from jaxformer.evaluation import evaluate
 from jaxformer.layers.cross_attention import DotScore
 from jaxformer.models.params import define
@@ -15,7 +15,7 @@ from jaxformer.models.zoo import PRESETS
 from jaxformer.models.zoo.seq2seq import luong
 from jaxformer.models.zoo.transformer import transformer
 from jaxformer.sharding import MeshConfig, make_mesh
-from jaxformer.task_type import TaskType
+from jaxformer.task_type import Batch, TaskType
 from jaxformer.training import AdamW, Constant, Experiment, RunConfig, TrainingConfig, train
 from jaxformer.training.experiment import check_fit
 from jaxformer.training.feed import Feed
@@ -50,12 +50,14 @@ class BackwardsData(Dataset):
 
   def train_batch(self, step, batch_size, seed, process_index=0, process_count=1):
     low, high = process_rows(batch_size, process_index, process_count)
-    return self._batch(np.random.default_rng([seed, step]), batch_size, step % 2)[low:high]
+    batch = self._batch(np.random.default_rng([seed, step]), batch_size, step % 2)
+    return only(batch, slice(low, high))
 
   def validation_batches(self, batch_size, limit_batches=None, process_index=0, process_count=1):
     low, high = process_rows(batch_size, process_index, process_count)
     for bucket in (0, 1):
-      yield self._batch(np.random.default_rng(bucket), batch_size, bucket)[low:high]
+      batch = self._batch(np.random.default_rng(bucket), batch_size, bucket)
+      yield only(batch, slice(low, high))
 
   def _batch(self, numbers, rows, bucket):
     S, T = ((5, 4), (9, 8))[bucket]
@@ -69,12 +71,12 @@ class BackwardsData(Dataset):
       source[i, : len(digits) + 1] = [*digits, END]
       tokens[i, : len(digits) + 1] = [END, *digits[::-1]]
       targets[i, : len(digits) + 1] = [*digits[::-1], END]
-    return Rows(*(a.astype(np.int32) for a in (source, tokens, targets)))
+    source, tokens, targets = (a.astype(np.int32) for a in (source, tokens, targets))
+    return Batch(tokens, targets, source_BS=source)
 
 
-class Rows(PairBatch):
-  def __getitem__(self, rows):
-    return PairBatch(*(a[rows] for a in tuple(self)[:3]))
+def only(batch, rows):
+  return Batch(batch.inputs[rows], batch.targets_BT[rows], source_BS=batch.source_BS[rows])
 
 
 TINY = transformer(32, 1, 64, 2, vocab_size=16, context_length=16)
@@ -155,9 +157,7 @@ def test_scores_do_not_depend_on_how_rows_are_batched():
   batch = next(iter(data.validation_batches(16)))
   together = evaluate(definition, params, [batch])
   apart = evaluate(
-    definition,
-    params,
-    [PairBatch(*(a[rows] for a in tuple(batch)[:3])) for rows in (slice(0, 11), slice(11, 16))],
+    definition, params, [only(batch, rows) for rows in (slice(0, 11), slice(11, 16))]
   )
   assert (together.count, together.hits) == (apart.count, apart.hits)
   assert together.loss == pytest.approx(apart.loss, rel=1e-5)
@@ -189,4 +189,4 @@ def test_vocabularies_that_do_not_fit():
 def test_a_batch_that_the_mesh_does_not_divide():
   feed = Feed(make_mesh(MeshConfig(data=8)), 'fsdp_tensor', 8, 8)
   with pytest.raises(InputError, match='12 rows of 4 positions'):
-    feed(PairBatch(*(np.zeros((12, 4), np.int32) for _ in range(3))))
+    feed(Batch(*(np.zeros((12, 4), np.int32) for _ in range(3))))

@@ -105,7 +105,7 @@ def test_a_language_model_on_a_task(tmp_path):
   definition = define(e.model)
   params, _ = load_params(result.folder, definition)
   batch = task.rows('test', np.arange(40))
-  logits = np.asarray(definition.merge(params)(batch.tokens_BT).y)[:, -1]
+  logits = np.asarray(definition.merge(params)(batch.inputs).y)[:, -1]
   answers = batch.targets_BT[:, -1]
   assert result.metrics['eval/accuracy'] == np.mean(logits.argmax(-1) == answers)
   nll = np.log(np.exp(logits).sum(-1)) - logits[np.arange(40), answers]
@@ -135,7 +135,9 @@ def test_the_score_of_a_suite_task_is_the_fraction_right_of_all_targets(tmp_path
   batch = task.rows('test', np.arange(40))
   model = definition.merge(params)
   right = (
-    np.asarray(model(batch) if task.task.predicts == 'sequence' else model(batch.tokens_BT).y).argmax(-1)
+    np.asarray(model(batch) if task.task.predicts == 'sequence' else model(batch.inputs).y).argmax(
+      -1
+    )
     == batch.targets_BT
   )
   assert result.metrics['eval/accuracy'] == pytest.approx(
@@ -278,7 +280,10 @@ def test_a_task_longer_than_the_learned_positions(tmp_path):
   ids=lambda t: t.tag,
 )
 def test_a_model_with_the_vocabulary_of_a_task_can_read_it(task):
-  vocab_size, of = open_data(task).vocab_size, autoencoder if task.task.predicts == 'sequence' else lambda m: m
+  vocab_size, of = (
+    open_data(task).vocab_size,
+    autoencoder if task.task.predicts == 'sequence' else lambda m: m,
+  )
   check_fit(of(gpt(32, 1, 2, context_length=8, vocab_size=vocab_size)), task, vocab_size)
   with pytest.raises(
     InputError, match=rf'model.vocab_size = {vocab_size - 1}: must be at least {vocab_size}'

@@ -7,9 +7,8 @@ import numpy as np
 from jaxtyping import Int32, Int64
 
 from jaxformer.data import order
-from jaxformer.data.dataset import IGNORED, AnyBatch, Batch
 from jaxformer.data.tasks.task import GeneratedTask, Side, below, distinct, random_bits
-from jaxformer.task_type import TaskType
+from jaxformer.task_type import IGNORE, Batch, TaskType
 
 
 class CopyingTask(GeneratedTask, abstract=True):
@@ -53,10 +52,10 @@ class CopyingTask(GeneratedTask, abstract=True):
     tokens_NT: Int32[np.ndarray, 'N T'],
     place_NC: Int64[np.ndarray, 'N C'],
     copy_NC: Int64[np.ndarray, 'N C'],
-  ) -> AnyBatch:
+  ) -> Batch:
     """The tokens with those to copy at their places, asked for at the end."""
     np.put_along_axis(tokens_NT, place_NC, copy_NC.astype(np.int32), axis=1)
-    targets = np.full(tokens_NT.shape, IGNORED, np.int32)
+    targets = np.full(tokens_NT.shape, IGNORE, np.int32)
     targets[:, self.length - self.copied :] = copy_NC
     return Batch(tokens_NT, targets, None)
 
@@ -72,7 +71,7 @@ class SelectiveCopying(CopyingTask):
 
   length: int = 4096
 
-  def rows(self, side: Side, index_N: Int64[np.ndarray, ' N']) -> AnyBatch:
+  def rows(self, side: Side, index_N: Int64[np.ndarray, ' N']) -> Batch:
     M, marker, body = self.copied, self.vocab_size - 1, self.length - self.copied
     bits = random_bits(order.key(self.seed, self.tag, side), index_N, 2 * M)
     tokens = np.zeros((index_N.size, self.length), np.int32)
@@ -93,7 +92,7 @@ class MadSelectiveCopying(CopyingTask):
   train_sequences: int | None = 12_800
   test_sequences: int = 1280
 
-  def rows(self, side: Side, index_N: Int64[np.ndarray, ' N']) -> AnyBatch:
+  def rows(self, side: Side, index_N: Int64[np.ndarray, ' N']) -> Batch:
     M, blank, N = self.copied, self.vocab_size - 2, index_N.size
     blanks = self.length - 2 * M - 1
     bits = random_bits(order.key(self.seed, self.tag, side), index_N, M + blanks)

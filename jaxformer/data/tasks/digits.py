@@ -8,9 +8,8 @@ import numpy as np
 from jaxtyping import Float32, Int64
 
 from jaxformer.config import InputError
-from jaxformer.data.dataset import AnyBatch
 from jaxformer.data.tasks.task import Side, TaskConfig, hash_of, labelled
-from jaxformer.task_type import TaskType
+from jaxformer.task_type import Batch, TaskType
 
 FOLD = 5
 
@@ -45,7 +44,7 @@ class Digits(TaskConfig):
     index = np.arange(len(_images()[0]))
     return index[(index % FOLD == FOLD - 1) == (side == 'test')]
 
-  def rows(self, side: Side, index_N: Int64[np.ndarray, ' N']) -> AnyBatch:
+  def rows(self, side: Side, index_N: Int64[np.ndarray, ' N']) -> Batch:
     images, labels = _images()
     chosen = self.rows_of(side)[index_N]
     return labelled(images[chosen], labels[chosen])

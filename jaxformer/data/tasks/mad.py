@@ -14,7 +14,6 @@ import numpy as np
 from jaxtyping import Bool, Int64, UInt64
 
 from jaxformer.data import order
-from jaxformer.data.dataset import IGNORED, AnyBatch, Batch
 from jaxformer.data.tasks.copying import MadSelectiveCopying
 from jaxformer.data.tasks.task import (
   GeneratedTask,
@@ -26,7 +25,7 @@ from jaxformer.data.tasks.task import (
   distinct,
   random_bits,
 )
-from jaxformer.task_type import TaskType
+from jaxformer.task_type import IGNORE, Batch, TaskType
 
 
 class MadTask(GeneratedTask, abstract=True):
@@ -82,7 +81,7 @@ class RecallTask(MadTask, abstract=True):
     index_N: Int64[np.ndarray, ' N'],
     noise_NP: Bool[np.ndarray, 'N P'],
     noise_NP2: Int64[np.ndarray, 'N P 2'],
-  ) -> AnyBatch:
+  ) -> Batch:
     """Pairs, with noise in the place of some."""
     (N, P), keys = noise_NP.shape, self.symbols // 2
     bits = random_bits(order.key(self.seed, self.tag, side), index_N, 2 * keys + P)
@@ -114,7 +113,7 @@ class InContextRecall(RecallTask):
   first half of the vocabulary are keys, the rest values. The score is the fraction right of the
   values of keys that came before."""
 
-  def rows(self, side: Side, index_N: Int64[np.ndarray, ' N']) -> AnyBatch:
+  def rows(self, side: Side, index_N: Int64[np.ndarray, ' N']) -> Batch:
     shape = index_N.size, self.length // 2 - 1
     return self._recall(side, index_N, np.zeros(shape, bool), np.zeros((*shape, 2), np.int64))
 
@@ -139,7 +138,7 @@ class NoisyInContextRecall(RecallTask):
   def symbols(self) -> int:
     return self.vocab_size - self.noise_vocab_size
 
-  def rows(self, side: Side, index_N: Int64[np.ndarray, ' N']) -> AnyBatch:
+  def rows(self, side: Side, index_N: Int64[np.ndarray, ' N']) -> Batch:
     N, P = index_N.size, self.length // 2 - 1
     bits = random_bits(order.key(self.seed, self.tag, side, 'noise'), index_N, 1 + 3 * P)
     noise_NP = chance(self.noise, bits[:, 1 : 1 + P])
@@ -190,7 +189,7 @@ class FuzzyInContextRecall(MadTask):
     )
     super().validate()
 
-  def rows(self, side: Side, index_N: Int64[np.ndarray, ' N']) -> AnyBatch:
+  def rows(self, side: Side, index_N: Int64[np.ndarray, ' N']) -> Batch:
     N, k, keys = index_N.size, self.key_tokens, (self.vocab_size - 1) // 2
     room, shortest = self.length + 1 - k - self.value_tokens, 2 if side == 'train' else k + 1
     P = room // shortest
@@ -254,7 +253,7 @@ def next_token_targets(
   are."""
   targets = tokens_NS[:, 1:].astype(np.int32)
   if side == 'test':
-    targets = np.where(asked_NS[:, 1:], targets, np.int32(IGNORED))
+    targets = np.where(asked_NS[:, 1:], targets, np.int32(IGNORE))
   return Batch(tokens_NS[:, :-1].astype(np.int32), targets, None)
 
 
@@ -282,7 +281,7 @@ class Compression(MadTask):
   def task(self) -> TaskType:
     return TaskType(predicts='sequence', vocab_size=self.vocab_size)
 
-  def rows(self, side: Side, index_N: Int64[np.ndarray, ' N']) -> AnyBatch:
+  def rows(self, side: Side, index_N: Int64[np.ndarray, ' N']) -> Batch:
     special = self.vocab_size - 1
     tokens = below(
       special, random_bits(order.key(self.seed, self.tag, side), index_N, self.length)
@@ -312,7 +311,7 @@ class Memorization(MadTask):
     )
     super().validate()
 
-  def rows(self, side: Side, index_N: Int64[np.ndarray, ' N']) -> AnyBatch:
+  def rows(self, side: Side, index_N: Int64[np.ndarray, ' N']) -> Batch:
     keys, special = (self.vocab_size - 1) // 2, self.vocab_size - 1
     value_K = keys + order.shuffled(
       special - keys, np.arange(keys), order.key(self.seed, self.tag, 'values')
@@ -321,7 +320,7 @@ class Memorization(MadTask):
       keys, random_bits(order.key(self.seed, self.tag, side), index_N, self.length // 2)
     )
     tokens = np.full((index_N.size, self.length), special, np.int32)
-    targets = np.full(tokens.shape, IGNORED, np.int32)
+    targets = np.full(tokens.shape, IGNORE, np.int32)
     tokens[:, ::2], targets[:, 1::2] = key_NP, value_K[key_NP]
     return Batch(tokens, targets, None)
 

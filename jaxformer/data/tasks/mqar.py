@@ -10,9 +10,8 @@ import numpy as np
 from jaxtyping import Int64, UInt64
 
 from jaxformer.data import order
-from jaxformer.data.dataset import IGNORED, AnyBatch, Batch
 from jaxformer.data.tasks.task import GeneratedTask, Side, below, distinct, random_bits
-from jaxformer.task_type import TaskType
+from jaxformer.task_type import IGNORE, Batch, TaskType
 
 SCALE = 2**40  # of the power law's weights as whole numbers
 
@@ -64,7 +63,7 @@ class MultiQueryRecall(GeneratedTask):
   def task(self) -> TaskType:
     return TaskType(vocab_size=self.vocab_size)
 
-  def rows(self, side: Side, index_N: Int64[np.ndarray, ' N']) -> AnyBatch:
+  def rows(self, side: Side, index_N: Int64[np.ndarray, ' N']) -> Batch:
     V, P, N = self.vocab_size, self.pairs, index_N.size
     filler = self.length if self.random_filler else 0
     bits = random_bits(order.key(self.seed, self.tag, side), index_N, 3 * P + filler)
@@ -76,7 +75,7 @@ class MultiQueryRecall(GeneratedTask):
     )
     tokens[:, 0 : 2 * P : 2], tokens[:, 1 : 2 * P : 2] = key_NP, value_NP
     np.put_along_axis(tokens, place_NP, key_NP, axis=1)
-    targets = np.full((N, self.length), IGNORED, np.int32)
+    targets = np.full((N, self.length), IGNORE, np.int32)
     np.put_along_axis(targets, place_NP, value_NP.astype(np.int32), axis=1)
     return Batch(tokens.astype(np.int32), targets, None)
 

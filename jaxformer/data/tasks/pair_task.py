@@ -9,11 +9,11 @@ import numpy as np
 from jaxtyping import Int64
 
 from jaxformer.data.cache import Log
-from jaxformer.data.dataset import HeldOutPair, PairBatch, spread
+from jaxformer.data.dataset import HeldOutPair, spread
 from jaxformer.data.pairs import pair_batch
 from jaxformer.data.tasks.task import GeneratedTask, Side, TaskDataset
 from jaxformer.data.tokenizers import ByteTokenizer, Tokenizer
-from jaxformer.task_type import TaskType
+from jaxformer.task_type import Batch, TaskType
 
 BYTES = ByteTokenizer()
 END = 256
@@ -41,7 +41,7 @@ class PairTask(GeneratedTask, abstract=True):
     other."""
     raise NotImplementedError
 
-  def rows(self, side: Side, index_N: Int64[np.ndarray, ' N']) -> PairBatch:
+  def rows(self, side: Side, index_N: Int64[np.ndarray, ' N']) -> Batch:
     texts = self.texts(side, index_N)
     sources, targets = ([BYTES.encode(t[i]) for t in texts] for i in (0, 1))
     return pair_batch(sources, targets, (self.source_positions, self.positions), (END, END))

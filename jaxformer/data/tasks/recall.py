@@ -10,9 +10,8 @@ import numpy as np
 from jaxtyping import Int64
 
 from jaxformer.data import order
-from jaxformer.data.dataset import AnyBatch
 from jaxformer.data.tasks.task import GeneratedTask, Side, below, random_bits, target_last_only
-from jaxformer.task_type import TaskType
+from jaxformer.task_type import Batch, TaskType
 
 
 class InductionHead(GeneratedTask):
@@ -42,7 +41,7 @@ class InductionHead(GeneratedTask):
   def task(self) -> TaskType:
     return TaskType(vocab_size=self.vocab_size)
 
-  def rows(self, side: Side, index_N: Int64[np.ndarray, ' N']) -> AnyBatch:
+  def rows(self, side: Side, index_N: Int64[np.ndarray, ' N']) -> Batch:
     special, each = self.vocab_size - 2, np.arange(index_N.size)
     bits = random_bits(order.key(self.seed, self.tag, side), index_N, self.length + 1)
     tokens = np.concatenate(
@@ -78,7 +77,7 @@ class AssociativeRecall(GeneratedTask):
   def task(self) -> TaskType:
     return TaskType(vocab_size=self.vocab_size)
 
-  def rows(self, side: Side, index_N: Int64[np.ndarray, ' N']) -> AnyBatch:
+  def rows(self, side: Side, index_N: Int64[np.ndarray, ' N']) -> Batch:
     special, pairs, N = self.vocab_size - 2, self.length // 2, index_N.size
     keys = special // 2
     bits = random_bits(order.key(self.seed, self.tag, side), index_N, 2 * keys + pairs)

@@ -18,17 +18,9 @@ from jaxtyping import Bool, Float32, Int32, Int64, UInt64
 from jaxformer import config
 from jaxformer.data import order
 from jaxformer.data.cache import Log
-from jaxformer.data.dataset import (
-  IGNORED,
-  AnyBatch,
-  Batch,
-  Dataset,
-  DatasetConfig,
-  FeatureBatch,
-  process_rows,
-  spread,
-)
+from jaxformer.data.dataset import Dataset, DatasetConfig, process_rows, spread
 from jaxformer.data.tokenizers import Tokenizer
+from jaxformer.task_type import IGNORE, Batch
 
 Side = Literal['train', 'test']
 ENDLESS = 2**62  # numbers of training sequences where a task has no end of them: none comes twice
@@ -50,7 +42,7 @@ class TaskConfig(DatasetConfig, abstract=True):
     """How many sequences score a model."""
     raise NotImplementedError
 
-  def rows(self, side: Side, index_N: Int64[np.ndarray, ' N']) -> AnyBatch:
+  def rows(self, side: Side, index_N: Int64[np.ndarray, ' N']) -> Batch:
     """The sequences of a side with these numbers, from 0. The same whatever else is asked for, and
     on any machine."""
     raise NotImplementedError
@@ -126,7 +118,7 @@ class TaskDataset(Dataset):
 
   def train_batch(
     self, step: int, batch_size: int, seed: int, process_index: int = 0, process_count: int = 1
-  ) -> AnyBatch:
+  ) -> Batch:
     position_B = self._positions(step, batch_size, process_index, process_count)
     key, rows = order.key(seed, 'task'), self.task.train_rows
     index_B = (
@@ -146,7 +138,7 @@ class TaskDataset(Dataset):
     limit_batches: int | None = None,
     process_index: int = 0,
     process_count: int = 1,
-  ) -> Iterator[AnyBatch]:
+  ) -> Iterator[Batch]:
     low, high = process_rows(batch_size, process_index, process_count)
     index_R = np.arange(self.validation_rows)
     if (chosen := spread(index_R.size, batch_size, limit_batches)) is not None:
@@ -154,11 +146,11 @@ class TaskDataset(Dataset):
     index_R = np.concatenate([index_R, np.full(-index_R.size % batch_size, -1)])
     return (self._test(index_R[i + low : i + high]) for i in range(0, index_R.size, batch_size))
 
-  def _test(self, index_B: Int64[np.ndarray, ' B']) -> AnyBatch:
+  def _test(self, index_B: Int64[np.ndarray, ' B']) -> Batch:
     """Test sequences by number; -1 stands for a row without targets."""
     batch = self.task.rows('test', np.maximum(index_B, 0))
     return batch._replace(
-      targets_BT=np.where(index_B[:, None] >= 0, batch.targets_BT, np.int32(IGNORED))
+      targets_BT=np.where(index_B[:, None] >= 0, batch.targets_BT, np.int32(IGNORE))
     )
 
 
@@ -169,18 +161,17 @@ def labelled(
   inputs: Int32[np.ndarray, 'B T'] | Float32[np.ndarray, 'B T F'],
   label_B: Int64[np.ndarray, ' B'],
   length_B: Int64[np.ndarray, ' B'] | None = None,
-) -> AnyBatch:
+) -> Batch:
   """Sequences to classify: the label stands at the last position of each; what follows its length
   is padding."""
   rows, length = inputs.shape[:2]
   last_B = np.full(rows, length) - 1 if length_B is None else length_B - 1
-  targets_BT = np.full((rows, length), IGNORED, np.int32)
+  targets_BT = np.full((rows, length), IGNORE, np.int32)
   targets_BT[np.arange(rows), last_B] = label_B
   segments_BT = (
     None if length_B is None else (np.arange(length)[None] < length_B[:, None]).astype(np.int32)
   )
-  batch = Batch if inputs.ndim == 2 else FeatureBatch
-  return batch(inputs, targets_BT, segments_BT)
+  return Batch(inputs, targets_BT, segments_BT)
 
 
 def target_last_only(
@@ -190,7 +181,7 @@ def target_last_only(
   token a target; in tests there is no target before the last."""
   targets_BT = np.concatenate([tokens_BT[:, 1:], answer_B[:, None]], axis=1).astype(np.int32)
   if side == 'test':
-    targets_BT[:, :-1] = IGNORED
+    targets_BT[:, :-1] = IGNORE
   return Batch(tokens_BT.astype(np.int32), targets_BT, None)
 
 
@@ -235,9 +226,10 @@ def came_before(number_NP: Int64[np.ndarray, 'N P']) -> Bool[np.ndarray, 'N P']:
   return before_NP
 
 
-def hash_of(*batches: AnyBatch) -> str:
+def hash_of(*batches: Batch) -> str:
   """The SHA-256 (hex) of the arrays of batches, their shapes and dtypes."""
   total = hashlib.sha256()
-  for array in (a for batch in batches for a in batch if a is not None):
+  arrays = (a for b in batches for a in (b.source_BS, b.inputs, b.targets_BT, b.segments_BT))
+  for array in (a for a in arrays if a is not None):
     total.update(f'{array.dtype.str}{array.shape}'.encode() + np.ascontiguousarray(array).tobytes())
   return total.hexdigest()
