@@ -160,7 +160,7 @@ def compare(
   (dotted path, text) overrides and writes its report. `log` takes a line per run, stderr by
   default."""
   from jaxformer.cli.common import note, study_of, ways_of
-  from jaxformer.config import override
+  from jaxformer.overrides import override
 
   whole = override(study_of(study) if isinstance(study, str) else study, overrides, 'study')
   return ways_of(whole)[1](whole, log or note)

@@ -1,37 +1,68 @@
-"""Experiments as data: frozen dataclasses, to and from JSON, changed by dotted path, hashed, and
-found by name.
+"""Experiments as data: frozen dataclasses, to and from JSON, changed by dotted path, and hashed.
 
 A part of an experiment (a layer, an optimizer, a data source) is described by a subclass of
-`Config`. The *type* of a config says which part it is; there is no string that selects code. In
-JSON the type stands under the key `type`:
+`Config`. The *type* of a config selects the part; no string in the code does. In JSON the type
+stands under the key `type`:
 
     {"type": "Attention", "heads": 12, "rotary": {"type": "Rotary", "theta": 10000.0}}
 
-This file knows no array library and imports nothing of the package.
+A type from outside the package also has `code`, which says where it is defined:
+
+    {"type": "Mixer", "code": {"module": "my_layer", "file": "/home/me/my_layer.py",
+                               "sha256": "..."}}
+
+This module needs no array library and imports nothing from the package.
 """
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import difflib
 import functools
 import hashlib
 import json
 import math
+import pathlib
+import sys
 import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, ClassVar, Generic, Literal, Self, TypeVar, cast, dataclass_transform
+from typing import Any, ClassVar, Generic, Literal, Self, TypeVar, dataclass_transform
+
+NOTHING: Any = object()
 
 
 class InputError(ValueError):
-  """The user's input cannot be used. The message names the field, the value and what would be
-  accepted; the command line exits 2."""
+  """User input that cannot be used; the command line prints it and exits with code 2.
+
+    InputError('training.steps', 0, 'positive')     training.steps = 0: must be positive
+    InputError('data.path', 'x', problem='no such file')       data.path = 'x': no such file
+    InputError('no run named x')                               a message without a field
+
+  Attributes:
+    field: the dotted path or the option; the whole message where there is no `value`.
+    value: what was given.
+    accepted: what would be accepted.
+    problem: what is wrong, where that is not "must be `accepted`".
+  """
+
+  def __init__(self, field: str, value: Any = NOTHING, accepted: str = '', *, problem: str = ''):
+    self.field, self.value, self.accepted = field, value, accepted
+    self.problem = problem or (f'must be {accepted}' if accepted else '')
+    given = '' if value is NOTHING else f' = {value!r}'
+    super().__init__(f'{field}{given}: {self.problem}' if self.problem else f'{field}{given}')
+
+  def under(self, path: str) -> InputError:
+    """Return the same error with `path` before its field."""
+    return InputError(f'{path}.{self.field}', self.value, self.accepted, problem=self.problem)
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-  """'; did you mean a, b?' for the known words nearest to `word`, or the short list of all of them,
-  or nothing."""
+  """Return '; did you mean a, b?' with the known words nearest to `word`.
+
+  Where none is near: all of them if they are few, else nothing.
+  """
   known = sorted(set(known))
   close = difflib.get_close_matches(word, known, n=3, cutoff=0.6)
   if close:
@@ -39,7 +70,9 @@ def nearest(word: str, known: Iterable[str]) -> str:
   return f'; known: {", ".join(known)}' if 0 < len(known) <= 24 else ''
 
 
-_TYPES: dict[str, type[Config]] = {}
+# ---- config types ------------------------------------------------------------------------------
+
+_TYPES: dict[str, list[type[Config]]] = collections.defaultdict(list)
 C = TypeVar('C', bound='Config')
 
 
@@ -51,14 +84,15 @@ class Config:
   checked on construction.
 
   A `Config` nested in the class that it configures takes that class's name as its `tag`; any other
-  takes its own name. Pass `abstract=True` in the class statement for a type that only groups others
-  and is never instantiated.
+  takes its own name. Tags are unique among the types of one base class in the package. Pass
+  `abstract=True` in the class statement for a base class, which is never instantiated.
 
   `validate` may be overridden to check values; it raises `InputError`.
   """
 
   tag: ClassVar[str] = 'Config'
-  __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]  # every subclass has them
+  # every subclass has them
+  __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
 
   def __init_subclass__(cls, abstract: bool = False, **kwargs):
     super().__init_subclass__(**kwargs)
@@ -69,60 +103,142 @@ class Config:
     cls.tag = cls.__qualname__.removesuffix('.Config').rsplit('.', 1)[-1]
     if abstract:
       return
-    old = _TYPES.get(cls.tag)
-    if old is not None and (old.__module__, old.__qualname__) != (cls.__module__, cls.__qualname__):
-      raise TypeError(
-        f'two configs share the tag {cls.tag!r}: {old.__module__}.{old.__qualname__} and '
-        f'{cls.__module__}.{cls.__qualname__}'
-      )
-    _TYPES[cls.tag] = cls
+    same = [c for c in _TYPES[cls.tag] if _identity(c) != _identity(cls)]
+    for other in same:
+      if _bases(cls) & _bases(other) and package_of(cls) == package_of(other):
+        raise TypeError(
+          f'two configs share the tag {cls.tag!r}: {".".join(_identity(other))} and '
+          f'{".".join(_identity(cls))}'
+        )
+    _TYPES[cls.tag] = [*same, cls]
 
   def __post_init__(self):
     for name, hint in hints(type(self)).items():
-      object.__setattr__(self, name, _convert(getattr(self, name), hint, f'{self.tag}.{name}'))
+      object.__setattr__(self, name, decode(getattr(self, name), hint, f'{self.tag}.{name}'))
     self.validate()
 
   def validate(self) -> None:
-    """Checks values against each other; raises `InputError`."""
+    """Check values against each other; raise `InputError`."""
 
   def replace(self, **changes: Any) -> Self:
-    """The same config with some fields changed."""
+    """Return the same config with some fields changed."""
     return dataclasses.replace(self, **changes)
 
   def require(self, condition: bool, field: str, accepted: str) -> None:
-    """Raises `InputError` naming `field`, its value and what is accepted, unless `condition`
-    holds."""
+    """Raise `InputError` for `field` unless `condition` holds."""
     if not condition:
-      raise InputError(f'{self.tag}.{field} = {getattr(self, field)!r}: must be {accepted}')
+      raise InputError(f'{self.tag}.{field}', getattr(self, field), accepted)
+
+
+def _identity(cls: type) -> tuple[str, str]:
+  return cls.__module__, cls.__qualname__
+
+
+def package_of(cls: type) -> str:
+  """The package, or the file of a user, in which tags are unique."""
+  return cls.__module__.partition('.')[0]
+
+
+def _bases(cls: type) -> set[type]:
+  return {b for b in cls.__mro__[1:] if issubclass(b, Config) and b is not Config}
 
 
 @functools.cache
 def hints(cls: type[Config]) -> dict[str, Any]:
-  """Field name -> evaluated type, in declaration order."""
+  """Return field name -> evaluated type, in declaration order."""
   evaluated = typing.get_type_hints(cls)
   return {f.name: evaluated[f.name] for f in dataclasses.fields(cls)}
 
 
-def config_type(tag: str, where: str = 'type', base: type[Config] = Config) -> type[Config]:
-  """The config class registered under `tag`; the message about a typo names those that are a
-  `base`."""
-  if tag not in _TYPES:
-    raise InputError(
-      f'{where}: no config type {tag!r}{nearest(tag, (c.tag for c in types_of(base)))}'
-    )
-  return _TYPES[tag]
+def forget(cls: type[Config]) -> None:
+  """Remove a type from the registry, so that its name is free again."""
+  _TYPES[cls.tag] = [c for c in _TYPES[cls.tag] if c is not cls]
 
 
 def types_of(base: type[C]) -> list[type[C]]:
-  """All registered config types that are a `base`, by tag."""
-  return [c for _, c in sorted(_TYPES.items()) if issubclass(c, base)]
+  """Return all registered types of a base class, by tag."""
+  found = (c for _, same in sorted(_TYPES.items()) for c in same)
+  return [c for c in found if issubclass(c, base)]
+
+
+def config_type(
+  tag: str, where: str = 'type', base: type[Config] = Config, code: Mapping[str, str] | None = None
+) -> type[Config]:
+  """Return the type named `tag` among those of `base`, in any case.
+
+  With a record of `code` it is the type that was loaded from a file of the same content or, if
+  the user named another file for it, from there. Raises `InputError`.
+  """
+  same = [c for name in (tag, *_TYPES) if name.lower() == tag.lower() for c in _TYPES.get(name, ())]
+  same = [c for c in dict.fromkeys(same) if issubclass(c, base)]
+  inside = [c for c in same if package_of(c) == PACKAGE]
+  outside = [c for c in same if package_of(c) != PACKAGE]
+  if code is not None:
+    exact = [c for c in outside if code_of(c) == dict(code)]
+    equal = [
+      c for c in outside if 'sha256' in code and (code_of(c) or {}).get('sha256') == code['sha256']
+    ]
+    named = [c for c in outside if _is_named(c)]
+    if not (found := exact or equal or named):
+      file = code.get('file', f'module {code.get("module")}')
+      raise InputError(
+        where, tag, problem=f'defined in {file}, which is not loaded; name the file with --code'
+      )
+    return found[-1]
+  if not (inside or outside):
+    known = (c.tag for c in types_of(base))
+    raise InputError(where, tag, problem=f'no config type {tag!r}{nearest(tag, known)}')
+  return (inside or outside)[-1]
+
+
+# ---- code of users -----------------------------------------------------------------------------
+
+PACKAGE = __name__.partition('.')[0]
+
+
+def code_of(cls: type[Config]) -> dict[str, str] | None:
+  """Return where a type from outside the package is defined, or None for a type of the package.
+
+  `module`, and where the module has a file, its absolute path as `file` and the `sha256` of its
+  content when it was loaded.
+  """
+  if package_of(cls) == PACKAGE:
+    return None
+  module = sys.modules.get(cls.__module__)
+  file = getattr(module, '__file__', None)
+  if file is None:
+    return {'module': cls.__module__}
+  path = pathlib.Path(file).resolve()
+  known = getattr(module, '__jaxformer_sha256__', None)
+  return {
+    'module': cls.__module__,
+    'file': str(path),
+    'sha256': known or hashlib.sha256(path.read_bytes()).hexdigest(),
+  }
+
+
+def _is_named(cls: type) -> bool:
+  """Whether the user named the file of a type as code to use."""
+  return getattr(sys.modules.get(cls.__module__), '__jaxformer_named__', False)
+
+
+def code_records(data: Any) -> list[dict[str, str]]:
+  """Return the records of code in JSON data of a config, each once."""
+  if isinstance(data, list):
+    found = [r for v in data for r in code_records(v)]
+  elif isinstance(data, Mapping):
+    own = [dict(data['code'])] if 'type' in data and isinstance(data.get('code'), Mapping) else []
+    found = own + [r for k, v in data.items() if k != 'code' for r in code_records(v)]
+  else:
+    found = []
+  return [r for i, r in enumerate(found) if r not in found[:i]]
 
 
 # ---- values and their types --------------------------------------------------------------------
 
 
-class _Text(str):
-  """A value as typed on the command line: parsed by the type of the field that it lands in."""
+class Text(str):
+  """A value as typed on the command line: decoded by the type of the field that it is for."""
 
 
 _PLAIN = {
@@ -132,6 +248,26 @@ _PLAIN = {
   str: 'text',
   type(None): 'none',
 }
+_SWITCHES = {'true': True, 'yes': True, 'on': True, '1': True} | {
+  'false': False,
+  'no': False,
+  'off': False,
+  '0': False,
+}
+
+
+def union_options(hint: Any) -> tuple[Any, ...]:
+  """The members of a union, or the hint itself."""
+  union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+  return typing.get_args(hint) if union else (hint,)
+
+
+def _is_config(hint: Any) -> bool:
+  return isinstance(hint, type) and issubclass(hint, Config)
+
+
+def config_bases(hint: Any) -> tuple[type[Config], ...]:
+  return tuple(o for o in union_options(hint) if _is_config(o))
 
 
 def _describe(hint: Any) -> str:
@@ -140,308 +276,187 @@ def _describe(hint: Any) -> str:
     return _PLAIN[hint]
   if origin is Literal:
     return ' or '.join(repr(a) for a in args)
-  if origin in (typing.Union, types.UnionType):
+  if len(union_options(hint)) > 1:
     return ' or '.join(_describe(a) for a in args)
   if origin is tuple:
     return f'a list of {_describe(args[0])}'
-  if isinstance(hint, type) and issubclass(hint, Config):
-    return f'a config ({", ".join(sorted(t for t, c in _TYPES.items() if issubclass(c, hint))) or hint.__name__})'
+  if _is_config(hint):
+    return f'a config ({", ".join(c.tag for c in types_of(hint)) or hint.__name__})'
   return getattr(hint, '__name__', str(hint))
-
-
-def _parse(text: str, hint: Any, where: str) -> Any:
-  """Command-line text as the plain value that `_convert` accepts for `hint`."""
-  origin, args = typing.get_origin(hint), typing.get_args(hint)
-  if origin in (typing.Union, types.UnionType):
-    if type(None) in args and text.lower() in ('none', 'null'):
-      return None
-    last = InputError(f'{where} = {text!r}: must be {_describe(hint)}')
-    # A string accepts anything: try it last.
-    for option in sorted((a for a in args if a is not type(None)), key=lambda a: a is str):
-      try:
-        return _convert(_Text(text), option, where)
-      except InputError as e:
-        last = e if len(args) <= 2 else last
-    raise last
-  if origin is tuple:
-    if text.lstrip().startswith('['):
-      return _json(text, where)
-    if text.lower() == 'none' and _holds_config(args[0]):
-      return []
-    return [_Text(t) for t in text.split(',') if t]
-  if isinstance(hint, type) and issubclass(hint, Config):
-    return _json(text, where) if text.lstrip().startswith('{') else {'type': text}
-  if hint is bool and text.lower() in ('true', 'yes', 'on', '1', 'false', 'no', 'off', '0'):
-    return text.lower() in ('true', 'yes', 'on', '1')
-  if hint in (int, float):
-    plain = text.replace('_', '')
-    for kind in (int, float):
-      try:
-        number = kind(plain)
-      except ValueError:
-        continue
-      return (
-        int(number) if hint is int and math.isfinite(number) and number == int(number) else number
-      )
-  return str(text)
 
 
 def _json(text: str, where: str) -> Any:
   try:
     return json.loads(text)
-  except json.JSONDecodeError as e:
-    raise InputError(f'{where}: not valid JSON ({e}): {text!r}') from None
+  except (json.JSONDecodeError, RecursionError) as e:
+    raise InputError(where, text, problem=f'not valid JSON ({e})') from None
 
 
-def _convert(value: Any, hint: Any, where: str) -> Any:
-  """`value` as an instance of `hint`: lists become tuples, integers floats, objects with a `type`
-  configs. Raises `InputError`."""
-  if isinstance(value, _Text):
-    value = _parse(str(value), hint, where)
+def _decode_text(text: str, hint: Any, where: str) -> Any:
+  """Text of the command line as the plain value that `decode` accepts for `hint`."""
   origin, args = typing.get_origin(hint), typing.get_args(hint)
-  wrong = InputError(f'{where} = {value!r}: must be {_describe(hint)}')
+  if origin is tuple:
+    if text.lstrip().startswith('['):
+      return _json(text, where)
+    if text.lower() == 'none' and config_bases(args[0]):
+      return []
+    return [Text(t) for t in text.split(',') if t]
+  if _is_config(hint):
+    return _json(text, where) if text.lstrip().startswith('{') else {'type': text}
+  if hint is type(None):
+    return None if text.lower() in ('none', 'null') else text
+  if hint is bool:
+    return _SWITCHES.get(text.lower(), text)
+  if hint in (int, float) and text.isascii():
+    for kind in (int, float):
+      try:
+        number = kind(text.replace('_', ''))
+      except ValueError:
+        continue
+      whole = hint is int and math.isfinite(number) and number == int(number)
+      return int(number) if whole else number
+  return str(text)
+
+
+def decode(value: Any, hint: Any, where: str) -> Any:
+  """`value` as an instance of `hint`: lists become tuples, integers floats, objects with a `type`
+  configs, text what the hint says. Raises `InputError`."""
   if hint is Any:
     return value
-  if hint is type(None) or hint is None:
-    if value is not None:
-      raise wrong
-    return None
-  if origin in (typing.Union, types.UnionType):
-    error: InputError | None = None
-    for option in args:
-      try:
-        return _convert(value, option, where)
-      except InputError as e:
-        # Of several mismatches the one from inside a matching config says most.
-        inside = (
-          isinstance(value, dict | Config)
-          and option is not type(None)
-          and typing.get_origin(option) is not Literal
-        )
-        error = e if inside else error
-    raise error or wrong
+  if len(union_options(hint)) > 1:
+    return _decode_union(value, hint, where)
+  shown = str(value) if isinstance(value, Text) else value
+  if isinstance(value, Text):
+    value = _decode_text(str(value), hint, where)
+    shown = value if isinstance(value, int | float) else shown
+  wrong = InputError(where, shown, _describe(hint))
+  origin, args = typing.get_origin(hint), typing.get_args(hint)
   if origin is Literal:
     if value not in args:
-      raise InputError(f'{wrong}{nearest(str(value), map(str, args)) if len(args) > 4 else ""}')
+      known = nearest(str(value), map(str, args)) if len(args) > 4 else ''
+      raise InputError(where, shown, f'{_describe(hint)}{known}')
     return value
   if origin is tuple:
     if not isinstance(value, list | tuple):
       raise wrong
-    if len(args) == 2 and args[1] is Ellipsis:
-      return tuple(_convert(v, args[0], f'{where}.{i}') for i, v in enumerate(value))
-    if len(value) != len(args):
+    kinds = (args[0],) * len(value) if len(args) == 2 and args[1] is Ellipsis else args
+    if len(value) != len(kinds):
       raise wrong
-    return tuple(
-      _convert(v, a, f'{where}.{i}') for i, (v, a) in enumerate(zip(value, args, strict=True))
-    )
-  if isinstance(hint, type) and issubclass(hint, Config):
+    return tuple(decode(v, k, f'{where}.{i}') for i, (v, k) in enumerate(zip(value, kinds)))
+  if _is_config(hint):
     if isinstance(value, Mapping):
-      value = from_json(value, where, hint)
+      return from_json(value, where, hint)
     if not isinstance(value, hint):
-      raise (
-        wrong
-        if not isinstance(value, Config)
-        else InputError(f'{where} = {value.tag}: must be {_describe(hint)}')
-      )
+      raise InputError(where, getattr(value, 'tag', shown), _describe(hint))
     return value
   if hint is float and isinstance(value, int) and not isinstance(value, bool):
     return float(value)
-  if (isinstance(value, bool) and hint is not bool) or not isinstance(value, hint):
+  kind = type(None) if hint is None else hint
+  if (isinstance(value, bool) and kind is not bool) or not isinstance(value, kind):
     raise wrong
   return value
+
+
+def _decode_union(value: Any, hint: Any, where: str) -> Any:
+  # Text accepts anything, so it is tried last.
+  options = sorted(union_options(hint), key=lambda o: o is str and isinstance(value, Text))
+  kept: InputError | None = None
+  for option in options:
+    try:
+      return decode(value, option, where)
+    except InputError as e:
+      # Of several mismatches the one from inside a matching config says most.
+      inside = isinstance(value, Mapping | Config) and _is_config(option)
+      only = isinstance(value, Text) and len(options) == 2 and option is not type(None)
+      kept = e if inside or only else kept
+  shown = str(value) if isinstance(value, Text) else value
+  raise kept or InputError(where, getattr(shown, 'tag', shown), _describe(hint))
 
 
 # ---- JSON, text, hash --------------------------------------------------------------------------
 
 
 def to_json(value: Any) -> Any:
-  """A config (or a tuple or plain value inside one) as JSON data; every field is written, defaults
-  included."""
+  """Return a config (or a tuple or plain value inside one) as JSON data, all fields written."""
   if isinstance(value, Config):
-    return {'type': value.tag} | {
-      f.name: to_json(getattr(value, f.name)) for f in dataclasses.fields(value)
-    }
+    code = code_of(type(value))
+    fields = {f.name: to_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    return {'type': value.tag} | ({} if code is None else {'code': code}) | fields
   if isinstance(value, tuple | list):
     return [to_json(v) for v in value]
   return value
 
 
 def from_json(data: Any, where: str = '', base: type[Config] = Config) -> Config:
-  """The config that `to_json` wrote. A field left out takes its default; an unknown one is an
-  error. `base` serves messages."""
-  if not isinstance(data, Mapping) or 'type' not in data:
+  """Return the config that `to_json` wrote, a `base`.
+
+  A field that is left out takes its default. Raises `InputError` for an unknown field, a missing
+  one, or a value of a wrong type.
+  """
+  if not isinstance(data, Mapping) or not isinstance(data.get('type'), str):
     raise InputError(f'{where or "config"}: expected an object with a "type", found {data!r}')
-  cls = config_type(str(data['type']), where or 'type', base)
-  if not issubclass(cls, base):
-    raise InputError(f'{where or "config"} = {cls.tag}: must be {_describe(base)}')
+  cls = config_type(data['type'], where or 'type', base, data.get('code'))
   known = hints(cls)
-  for name in data:
-    if name != 'type' and name not in known:
+  given = {k: v for k, v in data.items() if k not in ('type', 'code')}
+  for name in given:
+    if name not in known:
       raise InputError(
         f'{where or "config"}: {cls.tag} has no field {name!r}{nearest(name, known)}'
       )
-  missing = [
-    f.name
-    for f in dataclasses.fields(cls)
-    if f.name not in data and f.default is f.default_factory is dataclasses.MISSING
-  ]
-  if missing:
+  if missing := [
+    name for name in known if name not in given and field_default(cls, name) is NOTHING
+  ]:
     raise InputError(f'{where or "config"}: {cls.tag} needs {", ".join(missing)}')
-  return cls(
-    **{
-      name: _convert(v, known[name], f'{where}.{name}' if where else name)
-      for name, v in data.items()
-      if name != 'type'
-    }
-  )
+  path = f'{where}.' if where else ''
+  return cls(**{name: decode(v, known[name], f'{path}{name}') for name, v in given.items()})
+
+
+def field_default(cls: type[Config], name: str) -> Any:
+  """The default of a field, `NOTHING` where it has none."""
+  f = cls.__dataclass_fields__[name]
+  if f.default is not dataclasses.MISSING:
+    return f.default
+  return NOTHING if f.default_factory is dataclasses.MISSING else f.default_factory()
 
 
 def text(config: Config) -> str:
-  """The canonical text of a config: what golden files, run folders and `digest` hold."""
+  """Return the canonical text of a config: what golden files and run folders hold."""
   return json.dumps(to_json(config), indent=2, ensure_ascii=False) + '\n'
 
 
 def digest(config: Config) -> str:
-  """The first 16 hex digits of the SHA-256 of the canonical text."""
-  return hashlib.sha256(text(config).encode()).hexdigest()[:16]
+  """Return 16 hex digits of the SHA-256 of the canonical text.
+
+  Of the code of users the content counts, not where the file is.
+  """
+
+  def without_path(data: Any) -> Any:
+    if isinstance(data, list):
+      return [without_path(v) for v in data]
+    if not isinstance(data, dict):
+      return data
+    code = {'code': data['code'].get('sha256', data['code']['module'])} if 'code' in data else {}
+    return {k: without_path(v) for k, v in data.items()} | code
+
+  canonical = json.dumps(without_path(to_json(config)), indent=2, ensure_ascii=False) + '\n'
+  return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
 
 def differences(old: Any, new: Any, path: str = '') -> list[str]:
-  """'path: old -> new' for every place where two JSON values differ."""
+  """Return 'path: old -> new' for every place where two JSON values differ."""
   if isinstance(old, dict) and isinstance(new, dict) and old.get('type') == new.get('type'):
     keys = [*old, *(k for k in new if k not in old)]
-    return [
-      d for k in keys for d in differences(old.get(k), new.get(k), f'{path}.{k}' if path else k)
-    ]
-  if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
-    return [
-      d
-      for i, pair in enumerate(zip(old, new, strict=True))
-      for d in differences(*pair, f'{path}.{i}')
-    ]
-  return [] if old == new else [f'{path}: {_short(old)} -> {_short(new)}']
+    pairs = [(k, old.get(k), new.get(k)) for k in keys]
+  elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+    pairs = [(str(i), a, b) for i, (a, b) in enumerate(zip(old, new, strict=True))]
+  else:
+    return [] if old == new else [f'{path}: {_short(old)} -> {_short(new)}']
+  return [d for k, a, b in pairs for d in differences(a, b, f'{path}.{k}' if path else k)]
 
 
 def _short(value: Any) -> str:
   line = json.dumps(value)
   return line if len(line) <= 60 else f'{line[:57]}...'
-
-
-# ---- overrides ---------------------------------------------------------------------------------
-
-
-def override(config: C, assignments: Iterable[tuple[str, str]], root: str = '') -> C:
-  """`config` with fields changed by dotted path, as the command line does: `[('model.width',
-  '256'), ('optimizer', 'Lion')]`.
-
-  A path names fields from the top down, list places by number. A name that is no field where it
-  stands is looked for below: `model.heads` sets every `heads` inside `model`. A value is text,
-  parsed by the field's type; for a field that holds a config it is the name of a config type (which
-  then starts from its defaults) or JSON. All is checked together at the end, so the order of
-  assignments that depend on each other does not matter. A `root` such as 'data' is the path of
-  `config` itself: all paths begin with it.
-
-  Raises `InputError` with the nearest names for a path that leads nowhere, and for values of a
-  wrong type."""
-  tree = to_json(config)
-  for path, value in assignments:
-    parts = path.replace('-', '_').split('.')
-    below = parts[1:] if root else parts
-    if root and parts[0] != root:
-      raise InputError(f'--{path}: no such field{nearest(parts[0], [root])}')
-    if not below:
-      raise InputError(
-        f'--{path}: a whole {config.tag} cannot be given; name a field of '
-        f'it{nearest("", hints(type(config)))}'
-      )
-    if not _assign(tree, below, _Text(value)):
-      raise InputError(f'--{path}: no such field{_instead(tree, below)}')
-  return cast(C, from_json(tree, root))
-
-
-def _assign(node: Any, parts: list[str], value: _Text) -> int:
-  """Sets the place that `parts` names in JSON data, or every place that they name further down; how
-  many were set."""
-  head, rest = parts[0], parts[1:]
-  if isinstance(node, list):
-    if head.isdigit():
-      if int(head) >= len(node):
-        return 0
-      if rest:
-        return _assign(node[int(head)], rest, value)
-      node[int(head)] = value
-      return 1
-    return sum(_assign(child, parts, value) for child in node)
-  if not isinstance(node, dict) or 'type' not in node:
-    return 0
-  known = hints(config_type(node['type']))
-  if head not in known:
-    return sum(_assign(child, parts, value) for child in node.values())
-  if rest:
-    return _assign(node[head], rest, value) if head in node else 0
-  tag = _tag_for(str(value), known[head])
-  node[head] = value if tag is None else to_json_defaults(tag)
-  return 1
-
-
-def to_json_defaults(tag: str) -> dict[str, Any]:
-  """A config type as JSON data with its defaults, the fields that have none left out."""
-  fields = {
-    f.name: f.default if f.default is not dataclasses.MISSING else f.default_factory
-    for f in dataclasses.fields(_TYPES[tag])
-  }
-  return {'type': tag} | {
-    k: to_json(v() if callable(v) else v) for k, v in fields.items() if v is not dataclasses.MISSING
-  }
-
-
-def _tag_for(name: str, hint: Any) -> str | None:
-  """The tag of the config type that a name stands for where `hint` is expected; upper and lower
-  case count the same."""
-  options = (
-    typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
-  )
-  bases = tuple(o for o in options if isinstance(o, type) and issubclass(o, Config))
-  return (
-    next(
-      (t for t, cls in _TYPES.items() if issubclass(cls, bases) and t.lower() == name.lower()), None
-    )
-    if bases
-    else None
-  )
-
-
-def _holds_config(hint: Any) -> bool:
-  options = (
-    typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
-  )
-  return any(isinstance(o, type) and issubclass(o, Config) for o in options)
-
-
-def _instead(node: Any, parts: list[str]) -> str:
-  """For the message about a path that leads nowhere: what is near the first part that does not
-  fit."""
-  for part in parts:
-    place = int(part) if isinstance(node, list) and part.isdigit() else part
-    inside = (
-      place < len(node) if isinstance(place, int) else isinstance(node, dict) and place in node
-    )
-    if not inside:
-      own = hints(config_type(node['type'])) if isinstance(node, dict) and 'type' in node else ()
-      return nearest(part, _names(node)) or nearest(part, own)
-    node = node[place]
-    if not isinstance(node, dict | list):
-      return f'; {part} is {json.dumps(node)}, which has no fields'
-  return ''
-
-
-def _names(node: Any) -> set[str]:
-  """The field names at a place and below."""
-  children = node.values() if isinstance(node, dict) else node if isinstance(node, list) else ()
-  own = (
-    set(hints(config_type(node['type']))) if isinstance(node, dict) and 'type' in node else set()
-  )
-  return own.union(*(_names(child) for child in children))
 
 
 # ---- registry of names -------------------------------------------------------------------------
@@ -450,25 +465,25 @@ Named = TypeVar('Named')
 
 
 class Registry(Generic[Named]):
-  """Things by name, in the order in which they were added: presets, corpora, tasks."""
+  """Values by name, in the order in which they were added: presets, families, studies."""
 
   def __init__(self, kind: str):
     self.kind = kind
-    self._things: dict[str, Named] = {}
+    self._values: dict[str, Named] = {}
 
-  def add(self, name: str, thing: Named) -> Named:
-    if name in self._things:
+  def add(self, name: str, value: Named) -> Named:
+    if name in self._values:
       raise ValueError(f'{self.kind} {name!r} is already there')
-    self._things[name] = thing
-    return thing
+    self._values[name] = value
+    return value
 
   def __getitem__(self, name: str) -> Named:
-    if name not in self._things:
-      raise InputError(f'no {self.kind} named {name!r}{nearest(name, self._things)}')
-    return self._things[name]
+    if name not in self._values:
+      raise InputError(f'no {self.kind} named {name!r}{nearest(name, self._values)}')
+    return self._values[name]
 
   def __iter__(self) -> Iterator[str]:
-    return iter(self._things)
+    return iter(self._values)
 
   def __len__(self) -> int:
-    return len(self._things)
+    return len(self._values)

@@ -5,7 +5,8 @@ from typing import Literal
 import pytest
 
 from jaxformer import config
-from jaxformer.config import Config, InputError, Registry, override
+from jaxformer.config import Config, InputError, Registry
+from jaxformer.overrides import override
 
 pytestmark = pytest.mark.quick
 
@@ -42,7 +43,12 @@ class House(Config):
 def test_json_and_back():
   house = House(size=(3, 4), walls=(Wall(trim=Striped(width=1, gap=2)),))
   data = config.to_json(house)
-  assert data['walls'][0]['trim'] == {'type': 'Striped', 'width': 1, 'gap': 2.0}
+  assert data['walls'][0]['trim'] == {
+    'type': 'Striped',
+    'code': config.code_of(Striped),
+    'width': 1,
+    'gap': 2.0,
+  }
   assert config.from_json(data) == house
   assert config.from_json({'type': 'House'}) == House()
   assert config.digest(house) == config.digest(config.from_json(data)) != config.digest(House())
@@ -59,8 +65,16 @@ def test_json_and_back():
       House(walls=(Wall(height=10.0), Wall(height=10.0, paint=Striped(width=3)))),
     ),
     ([('walls.1.paint.width', '1_000')], House(walls=(Wall(), Wall(paint=Striped(width=1000))))),
-    # width does not exist before
-    ([('walls.0.paint.width', '5'), ('walls.0.paint', 'Striped')], None),
+    # types first, in whatever order they are given
+    (
+      [('walls.0.paint.width', '5'), ('walls.0.paint', 'Striped')],
+      House(walls=(Wall(paint=Striped(width=5)), House().walls[1])),
+    ),
+    # an exact path before a general one
+    (
+      [('walls.0.height', '3'), ('height', '4')],
+      House(walls=(Wall(height=3.0), House().walls[1].replace(height=4.0))),
+    ),
     (
       [('walls.0.paint', 'striped'), ('walls.0.paint.width', '5')],
       House(walls=(Wall(paint=Striped(width=5)), House().walls[1])),
@@ -70,15 +84,26 @@ def test_json_and_back():
       House(walls=(Wall(trim=Striped(width=2)), House().walls[1])),
     ),
     ([('size', '3,4')], House(size=(3, 4))),
-    ([('size', '[3, 4]'), ('size', 'none')], House()),
+    ([('size', '[3, 4]')], House(size=(3, 4))),
+    ([('size', 'none')], House()),
   ],
 )
 def test_overrides(assignments, expected):
-  if expected is None:
-    with pytest.raises(InputError):
-      override(House(), assignments)
-  else:
-    assert override(House(), assignments) == expected
+  assert override(House(), assignments) == expected
+  assert override(House(), assignments[::-1]) == expected
+
+
+@pytest.mark.parametrize(
+  'assignments',
+  [
+    [('size', '3,4'), ('size', 'none')],
+    [('walls.0.paint', 'striped'), ('walls.0.paint.width', '5'), ('walls.0.paint', 'painted')],
+    [('lived-in', 'true'), ('lived_in', 'true')],
+  ],
+)
+def test_an_override_that_would_be_lost_is_an_error(assignments):
+  with pytest.raises(InputError, match='given twice'):
+    override(House(), assignments)
 
 
 @pytest.mark.parametrize(
@@ -129,9 +154,32 @@ def test_differences_name_paths():
   ]
 
 
-def test_two_configs_cannot_share_a_tag():
+def test_two_types_of_one_base_cannot_share_a_tag():
   with pytest.raises(TypeError, match='share the tag'):
-    type('Wall', (Config,), {'__module__': 'elsewhere', '__qualname__': 'Wall'})
+    type('Striped', (Paint,), {'__module__': 'tests.other', '__qualname__': 'Striped'})
+
+
+def test_a_type_of_another_package_may_have_the_same_name():
+  other = type('Striped', (Paint,), {'__module__': 'elsewhere', '__qualname__': 'Striped'})
+  try:
+    assert {c.__module__ for c in config.types_of(Paint) if c.tag == 'Striped'} == {
+      __name__,
+      'elsewhere',
+    }
+    assert type(config.from_json({'type': 'Striped', 'code': {'module': 'elsewhere'}})) is other
+    with pytest.raises(InputError, match=r'defined in module nowhere.*--code'):
+      config.from_json({'type': 'Striped', 'code': {'module': 'nowhere'}})
+  finally:
+    config.forget(other)
+
+
+def test_errors_are_data():
+  error = InputError('steps', 0, 'positive').under('training')
+  assert (error.field, error.value, error.accepted) == ('training.steps', 0, 'positive')
+  assert str(error) == 'training.steps = 0: must be positive'
+  assert (
+    str(InputError('data.path', 'x', problem='no such file')) == "data.path = 'x': no such file"
+  )
 
 
 def test_registry_names_the_nearest():

@@ -8,6 +8,7 @@ import pytest
 
 from jaxformer import config as configs
 from jaxformer.config import InputError
+from jaxformer.overrides import override
 from jaxformer.sharding import (
   AXES,
   MESH_AXES,
@@ -33,7 +34,7 @@ def test_a_table_of_ones_own_is_set_by_dotted_path_and_survives_json():
     ('rules.activations.inner', 'none'),
     ('context', '2'),
   ]
-  mesh = configs.override(MeshConfig(), given)
+  mesh = override(MeshConfig(), given)
   assert mesh.rules.params.embed == ('fsdp', 'context')
   assert mesh.rules.activations.inner is None
   # parameters and activations are ruled separately
@@ -58,7 +59,7 @@ def test_a_table_of_ones_own_is_set_by_dotted_path_and_survives_json():
 )
 def test_a_table_that_cannot_be_is_told(given, message):
   with pytest.raises(InputError, match=message.replace('?', r'\?')):
-    configs.override(
+    override(
       MeshConfig(),
       [('rules', 'Rules'), *((f'rules.{path}', value) for path, value in given.items())],
     )

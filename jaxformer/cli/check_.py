@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import argparse
 
-from jaxformer.cli.common import Overrides, object_of
+from jaxformer.cli.common import Overrides
 from jaxformer.config import InputError
+from jaxformer.user_code import object_in_file
 
 OVERRIDES = False
 
@@ -29,7 +30,7 @@ def run(args: argparse.Namespace, overrides: Overrides) -> int:
   from jaxformer.layers.layer import LayerConfig
   from jaxformer.testing.contract import check_layer, checked_examples
 
-  layer = object_of(args.target)
+  layer = object_in_file(args.target)
   if not isinstance(layer, LayerConfig):
     raise InputError(f'{args.target}: is not the config of a layer (a subclass of LayerConfig)')
   found = []

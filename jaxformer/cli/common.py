@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
-import importlib.util
 import json
 import os
 import pathlib
 import sys
-import traceback
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from jaxformer.config import InputError, nearest, override
+from jaxformer.config import InputError, nearest
+from jaxformer.overrides import override
+from jaxformer.user_code import errors_of, load_file
 
 Overrides = list[tuple[str, str]]
 SECTIONS = ('model', 'data', 'optimizer', 'schedule', 'training', 'mesh', 'run')
@@ -39,7 +38,7 @@ def experiment_of(target: str, overrides: Overrides, size: Any = None) -> Any:
     path = pathlib.Path(target)
     if not path.is_file():
       raise InputError(f'{target}: no such file')
-    with of_file(path):
+    with errors_of(path):
       experiment = getattr(load_file(path), 'experiment', None)
       experiment = experiment() if callable(experiment) else experiment
     if not isinstance(experiment, Experiment):
@@ -90,7 +89,7 @@ def study_of(target: str) -> Any:
   path = pathlib.Path(target)
   if not path.is_file():
     raise InputError(f'{target}: no such file')
-  with of_file(path):
+  with errors_of(path):
     study = getattr(load_file(path), 'study', None)
     study = study() if callable(study) else study
   if not isinstance(study, Study | ScalingStudy):
@@ -99,64 +98,6 @@ def study_of(target: str) -> Any:
       'returns one'
     )
   return study
-
-
-def object_of(name: str) -> Any:
-  """What FILE:NAME stands for: `my_layer.py:MyMixer.Config`. A config type is made with its
-  defaults; a class that has its config inside stands for that."""
-  from jaxformer.config import Config
-
-  file, colon, inside = name.rpartition(':')
-  path = pathlib.Path(file)
-  if not colon or not inside:
-    raise InputError(f'{name}: must be FILE.py:NAME, as in my_layer.py:MyMixer.Config')
-  if not path.is_file():
-    raise InputError(f'{file}: no such file')
-  with of_file(path):
-    thing = load_file(path)
-    for part in inside.split('.'):
-      if not hasattr(thing, part):
-        here = [
-          n
-          for n, v in vars(thing).items()
-          if isinstance(v, type) and v.__module__ == f'experiment_{path.stem}'
-        ]
-        raise InputError(f'{name}: has no {part!r}{nearest(part, here)}')
-      thing = getattr(thing, part)
-    if isinstance(thing, type) and not issubclass(thing, Config):
-      thing = getattr(thing, 'Config', thing)
-    return thing() if isinstance(thing, type) and issubclass(thing, Config) else thing
-
-
-@contextlib.contextmanager
-def of_file(path: pathlib.Path) -> Generator[None]:
-  """Within, errors name the file; those of the user's own code come with their traceback, from the
-  file on."""
-  try:
-    yield
-  except InputError as e:
-    raise InputError(f'{path}: {e}') from None
-  except Exception as e:
-    frames = traceback.extract_tb(e.__traceback__)
-    first = next(
-      (i for i, f in enumerate(frames) if pathlib.Path(f.filename).resolve() == path.resolve()),
-      len(frames),
-    )
-    lines = traceback.StackSummary.from_list(
-      frames[first:]
-    ).format() + traceback.format_exception_only(e)
-    raise InputError(f'{path} cannot be run:\n{"".join(lines).rstrip()}') from None
-
-
-def load_file(path: pathlib.Path) -> Any:
-  """A Python file as a module."""
-  spec = importlib.util.spec_from_file_location(f'experiment_{path.stem}', path)
-  if spec is None or spec.loader is None:
-    raise InputError(f'{path}: not a Python file')
-  module = importlib.util.module_from_spec(spec)
-  sys.modules[spec.name] = module
-  spec.loader.exec_module(module)
-  return module
 
 
 def of_data(path: str) -> bool:

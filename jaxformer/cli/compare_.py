@@ -16,8 +16,9 @@ from __future__ import annotations
 import argparse
 import sys
 
-from jaxformer.cli.common import Overrides, answer, note, object_of, study_of, ways_of
+from jaxformer.cli.common import Overrides, answer, note, study_of, ways_of
 from jaxformer.config import InputError
+from jaxformer.user_code import object_in_file
 
 OVERRIDES = True
 INTERRUPTED = 75
@@ -59,9 +60,9 @@ def study_arguments(parser: argparse.ArgumentParser) -> None:
 
 def study_of_arguments(args: argparse.Namespace, overrides: Overrides):
   """The study that a command line names."""
-  from jaxformer import config
+  from jaxformer.overrides import override
 
-  return config.override(with_added(study_of(args.target), args.add), overrides, 'study')
+  return override(with_added(study_of(args.target), args.add), overrides, 'study')
 
 
 def run(args: argparse.Namespace, overrides: Overrides) -> int:
@@ -122,7 +123,7 @@ def with_added(study, names):
 
   added = []
   for name in names:
-    thing = object_of(name)
+    thing = object_in_file(name)
     if isinstance(thing, LayerConfig):
       added.append(Mixer(layer=thing))
     elif isinstance(thing, ModelConfig):

@@ -16,7 +16,8 @@ import os
 from typing import Any
 
 from jaxformer.cli.common import SECTIONS, Overrides, answer, note, of_data
-from jaxformer.config import InputError, override
+from jaxformer.config import InputError
+from jaxformer.overrides import override
 
 OVERRIDES = True
 BIBLES = {'kjv-es': 'verses in English and Spanish', 'kjv-web': 'verses in old and modern English'}

@@ -12,7 +12,8 @@ import argparse
 from typing import Any
 
 from jaxformer.cli.common import Overrides, answer, join_processes, load_trained, note, of_data
-from jaxformer.config import InputError, override
+from jaxformer.config import InputError
+from jaxformer.overrides import override
 
 OVERRIDES = True
 

@@ -17,7 +17,8 @@ import sys
 from typing import Any
 
 from jaxformer.cli.common import Overrides, amount, answer, experiment_of, note, table
-from jaxformer.config import InputError, override
+from jaxformer.config import InputError
+from jaxformer.overrides import override
 
 OVERRIDES = True
 # the keys of jaxformer.launch.ENGINES, which is not read before a command is

@@ -20,7 +20,8 @@ from typing import Any
 
 from jaxformer.cli import compiling, sizes
 from jaxformer.cli.common import Overrides, amount, answer, experiment_of, note, table
-from jaxformer.config import InputError, override
+from jaxformer.config import InputError
+from jaxformer.overrides import override
 
 OVERRIDES = True
 GIB = 2**30

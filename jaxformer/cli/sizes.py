@@ -8,8 +8,9 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from jaxformer.cli.common import Overrides, amount, note, object_of, table
+from jaxformer.cli.common import Overrides, amount, note, table
 from jaxformer.config import InputError, nearest
+from jaxformer.user_code import object_in_file
 
 Size = tuple[Any, float]  # what is matched, and to how much
 
@@ -91,7 +92,7 @@ def family_of(target: str) -> Any:
   from jaxformer.models.zoo.around import around
 
   if is_layer(target):
-    layer = object_of(target)
+    layer = object_in_file(target)
     if not isinstance(layer, LayerConfig):
       raise InputError(f'{target}: is not the config of a layer (a subclass of LayerConfig)')
     return around(layer)

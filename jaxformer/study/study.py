@@ -13,6 +13,7 @@ from jaxformer.layers.layer import LayerConfig
 from jaxformer.models.language_model import ModelConfig
 from jaxformer.models.zoo import FAMILIES
 from jaxformer.models.zoo.around import around
+from jaxformer.overrides import override
 from jaxformer.study.sizing import Match, solve
 from jaxformer.training import (
   AdamW,
@@ -252,7 +253,7 @@ class Study(Config):
       run=RunConfig(dir=self.dir),
     )
     short = config.digest(experiment)[:8]
-    return config.override(
+    return override(
       experiment,
       [('run.name', f'{self.name}/{file_name(entry.title)}-{task.tag}-{rate:g}-{seed}-{short}')],
     )

@@ -7,7 +7,7 @@ import shutil
 import numpy as np
 import pytest
 
-from jaxformer.config import InputError, from_json, override, to_json
+from jaxformer.config import InputError, from_json, to_json
 from jaxformer.data import (
   BytePairs,
   Bytes,
@@ -21,6 +21,7 @@ from jaxformer.data import (
   source_of,
 )
 from jaxformer.data.pipeline import DataSection
+from jaxformer.overrides import override
 from jaxformer.task_type import TaskType
 
 pytestmark = pytest.mark.quick

@@ -7,7 +7,7 @@ import threading
 import numpy as np
 import pytest
 
-from jaxformer.config import InputError, from_json, override, to_json
+from jaxformer.config import InputError, from_json, to_json
 from jaxformer.data import (
   ByDocument,
   ByPosition,
@@ -24,6 +24,7 @@ from jaxformer.data import (
   Stream,
   open_data,
 )
+from jaxformer.overrides import override
 
 pytestmark = pytest.mark.quick
 LENGTH = 16

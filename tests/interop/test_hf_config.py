@@ -5,7 +5,6 @@ import json
 
 import pytest
 
-from jaxformer import config
 from jaxformer.config import InputError
 from jaxformer.interop import load_hf
 from jaxformer.interop.families import FAMILIES
@@ -13,6 +12,7 @@ from jaxformer.interop.family import match
 from jaxformer.interop.settings import ACTIVATIONS, Settings, activation_name
 from jaxformer.layers.position import Llama3Scaling, Rotary
 from jaxformer.models.zoo import PRESETS
+from jaxformer.overrides import override
 
 pytestmark = pytest.mark.quick
 
@@ -244,13 +244,11 @@ def test_losses_of_routers_are_no_part_of_the_function():
   drops tokens is not."""
   tiny = PRESETS['mixtral-tiny'].model
   assert (
-    match(config.override(tiny, [('router.z_loss', '0.001'), ('router.balance', 'none')]))[
-      0
-    ].model_type
+    match(override(tiny, [('router.z_loss', '0.001'), ('router.balance', 'none')]))[0].model_type
     == 'mixtral'
   )
   with pytest.raises(InputError, match=r'As mixtral: .*dispatch'):
-    match(config.override(tiny, [('dispatch', 'Capacity')]))
+    match(override(tiny, [('dispatch', 'Capacity')]))
 
 
 def test_gpt3_has_no_counterpart():

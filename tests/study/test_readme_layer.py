@@ -9,8 +9,8 @@ import pytest
 
 from jaxformer import config
 from jaxformer.cli import main
-from jaxformer.cli.common import object_of
 from jaxformer.testing.contract import check_layer
+from jaxformer.user_code import object_in_file
 from tests.tiers import thorough
 
 SECTION = (
@@ -74,7 +74,7 @@ def test_written_wrong_it_is_told_so(name, folder):
   assert LAYER.count(old) == 1
   (folder / 'my_layer.py').write_text(LAYER.replace(old, new))
   # as `jaxformer check` prints them
-  verdict = next(v for v in check_layer(object_of(NAME)) if v.check == check)
+  verdict = next(v for v in check_layer(object_in_file(NAME)) if v.check == check)
   assert words in verdict.wrong
   assert verdict.line.startswith(f'FAILS    {check}: ')
 

@@ -4,6 +4,7 @@ from jaxformer import config
 from jaxformer.config import InputError
 from jaxformer.data import DataConfig
 from jaxformer.models.zoo import PRESETS
+from jaxformer.overrides import override
 from jaxformer.sharding import MeshConfig
 from jaxformer.training import Experiment, default_experiment
 from jaxformer.training.loop import Setup
@@ -40,12 +41,12 @@ def test_every_preset_has_a_default_experiment_that_survives_json():
 )
 def test_bad_settings_are_named(tiny, path, value, message):
   with pytest.raises(InputError, match=message):
-    config.override(tiny, [(path, value)])
+    override(tiny, [(path, value)])
 
 
 def test_parts_are_replaced_by_name(tiny):
   trackers = ('training.trackers', 'TensorBoard,Wandb')
-  e = config.override(
+  e = override(
     tiny, [('optimizer', 'Muon'), ('schedule', 'WSD'), ('schedule.decay', '0.5'), trackers]
   )
   assert (e.optimizer.tag, e.schedule.decay, [t.tag for t in e.training.trackers]) == (
@@ -62,7 +63,7 @@ def test_batch_must_divide_over_the_mesh(tiny, dataset):
     ([('mesh', 'MeshConfig'), ('mesh.data', '3')], 'needs 3 devices'),
   ):
     with pytest.raises(InputError, match=message):
-      Setup.of(config.override(tiny, overrides), dataset)
+      Setup.of(override(tiny, overrides), dataset)
 
 
 def test_a_mesh_that_does_not_divide_a_parameter_is_refused(tiny, dataset):

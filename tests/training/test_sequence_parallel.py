@@ -7,11 +7,12 @@ import jax
 import numpy as np
 import pytest
 
-from jaxformer.config import override, to_json
+from jaxformer.config import to_json
 from jaxformer.data import Batch
 from jaxformer.models.params import define
 from jaxformer.models.zoo import PRESETS
 from jaxformer.models.zoo.jamba import jamba
+from jaxformer.overrides import override
 from jaxformer.sharding import AxisRules, MeshConfig, Rules, batch_sharding, make_mesh, use_mesh
 from jaxformer.training import AdamW, Constant, train
 from jaxformer.training.optimizer import Optimizer
