@@ -16,7 +16,6 @@ This module needs no array library and imports nothing from the package.
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import difflib
 import functools
@@ -72,7 +71,7 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
 # ---- config types ------------------------------------------------------------------------------
 
-_TYPES: dict[str, list[type[Config]]] = collections.defaultdict(list)
+_TYPES: dict[str, list[type[Config]]] = {}
 C = TypeVar('C', bound='Config')
 
 
@@ -103,7 +102,7 @@ class Config:
     cls.tag = cls.__qualname__.removesuffix('.Config').rsplit('.', 1)[-1]
     if abstract:
       return
-    same = [c for c in _TYPES[cls.tag] if _identity(c) != _identity(cls)]
+    same = [c for c in _TYPES.get(cls.tag, []) if _identity(c) != _identity(cls)]
     for other in same:
       if _bases(cls) & _bases(other) and package_of(cls) == package_of(other):
         raise TypeError(
@@ -152,7 +151,7 @@ def hints(cls: type[Config]) -> dict[str, Any]:
 
 def forget(cls: type[Config]) -> None:
   """Remove a type from the registry, so that its name is free again."""
-  _TYPES[cls.tag] = [c for c in _TYPES[cls.tag] if c is not cls]
+  _TYPES[cls.tag] = [c for c in _TYPES.get(cls.tag, []) if c is not cls]
 
 
 def types_of(base: type[C]) -> list[type[C]]:
@@ -187,7 +186,7 @@ def config_type(
     return found[-1]
   if not (inside or outside):
     known = (c.tag for c in types_of(base))
-    raise InputError(where, tag, problem=f'no config type {tag!r}{nearest(tag, known)}')
+    raise InputError(where, tag, problem=f'no such type{nearest(tag, known)}')
   return (inside or outside)[-1]
 
 
@@ -358,8 +357,11 @@ def decode(value: Any, hint: Any, where: str) -> Any:
 
 
 def _decode_union(value: Any, hint: Any, where: str) -> Any:
+  args = union_options(hint)
+  if isinstance(value, Text) and value.lower() in ('none', 'null') and type(None) in args:
+    return None
   # Text accepts anything, so it is tried last.
-  options = sorted(union_options(hint), key=lambda o: o is str and isinstance(value, Text))
+  options = sorted(args, key=lambda o: o is str and isinstance(value, Text))
   kept: InputError | None = None
   for option in options:
     try:

@@ -128,14 +128,14 @@ def override(config: C, assignments: Iterable[tuple[str, str]], root: str = '') 
   """
   whole = _Draft.of(config)
   given = [(path, _parts(path, config, root), Text(value)) for path, value in assignments]
-  taken: dict[tuple[int, Any], str] = {}
+  taken: dict[tuple[int, Any], tuple[str, str]] = {}
   fields = []
   for path, parts, value in sorted(given, key=lambda g: len(g[1])):
     places = _places(whole, parts, type(config))
     types_ = [(p, _type_for(value, p.hint)) for p in places]
     if places and all(kind is not None for _, kind in types_):
       for place, kind in types_:
-        _claim(taken, place, path)
+        _claim(taken, place, path, str(value))
         place.set(_Draft.with_defaults(cast('type[Config]', kind)))
     else:
       fields.append((path, parts, value))
@@ -147,7 +147,7 @@ def override(config: C, assignments: Iterable[tuple[str, str]], root: str = '') 
       for place in places:
         if place.exact is exact:
           if exact:
-            _claim(taken, place, path)
+            _claim(taken, place, path, str(value))
           place.set(value)
   return cast(C, _finish(whole, type(config), root))
 
@@ -163,11 +163,12 @@ def _parts(path: str, config: Config, root: str) -> list[str]:
   return below
 
 
-def _claim(taken: dict[tuple[int, Any], str], place: _Place, path: str) -> None:
+def _claim(taken: dict[tuple[int, Any], tuple[str, str]], place: _Place, path: str, value: str):
+  """Note that an assignment sets a place. Raises `InputError` if another one set another value."""
   key = id(place.owner), place.key
-  if key in taken:
-    raise InputError(f'--{path}: given twice (also as --{taken[key]}); give it once')
-  taken[key] = path
+  other, before = taken.setdefault(key, (path, value))
+  if before != value:
+    raise InputError(f'--{path} {value}: also given as --{other} {before}; give it once')
 
 
 def _type_for(name: str, hint: Any) -> type[Config] | None:

@@ -27,6 +27,18 @@ SMALL = [
 ]
 
 
+def last(words) -> list[str]:
+  """The words of a command in which a setting was given again: the last one stays, since the
+  command line refuses two values for one field."""
+  words, kept = list(map(str, words)), []
+  given = [i for i, w in enumerate(words) if w.startswith('--') and '.' in w]
+  again = {i for i in given if any(words[j] == words[i] for j in given if j > i)}
+  for i, word in enumerate(words):
+    if i not in again and i - 1 not in again:
+      kept.append(word)
+  return kept
+
+
 def environment(cache: Path) -> dict[str, str]:
   return os.environ | {
     'PYTHONPATH': str(ROOT),
@@ -41,7 +53,7 @@ def start(
   words, folder: Path, cache: Path, text: str = '', program=('-m', 'jaxformer')
 ) -> subprocess.CompletedProcess:
   """`jaxformer WORDS` in a process of its own."""
-  command, env = [sys.executable, *program, *map(str, words)], environment(cache)
+  command, env = [sys.executable, *program, *last(words)], environment(cache)
   return subprocess.run(
     command,
     cwd=folder,

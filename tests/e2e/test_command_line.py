@@ -11,7 +11,7 @@ import pytest
 
 from jaxformer.cli import main
 from tests.e2e.conftest import FIRST
-from tests.e2e.program import SMALL, contents, environment, start
+from tests.e2e.program import SMALL, contents, environment, last, start
 
 pytestmark = pytest.mark.e2e
 
@@ -22,7 +22,7 @@ def answer(capsys):
 
   def run(*words, code=0):
     capsys.readouterr()
-    found = main([str(w) for w in words])
+    found = main(last(words))
     out, err = capsys.readouterr()
     assert found == code, err
     return json.loads(out), err
@@ -259,7 +259,7 @@ def test_bench_measures_training_and_decoding(answer):
     'bench', 'gpt2-tiny', *SMALL, '--steps', 2, '--new-tokens', 4, '--context', 8, '--json'
   )[0]
   assert value['training']['tokens_per_step'] == 8 * 32
-  assert [r['context'] for r in value['decoding']] == [8]
+  assert [r['context_length'] for r in value['decoding']] == [8]
   assert min(value['training']['tokens_per_second'], value['decoding'][0]['seconds_per_token']) > 0
 
 

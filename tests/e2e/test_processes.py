@@ -15,7 +15,7 @@ import pytest
 
 from jaxformer.training.checkpoint import steps_in
 from jaxformer.training.run import read_metrics
-from tests.e2e.program import SMALL, environment
+from tests.e2e.program import SMALL, environment, last
 from tests.tiers import case
 from tests.training.compare import curve, meta
 
@@ -57,7 +57,7 @@ def start(count, words, folder, cache, command=TRAIN):
         'JAXFORMER_PROCESS': str(i),
       }
     return subprocess.Popen(
-      [sys.executable, '-m', 'jaxformer', *command, *words],
+      [sys.executable, '-m', 'jaxformer', *last([*command, *words])],
       cwd=folder,
       env=environment(cache) | own,
       stdout=subprocess.PIPE,
