@@ -53,7 +53,7 @@ os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 import jax
 
 from jaxformer.data import DataConfig, Stream
-from jaxformer.models.language_model import ModelConfig
+from jaxformer.models.model import ModelConfig
 from jaxformer.models.zoo import PRESETS
 from jaxformer.planning.compiler import topology_mesh
 from jaxformer.planning.program import collectives

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
   from flax import nnx
 
-  from jaxformer.models.language_model import ModelConfig
+  from jaxformer.models.model import ModelConfig
   from jaxformer.planning.cost import Cost
   from jaxformer.study.results import Results
   from jaxformer.study.scaling_results import ScalingResults

@@ -49,8 +49,16 @@ class TaskType:
 
   def __str__(self) -> str:
     """Describe the task in words: 'tokens -> next token'."""
-    inputs = self.inputs if self.features is None else f'{self.features} features per position'
-    return f'{inputs} -> {self.predicts.replace("_", " ")}'
+    inputs = {'pairs': 'source-target pairs', 'features': f'{self.features} features per position'}
+    predicts = {
+      'class': 'one class per sequence',
+      'sequence': 'the sequence from its last hidden state',
+    }
+    return f'{inputs.get(self.inputs, "tokens")} -> {predicts.get(self.predicts, "next token")}'
+
+
+LANGUAGE_MODELING = TaskType()
+TRANSLATION = TaskType(inputs='pairs')
 
 
 class Batch(NamedTuple):

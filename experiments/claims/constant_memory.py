@@ -51,7 +51,7 @@ from gallery import signed
 from jaxformer.data import Batch, DataConfig, Dataset, open_data
 from jaxformer.data.pipeline import Stream
 from jaxformer.evaluation import loss_by_position
-from jaxformer.models.language_model import ModelConfig
+from jaxformer.models.model import ModelConfig
 from jaxformer.models.params import Definition, define
 from jaxformer.study.runner import Finished, Tuned, run_study
 from jaxformer.study.statistics import Difference, compare, estimate

@@ -15,7 +15,8 @@ from jaxformer.layers.layer import LayerConfig
 from jaxformer.layers.mlp import GatedMlp
 from jaxformer.layers.norm import RMSNorm
 from jaxformer.models.block import Block, PreNorm
-from jaxformer.models.language_model import LanguageModel, ModelConfig
+from jaxformer.models.language_model import LanguageModel
+from jaxformer.models.model import ModelConfig
 from jaxformer.models.stack import Group
 from jaxformer.models.zoo.preset import Family, two_thirds
 from jaxformer.study.report import report_study

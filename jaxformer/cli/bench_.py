@@ -49,7 +49,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, overrides: Overrides) -> None:
   import jax
 
-  from jaxformer.models.language_model import LanguageModel
+  from jaxformer.task_type import LANGUAGE_MODELING
 
   if args.steps < 0 or args.new_tokens < 0:
     raise InputError(f'--steps {args.steps} and --new-tokens {args.new_tokens}: must be at least 0')
@@ -66,7 +66,7 @@ def run(args: argparse.Namespace, overrides: Overrides) -> None:
   }
   if args.steps:
     value['training'] = training(experiment, args.steps)
-  if args.new_tokens and isinstance(experiment.model, LanguageModel.Config):
+  if args.new_tokens and experiment.model.task == LANGUAGE_MODELING:
     longest = experiment.model.max_len
     contexts = (
       args.context_length

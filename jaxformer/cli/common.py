@@ -240,9 +240,9 @@ def load_writer(run: str, what: str) -> Trained:
 
 def translates(trained: Trained) -> bool:
   """Whether the model is an encoder-decoder."""
-  from jaxformer.models.encoder_decoder import EncoderDecoder
+  from jaxformer.task_type import TRANSLATION
 
-  return isinstance(trained.definition.config, EncoderDecoder.Config)
+  return trained.definition.config.task == TRANSLATION
 
 
 def source_tokenizer(trained: Trained) -> Any:

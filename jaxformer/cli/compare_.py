@@ -118,7 +118,7 @@ def helpers(args: argparse.Namespace, overrides: Overrides, study) -> list[list[
 def with_added(study, names):
   """The study with the layers and models that `--add` names."""
   from jaxformer.layers.layer import LayerConfig
-  from jaxformer.models.language_model import ModelConfig
+  from jaxformer.models.model import ModelConfig
   from jaxformer.study.study import AsIs, Mixer
 
   added = []

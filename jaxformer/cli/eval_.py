@@ -68,7 +68,7 @@ def run(args: argparse.Namespace, overrides: Overrides) -> None:
       'scored on text'
     )
   check_fit(trained.definition.config, data)
-  if args.by_position and data.kind.classes is not None:
+  if args.by_position and data.task.predicts == 'class':
     raise InputError(f'--by-position: {data.tag} asks for one class a sequence')
   dataset = open_data(data, log=note, tokenizer=trained.tokenizer)
   check_fit(trained.definition.config, data, dataset.vocab_size, dataset.source_vocab_size)

@@ -110,9 +110,7 @@ def initial(source: str, experiment: Any) -> Any:
     return str(path)
   model, params = load(path, mesh=make_mesh(experiment.mesh), rules=experiment.mesh.rules)
   if load is load_rwkv:  # such a file does not say what context its model is meant for
-    model = model.replace(
-      context_length=getattr(experiment.model, 'context_length', model.context_length)
-    )
+    model = model.replace(context_length=experiment.model.context_length)
   lines = [
     d
     for d in differences(to_json(model), to_json(experiment.model))
@@ -131,13 +129,13 @@ def sampler(experiment: Any, dataset: Any) -> Callable[[Any, int], str] | None:
   """A function from parameters to a piece of text, always from the same prompt and seed so that
   steps can be compared; None for a model that writes none."""
   from jaxformer.inference import Sampling, generate_text
-  from jaxformer.models.language_model import LanguageModel
   from jaxformer.models.params import define
   from jaxformer.sharding import make_mesh
+  from jaxformer.task_type import LANGUAGE_MODELING
 
   if dataset.tokenizer is not None and dataset.source_vocab_size is not None:
     return translator(experiment, dataset)
-  if not isinstance(experiment.model, LanguageModel.Config) or dataset.tokenizer is None:
+  if experiment.model.task != LANGUAGE_MODELING or dataset.tokenizer is None:
     return None
   definition, tokenizer = define(experiment.model), dataset.tokenizer
   prompt = (

@@ -4,14 +4,7 @@ tasks, in batches that resume exactly.
 Start with `dataset.py`: `open_data(DataConfig(...))` or `open_data(Digits())` gives a `Dataset`.
 """
 
-from jaxformer.data.dataset import (
-  Dataset,
-  DatasetConfig,
-  HeldOutPair,
-  Kind,
-  TrainBatches,
-  open_data,
-)
+from jaxformer.data.dataset import Dataset, DatasetConfig, HeldOutPair, TrainBatches, open_data
 from jaxformer.data.pair_tokenizer import PairTokenizer, source_of
 from jaxformer.data.pairs import PairDataset, Pairs
 from jaxformer.data.parallel import JsonLines, Pair, PairCorpus, Parquet, Tsv, TwoFiles
@@ -79,7 +72,6 @@ __all__ = [
   'InContextRecall',
   'InductionHead',
   'JsonLines',
-  'Kind',
   'ListOps',
   'MadSelectiveCopying',
   'Memorization',

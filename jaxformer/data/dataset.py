@@ -32,27 +32,6 @@ class HeldOutPair(NamedTuple):
   reference: str
 
 
-class Kind(NamedTuple):
-  """What goes into a model, and what is asked of it.
-
-  Attributes:
-    vocab_size: tokens go in, with ids below it; None for numbers, and where only reading the data
-      tells (text).
-    features: numbers a position that go in; None for tokens.
-    classes: one of so many is asked for each sequence as a whole; None where tokens are asked.
-    source_vocab_size: tokens of texts to translate go in besides, with ids below it; 0 where only
-      reading the data tells; None for data that are no pairs.
-    autoencoder: every token of a sequence is asked, of what is known of it at its last position;
-      None for other data.
-  """
-
-  vocab_size: int | None = None
-  features: int | None = None
-  classes: int | None = None
-  source_vocab_size: int | None = None
-  autoencoder: bool | None = None
-
-
 class DatasetConfig(Config, abstract=True):
   """Base of what an experiment can train on: the text of `DataConfig`, or a task."""
 
@@ -77,14 +56,6 @@ class DatasetConfig(Config, abstract=True):
     """What these data provide and what is to be predicted; sizes that only reading the data tells
     (of text) are None."""
     return TaskType()
-
-  @property
-  def kind(self) -> Kind:
-    t = self.task
-    source = (t.source_vocab_size or 0) if t.inputs == 'pairs' else None
-    return Kind(
-      t.vocab_size, t.features, t.classes, source, True if t.predicts == 'sequence' else None
-    )
 
   @property
   def held_out(self) -> str:

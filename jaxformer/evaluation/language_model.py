@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxformer.config import InputError
 from jaxformer.models.params import Definition, Params
 from jaxformer.sharding import Rules, batch_sharding, batch_shards, replicated, use_mesh
-from jaxformer.task_type import IGNORE, Batch
+from jaxformer.task_type import IGNORE, Batch, TaskType
 
 
 def bits_per_byte(nll_sum: float, bytes: int) -> float:
@@ -242,28 +242,22 @@ def _scores(
 
 
 def _checked(definition: Definition, batch: Batch) -> Batch:
-  config, tokens = definition.config, np.ndim(batch.inputs) == 2
-  inputs = np.asarray(batch.inputs, np.int32 if tokens else np.float32)
-  targets, classes = np.asarray(batch.targets_BT, np.int32), getattr(config, 'classes', None)
-  checks = [('targets', targets, IGNORE, classes or config.vocab_size)]
-  if tokens:
-    checks.insert(0, ('tokens', inputs, 0, config.vocab_size))
-  source = None
-  if hasattr(config, 'source_vocab_size'):
-    source = np.asarray(batch.source_BS, np.int32)
-    checks.insert(0, ('source tokens', source, IGNORE, config.source_vocab_size))  # -1 is padding
-  for name, ids, low, end in checks:
-    if ids.size and (ids.min() < low or ids.max() >= end):
-      what = 'number of classes' if classes and name == 'targets' else 'vocabulary'
+  config = definition.config
+  task: TaskType = config.task
+  inputs = np.asarray(batch.inputs, np.float32 if task.inputs == 'features' else np.int32)
+  source = np.asarray(batch.source_BS, np.int32) if task.inputs == 'pairs' else None
+  targets = np.asarray(batch.targets_BT, np.int32)
+  kind = 'number of classes' if task.predicts == 'class' else 'vocabulary'
+  for name, ids, low, end, what in (
+    ('source tokens', source, IGNORE, task.source_vocab_size, 'vocabulary'),  # -1 is padding
+    ('tokens', inputs, 0, task.vocab_size, 'vocabulary'),
+    ('targets', targets, IGNORE, task.classes or task.vocab_size, kind),
+  ):
+    if ids is not None and end is not None and ids.size and (ids.min() < low or ids.max() >= end):
       raise InputError(
         f'evaluation: {name} from {ids.min()} to {ids.max()}: must be below the {what} of {end}'
       )
-  T = max(targets.shape[1], 0 if source is None else source.shape[1])
-  if config.max_len is not None and config.max_len < T:
-    raise InputError(
-      f'evaluation: {T} tokens in a row are more than the {config.max_len} positions that the '
-      'model has learned'
-    )
+  config.check_length(max(targets.shape[1], 0 if source is None else source.shape[1]))
   return Batch(
     inputs,
     targets,

@@ -13,7 +13,8 @@ from jaxformer.interop.tensors import shortened
 from jaxformer.interop.weights import Names, Rule
 from jaxformer.layers.init import Init
 from jaxformer.models.block import Block, PreNorm
-from jaxformer.models.language_model import LanguageModel, ModelConfig
+from jaxformer.models.language_model import LanguageModel
+from jaxformer.models.model import ModelConfig
 
 
 @dataclasses.dataclass(frozen=True)

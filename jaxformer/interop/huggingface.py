@@ -21,7 +21,7 @@ from jaxformer.interop.families import FAMILIES
 from jaxformer.interop.family import Family, match
 from jaxformer.interop.settings import Settings
 from jaxformer.interop.tensors import DTYPES, Reader, new_folder, read_json, write
-from jaxformer.models.language_model import ModelConfig
+from jaxformer.models.model import ModelConfig
 from jaxformer.models.params import Params, define
 from jaxformer.sharding import Rules
 
@@ -154,18 +154,13 @@ def describe(folder: str | os.PathLike) -> dict[str, Any]:
       kind.names(config),
     )
     stored = [i.dtype for i in reader.info.values()]
-    sizes = {
-      f: getattr(config, f) for f in ('width', 'context_length', 'vocab_size') if hasattr(config, f)
-    }
-    blocks = sum(
-      len(g.pattern) * g.repeats
-      for stack in ('stack', 'encoder', 'decoder')
-      for g in getattr(config, stack, ())
-    )
+    blocks = sum(len(g.pattern) * g.repeats for stack in config.stacks for g in stack)
     return {
       'model_type': kind.model_type,
       'params': definition.size,
-      **sizes,
+      'width': config.width,
+      'context_length': config.context_length,
+      'vocab_size': config.task.vocab_size,
       'layers': blocks,
       'dtypes': {d: stored.count(d) for d in sorted(set(stored))},
       'files': reader.files,

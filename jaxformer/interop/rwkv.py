@@ -31,7 +31,8 @@ from jaxformer.layers.rwkv4 import TimeMix4
 from jaxformer.layers.rwkv5 import TimeMix5
 from jaxformer.layers.rwkv6 import TimeMix6
 from jaxformer.layers.rwkv7 import TimeMix7
-from jaxformer.models.language_model import LanguageModel, ModelConfig
+from jaxformer.models.language_model import LanguageModel
+from jaxformer.models.model import ModelConfig
 from jaxformer.models.params import Params, define
 from jaxformer.models.zoo.rwkv4 import rwkv4
 from jaxformer.models.zoo.rwkv5 import rwkv5
@@ -356,10 +357,7 @@ def _links(config: ModelConfig) -> list[weights.Link]:
         Sizes({n: s for link in links for n, s in link.theirs.items()}, version.name)
       )
       differ = differences(
-        functional(config),
-        functional(
-          read.replace(context_length=getattr(config, 'context_length', read.context_length))
-        ),
+        functional(config), functional(read.replace(context_length=config.context_length))
       )
     except InputError as e:
       differ = [str(e)]

@@ -3,23 +3,22 @@ decoder reads."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from jaxformer.layers.init import Init, Normal
-from jaxformer.layers.layer import Context, LayerConfig, LayerPosition, positions_BT, starts_BT
+from jaxformer.layers.layer import Context, LayerPosition, positions_BT, starts_BT
 from jaxformer.layers.norm import NormConfig, RMSNorm
-from jaxformer.layers.position import PositionConfig, SinusoidalPositions
-from jaxformer.models.language_model import LanguageModel, ModelConfig
-from jaxformer.models.stack import Group, Stack, layers_of
+from jaxformer.layers.position import SinusoidalPositions
+from jaxformer.models.language_model import LanguageModel
+from jaxformer.models.model import ModelConfig
+from jaxformer.models.stack import Group, Stack
 from jaxformer.ops.linear import linear
 from jaxformer.ops.loss import LossSums, cross_entropy, token_scores
 from jaxformer.sharding import param, shard
-from jaxformer.task_type import Batch
+from jaxformer.task_type import Batch, TaskType
 
 
 class Autoencoder(nnx.Module):
@@ -35,47 +34,32 @@ class Autoencoder(nnx.Module):
     """
     Attributes:
       vocab_size: rows of the embedding.
-      width: of the residual stream, of z and of the decoder.
-      context_length: the longest sequence that the model is meant for; the size of a table of learned
-        positions.
       stack: groups of blocks.
-      positions: added to the embeddings; None where layers know positions themselves, or do
-        without.
       norm: of the decoder and before the head.
       embedding_init, init: initial values of the embedding, and of the decoder and the head.
         Offsets begin at zero.
     """
 
     vocab_size: int
-    width: int
     stack: tuple[Group, ...]
-    positions: PositionConfig | None = None
     norm: NormConfig = RMSNorm.Config()
     embedding_init: Init = Normal()
     init: Init = Normal()
 
     def validate(self):
-      for field in ('vocab_size', 'width', 'context_length'):
-        self.require(getattr(self, field) > 0, field, 'positive')
+      super().validate()
+      self.require(self.vocab_size > 0, 'vocab_size', 'positive')
 
     def build(self, rngs: nnx.Rngs) -> Autoencoder:
       return Autoencoder(self, rngs)
 
     @property
-    def autoencoder(self) -> bool:
-      """True: every token is asked of the last position (`jaxformer.data.Kind`)."""
-      return True
+    def task(self) -> TaskType:
+      return TaskType(predicts='sequence', vocab_size=self.vocab_size)
 
-    def layers(self) -> Iterator[tuple[LayerConfig, int]]:
-      return layers_of(self.stack)
-
-    def state_size(self, max_len: int) -> None:
-      """None: an autoencoder reads a sequence as a whole."""
-
-    def mixing_flops_per_token(self, length: int, causal: bool) -> float:
-      return sum(
-        n * layer.mixing_flops_per_token(self.width, length, causal) for layer, n in self.layers()
-      )
+    @property
+    def stacks(self) -> tuple[tuple[Group, ...], ...]:
+      return (self.stack,)
 
   def __init__(self, config: Autoencoder.Config, rngs: nnx.Rngs):
     c, D, V = config, config.width, config.vocab_size

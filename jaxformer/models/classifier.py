@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import dataclasses
 from typing import Any
 
 import jax
@@ -12,21 +12,25 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxformer.config import Config
 from jaxformer.layers.init import FanInUniform, Init, Normal
-from jaxformer.layers.layer import Context, LayerConfig, LayerPosition, positions_BT, starts_BT
+from jaxformer.layers.layer import Context, LayerPosition, positions_BT, starts_BT
 from jaxformer.layers.norm import LayerNorm, NormConfig
-from jaxformer.layers.position import PositionConfig
-from jaxformer.models.language_model import ModelConfig
-from jaxformer.models.stack import Group, Stack, layers_of
+from jaxformer.models.model import ModelConfig
+from jaxformer.models.stack import Group, Stack
 from jaxformer.ops.linear import linear
 from jaxformer.ops.loss import LossSums
 from jaxformer.sharding import param, shard
-from jaxformer.task_type import IGNORE, Batch
+from jaxformer.task_type import IGNORE, Batch, TaskType
 
 # ---- what goes in ------------------------------------------------------------------------------
 
 
 class InputConfig(Config, abstract=True):
   """Base of what a classifier reads at each position."""
+
+  @property
+  def task(self) -> TaskType:
+    """The inputs."""
+    raise NotImplementedError
 
   def build(self, width: int, rngs: nnx.Rngs) -> nnx.Module:
     """A module from a batch to vectors, `[B, T, D]`."""
@@ -42,6 +46,10 @@ class TokenInput(nnx.Module):
 
     def validate(self):
       self.require(self.vocab_size > 0, 'vocab_size', 'positive')
+
+    @property
+    def task(self) -> TaskType:
+      return TaskType(vocab_size=self.vocab_size)
 
     def build(self, width: int, rngs: nnx.Rngs) -> TokenInput:
       return TokenInput(self, width, rngs)
@@ -65,6 +73,10 @@ class LinearInput(nnx.Module):
 
     def validate(self):
       self.require(self.features > 0, 'features', 'positive')
+
+    @property
+    def task(self) -> TaskType:
+      return TaskType(inputs='features', features=self.features)
 
     def build(self, width: int, rngs: nnx.Rngs) -> LinearInput:
       return LinearInput(self, width, rngs)
@@ -124,11 +136,7 @@ class Classifier(nnx.Module):
     Attributes:
       input: tokens or numbers.
       classes: of which one is the answer.
-      width: of the residual stream.
-      context_length: the longest sequence that the model is meant for; the size of a table of learned
-        positions.
       stack: groups of blocks; layers in both directions are welcome.
-      positions: added to the inputs; None where layers know positions themselves, or do without.
       final_norm: norm before pooling; None for none (post-norm stacks).
       pooling: how one vector comes of all positions.
       head_init: initial values of W; b begins at zero.
@@ -136,42 +144,29 @@ class Classifier(nnx.Module):
 
     input: InputConfig
     classes: int
-    width: int
     stack: tuple[Group, ...]
-    positions: PositionConfig | None = None
     final_norm: NormConfig | None = LayerNorm.Config()
     pooling: Pooling = MeanPooling()
     head_init: Init = FanInUniform()
 
     def validate(self):
-      for field in ('width', 'context_length'):
-        self.require(getattr(self, field) > 0, field, 'positive')
+      super().validate()
       self.require(self.classes > 1, 'classes', 'at least 2')
 
     def build(self, rngs: nnx.Rngs) -> Classifier:
       return Classifier(self, rngs)
 
     @property
-    def vocab_size(self) -> int | None:
-      """Token ids are below it; None where numbers go in."""
-      return self.input.vocab_size if isinstance(self.input, TokenInput.Config) else None
+    def task(self) -> TaskType:
+      return dataclasses.replace(self.input.task, predicts='class', classes=self.classes)
 
     @property
-    def features(self) -> int | None:
-      """Numbers a position that go in; None where tokens do."""
-      return self.input.features if isinstance(self.input, LinearInput.Config) else None
-
-    def layers(self) -> Iterator[tuple[LayerConfig, int]]:
-      return layers_of(self.stack)
-
-    def state_size(self, max_len: int) -> None:
-      """None: a classifier reads a sequence as a whole."""
+    def stacks(self) -> tuple[tuple[Group, ...], ...]:
+      return (self.stack,)
 
     def mixing_flops_per_token(self, length: int, causal: bool) -> float:
-      """Those of the layers, and the head, which multiplies one vector a sequence."""
-      layers = sum(
-        n * layer.mixing_flops_per_token(self.width, length, causal) for layer, n in self.layers()
-      )
+      """Those of the layers, and the head, which multiplies one vector per sequence."""
+      layers = super().mixing_flops_per_token(length, causal)
       return layers + 2.0 * self.width * self.classes / length
 
   def __init__(self, config: Classifier.Config, rngs: nnx.Rngs):

@@ -4,7 +4,6 @@ the first made of the source."""
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -16,7 +15,6 @@ from jaxformer.config import InputError
 from jaxformer.layers.init import Init, Normal
 from jaxformer.layers.layer import (
   Context,
-  LayerConfig,
   LayerPosition,
   Memory,
   Output,
@@ -26,14 +24,13 @@ from jaxformer.layers.layer import (
   starts_BT,
 )
 from jaxformer.layers.norm import NormConfig
-from jaxformer.layers.position import PositionConfig
 from jaxformer.models.block import gather
-from jaxformer.models.language_model import ModelConfig
-from jaxformer.models.stack import Group, Stack, layers_of, layers_with_widths, out_width
+from jaxformer.models.model import ModelConfig
+from jaxformer.models.stack import Group, Stack, layers_with_widths, out_width
 from jaxformer.ops.linear import linear
 from jaxformer.ops.loss import LossSums, cross_entropy, token_scores
 from jaxformer.sharding import param, shard
-from jaxformer.task_type import IGNORE, Batch
+from jaxformer.task_type import IGNORE, Batch, TaskType
 
 
 @jax.tree_util.register_dataclass
@@ -61,12 +58,7 @@ class EncoderDecoder(nnx.Module):
     """
     Attributes:
       source_vocab_size, vocab_size: rows of the embeddings of source and target.
-      width: of both embeddings.
-      context_length: the longest source, and the longest target, that the model is meant for; the size of
-        a table of learned positions.
       encoder, decoder: groups of blocks; a layer may change the width of what flows on.
-      positions: added to the embeddings of both; None where layers know positions themselves, or do
-        without.
       embedding_scale: factor on the embeddings; None for 1.
       encoder_norm, final_norm: norms after either stack; None for none (post-norm stacks and
         recurrences).
@@ -84,11 +76,8 @@ class EncoderDecoder(nnx.Module):
 
     source_vocab_size: int
     vocab_size: int
-    width: int
-    context_length: int
     encoder: tuple[Group, ...]
     decoder: tuple[Group, ...]
-    positions: PositionConfig | None = None
     embedding_scale: float | None = None
     encoder_norm: NormConfig | None = None
     final_norm: NormConfig | None = None
@@ -102,7 +91,8 @@ class EncoderDecoder(nnx.Module):
     head_init: Init | None = None
 
     def validate(self):
-      for field in ('source_vocab_size', 'vocab_size', 'width', 'context_length'):
+      super().validate()
+      for field in ('source_vocab_size', 'vocab_size'):
         self.require(getattr(self, field) > 0, field, 'positive')
       self.require(0 <= self.dropout < 1, 'dropout', 'at least 0 and below 1')
       self.require(
@@ -154,28 +144,15 @@ class EncoderDecoder(nnx.Module):
       """The width that the head reads."""
       return out_width(self.decoder, self.width)
 
-    def layers(self) -> Iterator[tuple[LayerConfig, int]]:
-      yield from layers_of(self.encoder)
-      yield from layers_of(self.decoder)
-
-    def state_size(self, max_len: int) -> int:
-      """Of decoding a target of up to `max_len` tokens from a source of `max_len`: what the decoder
-      keeps of the source counts."""
-      return sum(
-        n * layer.state_size(width, max_len)
-        for layer, width, n in layers_with_widths(self.decoder, self.width)
+    @property
+    def task(self) -> TaskType:
+      return TaskType(
+        inputs='pairs', vocab_size=self.vocab_size, source_vocab_size=self.source_vocab_size
       )
 
-    def mixing_flops_per_token(self, length: int, causal: bool) -> float:
-      """Of a token of the target, with one of the source beside it: sources and targets of `length`
-      tokens."""
-      both = (
-        *layers_with_widths(self.encoder, self.width),
-        *layers_with_widths(self.decoder, self.width),
-      )
-      return sum(
-        n * layer.mixing_flops_per_token(width, length, causal) for layer, width, n in both
-      )
+    @property
+    def stacks(self) -> tuple[tuple[Group, ...], ...]:
+      return self.encoder, self.decoder
 
   def __init__(self, config: EncoderDecoder.Config, rngs: nnx.Rngs):
     c = config
@@ -210,7 +187,7 @@ class EncoderDecoder(nnx.Module):
   def _encode(self, source_BS: Array, ctx: Context) -> tuple[Memory, dict[str, Array]]:
     """The memory, and the auxiliary values of the encoder's layers."""
     c, (B, S) = self.config, source_BS.shape
-    self._check_length(S)
+    self.config.check_length(S)
     order = _Order(source_BS != IGNORE, c.reverse_source, c.hand_over)
     source, ctx = order.there(jnp.asarray(source_BS)), ctx.fold(0)
     valid_BS = source != IGNORE
@@ -228,17 +205,10 @@ class EncoderDecoder(nnx.Module):
     final = () if states is None else self.encoder.handed_over(out.state)
     return Memory(order.back(y), source_BS != IGNORE, final), out.aux
 
-  def _check_length(self, length: int) -> None:
-    if self.config.max_len is not None and length > self.config.max_len:
-      raise InputError(
-        f'a sequence of {length} tokens is longer than the {self.config.max_len} positions that '
-        'the model has learned'
-      )
-
   def init_state(self, memory: Memory, max_len: int) -> DecoderState:
     """The state before the first token of a target of up to `max_len` tokens. Steps need the memory
     no more."""
-    self._check_length(max_len)
+    self.config.check_length(max_len)
     B = memory.mask_BS.shape[0]
     return DecoderState(self.decoder.init_state(B, max_len, memory), jnp.zeros((B,), jnp.int32))
 

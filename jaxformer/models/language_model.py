@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -11,11 +10,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxformer.config import Config, InputError
+from jaxformer.config import InputError
 from jaxformer.layers.init import Init, Normal
 from jaxformer.layers.layer import (
   Context,
-  LayerConfig,
   LayerPosition,
   Output,
   State,
@@ -24,43 +22,12 @@ from jaxformer.layers.layer import (
   starts_BT,
 )
 from jaxformer.layers.norm import NormConfig, RMSNorm
-from jaxformer.layers.position import PositionConfig
-from jaxformer.models.stack import Group, Stack, layers_of
+from jaxformer.models.model import ModelConfig
+from jaxformer.models.stack import Group, Stack
 from jaxformer.ops.linear import linear
 from jaxformer.ops.loss import LossSums, cross_entropy, token_scores
 from jaxformer.sharding import param, shard
-from jaxformer.task_type import Batch
-
-
-class ModelConfig(Config, abstract=True):
-  """Base of the models' configs: `build` makes the module, `jaxformer.models.params.define` its
-  structure without arrays."""
-
-  context_length: int
-
-  def build(self, rngs: nnx.Rngs) -> nnx.Module:
-    raise NotImplementedError
-
-  @property
-  def max_len(self) -> int | None:
-    """The longest sequence that the model can read; None where nothing but the context that it was
-    meant for limits it."""
-    positions: PositionConfig | None = getattr(self, 'positions', None)
-    return self.context_length if positions is not None and positions.bounded else None
-
-  def layers(self) -> Iterator[tuple[LayerConfig, int]]:
-    """Every layer's config, with how many times it stands in the model."""
-    raise NotImplementedError
-
-  def state_size(self, max_len: int) -> int | None:
-    """How many numbers of state one sequence of up to `max_len` tokens needs in decoding; None for
-    a model that does not decode."""
-    raise NotImplementedError
-
-  def mixing_flops_per_token(self, length: int, causal: bool) -> float:
-    """Forward FLOPs a token that are no products with parameters
-    (`LayerConfig.mixing_flops_per_token`), over all layers."""
-    raise NotImplementedError
+from jaxformer.task_type import Batch, TaskType
 
 
 @jax.tree_util.register_dataclass
@@ -82,12 +49,7 @@ class LanguageModel(nnx.Module):
     """
     Attributes:
       vocab_size: rows of the embedding.
-      width: of the residual stream.
-      context_length: the longest sequence that the model is meant for; the size of a table of learned
-        positions.
       stack: groups of blocks.
-      positions: added to the embeddings; None where layers know positions themselves, or do
-        without.
       embedding_norm: norm right after the embedding (RWKV's ln0); None for none.
       embedding_scale: factor on the embeddings; None for 1.
       final_norm: norm before the head; None for none (post-norm stacks).
@@ -100,10 +62,7 @@ class LanguageModel(nnx.Module):
     """
 
     vocab_size: int
-    width: int
-    context_length: int
     stack: tuple[Group, ...]
-    positions: PositionConfig | None = None
     embedding_norm: NormConfig | None = None
     embedding_scale: float | None = None
     final_norm: NormConfig | None = RMSNorm.Config()
@@ -115,8 +74,8 @@ class LanguageModel(nnx.Module):
     head_init: Init | None = None
 
     def validate(self):
-      for field in ('vocab_size', 'width', 'context_length'):
-        self.require(getattr(self, field) > 0, field, 'positive')
+      super().validate()
+      self.require(self.vocab_size > 0, 'vocab_size', 'positive')
       self.require(0 <= self.dropout < 1, 'dropout', 'at least 0 and below 1')
       self.require(self.softcap is None or self.softcap > 0, 'softcap', 'positive')
       self.require(
@@ -128,16 +87,13 @@ class LanguageModel(nnx.Module):
     def build(self, rngs: nnx.Rngs) -> LanguageModel:
       return LanguageModel(self, rngs)
 
-    def layers(self) -> Iterator[tuple[LayerConfig, int]]:
-      return layers_of(self.stack)
+    @property
+    def task(self) -> TaskType:
+      return TaskType(vocab_size=self.vocab_size)
 
-    def state_size(self, max_len: int) -> int:
-      return sum(n * layer.state_size(self.width, max_len) for layer, n in self.layers())
-
-    def mixing_flops_per_token(self, length: int, causal: bool) -> float:
-      return sum(
-        n * layer.mixing_flops_per_token(self.width, length, causal) for layer, n in self.layers()
-      )
+    @property
+    def stacks(self) -> tuple[tuple[Group, ...], ...]:
+      return (self.stack,)
 
   def __init__(self, config: LanguageModel.Config, rngs: nnx.Rngs):
     c = config
@@ -160,11 +116,7 @@ class LanguageModel(nnx.Module):
 
   def init_state(self, batch: int, max_len: int) -> LanguageModelState:
     """The state before the first token, for sequences of up to `max_len` tokens."""
-    if self.config.max_len is not None and max_len > self.config.max_len:
-      raise InputError(
-        f'a sequence of {max_len} tokens is longer than the {self.config.max_len} positions that '
-        'the model has learned'
-      )
+    self.config.check_length(max_len)
     return LanguageModelState(self.stack.init_state(batch, max_len), jnp.zeros((batch,), jnp.int32))
 
   def hidden(

@@ -71,14 +71,6 @@ class Group(Config):
     return widths
 
 
-def layers_of(groups: tuple[Group, ...]) -> Iterator[tuple[LayerConfig, int]]:
-  """Every layer's config, with how many times it stands in the stack."""
-  for group in groups:
-    for block in group.pattern:
-      for branch in block.branches:
-        yield branch.layer, group.repeats
-
-
 def layers_with_widths(
   groups: tuple[Group, ...], width: int
 ) -> Iterator[tuple[LayerConfig, int, int]]:

@@ -21,7 +21,7 @@ from __future__ import annotations
 import dataclasses
 
 from jaxformer.config import InputError
-from jaxformer.models.language_model import ModelConfig
+from jaxformer.models.model import ModelConfig
 from jaxformer.models.params import define
 
 

@@ -31,7 +31,7 @@ from jax.sharding import AbstractMesh, AxisType
 
 from jaxformer.config import InputError
 from jaxformer.layers.layer import Context
-from jaxformer.models.language_model import ModelConfig
+from jaxformer.models.model import ModelConfig
 from jaxformer.models.params import Definition, define
 from jaxformer.ops.implementation import implementation
 from jaxformer.planning.residuals import Kept, kept_arrays
@@ -86,11 +86,10 @@ class Memory:
 def abstract_batch(model: ModelConfig, batch: int, length: int) -> Batch:
   """`batch` sequences of `length` positions, of what the model reads."""
   ids = jax.ShapeDtypeStruct((batch, length), jnp.int32)
-  features = getattr(model, 'features', None)
-  if features is not None:
-    return Batch(jax.ShapeDtypeStruct((batch, length, features), jnp.float32), ids)
-  source = ids if getattr(model, 'source_vocab_size', None) is not None else None
-  return Batch(ids, ids, source_BS=source)
+  task = model.task
+  if task.features is not None:
+    return Batch(jax.ShapeDtypeStruct((batch, length, task.features), jnp.float32), ids)
+  return Batch(ids, ids, source_BS=ids if task.inputs == 'pairs' else None)
 
 
 def abstract_mesh(config: MeshConfig, devices: int) -> AbstractMesh:
@@ -169,8 +168,7 @@ def training_memory(
       bytes_of(p) // 4 * size for n, p in params.items() if not definition.info[n].full_precision
     )
   )
-  width = getattr(model, 'width', 0)
-  logits = min(_LOGIT_BYTES, 4 * B * T * (getattr(model, 'vocab_size', None) or 0))
+  logits = min(_LOGIT_BYTES, 4 * B * T * (model.task.vocab_size or 0))
   return Memory(
     parameters=parameters,
     optimizer=2 * parameters if optimizer is None else bytes_of(optimizer),
@@ -180,7 +178,7 @@ def training_memory(
     activations=sum(k.bytes for k in activations),
     working=0 if remat == 'none' else _largest_period(every),
     gathered=_gathered(definition, mesh, tensor, rules, size),
-    loss=2 * logits + 4 * B * T * width,
+    loss=2 * logits + 4 * B * T * model.width,
   )
 
 

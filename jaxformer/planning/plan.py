@@ -11,7 +11,7 @@ from typing import Any
 from jax.sharding import AbstractMesh
 
 from jaxformer.config import InputError
-from jaxformer.models.language_model import ModelConfig
+from jaxformer.models.model import ModelConfig
 from jaxformer.models.params import define
 from jaxformer.planning.cost import cost
 from jaxformer.planning.memory import Memory, abstract_mesh, training_memory

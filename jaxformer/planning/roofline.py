@@ -26,7 +26,7 @@ import math
 
 from jax.sharding import AbstractMesh
 
-from jaxformer.models.language_model import ModelConfig
+from jaxformer.models.model import ModelConfig
 from jaxformer.models.params import define
 from jaxformer.planning.cost import cost, flops_per_token
 from jaxformer.planning.memory import bytes_of, local_batch
@@ -194,7 +194,7 @@ def _inference(model, target, mesh, flops, moved, rows, tokens, utilisation, pre
     * rows
     * n
     / mesh.size
-    * getattr(model, 'width', 0)
+    * model.width
     * _size(precision)
   }
   links, network = _where(target, mesh, sent)
@@ -227,9 +227,9 @@ def _training_traffic(
   def share(axis: str) -> float:
     return (mesh.shape[axis] - 1) / mesh.shape[axis]
 
-  stream = accumulate * size * B * T * getattr(model, 'width', 0)
+  stream = accumulate * size * B * T * model.width
   copies = sum(n * layer.experts_per_token for layer, n in model.layers())
-  state = sum(n * (layer.state_size(getattr(model, 'width', 0), T)) for layer, n in model.layers())
+  state = sum(n * (layer.state_size(model.width, T)) for layer, n in model.layers())
   return {
     'fsdp': share('fsdp') * 3 * accumulate * in_use,
     'data': share('data') * 2 * held,

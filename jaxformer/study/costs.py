@@ -18,13 +18,14 @@ from jaxformer import config
 from jaxformer.data import DataConfig, Dataset, DatasetConfig, open_data
 from jaxformer.evaluation import evaluate_translation, loss_by_position
 from jaxformer.inference import time_decode, translate
-from jaxformer.models.language_model import LanguageModel, ModelConfig
+from jaxformer.models.model import ModelConfig
 from jaxformer.models.params import define
 from jaxformer.planning.cost import cost
 from jaxformer.sharding import MeshConfig, batch_sharding, make_mesh, use_mesh
 from jaxformer.study.runner import Log
 from jaxformer.study.sharing import Interrupted
 from jaxformer.study.study import Study, file_name
+from jaxformer.task_type import LANGUAGE_MODELING
 from jaxformer.training import load_params
 from jaxformer.training.interrupt import Interrupt
 from jaxformer.training.loop import Setup
@@ -133,7 +134,7 @@ def by_position(
   model has positions for them; None for a task with one target a sequence."""
   if dataset.tokenizer is None:
     return None
-  longest = getattr(model, 'max_len', None)
+  longest = model.max_len
   dataset = long if longest is None or longest >= long.config.positions else dataset
   definition, dtype = define(model), compute_dtype('auto', make_mesh(MeshConfig()))
 
@@ -317,8 +318,8 @@ def _decoding(
   definition, mesh = define(model), make_mesh(MeshConfig())
   params = definition.init(jax.random.key(0), mesh, MeshConfig().rules) if contexts else {}
   for context_length in contexts:
-    longest = getattr(model, 'max_len', None)
-    if not isinstance(model, LanguageModel.Config) or (
+    longest = model.max_len
+    if model.task != LANGUAGE_MODELING or (
       longest is not None and context_length + NEW_TOKENS > longest
     ):
       continue

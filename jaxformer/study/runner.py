@@ -14,7 +14,7 @@ from typing import Any
 from jaxformer import config
 from jaxformer.config import InputError
 from jaxformer.data import Dataset, DatasetConfig, open_data
-from jaxformer.models.language_model import ModelConfig
+from jaxformer.models.model import ModelConfig
 from jaxformer.study.sharing import Interrupted, shared
 from jaxformer.study.sizing import measure
 from jaxformer.study.study import Entry, Study, file_name

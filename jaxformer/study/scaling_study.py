@@ -13,12 +13,13 @@ from typing import Literal
 
 from jaxformer.config import Config, InputError
 from jaxformer.data import DataConfig, Dataset, DatasetConfig, open_data
-from jaxformer.models.language_model import ModelConfig
+from jaxformer.models.model import ModelConfig
 from jaxformer.planning.cost import flops_per_token
 from jaxformer.study.runner import Log, Runner, Tuned
 from jaxformer.study.sharing import shared
 from jaxformer.study.sizing import measure
 from jaxformer.study.study import AsIs, Entry, Study, file_name
+from jaxformer.task_type import TRANSLATION
 from jaxformer.training import AdamW, Cosine, OptimizerConfig, ScheduleConfig
 from jaxformer.training.interrupt import Interrupt
 
@@ -273,7 +274,7 @@ def _plan(study: ScalingStudy, entry: Entry, dataset: Dataset) -> Iterator[Plann
     raise InputError(
       f'ScalingStudy.task = {study.task.tag}: has no tokens; a study compares models of tokens'
     )
-  if study.task.kind.source_vocab_size is not None:
+  if study.task.task == TRANSLATION:
     raise InputError(
       f'ScalingStudy.task = {study.task.tag}: are pairs of texts, whose FLOPs a token vary; must '
       'be text'

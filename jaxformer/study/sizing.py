@@ -16,8 +16,7 @@ from typing import Literal, get_args
 import numpy as np
 
 from jaxformer.config import InputError
-from jaxformer.models.encoder_decoder import EncoderDecoder
-from jaxformer.models.language_model import LanguageModel, ModelConfig
+from jaxformer.models.model import ModelConfig
 from jaxformer.models.params import define
 from jaxformer.models.zoo import FAMILIES, PRESETS, Family
 from jaxformer.planning.cost import flops_per_token
@@ -260,10 +259,8 @@ def _named_aspects(family: str) -> list[tuple[int, float]]:
 
 
 def _shape_of(model: ModelConfig) -> tuple[int, int]:
-  """Width, and layers of the stack, of an encoder-decoder those of its encoder."""
-  assert isinstance(model, LanguageModel.Config | EncoderDecoder.Config)
-  groups = model.stack if isinstance(model, LanguageModel.Config) else model.encoder
-  return model.width, sum(len(g.pattern) * g.repeats for g in groups)
+  """Width and number of blocks; in an encoder-decoder, blocks of the encoder."""
+  return model.width, sum(len(g.pattern) * g.repeats for g in model.stacks[0])
 
 
 def _oddness(f: Family, shape: Shape) -> float:

@@ -10,7 +10,7 @@ from jaxformer import config
 from jaxformer.config import Config, InputError
 from jaxformer.data import DataConfig, DatasetConfig
 from jaxformer.layers.layer import LayerConfig
-from jaxformer.models.language_model import ModelConfig
+from jaxformer.models.model import ModelConfig
 from jaxformer.models.zoo import FAMILIES
 from jaxformer.models.zoo.around import around
 from jaxformer.overrides import override

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from typing import Literal, TypeVar
+from typing import Literal
 
 from jaxformer.config import Config, InputError, nearest, types_of
-from jaxformer.data import DataConfig, DatasetConfig, Kind, TaskConfig
-from jaxformer.models.language_model import ModelConfig
+from jaxformer.data import DataConfig, DatasetConfig
+from jaxformer.models.model import ModelConfig
 from jaxformer.models.stack import REMAT
 from jaxformer.sharding import MeshConfig
+from jaxformer.task_type import TRANSLATION
 from jaxformer.training.optimizer import AdamW, OptimizerConfig
 from jaxformer.training.schedule import Cosine, ScheduleConfig
 from jaxformer.training.trackers import TensorBoard, TrackerConfig
-
-D = TypeVar('D', bound=DatasetConfig)
 
 
 class TrainingConfig(Config):
@@ -121,7 +120,7 @@ class Experiment(Config):
   run: RunConfig = RunConfig()
 
   def validate(self):
-    longest, length = getattr(self.model, 'max_len', None), self.data.max_len
+    longest, length = self.model.max_len, self.data.max_len
     if longest is not None and length > longest:
       field = (
         'data.sequence_length'
@@ -142,90 +141,39 @@ class Experiment(Config):
 def default_experiment(model: ModelConfig, name: str) -> Experiment:
   """What `train NAME` does without overrides: settings under which a tiny model learns in about a
   minute on two CPU cores."""
-  length = min(getattr(model, 'context_length', 256), 256)
+  data: DatasetConfig = DataConfig(sequence_length=min(model.context_length, 256))
+  if model.task != data.task:
+    data = next((d for d in _complete_data() if _mismatch(model, d) is None), data)
   # Pairs are short: more of them fit a minute.
-  pairs = getattr(model, 'source_vocab_size', None) is not None
   training = (
     TrainingConfig(steps=600, batch_size=32, eval_every=200)
-    if pairs
+    if model.task == TRANSLATION
     else TrainingConfig(steps=400, batch_size=8)
   )
   return Experiment(
     model=model,
-    data=_fitting_task(model) or DataConfig(sequence_length=length),
+    data=data,
     optimizer=AdamW(learning_rate=3e-3),
     training=training,
     run=RunConfig(name=name),
   )
 
 
-def _fitting_task(model: ModelConfig) -> DatasetConfig | None:
-  """The task that asks just what a classifier or an autoencoder answers, or pairs of texts that an
-  encoder-decoder can read; None for other models, and where there is none."""
-  wanted = tuple(getattr(model, name, None) for name in Kind._fields)
-  if getattr(model, 'source_vocab_size', None) is not None:
-    return next((d for d in _pair_data() if _fits(model, d)), None)
-  return next(
-    (
-      t
-      for t in [*_tasks(classes=True), *_tasks(classes=False, autoencoder=True)]
-      if tuple(t.kind) == wanted
-    ),
-    None,
-  )
-
-
-def _fits(model: ModelConfig, data: DatasetConfig) -> bool:
-  try:
-    check_fit(model, data)
-  except InputError:
-    return False
-  return True
-
-
-def _as_they_are(base: type[D]) -> list[D]:
-  """Data of every type that needs no setting."""
+def _complete_data() -> list[DatasetConfig]:
+  """The data of every type all of whose settings have defaults, with these."""
   return [
     t()
-    for t in types_of(base)
+    for t in types_of(DatasetConfig)
     if not any(f.default is f.default_factory for f in dataclasses.fields(t))
   ]
 
 
-def _tasks(classes: bool, autoencoder: bool = False) -> list[TaskConfig]:
-  """The tasks that ask for a class, those that ask for tokens one after the other, or those that
-  ask for all of them of the last position; not those of pairs."""
-  asked = classes, autoencoder, False
-  kinds = ((t, t.kind) for t in _as_they_are(TaskConfig))
-  return [
-    t
-    for t, k in kinds
-    if (k.classes is not None, k.autoencoder is not None, k.source_vocab_size is not None) == asked
-  ]
-
-
-def _pair_data() -> list[DatasetConfig]:
-  """What holds pairs of a source and a target."""
-  return [d for d in _as_they_are(DatasetConfig) if d.kind.source_vocab_size is not None]
-
-
-def _check_pairs(model: ModelConfig, mine: Kind, data: DatasetConfig) -> None:
-  if (mine.source_vocab_size is None) == (data.kind.source_vocab_size is None):
-    return
-  if mine.source_vocab_size is None:
-    raise InputError(
-      f'data = {data.tag}: are pairs of a source and a target, which an EncoderDecoder reads, and '
-      f'a {model.tag} '
-      'reads one sequence'
-    )
-  fitting = [t.tag for t in types_of(DatasetConfig) if t.tag == 'Pairs'] + [
-    d.tag for d in _pair_data()
-  ]
-  raise InputError(
-    f'data = {data.tag}: an {model.tag} reads pairs of a source and a target, and these data are '
-    'no pairs'
-    f'{nearest("", fitting)}'
-  )
+_MODEL_FOR = {
+  'pairs': 'an EncoderDecoder',
+  'class': 'a Classifier',
+  'sequence': 'an Autoencoder',
+  'next_token': 'a LanguageModel',
+}
 
 
 def check_fit(
@@ -234,60 +182,38 @@ def check_fit(
   vocab_size: int | None = None,
   source_vocab_size: int | None = None,
 ) -> None:
-  """Raises `InputError` where a model cannot read the data, or cannot answer what they ask.
+  """Raise `InputError` where the task of the data is not that of the model, or has more tokens or
+  classes than the model.
 
   Args:
-    vocab_size, source_vocab_size: of the data once they are open; by default what their config
-      tells.
+    vocab_size, source_vocab_size: of the opened data; by default those that their config knows.
   """
-  kind = data.kind
-  mine = Kind(*(getattr(model, name, None) for name in Kind._fields))
-  _check_pairs(model, mine, data)
-  if (mine.classes is None) != (kind.classes is None):
-    able, asked = (
-      ('names one of its classes', 'ask for tokens')
-      if mine.classes
-      else ('predicts tokens', 'ask for a class')
+  if (problem := _mismatch(model, data, vocab_size, source_vocab_size)) is not None:
+    raise problem
+
+
+def _mismatch(
+  model: ModelConfig,
+  data: DatasetConfig,
+  vocab_size: int | None = None,
+  source_vocab_size: int | None = None,
+) -> InputError | None:
+  mine, wanted = model.task, data.task
+  if mine != wanted:
+    fitting = ', '.join(d.tag for d in _complete_data() if d.task == mine)
+    suited = _MODEL_FOR['pairs' if wanted.inputs == 'pairs' else wanted.predicts]
+    advice = [] if model.tag in suited else [f'use {suited}']
+    advice += [f'use data that fit the model ({fitting})'] if fitting else []
+    return InputError(
+      f'data = {data.tag}: the task is "{wanted}", but {model.tag} is a model for "{mine}"'
+      + ('; ' + ' or '.join(advice) if advice else '')
     )
-    fitting = [t.tag for t in _tasks(classes=mine.classes is not None)] + (
-      [] if mine.classes else [DataConfig.tag]
-    )
-    raise InputError(
-      f'data = {data.tag}: a {model.tag} {able}, and these data {asked}{nearest("", fitting)}'
-    )
-  if mine.autoencoder != kind.autoencoder:
-    does = 'a whole sequence from its last position'
-    what = (
-      f'an {model.tag} tells {does}, and these data ask for something else'
-      if mine.autoencoder
-      else (
-        f'ask for {does}, which an Autoencoder tells; a {model.tag} would be shown each token that '
-        'it is asked for'
-      )
-    )
-    fitting = [t.tag for t in _tasks(False, mine.autoencoder is not None)] + (
-      [] if mine.autoencoder else [DataConfig.tag]
-    )
-    raise InputError(f'data = {data.tag}: {what}{nearest("", fitting)}')
-  if mine.features != kind.features:
-    has, reads = ('tokens' if n is None else f'{n} numbers' for n in (kind.features, mine.features))
-    raise InputError(
-      f'data = {data.tag}: have {has} at each position, and model.input reads {reads}'
-    )
-  if mine.classes is not None and kind.classes is not None and mine.classes < kind.classes:
-    raise InputError(
-      f'model.classes = {mine.classes}: must be at least {kind.classes}, those of {data.tag}'
-    )
-  wanted, whose = (
-    vocab_size or kind.vocab_size,
-    'the tokenizer' if isinstance(data, DataConfig) else data.tag,
+  sized = dataclasses.replace(
+    wanted,
+    vocab_size=vocab_size or wanted.vocab_size,
+    source_vocab_size=source_vocab_size or wanted.source_vocab_size,
   )
-  if mine.vocab_size is not None and wanted is not None and wanted > mine.vocab_size:
-    field = 'model.vocab_size' if mine.classes is None else 'model.input.vocab_size'
-    raise InputError(f'{field} = {mine.vocab_size}: must be at least {wanted}, those of {whose}')
-  wanted = source_vocab_size or kind.source_vocab_size
-  if mine.source_vocab_size is not None and wanted is not None and wanted > mine.source_vocab_size:
-    raise InputError(
-      f'model.source_vocab_size = {mine.source_vocab_size}: must be at least {wanted}, those of '
-      f'the sources of {data.tag}'
-    )
+  if (small := mine.too_small(sized)) is None:
+    return None
+  name, size, needed = small
+  return InputError(f'model.{name} = {size}: must be at least {needed}, that of {data.tag}')

@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from jaxformer import config
 from jaxformer.config import InputError
 from jaxformer.data import Dataset, open_data
-from jaxformer.models.language_model import ModelConfig
+from jaxformer.models.model import ModelConfig
 from jaxformer.models.params import Definition, Params, define
 from jaxformer.sharding import Rules, make_mesh, use_mesh
 from jaxformer.training.checkpoint import Checkpoints, load_params

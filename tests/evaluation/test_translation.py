@@ -15,6 +15,8 @@ from jaxformer.data import Batch, Dates, HeldOutPair, open_data
 from jaxformer.data.tokenizers import ByteTokenizer
 from jaxformer.evaluation import evaluate, evaluate_translation, loss_by_source_length
 from jaxformer.evaluation.translation import by_length, score
+from jaxformer.models.model import ModelConfig
+from jaxformer.task_type import TaskType
 
 pytestmark = pytest.mark.quick
 HYPOTHESES = [
@@ -170,18 +172,24 @@ def test_scores_of_nothing(hypotheses, references, bootstrap, message):
 # ---- losses of pairs ---------------------------------------------------------------------------
 
 
-@dataclasses.dataclass(frozen=True)
-class Sizes:
+class Sizes(ModelConfig, abstract=True):
   vocab_size: int = 257
   source_vocab_size: int = 257
-  max_len: None = None
+  context_length: int = 64
+  width: int = 1
+
+  @property
+  def task(self):
+    return TaskType(
+      inputs='pairs', vocab_size=self.vocab_size, source_vocab_size=self.source_vocab_size
+    )
 
 
 @dataclasses.dataclass(frozen=True)
 class CountsSource:
   """A model whose loss at every target is the number of tokens in the source."""
 
-  config: Sizes = Sizes()
+  config: Sizes
 
   def merge(self, params):
     return self
@@ -198,7 +206,7 @@ def test_losses_of_pairs_are_summed_over_the_targets_of_every_bucket():
   want = sum(len(p.source_ids) * (len(p.reference) + 1) for p in pairs)
   for batch_size in (30, 16):
     r = evaluate(
-      CountsSource(),
+      CountsSource(Sizes()),
       {},
       data.validation_batches(batch_size),
       token_bytes_V=data.tokenizer.token_bytes,
@@ -208,7 +216,7 @@ def test_losses_of_pairs_are_summed_over_the_targets_of_every_bucket():
     assert (r.count, r.hits, r.bytes) == (30 * 11, 30 * 11, 30 * 10)
   whole = data.train_batch(0, 6, 0)
   short = Batch(*(a if a is None else a[:2] for a in whole))
-  both = evaluate(CountsSource(), {}, [whole, short])
+  both = evaluate(CountsSource(Sizes()), {}, [whole, short])
   assert both.count == 8 * 11
   with pytest.raises(
     InputError, match='source tokens from -1 to 256: must be below the vocabulary of 100'
@@ -221,7 +229,9 @@ def test_losses_by_source_are_those_of_the_pairs_in_each_group():
   lengths = [len(p.source_ids) - 1 for p in data.held_out_pairs()]
   edges = [8, 11, 18]  # none is so short; none so long stands alone
   for batch_size in (30, 16):
-    found = loss_by_source_length(CountsSource(), {}, data.validation_batches(batch_size), edges)
+    found = loss_by_source_length(
+      CountsSource(Sizes()), {}, data.validation_batches(batch_size), edges
+    )
     for low, high, r in zip([0, *edges], [*edges, 99], found, strict=True):
       mine = [n for n in lengths if low < n <= high]
       assert (r is None) == (not mine)

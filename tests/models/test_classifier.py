@@ -73,7 +73,7 @@ def padded(config, seed):
   inside = np.arange(T)[None] < LENGTHS[:, None]
   targets = np.full((4, T), -1, np.int32)
   targets[np.arange(4), LENGTHS - 1] = [3, 0, 4, 3]
-  if config.features is None:
+  if config.task.features is None:
     tokens = np.where(inside, rng.integers(0, 9, (4, T)), noise.integers(0, 9, (4, T)))
     return Batch(tokens.astype(np.int32), targets, inside.astype(np.int32))
   values = np.where(inside[:, :, None], rng.normal(size=(4, T, 3)), noise.normal(size=(4, T, 3)))
@@ -123,7 +123,7 @@ def test_evaluation_refuses_what_does_not_fit(case):
     evaluate(
       definition, params, [batch._replace(targets_BT=np.where(batch.targets_BT >= 0, 5, -1))]
     )
-  if definition.config.features is None:
+  if definition.config.task.features is None:
     with pytest.raises(InputError, match=r'tokens from .* must be below the vocabulary of 9'):
       evaluate(definition, params, [batch._replace(inputs=batch.inputs + 4)])
 
@@ -131,14 +131,14 @@ def test_evaluation_refuses_what_does_not_fit(case):
 def test_cost(case):
   definition, _, _ = case
   c, config = cost(definition.config), definition.config
-  matrices = 2 * (4 * 16 * 16 + 2 * 16 * 24) + (3 * 16 if config.features else 0)
-  seen = (T + 1) / 2 if config.features else T
+  matrices = 2 * (4 * 16 * 16 + 2 * 16 * 24) + (3 * 16 if config.task.features else 0)
+  seen = (T + 1) / 2 if config.task.features else T
   assert c.decode_state_bytes is None
   assert c.forward_flops_per_token == pytest.approx(
     2 * matrices + 2 * 4 * 16 * seen + 2 * 16 * CLASSES / T
   )
   head, norms = 16 * CLASSES + CLASSES, 5 * 2 * 16
-  inputs = 3 * 16 + 16 + T * 16 if config.features else 9 * 16
+  inputs = 3 * 16 + 16 + T * 16 if config.task.features else 9 * 16
   assert c.params == 2 * (4 * 16 * 16 + 2 * 16 * 24) + inputs + norms + head
 
 

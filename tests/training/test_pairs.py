@@ -168,9 +168,13 @@ def test_scores_do_not_depend_on_how_rows_are_batched():
 @pytest.mark.parametrize(
   ('model', 'data', 'message'),
   [
-    ('transformer-tiny', DataConfig(), 'no pairs'),
-    ('gpt2-tiny', Backwards(), 'are pairs of a source and a target'),
-    ('s4d-classifier-tiny', Backwards(), 'are pairs of a source and a target'),
+    ('transformer-tiny', DataConfig(), 'EncoderDecoder is a model for "source-target pairs'),
+    ('gpt2-tiny', Backwards(), 'the task is "source-target pairs .* use an EncoderDecoder'),
+    (
+      's4d-classifier-tiny',
+      Backwards(),
+      'the task is "source-target pairs .* use an EncoderDecoder',
+    ),
   ],
 )
 def test_models_and_data_that_do_not_fit(model, data, message):

@@ -197,7 +197,7 @@ def test_the_command_line_on_a_classifier(digits, monkeypatch, capsys):
     ('eval digits --data DataConfig', 'without a tokenizer'),
     (
       'eval digits --data ListOps',
-      'data = ListOps: have tokens at each position, and model.input reads 1 numbers',
+      'data = ListOps: the task is "tokens -> one class per sequence", but Classifier is a model for "1 features',
     ),
   ):
     assert main(words.split()) == 2
@@ -211,55 +211,51 @@ def test_the_command_line_on_a_classifier(digits, monkeypatch, capsys):
     (
       model(),
       DataConfig(source=PydocTopics(), sequence_length=32),
-      'a Classifier names one of its classes, and these data ask for',
+      'Classifier is a model for "tokens -> one class.* use a LanguageModel',
     ),
-    (model(), InductionHead(), 'a Classifier names one of its classes.*known: Digits, ListOps'),
+    (model(), InductionHead(), r'use a LanguageModel or use data that fit the model \(ListOps\)'),
     (
       gpt(32, 1, 2, context_length=64, vocab_size=300),
       LISTOPS,
-      'a LanguageModel predicts tokens, and these data ask for a class',
+      'the task is "tokens -> one class per sequence".*use a Classifier',
     ),
-    (model(), Digits(), 'have 1 numbers at each position, and model.input reads tokens'),
+    (model(), Digits(), 'the task is "1 features per position .*model for "tokens -> one class'),
     (
       model(LinearInput.Config(features=2)),
       Digits(),
-      'have 1 numbers at each position, and model.input reads 2 numbers',
+      'the task is "1 features per position .*model for "2 features',
     ),
     (
       model().replace(classes=8),
       LISTOPS,
-      'model.classes = 8: must be at least 10, those of ListOps',
+      'model.classes = 8: must be at least 10, that of ListOps',
     ),
     (
       model(TokenInput.Config(vocab_size=12)),
       LISTOPS,
-      'model.input.vocab_size = 12: must be at least 15, those of ListOps',
+      'model.vocab_size = 12: must be at least 15, that of ListOps',
     ),
     (
       gpt(32, 1, 2, context_length=64, vocab_size=12),
       InductionHead(),
-      'model.vocab_size = 12: must be at least 20, those of InductionHead',
+      'model.vocab_size = 12: must be at least 20, that of InductionHead',
     ),
     (
       gpt(32, 1, 2, context_length=64, vocab_size=16),
       Compression(),
-      'which an Autoencoder tells; a LanguageModel would',
+      'from its last hidden state", but LanguageModel .* use an Autoencoder',
     ),
     (
       autoencoder(gpt(32, 1, 2, context_length=64, vocab_size=20)),
       InductionHead(),
-      'an Autoencoder tells .* something else.* known: Compr',
+      r'Autoencoder is a model for .* last hidden state".*fit the model \(Compression\)',
     ),
     (
       autoencoder(gpt(32, 1, 2, context_length=64, vocab_size=15)),
       Compression(),
       'model.vocab_size = 15: must be at least 16',
     ),
-    (
-      model(),
-      Compression(),
-      'a Classifier names one of its classes, and these data ask for tokens',
-    ),
+    (model(), Compression(), 'Classifier is a model for .*; use an Autoencoder or use data'),
   ],
 )
 def test_models_and_data_that_do_not_fit(tmp_path, of, data, message):

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from jaxformer.config import InputError, Registry
-from jaxformer.models.language_model import ModelConfig
+from jaxformer.models.model import ModelConfig
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,94 @@
+"""The interface of every model: its config says what it reads, predicts and costs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from flax import nnx
+
+from jaxformer.config import Config, InputError
+from jaxformer.layers.layer import LayerConfig
+from jaxformer.layers.position import PositionConfig
+from jaxformer.models.stack import Group, layers_with_widths
+from jaxformer.task_type import TaskType
+
+
+class ModelConfig(Config, abstract=True):
+  """Base of all model configs: `build` makes the module, `jaxformer.models.params.define` its
+  structure without arrays.
+
+  The module has `loss(batch, ctx, z_loss, label_smoothing) -> (LossSums, aux)` and `scores(batch,
+  ctx) -> (nll_BT, correct_BT)`; training and evaluation need nothing else of it. A config need
+  only define `task`, `stacks` and `build`.
+
+  Attributes:
+    context_length: the longest sequence that the model is meant for; the size of a table of learned
+      positions.
+    width: of the residual stream.
+    positions: added to the embeddings; None where layers encode positions themselves, or none are
+      used.
+  """
+
+  context_length: int
+  width: int
+  positions: PositionConfig | None = None
+
+  def validate(self):
+    for field in ('context_length', 'width'):
+      self.require(getattr(self, field) > 0, field, 'positive')
+
+  def build(self, rngs: nnx.Rngs) -> nnx.Module:
+    """Make the module, with initialized parameters."""
+    raise NotImplementedError
+
+  @property
+  def task(self) -> TaskType:
+    """What the model reads and predicts."""
+    raise NotImplementedError
+
+  @property
+  def stacks(self) -> tuple[tuple[Group, ...], ...]:
+    """The groups of each stack; the last stack is the one that decodes."""
+    raise NotImplementedError
+
+  @property
+  def max_len(self) -> int | None:
+    """The longest sequence that the model can read; None if unlimited."""
+    bounded = self.positions is not None and self.positions.bounded
+    return self.context_length if bounded else None
+
+  def check_length(self, length: int) -> None:
+    """Raise `InputError` for a sequence longer than `max_len`."""
+    if self.max_len is not None and length > self.max_len:
+      raise InputError(
+        f'a sequence of {length} tokens is longer than the {self.max_len} learned positions of the '
+        'model'
+      )
+
+  def layers_with_widths(self) -> Iterator[tuple[LayerConfig, int, int]]:
+    """Every layer's config, the width of its input, and how many times it occurs in the model."""
+    for groups in self.stacks:
+      yield from layers_with_widths(groups, self.width)
+
+  def layers(self) -> Iterator[tuple[LayerConfig, int]]:
+    """Every layer's config, and how many times it occurs in the model."""
+    return ((layer, n) for layer, _, n in self.layers_with_widths())
+
+  def state_size(self, max_len: int) -> int | None:
+    """Numbers in the decoding state of one sequence of up to `max_len` tokens, with what is kept of
+    a source of `max_len` tokens; None for a model that does not decode."""
+    if self.task.predicts != 'next_token':
+      return None
+    return sum(
+      n * layer.state_size(width, max_len)
+      for layer, width, n in layers_with_widths(self.stacks[-1], self.width)
+    )
+
+  def mixing_flops_per_token(self, length: int, causal: bool) -> float:
+    """Forward FLOPs per token other than products with parameters
+    (`LayerConfig.mixing_flops_per_token`), over all layers; for pairs, per token of the target with
+    one of the source, both of `length` tokens."""
+    return sum(
+      n * layer.mixing_flops_per_token(width, length, causal)
+      for layer, width, n in self.layers_with_widths()
+    )
