@@ -78,7 +78,7 @@ def ours(connection: Connection) -> None:
   from jaxformer.models.params import define
   from jaxformer.models.zoo.llama import LLAMA3, llama
   from jaxformer.sharding import MeshConfig, make_mesh, use_mesh
-  from jaxformer.training.host import keep_freed_memory
+  from jaxformer.training.malloc import keep_freed_memory
   from jaxformer.training.optimizer import AdamW, Optimizer
   from jaxformer.training.schedule import Constant
   from jaxformer.training.step import StepConfig, compiled_train_step, init_state

@@ -41,7 +41,7 @@ from jaxformer.layers.moe import Capacity, Moe
 from jaxformer.layers.router import TopKSoftmax
 from jaxformer.models.params import define
 from jaxformer.testing.contract import Alone
-from jaxformer.training.host import keep_freed_memory
+from jaxformer.training.malloc import keep_freed_memory
 
 WIDTH, HIDDEN, EXPERTS, K, SEQUENCES = 512, 1024, 8, 2, 8
 

@@ -46,7 +46,7 @@ from jaxformer.planning.program import Traffic
 from jaxformer.planning.target import parse_target
 from jaxformer.sharding import MESH_AXES, MeshConfig
 from jaxformer.training.experiment import Experiment, TrainingConfig
-from jaxformer.training.lowering import lowered_train_step
+from jaxformer.training.step import lowered_train_step
 
 GIB = 2**30
 UTILISATION = 0.4

@@ -59,7 +59,7 @@ from jaxformer.planning.compiler import topology_mesh
 from jaxformer.planning.program import collectives
 from jaxformer.sharding import MeshConfig
 from jaxformer.training.experiment import Experiment, TrainingConfig
-from jaxformer.training.lowering import lowered_train_step
+from jaxformer.training.step import lowered_train_step
 
 GIB = 2**30
 

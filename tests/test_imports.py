@@ -15,6 +15,7 @@ MAY_IMPORT = {
   'task_type': set(),
   'overrides': {'config'},
   'user_code': {'config'},
+  'exit_codes': set(),
   'sharding': {'config'},
   'ops': {'config', 'task_type', 'sharding'},
   'layers': {'config', 'sharding', 'ops'},
@@ -64,6 +65,7 @@ MAY_IMPORT = {
   },
   'training': {
     'config',
+    'exit_codes',
     'overrides',
     'user_code',
     'task_type',

@@ -62,9 +62,15 @@ from jaxformer.study.statistics import Difference, Estimate, compare, estimate
 from jaxformer.study.study import AsIs, Study
 from jaxformer.study.svg import Axis, Point, Series
 from jaxformer.task_type import TaskType
-from jaxformer.training import AdamW, Cosine, Experiment, RunConfig, TrainingConfig
+from jaxformer.training import (
+  AdamW,
+  Cosine,
+  Experiment,
+  RunConfig,
+  TrainingConfig,
+  train_population,
+)
 from jaxformer.training.interrupt import Interrupt
-from jaxformer.training.population import train_population
 
 CLAIM = 'The activation function matters little; a nonlinearity is needed.'
 NONE = 'none'

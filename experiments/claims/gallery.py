@@ -23,10 +23,10 @@ import jax
 
 from jaxformer.cli.common import note
 from jaxformer.config import InputError
+from jaxformer.exit_codes import PREEMPTED
 from jaxformer.study.sharing import Interrupted
 from jaxformer.study.statistics import Estimate
 from jaxformer.study.svg import Axis, Series, chart, standalone
-from jaxformer.training.loop import INTERRUPTED
 
 HERE = pathlib.Path(__file__).parent
 RESULTS = HERE / 'results'
@@ -176,7 +176,7 @@ def to_the_end(main: Callable[[], None]) -> None:
     sys.exit(2)
   except (Interrupted, KeyboardInterrupt):
     note('interrupted: runs that are done are kept; the same command goes on from there')
-    sys.exit(INTERRUPTED)
+    sys.exit(PREEMPTED)
 
 
 def signed(e: Estimate, places: int = 3) -> str:

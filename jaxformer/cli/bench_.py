@@ -123,10 +123,9 @@ def training(experiment: Any, steps: int) -> dict[str, Any]:
   from jaxformer.planning.cost import flops_per_token
   from jaxformer.planning.hardware import chip
   from jaxformer.sharding import batch_sharding, make_mesh, use_mesh
-  from jaxformer.training.loop import check
-  from jaxformer.training.lowering import compute_dtype
   from jaxformer.training.optimizer import Optimizer
-  from jaxformer.training.step import StepConfig, compiled_train_step, init_state
+  from jaxformer.training.setup import check
+  from jaxformer.training.step import compiled_train_step, init_state, step_config
 
   check(experiment)
   e, t = experiment, experiment.training
@@ -142,10 +141,7 @@ def training(experiment: Any, steps: int) -> dict[str, Any]:
     batch = jax.device_put(first, batch_sharding(mesh, rules))
     state = init_state(definition, optimizer, t.seed, mesh, rules)
     began = time.perf_counter()
-    how = StepConfig(
-      t.accumulate, compute_dtype(t.dtype, mesh), t.remat, t.z_loss, t.label_smoothing
-    )
-    step = compiled_train_step(definition, optimizer, how, mesh, rules)
+    step = compiled_train_step(definition, optimizer, step_config(e, mesh), mesh, rules)
     step = step.lower(state, batch).compile()
     compile_seconds = time.perf_counter() - began
     note(f'compiled the step in {compile_seconds:.1f} s')
@@ -176,7 +172,7 @@ def decoding(experiment: Any, context_length: int, new_tokens: int) -> dict[str,
   from jaxformer.inference import time_decode
   from jaxformer.models.params import define
   from jaxformer.sharding import make_mesh
-  from jaxformer.training.lowering import compute_dtype
+  from jaxformer.training.step import compute_dtype
 
   definition = define(experiment.model)
   dtype = compute_dtype(experiment.training.dtype, make_mesh(experiment.mesh))

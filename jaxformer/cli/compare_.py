@@ -18,10 +18,10 @@ import sys
 
 from jaxformer.cli.common import Overrides, answer, note, study_of, ways_of
 from jaxformer.config import InputError
+from jaxformer.exit_codes import PREEMPTED
 from jaxformer.user_code import object_in_file
 
 OVERRIDES = True
-INTERRUPTED = 75
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -84,7 +84,7 @@ def run(args: argparse.Namespace, overrides: Overrides) -> int:
       tell(report(study, note, helpers(args, overrides, study)), args.json)
   except Interrupted:
     note('interrupted: what was running is saved; the same command goes on from there')
-    return INTERRUPTED
+    return PREEMPTED
   return 0
 
 

@@ -32,7 +32,7 @@ def of_setup(experiment: Any, setup: Any) -> Any:
 def compiled_step(experiment: Any, target: Any) -> Any:
   """The `CompiledPlan` of the experiment's training step on the target."""
   from jaxformer.planning.compiler import compile_plan, topology_mesh
-  from jaxformer.training.lowering import lowered_train_step
+  from jaxformer.training.step import lowered_train_step
 
   mesh = topology_mesh(target.topology, experiment.mesh, target.slices)
   return compile_plan(lowered_train_step(experiment, mesh), mesh, target.device_memory_bytes)

@@ -17,6 +17,7 @@ from typing import NoReturn
 
 from jaxformer.cli.common import SECTIONS, Overrides
 from jaxformer.config import InputError, nearest
+from jaxformer.exit_codes import BAD_INPUT, DONE, INTERRUPTED
 
 COMMANDS = (
   'list',
@@ -33,8 +34,6 @@ COMMANDS = (
   'data',
   'launch',
 )
-BAD_INPUT = 2
-INTERRUPTED = 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -48,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         f'--{overrides[0][0]}: `jaxformer {args.command}` takes no overrides of an experiment'
       )
     choose_platform()
-    return args.run(args, overrides) or 0
+    return args.run(args, overrides) or DONE
   except InputError as e:
     print(f'error: {e}', file=sys.stderr)
     return BAD_INPUT

@@ -232,7 +232,6 @@ def _on_target(
 
 def _optimizer_state(experiment: Any) -> Any:
   """Its state in shapes with shardings: planning knows no optimizer."""
-  import jax
 
   from jaxformer.models.params import define
   from jaxformer.training.optimizer import Optimizer
@@ -242,11 +241,7 @@ def _optimizer_state(experiment: Any) -> Any:
     optimizer = Optimizer.of(
       experiment.optimizer, experiment.schedule, experiment.training.steps, definition
     )
-    shapes = jax.eval_shape(optimizer.init, definition.abstract())
-    where = optimizer.shardings(mesh, definition.shardings(mesh, rules))
-    return jax.tree.map(
-      lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, where
-    )
+    return optimizer.abstract_state(definition, mesh, rules)
 
   return state
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 import argparse
 
 from jaxformer.cli.common import Overrides, note
-from jaxformer.cli.compare_ import INTERRUPTED, study_arguments, study_of_arguments, tell
+from jaxformer.cli.compare_ import study_arguments, study_of_arguments, tell
 from jaxformer.config import InputError
+from jaxformer.exit_codes import PREEMPTED
 
 OVERRIDES = True
 
@@ -36,5 +37,5 @@ def run(args: argparse.Namespace, overrides: Overrides) -> int:
   try:
     tell(report_study(part, note), args.json)
   except Interrupted:
-    return INTERRUPTED
+    return PREEMPTED
   return 0

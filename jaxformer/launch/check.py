@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import jax
-from jax.sharding import AbstractMesh
-
 from jaxformer.config import InputError
 from jaxformer.models.params import define
 from jaxformer.planning.memory import Memory, abstract_mesh, local_batch, training_memory
@@ -32,6 +29,9 @@ def check_on(experiment: Experiment, target: Target) -> Memory:
     mesh = abstract_mesh(experiment.mesh, target.devices)
     local_batch(mesh, rules, t.batch_size, length, t.accumulate)
     # A GPU's kernels cannot be traced where cuDNN is not; those of a TPU keep as little.
+    definition = define(experiment.model)
+    optimizer = Optimizer.of(experiment.optimizer, experiment.schedule, t.steps, definition)
+    on: Any = mesh  # a mesh without devices is enough for shardings
     memory = training_memory(
       experiment.model,
       mesh,
@@ -41,7 +41,7 @@ def check_on(experiment: Experiment, target: Target) -> Memory:
       remat=t.remat,
       accumulate=t.accumulate,
       dtype='bfloat16' if t.dtype == 'auto' else t.dtype,
-      optimizer=_optimizer_state(experiment, mesh),
+      optimizer=optimizer.abstract_state(definition, on, rules),
       platform='tpu',
     )
     least = 2 * memory.parameters + memory.optimizer
@@ -56,20 +56,3 @@ def check_on(experiment: Experiment, target: Target) -> Memory:
       f'--target {target.name} ({target.devices} devices of {there / 1e9:.3g} GB): {e}'
     ) from None
   return memory
-
-
-def _optimizer_state(experiment: Experiment, mesh: AbstractMesh) -> Any:
-  """Abstract, with shardings."""
-  definition = define(experiment.model)
-  optimizer = Optimizer.of(
-    experiment.optimizer, experiment.schedule, experiment.training.steps, definition
-  )
-  on: Any = mesh  # one without devices is enough for shardings
-  shapes: Any = definition.abstract()
-  state, where = (
-    jax.eval_shape(optimizer.init, shapes),
-    optimizer.shardings(on, definition.shardings(on, experiment.mesh.rules)),
-  )
-  return jax.tree.map(
-    lambda a, sharding: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), state, where
-  )

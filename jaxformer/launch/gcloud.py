@@ -12,17 +12,9 @@ from __future__ import annotations
 import shlex
 
 from jaxformer.config import InputError
+from jaxformer.exit_codes import PREEMPTED
 from jaxformer.launch.engine import Engine, accelerator_type, shape, standard
-from jaxformer.launch.job import (
-  PREEMPTED,
-  SIGNALLED,
-  Git,
-  Job,
-  Source,
-  Wheel,
-  environment,
-  write_experiment,
-)
+from jaxformer.launch.job import SIGNALLED, Git, Job, Source, Wheel, environment, write_experiment
 from jaxformer.launch.sky import RUNTIMES
 
 _ENVIRONMENT = '/root/jaxformer-env'

@@ -21,7 +21,6 @@ from typing import ClassVar, Final
 from jaxformer.config import Config, InputError
 from jaxformer.planning.target import Target
 
-PREEMPTED: Final = 75
 SIGNALLED: Final = 128
 PYTHON: Final = '3.12'
 

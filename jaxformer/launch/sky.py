@@ -11,15 +11,9 @@ import shlex
 from typing import Any
 
 from jaxformer.config import InputError
+from jaxformer.exit_codes import PREEMPTED
 from jaxformer.launch.engine import Engine, accelerator_type, nodes_of_gpus, shape, standard
-from jaxformer.launch.job import (
-  PREEMPTED,
-  Job,
-  Wheel,
-  WorkingDirectory,
-  environment,
-  write_experiment,
-)
+from jaxformer.launch.job import Job, Wheel, WorkingDirectory, environment, write_experiment
 from jaxformer.launch.yaml import to_yaml
 
 # The images of TPU machines; SkyPilot's own choice for v4 is older, and for v5e it is that of v5p.

@@ -8,9 +8,9 @@ from __future__ import annotations
 import shlex
 
 from jaxformer.config import InputError
+from jaxformer.exit_codes import PREEMPTED
 from jaxformer.launch.engine import Engine, nodes_of_gpus
 from jaxformer.launch.job import (
-  PREEMPTED,
   SIGNALLED,
   Git,
   Installed,

@@ -10,8 +10,9 @@ import pathlib
 import shlex
 
 from jaxformer.config import InputError
+from jaxformer.exit_codes import PREEMPTED
 from jaxformer.launch.engine import Engine, accelerator_type, command_script, nodes_of_gpus, shape
-from jaxformer.launch.job import PREEMPTED, Job, Wheel, WorkingDirectory
+from jaxformer.launch.job import Job, Wheel, WorkingDirectory
 
 
 class XPK(Engine):

@@ -28,10 +28,9 @@ from jaxformer.study.study import Study, file_name
 from jaxformer.task_type import LANGUAGE_MODELING
 from jaxformer.training import load_params
 from jaxformer.training.interrupt import Interrupt
-from jaxformer.training.loop import Setup
-from jaxformer.training.lowering import compute_dtype
 from jaxformer.training.run import write
-from jaxformer.training.step import compiled_train_step, init_state
+from jaxformer.training.setup import Setup
+from jaxformer.training.step import compiled_train_step, compute_dtype, init_state
 
 NEW_TOKENS = 32  # decoded at each context
 REPEATS = 3

@@ -14,15 +14,14 @@ from typing import Any
 from jaxformer import config
 from jaxformer.config import InputError
 from jaxformer.data import Dataset, DatasetConfig, open_data
+from jaxformer.exit_codes import PREEMPTED
 from jaxformer.models.model import ModelConfig
 from jaxformer.study.sharing import Interrupted, shared
 from jaxformer.study.sizing import measure
 from jaxformer.study.study import Entry, Study, file_name
-from jaxformer.training import Experiment, read_metrics, train
+from jaxformer.training import Experiment, read_metrics, train, train_population
 from jaxformer.training.experiment import check_fit
 from jaxformer.training.interrupt import Interrupt
-from jaxformer.training.loop import INTERRUPTED
-from jaxformer.training.population import train_population
 from jaxformer.training.run import read_events, run_folder
 
 Log = Callable[[str], None]
@@ -236,7 +235,7 @@ class Runner:
         if alone
         else train_population(group, dataset=self.dataset, log=quiet)
       )
-      if all(r.exit_code != INTERRUPTED for r in results) and self.interrupt.signal is None:
+      if all(r.exit_code != PREEMPTED for r in results) and self.interrupt.signal is None:
         return
     raise Interrupted
 

@@ -3,10 +3,11 @@ folders."""
 
 from jaxformer.training.checkpoint import load_params
 from jaxformer.training.experiment import Experiment, RunConfig, TrainingConfig, default_experiment
-from jaxformer.training.loop import TrainResult, check, train
+from jaxformer.training.loop import TrainResult, train, train_population
 from jaxformer.training.optimizer import Adafactor, AdamW, Lion, Muon, OptimizerConfig
 from jaxformer.training.run import load_experiment, read_metrics
 from jaxformer.training.schedule import WSD, Constant, Cosine, Linear, Noam, ScheduleConfig
+from jaxformer.training.setup import check
 from jaxformer.training.trackers import TensorBoard, TrackerConfig, Trackio, Wandb
 
 __all__ = [
@@ -35,4 +36,5 @@ __all__ = [
   'load_params',
   'read_metrics',
   'train',
+  'train_population',
 ]

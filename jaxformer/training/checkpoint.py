@@ -16,7 +16,7 @@ import hashlib
 import json
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -42,7 +42,7 @@ class SaveError(RuntimeError):
   """A checkpoint could not be written."""
 
 
-class Damaged(Exception):
+class Corrupt(Exception):
   """A checkpoint whose parts are missing, unreadable, or not what was saved."""
 
 
@@ -121,9 +121,9 @@ def _read_meta(path: Place) -> dict[str, Any]:
     meta = json.loads((path / 'meta' / 'data.json').read_text())
     intact = meta['seal'] == _seal(meta)['seal']
   except (OSError, ValueError, KeyError, TypeError) as e:
-    raise Damaged(f'its meta data cannot be read ({type(e).__name__}: {e})') from None
+    raise Corrupt(f'its metadata cannot be read ({type(e).__name__}: {e})') from None
   if not intact:
-    raise Damaged('its meta data were changed')
+    raise Corrupt('its metadata were changed')
   if meta['version'] != VERSION:
     raise InputError(
       f'{path}: a checkpoint of format {meta["version"]}; this version reads {VERSION}'
@@ -131,56 +131,66 @@ def _read_meta(path: Place) -> dict[str, Any]:
   return meta
 
 
-def _compare(path: Place, meta: dict[str, Any], part: str, abstract: Mapping[str, Any]) -> None:
-  """Raises `InputError` that lists names and shapes in which a checkpoint and what is asked for
-  differ."""
-  saved = {
-    name.removeprefix(f'{part}/'): tuple(shape)
-    for name, shape in meta['shapes'].items()
-    if name.startswith(f'{part}/')
-  }
-  wanted = {name: tuple(a.shape) for name, a in abstract.items()}
+def differing_shapes(
+  saved: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]
+) -> list[str]:
+  """Return a line for every name whose shape differs, or that only one side has."""
   lines = [
-    f'{name}: {saved[name]} in the checkpoint, {s} here'
+    f'{name}: {saved[name]} found, the model has {s}'
     for name, s in wanted.items()
     if saved.get(name, s) != s
   ]
-  lines += [f'{name}: not in the checkpoint' for name in wanted if name not in saved]
-  lines += [f'{name}: only in the checkpoint' for name in saved if name not in wanted]
+  lines += [f'{name}: not found' for name in wanted if name not in saved]
+  return lines + [f'{name}: found, but not in the model' for name in saved if name not in wanted]
+
+
+def first_lines(lines: Sequence[str], limit: int = 12) -> str:
+  """Return the first lines, indented for a message, and how many more there are."""
+  more = [f'and {len(lines) - limit} more'] if len(lines) > limit else []
+  return '\n  '.join([*lines[:limit], *more])
+
+
+def _compare(path: Place, meta: dict[str, Any], part: str, abstract: Mapping[str, Any]) -> None:
+  """Raises `InputError` that lists the names and shapes in which a checkpoint and the model
+  differ."""
+  start = f'{part}/'
+  saved = {n[len(start) :]: tuple(s) for n, s in meta['shapes'].items() if n.startswith(start)}
+  lines = differing_shapes(saved, {n: tuple(a.shape) for n, a in abstract.items()})
   if lines:
-    shown = '\n  '.join(lines[:12] + ([f'and {len(lines) - 12} more'] if len(lines) > 12 else []))
-    raise InputError(f'{path}: the {part} are not those of this model or optimizer:\n  {shown}')
+    raise InputError(
+      f'{path}: the {part} do not fit this model or optimizer:\n  {first_lines(lines)}'
+    )
 
 
 def _read(
   path: Place, meta: dict[str, Any], abstract: dict[str, dict[str, Any]]
 ) -> dict[str, dict[str, Array]]:
-  """The arrays of the parts asked for, verified. Raises `Damaged`."""
+  """The arrays of the parts asked for, verified. Raises `Corrupt`."""
   try:
     with _quiet():
       loaded = ocp.load_checkpointables(str(path), abstract)
-  except Exception as e:  # which type a damaged file raises cannot be foretold
-    raise Damaged(f'it cannot be read ({type(e).__name__}: {_first_line(e)})') from None
+  except Exception as e:  # which type a corrupt file raises cannot be foretold
+    raise Corrupt(f'it cannot be read ({type(e).__name__}: {_first_line(e)})') from None
   found = digests(_by_path(loaded))
   wrong = [name for name, d in found.items() if d != meta['digests'].get(name)]
   if wrong:
     names = ', '.join(wrong[:3] + ['...'] * (len(wrong) > 3))
-    raise Damaged(f'{len(wrong)} of {len(found)} arrays are not what was saved: {names}')
+    raise Corrupt(f'{len(wrong)} of {len(found)} arrays are not what was saved: {names}')
   return loaded
 
 
 def _together(read: Callable[[], Any]) -> Any:
-  """`read()`, or `Damaged` on all processes where it is on one, so that all fall back together."""
+  """`read()`, or `Corrupt` on all processes where it is on one, so that all fall back together."""
   problem, value = '', None
   try:
     value = read()
-  except Damaged as e:
+  except Corrupt as e:
     problem = str(e)
   if jax.process_count() > 1:
     bad = multihost_utils.process_allgather(np.array(bool(problem)))
     problem = problem or ('another process could not read it' if bad.any() else '')
   if problem:
-    raise Damaged(problem)
+    raise Corrupt(problem)
   return value
 
 
@@ -219,7 +229,7 @@ def load_params(
     mesh, rules: where the parameters go; None for one device, or under several processes for a copy
       on every device of each.
 
-  Raises `InputError` for a path without a checkpoint, one of another model, and a damaged one.
+  Raises `InputError` for a path without a checkpoint, one of another model, and a corrupt one.
   """
   where = find(path)
   abstract = definition.abstract(mesh, rules)
@@ -242,10 +252,10 @@ def load_params(
 
   try:
     return _together(read)
-  except Damaged as e:
+  except Corrupt as e:
     others = [s for s in steps_in(where.parent) if str(s) != where.name]
     advice = f'; other steps: {", ".join(map(str, others))} (name one with @STEP)' if others else ''
-    raise InputError(f'{where}: damaged: {e}{advice}') from None
+    raise InputError(f'{where}: corrupt: {e}{advice}') from None
 
 
 # ---- a run's checkpoints -----------------------------------------------------------------------
@@ -258,12 +268,12 @@ class Restored:
   Attributes:
     state: on the mesh asked for.
     data: position in the data.
-    damaged: (step, what is wrong) of newer checkpoints that were passed over.
+    corrupt: (step, what is wrong) of newer checkpoints that were passed over.
   """
 
   state: TrainState
   data: dict[str, Any]
-  damaged: tuple[tuple[int, str], ...] = ()
+  corrupt: tuple[tuple[int, str], ...] = ()
 
 
 class Checkpoints:
@@ -287,8 +297,8 @@ class Checkpoints:
         try:
           json.loads(file.read_text()) if file.exists() else None
         except (OSError, ValueError):
-          self.log(f'warning: {file} is damaged; checkpoint {step} no longer counts among the best')
-          file.rename(file.with_name('damaged'))
+          self.log(f'warning: {file} is corrupt; checkpoint {step} no longer counts among the best')
+          file.rename(file.with_name('corrupt'))
     if jax.process_count() > 1:
       multihost_utils.sync_global_devices('metrics of checkpoints read')
 
@@ -397,22 +407,22 @@ class Checkpoints:
     """The newest checkpoint that is whole, on the shardings of `abstract`; None where there is none
     at all.
 
-    Damaged ones that are newer are moved to `damaged/` beside the folder. Raises `InputError` where
-    all are damaged, and for one that is of another model or optimizer."""
-    damaged: list[tuple[int, str]] = []
+    Corrupt ones that are newer are moved to `corrupt/` beside the folder. Raises `InputError` where
+    all are corrupt, and for one that is of another model or optimizer."""
+    corrupt: list[tuple[int, str]] = []
     for step in reversed(steps_in(self.folder)):
       path = self.folder / str(step)
       try:
         state, data = _together(lambda path=path: self._load(path, abstract))
-      except Damaged as e:
-        damaged.append((step, str(e)))
-        self.log(f'warning: checkpoint {step} is damaged: {e}')
+      except Corrupt as e:
+        corrupt.append((step, str(e)))
+        self.log(f'warning: checkpoint {step} is corrupt: {e}')
         continue
-      self._put_aside([s for s, _ in damaged])
-      return Restored(state, data, tuple(damaged))
-    if damaged:
+      self._put_aside([s for s, _ in corrupt])
+      return Restored(state, data, tuple(corrupt))
+    if corrupt:
       raise InputError(
-        f'{self.folder}: no checkpoint is whole: {"; ".join(f"{s}: {e}" for s, e in damaged)}; '
+        f'{self.folder}: no valid checkpoint: {"; ".join(f"{s}: {e}" for s, e in corrupt)}; '
         'move the run folder away, or train under another --run.name'
       )
     return None
@@ -440,13 +450,13 @@ class Checkpoints:
       return
     self._manager.close()
     if jax.process_index() == 0:
-      aside = self.folder.parent / 'damaged'
+      aside = self.folder.parent / 'corrupt'
       aside.mkdir(exist_ok=True)
       for step in steps:
         remove(aside / str(step))
         move(self.folder / str(step), aside / str(step))
     if jax.process_count() > 1:
-      multihost_utils.sync_global_devices('damaged checkpoints put aside')
+      multihost_utils.sync_global_devices('corrupt checkpoints put aside')
     self._manager = self._open()
 
   def close(self) -> None:
@@ -464,13 +474,6 @@ class Checkpoints:
       with contextlib.suppress(Exception):  # the error on its way out says more
         self.wait()
         self.close()
-
-
-def abstract_state(state_shapes: TrainState, shardings: TrainState) -> TrainState:
-  """Shapes, dtypes and shardings of a state, for `Checkpoints.restore`."""
-  return jax.tree.map(
-    lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), state_shapes, shardings
-  )
 
 
 def _first_line(error: Exception) -> str:

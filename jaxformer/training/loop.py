@@ -1,131 +1,68 @@
-"""The training loop: restore or begin; then step, report, evaluate, save; short and linear.
+"""The training loop: restore or initialize; then step, report, evaluate and save.
 
-Exit codes, which a job's launcher acts on: 0 done, 70 stopped on numbers that are not finite, 75
-interrupted and saved (run again)."""
+One loop trains one run, or a population: runs of one architecture that differ in seed and learning
+rate, trained side by side in one compiled program with a leading member axis on every array. Each
+member is an ordinary run with its own folder, data order and checkpoints, and may be resumed
+alone."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
+import sys
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxformer import config
 from jaxformer.config import InputError
 from jaxformer.data import Dataset, open_data
+from jaxformer.exit_codes import DONE, NOT_FINITE, PREEMPTED
 from jaxformer.models.model import ModelConfig
-from jaxformer.models.params import Definition, Params, define
-from jaxformer.sharding import Rules, make_mesh, use_mesh
-from jaxformer.training.checkpoint import Checkpoints, load_params
-from jaxformer.training.experiment import Experiment, check_fit
-from jaxformer.training.feed import Feed
+from jaxformer.models.params import Params
+from jaxformer.sharding import use_mesh
+from jaxformer.training.checkpoint import Checkpoints
+from jaxformer.training.experiment import Experiment
 from jaxformer.training.folder import Place
-from jaxformer.training.host import keep_freed_memory
 from jaxformer.training.interrupt import Interrupt
-from jaxformer.training.lowering import abstract_train_state, step_config
-from jaxformer.training.optimizer import Optimizer
-from jaxformer.training.report import Log, Meter, Report, scores, to_host
+from jaxformer.training.malloc import keep_freed_memory
+from jaxformer.training.report import Clock, Log, Report, scores
 from jaxformer.training.run import Run, read_metrics
-from jaxformer.training.step import StepConfig, TrainState, compiled_train_step, init_state
-from jaxformer.training.validation import Evaluate, validator
-
-DONE, NOT_FINITE, INTERRUPTED = 0, 70, 75
+from jaxformer.training.setup import Setup, check
+from jaxformer.training.step import TrainState, compiled_train_step, init_state, population_step
 
 FlopsPerToken = Callable[[ModelConfig, int, bool], float]
-"""Training FLOPs a token of a model at a sequence length, attention counted causally or in full."""
+"""Training FLOPs per token of a model at a sequence length, attention counted causally or in
+full."""
+Sample = Callable[[Params, int], str]
+"""Text generated from parameters at a step."""
+
+VARIED = ('training.seed', 'optimizer.learning_rate', 'run.name', 'run.dir')
+"""Fields in which the members of a population may differ."""
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainResult:
-  """What came of a training.
+  """Result of a training run.
 
   Attributes:
     folder: of the run.
-    step: updates done.
-    metrics: the newest value of each metric.
-    exit_code: 0 done, 70 numbers that are not finite, 75 interrupted and saved.
+    step: number of completed updates.
+    metrics: the latest value of each metric.
+    exit_code: 0 done, 70 non-finite numbers, 75 preempted and saved.
   """
 
   folder: Place
   step: int
   metrics: dict[str, Any]
   exit_code: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Setup:
-  """The parts that an experiment names, made and checked against each other."""
-
-  experiment: Experiment
-  definition: Definition
-  dataset: Dataset
-  optimizer: Optimizer
-  mesh: Mesh
-  step_config: StepConfig
-  feed: Feed
-
-  @property
-  def rules(self) -> Rules | str:
-    return self.experiment.mesh.rules
-
-  @classmethod
-  def of(
-    cls, experiment: Experiment, dataset: Dataset, devices: Sequence[jax.Device] | None = None
-  ) -> Setup:
-    """Raises `InputError` for parts that do not fit."""
-    t, model = experiment.training, experiment.model
-    definition, mesh = check(experiment, devices)
-    rules = experiment.mesh.rules
-    check_fit(model, experiment.data, dataset.vocab_size, dataset.source_vocab_size)
-    return cls(
-      experiment,
-      definition,
-      dataset,
-      Optimizer.of(experiment.optimizer, experiment.schedule, t.steps, definition),
-      mesh,
-      step_config(experiment, mesh),
-      Feed(mesh, rules, t.batch_size, experiment.data.positions),
-    )
-
-  def abstract(self) -> TrainState:
-    """Shapes and shardings of the state, without arrays."""
-    return abstract_train_state(self.definition, self.optimizer, self.mesh, self.rules)
-
-  def validator(self) -> Evaluate:
-    t = self.experiment.training
-    rows = t.batch_size // t.accumulate
-    return validator(
-      self.definition,
-      self.dataset,
-      self.mesh,
-      self.rules,
-      self.step_config.dtype,
-      rows,
-      t.eval_batches,
-    )
-
-
-def check(
-  experiment: Experiment, devices: Sequence[jax.Device] | None = None
-) -> tuple[Definition, Mesh]:
-  """The model and the mesh of an experiment, checked against each other: what can be known before
-  the data are read.
-
-  Raises `InputError` for parts that do not fit.
-  """
-  t, rules = experiment.training, experiment.mesh.rules
-  check_fit(experiment.model, experiment.data)
-  definition, mesh = define(experiment.model), make_mesh(experiment.mesh, devices)
-  # each microbatch is divided over the mesh
-  Feed(mesh, rules, t.batch_size // t.accumulate, experiment.data.positions)
-  definition.shardings(mesh, rules)
-  return definition, mesh
 
 
 def train(
@@ -136,302 +73,415 @@ def train(
   devices: Sequence[jax.Device] | None = None,
   flops_per_token: FlopsPerToken | None = None,
   peak_flops_per_second: float | None = None,
-  sample: Callable[[Params, int], str] | None = None,
+  sample: Sample | None = None,
   log: Log | None = None,
 ) -> TrainResult:
-  """Trains an experiment in its run folder; goes on where the run there stopped.
+  """Train an experiment in its run folder; resume if the run there has stopped.
 
   Args:
-    experiment: what to do.
-    init_from: what the run begins with: a checkpoint (see `checkpoint.find`), or parameters by
-      name, which are copied. A run that began so already goes on; one that began otherwise is an
-      error.
-    dataset: the data of the experiment, if it is open already.
+    experiment: what to train.
+    init_from: where a new run takes its parameters from: a checkpoint (see `checkpoint.find`), or
+      parameters by name, which are copied. A run started from parameters is resumed; one started
+      from random weights is an error.
+    dataset: the data of the experiment, if already open.
     devices: to run on; all by default.
     flops_per_token, peak_flops_per_second: of the model and of one device; with both, `mfu` is
       reported.
-    sample: text generated from parameters at a step, kept in `samples.txt` after each evaluation.
-    log: takes the lines about progress; on stderr by default.
+    sample: its text is added to `samples.txt` after each evaluation.
+    log: receives lines about progress; they go to stderr by default.
 
   Raises `InputError` before anything is written if the experiment cannot be run, or the folder
   holds another one."""
-  run = Run(experiment)
+  costs = (flops_per_token, peak_flops_per_second)
+  with _opened([experiment], devices, dataset, log, init_from) as members:
+    setup = members[0].setup
+    with use_mesh(setup.mesh, setup.rules):
+      return _Loop(members, None, costs, sample).run(init_from)[0]
+
+
+def train_population(
+  experiments: Sequence[Experiment],
+  *,
+  dataset: Dataset | None = None,
+  devices: Sequence[jax.Device] | None = None,
+  flops_per_token: FlopsPerToken | None = None,
+  peak_flops_per_second: float | None = None,
+  sample: Sample | None = None,
+  log: Log | None = None,
+) -> list[TrainResult]:
+  """Train experiments that differ in `VARIED` only, in one program; resume each from its own step.
+
+  Every member lives on one device; the members are sharded evenly over as many devices as divide
+  their number. A member computes what `train` computes for its experiment on one device, up to the
+  rounding of batched products. If the numbers of a member stop being finite it ends, and the others
+  continue.
+
+  Args:
+    experiments: the members.
+    dataset, devices, flops_per_token, peak_flops_per_second, sample: as in `train`; `mfu` is that
+      of the whole population.
+    log: receives lines about progress, each with the name of its run; they go to stderr by default.
+
+  Returns one result per member, in order. Raises `InputError` for members that differ in more, have
+  equal folders, or cannot be run."""
+  _check_population(experiments)
+  devices = list(jax.devices() if devices is None else devices)
+  parts = max(n for n in range(1, len(devices) + 1) if len(experiments) % n == 0)
+  mesh = Mesh(np.asarray(devices[:parts], dtype=object), ('members',), axis_types=(AxisType.Auto,))
+  costs = (flops_per_token, peak_flops_per_second)
+  log = log or (lambda line: print(line, file=sys.stderr, flush=True))
+  with _opened(experiments, devices[:1], dataset, log) as members:
+    return _Loop(members, mesh, costs, sample).run()
+
+
+def _check_population(experiments: Sequence[Experiment]) -> None:
+  """Raises `InputError` if the experiments do not form a population."""
+  if not experiments:
+    raise InputError('a population needs at least one member')
+  if jax.process_count() > 1:
+    raise InputError('a population trains in one process; there are several')
+  first, *others = experiments
+  for e in others:
+    differ = config.differences(config.to_json(first), config.to_json(e))
+    if other := [d for d in differ if not d.startswith(VARIED)]:
+      raise InputError(
+        f'members of a population may differ only in {", ".join(VARIED)}; these also differ in '
+        f'{"; ".join(other)}'
+      )
+  if len({(e.run.dir, e.run.name) for e in experiments}) < len(experiments):
+    raise InputError('two members of a population have one run folder: give each its own run.name')
+  if not first.data.one_shape:
+    raise InputError(
+      f'data = {first.data.tag}: its batches have several shapes; a population needs a single one'
+    )
+
+
+@contextlib.contextmanager
+def _opened(
+  experiments: Sequence[Experiment],
+  devices: Sequence[jax.Device] | None,
+  dataset: Dataset | None,
+  log: Log | None,
+  init_from: str | Place | Params | None = None,
+) -> Generator[list[_Member]]:
+  """Open the run folders of experiments; nothing is written before all are known to be usable."""
+  runs = [Run(e) for e in experiments]
   if init_from is not None:
-    run.check_beginning()
-  check(experiment, devices)
-  dataset = dataset or open_data(experiment.data, log=log)
-  setup = Setup.of(experiment, dataset, devices)
-  if setup.mesh.devices.flat[0].platform == 'cpu':
+    for run in runs:
+      run.check_initialization()
+  check(experiments[0], devices)
+  data = dataset or open_data(experiments[0].data, log=log)
+  setups = [Setup.of(e, data, devices) for e in experiments]
+  if setups[0].mesh.devices.flat[0].platform == 'cpu':
     keep_freed_memory()
   with contextlib.ExitStack() as stack:
-    stack.enter_context(use_mesh(setup.mesh, setup.rules))
-    # a wrong path fails before writing
-    first = _initial_params(setup, init_from) if run.fresh and init_from is not None else None
-    stack.enter_context(run)
-    run.start(dataset.manifest, dataset.tokenizer)
-    report = stack.enter_context(Report(run, experiment, log))
-    t = experiment.training
-    checkpoints = stack.enter_context(
-      Checkpoints(run.folder / 'checkpoints', t.keep_latest, t.keep_best, report.line)
+    members = []
+    for setup, run in zip(setups, runs, strict=True):
+      # a wrong path of parameters fails before anything is written
+      given = setup.initial_params(init_from) if run.fresh and init_from is not None else None
+      stack.enter_context(run)
+      run.start(data.manifest, data.tokenizer)
+      prefixed = log if log is None or len(runs) == 1 else functools.partial(_prefix, log, run)
+      report = stack.enter_context(Report(run, setup.experiment, prefixed))
+      t = setup.experiment.training
+      checkpoints = stack.enter_context(
+        Checkpoints(run.folder / 'checkpoints', t.keep_latest, t.keep_best, report.line)
+      )
+      members.append(_Member(setup, run, report, checkpoints, given))
+    yield members
+
+
+def _prefix(log: Log, run: Run, line: str) -> None:
+  log(f'{run.folder.name} | {line}')
+
+
+class _Member:
+  """One run of the loop.
+
+  Attributes:
+    step: number of completed updates.
+    tokens: target tokens seen, padding included.
+    code: exit code once the run has ended.
+  """
+
+  def __init__(
+    self, setup: Setup, run: Run, report: Report, checkpoints: Checkpoints, given: Params | None
+  ):
+    self.setup, self.run, self.report, self.checkpoints = setup, run, report, checkpoints
+    self.config = setup.experiment.training
+    self.step, self.tokens, self.code = 0, 0, None
+    self._given, self._saved = given, -1
+    self._last_row = 0, 0, 0.0  # step, tokens and seconds of training
+
+  def restore(self, init_from: str | Place | Params | None) -> TrainState:
+    """Restore the state from the latest valid checkpoint, or initialize it."""
+    run, t, steps = self.run, self.config, self.config.steps
+    restored = self.checkpoints.restore(self.setup.abstract_state())
+    if restored is None:
+      return self._initialize(init_from)
+    self.step = self._saved = int(restored.state.step)
+    self.setup.dataset.resume_step(restored.data, t.batch_size, t.seed)
+    for corrupt, problem in restored.corrupt:
+      run.event('checkpoint_corrupt', step=corrupt, problem=problem)
+    run.rewind(self.step)
+    run.event('resume', step=self.step, changed=run.changed)
+    changed = f' with {"; ".join(run.changed)}' if run.changed else ''
+    self.report.line(f'resuming {run.folder} at step {self.step}{changed}')
+    rows = read_metrics(run.folder)
+    counted = [r for r in rows if 'tokens' in r and 0 < r['step'] <= self.step]
+    # between two rows of metrics, in proportion
+    self.tokens = (
+      round(counted[-1]['tokens'] * self.step / counted[-1]['step'])
+      if counted
+      else self.step * t.batch_size * self.setup.experiment.data.positions
     )
-    state = begin(setup, run, checkpoints, report, init_from, first)
-    del first
-    costs = _costs(setup, flops_per_token, peak_flops_per_second)
-    return _Loop(setup, run, checkpoints, report, costs, sample).go(state)
-
-
-def _initial_params(setup: Setup, source: str | Place | Params) -> Params:
-  d = setup.definition
-  if not isinstance(source, Mapping):
-    return load_params(source, d, setup.mesh, setup.rules)[0]
-  lines = [f'{n}: not given' for n in d.info if n not in source] + [
-    f'{n}: not of this model' for n in source if n not in d.info
-  ]
-  found = {n: tuple(source[n].shape) for n in d.info if n in source}
-  lines += [
-    f'{n}: {shape} given, {d.info[n].shape} here'
-    for n, shape in found.items()
-    if shape != d.info[n].shape
-  ]
-  if lines:
-    shown = '\n  '.join(lines[:12] + ([f'and {len(lines) - 12} more'] if len(lines) > 12 else []))
-    raise InputError(f'init_from: the parameters given are not those of this model:\n  {shown}')
-  where = d.shardings(setup.mesh, setup.rules)
-  # Copies: the step takes the memory of its arguments for its results.
-  return {n: jnp.array(jax.device_put(source[n], where[n]), i.dtype) for n, i in d.info.items()}
-
-
-def begin(
-  setup: Setup,
-  run: Run,
-  checkpoints: Checkpoints,
-  report: Report,
-  init_from: str | Place | Params | None,
-  first: Params | None,
-) -> TrainState:
-  """The state to go on with: that of the newest checkpoint that is whole, or a new one."""
-  restored = checkpoints.restore(setup.abstract())
-  if restored is not None:
-    t, step = setup.experiment.training, int(restored.state.step)
-    setup.dataset.resume_step(restored.data, t.batch_size, t.seed)
-    for damaged, problem in restored.damaged:
-      run.event('checkpoint_damaged', step=damaged, problem=problem)
-    run.rewind(step)
-    run.event('resume', step=step, changed=run.changed)
-    report.line(
-      f'resuming {run.folder} at step {step}'
-      + (f' with {"; ".join(run.changed)}' if run.changed else '')
-    )
+    self._last_row = self.step, self.tokens, 0.0
+    if self.step >= steps:
+      self.report.line(f'{run.folder} has already completed its {steps} steps')
+      self.code = DONE
+      for row in rows:
+        self.report.last |= row
     return restored.state
-  if init_from is not None and first is None:
-    first = _initial_params(setup, init_from)
-  run.rewind(-1)
-  source = f'{len(init_from)} arrays given' if isinstance(init_from, Mapping) else init_from
-  run.event('start', init_from=None if source is None else str(source))
-  d, dtype = setup.definition, setup.step_config.dtype
-  report.line(
-    f'{run.folder}: {d.size:,} parameters, {setup.mesh.size} devices, {dtype}, {setup.dataset.size}'
-  )
-  state = init_state(d, setup.optimizer, setup.experiment.training.seed, setup.mesh, setup.rules)
-  return state if first is None else dataclasses.replace(state, params=first)
 
+  def _initialize(self, init_from: str | Place | Params | None) -> TrainState:
+    run, s = self.run, self.setup
+    params, self._given = self._given, None
+    if init_from is not None and params is None:
+      params = s.initial_params(init_from)
+    run.rewind(-1)
+    source = f'{len(init_from)} arrays given' if isinstance(init_from, Mapping) else init_from
+    run.event('start', init_from=None if source is None else str(source))
+    self.report.line(
+      f'{run.folder}: {s.definition.size:,} parameters, {s.mesh.size} devices, '
+      f'{s.step_config.dtype}, {s.dataset.size}'
+    )
+    state = init_state(s.definition, s.optimizer, self.config.seed, s.mesh, s.rules)
+    return state if params is None else dataclasses.replace(state, params=params)
 
-def _costs(
-  setup: Setup, flops_per_token: FlopsPerToken | None, peak: float | None
-) -> dict[str, float]:
-  """Utilisation at one token a second, by convention: `mfu` counts what causal attention needs,
-  `mfu_full` all pairs."""
-  if flops_per_token is None or peak is None:
-    return {}
-  e = setup.experiment
-  needs = {
-    name: flops_per_token(e.model, e.data.positions, causal)
-    for name, causal in (('mfu', True), ('mfu_full', False))
-  }
-  return {name: flops / (peak * setup.mesh.size) for name, flops in needs.items()}
+  def batches(self) -> Any:
+    c, part = self.config, self.setup.placement
+    return self.setup.dataset.train_batches(c.batch_size, c.seed, self.step, part.index, part.count)
+
+  @property
+  def due(self) -> bool:
+    """Whether the current step is followed by an evaluation or a checkpoint."""
+    c = self.config
+    return (
+      c.steps == self.step or not self.step % c.eval_every or not self.step % c.checkpoint_every
+    )
+
+  def report_step(self, values: dict[str, Any], seconds: float, costs: dict[str, float]) -> None:
+    """Report the metrics of the current step, `seconds` of training after the start; end the run if
+    they are not finite."""
+    c, finite = self.config, bool(values.pop('finite'))
+    if finite and self.step % c.log_every and self.step not in (1, c.steps):
+      return
+    step, tokens, then = self._last_row
+    steps = max(1, self.step - step)
+    step_seconds = (seconds - then) / steps
+    rate = (self.tokens - tokens) / steps / max(step_seconds, 1e-9)
+    self._last_row = self.step, self.tokens, seconds
+    row = {'step': self.step, 'tokens': self.tokens, **values}
+    row |= {'tokens_per_second': rate, 'step_seconds': step_seconds}
+    self.report.row(row | {name: rate * cost for name, cost in costs.items()})
+    if not finite:
+      self.code = NOT_FINITE
+      self.run.event('not_finite', step=self.step)
+      with contextlib.suppress(RuntimeError):  # of two failures report this one
+        self.checkpoints.wait()
+      self.report.line(
+        f'stopped: loss or gradient of step {self.step} is not finite; earlier checkpoints are kept'
+      )
+
+  def between_steps(self, state: TrainState, sample: Sample | None, stop: bool) -> None:
+    """Evaluate and save where the current step calls for it."""
+    c, step, loss = self.config, self.step, None
+    last = step == c.steps
+    if last or step % c.eval_every == 0:
+      began = time.perf_counter()
+      found = self.setup.evaluate(state.params)
+      loss = found['eval/loss']
+      self.report.row({'step': step, 'tokens': self.tokens, **found})
+      self.report.line(f'step {step}/{c.steps} | {scores(found)}')
+      self.run.event('eval', step=step, seconds=round(time.perf_counter() - began, 3))
+      if sample is not None:
+        self.run.samples(step, sample(state.params, step))
+      self.run.sync()
+    if (stop or last or step % c.checkpoint_every == 0) and self._saved != step:
+      began = time.perf_counter()
+      self.run.sync()  # a checkpoint relies on the metrics up to its step
+      data = self.setup.dataset.state(step, c.batch_size, c.seed)
+      self.checkpoints.save(state, data, config.digest(self.setup.experiment), loss)
+      self._saved = step
+      self.run.event('checkpoint', step=step, seconds=round(time.perf_counter() - began, 3))
+
+  def end(self, signal: str | None) -> None:
+    """End the run at its last step, or at this one after a signal."""
+    self.checkpoints.wait(final=True)
+    if self.step == self.config.steps:
+      self.code = DONE
+      self.run.event('done', step=self.step)
+      return
+    self.code = PREEMPTED
+    self.run.event('interrupted', step=self.step, signal=signal)
+    self.report.line(
+      f'interrupted ({signal or "preemption"}): saved at step {self.step}; run the same command to '
+      'resume'
+    )
+
+  @property
+  def result(self) -> TrainResult:
+    code = DONE if self.code is None else self.code
+    return TrainResult(self.run.folder, self.step, dict(self.report.last), code)
 
 
 class _Loop:
-  """Steps, and what happens between them."""
+  """Steps of all members, and what happens between them.
+
+  `mesh` is that of a population: every array has a leading axis of members, sharded over the mesh's
+  axis `members`. It is None for a single run, whose arrays have no such axis."""
 
   def __init__(
     self,
-    setup: Setup,
-    run: Run,
-    checkpoints: Checkpoints,
-    report: Report,
-    costs: dict[str, float],
-    sample: Callable[[Params, int], str] | None,
+    members: list[_Member],
+    mesh: Mesh | None,
+    costs: tuple[FlopsPerToken | None, float | None],
+    sample: Sample | None,
   ):
-    self.setup, self.run, self.checkpoints, self.report, self.costs, self.sample = (
-      setup,
-      run,
-      checkpoints,
-      report,
-      costs,
-      sample,
-    )
-    self.config = setup.experiment.training
-    self.meter, self.saved = Meter(), -1
-    self.steps: dict[Any, Any] = {}  # compiled, by the shapes of a batch
-    self.tokens = self.lapped = 0  # seen so far, and up to the last lap
-    self.digest = config.digest(setup.experiment)
-    self.evaluate = setup.validator()
+    self.members, self.mesh, self.sample = members, mesh, sample
+    self.setup, self.clock = members[0].setup, Clock()
+    self.costs = self._costs(*costs)
+    self.compiled: dict[Any, Any] = {}  # steps, by the shapes of a batch
+    self.batches: list[Any] = [None] * len(members)  # the latest of each member
 
-  def go(self, state: TrainState) -> TrainResult:
-    c, start = self.config, int(state.step)
-    if start >= c.steps:
-      self.report.line(f'{self.run.folder} has its {c.steps} steps already')
-      last: dict[str, Any] = {}
-      for row in read_metrics(self.run.folder):
-        last |= row
-      return TrainResult(self.run.folder, start, last, DONE)
-    self.saved, self.meter.step = start if start else -1, start
-    self.tokens = self.lapped = self._tokens_before(start)
-    pending: tuple[int, int, Any] | None = None
-    with (
-      self._batches(start) as batches,
-      Interrupt() as interrupt,
-      _profiler(c.profile, self.run.home) as profile,
-    ):
-      for done in range(start + 1, c.steps + 1):
-        batch = self.setup.feed(next(batches))
-        train_step = self._compiled(state, batch)
-        profile(done - 1)
-        with jax.transfer_guard('disallow'):
-          state, metrics = train_step(state, batch)
-        # The step before is over by the time that this one is dispatched, so reading its metrics
-        # leaves no gap.
-        if pending and not self._process(*pending):
-          return self._not_finite(pending[0])
-        self.tokens += batch.targets_BT.size
-        pending = (done, self.tokens, metrics)
-        last_step, stop = done == c.steps, interrupt.requested(done)
-        evaluate, save = (
-          last_step or done % c.eval_every == 0,
-          last_step or done % c.checkpoint_every == 0,
-        )
-        if evaluate or save or stop:
-          if not self._process(*pending):
-            return self._not_finite(done)
-          pending = None
-          self._between(state, done, evaluate, save or stop)
-        if stop and not last_step:
-          return self._interrupted(done, interrupt.signal)
-    self.checkpoints.wait(final=True)
-    self.run.event('done', step=c.steps)
-    return self._result(c.steps, DONE)
-
-  def _batches(self, start: int) -> Any:
-    c, feed = self.config, self.setup.feed
-    return self.setup.dataset.train_batches(c.batch_size, c.seed, start, feed.index, feed.count)
-
-  def _compiled(self, state: TrainState, batch: Any) -> Any:
-    """The step for the shapes of this batch, compiled ahead of its first run, so that its
-    compilation is in no measurement."""
-    shapes = tuple(x.shape for x in jax.tree.leaves(batch))
-    if shapes not in self.steps:
-      if self.steps:
-        self.meter.pause()
-      s, began = self.setup, time.perf_counter()
-      step = (
-        compiled_train_step(s.definition, s.optimizer, s.step_config, s.mesh, s.rules)
-        .lower(state, batch)
-        .compile()
-      )
-      self.steps[shapes], seconds = step, time.perf_counter() - began
-      self.run.event('compile', seconds=round(seconds, 3), shapes=shapes)
-      self.report.line(f'compiled the step in {seconds:.1f} s')
-      self.meter.go()
-    return self.steps[shapes]
-
-  def _tokens_before(self, step: int) -> int:
-    """Tokens of the targets, padding counted, that the run has seen up to a step; between rows of
-    metrics, in proportion."""
-    rows = (
-      [r for r in read_metrics(self.run.folder) if 'tokens' in r and 0 < r['step'] <= step]
-      if step
-      else []
-    )
-    if rows:
-      return round(rows[-1]['tokens'] * step / rows[-1]['step'])
-    return step * self.config.batch_size * self.setup.experiment.data.positions
-
-  def _process(self, step: int, tokens: int, metrics: Any) -> bool:
-    """Reports a step, which it waits for; whether its numbers are finite."""
-    values = to_host(metrics)
-    finite = bool(values.pop('finite'))
-    c = self.config
-    if finite and step % c.log_every and step not in (1, c.steps):
-      return True
-    steps = max(1, step - self.meter.step)
-    seconds = self.meter.lap(step)
-    rate, self.lapped = (tokens - self.lapped) / steps / max(seconds, 1e-9), tokens
-    row = {
-      'step': step,
-      'tokens': tokens,
-      **values,
-      'tokens_per_second': rate,
-      'step_seconds': seconds,
+  def _costs(self, flops_per_token: FlopsPerToken | None, peak: float | None) -> dict[str, float]:
+    """Return the utilization at one token per second: `mfu` counts the FLOPs of causal attention,
+    `mfu_full` those of all pairs."""
+    if flops_per_token is None or peak is None:
+      return {}
+    e, devices = self.setup.experiment, (self.mesh or self.setup.mesh).size
+    return {
+      name: len(self.members)
+      * flops_per_token(e.model, e.data.positions, causal)
+      / (peak * devices)
+      for name, causal in (('mfu', True), ('mfu_full', False))
     }
-    row |= {name: rate * cost for name, cost in self.costs.items()}
-    self.report.row(row)
-    return finite
 
-  def _between(self, state: TrainState, step: int, evaluate: bool, save: bool) -> None:
-    """Evaluates and saves; the clock stands still."""
-    self.meter.pause()
-    loss = None
-    if evaluate:
-      began = time.perf_counter()
-      found = self.evaluate(state.params)
-      loss = found['eval/loss']
-      self.report.row({'step': step, 'tokens': self.tokens, **found})
-      self.report.line(f'step {step}/{self.config.steps} | {scores(found)}')
-      self.run.event('eval', step=step, seconds=round(time.perf_counter() - began, 3))
-      if self.sample is not None:
-        self.run.samples(step, self.sample(state.params, step))
-      self.run.sync()
-    if save:
-      self._save(state, step, loss)
-    self.meter.go()
+  def run(self, init_from: str | Place | Params | None = None) -> list[TrainResult]:
+    members = self.members
+    states = [m.restore(init_from) for m in members]
+    state = states[0] if self.mesh is None else self._put(jax.tree.map(_stack, *states))
+    del states
+    rates = [m.setup.experiment.optimizer.learning_rate for m in members]
+    learning_rates = None if self.mesh is None else self._put(np.array(rates, np.float32))
+    pending: Any = None
+    with (
+      contextlib.ExitStack() as stack,
+      Interrupt() as interrupt,
+      _profiler(members[0].config.profile, members[0].run.home) as profile,
+    ):
+      feeds = [stack.enter_context(m.batches()) if m.code is None else iter(()) for m in members]
+      while running := [m for m in members if m.code is None]:
+        batch = self._next_batch(feeds)
+        active = [m.code is None for m in members]
+        more = () if self.mesh is None else (learning_rates, self._put(np.array(active)))
+        step = self._compiled(state, batch, *more)
+        profile(members[0].step)
+        with jax.transfer_guard('disallow'):
+          state, metrics = step(state, batch, *more)
+        # The previous step has finished by the time that this one is dispatched, so reading its
+        # metrics leaves no gap.
+        self._report(pending)
+        running = [m for m in running if m.code is None]
+        for m in running:
+          m.step += 1
+          m.tokens += batch.targets_BT.size // len(members)
+        stop = bool(running) and interrupt.requested(running[0].step)
+        pending = metrics
+        if stop or any(m.due for m in running):
+          self._report(pending)
+          pending = None
+          self._between(state, stop, interrupt.signal)
+    return [m.result for m in members]
 
-  def _save(self, state: TrainState, step: int, loss: float | None) -> None:
-    if self.saved == step:
+  def _put(self, tree: Any) -> Any:
+    """Shard arrays with a member axis over the devices."""
+    return jax.device_put(tree, NamedSharding(self.mesh, PartitionSpec('members')))
+
+  def _next_batch(self, feeds: list[Iterator[Any]]) -> Any:
+    """Return the next batch of every member on the devices. A member that has ended gets its
+    previous batch, or that of another member, which has no effect."""
+    old = self.batches
+    self.batches = [
+      next(feed) if m.code is None else batch
+      for m, feed, batch in zip(self.members, feeds, old, strict=True)
+    ]
+    if self.mesh is None:
+      return self.setup.placement(self.batches[0])
+    some = next(b for b in self.batches if b is not None)
+    filled = [some if b is None else b for b in self.batches]
+    return self._put(jax.tree.map(lambda *x: np.stack(x), *filled))
+
+  def _compiled(self, state: TrainState, batch: Any, *more: Any) -> Any:
+    """Return the step for the shapes of this batch, compiled ahead of time so that no measurement
+    includes its compilation."""
+    shapes = tuple(x.shape for x in jax.tree.leaves(batch))
+    if shapes not in self.compiled:
+      with self.clock.paused():
+        s, began = self.setup, time.perf_counter()
+        if self.mesh is None:
+          step = compiled_train_step(s.definition, s.optimizer, s.step_config, s.mesh, s.rules)
+        else:
+          step = population_step(s.definition, s.optimizer, s.step_config, self.mesh)
+        self.compiled[shapes] = step.lower(state, batch, *more).compile()
+        seconds = time.perf_counter() - began
+        for m in self.members:
+          m.run.event(
+            'compile', seconds=round(seconds, 3), shapes=shapes, members=len(self.members)
+          )
+        self.members[0].report.line(f'compiled the step in {seconds:.1f} s')
+    return self.compiled[shapes]
+
+  def _report(self, metrics: Any) -> None:
+    """Report the metrics of the latest step, which it waits for."""
+    if metrics is None:
       return
-    began = time.perf_counter()
-    self.run.sync()  # a checkpoint counts on the metrics up to its step
-    data = self.setup.dataset.state(step, self.config.batch_size, self.config.seed)
-    self.checkpoints.save(state, data, self.digest, loss)
-    self.saved = step
-    self.run.event('checkpoint', step=step, seconds=round(time.perf_counter() - began, 3))
+    values, seconds = jax.device_get(metrics), self.clock.seconds
+    for i, m in enumerate(self.members):
+      if m.code is None:
+        one = {n: (v if self.mesh is None else v[i]).item() for n, v in values.items()}
+        m.report_step(one, seconds, self.costs)
 
-  def _not_finite(self, step: int) -> TrainResult:
-    self.run.event('not_finite', step=step)
-    with contextlib.suppress(RuntimeError):  # of two failures this is the one to report
-      self.checkpoints.wait()
-    self.report.line(
-      f'stopped: loss or gradient of step {step} is not finite; the checkpoints before it are kept'
-    )
-    return self._result(step, NOT_FINITE)
+  def _between(self, state: TrainState, stop: bool, signal: str | None) -> None:
+    """Evaluate and save the members that are due; the clock is paused."""
+    with self.clock.paused():
+      for i, m in enumerate(self.members):
+        if m.code is None and (stop or m.due):
+          m.between_steps(self._member_state(state, i), self.sample, stop)
+          if stop or m.step == m.config.steps:
+            m.end(signal)
 
-  def _interrupted(self, step: int, signal: str | None) -> TrainResult:
-    self.checkpoints.wait(final=True)
-    self.run.event('interrupted', step=step, signal=signal)
-    self.report.line(
-      f'interrupted ({signal or "preemption"}): saved at step {step}; the same command goes on '
-      'from there'
-    )
-    return self._result(step, INTERRUPTED)
+  def _member_state(self, state: TrainState, i: int) -> TrainState:
+    if self.mesh is None:
+      return state
+    return jax.device_put(_slice(state, i), self.setup.mesh.devices.flat[0])
 
-  def _result(self, step: int, code: int) -> TrainResult:
-    return TrainResult(self.run.folder, step, dict(self.report.last), code)
+
+def _stack(*arrays: Any) -> Any:
+  return jnp.stack(arrays)
+
+
+@jax.jit
+def _slice(states: TrainState, i: int) -> TrainState:
+  """Return one of the states; a single program, where indexing each array would be one per
+  shape."""
+  return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), states)
 
 
 @contextlib.contextmanager
 def _profiler(window: tuple[int, int] | None, folder: Path) -> Generator[Callable[[int], None]]:
-  """Within, the function given is told each step before it is dispatched, and records those of the
-  window."""
+  """Yield a function to call with each step before it is dispatched, which records the steps of the
+  window with the profiler."""
   running = False
 
   def at(step: int) -> None:

@@ -1,15 +1,14 @@
-"""What a run says while it goes: rows of metrics, trackers, and lines or a bar on stderr. Only
-process 0 says anything."""
+"""Progress of a run: rows of metrics, trackers, and lines or a progress bar on stderr. Only process
+0 reports."""
 
 from __future__ import annotations
 
+import contextlib
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from typing import Any
-
-import jax
 
 from jaxformer import config
 from jaxformer.training.experiment import Experiment
@@ -18,32 +17,31 @@ from jaxformer.training.run import Run
 Log = Callable[[str], None]
 
 
-class Meter:
-  """Seconds spent training: the clock stands still during evaluations and saves."""
+class Clock:
+  """Seconds spent training. It is paused until the first step and during compilation, evaluation
+  and saves."""
 
   def __init__(self) -> None:
-    self._seconds, self._since, self.step = 0.0, time.perf_counter(), 0
+    self._seconds, self._since = 0.0, None
 
-  def pause(self) -> None:
-    self._seconds += time.perf_counter() - self._since
+  @property
+  def seconds(self) -> float:
+    now = time.perf_counter()
+    return self._seconds + (0.0 if self._since is None else now - self._since)
 
-  def go(self) -> None:
+  @contextlib.contextmanager
+  def paused(self) -> Generator[None]:
+    """Pause within the block; the clock runs after it."""
+    self._seconds, self._since = self.seconds, None
+    yield
     self._since = time.perf_counter()
-
-  def lap(self, step: int) -> float:
-    """Seconds a step since the last lap."""
-    self.pause()
-    seconds, steps = self._seconds, step - self.step
-    self._seconds, self.step = 0.0, step
-    self.go()
-    return seconds / max(1, steps)
 
 
 class Report:
-  """Takes metrics to where they are read. A context manager.
+  """Sends metrics to files, trackers and the terminal. A context manager.
 
   Attributes:
-    last: the newest value of every metric.
+    last: the latest value of every metric.
   """
 
   def __init__(self, run: Run, experiment: Experiment, log: Log | None):
@@ -84,11 +82,11 @@ class Report:
     return lambda line: console.print(line, markup=False, highlight=False)
 
   def line(self, text: str) -> None:
-    """Says something."""
+    """Log a line."""
     self._log(text)
 
   def row(self, row: dict[str, Any]) -> None:
-    """Metrics of a step: `step`, and numbers. Those that are not finite are written as null."""
+    """Record the metrics of a step: `step`, and numbers. Non-finite ones are written as null."""
     row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
     self.last |= row
     self._run.metrics(row)
@@ -119,7 +117,7 @@ class Report:
 
 
 def summary(row: dict[str, Any]) -> str:
-  """loss 3.214 | lr 3.0e-04 | gnorm 0.91 | 12.3k tok/s | mfu 31.2% | 84 ms"""
+  """Return the metrics of a step in short: loss 3.214 | lr 3.0e-04 | gnorm 0.91 | 12.3k tok/s | mfu 31.2% | 84 ms"""
 
   def number(key: str, form: str) -> str:
     return 'not finite' if row[key] is None else format(row[key], form)
@@ -136,7 +134,8 @@ def summary(row: dict[str, Any]) -> str:
 
 
 def scores(found: dict[str, Any]) -> str:
-  """eval loss 1.3862 | 2.0000 bits per byte | corpus validation; of a task | accuracy 50.00% |"""
+  """Return the scores of an evaluation in short: eval loss 1.3862 | 2.0000 bits per byte | corpus
+  validation. Tasks have an accuracy instead of bits per byte."""
   of_text = found.get('eval/bits_per_byte')
   score = (
     f'{of_text:.4f} bits per byte'
@@ -144,8 +143,3 @@ def scores(found: dict[str, Any]) -> str:
     else f'accuracy {found["eval/accuracy"]:.2%}'
   )
   return f'eval loss {found["eval/loss"]:.4f} | {score} | {found["eval/source"]}'
-
-
-def to_host(metrics: dict[str, jax.Array]) -> dict[str, float]:
-  """The values of a step's metrics; waits for the step."""
-  return {name: v.item() for name, v in jax.device_get(metrics).items()}

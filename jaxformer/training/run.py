@@ -151,7 +151,7 @@ class Run:
   def home(self) -> Path:
     return self._files.home
 
-  def check_beginning(self) -> None:
+  def check_initialization(self) -> None:
     """Raises `InputError` where the run has begun from random weights: to give it others now would
     have no effect."""
 

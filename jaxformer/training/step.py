@@ -1,20 +1,24 @@
-"""One training step as a pure function of a state and a batch."""
+"""One training step as a pure function of a state and a batch: of one run, or of several runs on a
+leading member axis; compiled for arrays, or lowered from shapes alone."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array
 
 from jaxformer.layers.layer import Context
-from jaxformer.models.params import Definition, Params
+from jaxformer.models.params import Definition, Params, define
 from jaxformer.ops.loss import LossSums
-from jaxformer.sharding import Rules, batch_sharding, replicated
+from jaxformer.sharding import Rules, batch_sharding, replicated, use_mesh
 from jaxformer.task_type import IGNORE, Batch
+from jaxformer.training.batch_placement import abstract_batch
+from jaxformer.training.experiment import Experiment, check_fit
 from jaxformer.training.optimizer import Optimizer
 
 Metrics = dict[str, Array]
@@ -23,13 +27,13 @@ Metrics = dict[str, Array]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-  """All that a training run knows between two steps.
+  """Everything that a training run carries from one step to the next.
 
   Attributes:
-    step: updates done.
+    step: number of completed updates.
     params: fp32, by name.
-    opt_state: of the optimizer.
-    key: randomness of the run; that of a step is `fold_in(key, step)`.
+    opt_state: state of the optimizer.
+    key: random key of the run; a step uses `fold_in(key, step)`.
   """
 
   step: Array
@@ -40,8 +44,8 @@ class TrainState:
 
 @dataclasses.dataclass(frozen=True)
 class StepConfig:
-  """What a step does beside what model and optimizer say; the fields are those of `TrainingConfig`,
-  `dtype` resolved."""
+  """Settings of a step beyond those of the model and the optimizer; the fields are those of
+  `TrainingConfig`, with `dtype` resolved."""
 
   accumulate: int = 1
   dtype: Any = jnp.float32
@@ -50,14 +54,30 @@ class StepConfig:
   label_smoothing: float = 0.0
 
 
+def compute_dtype(name: str, mesh: Mesh) -> Any:
+  """Return the dtype of activations; 'auto' is bfloat16 on hardware that supports it, float32 on
+  CPU."""
+  if name == 'auto':
+    name = 'float32' if mesh.devices.flat[0].platform == 'cpu' else 'bfloat16'
+  return jnp.dtype(name)
+
+
+def step_config(experiment: Experiment, mesh: Mesh) -> StepConfig:
+  """Return the settings of the experiment's training step on a mesh."""
+  t = experiment.training
+  return StepConfig(
+    t.accumulate, compute_dtype(t.dtype, mesh), t.remat, t.z_loss, t.label_smoothing
+  )
+
+
 def init_state(
   definition: Definition, optimizer: Optimizer, seed: int, mesh: Mesh, rules: Rules | str
 ) -> TrainState:
-  """The state before the first step, born where it lives; equal on all meshes."""
+  """Return the state before the first step, created sharded; equal on all meshes."""
   where = state_shardings(definition, optimizer, mesh, rules)
   params = definition.init(jax.random.key(seed), mesh, rules)
   opt_state = jax.jit(optimizer.init, out_shardings=where.opt_state)(params)
-  # A stream of its own, apart from that of the initial values.
+  # A random stream separate from that of parameter initialization.
   step, key = jax.jit(
     lambda: (jnp.int32(0), jax.random.fold_in(jax.random.key(seed), 1)),
     out_shardings=(where.step, where.key),
@@ -65,13 +85,27 @@ def init_state(
   return TrainState(step, params, opt_state, key)
 
 
+def abstract_train_state(
+  definition: Definition, optimizer: Optimizer, mesh: Mesh, rules: Rules | str
+) -> TrainState:
+  """Return the shapes, dtypes and shardings of a training state."""
+  scalar = functools.partial(jax.ShapeDtypeStruct, (), sharding=replicated(mesh))
+  key = jax.eval_shape(lambda: jax.random.key(0))
+  abstract: Any = definition.abstract(mesh, rules)  # stands where a state has arrays
+  return TrainState(
+    scalar(jnp.int32),
+    abstract,
+    optimizer.abstract_state(definition, mesh, rules),
+    scalar(key.dtype),
+  )
+
+
 def state_shardings(
   definition: Definition, optimizer: Optimizer, mesh: Mesh, rules: Rules | str
 ) -> TrainState:
-  """Where each array of the state lives."""
-  params: Any = definition.shardings(mesh, rules)  # shardings stand where a state has arrays
-  whole: Any = replicated(mesh)
-  return TrainState(whole, params, optimizer.shardings(mesh, params), whole)
+  """Return the sharding of each array of the state."""
+  abstract = abstract_train_state(definition, optimizer, mesh, rules)
+  return jax.tree.map(lambda a: a.sharding, abstract)
 
 
 def microbatches(batch: Batch, n: int) -> Batch:
@@ -171,3 +205,45 @@ def compiled_train_step(
     in_shardings=(where, batch_sharding(mesh, rules)),
     out_shardings=(where, replicated(mesh)),
   )
+
+
+def population_step(
+  definition: Definition, optimizer: Optimizer, config: StepConfig, mesh: Mesh
+) -> jax.stages.Wrapped:
+  """Return the jitted `train_step` of several runs, `(states, batches, peak_learning_rates, active)
+  -> (states, metrics)`, all with a leading member axis sharded over `mesh`'s axis `members`.
+
+  A member that is not `active` is left unchanged. The states are donated."""
+
+  def one(state: TrainState, batch: Any, rate: Array, active: Array) -> tuple[TrainState, Any]:
+    after, metrics = train_step(
+      definition, dataclasses.replace(optimizer, peak=rate), config, state, batch
+    )
+    kept = {
+      name: jax.tree.map(
+        lambda new, old: jnp.where(active, new, old), getattr(after, name), getattr(state, name)
+      )
+      for name in ('step', 'params', 'opt_state')
+    }
+    return TrainState(**kept, key=state.key), metrics
+
+  spec = PartitionSpec('members')
+  every = jax.shard_map(jax.vmap(one), mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
+  return jax.jit(every, donate_argnums=0)
+
+
+def lowered_train_step(experiment: Experiment, mesh: Mesh) -> jax.stages.Lowered:
+  """Lower the training step of an experiment for the devices of a mesh, from shapes alone. The
+  devices may be those of a described machine (`planning.topology_mesh`).
+
+  Raises `InputError` if data and model, or a mesh axis and a dimension, do not fit."""
+  e, rules = experiment, experiment.mesh.rules
+  check_fit(e.model, e.data)
+  definition = define(e.model)
+  optimizer = Optimizer.of(e.optimizer, e.schedule, e.training.steps, definition)
+  state = abstract_train_state(definition, optimizer, mesh, rules)
+  abstract_batch(e.data, e.training.batch_size // e.training.accumulate, mesh, rules)
+  batch = abstract_batch(e.data, e.training.batch_size, mesh, rules)
+  with use_mesh(mesh, rules):
+    step = compiled_train_step(definition, optimizer, step_config(e, mesh), mesh, rules)
+    return step.trace(state, batch).lower(lowering_platforms=(mesh.devices.flat[0].platform,))

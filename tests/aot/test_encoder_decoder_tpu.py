@@ -18,10 +18,9 @@ from jaxformer.models.zoo.transformer import transformer
 from jaxformer.planning.compiler import has_array, topology_mesh
 from jaxformer.planning.program import list_collectives
 from jaxformer.sharding import MeshConfig, batch_sharding, use_mesh
-from jaxformer.training.checkpoint import abstract_state
 from jaxformer.training.optimizer import AdamW, Optimizer
 from jaxformer.training.schedule import Constant
-from jaxformer.training.step import StepConfig, TrainState, compiled_train_step, state_shardings
+from jaxformer.training.step import StepConfig, abstract_train_state, compiled_train_step
 
 pytest.importorskip(
   'libtpu', reason='needs libtpu, the compiler for TPUs (pip install jaxformer[tpu])'
@@ -38,12 +37,7 @@ def compiled(definition, config: MeshConfig, sizes=(B, S, T)) -> jax.stages.Comp
   """The step for pairs of padded sources and targets of other lengths."""
   mesh, rules, (rows, source, target) = topology_mesh('v5e:2x4', config), config.rules, sizes
   optimizer = Optimizer.of(AdamW(), Constant(), 1000, definition)
-  shapes = {n: jax.ShapeDtypeStruct(i.shape, i.dtype) for n, i in definition.info.items()}
-  key = jax.eval_shape(lambda: jax.random.key(0))
-  state = TrainState(
-    jax.ShapeDtypeStruct((), jnp.int32), shapes, jax.eval_shape(optimizer.init, shapes), key
-  )
-  state = abstract_state(state, state_shardings(definition, optimizer, mesh, rules))
+  state = abstract_train_state(definition, optimizer, mesh, rules)
 
   def ids(length: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct((rows, length), jnp.int32, sharding=batch_sharding(mesh, rules))

@@ -17,10 +17,9 @@ from jaxformer.models.zoo.llama import LLAMA3, llama
 from jaxformer.models.zoo.mamba import mamba
 from jaxformer.planning.program import list_collectives
 from jaxformer.sharding import MeshConfig, batch_sharding, make_mesh, use_mesh
-from jaxformer.training.checkpoint import abstract_state
 from jaxformer.training.optimizer import AdamW, Optimizer
 from jaxformer.training.schedule import Constant
-from jaxformer.training.step import StepConfig, TrainState, compiled_train_step, state_shardings
+from jaxformer.training.step import StepConfig, abstract_train_state, compiled_train_step
 
 pytest.importorskip(
   'libtpu', reason='needs libtpu, the compiler for TPUs (pip install jaxformer[tpu])'
@@ -44,12 +43,7 @@ def compiled_step(
   ).devices
   definition, mesh, rules = define(model), make_mesh(config, devices), config.rules
   optimizer = Optimizer.of(AdamW(), Constant(), 1000, definition)
-  shapes = {n: jax.ShapeDtypeStruct(i.shape, i.dtype) for n, i in definition.info.items()}
-  key = jax.eval_shape(lambda: jax.random.key(0))
-  state = TrainState(
-    jax.ShapeDtypeStruct((), jnp.int32), shapes, jax.eval_shape(optimizer.init, shapes), key
-  )
-  state = abstract_state(state, state_shardings(definition, optimizer, mesh, rules))
+  state = abstract_train_state(definition, optimizer, mesh, rules)
   ids = jax.ShapeDtypeStruct((rows, length), jnp.int32, sharding=batch_sharding(mesh, rules))
   with use_mesh(mesh, rules):
     step = compiled_train_step(

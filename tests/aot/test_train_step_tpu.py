@@ -16,8 +16,8 @@ from jaxformer.planning.compiler import has_array, topology_mesh
 from jaxformer.planning.program import list_collectives
 from jaxformer.sharding import MeshConfig
 from jaxformer.training.experiment import Experiment, TrainingConfig
-from jaxformer.training.lowering import lowered_train_step
 from jaxformer.training.schedule import Constant
+from jaxformer.training.step import lowered_train_step
 
 pytest.importorskip(
   'libtpu', reason='needs libtpu, the compiler for TPUs (pip install jaxformer[tpu])'

@@ -254,9 +254,9 @@ def rename(file, old, new):
 
 
 SPOILED = {
-  'no parameters': (lambda run: gone(run, 'checkpoints/4/params'), 'damaged'),
-  'cut short': (lambda run: cut(run, 'checkpoints/4'), 'damaged'),
-  'no meta data': (lambda run: gone(run, 'checkpoints/4/meta'), 'damaged'),
+  'no parameters': (lambda run: gone(run, 'checkpoints/4/params'), 'corrupt'),
+  'cut short': (lambda run: cut(run, 'checkpoints/4'), 'corrupt'),
+  'no meta data': (lambda run: gone(run, 'checkpoints/4/meta'), 'corrupt'),
   'no checkpoint': (lambda run: gone(run, 'checkpoints/4'), 'no checkpoint'),
   'no tokenizer': (lambda run: gone(run, 'tokenizer'), 'holds no tokenizer'),
   'config cut': (lambda run: (run / 'config.json').write_text('{'), 'JSON'),

@@ -103,7 +103,7 @@ def test_interrupted_damaged_resumed_and_scored_in_a_bucket(store, tmp_path, cac
   assert f'resuming gs://bucket/runs/one at step {steps[0]}' in done.stderr
   assert json.loads(done.stdout)['run'] == 'gs://bucket/runs/one'
   names = objects(store)
-  assert f'runs/one/damaged/{steps[-1]}/commit_success.txt' in names
+  assert f'runs/one/corrupt/{steps[-1]}/commit_success.txt' in names
   rows = [
     json.loads(line)
     for line in store('/' + quote('runs/one/metrics.jsonl', safe='') + '?alt=media').splitlines()

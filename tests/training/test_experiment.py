@@ -7,7 +7,7 @@ from jaxformer.models.zoo import PRESETS
 from jaxformer.overrides import override
 from jaxformer.sharding import MeshConfig
 from jaxformer.training import Experiment, default_experiment
-from jaxformer.training.loop import Setup
+from jaxformer.training.setup import Setup
 
 pytestmark = pytest.mark.quick
 

@@ -225,9 +225,9 @@ def test_checkpoints_in_a_bucket_count_once_they_are_marked_whole(store):
     (home / str(step) / 'commit_success.txt').write_text('')
   (home / '11' / 'meta' / 'data.json').write_text('{}')
   assert steps_in(home) == [2, 10]
-  move(home / '10', home.parent / 'damaged' / '10')
+  move(home / '10', home.parent / 'corrupt' / '10')
   assert steps_in(home) == [2]
-  assert (home.parent / 'damaged' / '10' / 'meta' / 'data.json').read_text() == '{}'
+  assert (home.parent / 'corrupt' / '10' / 'meta' / 'data.json').read_text() == '{}'
   remove(home / '2')
   remove(home / '3')
   assert steps_in(home) == []

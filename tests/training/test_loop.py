@@ -24,8 +24,8 @@ from jaxformer.training import (
   train,
 )
 from jaxformer.training.checkpoint import steps_in
-from jaxformer.training.loop import Setup
 from jaxformer.training.run import read_metrics
+from jaxformer.training.setup import Setup
 from tests.training.compare import assert_same, curve, meta
 from tests.training.conftest import make_experiment
 
@@ -211,7 +211,7 @@ def whole(dataset, tmp_path_factory):
 
 
 @pytest.mark.parametrize('damage', ['bit', 'truncated', 'meta'])
-def test_a_damaged_checkpoint_is_noticed_and_passed_over(experiment, dataset, whole, damage):
+def test_a_corrupt_checkpoint_is_noticed_and_passed_over(experiment, dataset, whole, damage):
   first = train(experiment('hurt'), dataset=dataset, devices=ONE, log=stop_at(9))
   newest = first.folder / 'checkpoints' / '10'
   file = (
@@ -222,19 +222,19 @@ def test_a_damaged_checkpoint_is_noticed_and_passed_over(experiment, dataset, wh
   content = bytearray(file.read_bytes())
   content[len(content) // 2] ^= 4
   file.write_bytes(content[: len(content) // 2] if damage == 'truncated' else content)
-  with pytest.raises(InputError, match=r'10: damaged: .*other steps'):
+  with pytest.raises(InputError, match=r'10: corrupt: .*other steps'):
     load_params(first.folder, define(load_experiment(first.folder).model))
   heard = []
   second = train(experiment('hurt'), dataset=dataset, devices=ONE, log=heard.append)
-  assert any(re.match('warning: checkpoint 10 is damaged', line) for line in heard)
-  assert (first.folder / 'damaged' / '10').is_dir()
+  assert any(re.match('warning: checkpoint 10 is corrupt', line) for line in heard)
+  assert (first.folder / 'corrupt' / '10').is_dir()
   assert_same(whole.folder, second.folder, 12)
 
 
-def test_where_every_checkpoint_is_damaged_the_run_is_left_alone(experiment, dataset):
+def test_where_every_checkpoint_is_corrupt_the_run_is_left_alone(experiment, dataset):
   result = train(experiment(steps=2, keep_best=0), dataset=dataset, devices=ONE, log=quiet)
   (result.folder / 'checkpoints' / '2' / 'meta' / 'data.json').unlink()
-  with pytest.raises(InputError, match='no checkpoint is whole: 2: its meta data cannot be read'):
+  with pytest.raises(InputError, match='no valid checkpoint: 2: its metadata cannot be read'):
     train(experiment(steps=2, keep_best=0), dataset=dataset, devices=ONE, log=quiet)
   assert steps_in(result.folder / 'checkpoints') == [2]
 
@@ -274,14 +274,12 @@ def test_the_newest_and_the_best_checkpoints_are_kept(experiment, dataset, monke
   losses = iter((5.0, 4.0, 1.0, 3.0, 2.0, 4.0))
   monkeypatch.setattr(
     Setup,
-    'validator',
-    lambda self: (
-      lambda params: {
-        'eval/loss': next(losses),
-        'eval/bits_per_byte': 1.0,
-        'eval/source': 'made up',
-      }
-    ),
+    'evaluate',
+    lambda self, params: {
+      'eval/loss': next(losses),
+      'eval/bits_per_byte': 1.0,
+      'eval/source': 'made up',
+    },
   )
   e = experiment(steps=6, eval_every=1, checkpoint_every=1, keep_latest=2, keep_best=2)
   assert steps_in(train(e, dataset=dataset, devices=ONE, log=quiet).folder / 'checkpoints') == [
@@ -307,9 +305,7 @@ def test_a_run_may_begin_with_the_parameters_of_another(experiment, dataset):
   assert load_params(source.folder, define(e.model))[1] == 8
   wrong = experiment('wrong')
   wrong = wrong.replace(model=wrong.model.replace(vocab_size=300))
-  with pytest.raises(
-    InputError, match=r'embedding: \(264, 32\) in the checkpoint, \(300, 32\) here'
-  ):
+  with pytest.raises(InputError, match=r'embedding: \(264, 32\) found, the model has \(300, 32\)'):
     train(wrong, init_from=source.folder, dataset=dataset, devices=ONE, log=quiet)
   with pytest.raises(InputError, match='no checkpoint there'):
     train(

@@ -17,8 +17,8 @@ from jaxformer.models.zoo.transformer import transformer
 from jaxformer.sharding import MeshConfig, make_mesh
 from jaxformer.task_type import Batch, TaskType
 from jaxformer.training import AdamW, Constant, Experiment, RunConfig, TrainingConfig, train
+from jaxformer.training.batch_placement import BatchPlacement
 from jaxformer.training.experiment import check_fit
-from jaxformer.training.feed import Feed
 from jaxformer.training.run import read_metrics
 from tests.tiers import case
 
@@ -191,6 +191,6 @@ def test_vocabularies_that_do_not_fit():
 
 
 def test_a_batch_that_the_mesh_does_not_divide():
-  feed = Feed(make_mesh(MeshConfig(data=8)), 'fsdp_tensor', 8, 8)
+  feed = BatchPlacement(make_mesh(MeshConfig(data=8)), 'fsdp_tensor', 8, 8)
   with pytest.raises(InputError, match='12 rows of 4 positions'):
     feed(Batch(*(np.zeros((12, 4), np.int32) for _ in range(3))))

@@ -1,0 +1,10 @@
+"""Exit codes of every command; launchers of jobs act on them."""
+
+from typing import Final
+
+DONE: Final = 0
+FAILED: Final = 1  # any failure without a code of its own
+BAD_INPUT: Final = 2
+NOT_FINITE: Final = 70  # the loss or the gradient of a run is not finite
+PREEMPTED: Final = 75  # stopped by a signal, state saved: run the same command again
+INTERRUPTED: Final = 130  # aborted by the user, nothing saved

@@ -1,0 +1,109 @@
+"""Placement of batches: from the host's memory onto a mesh."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+from jaxformer.config import InputError
+from jaxformer.data import Batch, DataConfig, DatasetConfig, Pairs
+from jaxformer.sharding import Rules, batch_sharding, batch_shards
+
+
+def rows_of_process(sharding: NamedSharding, batch_size: int, length: int) -> tuple[int, int]:
+  """Return (index, count): this process's devices hold part `index` of `count` equal parts of a
+  global batch.
+
+  Processes that shard heads or time between them, rather than rows, hold the same part.
+  """
+  places = sharding.devices_indices_map((batch_size, length))
+  slices = [places[device][0].indices(batch_size)[:2] for device in sharding.addressable_devices]
+  low, high = min(s[0] for s in slices), max(s[1] for s in slices)
+  size = high - low
+  if batch_size % size or low % size:
+    raise InputError(
+      f'mesh: the devices of one process hold rows {low} to {high} of a batch of {batch_size}: no '
+      'equal part of it'
+    )
+  return low // size, batch_size // size
+
+
+class BatchPlacement:
+  """Copies the rows that this process loads to its devices. Batches may differ in rows and
+  positions, and so may the arrays of one batch (sources and targets).
+
+  Attributes:
+    index, count: for the data pipeline: this process loads part `index` of `count` of each batch.
+  """
+
+  def __init__(self, mesh: Mesh, rules: Rules | str, batch_size: int, length: int):
+    self._sharding = batch_sharding(mesh, rules)
+    self._parts = _shards(batch_size, mesh, rules)
+    pieces = self._sharding.spec[1] if len(self._sharding.spec) > 1 else None
+    self._times = times = math.prod(
+      mesh.shape[a] for a in ((pieces,) if isinstance(pieces, str) else pieces or ())
+    )
+    if length % times:
+      raise InputError(
+        f'data.sequence_length = {length}: must be a multiple of mesh.context = {times}'
+      )
+    self.index, self.count = rows_of_process(self._sharding, batch_size, length)
+
+  def __call__(self, batch: Batch) -> Batch:
+    """Return the batch on the devices, without waiting for the copy."""
+    return jax.tree.map(self._put, batch)
+
+  def _put(self, local: np.ndarray) -> Any:
+    rows = self.count * len(local)
+    if rows % self._parts or local.shape[1] % self._times:
+      raise InputError(
+        f'data: a batch of {rows} rows of {local.shape[1]} positions cannot be sharded over the '
+        f'{self._parts} by {self._times} parts of the mesh'
+      )
+    if self.count == 1:
+      return jax.device_put(local, self._sharding)
+    first = self.index * len(local)
+
+    def part(place: Any) -> np.ndarray:
+      low, high, _ = place[0].indices(rows)
+      return local[low - first : high - first, *place[1:]]
+
+    return jax.make_array_from_callback((rows, *local.shape[1:]), self._sharding, part)
+
+
+def abstract_batch(data: DatasetConfig, batch_size: int, mesh: Mesh, rules: Rules | str) -> Batch:
+  """Return the shapes, dtypes and shardings of a batch, for pairs the longest one. Text is not
+  opened for it; for other data one row is generated.
+
+  Raises `InputError` if the batch cannot be sharded over the mesh.
+  """
+  _shards(batch_size, mesh, rules)
+  if isinstance(data, DataConfig):
+    ids = np.broadcast_to(np.int32(0), (1, data.sequence_length))
+    row: Any = Batch(ids, ids, ids if data.packing.segmented else None)
+  elif isinstance(data, Pairs):
+    source, target = (
+      np.broadcast_to(np.int32(0), (1, n[-1])) for n in (data.source_lengths, data.target_lengths)
+    )
+    row = Batch(target, target, source_BS=source)
+  else:
+    row = data.open().train_batch(0, 1, 0)
+  where = batch_sharding(mesh, rules)
+  return jax.tree.map(
+    lambda a: jax.ShapeDtypeStruct((batch_size, *a.shape[1:]), a.dtype, sharding=where), row
+  )
+
+
+def _shards(batch_size: int, mesh: Mesh, rules: Rules | str) -> int:
+  """Return over how many parts of the mesh the rows are sharded. Raises `InputError`."""
+  parts = batch_shards(mesh, rules)
+  if batch_size % parts:
+    raise InputError(
+      f'training.batch_size / accumulate = {batch_size}: must be a multiple of the {parts} parts '
+      'of the mesh'
+    )
+  return parts

@@ -1,0 +1,124 @@
+"""The parts of a run, built from its experiment and checked against each other."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from jaxformer.config import InputError
+from jaxformer.data import Dataset
+from jaxformer.evaluation import evaluate
+from jaxformer.models.params import Definition, Params, define
+from jaxformer.sharding import Rules, make_mesh
+from jaxformer.training.batch_placement import BatchPlacement
+from jaxformer.training.checkpoint import load_params
+from jaxformer.training.experiment import Experiment, check_fit
+from jaxformer.training.folder import Place
+from jaxformer.training.optimizer import Optimizer
+from jaxformer.training.step import StepConfig, TrainState, abstract_train_state, step_config
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+  """The parts of a run."""
+
+  experiment: Experiment
+  definition: Definition
+  dataset: Dataset
+  optimizer: Optimizer
+  mesh: Mesh
+  step_config: StepConfig
+  placement: BatchPlacement
+
+  @property
+  def rules(self) -> Rules | str:
+    return self.experiment.mesh.rules
+
+  @classmethod
+  def of(
+    cls, experiment: Experiment, dataset: Dataset, devices: Sequence[jax.Device] | None = None
+  ) -> Setup:
+    """Build the parts. Raises `InputError` for parts that do not fit."""
+    t, model = experiment.training, experiment.model
+    definition, mesh = check(experiment, devices)
+    check_fit(model, experiment.data, dataset.vocab_size, dataset.source_vocab_size)
+    return cls(
+      experiment,
+      definition,
+      dataset,
+      Optimizer.of(experiment.optimizer, experiment.schedule, t.steps, definition),
+      mesh,
+      step_config(experiment, mesh),
+      BatchPlacement(mesh, experiment.mesh.rules, t.batch_size, experiment.data.positions),
+    )
+
+  def abstract_state(self) -> TrainState:
+    """Return the shapes, dtypes and shardings of the state."""
+    return abstract_train_state(self.definition, self.optimizer, self.mesh, self.rules)
+
+  def evaluate(self, params: Params) -> dict[str, Any]:
+    """Return `eval/loss` (nats per target), `eval/source`, and `eval/bits_per_byte` of text or
+    `eval/accuracy` over the targets of a task.
+
+    Bits per byte are comparable across tokenizers: they divide by the bytes that the targets stand
+    for. With `eval_batches` the held-out rows are a sample, always the same one, and `eval/source`
+    says so.
+    """
+    t, dataset = self.experiment.training, self.dataset
+    rows, limit, data = t.batch_size // t.accumulate, t.eval_batches, dataset.config
+    part = BatchPlacement(self.mesh, self.rules, rows, data.positions)
+    complete = limit is None or dataset.validation_rows <= limit * rows
+    bytes_V = None if dataset.tokenizer is None else dataset.tokenizer.token_bytes
+    r = evaluate(
+      self.definition,
+      params,
+      dataset.validation_batches(rows, limit, part.index, part.count),
+      token_bytes_V=bytes_V,
+      mesh=self.mesh,
+      rules=self.rules,
+      dtype=self.step_config.dtype,
+    )
+    score = (
+      {'eval/accuracy': r.accuracy} if bytes_V is None else {'eval/bits_per_byte': r.bits_per_byte}
+    )
+    source = data.held_out + ('' if complete else f', {limit} batches of {rows}')
+    return {'eval/loss': r.loss, **score, 'eval/source': source}
+
+  def initial_params(self, source: str | Place | Params) -> Params:
+    """Return the parameters of a checkpoint, or copies of those given by name, on the mesh. Raises
+    `InputError` unless names and shapes are those of the model."""
+    d = self.definition
+    if not isinstance(source, Mapping):
+      return load_params(source, d, self.mesh, self.rules)[0]
+    problems = differing_shapes(
+      {n: tuple(a.shape) for n, a in source.items()}, {n: i.shape for n, i in d.info.items()}
+    )
+    if problems:
+      raise InputError(
+        f'init_from: the given parameters do not fit this model:\n  {first_lines(problems)}'
+      )
+    where = d.shardings(self.mesh, self.rules)
+    # Copies, since the step donates its arguments.
+    return {n: jnp.array(jax.device_put(source[n], where[n]), i.dtype) for n, i in d.info.items()}
+
+
+def check(
+  experiment: Experiment, devices: Sequence[jax.Device] | None = None
+) -> tuple[Definition, Mesh]:
+  """Return the model and the mesh of an experiment, checked against each other as far as possible
+  without reading the data.
+
+  Raises `InputError` for parts that do not fit.
+  """
+  t, rules = experiment.training, experiment.mesh.rules
+  check_fit(experiment.model, experiment.data)
+  definition, mesh = define(experiment.model), make_mesh(experiment.mesh, devices)
+  # each microbatch is sharded over the mesh
+  BatchPlacement(mesh, rules, t.batch_size // t.accumulate, experiment.data.positions)
+  definition.shardings(mesh, rules)
+  return definition, mesh
