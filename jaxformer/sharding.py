@@ -1,10 +1,11 @@
-"""The only file that knows a mesh: logical axes, the rules that map them to mesh axes, meshes,
-`param` and `shard`.
+"""Logical axes, the rules that map them to mesh axes, meshes, `param` and `shard`.
 
-Layers name the axes of their parameters and activations by what they *mean* (`AXES`). A rule table
-says which mesh axis divides which logical axis; parameters and activations have a table each, so
-FSDP (parameters divided over the axis that also divides the batch) needs no word in any layer.
-Without an active mesh every function here is the identity."""
+Layers name the axes of their parameters and activations by what they *mean* (`AXES`). Rules say
+over which mesh axes each logical axis is sharded. Parameters and activations have separate rules,
+so FSDP (parameters sharded over an axis that also shards the batch) needs no code in any layer.
+Without an active mesh every function here is the identity. This is the only module that knows a
+mesh.
+"""
 
 from __future__ import annotations
 
@@ -29,78 +30,75 @@ AXES: Mapping[str, str] = {
   'embed': 'the width of the residual stream',
   'heads': 'query heads, or heads times head dimension',
   'kv_heads': 'key/value heads, or these times head dimension',
-  'head_dim': 'the inside of one head',
+  'head_dim': 'channels of one head',
   'mlp': 'hidden units of a feed-forward layer',
   'vocab': 'rows of an embedding or columns of a head',
   'experts': 'experts of a mixture',
   'inner': 'channels inside a recurrent layer',
-  'state': 'state of a recurrence, low-rank factors, taps of a convolution',
+  'state': 'state of a recurrence, low-rank factors, the kernel of a convolution',
   'positions': 'rows of a table of learned positions',
-  'norm': 'a vector of scales or offsets over the width: small, so replicated',
+  'norm': 'scales or biases over the width: small, so replicated',
 }
 
 MESH_AXES: Mapping[str, str] = {
-  'replica': 'copies of everything across slices, over the slow network between them; divides the '
-  'batch',
-  'data': 'copies of the parameters, each with its part of the batch',
-  'fsdp': 'divides the batch and the parameters; parameters are gathered layer by layer',
-  'expert': 'divides the batch and the experts',
-  'context': 'divides long sequences',
-  'tensor': 'divides heads, hidden units and the vocabulary; the fastest links',
+  'replica': 'data parallelism across slices, over the slow network between them',
+  'data': 'data parallelism: parameters are replicated, the batch is sharded',
+  'fsdp': 'shards the batch and the parameters, which are all-gathered layer by layer',
+  'expert': 'shards the batch and the experts',
+  'context': 'sequence parallelism: shards time',
+  'tensor': 'tensor parallelism: shards heads, hidden units and the vocabulary; the fastest links',
 }
 
 # ---- rules -------------------------------------------------------------------------------------
 
-Divided = tuple[str, ...] | None
+MeshAxes = tuple[str, ...] | None
 
 
 class AxisRules(Config):
-  """For each logical axis the mesh axes that divide it, in order; None where it is whole on every
-  device."""
+  """The mesh axes over which each logical axis is sharded, in order; None if it is replicated."""
 
-  batch: Divided = None
-  time: Divided = None
-  layers: Divided = None
-  embed: Divided = None
-  heads: Divided = None
-  kv_heads: Divided = None
-  head_dim: Divided = None
-  mlp: Divided = None
-  vocab: Divided = None
-  experts: Divided = None
-  inner: Divided = None
-  state: Divided = None
-  positions: Divided = None
-  norm: Divided = None
+  batch: MeshAxes = None
+  time: MeshAxes = None
+  layers: MeshAxes = None
+  embed: MeshAxes = None
+  heads: MeshAxes = None
+  kv_heads: MeshAxes = None
+  head_dim: MeshAxes = None
+  mlp: MeshAxes = None
+  vocab: MeshAxes = None
+  experts: MeshAxes = None
+  inner: MeshAxes = None
+  state: MeshAxes = None
+  positions: MeshAxes = None
+  norm: MeshAxes = None
 
   def validate(self):
     for axis in AXES:
       names = self[axis]
       if unknown := [n for n in names if n not in MESH_AXES]:
+        known = nearest(unknown[0], MESH_AXES)
         raise InputError(
-          f'AxisRules.{axis} = {list(names)}: no mesh axis '
-          f'{unknown[0]!r}{nearest(unknown[0], MESH_AXES)}'
+          f'AxisRules.{axis}', list(names), problem=f'no mesh axis {unknown[0]!r}{known}'
         )
-      self.require(len(set(names)) == len(names), axis, 'mesh axes that differ')
+      self.require(len(set(names)) == len(names), axis, 'distinct mesh axes')
 
   def __getitem__(self, axis: str) -> tuple[str, ...]:
     return getattr(self, axis) or ()
 
 
-# what stands beside `embed` in a weight
+# the logical axes that share a weight with `embed`
 _WEIGHT_COLUMNS = ('heads', 'kv_heads', 'mlp', 'vocab', 'experts', 'inner', 'state')
 _TENSOR: dict[str, Any] = dict.fromkeys(('heads', 'kv_heads', 'mlp', 'vocab', 'inner'), ('tensor',))
 _ACTIVATIONS = AxisRules(batch=('replica', 'data', 'fsdp', 'expert'), time=('context',))
 
 
 class Rules(Config):
-  """One's own table, as `MeshConfig.rules`. What is not given is as in `fsdp_tensor`.
+  """Custom sharding rules for `MeshConfig.rules`; the defaults are those of `fsdp_tensor`.
 
   Attributes:
-    params: which mesh axes divide which logical axes of parameters, their gradients and the
-      optimizer's state.
-    activations: the same of activations. Of two logical axes of an array that ask for one mesh
-      axis, the first is served.
+    params: for parameters, their gradients and the optimizer state.
+    activations: for activations. If two logical axes of an array map to the same mesh axis, the
+      first wins.
   """
 
   params: AxisRules = AxisRules(embed=('fsdp',), experts=('expert',), **_TENSOR)
@@ -110,8 +108,7 @@ class Rules(Config):
     for axis in ('batch', 'time'):
       if self.params[axis]:
         raise InputError(
-          f'Rules.params.{axis} = {list(self.params[axis])}: must be none, as no parameter has '
-          'this axis'
+          f'Rules.params.{axis}', list(self.params[axis]), 'none: no parameter has this axis'
         )
     pairs = [('params', 'embed', other) for other in _WEIGHT_COLUMNS] + [
       ('params', 'experts', 'mlp'),
@@ -121,13 +118,16 @@ class Rules(Config):
       table = getattr(self, kind)
       if twice := set(table[one]) & set(table[other]):
         raise InputError(
-          f'Rules.{kind}: {one} and {other} stand in one array, and mesh axis {min(twice)!r} '
-          'cannot divide both'
+          f'Rules.{kind}: {one} and {other} are axes of one array, and mesh axis {min(twice)!r} '
+          'cannot shard both'
         )
 
   def spec(self, axes: Sequence[str | None], *, activations: bool = False) -> PartitionSpec:
-    """The partition of an array with these logical axes. A mesh axis asked for twice is an error
-    for a parameter; for an activation the first logical axis that asks for it is served."""
+    """Return the partition of an array with these logical axes.
+
+    If two axes map to the same mesh axis, that is an error for a parameter; for an activation the
+    first wins.
+    """
     table, taken, spec = self.activations if activations else self.params, set(), []
     for name in axes:
       if name is not None and name not in AXES:
@@ -143,8 +143,8 @@ class Rules(Config):
       spec.append(free if len(free) > 1 else free[0] if free else None)
     return PartitionSpec(*spec)
 
-  def divides(self, mesh_axis: str) -> bool:
-    """Whether something is divided over a mesh axis."""
+  def uses(self, mesh_axis: str) -> bool:
+    """Whether anything is sharded over a mesh axis."""
     return any(
       mesh_axis in table[axis] for table in (self.params, self.activations) for axis in AXES
     )
@@ -158,7 +158,7 @@ RULES: dict[str, Rules] = {
 
 
 def rules_of(rules: Rules | str) -> Rules:
-  """A table, or that of a preset's name."""
+  """Return rules, by name or as they are."""
   return RULES[rules] if isinstance(rules, str) else rules
 
 
@@ -166,13 +166,15 @@ def rules_of(rules: Rules | str) -> Rules:
 
 
 class MeshConfig(Config):
-  """Devices arranged along named axes; the sizes multiply to the number of devices. At most one
-  size may be -1: what is left.
+  """Devices arranged along named axes, whose sizes multiply to the number of devices.
 
-  `rules` is the table that maps logical axes to these mesh axes, by name or one's own:
-  `data_parallel` replicates the parameters, `fsdp` divides them over `fsdp`, `fsdp_tensor` also
-  divides heads, hidden units, vocabulary and experts over `tensor` and `expert`. All of them divide
-  the batch over `replica`, `data`, `fsdp` and `expert`, and time over `context`."""
+  At most one size may be -1, for the devices that remain.
+
+  `rules` map logical axes to these mesh axes, by name or as custom `Rules`: `data_parallel`
+  replicates the parameters, `fsdp` shards them over `fsdp`, `fsdp_tensor` also shards heads, hidden
+  units, vocabulary and experts over `tensor` and `expert`. All of them shard the batch over
+  `replica`, `data`, `fsdp` and `expert`, and time over `context`.
+  """
 
   replica: int = 1
   data: int = -1
@@ -187,36 +189,35 @@ class MeshConfig(Config):
       self.require(
         getattr(self, axis) >= 1 or getattr(self, axis) == -1,
         axis,
-        'at least 1, or -1 for the devices that are left',
+        'at least 1, or -1 for the remaining devices',
       )
     if sum(getattr(self, axis) == -1 for axis in MESH_AXES) > 1:
       raise InputError('mesh: only one axis may be -1')
     for axis in MESH_AXES:
       if getattr(self, axis) > 1:
         self.require(
-          self._divides(axis), axis, f'1 under {self._rules_in_words}, which divide nothing over it'
+          self._uses(axis), axis, f'1 under {self._rules_in_words}, which shard nothing over it'
         )
 
-  def _divides(self, axis: str) -> bool:
-    return rules_of(self.rules).divides(axis) and (axis != 'fsdp' or self.rules != 'data_parallel')
+  def _uses(self, axis: str) -> bool:
+    return rules_of(self.rules).uses(axis) and (axis != 'fsdp' or self.rules != 'data_parallel')
 
   @property
   def _rules_in_words(self) -> str:
     return f'rules {self.rules!r}' if isinstance(self.rules, str) else 'these rules'
 
   def sizes(self, devices: int) -> dict[str, int]:
-    """Axis -> size for a number of devices. Raises `InputError` when they do not multiply to it."""
+    """Return axis -> size for a number of devices. Raises `InputError` if they do not multiply to it."""
     sizes = {axis: getattr(self, axis) for axis in MESH_AXES}
     rest = next((a for a, s in sizes.items() if s == -1), None)
     fixed = math.prod(s for s in sizes.values() if s != -1)
     given = ', '.join(f'{a} {s}' for a, s in sizes.items() if s != 1)
     if rest is not None and devices % fixed == 0:
       sizes[rest] = devices // fixed
-      if sizes[rest] > 1 and not self._divides(rest):
+      if sizes[rest] > 1 and not self._uses(rest):
         raise InputError(
-          f'mesh.{rest} = -1 takes the {sizes[rest]} devices that are left, and '
-          f'{self._rules_in_words} divide '
-          f'nothing over it; give it as 1 and the devices to another axis'
+          f'mesh.{rest} = -1 takes the {sizes[rest]} remaining devices, but no rule of '
+          f'{self._rules_in_words} shards over it; set it to 1 and use another axis'
         )
     if math.prod(sizes.values()) != devices:
       wanted = f'a multiple of {fixed}' if rest else str(fixed)
@@ -227,24 +228,27 @@ class MeshConfig(Config):
     return sizes
 
   def _that_fit(self, devices: int) -> str:
-    """What of one axis would make the mesh multiply to the devices."""
+    """Sizes of single axes with which the mesh would multiply to the devices, for a message."""
     sizes = {axis: getattr(self, axis) for axis in MESH_AXES}
     flexible, fixed, fits = -1 in sizes.values(), math.prod(abs(s) for s in sizes.values()), []
     for axis, size in sizes.items():
       # for this axis, and for one that takes what is left
       left, over = divmod(devices, fixed // abs(size))
-      if over == 0 and size != -1 and self._divides(axis):
+      if over == 0 and size != -1 and self._uses(axis):
         fits += (
           [f'{axis} {math.gcd(left, size)}' if flexible else f'{axis} {left}']
           if size > 1 or not flexible
           else []
         )
-    return f'; with the rest as it is, {" or ".join(fits)} would fit' if fits else ''
+    return f'; with the other axes as they are, {" or ".join(fits)} would fit' if fits else ''
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-  """The mesh of a config over `devices` (all by default). Devices of several slices lie along
-  `replica`, slice after slice, so that nothing else crosses the network between them."""
+  """Return the mesh of a config over `devices` (all by default).
+
+  Devices of several slices lie along `replica`, slice after slice, so that no other axis crosses
+  the network between slices.
+  """
   devices = jax.devices() if devices is None else list(devices)
   sizes = config.sizes(len(devices))
   shape, names = tuple(sizes.values()), tuple(sizes)
@@ -256,8 +260,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
 
     if slices > 1 and sizes['replica'] % slices and devices[0].platform == 'tpu':
       raise InputError(
-        f'mesh.replica = {sizes["replica"]}: must be a multiple of {slices}, the slices of these '
-        'devices'
+        'mesh.replica', sizes['replica'], f'a multiple of {slices}, the number of slices'
       )
     if slices > 1 and sizes['replica'] % slices == 0:
       within = (sizes['replica'] // slices, *shape[1:])
@@ -278,8 +281,8 @@ _ACTIVE: contextvars.ContextVar[tuple[Mesh, Rules] | None] = contextvars.Context
 
 @contextlib.contextmanager
 def use_mesh(mesh: Mesh, rules: Rules | str = 'fsdp_tensor') -> Generator[Mesh]:
-  """Within, `shard` constrains activations, `per_shard` maps kernels, and `platform` is that of the
-  mesh's devices."""
+  """Activate a mesh: `shard` constrains activations, `per_shard` maps kernels over shards, and
+  `platform` is that of the mesh's devices."""
   token = _ACTIVE.set((mesh, rules_of(rules)))
   try:
     with jax.set_mesh(mesh):
@@ -293,8 +296,7 @@ _ASSUMED: contextvars.ContextVar[str | None] = contextvars.ContextVar('platform'
 
 @contextlib.contextmanager
 def assume_platform(name: str) -> Generator[None]:
-  """Within, `platform` is 'cpu', 'gpu' or 'tpu' as told: to trace with shapes what would run on
-  machines not there."""
+  """Make `platform` return `name` ('cpu', 'gpu' or 'tpu'), to trace programs of other machines."""
   token = _ASSUMED.set(name)
   try:
     yield
@@ -303,52 +305,55 @@ def assume_platform(name: str) -> Generator[None]:
 
 
 def platform() -> str:
-  """'cpu', 'gpu' or 'tpu': what the program being traced will run on. An active mesh decides, so
-  that a program compiled ahead of time for a TPU takes the TPU's routes on any host."""
+  """Return 'cpu', 'gpu' or 'tpu': the platform of the program that is being traced.
+
+  An active mesh decides, so that a program that is compiled ahead of time for a TPU uses the TPU's
+  implementations on any host.
+  """
   active, assumed = _ACTIVE.get(), _ASSUMED.get()
   name = assumed or (active[0].devices.flat[0].platform if active else jax.default_backend())
   return 'gpu' if name in ('cuda', 'rocm') else name
 
 
 def shard(x: jax.Array, *axes: str | None) -> jax.Array:
-  """Constrains activation `x` to the mesh axes of its logical axes. A mesh axis that does not
-  divide its dimension is left out (few key/value heads on a wide tensor axis stay replicated)."""
+  """Constrain the sharding of activation `x` by its logical axes.
+
+  A mesh axis whose size does not divide the dimension is left out: few key/value heads on a wide
+  tensor axis stay replicated.
+  """
   active = _ACTIVE.get()
   if active is None:
     return x
   mesh, rules = active
   return jax.lax.with_sharding_constraint(
-    x, NamedSharding(mesh, _dividing(rules.spec(axes, activations=True), x.shape, mesh))
+    x, NamedSharding(mesh, _fitting(rules.spec(axes, activations=True), x.shape, mesh))
   )
 
 
 def shard_param(x: jax.Array, *axes: str | None) -> jax.Array:
-  """Constrains `x`, a parameter or its gradient on the way through a computation, like a parameter
-  with these logical axes."""
+  """Constrain `x`, a parameter or its gradient inside a computation, like a parameter with these
+  logical axes."""
   active = _ACTIVE.get()
   if active is None:
     return x
   mesh, rules = active
   return jax.lax.with_sharding_constraint(
-    x, NamedSharding(mesh, _dividing(rules.spec(axes), x.shape, mesh))
+    x, NamedSharding(mesh, _fitting(rules.spec(axes), x.shape, mesh))
   )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def gathered(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
-  """A parameter as a layer uses it: divided like an activation, so whole over `fsdp`; its gradient
-  is divided like itself."""
+def unshard(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
+  """Return a parameter as a layer uses it, sharded like an activation and so all-gathered over
+  `fsdp`; its gradient is sharded like the parameter."""
   return shard(x, *axes)
 
 
-gathered.defvjp(
-  lambda x, axes: (shard(x, *axes), None), lambda axes, _, g: (shard_param(g, *axes),)
-)
+unshard.defvjp(lambda x, axes: (shard(x, *axes), None), lambda axes, _, g: (shard_param(g, *axes),))
 
 
-def gathers() -> bool:
-  """Whether `gathered` gathers something: the mesh divides parameters where it does not divide
-  activations."""
+def needs_all_gather() -> bool:
+  """Whether `unshard` all-gathers anything: parameters are sharded where activations are not."""
   active = _ACTIVE.get()
   if active is None:
     return False
@@ -358,33 +363,35 @@ def gathers() -> bool:
 
 
 def mesh_axes(axis: str, size: int) -> tuple[str, ...]:
-  """The mesh axes over which `shard` and `per_shard` divide an activation's dimension of this
-  logical axis and size; inside `per_shard` collectives go over them. Those of one device are left
-  out."""
+  """Return the mesh axes over which a dimension of an activation is sharded.
+
+  `axis` is its logical axis. Mesh axes of one device are left out. Inside `per_shard` these are the
+  axes for collectives.
+  """
   active = _ACTIVE.get()
   if active is None:
     return ()
   mesh, rules = active
-  entry = _dividing(rules.spec((axis,), activations=True), (size,), mesh)[0]
+  entry = _fitting(rules.spec((axis,), activations=True), (size,), mesh)[0]
   return tuple(
     n for n in ((entry,) if isinstance(entry, str) else entry or ()) if mesh.shape[n] > 1
   )
 
 
 def shards(axis: str, size: int) -> int:
-  """In how many parts `shard` and `per_shard` divide an activation's dimension of this logical axis
-  and size; 1 without a mesh."""
+  """Return the number of shards of a dimension of an activation; 1 without a mesh."""
   active = _ACTIVE.get()
   return 1 if active is None else math.prod(active[0].shape[n] for n in mesh_axes(axis, size))
 
 
 def all_mesh_axes() -> tuple[str, ...]:
-  """The axes of the active mesh that have several devices."""
+  """Return the axes of the active mesh that have several devices."""
   active = _ACTIVE.get()
   return () if active is None else tuple(n for n, size in active[0].shape.items() if size > 1)
 
 
-def _dividing(spec: PartitionSpec, shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
+def _fitting(spec: PartitionSpec, shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
+  """The partition without mesh axes whose size does not divide their dimension."""
   kept = []
   for size, entry in zip(shape, spec, strict=True):
     names = () if entry is None else (entry,) if isinstance(entry, str) else entry
@@ -397,9 +404,15 @@ def per_shard(
   in_axes: Sequence[tuple[str | None, ...] | None],
   *out_axes: tuple[str | None, ...],
 ) -> Callable[..., Any]:
-  """`f` mapped over the shards of its arguments (for kernels that the partitioner cannot divide):
-  each argument is given by its logical axes, None for one that is absent or whole everywhere; so is
-  each result of `f`. Without a mesh of several devices, `f` itself."""
+  """Return `f` mapped over the shards of its arguments, for kernels that the partitioner cannot
+  shard.
+
+  Args:
+    in_axes: logical axes of each argument; None for one that is absent or replicated.
+    out_axes: logical axes of each result.
+
+  Without a mesh of several devices this is `f` itself.
+  """
   active = _ACTIVE.get()
   if active is None or active[0].size == 1:
     return f
@@ -409,7 +422,7 @@ def per_shard(
     specs = [
       PartitionSpec()
       if axes is None or a is None
-      else _dividing(rules.spec(axes, activations=True), a.shape, mesh)
+      else _fitting(rules.spec(axes, activations=True), a.shape, mesh)
       for axes, a in zip(in_axes, args, strict=True)
     ]
     taken = {
@@ -433,8 +446,8 @@ def per_shard(
 
 
 def _naming_single(spec: PartitionSpec, ndim: int, mesh: Mesh) -> PartitionSpec:
-  """The same partition, naming the mesh axes of one device too: a gradient is added up over all
-  that an argument does not name."""
+  """The same partition with the mesh axes of one device named too: gradients are summed over all
+  axes that an argument does not name."""
   entries = [
     (e,) if isinstance(e, str) else tuple(e or ()) for e in (*spec, *(None,) * (ndim - len(spec)))
   ]
@@ -446,8 +459,8 @@ def _naming_single(spec: PartitionSpec, ndim: int, mesh: Mesh) -> PartitionSpec:
 def param_sharding(
   mesh: Mesh, rules: Rules | str, name: str, axes: Sequence[str | None], shape: Sequence[int]
 ) -> NamedSharding:
-  """Where a parameter lives. Raises `InputError` for a mesh axis that does not divide its
-  dimension."""
+  """Return the NamedSharding of a parameter. Raises `InputError` for a mesh axis whose size does
+  not divide its dimension."""
   spec = rules_of(rules).spec(axes)
   for axis, size, entry in zip(axes, shape, spec, strict=True):
     names = (entry,) if isinstance(entry, str) else entry or ()
@@ -455,26 +468,25 @@ def param_sharding(
     if size % parts:
       fits = [str(n) for n in range(1, parts) if size % n == 0][-3:]
       raise InputError(
-        f'mesh.{" x mesh.".join(names)} = {parts} does not divide {axis} = {size} of parameter '
-        f'{name}; '
+        f'mesh.{" x mesh.".join(names)} = {parts}: must divide {axis} = {size} of parameter {name}; '
         f'{", ".join(fits)} would'
       )
   return NamedSharding(mesh, spec)
 
 
 def batch_sharding(mesh: Mesh, rules: Rules | str) -> NamedSharding:
-  """Where the arrays of a batch live: their first axis is `batch`, their second `time`."""
+  """Return the NamedSharding of the arrays of a batch, whose axes are `batch` and `time`."""
   return NamedSharding(mesh, rules_of(rules).spec(('batch', 'time'), activations=True))
 
 
 def batch_shards(mesh: Mesh, rules: Rules | str) -> int:
-  """In how many parts a batch is divided; the global batch size must be a multiple."""
+  """Return the number of shards of a batch; the global batch size must be a multiple."""
   entry = batch_sharding(mesh, rules).spec[0]
   return math.prod(mesh.shape[n] for n in ((entry,) if isinstance(entry, str) else entry or ()))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-  """A copy on every device."""
+  """Return the NamedSharding of an array with a copy on every device."""
   return NamedSharding(mesh, PartitionSpec())
 
 
@@ -491,17 +503,17 @@ def param(
   matmul: bool = True,
   active: float = 1.0,
 ) -> nnx.Param:
-  """A parameter with what others need to know of it, as metadata.
+  """Return a parameter with metadata for the optimizer, the planner and the sharding rules.
 
   Args:
     value: its initial value, fp32.
-    axes: the logical axis of each dimension (`AXES`), None for one that is never divided.
+    axes: the logical axis of each dimension (`AXES`), None for one that is never sharded.
     decay: whether weight decay applies (not to norms, biases and the parameters of recurrences).
     lr_scale: factor on the learning rate.
     full_precision: stays fp32 where the others are cast to the compute dtype (decay rates,
       routers).
-    matmul: multiplies every token, which costs 2 FLOPs a number; False for tables that are looked
-      up, norms and biases aside.
+    matmul: multiplies every token, which costs 2 FLOPs per parameter; False for lookup tables.
+      Without effect for vectors.
     active: the fraction that one token uses (k of E experts).
   """
   axes = tuple(axes)

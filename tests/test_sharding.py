@@ -51,10 +51,10 @@ def test_a_table_of_ones_own_is_set_by_dotted_path_and_survives_json():
   [
     ({'params.embed': 'fspd'}, "no mesh axis 'fspd'; did you mean fsdp?"),
     ({'params.embd': 'fsdp'}, 'did you mean embed?'),
-    ({'params.embed': 'tensor'}, "embed and heads stand in one array, and mesh axis 'tensor'"),
-    ({'params.embed': 'fsdp,fsdp'}, 'mesh axes that differ'),
+    ({'params.embed': 'tensor'}, "embed and heads are axes of one array, and mesh axis 'tensor'"),
+    ({'params.embed': 'fsdp,fsdp'}, 'distinct mesh axes'),
     ({'params.time': 'context'}, 'no parameter has this axis'),
-    ({'activations.time': 'data'}, "batch and time stand in one array, and mesh axis 'data'"),
+    ({'activations.time': 'data'}, "batch and time are axes of one array, and mesh axis 'data'"),
   ],
 )
 def test_a_table_that_cannot_be_is_told(given, message):
@@ -70,15 +70,15 @@ def test_a_table_that_cannot_be_is_told(given, message):
   [
     (
       {'fsdp': 4, 'tensor': 3, 'data': 1},
-      'needs 12 devices; there are 8; with the rest as it is, tensor 2 would fit',
+      'needs 12 devices; there are 8; with the other axes as they are, tensor 2 would fit',
     ),
     (
       {'fsdp': 2, 'data': 1},
-      'needs 2 devices; there are 8; with the rest as it is, .*fsdp 8.* would fit',
+      'needs 2 devices; there are 8; with the other axes as they are, .*fsdp 8.* would fit',
     ),
     (
       {'context': 3},
-      'needs a multiple of 3 devices; there are 8; with the rest as it is, context 1 would fit',
+      'needs a multiple of 3 devices; there are 8; with the other axes as they are, context 1 would fit',
     ),
   ],
 )
@@ -88,17 +88,17 @@ def test_a_mesh_that_does_not_multiply_to_the_devices_is_told(sizes, message):
 
 
 def test_devices_that_would_divide_nothing_are_told():
-  with pytest.raises(InputError, match='divide nothing over it'):
+  with pytest.raises(InputError, match='shard nothing over it'):
     MeshConfig(tensor=2, rules='fsdp')
   table = Rules(activations=AxisRules(batch=('fsdp',)))
-  with pytest.raises(InputError, match=r'mesh\.data = -1 takes the 4 devices that are left'):
+  with pytest.raises(InputError, match=r'mesh\.data = -1 takes the 4 remaining devices'):
     MeshConfig(fsdp=2, rules=table).sizes(8)
 
 
 def test_an_axis_that_does_not_divide_its_dimension_is_told():
   mesh = make_mesh(MeshConfig(fsdp=8, data=1))
   with pytest.raises(
-    InputError, match=r'mesh\.fsdp = 8 does not divide embed = 12 of parameter w; 3, 4, 6 would'
+    InputError, match=r'mesh\.fsdp = 8: must divide embed = 12 of parameter w; 3, 4, 6 would'
   ):
     param_sharding(mesh, 'fsdp', 'w', ('embed',), (12,))
 

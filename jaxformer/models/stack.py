@@ -15,7 +15,7 @@ from jaxformer.config import Config
 from jaxformer.layers.layer import Context, LayerConfig, LayerPosition, Memory, Output, State
 from jaxformer.models.block import Block, gather, in_turn
 from jaxformer.models.params import stacked
-from jaxformer.sharding import gathered, gathers, platform
+from jaxformer.sharding import unshard, needs_all_gather, platform
 
 _policies = jax.checkpoint_policies
 NAMED = ('attention', 'mlp_hidden')  # what `checkpoint_name` marks in the layers
@@ -228,7 +228,7 @@ def _gathered(blocks: nnx.List) -> nnx.List:
   in the backward pass twice."""
 
   def whole(p: nnx.Param) -> Any:
-    return p.replace(gathered(p[...], p.get_metadata()['axes'][-p[...].ndim :]))
+    return p.replace(unshard(p[...], p.get_metadata()['axes'][-p[...].ndim :]))
 
   gathered_blocks: nnx.List = jax.tree.map(
     whole, blocks, is_leaf=lambda p: isinstance(p, nnx.Variable)
@@ -260,7 +260,7 @@ def _of_reals(policy: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _rematerialised(ctx: Context, one_token: bool) -> Callable[..., Output]:
-  gather = gathers() and not one_token  # for one token it costs less to send activations
+  gather = needs_all_gather() and not one_token  # for one token it costs less to send activations
 
   def run(blocks: nnx.List, x: Array, ctx: Context, state: State) -> Output:
     return in_turn(_gathered(blocks) if gather else blocks, x, ctx, state, one_token)
