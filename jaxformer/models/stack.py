@@ -15,7 +15,7 @@ from jaxformer.config import Config
 from jaxformer.layers.layer import Context, LayerConfig, LayerPosition, Memory, Output, State
 from jaxformer.models.block import Block, gather, in_turn
 from jaxformer.models.params import stacked
-from jaxformer.sharding import unshard, needs_all_gather, platform
+from jaxformer.sharding import needs_all_gather, platform, unshard
 
 _policies = jax.checkpoint_policies
 NAMED = ('attention', 'mlp_hidden')  # what `checkpoint_name` marks in the layers
