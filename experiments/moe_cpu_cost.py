@@ -37,7 +37,7 @@ import jax.numpy as jnp
 
 from jaxformer.layers.layer import Context
 from jaxformer.layers.mlp import GatedMlp
-from jaxformer.layers.moe import Capacity, Moe
+from jaxformer.layers.moe import Moe
 from jaxformer.layers.router import TopKSoftmax
 from jaxformer.models.params import define
 from jaxformer.testing.contract import Alone
@@ -46,11 +46,11 @@ from jaxformer.training.malloc import keep_freed_memory
 WIDTH, HIDDEN, EXPERTS, K, SEQUENCES = 512, 1024, 8, 2, 8
 
 EXPERT = GatedMlp.Config(hidden=HIDDEN)
-ROUTED = Moe.Config(experts=EXPERTS, expert=EXPERT, router=TopKSoftmax.Config(k=K, balance=0.01))
+ROUTED = Moe.Config(experts=EXPERTS, expert=EXPERT, router=TopKSoftmax(k=K, balance=0.01))
 LAYERS = {
   'dense': GatedMlp.Config(hidden=K * HIDDEN),
   'dropless': ROUTED,
-  'capacity 1.25': ROUTED.replace(dispatch=Capacity(factor=1.25)),
+  'capacity 1.25': ROUTED.replace(capacity_factor=1.25),
 }
 
 

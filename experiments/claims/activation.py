@@ -50,7 +50,7 @@ from jaxformer.data import DataConfig, order
 from jaxformer.data.dataset import Batch
 from jaxformer.data.tasks.task import GeneratedTask, Side, labelled, random_bits
 from jaxformer.layers.attention import Attention
-from jaxformer.layers.mlp import ActivationName, GatedMlp, Mlp, MlpConfig
+from jaxformer.layers.mlp import ActivationName, GatedMlp, Mlp
 from jaxformer.layers.position import Rotary
 from jaxformer.models.block import Block, PreNorm, Residual
 from jaxformer.models.classifier import Classifier, LinearInput
@@ -86,7 +86,7 @@ WIDTH, LAYERS, HEADS, LENGTH = 48, 2, 3, 128
 ALONE, ALONE_WIDTH, ALONE_STEPS = (NONE, 'ReLU', 'SwiGLU'), 16, 600
 
 
-def layers(width: int) -> dict[str, MlpConfig]:
+def layers(width: int) -> dict[str, Mlp.Config]:
   """The feed-forward layers, all of 8 width^2 parameters; the one without an activation comes
   first."""
   plain: dict[str, ActivationName] = {NONE: 'identity', **PLAIN}
@@ -96,7 +96,7 @@ def layers(width: int) -> dict[str, MlpConfig]:
   }
 
 
-def transformer(feed_forward: MlpConfig) -> LanguageModel.Config:
+def transformer(feed_forward: Mlp.Config) -> LanguageModel.Config:
   """Two blocks of attention and the feed-forward layer given."""
   block = Block.Config(
     branches=(
@@ -151,7 +151,7 @@ class SameSign(GeneratedTask):
     return labelled(x_N2[:, None], (x_N2[:, 0] * x_N2[:, 1] > 0).astype(np.int64))
 
 
-def alone(feed_forward: MlpConfig, name: str, args) -> dict[int, float]:
+def alone(feed_forward: Mlp.Config, name: str, args) -> dict[int, float]:
   """Right answers of a classifier whose one layer this is, by seed."""
   block = Block.Config(branches=(Residual.Config(layer=feed_forward.replace(bias=True)),))
   model = Classifier.Config(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -12,6 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from jaxformer.config import InputError
+from jaxformer.layers.dense import Dense
 from jaxformer.layers.init import Init, Normal
 from jaxformer.layers.layer import (
   Context,
@@ -26,20 +28,19 @@ from jaxformer.layers.layer import (
 from jaxformer.layers.norm import NormConfig, RMSNorm
 from jaxformer.layers.position import Alibi, AttentionPosition, Llama3Scaling, Rotary
 from jaxformer.ops.attention import Mask, attention
-from jaxformer.ops.linear import linear
-from jaxformer.sharding import param, shard
+from jaxformer.sharding import shard
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class AttentionState:
-  """Keys and values seen so far.
+  """The key/value cache.
 
   Attributes:
-    k, v: position n lives in slot n mod S. S is the longest sequence, or the window where there is
+    k, v: position n is in slot n mod S, where S is the longest sequence, or the window if there is
       one.
-    length: positions seen so far, the same for all rows.
-    offset_B: how many of them belong to the row's present document.
+    length: number of positions seen so far, the same for all rows.
+    offset_B: how many of them belong to the row's current document.
   """
 
   k_BSGK: Float[Array, 'B S G K']
@@ -49,8 +50,8 @@ class AttentionState:
 
 
 class Attention(Layer):
-  """softmax(q k^T / sqrt(K) + position bias) v over heads, then an output projection (Vaswani et
-  al. 2017, section 3.2).
+  """y = softmax(q k^T / sqrt(K) + position bias) v W_o over heads, with q, k, v = x W_q, x W_k, x W_v
+  (Vaswani et al. 2017, section 3.2).
 
   `kv_heads` < `heads` is grouped-query attention (Ainslie et al. 2023), 1 is multi-query (Shazeer
   2019): query head h reads key/value head h // (heads / kv_heads)."""
@@ -61,12 +62,12 @@ class Attention(Layer):
       heads: query heads.
       kv_heads: key/value heads; None for one per query head.
       head_dim: None for width / heads.
-      position: `Rotary`, `Alibi`, or None where positions come from elsewhere or not at all.
-      causal: False lets every position see every other, which excludes decoding.
-      window: sliding window: a query sees itself and the window - 1 positions before it; None for
-        all.
-      bias: offsets on all four projections (GPT-2).
-      qk_norm: norm over each head's query and key (Henry et al. 2020; Llama-style models use
+      position: `Rotary` or `Alibi`; None where positions are embedded elsewhere or not at all.
+      causal: False lets every position attend to every other, which excludes decoding.
+      window: sliding window: a query attends to itself and the window - 1 positions before it;
+        None for all.
+      bias: whether all four projections have biases (GPT-2).
+      qk_norm: norm of each head's query and key (Henry et al. 2020; Llama-style models use
         RMSNorm); None for none.
       softcap: logits become c tanh(logits / c) (Gemma 2); None for none.
       scale: factor on the logits; None for 1 / sqrt(head_dim).
@@ -87,15 +88,12 @@ class Attention(Layer):
     out_init: Init = Normal()
 
     def validate(self):
-      self.require(self.heads > 0, 'heads', 'positive')
+      self.require_positive('heads', 'head_dim', 'window', 'softcap')
       divides = self.kv_heads is None or (self.kv_heads > 0 and self.heads % self.kv_heads == 0)
       self.require(divides, 'kv_heads', f'a divisor of heads = {self.heads}')
-      self.require(self.head_dim is None or self.head_dim > 0, 'head_dim', 'positive')
-      self.require(self.window is None or self.window > 0, 'window', 'positive')
-      self.require(self.softcap is None or self.softcap > 0, 'softcap', 'positive')
 
     def head_size(self, width: int) -> int:
-      """K, from the width where it is not given."""
+      """K, derived from the width if `head_dim` is None."""
       if self.head_dim is None and width % self.heads:
         raise InputError(
           f'width = {width} is not divisible by Attention.heads = {self.heads}; give head_dim or '
@@ -108,20 +106,19 @@ class Attention(Layer):
         )
       return size
 
-    def build(self, width: int, rngs: nnx.Rngs, position: LayerPosition) -> Attention:
-      return Attention(self, width, rngs, position)
+    def resolved(self, width: int) -> Attention.Config:
+      K = self.head_size(width)
+      return self.replace(
+        kv_heads=self.kv_heads or self.heads, head_dim=K, scale=self.scale or 1.0 / math.sqrt(K)
+      )
 
     @property
     def decodes(self) -> bool:
       return self.causal
 
     def state_size(self, width: int, max_len: int) -> int:
-      return (
-        2
-        * min(self.window or max_len, max_len)
-        * (self.kv_heads or self.heads)
-        * self.head_size(width)
-      )
+      slots, G = min(self.window or max_len, max_len), self.kv_heads or self.heads
+      return 2 * slots * G * self.head_size(width)
 
     @classmethod
     def examples(cls) -> tuple[Attention.Config, ...]:
@@ -144,7 +141,7 @@ class Attention(Layer):
     def mixing_flops_per_token(self, width: int, length: int, causal: bool) -> float:
       seen = length if self.window is None else min(self.window, length)
       if causal and self.causal:
-        # the first queries see fewer keys
+        # the first queries attend to fewer keys
         seen = (seen * (seen + 1) / 2 + (length - seen) * seen) / length
       return 4.0 * self.heads * self.head_size(width) * seen
 
@@ -152,23 +149,11 @@ class Attention(Layer):
     c, K = config, config.head_size(width)
     H, G = c.heads, c.kv_heads or c.heads
     self.config, self.head_dim, self.kv_heads = c, K, G
-
-    def weight(init: Init, shape: tuple[int, int], axes: tuple[str, str]):
-      return param(init(rngs.params(), shape, shape[0], position), axes)
-
-    def bias(size: int, axis: str):
-      return param(jnp.zeros(size), (axis,), decay=False) if c.bias else None
-
-    self.wq, self.bq = weight(c.init, (width, H * K), ('embed', 'heads')), bias(H * K, 'heads')
-    self.wk, self.bk = (
-      weight(c.init, (width, G * K), ('embed', 'kv_heads')),
-      bias(G * K, 'kv_heads'),
-    )
-    self.wv, self.bv = (
-      weight(c.init, (width, G * K), ('embed', 'kv_heads')),
-      bias(G * K, 'kv_heads'),
-    )
-    self.wo, self.bo = weight(c.out_init, (H * K, width), ('heads', 'embed')), bias(width, 'norm')
+    dense = functools.partial(Dense, rngs=rngs, position=position, bias=c.bias)
+    self.q = dense(c.init, (width, H * K), ('embed', 'heads'))
+    self.k = dense(c.init, (width, G * K), ('embed', 'kv_heads'))
+    self.v = dense(c.init, (width, G * K), ('embed', 'kv_heads'))
+    self.out = dense(c.out_init, (H * K, width), ('heads', 'embed'))
     self.q_norm = None if c.qk_norm is None else c.qk_norm.build(K)
     self.k_norm = None if c.qk_norm is None else c.qk_norm.build(K)
 
@@ -178,7 +163,7 @@ class Attention(Layer):
         'Attention.causal = False: bidirectional attention has no state and cannot decode'
       )
     S = max_len if self.config.window is None else min(self.config.window, max_len)
-    empty = jnp.zeros((batch, S, self.kv_heads, self.head_dim), self.wk[...].dtype)
+    empty = jnp.zeros((batch, S, self.kv_heads, self.head_dim), self.k.dtype)
     return AttentionState(empty, empty, jnp.zeros((), jnp.int32), jnp.zeros((batch,), jnp.int32))
 
   def __call__(
@@ -191,7 +176,7 @@ class Attention(Layer):
     if state is not None:
       state, k_all, v_all, mask = _extend(state, k, v, starts, positions, self.config.window)
     if state is None or ctx.fresh:
-      # Numbered by their borders: a number that comes again is another document, as it is for every
+      # Numbered by their borders: a number that recurs is another document, as it is for every
       # layer with a state.
       segments_BT = None if ctx.segments_BT is None else jnp.cumsum(starts, axis=1, dtype=jnp.int32)
       return Output(
@@ -201,15 +186,11 @@ class Attention(Layer):
     return Output(self._out(self._attend(q, k_all, v_all, mask)), state)
 
   def _qkv(self, x_BTD: Array, positions: Array) -> tuple[Array, Array, Array]:
-    def heads(w: nnx.Param, b: nnx.Param | None, axis: str) -> Array:
-      y = linear(x_BTD, w[...], None if b is None else b[...])
-      return shard(y.reshape(*x_BTD.shape[:2], -1, self.head_dim), 'batch', 'time', axis, None)
+    def heads(dense: Dense, axis: str) -> Array:
+      y = dense(x_BTD).reshape(*x_BTD.shape[:2], -1, self.head_dim)
+      return shard(y, 'batch', 'time', axis, None)
 
-    q, k, v = (
-      heads(self.wq, self.bq, 'heads'),
-      heads(self.wk, self.bk, 'kv_heads'),
-      heads(self.wv, self.bv, 'kv_heads'),
-    )
+    q, k, v = heads(self.q, 'heads'), heads(self.k, 'kv_heads'), heads(self.v, 'kv_heads')
     if self.q_norm is not None and self.k_norm is not None:
       q, k = self.q_norm(q), self.k_norm(k)
     if isinstance(self.config.position, Rotary):
@@ -223,8 +204,7 @@ class Attention(Layer):
     return attention(q, k, v, mask, scale=scale, softcap=c.softcap, slopes_H=slopes)
 
   def _out(self, y_BTHK: Array) -> Array:
-    y = checkpoint_name(y_BTHK.reshape(*y_BTHK.shape[:2], -1), 'attention')
-    return linear(y, self.wo[...], None if self.bo is None else self.bo[...])
+    return self.out(checkpoint_name(y_BTHK.reshape(*y_BTHK.shape[:2], -1), 'attention'))
 
 
 def _extend(
@@ -235,12 +215,12 @@ def _extend(
   positions: Array,
   window: int | None,
 ) -> tuple[AttentionState, Array, Array, Mask]:
-  """Adds T positions to the cache: the new state, and the keys, values and mask for the T
+  """Add T positions to the cache. Return the new state, and keys, values and mask for the T
   queries."""
   T, S, n = starts.shape[1], state.k_BSGK.shape[1], state.length
   slots = jnp.arange(S, dtype=jnp.int32)
   index_new = n + jnp.arange(T, dtype=jnp.int32)
-  # what each slot held before: the last position that lives there
+  # what each slot held before: the last position that maps to it
   index_old = n - 1 - (n - 1 - slots) % S
   last = n + T - 1
   index_now = last - (last - slots) % S  # and what it holds after
@@ -250,15 +230,15 @@ def _extend(
     v_all = jax.lax.dynamic_update_slice(state.v_BSGK, v_new.astype(state.v_BSGK.dtype), at)
     k_kept, v_kept, index_S = k_all, v_all, index_now
   else:
-    # The first queries still see positions that the last ones push out of the window: attend to old
-    # and new side by side.
+    # The first queries still attend to positions that the last ones push out of the window:
+    # concatenate old and new.
     k_all = jnp.concatenate([state.k_BSGK, k_new.astype(state.k_BSGK.dtype)], axis=1)
     v_all = jnp.concatenate([state.v_BSGK, v_new.astype(state.v_BSGK.dtype)], axis=1)
     source = jnp.where(index_now >= n, S + index_now - n, slots)
     k_kept, v_kept = jnp.take(k_all, source, axis=1), jnp.take(v_all, source, axis=1)
     index_S = jnp.concatenate([index_old, index_new])
-  # Documents are told apart by where they begin: the present one is 0, those that begin in this
-  # call 1, 2, ...
+  # Documents are numbered by where they start: the current one is 0, those that start in this call
+  # 1, 2, ...
   segments_BT = jnp.cumsum(starts, axis=1, dtype=jnp.int32)
   new_BS = jnp.take(segments_BT, jnp.clip(index_S - n, 0, T - 1), axis=1)
   old_BS = jnp.where(index_S[None] >= (n - state.offset_B)[:, None], 0, -1)

@@ -12,7 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from jaxformer.config import InputError
-from jaxformer.layers.cross_attention import DotScore, KeysState, LuongAttention
+from jaxformer.layers.cross_attention import KeysState, LuongAttention
 from jaxformer.layers.layer import (
   Context,
   Layer,
@@ -109,7 +109,7 @@ class InputFeeding(Layer):
     def examples(cls) -> tuple[InputFeeding.Config, ...]:
       return (
         cls(),
-        cls(layers=1, attention=LuongAttention.Config(score=DotScore())),
+        cls(layers=1, attention=LuongAttention.Config(score_init=None)),
         cls(
           layers=3,
           lstm=Lstm.Config(hidden=48, project=False, bias=None, forget_bias=0.0),
@@ -182,7 +182,7 @@ class InputFeeding(Layer):
       (w[0][self.width :], *w[1:]),
       tuple(lstm.u[...] for lstm in self.lstms),
       tuple(lstm.b[...] for lstm in self.lstms if lstm.b is not None),
-      self.attention.w[...],
+      self.attention.out.kernel[...],
     )
 
 

@@ -1,33 +1,45 @@
-"""The one face of every layer, and the legend of dimensions. Read this file first.
+"""The interface of every layer, and the legend of dimensions. Read this file first.
 
 A layer maps a sequence to a sequence. Attention, recurrences, feed-forward layers and mixtures of
-experts all have this face, so a block is a tuple of layers and a model is data. What a layer
-remembers from one call to the next is its *state*: a small typed pytree that goes in as an argument
-and comes out in the result. No module holds a cache, and there is no decode flag.
+experts share this interface, so a block is a tuple of layers and a model is data. What a layer
+carries from one call to the next is its *state*: a small typed pytree, an argument and a result. No
+module holds a cache, and there is no decode flag.
 
-Names of dimensions, one legend for the package; arrays whose shape is not plain carry them as a
-suffix (`q_BTHK`):
+Dimensions, one legend for the package. Arrays whose shape is not obvious carry it as a suffix
+(`q_BTHK`):
 
-  B batch   T time   S source or cache length   D width   H heads   G key/value heads   K head dim
-  F hidden E experts   N state   V vocabulary   C chunk   P periods   L layers
+  B batch    T time            S source or cache length   D width       H heads
+  G key/value heads            K head dim                 F hidden      E experts
+  N state    V vocabulary      C chunk, or channels of a source         P periods   L layers
 
-The contract, checked for every layer by `tests/contract`:
+The contract, checked for every registered layer by `jaxformer.testing.contract` and by
+`tests/contract`:
 
-- `layer(x_BTD, ctx)` is causal unless the config says otherwise, and the same on any mesh.
-- `layer(x_BTD, ctx, state)` continues from `state`; `init_state` is the state before the first
-  token. A sequence cut anywhere gives the same outputs and the same final state. `step` is that for
-  one token.
-- Where `ctx.segments_BT` changes along a row, a new document begins and nothing is carried over.
-  The first token of a call always continues what the state holds.
-- In an encoder-decoder, `init_state(..., memory)` puts into the state what the layer needs of the
-  encoder; steps need the memory no more. Without a state a layer finds the memory in `ctx.memory`.
-- Shapes of states do not depend on what was fed in.
+- *Causality.* `layer(x_BTD, ctx)` is causal unless `config.decodes` is False, and gives the same on
+  every mesh.
+- *State.* `layer(x_BTD, ctx, state)` continues from `state`; `init_state` is the state before the
+  first token. A sequence cut anywhere gives the same outputs and the same final state. `step` is
+  the call for one token. No call changes the shapes or dtypes of a state.
+- *Packed documents.* Where `ctx.segments_BT` changes along a row a new document starts, and nothing
+  crosses the border. The first token of a call always continues the document of the state.
+- *Encoder-decoders.* `init_state(batch, max_len, memory)` puts into the state what the layer needs
+  of the encoder; steps then need the memory no more. Without a state a layer reads `ctx.memory`.
+- *Values beside the output* are returned, never stored: `Output.aux` holds scalars (losses and
+  diagnostics), `Output.share` holds arrays that later layers read from `ctx.shared`.
+- *Randomness* comes from `ctx.dropout_key` alone. `ctx.fold(i)` gives part `i` of a layer, block or
+  stack a key of its own; without a key nothing is dropped.
+- *Costs.* `config.state_size` and `config.mixing_flops_per_token` agree with what the layer does.
+
+To add a layer, write one file: a `Layer` with its `Config` nested in it. The first paragraph of the
+class's docstring is its formula followed by its source in parentheses (`layer_summary`).
+`Config.examples()` are the configs that the contract suite runs.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+import re
+from typing import Any, ClassVar, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -65,21 +77,23 @@ class Memory:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Context:
-  """What several layers of a model need beside their input.
+  """Inputs that several layers of a model need besides the sequence itself.
 
   Attributes:
-    segments_BT: which packed document each position belongs to; changes mark the borders. None:
+    segments_BT: the packed document that each position belongs to; a change marks a border. None:
       each row is one document.
-    dropout_key: randomness for dropout; None where nothing is dropped.
+    dropout_key: randomness for dropout; None for no dropout.
     shared: values of earlier layers by name (`Output.share`).
-    memory: what a decoder reads beside its own tokens; None in a decoder-only model, and where
+    memory: what a decoder reads besides its own tokens; None in a decoder-only model, and where
       states hold what is needed of it.
     align: whether layers that attend to the memory return their weights (`Output.alignments`).
-    fresh: the states given are those of `init_state`: nothing came before this call. Attention may
-      then use the kernels that need keys and queries at the same positions. It changes no result.
+    fresh: the states given are those of `init_state`: nothing precedes this call. Attention may
+      then use the kernels that need keys and queries at the same positions. Results do not depend
+      on it.
     remat: name of the policy of `models.stack.REMAT` by which activations are recomputed in the
       backward pass.
-    unroll: whether stacked periods run as a Python loop rather than a scan; None: where it pays.
+    unroll: whether stacked periods run as a Python loop rather than a scan; None: whichever is
+      faster.
   """
 
   segments_BT: Int[Array, 'B T'] | None = None
@@ -95,28 +109,26 @@ class Context:
     return dataclasses.replace(self, **changes)
 
   def fold(self, i: int | Array) -> Context:
-    """The context of part `i` of something that has several: each part drops its own units."""
-    return (
-      self
-      if self.dropout_key is None
-      else self.replace(dropout_key=jax.random.fold_in(self.dropout_key, i))
-    )
+    """Return the context for part `i` of several, with a dropout key of its own."""
+    if self.dropout_key is None:
+      return self
+    return self.replace(dropout_key=jax.random.fold_in(self.dropout_key, i))
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Output:
-  """What a layer returns.
+  """Result of a layer.
 
   Attributes:
-    y: like the input.
-    state: the state after the last token where a state was given, else None.
-    aux: scalars by name. One whose name starts with `loss/` is added to the training loss, over all
-      layers; others are diagnostics, of which a stack gives a vector over its layers, and a
-      training its mean, least and largest.
-    share: values for all later layers.
-    alignments: where `Context.align`, of each layer that attends to the memory its weights `[B, T,
-      S]`, the mean over its heads.
+    y: the output, shaped like the input.
+    state: the state after the last token if a state was given, else None.
+    aux: scalars by name. Those whose name starts with `loss/` are added to the training loss,
+      summed over layers; others are diagnostics, which a stack returns as a vector over its layers
+      and a training run logs as mean, minimum and maximum.
+    share: values for all later layers (`Context.shared`).
+    alignments: if `Context.align`, the attention weights `[B, T, S]` of each layer that attends to
+      the memory, averaged over its heads.
   """
 
   y: Array
@@ -128,13 +140,12 @@ class Output:
 
 @dataclasses.dataclass(frozen=True)
 class LayerPosition:
-  """Where in a model a layer is built; official initialisations depend on it.
+  """Where in a model a layer is built; published initializations depend on it.
 
   Attributes:
-    index: index of the layer's block, counted through the whole stack; traced where blocks are
-      built stacked.
+    index: index of the layer's block in the stack; traced where blocks are built stacked.
     depth: number of blocks in the stack.
-    branches: number of residual branches in the stack (two a block in a transformer).
+    branches: number of residual branches in the stack (two per block in a transformer).
   """
 
   index: int | Array = 0
@@ -143,8 +154,16 @@ class LayerPosition:
 
 
 class Layer(nnx.Module):
-  """Base of all layers. Override `__call__`; override `init_state` where there is a state, and
-  `step` where one token has a cheaper form."""
+  """Base of all layers. Override `__call__`; override `init_state` if there is a state, and `step`
+  if one token has a cheaper form.
+
+  A `Config` nested in a subclass builds that subclass, `Subclass(config, width, rngs, position)`,
+  unless it overrides `build`."""
+
+  def __init_subclass__(cls, **kwargs: Any):
+    super().__init_subclass__(**kwargs)
+    if 'Config' in cls.__dict__:
+      cls.__dict__['Config'].layer_class = cls
 
   def init_state(self, batch: int, max_len: int, memory: Memory | None = None) -> State:
     """Return the state before the first token, for sequences of up to `max_len` tokens; `()` for a
@@ -166,26 +185,37 @@ class Layer(nnx.Module):
     return state
 
   def __call__(self, x_BTD: Float[Array, 'B T D'], ctx: Context, state: State = None) -> Output:
-    """A whole sequence; with a state, the sequence that continues from it."""
+    """Run on a sequence; with a state, continue from it."""
     raise NotImplementedError
 
   def step(self, x_BD: Float[Array, 'B D'], ctx: Context, state: State) -> Output:
-    """One token."""
+    """Run on one token."""
     out = self(x_BD[:, None], ctx, state)
     return dataclasses.replace(out, y=out.y[:, 0])
 
 
 class LayerConfig(Config, abstract=True):
-  """Base of all layer configs. The type selects the class: `build` constructs it."""
+  """Base of all layer configs. The type of a config selects the class that `build` constructs."""
+
+  layer_class: ClassVar[type[Any]] = Layer
 
   def build(self, width: int, rngs: nnx.Rngs, position: LayerPosition) -> Layer:
-    """The layer for inputs of `width`, with official initial values for its place in the model."""
-    raise NotImplementedError
+    """Construct the layer for inputs of `width`, initialized as published for its position."""
+    return self.layer_class(self, width, rngs, position)
+
+  def resolved(self, width: int) -> Self:
+    """Return the config with every size that None derives from the width spelt out."""
+    return self
 
   @property
   def decodes(self) -> bool:
     """Whether the layer is causal, so that it can continue from a state and decode."""
     return True
+
+  @property
+  def hands_over(self) -> bool:
+    """Whether a decoder layer can start from this layer's final state."""
+    return False
 
   @property
   def expert_count(self) -> int:
@@ -197,45 +227,64 @@ class LayerConfig(Config, abstract=True):
     """Mean number of experts that each token is sent to."""
     return 0
 
-  @property
-  def hands_over(self) -> bool:
-    """Whether a decoder layer can start from this layer's final state."""
-    return False
-
   def out_width(self, width: int) -> int:
-    """The width of the output for inputs of `width`."""
+    """Width of the output for inputs of `width`."""
     return width
 
   def memory_width(self, width: int) -> int | None:
-    """The width of the encoder's output that the layer reads; None for a layer that reads none."""
+    """Width of the encoder's output that the layer reads; None for a layer that reads none."""
     return None
 
   def reads(self, width: int) -> dict[str, int]:
-    """What the layer needs of earlier layers (`Context.shared`): name -> channels C of a value `[B,
-    T, C]`."""
+    """Values of earlier layers that the layer reads (`Context.shared`): name -> channels C of a
+    value `[B, T, C]`."""
     return {}
 
   def state_size(self, width: int, max_len: int) -> int:
-    """How many numbers of state one sequence of up to `max_len` tokens needs, counters aside; a
-    source has `max_len` tokens too."""
+    """Number of elements in the state of one sequence of up to `max_len` tokens, not counting
+    integers; a source has `max_len` tokens too."""
     return 0
 
   @classmethod
   def examples(cls) -> tuple[LayerConfig, ...]:
-    """Small configs for width 32 that between them use every setting: what the contract suite
-    runs."""
+    """Small configs for width 32 that together use every setting: what the contract suite runs."""
     return (cls(),)
 
   def mixing_flops_per_token(self, width: int, length: int, causal: bool) -> float:
-    """Forward FLOPs a token that are no products with parameters: scores and recurrences, averaged
-    over a sequence of `length`.
+    """Forward FLOPs per token that are no products with parameters (attention scores, recurrences),
+    averaged over a sequence of `length`.
 
-    `causal` counts only the pairs that a causal mask lets through; otherwise the full convention,
-    every pair."""
+    `causal` counts only the pairs that a causal mask lets through; otherwise every pair, the usual
+    convention."""
     return 0.0
 
+  def require_positive(self, *fields: str) -> None:
+    """Raise `InputError` for the first of `fields` that is neither None nor positive."""
+    for field in fields:
+      self.require(getattr(self, field) is None or getattr(self, field) > 0, field, 'positive')
 
-# ---- documents in a row ------------------------------------------------------------------------
+
+class LayerSummary(NamedTuple):
+  """What a layer computes, for people.
+
+  Attributes:
+    formula: one line.
+    source: the paper, with section or equation.
+  """
+
+  formula: str
+  source: str
+
+
+def layer_summary(config: LayerConfig) -> LayerSummary:
+  """Return formula and source of a layer, from the first paragraph of its class's docstring: the
+  formula, then the source in the last parentheses. Either is '' if it is not there."""
+  first = ' '.join((config.layer_class.__doc__ or '').strip().split('\n\n')[0].split())
+  found = re.fullmatch(r'(.*?)\s*\((\D[^()]*\d{4}[^()]*)\)\.?', first)
+  return LayerSummary(*found.groups()) if found else LayerSummary(first.removesuffix('.'), '')
+
+
+# ---- what layers share ------------------------------------------------------------------------
 
 
 def required(memory: Memory | None, layer: str) -> Memory:
@@ -246,8 +295,8 @@ def required(memory: Memory | None, layer: str) -> Memory:
 
 
 def starts_BT(segments_BT: Int[Array, 'B T'] | None, batch: int, length: int) -> Bool[Array, 'B T']:
-  """True where a packed document begins. The first position is False: there the incoming state
-  decides."""
+  """Return True where a packed document starts. The first position is False: it continues the
+  incoming state."""
   if segments_BT is None:
     return jnp.zeros((batch, length), bool)
   return jnp.pad(segments_BT[:, 1:] != segments_BT[:, :-1], ((0, 0), (1, 0)))
@@ -256,8 +305,8 @@ def starts_BT(segments_BT: Int[Array, 'B T'] | None, batch: int, length: int) ->
 def positions_BT(
   starts: Bool[Array, 'B T'], offset_B: Int[Array, ' B'] | None = None
 ) -> Int[Array, 'B T']:
-  """The position of each token within its document; the document of the first token has already had
-  `offset_B` tokens."""
+  """Return the position of each token within its document; `offset_B` tokens of the first token's
+  document precede the call."""
   B, T = starts.shape
   index = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32)[None], (B, T))
   first = jnp.zeros((B,), jnp.int32) if offset_B is None else -offset_B.astype(jnp.int32)
@@ -266,8 +315,8 @@ def positions_BT(
 
 
 def dropout(x: Array, rate: float, ctx: Context) -> Array:
-  """Zeroes each number with probability `rate` and scales the rest by 1 / (1 - rate) (Srivastava et
-  al. 2014), where `ctx` has a key."""
+  """Zero each element with probability `rate` and scale the rest by 1 / (1 - rate) (Srivastava et
+  al. 2014), if `ctx` has a key."""
   if rate == 0.0 or ctx.dropout_key is None:
     return x
   keep = jax.random.bernoulli(ctx.dropout_key, 1.0 - rate, x.shape)

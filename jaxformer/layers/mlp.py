@@ -1,9 +1,10 @@
-"""Feed-forward layers: linear, activation, linear; and the gated linear unit family."""
+"""Feed-forward layers: a linear map, an activation, a linear map; and the gated variants."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from typing import Literal
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +12,10 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
+from jaxformer.layers.dense import Dense
 from jaxformer.layers.init import Init, Normal
 from jaxformer.layers.layer import Context, Layer, LayerConfig, LayerPosition, Output, dropout
-from jaxformer.ops.linear import linear
-from jaxformer.sharding import param, shard
+from jaxformer.sharding import shard
 
 ActivationName = Literal[
   'identity', 'relu', 'squared_relu', 'gelu', 'gelu_tanh', 'silu', 'sigmoid', 'tanh'
@@ -32,54 +33,42 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 }
 
 
-class MlpConfig(LayerConfig, abstract=True):
-  """What the two feed-forward layers share.
+class Mlp(Layer):
+  """y = act(x W_up + b) W_down + b' (Vaswani et al. 2017, section 3.3)."""
 
-  Attributes:
-    hidden: hidden units F.
-    activation: the nonlinearity; `gelu` is exact, `gelu_tanh` the approximation of GPT-2.
-    bias: offsets on all projections.
-    dropout: rate at which hidden units are dropped.
-    init: of the projections in; `out_init`: of the projection out.
-  """
+  class Config(LayerConfig):
+    """
+    Attributes:
+      hidden: hidden units F.
+      activation: the nonlinearity; `gelu` is exact, `gelu_tanh` the approximation of GPT-2.
+      bias: whether the projections have biases.
+      dropout: rate at which hidden units are dropped.
+      init: of the projections in; `out_init`: of the projection out.
+    """
 
-  hidden: int = 256
-  activation: ActivationName = 'gelu_tanh'
-  bias: bool = False
-  dropout: float = 0.0
-  init: Init = Normal()
-  out_init: Init = Normal()
+    hidden: int = 256
+    activation: ActivationName = 'gelu_tanh'
+    bias: bool = False
+    dropout: float = 0.0
+    init: Init = Normal()
+    out_init: Init = Normal()
 
-  def validate(self):
-    self.require(self.hidden > 0, 'hidden', 'positive')
-    self.require(0 <= self.dropout < 1, 'dropout', 'at least 0 and below 1')
+    gated: ClassVar[bool] = False
 
-  @classmethod
-  def examples(cls) -> tuple[MlpConfig, ...]:
-    return cls(hidden=48), cls(hidden=48, activation='squared_relu', bias=True)
+    def validate(self):
+      self.require_positive('hidden')
+      self.require(0 <= self.dropout < 1, 'dropout', 'at least 0 and below 1')
 
+    @classmethod
+    def examples(cls) -> tuple[Mlp.Config, ...]:
+      return cls(hidden=48), cls(hidden=48, activation='squared_relu', bias=True)
 
-class FeedForward(Layer):
-  """Base of the two: one with a gate and one without."""
-
-  def __init__(
-    self, config: MlpConfig, width: int, rngs: nnx.Rngs, position: LayerPosition, *, gated: bool
-  ):
-    c, F = config, config.hidden
+  def __init__(self, config: Mlp.Config, width: int, rngs: nnx.Rngs, position: LayerPosition):
+    c, dense = config, functools.partial(Dense, rngs=rngs, position=position, bias=config.bias)
     self.config = c
-
-    def weight_in():
-      return param(c.init(rngs.params(), (width, F), width, position), ('embed', 'mlp'))
-
-    def bias(size: int, axis: str):
-      return param(jnp.zeros(size), (axis,), decay=False) if c.bias else None
-
-    self.w_in, self.b_in = weight_in(), bias(F, 'mlp')
-    self.w_gate, self.b_gate = (weight_in(), bias(F, 'mlp')) if gated else (None, None)
-    self.w_out, self.b_out = (
-      param(c.out_init(rngs.params(), (F, width), F, position), ('mlp', 'embed')),
-      bias(width, 'norm'),
-    )
+    self.up = dense(c.init, (width, c.hidden), ('embed', 'mlp'))
+    self.gate = dense(c.init, (width, c.hidden), ('embed', 'mlp')) if c.gated else None
+    self.down = dense(c.out_init, (c.hidden, width), ('mlp', 'embed'))
 
   def __call__(self, x_BTD: Float[Array, 'B T D'], ctx: Context, state=None) -> Output:
     return Output(self._run(x_BTD, ctx), state)
@@ -88,31 +77,19 @@ class FeedForward(Layer):
     return Output(self._run(x_BD, ctx), state)
 
   def _run(self, x: Array, ctx: Context) -> Array:
-    def project(w: nnx.Param, b: nnx.Param | None) -> Array:
-      return linear(x, w[...], None if b is None else b[...])
-
-    act, h = ACTIVATIONS[self.config.activation], project(self.w_in, self.b_in)
-    h = act(h) if self.w_gate is None else act(project(self.w_gate, self.b_gate)) * h
+    activation, h = ACTIVATIONS[self.config.activation], self.up(x)
+    h = activation(h) if self.gate is None else activation(self.gate(x)) * h
     h = shard(h, 'batch', *('time',) * (x.ndim - 2), 'mlp')
-    h = checkpoint_name(dropout(h, self.config.dropout, ctx), 'mlp_hidden')
-    return linear(h, self.w_out[...], None if self.b_out is None else self.b_out[...])
+    return self.down(checkpoint_name(dropout(h, self.config.dropout, ctx), 'mlp_hidden'))
 
 
-class Mlp(FeedForward):
-  """y = act(x W_in + b_in) W_out + b_out (Vaswani et al. 2017, section 3.3)."""
+class GatedMlp(Mlp):
+  """y = (act(x W_gate) * x W_up) W_down (Shazeer 2020, section 2).
 
-  class Config(MlpConfig):
-    def build(self, width: int, rngs: nnx.Rngs, position: LayerPosition) -> Mlp:
-      return Mlp(self, width, rngs, position, gated=False)
+  SwiGLU with `silu`, GEGLU with `gelu`, ReGLU with `relu`, GLU with `sigmoid`, bilinear with
+  `identity`. Llama calls these projections w1 (gate), w3 (up) and w2 (down)."""
 
-
-class GatedMlp(FeedForward):
-  """y = (act(x W_gate) * x W_in) W_out (Shazeer 2020): SwiGLU with `silu`, GEGLU with `gelu`,
-  ReGLU, GLU with `sigmoid`, bilinear with `identity`. Llama names these projections w1 (gate), w3
-  (in) and w2 (out)."""
-
-  class Config(MlpConfig):
+  class Config(Mlp.Config):
     activation: ActivationName = 'silu'
 
-    def build(self, width: int, rngs: nnx.Rngs, position: LayerPosition) -> GatedMlp:
-      return GatedMlp(self, width, rngs, position, gated=True)
+    gated: ClassVar[bool] = True

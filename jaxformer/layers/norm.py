@@ -1,5 +1,5 @@
-"""Normalisation over the width. Statistics are taken in fp32, the result is cast back and then
-scaled, as Llama does."""
+"""Normalization over the width or over each head. Statistics are taken in fp32; the result is cast
+back and then scaled, as in Llama."""
 
 from __future__ import annotations
 
@@ -13,7 +13,11 @@ from jaxformer.sharding import param
 
 
 class NormConfig(Config, abstract=True):
-  """Base of the norms' configs."""
+  """Base of the configs of norms.
+
+  Attributes:
+    eps: added to the variance.
+  """
 
   eps: float = 1e-5
 
@@ -21,8 +25,17 @@ class NormConfig(Config, abstract=True):
     raise NotImplementedError
 
 
-def _scaled(x: Array, scale: Array) -> Array:
-  return x * scale.reshape((1,) * (x.ndim - 1) + (-1,))
+def _normalized(x: Array, eps: float, centered: bool = True) -> Array:
+  """x over the root of its mean square along the last axis, without its mean if `centered`."""
+  x32 = x.astype(jnp.float32)
+  if centered:
+    x32 = x32 - jnp.mean(x32, axis=-1, keepdims=True)
+  y = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
+  return y.astype(x.dtype)
+
+
+def _row(vector: nnx.Param, ndim: int) -> Array:
+  return vector[...].reshape((1,) * (ndim - 1) + (-1,))
 
 
 class RMSNorm(nnx.Module):
@@ -37,16 +50,18 @@ class RMSNorm(nnx.Module):
     self.scale = param(jnp.ones(width), ('norm',), decay=False)
 
   def __call__(self, x: Float[Array, '*B D']) -> Float[Array, '*B D']:
-    x32 = x.astype(jnp.float32)
-    y = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
-    return _scaled(y.astype(x.dtype), self.scale[...])
+    return _normalized(x, self.eps, centered=False) * _row(self.scale, x.ndim)
 
 
 class LayerNorm(nnx.Module):
-  """y = (x - mean(x)) / sqrt(var(x) + eps) * scale + bias (Ba et al. 2016); `bias` False leaves
-  out the bias."""
+  """y = (x - mean(x)) / sqrt(var(x) + eps) * scale + bias (Ba et al. 2016, eq. 4)."""
 
   class Config(NormConfig):
+    """
+    Attributes:
+      bias: False for a scale alone.
+    """
+
     bias: bool = True
 
     def build(self, width: int) -> LayerNorm:
@@ -58,17 +73,13 @@ class LayerNorm(nnx.Module):
     self.bias = param(jnp.zeros(width), ('norm',), decay=False) if config.bias else None
 
   def __call__(self, x: Float[Array, '*B D']) -> Float[Array, '*B D']:
-    x32 = x.astype(jnp.float32)
-    centred = x32 - jnp.mean(x32, axis=-1, keepdims=True)
-    y = centred * jax.lax.rsqrt(jnp.mean(jnp.square(centred), axis=-1, keepdims=True) + self.eps)
-    y = _scaled(y.astype(x.dtype), self.scale[...])
-    return y if self.bias is None else y + self.bias[...].reshape((1,) * (x.ndim - 1) + (-1,))
+    y = _normalized(x, self.eps) * _row(self.scale, x.ndim)
+    return y if self.bias is None else y + _row(self.bias, x.ndim)
 
 
 class HeadNorm(nnx.Module):
-  """LayerNorm of each head by itself, with a scale and a bias for every channel of all heads (Wu
-  and He 2018 with a group a head; RWKV-5 to 7): y_h = (x_h - mean(x_h)) / sqrt(var(x_h) + eps),
-  flattened, then * scale + bias."""
+  """y_h = (x_h - mean(x_h)) / sqrt(var(x_h) + eps), flattened, then * scale + bias: GroupNorm with
+  one group per head (Wu and He 2018, section 3.1; RWKV-5 to 7)."""
 
   class Config(NormConfig):
     def build(self, width: int) -> HeadNorm:
@@ -80,8 +91,5 @@ class HeadNorm(nnx.Module):
     self.bias = param(jnp.zeros(width), ('norm',), decay=False)
 
   def __call__(self, x: Float[Array, '*B H K']) -> Float[Array, '*B D']:
-    x32 = x.astype(jnp.float32)
-    centred = x32 - jnp.mean(x32, axis=-1, keepdims=True)
-    y = centred * jax.lax.rsqrt(jnp.mean(jnp.square(centred), axis=-1, keepdims=True) + self.eps)
-    y = _scaled(y.astype(x.dtype).reshape(*x.shape[:-2], -1), self.scale[...])
-    return y + self.bias[...].reshape((1,) * (y.ndim - 1) + (-1,))
+    y = _normalized(x, self.eps).reshape(*x.shape[:-2], -1)
+    return y * _row(self.scale, y.ndim) + _row(self.bias, y.ndim)

@@ -1,14 +1,14 @@
-"""Routers: which experts a token goes to, and how much each counts. Logits, probabilities and
+"""Routers: the experts that each token is sent to, and their weights. Logits, probabilities and
 losses are fp32.
 
-Each way of routing is a config type. Dims as everywhere, and K experts a token, C places of an
-expert in a sequence."""
+Each way of routing is a type of config; all share one module, `Router`. Dims: K experts per token,
+C slots of an expert in a sequence."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -23,123 +23,108 @@ from jaxformer.sharding import param
 
 
 @dataclasses.dataclass(frozen=True)
-class Choice:
-  """Tokens have chosen experts.
+class Routing:
+  """Result of routing.
 
   Attributes:
-    expert_BTK: which; the experts of one token differ.
-    weight_BTK: the factor on what each gives.
+    index: where tokens choose, the experts of each token, `[B, T, K]`, all different; where experts
+      choose, the token in each slot of each expert, `[B, E, C]`.
+    weight: the factor on each of these outputs.
     logits_BTE: of the router, without noise.
-    probabilities_BTE: what losses and the entropy are taken of.
+    probabilities_BTE: what the losses and the entropy are computed from.
     losses: by name, weighted.
   """
 
-  expert_BTK: Int[Array, 'B T K']
-  weight_BTK: Float[Array, 'B T K']
+  index: Int[Array, 'B _ _']
+  weight: Float[Array, 'B _ _']
   logits_BTE: Float[Array, 'B T E']
   probabilities_BTE: Float[Array, 'B T E']
-  losses: dict[str, Array]
-
-
-@dataclasses.dataclass(frozen=True)
-class Places:
-  """Experts have chosen tokens: as `Choice`, with the token in each place of each expert."""
-
-  token_BEC: Int[Array, 'B E C']
-  weight_BEC: Float[Array, 'B E C']
-  logits_BTE: Float[Array, 'B T E']
-  probabilities_BTE: Float[Array, 'B T E']
-  losses: dict[str, Array]
+  losses: dict[str, Array] = dataclasses.field(default_factory=dict)
 
 
 class RouterConfig(Config, abstract=True):
   """Base of the routers.
 
   Attributes:
-    balance: weight of `ops.routing.balance_loss`; None for none. A balanced layer costs `balance`
-      times the experts a token.
+    balance: weight of `ops.routing.balance_loss`; None for none. A balanced layer has a loss of
+      `balance` times the experts per token.
     z_loss: weight of `ops.routing.z_loss`; None for none.
-    init: of the logits' weights.
+    init: of the kernel.
   """
 
   balance: float | None = None
   z_loss: float | None = None
   init: Init = Normal()
 
+  noisy: ClassVar[bool] = False  # whether there is a second kernel, of the noise's scale
+  experts_choose: ClassVar[bool] = False  # then a token's experts depend on later tokens
+
   def validate(self):
-    for field in ('balance', 'z_loss'):
-      self.require(
-        getattr(self, field) is None or getattr(self, field) > 0, field, 'positive, or none'
-      )
+    self.require_positive_or_none('balance', 'z_loss')
+
+  def require_positive_or_none(self, *fields: str) -> None:
+    """Raise `InputError` for the first of `fields` that is neither None nor positive."""
+    for field in fields:
+      value = getattr(self, field)
+      self.require(value is None or value > 0, field, 'positive, or none')
 
   def build(self, width: int, experts: int, rngs: nnx.Rngs, position: LayerPosition) -> Router:
-    raise NotImplementedError
+    return Router(self, width, experts, rngs, position)
 
-  @property
-  def causal(self) -> bool:
-    """Whether a token's experts depend on no later token."""
-    return True
+  def bias(self, experts: int) -> nnx.Param | None:
+    """The bias on the choice, if there is one."""
+    return None
 
   def check(self, experts: int) -> None:
-    """Raises `InputError` where it cannot choose among so many experts."""
+    """Raise `InputError` if the router cannot choose among this many experts."""
 
   def per_token(self, experts: int) -> float:
-    """Experts a token, on average."""
+    """Mean number of experts per token."""
+    raise NotImplementedError
+
+  def route(self, router: Router, x_BTD: Float[Array, 'B T D'], ctx: Context) -> Routing:
+    """Choose; the losses are those that this router alone has."""
     raise NotImplementedError
 
 
 class Router(nnx.Module):
-  """Base of the routers: logits = x W, fp32."""
+  """logits = x W in fp32, and the choice that the config makes of them."""
 
   def __init__(
     self, config: RouterConfig, width: int, experts: int, rngs: nnx.Rngs, position: LayerPosition
   ):
-    self.config: Any = config  # of the subclass
-    self.experts = experts
-    # Replicated over the experts' mesh axis: all are compared for each token.
-    self.w = param(
-      config.init(rngs.params(), (width, experts), width, position),
-      ('embed', None),
-      full_precision=True,
-    )
+    def kernel() -> nnx.Param:
+      # Replicated over the experts' mesh axis: all are compared for each token.
+      drawn = config.init(rngs.params(), (width, experts), width, position)
+      return param(drawn, ('embed', None), full_precision=True)
 
-  def __call__(self, x_BTD: Float[Array, 'B T D'], ctx: Context) -> Choice | Places:
-    raise NotImplementedError
+    self.config, self.experts = config, experts
+    self.kernel = kernel()
+    self.noise = kernel() if config.noisy else None
+    self.bias = config.bias(experts)
 
-  def logits(self, x_BTD: Array, w: nnx.Param | None = None) -> Float[Array, 'B T E']:
-    w_DE = (self.w if w is None else w)[...].astype(jnp.float32)
+  def __call__(self, x_BTD: Float[Array, 'B T D'], ctx: Context) -> Routing:
+    c, r = self.config, self.config.route(self, x_BTD, ctx)
+    losses = dict(r.losses)
+    if c.balance is not None:
+      load_E = load_of(r.index, self.experts)
+      losses['balance'] = c.balance * balance_loss(load_E, r.probabilities_BTE)
+    if c.z_loss is not None:
+      losses['router_z'] = c.z_loss * z_loss(r.logits_BTE)
+    return dataclasses.replace(r, losses=losses)
+
+  def logits(self, x_BTD: Array, kernel: nnx.Param | None = None) -> Float[Array, 'B T E']:
+    w_DE = (self.kernel if kernel is None else kernel)[...].astype(jnp.float32)
     return jnp.einsum(
       'btd,de->bte', x_BTD.astype(jnp.float32), w_DE, precision=jax.lax.Precision.HIGHEST
     )
 
-  def chosen(
-    self,
-    expert_BTK: Array,
-    weight_BTK: Array,
-    logits_BTE: Array,
-    probabilities_BTE: Array,
-    losses: dict[str, Array],
-  ) -> Choice:
-    c = self.config
-    if c.balance is not None:
-      losses = losses | {
-        'balance': c.balance * balance_loss(load_of(expert_BTK, self.experts), probabilities_BTE)
-      }
-    return Choice(
-      expert_BTK, weight_BTK, logits_BTE, probabilities_BTE, losses | self._z_loss(logits_BTE)
-    )
-
-  def _z_loss(self, logits_BTE: Array) -> dict[str, Array]:
-    return (
-      {} if self.config.z_loss is None else {'router_z': self.config.z_loss * z_loss(logits_BTE)}
-    )
-
 
 class TokenChoiceConfig(RouterConfig, abstract=True):
-  """Base of the routers by which each token chooses its experts.
+  """Base of the routers in which each token chooses its experts.
 
   Attributes:
-    k: experts a token.
+    k: experts per token.
   """
 
   k: int = 2
@@ -156,255 +141,180 @@ class TokenChoiceConfig(RouterConfig, abstract=True):
     return self.k
 
 
-class TopKSoftmax(Router):
-  """The k largest logits, and the softmax over these (Jiang et al. 2024, section 2.1: Mixtral),
-  which is the softmax over all, the chosen ones scaled to add up to 1."""
+class TopKSoftmax(TokenChoiceConfig):
+  """The k largest logits, weighted with the softmax over these (Jiang et al. 2024, section 2.1:
+  Mixtral). That equals the softmax over all, renormalized over the chosen ones."""
 
-  class Config(TokenChoiceConfig):
-    def validate(self):
-      super().validate()
-      self.require(self.k > 1, 'k', 'at least 2: the weight of a single expert would always be 1')
+  def validate(self):
+    super().validate()
+    self.require(self.k > 1, 'k', 'at least 2: the weight of a single expert would always be 1')
 
-    def build(
-      self, width: int, experts: int, rngs: nnx.Rngs, position: LayerPosition
-    ) -> TopKSoftmax:
-      return TopKSoftmax(self, width, experts, rngs, position)
-
-  def __call__(self, x_BTD: Float[Array, 'B T D'], ctx: Context) -> Choice:
-    logits = self.logits(x_BTD)
-    top, expert = jax.lax.top_k(logits, self.config.k)
-    return self.chosen(
-      expert, jax.nn.softmax(top, axis=-1), logits, jax.nn.softmax(logits, axis=-1), {}
-    )
+  def route(self, router, x_BTD, ctx):
+    logits = router.logits(x_BTD)
+    top, expert = jax.lax.top_k(logits, self.k)
+    weight, probabilities = jax.nn.softmax(top, axis=-1), jax.nn.softmax(logits, axis=-1)
+    return Routing(expert, weight, logits, probabilities)
 
 
-class SoftmaxTopK(Router):
-  """The softmax over all logits, and the k largest of it as they are (Lieber et al. 2024:
-  Jamba)."""
+class SoftmaxTopK(TokenChoiceConfig):
+  """The k largest probabilities of the softmax over all logits, not renormalized (Lieber et al.
+  2024: Jamba)."""
 
-  class Config(TokenChoiceConfig):
-    def build(
-      self, width: int, experts: int, rngs: nnx.Rngs, position: LayerPosition
-    ) -> SoftmaxTopK:
-      return SoftmaxTopK(self, width, experts, rngs, position)
-
-  def __call__(self, x_BTD: Float[Array, 'B T D'], ctx: Context) -> Choice:
-    logits = self.logits(x_BTD)
-    probabilities = jax.nn.softmax(logits, axis=-1)
-    weight, expert = jax.lax.top_k(probabilities, self.config.k)
-    return self.chosen(expert, weight, logits, probabilities, {})
+  def route(self, router, x_BTD, ctx):
+    return _top_k_of_softmax(router.logits(x_BTD), self.k)
 
 
-class SwitchRouter(Router):
-  """One expert a token: the likeliest of the softmax, weighted with its probability (Fedus et al.
-  2022, eq. 1-2). In training the router sees x u with u uniform in [1 - jitter, 1 + jitter] (their
-  section 2.4), where the context has a key for dropout."""
+class SwitchRouter(RouterConfig):
+  """One expert per token: the argmax of the softmax, weighted with its probability (Fedus et al.
+  2022, eq. 1-2). In training the router reads x u with u uniform in [1 - jitter, 1 + jitter] (their
+  section 2.4), if the context has a key for dropout.
 
-  class Config(RouterConfig):
-    """
-    Attributes:
-      jitter: 1e-2 in the paper.
-    """
+  Attributes:
+    jitter: 1e-2 in the paper.
+  """
 
-    jitter: float = 0.0
+  jitter: float = 0.0
 
-    def validate(self):
-      super().validate()
-      self.require(0 <= self.jitter < 1, 'jitter', 'at least 0 and below 1')
+  def validate(self):
+    super().validate()
+    self.require(0 <= self.jitter < 1, 'jitter', 'at least 0 and below 1')
 
-    def build(
-      self, width: int, experts: int, rngs: nnx.Rngs, position: LayerPosition
-    ) -> SwitchRouter:
-      return SwitchRouter(self, width, experts, rngs, position)
+  def per_token(self, experts: int) -> float:
+    return 1
 
-    def per_token(self, experts: int) -> float:
-      return 1
-
-  def __call__(self, x_BTD: Float[Array, 'B T D'], ctx: Context) -> Choice:
-    x, jitter = x_BTD.astype(jnp.float32), self.config.jitter
+  def route(self, router, x_BTD, ctx):
+    x, jitter = x_BTD.astype(jnp.float32), self.jitter
     if jitter and ctx.dropout_key is not None:
       x = x * jax.random.uniform(ctx.dropout_key, x.shape, minval=1 - jitter, maxval=1 + jitter)
-    logits = self.logits(x)
-    probabilities = jax.nn.softmax(logits, axis=-1)
-    weight, expert = jax.lax.top_k(probabilities, 1)
-    return self.chosen(expert, weight, logits, probabilities, {})
+    return _top_k_of_softmax(router.logits(x), 1)
 
 
-class NoisyTopK(Router):
+def _top_k_of_softmax(logits_BTE: Array, k: int) -> Routing:
+  probabilities = jax.nn.softmax(logits_BTE, axis=-1)
+  weight, expert = jax.lax.top_k(probabilities, k)
+  return Routing(expert, weight, logits_BTE, probabilities)
+
+
+class NoisyTopK(TokenChoiceConfig):
   """H = x W + eps softplus(x W_noise), eps ~ N(0, 1); the softmax over the k largest of H (Shazeer
   et al. 2017, eq. 3-5).
 
-  Two losses balance it: w CV(importance)^2 with importance_e the sum of e's weights over the batch
-    (eq. 6-7), and w CV(load)^2 with
-  the load in closed form (`ops.routing.noisy_load`). Noise is drawn where the context has a key for
-  dropout; without one H = x W."""
+  Two losses balance it: w CV(importance)^2, with importance_e the sum of e's weights over the batch
+  (eq. 6-7), and w CV(load)^2, with the load in closed form (`ops.routing.noisy_load`). Noise is
+  drawn if the context has a key for dropout; otherwise H = x W.
 
-  class Config(TokenChoiceConfig):
-    """
-    Attributes:
-      importance, load: the losses' weights; None for none.
-      floor: added to the noise's standard deviation, as in the authors' code.
-    """
+  Attributes:
+    importance, load: weights of the losses; None for none.
+    floor: added to the noise's standard deviation, as in the authors' code.
+  """
 
-    k: int = 4
-    init: Init = Zeros()
-    importance: float | None = 0.1
-    load: float | None = 0.1
-    floor: float = 1e-2
+  k: int = 4
+  init: Init = Zeros()
+  importance: float | None = 0.1
+  load: float | None = 0.1
+  floor: float = 1e-2
 
-    def validate(self):
-      super().validate()
-      for field in ('importance', 'load'):
-        self.require(
-          getattr(self, field) is None or getattr(self, field) > 0, field, 'positive, or none'
-        )
-      self.require(self.floor >= 0, 'floor', 'at least 0')
+  noisy: ClassVar[bool] = True
 
-    def check(self, experts: int) -> None:
-      if self.k >= experts:
-        raise InputError(f'{self.tag}.k = {self.k}: must be below the number of experts, {experts}')
+  def validate(self):
+    super().validate()
+    self.require_positive_or_none('importance', 'load')
+    self.require(self.floor >= 0, 'floor', 'at least 0')
 
-    def build(self, width: int, experts: int, rngs: nnx.Rngs, position: LayerPosition) -> NoisyTopK:
-      return NoisyTopK(self, width, experts, rngs, position)
+  def check(self, experts: int) -> None:
+    if self.k >= experts:
+      raise InputError(f'{self.tag}.k = {self.k}: must be below the number of experts, {experts}')
 
-  def __init__(
-    self,
-    config: NoisyTopK.Config,
-    width: int,
-    experts: int,
-    rngs: nnx.Rngs,
-    position: LayerPosition,
-  ):
-    super().__init__(config, width, experts, rngs, position)
-    self.w_noise = param(
-      config.init(rngs.params(), (width, experts), width, position),
-      ('embed', None),
-      full_precision=True,
-    )
-
-  def __call__(self, x_BTD: Float[Array, 'B T D'], ctx: Context) -> Choice:
-    c, clean = self.config, self.logits(x_BTD)
-    std = jax.nn.softplus(self.logits(x_BTD, self.w_noise)) + c.floor
+  def route(self, router, x_BTD, ctx):
+    clean, noisy = router.logits(x_BTD), router.logits(x_BTD, router.noise)
+    std = jax.nn.softplus(noisy) + self.floor
     noisy = (
       clean
       if ctx.dropout_key is None
       else clean + std * jax.random.normal(ctx.dropout_key, clean.shape)
     )
-    top, expert = jax.lax.top_k(noisy, c.k)
+    top, expert = jax.lax.top_k(noisy, self.k)
     weight, losses = jax.nn.softmax(top, axis=-1), {}
-    if c.importance is not None:
-      chosen = expert[..., None] == jnp.arange(self.experts).reshape(1, 1, 1, -1)
-      losses['importance'] = c.importance * cv_squared(
+    if self.importance is not None:
+      chosen = expert[..., None] == jnp.arange(router.experts).reshape(1, 1, 1, -1)
+      losses['importance'] = self.importance * cv_squared(
         jnp.sum(jnp.where(chosen, weight[..., None], 0.0), axis=(0, 1, 2))
       )
-    if c.load is not None:
-      losses['load'] = c.load * cv_squared(noisy_load(clean, noisy, std, c.k))
-    return self.chosen(expert, weight, clean, jax.nn.softmax(clean, axis=-1), losses)
+    if self.load is not None:
+      losses['load'] = self.load * cv_squared(noisy_load(clean, noisy, std, self.k))
+    return Routing(expert, weight, clean, jax.nn.softmax(clean, axis=-1), losses)
 
 
-class BiasBalanced(Router):
-  """Balance without a loss (DeepSeek-AI 2024, section 2.1.2; DeepSeek-V3): scores s = sigmoid(x W);
-  the k largest of s + bias are chosen; their weights are scale s / (sum of the chosen s), in which
-  the bias has no part.
+class BiasBalanced(TokenChoiceConfig):
+  """Balance without a loss: scores s = sigmoid(x W); the k largest of s + bias are chosen, weighted
+  with scale s / (sum of the chosen s), without the bias (DeepSeek-AI 2024, section 2.1.2:
+  DeepSeek-V3).
 
-  The bias of an expert with more than the mean load falls and that of one with less rises, each
-  step by nearly
-  learning rate * `bias_rate`: see `ops.routing.nudge`. (The paper's step is 0.001, whatever the
-    schedule.)
+  The bias of an expert with more than the mean load falls and that of one with less rises, in each
+  step by about learning rate * `bias_rate`: see `ops.routing.nudge`. (The paper's step is 0.001,
+  independent of the schedule.)
+
+  Attributes:
+    scale: of the weights; 2.5 in DeepSeek-V3.
+    bias_rate: factor on the learning rate of the biases.
   """
 
-  class Config(TokenChoiceConfig):
-    """
-    Attributes:
-      scale: of the weights; 2.5 in DeepSeek-V3.
-      bias_rate: factor on the learning rate of the biases.
-    """
+  scale: float = 1.0
+  bias_rate: float = 1.0
 
-    scale: float = 1.0
-    bias_rate: float = 1.0
+  def validate(self):
+    super().validate()
+    self.require(self.scale > 0, 'scale', 'positive')
+    self.require(self.bias_rate > 0, 'bias_rate', 'positive')
 
-    def validate(self):
-      super().validate()
-      self.require(self.scale > 0, 'scale', 'positive')
-      self.require(self.bias_rate > 0, 'bias_rate', 'positive')
+  def bias(self, experts: int) -> nnx.Param:
+    metadata: dict[str, Any] = {'decay': False, 'full_precision': True, 'matmul': False}
+    return param(jnp.zeros(experts), (None,), lr_scale=self.bias_rate, **metadata)
 
-    def build(
-      self, width: int, experts: int, rngs: nnx.Rngs, position: LayerPosition
-    ) -> BiasBalanced:
-      return BiasBalanced(self, width, experts, rngs, position)
-
-  def __init__(
-    self,
-    config: BiasBalanced.Config,
-    width: int,
-    experts: int,
-    rngs: nnx.Rngs,
-    position: LayerPosition,
-  ):
-    super().__init__(config, width, experts, rngs, position)
-    self.bias = param(
-      jnp.zeros(experts),
-      (None,),
-      decay=False,
-      lr_scale=config.bias_rate,
-      full_precision=True,
-      matmul=False,
-    )
-
-  def __call__(self, x_BTD: Float[Array, 'B T D'], ctx: Context) -> Choice:
-    logits, bias = self.logits(x_BTD), self.bias[...]
+  def route(self, router, x_BTD, ctx):
+    logits, bias = router.logits(x_BTD), router.bias[...]
     score = jax.nn.sigmoid(logits)
-    expert = jax.lax.top_k(jax.lax.stop_gradient(score + bias.reshape(1, 1, -1)), self.config.k)[1]
+    expert = jax.lax.top_k(jax.lax.stop_gradient(score + bias.reshape(1, 1, -1)), self.k)[1]
     s = jnp.take_along_axis(score, expert, axis=-1)
-    weight = self.config.scale * s / (jnp.sum(s, axis=-1, keepdims=True) + 1e-20) + nudge(
-      bias, load_of(expert, self.experts)
+    weight = self.scale * s / (jnp.sum(s, axis=-1, keepdims=True) + 1e-20) + nudge(
+      bias, load_of(expert, router.experts)
     )
-    return self.chosen(expert, weight, logits, score / jnp.sum(score, axis=-1, keepdims=True), {})
+    return Routing(expert, weight, logits, score / jnp.sum(score, axis=-1, keepdims=True))
 
 
-class ExpertChoice(Router):
-  """Experts choose: each takes, of every sequence, the C = ceil(T choices / E) tokens to which the
-  softmax gives it most, weighted with their probabilities (Zhou et al. 2022, section 3.1, whose
+class ExpertChoice(RouterConfig):
+  """Experts choose: each takes, of every sequence, the C = ceil(T choices / E) tokens to which its
+  softmax gives most, weighted with their probabilities (Zhou et al. 2022, section 3.1, whose
   groups of tokens are here the sequences). Always balanced.
 
   Whether a token is taken depends on later ones, and on the other documents of its row, so a layer
-  with it does not decode. With `choices` = E every expert takes every token."""
+  with this router does not decode. With `choices` = E every expert takes every token.
 
-  class Config(RouterConfig):
-    """
-    Attributes:
-      choices: experts a token, on average (the paper's capacity factor).
-    """
+  Attributes:
+    choices: mean number of experts per token (the paper's capacity factor).
+  """
 
-    choices: float = 2.0
+  choices: float = 2.0
 
-    def validate(self):
-      super().validate()
-      self.require(self.choices > 0, 'choices', 'positive')
-      self.require(self.balance is None, 'balance', 'none: experts that choose are always balanced')
+  experts_choose: ClassVar[bool] = True
 
-    def build(
-      self, width: int, experts: int, rngs: nnx.Rngs, position: LayerPosition
-    ) -> ExpertChoice:
-      return ExpertChoice(self, width, experts, rngs, position)
+  def validate(self):
+    super().validate()
+    self.require(self.choices > 0, 'choices', 'positive')
+    self.require(self.balance is None, 'balance', 'none: experts that choose are always balanced')
 
-    @property
-    def causal(self) -> bool:
-      return False
+  def check(self, experts: int) -> None:
+    if self.choices > experts:
+      raise InputError(
+        f'{self.tag}.choices = {self.choices}: must be at most the number of experts, {experts}'
+      )
 
-    def check(self, experts: int) -> None:
-      if self.choices > experts:
-        raise InputError(
-          f'{self.tag}.choices = {self.choices}: must be at most the number of experts, {experts}'
-        )
+  def per_token(self, experts: int) -> float:
+    return self.choices
 
-    def per_token(self, experts: int) -> float:
-      return self.choices
-
-  def __call__(self, x_BTD: Float[Array, 'B T D'], ctx: Context) -> Places:
-    logits, T = self.logits(x_BTD), x_BTD.shape[1]
+  def route(self, router, x_BTD, ctx):
+    logits, T = router.logits(x_BTD), x_BTD.shape[1]
     probabilities = jax.nn.softmax(logits, axis=-1)
-    weight, token = jax.lax.top_k(
-      jnp.swapaxes(probabilities, 1, 2), math.ceil(T * self.config.choices / self.experts)
-    )
-    return Places(token, weight, logits, probabilities, self._z_loss(logits))
+    slots = math.ceil(T * self.choices / router.experts)
+    weight, token = jax.lax.top_k(jnp.swapaxes(probabilities, 1, 2), slots)
+    return Routing(token, weight, logits, probabilities)

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import pytest
 
 from jaxformer.data import Batch
-from jaxformer.layers.cross_attention import DotScore
 from jaxformer.layers.init import Uniform
 from jaxformer.models.params import define
 from jaxformer.models.zoo.gnmt import gnmt
@@ -73,9 +72,7 @@ def test_the_transformer_step():
     gnmt(
       256, 3, vocab_size=4096, context_length=32, init=INIT, embedding_init=INIT, head_init=INIT
     ),
-    luong(
-      256, 2, DotScore(), source_vocab_size=4096, vocab_size=4096, context_length=32, dropout=0.2
-    ),
+    luong(256, 2, None, source_vocab_size=4096, vocab_size=4096, context_length=32, dropout=0.2),
   ],
   ids=['gnmt', 'luong'],
 )

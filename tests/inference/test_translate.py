@@ -12,7 +12,6 @@ import pytest
 from jaxformer.config import InputError
 from jaxformer.inference import Beam, align, draw, translate
 from jaxformer.inference.beam import beam_search, greedy_search
-from jaxformer.layers.cross_attention import DotScore
 from jaxformer.layers.init import Normal
 from jaxformer.layers.lstm import Lstm
 from jaxformer.models.params import define
@@ -27,8 +26,8 @@ N = Normal(std=1.0)
 MODELS = {
   'transformer': transformer(16, 2, 32, 2, vocab_size=12, context_length=40, head_bias=True),
   'seq2seq-lstm': seq2seq_lstm(16, 2, **SIZES, layer=Lstm.Config(), embedding_init=N, head_init=N),
-  'luong': luong(16, 2, DotScore(), **SIZES),
-  'luong without input feeding': luong(16, 1, DotScore(), **SIZES, input_feeding=False),
+  'luong': luong(16, 2, None, **SIZES),
+  'luong without input feeding': luong(16, 1, None, **SIZES, input_feeding=False),
   'gnmt': gnmt(16, 3, vocab_size=12, context_length=40, init=N, embedding_init=N, head_init=N),
 }
 SOURCES = [

@@ -247,8 +247,8 @@ def test_losses_of_routers_are_no_part_of_the_function():
     match(override(tiny, [('router.z_loss', '0.001'), ('router.balance', 'none')]))[0].model_type
     == 'mixtral'
   )
-  with pytest.raises(InputError, match=r'As mixtral: .*dispatch'):
-    match(override(tiny, [('dispatch', 'Capacity')]))
+  with pytest.raises(InputError, match=r'As mixtral: .*capacity_factor'):
+    match(override(tiny, [('capacity_factor', '1.25')]))
 
 
 def test_gpt3_has_no_counterpart():

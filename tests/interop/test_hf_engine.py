@@ -97,7 +97,7 @@ def test_divided_files(small, tmp_path):
 
 
 def test_transposed_arrays_are_written_as_they_read(saved):
-  wq = noisy(SMALL['llama'])['stack.groups.0.0.branches.0.layer.wq']
+  wq = noisy(SMALL['llama'])['stack.groups.0.0.branches.0.layer.q.kernel']
   for layer in range(3):
     np.testing.assert_array_equal(
       tensors_of(saved)[f'model.layers.{layer}.self_attn.q_proj.weight'], np.asarray(wq[layer]).T
@@ -134,10 +134,12 @@ def test_onto_a_mesh(saved):
   mesh = make_mesh(MeshConfig(fsdp=4, tensor=2))
   _, params = load_hf(saved, mesh=mesh)
   same(params, load_hf(saved)[1])
-  wq = params['stack.groups.0.0.branches.0.layer.wq']
+  wq = params['stack.groups.0.0.branches.0.layer.q.kernel']
   assert (
     wq.sharding
-    == define(SMALL['llama']).shardings(mesh, 'fsdp_tensor')['stack.groups.0.0.branches.0.layer.wq']
+    == define(SMALL['llama']).shardings(mesh, 'fsdp_tensor')[
+      'stack.groups.0.0.branches.0.layer.q.kernel'
+    ]
   )
   assert wq.addressable_shards[0].data.shape == (3, 4, 8)
 
@@ -403,9 +405,9 @@ def test_places_count_blocks_through_all_groups_of_a_stack():
 
 def test_a_rule_that_is_forgotten_is_noticed():
   rules = FAMILIES['llama'].rules(SMALL['llama'])
-  with pytest.raises(InputError, match=r'no place for stack\.0\.branches\.1\.layer\.w_out'):
+  with pytest.raises(InputError, match=r'no place for stack\.0\.branches\.1\.layer\.down\.kernel'):
     weights.connect(
-      define(SMALL['llama']).info, [r for r in rules if 'w_out' not in r.ours[0]], 'llama'
+      define(SMALL['llama']).info, [r for r in rules if 'down' not in r.ours[0]], 'llama'
     )
   with pytest.raises(ValueError, match='twice'):
     weights.connect(define(SMALL['llama']).info, [*rules, rules[0]], 'llama')

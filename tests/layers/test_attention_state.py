@@ -30,7 +30,7 @@ def test_cut_anywhere(window, position, segments):
   layer = Attention.Config(heads=4, kv_heads=2, window=window, position=position).build(
     D, nnx.Rngs(0), LayerPosition()
   )
-  for w in (layer.wq, layer.wk):
+  for w in (layer.q.kernel, layer.k.kernel):
     w[...] = 30 * w[...]  # sharp attention: a wrong key shows
   x = jax.random.normal(jax.random.key(1), (B, T, D))
   graph, params = nnx.split(layer)

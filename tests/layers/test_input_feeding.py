@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jaxformer.config import InputError
-from jaxformer.layers.cross_attention import DotScore, LuongAttention
+from jaxformer.layers.cross_attention import LuongAttention
 from jaxformer.layers.input_feeding import InputFeeding
 from jaxformer.layers.layer import Context, Memory
 from jaxformer.layers.lstm import Lstm, LstmState
@@ -16,7 +16,7 @@ from jaxformer.testing.contract import Alone
 
 pytestmark = pytest.mark.quick
 B, T, S, D = 2, 5, 3, 8
-DOT = LuongAttention.Config(score=DotScore())
+DOT = LuongAttention.Config(score_init=None)
 
 
 def numbers(seed, *shape):

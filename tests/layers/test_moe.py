@@ -13,7 +13,7 @@ from jaxformer.config import InputError
 from jaxformer.data import Batch
 from jaxformer.layers.layer import Context, LayerPosition
 from jaxformer.layers.mlp import GatedMlp, Mlp
-from jaxformer.layers.moe import Capacity, Dropless, Moe
+from jaxformer.layers.moe import Moe
 from jaxformer.layers.router import (
   BiasBalanced,
   ExpertChoice,
@@ -51,21 +51,15 @@ def inputs(B=2, T=8):
   ('change', 'message'),
   [
     ({'experts': 1}, 'Moe.experts = 1: must be at least 2'),
+    ({'router': TopKSoftmax(k=5)}, 'TopKSoftmax.k = 5: must be at most the number of experts, 4'),
+    ({'router': NoisyTopK(k=4)}, 'NoisyTopK.k = 4: must be below the number of experts, 4'),
+    ({'router': ExpertChoice(choices=5.0)}, 'ExpertChoice.choices = 5.0: must be at most'),
     (
-      {'router': TopKSoftmax.Config(k=5)},
-      'TopKSoftmax.k = 5: must be at most the number of experts, 4',
+      {'router': ExpertChoice(), 'capacity_factor': 1.0},
+      'Moe.capacity_factor = 1.0: must be none: experts that choose fill their own slots',
     ),
-    ({'router': NoisyTopK.Config(k=4)}, 'NoisyTopK.k = 4: must be below the number of experts, 4'),
-    (
-      {'router': ExpertChoice.Config(choices=5.0), 'dispatch': None},
-      'ExpertChoice.choices = 5.0: must be at most',
-    ),
-    (
-      {'router': ExpertChoice.Config()},
-      r'Moe.dispatch = Dropless\(\): must be none: experts that choose fill their own places',
-    ),
-    ({'dispatch': None}, 'Moe.dispatch = None: must be Dropless or Capacity'),
-    ({'expert': Mlp.Config(bias=True)}, 'Moe.expert.bias = True: experts have no offsets'),
+    ({'capacity_factor': 0.0}, 'Moe.capacity_factor = 0.0: must be positive'),
+    ({'expert': Mlp.Config(bias=True)}, 'Moe.expert.bias = True: experts have no biases'),
     ({'expert': Mlp.Config(dropout=0.1)}, 'Moe.expert.dropout = 0.1'),
   ],
 )
@@ -78,13 +72,13 @@ def test_routers_refuse_settings_without_effect():
   with pytest.raises(
     InputError, match='k = 1: must be at least 2: the weight of a single expert would always be 1'
   ):
-    TopKSoftmax.Config(k=1)
+    TopKSoftmax(k=1)
   with pytest.raises(
     InputError, match=r'balance = 0\.1: must be none: experts that choose are always balanced'
   ):
-    ExpertChoice.Config(balance=0.1)
+    ExpertChoice(balance=0.1)
   with pytest.raises(InputError, match=r'z_loss = 0\.0: must be positive, or none'):
-    SwitchRouter.Config(z_loss=0.0)
+    SwitchRouter(z_loss=0.0)
 
 
 LOGITS = jnp.log(jnp.array([0.4, 0.3, 0.2, 0.1]))  # of a token whose channels are 1, 0, 0, ...
@@ -93,12 +87,12 @@ LOGITS = jnp.log(jnp.array([0.4, 0.3, 0.2, 0.1]))  # of a token whose channels a
 @pytest.mark.parametrize(
   ('router', 'experts', 'weights'),
   [
-    (TopKSoftmax.Config(), [0, 1], [4 / 7, 3 / 7]),
-    (SoftmaxTopK.Config(), [0, 1], [0.4, 0.3]),
-    (SwitchRouter.Config(), [0], [0.4]),
-    (NoisyTopK.Config(k=3), [0, 1, 2], [4 / 9, 3 / 9, 2 / 9]),
+    (TopKSoftmax(), [0, 1], [4 / 7, 3 / 7]),
+    (SoftmaxTopK(), [0, 1], [0.4, 0.3]),
+    (SwitchRouter(), [0], [0.4]),
+    (NoisyTopK(k=3), [0, 1, 2], [4 / 9, 3 / 9, 2 / 9]),
     (
-      BiasBalanced.Config(scale=2.5),
+      BiasBalanced(scale=2.5),
       [0, 1],
       [2.5 * (4 / 14) / (4 / 14 + 3 / 13), 2.5 * (3 / 13) / (4 / 14 + 3 / 13)],
     ),
@@ -109,46 +103,44 @@ def test_choices_and_weights(router, experts, weights):
   """Probabilities 0.4, 0.3, 0.2, 0.1: renormalised over the chosen (Mixtral, Shazeer) or not
   (Jamba, Switch); sigmoids p / (1 + p)."""
   built = router.build(D, E, nnx.Rngs(0), LayerPosition())
-  built.w[...] = jnp.zeros((D, E)).at[0].set(LOGITS)
+  built.kernel[...] = jnp.zeros((D, E)).at[0].set(LOGITS)
   choice = built(jnp.zeros((1, 1, D)).at[..., 0].set(1.0), Context())
-  np.testing.assert_array_equal(choice.expert_BTK[0, 0], experts)
-  np.testing.assert_allclose(choice.weight_BTK[0, 0], weights, rtol=1e-5)
+  np.testing.assert_array_equal(choice.index[0, 0], experts)
+  np.testing.assert_allclose(choice.weight[0, 0], weights, rtol=1e-5)
 
 
 def test_a_bias_changes_the_choice_and_not_the_weights():
-  built = BiasBalanced.Config().build(D, E, nnx.Rngs(0), LayerPosition())
-  built.w[...] = jnp.zeros((D, E)).at[0].set(LOGITS)
+  built = BiasBalanced().build(D, E, nnx.Rngs(0), LayerPosition())
+  built.kernel[...] = jnp.zeros((D, E)).at[0].set(LOGITS)
   built.bias[...] = jnp.array([-1.0, 0.0, 0.0, 0.0])
   choice = built(jnp.zeros((1, 1, D)).at[..., 0].set(1.0), Context())
-  np.testing.assert_array_equal(choice.expert_BTK[0, 0], [1, 2])
+  np.testing.assert_array_equal(choice.index[0, 0], [1, 2])
   np.testing.assert_allclose(
-    choice.weight_BTK[0, 0], np.array([3 / 13, 2 / 12]) / (3 / 13 + 2 / 12), rtol=1e-5
+    choice.weight[0, 0], np.array([3 / 13, 2 / 12]) / (3 / 13 + 2 / 12), rtol=1e-5
   )
 
 
 def test_noise_and_jitter_need_a_key():
   x, keys = inputs(), [Context(dropout_key=jax.random.key(i)) for i in (1, 2)]
-  for router, values in ((NoisyTopK.Config(k=2), {}), (SwitchRouter.Config(jitter=0.1), {})):
+  for router, values in ((NoisyTopK(k=2), {}), (SwitchRouter(jitter=0.1), {})):
     config = Moe.Config(experts=E, expert=EXPERT, router=router)
     calm, *wild = (np.asarray(run(config, x, ctx, **values).y) for ctx in (Context(), *keys))
     assert np.abs(wild[0] - wild[1]).max() > 0
     np.testing.assert_array_equal(calm, run(config, x, Context(), **values).y)
 
 
-def test_experts_that_choose_take_their_likeliest_tokens():
-  """Two choices of eight tokens by four experts: four places each; the weight is the
+def test_experts_that_choose_take_their_most_probable_tokens():
+  """Two choices of eight tokens by four experts: four slots each; the weight is the
   probability."""
   x = inputs(1, 8)
-  built = ExpertChoice.Config(choices=2.0).build(D, E, nnx.Rngs(0), LayerPosition())
+  built = ExpertChoice(choices=2.0).build(D, E, nnx.Rngs(0), LayerPosition())
   chosen = built(x, Context())
-  assert chosen.token_BEC.shape == (1, E, 4)
+  assert chosen.index.shape == (1, E, 4)
   p = np.asarray(jax.nn.softmax(built.logits(x), axis=-1))[0]
   for e in range(E):
-    np.testing.assert_array_equal(
-      np.sort(chosen.token_BEC[0, e]), np.sort(np.argsort(-p[:, e])[:4])
-    )
-    np.testing.assert_allclose(np.sort(chosen.weight_BEC[0, e]), np.sort(p[:, e])[4:], rtol=1e-6)
-  config = Moe.Config(experts=E, router=ExpertChoice.Config(), dispatch=None)
+    np.testing.assert_array_equal(np.sort(chosen.index[0, e]), np.sort(np.argsort(-p[:, e])[:4]))
+    np.testing.assert_allclose(np.sort(chosen.weight[0, e]), np.sort(p[:, e])[4:], rtol=1e-6)
+  config = Moe.Config(experts=E, router=ExpertChoice())
   assert not config.decodes
   with pytest.raises(InputError, match='experts that choose among all tokens cannot decode'):
     config.build(D, nnx.Rngs(0), LayerPosition()).init_state(1, 8)
@@ -156,14 +148,14 @@ def test_experts_that_choose_take_their_likeliest_tokens():
 
 def test_capacity_drops_what_it_says():
   """A router without preference sends all tokens to the first two of four experts: of C = ceil(1.25
-  x 8 x 2 / 4) = 5 places each, five of eight tokens keep both and three lose both; the last three
+  x 8 x 2 / 4) = 5 slots each, five of eight tokens keep both and three lose both; the last three
   rows are zeros."""
-  config = Moe.Config(experts=E, expert=EXPERT, dispatch=Capacity())
-  out = run(config, inputs(), w=jnp.zeros((D, E)))
+  config = Moe.Config(experts=E, expert=EXPERT, capacity_factor=1.25)
+  out = run(config, inputs(), kernel=jnp.zeros((D, E)))
   assert float(out.aux['moe/dropped']) == pytest.approx(3 / 8)
   assert np.abs(np.asarray(out.y[:, :5])).min(axis=-1).max() > 0
   assert np.abs(np.asarray(out.y[:, 5:])).max() == 0
-  whole = run(config.replace(dispatch=Dropless()), inputs(), w=jnp.zeros((D, E))).y
+  whole = run(config.replace(capacity_factor=None), inputs(), kernel=jnp.zeros((D, E))).y
   np.testing.assert_allclose(out.y[:, :5], whole[:, :5], rtol=1e-4, atol=1e-6)
 
 
@@ -187,9 +179,9 @@ def batch(seed=0, B=8, T=16):
 def test_a_router_that_collapses_is_visible(unroll):
   """Router 1 of three sends all tokens to the same two of eight experts: its own entry says so, and
   so does the log."""
-  definition = define(model(TopKSoftmax.Config(balance=0.01)))
+  definition = define(model(TopKSoftmax(balance=0.01)))
   params = definition.init(jax.random.key(0))
-  (name,) = (n for n in params if n.endswith('router.w'))
+  (name,) = (n for n in params if n.endswith('router.kernel'))
   params[name] = params[name].at[1].set(0.0)
   _, aux = jax.jit(lambda p: definition.merge(p).loss(batch(), Context(unroll=unroll)))(params)
   ratio = aux['moe/load_ratio']
@@ -234,19 +226,19 @@ def trained(router, steps, rate=0.02, accumulate=1):
 def test_biases_balance_without_a_loss(accumulate):
   """All tokens begin at two of four experts (a ratio of 2); the optimizer's own steps on the biases
   bring them to all. Without them nothing does."""
-  ratios, norms = trained(BiasBalanced.Config(), 80, accumulate=accumulate)
+  ratios, norms = trained(BiasBalanced(), 80, accumulate=accumulate)
   assert ratios[0] == pytest.approx(2)
   assert np.mean(ratios[-20:]) < 1.35
   assert np.all(np.isfinite(norms))
 
 
 def test_without_moving_biases_nothing_balances():
-  ratios, _ = trained(BiasBalanced.Config(bias_rate=1e-6), 80)
+  ratios, _ = trained(BiasBalanced(bias_rate=1e-6), 80)
   assert np.mean(ratios[-20:]) > 1.8
 
 
 def test_biases_leave_the_gradient_norm_to_the_loss():
-  definition = define(model(BiasBalanced.Config()))
+  definition = define(model(BiasBalanced()))
   params = definition.init(jax.random.key(0))
 
   def loss(params):

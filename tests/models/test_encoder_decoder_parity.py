@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 
 from jaxformer.layers.attentive_decoder import RnnSearch
-from jaxformer.layers.cross_attention import DotScore, GeneralScore
 from jaxformer.layers.gru import Gru
-from jaxformer.layers.init import Normal
+from jaxformer.layers.init import FanInUniform, Normal
 from jaxformer.layers.lstm import Lstm
 from jaxformer.models.params import define
 from jaxformer.models.zoo.gnmt import gnmt
@@ -17,6 +16,7 @@ from jaxformer.models.zoo.seq2seq import luong, rnnsearch, seq2seq_lstm
 from tests.tiers import case
 
 N = Normal(std=0.4)
+SCORES = {'dot': None, 'general': FanInUniform()}
 SIZES = {'source_vocab_size': 13, 'vocab_size': 11, 'context_length': 20}
 SOURCES, TARGETS = [[3, 1, 4, 1, 5], [9, 2, 6]], [[1, 2, 3, 4], [5, 6, 7, 8]]
 
@@ -189,11 +189,11 @@ def of_layer(p, stack, r):
 def attended(p, layer, memory, h):
   """Luong et al. 2015, section 3.1, by the dot product or, where there is a W_a, the general
   score."""
-  keys = memory @ p[f'{layer}.w_score'] if f'{layer}.w_score' in p else memory
-  return np.tanh(np.concatenate([softmax(keys @ h) @ memory, h]) @ p[f'{layer}.w'])
+  keys = memory @ p[f'{layer}.score.kernel'] if f'{layer}.score.kernel' in p else memory
+  return np.tanh(np.concatenate([softmax(keys @ h) @ memory, h]) @ p[f'{layer}.out.kernel'])
 
 
-@pytest.mark.parametrize('score', [None, DotScore(), GeneralScore()])
+@pytest.mark.parametrize('score', [None, 'dot', 'general'])
 def test_seq2seq_lstm_and_luong(score):
   """Sutskever et al. 2014: the source from its end, all layers' states handed over. Luong et al.
   2015, section 3.1, on top."""
@@ -209,11 +209,13 @@ def test_seq2seq_lstm_and_luong(score):
     return y @ p['head'] + p['head_bias']
 
   plain = seq2seq_lstm(n, 2, **SIZES, layer=Lstm.Config(), embedding_init=N, head_init=N)
-  agree(plain if score is None else luong(n, 2, score, **SIZES, input_feeding=False), reference)
+  agree(
+    plain if score is None else luong(n, 2, SCORES[score], **SIZES, input_feeding=False), reference
+  )
 
 
 @pytest.mark.parametrize('layers', [1, 3])
-@pytest.mark.parametrize('score', [DotScore(), GeneralScore()])
+@pytest.mark.parametrize('score', ['dot', 'general'])
 def test_luong_with_input_feeding(score, layers):
   """Luong et al. 2015, section 3.3: the first layer reads the attentional vector of the step before
   beside the word."""
@@ -238,4 +240,4 @@ def test_luong_with_input_feeding(score, layers):
       logits.append(attentional @ p['head'] + p['head_bias'])
     return np.array(logits)
 
-  agree(luong(n, layers, score, **SIZES), reference)
+  agree(luong(n, layers, SCORES[score], **SIZES), reference)

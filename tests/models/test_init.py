@@ -25,7 +25,9 @@ def pieces(params, ending):
 
 
 @pytest.mark.quick
-@pytest.mark.parametrize('ending', ['layer.wq', 'layer.wk', 'layer.wv', 'layer.w_in', 'embedding'])
+@pytest.mark.parametrize(
+  'ending', ['.q.kernel', '.k.kernel', '.v.kernel', '.up.kernel', 'embedding']
+)
 def test_gpt2_weights(gpt2, ending):
   for p in pieces(gpt2, ending):
     n = p.size
@@ -34,7 +36,7 @@ def test_gpt2_weights(gpt2, ending):
 
 
 @pytest.mark.quick
-@pytest.mark.parametrize('ending', ['layer.wo', 'layer.w_out'])
+@pytest.mark.parametrize('ending', ['.out.kernel', '.down.kernel'])
 def test_gpt2_residual_projections(gpt2, ending):
   """0.02 / sqrt(2 L) = 0.004082 for 12 blocks, in each of them."""
   (p,) = pieces(gpt2, ending)
@@ -49,12 +51,7 @@ def test_gpt2_positions_offsets_and_norms(gpt2):
   (table,) = pieces(gpt2, 'positions.table')
   assert abs(table.std() - 0.01) < 0.01 * 5 / math.sqrt(2 * table.size)
   for ending, value in (
-    ('.bq', 0),
-    ('.bk', 0),
-    ('.bv', 0),
-    ('.bo', 0),
-    ('.b_in', 0),
-    ('.b_out', 0),
+    *((f'.{name}.bias', 0) for name in ('q', 'k', 'v', 'out', 'up', 'down')),
     ('norm.bias', 0),
     ('.scale', 1),
   ):
@@ -65,9 +62,9 @@ def test_gpt2_positions_offsets_and_norms(gpt2):
 
 @pytest.mark.quick
 def test_blocks_are_drawn_independently(gpt2):
-  (wq,) = pieces(gpt2, 'layer.wq')
+  (wq,) = pieces(gpt2, '.q.kernel')
   flat = wq.reshape(12, -1)
-  correlation = np.corrcoef(np.concatenate([flat, pieces(gpt2, 'layer.wk')[0].reshape(12, -1)]))
+  correlation = np.corrcoef(np.concatenate([flat, pieces(gpt2, '.k.kernel')[0].reshape(12, -1)]))
   assert np.abs(correlation - np.eye(24)).max() < 6 / math.sqrt(flat.shape[1])
 
 
@@ -77,7 +74,7 @@ def test_presets_of_any_depth_have_the_right_residual_init():
   alternate."""
   for name in ('gpt2-tiny', 'gpt3-tiny'):
     params = define(PRESETS[name].model).init(jax.random.key(1))
-    for p in pieces(params, 'layer.w_out'):
+    for p in pieces(params, '.down.kernel'):
       assert abs(p.std() - 0.02 / math.sqrt(8)) < 0.02 / math.sqrt(8) * 5 / math.sqrt(2 * p.size)
 
 

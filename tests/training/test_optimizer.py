@@ -118,8 +118,8 @@ def test_muon_orthogonalizes_every_matrix():
 
 def test_muon_takes_the_matrices_of_blocks_alone():
   definition = define(gpt(32, 2, 2, context_length=32, vocab_size=264))
-  taken = {n.rsplit('.', 1)[-1] for n, i in definition.info.items() if Muon().orthogonalized(i)}
-  assert taken == {'wq', 'wk', 'wv', 'wo', 'w_in', 'w_out'}
+  taken = {n.rsplit('.', 2)[-2] for n, i in definition.info.items() if Muon().orthogonalized(i)}
+  assert taken == {'q', 'k', 'v', 'out', 'up', 'down'}
   params = tree(0)
   o = Optimizer(
     Muon(learning_rate=1.0, adam_learning_rate=1e-3, weight_decay=0.0, clip=None),

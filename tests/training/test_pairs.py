@@ -9,7 +9,6 @@ from jaxformer.config import InputError
 from jaxformer.data import DataConfig
 from jaxformer.data.dataset import Dataset, DatasetConfig, process_rows
 from jaxformer.evaluation import evaluate
-from jaxformer.layers.cross_attention import DotScore
 from jaxformer.models.params import define
 from jaxformer.models.zoo import PRESETS
 from jaxformer.models.zoo.seq2seq import luong
@@ -126,7 +125,7 @@ def test_interrupted_training_counts_and_learns_the_same(tmp_path):
   [
     case(TINY, id='transformer', standing=True),
     case(
-      luong(32, 1, DotScore(), source_vocab_size=16, vocab_size=16, context_length=16),
+      luong(32, 1, None, source_vocab_size=16, vocab_size=16, context_length=16),
       id='luong',
       standing=False,
     ),

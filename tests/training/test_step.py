@@ -102,7 +102,7 @@ def test_on_eight_devices_the_losses_and_parameters_are_those_of_one(alone, mesh
   np.testing.assert_allclose(losses, alone[0], atol=1e-5)
   for name in params:
     np.testing.assert_allclose(params[name], alone[1][name], atol=1e-5, err_msg=name)
-  whole = state.params['stack.groups.0.0.branches.1.layer.w_in']
+  whole = state.params['stack.groups.0.0.branches.1.layer.up.kernel']
   assert whole.addressable_shards[0].data.size == whole.size // (mesh.fsdp * mesh.tensor)
 
 

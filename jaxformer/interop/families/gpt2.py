@@ -98,19 +98,21 @@ def rules(config: LanguageModel.Config) -> list[Rule]:
     same(f'{attention}.norm.scale', f'{layer}.ln_1.weight'),
     same(f'{attention}.norm.bias', f'{layer}.ln_1.bias'),
     Rule(
-      tuple(f'{attention}.layer.w{p}' for p in 'qkv'), f'{layer}.attn.c_attn.weight', (Concat(1),)
+      tuple(f'{attention}.layer.{p}.kernel' for p in 'qkv'),
+      f'{layer}.attn.c_attn.weight',
+      (Concat(1),),
     ),
     Rule(
-      tuple(f'{attention}.layer.b{p}' for p in 'qkv'), f'{layer}.attn.c_attn.bias', (Concat(0),)
+      tuple(f'{attention}.layer.{p}.bias' for p in 'qkv'), f'{layer}.attn.c_attn.bias', (Concat(0),)
     ),
-    same(f'{attention}.layer.wo', f'{layer}.attn.c_proj.weight'),
-    same(f'{attention}.layer.bo', f'{layer}.attn.c_proj.bias'),
+    same(f'{attention}.layer.out.kernel', f'{layer}.attn.c_proj.weight'),
+    same(f'{attention}.layer.out.bias', f'{layer}.attn.c_proj.bias'),
     same(f'{mlp}.norm.scale', f'{layer}.ln_2.weight'),
     same(f'{mlp}.norm.bias', f'{layer}.ln_2.bias'),
-    same(f'{mlp}.layer.w_in', f'{layer}.mlp.c_fc.weight'),
-    same(f'{mlp}.layer.b_in', f'{layer}.mlp.c_fc.bias'),
-    same(f'{mlp}.layer.w_out', f'{layer}.mlp.c_proj.weight'),
-    same(f'{mlp}.layer.b_out', f'{layer}.mlp.c_proj.bias'),
+    same(f'{mlp}.layer.up.kernel', f'{layer}.mlp.c_fc.weight'),
+    same(f'{mlp}.layer.up.bias', f'{layer}.mlp.c_fc.bias'),
+    same(f'{mlp}.layer.down.kernel', f'{layer}.mlp.c_proj.weight'),
+    same(f'{mlp}.layer.down.bias', f'{layer}.mlp.c_proj.bias'),
     same('final_norm.scale', 'transformer.ln_f.weight'),
     same('final_norm.bias', 'transformer.ln_f.bias'),
     linear('head', 'lm_head.weight'),

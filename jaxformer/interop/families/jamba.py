@@ -76,9 +76,7 @@ def read(hf: Settings) -> LanguageModel.Config:
   )
   mlp = GatedMlp.Config(hidden=hf.count('intermediate_size', 14336), init=init, out_init=init)
   experts, layers = hf.count('num_experts', 16), hf.count('num_hidden_layers', 32)
-  router = SoftmaxTopK.Config(
-    k=hf.count('num_experts_per_tok', 2), balance=balance(hf, 0.001), init=init
-  )
+  router = SoftmaxTopK(k=hf.count('num_experts_per_tok', 2), balance=balance(hf, 0.001), init=init)
   moe = mlp if experts == 1 else Moe.Config(experts=experts, expert=mlp, router=router)
   attends, sparse = periodic(hf, 'attn', 8, 4), periodic(hf, 'expert', 2, 1)
 
@@ -120,9 +118,7 @@ def write(config: LanguageModel.Config) -> dict[str, Any]:
     raise InputError('no block has a Mamba layer and a feed-forward layer')
   attends = _period([isinstance(mixer, Attention.Config) for mixer, _ in layers])
   sparse = _period([isinstance(feed_forward, Moe.Config) for _, feed_forward in layers])
-  router = (
-    SoftmaxTopK.Config() if moe is None else part(moe.router, SoftmaxTopK.Config, 'the router')
-  )
+  router = SoftmaxTopK() if moe is None else part(moe.router, SoftmaxTopK, 'the router')
   attention = attention or Attention.Config()
   return {
     'vocab_size': config.vocab_size,
@@ -160,7 +156,6 @@ def rules(config: LanguageModel.Config) -> list[Rule]:
     'stack.{layer}.branches.0',
     'stack.{layer}.branches.1',
   )
-  projections = ('gate', 'gate'), ('in', 'up'), ('out', 'down')
   of_mamba = [
     dataclasses.replace(r, theirs=r.theirs.replace(mamba.THEIRS, f'{layer}.mamba'))
     for r in mamba.rules(config)
@@ -169,7 +164,8 @@ def rules(config: LanguageModel.Config) -> list[Rule]:
   return [
     same('embedding', 'model.embed_tokens.weight'),
     same(f'{mixer}.norm.scale', f'{layer}.input_layernorm.weight'),
-    *(linear(f'{mixer}.layer.w{p}', f'{layer}.self_attn.{p}_proj.weight') for p in 'qkvo'),
+    *(linear(f'{mixer}.layer.{p}.kernel', f'{layer}.self_attn.{p}_proj.weight') for p in 'qkv'),
+    linear(f'{mixer}.layer.out.kernel', f'{layer}.self_attn.o_proj.weight'),
     *of_mamba,
     *(
       same(f'{mixer}.layer.norms.{i}.scale', f'{layer}.mamba.{n}_layernorm.weight')
@@ -177,17 +173,17 @@ def rules(config: LanguageModel.Config) -> list[Rule]:
     ),
     same(f'{feed_forward}.norm.scale', f'{layer}.pre_ff_layernorm.weight'),
     *(
-      linear(f'{feed_forward}.layer.w_{o}', f'{layer}.feed_forward.{t}_proj.weight')
-      for o, t in projections
+      linear(f'{feed_forward}.layer.{p}.kernel', f'{layer}.feed_forward.{p}_proj.weight')
+      for p in ('gate', 'up', 'down')
     ),
-    linear(f'{feed_forward}.layer.router.w', f'{layer}.feed_forward.router.weight'),
+    linear(f'{feed_forward}.layer.router.kernel', f'{layer}.feed_forward.router.weight'),
     *(
       Rule(
-        (f'{feed_forward}.layer.experts.w_{o}',),
-        f'{layer}.feed_forward.experts.{{item}}.{t}_proj.weight',
+        (f'{feed_forward}.layer.expert_{p}.kernel',),
+        f'{layer}.feed_forward.experts.{{item}}.{p}_proj.weight',
         EXPERTS,
       )
-      for o, t in projections
+      for p in ('gate', 'up', 'down')
     ),
     same('final_norm.scale', 'model.final_layernorm.weight'),
     linear('head', 'lm_head.weight'),

@@ -159,16 +159,16 @@ def rules(config: LanguageModel.Config) -> list[Rule]:
     'stack.{layer}.branches.0',
     'stack.{layer}.branches.1',
   )
-  projections = [(f'{attention}.layer.{{}}{p}', f'{layer}.self_attn.{p}_proj') for p in 'qkvo']
-  projections += [
-    (f'{mlp}.layer.{{}}_{o}', f'{layer}.mlp.{t}_proj')
-    for o, t in (('gate', 'gate'), ('in', 'up'), ('out', 'down'))
+  projections = [
+    *((f'{attention}.layer.{p}', f'{layer}.self_attn.{p}_proj') for p in 'qkv'),
+    (f'{attention}.layer.out', f'{layer}.self_attn.o_proj'),
+    *((f'{mlp}.layer.{p}', f'{layer}.mlp.{p}_proj') for p in ('gate', 'up', 'down')),
   ]
   return [
     same('embedding', 'model.embed_tokens.weight'),
     same(f'{attention}.norm.scale', f'{layer}.input_layernorm.weight'),
-    *(linear(ours.replace('{}', 'w'), f'{theirs}.weight') for ours, theirs in projections),
-    *(same(ours.replace('{}', 'b'), f'{theirs}.bias') for ours, theirs in projections),
+    *(linear(f'{ours}.kernel', f'{theirs}.weight') for ours, theirs in projections),
+    *(same(f'{ours}.bias', f'{theirs}.bias') for ours, theirs in projections),
     same(f'{mlp}.norm.scale', f'{layer}.post_attention_layernorm.weight'),
     same('final_norm.scale', 'model.norm.weight'),
     linear('head', 'lm_head.weight'),

@@ -119,12 +119,12 @@ def rules(config: EncoderDecoder.Config) -> list[Rule]:
         same(f'{ours}.norm.bias', f'{norm}.bias'),
       ]
       parts = (
-        [(p, f'{name}.{"out" if p == "o" else p}_proj') for p in 'qkvo']
+        [(p, f'{name}.{p}_proj') for p in ('q', 'k', 'v', 'out')]
         if name
-        else [('_in', 'fc1'), ('_out', 'fc2')]
+        else [('up', 'fc1'), ('down', 'fc2')]
       )
       for mine, other in parts:
-        w, b = f'{ours}.layer.w{mine}', f'{ours}.layer.b{mine}'
+        w, b = f'{ours}.layer.{mine}.kernel', f'{ours}.layer.{mine}.bias'
         found += [linear(w, f'{theirs}.{other}.weight'), same(b, f'{theirs}.{other}.bias')]
   return found
 

@@ -53,7 +53,7 @@ def read(hf: Settings) -> LanguageModel.Config:
   (group,) = dense.stack
   (block,) = group.pattern
   attention, feed_forward = block.branches
-  router = TopKSoftmax.Config(
+  router = TopKSoftmax(
     k=hf.count('num_experts_per_tok'), balance=balance(hf, 0.001), init=dense.embedding_init
   )
   expert = part(feed_forward.layer, GatedMlp.Config, 'the feed-forward layer')
@@ -74,7 +74,7 @@ def write_router(router: RouterConfig) -> dict[str, Any]:
 def write(config: LanguageModel.Config) -> dict[str, Any]:
   first, second = branches(blocks(config)[0], 2)
   moe = part(second.layer, Moe.Config, 'layer 1 of block 0')
-  part(moe.router, TopKSoftmax.Config, 'the router of layer 1 of block 0')
+  part(moe.router, TopKSoftmax, 'the router of layer 1 of block 0')
   attention = part(first.layer, Attention.Config, 'layer 0 of block 0')
   part(attention.position, Rotary, 'the position of layer 0 of block 0')
   expert = part(moe.expert, GatedMlp.Config, 'the expert of layer 1 of block 0')
@@ -101,10 +101,10 @@ def rules(config: LanguageModel.Config) -> list[Rule]:
   dense = [r for r in llama.rules(config) if '.mlp.' not in r.theirs]
   return [
     *dense,
-    linear(f'{ours}.router.w', f'{theirs}.gate.weight'),
+    linear(f'{ours}.router.kernel', f'{theirs}.gate.weight'),
     *(
-      Rule((f'{ours}.experts.w_{o}',), f'{theirs}.experts.{{item}}.{t}.weight', EXPERTS)
-      for o, t in (('gate', 'w1'), ('in', 'w3'), ('out', 'w2'))
+      Rule((f'{ours}.expert_{o}.kernel',), f'{theirs}.experts.{{item}}.{t}.weight', EXPERTS)
+      for o, t in (('gate', 'w1'), ('up', 'w3'), ('down', 'w2'))
     ),
   ]
 

@@ -44,7 +44,7 @@ def jamba(
     Mamba.Config(state=state, inner_norm=norm),
   )
   mlp = GatedMlp.Config(hidden=hidden)
-  moe = Moe.Config(experts=experts, expert=mlp, router=SoftmaxTopK.Config(k=k, balance=0.001))
+  moe = Moe.Config(experts=experts, expert=mlp, router=SoftmaxTopK(k=k, balance=0.001))
 
   def block(i: int) -> Block.Config:
     mixer = attention if i % attention_every == attention_first else mamba

@@ -34,9 +34,7 @@ def mixtral(
   norm = RMSNorm.Config(eps=1e-5)
   attention = Attention.Config(heads=heads, kv_heads=kv_heads, position=Rotary(theta=theta))
   moe = Moe.Config(
-    experts=experts,
-    expert=GatedMlp.Config(hidden=hidden),
-    router=TopKSoftmax.Config(k=k, balance=balance),
+    experts=experts, expert=GatedMlp.Config(hidden=hidden), router=TopKSoftmax(k=k, balance=balance)
   )
   block = Block.Config(
     branches=(PreNorm.Config(layer=attention, norm=norm), PreNorm.Config(layer=moe, norm=norm))

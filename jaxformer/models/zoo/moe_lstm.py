@@ -30,9 +30,7 @@ def moe_lstm(
   expert = Mlp.Config(
     hidden=hidden, activation='relu', init=FanInUniform(), out_init=FanInUniform()
   )
-  moe = Moe.Config(
-    experts=experts, expert=expert, router=NoisyTopK.Config(k=k), out_activation='sigmoid'
-  )
+  moe = Moe.Config(experts=experts, expert=expert, router=NoisyTopK(k=k), out_activation='sigmoid')
   layers = Lstm.Config(), moe, Lstm.Config()
   return LanguageModel.Config(
     vocab_size=vocab_size,

@@ -15,7 +15,7 @@ from typing import Any
 
 from jaxformer.layers.attentive_decoder import RnnSearch
 from jaxformer.layers.bidirectional import Bidirectional
-from jaxformer.layers.cross_attention import DotScore, GeneralScore, LuongAttention, Score
+from jaxformer.layers.cross_attention import LuongAttention
 from jaxformer.layers.gru import Gru
 from jaxformer.layers.init import FanInUniform, Init, Normal, Orthogonal, Uniform
 from jaxformer.layers.input_feeding import InputFeeding
@@ -71,7 +71,7 @@ def seq2seq_lstm(
 def luong(
   width: int,
   layers: int,
-  score: Score,
+  score_init: Init | None,
   *,
   source_vocab_size: int,
   vocab_size: int,
@@ -97,7 +97,7 @@ def luong(
     head_init=head_init,
     dropout=dropout,
   )
-  attention = LuongAttention.Config(score=score, init=attention_init)
+  attention = LuongAttention.Config(score_init=score_init, init=attention_init)
   fed = InputFeeding.Config(layers=layers, lstm=layer, attention=attention, dropout=dropout)
   return base.replace(
     head_bias=head_bias,
@@ -177,7 +177,7 @@ preset(
   luong(
     1000,
     4,
-    DotScore(),
+    None,
     source_vocab_size=50_000,
     vocab_size=50_000,
     context_length=50,
@@ -207,9 +207,7 @@ preset(
 preset(
   'luong-tiny',
   'luong',
-  luong(
-    128, 2, GeneralScore(init=_LARGE), **_TINY, layer=_LSTM, attention_init=_LARGE, head_init=_HEAD
-  ),
+  luong(128, 2, _LARGE, **_TINY, layer=_LSTM, attention_init=_LARGE, head_init=_HEAD),
 )
 preset(
   'rnnsearch-tiny',

@@ -3,7 +3,7 @@ pre-norm RMSNorm, no offsets.
 
 The published models are encoder-decoders (T5); this is their decoder without the attention to an
 encoder, at a size of our own, so it bears no published name. It has rotary positions where T5 has
-learned offsets of attention. And it drops no token: `--model.dispatch Capacity` limits the experts
+learned biases of attention. And it drops no token: `--model.capacity-factor 1.25` limits the experts
 as the paper does."""
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def switch(
   attention = Attention.Config(heads=heads, position=Rotary(), init=init, out_init=init)
   mlp = Mlp.Config(hidden=hidden, activation='relu', init=init, out_init=init)
   moe = Moe.Config(
-    experts=experts, expert=mlp, router=SwitchRouter.Config(jitter=0.01, balance=0.01, init=init)
+    experts=experts, expert=mlp, router=SwitchRouter(jitter=0.01, balance=0.01, init=init)
   )
 
   def block(feed_forward: LayerConfig) -> Block.Config:

@@ -1,0 +1,83 @@
+"""Projections: a kernel, an optional bias, and how both are sharded and initialized."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from jaxformer.layers.init import Init
+from jaxformer.layers.layer import LayerPosition
+from jaxformer.ops.linear import linear
+from jaxformer.sharding import param
+
+
+class Dense(nnx.Module):
+  """y = x kernel + bias over the last axis (`ops.linear`).
+
+  The kernel is drawn first. The bias has no weight decay; its logical axis is that of the kernel's
+  outputs, or `norm` (replicated) where these are the residual stream."""
+
+  def __init__(
+    self,
+    init: Init,
+    shape: tuple[int, int],
+    axes: tuple[str | None, str | None],
+    *,
+    rngs: nnx.Rngs,
+    position: LayerPosition,
+    bias: bool | Init = False,
+    decay: bool = True,
+  ):
+    """
+    Args:
+      init: initialization of the kernel.
+      shape: of the kernel: inputs, outputs.
+      axes: logical axes of the kernel.
+      bias: False for none, True for one that starts at 0, or its initialization, with the kernel's
+        fan-in.
+      decay: whether weight decay applies to the kernel.
+    """
+    drawn = init(rngs.params(), shape, shape[0], position)
+    self.kernel = param(drawn, axes, decay=decay)
+    size, axis = shape[1:], 'norm' if axes[1] in ('embed', None) else axes[1]
+    start = (
+      bias(rngs.params(), size, shape[0], position) if isinstance(bias, Init) else jnp.zeros(size)
+    )
+    self.bias = param(start, (axis,), decay=False) if bias else None
+
+  @property
+  def dtype(self) -> jnp.dtype:
+    """The compute dtype: that of the kernel."""
+    return self.kernel[...].dtype
+
+  def __call__(self, x: Float[Array, '*B D']) -> Float[Array, '*B F']:
+    return linear(x, self.kernel[...], None if self.bias is None else self.bias[...])
+
+
+class ExpertDense(nnx.Module):
+  """The kernels of one projection in each of E experts, `[E, D, F]`, without biases. Each expert's
+  is drawn by itself; `ops.moe` multiplies them with the tokens that are routed there."""
+
+  def __init__(
+    self,
+    init: Init,
+    shape: tuple[int, int, int],
+    axes: tuple[str, str],
+    *,
+    rngs: nnx.Rngs,
+    position: LayerPosition,
+    active: float,
+  ):
+    """
+    Args:
+      shape: experts, inputs, outputs.
+      axes: logical axes of one expert's kernel.
+      active: the fraction of experts that one token is sent to.
+    """
+    experts, matrix = shape[0], shape[1:]
+    drawn = jax.vmap(lambda key: init(key, matrix, matrix[0], position))(
+      jax.random.split(rngs.params(), experts)
+    )
+    self.kernel = param(drawn, ('experts', *axes), active=active)
