@@ -38,18 +38,18 @@ os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 from jaxformer.data import DataConfig, DatasetConfig, Pairs, Tsv
 from jaxformer.models.encoder_decoder import EncoderDecoder
 from jaxformer.models.zoo import PRESETS
-from jaxformer.planning.arithmetic import Arithmetic
+from jaxformer.planning.collectives import Traffic
 from jaxformer.planning.compiler import CompiledPlan, compile_plan, disagreements, topology_mesh
-from jaxformer.planning.cost import cost, step_flops
-from jaxformer.planning.plan import TOKENS_PER_PARAMETER, Setup, training_report
-from jaxformer.planning.program import Traffic
+from jaxformer.planning.cost import cost, flops, recomputed_flops
+from jaxformer.planning.estimate import TOKENS_PER_PARAMETER, estimate, training_run
+from jaxformer.planning.hardware import GIB
+from jaxformer.planning.hlo_flops import CompiledFlops
+from jaxformer.planning.setup import Setup
 from jaxformer.planning.target import parse_target
 from jaxformer.sharding import MESH_AXES, MeshConfig
 from jaxformer.training.experiment import Experiment, TrainingConfig
 from jaxformer.training.step import lowered_train_step
 
-GIB = 2**30
-UTILISATION = 0.4
 FOLDER = pathlib.Path(__file__).parent
 
 
@@ -138,9 +138,12 @@ def row(case: Case, plan: CompiledPlan) -> dict[str, Any]:
     remat=case.remat,
   )
   c = cost(model, case.length)
-  report = training_report(setup, TOKENS_PER_PARAMETER * c.active_params, UTILISATION)
+  report = estimate(setup).as_json()
+  run = training_run(model, case.length, target, TOKENS_PER_PARAMETER * c.active_params)
   memory = report['memory']['total']
-  flops = [f / target.devices for f in step_flops(model, case.length, case.batch, case.remat)]
+  least = flops(model, 'train', case.batch, case.length)
+  again = recomputed_flops(model, case.batch, case.length, case.remat)
+  predicted = least / target.devices, (least + again) / target.devices
   return {
     'name': case.preset,
     'params': c.params,
@@ -152,11 +155,11 @@ def row(case: Case, plan: CompiledPlan) -> dict[str, Any]:
     'remat': case.remat,
     'compiled': plan.as_json(),
     'predicted': report['memory'],
-    'predicted_flops': flops,
+    'predicted_flops': list(predicted),
     'ratio': plan.total / memory,
     'step': report['step'],
-    'run': report['run'],
-    'disagreements': disagreements(plan, memory, (flops[0], flops[1])),
+    'run': run.as_json(),
+    'disagreements': disagreements(plan, memory, predicted),
     'note': case.note,
   }
 
@@ -247,7 +250,7 @@ def said(figures: dict[str, Any]) -> CompiledPlan:
       'libtpu',
     )
   }
-  flops = figures['flops'] and Arithmetic(
+  counted = figures['flops'] and CompiledFlops(
     figures['flops']['products'],
     figures['flops']['kernels'],
     Counter(figures['flops']['not_counted']),
@@ -256,7 +259,7 @@ def said(figures: dict[str, Any]) -> CompiledPlan:
     axis: {kind: Traffic(**t) for kind, t in kinds.items()}
     for axis, kinds in figures['collectives'].items()
   }
-  return CompiledPlan(**kept, flops=flops, collectives=sent)
+  return CompiledPlan(**kept, flops=counted, collectives=sent)
 
 
 def main(names: list[str]) -> None:

@@ -55,13 +55,12 @@ import jax
 from jaxformer.data import DataConfig, Stream
 from jaxformer.models.model import ModelConfig
 from jaxformer.models.zoo import PRESETS
+from jaxformer.planning.collectives import list_collectives, traffic_by_kind
 from jaxformer.planning.compiler import topology_mesh
-from jaxformer.planning.program import collectives
+from jaxformer.planning.hardware import GIB
 from jaxformer.sharding import MeshConfig
 from jaxformer.training.experiment import Experiment, TrainingConfig
 from jaxformer.training.step import lowered_train_step
-
-GIB = 2**30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +113,7 @@ def row(case: Case, flops: Callable[[Case], str] = lambda case: '') -> str:
     seconds, memory = time.perf_counter() - began, step.memory_analysis()
     sent = ', '.join(
       f'{kind} {t.bytes / GIB:.2f}'
-      for kind, t in sorted(collectives(step).items())
+      for kind, t in sorted(traffic_by_kind(list_collectives(step)).items())
       if t.bytes > GIB / 200
     )
     held = f'{memory.argument_size_in_bytes / GIB:9.2f} {memory.temp_size_in_bytes / GIB:11.2f}'

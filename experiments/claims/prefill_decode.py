@@ -52,7 +52,7 @@ from jaxformer.inference import time_decode
 from jaxformer.models.language_model import LanguageModel
 from jaxformer.models.params import define
 from jaxformer.models.zoo import FAMILIES, PRESETS
-from jaxformer.planning.plan import inference_report
+from jaxformer.planning import estimate as planning
 from jaxformer.planning.target import parse_target
 from jaxformer.study.statistics import Difference, compare, estimate
 from jaxformer.study.svg import Axis, Point, Series
@@ -118,7 +118,8 @@ def real() -> dict[str, dict[str, Any]]:
   """What one TPU chip needs at least for a prefill and for a token decoded, at 2 bytes a number."""
   target, found = parse_target(TARGET), {}
   for phase, tokens in (('prefill', REAL_CONTEXT), ('decode', 1)):
-    step = inference_report(phase, PRESETS[REAL].model, target, 1, REAL_CONTEXT)['step']
+    setup = planning.inference_setup(phase, PRESETS[REAL].model, target, 1, REAL_CONTEXT)
+    step = planning.estimate(setup).as_json()['step']
     found[phase] = {
       'flops_a_byte': step['arithmetic_intensity'],
       'ridge': step['ridge_intensity'],

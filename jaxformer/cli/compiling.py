@@ -8,8 +8,6 @@ from typing import Any
 from jaxformer.cli.common import amount, note
 from jaxformer.config import InputError
 
-GIB = 2**30
-
 
 def check_compiles(target: Any) -> None:
   """Raises `InputError` for a target that this host has no compiler for."""
@@ -41,33 +39,34 @@ def compiled_step(experiment: Any, target: Any) -> Any:
 def train_report(experiment: Any, setup: Any) -> dict[str, Any]:
   """The compiled training step of a setup, as JSON data, with what the formulas disagree on."""
   from jaxformer.planning.compiler import disagreements
-  from jaxformer.planning.cost import step_flops
+  from jaxformer.planning.cost import flops, recomputed_flops
+  from jaxformer.planning.memory import memory
 
   experiment = of_setup(experiment, setup)
   note(
     f'compiling a step of {setup.batch_size} x {setup.length} tokens for {setup.target.topology}'
   )
   plan = compiled_step(experiment, setup.target)
-  memory = setup.memory().total
-  flops = step_flops(setup.model, setup.length, setup.batch_size, setup.remat)
-  flops = flops[0] / setup.target.devices, flops[1] / setup.target.devices
+  held = memory(setup).total
+  least = flops(setup.model, 'train', setup.batch_size, setup.length)
+  again = recomputed_flops(setup.model, setup.batch_size, setup.length, setup.remat)
+  predicted = least / setup.target.devices, (least + again) / setup.target.devices
   return plan.as_json() | {
-    'predicted_bytes': memory,
-    'predicted_flops': list(flops),
-    'disagreements': disagreements(plan, memory, flops),
+    'predicted_bytes': held,
+    'predicted_flops': list(predicted),
+    'disagreements': disagreements(plan, held, predicted),
   }
 
 
-def inference_report(
-  experiment: Any, target: Any, phase: str, batch: int, context_length: int, predicted_bytes: float
-) -> dict[str, Any]:
+def inference_report(experiment: Any, setup: Any, predicted_bytes: float) -> dict[str, Any]:
   """A compiled prefill, or decoding, as JSON data. Heads and hidden units are divided as widely as
   they can be; the rest of the devices have copies, unless the experiment's mesh says otherwise."""
   from jaxformer.inference.lowering import lowered_decode, lowered_prefill
   from jaxformer.models.params import define
   from jaxformer.planning.compiler import compile_plan, disagreements, topology_mesh
-  from jaxformer.planning.cost import inference_flops
+  from jaxformer.planning.cost import flops
 
+  target, phase, batch, context_length = setup.target, setup.phase, setup.batch_size, setup.length
   config = inference_mesh(experiment.model, target)
   note(f'compiling {phase} of {batch} sequences, {context_length} positions, for {target.topology}')
   mesh = topology_mesh(target.topology, config, target.slices)
@@ -77,12 +76,14 @@ def inference_report(
     mesh,
     target.device_memory_bytes,
   )
-  flops = inference_flops(experiment.model, phase, batch, context_length) / target.devices
+  predicted = (
+    flops(experiment.model, phase, batch, context_length, last_logits=True) / target.devices
+  )
   return plan.as_json() | {
     'mesh': dict(mesh.shape),
     'predicted_bytes': predicted_bytes,
-    'predicted_flops': [flops, flops],
-    'disagreements': disagreements(plan, predicted_bytes, (flops, flops)),
+    'predicted_flops': [predicted, predicted],
+    'disagreements': disagreements(plan, predicted_bytes, (predicted, predicted)),
   }
 
 
@@ -90,7 +91,7 @@ def inference_mesh(model: Any, target: Any) -> Any:
   """As many parts of each matrix as its dimensions allow, up to all devices; what is left along
   `data`."""
   from jaxformer.models.params import define
-  from jaxformer.planning.memory import abstract_mesh
+  from jaxformer.planning.setup import abstract_mesh
   from jaxformer.sharding import MeshConfig
 
   n = target.devices_per_slice
@@ -109,7 +110,7 @@ def search_report(
 ) -> tuple[dict[str, Any], Any]:
   """What was recommended, why the others lost, and the command that trains it, as JSON data; and
   the recommended setup, or the one that was given where nothing fits."""
-  from jaxformer.planning.search import ROWS, search
+  from jaxformer.planning.mesh_search import ROWS, search
 
   found = search(
     setup,
@@ -120,9 +121,9 @@ def search_report(
   best = found.best
   value: dict[str, Any] = {
     'candidates': found.tried,
-    'lost': [{'name': n, 'reason': r} for n, r in found.lost],
+    'rejected': [{'name': n, 'reason': r} for n, r in found.rejected],
     'compiled': [
-      {'name': c.name, 'predicted_bytes': c.memory.total} | c.compiled.as_json()
+      {'name': c.setup.name, 'predicted_bytes': c.memory.total} | c.compiled.as_json()
       for c in found.compiled
       if c.compiled
     ],
@@ -135,11 +136,11 @@ def search_report(
     else []
   )
   return value | {
-    'best': best.name,
+    'best': best.setup.name,
     'bound': best.step.bound,
     'step_seconds': best.step.seconds,
     'tokens_per_second': best.step.tokens_per_second,
-    'command': ' '.join(['jaxformer train', name, *length, *best.overrides]),
+    'command': ' '.join(['jaxformer train', name, *length, *best.setup.overrides]),
   }, best.setup
 
 
@@ -148,6 +149,8 @@ def search_report(
 
 def compiled_lines(v: dict[str, Any]) -> list[tuple[str, str, str]]:
   """Rows of a table."""
+  from jaxformer.planning.hardware import GIB
+
   verdict = 'fits' if v['fits'] else f'does not fit, by {v["short_by"] / GIB:,.2f} GiB'
   parts = (
     ''
@@ -180,9 +183,11 @@ def compiled_lines(v: dict[str, Any]) -> list[tuple[str, str, str]]:
 
 def search_lines(v: dict[str, Any]) -> list[str]:
   """What a search came to, in lines."""
-  lost = [f'  {entry["name"]}: {entry["reason"]}' for entry in v['lost']]
+  from jaxformer.planning.hardware import GIB
+
+  rejected = [f'  {entry["name"]}: {entry["reason"]}' for entry in v['rejected']]
   if v['best'] is None:
-    return [f'none of {v["candidates"]} candidates fits', *lost]
+    return [f'none of {v["candidates"]} candidates fits', *rejected]
   best = next(c for c in v['compiled'] if c['name'] == v['best'])
   return [
     f'best of {v["candidates"]} candidates: {v["best"]}',
@@ -192,6 +197,6 @@ def search_lines(v: dict[str, Any]) -> list[str]:
     f'{amount(v["tokens_per_second"])} tokens '
     'a second',
     'the others:',
-    *lost,
+    *rejected,
     f'to train it: {v["command"]}',
   ]

@@ -70,12 +70,22 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Planned:
-  """One job and what it will take; `memory` of each device."""
+  """One job, with the estimated time and cost of its run and its memory per device."""
 
   job: Any
   experiment: Any
-  estimate: Any
+  run: Any
   memory: Any
+
+  @property
+  def price(self) -> float:
+    """USD for the whole run; on demand if spot capacity has no list price."""
+    spot = self.run.spot_price_usd if self.job.spot else None
+    return self.run.price_usd if spot is None else spot
+
+  @property
+  def price_per_hour(self) -> float:
+    return self.price / self.run.seconds * 3600
 
 
 def run(args: argparse.Namespace, overrides: Overrides) -> int:
@@ -119,8 +129,8 @@ def plan(args: argparse.Namespace, engine: Any, overrides: Overrides) -> list[Pl
   """The jobs, checked as far as it can be done here. Raises `InputError`."""
   from jaxformer.launch import Job, source_of
   from jaxformer.launch.check import check_on
-  from jaxformer.launch.estimate import UTILISATION, estimate
   from jaxformer.launch.sweep import grid
+  from jaxformer.planning.estimate import UTILISATION, training_run
   from jaxformer.planning.target import parse_target
 
   target = parse_target(args.target)
@@ -141,29 +151,36 @@ def plan(args: argparse.Namespace, engine: Any, overrides: Overrides) -> list[Pl
     )
     engine.check(job)
     memory = check_on(experiment, target)
-    utilisation = UTILISATION if args.utilisation is None else args.utilisation
-    planned.append(
-      Planned(job, experiment, estimate(experiment, target, args.spot, utilisation), memory)
+    t, length = experiment.training, experiment.data.positions
+    run = training_run(
+      experiment.model,
+      length,
+      target,
+      t.steps * t.batch_size * length,
+      UTILISATION if args.utilisation is None else args.utilisation,
     )
+    planned.append(Planned(job, experiment, run, memory))
   return planned
 
 
 def summary(engine: Any, planned: list[Planned]) -> list[str]:
   """The plan for a reader."""
-  first, job = planned[0].estimate, planned[0].job
+  from jaxformer.models.params import define
+
+  first, job, model = planned[0], planned[0].job, planned[0].experiment.model
   lines = [
-    f'{planned[0].experiment.model.tag} with {first.params:,} parameters on '
+    f'{model.tag} with {define(model).size:,} parameters on '
     f'{job.target.name}{" spot" if job.spot else ""}: '
     f'{job.target.total_chips} chips of {job.target.hosts} hosts'
   ]
-  rows = [('run', 'tokens', 'FLOPs', f'time at {first.utilisation:.0%}', 'price')]
+  rows = [('run', 'tokens', 'FLOPs', f'time at {first.run.utilisation:.0%}', 'price')]
   rows += [
     (
       p.job.name,
-      amount(p.estimate.tokens),
-      f'{p.estimate.flops:.3g}',
-      duration(p.estimate.seconds),
-      money(p.estimate.price),
+      amount(p.run.tokens),
+      f'{p.run.train_flops:.3g}',
+      duration(p.run.seconds),
+      money(p.price),
     )
     for p in planned
   ]
@@ -171,15 +188,16 @@ def summary(engine: Any, planned: list[Planned]) -> list[str]:
     rows.append(
       (
         f'{len(planned)} runs',
-        amount(sum(p.estimate.tokens for p in planned)),
-        f'{sum(p.estimate.flops for p in planned):.3g}',
-        duration(sum(p.estimate.seconds for p in planned)),
-        money(sum(p.estimate.price for p in planned)),
+        amount(sum(p.run.tokens for p in planned)),
+        f'{sum(p.run.train_flops for p in planned):.3g}',
+        duration(sum(p.run.seconds for p in planned)),
+        money(sum(p.price for p in planned)),
       )
     )
   lines += [f'  {line}' for line in table(rows)]
-  bound = ', on demand; spot capacity costs less, as the market has it' if first.at_most else ''
-  lines.append(f'price an hour: {money(first.price_per_hour)}{bound}')
+  at_most = job.spot and first.run.spot_price_usd is None
+  bound = ', on demand; the market price of spot capacity is below it' if at_most else ''
+  lines.append(f'price per hour: {money(first.price_per_hour)}{bound}')
   memory, there = max(p.memory.total for p in planned), job.target.device_memory_bytes
   fits = (
     'fits'
@@ -209,11 +227,11 @@ def value(engine: Any, planned: list[Planned], files: dict[pathlib.Path, str]) -
     'spot': planned[0].job.spot,
     'jobs': [
       {'name': p.job.name, 'command': engine.command(p.job), 'train': p.job.words}
-      | dataclasses.asdict(p.estimate)
-      | {'memory_bytes_per_device': p.memory.total}
+      | p.run.as_json()
+      | {'price': p.price, 'memory_bytes_per_device': p.memory.total}
       for p in planned
     ],
-    'price': sum(p.estimate.price for p in planned),
+    'price': sum(p.price for p in planned),
     'files': {str(path): text for path, text in files.items()},
   }
 

@@ -24,7 +24,6 @@ from jaxformer.config import InputError
 from jaxformer.overrides import override
 
 OVERRIDES = True
-GIB = 2**30
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -77,7 +76,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, overrides: Overrides) -> None:
   from jaxformer.models.zoo import PRESETS
   from jaxformer.planning.cost import cost
-  from jaxformer.planning.plan import TOKENS_PER_PARAMETER, parse_amount
+  from jaxformer.planning.estimate import TOKENS_PER_PARAMETER, parse_amount
 
   _check(args)
   asked, given = sizes.sizes_of(args), {path.replace('-', '_') for path, _ in overrides}
@@ -185,7 +184,9 @@ def _on_target(
   tokens: float,
   context_length: int,
 ) -> dict[str, Any]:
-  from jaxformer.planning.plan import Setup, default_mesh, inference_report, training_report
+  from jaxformer.launch.check import setup_of
+  from jaxformer.planning.estimate import estimate, inference_setup, training_run
+  from jaxformer.planning.setup import default_mesh
 
   target, t = _target(args), experiment.training
   if args.compile or args.search:
@@ -197,26 +198,15 @@ def _on_target(
       if not preset or any('sequence' in path for path in given)
       else context_length
     )
-    value = inference_report(args.phase, experiment.model, target, t.batch_size, length, precision)
+    setup = inference_setup(args.phase, experiment.model, target, t.batch_size, length, precision)
+    value = estimate(setup).as_json()
     if args.compile:
-      value['compiled'] = compiling.inference_report(
-        experiment, target, args.phase, t.batch_size, length, value['memory']['total']
-      )
+      value['compiled'] = compiling.inference_report(experiment, setup, value['memory']['total'])
     return value
   mesh = experiment.mesh
   if preset and not any(path.startswith('mesh') for path in given):
     mesh = default_mesh(experiment.model, target, t.batch_size, t.accumulate)
-  setup = Setup(
-    model=experiment.model,
-    target=target,
-    mesh=mesh,
-    batch_size=t.batch_size,
-    length=experiment.data.positions,
-    remat=t.remat,
-    accumulate=t.accumulate,
-    precision=precision,
-    optimizer=_optimizer_state(experiment),
-  )
+  setup = dataclasses.replace(setup_of(experiment, target, mesh), platform=None)
   found: dict[str, Any] = {}
   if args.search:
     if chosen := [path for path in given if path.startswith('mesh') or path == 'training.remat']:
@@ -224,26 +214,19 @@ def _on_target(
     batch_given = not preset or 'training.batch_size' in given
     found['search'], setup = compiling.search_report(experiment, setup, batch_given, args.preset)
   note(f'tracing a step of {setup.batch_size} x {setup.length} tokens on {target.name}')
-  found |= training_report(setup, tokens, args.utilisation, args.price)
+  run = training_run(
+    setup.model,
+    setup.length,
+    target,
+    tokens,
+    args.utilisation,
+    precision=precision,
+    price=args.price,
+  )
+  found |= {'run': run.as_json()} | estimate(setup).as_json()
   if args.compile:
     found['compiled'] = compiling.train_report(experiment, setup)
   return found
-
-
-def _optimizer_state(experiment: Any) -> Any:
-  """Its state in shapes with shardings: planning knows no optimizer."""
-
-  from jaxformer.models.params import define
-  from jaxformer.training.optimizer import Optimizer
-
-  def state(model: Any, mesh: Any, rules: Any) -> Any:
-    definition = define(model)
-    optimizer = Optimizer.of(
-      experiment.optimizer, experiment.schedule, experiment.training.steps, definition
-    )
-    return optimizer.abstract_state(definition, mesh, rules)
-
-  return state
 
 
 # ---- for a reader ------------------------------------------------------------------------------
@@ -310,6 +293,8 @@ def _run_rows(v: dict[str, Any]) -> list[tuple[str, str, str]]:
 
 
 def _memory_rows(v: dict[str, Any]) -> list[tuple[str, str, str]]:
+  from jaxformer.planning.hardware import GIB
+
   if 'memory' not in v:
     return []
   m = v['memory']

@@ -41,7 +41,7 @@ def arguments(parser: argparse.ArgumentParser, more: str = '') -> None:
 
 def sizes_of(args: argparse.Namespace) -> list[Size]:
   """What the options ask for."""
-  from jaxformer.planning.plan import parse_amount
+  from jaxformer.planning.estimate import parse_amount
 
   return [
     (match, parse_amount(part, option))
@@ -70,7 +70,7 @@ def made(
   """The model (a `compare.sizing.Sized`) of a family, or around the layer FILE:NAME, at a size (of
   a million parameters for a layer without one), and the overrides that are left: the vocabulary and
   the context are needed to find it."""
-  from jaxformer.planning.plan import parse_amount
+  from jaxformer.planning.estimate import parse_amount
   from jaxformer.study.sizing import solve
 
   family, left = family_of(target), []

@@ -1,4 +1,4 @@
-"""Whether an experiment can run on a target, before the target is paid for."""
+"""Checks of an experiment against a target before anything is rented."""
 
 from __future__ import annotations
 
@@ -6,53 +6,57 @@ from typing import Any
 
 from jaxformer.config import InputError
 from jaxformer.models.params import define
-from jaxformer.planning.memory import Memory, abstract_mesh, local_batch, training_memory
+from jaxformer.planning.memory import Memory, memory
+from jaxformer.planning.setup import Setup
 from jaxformer.planning.target import Target
+from jaxformer.sharding import MeshConfig
 from jaxformer.training.experiment import Experiment, check_fit
 from jaxformer.training.optimizer import Optimizer
 
 
-def check_on(experiment: Experiment, target: Target) -> Memory:
-  """What a training step takes of one device's memory.
+def setup_of(experiment: Experiment, target: Target, mesh: MeshConfig | None = None) -> Setup:
+  """The training step of an experiment as planning sees it; `mesh` replaces the experiment's."""
+  e, t = experiment, experiment.training
 
-  Raises `InputError` where the model does not fit the data, the mesh, batch or parameters the
-  number of devices, or the memory does not even hold parameters, gradients and the optimizer's
-  state. The rest of it is an estimate, which refuses nothing."""
-  check_fit(experiment.model, experiment.data)
-  there, t, length, rules = (
-    target.device_memory_bytes,
-    experiment.training,
-    experiment.data.positions,
-    experiment.mesh.rules,
+  def optimizer_state(model: Any, mesh: Any, rules: Any) -> Any:
+    definition = define(model)
+    optimizer = Optimizer.of(e.optimizer, e.schedule, t.steps, definition)
+    return optimizer.abstract_state(definition, mesh, rules)
+
+  return Setup(
+    model=e.model,
+    target=target,
+    mesh=e.mesh if mesh is None else mesh,
+    batch_size=t.batch_size,
+    length=e.data.positions,
+    remat=t.remat,
+    accumulate=t.accumulate,
+    precision='fp32' if t.dtype == 'float32' else 'bf16',
+    optimizer=optimizer_state,
+    # The kernels of a GPU cannot be traced without cuDNN; those of a TPU keep the same arrays.
+    platform='tpu',
   )
+
+
+def check_on(experiment: Experiment, target: Target) -> Memory:
+  """Estimate the memory of a training step on each device of a target.
+
+  Raises `InputError` if the model does not fit the data, if the mesh does not divide the devices,
+  the batch or the parameters, or if parameters, gradients and optimizer state alone exceed the
+  memory. Activations are an estimate and refuse nothing."""
+  check_fit(experiment.model, experiment.data)
+  limit = target.device_memory_bytes
   try:
-    mesh = abstract_mesh(experiment.mesh, target.devices)
-    local_batch(mesh, rules, t.batch_size, length, t.accumulate)
-    # A GPU's kernels cannot be traced where cuDNN is not; those of a TPU keep as little.
-    definition = define(experiment.model)
-    optimizer = Optimizer.of(experiment.optimizer, experiment.schedule, t.steps, definition)
-    on: Any = mesh  # a mesh without devices is enough for shardings
-    memory = training_memory(
-      experiment.model,
-      mesh,
-      rules,
-      t.batch_size,
-      length,
-      remat=t.remat,
-      accumulate=t.accumulate,
-      dtype='bfloat16' if t.dtype == 'auto' else t.dtype,
-      optimizer=optimizer.abstract_state(definition, on, rules),
-      platform='tpu',
-    )
-    least = 2 * memory.parameters + memory.optimizer
-    if least > there:
+    found = memory(setup_of(experiment, target))
+    least = 2 * found.parameters + found.optimizer
+    if least > limit:
       raise InputError(
-        f'parameters, gradients and optimizer take {least / 1e9:,.1f} GB a device, '
-        f'{(least - there) / 1e9:,.1f} GB more than there '
-        'is; divide them over more devices (--mesh.fsdp, --mesh.tensor), or take a larger target'
+        f'parameters, gradients and optimizer need {least / 1e9:,.1f} GB per device, '
+        f'{(least - limit) / 1e9:,.1f} GB more than available; shard them over more devices '
+        '(--mesh.fsdp, --mesh.tensor), or choose a larger target'
       )
   except InputError as e:
     raise InputError(
-      f'--target {target.name} ({target.devices} devices of {there / 1e9:.3g} GB): {e}'
+      f'--target {target.name} ({target.devices} devices of {limit / 1e9:.3g} GB): {e}'
     ) from None
-  return memory
+  return found

@@ -1,7 +1,7 @@
-"""The TPU compiler as a check, on any host with libtpu (the `tpu` extra) and no TPU: does a program
-fit, and what does it send (`jaxformer.planning.program`).
+"""The TPU compiler as a check, on any host with libtpu (the `tpu` extra) and without a TPU: whether
+a program fits, and what it computes and sends.
 
-What it says of memory and of the program is what a TPU would run; it says nothing of speed.
+Memory and program are those that a TPU would run; the compiler says nothing about speed.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import os
 import re
 import tempfile
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from typing import Any
 
 import jax
@@ -23,12 +23,13 @@ from jax.sharding import Mesh
 
 from jaxformer import sharding
 from jaxformer.config import InputError
-from jaxformer.planning.arithmetic import Arithmetic, arithmetic
-from jaxformer.planning.groups import by_axis
-from jaxformer.planning.program import SHAPE, Traffic, array_bytes, list_collectives, text_of
+from jaxformer.planning.collectives import Traffic, list_collectives, traffic_by_axis
+from jaxformer.planning.hardware import GIB
+from jaxformer.planning.hlo import text_of
+from jaxformer.planning.hlo_flops import CompiledFlops, compiled_flops
 
-# libtpu otherwise asks a cloud metadata server, and two processes with it (pytest-xdist) fail on
-# its lock file.
+# Without these, libtpu queries a cloud metadata server, and a second process that loads it
+# (pytest-xdist) fails on its lock file.
 _ENVIRONMENT = {
   'TPU_SKIP_MDS_QUERY': '1',
   'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',
@@ -38,8 +39,8 @@ _ENVIRONMENT = {
 
 
 def topology_mesh(name: str, config: sharding.MeshConfig, slices: int = 1) -> Mesh:
-  """The mesh of a config over the devices of a described machine such as 'v5e:2x4', or of several
-  such slices: for compiling, not for running.
+  """The mesh of a config over the devices of a topology such as 'v5e:2x4', or of several such
+  slices: for compilation, not for execution.
 
   The smallest v5e topology has four chips; a config of fewer devices takes the first of them.
   """
@@ -61,34 +62,9 @@ def topology_mesh(name: str, config: sharding.MeshConfig, slices: int = 1) -> Me
   return sharding.make_mesh(config, devices if -1 in asked else devices[: math.prod(asked)])
 
 
-def compile_for_tpu(
-  f: Callable[..., Any],
-  *arguments: Any,
-  mesh: Mesh,
-  rules: sharding.Rules | str = 'fsdp_tensor',
-  **jit_options: Any,
-) -> jax.stages.Compiled:
-  """`jax.jit(f, **jit_options)` compiled for the devices of `mesh`, under it, so that
-  `sharding.platform()` is 'tpu'.
-
-  Args:
-    arguments: `jax.ShapeDtypeStruct`s, with shardings on `mesh`; one without is replicated.
-  """
-  whole = sharding.replicated(mesh)
-  arguments = jax.tree.map(
-    lambda a: jax.ShapeDtypeStruct(
-      a.shape, a.dtype, sharding=getattr(a, 'sharding', None) or whole
-    ),
-    arguments,
-  )
-  with sharding.use_mesh(mesh, rules):
-    return jax.jit(f, **jit_options).trace(*arguments).lower(lowering_platforms=('tpu',)).compile()
-
-
 @contextlib.contextmanager
 def quiet() -> Generator[None]:
-  """Within, what libraries in C++ write to stderr is dropped: libtpu reports at length that this
-  host has no TPU."""
+  """Discard what C++ libraries write to stderr; libtpu reports there that this host has no TPU."""
   with tempfile.TemporaryFile() as sink:
     kept = os.dup(2)
     os.dup2(sink.fileno(), 2)
@@ -99,23 +75,19 @@ def quiet() -> Generator[None]:
       os.close(kept)
 
 
-# ---- what a compiled program takes -------------------------------------------------------------
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CompiledPlan:
-  """What the compiler says of one program; bytes and FLOPs are those of one device.
+  """What the compiler reports of one program; bytes and FLOPs per device.
 
   Attributes:
-    arguments: bytes that are there before the program; None where it does not fit.
-    temporaries: bytes that it needs beside.
-    outputs: bytes of results that do not take the place of an argument.
-    total: of all of them; where it does not fit, what the compiler says it would use.
-    limit: what a program may use.
-    flops: None where it does not fit.
-    collectives: axes of the mesh ('fsdp', 'fsdp+tensor') -> kind -> how many, and bytes of their
-      results.
-    compile_seconds: lowering left out.
+    arguments: bytes of its arguments; None if the program does not fit.
+    temporaries: bytes that it allocates.
+    outputs: bytes of results that do not reuse the memory of an argument.
+    total: sum of the three; if the program does not fit, what it would need by the compiler.
+    limit: bytes that a program may use.
+    flops: None if the program does not fit.
+    collectives: mesh axes ('fsdp', 'fsdp+tensor') -> kind of collective -> traffic.
+    compile_seconds: without lowering.
   """
 
   arguments: int | None = None
@@ -123,7 +95,7 @@ class CompiledPlan:
   outputs: int | None = None
   total: float
   limit: float
-  flops: Arithmetic | None = None
+  flops: CompiledFlops | None = None
   collectives: dict[str, dict[str, Traffic]] = dataclasses.field(default_factory=dict)
   compile_seconds: float
   jax: str
@@ -135,11 +107,11 @@ class CompiledPlan:
 
   @property
   def short_by(self) -> float:
-    """Bytes that are missing; 0 where it fits."""
+    """Bytes that are missing; 0 if it fits."""
     return max(0.0, self.total - self.limit)
 
   def as_json(self) -> dict[str, Any]:
-    """Its figures as JSON data."""
+    """The figures as JSON data."""
     flops = (
       None
       if self.flops is None
@@ -171,10 +143,11 @@ class CompiledPlan:
 
 
 def compile_plan(lowered: jax.stages.Lowered, mesh: Mesh, limit: float) -> CompiledPlan:
-  """Compiles a program for the devices of a mesh. One that does not fit is an answer, not an error.
+  """Compile a program for the devices of a mesh. A program that does not fit is a result, not an
+  error.
 
   Args:
-    limit: bytes of a device; where the compiler refuses the program, its own limit stands.
+    limit: bytes per device; if the compiler refuses the program, its own limit is reported.
   """
   began = time.perf_counter()
   libtpu = _version('libtpu')
@@ -193,7 +166,7 @@ def compile_plan(lowered: jax.stages.Lowered, mesh: Mesh, limit: float) -> Compi
       libtpu=libtpu,
     )
   seconds, memory, text = time.perf_counter() - began, compiled.memory_analysis(), text_of(compiled)
-  assert memory is not None  # the TPU's compiler tells
+  assert memory is not None  # the TPU compiler always reports it
   outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
   return CompiledPlan(
     arguments=memory.argument_size_in_bytes,
@@ -201,8 +174,8 @@ def compile_plan(lowered: jax.stages.Lowered, mesh: Mesh, limit: float) -> Compi
     outputs=outputs,
     total=memory.argument_size_in_bytes + memory.temp_size_in_bytes + outputs,
     limit=limit,
-    flops=arithmetic(text),
-    collectives=by_axis(list_collectives(text), dict(mesh.shape)),
+    flops=compiled_flops(text),
+    collectives=traffic_by_axis(list_collectives(text), dict(mesh.shape)),
     compile_seconds=seconds,
     jax=jax.__version__,
     libtpu=libtpu,
@@ -210,9 +183,8 @@ def compile_plan(lowered: jax.stages.Lowered, mesh: Mesh, limit: float) -> Compi
 
 
 def memory_refusal(message: str) -> tuple[float, float] | None:
-  """(bytes that would be used, bytes that there are) of the compiler's RESOURCE_EXHAUSTED; None for
-  another error. Where temporaries alone are too large, the compiler stops there, and what would be
-  used is at least that."""
+  """(bytes needed, bytes available) of the compiler's RESOURCE_EXHAUSTED; None for another error.
+  If the temporaries alone are too large, the compiler stops there: the first is a lower bound."""
   found = re.search(r'Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm', message) or re.search(
     r'memory required for .*? \(([\d.]+)([KMGT]?)\) exceeds available HBM \(([\d.]+)([KMGT]?)\)',
     message,
@@ -231,32 +203,32 @@ def disagreements(
   memory_within: float = 0.15,
   flops_within: float = 0.05,
 ) -> list[str]:
-  """Where the compiler and the formulas are further apart than they should be, one line each.
+  """Where compiler and formulas differ by more than the formulas claim, one line each.
 
   Args:
-    memory: predicted bytes a device.
-    flops: predicted FLOPs a device: without what remat computes again, and with all of it.
+    memory: predicted bytes per device.
+    flops: predicted FLOPs per device, without recomputation under remat and with all of it.
   """
   lines, ratio = [], plan.total / memory
   if abs(ratio - 1) > memory_within:
     lines.append(
-      f'memory: the compiler says {plan.total / 2**30:.2f} GiB a device, the formulas '
-      f'{memory / 2**30:.2f} '
-      f'({ratio:.2f} times)'
+      f'memory: {plan.total / GIB:.2f} GiB per device by the compiler, {memory / GIB:.2f} by the '
+      f'formulas (ratio {ratio:.2f})'
     )
-  if plan.flops is not None:
-    low, high = flops
-    if plan.flops.total > high * (1 + flops_within):
-      lines.append(
-        f'FLOPs: the compiler computes {plan.flops.total:.4g} a device, the formulas with remat at '
-        f'most {high:.4g}'
-      )
-    elif plan.flops.total < low * (1 - flops_within):
-      why = ', '.join(plan.flops.uncounted)
-      lines.append(
-        f'FLOPs: counted {plan.flops.total:.4g} a device, by the formulas {low:.4g}'
-        + (f'; not counted: {why}' if why else '')
-      )
+  if plan.flops is None:
+    return lines
+  counted, (low, high) = plan.flops.total, flops
+  if counted > high * (1 + flops_within):
+    lines.append(
+      f'FLOPs: {counted:.4g} per device by the compiler, at most {high:.4g} by the formulas with '
+      'remat'
+    )
+  elif counted < low * (1 - flops_within):
+    why = ', '.join(plan.flops.uncounted)
+    lines.append(
+      f'FLOPs: {counted:.4g} per device by the compiler, {low:.4g} by the formulas'
+      + (f'; not counted: {why}' if why else '')
+    )
   return lines
 
 
@@ -265,20 +237,3 @@ def _version(package: str) -> str:
     return importlib.metadata.version(package)
   except importlib.metadata.PackageNotFoundError:
     return 'unknown'
-
-
-# ---- what is in it -----------------------------------------------------------------------------
-
-
-def largest_arrays(compiled: jax.stages.Compiled, n: int = 10) -> list[tuple[int, str]]:
-  """(bytes, 'dtype[shape]') of the largest arrays named in a compiled program, on one device."""
-  shapes = {
-    (array_bytes(dtype, dims), f'{dtype}[{dims}]')
-    for dtype, dims in SHAPE.findall(text_of(compiled))
-  }
-  return sorted(shapes, reverse=True)[:n]
-
-
-def has_array(compiled: jax.stages.Compiled, *dims: int) -> bool:
-  """Whether some array of a compiled program has these dimensions next to each other."""
-  return re.search(rf'[\[,]{",".join(map(str, dims))}[\],]', text_of(compiled)) is not None

@@ -1,10 +1,12 @@
-"""What a forward pass keeps for its backward pass, by tracing: no formula for any layer, and no
-array.
+"""Residuals: the arrays that a forward pass keeps for its backward pass, found by tracing, without
+a formula for any layer and without any array.
 
 `jax.vjp` of a model's loss is traced with abstract shapes, under a remat policy, for the part of a
-batch that one device has. The arrays that its backward function closes over are what is kept. Which
-of them depend on the batch, and how a mesh axis that divides weights (`tensor`) divides them,
-follows from the program: both are carried from the parameters through each operation."""
+batch that one device has. The arrays that its backward function closes over are the residuals.
+Tracing knows no mesh, so two properties are propagated from the inputs through every operation of
+the program: whether an array depends on the batch, and how the mesh axes that shard the weights
+where they are used (`tensor`) shard it. An operation without a rule of its own takes the sharding
+of the argument dimensions that its result has (`_elementwise`)."""
 
 from __future__ import annotations
 
@@ -16,68 +18,69 @@ import jax
 from jax.extend.core import Literal
 
 
-class Kept(NamedTuple):
+class Residual(NamedTuple):
   """One array that is kept.
 
   Attributes:
-    shape, dtype: of it.
-    parts: in how many parts each dimension is divided.
-    activation: it depends on the batch, not on parameters alone.
-    rounds: of the loop that stacked it (its first dimension); 1 where none did.
+    shape, dtype: of the array on all devices.
+    shards: the number of shards of each dimension.
+    activation: whether it depends on the batch, not on parameters alone.
+    iterations: of the loop that stacked it along its first dimension; 1 outside loops.
   """
 
   shape: tuple[int, ...]
   dtype: Any
-  parts: tuple[int, ...]
+  shards: tuple[int, ...]
   activation: bool
-  rounds: int = 1
+  iterations: int = 1
 
   @property
   def bytes(self) -> int:
-    """On one device."""
+    """Bytes per device."""
     return (
-      math.prod(-(-n // p) for n, p in zip(self.shape, self.parts, strict=True))
+      math.prod(-(-n // p) for n, p in zip(self.shape, self.shards, strict=True))
       * self.dtype.itemsize
     )
 
 
 class _Value(NamedTuple):
-  parts: tuple[int, ...]
+  """What is propagated for each variable of a program; fields as in `Residual`."""
+
+  shards: tuple[int, ...]
   activation: bool
-  rounds: int = 1
+  iterations: int = 1
 
 
-def kept_arrays(
+def residuals(
   backward: Any,
   params: Mapping[str, jax.ShapeDtypeStruct],
-  parts: Mapping[str, Sequence[int]],
+  shards: Mapping[str, Sequence[int]],
   batch: Any,
-) -> list[Kept]:
-  """What `backward(params, batch)`, a function that returns the backward function of `jax.vjp`,
-  closes over; parameters excepted.
+) -> list[Residual]:
+  """The arrays that `backward(params, batch)`, a function that returns the backward function of
+  `jax.vjp`, closes over, without the parameters.
 
   Args:
-    parts: in how many parts each dimension of each parameter is divided where it is used (1 for one
-      that is gathered).
+    shards: the number of shards of each dimension of each parameter where it is used (1 for one
+      that is all-gathered).
   """
   closed = jax.make_jaxpr(backward)(params, batch)
-  names = list(params)
   leaves = jax.tree.leaves((dict(params), batch))
   # `make_jaxpr` flattens a dictionary by sorted keys; the batch's arrays follow.
-  first = [_Value(tuple(parts[name]), False) for name in sorted(names)]
-  inputs = first + [_Value((1,) * leaf.ndim, True) for leaf in leaves[len(first) :]]
-  outputs = _run(closed.jaxpr, inputs)
-  given, found = set(map(id, closed.jaxpr.invars)), {}
-  for var, value in zip(closed.jaxpr.outvars, outputs, strict=True):
-    if id(var) not in given and not isinstance(var, Literal):
-      found[id(var)] = Kept(
-        tuple(var.aval.shape), var.aval.dtype, value.parts, value.activation, value.rounds
-      )
+  inputs = [_Value(tuple(shards[name]), False) for name in sorted(params)]
+  inputs += [_Value((1,) * leaf.ndim, True) for leaf in leaves[len(inputs) :]]
+  outputs = _propagate(closed.jaxpr, inputs)
+  arguments = set(map(id, closed.jaxpr.invars))
+  found = {
+    id(var): Residual(tuple(var.aval.shape), var.aval.dtype, *value)
+    for var, value in zip(closed.jaxpr.outvars, outputs, strict=True)
+    if id(var) not in arguments and not isinstance(var, Literal)
+  }
   return list(found.values())
 
 
-def _run(jaxpr: Any, inputs: Sequence[_Value]) -> list[_Value]:
-  """How the results of a program are divided, given how its arguments are."""
+def _propagate(jaxpr: Any, inputs: Sequence[_Value]) -> list[_Value]:
+  """The properties of a program's results, from those of its arguments."""
   known: dict[int, _Value] = {id(v): i for v, i in zip(jaxpr.invars, inputs, strict=True)}
 
   def value(var: Any) -> _Value:
@@ -98,7 +101,7 @@ def _results(eqn: Any, arguments: list[_Value]) -> list[_Value]:
   if inner is not None and name not in ('while', 'pallas_call', 'custom_partitioning', 'shard_map'):
     inner = getattr(inner, 'jaxpr', inner)
     if len(inner.invars) == len(arguments) and len(inner.outvars) == len(eqn.outvars):
-      return _run(inner, arguments)
+      return _propagate(inner, arguments)
   active = any(a.activation for a in arguments)
   rule = {
     'dot_general': _dot,
@@ -112,36 +115,36 @@ def _results(eqn: Any, arguments: list[_Value]) -> list[_Value]:
   for out in eqn.outvars:
     shape = tuple(getattr(out.aval, 'shape', ()))
     if name in rule:
-      parts = rule[name](eqn, arguments, shape)
+      shards = rule[name](eqn, arguments, shape)
     elif reduced:
-      parts = tuple(p for i, p in enumerate(arguments[0].parts) if i not in params['axes'])
+      shards = tuple(p for i, p in enumerate(arguments[0].shards) if i not in params['axes'])
     else:
-      parts = _alike(eqn, arguments, shape)
-    results.append(_Value(parts, active))
+      shards = _elementwise(eqn, arguments, shape)
+    results.append(_Value(shards, active))
   return results
 
 
 def _scan(eqn: Any, arguments: list[_Value]) -> list[_Value]:
   consts, carries = eqn.params['num_consts'], eqn.params['num_carry']
   inside = arguments[: consts + carries] + [
-    _Value(a.parts[1:], a.activation) for a in arguments[consts + carries :]
+    _Value(a.shards[1:], a.activation) for a in arguments[consts + carries :]
   ]
   body = eqn.params['jaxpr'].jaxpr
-  # a carry may take its division, and its dependence on the batch, from the first round
+  # a carry may become sharded, or dependent on the batch, in the first iteration
   for _ in range(2):
-    results = _run(body, inside)
+    results = _propagate(body, inside)
     inside[consts : consts + carries] = [
-      _Value(tuple(map(max, a.parts, b.parts)), a.activation or b.activation)
+      _Value(tuple(map(max, a.shards, b.shards)), a.activation or b.activation)
       for a, b in zip(inside[consts : consts + carries], results[:carries], strict=True)
     ]
   return inside[consts : consts + carries] + [
-    _Value((1, *r.parts), r.activation, eqn.params['length']) for r in results[carries:]
+    _Value((1, *r.shards), r.activation, eqn.params['length']) for r in results[carries:]
   ]
 
 
 def _dot(eqn: Any, arguments: list[_Value], shape: tuple[int, ...]) -> tuple[int, ...]:
   (contract_l, contract_r), (batch_l, batch_r) = eqn.params['dimension_numbers']
-  left, right = arguments[0].parts, arguments[1].parts
+  left, right = arguments[0].shards, arguments[1].shards
   return (
     *(max(left[i], right[j]) for i, j in zip(batch_l, batch_r, strict=True)),
     *(p for i, p in enumerate(left) if i not in (*contract_l, *batch_l)),
@@ -150,50 +153,50 @@ def _dot(eqn: Any, arguments: list[_Value], shape: tuple[int, ...]) -> tuple[int
 
 
 def _transpose(eqn: Any, arguments: list[_Value], shape: tuple[int, ...]) -> tuple[int, ...]:
-  return tuple(arguments[0].parts[i] for i in eqn.params['permutation'])
+  return tuple(arguments[0].shards[i] for i in eqn.params['permutation'])
 
 
 def _broadcast(eqn: Any, arguments: list[_Value], shape: tuple[int, ...]) -> tuple[int, ...]:
-  parts = [1] * len(shape)
-  for p, i in zip(arguments[0].parts, eqn.params['broadcast_dimensions'], strict=True):
-    parts[i] = p if shape[i] > 1 else 1
-  return tuple(parts)
+  shards = [1] * len(shape)
+  for p, i in zip(arguments[0].shards, eqn.params['broadcast_dimensions'], strict=True):
+    shards[i] = p if shape[i] > 1 else 1
+  return tuple(shards)
 
 
 def _reshape(eqn: Any, arguments: list[_Value], shape: tuple[int, ...]) -> tuple[int, ...]:
-  """Runs of dimensions with the same product on both sides; the first of a run that it divides
-  takes the division."""
-  before, divided = list(getattr(eqn.invars[0].aval, 'shape', ())), arguments[0].parts
-  parts, i, j = [1] * len(shape), 0, 0
+  """Match runs of dimensions with the same product on both sides. The first dimension of a run that
+  the shards of the run divide gets all of them."""
+  before, given = list(getattr(eqn.invars[0].aval, 'shape', ())), arguments[0].shards
+  shards, i, j = [1] * len(shape), 0, 0
   while i < len(before) and j < len(shape):
-    begin, a, b, run = j, before[i], shape[j], divided[i]
+    first, a, b, run = j, before[i], shape[j], given[i]
     i, j = i + 1, j + 1
     while a != b:
       if a < b:
-        a, run, i = a * before[i], run * divided[i], i + 1
+        a, run, i = a * before[i], run * given[i], i + 1
       else:
         b, j = b * shape[j], j + 1
-    place = next((k for k in range(begin, j) if shape[k] > 1 and shape[k] % run == 0), None)
-    if run > 1 and place is not None:
-      parts[place] = run
-  return tuple(parts)
+    target = next((k for k in range(first, j) if shape[k] > 1 and shape[k] % run == 0), None)
+    if run > 1 and target is not None:
+      shards[target] = run
+  return tuple(shards)
 
 
-def _alike(eqn: Any, arguments: list[_Value], shape: tuple[int, ...]) -> tuple[int, ...]:
-  """Elementwise operations and what is like them: a dimension is divided as the same one of an
-  argument of as many dimensions is, else as one of the same size is."""
-  parts = [1] * len(shape)
+def _elementwise(eqn: Any, arguments: list[_Value], shape: tuple[int, ...]) -> tuple[int, ...]:
+  """Elementwise operations, and all without a rule: a dimension of the result is sharded like the
+  same dimension of an argument with as many dimensions, and otherwise like the first of the same
+  size."""
+  shards = [1] * len(shape)
   for var, argument in zip(eqn.invars, arguments, strict=True):
     sizes = tuple(getattr(var.aval, 'shape', ()))
-    for i, (n, p) in enumerate(zip(sizes, argument.parts, strict=True)):
-      if p > 1:
-        same = (
-          i
-          if len(sizes) == len(shape) and shape[i] % p == 0 and shape[i] >= n // 2
-          else next((k for k, m in enumerate(shape) if m == n), None)
-          if len(sizes) != len(shape)
-          else None
-        )
-        if same is not None:
-          parts[same] = max(parts[same], p)
-  return tuple(parts)
+    for i, (n, p) in enumerate(zip(sizes, argument.shards, strict=True)):
+      if p == 1:
+        continue
+      if len(sizes) != len(shape):
+        same = next((k for k, m in enumerate(shape) if m == n), None)
+      else:
+        # slices and convolutions may shorten a dimension; half of it is still the same one
+        same = i if shape[i] % p == 0 and shape[i] >= n // 2 else None
+      if same is not None:
+        shards[same] = max(shards[same], p)
+  return tuple(shards)

@@ -1,49 +1,48 @@
-"""Lower bounds on time, by what a chip computes, reads and sends, each at its peak rate.
+"""Lower bounds on the time of a step: what each chip computes, reads and sends, at its peak rates.
 
-A step cannot be shorter than the longest of three times: products at a share of the peak
-(`utilisation`), traffic of the high-bandwidth memory, traffic of the links. They are taken to
-overlap perfectly, so none of them is a prediction.
+A step cannot be shorter than the longest of three times: products at the peak, traffic of the
+high-bandwidth memory, traffic of the links. They are assumed to overlap perfectly, so none of them
+is a prediction.
 
-What is sent, in bytes that one device puts on its links, for n devices along an axis:
+A training step sends, in bytes that one device puts on its links, for n devices along an axis:
 
-- `fsdp`: the weights in the compute dtype, gathered forward and again backward, and the gradients
-  scattered: (n - 1) / n of each.
-- `data` and `replica`: the gradients all-reduced, 2 (n - 1) / n of what the device has of them,
-  fp32 as they are added up.
+- `fsdp`: the weights in the compute dtype, all-gathered in the forward and again in the backward
+  pass, and the gradients reduce-scattered: (n - 1) / n of each.
+- `data` and `replica`: the gradients all-reduced, 2 (n - 1) / n of the device's shard of them, in
+  fp32 as they are summed.
 - `tensor`: after each residual branch an all-reduce of the residual stream, forward and backward: 2
   (n - 1) / n of it.
 - `expert`: tokens to the experts of their layer and back, forward and backward: k copies, (n - 1) /
   n of them.
-- `context`: keys and values, or states, of the others; forward and twice backward.
+- `context`: keys and values, or states, of the other shards; forward and twice backward.
+
+Inference shards weights and state evenly and sends the residual stream of each branch over
+`tensor`, forward.
 
 `replica` crosses the network, as does any axis of GPUs that is wider than the domain of their fast
-links; the rest is on the links."""
+links; the other axes use the links."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 
-from jax.sharding import AbstractMesh
-
-from jaxformer.models.model import ModelConfig
 from jaxformer.models.params import define
-from jaxformer.planning.cost import cost, flops_per_token
-from jaxformer.planning.memory import bytes_of, local_batch
-from jaxformer.planning.target import Target
-from jaxformer.sharding import Rules
+from jaxformer.planning.cost import flops
+from jaxformer.planning.memory import Memory, bytes_of
+from jaxformer.planning.setup import Setup
 
 
 @dataclasses.dataclass(frozen=True)
 class StepTime:
-  """Lower bounds of one step, or of one token in decoding, in seconds.
+  """Lower bounds of one step, in seconds.
 
   Attributes:
-    compute_seconds: products at the utilisation that was assumed.
-    memory_seconds: of the high-bandwidth memory.
-    interconnect_seconds: of the links inside a slice or host.
-    network_seconds: between slices or hosts.
-    tokens: of all devices, in that time.
+    compute_seconds: products at the peak.
+    memory_seconds: traffic of the high-bandwidth memory.
+    interconnect_seconds: traffic of the links within a slice or host.
+    network_seconds: traffic between slices or hosts.
+    tokens: processed by all devices in that time.
   """
 
   compute_seconds: float
@@ -54,7 +53,7 @@ class StepTime:
 
   @property
   def bound(self) -> str:
-    """What the longest of them is: 'compute', 'memory', 'interconnect' or 'network'."""
+    """The bottleneck: 'compute', 'memory', 'interconnect' or 'network'."""
     return max(
       ('compute', 'memory', 'interconnect', 'network'),
       key=lambda name: getattr(self, f'{name}_seconds'),
@@ -62,198 +61,109 @@ class StepTime:
 
   @property
   def seconds(self) -> float:
-    """The lower bound."""
+    """The lower bound: the longest of the four."""
     return getattr(self, f'{self.bound}_seconds')
 
   @property
+  def total_seconds(self) -> float:
+    """The sum of the four, as if nothing overlapped."""
+    return (
+      self.compute_seconds + self.memory_seconds + self.interconnect_seconds + self.network_seconds
+    )
+
+  @property
   def tokens_per_second(self) -> float:
-    """The upper bound that goes with it."""
+    """The upper bound on throughput."""
     return self.tokens / self.seconds
 
 
-def training_step(
-  model: ModelConfig,
-  target: Target,
-  mesh: AbstractMesh,
-  rules: Rules | str,
-  batch_size: int,
-  length: int,
-  *,
-  kept_bytes: float,
-  optimizer_bytes: int,
-  accumulate: int = 1,
-  remat: str = 'none',
-  utilisation: float = 1.0,
-  precision: str = 'bf16',
-) -> StepTime:
-  """One update.
+def step_time(setup: Setup, memory: Memory) -> StepTime:
+  """The bounds of one step of a setup, whose memory per device is `memory`.
 
-  Args:
-    kept_bytes: activations that a device writes and reads again (`memory.Memory.activations`).
-    optimizer_bytes: of the optimizer's state on a device.
-    remat: under 'full' and its like the forward pass is computed twice; the other policies compute
-      again what is cheap.
-  """
-  size, chip = 2 if precision != 'fp32' else 4, target.chip
-  params = define(model).abstract(mesh, rules)
-  held = bytes_of(params)
-  B, T = local_batch(mesh, rules, batch_size, length, accumulate)
-  flops = flops_per_token(model, length) * batch_size * length / mesh.size
-  flops *= 4 / 3 if remat == 'full' else 1
-  in_use = size * define(model).size / mesh.shape['tensor'] / mesh.shape['expert']
-  # Weights twice a microbatch, gradients written and read; parameters and state read and written
-  # once; activations both ways.
-  moved = accumulate * (2 * in_use + 2 * held + 2 * kept_bytes) + 2 * (held + optimizer_bytes)
-  sent = _training_traffic(model, mesh, B, T, in_use, held, size, accumulate)
-  links, network = _where(target, mesh, sent)
+  The prefill counts the head at every position, although a compiled prefill computes the logits of
+  the last one alone (`flops(..., last_logits=True)`)."""
+  mesh, chip = setup.abstract_mesh, setup.target.chip
+  work = flops(setup.model, setup.phase, setup.batch_size, setup.length) / mesh.size
+  if setup.phase == 'train':
+    # Policies other than 'full' recompute only what is cheap.
+    work *= 4 / 3 if setup.remat == 'full' else 1
+    moved, sent = _training_traffic(setup, memory)
+  else:
+    moved, sent = _inference_traffic(setup, memory)
+  links, network = _by_medium(setup, sent)
   return StepTime(
-    flops / (chip.peak(precision) / chip.devices * utilisation),
-    moved / (chip.bytes_per_second / chip.devices),
-    links / (chip.interconnect_bytes_per_second / chip.devices),
-    network / (chip.network_bytes_per_second / chip.devices),
-    batch_size * length,
+    work * chip.devices / chip.peak(setup.precision),
+    moved * chip.devices / chip.bytes_per_second,
+    links * chip.devices / chip.interconnect_bytes_per_second,
+    network * chip.devices / chip.network_bytes_per_second,
+    setup.batch_size * (1 if setup.phase == 'decode' else setup.length),
   )
 
 
-def prefill(
-  model: ModelConfig,
-  target: Target,
-  mesh: AbstractMesh,
-  batch: int,
-  length: int,
-  *,
-  utilisation: float = 1.0,
-  precision: str = 'bf16',
-) -> StepTime:
-  """`batch` prompts of `length` tokens: forward products alone; weights read once, the state
-  written."""
-  tokens, size = batch * length, _size(precision)
-  flops = flops_per_token(model, length) / 3 * tokens
-  state = size * (model.state_size(length) or 0) * batch
-  return _inference(
-    model,
-    target,
-    mesh,
-    flops,
-    size * define(model).size + state,
-    tokens,
-    tokens,
-    utilisation,
-    precision,
-  )
-
-
-def decode(
-  model: ModelConfig,
-  target: Target,
-  mesh: AbstractMesh,
-  batch: int,
-  context_length: int,
-  *,
-  utilisation: float = 1.0,
-  precision: str = 'bf16',
-) -> StepTime:
-  """One token of each of `batch` sequences that are `context` tokens long: weights and state are
-  read once. Of a mixture, the experts that so many tokens choose between them, evenly: E (1 - (1 -
-  k / E)^batch) of E."""
-  size = _size(precision)
-  flops = batch * (
-    cost(model, context_length).forward_flops_per_token + _last_token_extra(model, context_length)
-  )
-  weights = size * sum(
-    i.size * (1 - (1 - i.active) ** batch if i.active < 1 else 1)
-    for i in define(model).info.values()
-    if i.matmul or i.active < 1
-  )
-  state = size * (model.state_size(context_length) or 0) * batch
-  return _inference(
-    model, target, mesh, flops, weights + state, batch, batch, utilisation, precision
-  )
-
-
-def _size(precision: str) -> int:
-  return {'fp32': 4, 'bf16': 2}.get(precision, 1)
-
-
-def _last_token_extra(model: ModelConfig, context_length: int) -> float:
-  """The last of `context` tokens sees all of them, where the mean one sees half."""
-  return model.mixing_flops_per_token(context_length, False) - model.mixing_flops_per_token(
-    context_length, True
-  )
-
-
-def _inference(model, target, mesh, flops, moved, rows, tokens, utilisation, precision) -> StepTime:
-  """Work and bytes divided evenly over the devices; over `tensor`, two all-reduces of the rows a
-  block's branch."""
-  chip, n = target.chip, mesh.shape['tensor']
-  sent = {
-    'tensor': 2
-    * (n - 1)
-    / n
-    * _branches(model)
-    * rows
-    * n
-    / mesh.size
-    * model.width
-    * _size(precision)
-  }
-  links, network = _where(target, mesh, sent)
-  each = chip.devices
-  return StepTime(
-    flops / mesh.size / (chip.peak(precision) / each * utilisation),
-    moved / mesh.size / (chip.bytes_per_second / each),
-    links / (chip.interconnect_bytes_per_second / each),
-    network / (chip.network_bytes_per_second / each),
-    tokens,
-  )
-
-
-def _branches(model: ModelConfig) -> int:
-  return sum(n for _, n in model.layers())
-
-
-def _training_traffic(
-  model: ModelConfig,
-  mesh: AbstractMesh,
-  B: int,
-  T: int,
-  in_use: float,
-  held: float,
-  size: int,
-  accumulate: int,
-) -> dict[str, float]:
-  """Bytes that a device sends in a step, by mesh axis."""
+def _training_traffic(setup: Setup, memory: Memory) -> tuple[float, dict[str, float]]:
+  """(bytes of memory traffic, mesh axis -> bytes sent) of one device."""
+  model, mesh, size = setup.model, setup.abstract_mesh, setup.bytes_per_value
+  definition, (B, T) = define(model), setup.local_batch
+  held = bytes_of(definition.abstract(mesh, setup.mesh.rules))
+  in_use = size * definition.size / mesh.shape['tensor'] / mesh.shape['expert']
+  # Per microbatch: weights read twice, gradients written and read, activations likewise. Once:
+  # parameters and optimizer state read and written.
+  per_microbatch = 2 * in_use + 2 * held + 2 * memory.activations
+  moved = setup.accumulate * per_microbatch + 2 * (held + memory.optimizer)
 
   def share(axis: str) -> float:
     return (mesh.shape[axis] - 1) / mesh.shape[axis]
 
-  stream = accumulate * size * B * T * model.width
+  stream = setup.accumulate * size * B * T * model.width
   copies = sum(n * layer.experts_per_token for layer, n in model.layers())
-  state = sum(n * (layer.state_size(model.width, T)) for layer, n in model.layers())
-  return {
-    'fsdp': share('fsdp') * 3 * accumulate * in_use,
+  state = sum(n * layer.state_size(model.width, T) for layer, n in model.layers())
+  states = setup.accumulate * size * B * state / mesh.shape['tensor']
+  return moved, {
+    'fsdp': share('fsdp') * 3 * setup.accumulate * in_use,
     'data': share('data') * 2 * held,
     'replica': share('replica') * 2 * held,
-    'tensor': share('tensor') * 2 * 2 * _branches(model) * stream,
+    'tensor': share('tensor') * 2 * 2 * _branches(setup) * stream,
     'expert': share('expert') * 4 * copies * stream,
-    'context': (mesh.shape['context'] - 1)
-    * 3
-    * accumulate
-    * size
-    * B
-    * state
-    / mesh.shape['tensor'],
+    'context': (mesh.shape['context'] - 1) * 3 * states,
   }
 
 
-def _where(target: Target, mesh: AbstractMesh, sent: dict[str, float]) -> tuple[float, float]:
-  """Bytes on the fast links, and on the network."""
-  links, network, reach = 0.0, 0.0, target.chip.domain
-  for axis, size in sent.items():
-    # devices up to and with this axis
-    inner = math.prod(mesh.shape[a] for a in list(mesh.shape)[list(mesh.shape).index(axis) :])
-    slow = (axis == 'replica' and target.slices > 1) or (
-      reach is not None and inner > reach * target.chip.devices
+def _inference_traffic(setup: Setup, memory: Memory) -> tuple[float, dict[str, float]]:
+  """(bytes of memory traffic, mesh axis -> bytes sent) of one device.
+
+  The prefill reads all weights once and writes the state; decoding reads the state, and the weights
+  that are multiplied. In a mixture these are the experts that the batch selects, if it does so
+  evenly: E (1 - (1 - k / E)^batch) of E."""
+  mesh, size, rows = setup.abstract_mesh, setup.bytes_per_value, setup.batch_size
+  if setup.phase == 'prefill':
+    moved, rows = memory.total, rows * setup.length
+  else:
+    read = sum(
+      i.size * (1 - (1 - i.active) ** rows if i.active < 1 else 1)
+      for i in define(setup.model).info.values()
+      if i.matmul or i.active < 1
     )
-    links, network = (links, network + size) if slow else (links + size, network)
+    moved = size * read / mesh.size + memory.state
+  n = mesh.shape['tensor']
+  per_branch = 2 * (n - 1) / n * rows * n / mesh.size * setup.model.width * size
+  return moved, {'tensor': _branches(setup) * per_branch}
+
+
+def _branches(setup: Setup) -> int:
+  return sum(n for _, n in setup.model.layers())
+
+
+def _by_medium(setup: Setup, sent: dict[str, float]) -> tuple[float, float]:
+  """Bytes sent over the fast links, and over the network."""
+  mesh, target = setup.abstract_mesh, setup.target
+  links, network, domain = 0.0, 0.0, target.chip.domain
+  for axis, size in sent.items():
+    # devices spanned by this axis and those inside it
+    inner = math.prod(mesh.shape[a] for a in list(mesh.shape)[list(mesh.shape).index(axis) :])
+    if (axis == 'replica' and target.slices > 1) or (
+      domain is not None and inner > domain * target.chip.devices
+    ):
+      network += size
+    else:
+      links += size
   return links, network

@@ -1,5 +1,5 @@
-"""What one rents, by the name that its seller gives it: 'v5p-2048', 'v6e-256', '2 x v5e-256',
-'v5e:2x4', 'h100:8'."""
+"""Accelerator slices by their cloud names: 'v5p-2048', 'v6e-256', '2 x v5e-256', 'v5e:2x4',
+'h100:8'."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ import dataclasses
 import math
 import re
 from collections.abc import Mapping
+from typing import Any
 
 from jaxformer.config import InputError
 from jaxformer.planning.hardware import CHIPS, Chip, chip_named
 
-# The shapes that Google offers, smallest first; the first one of a size is its standard one.
+# The topologies that Google Cloud offers, smallest first; the first of each size is the default.
 _FLAT = ('1x1', '2x2', '2x4', '4x4', '4x8', '8x8', '8x16', '16x16')
 _SOLID = (
   '2x2x1',
@@ -41,7 +42,7 @@ SHAPES: Mapping[str, tuple[str, ...]] = {
   'v6e': _FLAT,
   'v7x': (*_SOLID, '12x16x24', '16x16x24', '12x24x24', '16x24x24'),
 }
-_LIBTPU = {'v7x': 'tpu7x'}  # chip -> what libtpu calls it, where that differs
+_LIBTPU = {'v7x': 'tpu7x'}  # chip -> its name in libtpu, if different
 _FORM = re.compile(r'(?:(\d+)\s*x\s*)?(?=[a-z])([a-z][\w\-]*?)(?:-(\d+)|:(\d+(?:x\d+)*))')
 
 
@@ -50,11 +51,11 @@ class Target:
   """Slices of one kind of chip.
 
   Attributes:
-    chip: what each is.
-    chips: in a slice (of GPUs: all of them).
-    slices: joined by the network alone.
-    topology: of a slice as libtpu names it ('v5p:8x8x16'); None for GPUs.
-    name: as the seller names it.
+    chip: its specifications.
+    chips: number per slice; of GPUs, all of them.
+    slices: number of slices, connected by the network alone.
+    topology: of a slice, as libtpu names it ('v5p:8x8x16'); None for GPUs.
+    name: its cloud name.
   """
 
   chip: Chip
@@ -65,7 +66,7 @@ class Target:
 
   @property
   def devices(self) -> int:
-    """JAX devices of all slices: what the axes of a mesh multiply to."""
+    """JAX devices of all slices, to which the axes of a mesh multiply."""
     return self.total_chips * self.chip.devices
 
   @property
@@ -78,34 +79,50 @@ class Target:
 
   @property
   def device_memory_bytes(self) -> float:
-    """What one JAX device may use."""
+    """Memory that one JAX device may use."""
     return self.chip.memory_bytes / self.chip.devices
 
   @property
   def hosts(self) -> int:
-    """Of all slices."""
+    """Hosts of all slices."""
     return self.slices * -(-self.chips // self.chip.chips_per_host)
 
   def price_per_hour(self, spot: bool = False) -> float | None:
-    """List price of all chips, USD; None for spot capacity without one."""
+    """List price of all chips in USD per hour; None for spot capacity without a list price."""
     price = self.chip.spot_per_hour if spot else self.chip.price_per_hour
     return None if price is None else price * self.total_chips
 
+  def as_json(self) -> dict[str, Any]:
+    """The figures that an estimate rests on."""
+    return {
+      'name': self.name,
+      'chips': self.total_chips,
+      'slices': self.slices,
+      'topology': self.topology,
+      'devices': self.devices,
+      'hosts': self.hosts,
+      'price_per_hour_usd': self.price_per_hour(),
+      'chip': dataclasses.asdict(self.chip),
+    }
+
 
 def parse_target(text: str, chips: Mapping[str, Chip] = CHIPS) -> Target:
-  """The target of a name.
+  """The target that a name means.
 
-  `NAME-N` counts chips (v5e, v6e) or TensorCores, two a chip (v4, v5p, v7x); `NAME:AxB` is a
-  topology; `GPU:N` a number of GPUs; `S x ...` is S slices. Raises `InputError` that names the
-  nearest chip, or the sizes that are offered next to one that is not."""
+  `NAME-N` counts chips (v5e, v6e) or TensorCores, two per chip (v4, v5p, v7x); `NAME:AxB` is a
+  topology; `GPU:N` a number of GPUs; `S x ...` is S slices. Raises `InputError` with the nearest
+  chip name, or the nearest sizes that are offered."""
   match = _FORM.fullmatch(text.strip().lower())
   if match is None:
-    raise InputError(f'target {text!r}: write v5p-2048, v6e-256, 2 x v5e-256, v5e:2x4 or h100:8')
+    raise InputError(
+      f'target {text!r}: must be a cloud name such as v5p-2048, v6e-256, 2 x v5e-256, v5e:2x4 or '
+      'h100:8'
+    )
   slices, name, number, shape = match.groups()
   chip = chip_named({'tpu7x': 'v7x', 'v5litepod': 'v5e'}.get(name, name), chips)
   count = int(slices or 1)
   if count < 1:
-    raise InputError(f'target {text!r}: at least one slice')
+    raise InputError(f'target {text!r}: must have at least one slice')
   one = (
     _gpus(text, chip, number or shape, count) if chip.domain else _slice(text, chip, number, shape)
   )
@@ -116,12 +133,13 @@ def parse_target(text: str, chips: Mapping[str, Chip] = CHIPS) -> Target:
 
 def _gpus(text: str, chip: Chip, number: str, slices: int) -> Target:
   if 'x' in number or int(number) < 1:
-    raise InputError(f'target {text!r}: give a number of GPUs, as {chip.name}:8')
+    raise InputError(f'target {text!r}: must be a number of GPUs, such as {chip.name}:8')
   n = int(number)
   if n > chip.chips_per_host and n % chip.chips_per_host:
     each, below = chip.chips_per_host, n // chip.chips_per_host * chip.chips_per_host
     raise InputError(
-      f'target {text!r}: hosts of {chip.name} have {each}; try {below} or {below + each}'
+      f'target {text!r}: hosts of {chip.name} have {each} GPUs; must be a multiple, such as '
+      f'{below} or {below + each}'
     )
   return Target(chip, n, slices, None, f'{chip.name}:{n}')
 
@@ -130,10 +148,10 @@ def _slice(text: str, chip: Chip, number: str | None, shape: str | None) -> Targ
   shapes = SHAPES.get(chip.name)
   if shape is not None and 'x' not in shape:
     raise InputError(
-      f'target {text!r}: give a topology ({chip.name}:{(shapes or _FLAT)[1]}) or a size '
+      f'target {text!r}: must be a topology ({chip.name}:{(shapes or _FLAT)[1]}) or a size '
       f'({chip.name}-{shape})'
     )
-  if shapes is None:  # a chip of the user's own file
+  if shapes is None:  # a chip of a user's --hardware file
     n = math.prod(int(d) for d in shape.split('x')) if shape else int(number or 0)
     return Target(chip, n, 1, None, f'{chip.name}-{n}')
   if shape is not None:
@@ -148,14 +166,14 @@ def _slice(text: str, chip: Chip, number: str | None, shape: str | None) -> Targ
     if asked % chip.cores or asked // chip.cores not in offered:
       counts = sorted(n * chip.cores for n in offered)
       near = [*[n for n in counts if n < asked][-1:], *[n for n in counts if n > asked][:1]]
-      unit = 'TensorCores, two a chip' if chip.cores == 2 else 'chips'
+      unit = 'TensorCores, two per chip' if chip.cores == 2 else 'chips'
       raise InputError(
         f'target {text!r}: not offered ({chip.name} sizes count {unit}); '
         f'try {" or ".join(f"{chip.name}-{n}" for n in near)}'
       )
     shape = offered[asked // chip.cores]
   n = _size(shape)
-  # libtpu describes no smaller slice; one chip is the first of it
+  # libtpu describes no smaller slice; a single chip is the first of a 2x2
   described = '2x2' if n == 1 else shape
   return Target(
     chip, n, 1, f'{_LIBTPU.get(chip.name, chip.name)}:{described}', f'{chip.name}-{n * chip.cores}'

@@ -14,12 +14,13 @@ from jaxformer.models.params import define
 from jaxformer.models.zoo.gnmt import gnmt
 from jaxformer.models.zoo.seq2seq import luong
 from jaxformer.models.zoo.transformer import transformer
-from jaxformer.planning.compiler import has_array, topology_mesh
-from jaxformer.planning.program import list_collectives
+from jaxformer.planning.collectives import list_collectives
+from jaxformer.planning.compiler import topology_mesh
 from jaxformer.sharding import MeshConfig, batch_sharding, use_mesh
 from jaxformer.training.optimizer import AdamW, Optimizer
 from jaxformer.training.schedule import Constant
 from jaxformer.training.step import StepConfig, abstract_train_state, compiled_train_step
+from tests.aot.tpu import has_array
 
 pytest.importorskip(
   'libtpu', reason='needs libtpu, the compiler for TPUs (pip install jaxformer[tpu])'

@@ -10,9 +10,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxformer.ops.attention import Mask, attention
 from jaxformer.ops.loss import cross_entropy
-from jaxformer.planning.compiler import compile_for_tpu, has_array, topology_mesh
-from jaxformer.planning.program import collectives, list_collectives
+from jaxformer.planning.collectives import list_collectives
+from jaxformer.planning.compiler import topology_mesh
 from jaxformer.sharding import MeshConfig, batch_sharding, param_sharding
+from tests.aot.tpu import collectives, compile_for_tpu, has_array
 from tests.helpers import forced
 
 pytest.importorskip(

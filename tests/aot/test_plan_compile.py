@@ -119,7 +119,7 @@ def test_search(capfd):
   assert best['fits']
   assert best['total'] < best['limit']
   assert len(search['compiled']) >= 3
-  assert all(entry['reason'] for entry in search['lost'])
+  assert all(entry['reason'] for entry in search['rejected'])
   assert '--training.batch-size 32' in search['command']
   assert search['command'].startswith(
     'jaxformer train llama2-tiny --data.sequence-length 256 --mesh.data'

@@ -9,9 +9,10 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxformer.ops.selective_scan import selective_scan
-from jaxformer.planning.compiler import compile_for_tpu, has_array, topology_mesh
-from jaxformer.planning.program import collectives, list_collectives
+from jaxformer.planning.collectives import list_collectives
+from jaxformer.planning.compiler import topology_mesh
 from jaxformer.sharding import MeshConfig
+from tests.aot.tpu import collectives, compile_for_tpu, has_array
 
 pytest.importorskip(
   'libtpu', reason='needs libtpu, the compiler for TPUs (pip install jaxformer[tpu])'

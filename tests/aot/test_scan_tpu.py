@@ -10,8 +10,9 @@ import pytest
 from jaxformer.ops.implementation import implementation
 from jaxformer.ops.selective_scan import selective_scan
 from jaxformer.ops.ssd import ssd
-from jaxformer.planning.compiler import compile_for_tpu, has_array, topology_mesh
+from jaxformer.planning.compiler import topology_mesh
 from jaxformer.sharding import MeshConfig
+from tests.aot.tpu import compile_for_tpu, has_array
 
 pytest.importorskip(
   'libtpu', reason='needs libtpu, the compiler for TPUs (pip install jaxformer[tpu])'

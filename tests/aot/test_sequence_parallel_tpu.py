@@ -15,7 +15,7 @@ from jaxformer.layers.mamba import Mamba
 from jaxformer.models.params import define
 from jaxformer.models.zoo.llama import LLAMA3, llama
 from jaxformer.models.zoo.mamba import mamba
-from jaxformer.planning.program import list_collectives
+from jaxformer.planning.collectives import list_collectives
 from jaxformer.sharding import MeshConfig, batch_sharding, make_mesh, use_mesh
 from jaxformer.training.optimizer import AdamW, Optimizer
 from jaxformer.training.schedule import Constant

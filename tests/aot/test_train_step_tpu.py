@@ -12,12 +12,13 @@ import pytest
 from jaxformer.data import DataConfig, Stream
 from jaxformer.models.params import define
 from jaxformer.models.zoo.llama import LLAMA3, llama
-from jaxformer.planning.compiler import has_array, topology_mesh
-from jaxformer.planning.program import list_collectives
+from jaxformer.planning.collectives import list_collectives
+from jaxformer.planning.compiler import topology_mesh
 from jaxformer.sharding import MeshConfig
 from jaxformer.training.experiment import Experiment, TrainingConfig
 from jaxformer.training.schedule import Constant
 from jaxformer.training.step import lowered_train_step
+from tests.aot.tpu import has_array
 
 pytest.importorskip(
   'libtpu', reason='needs libtpu, the compiler for TPUs (pip install jaxformer[tpu])'

@@ -9,9 +9,9 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxformer.ops.wkv6 import wkv6
-from jaxformer.planning.compiler import compile_for_tpu, topology_mesh
-from jaxformer.planning.program import collectives
+from jaxformer.planning.compiler import topology_mesh
 from jaxformer.sharding import MeshConfig
+from tests.aot.tpu import collectives, compile_for_tpu
 from tests.helpers import forced
 
 pytest.importorskip(

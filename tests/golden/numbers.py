@@ -122,7 +122,8 @@ def cost_of(preset: str) -> dict[str, Any]:
 def plan(preset: str) -> dict[str, Any]:
   """Beside its cost, a training with one sequence a device on 64 chips of v5e, or 1,024 of v5p
   where the model is large, and inference for one user there."""
-  from jaxformer.planning.plan import Setup, default_mesh, inference_report, training_report
+  from jaxformer.planning.estimate import estimate, inference_setup, training_run
+  from jaxformer.planning.setup import Setup, default_mesh
   from jaxformer.planning.target import parse_target
 
   model, cost = model_of(preset), cost_of(preset)
@@ -130,8 +131,9 @@ def plan(preset: str) -> dict[str, Any]:
   length, batch = min(cost['length'], 8192), target.devices
   mesh = default_mesh(model, target, batch)
   setup = Setup(model=model, target=target, mesh=mesh, batch_size=batch, length=length)
-  report = training_report(setup, 20.0 * cost['active_params'], 0.4)
-  memory, step, run = report['memory'], report['step'], report['run']
+  report = estimate(setup).as_json()
+  run = training_run(model, length, target, 20.0 * cost['active_params'], 0.4).as_json()
+  memory, step = report['memory'], report['step']
   found = {
     'cost': cost,
     'target': target.name,
@@ -165,7 +167,7 @@ def plan(preset: str) -> dict[str, Any]:
   }
   if cost['decode_state_bytes'] is not None:
     for phase in ('prefill', 'decode'):
-      report = inference_report(phase, model, target, 1, length)
+      report = estimate(inference_setup(phase, model, target, 1, length)).as_json()
       found[phase] = {
         'weights': report['memory']['weights'],
         'state': report['memory']['state'],

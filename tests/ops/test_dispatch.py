@@ -16,7 +16,7 @@ from jaxformer.ops.grouped_matmul import grouped_matmul, grouped_matmul_naive, m
 from jaxformer.ops.implementation import implementation
 from jaxformer.ops.moe import Experts, dropless, placed
 from jaxformer.ops.routing import places
-from jaxformer.planning.program import list_collectives
+from jaxformer.planning.collectives import list_collectives
 from jaxformer.sharding import MeshConfig, batch_sharding, make_mesh, param_sharding, use_mesh
 from tests.helpers import forced
 

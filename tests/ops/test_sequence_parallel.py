@@ -32,7 +32,7 @@ from jaxformer.ops.masks import Mask
 from jaxformer.ops.recurrence import gru
 from jaxformer.ops.routing import places, within
 from jaxformer.ops.wkv6 import wkv6
-from jaxformer.planning.program import list_collectives
+from jaxformer.planning.collectives import list_collectives
 from jaxformer.sharding import MeshConfig, batch_sharding, make_mesh, use_mesh
 from tests.tiers import case
 

@@ -9,10 +9,10 @@ from jaxformer.models.language_model import LanguageModel
 from jaxformer.models.params import define
 from jaxformer.models.zoo import PRESETS
 from jaxformer.ops.implementation import implementation
-from jaxformer.planning.arithmetic import arithmetic
 from jaxformer.planning.cost import cost, flops_per_token
-from jaxformer.planning.flops import traced_flops
+from jaxformer.planning.hlo_flops import compiled_flops
 from jaxformer.planning.memory import abstract_batch
+from tests.planning.traced_flops import traced_flops
 from tests.tiers import families
 
 TINY = sorted(
@@ -105,7 +105,7 @@ def test_flops_are_those_that_the_compiler_multiplies(name, training):
   with implementation(every='naive'):
     counted, compiled = (
       traced_flops(f, *arguments),
-      arithmetic(jax.jit(f).lower(*arguments).compile()),
+      compiled_flops(jax.jit(f).lower(*arguments).compile()),
     )
     multiplied = outer_products(jax.make_jaxpr(f)(*arguments).jaxpr)
   assert set(compiled.uncounted) <= {'custom-call'}  # the choice of the largest

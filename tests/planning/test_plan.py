@@ -11,16 +11,28 @@ from jaxformer.cli.main import main
 from jaxformer.config import InputError
 from jaxformer.models.params import define
 from jaxformer.models.zoo import PRESETS
-from jaxformer.planning.memory import abstract_mesh, local_batch, training_memory
-from jaxformer.planning.plan import default_mesh, inference_report, parse_amount
-from jaxformer.planning.residuals import kept_arrays
-from jaxformer.planning.roofline import decode, prefill, training_step
+from jaxformer.planning.cost import flops, head_flops
+from jaxformer.planning.estimate import estimate, inference_setup, parse_amount
+from jaxformer.planning.hardware import GIB
+from jaxformer.planning.memory import memory
+from jaxformer.planning.residuals import residuals
+from jaxformer.planning.setup import Setup, abstract_mesh, default_mesh, local_batch
 from jaxformer.planning.target import parse_target
 from jaxformer.sharding import MeshConfig
 from tests.tiers import families
 
-GIB = 2**30
 TINY = sorted(n for n in PRESETS if n.endswith('-tiny'))
+
+
+def setup(name, target, mesh, batch, length, **changes):
+  return Setup(
+    model=PRESETS[name].model,
+    target=parse_target(target),
+    mesh=mesh,
+    batch_size=batch,
+    length=length,
+    **changes,
+  )
 
 
 @pytest.mark.parametrize(
@@ -34,26 +46,23 @@ TINY = sorted(n for n in PRESETS if n.endswith('-tiny'))
   ],
 )
 def test_memory_is_the_compilers(name, mesh, batch, length, remat, arguments, temporaries):
-  memory = training_memory(
-    PRESETS[name].model, abstract_mesh(mesh, 16), mesh.rules, batch, length, remat=remat
-  )
-  assert memory.arguments / GIB == pytest.approx(arguments, abs=0.01)
-  assert memory.total / GIB == pytest.approx(arguments + temporaries, rel=0.15)
-  assert memory.temporaries / GIB == pytest.approx(temporaries, rel=0.15)
+  found = memory(setup(name, 'v5p-32', mesh, batch, length, remat=remat))  # 16 chips
+  assert found.arguments / GIB == pytest.approx(arguments, abs=0.01)
+  assert found.total / GIB == pytest.approx(arguments + temporaries, rel=0.15)
+  assert found.temporaries / GIB == pytest.approx(temporaries, rel=0.15)
 
 
 @pytest.mark.parametrize('name', families(TINY))
 def test_every_family_has_a_plan_of_memory(name):
   """Remat keeps less; a wider fsdp holds less."""
-  model, mesh = PRESETS[name].model, abstract_mesh(MeshConfig(), 2)
 
-  def of(batch, remat='none', mesh=mesh):
-    return training_memory(model, mesh, 'fsdp_tensor', batch, 64, remat=remat)
+  def of(remat='none', mesh=MeshConfig()):  # noqa: B008
+    return memory(setup(name, 'h100:2', mesh, 4, 64, remat=remat, platform='tpu'))
 
-  one = of(4)
-  assert of(4, 'full').activations < one.activations
-  assert one.parameters == 4 * define(model).size
-  assert of(4, mesh=abstract_mesh(MeshConfig(data=1, fsdp=2), 2)).parameters < one.parameters
+  one = of()
+  assert of('full').activations < one.activations
+  assert one.parameters == 4 * define(PRESETS[name].model).size
+  assert of(mesh=MeshConfig(data=1, fsdp=2)).parameters < one.parameters
 
 
 @pytest.mark.quick
@@ -62,20 +71,27 @@ def test_what_is_kept_of_a_product():
     return jax.vjp(lambda p: jnp.tanh(batch @ p['w']).sum(), params)[1]
 
   w, x = jax.ShapeDtypeStruct((8, 6), jnp.float32), jax.ShapeDtypeStruct((3, 8), jnp.float32)
-  kept = kept_arrays(backward, {'w': w}, {'w': (1, 2)}, x)
-  # x itself is an argument; what is kept for the gradient of tanh is divided by columns, as w is.
+  kept = residuals(backward, {'w': w}, {'w': (1, 2)}, x)
+  # x itself is an argument; what is kept for the gradient of tanh is sharded by columns, as w is.
   assert kept
   assert all(k == ((3, 6), jnp.float32, (1, 2), True, 1) and k.bytes == 4 * 3 * 3 for k in kept)
 
 
 @pytest.mark.quick
 def test_tensor_divides_what_it_divides_in_a_transformer():
-  model = PRESETS['llama2-7b'].model
-  whole = training_memory(
-    model, abstract_mesh(MeshConfig(data=1), 1), 'fsdp_tensor', 1, 4096, platform='cpu'
-  )
-  half = training_memory(
-    model, abstract_mesh(MeshConfig(data=1, tensor=2), 2), 'fsdp_tensor', 1, 4096, platform='cpu'
+  whole, half = (
+    memory(
+      setup(
+        'llama2-7b',
+        target,
+        MeshConfig(data=1, tensor=tensor),
+        1,
+        4096,
+        remat='none',
+        platform='cpu',
+      )
+    )
+    for target, tensor in (('v6e-1', 1), ('h100:2', 2))
   )
   # q, k, v, attention's output in heads and joined, six hidden arrays and the logsumexp are halved;
   # the others are whole.
@@ -87,14 +103,17 @@ def test_tensor_divides_what_it_divides_in_a_transformer():
 @pytest.mark.quick
 def test_bounds_by_hand():
   model, target = PRESETS['llama2-7b'].model, parse_target('h200:1')
-  mesh = abstract_mesh(MeshConfig(), 1)
-  one = decode(model, target, mesh, 1, 4096)
+
+  def step(*workload):
+    return estimate(inference_setup(*workload)).step
+
+  one = step('decode', model, target, 1, 4096)
   assert one.bound == 'memory'
   looked_up = 32000 * 4096
   assert one.memory_seconds == pytest.approx(
     2 * (define(model).size - looked_up + 2 * 32 * 4096 * 4096) / 4.8e12, rel=0.001
   )
-  many = prefill(model, target, mesh, 8, 2048)
+  many = step('prefill', model, target, 8, 2048)
   assert many.bound == 'compute'
   assert many.tokens_per_second == pytest.approx(
     989e12 / (2 * (define(model).size - looked_up)), rel=0.05
@@ -104,27 +123,23 @@ def test_bounds_by_hand():
 @pytest.mark.quick
 def test_what_a_mesh_sends():
   model = PRESETS['llama2-7b'].model
-  target, slices = parse_target('v5e-64'), parse_target('2 x v5e-64')
 
-  def step(target, config):
-    mesh = abstract_mesh(config, target.devices)
-    return training_step(
-      model, target, mesh, 'fsdp_tensor', 128, 4096, kept_bytes=0, optimizer_bytes=0
-    )
+  def step(target, mesh):
+    return estimate(setup('llama2-7b', target, mesh, 128, 4096)).step
 
-  gathered = step(target, MeshConfig(data=1, fsdp=64))
+  gathered = step('v5e-64', MeshConfig(data=1, fsdp=64))
   assert gathered.interconnect_seconds == pytest.approx(
     63 / 64 * 3 * 2 * define(model).size / 200e9, rel=1e-6
   )
   assert gathered.network_seconds == 0
-  both = step(slices, MeshConfig(replica=2, data=1, fsdp=64))
+  both = step('2 x v5e-64', MeshConfig(replica=2, data=1, fsdp=64))
   assert both.network_seconds == pytest.approx(4 * define(model).size / 64 / 3.125e9, rel=0.01)
   # Half the weights over 32 of them; two all-reduces of the residual stream in each of 64 branches,
   # forward and backward.
   tensor = 31 / 32 * 3 * define(model).size + 1 / 2 * 4 * 64 * 2 * 4 * 4096 * 4096
-  assert step(target, MeshConfig(data=1, fsdp=32, tensor=2)).interconnect_seconds == pytest.approx(
-    tensor / 200e9, rel=1e-6
-  )
+  assert step(
+    'v5e-64', MeshConfig(data=1, fsdp=32, tensor=2)
+  ).interconnect_seconds == pytest.approx(tensor / 200e9, rel=1e-6)
 
 
 @pytest.mark.quick
@@ -222,9 +237,23 @@ def test_bad_input(capsys, words, message):
 def test_arithmetic_intensity_is_what_the_times_say():
   """Decoding one sequence does 1 multiplication and addition for each weight of two bytes that it
   reads: a FLOP a byte."""
-  step = inference_report(
-    'decode', PRESETS['llama2-7b'].model, parse_target('h100:1'), batch=1, context_length=16
-  )['step']
+  one = inference_setup('decode', PRESETS['llama2-7b'].model, parse_target('h100:1'), 1, 16)
+  step = estimate(one).as_json()['step']
   assert step['arithmetic_intensity'] == pytest.approx(1.0, rel=0.05)
   assert step['ridge_intensity'] == pytest.approx(989e12 / 3.35e12, rel=0.01)
   assert step['bound'] == 'memory'
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize('phase', ['prefill', 'decode'])
+@pytest.mark.parametrize('name', ['llama2-7b', 'mixtral-8x7b', 'mamba-1.4b', 'transformer-big'])
+def test_the_roofline_computes_the_flops_of_the_one_formula(name, phase):
+  """The bound on compute is `flops` at the peak. A compiled prefill computes the head at the last
+  position alone, which is the difference between the two counts."""
+  model, target = PRESETS[name].model, parse_target('h100:2')
+  step = estimate(inference_setup(phase, model, target, 4, 512)).step
+  every = flops(model, phase, 4, 512)
+  assert step.compute_seconds * target.chip.peak() * 2 == pytest.approx(every, rel=1e-12)
+  last = flops(model, phase, 4, 512, last_logits=True)
+  skipped = 4 * 511 if phase == 'prefill' else 0
+  assert every - last == pytest.approx(skipped * head_flops(model), rel=1e-9)

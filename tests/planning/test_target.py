@@ -46,14 +46,14 @@ def test_names_of_sellers(text, chips, slices, topology, hosts):
   ('text', 'message'),
   [
     ('v5q-8', "unknown chip 'v5q'.*did you mean v5p"),
-    ('v5p-100', 'count TensorCores, two a chip.*v5p-64 or v5p-128'),
+    ('v5p-100', 'count TensorCores, two per chip.*v5p-64 or v5p-128'),
     ('v5e-48', 'v5e-32 or v5e-64'),
     ('v6e-512', 'try v6e-256$'),
-    ('h100:12', 'hosts of h100 have 8; try 8 or 16'),
+    ('h100:12', 'hosts of h100 have 8 GPUs; must be a multiple, such as 8 or 16'),
     ('v5e:3x3', 'topologies of v5e: 1x1, 2x2'),
     ('v5e:16', r'v5e-16'),
     ('0 x v5e-8', 'at least one slice'),
-    ('large', 'write v5p-2048'),
+    ('large', 'must be a cloud name such as v5p-2048'),
   ],
 )
 def test_what_is_not_offered_names_what_is(text, message):

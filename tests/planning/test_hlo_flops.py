@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxformer.planning.arithmetic import arithmetic
+from jaxformer.planning.hlo_flops import compiled_flops
 
 LOOP = """HloModule m
 
@@ -46,7 +46,7 @@ ENTRY %main (x: bf16[2,8,16], w: bf16[16,32]) -> bf16[2,8,16] {
 
 @pytest.mark.quick
 def test_loops_kernels_and_what_says_nothing():
-  found = arithmetic(LOOP)
+  found = compiled_flops(LOOP)
   assert found.products == 5 * 2 * (2 * 8 * 16 * 32)
   assert found.kernels == 1000
   assert found.uncounted == {'silent_kernel': 1}
@@ -93,7 +93,7 @@ ENTRY %main (a: f32[1], b: f32[1]) -> f32[1] {{
   ROOT %c = {line}
 }}
 """
-  assert arithmetic(text).products == flops
+  assert compiled_flops(text).products == flops
 
 
 def test_a_compiled_program():
@@ -109,5 +109,5 @@ def test_a_compiled_program():
     )
     .compile()
   )
-  assert arithmetic(compiled).products == 9 * 2 * 32 * 64 * 64
+  assert compiled_flops(compiled).products == 9 * 2 * 32 * 64 * 64
   assert compiled.cost_analysis()['flops'] < 2 * 2 * 32 * 64 * 64 + 32 * 64 * 9

@@ -8,8 +8,13 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxformer.planning.groups import axes_of, by_axis
-from jaxformer.planning.program import Collective, Traffic, list_collectives
+from jaxformer.planning.collectives import (
+  Collective,
+  Traffic,
+  axes_of,
+  list_collectives,
+  traffic_by_axis,
+)
 
 MESH = {'data': 2, 'fsdp': 2, 'tensor': 2}
 
@@ -62,7 +67,7 @@ ENTRY %main (p: f32[4]) -> f32[8] {
 
 @pytest.mark.quick
 def test_groups_are_read_from_text():
-  assert by_axis(list_collectives(LINES), MESH) == {
+  assert traffic_by_axis(list_collectives(LINES), MESH) == {
     'data': {'all-reduce': Traffic(1, 16)},
     'fsdp': {'collective-permute': Traffic(1, 16)},
     'tensor': {'all-gather': Traffic(1, 32)},
@@ -89,7 +94,7 @@ def test_a_compiled_program():
 
   x = jax.ShapeDtypeStruct((8, 64), jnp.float32, sharding=where('fsdp', None))
   w = jax.ShapeDtypeStruct((3, 64, 128), jnp.float32, sharding=where(None, 'fsdp', 'tensor'))
-  found = by_axis(list_collectives(jax.jit(step).lower(x, w).compile()), dict(mesh.shape))
+  found = traffic_by_axis(list_collectives(jax.jit(step).lower(x, w).compile()), dict(mesh.shape))
   assert found['fsdp']['all-gather'] == Traffic(3, 3 * 4 * 64 * 128 // 4)
   assert found['tensor']['all-reduce'] == Traffic(3, 3 * 4 * 8 // 2 * 64)
   assert set(found) == {'fsdp', 'tensor'}

@@ -1,5 +1,5 @@
-"""What a compiled program computes on one device, from its HLO text: products and kernels, with the
-rounds of their loops.
+"""FLOPs of a compiled program on one device, from its HLO text: products and kernels, times the
+iterations of the loops around them.
 
 XLA's own count (`cost_analysis`) takes the body of a loop once.
 """
@@ -14,20 +14,22 @@ from collections import Counter
 
 import jax
 
-from jaxformer.planning.program import SHAPE, Instruction, Program, text_of
+from jaxformer.planning.hlo import SHAPE, Instruction, Program, text_of
 
-KERNELS = ('tpu_custom_call', 'TopK')  # custom calls that compute; others move or reserve memory
+KERNELS = (
+  'tpu_custom_call',
+  'TopK',
+)  # custom calls that compute; the others move or reserve memory
 
 
 @dataclasses.dataclass(frozen=True)
-class Arithmetic:
+class CompiledFlops:
   """FLOPs of one run on one device.
 
   Attributes:
-    products: of matrix products and convolutions, 2 a multiplication and its addition.
-    kernels: of kernels written by hand, as they estimate themselves.
-    uncounted: what computes and says no number, with how often it runs: 'fft', or the name of a
-      kernel.
+    products: of matrix products and convolutions, 2 per multiply-add.
+    kernels: of Pallas kernels, by their own estimates.
+    uncounted: operations without a count -> how often they run: 'fft', or the name of a kernel.
   """
 
   products: float = 0.0
@@ -38,26 +40,26 @@ class Arithmetic:
   def total(self) -> float:
     return self.products + self.kernels
 
-  def plus(self, other: Arithmetic, times: int = 1) -> Arithmetic:
+  def plus(self, other: CompiledFlops, times: int = 1) -> CompiledFlops:
     many = Counter({name: times * n for name, n in other.uncounted.items()})
-    return Arithmetic(
+    return CompiledFlops(
       self.products + times * other.products,
       self.kernels + times * other.kernels,
       self.uncounted + many,
     )
 
 
-def arithmetic(compiled: jax.stages.Compiled | str) -> Arithmetic:
-  """Of a compiled program, or of its text. Of the branches of a conditional the one with most
-  counts; a loop whose rounds the text does not tell counts as one round."""
+def compiled_flops(compiled: jax.stages.Compiled | str) -> CompiledFlops:
+  """The FLOPs of a compiled program, or of its text. The most expensive branch of a conditional
+  counts; a loop whose iterations the text does not give counts as one."""
   program = Program(text_of(compiled))
 
   @functools.cache
-  def of(name: str) -> Arithmetic:
-    total = Arithmetic()
+  def of(name: str) -> CompiledFlops:
+    total = CompiledFlops()
     for own, i in program.computations[name].items():
       if i.operation == 'while':
-        total = total.plus(of(i.attribute('body')), program.rounds(name, i))
+        total = total.plus(of(i.attribute('body')), program.iterations(name, i))
       elif i.operation == 'conditional':
         total = total.plus(max((of(b) for b in i.branches), key=lambda a: a.total))
       elif i.operation in _COUNTS:
@@ -74,7 +76,7 @@ def _dims(i: Instruction | None) -> list[int]:
   return [int(d) for d in found.group(2).split(',') if d] if found else []
 
 
-def _dot(name: str, i: Instruction, around: dict[str, Instruction]) -> Arithmetic:
+def _dot(name: str, i: Instruction, around: dict[str, Instruction]) -> CompiledFlops:
   left = _dims(around.get(i.operands[0]))
   contracted = re.search(r'lhs_contracting_dims=\{([\d,]*)\}', i.rest)
   inner = (
@@ -82,15 +84,16 @@ def _dot(name: str, i: Instruction, around: dict[str, Instruction]) -> Arithmeti
     if contracted and left
     else 1
   )
-  return Arithmetic(2.0 * math.prod(_dims(i)) * inner)
+  return CompiledFlops(2.0 * math.prod(_dims(i)) * inner)
 
 
-def _convolution(name: str, i: Instruction, around: dict[str, Instruction]) -> Arithmetic:
-  """Multiplications with padding, and with the holes of a dilated input, are none."""
+def _convolution(name: str, i: Instruction, around: dict[str, Instruction]) -> CompiledFlops:
+  """Multiplications with padding, or with the zeros between elements of a dilated input, are not
+  counted."""
   labels = re.search(r'dim_labels=(\w+)_(\w+)->(\w+)', i.rest)
   operands = [_dims(around.get(o)) for o in i.operands[:2]]
   if labels is None or not all(operands):
-    return Arithmetic(uncounted=Counter({'convolution': 1}))
+    return CompiledFlops(uncounted=Counter({'convolution': 1}))
   (left, right, result), out = labels.groups(), _dims(i)
   window = {k: v.split('x') for k, v in re.findall(r'(\w+)=([\d_\-x]+)', _window(i))}
   pairs = 1
@@ -108,10 +111,10 @@ def _convolution(name: str, i: Instruction, around: dict[str, Instruction]) -> A
       int(at('lhs_dilate', '1')),
       int(at('rhs_dilate', '1')),
     )
-  # the kernel has the input features of one group
+  # The kernel has the input features of one feature group;
   features = out[result.index('f')] * operands[1][right.index('i')]
-  # (With groups of the batch, the result has the batch of one group.)
-  return Arithmetic(2.0 * features * out[result.index('b')] * pairs)
+  # the result has the batch of one batch group.
+  return CompiledFlops(2.0 * features * out[result.index('b')] * pairs)
 
 
 def _window(i: Instruction) -> str:
@@ -123,7 +126,8 @@ def _window(i: Instruction) -> str:
 def _valid(
   size: int, kernel: int, out: int, stride: int, pad: int, dilate: int, spread: int
 ) -> int:
-  """How many pairs of an output and a tap meet a number of the input, along one dimension."""
+  """How many pairs of an output and a kernel position read an element of the input, along one
+  dimension."""
   last = (size - 1) * dilate
   return sum(
     0 <= (at := o * stride + k * spread - pad) <= last and at % dilate == 0
@@ -132,17 +136,17 @@ def _valid(
   )
 
 
-def _custom(name: str, i: Instruction, around: dict[str, Instruction]) -> Arithmetic:
+def _custom(name: str, i: Instruction, around: dict[str, Instruction]) -> CompiledFlops:
   target = re.search(r'custom_call_target="([^"]*)"', i.rest)
   if target is None or target.group(1) not in KERNELS:
-    return Arithmetic()
+    return CompiledFlops()
   if estimate := re.search(r'"cost_estimate":\{"flops":"(\d+)"', i.rest):
-    return Arithmetic(kernels=float(estimate.group(1)))
-  return Arithmetic(uncounted=Counter({re.sub(r'[.\d]+$', '', name): 1}))
+    return CompiledFlops(kernels=float(estimate.group(1)))
+  return CompiledFlops(uncounted=Counter({re.sub(r'[.\d]+$', '', name): 1}))
 
 
-def _fft(name: str, i: Instruction, around: dict[str, Instruction]) -> Arithmetic:
-  return Arithmetic(uncounted=Counter({'fft': 1}))
+def _fft(name: str, i: Instruction, around: dict[str, Instruction]) -> CompiledFlops:
+  return CompiledFlops(uncounted=Counter({'fft': 1}))
 
 
 _COUNTS = {'dot': _dot, 'convolution': _convolution, 'custom-call': _custom, 'fft': _fft}

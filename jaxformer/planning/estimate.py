@@ -1,0 +1,247 @@
+"""Estimate: memory, time and cost of training or inference on a given slice, by formulas."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from jaxformer.config import InputError
+from jaxformer.models.model import ModelConfig
+from jaxformer.planning.compiler import CompiledPlan
+from jaxformer.planning.cost import flops_per_token
+from jaxformer.planning.hardware import GIB
+from jaxformer.planning.memory import Memory, memory
+from jaxformer.planning.roofline import StepTime, step_time
+from jaxformer.planning.setup import Setup
+from jaxformer.planning.target import SHAPES, Target, parse_target
+from jaxformer.sharding import MESH_AXES, MeshConfig
+
+TOKENS_PER_PARAMETER = 20  # compute-optimal, about (Hoffmann et al. 2022)
+# Share of the peak that a well-tuned training reaches: 38 to 43 % for Llama 3 405B on H100s (Llama
+# Team 2024, table 4), 46 % for PaLM 540B on TPU v4 (Chowdhery et al. 2022, table 3).
+UTILISATION = 0.4
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainingRun:
+  """Time and cost of a whole training run.
+
+  Attributes:
+    tokens: trained on.
+    train_flops: model FLOPs, causal convention, without recomputation.
+    utilisation: share of the peak of all chips that `seconds` assumes.
+    seconds: of training steps; start-up, compilation and evaluation are not included.
+    chip_hours: chips x hours.
+    price_per_hour_usd: of all chips, on demand.
+    price_usd: on demand.
+    spot_price_usd: None if spot capacity has no list price, as on Google Cloud, where it moves with
+      the market below the price on demand.
+  """
+
+  tokens: float
+  train_flops: float
+  utilisation: float
+  seconds: float
+  chip_hours: float
+  price_per_hour_usd: float
+  price_usd: float
+  spot_price_usd: float | None
+
+  def as_json(self) -> dict[str, Any]:
+    return dataclasses.asdict(self) | {
+      'days': self.seconds / 86400,
+      'tokens_per_second': self.tokens / self.seconds,
+    }
+
+
+def training_run(
+  model: ModelConfig,
+  length: int,
+  target: Target,
+  tokens: float,
+  utilisation: float = UTILISATION,
+  *,
+  precision: str = 'bf16',
+  price: float | None = None,
+) -> TrainingRun:
+  """The time and cost of training a model on `tokens` in sequences of `length`. `price` in USD per
+  chip-hour overrides the list price."""
+  if not 0 < utilisation <= 1:
+    raise InputError(f'--utilisation {utilisation:g}: must be above 0 and at most 1')
+  flops = flops_per_token(model, length) * tokens
+  seconds = flops / (target.chip.peak(precision) * target.total_chips * utilisation)
+  hourly = (target.chip.price_per_hour if price is None else price) * target.total_chips
+  spot = target.price_per_hour(spot=True)
+  return TrainingRun(
+    tokens=tokens,
+    train_flops=flops,
+    utilisation=utilisation,
+    seconds=seconds,
+    chip_hours=seconds / 3600 * target.total_chips,
+    price_per_hour_usd=hourly,
+    price_usd=hourly * seconds / 3600,
+    spot_price_usd=None if spot is None else spot * seconds / 3600,
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+  """What one step of a setup takes.
+
+  Attributes:
+    memory: bytes per device, by formulas.
+    step: lower bounds on its time, by formulas.
+    compiled: what the TPU compiler reports of the same step; None if it was not asked.
+  """
+
+  setup: Setup
+  memory: Memory
+  step: StepTime
+  compiled: CompiledPlan | None = None
+
+  @property
+  def seconds_per_token(self) -> float:
+    """The lower bound; with the compiler's count of FLOPs if there is one, which includes
+    recomputation under remat."""
+    s, chip = self.step, self.setup.target.chip
+    if self.compiled is None or self.compiled.flops is None:
+      return s.seconds / s.tokens
+    compute = self.compiled.flops.total * chip.devices / chip.peak(self.setup.precision)
+    return dataclasses.replace(s, compute_seconds=compute).seconds / s.tokens
+
+  @property
+  def short_by(self) -> float:
+    """Bytes per device that are missing; 0 if the step fits."""
+    return max(0.0, self.memory.total - self.setup.target.device_memory_bytes)
+
+  def as_json(self) -> dict[str, Any]:
+    """Memory, bounds and the figures that they rest on."""
+    setup, step, chip = self.setup, self.step, self.setup.target.chip
+    # FLOPs per byte of memory traffic at which products and traffic take equally long.
+    ridge = chip.peak(setup.precision) / chip.bytes_per_second
+    return {
+      'phase': setup.phase,
+      'memory': dataclasses.asdict(self.memory)
+      | {
+        'total': self.memory.total,
+        'limit': setup.target.device_memory_bytes,
+        'fits': not self.short_by,
+        'short_by': self.short_by,
+        'would_fit': _would_fit(self) if self.short_by else [],
+      },
+      'step': dataclasses.asdict(step)
+      | {
+        'bound': step.bound,
+        'seconds': step.seconds,
+        'tokens_per_second': step.tokens_per_second,
+        'arithmetic_intensity': ridge * step.compute_seconds / step.memory_seconds,
+        'ridge_intensity': ridge,
+        'batch_size': setup.batch_size,
+        'sequence_length' if setup.phase == 'train' else 'context_length': setup.length,
+      },
+      'target': setup.target.as_json(),
+      'mesh': dict(setup.abstract_mesh.shape),
+    } | ({'remat': setup.remat, 'accumulate': setup.accumulate} if setup.phase == 'train' else {})
+
+
+def estimate(setup: Setup) -> Estimate:
+  """Memory and time of one step of a setup. Raises `InputError` for a batch or a model that the
+  mesh does not divide, and for inference of a model that does not decode."""
+  if setup.phase != 'train' and setup.model.state_size(setup.length) is None:
+    raise InputError(
+      f'--phase {setup.phase}: a {setup.model.tag} does not decode; it reads whole sequences'
+    )
+  held = memory(setup)
+  return Estimate(setup, held, step_time(setup, held))
+
+
+def inference_setup(
+  phase: Any,
+  model: ModelConfig,
+  target: Target,
+  batch_size: int,
+  length: int,
+  precision: str = 'bf16',
+) -> Setup:
+  """A setup of inference with weights and state sharded evenly over all devices."""
+  return Setup(
+    model=model,
+    target=target,
+    mesh=MeshConfig(data=1, tensor=target.devices),
+    batch_size=batch_size,
+    length=length,
+    phase=phase,
+    precision=precision,
+  )
+
+
+def parse_amount(text: str, what: str = '--tokens') -> float:
+  """The number that a text such as '2T', '300B' or '1.4e12' means."""
+  found = re.fullmatch(r'(\d+(?:\.\d+)?(?:e\d+)?)([KMBT]?)', text.strip(), re.IGNORECASE)
+  if found is None or float(found.group(1)) <= 0:
+    raise InputError(f'{what} {text!r}: write a number such as 2T, 300B or 1.4e12')
+  return (
+    float(found.group(1)) * {'': 1, 'K': 1e3, 'M': 1e6, 'B': 1e9, 'T': 1e12}[found.group(2).upper()]
+  )
+
+
+# ---- what would fit ----------------------------------------------------------------------------
+
+
+def _would_fit(estimate: Estimate) -> list[str]:
+  """Changes after which the step would fit, in words."""
+  setup = estimate.setup
+  if setup.phase == 'train':
+    return [words for words, _ in remedies(setup)]
+  everything = estimate.memory.total * setup.target.devices
+  return [f'{-(-everything // setup.target.chip.memory_bytes):.0f} chips or more']
+
+
+def remedies(setup: Setup) -> Iterator[tuple[str, Setup]]:
+  """(what to change, the changed setup) for each single change after which a training step would
+  fit by the formulas, the cheapest first."""
+  for words, changed in _changes(setup):
+    try:
+      total = memory(changed).total
+    except InputError:
+      continue  # this mesh does not divide the model
+    if total <= changed.target.device_memory_bytes:
+      yield f'{words} ({total / GIB:,.1f} GiB)', changed
+      if changed.target != setup.target:
+        return
+
+
+def _changes(setup: Setup) -> Iterator[tuple[str, Setup]]:
+  mesh = setup.abstract_mesh.shape
+  if setup.remat != 'full':
+    yield '--training.remat full', dataclasses.replace(setup, remat='full')
+  if mesh['data'] > 1:
+    wider = setup.mesh.replace(data=1, fsdp=mesh['fsdp'] * mesh['data'])
+    yield f'--mesh.data 1 --mesh.fsdp {wider.fsdp}', dataclasses.replace(setup, mesh=wider)
+  rows = mesh['replica'] * mesh['data'] * mesh['fsdp'] * mesh['expert']
+  if setup.batch_size > rows:
+    yield f'--training.batch-size {rows}', dataclasses.replace(setup, batch_size=rows, accumulate=1)
+    most = setup.batch_size // rows
+    yield f'--training.accumulate {most}', dataclasses.replace(setup, accumulate=most)
+  for times in (2, 4, 8, 16, 32, 64):
+    target = _larger(setup.target, times)
+    if target is not None:
+      grown = setup.mesh.replace(**{a: mesh[a] for a in MESH_AXES} | {'fsdp': mesh['fsdp'] * times})
+      yield (
+        f'--target {target.name} --training.batch-size {setup.batch_size * times}',
+        dataclasses.replace(setup, target=target, mesh=grown, batch_size=setup.batch_size * times),
+      )
+
+
+def _larger(target: Target, times: int) -> Target | None:
+  """A slice with `times` as many of the same chips; None if none is offered."""
+  chip = target.chip
+  if chip.domain is None and chip.name not in SHAPES:
+    return None
+  size = f':{target.chips * times}' if chip.domain else f'-{target.chips * times * chip.cores}'
+  try:
+    return parse_target(f'{target.slices} x {chip.name}{size}', {chip.name: chip})
+  except InputError:
+    return None

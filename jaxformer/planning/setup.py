@@ -1,0 +1,141 @@
+"""Setup: one model, one slice, one mesh and one workload; the input of every estimate."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any, Literal
+
+from jax.sharding import AbstractMesh, AxisType
+
+from jaxformer.config import InputError
+from jaxformer.models.model import ModelConfig
+from jaxformer.models.params import define
+from jaxformer.planning.target import Target
+from jaxformer.sharding import MESH_AXES, MeshConfig, Rules, rules_of
+
+Phase = Literal['train', 'prefill', 'decode']
+OptimizerState = Callable[[ModelConfig, AbstractMesh, Any], Any]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Setup:
+  """What is estimated: one step of training or of inference, and where it runs.
+
+  Attributes:
+    phase: 'train' is one update; 'prefill' reads prompts of `length` tokens; 'decode' adds one
+      token to sequences that hold `length` tokens.
+    batch_size: sequences on all devices together.
+    length: tokens per sequence.
+    remat: policy by which activations are recomputed in the backward pass; training only.
+    accumulate: microbatches per update; training only.
+    precision: 'fp32' or 'bf16', as in `Chip.flops_per_second`; 'int8' and 'fp8' for inference.
+    optimizer: (model, mesh, rules) -> its state as abstract arrays with shardings; None for AdamW,
+      which has two numbers per parameter.
+    platform: the platform whose kernels are traced, 'tpu', 'gpu' or 'cpu'; None for the target's.
+  """
+
+  model: ModelConfig
+  target: Target
+  mesh: MeshConfig
+  batch_size: int
+  length: int
+  phase: Phase = 'train'
+  remat: str = 'full'
+  accumulate: int = 1
+  precision: str = 'bf16'
+  optimizer: OptimizerState | None = None
+  platform: str | None = None
+
+  @property
+  def abstract_mesh(self) -> AbstractMesh:
+    """The mesh over the target's devices. Raises `InputError` if its axes do not multiply to their
+    number, or if training would not put the slices along `replica`."""
+    mesh = abstract_mesh(self.mesh, self.target.devices)
+    if self.phase == 'train' and mesh.shape['replica'] % self.target.slices:
+      raise InputError(
+        f'mesh.replica = {mesh.shape["replica"]}: must be a multiple of {self.target.slices}, the '
+        f'number of slices of {self.target.name}'
+      )
+    return mesh
+
+  @property
+  def bytes_per_value(self) -> int:
+    """Size of a weight or activation in the compute precision; training keeps bf16 beside 8-bit
+    products."""
+    if self.precision == 'fp32':
+      return 4
+    return 2 if self.precision == 'bf16' or self.phase == 'train' else 1
+
+  @property
+  def local_batch(self) -> tuple[int, int]:
+    """(sequences, positions) per device of one microbatch; see the function of this name."""
+    return local_batch(
+      self.abstract_mesh, self.mesh.rules, self.batch_size, self.length, self.accumulate
+    )
+
+  @property
+  def name(self) -> str:
+    """'fsdp 16 x tensor 4, batch 64, remat full'."""
+    mesh = ' x '.join(
+      f'{a} {getattr(self.mesh, a)}' for a in MESH_AXES if getattr(self.mesh, a) > 1
+    )
+    return f'{mesh or "one device"}, batch {self.batch_size}, remat {self.remat}'
+
+  @property
+  def overrides(self) -> list[str]:
+    """Options of `jaxformer train` for this mesh, batch size and remat policy."""
+    axes = [a for a in MESH_AXES if getattr(self.mesh, a) > 1 or a == 'data']
+    pairs: list[tuple[str, Any]] = [(f'--mesh.{a}', getattr(self.mesh, a)) for a in axes]
+    pairs += [('--training.batch-size', self.batch_size), ('--training.remat', self.remat)]
+    return [word for name, value in pairs for word in (name, str(value))]
+
+
+def abstract_mesh(config: MeshConfig, devices: int) -> AbstractMesh:
+  """The mesh of a config over a number of devices that need not exist. Raises `InputError` if its
+  axes do not multiply to that number."""
+  sizes = config.sizes(devices)
+  return AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
+
+
+def local_batch(
+  mesh: AbstractMesh, rules: Rules | str, batch_size: int, length: int, accumulate: int = 1
+) -> tuple[int, int]:
+  """(sequences, positions) per device of one microbatch. Raises `InputError` if they do not divide
+  evenly over the mesh."""
+  table = rules_of(rules).activations
+  shards, times = (math.prod(mesh.shape[a] for a in table[axis]) for axis in ('batch', 'time'))
+  if batch_size % accumulate or batch_size // accumulate % shards:
+    near = max(1, round(batch_size / shards / accumulate)) * shards * accumulate
+    raise InputError(
+      f'training.batch_size = {batch_size}: must be a multiple of {shards * accumulate} '
+      f'({" x ".join(table["batch"])} = {shards}'
+      f'{f", accumulate = {accumulate}" if accumulate > 1 else ""}), such as {near}'
+    )
+  if length % times:
+    raise InputError(f'sequence length = {length}: must be a multiple of mesh.context = {times}')
+  return batch_size // accumulate // shards, length // times
+
+
+def default_mesh(
+  model: ModelConfig, target: Target, batch_size: int, accumulate: int = 1
+) -> MeshConfig:
+  """A mesh for training on a target: slices along `replica`; within a slice the largest `fsdp` that
+  divides the width and the batch; the rest along `data` if the batch divides over it, else along
+  `tensor`."""
+  n, rows = target.devices_per_slice, batch_size // accumulate
+  widths = [
+    s
+    for i in define(model).info.values()
+    for s, a in zip(i.shape, i.axes, strict=True)
+    if a == 'embed'
+  ]
+
+  def fits(f: int) -> bool:
+    return n % f == 0 and all(w % f == 0 for w in widths) and rows % (f * target.slices) == 0
+
+  fsdp = max((f for f in range(1, n + 1) if fits(f)), default=1)
+  rest = n // fsdp
+  data = rest if rows % (fsdp * rest * target.slices) == 0 else 1
+  return MeshConfig(replica=target.slices, data=data, fsdp=fsdp, tensor=rest // data)
