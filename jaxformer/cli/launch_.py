@@ -96,8 +96,7 @@ def run(args: argparse.Namespace, overrides: Overrides) -> int:
   planned = plan(args, engine, [o for o in overrides if o not in own])
   if not args.dry_run and not args.yes and not sys.stdin.isatty():
     raise InputError(
-      'launch asks before it spends money, and there is no terminal to ask on: --yes to start, or '
-      '--dry-run'
+      'launch needs confirmation, but stdin is not a terminal: give --yes or --dry-run'
     )
   files = {path: text for p in planned for path, text in engine.files(p.job).items()}
   if args.dry_run:
@@ -165,11 +164,9 @@ def plan(args: argparse.Namespace, engine: Any, overrides: Overrides) -> list[Pl
 
 def summary(engine: Any, planned: list[Planned]) -> list[str]:
   """The plan for a reader."""
-  from jaxformer.models.params import define
-
-  first, job, model = planned[0], planned[0].job, planned[0].experiment.model
+  first, job = planned[0], planned[0].job
   lines = [
-    f'{model.tag} with {define(model).size:,} parameters on '
+    f'{first.experiment.model.tag} with {first.run.params:,} parameters on '
     f'{job.target.name}{" spot" if job.spot else ""}: '
     f'{job.target.total_chips} chips of {job.target.hosts} hosts'
   ]
@@ -203,12 +200,13 @@ def summary(engine: Any, planned: list[Planned]) -> list[str]:
     'fits'
     if memory <= there
     else (
-      f'{(memory - there) / 1e9:,.3g} GB too much: --training.remat full, --training.accumulate or '
+      f'{(memory - there) / 1e9:,.3g} GB too much: use --training.remat full, '
+      '--training.accumulate or '
       'a larger target'
     )
   )
   lines.append(
-    f'memory a device: about {memory / 1e9:,.3g} GB of {there / 1e9:.3g}, {fits} '
+    f'memory per device: about {memory / 1e9:,.3g} GB of {there / 1e9:.3g}, {fits} '
     '(`jaxformer plan --compile` asks the compiler)'
   )
   return [*lines, *(f'submitted by: {command}' for command in shown(engine, planned))]

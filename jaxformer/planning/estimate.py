@@ -10,7 +10,7 @@ from typing import Any
 from jaxformer.config import InputError
 from jaxformer.models.model import ModelConfig
 from jaxformer.planning.compiler import CompiledPlan
-from jaxformer.planning.cost import flops_per_token
+from jaxformer.planning.cost import cost
 from jaxformer.planning.hardware import GIB
 from jaxformer.planning.memory import Memory, memory
 from jaxformer.planning.roofline import StepTime, step_time
@@ -29,6 +29,7 @@ class TrainingRun:
   """Time and cost of a whole training run.
 
   Attributes:
+    params, active_params: of the model, and those that one token uses.
     tokens: trained on.
     train_flops: model FLOPs, causal convention, without recomputation.
     utilisation: share of the peak of all chips that `seconds` assumes.
@@ -40,6 +41,8 @@ class TrainingRun:
       the market below the price on demand.
   """
 
+  params: int
+  active_params: int
   tokens: float
   train_flops: float
   utilisation: float
@@ -70,11 +73,14 @@ def training_run(
   chip-hour overrides the list price."""
   if not 0 < utilisation <= 1:
     raise InputError(f'--utilisation {utilisation:g}: must be above 0 and at most 1')
-  flops = flops_per_token(model, length) * tokens
+  per_token = cost(model, length)
+  flops = per_token.train_flops_per_token * tokens
   seconds = flops / (target.chip.peak(precision) * target.total_chips * utilisation)
   hourly = (target.chip.price_per_hour if price is None else price) * target.total_chips
   spot = target.price_per_hour(spot=True)
   return TrainingRun(
+    params=per_token.params,
+    active_params=per_token.active_params,
     tokens=tokens,
     train_flops=flops,
     utilisation=utilisation,

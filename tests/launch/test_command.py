@@ -82,8 +82,8 @@ def test_a_dry_run_prints_file_and_plan_and_writes_nothing(folder, tools, capsys
   assert main([*SKY, '--dry-run']) == 0
   out, err = capsys.readouterr()
   assert '==== runs/gpt2-tiny.sky.yaml ====\nname: gpt2-tiny\n' in out
-  assert 'price an hour: $43.20, on demand' in out  # 16 chips at $2.70
-  assert re.search(r'memory a device: about 0\.0\d+ GB of 33\.6, fits', out)
+  assert 'price per hour: $43.20, on demand' in out  # 16 chips at $2.70
+  assert re.search(r'memory per device: about 0\.0\d+ GB of 33\.6, fits', out)
   assert err == ''
   assert list(folder.iterdir()) == calls() == []
 
@@ -126,7 +126,7 @@ def test_an_estimate_over_the_memory_is_said(folder, capsys):
     '2048',
   ]
   assert main(['launch', 'sky', 'llama2-7b', '--target', 'v6e-16', *words, '--dry-run']) == 0
-  assert 'GB too much: --training.remat full' in capsys.readouterr().out
+  assert 'GB too much: use --training.remat full' in capsys.readouterr().out
 
 
 @pytest.mark.quick
@@ -164,7 +164,7 @@ def test_it_asks_on_a_terminal(typed, started, folder, tools, monkeypatch, capsy
   assert main(SKY) == 0
   assert bool(calls()) == (folder / 'runs').exists() == started
   err = capsys.readouterr().err
-  assert err.index('price an hour') < err.index('start gpt2-tiny? [y/N]')
+  assert err.index('price per hour') < err.index('start gpt2-tiny? [y/N]')
   assert ('nothing was started' in err) != started
 
 

@@ -40,7 +40,7 @@ CASES = [
   (f'gcloud gpt2-tiny --target h100:8 {GIT}', 'gcloud does not serve h100', 'v4, v5e, v5p, v6e'),
   ('xpk gpt2-tiny --target a100:8 --xpk.cluster c', 'xpk does not serve a100'),
   ('xpk gpt2-tiny --target h100:4 --run.dir gs://b/r --xpk.cluster c', 'h100:4', 'multiple of 8'),
-  ('slurm gpt2-tiny --target h100:12', "'h100:12'", 'try 8 or 16'),
+  ('slurm gpt2-tiny --target h100:12', "'h100:12'", 'such as 8 or 16'),
   (
     f'{SKY.replace("v6e-16", "2xv6e-16")}',
     '2 x v6e-16',
@@ -59,7 +59,7 @@ CASES = [
   (f'{SKY} --mesh.fsdp 3', '16 devices', 'fsdp 3'),
   (
     'sky llama2-7b --run.dir gs://b/r --target v6e-16 --training.batch-size 16',
-    '107.8 GB a device',
+    '107.8 GB per device',
     '74.3 GB more',
     '--mesh.fsdp',
   ),
