@@ -23,8 +23,6 @@ if TYPE_CHECKING:
   from jaxformer.models.model import ModelConfig
   from jaxformer.planning.cost import Cost
   from jaxformer.study.results import Results
-  from jaxformer.study.scaling_results import ScalingResults
-  from jaxformer.study.scaling_study import ScalingStudy
   from jaxformer.study.study import Study
   from jaxformer.training import Experiment, TrainResult
 
@@ -152,15 +150,16 @@ def plan(model: ModelConfig | str, length: int | None = None) -> Cost:
 
 
 def compare(
-  study: Study | ScalingStudy | str,
+  study: Study | str,
   *overrides: tuple[str, str],
   log: Callable[[str], None] | None = None,
-) -> Results | ScalingResults:
-  """Runs a study (a name, a file that defines `study`, a `Study` or a `ScalingStudy`) with
+) -> Results:
+  """Runs a study (a name, a file that defines `study`, or a `Study`) with
   (dotted path, text) overrides and writes its report. `log` takes a line per run, stderr by
   default."""
-  from jaxformer.cli.common import note, study_of, ways_of
+  from jaxformer.cli.common import note, study_of
   from jaxformer.overrides import override
+  from jaxformer.study.report import report_study
 
   whole = override(study_of(study) if isinstance(study, str) else study, overrides, 'study')
-  return ways_of(whole)[1](whole, log or note)
+  return report_study(whole, log or note)

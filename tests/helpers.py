@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 
+from jaxformer.config import Config, forget, types_of
 from jaxformer.ops.implementation import implementation
 
 
@@ -16,3 +18,15 @@ def forced(f, **names):
       return f(*args, **options)
 
   return wrapped
+
+
+@contextlib.contextmanager
+def temporary_types():
+  """Within, config types may be defined; at the end they leave the registry."""
+  before = types_of(Config)
+  try:
+    yield
+  finally:
+    for cls in types_of(Config):
+      if cls not in before:
+        forget(cls)

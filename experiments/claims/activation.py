@@ -57,10 +57,10 @@ from jaxformer.models.classifier import Classifier, LinearInput
 from jaxformer.models.language_model import LanguageModel
 from jaxformer.models.params import define
 from jaxformer.models.stack import Group
+from jaxformer.study.charts import Axis, Point, Series
 from jaxformer.study.runner import finished, run_study
 from jaxformer.study.statistics import Difference, Estimate, compare, estimate
-from jaxformer.study.study import AsIs, Study
-from jaxformer.study.svg import Axis, Point, Series
+from jaxformer.study.study import FixedModel, Study
 from jaxformer.task_type import TaskType
 from jaxformer.training import (
   AdamW,
@@ -115,18 +115,20 @@ def transformer(feed_forward: Mlp.Config) -> LanguageModel.Config:
 def study(args) -> Study:
   return Study(
     name=f'claim-08-{args.scale:g}',
-    entries=tuple(AsIs(name=n, model_config=transformer(f)) for n, f in layers(WIDTH).items()),
+    entries=tuple(
+      FixedModel(name=n, model_config=transformer(f)) for n, f in layers(WIDTH).items()
+    ),
     target=define(transformer(layers(WIDTH)[NONE])).size,
     tasks=(DataConfig(sequence_length=LENGTH),),
     tokens=int(150_000 * args.scale),
     batch_size=4,
     learning_rates=(3e-3, 1e-2),
-    extensions=0,
+    max_grid_extensions=0,
     seeds=(1, 2, 3, 4),
-    together=4,
+    runs_per_program=4,
     eval_batches=128,
     contexts=(),
-    rounds=0,
+    timing_repeats=0,
     dir=args.runs,
   )
 
@@ -248,7 +250,7 @@ def main() -> None:
   args = gallery.arguments(__doc__).parse_args()
   s = study(args)
   with Interrupt() as interrupt:
-    tuned = run_study(s, print, interrupt).results[s.task_titles[0]]
+    tuned = run_study(s, print, interrupt)[s.task_titles[0]]
   bits = {t.title: {r.seed: float(r.metrics['eval/bits_per_byte']) for r in t.runs} for t in tuned}
   answers = {name: alone(layers(ALONE_WIDTH * 3 // 2)[name], name, args) for name in ALONE}
   right = {name: estimate(list(found.values())) for name, found in answers.items()}

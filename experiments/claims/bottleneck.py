@@ -86,12 +86,12 @@ from jaxformer.data.tasks.task import Side, below, random_bits
 from jaxformer.evaluation import evaluate_translation, loss_by_source_length
 from jaxformer.inference import translate
 from jaxformer.models.params import Definition, define
+from jaxformer.study.charts import Axis, Point, Series
 from jaxformer.study.costs import measure_costs
 from jaxformer.study.runner import Trial, Tuned, run_study
 from jaxformer.study.sharing import Interrupted
 from jaxformer.study.statistics import Difference, Estimate, compare, estimate
-from jaxformer.study.study import Grown, Study
-from jaxformer.study.svg import Axis, Point, Series
+from jaxformer.study.study import ScaledFamily, Study
 from jaxformer.training import load_params
 from jaxformer.training.interrupt import Interrupt
 
@@ -160,16 +160,16 @@ def studies(args) -> dict[str, Study]:
     target_lengths=(length(48),),
   )
   common = {
-    'entries': tuple(Grown(family=f, name=n) for f, n in NAMES.items()),
+    'entries': tuple(ScaledFamily(family=f, name=n) for f, n in NAMES.items()),
     'target': 3e5 * max(1.0, args.scale) ** 0.5,
-    'extensions': 2,
+    'max_grid_extensions': 2,
     'seeds': (1, 2, 3),
-    'together': 3,
+    'runs_per_program': 3,
     'translations': 0,
     'contexts': (),
     'eval_batches': None,
     'batch_size': 32,
-    'rounds': 5,
+    'timing_repeats': 5,
     'dir': args.runs,
   }
   return {
@@ -221,7 +221,7 @@ class Half:
 def half_of(name: str, study: Study, interrupt: Interrupt) -> Half:
   """Trains what is not trained yet, and measures."""
   task = study.tasks[0]
-  done = run_study(study, note, interrupt).results[study.task_titles[0]]
+  done = run_study(study, note, interrupt)[study.task_titles[0]]
   dataset = open_data(task)
   quality = 'BLEU' if name == 'translation' else 'exact match'
   lengths = np.sort([len(p.source_ids) - 1 for p in dataset.held_out_pairs()])
@@ -390,9 +390,7 @@ def rows(
             for e in (half.over_seeds(name, 'loss', g) for g in (0, -1))
           ),
           signed(estimate(list(half.rises('loss')[name].values()))),
-          'the reference'
-          if d is None
-          else f'{signed(d.estimate)}, p {d.p_adjusted:.2g}: {d.verdict}',
+          'baseline' if d is None else f'{signed(d.estimate)}, p {d.p_adjusted:.2g}: {d.verdict}',
           f'{half.quality} '
           + ', '.join(
             '{:.1f} ({:.1f} to {:.1f})'.format(*percent(half.over_seeds(name, 'quality', g)))

@@ -53,10 +53,10 @@ from jaxformer.data.pipeline import Stream
 from jaxformer.evaluation import loss_by_position
 from jaxformer.models.model import ModelConfig
 from jaxformer.models.params import Definition, define
-from jaxformer.study.runner import Finished, Tuned, run_study
+from jaxformer.study.charts import Axis, Point, Series
+from jaxformer.study.runner import Tuned, run_study
 from jaxformer.study.statistics import Difference, compare, estimate
-from jaxformer.study.study import Grown, Study
-from jaxformer.study.svg import Axis, Point, Series
+from jaxformer.study.study import ScaledFamily, Study
 from jaxformer.study.tables import amount
 from jaxformer.training import load_params
 from jaxformer.training.interrupt import Interrupt
@@ -89,17 +89,17 @@ def study(args) -> Study:
   """The runs: equal size, the same rows, one rate."""
   return Study(
     name=f'claim-03-{args.scale:g}',
-    entries=tuple(Grown(family=f, name=n) for n, f in FAMILIES.items()),
+    entries=tuple(ScaledFamily(family=f, name=n) for n, f in FAMILIES.items()),
     target=1e5,
     tasks=(DataConfig(sequence_length=LENGTH, packing=Stream()),),
     tokens=int(150_000 * args.scale),
     batch_size=4,
     learning_rates=(3e-3,),
     seeds=(1, 2, 3),
-    together=3,
+    runs_per_program=3,
     eval_batches=32,
     contexts=(),
-    rounds=0,
+    timing_repeats=0,
     dir=args.runs,
   )
 
@@ -289,8 +289,7 @@ def main() -> None:
   args = gallery.arguments(__doc__).parse_args()
   s = study(args)
   with Interrupt() as interrupt:
-    done: Finished = run_study(s, print, interrupt)
-  entries = done.results[s.task_titles[0]]
+    entries = run_study(s, print, interrupt)[s.task_titles[0]]
   data = open_data(s.tasks[0].replace(sequence_length=TIMES * LENGTH))
   found = {
     t.title: {r.seed: losses(define(t.model), r.folder, data, ROWS) for r in t.runs}

@@ -24,9 +24,9 @@ import jax
 from jaxformer.cli.common import note
 from jaxformer.config import InputError
 from jaxformer.exit_codes import PREEMPTED
+from jaxformer.study.charts import Axis, Series, chart
 from jaxformer.study.sharing import Interrupted
 from jaxformer.study.statistics import Estimate
-from jaxformer.study.svg import Axis, Series, chart, standalone
 
 HERE = pathlib.Path(__file__).parent
 RESULTS = HERE / 'results'
@@ -47,7 +47,7 @@ class Picture:
 
   @classmethod
   def of(cls, name: str, caption: str, series: list[Series], x: Axis, y: Axis) -> Picture:
-    return cls(name, caption, standalone(chart(series, x, y, caption)))
+    return cls(name, caption, chart(series, x, y, caption))
 
 
 @dataclasses.dataclass(frozen=True)

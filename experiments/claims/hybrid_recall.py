@@ -48,10 +48,10 @@ from jaxformer.layers.norm import RMSNorm
 from jaxformer.layers.position import Rotary
 from jaxformer.models.zoo import PRESETS
 from jaxformer.models.zoo.jamba import jamba
+from jaxformer.study.charts import Axis, Point, Series
 from jaxformer.study.results import TaskResults, interval_form
 from jaxformer.study.statistics import Difference, compare
 from jaxformer.study.study import Study
-from jaxformer.study.svg import Axis, Point, Series
 from jaxformer.study.tables import amount
 from jaxformer.training import AdamW, Cosine
 
@@ -85,14 +85,14 @@ def study(scale: float, runs: str) -> Study:
     tokens=updates * BATCH * TASK.positions,
     batch_size=BATCH,
     learning_rates=mixers.rates(scale),
-    extensions=0,
+    max_grid_extensions=0,
     seeds=SEEDS,
-    together=TOGETHER,
+    runs_per_program=TOGETHER,
     eval_batches=None,
     optimizer=AdamW(weight_decay=0.1),
     schedule=Cosine(warmup=max(1, updates // 10), final=0.0),
     contexts=(),
-    rounds=0,
+    timing_repeats=0,
   )
 
 

@@ -67,10 +67,10 @@ from jaxformer.inference.sampling import GREEDY
 from jaxformer.models.language_model import LanguageModel
 from jaxformer.models.params import Definition, Params, define
 from jaxformer.models.zoo import FAMILIES
+from jaxformer.study.charts import Axis, Point, Series
 from jaxformer.study.runner import run_study
 from jaxformer.study.statistics import Difference, Estimate, estimate
-from jaxformer.study.study import AsIs, Study
-from jaxformer.study.svg import Axis, Point, Series
+from jaxformer.study.study import FixedModel, Study
 from jaxformer.study.tables import seconds
 from jaxformer.training import load_params
 from jaxformer.training.interrupt import Interrupt
@@ -179,7 +179,7 @@ def read_text(args) -> dict[str, dict[int, Difference]]:
   s, length = constant_memory.study(args), constant_memory.LENGTH
   s = s.replace(entries=tuple(e for e in s.entries if e.title in READS))
   with Interrupt() as interrupt:
-    trained = run_study(s, print, interrupt).results[s.task_titles[0]]
+    trained = run_study(s, print, interrupt)[s.task_titles[0]]
   octaves = {}
   for t in trained:
     data = open_data(s.tasks[0].replace(sequence_length=READS[t.title]))
@@ -206,7 +206,7 @@ def copier(name: str) -> LanguageModel.Config:
 
 
 def recall_study(args) -> Study:
-  entries = tuple(AsIs(name=n, model_config=copier(n)) for n in READS)
+  entries = tuple(FixedModel(name=n, model_config=copier(n)) for n in READS)
   return Study(
     name=f'claim-05-{args.scale:g}',
     entries=entries,
@@ -215,12 +215,12 @@ def recall_study(args) -> Study:
     tokens=int(250_000 * args.scale),
     batch_size=32,
     learning_rates=(1e-2,),
-    extensions=0,
+    max_grid_extensions=0,
     seeds=(1, 2, 3),
-    together=3,
+    runs_per_program=3,
     eval_batches=None,
     contexts=(),
-    rounds=0,
+    timing_repeats=0,
     dir=args.runs,
   )
 
@@ -229,7 +229,7 @@ def recall(args) -> dict[str, dict[int, list[float]]]:
   """Family -> times the training length -> right answers by seed."""
   s = recall_study(args)
   with Interrupt() as interrupt:
-    trained = run_study(s, print, interrupt).results[s.task_titles[0]]
+    trained = run_study(s, print, interrupt)[s.task_titles[0]]
   right = {}
   for t in trained:
     definition, right[t.title] = define(t.model), {}

@@ -19,11 +19,11 @@ from jaxformer.models.language_model import LanguageModel
 from jaxformer.models.model import ModelConfig
 from jaxformer.models.stack import Group
 from jaxformer.models.zoo.preset import Family, two_thirds
+from jaxformer.study.charts import Point
 from jaxformer.study.report import report_study
 from jaxformer.study.results import Outcome, Results, TaskResults, interval_form
 from jaxformer.study.sizing import solve
 from jaxformer.study.study import Entry, Study
-from jaxformer.study.svg import Point
 
 SOLVED = 0.95  # accuracy
 INIT = FanInNormal()
@@ -58,7 +58,7 @@ class Stacked(Entry):
     return self.name or '-'.join(m.tag for m in self.mixers)
 
   def model(
-    self, study: Study, vocab_size: int, context: int, source_vocab_size: int | None = None
+    self, study: Study, vocab_size: int, context_length: int, source_vocab_size: int | None = None
   ) -> ModelConfig:
     family = Family(
       self.title, self.make, self.width, len(self.mixers), two_thirds, grows_deeper=False
@@ -68,7 +68,7 @@ class Stacked(Entry):
       study.match,
       study.target,
       vocab_size=vocab_size,
-      context_length=context,
+      context_length=context_length,
       tolerance=study.tolerance,
     )
     if sized.width != self.width:
@@ -80,7 +80,7 @@ class Stacked(Entry):
     return sized.model
 
   def make(
-    self, *, width: int, layers: int, hidden: int, vocab_size: int, context: int
+    self, *, width: int, layers: int, hidden: int, vocab_size: int, context_length: int
   ) -> LanguageModel.Config:
     """The model at a size."""
     norm = RMSNorm.Config()
@@ -94,7 +94,7 @@ class Stacked(Entry):
     return LanguageModel.Config(
       vocab_size=vocab_size,
       width=width,
-      context_length=context,
+      context_length=context_length,
       final_norm=norm,
       embedding_init=Normal(std=1.0),
       head_init=INIT,

@@ -60,9 +60,9 @@ from jaxformer.layers.lstm import Lstm
 from jaxformer.layers.mamba import Mamba
 from jaxformer.layers.position import Rotary
 from jaxformer.layers.s4d import S4D
+from jaxformer.study.charts import Axis, Point, Series
 from jaxformer.study.results import Results, TaskResults, interval_form
 from jaxformer.study.study import Study
-from jaxformer.study.svg import Axis, Point, Series
 from jaxformer.study.tables import amount
 from jaxformer.training import AdamW, Cosine
 
@@ -119,14 +119,14 @@ def study(name: str, scale: float, runs: str) -> Study:
     tokens=updates * batch * task.positions,
     batch_size=batch,
     learning_rates=mixers.rates(scale),
-    extensions=0,
+    max_grid_extensions=0,
     seeds=SEEDS,
-    together=len(SEEDS),
+    runs_per_program=len(SEEDS),
     eval_batches=None,
     optimizer=AdamW(weight_decay=0.1),
     schedule=Cosine(warmup=max(1, updates // 10), final=0.0),
     contexts=(),
-    rounds=0,
+    timing_repeats=0,
   )
 
 

@@ -54,8 +54,8 @@ from jaxformer.models.params import define
 from jaxformer.models.zoo import FAMILIES, PRESETS
 from jaxformer.planning import estimate as planning
 from jaxformer.planning.target import parse_target
+from jaxformer.study.charts import Axis, Point, Series
 from jaxformer.study.statistics import Difference, compare, estimate
-from jaxformer.study.svg import Axis, Point, Series
 from jaxformer.study.tables import amount, seconds
 
 CLAIM = 'Prefill is parallel, decode is sequential: their cost per token differs, and keys and values grow with the context.'

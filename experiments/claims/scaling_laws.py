@@ -55,14 +55,14 @@ os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 import numpy as np
 from gallery import Picture, Result, Verdict, arguments, publish, to_the_end
 
+from jaxformer.study.charts import Axis, Point, Series
+from jaxformer.study.law_report import between, trainings
+from jaxformer.study.laws import FittedLaw, Training
+from jaxformer.study.report import report_study
+from jaxformer.study.results import Results
 from jaxformer.study.scaling import power_law
-from jaxformer.study.scaling_report import between, report_scaling, trainings
-from jaxformer.study.scaling_results import FamilyLaw, Point, ScalingResults
-from jaxformer.study.scaling_study import Budget, ScalingStudy
 from jaxformer.study.studies import STUDIES
-from jaxformer.study.study import Grown
-from jaxformer.study.svg import Axis, Series
-from jaxformer.study.svg import Point as At
+from jaxformer.study.study import Budget, ScaledFamily, Study
 from jaxformer.study.tables import amount
 
 CLAIM = 'Parameters, tokens and FLOPs predict loss (scaling laws; Chinchilla).'
@@ -70,9 +70,10 @@ EXPLAINED = 0.95  # of the variance of log loss, for a law that fits
 LOOSE = 4  # ends of an interval whose ratio is more say little of a coefficient
 
 
-def study(scale: float, families: list[str], runs: str) -> ScalingStudy:
+def study(scale: float, families: list[str], runs: str) -> Study:
   base = STUDIES['scaling']
-  assert isinstance(base, ScalingStudy)
+  grid = base.scaling
+  assert grid is not None
 
   def scaled(budgets: tuple[Budget, ...]) -> tuple[Budget, ...]:
     return tuple(
@@ -80,13 +81,17 @@ def study(scale: float, families: list[str], runs: str) -> ScalingStudy:
       for b in budgets
     )
 
-  entries = tuple(Grown(family=f, name='transformer' if f == 'llama2' else f) for f in families)
+  entries = tuple(
+    ScaledFamily(family=f, name='transformer' if f == 'llama2' else f) for f in families
+  )
   return base.replace(
-    entries=entries, budgets=scaled(base.budgets), held_out=scaled(base.held_out), dir=runs
+    entries=entries,
+    scaling=grid.replace(budgets=scaled(grid.budgets), held_out=scaled(grid.held_out)),
+    dir=runs,
   )
 
 
-def guess(f: FamilyLaw, p: Point) -> float:
+def guess(f: FittedLaw, p: Training) -> float:
   """The loss of the training of the largest budget that is nearest in size."""
   most = max(q.flops for q in f.fitted)
   nearest = min(
@@ -97,7 +102,7 @@ def guess(f: FamilyLaw, p: Point) -> float:
   return nearest.loss
 
 
-def alone(f: FamilyLaw, of: str) -> tuple[float, list[float]]:
+def alone(f: FittedLaw, of: str) -> tuple[float, list[float]]:
   """What a power law of one number does: R^2 of log loss, and the relative errors of what it
   foretells, unsigned."""
   used = [p for p in f.fitted if p.loss is not None]
@@ -107,7 +112,7 @@ def alone(f: FamilyLaw, of: str) -> tuple[float, list[float]]:
   return float(np.corrcoef(np.log(x), np.log(y))[0, 1] ** 2), found
 
 
-def on_one_number(f: FamilyLaw) -> list[str]:
+def on_one_number(f: FittedLaw) -> list[str]:
   """How far one number goes, in sentences."""
   found = {
     name: alone(f, of)
@@ -128,21 +133,21 @@ def on_one_number(f: FamilyLaw) -> list[str]:
   return parts
 
 
-def errors(f: FamilyLaw) -> list[tuple[float, float]]:
+def errors(f: FittedLaw) -> list[tuple[float, float]]:
   """(of the law, of the guess), relative and unsigned, for each held-out training."""
   return [
-    (abs(p.foretold.value / p.loss - 1), abs(guess(f, p) / p.loss - 1))
+    (abs(p.predicted.value / p.loss - 1), abs(guess(f, p) / p.loss - 1))
     for p in f.held_out
-    if p.loss is not None and p.foretold is not None
+    if p.loss is not None and p.predicted is not None
   ]
 
 
-def verdict(f: FamilyLaw) -> Verdict:
+def verdict(f: FittedLaw) -> Verdict:
   found = errors(f)
   if f.explained is None or len(found) < len(f.held_out):
     return 'not shown'
   better = [law < other for law, other in found]
-  if f.explained >= EXPLAINED and all(p.covered for p in f.held_out) and all(better):
+  if f.explained >= EXPLAINED and all(p.within_interval for p in f.held_out) and all(better):
     return 'shown'
   return (
     'shown in part'
@@ -156,9 +161,9 @@ def overall(verdicts: list[Verdict]) -> Verdict:
   return verdicts[0] if len(set(verdicts)) == 1 else 'shown in part'
 
 
-def because(results: ScalingResults) -> str:
+def because(results: Results) -> str:
   parts = []
-  for f, said in zip(results.families, results.answer, strict=True):
+  for f, said in zip(results.tasks[0].laws, results.answer, strict=True):
     parts.append(said)
     parts.append(
       'Errors of the law against those of the guess (the training of the largest budget nearest in '
@@ -175,7 +180,7 @@ def because(results: ScalingResults) -> str:
     inside = [p for p in f.parabolas.values() if p.inside]
     parts.append(
       f'The parabola is lowest among the sizes tried at {len(inside)} of '
-      f'{len(results.study.budgets)} budgets.'
+      f'{len(results.study.scaling.budgets)} budgets.'
     )
   parts.append(
     'One seed a training, and budgets that differ by a factor of 20 in all: how far a law reaches '
@@ -184,19 +189,19 @@ def because(results: ScalingResults) -> str:
   return ' '.join(parts)
 
 
-def pictures(results: ScalingResults) -> list[Picture]:
+def pictures(results: Results) -> list[Picture]:
   found = []
-  for f in results.families:
+  for f in results.tasks[0].laws:
     law, (k, power), iso = f.law, f.flops_law, []
-    sizes = np.geomspace(min(p.params for p in f.points), max(p.params for p in f.points), 40)
-    for style, flops in enumerate(dict.fromkeys(p.flops for p in f.points)):
-      points = [p for p in f.points if p.flops == flops and p.loss is not None]
+    sizes = np.geomspace(min(p.params for p in f.trainings), max(p.params for p in f.trainings), 40)
+    for style, flops in enumerate(dict.fromkeys(p.flops for p in f.trainings)):
+      points = [p for p in f.trainings if p.flops == flops and p.loss is not None]
       if law is not None:
-        along = tuple(At(n, float(law.loss(n, flops / (k * n**power)))) for n in sizes)
+        along = tuple(Point(n, float(law.loss(n, flops / (k * n**power)))) for n in sizes)
         iso.append(Series('', style, along, line=True, dots=False))
       iso.append(
         Series(
-          amount(flops), style, tuple(At(p.params, p.loss) for p in points if p.loss is not None)
+          amount(flops), style, tuple(Point(p.params, p.loss) for p in points if p.loss is not None)
         )
       )
     caption = f'{f.title}: held-out loss against size at equal training FLOPs; lines: the law, fitted to all but the largest budget'
@@ -215,27 +220,27 @@ def main() -> None:
   )
   args = parser.parse_args()
   s = study(args.scale, args.families, args.runs)
-  results = report_scaling(s, lambda line: print(line, flush=True))
-  tables = [trainings(f, results) for f in results.families]
+  results = report_study(s, lambda line: print(line, flush=True))
+  tables = [trainings(f, results) for f in results.tasks[0].laws]
   rows = tuple(
-    (f.title, *row) for f, t in zip(results.families, tables, strict=True) for row in t.rows
+    (f.title, *row) for f, t in zip(results.tasks[0].laws, tables, strict=True) for row in t.rows
   )
   fits = '; '.join(
     f'{f.title}: ' + ', '.join(f'{n} {between(i)}' for n, i in f.coefficients.items())
-    for f in results.families
+    for f in results.tasks[0].laws
   )
   publish(
     args,
     Result(
       10,
       CLAIM,
-      overall([verdict(f) for f in results.families]),
+      overall([verdict(f) for f in results.tasks[0].laws]),
       f'{because(results)} The law: {fits}.',
-      f'{", ".join(e.title for e in s.entries)}; {len(s.budgets)} budgets of '
-      f'{s.budgets[0].flops:.3g} to {s.budgets[-1].flops:.3g} '
-      f'training FLOPs with {len(s.budgets[0].params)} sizes each, {len(s.held_out[0].params)} '
-      f'trainings of {s.held_out[0].flops:.3g}'
-      f' held out; bytes of the standard library, sequences of {s.task.positions}; {len(s.seeds)} '
+      f'{", ".join(e.title for e in s.entries)}; {len(s.scaling.budgets)} budgets of '
+      f'{s.scaling.budgets[0].flops:.3g} to {s.scaling.budgets[-1].flops:.3g} '
+      f'training FLOPs with {len(s.scaling.budgets[0].params)} sizes each, {len(s.scaling.held_out[0].params)} '
+      f'trainings of {s.scaling.held_out[0].flops:.3g}'
+      f' held out; bytes of the standard library, sequences of {s.tasks[0].positions}; {len(s.seeds)} '
       'seed.',
       ('architecture', *tables[0].header),
       rows,

@@ -47,9 +47,9 @@ from jaxformer.models.language_model import LanguageModel
 from jaxformer.models.params import define
 from jaxformer.models.zoo.llama import llama
 from jaxformer.models.zoo.mixtral import mixtral
+from jaxformer.study.charts import Axis, Point, Series
 from jaxformer.study.results import Results, interval_form, score_form
-from jaxformer.study.study import AsIs, Study
-from jaxformer.study.svg import Axis, Point, Series
+from jaxformer.study.study import FixedModel, Study
 from jaxformer.study.tables import amount
 from jaxformer.training import AdamW, Cosine, read_metrics
 
@@ -112,21 +112,24 @@ def study(scale: float, runs: str) -> Study:
   return Study(
     name='sparse-experts',
     dir=runs,
-    entries=(AsIs(name='dense', model_config=DENSE), AsIs(name='mixture', model_config=MIXTURE)),
+    entries=(
+      FixedModel(name='dense', model_config=DENSE),
+      FixedModel(name='mixture', model_config=MIXTURE),
+    ),
     match='active_params',
     target=float(define(DENSE).active_size),
     tasks=(DataConfig(sequence_length=LENGTH),),
     tokens=updates * BATCH * LENGTH,
     batch_size=BATCH,
     learning_rates=RATES,
-    extensions=1,
+    max_grid_extensions=1,
     seeds=SEEDS,
     eval_batches=32,
-    together=1,  # a population's runs would wait for the busiest expert of all
+    runs_per_program=1,  # a population's runs would wait for the busiest expert of all
     optimizer=AdamW(),
     schedule=Cosine(warmup=max(1, updates // 10)),
     contexts=(),
-    rounds=ROUNDS,
+    timing_repeats=ROUNDS,
   )
 
 

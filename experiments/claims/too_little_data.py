@@ -52,10 +52,10 @@ from jaxformer.data import ByPosition, DataConfig, Files, StandardLibrary
 from jaxformer.data.splits import content_hash
 from jaxformer.models.params import define
 from jaxformer.planning.cost import flops_per_token
+from jaxformer.study.charts import Axis, Point, Series
 from jaxformer.study.runner import Trial, Tuned, run_study
 from jaxformer.study.statistics import Estimate, compare, estimate, holm
-from jaxformer.study.study import Grown, Study
-from jaxformer.study.svg import Axis, Point, Series
+from jaxformer.study.study import ScaledFamily, Study
 from jaxformer.study.tables import amount
 from jaxformer.training import read_metrics
 from jaxformer.training.interrupt import Interrupt
@@ -133,26 +133,26 @@ def texts(characters: int, runs: str) -> DataConfig:
 def study(target: float, tokens: int, data: DataConfig, runs: str) -> Study:
   return Study(
     name='too-little-data',
-    entries=(Grown(family='llama2', name='transformer'),),
+    entries=(ScaledFamily(family='llama2', name='transformer'),),
     target=target,
     tolerance=0.05,
     tasks=(data,),
     tokens=tokens,
     batch_size=BATCH,
     learning_rates=(3e-4, 1e-3, 3e-3),
-    extensions=1,
+    max_grid_extensions=1,
     seeds=SEEDS,
-    together=4,
+    runs_per_program=4,
     eval_batches=64,
     evaluations=6,
     contexts=(),
-    rounds=0,
+    timing_repeats=0,
     dir=runs,
   )
 
 
 def trained(s: Study, interrupt: Interrupt) -> tuple[Tuned, dict[int, Run]]:
-  ((found,),) = run_study(s, lambda line: print(line, flush=True), interrupt).results.values()
+  ((found,),) = run_study(s, lambda line: print(line, flush=True), interrupt).values()
   return found, {trial.seed: _run(trial) for trial in found.runs}
 
 

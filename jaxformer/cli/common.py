@@ -62,23 +62,9 @@ def experiment_of(target: str, overrides: Overrides, size: Any = None) -> Any:
   return override(experiment, overrides)
 
 
-def ways_of(study: Any) -> tuple[Any, Any]:
-  """What trains a study of its type, and what trains and reports it."""
-  from jaxformer.study.report import report_study, train_study
-  from jaxformer.study.scaling_report import report_scaling
-  from jaxformer.study.scaling_study import ScalingStudy, run_scaling
-
-  return (
-    (run_scaling, report_scaling)
-    if isinstance(study, ScalingStudy)
-    else (train_study, report_study)
-  )
-
-
 def study_of(target: str) -> Any:
-  """The study of a name or a file; a file is Python that defines `study` (a `Study` or a
-  `ScalingStudy`, or a function that returns one)."""
-  from jaxformer.study.scaling_study import ScalingStudy
+  """The study of a name or a file; a file is Python that defines `study` (a `Study`, or a function
+  that returns one)."""
   from jaxformer.study.studies import STUDIES
   from jaxformer.study.study import Study
 
@@ -92,10 +78,9 @@ def study_of(target: str) -> Any:
   with errors_of(path):
     study = getattr(load_file(path), 'study', None)
     study = study() if callable(study) else study
-  if not isinstance(study, Study | ScalingStudy):
+  if not isinstance(study, Study):
     raise InputError(
-      f'{target}: defines no `study`; it must be a Study, a ScalingStudy or a function that '
-      'returns one'
+      f'{target}: defines no `study`; it must be a Study or a function that returns one'
     )
   return study
 

@@ -1,22 +1,19 @@
-"""Trains the architectures of a study, at equal size or, in a scaling study, at many sizes and
-budgets, and writes a report of what came of it.
+"""Train the architectures of a study, at equal size or over a grid of sizes, and write a report.
 
 STUDY is a study by name (quickstart, standard, scaling) or a Python file that defines `study` (a
-`jaxformer.study.study.Study`, a `jaxformer.study.scaling_study.ScalingStudy`, or a function
-that returns one). Runs are in DIR/STUDY, the report in DIR/STUDY/report as report.html, .md, .csv
-and .json. A study that was stopped goes on with the same command. Any field can be
-given: --study.tokens 1e6 --study.seeds 1,2,3 --study.tasks.0.sequence_length 256. `--add
-  my_layer.py:MyMixer.Config` puts a layer
-of yours, at the study's size in a frame like Llama's, beside the others. Small models leave most
-cores idle, so several processes train at once (`--workers`); other machines with the same DIR may
-help with `--train-only`."""
+`jaxformer.study.study.Study`, or a function that returns one). Runs are in DIR/STUDY, the report in
+DIR/STUDY/report as report.html, .md, .csv and .json. The same command resumes an interrupted study.
+Any field can be set: --study.tokens 1e6 --study.seeds 1,2,3 --study.tasks.0.sequence_length 256.
+`--add my_layer.py:MyMixer.Config` adds your own layer, in place of Llama's attention and scaled to
+the study's size. Small models leave most cores idle, so several processes train at once
+(`--workers`); other machines that share DIR can join with `--train-only`."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 
-from jaxformer.cli.common import Overrides, answer, note, study_of, ways_of
+from jaxformer.cli.common import Overrides, answer, note, study_of
 from jaxformer.config import InputError
 from jaxformer.exit_codes import PREEMPTED
 from jaxformer.user_code import object_in_file
@@ -30,13 +27,13 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     '--workers',
     type=int,
     metavar='N',
-    help='processes that train at once; by default one for each core, at most 4, and one on an '
+    help='processes that train at once; default: one per core, at most 4, and one on an '
     'accelerator',
   )
   parser.add_argument(
     '--train-only',
     action='store_true',
-    help='train what no other process of this study is training, and leave the report to another',
+    help='train what no other process of this study is training, without a report',
   )
   parser.add_argument('--show', action='store_true', help='print the whole study as JSON and stop')
 
@@ -73,17 +70,17 @@ def run(args: argparse.Namespace, overrides: Overrides) -> int:
   if args.show:
     print(config.text(study), end='')
     return 0
+  from jaxformer.study.report import report_study, train_study
   from jaxformer.training.interrupt import Interrupt
 
-  train, report = ways_of(study)
   try:
     if args.train_only:
       with Interrupt() as interrupt:
-        train(study, note, interrupt)
+        train_study(study, note, interrupt)
     else:
-      tell(report(study, note, helpers(args, overrides, study)), args.json)
+      tell(report_study(study, note, helpers(args, overrides, study)), args.json)
   except Interrupted:
-    note('interrupted: what was running is saved; the same command goes on from there')
+    note('interrupted: runs are saved; the same command resumes them')
     return PREEMPTED
   return 0
 
@@ -119,15 +116,15 @@ def with_added(study, names):
   """The study with the layers and models that `--add` names."""
   from jaxformer.layers.layer import LayerConfig
   from jaxformer.models.model import ModelConfig
-  from jaxformer.study.study import AsIs, Mixer
+  from jaxformer.study.study import FixedModel, TokenMixer
 
   added = []
   for name in names:
     thing = object_in_file(name)
     if isinstance(thing, LayerConfig):
-      added.append(Mixer(layer=thing))
+      added.append(TokenMixer(layer=thing))
     elif isinstance(thing, ModelConfig):
-      added.append(AsIs(model_config=thing))
+      added.append(FixedModel(model_config=thing))
     else:
       raise InputError(f'--add {name}: is neither the config of a layer nor that of a model')
   return study.replace(entries=(*study.entries, *added)) if added else study

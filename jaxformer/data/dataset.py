@@ -98,6 +98,7 @@ class Dataset:
       nothing else.
     vocab_size: ids of tokens are below it; None where inputs are numbers.
     source_vocab_size: of pairs, ids of the texts to translate are below it; None for other data.
+    train_tokens: of text, the number of distinct training tokens; None for other data.
     size: how much there is to train on, in words.
     manifest: what a run records about the data, as JSON data.
     identity: what the batches depend on, as JSON data; a checkpoint holds it.
@@ -107,6 +108,7 @@ class Dataset:
   tokenizer: Tokenizer | None
   vocab_size: int | None
   source_vocab_size: int | None = None
+  train_tokens: int | None = None
   size: str
   manifest: dict[str, Any]
   identity: dict[str, Any]

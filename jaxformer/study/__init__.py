@@ -1,2 +1,1 @@
-"""Comparisons of architectures: what is matched, how they are tuned, and what their differences
-say."""
+"""Studies of architectures at equal size, or over a grid of sizes: training, statistics, report."""

@@ -1,5 +1,5 @@
-"""What each architecture of a study costs on this machine: counted from its shapes, and measured
-side by side."""
+"""Costs of each architecture of a study on this machine: counted from its shapes, and measured side
+by side."""
 
 from __future__ import annotations
 
@@ -25,42 +25,41 @@ from jaxformer.sharding import MeshConfig, batch_sharding, make_mesh, use_mesh
 from jaxformer.study.runner import Log
 from jaxformer.study.sharing import Interrupted
 from jaxformer.study.study import Study, file_name
-from jaxformer.task_type import LANGUAGE_MODELING
+from jaxformer.task_type import LANGUAGE_MODELING, TRANSLATION
 from jaxformer.training import load_params
 from jaxformer.training.interrupt import Interrupt
 from jaxformer.training.run import write
 from jaxformer.training.setup import Setup
 from jaxformer.training.step import compiled_train_step, compute_dtype, init_state
 
-NEW_TOKENS = 32  # decoded at each context
+NEW_TOKENS = 32  # decoded at each context length
 REPEATS = 3
-BEYOND = 2  # times the length of training at which the loss by position is measured
+EVAL_LENGTH_FACTOR = 2  # times the training length at which the loss by position is measured
 
 
 @dataclasses.dataclass(frozen=True)
 class AtContext:
-  """Prefill and decoding of one sequence after `context_length` tokens; times are None where they were not
-  measured."""
+  """Prefill of `context_length` tokens of one sequence, and decoding after them."""
 
   context_length: int
   state_bytes: int
-  prefill_seconds: float | None = None
-  seconds_per_token: float | None = None
+  prefill_seconds: float
+  seconds_per_token: float
 
 
 @dataclasses.dataclass(frozen=True)
 class Costs:
-  """What a model costs.
+  """Costs of a model.
 
   Attributes:
-    params, active_params: numbers of parameters, and of those that a token uses.
+    params, active_params: number of parameters, and of those used per token.
     train_flops_per_token: at the task's length, attention counted causally.
-    tokens_per_second: of training, one run alone on all devices; the median over rounds in which
-      every architecture had its turn.
+    tokens_per_second: of training, one run at a time on all devices; the median of timings taken in
+      turns with the other architectures; None if not measured.
     compile_seconds: of the training step.
-    step_bytes: memory of the training step as the compiler says, arguments included; None where it
-      does not.
-    contexts: decoding, by context.
+    step_bytes: memory of the training step by the compiler's account, arguments included; None
+      where it gives none.
+    contexts: decoding, by context length; empty for models that do not decode.
   """
 
   params: int
@@ -80,24 +79,25 @@ def measure_costs(
   log: Log,
   interrupt: Interrupt,
 ) -> dict[str, Costs]:
-  """The costs of a study's models on one of its tasks, by title. What was measured before is read
-  from the study's folder: times of one study are compared, so all that are measured together are
-  from one program on one machine."""
+  """Return the costs of a study's models on one of its tasks, by title. Earlier measurements are
+  read from the study's folder. Times of one study are compared, so those of training come from one
+  process on one machine."""
   training = _kept(
     study,
     'training',
-    {'models': models, 'task': task, 'rounds': study.rounds, 'batch': study.batch_size},
+    {'models': models, 'task': task, 'rounds': study.timing_repeats, 'batch': study.batch_size},
     lambda: _time_training(study, models, task, dataset, log, interrupt),
   )
   found = {}
+  contexts = study.contexts if task.task == LANGUAGE_MODELING else ()
   for title, model in models.items():
     c = cost(model, task.positions)
-    key = {'model': model, 'contexts': study.contexts}
+    key = {'model': model, 'contexts': contexts}
     rows = _kept(
       study,
       f'decoding-{title}',
       key,
-      lambda model=model, title=title: _decoding(model, title, study.contexts, log),
+      lambda model=model, title=title: _decoding(model, title, contexts, log),
     )
     if interrupt.signal is not None:
       raise Interrupted
@@ -112,11 +112,12 @@ def measure_costs(
 
 
 def longer(task: DatasetConfig, dataset: Dataset) -> Dataset:
-  """Text in sequences of `BEYOND` times the length; a task as it is."""
+  """Return text in sequences of `EVAL_LENGTH_FACTOR` times the length; any other task as it is."""
   if not isinstance(task, DataConfig):
     return dataset
   return open_data(
-    task.replace(sequence_length=BEYOND * task.sequence_length), tokenizer=dataset.tokenizer
+    task.replace(sequence_length=EVAL_LENGTH_FACTOR * task.sequence_length),
+    tokenizer=dataset.tokenizer,
   )
 
 
@@ -129,12 +130,12 @@ def by_position(
   dataset: Dataset,
   long: Dataset,
 ) -> list[float | None] | None:
-  """The mean held-out loss of runs at each position, in nats, on the `longer` sequences where the
-  model has positions for them; None for a task with one target a sequence."""
+  """Return the mean held-out loss of runs at each position, in nats, on the `longer` sequences if
+  the model can read them; None for a task with one target per sequence."""
   if dataset.tokenizer is None:
     return None
-  longest = model.max_len
-  dataset = long if longest is None or longest >= long.config.positions else dataset
+  if model.max_len is None or model.max_len >= long.config.positions:
+    dataset = long
   definition, dtype = define(model), compute_dtype('auto', make_mesh(MeshConfig()))
 
   def measure() -> list[float | None]:
@@ -161,12 +162,12 @@ def by_position(
 def translations(
   study: Study, where: str, title: str, folders: Sequence[str], model: ModelConfig, dataset: Dataset
 ) -> dict[str, list[float]] | None:
-  """How well runs translate held-out texts, by measure, a number a run: exact matches as a
-  fraction, BLEU and chrF from 0 to 100 where sacrebleu is installed. None for data that are no
-  pairs."""
+  """Return the scores of each run's translations of held-out texts, by metric: exact match as a
+  fraction; BLEU and chrF, 0 to 100, if sacrebleu is installed. None unless the data are
+  source-target pairs."""
   tokenizer = dataset.tokenizer
   if (
-    dataset.source_vocab_size is None
+    dataset.config.task != TRANSLATION
     or not study.translations
     or tokenizer is None
     or tokenizer.end_of_document is None
@@ -206,8 +207,8 @@ def translations(
 
 
 def _kept(study: Study, name: str, key: dict[str, Any], measure: Callable[[], Any]) -> Any:
-  """JSON data that `measure` gives, kept in the study's folder for as long as `key` and the device
-  stay."""
+  """Return JSON data from `measure`, cached in the study's folder while `key` and the device are
+  unchanged."""
   file = study.folder / 'measured' / f'{file_name(name)}.json'
   wanted: dict[str, Any] = {
     'device': f'{jax.device_count()} x {jax.devices()[0].device_kind}',
@@ -237,8 +238,9 @@ def _time_training(
   log: Log,
   interrupt: Interrupt,
 ) -> dict[str, dict[str, Any]]:
-  """Every model's training step, in turn: what else the machine does then falls on all alike."""
-  if not study.rounds:
+  """Time every model's training step, in turns, so that other load on the machine affects all
+  equally."""
+  if not study.timing_repeats:
     return {
       title: {'tokens_per_second': None, 'compile_seconds': None, 'step_bytes': None}
       for title in models
@@ -250,10 +252,10 @@ def _time_training(
     if interrupt.signal is not None:
       raise Interrupted
   seconds: dict[str, list[float]] = {title: [] for title in models}
-  for round_ in range(study.rounds + 1):  # the first warms up
+  for repeat in range(study.timing_repeats + 1):  # the first warms up
     for title, step in steps.items():
       took = step.seconds()
-      seconds[title] += [took] if round_ else []
+      seconds[title] += [took] if repeat else []
     if interrupt.signal is not None:
       raise Interrupted
   return {
@@ -312,18 +314,14 @@ class _Step:
 def _decoding(
   model: ModelConfig, title: str, contexts: Sequence[int], log: Log
 ) -> list[dict[str, Any]]:
-  """Prefill and decoding at each context that the model has positions for."""
+  """Time prefill and decoding at each context length that the model can read."""
   rows = []
   definition, mesh = define(model), make_mesh(MeshConfig())
   params = definition.init(jax.random.key(0), mesh, MeshConfig().rules) if contexts else {}
   for context_length in contexts:
-    longest = model.max_len
-    if model.task != LANGUAGE_MODELING or (
-      longest is not None and context_length + NEW_TOKENS > longest
-    ):
-      continue
-    state = model.state_size(context_length + NEW_TOKENS)
-    if state is None:
+    end = context_length + NEW_TOKENS
+    state = model.state_size(end)
+    if state is None or (model.max_len is not None and end > model.max_len):
       continue
     dtype = compute_dtype('auto', mesh)
     t = time_decode(definition, params, context_length, NEW_TOKENS, repeats=REPEATS, dtype=dtype)
@@ -336,6 +334,7 @@ def _decoding(
       }
     )
     log(
-      f'costs | {title} | {context_length:,} tokens of context: {1e3 * t.seconds_per_token:.2f} ms a token'
+      f'costs | {title} | context of {context_length:,} tokens: '
+      f'{1e3 * t.seconds_per_token:.2f} ms per token'
     )
   return rows

@@ -1,4 +1,4 @@
-"""The charts of a report."""
+"""Charts of a report at one size."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 
+from jaxformer.study.charts import Axis, Point, Series, chart
 from jaxformer.study.results import Outcome, Results, TaskResults
-from jaxformer.study.svg import Axis, Point, Series, chart
 from jaxformer.study.tables import amount, seconds
 
-FLAT = 16  # positions averaged into one point, as far as there are many
+MAX_BIN = 16  # positions averaged into one point
 
 
 @dataclasses.dataclass(frozen=True)
 class Figure:
-  """A chart and what it shows."""
+  """A chart with its title and note."""
 
   title: str
   note: str
@@ -23,7 +23,7 @@ class Figure:
 
 
 def figures(results: Results) -> list[Figure]:
-  """All that there are numbers for, in the order of the report."""
+  """Return the charts for which there is data, in the order of the report."""
   style = {e.title: i for i, e in enumerate(results.study.entries)}
   found: list[Figure | None] = []
   for task in results.tasks:
@@ -36,12 +36,14 @@ def figures(results: Results) -> list[Figure]:
 
 
 def drawn(title: str, note: str, series: Sequence[Series], x: Axis, y: Axis) -> Figure | None:
-  """A chart as a figure; None without points."""
-  return Figure(title, note, chart(series, x, y, title)) if any(s.points for s in series) else None
+  """Draw a chart as a figure; None without points."""
+  if not any(math.isfinite(p.y) for s in series for p in s.points):
+    return None
+  return Figure(title, note, chart(series, x, y, title))
 
 
 def _quality(task: TaskResults, results: Results, style: dict[str, int]) -> list[Figure | None]:
-  """The score against each cost; of recall tasks against bytes of state too."""
+  """Return charts of the score against compute, training speed and state size."""
 
   def of(cost: Callable[[Outcome], float | None], label: str, what: str) -> Figure | None:
     series = []
@@ -60,7 +62,7 @@ def _quality(task: TaskResults, results: Results, style: dict[str, int]) -> list
     good = 'down' if task.lower_is_better else 'up'
     right = 'right' if what == 'training speed' else 'left'
     note = f'Better is {good} and to the {right}.' + (
-      f' On the frontier: {", ".join(best)}.' if best else ''
+      f' On the Pareto frontier: {", ".join(best)}.' if best else ''
     )
     return drawn(
       f'{task.title}: {task.metric} against {what}',
@@ -74,15 +76,15 @@ def _quality(task: TaskResults, results: Results, style: dict[str, int]) -> list
     return results.costs[o.title].tokens_per_second
 
   return [
-    of(lambda o: o.train_flops_per_token, 'training FLOPs a token', 'compute'),
-    of(speed, 'training tokens a second', 'training speed'),
+    of(lambda o: o.train_flops_per_token, 'training FLOPs per token', 'compute'),
+    of(speed, 'training tokens per second', 'training speed'),
     of(lambda o: o.state_bytes, f'bytes of state after {task.length} tokens', 'state'),
   ]
 
 
 def _best(series: Sequence[Series], lower_is_better: bool, more: bool) -> list[str]:
-  """Names of those than which none is as good in both ways and better in one (Pareto), by the
-  means."""
+  """Return the names on the Pareto frontier of the means: no other is at least as good in both
+  quantities and better in one."""
   sign, side = (1 if lower_is_better else -1), (-1 if more else 1)
   at = {s.name: (side * s.points[0].x, sign * s.points[0].y) for s in series}
   return [
@@ -108,7 +110,7 @@ def _curves(task: TaskResults, results: Results, style: dict[str, int]) -> list[
         series.append(Series(o.title, style[o.title], points, line=True, dots=False))
     return drawn(
       f'{task.title}: training loss against {what}',
-      'Mean over seeds, smoothed; nats a target.',
+      'Mean over seeds, smoothed; nats per target.',
       series,
       Axis(label, True, form),
       Axis('training loss'),
@@ -121,7 +123,9 @@ def _curves(task: TaskResults, results: Results, style: dict[str, int]) -> list[
   return [
     of(lambda o: 1.0, 'training tokens', 'tokens', amount),
     of(lambda o: o.train_flops_per_token, 'training FLOPs', 'compute', amount),
-    of(second, 'time at the measured speed', 'time', seconds) if task is results.tasks[0] else None,
+    of(second, 'time at the measured training speed', 'time', seconds)
+    if task is results.tasks[0]
+    else None,
   ]
 
 
@@ -131,18 +135,21 @@ def _positions(task: TaskResults, style: dict[str, int]) -> Figure | None:
     loss = [(i, v) for i, v in enumerate(o.position_loss or ()) if v is not None]
     points, i = [], 0
     while i < len(loss):  # bins grow with the position: the axis is logarithmic
-      bin_ = loss[i : i + max(1, min(FLAT, i // 4))]
+      bin_ = loss[i : i + max(1, min(MAX_BIN, i // 4))]
       points.append(
         Point(sum(p for p, _ in bin_) / len(bin_) + 1, sum(v for _, v in bin_) / len(bin_))
       )
       i += len(bin_)
     series.append(Series(o.title, style[o.title], tuple(points), line=True, dots=False))
-  note = f'Held-out loss by the tokens of the document read before, mean over seeds; nats. Trained on {task.length} tokens.'
+  note = (
+    'Held-out loss by the number of preceding tokens of the document, mean over seeds; nats. '
+    f'Trained on {task.length} tokens.'
+  )
   return drawn(
     f'{task.title}: loss by position',
     note,
     series,
-    Axis('tokens read', True, amount),
+    Axis('preceding tokens', True, amount),
     Axis('held-out loss'),
   )
 
@@ -159,17 +166,21 @@ def _contexts(results: Results, style: dict[str, int]) -> list[Figure | None]:
       for n, c in results.costs.items()
     ]
     return drawn(
-      title,
-      'One sequence.',
-      series,
-      Axis('tokens of context', True, amount),
-      Axis(label, True, form),
+      title, 'One sequence.', series, Axis('context length', True, amount), Axis(label, True, form)
     )
 
   return [
-    of(lambda a: a.seconds_per_token, 'Decoding time against context', 'time a token', seconds),
-    of(lambda a: a.prefill_seconds, 'Time to read a prompt', 'prefill', seconds),
     of(
-      lambda a: a.state_bytes, 'State against context', 'bytes of state', lambda v: amount(v, 'B')
+      lambda a: a.seconds_per_token,
+      'Decoding time against context length',
+      'time per token',
+      seconds,
+    ),
+    of(lambda a: a.prefill_seconds, 'Prefill time against context length', 'prefill', seconds),
+    of(
+      lambda a: a.state_bytes,
+      'State size against context length',
+      'bytes of state',
+      lambda v: amount(v, 'B'),
     ),
   ]

@@ -1,5 +1,5 @@
-"""A study's results as data: scores with intervals, verdicts, sizes, costs and curves. All four
-forms of the report are made of this."""
+"""Results of a study as data: scores with intervals, significance, sizes, costs, curves and laws.
+Every format of the report is made from it."""
 
 from __future__ import annotations
 
@@ -12,44 +12,44 @@ from typing import Any
 import numpy as np
 
 from jaxformer import config
+from jaxformer.data import DatasetConfig
 from jaxformer.planning.cost import cost
 from jaxformer.study.costs import Costs
-from jaxformer.study.runner import Finished, Trial, Tuned
-from jaxformer.study.sizing import measure
+from jaxformer.study.laws import FittedLaw, in_words, law_of
+from jaxformer.study.runner import Trained, Trial, Tuned
 from jaxformer.study.statistics import Difference, Estimate, compare, compare_all, estimate
 from jaxformer.study.study import Study
 from jaxformer.training import read_metrics
 
-POINTS = 50  # of a curve
+CURVE_POINTS = 50
 DIVERGED = 'diverged'
-# architectures that are all compared to each other: of more, a table is no help, and hardly a pair
-# could differ
-MOST_PAIRED = 12
+# Above this number of architectures pairs are not compared: the table is unreadable, and hardly any
+# pair could differ significantly.
+MAX_PAIRED = 12
 
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-  """One architecture on one task.
+  """Result of one architecture on one task.
 
   Attributes:
     title: of the entry.
-    params, active_params, train_flops_per_token, state_bytes: of its model for this task, at the
-    task's length.
-    size_error: what is matched / target - 1.
-    tried: (learning rate, score of the tuning seed), None for one that diverged; empty where
-      nothing was tuned.
+    params, active_params, train_flops_per_token, state_bytes: of its model, at the task's length.
+    size_error: matched quantity / target - 1.
+    tried: (learning rate, score of the tuning seed), None for a run that diverged; empty if nothing
+      was tuned.
     rate: the best learning rate.
-    at_edge: whether that lies at the end of what was tried.
-    scores: seed -> score, None for a run whose numbers stopped being finite.
-    estimate: over the seeds that came to an end; None where none did.
-    difference: from the study's first entry, paired by seed; None for that one, and where a run of
-      either diverged.
-    verdict: in words; None for the first entry.
+    at_edge: whether it lies at an end of the rates tried.
+    scores: seed -> score, None for a run that diverged.
+    estimate: over the seeds that finished; None if none did.
+    difference: from the baseline, paired by seed; None for the baseline, and if a run of either
+      diverged.
+    verdict: in words; None for the baseline.
     curve: (tokens, training loss), the mean over seeds.
     position_loss: mean held-out loss at each position, nats; None for tasks with one target.
     runs: names of the run folders.
-    translation: exact match (a fraction), BLEU and chrF over seeds; None for data that are no
-      pairs.
+    translation: exact match (a fraction), BLEU and chrF over seeds; None unless the data are
+      source-target pairs.
   """
 
   title: str
@@ -73,14 +73,16 @@ class Outcome:
 
 @dataclasses.dataclass(frozen=True)
 class TaskResults:
-  """All architectures on one task.
+  """Results of all architectures on one task.
 
   Attributes:
-    metric: 'bits per byte' or 'accuracy'.
-    length: positions of a sequence.
-    pairs: every architecture against every other, each pair once, from the best mean on; of those
-      whose every run came to an end. Empty where there are fewer than three, whom the outcomes
-      compare, or more than `MOST_PAIRED`.
+    metric: 'bits per byte' or 'accuracy'; 'nats per target' in a scaling study.
+    length: positions per sequence.
+    scored_on: the held-out data.
+    outcomes: at the study's one size; empty in a scaling study.
+    pairs: all pairs of architectures that finished all runs, from the best mean on; empty for fewer
+      than three, which the outcomes compare, and for more than `MAX_PAIRED`.
+    laws: of a scaling study.
   """
 
   title: str
@@ -88,54 +90,66 @@ class TaskResults:
   lower_is_better: bool
   length: int
   scored_on: str
-  outcomes: tuple[Outcome, ...]
+  outcomes: tuple[Outcome, ...] = ()
   pairs: tuple[Difference, ...] = ()
+  laws: tuple[FittedLaw, ...] = ()
 
   @property
   def ranked(self) -> list[Outcome]:
-    """From the best mean to the worst; those without one come last."""
+    """Outcomes from the best mean to the worst; those without a mean come last."""
     sign = 1 if self.lower_is_better else -1
     return sorted(
       self.outcomes, key=lambda o: math.inf if o.estimate is None else sign * o.estimate.mean
     )
 
   def against_best(self) -> dict[str, str]:
-    """The verdict on each other architecture against the best, where all are compared to each other
+    """Return the verdict on the best against each other architecture, if all pairs are compared
     and it is among them."""
     return {d.against: d.verdict for d in self.pairs if d.name == self.ranked[0].title}
+
+  def to_json(self) -> dict[str, Any]:
+    """Return JSON data."""
+    return {**dataclasses.asdict(self), 'laws': [f.to_json() for f in self.laws]}
 
 
 @dataclasses.dataclass(frozen=True)
 class Results:
-  """A finished study.
+  """Results of a finished study.
 
   Attributes:
     study: as data.
-    reference: the entry that the others are compared to.
-    tasks: what came of each.
-    costs: by entry, at the length of the first task.
-    environment: of the first run: command, versions, device, commit, and the data of each task.
+    tasks: by task.
+    costs: by entry, at the length of the first task; empty in a scaling study.
+    environment: command, versions, device, commit, and the data of each task.
   """
 
   study: Study
-  reference: str
   tasks: tuple[TaskResults, ...]
   costs: dict[str, Costs]
   environment: dict[str, Any]
 
   @property
+  def baseline(self) -> str:
+    """Title of the entry that the others are compared with."""
+    return self.study.entries[0].title
+
+  @property
   def answer(self) -> list[str]:
-    """A sentence or two a task: what is best, and which differences are real."""
-    return [_answer(task, self.reference, self.study) for task in self.tasks]
+    """A few sentences per task, or per law of a scaling study."""
+    return [
+      line
+      for task in self.tasks
+      for line in (map(in_words, task.laws) if task.laws else [_answer(task, self)])
+    ]
 
   def to_json(self) -> dict[str, Any]:
-    """JSON data; numbers that are not finite are null."""
+    """Return JSON data; numbers that are not finite are null."""
     return plain(
       {
         'study': self.study.name,
         'answer': self.answer,
-        'reference': self.reference,
-        'tasks': [dataclasses.asdict(t) for t in self.tasks],
+        'baseline': self.baseline,
+        'tasks': [t.to_json() for t in self.tasks],
         'costs': {n: dataclasses.asdict(c) for n, c in self.costs.items()},
         'config': config.to_json(self.study),
         'digest': config.digest(self.study),
@@ -144,49 +158,77 @@ class Results:
     )
 
 
+Measured = dict[tuple[str, str], Any]
+"""(Task, entry) -> what was measured of its runs."""
+
+
 def gather(
-  done: Finished,
+  study: Study,
+  trained: Trained,
   costs: Mapping[str, Costs],
-  positions: Mapping[tuple[str, str], Sequence[float | None] | None],
+  positions: Measured,
+  translations: Measured,
   environment: dict[str, Any],
-  translations: Mapping[tuple[str, str], Mapping[str, Sequence[float]] | None] | None = None,
 ) -> Results:
-  """The results of runs that are done. `positions` are the losses by position of (task, entry),
-  `translations` the scores of their runs' translations by measure."""
-  study, tasks = done.study, []
+  """Return the results of finished runs. `positions` are losses by position, `translations` the
+  scores of their translations by metric."""
+  tasks = []
   for title, data in zip(study.task_titles, study.tasks, strict=True):
-    found = done.results[title]
-    in_bits = any('eval/bits_per_byte' in t.metrics for tuned in found for t in tuned.runs)
-    scores = {t.title: {r.seed: _score(r, in_bits) for r in t.runs} for t in found}
-    whole = _whole(scores, in_bits)
-    first = found[0].title
-    differences = (
-      {d.name: d for d in compare(whole, first, lower_is_better=in_bits)} if first in whole else {}
-    )
-    pairs = compare_all(whole, lower_is_better=in_bits) if 2 < len(whole) <= MOST_PAIRED else ()
-    source = next(
-      (str(r.metrics['eval/source']) for t in found for r in t.runs if 'eval/source' in r.metrics),
-      data.held_out,
-    )
-    outcomes = tuple(
-      _outcome(
-        study,
-        t,
-        data.positions,
-        in_bits,
-        scores[t.title],
-        differences.get(t.title),
-        positions.get((title, t.title)),
-        (translations or {}).get((title, t.title)),
-        first=t is found[0],
+    found = trained[title]
+    sources = (r.metrics.get('eval/source') for t in found for r in t.runs)
+    scored_on = next((str(s) for s in sources if s is not None), data.held_out)
+    if study.scaling is not None:
+      laws = tuple(
+        law_of(study.scaling, e.title, [t for t in found if t.title == e.title])
+        for e in study.entries
       )
-      for t in found
+      tasks.append(
+        TaskResults(title, 'nats per target', True, data.positions, scored_on, laws=laws)
+      )
+    else:
+      by_title = {
+        t.title: (positions.get((title, t.title)), translations.get((title, t.title)))
+        for t in found
+      }
+      tasks.append(_compared(study, title, data, scored_on, found, by_title))
+  return Results(study, tuple(tasks), dict(costs), environment)
+
+
+def _compared(
+  study: Study,
+  title: str,
+  data: DatasetConfig,
+  scored_on: str,
+  found: Sequence[Tuned],
+  measured: Mapping[str, tuple[Any, Any]],
+) -> TaskResults:
+  """Compare the architectures of one size."""
+  in_bits = any('eval/bits_per_byte' in r.metrics for t in found for r in t.runs)
+  scores = {t.title: {r.seed: _score(r, in_bits) for r in t.runs} for t in found}
+  complete = _complete(scores, in_bits)
+  baseline = found[0].title
+  differences = (
+    {d.name: d for d in compare(complete, baseline, lower_is_better=in_bits)}
+    if baseline in complete
+    else {}
+  )
+  pairs = compare_all(complete, lower_is_better=in_bits) if 2 < len(complete) <= MAX_PAIRED else ()
+  outcomes = []
+  for t in found:
+    difference, own = differences.get(t.title), scores[t.title]
+    if t is found[0]:
+      verdict = None
+    elif difference is not None:
+      verdict = difference.verdict
+    else:
+      verdict = DIVERGED if None in own.values() else 'no baseline'
+    outcomes.append(
+      _outcome(study, t, data.positions, in_bits, own, difference, verdict, *measured[t.title])
     )
-    metric = 'bits per byte' if in_bits else 'accuracy'
-    tasks.append(
-      TaskResults(title, metric, in_bits, data.positions, source, outcomes, tuple(pairs))
-    )
-  return Results(study, study.entries[0].title, tuple(tasks), dict(costs), environment)
+  metric = 'bits per byte' if in_bits else 'accuracy'
+  return TaskResults(
+    title, metric, in_bits, data.positions, scored_on, tuple(outcomes), tuple(pairs)
+  )
 
 
 def _score(trial: Trial, in_bits: bool) -> float | None:
@@ -194,18 +236,20 @@ def _score(trial: Trial, in_bits: bool) -> float | None:
   return float(value) if value is not None and math.isfinite(trial.loss) else None
 
 
-def _whole(
+def _complete(
   scores: Mapping[str, Mapping[int, float | None]], lower_is_better: bool
 ) -> dict[str, dict[int, float]]:
-  """The scores of the entries whose every run came to an end, from the best mean on; leaving out
-  the runs that diverged would flatter theirs."""
-  whole = {
+  """Return the scores of the entries that finished all runs, from the best mean on. Excluding only
+  the runs that diverged would favour their architecture."""
+  complete = {
     title: {s: v for s, v in runs.items() if v is not None}
     for title, runs in scores.items()
     if None not in runs.values()
   }
   sign = 1 if lower_is_better else -1
-  return dict(sorted(whole.items(), key=lambda item: sign * float(np.mean(list(item[1].values())))))
+  return dict(
+    sorted(complete.items(), key=lambda item: sign * float(np.mean(list(item[1].values()))))
+  )
 
 
 def _outcome(
@@ -215,21 +259,19 @@ def _outcome(
   in_bits: bool,
   scores: dict[int, float | None],
   difference: Difference | None,
+  verdict: str | None,
   positions: Sequence[float | None] | None,
   translation: Mapping[str, Sequence[float]] | None,
-  first: bool,
 ) -> Outcome:
   c, finite = cost(t.model, length), [v for v in scores.values() if v is not None]
   state = t.model.state_size(length)
-  without = DIVERGED if None in scores.values() else 'nothing to compare to'
-  verdict = None if first else difference.verdict if difference else without
   return Outcome(
     t.title,
     c.params,
     c.active_params,
     c.train_flops_per_token,
     None if state is None else 2 * state,
-    measure(t.model, study.match) / study.target - 1,
+    t.planned.size / study.target - 1,
     tuple((r.rate, _score(r, in_bits)) for r in t.trials),
     t.rate,
     t.at_edge,
@@ -240,15 +282,13 @@ def _outcome(
     _curve([r.folder for r in t.runs]),
     None if positions is None else tuple(positions),
     tuple(Path(r.folder).name for r in t.runs),
-    None
-    if translation is None
-    else {name: estimate(values) for name, values in translation.items()},
+    None if translation is None else {name: estimate(v) for name, v in translation.items()},
   )
 
 
 def _curve(folders: Sequence[str]) -> tuple[tuple[int, float], ...]:
-  """The mean training loss of runs where all have one, at most `POINTS` of them: each the mean of
-  its neighbours' too, since the losses of single batches jump."""
+  """Return the mean training loss of runs at steps that all have logged, at most `CURVE_POINTS`,
+  smoothed over neighbouring steps since the losses of single batches are noisy."""
   runs = [
     {r['tokens']: r['train/loss'] for r in read_metrics(f) if r.get('train/loss') is not None}
     for f in folders
@@ -258,7 +298,7 @@ def _curve(folders: Sequence[str]) -> tuple[tuple[int, float], ...]:
     return ()
   mean = np.mean([[r[t] for t in tokens] for r in runs], axis=0)
   smooth = [float(np.mean(mean[max(0, i - 2) : i + 3])) for i in range(len(mean))]
-  kept = sorted({round(i) for i in np.linspace(0, len(tokens) - 1, min(POINTS, len(tokens)))})
+  kept = sorted({round(i) for i in np.linspace(0, len(tokens) - 1, min(CURVE_POINTS, len(tokens)))})
   return tuple((int(tokens[i]), smooth[i]) for i in kept)
 
 
@@ -266,74 +306,65 @@ def _curve(folders: Sequence[str]) -> tuple[tuple[int, float], ...]:
 
 
 def score_form(metric: str, value: float | None) -> str:
-  """A score for a reader."""
+  """Format a score."""
   if value is None or math.isnan(value):
     return 'none'
-  return (
-    f'{100 * value:.1f}%'
-    if metric == 'accuracy'
-    else f'{value:.2f}'
-    if metric in ('BLEU', 'chrF')
-    else f'{value:.3f}'
-  )
+  if metric == 'accuracy':
+    return f'{100 * value:.1f}%'
+  return f'{value:.2f}' if metric in ('BLEU', 'chrF') else f'{value:.3f}'
 
 
 def interval_form(metric: str, e: Estimate | None) -> str:
-  """A mean with its interval for a reader. Accuracies end at 0 and 1, and so do their intervals."""
+  """Format a mean with its interval, which for accuracies is cut off at 0 and 1."""
   if e is None:
     return DIVERGED
   if not math.isfinite(e.low):
     return f'{score_form(metric, e.mean)} (one seed)'
   if metric == 'accuracy':
-    return (
-      f'{score_form(metric, e.mean)} ({100 * max(0.0, e.low):.1f} to {100 * min(1.0, e.high):.1f})'
-    )
+    low, high = max(0.0, e.low), min(1.0, e.high)
+    return f'{score_form(metric, e.mean)} ({100 * low:.1f} to {100 * high:.1f})'
   return f'{score_form(metric, e.mean)} ± {score_form(metric, e.half_width)}'
 
 
-def _answer(task: TaskResults, reference: str, study: Study) -> str:
-  best = task.ranked[0]
+def _answer(task: TaskResults, results: Results) -> str:
+  best, seeds = task.ranked[0], len(results.study.seeds)
   if best.estimate is None:
     return f'{task.title}: every run diverged.'
-  seeds = f'{len(study.seeds)} seeds' if len(study.seeds) > 1 else 'one seed'
-  said = [
-    f'{task.title}: {best.title} has the best mean, {interval_form(task.metric, best.estimate)}'
-    f'{" " + task.metric} over {seeds}.'
+  parts = [
+    f'{task.title}: {best.title} has the best mean, {interval_form(task.metric, best.estimate)} '
+    f'{task.metric} over {seeds} seed{"s" if seeds > 1 else ""}.'
   ]
+  if seeds < 2:
+    return f'{parts[0]} With one seed no difference can be tested.'
+  if task.against_best():
+    parts.append(_near_best(task))
   words = {w: [o.title for o in task.ranked if o.verdict == w] for w in ('better', 'worse')}
   rest = [o.title for o in task.ranked if o.verdict is not None and o.verdict not in words]
-  parts = [
-    f'{_list(names)} {"is" if len(names) == 1 else "are"} {word}'
+  differ = [
+    f'{_list(names)} {"is" if len(names) == 1 else "are"} significantly {word}'
     for word, names in words.items()
     if names
   ]
-  if len(study.seeds) < 2:
-    said.append('One seed tells no difference from chance.')
-    return ' '.join(said)
-  if task.against_best():
-    said.append(_near_best(task))
-  if parts:
-    said.append(
-      f'Against {reference}, {"; ".join(parts)}'
-      + (f'; no difference is shown for {_list(rest)}.' if rest else '.')
+  if differ:
+    parts.append(
+      f'Compared with {results.baseline}, {"; ".join(differ)}'
+      + (f'; no significant difference for {_list(rest)}.' if rest else '.')
     )
   elif rest:
-    said.append(f'No difference from {reference} is seen at this budget.')
-  return ' '.join(said)
+    parts.append(f'No architecture differs significantly from {results.baseline}.')
+  return ' '.join(parts)
 
 
 def _near_best(task: TaskResults) -> str:
-  """Which are not told apart from the best, when all pairs are accounted for."""
+  """Say which architectures do not differ significantly from the best, corrected for all pairs."""
   verdicts = task.against_best()
   near = [name for name, verdict in verdicts.items() if verdict != 'better']
-  ended = '' if len(verdicts) == len(task.outcomes) - 1 else ' whose runs all came to an end'
+  finished = '' if len(verdicts) == len(task.outcomes) - 1 else ' that finished all runs'
   if not near:
-    return f'It is better than every other{ended}.'
-  return (
-    f'No other{ended} is told apart from it.'
-    if len(near) == len(verdicts)
-    else f'Not told apart from it: {_list(near)}.'
-  )
+    return f'It is significantly better than every other architecture{finished}.'
+  if len(near) == len(verdicts):
+    return f'No other architecture{finished} differs significantly from it.'
+  return f'Not significantly different from it: {_list(near)}.'
 
 
 def _list(names: Sequence[str]) -> str:
@@ -341,7 +372,7 @@ def _list(names: Sequence[str]) -> str:
 
 
 def plain(value: Any) -> Any:
-  """JSON data without infinities."""
+  """Return JSON data without infinities."""
   if isinstance(value, dict):
     return {str(k): plain(v) for k, v in value.items()}
   if isinstance(value, list | tuple):

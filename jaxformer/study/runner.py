@@ -1,6 +1,5 @@
-"""Runs a study: every entry tuned alike, then its seeds; each run an ordinary run folder, so that a
-study that was killed goes on where it was, and several processes share the work by locks on
-files."""
+"""Run a study: tune every entry equally, then train its seeds. Every run is an ordinary run folder,
+so an interrupted study resumes, and several processes share the work by file locks."""
 
 from __future__ import annotations
 
@@ -8,7 +7,7 @@ import dataclasses
 import functools
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from jaxformer import config
@@ -16,9 +15,11 @@ from jaxformer.config import InputError
 from jaxformer.data import Dataset, DatasetConfig, open_data
 from jaxformer.exit_codes import PREEMPTED
 from jaxformer.models.model import ModelConfig
+from jaxformer.planning.cost import flops_per_token
 from jaxformer.study.sharing import Interrupted, shared
 from jaxformer.study.sizing import measure
 from jaxformer.study.study import Entry, Study, file_name
+from jaxformer.task_type import TRANSLATION
 from jaxformer.training import Experiment, read_metrics, train, train_population
 from jaxformer.training.experiment import check_fit
 from jaxformer.training.interrupt import Interrupt
@@ -28,14 +29,41 @@ Log = Callable[[str], None]
 
 
 @dataclasses.dataclass(frozen=True)
+class Planned:
+  """An entry at one size and number of tokens, before training.
+
+  Attributes:
+    study: the study of this size alone.
+    entry, task, model: what is trained on what.
+    size: the model's value of `study.match`.
+    label: names the size in progress lines.
+    flops: training FLOPs of the budget; None outside a scaling study.
+    flops_per_token: training FLOPs per token, counted in a scaling study.
+    held_out: whether the budget is excluded from the fit.
+    passes: how often the training text is read; None where the data do not repeat.
+  """
+
+  study: Study
+  entry: Entry
+  task: DatasetConfig
+  model: ModelConfig
+  size: float
+  label: str
+  flops: float | None = None
+  flops_per_token: float = 0.0
+  held_out: bool = False
+  passes: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
 class Trial:
-  """One run of a study.
+  """One finished run of a study.
 
   Attributes:
     rate, seed: of the run.
     folder: its run folder.
-    loss: held-out, nats a target; infinite where its numbers stopped being finite.
-    metrics: the newest value of each metric.
+    loss: held-out loss, nats per target; infinite for a run that diverged.
+    metrics: latest value of each metric.
   """
 
   rate: float
@@ -47,32 +75,34 @@ class Trial:
 
 @dataclasses.dataclass(frozen=True)
 class Tuned:
-  """What came of one entry on one task.
+  """Result of one entry at one size on one task.
 
   Attributes:
-    title: of the entry.
-    model: as it was trained.
-    trials: the grid, in ascending order of rates, with the tuning seed; none where there was but
-      one rate.
-    rate: the best of them.
-    at_edge: whether it still lies at an end of the grid, so that a better one may lie beyond.
-    runs: at the best rate, a seed each.
+    planned: what was trained.
+    trials: runs of the tuning seed, in ascending order of learning rates; empty for a single rate.
+    rate: the best rate.
+    at_edge: whether it lies at an end of the grid, so that a better one may lie beyond.
+    runs: one per seed, at the best rate.
   """
 
-  title: str
-  model: ModelConfig
+  planned: Planned
   trials: tuple[Trial, ...]
   rate: float
   at_edge: bool
   runs: tuple[Trial, ...]
 
+  @property
+  def title(self) -> str:
+    return self.planned.entry.title
 
-@dataclasses.dataclass(frozen=True)
-class Finished:
-  """A study's results: task -> what came of each entry on it, in the order of the study."""
+  @property
+  def model(self) -> ModelConfig:
+    return self.planned.model
 
-  study: Study
-  results: dict[str, tuple[Tuned, ...]]
+
+Trained = dict[str, tuple[Tuned, ...]]
+"""Task title -> results of all entries, in the order of the study; in a scaling study, of all their
+sizes."""
 
 
 def run_study(
@@ -80,159 +110,230 @@ def run_study(
   log: Log,
   interrupt: Interrupt,
   each: Callable[[str, Dataset, Tuned], None] | None = None,
-) -> Finished:
-  """Trains what is not trained yet, and gathers all. Raises `Interrupted` after a signal, when what
-  was running is saved.
+) -> Trained:
+  """Train what is not trained yet and return all results. Raises `Interrupted` after a signal, when
+  the current run is saved.
 
-  Several processes may run the same study at once, here or on machines that share its folder: each
-  trains what no other is training, and waits for the others at the end. The same study gives the
-  same numbers however often it was interrupted, and by however many.
+  Several processes may run the same study at once, on one machine or on machines that share its
+  folder: each trains entries that no other is training, and all wait for the last. The results do
+  not depend on interruptions or on the number of processes.
 
   Args:
-    each: is called with the task's title, its data and what came of an entry, while no other
-      process works at that entry.
+    each: called with the task's title, its dataset and the result of an entry, while no other
+      process works on that entry.
   """
-  models, jobs = {}, {}
-  datasets = [open_data(task, log=log) for task in study.tasks]
-  for title, task, dataset in zip(study.task_titles, study.tasks, datasets, strict=True):
-    if dataset.vocab_size is None:
-      raise InputError(f'Study.tasks: {title} has no tokens; a study compares models of tokens')
-    for entry in study.entries:  # before any trains: a size that cannot be met is known at once
-      model = models[title, entry.title] = entry.model(
-        study, dataset.vocab_size, task.max_len, dataset.source_vocab_size
+  datasets = {
+    title: open_data(task, log=log)
+    for title, task in zip(study.task_titles, study.tasks, strict=True)
+  }
+  plans = {  # before any training: an unreachable size is an error at once
+    (title, entry.title): _plan(study, entry, title, dataset, log)
+    for title, dataset in datasets.items()
+    for entry in study.entries
+  }
+  jobs = {}
+  for (title, name), planned in plans.items():
+    runner = Runner(datasets[title], interrupt, log)
+    jobs[file_name(f'{title}-{name}')] = functools.partial(
+      _job, runner, study, title, planned, each
+    )
+  done = dict(zip(plans, shared(study.folder / 'locks', jobs, interrupt).values(), strict=True))
+  return {
+    title: tuple(t for entry in study.entries for t in done[title, entry.title])
+    for title in datasets
+  }
+
+
+def _plan(
+  study: Study, entry: Entry, title: str, dataset: Dataset, log: Log
+) -> tuple[Planned, ...]:
+  if dataset.vocab_size is None:
+    raise InputError('Study.tasks', title, 'a task of tokens')
+  if study.scaling is None:
+    planned = (_planned(study, entry, title, dataset),)
+    error = planned[0].size / study.target - 1
+    log(f'{title} | {entry.title} | {planned[0].size:,.0f} {study.match} ({error:+.2%})')
+    return planned
+  planned = tuple(_plan_budgets(study, entry, dataset))
+  for p in planned:
+    log(f'{entry.title} | {p.label}{" held out" if p.held_out else ""} x {p.study.tokens:,} tokens')
+  return planned
+
+
+def _planned(study: Study, entry: Entry, label: str, dataset: Dataset) -> Planned:
+  task = dataset.config
+  assert dataset.vocab_size is not None
+  model = entry.model(study, dataset.vocab_size, task.max_len, dataset.source_vocab_size)
+  check_fit(model, task, dataset.vocab_size, dataset.source_vocab_size)
+  return Planned(study, entry, task, model, measure(model, study.match), label)
+
+
+def _plan_budgets(study: Study, entry: Entry, dataset: Dataset) -> Iterator[Planned]:
+  """Yield every size at every budget. Raises `InputError` for budgets that cannot be trained, and
+  where two sizes of a budget round to the same model."""
+  scaling, task = study.scaling, dataset.config
+  assert scaling is not None
+  if task.task == TRANSLATION:
+    raise InputError(
+      'Study.tasks', task.tag, 'no source-target pairs with scaling: their FLOPs per token vary'
+    )
+  batch, seen = study.batch_size * task.positions, dict[tuple[float, ModelConfig], float]()
+  for budget in (*scaling.budgets, *scaling.held_out):
+    for target in budget.params:
+      p = _planned(study.at(target, batch), entry, '', dataset)
+      per_token = flops_per_token(p.model, task.positions)
+      tokens = round(budget.flops / per_token / batch) * batch
+      if not tokens:
+        raise InputError(
+          'ScalingGrid.budgets',
+          f'{budget.flops:g} FLOPs',
+          f'at least {per_token * batch:.3g}, one batch of {entry.title} at {target:g} '
+          f'{study.match}; or use a smaller size or batch',
+        )
+      if (budget.flops, p.model) in seen:
+        raise InputError(
+          'ScalingGrid.budgets',
+          f'sizes {seen[budget.flops, p.model]:g} and {target:g} at {budget.flops:g} FLOPs',
+          f'further apart: both round to the same {entry.title} of {p.size:,.0f}',
+        )
+      seen[budget.flops, p.model] = target
+      yield dataclasses.replace(
+        p,
+        study=study.at(target, tokens),
+        label=f'{budget.flops:.3g} FLOPs, {p.size:,.0f} {study.match}',
+        flops=budget.flops,
+        flops_per_token=per_token,
+        held_out=budget.flops > scaling.budgets[-1].flops,
+        passes=None if dataset.train_tokens is None else tokens / dataset.train_tokens,
       )
-      check_fit(model, task, dataset.vocab_size, dataset.source_vocab_size)
-      value = measure(model, study.match)
-      log(f'{title} | {entry.title} | {value:,.0f} {study.match} ({value / study.target - 1:+.2%})')
-  for title, task, dataset in zip(study.task_titles, study.tasks, datasets, strict=True):
-    runner = Runner(study, title, dataset, interrupt, log)
-    for entry in study.entries:
-      jobs[file_name(f'{title}-{entry.title}')] = functools.partial(
-        _job, runner, entry, models[title, entry.title], task, each
-      )
-  done = iter(shared(study.folder / 'locks', jobs, interrupt).values())
-  return Finished(
-    study, {title: tuple(next(done) for _ in study.entries) for title in study.task_titles}
-  )
 
 
 def _job(
   runner: Runner,
-  entry: Entry,
-  model: ModelConfig,
-  task: DatasetConfig,
+  study: Study,
+  title: str,
+  planned: Sequence[Planned],
   each: Callable[[str, Dataset, Tuned], None] | None,
-) -> Tuned:
-  tuned = runner.tuned(entry, model, task)
+) -> tuple[Tuned, ...]:
+  found = runner.all_tuned(study, planned)
   if each is not None:
-    each(runner.where, runner.dataset, tuned)
-  return tuned
+    for tuned in found:
+      each(title, runner.dataset, tuned)
+  return found
 
 
 def finished_part(study: Study) -> Study:
-  """The study with those of its entries whose every run is done. Raises `InputError` where there
-  are none."""
-  opened = [
-    (title, task, open_data(task))
-    for title, task in zip(study.task_titles, study.tasks, strict=True)
-  ]
+  """Return the study with only those entries whose runs are all finished. Raises `InputError` if
+  there are none."""
+  opened = {
+    title: open_data(task) for title, task in zip(study.task_titles, study.tasks, strict=True)
+  }
 
   def is_done(entry: Entry) -> bool:
-    for title, task, dataset in opened:
-      assert dataset.vocab_size is not None
-      try:
-        _Reader(study, title, dataset, Interrupt(), lambda line: None).tuned(
-          entry,
-          entry.model(study, dataset.vocab_size, task.max_len, dataset.source_vocab_size),
-          task,
-        )
-      except _Unfinished:
-        return False
+    def quiet(line: str) -> None:
+      """Print nothing."""
+
+    try:
+      for title, dataset in opened.items():
+        runner = Runner(dataset, Interrupt(), quiet, may_train=False)
+        runner.all_tuned(study, _plan(study, entry, title, dataset, quiet))
+    except Interrupted:
+      return False
     return True
 
   entries = tuple(e for e in study.entries if is_done(e))
   if not entries:
     raise InputError(
-      f'{study.folder}: no architecture of the study has all its runs done; `jaxformer compare` '
-      'trains them'
+      f'{study.folder}: no architecture of the study has finished all its runs; `jaxformer '
+      'compare` trains them'
     )
   return study.replace(entries=entries)
 
 
 class Runner:
-  """Trains what is not trained yet of one entry on one task."""
+  """Trains what is not trained yet on one dataset. With `may_train` False it raises `Interrupted`
+  where a run is missing."""
 
-  def __init__(self, study: Study, where: str, dataset: Dataset, interrupt: Interrupt, log: Log):
-    self.study, self.where, self.dataset, self.interrupt, self.log = (
-      study,
-      where,
-      dataset,
-      interrupt,
-      log,
-    )
+  def __init__(self, dataset: Dataset, interrupt: Interrupt, log: Log, may_train: bool = True):
+    self.dataset, self.interrupt, self.log, self.may_train = dataset, interrupt, log, may_train
 
-  def tuned(self, entry: Entry, model: ModelConfig, task: DatasetConfig) -> Tuned:
-    s = self.study
+  def all_tuned(self, study: Study, planned: Sequence[Planned]) -> tuple[Tuned, ...]:
+    """Tune and train an entry at all its sizes."""
+    if study.scaling is None or study.scaling.rate_exponent is None:
+      return tuple(self.tuned(p, study.learning_rates) for p in planned)
+    # the best rate at the middle size of the smallest budget holds for the others too
+    smallest = [p for p in planned if p.flops == planned[0].flops]
+    start = smallest[len(smallest) // 2]
+    best = self.tuned(start, study.learning_rates)
+    found = []
+    for p in planned:
+      growth = (p.flops or 0.0) / (start.flops or 1.0)
+      rate = best.rate if growth == 1 else study.scaling.rate(best.rate, growth)
+      found.append(best if p is start else self.tuned(p, (rate,)))
+    return tuple(found)
+
+  def tuned(self, p: Planned, rates: Sequence[float]) -> Tuned:
+    """Choose the best learning rate by the tuning seed, then train the seeds."""
+    s = p.study
 
     def run(pairs: Sequence[tuple[float, int]]) -> list[Trial]:
-      return self.trained(
-        entry.title, [s.experiment(entry, model, task, rate, seed) for rate, seed in pairs]
-      )
+      experiments = [s.experiment(p.entry, p.model, p.task, rate, seed) for rate, seed in pairs]
+      return self.trained(p, experiments)
 
     trials: dict[float, Trial] = {}
-    best = s.learning_rates[0]
-    if len(s.learning_rates) > 1:
-      trials = {t.rate: t for t in run([(rate, s.tuning_seed) for rate in s.learning_rates])}
-      for _ in range(s.extensions):
+    best = rates[0]
+    if len(rates) > 1:
+      trials = {t.rate: t for t in run([(rate, s.tuning_seed) for rate in rates])}
+      for _ in range(s.max_grid_extensions):
         beyond = _beyond(sorted(trials), _best(trials))
         if beyond is None:
           break
         trials |= {t.rate: t for t in run([(beyond, s.tuning_seed)])}
       best = _best(trials)
-    rates = sorted(trials)
+    tried = sorted(trials)
     return Tuned(
-      entry.title,
-      model,
-      tuple(trials[r] for r in rates),
+      p,
+      tuple(trials[r] for r in tried),
       best,
-      len(rates) > 1 and best in (rates[0], rates[-1]),
+      len(tried) > 1 and best in (tried[0], tried[-1]),
       tuple(run([(best, seed) for seed in s.seeds])),
     )
 
-  def trained(self, title: str, experiments: Sequence[Experiment]) -> list[Trial]:
-    """The runs of experiments of one model, `together` at a time."""
+  def trained(self, p: Planned, experiments: Sequence[Experiment]) -> list[Trial]:
+    """Run experiments with one model, `runs_per_program` at a time."""
     found: list[Trial] = []
-    for group in _batched(experiments, self.study.together if self.dataset.config.one_shape else 1):
+    size = p.study.runs_per_program if self.dataset.config.one_shape else 1
+    for i in range(0, len(experiments), size):
+      group = experiments[i : i + size]
       done = [finished(e) for e in group]
-      # those that are done go along: in a population of another size sums round otherwise
+      # Finished members are run again too: in a population of another size sums round otherwise.
       if any(t is None for t in done):
         began = time.perf_counter()
         self._train(group)
         done = [_trial(e) for e in group]
         spent = f'{time.perf_counter() - began:.1f} s' + (
-          f' for {len(group)} together' if len(group) > 1 else ''
+          f' for {len(group)} runs in one program' if len(group) > 1 else ''
         )
       else:
-        spent = 'done before'
+        spent = 'finished before'
       for t in done:
         assert t is not None
         self.log(
-          f'{self.where} | {title} | rate {t.rate:g} | seed {t.seed} | {score_text(t.metrics)} | '
-          f'{spent}'
+          f'{p.label} | {p.entry.title} | rate {t.rate:g} | seed {t.seed} | '
+          f'{score_text(t.metrics)} | {spent}'
         )
         found.append(t)
     return found
 
   def _train(self, group: Sequence[Experiment]) -> None:
-    if self.interrupt.signal is None:
+    if self.may_train and self.interrupt.signal is None:
 
       def quiet(line: str) -> None:
-        """One line a run is enough."""
+        """Print nothing: the study logs one line per run."""
 
-      alone = len(group) == 1
       results = (
         [train(group[0], dataset=self.dataset, log=quiet)]
-        if alone
+        if len(group) == 1
         else train_population(group, dataset=self.dataset, log=quiet)
       )
       if all(r.exit_code != PREEMPTED for r in results) and self.interrupt.signal is None:
@@ -240,20 +341,8 @@ class Runner:
     raise Interrupted
 
 
-class _Unfinished(Exception):
-  """A run is not done."""
-
-
-class _Reader(Runner):
-  """Gathers what is done, and trains nothing."""
-
-  def _train(self, group: Sequence[Experiment]) -> None:
-    raise _Unfinished
-
-
 def finished(experiment: Experiment) -> Trial | None:
-  """The run of an experiment if it has come to its end, be it that its numbers stopped being
-  finite."""
+  """Return the run of an experiment if it is finished or has diverged, else None."""
   folder = run_folder(experiment)
   file = folder / 'config.json'
   if not file.exists() or file.read_text() != config.text(experiment):
@@ -281,7 +370,7 @@ def _trial(experiment: Experiment) -> Trial:
 
 
 def score_text(metrics: dict[str, Any]) -> str:
-  """What a run is judged by, for a reader."""
+  """Format the score of a run."""
   if metrics.get('eval/loss') is None:
     return 'diverged'
   bits = metrics.get('eval/bits_per_byte')
@@ -293,13 +382,9 @@ def _best(trials: dict[float, Trial]) -> float:
 
 
 def _beyond(rates: list[float], best: float) -> float | None:
-  """The next rate outside a grid at whose end the best lies, in the grid's own ratio; None inside
-  it."""
+  """Return the next rate beyond an end of the grid at which the best lies, by the grid's own ratio;
+  None if the best lies inside."""
   if best not in (rates[0], rates[-1]):
     return None
   beyond = rates[0] ** 2 / rates[1] if best == rates[0] else rates[-1] ** 2 / rates[-2]
   return float(f'{beyond:.3g}')
-
-
-def _batched(values: Sequence[Any], n: int) -> list[Sequence[Any]]:
-  return [values[i : i + n] for i in range(0, len(values), n)]

@@ -17,28 +17,8 @@ COEFFICIENTS = 5  # of the law
 
 
 @dataclasses.dataclass(frozen=True)
-class Runs:
-  """Finished trainings of one family: `params`, `tokens` and the `loss` that each ended with, in
-  nats a token."""
-
-  params: Sequence[float]
-  tokens: Sequence[float]
-  loss: Sequence[float]
-
-  def arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Log parameters, log tokens, log loss. Raises `ValueError` for what no law can be fitted
-    to."""
-    n, d, y = (np.asarray(x, np.float64) for x in (self.params, self.tokens, self.loss))
-    if not n.shape == d.shape == y.shape or n.ndim != 1:
-      raise ValueError('params, tokens and loss must be of one length')
-    if not all(np.all(np.isfinite(x) & (x > 0)) for x in (n, d, y)):
-      raise ValueError('params, tokens and losses must be positive and finite')
-    return np.log(n), np.log(d), np.log(y)
-
-
-@dataclasses.dataclass(frozen=True)
 class Law:
-  """L(N, D) = E + A / N^alpha + B / D^beta: the loss, in nats a token, of N parameters after D
+  """L(N, D) = E + A / N^alpha + B / D^beta: the loss, in nats per token, of N parameters after D
   tokens."""
 
   E: float
@@ -57,10 +37,9 @@ class Law:
   def optimal(
     self, flops: float, flops_per_param_token: float = 6.0, power: float = 1.0
   ) -> tuple[float, float]:
-    """(N, D) with the least loss at `flops` = k N^power D training FLOPs; at `power` = 1 the
-    paper's eq. 4. Small models have other
-    powers: their attention, and their embeddings, which are not multiplied, grow unlike their
-      parameters."""
+    """Return the (N, D) with the least loss at `flops` = k N^power D training FLOPs; at `power` = 1
+    the paper's eq. 4. Small models have other powers: their attention and their embeddings, which
+    are looked up, do not grow in proportion to their parameters."""
     total = flops / flops_per_param_token
     n = (self.alpha * self.A / (power * self.beta * self.B) * total**self.beta) ** (
       1 / (self.alpha + power * self.beta)
@@ -68,20 +47,20 @@ class Law:
     return n, total * n**-power
 
   def exponent(self, power: float = 1.0) -> float:
-    """a of N = k C^a: how the best size grows with the training FLOPs C."""
+    """Return a of N = k C^a: how the optimal size grows with the training FLOPs C."""
     return self.beta / (self.alpha + power * self.beta)
 
 
 @dataclasses.dataclass(frozen=True)
 class Fit:
-  """A fitted law.
+  """A fitted law with bootstrap refits.
 
   Attributes:
-    law: the best one.
-    samples: the law of each resampling.
-    runs: how many runs it rests on.
+    law: the best fit.
+    samples: the law of each bootstrap refit.
+    runs: number of runs fitted.
     residual: root mean square of log(loss / fitted loss).
-    explained: R^2 of the log losses: the part of their variance that is not residual.
+    explained: R^2 of the log losses.
   """
 
   law: Law
@@ -91,14 +70,16 @@ class Fit:
   explained: float
 
   def interval(self, of: Callable[[Law], float], level: float = 0.95) -> tuple[float, float]:
-    """The interval of a positive number that `of(law)` says, such as a coefficient or a loss
-    foretold: on the logarithmic scale, the best law's +- Student's t times the standard deviation
-    over the resamplings."""
+    """Return the confidence interval of a positive function of the law, such as a coefficient or a
+    predicted loss: on the logarithmic scale, its value for the best fit +- Student's t times the
+    standard deviation over the bootstrap refits."""
     return self._around(of, level, 0.0)
 
-  def foretold(self, params: float, tokens: float, level: float = 0.95) -> tuple[float, float]:
-    """The interval in which the loss of one more run lies: that of the law there, and besides the
-    spread of runs around the law."""
+  def prediction_interval(
+    self, params: float, tokens: float, level: float = 0.95
+  ) -> tuple[float, float]:
+    """Return the interval of the loss of one more run: the interval of the law at this point,
+    widened by the scatter of runs around the law."""
     variance = self.residual**2 * self.runs / (self.runs - COEFFICIENTS)
     return self._around(lambda law: float(law.loss(params, tokens)), level, variance)
 
@@ -112,21 +93,36 @@ class Fit:
     return float(of(self.law) * np.exp(-half)), float(of(self.law) * np.exp(half))
 
 
-def fit_law(runs: Runs, bootstrap: int = 200, seed: int = 0) -> Fit:
-  """The parametric law of a family's runs: the least Huber loss (delta 1e-3) of log L, from several
-  starts, with E, A and B as exponentials so that they stay positive.
+def fit_law(
+  params: Sequence[float],
+  tokens: Sequence[float],
+  loss: Sequence[float],
+  bootstrap: int = 200,
+  seed: int = 0,
+) -> Fit:
+  """Fit the parametric law to the runs of one architecture: the least Huber loss (delta 1e-3) of
+  log L, from several starting points, with E, A and B as exponentials so that they stay positive.
 
-  The bootstrap fits again to the law's own losses at each run's N and D with noise of the
-  residuals' size, so that a few runs keep their design. Raises `ValueError` for fewer than six
-  runs, or runs that all have the same parameters or the same tokens."""
-  n, d, y = runs.arrays()
+  The bootstrap is parametric: it refits to the law's own losses at each run's N and D with noise of
+  the residuals' size, so that few runs keep their design.
+
+  Args:
+    params, tokens, loss: of each run; the final loss in nats per token.
+
+  Raises `ValueError` for fewer than six runs, for numbers that are not positive and finite, and for
+  runs that all have the same parameters or the same tokens."""
+  n, d, y = (np.asarray(x, np.float64) for x in (params, tokens, loss))
+  if not n.shape == d.shape == y.shape or n.ndim != 1:
+    raise ValueError('params, tokens and loss must have equal lengths')
+  if not all(np.all(np.isfinite(x) & (x > 0)) for x in (n, d, y)):
+    raise ValueError('params, tokens and losses must be positive and finite')
+  n, d, y = np.log(n), np.log(d), np.log(y)
   if len(n) <= COEFFICIENTS:
     raise ValueError(f'five coefficients need at least 6 runs; there are {len(n)}')
   if np.ptp(n) < 1e-9 or np.ptp(d) < 1e-9:
     raise ValueError('the runs must differ in parameters and in tokens')
-  best = min((_descend(start, n, d, y) for start in _starts(n, d, y)), key=lambda found: found[0])[
-    1
-  ]
+  descents = (_descend(start, n, d, y) for start in _starts(n, d, y))
+  best = min(descents, key=lambda found: found[0])[1]
   fitted = _log_loss(best, n, d)
   sigma = np.sqrt(np.sum((y - fitted) ** 2) / (len(n) - COEFFICIENTS))
   rng = np.random.default_rng(seed)
@@ -154,8 +150,8 @@ def _log_loss(theta: np.ndarray, n: np.ndarray, d: np.ndarray) -> np.ndarray:
 def _descend(
   start: np.ndarray, n: np.ndarray, d: np.ndarray, y: np.ndarray
 ) -> tuple[float, np.ndarray]:
-  """The Huber loss at a local minimum, and where it is."""
-  # Centred logarithms: alpha then hardly moves A, and the descent needs no narrow valley.
+  """Return the Huber loss at a local minimum, and the minimum."""
+  # Centred logarithms decorrelate alpha from A and beta from B, which conditions the descent.
   mn, md = n.mean(), d.mean()
   theta = np.clip(start - np.array([0, start[2] * mn, 0, start[4] * md, 0]), *_BOUNDS)
   n, d = n - mn, d - md
@@ -169,7 +165,7 @@ def _descend(
     return np.stack([of_e, of_a, -n * of_a, of_b, -d * of_b], axis=1)
 
   cost = 0.0
-  # a kink as sharp as the last one holds a descent up, so it comes by and by
+  # A descent stalls at a kink as sharp as the last one, so delta decreases gradually.
   for delta in (1.0, 0.01, 0.003, HUBER):
     found = optimize.least_squares(
       residuals, theta, jacobian, _BOUNDS, loss='huber', f_scale=delta, x_scale='jac', max_nfev=300
@@ -183,8 +179,8 @@ _BOUNDS = (np.array([-20.0, -30.0, 0.01, -30.0, 0.01]), np.array([5.0, 10.0, 3.0
 
 
 def _starts(n: np.ndarray, d: np.ndarray, y: np.ndarray, count: int = 8) -> list[np.ndarray]:
-  """The most promising of a grid: what is above the floor E is shared between parameters and
-  tokens."""
+  """Return the most promising points of a grid, in which the loss above the floor E is split
+  between parameters and tokens."""
   least, mean = np.exp(y.min()), np.exp(y).mean()
   grid = [
     np.array(
@@ -210,13 +206,13 @@ def _law(theta: np.ndarray) -> Law:
 
 @dataclasses.dataclass(frozen=True)
 class Parabola:
-  """Loss against log parameters at one number of training FLOPs.
+  """Loss as a parabola in log parameters, at one number of training FLOPs.
 
   Attributes:
     flops: of each run.
-    params: where the parabola is lowest.
-    loss: there.
-    inside: whether that lies among the sizes that were run; if not, it is an extrapolation.
+    params, loss: the minimum.
+    inside: whether the minimum lies within the sizes that were run; otherwise it is an
+      extrapolation.
     curvature: c of loss = `loss` + c log(N / `params`)^2.
   """
 
@@ -227,25 +223,25 @@ class Parabola:
   curvature: float
 
   def at(self, params: float) -> float:
-    """Its value at a size."""
+    """Return the loss at a size."""
     return self.loss + self.curvature * float(np.log(params / self.params)) ** 2
 
 
 def iso_flop(flops: float, params: Sequence[float], loss: Sequence[float]) -> Parabola:
-  """The size with the least loss among trainings of equal FLOPs. Raises `ValueError` for fewer than
-  three sizes, or losses that do not curve upwards."""
+  """Fit the parabola of runs with equal training FLOPs. Raises `ValueError` for fewer than three
+  sizes, or losses that do not curve upwards."""
   x, y = np.log(np.asarray(params, np.float64)), np.asarray(loss, np.float64)
   if len(set(x)) < 3:
     raise ValueError(f'a parabola needs at least 3 sizes; there are {len(set(x))}')
   c2, c1, c0 = np.polyfit(x - x.mean(), y, 2)
   if c2 <= 0:
-    raise ValueError('the losses do not curve upwards: no size is best among these')
+    raise ValueError('the losses do not curve upwards, so there is no optimal size')
   at = -c1 / (2 * c2)
   lowest, inside = float(c0 - c1 * c1 / (4 * c2)), bool(x.min() <= at + x.mean() <= x.max())
   return Parabola(flops, float(np.exp(at + x.mean())), lowest, inside, float(c2))
 
 
 def power_law(x: Sequence[float], y: Sequence[float]) -> tuple[float, float]:
-  """(a, k) of y = k x^a by least squares on logarithms: how the best size grows with FLOPs."""
+  """Return (a, k) of y = k x^a by least squares on logarithms."""
   a, log_k = np.polyfit(np.log(np.asarray(x, np.float64)), np.log(np.asarray(y, np.float64)), 1)
   return float(a), float(np.exp(log_k))

@@ -1,5 +1,5 @@
-"""One study by several processes: each trains what no other is training. Small models leave most of
-a machine's cores idle."""
+"""One study trained by several processes, each on entries that no other is training. Small models
+leave most cores of a machine idle."""
 
 from __future__ import annotations
 
@@ -16,58 +16,58 @@ import jax
 
 from jaxformer.training.interrupt import Interrupt
 
-MOST = 4  # processes by default: each compiles and holds its own programs
-PAUSE = 0.5  # seconds between looks at what other processes do
+MAX_PROCESSES = 4  # by default: each compiles and holds its own programs
+POLL_SECONDS = 0.5  # between checks of what other processes have finished
 R = TypeVar('R')
 
 
 class Interrupted(Exception):
-  """A run was interrupted and saved; the same study goes on from there."""
+  """A run is not finished: it was interrupted and saved. The same study resumes there."""
 
 
 def shared(folder: Path, jobs: Mapping[str, Callable[[], R]], interrupt: Interrupt) -> dict[str, R]:
-  """What each job gives, in their order. Of several processes with one folder each does what no
-  other is at; a job that another has done is done again, so a job must find what is there. Raises
-  `Interrupted` after a signal."""
+  """Return the result of each job, in their order. Of several processes with the same folder each
+  takes an unlocked job. A job that another process has finished is called again, so it must find
+  the earlier result. Raises `Interrupted` after a signal."""
   found: dict[str, R] = {}
   while waiting := [name for name in jobs if name not in found]:
     for name in waiting:
-      with _held(folder / name) as mine:
-        if mine:
+      with locked(folder / name) as held:
+        if held:
           found[name] = jobs[name]()
     if all(name not in found for name in waiting):
       if interrupt.signal is not None:
         raise Interrupted
-      time.sleep(PAUSE)
+      time.sleep(POLL_SECONDS)
   return {name: found[name] for name in jobs}
 
 
 @contextlib.contextmanager
-def _held(file: Path) -> Generator[bool]:
-  """Whether this process alone has a file until the end of the block. A process that dies lets
-  go."""
+def locked(file: Path) -> Generator[bool]:
+  """Try to lock a file until the end of the block, and yield whether this process holds the lock. A
+  process that dies releases it."""
   file.parent.mkdir(parents=True, exist_ok=True)
   with file.open('w') as f:
     try:
       fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-      mine = False
+      yield False
     else:
-      mine = True
-    yield mine
+      yield True
 
 
 def worthwhile(entries: int) -> int:
-  """How many processes a study of so many entries keeps busy: one for each core of a CPU, at most
-  `MOST`; one where there is an accelerator, which has room for one program."""
-  return min(len(os.sched_getaffinity(0)), entries, MOST) if jax.default_backend() == 'cpu' else 1
+  """Return how many processes to run for this many entries: one per core of a CPU, at most
+  `MAX_PROCESSES`; one on an accelerator, whose memory fits one program."""
+  cores = len(os.sched_getaffinity(0))
+  return min(cores, entries, MAX_PROCESSES) if jax.default_backend() == 'cpu' else 1
 
 
 @contextlib.contextmanager
 def running(commands: Sequence[Sequence[str]], folder: Path) -> Generator[None]:
-  """Within, the commands run; what they print goes to `folder`/helper-N.log. At a good end they are
-  waited for, else they are told to save and stop. One that fails has no consequences: what it did
-  not train, the others do."""
+  """Run commands during the block, with their output in `folder`/helper-N.log. Wait for them at the
+  end; after an exception, tell them to save and stop first. Failures are ignored: the other
+  processes train what a failed one did not."""
   folder.mkdir(parents=True, exist_ok=True)
   with contextlib.ExitStack() as stack:
     processes = []

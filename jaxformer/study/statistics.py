@@ -1,5 +1,5 @@
-"""What a few runs a side can say: intervals over seeds, paired differences, and verdicts that
-account for how many were asked."""
+"""Statistics of a few runs per architecture: intervals over seeds, paired differences, and
+significance with control of the family-wise error rate."""
 
 from __future__ import annotations
 
@@ -11,18 +11,17 @@ from typing import Literal
 import numpy as np
 from scipy import stats
 
-Verdict = Literal['better', 'worse', 'no difference seen at this budget', 'too few seeds']
+Verdict = Literal['better', 'worse', 'no significant difference', 'too few seeds']
 
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-  """A mean with its interval.
+  """A mean with its confidence interval.
 
   Attributes:
     mean: over the runs.
-    low, high: ends of the interval by Student's t; infinite for a single run, which says nothing of
-      its spread.
-    runs: how many.
+    low, high: ends of Student's t interval; infinite for a single run.
+    runs: number of runs.
   """
 
   mean: float
@@ -36,7 +35,7 @@ class Estimate:
 
 
 def estimate(values: Sequence[float] | np.ndarray, level: float = 0.95) -> Estimate:
-  """The mean of independent runs with its `level` interval: mean +- t_{n-1} s / sqrt(n)."""
+  """Return the mean of independent runs with its `level` interval: mean +- t_{n-1} s / sqrt(n)."""
   x = np.asarray(values, np.float64)
   if x.ndim != 1 or not x.size:
     raise ValueError('an estimate needs at least one value')
@@ -48,14 +47,14 @@ def estimate(values: Sequence[float] | np.ndarray, level: float = 0.95) -> Estim
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-  """What one architecture's runs say against another's, seed by seed.
+  """Difference of two architectures, paired by seed.
 
   Attributes:
     name, against: the two.
-    estimate: of (name - against), paired by seed, with the interval of this one comparison.
-    p: of the two-sided paired t-test, or of the sign test where all differences are the same; NaN
-      where fewer than two seeds are shared.
-    p_adjusted: the same with all comparisons of the family accounted for (Holm 1979).
+    estimate: of (name - against), with the interval of this comparison alone.
+    p: of the two-sided paired t-test, or of the sign test if all differences are equal; NaN if
+      fewer than two seeds are shared.
+    p_adjusted: p after Holm's correction for all comparisons of the family (Holm 1979).
     verdict: in words, from `p_adjusted`.
   """
 
@@ -74,21 +73,20 @@ def compare(
   lower_is_better: bool = True,
   level: float = 0.95,
 ) -> list[Difference]:
-  """Every architecture against one of them.
+  """Compare every architecture with one of them.
 
   Args:
     scores: architecture -> seed -> score. Runs of one seed saw the same data in the same order, so
-      what a seed adds to both cancels in their difference. Seeds that only one of two has are left
-      out of their difference.
-    against: the architecture that the others are compared to.
+      the effect of the seed cancels in their difference. Seeds that only one of two architectures
+      has are excluded.
+    against: the baseline.
     lower_is_better: True for losses, False for accuracies.
-    level: of the intervals; a verdict is spoken where the chance of even one false one among all
-      comparisons is below 1 - level.
+    level: of the intervals; significance controls the family-wise error rate at 1 - level (Holm).
 
-  Differences are taken as normal. With two seeds only large ones can show; the interval says how
-  large."""
+  Differences are assumed normal. With two seeds only large differences can be significant; the
+  interval says how large."""
   if against not in scores:
-    raise ValueError(f'{against!r} is none of {", ".join(scores)}')
+    raise ValueError(f'{against!r} must be one of {", ".join(scores)}')
   return _differences(
     scores, [(name, against) for name in scores if name != against], lower_is_better, level
   )
@@ -97,8 +95,8 @@ def compare(
 def compare_all(
   scores: Mapping[str, Mapping[int, float]], *, lower_is_better: bool = True, level: float = 0.95
 ) -> list[Difference]:
-  """Every architecture against every one that comes after it, as `compare` does: a verdict accounts
-  for all pairs, so that it takes more than one against a single architecture."""
+  """Compare all pairs of architectures, each in order, as `compare` does: significance is corrected
+  for all pairs, so it needs more evidence than in a comparison with one baseline."""
   return _differences(scores, list(itertools.combinations(scores, 2)), lower_is_better, level)
 
 
@@ -123,8 +121,8 @@ def _differences(
 
 
 def holm(p: Sequence[float]) -> list[float]:
-  """p-values adjusted so that rejecting those below a errs even once with probability at most a,
-  whatever their dependence (Holm 1979). A NaN, which is no test, stays NaN and counts as none."""
+  """Return p-values adjusted to control the family-wise error rate under any dependence (Holm
+  1979). NaN marks a missing test: it stays NaN and is not counted."""
   p_array = np.asarray(p, np.float64)
   adjusted = np.full(p_array.shape, np.nan)
   tests = np.flatnonzero(~np.isnan(p_array))
@@ -139,7 +137,7 @@ def _paired_p(d: np.ndarray) -> float:
   if d.size < 2:
     return float('nan')
   spread = d.std(ddof=1)
-  # equal runs, or counts with equal shifts by chance: Student has no answer, the sign test has
+  # All differences equal: Student's t is undefined, the sign test is not.
   if spread <= 1e-9 * abs(d[0]):
     return 1.0 if d[0] == 0 else float(2.0 ** (1 - d.size))
   return float(2 * stats.t.sf(abs(d.mean()) / (spread / np.sqrt(d.size)), d.size - 1))
@@ -149,5 +147,5 @@ def _verdict(e: Estimate, p: float, lower_is_better: bool, alpha: float) -> Verd
   if np.isnan(p):
     return 'too few seeds'
   if p >= alpha:
-    return 'no difference seen at this budget'
+    return 'no significant difference'
   return 'better' if (e.mean < 0) == lower_is_better else 'worse'

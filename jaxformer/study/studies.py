@@ -1,16 +1,15 @@
-"""Studies by name, for `jaxformer compare NAME`."""
+"""Named studies, for `jaxformer compare NAME`."""
 
 from __future__ import annotations
 
 from jaxformer.config import Registry
 from jaxformer.data import AssociativeRecall, DataConfig
-from jaxformer.study.scaling_study import ScalingStudy, budgets
-from jaxformer.study.study import Grown, Study
+from jaxformer.study.study import ScaledFamily, ScalingGrid, Study, budgets
 
-STUDIES: Registry[Study | ScalingStudy] = Registry('study')
+STUDIES: Registry[Study] = Registry('study')
 
 ALL_KINDS = tuple(
-  Grown(family=f, name=n)
+  ScaledFamily(family=f, name=n)
   for f, n in (
     ('llama3', 'transformer'),
     ('mixtral', 'mixture'),
@@ -24,11 +23,11 @@ ALL_KINDS = tuple(
     ('jamba', 'Jamba'),
   )
 )
-"""One architecture of each kind; the transformer comes first, and the others are compared to it."""
+"""One architecture of each kind; the transformer is the baseline."""
 
-# Half a million active parameters is about the least at which all ten have a shape within two per
-# cent: Jamba's pattern has eight layers. One rate and two seeds: tuning, and more seeds, are for
-# the standard study.
+# Half a million active parameters is about the smallest size at which all ten have a shape within
+# two per cent: Jamba's pattern has eight layers. One rate and two seeds: the standard study has
+# tuning and more seeds.
 STUDIES.add(
   'quickstart',
   Study(
@@ -41,10 +40,10 @@ STUDIES.add(
     batch_size=8,
     learning_rates=(3e-3,),
     seeds=(1, 2),
-    together=2,
+    runs_per_program=2,
     eval_batches=16,
     contexts=(64, 512),
-    rounds=3,
+    timing_repeats=3,
   ),
 )
 
@@ -59,27 +58,32 @@ STUDIES.add(
     batch_size=64,
     learning_rates=(3e-4, 1e-3, 3e-3),
     seeds=(1, 2, 3, 4, 5),
-    together=3,
+    runs_per_program=3,
     eval_batches=32,
     contexts=(128, 1024, 8192),
-    rounds=10,
+    timing_repeats=10,
   ),
 )
 
-# Sizes grow more slowly than the best one, so that some models see many tokens for their size and
-# some few. One seed: the interval of a law rests on how trainings lie around it. Two trainings
-# beyond the largest budget: with many tokens, with many parameters. Small batches, because larger
-# ones are wasted on models so small, and then the best size lies below the least that there is.
+# Sizes grow more slowly than the optimal size, so that some models are trained on many tokens for
+# their size and some on few. One seed: the interval of a law rests on how runs scatter around it.
+# Two runs beyond the largest budget: one with many tokens, one with many parameters. Small batches:
+# with larger ones, which models this small do not need, the optimal size lies below the smallest
+# that exists.
 _BUDGETS = budgets((6e10, 1.8e11, 5.4e11, 1.25e12), (3e4, 4.5e4, 7e4, 1.1e5, 1.7e5), 0.25)
 STUDIES.add(
   'scaling',
-  ScalingStudy(
+  Study(
     name='scaling',
-    entries=(Grown(family='llama2', name='transformer'),),
-    budgets=_BUDGETS[:3],
-    held_out=(_BUDGETS[3].replace(params=_BUDGETS[3].params[1::2]),),
-    task=DataConfig(sequence_length=64),
+    entries=(ScaledFamily(family='llama2', name='transformer'),),
+    tolerance=0.15,
+    tasks=(DataConfig(sequence_length=64),),
     batch_size=4,
+    learning_rates=(3e-3, 1e-2),
+    seeds=(1,),
     eval_batches=256,
+    scaling=ScalingGrid(
+      budgets=_BUDGETS[:3], held_out=(_BUDGETS[3].replace(params=_BUDGETS[3].params[1::2]),)
+    ),
   ),
 )

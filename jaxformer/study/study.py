@@ -1,9 +1,10 @@
-"""A study as data: which architectures, what is made equal, on what they are trained and tuned, and
-with which seeds."""
+"""A study as data: the architectures, what is equal between them, and how each is trained and
+tuned."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from jaxformer import config
@@ -11,7 +12,7 @@ from jaxformer.config import Config, InputError
 from jaxformer.data import DataConfig, DatasetConfig
 from jaxformer.layers.layer import LayerConfig
 from jaxformer.models.model import ModelConfig
-from jaxformer.models.zoo import FAMILIES
+from jaxformer.models.zoo import FAMILIES, Family
 from jaxformer.models.zoo.around import around
 from jaxformer.overrides import override
 from jaxformer.study.sizing import Match, solve
@@ -25,19 +26,21 @@ from jaxformer.training import (
   TrainingConfig,
 )
 
-BETWEEN_CHECKPOINTS = 100  # steps of a run at least: a short one is sooner done again than saved
+MIN_CHECKPOINT_STEPS = 100  # between checkpoints: a shorter run is retrained sooner than restored
+PARABOLA = 3  # sizes per budget that a parabola needs
+SIZES = 'target', 'tokens'  # fields that the budgets of a scaling study replace
 
 
 def file_name(title: str) -> str:
-  """A title as runs and measurements have it in the names of their files."""
+  """Return a title as it appears in file names of runs and measurements."""
   return re.sub(r'[^\w.+-]+', '-', title).strip('.+-') or 'unnamed'
 
 
 class Entry(Config, abstract=True):
-  """Base of what stands in a study.
+  """Base class of the entries of a study: what makes a model at the study's size.
 
   Attributes:
-    name: in the report; None for one that tells it.
+    name: in the report; None for a default name.
   """
 
   name: str | None = None
@@ -50,12 +53,13 @@ class Entry(Config, abstract=True):
   def model(
     self, study: Study, vocab_size: int, context_length: int, source_vocab_size: int | None = None
   ) -> ModelConfig:
-    """The model at the study's size; `source_vocab_size` is that of pairs, None for other data."""
+    """Return the model at the study's size. `source_vocab_size` is None unless the data are
+    source-target pairs."""
     raise NotImplementedError
 
 
-class Grown(Entry):
-  """A family at the study's size."""
+class ScaledFamily(Entry):
+  """A family of `jaxformer.models.zoo`, scaled to the study's size."""
 
   family: str
 
@@ -66,22 +70,14 @@ class Grown(Entry):
   def title(self) -> str:
     return self.name or self.family
 
-  def model(
-    self, study: Study, vocab_size: int, context_length: int, source_vocab_size: int | None = None
-  ) -> ModelConfig:
-    return solve(
-      FAMILIES[self.family],
-      study.match,
-      study.target,
-      vocab_size=vocab_size,
-      context_length=context_length,
-      tolerance=study.tolerance,
-      source_vocab_size=source_vocab_size,
-    ).model
+  def model(self, study, vocab_size, context_length, source_vocab_size=None):
+    family = FAMILIES[self.family]
+    return _scaled(family, study, vocab_size, context_length, source_vocab_size)
 
 
-class Mixer(Entry):
-  """A sequence layer at the study's size, in Llama's place of attention (`models.zoo.around`)."""
+class TokenMixer(Entry):
+  """A sequence layer in place of Llama's attention (`models.zoo.around`), scaled to the study's
+  size."""
 
   layer: LayerConfig
 
@@ -89,22 +85,12 @@ class Mixer(Entry):
   def title(self) -> str:
     return self.name or self.layer.tag
 
-  def model(
-    self, study: Study, vocab_size: int, context_length: int, source_vocab_size: int | None = None
-  ) -> ModelConfig:
-    return solve(
-      around(self.layer),
-      study.match,
-      study.target,
-      vocab_size=vocab_size,
-      context_length=context_length,
-      tolerance=study.tolerance,
-      source_vocab_size=source_vocab_size,
-    ).model
+  def model(self, study, vocab_size, context_length, source_vocab_size=None):
+    return _scaled(around(self.layer), study, vocab_size, context_length, source_vocab_size)
 
 
-class AsIs(Entry):
-  """A model as it is, whatever its size; the report says by how much it misses."""
+class FixedModel(Entry):
+  """A given model of whatever size; the report states its size error."""
 
   model_config: ModelConfig
 
@@ -112,39 +98,135 @@ class AsIs(Entry):
   def title(self) -> str:
     return self.name or self.model_config.tag
 
-  def model(
-    self, study: Study, vocab_size: int, context_length: int, source_vocab_size: int | None = None
-  ) -> ModelConfig:
+  def model(self, study, vocab_size, context_length, source_vocab_size=None):
     return self.model_config
 
 
+def _scaled(
+  family: Family, study: Study, vocab_size: int, context_length: int, source_vocab_size: int | None
+) -> ModelConfig:
+  return solve(
+    family,
+    study.match,
+    study.target,
+    vocab_size=vocab_size,
+    context_length=context_length,
+    tolerance=study.tolerance,
+    source_vocab_size=source_vocab_size,
+  ).model
+
+
+class Budget(Config):
+  """Model sizes trained with equal training FLOPs.
+
+  Attributes:
+    flops: training FLOPs of each run, attention counted causally; the number of tokens is `flops`
+      divided by the model's training FLOPs per token.
+    params: the sizes.
+  """
+
+  flops: float
+  params: tuple[float, ...]
+
+  def validate(self):
+    self.require(self.flops > 0, 'flops', 'positive')
+    self.require(
+      len(self.params) > 0 and all(n > 0 for n in self.params), 'params', 'positive, at least one'
+    )
+    self.require(
+      list(self.params) == sorted(set(self.params)), 'params', 'in ascending order, each once'
+    )
+
+
+def budgets(
+  flops: Sequence[float], params: Sequence[float], growth: float = 0.5
+) -> tuple[Budget, ...]:
+  """Return budgets whose sizes are `params` at the first and grow with (FLOPs / first
+  FLOPs)^growth, as optimal sizes do: about as the square root (Hoffmann et al. 2022)."""
+  return tuple(
+    Budget(flops=c, params=tuple(float(f'{n * (c / flops[0]) ** growth:.3g}') for n in params))
+    for c in flops
+  )
+
+
+class ScalingGrid(Config):
+  """Sizes and budgets of a scaling study, which fits the loss of each architecture as a law of
+  parameters and tokens (Hoffmann et al. 2022).
+
+  Attributes:
+    budgets: what the laws are fitted to, in ascending order of FLOPs.
+    held_out: larger budgets, excluded from the fit, on which predictions are tested.
+    rate_exponent: the grid of learning rates is tried at the middle size of the smallest budget C0
+      only; a run of C FLOPs uses the best rate x (C / C0)^rate_exponent. The default is that of Bi
+      et al. 2024 (DeepSeek LLM, section 3.1). None tries the whole grid at each size and budget.
+    bootstrap: refits on which the intervals of a law are based.
+  """
+
+  budgets: tuple[Budget, ...]
+  held_out: tuple[Budget, ...] = ()
+  rate_exponent: float | None = -0.125
+  bootstrap: int = 200
+
+  def validate(self):
+    self.require(
+      len(self.budgets) >= 2,
+      'budgets',
+      'at least two: a law needs models trained on different numbers of tokens',
+    )
+    flops = [b.flops for b in self.budgets]
+    if flops != sorted(set(flops)):
+      amounts = ', '.join(f'{v:g}' for v in flops)
+      raise InputError('ScalingGrid.budgets', amounts, 'FLOPs in ascending order, each once')
+    for b in self.budgets:
+      if len(b.params) < PARABOLA:
+        raise InputError(
+          'ScalingGrid.budgets',
+          f'{len(b.params)} sizes at {b.flops:g} FLOPs',
+          f'at least {PARABOLA} sizes per budget, for a parabola',
+        )
+    for b in self.held_out:
+      if b.flops <= flops[-1]:
+        raise InputError(
+          'ScalingGrid.held_out',
+          f'{b.flops:g} FLOPs',
+          f'more than {flops[-1]:g}, the largest of budgets',
+        )
+    self.require(self.bootstrap >= 2, 'bootstrap', 'at least 2')
+
+  def rate(self, best: float, growth: float) -> float:
+    """Return the learning rate at `growth` times the FLOPs of the smallest budget, where `best` is
+    the best rate."""
+    return float(f'{best * growth ** (self.rate_exponent or 0.0):.3g}')
+
+
 class Study(Config):
-  """Architectures of equal size, tuned alike, trained on the same sequences in the same order for
-  equal seeds.
+  """Architectures of equal size, tuned equally, trained on the same sequences in the same order for
+  equal seeds. With `scaling` a grid of sizes and budgets replaces the one size.
 
   Attributes:
     name: of the study; its runs are in `dir`/`name`.
-    entries: what is compared; the first is what the others are compared to.
-    match, target: what is made equal, and to how much (`compare.sizing`).
-    tolerance: how far a size may be off.
-    tasks: what each is trained and scored on, one after the other.
-    tokens: training tokens of a run.
-    batch_size: sequences an update.
-    optimizer, schedule: the same for all; the learning rate comes from the grid.
-    learning_rates: the grid, from the least to the greatest, tried with seed `tuning_seed`; a
-      single one is not tried, but taken.
-    extensions: how often the grid may grow by one rate beyond an end at which the best lies.
-    tuning_seed: takes no part in the comparison.
-    seeds: of the runs at each one's best learning rate.
-    together: how many runs of one architecture train at once in one program
-      (`training.population`); one after the other on data whose batches have several shapes.
+    entries: what is compared; the first is the baseline.
+    match, target: the quantity made equal, and its value (`study.sizing`).
+    tolerance: largest relative size error.
+    tasks: what each architecture is trained and scored on, one after the other.
+    tokens: training tokens per run.
+    batch_size: sequences per update.
+    optimizer, schedule: shared; the learning rate comes from the grid.
+    learning_rates: the grid, in ascending order, tried with seed `tuning_seed`; a single rate is
+      used untuned.
+    max_grid_extensions: how often the grid may be extended by one rate beyond an end at which the
+      best rate lies.
+    tuning_seed: excluded from the comparison.
+    seeds: of the runs at each architecture's best learning rate.
+    runs_per_program: runs of one architecture trained at once in one program
+      (`training.population`); one at a time on data whose batches differ in shape.
     eval_batches: batches of held-out sequences that score a run; None for all.
-    evaluations: how often a run is scored on its way, at even steps; its score is that of the end.
-    translations: held-out texts of pairs that every run translates, the likeliest token at each
-      step; 0 leaves that out.
-    contexts: tokens of context at which reading a prompt and decoding are timed; none leaves that
-      out.
-    rounds: how often the training step of each is timed, in turn; 0 leaves that out.
+    evaluations: evenly spaced evaluations per run; the last one is its score.
+    translations: held-out texts of source-target pairs that every run translates greedily; 0 for
+      none.
+    contexts: context lengths, in tokens, at which prefill and decoding are timed; empty for none.
+    timing_repeats: repeated timings of each training step, taken in turns; 0 for none.
+    scaling: sizes and budgets of a scaling study; None for a study at one size.
     dir: where studies live.
   """
 
@@ -159,24 +241,23 @@ class Study(Config):
   optimizer: OptimizerConfig = AdamW()
   schedule: ScheduleConfig = Cosine()
   learning_rates: tuple[float, ...] = (1e-3, 3e-3)
-  extensions: int = 2
+  max_grid_extensions: int = 2
   tuning_seed: int = 0
   seeds: tuple[int, ...] = (1, 2, 3)
-  together: int = 4
+  runs_per_program: int = 4
   eval_batches: int | None = 32
   evaluations: int = 1
   translations: int = 200
   contexts: tuple[int, ...] = (128, 1024)
-  rounds: int = 5
+  timing_repeats: int = 5
+  scaling: ScalingGrid | None = None
   dir: str = 'runs'
 
   def validate(self):
     self.require(len(self.entries) > 0, 'entries', 'at least one architecture')
     titles = [file_name(e.title) for e in self.entries]
     if twice := sorted({t for t in titles if titles.count(t) > 1}):
-      raise InputError(
-        f'Study.entries: {", ".join(twice)} stands there twice; give one of them another name'
-      )
+      raise InputError('Study.entries', ', '.join(twice), 'distinct names; set name of one of them')
     self.require(len(self.tasks) > 0, 'tasks', 'at least one task')
     self.require(
       all(r > 0 for r in self.learning_rates or (0,)), 'learning_rates', 'positive, at least one'
@@ -194,44 +275,65 @@ class Study(Config):
     self.require(
       self.tuning_seed not in self.seeds,
       'tuning_seed',
-      'none of the seeds: the best rate was chosen by it',
+      'none of the seeds, since it selects the learning rate',
     )
-    for field in ('target', 'tolerance', 'tokens', 'batch_size', 'together', 'evaluations'):
+    for field in ('target', 'tolerance', 'tokens', 'batch_size', 'runs_per_program', 'evaluations'):
       self.require(getattr(self, field) > 0, field, 'positive')
-    for field in ('extensions', 'translations', 'rounds'):
+    for field in ('max_grid_extensions', 'translations', 'timing_repeats'):
       self.require(getattr(self, field) >= 0, field, 'at least 0')
     self.require(
       file_name(self.name) == self.name, 'name', 'letters, digits and . _ + -: it is a folder'
     )
     self.require(all(c > 0 for c in self.contexts), 'contexts', 'positive')
+    if self.scaling is not None:
+      self._validate_scaling()
+      return
     for task in self.tasks:
       batch = self.batch_size * task.positions
+      self.require(self.tokens >= batch, 'tokens', f'at least {batch:,}, one batch of {task.tag}')
+
+  def _validate_scaling(self):
+    for e in self.entries:
+      if isinstance(e, FixedModel):
+        raise InputError(
+          'Study.entries', e.title, 'a family or a layer, which scale: the model has one size'
+        )
+    for field in SIZES:
+      default = type(self).__dataclass_fields__[field].default
       self.require(
-        self.tokens >= batch, 'tokens', f'at least {batch:,}, those of one batch of {task.tag}'
+        getattr(self, field) == default, field, 'left unset in a scaling study: scaling.budgets'
       )
+    self.require(
+      self.match in ('params', 'active_params'), 'match', 'params or active_params with scaling'
+    )
+    self.require(len(self.tasks) == 1, 'tasks', 'one task in a scaling study')
 
   @property
   def task_titles(self) -> tuple[str, ...]:
-    """A name for each task: its type, of text that of its source; from the second of a name on with
-    a number."""
+    """A name per task: the type of the task, or the source of a text; numbered from the second of a
+    name on."""
     tags = [task.source.tag if isinstance(task, DataConfig) else task.tag for task in self.tasks]
     counts = [tags[: i + 1].count(tag) for i, tag in enumerate(tags)]
     return tuple(tag if n == 1 else f'{tag}-{n}' for tag, n in zip(tags, counts, strict=True))
 
   @property
   def folder(self) -> Path:
-    """Where its runs and its report are."""
+    """Folder of the runs and the report."""
     return Path(self.dir) / self.name
 
+  def at(self, target: float, tokens: int) -> Study:
+    """Return the study of one size of a scaling study."""
+    return self.replace(scaling=None, target=target, tokens=tokens)
+
   def steps(self, task: DatasetConfig) -> int:
-    """Updates of a run on a task."""
+    """Return the number of updates per run on a task."""
     return self.tokens // (self.batch_size * task.positions)
 
   def experiment(
     self, entry: Entry, model: ModelConfig, task: DatasetConfig, rate: float, seed: int
   ) -> Experiment:
-    """One run. Its folder is named after its contents, so that another study of the same run finds
-    it done."""
+    """Return one run. Its folder is named after a digest of its contents, so that another study
+    with the same run finds it finished."""
     steps = self.steps(task)
     experiment = Experiment(
       model=model,
@@ -244,7 +346,7 @@ class Study(Config):
         seed=seed,
         eval_every=max(1, steps // self.evaluations),
         eval_batches=self.eval_batches,
-        checkpoint_every=max(min(steps, BETWEEN_CHECKPOINTS), steps // 4),
+        checkpoint_every=max(min(steps, MIN_CHECKPOINT_STEPS), steps // 4),
         keep_latest=1,
         keep_best=0,
         log_every=max(1, steps // 50),

@@ -1,24 +1,26 @@
-"""The tables of a report, which its HTML and its Markdown share."""
+"""Tables of a report at one size, shared by all its formats."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
+from jaxformer.study.costs import AtContext
 from jaxformer.study.results import Outcome, Results, TaskResults, interval_form, score_form
 
 MATCHED = {
   'params': 'parameters',
   'active_params': 'active parameters',
-  'train_flops_per_token': 'training FLOPs a token',
+  'train_flops_per_token': 'training FLOPs per token',
   'state_bytes': 'bytes of state',
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-  """Rows of text under a header; the first column is flush left."""
+  """Rows of text under a header; the first column is left-aligned."""
 
   title: str
   note: str
@@ -27,7 +29,7 @@ class Table:
 
 
 def amount(value: float | None, unit: str = '') -> str:
-  """A count for a reader: 6.7M."""
+  """Format a count: 6.7M."""
   if value is None:
     return ''
   for prefix, size in (('P', 1e15), ('T', 1e12), ('G', 1e9), ('M', 1e6), ('k', 1e3)):
@@ -37,7 +39,7 @@ def amount(value: float | None, unit: str = '') -> str:
 
 
 def seconds(value: float | None) -> str:
-  """A time for a reader: 12 ms."""
+  """Format a time: 12 ms."""
   if value is None:
     return ''
   for unit, size in (('s', 1.0), ('ms', 1e-3), ('µs', 1e-6)):
@@ -46,14 +48,18 @@ def seconds(value: float | None) -> str:
   return f'{value * 1e6:.2g} µs'
 
 
-def tables(results: Results) -> list[Table]:
-  """All of them, in the order of the report."""
+def score_tables(results: Results) -> list[Table]:
+  """Return the tables of scores, by task."""
   return [
-    *(
-      table
-      for t in results.tasks
-      for table in (scores(t, results), *pairs(t), *translations(t, results))
-    ),
+    table
+    for t in results.tasks
+    for table in (scores(t, results), *pairs(t), *translations(t, results))
+  ]
+
+
+def detail_tables(results: Results) -> list[Table]:
+  """Return the tables of sizes, costs and tuning."""
+  return [
     *(sizes(t, results) for t in results.tasks),
     *costs(results),
     *(tuning(t) for t in results.tasks if any(o.tried for o in t.outcomes)),
@@ -61,46 +67,44 @@ def tables(results: Results) -> list[Table]:
 
 
 def scores(task: TaskResults, results: Results) -> Table:
-  level = 'lower is better' if task.lower_is_better else 'higher is better'
   note = (
-    f'Mean and 95% interval (Student) of {task.metric} over seeds, {level}; scored on '
-    f'{task.scored_on}. Differences are paired '
-    'by seed, with the interval of that one comparison (of accuracies in percentage points); p '
-    'accounts for all comparisons of '
-    'the task (Holm), and the verdict follows it.'
+    f'Mean and 95% interval (Student) of {task.metric} over seeds, '
+    f'{"lower" if task.lower_is_better else "higher"} is better; scored on {task.scored_on}. '
+    'Differences are paired by seed, with the interval of this comparison alone (of accuracies in '
+    'percentage points); p is corrected for all comparisons of the task (Holm) and decides the '
+    'verdict.'
   )
   header = (
     'architecture',
     task.metric,
-    f'against {results.reference}',
+    f'difference from {results.baseline}',
     '95% interval',
     'p (Holm)',
     'verdict',
     'rate',
     'seeds',
   )
-  return Table(
-    f'Scores: {task.title}', note, header, tuple(_score_row(o, task.metric) for o in task.ranked)
-  )
+  rows = tuple(_score_row(o, task.metric) for o in task.ranked)
+  return Table(f'Scores: {task.title}', note, header, rows)
 
 
 def pairs(task: TaskResults) -> list[Table]:
-  """Everything against everything, where it is compared so."""
+  """Return the differences of all pairs, where they are compared."""
   if not task.pairs:
     return []
   cells: dict[tuple[str, str], str] = {}
   for d in task.pairs:
-    sure = '*' if d.verdict in ('better', 'worse') else ''
-    cells[d.name, d.against] = _signed(task.metric, d.estimate.mean) + sure
-    cells[d.against, d.name] = _signed(task.metric, -d.estimate.mean) + sure
+    mark = '*' if d.verdict in ('better', 'worse') else ''
+    cells[d.name, d.against] = _signed(task.metric, d.estimate.mean) + mark
+    cells[d.against, d.name] = _signed(task.metric, -d.estimate.mean) + mark
   names = list(dict.fromkeys(n for d in task.pairs for n in (d.name, d.against)))
   note = (
-    f'{task.metric.capitalize()} of the row less that of the column, paired by seed, from the best '
-    'mean on. * marks what is told '
-    f'apart when all {len(task.pairs)} pairs are accounted for (Holm, 5%).'
+    f'{task.metric.capitalize()} of the row minus that of the column, paired by seed, from the '
+    f'best mean on. * marks significant differences, corrected for all {len(task.pairs)} pairs '
+    '(Holm, 5%).'
   )
   rows = tuple((a, *(cells.get((a, b), '') for b in names)) for a in names)
-  return [Table(f'Scores, each against each: {task.title}', note, ('architecture', *names), rows)]
+  return [Table(f'Scores, all pairs: {task.title}', note, ('architecture', *names), rows)]
 
 
 def _score_row(o: Outcome, metric: str) -> tuple[str, ...]:
@@ -121,7 +125,7 @@ def _score_row(o: Outcome, metric: str) -> tuple[str, ...]:
     '' if d is None else _signed(metric, d.estimate.mean),
     between,
     '' if d is None or math.isnan(d.p_adjusted) else f'{d.p_adjusted:.2g}',
-    o.verdict or 'the reference',
+    o.verdict or 'baseline',
     f'{o.rate:g}',
     runs,
   )
@@ -133,7 +137,7 @@ def _signed(metric: str, value: float) -> str:
 
 
 def translations(task: TaskResults, results: Results) -> list[Table]:
-  """How well the held-out texts of a task of pairs were translated; nothing for other tasks."""
+  """Return the scores of translations, for a task of source-target pairs."""
   found = {o.title: o.translation for o in task.ranked if o.translation}
   if not found:
     return []
@@ -144,8 +148,7 @@ def translations(task: TaskResults, results: Results) -> list[Table]:
   )
   note = (
     f'Mean and 95% interval (Student) over seeds, of at most {results.study.translations:,} '
-    'held-out texts, translated by '
-    'the likeliest token at each step.'
+    'held-out texts, decoded greedily.'
   )
   return [Table(f'Scores of translations: {task.title}', note, ('architecture', *measures), rows)]
 
@@ -154,7 +157,14 @@ def sizes(task: TaskResults, results: Results) -> Table:
   s = results.study
   matched = f'{MATCHED[s.match]}, {s.target:,.0f}, within {s.tolerance:.0%}'
   note = f'Matched: {matched}. FLOPs and state at {task.length} tokens.'
-  header = ('architecture', 'parameters', 'active', 'off by', 'training FLOPs a token', 'state')
+  header = (
+    'architecture',
+    'parameters',
+    'active',
+    'size error',
+    'training FLOPs per token',
+    'state',
+  )
   rows = tuple(
     (
       o.title,
@@ -176,15 +186,15 @@ def costs(results: Results) -> list[Table]:
   out = []
   if any(c.tokens_per_second is not None for c in found.values()):
     note = (
-      f'One run alone on {where}; the median of {results.study.rounds} rounds in which every '
-      'architecture had its turn. '
-      'Memory of the training step is what the compiler reserves.'
+      f'One run at a time on {where}; the median of {results.study.timing_repeats} timings, in '
+      'which the architectures take turns. Memory of the training step is what the compiler '
+      'reserves.'
     )
     out.append(
       Table(
         'Costs of training',
         note,
-        ('architecture', 'tokens a second', 'compile', 'memory of the step'),
+        ('architecture', 'tokens per second', 'compilation', 'memory of the step'),
         tuple(
           (n, amount(c.tokens_per_second), seconds(c.compile_seconds), amount(c.step_bytes, 'B'))
           for n, c in found.items()
@@ -194,19 +204,22 @@ def costs(results: Results) -> list[Table]:
   lengths = sorted({a.context_length for c in found.values() for a in c.contexts})
   if lengths:
 
-    def row(name: str, of: Any) -> tuple[str, ...]:
+    def row(name: str, of: Callable[[AtContext], str]) -> tuple[str, ...]:
       at = {a.context_length: a for a in found[name].contexts}
       return (name, *(of(at[n]) if n in at else '' for n in lengths))
 
     kinds = (
-      ('Reading a prompt (prefill)', lambda a: seconds(a.prefill_seconds)),
-      ('Decoding, time a token', lambda a: seconds(a.seconds_per_token)),
-      ('State of one sequence', lambda a: amount(a.state_bytes, 'B')),
+      ('Prefill time', lambda a: seconds(a.prefill_seconds)),
+      ('Decoding, time per token', lambda a: seconds(a.seconds_per_token)),
+      ('State size', lambda a: amount(a.state_bytes, 'B')),
     )
     header = ('architecture', *(f'{n:,} tokens' for n in lengths))
     out += [
       Table(
-        title, f'One sequence, by context, on {where}.', header, tuple(row(n, of) for n in found)
+        title,
+        f'One sequence, by context length, on {where}.',
+        header,
+        tuple(row(n, of) for n in found),
       )
       for title, of in kinds
     ]
@@ -225,27 +238,22 @@ def tuning(task: TaskResults) -> Table:
     for o in task.outcomes
   )
   note = (
-    f'{task.metric.capitalize()} of the tuning seed, which takes no part in the comparison. The '
-    'rate with the least held-out '
-    'loss is taken; where it lies at an end, the grid was extended.'
+    f'{task.metric.capitalize()} of the tuning seed, which is excluded from the comparison. The '
+    'rate with the least held-out loss is used; where it lies at an end, the grid was extended.'
   )
   return Table(
     f'Tuning: {task.title}',
     note,
-    ('architecture', *(f'{r:g}' for r in rates), 'taken', 'at an end'),
+    ('architecture', *(f'{r:g}' for r in rates), 'used', 'at an end'),
     rows,
   )
 
 
 def _tried(o: Outcome, rate: float, metric: str) -> str:
   found = dict(o.tried)
-  return (
-    ''
-    if rate not in found
-    else 'diverged'
-    if found[rate] is None
-    else score_form(metric, found[rate])
-  )
+  if rate not in found:
+    return ''
+  return 'diverged' if found[rate] is None else score_form(metric, found[rate])
 
 
 CSV_HEADER = (
@@ -277,7 +285,7 @@ CSV_HEADER = (
 
 
 def csv_rows(results: Results) -> list[tuple[Any, ...]]:
-  """One row a task and architecture; what is not known, or not finite, is empty."""
+  """Return one row per task and architecture; missing or infinite values are empty."""
   return [_csv_row(task, o, results) for task in results.tasks for o in task.outcomes]
 
 
@@ -297,7 +305,7 @@ def _csv_row(task: TaskResults, o: Outcome, results: Results) -> tuple[Any, ...]
     d and d.estimate.high,
     d and d.p,
     d and d.p_adjusted,
-    o.verdict or 'reference',
+    o.verdict or 'baseline',
     o.rate,
     o.at_edge,
     o.params,
@@ -309,6 +317,9 @@ def _csv_row(task: TaskResults, o: Outcome, results: Results) -> tuple[Any, ...]
     c.compile_seconds,
     c.step_bytes,
   )
-  return tuple(
-    '' if v is None or (isinstance(v, float) and not math.isfinite(v)) else v for v in values
-  )
+  return tuple(map(cell, values))
+
+
+def cell(value: Any) -> Any:
+  """Return a CSV cell: empty for a missing or infinite value."""
+  return '' if value is None or (isinstance(value, float) and not math.isfinite(value)) else value

@@ -145,7 +145,7 @@ def test_the_verdict_on_sparse_experts(mixture, flops, expected):
     'mixture': Costs(4, 1, flops, 80.0, 1.0, 1, ()),
   }
   verdict, because = sparse_experts.decide(
-    Results(sparse_experts.study(1.0, 'runs'), 'dense', (found,), costs, {}), [1.2, 1.4]
+    Results(sparse_experts.study(1.0, 'runs'), (found,), costs, {}), [1.2, 1.4]
   )
   assert verdict == expected
   assert '1.25 times as long' in because

@@ -8,8 +8,8 @@ import sys
 
 import pytest
 
-from jaxformer import config
 from jaxformer.study.study import Entry
+from tests.helpers import temporary_types
 
 EXPERIMENTS = pathlib.Path(__file__).parents[2] / 'experiments'
 SCRIPTS = sorted(
@@ -24,16 +24,12 @@ def test_it_can_be_imported(script, monkeypatch):
   path = EXPERIMENTS / script
   if 'import torch' in path.read_text():
     pytest.importorskip('torch', reason='compares with torch')
-  monkeypatch.setattr(
-    config,
-    '_TYPES',
-    {t: k for t, k in config._TYPES.items() if k.__module__.startswith('jaxformer.')},
-  )
   monkeypatch.syspath_prepend(str(path.parent))
   spec = importlib.util.spec_from_file_location(f'experiment_{path.stem}', path)
   module = importlib.util.module_from_spec(spec)
   monkeypatch.setitem(sys.modules, spec.name, module)
-  spec.loader.exec_module(module)
+  with temporary_types():
+    spec.loader.exec_module(module)
   for kind in vars(module).values():
     if inspect.isclass(kind) and issubclass(kind, Entry) and kind.__module__ == spec.name:
       assert list(inspect.signature(kind.model).parameters) == list(

@@ -187,21 +187,21 @@ def study(folder: str) -> dict[str, Any]:
   """Two families of a size, two learning rates, two seeds; they recall the values of keys."""
   from jaxformer import compare
   from jaxformer.data import AssociativeRecall
-  from jaxformer.study.study import Grown, Study
+  from jaxformer.study.study import ScaledFamily, Study
 
   whole = Study(
     name='numbers',
-    entries=(Grown(family='gru'), Grown(family='llama3')),
+    entries=(ScaledFamily(family='gru'), ScaledFamily(family='llama3')),
     target=47e3,
     tolerance=0.05,
     tasks=(AssociativeRecall(length=6, test_sequences=64),),
     tokens=4096,
     batch_size=8,
     learning_rates=(1e-3, 1e-2),
-    extensions=0,
+    max_grid_extensions=0,
     seeds=(1, 2),
     contexts=(),
-    rounds=0,
+    timing_repeats=0,
     dir=folder,
   )
   (task,) = compare(whole, log=lambda line: None).tasks

@@ -7,8 +7,8 @@ import re
 
 import pytest
 
-from jaxformer import config
 from jaxformer.cli import main
+from tests.helpers import temporary_types
 
 TEXT = (pathlib.Path(__file__).parents[2] / 'CONTRIBUTING.md').read_text()
 WRONG = {  # what is changed in the tutorial's layer -> checks that fail -> what is said
@@ -48,11 +48,9 @@ WRONG = {  # what is changed in the tutorial's layer -> checks that fail -> what
 
 
 @pytest.fixture
-def layer(tmp_path, monkeypatch):
+def layer(tmp_path):
   """Writes the tutorial's layer under another name, with a change; returns what names it on the
   command line."""
-  monkeypatch.setattr(config, '_TYPES', dict(config._TYPES))
-
   def write(name, old='', new=''):
     (code,) = re.findall(r'## Add a layer\n.*?```python\n(.*?)```', TEXT, re.S)
     assert not old or code.count(old) == 1
@@ -65,7 +63,8 @@ def layer(tmp_path, monkeypatch):
     file.write_text(code)
     return f'{file}:{name}.Config'
 
-  return write
+  with temporary_types():
+    yield write
 
 
 def test_one_that_keeps_the_contract(layer, capsys):

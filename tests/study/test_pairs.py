@@ -8,10 +8,10 @@ from jaxformer.data import AssociativeRecall, Dates, Pairs, Tsv
 from jaxformer.layers.attention import Attention
 from jaxformer.models.params import define
 from jaxformer.models.zoo import FAMILIES
-from jaxformer.study.report import markdown_text, report_study
+from jaxformer.study.report import content, page, report_study
 from jaxformer.study.runner import run_study
 from jaxformer.study.sizing import solve
-from jaxformer.study.study import AsIs, Grown, Mixer, Study
+from jaxformer.study.study import FixedModel, ScaledFamily, Study, TokenMixer
 from jaxformer.training.interrupt import Interrupt
 from tests.tiers import thorough
 
@@ -46,7 +46,7 @@ def entry(family):
     vocab_size=257,
     context_length=32,
   )
-  return AsIs(name=family, model_config=small)
+  return FixedModel(name=family, model_config=small)
 
 
 def study(tmp_path, entries, tasks, **settings):
@@ -57,11 +57,11 @@ def study(tmp_path, entries, tasks, **settings):
     'batch_size': 8,
     'learning_rates': (3e-3,),
     'seeds': (1, 2),
-    'together': 2,
+    'runs_per_program': 2,
     'eval_batches': 1,
     'translations': 6,
     'contexts': (8,),
-    'rounds': 0,
+    'timing_repeats': 0,
   }
   return Study(
     name='pairs', entries=entries, tasks=tasks, dir=str(tmp_path / 'runs'), **(small | settings)
@@ -82,10 +82,10 @@ def test_a_study_of_translations_from_end_to_end(tmp_path):
     assert o.position_loss
   # costs of decoding are a language model's
   assert all(c.contexts == () for c in results.costs.values())
-  assert 'Scores of translations: Dates' in markdown_text(results)
-  assert sum('together' in line for line in said) == 4
+  assert 'Scores of translations: Dates' in page('report.md', content(results))
+  assert sum('runs in one program' in line for line in said) == 4
   assert report_study(s, again.append).tasks == results.tasks
-  assert not [line for line in again if 'seed' in line and 'done before' not in line]
+  assert not [line for line in again if 'seed' in line and 'finished before' not in line]
 
 
 @thorough
@@ -107,9 +107,9 @@ def test_buckets_train_one_run_after_the_other(tmp_path):
       said.append,
       interrupt,
     )
-  assert [r.seed for r in done.results['Pairs'][0].runs] == [1, 2]
-  assert all(0 < r.loss < 10 for r in done.results['Pairs'][0].runs)
-  assert not [line for line in said if 'together' in line]
+  assert [r.seed for r in done['Pairs'][0].runs] == [1, 2]
+  assert all(0 < r.loss < 10 for r in done['Pairs'][0].runs)
+  assert not [line for line in said if 'runs in one program' in line]
 
 
 RECALL = AssociativeRecall(length=6)
@@ -120,23 +120,23 @@ RECALL = AssociativeRecall(length=6)
   ('entries', 'task', 'parts'),
   [
     (
-      (Grown(family='lstm'),),
+      (ScaledFamily(family='lstm'),),
       Dates(),
       ['family lstm', 'one sequence', 'seq2seq-lstm', 'transformer'],
     ),
-    ((Grown(family='transformer'),), RECALL, ['family transformer', 'pairs', 'llama3']),
-    ((Mixer(layer=Attention.Config()),), Dates(), ['Attention', 'one sequence']),
+    ((ScaledFamily(family='transformer'),), RECALL, ['family transformer', 'pairs', 'llama3']),
+    ((TokenMixer(layer=Attention.Config()),), Dates(), ['Attention', 'one sequence']),
     ((entry('rnnsearch'),), RECALL, ['EncoderDecoder', 'pairs']),
     (
       (
-        AsIs(
+        FixedModel(
           model_config=FAMILIES['gru'].make(
             width=8, layers=1, hidden=0, vocab_size=264, context_length=32
           )
         ),
       ),
       Dates(),
-      ['Dates', 'LanguageModel', 'one sequence'],
+      ['Dates', 'LanguageModel', 'pairs'],
     ),
   ],
 )

@@ -7,10 +7,10 @@ import re
 
 import pytest
 
-from jaxformer import config
 from jaxformer.cli import main
 from jaxformer.testing.contract import check_layer
 from jaxformer.user_code import object_in_file
+from tests.helpers import temporary_types
 from tests.tiers import thorough
 
 SECTION = (
@@ -46,17 +46,17 @@ WRONG = {
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-  monkeypatch.setattr(config, '_TYPES', dict(config._TYPES))
   monkeypatch.chdir(tmp_path)
   (tmp_path / 'my_layer.py').write_text(LAYER)
   (tmp_path / 'small.py').write_text(STUDY)
-  return tmp_path
+  with temporary_types():
+    yield tmp_path
 
 
 @pytest.mark.quick
 def test_it_is_short():
-  assert len(LAYER.splitlines()) <= 40
-  assert max(map(len, LAYER.splitlines())) <= 132
+  assert len(LAYER.splitlines()) <= 65
+  assert max(map(len, LAYER.splitlines())) <= 100
 
 
 def test_it_keeps_the_contract(folder, capsys):

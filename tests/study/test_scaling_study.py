@@ -1,5 +1,5 @@
-"""Scaling studies: what is planned, where rates come from, laws of invented losses and what they
-foretell, and one end to end."""
+"""Scaling studies: planning, learning rates, laws and predictions of invented losses, and one study
+end to end."""
 
 import csv
 import dataclasses
@@ -13,27 +13,16 @@ from jaxformer.cli import main
 from jaxformer.config import InputError
 from jaxformer.data import AssociativeRecall, Dates
 from jaxformer.models.zoo import FAMILIES
-from jaxformer.study.page import as_csv, as_html, as_markdown
-from jaxformer.study.runner import Runner, Trial, Tuned
+from jaxformer.study.law_report import predictions
+from jaxformer.study.report import csv_text
+from jaxformer.study.results import gather
+from jaxformer.study.runner import Planned, Runner, Trial, Tuned, run_study
 from jaxformer.study.scaling import Law
-from jaxformer.study.scaling_report import CSV_HEADER, csv_rows, extrapolation, page_of
-from jaxformer.study.scaling_results import gather_scaling
-from jaxformer.study.scaling_study import (
-  Budget,
-  FinishedScaling,
-  Planned,
-  Scaled,
-  ScalingStudy,
-  Transferred,
-  TriedAtEach,
-  budgets,
-  run_scaling,
-)
 from jaxformer.study.sharing import Interrupted
 from jaxformer.study.studies import STUDIES
-from jaxformer.study.study import AsIs, Grown
+from jaxformer.study.study import Budget, FixedModel, ScaledFamily, ScalingGrid, Study, budgets
 from jaxformer.training.interrupt import Interrupt
-from tests.study.test_report import ENVIRONMENT, Page
+from tests.study.test_report import ENVIRONMENT, Page, html_text, markdown_text
 from tests.tiers import thorough
 
 quick = pytest.mark.quick
@@ -44,16 +33,17 @@ TASK = AssociativeRecall(length=6, test_sequences=64)
 def study(**changes):
   all_budgets = budgets((3e8, 1.2e9, 4.8e9, 3.6e10), (600, 1200, 2400, 4800))
   held_out = (all_budgets[3].replace(params=all_budgets[3].params[1:3]),)
-  return ScalingStudy(
+  grid = {'budgets': all_budgets[:3], 'held_out': held_out, 'bootstrap': 40}
+  of_grid = {n: changes.pop(n) for n in list(changes) if n in ScalingGrid.__dataclass_fields__}
+  return Study(
     **{
       'name': 'invented',
-      'entries': (Grown(family='gru', name='GRU-2014'),),
-      'budgets': all_budgets[:3],
-      'held_out': held_out,
-      'task': TASK,
+      'entries': (ScaledFamily(family='gru', name='GRU-2014'),),
+      'tasks': (TASK,),
       'batch_size': 8,
-      'bootstrap': 40,
       'learning_rates': (1e-3, 3e-3),
+      'seeds': (1,),
+      'scaling': ScalingGrid(**grid | of_grid),
     }
     | changes
   )
@@ -64,13 +54,13 @@ def invented(noise=0.003, diverged=(), s=None):
   are none."""
   s, rng, scaled = s or study(), np.random.default_rng(3), []
   model = FAMILIES['gru'].make(width=8, layers=1, hidden=0, vocab_size=10, context_length=8)
-  for b in (*s.budgets, *s.held_out):
+  for b in (*s.scaling.budgets, *s.scaling.held_out):
     for n in b.params:
       tokens = round(b.flops / K / n**POWER)
       loss = float(LAW.loss(n, tokens)) * np.exp(noise * rng.normal())
       if len(scaled) in diverged:
         loss = np.inf
-      held_out = b.flops > s.budgets[-1].flops
+      held_out = b.flops > s.scaling.budgets[-1].flops
       run = Trial(
         3e-3,
         1,
@@ -78,14 +68,31 @@ def invented(noise=0.003, diverged=(), s=None):
         loss,
         {'eval/loss': loss, 'eval/source': 'recall test'},
       )
-      planned = Planned(s.entries[0], b.flops, held_out, n, model, n, K * n**POWER, tokens)
-      scaled.append(Scaled(planned, Tuned(s.entries[0].title, model, (), 3e-3, False, (run,)), 0.1))
-  return gather_scaling(FinishedScaling(s, {s.entries[0].title: tuple(scaled)}), ENVIRONMENT)
+      planned = Planned(
+        s.at(n, max(tokens, 64)),
+        s.entries[0],
+        TASK,
+        model,
+        n,
+        '',
+        b.flops,
+        K * n**POWER,
+        held_out,
+        0.1,
+      )
+      scaled.append(Tuned(planned, (), 3e-3, False, (run,)))
+  return gather(s, {s.task_titles[0]: tuple(scaled)}, {}, {}, {}, ENVIRONMENT)
+
+
+def law(results):
+  """The one law of the invented study."""
+  (f,) = results.tasks[0].laws
+  return f
 
 
 @quick
 def test_the_law_is_found_again():
-  (f,) = invented().families
+  f = law(invented())
   for name, i in f.coefficients.items():
     assert i.low <= getattr(LAW, name) <= i.high
     assert i.low < i.value < i.high
@@ -101,56 +108,59 @@ def test_the_law_is_found_again():
       o.parabola.inside and o.parabola.params == pytest.approx(best, rel=0.3)
     )
   assert [o.parabola is None for o in f.optima] == [False, False, False, True]
-  assert [p.covered for p in f.held_out] == [True, True]
+  assert [p.within_interval for p in f.held_out] == [True, True]
   assert all(
-    p.foretold.value == pytest.approx(LAW.loss(p.params, p.tokens), rel=0.02) for p in f.held_out
+    p.predicted.value == pytest.approx(LAW.loss(p.params, p.tokens), rel=0.02) for p in f.held_out
   )
 
 
 @quick
-def test_what_lies_outside_is_said():
+def test_observations_outside_the_interval():
   results = invented()
-  (f,) = results.families
+  f = law(results)
   for p in f.held_out:
-    assert f'foretold {p.foretold.value:.3f}' in results.answer[0]
-    assert f'{p.loss:.3f} came, inside the interval' in results.answer[0]
-    assert dataclasses.replace(p, loss=None).covered is None
-  beyond = tuple(dataclasses.replace(p, loss=2 * p.loss) if p.held_out else p for p in f.points)
-  found = dataclasses.replace(results, families=(dataclasses.replace(f, points=beyond),))
-  assert found.answer[0].count('outside the interval and +9') == 2
-  (table,) = extrapolation(found)
+    assert f'predicted {p.predicted.value:.3f}' in results.answer[0]
+    assert f'observed {p.loss:.3f}, within the interval' in results.answer[0]
+    assert dataclasses.replace(p, loss=None).within_interval is None
+  beyond = tuple(dataclasses.replace(p, loss=2 * p.loss) if p.held_out else p for p in f.trainings)
+  task = dataclasses.replace(results.tasks[0], laws=(dataclasses.replace(f, trainings=beyond),))
+  found = dataclasses.replace(results, tasks=(task,))
+  assert found.answer[0].count('outside the interval, relative error +9') == 2
+  (table,) = predictions(found)
   assert [row[-2:] for row in table.rows] == [
-    (f'{p.loss / p.foretold.value - 1:+.1%}', 'no') for p in beyond[-2:]
+    (f'{p.loss / p.predicted.value - 1:+.1%}', 'no') for p in beyond[-2:]
   ]
 
 
 @quick
 def test_runs_that_diverged_take_no_part():
   results = invented(diverged=(0, 12))
-  (f,) = results.families
-  assert (f.runs, f.points[0].loss, f.points[12].covered) == (11, None, None)
+  f = law(results)
+  assert (f.runs, f.trainings[0].loss, f.trainings[12].within_interval) == (11, None, None)
   assert 'diverged' in results.answer[0]
-  assert as_markdown(page_of(results)).count('diverged') >= 3
+  assert markdown_text(results).count('diverged') >= 3
   none = invented(diverged=range(9))
   assert 'no law (five coefficients need at least 6 runs; there are 3)' in none.answer[0]
-  assert none.families[0].flat['3e+08'] == 'a parabola needs at least 3 sizes; there are 0'
-  Page(as_html(page_of(none)))
+  assert law(none).no_parabola['3e+08'] == 'a parabola needs at least 3 sizes; there are 0'
+  Page(html_text(none))
 
 
 @quick
 def test_all_forms_agree():
   results = invented()
-  page, markdown = Page(as_html(page_of(results))), as_markdown(page_of(results))
+  page, markdown = Page(html_text(results)), markdown_text(results)
   data = json.loads(json.dumps(results.to_json()), parse_constant=lambda c: pytest.fail(c))
-  rows = list(csv.DictReader(io.StringIO(as_csv(CSV_HEADER, csv_rows(results)))))
-  points = data['families'][0]['points']
+  rows = list(csv.DictReader(io.StringIO(csv_text(results))))
+  points = data['tasks'][0]['laws'][0]['trainings']
   assert len(rows) == len(points) == 14
-  assert page.charts == 4
   assert page.fetched == []
   for row, p in zip(rows, points, strict=True):
     assert float(row['loss']) == p['loss']
-    assert float(row['low']) == p['foretold']['low']
-    assert (row['held_out'], row['inside']) == (str(p['held_out']), str(p['covered']))
+    assert float(row['low']) == p['predicted']['low']
+    assert (row['held_out'], row['within_interval']) == (
+      str(p['held_out']),
+      str(p['within_interval']),
+    )
     assert any(f'{p["params"]:,.0f}' in r and f'{p["loss"]:.3f}' in r for r in page.rows)
     assert f' {p["loss"]:.3f} |' in markdown
   assert data['answer'][0] in markdown
@@ -167,16 +177,10 @@ def tried(monkeypatch):
   best."""
   found = []
 
-  def tuned(self, entry, model, task):
-    s = self.study
-    found.append((s.target, s.tokens, s.learning_rates))
+  def tuned(self, p, rates):
+    found.append((p.study.target, p.study.tokens, rates))
     return Tuned(
-      entry.title,
-      model,
-      (),
-      s.learning_rates[-1],
-      False,
-      tuple(Trial(1e-3, i, 'run', 1.0, {}) for i in s.seeds),
+      p, (), rates[-1], False, tuple(Trial(1e-3, i, 'run', 1.0, {}) for i in p.study.seeds)
     )
 
   monkeypatch.setattr(Runner, 'tuned', tuned)
@@ -185,25 +189,22 @@ def tried(monkeypatch):
 
 @quick
 def test_tokens_make_up_the_budget(tried):
-  done = run_scaling(study(tolerance=0.5), lambda line: None, Interrupt())
-  for scaled in done.results['GRU-2014']:
-    p = scaled.planned
+  (done,) = run_study(study(tolerance=0.5), lambda line: None, Interrupt()).values()
+  for p in [t.planned for t in done]:
     batch = 8 * TASK.positions
-    assert p.tokens % batch == 0
-    assert abs(p.tokens * p.flops_per_token - p.flops) <= batch * p.flops_per_token / 2
-    assert p.params == pytest.approx(p.target, rel=0.5)
-  assert [s.planned.held_out for s in done.results['GRU-2014']] == [False] * 12 + [True] * 2
+    assert p.study.tokens % batch == 0
+    assert abs(p.study.tokens * p.flops_per_token - p.flops) <= batch * p.flops_per_token / 2
+    assert p.size == pytest.approx(p.study.target, rel=0.5)
+  assert [t.planned.held_out for t in done] == [False] * 12 + [True] * 2
 
 
 @quick
 def test_rates(tried):
-  run_scaling(study(tolerance=0.5, rates=TriedAtEach()), lambda line: None, Interrupt())
+  run_study(study(tolerance=0.5, rate_exponent=None), lambda line: None, Interrupt())
   assert {rates for _, _, rates in tried} == {(1e-3, 3e-3)}
   assert len(tried) == 14
   tried.clear()
-  run_scaling(
-    study(tolerance=0.5, rates=Transferred(exponent=-0.5)), lambda line: None, Interrupt()
-  )
+  run_study(study(tolerance=0.5, rate_exponent=-0.5), lambda line: None, Interrupt())
   assert tried[0][2] == (1e-3, 3e-3)  # the middle of the least budget, and nothing else
   assert tried[0][0] == 2400
   by_rates = [rates for _, _, rates in tried[1:]]
@@ -220,36 +221,36 @@ def test_rates(tried):
 @pytest.mark.parametrize(
   ('changes', 'parts'),
   [
-    ({'entries': ()}, ['ScalingStudy.entries', 'at least one']),
+    ({'entries': ()}, ['Study.entries', 'at least one']),
     (
       {
         'entries': (
-          AsIs(
+          FixedModel(
             model_config=FAMILIES['gru'].make(
               width=8, layers=1, hidden=0, vocab_size=10, context_length=8
             )
           ),
         )
       },
-      ['ScalingStudy.entries', 'one size'],
+      ['Study.entries', 'one size'],
     ),
-    ({'budgets': budgets((1e7,), (1e3, 2e3, 4e3))}, ['ScalingStudy.budgets', 'at least two']),
+    ({'budgets': budgets((1e7,), (1e3, 2e3, 4e3))}, ['ScalingGrid.budgets', 'at least two']),
     (
       {'budgets': budgets((4e7, 1e7), (1e3, 2e3, 4e3))},
-      ['ScalingStudy.budgets', '4e+07, 1e+07', 'ascending'],
+      ['ScalingGrid.budgets', '4e+07, 1e+07', 'ascending'],
     ),
     (
       {'budgets': budgets((1e7, 4e7), (1e3, 2e3))},
-      ['ScalingStudy.budgets', '2 sizes', 'at least 3'],
+      ['ScalingGrid.budgets', '2 sizes', 'at least 3'],
     ),
-    (
-      {'held_out': budgets((1e9,), (1e3,))},
-      ['ScalingStudy.held_out', '1e+09', 'more than 4.8e+09'],
-    ),
-    ({'learning_rates': (3e-3, 1e-3)}, ['ScalingStudy.learning_rates', 'ascending']),
-    ({'seeds': (0,)}, ['ScalingStudy.tuning_seed']),
-    ({'bootstrap': 1}, ['ScalingStudy.bootstrap = 1']),
-    ({'name': 'a/b'}, ['ScalingStudy.name', 'folder']),
+    ({'held_out': budgets((1e9,), (1e3,))}, ['ScalingGrid.held_out', '1e+09', 'more than 4.8e+09']),
+    ({'learning_rates': (3e-3, 1e-3)}, ['Study.learning_rates', 'ascending']),
+    ({'seeds': (0,)}, ['Study.tuning_seed']),
+    ({'bootstrap': 1}, ['ScalingGrid.bootstrap = 1']),
+    ({'tokens': 5}, ['Study.tokens = 5', 'scaling.budgets']),
+    ({'match': 'state_bytes'}, ['Study.match']),
+    ({'tasks': (TASK, TASK)}, ['Study.tasks', 'one task']),
+    ({'name': 'a/b'}, ['Study.name', 'folder']),
   ],
 )
 def test_bad_studies(changes, parts):
@@ -265,19 +266,19 @@ def test_bad_studies(changes, parts):
   [
     (
       {'budgets': budgets((1e4, 1e7), (600, 1200, 2400))},
-      ['10000 FLOPs are less than one batch of GRU', 'must be at least'],
+      ['10000 FLOPs', 'one batch of GRU', 'at least'],
     ),
     (
       {'budgets': budgets((1e7, 2e7), (1190, 1200, 1210))},
-      ['are the same model', 'must lie further apart'],
+      ['at 1e+07 FLOPs', 'further apart'],
     ),
-    ({'task': Dates()}, ['ScalingStudy.task', 'are pairs']),
+    ({'tasks': (Dates(),)}, ['pairs']),
     ({'tolerance': 1e-6}, ['gru: nothing comes within', 'params']),
   ],
 )
 def test_what_cannot_be_planned(changes, parts, tried):
   with pytest.raises(InputError) as e:
-    run_scaling(study(**{'tolerance': 0.5} | changes), lambda line: None, Interrupt())
+    run_study(study(**{'tolerance': 0.5} | changes), lambda line: None, Interrupt())
   for part in parts:
     assert part in str(e.value)
   assert tried == []  # before any trains
@@ -294,21 +295,23 @@ def test_budgets_grow():
 # ---- from end to end ---------------------------------------------------------------------------
 
 STUDY = """
-from jaxformer.study.scaling_study import Budget, ScalingStudy, TriedAtEach
-from jaxformer.study.study import Grown
 from jaxformer.data import AssociativeRecall
+from jaxformer.study.study import Budget, ScaledFamily, ScalingGrid, Study
 
 sizes = (1.4e4, 2.8e4, 5.6e4)
-study = ScalingStudy(
-  name='tiny', entries=(Grown(family='gpt2'),), budgets=(Budget(flops=1e8, params=sizes), Budget(flops=2e8, params=sizes)),
-  held_out=(Budget(flops=4e8, params=sizes[1:2]),), task=AssociativeRecall(length=6, test_sequences=64), batch_size=8,
-  learning_rates=(3e-3,), bootstrap=5, tolerance=1.0)
+study = Study(
+  name='tiny', entries=(ScaledFamily(family='gpt2'),),
+  tasks=(AssociativeRecall(length=6, test_sequences=64),),
+  batch_size=8, learning_rates=(3e-3,), seeds=(1,), tolerance=1.0,
+  scaling=ScalingGrid(
+    budgets=(Budget(flops=1e8, params=sizes), Budget(flops=2e8, params=sizes)),
+    held_out=(Budget(flops=4e8, params=sizes[1:2]),), bootstrap=5))
 """
 
 
 @pytest.mark.e2e
 @thorough
-def test_interrupted_it_goes_on(tmp_path, monkeypatch, capsys):
+def test_an_interrupted_study_resumes(tmp_path, monkeypatch, capsys):
   monkeypatch.chdir(tmp_path)
   (tmp_path / 'study.py').write_text(STUDY)
   train = Runner._train
@@ -337,16 +340,15 @@ def test_interrupted_it_goes_on(tmp_path, monkeypatch, capsys):
   assert main(['compare', 'study.py', '--json']) == 0
   second = json.loads(capsys.readouterr().out)
   assert len(trained) == 7
-  assert first['families'] == second['families']
-  (family,) = first['families']
-  assert all(p['loss'] > 0 for p in family['points'])
-  assert len({p['params'] for p in family['points']}) == 3
+  assert first['tasks'] == second['tasks']
+  (found,) = first['tasks'][0]['laws']
+  assert all(t['loss'] > 0 for t in found['trainings'])
+  assert len({t['params'] for t in found['trainings']}) == 3
 
 
 @quick
 def test_the_named_one_is_well_formed(capsys):
   s = STUDIES['scaling']
-  assert isinstance(s, ScalingStudy)
-  assert s.held_out
-  assert main(['compare', 'scaling', '--study.budgets.0.params', '2e4,4e4', '--show']) == 2
+  assert s.scaling.held_out
+  assert main(['compare', 'scaling', '--study.scaling.budgets.0.params', '2e4,4e4', '--show']) == 2
   assert 'at least 3' in capsys.readouterr().err

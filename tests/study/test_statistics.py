@@ -5,6 +5,7 @@ import pytest
 from scipy import stats
 
 from jaxformer.study.statistics import compare, compare_all, estimate, holm
+from tests.tiers import thorough
 
 pytestmark = pytest.mark.quick
 
@@ -55,12 +56,13 @@ def test_p_is_that_of_the_paired_test():
   assert d.estimate.runs == 3  # the seed that one of them lacks is left out
 
 
+@thorough
 @pytest.mark.parametrize('shared', [0.0, 0.5])
 @pytest.mark.parametrize('others', [0, 8])
-def test_equal_models_are_seldom_told_apart(others, shared):
+def test_equal_models_seldom_differ_significantly(others, shared):
   """The chance of even one false verdict in a study, however many architectures it has, is 5 %."""
   clean = sum(
-    set(verdicts(compare(s, 'a')).values()) == {'no difference seen at this budget'}
+    set(verdicts(compare(s, 'a')).values()) == {'no significant difference'}
     for s in studies(1, 400, seeds=5, shift=0.0, others=others, shared=shared)
   )
   assert clean >= 0.9 * 400
@@ -74,7 +76,7 @@ def test_a_difference_of_two_standard_deviations_is_found(shared):
       verdicts(compare(s, 'a'))['b'] for s in studies(2, 300, seeds=5, shift=shift, shared=shared)
     ]
     assert found.count(word) >= 150
-    assert set(found) <= {word, 'no difference seen at this budget'}
+    assert set(found) <= {word, 'no significant difference'}
 
 
 def test_counts_that_differ_by_the_same_by_chance():
@@ -82,7 +84,7 @@ def test_counts_that_differ_by_the_same_by_chance():
   seeds say next to nothing."""
   two = {'a': {0: 60 / 128, 1: 62 / 128}, 'b': {0: 69 / 128, 1: 71 / 128}}
   (found,) = compare(two, 'a', lower_is_better=False)
-  assert (found.p, found.verdict) == (0.5, 'no difference seen at this budget')
+  assert (found.p, found.verdict) == (0.5, 'no significant difference')
   nine = {n: dict.fromkeys(range(9), v) for n, v in (('a', 0.5), ('b', 0.6))}
   (found,) = compare(nine, 'a', lower_is_better=False)
   assert (found.p, found.verdict) == (2.0**-8, 'better')
@@ -92,11 +94,11 @@ def test_words():
   scores = {'a': {0: 1.0, 1: 1.1}, 'b': {0: 2.0, 1: 2.11}, 'c': {0: 1.0, 1: 1.1}, 'd': {0: 5.0}}
   assert verdicts(compare(scores, 'a')) == {
     'b': 'worse',
-    'c': 'no difference seen at this budget',
+    'c': 'no significant difference',
     'd': 'too few seeds',
   }
   assert verdicts(compare(scores, 'a', lower_is_better=False))['b'] == 'better'
-  with pytest.raises(ValueError, match='none of'):
+  with pytest.raises(ValueError, match='one of a, b, c, d'):
     compare(scores, 'e')
 
 
@@ -120,17 +122,14 @@ def test_all_pairs():
   # of all pairs at once
   assert [d.p_adjusted for d in found.values()] == holm([d.p for d in found.values()])
   assert found['a', 'b'].p_adjusted == pytest.approx(3 * single.p)
-  assert [d.verdict for d in found.values()] == [
-    'better',
-    'no difference seen at this budget',
-    'worse',
-  ]
+  assert [d.verdict for d in found.values()] == ['better', 'no significant difference', 'worse']
 
 
-def test_of_equal_models_no_pair_is_told_apart():
+@thorough
+def test_pairs_of_equal_models_seldom_differ_significantly():
   """The chance of even one false verdict among the 28 pairs of eight architectures is 5 %."""
   clean = sum(
-    {d.verdict for d in compare_all(s)} == {'no difference seen at this budget'}
+    {d.verdict for d in compare_all(s)} == {'no significant difference'}
     for s in studies(3, 400, seeds=5, shift=0.0, others=6)
   )
   assert clean >= 0.9 * 400

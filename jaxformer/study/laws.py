@@ -1,0 +1,262 @@
+"""Results of a scaling study as data: every training, and the law of each architecture with
+intervals and predictions."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxformer.study.runner import Tuned
+from jaxformer.study.scaling import Fit, Law, Parabola, fit_law, iso_flop, power_law
+from jaxformer.study.study import ScalingGrid
+
+COEFFICIENTS = tuple(f.name for f in dataclasses.fields(Law))
+
+
+class Interval(NamedTuple):
+  """A value with its 95 % interval."""
+
+  value: float
+  low: float
+  high: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+  """One size at one budget.
+
+  Attributes:
+    flops: the budget; `train_flops` are those of the whole batches trained.
+    held_out: whether it is excluded from the fit.
+    params, tokens: the arguments of the law.
+    flops_per_token: training FLOPs per token.
+    passes: how often the training text was read; None where the data do not repeat.
+    tried: (learning rate, loss of the tuning seed), None for a run that diverged; empty if nothing
+      was tuned at this size.
+    rate, at_edge: the rate used, and whether it lies at an end of the rates tried here.
+    losses: seed -> held-out loss, nats per target; None for a run that diverged.
+    loss: their mean; None if one diverged.
+    predicted: the loss by the law, with the interval of one more such training; None without a law.
+    runs: names of the run folders.
+  """
+
+  flops: float
+  train_flops: float
+  held_out: bool
+  params: float
+  tokens: int
+  flops_per_token: float
+  passes: float | None
+  tried: tuple[tuple[float, float | None], ...]
+  rate: float
+  at_edge: bool
+  losses: dict[int, float | None]
+  loss: float | None
+  predicted: Interval | None
+  runs: tuple[str, ...]
+
+  @property
+  def within_interval(self) -> bool | None:
+    """Whether the observed loss lies within the prediction interval; None if either is missing."""
+    if self.predicted is None or self.loss is None:
+      return None
+    return self.predicted.low <= self.loss <= self.predicted.high
+
+  @property
+  def relative_error(self) -> float | None:
+    """Observed loss / predicted loss - 1; None if either is missing."""
+    if self.predicted is None or self.loss is None:
+      return None
+    return self.loss / self.predicted.value - 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimum:
+  """The size with the least loss at a number of FLOPs: by the law, with its tokens and loss, and by
+  the parabola of the budget; None if there is no parabola."""
+
+  flops: float
+  params: Interval
+  tokens: float
+  loss: float
+  parabola: Parabola | None
+
+
+@dataclasses.dataclass(frozen=True)
+class FittedLaw:
+  """Law of one architecture, and the trainings that it is fitted to and tested on.
+
+  Attributes:
+    title: of the entry.
+    trainings: of all budgets, held-out ones last.
+    coefficients: E, A, B, alpha and beta; empty without a law.
+    exponent: of the optimal size in the FLOPs.
+    runs, residual, explained: of the fit (`study.scaling.Fit`).
+    flops_law: (k, p) of training FLOPs per token = k N^p, fitted to these models.
+    optima: by budget, held-out ones last.
+    no_law: why there is no law; None if there is one.
+    no_parabola: budget -> why it has no parabola.
+  """
+
+  title: str
+  trainings: tuple[Training, ...]
+  coefficients: dict[str, Interval]
+  exponent: Interval | None
+  runs: int
+  residual: float | None
+  explained: float | None
+  flops_law: tuple[float, float]
+  optima: tuple[Optimum, ...]
+  no_law: str | None
+  no_parabola: dict[str, str]
+
+  @property
+  def law(self) -> Law | None:
+    values = {name: i.value for name, i in self.coefficients.items()}
+    return Law(**values) if values else None
+
+  @property
+  def fitted(self) -> list[Training]:
+    return [t for t in self.trainings if not t.held_out]
+
+  @property
+  def held_out(self) -> list[Training]:
+    return [t for t in self.trainings if t.held_out]
+
+  @property
+  def parabolas(self) -> dict[float, Parabola]:
+    """Parabolas by FLOPs."""
+    return {o.flops: o.parabola for o in self.optima if o.parabola is not None}
+
+  def to_json(self) -> dict[str, Any]:
+    """Return JSON data."""
+    trainings = [
+      {
+        **dataclasses.asdict(t),
+        'predicted': t.predicted and t.predicted._asdict(),
+        'within_interval': t.within_interval,
+        'relative_error': t.relative_error,
+      }
+      for t in self.trainings
+    ]
+    return {
+      **dataclasses.asdict(self),
+      'trainings': trainings,
+      'coefficients': {n: i._asdict() for n, i in self.coefficients.items()},
+      'exponent': self.exponent and self.exponent._asdict(),
+      'optima': [{**dataclasses.asdict(o), 'params': o.params._asdict()} for o in self.optima],
+    }
+
+
+def law_of(scaling: ScalingGrid, title: str, tuned: Sequence[Tuned]) -> FittedLaw:
+  """Fit the law of one architecture to its trainings."""
+  trainings = [_training(t) for t in tuned]
+  used = [t for t in trainings if not t.held_out and t.loss is not None]
+  power, k = power_law([t.params for t in trainings], [t.flops_per_token for t in trainings])
+  parabolas, no_parabola = _parabolas(scaling, trainings)
+  result = FittedLaw(
+    title, tuple(trainings), {}, None, len(used), None, None, (k, power), (), None, no_parabola
+  )
+  try:
+    fit = fit_law(
+      [t.params for t in used],
+      [t.tokens for t in used],
+      [t.loss for t in used if t.loss is not None],
+      scaling.bootstrap,
+    )
+  except ValueError as e:
+    return dataclasses.replace(result, no_law=str(e))
+  return dataclasses.replace(
+    result,
+    trainings=tuple(dataclasses.replace(t, predicted=_predicted(fit, t)) for t in trainings),
+    coefficients={
+      name: _interval(fit, lambda law, name=name: getattr(law, name)) for name in COEFFICIENTS
+    },
+    exponent=_interval(fit, lambda law: law.exponent(power)),
+    residual=fit.residual,
+    explained=fit.explained,
+    optima=tuple(
+      _optimum(fit, b.flops, k, power, parabolas.get(b.flops))
+      for b in (*scaling.budgets, *scaling.held_out)
+    ),
+  )
+
+
+def _training(t: Tuned) -> Training:
+  p = t.planned
+  losses = {r.seed: r.loss if np.isfinite(r.loss) else None for r in t.runs}
+  finite = [v for v in losses.values() if v is not None]
+  return Training(
+    p.flops or 0.0,
+    p.flops_per_token * p.study.tokens,
+    p.held_out,
+    p.size,
+    p.study.tokens,
+    p.flops_per_token,
+    p.passes,
+    tuple((r.rate, r.loss if np.isfinite(r.loss) else None) for r in t.trials),
+    t.rate,
+    t.at_edge,
+    losses,
+    float(np.mean(finite)) if len(finite) == len(losses) else None,
+    None,
+    tuple(Path(r.folder).name for r in t.runs),
+  )
+
+
+def _parabolas(
+  scaling: ScalingGrid, trainings: Sequence[Training]
+) -> tuple[dict[float, Parabola], dict[str, str]]:
+  """Return the parabolas by FLOPs, and why a budget has none. Tokens are whole batches, so the
+  FLOPs differ slightly from the budget."""
+  found, missing = {}, {}
+  for b in scaling.budgets:
+    at = [(t.params, t.loss) for t in trainings if t.flops == b.flops and t.loss is not None]
+    try:
+      found[b.flops] = iso_flop(b.flops, [n for n, _ in at], [loss for _, loss in at])
+    except ValueError as e:
+      missing[f'{b.flops:g}'] = str(e)
+  return found, missing
+
+
+def _interval(fit: Fit, of: Any) -> Interval:
+  return Interval(float(of(fit.law)), *fit.interval(of))
+
+
+def _predicted(fit: Fit, t: Training) -> Interval:
+  loss = float(fit.law.loss(t.params, t.tokens))
+  return Interval(loss, *fit.prediction_interval(t.params, t.tokens))
+
+
+def _optimum(fit: Fit, flops: float, k: float, power: float, parabola: Parabola | None) -> Optimum:
+  params, tokens = fit.law.optimal(flops, k, power)
+  size = _interval(fit, lambda law: law.optimal(flops, k, power)[0])
+  return Optimum(flops, size, tokens, float(fit.law.loss(params, tokens)), parabola)
+
+
+def in_words(f: FittedLaw) -> str:
+  """Summarize the law of an architecture: fit, predictions, and growth of the optimal size."""
+  if f.exponent is None or f.residual is None or f.explained is None:
+    return f'{f.title}: no law ({f.no_law}).'
+  parts = [
+    f'{f.title}: parameters and tokens predict the loss of {f.runs} trainings within '
+    f'{f.residual:.1%} (R² {f.explained:.3f}).'
+  ]
+  for t in f.held_out:
+    what = f'Held out, {t.params:,.0f} parameters after {t.tokens:,} tokens'
+    if t.loss is None or t.predicted is None:
+      parts.append(f'{what}: diverged.')
+    else:
+      value, low, high = t.predicted
+      parts.append(
+        f'{what}: predicted {value:.3f} ({low:.3f} to {high:.3f}) nats, observed {t.loss:.3f}, '
+        f'{"within" if t.within_interval else "outside"} the interval, relative error '
+        f'{t.relative_error:+.1%}.'
+      )
+  value, low, high = f.exponent
+  parts.append(f'The optimal size grows as FLOPs^{value:.2f} ({low:.2f} to {high:.2f}).')
+  return ' '.join(parts)
