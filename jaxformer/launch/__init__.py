@@ -1,5 +1,5 @@
-"""Job files for the machines of others: Cloud TPU and clusters, through tools that exist. Nothing
-here is needed to train."""
+"""Job files for Cloud TPU and clusters, submitted through existing launchers, which run as
+subprocesses and are installed separately. Training needs none of this."""
 
 from jaxformer.launch.engine import Engine, LaunchError, submit
 from jaxformer.launch.gcloud import GCloud

@@ -1,8 +1,8 @@
-"""Cloud TPU without a cluster: queued resources of `gcloud compute tpus`, as a script, and the
-script that the machines start with.
+"""Cloud TPU without a cluster: queued resources of `gcloud compute tpus`.
 
-The machines run training again when it was preempted, and give themselves back when it is over.
-Spot slices that were taken away are asked for again by the first script, which waits.
+One script requests the machines; the other is their start-up script. The machines restart training
+after a preemption, and delete themselves when it is over. For spot slices, the first script waits
+and requests preempted machines again.
 
 https://cloud.google.com/tpu/docs/queued-resources
 """
@@ -13,8 +13,8 @@ import shlex
 
 from jaxformer.config import InputError
 from jaxformer.exit_codes import PREEMPTED
-from jaxformer.launch.engine import Engine, accelerator_type, shape, standard
-from jaxformer.launch.job import SIGNALLED, Git, Job, Source, Wheel, environment, write_experiment
+from jaxformer.launch.engine import Engine, accelerator_type, render, shape, standard
+from jaxformer.launch.job import SIGNALLED, Git, Job, Source, Wheel
 from jaxformer.launch.sky import RUNTIMES
 
 _ENVIRONMENT = '/root/jaxformer-env'
@@ -23,15 +23,15 @@ _ENVIRONMENT = '/root/jaxformer-env'
 class GCloud(Engine):
   """
   Attributes:
-    project: of Google Cloud; None for the one that gcloud is set to.
-    zone: None for the one that gcloud is set to.
-    runtime_version: the machines' image; None for that of the generation.
-    service_account: that the machines act as; None for the project's own. It needs to write
-      `run.dir` and to delete TPUs.
-    valid_for: how long the request waits in the queue, as in 6h; None for as long as it takes.
-    keep: machines stay after the run, for a look, and are paid for until they are deleted.
-    max_restarts: after a process that a signal ended, as of a host that died. Preemptions do not
-      count.
+    project: Google Cloud project; None for gcloud's default.
+    zone: None for gcloud's default.
+    runtime_version: image of the machines; None for the default of the TPU generation.
+    service_account: account of the machines, which must be able to write `run.dir` and to delete
+      TPUs; None for the project's default.
+    valid_for: how long the request stays in the queue, such as 6h; None for no limit.
+    keep: keep the machines after the run, for inspection; they are billed until deleted.
+    max_restarts: restarts after a process was ended by a signal, as when another host died.
+      Preemptions do not count.
   """
 
   project: str | None = None
@@ -53,8 +53,8 @@ class GCloud(Engine):
 
   def default_source(self) -> Source:
     raise InputError(
-      '--source: needed for gcloud, whose machines begin empty: git+URL@COMMIT, or a wheel at '
-      'gs:// or https://'
+      '--source: required for gcloud, whose machines start without jaxformer; must be '
+      'git+URL@COMMIT, or a wheel at gs:// or https://'
     )
 
   @property
@@ -65,13 +65,12 @@ class GCloud(Engine):
     super().check(job)
     if not standard(job.target) and job.target.chip.name != 'v4':
       raise InputError(
-        f'--target {job.target.name} of {shape(job.target)}: gcloud takes topologies of v4 alone, '
-        'slices of other '
-        'chips by their size; the standard topology, or xpk'
+        f'--target {job.target.name} of {shape(job.target)}: gcloud selects slices by their size, '
+        'except v4 by topology; use the standard topology, or xpk'
       )
 
   def create(self, job: Job) -> list[str]:
-    """The command as words; the file of the machines is beside the script that has it."""
+    """The command that requests the machines; it runs in the folder of the start-up script."""
     name, slices = job.short_name(), job.target.slices
     node = (
       [f'--node-id={name}'] if slices == 1 else [f'--node-count={slices}', f'--node-prefix={name}']
@@ -106,124 +105,30 @@ class GCloud(Engine):
     ]
 
   def files(self, job):
-    return {job.path('gcloud.sh'): self.request(job), job.path('startup.sh'): self.startup(job)}
-
-  def request(self, job: Job) -> str:
-    """The script that asks for the machines, and for spot ones waits to ask again."""
     words = self.create(job)
     create = ' \\\n    '.join([shlex.join(words[:6]), *map(shlex.quote, words[6:])])
-    lines = [
-      '#!/usr/bin/env bash',
-      'set -euo pipefail',
-      'cd "$(dirname "$0")"',
-      '',
-      'create() {',
-      f'  {create}',
-      '}',
-      '',
-    ]
-    if not job.spot:
-      return '\n'.join([*lines, 'create']) + '\n'
-    name, where = shlex.quote(job.short_name()), shlex.join(self._where())
-    tool, given = 'gcloud compute tpus queued-resources', f' {where}' if where else ''
-    return (
-      '\n'.join(
-        [
-          *lines,
-          'state() {',
-          f"  {tool} list{given} --filter='name ~ /{job.short_name()}$' "
-          "--format='value(state.state)'",
-          '}',
-          '',
-          'remove() {',
-          f'  {tool} delete {name}{given} --force --quiet',
-          '}',
-          '',
-          '# The machines delete their resource when the run is over; one that was preempted ends '
-          'up suspended.',
-          'if [ -z "$(state)" ]; then create; fi',
-          'while sleep "${POLL_SECONDS:-60}"; do',
-          '  now=$(state) || continue',
-          '  case "$now" in',
-          f"    '') echo {shlex.quote(f'the run is over: {job.run_dir}/{job.name}')}; exit 0 ;;",
-          "    SUSPENDED) echo 'preempted; asking again'; remove; create ;;",
-          "    FAILED) echo 'the request failed' >&2; exit 1 ;;",
-          '  esac',
-          'done',
-        ]
-      )
-      + '\n'
+    where = ''.join(f' {shlex.quote(word)}' for word in self._where())
+    request = render(
+      'request.sh.jinja',
+      create=create,
+      name=job.short_name(),
+      where=where,
+      spot=job.spot,
+      over=f'the run is over: {job.run_dir}/{job.name}',
     )
-
-  def startup(self, job: Job) -> str:
-    """The script that every machine runs when it starts."""
-    name, log = job.short_name(), '/var/log/jaxformer.log'
-    kept = shlex.quote(f'{job.run_dir}/{job.name}.worker-')
-    wheel = job.source.path if isinstance(job.source, Wheel) else ''
-    fetch, requirement = [], shlex.quote(job.source.requirement(job.extra))
-    if wheel.startswith('gs://'):
-      file = wheel.rpartition('/')[2]
-      fetch, requirement = (
-        [f'gcloud storage cp {shlex.quote(wheel)} .'],
-        shlex.quote(f'./{file}[{job.extra}]'),
-      )
-    setup = [*fetch, *environment(requirement, _ENVIRONMENT)]
-    metadata = "curl -sf -H 'Metadata-Flavor: Google' http://metadata.google.internal/computeMetadata/v1/instance"
-    over = (
-      ['exit "$code"']
-      if self.keep
-      else [
-        '# The first machine gives all of them back.',
-        f'worker=$({metadata}/attributes/agent-worker-number)',
-        f'zone=$({metadata}/zone)',
-        *(
-          [f'gcloud storage cp {log} {kept}"$worker".log']
-          if job.run_dir.startswith('gs://')
-          else []
-        ),
-        'if [ "$worker" = 0 ]; then',
-        f'  gcloud compute tpus queued-resources delete {shlex.quote(name)} --zone="${{zone##*/}}" '
-        f'--force --quiet --async',
-        'fi',
-        'exit "$code"',
-      ]
+    startup = render(
+      'startup.sh.jinja',
+      name=job.short_name(),
+      install=job.source.install(job.extra, _ENVIRONMENT),
+      experiment=job.write_experiment(),
+      train=job.train,
+      preempted=PREEMPTED,
+      signalled=SIGNALLED,
+      max_restarts=self.max_restarts,
+      keep=self.keep,
+      log=f'{job.run_dir}/{job.name}.worker-' if job.run_dir.startswith('gs://') else None,
     )
-    return (
-      '\n'.join(
-        [
-          '#!/usr/bin/env bash',
-          'set -uo pipefail',
-          f'exec > >(tee -a {log}) 2>&1',
-          'export HOME=/root',
-          'cd /root',
-          '',
-          'setup() {',
-          '  ' + ' &&\n  '.join(setup),
-          '}',
-          '',
-          *write_experiment(job),
-          'failures=0',
-          'code=1',
-          'if setup; then',
-          '  while true; do',
-          '    code=0',
-          f'    {job.train} || code=$?',
-          f'    if [ "$code" -eq {PREEMPTED} ]; then',
-          "      echo 'saved before an interruption; going on'",
-          f'    elif [ "$code" -ge {SIGNALLED} ] && [ "$failures" -lt {self.max_restarts} ]; then',
-          '      failures=$((failures + 1))',
-          '      sleep 30',
-          '    else',
-          '      break',
-          '    fi',
-          '  done',
-          'fi',
-          '',
-          *over,
-        ]
-      )
-      + '\n'
-    )
+    return {job.path('gcloud.sh'): request, job.path('startup.sh'): startup}
 
   def command(self, job):
     return ['bash', str(job.path('gcloud.sh'))]

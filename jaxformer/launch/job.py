@@ -1,13 +1,12 @@
-"""What every engine starts: one training run on one target, as shell commands.
+"""A job: one training run on one target, as shell commands that every engine can run.
 
-    what is installed   a git commit, a wheel or a folder (`Source`), into an environment of its own
-    what runs           `jaxformer train EXPERIMENT overrides --run.name NAME --run.dir DIR`, one
-    process a host; on Slurm, a GPU
+- It installs a git commit, a wheel or a folder (`Source`) into a virtual environment.
+- It runs `jaxformer train EXPERIMENT overrides --run.name NAME --run.dir DIR`, one process per
+  host; on Slurm, one per GPU.
 
-The exit code tells an engine what to do: 75 is preempted and saved (start again, the run goes on),
-  a code of 128 and more is a
-process that a signal ended, as of a host whose peer died (start again, a few times), any other one
-is final."""
+Engines act on the exit code: after `exit_codes.PREEMPTED` they restart the run, which resumes; a
+code of `SIGNALLED` and above means that a signal ended the process, as when another host died, and
+they restart it a few times; any other code is final."""
 
 from __future__ import annotations
 
@@ -24,17 +23,49 @@ from jaxformer.planning.target import Target
 SIGNALLED: Final = 128
 PYTHON: Final = '3.12'
 
-# ---- where the code comes from -----------------------------------------------------------------
+# ---- sources -----------------------------------------------------------------------------------
 
 
 class Source(Config, abstract=True):
-  """What the machines install. `called` is how `--source` names it."""
+  """What the machines install.
+
+  Attributes of the class:
+    called: its form in `--source`.
+  """
 
   called: ClassVar[str]
 
-  def requirement(self, extra: str) -> str:
-    """As pip takes it, with extras ('tpu', 'cuda,storage')."""
+  def requirement(self, extra: str, uploads: str) -> str:
+    """What pip installs, as shell text, with extras such as 'tpu' or 'cuda,storage'; `uploads` is
+    the folder that an uploaded file is in, as shell text."""
     raise NotImplementedError
+
+  @property
+  def upload(self) -> str | None:
+    """A local file or folder that the engine copies to the machines."""
+    return None
+
+  @property
+  def folder(self) -> str | None:
+    """The local folder in whose copy the machines run; None if they get no local files."""
+    return None
+
+  @property
+  def scheme(self) -> str | None:
+    """Where a wheel is: 'file', or the scheme of its URL; None for other sources."""
+    return None
+
+  def install(self, extra: str, environment: str, uploads: str = '.') -> list[str]:
+    """Commands that install it into a virtual environment and put that first on the path. Cloud
+    images come with an older Python; uv brings its own. `environment` and `uploads` are folders, as
+    shell text."""
+    return [
+      'export PATH="$HOME/.local/bin:$PATH"',
+      '{ command -v uv >/dev/null || curl -LsSf https://astral.sh/uv/install.sh | sh; }',
+      f'uv venv --quiet --allow-existing --python {PYTHON} {environment}',
+      f'uv pip install --quiet --python {environment} {self.requirement(extra, uploads)}',
+      f'export PATH={environment}/bin:$PATH',
+    ]
 
 
 class Git(Source):
@@ -45,50 +76,73 @@ class Git(Source):
   url: str
   commit: str
 
-  def requirement(self, extra):
-    return f'jaxformer[{extra}] @ git+{self.url}@{self.commit}'
+  def requirement(self, extra, uploads):
+    return shlex.quote(f'jaxformer[{extra}] @ git+{self.url}@{self.commit}')
 
 
 class Wheel(Source):
-  """A wheel, here or at a URL."""
+  """A wheel, a local file or a URL."""
 
   called = 'a wheel (a file or a URL)'
 
   path: str
 
   @property
-  def local(self) -> bool:
-    return self.scheme == 'file'
-
-  @property
-  def scheme(self) -> str:
-    """Of the URL; 'file' for a file here."""
+  def scheme(self):
     return self.path.partition('://')[0] if '://' in self.path else 'file'
 
-  def requirement(self, extra):
-    return f'{self.path}[{extra}]' if self.local else f'jaxformer[{extra}] @ {self.path}'
+  @property
+  def upload(self):
+    return self.path if self.scheme == 'file' else None
+
+  def requirement(self, extra, uploads):
+    if self.scheme == 'https':
+      return shlex.quote(f'jaxformer[{extra}] @ {self.path}')
+    return f'{uploads}/{shlex.quote(f"{pathlib.PurePath(self.path).name}[{extra}]")}'
+
+  def install(self, extra, environment, uploads='.'):
+    """As for any source, after a download that pip cannot do itself."""
+    commands = super().install(extra, environment, uploads)
+    if self.scheme == 'gs':
+      commands.insert(0, f'gcloud storage cp {shlex.quote(self.path)} {uploads}')
+    return commands
 
 
 class WorkingDirectory(Source):
-  """A folder with jaxformer's `pyproject.toml`, which the engine copies to the machines."""
+  """A local folder with jaxformer's `pyproject.toml`."""
 
   called = 'a folder with the pyproject.toml of jaxformer'
 
   path: str = '.'
 
-  def requirement(self, extra):
-    return f'.[{extra}]'
+  @property
+  def upload(self):
+    return self.path
+
+  @property
+  def folder(self):
+    return self.path
+
+  def requirement(self, extra, uploads):
+    return shlex.quote(f'.[{extra}]')
 
 
 class Installed(Source):
-  """The environment that is active where the job is submitted, which its machines share."""
+  """The active environment, where the job's machines share the disk that it is on."""
 
   called = 'installed'
 
+  @property
+  def folder(self):
+    return '.'
+
+  def install(self, extra, environment, uploads='.'):
+    return []
+
 
 def source_of(text: str) -> Source:
-  """What `--source` names. Raises `InputError` for a repository without a commit, and for files
-  that are not there."""
+  """The source that `--source` names. Raises `InputError` for a repository without a commit, and
+  for missing files."""
   if text == 'installed':
     return Installed()
   if text.startswith('git+'):
@@ -101,7 +155,7 @@ def source_of(text: str) -> Source:
   path = pathlib.Path(text)
   if text.endswith('.whl'):
     wheel = Wheel(path=text)
-    if wheel.local and not path.is_file():
+    if wheel.upload and not path.is_file():
       raise InputError(f'--source {text}: no such file')
     return wheel
   if not (path / 'pyproject.toml').is_file():
@@ -123,10 +177,10 @@ class Job:
     name: of the run.
     experiment: a preset's name or an experiment file.
     overrides: (path, text), without those of `run`.
-    run_dir: where the run folder is.
-    folder: where the files of the job are, here.
-    target: what it runs on.
-    spot: on machines that may be taken away.
+    run_dir: the folder of run folders, local or on object storage.
+    folder: the local folder of the job's files.
+    target: the slices that it runs on.
+    spot: whether to use preemptible machines.
     source: what they install.
   """
 
@@ -141,7 +195,8 @@ class Job:
 
   @property
   def remote(self) -> bool:
-    """Whether the run folder is on storage that all machines share and that outlives them."""
+    """Whether the run folder is on object storage, which all machines share and which outlives
+    them."""
     return '://' in self.run_dir
 
   @property
@@ -150,12 +205,12 @@ class Job:
 
   @property
   def extra(self) -> str:
-    """The optional dependencies that the accelerator and the run folder need."""
+    """The extras that the accelerator and the run folder need."""
     return ('tpu' if self.tpu else 'cuda') + (',storage' if self.remote else '')
 
   @property
   def file(self) -> pathlib.Path | None:
-    """The experiment file, None for a preset."""
+    """The experiment file; None for a preset."""
     return (
       pathlib.Path(self.experiment)
       if self.experiment.endswith('.py') or '/' in self.experiment
@@ -163,17 +218,13 @@ class Job:
     )
 
   @property
-  def carried(self) -> str | None:
-    """The text of an experiment file that the source does not bring along."""
-    return (
-      self.file.read_text()
-      if self.file is not None and isinstance(self.source, Git | Wheel)
-      else None
-    )
+  def embedded_experiment(self) -> str | None:
+    """The text of an experiment file that the source does not contain."""
+    return None if self.file is None or self.source.folder is not None else self.file.read_text()
 
   @property
   def words(self) -> list[str]:
-    """`jaxformer train ...` as the machines run it, in the folder of the source."""
+    """`jaxformer train ...`, as the machines run it in the folder of the source."""
     given = (*self.overrides, ('run.name', self.name), ('run.dir', self.run_dir))
     return [
       'jaxformer',
@@ -183,7 +234,7 @@ class Job:
     ]
 
   def path(self, end: str) -> pathlib.Path:
-    """A file of the job, beside the run folder where that is here."""
+    """A file of the job; next to the run folder if that is local."""
     return self.folder / f'{self.name}.{end}'
 
   @property
@@ -191,50 +242,32 @@ class Job:
     return shlex.join(self.words)
 
   def short_name(self, longest: int = 39) -> str:
-    """The name in lower case letters, digits and dashes, as clusters and clouds want it; a long one
-    is cut and told apart by a digest of the whole."""
+    """The name in lower case letters, digits and dashes, as clusters and clouds require; a long one
+    is cut and ends in a digest of the complete name."""
     name = re.sub(r'[^a-z0-9]+', '-', self.name.lower()).strip('-')
     name = name if name[:1].isalpha() else f'run-{name}'
     if len(name) <= longest:
       return name
     return f'{name[: longest - 7].rstrip("-")}-{hashlib.sha256(self.name.encode()).hexdigest()[:6]}'
 
+  def write_experiment(self) -> list[str]:
+    """Commands that write the experiment file, if the source does not contain it."""
+    if (text := self.embedded_experiment) is None or self.file is None:
+      return []
+    end = 'EXPERIMENT'
+    while end in text.splitlines():
+      end += '_'
+    return [f"cat > {shlex.quote(self.file.name)} <<'{end}'", *text.splitlines(), end]
+
   def _experiment_there(self) -> str:
     if self.file is None:
       return self.experiment
-    if isinstance(self.source, Git | Wheel):
+    if self.source.folder is None:
       return self.file.name
-    root = pathlib.Path(
-      self.source.path if isinstance(self.source, WorkingDirectory) else '.'
-    ).resolve()
+    root = pathlib.Path(self.source.folder).resolve()
     if not self.file.resolve().is_relative_to(root):
       raise InputError(
-        f'{self.experiment}: must be in the folder {root} that the machines have, or --source a '
-        'commit or a wheel'
+        f'{self.experiment}: must be in {root}, the folder that the machines get, or --source '
+        'must be a commit or a wheel'
       )
     return str(self.file.resolve().relative_to(root))
-
-
-# ---- commands ----------------------------------------------------------------------------------
-
-
-def environment(requirement: str, folder: str) -> list[str]:
-  """Commands that make a virtual environment and put it first on the path. Images of clouds come
-  with an older Python; uv brings its own. Both arguments are shell text."""
-  return [
-    'export PATH="$HOME/.local/bin:$PATH"',
-    '{ command -v uv >/dev/null || curl -LsSf https://astral.sh/uv/install.sh | sh; }',
-    f'uv venv --quiet --allow-existing --python {PYTHON} {folder}',
-    f'uv pip install --quiet --python {folder} {requirement}',
-    f'export PATH={folder}/bin:$PATH',
-  ]
-
-
-def write_experiment(job: Job) -> list[str]:
-  """Commands that write the experiment file, where the source does not bring it."""
-  if job.carried is None or job.file is None:
-    return []
-  end = 'EXPERIMENT'
-  while end in job.carried.splitlines():
-    end += '_'
-  return [f"cat > {shlex.quote(job.file.name)} <<'{end}'", *job.carried.splitlines(), end]

@@ -1,5 +1,4 @@
-"""SkyPilot: a YAML task for `sky jobs launch`, which recovers a job that was preempted, or `sky
-launch`.
+"""SkyPilot: a YAML task for `sky jobs launch`, which restarts preempted jobs, or for `sky launch`.
 
 https://docs.skypilot.co/en/latest/reference/yaml-spec.html
 """
@@ -7,16 +6,16 @@ https://docs.skypilot.co/en/latest/reference/yaml-spec.html
 from __future__ import annotations
 
 import pathlib
-import shlex
 from typing import Any
+
+import yaml
 
 from jaxformer.config import InputError
 from jaxformer.exit_codes import PREEMPTED
 from jaxformer.launch.engine import Engine, accelerator_type, nodes_of_gpus, shape, standard
-from jaxformer.launch.job import Job, Wheel, WorkingDirectory, environment, write_experiment
-from jaxformer.launch.yaml import to_yaml
+from jaxformer.launch.job import Job, WorkingDirectory
 
-# The images of TPU machines; SkyPilot's own choice for v4 is older, and for v5e it is that of v5p.
+# Images of TPU machines. SkyPilot's default for v4 is older, and for v5e it is that of v5p.
 RUNTIMES = {
   'v4': 'tpu-ubuntu2204-base',
   'v5e': 'v2-alpha-tpuv5-lite',
@@ -29,12 +28,11 @@ _ENVIRONMENT = '"$HOME/jaxformer-env"'
 class Sky(Engine):
   """
   Attributes:
-    infra: where, CLOUD, CLOUD/REGION or CLOUD/REGION/ZONE; None lets SkyPilot look for the lowest
-      price.
-    managed: a managed job: SkyPilot looks after it, starts it again when it was preempted, and
-      takes its machines down at the end. False starts a cluster that stays until `sky down`.
-    max_restarts: of a managed job after a failure that is no preemption, as of a host that died.
-    disk_gb: of each machine; None for SkyPilot's own choice.
+    infra: CLOUD, CLOUD/REGION or CLOUD/REGION/ZONE; None for the lowest price that SkyPilot finds.
+    managed: whether to start a managed job, which SkyPilot restarts after preemptions and whose
+      machines it deletes at the end. False starts a cluster that remains until `sky down`.
+    max_restarts: restarts of a managed job after other failures, as when a host died.
+    disk_gb: disk size per machine; None for SkyPilot's default.
   """
 
   infra: str | None = None
@@ -43,7 +41,7 @@ class Sky(Engine):
   disk_gb: int | None = None
 
   program = 'sky'
-  get = "`pip install 'skypilot[gcp]>=0.14,<0.15'` in an environment of its own"
+  get = "`pip install 'skypilot[gcp]>=0.14,<0.15'`, in a separate environment"
   chips = {
     'v4': 'tpu-v4',
     'v5e': 'tpu-v5litepod',
@@ -76,18 +74,16 @@ class Sky(Engine):
     super().check(job)
     if job.spot and not self.managed:
       raise InputError(
-        'sky.managed = False: must be true with --spot, or nothing starts the job again when it is '
-        'preempted'
+        'sky.managed = False: must be true with --spot; otherwise nothing restarts a preempted job'
       )
     if job.tpu and job.target.slices > 1:
       raise InputError(
-        f'--target {job.target.name}: sky does not connect slices; one slice, or xpk or gcloud'
+        f'--target {job.target.name}: sky does not connect slices; use one slice, or xpk or gcloud'
       )
     if job.tpu and not standard(job.target):
       raise InputError(
-        f'--target {job.target.name} of {shape(job.target)}: sky names slices by their size; the '
-        'standard topology, '
-        'or xpk or gcloud'
+        f'--target {job.target.name} of {shape(job.target)}: sky selects slices by their size; use '
+        'the standard topology, or xpk or gcloud'
       )
 
   def task(self, job: Job) -> dict[str, Any]:
@@ -112,18 +108,15 @@ class Sky(Engine):
         'recover_on_exit_codes': [PREEMPTED],
       }
     task: dict[str, Any] = {'name': job.short_name(), 'num_nodes': nodes, 'resources': resources}
-    requirement = shlex.quote(job.source.requirement(job.extra))
-    if isinstance(job.source, WorkingDirectory):
-      task['workdir'] = job.source.path
-    elif isinstance(job.source, Wheel) and job.source.local:
-      wheel = pathlib.Path(job.source.path).name
-      task['file_mounts'] = {f'~/{wheel}': job.source.path}
-      requirement = f'"$HOME"/{shlex.quote(f"{wheel}[{job.extra}]")}'
-    *setup, on_path = environment(requirement, _ENVIRONMENT)
-    # The process takes the shell's place, so that a signal to the job reaches it.
+    if job.source.folder is not None:
+      task['workdir'] = job.source.folder
+    elif job.source.upload is not None:
+      task['file_mounts'] = {f'~/{pathlib.PurePath(job.source.upload).name}': job.source.upload}
+    *setup, on_path = job.source.install(job.extra, _ENVIRONMENT, '"$HOME"')
+    # `exec`: training replaces the shell, so that it receives the signals to the job.
     return task | {
       'setup': _script(setup),
-      'run': _script([on_path, *write_experiment(job), f'exec {job.train}']),
+      'run': _script([on_path, *job.write_experiment(), f'exec {job.train}']),
     }
 
   def files(self, job):
@@ -141,6 +134,19 @@ class Sky(Engine):
       if self.managed
       else f'sky logs {job.short_name()}; sky down {job.short_name()}'
     )
+
+
+def to_yaml(task: dict[str, Any]) -> str:
+  """A task as YAML, its fields in order and its scripts as blocks."""
+
+  class Dumper(yaml.SafeDumper):
+    pass
+
+  def text(dumper: yaml.SafeDumper, value: str) -> yaml.ScalarNode:
+    return dumper.represent_scalar('tag:yaml.org,2002:str', value, '|' if '\n' in value else None)
+
+  Dumper.add_representer(str, text)
+  return yaml.dump(task, Dumper=Dumper, sort_keys=False, width=10**6)
 
 
 def _script(lines: list[str]) -> str:

@@ -1,40 +1,30 @@
-"""Slurm: a batch script for `sbatch`, one process a GPU, as JAX expects of `srun`.
+"""Slurm: a batch script for `sbatch`, one process per GPU, as JAX expects of `srun`.
 
 https://slurm.schedmd.com/sbatch.html
 """
 
 from __future__ import annotations
 
+import pathlib
 import shlex
 
 from jaxformer.config import InputError
 from jaxformer.exit_codes import PREEMPTED
-from jaxformer.launch.engine import Engine, nodes_of_gpus
-from jaxformer.launch.job import (
-  SIGNALLED,
-  Git,
-  Installed,
-  Job,
-  Wheel,
-  environment,
-  write_experiment,
-)
+from jaxformer.launch.engine import Engine, nodes_of_gpus, render
+from jaxformer.launch.job import SIGNALLED, Git, Installed, Wheel
 
 
 class Slurm(Engine):
   """
   Attributes:
-    partition: None for the cluster's own choice, as the next three.
-    account: that pays.
-    qos: quality of service.
-    time: limit of one start of the job, as sbatch takes it (2-00:00:00). What is not done by then
-      goes on in the next.
-    gpu: what the cluster calls the GPU in `--gres=gpu:NAME:COUNT`; None for the name of the target.
-    cpus_per_gpu: cores a GPU.
-    save_seconds: before the limit of time, training is told to save.
-    max_restarts: after a process that a signal ended, as of a host that died. Preemptions do not
-      count.
-    setup: shell lines before training, such as `module load cuda`.
+    partition, account, qos, time: as in sbatch; None for the cluster's defaults. A run that reaches
+      the `time` limit is saved and requeued.
+    gpu: the cluster's name of the GPU in `--gres=gpu:NAME:COUNT`; None for the chip's name.
+    cpus_per_gpu: cores per GPU; None for the cluster's default.
+    save_seconds: how long before the time limit training is told to save.
+    max_restarts: restarts after a process was ended by a signal, as when another host died.
+      Preemptions do not count.
+    setup: shell lines to run before training, such as `module load cuda`.
   """
 
   partition: str | None = None
@@ -60,16 +50,15 @@ class Slurm(Engine):
   def default_source(self):
     return Installed()
 
-  def loses(self, job):
+  def storage_problem(self, job):
     return None  # the nodes of a cluster share the folder that jobs are submitted from
 
   def check(self, job):
     super().check(job)
     if job.spot:
       raise InputError(
-        '--spot: Slurm has partitions and qualities of service that may be preempted; give '
-        '--slurm.partition or '
-        '--slurm.qos'
+        '--spot: has no effect on Slurm; choose a preemptible partition or quality of service with '
+        '--slurm.partition or --slurm.qos'
       )
 
   def files(self, job):
@@ -88,44 +77,23 @@ class Slurm(Engine):
       'open-mode': 'append',
       'signal': f'USR2@{self.save_seconds}',
     }
-    lines = [
-      f'#SBATCH --{name}={shlex.quote(str(value))}'
-      for name, value in options.items()
-      if value is not None
-    ]
-    return {
-      job.path('sbatch'): '\n'.join(
-        [
-          '#!/usr/bin/env bash',
-          *lines,
-          '#SBATCH --requeue',
-          '',
-          'set -euo pipefail',
-          *self._prepare(job),
-          '',
-          '# Every process is told by signal to save; the highest of their exit codes is that of '
-          'srun.',
-          'code=0',
-          f'srun {job.train} || code=$?',
-          f'if [ "$code" -eq {PREEMPTED} ] || {{ [ "$code" -ge {SIGNALLED} ] && '
-          f'[ "${{SLURM_RESTART_COUNT:-0}}" -lt {self.max_restarts} ]; }}; then',
-          '  scontrol requeue "$SLURM_JOB_ID"',
-          'fi',
-          'exit "$code"',
-        ]
-      )
-      + '\n'
-    }
-
-  def _prepare(self, job: Job) -> list[str]:
-    own = [] if self.setup is None else self.setup.splitlines()
-    if isinstance(job.source, Installed):
-      return own
-    requirement = job.source.requirement(job.extra)
-    if isinstance(job.source, Wheel) and job.source.local:
-      requirement = f'{job.source.path}[{job.extra}]'
+    wheel = pathlib.PurePath(job.source.upload or '.')
     folder = f'"$PWD"/{shlex.quote(f"{job.short_name()}-env")}'
-    return [*own, *environment(shlex.quote(requirement), folder), *write_experiment(job)]
+    return {
+      job.path('sbatch'): render(
+        'sbatch.jinja',
+        options=options,
+        prepare=[
+          *(self.setup or '').splitlines(),
+          *job.source.install(job.extra, folder, shlex.quote(str(wheel.parent))),
+          *job.write_experiment(),
+        ],
+        train=job.train,
+        preempted=PREEMPTED,
+        signalled=SIGNALLED,
+        max_restarts=self.max_restarts,
+      )
+    }
 
   def command(self, job):
     return ['sbatch', str(job.path('sbatch'))]

@@ -1,4 +1,4 @@
-"""A sweep: the product of a few values of a few fields, a job each."""
+"""Sweeps: one job for each combination of the values of some fields."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ Override = tuple[str, str]
 
 
 def grid(sweeps: Sequence[str]) -> list[tuple[str, tuple[Override, ...]]]:
-  """(what to add to the name of the run, overrides) for each point; one without overrides where
-  nothing is swept.
+  """(suffix of the run's name, overrides) for each point of the grid; a single point without
+  overrides if nothing is swept.
 
-  A sweep is `FIELD=VALUE,VALUE,...`; a field that no other sweep names is called by its last part.
+  A sweep is `FIELD=VALUE,VALUE,...`. In names, a field is abbreviated to its last part if that is
+  unique.
   """
   axes = [_axis(text) for text in sweeps]
   fields = [field for field, _ in axes]
@@ -40,12 +41,12 @@ def _axis(text: str) -> tuple[str, list[str]]:
   field = field.removeprefix('--').replace('-', '_')
   if not equals or not field or not all(values.split(',')):
     raise InputError(
-      f'--sweep {text}: must be FIELD=VALUE,VALUE,... as in optimizer.learning-rate=1e-3,3e-4'
+      f'--sweep {text}: must be FIELD=VALUE,VALUE,... such as optimizer.learning-rate=1e-3,3e-4'
     )
   if field.partition('.')[0] == 'run':
     raise InputError(
-      f'--sweep {text}: the runs of a sweep are named by what differs; must be a field outside '
-      '`run`'
+      f'--sweep {text}: must be a field outside `run`; the runs of a sweep are named by their '
+      'values'
     )
   return field, values.split(',')
 

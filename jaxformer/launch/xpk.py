@@ -12,19 +12,20 @@ import shlex
 from jaxformer.config import InputError
 from jaxformer.exit_codes import PREEMPTED
 from jaxformer.launch.engine import Engine, accelerator_type, command_script, nodes_of_gpus, shape
-from jaxformer.launch.job import Job, Wheel, WorkingDirectory
+from jaxformer.launch.job import Job, WorkingDirectory
 
 
 class XPK(Engine):
   """
   Attributes:
-    cluster: of GKE, made by `xpk cluster create`.
-    project: of Google Cloud; None for the one that gcloud is set to.
-    zone: of the cluster; None for the one that gcloud is set to.
-    image: of the container; must have bash, Python 3.11 or later and pip.
+    cluster: GKE cluster, created by `xpk cluster create`.
+    project: Google Cloud project; None for gcloud's default.
+    zone: of the cluster; None for gcloud's default.
+    image: container image with bash, Python 3.11 or later and pip.
     priority: in the cluster's queue.
-    max_restarts: after a preemption, or a process that a signal ended; any other failure is final.
-    grace_seconds: for saving, when the machine is taken away.
+    max_restarts: restarts after a preemption, or after a process was ended by a signal; any other
+      failure is final.
+    grace_seconds: time for saving before a machine is preempted.
   """
 
   cluster: str | None = None
@@ -36,7 +37,7 @@ class XPK(Engine):
   grace_seconds: int = 120
 
   program = 'xpk'
-  get = "`pip install 'xpk>=1.16,<2'` in an environment of its own"
+  get = "`pip install 'xpk>=1.16,<2'`, in a separate environment"
   chips = {
     'v4': 'v4',
     'v5e': 'v5litepod',
@@ -63,7 +64,7 @@ class XPK(Engine):
     super().check(job)
     if self.cluster is None:
       raise InputError(
-        'xpk.cluster = None: must be the name of a GKE cluster, as in --xpk.cluster NAME'
+        'xpk.cluster = None: must be the name of a GKE cluster, such as --xpk.cluster NAME'
       )
     if job.target.chip.name == 'v5e' and job.target.chips < 8:
       raise InputError(f'--target {job.target.name}: xpk has v5e slices of 8 chips and more')
@@ -73,9 +74,9 @@ class XPK(Engine):
       )
 
   def arguments(self, job: Job) -> list[str]:
-    """The command as words."""
+    """The command that creates the workload."""
     if job.tpu:
-      # Sizes of 3-D slices do not always mean the same topology to xpk.
+      # A size does not always select the same 3-D topology in xpk.
       solid = shape(job.target).count('x') == 2
       name = (
         f'{self.chips[job.target.chip.name]}-{shape(job.target)}'
@@ -88,15 +89,11 @@ class XPK(Engine):
         f'--device-type={self.chips[job.target.chip.name]}',
         f'--num-nodes={nodes_of_gpus(job.target)[0]}',
       ]
-    if isinstance(job.source, WorkingDirectory):
-      image = [f'--base-docker-image={self.image}', f'--script-dir={job.source.path}']
-    elif isinstance(job.source, Wheel) and job.source.local:
-      image = [
-        f'--base-docker-image={self.image}',
-        f'--script-dir={pathlib.Path(job.source.path).parent}',
-      ]
-    else:
+    if job.source.upload is None:
       image = [f'--docker-image={self.image}']
+    else:
+      folder = job.source.folder or pathlib.PurePath(job.source.upload).parent
+      image = [f'--base-docker-image={self.image}', f'--script-dir={folder}']
     where = [
       f'--{name}={value}'
       for name, value in (('project', self.project), ('zone', self.zone))
@@ -120,15 +117,13 @@ class XPK(Engine):
     ]
 
   def container_command(self, job: Job) -> str:
-    """One line: xpk puts it into a block of YAML, and sends SIGTERM to what it started, whose place
-    training takes."""
-    requirement = job.source.requirement(job.extra)
-    if isinstance(job.source, Wheel) and job.source.local:
-      requirement = f'./{pathlib.Path(job.source.path).name}[{job.extra}]'
-    lines = [f'python -m pip install --quiet {shlex.quote(requirement)}', f'exec {job.train}']
-    if job.carried is not None and job.file is not None:
-      coded = base64.b64encode(job.carried.encode()).decode()
-      lines.insert(0, f'echo {coded} | base64 -d > {shlex.quote(job.file.name)}')
+    """The command of the container, in one line since xpk embeds it in YAML. `exec`: training
+    replaces the shell, to which xpk sends SIGTERM."""
+    requirement = job.source.requirement(job.extra, '.')
+    lines = [f'python -m pip install --quiet {requirement}', f'exec {job.train}']
+    if job.embedded_experiment is not None and job.file is not None:
+      encoded = base64.b64encode(job.embedded_experiment.encode()).decode()
+      lines.insert(0, f'echo {encoded} | base64 -d > {shlex.quote(job.file.name)}')
     return ' && '.join(lines)
 
   def files(self, job):

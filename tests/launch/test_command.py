@@ -209,7 +209,7 @@ def test_a_missing_tool_is_one_error_after_the_file_is_written(
 def test_a_tool_that_fails_is_an_error_and_ends_a_sweep(folder, tools, capsys):
   calls = tools(sky='exit 3')
   assert main([*SKY, '--yes', '--sweep', 'training.seed=0,1']) == 1
-  assert 'gpt2-tiny-seed-0.sky.yaml ended with code 3' in capsys.readouterr().err
+  assert 'gpt2-tiny-seed-0.sky.yaml exited with code 3' in capsys.readouterr().err
   assert len(calls()) == 1
 
 

@@ -25,8 +25,8 @@ from jaxformer.launch import (
   WorkingDirectory,
   source_of,
 )
+from jaxformer.launch.sky import to_yaml
 from jaxformer.launch.sweep import grid
-from jaxformer.launch.yaml import to_yaml
 from tests.launch.jobs import CASES, GIT, HARD, WHEEL, job
 
 pytestmark = pytest.mark.quick
@@ -265,7 +265,7 @@ def test_an_experiment_file_in_the_working_directory_keeps_its_place(tmp_path, m
     == 'q.py'
   )
   (tmp_path / 'inner').mkdir()
-  with pytest.raises(InputError, match='must be in the folder'):
+  with pytest.raises(InputError, match='the folder that the machines get'):
     _ = job('v6e-8', WorkingDirectory(path='inner'), experiment='experiments/q.py').words
 
 
@@ -347,10 +347,10 @@ def test_a_wheel_here_goes_along():
   )
   words = XPK(cluster='c').arguments(job('v6e-8', Wheel(path='dist/j-0.1-py3-none-any.whl')))
   assert '--script-dir=dist' in words
-  assert "'./j-0.1-py3-none-any.whl[tpu,storage]'" in words[-1]
-  with pytest.raises(InputError, match='gcloud takes a wheel that is at gs:// or at https://'):
+  assert "./'j-0.1-py3-none-any.whl[tpu,storage]'" in words[-1]
+  with pytest.raises(InputError, match='gcloud needs a wheel that is at gs:// or at https://'):
     GCloud().check(job('v6e-8', Wheel(path='dist/j.whl')))
-  with pytest.raises(InputError, match='sky takes a wheel that is a file or at https://'):
+  with pytest.raises(InputError, match='sky needs a wheel that is a file or at https://'):
     Sky().check(job('v6e-8', Wheel(path=WHEEL)))
 
 

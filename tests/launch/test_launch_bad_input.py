@@ -36,9 +36,9 @@ CASES = [
   (f'{SKY} --utilisation 1.5', 'utilisation', '1.5'),
   (f'{SKY} --utilisation 0', 'utilisation'),
   # where it can run
-  ('slurm gpt2-tiny --target v6e-16', 'slurm does not serve v6e', 'a100, h100'),
-  (f'gcloud gpt2-tiny --target h100:8 {GIT}', 'gcloud does not serve h100', 'v4, v5e, v5p, v6e'),
-  ('xpk gpt2-tiny --target a100:8 --xpk.cluster c', 'xpk does not serve a100'),
+  ('slurm gpt2-tiny --target v6e-16', 'slurm does not support v6e', 'a100, h100'),
+  (f'gcloud gpt2-tiny --target h100:8 {GIT}', 'gcloud does not support h100', 'v4, v5e, v5p, v6e'),
+  ('xpk gpt2-tiny --target a100:8 --xpk.cluster c', 'xpk does not support a100'),
   ('xpk gpt2-tiny --target h100:4 --run.dir gs://b/r --xpk.cluster c', 'h100:4', 'multiple of 8'),
   ('slurm gpt2-tiny --target h100:12', "'h100:12'", 'such as 8 or 16'),
   (
@@ -89,7 +89,7 @@ CASES = [
   ('gcloud gpt2-tiny --target v6e-8 --run.dir gs://b/r --source .', '--source', 'pyproject.toml'),
   (f'{SKY} --source git+https://h/r', 'git+https://h/r', '@COMMIT'),
   (f'{SKY} --source nope.whl', 'nope.whl', 'no such file'),
-  (f'{SKY} --source installed', 'sky does not take installed'),
+  (f'{SKY} --source installed', 'sky does not support installed'),
   # sweeps
   (f'{SKY} --sweep training.seed', '--sweep', 'FIELD=VALUE'),
   (f'{SKY} --sweep training.sed=0,1', 'training.sed', 'did you mean seed?'),

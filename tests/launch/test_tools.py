@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from jaxformer.launch.engine import shape
-from jaxformer.launch.yaml import to_yaml
+from jaxformer.launch.sky import to_yaml
 from tests.launch.jobs import CASES, GIT, HARD, job
 from tests.launch.test_files import KNOWN, commands
 

@@ -19,7 +19,7 @@ if setup; then
     code=0
     jaxformer train gpt2-tiny --run.name=gpt2-tiny --run.dir=runs || code=$?
     if [ "$code" -eq 75 ]; then
-      echo 'saved before an interruption; going on'
+      echo 'preempted and saved; resuming'
     elif [ "$code" -ge 128 ] && [ "$failures" -lt 0 ]; then
       failures=$((failures + 1))
       sleep 30

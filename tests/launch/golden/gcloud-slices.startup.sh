@@ -9,7 +9,7 @@ setup() {
   export PATH="$HOME/.local/bin:$PATH" &&
   { command -v uv >/dev/null || curl -LsSf https://astral.sh/uv/install.sh | sh; } &&
   uv venv --quiet --allow-existing --python 3.12 /root/jaxformer-env &&
-  uv pip install --quiet --python /root/jaxformer-env './jaxformer-0.1.0-py3-none-any.whl[tpu,storage]' &&
+  uv pip install --quiet --python /root/jaxformer-env ./'jaxformer-0.1.0-py3-none-any.whl[tpu,storage]' &&
   export PATH=/root/jaxformer-env/bin:$PATH
 }
 
@@ -20,7 +20,7 @@ if setup; then
     code=0
     jaxformer train gpt2-tiny --run.name=gpt2-tiny --run.dir=gs://bucket/runs || code=$?
     if [ "$code" -eq 75 ]; then
-      echo 'saved before an interruption; going on'
+      echo 'preempted and saved; resuming'
     elif [ "$code" -ge 128 ] && [ "$failures" -lt 3 ]; then
       failures=$((failures + 1))
       sleep 30
@@ -30,7 +30,7 @@ if setup; then
   done
 fi
 
-# The first machine gives all of them back.
+# Worker 0 deletes the machines of all workers.
 worker=$(curl -sf -H 'Metadata-Flavor: Google' http://metadata.google.internal/computeMetadata/v1/instance/attributes/agent-worker-number)
 zone=$(curl -sf -H 'Metadata-Flavor: Google' http://metadata.google.internal/computeMetadata/v1/instance/zone)
 gcloud storage cp /var/log/jaxformer.log gs://bucket/runs/gpt2-tiny.worker-"$worker".log

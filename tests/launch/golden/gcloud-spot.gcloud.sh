@@ -22,13 +22,13 @@ remove() {
   gcloud compute tpus queued-resources delete gpt2-tiny --zone=us-east5-a --project=p --force --quiet
 }
 
-# The machines delete their resource when the run is over; one that was preempted ends up suspended.
+# The machines delete their resource when the run is over; a preempted one is left suspended.
 if [ -z "$(state)" ]; then create; fi
 while sleep "${POLL_SECONDS:-60}"; do
   now=$(state) || continue
   case "$now" in
     '') echo 'the run is over: gs://bucket/runs/gpt2-tiny'; exit 0 ;;
-    SUSPENDED) echo 'preempted; asking again'; remove; create ;;
+    SUSPENDED) echo 'preempted; requesting again'; remove; create ;;
     FAILED) echo 'the request failed' >&2; exit 1 ;;
   esac
 done

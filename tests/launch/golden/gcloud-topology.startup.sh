@@ -19,7 +19,7 @@ if setup; then
     code=0
     jaxformer train gpt2-tiny --run.name=gpt2-tiny --run.dir=gs://bucket/runs || code=$?
     if [ "$code" -eq 75 ]; then
-      echo 'saved before an interruption; going on'
+      echo 'preempted and saved; resuming'
     elif [ "$code" -ge 128 ] && [ "$failures" -lt 3 ]; then
       failures=$((failures + 1))
       sleep 30
@@ -29,7 +29,7 @@ if setup; then
   done
 fi
 
-# The first machine gives all of them back.
+# Worker 0 deletes the machines of all workers.
 worker=$(curl -sf -H 'Metadata-Flavor: Google' http://metadata.google.internal/computeMetadata/v1/instance/attributes/agent-worker-number)
 zone=$(curl -sf -H 'Metadata-Flavor: Google' http://metadata.google.internal/computeMetadata/v1/instance/zone)
 gcloud storage cp /var/log/jaxformer.log gs://bucket/runs/gpt2-tiny.worker-"$worker".log
