@@ -84,9 +84,9 @@ def needs(command: str, folder) -> None:
     'gated': 'jaxformer train my_layer.py:GatedLinear.Config --params 1M --run.name gated',
   }
   words = shlex.split(command.rpartition(' | ')[2])
-  if words[1] in ('eval', 'generate', 'convert', 'align', 'report'):
-    if words[2] in made and not (folder / 'runs' / words[2]).exists():
-      run(made[words[2]], 0)
+  reads = words[1] in ('eval', 'generate', 'convert', 'align', 'report') and words[2] in made
+  if reads and not (folder / 'runs' / words[2]).exists():
+    run(made[words[2]], 0)
 
 
 SESSIONS = [
