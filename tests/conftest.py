@@ -38,10 +38,10 @@ install_import_hook(
   [
     'jaxformer.ops',
     'jaxformer.data.dataset',
-    'jaxformer.data.text',
+    'jaxformer.data.pipeline',
     'jaxformer.data.pairs',
-    'jaxformer.data.cache',
-    'jaxformer.data.shuffle',
+    'jaxformer.data.pair_cache',
+    'jaxformer.data.order',
     'jaxformer.data.tasks',
     'jaxformer.inference.sampling',
     'jaxformer.training.schedule',

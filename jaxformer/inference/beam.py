@@ -250,7 +250,7 @@ def _select_rows(
   """`Layer.select_rows` of the decoder's state."""
   return DecoderState(
     model.decoder.select_rows(state.stack, index, same_source),
-    jnp.take(state.offset_B, index, axis=0),
+    jnp.take(state.position_B, index, axis=0),
   )
 
 

@@ -108,15 +108,15 @@ ROW = (NewAxis(0), NewAxis(0))  # vectors over the channels are kept as [1, 1, D
 def _frame() -> list[Rule]:
   """Everything but the two layers of a block."""
   norms = {
-    'embedding_norm': 'blocks.0.ln0',
+    'embedder.norm': 'blocks.0.ln0',
     'final_norm': 'ln_out',
     'stack.{layer}.branches.0.norm': 'blocks.{layer}.ln1',
     'stack.{layer}.branches.1.norm': 'blocks.{layer}.ln2',
     'stack.{layer}.branches.0.layer.norm': 'blocks.{layer}.att.ln_x',
   }
   return [
-    same('embedding', 'emb.weight'),
-    linear('head', 'head.weight'),
+    same('embedder.input.table', 'emb.weight'),
+    linear('head.kernel', 'head.weight'),
     *(
       same(f'{ours}.{a}', f'{theirs}.{b}')
       for ours, theirs in norms.items()

@@ -3,25 +3,28 @@ decoder reads."""
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
+from jaxformer.layers.dense import Dense
 from jaxformer.layers.init import Init, Normal
-from jaxformer.layers.layer import Context, LayerPosition, positions_BT, starts_BT
+from jaxformer.layers.layer import Context, LayerPosition, Output, positions_BT, starts_BT
 from jaxformer.layers.norm import NormConfig, RMSNorm
 from jaxformer.layers.position import SinusoidalPositions
+from jaxformer.models.embedder import Embedder, TokenInput
+from jaxformer.models.head import Head
 from jaxformer.models.language_model import LanguageModel
-from jaxformer.models.model import ModelConfig
+from jaxformer.models.model import Model, ModelConfig
 from jaxformer.models.stack import Group, Stack
-from jaxformer.ops.linear import linear
-from jaxformer.ops.loss import LossSums, cross_entropy, token_scores
-from jaxformer.sharding import param, shard
+from jaxformer.sharding import shard
 from jaxformer.task_type import Batch, TaskType
 
 
-class Autoencoder(nnx.Module):
+class Autoencoder(Model):
   """p(token t | the sequence) = softmax(W norm(mlp(z + PE(t))) + b), with z the output of
   stack(embedding(tokens) + positions) at the last position (the MAD suite's model for compression:
   Poli et al. 2024, section 3.1 and appendix B).
@@ -64,65 +67,29 @@ class Autoencoder(nnx.Module):
   def __init__(self, config: Autoencoder.Config, rngs: nnx.Rngs):
     c, D, V = config, config.width, config.vocab_size
     self.config = c
-    self.embedding = param(
-      c.embedding_init(rngs.params(), (V, D), V, LayerPosition()), ('vocab', 'embed'), matmul=False
-    )
-    self.positions = None if c.positions is None else c.positions.build(D, c.context_length, rngs)
+    self.embedder = Embedder(TokenInput(V, D, c.embedding_init, rngs), c, rngs)
     self.stack = Stack(c.stack, D, rngs)
     self.places = SinusoidalPositions(SinusoidalPositions.Config(), D)
     self.norm_1, self.norm_2, self.norm_3 = c.norm.build(D), c.norm.build(D), c.norm.build(D)
-    self.w_1, self.w_2 = (
-      param(c.init(rngs.params(), (D, D), D, LayerPosition()), ('embed', None)) for _ in range(2)
+    self.dense_1, self.dense_2 = (
+      Dense(c.init, (D, D), ('embed', None), rngs=rngs, position=LayerPosition(), bias=True)
+      for _ in range(2)
     )
-    self.b_1, self.b_2 = (param(jnp.zeros(D), ('norm',), decay=False) for _ in range(2))
-    self.head = param(c.init(rngs.params(), (D, V), D, LayerPosition()), ('embed', 'vocab'))
-    self.head_bias = param(jnp.zeros(V), ('vocab',), decay=False)
+    self.head = Head(D, V, rngs, init=c.init, bias=True)
 
-  def _hidden(self, batch: Batch, ctx: Context) -> tuple[Float[Array, 'B T D'], dict[str, Array]]:
-    """What the head reads at every position."""
+  def read(self, batch: Batch, ctx: Context) -> Output:
     tokens_BT = jnp.asarray(batch.inputs)
-    B, T = tokens_BT.shape
-    position_BT = positions_BT(starts_BT(None, B, T))
-    x = jnp.take(self.embedding[...], tokens_BT, axis=0, mode='clip')
-    if self.positions is not None:
-      x = x + self.positions(position_BT).astype(x.dtype)
-    out = self.stack(shard(x, 'batch', 'time', 'embed'), ctx)
-    y = shard(out.y[:, -1:] + self.places(position_BT).astype(x.dtype), 'batch', 'time', 'embed')
-    y = jax.nn.gelu(linear(self.norm_1(y), self.w_1[...], self.b_1[...]), approximate=False)
-    y = jax.nn.gelu(linear(self.norm_2(y), self.w_2[...], self.b_2[...]), approximate=False)
-    return self.norm_3(y), out.aux
+    position_BT = positions_BT(starts_BT(None, *tokens_BT.shape))
+    out = self.stack(self.embedder(tokens_BT, position_BT), ctx)
+    places = self.places(position_BT).astype(out.y.dtype)
+    y = shard(out.y[:, -1:] + places, 'batch', 'time', 'embed')
+    y = jax.nn.gelu(self.dense_1(self.norm_1(y)), approximate=False)
+    y = jax.nn.gelu(self.dense_2(self.norm_2(y)), approximate=False)
+    return dataclasses.replace(out, y=self.norm_3(y))
 
   def __call__(self, batch: Batch, ctx: Context = Context()) -> Float[Array, 'B T V']:
     """Logits of the tokens at every position, in fp32."""
-    logits = linear(self._hidden(batch, ctx)[0], self.head[...]).astype(jnp.float32)
-    return logits + self.head_bias[...].astype(jnp.float32)[None, None]
-
-  def loss(
-    self, batch: Batch, ctx: Context = Context(), z_loss: float = 0.0, label_smoothing: float = 0.0
-  ) -> tuple[LossSums, dict[str, Array]]:
-    """Sums of the loss over a batch, and the layers' auxiliary scalars."""
-    y, aux = self._hidden(batch, ctx)
-    sums = cross_entropy(
-      y,
-      self.head[...],
-      jnp.asarray(batch.targets_BT),
-      bias_V=self.head_bias[...],
-      z_loss=z_loss,
-      label_smoothing=label_smoothing,
-    )
-    return sums, aux
-
-  def scores(
-    self, batch: Batch, ctx: Context = Context()
-  ) -> tuple[Float[Array, 'B T'], Bool[Array, 'B T']]:
-    """-log p(target) of every position, in nats, fp32, and whether no token is likelier; 0 and
-    False where there is no target."""
-    return token_scores(
-      self._hidden(batch, ctx)[0],
-      self.head[...],
-      jnp.asarray(batch.targets_BT),
-      bias_V=self.head_bias[...],
-    )
+    return self.head(self.read(batch, ctx).y)
 
 
 def autoencoder(model: LanguageModel.Config) -> Autoencoder.Config:

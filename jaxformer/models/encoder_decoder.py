@@ -4,46 +4,25 @@ the first made of the source."""
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Int
 
 from jaxformer.config import InputError
 from jaxformer.layers.init import Init, Normal
-from jaxformer.layers.layer import (
-  Context,
-  LayerPosition,
-  Memory,
-  Output,
-  State,
-  dropout,
-  positions_BT,
-  starts_BT,
-)
+from jaxformer.layers.layer import Context, Memory, Output, positions_BT, starts_BT
 from jaxformer.layers.norm import NormConfig
+from jaxformer.models.autoregressive import Autoregressive, DecoderState
 from jaxformer.models.block import gather
+from jaxformer.models.embedder import Embedder, TokenInput
+from jaxformer.models.head import Head
 from jaxformer.models.model import ModelConfig
 from jaxformer.models.stack import Group, Stack, layers_with_widths, out_width
-from jaxformer.ops.linear import linear
-from jaxformer.ops.loss import LossSums, cross_entropy, token_scores
-from jaxformer.sharding import param, shard
 from jaxformer.task_type import IGNORE, Batch, TaskType
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class DecoderState:
-  """The states of the decoder's stack, with what they need of the source, and how many tokens each
-  row has had."""
-
-  stack: tuple[State, ...]
-  offset_B: Int[Array, ' B']
-
-
-class EncoderDecoder(nnx.Module):
+class EncoderDecoder(Autoregressive):
   """p(token t | tokens before t, source) = softmax(head(norm(decoder(embedding(tokens),
   encoder(embedding(source)))))).
 
@@ -157,28 +136,20 @@ class EncoderDecoder(nnx.Module):
   def __init__(self, config: EncoderDecoder.Config, rngs: nnx.Rngs):
     c = config
     self.config = c
-    V, D, position = c.vocab_size, c.width, LayerPosition()
-
-    def table(rows: int, matmul: bool) -> nnx.Param:
-      return param(
-        c.embedding_init(rngs.params(), (rows, D), rows, position),
-        ('vocab', 'embed'),
-        matmul=matmul,
-      )
-
-    self.source_embedding = None if c.shared_embedding else table(c.source_vocab_size, False)
-    self.embedding = table(V, c.tied)
-    self.positions = None if c.positions is None else c.positions.build(D, c.context_length, rngs)
+    V, D = c.vocab_size, c.width
+    self.source_input = (
+      None if c.shared_embedding else TokenInput(c.source_vocab_size, D, c.embedding_init, rngs)
+    )
+    tokens = TokenInput(V, D, c.embedding_init, rngs, tied=c.tied)
+    self.embedder = Embedder(tokens, c, rngs, scale=c.embedding_scale, dropout=c.dropout)
     self.encoder, self.decoder = Stack(c.encoder, D, rngs), Stack(c.decoder, D, rngs)
     self.encoder_norm = None if c.encoder_norm is None else c.encoder_norm.build(c.memory_width)
     self.final_norm = None if c.final_norm is None else c.final_norm.build(c.decoder_width)
-    H, head_init = c.decoder_width, c.head_init or Normal()
-    self.head = (
-      None if c.tied else param(head_init(rngs.params(), (H, V), H, position), ('embed', 'vocab'))
-    )
-    self.head_bias = param(jnp.zeros(V), ('vocab',), decay=False) if c.head_bias else None
+    self.head = Head(c.decoder_width, V, rngs, init=c.head_init, tied=c.tied, bias=c.head_bias)
 
-  # ---- pieces ----------------------------------------------------------------------------------
+  @property
+  def decoding_stack(self) -> Stack:
+    return self.decoder
 
   def encode(self, source_BS: Int[Array, 'B S'], ctx: Context = Context()) -> Memory:
     """What the decoder reads of the source."""
@@ -187,20 +158,16 @@ class EncoderDecoder(nnx.Module):
   def _encode(self, source_BS: Array, ctx: Context) -> tuple[Memory, dict[str, Array]]:
     """The memory, and the auxiliary values of the encoder's layers."""
     c, (B, S) = self.config, source_BS.shape
-    self.config.check_length(S)
+    c.check_length(S)
     order = _Order(source_BS != IGNORE, c.reverse_source, c.hand_over)
-    source, ctx = order.there(jnp.asarray(source_BS)), ctx.fold(0)
-    valid_BS = source != IGNORE
-    ctx = ctx.replace(segments_BT=valid_BS.astype(jnp.int32))
-    positions = positions_BT(starts_BT(ctx.segments_BT, B, S))
-    x = self._embed(
-      self.embedding if self.source_embedding is None else self.source_embedding,
-      source,
-      positions,
-      ctx,
+    source = order.there(jnp.asarray(source_BS))
+    segments = (source != IGNORE).astype(jnp.int32)
+    ctx = ctx.fold(0).replace(segments_BT=segments)
+    x = self.embedder(
+      source, positions_BT(starts_BT(segments, B, S)), self._embedder_ctx(ctx), self.source_input
     )
     states = self.encoder.init_state(B, S) if c.hand_over else None
-    out = self.encoder(shard(x, 'batch', 'time', 'embed'), ctx, states)
+    out = self.encoder(x, ctx, states)
     y = out.y if self.encoder_norm is None else self.encoder_norm(out.y)
     final = () if states is None else self.encoder.handed_over(out.state)
     return Memory(order.back(y), source_BS != IGNORE, final), out.aux
@@ -209,8 +176,8 @@ class EncoderDecoder(nnx.Module):
     """The state before the first token of a target of up to `max_len` tokens. Steps need the memory
     no more."""
     self.config.check_length(max_len)
-    B = memory.mask_BS.shape[0]
-    return DecoderState(self.decoder.init_state(B, max_len, memory), jnp.zeros((B,), jnp.int32))
+    B = len(memory.mask_BS)
+    return self._start(self.decoder.init_state(B, max_len, memory), B)
 
   def hidden(
     self,
@@ -221,48 +188,22 @@ class EncoderDecoder(nnx.Module):
   ) -> Output:
     """The normed output of the decoder, `[B, T, D]`: what the head reads. With a state, the target
     continues from it, and `memory` may be None."""
-    B, T = tokens_BT.shape
-    ctx = ctx.fold(1).replace(memory=memory)
-    positions = positions_BT(
-      starts_BT(ctx.segments_BT, B, T), None if state is None else state.offset_B
-    )
-    x = shard(self._embed(self.embedding, tokens_BT, positions, ctx), 'batch', 'time', 'embed')
-    # What is handed over stands in states; where nothing is, layers need none and keep no keys and
-    # values for later tokens.
-    begun = state.stack if state is not None else self._begun(memory, T)
-    out = self.decoder(x, ctx if state is not None else ctx.replace(fresh=begun is not None), begun)
-    y = out.y if self.final_norm is None else self.final_norm(out.y)
-    return dataclasses.replace(
-      out, y=y, state=None if state is None else DecoderState(out.state, positions[:, -1] + 1)
-    )
+    # Where the decoder starts from the encoder's states, its layers need states; elsewhere they
+    # need none and keep no keys and values for later tokens.
+    initial = None
+    if state is None:
+      if memory is None:
+        raise ValueError('hidden: needs a memory or a state')
+      initial = self.decoder.init_state(*tokens_BT.shape, memory) if memory.states else None
+    return self._decode(tokens_BT, ctx.fold(1).replace(memory=memory), state, initial)
 
-  def _begun(self, memory: Memory | None, length: int) -> tuple[State, ...] | None:
-    if memory is None:
-      raise ValueError('hidden: needs a memory or a state')
-    return (
-      self.decoder.init_state(memory.mask_BS.shape[0], length, memory) if memory.states else None
-    )
+  def _both(self, source_BS: Array, tokens_BT: Array, ctx: Context) -> Output:
+    memory, aux = self._encode(jnp.asarray(source_BS), ctx)
+    out = self.hidden(tokens_BT, memory, ctx)
+    return dataclasses.replace(out, aux=gather(aux, out.aux))
 
-  def _embed(self, table: nnx.Param, tokens: Array, positions: Array, ctx: Context) -> Array:
-    x = jnp.take(table[...], tokens, axis=0, mode='clip')
-    if self.config.embedding_scale is not None:
-      x = x * self.config.embedding_scale
-    if self.positions is not None:
-      x = x + self.positions(positions).astype(x.dtype)
-    return dropout(
-      x, self.config.dropout, ctx.fold(max(len(self.config.encoder), len(self.config.decoder)))
-    )
-
-  def _head(self) -> Array:
-    return self.embedding[...].T if self.head is None else self.head[...]
-
-  def _head_options(self) -> dict[str, Any]:
-    return {
-      'bias_V': None if self.head_bias is None else self.head_bias[...],
-      'transposed': self.head is None,
-    }
-
-  # ---- the public face -------------------------------------------------------------------------
+  def read(self, batch: Batch, ctx: Context) -> Output:
+    return self._both(batch.source_BS, batch.inputs, ctx)
 
   def __call__(
     self, source_BS: Int[Array, 'B S'], tokens_BT: Int[Array, 'B T'], ctx: Context = Context()
@@ -271,50 +212,6 @@ class EncoderDecoder(nnx.Module):
     never holds them all."""
     out = self._both(source_BS, tokens_BT, ctx)
     return dataclasses.replace(out, y=self.logits(out.y))
-
-  def _both(self, source_BS: Array, tokens_BT: Array, ctx: Context) -> Output:
-    memory, aux = self._encode(jnp.asarray(source_BS), ctx)
-    out = self.hidden(tokens_BT, memory, ctx)
-    return dataclasses.replace(out, aux=gather(aux, out.aux))
-
-  def step(self, token_B: Int[Array, ' B'], ctx: Context, state: DecoderState) -> Output:
-    """Logits after one more token, `[B, V]` in fp32."""
-    x = shard(self._embed(self.embedding, token_B, state.offset_B, ctx), 'batch', 'embed')
-    out = self.decoder(x, ctx, state.stack, one_token=True)
-    y = out.y if self.final_norm is None else self.final_norm(out.y)
-    return dataclasses.replace(
-      out, y=self.logits(y), state=DecoderState(out.state, state.offset_B + 1)
-    )
-
-  def logits(self, y: Float[Array, '*B D']) -> Float[Array, '*B V']:
-    """The head alone: fp32 logits of hidden vectors."""
-    logits = linear(y, self._head()).astype(jnp.float32)
-    if self.head_bias is not None:
-      logits = logits + self.head_bias[...].astype(jnp.float32).reshape((1,) * (y.ndim - 1) + (-1,))
-    return logits
-
-  def loss(
-    self, batch: Batch, ctx: Context = Context(), z_loss: float = 0.0, label_smoothing: float = 0.0
-  ) -> tuple[LossSums, dict[str, Array]]:
-    """Sums of the loss over a batch, and the layers' auxiliary scalars."""
-    out = self._both(batch.source_BS, batch.inputs, ctx)
-    sums = cross_entropy(
-      out.y,
-      self._head(),
-      jnp.asarray(batch.targets_BT),
-      z_loss=z_loss,
-      label_smoothing=label_smoothing,
-      **self._head_options(),
-    )
-    return sums, out.aux
-
-  def scores(
-    self, batch: Batch, ctx: Context = Context()
-  ) -> tuple[Float[Array, 'B T'], Bool[Array, 'B T']]:
-    """-log p(target) of every position, in nats, fp32, and whether no token is likelier; 0 and
-    False where there is no target. Few logits are held at a time."""
-    y_BTD = self._both(batch.source_BS, batch.inputs, ctx).y
-    return token_scores(y_BTD, self._head(), jnp.asarray(batch.targets_BT), **self._head_options())
 
 
 class _Order:

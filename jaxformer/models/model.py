@@ -1,25 +1,28 @@
-"""The interface of every model: its config says what it reads, predicts and costs."""
+"""The interface of every model: a config that says what it reads, predicts and costs, and a module
+with `loss` and `scores`."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
+import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxformer.config import Config, InputError
-from jaxformer.layers.layer import LayerConfig
+from jaxformer.layers.layer import Context, LayerConfig, Output
 from jaxformer.layers.position import PositionConfig
+from jaxformer.models.head import Head
 from jaxformer.models.stack import Group, layers_with_widths
-from jaxformer.task_type import TaskType
+from jaxformer.ops.loss import LossSums
+from jaxformer.task_type import Batch, TaskType
 
 
 class ModelConfig(Config, abstract=True):
   """Base of all model configs: `build` makes the module, `jaxformer.models.params.define` its
   structure without arrays.
 
-  The module has `loss(batch, ctx, z_loss, label_smoothing) -> (LossSums, aux)` and `scores(batch,
-  ctx) -> (nll_BT, correct_BT)`; training and evaluation need nothing else of it. A config need
-  only define `task`, `stacks` and `build`.
+  Define `task`, `stacks` and `build`; the rest follows from them.
 
   Attributes:
     context_length: the longest sequence that the model is meant for; the size of a table of learned
@@ -37,7 +40,7 @@ class ModelConfig(Config, abstract=True):
     for field in ('context_length', 'width'):
       self.require(getattr(self, field) > 0, field, 'positive')
 
-  def build(self, rngs: nnx.Rngs) -> nnx.Module:
+  def build(self, rngs: nnx.Rngs) -> Model:
     """Make the module, with initialized parameters."""
     raise NotImplementedError
 
@@ -92,3 +95,39 @@ class ModelConfig(Config, abstract=True):
       n * layer.mixing_flops_per_token(width, length, causal)
       for layer, width, n in self.layers_with_widths()
     )
+
+
+class Model(nnx.Module):
+  """Base of all models. Define `read` and a `head`; training needs `loss`, evaluation `scores`."""
+
+  head: Head
+
+  def read(self, batch: Batch, ctx: Context) -> Output:
+    """Return what the head reads, `[B, T, D]`, and the layers' auxiliary values."""
+    raise NotImplementedError
+
+  def targets(self, batch: Batch) -> Int[Array, 'B T']:
+    """The target of each position that `read` returns."""
+    return jnp.asarray(batch.targets_BT)
+
+  @property
+  def tied_VD(self) -> nnx.Param | None:
+    """The token table that a tied head shares."""
+    return None
+
+  def loss(
+    self, batch: Batch, ctx: Context = Context(), z_loss: float = 0.0, label_smoothing: float = 0.0
+  ) -> tuple[LossSums, dict[str, Array]]:
+    """Sums of the loss over a batch, and auxiliary values."""
+    out = self.read(batch, ctx)
+    sums = self.head.loss(
+      out.y, self.targets(batch), self.tied_VD, z_loss=z_loss, label_smoothing=label_smoothing
+    )
+    return sums, out.aux
+
+  def scores(
+    self, batch: Batch, ctx: Context = Context()
+  ) -> tuple[Float[Array, 'B T'], Bool[Array, 'B T']]:
+    """-log p(target) of every position in nats, fp32, and whether the target is an argmax; 0 and
+    False where there is no target."""
+    return self.head.scores(self.read(batch, ctx).y, self.targets(batch), self.tied_VD)

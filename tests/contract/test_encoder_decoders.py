@@ -64,7 +64,9 @@ def test_padding_and_order_of_a_batch_change_nothing(name):
 def test_outputs_depend_on_all_of_the_source_and_on_no_later_token(name):
   case = model(name)
   model_of = case.definition.merge
-  source_table = 'embedding' if case.definition.config.shared_embedding else 'source_embedding'
+  source_table = (
+    'embedder.input.table' if case.definition.config.shared_embedding else 'source_input.table'
+  )
 
   def influence(table, rows):
     """How much each id of `rows` bears on the outputs at the first ten positions; each id stands in
@@ -79,7 +81,7 @@ def test_outputs_depend_on_all_of_the_source_and_on_no_later_token(name):
     return np.abs(np.asarray(jax.jit(jax.grad(total))(case.params)[table]))[rows].sum(-1)
 
   tokens, source = jnp.arange(100, 120)[None], jnp.arange(200, 216)[None]
-  later = influence('embedding', np.arange(100, 120))
+  later = influence('embedder.input.table', np.arange(100, 120))
   assert np.all(later[:10] > 0)
   assert np.all(later[10:] == 0)
   assert np.all(influence(source_table, np.arange(200, 216)) > 0)

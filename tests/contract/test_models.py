@@ -82,8 +82,8 @@ def sequences_of(case):
   where_BT, length_B1 = jnp.arange(LENGTH)[None], length_B[:, None]
   return types.SimpleNamespace(
     inputs=tokens(case, LENGTH)
-    if config.features is None
-    else jax.random.normal(jax.random.key(3), (BATCH, LENGTH, config.features)),
+    if config.task.features is None
+    else jax.random.normal(jax.random.key(3), (BATCH, LENGTH, config.task.features)),
     targets_BT=jnp.where(where_BT == length_B1 - 1, label_B[:, None], -1),
     segments_BT=(where_BT < length_B1).astype(jnp.int32),
   )

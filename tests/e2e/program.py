@@ -19,7 +19,7 @@ SMALL = [
     '1',
     '--training.trackers',
     'none',
-    '--data.corpus',
+    '--data.source',
     'PydocTopics',
     '--data.sequence-length',
     '32',

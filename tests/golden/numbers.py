@@ -50,12 +50,12 @@ def definition_of(preset: str) -> Any:
 
 def reads(preset: str) -> dict[str, int | None]:
   """What goes in and out: sizes of vocabularies, None for what the model does not have."""
-  m = model_of(preset)
+  task = model_of(preset).task
   return {
-    'tokens': getattr(m, 'vocab_size', None),
-    'sources': getattr(m, 'source_vocab_size', None),
-    'features': getattr(m, 'features', None),
-    'classes': getattr(m, 'classes', None),
+    'tokens': task.vocab_size,
+    'sources': task.source_vocab_size,
+    'features': task.features,
+    'classes': task.classes,
   }
 
 

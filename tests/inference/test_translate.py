@@ -50,7 +50,7 @@ def model(name):
     for k, (n, p) in zip(keys, params.items(), strict=True)
   }
   return definition, params | {
-    'head_bias': params['head_bias'].at[END].add(4.0 if name == 'transformer' else 1.0)
+    'head.bias': params['head.bias'].at[END].add(4.0 if name == 'transformer' else 1.0)
   }
 
 

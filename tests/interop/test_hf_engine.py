@@ -122,7 +122,7 @@ def test_half_precision_files_become_float32(small, tmp_path, name, file_type):
 
 
 def test_numbers_too_large_for_the_type(tmp_path):
-  params = noisy(SMALL['tied']) | {'embedding': jnp.full((30, 16), 1e5)}
+  params = noisy(SMALL['tied']) | {'embedder.input.table': jnp.full((30, 16), 1e5)}
   with pytest.raises(InputError, match=r'float16.*model.embed_tokens.weight.*1e\+05'):
     save_hf(tmp_path / 'out', SMALL['tied'], params, dtype='float16')
   assert os.listdir(tmp_path) == []
@@ -238,12 +238,15 @@ def test_all_that_is_wrong_in_one_message(saved):
 
 def test_parameters_are_checked_before_anything_is_written(tmp_path):
   params = noisy(SMALL['llama'])
-  head = params.pop('head')
+  head = params.pop('head.kernel')
   with pytest.raises(
-    InputError, match=r'missing: head; unexpected: tail; of another shape: embedding is \[3, 3\]'
+    InputError,
+    match=r'missing: head.kernel; unexpected: tail; of another shape: embedder.input.table is \[3, 3\]',
   ):
     save_hf(
-      tmp_path / 'out', SMALL['llama'], params | {'tail': head, 'embedding': jnp.zeros((3, 3))}
+      tmp_path / 'out',
+      SMALL['llama'],
+      params | {'tail': head, 'embedder.input.table': jnp.zeros((3, 3))},
     )
   assert os.listdir(tmp_path) == []
 
@@ -382,7 +385,7 @@ def test_places_count_blocks_through_all_groups_of_a_stack():
 
   where = weights.places(
     {
-      'embedding': info(7, 2),
+      'embedder.input.table': info(7, 2),
       'stack.groups.0.0.a': info(2),
       'stack.groups.1.0.a': info(3, 2, stacked=True),
       'stack.groups.1.1.b': info(3, 4, stacked=True),
@@ -390,7 +393,7 @@ def test_places_count_blocks_through_all_groups_of_a_stack():
       'encoder.stack.groups.0.0.a': info(2, 2, stacked=True),
     }
   )
-  assert where['embedding'] == weights.Place('embedding', None, (7, 2))
+  assert where['embedder.input.table'] == weights.Place('embedder.input.table', None, (7, 2))
   assert [where[f'stack.{i}.a'].stored.split('.')[2] for i in (0, 1, 3, 5, 7)] == [
     '0',
     '1',

@@ -113,15 +113,17 @@ def test_matrices(model):
     for name, rank in (('decay', 8), ('rate', 8), ('gate', 16)):
       up = of_block(params, layer, 0, f'{name}.up')
       np.testing.assert_allclose(up @ up.T, 0.01 * np.eye(rank), atol=1e-6)
-  assert 0.99e-4 < np.abs(params['embedding']).max() <= 1e-4
-  np.testing.assert_allclose(params['head'] @ params['head'].T, 0.25 * V / D * np.eye(D), atol=1e-4)
+  assert 0.99e-4 < np.abs(params['embedder.input.table']).max() <= 1e-4
+  np.testing.assert_allclose(
+    params['head.kernel'] @ params['head.kernel'].T, 0.25 * V / D * np.eye(D), atol=1e-4
+  )
 
 
 def test_what_the_optimizer_is_told(model):
   """Decay on the matrices that the official code calls weights, twice the learning rate on w0."""
   for name, info in model[0].info.items():
     last = name.rpartition('.')[2]
-    matrix = last in ('wr', 'wk', 'wv', 'wo', 'embedding', 'head')
+    matrix = last in ('wr', 'wk', 'wv', 'wo', 'table') or name == 'head.kernel'
     assert info.decay == matrix, name
     assert info.lr_scale == (2.0 if name.endswith('decay.bias') else 1.0), name
     assert info.full_precision == name.endswith('decay.bias'), name

@@ -160,9 +160,9 @@ def test_embedding_and_head():
       rwkv4(8, 1).head_init,
     )
   params = define(model).init(jax.random.key(0))
-  assert 0.99e-4 < np.abs(params['embedding']).max() <= 1e-4
+  assert 0.99e-4 < np.abs(params['embedder.input.table']).max() <= 1e-4
   np.testing.assert_allclose(
-    params['head'] @ params['head'].T, 0.25 * 70 / 32 * np.eye(32), atol=1e-5
+    params['head.kernel'] @ params['head.kernel'].T, 0.25 * 70 / 32 * np.eye(32), atol=1e-5
   )
 
 

@@ -91,12 +91,12 @@ def test_the_decoder():
     return x * special.ndtr(x)
 
   model = definition.merge(params)
-  z = np.asarray(model.stack(model.embedding[...][batch.inputs], Context()).y)[:, -1]
+  z = np.asarray(model.stack(model.embedder.input(batch.inputs), Context()).y)[:, -1]
   place = np.arange(T)[:, None] * 10000.0 ** (-np.arange(0, D, 2) / D)
   y = z[:, None] + np.stack([np.sin(place), np.cos(place)], axis=-1).reshape(1, T, D)
   for i in (1, 2):
-    y = gelu(norm(y, f'norm_{i}') @ p[f'w_{i}'] + p[f'b_{i}'])
-  want = norm(y, 'norm_3') @ p['head'] + p['head_bias']
+    y = gelu(norm(y, f'norm_{i}') @ p[f'dense_{i}.kernel'] + p[f'dense_{i}.bias'])
+  want = norm(y, 'norm_3') @ p['head.kernel'] + p['head.bias']
   np.testing.assert_allclose(model(batch), want, rtol=2e-5, atol=2e-5)
 
 

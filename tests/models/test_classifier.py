@@ -13,13 +13,8 @@ from jaxformer.layers.mlp import Mlp
 from jaxformer.layers.norm import LayerNorm
 from jaxformer.layers.position import Alibi, LearnedPositions
 from jaxformer.models.block import Block, PreNorm
-from jaxformer.models.classifier import (
-  Classifier,
-  LastPooling,
-  LinearInput,
-  MeanPooling,
-  TokenInput,
-)
+from jaxformer.models.classifier import Classifier, LastPooling, MeanPooling
+from jaxformer.models.embedder import LinearInput, TokenInput
 from jaxformer.models.params import define
 from jaxformer.models.stack import Group
 from jaxformer.planning.cost import cost

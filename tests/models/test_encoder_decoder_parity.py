@@ -73,7 +73,7 @@ def test_rnnsearch():
     return (1 - z) * s + z * np.tanh(x @ w[:, 2] + (r * s) @ u[:, 2] + extra[2])
 
   def reference(p, source, target):
-    xs, n = p['source_embedding'][source], 6
+    xs, n = p['source_input.table'][source], 6
     forward, backward, layer = [np.zeros(n)], [np.zeros(n)], 'encoder.groups.0.0.branches.0.layer'
     for x in xs:
       forward.append(gru(p[f'{layer}.forward.w'], p[f'{layer}.forward.u'], x, forward[-1]))
@@ -82,11 +82,11 @@ def test_rnnsearch():
     m = np.concatenate([np.array(forward[1:]), np.array(backward[1:])[::-1]], axis=1)
     d = {k.removeprefix('decoder.groups.0.0.branches.0.layer.'): v for k, v in p.items()}
     s, logits = np.tanh(backward[-1] @ d['w_start']), []
-    for y in p['embedding'][target]:
+    for y in p['embedder.input.table'][target]:
       a = softmax(np.array([d['v'] @ np.tanh(s @ d['w_query'] + m_j @ d['w_key']) for m_j in m]))
       c = a @ m
       t = s @ d['out_state'] + y @ d['out_input'] + c @ d['out_context']  # with the state before
-      logits.append(np.maximum(t[0::2], t[1::2]) @ p['head'])
+      logits.append(np.maximum(t[0::2], t[1::2]) @ p['head.kernel'])
       s = gru(d['w'], d['u'], y, s, np.einsum('C,CGH->GH', c, d['w_context']))
     return np.array(logits)
 
@@ -137,7 +137,7 @@ def test_gnmt(layers):
 
   def reference(p, source, target):
     zero = (np.zeros(n), np.zeros(n))
-    xs, bottom = p['source_embedding'][source], 'encoder.groups.0.0.branches.0.layer'
+    xs, bottom = p['source_input.table'][source], 'encoder.groups.0.0.branches.0.layer'
     forward, _ = run(p, f'{bottom}.forward', xs, zero)
     backward, last = run(p, f'{bottom}.backward', xs[::-1], zero)
     # of the layer in both directions the backward state is handed over
@@ -156,7 +156,7 @@ def test_gnmt(layers):
     memory, logits, attention = x, [], 'decoder.groups.0.0.branches.0.layer'
     both = np.concatenate([p[f'{attention}.w'], p[f'{attention}.w_context']])
     bottom_params = {'l.w': both, 'l.u': p[f'{attention}.u'], 'l.b': p[f'{attention}.b']}
-    for y in p['embedding'][target]:
+    for y in p['embedder.input.table'][target]:
       q = states[0][0] @ p[f'{attention}.w_query']
       c = (
         softmax(
@@ -172,7 +172,7 @@ def test_gnmt(layers):
       for r in range(layers - 2):
         states[2 + r] = lstm(stacked(p, 'decoder', r), 'l', np.concatenate([x, c]), states[2 + r])
         x = x + states[2 + r][0]
-      logits.append(x @ p['head'] + p['head_bias'])
+      logits.append(x @ p['head.kernel'] + p['head.bias'])
     return np.array(logits)
 
   agree(
@@ -200,13 +200,13 @@ def test_seq2seq_lstm_and_luong(score):
   n = 6
 
   def reference(p, source, target):
-    x, y = p['source_embedding'][source[::-1]], p['embedding'][target]
+    x, y = p['source_input.table'][source[::-1]], p['embedder.input.table'][target]
     for r in range(2):
       x, last = run(of_layer(p, 'encoder', r), 'l', x, (np.zeros(n), np.zeros(n)))
       y, _ = run(of_layer(p, 'decoder', r), 'l', y, last)
     if score is not None:
       y = np.array([attended(p, 'decoder.groups.1.0.branches.0.layer', x, h) for h in y])
-    return y @ p['head'] + p['head_bias']
+    return y @ p['head.kernel'] + p['head.bias']
 
   plain = seq2seq_lstm(n, 2, **SIZES, layer=Lstm.Config(), embedding_init=N, head_init=N)
   agree(
@@ -222,7 +222,7 @@ def test_luong_with_input_feeding(score, layers):
   n, layer = 6, 'decoder.groups.0.0.branches.0.layer'
 
   def reference(p, source, target):
-    memory, states, logits, attentional = p['source_embedding'][source[::-1]], [], [], np.zeros(n)
+    memory, states, logits, attentional = p['source_input.table'][source[::-1]], [], [], np.zeros(n)
     for r in range(layers):
       one = (
         {f'l.{k}': p[f'encoder.groups.0.0.branches.0.layer.{k}'] for k in 'wub'}
@@ -231,13 +231,13 @@ def test_luong_with_input_feeding(score, layers):
       )
       memory, last = run(one, 'l', memory, (np.zeros(n), np.zeros(n)))
       states.append(last)
-    for word in p['embedding'][target]:
+    for word in p['embedder.input.table'][target]:
       x = np.concatenate([word, attentional])
       for r in range(layers):
         states[r] = lstm(p, f'{layer}.lstms.{r}', x, states[r])
         x = states[r][0]
       attentional = attended(p, f'{layer}.attention', memory, x)
-      logits.append(attentional @ p['head'] + p['head_bias'])
+      logits.append(attentional @ p['head.kernel'] + p['head.bias'])
     return np.array(logits)
 
   agree(luong(n, layers, SCORES[score], **SIZES), reference)

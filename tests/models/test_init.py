@@ -26,7 +26,7 @@ def pieces(params, ending):
 
 @pytest.mark.quick
 @pytest.mark.parametrize(
-  'ending', ['.q.kernel', '.k.kernel', '.v.kernel', '.up.kernel', 'embedding']
+  'ending', ['.q.kernel', '.k.kernel', '.v.kernel', '.up.kernel', 'embedder.input.table']
 )
 def test_gpt2_weights(gpt2, ending):
   for p in pieces(gpt2, ending):
@@ -48,7 +48,7 @@ def test_gpt2_residual_projections(gpt2, ending):
 
 @pytest.mark.quick
 def test_gpt2_positions_offsets_and_norms(gpt2):
-  (table,) = pieces(gpt2, 'positions.table')
+  (table,) = pieces(gpt2, 'embedder.positions.table')
   assert abs(table.std() - 0.01) < 0.01 * 5 / math.sqrt(2 * table.size)
   for ending, value in (
     *((f'.{name}.bias', 0) for name in ('q', 'k', 'v', 'out', 'up', 'down')),

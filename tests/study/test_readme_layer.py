@@ -108,7 +108,7 @@ SMALL = (
 
 @thorough
 def test_it_is_trained_and_compared(folder, capsys):
-  data = ['--data.corpus', 'PydocTopics', '--data.sequence-length', '32']
+  data = ['--data.source', 'PydocTopics', '--data.sequence-length', '32']
   assert (
     main(
       [

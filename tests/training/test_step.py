@@ -58,7 +58,7 @@ def test_the_gradient_is_that_of_the_mean_over_counted_targets():
   sums, _, grads = jax.jit(lambda p: loss_and_grads(DEFINITION, StepConfig(), p, batch(0), key))(
     params
   )
-  name, direction = 'embedding', jax.random.normal(jax.random.key(2), (264, 32))
+  name, direction = 'embedder.input.table', jax.random.normal(jax.random.key(2), (264, 32))
 
   @jax.jit
   def mean(t):
@@ -115,7 +115,7 @@ def test_numbers_that_are_not_finite_are_flagged():
     lambda s: train_step(DEFINITION, OPTIMIZER, StepConfig(), s, batch(0))[1]['finite']
   )
   assert step(state)
-  bad = {**params, 'embedding': params['embedding'].at[3, 4].set(jnp.inf)}
+  bad = {**params, 'embedder.input.table': params['embedder.input.table'].at[3, 4].set(jnp.inf)}
   assert not step(dataclasses.replace(state, params=bad))
 
 

@@ -11,6 +11,7 @@ from jaxformer.config import InputError
 from jaxformer.data import (
   AssociativeRecall,
   Compression,
+  DataConfig,
   Digits,
   InductionHead,
   ListOps,
@@ -18,13 +19,13 @@ from jaxformer.data import (
   MultiQueryRecall,
   PydocTopics,
   SelectiveCopying,
-  Text,
   mad_suite,
   open_data,
 )
 from jaxformer.layers.mamba import Mamba
 from jaxformer.models.autoencoder import autoencoder
-from jaxformer.models.classifier import LinearInput, MeanPooling, TokenInput
+from jaxformer.models.classifier import MeanPooling
+from jaxformer.models.embedder import LinearInput, TokenInput
 from jaxformer.models.params import define
 from jaxformer.models.zoo.gpt import gpt
 from jaxformer.models.zoo.mamba import mamba
@@ -194,7 +195,7 @@ def test_the_command_line_on_a_classifier(digits, monkeypatch, capsys):
     ('generate digits --prompt x', 'a Classifier trained on Digits'),
     ('convert digits out', 'a Classifier trained on Digits'),
     ('eval digits --by-position', 'one class a sequence'),
-    ('eval digits --data Text', 'without a tokenizer'),
+    ('eval digits --data DataConfig', 'without a tokenizer'),
     (
       'eval digits --data ListOps',
       'data = ListOps: the task is "tokens -> one class per sequence", but Classifier is a model for "1 features',
@@ -210,7 +211,7 @@ def test_the_command_line_on_a_classifier(digits, monkeypatch, capsys):
   [
     (
       model(),
-      Text(corpus=PydocTopics(), sequence_length=32),
+      DataConfig(source=PydocTopics(), sequence_length=32),
       'Classifier is a model for "tokens -> one class.* use a LanguageModel',
     ),
     (model(), InductionHead(), r'use a LanguageModel or use data that fit the model \(ListOps\)'),
@@ -294,5 +295,5 @@ def test_an_autoencoder_is_given_its_task():
     == Compression()
   )
   assert isinstance(
-    default_experiment(gpt(32, 1, 2, context_length=64, vocab_size=16), 'x').data, Text
+    default_experiment(gpt(32, 1, 2, context_length=64, vocab_size=16), 'x').data, DataConfig
   )

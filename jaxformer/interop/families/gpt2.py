@@ -93,8 +93,8 @@ def rules(config: LanguageModel.Config) -> list[Rule]:
     'stack.{layer}.branches.1',
   )
   return [
-    same('embedding', 'transformer.wte.weight'),
-    same('positions.table', 'transformer.wpe.weight'),
+    same('embedder.input.table', 'transformer.wte.weight'),
+    same('embedder.positions.table', 'transformer.wpe.weight'),
     same(f'{attention}.norm.scale', f'{layer}.ln_1.weight'),
     same(f'{attention}.norm.bias', f'{layer}.ln_1.bias'),
     Rule(
@@ -115,7 +115,7 @@ def rules(config: LanguageModel.Config) -> list[Rule]:
     same(f'{mlp}.layer.down.bias', f'{layer}.mlp.c_proj.bias'),
     same('final_norm.scale', 'transformer.ln_f.weight'),
     same('final_norm.bias', 'transformer.ln_f.bias'),
-    linear('head', 'lm_head.weight'),
+    linear('head.kernel', 'lm_head.weight'),
   ]
 
 

@@ -162,7 +162,7 @@ def rules(config: LanguageModel.Config) -> list[Rule]:
     if r.theirs.startswith(mamba.THEIRS)
   ]
   return [
-    same('embedding', 'model.embed_tokens.weight'),
+    same('embedder.input.table', 'model.embed_tokens.weight'),
     same(f'{mixer}.norm.scale', f'{layer}.input_layernorm.weight'),
     *(linear(f'{mixer}.layer.{p}.kernel', f'{layer}.self_attn.{p}_proj.weight') for p in 'qkv'),
     linear(f'{mixer}.layer.out.kernel', f'{layer}.self_attn.o_proj.weight'),
@@ -186,7 +186,7 @@ def rules(config: LanguageModel.Config) -> list[Rule]:
       for p in ('gate', 'up', 'down')
     ),
     same('final_norm.scale', 'model.final_layernorm.weight'),
-    linear('head', 'lm_head.weight'),
+    linear('head.kernel', 'lm_head.weight'),
   ]
 
 

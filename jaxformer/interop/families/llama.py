@@ -165,13 +165,13 @@ def rules(config: LanguageModel.Config) -> list[Rule]:
     *((f'{mlp}.layer.{p}', f'{layer}.mlp.{p}_proj') for p in ('gate', 'up', 'down')),
   ]
   return [
-    same('embedding', 'model.embed_tokens.weight'),
+    same('embedder.input.table', 'model.embed_tokens.weight'),
     same(f'{attention}.norm.scale', f'{layer}.input_layernorm.weight'),
     *(linear(f'{ours}.kernel', f'{theirs}.weight') for ours, theirs in projections),
     *(same(f'{ours}.bias', f'{theirs}.bias') for ours, theirs in projections),
     same(f'{mlp}.norm.scale', f'{layer}.post_attention_layernorm.weight'),
     same('final_norm.scale', 'model.norm.weight'),
-    linear('head', 'lm_head.weight'),
+    linear('head.kernel', 'lm_head.weight'),
   ]
 
 

@@ -119,14 +119,14 @@ OURS, THEIRS = 'stack.{layer}.branches.0.layer', 'backbone.layers.{layer}.mixer'
 def outer_rules() -> list[Rule]:
   """What is around the layers, and what Mamba and Mamba-2 layers share."""
   return [
-    same('embedding', 'backbone.embeddings.weight'),
+    same('embedder.input.table', 'backbone.embeddings.weight'),
     same('stack.{layer}.branches.0.norm.scale', 'backbone.layers.{layer}.norm.weight'),
     same(f'{OURS}.A_log', f'{THEIRS}.A_log'),
     same(f'{OURS}.D', f'{THEIRS}.D'),
     linear(f'{OURS}.w_out', f'{THEIRS}.out_proj.weight'),
     same(f'{OURS}.b_out', f'{THEIRS}.out_proj.bias'),
     same('final_norm.scale', 'backbone.norm_f.weight'),
-    linear('head', 'lm_head.weight'),
+    linear('head.kernel', 'lm_head.weight'),
   ]
 
 

@@ -101,8 +101,8 @@ def write(config: EncoderDecoder.Config) -> dict[str, Any]:
 
 def rules(config: EncoderDecoder.Config) -> list[Rule]:
   found = [
-    same('embedding', 'model.shared.weight'),
-    Rule(('head_bias',), 'final_logits_bias', (NewAxis(0),)),
+    same('embedder.input.table', 'model.shared.weight'),
+    Rule(('head.bias',), 'final_logits_bias', (NewAxis(0),)),
   ]
   for stack, names in (
     ('encoder', ('self_attn', '')),

@@ -66,7 +66,7 @@ def rules(config: LanguageModel.Config) -> list[Rule]:
   )
   time, channels = 'stack.{layer}.branches.0', 'stack.{layer}.branches.1'
   norms = {
-    'embedding_norm': 'rwkv.blocks.0.pre_ln',
+    'embedder.norm': 'rwkv.blocks.0.pre_ln',
     f'{time}.norm': f'{block}.ln1',
     f'{channels}.norm': f'{block}.ln2',
     'final_norm': 'rwkv.ln_out',
@@ -77,7 +77,7 @@ def rules(config: LanguageModel.Config) -> list[Rule]:
     (f'{channels}.layer', ffn, z) for z in 'rkv'
   ]
   return [
-    same('embedding', 'rwkv.embeddings.weight'),
+    same('embedder.input.table', 'rwkv.embeddings.weight'),
     *(
       same(f'{ours}.{a}', f'{theirs}.{b}')
       for ours, theirs in norms.items()
@@ -90,7 +90,7 @@ def rules(config: LanguageModel.Config) -> list[Rule]:
     *(linear(f'{ours}.w{z}', f'{theirs}.{words[z]}.weight') for ours, theirs, z in matrices),
     same(f'{time}.layer.decay', f'{att}.time_decay'),
     same(f'{time}.layer.bonus', f'{att}.time_first'),
-    linear('head', 'head.weight'),
+    linear('head.kernel', 'head.weight'),
   ]
 
 

@@ -10,7 +10,8 @@ from jaxformer.layers.layer import LayerConfig
 from jaxformer.layers.norm import LayerNorm
 from jaxformer.layers.s4d import S4D
 from jaxformer.models.block import Block, PreNorm
-from jaxformer.models.classifier import Classifier, InputConfig, LinearInput, TokenInput
+from jaxformer.models.classifier import Classifier
+from jaxformer.models.embedder import InputConfig, LinearInput, TokenInput
 from jaxformer.models.stack import Group
 from jaxformer.models.zoo.preset import preset
 

@@ -1,0 +1,90 @@
+"""Models that predict the next token: on whole sequences, and token by token from a state."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from jaxformer.layers.layer import Context, Output, State, positions_BT, starts_BT
+from jaxformer.models.embedder import Embedder
+from jaxformer.models.model import Model
+from jaxformer.models.stack import Stack
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DecoderState:
+  """State of decoding.
+
+  Attributes:
+    stack: the states of the decoder's layers, with what they keep of a source.
+    position_B: the position of the next token of each row in its document.
+  """
+
+  stack: tuple[State, ...]
+  position_B: Int[Array, ' B']
+
+
+class Autoregressive(Model):
+  """Base of the models with a decoder: embedder, stack, norm and head.
+
+  Token ids are not checked inside a compiled program: an id outside the vocabulary reads the
+  nearest row. The data pipeline and `generate` check before."""
+
+  config: Any
+  embedder: Embedder
+  final_norm: nnx.Module | None
+
+  @property
+  def decoding_stack(self) -> Stack:
+    """The stack that reads the tokens and keeps the state."""
+    raise NotImplementedError
+
+  @property
+  def tied_VD(self) -> nnx.Param | None:
+    return self.embedder.input.table if self.head.kernel is None else None
+
+  def logits(self, y: Float[Array, '*B D']) -> Float[Array, '*B V']:
+    """Apply the head alone: fp32 logits of hidden vectors."""
+    return self.head(y, self.tied_VD)
+
+  def step(self, token_B: Int[Array, ' B'], ctx: Context, state: DecoderState) -> Output:
+    """Logits after one more token, `[B, V]` in fp32."""
+    x = self.embedder(token_B, state.position_B, self._embedder_ctx(ctx))
+    out = self.decoding_stack(x, ctx, state.stack, one_token=True)
+    return dataclasses.replace(
+      out, y=self.logits(self._normed(out.y)), state=DecoderState(out.state, state.position_B + 1)
+    )
+
+  def _decode(
+    self,
+    tokens_BT: Int[Array, 'B T'],
+    ctx: Context,
+    state: DecoderState | None,
+    initial: tuple[State, ...] | None = None,
+  ) -> Output:
+    """What the head reads, `[B, T, D]`; with a state, the sequence continues from it. `initial` are
+    states of the stack to start from where none is to be returned."""
+    starts = starts_BT(ctx.segments_BT, *tokens_BT.shape)
+    positions = positions_BT(starts, None if state is None else state.position_B)
+    x = self.embedder(tokens_BT, positions, self._embedder_ctx(ctx))
+    if initial is not None:
+      ctx = ctx.replace(fresh=True)
+    out = self.decoding_stack(x, ctx, initial if state is None else state.stack)
+    after = None if state is None else DecoderState(out.state, positions[:, -1] + 1)
+    return dataclasses.replace(out, y=self._normed(out.y), state=after)
+
+  def _embedder_ctx(self, ctx: Context) -> Context:
+    """Dropout of the embedder has a key beside those of the stacks' groups."""
+    return ctx.fold(max(len(groups) for groups in self.config.stacks))
+
+  def _normed(self, y: Array) -> Array:
+    return y if self.final_norm is None else self.final_norm(y)
+
+  def _start(self, stack: tuple[State, ...], batch: int) -> DecoderState:
+    return DecoderState(stack, jnp.zeros((batch,), jnp.int32))

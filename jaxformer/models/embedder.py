@@ -1,0 +1,143 @@
+"""From what a model reads to what its stack reads: token tables, features, positions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from jaxformer.config import Config
+from jaxformer.layers.dense import Dense
+from jaxformer.layers.init import FanInUniform, Init, Normal
+from jaxformer.layers.layer import Context, LayerPosition, dropout
+from jaxformer.layers.norm import NormConfig
+from jaxformer.models.model import ModelConfig
+from jaxformer.sharding import param, shard
+from jaxformer.task_type import TaskType
+
+
+class InputConfig(Config, abstract=True):
+  """Base of what a model reads at each position."""
+
+  @property
+  def task(self) -> TaskType:
+    """The inputs, as a task type."""
+    raise NotImplementedError
+
+  def build(self, width: int, rngs: nnx.Rngs) -> nnx.Module:
+    """Make a module from `Batch.inputs` to vectors, `[B, T, D]`."""
+    raise NotImplementedError
+
+
+class TokenInput(nnx.Module):
+  """A table with one vector per token. An id outside the vocabulary reads the nearest row."""
+
+  class Config(InputConfig):
+    vocab_size: int
+    init: Init = Normal(std=1.0)
+
+    def validate(self):
+      self.require(self.vocab_size > 0, 'vocab_size', 'positive')
+
+    @property
+    def task(self) -> TaskType:
+      return TaskType(vocab_size=self.vocab_size)
+
+    def build(self, width: int, rngs: nnx.Rngs) -> TokenInput:
+      # of a few tokens, as those of tasks to classify: not sharded
+      return TokenInput(self.vocab_size, width, self.init, rngs, axis=None)
+
+  def __init__(
+    self,
+    vocab_size: int,
+    width: int,
+    init: Init,
+    rngs: nnx.Rngs,
+    *,
+    axis: str | None = 'vocab',
+    tied: bool = False,
+  ):
+    values = init(rngs.params(), (vocab_size, width), vocab_size, LayerPosition())
+    self.table = param(values, (axis, 'embed'), matmul=tied)
+
+  def __call__(self, tokens: Int[Array, '*B']) -> Float[Array, '*B D']:
+    return jnp.take(self.table[...], tokens, axis=0, mode='clip')
+
+
+class LinearInput(Dense):
+  """`features` numbers per position (pixels, audio samples), under a linear map with a bias."""
+
+  class Config(InputConfig):
+    features: int
+    init: Init = FanInUniform()
+
+    def validate(self):
+      self.require(self.features > 0, 'features', 'positive')
+
+    @property
+    def task(self) -> TaskType:
+      return TaskType(inputs='features', features=self.features)
+
+    def build(self, width: int, rngs: nnx.Rngs) -> LinearInput:
+      return LinearInput(
+        self.init,
+        (self.features, width),
+        (None, 'embed'),
+        rngs=rngs,
+        position=LayerPosition(),
+        bias=self.init,
+      )
+
+  def __call__(self, x: Float[Array, 'B T F']) -> Float[Array, 'B T D']:
+    return super().__call__(jnp.asarray(x).astype(self.dtype))
+
+
+class Embedder(nnx.Module):
+  """dropout(norm(scale input(x) + positions)).
+
+  Args:
+    input: from inputs to vectors.
+    config: of the model; gives the positions.
+    norm: None for none (RWKV's ln0).
+    scale: factor on the vectors; None for 1.
+    dropout: rate.
+  """
+
+  def __init__(
+    self,
+    input: nnx.Module,
+    config: ModelConfig,
+    rngs: nnx.Rngs,
+    *,
+    norm: NormConfig | None = None,
+    scale: float | None = None,
+    dropout: float = 0.0,
+  ):
+    self.input: Any = input
+    self.positions = (
+      None
+      if config.positions is None
+      else config.positions.build(config.width, config.context_length, rngs)
+    )
+    self.norm = None if norm is None else norm.build(config.width)
+    self.scale, self.dropout = scale, dropout
+
+  def __call__(
+    self,
+    inputs: Array,
+    positions: Int[Array, '*B'],
+    ctx: Context = Context(),
+    input: nnx.Module | None = None,
+  ) -> Float[Array, '*B D']:
+    """Vectors of tokens or features at these positions; `input` replaces the module's own."""
+    x = (input or self.input)(inputs)
+    if self.scale is not None:
+      x = x * self.scale
+    if self.positions is not None:
+      x = x + self.positions(positions).astype(x.dtype)
+    if self.norm is not None:
+      x = self.norm(x)
+    x = dropout(x, self.dropout, ctx)
+    return shard(x, 'batch', *('time',) * (x.ndim - 2), 'embed')
