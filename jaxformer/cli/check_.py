@@ -1,8 +1,8 @@
-"""Checks a layer of yours against the contract of layers: one verdict a line, and what is wrong.
+"""Check your own layer against the contract of layers, and print one verdict per line.
 
 FILE:NAME names a layer's config in a Python file, as in my_layer.py:MyMixer.Config; the examples of
-its class are checked too. Exit code 1 where something does not hold. To have sharding checked on a
-machine with one device, give the process several:
+its class are checked too. The exit code is 1 if a check fails. To check sharding on a machine with
+one device, simulate several:
 XLA_FLAGS=--xla_force_host_platform_device_count=8."""
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def run(args: argparse.Namespace, overrides: Overrides) -> int:
 
   from jaxformer import config
   from jaxformer.layers.layer import LayerConfig
-  from jaxformer.testing.contract import check_layer, checked_examples
+  from jaxformer.testing import check_layer, checked_examples
 
   layer = object_in_file(args.target)
   if not isinstance(layer, LayerConfig):
@@ -50,5 +50,5 @@ def run(args: argparse.Namespace, overrides: Overrides) -> int:
     print(json.dumps([{'layer': config.to_json(e)} | v.to_json() for e, v in found], indent=2))
   failed = sum(not v.passed for _, v in found)
   if not args.json:
-    print(f'{failed} of {len(found)} checks fail' if failed else 'the contract holds')
+    print(f'{failed} of {len(found)} checks fail' if failed else 'all checks pass')
   return 1 if failed else 0

@@ -1,9 +1,9 @@
-"""The contract of layers (`layers/layer.py`) as checks of one layer: what holds, and what is wrong
-where it does not."""
+"""Checks of one layer against the contract of layers (`layers/layer.py`)."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -19,14 +19,14 @@ from jaxformer.models.params import Definition, define
 from jaxformer.sharding import MeshConfig, batch_sharding, make_mesh, use_mesh
 
 WIDTH, BATCH, LENGTH = 32, 8, 20  # longer than what operations treat as a short decode
-# Checks cut sequences at few places, so that they share the programs of their parts.
+# Few lengths, so that checks share compiled programs.
 PREFILLS = 0, 1, 17, LENGTH
-# tolerances, relative to the largest magnitude of what is compared
+# relative tolerances, of the largest magnitude of what is compared
 OUTPUTS, GRADIENTS, LOW = 1e-5, 1e-4, 0.05
 
 
 class Alone(Config):
-  """A layer by itself, as something that `define` can take."""
+  """A single layer as a model, for `define`."""
 
   layer: LayerConfig
   width: int = WIDTH
@@ -39,12 +39,12 @@ class Alone(Config):
 
 
 class Case:
-  """A layer or a model with parameters, and its calls jitted once."""
+  """A layer or a model with parameters and jitted calls."""
 
   def __init__(self, config: Any):
     self.definition: Definition = define(config)
     params = self.definition.init(jax.random.key(0))
-    # Away from the initial values: a parameter that starts at zero hides what it multiplies.
+    # Moved away from initialization: a parameter that starts at zero hides what it multiplies.
     keys = jax.random.split(jax.random.key(1), max(1, len(params)))
     self.initial = params
     self.params = {
@@ -58,25 +58,25 @@ class Case:
 
   @property
   def layer(self) -> LayerConfig:
-    """Of a layer by itself."""
+    """Config of a single layer."""
     config: Any = self.definition.config
     return config.layer
 
   def whole(
     self, params: Any, x: Any, ctx: Context = Context(), state: Any = None
   ) -> tuple[Any, Any]:
-    """Outputs and state of a whole sequence."""
+    """Return outputs and state of a sequence."""
     model: Any = self.definition.merge(params)
     return _pair(model(x, self.given(x, ctx), state))
 
   def given(self, x: Any, ctx: Context) -> Context:
-    """The context with what the layer reads of earlier layers: values that follow from the same
-    position's input alone."""
+    """Return the context with what the layer reads of earlier layers: values that depend on the
+    input at the same position only."""
     config = self.definition.config
     reads = config.layer.reads(config.width) if isinstance(config, Alone) else {}
     if self.memory_width is not None:
       ctx = ctx.replace(memory=self.memory(x.shape[0]))
-    # Scanned unless a test asks otherwise: half of what there is to compile.
+    # Scanned unless a test requires unrolling: half as much to compile.
     return ctx.replace(
       shared={n: jnp.sin(2 * x[..., jnp.arange(c) % x.shape[-1]]) for n, c in reads.items()},
       unroll=bool(ctx.unroll),
@@ -84,13 +84,12 @@ class Case:
 
   @property
   def memory_width(self) -> int | None:
-    """Of the output of an encoder, for a layer by itself that reads one."""
+    """Width of the encoder output that a single layer reads; None if it reads none."""
     config = self.definition.config
     return config.layer.memory_width(config.width) if isinstance(config, Alone) else None
 
   def memory(self, batch: int) -> Memory:
-    """What a layer that reads an encoder's output finds: sources of LENGTH, LENGTH - 2, ...
-    tokens."""
+    """Return an encoder's output for sources of LENGTH, LENGTH - 2, ... tokens."""
     y = jax.random.normal(jax.random.key(4), (BATCH, LENGTH, self.memory_width or 0))[:batch]
     return Memory(y, jnp.arange(LENGTH)[None] < LENGTH - 2 * jnp.arange(batch)[:, None])
 
@@ -103,8 +102,8 @@ class Case:
   def differentiated(
     self, params: Any, x: Any, ctx: Context = Context(), state: Any = None
   ) -> tuple[Any, Any]:
-    """(a scalar that all outputs and the last state bear on, (outputs, last state)), and its
-    gradients with respect to parameters, inputs and state."""
+    """Return ((a scalar that depends on all outputs and the final state, (outputs, final state)),
+    its gradients with respect to parameters, inputs and state)."""
 
     def score(params, x, state):
       y, after = self.whole(params, x, ctx, state)
@@ -115,7 +114,7 @@ class Case:
     value, gradients = jax.value_and_grad(score, argnums=(0, 1, 2), has_aux=True, allow_int=True)(
       params, x, state
     )
-    # of counters and masks
+    # counters and masks have no gradient
     return value, jax.tree.map(lambda g: None if g.dtype == jax.dtypes.float0 else g, gradients)
 
 
@@ -124,7 +123,7 @@ def inputs(dtype: Any = jnp.float32) -> Any:
 
 
 def segments(*lengths: int) -> Any:
-  """Documents of these lengths in every row."""
+  """Return the segment ids of documents of these lengths, in every row."""
   return jnp.broadcast_to(
     jnp.asarray(np.repeat(np.arange(len(lengths)), lengths))[None], (BATCH, sum(lengths))
   )
@@ -139,73 +138,65 @@ def _pair(out: Output) -> tuple[Any, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-  """Of one check. `wrong` says what does not hold; None where all does. `skipped` says why there
-  was nothing to check."""
+  """Result of one check.
+
+  Attributes:
+    check: what should hold.
+    wrong: how it is violated; None if it holds.
+    skipped: why it was not checked; None if it was.
+  """
 
   check: str
   wrong: str | None = None
   skipped: str | None = None
-
-  @property
-  def passed(self) -> bool:
-    return self.wrong is None
 
   def to_json(self) -> dict[str, Any]:
     word = 'fails' if self.wrong else 'skipped' if self.skipped else 'holds'
     return {'check': self.check, 'verdict': word, 'wrong': self.wrong}
 
   @property
+  def passed(self) -> bool:
+    return self.wrong is None
+
+  @property
   def line(self) -> str:
-    word = 'FAILS' if self.wrong else 'skipped' if self.skipped else 'holds'
-    return f'{word:8} {self.check}' + (
-      f': {self.wrong or self.skipped}' if self.wrong or self.skipped else ''
-    )
+    """The result as a line of text."""
+    word, reason = self.to_json()['verdict'], self.wrong or self.skipped
+    word = word.upper() if self.wrong else word
+    return f'{word:8} {self.check}' + (f': {reason}' if reason else '')
 
 
 class Broken(AssertionError):
-  """What is wrong."""
-
-
-class _Skipped(Exception):
-  """Why there is nothing to check."""
+  """A violation of the contract."""
 
 
 def check_layer(layer: LayerConfig) -> Iterator[Verdict]:
-  """One verdict a check, as they come. What the layer raises is a verdict too; one that cannot be
-  built ends the checks."""
-  first = 'builds, and gives outputs like its inputs'
-  try:
-    case = Case(Alone(layer=layer))
-    shape(case)
-    yield Verdict(first)
-  except Exception as e:
-    yield Verdict(first, str(e) if isinstance(e, Broken) else _said(e))
-    return
+  """Yield the result of each check. Exceptions of the layer's own are violations too; a layer that
+  cannot be built ends the checks."""
+  case: Any = None
   for name, check in CHECKS.items():
     try:
-      check(case)
-      yield Verdict(name)
-    except Broken as e:
-      yield Verdict(name, str(e))
-    except _Skipped as e:
-      yield Verdict(name, skipped=str(e))
-    except Exception as e:  # the layer's own
-      yield Verdict(name, _said(e))
+      case = Case(Alone(layer=layer)) if case is None else case
+      yield Verdict(name, skipped=check(case))
+    except Exception as e:
+      yield Verdict(name, str(e) if isinstance(e, Broken) else _first_line(e))
+      if check is shape:
+        return
 
 
-def _said(e: Exception) -> str:
+def _first_line(e: Exception) -> str:
   lines = str(e).strip().splitlines()
   return f'{type(e).__name__}: {lines[0][:300]}' if lines else type(e).__name__
 
 
 def close(a: Any, b: Any, rtol: float, what: str = '') -> None:
-  """Equal up to `rtol` of the largest magnitude of b, leaf by leaf. Raises `Broken`."""
+  """Raise `Broken` unless each leaf of a is within `rtol` of the largest magnitude of b's leaf."""
   if jax.tree.structure(a) != jax.tree.structure(b):
-    raise Broken(f'{what}: one is {jax.tree.structure(a)}, the other {jax.tree.structure(b)}')
+    raise Broken(f'{what}: structures {jax.tree.structure(a)} and {jax.tree.structure(b)}')
   for (path, x), y in zip(jax.tree.leaves_with_path(a), jax.tree.leaves(b), strict=True):
     x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
     if x.shape != y.shape:
-      raise Broken(f'{what}{jax.tree_util.keystr(path)} has the shape {x.shape}, not {y.shape}')
+      raise Broken(f'{what}{jax.tree_util.keystr(path)} has shape {x.shape}, not {y.shape}')
     scale, gap = max(np.abs(y).max(initial=0.0), 1e-3), np.abs(x - y)
     if not np.all(gap <= rtol * scale):
       where = [
@@ -221,25 +212,32 @@ def close(a: Any, b: Any, rtol: float, what: str = '') -> None:
 
 
 def shape(case: Case) -> None:
-  """Outputs are like inputs."""
+  """Outputs have the shape and dtype of inputs."""
   x, model = inputs(), case.definition
   out = jax.eval_shape(
     lambda p, x: model.merge(p)(x, case.given(x, Context()), None), case.params, x
   )
   if not isinstance(out, Output):
-    raise Broken(f'it returns {type(out).__name__}, not Output')
+    raise Broken(f'the layer returns {type(out).__name__}, not Output')
   if (out.y.shape, out.y.dtype) != (x.shape, x.dtype):
     raise Broken(f'inputs {x.dtype}{x.shape} give outputs {out.y.dtype}{out.y.shape}')
 
 
-def _decodes(case: Case) -> None:
-  if not case.layer.decodes:
-    raise _Skipped('the config says that the layer does not decode')
+def decoding(check: Callable[[Case], None]) -> Callable[[Case], str | None]:
+  """Make a check that is skipped for layers that do not decode."""
+
+  @functools.wraps(check)
+  def checked(case: Case) -> str | None:
+    if not case.layer.decodes:
+      return 'the config declares that the layer does not decode'
+    return check(case)
+
+  return checked
 
 
+@decoding
 def causal(case: Case) -> None:
-  """No output depends on a later input, and each on its own: by the gradient."""
-  _decodes(case)
+  """No output depends on a later input, and each depends on its own, by the gradient."""
   # [T, B, T, D]
   sums = jax.jit(
     jax.jacrev(lambda x: jnp.sum(jnp.sin(case.whole(case.params, x)[0]), axis=(0, 2)))
@@ -257,21 +255,16 @@ def causal(case: Case) -> None:
     )
 
 
-def prefill_and_steps(case: Case, prefill: int) -> None:
-  """A whole sequence equals its first `prefill` tokens at once and the others one by one."""
-  _decodes(case)
-  continued(case, inputs(), prefill)
-
-
 def continued(case: Case, x: Any, prefill: int) -> None:
-  """The same, of inputs `[B, T, ...]` of a layer or the tokens of a model."""
+  """A sequence equals its first `prefill` tokens in one call and the others step by step, for
+  inputs `[B, T, ...]` of a layer or the tokens of a model."""
   length = x.shape[1]
   whole, final = case.call(case.params, x, Context(), case.init_state(BATCH, length))
   close(
     case.call(case.params, x)[0],
     whole,
     OUTPUTS,
-    'what comes without a state, against with one: the output ',
+    'a call without a state against one with: the output ',
   )
   state, ys = case.init_state(BATCH, length), []
   if prefill:
@@ -280,19 +273,21 @@ def continued(case: Case, x: Any, prefill: int) -> None:
   for t in range(prefill, length):
     y, state = case.step(case.params, x[:, t], state)
     ys.append(y[:, None])
-  how = f'prefill of {prefill} and {length - prefill} steps against the whole sequence: the '
+  how = f'prefill of {prefill} and {length - prefill} steps against the full sequence: the '
   close(jnp.concatenate(ys, axis=1), whole, OUTPUTS, f'{how}output ')
   close(state, final, OUTPUTS, f'{how}final state ')
 
 
+@decoding
 def every_prefill(case: Case) -> None:
+  """A sequence equals a prefill and steps."""
   for prefill in PREFILLS:
-    prefill_and_steps(case, prefill)
+    continued(case, inputs(), prefill)
 
 
+@decoding
 def two_parts(case: Case) -> None:
-  """A sequence with several documents equals its parts, wherever it is cut."""
-  _decodes(case)
+  """A sequence with several documents gives the same in two parts, wherever it is split."""
   x, ctx = inputs(), Context(segments_BT=segments(2, 13, 5))
   assert ctx.segments_BT is not None
   whole, final = case.call(case.params, x, ctx, case.init_state(BATCH, LENGTH))
@@ -300,8 +295,8 @@ def two_parts(case: Case) -> None:
     parts = [Context(segments_BT=s) for s in (ctx.segments_BT[:, :cut], ctx.segments_BT[:, cut:])]
     first, state = case.call(case.params, x[:, :cut], parts[0], case.init_state(BATCH, LENGTH))
     second, state = case.call(case.params, x[:, cut:], parts[1], state)
-    close(jnp.concatenate([first, second], axis=1), whole, OUTPUTS, f'cut at {cut}: the output ')
-    close(state, final, OUTPUTS, f'cut at {cut}: the final state ')
+    close(jnp.concatenate([first, second], axis=1), whole, OUTPUTS, f'split at {cut}: the output ')
+    close(state, final, OUTPUTS, f'split at {cut}: the final state ')
 
 
 def packed(case: Case) -> None:
@@ -315,25 +310,25 @@ def packed(case: Case) -> None:
       together[:, begin:end],
       case.call(case.params, x[:, begin:end], Context(), first)[0],
       OUTPUTS,
-      f'the document at positions {begin} to {end - 1}, packed against alone: the output ',
+      f'the document at positions {begin} to {end - 1}, packed against separate: the output ',
     )
     begin = end
 
 
+@decoding
 def declared(case: Case) -> None:
-  """The state is of the size that the config says, and a call leaves its shapes as they are."""
-  _decodes(case)
+  """The state has the declared size, and a call preserves its shapes."""
   before = jax.eval_shape(lambda: case.init_state(1, LENGTH))
   numbers = sum(
     leaf.size for leaf in jax.tree.leaves(before) if jnp.issubdtype(leaf.dtype, jnp.floating)
   )
   said = case.layer.state_size(WIDTH, LENGTH)
   if numbers != said:
-    raise Broken(f'state_size says {said:,} numbers, and init_state gives {numbers:,}')
+    raise Broken(f'state_size declares {said:,} numbers, but init_state returns {numbers:,}')
   x = jax.ShapeDtypeStruct((1, 4, WIDTH), jnp.float32)
   after = jax.eval_shape(case.whole, case.params, x, Context(), before)[1]
   if after != before:
-    raise Broken(f'a call turns a state of {_shapes(before)} into {_shapes(after)}')
+    raise Broken(f'a call turns the state {_shapes(before)} into {_shapes(after)}')
 
 
 def _shapes(tree: Any) -> str:
@@ -341,7 +336,7 @@ def _shapes(tree: Any) -> str:
 
 
 def bfloat16(case: Case) -> None:
-  """In bfloat16 outputs are near those of float32, and gradients finite."""
+  """Outputs in bfloat16 are close to those in float32, and gradients are finite."""
   x, low = inputs(), case.definition.cast(case.params, jnp.bfloat16)
   y = case.call(low, x.astype(jnp.bfloat16))[0]
   if y.dtype != jnp.bfloat16:
@@ -352,11 +347,11 @@ def bfloat16(case: Case) -> None:
       raise Broken(f'the gradient of {name} is not finite in bfloat16')
 
 
-def sharded(case: Case) -> None:
-  """Divided over all devices in every way at once, loss and gradients are those of one device."""
+def sharded(case: Case) -> str | None:
+  """Sharded over all mesh axes at once, loss and gradients equal those on one device."""
   count = jax.device_count()
   if count not in (2, 4, 8):
-    raise _Skipped(f'{count} device{"s" if count > 1 else ""} here; 2, 4 or 8 are needed')
+    return f'needs 2, 4 or 8 devices; there {"are" if count > 1 else "is"} {count}'
   mesh = {
     2: MeshConfig(fsdp=1, tensor=2),
     4: MeshConfig(fsdp=2, tensor=2),
@@ -375,28 +370,31 @@ def sharded(case: Case) -> None:
     GRADIENTS,
     f'on {count} devices against one: loss and gradients ',
   )
+  return None
 
 
 def survives_json(case: Case) -> None:
-  """The config is the same after JSON."""
+  """The config survives a round trip through JSON."""
   if configs.from_json(configs.to_json(case.layer)) != case.layer:
-    raise Broken('the config read back from its JSON is another')
+    raise Broken('the config read back from its JSON differs')
 
 
-CHECKS: dict[str, Callable[[Case], None]] = {
+CHECKS: dict[str, Callable[[Case], str | None]] = {
+  'builds, with outputs like inputs': shape,
   'no output depends on a later input': causal,
-  'the whole sequence equals a prefill and steps': every_prefill,
-  'a sequence cut anywhere gives the same': two_parts,
+  'a sequence equals a prefill and steps': every_prefill,
+  'a sequence split anywhere gives the same': two_parts,
   'packed documents equal separate ones': packed,
-  'the state is of the size that the config declares': declared,
-  'bfloat16 gives near outputs and finite gradients': bfloat16,
+  'the state has the declared size': declared,
+  'bfloat16 is close to float32, with finite gradients': bfloat16,
   'sharded equals unsharded': sharded,
   'the config survives JSON': survives_json,
 }
+"""What should hold -> its check, which raises `Broken` or returns why it was skipped."""
 
 
 def checked_examples(layer: LayerConfig) -> tuple[LayerConfig, ...]:
-  """The layer, and what its class names as examples of its settings."""
+  """Return the layer and the examples of its class."""
   try:
     examples = type(layer).examples()
   except (InputError, TypeError):  # a config with fields that have no defaults

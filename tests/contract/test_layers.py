@@ -70,7 +70,7 @@ def test_fast_form_equals_naive_on_a_cache(name):
 @decoding
 @pytest.mark.parametrize('prefill', contract.PREFILLS)
 def test_sequence_equals_prefill_and_steps(name, prefill):
-  contract.prefill_and_steps(layer(name), prefill)
+  contract.continued(layer(name), contract.inputs(), prefill)
 
 
 @decoding

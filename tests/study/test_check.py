@@ -23,14 +23,14 @@ WRONG = {  # what is changed in the tutorial's layer -> checks that fail -> what
     ('jnp.where(begins_B[:, None], 0.0, h_BD)', 'h_BD'),
     {
       'packed documents equal separate ones': 'the document at positions 1 to 1, packed against '
-      'alone'
+      'separate'
     },
   ),
   'Declares': (
     ('return width', 'return 2 * width'),
     {
-      'the state is of the size that the config declares': 'state_size says 64 numbers, and '
-      'init_state gives 32'
+      'the state has the declared size': 'state_size declares 64 numbers, but '
+      'init_state returns 32'
     },
   ),
   'Steps': (
@@ -40,8 +40,8 @@ WRONG = {  # what is changed in the tutorial's layer -> checks that fail -> what
       '    return Output(out.y + 0.5 * out.y, out.state)\n\n  def __call__',
     ),
     {
-      'the whole sequence equals a prefill and steps': 'prefill of 0 and 20 steps against the '
-      'whole sequence: the output'
+      'a sequence equals a prefill and steps': 'prefill of 0 and 20 steps against the '
+      'full sequence: the output'
     },
   ),
 }
@@ -71,7 +71,7 @@ def test_one_that_keeps_the_contract(layer, capsys):
   assert main(['check', layer('Kept')]) == 0
   lines = capsys.readouterr().out.splitlines()
   assert lines[0] == 'Kept'
-  assert lines[-1] == 'the contract holds'
+  assert lines[-1] == 'all checks pass'
   assert len(lines) == 11
   # sharding too: the tests have 8 devices
   assert all(line.startswith('  holds    ') for line in lines[1:-1])
@@ -93,7 +93,7 @@ def test_one_that_cannot_be_run(layer, capsys):
   assert main(['check', layer('Fails', 'B, T, D = x_BTD.shape', 'B, T = x_BTD.shape')]) == 1
   out = capsys.readouterr().out
   assert (
-    'FAILS    builds, and gives outputs like its inputs: ValueError: too many values to unpack'
+    'FAILS    builds, with outputs like inputs: ValueError: too many values to unpack'
     in out
   )
   assert '1 of 1 checks fail' in out

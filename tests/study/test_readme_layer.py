@@ -32,14 +32,14 @@ WRONG = {
     '  def __call__',
     '  def step(self, x_BD, ctx, state):\n    out = self(x_BD[:, None], ctx, 0.9 * state)\n'
     '    return Output(out.y[:, 0], out.state)\n\n  def __call__',
-    'the whole sequence equals a prefill and steps',
-    'prefill of 0 and 20 steps against the whole sequence: the output differs by up to',
+    'a sequence equals a prefill and steps',
+    'prefill of 0 and 20 steps against the full sequence: the output differs by up to',
   ),
   'documents': (
     'starts_BT(ctx.segments_BT, B, T)',
     'starts_BT(None, B, T)',
     'packed documents equal separate ones',
-    'the document at positions 1 to 1, packed against alone: the output differs by up to',
+    'the document at positions 1 to 1, packed against separate: the output differs by up to',
   ),
 }
 
@@ -56,7 +56,7 @@ def folder(tmp_path, monkeypatch):
 @pytest.mark.quick
 def test_it_is_short():
   assert len(LAYER.splitlines()) <= 65
-  assert max(map(len, LAYER.splitlines())) <= 100
+  assert max(map(len, LAYER.splitlines())) <= 132
 
 
 def test_it_keeps_the_contract(folder, capsys):

@@ -101,7 +101,7 @@ def test_what_cannot_be_made_is_said():
     r'',
   ):
     solve('llama3', 'state_bytes', 3, **SMALL)
-  with pytest.raises(InputError, match='has no state_bytes, so none can be made equal'):
+  with pytest.raises(InputError, match='have no state_bytes'):
     solve(around(GatedMlp.Config(hidden=8)), 'state_bytes', 1e4, **SMALL)
   with pytest.raises(InputError, match='did you mean mamba'):
     solve('mambo', 'params', 1e6, **SMALL)
