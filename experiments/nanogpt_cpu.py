@@ -5,7 +5,7 @@ Question: does a GPT trained here learn as nanoGPT's does, under its own recipe 
 1.88 (an estimate from 20 batches); its recipe run again in PyTorch gave 1.92 over the whole
 validation split.
 
-    jaxformer train experiments/nanogpt_cpu.py --data.source.path tinyshakespeare.txt
+    jaxformer train experiments/nanogpt_cpu.py --data.corpus.path tinyshakespeare.txt
 
 The text is Karpathy's tinyshakespeare.txt, 1,115,394 characters, of which the last tenth validates.
 4 layers, 4 heads, width 128, context 64, no offsets, batches of 12 random windows, 2,000 steps.
@@ -15,7 +15,7 @@ Result: 1.9077 nats a character over the whole validation split after 2,000 step
   1,000 (jax 0.10.2, seed 1337).
 """
 
-from jaxformer.data import ByPosition, Characters, DataConfig, Files, RandomWindows
+from jaxformer.data import ByPosition, Characters, Files, RandomWindows, Text
 from jaxformer.layers.attention import Attention
 from jaxformer.layers.init import Normal, ResidualNormal
 from jaxformer.layers.mlp import Mlp
@@ -45,8 +45,8 @@ experiment = Experiment(
     final_norm=norm,
     stack=(Group(pattern=(block,), repeats=LAYERS),),
   ),
-  data=DataConfig(
-    source=Files(path='tinyshakespeare.txt'),
+  data=Text(
+    corpus=Files(path='tinyshakespeare.txt'),
     tokenizer=Characters(),
     sequence_length=CONTEXT,
     split=ByPosition(fraction=0.1),

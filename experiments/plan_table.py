@@ -35,7 +35,7 @@ from typing import Any
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 
-from jaxformer.data import DataConfig, DatasetConfig, Pairs, Tsv
+from jaxformer.data import DatasetConfig, Pairs, Text, Tsv
 from jaxformer.models.encoder_decoder import EncoderDecoder
 from jaxformer.models.zoo import PRESETS
 from jaxformer.planning.collectives import Traffic
@@ -107,7 +107,7 @@ CASES = (
 
 def experiment(case: Case) -> Experiment:
   model = PRESETS[case.preset].model
-  data: DatasetConfig = DataConfig(sequence_length=case.length)
+  data: DatasetConfig = Text(sequence_length=case.length)
   if isinstance(model, EncoderDecoder.Config):  # the file is never opened
     data = Pairs(
       corpus=Tsv(path='pairs.tsv'), source_lengths=(case.length,), target_lengths=(case.length,)

@@ -236,7 +236,7 @@ def code_records(data: Any) -> list[dict[str, str]]:
 # ---- values and their types --------------------------------------------------------------------
 
 
-class Text(str):
+class CommandLineText(str):
   """A value as typed on the command line: decoded by the type of the field that it is for."""
 
 
@@ -299,7 +299,7 @@ def _decode_text(text: str, hint: Any, where: str) -> Any:
       return _json(text, where)
     if text.lower() == 'none' and config_bases(args[0]):
       return []
-    return [Text(t) for t in text.split(',') if t]
+    return [CommandLineText(t) for t in text.split(',') if t]
   if _is_config(hint):
     return _json(text, where) if text.lstrip().startswith('{') else {'type': text}
   if hint is type(None):
@@ -324,8 +324,8 @@ def decode(value: Any, hint: Any, where: str) -> Any:
     return value
   if len(union_options(hint)) > 1:
     return _decode_union(value, hint, where)
-  shown = str(value) if isinstance(value, Text) else value
-  if isinstance(value, Text):
+  shown = str(value) if isinstance(value, CommandLineText) else value
+  if isinstance(value, CommandLineText):
     value = _decode_text(str(value), hint, where)
     shown = value if isinstance(value, int | float) else shown
   wrong = InputError(where, shown, _describe(hint))
@@ -358,10 +358,12 @@ def decode(value: Any, hint: Any, where: str) -> Any:
 
 def _decode_union(value: Any, hint: Any, where: str) -> Any:
   args = union_options(hint)
-  if isinstance(value, Text) and value.lower() in ('none', 'null') and type(None) in args:
+  if (
+    isinstance(value, CommandLineText) and value.lower() in ('none', 'null') and type(None) in args
+  ):
     return None
   # Text accepts anything, so it is tried last.
-  options = sorted(args, key=lambda o: o is str and isinstance(value, Text))
+  options = sorted(args, key=lambda o: o is str and isinstance(value, CommandLineText))
   kept: InputError | None = None
   for option in options:
     try:
@@ -369,9 +371,9 @@ def _decode_union(value: Any, hint: Any, where: str) -> Any:
     except InputError as e:
       # Of several mismatches the one from inside a matching config says most.
       inside = isinstance(value, Mapping | Config) and _is_config(option)
-      only = isinstance(value, Text) and len(options) == 2 and option is not type(None)
+      only = isinstance(value, CommandLineText) and len(options) == 2 and option is not type(None)
       kept = e if inside or only else kept
-  shown = str(value) if isinstance(value, Text) else value
+  shown = str(value) if isinstance(value, CommandLineText) else value
   raise kept or InputError(where, getattr(shown, 'tag', shown), _describe(hint))
 
 

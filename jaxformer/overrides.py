@@ -12,9 +12,9 @@ from jaxformer.config import (
   NOTHING,
   PACKAGE,
   C,
+  CommandLineText,
   Config,
   InputError,
-  Text,
   config_bases,
   decode,
   field_default,
@@ -127,7 +127,9 @@ def override(config: C, assignments: Iterable[tuple[str, str]], root: str = '') 
   for an assignment that another one would overwrite.
   """
   whole = _Draft.of(config)
-  given = [(path, _parts(path, config, root), Text(value)) for path, value in assignments]
+  given = [
+    (path, _parts(path, config, root), CommandLineText(value)) for path, value in assignments
+  ]
   taken: dict[tuple[int, Any], tuple[str, str]] = {}
   fields = []
   for path, parts, value in sorted(given, key=lambda g: len(g[1])):

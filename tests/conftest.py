@@ -38,10 +38,10 @@ install_import_hook(
   [
     'jaxformer.ops',
     'jaxformer.data.dataset',
-    'jaxformer.data.pipeline',
+    'jaxformer.data.text',
     'jaxformer.data.pairs',
-    'jaxformer.data.pair_cache',
-    'jaxformer.data.order',
+    'jaxformer.data.cache',
+    'jaxformer.data.shuffle',
     'jaxformer.data.tasks',
     'jaxformer.inference.sampling',
     'jaxformer.training.schedule',

@@ -62,7 +62,7 @@ def test_train_and_generate(tmp_path, monkeypatch):
     ('training.batch_size', '8'),
     ('training.eval_batches', '1'),
     ('training.trackers', 'none'),
-    ('data.source', 'PydocTopics'),
+    ('data.corpus', 'PydocTopics'),
     ('data.sequence_length', '32'),
     ('run.name', 'first'),
   )

@@ -46,9 +46,9 @@ import gallery
 import numpy as np
 from gallery import signed
 
-from jaxformer.data import DataConfig, order
+from jaxformer.data import Text
 from jaxformer.data.dataset import Batch
-from jaxformer.data.tasks.task import GeneratedTask, Side, labelled, random_bits
+from jaxformer.data.tasks.task import GeneratedTask, Side, labelled
 from jaxformer.layers.attention import Attention
 from jaxformer.layers.mlp import ActivationName, GatedMlp, Mlp
 from jaxformer.layers.position import Rotary
@@ -120,7 +120,7 @@ def study(args) -> Study:
       FixedModel(name=n, model_config=transformer(f)) for n, f in layers(WIDTH).items()
     ),
     target=define(transformer(layers(WIDTH)[NONE])).size,
-    tasks=(DataConfig(sequence_length=LENGTH),),
+    tasks=(Text(sequence_length=LENGTH),),
     tokens=int(150_000 * args.scale),
     batch_size=4,
     learning_rates=(3e-3, 1e-2),
@@ -149,7 +149,7 @@ class SameSign(GeneratedTask):
     return TaskType(inputs='features', predicts='class', features=2, classes=2)
 
   def rows(self, side: Side, index_N: np.ndarray) -> Batch:
-    bits = random_bits(order.key(self.seed, self.tag, side), index_N, 2)
+    bits = self.random_bits(side, index_N, 2)
     x_N2 = 2 * (bits >> np.uint64(40)).astype(np.float32) / 2**24 - 1
     return labelled(x_N2[:, None], (x_N2[:, 0] * x_N2[:, 1] > 0).astype(np.int64))
 

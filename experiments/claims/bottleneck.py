@@ -10,7 +10,7 @@ RNNsearch (Bahdanau et al. 2014), GNMT (Wu et al. 2016) and the Transformer (Vas
 with equal numbers of parameters (within 2 %), the same grid of learning rates tried with a seed of
 its own, and the same pairs in the same order for equal seeds. Two halves:
 
-- translation: English verses of the King James Bible to Spanish (`jaxformer data kjv-es`), byte
+- translation: English verses of the King James Bible to Spanish (`bible_pairs.py`), byte
   pairs learned on both sides;
 - copying: random letters, to be written again. Here all that the decoder must know is in the
   source, and nothing can be guessed, so that what the one vector does not hold is missing from the
@@ -76,13 +76,13 @@ from typing import Any
 
 import jax
 import numpy as np
+from bible_pairs import prepare
 from gallery import Picture, Result, arguments, publish, signed, to_the_end
 
 from jaxformer.cli.common import note
 from jaxformer.config import InputError
-from jaxformer.data import BytePairs, Dataset, Pairs, PairTask, Tsv, open_data, order
-from jaxformer.data.sword import prepare
-from jaxformer.data.tasks.task import Side, below, random_bits
+from jaxformer.data import BytePairs, Dataset, Pairs, PairTask, Tsv, open_data
+from jaxformer.data.tasks.task import Side, integers
 from jaxformer.evaluation import evaluate_translation, loss_by_source_length
 from jaxformer.inference import translate
 from jaxformer.models.params import Definition, define
@@ -130,10 +130,10 @@ class Copying(PairTask):
     return self.most + 1
 
   def texts(self, side: Side, index_N: np.ndarray) -> list[tuple[str, str]]:
-    bits = random_bits(order.key(self.seed, self.tag, side), index_N, 1 + self.most)
+    bits = self.random_bits(side, index_N, 1 + self.most)
     counts, letters = (
-      self.fewest + below(self.most - self.fewest + 1, bits[:, 0]),
-      below(len(LETTERS), bits[:, 1:]),
+      self.fewest + integers(self.most - self.fewest + 1, bits[:, 0]),
+      integers(len(LETTERS), bits[:, 1:]),
     )
     rows, last = np.arange(len(counts)), counts - 1
     sums = np.where(np.arange(self.most) < counts[:, None], letters, 0).sum(axis=1) % len(LETTERS)

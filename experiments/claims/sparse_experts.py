@@ -40,7 +40,7 @@ import gallery
 import mixers
 from mixers import INIT, outcomes
 
-from jaxformer.data import DataConfig
+from jaxformer.data import Text
 from jaxformer.layers.moe import Moe
 from jaxformer.layers.position import Rotary
 from jaxformer.models.language_model import LanguageModel
@@ -118,7 +118,7 @@ def study(scale: float, runs: str) -> Study:
     ),
     match='active_params',
     target=float(define(DENSE).active_size),
-    tasks=(DataConfig(sequence_length=LENGTH),),
+    tasks=(Text(sequence_length=LENGTH),),
     tokens=updates * BATCH * LENGTH,
     batch_size=BATCH,
     learning_rates=RATES,

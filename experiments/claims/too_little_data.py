@@ -48,7 +48,7 @@ os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 
 from gallery import Picture, Result, Verdict, arguments, publish, signed, to_the_end
 
-from jaxformer.data import ByPosition, DataConfig, Files, StandardLibrary
+from jaxformer.data import ByPosition, Files, StandardLibrary, Text
 from jaxformer.data.splits import content_hash
 from jaxformer.models.params import define
 from jaxformer.planning.cost import flops_per_token
@@ -109,16 +109,16 @@ class Setting:
     return estimate([getattr(run, of) for run in self.runs[size].values()])
 
 
-def texts(characters: int, runs: str) -> DataConfig:
+def texts(characters: int, runs: str) -> Text:
   """So many characters of pieces to train on, and then the text that is held out, as one file under
   the runs."""
   # an order that chance decides, once for all
-  files = sorted(StandardLibrary().documents(), key=lambda d: content_hash(d.text))
-  held_out = ''.join(d.text for d in files[: round(HELD_OUT * len(files))])
+  files = sorted((row.texts[0] for row in StandardLibrary().rows()), key=content_hash)
+  held_out = ''.join(files[: round(HELD_OUT * len(files))])
   rest = [
-    d.text[i : i + PIECE]
-    for d in files[round(HELD_OUT * len(files)) :]
-    for i in range(0, len(d.text), PIECE)
+    text[i : i + PIECE]
+    for text in files[round(HELD_OUT * len(files)) :]
+    for i in range(0, len(text), PIECE)
   ]
   train = ''.join(sorted(rest, key=content_hash))[:characters]
   file = pathlib.Path(runs) / 'too-little-data' / f'texts-{characters}.txt'
@@ -127,10 +127,10 @@ def texts(characters: int, runs: str) -> DataConfig:
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_bytes(content)
   split = ByPosition(fraction=len(held_out) / (len(train) + len(held_out)))
-  return DataConfig(source=Files(path=str(file)), sequence_length=LENGTH, split=split)
+  return Text(corpus=Files(path=str(file)), sequence_length=LENGTH, split=split)
 
 
-def study(target: float, tokens: int, data: DataConfig, runs: str) -> Study:
+def study(target: float, tokens: int, data: Text, runs: str) -> Study:
   return Study(
     name='too-little-data',
     entries=(ScaledFamily(family='llama2', name='transformer'),),
@@ -173,7 +173,7 @@ def settings(scale: float, runs: str, interrupt: Interrupt) -> list[Setting]:
   ]
   params, costs = [define(m).size for m in models], [flops_per_token(m, LENGTH) for m in models]
 
-  def setting(name: str, data: DataConfig, tokens: tuple[int, int]) -> Setting:
+  def setting(name: str, data: Text, tokens: tuple[int, int]) -> Setting:
     studies = [study(size, n, data, runs) for size, n in zip(sizes, tokens, strict=True)]
     (small, small_runs), (large, large_runs) = (trained(s, interrupt) for s in studies)
     read = [s.steps(data) * BATCH * LENGTH for s in studies]

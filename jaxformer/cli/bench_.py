@@ -118,11 +118,12 @@ def training(experiment: Any, steps: int) -> dict[str, Any]:
   import jax
   import numpy as np
 
-  from jaxformer.data import Batch, DataConfig, open_data
+  from jaxformer.data import Batch, open_data
   from jaxformer.models.params import define
   from jaxformer.planning.cost import flops_per_token
   from jaxformer.planning.hardware import chip
   from jaxformer.sharding import batch_sharding, make_mesh, use_mesh
+  from jaxformer.task_type import LANGUAGE_MODELING
   from jaxformer.training.optimizer import Optimizer
   from jaxformer.training.setup import check
   from jaxformer.training.step import compiled_train_step, init_state, step_config
@@ -131,7 +132,7 @@ def training(experiment: Any, steps: int) -> dict[str, Any]:
   e, t = experiment, experiment.training
   definition, mesh, rules = define(e.model), make_mesh(e.mesh), e.mesh.rules
   optimizer = Optimizer.of(e.optimizer, e.schedule, t.steps, definition)
-  if isinstance(e.data, DataConfig):
+  if e.data.has_text and e.data.task == LANGUAGE_MODELING:
     shape = t.batch_size, e.data.sequence_length + 1
     tokens = np.random.default_rng(0).integers(0, e.model.vocab_size, shape).astype(np.int32)
     first: Any = Batch(tokens[:, :-1], tokens[:, 1:], None)

@@ -171,7 +171,7 @@ def load_trained(run: str, tokenizer: bool = True) -> Trained:
   with a `tokenizer.json`, or a file of RWKV weights with a `tokenizer.json` beside it. `tokenizer`
   False does without the tokenizer."""
   import jaxformer.models.zoo  # noqa: F401  (registers the configs that a saved experiment names)
-  from jaxformer.data import DataConfig, Pairs, PairTask, load_tokenizer
+  from jaxformer.data import load_tokenizer
   from jaxformer.models.params import define
   from jaxformer.training.checkpoint import load_params
   from jaxformer.training.folder import fetched
@@ -190,7 +190,7 @@ def load_trained(run: str, tokenizer: bool = True) -> Trained:
   definition = define(experiment.model)
   params, found = load_params(f'{path}{at}', definition)
   text = None
-  if tokenizer and isinstance(experiment.data, DataConfig | Pairs | PairTask):
+  if tokenizer and experiment.data.has_text:
     with fetched(path / 'tokenizer') as folder:
       text = load_tokenizer(folder)
   return Trained(path.name, experiment, definition, params, text, found)
@@ -233,7 +233,7 @@ def translates(trained: Trained) -> bool:
 def source_tokenizer(trained: Trained) -> Any:
   """The tokenizer of an encoder-decoder's sources: of two it is the `source` of that of its
   targets."""
-  return getattr(trained.tokenizer, 'source', trained.tokenizer)
+  return trained.tokenizer.source
 
 
 def source_ids(trained: Trained, text: str) -> list[int]:

@@ -2,7 +2,7 @@
 
 RUN is a run folder (which may be gs://BUCKET/FOLDER) or a name in runs/, with @STEP for an older
 checkpoint, or a folder of Hugging Face weights with its tokenizer.json. The text is the validation
-split of the run's own data, or what --data... overrides say: --data.source Files --data.source.path
+split of the run's own data, or what --data... overrides say: --data.corpus Files --data.corpus.path
 other.txt. Bits per byte do not depend on the tokenizer. A model trained on a task is scored on its
 test sequences, one trained on pairs of texts by the bytes of the translations."""
 
@@ -38,7 +38,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, overrides: Overrides) -> None:
-  from jaxformer.data import DataConfig, Pairs, TextDataset, open_data
+  from jaxformer.data import Text, open_data
   from jaxformer.evaluation import evaluate, loss_by_position
   from jaxformer.training.experiment import Experiment, check_fit
 
@@ -59,10 +59,10 @@ def run(args: argparse.Namespace, overrides: Overrides) -> None:
       )
   length = min(trained.definition.config.context_length, 1024)
   experiment = trained.experiment or Experiment(
-    model=trained.definition.config, data=DataConfig(sequence_length=length)
+    model=trained.definition.config, data=Text(sequence_length=length)
   )
   data = override(experiment, overrides).data
-  if trained.tokenizer is None and isinstance(data, DataConfig | Pairs):
+  if trained.tokenizer is None and data.has_text:
     raise InputError(
       f'{args.run_name}: was trained on {experiment.data.tag}, without a tokenizer; it cannot be '
       'scored on text'
@@ -81,19 +81,16 @@ def run(args: argparse.Namespace, overrides: Overrides) -> None:
   value: dict[str, Any] = {
     'run': trained.name,
     'step': trained.step,
-    'source': data.tag,
+    'source': data.title,
     'loss': r.loss,
     'targets': r.count,
   }
-  if isinstance(dataset, TextDataset):
+  if baselines := dataset.baselines():
     value |= {
-      'source': dataset.text.source.tag,
       'bits_per_byte': r.bits_per_byte,
       'perplexity': r.perplexity,
       'bytes': r.bytes,
-      'unigram_bits_per_byte': dataset.unigram_bits_per_byte(),
-      'bigram_bits_per_byte': dataset.bigram_bits_per_byte(),
-    }
+    } | baselines
   elif r.bytes is not None:
     value |= {
       'bits_per_byte': r.bits_per_byte,
@@ -113,7 +110,7 @@ def run(args: argparse.Namespace, overrides: Overrides) -> None:
     ).loss_T.tolist()
 
   def lines() -> list[str]:
-    head = f'{trained.name} at step {trained.step}, {data.held_out}: {r.count:,} targets'
+    head = f'{trained.name} at step {trained.step}, {data.validation_name}: {r.count:,} targets'
     if r.bytes is None:
       out = [head, f'  {r.accuracy:.2%} right, {r.loss:.4f} nats a target']
     elif dataset.source_vocab_size is not None:

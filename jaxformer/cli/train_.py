@@ -3,7 +3,7 @@
 Everything about the run is in runs/NAME, or in a bucket with --run.dir gs://BUCKET/FOLDER. The same
 command goes on where the run stopped. Any field of the experiment can be given as an override:
 --model.width 256 --training.steps 1000 --optimizer Lion --optimizer.learning-rate 1e-4 --mesh.fsdp
-4 --data.source Files --data.source.path my.txt --data.split ByPosition --run.name mine. A name that
+4 --data.corpus Files --data.corpus.path my.txt --data.split ByPosition --run.name mine. A name that
 is no field where it stands is looked for below: --model.heads 8 sets the heads of every attention
 layer. `--show` says what there is.
 
@@ -199,9 +199,7 @@ def translator(experiment: Any, dataset: Any) -> Callable[[Any, int], str]:
 def report(args: argparse.Namespace, result: Any, dataset: Any) -> None:
   """What came of it: the last sample, and the score beside what counting bytes would give; of a
   task the accuracy."""
-  from jaxformer.data import TextDataset
-
-  if not isinstance(dataset, TextDataset):
+  if not (baselines := dataset.baselines()):
     value = {'run': str(result.folder), 'step': result.step, 'metrics': result.metrics}
     accuracy, source = result.metrics.get('eval/accuracy'), result.metrics.get('eval/source')
     loss = result.metrics.get('eval/loss')
@@ -219,15 +217,8 @@ def report(args: argparse.Namespace, result: Any, dataset: Any) -> None:
       lambda: [f'{source}: {score}', f'run folder: {result.folder}'],
     )
     return
-  unigram, bigram = dataset.unigram_bits_per_byte(), dataset.bigram_bits_per_byte()
   samples = result.folder / 'samples.txt'
-  value = {
-    'run': str(result.folder),
-    'step': result.step,
-    'metrics': result.metrics,
-    'unigram_bits_per_byte': unigram,
-    'bigram_bits_per_byte': bigram,
-  }
+  value = {'run': str(result.folder), 'step': result.step, 'metrics': result.metrics} | baselines
 
   def lines() -> list[str]:
     trained = result.metrics.get('eval/bits_per_byte')
@@ -241,8 +232,8 @@ def report(args: argparse.Namespace, result: Any, dataset: Any) -> None:
       f'  {trained:.3f}  this model after {result.step} steps'
       if trained is not None
       else '  not evaluated',
-      f'  {bigram:.3f}  bigram model of bytes',
-      f'  {unigram:.3f}  unigram model of bytes',
+      f'  {baselines["bigram_bits_per_byte"]:.3f}  bigram model of bytes',
+      f'  {baselines["unigram_bits_per_byte"]:.3f}  unigram model of bytes',
       f'run folder: {result.folder}',
     ]
 

@@ -1,26 +1,27 @@
-"""What models are trained on: text (sources, tokenizers, a cache on disk), pairs of texts, and
-tasks, in batches that resume exactly.
+"""What models are trained on: text, pairs of texts, and tasks, in batches that resume exactly.
 
-Start with `dataset.py`: `open_data(DataConfig(...))` or `open_data(Digits())` gives a `Dataset`.
+Start with `dataset.py`: `open_data(Text(...))` or `open_data(Digits())` gives a `Dataset`.
 """
 
-from jaxformer.data.dataset import Dataset, DatasetConfig, HeldOutPair, TrainBatches, open_data
-from jaxformer.data.pair_tokenizer import PairTokenizer, source_of
-from jaxformer.data.pairs import PairDataset, Pairs
-from jaxformer.data.parallel import JsonLines, Pair, PairCorpus, Parquet, Tsv, TwoFiles
-from jaxformer.data.pipeline import DataConfig, Packed, Packing, RandomWindows, Stream, TextDataset
-from jaxformer.data.readers import Document
-from jaxformer.data.sources import (
+from jaxformer.data.cache import training_texts
+from jaxformer.data.cache_folder import cache_dir
+from jaxformer.data.corpora import (
+  Corpus,
   Files,
   HuggingFace,
   Mixture,
+  ParallelCorpus,
   Part,
   PydocTopics,
-  Source,
+  Records,
+  Row,
   StandardLibrary,
+  Tsv,
+  TwoFiles,
 )
+from jaxformer.data.dataset import Dataset, DatasetConfig, HeldOutPair, TrainBatches, open_data
+from jaxformer.data.pairs import PairDataset, Pairs
 from jaxformer.data.splits import ByDocument, ByPosition, Split
-from jaxformer.data.storage import cache_dir
 from jaxformer.data.tasks.copying import MadSelectiveCopying, SelectiveCopying
 from jaxformer.data.tasks.dates import Dates
 from jaxformer.data.tasks.digits import Digits
@@ -34,9 +35,17 @@ from jaxformer.data.tasks.mad import (
   mad_suite,
 )
 from jaxformer.data.tasks.mqar import MultiQueryRecall
-from jaxformer.data.tasks.pair_task import PairTask
 from jaxformer.data.tasks.recall import AssociativeRecall, InductionHead
-from jaxformer.data.tasks.task import TaskConfig
+from jaxformer.data.tasks.task import GeneratedTask, PairTask, TaskConfig
+from jaxformer.data.text import (
+  DataSection,
+  Packed,
+  Packing,
+  RandomWindows,
+  Stream,
+  Text,
+  TextDataset,
+)
 from jaxformer.data.tokenizers import (
   BytePairs,
   Bytes,
@@ -59,19 +68,19 @@ __all__ = [
   'Bytes',
   'Characters',
   'Compression',
-  'DataConfig',
+  'Corpus',
+  'DataSection',
   'Dataset',
   'DatasetConfig',
   'Dates',
   'Digits',
-  'Document',
   'Files',
   'FuzzyInContextRecall',
+  'GeneratedTask',
   'HeldOutPair',
   'HuggingFace',
   'InContextRecall',
   'InductionHead',
-  'JsonLines',
   'ListOps',
   'MadSelectiveCopying',
   'Memorization',
@@ -80,22 +89,21 @@ __all__ = [
   'NoisyInContextRecall',
   'Packed',
   'Packing',
-  'Pair',
-  'PairCorpus',
   'PairDataset',
   'PairTask',
-  'PairTokenizer',
   'Pairs',
-  'Parquet',
+  'ParallelCorpus',
   'Part',
   'PydocTopics',
   'RandomWindows',
+  'Records',
+  'Row',
   'SelectiveCopying',
-  'Source',
   'Split',
   'StandardLibrary',
   'Stream',
   'TaskConfig',
+  'Text',
   'TextDataset',
   'Tokenizer',
   'TokenizerConfig',
@@ -107,6 +115,6 @@ __all__ = [
   'load_tokenizer',
   'mad_suite',
   'open_data',
-  'source_of',
   'train_bpe',
+  'training_texts',
 ]

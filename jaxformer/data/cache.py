@@ -1,207 +1,256 @@
-"""Tokenised text on disk, memory-mapped: built once for a source, tokenizer and split, found by a
-hash of all three.
+"""Tokenized corpora on disk, memory-mapped: built once per corpus, tokenizers and split, found by a
+hash of all of them.
 
-A cache is a folder with, for each side of the split, the tokens one after another (uint16, or
-uint32 for vocabularies beyond 65,536), the position where every document starts, and counts of byte
-pairs for the baselines; `index.json` holds sizes and hashes."""
+A cache is a folder with, for each side of the split and each column of the corpus, the tokens of
+all rows one after another (uint16, or uint32 for vocabularies beyond 65,536), the positions where
+rows start, and counts of byte pairs for the baselines; the validation rows of a parallel corpus as
+text, for scores of translations; and `index.json` with sizes and hashes."""
 
 from __future__ import annotations
 
 import json
 import time
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, get_args
 
 import numpy as np
-from jaxtyping import Int64, UInt
+from jaxtyping import Int32, Int64, UInt
 
 from jaxformer import config
 from jaxformer.config import InputError
 from jaxformer.data.baselines import PairCounter
-from jaxformer.data.sources import Source
-from jaxformer.data.splits import Piece, Side, Split, divide
-from jaxformer.data.storage import file_sha256, published, sha256
+from jaxformer.data.cache_folder import build_atomically, file_sha256, sha256
+from jaxformer.data.corpora import Corpus
+from jaxformer.data.splits import SideName, Split, divide
 from jaxformer.data.tokenizers import Tokenizer, TokenizerConfig, load_tokenizer
 
-FORMAT = 1
+FORMAT = 2
+# Texts are encoded in batches of about this size, where a short text counts as SHORT characters.
 BATCH_CHARACTERS = 1 << 22
-BATCH_PIECES = 4096
+SHORT = 1 << 10
 # Larger files are checked by size alone when a cache is opened.
 CHECKED_BYTES = 256 << 20
 LOG_SECONDS = 10.0
+VALIDATION_TEXTS = 'validation.jsonl'
+SIDES: tuple[SideName, ...] = get_args(SideName)
 
 Log = Callable[[str], None]
 
 
-class SplitTokens(NamedTuple):
-  """One side of the split."""
+class CachedColumn(NamedTuple):
+  """One column of one side. Every row ends with the end of a document where the tokenizer has
+  one."""
 
   tokens_N: UInt[np.ndarray, ' N']  # uint16 or uint32, memory-mapped
-  starts_D: Int64[np.ndarray, ' D']  # where each document starts
-  # how often a byte (or 256, a document's boundary) follows another
+  starts_R1: Int64[np.ndarray, ' R1']  # where each of R rows starts, and where the last ends
+  # How often a byte (or 256, the boundary of a document) follows another.
   pairs: Int64[np.ndarray, '257 257']
-  documents: int
   characters: int
   bytes: int  # of the text in UTF-8
+
+  def ids(self, row: int) -> Int32[np.ndarray, ' T']:
+    """Return the tokens of a row."""
+    return self.tokens_N[self.starts_R1[row] : self.starts_R1[row + 1]].astype(np.int32)
+
+
+class CachedSide(NamedTuple):
+  """One side of the split."""
+
+  columns: tuple[CachedColumn, ...]
   sha256: str  # of the tokens and starts as stored
+
+  @property
+  def rows(self) -> int:
+    return self.columns[0].starts_R1.size - 1
 
 
 class TokenCache(NamedTuple):
-  """An opened cache."""
+  """An opened cache. `empty` rows of the corpus were left out, since they hold no text."""
 
-  key: str
-  train: SplitTokens
-  validation: SplitTokens
+  train: CachedSide
+  validation: CachedSide
+  empty: int
+  folder: Path
+
+  def validation_texts(self) -> list[tuple[str, ...]]:
+    """Return the validation rows of a parallel corpus, in their order."""
+    with open(self.folder / VALIDATION_TEXTS, encoding='utf-8') as file:
+      return [tuple(json.loads(line)) for line in file]
+
+
+# ---- tokenizers --------------------------------------------------------------------------------
+
+
+def training_texts(
+  corpus: Corpus, split: Split, columns: Sequence[int], reads_all: bool = False
+) -> Iterator[str]:
+  """Yield the texts of some columns that a tokenizer is trained on: of the training rows, or with
+  `reads_all` of all rows."""
+  if reads_all:
+    rows = (row.texts for row in corpus.rows())
+  else:
+    rows = (p.texts for p in divide(corpus.rows, split, corpus.tag)[1] if p.side == 'train')
+  return (texts[column] for texts in rows for column in columns)
 
 
 def open_tokenizer(
-  tokenizer: TokenizerConfig, source: Source, split: Split, folder: Path, log: Log
+  tokenizer: TokenizerConfig,
+  corpus: Corpus,
+  columns: Sequence[int],
+  split: Split,
+  folder: Path,
+  log: Log,
 ) -> Tokenizer:
-  """The tokenizer of a config; one that is learned from the corpus is learned once and kept in the
-  cache folder."""
-  if not tokenizer.learned:
-    return tokenizer.build(source, split)
+  """Return the tokenizer of a config. One that needs training is trained once, on the given columns
+  of the corpus, and kept in the cache folder."""
+  if not tokenizer.needs_training:
+    return tokenizer.train(())
   key = sha256(
-    f'tokenizer {FORMAT}', config.text(tokenizer), config.text(split), source.fingerprint(folder)
+    f'tokenizer {FORMAT}',
+    config.text(tokenizer),
+    config.text(split),
+    str(tuple(columns)),
+    corpus.fingerprint(folder),
   )[:32]
 
   def build(into: Path) -> None:
-    log(f'learning the vocabulary of {tokenizer.tag} from {source.tag}')
-    tokenizer.build(source, split).save(into)
+    log(f'training the tokenizer {tokenizer.tag} on {corpus.tag}')
+    tokenizer.train(training_texts(corpus, split, columns, tokenizer.reads_all)).save(into)
 
-  return published(folder / f'tokenizer-{key}', build, _loaded)
+  def load(at: Path) -> Tokenizer | None:
+    try:
+      return load_tokenizer(at)
+    except InputError:
+      return None
 
-
-def _loaded(folder: Path) -> Tokenizer | None:
-  try:
-    return load_tokenizer(folder)
-  except InputError:
-    return None
-
-
-def open_tokens(
-  source: Source, tokenizer: Tokenizer, split: Split, folder: Path, log: Log
-) -> TokenCache:
-  """The tokens of a source, from the cache folder or tokenised now. A cache that is cut off or
-  damaged is built again.
-
-  Raises `InputError` for a corpus that is empty or cannot be divided, and for a cache folder that
-  cannot be written."""
-  key = sha256(
-    f'tokens {FORMAT}', source.fingerprint(folder), tokenizer.fingerprint(), config.text(split)
-  )[:32]
-  place = folder / f'tokens-{key}'
-  return published(
-    place, lambda into: _build(into, key, source, tokenizer, split, log), lambda at: _open(at, key)
-  )
+  return build_atomically(folder / f'tokenizer-{key}', build, load)
 
 
 # ---- building ----------------------------------------------------------------------------------
 
 
-class _Writer:
-  """Appends the documents of one side."""
+def open_corpus(
+  corpus: Corpus, tokenizers: Sequence[Tokenizer], split: Split, folder: Path, log: Log
+) -> TokenCache:
+  """Return the tokens of a corpus, from the cache folder or tokenized now. A cache that is cut off
+  or corrupt is built again.
 
-  def __init__(self, folder: Path, side: str, tokenizer: Tokenizer, file: BinaryIO):
-    self.folder, self.side, self.tokenizer = folder, side, tokenizer
+  Args:
+    tokenizers: one per column.
+
+  Raises `InputError` for a corpus that is empty or cannot be divided, and for a cache folder that
+  cannot be written."""
+  key = sha256(
+    f'tokens {FORMAT}',
+    corpus.fingerprint(folder),
+    config.text(split),
+    *(t.fingerprint() for t in tokenizers),
+  )[:32]
+  return build_atomically(
+    folder / f'tokens-{key}',
+    lambda into: _build(into, key, corpus, tokenizers, split, log),
+    lambda at: _open(at, key),
+  )
+
+
+class _Writer:
+  """Appends the texts of one column of one side."""
+
+  def __init__(self, path: Path, tokenizer: Tokenizer, file: BinaryIO):
+    self.path, self.tokenizer, self.file = path, tokenizer, file
     self.dtype = np.dtype('<u2' if tokenizer.vocab_size <= 1 << 16 else '<u4')
-    self.file = file
     self.starts = array('q')
     self.counter = PairCounter()
     self.tokens = self.characters = self.bytes = 0
+    self.waiting: list[tuple[str, bool, bool]] = []
+    self.size = 0
 
-  def write(self, texts: list[tuple[str, bool, bool]]) -> None:
-    """Writes pieces of text, each with whether it begins and whether it ends a document."""
-    end = self.tokenizer.end_of_document
-    parts: list[np.ndarray] = []
-    for (text, begins, ends), ids in zip(
-      texts, self.tokenizer.encode_batch([t for t, _, _ in texts]), strict=True
-    ):
+  def add(self, text: str, ends: bool) -> None:
+    """Append the text of a row, in pieces; `ends`: the end of the row is on this side."""
+    pieces, begins = self.tokenizer.pieces(text), True
+    piece = next(pieces)
+    while piece is not None:
+      following = next(pieces, None)
+      self.waiting.append((piece, begins, ends and following is None))
+      self.size += max(len(piece), SHORT)
+      if self.size >= BATCH_CHARACTERS:
+        self.write()
+      begins, piece = False, following
+
+  def write(self) -> None:
+    """Encode and write the pieces that wait, each with whether it begins and ends a document."""
+    if not self.waiting:
+      return
+    texts, self.waiting, self.size = self.waiting, [], 0
+    end, arrays = self.tokenizer.end_of_document, []
+    encoded = self.tokenizer.encode_batch([t for t, _, _ in texts])
+    for (text, begins, ends), ids in zip(texts, encoded, strict=True):
       if begins and (ids.size or end is not None or not ends):
         self.starts.append(self.tokens)
-      parts += [ids] if not ends or end is None else [ids, np.array([end])]
+      arrays += [ids] if not ends or end is None else [ids, np.array([end])]
       self.tokens += ids.size + (ends and end is not None)
       self.characters += len(text)
-    self.file.write(np.concatenate(parts).astype(self.dtype).tobytes())
-    encoded = [(text.encode(), begins, ends) for text, begins, ends in texts]
-    self.bytes += sum(len(e) for e, _, _ in encoded)
-    self.counter.add(encoded)
+    self.file.write(np.concatenate(arrays).astype(self.dtype).tobytes())
+    utf8 = [(text.encode(), begins, ends) for text, begins, ends in texts]
+    self.bytes += sum(len(e) for e, _, _ in utf8)
+    self.counter.add(utf8)
 
   def finish(self) -> dict[str, Any]:
+    """Write what is left, and return the facts for the index."""
+    self.write()
     self.file.close()
     if not self.tokens:
-      raise InputError(f'the tokenizer makes no tokens of the text for {self.side}')
-    np.save(self.folder / f'{self.side}.starts.npy', np.frombuffer(self.starts, np.int64))
-    np.save(self.folder / f'{self.side}.pairs.npy', self.counter.pairs)
-    counts = {
-      'tokens': self.tokens,
-      'documents': len(self.starts),
-      'characters': self.characters,
-      'bytes': self.bytes,
-    }
-    return counts | {'dtype': self.dtype.str}
+      raise InputError(f'the tokenizer gives no tokens for the text of {self.path.name}')
+    self.starts.append(self.tokens)
+    np.save(f'{self.path}.starts.npy', np.frombuffer(self.starts, np.int64))
+    np.save(f'{self.path}.pairs.npy', self.counter.pairs)
+    facts = {'tokens': self.tokens, 'characters': self.characters, 'bytes': self.bytes}
+    return facts | {'rows': len(self.starts) - 1, 'dtype': self.dtype.str}
 
 
 def _build(
-  folder: Path, key: str, source: Source, tokenizer: Tokenizer, split: Split, log: Log
+  folder: Path, key: str, corpus: Corpus, tokenizers: Sequence[Tokenizer], split: Split, log: Log
 ) -> None:
-  log(f'tokenising {source.tag} (once; kept in {folder.parent})')
+  log(f'tokenizing {corpus.tag} (once; kept in {folder.parent})')
+  survey, pieces = divide(corpus.rows, split, corpus.tag)
+  columns = range(len(tokenizers))
   with ExitStack() as stack:
-    files = {
-      side: stack.enter_context(open(folder / f'{side}.tokens', 'wb')) for side in get_args(Side)
-    }
-    writers = {side: _Writer(folder, side, tokenizer, file) for side, file in files.items()}
+    writers: dict[tuple[str, int], _Writer] = {}
+    for side in SIDES:
+      for c, tokenizer in enumerate(tokenizers):
+        path = folder / f'{side}.{c}'
+        file = stack.enter_context(open(f'{path}.tokens', 'wb'))
+        writers[side, c] = _Writer(path, tokenizer, file)
+    texts = stack.enter_context(open(folder / VALIDATION_TEXTS, 'w', encoding='utf-8'))
     logged = time.monotonic()
-    for batch in _batches(divide(source.documents, split, source.tag), tokenizer):
-      for side, writer in writers.items():
-        if texts := [(text, begins, ends) for s, text, begins, ends in batch if s == side]:
-          writer.write(texts)
+    for piece in pieces:
+      if piece.side == 'validation' and len(columns) > 1:
+        texts.write(json.dumps(piece.texts) + '\n')
+      for c in columns:
+        writers[piece.side, c].add(piece.texts[c], piece.ends)
       if time.monotonic() - logged >= LOG_SECONDS:
-        log(f'tokenised {sum(w.bytes for w in writers.values()) / 1e6:,.0f} MB')
+        log(f'tokenized {sum(w.bytes for w in writers.values()) / 1e6:,.0f} MB')
         logged = time.monotonic()
-    sides = {side: writer.finish() for side, writer in writers.items()}
-  log(
-    ', '.join(
-      f'{side}: {s["tokens"]:,} tokens, {s["documents"]:,} documents' for side, s in sides.items()
-    )
-  )
-  facts = {
+    sides = {side: [writers[side, c].finish() for c in columns] for side in SIDES}
+  for side, facts in sides.items():
+    tokens = ' and '.join(f'{f["tokens"]:,}' for f in facts)
+    log(f'{side}: {facts[0]["rows"]:,} documents, {tokens} tokens')
+  files = {
     p.name: {'bytes': p.stat().st_size, 'sha256': file_sha256(p)} for p in sorted(folder.iterdir())
   }
-  index = {'format': FORMAT, 'key': key, 'sides': sides, 'files': facts}
+  index = {'format': FORMAT, 'key': key, 'empty': survey.empty, 'sides': sides, 'files': files}
   (folder / 'index.json').write_text(json.dumps(index, indent=2) + '\n')
-
-
-def _batches(
-  pieces: Iterator[Piece], tokenizer: Tokenizer
-) -> Iterator[list[tuple[Side, str, bool, bool]]]:
-  """(side, text, begins, ends) in batches of bounded size; a long document comes in several
-  texts."""
-  batch: list[tuple[Side, str, bool, bool]] = []
-  size = 0
-  for piece in pieces:
-    begins, texts = True, tokenizer.pieces(piece.text)
-    text = next(texts)
-    while text is not None:
-      following = next(texts, None)
-      batch.append((piece.side, text, begins, piece.ends and following is None))
-      size += len(text)
-      begins, text = False, following
-      if size >= BATCH_CHARACTERS or len(batch) >= BATCH_PIECES:
-        yield batch
-        batch, size = [], 0
-  if batch:
-    yield batch
 
 
 # ---- opening -----------------------------------------------------------------------------------
 
 
 def _open(folder: Path, key: str) -> TokenCache | None:
-  """The cache in a folder, or None where it is missing, of another format, cut off or damaged."""
+  """Return the cache in a folder, or None where it is missing, of another format, cut off or
+  corrupt."""
   try:
     index = json.loads((folder / 'index.json').read_text())
     if index['format'] != FORMAT or index['key'] != key:
@@ -212,21 +261,19 @@ def _open(folder: Path, key: str) -> TokenCache | None:
         file['bytes'] <= CHECKED_BYTES and file_sha256(path) != file['sha256']
       ):
         return None
-    return TokenCache(key, *(_side(folder, side, index) for side in get_args(Side)))
+    train, validation = (_side(folder, side, index) for side in SIDES)
+    return TokenCache(train, validation, index['empty'], folder)
   except (OSError, ValueError, KeyError, TypeError):  # InputError is a ValueError
     return None
 
 
-def _side(folder: Path, side: str, index: dict[str, Any]) -> SplitTokens:
-  facts = index['sides'][side]
-  tokens_N = np.memmap(folder / f'{side}.tokens', facts['dtype'], 'r', shape=(facts['tokens'],))
-  starts_D, pairs = (
-    np.load(folder / f'{side}.starts.npy', mmap_mode='r'),
-    np.load(folder / f'{side}.pairs.npy'),
-  )
-  hashed = sha256(
-    *(index['files'][f'{side}.{name}']['sha256'] for name in ('tokens', 'starts.npy'))
-  )
-  return SplitTokens(
-    tokens_N, starts_D, pairs, facts['documents'], facts['characters'], facts['bytes'], hashed
-  )
+def _side(folder: Path, side: str, index: dict[str, Any]) -> CachedSide:
+  columns, hashes = [], []
+  for c, facts in enumerate(index['sides'][side]):
+    name = f'{side}.{c}'
+    tokens_N = np.memmap(folder / f'{name}.tokens', facts['dtype'], 'r', shape=(facts['tokens'],))
+    starts_R1 = np.load(folder / f'{name}.starts.npy', mmap_mode='r')
+    pairs = np.load(folder / f'{name}.pairs.npy')
+    columns.append(CachedColumn(tokens_N, starts_R1, pairs, facts['characters'], facts['bytes']))
+    hashes += [index['files'][f'{name}.{kind}']['sha256'] for kind in ('tokens', 'starts.npy')]
+  return CachedSide(tuple(columns), sha256(*hashes))

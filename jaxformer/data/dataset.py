@@ -1,14 +1,14 @@
-"""What every experiment trains and validates on: text and tasks have one face, `Dataset`.
+"""What every experiment trains and validates on: text, pairs of texts and tasks have one interface,
+`Dataset`.
 
 Training is random access: a batch is a pure function of the seed and the step. To resume is to ask
-  for the next step, and how
-many hosts there are changes who loads a sequence, never which sequences a step sees.
+for the next step, and the number of hosts changes who loads a row, never which rows a step sees.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,12 +20,12 @@ from jaxformer import config
 from jaxformer.config import Config, InputError
 from jaxformer.data.cache import Log
 from jaxformer.data.tokenizers import Tokenizer
-from jaxformer.task_type import Batch, TaskType
+from jaxformer.task_type import IGNORE, Batch, TaskType
 
 
 class HeldOutPair(NamedTuple):
-  """A text that scores a model, as it reads it (with the end of the document), and what it should
-  make of it."""
+  """A source that scores a model, as the model reads it (with the end of the document), and its
+  reference translation."""
 
   source_ids: Int32[np.ndarray, ' S']
   source: str
@@ -33,7 +33,13 @@ class HeldOutPair(NamedTuple):
 
 
 class DatasetConfig(Config, abstract=True):
-  """Base of what an experiment can train on: the text of `DataConfig`, or a task."""
+  """Base of what an experiment can train on: text, pairs of texts, or a task."""
+
+  @property
+  def task(self) -> TaskType:
+    """What these data provide and what is to be predicted. Sizes that are known only once the data
+    are read (of text) are None."""
+    return TaskType()
 
   @property
   def positions(self) -> int:
@@ -42,25 +48,48 @@ class DatasetConfig(Config, abstract=True):
 
   @property
   def max_len(self) -> int:
-    """The positions that a model needs: T, or of pairs the longest sources' where they have
+    """The positions that a model needs: T, or of pairs those of the longest sources where they have
     more."""
     return self.positions
 
   @property
   def one_shape(self) -> bool:
-    """Whether all batches of training have one shape, and so one compiled program."""
+    """Whether all training batches have one shape, and so one compiled program."""
     return True
 
   @property
-  def task(self) -> TaskType:
-    """What these data provide and what is to be predicted; sizes that only reading the data tells
-    (of text) are None."""
-    return TaskType()
+  def title(self) -> str:
+    """A short name: of text the type of its corpus, else the type."""
+    return self.tag
 
   @property
-  def held_out(self) -> str:
-    """What the sequences that score a model are called."""
+  def validation_name(self) -> str:
+    """What the rows that score a model are called."""
     return f'{self.tag} test'
+
+  @property
+  def length_field(self) -> str:
+    """The field that sets `max_len`, for messages."""
+    return 'positions'
+
+  @property
+  def has_text(self) -> bool:
+    """Whether token ids stand for text, so that the dataset has a tokenizer."""
+    return False
+
+  def example(self) -> Batch:
+    """Return one row in the largest shape of a training batch; a corpus is not read for it."""
+    return self.open().train_batch(0, 1, 0)
+
+  def lengthened(self, factor: int) -> DatasetConfig:
+    """Return the same data in rows `factor` times as long; the data themselves where they have a
+    length of their own."""
+    return self
+
+  def training_texts(self) -> Iterator[str]:
+    """Yield the training texts, to train a tokenizer on. Raises `InputError` for data without a
+    corpus."""
+    raise InputError('data', self.tag, problem='a task, which has no corpus; Text and Pairs have')
 
   def open(
     self,
@@ -68,7 +97,7 @@ class DatasetConfig(Config, abstract=True):
     log: Log | None = None,
     tokenizer: Tokenizer | None = None,
   ) -> Dataset:
-    """The data, ready to be read; the arguments are those of `open_data`."""
+    """Return the data, ready to be read; the arguments are those of `open_data`."""
     raise NotImplementedError
 
 
@@ -78,28 +107,30 @@ def open_data(
   log: Log | None = None,
   tokenizer: Tokenizer | None = None,
 ) -> Dataset:
-  """The data of a config: text is tokenised into a cache (see `DataConfig.open`), a task is there
-  at once.
+  """Return the data of a config. Text is tokenized into a cache, or found there.
 
   Args:
     cache_dir: `$JAXFORMER_CACHE`, `$XDG_CACHE_HOME/jaxformer` or `~/.cache/jaxformer` by default.
     log: takes lines about the progress.
-    tokenizer: for text, replaces that of the config.
+    tokenizer: of text, replaces that of the config, to score a model on other text.
+
+  Raises `InputError` for a corpus that cannot be read, is empty, cannot be divided, or is too short
+  for one row.
   """
   return data.open(cache_dir, log, tokenizer)
 
 
 class Dataset:
-  """Sequences to train on, and others to score a model by.
+  """Training and validation rows.
 
   Attributes:
-    config: what it was made of.
-    tokenizer: of text (of pairs, of the translations); None for a task whose tokens stand for
-      nothing else.
-    vocab_size: ids of tokens are below it; None where inputs are numbers.
-    source_vocab_size: of pairs, ids of the texts to translate are below it; None for other data.
+    config: what it was opened from.
+    tokenizer: of text (of pairs: of the translations, with that of the sources as its `source`);
+      None for a task whose tokens stand for no text.
+    vocab_size: ids of tokens are below it; None where inputs are features.
+    source_vocab_size: of pairs, ids of the sources are below it; None for other data.
     train_tokens: of text, the number of distinct training tokens; None for other data.
-    size: how much there is to train on, in words.
+    size: human-readable amount of training data.
     manifest: what a run records about the data, as JSON data.
     identity: what the batches depend on, as JSON data; a checkpoint holds it.
   """
@@ -113,14 +144,31 @@ class Dataset:
   manifest: dict[str, Any]
   identity: dict[str, Any]
 
+  def info(self) -> list[str]:
+    """Return lines that describe the splits of a corpus. Raises `InputError` for a task."""
+    raise InputError('data', self.config.tag, problem='a task, which has no corpus')
+
+  def baselines(self) -> dict[str, float]:
+    """Return bits per byte of the validation text under frequencies of bytes and of byte pairs of
+    the training text (see `baselines.py`); nothing for other data."""
+    return {}
+
   # ---- training --------------------------------------------------------------------------------
 
   def train_batch(
     self, step: int, batch_size: int, seed: int, process_index: int = 0, process_count: int = 1
   ) -> Batch:
-    """The rows that process `process_index` of `process_count` has of the global batch of
-    `batch_size` rows at a step (from 0). The rows of all processes, in their order, are those of
-    the one process of a run without others. Thread-safe."""
+    """Return the rows that process `process_index` of `process_count` has of the global batch of
+    `batch_size` rows at a step (from 0). The rows of all processes, in their order, are those of a
+    run with one process. Thread-safe."""
+    low, high = process_rows(batch_size, process_index, process_count)
+    if step < 0:
+      raise InputError('step', step, 'at least 0')
+    position_B = np.int64(step) * batch_size + np.arange(low, high, dtype=np.int64)
+    return self._train_rows(position_B, seed)
+
+  def _train_rows(self, position_B: Int64[np.ndarray, ' B'], seed: int) -> Batch:
+    """Return the rows at some positions of the endless sequence of training rows."""
     raise NotImplementedError
 
   def train_batches(
@@ -132,8 +180,8 @@ class Dataset:
     process_count: int = 1,
     prefetch: int = 2,
   ) -> TrainBatches:
-    """`train_batch` of `start_step` and all steps after it, without end, up to `prefetch` of them
-    made ahead by a thread."""
+    """Return `train_batch` of `start_step` and all later steps, without end, up to `prefetch` of
+    them made ahead by a thread."""
     process_rows(batch_size, process_index, process_count)
 
     def make(step: int) -> Batch:
@@ -142,7 +190,7 @@ class Dataset:
     return TrainBatches(make, lambda step: self.state(step, batch_size, seed), start_step, prefetch)
 
   def state(self, next_step: int, batch_size: int, seed: int) -> dict[str, Any]:
-    """What a checkpoint stores about the data, as JSON data."""
+    """Return what a checkpoint stores about the data, as JSON data."""
     return {
       'next_step': next_step,
       'batch_size': batch_size,
@@ -151,26 +199,16 @@ class Dataset:
     }
 
   def resume_step(self, state: dict[str, Any], batch_size: int, seed: int) -> int:
-    """The step to go on with. Raises `InputError` that names what differs from the `state` stored,
-    since the rest of the run would then not be the one that was interrupted. The number of
+    """Return the step to resume at. Raises `InputError` that names what differs from the stored
+    `state`, since the rest of the run would not be that of the interrupted run. The number of
     processes may differ."""
     changed = config.differences(state, self.state(state['next_step'], batch_size, seed))
     if changed:
       raise InputError(
-        f'not the data of the checkpoint ({"; ".join(changed)}): use the same, or start anew from '
-        'the weights'
+        f"data differ from the checkpoint's ({'; '.join(changed)}): use the same data, or start a "
+        'new run with --init-from'
       )
     return int(state['next_step'])
-
-  @staticmethod
-  def _positions(
-    step: int, batch_size: int, process_index: int, process_count: int
-  ) -> Int64[np.ndarray, ' B']:
-    """Where a process's rows of a step stand in the endless sequence of training rows."""
-    low, high = process_rows(batch_size, process_index, process_count)
-    if step < 0:
-      raise InputError(f'step = {step}: must be 0 or more')
-    return np.int64(step) * batch_size + np.arange(low, high, dtype=np.int64)
 
   # ---- validation ------------------------------------------------------------------------------
 
@@ -186,44 +224,79 @@ class Dataset:
     process_index: int = 0,
     process_count: int = 1,
   ) -> Iterator[Batch]:
-    """The rows that score a model once, in order. All batches have the same shape (of pairs, all of
-    a bucket); rows that fill the last one up have no targets. With `limit_batches`, at most so many
-    batches of rows spread evenly over all, always the same ones."""
+    """Return the rows that score a model once, in order. All batches have the same shape (of pairs,
+    all of a bucket); the last one is filled up with rows without targets. With `limit_batches`, at
+    most that many batches of rows spread evenly over all, always the same ones."""
+    low, high = process_rows(batch_size, process_index, process_count)
+    plan = self._validation_plan(batch_size, limit_batches)
+    return (self._validation_batch(row_B[low:high]) for row_B in plan)
+
+  def _validation_plan(
+    self, batch_size: int, limit_batches: int | None
+  ) -> Iterable[Int64[np.ndarray, ' B']]:
+    """Return the numbers of the rows of each batch; ~n stands for row n without targets."""
+    row_R = spread(self.validation_rows, batch_size, limit_batches)
+    return np.pad(row_R, (0, -row_R.size % batch_size), constant_values=~0).reshape(-1, batch_size)
+
+  def _validation_batch(self, row_B: Int64[np.ndarray, ' B']) -> Batch:
+    """Return the rows of a part of the plan."""
+    unused_B = row_B < 0
+    batch = self._held_out(np.where(unused_B, ~row_B, row_B))
+    return batch._replace(
+      targets_BT=np.where(unused_B[:, None], np.int32(IGNORE), batch.targets_BT)
+    )
+
+  def _held_out(self, row_B: Int64[np.ndarray, ' B']) -> Batch:
+    """Return the validation rows with these numbers."""
     raise NotImplementedError
 
   def held_out_pairs(self, limit: int | None = None) -> list[HeldOutPair]:
-    """Of pairs, what `validation_batches` holds as texts, at most `limit` of them spread evenly
-    over all. Raises `InputError` for other data."""
-    raise InputError(f'data = {self.config.tag}: holds no pairs of texts to translate')
+    """Return the validation pairs as texts, at most `limit` of them spread evenly over all. Raises
+    `InputError` for data that are not pairs."""
+    raise InputError('data', self.config.tag, problem='holds no pairs of texts to translate')
 
 
-def spread(rows: int, batch_size: int, limit_batches: int | None) -> Int64[np.ndarray, ' R'] | None:
-  """The rows that a limit leaves, spread evenly over all; None for all of them."""
+def spread(rows: int, batch_size: int, limit_batches: int | None) -> Int64[np.ndarray, ' R']:
+  """Return the rows that a limit leaves, spread evenly over all."""
+  if limit_batches is not None and limit_batches < 1:
+    raise InputError('limit_batches', limit_batches, 'positive or none')
   if limit_batches is None or limit_batches * batch_size >= rows:
-    return None
-  if limit_batches < 1:
-    raise InputError(f'limit_batches = {limit_batches}: must be positive or none')
+    return np.arange(rows)
   return np.arange(limit_batches * batch_size) * rows // (limit_batches * batch_size)
 
 
 def process_rows(batch_size: int, process_index: int, process_count: int) -> tuple[int, int]:
-  """The first of a process's rows of a batch, and the one after the last."""
+  """Return the first row of a batch that a process has, and the one after the last."""
   if process_count < 1 or not 0 <= process_index < process_count:
     raise InputError(
-      f'process_index = {process_index}: must be at least 0 and below process_count = '
-      f'{process_count}'
+      'process_index', process_index, f'at least 0 and below process_count = {process_count}'
     )
   if batch_size < 1 or batch_size % process_count:
     raise InputError(
-      f'batch_size = {batch_size}: must be a positive multiple of the {process_count} processes'
+      'batch_size', batch_size, f'a positive multiple of the {process_count} processes'
     )
   size = batch_size // process_count
   return process_index * size, (process_index + 1) * size
 
 
+def pair_batch(
+  sources: Sequence[np.ndarray], targets: Sequence[np.ndarray], S: int, T: int
+) -> Batch:
+  """Return sources and targets, each with the token that ends it, as rows of S and T tokens. The
+  decoder reads that token and then the translation."""
+  source_BS = np.full((len(sources), S), IGNORE, np.int32)
+  inputs_BT = np.zeros((len(sources), T), np.int32)
+  targets_BT = np.full(inputs_BT.shape, IGNORE, np.int32)
+  for row, (source, target) in enumerate(zip(sources, targets, strict=True)):
+    source_BS[row, : source.size] = source
+    inputs_BT[row, : target.size] = np.roll(target, 1)
+    targets_BT[row, : target.size] = target
+  return Batch(inputs_BT, targets_BT, source_BS=source_BS)
+
+
 class TrainBatches:
-  """Batches of training without end. An iterator and a context manager; `close` stops the thread
-  that makes batches ahead."""
+  """Endless training batches: an iterator and a context manager. `close` stops the thread that makes
+  batches ahead."""
 
   def __init__(
     self,
@@ -233,7 +306,7 @@ class TrainBatches:
     prefetch: int,
   ):
     if prefetch < 0:
-      raise InputError(f'prefetch = {prefetch}: must be 0 or more')
+      raise InputError('prefetch', prefetch, 'at least 0')
     self.next_step = start_step
     self._make, self._state = make, state
     self._ahead: deque[Future[Batch]] = deque()
@@ -261,11 +334,11 @@ class TrainBatches:
     return batch
 
   def state(self) -> dict[str, Any]:
-    """What a checkpoint stores: batches made ahead but not taken are still to come."""
+    """Return what a checkpoint stores; batches made ahead but not taken are still to come."""
     return self._state(self.next_step)
 
   def close(self) -> None:
-    """Stops the thread. Safe to call twice; iteration ends."""
+    """Stop the thread. Safe to call twice; iteration ends."""
     self._closed = True
     self._ahead.clear()
     if self._pool is not None:

@@ -1,4 +1,4 @@
-"""Which text is for training and which for validation: by document or by position, the same on
+"""Splits of a corpus into training and validation rows: by document or by position, the same on
 every pass."""
 
 from __future__ import annotations
@@ -8,120 +8,132 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Literal, NamedTuple
 
 from jaxformer.config import Config, InputError
-from jaxformer.data.readers import Document
+from jaxformer.data.corpora import Row
 
-Side = Literal['train', 'validation']
+SideName = Literal['train', 'validation']
 HASH_RANGE = 1 << 64
 
 
 class Piece(NamedTuple):
-  """A document, or the part of one that lies on one side of the split. `ends`: the document's own
-  end is in this piece."""
+  """A row, or the part of one that lies on one side of the split. `ends`: the end of the row is in
+  this piece."""
 
-  side: Side
-  text: str
+  side: SideName
+  texts: tuple[str, ...]
   ends: bool
 
 
 class Survey(NamedTuple):
-  """What a split must know of the whole corpus before it can place the first document; empty
-  documents do not count."""
+  """What a split must know of the whole corpus before it can place the first row.
 
-  documents: int
+  Attributes:
+    rows: rows that are used.
+    empty: rows that are left out: of one column those without text, of more columns those with a
+      blank text.
+    characters: of the first column.
+    lowest, highest: hashes that rows are placed by.
+  """
+
+  rows: int
+  empty: int
   characters: int
   lowest: int
   highest: int
 
 
 class Split(Config, abstract=True):
-  """How a corpus is divided into text to train on and text to validate on."""
+  """How a corpus is divided into training and validation text."""
 
-  def pieces(self, documents: Iterable[Document], survey: Survey) -> Iterator[Piece]:
-    """The non-empty documents in order, each on its side, or cut in two."""
+  def pieces(self, rows: Iterable[Row], survey: Survey) -> Iterator[Piece]:
+    """Yield the rows in order, each on its side or cut in two."""
     raise NotImplementedError
 
 
 class ByDocument(Split):
-  """Whole documents, about `fraction` of them to validation, chosen by a hash of their content: a
-  document stays on its side when others are added, and copies of a document share a side. Where
-  chance gives one side nothing, it gets the nearest document."""
+  """Put about `fraction` of the documents into validation, chosen by a hash of their name or, where
+  the corpus names none, of their first text: a document stays on its side when others are added,
+  and copies of a text share a side. Where a side would be empty, it gets the nearest document."""
 
   fraction: float = 0.05
 
   def validate(self) -> None:
     self.require(0 < self.fraction < 1, 'fraction', 'between 0 and 1')
 
-  def pieces(self, documents: Iterable[Document], survey: Survey) -> Iterator[Piece]:
+  def pieces(self, rows: Iterable[Row], survey: Survey) -> Iterator[Piece]:
     if survey.lowest == survey.highest:
-      what = (
-        'the corpus is one document'
-        if survey.documents == 1
-        else f'all {survey.documents} documents are the same'
-      )
+      what = 'the corpus is one document' if survey.rows == 1 else 'all rows are of one document'
       raise InputError(
-        f'{self.tag}: {what}, which cannot be divided between training and validation; use the '
-        'split ByPosition'
+        f'{self.tag}: {what}, which cannot be divided between training and validation; text can by '
+        'the split ByPosition'
       )
-    bound = self.bound(survey.lowest, survey.highest)
-    for document in documents:
-      if document.text:
-        yield Piece(
-          'validation' if content_hash(document.text) < bound else 'train', document.text, True
-        )
-
-  def bound(self, lowest: int, highest: int) -> int:
-    """Documents whose hash is below are for validation; of all hashes, at least the lowest is below
-    and the highest is not."""
-    return min(max(int(self.fraction * HASH_RANGE), lowest + 1), highest)
+    # At least the lowest hash is below the bound and the highest is not.
+    bound = min(max(int(self.fraction * HASH_RANGE), survey.lowest + 1), survey.highest)
+    for row in rows:
+      yield Piece('validation' if _placed_by(row) < bound else 'train', row.texts, True)
 
 
 class ByPosition(Split):
-  """The last `fraction` of the corpus, counted in characters over the documents joined, to
-  validation. The published benchmarks
-  of characters do so: of n characters the first int(n * 0.9) are for training."""
+  """Put the last `fraction` of a text corpus, counted in characters over the joined rows, into
+  validation. The published character-level benchmarks do so: of n characters the first int(n * 0.9)
+  are for training."""
 
   fraction: float = 0.1
 
   def validate(self) -> None:
     self.require(0 < self.fraction < 1, 'fraction', 'between 0 and 1')
 
-  def pieces(self, documents: Iterable[Document], survey: Survey) -> Iterator[Piece]:
+  def pieces(self, rows: Iterable[Row], survey: Survey) -> Iterator[Piece]:
     left = int(survey.characters * (1 - self.fraction))
     if not 0 < left < survey.characters:
       raise InputError(
-        f'{self.tag}.fraction = {self.fraction}: leaves a side of the {survey.characters} '
-        'characters empty'
+        f'{self.tag}.fraction',
+        self.fraction,
+        problem=f'leaves a side of the {survey.characters} characters empty',
       )
-    for document in documents:
-      head, tail = document.text[:left], document.text[left:]
+    for row in rows:
+      (text,) = row.texts
+      head, tail = text[:left], text[left:]
       left -= len(head)
       if head:
-        yield Piece('train', head, not tail)
+        yield Piece('train', (head,), not tail)
       if tail:
-        yield Piece('validation', tail, True)
+        yield Piece('validation', (tail,), True)
 
 
 def content_hash(text: str) -> int:
-  """A hash of the text, uniform over 0..2^64-1, the same on every machine."""
+  """Return a hash of the text, uniform over 0..2^64-1, the same on every machine."""
   return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), 'little')
 
 
-def divide(documents: Callable[[], Iterator[Document]], split: Split, name: str) -> Iterator[Piece]:
-  """The pieces of a corpus, in order. Reads it twice: once to survey it, once to yield it. `name`
-  is for messages.
+def divide(
+  rows: Callable[[], Iterator[Row]], split: Split, name: str
+) -> tuple[Survey, Iterator[Piece]]:
+  """Return a survey of a corpus and its pieces in order. Reads it twice: once to survey it, once to
+  yield it.
 
-  Raises `InputError` where the corpus is empty or cannot be divided.
+  Args:
+    name: of the corpus, for messages.
+
+  Raises `InputError` where the corpus is empty or, with the first piece, cannot be divided.
   """
-  count, characters, lowest, highest = 0, 0, HASH_RANGE, -1
-  for document in documents():
-    if document.text:
-      value = content_hash(document.text) if isinstance(split, ByDocument) else 0
-      count, characters, lowest, highest = (
-        count + 1,
-        characters + len(document.text),
-        min(lowest, value),
-        max(highest, value),
-      )
+  count, empty, characters, lowest, highest = 0, 0, 0, HASH_RANGE, -1
+  for row in rows():
+    if not _used(row):
+      empty += 1
+      continue
+    value = _placed_by(row)
+    lowest, highest = min(lowest, value), max(highest, value)
+    count += 1
+    characters += len(row.texts[0])
   if not count:
     raise InputError(f'{name}: the corpus holds no text')
-  yield from split.pieces(documents(), Survey(count, characters, lowest, highest))
+  survey = Survey(count, empty, characters, lowest, highest)
+  return survey, split.pieces(filter(_used, rows()), survey)
+
+
+def _used(row: Row) -> bool:
+  return bool(row.texts[0]) if len(row.texts) == 1 else all(t.strip() for t in row.texts)
+
+
+def _placed_by(row: Row) -> int:
+  return content_hash(row.document or row.texts[0])

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from jaxformer import config
-from jaxformer.data import DataConfig, Dataset, DatasetConfig, open_data
+from jaxformer.data import Dataset, DatasetConfig, open_data
 from jaxformer.evaluation import evaluate_translation, loss_by_position
 from jaxformer.inference import time_decode, translate
 from jaxformer.models.model import ModelConfig
@@ -113,12 +113,8 @@ def measure_costs(
 
 def longer(task: DatasetConfig, dataset: Dataset) -> Dataset:
   """Return text in sequences of `EVAL_LENGTH_FACTOR` times the length; any other task as it is."""
-  if not isinstance(task, DataConfig):
-    return dataset
-  return open_data(
-    task.replace(sequence_length=EVAL_LENGTH_FACTOR * task.sequence_length),
-    tokenizer=dataset.tokenizer,
-  )
+  long = task.lengthened(EVAL_LENGTH_FACTOR)
+  return dataset if long == task else open_data(long, tokenizer=dataset.tokenizer)
 
 
 def by_position(

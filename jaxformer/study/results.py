@@ -176,7 +176,7 @@ def gather(
   for title, data in zip(study.task_titles, study.tasks, strict=True):
     found = trained[title]
     sources = (r.metrics.get('eval/source') for t in found for r in t.runs)
-    scored_on = next((str(s) for s in sources if s is not None), data.held_out)
+    scored_on = next((str(s) for s in sources if s is not None), data.validation_name)
     if study.scaling is not None:
       laws = tuple(
         law_of(study.scaling, e.title, [t for t in found if t.title == e.title])

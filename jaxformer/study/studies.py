@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from jaxformer.config import Registry
-from jaxformer.data import AssociativeRecall, DataConfig
+from jaxformer.data import AssociativeRecall, Text
 from jaxformer.study.study import ScaledFamily, ScalingGrid, Study, budgets
 
 STUDIES: Registry[Study] = Registry('study')
@@ -35,7 +35,7 @@ STUDIES.add(
     entries=ALL_KINDS,
     match='active_params',
     target=5e5,
-    tasks=(DataConfig(sequence_length=128), AssociativeRecall(length=10)),
+    tasks=(Text(sequence_length=128), AssociativeRecall(length=10)),
     tokens=40_000,
     batch_size=8,
     learning_rates=(3e-3,),
@@ -53,7 +53,7 @@ STUDIES.add(
     name='standard',
     entries=ALL_KINDS,
     target=1e7,
-    tasks=(DataConfig(sequence_length=512), AssociativeRecall(length=100, vocab_size=40)),
+    tasks=(Text(sequence_length=512), AssociativeRecall(length=100, vocab_size=40)),
     tokens=50_000_000,
     batch_size=64,
     learning_rates=(3e-4, 1e-3, 3e-3),
@@ -77,7 +77,7 @@ STUDIES.add(
     name='scaling',
     entries=(ScaledFamily(family='llama2', name='transformer'),),
     tolerance=0.15,
-    tasks=(DataConfig(sequence_length=64),),
+    tasks=(Text(sequence_length=64),),
     batch_size=4,
     learning_rates=(3e-3, 1e-2),
     seeds=(1,),

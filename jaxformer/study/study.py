@@ -9,7 +9,7 @@ from pathlib import Path
 
 from jaxformer import config
 from jaxformer.config import Config, InputError
-from jaxformer.data import DataConfig, DatasetConfig
+from jaxformer.data import DatasetConfig, Text
 from jaxformer.layers.layer import LayerConfig
 from jaxformer.models.model import ModelConfig
 from jaxformer.models.zoo import FAMILIES, Family
@@ -235,7 +235,7 @@ class Study(Config):
   match: Match = 'params'
   target: float = 1e6
   tolerance: float = 0.02
-  tasks: tuple[DatasetConfig, ...] = (DataConfig(sequence_length=256),)
+  tasks: tuple[DatasetConfig, ...] = (Text(sequence_length=256),)
   tokens: int = 1_000_000
   batch_size: int = 16
   optimizer: OptimizerConfig = AdamW()
@@ -312,7 +312,7 @@ class Study(Config):
   def task_titles(self) -> tuple[str, ...]:
     """A name per task: the type of the task, or the source of a text; numbered from the second of a
     name on."""
-    tags = [task.source.tag if isinstance(task, DataConfig) else task.tag for task in self.tasks]
+    tags = [task.title for task in self.tasks]
     counts = [tags[: i + 1].count(tag) for i, tag in enumerate(tags)]
     return tuple(tag if n == 1 else f'{tag}-{n}' for tag, n in zip(tags, counts, strict=True))
 

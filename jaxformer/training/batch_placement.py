@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from jaxformer.config import InputError
-from jaxformer.data import Batch, DataConfig, DatasetConfig, Pairs
+from jaxformer.data import Batch, DatasetConfig
 from jaxformer.sharding import Rules, batch_sharding, batch_shards
 
 
@@ -82,19 +82,10 @@ def abstract_batch(data: DatasetConfig, batch_size: int, mesh: Mesh, rules: Rule
   Raises `InputError` if the batch cannot be sharded over the mesh.
   """
   _shards(batch_size, mesh, rules)
-  if isinstance(data, DataConfig):
-    ids = np.broadcast_to(np.int32(0), (1, data.sequence_length))
-    row: Any = Batch(ids, ids, ids if data.packing.segmented else None)
-  elif isinstance(data, Pairs):
-    source, target = (
-      np.broadcast_to(np.int32(0), (1, n[-1])) for n in (data.source_lengths, data.target_lengths)
-    )
-    row = Batch(target, target, source_BS=source)
-  else:
-    row = data.open().train_batch(0, 1, 0)
   where = batch_sharding(mesh, rules)
   return jax.tree.map(
-    lambda a: jax.ShapeDtypeStruct((batch_size, *a.shape[1:]), a.dtype, sharding=where), row
+    lambda a: jax.ShapeDtypeStruct((batch_size, *a.shape[1:]), a.dtype, sharding=where),
+    data.example(),
   )
 
 

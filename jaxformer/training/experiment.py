@@ -7,7 +7,7 @@ import re
 from typing import Literal
 
 from jaxformer.config import Config, InputError, nearest, types_of
-from jaxformer.data import DataConfig, DatasetConfig
+from jaxformer.data import DatasetConfig, Text
 from jaxformer.models.model import ModelConfig
 from jaxformer.models.stack import REMAT
 from jaxformer.sharding import MeshConfig
@@ -112,7 +112,7 @@ class Experiment(Config):
   """What is trained, on what, how, and where."""
 
   model: ModelConfig
-  data: DatasetConfig = DataConfig()
+  data: DatasetConfig = Text()
   optimizer: OptimizerConfig = AdamW()
   schedule: ScheduleConfig = Cosine()
   training: TrainingConfig = TrainingConfig()
@@ -122,14 +122,10 @@ class Experiment(Config):
   def validate(self):
     longest, length = self.model.max_len, self.data.max_len
     if longest is not None and length > longest:
-      field = (
-        'data.sequence_length'
-        if isinstance(self.data, DataConfig)
-        else f'data = {self.data.tag}: positions'
-      )
       raise InputError(
-        f'{field} = {length}: must be at most {longest}, where the learned positions of the model '
-        'end'
+        f'data.{self.data.length_field}',
+        length,
+        f'at most {longest}, where the learned positions of the model end',
       )
     warmup = self.schedule.warmup_steps(self.training.steps)
     if warmup > self.training.steps:
@@ -141,7 +137,7 @@ class Experiment(Config):
 def default_experiment(model: ModelConfig, name: str) -> Experiment:
   """What `train NAME` does without overrides: settings under which a tiny model learns in about a
   minute on two CPU cores."""
-  data: DatasetConfig = DataConfig(sequence_length=min(model.context_length, 256))
+  data: DatasetConfig = Text(sequence_length=min(model.context_length, 256))
   if model.task != data.task:
     data = next((d for d in _complete_data() if _mismatch(model, d) is None), data)
   # Pairs are short: more of them fit a minute.

@@ -86,7 +86,7 @@ class Setup:
     score = (
       {'eval/accuracy': r.accuracy} if bytes_V is None else {'eval/bits_per_byte': r.bits_per_byte}
     )
-    source = data.held_out + ('' if complete else f', {limit} batches of {rows}')
+    source = data.validation_name + ('' if complete else f', {limit} batches of {rows}')
     return {'eval/loss': r.loss, **score, 'eval/source': source}
 
   def initial_params(self, source: str | Place | Params) -> Params:

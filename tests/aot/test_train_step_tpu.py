@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import pytest
 
-from jaxformer.data import DataConfig, Stream
+from jaxformer.data import Stream, Text
 from jaxformer.models.params import define
 from jaxformer.models.zoo.llama import LLAMA3, llama
 from jaxformer.planning.collectives import list_collectives
@@ -43,7 +43,7 @@ class Step:
 
   def __init__(self, rules: str, remat: str = 'full'):
     data, training = (
-      DataConfig(sequence_length=T, packing=Stream()),
+      Text(sequence_length=T, packing=Stream()),
       TrainingConfig(batch_size=B, remat=remat),
     )
     experiment = Experiment(

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-from jaxformer.data import storage
+from jaxformer.data import cache_folder
 
 # Failing examples belong into the report, not into a database beside the tests.
 settings.register_profile('jaxformer', database=None)
@@ -18,7 +18,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
   """The cache folder, empty."""
   folder = tmp_path / 'cache'
   monkeypatch.setenv('JAXFORMER_CACHE', str(folder))
-  monkeypatch.setattr(storage, '_hashes', {})
+  monkeypatch.setattr(cache_folder, '_hashes', {})
   return folder
 
 

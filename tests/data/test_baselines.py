@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from jaxformer.data import ByDocument, Bytes, Characters, DataConfig, Files, open_data
+from jaxformer.data import ByDocument, Bytes, Characters, Files, Text, open_data
 from jaxformer.data.baselines import BOUNDARY, PairCounter
 from jaxformer.data.splits import divide
 
@@ -39,16 +39,13 @@ def naive(train, validation, ends, bigram):
 @pytest.mark.parametrize(('tokenizer', 'ends'), [(Bytes(), True), (Characters(), False)])
 def test_baselines_are_the_stated_formulas(corpus, tokenizer, ends):
   source, split = Files(path=corpus(TEXTS)), ByDocument(fraction=0.3)
-  data = open_data(DataConfig(source=source, tokenizer=tokenizer, split=split, sequence_length=8))
-  pieces = list(divide(source.documents, split, ''))
-  train, validation = ([p.text for p in pieces if p.side == s] for s in ('train', 'validation'))
-  assert data.unigram_bits_per_byte() == pytest.approx(
-    naive(train, validation, ends, bigram=False), rel=1e-12
-  )
-  assert data.bigram_bits_per_byte() == pytest.approx(
-    naive(train, validation, ends, bigram=True), rel=1e-12
-  )
-  assert data.bigram_bits_per_byte() < data.unigram_bits_per_byte() < 8
+  data = open_data(Text(corpus=source, tokenizer=tokenizer, split=split, sequence_length=8))
+  pieces = list(divide(source.rows, split, '')[1])
+  unigram, bigram = data.baselines().values()
+  train, validation = ([p.texts[0] for p in pieces if p.side == s] for s in ('train', 'validation'))
+  assert unigram == pytest.approx(naive(train, validation, ends, bigram=False), rel=1e-12)
+  assert bigram == pytest.approx(naive(train, validation, ends, bigram=True), rel=1e-12)
+  assert bigram < unigram < 8
 
 
 def test_pieces_count_as_the_whole(monkeypatch):

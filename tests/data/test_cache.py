@@ -20,12 +20,12 @@ from jaxformer.data import (
   BytePairs,
   Bytes,
   Characters,
-  DataConfig,
   Files,
+  Text,
   cache_dir,
+  cache_folder,
   open_data,
   splits,
-  storage,
 )
 
 TEXTS = [f'document {i} ' * 20 for i in range(60)]
@@ -35,7 +35,7 @@ def opened(path, **fields):
   """A dataset and what was logged on the way: nothing where the cache was found."""
   lines = []
   fields = {'tokenizer': Bytes(), 'sequence_length': 16} | fields
-  return open_data(DataConfig(source=Files(path=path), **fields), log=lines.append), lines
+  return open_data(Text(corpus=Files(path=path), **fields), log=lines.append), lines
 
 
 def everything(data):
@@ -48,7 +48,7 @@ def same(a, b):
   return len(a) == len(b) and all(np.array_equal(x, y) for x, y in zip(a, b))
 
 
-def token_files(cache, name='train.tokens'):
+def token_files(cache, name='train.0.tokens'):
   return sorted(cache.glob(f'tokens-*/{name}'))
 
 
@@ -103,7 +103,14 @@ def flip(path):
 @pytest.mark.quick
 @pytest.mark.parametrize('harm', [truncate, flip, os.unlink])
 @pytest.mark.parametrize(
-  'name', ['train.tokens', 'validation.tokens', 'train.starts.npy', 'train.pairs.npy', 'index.json']
+  'name',
+  [
+    'train.0.tokens',
+    'validation.0.tokens',
+    'train.0.starts.npy',
+    'train.0.pairs.npy',
+    'index.json',
+  ],
 )
 def test_damage_is_repaired(corpus, cache, harm, name):
   path = corpus(TEXTS)
@@ -169,16 +176,16 @@ def test_killed_build_leaves_no_half_cache(corpus, cache):
   path = corpus([t * 50 for t in TEXTS])
   script = textwrap.dedent("""
     import sys, time
-    from jaxformer.data import cache, Bytes, DataConfig, Files, open_data
-    cache.BATCH_PIECES = 1
+    from jaxformer.data import cache, Bytes, Text, Files, open_data
+    cache.BATCH_CHARACTERS = 1
     write = cache._Writer.write
-    def slowly(self, texts):
-      write(self, texts)
+    def slowly(self):
+      write(self)
       self.file.flush()
       print('wrote', flush=True)
       time.sleep(0.2)
     cache._Writer.write = slowly
-    open_data(DataConfig(source=Files(path=sys.argv[1]), sequence_length=16), log=lambda line: None)
+    open_data(Text(corpus=Files(path=sys.argv[1]), sequence_length=16), log=lambda line: None)
   """)
   process = subprocess.Popen(
     [sys.executable, '-c', script, path], stdout=subprocess.PIPE, text=True
@@ -196,7 +203,7 @@ def test_killed_build_leaves_no_half_cache(corpus, cache):
   assert lines
   assert data.train_tokens + data.validation_tokens == sum(len(t) * 50 + 1 for t in TEXTS)
   # What the killed build left goes once no build can be at work on it.
-  old = time.time() - 2 * storage.ABANDONED_SECONDS
+  old = time.time() - 2 * cache_folder.ABANDONED_SECONDS
   for p in [left[0], *left[0].iterdir()]:
     os.utime(p, (old, old))
   opened(path, split=ByPosition())
@@ -211,8 +218,7 @@ def test_cache_that_cannot_be_written(corpus, tmp_path, monkeypatch):
     InputError, match=r'cache folder .*file.*: cannot be written \(.*\); set JAXFORMER_CACHE'
   ):
     open_data(
-      DataConfig(source=Files(path=path), sequence_length=16),
-      cache_dir=tmp_path / 'file' / 'inside',
+      Text(corpus=Files(path=path), sequence_length=16), cache_dir=tmp_path / 'file' / 'inside'
     )
 
   def refuse(*args, **kwargs):
@@ -230,12 +236,10 @@ def test_cache_within_the_corpus(tmp_path):
   (tmp_path / 'texts').mkdir()
   for i in range(9):
     (tmp_path / 'texts' / f'{i}.txt').write_text(TEXTS[i])
-  data = DataConfig(
-    source=Files(path=str(tmp_path / 'texts')), sequence_length=16, split=ByPosition()
-  )
+  data = Text(corpus=Files(path=str(tmp_path / 'texts')), sequence_length=16, split=ByPosition())
   with pytest.raises(
     InputError,
-    match=r'the cache folder .*texts/cache lies in it; set JAXFORMER_CACHE to one outside',
+    match=r'contains the cache folder .*texts/cache; set JAXFORMER_CACHE to a folder outside',
   ):
     open_data(data, cache_dir=tmp_path / 'texts' / 'cache')
   open_data(data, cache_dir=tmp_path / 'texts' / '.cache')  # hidden files are no part of a corpus
@@ -268,7 +272,7 @@ def test_long_documents_come_in_pieces(corpus, monkeypatch, cache):
     with monkeypatch.context() as m:
       for name, value in small.items():
         m.setattr(name, value)
-      for kind in ('ByteTokenizer', 'FileTokenizer'):
+      for kind in ('Tokenizer', 'FileTokenizer'):
         original = getattr(__import__('jaxformer.data.tokenizers', fromlist=[kind]), kind)
         m.setattr(original, 'pieces', lambda self, text, f=original.pieces: f(self, text, 1000))
       for p in cache.glob('tokens-*/index.json'):

@@ -14,13 +14,11 @@ from jaxformer.data import (
   Characters,
   Dates,
   Pairs,
-  PairTokenizer,
   Tsv,
   load_tokenizer,
   open_data,
-  source_of,
 )
-from jaxformer.data.pipeline import DataSection
+from jaxformer.data.text import DataSection
 from jaxformer.overrides import override
 from jaxformer.task_type import TaskType
 
@@ -125,7 +123,7 @@ def test_hosts_and_resuming_change_nothing(pairs):
     {'split': {'type': 'ByDocument', 'fraction': 0.3}},
   ):
     other = open_data(from_json(to_json(pairs()) | changed))
-    with pytest.raises(InputError, match='not the data of the checkpoint'):
+    with pytest.raises(InputError, match='data differ from the checkpoint'):
       other.resume_step(state, 8, 5)
   with pytest.raises(InputError, match='multiple of the 3 processes'):
     data.train_batch(0, 8, 5, 0, 3)
@@ -176,9 +174,9 @@ def test_the_manifest_counts_what_is_left_out(pairs):
     assert m[name]['source']['tokens'] == m[name]['source']['bytes']
 
 
-def test_one_tokenizer_is_learned_on_both_sides_or_two_on_one_each(pairs, tmp_path):
+def test_one_tokenizer_is_trained_on_both_sides_or_two_on_one_each(pairs, tmp_path):
   joint = open_data(pairs(tokenizer=BytePairs(vocab_size=270)))
-  assert source_of(joint.tokenizer) is joint.tokenizer
+  assert joint.tokenizer.source is joint.tokenizer
   merges = [joint.tokenizer.decode([i]) for i in range(257, 270)]
   assert any('aa' in m for m in merges)
   assert any('bb' in m for m in merges)
@@ -187,15 +185,15 @@ def test_one_tokenizer_is_learned_on_both_sides_or_two_on_one_each(pairs, tmp_pa
   )
   assert (two.source_vocab_size, two.vocab_size) == (264, 270)
   assert not any('a' in two.tokenizer.decode([i]) for i in range(257, 270))
-  assert not any('b' in two.source_tokenizer.decode([i]) for i in range(257, 264))
+  assert not any('b' in two.tokenizer.source.decode([i]) for i in range(257, 264))
   batch = two.train_batch(0, 4, 0)
   source = batch.source_BS[0][batch.source_BS[0] >= 0]
-  assert '<' in two.source_tokenizer.decode(source)
+  assert '<' in two.tokenizer.source.decode(source)
   two.tokenizer.save(tmp_path)
   loaded = load_tokenizer(tmp_path)
-  assert isinstance(loaded, PairTokenizer)
+  assert loaded.source is not loaded
   assert loaded.fingerprint() == two.tokenizer.fingerprint()
-  assert source_of(loaded).encode('aaaa').tolist() == two.source_tokenizer.encode('aaaa').tolist()
+  assert loaded.source.encode('aaaa').tolist() == two.tokenizer.source.encode('aaaa').tolist()
   assert (
     open_data(pairs(), tokenizer=loaded).manifest['train']['sha256']
     == two.manifest['train']['sha256']
@@ -205,19 +203,20 @@ def test_one_tokenizer_is_learned_on_both_sides_or_two_on_one_each(pairs, tmp_pa
 def test_the_cache_is_used_repaired_and_not_shared_by_other_content(pairs, cache):
   said = []
   first = open_data(pairs(), log=said.append)
-  assert said == [f'tokenising Tsv (once; kept in {cache})']
+  assert said[0] == f'tokenizing Tsv (once; kept in {cache})'
+  count = len(said)
   assert open_data(pairs(), log=said.append).identity == first.identity
-  assert len(said) == 1
-  (folder,) = cache.glob('pairs-*')
-  tokens = folder / 'train.source.tokens'
+  assert len(said) == count
+  (folder,) = cache.glob('tokens-*')
+  tokens = folder / 'train.0.tokens'
   tokens.write_bytes(b'\0' + tokens.read_bytes()[1:])
   again = open_data(pairs(), log=said.append)
-  assert len(said) == 2
+  assert len(said) == 2 * count
   np.testing.assert_array_equal(
     again.train_batch(0, 4, 0).source_BS, first.train_batch(0, 4, 0).source_BS
   )
   assert open_data(pairs(PAIRS[:-1]), log=said.append).identity != first.identity
-  assert len(list(cache.glob('pairs-*'))) == 2
+  assert len(list(cache.glob('tokens-*'))) == 2
   shutil.rmtree(cache)
 
 
@@ -269,6 +268,6 @@ def test_overrides_choose_pairs(tmp_path):
 def test_other_data_have_no_pairs_to_translate():
   from jaxformer.data import InductionHead
 
-  with pytest.raises(InputError, match='InductionHead: holds no pairs'):
+  with pytest.raises(InputError, match="'InductionHead': holds no pairs"):
     open_data(InductionHead()).held_out_pairs()
   assert len(open_data(Dates()).held_out_pairs(7)) == 7

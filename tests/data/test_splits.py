@@ -3,15 +3,19 @@
 import pytest
 
 from jaxformer.config import InputError
-from jaxformer.data import ByDocument, ByPosition, Document
+from jaxformer.data import ByDocument, ByPosition, Row
 from jaxformer.data.splits import divide
 
 pytestmark = pytest.mark.quick
 
 
+def pieces(texts, split):
+  return list(divide(lambda: (Row((t,)) for t in texts), split, 'here')[1])
+
+
 def sides(texts, split):
-  pieces = list(divide(lambda: (Document(str(i), t) for i, t in enumerate(texts)), split, 'here'))
-  return tuple([p.text for p in pieces if p.side == side] for side in ('train', 'validation'))
+  placed = pieces(texts, split)
+  return tuple([p.texts[0] for p in placed if p.side == side] for side in ('train', 'validation'))
 
 
 def test_documents_stay_on_their_side_when_others_are_added():
@@ -40,9 +44,9 @@ def test_both_sides_have_documents(fraction):
 
 
 def test_what_cannot_be_divided():
-  with pytest.raises(InputError, match=r'the corpus is one document.*use the split ByPosition'):
+  with pytest.raises(InputError, match=r'the corpus is one document.*the split ByPosition'):
     sides(['only one', ''], ByDocument())
-  with pytest.raises(InputError, match='all 2 documents are the same'):
+  with pytest.raises(InputError, match='all rows are of one document'):
     sides(['same', 'same'], ByDocument())
   with pytest.raises(InputError, match='here: the corpus holds no text'):
     sides(['', ''], ByDocument())
@@ -71,14 +75,8 @@ def test_the_published_corpus_of_characters_leaves_its_published_validation_side
 
 
 def test_by_position_cuts_one_document_only():
-  pieces = list(
-    divide(
-      lambda: (Document('', t) for t in ('abcd', '', 'efgh', 'ij')),
-      ByPosition(fraction=0.4),
-      'here',
-    )
-  )
-  assert [(p.side, p.text, p.ends) for p in pieces] == [
+  placed = pieces(('abcd', '', 'efgh', 'ij'), ByPosition(fraction=0.4))
+  assert [(p.side, *p.texts, p.ends) for p in placed] == [
     ('train', 'abcd', True),
     ('train', 'ef', False),
     ('validation', 'gh', True),

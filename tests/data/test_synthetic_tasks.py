@@ -21,7 +21,7 @@ from jaxformer.data import (
   mad_suite,
 )
 from jaxformer.data.tasks import mqar
-from jaxformer.data.tasks.task import came_before, chance, distinct, random_bits
+from jaxformer.data.tasks.task import bernoulli, distinct, random_bits, seen_before
 
 pytestmark = pytest.mark.quick
 INDEX = np.arange(400)
@@ -420,15 +420,15 @@ def test_draws_in_proportion_use_every_slot():
   assert_drawn_from(np.bincount(mqar.drawn((5, 1, 3), random_bits(KEY, MANY, 1))[:, 0]), [5, 1, 3])
 
 
-def test_what_came_before():
+def test_what_seen_before():
   numbers = np.random.default_rng(0).integers(0, 9, (50, 12))
-  before = came_before(numbers)
+  before = seen_before(numbers)
   for row, found in zip(numbers.tolist(), before, strict=True):
     assert found.tolist() == [n in row[:i] for i, n in enumerate(row)]
 
 
 def test_chance():
   bits = random_bits(KEY, MANY, 1)[:, 0]
-  assert_drawn_from(np.bincount(chance(0.3, bits)), [0.7, 0.3])
-  assert not chance(0.0, bits).any()
-  assert chance(1.0, bits).all()
+  assert_drawn_from(np.bincount(bernoulli(0.3, bits)), [0.7, 0.3])
+  assert not bernoulli(0.0, bits).any()
+  assert bernoulli(1.0, bits).all()

@@ -20,25 +20,26 @@ from jaxformer.data import (
   load_tokenizer,
   train_bpe,
 )
-from jaxformer.data.storage import published
+from jaxformer.data.cache import open_tokenizer
+from jaxformer.data.cache_folder import build_atomically
 from jaxformer.data.tokenizers import ByteTokenizer, CharacterTokenizer, FileTokenizer
 
 pytestmark = pytest.mark.quick
+TOPICS = [row.texts[0] for row in PydocTopics().rows()]
 
 
 @pytest.fixture(scope='module')
 def pairs(tmp_path_factory) -> str:
   """The path of a byte-level tokenizer.json."""
   path = tmp_path_factory.mktemp('pairs') / 'tokenizer.json'
-  assert train_bpe(PydocTopics(), 600, path) == 600
+  assert train_bpe(TOPICS, 600, path) == 600
   return str(path)
 
 
 @pytest.fixture(scope='module')
 def every(pairs):
   """The tokenizers whose bytes are exact and that take any text."""
-  source, split = PydocTopics(), ByPosition()
-  return [Bytes().build(source, split), TokenizerFile(path=pairs).build(source, split)]
+  return [Bytes().train(()), TokenizerFile(path=pairs).train(())]
 
 
 @settings(max_examples=150, deadline=None)
@@ -92,7 +93,7 @@ def test_pieces_encode_as_the_whole(every, words, size):
 
 
 def test_pieces_of_real_text_are_small(every):
-  text = '\n'.join(d.text for d in PydocTopics().documents())
+  text = '\n'.join(TOPICS)
   for tokenizer in every:
     pieces = list(tokenizer.pieces(text, 10_000))
     assert max(map(len, pieces)) < 60_000
@@ -100,7 +101,7 @@ def test_pieces_of_real_text_are_small(every):
 
 
 def test_invalid_bytes_decode_to_replacements():
-  tokenizer = Bytes().build(PydocTopics(), ByPosition())
+  tokenizer = Bytes().train(())
   assert tokenizer.decode([0xC3, 65, 256]) == '\ufffdA'
   assert tokenizer.decode_bytes([0xC3, 65, 256]) == b'\xc3A'
   assert (tokenizer.vocab_size, tokenizer.end_of_document, tokenizer.token_bytes[256]) == (
@@ -125,22 +126,30 @@ def test_half_a_surrogate_pair_is_no_text(every):
       tokenizer.encode('a\ud800')
 
 
-def test_characters_are_those_of_the_whole_corpus(tmp_path):
+def test_characters_are_those_of_all_the_corpus(tmp_path):
   (tmp_path / 'a.txt').write_text('hello wörld' * 20 + 'Z')
-  tokenizer = Characters().build(Files(path=str(tmp_path / 'a.txt')), ByPosition())
+
+  def opened(name):
+    corpus = Files(path=str(tmp_path / name))
+    return open_tokenizer(Characters(), corpus, (0,), ByPosition(), tmp_path / 'c', print)
+
+  tokenizer = opened('a.txt')
   assert tokenizer.decode(range(tokenizer.vocab_size)) == ''.join(sorted(set('hello wörldZ')))
   assert tokenizer.end_of_document is None
   with pytest.raises(InputError, match=r"the character 'Q' is not among the \d+ of the vocabulary"):
     tokenizer.encode('hello Q')
   (tmp_path / 'empty.txt').write_text('')
   with pytest.raises(InputError, match='the corpus holds no text'):
-    Characters().build(Files(path=str(tmp_path / 'empty.txt')), ByPosition())
+    opened('empty.txt')
 
 
-def test_pairs_are_learned_deterministically_from_the_training_side(tmp_path):
+def test_pairs_are_trained_deterministically_from_the_training_side(tmp_path):
   (tmp_path / 'a.txt').write_text('the cat sat on the mat\n' * 300 + 'zyzzyva ' * 50)
-  source = Files(path=str(tmp_path / 'a.txt'))
-  first, second = (BytePairs(vocab_size=300).build(source, ByPosition()) for _ in range(2))
+  corpus = Files(path=str(tmp_path / 'a.txt'))
+  first, second = (
+    open_tokenizer(BytePairs(vocab_size=300), corpus, (0,), ByPosition(), tmp_path / folder, print)
+    for folder in ('one', 'two')
+  )
   assert first.fingerprint() == second.fingerprint()
   assert len(first.encode('zyzzyva')) == 7  # never seen in training
   assert len(first.encode('the cat')) <= 2
@@ -150,13 +159,13 @@ def test_pairs_are_learned_deterministically_from_the_training_side(tmp_path):
     BytePairs(vocab_size=256)
 
 
-def test_learned_file_is_deterministic(tmp_path, pairs):
-  train_bpe(PydocTopics(), 600, tmp_path / 'again.json')
+def test_trained_file_is_deterministic(tmp_path, pairs):
+  train_bpe(TOPICS, 600, tmp_path / 'again.json')
   assert (tmp_path / 'again.json').read_bytes() == Path(pairs).read_bytes()
 
 
 def test_text_that_looks_like_a_special_token_is_text(pairs):
-  tokenizer = TokenizerFile(path=pairs).build(PydocTopics(), ByPosition())
+  tokenizer = TokenizerFile(path=pairs).train(())
   ids = tokenizer.encode('a <|endoftext|> b')
   assert tokenizer.end_of_document not in ids
   assert tokenizer.decode(ids) == 'a <|endoftext|> b'
@@ -175,7 +184,7 @@ def test_saved_tokenizers_come_back(tmp_path, every):
   with pytest.raises(InputError, match='holds no tokenizer'):
     load_tokenizer(tmp_path)
   (tmp_path / 'tokenizer_kind.json').write_text('{"kind": "char')
-  with pytest.raises(InputError, match='damaged'):
+  with pytest.raises(InputError, match='corrupt'):
     load_tokenizer(tmp_path)
 
 
@@ -185,9 +194,7 @@ def test_folder_of_a_hub_tokenizer(tmp_path, pairs):
   (tmp_path / 'tokenizer.json').write_text(json.dumps(data))
 
   def end(**fields):
-    return (
-      TokenizerFile(path=str(tmp_path), **fields).build(PydocTopics(), ByPosition()).end_of_document
-    )
+    return TokenizerFile(path=str(tmp_path), **fields).train(()).end_of_document
 
   assert end() == 0
   assert end(end_of_document='</s>') == 600
@@ -203,7 +210,7 @@ def test_folder_of_a_hub_tokenizer(tmp_path, pairs):
 
 def test_bad_tokenizer_files(tmp_path):
   def build(path):
-    return TokenizerFile(path=str(path)).build(PydocTopics(), ByPosition())
+    return TokenizerFile(path=str(path)).train(())
 
   with pytest.raises(InputError, match=r'tokenizer\.json cannot be read \(No such file'):
     build(tmp_path)
@@ -234,7 +241,7 @@ def test_tokenizer_that_is_not_byte_level(tmp_path):
   assert list(tokenizer.pieces('a\nb\nc', 1)) == ['a\nb\nc']
 
 
-def test_learned_tokenizers_fit_the_cache(tmp_path):
+def test_trained_tokenizers_fit_the_cache(tmp_path):
   tokenizer = CharacterTokenizer('abc')
   calls = []
 
@@ -246,7 +253,9 @@ def test_learned_tokenizers_fit_the_cache(tmp_path):
     return load_tokenizer(folder) if folder.exists() else None
 
   for _ in range(2):
-    assert published(tmp_path / 'c' / 't', build, load).fingerprint() == tokenizer.fingerprint()
+    assert (
+      build_atomically(tmp_path / 'c' / 't', build, load).fingerprint() == tokenizer.fingerprint()
+    )
   assert len(calls) == 1
 
 

@@ -46,7 +46,7 @@ def blocks(page: pathlib.Path) -> list[Block]:
 TRAIN = (
   '--training.steps 2 --training.batch-size 8 --training.eval-batches 1 --training.trackers none'
 )
-TEXT = '--data.source PydocTopics --data.sequence-length 32'
+TEXT = '--data.corpus PydocTopics --data.sequence-length 32'
 SMALLER = (
   (r'train .*(--show|--help)', ''),
   (r'train (transformer|rnnsearch)', TRAIN),
@@ -71,12 +71,12 @@ def shortened(command: str) -> list[str]:
   replaced = {w for w in extra if w.startswith('--')}
   kept, i = [], 0
   while i < len(words):
-    if words[i] in replaced and words[i] not in ('--data.source', '--show'):
+    if words[i] in replaced and words[i] not in ('--data.corpus', '--show'):
       i += 2
     else:
       kept.append(words[i])
       i += 1
-  if '--data.source' in kept and '--data.source' in extra:
-    i = extra.index('--data.source')
+  if '--data.corpus' in kept and '--data.corpus' in extra:
+    i = extra.index('--data.corpus')
     extra = extra[:i] + extra[i + 2 :]
   return kept + extra

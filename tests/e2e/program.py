@@ -19,7 +19,7 @@ SMALL = [
     '1',
     '--training.trackers',
     'none',
-    '--data.source',
+    '--data.corpus',
     'PydocTopics',
     '--data.sequence-length',
     '32',

@@ -175,11 +175,11 @@ def test_fields(case, refused, folder):
 @pytest.mark.parametrize('case', CORPORA, ids=lambda c: c[0])
 def test_corpora(case, refused, folder):
   own = [
-    '--data.source',
+    '--data.corpus',
     'Files',
     '--data.split',
     'ByPosition',
-    '--data.source.path',
+    '--data.corpus.path',
     *shlex.split(case[0]),
   ]
   check(refused(['train', 'gpt2-tiny', *SMALL, '--run.name', 'x', *own], folder), case[1:])
@@ -195,25 +195,19 @@ def test_experiment_files(case, refused, folder):
 @pytest.mark.parametrize(
   ('command', 'fragments'),
   [
-    ('data info --data.sorce Files', ('--data.sorce', 'did you mean source?')),
-    ('data info --datas.source Files', ('--datas.source', 'did you mean data?')),
+    ('data info --data.corpsu Files', ('--data.corpsu', 'did you mean corpus?')),
+    ('data info --datas.corpus Files', ('--datas.corpus', 'did you mean data?')),
     ('data info --model.width 3', ('--model.width', 'overrides of data alone')),
-    (
-      'data info --data Files',
-      ("data = 'Files'", 'known: AssociativeRecall', 'DataConfig', 'Pairs'),
-    ),
-    ('data info --data Digits', ('--data Digits', 'a task', 'DataConfig and Pairs')),
+    ('data info --data Files', ("data = 'Files'", 'known: AssociativeRecall', 'Text', 'Pairs')),
+    ('data info --data Digits', ('--data Digits', 'a task', 'Text and Pairs')),
     ('data info --data Pairs', ('Pairs needs corpus',)),
     (
       'data info --data Pairs --data.corpus Tsv --data.corpus.path gone.tsv',
       ('Tsv.path', 'gone.tsv', 'a file that exists'),
     ),
-    ('data kjv-es', ('--out',)),
-    ('data kjv-es --out a --packages gone', ('--packages gone', 'no such folder')),
-    ('data kjv-es --out a --data.corpus Tsv', ('--data.corpus', 'no overrides')),
     ('train gpt2-tiny --data Dates', ('data = Dates', 'reads one', 'pairs')),
     (
-      'data train-tokenizer empty --data.source PydocTopics --vocab-size 300',
+      'data train-tokenizer empty --data.corpus PydocTopics --vocab-size 300',
       ('empty', 'cannot be written'),
     ),
   ],

@@ -77,12 +77,12 @@ def test_more_steps_go_on_where_the_run_stopped(answer, tmp_path, monkeypatch):
 def test_an_experiment_file(answer, tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   (tmp_path / 'question.py').write_text(
-    'from jaxformer.data import DataConfig, PydocTopics\n'
+    'from jaxformer.data import Text, PydocTopics\n'
     'from jaxformer.models.zoo import PRESETS\n'
     'from jaxformer.training import Experiment, TrainingConfig\n'
     'def experiment():\n'
     '  training = TrainingConfig(steps=2, batch_size=8, eval_batches=1, trackers=())\n'
-    '  data = DataConfig(source=PydocTopics(), sequence_length=32)\n'
+    '  data = Text(corpus=PydocTopics(), sequence_length=32)\n'
     "  return Experiment(model=PRESETS['gpt2-tiny'].model, data=data, training=training)\n"
   )
   value, _ = answer('train', 'question.py', *SMALL[:6], '--training.steps', 1, '--json')
@@ -100,7 +100,7 @@ def test_a_tokenizer_of_ones_own(answer, tmp_path, monkeypatch, capsys):
         'pairs.json',
         '--vocab-size',
         '300',
-        '--data.source',
+        '--data.corpus',
         'PydocTopics',
       ]
     )
@@ -108,7 +108,7 @@ def test_a_tokenizer_of_ones_own(answer, tmp_path, monkeypatch, capsys):
   )
   assert 'pairs.json: 300 tokens' in capsys.readouterr().err
   own = ['--data.tokenizer', 'TokenizerFile', '--data.tokenizer.path', 'pairs.json']
-  info = answer('data', 'info', '--data.source', 'PydocTopics', *own, '--json')[0]
+  info = answer('data', 'info', '--data.corpus', 'PydocTopics', *own, '--json')[0]
   assert info['tokenizer']['vocab_size'] == 300
   model = ['--model.vocab-size', 304, '--training.steps', 1]
   value, _ = answer('train', 'gpt2-tiny', *SMALL, *own, *model, '--run.name', 'pairs', '--json')
@@ -264,7 +264,7 @@ def test_bench_measures_training_and_decoding(answer):
 
 
 def test_data_info(answer):
-  value = answer('data', 'info', '--data.source', 'PydocTopics', '--json')[0]
+  value = answer('data', 'info', '--data.corpus', 'PydocTopics', '--json')[0]
   assert value['tokenizer']['vocab_size'] == 257
   assert value['bigram_bits_per_byte'] < value['unigram_bits_per_byte'] < 8
 

@@ -208,14 +208,14 @@ def test_arguments_arrive_as_they_were_given(name, machine):
   one = job(
     'h100:8' if name == 'slurm' else 'v6e-8',
     GIT,
-    overrides=[('data.source.path', HARD), ('model.width', '64')],
+    overrides=[('data.corpus.path', HARD), ('model.width', '64')],
   )
   engine.check(one)
   arguments, _ = machine(script_of(engine, one))
   assert arguments == [
     'train',
     'gpt2-tiny',
-    f'--data.source.path={HARD}',
+    f'--data.corpus.path={HARD}',
     '--model.width=64',
     '--run.name=gpt2-tiny',
     '--run.dir=gs://bucket/runs',
@@ -236,7 +236,7 @@ def test_an_experiment_file_that_the_source_does_not_bring_is_written_there(
 
 
 def test_the_command_of_xpk_is_one_line_in_the_script_as_well(tmp_path):
-  one = job('v6e-8', GIT, overrides=[('data.source.path', HARD)])
+  one = job('v6e-8', GIT, overrides=[('data.corpus.path', HARD)])
   engine = ENGINES_READY['xpk']
   text = next(iter(engine.files(one).values()))
   (tmp_path / 'xpk').write_text('#!/bin/bash\nprintf "%s\\0" "$0" "$@"\n')

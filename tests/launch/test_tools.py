@@ -139,7 +139,7 @@ def test_xpk_makes_a_job_set(case, tmp_path):
 
 def test_xpk_carries_any_argument(tmp_path):
   engine, _ = CASES['xpk-git']
-  one = job('v6e-8', GIT, overrides=[('data.source.path', HARD)])
+  one = job('v6e-8', GIT, overrides=[('data.corpus.path', HARD)])
   done = xpk(engine.arguments(one), tmp_path)
   assert done.returncode == 0, done.stdout + done.stderr
   assert engine.container_command(one) in done.stdout

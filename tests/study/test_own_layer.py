@@ -102,7 +102,7 @@ SMALL = (
 
 @thorough
 def test_it_is_trained_and_compared(folder, capsys):
-  data = ['--data.source', 'PydocTopics', '--data.sequence-length', '32']
+  data = ['--data.corpus', 'PydocTopics', '--data.sequence-length', '32']
   assert (
     main(
       [

@@ -10,7 +10,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from jaxformer.data import AssociativeRecall, DataConfig
+from jaxformer.data import AssociativeRecall, Text
 from jaxformer.models.zoo import FAMILIES
 from jaxformer.study.charts import Axis, Point, Series, chart
 from jaxformer.study.costs import AtContext, Costs
@@ -42,7 +42,7 @@ def invented(folder, names=NAMES, bits=BITS):
     name='invented',
     entries=tuple(FixedModel(name=n, model_config=model) for n in names),
     target=6000,
-    tasks=(DataConfig(sequence_length=32), AssociativeRecall()),
+    tasks=(Text(sequence_length=32), AssociativeRecall()),
     learning_rates=(1e-3, 3e-3),
     dir=str(folder),
   )

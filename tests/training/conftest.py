@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from jaxformer.data import DataConfig, PydocTopics, open_data
+from jaxformer.data import PydocTopics, Text, open_data
 from jaxformer.models.zoo.gpt import gpt
 from jaxformer.sharding import MeshConfig
 from jaxformer.training import AdamW, Cosine, Experiment, RunConfig, TrainingConfig
 
 CACHE = Path(tempfile.gettempdir()) / f'jaxformer-tests-{os.getuid()}' / 'data'
-DATA = DataConfig(source=PydocTopics(), sequence_length=32)
+DATA = Text(corpus=PydocTopics(), sequence_length=32)
 
 
 @pytest.fixture(scope='session')

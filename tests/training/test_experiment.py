@@ -2,7 +2,7 @@ import pytest
 
 from jaxformer import config
 from jaxformer.config import InputError
-from jaxformer.data import DataConfig
+from jaxformer.data import Text
 from jaxformer.models.zoo import PRESETS
 from jaxformer.overrides import override
 from jaxformer.sharding import MeshConfig
@@ -21,7 +21,7 @@ def test_every_preset_has_a_default_experiment_that_survives_json():
   for name in PRESETS:
     e = default_experiment(PRESETS[name].model, name)
     assert config.from_json(config.to_json(e)) == e
-    assert not isinstance(e.data, DataConfig) or e.data.sequence_length <= 256
+    assert not isinstance(e.data, Text) or e.data.sequence_length <= 256
 
 
 @pytest.mark.parametrize(

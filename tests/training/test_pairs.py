@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxformer.config import InputError
-from jaxformer.data import DataConfig
+from jaxformer.data import Text
 from jaxformer.data.dataset import Dataset, DatasetConfig, process_rows
 from jaxformer.evaluation import evaluate
 from jaxformer.models.params import define
@@ -167,7 +167,7 @@ def test_scores_do_not_depend_on_how_rows_are_batched():
 @pytest.mark.parametrize(
   ('model', 'data', 'message'),
   [
-    ('transformer-tiny', DataConfig(), 'EncoderDecoder is a model for "source-target pairs'),
+    ('transformer-tiny', Text(), 'EncoderDecoder is a model for "source-target pairs'),
     ('gpt2-tiny', Backwards(), 'the task is "source-target pairs .* use an EncoderDecoder'),
     (
       's4d-classifier-tiny',

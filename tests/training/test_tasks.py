@@ -11,7 +11,6 @@ from jaxformer.config import InputError
 from jaxformer.data import (
   AssociativeRecall,
   Compression,
-  DataConfig,
   Digits,
   InductionHead,
   ListOps,
@@ -19,6 +18,7 @@ from jaxformer.data import (
   MultiQueryRecall,
   PydocTopics,
   SelectiveCopying,
+  Text,
   mad_suite,
   open_data,
 )
@@ -195,7 +195,7 @@ def test_the_command_line_on_a_classifier(digits, monkeypatch, capsys):
     ('generate digits --prompt x', 'a Classifier trained on Digits'),
     ('convert digits out', 'a Classifier trained on Digits'),
     ('eval digits --by-position', 'one class a sequence'),
-    ('eval digits --data DataConfig', 'without a tokenizer'),
+    ('eval digits --data Text', 'without a tokenizer'),
     (
       'eval digits --data ListOps',
       'data = ListOps: the task is "tokens -> one class per sequence", but Classifier is a model for "1 features',
@@ -211,7 +211,7 @@ def test_the_command_line_on_a_classifier(digits, monkeypatch, capsys):
   [
     (
       model(),
-      DataConfig(source=PydocTopics(), sequence_length=32),
+      Text(corpus=PydocTopics(), sequence_length=32),
       'Classifier is a model for "tokens -> one class.* use a LanguageModel',
     ),
     (model(), InductionHead(), r'use a LanguageModel or use data that fit the model \(ListOps\)'),
@@ -295,5 +295,5 @@ def test_an_autoencoder_is_given_its_task():
     == Compression()
   )
   assert isinstance(
-    default_experiment(gpt(32, 1, 2, context_length=64, vocab_size=16), 'x').data, DataConfig
+    default_experiment(gpt(32, 1, 2, context_length=64, vocab_size=16), 'x').data, Text
   )

@@ -6,8 +6,7 @@ from __future__ import annotations
 import numpy as np
 from jaxtyping import Int32, Int64
 
-from jaxformer.data import order
-from jaxformer.data.tasks.task import GeneratedTask, Side, below, distinct, random_bits
+from jaxformer.data.tasks.task import GeneratedTask, Side, distinct, integers
 from jaxformer.task_type import IGNORE, Batch, TaskType
 
 
@@ -73,11 +72,11 @@ class SelectiveCopying(CopyingTask):
 
   def rows(self, side: Side, index_N: Int64[np.ndarray, ' N']) -> Batch:
     M, marker, body = self.copied, self.vocab_size - 1, self.length - self.copied
-    bits = random_bits(order.key(self.seed, self.tag, side), index_N, 2 * M)
+    bits = self.random_bits(side, index_N, 2 * M)
     tokens = np.zeros((index_N.size, self.length), np.int32)
     tokens[:, body:] = marker
     place_NC = np.sort(distinct(body, bits[:, :M]), axis=1)
-    return self._batch(tokens, place_NC, 1 + below(marker - 1, bits[:, M:]))
+    return self._batch(tokens, place_NC, 1 + integers(marker - 1, bits[:, M:]))
 
 
 class MadSelectiveCopying(CopyingTask):
@@ -95,12 +94,12 @@ class MadSelectiveCopying(CopyingTask):
   def rows(self, side: Side, index_N: Int64[np.ndarray, ' N']) -> Batch:
     M, blank, N = self.copied, self.vocab_size - 2, index_N.size
     blanks = self.length - 2 * M - 1
-    bits = random_bits(order.key(self.seed, self.tag, side), index_N, M + blanks)
+    bits = self.random_bits(side, index_N, M + blanks)
     tokens = np.full((N, self.length), blank, np.int32)
     tokens[:, M + blanks] = blank + 1
     before_NC = np.bincount(
-      (np.arange(N)[:, None] * M + below(M, bits[:, M:])).reshape(-1), minlength=N * M
+      (np.arange(N)[:, None] * M + integers(M, bits[:, M:])).reshape(-1), minlength=N * M
     ).reshape(N, M)
     return self._batch(
-      tokens, np.arange(M) + np.cumsum(before_NC, axis=1), below(blank, bits[:, :M])
+      tokens, np.arange(M) + np.cumsum(before_NC, axis=1), integers(blank, bits[:, :M])
     )

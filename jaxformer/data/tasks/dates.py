@@ -8,9 +8,8 @@ import functools
 import numpy as np
 from jaxtyping import Int64
 
-from jaxformer.data import order
-from jaxformer.data.tasks.pair_task import PairTask
-from jaxformer.data.tasks.task import Side, below, random_bits
+from jaxformer.data import shuffle
+from jaxformer.data.tasks.task import PairTask, Side, integers
 
 MONTHS = (
   'January',
@@ -69,9 +68,9 @@ class Dates(PairTask):
     return 32
 
   def texts(self, side: Side, index_N: Int64[np.ndarray, ' N']) -> list[tuple[str, str]]:
-    bits = random_bits(order.key(self.seed, self.tag, side), index_N, 2)
+    bits = self.random_bits(side, index_N, 2)
     days = _days(self.first_year, self.last_year, side)
-    day_N, form_N = days[below(days.size, bits[:, 0])], below(self.forms, bits[:, 1])
+    day_N, form_N = days[integers(days.size, bits[:, 0])], integers(self.forms, bits[:, 1])
     dates = [datetime.date.fromordinal(int(day)) for day in day_N]
     return [
       (written(date, int(form)), date.isoformat()) for date, form in zip(dates, form_N, strict=True)
@@ -104,4 +103,6 @@ def _days(first_year: int, last_year: int, side: Side) -> Int64[np.ndarray, ' N'
     datetime.date(last_year, 12, 31).toordinal(),
   )
   days = np.arange(first, last + 1)
-  return days[(order.random_below(HELD_OUT, days, order.key(0, 'Dates')) == 0) == (side == 'test')]
+  return days[
+    (shuffle.random_below(HELD_OUT, days, shuffle.key(0, 'Dates')) == 0) == (side == 'test')
+  ]

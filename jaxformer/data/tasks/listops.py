@@ -8,8 +8,7 @@ import numpy as np
 from jaxtyping import Int64
 
 from jaxformer.config import InputError
-from jaxformer.data import order
-from jaxformer.data.tasks.task import GeneratedTask, Side, labelled, random_bits
+from jaxformer.data.tasks.task import GeneratedTask, Side, labelled
 from jaxformer.task_type import Batch, TaskType
 
 OPERATORS = ('MAX', 'MIN', 'MED', 'SM')
@@ -67,7 +66,7 @@ class ListOps(GeneratedTask):
     return TaskType(predicts='class', vocab_size=len(NAMES), classes=10)
 
   def rows(self, side: Side, index_N: Int64[np.ndarray, ' N']) -> Batch:
-    seeds = random_bits(order.key(self.seed, self.tag, side), index_N, 1)[:, 0]
+    seeds = self.random_bits(side, index_N, 1)[:, 0]
     drawn = [self._draw(int(s)) for s in seeds]
     tokens = np.zeros((index_N.size, self.max_length), np.int32)
     for row, (expression, _) in zip(tokens, drawn, strict=True):

@@ -13,17 +13,17 @@ from __future__ import annotations
 import numpy as np
 from jaxtyping import Bool, Int64, UInt64
 
-from jaxformer.data import order
+from jaxformer.data import shuffle
 from jaxformer.data.tasks.copying import MadSelectiveCopying
 from jaxformer.data.tasks.task import (
   GeneratedTask,
   Side,
   TaskConfig,
-  below,
-  came_before,
-  chance,
+  bernoulli,
   distinct,
+  integers,
   random_bits,
+  seen_before,
 )
 from jaxformer.task_type import IGNORE, Batch, TaskType
 
@@ -84,9 +84,9 @@ class RecallTask(MadTask, abstract=True):
   ) -> Batch:
     """Pairs, with noise in the place of some."""
     (N, P), keys = noise_NP.shape, self.symbols // 2
-    bits = random_bits(order.key(self.seed, self.tag, side), index_N, 2 * keys + P)
-    value_NK = keys + below(self.symbols - keys, bits[:, :keys])
-    key_NP = below(keys, bits[:, keys : keys + P])
+    bits = self.random_bits(side, index_N, 2 * keys + P)
+    value_NK = keys + integers(self.symbols - keys, bits[:, :keys])
+    key_NP = integers(keys, bits[:, keys : keys + P])
     came_NK = np.zeros((N, keys + 1), bool)
     np.put_along_axis(came_NK, np.where(noise_NP, keys, key_NP), True, axis=1)
     # Of the keys that came the one with the largest random number.
@@ -100,7 +100,7 @@ class RecallTask(MadTask, abstract=True):
     )
     tokens[:, :P] = np.where(noise_NP[:, :, None], noise_NP2, tokens[:, :P])
     noise_NQ = np.pad(noise_NP, ((0, 0), (0, 1)))
-    asked[:, :, 1] = came_before(np.where(noise_NQ, keys, key_NQ)) & ~noise_NQ
+    asked[:, :, 1] = seen_before(np.where(noise_NQ, keys, key_NQ)) & ~noise_NQ
     return next_token_targets(tokens.reshape(N, self.length), asked.reshape(N, self.length), side)
 
 
@@ -140,14 +140,14 @@ class NoisyInContextRecall(RecallTask):
 
   def rows(self, side: Side, index_N: Int64[np.ndarray, ' N']) -> Batch:
     N, P = index_N.size, self.length // 2 - 1
-    bits = random_bits(order.key(self.seed, self.tag, side, 'noise'), index_N, 1 + 3 * P)
-    noise_NP = chance(self.noise, bits[:, 1 : 1 + P])
-    noise_NP[np.arange(N), below(P, bits[:, 0])] = False
+    bits = self.random_bits(side, index_N, 1 + 3 * P, 'noise')
+    noise_NP = bernoulli(self.noise, bits[:, 1 : 1 + P])
+    noise_NP[np.arange(N), integers(P, bits[:, 0])] = False
     return self._recall(
       side,
       index_N,
       noise_NP,
-      self.symbols + below(self.noise_vocab_size, bits[:, 1 + P :]).reshape(N, P, 2),
+      self.symbols + integers(self.noise_vocab_size, bits[:, 1 + P :]).reshape(N, P, 2),
     )
 
 
@@ -193,18 +193,20 @@ class FuzzyInContextRecall(MadTask):
     N, k, keys = index_N.size, self.key_tokens, (self.vocab_size - 1) // 2
     room, shortest = self.length + 1 - k - self.value_tokens, 2 if side == 'train' else k + 1
     P = room // shortest
-    bits = random_bits(order.key(self.seed, self.tag, side), index_N, 2 + P * (k + 1))
+    bits = self.random_bits(side, index_N, 2 + P * (k + 1))
     word_MK = bits[:, 2:].reshape(N * P, k + 1)
-    size_M = 1 + below(k, word_MK[:, 0]) if side == 'train' else np.full(N * P, k)
+    size_M = 1 + integers(k, word_MK[:, 0]) if side == 'train' else np.full(N * P, k)
     key_MK = motifs(size_M, keys, word_MK[:, 1:])
     number_M = ((key_MK + 1) * self.vocab_size ** np.arange(k)).sum(axis=1)
     # Words that the sequence and the key decide, so the same for a key wherever it comes.
-    of_key_M = (order.scramble(number_M.astype(np.uint64)) ^ np.repeat(bits[:, 0], P)).view(
+    of_key_M = (shuffle.scramble(number_M.astype(np.uint64)) ^ np.repeat(bits[:, 0], P)).view(
       np.int64
     )
-    word_MV = random_bits(order.key(self.seed, self.tag, 'values'), of_key_M, 1 + self.value_tokens)
+    word_MV = random_bits(
+      shuffle.key(self.seed, self.tag, 'values'), of_key_M, 1 + self.value_tokens
+    )
     value_MV = motifs(
-      1 + below(self.value_tokens, word_MV[:, 0]), self.vocab_size - 1 - keys, word_MV[:, 1:]
+      1 + integers(self.value_tokens, word_MV[:, 0]), self.vocab_size - 1 - keys, word_MV[:, 1:]
     )
     pair_NPL = np.concatenate(
       [key_MK, np.where(value_MV < 0, -1, keys + value_MV)], axis=1
@@ -219,7 +221,7 @@ class FuzzyInContextRecall(MadTask):
       ],
       axis=1,
     )
-    again_NQ = came_before(
+    again_NQ = seen_before(
       np.concatenate([number_NP, np.take_along_axis(number_NP, last_N, axis=1)], axis=1)
     )
     asked_NQL = again_NQ[:, :, None] & (np.arange(pair_NQL.shape[2]) >= k)
@@ -283,9 +285,7 @@ class Compression(MadTask):
 
   def rows(self, side: Side, index_N: Int64[np.ndarray, ' N']) -> Batch:
     special = self.vocab_size - 1
-    tokens = below(
-      special, random_bits(order.key(self.seed, self.tag, side), index_N, self.length)
-    ).astype(np.int32)
+    tokens = integers(special, self.random_bits(side, index_N, self.length)).astype(np.int32)
     tokens[:, -1] = special
     return Batch(tokens, tokens.copy(), None)
 
@@ -313,12 +313,10 @@ class Memorization(MadTask):
 
   def rows(self, side: Side, index_N: Int64[np.ndarray, ' N']) -> Batch:
     keys, special = (self.vocab_size - 1) // 2, self.vocab_size - 1
-    value_K = keys + order.shuffled(
-      special - keys, np.arange(keys), order.key(self.seed, self.tag, 'values')
+    value_K = keys + shuffle.shuffled(
+      special - keys, np.arange(keys), shuffle.key(self.seed, self.tag, 'values')
     )
-    key_NP = below(
-      keys, random_bits(order.key(self.seed, self.tag, side), index_N, self.length // 2)
-    )
+    key_NP = integers(keys, self.random_bits(side, index_N, self.length // 2))
     tokens = np.full((index_N.size, self.length), special, np.int32)
     targets = np.full(tokens.shape, IGNORE, np.int32)
     tokens[:, ::2], targets[:, 1::2] = key_NP, value_K[key_NP]

@@ -9,8 +9,7 @@ import functools
 import numpy as np
 from jaxtyping import Int64, UInt64
 
-from jaxformer.data import order
-from jaxformer.data.tasks.task import GeneratedTask, Side, below, distinct, random_bits
+from jaxformer.data.tasks.task import GeneratedTask, Side, distinct, integers
 from jaxformer.task_type import IGNORE, Batch, TaskType
 
 SCALE = 2**40  # of the power law's weights as whole numbers
@@ -66,12 +65,12 @@ class MultiQueryRecall(GeneratedTask):
   def rows(self, side: Side, index_N: Int64[np.ndarray, ' N']) -> Batch:
     V, P, N = self.vocab_size, self.pairs, index_N.size
     filler = self.length if self.random_filler else 0
-    bits = random_bits(order.key(self.seed, self.tag, side), index_N, 3 * P + filler)
+    bits = self.random_bits(side, index_N, 3 * P + filler)
     key_NP = 1 + distinct(V // 2 - 1, bits[:, :P])
     value_NP = V // 2 + distinct(V - V // 2, bits[:, P : 2 * P])
     place_NP = 2 * (P + drawn(power_law(self.length // 2 - P, self.power), bits[:, 2 * P : 3 * P]))
     tokens = (
-      below(V, bits[:, 3 * P :]) if self.random_filler else np.zeros((N, self.length), np.int64)
+      integers(V, bits[:, 3 * P :]) if self.random_filler else np.zeros((N, self.length), np.int64)
     )
     tokens[:, 0 : 2 * P : 2], tokens[:, 1 : 2 * P : 2] = key_NP, value_NP
     np.put_along_axis(tokens, place_NP, key_NP, axis=1)

@@ -9,8 +9,7 @@ from __future__ import annotations
 import numpy as np
 from jaxtyping import Int64
 
-from jaxformer.data import order
-from jaxformer.data.tasks.task import GeneratedTask, Side, below, random_bits, target_last_only
+from jaxformer.data.tasks.task import GeneratedTask, Side, integers, target_last_only
 from jaxformer.task_type import Batch, TaskType
 
 
@@ -43,11 +42,11 @@ class InductionHead(GeneratedTask):
 
   def rows(self, side: Side, index_N: Int64[np.ndarray, ' N']) -> Batch:
     special, each = self.vocab_size - 2, np.arange(index_N.size)
-    bits = random_bits(order.key(self.seed, self.tag, side), index_N, self.length + 1)
+    bits = self.random_bits(side, index_N, self.length + 1)
     tokens = np.concatenate(
-      [below(special, bits[:, 1:]), np.full((index_N.size, 1), special)], axis=1
+      [integers(special, bits[:, 1:]), np.full((index_N.size, 1), special)], axis=1
     )
-    place = below(self.length - 2, bits[:, 0])
+    place = integers(self.length - 2, bits[:, 0])
     tokens[each, place] = special
     return target_last_only(tokens, tokens[each, place + 1], side)
 
@@ -80,9 +79,9 @@ class AssociativeRecall(GeneratedTask):
   def rows(self, side: Side, index_N: Int64[np.ndarray, ' N']) -> Batch:
     special, pairs, N = self.vocab_size - 2, self.length // 2, index_N.size
     keys = special // 2
-    bits = random_bits(order.key(self.seed, self.tag, side), index_N, 2 * keys + pairs)
-    value_NK = keys + below(special - keys, bits[:, :keys])
-    key_NP = below(keys, bits[:, keys : keys + pairs])
+    bits = self.random_bits(side, index_N, 2 * keys + pairs)
+    value_NK = keys + integers(special - keys, bits[:, :keys])
+    key_NP = integers(keys, bits[:, keys : keys + pairs])
     came_NK = (key_NP[:, :, None] == np.arange(keys)[None, None]).any(axis=1)
     # Of the keys that came the one with the largest random number.
     query_N = np.where(came_NK, bits[:, keys + pairs :] >> np.uint64(1), np.uint64(0)).argmax(

@@ -1,14 +1,12 @@
-"""What a task is: sequences that a program makes or a package brings, and what is asked of them.
+"""Tasks: sequences that a program generates or a package ships.
 
-A task is one file in this folder: a config type whose `rows` gives the sequences at some numbers,
-  as a pure function of the
-config, the side and the numbers. Everything else (order, hosts, resuming, a last batch that is not
-full) is here."""
+A task is one file in this folder: a config type whose `rows` gives the sequences with some numbers,
+as a pure function of the config, the side and the numbers. Everything else (order, hosts, resuming,
+a last batch that is not full) is here."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,40 +14,47 @@ import numpy as np
 from jaxtyping import Bool, Float32, Int32, Int64, UInt64
 
 from jaxformer import config
-from jaxformer.data import order
+from jaxformer.config import InputError
+from jaxformer.data import shuffle
 from jaxformer.data.cache import Log
-from jaxformer.data.dataset import Dataset, DatasetConfig, process_rows, spread
-from jaxformer.data.tokenizers import Tokenizer
-from jaxformer.task_type import IGNORE, Batch
+from jaxformer.data.dataset import Dataset, DatasetConfig, HeldOutPair, pair_batch, spread
+from jaxformer.data.tokenizers import ByteTokenizer, Tokenizer
+from jaxformer.task_type import IGNORE, Batch, TaskType
 
 Side = Literal['train', 'test']
-ENDLESS = 2**62  # numbers of training sequences where a task has no end of them: none comes twice
+ENDLESS = 2**62  # training sequences of an endless task: none comes twice
 HASHED = 2**20  # positions of each side that a fingerprint is of, at most
+BYTES = ByteTokenizer()
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
 class TaskConfig(DatasetConfig, abstract=True):
-  """Base of the tasks. A new one says `task`, `positions`, `train_rows`, `test_rows` and `rows`."""
+  """Base of the tasks. A new one defines `task`, `positions`, `train_rows`, `test_rows` and
+  `rows`."""
 
   @property
   def train_rows(self) -> int | None:
-    """How many training sequences there are, shown in another order every epoch; None where they
-    are made without end."""
+    """Number of training sequences, which every epoch shows in another order; None where they are
+    generated without end."""
     raise NotImplementedError
 
   @property
   def test_rows(self) -> int:
-    """How many sequences score a model."""
+    """Number of sequences that score a model."""
     raise NotImplementedError
 
   def rows(self, side: Side, index_N: Int64[np.ndarray, ' N']) -> Batch:
-    """The sequences of a side with these numbers, from 0. The same whatever else is asked for, and
-    on any machine."""
+    """Return the sequences of a side with these numbers, from 0: the same in every batch and on
+    every machine."""
     raise NotImplementedError
 
+  def held_out_pairs(self, index_N: Int64[np.ndarray, ' N']) -> list[HeldOutPair]:
+    """Return test sequences as texts. Raises `InputError` for a task that is not of pairs."""
+    raise InputError('data', self.tag, problem='holds no pairs of texts to translate')
+
   def fingerprint(self) -> str:
-    """A hash (hex) that changes when the sequences do: of the first of each side, fewer of very
-    long ones."""
+    """Return a hash (hex) that changes when the sequences do: of the first of each side, fewer of
+    very long ones."""
     count = min(64, max(1, HASHED // self.positions))
     return hash_of(
       self.rows('train', np.arange(count)), self.rows('test', np.arange(min(count, self.test_rows)))
@@ -65,15 +70,15 @@ class TaskConfig(DatasetConfig, abstract=True):
 
 
 class GeneratedTask(TaskConfig, abstract=True):
-  """Base of the tasks whose sequences a program makes.
+  """Base of the tasks whose sequences a program generates.
 
   Many have a `length`. The same task at another length is `replace(length=...)`, and `jaxformer
   eval RUN --data.length N` scores a trained model there.
 
   Attributes:
-    train_sequences: how many are shown over and over; None for no end of them.
-    test_sequences: how many score a model.
-    seed: of all of them.
+    train_sequences: number of training sequences, shown repeatedly; None for an endless task.
+    test_sequences: number of sequences that score a model.
+    seed: of all sequences.
   """
 
   train_sequences: int | None = None
@@ -81,9 +86,10 @@ class GeneratedTask(TaskConfig, abstract=True):
   seed: int = 0
 
   def validate(self) -> None:
-    endless = self.train_sequences is None
     self.require(
-      endless or self.train_sequences > 0, 'train_sequences', 'positive, or none for no end of them'
+      self.train_sequences is None or self.train_sequences > 0,
+      'train_sequences',
+      'positive, or none for an endless task',
     )
     self.require(self.test_sequences > 0, 'test_sequences', 'positive')
 
@@ -95,66 +101,87 @@ class GeneratedTask(TaskConfig, abstract=True):
   def test_rows(self) -> int:
     return self.test_sequences
 
+  def random_bits(
+    self, side: Side, index_N: Int64[np.ndarray, ' N'], count: int, *purpose: str
+  ) -> UInt64[np.ndarray, 'N count']:
+    """Return the random words of the sequences with these numbers; other words for each
+    `purpose`."""
+    return random_bits(shuffle.key(self.seed, self.tag, side, *purpose), index_N, count)
+
+
+class PairTask(GeneratedTask, abstract=True):
+  """Base of the tasks of short source and target texts, whose tokens are bytes. A new one defines
+  `texts`, and as `source_positions` and `positions` the lengths of the longest with their ends."""
+
+  @property
+  def source_positions(self) -> int:
+    """S, the positions of every source."""
+    raise NotImplementedError
+
+  @property
+  def max_len(self) -> int:
+    return max(self.source_positions, self.positions)
+
+  @property
+  def task(self) -> TaskType:
+    V = BYTES.vocab_size
+    return TaskType(inputs='pairs', vocab_size=V, source_vocab_size=V)
+
+  @property
+  def has_text(self) -> bool:
+    return True
+
+  def texts(self, side: Side, index_N: Int64[np.ndarray, ' N']) -> list[tuple[str, str]]:
+    """Return the sources and targets of a side with these numbers. No source is on both sides."""
+    raise NotImplementedError
+
+  def rows(self, side: Side, index_N: Int64[np.ndarray, ' N']) -> Batch:
+    sources, targets = zip(*self.texts(side, index_N), strict=True)
+    return pair_batch(
+      [_ended(t) for t in sources],
+      [_ended(t) for t in targets],
+      self.source_positions,
+      self.positions,
+    )
+
+  def held_out_pairs(self, index_N: Int64[np.ndarray, ' N']) -> list[HeldOutPair]:
+    return [HeldOutPair(_ended(s), s, t) for s, t in self.texts('test', index_N)]
+
+
+def _ended(text: str) -> Int32[np.ndarray, ' T']:
+  return np.append(BYTES.encode(text), np.int32(BYTES.end_of_document))
+
 
 class TaskDataset(Dataset):
-  """A task as something to train on and to be scored by. Made by `TaskConfig.open`."""
+  """A task as a dataset. Made by `TaskConfig.open`."""
 
   def __init__(self, task: TaskConfig):
     self.config = self.task = task
-    self.tokenizer, self.vocab_size = None, task.task.vocab_size
+    self.tokenizer = BYTES if task.has_text else None
+    self.vocab_size, self.source_vocab_size = task.task.vocab_size, task.task.source_vocab_size
     rows, sha256 = task.train_rows, task.fingerprint()
-    self.size = (
-      f'sequences of {task.tag} without end'
-      if rows is None
-      else f'{rows:,} sequences of {task.tag}'
-    )
-    self.manifest: dict[str, Any] = {
-      'task': config.to_json(task),
-      'train': rows,
-      'test': task.test_rows,
-      'sha256': sha256,
-    }
+    self.size = f'{"endless" if rows is None else f"{rows:,}"} sequences of {task.tag}'
     self.identity: dict[str, Any] = {'task': config.to_json(task), 'sha256': sha256}
+    self.manifest: dict[str, Any] = self.identity | {'train': rows, 'test': task.test_rows}
 
-  def train_batch(
-    self, step: int, batch_size: int, seed: int, process_index: int = 0, process_count: int = 1
-  ) -> Batch:
-    position_B = self._positions(step, batch_size, process_index, process_count)
-    key, rows = order.key(seed, 'task'), self.task.train_rows
-    index_B = (
-      order.random_below(ENDLESS, position_B, key)
-      if rows is None
-      else order.shuffled(rows, position_B, key)
-    )
-    return self.task.rows('train', index_B)
+  def _train_rows(self, position_B: Int64[np.ndarray, ' B'], seed: int) -> Batch:
+    seed_key, rows = shuffle.key(seed, 'task'), self.task.train_rows
+    if rows is None:
+      return self.task.rows('train', shuffle.random_below(ENDLESS, position_B, seed_key))
+    return self.task.rows('train', shuffle.shuffled(rows, position_B, seed_key))
 
   @property
   def validation_rows(self) -> int:
     return self.task.test_rows
 
-  def validation_batches(
-    self,
-    batch_size: int,
-    limit_batches: int | None = None,
-    process_index: int = 0,
-    process_count: int = 1,
-  ) -> Iterator[Batch]:
-    low, high = process_rows(batch_size, process_index, process_count)
-    index_R = np.arange(self.validation_rows)
-    if (chosen := spread(index_R.size, batch_size, limit_batches)) is not None:
-      index_R = index_R[chosen]
-    index_R = np.concatenate([index_R, np.full(-index_R.size % batch_size, -1)])
-    return (self._test(index_R[i + low : i + high]) for i in range(0, index_R.size, batch_size))
+  def _held_out(self, row_B: Int64[np.ndarray, ' B']) -> Batch:
+    return self.task.rows('test', row_B)
 
-  def _test(self, index_B: Int64[np.ndarray, ' B']) -> Batch:
-    """Test sequences by number; -1 stands for a row without targets."""
-    batch = self.task.rows('test', np.maximum(index_B, 0))
-    return batch._replace(
-      targets_BT=np.where(index_B[:, None] >= 0, batch.targets_BT, np.int32(IGNORE))
-    )
+  def held_out_pairs(self, limit: int | None = None) -> list[HeldOutPair]:
+    return self.task.held_out_pairs(spread(self.validation_rows, 1, limit))
 
 
-# ---- what tasks are made with ------------------------------------------------------------------
+# ---- building blocks ---------------------------------------------------------------------------
 
 
 def labelled(
@@ -162,8 +189,8 @@ def labelled(
   label_B: Int64[np.ndarray, ' B'],
   length_B: Int64[np.ndarray, ' B'] | None = None,
 ) -> Batch:
-  """Sequences to classify: the label stands at the last position of each; what follows its length
-  is padding."""
+  """Return sequences to classify: the label is the target at the last position of each; positions
+  after its length are padding."""
   rows, length = inputs.shape[:2]
   last_B = np.full(rows, length) - 1 if length_B is None else length_B - 1
   targets_BT = np.full((rows, length), IGNORE, np.int32)
@@ -177,8 +204,8 @@ def labelled(
 def target_last_only(
   tokens_BT: Int64[np.ndarray, 'B T'], answer_B: Int64[np.ndarray, ' B'], side: Side
 ) -> Batch:
-  """Sequences after which one token is asked for. They are learned from as text is, every next
-  token a target; in tests there is no target before the last."""
+  """Return sequences whose last target is the answer. In training every next token is a target, as
+  in text; in tests the answer is the only one."""
   targets_BT = np.concatenate([tokens_BT[:, 1:], answer_B[:, None]], axis=1).astype(np.int32)
   if side == 'test':
     targets_BT[:, :-1] = IGNORE
@@ -188,27 +215,28 @@ def target_last_only(
 def random_bits(
   key: np.uint64, index_N: Int64[np.ndarray, ' N'], count: int
 ) -> UInt64[np.ndarray, 'N count']:
-  """`count` random words for each number: SplitMix64 streams, integer arithmetic alone, so the same
-  with every library."""
-  start_N = order.scramble(order.scramble(index_N.astype(np.uint64)) ^ key)
+  """Return `count` random words for each number: SplitMix64 streams, by integer arithmetic alone, so
+  the same with every library."""
+  start_N = shuffle.scramble(shuffle.scramble(index_N.astype(np.uint64)) ^ key)
   at_NC = start_N[:, None] + _GOLDEN * np.arange(1, count + 1, dtype=np.uint64)[None]
-  return order.scramble(at_NC.reshape(-1)).reshape(at_NC.shape)
+  return shuffle.scramble(at_NC.reshape(-1)).reshape(at_NC.shape)
 
 
-def below(bound: int, bits: UInt64[np.ndarray, '*N']) -> Int64[np.ndarray, '*N']:
-  """Numbers in 0..bound-1 from random words; the bias is below bound / 2^64."""
+def integers(bound: int, bits: UInt64[np.ndarray, '*N']) -> Int64[np.ndarray, '*N']:
+  """Return integers in 0..bound-1 from random words; the bias is below bound / 2^64."""
   return (bits % np.uint64(bound)).astype(np.int64)
 
 
-def chance(probability: float, bits: UInt64[np.ndarray, '*N']) -> Bool[np.ndarray, '*N']:
-  """True with a probability, which is taken to 53 bits."""
+def bernoulli(probability: float, bits: UInt64[np.ndarray, '*N']) -> Bool[np.ndarray, '*N']:
+  """Return True with a probability, which is rounded down to 53 bits."""
   return (bits >> np.uint64(11)) < np.uint64(int(probability * 2**53))
 
 
 def distinct(bound: int, bits_NC: UInt64[np.ndarray, 'N C']) -> Int64[np.ndarray, 'N C']:
-  """C different numbers of 0..bound-1 for each row, every choice and order of them as likely."""
+  """Return C different integers in 0..bound-1 for each row, every choice and order of them equally
+  likely."""
   C = bits_NC.shape[1]
-  # At first each says which of the numbers that those before it have left it is (a Lehmer code).
+  # A Lehmer code: each is first an index into the integers that those before it have left.
   drawn_NC = (bits_NC % (np.uint64(bound) - np.arange(C, dtype=np.uint64))).astype(np.int64)
   for c in range(C - 2, -1, -1):
     later_NC = drawn_NC[:, c + 1 :]
@@ -216,8 +244,8 @@ def distinct(bound: int, bits_NC: UInt64[np.ndarray, 'N C']) -> Int64[np.ndarray
   return drawn_NC
 
 
-def came_before(number_NP: Int64[np.ndarray, 'N P']) -> Bool[np.ndarray, 'N P']:
-  """Whether the number at each place stands at an earlier place of its row too."""
+def seen_before(number_NP: Int64[np.ndarray, 'N P']) -> Bool[np.ndarray, 'N P']:
+  """Whether each number occurs earlier in its row."""
   order_NP = np.argsort(number_NP, axis=1, kind='stable')
   sorted_NP = np.take_along_axis(number_NP, order_NP, axis=1)
   again_NP = np.pad(sorted_NP[:, 1:] == sorted_NP[:, :-1], ((0, 0), (1, 0)))
@@ -227,7 +255,7 @@ def came_before(number_NP: Int64[np.ndarray, 'N P']) -> Bool[np.ndarray, 'N P']:
 
 
 def hash_of(*batches: Batch) -> str:
-  """The SHA-256 (hex) of the arrays of batches, their shapes and dtypes."""
+  """Return the SHA-256 (hex) of the arrays of batches, their shapes and dtypes."""
   total = hashlib.sha256()
   arrays = (a for b in batches for a in (b.source_BS, b.inputs, b.targets_BT, b.segments_BT))
   for array in (a for a in arrays if a is not None):

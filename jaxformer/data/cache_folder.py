@@ -1,5 +1,4 @@
-"""The cache folder: where it is, how a folder gets into it whole or not at all, and the hashes of
-files."""
+"""The cache folder: where it is, how folders are built in it atomically, and hashes of files."""
 
 from __future__ import annotations
 
@@ -19,17 +18,17 @@ from jaxformer.config import InputError
 
 T = TypeVar('T')
 
-# A build writes all the time; one whose files have not changed for so long was killed.
+# A running build writes all the time; one whose files have not changed for this long was killed.
 ABANDONED_SECONDS = 24 * 3600.0
 # Below this size hashing again costs less than looking the hash up.
 MEMO_BYTES = 1 << 20
-# A file changed within the resolution of its time stamp can keep that stamp, so that young hashes
-# are not remembered.
+# A file that changes within the resolution of its time stamp can keep that stamp, so hashes of young
+# files are not remembered.
 RACY_SECONDS = 2.0
 
 
 def cache_dir() -> Path:
-  """`$JAXFORMER_CACHE`, else `$XDG_CACHE_HOME/jaxformer`, else `~/.cache/jaxformer`."""
+  """Return `$JAXFORMER_CACHE`, else `$XDG_CACHE_HOME/jaxformer`, else `~/.cache/jaxformer`."""
   if own := os.environ.get('JAXFORMER_CACHE'):
     return Path(own).expanduser()
   base = os.environ.get('XDG_CACHE_HOME')
@@ -37,8 +36,8 @@ def cache_dir() -> Path:
 
 
 def sha256(*parts: str | bytes) -> str:
-  """The SHA-256 (hex) of several values, each preceded by its length so that no two lists of values
-  run into one."""
+  """Return the SHA-256 (hex) of several values, each preceded by its length so that different lists
+  of values differ."""
   total = hashlib.sha256()
   for part in parts:
     part = part.encode('utf-8', 'surrogatepass') if isinstance(part, str) else part
@@ -47,11 +46,11 @@ def sha256(*parts: str | bytes) -> str:
 
 
 def file_sha256(path: Path, memo: Path | None = None) -> str:
-  """The SHA-256 (hex) of a file's bytes, read as a stream. Hashes are remembered for as long as the
-  file's size and
-  modification time stay the same: within the process, and those of large files in a `memo` folder.
-    `InputError` where it cannot
-  be read."""
+  """Return the SHA-256 (hex) of the bytes of a file, read as a stream.
+
+  Hashes are remembered for as long as the size and the modification time of the file stay the same:
+  within the process, and those of large files in the folder `memo`. Raises `InputError` where the
+  file cannot be read."""
   try:
     stat = path.stat()
     key = (str(path.resolve()), stat.st_size, stat.st_mtime_ns)
@@ -82,7 +81,7 @@ _hashes: dict[tuple[str, int, int], str] = {}
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-  """Writes a file that readers see whole or not at all."""
+  """Write a file so that readers see all of it or none."""
   temporary = path.parent / f'.{path.name}-{uuid.uuid4().hex}'
   try:
     temporary.write_bytes(data)
@@ -92,13 +91,15 @@ def write_atomically(path: Path, data: bytes) -> None:
     raise
 
 
-def published(folder: Path, build: Callable[[Path], None], load: Callable[[Path], T | None]) -> T:
-  """What `load` makes of `folder`; where it gives None (missing or damaged), `build` fills a new
-  folder that takes its place.
+def build_atomically(
+  folder: Path, build: Callable[[Path], None], load: Callable[[Path], T | None]
+) -> T:
+  """Return what `load` reads from `folder`. Where that is None (missing or damaged), first let
+  `build` fill a new folder, which then takes its place.
 
-  Other processes may build the same folder meanwhile: each sees it whole or not at all, and the
-  first to finish wins. A process killed on the way leaves a hidden folder that no one reads and
-  that a later build removes.
+  Other processes may build the same folder at the same time: they see either nothing or the
+  complete folder, and the first to finish wins. A killed process leaves a hidden folder, which
+  nobody reads and a later build removes.
 
   Raises `InputError` where the folder cannot be written.
   """
@@ -119,9 +120,7 @@ def published(folder: Path, build: Callable[[Path], None], load: Callable[[Path]
       'to a folder that can be'
     ) from None
   if found is None:
-    raise InputError(
-      f'cache folder {folder}: what was just written there cannot be read back; check the disk'
-    )
+    raise InputError(f'cache folder {folder}: cannot be read back after writing; check the disk')
   return found
 
 
@@ -150,7 +149,7 @@ def _new_folder(parent: Path) -> Path:
 
 
 def _sweep(parent: Path) -> None:
-  """Removes what killed builds left."""
+  """Remove what killed builds left."""
   for left in parent.glob('.building-*'):
     with contextlib.suppress(OSError):
       newest = max(p.stat().st_mtime for p in [left, *left.rglob('*')])

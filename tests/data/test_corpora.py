@@ -1,4 +1,4 @@
-"""Sources: what they read, and what they say where they cannot."""
+"""Corpora of text: what they read, and what they say where they cannot."""
 
 import gzip
 import json
@@ -19,7 +19,7 @@ LINES = b'{"text": "one"}\n\n{"text": "zwei \\u00fc", "id": 3}\n{"text": ""}'
 
 
 def texts(path, **fields):
-  return [d.text for d in Files(path=str(path), **fields).documents()]
+  return [row.texts[0] for row in Files(path=str(path), **fields).rows()]
 
 
 @pytest.mark.parametrize(
@@ -40,9 +40,7 @@ def test_json_line_is_a_document(tmp_path, name):
     os.path.splitext(name)[1], bytes
   )
   (tmp_path / name).write_bytes(compress(LINES))
-  documents = list(Files(path=str(tmp_path / name)).documents())
-  assert [d.text for d in documents] == ['one', 'zwei ü', '']
-  assert [d.name for d in documents] == [f'{name}:1', f'{name}:3', f'{name}:4']
+  assert texts(tmp_path / name) == ['one', 'zwei ü', '']
 
 
 def test_lines_longer_than_a_chunk_and_several_zstandard_frames(tmp_path):
@@ -66,11 +64,7 @@ def test_folder_and_pattern_are_sorted_and_skip_hidden_files(tmp_path):
     path.write_text(name)
   assert texts(tmp_path) == ['b.txt', 'sub/a.txt', 'sub/c.md']
   assert texts(tmp_path / '**' / '*.txt') == ['b.txt', 'sub/a.txt']
-  assert [d.name for d in Files(path=str(tmp_path)).documents()] == [
-    'b.txt',
-    'sub/a.txt',
-    'sub/c.md',
-  ]
+  assert [f.name for f in Files(path=str(tmp_path)).files()] == ['b.txt', 'sub/a.txt', 'sub/c.md']
 
 
 def truncated(data: bytes) -> bytes:
@@ -163,18 +157,18 @@ def test_fingerprint_follows_content_names_and_field(tmp_path):
 
 
 def test_hashes_of_large_files_are_remembered_until_the_file_changes(tmp_path, monkeypatch, cache):
-  from jaxformer.data import storage
+  from jaxformer.data import cache_folder
 
   path = tmp_path / 'large.txt'
-  path.write_bytes(b'a' * (storage.MEMO_BYTES + 1))
+  path.write_bytes(b'a' * (cache_folder.MEMO_BYTES + 1))
   os.utime(path, (1e9, 1e9))
   source = Files(path=str(path))
   first = source.fingerprint(cache)
-  monkeypatch.setattr(storage, '_hashes', {})
+  monkeypatch.setattr(cache_folder, '_hashes', {})
   with monkeypatch.context() as m:
     m.setattr('builtins.open', None)  # so that hashing again would fail
     assert source.fingerprint(cache) == first
-  path.write_bytes(b'b' * (storage.MEMO_BYTES + 1))
+  path.write_bytes(b'b' * (cache_folder.MEMO_BYTES + 1))
   assert source.fingerprint(cache) != first
 
 
@@ -189,12 +183,12 @@ def test_the_same_content_elsewhere_has_the_same_fingerprint(tmp_path):
 
 
 def test_standard_library_is_there_and_limited_deterministically():
-  small = list(StandardLibrary(max_bytes=200_000).documents())
-  assert small == list(StandardLibrary(max_bytes=200_000).documents())
-  assert 190_000 < sum(len(d.text.encode()) for d in small) <= 200_000
-  names = {d.name for d in StandardLibrary(max_bytes=400_000).documents()}
-  assert {d.name for d in small} <= names
-  assert [d.name for d in small] == sorted(d.name for d in small)
+  small = StandardLibrary(max_bytes=200_000)
+  assert list(small.rows()) == list(small.rows())
+  assert 190_000 < sum(len(row.texts[0].encode()) for row in small.rows()) <= 200_000
+  names = {f.name for f in StandardLibrary(max_bytes=400_000).files()}
+  assert {f.name for f in small.files()} <= names
+  assert [f.name for f in small.files()] == sorted(f.name for f in small.files())
   assert not any('test' in n.split('/') or 'site-packages' in n for n in names)
   manifest = StandardLibrary(max_bytes=200_000).manifest()
   assert manifest['bytes'] == 200_000
@@ -208,27 +202,27 @@ def test_standard_library_is_there_and_limited_deterministically():
 
 
 def test_topics_are_prose():
-  documents = list(PydocTopics().documents())
-  assert len(documents) > 50
-  assert sum(len(d.text) for d in documents) > 300_000
+  rows = list(PydocTopics().rows())
+  assert len(rows) > 50
+  assert sum(len(row.texts[0]) for row in rows) > 300_000
 
 
 def test_manifests_are_json(tmp_path):
   (tmp_path / 'a.txt').write_text('text')
   source = Mixture(
-    parts=(Part(source=Files(path=str(tmp_path)), weight=2.0), Part(source=PydocTopics()))
+    parts=(Part(corpus=Files(path=str(tmp_path)), weight=2.0), Part(corpus=PydocTopics()))
   )
   manifest = json.loads(json.dumps(source.manifest()))
-  assert manifest['parts'][0]['source']['files'][0]['name'] == 'a.txt'
-  assert manifest['parts'][0]['source']['bytes'] == 4
+  assert manifest['parts'][0]['corpus']['files'][0]['name'] == 'a.txt'
+  assert manifest['parts'][0]['corpus']['bytes'] == 4
   assert from_json(to_json(source)) == source
 
 
 def test_mixture_of_mixtures_or_bad_weights():
   with pytest.raises(InputError, match='list the parts of the inner mixture'):
-    Part(source=Mixture(parts=(Part(source=PydocTopics()),)))
+    Part(corpus=Mixture(parts=(Part(corpus=PydocTopics()),)))
   with pytest.raises(InputError, match=r'Part\.weight = 0\.0: must be a positive number'):
-    Part(source=PydocTopics(), weight=0.0)
+    Part(corpus=PydocTopics(), weight=0.0)
   with pytest.raises(InputError, match='1 to 1024 parts'):
     Mixture(parts=())
 
@@ -239,7 +233,7 @@ def test_hub_without_its_package(monkeypatch):
     InputError,
     match=r"needs the package 'datasets'; install the extra: pip install 'jaxformer\[hf\]'",
   ):
-    list(HuggingFace(name='some/name').documents())
+    list(HuggingFace(name='some/name').rows())
 
 
 def test_hub_streams_and_wraps_errors(monkeypatch):
@@ -251,17 +245,17 @@ def test_hub_streams_and_wraps_errors(monkeypatch):
 
   monkeypatch.setitem(sys.modules, 'datasets', types.SimpleNamespace(load_dataset=load_dataset))
   source = HuggingFace(name='some/name', config='en', text_field='content', max_documents=2)
-  assert [d.text for d in source.documents()] == ['en train 0', 'en train 1']
+  assert [row.texts[0] for row in source.rows()] == ['en train 0', 'en train 1']
   with pytest.raises(InputError, match=r'ConnectionError: no route$'):
-    list(HuggingFace(name='missing').documents())
+    list(HuggingFace(name='missing').rows())
   with pytest.raises(InputError, match=r"row 1: no field 'text'.*content"):
-    list(HuggingFace(name='some/name').documents())
+    list(HuggingFace(name='some/name').rows())
 
 
 def test_hub_fingerprint_follows_local_files(tmp_path):
   path = tmp_path / 'a.jsonl'
   path.write_text('{"text": "a"}')
-  source = HuggingFace(name='json', files=(str(path),))
+  source = HuggingFace(name='json', data_files=(str(path),))
   first = source.fingerprint()
   path.write_text('{"text": "b"}')
   assert source.fingerprint() != first

@@ -13,7 +13,6 @@ from jaxformer.data import (
   ByPosition,
   Bytes,
   Characters,
-  DataConfig,
   Files,
   Mixture,
   Packed,
@@ -22,6 +21,7 @@ from jaxformer.data import (
   RandomWindows,
   StandardLibrary,
   Stream,
+  Text,
   open_data,
 )
 from jaxformer.overrides import override
@@ -37,7 +37,7 @@ PACKINGS = [Packed(), Stream(), RandomWindows()]
 def dataset(corpus):
   def make(texts=TEXTS, name='corpus.jsonl', **fields):
     fields = {'sequence_length': LENGTH, 'split': ByDocument(fraction=0.2)} | fields
-    return open_data(DataConfig(source=Files(path=corpus(texts, name)), **fields))
+    return open_data(Text(corpus=Files(path=corpus(texts, name)), **fields))
 
   return make
 
@@ -47,7 +47,7 @@ def mixture(corpus):
   def make(weights, packing=None):
     parts = [
       Part(
-        source=Files(
+        corpus=Files(
           path=corpus([letter * 50 + str(i) for i in range(60 * (k + 1))], f'{letter}.jsonl')
         ),
         weight=float(w),
@@ -55,9 +55,7 @@ def mixture(corpus):
       for k, (letter, w) in enumerate(zip('xyz', weights))
     ]
     return open_data(
-      DataConfig(
-        source=Mixture(parts=tuple(parts)), sequence_length=LENGTH, packing=packing or Packed()
-      )
+      Text(corpus=Mixture(parts=tuple(parts)), sequence_length=LENGTH, packing=packing or Packed())
     )
 
   return make
@@ -235,7 +233,7 @@ def test_resuming_with_other_data_says_what_changed(dataset):
     (dataset(tokenizer=Characters()), r'data\.tokenizer: '),
     (dataset([*TEXTS, 'one more']), r'data\.(train|validation)\.0: '),
   ]:
-    with pytest.raises(InputError, match=f'not the data of the checkpoint .*{message}'):
+    with pytest.raises(InputError, match=f'data differ from the checkpoint.*{message}'):
       other.resume_step(state, 4, 9)
   with pytest.raises(InputError, match='batch_size: 4 -> 8; seed: 9 -> 1'):
     data.resume_step(state, 8, 1)
@@ -302,8 +300,8 @@ def test_too_little_text(dataset, corpus):
     match=r'sequence_length = 9999: the training side of Files has \d+ tokens; must be at most',
   ):
     dataset(sequence_length=9999)
-  with pytest.raises(InputError, match=r'DataConfig\.sequence_length = 1: must be at least 2'):
-    DataConfig(sequence_length=1)
+  with pytest.raises(InputError, match=r'Text\.sequence_length = 1: must be at least 2'):
+    Text(sequence_length=1)
   with pytest.raises(
     InputError,
     match=r'validation side has 1 tokens, too few .*; ByPosition\.fraction must be larger',
@@ -339,21 +337,21 @@ def test_bad_batch_arguments(dataset):
 
 
 def test_configs_are_data():
-  config = DataConfig(
-    source=Mixture(parts=(Part(source=PydocTopics()), Part(source=StandardLibrary(), weight=3.0)))
+  config = Text(
+    corpus=Mixture(parts=(Part(corpus=PydocTopics()), Part(corpus=StandardLibrary(), weight=3.0)))
   )
   assert from_json(to_json(config)) == config
   changed = override(
-    DataConfig(),
-    [('source', 'Files'), ('source.path', 'x.txt'), ('split', 'ByPosition'), ('packing', 'Stream')],
+    Text(),
+    [('corpus', 'Files'), ('corpus.path', 'x.txt'), ('split', 'ByPosition'), ('packing', 'Stream')],
   )
-  assert changed == DataConfig(source=Files(path='x.txt'), split=ByPosition(), packing=Stream())
+  assert changed == Text(corpus=Files(path='x.txt'), split=ByPosition(), packing=Stream())
 
 
 def test_tokenizer_of_a_run_on_other_text(dataset, corpus):
   data = dataset(tokenizer=Characters())
-  other = DataConfig(
-    source=Files(path=corpus(['<1> 2', '<2> 3 <4>'], 'other.jsonl')),
+  other = Text(
+    corpus=Files(path=corpus(['<1> 2', '<2> 3 <4>'], 'other.jsonl')),
     tokenizer=Bytes(),
     sequence_length=2,
   )
@@ -361,7 +359,8 @@ def test_tokenizer_of_a_run_on_other_text(dataset, corpus):
 
 
 def test_default_corpus(monkeypatch):
-  data = open_data(DataConfig(source=StandardLibrary(max_bytes=300_000)))
+  data = open_data(Text(corpus=StandardLibrary(max_bytes=300_000)))
   assert data.vocab_size == 257
   assert data.train_batch(0, 16, 0).inputs.shape == (16, 256)
-  assert 3 < data.bigram_bits_per_byte() < data.unigram_bits_per_byte() < 6
+  unigram, bigram = data.baselines().values()
+  assert 3 < bigram < unigram < 6

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxformer.data.order import SLOTS, Interleave, key, random_below, shuffled
+from jaxformer.data.shuffle import SLOTS, Interleave, key, random_below, shuffled
 
 pytestmark = pytest.mark.quick
 
