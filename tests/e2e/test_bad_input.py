@@ -199,7 +199,7 @@ def test_experiment_files(case, refused, folder):
     ('data info --datas.corpus Files', ('--datas.corpus', 'did you mean data?')),
     ('data info --model.width 3', ('--model.width', 'overrides of data alone')),
     ('data info --data Files', ("data = 'Files'", 'known: AssociativeRecall', 'Text', 'Pairs')),
-    ('data info --data Digits', ('--data Digits', 'a task', 'Text and Pairs')),
+    ('data info --data Digits', ("data = 'Digits'", 'a task', 'Text and Pairs')),
     ('data info --data Pairs', ('Pairs needs corpus',)),
     (
       'data info --data Pairs --data.corpus Tsv --data.corpus.path gone.tsv',
