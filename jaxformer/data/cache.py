@@ -48,8 +48,7 @@ class CachedColumn(NamedTuple):
   starts_R1: Int64[np.ndarray, ' R1']  # where each of R rows starts, and where the last ends
   # How often a byte (or 256, the boundary of a document) follows another.
   pairs: Int64[np.ndarray, '257 257']
-  characters: int
-  bytes: int  # of the text in UTF-8
+  facts: dict[str, int]  # counts of tokens, documents, characters, and bytes of the text in UTF-8
 
   def ids(self, row: int) -> Int32[np.ndarray, ' T']:
     """Return the tokens of a row."""
@@ -207,8 +206,12 @@ class _Writer:
     self.starts.append(self.tokens)
     np.save(f'{self.path}.starts.npy', np.frombuffer(self.starts, np.int64))
     np.save(f'{self.path}.pairs.npy', self.counter.pairs)
-    facts = {'tokens': self.tokens, 'characters': self.characters, 'bytes': self.bytes}
-    return facts | {'rows': len(self.starts) - 1, 'dtype': self.dtype.str}
+    return {
+      'documents': len(self.starts) - 1,
+      'characters': self.characters,
+      'bytes': self.bytes,
+      'tokens': self.tokens,
+    }
 
 
 def _build(
@@ -237,7 +240,7 @@ def _build(
     sides = {side: [writers[side, c].finish() for c in columns] for side in SIDES}
   for side, facts in sides.items():
     tokens = ' and '.join(f'{f["tokens"]:,}' for f in facts)
-    log(f'{side}: {facts[0]["rows"]:,} documents, {tokens} tokens')
+    log(f'{side}: {facts[0]["documents"]:,} documents, {tokens} tokens')
   files = {
     p.name: {'bytes': p.stat().st_size, 'sha256': file_sha256(p)} for p in sorted(folder.iterdir())
   }
@@ -271,9 +274,11 @@ def _side(folder: Path, side: str, index: dict[str, Any]) -> CachedSide:
   columns, hashes = [], []
   for c, facts in enumerate(index['sides'][side]):
     name = f'{side}.{c}'
-    tokens_N = np.memmap(folder / f'{name}.tokens', facts['dtype'], 'r', shape=(facts['tokens'],))
+    path, count = folder / f'{name}.tokens', facts['tokens']
+    dtype = f'<u{path.stat().st_size // count}'
+    tokens_N = np.memmap(path, dtype, 'r', shape=(count,))
     starts_R1 = np.load(folder / f'{name}.starts.npy', mmap_mode='r')
     pairs = np.load(folder / f'{name}.pairs.npy')
-    columns.append(CachedColumn(tokens_N, starts_R1, pairs, facts['characters'], facts['bytes']))
+    columns.append(CachedColumn(tokens_N, starts_R1, pairs, facts))
     hashes += [index['files'][f'{name}.{kind}']['sha256'] for kind in ('tokens', 'starts.npy')]
   return CachedSide(tuple(columns), sha256(*hashes))

@@ -63,7 +63,10 @@ class Corpus(Config, abstract=True):
 
   def files(self) -> list[CorpusFile]:
     """Return the files whose content the rows depend on."""
-    raise NotImplementedError
+    paths = [Path(getattr(self, field)).expanduser() for field in self.path_fields]
+    for field, path in zip(self.path_fields, paths, strict=True):
+      self.require(path.is_file(), field, 'a file that exists')
+    return [CorpusFile('', path) for path in paths]
 
   def weighted_parts(self) -> tuple[Part, ...]:
     """Return the parts of a mixture; another corpus is its own single part."""
@@ -331,23 +334,12 @@ class Mixture(Corpus):
 # ---- corpora of two columns --------------------------------------------------------------------
 
 
-class ParallelCorpus(Corpus, abstract=True):
-  """A corpus of sources and their translations."""
-
-  columns: ClassVar[int] = 2
-
-  def files(self) -> list[CorpusFile]:
-    paths = [Path(getattr(self, field)).expanduser() for field in self.path_fields]
-    for field, path in zip(self.path_fields, paths, strict=True):
-      self.require(path.is_file(), field, 'a file that exists')
-    return [CorpusFile('', path) for path in paths]
-
-
-class TwoFiles(ParallelCorpus):
+class TwoFiles(Corpus):
   """Two text files whose lines correspond: line n of one translates line n of the other. Files
   ending in .gz and .zst are decompressed. A line may be empty, which leaves its pair out; the
   number of lines must be the same."""
 
+  columns: ClassVar[int] = 2
   path_fields: ClassVar[tuple[str, ...]] = ('source_path', 'target_path')
 
   source_path: str
@@ -367,10 +359,12 @@ class TwoFiles(ParallelCorpus):
       yield Row((first[1], second[1]))
 
 
-class Tsv(ParallelCorpus):
+class Tsv(Corpus):
   """One pair per line, in columns separated by tabs and counted from 1, without quotes or a header
   line. Blank lines are skipped; a line without one of the columns is an error. `document_column`
   says which pairs belong together."""
+
+  columns: ClassVar[int] = 2
 
   path: str
   source_column: int = 1
@@ -401,9 +395,11 @@ class Tsv(ParallelCorpus):
       yield Row(texts, columns[document - 1] if document else '')
 
 
-class Records(ParallelCorpus):
+class Records(Corpus):
   """One pair per row of a Parquet file, or per line of JSON lines (also with .gz or .zst), in named
   fields. With `document_field`, pairs of one document stay together."""
+
+  columns: ClassVar[int] = 2
 
   path: str
   source_field: str = 'source'

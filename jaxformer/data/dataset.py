@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Int32, Int64
+from jaxtyping import Int32
 
 from jaxformer import config
 from jaxformer.config import Config, InputError
 from jaxformer.data.cache import Log
+from jaxformer.data.shuffle import Index
 from jaxformer.data.tokenizers import Tokenizer
 from jaxformer.task_type import IGNORE, Batch, TaskType
 
@@ -167,7 +168,7 @@ class Dataset:
     position_B = np.int64(step) * batch_size + np.arange(low, high, dtype=np.int64)
     return self._train_rows(position_B, seed)
 
-  def _train_rows(self, position_B: Int64[np.ndarray, ' B'], seed: int) -> Batch:
+  def _train_rows(self, position_B: Index, seed: int) -> Batch:
     """Return the rows at some positions of the endless sequence of training rows."""
     raise NotImplementedError
 
@@ -231,14 +232,12 @@ class Dataset:
     plan = self._validation_plan(batch_size, limit_batches)
     return (self._validation_batch(row_B[low:high]) for row_B in plan)
 
-  def _validation_plan(
-    self, batch_size: int, limit_batches: int | None
-  ) -> Iterable[Int64[np.ndarray, ' B']]:
+  def _validation_plan(self, batch_size: int, limit_batches: int | None) -> Iterable[Index]:
     """Return the numbers of the rows of each batch; ~n stands for row n without targets."""
     row_R = spread(self.validation_rows, batch_size, limit_batches)
     return np.pad(row_R, (0, -row_R.size % batch_size), constant_values=~0).reshape(-1, batch_size)
 
-  def _validation_batch(self, row_B: Int64[np.ndarray, ' B']) -> Batch:
+  def _validation_batch(self, row_B: Index) -> Batch:
     """Return the rows of a part of the plan."""
     unused_B = row_B < 0
     batch = self._held_out(np.where(unused_B, ~row_B, row_B))
@@ -246,7 +245,7 @@ class Dataset:
       targets_BT=np.where(unused_B[:, None], np.int32(IGNORE), batch.targets_BT)
     )
 
-  def _held_out(self, row_B: Int64[np.ndarray, ' B']) -> Batch:
+  def _held_out(self, row_B: Index) -> Batch:
     """Return the validation rows with these numbers."""
     raise NotImplementedError
 
@@ -256,7 +255,7 @@ class Dataset:
     raise InputError('data', self.config.tag, problem='holds no pairs of texts to translate')
 
 
-def spread(rows: int, batch_size: int, limit_batches: int | None) -> Int64[np.ndarray, ' R']:
+def spread(rows: int, batch_size: int, limit_batches: int | None) -> Index:
   """Return the rows that a limit leaves, spread evenly over all."""
   if limit_batches is not None and limit_batches < 1:
     raise InputError('limit_batches', limit_batches, 'positive or none')

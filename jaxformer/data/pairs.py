@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int64
 
 from jaxformer import config
 from jaxformer.config import InputError
@@ -31,6 +30,7 @@ from jaxformer.data.dataset import (
   process_rows,
   spread,
 )
+from jaxformer.data.shuffle import Index
 from jaxformer.data.splits import ByDocument
 from jaxformer.data.text import LOG
 from jaxformer.data.tokenizers import Bytes, Tokenizer, TokenizerConfig
@@ -127,10 +127,10 @@ class Pairs(DatasetConfig):
     def opened(of: TokenizerConfig, *columns: int) -> Tokenizer:
       return open_tokenizer(of, self.corpus, columns, self.split, folder, log)
 
-    if tokenizer is None and self.source_tokenizer is None:
-      tokenizer = opened(self.tokenizer, 0, 1)
-    elif tokenizer is None and self.source_tokenizer is not None:
-      tokenizer = opened(self.tokenizer, 1).with_source(opened(self.source_tokenizer, 0))
+    if tokenizer is None:
+      source = self.source_tokenizer
+      tokenizer = opened(self.tokenizer, *((0, 1) if source is None else (1,)))
+      tokenizer = tokenizer if source is None else tokenizer.with_source(opened(source, 0))
     for of, field in ((tokenizer.source, 'source_tokenizer'), (tokenizer, 'tokenizer')):
       if of.end_of_document is None:
         raise InputError(
@@ -171,7 +171,7 @@ class Buckets:
     last = sum(self.shapes[-1])
     return [batch_size * (last // sum(shape)) for shape in self.shapes]
 
-  def batch(self, bucket: int, row_B: Int64[np.ndarray, ' B']) -> Batch:
+  def batch(self, bucket: int, row_B: Index) -> Batch:
     """Return the pairs with these numbers, in the shape of a bucket."""
     sources, targets = ([c.ids(i) for i in row_B.tolist()] for c in self.side.columns)
     return pair_batch(sources, targets, *self.shapes[bucket])
@@ -182,8 +182,8 @@ class Buckets:
     return {
       'pairs': side.rows,
       'too_long': self.too_long,
-      'source': {'tokens': source.tokens_N.size - side.rows, 'bytes': source.bytes},
-      'target': {'tokens': target.tokens_N.size - side.rows, 'bytes': target.bytes},
+      'source': {'tokens': source.tokens_N.size - side.rows, 'bytes': source.facts['bytes']},
+      'target': {'tokens': target.tokens_N.size - side.rows, 'bytes': target.facts['bytes']},
       'buckets': [
         {'source': s, 'target': t, 'pairs': m.size}
         for (s, t), m in zip(self.shapes, self.members, strict=True)
@@ -266,9 +266,7 @@ class PairDataset(Dataset):
   def validation_rows(self) -> int:
     return self._validation.fitting
 
-  def _validation_plan(
-    self, batch_size: int, limit_batches: int | None
-  ) -> Iterable[Int64[np.ndarray, ' B']]:
+  def _validation_plan(self, batch_size: int, limit_batches: int | None) -> Iterable[Index]:
     """Bucket after bucket, in an order without a pattern so that a part of them is a sample."""
     seed_key, plan = shuffle.key(0, 'held out'), []
     for members in self._validation.members:
@@ -280,7 +278,7 @@ class PairDataset(Dataset):
       return [plan[i] for i in spread(len(plan), 1, limit_batches)]
     return plan
 
-  def _held_out(self, row_B: Int64[np.ndarray, ' B']) -> Batch:
+  def _held_out(self, row_B: Index) -> Batch:
     bucket = next(b for b, m in enumerate(self._validation.members) if row_B[0] in m)
     return self._validation.batch(bucket, row_B)
 

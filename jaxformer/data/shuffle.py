@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Int64, UInt64
 
+Index = Int64[np.ndarray, ' N']  # numbers of rows, or positions in a sequence of them
 SLOTS = 4096
 ROUNDS = 6
 
@@ -30,18 +31,14 @@ def scramble(x_N: UInt64[np.ndarray, ' N']) -> UInt64[np.ndarray, ' N']:
   return x_N ^ (x_N >> np.uint64(31))
 
 
-def random_below(
-  bound: int, position_N: Int64[np.ndarray, ' N'], seed_key: np.uint64
-) -> Int64[np.ndarray, ' N']:
+def random_below(bound: int, position_N: Index, seed_key: np.uint64) -> Index:
   """A number in 0..bound-1, drawn independently for each position. The bias is below bound /
   2^64."""
   mixed_N = scramble(scramble(position_N.astype(np.uint64)) ^ seed_key)
   return (mixed_N % np.uint64(bound)).astype(np.int64)
 
 
-def shuffled(
-  count: int, position_N: Int64[np.ndarray, ' N'], seed_key: np.uint64
-) -> Int64[np.ndarray, ' N']:
+def shuffled(count: int, position_N: Index, seed_key: np.uint64) -> Index:
   """The element of 0..count-1 at each position of an endless pass over them, every epoch a new
   permutation.
 
@@ -87,9 +84,7 @@ class Interleave:
     by_time = np.argsort((rank + 0.5) / quota[part], kind='stable')
     self.part_S, self.rank_S = part[by_time], rank[by_time]
 
-  def __call__(
-    self, position_N: Int64[np.ndarray, ' N']
-  ) -> tuple[Int64[np.ndarray, ' N'], Int64[np.ndarray, ' N']]:
+  def __call__(self, position_N: Index) -> tuple[Index, Index]:
     """The part that each position goes to, and how many earlier positions went there."""
     cycle_N, slot_N = np.divmod(position_N.astype(np.int64), SLOTS)
     part_N = self.part_S[slot_N]

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
-from jaxtyping import Int64
 
 from jaxformer import config
 from jaxformer.config import Config, InputError
@@ -25,6 +24,7 @@ from jaxformer.data.cache import (
 from jaxformer.data.cache_folder import cache_dir as default_cache_dir
 from jaxformer.data.corpora import Corpus, StandardLibrary
 from jaxformer.data.dataset import Dataset, DatasetConfig
+from jaxformer.data.shuffle import Index
 from jaxformer.data.splits import ByDocument, Split
 from jaxformer.data.tokenizers import Bytes, Tokenizer, TokenizerConfig
 from jaxformer.task_type import IGNORE, Batch
@@ -41,9 +41,7 @@ class Packing(Config, abstract=True):
     """Return the number of training rows; they do not overlap, and a shorter rest is left out."""
     return (tokens - 1) // length
 
-  def starts(
-    self, seed_key: np.uint64, index_N: Int64[np.ndarray, ' N'], tokens: int, length: int
-  ) -> Int64[np.ndarray, ' N']:
+  def starts(self, seed_key: np.uint64, index_N: Index, tokens: int, length: int) -> Index:
     """Return where the rows at positions `index_N` of training start, every row once per epoch."""
     return shuffle.shuffled(self.rows(tokens, length), index_N, seed_key) * length
 
@@ -67,9 +65,7 @@ class RandomWindows(Packing):
   def rows(self, tokens: int, length: int) -> int:
     return max(tokens - length, 0)
 
-  def starts(
-    self, seed_key: np.uint64, index_N: Int64[np.ndarray, ' N'], tokens: int, length: int
-  ) -> Int64[np.ndarray, ' N']:
+  def starts(self, seed_key: np.uint64, index_N: Index, tokens: int, length: int) -> Index:
     return shuffle.random_below(self.rows(tokens, length), index_N, seed_key)
 
 
@@ -183,22 +179,10 @@ class TextDataset(Dataset):
     self._interleave = shuffle.Interleave(weights)
     self.train_tokens = sum(c.tokens_N.size for c in self._train)
     self.validation_tokens = sum(c.tokens_N.size for c in self._validation)
-    self.validation_bytes = sum(c.bytes for c in self._validation)
+    self.validation_bytes = sum(c.facts['bytes'] for c in self._validation)
     self.validation_targets = sum(_targets(c, data.packing.segmented) for c in self._validation)
     self.size = f'{self.train_tokens:,} tokens of text'
-    facts = {
-      name: [
-        {
-          'documents': s.rows,
-          'characters': s.columns[0].characters,
-          'bytes': s.columns[0].bytes,
-          'tokens': int(s.columns[0].tokens_N.size),
-          'sha256': s.sha256,
-        }
-        for s in side
-      ]
-      for name, side in sides.items()
-    }
+    facts = {n: [s.columns[0].facts | {'sha256': s.sha256} for s in of] for n, of in sides.items()}
     self.manifest: dict[str, Any] = {
       'corpus': corpus,
       'tokenizer': tokenizer.manifest(),
@@ -223,7 +207,7 @@ class TextDataset(Dataset):
     length = self.text.sequence_length
     return sum(self.text.packing.rows(c.tokens_N.size, length) for c in self._train)
 
-  def _train_rows(self, position_B: Int64[np.ndarray, ' B'], seed: int) -> Batch:
+  def _train_rows(self, position_B: Index, seed: int) -> Batch:
     part_B, index_B = np.zeros_like(position_B), position_B
     if len(self._train) > 1:
       part_B, index_B = self._interleave(position_B)
@@ -245,7 +229,7 @@ class TextDataset(Dataset):
     stream (`Packed`: of each document)."""
     return [-(-(c.tokens_N.size - 1) // self.text.sequence_length) for c in self._validation]
 
-  def _validation_batch(self, row_B: Int64[np.ndarray, ' B']) -> Batch:
+  def _validation_batch(self, row_B: Index) -> Batch:
     ends_K = np.cumsum(self._rows_K)
     part_B = np.where(row_B < 0, 0, np.searchsorted(ends_K, row_B, side='right'))
     start_B = (row_B - (ends_K - self._rows_K)[part_B]) * self.text.sequence_length
@@ -263,18 +247,15 @@ class TextDataset(Dataset):
     ]
 
   def baselines(self) -> dict[str, float]:
-    train, validation = (sum(c.pairs for c in side) for side in (self._train, self._validation))
+    train, validation = (
+      np.sum([c.pairs for c in side], axis=0) for side in (self._train, self._validation)
+    )
     return {
       'unigram_bits_per_byte': unigram_bits_per_byte(train, validation, self._ends),
       'bigram_bits_per_byte': bigram_bits_per_byte(train, validation, self._ends),
     }
 
-  def _cut(
-    self,
-    columns: Sequence[CachedColumn],
-    part_B: Int64[np.ndarray, ' B'],
-    start_B: Int64[np.ndarray, ' B'],
-  ) -> Batch:
+  def _cut(self, columns: Sequence[CachedColumn], part_B: Index, start_B: Index) -> Batch:
     """Return the rows that start at some positions of some parts; positions after the last token
     are padding."""
     B, T = start_B.size, self.text.sequence_length

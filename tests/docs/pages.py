@@ -51,7 +51,7 @@ SMALLER = (
   (r'train .*(--show|--help)', ''),
   (r'train (transformer|rnnsearch)', TRAIN),
   (r'train s4d-digits', TRAIN),
-  (r'train .*(--data\.source|--data )', f'{TRAIN} --data.sequence-length 32'),
+  (r'train .*(--data\.corpus|--data )', f'{TRAIN} --data.sequence-length 32'),
   (r'train ', f'{TRAIN} {TEXT}'),
   (r'eval transformer', '--batches 1 --translations 2'),
   (r'eval ', '--batches 1'),

@@ -6,9 +6,9 @@ import datetime
 import functools
 
 import numpy as np
-from jaxtyping import Int64
 
 from jaxformer.data import shuffle
+from jaxformer.data.shuffle import Index
 from jaxformer.data.tasks.task import PairTask, Side, integers
 
 MONTHS = (
@@ -67,7 +67,7 @@ class Dates(PairTask):
   def source_positions(self) -> int:
     return 32
 
-  def texts(self, side: Side, index_N: Int64[np.ndarray, ' N']) -> list[tuple[str, str]]:
+  def texts(self, side: Side, index_N: Index) -> list[tuple[str, str]]:
     bits = self.random_bits(side, index_N, 2)
     days = _days(self.first_year, self.last_year, side)
     day_N, form_N = days[integers(days.size, bits[:, 0])], integers(self.forms, bits[:, 1])
@@ -95,7 +95,7 @@ def written(date: datetime.date, form: int) -> str:
 
 
 @functools.cache
-def _days(first_year: int, last_year: int, side: Side) -> Int64[np.ndarray, ' N']:
+def _days(first_year: int, last_year: int, side: Side) -> Index:
   """The days of a side, as proleptic Gregorian ordinals. A day has the same side in every range of
   years."""
   first, last = (

@@ -5,9 +5,10 @@ from __future__ import annotations
 import functools
 
 import numpy as np
-from jaxtyping import Float32, Int64
+from jaxtyping import Float32
 
 from jaxformer.config import InputError
+from jaxformer.data.shuffle import Index
 from jaxformer.data.tasks.task import Side, TaskConfig, hash_of, labelled
 from jaxformer.task_type import Batch, TaskType
 
@@ -39,12 +40,12 @@ class Digits(TaskConfig):
     return self.rows_of('test').size
 
   @staticmethod
-  def rows_of(side: Side) -> Int64[np.ndarray, ' N']:
+  def rows_of(side: Side) -> Index:
     """The numbers of a side's images in scikit-learn's order."""
     index = np.arange(len(_images()[0]))
     return index[(index % FOLD == FOLD - 1) == (side == 'test')]
 
-  def rows(self, side: Side, index_N: Int64[np.ndarray, ' N']) -> Batch:
+  def rows(self, side: Side, index_N: Index) -> Batch:
     images, labels = _images()
     chosen = self.rows_of(side)[index_N]
     return labelled(images[chosen], labels[chosen])
@@ -56,7 +57,7 @@ class Digits(TaskConfig):
 
 
 @functools.cache
-def _images() -> tuple[Float32[np.ndarray, 'N 64 1'], Int64[np.ndarray, ' N']]:
+def _images() -> tuple[Float32[np.ndarray, 'N 64 1'], Index]:
   try:
     from sklearn.datasets import load_digits
   except ImportError:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import random
 
 import numpy as np
-from jaxtyping import Int64
 
 from jaxformer.config import InputError
+from jaxformer.data.shuffle import Index
 from jaxformer.data.tasks.task import GeneratedTask, Side, labelled
 from jaxformer.task_type import Batch, TaskType
 
@@ -65,7 +65,7 @@ class ListOps(GeneratedTask):
   def task(self) -> TaskType:
     return TaskType(predicts='class', vocab_size=len(NAMES), classes=10)
 
-  def rows(self, side: Side, index_N: Int64[np.ndarray, ' N']) -> Batch:
+  def rows(self, side: Side, index_N: Index) -> Batch:
     seeds = self.random_bits(side, index_N, 1)[:, 0]
     drawn = [self._draw(int(s)) for s in seeds]
     tokens = np.zeros((index_N.size, self.max_length), np.int32)

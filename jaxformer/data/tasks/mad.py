@@ -1,12 +1,11 @@
 """The MAD suite (Poli et al. 2024, "Mechanistic Design and Scaling of Hybrid Architectures", arXiv
-2403.17844, section 3.1 and appendix B): what a sequence mixer should be able to do, one small task
-each.
+2403.17844, section 3.1 and appendix B): small tasks, one for each ability of a sequence mixer.
 
-Defaults are the suite's baseline, and `mad_suite` gives the harder settings that its score is the
-mean over. The multi-query forms of recall are the ones that the suite scores: models learn to
-predict every next token, and are scored by the values of keys that came before. The authors' code
-takes the accuracy of each token that is asked for and then their mean, and here it is that of all
-targets; uniform answers make the two much the same. Selective copying stands in `copying.py`."""
+Defaults are the baseline of the suite, and `mad_suite` gives the harder settings over which its
+score is the mean. The multi-query forms of recall are the ones that the suite scores: models are
+trained to predict every next token and scored by the values of keys that occurred before. The
+authors' code takes the accuracy per token and then the mean over tokens, here it is that of all
+targets; since answers are uniform the two are nearly equal. Selective copying is in `copying.py`."""
 
 from __future__ import annotations
 
@@ -14,11 +13,13 @@ import numpy as np
 from jaxtyping import Bool, Int64, UInt64
 
 from jaxformer.data import shuffle
+from jaxformer.data.shuffle import Index
 from jaxformer.data.tasks.copying import MadSelectiveCopying
+from jaxformer.data.tasks.recall import drawn_pairs
 from jaxformer.data.tasks.task import (
-  GeneratedTask,
   Side,
   TaskConfig,
+  TokenTask,
   bernoulli,
   distinct,
   integers,
@@ -28,42 +29,32 @@ from jaxformer.data.tasks.task import (
 from jaxformer.task_type import IGNORE, Batch, TaskType
 
 
-class MadTask(GeneratedTask, abstract=True):
-  """Base of the suite's tasks: as many sequences as there.
-
-  Attributes:
-    vocab_size: with every special token.
-    length: tokens of a sequence, with the last answer.
-  """
+class MadTask(TokenTask, abstract=True):
+  """Base of the tasks of the suite, with its number of sequences."""
 
   vocab_size: int = 16
   length: int = 128
   train_sequences: int | None = 12_800
   test_sequences: int = 1280
 
-  @property
-  def positions(self) -> int:
-    return self.length
-
-  @property
-  def task(self) -> TaskType:
-    return TaskType(vocab_size=self.vocab_size)
-
 
 # ---- recall ------------------------------------------------------------------------------------
 
 
-class RecallTask(MadTask, abstract=True):
-  """Base of the tasks whose keys and values are one token each."""
+class InContextRecall(MadTask):
+  """Repeat the value of a key: `a 2 c 4 a 2 b 3 c 4 ...`, with the value as target at every key
+  that occurred before.
+
+  In each sequence every key has a value of its own, drawn at random. `length` / 2 pairs of a random
+  key and its value follow each other; the last is of a key that occurred, all equally likely. The
+  first half of the vocabulary are keys, the rest values. The score is the accuracy on the values of
+  keys that occurred before."""
 
   def validate(self) -> None:
     self.require(self.length >= 4 and self.length % 2 == 0, 'length', 'even and at least 4')
     special = self.vocab_size - self.symbols
-    self.require(
-      self.symbols >= 4,
-      'vocab_size',
-      f'at least {special + 4}, of which two are keys and two values',
-    )
+    accepted = f'at least {special + 4}, of which two are keys and two values'
+    self.require(self.symbols >= 4, 'vocab_size', accepted)
     super().validate()
 
   @property
@@ -72,58 +63,34 @@ class RecallTask(MadTask, abstract=True):
 
   @property
   def symbols(self) -> int:
-    """Tokens that are keys (the first half) or values."""
+    """Number of tokens that are keys (the first half) or values."""
     return self.vocab_size
 
-  def _recall(
-    self,
-    side: Side,
-    index_N: Int64[np.ndarray, ' N'],
-    noise_NP: Bool[np.ndarray, 'N P'],
-    noise_NP2: Int64[np.ndarray, 'N P 2'],
-  ) -> Batch:
-    """Pairs, with noise in the place of some."""
+  def _noise(
+    self, side: Side, index_N: Index
+  ) -> tuple[Bool[np.ndarray, 'N P'], Int64[np.ndarray, 'N P 2']]:
+    """Return which pairs, apart from the last, are noise, and the tokens of noise."""
+    shape = index_N.size, self.length // 2 - 1
+    return np.zeros(shape, bool), np.zeros((*shape, 2), np.int64)
+
+  def rows(self, side: Side, index_N: Index) -> Batch:
+    noise_NP, noise_NP2 = self._noise(side, index_N)
     (N, P), keys = noise_NP.shape, self.symbols // 2
     bits = self.random_bits(side, index_N, 2 * keys + P)
-    value_NK = keys + integers(self.symbols - keys, bits[:, :keys])
-    key_NP = integers(keys, bits[:, keys : keys + P])
-    came_NK = np.zeros((N, keys + 1), bool)
-    np.put_along_axis(came_NK, np.where(noise_NP, keys, key_NP), True, axis=1)
-    # Of the keys that came the one with the largest random number.
-    last_N = np.where(came_NK[:, :keys], bits[:, keys + P :] >> np.uint64(1), np.uint64(0)).argmax(
-      axis=1
-    )
-    key_NQ = np.concatenate([key_NP, last_N[:, None]], axis=1)
-    tokens, asked = (
-      np.stack([key_NQ, np.take_along_axis(value_NK, key_NQ, axis=1)], axis=2),
-      np.zeros((N, P + 1, 2), bool),
-    )
-    tokens[:, :P] = np.where(noise_NP[:, :, None], noise_NP2, tokens[:, :P])
+    key_NQ, pair_NQ2 = drawn_pairs(bits, keys, self.symbols - keys, noise_NP)
+    pair_NQ2[:, :P] = np.where(noise_NP[:, :, None], noise_NP2, pair_NQ2[:, :P])
     noise_NQ = np.pad(noise_NP, ((0, 0), (0, 1)))
-    asked[:, :, 1] = seen_before(np.where(noise_NQ, keys, key_NQ)) & ~noise_NQ
-    return next_token_targets(tokens.reshape(N, self.length), asked.reshape(N, self.length), side)
+    scored = np.zeros(pair_NQ2.shape, bool)
+    scored[:, :, 1] = seen_before(np.where(noise_NQ, keys, key_NQ)) & ~noise_NQ
+    return next_token_targets(pair_NQ2.reshape(N, -1), scored.reshape(N, -1), side)
 
 
-class InContextRecall(RecallTask):
-  """Say the value of a key again: `a 2 c 4 a 2 b 3 c 4 ...`, asked for the value at every key that
-  came before.
+class NoisyInContextRecall(InContextRecall):
+  """`InContextRecall` among noise: `a 2 # % c 4 a 2 % % ...`, with the same targets.
 
-  In each sequence every key has a value of its own, drawn at random. `length` / 2 pairs of a random
-  key and its value follow each other; the last is of a key that came, each of those as likely. The
-  first half of the vocabulary are keys, the rest values. The score is the fraction right of the
-  values of keys that came before."""
-
-  def rows(self, side: Side, index_N: Int64[np.ndarray, ' N']) -> Batch:
-    shape = index_N.size, self.length // 2 - 1
-    return self._recall(side, index_N, np.zeros(shape, bool), np.zeros((*shape, 2), np.int64))
-
-
-class NoisyInContextRecall(RecallTask):
-  """`InContextRecall` among noise: `a 2 # % c 4 a 2 % % ...`, asked as there.
-
-  Each pair but the last is, with probability `noise`, two random tokens of a vocabulary of their
-  own instead, the last `noise_vocab_size` tokens; one of them, drawn anew for each sequence, never
-  is (the authors' may also be the last pair)."""
+  Each pair but the last is, with probability `noise`, two random tokens of a separate vocabulary
+  instead, the last `noise_vocab_size` tokens; one of them, drawn for each sequence, never is (in
+  the authors' code this may also be the last pair)."""
 
   vocab_size: int = 32
   noise: float = 0.2
@@ -138,37 +105,34 @@ class NoisyInContextRecall(RecallTask):
   def symbols(self) -> int:
     return self.vocab_size - self.noise_vocab_size
 
-  def rows(self, side: Side, index_N: Int64[np.ndarray, ' N']) -> Batch:
+  def _noise(
+    self, side: Side, index_N: Index
+  ) -> tuple[Bool[np.ndarray, 'N P'], Int64[np.ndarray, 'N P 2']]:
     N, P = index_N.size, self.length // 2 - 1
     bits = self.random_bits(side, index_N, 1 + 3 * P, 'noise')
     noise_NP = bernoulli(self.noise, bits[:, 1 : 1 + P])
     noise_NP[np.arange(N), integers(P, bits[:, 0])] = False
-    return self._recall(
-      side,
-      index_N,
-      noise_NP,
-      self.symbols + integers(self.noise_vocab_size, bits[:, 1 + P :]).reshape(N, P, 2),
-    )
+    noise_NP2 = self.symbols + integers(self.noise_vocab_size, bits[:, 1 + P :]).reshape(N, P, 2)
+    return noise_NP, noise_NP2
 
 
 class FuzzyInContextRecall(MadTask):
-  """`InContextRecall` with keys and values of several tokens: `a c 2 b 4 3 1 a c 2 ...`, asked for
-  every token of the value of a key that came before.
+  """`InContextRecall` with keys and values of several tokens: `a c 2 b 4 3 1 a c 2 ...`, with every
+  token of the value of a key that occurred before as target.
 
-  Keys are 1 to `key_tokens` different tokens (in tests always `key_tokens`, else nothing would say
-  where they end), values 1 to `value_tokens`, every length as likely and every choice of tokens of
-  a length. In each sequence every key has a value of its own, drawn at random. Pairs follow each
-  other while they leave room for the longest; the last is that of one of the pairs that came. Token
-  `vocab_size` - 1 fills up at the left; the first half of the others are in keys, the rest in
-  values. Ours is how the last
-  pair is drawn: the authors place it by its position, at times where the sequence has ended before.
-  """
+  Keys are 1 to `key_tokens` different tokens (in tests always `key_tokens`, else nothing would show
+  where they end), values 1 to `value_tokens`; lengths, and tokens of a length, are equally likely.
+  In each sequence every key has a value of its own, drawn at random. Pairs follow each other while
+  there is space for the longest; the last repeats one of them. Token `vocab_size` - 1 is padding at
+  the left; the first half of the others are in keys, the rest in values. The last pair is drawn
+  differently from the authors' code, which draws its position, at times after the end of the
+  sequence."""
 
   key_tokens: int = 3
   value_tokens: int = 3
 
   def validate(self) -> None:
-    # of an odd number of symbols values have one more
+    # With an odd number of symbols there is one more for values.
     least = max(2 * self.key_tokens, 2 * self.value_tokens - 1, 4) + 1
     self.require(self.key_tokens > 0, 'key_tokens', 'positive')
     self.require(self.value_tokens > 0, 'value_tokens', 'positive')
@@ -176,7 +140,7 @@ class FuzzyInContextRecall(MadTask):
       self.vocab_size >= least,
       'vocab_size',
       f'at least {least}, for keys of {self.key_tokens} different tokens, '
-      f'values of {self.value_tokens}, and one that fills up',
+      f'values of {self.value_tokens}, and padding',
     )
     self.require(
       self.vocab_size**self.key_tokens < 2**62,
@@ -189,88 +153,81 @@ class FuzzyInContextRecall(MadTask):
     )
     super().validate()
 
-  def rows(self, side: Side, index_N: Int64[np.ndarray, ' N']) -> Batch:
+  def rows(self, side: Side, index_N: Index) -> Batch:
     N, k, keys = index_N.size, self.key_tokens, (self.vocab_size - 1) // 2
-    room, shortest = self.length + 1 - k - self.value_tokens, 2 if side == 'train' else k + 1
-    P = room // shortest
+    space = self.length + 1 - k - self.value_tokens  # for all pairs but the last
+    P = space // (2 if side == 'train' else k + 1)
     bits = self.random_bits(side, index_N, 2 + P * (k + 1))
-    word_MK = bits[:, 2:].reshape(N * P, k + 1)
-    size_M = 1 + integers(k, word_MK[:, 0]) if side == 'train' else np.full(N * P, k)
-    key_MK = motifs(size_M, keys, word_MK[:, 1:])
+    bits_MK = bits[:, 2:].reshape(N * P, k + 1)
+    size_M = 1 + integers(k, bits_MK[:, 0]) if side == 'train' else np.full(N * P, k)
+    key_MK = motifs(size_M, keys, bits_MK[:, 1:])
     number_M = ((key_MK + 1) * self.vocab_size ** np.arange(k)).sum(axis=1)
-    # Words that the sequence and the key decide, so the same for a key wherever it comes.
-    of_key_M = (shuffle.scramble(number_M.astype(np.uint64)) ^ np.repeat(bits[:, 0], P)).view(
-      np.int64
-    )
-    word_MV = random_bits(
-      shuffle.key(self.seed, self.tag, 'values'), of_key_M, 1 + self.value_tokens
-    )
-    value_MV = motifs(
-      1 + integers(self.value_tokens, word_MV[:, 0]), self.vocab_size - 1 - keys, word_MV[:, 1:]
-    )
-    pair_NPL = np.concatenate(
-      [key_MK, np.where(value_MV < 0, -1, keys + value_MV)], axis=1
-    ).reshape(N, P, -1)
-    shown_NP = np.cumsum((pair_NPL >= 0).sum(axis=2), axis=1) <= room
+    value_MV = self._values(number_M, np.repeat(bits[:, 0], P), keys)
+    pair_NPL = np.concatenate([key_MK, value_MV], axis=1).reshape(N, P, -1)
+    shown_NP = np.cumsum((pair_NPL >= 0).sum(axis=2), axis=1) <= space
     last_N = (bits[:, 1] % shown_NP.sum(axis=1).astype(np.uint64)).astype(np.int64)[:, None]
     number_NP = number_M.reshape(N, P)
-    pair_NQL = np.concatenate(
-      [
-        np.where(shown_NP[:, :, None], pair_NPL, -1),
-        np.take_along_axis(pair_NPL, last_N[:, :, None], axis=1),
-      ],
-      axis=1,
-    )
-    again_NQ = seen_before(
-      np.concatenate([number_NP, np.take_along_axis(number_NP, last_N, axis=1)], axis=1)
-    )
-    asked_NQL = again_NQ[:, :, None] & (np.arange(pair_NQL.shape[2]) >= k)
-    return next_token_targets(
-      *self._packed(pair_NQL.reshape(N, -1), asked_NQL.reshape(N, -1)), side
-    )
+    last_NL = np.take_along_axis(pair_NPL, last_N[:, :, None], axis=1)
+    pair_NQL = np.concatenate([np.where(shown_NP[:, :, None], pair_NPL, -1), last_NL], axis=1)
+    number_NQ = np.concatenate([number_NP, np.take_along_axis(number_NP, last_N, axis=1)], axis=1)
+    is_value_L = np.arange(pair_NQL.shape[2]) >= k
+    scored_NQL = seen_before(number_NQ)[:, :, None] & is_value_L
+    tokens, scored = self._right_aligned(pair_NQL.reshape(N, -1), scored_NQL.reshape(N, -1))
+    return next_token_targets(tokens, scored, side)
 
-  def _packed(
-    self, cell_NC: Int64[np.ndarray, 'N C'], asked_NC: Bool[np.ndarray, 'N C']
+  def _values(
+    self, number_M: Int64[np.ndarray, ' M'], sequence_M: UInt64[np.ndarray, ' M'], keys: int
+  ) -> Int64[np.ndarray, 'M V']:
+    """Return the values of keys. The random words follow from the sequence and the key, so a key
+    has the same value wherever it occurs."""
+    mixed_M = shuffle.scramble(number_M.astype(np.uint64)) ^ sequence_M
+    seed_key = shuffle.key(self.seed, self.tag, 'values')
+    bits_MV = random_bits(seed_key, mixed_M.view(np.int64), 1 + self.value_tokens)
+    size_M = 1 + integers(self.value_tokens, bits_MV[:, 0])
+    value_MV = motifs(size_M, self.vocab_size - 1 - keys, bits_MV[:, 1:])
+    return np.where(value_MV < 0, -1, keys + value_MV)
+
+  def _right_aligned(
+    self, cell_NC: Int64[np.ndarray, 'N C'], scored_NC: Bool[np.ndarray, 'N C']
   ) -> tuple[Int64[np.ndarray, 'N T'], Bool[np.ndarray, 'N T']]:
-    """The cells that hold a token, next to each other at the right, and which of them are asked."""
+    """Return the cells that hold a token, moved together to the right, and which are scored."""
     shape, full_NC = (len(cell_NC), self.length + 1), cell_NC >= 0
     rank_NC = np.cumsum(full_NC, axis=1)
     row, place = np.nonzero(full_NC)[0], (rank_NC + self.length - rank_NC[:, -1:])[full_NC]
-    tokens, asked = np.full(shape, self.vocab_size - 1), np.zeros(shape, bool)
-    tokens[row, place], asked[row, place] = cell_NC[full_NC], asked_NC[full_NC]
-    return tokens, asked
+    tokens, scored = np.full(shape, self.vocab_size - 1), np.zeros(shape, bool)
+    tokens[row, place], scored[row, place] = cell_NC[full_NC], scored_NC[full_NC]
+    return tokens, scored
 
 
 def motifs(
   size_M: Int64[np.ndarray, ' M'], symbols: int, bits_MK: UInt64[np.ndarray, 'M K']
 ) -> Int64[np.ndarray, 'M K']:
-  """As many different numbers of 0..symbols-1 as the sizes say, then -1."""
+  """Return rows of `size_M` different integers in 0..symbols-1, then -1."""
   return np.where(np.arange(bits_MK.shape[1]) < size_M[:, None], distinct(symbols, bits_MK), -1)
 
 
 def next_token_targets(
-  tokens_NS: Int64[np.ndarray, 'N S'], asked_NS: Bool[np.ndarray, 'N S'], side: Side
+  tokens_NS: Int64[np.ndarray, 'N S'], scored_NS: Bool[np.ndarray, 'N S'], side: Side
 ) -> Batch:
-  """Sequences learned from as text is, every next token a target; in tests those asked alone
-  are."""
+  """Return sequences as for language modeling: in training every next token is a target, in tests
+  only those that are scored."""
   targets = tokens_NS[:, 1:].astype(np.int32)
   if side == 'test':
-    targets = np.where(asked_NS[:, 1:], targets, np.int32(IGNORE))
-  return Batch(tokens_NS[:, :-1].astype(np.int32), targets, None)
+    targets = np.where(scored_NS[:, 1:], targets, np.int32(IGNORE))
+  return Batch(tokens_NS[:, :-1].astype(np.int32), targets)
 
 
 # ---- compression and memorization --------------------------------------------------------------
 
 
 class Compression(MadTask):
-  """Tell a whole sequence from its last position: random tokens, then a special one, asked for all
-  of them.
+  """Reconstruct a sequence from its last hidden state: random tokens, then a special one, all of
+  them targets.
 
-  A model reads the sequence, and every token is to be told from its vector at the last position and
-  the place asked for, by an MLP: it takes an `Autoencoder`, since a language model would see at
-  each position what it is asked for. The special token is `vocab_size` - 1. As in the authors' code
-  it is asked for too, so that the score is the fraction right of `length` tokens, one of them
-  always the same."""
+  A model reads the sequence, and an MLP predicts every token from the hidden state at the last
+  position and the position of the target: this needs an `Autoencoder`, since a language model would
+  see its targets. The special token is `vocab_size` - 1. As in the authors' code it is a target
+  too, so the score is the accuracy on `length` tokens, one of them always the same."""
 
   length: int = 32
 
@@ -283,7 +240,7 @@ class Compression(MadTask):
   def task(self) -> TaskType:
     return TaskType(predicts='sequence', vocab_size=self.vocab_size)
 
-  def rows(self, side: Side, index_N: Int64[np.ndarray, ' N']) -> Batch:
+  def rows(self, side: Side, index_N: Index) -> Batch:
     special = self.vocab_size - 1
     tokens = integers(special, self.random_bits(side, index_N, self.length)).astype(np.int32)
     tokens[:, -1] = special
@@ -291,14 +248,14 @@ class Compression(MadTask):
 
 
 class Memorization(MadTask):
-  """Learn facts by heart: `a _ c _ b _ ...`, asked at each `_` for the value of the key before it,
-  which is never shown.
+  """Memorize facts: `a _ c _ b _ ...`, with the value of the key before it as target at each `_`;
+  values are never shown.
 
-  Each key has one value for good (no two the same), drawn with the `seed`, on both sides: to be
-  learned from the targets of training. `length` / 2 random keys are each followed by the special
-  token, `vocab_size` - 1; the first half of the other tokens are keys, the rest values. The score
-  is the fraction of values that are right. With the larger vocabularies of the suite some keys come
-  in no training sequence."""
+  Each key has one fixed value (no two the same), drawn with the `seed` and the same on both sides,
+  which is learned from the training targets. `length` / 2 random keys are each followed by the
+  special token, `vocab_size` - 1; the first half of the other tokens are keys, the rest values. The
+  score is the accuracy on the values. With the larger vocabularies of the suite some keys occur in
+  no training sequence."""
 
   vocab_size: int = 256
   length: int = 32
@@ -307,11 +264,11 @@ class Memorization(MadTask):
   def validate(self) -> None:
     self.require(self.length >= 2 and self.length % 2 == 0, 'length', 'even and at least 2')
     self.require(
-      self.vocab_size >= 5, 'vocab_size', 'at least 5: two keys, two values and the token that asks'
+      self.vocab_size >= 5, 'vocab_size', 'at least 5: two keys, two values and the special token'
     )
     super().validate()
 
-  def rows(self, side: Side, index_N: Int64[np.ndarray, ' N']) -> Batch:
+  def rows(self, side: Side, index_N: Index) -> Batch:
     keys, special = (self.vocab_size - 1) // 2, self.vocab_size - 1
     value_K = keys + shuffle.shuffled(
       special - keys, np.arange(keys), shuffle.key(self.seed, self.tag, 'values')
@@ -355,8 +312,8 @@ _HARDER: dict[type[TaskConfig], dict[str, tuple[float, ...]]] = {
 
 
 def mad_suite() -> list[TaskConfig]:
-  """The tasks of the suite, each at its baseline and then harder in one way at a time. A task's
-  score is the mean over its own."""
+  """Return the tasks of the suite, each at its baseline and then harder in one way at a time. The
+  score of a task is the mean over its settings."""
   return [
     t
     for kind, ways in _HARDER.items()

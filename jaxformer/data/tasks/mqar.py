@@ -9,13 +9,14 @@ import functools
 import numpy as np
 from jaxtyping import Int64, UInt64
 
-from jaxformer.data.tasks.task import GeneratedTask, Side, distinct, integers
-from jaxformer.task_type import IGNORE, Batch, TaskType
+from jaxformer.data.shuffle import Index
+from jaxformer.data.tasks.task import Side, TokenTask, distinct, integers
+from jaxformer.task_type import IGNORE, Batch
 
 SCALE = 2**40  # of the power law's weights as whole numbers
 
 
-class MultiQueryRecall(GeneratedTask):
+class MultiQueryRecall(TokenTask):
   """Recall the values of many keys, some soon and some late: `k1 v1 k2 v2 k3 v3 . k2 . . . k1 . k3
   . .`, asked for the value at every key of the second part.
 
@@ -54,15 +55,7 @@ class MultiQueryRecall(GeneratedTask):
     self.require(0 < self.power <= 1, 'power', 'above 0 and at most 1')
     super().validate()
 
-  @property
-  def positions(self) -> int:
-    return self.length
-
-  @property
-  def task(self) -> TaskType:
-    return TaskType(vocab_size=self.vocab_size)
-
-  def rows(self, side: Side, index_N: Int64[np.ndarray, ' N']) -> Batch:
+  def rows(self, side: Side, index_N: Index) -> Batch:
     V, P, N = self.vocab_size, self.pairs, index_N.size
     filler = self.length if self.random_filler else 0
     bits = self.random_bits(side, index_N, 3 * P + filler)

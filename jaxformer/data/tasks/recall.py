@@ -1,28 +1,29 @@
 """The two synthetic languages of H3 (Fu et al. 2022, section 3.1): remember a token, and compare
 tokens across a sequence.
 
-As the authors do, models learn to predict every token of them, most of which nothing foretells, and
-are scored by the last alone."""
+As in the paper, models are trained to predict every token, most of which are unpredictable, and
+scored on the last alone."""
 
 from __future__ import annotations
 
 import numpy as np
-from jaxtyping import Int64
+from jaxtyping import Bool, Int64, UInt64
 
-from jaxformer.data.tasks.task import GeneratedTask, Side, integers, target_last_only
-from jaxformer.task_type import Batch, TaskType
+from jaxformer.data.shuffle import Index
+from jaxformer.data.tasks.task import Side, TokenTask, integers, target_last_only
+from jaxformer.task_type import Batch
 
 
-class InductionHead(GeneratedTask):
-  """Recall the token that followed a special one: `a b c => d e f ... x y =>`, asked for d.
+class InductionHead(TokenTask):
+  """Recall the token that followed a special one: `a b c => d e f ... x y =>`, with target d.
 
-  `length` random symbols, of which one at a uniform place (not among the last two) is replaced by
-  the special token; then the special token once more, after which the symbol that followed it is
-  asked for. The vocabulary holds `vocab_size - 2` symbols, the special token, and one more that
-  never comes here (the authors' vocabulary is shared with associative recall).
+  `length` random symbols, of which one at a uniform position (not among the last two) is replaced
+  by the special token; then the special token once more, where the symbol that followed the first
+  is the target. The vocabulary holds `vocab_size - 2` symbols, the special token, and one more that
+  never occurs (the authors share the vocabulary with associative recall).
 
-  Mamba learns it without end at 2^8 positions, `length=255, vocab_size=16`, and is scored at 2^6 to
-  2^20 (Gu and Dao 2023, section 4.1.2 and appendix E.1)."""
+  Mamba is trained on endless sequences of 2^8 positions, `length=255, vocab_size=16`, and scored at
+  2^6 to 2^20 (Gu and Dao 2023, section 4.1.2 and appendix E.1)."""
 
   length: int = 30
   vocab_size: int = 20
@@ -36,11 +37,7 @@ class InductionHead(GeneratedTask):
   def positions(self) -> int:
     return self.length + 1
 
-  @property
-  def task(self) -> TaskType:
-    return TaskType(vocab_size=self.vocab_size)
-
-  def rows(self, side: Side, index_N: Int64[np.ndarray, ' N']) -> Batch:
+  def rows(self, side: Side, index_N: Index) -> Batch:
     special, each = self.vocab_size - 2, np.arange(index_N.size)
     bits = self.random_bits(side, index_N, self.length + 1)
     tokens = np.concatenate(
@@ -51,14 +48,14 @@ class InductionHead(GeneratedTask):
     return target_last_only(tokens, tokens[each, place + 1], side)
 
 
-class AssociativeRecall(GeneratedTask):
-  """Recall the value of a key: `a 2 c 4 b 3 a 2 ... => b`, asked for 3.
+class AssociativeRecall(TokenTask):
+  """Recall the value of a key: `a 2 c 4 b 3 a 2 ... => b`, with target 3.
 
   In each sequence every key has a value of its own, drawn at random; `length` / 2 pairs of a random
-  key and its value follow each other, then the special token and one of the keys that came (each as
-  likely), whose value is asked for. Of `vocab_size` tokens one is special and one never comes (the
-  authors answer with it for keys that did not come, which they do not ask for); of the others the
-  first half are keys, the rest values."""
+  key and its value follow each other, then the special token and one of the keys that occurred (all
+  equally likely), whose value is the target. Of `vocab_size` tokens one is special and one never
+  occurs (the authors reserve it for keys that did not occur, which are never queried); of the
+  others the first half are keys, the rest values."""
 
   length: int = 20
   vocab_size: int = 10
@@ -72,23 +69,28 @@ class AssociativeRecall(GeneratedTask):
   def positions(self) -> int:
     return self.length + 2
 
-  @property
-  def task(self) -> TaskType:
-    return TaskType(vocab_size=self.vocab_size)
-
-  def rows(self, side: Side, index_N: Int64[np.ndarray, ' N']) -> Batch:
+  def rows(self, side: Side, index_N: Index) -> Batch:
     special, pairs, N = self.vocab_size - 2, self.length // 2, index_N.size
     keys = special // 2
     bits = self.random_bits(side, index_N, 2 * keys + pairs)
-    value_NK = keys + integers(special - keys, bits[:, :keys])
-    key_NP = integers(keys, bits[:, keys : keys + pairs])
-    came_NK = (key_NP[:, :, None] == np.arange(keys)[None, None]).any(axis=1)
-    # Of the keys that came the one with the largest random number.
-    query_N = np.where(came_NK, bits[:, keys + pairs :] >> np.uint64(1), np.uint64(0)).argmax(
-      axis=1
-    )
-    pair_NP2 = np.stack([key_NP, np.take_along_axis(value_NK, key_NP, axis=1)], axis=2)
-    tokens = np.concatenate(
-      [pair_NP2.reshape(N, self.length), np.full((N, 1), special), query_N[:, None]], axis=1
-    )
-    return target_last_only(tokens, value_NK[np.arange(N), query_N], side)
+    key_NQ, pair_NQ2 = drawn_pairs(bits, keys, special - keys, np.zeros((N, pairs), bool))
+    shown_NT = pair_NQ2[:, :-1].reshape(N, self.length)
+    tokens = np.concatenate([shown_NT, np.full((N, 1), special), key_NQ[:, -1:]], axis=1)
+    return target_last_only(tokens, pair_NQ2[:, -1, 1], side)
+
+
+def drawn_pairs(
+  bits_NW: UInt64[np.ndarray, 'N W'], keys: int, values: int, hidden_NP: Bool[np.ndarray, 'N P']
+) -> tuple[Int64[np.ndarray, 'N Q'], Int64[np.ndarray, 'N Q 2']]:
+  """Return random keys and (key, value) pairs: P of them and one more whose key is among those that
+  are not hidden, all equally likely. Every key has a value of its own; keys are 0..keys-1, values
+  the `values` numbers above them."""
+  (N, P), K = hidden_NP.shape, keys
+  value_NK = K + integers(values, bits_NW[:, :K])
+  key_NP = integers(K, bits_NW[:, K : K + P])
+  seen_NK = np.zeros((N, K + 1), bool)
+  np.put_along_axis(seen_NK, np.where(hidden_NP, K, key_NP), True, axis=1)
+  # Of the keys seen, the one with the largest random number.
+  weight_NK = np.where(seen_NK[:, :K], bits_NW[:, K + P :] >> np.uint64(1), np.uint64(0))
+  key_NQ = np.concatenate([key_NP, weight_NK.argmax(axis=1)[:, None]], axis=1)
+  return key_NQ, np.stack([key_NQ, np.take_along_axis(value_NK, key_NQ, axis=1)], axis=2)

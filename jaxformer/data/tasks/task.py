@@ -18,13 +18,14 @@ from jaxformer.config import InputError
 from jaxformer.data import shuffle
 from jaxformer.data.cache import Log
 from jaxformer.data.dataset import Dataset, DatasetConfig, HeldOutPair, pair_batch, spread
+from jaxformer.data.shuffle import Index
 from jaxformer.data.tokenizers import ByteTokenizer, Tokenizer
 from jaxformer.task_type import IGNORE, Batch, TaskType
 
 Side = Literal['train', 'test']
 ENDLESS = 2**62  # training sequences of an endless task: none comes twice
 HASHED = 2**20  # positions of each side that a fingerprint is of, at most
-BYTES = ByteTokenizer()
+BYTES, END = ByteTokenizer(), 256
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -43,12 +44,12 @@ class TaskConfig(DatasetConfig, abstract=True):
     """Number of sequences that score a model."""
     raise NotImplementedError
 
-  def rows(self, side: Side, index_N: Int64[np.ndarray, ' N']) -> Batch:
+  def rows(self, side: Side, index_N: Index) -> Batch:
     """Return the sequences of a side with these numbers, from 0: the same in every batch and on
     every machine."""
     raise NotImplementedError
 
-  def held_out_pairs(self, index_N: Int64[np.ndarray, ' N']) -> list[HeldOutPair]:
+  def held_out_pairs(self, index_N: Index) -> list[HeldOutPair]:
     """Return test sequences as texts. Raises `InputError` for a task that is not of pairs."""
     raise InputError('data', self.tag, problem='holds no pairs of texts to translate')
 
@@ -102,11 +103,31 @@ class GeneratedTask(TaskConfig, abstract=True):
     return self.test_sequences
 
   def random_bits(
-    self, side: Side, index_N: Int64[np.ndarray, ' N'], count: int, *purpose: str
+    self, side: Side, index_N: Index, count: int, *purpose: str
   ) -> UInt64[np.ndarray, 'N count']:
     """Return the random words of the sequences with these numbers; other words for each
     `purpose`."""
     return random_bits(shuffle.key(self.seed, self.tag, side, *purpose), index_N, count)
+
+
+class TokenTask(GeneratedTask, abstract=True):
+  """Base of the generated tasks of token sequences.
+
+  Attributes:
+    vocab_size: with every special token.
+    length: T, the tokens of a sequence.
+  """
+
+  vocab_size: int
+  length: int
+
+  @property
+  def positions(self) -> int:
+    return self.length
+
+  @property
+  def task(self) -> TaskType:
+    return TaskType(vocab_size=self.vocab_size)
 
 
 class PairTask(GeneratedTask, abstract=True):
@@ -131,11 +152,11 @@ class PairTask(GeneratedTask, abstract=True):
   def has_text(self) -> bool:
     return True
 
-  def texts(self, side: Side, index_N: Int64[np.ndarray, ' N']) -> list[tuple[str, str]]:
+  def texts(self, side: Side, index_N: Index) -> list[tuple[str, str]]:
     """Return the sources and targets of a side with these numbers. No source is on both sides."""
     raise NotImplementedError
 
-  def rows(self, side: Side, index_N: Int64[np.ndarray, ' N']) -> Batch:
+  def rows(self, side: Side, index_N: Index) -> Batch:
     sources, targets = zip(*self.texts(side, index_N), strict=True)
     return pair_batch(
       [_ended(t) for t in sources],
@@ -144,12 +165,12 @@ class PairTask(GeneratedTask, abstract=True):
       self.positions,
     )
 
-  def held_out_pairs(self, index_N: Int64[np.ndarray, ' N']) -> list[HeldOutPair]:
+  def held_out_pairs(self, index_N: Index) -> list[HeldOutPair]:
     return [HeldOutPair(_ended(s), s, t) for s, t in self.texts('test', index_N)]
 
 
 def _ended(text: str) -> Int32[np.ndarray, ' T']:
-  return np.append(BYTES.encode(text), np.int32(BYTES.end_of_document))
+  return np.append(BYTES.encode(text), np.int32(END))
 
 
 class TaskDataset(Dataset):
@@ -164,7 +185,7 @@ class TaskDataset(Dataset):
     self.identity: dict[str, Any] = {'task': config.to_json(task), 'sha256': sha256}
     self.manifest: dict[str, Any] = self.identity | {'train': rows, 'test': task.test_rows}
 
-  def _train_rows(self, position_B: Int64[np.ndarray, ' B'], seed: int) -> Batch:
+  def _train_rows(self, position_B: Index, seed: int) -> Batch:
     seed_key, rows = shuffle.key(seed, 'task'), self.task.train_rows
     if rows is None:
       return self.task.rows('train', shuffle.random_below(ENDLESS, position_B, seed_key))
@@ -174,7 +195,7 @@ class TaskDataset(Dataset):
   def validation_rows(self) -> int:
     return self.task.test_rows
 
-  def _held_out(self, row_B: Int64[np.ndarray, ' B']) -> Batch:
+  def _held_out(self, row_B: Index) -> Batch:
     return self.task.rows('test', row_B)
 
   def held_out_pairs(self, limit: int | None = None) -> list[HeldOutPair]:
@@ -186,8 +207,8 @@ class TaskDataset(Dataset):
 
 def labelled(
   inputs: Int32[np.ndarray, 'B T'] | Float32[np.ndarray, 'B T F'],
-  label_B: Int64[np.ndarray, ' B'],
-  length_B: Int64[np.ndarray, ' B'] | None = None,
+  label_B: Index,
+  length_B: Index | None = None,
 ) -> Batch:
   """Return sequences to classify: the label is the target at the last position of each; positions
   after its length are padding."""
@@ -201,9 +222,7 @@ def labelled(
   return Batch(inputs, targets_BT, segments_BT)
 
 
-def target_last_only(
-  tokens_BT: Int64[np.ndarray, 'B T'], answer_B: Int64[np.ndarray, ' B'], side: Side
-) -> Batch:
+def target_last_only(tokens_BT: Int64[np.ndarray, 'B T'], answer_B: Index, side: Side) -> Batch:
   """Return sequences whose last target is the answer. In training every next token is a target, as
   in text; in tests the answer is the only one."""
   targets_BT = np.concatenate([tokens_BT[:, 1:], answer_B[:, None]], axis=1).astype(np.int32)
@@ -212,9 +231,7 @@ def target_last_only(
   return Batch(tokens_BT.astype(np.int32), targets_BT, None)
 
 
-def random_bits(
-  key: np.uint64, index_N: Int64[np.ndarray, ' N'], count: int
-) -> UInt64[np.ndarray, 'N count']:
+def random_bits(key: np.uint64, index_N: Index, count: int) -> UInt64[np.ndarray, 'N count']:
   """Return `count` random words for each number: SplitMix64 streams, by integer arithmetic alone, so
   the same with every library."""
   start_N = shuffle.scramble(shuffle.scramble(index_N.astype(np.uint64)) ^ key)
