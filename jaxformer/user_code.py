@@ -16,9 +16,11 @@ import sys
 import traceback
 import types
 from collections.abc import Generator, Sequence
-from typing import Any
+from typing import Any, TypeGuard, TypeVar
 
 from jaxformer.config import Config, InputError, code_records, nearest
+
+T = TypeVar('T')
 
 
 def load_file(path: str | os.PathLike[str], *, named: bool = False) -> types.ModuleType:
@@ -92,6 +94,12 @@ def object_in_file(target: str) -> Any:
     if isinstance(value, type) and not issubclass(value, Config):
       value = getattr(value, 'Config', value)
     return value() if isinstance(value, type) and issubclass(value, Config) else value
+
+
+def is_a(value: object, *kinds: type[T]) -> TypeGuard[T]:
+  """Return whether an object that a user defined or passed is of one of some types. Only for such
+  objects: elsewhere configs are asked by their methods."""
+  return isinstance(value, kinds)
 
 
 def load_recorded(

@@ -77,9 +77,8 @@ from typing import Any
 import jax
 import numpy as np
 from bible_pairs import prepare
-from gallery import Picture, Result, arguments, publish, signed, to_the_end
+from gallery import Picture, Result, arguments, note, publish, signed, to_the_end
 
-from jaxformer.cli.common import note
 from jaxformer.config import InputError
 from jaxformer.data import BytePairs, Dataset, Pairs, PairTask, Tsv, open_data
 from jaxformer.data.tasks.task import Side, integers

@@ -21,7 +21,6 @@ from typing import Any, Literal
 
 import jax
 
-from jaxformer.cli.common import note
 from jaxformer.config import InputError
 from jaxformer.exit_codes import PREEMPTED
 from jaxformer.study.charts import Axis, Series, chart
@@ -164,6 +163,11 @@ def write_page(results: pathlib.Path) -> pathlib.Path:
     ]
   page.write_text('\n\n'.join(parts) + '\n')
   return page
+
+
+def note(line: str) -> None:
+  """Print progress to standard error."""
+  print(line, file=sys.stderr, flush=True)
 
 
 def to_the_end(main: Callable[[], None]) -> None:

@@ -1,8 +1,11 @@
-"""Reads the command line. `jaxformer COMMAND --help` says what each command takes.
+"""Read the command line. `jaxformer COMMAND --help` describes each command.
 
 Overrides of an experiment are dotted (`--model.width 256 --optimizer.learning-rate 3e-4`) or name a
-section (`--optimizer Lion`), and are told from a command's own options by that. Answers go to
-stdout, everything else to stderr; with `--json`, stdout is exactly one JSON value."""
+section (`--optimizer Lion`), which distinguishes them from a command's own options. Answers go to
+stdout, everything else to stderr; with `--json`, stdout is exactly one JSON value.
+
+Command modules import nothing that needs JAX: the functions of `jaxformer` load when they are
+called, so help is fast."""
 
 from __future__ import annotations
 
@@ -15,12 +18,13 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from jaxformer.cli.common import SECTIONS, Overrides
 from jaxformer.config import InputError, nearest
 from jaxformer.exit_codes import BAD_INPUT, DONE, INTERRUPTED
 
+SECTIONS = ('model', 'data', 'optimizer', 'schedule', 'training', 'mesh', 'run')
 COMMANDS = (
   'list',
+  'describe',
   'train',
   'eval',
   'generate',
@@ -37,8 +41,7 @@ COMMANDS = (
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-  """Runs one command; the exit code is 0 done, 2 bad input, 70 non-finite numbers, 75 preempted and
-  saved, 1 any other failure."""
+  """Run one command and return its exit code (`jaxformer.exit_codes`)."""
   try:
     own, overrides = split_overrides(sys.argv[1:] if argv is None else argv)
     args = _parser().parse_args(own)
@@ -47,25 +50,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         f'--{overrides[0][0]}: `jaxformer {args.command}` takes no overrides of an experiment'
       )
     choose_platform()
+    if args.joins:
+      join_processes()
     return args.run(args, overrides) or DONE
   except InputError as e:
     print(f'error: {e}', file=sys.stderr)
     return BAD_INPUT
-  except BrokenPipeError:  # the reader of our output has gone (`jaxformer list | head`)
+  except BrokenPipeError:  # the reader of stdout has closed it (`jaxformer list | head`)
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 0
+    return DONE
   except KeyboardInterrupt:
     return INTERRUPTED
 
 
-def split_overrides(argv: Sequence[str]) -> tuple[list[str], Overrides]:
-  """The command's own words, and (path, text) for each override: `--a.b text`, `--a.b=text`,
-  `--a.b` alone for true.
+def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:
+  """Return the command's own words, and (path, text) for each override: `--a.b text`,
+  `--a.b=text`, `--a.b` alone for true.
 
   Raises `InputError` for a section alone, which needs a value.
   """
   own: list[str] = []
-  overrides: Overrides = []
+  overrides: list[tuple[str, str]] = []
   i = 0
   while i < len(argv):
     word = argv[i]
@@ -86,16 +91,36 @@ def split_overrides(argv: Sequence[str]) -> tuple[list[str], Overrides]:
 
 
 def choose_platform() -> None:
-  """Keeps JAX from looking for a TPU where none is: with libtpu installed that takes long and
-  prints pages."""
+  """Keep JAX from searching for a TPU on a machine without one: with libtpu installed that takes
+  long and prints pages."""
   has_tpu = any(pathlib.Path('/dev').glob('accel*')) or pathlib.Path('/dev/vfio').exists()
   has_gpu = pathlib.Path('/dev/nvidiactl').exists() or pathlib.Path('/dev/kfd').exists()
   if 'JAX_PLATFORMS' not in os.environ and not has_tpu and not has_gpu:
     os.environ['JAX_PLATFORMS'] = 'cpu'
 
 
+def join_processes() -> None:
+  """Join the processes that run this command together (`jaxformer.training.processes`). From then
+  on only the first prints results and progress; each prints its own errors."""
+  from jaxformer.training.processes import join
+
+  if join() is None:
+    return
+  import logging
+
+  import jax
+
+  first = jax.process_index() == 0
+  if not first:
+    logging.getLogger('jaxformer').setLevel(logging.WARNING)
+  # Until the program ends. The library that joins CPUs writes about its connections on the
+  # descriptor of standard output.
+  sys.stdout = open(os.dup(1) if first else os.devnull, 'w')  # noqa: SIM115
+  os.dup2(2, 1)
+
+
 class _Parser(argparse.ArgumentParser):
-  """argparse, whose errors are `InputError`s that name the nearest words."""
+  """argparse with `InputError`s that name the nearest words."""
 
   def error(self, message: str) -> NoReturn:
     raise InputError(f'{message}; see `{self.prog} --help`')
@@ -126,11 +151,11 @@ def _parser() -> _Parser:
   parser.add_argument('--version', action='version', version=f'jaxformer {_version()}')
   commands = parser.add_subparsers(dest='command', required=True, metavar='COMMAND')
   for name in COMMANDS:
-    module = importlib.import_module(f'jaxformer.cli.{name}_')
+    module = importlib.import_module(f'jaxformer.cli.{name}')
     doc = module.__doc__ or ''
     sub = commands.add_parser(
       name,
-      help=doc.splitlines()[0],
+      help=doc.partition('\n\n')[0].replace('\n', ' ').rstrip('.'),
       description=doc,
       allow_abbrev=False,
       formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -138,7 +163,12 @@ def _parser() -> _Parser:
     module.arguments(sub)
     options = [o for action in sub._actions for o in action.option_strings]
     sections = [f'--{s}' for s in SECTIONS] if module.OVERRIDES else []
-    sub.set_defaults(run=module.run, takes_overrides=module.OVERRIDES, options=options + sections)
+    sub.set_defaults(
+      run=module.run,
+      takes_overrides=module.OVERRIDES,
+      joins=getattr(module, 'JOINS', False),
+      options=options + sections,
+    )
   return parser
 
 

@@ -88,7 +88,7 @@ def save(results: Results, folder: Path) -> None:
   write(folder / 'report.html', page('report.html', contents))
   write(folder / 'report.md', page('report.md', contents))
   write(folder / 'report.csv', csv_text(results))
-  write(folder / 'report.json', json.dumps(results.to_json(), indent=2) + '\n')
+  write(folder / 'report.json', json.dumps(results.json(), indent=2) + '\n')
 
 
 def page(template: str, contents: dict[str, Any]) -> str:

@@ -142,7 +142,11 @@ class Results:
       for line in (map(in_words, task.laws) if task.laws else [_answer(task, self)])
     ]
 
-  def to_json(self) -> dict[str, Any]:
+  def lines(self) -> list[str]:
+    """Return the answer, and where the report is."""
+    return [*self.answer, f'report: {self.study.folder / "report" / "report.html"}']
+
+  def json(self) -> dict[str, Any]:
     """Return JSON data; numbers that are not finite are null."""
     return plain(
       {

@@ -16,7 +16,7 @@ from jaxformer.evaluation import evaluate
 from jaxformer.models.params import Definition, Params, define
 from jaxformer.sharding import Rules, make_mesh
 from jaxformer.training.batch_placement import BatchPlacement
-from jaxformer.training.checkpoint import load_params
+from jaxformer.training.checkpoint import differing_shapes, load_params
 from jaxformer.training.experiment import Experiment, check_fit
 from jaxformer.training.folder import Place
 from jaxformer.training.optimizer import Optimizer

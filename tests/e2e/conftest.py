@@ -34,4 +34,4 @@ def home(first, monkeypatch):
 @pytest.fixture(autouse=True)
 def _short_samples(monkeypatch):
   """Training in this process, over 8 devices that share the cores, writes a few tokens only."""
-  monkeypatch.setattr('jaxformer.cli.train_.SAMPLE_TOKENS', 4)
+  monkeypatch.setattr('jaxformer.workflows.samples.TOKENS', 4)

@@ -62,9 +62,7 @@ OPTIONS = [
   ('generate first --top-k 0', 'top_k = 0', 'positive'),
   ('generate first --top-p 1.5', 'top_p = 1.5'),
   ('generate first --temperature 0 --top-k 4', 'top_k = 4', 'temperature 0'),
-  ('generate first --max-new-tokens 0', '--max-new-tokens 0', 'positive'),
-  ('eval first --batches 0', '--batches 0', 'positive'),
-  ('bench gpt2-tiny --steps -1', '--steps -1'),
+  ('bench gpt2-tiny --steps -1', 'steps = -1'),
   ('bench gpt2-tiny --context-length 0', '--context', 'positive'),
   ('data inof', "'inof'", 'did you mean info?'),
   ('generate nope', "no run 'nope'"),
@@ -197,7 +195,7 @@ def test_experiment_files(case, refused, folder):
   [
     ('data info --data.corpsu Files', ('--data.corpsu', 'did you mean corpus?')),
     ('data info --datas.corpus Files', ('--datas.corpus', 'did you mean data?')),
-    ('data info --model.width 3', ('--model.width', 'overrides of data alone')),
+    ('data info --model.width 3', ('--model.width', 'only overrides of data')),
     ('data info --data Files', ("data = 'Files'", 'known: AssociativeRecall', 'Text', 'Pairs')),
     ('data info --data Digits', ("data = 'Digits'", 'a task', 'Text and Pairs')),
     ('data info --data Pairs', ('Pairs needs corpus',)),
@@ -337,8 +335,10 @@ RUNS = [
   (['generate', 'first@9'], "no checkpoint of step '9'", 'there are 4'),
   (['generate', 'first', '--prompt', 'x', '--max-new-tokens', '300'], '300', '256 positions'),
   (['generate', 'first', '--seed', '-1'], 'seed = -1'),
+  (['generate', 'first', '--max-new-tokens', '0'], 'max_new_tokens = 0', 'positive'),
+  (['eval', 'first', '--batches', '0'], 'batches = 0', 'positive'),
   (['generate', 'first', '--stop', ''], 'stop', 'empty'),
-  (['eval', 'first', '--model.width', '3'], '--model.width', 'data alone'),
+  (['eval', 'first', '--model.width', '3'], '--model.width', 'data only'),
   (['convert', 'first', 'runs'], 'runs', 'nothing is overwritten'),
   (
     [*FIRST, '--model.width', '32', '--training.batch-size', '16'],
@@ -407,8 +407,8 @@ def test_a_dict_of_parameters_is_checked_by_name_and_shape(tmp_path, monkeypatch
   from jaxformer.models.params import define
 
   monkeypatch.chdir(tmp_path)
-  flags = [(w.removeprefix('--'), v) for w, v in zip(SMALL[::2], SMALL[1::2], strict=True)]
-  experiment = jaxformer.experiment('gpt2-tiny', *flags, ('run.name', 'given'))
+  flags = {w.removeprefix('--'): v for w, v in zip(SMALL[::2], SMALL[1::2], strict=True)}
+  experiment = jaxformer.experiment('gpt2-tiny', overrides=flags | {'run.name': 'given'})
   params = {n: np.zeros(i.shape, np.float32) for n, i in define(experiment.model).info.items()}
   params['final_norm.scale'], params['spare'] = (
     np.zeros(3, np.float32),

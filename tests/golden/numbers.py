@@ -97,9 +97,15 @@ def logits_of(preset: str, params: dict[str, Any], batch: Batch) -> np.ndarray:
   return np.asarray(jax.jit(run)(params, batch))
 
 
-def size(preset: str) -> dict[str, int]:
-  definition = definition_of(preset)
-  return {'params': definition.size, 'active_params': definition.active_size}
+def size(preset: str) -> dict[str, Any]:
+  from jaxformer.models.zoo import PRESETS
+
+  definition, family = definition_of(preset), PRESETS[preset].family
+  return {
+    'family': family,
+    'params': definition.size,
+    'active_params': definition.active_size,
+  }
 
 
 def cost_of(preset: str) -> dict[str, Any]:
@@ -334,8 +340,14 @@ def here() -> str:
   return f'{next(iter(names), "unknown")}; {" ".join(wide)}; jaxlib {jax.lib.__version__}'
 
 
+def file_of(what: str) -> pathlib.Path:
+  """Sizes are part of the package: `jaxformer list` prints them."""
+  zoo = FOLDER.parents[1] / 'jaxformer' / 'models' / 'zoo'
+  return (zoo if what == 'counts' else FOLDER) / f'{what}.json'
+
+
 def recorded(what: str) -> dict[str, Any]:
-  return json.loads((FOLDER / f'{what}.json').read_text())
+  return json.loads(file_of(what).read_text())
 
 
 def _studied() -> dict[str, Any]:
@@ -369,7 +381,7 @@ def main(arguments: list[str]) -> None:
   assert set(only) <= set(presets()), f'neither {", ".join(every)} nor presets: {only}'
   for what in [a for a in arguments if a in every] or every:
     found = compute(what, only)
-    (FOLDER / f'{what}.json').write_text(json.dumps(found, indent=1) + '\n')
+    file_of(what).write_text(json.dumps(found, indent=1) + '\n')
 
 
 if __name__ == '__main__':

@@ -73,6 +73,7 @@ def test_sizes_and_costs():
     sizes[name] = numbers.size(name)
     differ += close(numbers.cost_of(name), recorded('plans')[name]['cost'], 1e-9, name)
   assert sizes == recorded('counts')
+  assert list(sizes) == list(recorded('counts')), 'in the order of the zoo'
   assert not differ, '\n'.join(differ)
 
 

@@ -14,13 +14,12 @@ pytestmark = pytest.mark.quick
 
 
 def experiment(*overrides):
-  return jaxformer.experiment(
-    'llama2-7b',
+  own = [
     ('training.batch-size', '64'),
     ('data.sequence-length', '4096'),
     ('training.steps', '1000'),
-    *overrides,
-  )
+  ]
+  return jaxformer.experiment('llama2-7b', overrides=[*own, *overrides])
 
 
 def test_time_and_price():

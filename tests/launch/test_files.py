@@ -410,7 +410,7 @@ def test_no_launcher_is_needed_to_train():
 
 
 def test_the_command_line_names_the_engines():
-  from jaxformer.cli.launch_ import NAMES
+  from jaxformer.cli.launch import ENGINES as NAMES
 
   assert tuple(ENGINES) == NAMES
 

@@ -149,7 +149,7 @@ def test_runs_that_diverged_take_no_part():
 def test_all_forms_agree():
   results = invented()
   page, markdown = Page(html_text(results)), markdown_text(results)
-  data = json.loads(json.dumps(results.to_json()), parse_constant=lambda c: pytest.fail(c))
+  data = json.loads(json.dumps(results.json()), parse_constant=lambda c: pytest.fail(c))
   rows = list(csv.DictReader(io.StringIO(csv_text(results))))
   points = data['tasks'][0]['laws'][0]['trainings']
   assert len(rows) == len(points) == 14

@@ -1,0 +1,37 @@
+"""Plot the cross-attention between a source and its translation.
+
+RUN is as in `jaxformer generate`. The picture has the target from top to bottom and the source from
+left to right; a row shows what the model attended to when it predicted the token beside it, the
+mean over heads and layers."""
+
+from __future__ import annotations
+
+import argparse
+
+import jaxformer as jf
+from jaxformer.cli.output import code_option, given, json_option, show
+
+OVERRIDES = False
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+  parser.add_argument('run_name', metavar='RUN')
+  parser.add_argument('--source', required=True, help='the text to translate')
+  parser.add_argument('--target', help="its translation; default: the model's own")
+  parser.add_argument('--beam', type=int, default=1, help='beam width of that translation (1)')
+  parser.add_argument(
+    '--layer', type=int, help='a cross-attention layer, from 0 at the bottom; default: their mean'
+  )
+  parser.add_argument('--out', metavar='FILE', help='write a picture (.png, .svg, .pdf)')
+  code_option(parser)
+  json_option(parser, '{source, target, weights}: tokens, and a row of weights per target token')
+
+
+def run(args: argparse.Namespace, overrides: list[tuple[str, str]]) -> None:
+  model = jf.load(args.run_name, code=args.code)
+  found = model.align(args.source, **given(args, ('target', 'beam', 'layer')))
+  if args.out is not None:
+    found.draw(args.out)
+  show(found, args.json)
+  if args.out is not None and not args.json:
+    print(f'picture: {args.out}')

@@ -1,0 +1,47 @@
+"""Measure training and decoding speed on this machine, with random weights and tokens.
+
+Training runs the step of the experiment (batch size, sequence length, optimizer, mesh, dtype);
+decoding is measured at each --context-length. Figures are medians; on a shared machine compare only
+figures of one invocation."""
+
+from __future__ import annotations
+
+import argparse
+
+import jaxformer as jf
+from jaxformer.cli.output import json_option, show
+
+OVERRIDES = True
+JOINS = True
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+  parser.add_argument('target', metavar='PRESET|FILE')
+  parser.add_argument(
+    '--steps', type=int, default=10, help='training steps measured (10); 0 omits training'
+  )
+  parser.add_argument(
+    '--context-length',
+    type=int,
+    action='append',
+    default=[],
+    help='tokens in the prompt before decoding is measured; may be repeated',
+  )
+  parser.add_argument(
+    '--new-tokens',
+    type=int,
+    default=128,
+    help='tokens decoded at each context length (128); 0 omits decoding',
+  )
+  json_option(parser, 'the figures as one JSON object')
+
+
+def run(args: argparse.Namespace, overrides: list[tuple[str, str]]) -> None:
+  found = jf.bench(
+    args.target,
+    overrides=overrides,
+    steps=args.steps,
+    context_lengths=args.context_length,
+    new_tokens=args.new_tokens,
+  )
+  show(found, args.json)

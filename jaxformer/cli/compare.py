@@ -1,0 +1,69 @@
+"""Train the architectures of a study and write a report.
+
+STUDY is a study by name (quickstart, standard, scaling) or a Python file that defines `study` (a
+`jaxformer.study.study.Study`, or a function that returns one): architectures at equal size or, in a
+scaling study, at many sizes and budgets. Runs are written to DIR/STUDY, the report to
+DIR/STUDY/report as report.html, .md, .csv and .json. The same command resumes a study that was
+stopped. Any field can be overridden: --study.tokens 1e6 --study.seeds 1,2,3
+--study.tasks.0.sequence_length 256. `--add my_layer.py:MyMixer.Config` adds a layer of your own, at
+the size of the study in a model like Llama. Small models leave most cores idle, so several
+processes train at once (--workers); other machines with the same DIR can help with --train-only."""
+
+from __future__ import annotations
+
+import argparse
+
+import jaxformer as jf
+from jaxformer.cli.output import json_option, show
+from jaxformer.config import text
+from jaxformer.exit_codes import PREEMPTED
+
+OVERRIDES = True
+
+
+def study_arguments(parser: argparse.ArgumentParser) -> None:
+  """Add the options that select a study."""
+  parser.add_argument(
+    'target',
+    metavar='STUDY',
+    help='quickstart, standard, scaling, or a Python file that defines `study`',
+  )
+  parser.add_argument(
+    '--add',
+    metavar='FILE:NAME',
+    action='append',
+    default=[],
+    help='a layer or model config in a Python file; may be repeated',
+  )
+  json_option(parser, 'the contents of report.json')
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+  study_arguments(parser)
+  parser.add_argument(
+    '--workers',
+    type=int,
+    metavar='N',
+    help='processes that train at once; default: one per core, at most 4, and one on an '
+    'accelerator',
+  )
+  parser.add_argument(
+    '--train-only',
+    action='store_true',
+    help='train what no other process of this study is training, and write no report',
+  )
+  parser.add_argument('--show', action='store_true', help='print the study as JSON and stop')
+
+
+def run(args: argparse.Namespace, overrides: list[tuple[str, str]]) -> int:
+  try:
+    if args.show:
+      print(text(jf.get_study(args.target, overrides=overrides, add=args.add)), end='')
+    elif args.train_only:
+      jf.train_runs(args.target, overrides=overrides, add=args.add)
+    else:
+      found = jf.compare(args.target, overrides=overrides, add=args.add, workers=args.workers)
+      show(found, args.json)
+  except jf.Interrupted:
+    return PREEMPTED
+  return 0

@@ -1,0 +1,30 @@
+"""Read a model from top to bottom: layers with formulas and papers, shapes, parameters, FLOPs,
+state bytes and implementations.
+
+MODEL is a preset, a run or folder of weights, a Python file that defines `experiment`, or a layer
+as FILE.py:NAME. FLOPs are those of the forward pass, averaged over a causal sequence of the model's
+context length; state is that of decoding such a sequence, at 2 bytes per number. The sums are those
+of `jaxformer plan`."""
+
+from __future__ import annotations
+
+import argparse
+
+import jaxformer as jf
+from jaxformer.cli.output import code_option, json_option, show
+
+OVERRIDES = True
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+  parser.add_argument('model', metavar='PRESET|RUN|FILE|FILE:NAME')
+  parser.add_argument(
+    '--target', help='also show the implementations that run on this slice, e.g. v5e-64'
+  )
+  code_option(parser)
+  json_option(parser, 'one JSON object')
+
+
+def run(args: argparse.Namespace, overrides: list[tuple[str, str]]) -> None:
+  found = jf.describe(args.model, target=args.target, overrides=overrides, code=args.code)
+  show(found, args.json)

@@ -1,0 +1,84 @@
+"""Start training on rented machines or a cluster.
+
+Writes the job file, shows the plan and its price, asks for confirmation and calls the engine: sky
+(SkyPilot), xpk (GKE), gcloud (queued resources of Cloud TPU) or slurm. These are invoked as
+subprocesses and must be installed separately; training does not need them. Their settings are
+dotted, as in --sky.infra gcp/us-east5 --xpk.cluster NAME --gcloud.zone us-east5-b --slurm.partition
+gpu; overrides of the experiment are those of `train`. A run that is preempted is started again and
+resumes. `--sweep FIELD=VALUE,VALUE` starts a job per value, two sweeps one per pair."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+import jaxformer as jf
+from jaxformer.cli.output import given, json_option, print_json, show
+from jaxformer.exit_codes import DONE, FAILED
+
+OVERRIDES = True
+ENGINES = ('sky', 'xpk', 'gcloud', 'slurm')
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+  add = parser.add_argument
+  add('engine', metavar='ENGINE', choices=ENGINES, help=', '.join(ENGINES))
+  add('experiment', metavar='PRESET|FILE', help='a name of `jaxformer list`, or a Python file')
+  add(
+    '--target',
+    required=True,
+    help='v6e-16, v5p-2048 (as Google Cloud names them: 1,024 chips), 2xv5e-256, v5p:4x4x16, '
+    'h100:8, 2xh100:8',
+  )
+  add('--spot', action='store_true', help='preemptible machines, at the lower price')
+  add(
+    '--source',
+    help='what the machines install: git+URL@COMMIT, a wheel (a file or a URL), a folder with '
+    "jaxformer's pyproject.toml (sky and xpk; default: the working folder), installed (slurm; "
+    'default: the environment that is active now)',
+  )
+  add(
+    '--sweep',
+    action='append',
+    default=[],
+    metavar='FIELD=A,B',
+    help='a job per value; may be repeated',
+  )
+  add('--utilization', type=float, default=0.4, help='assumed share of the peak FLOPs (0.4)')
+  add('--dry-run', action='store_true', help='print the files and the plan, start nothing')
+  add('--yes', action='store_true', help='start without confirmation')
+  json_option(parser, 'files, commands and plan as one JSON object')
+
+
+def run(args: argparse.Namespace, overrides: list[tuple[str, str]]) -> int:
+  options = given(args, ('target', 'spot', 'source', 'sweep', 'utilization'))
+  plan = jf.plan_launch(args.engine, args.experiment, overrides=overrides, **options)
+  if args.dry_run:
+    show(plan, args.json)
+    if not args.json:
+      for path, text in plan.files.items():
+        print(f'\n==== {path} ====\n{text.rstrip()}')
+    return DONE
+  if not args.yes and not sys.stdin.isatty():
+    raise jf.InputError(
+      'launch needs confirmation but stdin is not a terminal: --yes to start, or --dry-run'
+    )
+  print('\n'.join(plan.lines()), file=sys.stderr)
+  if not args.yes and not _confirmed(plan.title):
+    print('nothing was started', file=sys.stderr)
+    return DONE
+  try:
+    plan.submit()
+  except jf.LaunchError as e:
+    print(f'error: {e}', file=sys.stderr)
+    return FAILED
+  if args.json:
+    print_json(plan.json())
+  else:
+    print(f'started; to follow it: {plan.follow}')
+  return DONE
+
+
+def _confirmed(what: str) -> bool:
+  print(f'start {what}? [y/N] ', end='', file=sys.stderr, flush=True)
+  return sys.stdin.readline().strip().lower() in ('y', 'yes')

@@ -1,0 +1,18 @@
+"""List all presets with their families and sizes."""
+
+from __future__ import annotations
+
+import argparse
+
+import jaxformer as jf
+from jaxformer.cli.output import json_option, show
+
+OVERRIDES = False
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+  json_option(parser, 'an array of {name, family, params, active_params}')
+
+
+def run(args: argparse.Namespace, overrides: list[tuple[str, str]]) -> None:
+  show(jf.presets(), args.json)

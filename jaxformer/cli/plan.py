@@ -1,0 +1,64 @@
+"""Show what a model costs, from shapes alone; with --target also time, price, memory per device and
+the bottleneck.
+
+FLOPs per token are averaged over the model's context length for a preset (with --target, over at
+most 8,192 tokens), and over the sequence length of an experiment file; --data.sequence-length
+selects another. A preset on a target trains with one sequence per device and full remat unless
+overridden. Overrides are those of `train`.
+
+With a size (--params 125M, --active-params, --flops-per-token or --state-bytes) the name is a
+family, such as mamba or llama3, or a layer of your own as FILE.py:NAME, in a model like Llama. The
+closest width, depth and hidden units are found, for bytes and 256 tokens of context unless
+--model.vocab-size and --model.context-length are given. `plan families`, and several sizes as in
+--params 1M,10M,125M, print a table of shapes."""
+
+from __future__ import annotations
+
+import argparse
+
+import jaxformer as jf
+from jaxformer.cli.output import given, json_option, show, size_of, size_options
+
+OVERRIDES = True
+OPTIONS = ('target', 'tokens', 'utilization', 'price', 'hardware', 'phase', 'compile', 'search')
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+  add = parser.add_argument
+  add(
+    'model',
+    metavar='PRESET|FILE|FAMILY|FILE:NAME',
+    help='a name of `jaxformer list`, a Python file that defines `experiment`, a family with a '
+    'size, or a layer config in a Python file',
+  )
+  size_options(parser, '; several (1M,10M) print a table')
+  add('--target', help='slice or host of GPUs: v5p-2048, v6e-256, 2 x v5e-256, v5e:2x4, h100:8')
+  add('--tokens', help='of the training run, e.g. 2T; default: 20 per active parameter')
+  add('--utilization', type=float, default=0.4, help='assumed share of the peak FLOPs (0.4)')
+  add('--price', type=float, help='USD per chip-hour, in place of the list price')
+  add('--hardware', metavar='FILE', help='TOML or JSON file with chips of your own')
+  add('--phase', choices=('train', 'prefill', 'decode'), default='train', help='(train)')
+  add(
+    '--compile',
+    action='store_true',
+    help='compile the program with the TPU compiler, and report its memory, FLOPs and collectives',
+  )
+  add(
+    '--search',
+    action='store_true',
+    help='try meshes, batch sizes (unless given) and remat policies, compile the best few and '
+    'recommend one',
+  )
+  json_option(parser, 'all figures and their assumptions as one JSON object')
+
+
+def run(args: argparse.Namespace, overrides: list[tuple[str, str]]) -> None:
+  size = size_of(args)
+  several = any(',' in (text or '') for text in size.values())
+  if args.model == 'families' or several:
+    if args.target is not None:
+      raise jf.InputError('--target: needs one family and one size')
+    show(jf.shapes(args.model, overrides=overrides, **size), args.json)
+  else:
+    options = given(args, OPTIONS)
+    show(jf.plan(args.model, overrides=overrides, **options, **size), args.json)

@@ -1,0 +1,28 @@
+"""Write the report of a study from its finished runs, without training.
+
+STUDY is what `jaxformer compare` accepts, with the same fields. Architectures with unfinished runs
+are omitted and named. Costs that were not measured yet are measured."""
+
+from __future__ import annotations
+
+import argparse
+
+import jaxformer as jf
+from jaxformer.cli.compare import study_arguments
+from jaxformer.cli.output import code_option, show
+from jaxformer.exit_codes import PREEMPTED
+
+OVERRIDES = True
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+  study_arguments(parser)
+  code_option(parser)
+
+
+def run(args: argparse.Namespace, overrides: list[tuple[str, str]]) -> int:
+  try:
+    show(jf.report(args.target, overrides=overrides, add=args.add, code=args.code), args.json)
+  except jf.Interrupted:
+    return PREEMPTED
+  return 0

@@ -1,0 +1,156 @@
+"""Time of training and decoding on this machine, with random weights and tokens."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxformer.config import InputError
+from jaxformer.data import open_data
+from jaxformer.inference import time_decode
+from jaxformer.models.params import define
+from jaxformer.planning.cost import flops_per_token
+from jaxformer.planning.hardware import chip
+from jaxformer.sharding import batch_sharding, make_mesh, use_mesh
+from jaxformer.task_type import LANGUAGE_MODELING, Batch
+from jaxformer.training import Experiment, check
+from jaxformer.training.optimizer import Optimizer
+from jaxformer.training.step import compiled_train_step, compute_dtype, init_state, step_config
+from jaxformer.workflows.progress import Log
+from jaxformer.workflows.tables import amount, table
+
+WARM_UP = 2  # steps before the first that counts
+
+
+@dataclasses.dataclass(frozen=True)
+class Benchmark:
+  """Medians of measured times.
+
+  Attributes:
+    name: of the model.
+    device, devices: kind and number.
+    training: tokens per second, seconds per step and MFU; None if not measured.
+    decoding: per context length prefill and decoding times, batch size 1.
+  """
+
+  name: str
+  device: str
+  devices: int
+  training: dict[str, Any] | None
+  decoding: list[dict[str, Any]]
+
+  def json(self) -> dict[str, Any]:
+    return dataclasses.asdict(self)
+
+  def lines(self) -> list[str]:
+    lines = [f'{self.name} on {self.devices} x {self.device}']
+    if t := self.training:
+      mfu = f', MFU {t["mfu"]:.1%} (causal), {t["mfu_full"]:.1%} (full)' if 'mfu' in t else ''
+      lines.append(
+        f'training: {t["tokens_per_second"]:,.0f} tokens per second, '
+        f'{1e3 * t["step_seconds"]:.1f} ms per step of {t["tokens_per_step"]:,} tokens{mfu}'
+      )
+    if d := self.decoding:
+      rows = [('context length', 'prefill ms', 'ms per token', 'state')]
+      rows += [
+        (
+          f'{r["context_length"]:,}',
+          f'{1e3 * r["prefill_seconds"]:.1f}',
+          f'{1e3 * r["seconds_per_token"]:.2f}',
+          f'{amount(r["state_bytes"])}B',
+        )
+        for r in d
+      ]
+      lines += ['decoding, batch size 1:', *table(rows)]
+      if len(d) > 1:
+        first, last = d[0], d[-1]
+        lines.append(
+          f'from {first["context_length"]:,} to {last["context_length"]:,} tokens of context: '
+          f'{last["seconds_per_token"] / first["seconds_per_token"]:.2f} times the time per token, '
+          f'{last["state_bytes"] / max(1, first["state_bytes"]):.2f} times the state'
+        )
+    return lines
+
+
+def measure(
+  name: str,
+  experiment: Experiment,
+  *,
+  steps: int,
+  context_lengths: Sequence[int],
+  new_tokens: int,
+  log: Log,
+) -> Benchmark:
+  """Measure training and decoding; see `jaxformer.bench`."""
+  if steps < 0:
+    raise InputError('steps', steps, 'at least 0')
+  if new_tokens < 0 or new_tokens == 1:
+    raise InputError('new_tokens', new_tokens, 'at least 2, or 0 for no decoding')
+  if wrong := [n for n in context_lengths if n < 1]:
+    raise InputError('context_length', wrong[0], 'positive')
+  training = _training(experiment, steps, log) if steps else None
+  decoding = []
+  if new_tokens and experiment.model.task == LANGUAGE_MODELING:
+    longest = experiment.model.max_len
+    usual = [n for n in (128, 1024) if longest is None or n + new_tokens <= longest] or [64]
+    decoding = [_decoding(experiment, n, new_tokens) for n in context_lengths or usual]
+  device = jax.devices()[0].device_kind
+  return Benchmark(name, device, jax.device_count(), training, decoding)
+
+
+def _training(experiment: Experiment, steps: int, log: Log) -> dict[str, Any]:
+  """Time the compiled step on one batch, of random tokens for text, else of the data."""
+  check(experiment)
+  e, t, rules = experiment, experiment.training, experiment.mesh.rules
+  definition, mesh = define(e.model), make_mesh(e.mesh)
+  optimizer = Optimizer.of(e.optimizer, e.schedule, t.steps, definition)
+  if e.data.has_text and e.model.task == LANGUAGE_MODELING:
+    shape = t.batch_size, e.data.positions + 1
+    tokens = np.random.default_rng(0).integers(0, e.model.task.vocab_size, shape).astype(np.int32)
+    first = Batch(tokens[:, :-1], tokens[:, 1:])
+  else:
+    first = open_data(e.data).train_batch(0, t.batch_size, t.seed)
+  with use_mesh(mesh, rules):
+    batch = jax.device_put(first, batch_sharding(mesh, rules))
+    state = init_state(definition, optimizer, t.seed, mesh, rules)
+    start = time.perf_counter()
+    step = compiled_train_step(definition, optimizer, step_config(e, mesh), mesh, rules)
+    step = step.lower(state, batch).compile()
+    compile_seconds = time.perf_counter() - start
+    log(f'compiled the step in {compile_seconds:.1f} s')
+    seconds = []
+    for _ in range(steps + WARM_UP):
+      start = time.perf_counter()
+      state, metrics = step(state, batch)
+      jax.block_until_ready(metrics)
+      seconds.append(time.perf_counter() - start)
+  median = statistics.median(seconds[WARM_UP:])
+  per_step = t.batch_size * e.data.positions
+  value = {
+    'tokens_per_second': per_step / median,
+    'step_seconds': median,
+    'tokens_per_step': per_step,
+    'compile_seconds': compile_seconds,
+  }
+  if known := chip(jax.devices()[0].device_kind):
+    peak = known.peak() / known.devices * mesh.size
+    for name, causal in (('mfu', True), ('mfu_full', False)):
+      flops = flops_per_token(e.model, e.data.positions, causal)
+      value[name] = flops * per_step / median / peak
+  return value
+
+
+def _decoding(experiment: Experiment, context_length: int, new_tokens: int) -> dict[str, Any]:
+  """Time prefill and decoding at one context length, batch size 1."""
+  definition = define(experiment.model)
+  dtype = compute_dtype(experiment.training.dtype, make_mesh(experiment.mesh))
+  params = definition.init(jax.random.key(0))
+  found = time_decode(definition, params, context_length, new_tokens, dtype=dtype)
+  state = experiment.model.state_size(context_length + new_tokens)
+  return {'context_length': context_length, 'state_bytes': 2 * state} | found._asdict()

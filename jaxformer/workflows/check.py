@@ -1,0 +1,49 @@
+"""Checks of a layer against the contract of layers, as one value."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from jaxformer.config import differences, to_json
+from jaxformer.layers.layer import LayerConfig
+from jaxformer.testing import Verdict, check_layer, checked_examples
+from jaxformer.workflows.progress import Log
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdicts:
+  """Result of checking a layer against the contract of layers."""
+
+  found: list[tuple[LayerConfig, Verdict]]
+
+  @property
+  def passed(self) -> bool:
+    return all(v.passed for _, v in self.found)
+
+  def json(self) -> list[dict[str, Any]]:
+    return [{'layer': to_json(e)} | v.to_json() for e, v in self.found]
+
+  def lines(self) -> list[str]:
+    lines: list[str] = []
+    for i, (layer, verdict) in enumerate(self.found):
+      if i == 0 or layer != self.found[i - 1][0]:
+        lines.append(_with_settings(layer))
+      lines.append(f'  {verdict.line}')
+    failed = sum(not v.passed for _, v in self.found)
+    return [*lines, f'{failed} of {len(self.found)} checks fail' if failed else 'all checks pass']
+
+
+def _with_settings(layer: LayerConfig) -> str:
+  """Return the type of a layer with the fields that differ from the defaults."""
+  changed = differences(to_json(type(layer)()), to_json(layer))
+  return f'{layer.tag} with {", ".join(changed)}' if changed else layer.tag
+
+
+def check_examples(layer: LayerConfig, log: Log) -> Verdicts:
+  """Check a layer and the examples of its class; see `jaxformer.check`."""
+  found: list[tuple[LayerConfig, Verdict]] = []
+  for example in checked_examples(layer):
+    log(f'checking {_with_settings(example)}')
+    found += [(example, verdict) for verdict in check_layer(example)]
+  return Verdicts(found)

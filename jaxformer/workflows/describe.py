@@ -1,0 +1,291 @@
+"""A model read from top to bottom: its layers with formulas and papers, shapes, parameters, FLOPs
+and state, and the implementations that its operations run."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxformer.config import Config
+from jaxformer.layers.layer import Context, LayerConfig, layer_summary
+from jaxformer.models.model import ModelConfig
+from jaxformer.models.params import ParamInfo, Params, define
+from jaxformer.models.stack import Group, out_width
+from jaxformer.ops.implementation import record_choices
+from jaxformer.planning.cost import cost
+from jaxformer.planning.memory import abstract_batch
+from jaxformer.planning.target import parse_target
+from jaxformer.sharding import assume_platform, platform
+from jaxformer.task_type import LANGUAGE_MODELING
+from jaxformer.workflows.tables import amount, table
+
+LONGEST = 8192  # tokens of the sequence that is traced to see which implementations run
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelPart:
+  """A layer, all its occurrences in equal blocks together, or what stands outside the blocks.
+
+  Attributes:
+    name: of the layer's type, or of the parameters outside the blocks.
+    block: the block that the layer is in; None outside the blocks.
+    count: how many times it occurs.
+    formula, source: of a layer, from its documentation; '' if it states none.
+    settings: of a layer, the fields that differ from the defaults, 'heads: 4 -> 8'.
+    shapes: of the parameters of one occurrence.
+    params, active_params: in all occurrences.
+    flops: forward FLOPs per token in all occurrences, averaged over a causal sequence.
+    state_bytes: decoding state of one sequence in all occurrences, 2 bytes per number.
+  """
+
+  name: str
+  block: str | None
+  count: int
+  formula: str
+  source: str
+  settings: tuple[str, ...]
+  shapes: dict[str, tuple[int, ...]]
+  params: int
+  active_params: int
+  flops: float
+  state_bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Description:
+  """A model read from top to bottom. The sums over `parts` are the totals of `jaxformer plan`.
+
+  Attributes:
+    task: what the model reads and predicts.
+    length: the sequence length that FLOPs are averaged over, and that state is sized for.
+    implementations: platform or target -> phase -> operation -> the implementations that run.
+  """
+
+  name: str
+  type: str
+  task: str
+  length: int
+  params: int
+  active_params: int
+  flops: float
+  state_bytes: int | None
+  parts: tuple[ModelPart, ...]
+  implementations: dict[str, dict[str, dict[str, list[str]]]]
+
+  def json(self) -> dict[str, Any]:
+    return dataclasses.asdict(self)
+
+  def table(self) -> list[str]:
+    """Return the table of parts alone."""
+    rows = [('', 'times', 'parameters', 'share', 'FLOPs/token', 'share', 'state bytes')]
+    block = None
+    for p in self.parts:
+      if p.block is not None and p.block != block:
+        rows.append((p.block, '', '', '', '', '', ''))
+      block = p.block
+      rows.append(
+        (
+          p.name if p.block is None else f'  {p.name}',
+          str(p.count),
+          f'{p.params:,}',
+          f'{p.params / max(1, self.params):.1%}',
+          amount(p.flops),
+          f'{p.flops / max(1.0, self.flops):.1%}',
+          f'{p.state_bytes:,}',
+        )
+      )
+    state = '' if self.state_bytes is None else f'{self.state_bytes:,}'
+    rows.append(('total', '', f'{self.params:,}', '', amount(self.flops), '', state))
+    return table(rows)
+
+  def lines(self) -> list[str]:
+    active = '' if self.active_params == self.params else f', {self.active_params:,} active'
+    head = [
+      f'{self.name}: {self.type}, {self.params:,} parameters{active}',
+      f'{self.task}; FLOPs (forward, causal) and state at {self.length:,} tokens',
+      '',
+    ]
+    return [*head, *self.table(), *self._layers(), *self._implementations()]
+
+  def _layers(self) -> Iterator[str]:
+    seen = set()
+    for p in self.parts:
+      key = p.name, p.settings, tuple(p.shapes.items())
+      if p.block is None or key in seen:
+        continue
+      seen.add(key)
+      yield ''
+      yield p.name + (f'  ({p.source})' if p.source else '')
+      if p.formula:
+        yield f'  {p.formula}'
+      if p.settings:
+        yield f'  settings: {", ".join(p.settings)}'
+      if p.shapes:
+        shapes = (f'{n} {"x".join(map(str, s)) or "scalar"}' for n, s in p.shapes.items())
+        yield f'  shapes: {", ".join(shapes)}'
+
+  def _implementations(self) -> Iterator[str]:
+    if any(phases for phases in self.implementations.values()):
+      yield ''
+      yield 'implementations'
+    for where, phases in self.implementations.items():
+      for phase, ran in phases.items():
+        words = ', '.join(f'{operation}: {" and ".join(names)}' for operation, names in ran.items())
+        yield f'  {where}, {phase}: {words or "no operation with alternatives"}'
+
+
+def describe_model(name: str, model: ModelConfig, target: str | None = None) -> Description:
+  """Describe a model; with a target, such as 'v5e-64', also the implementations that run there."""
+  c = cost(model)
+  places = {f'this machine ({platform()})': platform()}
+  if target is not None:
+    found = parse_target(target)
+    places[found.name] = 'gpu' if found.chip.domain else 'tpu'
+  return Description(
+    name=name,
+    type=model.tag,
+    task=str(model.task),
+    length=c.length,
+    params=c.params,
+    active_params=c.active_params,
+    flops=c.forward_flops_per_token,
+    state_bytes=c.decode_state_bytes,
+    parts=tuple(parts_of(model, c.length)),
+    implementations={where: implementations(model, on) for where, on in places.items()},
+  )
+
+
+# ---- parts -------------------------------------------------------------------------------------
+
+
+def parts_of(model: ModelConfig, length: int) -> list[ModelPart]:
+  """Return the parts of a model: what comes before the blocks, each distinct block's layers, and
+  what comes after."""
+  info = dict(define(model).info)
+  prefixes = sorted({n.partition('.groups.')[0] for n in info if '.groups.' in n}, reverse=True)
+  if set(prefixes) == {'encoder', 'decoder'}:
+    prefixes = ['encoder', 'decoder']
+  layers = []
+  for i, (prefix, groups) in enumerate(zip(prefixes, model.stacks, strict=False)):
+    decodes = i == len(model.stacks) - 1 and model.state_size(1) is not None
+    where = '' if len(model.stacks) == 1 else f'{prefix} '
+    layers += _blocks(where, prefix, groups, model, length, decodes, info)
+  outside: dict[str, dict[str, ParamInfo]] = {}
+  for name, i in info.items():  # those of the blocks have been taken out
+    outside.setdefault(name.partition('.')[0], {})[name] = i
+  first = [_outside(n, i) for n, i in outside.items() if not n.startswith(('final', 'head'))]
+  last = [_outside(n, i) for n, i in outside.items() if n.startswith(('final', 'head'))]
+  return [*first, *layers, *last]
+
+
+def _outside(name: str, info: dict[str, ParamInfo]) -> ModelPart:
+  shapes = {n.removeprefix(f'{name}.'): i.shape for n, i in info.items()}
+  return ModelPart(name, None, 1, '', '', (), shapes, *_sums(info), 0)
+
+
+def _sums(info: dict[str, ParamInfo]) -> tuple[int, int, float]:
+  """Parameters, active parameters, and FLOPs per token of products with them."""
+  matrices = (i for i in info.values() if i.matmul and len(i.matrix_axes) >= 2)
+  return (
+    sum(i.size for i in info.values()),
+    sum(round(i.size * i.active) for i in info.values()),
+    sum(2.0 * i.size * i.active for i in matrices),
+  )
+
+
+def _blocks(
+  where: str,
+  prefix: str,
+  groups: tuple[Group, ...],
+  model: ModelConfig,
+  length: int,
+  decodes: bool,
+  info: dict[str, ParamInfo],
+) -> list[ModelPart]:
+  """Return the layers of the distinct blocks of a stack, and take their parameters out of
+  `info`."""
+  distinct: dict[Any, list[tuple[str, int]]] = {}  # block and width -> (prefix, occurrences)
+  width = model.width
+  for g, group in enumerate(groups):
+    for p, (block, before) in enumerate(zip(group.pattern, group.widths(width), strict=False)):
+      distinct.setdefault((block, before), []).append((f'{prefix}.groups.{g}.{p}', group.repeats))
+    width = out_width((group,), width)
+  parts = []
+  for number, ((block, before), places) in enumerate(distinct.items(), 1):
+    count = sum(n for _, n in places)
+    for b, (branch, w) in enumerate(zip(block.branches, block.widths(before), strict=False)):
+      here = [f'{place}.branches.{b}.' for place, _ in places]
+      mine = {n: info.pop(n) for n in list(info) if n.startswith(tuple(here))}
+      params, active, products = _sums(mine)
+      layer = branch.layer
+      formula, source = layer_summary(layer)
+      mixing = count * layer.mixing_flops_per_token(w, length, True)
+      parts.append(
+        ModelPart(
+          name=layer.tag,
+          block=f'{where}block {number} (x {count})',
+          count=count,
+          formula=formula,
+          source=source,
+          settings=tuple(_settings(layer)),
+          shapes={
+            n.removeprefix(here[0]).removeprefix('layer.'): i.shape[1:]
+            if 'layers' in i.axes
+            else i.shape
+            for n, i in mine.items()
+            if n.startswith(here[0])
+          },
+          params=params,
+          active_params=active,
+          flops=products + mixing,
+          state_bytes=2 * count * layer.state_size(w, length) if decodes else 0,
+        )
+      )
+  return parts
+
+
+def _settings(layer: LayerConfig) -> Iterator[str]:
+  """Return the numbers among the fields of a layer, and what differs from the defaults."""
+  for f in dataclasses.fields(layer):
+    value = getattr(layer, f.name)
+    if type(value) in (int, float) or value != f.default:
+      yield f'{f.name} {value.tag if isinstance(value, Config) else value}'
+
+
+# ---- implementations ---------------------------------------------------------------------------
+
+
+def implementations(model: ModelConfig, on: str) -> dict[str, dict[str, list[str]]]:
+  """Return phase -> operation -> implementations that run on a platform, unsharded, in its usual
+  dtype. Found by tracing with shapes; nothing is computed."""
+  definition = define(model)
+  dtype = jnp.float32 if on == 'cpu' else jnp.bfloat16
+  length = min(model.context_length, LONGEST)
+  batch = abstract_batch(model, 1, length)
+  params = {
+    n: jax.ShapeDtypeStruct(a.shape, a.dtype if definition.info[n].full_precision else dtype)
+    for n, a in definition.abstract().items()
+  }
+
+  def training(params: Params, batch: Any) -> Any:
+    return definition.merge(params).loss(batch)
+
+  def decoding(params: Params, token_B: Any) -> Any:
+    module = definition.merge(params)
+    return module.step(token_B, Context(), module.init_state(1, length)).y
+
+  found = {'training': _traced(on, training, params, batch)}
+  if model.task == LANGUAGE_MODELING:
+    token = jax.ShapeDtypeStruct((1,), jnp.int32)
+    found['decoding'] = _traced(on, decoding, params, token)
+  return found
+
+
+def _traced(on: str, run: Any, *shapes: Any) -> dict[str, list[str]]:
+  with assume_platform(on), record_choices() as choices:
+    jax.eval_shape(run, *shapes)
+  return {operation: list(ran) for operation, ran in sorted(choices.items())}

@@ -1,0 +1,184 @@
+"""Jobs on rented machines or a cluster: checked, priced, written and submitted."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+import shlex
+from collections.abc import Sequence
+from typing import Any
+
+from jaxformer.config import InputError
+from jaxformer.launch import Engine, Job, source_of, submit
+from jaxformer.launch.check import check_on
+from jaxformer.launch.sweep import grid
+from jaxformer.models.params import define
+from jaxformer.planning.estimate import TrainingRun, training_run
+from jaxformer.planning.memory import Memory
+from jaxformer.planning.target import parse_target
+from jaxformer.training.experiment import Experiment
+from jaxformer.workflows.names import experiment_of
+from jaxformer.workflows.progress import Log
+from jaxformer.workflows.sizes import Pairs
+from jaxformer.workflows.tables import amount, table
+
+HERE = 'runs'
+
+
+@dataclasses.dataclass(frozen=True)
+class PlannedJob:
+  """One job, with the estimated time and cost of its run and its memory per device."""
+
+  job: Job
+  experiment: Experiment
+  run: TrainingRun
+  memory: Memory
+
+  @property
+  def price(self) -> float:
+    """USD for the whole run; on demand if spot capacity has no list price."""
+    spot = self.run.spot_price_usd if self.job.spot else None
+    return self.run.price_usd if spot is None else spot
+
+
+@dataclasses.dataclass(frozen=True)
+class LaunchPlan:
+  """Jobs that are ready to be submitted; nothing is written or started yet."""
+
+  engine: Engine
+  jobs: list[PlannedJob]
+
+  @property
+  def files(self) -> dict[pathlib.Path, str]:
+    """Contents of the job files by path."""
+    return {path: text for p in self.jobs for path, text in self.engine.files(p.job).items()}
+
+  def json(self) -> dict[str, Any]:
+    job = self.jobs[0].job
+    return {
+      'engine': self.engine.tag.lower(),
+      'target': job.target.name,
+      'spot': job.spot,
+      'jobs': [
+        {'name': p.job.name, 'command': self.engine.command(p.job), 'train': p.job.words}
+        | {'params': define(p.experiment.model).size}
+        | p.run.as_json()
+        | {'price': p.price, 'memory_bytes_per_device': p.memory.total}
+        for p in self.jobs
+      ],
+      'price': sum(p.price for p in self.jobs),
+      'files': {str(path): text for path, text in self.files.items()},
+    }
+
+  def lines(self) -> list[str]:
+    first, job = self.jobs[0], self.jobs[0].job
+    model, spot = first.experiment.model, ' spot' if job.spot else ''
+    lines = [
+      f'{model.tag} with {define(model).size:,} parameters on {job.target.name}{spot}: '
+      f'{job.target.total_chips} chips of {job.target.hosts} hosts'
+    ]
+    rows = [('run', 'tokens', 'FLOPs', f'time at {first.run.utilisation:.0%}', 'price')]
+    rows += [_row(p.job.name, [p]) for p in self.jobs]
+    if len(self.jobs) > 1:
+      rows.append(_row(f'{len(self.jobs)} runs', self.jobs))
+    lines += [f'  {line}' for line in table(rows)]
+    bound = ''
+    if job.spot and first.run.spot_price_usd is None:
+      bound = ', on demand; the market price of spot capacity is below it'
+    lines.append(f'price per hour: {_money(first.price / first.run.seconds * 3600)}{bound}')
+    needed, limit = max(p.memory.total for p in self.jobs), job.target.device_memory_bytes
+    fits = 'fits'
+    if needed > limit:
+      fits = (
+        f'{(needed - limit) / 1e9:,.3g} GB too much: --training.remat full, '
+        '--training.accumulate or a larger target'
+      )
+    lines.append(
+      f'memory per device: about {needed / 1e9:,.3g} GB of {limit / 1e9:.3g}, {fits} '
+      '(`jaxformer plan --compile` reports what the compiler needs)'
+    )
+    commands = (shlex.join(self.engine.command(p.job)) for p in self.jobs)
+    return [*lines, *(f'submitted by: {command}' for command in commands)]
+
+  @property
+  def title(self) -> str:
+    """The job, or how many there are."""
+    return self.jobs[0].job.name if len(self.jobs) == 1 else f'{len(self.jobs)} jobs'
+
+  @property
+  def follow(self) -> str:
+    """The command that shows the first job's progress."""
+    return self.engine.after(self.jobs[0].job)
+
+  def submit(self, log: Log = print) -> None:
+    """Write the job files and submit the jobs. Raises `LaunchError`."""
+    for path, text in self.files.items():
+      try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+      except OSError as e:
+        raise InputError(f'{path}: cannot be written ({e.strerror})') from None
+      log(f'wrote {path}')
+    for p in self.jobs:
+      submit(self.engine, p.job)
+
+
+def prepare(
+  engine: Engine,
+  target_experiment: str,
+  overrides: Pairs,
+  *,
+  target: str,
+  spot: bool,
+  source: str | None,
+  sweep: Sequence[str],
+  utilization: float,
+) -> LaunchPlan:
+  """Return the jobs, checked as far as that is possible here; see `jaxformer.launch_plan`."""
+  slice_ = parse_target(target)
+  chosen = engine.default_source() if source is None else source_of(source)
+  jobs = []
+  for suffix, point in grid(sweep):
+    given = [*overrides, *point]
+    e = experiment_of(target_experiment, given)
+    folder = HERE if '://' in e.run.dir else e.run.dir
+    job = Job(
+      name=f'{e.run.name or pathlib.Path(target_experiment).stem}{suffix}',
+      experiment=target_experiment,
+      overrides=tuple(o for o in given if o[0] not in ('run.name', 'run.dir')),
+      run_dir=e.run.dir,
+      folder=pathlib.Path(folder).expanduser(),
+      target=slice_,
+      spot=spot,
+      source=chosen,
+    )
+    engine.check(job)
+    memory = check_on(e, slice_)
+    t, length = e.training, e.data.positions
+    tokens = t.steps * t.batch_size * length
+    run = training_run(e.model, length, slice_, tokens, utilization)
+    jobs.append(PlannedJob(job, e, run, memory))
+  return LaunchPlan(engine, jobs)
+
+
+def _row(name: str, jobs: Sequence[PlannedJob]) -> tuple[str, ...]:
+  runs = [p.run for p in jobs]
+  return (
+    name,
+    amount(sum(r.tokens for r in runs)),
+    f'{sum(r.train_flops for r in runs):.3g}',
+    _duration(sum(r.seconds for r in runs)),
+    _money(sum(p.price for p in jobs)),
+  )
+
+
+def _duration(seconds: float) -> str:
+  for unit, size in (('days', 86_400), ('hours', 3600), ('minutes', 60)):
+    if seconds >= size:
+      n = seconds / size
+      return f'{n:,.3g} {unit}' if n < 1000 else f'{n:,.0f} {unit}'
+  return f'{seconds:.3g} seconds'
+
+
+def _money(dollars: float) -> str:
+  return f'${dollars:,.2f}'

@@ -1,0 +1,330 @@
+"""A model with its parameters and tokenizer: what `jaxformer.load` returns."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypedDict, Unpack, overload
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxformer.config import InputError
+from jaxformer.data import Tokenizer
+from jaxformer.evaluation import EvalResult, evaluate
+from jaxformer.inference import (
+  Beam,
+  GeneratedText,
+  Sampling,
+  Translation,
+  align,
+  draw,
+  generate_text,
+  stream,
+  translate,
+)
+from jaxformer.interop import is_rwkv, save_hf, save_rwkv
+from jaxformer.models.model import ModelConfig
+from jaxformer.models.params import Definition, Params
+from jaxformer.sharding import platform
+from jaxformer.task_type import LANGUAGE_MODELING, TRANSLATION, Batch
+from jaxformer.training.experiment import Experiment
+from jaxformer.workflows.describe import Description, describe_model
+from jaxformer.workflows.evaluate import EvaluateOptions, Evaluation, evaluate_model
+
+END = '<end>'
+NEW_TOKENS = 200
+
+
+class GenerateOptions(TypedDict, total=False):
+  """Options of `generate`. The fields from `temperature` on are those of `inference.Sampling`.
+
+  Attributes:
+    max_new_tokens: at most so many tokens follow the prompt (200).
+    stop: strings that end the text; they are not part of it.
+    seed: of the random draws (0).
+    dtype: 'float32' or 'bfloat16' for weights and activations; by default bfloat16 on TPU and GPU.
+    temperature: divides the logits (0.8); 0 is greedy.
+    top_k: keep the k most likely tokens.
+    top_p: keep the most likely tokens whose probabilities add up to p.
+    min_p: keep tokens at least min_p times as likely as the most likely one.
+    repetition_penalty: makes tokens that have occurred less likely.
+  """
+
+  max_new_tokens: int | None
+  stop: Sequence[str]
+  seed: int
+  dtype: str | None
+  temperature: float
+  top_k: int | None
+  top_p: float | None
+  min_p: float | None
+  repetition_penalty: float | None
+
+
+class TranslateOptions(TypedDict, total=False):
+  """Options of `translate`.
+
+  Attributes:
+    beam: hypotheses kept by beam search; 1 is greedy decoding (1).
+    length_penalty: length-normalization exponent alpha of Wu et al. 2016 (0.6).
+    coverage_penalty: weight beta of source tokens without attention, Wu et al. 2016 (0).
+    max_new_tokens: by default 2 x source length + 10.
+    dtype: as in `GenerateOptions`.
+  """
+
+  beam: int
+  length_penalty: float
+  coverage_penalty: float
+  max_new_tokens: int | None
+  dtype: str | None
+
+
+def _dtype(name: str | None) -> Any:
+  return jnp.dtype(name or ('float32' if platform() == 'cpu' else 'bfloat16'))
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Model:
+  """A model with its parameters and tokenizer.
+
+  Attributes:
+    name: of the run, the folder, the file or the preset.
+    definition: the structure of the model.
+    experiment: what it was trained by; None for weights of another library.
+    tokenizer: None for a model that was not trained on text.
+    step: of the checkpoint; None for other weights, and for initial parameters.
+  """
+
+  name: str
+  definition: Definition
+  make_params: Callable[[], Params]
+  tokenizer: Tokenizer | None = None
+  experiment: Experiment | None = None
+  step: int | None = None
+
+  @property
+  def config(self) -> ModelConfig:
+    return self.definition.config
+
+  @property
+  def translates(self) -> bool:
+    """Whether the model is an encoder-decoder, which translates rather than continues text."""
+    return self.config.task == TRANSLATION
+
+  @functools.cached_property
+  def params(self) -> Params:
+    """Parameters by name."""
+    return self.make_params()
+
+  def describe(self, target: str | None = None) -> Description:
+    """Return the model read from top to bottom; see `jaxformer.describe`."""
+    return describe_model(self.name, self.config, target)
+
+  def __repr__(self) -> str:
+    d = self.describe()
+    step = '' if self.step is None else f' at step {self.step:,}'
+    active = '' if d.active_params == d.params else f', {d.active_params:,} active'
+    head = f'{self.name}{step}: {d.type}, {d.params:,} parameters{active}'
+    return '\n'.join([head, '', *d.table()])
+
+  # ---- text ------------------------------------------------------------------------------------
+
+  def text_tokenizer(self) -> Tokenizer:
+    """Return the tokenizer. Raises `InputError` for a model that was not trained on text."""
+    if self.tokenizer is None:
+      data = '' if self.experiment is None else f' on {self.experiment.data.tag}'
+      raise InputError(
+        f'{self.name}: a {self.config.tag} trained{data}, without a tokenizer; it neither generates '
+        'nor translates text (`jaxformer eval` scores it)'
+      )
+    return self.tokenizer
+
+  def complete(
+    self, prompts: Sequence[str], **options: Unpack[GenerateOptions]
+  ) -> list[GeneratedText]:
+    """Return the continuations of prompts as text and tokens, and whether each ended by itself."""
+    tokens, arguments = self._generation(prompts, options)
+    decode = self.text_tokenizer().decode_bytes
+    return generate_text(self.definition, self.params, tokens, decode, **arguments)
+
+  def stream(self, prompt: str, **options: Unpack[GenerateOptions]) -> Iterator[str]:
+    """Return the continuation of a prompt piece by piece, as it is generated."""
+    tokens, arguments = self._generation([prompt], options)
+    decode = self.text_tokenizer().decode_bytes
+    return (p for (p,) in stream(self.definition, self.params, tokens, decode, **arguments))
+
+  @overload
+  def generate(self, prompt: str = '', **options: Unpack[GenerateOptions]) -> str: ...
+  @overload
+  def generate(self, prompt: Sequence[str], **options: Unpack[GenerateOptions]) -> list[str]: ...
+
+  def generate(
+    self, prompt: str | Sequence[str] = '', **options: Unpack[GenerateOptions]
+  ) -> str | list[str]:
+    """Return the continuation of a prompt, without the prompt; of several prompts, a list."""
+    one = isinstance(prompt, str)
+    texts = [t.text for t in self.complete([prompt] if one else list(prompt), **options)]
+    return texts[0] if one else texts
+
+  def _generation(
+    self, prompts: Sequence[str], options: GenerateOptions
+  ) -> tuple[list[list[int]], dict[str, Any]]:
+    """Prompts as tokens, and the arguments of `inference.generate_text`."""
+    given: dict[str, Any] = {'temperature': 0.8, **options}
+    given['temperature'] = float(given['temperature'])
+    most = given.pop('max_new_tokens', None)
+    if most is not None and most < 1:
+      raise InputError('max_new_tokens', most, 'positive')
+    arguments = {
+      'max_new_tokens': most or NEW_TOKENS,
+      'stop': given.pop('stop', ()),
+      'seed': given.pop('seed', 0),
+      'dtype': _dtype(given.pop('dtype', None)),
+      'sampling': Sampling(**given),
+    }
+    tokenizer = self.text_tokenizer()
+    if self.config.task != LANGUAGE_MODELING:
+      raise InputError(
+        f'{self.name}: an {self.config.tag} does not continue prompts; use translate'
+      )
+    arguments['end_of_document'] = tokenizer.end_of_document
+    arguments['vocab_size'] = tokenizer.vocab_size
+    return [tokenizer.encode(p).tolist() for p in prompts], arguments
+
+  # ---- translation -----------------------------------------------------------------------------
+
+  def translations(
+    self, sources: Sequence[str], **options: Unpack[TranslateOptions]
+  ) -> list[tuple[str, Translation]]:
+    """Return translations as text, and as tokens with their log-probability."""
+    tokenizer = self.text_tokenizer()
+    beam = Beam(
+      width=options.get('beam', 1),
+      length_penalty=options.get('length_penalty', 0.6),
+      coverage_penalty=options.get('coverage_penalty', 0.0),
+    )
+    found = translate(
+      self.definition,
+      self.params,
+      [self._source(text) for text in sources],
+      end=tokenizer.end_of_document,
+      beam=beam,
+      max_new_tokens=options.get('max_new_tokens'),
+      vocab_size=tokenizer.vocab_size,
+      dtype=_dtype(options.get('dtype')),
+    )
+    return [(tokenizer.decode(t.tokens), t) for t in found]
+
+  @overload
+  def translate(self, source: str, **options: Unpack[TranslateOptions]) -> str: ...
+  @overload
+  def translate(self, source: Sequence[str], **options: Unpack[TranslateOptions]) -> list[str]: ...
+
+  def translate(
+    self, source: str | Sequence[str], **options: Unpack[TranslateOptions]
+  ) -> str | list[str]:
+    """Return the translation of a text by an encoder-decoder; of several texts, a list."""
+    one = isinstance(source, str)
+    texts = [text for text, _ in self.translations([source] if one else list(source), **options)]
+    return texts[0] if one else texts
+
+  def align(
+    self, source: str, target: str | None = None, *, beam: int = 1, layer: int | None = None
+  ) -> AlignedText:
+    """Return the cross-attention between a source and a translation, by default the model's own.
+
+    Args:
+      beam: hypotheses kept in making a translation.
+      layer: of the layers with cross-attention, from 0 at the bottom; None for their mean.
+    """
+    tokenizer, ids = self.text_tokenizer(), self._source(source)
+    end = tokenizer.end_of_document
+    if target is None:
+      tokens = self.translations([source], beam=beam, length_penalty=0.0)[0][1].tokens
+    else:
+      tokens = tokenizer.encode(target).tolist()
+    found = align(self.definition, self.params, ids, tokens, end=end)
+    layers = len(found.layers_LTS)
+    if layer is not None and not 0 <= layer < layers:
+      raise InputError('layer', layer, f'at least 0 and below {layers}, the layers with attention')
+    weights = found.mean_TS if layer is None else found.layers_LTS[layer]
+    columns = _names(tokenizer.source, ids)
+    return AlignedText(columns, _names(tokenizer, [*tokens, end]), weights)
+
+  def _source(self, text: str) -> list[int]:
+    """Return a text as an encoder reads it, with the end of the document."""
+    tokenizer = self.text_tokenizer()
+    if self.config.task != TRANSLATION:
+      raise InputError(
+        f'{self.name}: a {self.config.tag} is not an encoder-decoder and has no source; use generate'
+      )
+    source = tokenizer.source
+    if source.end_of_document is None or tokenizer.end_of_document is None:
+      raise InputError(
+        f'{self.name}: its tokenizer has no end-of-document token, which ends sources and '
+        'translations'
+      )
+    return [*source.encode(text).tolist(), source.end_of_document]
+
+  # ---- scores and weights ----------------------------------------------------------------------
+
+  def evaluate(self, **options: Unpack[EvaluateOptions]) -> Evaluation:
+    """Return scores on held-out data, by default of the data that the model was trained on. The
+    options are `EvaluateOptions`."""
+    return evaluate_model(self, **options)
+
+  def score(self, text: str, source: str | None = None) -> EvalResult:
+    """Return the log-likelihood of a text, as sums over its tokens: `.nll_sum`, `.loss`,
+    `.bits_per_byte`, `.perplexity`. An encoder-decoder scores it as the translation of `source`."""
+    tokenizer = self.text_tokenizer()
+    ids, end = tokenizer.encode(text).tolist(), tokenizer.end_of_document
+    if source is not None:
+      sources = np.array([self._source(source)], np.int32)
+      batch = Batch(_row(end, *ids), _row(*ids, end), source_BS=sources)
+    else:
+      whole = _row(*ids) if end is None else _row(end, *ids)
+      batch = Batch(whole[:, :-1], whole[:, 1:])
+    return evaluate(self.definition, self.params, [batch], token_bytes_V=tokenizer.token_bytes)
+
+  def export(self, out: str | pathlib.Path, *, dtype: str = 'float32') -> None:
+    """Write the weights for other libraries: a folder of Hugging Face weights with the tokenizer,
+    or, under a name that ends in .safetensors or .pth, a file of RWKV weights."""
+    if is_rwkv(out):
+      save_rwkv(out, self.config, self.params, dtype=dtype)
+      return
+    tokenizer = self.text_tokenizer().hugging_face()
+    save_hf(out, self.config, self.params, dtype=dtype)
+    (pathlib.Path(out) / 'tokenizer.json').write_text(tokenizer)
+
+
+@dataclasses.dataclass(frozen=True)
+class AlignedText:
+  """Cross-attention weights: a row per token of the target, a column per token of the source."""
+
+  source: list[str]
+  target: list[str]
+  weights_TS: np.ndarray
+
+  def json(self) -> dict[str, Any]:
+    return {'source': self.source, 'target': self.target, 'weights': self.weights_TS.tolist()}
+
+  def lines(self) -> list[str]:
+    return [
+      f'{row}\t{self.source[int(w.argmax())]}\t{w.max():.2f}'
+      for row, w in zip(self.target, self.weights_TS, strict=True)
+    ]
+
+  def draw(self, path: str | pathlib.Path) -> None:
+    """Write the weights as a picture; the ending of the path selects the format."""
+    draw(path, self.weights_TS, self.source, self.target)
+
+
+def _row(*ids: int | None) -> np.ndarray:
+  return np.array([ids], np.int32)
+
+
+def _names(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
+  return [END if i == tokenizer.end_of_document else tokenizer.decode([i]) for i in ids]

@@ -1,0 +1,29 @@
+"""Progress and remarks: the logger 'jaxformer'."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable
+from typing import Any
+
+Log = Callable[[str], Any]
+
+_logger = logging.getLogger('jaxformer')
+
+
+def log(line: str) -> None:
+  """Progress and remarks: the logger 'jaxformer', on standard error unless it has a handler."""
+  if not _logger.handlers:
+    _logger.addHandler(_StandardError())
+    _logger.propagate = False
+  if _logger.level == logging.NOTSET:
+    _logger.setLevel(logging.INFO)
+  _logger.info(line)
+
+
+class _StandardError(logging.Handler):
+  """Writes messages to whatever `sys.stderr` is at that moment."""
+
+  def emit(self, record: logging.LogRecord) -> None:
+    print(self.format(record), file=sys.stderr, flush=True)
