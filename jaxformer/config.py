@@ -26,7 +26,7 @@ import pathlib
 import sys
 import types
 import typing
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Generic, Literal, Self, TypeVar, dataclass_transform
 
 NOTHING: Any = object()
@@ -67,6 +67,12 @@ def nearest(word: str, known: Iterable[str]) -> str:
   if close:
     return f'; did you mean {", ".join(close)}?'
   return f'; known: {", ".join(known)}' if 0 < len(known) <= 24 else ''
+
+
+def first_lines(lines: Sequence[str], limit: int = 12) -> str:
+  """Return the first lines, indented for a message, and how many more there are."""
+  more = [f'and {len(lines) - limit} more'] if len(lines) > limit else []
+  return '\n  '.join([*lines[:limit], *more])
 
 
 # ---- config types ------------------------------------------------------------------------------
@@ -434,16 +440,18 @@ def digest(config: Config) -> str:
   Of the code of users the content counts, not where the file is.
   """
 
-  def without_path(data: Any) -> Any:
-    if isinstance(data, list):
-      return [without_path(v) for v in data]
-    if not isinstance(data, dict):
-      return data
-    code = {'code': data['code'].get('sha256', data['code']['module'])} if 'code' in data else {}
-    return {k: without_path(v) for k, v in data.items()} | code
-
-  canonical = json.dumps(without_path(to_json(config)), indent=2, ensure_ascii=False) + '\n'
+  canonical = json.dumps(without_paths(to_json(config)), indent=2, ensure_ascii=False) + '\n'
   return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+
+def without_paths(data: Any) -> Any:
+  """Return JSON data of a config with the hash of its content for each record of code."""
+  if isinstance(data, list):
+    return [without_paths(v) for v in data]
+  if not isinstance(data, dict):
+    return data
+  code = {'code': data['code'].get('sha256', data['code']['module'])} if 'code' in data else {}
+  return {k: without_paths(v) for k, v in data.items()} | code
 
 
 def differences(old: Any, new: Any, path: str = '') -> list[str]:

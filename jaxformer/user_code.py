@@ -139,9 +139,14 @@ def load_recorded(
   return remarks
 
 
-def _loaded() -> set[str]:
-  modules = list(sys.modules.values())
-  return {d for m in modules if (d := getattr(m, '__jaxformer_sha256__', None)) is not None}
+def named_code() -> set[str]:
+  """Return the hashes of the files that the user named."""
+  return _loaded('__jaxformer_named__')
+
+
+def _loaded(flag: str = '__jaxformer_sha256__') -> set[str]:
+  modules = [m for m in list(sys.modules.values()) if getattr(m, flag, None)]
+  return {m.__dict__['__jaxformer_sha256__'] for m in modules}
 
 
 def _trusted(path: pathlib.Path, wanted: str, folder: pathlib.Path | None) -> pathlib.Path:

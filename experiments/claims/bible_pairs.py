@@ -23,7 +23,8 @@ from typing import Any, NamedTuple
 
 from jaxformer.config import InputError, nearest
 from jaxformer.data.cache import Log
-from jaxformer.data.cache_folder import file_sha256, write_atomically
+from jaxformer.data.cache_folder import file_sha256
+from jaxformer.files import write_atomically
 
 INSTALLED = Path('/usr/share/sword')
 INSIDE = 'usr/share/sword'  # where a package holds its modules

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from jaxformer.config import InputError
+from jaxformer.files import write_atomically
 
 T = TypeVar('T')
 
@@ -73,22 +74,11 @@ def file_sha256(path: Path, memo: Path | None = None) -> str:
     if place is not None:
       with contextlib.suppress(OSError):  # the memo only saves time
         place.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(place, value.encode())
+        write_atomically(place, value)
   return value
 
 
 _hashes: dict[tuple[str, int, int], str] = {}
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-  """Write a file so that readers see all of it or none."""
-  temporary = path.parent / f'.{path.name}-{uuid.uuid4().hex}'
-  try:
-    temporary.write_bytes(data)
-    os.replace(temporary, path)
-  except BaseException:
-    temporary.unlink(missing_ok=True)
-    raise
 
 
 def build_atomically(

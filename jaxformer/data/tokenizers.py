@@ -15,7 +15,8 @@ import numpy as np
 from jaxtyping import Int32
 
 from jaxformer.config import Config, InputError, nearest
-from jaxformer.data.cache_folder import sha256, write_atomically
+from jaxformer.data.cache_folder import sha256
+from jaxformer.files import write_atomically
 
 END_OF_DOCUMENT = '<|endoftext|>'
 USUAL_ENDS = (END_OF_DOCUMENT, '<|end_of_text|>', '</s>', '<|eot_id|>', '<eos>', '[SEP]')

@@ -13,7 +13,7 @@ import jinja2
 from jaxformer.config import Config, InputError
 from jaxformer.launch.job import Git, Job, Source, Wheel, WorkingDirectory
 from jaxformer.planning.target import Target, parse_target
-from jaxformer.training.folder import scheme_of
+from jaxformer.training.paths import check_url
 
 
 class LaunchError(Exception):
@@ -71,7 +71,7 @@ class Engine(Config, abstract=True):
       places = ' or '.join('a file' if w == 'file' else f'at {w}://' for w in self.wheels)
       raise InputError(f'--source: {engine} needs a wheel that is {places}')
     if job.remote:
-      scheme_of(job.run_dir, 'run.dir')
+      check_url(job.run_dir, 'run.dir')
     elif (problem := self.storage_problem(job)) is not None:
       raise InputError(
         f'run.dir = {job.run_dir!r}: must be on object storage, such as --run.dir '

@@ -17,6 +17,7 @@ import numpy as np
 from jaxformer import config
 from jaxformer.data import Dataset, DatasetConfig, open_data
 from jaxformer.evaluation import evaluate_translation, loss_by_position
+from jaxformer.files import write_atomically
 from jaxformer.inference import time_decode, translate
 from jaxformer.models.model import ModelConfig
 from jaxformer.models.params import define
@@ -28,7 +29,6 @@ from jaxformer.study.study import Study, file_name
 from jaxformer.task_type import LANGUAGE_MODELING, TRANSLATION
 from jaxformer.training import load_params
 from jaxformer.training.interrupt import Interrupt
-from jaxformer.training.run import write
 from jaxformer.training.setup import Setup
 from jaxformer.training.step import compiled_train_step, compute_dtype, init_state
 
@@ -222,7 +222,7 @@ def _kept(study: Study, name: str, key: dict[str, Any], measure: Callable[[], An
     pass
   value = measure()
   file.parent.mkdir(parents=True, exist_ok=True)
-  write(file, json.dumps({'key': wanted, 'value': value}, indent=1) + '\n')
+  write_atomically(file, json.dumps({'key': wanted, 'value': value}, indent=1) + '\n')
   return value
 
 

@@ -15,6 +15,7 @@ import jinja2
 
 from jaxformer import config
 from jaxformer.data import Dataset, open_data
+from jaxformer.files import write_atomically
 from jaxformer.study.costs import by_position, longer, measure_costs, translations
 from jaxformer.study.figures import figures
 from jaxformer.study.law_report import (
@@ -37,8 +38,8 @@ from jaxformer.study.tables import (
   detail_tables,
   score_tables,
 )
+from jaxformer.training.environment import environment
 from jaxformer.training.interrupt import Interrupt
-from jaxformer.training.run import environment, write
 
 TEMPLATES = Path(__file__).parent / 'templates'
 
@@ -85,10 +86,10 @@ def save(results: Results, folder: Path) -> None:
   """Write report.html, .md, .csv and .json."""
   folder.mkdir(parents=True, exist_ok=True)
   contents = content(results)
-  write(folder / 'report.html', page('report.html', contents))
-  write(folder / 'report.md', page('report.md', contents))
-  write(folder / 'report.csv', csv_text(results))
-  write(folder / 'report.json', json.dumps(results.json(), indent=2) + '\n')
+  write_atomically(folder / 'report.html', page('report.html', contents))
+  write_atomically(folder / 'report.md', page('report.md', contents))
+  write_atomically(folder / 'report.csv', csv_text(results))
+  write_atomically(folder / 'report.json', json.dumps(results.json(), indent=2) + '\n')
 
 
 def page(template: str, contents: dict[str, Any]) -> str:

@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from jaxformer import config
 from jaxformer.config import InputError
 from jaxformer.data import Dataset, DatasetConfig, open_data
 from jaxformer.exit_codes import PREEMPTED
@@ -23,7 +22,7 @@ from jaxformer.task_type import TRANSLATION
 from jaxformer.training import Experiment, read_metrics, train, train_population
 from jaxformer.training.experiment import check_fit
 from jaxformer.training.interrupt import Interrupt
-from jaxformer.training.run import read_events, run_folder
+from jaxformer.training.run import config_text, read_events, run_folder
 
 Log = Callable[[str], None]
 
@@ -345,7 +344,7 @@ def finished(experiment: Experiment) -> Trial | None:
   """Return the run of an experiment if it is finished or has diverged, else None."""
   folder = run_folder(experiment)
   file = folder / 'config.json'
-  if not file.exists() or file.read_text() != config.text(experiment):
+  if not file.exists() or file.read_text() != config_text(experiment):
     return None
   ends = [
     row['event']

@@ -4,7 +4,6 @@ leave most cores of a machine idle."""
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import subprocess
 import time
@@ -14,6 +13,7 @@ from typing import TypeVar
 
 import jax
 
+from jaxformer.files import locked
 from jaxformer.training.interrupt import Interrupt
 
 MAX_PROCESSES = 4  # by default: each compiles and holds its own programs
@@ -40,20 +40,6 @@ def shared(folder: Path, jobs: Mapping[str, Callable[[], R]], interrupt: Interru
         raise Interrupted
       time.sleep(POLL_SECONDS)
   return {name: found[name] for name in jobs}
-
-
-@contextlib.contextmanager
-def locked(file: Path) -> Generator[bool]:
-  """Try to lock a file until the end of the block, and yield whether this process holds the lock. A
-  process that dies releases it."""
-  file.parent.mkdir(parents=True, exist_ok=True)
-  with file.open('w') as f:
-    try:
-      fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-      yield False
-    else:
-      yield True
 
 
 def worthwhile(entries: int) -> int:

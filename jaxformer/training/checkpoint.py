@@ -16,7 +16,7 @@ import hashlib
 import json
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -28,10 +28,10 @@ from jaxtyping import Array
 from orbax.checkpoint import v1 as ocp
 from orbax.checkpoint.utils import is_checkpoint_finalized
 
-from jaxformer.config import InputError
+from jaxformer.config import InputError, first_lines
 from jaxformer.models.params import Definition, Params
 from jaxformer.sharding import MeshConfig, Rules, make_mesh, replicated
-from jaxformer.training.folder import Place, move, place, reaching, remove
+from jaxformer.training.paths import AnyPath, move, remote_errors, remove, to_path
 from jaxformer.training.step import TrainState
 
 VERSION = 1
@@ -107,7 +107,7 @@ def _seal(meta: dict[str, Any]) -> dict[str, Any]:
 # ---- loading -----------------------------------------------------------------------------------
 
 
-def steps_in(folder: Place) -> list[int]:
+def steps_in(folder: AnyPath) -> list[int]:
   """The steps that have a checkpoint, ascending. Interrupted saves, which have another name, or in
   a store no mark of being whole, do not count."""
   found = (
@@ -116,7 +116,7 @@ def steps_in(folder: Place) -> list[int]:
   return sorted(int(p.name) for p in found if is_checkpoint_finalized(p))
 
 
-def _read_meta(path: Place) -> dict[str, Any]:
+def _read_meta(path: AnyPath) -> dict[str, Any]:
   try:
     meta = json.loads((path / 'meta' / 'data.json').read_text())
     intact = meta['seal'] == _seal(meta)['seal']
@@ -144,13 +144,7 @@ def differing_shapes(
   return lines + [f'{name}: found, but not in the model' for name in saved if name not in wanted]
 
 
-def first_lines(lines: Sequence[str], limit: int = 12) -> str:
-  """Return the first lines, indented for a message, and how many more there are."""
-  more = [f'and {len(lines) - limit} more'] if len(lines) > limit else []
-  return '\n  '.join([*lines[:limit], *more])
-
-
-def _compare(path: Place, meta: dict[str, Any], part: str, abstract: Mapping[str, Any]) -> None:
+def _compare(path: AnyPath, meta: dict[str, Any], part: str, abstract: Mapping[str, Any]) -> None:
   """Raises `InputError` that lists the names and shapes in which a checkpoint and the model
   differ."""
   start = f'{part}/'
@@ -163,7 +157,7 @@ def _compare(path: Place, meta: dict[str, Any], part: str, abstract: Mapping[str
 
 
 def _read(
-  path: Place, meta: dict[str, Any], abstract: dict[str, dict[str, Any]]
+  path: AnyPath, meta: dict[str, Any], abstract: dict[str, dict[str, Any]]
 ) -> dict[str, dict[str, Array]]:
   """The arrays of the parts asked for, verified. Raises `Corrupt`."""
   try:
@@ -194,12 +188,12 @@ def _together(read: Callable[[], Any]) -> Any:
   return value
 
 
-def find(path: str | Place) -> Place:
+def find(path: str | AnyPath) -> AnyPath:
   """The checkpoint that a path names: a checkpoint folder, a run folder or its `checkpoints/` (the
   newest there), or one of these with `@step`. Raises `InputError`."""
   base, at, step = str(path).partition('@')
-  folder = place(base)
-  with reaching(folder):
+  folder = to_path(base)
+  with remote_errors(folder):
     if (folder / 'meta').is_dir() and not at:
       return folder
     home = folder / 'checkpoints' if (folder / 'checkpoints').is_dir() else folder
@@ -216,7 +210,7 @@ def find(path: str | Place) -> Place:
 
 
 def load_params(
-  path: str | Place,
+  path: str | AnyPath,
   definition: Definition,
   mesh: Mesh | None = None,
   rules: Rules | str = 'fsdp_tensor',
@@ -280,8 +274,8 @@ class Checkpoints:
   """The checkpoints of a run: saved in the background one at a time; the newest and the best are
   kept. A context manager."""
 
-  def __init__(self, folder: Place, keep_latest: int, keep_best: int, log: Log):
-    self.folder, self.log = place(folder), log
+  def __init__(self, folder: AnyPath, keep_latest: int, keep_best: int, log: Log):
+    self.folder, self.log = to_path(folder), log
     self._keep = (keep_latest, keep_best)
     self._pending: tuple[int, Any] | None = None
     self._failed: str | None = None
@@ -427,7 +421,7 @@ class Checkpoints:
       )
     return None
 
-  def _load(self, path: Place, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
+  def _load(self, path: AnyPath, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
     meta, wanted = _read_meta(path), _arrays(abstract)
     for part, tree in wanted.items():
       _compare(path, meta, part, tree)

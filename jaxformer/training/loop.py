@@ -30,9 +30,9 @@ from jaxformer.models.params import Params
 from jaxformer.sharding import use_mesh
 from jaxformer.training.checkpoint import Checkpoints
 from jaxformer.training.experiment import Experiment
-from jaxformer.training.folder import Place
 from jaxformer.training.interrupt import Interrupt
 from jaxformer.training.malloc import keep_freed_memory
+from jaxformer.training.paths import AnyPath
 from jaxformer.training.report import Clock, Log, Report, scores
 from jaxformer.training.run import Run, read_metrics
 from jaxformer.training.setup import Setup, check
@@ -59,7 +59,7 @@ class TrainResult:
     exit_code: 0 done, 70 non-finite numbers, 75 preempted and saved.
   """
 
-  folder: Place
+  folder: AnyPath
   step: int
   metrics: dict[str, Any]
   exit_code: int
@@ -68,7 +68,7 @@ class TrainResult:
 def train(
   experiment: Experiment,
   *,
-  init_from: str | Place | Params | None = None,
+  init_from: str | AnyPath | Params | None = None,
   dataset: Dataset | None = None,
   devices: Sequence[jax.Device] | None = None,
   flops_per_token: FlopsPerToken | None = None,
@@ -162,7 +162,7 @@ def _opened(
   devices: Sequence[jax.Device] | None,
   dataset: Dataset | None,
   log: Log | None,
-  init_from: str | Place | Params | None = None,
+  init_from: str | AnyPath | Params | None = None,
 ) -> Generator[list[_Member]]:
   """Open the run folders of experiments; nothing is written before all are known to be usable."""
   runs = [Run(e) for e in experiments]
@@ -213,7 +213,7 @@ class _Member:
     self._given, self._saved = given, -1
     self._last_row = 0, 0, 0.0  # step, tokens and seconds of training
 
-  def restore(self, init_from: str | Place | Params | None) -> TrainState:
+  def restore(self, init_from: str | AnyPath | Params | None) -> TrainState:
     """Restore the state from the latest valid checkpoint, or initialize it."""
     run, t, steps = self.run, self.config, self.config.steps
     restored = self.checkpoints.restore(self.setup.abstract_state())
@@ -243,7 +243,7 @@ class _Member:
         self.report.last |= row
     return restored.state
 
-  def _initialize(self, init_from: str | Place | Params | None) -> TrainState:
+  def _initialize(self, init_from: str | AnyPath | Params | None) -> TrainState:
     run, s = self.run, self.setup
     params, self._given = self._given, None
     if init_from is not None and params is None:
@@ -367,7 +367,7 @@ class _Loop:
       for name, causal in (('mfu', True), ('mfu_full', False))
     }
 
-  def run(self, init_from: str | Place | Params | None = None) -> list[TrainResult]:
+  def run(self, init_from: str | AnyPath | Params | None = None) -> list[TrainResult]:
     members = self.members
     states = [m.restore(init_from) for m in members]
     state = states[0] if self.mesh is None else self._put(jax.tree.map(_stack, *states))
@@ -406,6 +406,7 @@ class _Loop:
 
   def _put(self, tree: Any) -> Any:
     """Shard arrays with a member axis over the devices."""
+    assert self.mesh is not None
     return jax.device_put(tree, NamedSharding(self.mesh, PartitionSpec('members')))
 
   def _next_batch(self, feeds: list[Iterator[Any]]) -> Any:

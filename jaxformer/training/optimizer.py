@@ -197,10 +197,10 @@ def per_matrix(
       f = jax.vmap(f)
     return f(*arguments)
 
-  def init(params: Params) -> dict[str, Any]:
+  def init(params: Any) -> dict[str, Any]:
     return {name: apply('init', name, p) for name, p in params.items()}
 
-  def update(updates: Params, state: dict[str, Any], params: Any = None) -> tuple[Any, Any]:
+  def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
     both = {n: apply('update', n, u, state[n], params[n]) for n, u in updates.items()}
     return {n: u for n, (u, _) in both.items()}, {n: s for n, (_, s) in both.items()}
 

@@ -135,15 +135,15 @@ def join(
   return found
 
 
-def first_decides(look: Callable[[], bool]) -> bool:
-  """What `look` says on process 0, on all of them: files may differ between hosts, and change while
-  the first one writes. An `InputError` there is one on all."""
+def broadcast_from_process_0(fn: Callable[[], bool]) -> bool:
+  """Return on all processes what `fn` returns on process 0: files may differ between hosts, and
+  change while the first one writes. An `InputError` there is raised on all."""
   if jax.process_count() == 1:
-    return look()
+    return fn()
   error, found = None, False
   if jax.process_index() == 0:
     try:
-      found = look()
+      found = fn()
     except InputError as e:
       error = e
   failed, found = (

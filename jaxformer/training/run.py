@@ -1,28 +1,23 @@
-"""The folder of a run: what was trained, where, and what came of it. Only process 0 writes. It may
-be in a bucket (see `folder`).
+"""The folder of a run. Only process 0 writes. It may be in a bucket (see `paths`).
 
-    runs/<name>/config.json         the experiment
-                environment.json    versions, devices, commit, command and data; one entry a start
-                metrics.jsonl       one object a line: `step` and numbers
-                events.jsonl        one object a line: what happened when
-                checkpoints/<step>/
-                tokenizer/          as `jaxformer.data.load_tokenizer` reads it
-                tensorboard/  samples.txt
+runs/<name>/config.json         the experiment, and the `format` of the folder
+            environment.json    versions, devices, commit, command, data and code; an entry per
+                                start
+            metrics.jsonl       one object per line: `step` and numbers
+            events.jsonl        one object per line: what happened when
+            checkpoints/<step>/
+            tokenizer/          as read by `jaxformer.data.load_tokenizer`
+            tensorboard/  samples.txt
 """
 
 from __future__ import annotations
 
 import contextlib
-import importlib
-import importlib.metadata
 import json
+import logging
 import os
-import pkgutil
-import platform
-import shutil
-import subprocess
-import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +26,19 @@ import jax
 from jaxformer import config
 from jaxformer.config import InputError
 from jaxformer.data import Tokenizer
-from jaxformer.training.experiment import Experiment
-from jaxformer.training.folder import Place, check_bucket, folder_at, place, reaching
-from jaxformer.training.processes import first_decides
+from jaxformer.files import locked, write_atomically
+from jaxformer.training.environment import environment
+from jaxformer.training.experiment import Experiment, RunConfig
+from jaxformer.training.paths import AnyPath, RunFiles, check_bucket, remote_errors, to_path
+from jaxformer.training.processes import broadcast_from_process_0
+from jaxformer.training.registry import import_configs
+from jaxformer.user_code import load_recorded, named_code
 
-# What may differ from the saved config when a run goes on: how long, how often, where it runs and
-# what it keeps. Other numbers of steps stretch or shrink a schedule that depends on them, from
-# where the run is.
+FORMAT = 2
+
+# Fields that may differ from the saved config when a run is resumed: how long, how often, where it
+# runs and what it keeps. A different number of steps stretches or shrinks a schedule that depends
+# on it, from the current step on.
 FREE = (
   'training.steps',
   'training.eval_every',
@@ -52,32 +53,28 @@ FREE = (
   'run',
 )
 
-PACKAGES = (
-  'jax',
-  'jaxlib',
-  'flax',
-  'optax',
-  'orbax-checkpoint',
-  'numpy',
-  'tokenizers',
-  'libtpu',
-  'jax-cuda13-plugin',
-)
+# What a start writes before `config.json`, or beside it: a folder with nothing else is free.
+OWN = {'.lock', 'checkpoints', 'tokenizer', 'environment.json'}
 
 
-def run_folder(experiment: Experiment) -> Place:
-  """`run.dir`/`run.name`. Raises `InputError` for a store that cannot be used."""
+def run_folder(experiment: Experiment) -> AnyPath:
+  """Return `run.dir`/`run.name`. Raises `InputError` for a store that cannot be used."""
   name = experiment.run.name or f'run-{config.digest(experiment)[:8]}'
-  return place(experiment.run.dir, 'run.dir') / name
+  return to_path(experiment.run.dir, 'run.dir') / name
 
 
-def load_experiment(folder: str | Place) -> Experiment:
-  """The experiment of a run folder. Raises `InputError` where there is none."""
-  where, file = place(folder), f'{folder}/config.json'
+def config_text(experiment: Experiment) -> str:
+  """Return the content of `config.json`."""
+  data = {'format': FORMAT} | config.to_json(experiment)
+  return json.dumps(data, indent=2, ensure_ascii=False) + '\n'
+
+
+def read_config(folder: str | AnyPath) -> dict[str, Any]:
+  """Return the experiment of a run folder as JSON data. Raises `InputError` if there is none."""
+  where, file = to_path(folder), f'{folder}/config.json'
   try:
-    with reaching(where):
-      text = (where / 'config.json').read_text()
-    data = json.loads(text)
+    with remote_errors(where):
+      data = json.loads((where / 'config.json').read_text())
   except FileNotFoundError:
     check_bucket(where)
     raise InputError(f'{folder}: not a run folder: there is no config.json') from None
@@ -85,65 +82,93 @@ def load_experiment(folder: str | Place) -> Experiment:
     raise InputError(f'{file}: cannot be read ({e.strerror})') from None
   except ValueError as e:
     raise InputError(f'{file}: not valid JSON ({e})') from None
-  _register_configs()
-  experiment = config.from_json(data, str(file))
-  if not isinstance(experiment, Experiment):
-    raise InputError(f'{file}: holds {experiment.tag}, not an experiment')
+  if not isinstance(data, dict) or 'type' not in data:
+    raise InputError(f'{file}: holds no experiment')
+  if data['type'] != Experiment.tag:
+    raise InputError(f'{file}: holds {data["type"]}, not an experiment')
+  if 'format' not in data:
+    raise InputError(
+      f'{folder} was written by jaxformer 0.1, whose runs this version cannot read; train anew, or '
+      'install jaxformer 0.1'
+    )
+  if (written := data.pop('format')) != FORMAT:
+    raise InputError(f'{file}: has format {written}; this version reads {FORMAT}')
+  return data
+
+
+def load_experiment(
+  folder: str | AnyPath, code: Sequence[str | os.PathLike[str]] = ()
+) -> Experiment:
+  """Return the experiment of a run folder.
+
+  Types from a user's own files are loaded from where the files were when the run was made. `code`
+  names files to load instead: where they have moved or changed, or where they came with the run of
+  somebody else, whose code never runs unless it is named.
+
+  `run` says where the folder is now, so that training the experiment resumes it.
+
+  Raises `InputError` if there is no run, or code would have to be named.
+  """
+  data = read_config(folder)
+  where = to_path(folder)
+  import_configs()
+  for remark in load_recorded(data, code, where if isinstance(where, Path) else None):
+    logging.getLogger('jaxformer').warning(remark)
+  experiment = config.from_json(data, f'{folder}/config.json')
+  assert isinstance(experiment, Experiment)
+  if run_folder(experiment) != where:  # moved, or given relative to another working folder
+    experiment = experiment.replace(run=RunConfig(dir=str(where.parent), name=where.name))
   return experiment
 
 
-def _register_configs() -> None:
-  """A config is known by its type once its module is imported; a file may name any."""
-  importlib.import_module('jaxformer.models.zoo')
-  importlib.import_module('jaxformer.models.classifier')
-  package = importlib.import_module('jaxformer.layers')
-  for module in pkgutil.iter_modules(package.__path__):
-    importlib.import_module(f'{package.__name__}.{module.name}')
-
-
 class Run:
-  """A run folder that is being written. A context manager, at whose end all that was written is in
-  the folder.
+  """A run folder that is being written. A context manager that completes it.
 
   Attributes:
-    folder: where.
-    home: the local folder in which its files are written: `folder` itself where that is local.
-    fresh: whether the run begins here.
+    folder: its path.
+    home: the local folder in which its files are written: `folder` itself if that is local.
+    fresh: whether the run is new.
+    changed: settings that differ from those with which it was started.
   """
 
   def __init__(self, experiment: Experiment):
-    """Opens the folder, without writing. Raises `InputError`, naming the fields, if the run there
-    is of another experiment."""
+    """Check the folder, without writing. Raises `InputError`, naming the fields, if the run there
+    is of a different experiment."""
     self.experiment, self.folder = experiment, run_folder(experiment)
     self.writes = jax.process_index() == 0
-    self._files = folder_at(self.folder)
+    self._files = RunFiles(self.folder)
+    self._lock = contextlib.ExitStack()
     self._started = False
     self.changed: list[str] = []
-    self.fresh = first_decides(self._is_fresh)
+    self.fresh = broadcast_from_process_0(self._is_fresh)
 
   def _is_fresh(self) -> bool:
-    with reaching(self.folder):
+    with remote_errors(self.folder):
       fresh = not (self.folder / 'config.json').exists()
     if fresh:
       check_bucket(self.folder)
-      if self.folder.exists() and any(self.folder.iterdir()):
+      if self.folder.exists() and {p.name for p in self.folder.iterdir()} - OWN:
         raise InputError(
           f'{self.folder} is not empty and not a run folder (it has no config.json); give another '
           '--run.name'
         )
       return True
-    saved = config.to_json(load_experiment(self.folder))
-    self.changed = config.differences(saved, config.to_json(self.experiment))
-    fixed = [
-      d
-      for d in self.changed
-      if not d.startswith(tuple(f'{path}{end}' for path in FREE for end in ('.', ':')))
-    ]
+    saved, new = read_config(self.folder), config.to_json(self.experiment)
+    if not config.code_records(saved):  # fields that are newer than the run have their defaults
+      import_configs()
+      saved = config.to_json(config.from_json(saved, str(self.folder)))
+    self.changed = config.differences(config.without_paths(saved), config.without_paths(new))
+    shas = [{r.get('sha256') for r in config.code_records(data)} for data in (saved, new)]
+    named = shas[1] - shas[0] <= named_code()
+    fixed = [d for d in self.changed if not _free(d) and not (named and _of_code(d))]
     if fixed:
       lines = '\n  '.join(fixed)
+      code = (
+        ' (name changed code with --code FILE to accept it)' if any(map(_of_code, fixed)) else ''
+      )
       raise InputError(
-        f'{self.folder} is a run of another experiment:\n  {lines}\n'
-        'give this one another --run.name, or go on with the same settings'
+        f'{self.folder} was created by a different experiment:\n  {lines}\n'
+        f'give this one another --run.name, or resume with the original settings{code}'
       )
     return False
 
@@ -152,105 +177,111 @@ class Run:
     return self._files.home
 
   def check_initialization(self) -> None:
-    """Raises `InputError` where the run has begun from random weights: to give it others now would
+    """Raises `InputError` if the run was started from random weights: to give it others now would
     have no effect."""
 
-    def began_otherwise() -> bool:
-      starts = [row for row in _rows(self.folder / 'events.jsonl') if row.get('event') == 'start']
+    def from_random() -> bool:
+      starts = [row for row in read_events(self.folder) if row.get('event') == 'start']
       return bool(starts) and starts[-1].get('init_from') is None
 
-    if first_decides(began_otherwise):
+    if broadcast_from_process_0(from_random):
       raise InputError(
-        f'--init-from: {self.folder} is a run that began from random weights and would go on from '
-        'where it is; '
-        'give another --run.name, or leave --init-from out'
+        f'--init-from: {self.folder} was started from random weights and would be resumed; '
+        '--init-from has no effect: leave it out, or give another --run.name'
       )
 
   def start(self, data_manifest: dict[str, Any], tokenizer: Tokenizer | None) -> None:
-    """Writes what is known at the start; `tokenizer` is that of text. Raises `InputError` where the
-    folder cannot be made."""
-    first_decides(lambda: self._write_start(data_manifest, tokenizer))
+    """Lock the folder and write what is known at the start; `tokenizer` is that of text. Raises
+    `InputError` if the folder cannot be created, or another process trains in it."""
+    broadcast_from_process_0(lambda: self._write_start(data_manifest, tokenizer))
     self._started = True
 
   def _write_start(self, data_manifest: dict[str, Any], tokenizer: Tokenizer | None) -> bool:
+    def unusable(problem: str) -> InputError:
+      directory = self.experiment.run.dir
+      return InputError('run.dir', directory, problem=f'the folder {self.folder} {problem}')
+
     try:
       self._files.open()
       (self.home / 'checkpoints').mkdir(exist_ok=True)
       if tokenizer is not None:
         (self.home / 'tokenizer').mkdir(exist_ok=True)
     except OSError as e:
-      raise InputError(
-        f'run.dir = {self.experiment.run.dir!r}: the folder {self.folder} cannot be made '
-        f'({e.strerror})'
-      ) from None
+      raise unusable(f'cannot be made ({e.strerror})') from None
     if not os.access(self.home, os.W_OK):
-      raise InputError(
-        f'run.dir = {self.experiment.run.dir!r}: the folder {self.folder} cannot be written'
-      )
+      raise unusable('cannot be written')
+    if not self._lock.enter_context(locked(self.home / '.lock')):
+      raise InputError(f'{self.folder}: another process trains in this folder; wait until it ends')
     if tokenizer is not None:
       tokenizer.save(self.home / 'tokenizer')
+    code = config.code_records(config.to_json(self.experiment))
+    entry = environment(data_manifest) | ({'code': code} if code else {})
     file = self.home / 'environment.json'
-    starts = _list(file)
-    write(file, json.dumps([*starts, environment(data_manifest)], indent=2, default=str) + '\n')
-    # last: it is what makes the folder a run
-    write(self.home / 'config.json', config.text(self.experiment))
-    self._files.publish()
+    write_atomically(file, json.dumps([*_entries(file), entry], indent=2, default=str) + '\n')
+    # last, since it makes the folder a run
+    write_atomically(self.home / 'config.json', config_text(self.experiment))
+    self._files.upload()
     return True
 
   def rewind(self, step: int) -> None:
-    """Drops the metrics of later steps, which will come again: the file reads like that of a run
-    never interrupted."""
-    if not self.writes:
-      return
+    """Drop the metrics of later steps, which will be repeated, so that the file reads like that of
+    a run that was never interrupted."""
     file = self.home / 'metrics.jsonl'
-    if file.exists():
+    if self.writes and file.exists():
       kept = [json.dumps(row) + '\n' for row in _rows(file) if row['step'] <= step]
-      write(file, ''.join(kept))
+      write_atomically(file, ''.join(kept))
 
   def metrics(self, row: dict[str, Any]) -> None:
-    """Adds a line to `metrics.jsonl`."""
-    self._append('metrics.jsonl', row)
+    """Append a line to `metrics.jsonl`."""
+    self._append('metrics.jsonl', json.dumps(row, default=str))
 
   def event(self, name: str, **facts: Any) -> None:
-    """Adds a line to `events.jsonl`."""
-    self._append('events.jsonl', {'time': round(time.time(), 3), 'event': name} | facts)
+    """Append a line to `events.jsonl`."""
+    row = {'time': round(time.time(), 3), 'event': name} | facts
+    self._append('events.jsonl', json.dumps(row, default=str))
 
   def samples(self, step: int, text: str) -> None:
-    """Adds generated text to `samples.txt`."""
-    if self.writes:
-      with (self.home / 'samples.txt').open('a') as f:
-        f.write(f'==== step {step} ====\n{text}\n')
+    """Append generated text to `samples.txt`."""
+    self._append('samples.txt', f'==== step {step} ====\n{text}')
 
-  def sync(self) -> None:
-    """Makes the lines outlast this process, before a checkpoint that will count on them."""
-    if self.writes:
-      self._files.push(('metrics.jsonl', 'events.jsonl'))
-
-  def _append(self, name: str, row: dict[str, Any]) -> None:
+  def _append(self, name: str, line: str) -> None:
     if self.writes:
       with (self.home / name).open('a') as f:
-        f.write(json.dumps(row, default=str) + '\n')
+        f.write(line + '\n')
+
+  def sync(self) -> None:
+    """Make the lines outlast this process, before a checkpoint that relies on them."""
+    if self.writes:
+      self._files.sync(('metrics.jsonl', 'events.jsonl'))
 
   def __enter__(self) -> Run:
     return self
 
   def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-    # the error on its way out says more
-    with contextlib.suppress(*(() if kind is None else (InputError,))):
-      self._files.close(publish=self._started)
+    # an error that is being raised says more
+    with self._lock, contextlib.suppress(*(() if kind is None else (InputError,))):
+      self._files.close(upload=self._started)
 
 
-def read_metrics(folder: str | Place) -> list[dict[str, Any]]:
-  """The rows of `metrics.jsonl`; a last line that a crash cut is left out."""
-  return _rows(place(folder) / 'metrics.jsonl')
+def _free(difference: str) -> bool:
+  return difference.startswith(tuple(f'{path}{end}' for path in FREE for end in ('.', ':')))
 
 
-def read_events(folder: str | Place) -> list[dict[str, Any]]:
-  """The rows of `events.jsonl`, like `read_metrics`."""
-  return _rows(place(folder) / 'events.jsonl')
+def _of_code(difference: str) -> bool:
+  return difference.partition(':')[0].endswith('.code')
 
 
-def _rows(file: Place) -> list[dict[str, Any]]:
+def read_metrics(folder: str | AnyPath) -> list[dict[str, Any]]:
+  """Return the rows of `metrics.jsonl`, without a last line that a crash cut short."""
+  return _rows(to_path(folder) / 'metrics.jsonl')
+
+
+def read_events(folder: str | AnyPath) -> list[dict[str, Any]]:
+  """Return the rows of `events.jsonl`, like `read_metrics`."""
+  return _rows(to_path(folder) / 'events.jsonl')
+
+
+def _rows(file: AnyPath) -> list[dict[str, Any]]:
   rows = []
   for line in file.read_text().splitlines() if file.exists() else ():
     try:
@@ -260,66 +291,10 @@ def _rows(file: Place) -> list[dict[str, Any]]:
   return rows
 
 
-def _list(file: Path) -> list[Any]:
-  """A JSON list; one that is damaged is not worth stopping a run for."""
+def _entries(file: Path) -> list[Any]:
+  """Return a JSON list, empty if the file is missing or corrupt: no reason to stop a run."""
   try:
     value = json.loads(file.read_text())
   except (OSError, ValueError):
     return []
   return value if isinstance(value, list) else []
-
-
-def write(file: Path, text: str) -> None:
-  """Replaces a file at once: a crash leaves the old one or the new one."""
-  part = file.with_name(f'{file.name}.part')
-  part.write_text(text)
-  os.replace(part, file)
-
-
-def environment(data_manifest: dict[str, Any]) -> dict[str, Any]:
-  """What a result may depend on beside the config."""
-  devices = jax.devices()
-  return {
-    'time': time.strftime('%Y-%m-%dT%H:%M:%S%z'),
-    'command': sys.argv,
-    'python': platform.python_version(),
-    'platform': platform.platform(),
-    'cpus': os.cpu_count(),
-    'versions': {'jaxformer': _version('jaxformer')}
-    | {p: v for p in PACKAGES if (v := _version(p))},
-    'devices': {
-      'platform': devices[0].platform,
-      'kind': devices[0].device_kind,
-      'count': len(devices),
-      'processes': jax.process_count(),
-    },
-    'xla_flags': {k: os.environ[k] for k in ('XLA_FLAGS', 'LIBTPU_INIT_ARGS') if k in os.environ},
-    'commit': _commit(),
-    'data': data_manifest,
-  }
-
-
-def _version(package: str) -> str | None:
-  try:
-    return importlib.metadata.version(package)
-  except importlib.metadata.PackageNotFoundError:
-    return None
-
-
-def _commit() -> str | None:
-  """The commit of the package's source, with a + where files differ from it; None outside a
-  repository."""
-  if shutil.which('git') is None:
-    return None
-  home = Path(__file__).parent
-
-  def git(*words: str) -> str | None:
-    done = subprocess.run(
-      ['git', '-C', str(home), *words], capture_output=True, text=True, check=False, timeout=20
-    )
-    return done.stdout.strip() if done.returncode == 0 else None
-
-  head = git('rev-parse', 'HEAD')
-  return head and head + (
-    '+' if git('status', '--porcelain', '--untracked-files=no', '--', str(home.parent)) else ''
-  )

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from jaxformer.config import InputError
+from jaxformer.config import InputError, first_lines
 from jaxformer.data import Dataset
 from jaxformer.evaluation import evaluate
 from jaxformer.models.params import Definition, Params, define
@@ -18,8 +18,8 @@ from jaxformer.sharding import Rules, make_mesh
 from jaxformer.training.batch_placement import BatchPlacement
 from jaxformer.training.checkpoint import differing_shapes, load_params
 from jaxformer.training.experiment import Experiment, check_fit
-from jaxformer.training.folder import Place
 from jaxformer.training.optimizer import Optimizer
+from jaxformer.training.paths import AnyPath
 from jaxformer.training.step import StepConfig, TrainState, abstract_train_state, step_config
 
 
@@ -89,7 +89,7 @@ class Setup:
     source = data.validation_name + ('' if complete else f', {limit} batches of {rows}')
     return {'eval/loss': r.loss, **score, 'eval/source': source}
 
-  def initial_params(self, source: str | Place | Params) -> Params:
+  def initial_params(self, source: str | AnyPath | Params) -> Params:
     """Return the parameters of a checkpoint, or copies of those given by name, on the mesh. Raises
     `InputError` unless names and shapes are those of the model."""
     d = self.definition

@@ -15,7 +15,7 @@ from jaxformer.models.zoo import PRESETS
 from jaxformer.task_type import LANGUAGE_MODELING, TRANSLATION
 from jaxformer.training import default_experiment, load_experiment
 from jaxformer.training.checkpoint import load_params
-from jaxformer.training.folder import fetched
+from jaxformer.training.paths import local_copy
 from jaxformer.user_code import load_file
 from jaxformer.workflows.model import Model
 from jaxformer.workflows.names import foreign_weights, trained_folder
@@ -36,13 +36,12 @@ def load_model(name: str, code: Code, seed: int) -> Model:
     tokenizer = load_tokenizer(folder) if has_tokenizer else None
     return Model(foreign.path.name, define(model), lambda: params, tokenizer)
   path, at = trained_folder(name)
-  name_code(code)
-  trained_by = load_experiment(path)
+  trained_by = load_experiment(path, code)
   definition = define(trained_by.model)
   params, step = load_params(f'{path}{at}', definition)
   tokenizer = None
   if (path / 'tokenizer').exists():
-    with fetched(path / 'tokenizer') as folder:
+    with local_copy(path / 'tokenizer') as folder:
       tokenizer = load_tokenizer(folder)
   return Model(path.name, definition, lambda: params, tokenizer, trained_by, step)
 

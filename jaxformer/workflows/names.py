@@ -9,7 +9,7 @@ import pathlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar, Unpack
 
-from jaxformer.config import Config, InputError, differences, nearest, to_json
+from jaxformer.config import Config, InputError, differences, first_lines, nearest, to_json
 from jaxformer.interop import is_rwkv, load_hf, load_rwkv
 from jaxformer.layers.layer import LayerConfig
 from jaxformer.models.language_model import ModelConfig
@@ -21,7 +21,7 @@ from jaxformer.study.studies import STUDIES
 from jaxformer.study.study import FixedModel, Study, TokenMixer
 from jaxformer.training.checkpoint import steps_in
 from jaxformer.training.experiment import Experiment, default_experiment
-from jaxformer.training.folder import Place, is_url, place
+from jaxformer.training.paths import AnyPath, is_url, to_path
 from jaxformer.training.run import run_folder
 from jaxformer.user_code import errors_of, is_a, load_file, object_in_file
 from jaxformer.workflows.sizes import Pairs, Size, is_layer, name_of, size_of, sized_model
@@ -33,7 +33,6 @@ T = TypeVar('T')
 
 # Settings of a model that do not change what its weights compute.
 FREE = {'dropout', 'init', 'key_init', 'out_init', 'embedding_init', 'head_init'}
-MOST_SHOWN = 12  # differences in a message
 
 
 # ---- overrides ---------------------------------------------------------------------------------
@@ -151,13 +150,13 @@ def foreign_weights(name: str) -> Foreign | None:
   return Foreign(pathlib.Path(path), load_hf) if _is_hugging_face(pathlib.Path(path)) else None
 
 
-def trained_folder(name: str) -> tuple[Place, str]:
+def trained_folder(name: str) -> tuple[AnyPath, str]:
   """Return the folder of a run, given by path, by name in `runs` or by URL, and its '@STEP' or ''.
 
   Raises `InputError` with the nearest names of runs."""
   folder, at, step = name.partition('@')
   if is_url(folder):
-    return place(folder), f'{at}{step}'
+    return to_path(folder), f'{at}{step}'
   candidates = (pathlib.Path(folder), pathlib.Path('runs') / folder)
   path = next((p for p in candidates if folder and p.is_dir()), None)
   if path is not None:
@@ -206,9 +205,8 @@ def initial_params(source: str, experiment: Experiment) -> str | Params:
     if not FREE & set(d.partition(':')[0].split('.'))
   ]
   if lines:
-    more = len(lines) - MOST_SHOWN
-    shown = '\n  '.join(lines[:MOST_SHOWN] + ([f'and {more} more'] if more > 0 else []))
     raise InputError(
-      f"--init-from {source}: its model is not the experiment's (weights -> experiment):\n  {shown}"
+      f"--init-from {source}: its model is not the experiment's (weights -> experiment):"
+      f"\n  {first_lines(lines)}"
     )
   return params

@@ -67,7 +67,7 @@ def test_batch_must_divide_over_the_mesh(tiny, dataset):
 
 
 def test_a_mesh_that_does_not_divide_a_parameter_is_refused(tiny, dataset):
-  with pytest.raises(InputError, match='does not divide'):
+  with pytest.raises(InputError, match='must divide'):
     Setup.of(
       tiny.replace(model=tiny.model.replace(vocab_size=265), mesh=MeshConfig(tensor=8, data=1)),
       dataset,

@@ -19,7 +19,7 @@ from jaxformer.config import InputError
 from jaxformer.data import load_tokenizer
 from jaxformer.training import TensorBoard, load_experiment, train
 from jaxformer.training.checkpoint import Checkpoints, steps_in
-from jaxformer.training.folder import fetched, move, place, remove
+from jaxformer.training.paths import local_copy, move, remove, to_path
 from jaxformer.training.run import Run, read_metrics, run_folder
 from tests.tiers import thorough
 from tests.training.compare import curve
@@ -74,7 +74,7 @@ def begun(store, dataset, name='one', **training):
 def test_a_run_killed_loses_what_followed_its_last_checkpoint(store, dataset):
   run = begun(store, dataset)
   assert run.fresh
-  assert run.folder == run_folder(run.experiment) == place(f'{DIR}/one')
+  assert run.folder == run_folder(run.experiment) == to_path(f'{DIR}/one')
   assert str(run.folder) == f'{DIR}/one'
   assert load_experiment(f'{DIR}/one') == run.experiment
   run.event('start')
@@ -101,7 +101,7 @@ def test_a_run_killed_loses_what_followed_its_last_checkpoint(store, dataset):
   ]
   assert events == ['start', 'resume']
   assert (run.folder / 'samples.txt').read_text().count('text') == 2
-  with fetched(run.folder / 'tokenizer') as folder:
+  with local_copy(run.folder / 'tokenizer') as folder:
     assert load_tokenizer(folder).fingerprint() == dataset.tokenizer.fingerprint()
   assert len(list(store.scratch.iterdir())) == 1  # of the run that was killed
 
@@ -111,10 +111,10 @@ def test_a_run_that_is_another_is_refused(store, dataset):
     pass
   with pytest.raises(
     InputError,
-    match=r'gs://bucket/runs/one is a run of another experiment:\n  training.seed: 0 -> 1',
+    match=r'gs://bucket/runs/one was created by a different experiment:\n  training.seed: 0 -> 1',
   ):
     Run(make_experiment(DIR, 'one', seed=1))
-  (place(DIR) / 'two' / 'notes.txt').write_text('mine')
+  (to_path(DIR) / 'two' / 'notes.txt').write_text('mine')
   with pytest.raises(InputError, match='gs://bucket/runs/two is not empty and not a run folder'):
     Run(make_experiment(DIR, 'two'))
 
@@ -186,10 +186,10 @@ def test_an_error_on_its_way_out_is_the_one_to_be_seen(store, dataset):
 
   with pytest.raises(ZeroDivisionError):
     fail(OSError('busy'))
-  assert not (place(DIR) / 'one' / 'events.jsonl').exists()
+  assert not (to_path(DIR) / 'one' / 'events.jsonl').exists()
   with pytest.raises(ZeroDivisionError):
     fail()
-  assert 'start' in (place(DIR) / 'one' / 'events.jsonl').read_text()
+  assert 'start' in (to_path(DIR) / 'one' / 'events.jsonl').read_text()
   assert not list(store.scratch.iterdir())
 
 
@@ -218,7 +218,7 @@ def test_what_cannot_be_reached_is_said_before_anything_is_written(store, datase
 
 @pytest.mark.quick
 def test_checkpoints_in_a_bucket_count_once_they_are_marked_whole(store):
-  home = place('gs://bucket/run/checkpoints')
+  home = to_path('gs://bucket/run/checkpoints')
   assert steps_in(home) == []
   for step in (2, 10):
     (home / str(step) / 'meta' / 'data.json').write_text('{}')
@@ -264,5 +264,5 @@ def test_without_the_package_the_extra_is_named(monkeypatch):
 @pytest.mark.quick
 def test_a_local_path_stays_one(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
-  assert place('runs/one') == tmp_path / 'runs' / 'one'
-  assert place('~/runs').is_absolute()
+  assert to_path('runs/one') == tmp_path / 'runs' / 'one'
+  assert to_path('~/runs').is_absolute()

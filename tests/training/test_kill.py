@@ -30,11 +30,11 @@ LONG = {
 
 
 def written(experiment):
-  """A folder with the experiment's config alone."""
-  folder = Path(experiment.run.dir) / 'configs' / experiment.run.name
-  folder.mkdir(parents=True, exist_ok=True)
-  (folder / 'config.json').write_text(config.text(experiment))
-  return folder
+  """A file with the experiment."""
+  file = Path(experiment.run.dir) / 'configs' / f'{experiment.run.name}.json'
+  file.parent.mkdir(parents=True, exist_ok=True)
+  file.write_text(config.text(experiment))
+  return file
 
 
 def start(experiment):

@@ -1,0 +1,75 @@
+"""The environment of a run: what a result may depend on apart from its config."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+
+PACKAGES = (
+  'jaxformer',
+  'jax',
+  'jaxlib',
+  'flax',
+  'optax',
+  'orbax-checkpoint',
+  'numpy',
+  'tokenizers',
+  'libtpu',
+  'jax-cuda13-plugin',
+)
+
+
+def environment(data_manifest: dict[str, Any]) -> dict[str, Any]:
+  """Return versions, devices, flags, command, commit of the package, and the data, as JSON data."""
+  devices = jax.devices()
+  return {
+    'time': time.strftime('%Y-%m-%dT%H:%M:%S%z'),
+    'command': sys.argv,
+    'python': platform.python_version(),
+    'platform': platform.platform(),
+    'cpus': os.cpu_count(),
+    'versions': {p: v for p in PACKAGES if (v := _version(p)) or p == 'jaxformer'},
+    'devices': {
+      'platform': devices[0].platform,
+      'kind': devices[0].device_kind,
+      'count': len(devices),
+      'processes': jax.process_count(),
+    },
+    'xla_flags': {k: os.environ[k] for k in ('XLA_FLAGS', 'LIBTPU_INIT_ARGS') if k in os.environ},
+    'commit': _commit(),
+    'data': data_manifest,
+  }
+
+
+def _version(package: str) -> str | None:
+  try:
+    return importlib.metadata.version(package)
+  except importlib.metadata.PackageNotFoundError:
+    return None
+
+
+def _commit() -> str | None:
+  """Return the commit of the package's source, with a + if files differ from it; None outside a
+  repository."""
+  if shutil.which('git') is None:
+    return None
+  home = Path(__file__).parent
+
+  def git(*words: str) -> str | None:
+    done = subprocess.run(
+      ['git', '-C', str(home), *words], capture_output=True, text=True, check=False, timeout=20
+    )
+    return done.stdout.strip() if done.returncode == 0 else None
+
+  head = git('rev-parse', 'HEAD')
+  changed = head and git('status', '--porcelain', '--untracked-files=no', '--', str(home.parent))
+  return f'{head}+' if changed else head
