@@ -21,7 +21,12 @@ from jaxformer.layers.layer import (
   starts_BT,
 )
 from jaxformer.layers.lstm import CONTEXT, FORGET
-from jaxformer.ops.attentive_decoder import Source, States, Weights, search
+from jaxformer.ops.attentive_decoder import (
+  AttentionSource,
+  AttentiveWeights,
+  States,
+  attentive_decoder,
+)
 from jaxformer.ops.linear import linear
 from jaxformer.sharding import param
 
@@ -148,7 +153,7 @@ class AttentiveDecoder(Layer):
     before = self.init_state(B, T, ctx.memory) if state is None else state
     s, weights = (
       before.source,
-      Weights(
+      AttentiveWeights(
         self.w[...],
         self.w_context[...],
         self.u[...],
@@ -157,10 +162,10 @@ class AttentiveDecoder(Layer):
         self.v[...],
       ),
     )
-    y, c, a, last = search(
+    y, c, a, last = attentive_decoder(
       x_BTD,
       weights,
-      Source(s.keys_BSA, s.values_BSC, s.mask_BS),
+      AttentionSource(s.keys_BSA, s.values_BSC, s.mask_BS),
       before.states,
       s.first,
       starts_BT(ctx.segments_BT, B, T),

@@ -26,7 +26,7 @@ from jaxformer.layers.s4d import Bilinear, Discretisation, Lin, Spectrum
 from jaxformer.layers.state_space import complex_normal, paired, pairs, recurrent
 from jaxformer.ops.linear import linear
 from jaxformer.ops.ssm import ssm, ssm_step, toeplitz
-from jaxformer.ops.ssm_systems import Diagonal, Shift
+from jaxformer.ops.ssm_systems import DiagonalSystem, ShiftSystem
 from jaxformer.sharding import param, shard
 
 
@@ -138,13 +138,13 @@ class H3(Layer):
     )
     self.skip = recurrent(jax.random.normal(rngs.params(), (H,)), ('inner',))
 
-  def systems(self) -> tuple[Shift, Diagonal]:
+  def systems(self) -> tuple[ShiftSystem, DiagonalSystem]:
     """The discrete systems of the present parameters: for the keys, and for their products with the
     values."""
     taps_DN = jnp.sum(toeplitz(self.shift_b[...]) * self.shift_c[...][:, None], axis=-1)
     a = jax.lax.complex(-jnp.exp(self.log_decay[...]), self.frequency[...])
     log_a, b = self.config.discretisation(a, paired(self.b), jnp.exp(self.log_dt[...]))
-    return Shift(taps_DN[None]), Diagonal(log_a, b, paired(self.c)[None])
+    return ShiftSystem(taps_DN[None]), DiagonalSystem(log_a, b, paired(self.c)[None])
 
   def init_state(self, batch: int, max_len: int, memory: Memory | None = None) -> H3State:
     (H, D), N, pairs_BKK = (

@@ -25,8 +25,8 @@ from jaxformer.layers.layer import (
   starts_BT,
 )
 from jaxformer.layers.lstm import Lstm, LstmState
-from jaxformer.ops.attentive_decoder import Source
-from jaxformer.ops.input_feeding import Weights, feed
+from jaxformer.ops.attentive_decoder import AttentionSource
+from jaxformer.ops.input_feeding import InputFeedingWeights, input_feeding
 
 
 @jax.tree_util.register_dataclass
@@ -156,8 +156,8 @@ class InputFeeding(Layer):
     factors = (
       dropout(jnp.ones((B, T, len(first) * H), x_BTD.dtype), self.dropout, ctx) if drops else None
     )
-    source = Source(keys.k_BSGK[:, :, 0], keys.v_BSGC[:, :, 0], keys.mask_BS)
-    y, a, (fed, *last) = feed(
+    source = AttentionSource(keys.k_BSGK[:, :, 0], keys.v_BSGC[:, :, 0], keys.mask_BS)
+    y, a, (fed, *last) = input_feeding(
       x_BTD,
       self._weights(),
       source,
@@ -175,9 +175,9 @@ class InputFeeding(Layer):
       alignments=(a,) if ctx.align else (),
     )
 
-  def _weights(self) -> Weights:
+  def _weights(self) -> InputFeedingWeights:
     w = [lstm.w[...] for lstm in self.lstms]
-    return Weights(
+    return InputFeedingWeights(
       w[0][: self.width],
       (w[0][self.width :], *w[1:]),
       tuple(lstm.u[...] for lstm in self.lstms),
@@ -187,5 +187,5 @@ class InputFeeding(Layer):
 
 
 def _in_a_row(y_BH: Array, states: tuple[LstmState, ...]) -> tuple[Array, ...]:
-  """States in the order of `ops.input_feeding.feed`."""
+  """States in the order of `ops.input_feeding.input_feeding`."""
   return y_BH, *(s.h_BH for s in states), *(s.c_BH for s in states)

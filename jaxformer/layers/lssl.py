@@ -12,7 +12,7 @@ from jaxformer.config import Config
 from jaxformer.layers.layer import LayerPosition
 from jaxformer.layers.state_space import StateSpace, StateSpaceConfig, recurrent
 from jaxformer.ops.hippo import legs
-from jaxformer.ops.ssm_systems import Dense, dense_bilinear
+from jaxformer.ops.ssm_systems import DenseSystem, dense_bilinear
 
 
 class Transition(Config, abstract=True):
@@ -96,7 +96,7 @@ class LSSL(StateSpace):
       decay=True,
     )
 
-  def system(self, direction: int = 0) -> Dense:
+  def system(self, direction: int = 0) -> DenseSystem:
     N, M = self.config.d_state, self.copies
     a, b = (jnp.asarray(v, jnp.float32) for v in legs(N))
     a = a if self.a is None else self.a[...]
@@ -104,4 +104,4 @@ class LSSL(StateSpace):
     d, bbar = dense_bilinear(
       a_HNN, jnp.broadcast_to(b[None], (self.width, N)), jnp.exp(self.log_dt[...])
     )
-    return Dense(d, bbar, self.c[...][direction * M : (direction + 1) * M])
+    return DenseSystem(d, bbar, self.c[...][direction * M : (direction + 1) * M])

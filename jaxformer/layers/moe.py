@@ -26,8 +26,7 @@ from jaxformer.layers.router import (
   TopKSoftmax,
 )
 from jaxformer.ops import moe
-from jaxformer.ops.routing import load_of, places, within
-from jaxformer.ops.sequence_parallel import time_axes
+from jaxformer.ops.routing import load_of
 
 
 class Moe(Layer):
@@ -146,22 +145,15 @@ class Moe(Layer):
     experts = moe.Experts(self.expert_up.kernel[...], gate, self.expert_down.kernel[...])
     activation = ACTIVATIONS[c.expert.activation]
     if c.router.experts_choose:
-      y = moe.placed(x_BTD, r.index, r.weight, experts, activation)
+      y = moe.from_slots(x_BTD, r.index, r.weight, experts, activation)
       taken_BT = (
         jnp.zeros((B, T), bool).at[jnp.arange(B)[:, None], r.index.reshape(B, -1)].set(True)
       )
       return y, {'moe/dropped': 1.0 - jnp.mean(taken_BT.astype(jnp.float32))}
     load_E = load_of(r.index, E)
     aux = {'moe/load_ratio': jnp.max(load_E) / jnp.mean(load_E)}
-    weight_BTK = r.weight
-    if c.capacity_factor is not None and T > 1:
-      capacity = min(T, math.ceil(c.capacity_factor * T * r.index.shape[2] / E))
-      if not time_axes(T):
-        token, weight, dropped = places(r.index, weight_BTK, E, capacity)
-        y = moe.placed(x_BTD, token, weight, experts, activation)
-        return y, aux | {'moe/dropped': dropped}
-      # Slots are those of whole sequences; what has one is computed where the token is.
-      kept_BTK = within(r.index, E, capacity)
-      weight_BTK = jnp.where(kept_BTK, weight_BTK, 0.0)
-      aux |= {'moe/dropped': 1.0 - jnp.mean(kept_BTK.astype(jnp.float32))}
-    return moe.dropless(x_BTD, r.index, weight_BTK, experts, activation), aux
+    if c.capacity_factor is None or T == 1:
+      return moe.dropless(x_BTD, r.index, r.weight, experts, activation), aux
+    capacity = min(T, math.ceil(c.capacity_factor * T * r.index.shape[2] / E))
+    y, dropped = moe.dispatch_with_capacity(x_BTD, r.index, r.weight, experts, activation, capacity)
+    return y, aux | {'moe/dropped': dropped}

@@ -18,7 +18,14 @@ from jaxtyping import Array, Float, Int
 from jaxformer.config import Config, InputError
 from jaxformer.layers.init import Init, Normal, Zeros
 from jaxformer.layers.layer import Context, LayerPosition
-from jaxformer.ops.routing import balance_loss, cv_squared, load_of, noisy_load, nudge, z_loss
+from jaxformer.ops.routing import (
+  balance_loss,
+  cv_squared,
+  load_balancing_bias_gradient,
+  load_of,
+  noisy_load,
+  z_loss,
+)
 from jaxformer.sharding import param
 
 
@@ -251,8 +258,8 @@ class BiasBalanced(TokenChoiceConfig):
   DeepSeek-V3).
 
   The bias of an expert with more than the mean load falls and that of one with less rises, in each
-  step by about learning rate * `bias_rate`: see `ops.routing.nudge`. (The paper's step is 0.001,
-  independent of the schedule.)
+  step by about learning rate * `bias_rate`: see `ops.routing.load_balancing_bias_gradient`. (The
+  paper's step is 0.001, independent of the schedule.)
 
   Attributes:
     scale: of the weights; 2.5 in DeepSeek-V3.
@@ -276,9 +283,9 @@ class BiasBalanced(TokenChoiceConfig):
     score = jax.nn.sigmoid(logits)
     expert = jax.lax.top_k(jax.lax.stop_gradient(score + bias.reshape(1, 1, -1)), self.k)[1]
     s = jnp.take_along_axis(score, expert, axis=-1)
-    weight = self.scale * s / (jnp.sum(s, axis=-1, keepdims=True) + 1e-20) + nudge(
-      bias, load_of(expert, router.experts)
-    )
+    weight = self.scale * s / (
+      jnp.sum(s, axis=-1, keepdims=True) + 1e-20
+    ) + load_balancing_bias_gradient(bias, load_of(expert, router.experts))
     return Routing(expert, weight, logits, score / jnp.sum(score, axis=-1, keepdims=True))
 
 

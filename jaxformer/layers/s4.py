@@ -17,7 +17,7 @@ from jaxformer.layers.state_space import (
   recurrent,
 )
 from jaxformer.ops.hippo import legs_dplr
-from jaxformer.ops.ssm_dplr import Dplr, dense_dplr, dplr, truncated
+from jaxformer.ops.ssm_dplr import DplrSystem, dense_dplr, dplr, truncated
 
 
 class S4(StateSpace):
@@ -69,7 +69,7 @@ class S4(StateSpace):
     tilde = truncated(jnp.concatenate([2 * start.real, -2 * start.imag], axis=-1), d, c.length)
     self.c_tilde = recurrent(pairs(tilde), (None, 'inner', 'state', None), decay=True)
 
-  def system(self, direction: int = 0) -> Dplr:
+  def system(self, direction: int = 0) -> DplrSystem:
     a = jax.lax.complex(-jnp.exp(self.log_decay[...]), self.frequency[...])
     tilde = paired(self.c_tilde)[direction : direction + 1]
     return dplr(a, paired(self.p), paired(self.b), tilde, jnp.exp(self.log_dt[...]), self.length)

@@ -20,7 +20,7 @@ from jaxformer.layers.state_space import (
   recurrent,
 )
 from jaxformer.ops.hippo import legs_dplr
-from jaxformer.ops.ssm_systems import Diagonal, bilinear, zoh
+from jaxformer.ops.ssm_systems import DiagonalSystem, bilinear, zoh
 
 
 class Spectrum(Config, abstract=True):
@@ -131,7 +131,7 @@ class S4D(StateSpace):
       decay=True,
     )
 
-  def system(self, direction: int = 0) -> Diagonal:
+  def system(self, direction: int = 0) -> DiagonalSystem:
     a = jax.lax.complex(-jnp.exp(self.log_decay[...]), self.frequency[...])
     log_a, b = self.discretisation(a, paired(self.b), jnp.exp(self.log_dt[...]))
-    return Diagonal(log_a, b, paired(self.c)[direction : direction + 1])
+    return DiagonalSystem(log_a, b, paired(self.c)[direction : direction + 1])

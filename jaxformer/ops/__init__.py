@@ -1,2 +1,2 @@
-"""Pure functions on arrays. Every fast form has a `*_naive` beside it, written from the paper's
-recurrence."""
+"""Pure functions on arrays. An operation is a table of implementations (`ops/implementation.py`);
+its 'naive' one is written from the recurrence or formula of the paper."""

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxformer import sharding
-from jaxformer.ops.attention_backends import (
+from jaxformer.ops.attention_chunked import SAVED, attention_chunked, attention_unrolled
+from jaxformer.ops.attention_kernels import (
   attention_cudnn,
   attention_splash,
   attention_xla,
@@ -22,11 +23,11 @@ from jaxformer.ops.attention_backends import (
   splash_unsupported,
   xla_unsupported,
 )
-from jaxformer.ops.attention_chunked import SAVED, attention_chunked, attention_unrolled
-from jaxformer.ops.attention_sequence_parallel import attention_over_time
-from jaxformer.ops.implementation import Implementation, Operation
+from jaxformer.ops.attention_sequence_parallel import attention_sharded
+from jaxformer.ops.implementation import Operation
 from jaxformer.ops.masks import MASKED, Mask
-from jaxformer.ops.sequence_parallel import time_axes
+from jaxformer.ops.sequence_parallel import sharded, time_axes
+from jaxformer.ops.softcap import soft_cap
 
 __all__ = [
   'ATTENTION',
@@ -40,12 +41,12 @@ __all__ = [
 
 _Shaped = Array | jax.ShapeDtypeStruct
 
-# up to so many queries (decoding) the logits of the naive form are small
+# up to so many queries (decoding) the logits of the naive implementation are small
 _SHORT = 16
 _SMALL_BYTES = (
   16 * 2**20
 )  # and so they are up to this size, where no kernel of the platform applies
-# the longest sequence that a CPU does in a few unrolled blocks; at 2048 chunked is faster
+# the longest sequence for unrolled blocks on a CPU; at 2048 chunked is faster
 _UNROLLED_T = 1024
 
 
@@ -66,39 +67,30 @@ def attention_naive(
   c) (Gemma 2). With ALiBi `slopes_H` m, -m |t - s| is added to the logit of key s for query t
   (Press et al. 2022, section 3)."""
   (B, T, H, K), (S, G) = q.shape, k.shape[1:3]
-  a = (
-    jnp.einsum(
-      'BTGRK,BSGK->BGRTS', q.reshape(B, T, G, H // G, K), k, preferred_element_type=jnp.float32
-    )
-    * scale
-  )
-  if softcap is not None:
-    a = softcap * jnp.tanh(a / softcap)
+  p = attention_weights(q, k, mask, scale=scale, softcap=softcap, slopes_H=slopes_H)
+  p = p.reshape(B, G, H // G, T, S).astype(v.dtype)
+  return jnp.einsum('BGRTS,BSGK->BTGRK', p, v).reshape(B, T, H, K)
+
+
+def attention_weights(
+  q: Float[Array, 'B T H K'],
+  k: Float[Array, 'B S G K'],
+  mask: Mask,
+  *,
+  scale: float,
+  softcap: float | None = None,
+  slopes_H: Float[Array, ' H'] | None = None,
+) -> Float[Array, 'B H T S']:
+  """The softmax of `attention_naive`, fp32, all of it in memory: for plots, and for layers whose
+  attention is small. A query that sees no key has zeros."""
+  (B, T, H, K), (S, G) = q.shape, k.shape[1:3]
+  q, k = q.reshape(B, T, G, H // G, K), k.astype(q.dtype)
+  a = jnp.einsum('BTGRK,BSGK->BGRTS', q, k, preferred_element_type=jnp.float32) * scale
+  a, _ = soft_cap(a, softcap)
   if slopes_H is not None:
     t, s = mask.positions(T, S)
     distance = -jnp.abs(t[:, None] - s[None, :]).astype(jnp.float32)
     a = a + slopes_H.reshape(1, G, H // G, 1, 1) * distance[None, None, None]
-  seen = mask.dense(T, S)[:, None, None]
-  a = jnp.where(seen, a, MASKED)
-  p = jnp.where(seen, jax.nn.softmax(a, axis=-1), 0.0)
-  return jnp.einsum('BGRTS,BSGK->BTGRK', p.astype(v.dtype), v).reshape(B, T, H, K)
-
-
-def attention_weights(
-  q: Float[Array, 'B T H K'], k: Float[Array, 'B S G K'], mask: Mask, *, scale: float
-) -> Float[Array, 'B H T S']:
-  """softmax(scale q k^T) over the keys that `mask` lets through, fp32, all of it in memory: for
-  looking at, and for layers whose attention is small. A query that sees no key has zeros."""
-  (B, T, H, K), (S, G) = q.shape, k.shape[1:3]
-  a = (
-    jnp.einsum(
-      'BTGRK,BSGK->BGRTS',
-      q.reshape(B, T, G, H // G, K),
-      k.astype(q.dtype),
-      preferred_element_type=jnp.float32,
-    )
-    * scale
-  )
   seen = mask.dense(T, S)[:, None, None]
   p = jnp.where(seen, jax.nn.softmax(jnp.where(seen, a, MASKED), axis=-1), 0.0)
   return p.reshape(B, H, T, S)
@@ -109,7 +101,7 @@ def _sharded_over_time(q) -> bool:
 
 
 def _on_one_shard_of_time(unsupported):
-  """The same reasons, and that the queries are sharded over time."""
+  """The same reasons, and one where the queries are sharded over time."""
 
   def reason(q, k, mask, **options) -> str | None:
     if _sharded_over_time(q):
@@ -124,9 +116,9 @@ def _unrolled_unsupported(q, k, mask: Mask, softcap=None, slopes_H=None) -> str 
 
 
 def _order(q: _Shaped, k: _Shaped, mask: Mask, softcap=None, slopes_H=None) -> tuple[str, ...]:
-  """Few queries (decoding): naive. A TPU: splash, a GPU: cuDNN, where they can. A CPU: unrolled,
-  where the mask is aligned and the length moderate. Else naive where its logits are small, and
-  chunked, which can do everything."""
+  """Few queries (decoding): naive. A TPU: splash, a GPU: cuDNN, where they support the case. A CPU:
+  unrolled, where the mask is aligned and the length moderate. Else naive where its logits are
+  small, and chunked, which supports every case."""
   (B, T, H, _), S = q.shape, k.shape[1]
   if _sharded_over_time(q) and mask.aligned and mask.key_segments_BS is None:
     return ('chunked',)
@@ -145,16 +137,22 @@ ATTENTION = Operation(
   'attention',
   {
     # all cases, B H T S logits in memory
-    'naive': Implementation(attention_naive),
+    'naive': attention_naive,
     # all cases, memory linear in T and S
-    'chunked': Implementation(attention_chunked),
+    'chunked': attention_chunked,
     # aligned masks; the fastest on a CPU
-    'unrolled': Implementation(attention_unrolled, _on_one_shard_of_time(_unrolled_unsupported)),
-    'xla': Implementation(attention_xla, _on_one_shard_of_time(xla_unsupported)),
-    'cudnn': Implementation(attention_cudnn, _on_one_shard_of_time(cudnn_unsupported)),
-    'splash': Implementation(attention_splash, _on_one_shard_of_time(splash_unsupported)),
+    'unrolled': attention_unrolled,
+    'xla': attention_xla,
+    'cudnn': attention_cudnn,
+    'splash': attention_splash,
   },
   _order,
+  {
+    'unrolled': _on_one_shard_of_time(_unrolled_unsupported),
+    'xla': _on_one_shard_of_time(xla_unsupported),
+    'cudnn': _on_one_shard_of_time(cudnn_unsupported),
+    'splash': _on_one_shard_of_time(splash_unsupported),
+  },
 )
 
 
@@ -180,47 +178,24 @@ def attention(
   chosen = ATTENTION.choose(q, k, mask, softcap=softcap, slopes_H=slopes_H)
   if chosen == 'naive':
     return attention_naive(q, k, v, mask, scale=scale, softcap=softcap, slopes_H=slopes_H)
-  k, v = _divisible(k, q.shape[2]), _divisible(v, q.shape[2])
-  axes = time_axes(q.shape[1])
-  # Every shard has all keys that are not the queries' own (an encoder's output).
-  if axes and mask.aligned and mask.key_segments_BS is None:
-    return attention_over_time(q, k, v, mask, axes, scale=scale, softcap=softcap, slopes_H=slopes_H)
-  if axes:  # a shard's positions are no longer 0..T-1
-    t, s = mask.positions(q.shape[1], k.shape[1])
+  k, v = _repeated(k, q.shape[2]), _repeated(v, q.shape[2])
+  if time_axes(q.shape[1]):
+    # Every shard has all keys that are not the queries' own (an encoder's output).
+    if mask.aligned and mask.key_segments_BS is None:
+      return attention_sharded(q, k, v, mask, scale=scale, softcap=softcap, slopes_H=slopes_H)
+    t, s = mask.positions(q.shape[1], k.shape[1])  # a shard's positions are no longer 0..T-1
     mask = dataclasses.replace(mask, index_T=t, index_S=s, key_segments_BS=mask.keys())
 
-  def local(q, k, v, segments_BT, key_segments_BS, index_T, index_S, slopes_H):
-    here = dataclasses.replace(
-      mask,
-      segments_BT=segments_BT,
-      key_segments_BS=key_segments_BS,
-      index_T=index_T,
-      index_S=index_S,
-    )
-    return ATTENTION[chosen](q, k, v, here, scale=scale, softcap=softcap, slopes_H=slopes_H)
+  def local(q, k, v, mask, slopes_H):
+    return ATTENTION[chosen](q, k, v, mask, scale=scale, softcap=softcap, slopes_H=slopes_H)
 
-  whole = ('batch', None, 'kv_heads', None)
-  mapped = sharding.per_shard(
-    local,
-    (
-      ('batch', 'time', 'heads', None),
-      whole,
-      whole,
-      ('batch', 'time'),
-      ('batch', None),
-      ('time',),
-      (None,),
-      ('heads',),
-    ),
-    ('batch', 'time', 'heads', None),
-  )
-  return mapped(
-    q, k, v, mask.segments_BT, mask.key_segments_BS, mask.index_T, mask.index_S, slopes_H
-  )
+  queries, keys = ('batch', 'time', 'heads', None), ('batch', None, 'kv_heads', None)
+  mapped = sharded(local, (queries, keys, keys, mask.axes, ('heads',)), queries)
+  return mapped(q, k, v, mask, slopes_H)
 
 
-def _divisible(x: Float[Array, 'B S G K'], H: int) -> Float[Array, 'B S g K']:
-  """Key/value heads repeated until the mesh divides them like the query heads: each shard then has
+def _repeated(x: Float[Array, 'B S G K'], H: int) -> Float[Array, 'B S g K']:
+  """Key/value heads repeated until the mesh shards them like the query heads: each shard then has
   the keys of its queries."""
   G, parts = x.shape[2], sharding.shards('heads', H)
   repeats = math.lcm(G, parts) // G

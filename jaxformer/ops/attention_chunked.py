@@ -1,15 +1,14 @@
-"""Attention in memory linear in the length, in plain JAX, with VJPs of their own (FlashAttention-2,
-Dao 2023).
+"""Attention in memory linear in the length, in plain JAX, with custom VJPs (FlashAttention-2, Dao
+2023).
 
-Saved for the backward pass: the output and one logsumexp per query, L_t = log sum_s exp(a_ts). With
-  P = exp(A - L) recomputed
-block by block, delta_t = sum_K dO_tK O_tK:
+The output and one logsumexp per query, L_t = log sum_s exp(a_ts), are saved for the backward pass.
+With P = exp(A - L) recomputed block by block and delta_t = sum_K dO_tK O_tK:
 
   dV = P^T dO,   dA = P * (dO V^T - delta),   dQ = scale dA K,   dK = scale dA^T Q
 
-`chunked` loops over blocks of queries and keys and skips the pairs whose mask is empty; it does all
-that the naive form does. `unrolled` is for CPUs and lengths of some thousands: a few blocks of
-queries, each against just the keys it can see, with slices known when the program is built.
+`chunked` loops over blocks of queries and keys and skips the pairs whose mask is empty; it supports
+every case. `unrolled` is for CPUs and lengths of some thousands: a few blocks of queries, each
+against only the keys that it can see, with slices known when the program is built.
 
 Dims: B batch, T queries, S keys, G key/value heads, R query heads per key/value head, K head dim.
 Heads come first inside (`BGRTK`), because XLA's batched matrix products want the contracted block
@@ -20,7 +19,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,10 +28,12 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
+from jaxformer.ops.chunks import from_chunks, to_chunks
 from jaxformer.ops.masks import MASKED, Mask, distances, visible
+from jaxformer.ops.softcap import soft_cap
 from jaxformer.sharding import platform
 
-# name of the residuals, for remat policies: saving them spares the backward pass a forward pass
+# name of the residuals for remat policies: saving them saves the backward pass a forward pass
 SAVED = 'attention'
 # a running maximum never falls below, so that exp(MASKED - maximum) is 0 and not 1
 _FLOOR = MASKED / 2
@@ -50,32 +51,26 @@ class _Static:
 
 
 class _Where(NamedTuple):
-  """Positions and segments of queries and keys, and the slopes: what decides bias and mask, and
-  carries no gradient."""
+  """Positions and segments of queries and keys, and the slopes, which determine bias and mask and
+  carry no gradient. Positions are None where they are known when the program is built: 0..T-1 and
+  0..S-1."""
 
-  t: Int[Array | np.ndarray, '*blocks T']
-  s: Int[Array | np.ndarray, '*blocks S']
+  t: Any
+  s: Any
   segments: Int[Array, '*blocks B T'] | None
   key_segments: Int[Array, '*blocks B S'] | None
   slopes: Float[Array, 'G R'] | None
 
 
-class _Aligned(NamedTuple):
-  """The same where positions are known when the program is built: keys and queries are 0..S-1 and
-  0..T-1."""
-
-  segments: Int[Array, 'B T'] | None
-  key_segments: Int[Array, 'B S'] | None
-  slopes: Float[Array, 'G R'] | None
+def _where(mask: Mask, slopes_H, t, s, G: int) -> _Where:
+  slopes = None if slopes_H is None else slopes_H.astype(jnp.float32).reshape(G, -1)
+  return _Where(t, s, mask.segments_BT, None if mask.segments_BT is None else mask.keys(), slopes)
 
 
 def _logits(q, k, at: _Where, static: _Static):
   """Masked logits `BGRTS` in fp32, and the derivative of the soft cap (None without one)."""
   a = jnp.einsum('BGRTK,BGSK->BGRTS', q, k, preferred_element_type=jnp.float32) * static.scale
-  slope = None
-  if static.softcap is not None:
-    capped = jnp.tanh(a / static.softcap)
-    a, slope = static.softcap * capped, 1.0 - jnp.square(capped)
+  a, slope = soft_cap(a, static.softcap)
   if at.slopes is not None:
     distance = -distances(at.t, at.s).astype(np.float32)
     a = a + at.slopes[None, :, :, None, None] * distance[None, None, None]
@@ -120,35 +115,17 @@ def _delta(do, out):
 # ---- blocks of queries and keys in loops -------------------------------------------------------
 
 
-def _blocks(x, axis: int, block: int, fill=0):
-  """Pads `axis` to whole blocks and moves them to the front: `[..., n, ...]` -> `[n / block, ...,
-  block, ...]`."""
-  n = -(-x.shape[axis] // block)
-  pad = [(0, 0)] * x.ndim
-  pad[axis] = (0, n * block - x.shape[axis])
-  x = jnp.pad(x, pad, constant_values=fill)
-  return jnp.moveaxis(x.reshape(*x.shape[:axis], n, block, *x.shape[axis + 1 :]), axis, 0)
-
-
-def _joined(x, axis: int, size: int):
-  """The inverse of `_blocks`, without the padding."""
-  x = jnp.moveaxis(x, 0, axis)
-  x = x.reshape(*x.shape[:axis], x.shape[axis] * x.shape[axis + 1], *x.shape[axis + 2 :])
-  return lax.slice_in_dim(x, 0, size, axis=axis)
-
-
 def _in_blocks(at: _Where, static: _Static) -> _Where:
   b = static.block
-  segments = None if at.segments is None else _blocks(at.segments, 1, b, -1)
-  keys = None if at.key_segments is None else _blocks(at.key_segments, 1, b, -2)
-  return _Where(_blocks(at.t, 0, b, -1), _blocks(at.s, 0, b, -1), segments, keys, at.slopes)
+  segments = None if at.segments is None else to_chunks(at.segments, b, 1, -1)
+  keys = None if at.key_segments is None else to_chunks(at.key_segments, b, 1, -2)
+  return _Where(to_chunks(at.t, b, 0, -1), to_chunks(at.s, b, 0, -1), segments, keys, at.slopes)
 
 
 def _ranges(at: _Where, static: _Static):
   """For each block of queries the first and one past the last block of keys that it may see, and
-  the same for each block of
-  keys: from the extremes of positions and segments, so a few too many pairs may be visited and
-    never one too few."""
+  the same for each block of keys. They come from the extremes of positions and segments, so some
+  pairs may be visited in vain and none is missed."""
   far = jnp.iinfo(jnp.int32).max // 2
   empty = at.s < 0  # empty cache slots and padding
   last, first = (
@@ -187,8 +164,8 @@ def _chunked_forward(q, k, v, at, static):
   blocks = _in_blocks(at, static)
   (lo, hi), _ = _ranges(blocks, static)
   qs, ks, vs = (
-    _blocks(_heads_first(q, G), 3, static.block),
-    *(_blocks(x.transpose(0, 2, 1, 3), 2, static.block) for x in (k, v)),
+    to_chunks(_heads_first(q, G), static.block, 3),
+    *(to_chunks(x.transpose(0, 2, 1, 3), static.block, 2) for x in (k, v)),
   )
 
   def queries(_, xs):
@@ -213,7 +190,7 @@ def _chunked_forward(q, k, v, at, static):
     return None, ((acc / total).astype(dtype), (top + jnp.log(total))[..., 0])
 
   _, (out, lse) = lax.scan(queries, None, (qs, blocks.t, blocks.segments, lo, hi))
-  out, lse = checkpoint_name((_heads_last(_joined(out, 3, T)), _joined(lse, 3, T)), SAVED)
+  out, lse = checkpoint_name((_heads_last(from_chunks(out, T, 3)), from_chunks(lse, T, 3)), SAVED)
   return out, (q, k, v, at, out, lse)
 
 
@@ -223,9 +200,9 @@ def _chunked_backward(static, saved, do):
   blocks = _in_blocks(at, static)
   _, (lo, hi) = _ranges(blocks, static)
   do, out = _heads_first(do, G), _heads_first(out, G)
-  qs, dos = _blocks(_heads_first(q, G), 3, b), _blocks(do, 3, b)
-  lses, deltas = _blocks(lse[..., None], 3, b), _blocks(_delta(do, out), 3, b)
-  ks, vs = (_blocks(x.transpose(0, 2, 1, 3), 2, b) for x in (k, v))
+  qs, dos = to_chunks(_heads_first(q, G), b, 3), to_chunks(do, b, 3)
+  lses, deltas = to_chunks(lse[..., None], b, 3), to_chunks(_delta(do, out), b, 3)
+  ks, vs = (to_chunks(x.transpose(0, 2, 1, 3), b, 2) for x in (k, v))
 
   def keys(dq, xs):
     kj, vj, sj, segments, start, stop = xs
@@ -248,33 +225,26 @@ def _chunked_backward(static, saved, do):
   dq, (dk, dv) = lax.scan(
     keys, jnp.zeros(qs.shape, jnp.float32), (ks, vs, blocks.s, blocks.key_segments, lo, hi)
   )
-  dq = _heads_last(_joined(dq, 3, T)).astype(q.dtype)
-  return dq, _joined(dk, 2, S).transpose(0, 2, 1, 3), _joined(dv, 2, S).transpose(0, 2, 1, 3), None
+  dq = _heads_last(from_chunks(dq, T, 3)).astype(q.dtype)
+  return (
+    dq,
+    from_chunks(dk, S, 2).transpose(0, 2, 1, 3),
+    from_chunks(dv, S, 2).transpose(0, 2, 1, 3),
+    None,
+  )
 
 
 _chunked.defvjp(_chunked_forward, _chunked_backward)
 
 
-def attention_chunked(
-  q: Float[Array, 'B T H K'],
-  k: Float[Array, 'B S G K'],
-  v: Float[Array, 'B S G K'],
-  mask: Mask,
-  *,
-  scale: float,
-  softcap: float | None = None,
-  slopes_H: Float[Array, ' H'] | None = None,
-  block: int | None = None,
-) -> Float[Array, 'B T H K']:
-  """Attention block by block in both lengths: what `attention_naive` means, in memory linear in T
-  and S.
+def attention_chunked(q, k, v, mask: Mask, *, scale, softcap=None, slopes_H=None, block=None):
+  """Attention block by block in both lengths, in memory linear in T and S.
 
   Differentiable in q, k and v; `slopes_H` are constants. Pairs of blocks that cannot see each other
   (the future, beyond the window, other packed documents, empty cache slots) are not visited."""
-  (T, H), (S, G) = q.shape[1:3], k.shape[1:3]
+  T, (S, G) = q.shape[1], k.shape[1:3]
   t, s = mask.positions(T, S)
-  slopes = None if slopes_H is None else slopes_H.astype(jnp.float32).reshape(G, H // G)
-  at = _Where(t, s, mask.segments_BT, None if mask.segments_BT is None else mask.keys(), slopes)
+  at = _where(mask, slopes_H, t, s, G)
   block = min(block or (256 if platform() == 'cpu' else 512), -(-max(T, S) // 8) * 8)
   return _chunked(q, k, v, at, _Static(mask.causal, mask.window, scale, softcap, block))
 
@@ -295,7 +265,7 @@ def _spans(T: int, S: int, static: _Static) -> list[tuple[slice, slice]]:
   return spans
 
 
-def _here(at: _Aligned, rows: slice, cols: slice) -> _Where:
+def _here(at: _Where, rows: slice, cols: slice) -> _Where:
   """One block of queries and its keys, positions as numpy."""
   segments = None if at.segments is None else at.segments[:, rows]
   keys = None if at.key_segments is None else at.key_segments[:, cols]
@@ -305,16 +275,16 @@ def _here(at: _Aligned, rows: slice, cols: slice) -> _Where:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _unrolled(q, k, v, at: _Aligned, static: _Static):
+def _unrolled(q, k, v, at: _Where, static: _Static):
   return _unrolled_forward(q, k, v, at, static)[0]
 
 
 def _unrolled_forward(q, k, v, at, static):
   (B, T, H, _), (S, G) = q.shape, k.shape[1:3]
   spans = _spans(T, S, static)
-  # Kept probabilities save the backward pass a product and an exp: a seventh of all work, for
-  # memory that grows with T^2. With a soft cap its derivative would have to be kept too, so they
-  # are recomputed.
+  # Keeping the probabilities saves the backward pass a product and an exp: a seventh of all work,
+  # for memory that grows with T^2. With a soft cap its derivative would have to be kept too, so
+  # they are recomputed.
   pairs = sum((r.stop - r.start) * (c.stop - c.start) for r, c in spans)
   keep = static.softcap is None and pairs * B * H * q.dtype.itemsize <= _KEEP_BYTES
   qh, kh, vh = _heads_first(q, G), k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
@@ -355,7 +325,7 @@ def _unrolled_backward(static, saved, do):
       p, qi, kj, v[:, :, cols], do[:, :, :, rows], delta[:, :, :, rows], slope, static.scale
     )
     dqs.append(dq.astype(q.dtype))
-    # adding block by block, as adding into a slice would copy the whole
+    # block by block, as adding to a slice would copy the complete array
     for j in range(cols.start // b, -(-cols.stop // b)):
       here = slice(j * b - cols.start, min((j + 1) * b, S) - cols.start)
       dks[j], dvs[j] = dks[j] + dk[:, :, here], dvs[j] + dv[:, :, here]
@@ -366,27 +336,16 @@ def _unrolled_backward(static, saved, do):
 _unrolled.defvjp(_unrolled_forward, _unrolled_backward)
 
 
-def attention_unrolled(
-  q: Float[Array, 'B T H K'],
-  k: Float[Array, 'B S G K'],
-  v: Float[Array, 'B S G K'],
-  mask: Mask,
-  *,
-  scale: float,
-  softcap: float | None = None,
-  slopes_H: Float[Array, ' H'] | None = None,
-  block: int | None = None,
-) -> Float[Array, 'B T H K']:
-  """Attention in about eight blocks of queries, each against just the keys it can see: what
-  `attention_naive` means, for an aligned mask. Half the work of the naive form under a causal mask;
-  temporaries of one block, B H T S / 8 numbers."""
+def attention_unrolled(q, k, v, mask: Mask, *, scale, softcap=None, slopes_H=None, block=None):
+  """Attention in about eight blocks of queries, each against only the keys that it can see, for an
+  aligned mask. Half the work of the naive implementation under a causal mask; temporaries of one
+  block, B H T S / 8 numbers."""
   if not mask.aligned:
     raise ValueError(
       'attention_unrolled slices by position and needs keys and queries at the same positions (no '
       'index_T, index_S)'
     )
-  (T, H), G = q.shape[1:3], k.shape[2]
-  slopes = None if slopes_H is None else slopes_H.astype(jnp.float32).reshape(G, H // G)
-  at = _Aligned(mask.segments_BT, None if mask.segments_BT is None else mask.keys(), slopes)
+  T = q.shape[1]
+  at = _where(mask, slopes_H, None, None, k.shape[2])
   block = block or max(64, -(-T // 512) * 64)
   return _unrolled(q, k, v, at, _Static(mask.causal, mask.window, scale, softcap, block))

@@ -1,10 +1,11 @@
-"""A recurrence that searches the source at every step: additive attention keyed on the state
-before, inside the loop.
+"""A recurrent decoder with additive attention at every step: the attention is keyed on the state
+before, so it stands inside the loop over time (Bahdanau et al. 2014; the bottom layer of GNMT, Wu
+et al. 2016).
 
-The fast form takes the product with the input out of the loop, forgets what a step computes but its
-states, which the backward pass computes again (the hidden layer of the attention is S times as
-large as they are), and divides rows over a mesh, so that gradients of the weights are summed over
-it once and not at every step.
+The fast implementation takes the product with the input out of the loop, keeps only the states of
+each step and recomputes the rest in the backward pass (the hidden layer of the attention is S times
+as large as they are), and shards rows over a mesh, so that gradients of the weights are reduced
+over it once and not at every step.
 
 Dims: B batch, T time, S source, D input, C width of the source's vectors, A hidden units of the
   attention, H units, G gates.
@@ -13,28 +14,30 @@ Dims: B batch, T time, S source, D input, C width of the source's vectors, A hid
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from jaxformer.ops.implementation import Implementation, Operation
+from jaxformer.ops.implementation import Operation
 from jaxformer.ops.masks import MASKED
-from jaxformer.ops.recurrence import input_gates, lstm_cell, product
-from jaxformer.sharding import per_shard
+from jaxformer.ops.recurrence import GRU_CELL, LSTM_CELL, States, fp32, input_gates, product
+from jaxformer.ops.sequence_parallel import sharded
 
-States = tuple[Array, ...]  # (h,) of a GRU, (h, c) of an LSTM
+# logical axes in loops over time: of what each step reads, of states, of a source
+STEPS, ROWS = (None, 'batch', None), ('batch', None)
+SOURCE = [('batch', None, None), ('batch', None, None), ROWS]
+_CELLS = {3: GRU_CELL, 4: LSTM_CELL}
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Source:
-  """What is searched.
+class AttentionSource:
+  """The encoded source that a decoder attends to.
 
   Attributes:
-    keys_BSA: what is compared, made of every vector m_s once.
-    values_BSC: the vectors.
+    keys_BSA: what the decoder's query is compared with, computed once from the vectors.
+    values_BSC: the vectors m_s.
     mask_BS: False where there is padding.
   """
 
@@ -45,9 +48,9 @@ class Source:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Weights:
-  """Of the loop: W and b of the input, those of what was read and of the state before, and of the
-  attention."""
+class AttentiveWeights:
+  """Weights of the loop: W and b of the input, those of the attention's output and of the state
+  before, and those of the attention."""
 
   w_DGH: Float[Array, 'D G H']
   context_CGH: Float[Array, 'C G H']
@@ -57,29 +60,10 @@ class Weights:
   v_A: Float[Array, ' A']
 
 
-def additive_attention(
-  h_BH: Float[Array, 'B H'], query_HA: Float[Array, 'H A'], v_A: Float[Array, ' A'], source: Source
-) -> tuple[Float[Array, 'B C'], Float[Array, 'B S']]:
-  """c = sum_s a_s m_s with a = softmax_s(v . tanh(h W + U m_s)) over the tokens of the source
-  (Bahdanau et al. 2014, section 3.1 and appendix A.1.2), both fp32."""
-  q_BA = product(h_BH, query_HA)
-  hidden = jnp.tanh(q_BA[:, None] + source.keys_BSA.astype(jnp.float32))
-  return weighted(jnp.einsum('BSA,A->BS', hidden, v_A.astype(jnp.float32)), source)
-
-
-def weighted(
-  e_BS: Float[Array, 'B S'], source: Source
-) -> tuple[Float[Array, 'B C'], Float[Array, 'B S']]:
-  """c = sum_s a_s m_s with a = softmax_s(e) over the tokens of the source, both fp32."""
-  seen = source.mask_BS
-  a = jnp.where(seen, jax.nn.softmax(jnp.where(seen, e_BS, MASKED), axis=-1), 0.0)
-  return jnp.einsum('BS,BSC->BC', a, source.values_BSC.astype(jnp.float32)), a
-
-
-def search(
+def attentive_decoder(
   x_BTD: Float[Array, 'B T D'],
-  weights: Weights,
-  source: Source,
+  weights: AttentiveWeights,
+  source: AttentionSource,
   states: States,
   first: States,
   starts_BT: Bool[Array, 'B T'],
@@ -91,96 +75,82 @@ def search(
   A.2.2), four the LSTM of `ops.recurrence.lstm`. Before a token where `starts_BT` the states are
   `first`.
 
-  Returns all h_t and c_t in the dtype of x, the attention's weights and the last states in fp32.
+  Returns all h_t and c_t in the dtype of x, the attention weights and the last states in fp32.
   """
-  if ATTENTIVE_DECODER.choose() == 'naive':
-    return search_naive(x_BTD, weights, source, states, first, starts_BT)
+  compute = ATTENTIVE_DECODER[ATTENTIVE_DECODER.choose()]
+  *outputs, states = compute(x_BTD, weights, source, states, first, starts_BT)
+  y, c, a = (jnp.swapaxes(z, 0, 1) for z in outputs)
+  return y, c, a, states
+
+
+def additive_attention(
+  h_BH: Float[Array, 'B H'],
+  query_HA: Float[Array, 'H A'],
+  v_A: Float[Array, ' A'],
+  source: AttentionSource,
+) -> tuple[Float[Array, 'B C'], Float[Array, 'B S']]:
+  """c = sum_s a_s m_s with a = softmax_s(v . tanh(h W + U m_s)) over the tokens of the source
+  (Bahdanau et al. 2014, section 3.1 and appendix A.1.2), both fp32."""
+  q_BA = product(h_BH, query_HA)
+  hidden = jnp.tanh(q_BA[:, None] + source.keys_BSA.astype(jnp.float32))
+  return attend(jnp.einsum('BSA,A->BS', hidden, v_A.astype(jnp.float32)), source)
+
+
+def attend(
+  e_BS: Float[Array, 'B S'], source: AttentionSource
+) -> tuple[Float[Array, 'B C'], Float[Array, 'B S']]:
+  """c = sum_s a_s m_s with a = softmax_s(e) over the tokens of the source, both fp32."""
+  seen = source.mask_BS
+  a = jnp.where(seen, jax.nn.softmax(jnp.where(seen, e_BS, MASKED), axis=-1), 0.0)
+  return jnp.einsum('BS,BSC->BC', a, source.values_BSC.astype(jnp.float32)), a
+
+
+def attend_naive(e_BS, source: AttentionSource):
+  """`attend`, term by term."""
+  e = jnp.exp(e_BS - e_BS.max(1, keepdims=True)) * source.mask_BS
+  a = e / jnp.maximum(e.sum(1, keepdims=True), 1e-30)
+  return (a[:, :, None] * source.values_BSC.astype(jnp.float32)).sum(1), a
+
+
+def reset(starts_B: Array, first: States, states: States) -> States:
+  """The states that a step reads: the first ones where a document starts."""
+  return tuple(jnp.where(starts_B[:, None], f, s) for f, s in zip(first, states, strict=True))
+
+
+def _scan(x_BTD, weights, source, states, first, starts_BT):
+  def loop(gates_TBGH, weights, source, states, first, starts_TB):
+    (context_CGH, u_HGH, query_HA, v_A), first = weights, fp32(first)
+    cell = _CELLS[u_HGH.shape[1]]
+
+    @jax.checkpoint
+    def step(states: States, now):
+      gates, starts_B = now
+      states = reset(starts_B, first, states)
+      c, a = additive_attention(states[0], query_HA, v_A, source)
+      gates_fp32 = gates.astype(jnp.float32) + product(c, context_CGH)
+      states, _ = cell.step((u_HGH,), gates_fp32, states)
+      return states, (states[0].astype(gates.dtype), c.astype(gates.dtype), a)
+
+    last, outputs = jax.lax.scan(step, fp32(states), (gates_TBGH, starts_TB))
+    return *outputs, last
+
+  in_axes = ((*STEPS, None), None, SOURCE, ROWS, ROWS, STEPS[:2])
   gates = input_gates(x_BTD, weights.w_DGH, weights.b_GH)
-  loop = per_shard(
-    _loop,
-    (
-      (None, 'batch', None, None),
-      *(None,) * 4,
-      *(('batch', None, None),) * 2,
-      *(('batch', None),) * 3,
-      (None, 'batch'),
-    ),
-    *((None, 'batch', None),) * 3,
-    (None, 'batch', None),
-  )
-  y, c, a, last = loop(
-    gates,
-    weights.context_CGH,
-    weights.u_HGH,
-    weights.query_HA,
-    weights.v_A,
-    source.keys_BSA,
-    source.values_BSC,
-    source.mask_BS,
-    jnp.concatenate(states, -1),
-    jnp.concatenate(first, -1),
-    starts_BT.T,
-  )
-  y, c, a = (jnp.swapaxes(z, 0, 1) for z in (y, c, a))
-  return y, c, a, tuple(last)
+  inside = weights.context_CGH, weights.u_HGH, weights.query_HA, weights.v_A
+  mapped = sharded(loop, in_axes, STEPS, STEPS, STEPS, ROWS)
+  return mapped(gates, inside, source, tuple(states), tuple(first), starts_BT.T)
 
 
-def _loop(
-  gates_TBGH,
-  context_CGH,
-  u_HGH,
-  query_HA,
-  v_A,
-  keys_BSA,
-  values_BSC,
-  mask_BS,
-  states,
-  first,
-  starts_TB,
-):
-  """The loop over time; states come side by side in one array and leave stacked, so that a mesh
-  divides them by one rule."""
-  H, source = u_HGH.shape[-1], Source(keys_BSA, values_BSC, mask_BS)
-  cell, split = (
-    _CELLS[u_HGH.shape[1]],
-    lambda s: tuple(s[:, i : i + H].astype(jnp.float32) for i in range(0, s.shape[1], H)),
-  )
-  first = split(first)
-
-  @jax.checkpoint
-  def step(states: States, now):
-    gates, starts_B = now
-    states = begun(starts_B, first, states)
-    c, a = additive_attention(states[0], query_HA, v_A, source)
-    states = cell(gates.astype(jnp.float32) + product(c, context_CGH), u_HGH, states)
-    return states, (states[0].astype(gates.dtype), c.astype(gates.dtype), a)
-
-  last, (y, c, a) = jax.lax.scan(step, split(states), (gates_TBGH, starts_TB))
-  return y, c, a, jnp.stack(last)
-
-
-def search_naive(
-  x_BTD: Float[Array, 'B T D'],
-  weights: Weights,
-  source: Source,
-  states: States,
-  first: States,
-  starts_BT: Bool[Array, 'B T'],
-) -> tuple[Float[Array, 'B T H'], Float[Array, 'B T C'], Float[Array, 'B T S'], States]:
-  """`search`, one token after the other."""
-  w = jax.tree.map(lambda p: p.astype(jnp.float32), weights)
+def attentive_decoder_naive(x_BTD, weights, source, states, first, starts_BT):
+  """`attentive_decoder`, one token after another, time first."""
+  w, first = fp32(weights), fp32(tuple(first))
   b = jnp.zeros(w.w_DGH.shape[1:]) if w.b_GH is None else w.b_GH
-  values = source.values_BSC.astype(jnp.float32)
-  states, first = (tuple(s.astype(jnp.float32) for s in some) for some in (states, first))
 
   def step(states: States, now):
     x, starts_B = now
-    states = begun(starts_B, first, states)
+    states = reset(starts_B, first, states)
     h = states[0]
-    e = jnp.tanh((h @ w.query_HA)[:, None] + source.keys_BSA) @ w.v_A
-    e = jnp.exp(e - e.max(1, keepdims=True)) * source.mask_BS
-    a = e / jnp.maximum(e.sum(1, keepdims=True), 1e-30)
-    c = (a[:, :, None] * values).sum(1)
+    c, a = attend_naive(jnp.tanh((h @ w.query_HA)[:, None] + source.keys_BSA) @ w.v_A, source)
     products = [x @ w.w_DGH[:, g] + c @ w.context_CGH[:, g] + b[g][None] for g in range(len(b))]
     if len(b) == 3:
       r, z = (jax.nn.sigmoid(products[g] + h @ w.u_HGH[:, g]) for g in range(2))
@@ -189,35 +159,13 @@ def search_naive(
       i, f, g, o = (products[g] + h @ w.u_HGH[:, g] for g in range(4))
       cell = jax.nn.sigmoid(f) * states[1] + jax.nn.sigmoid(i) * jnp.tanh(g)
       states = jax.nn.sigmoid(o) * jnp.tanh(cell), cell
-    return states, (states[0], c, a)
+    return states, (states[0].astype(x_BTD.dtype), c.astype(x_BTD.dtype), a)
 
-  states, outputs = jax.lax.scan(
-    step, states, (jnp.swapaxes(x_BTD, 0, 1).astype(jnp.float32), starts_BT.T)
-  )
-  y, c, a = (jnp.swapaxes(z, 0, 1) for z in outputs)
-  return y.astype(x_BTD.dtype), c.astype(x_BTD.dtype), a, states
-
-
-def begun(starts_B: Array, first: States, states: States) -> States:
-  """The states that a step reads: the first ones where a document begins."""
-  return tuple(jnp.where(starts_B[:, None], f, s) for f, s in zip(first, states, strict=True))
-
-
-def _gru(gates_BGH: Array, u_HGH: Array, states: States) -> States:
-  (h,) = states
-  rz = jax.nn.sigmoid(gates_BGH[:, :2] + product(h, u_HGH[:, :2]))
-  r, z = rz[:, 0], rz[:, 1]
-  return (z * h + (1 - z) * jnp.tanh(gates_BGH[:, 2] + product(r * h, u_HGH[:, 2:])[:, 0]),)
-
-
-def _lstm(gates_BGH: Array, u_HGH: Array, states: States) -> States:
-  return lstm_cell(gates_BGH + product(states[0], u_HGH), states[1])
+  inputs = fp32(jnp.swapaxes(x_BTD, 0, 1)), starts_BT.T
+  states, outputs = jax.lax.scan(step, fp32(tuple(states)), inputs)
+  return *outputs, states
 
 
 ATTENTIVE_DECODER = Operation(
-  'attentive_decoder',
-  {'naive': Implementation(search_naive), 'scan': Implementation(_loop)},
-  lambda: ('scan',),
+  'attentive_decoder', {'naive': attentive_decoder_naive, 'scan': _scan}, lambda: ('scan',)
 )
-
-_CELLS: dict[int, Callable[[Array, Array, States], States]] = {3: _gru, 4: _lstm}

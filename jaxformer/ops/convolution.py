@@ -1,11 +1,12 @@
-"""The short causal convolution in front of a recurrence (Mamba, H3)."""
+"""The short causal convolution in front of a recurrence (Gu and Dao 2023, Mamba; Fu et al. 2023,
+H3)."""
 
 from __future__ import annotations
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from jaxformer.ops.sequence_parallel import from_before, of_last, time_axes
+from jaxformer.ops.sequence_parallel import from_last_shard, from_previous_shard, time_axes
 from jaxformer.sharding import per_shard, shards
 
 
@@ -16,35 +17,32 @@ def short_convolution(
   before_BJD: Float[Array, 'B J D'] | None,
   starts_BT: Bool[Array, 'B T'],
 ) -> tuple[Float[Array, 'B T D'], Float[Array, 'B J D']]:
-  """y_t = b + sum_k w_k x_{t-K+1+k}, each channel by itself: the last of the K taps is the present
-  input.
+  """y_t = b + sum_k w_k x_{t-K+1+k} in each channel: the last of the K weights is that of the
+  present input.
 
-  A sum of K shifted products, which XLA fuses; a grouped convolution of one channel a group it runs
-  slowly. Summed in fp32.
+  A sum of K shifted products, which XLA fuses; a grouped convolution with one channel per group
+  would be slow. Summed in fp32.
 
   Args:
     x_BTD: inputs.
-    w_KD: taps, from the oldest input to the present one.
-    b_D: offsets; None for none.
-    before_BJD: the J = K - 1 inputs before these, zeros where there were none; None for none at
-      all.
-    starts_BT: where a document begins; no tap reaches back across such a border.
+    w_KD: the kernel, from the oldest input to the present one.
+    b_D: bias; None for none.
+    before_BJD: the J = K - 1 inputs before these, zeros where there were none; None for zeros.
+    starts_BT: where a document starts; the kernel does not reach back across such a border.
 
   Returns:
-    y, like x; and the last J inputs, for the next call: zeros in place of those that belong to an
-    earlier document.
+    y, like x; and the last J inputs, for the next call: zeros in place of those of an earlier
+    document.
   """
   (B, T, D), J = x_BTD.shape, w_KD.shape[0] - 1
   axes = time_axes(T)
   if not axes or not 0 < J <= T // shards('time', T):
     return _convolve(x_BTD, w_KD, b_D, before_BJD, starts_BT)
 
-  def shard(
-    x_BTD: Array, w_KD: Array, b_D: Array | None, before_BJD: Array, starts_BT: Array
-  ) -> tuple[Array, Array]:
+  def shard(x_BTD, w_KD, b_D, before_BJD, starts_BT):
     after = _convolve(x_BTD, w_KD, b_D, None, starts_BT)[1]
-    y, _ = _convolve(x_BTD, w_KD, b_D, from_before(after, before_BJD, axes), starts_BT)
-    return y, of_last(after, axes)
+    y, _ = _convolve(x_BTD, w_KD, b_D, from_previous_shard(after, before_BJD, axes), starts_BT)
+    return y, from_last_shard(after, axes)
 
   before = jnp.zeros((B, J, D), x_BTD.dtype) if before_BJD is None else before_BJD
   wide, state = ('batch', 'time', 'inner'), ('batch', None, 'inner')
@@ -53,9 +51,7 @@ def short_convolution(
   return y, after
 
 
-def _convolve(
-  x_BTD: Array, w_KD: Array, b_D: Array | None, before_BJD: Array | None, starts_BT: Array
-) -> tuple[Array, Array]:
+def _convolve(x_BTD, w_KD, b_D, before_BJD, starts_BT):
   (B, T, D), J = x_BTD.shape, w_KD.shape[0] - 1
   before = (
     jnp.zeros((B, J, D), x_BTD.dtype) if before_BJD is None else before_BJD.astype(x_BTD.dtype)
@@ -65,8 +61,8 @@ def _convolve(
   cut = jnp.zeros((B, T), bool)
   y, after = jnp.zeros((), jnp.float32), []
   for back in range(J + 1):
-    tap = inputs[:, J - back : J - back + T]
-    y = y + jnp.where(cut[..., None], 0.0, tap.astype(jnp.float32)) * w_KD[J - back].astype(
+    shifted = inputs[:, J - back : J - back + T]
+    y = y + jnp.where(cut[..., None], 0.0, shifted.astype(jnp.float32)) * w_KD[J - back].astype(
       jnp.float32
     ).reshape(1, 1, D)
     if back < J:

@@ -1,9 +1,9 @@
-"""Products of sorted rows with one matrix a group: what the experts of a mixture compute.
+"""Products of sorted rows with one matrix per group: the matmuls of a mixture's experts.
 
 Row i of x belongs to group e where sizes_0 + ... + sizes_(e-1) <= i < sizes_0 + ... + sizes_e. Rows
 after the last group belong to none, give zeros and cost nothing. FLOPs are those of the rows,
-whatever the number of groups; `jax.lax.ragged_dot` is not used, as what becomes of it differs
-between compilers and may be a dense product of every row with every group's matrix."""
+whatever the number of groups; `jax.lax.ragged_dot` is not used, as compilers may turn it into a
+dense product of every row with every group's matrix."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxformer.ops.implementation import Implementation, Operation
+from jaxformer.ops.implementation import Operation
 from jaxformer.sharding import platform
 
-# Rows of a tile. On a CPU a tile must outweigh fetching a group's matrix; half a tile a group is
+# Rows of a tile. On a CPU a tile must outweigh fetching a group's matrix; half a tile per group is
 # wasted.
 _ROWS = {'cpu': 128, 'gpu': 512}
 
@@ -27,10 +27,9 @@ def grouped_matmul(
   """y_i = x_i W_e for each row i of group e, in the dtype of x, accumulated in fp32; zeros for rows
   of no group.
 
-  Implementations: `megablox`, the grouped matmul kernel that comes with JAX, on a TPU; `tiles`, a loop over
-    groups and over tiles of each
-  group's rows with a number of rounds that depends on `sizes_E`, elsewhere; `naive`, every row with
-  every matrix.
+  Implementations: `megablox`, the grouped matmul kernel of JAX, on a TPU; `tiles`, a loop over
+  groups and over tiles of each group's rows, whose length depends on `sizes_E`, elsewhere; `naive`,
+  every row with every matrix.
 
   Args:
     sizes_E: rows of each group; they add up to at most M.
@@ -38,73 +37,70 @@ def grouped_matmul(
   return GROUPED_MATMUL[GROUPED_MATMUL.choose()](x_MK, w_EKN, sizes_E.astype(jnp.int32))
 
 
-def grouped_matmul_naive(
-  x_MK: Float[Array, 'M K'], w_EKN: Float[Array, 'E K N'], sizes_E: Int[Array, ' E']
-) -> Float[Array, 'M N']:
-  """Every row with every group's matrix; the group's own is picked."""
+def grouped_matmul_naive(x_MK, w_EKN, sizes_E):
+  """Every row with every group's matrix; that of its own group is selected."""
   group_M = _group_of_row(sizes_E, x_MK.shape[0])
   all_MEN = jnp.einsum('mk,ekn->men', x_MK, w_EKN, preferred_element_type=jnp.float32)
   mine_ME = group_M[:, None] == jnp.arange(w_EKN.shape[0])[None]
   return jnp.sum(jnp.where(mine_ME[:, :, None], all_MEN, 0.0), axis=1).astype(x_MK.dtype)
 
 
-def _group_of_row(sizes_E: Array, M: int) -> Array:
+def _group_of_row(sizes_E, M: int):
   """The group of each row; E for rows of none."""
   return jnp.searchsorted(jnp.cumsum(sizes_E), jnp.arange(M), side='right')
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _differentiable(times, outer, x_MK, w_EKN, sizes_E):
+  """`times(x, w, sizes, transposed)`, the product of rows with matrices, whose gradients are the
+  same with transposed matrices and `outer(x, dy, sizes, dtype)`, the sums of outer products."""
+  return times(x_MK, w_EKN, sizes_E, False)
+
+
+def _forward(times, outer, *arrays):
+  return times(*arrays, False), arrays
+
+
+def _backward(times, outer, saved, dy_MN):
+  x_MK, w_EKN, sizes_E = saved
+  return times(dy_MN, w_EKN, sizes_E, True), outer(x_MK, dy_MN, sizes_E, w_EKN.dtype), None
+
+
+_differentiable.defvjp(_forward, _backward)
 
 
 # ---- tiles -------------------------------------------------------------------------------------
 
 
-def grouped_matmul_tiles(
-  x_MK: Float[Array, 'M K'], w_EKN: Float[Array, 'E K N'], sizes_E: Int[Array, ' E']
-) -> Float[Array, 'M N']:
+def grouped_matmul_tiles(x_MK, w_EKN, sizes_E):
   """Group by group, in tiles of each group's rows."""
-  return _tiled(x_MK, w_EKN, sizes_E, _tile_rows(x_MK.shape[0]))
+  return _differentiable(_rows_by_matrices, _outer_products, x_MK, w_EKN, sizes_E)
 
 
 def _tile_rows(M: int) -> int:
-  most = _ROWS.get(platform(), 512)
-  return min(most, -(-M // 8) * 8)
+  return min(_ROWS.get(platform(), 512), -(-M // 8) * 8)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _tiled(x_MK, w_EKN, sizes_E, rows):
-  return _rows_by_matrices(x_MK, lambda e: w_EKN[e], sizes_E, w_EKN.shape[2], rows)
-
-
-def _tiled_forward(x_MK, w_EKN, sizes_E, rows):
-  return _tiled(x_MK, w_EKN, sizes_E, rows), (x_MK, w_EKN, sizes_E)
-
-
-def _tiled_backward(rows, saved, dy_MN):
-  x_MK, w_EKN, sizes_E = saved
-  dx_MK = _rows_by_matrices(dy_MN, lambda e: w_EKN[e].T, sizes_E, x_MK.shape[1], rows)
-  return dx_MK, _outer_products(x_MK, dy_MN, sizes_E, rows).astype(w_EKN.dtype), None
-
-
-_tiled.defvjp(_tiled_forward, _tiled_backward)
-
-
-def _over_groups(sizes_E: Array, rows: int, first, group):
-  """`group(e, row where it begins, tiles, carry)` for each group that has rows, in order."""
+def _over_groups(sizes_E, rows: int, first, group):
+  """`group(e, first row, tiles, carry)` for each group that has rows, in order."""
   starts_E = jnp.cumsum(sizes_E) - sizes_E
 
   def each(e, carry):
-    # A group without rows does not even fetch its matrix: most groups in decoding.
+    # A group without rows does not fetch its matrix: most groups in decoding.
     tiles = (sizes_E[e] + rows - 1) // rows
     return jax.lax.cond(tiles > 0, lambda c: group(e, starts_E[e], tiles, c), lambda c: c, carry)
 
   return jax.lax.fori_loop(0, sizes_E.shape[0], each, first)
 
 
-def _rows_by_matrices(x_MK, matrix, sizes_E, N, rows):
-  M, K = x_MK.shape
-  # the last tile of a group may hang over into the next ones, which come later
+def _rows_by_matrices(x_MK, w_EKN, sizes_E, transposed):
+  (M, K), rows = x_MK.shape, _tile_rows(x_MK.shape[0])
+  N = w_EKN.shape[1 if transposed else 2]
+  # the last tile of a group may reach into the next ones, which come later
   x = jnp.pad(x_MK, ((0, rows), (0, 0)))
 
   def group(e, start, tiles, y):
-    w = matrix(e)
+    w = w_EKN[e].T if transposed else w_EKN[e]
 
     def tile(i, y):
       at = start + i * rows
@@ -119,8 +115,9 @@ def _rows_by_matrices(x_MK, matrix, sizes_E, N, rows):
   return jnp.where((jnp.arange(M) < jnp.sum(sizes_E))[:, None], y, jnp.zeros((), y.dtype))
 
 
-def _outer_products(x_MK, dy_MN, sizes_E, rows):
+def _outer_products(x_MK, dy_MN, sizes_E, dtype):
   """dW_e = sum over the rows of group e of x_i^T dy_i, fp32."""
+  rows = _tile_rows(x_MK.shape[0])
   x, dy = (jnp.pad(a, ((0, rows), (0, 0))) for a in (x_MK, dy_MN))
   (_, K), (_, N) = x_MK.shape, dy_MN.shape
 
@@ -135,7 +132,8 @@ def _outer_products(x_MK, dy_MN, sizes_E, rows):
     total = jax.lax.fori_loop(0, tiles, tile, jnp.zeros((K, N), jnp.float32))
     return jax.lax.dynamic_update_index_in_dim(dw, total, e, 0)
 
-  return _over_groups(sizes_E, rows, jnp.zeros((sizes_E.shape[0], K, N), jnp.float32), group)
+  dw = jnp.zeros((sizes_E.shape[0], K, N), jnp.float32)
+  return _over_groups(sizes_E, rows, dw, group).astype(dtype)
 
 
 # ---- megablox ----------------------------------------------------------------------------------
@@ -146,75 +144,42 @@ _TILE = 512, 1024, 1024
 _TILE_OUTER = 512, 512, 1024  # of the sum of outer products, which holds its tile of dW in fp32
 
 
-def megablox(
-  x_MK: Float[Array, 'M K'],
-  w_EKN: Float[Array, 'E K N'],
-  sizes_E: Int[Array, ' E'],
-  *,
-  interpret: bool = False,
-) -> Float[Array, 'M N']:
+def megablox(x_MK, w_EKN, sizes_E, *, interpret: bool = False):
   """The grouped matmul of MegaBlocks (Gale et al. 2022) as a Pallas kernel for TPUs, from
   `jax.experimental`; its gradients are the same kernel with W transposed, and the one for sums of
   outer products."""
-  return _megablox(x_MK, w_EKN, sizes_E.astype(jnp.int32), interpret)
+  from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm, tgmm
 
+  def times(x_MK, w_EKN, sizes_E, transposed):
+    M, x, w = x_MK.shape[0], _padded(x_MK), w_EKN.astype(x_MK.dtype)
+    tiling = _tiling(x.shape[0], x.shape[1], w.shape[1 if transposed else 2], x.dtype, _TILE)
+    dtype = jnp.dtype(x.dtype)
+    y = gmm(x, w, sizes_E, dtype, tiling, transpose_rhs=transposed, interpret=interpret)[:M]
+    # The rows of no group are uninitialized.
+    return jnp.where((jnp.arange(M) < jnp.sum(sizes_E))[:, None], y, jnp.zeros((), y.dtype))
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _megablox(x_MK, w_EKN, sizes_E, interpret):
-  return _gmm(x_MK, w_EKN, sizes_E, interpret, transposed=False)
+  def outer(x_MK, dy_MN, sizes_E, dtype):
+    x, dy = _padded(x_MK), _padded(dy_MN)
+    tiling = _tiling(x.shape[0], x.shape[1], dy.shape[1], x.dtype, _TILE_OUTER)
+    return tgmm(x.T, dy, sizes_E, jnp.dtype(dtype), tiling, interpret=interpret)
 
-
-def _megablox_forward(x_MK, w_EKN, sizes_E, interpret):
-  return _megablox(x_MK, w_EKN, sizes_E, interpret), (x_MK, w_EKN, sizes_E)
-
-
-def _megablox_backward(interpret, saved, dy_MN):
-  from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm
-
-  x_MK, w_EKN, sizes_E = saved
-  dx_MK = _gmm(dy_MN, w_EKN, sizes_E, interpret, transposed=True)
-  x, dy = _padded(x_MK), _padded(dy_MN)
-  tiling = _tiling(x.shape[0], x.shape[1], dy.shape[1], x.dtype, _TILE_OUTER)
-  dw_EKN = tgmm(x.T, dy, sizes_E, jnp.dtype(w_EKN.dtype), tiling, interpret=interpret)
-  return dx_MK, dw_EKN, None
-
-
-_megablox.defvjp(_megablox_forward, _megablox_backward)
-
-
-def _gmm(x_MK, w_EKN, sizes_E, interpret, transposed):
-  from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm
-
-  M, x = x_MK.shape[0], _padded(x_MK)
-  tiling = _tiling(x.shape[0], x.shape[1], w_EKN.shape[1 if transposed else 2], x.dtype, _TILE)
-  y = gmm(
-    x,
-    w_EKN.astype(x.dtype),
-    sizes_E,
-    jnp.dtype(x.dtype),
-    tiling,
-    transpose_rhs=transposed,
-    interpret=interpret,
-  )[:M]
-  # Nobody has written the rows of no group.
-  return jnp.where((jnp.arange(M) < jnp.sum(sizes_E))[:, None], y, jnp.zeros((), y.dtype))
+  return _differentiable(times, outer, x_MK, w_EKN, sizes_E.astype(jnp.int32))
 
 
 def _padded(x_MK):
-  """With rows of zeros up to whole tiles."""
+  """With rows of zeros up to complete tiles."""
   M = x_MK.shape[0]
   return jnp.pad(x_MK, ((0, -M % _kernel_rows(M)), (0, 0)))
 
 
 def _kernel_rows(M: int) -> int:
-  """The rows of a tile: fewer where there are few, in multiples of what a register holds in
-  bf16."""
+  """The rows of a tile: at most `_TILE[0]`, in multiples of the rows of a register in bf16."""
   return min(_TILE[0], -(-M // 16) * 16)
 
 
 def _tiling(M, K, N, dtype, largest):
-  """Tiles of at most `largest`; half of each side of the matrix in fp32, whose numbers are twice as
-  wide."""
+  """Tiles of at most `largest`; half of each side of the matrix in fp32, whose numbers take twice
+  the space."""
   wide = 2 if jnp.dtype(dtype).itemsize > 2 else 1
   return _kernel_rows(M), *(
     min(-(-side // 128) * 128, most // wide) for side, most in zip((K, N), largest[1:], strict=True)
@@ -223,10 +188,6 @@ def _tiling(M, K, N, dtype, largest):
 
 GROUPED_MATMUL = Operation(
   'grouped_matmul',
-  {
-    'naive': Implementation(grouped_matmul_naive),
-    'tiles': Implementation(grouped_matmul_tiles),
-    'megablox': Implementation(megablox),
-  },
+  {'naive': grouped_matmul_naive, 'tiles': grouped_matmul_tiles, 'megablox': megablox},
   lambda: ('megablox',) if platform() == 'tpu' else ('tiles',),
 )

@@ -1,5 +1,5 @@
 """The HiPPO-LegS matrices and their decompositions (Gu et al. 2020; 2022), in double precision with
-numpy: initial values."""
+numpy, for initialization."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ def legs_basis(size: int) -> tuple[np.ndarray, np.ndarray]:
   """Eigenvalues and eigenvectors [size, size / 2] of the normal matrix LegS + P P^T with P_n =
   sqrt(n + 1/2) (Gu et al. 2022, theorem 1).
 
-  It is -1/2 plus a skew-symmetric matrix, so its eigenvectors are found as those of a Hermitian
-  one. They come in conjugate pairs, of which those with positive imaginary part are kept, the
-  fastest first, in the phases in which the first entry of every eigenvector is positive."""
+  It is -1/2 plus a skew-symmetric matrix, so its eigenvectors are those of a Hermitian one. They
+  come in conjugate pairs, of which those with positive imaginary part are kept, sorted by
+  decreasing frequency, with the phase at which the first entry of every eigenvector is
+  positive."""
   p = np.sqrt(np.arange(size) + 0.5)
   frequency, v = np.linalg.eigh(-1j * (legs(size)[0] + np.outer(p, p) + 0.5 * np.eye(size)))
   kept = np.argsort(-frequency)[: size // 2]

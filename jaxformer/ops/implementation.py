@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-import dataclasses
 import types
 from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any
@@ -52,38 +51,31 @@ _FORCED: contextvars.ContextVar[Mapping[str, str]] = contextvars.ContextVar(
 _RECORD: contextvars.ContextVar[Choices | None] = contextvars.ContextVar('choices', default=None)
 
 
-@dataclasses.dataclass(frozen=True)
-class Implementation:
-  """One way to compute an operation.
-
-  Attributes:
-    run: the function.
-    unsupported: from the arguments of `Operation.choose`, why this implementation cannot compute
-      the case, in words, or None where it can.
-  """
-
-  run: Callable[..., Any]
-  unsupported: Callable[..., str | None] = lambda *case, **options: None
-
-
 class Operation:
   """A table of implementations and the order in which they are tried.
 
   Args:
     name: one of `OPERATIONS`, the keyword of `implementation`.
-    table: name -> implementation.
-    order: from the arguments of `choose`, the names to try, the preferred one first. The last one
-      must support every case for which it is named.
+    table: name -> function. The functions take the same arguments.
+    order: from the arguments of `choose`, which describe the case, the names to try, the preferred
+      one first. At least one of them must support the case.
+    unsupported: name -> function from the arguments of `choose` to the reason why this
+      implementation cannot compute the case, in words, or None where it can. Implementations that
+      are not named support every case.
   """
 
   def __init__(
-    self, name: str, table: Mapping[str, Implementation], order: Callable[..., Sequence[str]]
+    self,
+    name: str,
+    table: Mapping[str, Callable[..., Any]],
+    order: Callable[..., Sequence[str]],
+    unsupported: Mapping[str, Callable[..., str | None]] = types.MappingProxyType({}),
   ):
     assert name in OPERATIONS, name
-    self.name, self.table, self.order = name, table, order
+    self.name, self.table, self.order, self.unsupported = name, table, order, unsupported
 
   def __getitem__(self, name: str) -> Callable[..., Any]:
-    return self.table[name].run
+    return self.table[name]
 
   def choose(self, *case: Any, **options: Any) -> str:
     """The name of the implementation that computes a case on `sharding.platform()`.
@@ -99,11 +91,9 @@ class Operation:
     if name is None:
       name = self._preferred(*case, **options)
     elif name not in self.table:
-      raise InputError(
-        f'implementation of {self.name} = {name!r}: must be one of {", ".join(self.table)}'
-      )
-    elif reason := self.table[name].unsupported(*case, **options):
-      raise InputError(f'implementation of {self.name} = {name!r}: {reason}')
+      raise InputError(f'implementation of {self.name}', name, f'one of {", ".join(self.table)}')
+    elif reason := self._reason(name, *case, **options):
+      raise InputError(f'implementation of {self.name}', name, problem=reason)
     if (record := _RECORD.get()) is not None:
       ran = record.setdefault(self.name, {})
       ran.setdefault(name, self._why_not(name, *case, **options))
@@ -115,14 +105,18 @@ class Operation:
     name = self._preferred(*case, **options)
     return name, self._why_not(name, *case, **options)
 
+  def _reason(self, name: str, *case: Any, **options: Any) -> str | None:
+    check = self.unsupported.get(name)
+    return None if check is None else check(*case, **options)
+
   def _preferred(self, *case: Any, **options: Any) -> str:
     order = self.order(*case, **options)
-    return next(n for n in order if self.table[n].unsupported(*case, **options) is None)
+    return next(n for n in order if self._reason(n, *case, **options) is None)
 
   def _why_not(self, chosen: str, *case: Any, **options: Any) -> dict[str, str]:
     return {
-      name: other.unsupported(*case, **options) or f'{chosen} comes first on a {platform()}'
-      for name, other in self.table.items()
+      name: self._reason(name, *case, **options) or f'{chosen} comes first on a {platform()}'
+      for name in self.table
       if name != chosen
     }
 

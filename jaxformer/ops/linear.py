@@ -1,4 +1,4 @@
-"""The product with a weight matrix."""
+"""Products with a weight matrix."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ def linear(
 ) -> Float[Array, '*B F']:
   """x W + b over the last axis."""
   if platform() == 'cpu' and x.ndim > 1 and (x.ndim < 3 or shards('time', x.shape[1]) == 1):
-    # XLA:CPU gives plain matrices to its fast matmul; contractions with several leading axes lose
-    # it in the backward pass. Rows that a mesh divides by two of them would be gathered.
+    # XLA:CPU has a fast matmul for plain matrices; contractions with several leading axes do not
+    # use it in the backward pass. Rows sharded along two axes would be all-gathered.
     y = _matmul(x.reshape(math.prod(x.shape[:-1]), x.shape[-1]), w_DF).reshape(
       *x.shape[:-1], w_DF.shape[-1]
     )
@@ -37,8 +37,8 @@ def _forward(x_ND, w_DF):
 
 def _backward(saved, dy_NF):
   x_ND, w_DF = saved
-  # XLA:CPU's product with a transposed left side is slower than writing out the transpose of the
-  # narrower side first.
+  # On XLA:CPU a product with a transposed left side is slower than materializing the transpose of
+  # the narrower side first.
   if x_ND.shape[1] <= dy_NF.shape[1]:
     dw_DF = jax.lax.optimization_barrier(x_ND.T) @ dy_NF
   else:

@@ -1,10 +1,10 @@
 """Many small systems of linear equations at once.
 
-On a CPU, LAPACK's batched solver waits for threads of the pool that it runs in itself: several
-devices that solve at the same time hold all of them, and none goes on. There the elimination is
-written out here.
+On a CPU, LAPACK's batched solver waits for threads of the pool in which it runs itself: several
+devices that solve at the same time hold all threads and deadlock. There the elimination below is
+used.
 
-Dims: H systems, N unknowns, M right sides.
+Dims: H systems, N unknowns, M right-hand sides.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from jaxformer.ops.implementation import Implementation, Operation
+from jaxformer.ops.implementation import Operation
 from jaxformer.sharding import platform
 
 
@@ -57,6 +57,6 @@ _solve.defvjp(_forward, _backward)
 
 SOLVE = Operation(
   'solve',
-  {'naive': Implementation(jnp.linalg.solve), 'elimination': Implementation(_solve)},
+  {'naive': jnp.linalg.solve, 'elimination': _solve},
   lambda: ('elimination',) if platform() == 'cpu' else ('naive',),
 )

@@ -2,43 +2,28 @@
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxformer.sharding import per_shard
 
 
-def convolution_naive(
-  u_BTD: Float[Array, 'B T D'], k_DT: Float[Array, 'D T']
-) -> Float[Array, 'B T D']:
-  """y_t = sum_{s <= t} k_{t-s} u_s for each channel, one position after the other."""
-
-  def at(t):
-    lagged_DT = jnp.where(
-      (jnp.arange(u_BTD.shape[1]) <= t)[None], jnp.roll(k_DT[:, ::-1], t + 1, axis=1), 0.0
-    )
-    return jnp.einsum('bsd,ds->bd', u_BTD.astype(jnp.float32), lagged_DT, precision='highest')
-
-  return jnp.swapaxes(jax.lax.map(at, jnp.arange(u_BTD.shape[1])), 0, 1).astype(u_BTD.dtype)
-
-
 def fft_convolution(
   u_BTD: Float[Array, 'B T D'], k_DT: Float[Array, 'D T']
 ) -> Float[Array, 'B T D']:
-  """y_t = sum_{s <= t} k_{t-s} u_s for each channel: products of spectra, padded with zeros so that
+  """y_t = sum_{s <= t} k_{t-s} u_s in each channel: products of spectra, padded with zeros so that
   nothing wraps around.
 
-  O(T log T) for each channel. The arithmetic is fp32, the result has the dtype of `u_BTD`.
+  O(T log T) per channel. The arithmetic is fp32, the result has the dtype of `u_BTD`.
   """
-  # The partitioner gathers what it Fourier transforms; channels and rows do not depend on each
-  # other.
+  # The partitioner would all-gather the input of a Fourier transform, though channels and rows are
+  # independent.
   return per_shard(
     _convolve, (('batch', None, 'inner'), ('inner', None)), ('batch', None, 'inner')
   )(u_BTD, k_DT)
 
 
-def _convolve(u_BTD: Array, k_DT: Array) -> Array:
+def _convolve(u_BTD, k_DT):
   T = u_BTD.shape[1]
   size = fast_length(2 * T - 1)
   u_f = jnp.fft.rfft(u_BTD.astype(jnp.float32), size, axis=1)

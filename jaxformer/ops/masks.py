@@ -1,5 +1,4 @@
-"""Which key a query may see, told by structure and never as a `T x S` array, so that kernels can
-use it."""
+"""Attention masks by structure, never as a `T x S` array, so that kernels can use them."""
 
 from __future__ import annotations
 
@@ -24,11 +23,11 @@ class Mask:
     causal: keys after the query are hidden.
     window: how many positions a query sees, itself included; None for all. Without `causal` it is a
       band: |t - s| < window.
-    segments_BT: the segment of each query, None where all is one segment.
+    segments_BT: the segment of each query, None for one segment.
     key_segments_BS: the segment of each key; None where keys and queries are the same positions.
     index_T: position of each query, and index_S: of each key, negative for an empty cache slot.
-      Both None where keys and queries are the same positions 0..T-1, which is what the fast
-      backends need.
+      Both None where keys and queries are the same positions 0..T-1, which the fast
+      implementations need.
   """
 
   causal: bool = dataclasses.field(default=True, metadata={'static': True})
@@ -43,6 +42,13 @@ class Mask:
     """Keys and queries are the same positions."""
     return self.index_T is None and self.index_S is None
 
+  @property
+  def axes(self) -> list[tuple[str | None, ...]]:
+    """The logical axes of the arrays present, in their order as leaves of the pytree."""
+    arrays = self.segments_BT, self.key_segments_BS, self.index_T, self.index_S
+    axes = ('batch', 'time'), ('batch', None), ('time',), (None,)
+    return [a for x, a in zip(arrays, axes, strict=True) if x is not None]
+
   def positions(self, T: int, S: int) -> tuple[Int[Array, ' T'], Int[Array, ' S']]:
     """The position of each query and of each key."""
     return (
@@ -51,11 +57,12 @@ class Mask:
     )
 
   def keys(self) -> Int[Array, 'B S'] | None:
-    """The segment of each key, None where all is one segment."""
+    """The segment of each key, None for one segment."""
     return self.segments_BT if self.key_segments_BS is None else self.key_segments_BS
 
   def dense(self, T: int, S: int) -> Bool[Array, '_ T S']:
-    """The mask as booleans, `[1 or B, T, S]`: for the naive form and for short queries."""
+    """The mask as booleans, `[1 or B, T, S]`: for the naive implementation and for short
+    queries."""
     seen = jnp.asarray(visible(*self.positions(T, S), causal=self.causal, window=self.window))[None]
     keys = self.keys()
     if self.segments_BT is not None and keys is not None:
@@ -70,8 +77,8 @@ def visible(
   causal: bool,
   window: int | None,
 ) -> Bool[Array | np.ndarray, 'T S']:
-  """Whether the query at position t may see the key at position s, segments apart. From numpy
-  arrays a numpy array."""
+  """Whether the query at position t may see the key at position s, apart from segments. From
+  numpy arrays a numpy array."""
   row, col = t[:, None], s[None, :]
   seen = (col >= 0) & (row == row)  # the second for its shape
   if causal:

@@ -1,17 +1,22 @@
-"""A mixture of experts, once it is known which token goes where: pure functions, on any mesh.
+"""A mixture of experts, once it is known which token goes to which expert: pure functions, on any
+mesh.
 
-`dropless` computes every choice of every token; `placed` the tokens in the places of each expert,
-of which there is a fixed number; `moe_naive` is what both mean.
+- `dropless`: every choice of every token (Gale et al. 2022, "MegaBlocks").
+- `dispatch_with_capacity`: an expert takes a limited number of tokens of a sequence (Fedus et al.
+  2022, "Switch Transformers").
+- `from_slots`: the tokens in the slots of each expert, of which there is a fixed number (Zhou et
+  al. 2022, "Expert Choice").
 
-On a mesh the experts are divided over the axis of `experts` (and their hidden units over that of
-`mlp`), the sequences over several
-axes, that one among them: tokens then travel to their experts by all-to-all and back, and no
-  expert's weights travel over it. Where
-too few sequences are divided (decoding), every shard has all tokens, computes its experts' part,
-and the parts are summed.
+`moe_naive` defines the result of all of them. Each permutes tokens to their experts, multiplies
+them with the experts' matrices, and permutes them back.
 
-Dims: N tokens of a shard, E experts, K experts a token, C places, P (token, expert) pairs, D width,
-  F hidden units.
+On a mesh the experts are sharded over the axis of `experts` (and their hidden units over that of
+`mlp`), the sequences over several axes, that one among them: tokens are then exchanged by
+all-to-all before and after, and no expert's weights travel. Where too few sequences are sharded
+(decoding), every shard has all tokens, computes its experts' part, and the parts are summed.
+
+Dims: N tokens of a shard, E experts, K experts per token, C slots, P (token, expert) pairs, S
+  shards of the experts, D width, F hidden units.
 """
 
 from __future__ import annotations
@@ -27,15 +32,19 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from jaxformer.ops.grouped_matmul import grouped_matmul
-from jaxformer.ops.implementation import Implementation, Operation
+from jaxformer.ops.implementation import Operation
+from jaxformer.ops.routing import assign_slots, has_slot
 from jaxformer.ops.sequence_parallel import time_axes
 from jaxformer.sharding import all_mesh_axes, mesh_axes, per_shard, shards
 
 Activation = Callable[[Array], Array]
 
-# of a round of `dropless` over shards: places in a bucket, relative to those that balanced routing
+# slots of a bucket in a round of `dropless` over shards, relative to those that balanced routing
 # needs
 SLACK = 1.25
+
+_TOKENS = ('batch', 'time', None)
+_EXPERTS = ('experts', None, 'mlp'), ('experts', None, 'mlp'), ('experts', 'mlp', None)
 
 
 class Experts(NamedTuple):
@@ -45,33 +54,6 @@ class Experts(NamedTuple):
   w_in: Float[Array, 'E D F']
   w_gate: Float[Array, 'E D F'] | None
   w_out: Float[Array, 'E F D']
-
-
-def moe_naive(
-  x_BTD: Float[Array, 'B T D'],
-  token_BP: Int[Array, 'B P'],
-  expert_BP: Int[Array, 'B P'],
-  weight_BP: Float[Array, 'B P'],
-  experts: Experts,
-  activation: Activation,
-) -> Float[Array, 'B T D']:
-  """y_t = sum over the pairs (t, e, weight) of weight * expert_e(x_t), pair by pair, each with its
-  own copy of its expert's weights."""
-
-  def one(x_TD, token, expert, weight):
-    x, w_in, w_out = x_TD[token], experts.w_in[expert], experts.w_out[expert]
-    if experts.w_gate is None:
-      hidden = activation(x @ w_in)
-    else:
-      hidden = activation(x @ experts.w_gate[expert]) * (x @ w_in)
-    return weight * (hidden @ w_out).astype(jnp.float32)
-
-  y_BPD = jax.vmap(jax.vmap(one, (None, 0, 0, 0)))(x_BTD, token_BP, expert_BP, weight_BP)
-  row = jnp.arange(x_BTD.shape[0])[:, None]
-  return jnp.zeros(x_BTD.shape, jnp.float32).at[row, token_BP].add(y_BPD).astype(x_BTD.dtype)
-
-
-# ---- every choice of every token ---------------------------------------------------------------
 
 
 def dropless(
@@ -88,283 +70,285 @@ def dropless(
   On shards of the experts, tokens travel in rounds. In one, each shard sends every other a bucket
   of at most c = `SLACK` N K / shards rows; there are as many rounds as the fullest bucket needs,
   one where routing is about balanced. So nothing is dropped, memory is that of one round, and
-  traffic grows only with the imbalance. The gradient goes through the same rounds and computes the
-  experts' hidden units again."""
-  B, T, K = expert_BTK.shape
-  if MOE_DROPLESS.choose() == 'naive':
-    token_BP = jnp.broadcast_to((jnp.arange(T * K) // K)[None], (B, T * K))
-    return moe_naive(
-      x_BTD,
-      token_BP,
-      expert_BTK.reshape(B, T * K),
-      weight_BTK.reshape(B, T * K),
-      experts,
-      activation,
-    )
-  over = _Mesh.of(B, experts)
-
-  def shard(x_BTD, expert_BTK, weight_BTK, *weights):
-    b, t, D = x_BTD.shape
-    x_ND, expert_NK, weight_NK = (
-      x_BTD.reshape(b * t, D),
-      expert_BTK.reshape(b * t, K),
-      weight_BTK.reshape(b * t, K),
-    )
-    here = Experts(*weights)
-    if over.exchanges:
-      y = _exchanged(x_ND, weight_NK, here, expert_NK, activation, over)
-    else:
-      y = _sorted(x_ND, over.local(expert_NK, here), weight_NK, here, activation)
-    return over.summed(y.astype(x_BTD.dtype)).reshape(b, t, D)
-
-  tokens = ('batch', 'time', None)
-  mapped = per_shard(shard, (tokens, tokens, tokens, *_AXES), tokens)
-  return mapped(x_BTD, expert_BTK, weight_BTK, *experts)
+  traffic grows only with the imbalance. The gradient goes through the same rounds and recomputes
+  the experts' hidden units."""
+  compute = MOE_DROPLESS[MOE_DROPLESS.choose()]
+  return compute(x_BTD, expert_BTK, weight_BTK, experts, activation)
 
 
-_AXES = ('experts', None, 'mlp'), ('experts', None, 'mlp'), ('experts', 'mlp', None)
+def dispatch_with_capacity(
+  x_BTD: Float[Array, 'B T D'],
+  expert_BTK: Int[Array, 'B T K'],
+  weight_BTK: Float[Array, 'B T K'],
+  experts: Experts,
+  activation: Activation,
+  capacity: int,
+) -> tuple[Float[Array, 'B T D'], Float[Array, '']]:
+  """`dropless` of the choices left when an expert takes at most `capacity` tokens of a sequence,
+  the first ones (`ops.routing.assign_slots`), and the fraction of choices dropped."""
+  E = experts.w_in.shape[0]
+  if time_axes(x_BTD.shape[1]):  # slots are those of complete sequences; tokens stay on their shard
+    kept_BTK = has_slot(expert_BTK, E, capacity)
+    y = dropless(x_BTD, expert_BTK, jnp.where(kept_BTK, weight_BTK, 0.0), experts, activation)
+    return y, 1.0 - jnp.mean(kept_BTK.astype(jnp.float32))
+  token, weight, dropped = assign_slots(expert_BTK, weight_BTK, E, capacity)
+  return from_slots(x_BTD, token, weight, experts, activation), dropped
 
 
-class _Mesh(NamedTuple):
-  """How the mesh divides this layer: the mesh axes of the experts, whether they also divide the
-  sequences, and those over which every shard has only a part of the sum."""
-
-  experts: tuple[str, ...]
-  shards: int
-  exchanges: bool
-  partial: tuple[str, ...]
-
-  @classmethod
-  def of(cls, batch: int, experts: Experts) -> _Mesh:
-    E, _, F = experts.w_in.shape
-    over, hidden = mesh_axes('experts', E), mesh_axes('mlp', F)
-    exchanges = bool(over) and set(over) <= set(mesh_axes('batch', batch))
-    return cls(over, shards('experts', E), exchanges, hidden if exchanges else (*over, *hidden))
-
-  def local(self, expert: Array, here: Experts) -> Array:
-    """Numbers of experts among those of this shard, which has all tokens; for the others one beyond
-    the last."""
-    if not self.experts:
-      return expert
-    mine = here.w_in.shape[0]
-    number = expert - jax.lax.axis_index(self.experts) * mine
-    return jnp.where((number >= 0) & (number < mine), number, mine)
-
-  def summed(self, y: Array) -> Array:
-    """Of all shards, in the dtype in which a dense layer's parts would be summed."""
-    return jax.lax.psum(y, self.partial) if self.partial else y
-
-
-def _hidden_to_output(
-  rows_PD: Array, sizes_E: Array, experts: Experts, activation: Activation
-) -> Array:
-  """Each expert on its group of the rows; zeros for rows of no group."""
-
-  def times(a, w):
-    return grouped_matmul(a, w, sizes_E)
-
-  h = times(rows_PD, experts.w_in)
-  h = activation(h) if experts.w_gate is None else activation(times(rows_PD, experts.w_gate)) * h
-  return times(checkpoint_name(h, 'mlp_hidden'), experts.w_out)
-
-
-def _sorted(
-  x_ND, expert_NK, weight_NK, experts: Experts, activation: Activation
-) -> Float[Array, 'N D']:
-  """On one shard: numbers of experts beyond the last count for nothing."""
-  N, K = expert_NK.shape
-  order = jnp.argsort(expert_NK.reshape(N * K), stable=True)
-  inverse = jnp.argsort(order)
-  sizes_E = jnp.bincount(expert_NK.reshape(N * K), length=experts.w_in.shape[0])
-  y_PD = _hidden_to_output(_spread(x_ND, order, inverse, K), sizes_E, experts, activation)
-  y_NKD = _permuted(y_PD, inverse, order).reshape(N, K, -1)
-  return jnp.einsum('nkd,nk->nd', y_NKD.astype(jnp.float32), weight_NK)
-
-
-# What is gathered by a permutation has a gradient that is gathered too; JAX's own would scatter and
-# add.
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _spread(x_ND, order_P, inverse_P, K):
-  """K copies of every row, in a new order."""
-  return x_ND[order_P // K]
-
-
-_spread.defvjp(
-  lambda x_ND, order_P, inverse_P, K: (_spread(x_ND, order_P, inverse_P, K), inverse_P),
-  lambda K, inverse_P, g_PD: (g_PD[inverse_P].reshape(-1, K, g_PD.shape[-1]).sum(1), None, None),
-)
-
-
-@jax.custom_vjp
-def _permuted(y_PD, order_P, inverse_P):
-  return y_PD[order_P]
-
-
-_permuted.defvjp(
-  lambda y_PD, order_P, inverse_P: (y_PD[order_P], inverse_P),
-  lambda inverse_P, g_PD: (g_PD[inverse_P], None, None),
-)
-
-
-# ---- the same, tokens travelling in rounds -----------------------------------------------------
-
-
-class _Buckets(NamedTuple):
-  """The pairs of a shard by destination.
-
-  Attributes:
-    order_P: pairs sorted by expert, so by destination.
-    starts_S, sizes_S: where in this order the pairs for each shard begin, and how many they are.
-    expert_P: of each pair, in its old order.
-    rounds: how many there are, the same on all shards.
-  """
-
-  order_P: Array
-  starts_S: Array
-  sizes_S: Array
-  expert_P: Array
-  rounds: Array
-
-
-def _bucket_rows(pairs: int, shards: int) -> int:
-  return min(pairs, math.ceil(SLACK * pairs / shards / 8) * 8)
-
-
-def _buckets(expert_NK: Array, mine: int, over: _Mesh) -> _Buckets:
-  expert_P = expert_NK.reshape(-1)
-  sizes_S = jnp.bincount(expert_P // mine, length=over.shards)
-  needed = -(-jnp.max(sizes_S) // _bucket_rows(expert_P.size, over.shards))
-  # All shards of the mesh go through the same rounds, whatever their own need: collectives wait for
-  # each other.
-  rounds = jax.lax.pmax(needed, all_mesh_axes())
-  return _Buckets(
-    jnp.argsort(expert_P, stable=True), jnp.cumsum(sizes_S) - sizes_S, sizes_S, expert_P, rounds
-  )
-
-
-def _round(
-  i, x_ND, weight_NK, experts: Experts, buckets: _Buckets, activation: Activation, over: _Mesh
-) -> Float[Array, 'N D']:
-  """What round i adds to the output of this shard's tokens."""
-  (N, D), K, mine = x_ND.shape, weight_NK.shape[1], experts.w_in.shape[0]
-  S, c = over.shards, _bucket_rows(N * K, over.shards)
-
-  def travel(a):
-    return jax.lax.all_to_all(a, over.experts, 0, 0, tiled=True)
-
-  place_SC = i * c + jnp.arange(c)[None]
-  filled_SC = place_SC < buckets.sizes_S[:, None]
-  pair_SC = buckets.order_P[jnp.minimum(buckets.starts_S[:, None] + place_SC, N * K - 1)]
-  expert_SC = jnp.where(filled_SC, buckets.expert_P[pair_SC] - mine * jnp.arange(S)[:, None], mine)
-  pair, expert = pair_SC.reshape(S * c), travel(expert_SC.astype(jnp.int32)).reshape(S * c)
-  rows = travel(jnp.where(filled_SC.reshape(S * c, 1), x_ND[pair // K], jnp.zeros((), x_ND.dtype)))
-  order = jnp.argsort(expert, stable=True)
-  inverse = jnp.argsort(order)
-  y = _hidden_to_output(
-    _permuted(rows, order, inverse), jnp.bincount(expert, length=mine), experts, activation
-  )
-  y = travel(_permuted(y, inverse, order)).astype(jnp.float32)
-  weight = jnp.where(filled_SC.reshape(S * c), weight_NK.reshape(N * K)[pair], 0.0)
-  return jnp.zeros((N, D), jnp.float32).at[pair // K].add(weight[:, None] * y)
-
-
-def _exchanged(x_ND, weight_NK, experts, expert_NK, activation, over) -> Float[Array, 'N D']:
-  return _rounds(
-    x_ND, weight_NK, experts, _buckets(expert_NK, experts.w_in.shape[0], over), activation, over
-  )
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _rounds(x_ND, weight_NK, experts, buckets, activation, over):
-  """The sum of all rounds. It is linear in the rounds, so its gradient is the sum of theirs."""
-
-  def add(i, y):
-    return y + _round(i, x_ND, weight_NK, experts, buckets, activation, over)
-
-  return jax.lax.fori_loop(0, buckets.rounds, add, jnp.zeros(x_ND.shape, jnp.float32))
-
-
-def _rounds_forward(x_ND, weight_NK, experts, buckets, activation, over):
-  return _rounds(x_ND, weight_NK, experts, buckets, activation, over), (
-    x_ND,
-    weight_NK,
-    experts,
-    buckets,
-  )
-
-
-def _rounds_backward(activation, over, saved, g_ND):
-  *inputs, buckets = saved
-
-  def add(i, total):
-    _, pull = jax.vjp(lambda *a: _round(i, *a, buckets, activation, over), *inputs)
-    return jax.tree.map(lambda a, b: a + b.astype(a.dtype), total, pull(g_ND))
-
-  total = jax.tree.map(lambda a: jnp.zeros(a.shape, jnp.float32), tuple(inputs))
-  total = jax.lax.fori_loop(0, buckets.rounds, add, total)
-  return *jax.tree.map(lambda g, a: g.astype(a.dtype), total, tuple(inputs)), None
-
-
-_rounds.defvjp(_rounds_forward, _rounds_backward)
-
-
-# ---- a fixed number of places an expert --------------------------------------------------------
-
-
-def placed(
+def from_slots(
   x_BTD: Float[Array, 'B T D'],
   token_BEC: Int[Array, 'B E C'],
   weight_BEC: Float[Array, 'B E C'],
   experts: Experts,
   activation: Activation,
 ) -> Float[Array, 'B T D']:
-  """y_t = sum over the places (e, c) that hold token t of weight * expert_e(x_t). A place of weight
-  0 is empty; it costs as much as a full one. Products are those of E matrices with B C rows each;
-  on shards of the experts all places travel once there and back."""
+  """y_t = sum over the slots (e, c) that hold token t of weight * expert_e(x_t). A slot of weight 0
+  is empty; it costs as much as a full one. Products are those of E matrices with B C rows each; on
+  shards of the experts all slots travel once there and back."""
+  compute = MOE_CAPACITY[MOE_CAPACITY.choose()]
+  return compute(x_BTD, token_BEC, weight_BEC, experts, activation)
+
+
+# ---- pair by pair ------------------------------------------------------------------------------
+
+
+def moe_naive(x_BTD, token_BP, expert_BP, weight_BP, experts: Experts, activation):
+  """y_t = sum over the pairs (t, e, weight) of weight * expert_e(x_t), pair by pair, each with its
+  own copy of its expert's weights."""
+
+  def one(x_TD, token, expert, weight):
+    own = jax.tree.map(lambda w: w[expert], experts)
+    return weight * (_hidden(x_TD[token], own, activation) @ own.w_out).astype(jnp.float32)
+
+  y_BPD = jax.vmap(jax.vmap(one, (None, 0, 0, 0)))(x_BTD, token_BP, expert_BP, weight_BP)
+  return _scatter_add(x_BTD.shape, token_BP, y_BPD).astype(x_BTD.dtype)
+
+
+def _hidden(x, experts: Experts, activation, times=jnp.matmul):
+  h = times(x, experts.w_in)
+  return activation(h) if experts.w_gate is None else activation(times(x, experts.w_gate)) * h
+
+
+def _scatter_add(shape, token_BP, y_BPD):
+  row = jnp.arange(shape[0])[:, None]
+  return jnp.zeros(shape, jnp.float32).at[row, token_BP].add(y_BPD)
+
+
+def _dropless_naive(x_BTD, expert_BTK, weight_BTK, experts, activation):
+  B, T, K = expert_BTK.shape
+  token_BP = jnp.broadcast_to((jnp.arange(T * K) // K)[None], (B, T * K))
+  pairs = (a.reshape(B, T * K) for a in (expert_BTK, weight_BTK))
+  return moe_naive(x_BTD, token_BP, *pairs, experts, activation)
+
+
+def _slots_naive(x_BTD, token_BEC, weight_BEC, experts, activation):
   B, E, C = token_BEC.shape
-  if MOE_CAPACITY.choose() == 'naive':
-    expert = jnp.broadcast_to(jnp.arange(E)[None, :, None], (B, E, C))
-    return moe_naive(
-      x_BTD, *(a.reshape(B, E * C) for a in (token_BEC, expert, weight_BEC)), experts, activation
-    )
-  over, T, axes = _Mesh.of(B, experts), x_BTD.shape[1], time_axes(x_BTD.shape[1])
+  expert = jnp.broadcast_to(jnp.arange(E)[None, :, None], (B, E, C))
+  pairs = (a.reshape(B, E * C) for a in (token_BEC, expert, weight_BEC))
+  return moe_naive(x_BTD, *pairs, experts, activation)
+
+
+# ---- shards of the experts ---------------------------------------------------------------------
+
+
+class _ExpertSharding(NamedTuple):
+  """How the mesh shards this layer: the mesh axes of the experts, whether the sequences are sharded
+  over them too, so that shards exchange tokens, and the axes over which results are summed."""
+
+  experts: tuple[str, ...]
+  shards: int
+  exchanges: bool
+  summed: tuple[str, ...]
+
+  @classmethod
+  def of(cls, batch: int, experts: Experts) -> _ExpertSharding:
+    E, _, F = experts.w_in.shape
+    over, hidden = mesh_axes('experts', E), mesh_axes('mlp', F)
+    exchanges = bool(over) and set(over) <= set(mesh_axes('batch', batch))
+    return cls(over, shards('experts', E), exchanges, hidden if exchanges else (*over, *hidden))
+
+  def first(self, experts: Experts) -> Array | int:
+    """The first expert of this shard."""
+    return jax.lax.axis_index(self.experts) * experts.w_in.shape[0] if self.experts else 0
+
+  def local(self, expert, experts: Experts):
+    """Indices of experts among those of this shard, which has all tokens; for the others one beyond
+    the last."""
+    if not self.experts:
+      return expert
+    mine = experts.w_in.shape[0]
+    number = expert - self.first(experts)
+    return jnp.where((number >= 0) & (number < mine), number, mine)
+
+  def all_to_all(self, a, split: int = 0, concat: int = 0):
+    """Slices of `a` along `split` to the shards of the experts, theirs along `concat`."""
+    return jax.lax.all_to_all(a, self.experts, split, concat, tiled=True)
+
+  def psum(self, y):
+    """The sum over shards, in the dtype in which a dense layer's parts would be summed."""
+    return jax.lax.psum(y, self.summed) if self.summed else y
+
+
+# ---- every choice of every token ---------------------------------------------------------------
+
+
+def _dropless_grouped(x_BTD, expert_BTK, weight_BTK, experts, activation):
+  sharding, K = _ExpertSharding.of(len(x_BTD), experts), expert_BTK.shape[2]
+
+  def shard(x_BTD, expert_BTK, weight_BTK, *weights):
+    here = Experts(*weights)
+    x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])
+    expert_NK, weight_NK = (a.reshape(-1, K) for a in (expert_BTK, weight_BTK))
+    if sharding.exchanges:
+      buckets = _buckets(expert_NK, here.w_in.shape[0], sharding)
+      y = _rounds(x_ND, weight_NK, here, buckets, activation, sharding)
+    else:
+      number_P = sharding.local(expert_NK, here).reshape(-1)
+      y_NKD = _apply_experts(x_ND, number_P, here, activation, K).reshape(*weight_NK.shape, -1)
+      y = jnp.einsum('nkd,nk->nd', y_NKD.astype(jnp.float32), weight_NK)
+    return sharding.psum(y.astype(x_BTD.dtype)).reshape(x_BTD.shape)
+
+  mapped = per_shard(shard, (_TOKENS, _TOKENS, _TOKENS, *_EXPERTS), _TOKENS)
+  return mapped(x_BTD, expert_BTK, weight_BTK, *experts)
+
+
+def _apply_experts(x_ND, expert_P, experts: Experts, activation, copies=1):
+  """The expert of each pair on its row, P = N copies: permute, grouped matmul, unpermute. Numbers
+  beyond the last expert give zeros."""
+  order = jnp.argsort(expert_P, stable=True)
+  inverse = jnp.argsort(order)
+  sizes_E = jnp.bincount(expert_P, length=experts.w_in.shape[0])
+
+  def times(a, w):
+    return grouped_matmul(a, w, sizes_E)
+
+  h = _hidden(_permute(x_ND, order, inverse, copies), experts, activation, times)
+  y_PD = times(checkpoint_name(h, 'mlp_hidden'), experts.w_out)
+  return _permute(y_PD, inverse, order, 1)
+
+
+# The gradient of a gather by a permutation is a gather too; JAX's own would be a scatter-add.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _permute(x_ND, order_P, inverse_P, copies):
+  """`copies` of every row, in a new order."""
+  return x_ND[order_P // copies if copies > 1 else order_P]
+
+
+def _permute_backward(copies, inverse_P, g_PD):
+  g = g_PD[inverse_P]
+  return (g.reshape(-1, copies, g.shape[-1]).sum(1) if copies > 1 else g), None, None
+
+
+_permute.defvjp(
+  lambda x_ND, order_P, inverse_P, copies: (_permute(x_ND, order_P, inverse_P, copies), inverse_P),
+  _permute_backward,
+)
+
+
+# ---- the same, tokens exchanged in rounds ------------------------------------------------------
+
+
+def _bucket_rows(pairs: int, shards: int) -> int:
+  return min(pairs, math.ceil(SLACK * pairs / shards / 8) * 8)
+
+
+def _buckets(expert_NK, mine, sharding: _ExpertSharding):
+  """The pairs of a shard by destination: (pairs sorted by expert, so by destination; where in this
+  order those for each shard start, and how many they are; the expert of each pair; the number of
+  rounds)."""
+  expert_P = expert_NK.reshape(-1)
+  sizes_S = jnp.bincount(expert_P // mine, length=sharding.shards)
+  needed = -(-jnp.max(sizes_S) // _bucket_rows(expert_P.size, sharding.shards))
+  # All shards of the mesh go through the same rounds, whatever their own need: collectives wait for
+  # each other.
+  rounds = jax.lax.pmax(needed, all_mesh_axes())
+  order_P = jnp.argsort(expert_P, stable=True)
+  return order_P, jnp.cumsum(sizes_S) - sizes_S, sizes_S, expert_P, rounds
+
+
+def _round(i, x_ND, weight_NK, experts, buckets, activation, sharding: _ExpertSharding):
+  """The contribution of round i to the output of this shard's tokens, [N, D]."""
+  order_P, starts_S, sizes_S, expert_P, _ = buckets
+  P, K, mine = weight_NK.size, weight_NK.shape[1], experts.w_in.shape[0]
+  S, c = sharding.shards, _bucket_rows(P, sharding.shards)
+  slot_SC = i * c + jnp.arange(c)[None]
+  filled_SC = slot_SC < sizes_S[:, None]
+  pair_SC = order_P[jnp.minimum(starts_S[:, None] + slot_SC, P - 1)]
+  expert_SC = jnp.where(filled_SC, expert_P[pair_SC] - mine * jnp.arange(S)[:, None], mine)
+  pair, filled = pair_SC.reshape(S * c), filled_SC.reshape(S * c)
+  expert = sharding.all_to_all(expert_SC.astype(jnp.int32)).reshape(S * c)
+  rows = sharding.all_to_all(jnp.where(filled[:, None], x_ND[pair // K], jnp.zeros((), x_ND.dtype)))
+  y = sharding.all_to_all(_apply_experts(rows, expert, experts, activation)).astype(jnp.float32)
+  weight = jnp.where(filled, weight_NK.reshape(P)[pair], 0.0)
+  return jnp.zeros(x_ND.shape, jnp.float32).at[pair // K].add(weight[:, None] * y)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _rounds(x_ND, weight_NK, experts, buckets, activation, sharding):
+  """The sum of all rounds. It is linear in the rounds, so its gradient is the sum of theirs."""
+
+  def add(i, y):
+    return y + _round(i, x_ND, weight_NK, experts, buckets, activation, sharding)
+
+  return jax.lax.fori_loop(0, buckets[-1], add, jnp.zeros(x_ND.shape, jnp.float32))
+
+
+def _rounds_forward(*arguments):
+  return _rounds(*arguments), arguments[:4]
+
+
+def _rounds_backward(activation, sharding, saved, g_ND):
+  *inputs, buckets = saved
+
+  def add(i, total):
+    _, pull = jax.vjp(lambda *a: _round(i, *a, buckets, activation, sharding), *inputs)
+    return jax.tree.map(lambda a, b: a + b.astype(a.dtype), total, pull(g_ND))
+
+  total = jax.tree.map(lambda a: jnp.zeros(a.shape, jnp.float32), tuple(inputs))
+  total = jax.lax.fori_loop(0, buckets[-1], add, total)
+  return *jax.tree.map(lambda g, a: g.astype(a.dtype), total, tuple(inputs)), None
+
+
+_rounds.defvjp(_rounds_forward, _rounds_backward)
+
+
+# ---- a fixed number of slots per expert --------------------------------------------------------
+
+
+def _slots_batched(x_BTD, token_BEC, weight_BEC, experts, activation):
+  sharding, axes = _ExpertSharding.of(len(x_BTD), experts), time_axes(x_BTD.shape[1])
+  T = x_BTD.shape[1]
 
   def shard(x_BTD, token_BEC, weight_BEC, *weights):
-    b, _, D = x_BTD.shape
-    here = Experts(*weights)
-    if over.experts and not over.exchanges:
-      mine = here.w_in.shape[0]
-      first = jax.lax.axis_index(over.experts) * mine
+    (b, _, D), here = x_BTD.shape, Experts(*weights)
+    if sharding.experts and not sharding.exchanges:
+      first, mine = sharding.first(here), here.w_in.shape[0]
       token_BEC, weight_BEC = (
         jax.lax.dynamic_slice_in_dim(a, first, mine, 1) for a in (token_BEC, weight_BEC)
       )
-    rows, token_BEC, weight_BEC = _rows_of_places(x_BTD, token_BEC, weight_BEC, axes)
+    rows, token_BEC, weight_BEC = _rows_of_slots(x_BTD, token_BEC, weight_BEC, axes)
     e, C = token_BEC.shape[1:]
-    token_BP, row = token_BEC.reshape(b, e * C), jnp.arange(b)[:, None]
     rows = rows.swapaxes(0, 1).reshape(e, b * C, D)
-    if over.exchanges:
-      rows = jax.lax.all_to_all(rows, over.experts, 0, 1, tiled=True)
-    y = _batched(rows, here, activation)
-    if over.exchanges:
-      y = jax.lax.all_to_all(y, over.experts, 1, 0, tiled=True)
+    rows = sharding.all_to_all(rows, 0, 1) if sharding.exchanges else rows
+    times = functools.partial(jnp.einsum, 'end,edf->enf')
+    h = _hidden(rows, here, activation, times)
+    y = times(checkpoint_name(h, 'mlp_hidden'), here.w_out)
+    y = sharding.all_to_all(y, 1, 0) if sharding.exchanges else y
     y_BPD = y.reshape(e, b, C, D).swapaxes(0, 1).reshape(b, e * C, D).astype(jnp.float32)
-    y = (
-      jnp.zeros((b, T, D), jnp.float32)
-      .at[row, token_BP]
-      .add(weight_BEC.reshape(b, e * C, 1) * y_BPD)
-    )
+    y_BPD = weight_BEC.reshape(b, e * C, 1) * y_BPD
+    y = _scatter_add((b, T, D), token_BEC.reshape(b, e * C), y_BPD)
     y = jax.lax.psum_scatter(y, axes, scatter_dimension=1, tiled=True) if axes else y
-    return over.summed(y.astype(x_BTD.dtype))
+    return sharding.psum(y.astype(x_BTD.dtype))
 
-  # a place holds a token of anywhere in its sequence
-  whole, tokens = ('batch', None, None), ('batch', 'time', None)
-  mapped = per_shard(shard, (tokens, whole, whole, *_AXES), tokens)
+  # the token of a slot may stand anywhere in its sequence
+  slots = ('batch', None, None)
+  mapped = per_shard(shard, (_TOKENS, slots, slots, *_EXPERTS), _TOKENS)
   return mapped(x_BTD, token_BEC, weight_BEC, *experts)
 
 
-def _rows_of_places(x_BTD, token_BEC, weight_BEC, axes: tuple[str, ...]):
-  """The tokens `[b, e, C, D]` in the places of this shard, with their numbers and weights: all
-  places, or where time is divided one part of each expert's, whose tokens other shards send."""
+def _rows_of_slots(x_BTD, token_BEC, weight_BEC, axes: tuple[str, ...]):
+  """The tokens `[b, e, C, D]` in the slots of this shard, with their numbers and weights: all
+  slots, or where time is sharded a part of each expert's, whose tokens other shards send."""
   row, C = jnp.arange(len(x_BTD))[:, None, None], token_BEC.shape[2]
   if not axes:
     return x_BTD[row, token_BEC], token_BEC, weight_BEC
@@ -372,9 +356,9 @@ def _rows_of_places(x_BTD, token_BEC, weight_BEC, axes: tuple[str, ...]):
   token_BEC, weight_BEC = (
     jnp.pad(a, ((0, 0), (0, 0), (0, -C % n))) for a in (token_BEC, weight_BEC)
   )
-  place = token_BEC - here * t
-  mine = ((place >= 0) & (place < t))[..., None]
-  rows = jnp.where(mine, x_BTD[row, jnp.clip(place, 0, t - 1)], jnp.zeros((), x_BTD.dtype))
+  position = token_BEC - here * t
+  mine = ((position >= 0) & (position < t))[..., None]
+  rows = jnp.where(mine, x_BTD[row, jnp.clip(position, 0, t - 1)], jnp.zeros((), x_BTD.dtype))
   part = token_BEC.shape[2] // n
   token_BEC, weight_BEC = (
     jax.lax.dynamic_slice_in_dim(a, here * part, part, 2) for a in (token_BEC, weight_BEC)
@@ -382,22 +366,9 @@ def _rows_of_places(x_BTD, token_BEC, weight_BEC, axes: tuple[str, ...]):
   return jax.lax.psum_scatter(rows, axes, scatter_dimension=2, tiled=True), token_BEC, weight_BEC
 
 
-def _batched(rows_END, experts: Experts, activation: Activation):
-  def times(a, w):
-    return jnp.einsum('end,edf->enf', a, w)
-
-  h = times(rows_END, experts.w_in)
-  h = activation(h) if experts.w_gate is None else activation(times(rows_END, experts.w_gate)) * h
-  return times(checkpoint_name(h, 'mlp_hidden'), experts.w_out)
-
-
 MOE_DROPLESS = Operation(
-  'moe_dropless',
-  {'naive': Implementation(moe_naive), 'grouped': Implementation(_sorted)},
-  lambda: ('grouped',),
+  'moe_dropless', {'naive': _dropless_naive, 'grouped': _dropless_grouped}, lambda: ('grouped',)
 )
 MOE_CAPACITY = Operation(
-  'moe_capacity',
-  {'naive': Implementation(moe_naive), 'batched': Implementation(_batched)},
-  lambda: ('batched',),
+  'moe_capacity', {'naive': _slots_naive, 'batched': _slots_batched}, lambda: ('batched',)
 )

@@ -1,18 +1,15 @@
-"""What routers of mixtures of experts compute beside their choice: balancing losses, closed-form
-loads, places with a limit.
+"""Routing of mixtures of experts: balancing losses, loads in closed form, slots with a capacity.
 
-Dims: N tokens, E experts, K experts a token, C places of an expert in a sequence. All in fp32.
+Dims: E experts, K experts per token, C slots of an expert in a sequence. All in fp32.
 """
 
 from __future__ import annotations
-
-import functools
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxformer.ops.sequence_parallel import carried, time_axes
+from jaxformer.ops.sequence_parallel import scan_shards, time_axes
 from jaxformer.sharding import per_shard
 
 
@@ -30,9 +27,9 @@ def balance_loss(
   """E sum_e f_e P_e, with f_e the fraction of tokens sent to expert e and P_e the mean probability
   of it (Fedus et al. 2022, eq. 4-6).
 
-  f adds up to K, the experts a token, so balance costs K: 1 for Switch, 2 for two experts a token,
-  as in transformers' Mixtral. (Its function pools the tokens of all layers; here each layer has a
-  loss of its own, and they are added.)"""
+  f adds up to K, the experts per token, so balance costs K: 1 for Switch, 2 for two experts per
+  token, as in transformers' Mixtral. (Its function pools the tokens of all layers; here each layer
+  has its own loss, and the losses are summed.)"""
   return load_E.shape[0] * jnp.sum(
     jax.lax.stop_gradient(load_E) * jnp.mean(probabilities_BTE, axis=(0, 1))
   )
@@ -56,7 +53,7 @@ def noisy_load(
   k: int,
 ) -> Float[Array, ' E']:
   """Load_e = sum_tokens Phi((clean_e - kth_excluding_e) / std_e): how many tokens would choose e if
-  its noise alone were drawn again (Shazeer et al. 2017, eq. 8-10). kth_excluding_e is the k-th
+  only its noise were drawn again (Shazeer et al. 2017, eq. 8-10). kth_excluding_e is the k-th
   largest noisy logit among the others: of all, the (k+1)-th where e is among the k chosen, else the
   k-th. Needs k < E."""
   top = jax.lax.top_k(noisy_BTE, k + 1)[0]
@@ -65,58 +62,67 @@ def noisy_load(
   return jnp.sum(jax.scipy.stats.norm.cdf((clean_BTE - threshold) / std_BTE), axis=(0, 1))
 
 
-NUDGE = 1e-4
+BIAS_GRADIENT = 1e-4  # size of the gradient of `load_balancing_bias_gradient`
 
 
 @jax.custom_vjp
-def nudge(bias_E: Float[Array, ' E'], load_E: Float[Array, ' E']) -> Float[Array, '']:
-  """0, with `NUDGE` sign(load - mean load) for gradient with respect to the biases, whatever comes
-  from behind.
+def load_balancing_bias_gradient(
+  bias_E: Float[Array, ' E'], load_E: Float[Array, ' E']
+) -> Float[Array, '']:
+  """0, whose gradient with respect to the biases is `BIAS_GRADIENT` sign(load - mean load),
+  whatever the incoming gradient.
 
   Balancing without a loss adds a bias to each expert's score and lowers it where the expert has too
   many tokens (DeepSeek-AI 2024, section 2.1.2). As the gradient of a parameter, that rule is
-  applied by the optimizer, kept by checkpoints and summed by accumulation like all others. All our
-  optimizers take steps of the size of the learning rate, whatever that of gradients, so a
-  small one serves: it leaves the global norm to the gradients of the loss.
+  applied by the optimizer, stored by checkpoints and summed by accumulation like all others. All
+  our optimizers take steps of the size of the learning rate, whatever that of gradients, so a small
+  one is enough: it hardly changes the global norm of the gradients.
   """
   return jnp.zeros(())
 
 
-nudge.defvjp(
+load_balancing_bias_gradient.defvjp(
   lambda bias_E, load_E: (jnp.zeros(()), load_E),
-  lambda load_E, _: (NUDGE * jnp.sign(load_E - jnp.mean(load_E)), jnp.zeros_like(load_E)),
+  lambda load_E, _: (BIAS_GRADIENT * jnp.sign(load_E - jnp.mean(load_E)), jnp.zeros_like(load_E)),
 )
 
 
-def places(
+def assign_slots(
   expert_BTK: Int[Array, 'B T K'], weight_BTK: Float[Array, 'B T K'], experts: int, capacity: int
 ) -> tuple[Int[Array, 'B E C'], Float[Array, 'B E C'], Float[Array, '']]:
-  """Gives each expert at most `capacity` tokens of every sequence, the earlier ones: a token loses
-  those of its experts whose places are taken by tokens before it. So no token's place depends on
-  later ones, nor on other sequences.
+  """Assign at most `capacity` tokens of every sequence to each expert, the earlier ones first: a
+  token loses an expert whose slots are taken by tokens before it. So no token's slot depends on
+  later tokens or on other sequences.
 
-  Returns the token in each place of each expert and its weight (0 where a place stays empty), and
-  the fraction of choices dropped."""
+  Returns the token in each slot of each expert and its weight (0 for an empty slot), and the
+  fraction of choices dropped."""
+
+  def shard(expert_BTK, weight_BTK):
+    B, T, K = expert_BTK.shape
+    before_BP, _ = _choices_before(expert_BTK, experts)
+    # slots beyond the last are left out by `mode='drop'`
+    at = jnp.arange(B)[:, None], expert_BTK.reshape(B, T * K), before_BP
+    token_BP = jnp.broadcast_to((jnp.arange(T * K, dtype=jnp.int32) // K)[None], (B, T * K))
+    token, weight = (
+      jnp.zeros((B, experts, capacity), dtype).at[at].set(a, mode='drop')
+      for dtype, a in ((jnp.int32, token_BP), (jnp.float32, weight_BTK.reshape(B, T * K)))
+    )
+    return token, weight, jnp.mean((before_BP >= capacity).astype(jnp.float32), axis=1)
+
   tokens = ('batch', None, None)
-  mapped = per_shard(
-    functools.partial(_places, experts=experts, capacity=capacity),
-    (tokens, tokens),
-    tokens,
-    tokens,
-    ('batch',),
-  )
+  mapped = per_shard(shard, (tokens, tokens), tokens, tokens, ('batch',))
   token, weight, dropped_B = mapped(expert_BTK, weight_BTK)
   return token, weight, jnp.mean(dropped_B)
 
 
-def within(expert_BTK: Int[Array, 'B T K'], experts: int, capacity: int) -> Bool[Array, 'B T K']:
-  """Whether a token has a place (`places`) with each of its experts."""
+def has_slot(expert_BTK: Int[Array, 'B T K'], experts: int, capacity: int) -> Bool[Array, 'B T K']:
+  """Whether a token gets a slot (`assign_slots`) of each of its experts."""
   axes = time_axes(expert_BTK.shape[1])
 
-  def shard(expert_BTK: Array) -> Array:
-    before_BP, taken_BE = _before(expert_BTK, experts)
+  def shard(expert_BTK):
+    before_BP, taken_BE = _choices_before(expert_BTK, experts)
     if axes:
-      earlier_BE, _ = carried(taken_BE, jnp.zeros_like(taken_BE), jnp.add, axes)
+      earlier_BE, _ = scan_shards(taken_BE, jnp.zeros_like(taken_BE), jnp.add, axes)
       before_BP += jnp.take_along_axis(earlier_BE, expert_BTK.reshape(before_BP.shape), axis=1)
     return before_BP.reshape(expert_BTK.shape) < capacity
 
@@ -124,27 +130,10 @@ def within(expert_BTK: Int[Array, 'B T K'], experts: int, capacity: int) -> Bool
   return per_shard(shard, (tokens,), tokens)(expert_BTK)
 
 
-def _before(expert_BTK: Array, experts: int) -> tuple[Array, Array]:
-  """How many choices before each in its row are of the same expert, [B, T K], and how many each
-  expert has in all, [B, E]."""
-  chosen_BPE = expert_BTK.reshape(len(expert_BTK), -1)[..., None] == jnp.arange(experts).reshape(
-    1, 1, experts
-  )
+def _choices_before(expert_BTK, experts):
+  """For each choice the number of earlier ones of the same expert in its row, [B, T K], and the
+  total of each expert, [B, E]."""
+  flat = expert_BTK.reshape(len(expert_BTK), -1)
+  chosen_BPE = flat[..., None] == jnp.arange(experts).reshape(1, 1, experts)
   counts_BPE = jnp.cumsum(chosen_BPE, axis=1, dtype=jnp.int32)
   return jnp.sum(jnp.where(chosen_BPE, counts_BPE - 1, 0), axis=-1), counts_BPE[:, -1]
-
-
-def _places(expert_BTK, weight_BTK, experts, capacity):
-  B, T, K = expert_BTK.shape
-  before_BP, _ = _before(expert_BTK, experts)
-  row = jnp.arange(B)[:, None]
-  # places beyond the last are left out by `mode='drop'`
-  at = (row, expert_BTK.reshape(B, T * K), before_BP)
-  token_BP = jnp.broadcast_to((jnp.arange(T * K, dtype=jnp.int32) // K)[None], (B, T * K))
-  token = jnp.zeros((B, experts, capacity), jnp.int32).at[at].set(token_BP, mode='drop')
-  weight = (
-    jnp.zeros((B, experts, capacity), jnp.float32)
-    .at[at]
-    .set(weight_BTK.reshape(B, T * K), mode='drop')
-  )
-  return token, weight, jnp.mean((before_BP >= capacity).astype(jnp.float32), axis=1)

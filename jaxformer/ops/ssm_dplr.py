@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -13,21 +12,21 @@ from jaxtyping import Array, Complex, Float
 
 from jaxformer.ops.linear_solve import solve
 from jaxformer.ops.ssm import System
-from jaxformer.ops.ssm_systems import Dense, power_less_one
+from jaxformer.ops.ssm_systems import DenseSystem, as_real, power_less_one, reading
 
-NODES = 128  # frequencies of a kernel that are worked on together
+NODES = 128  # frequencies of a kernel that are computed together
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Dplr(System):
-  """x' = (Lambda - p p^*) x + b u, y = 2 Re(c x), made discrete by Tustin's rule. Each complex
-  number stands for itself and its
-  conjugate: the system has N = 2 P real numbers of state a channel.
+class DplrSystem(System):
+  """x' = (Lambda - p p^*) x + b u, y = 2 Re(c x), discretized by Tustin's rule. Each complex
+  number represents itself and its conjugate: the system has real state size N = 2 P per channel.
 
-  What is given for C is C~ = C (I - Abar^length), which the kernel of that length needs (lemma
-  C.3). Kernels of up to that length are made from C~ alone and cut; for the recurrence and for
-  longer kernels C is recovered with an N x N solve. That loses digits as |1 - e^{-dt length / 2}|
-  nears 0, so `length` should not be far below 1 / dt.
+  Instead of C the system has C~ = C (I - Abar^length), which the kernel of that length needs (lemma
+  C.3). Kernels of up to that length are computed from C~ alone and truncated; for the recurrence
+  and for longer kernels C is recovered with an N x N solve. That loses digits as |1 - e^{-dt length
+  / 2}| approaches 0, so `length` should not be far below 1 / dt.
 
   Attributes:
     a_HP: Lambda, with negative real part.
@@ -43,40 +42,29 @@ class Dplr(System):
   b_HP: Complex[Array, 'H P']
   tilde_MHP: Complex[Array, 'M H P']
   dt_H: Float[Array, ' H']
-  length: int
-  dense: Dense
+  length: int = dataclasses.field(metadata={'static': True})
+  dense: DenseSystem
 
   @property
-  def sizes(self) -> tuple[int, int, int]:
+  def sizes(self):
     M, H, P = self.tilde_MHP.shape
     return M, H, 2 * P
 
-  @property
-  def parts(self):
-    pairs = tuple((a, ('inner', None)) for a in (self.a_HP, self.p_HP, self.b_HP))
-    return (
-      *pairs,
-      (self.tilde_MHP, (None, 'inner', None)),
-      (self.dt_H, ('inner',)),
-      *self.dense.parts,
-    )
+  axes = (*(('inner', None),) * 3, (None, 'inner', None), ('inner',), *DenseSystem.axes)
 
-  def of(self, *arrays: Array) -> Dplr:
-    return Dplr(*arrays[:5], self.length, self.dense.of(*arrays[5:]))
-
-  def next(self, x_BHN: Float[Array, 'B H N'], u_BH: Float[Array, 'B H']) -> Float[Array, 'B H N']:
+  def next(self, x_BHN, u_BH):
     return self.dense.next(x_BHN, u_BH)
 
-  def read(self, x_BHN: Float[Array, 'B H N']) -> Float[Array, 'B M H']:
+  def read(self, x_BHN):
     return self.dense.read(x_BHN)
 
-  def transition(self, steps: int) -> Callable[[Array], Array]:
+  def transition(self, steps):
     return self.dense.transition(steps)
 
-  def maps(self, length: int) -> tuple[Array, Array]:
+  def maps(self, length):
     return self.dense.maps(length)
 
-  def kernel(self, length: int) -> Array:
+  def kernel(self, length):
     """The inverse Fourier transform of the generating function at the roots of unity (algorithm
     1)."""
     if length <= self.length:
@@ -94,15 +82,13 @@ def dplr(
   tilde_MHP: Complex[Array, 'M H P'],
   dt_H: Float[Array, ' H'],
   length: int,
-) -> Dplr:
-  """The system with its dense form, which a compiler leaves out where only a kernel is asked
-  for."""
+) -> DplrSystem:
+  """The system with its dense form, which the compiler removes where only a kernel is computed."""
   d, bbar = dense_dplr(a_HP, p_HP, b_HP, dt_H)
   rest = -jnp.swapaxes(power_less_one(d, length), 1, 2)
-  tilde_MHN = jnp.concatenate([2 * tilde_MHP.real, -2 * tilde_MHP.imag], axis=-1)
-  c_HNM = solve(rest, jnp.transpose(tilde_MHN, (1, 2, 0)))
-  return Dplr(
-    a_HP, p_HP, b_HP, tilde_MHP, dt_H, length, Dense(d, bbar, jnp.transpose(c_HNM, (2, 0, 1)))
+  c_HNM = solve(rest, jnp.transpose(reading(tilde_MHP), (1, 2, 0)))
+  return DplrSystem(
+    a_HP, p_HP, b_HP, tilde_MHP, dt_H, length, DenseSystem(d, bbar, jnp.transpose(c_HNM, (2, 0, 1)))
   )
 
 
@@ -133,9 +119,9 @@ def dense_dplr(
   e_q, e_b = e * p_HP, e * b_HP  # complex: E [Re p, Im p]
   e_q_left = e * p_HP.conj()  # q^T E is [Re, -Im] of it
   gain = 1.0 / (1.0 / dt + jnp.sum((p_HP.conj() * e_q).real, axis=1, keepdims=True))
-  right = _real(e_q)
+  right = as_real(e_q)
   left = jnp.concatenate([e_q_left.real, -e_q_left.imag], axis=1)
-  bbar = dt * (_real(e_b) - right * gain * jnp.sum(left * _real(b_HP), axis=1, keepdims=True))
+  bbar = dt * (as_real(e_b) - right * gain * jnp.sum(left * as_real(b_HP), axis=1, keepdims=True))
   # Abar - I = 2 ((I - dt/2 A)^{-1} - I); of the part without q that is dt a / (1 - dt a / 2).
   turn = dt * a_HP * e
   re, im = jax.vmap(jnp.diag)(turn.real), jax.vmap(jnp.diag)(turn.imag)
@@ -143,10 +129,6 @@ def dense_dplr(
     [jnp.concatenate([re, -im], axis=2), jnp.concatenate([im, re], axis=2)], axis=1
   )
   return block - 2.0 * gain[..., None] * right[:, :, None] * left[:, None], bbar
-
-
-def _real(z: Array) -> Array:
-  return jnp.concatenate([z.real, z.imag], axis=-1)
 
 
 def cauchy_kernel(
@@ -161,9 +143,9 @@ def cauchy_kernel(
   z = 2 / dt (1 - w) / (1 + w), at w = exp(-2 pi i k / length) for k = 0 .. length / 2.
 
   With theta / 2 = pi k / length, s and c its sine and cosine, r = c dt/2 / (i s - c dt/2 Lambda),
-  so nothing divides by 1 + w and w = -1 (c = 0) is a node like all others, its limit dt/2 C~ b
-  included. A node's numbers are worked out for `NODES` nodes at a
-  time and again in the backward pass: H N NODES numbers, not H N length.
+  so nothing divides by 1 + w, and w = -1 (c = 0) is a node like all others with the limit dt/2 C~
+  b. The terms are computed for `NODES` nodes at a time and recomputed in the backward pass: O(H N
+  NODES) memory, not O(H N length).
   """
   M, H, _ = tilde_MHP.shape
   half = np.pi * np.arange(length // 2 + 1) / length
@@ -198,7 +180,7 @@ def cauchy_kernel(
   return jnp.fft.irfft(k_f, length, axis=-1)
 
 
-def _cauchy(weights: tuple[Array, Array], mu_HP: Array, s_G: Array, c_G: Array) -> Array:
+def _cauchy(weights, mu_HP, s_G, c_G):
   """sum_n v_n / (i s - c mu_n) + conj(v_n) / (i s - c conj(mu_n)): [H, V, G]."""
   c, s = c_G[None, None], s_G[None, None]
   real, imag = -c * mu_HP.real[..., None], c * mu_HP.imag[..., None]

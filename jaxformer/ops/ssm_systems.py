@@ -1,11 +1,10 @@
 """Systems for `ops.ssm`: diagonal in complex conjugate pairs, dense, and the shift register; and
-how a continuous system is made discrete."""
+the discretization of continuous systems."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +22,7 @@ def zoh(
   """Zero-order hold of x' = a x + b u for diagonal a: log Abar = dt a and Bbar = (Abar - 1) / a b
   (Gu et al. 2022, eq. 6).
 
-  The imaginary part of log Abar is brought to [-pi, pi]: powers of Abar then keep their digits. `a`
+  The imaginary part of log Abar is reduced to [-pi, pi], so that powers of Abar are accurate. `a`
   must not be 0."""
   z = dt_H[:, None] * a
   half = jnp.sin(0.5 * z.imag)
@@ -32,7 +31,7 @@ def zoh(
     jnp.expm1(z.real) * jnp.cos(z.imag) - 2 * half * half, jnp.exp(z.real) * jnp.sin(z.imag)
   )
   turns = jax.lax.stop_gradient(jnp.round(z.imag / (2 * math.pi)))
-  high = 6.28125  # 2 pi in two parts, of which the first times a small whole number is exact
+  high = 6.28125  # 2 pi in two parts, of which the first times a small integer is exact
   angle = (z.imag - turns * high) - turns * (2 * math.pi - high)
   return jax.lax.complex(z.real, angle), grown / a * b
 
@@ -41,7 +40,7 @@ def bilinear(
   a: Complex[Array, 'H N'], b: Complex[Array, 'H N'], dt_H: Float[Array, ' H']
 ) -> tuple[Array, Array]:
   """Tustin's rule for diagonal a: Abar = (1 + dt a / 2) / (1 - dt a / 2), Bbar = dt b / (1 - dt a /
-  2); gives log Abar and Bbar."""
+  2). Returns log Abar and Bbar."""
   w = 0.5 * dt_H[:, None] * a
   above, below = (
     jnp.square(1 + w.real) + jnp.square(w.imag),
@@ -59,25 +58,45 @@ def bilinear(
 def dense_bilinear(
   a: Float[Array, 'H N N'], b: Float[Array, 'H N'], dt_H: Float[Array, ' H']
 ) -> tuple[Float[Array, 'H N N'], Float[Array, 'H N']]:
-  """Tustin's rule for real matrices: Abar - I = (I - dt A / 2)^{-1} dt A (see `Dense`) and Bbar =
-  (I - dt A / 2)^{-1} dt b."""
+  """Tustin's rule for real matrices: Abar - I = (I - dt A / 2)^{-1} dt A (see `DenseSystem`) and
+  Bbar = (I - dt A / 2)^{-1} dt b."""
   dt = dt_H[:, None, None]
   right = dt * jnp.concatenate([a, b[..., None]], axis=-1)
   solved = solve(jnp.eye(a.shape[-1])[None] - 0.5 * dt * a, right)
   return solved[..., :-1], solved[..., -1]
 
 
+# ---- complex numbers as real states ------------------------------------------------------------
+
+
+def as_real(z):
+  """The real representation of complex numbers: all real parts, then all imaginary parts."""
+  return jnp.concatenate([z.real, z.imag], axis=-1)
+
+
+def as_complex(x):
+  """The inverse of `as_real`."""
+  re, im = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+  return jax.lax.complex(re, im)
+
+
+def reading(c: Array) -> Array:
+  """The real vector whose inner product with the real representation of x is 2 Re(c x)."""
+  return jnp.concatenate([2 * c.real, -2 * c.imag], axis=-1)
+
+
 # ---- diagonal ----------------------------------------------------------------------------------
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Diagonal(System):
-  """x_t = exp(log_a) x_{t-1} + b u_t, y_t = 2 Re(c x_t): each complex number stands for itself and
-  its conjugate, so a system of N real numbers of state has P = N / 2 of them.
+class DiagonalSystem(System):
+  """x_t = exp(log_a) x_{t-1} + b u_t, y_t = 2 Re(c x_t): each complex number represents itself
+  and its conjugate, so a system of real state size N has P = N / 2 of them.
 
   Attributes:
-    log_a_HP, b_HP: of `zoh` or `bilinear`.
-    c_MHP: an output vector for each of M outputs.
+    log_a_HP, b_HP: from `zoh` or `bilinear`.
+    c_MHP: one output vector per output.
   """
 
   log_a_HP: Complex[Array, 'H P']
@@ -85,114 +104,87 @@ class Diagonal(System):
   c_MHP: Complex[Array, 'M H P']
 
   @property
-  def sizes(self) -> tuple[int, int, int]:
+  def sizes(self):
     M, H, P = self.c_MHP.shape
     return M, H, 2 * P
 
-  @property
-  def parts(self):
-    return (
-      (self.log_a_HP, ('inner', None)),
-      (self.b_HP, ('inner', None)),
-      (self.c_MHP, (None, 'inner', None)),
-    )
+  axes = (('inner', None), ('inner', None), (None, 'inner', None))
 
-  def of(self, *arrays: Array) -> Diagonal:
-    return Diagonal(*arrays)
-
-  def next(self, x_BHN: Float[Array, 'B H N'], u_BH: Float[Array, 'B H']) -> Float[Array, 'B H N']:
+  def next(self, x_BHN, u_BH):
     return (
       _rotate(self._powers(jnp.ones(1))[:, 0][None], x_BHN)
-      + _real(self.b_HP)[None] * u_BH[..., None]
+      + as_real(self.b_HP)[None] * u_BH[..., None]
     )
 
-  def read(self, x_BHN: Float[Array, 'B H N']) -> Float[Array, 'B M H']:
-    return jnp.sum(x_BHN[:, None] * _reading(self.c_MHP)[None], axis=-1)
+  def read(self, x_BHN):
+    return jnp.sum(x_BHN[:, None] * reading(self.c_MHP)[None], axis=-1)
 
-  def transition(self, steps: int) -> Callable[[Array], Array]:
+  def transition(self, steps):
     a_H1P = self._powers(jnp.full(1, steps))
     return lambda x_HBN: _rotate(a_H1P, x_HBN)
 
-  def _powers(self, j_C: Array) -> Array:
+  def _powers(self, j_C):
     """Abar^j: [H, C, P]."""
     j, log_a = j_C.astype(jnp.float32)[None, :, None], self.log_a_HP[:, None]
     size, angle = jnp.exp(j * log_a.real), j * log_a.imag
     return jax.lax.complex(size * jnp.cos(angle), size * jnp.sin(angle))
 
-  def maps(self, length: int) -> tuple[Array, Array]:
-    into = _real(self.b_HP[:, None] * self._powers(jnp.arange(length)))
-    return into, _reading(self.c_MHP[:, :, None] * self._powers(1 + jnp.arange(length))[None])
+  def maps(self, length):
+    into = as_real(self.b_HP[:, None] * self._powers(jnp.arange(length)))
+    return into, reading(self.c_MHP[:, :, None] * self._powers(1 + jnp.arange(length))[None])
 
-  def kernel(self, length: int) -> Array:
+  def kernel(self, length):
     """A product of Vandermonde matrices in two levels, k_{i W + j} = 2 Re sum_p (c Abar^{i W})_p (b
-    Abar^j)_p: of the order of N sqrt(T) numbers for each channel, not N T."""
+    Abar^j)_p: O(N sqrt(T)) memory per channel, not O(N T)."""
     W = min(length, max(16, 1 << math.ceil(math.log2(length) / 2)))
     rows = -(-length // W)
-    fine_HWN = _real(self.b_HP[:, None] * self._powers(jnp.arange(W)))
-    coarse_MHRN = _reading(self.c_MHP[:, :, None] * self._powers(W * jnp.arange(rows))[None])
+    fine_HWN = as_real(self.b_HP[:, None] * self._powers(jnp.arange(W)))
+    coarse_MHRN = reading(self.c_MHP[:, :, None] * self._powers(W * jnp.arange(rows))[None])
     k = jnp.einsum('mhrn,hwn->mhrw', coarse_MHRN, fine_HWN, precision='highest')
     return k.reshape(*k.shape[:2], rows * W)[..., :length]
 
 
-def _rotate(a: Array, x: Array) -> Array:
-  """The product of complex numbers with a real state."""
+def _rotate(a, x):
+  """The product of complex numbers with a state in real representation."""
   re, im = jnp.split(x, 2, axis=-1)
   return jnp.concatenate([re * a.real - im * a.imag, re * a.imag + im * a.real], axis=-1)
-
-
-def _real(z: Array) -> Array:
-  """Complex numbers as a real state has them."""
-  return jnp.concatenate([z.real, z.imag], axis=-1)
-
-
-def _reading(c: Array) -> Array:
-  """The real vector whose product with such a state is 2 Re(c x)."""
-  return jnp.concatenate([2 * c.real, -2 * c.imag], axis=-1)
 
 
 # ---- dense -------------------------------------------------------------------------------------
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Dense(System):
+class DenseSystem(System):
   """Real matrices: x_t = Abar x_{t-1} + b u_t, y_t = c x_t with Abar = I + d. Powers come from
-  squares (Krylov doubling): O(N^3 log C) for a channel.
+  squares (Krylov doubling): O(N^3 log C) per channel.
 
-  Matrices near I, of systems with slow modes, are kept and multiplied as their difference from it:
-  in fp32, I + d has few digits of d, and all that a slow mode remembers hangs on them."""
+  Matrices near I, of systems with slow modes, are stored and multiplied as their difference d from
+  it: in fp32, I + d would keep only a few digits of d, which determine the slow modes."""
 
   d_HNN: Float[Array, 'H N N']
   b_HN: Float[Array, 'H N']
   c_MHN: Float[Array, 'M H N']
 
   @property
-  def sizes(self) -> tuple[int, int, int]:
+  def sizes(self):
     M, H, N = self.c_MHN.shape
     return M, H, N
 
-  @property
-  def parts(self):
-    return (
-      (self.d_HNN, ('inner', None, None)),
-      (self.b_HN, ('inner', None)),
-      (self.c_MHN, (None, 'inner', None)),
-    )
+  axes = (('inner', None, None), ('inner', None), (None, 'inner', None))
 
-  def of(self, *arrays: Array) -> Dense:
-    return Dense(*arrays)
-
-  def next(self, x_BHN: Float[Array, 'B H N'], u_BH: Float[Array, 'B H']) -> Float[Array, 'B H N']:
+  def next(self, x_BHN, u_BH):
     moved = jnp.einsum('hnk,bhk->bhn', self.d_HNN, x_BHN, precision='highest')
     return x_BHN + (moved + self.b_HN[None] * u_BH[..., None])
 
-  def read(self, x_BHN: Float[Array, 'B H N']) -> Float[Array, 'B M H']:
+  def read(self, x_BHN):
     return jnp.sum(x_BHN[:, None] * self.c_MHN[None], axis=-1)
 
-  def transition(self, steps: int) -> Callable[[Array], Array]:
+  def transition(self, steps):
     d = power_less_one(self.d_HNN, steps)
     return lambda x_HBN: x_HBN + jnp.einsum('hnk,hbk->hbn', d, x_HBN, precision='highest')
 
-  def maps(self, length: int) -> tuple[Array, Array]:
+  def maps(self, length):
     M, H, N = self.sizes
     into_HCN = krylov(self.d_HNN, self.b_HN[:, None], length, transposed=True)
     first_HMN = jnp.swapaxes(self.c_MHN, 0, 1)
@@ -200,8 +192,8 @@ class Dense(System):
     out_HRN = krylov(self.d_HNN, first_HMN, length)
     return into_HCN, out_HRN.reshape(H, length, M, N).transpose(2, 0, 1, 3)
 
-  def kernel(self, length: int) -> Array:
-    """In two levels: (c Abar^{i W}) (Abar^j b) for k_{i W + j}, never N T numbers for a channel."""
+  def kernel(self, length):
+    """In two levels: (c Abar^{i W}) (Abar^j b) for k_{i W + j}, never O(N T) memory per channel."""
     M, H, N = self.sizes
     W = min(length, max(8, 1 << math.ceil(math.log2(length) / 2)))
     rows = -(-length // W)
@@ -223,15 +215,15 @@ def power_less_one(d: Float[Array, 'H N N'], power: int) -> Float[Array, 'H N N'
   return result
 
 
-def _squared_less_one(d: Array) -> Array:
+def _squared_less_one(d):
   return 2 * d + jnp.matmul(d, d, precision='highest')
 
 
 def krylov(
   d_HNN: Float[Array, 'H N N'], v_HMN: Float[Array, 'H M N'], length: int, transposed: bool = False
 ) -> Float[Array, 'H R N']:
-  """The rows v Abar^j, or v (Abar^j)^T, for j = 0 .. length - 1 and Abar = I + d, M rows for each
-  j: twice as many with each square of Abar."""
+  """The rows v Abar^j, or v (Abar^j)^T, for j = 0 .. length - 1 and Abar = I + d, M rows per
+  j: each squaring of Abar doubles their number."""
   M, rows = v_HMN.shape[1], v_HMN
   while (have := rows.shape[1] // M) < length:
     old = rows[:, : (length - have) * M]
@@ -246,8 +238,9 @@ def krylov(
 # ---- shift -------------------------------------------------------------------------------------
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Shift(System):
+class ShiftSystem(System):
   """A shift register: the state is the last N inputs, newest first, y_t = sum_n c_n u_{t-n}. A
   short convolution as a state-space model (Fu et al. 2023, section 3.2: the shift SSM of H3, with B
   = e_1)."""
@@ -255,33 +248,28 @@ class Shift(System):
   c_MHN: Float[Array, 'M H N']
 
   @property
-  def sizes(self) -> tuple[int, int, int]:
+  def sizes(self):
     M, H, N = self.c_MHN.shape
     return M, H, N
 
-  @property
-  def parts(self):
-    return ((self.c_MHN, (None, 'inner', None)),)
+  axes = ((None, 'inner', None),)
 
-  def of(self, *arrays: Array) -> Shift:
-    return Shift(*arrays)
-
-  def next(self, x_BHN: Float[Array, 'B H N'], u_BH: Float[Array, 'B H']) -> Float[Array, 'B H N']:
+  def next(self, x_BHN, u_BH):
     return jnp.concatenate([u_BH[..., None], x_BHN[..., :-1]], axis=-1)
 
-  def read(self, x_BHN: Float[Array, 'B H N']) -> Float[Array, 'B M H']:
+  def read(self, x_BHN):
     return jnp.sum(x_BHN[:, None] * self.c_MHN[None], axis=-1)
 
-  def transition(self, steps: int) -> Callable[[Array], Array]:
+  def transition(self, steps):
     kept = max(self.sizes[2] - steps, 0)
     return lambda x_HBN: jnp.pad(x_HBN[..., :kept], ((0, 0), (0, 0), (self.sizes[2] - kept, 0)))
 
-  def maps(self, length: int) -> tuple[Array, Array]:
+  def maps(self, length):
     _, H, N = self.sizes
     into = jnp.broadcast_to(jnp.eye(length, N)[None], (H, length, N))
     c = jnp.pad(self.c_MHN, ((0, 0), (0, 0), (0, length)))
     return into, jnp.stack([c[..., j + 1 : j + 1 + N] for j in range(length)], axis=2)
 
-  def kernel(self, length: int) -> Array:
+  def kernel(self, length):
     c = self.c_MHN[..., :length]
     return jnp.pad(c, ((0, 0), (0, 0), (0, length - c.shape[-1])))

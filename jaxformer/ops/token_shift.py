@@ -1,4 +1,4 @@
-"""The sequence one step back: what RWKV mixes with the present token."""
+"""Token shift: the sequence one step back, which RWKV mixes with the present token."""
 
 from __future__ import annotations
 
@@ -6,7 +6,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from jaxformer.ops.sequence_parallel import from_after, from_before, of_first, of_last, time_axes
+from jaxformer.ops.sequence_parallel import (
+  from_first_shard,
+  from_last_shard,
+  from_next_shard,
+  from_previous_shard,
+  time_axes,
+)
 from jaxformer.sharding import per_shard
 
 
@@ -14,12 +20,12 @@ def token_shift(
   x_BTD: Float[Array, 'B T D'], last_BD: Float[Array, 'B D'] | None, starts_BT: Bool[Array, 'B T']
 ) -> Float[Array, 'B T D']:
   """x_{t-1} at position t (Peng et al. 2023, section 3.1.1): `last_BD` at the first position (None:
-  zeros), zeros where a packed document begins. The next call's `last_BD` is `last_token(x_BTD)`."""
+  zeros), zeros where a packed document starts. The next call's `last_BD` is `last_token(x_BTD)`."""
   first = jnp.zeros_like(x_BTD[:, 0]) if last_BD is None else last_BD.astype(x_BTD.dtype)
-  return (_over_time if time_axes(x_BTD.shape[1]) else _shifted)(x_BTD, first, starts_BT)
+  return (_across_shards if time_axes(x_BTD.shape[1]) else _shifted)(x_BTD, first, starts_BT)
 
 
-def _shifted(x_BTD: Array, first_BD: Array, starts_BT: Array) -> Array:
+def _shifted(x_BTD, first_BD, starts_BT):
   before = jnp.concatenate([first_BD[:, None], x_BTD[:, :-1]], axis=1)
   return jnp.where(starts_BT[..., None], jnp.zeros((), x_BTD.dtype), before)
 
@@ -28,32 +34,32 @@ _TOKEN, _ROW = ('batch', 'time', None), ('batch', None)
 
 
 @jax.custom_vjp
-def _over_time(x_BTD: Array, first_BD: Array, starts_BT: Array) -> Array:
-  """On shards of time, each of which gets one token from the shard before. The gradient of a mapped
-  function is added up over the mesh axes that divide nothing of its input (`tensor`), so it is
-  mapped by itself."""
+def _across_shards(x_BTD, first_BD, starts_BT):
+  """On shards of time, each of which receives one token from the previous shard. The gradient of a
+  mapped function is summed over the mesh axes that do not shard its input (`tensor`), so the
+  gradient is mapped by itself."""
   axes = time_axes(x_BTD.shape[1])
 
-  def shard(x_BTD: Array, first_BD: Array, starts_BT: Array) -> Array:
-    return _shifted(x_BTD, from_before(x_BTD[:, -1], first_BD, axes), starts_BT)
+  def shard(x_BTD, first_BD, starts_BT):
+    return _shifted(x_BTD, from_previous_shard(x_BTD[:, -1], first_BD, axes), starts_BT)
 
   return per_shard(shard, (_TOKEN, _ROW, _TOKEN[:2]), _TOKEN)(x_BTD, first_BD, starts_BT)
 
 
-def _over_time_backward(starts_BT: Array, g_BTD: Array):
+def _across_shards_backward(starts_BT, g_BTD):
   axes = time_axes(g_BTD.shape[1])
   g = jnp.where(starts_BT[..., None], jnp.zeros((), g_BTD.dtype), g_BTD)
-  dx = per_shard(lambda g: _ahead(g, from_after(g[:, 0], axes)), (_TOKEN,), _TOKEN)(g)
-  dfirst = per_shard(lambda g: of_first(g[:, 0], axes), (_TOKEN,), _ROW)(g)
+  dx = per_shard(lambda g: _ahead(g, from_next_shard(g[:, 0], axes)), (_TOKEN,), _TOKEN)(g)
+  dfirst = per_shard(lambda g: from_first_shard(g[:, 0], axes), (_TOKEN,), _ROW)(g)
   return dx, dfirst, None
 
 
-_over_time.defvjp(
-  lambda x, first, starts: (_over_time(x, first, starts), starts), _over_time_backward
+_across_shards.defvjp(
+  lambda x, first, starts: (_across_shards(x, first, starts), starts), _across_shards_backward
 )
 
 
-def _ahead(x: Array, beyond: Array) -> Array:
+def _ahead(x, beyond):
   return jnp.concatenate([x[:, 1:], beyond[:, None]], axis=1)
 
 
@@ -62,11 +68,11 @@ def token_ahead(x: Float[Array, 'B T M H']) -> Float[Array, 'B T M H']:
   if not (axes := time_axes(x.shape[1])):
     return _ahead(x, jnp.zeros_like(x[:, 0]))
   token = ('batch', 'time', None, 'inner')
-  return per_shard(lambda x: _ahead(x, from_after(x[:, 0], axes)), (token,), token)(x)
+  return per_shard(lambda x: _ahead(x, from_next_shard(x[:, 0], axes)), (token,), token)(x)
 
 
 def last_token(x_BTD: Float[Array, 'B T D']) -> Float[Array, 'B D']:
-  """x at the last position, without gathering what comes before."""
+  """x at the last position, without all-gathering the sequence."""
   if not (axes := time_axes(x_BTD.shape[1])):
     return x_BTD[:, -1]
-  return per_shard(lambda x: of_last(x[:, -1], axes), (_TOKEN,), _ROW)(x_BTD)
+  return per_shard(lambda x: from_last_shard(x[:, -1], axes), (_TOKEN,), _ROW)(x_BTD)

@@ -26,7 +26,7 @@ from jaxformer.models.block import Block, PreNorm
 from jaxformer.models.language_model import LanguageModel
 from jaxformer.models.params import define
 from jaxformer.models.stack import Group
-from jaxformer.ops.routing import NUDGE
+from jaxformer.ops.routing import BIAS_GRADIENT
 from jaxformer.training.optimizer import AdamW, Optimizer
 from jaxformer.training.schedule import Constant
 from jaxformer.training.step import StepConfig, TrainState, over_layers, train_step
@@ -247,6 +247,9 @@ def test_biases_leave_the_gradient_norm_to_the_loss():
 
   gradients = jax.jit(jax.grad(loss))(params)
   (bias,) = (n for n in params if n.endswith('router.bias'))
-  assert set(np.unique(np.abs(np.asarray(gradients[bias])))) <= {np.float32(0), np.float32(NUDGE)}
+  assert set(np.unique(np.abs(np.asarray(gradients[bias])))) <= {
+    np.float32(0),
+    np.float32(BIAS_GRADIENT),
+  }
   squares = {n: float(jnp.sum(jnp.square(g))) for n, g in gradients.items()}
   assert squares[bias] < 1e-4 * sum(squares.values())

@@ -1,4 +1,4 @@
-"""Every implementation of `attention` means what the naive form means: output and gradients, over the
+"""Every implementation of `attention` agrees with the naive one: output and gradients, over the
 cases of the mask."""
 
 from __future__ import annotations
@@ -287,7 +287,7 @@ def test_chunked_memory_is_linear():
   assert temporaries(8192) < 2.2 * temporaries(4096)
 
 
-# ---- the choice of a implementation -------------------------------------------------------------------
+# ---- the choice of an implementation ---------------------------------------------------------
 
 
 def shape(B=4, T=2048, H=16, K=128, dtype=jnp.bfloat16):

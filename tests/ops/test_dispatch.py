@@ -1,5 +1,5 @@
-"""Mixtures of experts: each form against pair by pair, on one device and with tokens travelling
-between shards of the experts.
+"""Mixtures of experts: each implementation against the naive one, on one device and with
+tokens exchanged between shards of the experts.
 
 Tolerances are relative to the largest magnitude: 1e-5 for outputs and gradients on one device, 1e-4
 on a mesh."""
@@ -14,8 +14,8 @@ import pytest
 from jaxformer.ops import moe
 from jaxformer.ops.grouped_matmul import grouped_matmul, grouped_matmul_naive, megablox
 from jaxformer.ops.implementation import implementation
-from jaxformer.ops.moe import Experts, dropless, placed
-from jaxformer.ops.routing import places
+from jaxformer.ops.moe import Experts, dispatch_with_capacity, dropless
+from jaxformer.ops.routing import assign_slots
 from jaxformer.planning.collectives import list_collectives
 from jaxformer.sharding import MeshConfig, batch_sharding, make_mesh, param_sharding, use_mesh
 from tests.helpers import forced
@@ -63,9 +63,8 @@ def by_pairs(x, expert, weight, experts, activation):
     return dropless(x, expert, weight, experts, activation)
 
 
-def by_places(x, expert, weight, experts, activation, capacity=T):
-  token, weight, _ = places(expert, weight, E, capacity)
-  return placed(x, token, weight, experts, activation)
+def by_slots(x, expert, weight, experts, activation, capacity=T):
+  return dispatch_with_capacity(x, expert, weight, experts, activation, capacity)[0]
 
 
 def test_naive_is_a_sum_over_experts():
@@ -89,27 +88,27 @@ def test_dropless_is_pair_by_pair(skewed, gated):
   near(value_and_gradients(dropless, *case), value_and_gradients(by_pairs, *case), 1e-5)
 
 
-def test_places_for_all_are_pair_by_pair():
+def test_slots_for_all_are_pair_by_pair():
   case = examples(True)
-  near(value_and_gradients(by_places, *case), value_and_gradients(by_pairs, *case), 1e-5)
+  near(value_and_gradients(by_slots, *case), value_and_gradients(by_pairs, *case), 1e-5)
 
 
-def test_places_go_to_the_first_tokens():
+def test_slots_go_to_the_first_tokens():
   """Three tokens, all of which want expert 1 first: with one place the first has it; the others
   keep their second choices."""
   expert = jnp.array([[[1, 0], [1, 2], [1, 3]]])
   weight = jnp.array([[[0.6, 0.4], [0.7, 0.3], [0.8, 0.2]]])
-  token, kept, dropped = places(expert, weight, 4, 1)
+  token, kept, dropped = assign_slots(expert, weight, 4, 1)
   np.testing.assert_array_equal(kept[0, :, 0], np.float32([0.4, 0.6, 0.3, 0.2]))
   np.testing.assert_array_equal(token[0, :, 0], [0, 0, 1, 2])
   assert float(dropped) == pytest.approx(2 / 6)
-  assert float(places(expert, weight, 4, 2)[2]) == pytest.approx(1 / 6)
-  assert float(places(expert, weight, 4, 3)[2]) == 0
+  assert float(assign_slots(expert, weight, 4, 2)[2]) == pytest.approx(1 / 6)
+  assert float(assign_slots(expert, weight, 4, 3)[2]) == 0
 
 
 def test_dropped_choices_are_missing_and_nothing_else():
   x, expert, weight, experts, _ = examples(True)
-  got = by_places(x, expert, weight, experts, jax.nn.silu, capacity=2)
+  got = by_slots(x, expert, weight, experts, jax.nn.silu, capacity=2)
   count = np.zeros((B, E), int)
   kept = np.zeros((B, T, K), np.float32)
   for b, t, k in np.ndindex(B, T, K):
@@ -131,11 +130,11 @@ SIZES = {
 
 @pytest.mark.parametrize('sizes', SIZES.values(), ids=list(SIZES))
 @pytest.mark.parametrize(
-  'form',
+  'chosen',
   [forced(grouped_matmul, grouped_matmul='tiles'), functools.partial(megablox, interpret=True)],
   ids=['tiles', 'megablox'],
 )
-def test_grouped_matmul_is_the_naive_one(form, sizes):
+def test_grouped_matmul_is_the_naive_one(chosen, sizes):
   keys = jax.random.split(jax.random.key(0), 3)
   x, w, g = (
     jax.random.normal(k, s) for k, s in zip(keys, ((40, 24), (4, 24, 136), (40, 136)), strict=True)
@@ -146,7 +145,7 @@ def test_grouped_matmul_is_the_naive_one(form, sizes):
     y, pull = jax.vjp(lambda x, w: f(x, w, sizes), x, w)
     return y, pull(g)
 
-  near(run(form), run(grouped_matmul_naive), 1e-5)
+  near(run(chosen), run(grouped_matmul_naive), 1e-5)
 
 
 def test_tiles_smaller_than_groups(monkeypatch):
@@ -169,12 +168,12 @@ MESHES = {
 
 
 @pytest.mark.parametrize('mesh', MESHES.values(), ids=list(MESHES))
-@pytest.mark.parametrize('form', [dropless, by_places])
-def test_shards_of_experts_equal_one_device(form, mesh):
+@pytest.mark.parametrize('chosen', [dropless, by_slots])
+def test_shards_of_experts_equal_one_device(chosen, mesh):
   case = examples()
-  expected = value_and_gradients(form, *case)
+  expected = value_and_gradients(chosen, *case)
   with use_mesh(make_mesh(mesh)):
-    near(value_and_gradients(form, *case), expected, 1e-4)
+    near(value_and_gradients(chosen, *case), expected, 1e-4)
 
 
 def test_rounds_carry_any_imbalance(monkeypatch):
@@ -187,18 +186,18 @@ def test_rounds_carry_any_imbalance(monkeypatch):
     near(value_and_gradients(dropless, *case), expected, 1e-4)
 
 
-@pytest.mark.parametrize('form', [dropless, by_places])
-def test_few_sequences_stay_where_they_are(form):
-  """Three sequences are not divided: every shard has all tokens and computes its experts' part."""
+@pytest.mark.parametrize('chosen', [dropless, by_slots])
+def test_few_sequences_stay_where_they_are(chosen):
+  """Three sequences are not sharded: every shard has all tokens and computes its experts' part."""
   x, expert, weight, experts, g = examples()
   case = x[:3], expert[:3], weight[:3], experts, g[:3]
-  expected = value_and_gradients(form, *case)
+  expected = value_and_gradients(chosen, *case)
   with use_mesh(make_mesh(MESHES['expert4-fsdp2'])):
-    near(value_and_gradients(form, *case), expected, 1e-4)
+    near(value_and_gradients(chosen, *case), expected, 1e-4)
 
 
-@pytest.mark.parametrize('form', [dropless, by_places])
-def test_tokens_travel_and_weights_stay(form):
+@pytest.mark.parametrize('chosen', [dropless, by_slots])
+def test_tokens_travel_and_weights_stay(chosen):
   x, expert, weight, experts, g = examples()
   config = MESHES['expert4-fsdp2']
   mesh = make_mesh(config)
@@ -215,7 +214,7 @@ def test_tokens_travel_and_weights_stay(form):
 
   def run(x, expert, weight, experts, g):
     y, pull = jax.vjp(
-      lambda x, weight, experts: form(x, expert, weight, experts, jax.nn.silu), x, weight, experts
+      lambda x, weight, experts: chosen(x, expert, weight, experts, jax.nn.silu), x, weight, experts
     )
     return y, pull(g)
 
@@ -232,6 +231,6 @@ def test_tokens_travel_and_weights_stay(form):
   assert not [s for s in gathered if s.startswith((f'f32[{E},{D},', f'f32[{E},{F},'))], gathered
   near(
     compiled(put[0], put[1], put[2], stored, put[3]),
-    value_and_gradients(form, x, expert, weight, experts, g),
+    value_and_gradients(chosen, x, expert, weight, experts, g),
     1e-4,
   )

@@ -6,8 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxformer.ops.attentive_decoder import Source
-from jaxformer.ops.input_feeding import Weights, feed, feed_naive
+from jaxformer.ops.attentive_decoder import AttentionSource
+from jaxformer.ops.input_feeding import InputFeedingWeights, input_feeding
+from tests.helpers import forced
 from tests.tiers import case
 
 pytestmark = pytest.mark.quick
@@ -21,18 +22,18 @@ def numbers(*shape, seed=0):
 
 
 @pytest.mark.parametrize('layers', [1, 3])
-@pytest.mark.parametrize('offsets', [False, True])
+@pytest.mark.parametrize('bias', [False, True])
 @pytest.mark.parametrize('factors', [case(False, standing=False), case(True, standing=True)])
-def test_fast_equals_naive(layers, offsets, factors):
+def test_fast_equals_naive(layers, bias, factors):
   each = range(layers)
-  weights = Weights(
+  weights = InputFeedingWeights(
     numbers(D, 4, H),
     tuple(numbers(H, 4, H, seed=n) for n in each),
     tuple(numbers(H, 4, H, seed=9 + n) for n in each),
-    tuple(numbers(4, H, seed=n) for n in each) if offsets else (),
+    tuple(numbers(4, H, seed=n) for n in each) if bias else (),
     numbers(C + H, H),
   )
-  source = Source(numbers(B, S, H), numbers(B, S, C), MASK)
+  source = AttentionSource(numbers(B, S, H), numbers(B, S, C), MASK)
   states, first = (
     tuple(numbers(B, H, seed=20 * k + n) for n in range(2 * layers + 1)) for k in (1, 2)
   )
@@ -41,17 +42,22 @@ def test_fast_equals_naive(layers, offsets, factors):
 
   def loss(run, args):
     x, weights, (keys, values), states, first = args
-    y, a, last = run(x, weights, Source(keys, values, MASK), states, first, STARTS, dropped)
+    y, a, last = run(
+      x, weights, AttentionSource(keys, values, MASK), states, first, STARTS, dropped
+    )
     return jnp.sum(jnp.sin(y)) + jnp.sum(a * numbers(B, T, S)) + sum(
       jnp.sum(jnp.cos(s)) for s in last
     ), (y, a, last)
 
   run = jax.jit(jax.grad(loss, argnums=1, has_aux=True), static_argnums=0)
-  (gradients, outputs), (naive_gradients, naive_outputs) = run(feed, args), run(feed_naive, args)
+  (gradients, outputs), (naive_gradients, naive_outputs) = (
+    run(input_feeding, args),
+    run(forced(input_feeding, input_feeding='naive'), args),
+  )
   for a, b, rtol in ((outputs, naive_outputs, 1e-5), (gradients, naive_gradients, 1e-4)):
     for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
       assert float(jnp.abs(y).max()) > 1e-3
       np.testing.assert_allclose(x, y, atol=rtol * float(jnp.abs(y).max()), rtol=0)
   if factors:
-    without = feed(args[0], weights, source, states, first, STARTS)[0]
+    without = input_feeding(args[0], weights, source, states, first, STARTS)[0]
     assert float(jnp.abs(without - outputs[0]).max()) > 0.01

@@ -1,4 +1,5 @@
-"""The fast forms of the selective scan and of state-space duality mean what the naive ones mean;
+"""The fast implementations of the selective scan and of state-space duality agree with the naive
+ones;
 the short convolution means its sum.
 
 Tolerances are relative to the largest magnitude of what is compared: 1e-5 for outputs and states,
@@ -87,14 +88,14 @@ def close(got, want, rtol):
     assert np.abs(a - b).max() <= rtol * np.abs(b).max()
 
 
-def run(operation, form, arrays, begins):
+def run(operation, chosen, arrays, begins):
   """(output, state), and the gradients of a number that every output and the last state bear on."""
 
   def value(arrays):
     y, h = operation(*arrays, begins)
     return jnp.sum(jnp.sin(y) * normal(7, *y.shape)) + jnp.sum(jnp.cos(h)), (y, h)
 
-  with implementation(every=form):
+  with implementation(every=chosen):
     (_, results), gradients = jax.jit(jax.value_and_grad(value, has_aux=True))(arrays)
   return results, gradients
 
@@ -103,10 +104,10 @@ def run(operation, form, arrays, begins):
 def test_fast_equals_naive(name):
   """Outputs, last states, and the gradients of all arrays, the first state among them, over several
   chunks with a remainder."""
-  operation, arrays, forms = OPERATIONS[name]
+  operation, arrays, table = OPERATIONS[name]
   want = run(operation, 'naive', arrays(), starts())
-  for form in set(forms) - {'naive'}:
-    got = run(operation, form, arrays(), starts())
+  for chosen in set(table) - {'naive'}:
+    got = run(operation, chosen, arrays(), starts())
     close(got[0], want[0], 1e-5)
     close(got[1], want[1], 1e-4)
   assert all(np.abs(g).max() > 1e-3 for g in want[1])
@@ -169,7 +170,7 @@ def test_heads_must_fill_the_groups():
 
 
 def convolved(x, w, b, before, begins):
-  """The sum, tap by tap."""
+  """The sum, weight by weight."""
   K, y = len(w), np.zeros_like(x)
   for row in range(x.shape[0]):
     seen = [np.asarray(v) for v in before[row]]
@@ -197,7 +198,7 @@ def test_convolution_is_the_sum(d_conv):
 @pytest.mark.parametrize('cut', [1, 2, 9, 17, 31])
 def test_convolution_continues_exactly(cut):
   """In two calls as in one, with a border right before the cut, at it, and shortly before it; calls
-  shorter than the taps too."""
+  shorter than the kernel too."""
   x, w, b, before = (
     normal(0, BATCH, LENGTH, 3),
     normal(1, 4, 3),

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 
 from jaxformer.ops.routing import (
-  NUDGE,
+  BIAS_GRADIENT,
   balance_loss,
   cv_squared,
+  load_balancing_bias_gradient,
   load_of,
   noisy_load,
-  nudge,
   z_loss,
 )
 
@@ -83,8 +83,10 @@ def test_balance_loss_pulls_towards_balance():
   )
 
 
-def test_nudge_is_zero_with_the_sign_for_gradient():
+def test_the_bias_gradient_is_the_sign_of_the_load():
   load = jnp.array([0.5, 0.25, 0.125, 0.125])
-  value, gradient = jax.value_and_grad(lambda b: 7.0 * nudge(b, load))(jnp.zeros(4))
+  value, gradient = jax.value_and_grad(lambda b: 7.0 * load_balancing_bias_gradient(b, load))(
+    jnp.zeros(4)
+  )
   assert float(value) == 0
-  np.testing.assert_allclose(gradient, NUDGE * np.array([1, 0, -1, -1]))
+  np.testing.assert_allclose(gradient, BIAS_GRADIENT * np.array([1, 0, -1, -1]))

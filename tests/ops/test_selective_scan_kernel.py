@@ -49,8 +49,12 @@ def with_gradients(scan, arguments, starts, cotangents):
   return run(arguments, cotangents)
 
 
-def interpreted(*arguments):
-  return selective_scan_pallas(*arguments, interpret=True)
+def state_first(f, **options):
+  return lambda *a: f(a[6], *a[:6], a[7], **options)
+
+
+interpreted = state_first(selective_scan_pallas, interpret=True)
+naive = state_first(selective_scan_naive)
 
 
 def compare(got, expected):
@@ -79,18 +83,16 @@ def compare(got, expected):
 )
 def test_kernel_is_the_recurrence(B, T, D, N, dtype):
   arguments, starts, cotangents = examples(B, T, D, N, dtype)
-  got, expected = (
-    with_gradients(f, arguments, starts, cotangents) for f in (interpreted, selective_scan_naive)
-  )
+  got, expected = (with_gradients(f, arguments, starts, cotangents) for f in (interpreted, naive))
   compare(got, expected)
 
 
 @pytest.mark.parametrize('sizes', [{'fsdp': 2, 'tensor': 4}], ids=str)
 def test_on_a_mesh(sizes):
   """Batch over fsdp, channels over tensor: the gradients of B and C, which every shard of the
-  channels reads whole, are summed over the channels, and those of A and D over the batch."""
+  channels reads completely, are summed over the channels, and those of A and D over the batch."""
   arguments, starts, cotangents = examples(2, 16, 512, 4)
-  expected = with_gradients(selective_scan_naive, arguments, starts, cotangents)
+  expected = with_gradients(naive, arguments, starts, cotangents)
   with use_mesh(make_mesh(MeshConfig(data=1, **sizes))), implementation(selective_scan='pallas'):
     got = with_gradients(selective_scan, arguments, starts, cotangents)
   assert len(got[0].sharding.device_set) == 8

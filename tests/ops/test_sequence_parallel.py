@@ -1,4 +1,4 @@
-"""Sequences divided over a mesh in time: what the contract suite does not reach, and what compiled
+"""Sequences sharded over a mesh in time: what the contract suite does not reach, and what compiled
 programs send.
 
 Tolerances are relative to the largest magnitude of what is compared: 1e-5 for outputs, 1e-4 for
@@ -30,7 +30,7 @@ from jaxformer.ops.convolution import short_convolution
 from jaxformer.ops.implementation import implementation
 from jaxformer.ops.masks import Mask
 from jaxformer.ops.recurrence import gru
-from jaxformer.ops.routing import places, within
+from jaxformer.ops.routing import assign_slots, has_slot
 from jaxformer.ops.wkv6 import wkv6
 from jaxformer.planning.collectives import list_collectives
 from jaxformer.sharding import MeshConfig, batch_sharding, make_mesh, use_mesh
@@ -69,9 +69,9 @@ def equal_in_time(f, *arguments, n: int, **sizes: int):
 
   gradients, out = jax.jit(lambda *a: both(*a))(*arguments)
   with context(n, **sizes):
-    divided_gradients, divided = jax.jit(lambda *a: both(*a))(*arguments)
-  close(divided, out, 1e-5)
-  close(divided_gradients, gradients, 1e-4)
+    sharded_gradients, sharded = jax.jit(lambda *a: both(*a))(*arguments)
+  close(sharded, out, 1e-5)
+  close(sharded_gradients, gradients, 1e-4)
 
 
 # ---- attention ---------------------------------------------------------------------------------
@@ -128,7 +128,7 @@ def test_causal_attention_is_balanced():
 
 
 @pytest.mark.parametrize('d_conv', [1, 4, 9])
-def test_a_convolution_longer_than_a_part_is_not_divided(d_conv):
+def test_a_convolution_longer_than_a_part_is_not_sharded(d_conv):
   """Parts are of 5 positions: nothing to send, what the part before has, and more than that."""
   x, w = normal(0, 2, 20, 6), normal(1, d_conv, 6)
   starts = jnp.zeros((2, 20), bool).at[:, jnp.asarray([4, 5, 13])].set(True)
@@ -136,7 +136,7 @@ def test_a_convolution_longer_than_a_part_is_not_divided(d_conv):
 
 
 @pytest.mark.parametrize('rows', [1, 3, 8])
-def test_rows_of_any_number_go_through_a_gru_in_turn(rows):
+def test_any_number_of_rows_goes_through_a_gru_as_a_pipeline(rows):
   x, w, u, h = normal(0, rows, 16, 5), normal(1, 5, 3, 6), normal(2, 6, 3, 6), normal(3, rows, 6)
   starts = jnp.zeros((rows, 16), bool).at[:, 4].set(True)
   equal_in_time(lambda x, u, h: gru(x, w, u, None, h, starts), x, u, h, n=4)
@@ -151,12 +151,12 @@ def test_decays_that_are_the_same_for_all_tokens_and_the_kernel():
     equal_in_time(lambda r, k, v, S: wkv6(r, k, v, decay, u, S, starts), r, k, v, S, n=2)
 
 
-def test_places_are_those_of_the_whole_sequence():
+def test_slots_are_those_of_the_complete_sequence():
   expert = jax.random.randint(jax.random.key(0), (3, 16, 2), 0, 4)
   weight = jnp.ones(expert.shape)
-  _, kept, _ = places(expert, weight, 4, 5)
+  _, kept, _ = assign_slots(expert, weight, 4, 5)
   with context(4):
-    has = jax.jit(lambda e: within(e, 4, 5))(expert)
+    has = jax.jit(lambda e: has_slot(e, 4, 5))(expert)
   counted = jnp.sum(jnp.where(has[..., None], jax.nn.one_hot(expert, 4), 0), axis=(1, 2))
   np.testing.assert_array_equal(counted, kept.sum(-1))
   assert int((~has).sum()) > 0
@@ -184,7 +184,7 @@ LINEAR = (
 @pytest.mark.parametrize(
   'config', [case(c, id=c.tag, standing=i % 3 == 0) for i, c in enumerate(LINEAR)]
 )
-def test_no_sequence_is_gathered(config):
+def test_no_sequence_is_all_gathered(config):
   """Of one layer forward and backward on four shards of time, all that is sent is smaller than a
   shard's part of the sequence."""
   graph, params = nnx.split(

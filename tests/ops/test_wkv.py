@@ -1,5 +1,5 @@
-"""The recurrences of RWKV-4 and of RWKV-5 and 6: every fast form means what the naive form means,
-in outputs, states and gradients, the gradient of the incoming state included; and the naive form
+"""The recurrences of RWKV-4 and of RWKV-5 and 6: every fast implementation agrees with the naive
+one in outputs, states and gradients, the gradient of the incoming state included; and the naive one
 means what the papers' sums say.
 
 Tolerances are relative to the largest magnitude: 1e-5 for outputs and states, 1e-4 for gradients
@@ -31,11 +31,11 @@ def starts(B, T, seed=0, rate=0.1):
   return jnp.asarray(np.random.default_rng(seed).random((B, T)) < rate)
 
 
-def results(op, arguments, begins, form, chunk):
+def results(op, arguments, begins, chosen, chunk):
   """((y, state), gradients of a scalar that all of it bears on)."""
 
   def scalar(arguments):
-    out = forced(op, **{op.__name__: form})(*arguments, begins, chunk=chunk)
+    out = forced(op, **{op.__name__: chosen})(*arguments, begins, chunk=chunk)
     leaves = jax.tree.leaves(out)
     weights = [
       jnp.sin(1.0 + jnp.arange(x.size, dtype=jnp.float32)).reshape(x.shape) for x in leaves
@@ -79,15 +79,15 @@ def test_wkv4_is_the_weighted_mean():
     np.testing.assert_allclose(y[:, t], expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize('form', ['chunked', 'associative'])
+@pytest.mark.parametrize('chosen', ['chunked', 'associative'])
 @pytest.mark.parametrize(
   ('T', 'w', 'fresh'), [(1, None, True), (21, None, False), (16, np.exp(3.0), True)]
 )
-def test_wkv4_fast_forms_equal_the_naive_one(form, T, w, fresh):
-  """Chunks of 8: whole ones, and a rest. Decays from none to strong: e^3 is the strongest of
-  RWKV-4's initial ones."""
+def test_wkv4_fast_implementations_equal_the_naive_one(chosen, T, w, fresh):
+  """Chunks of 8: complete ones, and a remainder. Decays from none to strong: e^3 is the strongest
+  of RWKV-4's initial ones."""
   arguments, begins = arrays4(T, w, fresh), starts(2, T)
-  fast, naive = (results(wkv4, arguments, begins, f, 8) for f in (form, 'naive'))
+  fast, naive = (results(wkv4, arguments, begins, f, 8) for f in (chosen, 'naive'))
   close(fast[0], naive[0], 1e-5)
   close(fast[1], naive[1], 1e-4)
 
@@ -138,8 +138,8 @@ def test_wkv6_is_the_decayed_sum():
   ],
 )
 def test_wkv6_chunked_equals_naive(T, log_decay, static):
-  """Chunks of 8: whole ones, and a rest. Decays from nearly none to so strong that a step leaves
-  nothing."""
+  """Chunks of 8: complete ones, and a remainder. Decays from nearly none to so strong that a step
+  leaves nothing."""
   arguments, begins = arrays6(T, log_decay, static), starts(2, T)
   fast, naive = (results(wkv6, arguments, begins, f, 8) for f in ('chunked', 'naive'))
   close(fast[0], naive[0], 1e-5)

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import pytest
 
 from jaxformer.ops.implementation import implementation
-from jaxformer.ops.kernels.wkv6 import wkv6_pallas, wkv6_tpu
+from jaxformer.ops.kernels.wkv6 import wkv6_pallas
 from jaxformer.ops.wkv6 import wkv6
 from jaxformer.sharding import MeshConfig, make_mesh, use_mesh
+from tests.helpers import forced
 
 NAMES = ('y', 'state', 'dr', 'dk', 'dv', 'dlog_decay', 'du', 'dstate')
 
@@ -26,6 +27,12 @@ def recurrence(r, k, v, log_decay, u, state, starts):
   time_first = [jnp.moveaxis(x, 1, 0) for x in (r, k, v, log_decay, starts)]
   state, y = jax.lax.scan(step, state, tuple(time_first))
   return jnp.moveaxis(y, 0, 1), state
+
+
+def kernel(r, k, v, log_decay, u, state, starts, **options):
+  if state is None:
+    state = jnp.zeros((*r.shape[:1], *r.shape[2:], v.shape[-1]))
+  return wkv6_pallas(state, r, k, v, log_decay, u, starts, **options)
 
 
 def inputs(B, T, H, K, V, *, strong=False, seed=0):
@@ -88,7 +95,7 @@ def assert_near(got, want, tolerance):
 )
 def test_kernel_is_the_recurrence(shape, strong, chunk, span):
   case = inputs(*shape, strong=strong)
-  got = everything(lambda *a: wkv6_pallas(*a, interpret=True, chunk=chunk, span=span), *case)
+  got = everything(lambda *a: kernel(*a, interpret=True, chunk=chunk, span=span), *case)
   assert_near(got, everything(recurrence, *case), (1e-5, 1e-4))
 
 
@@ -100,18 +107,16 @@ def test_one_decay_for_all_tokens():
     lambda r, k, v, w, *rest: recurrence(r, k, v, jnp.broadcast_to(w, r.shape), *rest), *case
   )
   assert_near(
-    everything(lambda *a: wkv6_pallas(*a, interpret=True, chunk=8, span=2), *case),
-    want,
-    (1e-5, 1e-4),
+    everything(lambda *a: kernel(*a, interpret=True, chunk=8, span=2), *case), want, (1e-5, 1e-4)
   )
 
 
-def test_kernel_starts_from_zeros_and_goes_on():
+def test_kernel_starts_from_zeros_and_continues():
   """Two calls, the first without a state, the second from the state of the first, as one from
   zeros."""
   (*tokens, u, state), starts, _ = inputs(1, 40, 2, 16, 16)
   run = jax.jit(
-    lambda tokens, state, starts: wkv6_pallas(*tokens, u, state, starts, interpret=True, chunk=8)
+    lambda tokens, state, starts: kernel(*tokens, u, state, starts, interpret=True, chunk=8)
   )
   first, middle = run([x[:, :20] for x in tokens], None, starts[:, :20])
   second, last = run([x[:, 20:] for x in tokens], middle, starts[:, 20:])
@@ -126,9 +131,7 @@ def test_documents_do_not_see_each_other():
   """Changing the first document and the state before it leaves the second as it was, to the bit."""
   (*tokens, u, state), _, _ = inputs(1, 40, 2, 16, 16)
   starts = jnp.zeros((1, 40), bool).at[:, 21].set(True)
-  run = jax.jit(
-    lambda tokens, state: wkv6_pallas(*tokens, u, state, starts, interpret=True, chunk=16)
-  )
+  run = jax.jit(lambda tokens, state: kernel(*tokens, u, state, starts, interpret=True, chunk=16))
   y, last = run(tokens, state)
   changed, changed_last = run([x.at[:, :21].multiply(2.0) for x in tokens], -state)
   assert (y[:, 21:] == changed[:, 21:]).all()
@@ -140,27 +143,27 @@ def test_bf16_is_near():
   """Rounded operands, summed in fp32: a few roundings of bf16 (0.4 %) of the largest number."""
   arguments, starts, cotangents = inputs(2, 20, 2, 16, 16)
   rounded = (*(x.astype(jnp.bfloat16) for x in arguments[:3]), *arguments[3:])
-  got = everything(lambda *a: wkv6_pallas(*a, interpret=True, chunk=8), rounded, starts, cotangents)
+  got = everything(lambda *a: kernel(*a, interpret=True, chunk=8), rounded, starts, cotangents)
   assert got['y'].dtype == got['dr'].dtype == jnp.bfloat16
   assert got['state'].dtype == got['dlog_decay'].dtype == jnp.float32
   same = (*(x.astype(jnp.float32) for x in rounded[:3]), *arguments[3:])
   assert_near(got, everything(recurrence, same, starts, cotangents), (0.012, 0.012))
 
 
-def test_route_selects_the_kernel():
+def test_the_kernel_can_be_forced():
   arguments, starts, _ = inputs(1, 20, 2, 16, 16)
   with implementation(wkv6='pallas'):
-    routed = jax.make_jaxpr(lambda *a: wkv6(*a, starts))(*arguments)
-  assert 'pallas_call' in str(routed)
+    jaxpr = jax.make_jaxpr(lambda *a: wkv6(*a, starts))(*arguments)
+  assert 'pallas_call' in str(jaxpr)
   assert 'pallas_call' not in str(jax.make_jaxpr(lambda *a: wkv6(*a, starts))(*arguments))
 
 
-def test_shards_are_the_whole():
+def test_shards_equal_one_device():
   """Batch over four, heads over two: as on one device; the gradient of u is summed over the
   batch."""
   case = inputs(4, 16, 2, 16, 16)
   want = everything(recurrence, *case)
   with use_mesh(make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))):
-    got = everything(lambda *a: wkv6_tpu(*a, interpret=True), *case)
+    got = everything(forced(wkv6, wkv6='pallas'), *case)
   assert len(got['y'].sharding.device_set) == 8
   assert_near(got, want, (1e-5, 1e-4))

@@ -1,4 +1,5 @@
-"""The recurrence of RWKV-7: against numpy in float64, and the chunked form against the naive one.
+"""The recurrence of RWKV-7: against numpy in float64, and the chunked implementation against the
+naive one.
 
 Tolerances are relative to the largest magnitude: 1e-5 for outputs and states, 1e-4 for gradients
 (fp32)."""
@@ -68,7 +69,7 @@ def test_naive_is_the_papers_recurrence():
         turn = np.diag(np.exp(w[n, t, h])) + np.outer(a[n, t, h], b[n, t, h])
         S[n, h] = before @ turn + np.outer(v[n, t, h], k[n, t, h])
         ys[n, t, h] = S[n, h] @ r[n, t, h]
-  close(jax.jit(wkv7_naive)(*args, state, jnp.asarray(starts)), (ys, S), 1e-5)
+  close(jax.jit(wkv7_naive)(state, *args, jnp.asarray(starts)), (ys, S), 1e-5)
 
 
 def value_and_gradients(f, args, state, starts):
@@ -95,9 +96,9 @@ def test_chunked_equals_naive(T, at, chunk, span, slow):
   args, state = inputs(T, slow=slow)
   starts = begins(T, *at)
   fast = value_and_gradients(
-    lambda *x: wkv7_chunked(*x, chunk=chunk, span=span), args, state, starts
+    lambda *x: wkv7_chunked(x[-2], *x[:-2], x[-1], chunk=chunk, span=span), args, state, starts
   )
-  naive = value_and_gradients(wkv7_naive, args, state, starts)
+  naive = value_and_gradients(lambda *x: wkv7_naive(x[-2], *x[:-2], x[-1]), args, state, starts)
   close(fast[0][1], naive[0][1], 1e-5)
   close(fast[1], naive[1], 1e-4)
 
@@ -108,18 +109,19 @@ def test_strongest_decay_at_every_position():
   args[1] = jnp.full_like(args[1], -0.60653066)
   starts = begins(64)
   close(
-    jax.jit(lambda *x: wkv7_chunked(*x, chunk=64))(*args, state, starts),
-    jax.jit(wkv7_naive)(*args, state, starts),
+    jax.jit(lambda *x: wkv7_chunked(*x, chunk=64))(state, *args, starts),
+    jax.jit(wkv7_naive)(state, *args, starts),
     1e-5,
   )
 
 
 def test_public_function():
-  """No state is zeros; types in and out; the route; a form that does not exist."""
+  """No state means zeros; dtypes in and out; forced implementations, and one that does not
+  exist."""
   args, state = inputs(20)
   starts = begins(20, 3)
   y, last = jax.jit(wkv7)(*args, None, starts)
-  close((y, last), jax.jit(wkv7_naive)(*args, 0 * state, starts), 1e-5)
+  close((y, last), jax.jit(wkv7_naive)(0 * state, *args, starts), 1e-5)
   low, low_last = jax.jit(wkv7)(*(x.astype(jnp.bfloat16) for x in args), None, starts)
   assert low.dtype == jnp.bfloat16
   assert low_last.dtype == jnp.float32
@@ -130,8 +132,8 @@ def test_public_function():
     _traced('fast', args, state, starts)
 
 
-def _traced(form, args, state, starts):
-  with implementation(wkv7=form):
+def _traced(chosen, args, state, starts):
+  with implementation(wkv7=chosen):
     return jax.make_jaxpr(lambda *x: wkv7(*x))(*args, state, starts)
 
 
@@ -152,7 +154,7 @@ def test_a_gradient_keeps_the_inputs_and_border_states_alone():
     jax.ShapeDtypeStruct((B, T), jnp.bool_),
   )
   _, pull = jax.eval_shape(
-    lambda *x: jax.vjp(lambda *y: wkv7_chunked(*y, x[-1]), *x[:-1]), *shapes, state, starts
+    lambda *x: jax.vjp(lambda *y: wkv7_chunked(*y, x[-1]), *x[:-1]), state, *shapes, starts
   )
   kept = sum(x.size for x in jax.tree.leaves(pull))
   assert kept < 1.5 * sum(x.size for x in shapes)

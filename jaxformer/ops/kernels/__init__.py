@@ -1,2 +1,2 @@
-"""Kernels of our own, in Pallas, for what neither XLA nor the kernels that come with JAX do well.
-Each is a form of an operation in `jaxformer.ops`, which chooses it."""
+"""Pallas kernels for operations that neither XLA nor the kernels of JAX compute well. Each is an
+implementation of an operation in `jaxformer.ops`, which chooses it."""

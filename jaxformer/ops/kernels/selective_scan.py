@@ -1,21 +1,25 @@
 """The selective scan of Mamba (Gu & Dao 2023, section 3.3 and algorithm 2) as a Pallas kernel for
-TPUs, forward and backward."""
+TPUs, forward and backward.
+
+Dims: B batch, T time of a chunk, D channels, K channels of a block, N state.
+"""
 
 from __future__ import annotations
 
 import functools
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Array, Bool, Float
+
+from jaxformer.ops.chunks import to_chunks
+from jaxformer.sharding import platform
 
 _LANES, _ROWS = 128, 8  # of a vector register in fp32
-# Numbers of state in a block: eight registers and four, beside as many of A, of decays and of what
-# is added.
+# The largest state of a block: eight registers and four, beside as many of A, of decays and of
+# inputs.
 _FORWARD, _BACKWARD = 8192, 4096
 _LOG2E = math.log2(math.e)
 
@@ -29,14 +33,15 @@ def _up(a: int, b: int) -> int:
 
 
 def _channels(D: int, N: int, numbers: int) -> int:
-  """Channels of a block: at most `numbers` of state, whole lanes, blocks of nearly equal width."""
+  """Channels of a block: a state of at most `numbers`, complete lanes, blocks of nearly equal
+  width."""
   most = max(numbers // N // _LANES, 1) * _LANES
   return _up(_cdiv(D, _cdiv(D, most)), _LANES)
 
 
 def _read(ref, lanes, rows=None):
-  """A block in fp32 with zeros where it hangs over the array: `lanes` and `rows` are left of it,
-  None where it never does."""
+  """A block in fp32 with zeros where it reaches beyond the array: only `lanes` and `rows` of it are
+  inside, None for all."""
   x = ref[...].astype(jnp.float32)
   if lanes is not None:
     x = jnp.where(jax.lax.broadcasted_iota(jnp.int32, x.shape, 1) < lanes, x, 0.0)
@@ -52,9 +57,9 @@ def _store(ref, x):
 
 
 def _spread(ref, t, N: int, interpret: bool):
-  """Row t of what `_store` stored in each of N rows, [N, K]. A load with stride 0 does that where a
-  TPU would spend a permutation on every register to broadcast a row that it has loaded; the
-  interpreter knows no such stride."""
+  """Row t of the array that `_store` stored, in each of N rows, [N, K]. A load with stride 0 does
+  that where a TPU would need a permutation of every register to broadcast a loaded row; the
+  interpreter does not support this stride."""
   if interpret:
     return jnp.broadcast_to(ref[:, pl.ds(t, 1)].reshape(1, -1), (N, ref.shape[0] * _LANES))
   row = jnp.concatenate([ref[j, pl.ds(t, _ROWS, stride=0)] for j in range(ref.shape[0])], 1)
@@ -62,8 +67,8 @@ def _spread(ref, t, N: int, interpret: bool):
 
 
 def _columns(ref, x_NT):
-  """[N, T] into [T, N, 128]: each column in all lanes. The time loop then loads what it would have
-  to permute."""
+  """[N, T] into [T, N, 128]: each column in all lanes, so that the time loop loads them without
+  permutations."""
   ref[...] = jnp.broadcast_to(x_NT.T[: ref.shape[0], :, None], ref.shape)
 
 
@@ -73,7 +78,7 @@ def _column_sums(ref, out):
 
 
 def _wide(x_NL, K: int):
-  """[N, 128] -> [N, K], the same lanes again and again."""
+  """[N, 128] -> [N, K], the same lanes repeated."""
   return jnp.concatenate([x_NL] * (K // _LANES), 1)
 
 
@@ -107,7 +112,7 @@ def _row_sums(parts):
 
 
 def _left(size: int, block: int, index):
-  """How much of an axis is left at a block, None where blocks divide it."""
+  """How much of an axis is left from a block on, None where blocks divide it."""
   return None if size % block == 0 else size - index * block
 
 
@@ -145,7 +150,7 @@ def _forward_kernel(keep, u, dt, A, B, C, D, h0, y, *rest, size, interpret):
     y_s[pl.ds(at, _ROWS)] = _row_sums(parts)
     return h
 
-  # most chunks lie inside of a document and spare the product of every decay with 1
+  # most chunks lie inside a document and need no product of every decay with 0 or 1
   def run(resets):
     return lambda h: jax.lax.fori_loop(0, T // _ROWS, functools.partial(group, resets=resets), h)
 
@@ -193,8 +198,8 @@ def _backward_kernel(
   size,
   interpret,
 ):
-  """One chunk, the last first: its states again from the border, then the adjoint state backwards;
-  see `_backward`."""
+  """One chunk, the last first: its states are recomputed from the border, then the adjoint state
+  goes backwards; see `_backward`."""
   t, d, (T, K), N = pl.program_id(1), pl.program_id(2), u.shape, A.shape[0]
   lanes, rows = _left(size[1], K, d), _left(size[0], T, pl.num_programs(1) - 1 - t)
 
@@ -218,7 +223,7 @@ def _backward_kernel(
   A_NK = _read(A, lanes)
   log2_NK = A_NK * _LOG2E
 
-  def again(i, h):
+  def recompute(i, h):
     at = pl.multiple_of(i * _ROWS, _ROWS)
     for r in range(_ROWS):
       decay = jnp.exp2(log2_NK * _spread(dt_s, at + r, N, interpret)) * keep[0, at + r]
@@ -226,7 +231,7 @@ def _backward_kernel(
       h = decay * h + _wide(B_s[at + r], K) * _spread(x_s, at + r, N, interpret)
     return h
 
-  h = jax.lax.fori_loop(0, T // _ROWS, again, _read(border, lanes))
+  h = jax.lax.fori_loop(0, T // _ROWS, recompute, _read(border, lanes))
 
   def group(i, carry):
     g, h, dA_NK = carry
@@ -271,27 +276,29 @@ def _chunk(T: int, D: int, N: int) -> int:
   return min(_up(T, 16), max(fits, 16), _LANES)
 
 
-def _specs(
-  N: int, chunk: int, K: int, chunks: int, blocks: int, reverse: bool
-) -> dict[str, pl.BlockSpec]:
-  """What one program of the grid (batch, time, channels) sees. 'first' and 'last' are fetched, or
-  written, in the first or last round over the channels alone."""
+def _specs(N: int, chunk: int, K: int, chunks: int, blocks: int, reverse: bool):
+  """The blocks of one program of the grid (batch, time, channels). 'first' and 'last' are fetched,
+  or written, only in the first or last round over the channels."""
 
-  def spec(shape, index, **where):
-    return pl.BlockSpec(
-      shape, lambda b, t, d: index(b, chunks - 1 - t if reverse else t, d), **where
-    )
+  def spec(index: str, *shape, **options):
+    """`index`: for each dimension of the array b, t, d or 0."""
+
+    def at(b, t, d):
+      where = {'b': b, 't': chunks - 1 - t if reverse else t, 'd': d, '0': 0}
+      return tuple(where[i] for i in index)
+
+    return pl.BlockSpec(shape, at, **options)
 
   def once(rows, round_, rest):
     return pl.BlockSpec((None, rows, K), lambda b, t, d: (b, 0, jnp.where(t == round_, d, rest)))
 
   return {
-    'keep': spec((None, None, 1, chunk + 1), lambda b, t, d: (b, t, 0, 0), memory_space=pltpu.SMEM),
-    'TD': spec((None, chunk, K), lambda b, t, d: (b, t, d)),
-    'NT': spec((None, None, N, _LANES), lambda b, t, d: (b, t, 0, 0)),
-    'ND': spec((N, K), lambda b, t, d: (0, d)),
-    'D': spec((1, K), lambda b, t, d: (0, d)),
-    'borders': spec((None, None, N, K), lambda b, t, d: (b, t, 0, d)),
+    'keep': spec('bt00', None, None, 1, chunk + 1, memory_space=pltpu.SMEM),
+    'TD': spec('btd', None, chunk, K),
+    'NT': spec('bt00', None, None, N, _LANES),
+    'ND': spec('0d', N, K),
+    'D': spec('0d', 1, K),
+    'borders': spec('bt0d', None, None, N, K),
     'first': once(N, 0, blocks - 1),
     'last': once(N, chunks - 1, 0),
     'last D': once(1, chunks - 1, 0),
@@ -302,157 +309,139 @@ def _shape(*shape: int, dtype=jnp.float32) -> jax.ShapeDtypeStruct:
   return jax.ShapeDtypeStruct(shape, dtype)
 
 
-def _vmem(*shape: int):
-  return pltpu.VMEM(shape, jnp.float32)
+def _call(kernel, name, arrays, kinds, out, scratch, numbers, flops, interpret, reverse=False):
+  """`pl.pallas_call` with the options that both directions share.
 
-
-def _options(name: str, interpret: bool, flops: int, exponentials: int, moved) -> dict[str, Any]:
-  cost = pl.CostEstimate(
-    flops=flops,
-    transcendentals=exponentials,
-    bytes_accessed=sum(math.prod(x.shape) * x.dtype.itemsize for x in moved),
-  )
-  return {
-    'compiler_params': pltpu.CompilerParams(
+  Args:
+    arrays, kinds: the inputs, (keep, u, dt, A, B, C, D, ...), and the spec of each.
+    out: (spec, shape) of each output.
+    scratch: from chunk, channels of a block and number of blocks the shapes in VMEM.
+    numbers: the largest state of a block.
+    flops: per number of the state of every step.
+  """
+  keep, u, _, A = arrays[:4]
+  (batch, T, D), N = u.shape, A.shape[0]
+  chunks, chunk, K = keep.shape[1], keep.shape[3] - 1, _channels(D, N, numbers)
+  blocks = _cdiv(D, K)
+  specs = _specs(N, chunk, K, chunks, blocks, reverse)
+  shapes = [x for _, x in out]
+  moved = [a for i, a in enumerate(arrays) if i not in (0, 3, 6)] + shapes
+  return pl.pallas_call(
+    functools.partial(kernel, size=(T, D), interpret=interpret),
+    grid=(batch, chunks, blocks),
+    in_specs=[specs[kind] for kind in kinds],
+    out_specs=[specs[kind] for kind, _ in out],
+    out_shape=shapes,
+    scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in scratch(chunk, K, blocks)],
+    compiler_params=pltpu.CompilerParams(
       dimension_semantics=('parallel', 'arbitrary', 'arbitrary')
     ),
-    'cost_estimate': cost,
-    'interpret': interpret,
-    'name': name,
-  }
+    cost_estimate=pl.CostEstimate(
+      flops=flops * u.size * N,
+      transcendentals=u.size * N,
+      bytes_accessed=sum(math.prod(x.shape) * x.dtype.itemsize for x in moved),
+    ),
+    interpret=interpret,
+    name=name,
+  )(*arrays)
 
 
-def _forward(u, dt, A, B, C, D, h, keep, interpret: bool, save: bool):
+_INPUTS = ('keep', 'TD', 'TD', 'ND', 'NT', 'NT', 'D')
+
+
+def _forward(interpret: bool, save: bool, keep, *arrays):
   """(y, [the states before each chunk: B chunks N D,] the last state). The grid's channels are
   innermost, so that the maps of a chunk are spread over the lanes once; the states of all channels
   stay in VMEM over time."""
-  (Bt, T, Dm), N, (chunks, chunk) = u.shape, A.shape[0], (keep.shape[1], keep.shape[3] - 1)
-  K = _channels(Dm, N, _FORWARD)
-  blocks, tiles = _cdiv(Dm, K), _vmem(K // _LANES, chunk, _LANES)
-  s = _specs(N, chunk, K, chunks, blocks, False)
+  u, N, h = arrays[0], arrays[2].shape[0], arrays[-1]
+  out = [('TD', _shape(*u.shape, dtype=u.dtype)), ('last', _shape(*h.shape))]
+  if save:
+    out.insert(1, ('borders', _shape(u.shape[0], keep.shape[1], N, u.shape[2])))
+
+  def scratch(chunk, K, blocks):
+    spread = (chunk, N, _LANES)
+    return *((K // _LANES, chunk, _LANES),) * 2, (chunk, K), spread, spread, (blocks, N, K)
+
+  kinds = (*_INPUTS, 'first')
+  return _call(
+    _forward_kernel, 'selective_scan', (keep, *arrays), kinds, out, scratch, _FORWARD, 8, interpret
+  )
+
+
+def _backward(interpret: bool, *arrays):
+  """(du, ddt, dA, dB, dC, dD, dh), time from its end. dB and dC accumulate over the channels and dA
+  and dD over time in VMEM; over the batch, whose programs may run on two cores, they are summed
+  here."""
+  _, u, dt, A, B, C, _, _, _, dh = arrays
+  (Bt, _, D), N = u.shape, A.shape[0]
   out = [
     ('TD', _shape(*u.shape, dtype=u.dtype)),
-    ('borders', _shape(Bt, chunks, N, Dm)),
-    ('last', _shape(*h.shape)),
+    ('TD', _shape(*dt.shape, dtype=dt.dtype)),
+    ('last', _shape(Bt, N, D)),
+    ('NT', _shape(*B.shape)),
+    ('NT', _shape(*C.shape)),
+    ('last D', _shape(Bt, 1, D)),
+    ('last', _shape(*dh.shape)),
   ]
-  if not save:
-    del out[1]
-  return pl.pallas_call(
-    functools.partial(_forward_kernel, size=(T, Dm), interpret=interpret),
-    grid=(Bt, chunks, blocks),
-    in_specs=[s[k] for k in ('keep', 'TD', 'TD', 'ND', 'NT', 'NT', 'D', 'first')],
-    out_specs=[s[k] for k, _ in out],
-    out_shape=[x for _, x in out],
-    scratch_shapes=[
-      tiles,
-      tiles,
-      _vmem(chunk, K),
-      *(_vmem(chunk, N, _LANES),) * 2,
-      _vmem(blocks, N, K),
-    ],
-    **_options(
-      'selective_scan',
-      interpret,
-      8 * u.size * N,
-      u.size * N,
-      (u, dt, B, C, h, *(x for _, x in out)),
-    ),
-  )(keep, u, dt, A, B, C, D, h)
 
+  def scratch(chunk, K, blocks):
+    return (
+      *((K // _LANES, chunk, _LANES),) * 3,
+      *((chunk, K),) * 2,
+      *((chunk, N, _LANES),) * 4,
+      *((chunk, N, K),) * 2,
+      *((blocks, N, K),) * 2,
+      (blocks, 1, K),
+    )
 
-def _backward(u, dt, A, B, C, D, keep, borders, dy, dhT, interpret: bool):
-  """(du, ddt, dA, dB, dC, dD, dh), time from its end. dB and dC add up over the channels and dA and
-  dD over time in VMEM; over the batch, whose programs may run on two cores, they are added here."""
-  (Bt, T, Dm), N, (chunks, chunk) = u.shape, A.shape[0], (keep.shape[1], keep.shape[3] - 1)
-  K = _channels(Dm, N, _BACKWARD)
-  blocks, tiles = _cdiv(Dm, K), _vmem(K // _LANES, chunk, _LANES)
-  s = _specs(N, chunk, K, chunks, blocks, True)
-  out = [
-    _shape(*u.shape, dtype=u.dtype),
-    _shape(*dt.shape, dtype=dt.dtype),
-    _shape(Bt, N, Dm),
-    _shape(*B.shape),
-    _shape(*C.shape),
-    _shape(Bt, 1, Dm),
-    _shape(*dhT.shape),
-  ]
-  du, ddt, dA, dB, dC, dD, dh = pl.pallas_call(
-    functools.partial(_backward_kernel, size=(T, Dm), interpret=interpret),
-    grid=(Bt, chunks, blocks),
-    in_specs=[s[k] for k in ('keep', 'TD', 'TD', 'ND', 'NT', 'NT', 'D', 'borders', 'TD', 'first')],
-    out_specs=[s[k] for k in ('TD', 'TD', 'last', 'NT', 'NT', 'last D', 'last')],
-    out_shape=out,
-    scratch_shapes=[
-      *(tiles,) * 3,
-      *(_vmem(chunk, K),) * 2,
-      *(_vmem(chunk, N, _LANES),) * 4,
-      *(_vmem(chunk, N, K),) * 2,
-      *(_vmem(blocks, N, K),) * 2,
-      _vmem(blocks, 1, K),
-    ],
-    **_options(
-      'selective_scan_backward',
-      interpret,
-      24 * u.size * N,
-      u.size * N,
-      (u, dt, dy, B, C, dhT, borders, *out),
-    ),
-  )(keep, u, dt, A, B, C, D, borders, dy, dhT)
+  kinds, name = (*_INPUTS, 'borders', 'TD', 'first'), 'selective_scan_backward'
+  du, ddt, dA, dB, dC, dD, dh = _call(
+    _backward_kernel, name, arrays, kinds, out, scratch, _BACKWARD, 24, interpret, reverse=True
+  )
   return du, ddt, dA.sum(0), dB, dC, dD.sum(0), dh
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(8,))
-def _scan(u_BTD, dt_BTD, A_ND, B_BNT, C_BNT, D_1D, h_BND, keep, interpret: bool):
-  y, h = _forward(u_BTD, dt_BTD, A_ND, B_BNT, C_BNT, D_1D, h_BND, keep, interpret, save=False)
-  return y, h
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _scan(interpret: bool, keep, *arrays):
+  """y and the last state, for arrays (u, dt, A, B, C, D, h)."""
+  return tuple(_forward(interpret, False, keep, *arrays))
 
 
-def _scan_forward(u, dt, A, B, C, D, h, keep, interpret):
-  y, borders, h = _forward(u, dt, A, B, C, D, h, keep, interpret, save=True)
-  return (y, h), (u, dt, A, B, C, D, keep, borders)
+def _scan_forward(interpret: bool, keep, *arrays):
+  y, borders, h = _forward(interpret, True, keep, *arrays)
+  return (y, h), (keep, *arrays[:-1], borders)
 
 
-def _scan_backward(interpret, saved, cotangents):
-  return *_backward(*saved, *cotangents, interpret), None
+def _scan_backward(interpret: bool, saved, cotangents):
+  return None, *_backward(interpret, *saved, *cotangents)
 
 
 _scan.defvjp(_scan_forward, _scan_backward)
 
 
 def selective_scan_pallas(
-  u_BTD: Float[Array, 'B T D'],
-  dt_BTD: Float[Array, 'B T D'],
-  A_DN: Float[Array, 'D N'],
-  B_BTN: Float[Array, 'B T N'],
-  C_BTN: Float[Array, 'B T N'],
-  D_D: Float[Array, ' D'],
-  h_BDN: Float[Array, 'B D N'] | None,
-  starts_BT: Bool[Array, 'B T'],
-  interpret: bool = False,
-) -> tuple[Float[Array, 'B T D'], Float[Array, 'B D N']]:
+  h_BDN, u_BTD, dt_BTD, A_DN, B_BTN, C_BTN, D_D, starts_BT, interpret: bool | None = None
+):
   """h_t = exp(dt_t A) (0 where a document starts, else h_{t-1}) + dt_t u_t B_t;  y_t = C_t h_t + D
-  u_t  (section 3.3, with the simplified Euler rule for B of the authors' code). The state is fp32,
-  y has the dtype of u. `interpret` runs it on any device."""
+  u_t  (section 3.3, with the simplified Euler rule for B of the authors' code), for h [B, D, N]
+  before the first token, u and dt [B, T, D], A [D, N], B and C [B, T, N], D [D].
+
+  Returns y, in the dtype of u, and the last state, in fp32. `interpret` runs it on any device,
+  which is slow; None: everywhere but on a TPU."""
   f32 = jnp.float32
-  (Bt, T, D), N = u_BTD.shape, A_DN.shape[1]
+  (_, T, D), N = u_BTD.shape, A_DN.shape[1]
   rows = -N % _ROWS
   chunk = _chunk(T, D, N + rows)
-  chunks = _cdiv(T, chunk)
+  interpret = platform() != 'tpu' if interpret is None else interpret
 
   def columns(x_BTN):
-    x = jnp.pad(x_BTN.astype(f32), ((0, 0), (0, chunks * chunk - T), (0, rows))).reshape(
-      Bt, chunks, chunk, N + rows
-    )
-    return jnp.pad(x.transpose(0, 1, 3, 2), ((0, 0), (0, 0), (0, 0), (0, _LANES - chunk)))
+    x = to_chunks(jnp.pad(x_BTN.astype(f32), ((0, 0), (0, 0), (0, rows))), chunk)
+    return jnp.pad(x.transpose(1, 0, 3, 2), ((0, 0), (0, 0), (0, 0), (0, _LANES - chunk)))
 
-  keep = 1 - jnp.pad(starts_BT, ((0, 0), (0, chunks * chunk - T))).astype(f32).reshape(
-    Bt, chunks, 1, chunk
-  )
+  keep = 1 - jnp.swapaxes(to_chunks(starts_BT.astype(f32), chunk), 0, 1)[:, :, None]
   keep = jnp.concatenate([keep, keep.min(-1, keepdims=True)], -1)
-  h = jnp.zeros((Bt, D, N), f32) if h_BDN is None else h_BDN.astype(f32)
-  h = jnp.pad(h.transpose(0, 2, 1), ((0, 0), (0, rows), (0, 0)))
+  h = jnp.pad(h_BDN.astype(f32).transpose(0, 2, 1), ((0, 0), (0, rows), (0, 0)))
   A = jnp.pad(A_DN.astype(f32).T, ((0, rows), (0, 0)))
-  y, h = _scan(
-    u_BTD, dt_BTD, A, columns(B_BTN), columns(C_BTN), D_D.astype(f32)[None], h, keep, interpret
-  )
+  arrays = (u_BTD, dt_BTD, A, columns(B_BTN), columns(C_BTN), D_D.astype(f32)[None], h)
+  y, h = _scan(interpret, keep, *arrays)
   return y, h[:, :N].transpose(0, 2, 1)

@@ -1,33 +1,31 @@
-"""Attention by kernels of others: XLA's composition, cuDNN on a GPU, splash attention on a TPU.
+"""Attention by the kernels of others: XLA's composition, cuDNN on a GPU, splash attention on a TPU.
 
-Each has the signature of `attention_naive` and takes what its `*_unsupported` function has passed: a
-reason in words why the backend
-cannot do a case, or None. Dims: B batch, T queries, S keys, H query heads, G key/value heads, K
-  head dim.
+Each function has the arguments of `attention_naive`, and beside it stands the function that says
+why it does not support a case, in words, or None where it does.
+
+Dims: B batch, T queries, S keys, H query heads, G key/value heads, K head dim.
 """
 
 from __future__ import annotations
 
 import functools
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
 
 from jaxformer import sharding
 from jaxformer.ops.attention_chunked import SAVED
 from jaxformer.ops.masks import Mask
 
 _LANES = 128
-# The fused backward kernel spares two products in seven and writes one dq per block of keys: memory
+# The fused backward kernel saves two products in seven and writes one dq per block of keys: memory
 # that grows with the square of the length. Above four blocks (T = 8192, B4 H16 K128: 1,413 MiB
-# against 775) dq gets a kernel of its own.
+# against 775) dq has a separate kernel.
 _FUSED_BLOCKS = 4
 
 
 def _window(mask: Mask) -> tuple[int, int] | None:
-  """Positions to the left and to the right of a query that it sees."""
+  """How many positions a query sees to its left and to its right."""
   return None if mask.window is None else (mask.window - 1, 0 if mask.causal else mask.window - 1)
 
 
@@ -41,19 +39,9 @@ def xla_unsupported(q, k, mask: Mask, softcap=None, slopes_H=None) -> str | None
   )
 
 
-def attention_xla(
-  q: Float[Array, 'B T H K'],
-  k: Float[Array, 'B S G K'],
-  v: Float[Array, 'B S G K'],
-  mask: Mask,
-  *,
-  scale: float,
-  softcap: float | None = None,
-  slopes_H: Float[Array, ' H'] | None = None,
-  implementation: Literal['xla', 'cudnn'] = 'xla',
-) -> Float[Array, 'B T H K']:
-  """`jax.nn.dot_product_attention`; structure is told by arguments, as an explicit mask array makes
-  cuDNN several times slower."""
+def attention_xla(q, k, v, mask: Mask, *, scale, softcap=None, slopes_H=None, implementation='xla'):
+  """`jax.nn.dot_product_attention`. The structure of the mask is passed as arguments, since an
+  explicit mask array makes cuDNN several times slower."""
   return jax.nn.dot_product_attention(
     q,
     k,
@@ -69,8 +57,7 @@ attention_cudnn = functools.partial(attention_xla, implementation='cudnn')
 
 
 def cudnn_unsupported(q, k, mask: Mask, softcap=None, slopes_H=None) -> str | None:
-  """Why cuDNN's flash attention cannot do this; 256 head dims need Hopper, which shapes do not
-  tell, so 128 is the limit here."""
+  """Head dims of 256 need a Hopper GPU, which shapes do not show, so 128 is the limit here."""
   if (platform := sharding.platform()) != 'gpu':
     return f'it runs on a GPU, not on a {platform}'
   if q.dtype not in (jnp.bfloat16, jnp.float16):
@@ -108,18 +95,8 @@ def _block(size: int) -> int:
   return next(b for b in range(min(size, 1024), 0, -_LANES) if size % b == 0)
 
 
-def attention_splash(
-  q: Float[Array, 'B T H K'],
-  k: Float[Array, 'B S G K'],
-  v: Float[Array, 'B S G K'],
-  mask: Mask,
-  *,
-  scale: float,
-  softcap: float | None = None,
-  slopes_H: Float[Array, ' H'] | None = None,
-  interpret: bool = False,
-) -> Float[Array, 'B T H K']:
-  """Splash attention, the block-sparse flash attention kernel that comes with JAX. It saves output
+def attention_splash(q, k, v, mask: Mask, *, scale, softcap=None, slopes_H=None, interpret=False):
+  """Splash attention, the block-sparse flash attention kernel of JAX (Dao 2023). It saves output
   and logsumexp under the name `SAVED`. The scale is applied to q, in fp32 and rounded back."""
   from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
   from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks

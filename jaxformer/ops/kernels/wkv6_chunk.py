@@ -1,0 +1,230 @@
+"""One chunk of WKV-6 inside the TPU kernels of `kernels/wkv6.py`: decays, pair weights, the state,
+and their gradients.
+
+Token i sees key j < i of its document through the decays between them, exp(sum of w over j < m <
+i). A pair belongs to the level s = 2^l that is the highest bit of i xor j: then i is in the right
+and j in the left half of one block of 2s tokens, and the sum is that of w from the middle to i plus
+that from j to the middle. Each level is one product of (r times the first decays) and (k times the
+second), all of them at most 1; nothing is subtracted, so nothing overflows or cancels, however
+strong the decays.
+
+Dims: C tokens of a chunk; the heads of a block lie side by side along lanes (X: the K of all, Y:
+  the V of all), and the state is transposed, S_YX, block-diagonal over the heads.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import pallas as pl
+
+_UNDERFLOW = -128.0  # exp of it is 0 in fp32; sums of it stay finite where a log decay does not
+
+
+class Plan(NamedTuple):
+  """Static sizes and options of a call."""
+
+  heads: int  # per block
+  K: int
+  V: int
+  chunk: int  # tokens whose pairs become products of matrices
+  span: int  # chunks of a block; the state is saved once a block
+  T: int | None  # tokens before padding, where all have the same decay; None where each has its own
+  exact: bool  # products in fp32, not with operands rounded to bf16
+  interpret: bool
+
+  def dot(self, a, b, form: str):
+    """a b ('nn'), a b^T ('nt') or a^T b ('tn'), summed in fp32."""
+    dims = ((0 if form[0] == 't' else 1,), (1 if form[1] == 't' else 0,))
+    precision = jax.lax.Precision.HIGHEST if self.exact else jax.lax.Precision.DEFAULT
+    if not self.exact:
+      a, b = a.astype(jnp.bfloat16), b.astype(jnp.bfloat16)
+    return jax.lax.dot_general(
+      a, b, (dims, ((), ())), precision=precision, preferred_element_type=jnp.float32
+    )
+
+  def stack(self, x, size: int):
+    """[C, lanes] -> [heads C, lanes]: stacked, each with the lanes of one head (of `size`) and
+    zeros elsewhere."""
+    head = jax.lax.broadcasted_iota(jnp.int32, x.shape, 1) // size
+    return jnp.concatenate([jnp.where(head == h, x, 0.0) for h in range(self.heads)], axis=0)
+
+  def unstack(self, x, size: int):
+    """[heads C, lanes] -> [C, lanes]: the inverse of `stack`, from each head's rows its own
+    lanes."""
+    C = x.shape[0] // self.heads
+    head = jax.lax.broadcasted_iota(jnp.int32, (C, x.shape[1]), 1) // size
+    return sum(
+      (jnp.where(head == h, x[h * C : (h + 1) * C], 0.0) for h in range(self.heads)),
+      jnp.zeros(head.shape, x.dtype),
+    )
+
+  def diagonal(self):
+    """[Y, X]: 1 where row and lane belong to one head."""
+    shape = (self.heads * self.V, self.heads * self.K)
+    row, lane = (jax.lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (0, 1))
+    return (row // self.V == lane // self.K).astype(jnp.float32)
+
+  def expand(self, S_VX):
+    return jnp.concatenate([S_VX] * self.heads, axis=0) * self.diagonal()
+
+  def compact(self, S_YX):
+    return sum((S_YX[h * self.V : (h + 1) * self.V] for h in range(1, self.heads)), S_YX[: self.V])
+
+
+def sum_matrix(C: int) -> np.ndarray:
+  """[(levels + 1) C, C] of 0 and 1, to be multiplied with the w of a chunk: which of them each
+  token sums for each purpose.
+
+  For s = 2, 4, .. C/2: tokens in the right half of a block of 2s sum those before them in that
+  half, tokens in the left half those after them (for s = 1 there are none). Then all before; then
+  all after."""
+  t, m = np.arange(C)[:, None], np.arange(C)[None, :]
+  halves = [2**l for l in range(1, int(math.log2(C)))]
+  rows = [(t // s == m // s) & np.where((t // s) % 2 == 1, m < t, m > t) for s in halves]
+  return np.concatenate([*rows, m < t, m > t])
+
+
+def thrice(matrix: np.ndarray):
+  return jnp.asarray(np.concatenate([matrix] * 3, axis=1), jnp.bfloat16)
+
+
+def _sums(thrice, x):
+  """matrix x to fp32 precision by one product in bf16, at most half the work of one in fp32: a
+  matrix of 0 and 1, three times side by side, times the highest, the middle and the lowest 8 bits
+  of x's significands, stacked."""
+  parts = []
+  for _ in range(3):
+    high = jax.lax.bitcast_convert_type(
+      jax.lax.bitcast_convert_type(x, jnp.uint32) & jnp.uint32(0xFFFF0000), jnp.float32
+    )
+    parts.append(high.astype(jnp.bfloat16))
+    x = x - high
+  return jnp.dot(thrice, jnp.concatenate(parts, axis=0), preferred_element_type=jnp.float32)
+
+
+def levels(plan: Plan):
+  """[heads C, C]: the level of each pair i > j, else -1."""
+  C = plan.chunk
+  shape = (plan.heads * C, C)
+  i, j = (
+    jax.lax.broadcasted_iota(jnp.int32, shape, 0) & (C - 1),
+    jax.lax.broadcasted_iota(jnp.int32, shape, 1),
+  )
+  differ = i ^ j
+  level = (
+    sum((differ >= 2**l).astype(jnp.int32) for l in range(1, int(math.log2(C))))
+    if C > 2
+    else jnp.zeros(shape, jnp.int32)
+  )
+  return jnp.where(i > j, level, -1)
+
+
+def decays(plan: Plan, matrix, level, w, segment):
+  """The decays of a chunk, and which token sees which, for `segment` [1, C]: how many documents
+  started in the chunk up to and including each token.
+
+  Returns:
+    pairs: per level [C, X], None where all are 1.
+    before: [C, X], from the start of the chunk to a token; 0 where its document started within it.
+    after: [C, X], from a token to the end; 0 where its document ends before.
+    total: [1, X], over the chunk; 0 where a document started.
+    level: [heads C, C], of each pair in one document, else -1.
+  """
+  C = plan.chunk
+  decays = jnp.exp(_sums(matrix, w))
+  *pairs, before, after = (decays[at : at + C] for at in range(0, decays.shape[0], C))
+  i, j = (jax.lax.broadcasted_iota(jnp.int32, (C, C), axis) for axis in (0, 1))
+  # the transpose of the row
+  column = jnp.sum(jnp.where(i == j, segment, 0.0), axis=1, keepdims=True)
+  last = jnp.max(segment, axis=1, keepdims=True)
+  same = jnp.concatenate([(column == segment).astype(jnp.float32)] * plan.heads, axis=0)
+  return (
+    [None, *pairs],
+    before * (column == 0.0).astype(jnp.float32),
+    after * (column == last).astype(jnp.float32),
+    jnp.exp(jnp.sum(w, axis=0, keepdims=True)) * (last == 0.0).astype(jnp.float32),
+    jnp.where(same > 0.0, level, -1),
+  )
+
+
+def _scaled(x, decay):
+  return x if decay is None else x * decay
+
+
+def pair_weights(plan: Plan, chunk, r, k):
+  """A [heads C, C]: the weight of v_j in y_i, for j < i."""
+  pairs, _, _, _, level = chunk
+  A = jnp.zeros(level.shape, jnp.float32)
+  for l, decay in enumerate(pairs):
+    products = plan.dot(plan.stack(_scaled(r, decay), plan.K), _scaled(k, decay), 'nt')
+    A = jnp.where(level == l, products, A)
+  return A
+
+
+def load(plan: Plan, c, *refs):
+  at = pl.ds(pl.multiple_of(c * plan.chunk, plan.chunk), plan.chunk)
+  return tuple(ref[at, :].astype(jnp.float32) for ref in refs)
+
+
+def time(plan: Plan, block, c, shape: tuple[int, int]):
+  return jax.lax.broadcasted_iota(jnp.int32, shape, 0) + (block * plan.span + c) * plan.chunk
+
+
+def log_decays(plan: Plan, block, c, ref):
+  """[C, X] of chunk c of a block."""
+  if plan.T is None:
+    return jnp.maximum(*load(plan, c, ref), _UNDERFLOW)
+  return jnp.where(
+    time(plan, block, c, (plan.chunk, ref.shape[1])) < plan.T,
+    jnp.maximum(ref[...], _UNDERFLOW),
+    0.0,
+  )
+
+
+def store(plan: Plan, c, ref, x):
+  ref[pl.ds(pl.multiple_of(c * plan.chunk, plan.chunk), plan.chunk), :] = x.astype(ref.dtype)
+
+
+def next_state(plan: Plan, chunk, k, v, S_YX):
+  _, _, after, total, _ = chunk
+  return S_YX * total + plan.dot(v, k * after, 'tn') * plan.diagonal()
+
+
+def _pair_gradients(plan: Plan, chunk, r, k, v, dy):
+  """From y_i through the tokens j < i of its chunk: dr, dk, dv, and for each level but the first
+  the gradient of its sums of w."""
+  (pairs, _, _, _, level), dys = chunk, plan.stack(dy, plan.V)
+  dA, A = plan.dot(dys, v, 'nt'), jnp.zeros(level.shape, jnp.float32)
+  dr, dk, dsums = jnp.zeros_like(r), jnp.zeros_like(k), []
+  for l, decay in enumerate(pairs):
+    rl, kl, here = plan.stack(_scaled(r, decay), plan.K), _scaled(k, decay), level == l
+    A = jnp.where(here, plan.dot(rl, kl, 'nt'), A)
+    dAl = jnp.where(here, dA, 0.0)
+    drl, dkl = (
+      _scaled(plan.unstack(plan.dot(dAl, kl, 'nn'), plan.K), decay),
+      _scaled(plan.dot(dAl, rl, 'tn'), decay),
+    )
+    dr, dk = dr + drl, dk + dkl
+    if decay is not None:
+      dsums.append(r * drl + k * dkl)
+  return dr, dk, plan.dot(A, dys, 'tn'), dsums
+
+
+def chunk_gradients(plan: Plan, chunk, transposed, u, r, k, v, S_YX, dy, dS_YX):
+  """(dr, dk, dv, dw, du, the gradient of the state before) of a chunk, from those of its y and of
+  the state after it."""
+  (_, before, after, total, _), diagonal = chunk, plan.diagonal()
+  dr, dk, dv, dsums = _pair_gradients(plan, chunk, r, k, v, dy)
+  own = plan.dot(dy * v, diagonal, 'nn')
+  du = jnp.sum(own * r * k, axis=0, keepdims=True)
+  dr_before, dk_after = (plan.dot(dy, S_YX, 'nn') * before, plan.dot(v, dS_YX, 'nn') * after)
+  dv += plan.dot(r * u * k, diagonal, 'nt') * dy + plan.dot(k * after, dS_YX, 'nt')
+  dw = _sums(transposed, jnp.concatenate([*dsums, r * dr_before, k * dk_after], axis=0))
+  dw += total * jnp.sum(S_YX * dS_YX, axis=0, keepdims=True)
+  dS = dS_YX * total + plan.dot(dy, r * before, 'tn') * diagonal
+  return dr + dr_before + own * u * k, dk + dk_after + own * u * r, dv, dw, du, dS
