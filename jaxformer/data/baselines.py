@@ -1,9 +1,7 @@
-"""What trivial models of bytes reach: the figures that a trained model's bits per byte stand
-beside.
+"""Baselines for bits per byte: unigram and bigram models of bytes.
 
-The symbols are the 256 bytes, and 256 for the boundary of a document. Counts of pairs from the
-training text are all that the models need, and counts of pairs from the validation text are all
-that scoring them needs."""
+The symbols are the 256 bytes, and 256 for the boundary of a document. Counts of pairs in the
+training text determine the models, and counts of pairs in the validation text their scores."""
 
 from __future__ import annotations
 
@@ -17,15 +15,15 @@ SLICE = 1 << 22
 
 
 class PairCounter:
-  """Counts pairs of symbols in documents that come in pieces: `pairs`, int64 [257, 257], first
-  symbol by second."""
+  """Counts pairs of symbols in documents given in pieces: `pairs`, int64 [257, 257], first symbol by
+  second."""
 
   def __init__(self):
     self.pairs = np.zeros((SYMBOLS, SYMBOLS), np.int64)
     self._last = BOUNDARY
 
   def add(self, texts: Sequence[tuple[bytes, bool, bool]]) -> None:
-    """Counts pieces of text, each given with whether it begins and whether it ends a document."""
+    """Count pieces of text, each given with whether it begins and whether it ends a document."""
     boundary = np.array([BOUNDARY], np.uint16)
     joined = [np.array([self._last], np.uint16)]
     for text, begins, ends in texts:
@@ -38,12 +36,12 @@ class PairCounter:
       self.pairs += np.bincount(part[:-1] * SYMBOLS + part[1:], minlength=SYMBOLS**2).reshape(
         SYMBOLS, SYMBOLS
       )
-    self.pairs[BOUNDARY, BOUNDARY] = 0  # between two documents nothing happens
+    self.pairs[BOUNDARY, BOUNDARY] = 0  # there is nothing between two documents
     self._last = int(symbols[-1])
 
 
 def unigram_bits_per_byte(train: np.ndarray, validation: np.ndarray, ends: bool) -> float:
-  """Bits per byte of the validation text under P(b) = (n(b) + 1) / (n + V), with n(b) the count of
+  """Return bits per byte of the validation text under P(b) = (n(b) + 1) / (n + V), with n(b) the count of
   symbol b in the training text, n their sum and V the number of symbols. With `ends`, the ends of
   documents are predicted too, as a model with such a token does."""
   train, validation = _scored(train, ends), _scored(validation, ends)
@@ -51,7 +49,7 @@ def unigram_bits_per_byte(train: np.ndarray, validation: np.ndarray, ends: bool)
 
 
 def bigram_bits_per_byte(train: np.ndarray, validation: np.ndarray, ends: bool) -> float:
-  """Bits per byte of the validation text under P(b|a) = (c(a,b) + d(a) P(b)) / (c(a) + d(a)), with
+  """Return bits per byte of the validation text under P(b|a) = (c(a,b) + d(a) P(b)) / (c(a) + d(a)), with
   c(a,b) the count of b after a in the training text, c(a) its sum over b, d(a) the number of
   distinct b after a (Witten and Bell 1991), P(b) as for the unigram model, and P(b|a) = P(b) where
   a was never seen. The first byte of a document is predicted from the boundary."""

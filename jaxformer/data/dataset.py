@@ -70,7 +70,8 @@ class DatasetConfig(Config, abstract=True):
 
   @property
   def length_field(self) -> str:
-    """The field that sets `max_len`, for messages."""
+    """The field that sets `max_len`: 'sequence_length' of text; 'positions' of other data stands for
+    several."""
     return 'positions'
 
   @property
@@ -82,9 +83,8 @@ class DatasetConfig(Config, abstract=True):
     """Return one row in the largest shape of a training batch; a corpus is not read for it."""
     return self.open().train_batch(0, 1, 0)
 
-  def lengthened(self, factor: int) -> DatasetConfig:
-    """Return the same data in rows `factor` times as long; the data themselves where they have a
-    length of their own."""
+  def at_length(self, positions: int) -> DatasetConfig:
+    """Return the same text in rows of another length; other data as they are."""
     return self
 
   def training_texts(self) -> Iterator[str]:

@@ -1,8 +1,9 @@
-"""The order of training: which row a position in the endless sequence of training examples shows.
+"""The order of training as a stateless permutation: which row is at a position of the endless
+sequence of training rows.
 
-All functions are pure, vectorised over positions, and integer arithmetic only, so that the order
-never changes with a library: a run resumed years later sees the data that it would have seen.
-Positions are counted over the global batch, so the number of hosts is nowhere here."""
+All functions are pure, vectorized over positions, and use integer arithmetic only, so the order
+never changes with a library: a run resumed years later sees the same data. Positions are counted
+over the global batch, so the order is independent of the number of hosts."""
 
 from __future__ import annotations
 
@@ -18,13 +19,13 @@ ROUNDS = 6
 
 
 def key(seed: int, *path: int | str) -> np.uint64:
-  """A 64-bit key for one purpose; different paths give unrelated keys, whatever the seeds."""
+  """Return a 64-bit key for one purpose; different paths give unrelated keys for all seeds."""
   digest = hashlib.blake2b(repr((int(seed), *path)).encode(), digest_size=8).digest()
   return np.uint64(int.from_bytes(digest, 'little'))
 
 
 def scramble(x_N: UInt64[np.ndarray, ' N']) -> UInt64[np.ndarray, ' N']:
-  """The finaliser of SplitMix64 (Steele et al. 2014): a bijection on uint64 without visible
+  """Apply the finalizer of SplitMix64 (Steele et al. 2014), a bijection on uint64 without visible
   structure."""
   x_N = (x_N ^ (x_N >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
   x_N = (x_N ^ (x_N >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -32,18 +33,18 @@ def scramble(x_N: UInt64[np.ndarray, ' N']) -> UInt64[np.ndarray, ' N']:
 
 
 def random_below(bound: int, position_N: Index, seed_key: np.uint64) -> Index:
-  """A number in 0..bound-1, drawn independently for each position. The bias is below bound /
+  """Return a number in 0..bound-1, drawn independently for each position. The bias is below bound /
   2^64."""
   mixed_N = scramble(scramble(position_N.astype(np.uint64)) ^ seed_key)
   return (mixed_N % np.uint64(bound)).astype(np.int64)
 
 
 def shuffled(count: int, position_N: Index, seed_key: np.uint64) -> Index:
-  """The element of 0..count-1 at each position of an endless pass over them, every epoch a new
-  permutation.
+  """Return the element of 0..count-1 at each position of an endless pass over them, with a new
+  permutation every epoch.
 
   The permutation is a Feistel network on the smallest even number of bits that holds `count`,
-  walked until it lands inside (Black and Rogaway 2002), so that it needs no memory."""
+  iterated until it is in range (cycle walking, Black and Rogaway 2002), so it needs no memory."""
   epoch_N, inside_N = np.divmod(position_N.astype(np.int64), count)
   half = np.uint64(max(1, ((count - 1).bit_length() + 1) // 2))
   mask = np.uint64((1 << int(half)) - 1)
@@ -61,7 +62,7 @@ def shuffled(count: int, position_N: Index, seed_key: np.uint64) -> Index:
 
 
 class Interleave:
-  """Deals positions out to parts in proportion to weights, as evenly as possible, in a pattern that
+  """Assigns positions to parts in proportion to weights, as evenly as possible, in a pattern that
   repeats after 4096 positions.
 
   Every part gets at least one position of the pattern; shares are exact to 1 in 4096.
@@ -85,7 +86,7 @@ class Interleave:
     self.part_S, self.rank_S = part[by_time], rank[by_time]
 
   def __call__(self, position_N: Index) -> tuple[Index, Index]:
-    """The part that each position goes to, and how many earlier positions went there."""
+    """Return the part of each position, and how many earlier positions have the same part."""
     cycle_N, slot_N = np.divmod(position_N.astype(np.int64), SLOTS)
     part_N = self.part_S[slot_N]
     return part_N, cycle_N * self.quota_K[part_N] + self.rank_S[slot_N]

@@ -102,8 +102,8 @@ class Text(DatasetConfig):
   def length_field(self) -> str:
     return 'sequence_length'
 
-  def lengthened(self, factor: int) -> Text:
-    return self.replace(sequence_length=factor * self.sequence_length)
+  def at_length(self, positions: int) -> Text:
+    return self.replace(sequence_length=positions)
 
   def training_texts(self) -> Iterator[str]:
     return training_texts(self.corpus, self.split, (0,))

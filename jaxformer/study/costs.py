@@ -113,7 +113,7 @@ def measure_costs(
 
 def longer(task: DatasetConfig, dataset: Dataset) -> Dataset:
   """Return text in sequences of `EVAL_LENGTH_FACTOR` times the length; any other task as it is."""
-  long = task.lengthened(EVAL_LENGTH_FACTOR)
+  long = task.at_length(EVAL_LENGTH_FACTOR * task.positions)
   return dataset if long == task else open_data(long, tokenizer=dataset.tokenizer)
 
 

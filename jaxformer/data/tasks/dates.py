@@ -1,4 +1,4 @@
-"""Dates as people write them, to be written as ISO 8601 has them."""
+"""Dates in many written forms, to be translated to ISO 8601."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ FORMS = (
   '{weekday}, {day} {name} {year}',
   '{weekday}, {name} {ordinal}, {year}',
 )
-HELD_OUT = 10  # one day in so many is for testing
+HELD_OUT = 10  # one day in 10 is for testing
 
 
 class Dates(PairTask):
-  """`Tuesday, March 5th, 1996` to `1996-03-05`: one form comes out of many, whose parts stand at
-  other places in each.
+  """`Tuesday, March 5th, 1996` to `1996-03-05`: many forms, whose parts are in different order, to
+  one.
 
   A pair is a random day from the first of `first_year` to the last of `last_year` in one of the
   first `forms` of ten forms, at random; the first are the plainest. One day in ten is for testing:
@@ -78,7 +78,7 @@ class Dates(PairTask):
 
 
 def written(date: datetime.date, form: int) -> str:
-  """A date in one of the forms."""
+  """Return a date in one of the forms."""
   name = MONTHS[date.month - 1]
   suffix = (
     'th' if date.day in (11, 12, 13) else {1: 'st', 2: 'nd', 3: 'rd'}.get(date.day % 10, 'th')
@@ -96,8 +96,8 @@ def written(date: datetime.date, form: int) -> str:
 
 @functools.cache
 def _days(first_year: int, last_year: int, side: Side) -> Index:
-  """The days of a side, as proleptic Gregorian ordinals. A day has the same side in every range of
-  years."""
+  """Return the days of a side, as proleptic Gregorian ordinals. A day has the same side in every
+  range of years."""
   first, last = (
     datetime.date(first_year, 1, 1).toordinal(),
     datetime.date(last_year, 12, 31).toordinal(),

@@ -17,7 +17,7 @@ FOLD = 5
 
 class Digits(TaskConfig):
   """The 1,797 images of 8 x 8 pixels that come with scikit-learn (Alpaydin and Kaynak 1998, the
-  test part of the UCI set), as sequences of 64 pixels in rows from the top, each one number from 0
+  test part of the UCI set), as sequences of 64 pixels in rows from the top, each a number from 0
   to 1; ten classes.
 
   Every fifth image is for testing (image i where i mod 5 = 4: 359), so both sides hold digits of
@@ -41,7 +41,7 @@ class Digits(TaskConfig):
 
   @staticmethod
   def rows_of(side: Side) -> Index:
-    """The numbers of a side's images in scikit-learn's order."""
+    """Return the indices of the images of a side in the order of scikit-learn."""
     index = np.arange(len(_images()[0]))
     return index[(index % FOLD == FOLD - 1) == (side == 'test')]
 

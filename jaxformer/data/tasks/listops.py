@@ -1,4 +1,4 @@
-"""ListOps: nested lists of digits and what they come to."""
+"""ListOps: nested lists of operations on digits, and their values."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from jaxformer.task_type import Batch, TaskType
 OPERATORS = ('MAX', 'MIN', 'MED', 'SM')
 CLOSE = 10 + len(OPERATORS)
 TRIES = 10_000
-NESTED = 0.25  # how often an argument is a list
+NESTED = 0.25  # probability that an argument is a list
 NAMES = (*'0123456789', *(f'[{name}' for name in OPERATORS), ']')
 
 
@@ -23,14 +23,13 @@ class ListOps(GeneratedTask):
   at the lengths of the Long Range Arena, Tay et al. 2021, section 2.2.1).
 
   Operators: maximum, minimum, median (of an even number, the mean of the middle two rounded down),
-    sum modulo 10. A list has 2
-  to `max_args` arguments, each a list with probability 1/4 down to `max_depth` lists within one
-  another, else a digit. An expression is drawn anew until its tokens number more than `min_length`
-  and less than `max_length`. Tokens: the ten digits, four operators with their brackets, the
-  closing bracket; parentheses of binary trees are left out, as in the Long Range Arena.
+  sum modulo 10. A list has 2 to `max_args` arguments, each a list with probability 1/4 down to
+  `max_depth` nested lists, else a digit. Expressions are drawn until one has more than `min_length`
+  and fewer than `max_length` tokens. Tokens: the ten digits, four operators with their brackets,
+  the closing bracket; parentheses of binary trees are left out, as in the Long Range Arena.
 
-  Training shows `train_sequences` expressions over and over; None makes new ones without end.
-  Expressions are made when they are asked for, a few milliseconds each at the published lengths.
+  Training repeats `train_sequences` expressions; None generates new ones without end. Expressions
+  are generated on demand, in a few milliseconds each at the published lengths.
   """
 
   max_depth: int = 10
@@ -48,7 +47,7 @@ class ListOps(GeneratedTask):
     self.require(
       self.min_length + 1 < largest,
       'min_length',
-      f'below {largest - 1}: no expression of this depth is longer',
+      f'below {largest - 1}, since no expression of this depth is longer',
     )
     self.require(
       self.max_length > max(self.min_length + 1, 4),
@@ -78,24 +77,25 @@ class ListOps(GeneratedTask):
     )
 
   def _draw(self, seed: int) -> tuple[list[int], int]:
-    """The tokens and the value of an expression."""
-    # of the library's generators the one whose numbers are promised to stay
+    """Return the tokens and the value of an expression."""
+    # The one generator of the standard library whose numbers are guaranteed to stay the same.
     uniform = random.Random(seed).random
     for _ in range(TRIES):
       tokens: list[int] = []
-      # Digits alone are never long enough, so the outermost is a list; one that has grown too long
-      # is given up.
+      # A digit alone is never long enough, so the outermost is a list; one that grows too long is
+      # abandoned.
       value = self._list(uniform, tokens, 1)
       if self.min_length < len(tokens) < self.max_length:
         return tokens, value
     raise InputError(
-      f'ListOps.min_length = {self.min_length}: of {TRIES:,} expressions none is longer, and '
-      'shorter than max_length = '
-      f'{self.max_length}; bounds further apart, or a larger max_depth or max_args, are needed'
+      f'{self.tag}.min_length',
+      self.min_length,
+      problem=f'of {TRIES:,} expressions none is longer, and shorter than max_length = '
+      f'{self.max_length}; needs bounds further apart, or a larger max_depth or max_args',
     )
 
   def _list(self, uniform, tokens: list[int], depth: int) -> int:
-    """Adds the tokens of a list; its value."""
+    """Append the tokens of a list, and return its value."""
     operator, values = int(uniform() * len(OPERATORS)), []
     tokens.append(10 + operator)
     for _ in range(2 + int(uniform() * (self.max_args - 1))):
@@ -111,7 +111,7 @@ class ListOps(GeneratedTask):
 
 
 def apply(operator: str, values: list[int]) -> int:
-  """What an operator makes of its arguments."""
+  """Return the value of an operator for its arguments."""
   if operator == 'SM':
     return sum(values) % 10
   if operator == 'MED':
@@ -121,7 +121,7 @@ def apply(operator: str, values: list[int]) -> int:
 
 
 def expression_length(max_depth: int, max_args: int) -> int:
-  """Tokens of the largest expression."""
+  """Return the number of tokens of the largest expression."""
   length = 1
   for _ in range(max_depth - 1):
     length = 2 + max_args * length

@@ -18,15 +18,14 @@ SCALE = 2**40  # of the power law's weights as whole numbers
 
 class MultiQueryRecall(TokenTask):
   """Recall the values of many keys, some soon and some late: `k1 v1 k2 v2 k3 v3 . k2 . . . k1 . k3
-  . .`, asked for the value at every key of the second part.
+  . .`, with the value as target at every key of the second part.
 
   The first 2 `pairs` tokens are different keys and their values, all different. Of the places that
   follow, every second one is a slot, numbered i = 1, 2, ...; each key in turn comes once more, in a
   slot drawn in proportion to i^(`power` - 1) among those still free, so that few come late; 1 is
-  uniform. Token 0 fills the rest, or with `random_filler` tokens at random. Keys are
-  1..`vocab_size`/2 - 1, values the tokens above them. There is no target but the values at the
-  repeated keys, in training as in
-  tests: the score is the fraction of them that are right.
+  uniform. The rest is token 0, or with `random_filler` random tokens. Keys are
+  1..`vocab_size`/2 - 1, values the tokens above them. The only targets are the values at the
+  repeated keys, in training and in tests: the score is the accuracy on them.
 
   The defaults are the easiest of the sizes in figure 2 of the paper, which go with (`length`,
   `pairs`) = (64, 4), (128, 8), (256, 16) and (512, 64), and the number of sequences, power and
@@ -74,8 +73,8 @@ class MultiQueryRecall(TokenTask):
 
 @functools.lru_cache(maxsize=64)
 def power_law(slots: int, power: float) -> tuple[int, ...]:
-  """i^(power - 1) for i = 1..slots, in 2^40ths. Decimal arithmetic, since floating-point powers
-  differ between machines."""
+  """Return i^(power - 1) for i = 1..slots, in units of 2^-40. Decimal arithmetic, since
+  floating-point powers differ between machines."""
   with decimal.localcontext(decimal.Context(prec=28)):
     exponent = decimal.Decimal(repr(power)) - 1
     return tuple(
@@ -84,27 +83,14 @@ def power_law(slots: int, power: float) -> tuple[int, ...]:
 
 
 def drawn(weights: tuple[int, ...], bits_NC: UInt64[np.ndarray, 'N C']) -> Int64[np.ndarray, 'N C']:
-  """C different numbers below `len(weights)` for each row, one after the other, each in proportion
-  to the weights of those left.
-
-  Each row has a binary tree of sums (the parent of nodes 2i and 2i + 1 is i) that a draw is looked
-  up in from the root, and that it is taken out of."""
-  (N, C), depth = bits_NC.shape, (len(weights) - 1).bit_length()
-  leaves = 1 << depth
-  sums = np.zeros(2 * leaves, np.uint64)
-  sums[leaves : leaves + len(weights)] = weights
-  for node in range(leaves - 1, 0, -1):
-    sums[node] = sums[2 * node] + sums[2 * node + 1]
-  trees, root_N, up = np.tile(sums, N), 2 * leaves * np.arange(N), np.arange(depth + 1)
+  """Return C different integers below `len(weights)` for each row, drawn one after another with
+  probabilities proportional to the weights of those left."""
+  N, C = bits_NC.shape
+  left_NS = np.tile(np.array(weights, np.uint64), (N, 1))
   drawn_NC = np.empty((N, C), np.int64)
   for c in range(C):
-    at_N, node_N = bits_NC[:, c] % trees[root_N + 1], np.ones(N, np.int64)
-    for _ in range(depth):
-      node_N *= 2
-      left_N = trees[root_N + node_N]
-      right_N = at_N >= left_N
-      at_N -= left_N * right_N
-      node_N += right_N
-    drawn_NC[:, c] = node_N - leaves
-    trees[root_N[:, None] + (node_N[:, None] >> up)] -= trees[root_N + node_N][:, None]
+    sums_NS = np.cumsum(left_NS, axis=1)
+    at_N1 = bits_NC[:, c : c + 1] % sums_NS[:, -1:]
+    drawn_NC[:, c] = (at_N1 >= sums_NS).sum(axis=1)
+    left_NS[np.arange(N), drawn_NC[:, c]] = 0
   return drawn_NC
