@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
-from jaxformer.config import Config, InputError, Registry, config_type, differences, hints, to_json
+from jaxformer.config import (
+  Config,
+  InputError,
+  Registry,
+  config_type,
+  differences,
+  from_json,
+  hints,
+  to_json,
+  types_of,
+)
 from jaxformer.interop.settings import Settings
 from jaxformer.interop.tensors import shortened
 from jaxformer.interop.weights import Names, Rule
 from jaxformer.layers.init import Init
+from jaxformer.layers.layer import LayerConfig
 from jaxformer.models.block import Block, PreNorm
 from jaxformer.models.language_model import LanguageModel
 from jaxformer.models.model import ModelConfig
@@ -127,25 +137,14 @@ def _functional(value: Any, width: int) -> Any:
     return [_functional(v, width) for v in value]
   if not isinstance(value, dict):
     return value
-  fields = hints(config_type(value['type']))
-  kept = {
+  kind = config_type(value['type'])
+  if kind in types_of(LayerConfig):
+    value = to_json(cast(LayerConfig, from_json(value)).resolved(width))
+  return {
     k: _functional(v, width)
     for k, v in value.items()
-    if k not in _TRAINING and not (k in fields and _is_init(fields[k]))
+    if k not in _TRAINING and not (k in hints(kind) and _is_init(hints(kind)[k]))
   }
-  if value['type'] == 'Attention':
-    heads = kept['heads']
-    kept['kv_heads'] = kept['kv_heads'] or heads
-    kept['head_dim'] = kept['head_dim'] or width // heads
-    kept['scale'] = kept['scale'] or 1.0 / math.sqrt(kept['head_dim'])
-  if value['type'] == 'CrossAttention':
-    kept['head_dim'], kept['source_width'] = (
-      kept['head_dim'] or width // kept['heads'],
-      kept['source_width'] or width,
-    )
-  if value['type'] == 'Mamba':
-    kept['dt_rank'] = kept['dt_rank'] or -(-width // 16)
-  return kept
 
 
 def _is_init(hint: Any) -> bool:

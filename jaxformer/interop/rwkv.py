@@ -148,7 +148,7 @@ def _mixes(layer: int, theirs: str, letters: str, name: str = 'time_mix') -> lis
   """The matrices and vectors of mixing that have the same names in RWKV-4, 5 and 6, and what else
   there is by letter."""
   words = {'r': 'receptance', 'k': 'key', 'v': 'value', 'g': 'gate', 'o': 'output'}
-  matrices = {f'w{z}': words[z] for z in {'att': 'rkvgo', 'ffn': 'rkv'}[theirs]}
+  matrices = {f'{z}.kernel': words[z] for z in {'att': 'rkvgo', 'ffn': 'rkv'}[theirs]}
   return _mixing(matrices, {f'mix_{z}': f'{name}_{z}' for z in letters}, layer, theirs)
 
 
@@ -215,10 +215,10 @@ def _rules_6(config: LanguageModel.Config) -> list[Rule]:
     *(
       same(f'{TIME}.{o}', f'{ATT}.time_{t}')
       for o, t in (
-        ('mix_down', 'maa_w1'),
-        ('mix_up', 'maa_w2'),
-        ('decay.down', 'decay_w1'),
-        ('decay.up', 'decay_w2'),
+        ('mix_a', 'maa_w1'),
+        ('mix_b', 'maa_w2'),
+        ('decay.a', 'decay_w1'),
+        ('decay.b', 'decay_w2'),
       )
     ),
     Rule((f'{TIME}.decay.bias',), f'{ATT}.time_decay', ROW),
@@ -251,14 +251,19 @@ def _rules_7(config: LanguageModel.Config) -> list[Rule]:
   rows |= {f'{o}.bias': f'{t}0' for o, t in low_rank.items() if o != 'gate'}
   return [
     *_frame(),
-    *_mixing({'wr': 'receptance', 'wk': 'key', 'wv': 'value', 'wo': 'output'}, rows, 0, 'att'),
+    *_mixing(
+      {'r.kernel': 'receptance', 'k.kernel': 'key', 'v.kernel': 'value', 'o.kernel': 'output'},
+      rows,
+      0,
+      'att',
+    ),
     *(
       same(f'{TIME}.{o}.{a}', f'{ATT}.{t}{b}')
       for o, t in low_rank.items()
-      for a, b in (('down', 1), ('up', 2))
+      for a, b in (('a', 1), ('b', 2))
     ),
     Rule((f'{TIME}.rho',), f'{ATT}.r_k', (ByHead(time.head_dim),)),
-    *_mixing({'wk': 'key', 'wv': 'value'}, {'mix_k': 'x_k'}, 1, 'ffn'),
+    *_mixing({'k.kernel': 'key', 'v.kernel': 'value'}, {'mix_k': 'x_k'}, 1, 'ffn'),
   ]
 
 

@@ -50,8 +50,8 @@ class AttentionState:
 
 
 class Attention(Layer):
-  """y = softmax(q k^T / sqrt(K) + position bias) v W_o over heads, with q, k, v = x W_q, x W_k, x W_v
-  (Vaswani et al. 2017, section 3.2).
+  """y = softmax(q k^T / sqrt(K) + position bias) v W_o over heads, with q, k, v = x W_q, x W_k, x
+  W_v (Vaswani et al. 2017, section 3.2).
 
   `kv_heads` < `heads` is grouped-query attention (Ainslie et al. 2023), 1 is multi-query (Shazeer
   2019): query head h reads key/value head h // (heads / kv_heads)."""
@@ -94,16 +94,9 @@ class Attention(Layer):
 
     def head_size(self, width: int) -> int:
       """K, derived from the width if `head_dim` is None."""
-      if self.head_dim is None and width % self.heads:
-        raise InputError(
-          f'width = {width} is not divisible by Attention.heads = {self.heads}; give head_dim or '
-          'another number of heads'
-        )
-      size = self.head_dim or width // self.heads
-      if isinstance(self.position, Rotary) and size % 2:
-        raise InputError(
-          f'Attention.head_dim = {size}: rotary positions need an even head dimension'
-        )
+      size = self.head_dim or self.quotient(width, 'heads', 'width')
+      if self.position is not None and self.position.rotates and size % 2:
+        raise InputError('Attention.head_dim', size, 'even with rotary positions')
       return size
 
     def resolved(self, width: int) -> Attention.Config:
@@ -133,7 +126,7 @@ class Attention(Layer):
           qk_norm=RMSNorm.Config(),
         ),
         cls(heads=4, window=5, position=Rotary(), softcap=5.0),
-        cls(heads=3, head_dim=8, kv_heads=3, position=Alibi(), scale=0.2),
+        cls(heads=6, head_dim=8, kv_heads=6, position=Alibi(), scale=0.2),
         cls(heads=4, causal=False),
         cls(heads=4, causal=False, window=4, position=Alibi()),
       )
@@ -153,15 +146,12 @@ class Attention(Layer):
     self.q = dense(c.init, (width, H * K), ('embed', 'heads'))
     self.k = dense(c.init, (width, G * K), ('embed', 'kv_heads'))
     self.v = dense(c.init, (width, G * K), ('embed', 'kv_heads'))
-    self.out = dense(c.out_init, (H * K, width), ('heads', 'embed'))
+    self.o = dense(c.out_init, (H * K, width), ('heads', 'embed'))
     self.q_norm = None if c.qk_norm is None else c.qk_norm.build(K)
     self.k_norm = None if c.qk_norm is None else c.qk_norm.build(K)
 
   def init_state(self, batch: int, max_len: int, memory: Memory | None = None) -> AttentionState:
-    if not self.config.causal:
-      raise InputError(
-        'Attention.causal = False: bidirectional attention has no state and cannot decode'
-      )
+    self.config.require(self.config.causal, 'causal', 'true for a layer that decodes')
     S = max_len if self.config.window is None else min(self.config.window, max_len)
     empty = jnp.zeros((batch, S, self.kv_heads, self.head_dim), self.k.dtype)
     return AttentionState(empty, empty, jnp.zeros((), jnp.int32), jnp.zeros((batch,), jnp.int32))
@@ -193,18 +183,26 @@ class Attention(Layer):
     q, k, v = heads(self.q, 'heads'), heads(self.k, 'kv_heads'), heads(self.v, 'kv_heads')
     if self.q_norm is not None and self.k_norm is not None:
       q, k = self.q_norm(q), self.k_norm(k)
-    if isinstance(self.config.position, Rotary):
+    if self.config.position is not None:
       q, k = self.config.position.rotate(q, positions), self.config.position.rotate(k, positions)
     return q, k, v
 
   def _attend(self, q: Array, k: Array, v: Array, mask: Mask) -> Array:
     c = self.config
-    slopes = jnp.asarray(c.position.slopes(c.heads)) if isinstance(c.position, Alibi) else None
+    slopes = None if c.position is None else c.position.slopes(c.heads)
     scale = 1.0 / math.sqrt(self.head_dim) if c.scale is None else c.scale
-    return attention(q, k, v, mask, scale=scale, softcap=c.softcap, slopes_H=slopes)
+    return attention(
+      q,
+      k,
+      v,
+      mask,
+      scale=scale,
+      softcap=c.softcap,
+      slopes_H=None if slopes is None else jnp.asarray(slopes),
+    )
 
   def _out(self, y_BTHK: Array) -> Array:
-    return self.out(checkpoint_name(y_BTHK.reshape(*y_BTHK.shape[:2], -1), 'attention'))
+    return self.o(checkpoint_name(y_BTHK.reshape(*y_BTHK.shape[:2], -1), 'attention'))
 
 
 def _extend(

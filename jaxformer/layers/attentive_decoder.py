@@ -1,14 +1,17 @@
-"""Decoder layers whose recurrence searches the source at every step: RNNsearch's and GNMT's."""
+"""Decoder layers whose recurrence attends to the source at every step by additive attention: those
+of RNNsearch and GNMT."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
+from jaxformer.layers.dense import Dense
 from jaxformer.layers.init import Init, Normal, Orthogonal, Uniform, Zeros
 from jaxformer.layers.layer import (
   Context,
@@ -17,10 +20,11 @@ from jaxformer.layers.layer import (
   LayerPosition,
   Memory,
   Output,
+  State,
   required,
   starts_BT,
 )
-from jaxformer.layers.lstm import CONTEXT, FORGET
+from jaxformer.layers.lstm import ATTENTION_CONTEXT, gate_bias, gate_kernel
 from jaxformer.ops.attentive_decoder import (
   AttentionSource,
   AttentiveWeights,
@@ -33,35 +37,43 @@ from jaxformer.sharding import param
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class SourceState:
-  """What is searched, and the states that a document begins from, side by side (fp32)."""
+class AttentiveState:
+  """The state of a recurrence with attention inside.
 
+  Attributes:
+    carried: what the recurrence carries after the last token, fp32.
+    first: what a document starts from, fp32.
+    keys, values, mask: of the source; True at its tokens.
+  """
+
+  carried: State
+  first: State
   keys_BSA: Float[Array, 'B S A']
   values_BSC: Float[Array, 'B S C']
   mask_BS: Bool[Array, 'B S']
-  first: States
+
+  def select_rows(self, index: Array, same_source: bool) -> AttentiveState:
+    """`Layer.select_rows`."""
+    selected = jax.tree.map(lambda x: jnp.take(x, index, axis=0), self)
+    return dataclasses.replace(self, carried=selected.carried) if same_source else selected
+
+  @property
+  def source(self) -> AttentionSource:
+    """The source as `ops` take it."""
+    return AttentionSource(self.keys_BSA, self.values_BSC, self.mask_BS)
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class SearchState:
-  """The hidden state (and an LSTM's cell) after the last token, fp32, and what is searched."""
-
-  states: States
-  source: SourceState
-
-
-class SearchConfig(LayerConfig, abstract=True):
-  """What the two share.
+class AttentiveDecoderConfig(LayerConfig, abstract=True):
+  """Base of the configs of `RnnSearch` and `GnmtAttention`.
 
   Attributes:
     hidden: units H; None for the width.
     attention: hidden units A of the attention; None for H.
     source_width: C, of the encoder's output; None for the width.
-    init: of the weights of the input and of what was read; `recurrent_init`: of those of the hidden
-      state, gate by gate; `attention_init`: of the attention's matrices; `score_init`: of the
-      vector that makes one number of its hidden units.
-    bias: initial values of the gates' offsets, one vector a gate; None for no offsets.
+    init: of the kernels of the input and of the attention's result; `recurrent_init`: of that of
+      the hidden state, gate by gate; `attention_init`: of the attention's matrices; `score_init`:
+      of the vector that maps its hidden units to a score.
+    bias: initialization of the gates' biases; None for no biases.
   """
 
   hidden: int | None = None
@@ -74,8 +86,7 @@ class SearchConfig(LayerConfig, abstract=True):
   bias: Init | None = Zeros()
 
   def validate(self):
-    for field in ('hidden', 'attention', 'source_width'):
-      self.require(getattr(self, field) is None or getattr(self, field) > 0, field, 'positive')
+    self.require_positive('hidden', 'attention', 'source_width')
 
   def units(self, width: int) -> int:
     """H."""
@@ -84,111 +95,93 @@ class SearchConfig(LayerConfig, abstract=True):
   def memory_width(self, width: int) -> int:
     return self.source_width or width
 
-  def searched(self, width: int, max_len: int) -> int:
-    """Numbers of a `SourceState` but for the first states."""
+  def keys_size(self, width: int, max_len: int) -> int:
+    """Number of elements in the keys and values of a source."""
     return max_len * ((self.attention or self.units(width)) + self.memory_width(width))
 
   def mixing_flops_per_token(self, width: int, length: int, causal: bool) -> float:
     """Scores and the weighted sum over a source of `length`."""
-    return 2.0 * length * ((self.attention or self.units(width)) + self.memory_width(width))
+    return 2.0 * self.keys_size(width, length)
 
 
 class AttentiveDecoder(Layer):
-  """Base of the two: the weights of the loop, and the state."""
+  """Base of the two: the weights of the recurrence, and the state."""
 
   def __init__(
-    self, config: SearchConfig, gates: int, width: int, rngs: nnx.Rngs, position: LayerPosition
+    self,
+    config: AttentiveDecoderConfig,
+    width: int,
+    rngs: nnx.Rngs,
+    position: LayerPosition,
+    *,
+    gates: int,
+    forget_bias: float = 0.0,
   ):
     c, H, C = config, config.units(width), config.memory_width(width)
     A = c.attention or H
-    self.name, self.units = c.tag, H
-
-    def weight(init: Init, inputs: int) -> nnx.Param:
-      drawn = [init(rngs.params(), (inputs, H), inputs, position) for _ in range(gates)]
-      return param(jnp.stack(drawn, axis=1), ('embed', None, 'inner'))
-
-    self.w, self.w_context, self.u = (
-      weight(c.init, width),
-      weight(c.init, C),
-      weight(c.recurrent_init, H),
-    )
-    self.b = (
-      None
-      if c.bias is None
-      else param(
-        self._first_bias(c.bias(rngs.params(), (gates, H), H, position)),
-        (None, 'inner'),
-        decay=False,
-        matmul=False,
-      )
-    )
-    self.w_query = param(c.attention_init(rngs.params(), (H, A), H, position), ('embed', 'inner'))
-    self.w_key = param(c.attention_init(rngs.params(), (C, A), C, position), ('embed', 'inner'))
-    self.v = param(c.score_init(rngs.params(), (A,), A, position), ('inner',), decay=False)
-
-  def _first_bias(self, drawn_GH: Array) -> Array:
-    return drawn_GH
+    self.units = H
+    self.kernel = gate_kernel(c.init, (width, gates, H), rngs, position)
+    self.context_kernel = gate_kernel(c.init, (C, gates, H), rngs, position)
+    self.recurrent_kernel = gate_kernel(c.recurrent_init, (H, gates, H), rngs, position)
+    self.bias = gate_bias(c.bias, (gates, H), rngs, position, forget_bias)
+    dense = functools.partial(Dense, c.attention_init, rngs=rngs, position=position)
+    self.query = dense((H, A), ('embed', 'inner'))
+    self.key = dense((C, A), ('embed', 'inner'))
+    self.score = param(c.score_init(rngs.params(), (A,), A, position), ('inner',), decay=False)
 
   def first_states(self, memory: Memory) -> States:
     """The states before the first token."""
     raise NotImplementedError
 
-  def init_state(self, batch: int, max_len: int, memory: Memory | None = None) -> SearchState:
-    memory = required(memory, self.name)
-    values = memory.y_BSC.astype(self.w[...].dtype)
+  def init_state(self, batch: int, max_len: int, memory: Memory | None = None) -> AttentiveState:
+    memory = required(memory, type(self).__name__)
+    values = memory.y_BSC.astype(self.kernel[...].dtype)
     first = self.first_states(memory)
-    return SearchState(
-      first, SourceState(linear(values, self.w_key[...]), values, memory.mask_BS, first)
-    )
+    return AttentiveState(first, first, self.key(values), values, memory.mask_BS)
 
-  def select_rows(self, state: SearchState, index: Array, same_source: bool = False) -> SearchState:
-    source = state.source if same_source else super().select_rows(state.source, index)
-    return SearchState(super().select_rows(state.states, index), source)
+  def select_rows(
+    self, state: AttentiveState, index: Array, same_source: bool = False
+  ) -> AttentiveState:
+    return state.select_rows(index, same_source)
 
   def run(
-    self, x_BTD: Array, ctx: Context, state: SearchState | None
-  ) -> tuple[SearchState, Array, Array, Array]:
-    """The state to begin from, all hidden states and contexts, and the attention's weights."""
-    B, T, _ = x_BTD.shape
-    before = self.init_state(B, T, ctx.memory) if state is None else state
-    s, weights = (
-      before.source,
-      AttentiveWeights(
-        self.w[...],
-        self.w_context[...],
-        self.u[...],
-        None if self.b is None else self.b[...],
-        self.w_query[...],
-        self.v[...],
-      ),
+    self, x_BTD: Array, ctx: Context, state: AttentiveState
+  ) -> tuple[AttentiveState, Array, Array, Array]:
+    """Return the state after the last token, and of all tokens the hidden states, the results of
+    the attention, and its weights."""
+    weights = AttentiveWeights(
+      self.kernel[...],
+      self.context_kernel[...],
+      self.recurrent_kernel[...],
+      None if self.bias is None else self.bias[...],
+      self.query.kernel[...],
+      self.score[...],
     )
+    starts = starts_BT(ctx.segments_BT, *x_BTD.shape[:2])
     y, c, a, last = attentive_decoder(
-      x_BTD,
-      weights,
-      AttentionSource(s.keys_BSA, s.values_BSC, s.mask_BS),
-      before.states,
-      s.first,
-      starts_BT(ctx.segments_BT, B, T),
+      x_BTD, weights, state.source, state.carried, state.first, starts
     )
-    return SearchState(last, s), y, c, a
+    return dataclasses.replace(state, carried=last), y, c, a
 
 
 class RnnSearch(AttentiveDecoder):
-  """The decoder of Bahdanau et al. 2014 (appendix A.2): a GRU that reads the source by additive
-  attention keyed on its state before, and the hidden layer of its output.
+  """s_i = GRU(s_{i-1}, [x_i, c_i]) with additive attention c_i = sum_j softmax_j(v . tanh(W_a
+  s_{i-1} + U_a m_j)) m_j (Bahdanau et al. 2014, appendix A.2).
 
-    s_0 = tanh(W_s m<-_1), m<-_1 the backward half of the encoder's output at the first word e_ij =
-    v . tanh(W_a s_{i-1} + U_a m_j),  c_i = sum_j softmax_j(e_ij) m_j r, z = sigmoid(W x_i + U
-    s_{i-1} + C c_i),  s~ = tanh(W x_i + U (r s_{i-1}) + C c_i),  s_i = z s_{i-1} + (1 - z) s~ t~_i
-    = U_o s_{i-1} + V_o x_i + C_o c_i,  y_i = [max(t~_{i,2k-1}, t~_{i,2k})]_{k=1..l}
+  The decoder of RNNsearch, with the hidden layer of its output:
 
-  x_i is the embedding of the word before. The paper writes 1 - z for z: weights of its z are ours
-  negated. The output reads s_{i-1}, as printed there."""
+    s_0 = tanh(W_s m<-_1), m<-_1 the backward half of the encoder's output at the first word
+    r, z = sigmoid(W x_i + U s_{i-1} + C c_i),  s~ = tanh(W x_i + U (r s_{i-1}) + C c_i)
+    s_i = z s_{i-1} + (1 - z) s~
+    t~_i = U_o s_{i-1} + V_o x_i + C_o c_i,  y_i = [max(t~_{i,2k-1}, t~_{i,2k})]_{k=1..l}
 
-  class Config(SearchConfig):
+  x_i is the embedding of the previous word. The paper writes 1 - z for z: negate the weights of its
+  z to get ours. The output reads s_{i-1}, as printed there."""
+
+  class Config(AttentiveDecoderConfig):
     """
     Attributes:
-      maxout: l; the output is so wide.
+      maxout: l, the width of the output.
       start_init: of W_s; `out_init`: of U_o, V_o and C_o.
     """
 
@@ -203,21 +196,18 @@ class RnnSearch(AttentiveDecoder):
 
     def validate(self):
       super().validate()
-      self.require(self.maxout > 0, 'maxout', 'positive')
+      self.require_positive('maxout')
       self.require(
         self.source_width is None or self.source_width % 2 == 0,
         'source_width',
         'even: two directions side by side',
       )
 
-    def build(self, width: int, rngs: nnx.Rngs, position: LayerPosition) -> RnnSearch:
-      return RnnSearch(self, width, rngs, position)
-
     def out_width(self, width: int) -> int:
       return self.maxout
 
     def state_size(self, width: int, max_len: int) -> int:
-      return self.searched(width, max_len) + 2 * self.units(width)
+      return self.keys_size(width, max_len) + 2 * self.units(width)
 
     @classmethod
     def examples(cls) -> tuple[RnnSearch.Config, ...]:
@@ -226,52 +216,42 @@ class RnnSearch(AttentiveDecoder):
       return some, some.replace(hidden=24, attention=16, source_width=20, maxout=12, bias=n)
 
   def __init__(self, config: RnnSearch.Config, width: int, rngs: nnx.Rngs, position: LayerPosition):
-    super().__init__(config, 3, width, rngs, position)
+    super().__init__(config, width, rngs, position, gates=3)
     c, H, C = config, self.units, config.memory_width(width)
-    self.w_start = param(
-      c.start_init(rngs.params(), (C // 2, H), C // 2, position), ('embed', 'inner'), matmul=False
-    )
-
-    def out(inputs: int) -> nnx.Param:
-      return param(
-        c.out_init(rngs.params(), (inputs, 2 * c.maxout), inputs, position), ('embed', 'inner')
-      )
-
-    self.out_state, self.out_input, self.out_context = out(H), out(width), out(C)
+    dense, l = functools.partial(Dense, rngs=rngs, position=position), c.maxout
+    self.start = dense(c.start_init, (C // 2, H), ('embed', 'inner'), matmul=False)
+    self.out_state = dense(c.out_init, (H, 2 * l), ('embed', 'inner'))
+    self.out_input = dense(c.out_init, (width, 2 * l), ('embed', 'inner'))
+    self.out_context = dense(c.out_init, (C, 2 * l), ('embed', 'inner'))
 
   def first_states(self, memory: Memory) -> States:
-    first_word = memory.y_BSC[:, 0, self.w_start[...].shape[0] :]
-    return (
-      jnp.tanh(linear(first_word.astype(jnp.float32), self.w_start[...].astype(jnp.float32))),
-    )
+    kernel = self.start.kernel[...]
+    first_word = memory.y_BSC[:, 0, kernel.shape[0] :]
+    return (jnp.tanh(linear(first_word.astype(jnp.float32), kernel.astype(jnp.float32))),)
 
   def __call__(
-    self, x_BTD: Float[Array, 'B T D'], ctx: Context, state: SearchState | None = None
+    self, x_BTD: Float[Array, 'B T D'], ctx: Context, state: AttentiveState | None = None
   ) -> Output:
     B, T, _ = x_BTD.shape
-    begun = self.init_state(B, T, ctx.memory) if state is None else state
-    after, s_BTH, c_BTC, a_BTS = self.run(x_BTD, ctx, begun)
-    before_BTH = jnp.concatenate(
-      [begun.states[0][:, None].astype(s_BTH.dtype), s_BTH[:, :-1]], axis=1
-    )
+    before = self.init_state(B, T, ctx.memory) if state is None else state
+    after, s_BTH, c_BTC, a_BTS = self.run(x_BTD, ctx, before)
+    (s_BH,), (first_BH,) = before.carried, before.first
+    previous_BTH = jnp.concatenate([s_BH[:, None].astype(s_BTH.dtype), s_BTH[:, :-1]], axis=1)
     starts = starts_BT(ctx.segments_BT, B, T)[:, :, None]
-    before_BTH = jnp.where(starts, begun.source.first[0][:, None].astype(s_BTH.dtype), before_BTH)
-    t = (
-      linear(before_BTH, self.out_state[...])
-      + linear(x_BTD, self.out_input[...])
-      + linear(c_BTC, self.out_context[...])
-    )
+    previous_BTH = jnp.where(starts, first_BH[:, None].astype(s_BTH.dtype), previous_BTH)
+    t = self.out_state(previous_BTH) + self.out_input(x_BTD) + self.out_context(c_BTC)
     y = t.reshape(B, T, -1, 2).max(-1)
     return Output(y, None if state is None else after, alignments=(a_BTS,) if ctx.align else ())
 
 
 class GnmtAttention(AttentiveDecoder):
-  """The bottom layer of GNMT's decoder (Wu et al. 2016, section 3): an LSTM that reads [x_t, c_t],
-  where c_t is what one hidden layer's attention (eq. 4), keyed on this layer's output of the step
-  before, finds in the encoder's output. c_t is shared as `CONTEXT` for all layers above to read at
-  the same step."""
+  """h_t = LSTM(h_{t-1}, [x_t, c_t]) with additive attention c_t to the source, keyed on h_{t-1} (Wu
+  et al. 2016, section 3, eq. 4).
 
-  class Config(SearchConfig):
+  The bottom layer of GNMT's decoder. c_t is shared as `ATTENTION_CONTEXT`, for all layers above to
+  read at the same step."""
+
+  class Config(AttentiveDecoderConfig):
     """
     Attributes:
       forget_bias: added to the forget gate's initial bias.
@@ -284,17 +264,14 @@ class GnmtAttention(AttentiveDecoder):
       self.require(
         self.bias is not None or self.forget_bias == 0,
         'forget_bias',
-        '0 where there are no offsets (bias = None)',
+        '0 if there are no biases (bias = None)',
       )
-
-    def build(self, width: int, rngs: nnx.Rngs, position: LayerPosition) -> GnmtAttention:
-      return GnmtAttention(self, width, rngs, position)
 
     def out_width(self, width: int) -> int:
       return self.units(width)
 
     def state_size(self, width: int, max_len: int) -> int:
-      return self.searched(width, max_len) + 4 * self.units(width)
+      return self.keys_size(width, max_len) + 4 * self.units(width)
 
     @classmethod
     def examples(cls) -> tuple[GnmtAttention.Config, ...]:
@@ -303,11 +280,7 @@ class GnmtAttention(AttentiveDecoder):
   def __init__(
     self, config: GnmtAttention.Config, width: int, rngs: nnx.Rngs, position: LayerPosition
   ):
-    self.forget_bias = config.forget_bias
-    super().__init__(config, 4, width, rngs, position)
-
-  def _first_bias(self, drawn_GH: Array) -> Array:
-    return drawn_GH.at[FORGET].add(self.forget_bias)
+    super().__init__(config, width, rngs, position, gates=4, forget_bias=config.forget_bias)
 
   def first_states(self, memory: Memory) -> States:
     if memory.state is None:
@@ -316,9 +289,13 @@ class GnmtAttention(AttentiveDecoder):
     return memory.state.h_BH, memory.state.c_BH
 
   def __call__(
-    self, x_BTD: Float[Array, 'B T D'], ctx: Context, state: SearchState | None = None
+    self, x_BTD: Float[Array, 'B T D'], ctx: Context, state: AttentiveState | None = None
   ) -> Output:
-    after, y, c, a = self.run(x_BTD, ctx, state)
+    before = self.init_state(*x_BTD.shape[:2], ctx.memory) if state is None else state
+    after, y, c, a = self.run(x_BTD, ctx, before)
     return Output(
-      y, None if state is None else after, share={CONTEXT: c}, alignments=(a,) if ctx.align else ()
+      y,
+      None if state is None else after,
+      share={ATTENTION_CONTEXT: c},
+      alignments=(a,) if ctx.align else (),
     )

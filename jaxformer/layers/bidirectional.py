@@ -27,16 +27,18 @@ from jaxformer.layers.lstm import Lstm, RecurrentConfig
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class BidirectionalState:
-  """The states that the two directions begin from, or ended in: forward after the last token of the
-  row, backward after the first token of the row's last document."""
+  """The states of the two directions: forward after the last token of the row, backward after the
+  first token of the row's last document."""
 
   forward: State
   backward: State
 
 
 class Bidirectional(Layer):
-  """[forward_t, backward_t]: two recurrences, one from the left and one from the right (Schuster
-  and Paliwal 1997), twice as wide as one. Each has weights of its own."""
+  """y_t = [forward_t, backward_t], two recurrences, one from the left and one from the right
+  (Schuster and Paliwal 1997, section II).
+
+  The output is twice as wide as that of one. Each direction has weights of its own."""
 
   class Config(LayerConfig):
     """
@@ -45,9 +47,6 @@ class Bidirectional(Layer):
     """
 
     layer: RecurrentConfig = Lstm.Config()
-
-    def build(self, width: int, rngs: nnx.Rngs, position: LayerPosition) -> Bidirectional:
-      return Bidirectional(self, width, rngs, position)
 
     @property
     def decodes(self) -> bool:
@@ -70,10 +69,8 @@ class Bidirectional(Layer):
   def __init__(
     self, config: Bidirectional.Config, width: int, rngs: nnx.Rngs, position: LayerPosition
   ):
-    self.forward, self.backward = (
-      config.layer.build(width, rngs, position),
-      config.layer.build(width, rngs, position),
-    )
+    self.forward = config.layer.build(width, rngs, position)
+    self.backward = config.layer.build(width, rngs, position)
 
   def init_state(
     self, batch: int, max_len: int, memory: Memory | None = None
@@ -87,14 +84,13 @@ class Bidirectional(Layer):
   ) -> Output:
     first = BidirectionalState(None, None) if state is None else state
     forward = self.forward(x_BTD, ctx.fold(0), first.forward)
-    back = _Backwards(ctx.segments_BT, *x_BTD.shape[:2])
-    shared = {name: back.there(v) for name, v in ctx.shared.items()}
-    backward = self.backward(
-      back.there(x_BTD),
-      ctx.fold(1).replace(segments_BT=back.segments_BT, shared=shared),
-      first.backward,
+    documents_BT, index_BT = _reversal(ctx.segments_BT, *x_BTD.shape[:2])
+    backward_ctx = ctx.fold(1).replace(
+      segments_BT=documents_BT,
+      shared={name: _reversed(v, index_BT) for name, v in ctx.shared.items()},
     )
-    y = jnp.concatenate([forward.y, back.again(backward.y)], axis=-1)
+    backward = self.backward(_reversed(x_BTD, index_BT), backward_ctx, first.backward)
+    y = jnp.concatenate([forward.y, _reversed(backward.y, index_BT)], axis=-1)
     return Output(y, None if state is None else BidirectionalState(forward.state, backward.state))
 
   def handed_over(self, state: BidirectionalState) -> State:
@@ -104,29 +100,24 @@ class Bidirectional(Layer):
     raise InputError('Bidirectional: reads a sequence from both ends and cannot decode')
 
 
-class _Backwards:
-  """Rows from the right to the left. The last document of a row comes last, so that the recurrence
-  ends at its first token even where padding stands before it."""
+def _reversal(
+  segments_BT: Int[Array, 'B T'] | None, batch: int, length: int
+) -> tuple[Int[Array, 'B T'] | None, Int[Array, 'B T'] | None]:
+  """Return how rows are reversed: the documents in that order, and the index for `_reversed`.
 
-  def __init__(self, segments_BT: Int[Array, 'B T'] | None, batch: int, length: int):
-    self.segments_BT = self._index_BT = None
-    if segments_BT is None:
-      return
-    # each document has one of its own
-    number_BT = jnp.cumsum(starts_BT(segments_BT, batch, length), axis=1, dtype=jnp.int32)
-    # positions of other documents
-    earlier_B = jnp.sum(number_BT != number_BT[:, -1:], axis=1, dtype=jnp.int32)
-    self._index_BT = (earlier_B[:, None] - 1 - jnp.arange(length, dtype=jnp.int32)[None]) % length
-    self.segments_BT = self.there(number_BT)
-
-  def there(self, x: Array) -> Array:
-    """[B, T, ...] backwards: the documents before the last from right to left, then the last."""
-    return jnp.flip(x, 1) if self._index_BT is None else _taken(x, self._index_BT)
-
-  def again(self, x: Array) -> Array:
-    """As it was: the way there is its own inverse."""
-    return self.there(x)
+  The documents before the last from right to left, then the last, so that the recurrence ends at
+  its first token even if padding precedes it. The permutation is its own inverse."""
+  if segments_BT is None:
+    return None, None
+  # each document has a number of its own
+  number_BT = jnp.cumsum(starts_BT(segments_BT, batch, length), axis=1, dtype=jnp.int32)
+  # positions of other documents
+  earlier_B = jnp.sum(number_BT != number_BT[:, -1:], axis=1, dtype=jnp.int32)
+  index_BT = (earlier_B[:, None] - 1 - jnp.arange(length, dtype=jnp.int32)[None]) % length
+  return _reversed(number_BT, index_BT), index_BT
 
 
-def _taken(x: Array, index_BT: Array) -> Array:
+def _reversed(x: Array, index_BT: Array | None) -> Array:
+  if index_BT is None:
+    return jnp.flip(x, 1)
   return jnp.take_along_axis(x, index_BT.reshape(*index_BT.shape, *(1,) * (x.ndim - 2)), axis=1)

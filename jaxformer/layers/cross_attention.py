@@ -13,7 +13,6 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float
 
-from jaxformer.config import InputError
 from jaxformer.layers.dense import Dense
 from jaxformer.layers.init import FanInUniform, Init, Normal
 from jaxformer.layers.layer import (
@@ -60,8 +59,8 @@ def _seen(keys: KeysState, T: int) -> Mask:
 
 
 class CrossAttention(ReadsMemory):
-  """y = softmax(q k^T / sqrt(K)) v W_o over heads, with q = x W_q from the decoder and k, v = m W_k,
-  m W_v from the encoder's output (Vaswani et al. 2017, section 3.2.3).
+  """y = softmax(q k^T / sqrt(K)) v W_o over heads, with q = x W_q from the decoder and k, v = m
+  W_k, m W_v from the encoder's output (Vaswani et al. 2017, section 3.2.3).
 
   Padding of the source is masked."""
 
@@ -87,12 +86,7 @@ class CrossAttention(ReadsMemory):
 
     def head_size(self, width: int) -> int:
       """K, derived from the width if `head_dim` is None."""
-      if self.head_dim is None and width % self.heads:
-        raise InputError(
-          f'width = {width} is not divisible by CrossAttention.heads = {self.heads}; give head_dim '
-          'or another number of heads'
-        )
-      return self.head_dim or width // self.heads
+      return self.head_dim or self.quotient(width, 'heads')
 
     def resolved(self, width: int) -> CrossAttention.Config:
       return self.replace(head_dim=self.head_size(width), source_width=self.memory_width(width))
@@ -121,7 +115,7 @@ class CrossAttention(ReadsMemory):
     self.q = dense(c.init, (width, H * K), ('embed', 'heads'))
     self.k = dense(c.init, (C, H * K), ('embed', 'heads'))
     self.v = dense(c.init, (C, H * K), ('embed', 'heads'))
-    self.out = dense(c.out_init, (H * K, width), ('heads', 'embed'))
+    self.o = dense(c.out_init, (H * K, width), ('heads', 'embed'))
 
   def _heads(self, dense: Dense, x: Array, time: str | None) -> Array:
     y = dense(x).reshape(*x.shape[:2], -1, self.head_dim)
@@ -140,7 +134,7 @@ class CrossAttention(ReadsMemory):
     y = attention(q, keys.k_BSGK.astype(q.dtype), keys.v_BSGC.astype(q.dtype), mask, scale=scale)
     weights = (attention_weights(q, keys.k_BSGK, mask, scale=scale).mean(1),) if ctx.align else ()
     y = checkpoint_name(y.reshape(*y.shape[:2], -1), 'attention')
-    return Output(self.out(y), state, alignments=weights)
+    return Output(self.o(y), state, alignments=weights)
 
 
 # ---- Luong -------------------------------------------------------------------------------------
@@ -170,11 +164,8 @@ class LuongAttention(ReadsMemory):
       self.require_positive('source_width')
 
     def build(self, width: int, rngs: nnx.Rngs, position: LayerPosition) -> LuongAttention:
-      if self.score_init is None and self.memory_width(width) != width:
-        raise InputError(
-          f'LuongAttention.score_init = None: the dot score needs a source_width of {width}, the '
-          'width of the decoder'
-        )
+      fits = self.score_init is not None or self.memory_width(width) == width
+      self.require(fits, 'source_width', f'{width}, the width of the decoder, for the dot score')
       return LuongAttention(self, width, rngs, position)
 
     def memory_width(self, width: int) -> int:

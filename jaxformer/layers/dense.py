@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -28,7 +30,7 @@ class Dense(nnx.Module):
     rngs: nnx.Rngs,
     position: LayerPosition,
     bias: bool | Init = False,
-    decay: bool = True,
+    **metadata: Any,
   ):
     """
     Args:
@@ -37,15 +39,15 @@ class Dense(nnx.Module):
       axes: logical axes of the kernel.
       bias: False for none, True for one that starts at 0, or its initialization, with the kernel's
         fan-in.
-      decay: whether weight decay applies to the kernel.
+      metadata: of the kernel (`sharding.param`).
     """
     drawn = init(rngs.params(), shape, shape[0], position)
-    self.kernel = param(drawn, axes, decay=decay)
+    self.kernel = param(drawn, axes, **metadata)
     size, axis = shape[1:], 'norm' if axes[1] in ('embed', None) else axes[1]
-    start = (
-      bias(rngs.params(), size, shape[0], position) if isinstance(bias, Init) else jnp.zeros(size)
-    )
-    self.bias = param(start, (axis,), decay=False) if bias else None
+    start = None
+    if bias is not False:
+      start = jnp.zeros(size) if bias is True else bias(rngs.params(), size, shape[0], position)
+    self.bias = None if start is None else param(start, (axis,), decay=False)
 
   @property
   def dtype(self) -> jnp.dtype:

@@ -1,17 +1,17 @@
-"""H3: two state-space models with products between them, in the place of attention (Fu et al. 2023,
-'Hungry Hungry Hippos')."""
+"""H3 (Fu et al. 2023, 'Hungry Hungry Hippos'): two state-space models with products between them,
+in the place of attention."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
+import functools
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from jaxformer.config import InputError
+from jaxformer.layers.dense import Dense
 from jaxformer.layers.init import FanInUniform, Init, Normal
 from jaxformer.layers.layer import (
   Context,
@@ -22,75 +22,72 @@ from jaxformer.layers.layer import (
   Output,
   starts_BT,
 )
-from jaxformer.layers.s4d import Bilinear, Discretisation, Lin, Spectrum
-from jaxformer.layers.state_space import complex_normal, paired, pairs, recurrent
-from jaxformer.ops.linear import linear
+from jaxformer.layers.s4d import DISCRETIZATIONS, DiscretizationName, SpectrumName, spectrum
+from jaxformer.layers.state_space import complex_normal, log_steps, paired, pairs, recurrent
 from jaxformer.ops.ssm import ssm, ssm_step, toeplitz
 from jaxformer.ops.ssm_systems import DiagonalSystem, ShiftSystem
-from jaxformer.sharding import param, shard
+from jaxformer.sharding import shard
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class H3State:
-  """The last N keys of each channel, newest first, and the states of the diagonal systems: for each
-  row one for every pair of a key dimension and a value dimension of a head. fp32."""
+  """The last N keys of each channel, newest first, and the states of the diagonal systems, one for
+  every pair of a key dimension and a value dimension of a head. fp32."""
 
   keys_BDN: Float[Array, 'B D N']
   kv_BHN: Float[Array, 'BKK H N']
 
 
 class H3(Layer):
-  """y = W_o (q * diag(shift(k) * v)) over D / K heads of K dimensions (section 3.2, algorithm 1):
+  """y = (q * diag(shift(k) * v)) W_o over heads, with a shift SSM of the keys and a diagonal SSM of
+  their products with the values (Fu et al. 2023, section 3.2, algorithm 1).
 
-    q, k, v = x W_q + b_q, x W_k + b_k, x W_v + b_v k'_t    = sum_i taps_i k_{t-i} + skip_k k_t
-    the shift system: N taps a channel z_t     = k'_t v_t^T                                [K, K] a
-    head s_t     = diag(z)_t + skip z_t                      S4D with one system a head, for all K x
-    K entries y_t     = (q_t^T s_t) W_o + b_o                     channels in the order (value
-    dimension, head)
+  With D / K heads of K dimensions:
 
-  The shift system has matrices B and C: its state is B u_t + the state one place on, so taps_i =
-    sum_j B_j C_{j+i}. The paper
-  fixes B = e_1, which makes them C; the published models start there and learn B too, as this layer
-  does. The state kept here is that of B = e_1, the keys themselves, whatever B is."""
+    q, k, v = x W_q + b_q, x W_k + b_k, x W_v + b_v
+    k'_t    = sum_i f_i k_{t-i} + skip_k k_t           the shift system: N weights per channel
+    z_t     = k'_t v_t^T                                  [K, K] per head
+    s_t     = diag(z)_t + skip z_t                        S4D, one system per head, all K x K
+    y_t     = (q_t^T s_t) W_o + b_o                       channels in the order (value dim, head)
+
+  The shift system has matrices B and C: its state is B u_t + the state shifted by one, so f_i =
+  sum_j B_j C_{j+i}. The paper fixes B = e_1, which makes them C; the published models start there
+  and train B too, as this layer does. The state kept here is that of B = e_1, the keys themselves,
+  for any B."""
 
   class Config(LayerConfig):
     """
     Attributes:
       head_dim: K.
-      d_state: N, taps of the shift system and real numbers of state of each diagonal one.
-      spectrum, discretisation: of the diagonal systems, as for S4D.
-      dt_min, dt_max: each head's step is drawn log-uniformly between them.
-      lr_scale: factor on the learning rate of the step and of A and B of both systems.
+      d_state: state size N: the length of the shift system, and of each diagonal system in real
+        numbers.
+      spectrum, discretization: of the diagonal systems, as in `S4D`.
+      dt_min, dt_max: each head's step size is drawn log-uniformly between them.
+      lr_scale: factor on the learning rate of the step size and of A and B of both systems.
       init: of the four projections.
     """
 
     head_dim: int = 1
     d_state: int = 64
-    spectrum: Spectrum = Lin()
-    discretisation: Discretisation = Bilinear()
+    spectrum: SpectrumName = 'lin'
+    discretization: DiscretizationName = 'bilinear'
     dt_min: float = 1e-3
     dt_max: float = 1e-1
     lr_scale: float = 1.0
     init: Init = Normal()
 
     def validate(self):
-      self.require(self.head_dim > 0, 'head_dim', 'positive')
+      self.require_positive('head_dim', 'dt_min')
       self.require(
         self.d_state > 0 and self.d_state % 2 == 0, 'd_state', 'positive and even: conjugate pairs'
       )
-      self.require(self.dt_min > 0, 'dt_min', 'positive')
       self.require(self.dt_max >= self.dt_min, 'dt_max', f'at least dt_min = {self.dt_min}')
       self.require(self.lr_scale >= 0, 'lr_scale', 'at least 0')
 
     def heads(self, width: int) -> int:
       """D / K."""
-      if width % self.head_dim:
-        raise InputError(f'width = {width} is not divisible by H3.head_dim = {self.head_dim}')
-      return width // self.head_dim
-
-    def build(self, width: int, rngs: nnx.Rngs, position: LayerPosition) -> H3:
-      return H3(self, width, rngs, position)
+      return self.quotient(width, 'head_dim')
 
     def state_size(self, width: int, max_len: int) -> int:
       return width * self.d_state * (1 + self.head_dim)
@@ -100,35 +97,25 @@ class H3(Layer):
       return cls(d_state=8), cls(head_dim=4, d_state=6, dt_min=0.01, dt_max=0.5)
 
     def mixing_flops_per_token(self, width: int, length: int, causal: bool) -> float:
-      # A sum over taps; the recurrence, a complex product with an input and an output; the products
-      # with keys, values, queries.
+      # the shift system; the recurrence, a complex product with an input and an output; and the
+      # products with keys, values, queries
       return width * (2.0 * self.d_state + self.head_dim * (7.0 * self.d_state + 5.0))
 
   def __init__(self, config: H3.Config, width: int, rngs: nnx.Rngs, position: LayerPosition):
     c, D, H, N = config, width, config.heads(width), config.d_state
     self.config, self.heads = c, H
-
-    def projection(axes: tuple[str, str], bias_axis: str) -> tuple[nnx.Param, nnx.Param]:
-      return param(c.init(rngs.params(), (D, D), D, position), axes), param(
-        jnp.zeros(D), (bias_axis,), decay=False
-      )
-
-    self.wq, self.bq = projection(('embed', 'inner'), 'inner')
-    self.wk, self.bk = projection(('embed', 'inner'), 'inner')
-    self.wv, self.bv = projection(('embed', 'inner'), 'inner')
-    self.wo, self.bo = projection(('inner', 'embed'), 'norm')
+    dense = functools.partial(Dense, c.init, (D, D), bias=True, rngs=rngs, position=position)
+    self.q, self.k, self.v = (dense(('embed', 'inner')) for _ in range(3))
+    self.o = dense(('inner', 'embed'))
     self.shift_b = recurrent(jnp.zeros((D, N)).at[:, 0].set(1.0), ('inner', 'state'), c.lr_scale)
     self.shift_c = recurrent(
       FanInUniform()(rngs.params(), (D, N), N, position), ('inner', 'state'), decay=True
     )
     self.shift_skip = recurrent(jax.random.normal(rngs.params(), (D,)), ('inner',))
-    low, high = math.log(c.dt_min), math.log(c.dt_max)
-    self.log_dt = recurrent(
-      jax.random.uniform(rngs.params(), (H,), jnp.float32, low, high), ('inner',), c.lr_scale
-    )
+    self.log_dt = log_steps(H, c.dt_min, c.dt_max, c.lr_scale, rngs)
     a, b = (
       jnp.broadcast_to(jnp.asarray(v, jnp.complex64)[None], (H, N // 2))
-      for v in c.spectrum.values(N)
+      for v in spectrum(c.spectrum, N)
     )
     self.log_decay = recurrent(jnp.log(-a.real), ('inner', 'state'), c.lr_scale)
     self.frequency = recurrent(a.imag, ('inner', 'state'), c.lr_scale)
@@ -139,19 +126,17 @@ class H3(Layer):
     self.skip = recurrent(jax.random.normal(rngs.params(), (H,)), ('inner',))
 
   def systems(self) -> tuple[ShiftSystem, DiagonalSystem]:
-    """The discrete systems of the present parameters: for the keys, and for their products with the
-    values."""
-    taps_DN = jnp.sum(toeplitz(self.shift_b[...]) * self.shift_c[...][:, None], axis=-1)
+    """Return the discrete systems of the current parameters: of the keys, and of their products
+    with the values."""
+    filter_DN = jnp.sum(toeplitz(self.shift_b[...]) * self.shift_c[...][:, None], axis=-1)
     a = jax.lax.complex(-jnp.exp(self.log_decay[...]), self.frequency[...])
-    log_a, b = self.config.discretisation(a, paired(self.b), jnp.exp(self.log_dt[...]))
-    return ShiftSystem(taps_DN[None]), DiagonalSystem(log_a, b, paired(self.c)[None])
+    discretize = DISCRETIZATIONS[self.config.discretization]
+    log_a, b = discretize(a, paired(self.b), jnp.exp(self.log_dt[...]))
+    return ShiftSystem(filter_DN[None]), DiagonalSystem(log_a, b, paired(self.c)[None])
 
   def init_state(self, batch: int, max_len: int, memory: Memory | None = None) -> H3State:
-    (H, D), N, pairs_BKK = (
-      (self.heads, self.wk.shape[1]),
-      self.config.d_state,
-      batch * self.config.head_dim**2,
-    )
+    D, H, N = self.k.kernel.shape[1], self.heads, self.config.d_state
+    pairs_BKK = batch * self.config.head_dim**2
     return H3State(jnp.zeros((batch, D, N)), jnp.zeros((pairs_BKK, H, N)))
 
   def select_rows(self, state: H3State, index: Array, same_source: bool = False) -> H3State:
@@ -183,18 +168,19 @@ class H3(Layer):
     return Output(self._out(y[:, 0], x_BD), H3State(keys, kv))
 
   def _qkv(self, x_BTD: Array) -> tuple[Array, Array, Array]:
-    def project(w: nnx.Param, b: nnx.Param) -> Array:
-      return shard(linear(x_BTD, w[...], b[...]), 'batch', 'time', 'inner').astype(jnp.float32)
-
-    return project(self.wq, self.bq), project(self.wk, self.bk), project(self.wv, self.bv)
+    q, k, v = (
+      shard(dense(x_BTD), 'batch', 'time', 'inner').astype(jnp.float32)
+      for dense in (self.q, self.k, self.v)
+    )
+    return q, k, v
 
   def _products(self, k_BTD: Array, v_BTD: Array) -> Array:
-    """k v^T of every head, each entry as a row of its own: [B K K, T, H]."""
+    """Return k v^T of every head, with one row per entry: [B K K, T, H]."""
     k_BKTH, v_BKTH = self._split(k_BTD), self._split(v_BTD)
     return (k_BKTH[:, :, None] * v_BKTH[:, None]).reshape(-1, *k_BKTH.shape[2:])
 
   def _read(self, q_BTD: Array, s_BTH: Array) -> Array:
-    """The sum of q times k v^T over the key dimensions: [B, T, D]."""
+    """Return the sum of q times k v^T over the key dimensions: [B, T, D]."""
     q_BKTH = self._split(q_BTD)
     s_BKKTH = s_BTH.reshape(q_BKTH.shape[0], self.config.head_dim, *q_BKTH.shape[1:])
     return jnp.swapaxes(jnp.sum(q_BKTH[:, :, None] * s_BKKTH, axis=1), 1, 2).reshape(q_BTD.shape)
@@ -205,4 +191,4 @@ class H3(Layer):
 
   def _out(self, y: Array, x: Array) -> Array:
     y = shard(y.astype(x.dtype), 'batch', *('time',) * (y.ndim - 2), 'inner')
-    return linear(y, self.wo[...], self.bo[...])
+    return self.o(y)

@@ -1,4 +1,4 @@
-"""Initial values of weight matrices, as data. `init(key, shape, fan_in, site)` gives fp32."""
+"""Initialization of parameters, as data: `init(key, shape, fan_in, position)` returns fp32."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from jaxformer.layers.layer import LayerPosition
 
 
 class Init(Config, abstract=True):
-  """Base of the initialisers."""
+  """Base of the initializations."""
 
   def __call__(
     self, key: Array, shape: Sequence[int], fan_in: int, position: LayerPosition
@@ -33,7 +33,7 @@ class Normal(Init):
 
 class ResidualNormal(Init):
   """N(0, std^2 / branches): the output projections of GPT-2 (Radford et al. 2019, section 2.3),
-  whose sum over the residual branches of the stack then keeps its scale at any depth."""
+  so that the sum over the residual branches of the stack keeps its scale at any depth."""
 
   std: float = 0.02
 
@@ -42,7 +42,7 @@ class ResidualNormal(Init):
 
 
 class Uniform(Init):
-  """U(-bound, bound), whatever the shape (Sutskever et al. 2014, section 3.4: 0.08)."""
+  """U(-bound, bound), independent of the shape (Sutskever et al. 2014, section 3.4: 0.08)."""
 
   bound: float = 0.08
 
@@ -60,7 +60,7 @@ class FanInNormal(Init):
 
 
 class FanInUniform(Init):
-  """U(-gain / sqrt(fan_in), gain / sqrt(fan_in)): with gain 1 what PyTorch gives a Linear."""
+  """U(-gain / sqrt(fan_in), gain / sqrt(fan_in)): with gain 1 PyTorch's default for `Linear`."""
 
   gain: float = 1.0
 
@@ -80,7 +80,7 @@ class ResidualUniform(Init):
 
 
 class Zeros(Init):
-  """Zeros: a branch that starts as the identity."""
+  """Zeros, for a residual branch that starts as the identity."""
 
   def __call__(self, key, shape, fan_in, position):
     return jnp.zeros(shape, jnp.float32)

@@ -1,18 +1,17 @@
-"""A decoder of LSTMs and attention whose output is read again at the next step (Luong et al. 2015,
-section 3.3)."""
+"""A decoder of LSTMs and attention whose output is fed back into the next step."""
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
 from jaxformer.config import InputError
-from jaxformer.layers.cross_attention import KeysState, LuongAttention
+from jaxformer.layers.attentive_decoder import AttentiveState
+from jaxformer.layers.cross_attention import LuongAttention
 from jaxformer.layers.layer import (
   Context,
   Layer,
@@ -24,49 +23,26 @@ from jaxformer.layers.layer import (
   required,
   starts_BT,
 )
-from jaxformer.layers.lstm import Lstm, LstmState
-from jaxformer.ops.attentive_decoder import AttentionSource
+from jaxformer.layers.lstm import Lstm, RecurrentState
 from jaxformer.ops.input_feeding import InputFeedingWeights, input_feeding
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class FedSource:
-  """What is attended to, and the states of the LSTMs that a document begins from (fp32)."""
-
-  keys: KeysState
-  first: tuple[LstmState, ...]
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class FedState:
-  """The output and the states of the LSTMs after the last token, fp32, and what is attended to."""
-
-  y_BH: Float[Array, 'B H']
-  lstms: tuple[LstmState, ...]
-  source: FedSource
-
-
 class InputFeeding(Layer):
-  """LSTMs one on the other with `LuongAttention` on top, whose output the bottom one reads beside
-  the input of the next step, so that the decoder knows what it attended to (Luong et al. 2015,
-  section 3.3):
+  """h^1_t = LSTM_1([x_t, y_{t-1}]), h^l_t = LSTM_l(h^{l-1}_t), y_t = tanh([c_t, h^L_t] W), the
+  output of `LuongAttention` (Luong et al. 2015, section 3.3).
 
-    h^1_t = LSTM_1([x_t, y_{t-1}]),  h^l_t = LSTM_l(h^{l-1}_t),  y_t = LuongAttention(h^L_t) =
-    tanh(W [c_t, h^L_t])
-
-  y_0 = 0. Where states are handed over, the LSTMs begin from those of the encoder's layers, from
-  the bottom up; those beyond them from zeros."""
+  The bottom LSTM reads the previous output beside the input, so that the decoder knows what it
+  attended to. y_0 = 0. If an encoder hands over states, the LSTMs start from those of its layers,
+  from the bottom up; those beyond them from zeros. The state carries y and the LSTMs' states."""
 
   class Config(LayerConfig):
     """
     Attributes:
       layers: number of LSTMs, L.
-      lstm: of each; the bottom one's `context` is what is fed back.
+      lstm: of each; the `context_width` of the bottom one is the width of what is fed back.
       attention: on top; it reads the units of an LSTM.
-      dropout: rate on what an LSTM reads of the attention before and of the LSTM below. (Dropping
-        x_t is left to what makes it.)
+      dropout: rate on what an LSTM reads of the previous output and of the LSTM below. (Dropout of
+        x_t belongs to the layer that makes it.)
     """
 
     layers: int = 2
@@ -75,21 +51,20 @@ class InputFeeding(Layer):
     dropout: float = 0.0
 
     def validate(self):
-      self.require(self.layers > 0, 'layers', 'positive')
+      self.require_positive('layers')
       if self.lstm.context_width is not None:
         raise InputError(
-          f'InputFeeding.lstm.context_width = {self.lstm.context_width}: must be none: the bottom one reads '
-          'what is fed back'
+          'InputFeeding.lstm.context_width',
+          self.lstm.context_width,
+          'none: the bottom one reads what is fed back',
         )
       if self.lstm.project and self.lstm.hidden is not None:
         raise InputError(
-          'InputFeeding.lstm.project = True: must be false where hidden is given: attention reads '
-          'the units'
+          'InputFeeding.lstm.project',
+          self.lstm.project,
+          'false where hidden is given: attention reads the units',
         )
       self.require(0 <= self.dropout < 1, 'dropout', 'at least 0 and below 1')
-
-    def build(self, width: int, rngs: nnx.Rngs, position: LayerPosition) -> InputFeeding:
-      return InputFeeding(self, width, rngs, position)
 
     def out_width(self, width: int) -> int:
       return self.lstm.units(width)
@@ -125,67 +100,65 @@ class InputFeeding(Layer):
   ):
     H = config.lstm.units(width)
     self.width, self.dropout = width, config.dropout
-    bottom = config.lstm.replace(context_width=H).build(width, rngs, position)
+    bottom = Lstm(config.lstm.replace(context_width=H), width, rngs, position)
     self.lstms = nnx.List(
-      [bottom, *(config.lstm.build(H, rngs, position) for _ in range(config.layers - 1))]
+      [bottom, *(Lstm(config.lstm, H, rngs, position) for _ in range(config.layers - 1))]
     )
     self.attention = config.attention.build(H, rngs, position)
 
-  def init_state(self, batch: int, max_len: int, memory: Memory | None = None) -> FedState:
+  def init_state(self, batch: int, max_len: int, memory: Memory | None = None) -> AttentiveState:
     memory = required(memory, 'InputFeeding')
-    ended = itertools.chain((s for block in memory.states for s in block), itertools.repeat(None))
+    final = itertools.chain((s for block in memory.states for s in block), itertools.repeat(None))
     first = tuple(
       lstm.init_state(batch, max_len, memory.replace(state=state))
-      for lstm, state in zip(self.lstms, ended, strict=False)
+      for lstm, state in zip(self.lstms, final, strict=False)
     )
-    return FedState(
-      jnp.zeros_like(first[0].h_BH), first, FedSource(self.attention.keys(memory), first)
-    )
+    y_BH = jnp.zeros_like(first[0].h_BH)
+    source = self.attention.keys(memory)
+    keys, values = source.k_BSGK[:, :, 0], source.v_BSGC[:, :, 0]
+    return AttentiveState((y_BH, first), first, keys, values, source.mask_BS)
 
-  def select_rows(self, state: FedState, index: Array, same_source: bool = False) -> FedState:
-    source = state.source if same_source else super().select_rows(state.source, index)
-    return FedState(*super().select_rows((state.y_BH, state.lstms), index), source)
+  def select_rows(
+    self, state: AttentiveState, index: Array, same_source: bool = False
+  ) -> AttentiveState:
+    return state.select_rows(index, same_source)
 
   def __call__(
-    self, x_BTD: Float[Array, 'B T D'], ctx: Context, state: FedState | None = None
+    self, x_BTD: Float[Array, 'B T D'], ctx: Context, state: AttentiveState | None = None
   ) -> Output:
-    B, T, _ = x_BTD.shape
+    (B, T, _), L = x_BTD.shape, len(self.lstms)
     before = self.init_state(B, T, ctx.memory) if state is None else state
-    keys, first, H = before.source.keys, before.source.first, before.y_BH.shape[-1]
-    drops = self.dropout > 0 and ctx.dropout_key is not None
-    factors = (
-      dropout(jnp.ones((B, T, len(first) * H), x_BTD.dtype), self.dropout, ctx) if drops else None
-    )
-    source = AttentionSource(keys.k_BSGK[:, :, 0], keys.v_BSGC[:, :, 0], keys.mask_BS)
+    factors = None
+    if self.dropout > 0 and ctx.dropout_key is not None:
+      units = before.carried[0].shape[-1]
+      factors = dropout(jnp.ones((B, T, L * units), x_BTD.dtype), self.dropout, ctx)
     y, a, (fed, *last) = input_feeding(
       x_BTD,
       self._weights(),
-      source,
-      _in_a_row(before.y_BH, before.lstms),
-      _in_a_row(jnp.zeros_like(before.y_BH), first),
+      before.source,
+      _flat(*before.carried),
+      _flat(jnp.zeros_like(before.carried[0]), before.first),
       starts_BT(ctx.segments_BT, B, T),
       factors,
     )
-    after = tuple(
-      LstmState(h, c) for h, c in zip(last[: len(first)], last[len(first) :], strict=True)
-    )
+    after = tuple(RecurrentState(h, c) for h, c in zip(last[:L], last[L:], strict=True))
     return Output(
       y,
-      None if state is None else FedState(fed, after, before.source),
+      None if state is None else dataclasses.replace(before, carried=(fed, after)),
       alignments=(a,) if ctx.align else (),
     )
 
   def _weights(self) -> InputFeedingWeights:
-    w = [lstm.w[...] for lstm in self.lstms]
+    w = [lstm.kernel[...] for lstm in self.lstms]
     return InputFeedingWeights(
       w[0][: self.width],
       (w[0][self.width :], *w[1:]),
-      tuple(lstm.u[...] for lstm in self.lstms),
-      tuple(lstm.b[...] for lstm in self.lstms if lstm.b is not None),
+      tuple(lstm.recurrent_kernel[...] for lstm in self.lstms),
+      tuple(lstm.bias[...] for lstm in self.lstms if lstm.bias is not None),
       self.attention.out.kernel[...],
     )
 
 
-def _in_a_row(y_BH: Array, states: tuple[LstmState, ...]) -> tuple[Array, ...]:
+def _flat(y_BH: Array, states: tuple[RecurrentState, ...]) -> tuple[Array, ...]:
   """States in the order of `ops.input_feeding.input_feeding`."""
   return y_BH, *(s.h_BH for s in states), *(s.c_BH for s in states)

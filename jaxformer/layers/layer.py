@@ -263,6 +263,11 @@ class LayerConfig(Config, abstract=True):
     for field in fields:
       self.require(getattr(self, field) is None or getattr(self, field) > 0, field, 'positive')
 
+  def quotient(self, size: int, field: str, of: str = 'width') -> int:
+    """Return `size` over the value of `field`; raise `InputError` if it is no divisor."""
+    self.require(size % getattr(self, field) == 0, field, f'a divisor of {of} = {size}')
+    return size // getattr(self, field)
+
 
 class LayerSummary(NamedTuple):
   """What a layer computes, for people.

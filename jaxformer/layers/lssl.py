@@ -3,83 +3,52 @@ Recurrent, Convolutional, and Continuous-time Models with Linear State-Space Lay
 
 from __future__ import annotations
 
+from typing import ClassVar, Literal
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array
 
-from jaxformer.config import Config
 from jaxformer.layers.layer import LayerPosition
 from jaxformer.layers.state_space import StateSpace, StateSpaceConfig, recurrent
 from jaxformer.ops.hippo import legs
 from jaxformer.ops.ssm_systems import DenseSystem, dense_bilinear
 
 
-class Transition(Config, abstract=True):
-  """Base of the ways to hold A, which starts as HiPPO-LegS."""
-
-  def start(self, a_NN: Array, width: int) -> nnx.Param | None:
-    """The parameter: [N, N], [H, N, N], or None."""
-    raise NotImplementedError
-
-
-class Fixed(Transition):
-  """A stays as it is (LSSL-fixed)."""
-
-  def start(self, a_NN, width):
-    return None
-
-
-class Shared(Transition):
-  """One A is learned for all channels, whose steps differ; `lr_scale` is the factor on its learning
-  rate."""
-
-  lr_scale: float = 0.01
-
-  def start(self, a_NN, width):
-    return recurrent(a_NN, ('state', None), self.lr_scale)
-
-
-class PerChannel(Transition):
-  """Each channel learns its own A; `lr_scale` is the factor on its learning rate."""
-
-  lr_scale: float = 0.01
-
-  def start(self, a_NN, width):
-    return recurrent(
-      jnp.broadcast_to(a_NN[None], (width, *a_NN.shape)), ('inner', 'state', None), self.lr_scale
-    )
-
-
 class LSSL(StateSpace):
-  """x' = A x + B u, y_m = C_m x + D_m u for m = 1 .. copies, with a dense A, by Tustin's rule with
-  each channel's own step; then GELU and a projection of all copies of all channels to the width.
+  """x' = A x + B u, y_m = C_m x + D_m u for m = 1 .. copies, with a dense A, by Tustin's rule, then
+  GELU and a projection of all copies of all channels (Gu, Johnson et al. 2021, section 3).
 
-  A and B start as HiPPO-LegS; B is not learned.
-  """
+  Each channel has its own step size. A and B are initialized to HiPPO-LegS; B is not trained."""
 
   class Config(StateSpaceConfig):
     """
     Attributes:
-      transition: `Fixed`, `Shared` or `PerChannel`: what of A is learned.
-      copies: outputs M a channel, which read the same state.
+      transition: `fixed`: A is not trained (LSSL-fixed); `shared`: one A for all channels;
+        `per_channel`: one A per channel.
+      transition_lr_scale: factor on the learning rate of A; 0 if it is fixed.
+      copies: outputs M per channel, which read the same state.
     """
 
-    transition: Transition = Shared()
+    transition: Literal['fixed', 'shared', 'per_channel'] = 'shared'
+    transition_lr_scale: float = 0.01
     copies: int = 1
+
+    paired: ClassVar[bool] = False
 
     def validate(self):
       super().validate()
-      self.require(self.copies > 0, 'copies', 'positive')
-
-    def build(self, width: int, rngs: nnx.Rngs, position: LayerPosition) -> LSSL:
-      return LSSL(self, width, rngs, position)
+      self.require_positive('copies')
+      self.require(
+        (self.transition_lr_scale == 0) == (self.transition == 'fixed'),
+        'transition_lr_scale',
+        '0 if the transition is fixed, else positive',
+      )
 
     @classmethod
     def examples(cls) -> tuple[LSSL.Config, ...]:
-      return cls(d_state=5, copies=2, transition=PerChannel()), cls(
-        d_state=4, transition=Fixed(), copies=2, causal=False
-      )
+      fixed = cls(d_state=4, transition='fixed', transition_lr_scale=0.0, copies=2, causal=False)
+      return cls(d_state=5, copies=2, transition='per_channel'), fixed
 
     def mixing_flops_per_token(self, width: int, length: int, causal: bool) -> float:
       # the recurrence
@@ -89,7 +58,10 @@ class LSSL(StateSpace):
     super().__init__(config, width, rngs, position, outputs=config.copies, gated=False)
     c = config
     self.copies = c.copies
-    self.a = c.transition.start(jnp.asarray(legs(c.d_state)[0], jnp.float32), width)
+    a, axes = jnp.asarray(legs(c.d_state)[0], jnp.float32), ('state', None)
+    if c.transition == 'per_channel':
+      a, axes = jnp.broadcast_to(a[None], (width, *a.shape)), ('inner', 'state', None)
+    self.a = None if c.transition == 'fixed' else recurrent(a, axes, c.transition_lr_scale)
     self.c = recurrent(
       jax.random.normal(rngs.params(), (c.directions * c.copies, width, c.d_state)),
       (None, 'inner', 'state'),

@@ -1,8 +1,9 @@
-"""The LSTM as a layer."""
+"""The LSTM as a layer, and what it shares with the GRU."""
 
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from jaxformer.config import InputError
+from jaxformer.layers.dense import Dense
 from jaxformer.layers.init import FanInUniform, Init, Orthogonal, Zeros
 from jaxformer.layers.layer import (
   Context,
@@ -18,38 +20,61 @@ from jaxformer.layers.layer import (
   LayerPosition,
   Memory,
   Output,
-  State,
   starts_BT,
 )
-from jaxformer.ops.linear import linear
 from jaxformer.ops.recurrence import lstm
 from jaxformer.sharding import param, shard
 
-FORGET = 1  # which of the gates i, f, g, o
-CONTEXT = 'context'  # the name under which a decoder's layer shares what it read of the memory
+FORGET_GATE = 1  # index among the gates i, f, g, o
+ATTENTION_CONTEXT = 'context'  # the name under which a decoder layer shares what it attended to
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class LstmState:
-  """The hidden state and the cell after the last token, fp32."""
+class RecurrentState:
+  """The hidden state and, in an LSTM, the cell after the last token, fp32."""
 
   h_BH: Float[Array, 'B H']
-  c_BH: Float[Array, 'B H']
+  c_BH: Any = None  # [B, H]; None in a GRU
+
+
+def gate_kernel(
+  init: Init, shape: tuple[int, int, int], rngs: nnx.Rngs, position: LayerPosition
+) -> nnx.Param:
+  """The kernel `[inputs, gates, H]` of all gates; each gate's is drawn by itself."""
+  inputs, gates, H = shape
+  drawn = [init(rngs.params(), (inputs, H), inputs, position) for _ in range(gates)]
+  return param(jnp.stack(drawn, axis=1), ('embed', None, 'inner'))
+
+
+def gate_bias(
+  init: Init | None,
+  shape: tuple[int, int],
+  rngs: nnx.Rngs,
+  position: LayerPosition,
+  forget_bias: float = 0.0,
+) -> nnx.Param | None:
+  """The biases `[gates, H]`, with `forget_bias` added to that of an LSTM's forget gate."""
+  if init is None:
+    return None
+  drawn_GH = init(rngs.params(), shape, shape[1], position)
+  if forget_bias:
+    drawn_GH = drawn_GH.at[FORGET_GATE].add(forget_bias)
+  return param(drawn_GH, (None, 'inner'), decay=False, matmul=False)
 
 
 class RecurrentConfig(LayerConfig, abstract=True):
-  """What the gated recurrences share.
+  """Base of the configs of gated recurrences.
 
   Attributes:
-    hidden: units H; None for the width. Where it is another number, a projection [H, width] without
-      offsets follows.
+    hidden: units H; None for the width. If they differ, a projection [H, width] without bias
+      follows.
     project: False leaves that projection out: the output is H wide.
-    context_width: width of the `CONTEXT` that a layer below shares, to be read beside the input, [x,
-      context]; None for none.
-    init: of the weights of the input and of the projection; `recurrent_init`: of those of the
-      hidden state. Each gate's matrix is drawn by itself.
-    bias: initial values of the offsets, one vector a gate; None for no offsets.
+    context_width: width of the `ATTENTION_CONTEXT` that a layer below shares, to be read beside the
+      input, [x, context]; None for none.
+    init: of the kernels of the input and of the projection; `recurrent_init`: of that of the hidden
+      state. Each gate's is drawn by itself.
+    bias: initialization of the biases; None for no biases.
   """
 
   hidden: int | None = None
@@ -60,13 +85,12 @@ class RecurrentConfig(LayerConfig, abstract=True):
   context_width: int | None = None
 
   def validate(self):
-    self.require(self.hidden is None or self.hidden > 0, 'hidden', 'positive')
+    self.require_positive('hidden', 'context_width')
     self.require(
       self.project or self.hidden is not None,
       'project',
       'true where hidden is none, which needs no projection',
     )
-    self.require(self.context_width is None or self.context_width > 0, 'context_width', 'positive')
 
   def units(self, width: int) -> int:
     """H."""
@@ -80,47 +104,38 @@ class RecurrentConfig(LayerConfig, abstract=True):
     return True
 
   def reads(self, width: int) -> dict[str, int]:
-    return {} if self.context_width is None else {CONTEXT: self.context_width}
+    return {} if self.context_width is None else {ATTENTION_CONTEXT: self.context_width}
 
 
 class Recurrent(Layer):
   """Base of the gated recurrences: their parameters, and the projection of their output."""
 
   def __init__(
-    self, config: RecurrentConfig, gates: int, width: int, rngs: nnx.Rngs, position: LayerPosition
+    self,
+    config: RecurrentConfig,
+    width: int,
+    rngs: nnx.Rngs,
+    position: LayerPosition,
+    *,
+    gates: int,
+    forget_bias: float = 0.0,
   ):
-    c, H = config, config.units(width)
-
-    def weight(init: Init, inputs: int) -> nnx.Param:
-      drawn = [init(rngs.params(), (inputs, H), inputs, position) for _ in range(gates)]
-      return param(jnp.stack(drawn, axis=1), ('embed', None, 'inner'))
-
+    c, H, inputs = config, config.units(width), width + (config.context_width or 0)
     self.units, self.reads_context = H, c.context_width is not None
-    self.w, self.u = weight(c.init, width + (c.context_width or 0)), weight(c.recurrent_init, H)
-    self.b = (
-      None
-      if c.bias is None
-      else param(
-        self._first_bias(c.bias(rngs.params(), (gates, H), H, position)),
-        (None, 'inner'),
-        decay=False,
-        matmul=False,
-      )
-    )
-    self.w_out = (
+    self.kernel = gate_kernel(c.init, (inputs, gates, H), rngs, position)
+    self.recurrent_kernel = gate_kernel(c.recurrent_init, (H, gates, H), rngs, position)
+    self.bias = gate_bias(c.bias, (gates, H), rngs, position, forget_bias)
+    self.out = (
       None
       if H in (width, c.out_width(width))
-      else param(c.init(rngs.params(), (H, width), H, position), ('inner', 'embed'))
+      else Dense(c.init, (H, width), ('inner', 'embed'), rngs=rngs, position=position)
     )
 
-  def _first_bias(self, drawn_GH: Array) -> Array:
-    return drawn_GH
-
-  def zeros(self, batch: int) -> State:
-    """The state of a document that begins from nothing."""
+  def zeros(self, batch: int) -> RecurrentState:
+    """The state at the start of a document."""
     raise NotImplementedError
 
-  def init_state(self, batch: int, max_len: int, memory: Memory | None = None) -> State:
+  def init_state(self, batch: int, max_len: int, memory: Memory | None = None) -> RecurrentState:
     own = self.zeros(batch)
     given = own if memory is None or memory.state is None else memory.state
     if jax.tree.structure(given) != jax.tree.structure(own) or given.h_BH.shape != own.h_BH.shape:
@@ -131,23 +146,24 @@ class Recurrent(Layer):
     return given
 
   def _input(self, x_BTD: Array, ctx: Context) -> Array:
-    return (
-      jnp.concatenate([x_BTD, ctx.shared[CONTEXT].astype(x_BTD.dtype)], axis=-1)
-      if self.reads_context
-      else x_BTD
-    )
+    if not self.reads_context:
+      return x_BTD
+    return jnp.concatenate([x_BTD, ctx.shared[ATTENTION_CONTEXT].astype(x_BTD.dtype)], axis=-1)
 
   def _weights(self) -> tuple[Array, Array, Array | None]:
-    return self.w[...], self.u[...], None if self.b is None else self.b[...]
+    bias = None if self.bias is None else self.bias[...]
+    return self.kernel[...], self.recurrent_kernel[...], bias
 
   def _out(self, y_BTH: Array) -> Array:
     y = shard(y_BTH, 'batch', 'time', 'inner')
-    return y if self.w_out is None else linear(y, self.w_out[...])
+    return y if self.out is None else self.out(y)
 
 
 class Lstm(Recurrent):
-  """The LSTM with a forget gate and without peepholes (Hochreiter and Schmidhuber 1997; Gers et al.
-  2000): `ops.recurrence.lstm`. One vector of offsets a gate; PyTorch's two add up to it."""
+  """i, f, o = sigmoid(x W + h U + b), g = tanh(x W + h U + b); c = f c + i g, h = o tanh(c),
+  without peepholes (Hochreiter and Schmidhuber 1997; Gers et al. 2000).
+
+  `ops.recurrence.lstm`. There is one bias per gate; PyTorch's two add up to it."""
 
   class Config(RecurrentConfig):
     """
@@ -163,11 +179,8 @@ class Lstm(Recurrent):
       self.require(
         self.bias is not None or self.forget_bias == 0,
         'forget_bias',
-        '0 where there are no offsets (bias = None)',
+        '0 if there are no biases (bias = None)',
       )
-
-    def build(self, width: int, rngs: nnx.Rngs, position: LayerPosition) -> Lstm:
-      return Lstm(self, width, rngs, position)
 
     def state_size(self, width: int, max_len: int) -> int:
       return 2 * self.units(width)
@@ -181,26 +194,18 @@ class Lstm(Recurrent):
       )
 
   def __init__(self, config: Lstm.Config, width: int, rngs: nnx.Rngs, position: LayerPosition):
-    self.config = config
-    super().__init__(config, 4, width, rngs, position)
+    super().__init__(config, width, rngs, position, gates=4, forget_bias=config.forget_bias)
 
-  def _first_bias(self, drawn_GH: Array) -> Array:
-    return drawn_GH.at[FORGET].add(self.config.forget_bias)
-
-  def zeros(self, batch: int) -> LstmState:
+  def zeros(self, batch: int) -> RecurrentState:
     zeros = jnp.zeros((batch, self.units))
-    return LstmState(zeros, zeros)
+    return RecurrentState(zeros, zeros)
 
   def __call__(
-    self, x_BTD: Float[Array, 'B T D'], ctx: Context, state: LstmState | None = None
+    self, x_BTD: Float[Array, 'B T D'], ctx: Context, state: RecurrentState | None = None
   ) -> Output:
     B, T, _ = x_BTD.shape
     first = self.zeros(B) if state is None else state
-    y_BTH, (h, c) = lstm(
-      self._input(x_BTD, ctx),
-      *self._weights(),
-      first.h_BH,
-      first.c_BH,
-      starts_BT(ctx.segments_BT, B, T),
-    )
-    return Output(self._out(y_BTH), None if state is None else LstmState(h, c))
+    starts = starts_BT(ctx.segments_BT, B, T)
+    x_BTD = self._input(x_BTD, ctx)
+    y_BTH, (h, c) = lstm(x_BTD, *self._weights(), first.h_BH, first.c_BH, starts)
+    return Output(self._out(y_BTH), None if state is None else RecurrentState(h, c))

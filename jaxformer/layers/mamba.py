@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
+from jaxformer.layers.dense import Dense
 from jaxformer.layers.init import FanInUniform, Init, ResidualUniform
 from jaxformer.layers.layer import (
   Context,
@@ -22,14 +24,13 @@ from jaxformer.layers.layer import (
 )
 from jaxformer.layers.norm import NormConfig, RMSNorm
 from jaxformer.ops.convolution import short_convolution
-from jaxformer.ops.linear import linear
 from jaxformer.ops.selective_scan import selective_scan, selective_scan_step
 from jaxformer.sharding import param, shard
 
 
 class StepBias(Init):
-  """Offsets b such that softplus(b), the step size for an input of 0, is log-uniform in [low, high]
-  and at least `floor` (Mamba, section 3.6)."""
+  """Biases b such that softplus(b), the step size for an input of 0, is log-uniform in [low, high]
+  and at least `floor` (Gu and Dao 2023, section 3.6)."""
 
   low: float = 1e-3
   high: float = 1e-1
@@ -45,37 +46,51 @@ class StepBias(Init):
     return step + jnp.log(-jnp.expm1(-step))  # the inverse of softplus
 
 
+def convolve(
+  conv: Dense,
+  x_BTD: Float[Array, 'B T D'],
+  before_BJD: Float[Array, 'B J D'] | None,
+  starts: Bool[Array, 'B T'],
+) -> tuple[Float[Array, 'B T D'], Float[Array, 'B J D']]:
+  """Return silu of the causal convolution of each channel by itself (`ops.convolution`), and its
+  last J = d_conv - 1 inputs; `before_BJD` are those before. The kernel of `conv` is `[d_conv,
+  channels]`; its last row multiplies the current input."""
+  bias = None if conv.bias is None else conv.bias[...]
+  y, after = short_convolution(x_BTD, conv.kernel[...], bias, before_BJD, starts)
+  return jax.nn.silu(y), after.astype(conv.dtype if before_BJD is None else before_BJD.dtype)
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class MambaState:
-  """What a sequence leaves behind: the last inputs of the convolution (J = taps - 1), and the state
-  of the scan, in fp32."""
+  """The last J = d_conv - 1 inputs of the convolution, and the state of the scan, fp32."""
 
   conv_BJD: Float[Array, 'B J D']
   h_BDN: Float[Array, 'B D N']
 
 
 class Mamba(Layer):
-  """y = W_o (scan(x) * silu(z)) with x = silu(conv(W_x u)), z = W_z u (Gu and Dao 2023, figure 3
+  """y = (scan(x) * silu(z)) W_o with x = silu(conv(u W_x)), z = u W_z (Gu and Dao 2023, figure 3
   and algorithm 2).
 
-  The scan's step sizes dt = softplus(W_dt dt' + b_dt) and its maps B, C are functions of x: [dt',
-  B, C] = W_s x. Its rates are A = -exp(A_log), one for each of N states of each channel."""
+  The scan's step sizes dt = softplus(dt' W_dt + b_dt) and its maps B, C are functions of x: [dt',
+  B, C] = x W_s. Its rates are A = -exp(A_log), one for each of the N states of each channel."""
 
   class Config(LayerConfig):
     """
     Attributes:
-      state: N, numbers of state a channel.
+      d_state: state size N per channel.
       expand: channels inside the layer, as a multiple of the width.
-      d_conv: of the convolution, the present input among them.
+      d_conv: kernel size of the convolution.
       dt_rank: size of dt'; None for width / 16, rounded up.
-      bias: offsets on the projections in and out; `conv_bias`: of the convolution.
-      inner_norm: norm over dt', B and C each (Jamba); None for none.
+      bias: whether the projections in and out have biases; `conv_bias`: whether the convolution
+        has one.
+      inner_norm: norm over each of dt', B and C (Jamba); None for none.
       init: of the projections, the convolution and its bias; `out_init`: of the projection out;
         `dt_init`: of b_dt.
     """
 
-    state: int = 16
+    d_state: int = 16
     expand: int = 2
     d_conv: int = 4
     dt_rank: int | None = None
@@ -87,135 +102,89 @@ class Mamba(Layer):
     dt_init: Init = StepBias()
 
     def validate(self):
-      for field in ('state', 'expand', 'd_conv'):
-        self.require(getattr(self, field) > 0, field, 'positive')
-      self.require(self.dt_rank is None or self.dt_rank > 0, 'dt_rank', 'positive')
+      self.require_positive('d_state', 'expand', 'd_conv', 'dt_rank')
 
     def rank(self, width: int) -> int:
-      """The size of dt', from the width where it is not given."""
+      """The size of dt', derived from the width if `dt_rank` is None."""
       return self.dt_rank or -(-width // 16)
 
-    def build(self, width: int, rngs: nnx.Rngs, position: LayerPosition) -> Mamba:
-      return Mamba(self, width, rngs, position)
+    def resolved(self, width: int) -> Mamba.Config:
+      return self.replace(dt_rank=self.rank(width))
 
     def state_size(self, width: int, max_len: int) -> int:
-      return self.expand * width * (self.d_conv - 1 + self.state)
+      return self.expand * width * (self.d_conv - 1 + self.d_state)
 
     @classmethod
     def examples(cls) -> tuple[Mamba.Config, ...]:
       return (
-        cls(state=4, expand=3, d_conv=3, dt_rank=5),
-        cls(state=3, bias=True, conv_bias=False, inner_norm=RMSNorm.Config()),
+        cls(d_state=4, expand=3, d_conv=3, dt_rank=5),
+        cls(d_state=3, bias=True, conv_bias=False, inner_norm=RMSNorm.Config()),
       )
 
     def mixing_flops_per_token(self, width: int, length: int, causal: bool) -> float:
       # 3 for the decay, 4 for the update, 2 for the output
-      return 9.0 * self.expand * width * self.state
+      return 9.0 * self.expand * width * self.d_state
 
   def __init__(self, config: Mamba.Config, width: int, rngs: nnx.Rngs, position: LayerPosition):
     c, inner, R = config, config.expand * width, config.rank(width)
     self.config, self.rank = c, R
-
-    def weight(init: Init, fan_in: int, shape: tuple[int, ...], *axes: str):
-      return param(init(rngs.params(), shape, fan_in, position), axes)
-
-    def bias(size: int, axis: str):
-      return param(jnp.zeros(size), (axis,), decay=False) if c.bias else None
-
-    self.w_x, self.b_x = (
-      weight(c.init, width, (width, inner), 'embed', 'inner'),
-      bias(inner, 'inner'),
-    )
-    self.w_z, self.b_z = (
-      weight(c.init, width, (width, inner), 'embed', 'inner'),
-      bias(inner, 'inner'),
-    )
-    self.w_conv = weight(c.init, c.d_conv, (c.d_conv, inner), 'state', 'inner')
-    self.b_conv = (
-      param(c.init(rngs.params(), (inner,), c.d_conv, position), ('inner',), decay=False)
-      if c.conv_bias
-      else None
-    )
-    self.w_s = weight(c.init, inner, (inner, R + 2 * c.state), 'inner', 'state')
-    self.w_dt = weight(c.init, R, (R, inner), 'state', 'inner')
-    self.b_dt = param(
+    dense = functools.partial(Dense, rngs=rngs, position=position)
+    conv_bias = c.init if c.conv_bias else False
+    self.x = dense(c.init, (width, inner), ('embed', 'inner'), bias=c.bias)
+    self.z = dense(c.init, (width, inner), ('embed', 'inner'), bias=c.bias)
+    self.conv = dense(c.init, (c.d_conv, inner), ('state', 'inner'), bias=conv_bias)
+    self.selection = dense(c.init, (inner, R + 2 * c.d_state), ('inner', 'state'))
+    self.dt = dense(c.init, (R, inner), ('state', 'inner'))
+    self.dt_bias = param(
       c.dt_init(rngs.params(), (inner,), R, position), ('inner',), decay=False, full_precision=True
     )
-    rates = jnp.broadcast_to(jnp.arange(1.0, c.state + 1)[None], (inner, c.state))  # S4D-Real
+    rates = jnp.broadcast_to(jnp.arange(1.0, c.d_state + 1)[None], (inner, c.d_state))  # S4D-Real
     self.A_log = param(
       jnp.log(rates), ('inner', 'state'), decay=False, full_precision=True, matmul=False
     )
     self.D = param(jnp.ones(inner), ('inner',), decay=False, full_precision=True)
-    self.w_out, self.b_out = (
-      weight(c.out_init, inner, (inner, width), 'inner', 'embed'),
-      bias(width, 'norm'),
-    )
+    self.out = dense(c.out_init, (inner, width), ('inner', 'embed'), bias=c.bias)
     self.norms = (
       None
       if c.inner_norm is None
-      else nnx.List([c.inner_norm.build(n) for n in (R, c.state, c.state)])
+      else nnx.List([c.inner_norm.build(n) for n in (R, c.d_state, c.d_state)])
     )
 
   def init_state(self, batch: int, max_len: int, memory: Memory | None = None) -> MambaState:
     inner, N = self.A_log.shape[-2:]
     return MambaState(
-      jnp.zeros((batch, self.config.d_conv - 1, inner), self.w_x[...].dtype),
+      jnp.zeros((batch, self.config.d_conv - 1, inner), self.x.dtype),
       jnp.zeros((batch, inner, N), jnp.float32),
     )
 
   def __call__(
     self, x_BTD: Float[Array, 'B T D'], ctx: Context, state: MambaState | None = None
   ) -> Output:
+    conv, h = (None, None) if state is None else (state.conv_BJD, state.h_BDN)
     starts = starts_BT(ctx.segments_BT, *x_BTD.shape[:2])
-    x, z = (shard(a, 'batch', 'time', 'inner') for a in self._in(x_BTD))
-    bias = None if self.b_conv is None else self.b_conv[...]
-    x, after = short_convolution(
-      x, self.w_conv[...], bias, None if state is None else state.conv_BJD, starts
-    )
-    x = jax.nn.silu(x)
+    x, z = (shard(dense(x_BTD), 'batch', 'time', 'inner') for dense in (self.x, self.z))
+    x, conv = convolve(self.conv, x, conv, starts)
     dt, B, C = self._selection(x)
-    y, h = selective_scan(
-      x,
-      shard(dt, 'batch', 'time', 'inner'),
-      -jnp.exp(self.A_log[...]),
-      B,
-      C,
-      self.D[...],
-      None if state is None else state.h_BDN,
-      starts,
-    )
-    return Output(
-      self._out(y * jax.nn.silu(z)),
-      None if state is None else MambaState(after.astype(state.conv_BJD.dtype), h),
-    )
+    dt = shard(dt, 'batch', 'time', 'inner')
+    y, h = selective_scan(x, dt, -jnp.exp(self.A_log[...]), B, C, self.D[...], h, starts)
+    y = self.out(y * jax.nn.silu(z))
+    return Output(y, None if state is None else MambaState(conv, h))
 
   def step(self, x_BD: Float[Array, 'B D'], ctx: Context, state: MambaState) -> Output:
-    x, z = self._in(x_BD)
-    bias = None if self.b_conv is None else self.b_conv[...]
-    x, after = short_convolution(
-      x[:, None], self.w_conv[...], bias, state.conv_BJD, jnp.zeros((x.shape[0], 1), bool)
-    )
-    x = jax.nn.silu(x[:, 0])
+    x, z = self.x(x_BD), self.z(x_BD)
+    no_start = jnp.zeros((x.shape[0], 1), bool)
+    x, conv = convolve(self.conv, x[:, None], state.conv_BJD, no_start)
+    x = x[:, 0]
     dt, B, C = self._selection(x)
     y, h = selective_scan_step(x, dt, -jnp.exp(self.A_log[...]), B, C, self.D[...], state.h_BDN)
-    return Output(self._out(y * jax.nn.silu(z)), MambaState(after.astype(state.conv_BJD.dtype), h))
-
-  def _in(self, x: Array) -> tuple[Array, Array]:
-    pairs = (self.w_x, self.b_x), (self.w_z, self.b_z)
-    x, z = (linear(x, w[...], None if b is None else b[...]) for w, b in pairs)
-    return x, z
+    return Output(self.out(y * jax.nn.silu(z)), MambaState(conv, h))
 
   def _selection(self, x: Array) -> tuple[Array, Array, Array]:
     """dt in fp32, B and C."""
-    R, N = self.rank, self.config.state
-    parts = jnp.split(linear(x, self.w_s[...]), (R, R + N), axis=-1)
+    R, N = self.rank, self.config.d_state
+    parts = jnp.split(self.selection(x), (R, R + N), axis=-1)
     if self.norms is not None:
       parts = [norm(part) for norm, part in zip(self.norms, parts, strict=True)]
     dt, B, C = parts
-    dt = linear(dt, self.w_dt[...]).astype(jnp.float32) + self.b_dt[...].reshape(
-      (1,) * (x.ndim - 1) + (-1,)
-    )
-    return jax.nn.softplus(dt), B, C
-
-  def _out(self, y: Array) -> Array:
-    return linear(y, self.w_out[...], None if self.b_out is None else self.b_out[...])
+    bias = self.dt_bias[...].reshape((1,) * (x.ndim - 1) + (-1,))
+    return jax.nn.softplus(self.dt(dt).astype(jnp.float32) + bias), B, C

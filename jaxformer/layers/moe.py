@@ -67,10 +67,8 @@ class Moe(Layer):
       self.require(self.experts > 1, 'experts', 'at least 2')
       if self.expert.bias or self.expert.dropout:
         field = 'bias' if self.expert.bias else 'dropout'
-        raise InputError(
-          f'{self.tag}.expert.{field} = {getattr(self.expert, field)}: experts have no biases and '
-          'no dropout'
-        )
+        problem = 'experts have no biases and no dropout'
+        raise InputError(f'{self.tag}.expert.{field}', getattr(self.expert, field), problem=problem)
       self.router.check(self.experts)
       self.require_positive('capacity_factor')
       self.require(
@@ -120,10 +118,8 @@ class Moe(Layer):
 
   def init_state(self, batch: int, max_len: int, memory: Memory | None = None) -> tuple[()]:
     if not self.config.decodes:
-      raise InputError(
-        f'{self.config.tag}.router = {self.config.router.tag}: experts that choose among all '
-        'tokens cannot decode'
-      )
+      problem = 'experts that choose among all tokens cannot decode'
+      raise InputError(f'{self.config.tag}.router', self.config.router, problem=problem)
     return ()
 
   def __call__(self, x_BTD: Float[Array, 'B T D'], ctx: Context, state=None) -> Output:

@@ -1,4 +1,5 @@
-"""Positions: rotary and ALiBi inside attention, learned and sinusoidal added to the embeddings."""
+"""Position encodings: rotary and ALiBi inside attention, learned and sinusoidal added to the
+embeddings."""
 
 from __future__ import annotations
 
@@ -19,16 +20,28 @@ from jaxformer.sharding import param
 
 
 class AttentionPosition(Config, abstract=True):
-  """How attention knows positions: `Rotary` turns queries and keys, `Alibi` adds a bias to the
-  logits."""
+  """Base of the position encodings inside attention: `Rotary` rotates queries and keys, `Alibi`
+  adds a bias to the logits."""
+
+  rotates: ClassVar[bool] = False  # which needs an even head dimension
+
+  def rotate(
+    self, x: Float[Array, 'B T H K'], positions: Int[Array, 'B T']
+  ) -> Float[Array, 'B T H K']:
+    """Return queries or keys, rotated by their positions."""
+    return x
+
+  def slopes(self, heads: int) -> np.ndarray | None:
+    """Return the slope of each head's linear bias; None for no bias."""
+    return None
 
 
 class Llama3Scaling(Config):
-  """Llama 3.1's stretching of rotary frequencies to longer contexts.
+  """Llama 3.1's scaling of rotary frequencies to longer contexts.
 
-  With wavelength 2 pi / f: frequencies whose wavelength is below `original_context / high` stay,
-  those above `original_context / low` are divided by `factor`, and between them f' = (1 - s) f /
-  factor + s f with s = (original_context / wavelength - low) / (high - low)."""
+  With wavelength 2 pi / f: frequencies whose wavelength is below `original_context / high` are
+  kept, those above `original_context / low` are divided by `factor`, and between them f' = (1 - s)
+  f / factor + s f with s = (original_context / wavelength - low) / (high - low)."""
 
   factor: float = 8.0
   low: float = 1.0
@@ -42,14 +55,16 @@ class Llama3Scaling(Config):
 
 
 class Rotary(AttentionPosition):
-  """Rotary position embedding (Su et al. 2021, section 3.2): pair (i, i + K/2) of a head turns by
-  position x theta^(-2i/K).
+  """Rotary position embedding (Su et al. 2021, section 3.2): pair (i, i + K/2) of a head is rotated
+  by position x theta^(-2i/K).
 
-  The pairing of halves is that of the Hugging Face checkpoints; Meta's originals pair neighbours,
-  which is the same up to a permutation of each head's query and key rows."""
+  Halves are paired as in the Hugging Face checkpoints; Meta's originals pair neighbors, which is
+  the same up to a permutation of each head's query and key rows."""
 
   theta: float = 10000.0
   scaling: Llama3Scaling | None = None
+
+  rotates: ClassVar[bool] = True
 
   def frequencies(self, head_dim: int) -> np.ndarray:
     """The K/2 angular frequencies, float64."""
@@ -71,7 +86,7 @@ class Alibi(AttentionPosition):
   """Attention with linear biases (Press et al. 2022): head h adds -m_h |t - s| to its logits, m_h =
   2^(-8 h / H), h = 1..H.
 
-  For a number of heads that is no power of two, the slopes of the next lower power are followed by
+  If the number of heads is no power of two, the slopes of the next lower power are followed by
   every second slope of the next higher one, as in the authors' code."""
 
   def slopes(self, heads: int) -> np.ndarray:
@@ -85,16 +100,16 @@ class Alibi(AttentionPosition):
 
 
 class PositionConfig(Config, abstract=True):
-  """Base of the positions that are added to embeddings."""
+  """Base of the configs of positions that are added to embeddings."""
 
-  bounded: ClassVar[bool] = False  # whether there are none beyond the model's context
+  bounded: ClassVar[bool] = False  # whether positions end at the model's context length
 
   def build(self, width: int, context_length: int, rngs: nnx.Rngs) -> nnx.Module:
     raise NotImplementedError
 
 
 class LearnedPositions(nnx.Module):
-  """A table of one vector a position, as long as the model's context (GPT-2)."""
+  """A table with one trained vector per position up to the model's context length (GPT-2)."""
 
   class Config(PositionConfig):
     init: Init = Normal(std=0.01)
@@ -124,8 +139,8 @@ class SinusoidalPositions(nnx.Module):
   class Config(PositionConfig):
     """
     Attributes:
-      halves: all sines come before all cosines, as in the authors' code and in Marian: the same up
-        to the order of the channels.
+      halves: True puts all sines before all cosines, as in the authors' code and in Marian: the
+        same up to the order of the channels.
     """
 
     halves: bool = False

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from jaxformer.config import Config, InputError
+from jaxformer.config import Config
 from jaxformer.layers.init import Init, Normal, Zeros
 from jaxformer.layers.layer import Context, LayerPosition
 from jaxformer.ops.routing import (
@@ -141,8 +141,7 @@ class TokenChoiceConfig(RouterConfig, abstract=True):
     self.require(self.k > 0, 'k', 'positive')
 
   def check(self, experts: int) -> None:
-    if self.k > experts:
-      raise InputError(f'{self.tag}.k = {self.k}: must be at most the number of experts, {experts}')
+    self.require(self.k <= experts, 'k', f'at most the number of experts, {experts}')
 
   def per_token(self, experts: int) -> float:
     return self.k
@@ -229,8 +228,7 @@ class NoisyTopK(TokenChoiceConfig):
     self.require(self.floor >= 0, 'floor', 'at least 0')
 
   def check(self, experts: int) -> None:
-    if self.k >= experts:
-      raise InputError(f'{self.tag}.k = {self.k}: must be below the number of experts, {experts}')
+    self.require(self.k < experts, 'k', f'below the number of experts, {experts}')
 
   def route(self, router, x_BTD, ctx):
     clean, noisy = router.logits(x_BTD), router.logits(x_BTD, router.noise)
@@ -311,10 +309,7 @@ class ExpertChoice(RouterConfig):
     self.require(self.balance is None, 'balance', 'none: experts that choose are always balanced')
 
   def check(self, experts: int) -> None:
-    if self.choices > experts:
-      raise InputError(
-        f'{self.tag}.choices = {self.choices}: must be at most the number of experts, {experts}'
-      )
+    self.require(self.choices <= experts, 'choices', f'at most the number of experts, {experts}')
 
   def per_token(self, experts: int) -> float:
     return self.choices

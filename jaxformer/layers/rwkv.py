@@ -1,5 +1,5 @@
-"""What the versions of RWKV share: how initial values depend on the depth of a block, functions of
-the token of low rank, what a token shift remembers, and the channel mixing with a receptance.
+"""Parts that the versions of RWKV share: initializations that depend on depth, token shift,
+low-rank functions of the token, the state of time mixing, and channel mixing.
 
 Dims: R rank.
 """
@@ -7,6 +7,7 @@ Dims: R rank.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
+from jaxformer.layers.dense import Dense
 from jaxformer.layers.init import Init, Orthogonal, Zeros
 from jaxformer.layers.layer import (
   Context,
@@ -30,38 +32,43 @@ from jaxformer.ops.linear import linear
 from jaxformer.ops.token_shift import last_token, token_shift
 from jaxformer.sharding import param, shard
 
-# ---- initial values ----------------------------------------------------------------------------
+# ---- initialization ----------------------------------------------------------------------------
 
 
 def depth(position: LayerPosition) -> tuple[Array, Array]:
-  """How deep a block lies: from 0 to 1 over the blocks, and from 1 to almost 0."""
+  """Return the depth of a block in two scales: from 0 to 1 over the blocks, and from 1 to almost
+  0."""
   layer = jnp.asarray(position.index, jnp.float32)
   return layer / max(position.depth - 1, 1), 1.0 - layer / position.depth
 
 
 def vector(value: Array, **metadata: Any) -> nnx.Param:
-  """A number a channel, which weight decay leaves alone."""
+  """A parameter with one element per channel, without weight decay."""
   return param(value, ('norm',), decay=False, **metadata)
 
 
 def ramp(width: int, exponent: Array | float) -> Float[Array, ' D']:
-  """(i / D)^exponent: from 0 to almost 1. How much of the present token a channel sees to begin
-  with."""
+  """(i / D)^exponent: from 0 to almost 1. The initial weight of the current token per channel."""
   return (jnp.arange(width) / width) ** exponent
 
 
 def decay_ramp(width: int, deep: Array) -> Float[Array, ' D']:
-  """(i / (D - 1))^(0.7 + 1.3 deep): from 0 to 1, later in deeper blocks. Time decays of RWKV-4 to 6
-  begin on it."""
+  """(i / (D - 1))^(0.7 + 1.3 deep): from 0 to 1, rising later in deeper blocks. The initial time
+  decays of RWKV-4 to 6 follow it."""
   return (jnp.arange(width) / (width - 1)) ** (0.7 + 1.3 * deep)
 
 
 def zigzag(width: int) -> Float[Array, ' D']:
-  """0, 1, -1, 0, 1, -1, ...: keeps the bonuses of neighbours apart."""
+  """0, 1, -1, 0, 1, -1, ...: makes the bonuses of neighboring channels differ."""
   return (jnp.arange(width) + 1.0) % 3 - 1.0
 
 
-SMALL = Orthogonal(gain=0.1, wide=False)  # how RWKV-7 draws what follows a matrix of zeros
+def head_norm_scale(width: int, position: LayerPosition) -> nnx.Param:
+  """The scale of the norm of heads: smaller in earlier blocks."""
+  return vector(jnp.full(width, ((1.0 + position.index) / position.depth) ** 0.7))
+
+
+SMALL = Orthogonal(gain=0.1, wide=False)  # how RWKV-7 draws B, which follows an A of zeros
 
 
 # ---- pieces ------------------------------------------------------------------------------------
@@ -69,37 +76,42 @@ SMALL = Orthogonal(gain=0.1, wide=False)  # how RWKV-7 draws what follows a matr
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class LastToken:
-  """The last token's input: all that a token shift remembers."""
+class TimeMixState:
+  """The last token's input, and what the recurrence carries, fp32: in RWKV-4 the sums aa, bb and pp
+  over all tokens so far (`ops.wkv4.Wkv4State`), later a matrix per head, `[B, H, K, V]`
+  (`ops.wkv6`) or `[B, H, V, K]` (`ops.wkv7`)."""
 
   last_BD: Float[Array, 'B D']
+  carried: Any
+
+  def after(self, x_BTD: Array, carried: Any) -> TimeMixState:
+    """The state after the tokens `x_BTD`."""
+    return TimeMixState(last_token(x_BTD).astype(self.last_BD.dtype), carried)
 
 
-def shifted(x_BTD: Float[Array, 'B T D'], ctx: Context, state: Any) -> Float[Array, 'B T D']:
-  """The inputs one token back (`ops.shift`), before them what `state.last_BD` holds; None for
-  nothing."""
-  B, T, _ = x_BTD.shape
-  return token_shift(
-    x_BTD, None if state is None else state.last_BD, starts_BT(ctx.segments_BT, B, T)
-  )
+def shifted(
+  x_BTD: Float[Array, 'B T D'], ctx: Context, last_BD: Float[Array, 'B D'] | None
+) -> Float[Array, 'B T D']:
+  """The inputs shifted by one token (`ops.token_shift`), `last_BD` first; None for zeros."""
+  return token_shift(x_BTD, last_BD, starts_BT(ctx.segments_BT, *x_BTD.shape[:2]))
 
 
 def keep(x_BTD: Array, before_BTD: Array, mix: nnx.Param) -> Array:
-  """mix x + (1 - mix) shift(x): `mix` is how much of the present token stays (RWKV-4 and 5)."""
+  """mix x + (1 - mix) shift(x): `mix` is the weight of the current token (RWKV-4 and 5)."""
   mix_11D = mix[...][None, None]
   return x_BTD * mix_11D + before_BTD * (1 - mix_11D)
 
 
 def move(x_BTD: Array, change_BTD: Array, mix: nnx.Param | Array) -> Array:
-  """x + change mix, where change = shift(x) - x: `mix` is how far to go towards the token before
-  (RWKV-6 and 7)."""
+  """x + change mix, where change = shift(x) - x: `mix` is the weight of the previous token (RWKV-6
+  and 7)."""
   mix = mix[...]
   return x_BTD + change_BTD * (mix[None, None] if mix.ndim == 1 else mix)
 
 
 class LowRank(nnx.Module):
-  """f(x) = bias + activation(x A) B, with A [D, R] from zero and B [R, D] small: a function of
-  the token that starts constant."""
+  """f(x) = bias + activation(x A) B, with A [D, R] initialized to zero and B [R, D] small, so that
+  f starts constant."""
 
   def __init__(
     self,
@@ -114,84 +126,86 @@ class LowRank(nnx.Module):
     full_precision: bool = False,
   ):
     """`init` is that of B; `lr_scale` and `full_precision` are those of the bias."""
-    self.down = param(jnp.zeros((width, rank)), ('embed', 'state'), decay=False)
-    self.up = param(
-      init(rngs.params(), (rank, width), rank, position), ('state', 'heads'), decay=False
-    )
+    self.a = param(jnp.zeros((width, rank)), ('embed', 'state'), decay=False)
+    drawn = init(rngs.params(), (rank, width), rank, position)
+    self.b = param(drawn, ('state', 'heads'), decay=False)
     self.bias = (
       None if bias is None else vector(bias, lr_scale=lr_scale, full_precision=full_precision)
     )
 
   def __call__(self, x_BTD: Array, activation: Callable[[Array], Array] = lambda h: h) -> Array:
-    """In fp32 where there is a bias, else in the type of x."""
-    y = linear(activation(linear(x_BTD, self.down[...])), self.up[...])
-    return (
-      y
-      if self.bias is None
-      else y.astype(jnp.float32) + self.bias[...].astype(jnp.float32)[None, None]
-    )
+    """Return f(x): fp32 with a bias, else in the dtype of x."""
+    y = linear(activation(linear(x_BTD, self.a[...])), self.b[...])
+    if self.bias is None:
+      return y
+    return y.astype(jnp.float32) + self.bias[...].astype(jnp.float32)[None, None]
 
 
-# ---- channel mixing with a receptance ----------------------------------------------------------
-
-
-class ChannelMixConfig(LayerConfig, abstract=True):
-  """
-  Attributes:
-    hidden: hidden units F.
-    init: of W_k; `out_init`: of W_v and W_r.
-  """
-
-  hidden: int = 256
-  init: Init = Orthogonal(wide=False)
-  out_init: Init = Zeros()
-
-  def validate(self):
-    self.require(self.hidden > 0, 'hidden', 'positive')
-
-  def state_size(self, width: int, max_len: int) -> int:
-    return width
-
-  @classmethod
-  def examples(cls) -> tuple[LayerConfig, ...]:
-    return (cls(hidden=48),)
+# ---- channel mixing ----------------------------------------------------------------------------
 
 
 class ChannelMix(Layer):
-  """Base of the channel mixing of RWKV-4 to 6: y = sigmoid(x'_r W_r) * relu(x'_k W_k)^2 W_v (Peng
-  et al. 2023, equations 14, 15 and 18).
+  """y = sigmoid(x'_r W_r) * relu(x'_k W_k)^2 W_v, where x' mixes x and the previous token's x; in
+  RWKV-7 y = relu(x'_k W_k)^2 W_v (Peng et al. 2023, eq. 14, 15 and 18).
 
-  The versions differ in how x' is mixed of x and shift(x), and thus in what the vectors of mixing
-  hold."""
+  x'_z = mix_z x + (1 - mix_z) shift(x) in RWKV-4 and 5, and x'_z = x + (shift(x) - x) mix_z later.
+  The state is the last token's input."""
 
-  def first_mix(self, ramp_D: Array) -> Array:
-    """What a vector of mixing begins with, if `ramp_D` of the present token is to stay."""
-    raise NotImplementedError
+  class Config(LayerConfig):
+    """
+    Attributes:
+      version: of RWKV, 4 to 7; 4 and 5 are equal.
+      hidden: hidden units F.
+      init: of W_k: `Orthogonal()` in RWKV-4, which grows with F / D, `Orthogonal(wide=False)` in 5
+        and 6, `FanInUniform(gain=0.5)` in 7; `out_init`: of W_v and W_r.
+    """
 
-  def mixed(self, x_BTD: Array, before_BTD: Array, mix: nnx.Param) -> Array:
-    """x'."""
-    raise NotImplementedError
+    version: int = 6
+    hidden: int = 256
+    init: Init = Orthogonal(wide=False)
+    out_init: Init = Zeros()
 
-  def __init__(self, config: ChannelMixConfig, width: int, rngs: nnx.Rngs, position: LayerPosition):
+    def validate(self):
+      self.require(self.version in (4, 5, 6, 7), 'version', '4, 5, 6 or 7')
+      self.require_positive('hidden')
+
+    def state_size(self, width: int, max_len: int) -> int:
+      return width
+
+    @classmethod
+    def examples(cls) -> tuple[ChannelMix.Config, ...]:
+      return tuple(cls(version=version, hidden=48) for version in (4, 6, 7))
+
+  def __init__(
+    self, config: ChannelMix.Config, width: int, rngs: nnx.Rngs, position: LayerPosition
+  ):
     c, D, F = config, width, config.hidden
-    begin = self.first_mix(ramp(D, depth(position)[1]))
-    self.mix_k, self.mix_r = vector(begin), vector(begin)
-    self.wk = param(c.init(rngs.params(), (D, F), D, position), ('embed', 'mlp'))
-    self.wv = param(c.out_init(rngs.params(), (F, D), F, position), ('mlp', 'embed'))
-    self.wr = param(c.out_init(rngs.params(), (D, D), D, position), ('embed', 'mlp'))
+    self.width, self.version = D, c.version
+    start = ramp(D, depth(position)[1] ** (4 if c.version == 7 else 1))
+    start = start if c.version < 6 else 1.0 - start
+    self.mix_k, self.mix_r = vector(start), vector(start) if c.version < 7 else None
+    dense = functools.partial(Dense, rngs=rngs, position=position)
+    self.k = dense(c.init, (D, F), ('embed', 'mlp'))
+    self.v = dense(c.out_init, (F, D), ('mlp', 'embed'))
+    self.r = dense(c.out_init, (D, D), ('embed', 'mlp')) if c.version < 7 else None
 
-  def init_state(self, batch: int, max_len: int, memory: Memory | None = None) -> LastToken:
-    return LastToken(jnp.zeros((batch, self.wk.shape[0]), self.wk[...].dtype))
+  def init_state(
+    self, batch: int, max_len: int, memory: Memory | None = None
+  ) -> Float[Array, 'B D']:
+    return jnp.zeros((batch, self.width), self.k.dtype)
 
   def __call__(
-    self, x_BTD: Float[Array, 'B T D'], ctx: Context, state: LastToken | None = None
+    self, x_BTD: Float[Array, 'B T D'], ctx: Context, state: Array | None = None
   ) -> Output:
-    before = shifted(x_BTD, ctx, state)
-    h = linear(self.mixed(x_BTD, before, self.mix_k), self.wk[...])
-    h = checkpoint_name(shard(jnp.square(jax.nn.relu(h)), 'batch', 'time', 'mlp'), 'mlp_hidden')
-    y = jax.nn.sigmoid(linear(self.mixed(x_BTD, before, self.mix_r), self.wr[...])) * linear(
-      h, self.wv[...]
-    )
-    return Output(
-      y, None if state is None else LastToken(last_token(x_BTD).astype(state.last_BD.dtype))
-    )
+    before_BTD = shifted(x_BTD, ctx, state)
+
+    def mixed(mix: nnx.Param) -> Array:
+      if self.version < 6:
+        return keep(x_BTD, before_BTD, mix)
+      return move(x_BTD, before_BTD - x_BTD, mix)
+
+    h = jnp.square(jax.nn.relu(self.k(mixed(self.mix_k))))
+    y = self.v(checkpoint_name(shard(h, 'batch', 'time', 'mlp'), 'mlp_hidden'))
+    if self.r is not None and self.mix_r is not None:
+      y = jax.nn.sigmoid(self.r(mixed(self.mix_r))) * y
+    return Output(y, None if state is None else last_token(x_BTD).astype(state.dtype))

@@ -1,12 +1,13 @@
-"""RWKV-5.2 "Eagle" (Peng et al. 2024, section 4.1): time mixing with a matrix as each head's state.
+"""RWKV-5.2 "Eagle" (Peng et al. 2024, section 4.1): time mixing whose state is a matrix per head.
 Its channel mixing is RWKV-4's.
 
-Initial values and learning rates are those of the official training code (RWKV-LM, RWKV-v5,
+Initializations and learning rates are those of the official training code (RWKV-LM, RWKV-v5,
 `x052`)."""
 
 from __future__ import annotations
 
-import dataclasses
+import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-from jaxformer.config import InputError
+from jaxformer.layers.dense import Dense
 from jaxformer.layers.init import Init, Orthogonal, Zeros
 from jaxformer.layers.layer import (
   Context,
@@ -26,155 +27,117 @@ from jaxformer.layers.layer import (
   starts_BT,
 )
 from jaxformer.layers.norm import HeadNorm
-from jaxformer.layers.rwkv import decay_ramp, depth, keep, ramp, shifted, vector, zigzag
-from jaxformer.ops.linear import linear
-from jaxformer.ops.token_shift import last_token
+from jaxformer.layers.rwkv import (
+  TimeMixState,
+  decay_ramp,
+  depth,
+  head_norm_scale,
+  keep,
+  ramp,
+  shifted,
+  vector,
+  zigzag,
+)
 from jaxformer.ops.wkv6 import wkv6
-from jaxformer.sharding import param, shard
+from jaxformer.sharding import shard
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class MatrixMixState:
-  """The last token's input, and each head's matrix, in fp32 (`jaxformer.ops.wkv6`)."""
+class TimeMix5(Layer):
+  """S_t = diag(w) S_{t-1} + k_t v_t^T, y_t = (norm(r_t^T (S_{t-1} + diag(u) k_t v_t^T)) * g) W_o
+  over heads, with a decay w per channel (Peng et al. 2024, section 4.1).
 
-  last_BD: Float[Array, 'B D']
-  heads_BHKV: Float[Array, 'B H K V']
+  With x'_z = mix_z x + (1 - mix_z) shift(x) for each z below, and heads of K channels:
 
+    r, k, v, g = x'_r W_r, x'_k W_k, x'_v W_v, silu(x'_g W_g)
+    w = exp(-exp(decay)), u = bonus, per channel
 
-class MatrixMixConfig(LayerConfig, abstract=True):
-  """
-  Attributes:
-    head_dim: channels of a head; they divide the width.
-    norm: of the heads' outputs. The official one is eps 1e-5 after a division by 8, which is 64e-5
-      without it.
-    init: of W_r and W_v; `key_init`: of W_k and W_g; `out_init`: of W_o.
+  The norm is over each head. `decay` has twice the learning rate.
   """
 
-  head_dim: int = 64
-  norm: HeadNorm.Config = HeadNorm.Config(eps=64e-5)
-  init: Init = Orthogonal(wide=False)
-  key_init: Init = Orthogonal(gain=0.1, wide=False)
-  out_init: Init = Zeros()
+  class Config(LayerConfig):
+    """
+    Attributes:
+      head_dim: channels of a head; they divide the width.
+      norm: of the heads' outputs. The official one has eps 1e-5 after a division by 8, which is
+        64e-5 without it.
+      init: of W_r and W_v; `key_init`: of W_k and W_g; `out_init`: of W_o.
+    """
 
-  def validate(self):
-    self.require(self.head_dim > 0, 'head_dim', 'positive')
+    head_dim: int = 64
+    norm: HeadNorm.Config = HeadNorm.Config(eps=64e-5)
+    init: Init = Orthogonal(wide=False)
+    key_init: Init = Orthogonal(gain=0.1, wide=False)
+    out_init: Init = Zeros()
 
-  def state_size(self, width: int, max_len: int) -> int:
-    return width + width * self.head_dim
+    def validate(self):
+      self.require(self.head_dim > 1, 'head_dim', 'at least 2')
 
-  def mixing_flops_per_token(self, width: int, length: int, causal: bool) -> float:
-    # r^T S and + k v^T are 2 each and the decay 1, for each number of the state; r u k summed and
-    # times v are 5 a channel.
-    return 5.0 * width * self.head_dim + 5.0 * width
-
-
-class MatrixMix(Layer):
-  """Base of the time mixing of RWKV-5 and 6: everything but how inputs are mixed and where the
-  decays come from."""
-
-  def __init__(self, config: MatrixMixConfig, width: int, rngs: nnx.Rngs, position: LayerPosition):
-    c, D, K = config, width, config.head_dim
-    if D % K or D < 2:
-      raise InputError(f'width = {D} is not a multiple of {c.tag}.head_dim = {K}')
-    self.config = c
-    deep = depth(position)[0]
-    self.bonus = vector(
-      deep * (1.0 - jnp.arange(D) / (D - 1)) + 0.1 * zigzag(D), full_precision=True
-    )
-    self.wr = param(c.init(rngs.params(), (D, D), D, position), ('embed', 'heads'))
-    self.wk = param(c.key_init(rngs.params(), (D, D), D, position), ('embed', 'heads'))
-    self.wv = param(c.init(rngs.params(), (D, D), D, position), ('embed', 'heads'))
-    self.wg = param(c.key_init(rngs.params(), (D, D), D, position), ('embed', 'heads'))
-    self.wo = param(c.out_init(rngs.params(), (D, D), D, position), ('heads', 'embed'))
-    self.norm = c.norm.build(D)
-    self.norm.scale = vector(jnp.full(D, ((1.0 + position.index) / position.depth) ** 0.7))
-
-  def first_decay(self, width: int, position: LayerPosition) -> Float[Array, ' D']:
-    """What the decays begin with, as log(-log)."""
-    return -6.0 + 5.0 * decay_ramp(width, depth(position)[0])
-
-  def init_state(self, batch: int, max_len: int, memory: Memory | None = None) -> MatrixMixState:
-    D, K = self.wr.shape[0], self.config.head_dim
-    return MatrixMixState(
-      jnp.zeros((batch, D), self.wr[...].dtype), jnp.zeros((batch, D // K, K, K), jnp.float32)
-    )
-
-  def recur(
-    self,
-    x_BTD: Array,
-    mixed: dict[str, Array],
-    log_decay: Float[Array, '#B #T D'],
-    ctx: Context,
-    state: MatrixMixState | None,
-  ) -> Output:
-    """From the mixed inputs of r, k, v and g, and the logs of the decays in fp32, to the layer's
-    output."""
-    B, T, D = x_BTD.shape
-    K = self.config.head_dim
-
-    def by_head(z: Array) -> Array:
-      return z.reshape(*z.shape[:-1], D // K, K)
-
-    r, k, v = (
-      shard(by_head(linear(mixed[z], w[...])), 'batch', 'time', 'heads', None)
-      for z, w in (('r', self.wr), ('k', self.wk), ('v', self.wv))
-    )
-    y, heads_BHKV = wkv6(
-      r,
-      k,
-      v,
-      by_head(log_decay),
-      by_head(self.bonus[...]),
-      None if state is None else state.heads_BHKV,
-      starts_BT(ctx.segments_BT, B, T),
-    )
-    y = checkpoint_name(self.norm(y) * jax.nn.silu(linear(mixed['g'], self.wg[...])), 'attention')
-    if state is not None:
-      state = MatrixMixState(
-        last_token(x_BTD).astype(state.last_BD.dtype),
-        shard(heads_BHKV, 'batch', 'heads', None, None),
-      )
-    return Output(linear(y, self.wo[...]), state)
-
-
-class TimeMix5(MatrixMix):
-  """Time mixing of RWKV-5.2. With x'_z = mix_z x + (1 - mix_z) shift(x) for each z below, and heads
-  of K channels:
-
-    r, k, v, g = x'_r W_r, x'_k W_k, x'_v W_v, silu(x'_g W_g)          w = exp(-exp(decay)), u =
-    bonus, a channel
-
-    S_t = diag(w) S_{t-1} + k_t v_t^T,   y = (norm by head(r_t^T (S_{t-1} + diag(u) k_t v_t^T)) * g)
-    W_o
-
-  `decay` learns at twice the learning rate.
-  """
-
-  class Config(MatrixMixConfig):
-    def build(self, width: int, rngs: nnx.Rngs, position: LayerPosition) -> TimeMix5:
-      return TimeMix5(self, width, rngs, position)
+    def state_size(self, width: int, max_len: int) -> int:
+      return width + width * self.head_dim
 
     @classmethod
     def examples(cls) -> tuple[TimeMix5.Config, ...]:
       return (cls(head_dim=8, norm=HeadNorm.Config(eps=1e-3)),)
 
-  def __init__(self, config: TimeMix5.Config, width: int, rngs: nnx.Rngs, position: LayerPosition):
-    super().__init__(config, width, rngs, position)
-    deep, shallow = depth(position)
-    self.mix_r, self.mix_k = vector(ramp(width, 0.5 * shallow)), vector(ramp(width, shallow))
-    self.mix_v, self.mix_g = (
-      vector(ramp(width, shallow) + 0.3 * deep),
-      vector(ramp(width, 0.5 * shallow)),
-    )
-    self.decay = vector(self.first_decay(width, position), lr_scale=2.0, full_precision=True)
+    def mixing_flops_per_token(self, width: int, length: int, causal: bool) -> float:
+      # r^T S and + k v^T are 2 each and the decay 1, per element of the state; r u k summed and
+      # times v are 5 per channel
+      return 5.0 * width * self.head_dim + 5.0 * width
 
-  def __call__(
-    self, x_BTD: Float[Array, 'B T D'], ctx: Context, state: MatrixMixState | None = None
-  ) -> Output:
-    before = shifted(x_BTD, ctx, state)
+  def __init__(self, config: TimeMix5.Config, width: int, rngs: nnx.Rngs, position: LayerPosition):
+    c, D, deep = config, width, depth(position)[0]
+    c.quotient(D, 'head_dim')
+    self.width, self.head_dim = D, c.head_dim
+    self.bonus = vector(
+      deep * (1.0 - jnp.arange(D) / (D - 1)) + 0.1 * zigzag(D), full_precision=True
+    )
+    dense = functools.partial(Dense, shape=(D, D), rngs=rngs, position=position)
+    self.r = dense(c.init, axes=('embed', 'heads'))
+    self.k = dense(c.key_init, axes=('embed', 'heads'))
+    self.v = dense(c.init, axes=('embed', 'heads'))
+    self.g = dense(c.key_init, axes=('embed', 'heads'))
+    self.o = dense(c.out_init, axes=('heads', 'embed'))
+    self.norm = c.norm.build(D)
+    self.norm.scale = head_norm_scale(D, position)
+    self._init_mixing(c, -6.0 + 5.0 * decay_ramp(D, deep), rngs, position)
+
+  def _init_mixing(
+    self, config: Any, decay_D: Array, rngs: nnx.Rngs, position: LayerPosition
+  ) -> None:
+    """Make the parameters of the mixing of tokens and of the decay, which starts at `decay_D` =
+    log(-log w)."""
+    D, (deep, shallow) = self.width, depth(position)
+    self.mix_r, self.mix_g = (vector(ramp(D, 0.5 * shallow)) for _ in range(2))
+    self.mix_k, self.mix_v = vector(ramp(D, shallow)), vector(ramp(D, shallow) + 0.3 * deep)
+    self.decay = vector(decay_D, lr_scale=2.0, full_precision=True)
+
+  def _mixed(self, x_BTD: Array, before_BTD: Array) -> tuple[dict[str, Array], Array]:
+    """x'_z by the letter z, and log w in fp32, `[#B, #T, D]`."""
     mixes = {'r': self.mix_r, 'k': self.mix_k, 'v': self.mix_v, 'g': self.mix_g}
     log_decay = -jnp.exp(self.decay[...].astype(jnp.float32))[None, None]
-    return self.recur(
-      x_BTD, {z: keep(x_BTD, before, mix) for z, mix in mixes.items()}, log_decay, ctx, state
+    return {z: keep(x_BTD, before_BTD, mix) for z, mix in mixes.items()}, log_decay
+
+  def init_state(self, batch: int, max_len: int, memory: Memory | None = None) -> TimeMixState:
+    D, K = self.width, self.head_dim
+    last_BD = jnp.zeros((batch, D), self.r.dtype)
+    return TimeMixState(last_BD, jnp.zeros((batch, D // K, K, K), jnp.float32))
+
+  def __call__(
+    self, x_BTD: Float[Array, 'B T D'], ctx: Context, state: TimeMixState | None = None
+  ) -> Output:
+    last_BD, heads = (None, None) if state is None else (state.last_BD, state.carried)
+    mixed, log_decay = self._mixed(x_BTD, shifted(x_BTD, ctx, last_BD))
+
+    def by_head(z: Array) -> Array:
+      return z.reshape(*z.shape[:-1], -1, self.head_dim)
+
+    r, k, v = (
+      shard(by_head(dense(mixed[z])), 'batch', 'time', 'heads', None)
+      for z, dense in (('r', self.r), ('k', self.k), ('v', self.v))
     )
+    starts = starts_BT(ctx.segments_BT, *x_BTD.shape[:2])
+    y, heads = wkv6(r, k, v, by_head(log_decay), by_head(self.bonus[...]), heads, starts)
+    y = checkpoint_name(self.norm(y) * jax.nn.silu(self.g(mixed['g'])), 'attention')
+    if state is not None:
+      state = state.after(x_BTD, shard(heads, 'batch', 'heads', None, None))
+    return Output(self.o(y), state)

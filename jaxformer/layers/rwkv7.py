@@ -1,12 +1,13 @@
 """RWKV-7 "Goose" (Peng et al. 2025, section 4 and appendix): time mixing with a generalized delta
-rule, and its channel mixing.
+rule. Its channel mixing is `rwkv.ChannelMix`.
 
-Initial values are those of the modules of the official training code (RWKV-LM, RWKV-v7/train_temp).
+Initializations are those of the modules of the official training code (RWKV-LM,
+RWKV-v7/train_temp).
 """
 
 from __future__ import annotations
 
-import dataclasses
+import functools
 import math
 
 import jax
@@ -16,6 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from jaxformer.config import InputError
+from jaxformer.layers.dense import Dense
 from jaxformer.layers.init import FanInUniform, Init, Zeros
 from jaxformer.layers.layer import (
   Context,
@@ -27,35 +29,34 @@ from jaxformer.layers.layer import (
   starts_BT,
 )
 from jaxformer.layers.norm import HeadNorm
-from jaxformer.layers.rwkv import LastToken, LowRank, depth, move, ramp, shifted, vector
-from jaxformer.ops.linear import linear
-from jaxformer.ops.token_shift import last_token
+from jaxformer.layers.rwkv import (
+  LowRank,
+  TimeMixState,
+  depth,
+  head_norm_scale,
+  move,
+  ramp,
+  shifted,
+  vector,
+)
 from jaxformer.ops.wkv7 import wkv7
-from jaxformer.sharding import param, shard
+from jaxformer.sharding import shard
 
-FIRST_VALUES = 'rwkv7/first_values'  # what the first time mixing shares with all later ones
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class TimeMix7State:
-  """The last token's input, and each head's matrix, in fp32 (`jaxformer.ops.wkv7`)."""
-
-  last_BD: Float[Array, 'B D']
-  heads_BHVK: Float[Array, 'B H V K']
+FIRST_VALUES = 'rwkv7/first_values'  # the name under which the first time mixing shares its values
 
 
 class TimeMix7(Layer):
-  """Time mixing of RWKV-7. With x'_z = x + (shift(x) - x) mix_z for each z below, and heads of K
-  channels:
+  """S_t = S_{t-1} (diag(w) - kappa (a kappa)^T) + v k^T, y_t = ((norm(S_t r) + (sum r k rho) v) *
+  g) W_o over heads (Peng et al. 2025, section 4).
 
-    r, k, v = x'_r W_r, x'_k W_k, x'_v W_v            decay log w = -exp(-1/2) sigmoid(w_0 +
-    tanh(x'_w A_w) B_w) rate a = sigmoid(a_0 + x'_a A_a B_a)              gate g = sigmoid(x'_g A_g)
-    B_g v += (v_first - v) sigmoid(v_0 + x'_v A_v B_v)    removal key kappa = normalised by head(k *
-    xi) k *= 1 + (a - 1) alpha                            S_t = S_{t-1} (diag(w) - kappa (a
-    kappa)^T) + v k^T
+  With x'_z = x + (shift(x) - x) mix_z for each z below, and heads of K channels:
 
-    y = (norm by head(S_t r) + sum over head(r k rho) v) * g,   out = y W_o
+    r, k, v = x'_r W_r, x'_k W_k, x'_v W_v
+    decay log w = -exp(-1/2) sigmoid(w_0 + tanh(x'_w A_w) B_w)
+    rate a = sigmoid(a_0 + x'_a A_a B_a)
+    gate g = sigmoid(x'_g A_g) B_g
+    v += (v_first - v) sigmoid(v_0 + x'_v A_v B_v)
+    removal key kappa = k * xi, normalized over each head;  then k *= 1 + (a - 1) alpha
 
   `v_first` are the values of the first time mixing in the stack, which shares them
   (`Context.shared`) and has no such mixing of its own."""
@@ -66,7 +67,7 @@ class TimeMix7(Layer):
       head_dim: channels of a head; they divide the width.
       decay_rank, rate_rank, gate_rank: rank R of A and B in w, a and g.
       value_rank: the same in the mixing of v; None for the first of the stack, which shares its
-        values instead.
+        values.
       norm: of the heads' outputs.
       init: of W_r and W_v; `key_init`: of W_k; `out_init`: of W_o.
     """
@@ -83,16 +84,12 @@ class TimeMix7(Layer):
 
     def validate(self):
       self.require(self.head_dim > 1, 'head_dim', 'at least 2')
-      for field in ('decay_rank', 'rate_rank', 'gate_rank'):
-        self.require(getattr(self, field) > 0, field, 'positive')
+      self.require_positive('decay_rank', 'rate_rank', 'gate_rank')
       self.require(
         self.value_rank is None or self.value_rank > 0,
         'value_rank',
         'positive, or none for the first of the stack',
       )
-
-    def build(self, width: int, rngs: nnx.Rngs, position: LayerPosition) -> TimeMix7:
-      return TimeMix7(self, width, rngs, position)
 
     def reads(self, width: int) -> dict[str, int]:
       return {} if self.value_rank is None else {FIRST_VALUES: width}
@@ -101,7 +98,7 @@ class TimeMix7(Layer):
       return width + width * self.head_dim
 
     def mixing_flops_per_token(self, width: int, length: int, causal: bool) -> float:
-      # S a, + u b^T, + v k^T and S r are 2 each, the decay 1, for each number of the state
+      # S a, + u b^T, + v k^T and S r are 2 each, the decay 1, per element of the state
       return 9.0 * width * self.head_dim
 
     @classmethod
@@ -113,9 +110,8 @@ class TimeMix7(Layer):
 
   def __init__(self, config: TimeMix7.Config, width: int, rngs: nnx.Rngs, position: LayerPosition):
     c, D, K = config, width, config.head_dim
-    if D % K or D < 2:
-      raise InputError(f'width = {D} is not a multiple of TimeMix7.head_dim = {K}')
-    self.config = c
+    c.quotient(D, 'head_dim')
+    self.config, self.width = c, D
     deep, shallow = depth(position)
     self.mix_r, self.mix_w, self.mix_k = (
       vector(1.0 - ramp(D, e * shallow)) for e in (0.2, 0.9, 0.7)
@@ -141,30 +137,27 @@ class TimeMix7(Layer):
       None if c.value_rank is None else LowRank(D, c.value_rank, rngs, position, 0.73 - 0.4 * line)
     )
     self.gate = LowRank(D, c.gate_rank, rngs, position)
-    self.xi, self.alpha, self.rho = (
-      vector(0.71 - 0.1 * line),
-      vector(jnp.full(D, 1.02)),
-      vector(jnp.full(D, -0.04)),
-    )
-    self.wr = param(c.init(rngs.params(), (D, D), D, position), ('embed', 'heads'))
-    self.wk = param(c.key_init(rngs.params(), (D, D), D, position), ('embed', 'heads'))
-    self.wv = param(c.init(rngs.params(), (D, D), D, position), ('embed', 'heads'))
-    self.wo = param(c.out_init(rngs.params(), (D, D), D, position), ('heads', 'embed'))
+    self.xi, self.alpha = vector(0.71 - 0.1 * line), vector(jnp.full(D, 1.02))
+    self.rho = vector(jnp.full(D, -0.04))
+    dense = functools.partial(Dense, shape=(D, D), rngs=rngs, position=position)
+    self.r = dense(c.init, axes=('embed', 'heads'))
+    self.k = dense(c.key_init, axes=('embed', 'heads'))
+    self.v = dense(c.init, axes=('embed', 'heads'))
+    self.o = dense(c.out_init, axes=('heads', 'embed'))
     self.norm = c.norm.build(D)
-    self.norm.scale = vector(jnp.full(D, ((1.0 + position.index) / position.depth) ** 0.7))
+    self.norm.scale = head_norm_scale(D, position)
 
-  def init_state(self, batch: int, max_len: int, memory: Memory | None = None) -> TimeMix7State:
-    D, K = self.wr.shape[0], self.config.head_dim
-    return TimeMix7State(
-      jnp.zeros((batch, D), self.wr[...].dtype), jnp.zeros((batch, D // K, K, K), jnp.float32)
-    )
+  def init_state(self, batch: int, max_len: int, memory: Memory | None = None) -> TimeMixState:
+    D, K = self.width, self.config.head_dim
+    last_BD = jnp.zeros((batch, D), self.r.dtype)
+    return TimeMixState(last_BD, jnp.zeros((batch, D // K, K, K), jnp.float32))
 
   def __call__(
-    self, x_BTD: Float[Array, 'B T D'], ctx: Context, state: TimeMix7State | None = None
+    self, x_BTD: Float[Array, 'B T D'], ctx: Context, state: TimeMixState | None = None
   ) -> Output:
     B, T, D = x_BTD.shape
-    starts = starts_BT(ctx.segments_BT, B, T)
-    change = shifted(x_BTD, ctx, state) - x_BTD
+    last_BD, heads = (None, None) if state is None else (state.last_BD, state.carried)
+    change = shifted(x_BTD, ctx, last_BD) - x_BTD
 
     def mixed(mix: nnx.Param) -> Array:
       return move(x_BTD, change, mix)
@@ -175,10 +168,7 @@ class TimeMix7(Layer):
     def fp32(p: nnx.Param) -> Array:
       return p[...].astype(jnp.float32)[None, None]
 
-    r, k = (
-      linear(mixed(self.mix_r), self.wr[...]),
-      linear(mixed(self.mix_k), self.wk[...]).astype(jnp.float32),
-    )
+    r, k = self.r(mixed(self.mix_r)), self.k(mixed(self.mix_k)).astype(jnp.float32)
     v = self._values(mixed(self.mix_v), ctx)
     log_decay = -math.exp(-0.5) * jax.nn.sigmoid(self.decay(mixed(self.mix_w), jnp.tanh))
     rate = jax.nn.sigmoid(self.rate(mixed(self.mix_a)))
@@ -188,15 +178,15 @@ class TimeMix7(Layer):
     )
     k = by_head(k * (1.0 + (rate - 1.0) * fp32(self.alpha)))
     r, values, rate = by_head(r), by_head(v), by_head(rate)
-    y, heads_BHVK = wkv7(
+    y, heads = wkv7(
       r,
       by_head(log_decay),
       k,
       values,
       -removal,
       rate * removal,
-      None if state is None else state.heads_BHVK,
-      starts,
+      heads,
+      starts_BT(ctx.segments_BT, B, T),
     )
     rho = fp32(self.rho).reshape(1, 1, -1, self.config.head_dim)
     bonus = jnp.sum(r.astype(jnp.float32) * k * rho, axis=-1, keepdims=True) * values.astype(
@@ -205,72 +195,16 @@ class TimeMix7(Layer):
     y = self.norm(y) + bonus.astype(y.dtype).reshape(B, T, D)
     y = checkpoint_name(y * self.gate(mixed(self.mix_g), jax.nn.sigmoid), 'attention')
     if state is not None:
-      state = TimeMix7State(
-        last_token(x_BTD).astype(state.last_BD.dtype),
-        shard(heads_BHVK, 'batch', 'heads', None, None),
-      )
-    return Output(
-      linear(y, self.wo[...]), state, share={FIRST_VALUES: v} if self.value is None else {}
-    )
+      state = state.after(x_BTD, shard(heads, 'batch', 'heads', None, None))
+    return Output(self.o(y), state, share={FIRST_VALUES: v} if self.value is None else {})
 
   def _values(self, x_BTD: Array, ctx: Context) -> Array:
-    v = linear(x_BTD, self.wv[...])
+    v = self.v(x_BTD)
     if self.value is None:
       return v
     if FIRST_VALUES not in ctx.shared:
       raise InputError(
         f'TimeMix7.value_rank = {self.config.value_rank}, but no earlier layer has shared its '
-        'values: the first of a stack needs '
-        'value_rank = None, in a group of its own'
+        'values: the first of a stack needs value_rank = None, in a group of its own'
       )
     return v + (ctx.shared[FIRST_VALUES] - v) * jax.nn.sigmoid(self.value(x_BTD)).astype(v.dtype)
-
-
-class ChannelMix7(Layer):
-  """Channel mixing of RWKV-7: y = relu((x + (shift(x) - x) mix_k) W_k)^2 W_v, without the
-  receptance of earlier versions."""
-
-  class Config(LayerConfig):
-    """
-    Attributes:
-      hidden: hidden units F.
-      init: of W_k; `out_init`: of W_v.
-    """
-
-    hidden: int = 256
-    init: Init = FanInUniform(gain=0.5)
-    out_init: Init = Zeros()
-
-    def validate(self):
-      self.require(self.hidden > 0, 'hidden', 'positive')
-
-    def build(self, width: int, rngs: nnx.Rngs, position: LayerPosition) -> ChannelMix7:
-      return ChannelMix7(self, width, rngs, position)
-
-    def state_size(self, width: int, max_len: int) -> int:
-      return width
-
-    @classmethod
-    def examples(cls) -> tuple[ChannelMix7.Config, ...]:
-      return (cls(hidden=48),)
-
-  def __init__(
-    self, config: ChannelMix7.Config, width: int, rngs: nnx.Rngs, position: LayerPosition
-  ):
-    F = config.hidden
-    self.mix_k = vector(1.0 - ramp(width, depth(position)[1] ** 4))
-    self.wk = param(config.init(rngs.params(), (width, F), width, position), ('embed', 'mlp'))
-    self.wv = param(config.out_init(rngs.params(), (F, width), F, position), ('mlp', 'embed'))
-
-  def init_state(self, batch: int, max_len: int, memory: Memory | None = None) -> LastToken:
-    return LastToken(jnp.zeros((batch, self.wk.shape[0]), self.wk[...].dtype))
-
-  def __call__(
-    self, x_BTD: Float[Array, 'B T D'], ctx: Context, state: LastToken | None = None
-  ) -> Output:
-    h = linear(move(x_BTD, shifted(x_BTD, ctx, state) - x_BTD, self.mix_k), self.wk[...])
-    h = checkpoint_name(shard(jnp.square(jax.nn.relu(h)), 'batch', 'time', 'mlp'), 'mlp_hidden')
-    return Output(
-      linear(h, self.wv[...]),
-      None if state is None else LastToken(last_token(x_BTD).astype(state.last_BD.dtype)),
-    )

@@ -9,8 +9,8 @@ from flax import nnx
 
 from jaxformer.layers.layer import LayerPosition
 from jaxformer.layers.state_space import (
-  PairedConfig,
   StateSpace,
+  StateSpaceConfig,
   complex_normal,
   paired,
   pairs,
@@ -21,29 +21,26 @@ from jaxformer.ops.ssm_dplr import DplrSystem, dense_dplr, dplr, truncated
 
 
 class S4(StateSpace):
-  """x' = (Lambda - p p^*) x + B u, y = 2 Re(C x) + D u for each channel, by Tustin's rule with the
-  channel's own step; then GELU and a gated projection.
+  """x' = (Lambda - p p^*) x + B u, y = 2 Re(C x) + D u per channel, by Tustin's rule, then GELU and
+  a gated projection (Gu, Goel and Re 2022, section 3).
 
-  It starts as HiPPO-LegS in the basis in which that is diagonal plus rank one, with the imaginary
-  part of B clipped at 2. The parameter of the output is C~ = C (I - Abar^length), made once from a
-  random C; Lambda, p, B and the step learn with `lr_scale` and without weight decay, C~ is a weight
-  like others."""
+  Each channel has its own step size. It is initialized to HiPPO-LegS in the basis in which that is
+  diagonal plus rank one, with the imaginary part of B clipped at 2. The parameter of the output is
+  C~ = C (I - Abar^length), made once from a random C; Lambda, p, B and the step sizes have
+  `lr_scale` and no weight decay, C~ is a weight like others."""
 
-  class Config(PairedConfig):
+  class Config(StateSpaceConfig):
     """
     Attributes:
-      length: the sequence length that C~ is for, which the kernels of shorter sequences are cut
-        from. Other lengths are right, but cost an N x N solve a channel.
+      length: the sequence length that C~ is made for; kernels of shorter sequences are cut from it.
+        Longer ones are exact too, but cost an N x N solve per channel.
     """
 
     length: int = 1024
 
     def validate(self):
       super().validate()
-      self.require(self.length > 0, 'length', 'positive')
-
-    def build(self, width: int, rngs: nnx.Rngs, position: LayerPosition) -> S4:
-      return S4(self, width, rngs, position)
+      self.require_positive('length')
 
     @classmethod
     def examples(cls) -> tuple[S4.Config, ...]:

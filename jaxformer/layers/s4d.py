@@ -3,17 +3,18 @@ Initialization of Diagonal State Space Models')."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array
 
-from jaxformer.config import Config
 from jaxformer.layers.layer import LayerPosition
 from jaxformer.layers.state_space import (
-  PairedConfig,
   StateSpace,
+  StateSpaceConfig,
   complex_normal,
   paired,
   pairs,
@@ -22,105 +23,66 @@ from jaxformer.layers.state_space import (
 from jaxformer.ops.hippo import legs_dplr
 from jaxformer.ops.ssm_systems import DiagonalSystem, bilinear, zoh
 
+SpectrumName = Literal['lin', 'inv', 'legs', 'real']
+DiscretizationName = Literal['zoh', 'bilinear']
 
-class Spectrum(Config, abstract=True):
-  """Base of the initial values of A and B for N real numbers of state: N / 2 complex numbers, the
-  other half their conjugates."""
-
-  def values(self, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """A and B, complex."""
-    raise NotImplementedError
+# Tustin's rule is the trapezoid over a step; with a zero-order hold the input is constant over it.
+DISCRETIZATIONS = {'zoh': zoh, 'bilinear': bilinear}
 
 
-class Lin(Spectrum):
-  """A_n = -1/2 + i pi n, B = 1 (section 4.3, S4D-Lin)."""
-
-  def values(self, size):
-    n = np.arange(size // 2)
-    return -0.5 + 1j * np.pi * n, np.ones(size // 2)
-
-
-class Inv(Spectrum):
-  """A_n = -1/2 + i N / pi (N / (2n + 1) - 1), B = 1 (section 4.3, S4D-Inv), which approximates
-  `LegS`."""
-
-  def values(self, size):
-    n = np.arange(size // 2)
-    return -0.5 + 1j * size / np.pi * (size / (2 * n + 1) - 1), np.ones(size // 2)
+# A by name for a state of N real numbers: n = 0 .. N / 2 - 1, the other half their conjugates.
+_SPECTRA: dict[str, Callable[[np.ndarray, int], np.ndarray]] = {
+  'lin': lambda n, N: -0.5 + 1j * np.pi * n,
+  'inv': lambda n, N: -0.5 + 1j * N / np.pi * (N / (2 * n + 1) - 1),
+  'real': lambda n, N: -(n + 1.0) + 0j,
+}
 
 
-class LegS(Spectrum):
-  """The diagonal part of HiPPO-LegS and its B in that basis (section 4.2, S4D-LegS)."""
+def spectrum(name: SpectrumName, d_state: int) -> tuple[np.ndarray, np.ndarray]:
+  """Return the initial A and B, complex (Gu, Gupta et al. 2022, sections 4.2 and 4.3).
 
-  def values(self, size):
-    a, _, b = legs_dplr(size)
+  `lin` (S4D-Lin): A_n = -1/2 + i pi n. `inv` (S4D-Inv), which approximates `legs`: A_n = -1/2 + i N
+  / pi (N / (2n + 1) - 1). `real` (S4D-Real): A_n = -(n + 1), whose frequencies are trained from 0.
+  All three with B = 1. `legs` (S4D-LegS): the diagonal part of HiPPO-LegS and its B in that
+  basis."""
+  if name == 'legs':
+    a, _, b = legs_dplr(d_state)
     return a, b
-
-
-class Real(Spectrum):
-  """A_n = -(n + 1), B = 1 (section 4.3, S4D-Real). Frequencies start at 0 and are learned like
-  those of the others."""
-
-  def values(self, size):
-    n = np.arange(size // 2)
-    return -(n + 1.0) + 0j, np.ones(size // 2)
-
-
-class Discretisation(Config, abstract=True):
-  """Base of the rules that make a continuous system discrete."""
-
-  def __call__(self, a_HP: Array, b_HP: Array, dt_H: Array) -> tuple[Array, Array]:
-    """log Abar and Bbar."""
-    raise NotImplementedError
-
-
-class Zoh(Discretisation):
-  """Zero-order hold: the input is constant over a step."""
-
-  def __call__(self, a_HP, b_HP, dt_H):
-    return zoh(a_HP, b_HP, dt_H)
-
-
-class Bilinear(Discretisation):
-  """Tustin's rule: the trapezoid over a step."""
-
-  def __call__(self, a_HP, b_HP, dt_H):
-    return bilinear(a_HP, b_HP, dt_H)
+  n = np.arange(d_state // 2)
+  return _SPECTRA[name](n, d_state), np.ones(d_state // 2)
 
 
 class S4D(StateSpace):
-  """x' = A x + B u, y = 2 Re(C x) + D u with diagonal A for each channel, discretised with the
-  channel's own step; then GELU and a gated projection.
+  """x' = A x + B u, y = 2 Re(C x) + D u with a diagonal A per channel, then GELU and a gated
+  projection (Gu, Gupta et al. 2022, section 3).
 
-  A = -exp(log_decay) + i frequency stays stable. A, B and the step learn with `lr_scale` and
-  without weight decay; C is a weight like others."""
+  Each channel has its own step size. A = -exp(log_decay) + i frequency stays stable. A, B and the
+  step sizes have `lr_scale` and no weight decay; C is a weight like others."""
 
-  class Config(PairedConfig):
+  class Config(StateSpaceConfig):
     """
     Attributes:
-      spectrum: where A and B start: `Lin`, `Inv`, `LegS` or `Real`.
-      discretisation: `Zoh` or `Bilinear`.
+      spectrum: initialization of A and B (`spectrum`).
+      discretization: `zoh`, zero-order hold, or `bilinear`, Tustin's rule.
     """
 
-    spectrum: Spectrum = Lin()
-    discretisation: Discretisation = Zoh()
-
-    def build(self, width: int, rngs: nnx.Rngs, position: LayerPosition) -> S4D:
-      return S4D(self, width, rngs, position)
+    spectrum: SpectrumName = 'lin'
+    discretization: DiscretizationName = 'zoh'
 
     @classmethod
     def examples(cls) -> tuple[S4D.Config, ...]:
-      return cls(d_state=6, spectrum=LegS(), discretisation=Bilinear()), cls(
-        d_state=4, causal=False
+      return (
+        cls(d_state=6, spectrum='legs', discretization='bilinear'),
+        cls(d_state=4, causal=False),
       )
 
   def __init__(self, config: S4D.Config, width: int, rngs: nnx.Rngs, position: LayerPosition):
     super().__init__(config, width, rngs, position)
     c, shape = config, (width, config.d_state // 2)
-    self.discretisation = c.discretisation
+    self.discretize = DISCRETIZATIONS[c.discretization]
     a, b = (
       jnp.broadcast_to(jnp.asarray(v, jnp.complex64)[None], shape)
-      for v in c.spectrum.values(c.d_state)
+      for v in spectrum(c.spectrum, c.d_state)
     )
     self.log_decay = recurrent(jnp.log(-a.real), ('inner', 'state'), c.lr_scale)
     self.frequency = recurrent(a.imag, ('inner', 'state'), c.lr_scale)
@@ -133,5 +95,5 @@ class S4D(StateSpace):
 
   def system(self, direction: int = 0) -> DiagonalSystem:
     a = jax.lax.complex(-jnp.exp(self.log_decay[...]), self.frequency[...])
-    log_a, b = self.discretisation(a, paired(self.b), jnp.exp(self.log_dt[...]))
+    log_a, b = self.discretize(a, paired(self.b), jnp.exp(self.log_dt[...]))
     return DiagonalSystem(log_a, b, paired(self.c)[direction : direction + 1])

@@ -3,18 +3,16 @@ Modeling')."""
 
 from __future__ import annotations
 
-import math
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from jaxformer.config import InputError
+from jaxformer.layers.dense import Dense
 from jaxformer.layers.init import FanInNormal, FanInUniform
 from jaxformer.layers.layer import Context, Layer, LayerPosition, Memory, Output, dropout, starts_BT
-from jaxformer.layers.state_space import PairedConfig, paired, pairs, recurrent
+from jaxformer.layers.state_space import StateSpaceConfig, log_steps, paired, pairs, recurrent
 from jaxformer.ops.diagonal_scan import diagonal_scan
 from jaxformer.ops.hippo import legs_basis
 from jaxformer.ops.linear import linear
@@ -23,18 +21,17 @@ from jaxformer.sharding import param, shard
 
 
 class S5(Layer):
-  """x' = Lambda x + B u, y = 2 Re(C x) + D u: one diagonal system whose input and output are all
-  channels, by zero-order hold with a step for each state; then g = gelu(y) and g * sigmoid(g W)
-  (section 3 and appendix B).
+  """x' = Lambda x + B u, y = 2 Re(C x) + D u, one diagonal system over all channels; then g =
+  gelu(y) and g * sigmoid(g W + b) (Smith et al. 2023, section 3 and appendix B).
 
-  Lambda starts as the diagonal of HiPPO-LegS of N / blocks numbers, `blocks` times; B and C are
-  random matrices brought to that basis. Lambda, B and the steps learn with `lr_scale` and without
-  weight decay."""
+  By zero-order hold, with a step size per state. Lambda is initialized to the diagonal of
+  HiPPO-LegS of size N / blocks, `blocks` times; B and C are random matrices in that basis. Lambda,
+  B and the step sizes have `lr_scale` and no weight decay."""
 
-  class Config(PairedConfig):
+  class Config(StateSpaceConfig):
     """
     Attributes:
-      blocks: J, blocks of the initial state matrix.
+      blocks: number of blocks J of the initial state matrix.
     """
 
     blocks: int = 1
@@ -43,9 +40,6 @@ class S5(Layer):
       super().validate()
       fits = self.blocks > 0 and self.d_state % (2 * self.blocks) == 0
       self.require(fits, 'blocks', f'such that d_state = {self.d_state} is an even number for each')
-
-    def build(self, width: int, rngs: nnx.Rngs, position: LayerPosition) -> S5:
-      return S5(self, width, rngs, position)
 
     def state_size(self, width: int, max_len: int) -> int:
       return self.d_state
@@ -64,10 +58,7 @@ class S5(Layer):
     a, v_NP = jnp.asarray(np.tile(a, J), jnp.complex64), jnp.asarray(v, jnp.complex64)
     self.decay = recurrent(a.real, ('inner',), c.lr_scale)
     self.frequency = recurrent(a.imag, ('inner',), c.lr_scale)
-    low, high = math.log(c.dt_min), math.log(c.dt_max)
-    self.log_dt = recurrent(
-      jax.random.uniform(rngs.params(), (N // 2,), jnp.float32, low, high), ('inner',), c.lr_scale
-    )
+    self.log_dt = log_steps(N // 2, c.dt_min, c.dt_max, c.lr_scale, rngs)
     b_JNH = FanInNormal()(rngs.params(), (J, N // J, H), H, position)
     b = jnp.einsum('np,jnh->hjp', v_NP.conj(), b_JNH, precision='highest').reshape(H, N // 2)
     self.b = param(
@@ -85,23 +76,21 @@ class S5(Layer):
       full_precision=True,
       matmul=False,
     )
-    self.w_gate = param(FanInUniform()(rngs.params(), (H, H), H, position), ('embed', None))
-    self.b_gate = param(FanInUniform()(rngs.params(), (H,), H, position), ('norm',), decay=False)
+    self.gate = Dense(
+      FanInUniform(), (H, H), ('embed', None), bias=FanInUniform(), rngs=rngs, position=position
+    )
 
   def init_state(
     self, batch: int, max_len: int, memory: Memory | None = None
   ) -> Float[Array, 'B N']:
-    if not self.config.causal:
-      raise InputError(
-        'S5.causal = False: a layer that reads from both ends has no state and cannot decode'
-      )
+    self.config.require(self.config.causal, 'causal', 'true for a layer that decodes')
     return jnp.zeros((batch, self.config.d_state), jnp.float32)
 
   def __call__(
     self, x_BTD: Float[Array, 'B T D'], ctx: Context, state: Array | None = None
   ) -> Output:
     starts = None if ctx.segments_BT is None else starts_BT(ctx.segments_BT, *x_BTD.shape[:2])
-    # stable, whatever is learned
+    # stable for any parameters
     a = jax.lax.complex(jnp.minimum(self.decay[...], -1e-4), self.frequency[...])
     log_a, scale = zoh(a[:, None], jnp.ones_like(a)[:, None], jnp.exp(self.log_dt[...]))
     b = paired(self.b) * scale[:, 0][None]
@@ -122,9 +111,6 @@ class S5(Layer):
     return jnp.concatenate([2 * c.real, -2 * c.imag], axis=0)
 
   def _gated(self, y: Array, ctx: Context) -> Array:
-    g = dropout(jax.nn.gelu(y, approximate=False), self.config.dropout, ctx.fold(0))
-    return dropout(
-      g * jax.nn.sigmoid(linear(g, self.w_gate[...], self.b_gate[...])),
-      self.config.dropout,
-      ctx.fold(1),
-    )
+    rate = self.config.dropout
+    g = dropout(jax.nn.gelu(y, approximate=False), rate, ctx.fold(0))
+    return dropout(g * jax.nn.sigmoid(self.gate(g)), rate, ctx.fold(1))

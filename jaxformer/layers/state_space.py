@@ -1,16 +1,17 @@
-"""What the linear time-invariant state-space layers share: one system for each channel, in one or
-both directions, a skip, and the way out."""
+"""Parts that the linear time-invariant state-space layers share: one system per channel, in one or
+both directions, a skip connection, and the projection out."""
 
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from jaxformer.config import InputError
+from jaxformer.layers.dense import Dense
 from jaxformer.layers.init import FanInUniform
 from jaxformer.layers.layer import (
   Context,
@@ -22,7 +23,6 @@ from jaxformer.layers.layer import (
   dropout,
   starts_BT,
 )
-from jaxformer.ops.linear import linear
 from jaxformer.ops.ssm import System, ssm, ssm_step
 from jaxformer.ops.token_shift import token_ahead
 from jaxformer.sharding import param, shard
@@ -32,9 +32,10 @@ class StateSpaceConfig(LayerConfig, abstract=True):
   """Base of the state-space layers' configs.
 
   Attributes:
-    d_state: N, real numbers of state a channel.
-    dt_min, dt_max: each channel's step of discretisation is drawn log-uniformly between them.
-    lr_scale: factor on the learning rate of the step and of the matrices that make the state.
+    d_state: state size N per channel, in real numbers.
+    dt_min, dt_max: each channel's step size is drawn log-uniformly between them.
+    lr_scale: factor on the learning rate of the step size and of the matrices that act on the
+      state.
     dropout: rate at which units are dropped before the projection out.
     causal: False adds a system that reads the sequence from its end, which excludes decoding.
   """
@@ -46,9 +47,13 @@ class StateSpaceConfig(LayerConfig, abstract=True):
   dropout: float = 0.0
   causal: bool = True
 
+  paired: ClassVar[bool] = True  # whether the state is complex, in conjugate pairs
+
   def validate(self):
-    self.require(self.d_state > 0, 'd_state', 'positive')
-    self.require(self.dt_min > 0, 'dt_min', 'positive')
+    self.require_positive('d_state', 'dt_min')
+    self.require(
+      not (self.paired and self.d_state % 2), 'd_state', 'positive and even: conjugate pairs'
+    )
     self.require(self.dt_max >= self.dt_min, 'dt_max', f'at least dt_min = {self.dt_min}')
     self.require(self.lr_scale >= 0, 'lr_scale', 'at least 0')
     self.require(0 <= self.dropout < 1, 'dropout', 'at least 0 and below 1')
@@ -64,22 +69,15 @@ class StateSpaceConfig(LayerConfig, abstract=True):
   def state_size(self, width: int, max_len: int) -> int:
     return width * self.d_state
 
-
-class PairedConfig(StateSpaceConfig, abstract=True):
-  """Base of the configs of those whose state is complex, in conjugate pairs."""
-
-  def validate(self):
-    super().validate()
-    self.require(self.d_state % 2 == 0, 'd_state', 'even: conjugate pairs')
-
   def mixing_flops_per_token(self, width: int, length: int, causal: bool) -> float:
     # the recurrence: a complex product, an input and an output
     return self.directions * 7.0 * width * self.d_state
 
 
 class StateSpace(Layer):
-  """y = D u + system(u) for each channel, then the way out. A layer says with `system` what its
-  system is.
+  """Base of the layers y = D u + system(u) for each channel, then dropout(gelu(y)) W + b over all
+  outputs of all channels. A `gated` layer projects to twice the width and returns a * sigmoid(b) of
+  the halves (GLU, Dauphin et al. 2017). `system` is what subclasses define.
 
   In both directions y_t also has sum_{s > t} k'_{s-t-1} u_s, with the kernel k' of a second system.
   """
@@ -95,11 +93,8 @@ class StateSpace(Layer):
     gated: bool = True,
   ):
     c = config
-    self.config, self.width = c, width
-    low, high = math.log(c.dt_min), math.log(c.dt_max)
-    self.log_dt = recurrent(
-      jax.random.uniform(rngs.params(), (width,), jnp.float32, low, high), ('inner',), c.lr_scale
-    )
+    self.config, self.width, self.gated = c, width, gated
+    self.log_dt = log_steps(width, c.dt_min, c.dt_max, c.lr_scale, rngs)
     self.skip = param(
       jax.random.normal(rngs.params(), (outputs, width)),
       (None, 'inner'),
@@ -107,21 +102,23 @@ class StateSpace(Layer):
       full_precision=True,
       matmul=False,
     )
-    self.readout = Readout(outputs * width, width, rngs, position, gated=gated, rate=c.dropout)
+    self.out = Dense(
+      FanInUniform(),
+      (outputs * width, 2 * width if gated else width),
+      ('inner', 'embed'),
+      bias=FanInUniform(),
+      rngs=rngs,
+      position=position,
+    )
 
   def system(self, direction: int = 0) -> System:
-    """The discrete system of the present parameters; direction 1 is that which reads from the
-    end."""
+    """Return the discrete system of the current parameters; direction 1 reads from the end."""
     raise NotImplementedError
 
   def init_state(
     self, batch: int, max_len: int, memory: Memory | None = None
   ) -> Float[Array, 'B H N']:
-    if not self.config.causal:
-      raise InputError(
-        f'{self.config.tag}.causal = False: a layer that reads from both ends has no state and '
-        'cannot decode'
-      )
+    self.config.require(self.config.causal, 'causal', 'true for a layer that decodes')
     return jnp.zeros((batch, self.width, self.config.d_state), jnp.float32)
 
   def __call__(
@@ -133,66 +130,49 @@ class StateSpace(Layer):
     if not self.config.causal:
       y_BTMH = y_BTMH + _from_the_end(u_BTH, self.system(1), starts)
     y_BTMH = y_BTMH + self.skip[...][None, None] * u_BTH[:, :, None]
-    return Output(self.readout(y_BTMH.astype(x_BTD.dtype), ctx), last)
+    return Output(self._out(y_BTMH.astype(x_BTD.dtype), ctx), last)
 
   def step(self, x_BD: Float[Array, 'B D'], ctx: Context, state: Array) -> Output:
     u_BH = x_BD.astype(jnp.float32)
     y_BMH, last = ssm_step(u_BH, self.system(), state)
     y_BMH = y_BMH + self.skip[...][None] * u_BH[:, None]
-    return Output(self.readout(y_BMH.astype(x_BD.dtype), ctx), last)
+    return Output(self._out(y_BMH.astype(x_BD.dtype), ctx), last)
 
-
-def _from_the_end(u_BTH: Array, system: System, starts: Array | None) -> Array:
-  """sum_{s > t} k_{s-t-1} u_s over the positions of a document."""
-  # another document begins at t + 1
-  after = None if starts is None else jnp.pad(starts[:, 1:], ((0, 0), (0, 1)))
-  y, _ = ssm(u_BTH, system, None, after, reverse=True)
-  y = token_ahead(y)
-  return y if after is None else jnp.where(after[:, :, None, None], 0.0, y)
-
-
-class Readout(nnx.Module):
-  """dropout(gelu(y)) W + b over all outputs of all channels; `gated` projects to twice the width
-  and gives a * sigmoid(b) of the halves (GLU, Dauphin et al. 2017)."""
-
-  def __init__(
-    self,
-    size: int,
-    width: int,
-    rngs: nnx.Rngs,
-    position: LayerPosition,
-    *,
-    gated: bool,
-    rate: float,
-  ):
-    self.gated, self.rate = gated, rate
-    F = 2 * width if gated else width
-    self.w_out = param(FanInUniform()(rngs.params(), (size, F), size, position), ('inner', 'embed'))
-    self.b_out = param(FanInUniform()(rngs.params(), (F,), size, position), ('norm',), decay=False)
-
-  def __call__(self, y_BMH: Float[Array, '*B M H'], ctx: Context) -> Float[Array, '*B D']:
+  def _out(self, y_BMH: Float[Array, '*B M H'], ctx: Context) -> Float[Array, '*B D']:
     y = y_BMH.reshape(*y_BMH.shape[:-2], -1)
     y = shard(y, 'batch', *('time',) * (y.ndim - 2), 'inner')
-    z = linear(
-      dropout(jax.nn.gelu(y, approximate=False), self.rate, ctx), self.w_out[...], self.b_out[...]
-    )
+    z = self.out(dropout(jax.nn.gelu(y, approximate=False), self.config.dropout, ctx))
     if not self.gated:
       return z
     a, b = jnp.split(z, 2, axis=-1)
     return a * jax.nn.sigmoid(b)
 
 
+def _from_the_end(u_BTH: Array, system: System, starts: Array | None) -> Array:
+  """Return sum_{s > t} k_{s-t-1} u_s over the positions of a document."""
+  # another document starts at t + 1
+  after = None if starts is None else jnp.pad(starts[:, 1:], ((0, 0), (0, 1)))
+  y, _ = ssm(u_BTH, system, None, after, reverse=True)
+  y = token_ahead(y)
+  return y if after is None else jnp.where(after[:, :, None, None], 0.0, y)
+
+
+def log_steps(size: int, low: float, high: float, lr_scale: float, rngs: nnx.Rngs) -> nnx.Param:
+  """The logarithms of step sizes, uniform between those of `low` and `high`."""
+  drawn = jax.random.uniform(rngs.params(), (size,), jnp.float32, math.log(low), math.log(high))
+  return recurrent(drawn, ('inner',), lr_scale)
+
+
 def recurrent(
   value: Array, axes: tuple[str | None, ...], lr_scale: float = 1.0, decay: bool = False
 ) -> nnx.Param:
-  """A parameter of a system: fp32, by default without weight decay, no product with a token by
-  itself."""
+  """A parameter of a system: fp32, by default without weight decay, not multiplied with tokens
+  directly."""
   return param(value, axes, decay=decay, lr_scale=lr_scale, full_precision=True, matmul=False)
 
 
 def pairs(z: Array) -> Array:
-  """Complex numbers as real ones with a last axis of 2: what optimizers, checkpoints and meshes
-  see."""
+  """Complex numbers as real ones with a last axis of 2, the form of parameters."""
   return jnp.stack([z.real, z.imag], axis=-1).astype(jnp.float32)
 
 

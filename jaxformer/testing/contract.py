@@ -102,8 +102,8 @@ class Case:
   def differentiated(
     self, params: Any, x: Any, ctx: Context = Context(), state: Any = None
   ) -> tuple[Any, Any]:
-    """Return ((a scalar that depends on all outputs and the final state, (outputs, final state)),
-    its gradients with respect to parameters, inputs and state)."""
+    """Return (outputs, last state), and gradients of a scalar of all of them with respect to
+    parameters, inputs and state."""
 
     def score(params, x, state):
       y, after = self.whole(params, x, ctx, state)
@@ -111,11 +111,11 @@ class Case:
       late = jnp.sum(jnp.sin(y.astype(jnp.float32)) * (1 + jnp.arange(y.shape[1])[None, :, None]))
       return late + sum(jnp.sum(jnp.sin(s)) for s in numbers), (y, after)
 
-    value, gradients = jax.value_and_grad(score, argnums=(0, 1, 2), has_aux=True, allow_int=True)(
-      params, x, state
-    )
+    (_, outputs), gradients = jax.value_and_grad(
+      score, argnums=(0, 1, 2), has_aux=True, allow_int=True
+    )(params, x, state)
     # counters and masks have no gradient
-    return value, jax.tree.map(lambda g: None if g.dtype == jax.dtypes.float0 else g, gradients)
+    return outputs, jax.tree.map(lambda g: None if g.dtype == jax.dtypes.float0 else g, gradients)
 
 
 def inputs(dtype: Any = jnp.float32) -> Any:
@@ -348,7 +348,7 @@ def bfloat16(case: Case) -> None:
 
 
 def sharded(case: Case) -> str | None:
-  """Sharded over all mesh axes at once, loss and gradients equal those on one device."""
+  """Sharded over all mesh axes at once, outputs and gradients equal those on one device."""
   count = jax.device_count()
   if count not in (2, 4, 8):
     return f'needs 2, 4 or 8 devices; there {"are" if count > 1 else "is"} {count}'
@@ -358,17 +358,17 @@ def sharded(case: Case) -> str | None:
     8: MeshConfig(data=2, fsdp=2, tensor=2),
   }[count]
   x, ctx = inputs(), Context(segments_BT=segments(7, 8, 5))
-  (value, _), gradients = case.gradients(case.params, x, ctx)
+  outputs, gradients = case.gradients(case.params, x, ctx)
   devices = make_mesh(mesh)
   params = jax.device_put(case.params, case.definition.shardings(devices, mesh.rules))
   with use_mesh(devices, mesh.rules):
     x = jax.device_put(x, batch_sharding(devices, mesh.rules))
-    (found, _), found_gradients = jax.jit(lambda *a: case.differentiated(*a))(params, x, ctx)
+    found, found_gradients = jax.jit(lambda *a: case.differentiated(*a))(params, x, ctx)
   close(
     (found, found_gradients),
-    (value, gradients),
+    (outputs, gradients),
     GRADIENTS,
-    f'on {count} devices against one: loss and gradients ',
+    f'on {count} devices against one: outputs and gradients ',
   )
   return None
 

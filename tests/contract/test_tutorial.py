@@ -1,5 +1,5 @@
-"""The layer of CONTRIBUTING.md is as it says: its code stands alone and keeps the contract; layers
-that break it are caught."""
+"""The layer of CONTRIBUTING.md runs as printed and satisfies the contract; layers that violate it
+are caught."""
 
 import pathlib
 import re
@@ -7,7 +7,7 @@ import re
 import jax.numpy as jnp
 import pytest
 
-from jaxformer import config
+from jaxformer.config import forget
 from tests.contract import cases
 from tests.contract import test_layers as contract
 
@@ -15,7 +15,7 @@ TEXT = (pathlib.Path(__file__).parents[2] / 'CONTRIBUTING.md').read_text()
 
 
 def tutorial(tag: str, *changes: tuple[str, str]):
-  """The layer of the tutorial under a tag of its own, with changes to its text."""
+  """Return the layer of the tutorial under another tag, with changes to its text."""
   (code,) = re.findall(r'## Add a layer\n.*?```python\n(.*?)```', TEXT, re.S)
   for old, new in (
     ('class Leaky(', f'class {tag}('),
@@ -42,17 +42,17 @@ LAYERS = {
 
 @pytest.fixture
 def layer(request, monkeypatch):
-  """Makes a layer, and takes it back out of the registry of config types afterwards."""
-  monkeypatch.setattr(config, '_TYPES', dict(config._TYPES))
+  """Make a layer, and remove it from the registry of config types afterwards."""
   made = tutorial(*LAYERS[request.param])
   for name in ('LAYERS', 'DECODING'):
     monkeypatch.setitem(getattr(cases, name), request.param, made.Config())
   yield made
   cases.layer.cache_clear()
+  forget(made.Config)
 
 
 def hold(made):
-  """Every test of the contract, on a layer by the name of 'right' or another."""
+  """Run every test of the contract on a layer."""
   name = next(n for n, c in cases.LAYERS.items() if type(c) is made.Config)
   contract.test_fast_form_equals_naive(name)
   for prefill in (0, 1, 17, cases.LENGTH):

@@ -35,12 +35,16 @@ SMALL = {
   'llama': llama(16, 3, 24, 4, 2, context_length=12, vocab_size=30, rotary=LLAMA3_1),
   'tied': llama(16, 1, 24, 4, 2, context_length=12, vocab_size=30, rotary=LLAMA3_1, tied=True),
   'mamba': mamba(
-    Mamba.Config(state=3, dt_rank=2, bias=True), 8, 2, context_length=12, vocab_size=30
+    Mamba.Config(d_state=3, dt_rank=2, bias=True), 8, 2, context_length=12, vocab_size=30
   ),
   'mixtral': mixtral(16, 3, 24, 4, 2, experts=4, context_length=12, vocab_size=30, balance=0.02),
-  'jamba': jamba(16, 8, 24, 4, 2, experts=3, state=3, context_length=12, vocab_size=30),
+  'jamba': jamba(16, 8, 24, 4, 2, experts=3, d_state=3, context_length=12, vocab_size=30),
   'mamba2': mamba(
-    Mamba2.Config(state=3, head_dim=4, groups=2, bias=True), 8, 2, context_length=12, vocab_size=30
+    Mamba2.Config(d_state=3, head_dim=4, groups=2, bias=True),
+    8,
+    2,
+    context_length=12,
+    vocab_size=30,
   ),
   'rwkv4': rwkv4(8, 3, context_length=12, vocab_size=30, hidden=12),
   'marian': transformer(

@@ -16,10 +16,11 @@ def dense(layer: H3, x_BTD: np.ndarray) -> np.ndarray:
   """The layer as Fu et al. 2023 write it: x_t = A x_{t-1} + B u_t, y_t = C x_t + D u_t, with both
   conjugates of every state."""
   p = {
-    n: np.asarray(v[...], np.float64) for n, v in vars(layer).items() if isinstance(v, nnx.Param)
+    '.'.join(map(str, path)): np.asarray(v[...], np.float64)
+    for path, v in nnx.to_flat_state(nnx.state(layer, nnx.Param))
   }
   K, H, cell = layer.config.head_dim, layer.heads, layer.config.d_state
-  q, k, v = (x_BTD @ p['w' + n] + p['b' + n] for n in 'qkv')
+  q, k, v = (x_BTD @ p[f'{n}.kernel'] + p[f'{n}.bias'] for n in 'qkv')
   dt, shift = np.exp(p['log_dt']), np.eye(cell, k=-1)
   a = -np.exp(p['log_decay']) + 1j * p['frequency']
   a = np.concatenate([a, a.conj()], axis=1)  # [H, N]
@@ -36,7 +37,7 @@ def dense(layer: H3, x_BTD: np.ndarray) -> np.ndarray:
     assert np.abs(s.imag).max() < 1e-9
     # channels in the order (d h)
     y = np.einsum('bhj,bhjk->bkh', q[:, t].reshape(B, H, K), s.real)
-    out.append(y.reshape(B, D) @ p['wo'] + p['bo'])
+    out.append(y.reshape(B, D) @ p['o.kernel'] + p['o.bias'])
   return np.stack(out, axis=1)
 
 
@@ -59,7 +60,7 @@ def test_equals_the_dense_recurrence(head_dim):
 
 @pytest.mark.quick
 def test_starts_as_published():
-  """B = e_1 of the shift system, so that its taps are C; a bilinear S4D-Lin; steps log-uniform; no
+  """B = e_1 of the shift system, so that its filter is C; a bilinear S4D-Lin; steps log-uniform; no
   learning-rate scale."""
   layer = H3.Config().build(64, nnx.Rngs(0), LayerPosition())
   shift, diagonal = layer.systems()

@@ -10,7 +10,7 @@ from jaxformer.config import InputError
 from jaxformer.layers.cross_attention import LuongAttention
 from jaxformer.layers.input_feeding import InputFeeding
 from jaxformer.layers.layer import Context, Memory
-from jaxformer.layers.lstm import Lstm, LstmState
+from jaxformer.layers.lstm import Lstm, RecurrentState
 from jaxformer.models.params import define
 from jaxformer.testing.contract import Alone
 
@@ -46,15 +46,16 @@ def test_dropout_needs_a_key():
 
 def test_states_are_handed_over_from_the_bottom_up():
   """Two blocks of an encoder to three LSTMs: the third begins from zeros."""
-  ended = tuple((LstmState(numbers(2 + i, B, D), numbers(4 + i, B, D)),) for i in range(2))
+  ended = tuple((RecurrentState(numbers(2 + i, B, D), numbers(4 + i, B, D)),) for i in range(2))
   state = layer(layers=3).init_state(B, T, memory(ended))
-  for lstm, (given,) in zip(state.lstms, ended, strict=False):
+  y_BH, lstms = state.carried
+  for lstm, (given,) in zip(lstms, ended, strict=False):
     np.testing.assert_array_equal(lstm.h_BH, given.h_BH)
     np.testing.assert_array_equal(lstm.c_BH, given.c_BH)
-  assert not np.any(state.lstms[2].h_BH)
-  assert not np.any(state.y_BH)
+  assert not np.any(lstms[2].h_BH)
+  assert not np.any(y_BH)
   with pytest.raises(InputError, match='the decoder has a recurrence of 8 units'):
-    layer().init_state(B, T, memory(((LstmState(numbers(2, B, 4), numbers(3, B, 4)),),)))
+    layer().init_state(B, T, memory(((RecurrentState(numbers(2, B, 4), numbers(3, B, 4)),),)))
 
 
 @pytest.mark.parametrize(

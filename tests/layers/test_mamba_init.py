@@ -18,7 +18,9 @@ WIDTH = 128
 def built(layer):
   """Parameters by name."""
   module = layer.build(WIDTH, nnx.Rngs(params=0), LayerPosition(index=1, depth=6, branches=6))
-  return {n: p for n, p in vars(module).items() if isinstance(p, nnx.Param)}
+  return {
+    '.'.join(map(str, path)): p for path, p in nnx.to_flat_state(nnx.state(module, nnx.Param))
+  }
 
 
 def values(layer):
@@ -44,48 +46,52 @@ def log_uniform_steps(b_dt):
 def test_mamba():
   v = values(Mamba.Config(bias=True))
   inner, rank = 256, 8
-  for name in ('w_x', 'w_z'):
+  for name in ('x.kernel', 'z.kernel'):
     uniform(v[name], WIDTH**-0.5)
-  for name in ('w_conv', 'b_conv'):
+  for name in ('conv.kernel', 'conv.bias'):
     uniform(v[name], 4**-0.5)
-  uniform(v['w_s'], inner**-0.5)
-  uniform(v['w_dt'], rank**-0.5)
-  uniform(v['w_out'], (inner * 6) ** -0.5)  # six residual branches
-  log_uniform_steps(v['b_dt'])
+  uniform(v['selection.kernel'], inner**-0.5)
+  uniform(v['dt.kernel'], rank**-0.5)
+  uniform(v['out.kernel'], (inner * 6) ** -0.5)  # six residual branches
+  log_uniform_steps(v['dt_bias'])
   np.testing.assert_allclose(
     np.exp(v['A_log']), np.broadcast_to(np.arange(1, 17), (inner, 16)), rtol=1e-6
   )
   assert (v['D'] == 1).all()
-  assert not any(v[name].any() for name in ('b_x', 'b_z', 'b_out'))
-  assert v['w_s'].shape == (inner, rank + 2 * 16)
+  assert not any(v[name].any() for name in ('x.bias', 'z.bias', 'out.bias'))
+  assert v['selection.kernel'].shape == (inner, rank + 2 * 16)
 
 
 def test_mamba2():
   # many heads, for the sake of the statistics
-  v = values(Mamba2.Config(state=32, head_dim=1, bias=True))
-  for name in ('w_x', 'w_z', 'w_bc', 'w_dt'):
+  v = values(Mamba2.Config(d_state=32, head_dim=1, bias=True))
+  for name in ('x.kernel', 'z.kernel', 'bc.kernel', 'dt.kernel'):
     uniform(v[name], WIDTH**-0.5)
-  for name in ('conv_x', 'conv_bc', 'conv_b_x', 'conv_b_bc'):
+  for name in ('conv_x.kernel', 'conv_bc.kernel', 'conv_x.bias', 'conv_bc.bias'):
     uniform(v[name], 4**-0.5)
-  uniform(v['w_out'], (256 * 6) ** -0.5)
-  log_uniform_steps(v['b_dt'])
+  uniform(v['out.kernel'], (256 * 6) ** -0.5)
+  log_uniform_steps(v['dt_bias'])
   rates = np.exp(v['A_log'])
   assert 1 <= rates.min() < 1.5
   assert 15.5 < rates.max() <= 16.0001
   assert abs(rates.mean() - 8.5) < 5 * 15 / np.sqrt(12 * rates.size)
   assert (v['D'] == 1).all()
   assert (v['scale'] == 1).all()
-  assert not any(v[name].any() for name in ('b_x', 'b_z', 'b_bc', 'b_dt_in', 'b_out'))
+  assert not any(v[name].any() for name in ('x.bias', 'z.bias', 'bc.bias', 'dt.bias', 'out.bias'))
 
 
 @pytest.mark.parametrize(
   ('layer', 'recurrence', 'biases'),
   [
-    (Mamba.Config(bias=True), ('A_log', 'D', 'b_dt'), ('b_x', 'b_z', 'b_conv', 'b_out')),
+    (
+      Mamba.Config(bias=True),
+      ('A_log', 'D', 'dt_bias'),
+      ('x.bias', 'z.bias', 'conv.bias', 'out.bias'),
+    ),
     (
       Mamba2.Config(head_dim=32, bias=True),
-      ('A_log', 'D', 'b_dt'),
-      ('b_x', 'b_z', 'b_bc', 'b_dt_in', 'conv_b_x', 'conv_b_bc', 'scale', 'b_out'),
+      ('A_log', 'D', 'dt_bias'),
+      (*(f'{name}.bias' for name in ('x', 'z', 'bc', 'dt', 'conv_x', 'conv_bc', 'out')), 'scale'),
     ),
   ],
 )
@@ -101,7 +107,7 @@ def test_rank_follows_the_width():
 
 
 def test_sizes_that_do_not_divide():
-  with pytest.raises(InputError, match='head_dim = 60 does not divide'):
+  with pytest.raises(InputError, match='head_dim = 60: must be a divisor of expand x width = 256'):
     Mamba2.Config(head_dim=60).heads(128)
-  with pytest.raises(InputError, match='groups = 3 does not divide the 4 heads'):
+  with pytest.raises(InputError, match='groups = 3: must be a divisor of the number of heads = 4'):
     Mamba2.Config(groups=3).heads(128)

@@ -1,4 +1,4 @@
-"""LSTM and GRU layers against torch: gate order, where the reset gate acts, offsets; and the GRU
+"""LSTM and GRU layers against torch: gate order, where the reset gate acts, biases; and the GRU
 that torch does not have."""
 
 import importlib.util
@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxformer.layers.gru import Gru, GruState, ResetProduct
+from jaxformer.layers.gru import Gru
 from jaxformer.layers.layer import Context, LayerPosition
-from jaxformer.layers.lstm import Lstm, LstmState
+from jaxformer.layers.lstm import Lstm, RecurrentState
 
 B, T, D = 3, 23, 16
 
@@ -35,15 +35,15 @@ def torch_layer(kind, hidden=D):
 
 
 def set_weights(layer, other):
-  """Their [gates * H, inputs] as our [inputs, gates, H]; returns their two vectors of offsets,
+  """Their [gates * H, inputs] as our [inputs, gates, H]; returns their two biases,
   [gates, H] each."""
-  G, H = layer.w.shape[1], layer.w.shape[2]
+  G, H = layer.kernel.shape[1], layer.kernel.shape[2]
   w, u, b, c = (
     p.detach().numpy()
     for p in (other.weight_ih_l0, other.weight_hh_l0, other.bias_ih_l0, other.bias_hh_l0)
   )
-  layer.w[...] = jnp.asarray(w.reshape(G, H, -1).transpose(2, 0, 1))
-  layer.u[...] = jnp.asarray(u.reshape(G, H, -1).transpose(2, 0, 1))
+  layer.kernel[...] = jnp.asarray(w.reshape(G, H, -1).transpose(2, 0, 1))
+  layer.recurrent_kernel[...] = jnp.asarray(u.reshape(G, H, -1).transpose(2, 0, 1))
   return b.reshape(G, H), c.reshape(G, H)
 
 
@@ -56,12 +56,12 @@ def test_lstm_is_torchs(hidden):
     torch_layer('LSTM', hidden),
     Lstm.Config(hidden=hidden).build(D, nnx.Rngs(0), LayerPosition()),
   )
-  layer.b[...] = jnp.asarray(sum(set_weights(layer, other)))
+  layer.bias[...] = jnp.asarray(sum(set_weights(layer, other)))
   x, h, c = numbers(B, T, D), numbers(B, hidden), numbers(B, hidden, seed=1)
   y, (h_n, c_n) = other(torch.from_numpy(x), (torch.from_numpy(h)[None], torch.from_numpy(c)[None]))
-  out = layer(jnp.asarray(x), Context(), LstmState(jnp.asarray(h), jnp.asarray(c)))
+  out = layer(jnp.asarray(x), Context(), RecurrentState(jnp.asarray(h), jnp.asarray(c)))
   expected = (
-    y.detach().numpy() if hidden == D else y.detach().numpy() @ np.asarray(layer.w_out[...])
+    y.detach().numpy() if hidden == D else y.detach().numpy() @ np.asarray(layer.out.kernel[...])
   )
   np.testing.assert_allclose(out.y, expected, atol=1e-5)
   np.testing.assert_allclose(out.state.h_BH, h_n[0].detach(), atol=1e-5)
@@ -74,14 +74,14 @@ def test_gru_with_the_reset_product_is_torchs():
 
   other, layer = (
     torch_layer('GRU'),
-    Gru.Config(reset=ResetProduct()).build(D, nnx.Rngs(0), LayerPosition()),
+    Gru.Config(reset_after=True).build(D, nnx.Rngs(0), LayerPosition()),
   )
   b, c = set_weights(layer, other)
-  layer.b[...] = jnp.asarray(b + c * np.asarray([1, 1, 0], np.float32)[:, None])
-  layer.b_after[...] = jnp.asarray(c[2])
+  layer.bias[...] = jnp.asarray(b + c * np.asarray([1, 1, 0], np.float32)[:, None])
+  layer.recurrent_bias[...] = jnp.asarray(c[2])
   x, h = numbers(B, T, D), numbers(B, D)
   y, h_n = other(torch.from_numpy(x), torch.from_numpy(h)[None])
-  out = layer(jnp.asarray(x), Context(), GruState(jnp.asarray(h)))
+  out = layer(jnp.asarray(x), Context(), RecurrentState(jnp.asarray(h)))
   np.testing.assert_allclose(out.y, y.detach(), atol=1e-5)
   np.testing.assert_allclose(out.state.h_BH, h_n[0].detach(), atol=1e-5)
 
@@ -91,9 +91,11 @@ def test_gru_of_the_papers():
   """Bahdanau et al. 2014, appendix A.1.1, in float64: s = (1 - z) s + z s~, s~ = tanh(W x + U (r
   s)); their z is one minus ours."""
   layer = Gru.Config().build(D, nnx.Rngs(0), LayerPosition())
-  w, u, b = (np.asarray(p[...], np.float64) for p in (layer.w, layer.u, layer.b))
+  w, u, b = (
+    np.asarray(p[...], np.float64) for p in (layer.kernel, layer.recurrent_kernel, layer.bias)
+  )
   b = numbers(3, D).astype(np.float64)
-  layer.b[...] = jnp.asarray(b, jnp.float32)
+  layer.bias[...] = jnp.asarray(b, jnp.float32)
   x, s, expected = numbers(B, T, D).astype(np.float64), np.zeros((B, D)), []
   for t in range(T):
     r = 1 / (1 + np.exp(-(x[:, t] @ w[:, 0] + s @ u[:, 0] + b[0])))
@@ -108,8 +110,8 @@ def test_gru_of_the_papers():
 def test_forget_gates_start_open_and_each_gate_is_drawn_alone():
   layer = Lstm.Config(forget_bias=2.0).build(64, nnx.Rngs(0), LayerPosition())
   np.testing.assert_array_equal(
-    np.asarray(layer.b[...]), np.asarray([0, 2, 0, 0], np.float32)[:, None].repeat(64, 1)
+    np.asarray(layer.bias[...]), np.asarray([0, 2, 0, 0], np.float32)[:, None].repeat(64, 1)
   )
-  u = np.asarray(layer.u[...])
+  u = np.asarray(layer.recurrent_kernel[...])
   assert np.abs(u).max() <= 1 / 8
   assert np.abs(np.corrcoef(u.transpose(1, 0, 2).reshape(4, -1)) - np.eye(4)).max() < 0.1

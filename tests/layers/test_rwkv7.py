@@ -102,17 +102,17 @@ def test_golden_numbers(model):
 def test_matrices(model):
   params = model[1]
   for layer in (0, 4):
-    for name, bound in (('wr', 0.5), ('wv', 0.5), ('wk', 0.05)):
+    for name, bound in (('r.kernel', 0.5), ('v.kernel', 0.5), ('k.kernel', 0.05)):
       w = of_block(params, layer, 0, name)
       assert 0.98 * bound < np.abs(w).max() * D**0.5 <= bound
-    h = of_block(params, layer, 1, 'wk')
+    h = of_block(params, layer, 1, 'k.kernel')
     assert h.shape == (D, 4 * D)
     assert 0.98 * 0.5 < np.abs(h).max() * D**0.5 <= 0.5
-    for branch, name in ((0, 'wo'), (1, 'wv'), (0, 'decay.down'), (0, 'gate.down')):
+    for branch, name in ((0, 'o.kernel'), (1, 'v.kernel'), (0, 'decay.a'), (0, 'gate.a')):
       assert not of_block(params, layer, branch, name).any(), name
     for name, rank in (('decay', 8), ('rate', 8), ('gate', 16)):
-      up = of_block(params, layer, 0, f'{name}.up')
-      np.testing.assert_allclose(up @ up.T, 0.01 * np.eye(rank), atol=1e-6)
+      b = of_block(params, layer, 0, f'{name}.b')
+      np.testing.assert_allclose(b @ b.T, 0.01 * np.eye(rank), atol=1e-6)
   assert 0.99e-4 < np.abs(params['embedder.input.table']).max() <= 1e-4
   np.testing.assert_allclose(
     params['head.kernel'] @ params['head.kernel'].T, 0.25 * V / D * np.eye(D), atol=1e-4
@@ -123,7 +123,7 @@ def test_what_the_optimizer_is_told(model):
   """Decay on the matrices that the official code calls weights, twice the learning rate on w0."""
   for name, info in model[0].info.items():
     last = name.rpartition('.')[2]
-    matrix = last in ('wr', 'wk', 'wv', 'wo', 'table') or name == 'head.kernel'
+    matrix = last in ('kernel', 'table')
     assert info.decay == matrix, name
     assert info.lr_scale == (2.0 if name.endswith('decay.bias') else 1.0), name
     assert info.full_precision == name.endswith('decay.bias'), name
@@ -135,7 +135,7 @@ def test_only_the_first_block_may_do_without_values():
   wrong = define(tiny.replace(stack=(later,)))
   with pytest.raises(InputError, match='value_rank = None'):
     jax.eval_shape(lambda p: wrong.merge(p)(np.zeros((1, 4), np.int32)), wrong.abstract())
-  with pytest.raises(InputError, match='not a multiple'):
+  with pytest.raises(InputError, match='must be a divisor of width = 100'):
     define(tiny.replace(width=100))
   with pytest.raises(InputError, match='value_rank'):
     TimeMix7.Config(value_rank=0)

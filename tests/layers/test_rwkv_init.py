@@ -10,9 +10,10 @@ from flax import nnx
 
 from jaxformer.config import InputError
 from jaxformer.layers.layer import LayerPosition
-from jaxformer.layers.rwkv4 import ChannelMix4, TimeMix4
+from jaxformer.layers.rwkv import ChannelMix
+from jaxformer.layers.rwkv4 import TimeMix4
 from jaxformer.layers.rwkv5 import TimeMix5
-from jaxformer.layers.rwkv6 import ChannelMix6, TimeMix6
+from jaxformer.layers.rwkv6 import TimeMix6
 from jaxformer.models.params import define
 from jaxformer.models.zoo.rwkv4 import rwkv4
 from jaxformer.models.zoo.rwkv5 import rwkv5
@@ -97,10 +98,10 @@ def test_channel_mixing(version):
       found[name], 1 - expected if version == 6 else expected, rtol=1e-5, atol=1e-6
     )
   gain = F / D if version == 4 else 1.0  # squared
-  np.testing.assert_allclose(found['wk'] @ found['wk'].T, gain * np.eye(D), atol=1e-5)
-  assert found['wk'].shape == (D, F)
-  assert not found['wv'].any()
-  assert not found['wr'].any()
+  np.testing.assert_allclose(found['k.kernel'] @ found['k.kernel'].T, gain * np.eye(D), atol=1e-5)
+  assert found['k.kernel'].shape == (D, F)
+  assert not found['v.kernel'].any()
+  assert not found['r.kernel'].any()
 
 
 def test_published_numbers_of_rwkv4():
@@ -127,21 +128,24 @@ def test_published_numbers_of_rwkv4():
 @pytest.mark.parametrize('version', TIME)
 def test_matrices_of_time_mixing(version):
   found = values(TIME[version], 4)
-  gains = {4: {'wr': 0.0, 'wk': 0.0, 'wv': 1.0, 'wo': 0.0}}.get(
-    version, {'wr': 1.0, 'wk': 0.1, 'wv': 1.0, 'wg': 0.1, 'wo': 0.0}
+  gains = {4: {'r': 0.0, 'k': 0.0, 'v': 1.0, 'o': 0.0}}.get(
+    version, {'r': 1.0, 'k': 0.1, 'v': 1.0, 'g': 0.1, 'o': 0.0}
   )
   for name, gain in gains.items():
     np.testing.assert_allclose(
-      found[name] @ found[name].T, gain**2 * np.eye(D), atol=1e-5, err_msg=name
+      found[f'{name}.kernel'] @ found[f'{name}.kernel'].T,
+      gain**2 * np.eye(D),
+      atol=1e-5,
+      err_msg=name,
     )
-  rest = {n: v for n, v in found.items() if v.ndim > 1 and n not in gains}
+  rest = {n: v for n, v in found.items() if v.ndim > 1 and not n.endswith('.kernel')}
   assert {n: v.shape for n, v in rest.items()} == (
     {}
     if version < 6
-    else {'mix_down': (D, 5 * 8), 'mix_up': (5, 8, D), 'decay.down': (D, 12), 'decay.up': (12, D)}
+    else {'mix_a': (D, 5 * 8), 'mix_b': (5, 8, D), 'decay.a': (D, 12), 'decay.b': (12, D)}
   )
   for name, value in rest.items():
-    if 'down' in name:
+    if name.endswith('a'):
       assert not value.any()
     else:
       assert 0.0098 < np.abs(value).max() <= 0.01
@@ -173,7 +177,7 @@ def test_what_the_optimizer_is_told(version):
   for name, p in (built(TIME[version], 1) | built(CHANNELS[version], 1)).items():
     meta = p.get_metadata()
     rates = {'decay': 2.0, 'decay.bias': 2.0, 'bonus': 3.0 if version == 4 else 1.0}
-    assert meta['decay'] == (name in ('wr', 'wk', 'wv', 'wg', 'wo')), name
+    assert meta['decay'] == name.endswith('.kernel'), name
     assert meta['lr_scale'] == rates.get(name, 1.0), name
     assert meta['full_precision'] == (name in rates), name
 
@@ -181,7 +185,7 @@ def test_what_the_optimizer_is_told(version):
 def test_settings_that_do_not_fit():
   for layer in (TimeMix5.Config(head_dim=24), TimeMix6.Config(head_dim=24)):
     with pytest.raises(
-      InputError, match=rf'width = 128 is not a multiple of {layer.tag}\.head_dim = 24'
+      InputError, match=rf'{layer.tag}\.head_dim = 24: must be a divisor of width = 128'
     ):
       layer.build(D, nnx.Rngs(params=0), LayerPosition())
   with pytest.raises(InputError, match='at least 2'):
@@ -190,6 +194,7 @@ def test_settings_that_do_not_fit():
     TimeMix6.Config(mix_rank=0)
   with pytest.raises(InputError, match=r'TimeMix5\.head_dim = 0'):
     TimeMix5.Config(head_dim=0)
-  for kind in (ChannelMix4, ChannelMix6):
-    with pytest.raises(InputError, match='hidden = 0'):
-      kind.Config(hidden=0)
+  with pytest.raises(InputError, match='hidden = 0'):
+    ChannelMix.Config(hidden=0)
+  with pytest.raises(InputError, match='version = 3: must be 4, 5, 6 or 7'):
+    ChannelMix.Config(version=3)

@@ -16,6 +16,7 @@ from jaxformer.models.zoo.seq2seq import luong, rnnsearch, seq2seq_lstm
 from tests.tiers import case
 
 N = Normal(std=0.4)
+GATES = 'kernel', 'recurrent_kernel', 'bias'
 SCORES = {'dot': None, 'general': FanInUniform()}
 SIZES = {'source_vocab_size': 13, 'vocab_size': 11, 'context_length': 20}
 SOURCES, TARGETS = [[3, 1, 4, 1, 5], [9, 2, 6]], [[1, 2, 3, 4], [5, 6, 7, 8]]
@@ -76,18 +77,28 @@ def test_rnnsearch():
     xs, n = p['source_input.table'][source], 6
     forward, backward, layer = [np.zeros(n)], [np.zeros(n)], 'encoder.groups.0.0.branches.0.layer'
     for x in xs:
-      forward.append(gru(p[f'{layer}.forward.w'], p[f'{layer}.forward.u'], x, forward[-1]))
+      forward.append(
+        gru(p[f'{layer}.forward.kernel'], p[f'{layer}.forward.recurrent_kernel'], x, forward[-1])
+      )
     for x in xs[::-1]:
-      backward.append(gru(p[f'{layer}.backward.w'], p[f'{layer}.backward.u'], x, backward[-1]))
+      backward.append(
+        gru(p[f'{layer}.backward.kernel'], p[f'{layer}.backward.recurrent_kernel'], x, backward[-1])
+      )
     m = np.concatenate([np.array(forward[1:]), np.array(backward[1:])[::-1]], axis=1)
     d = {k.removeprefix('decoder.groups.0.0.branches.0.layer.'): v for k, v in p.items()}
-    s, logits = np.tanh(backward[-1] @ d['w_start']), []
+    s, logits = np.tanh(backward[-1] @ d['start.kernel']), []
     for y in p['embedder.input.table'][target]:
-      a = softmax(np.array([d['v'] @ np.tanh(s @ d['w_query'] + m_j @ d['w_key']) for m_j in m]))
+      a = softmax(
+        np.array([d['score'] @ np.tanh(s @ d['query.kernel'] + m_j @ d['key.kernel']) for m_j in m])
+      )
       c = a @ m
-      t = s @ d['out_state'] + y @ d['out_input'] + c @ d['out_context']  # with the state before
+      t = (
+        s @ d['out_state.kernel'] + y @ d['out_input.kernel'] + c @ d['out_context.kernel']
+      )  # with the state before
       logits.append(np.maximum(t[0::2], t[1::2]) @ p['head.kernel'])
-      s = gru(d['w'], d['u'], y, s, np.einsum('C,CGH->GH', c, d['w_context']))
+      s = gru(
+        d['kernel'], d['recurrent_kernel'], y, s, np.einsum('C,CGH->GH', c, d['context_kernel'])
+      )
     return np.array(logits)
 
   agree(
@@ -110,7 +121,10 @@ def lstm(p, layer, x, state):
   """Graves' cell; gates in our order i, f, g, o."""
   h, c = state
   i, f, g, o = (
-    x @ p[f'{layer}.w'][:, k] + h @ p[f'{layer}.u'][:, k] + p[f'{layer}.b'][k] for k in range(4)
+    x @ p[f'{layer}.kernel'][:, k]
+    + h @ p[f'{layer}.recurrent_kernel'][:, k]
+    + p[f'{layer}.bias'][k]
+    for k in range(4)
   )
   c = sigmoid(f) * c + sigmoid(i) * np.tanh(g)
   return sigmoid(o) * np.tanh(c), c
@@ -133,7 +147,7 @@ def test_gnmt(layers):
   def stacked(p, stack, r):
     """The parameters of residual layer r, which are stacked where there are several."""
     prefix = f'{stack}.groups.2.0.branches.0.layer'
-    return {f'l.{k}': p[f'{prefix}.{k}'][r] if layers > 3 else p[f'{prefix}.{k}'] for k in 'wub'}
+    return {f'l.{k}': p[f'{prefix}.{k}'][r] if layers > 3 else p[f'{prefix}.{k}'] for k in GATES}
 
   def reference(p, source, target):
     zero = (np.zeros(n), np.zeros(n))
@@ -154,13 +168,22 @@ def test_gnmt(layers):
       x = x + m  # what goes up is the sum, what recurs is m
       states.append(last)
     memory, logits, attention = x, [], 'decoder.groups.0.0.branches.0.layer'
-    both = np.concatenate([p[f'{attention}.w'], p[f'{attention}.w_context']])
-    bottom_params = {'l.w': both, 'l.u': p[f'{attention}.u'], 'l.b': p[f'{attention}.b']}
+    both = np.concatenate([p[f'{attention}.kernel'], p[f'{attention}.context_kernel']])
+    bottom_params = {
+      'l.kernel': both,
+      'l.recurrent_kernel': p[f'{attention}.recurrent_kernel'],
+      'l.bias': p[f'{attention}.bias'],
+    }
     for y in p['embedder.input.table'][target]:
-      q = states[0][0] @ p[f'{attention}.w_query']
+      q = states[0][0] @ p[f'{attention}.query.kernel']
       c = (
         softmax(
-          np.array([p[f'{attention}.v'] @ np.tanh(q + m @ p[f'{attention}.w_key']) for m in memory])
+          np.array(
+            [
+              p[f'{attention}.score'] @ np.tanh(q + m @ p[f'{attention}.key.kernel'])
+              for m in memory
+            ]
+          )
         )
         @ memory
       )
@@ -183,7 +206,7 @@ def test_gnmt(layers):
 
 def of_layer(p, stack, r):
   """The parameters of an LSTM of several that are stacked."""
-  return {f'l.{k}': p[f'{stack}.groups.0.0.branches.0.layer.{k}'][r] for k in 'wub'}
+  return {f'l.{k}': p[f'{stack}.groups.0.0.branches.0.layer.{k}'][r] for k in GATES}
 
 
 def attended(p, layer, memory, h):
@@ -225,7 +248,7 @@ def test_luong_with_input_feeding(score, layers):
     memory, states, logits, attentional = p['source_input.table'][source[::-1]], [], [], np.zeros(n)
     for r in range(layers):
       one = (
-        {f'l.{k}': p[f'encoder.groups.0.0.branches.0.layer.{k}'] for k in 'wub'}
+        {f'l.{k}': p[f'encoder.groups.0.0.branches.0.layer.{k}'] for k in GATES}
         if layers == 1
         else of_layer(p, 'encoder', r)
       )

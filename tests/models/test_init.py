@@ -36,7 +36,7 @@ def test_gpt2_weights(gpt2, ending):
 
 
 @pytest.mark.quick
-@pytest.mark.parametrize('ending', ['.out.kernel', '.down.kernel'])
+@pytest.mark.parametrize('ending', ['.o.kernel', '.down.kernel'])
 def test_gpt2_residual_projections(gpt2, ending):
   """0.02 / sqrt(2 L) = 0.004082 for 12 blocks, in each of them."""
   (p,) = pieces(gpt2, ending)
@@ -51,7 +51,7 @@ def test_gpt2_positions_offsets_and_norms(gpt2):
   (table,) = pieces(gpt2, 'embedder.positions.table')
   assert abs(table.std() - 0.01) < 0.01 * 5 / math.sqrt(2 * table.size)
   for ending, value in (
-    *((f'.{name}.bias', 0) for name in ('q', 'k', 'v', 'out', 'up', 'down')),
+    *((f'.{name}.bias', 0) for name in ('q', 'k', 'v', 'o', 'up', 'down')),
     ('norm.bias', 0),
     ('.scale', 1),
   ):

@@ -166,8 +166,8 @@ def test_slots_are_those_of_the_complete_sequence():
 
 B, T, D = 2, 1024, 32
 LINEAR = (
-  Mamba.Config(state=4),
-  Mamba2.Config(state=8, head_dim=8),
+  Mamba.Config(d_state=4),
+  Mamba2.Config(d_state=8, head_dim=8),
   TimeMix4.Config(),
   TimeMix5.Config(head_dim=8),
   TimeMix6.Config(head_dim=8),

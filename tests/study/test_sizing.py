@@ -162,7 +162,7 @@ def test_a_plan_of_a_size_on_a_target(capsys):
 
 @pytest.mark.quick
 def test_what_is_changed_afterwards_is_measured(capsys):
-  shape = answered(capsys, 'plan', 'mamba', '--params', '1M', '--model.state', '64')['shape']
+  shape = answered(capsys, 'plan', 'mamba', '--params', '1M', '--model.d-state', '64')['shape']
   assert shape['value'] > 1.1e6
   assert not shape['within']
 

@@ -119,7 +119,7 @@ def test_muon_orthogonalizes_every_matrix():
 def test_muon_takes_the_matrices_of_blocks_alone():
   definition = define(gpt(32, 2, 2, context_length=32, vocab_size=264))
   taken = {n.rsplit('.', 2)[-2] for n, i in definition.info.items() if Muon().orthogonalized(i)}
-  assert taken == {'q', 'k', 'v', 'out', 'up', 'down'}
+  assert taken == {'q', 'k', 'v', 'o', 'up', 'down'}
   params = tree(0)
   o = Optimizer(
     Muon(learning_rate=1.0, adam_learning_rate=1e-3, weight_decay=0.0, clip=None),

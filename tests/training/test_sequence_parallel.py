@@ -66,7 +66,7 @@ MODELS = {
     4,
     2,
     experts=4,
-    state=8,
+    d_state=8,
     attention_every=2,
     attention_first=1,
     vocab_size=264,

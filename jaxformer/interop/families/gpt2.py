@@ -105,8 +105,8 @@ def rules(config: LanguageModel.Config) -> list[Rule]:
     Rule(
       tuple(f'{attention}.layer.{p}.bias' for p in 'qkv'), f'{layer}.attn.c_attn.bias', (Concat(0),)
     ),
-    same(f'{attention}.layer.out.kernel', f'{layer}.attn.c_proj.weight'),
-    same(f'{attention}.layer.out.bias', f'{layer}.attn.c_proj.bias'),
+    same(f'{attention}.layer.o.kernel', f'{layer}.attn.c_proj.weight'),
+    same(f'{attention}.layer.o.bias', f'{layer}.attn.c_proj.bias'),
     same(f'{mlp}.norm.scale', f'{layer}.ln_2.weight'),
     same(f'{mlp}.norm.bias', f'{layer}.ln_2.bias'),
     same(f'{mlp}.layer.up.kernel', f'{layer}.mlp.c_fc.weight'),

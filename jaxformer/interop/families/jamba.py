@@ -60,7 +60,7 @@ def read(hf: Settings) -> LanguageModel.Config:
     else hf.count('mamba_dt_rank')
   )
   mixer = Mamba.Config(
-    state=hf.count('mamba_d_state', 16),
+    d_state=hf.count('mamba_d_state', 16),
     expand=hf.count('mamba_expand', 2),
     d_conv=hf.count('mamba_d_conv', 4),
     dt_rank=None if rank == automatic else rank,
@@ -140,7 +140,7 @@ def write(config: LanguageModel.Config) -> dict[str, Any]:
     'attn_layer_offset': attends[1],
     'expert_layer_period': sparse[0],
     'expert_layer_offset': sparse[1],
-    'mamba_d_state': mixer.state,
+    'mamba_d_state': mixer.d_state,
     'mamba_d_conv': mixer.d_conv,
     'mamba_expand': mixer.expand,
     'mamba_dt_rank': mixer.rank(config.width),
@@ -164,8 +164,7 @@ def rules(config: LanguageModel.Config) -> list[Rule]:
   return [
     same('embedder.input.table', 'model.embed_tokens.weight'),
     same(f'{mixer}.norm.scale', f'{layer}.input_layernorm.weight'),
-    *(linear(f'{mixer}.layer.{p}.kernel', f'{layer}.self_attn.{p}_proj.weight') for p in 'qkv'),
-    linear(f'{mixer}.layer.out.kernel', f'{layer}.self_attn.o_proj.weight'),
+    *(linear(f'{mixer}.layer.{p}.kernel', f'{layer}.self_attn.{p}_proj.weight') for p in 'qkvo'),
     *of_mamba,
     *(
       same(f'{mixer}.layer.norms.{i}.scale', f'{layer}.mamba.{n}_layernorm.weight')

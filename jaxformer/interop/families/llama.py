@@ -160,8 +160,7 @@ def rules(config: LanguageModel.Config) -> list[Rule]:
     'stack.{layer}.branches.1',
   )
   projections = [
-    *((f'{attention}.layer.{p}', f'{layer}.self_attn.{p}_proj') for p in 'qkv'),
-    (f'{attention}.layer.out', f'{layer}.self_attn.o_proj'),
+    *((f'{attention}.layer.{p}', f'{layer}.self_attn.{p}_proj') for p in 'qkvo'),
     *((f'{mlp}.layer.{p}', f'{layer}.mlp.{p}_proj') for p in ('gate', 'up', 'down')),
   ]
   return [

@@ -56,7 +56,7 @@ def read(hf: Settings) -> LanguageModel.Config:
     automatic if hf.fields.get('time_step_rank', 'auto') == 'auto' else hf.count('time_step_rank')
   )
   layer = Mamba.Config(
-    state=hf.count('state_size', 16),
+    d_state=hf.count('state_size', 16),
     expand=expand,
     d_conv=hf.count('conv_kernel', 4),
     dt_rank=None if rank == automatic else rank,
@@ -87,7 +87,7 @@ def write_model(config: LanguageModel.Config) -> dict[str, Any]:
 def write_layer(layer: Any) -> dict[str, Any]:
   """The fields that a `Mamba` and a `Mamba2` share."""
   fields = {
-    'state_size': layer.state,
+    'state_size': layer.d_state,
     'expand': layer.expand,
     'conv_kernel': layer.d_conv,
     'use_bias': layer.bias,
@@ -123,8 +123,8 @@ def outer_rules() -> list[Rule]:
     same('stack.{layer}.branches.0.norm.scale', 'backbone.layers.{layer}.norm.weight'),
     same(f'{OURS}.A_log', f'{THEIRS}.A_log'),
     same(f'{OURS}.D', f'{THEIRS}.D'),
-    linear(f'{OURS}.w_out', f'{THEIRS}.out_proj.weight'),
-    same(f'{OURS}.b_out', f'{THEIRS}.out_proj.bias'),
+    linear(f'{OURS}.out.kernel', f'{THEIRS}.out_proj.weight'),
+    same(f'{OURS}.out.bias', f'{THEIRS}.out_proj.bias'),
     same('final_norm.scale', 'backbone.norm_f.weight'),
     linear('head.kernel', 'lm_head.weight'),
   ]
@@ -133,13 +133,15 @@ def outer_rules() -> list[Rule]:
 def rules(config: LanguageModel.Config) -> list[Rule]:
   return [
     *outer_rules(),
-    Rule((f'{OURS}.w_x', f'{OURS}.w_z'), f'{THEIRS}.in_proj.weight', (Concat(1), TRANSPOSE)),
-    Rule((f'{OURS}.b_x', f'{OURS}.b_z'), f'{THEIRS}.in_proj.bias', (Concat(0),)),
-    Rule((f'{OURS}.w_conv',), f'{THEIRS}.conv1d.weight', CONV),
-    same(f'{OURS}.b_conv', f'{THEIRS}.conv1d.bias'),
-    linear(f'{OURS}.w_s', f'{THEIRS}.x_proj.weight'),
-    linear(f'{OURS}.w_dt', f'{THEIRS}.dt_proj.weight'),
-    same(f'{OURS}.b_dt', f'{THEIRS}.dt_proj.bias'),
+    Rule(
+      (f'{OURS}.x.kernel', f'{OURS}.z.kernel'), f'{THEIRS}.in_proj.weight', (Concat(1), TRANSPOSE)
+    ),
+    Rule((f'{OURS}.x.bias', f'{OURS}.z.bias'), f'{THEIRS}.in_proj.bias', (Concat(0),)),
+    Rule((f'{OURS}.conv.kernel',), f'{THEIRS}.conv1d.weight', CONV),
+    same(f'{OURS}.conv.bias', f'{THEIRS}.conv1d.bias'),
+    linear(f'{OURS}.selection.kernel', f'{THEIRS}.x_proj.weight'),
+    linear(f'{OURS}.dt.kernel', f'{THEIRS}.dt_proj.weight'),
+    same(f'{OURS}.dt_bias', f'{THEIRS}.dt_proj.bias'),
   ]
 
 

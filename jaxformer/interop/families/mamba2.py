@@ -36,7 +36,7 @@ def read(hf: Settings) -> LanguageModel.Config:
   hf.only('norm_before_gate', False)
   _unlimited(hf)
   layer = Mamba2.Config(
-    state=hf.count('state_size', 128),
+    d_state=hf.count('state_size', 128),
     expand=expand,
     head_dim=head_dim,
     groups=hf.count('n_groups', 8),
@@ -87,18 +87,22 @@ def rules(config: LanguageModel.Config) -> list[Rule]:
   return [
     *outer_rules(),
     Rule(
-      tuple(f'{OURS}.{p}' for p in ('w_z', 'w_x', 'w_bc', 'w_dt')),
+      tuple(f'{OURS}.{p}.kernel' for p in ('z', 'x', 'bc', 'dt')),
       f'{THEIRS}.in_proj.weight',
       (Concat(1), TRANSPOSE),
     ),
     Rule(
-      tuple(f'{OURS}.{p}' for p in ('b_z', 'b_x', 'b_bc', 'b_dt_in')),
+      tuple(f'{OURS}.{p}.bias' for p in ('z', 'x', 'bc', 'dt')),
       f'{THEIRS}.in_proj.bias',
       (Concat(0),),
     ),
-    Rule((f'{OURS}.conv_x', f'{OURS}.conv_bc'), f'{THEIRS}.conv1d.weight', (Concat(1), *CONV)),
-    Rule((f'{OURS}.conv_b_x', f'{OURS}.conv_b_bc'), f'{THEIRS}.conv1d.bias', (Concat(0),)),
-    same(f'{OURS}.b_dt', f'{THEIRS}.dt_bias'),
+    Rule(
+      (f'{OURS}.conv_x.kernel', f'{OURS}.conv_bc.kernel'),
+      f'{THEIRS}.conv1d.weight',
+      (Concat(1), *CONV),
+    ),
+    Rule((f'{OURS}.conv_x.bias', f'{OURS}.conv_bc.bias'), f'{THEIRS}.conv1d.bias', (Concat(0),)),
+    same(f'{OURS}.dt_bias', f'{THEIRS}.dt_bias'),
     same(f'{OURS}.scale', f'{THEIRS}.norm.weight'),
   ]
 

@@ -119,7 +119,7 @@ def rules(config: EncoderDecoder.Config) -> list[Rule]:
         same(f'{ours}.norm.bias', f'{norm}.bias'),
       ]
       parts = (
-        [(p, f'{name}.{p}_proj') for p in ('q', 'k', 'v', 'out')]
+        [(p, f'{name}.{"out" if p == "o" else p}_proj') for p in 'qkvo']
         if name
         else [('up', 'fc1'), ('down', 'fc2')]
       )

@@ -9,7 +9,7 @@ from jaxformer.interop.family import Family, blocks, branches, family, part
 from jaxformer.interop.settings import Settings
 from jaxformer.interop.weights import Names, NewAxis, Rule, linear, same
 from jaxformer.layers.norm import LayerNorm
-from jaxformer.layers.rwkv4 import ChannelMix4
+from jaxformer.layers.rwkv import ChannelMix
 from jaxformer.models.language_model import LanguageModel
 from jaxformer.models.zoo.rwkv4 import rwkv4
 
@@ -50,7 +50,7 @@ def write(config: LanguageModel.Config) -> dict[str, Any]:
     'hidden_size': config.width,
     'attention_hidden_size': config.width,
     'num_hidden_layers': len(stack),
-    'intermediate_size': part(channels.layer, ChannelMix4.Config, 'layer 1 of block 0').hidden,
+    'intermediate_size': part(channels.layer, ChannelMix.Config, 'layer 1 of block 0').hidden,
     'layer_norm_epsilon': time.norm.eps,
     'rescale_every': 0,
     'tie_word_embeddings': config.tied,
@@ -87,7 +87,7 @@ def rules(config: LanguageModel.Config) -> list[Rule]:
       Rule((f'{ours}.mix_{z}',), f'{theirs}.time_mix_{words[z]}', (NewAxis(0), NewAxis(0)))
       for ours, theirs, z in mixes
     ),
-    *(linear(f'{ours}.w{z}', f'{theirs}.{words[z]}.weight') for ours, theirs, z in matrices),
+    *(linear(f'{ours}.{z}.kernel', f'{theirs}.{words[z]}.weight') for ours, theirs, z in matrices),
     same(f'{time}.layer.decay', f'{att}.time_decay'),
     same(f'{time}.layer.bonus', f'{att}.time_first'),
     linear('head.kernel', 'head.weight'),

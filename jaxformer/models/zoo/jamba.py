@@ -27,7 +27,7 @@ def jamba(
   *,
   experts: int = 16,
   k: int = 2,
-  state: int = 16,
+  d_state: int = 16,
   attention_every: int = 8,
   attention_first: int = 4,
   moe_every: int = 2,
@@ -41,7 +41,7 @@ def jamba(
   norm = RMSNorm.Config(eps=1e-6)
   attention, mamba = (
     Attention.Config(heads=heads, kv_heads=kv_heads),
-    Mamba.Config(state=state, inner_norm=norm),
+    Mamba.Config(d_state=d_state, inner_norm=norm),
   )
   mlp = GatedMlp.Config(hidden=hidden)
   moe = Moe.Config(experts=experts, expert=mlp, router=SoftmaxTopK(k=k, balance=0.001))
@@ -72,7 +72,7 @@ preset(
 preset(
   'jamba-tiny',
   'jamba',
-  jamba(64, 8, 96, 4, 2, experts=4, state=8, vocab_size=264, context_length=256),
+  jamba(64, 8, 96, 4, 2, experts=4, d_state=8, vocab_size=264, context_length=256),
 )
 
 
@@ -87,7 +87,7 @@ def _grown(
     heads,
     heads // 2,
     experts=4,
-    state=8,
+    d_state=8,
     vocab_size=vocab_size,
     context_length=context_length,
   )

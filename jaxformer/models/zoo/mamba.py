@@ -51,7 +51,7 @@ for size, width, layers in (
 preset(
   'mamba2-tiny',
   'mamba2',
-  mamba(Mamba2.Config(state=64, head_dim=32), 128, 4, vocab_size=264, context_length=256),
+  mamba(Mamba2.Config(d_state=64, head_dim=32), 128, 4, vocab_size=264, context_length=256),
 )
 
 
@@ -65,4 +65,4 @@ def _grown(layer: LayerConfig) -> Make:
 
 
 family('mamba', _grown(Mamba.Config()))
-family('mamba2', _grown(Mamba2.Config(state=64, head_dim=16)))
+family('mamba2', _grown(Mamba2.Config(d_state=64, head_dim=16)))

@@ -6,7 +6,8 @@ from __future__ import annotations
 
 from jaxformer.layers.init import Orthogonal, Uniform
 from jaxformer.layers.norm import LayerNorm
-from jaxformer.layers.rwkv4 import ChannelMix4, TimeMix4
+from jaxformer.layers.rwkv import ChannelMix
+from jaxformer.layers.rwkv4 import TimeMix4
 from jaxformer.models.block import Block, PreNorm
 from jaxformer.models.language_model import LanguageModel
 from jaxformer.models.stack import Group
@@ -25,7 +26,7 @@ def rwkv4(
   norm: LayerNorm.Config = LAYER_NORM,
 ) -> LanguageModel.Config:
   """The RWKV-4 architecture."""
-  mixing = ChannelMix4.Config(hidden=hidden or 4 * width)
+  mixing = ChannelMix.Config(version=4, hidden=hidden or 4 * width, init=Orthogonal())
   block = Block.Config(
     branches=tuple(PreNorm.Config(layer=layer, norm=norm) for layer in (TimeMix4.Config(), mixing))
   )

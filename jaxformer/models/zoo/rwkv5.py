@@ -8,7 +8,7 @@ import functools
 from jaxformer.layers.init import Orthogonal, Uniform
 from jaxformer.layers.layer import LayerConfig
 from jaxformer.layers.norm import LayerNorm
-from jaxformer.layers.rwkv4 import ChannelMix4
+from jaxformer.layers.rwkv import ChannelMix
 from jaxformer.layers.rwkv5 import TimeMix5
 from jaxformer.models.block import Block, PreNorm
 from jaxformer.models.language_model import LanguageModel
@@ -56,7 +56,7 @@ def rwkv5(
   head_dim: int = 64,
 ) -> LanguageModel.Config:
   """The RWKV-5.2 architecture."""
-  channels = ChannelMix4.Config(hidden=hidden or hidden_size(width), init=Orthogonal(wide=False))
+  channels = ChannelMix.Config(version=5, hidden=hidden or hidden_size(width))
   return world(
     width, layers, TimeMix5.Config(head_dim=head_dim), channels, context_length, vocab_size
   )

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import functools
 
-from jaxformer.layers.rwkv6 import ChannelMix6, TimeMix6
+from jaxformer.layers.rwkv import ChannelMix
+from jaxformer.layers.rwkv6 import TimeMix6
 from jaxformer.models.language_model import LanguageModel
 from jaxformer.models.zoo.preset import HEAD, family, preset
 from jaxformer.models.zoo.rwkv5 import hidden_size, world
@@ -25,7 +26,7 @@ def rwkv6(
   mix, decay = ranks
   time, channels = (
     TimeMix6.Config(head_dim=head_dim, mix_rank=mix, decay_rank=decay),
-    ChannelMix6.Config(hidden=hidden or hidden_size(width)),
+    ChannelMix.Config(version=6, hidden=hidden or hidden_size(width)),
   )
   return world(width, layers, time, channels, context_length, vocab_size)
 

@@ -6,9 +6,10 @@ from __future__ import annotations
 
 import functools
 
-from jaxformer.layers.init import Orthogonal, Uniform
+from jaxformer.layers.init import FanInUniform, Orthogonal, Uniform
 from jaxformer.layers.norm import LayerNorm
-from jaxformer.layers.rwkv7 import ChannelMix7, TimeMix7
+from jaxformer.layers.rwkv import ChannelMix
+from jaxformer.layers.rwkv7 import TimeMix7
 from jaxformer.models.block import Block, PreNorm
 from jaxformer.models.language_model import LanguageModel
 from jaxformer.models.stack import Group
@@ -31,7 +32,7 @@ def rwkv7(
   first = TimeMix7.Config(
     head_dim=head_dim, decay_rank=decay, rate_rank=rate, value_rank=None, gate_rank=gate
   )
-  channels = ChannelMix7.Config(hidden=hidden or 4 * width)
+  channels = ChannelMix.Config(version=7, hidden=hidden or 4 * width, init=FanInUniform(gain=0.5))
 
   def block(time: TimeMix7.Config) -> Block.Config:
     return Block.Config(
