@@ -60,7 +60,7 @@ class Dense(nnx.Module):
 
 class ExpertDense(nnx.Module):
   """The kernels of one projection in each of E experts, `[E, D, F]`, without biases. Each expert's
-  is drawn by itself; `ops.moe` multiplies them with the tokens that are routed there."""
+  is drawn independently; `ops.moe` multiplies them with the tokens that are routed there."""
 
   def __init__(
     self,

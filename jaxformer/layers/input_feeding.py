@@ -31,9 +31,10 @@ class InputFeeding(Layer):
   """h^1_t = LSTM_1([x_t, y_{t-1}]), h^l_t = LSTM_l(h^{l-1}_t), y_t = tanh([c_t, h^L_t] W), the
   output of `LuongAttention` (Luong et al. 2015, section 3.3).
 
-  The bottom LSTM reads the previous output beside the input, so that the decoder knows what it
-  attended to. y_0 = 0. If an encoder hands over states, the LSTMs start from those of its layers,
-  from the bottom up; those beyond them from zeros. The state carries y and the LSTMs' states."""
+  The bottom LSTM reads the previous output together with the input, so that the decoder knows what
+  it attended to. y_0 = 0. If an encoder hands over states, the LSTMs start from those of its
+  layers, from the bottom up; those beyond them from zeros. The state carries y and the LSTMs'
+  states."""
 
   class Config(LayerConfig):
     """

@@ -41,7 +41,7 @@ class RecurrentState:
 def gate_kernel(
   init: Init, shape: tuple[int, int, int], rngs: nnx.Rngs, position: LayerPosition
 ) -> nnx.Param:
-  """The kernel `[inputs, gates, H]` of all gates; each gate's is drawn by itself."""
+  """The kernel `[inputs, gates, H]` of all gates; each gate's is drawn independently."""
   inputs, gates, H = shape
   drawn = [init(rngs.params(), (inputs, H), inputs, position) for _ in range(gates)]
   return param(jnp.stack(drawn, axis=1), ('embed', None, 'inner'))
@@ -70,10 +70,10 @@ class RecurrentConfig(LayerConfig, abstract=True):
     hidden: units H; None for the width. If they differ, a projection [H, width] without bias
       follows.
     project: False leaves that projection out: the output is H wide.
-    context_width: width of the `ATTENTION_CONTEXT` that a layer below shares, to be read beside the
-      input, [x, context]; None for none.
+    context_width: width of the `ATTENTION_CONTEXT` that a layer below shares, read together with
+      the input, [x, context]; None for none.
     init: of the kernels of the input and of the projection; `recurrent_init`: of that of the hidden
-      state. Each gate's is drawn by itself.
+      state. Each gate's is drawn independently.
     bias: initialization of the biases; None for no biases.
   """
 

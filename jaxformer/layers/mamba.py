@@ -52,7 +52,7 @@ def convolve(
   before_BJD: Float[Array, 'B J D'] | None,
   starts: Bool[Array, 'B T'],
 ) -> tuple[Float[Array, 'B T D'], Float[Array, 'B J D']]:
-  """Return silu of the causal convolution of each channel by itself (`ops.convolution`), and its
+  """Return silu of the causal depthwise convolution (`ops.convolution`), and its
   last J = d_conv - 1 inputs; `before_BJD` are those before. The kernel of `conv` is `[d_conv,
   channels]`; its last row multiplies the current input."""
   bias = None if conv.bias is None else conv.bias[...]

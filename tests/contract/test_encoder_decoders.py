@@ -1,4 +1,5 @@
-"""What holds for every tiny encoder-decoder beside what test_models.py has for all kinds."""
+"""The contract of encoder-decoders, for every tiny preset, beyond what test_models.py checks for all
+models."""
 
 import jax
 import jax.numpy as jnp
@@ -6,6 +7,7 @@ import numpy as np
 import pytest
 
 from jaxformer.layers.layer import Context
+from jaxformer.models.stack import layers_with_widths
 from jaxformer.models.state import state_bytes
 from tests.contract.cases import BATCH, PAIRS, close, model
 from tests.contract.test_models import LENGTH, pairs_of
@@ -130,17 +132,20 @@ def test_state_is_as_declared(name):
 @every
 def test_alignments_are_distributions_over_the_tokens_of_the_source(name):
   case = model(name)
-  batch = pairs_of(case)
+  batch, config = pairs_of(case), case.definition.config
+  attending = sum(
+    n
+    for layer, width, n in layers_with_widths(config.decoder, config.width)
+    if layer.memory_width(width) is not None
+  )
   for unroll in (False, True):
     out = jax.jit(
       lambda p, c=Context(unroll=unroll, align=True): case.definition.merge(p)(
         batch.source_BS, batch.inputs, c
       )
     )(case.params)
-    assert bool(out.alignments) == (name != 'seq2seq-lstm-tiny')
+    assert len(out.alignments) == attending
     for a in map(np.asarray, out.alignments):
       assert a.shape == (BATCH, LENGTH, 24)
       np.testing.assert_allclose(a.sum(-1), 1, atol=1e-5)
       assert np.all(a[np.broadcast_to(np.asarray(batch.source_BS == -1)[:, None], a.shape)] == 0)
-  if name == 'transformer-tiny':
-    assert len(out.alignments) == 2
