@@ -1,40 +1,40 @@
 """The activation function matters little; a nonlinearity is needed.
 
-Question: how much does the loss of a small transformer hang on which nonlinearity its feed-forward
-  layers have, and how much on
-their having one at all?
+Question: how much does the loss of a small transformer depend on which nonlinearity its
+feed-forward layers have, and how much on having one at all?
 
     python experiments/claims/activation.py
 
-A Llama frame (pre-norm RMSNorm, rotary positions) of width 48 and two layers, with seven
-feed-forward layers in turn: five plain ones of 192 units, SwiGLU of the GLU family (Shazeer 2020)
-of 128, which is exactly as many parameters, and a plain one without an activation, two matrices in
-a row. Each trains on the built-in text with the better of two learning rates (chosen by a seed that
-takes no further part), then with four seeds that see the same rows in the same order. Bits a byte
-of held-out text are compared within seeds.
+A Llama frame (pre-norm RMSNorm, rotary positions) of width 48 with two layers is trained with seven
+feed-forward layers: five plain ones of 192 units, SwiGLU of the GLU family (Shazeer 2020) of 128
+units, which has exactly as many parameters, and a plain one without an activation, two matrices in
+a row. Each is trained on the built-in text at the better of two learning rates (chosen with a
+separate seed), with four seeds that see the same rows in the same order. Held-out bits per byte are
+compared within seeds.
 
-Attention is nonlinear itself (a softmax, and a product of it with the values), and so are norms. So
-the transformer without an activation is no linear model, and the gap is what the feed-forward
-layers' own nonlinearity adds. What a model without any can do is asked of the feed-forward layer
+Attention is itself nonlinear (a softmax, and its product with the values), and so are norms. So the
+transformer without an activation is not a linear model, and the gap is the contribution of the
+feed-forward nonlinearity. A model without any nonlinearity is tested with the feed-forward layer
 alone: two numbers from -1 to 1, one residual branch of width 16 without a norm, and a linear
-classifier say whether the two signs are the same. No line through the plane tells that. Three of
-the layers are asked.
+classifier of whether the two signs are equal, which no line in the plane separates. Three of the
+layers are tested this way.
 
-The activation matters little where the gap, from the mean of all activations to none, is larger
-than the whole spread among them, the best to the worst (95 % interval of the difference of the two,
-paired by seed; to choose best and worst after the fact makes the spread too large, so the test is a
-strict one). A nonlinearity is needed where none is worse than every other (Holm) and the layer
-alone, linear, stays near chance where each other one answers.
+The activation matters little if the gap, from the mean of all activations to none, is larger than
+the spread among them, best to worst (95 % interval of the difference of the two, paired by seed;
+choosing best and worst after the fact overestimates the spread, so the test is strict). A
+nonlinearity is needed if none is worse than every activation (Holm) and the linear layer alone
+stays near chance where the others solve the task.
 
-Cost: five minutes of one CPU core.
-Result (jax 0.10.2): shown in part. A nonlinearity is needed: each of the six activations is better
-than none beyond chance, by 0.0416 (SiLU) to 0.1762 (ReLU) bits a byte of 3.4791, and the layer
-alone gets 48.7 % right without one, 99.3 and 99.5 % with ReLU and SwiGLU. That it matters little
-which is not borne out at this budget of 292 updates: from none to the mean activation are 0.1032 ±
-0.0190 bits, from the best to the worst activation 0.1346 ± 0.0352, and the gap less the spread is
--0.0314 ± 0.0419. The exact GELU and its approximation differ by 0.0006. All seven chose the lower
-of the two rates, so the best may lie below for some, and models trained for so short a time say
-little of ones that have converged."""
+Cost: five minutes on one CPU core.
+
+Result (jax 0.10.2): partly supported. A nonlinearity is needed: each of the six activations is
+significantly better than none, by 0.0416 (SiLU) to 0.1762 (ReLU) of 3.4791 bits per byte, and the
+layer alone reaches an accuracy of 48.7 % without one, 99.3 and 99.5 % with ReLU and SwiGLU. That
+the choice matters little is not supported at this budget of 292 updates: the gap from none to the
+mean activation is 0.1032 ± 0.0190 bits, the spread from best to worst activation 0.1346 ± 0.0352,
+and the gap minus the spread -0.0314 ± 0.0419. The exact GELU and its approximation differ by
+0.0006. All seven chose the lower of the two rates, so the best rate may be lower for some, and
+models trained this briefly say little about converged ones."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ ALONE, ALONE_WIDTH, ALONE_STEPS = (NONE, 'ReLU', 'SwiGLU'), 16, 600
 
 
 def layers(width: int) -> dict[str, Mlp.Config]:
-  """The feed-forward layers, all of 8 width^2 parameters; the one without an activation comes
+  """Return the feed-forward layers, all of 8 width^2 parameters; the one without an activation comes
   first."""
   plain: dict[str, ActivationName] = {NONE: 'identity', **PLAIN}
   return {
@@ -98,7 +98,7 @@ def layers(width: int) -> dict[str, Mlp.Config]:
 
 
 def transformer(feed_forward: Mlp.Config) -> LanguageModel.Config:
-  """Two blocks of attention and the feed-forward layer given."""
+  """Return two blocks of attention and the given feed-forward layer."""
   block = Block.Config(
     branches=(
       PreNorm.Config(layer=Attention.Config(heads=HEADS, position=Rotary())),
@@ -155,7 +155,7 @@ class SameSign(GeneratedTask):
 
 
 def alone(feed_forward: Mlp.Config, name: str, args) -> dict[int, float]:
-  """Right answers of a classifier whose one layer this is, by seed."""
+  """Return the accuracy of a classifier with this one layer, by seed."""
   block = Block.Config(branches=(Residual.Config(layer=feed_forward.replace(bias=True)),))
   model = Classifier.Config(
     input=LinearInput.Config(features=2),
@@ -211,7 +211,7 @@ def gap_and_spread(
 def decide(
   bits: dict[str, dict[int, float]], against: list[Difference], right: dict[str, Estimate]
 ) -> tuple[gallery.Verdict, str]:
-  """The verdict, and why. `against` are the activations against none."""
+  """Return the verdict, and why. `against` are the activations against none."""
   gap, spread, difference, best, worst = gap_and_spread(bits)
   little = difference.low > 0
   matters = difference.high < 0
@@ -219,19 +219,20 @@ def decide(
   others = [right[n] for n in right if n != NONE]
   cannot = right[NONE].high < 0.75 < min(e.low for e in others)
   verdict: gallery.Verdict = (
-    'shown'
+    'supported'
     if little and helps and cannot
     else (
       'contradicted'
       if matters and gap.high < 0
-      else 'shown in part'
+      else 'partly supported'
       if little or helps or cannot
-      else 'not shown'
+      else 'not supported'
     )
   )
   better = sum(d.verdict == 'better' for d in against)
   because = (
-    f'Without an activation the transformer needs {signed(gap, 4)} bits a byte more than the mean '
+    f'Without an activation the transformer needs {signed(gap, 4)} bits per byte more than the '
+    f'mean '
     f'of the {len(against)} '
     f'activations; from the best of these ({best}) to the worst ({worst}) are {signed(spread, 4)} '
     '(95 %, paired by seed), and the '
@@ -299,10 +300,10 @@ def main() -> None:
         'feed-forward',
         'parameters',
         'rate',
-        'bits a byte',
+        'bits per byte',
         'against none',
         'verdict',
-        'alone: right',
+        'accuracy alone',
       ),
       rows,
       {'bits_per_byte': bits, 'tried': tried, 'alone': answers},
@@ -310,10 +311,10 @@ def main() -> None:
     [
       gallery.Picture.of(
         'activations',
-        'Held-out bits a byte by feed-forward layer, 95 % intervals over seeds',
+        'Held-out bits per byte by feed-forward layer, 95 % intervals over seeds',
         series,
         Axis('rank'),
-        Axis('bits a byte'),
+        Axis('bits per byte'),
       )
     ],
   )

@@ -1,69 +1,66 @@
-"""Does a decoder that sees its source as one vector lose quality as the source grows, and do
-attention and the transformer not?
+"""Claim 1: "A vanilla seq2seq decoder loses quality as the source grows longer; attention removes
+that; the transformer does too and reads its input in parallel."
 
-Claim 1: "A vanilla seq2seq decoder loses quality as the source grows longer; attention removes
-  that; the transformer does too and
-reads its input in parallel."
+Question: does a decoder that sees its source as one vector lose quality on longer sources, and do
+attention and the transformer avoid this?
 
-What is done. Four generations of translation models, seq2seq LSTM (Sutskever et al. 2014),
-RNNsearch (Bahdanau et al. 2014), GNMT (Wu et al. 2016) and the Transformer (Vaswani et al. 2017),
-with equal numbers of parameters (within 2 %), the same grid of learning rates tried with a seed of
-its own, and the same pairs in the same order for equal seeds. Two halves:
+Method: four generations of translation models, seq2seq LSTM (Sutskever et al. 2014), RNNsearch
+(Bahdanau et al. 2014), GNMT (Wu et al. 2016) and the Transformer (Vaswani et al. 2017), with equal
+numbers of parameters (within 2 %), the same grid of learning rates tried with a separate seed, and
+the same pairs in the same order for equal seeds. There are two tasks:
 
-- translation: English verses of the King James Bible to Spanish (`bible_pairs.py`), byte
-  pairs learned on both sides;
-- copying: random letters, to be written again. Here all that the decoder must know is in the
-  source, and nothing can be guessed, so that what the one vector does not hold is missing from the
-  output. It is there because at a budget of minutes nobody learns to translate: what a model of so
-  little training says of a verse hardly depends on the verse.
+- translation: English verses of the King James Bible to Spanish (`bible_pairs.py`), with
+  byte pairs trained on both sides;
+- copying: random letters. Everything that the decoder needs is in the source and nothing can be
+  guessed, so whatever the one vector does not hold is missing from the output. This task is
+  included because no model learns to translate at a budget of minutes: the output of a model
+  trained this briefly hardly depends on the verse.
 
-A half's grid of rates stands where a first trial put the best ones, and grows beyond an end at
-which the best of a model lies, twice at most; one model's seeds differ in their initial values and
-in the order of their pairs.
+The grid of each task is centred on the best rates of a first trial, and is extended at most twice
+if the best rate of a model lies at an end; the seeds of one model differ in initialization and in
+the order of pairs.
 
-Held-out pairs are scored in quarters by the length of their source. The statistic is the rise of
-the held-out loss (nats a token of the target, the end counted) from the quarter of the shortest
-sources to that of the longest, and its difference to that of the
-seq2seq LSTM, paired by seed: what makes long texts easier or harder for every model falls out of
-  the difference. Beside it stand
-BLEU of greedy translations (of copies, the fraction that is right to the last letter), which moves
-less at this scale. The time of a training step is measured in turns, and so is that of encoding one
-source of 16 to 256 tokens; both are given as ratios alone. On a CPU core nothing runs in parallel
-as on an accelerator: all that could show is that products of whole sequences use the core better
-than a step after the other.
+Held-out pairs are scored in quarters by source length. The statistic is the increase of the
+held-out loss (nats per target token, including the end) from the quarter of the shortest sources to
+that of the longest, and its difference from that of the seq2seq LSTM, paired by seed: what makes
+long texts easier or harder for every model cancels. BLEU of greedy translations (for copies, exact
+match) is reported too; it varies less at this scale. The training step is timed in turns, and so is
+encoding one source of 16 to 256 tokens; both are given only as ratios. A CPU core has little
+parallelism, so this can only show that products over whole sequences use the core better than
+sequential steps.
 
-Verdict: of three sentences, (1) the loss of seq2seq rises with the source; (2) that of RNNsearch,
-  of GNMT and of the transformer
-rises less, each; (3) the transformer's time to encode grows less than that of each of the others.
-Each of the first two is asked in both halves. `p` accounts for the comparisons of a half (Holm).
+Verdict: of three statements, (1) the loss of seq2seq rises with source length; (2) that of
+RNNsearch, of GNMT and of the transformer rises less, each; (3) the transformer's encoding time
+grows less than that of each of the others. The first two are tested on both tasks. `p` is corrected
+for the comparisons of a task (Holm).
 
-Command: python experiments/claims/bottleneck.py (run again after an interruption, it goes on).
-  Needs the packages sword-text-kjv
-and sword-text-sparv, which it downloads where apt-get can, or finds under --packages, and the extra
-`translation`.
+Command: python experiments/claims/bottleneck.py (run again after an interruption, it resumes). It
+needs the packages sword-text-kjv and sword-text-sparv, which it downloads by apt-get or finds under
+--packages, and the extra `translation`.
 
-Cost: about three quarters of an hour of one CPU core, shared with other programs and in parts.
+Cost: about 45 minutes on one shared CPU core.
 
-Result: shown in part, 4 of 11 comparisons. Copying shows it: of the shortest texts (2 to 5 letters)
-  seq2seq gets all right to the
-last letter, of the longest (14 to 16) 8 %, while RNNsearch and the Transformer stay at 99 % or
-more; the rise of the loss is +0.433 +- 0.017 nats, and theirs is less by 0.431 +- 0.017 and 0.430
-+- 0.008 (p 0.0002 and less). GNMT falls as seq2seq does (99 % to 3 %; its loss rises by 0.236 +-
-0.225 more, p 0.046), though it has attention; whether 625 steps are too few for it to be used was
-not looked into. Its tuning seed did much better at the same rate. In a first trial, with half the
-steps, two of its three seeds had learned nothing, so the steps were doubled, for all.
+Result: partly supported, 4 of 11 comparisons. Copying supports it: seq2seq copies all of the
+shortest texts (2 to 5 letters) exactly, and 8 % of the longest (14 to 16), while RNNsearch and the
+Transformer stay at 99 % or more; its loss rises by +0.433 +- 0.017 nats, and theirs by 0.431 +-
+0.017 and 0.430 +- 0.008 less (p 0.0002 and less). GNMT falls as seq2seq does (99 % to 3 %; its loss
+rises by 0.236 +- 0.225 more, p 0.046), although it has attention; whether 625 steps are too few for
+it to learn to use attention was not investigated. Its tuning seed did much better at the same rate.
+In a first trial with half the steps, two of its three seeds had learned nothing, so the steps were
+doubled for all models.
 
-Translation shows attention's gain at every length, and no bottleneck: RNNsearch has BLEU 6.8 and
-6.7 for the shortest and the longest quarter and 2.8 to 3.1 nats, the other three BLEU 1 to 2 and
-3.4 to 3.7 nats; the loss of all four rises with the source, by 0.23 to 0.28, and no rise differs
-from that of seq2seq. A first trial with half of these steps said the same (BLEU 3 at most). What a
-model of so little training says of a verse hardly depends on the verse's length.
+Translation shows a gain from attention at every length, and no bottleneck: RNNsearch has BLEU 6.8
+and 6.7 on the shortest and the longest quarter and 2.8 to 3.1 nats, the other three BLEU 1 to 2 and
+3.4 to 3.7 nats; the loss of all four rises with source length, by 0.23 to 0.28, and no increase
+differs significantly from that of seq2seq. A first trial with half of these steps gave the same
+result (BLEU 3 at most). The output of a model trained this briefly hardly depends on the verse's
+length.
 
-Encoding grows most for the Transformer (15 times from 16 to 256 tokens, the others 6 to 9; other
-trials on a busier machine 15 and 29): on a CPU core the recurrences lose little by their order, and
-attention's square shows. The third sentence is contradicted there; what an accelerator would say
-was not measured. A step of training takes RNNsearch 1.2 to 1.5 times what it takes seq2seq, GNMT
-1.2 to 1.9, the Transformer 1.1 to 1.5."""
+Encoding time grows most for the Transformer (15 times from 16 to 256 tokens, the others 6 to 9; in
+other trials on a busier machine 15 and 29): on a CPU core the recurrences lose little by being
+sequential, and attention's quadratic cost shows. The third statement is contradicted there;
+accelerators were not measured. A training step of RNNsearch takes 1.2 to 1.5 times that of seq2seq,
+GNMT 1.2 to 1.9, the Transformer 1.1 to 1.5."""
 
 from __future__ import annotations
 
@@ -113,7 +110,7 @@ ROUNDS = 15
 
 
 class Copying(PairTask):
-  """Random letters, `fewest` to `most` of them, to be written again. The numbers of the letters of
+  """Random letters, `fewest` to `most` of them, to be copied. The numbers of the letters of
   a held-out text, and of no
   other, add up to a multiple of 16: no text is on both sides."""
 
@@ -143,7 +140,7 @@ class Copying(PairTask):
 
 
 def studies(args) -> dict[str, Study]:
-  """The two halves. Tokens grow with the scale, parameters with its root, the longest texts with
+  """Return the studies of the two tasks. Tokens grow with the scale, parameters with its root, the longest texts with
   its fourth root."""
 
   def length(at_one: int) -> int:
@@ -191,7 +188,7 @@ def studies(args) -> dict[str, Study]:
 
 @dataclasses.dataclass(frozen=True)
 class Half:
-  """What came of one of the two.
+  """Results of one of the two tasks.
 
   Attributes:
     quality: 'BLEU' or 'exact match', in per cent.
@@ -218,7 +215,7 @@ class Half:
 
 
 def half_of(name: str, study: Study, interrupt: Interrupt) -> Half:
-  """Trains what is not trained yet, and measures."""
+  """Train what is not trained yet, and measure."""
   task = study.tasks[0]
   done = run_study(study, note, interrupt)[study.task_titles[0]]
   dataset = open_data(task)
@@ -281,8 +278,8 @@ def kept(
 
 
 def encoding(models: dict[str, Any]) -> dict[str, list[list[float]]]:
-  """Seconds to encode one source, name -> length -> round, in turns: what else the machine does
-  then falls on all alike."""
+  """Return seconds to encode one source, name -> length -> round, timed in turns so that other load
+  on the machine affects all."""
   programs = {}
   for name, model in models.items():
     definition = define(model)
@@ -313,7 +310,7 @@ def encoding(models: dict[str, Any]) -> dict[str, list[list[float]]]:
 def judged(
   halves: dict[str, Half], seconds: dict[str, list[list[float]]]
 ) -> tuple[str, list[str], dict[str, list[Difference]]]:
-  """The verdict, what was found of each sentence, and the paired differences."""
+  """Return the verdict, which statements hold, and the paired differences."""
   differences, held, against, said = {}, [], [], []
   for name, half in halves.items():
     rises = half.rises('loss')
@@ -340,24 +337,20 @@ def judged(
     f'{statistics.median(growth[LAST].values()):.1f} times what '
     f'{LENGTHS[0]} take; '
     + ', '.join(f'{d.name} {statistics.median(growth[d.name].values()):.1f}' for d in found)
-    + (
-      ', on a CPU, whose cores have little to do in parallel.'
-      if jax.default_backend() == 'cpu'
-      else '.'
-    )
+    + (', on a CPU, which has little parallelism.' if jax.default_backend() == 'cpu' else '.')
   )
   verdict = (
-    'shown'
+    'supported'
     if all(held)
-    else 'shown in part'
+    else 'partly supported'
     if any(held)
     else 'contradicted'
     if any(against)
-    else 'not shown'
+    else 'not supported'
   )
   return (
     verdict,
-    [*said, f'{sum(held)} of {len(held)} comparisons that the claim makes hold.'],
+    [*said, f'{sum(held)} of {len(held)} comparisons made by the claim hold.'],
     differences,
   )
 
@@ -417,7 +410,7 @@ HEADER = (
 def pictures(halves: dict[str, Half], seconds: dict[str, list[list[float]]]) -> list[Picture]:
   out = []
   for half_name, half in halves.items():
-    for of, label in (('loss', 'held-out loss, nats a token'), ('quality', f'{half.quality}, %')):
+    for of, label in (('loss', 'held-out loss, nats per token'), ('quality', f'{half.quality}, %')):
       series = []
       for style, name in enumerate(half.runs):
         at = [(sum(ends) / 2, half.over_seeds(name, of, g)) for g, ends in enumerate(half.groups)]
@@ -425,7 +418,10 @@ def pictures(halves: dict[str, Half], seconds: dict[str, list[list[float]]]) -> 
           Point(x, *(percent(e) if of == 'quality' else (e.mean, e.low, e.high))) for x, e in at
         )
         series.append(Series(name, style, points, line=True))
-      caption = f'{half_name.capitalize()}: {label} by length of the source, in quarters; bars are 95% intervals over seeds'
+      caption = (
+        f'{half_name.capitalize()}: {label} by length of the source, in quarters; bars are 95% '
+        'intervals over seeds'
+      )
       out.append(
         Picture.of(f'{half_name}-{of}', caption, series, Axis('tokens of the source'), Axis(label))
       )
@@ -438,7 +434,8 @@ def pictures(halves: dict[str, Half], seconds: dict[str, list[list[float]]]) -> 
   out.append(
     Picture.of(
       'encoding',
-      f'Time to encode one source, in turns, times the least; medians of {ROUNDS} rounds',
+      f'Time to encode one source, relative to the shortest, timed in turns; medians of {ROUNDS} '
+      f'rounds',
       series,
       Axis('tokens of the source', True),
       Axis('time, relative', True),

@@ -1,11 +1,10 @@
-"""What became of each claim: its verdict, its picture, its numbers and its command, on one page.
+"""The gallery of claims: verdict, charts, numbers and command of each, on one page.
 
-    python experiments/claims/gallery.py        # writes the page again from what is in
-    experiments/claims/results
+    python experiments/claims/gallery.py    # writes the page from experiments/claims/results
 
-A claim is one file of this folder, which ends with `publish(...)`: its result goes to
-`results/NN/`, as `result.json` and an SVG for each picture, and the page, `README.md`, is made
-again from all of them."""
+Each claim is one file of this folder that ends with `publish(...)`: its result is written to
+`results/NN/`, as `result.json` and an SVG per chart, and the page, `README.md`, is written again
+from all results."""
 
 from __future__ import annotations
 
@@ -30,15 +29,14 @@ from jaxformer.study.statistics import Estimate
 HERE = pathlib.Path(__file__).parent
 RESULTS = HERE / 'results'
 
-Verdict = Literal['shown', 'shown in part', 'not shown', 'contradicted']
-"""Whether what was measured, with its uncertainty, bears the claim out; in part where only some of
-its sentences were borne out; not where no difference was seen; contradicted where the opposite
-was."""
+Verdict = Literal['supported', 'partly supported', 'not supported', 'contradicted']
+"""Whether the measurements, with their uncertainty, support the claim; partly if they support only
+some of its parts; not if there is no significant difference; contradicted if the opposite holds."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Picture:
-  """A chart in the gallery: `name` is its file's."""
+  """A chart in the gallery; `name` is that of its file."""
 
   name: str
   caption: str
@@ -51,16 +49,16 @@ class Picture:
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-  """What came of a claim.
+  """Result of testing a claim.
 
   Attributes:
     number: of the claim, from 1 to 10.
     claim: its sentence.
     verdict: the outcome.
-    because: a few sentences with the numbers and their uncertainty; what it would take to say more.
-    scale: sizes, budget and seeds in a line, so that nobody takes a small run for a large one.
-    header, rows: a table of text, the first column flush left.
-    data: the numbers behind the pictures and the table, as JSON.
+    because: a few sentences with the numbers and their uncertainty, and what more would need.
+    scale: sizes, budget and seeds in one line.
+    header, rows: a table of text, with the first column left-aligned.
+    data: the numbers behind the charts and the table, as JSON data.
   """
 
   number: int
@@ -74,20 +72,15 @@ class Result:
 
 
 def arguments(doc: str | None) -> argparse.ArgumentParser:
-  """What every claim takes: `--scale`, `--runs` and `--results`."""
+  """Return a parser with the options of every claim: `--scale`, `--runs` and `--results`."""
   parser = argparse.ArgumentParser(
     description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
   )
   parser.add_argument(
-    '--scale',
-    type=float,
-    default=1.0,
-    help='times the budget: 1 fits two CPU cores, more is a larger study',
+    '--scale', type=float, default=1.0, help='multiplies the budget; 1 fits two CPU cores'
   )
   parser.add_argument(
-    '--runs',
-    default='runs/claims',
-    help='where the run folders are; runs that are done are not run again',
+    '--runs', default='runs/claims', help='folder of the runs; finished runs are reused'
   )
   parser.add_argument(
     '--results',
@@ -100,7 +93,7 @@ def arguments(doc: str | None) -> argparse.ArgumentParser:
 
 
 def publish(args: argparse.Namespace, result: Result, pictures: list[Picture]) -> None:
-  """Writes a result and its pictures, prints the verdict, and makes the page again."""
+  """Write a result and its charts, print the verdict, and write the page again."""
   results = args.results or (RESULTS if args.scale == 1 else pathlib.Path(args.runs) / 'results')
   folder = results / f'{result.number:02d}'
   folder.mkdir(parents=True, exist_ok=True)
@@ -128,16 +121,15 @@ def publish(args: argparse.Namespace, result: Result, pictures: list[Picture]) -
 
 
 def write_page(results: pathlib.Path) -> pathlib.Path:
-  """The gallery of what is in a folder of results."""
+  """Write the gallery of a folder of results."""
   found = [json.loads(file.read_text()) for file in sorted(results.glob('*/result.json'))]
   page = (HERE if results == RESULTS else results) / 'README.md'
   where = '' if results != RESULTS else f'{RESULTS.name}/'
   parts = [
-    '# Ten claims, tried',
-    'Claims that are often made of these architectures, each tried by one command at a scale that '
-    'fits two CPU cores in under half '
-    'an hour (the first in about one), and larger with `--scale`. Verdicts hold at the scale that '
-    'stands beside them. Written by '
+    '# Ten claims tested',
+    'Claims that are often made of these architectures, each tested by one command at a scale that '
+    'fits two CPU cores in under half an hour (the first in about one hour), and at larger scales '
+    'with `--scale`. A verdict holds at the scale stated with it. Written by '
     '`python experiments/claims/gallery.py`.',
     _table(
       ('claim', 'verdict'),
@@ -171,20 +163,20 @@ def note(line: str) -> None:
 
 
 def to_the_end(main: Callable[[], None]) -> None:
-  """Runs a claim. What ends it early is said in one line: wrong input (exit code 2), or a signal
-  (that of a run that goes on when it is started again)."""
+  """Run a claim. Invalid input (exit code 2) and signals (that of a resumable run) end it with one
+  line."""
   try:
     main()
   except InputError as e:
     note(f'error: {e}')
     sys.exit(2)
   except (Interrupted, KeyboardInterrupt):
-    note('interrupted: runs that are done are kept; the same command goes on from there')
+    note('interrupted: runs are saved; the same command resumes them')
     sys.exit(PREEMPTED)
 
 
 def signed(e: Estimate, places: int = 3) -> str:
-  """A difference with its interval."""
+  """Format a difference with its interval."""
   return f'{e.mean:+.{places}f} ± {e.half_width:.{places}f}'
 
 

@@ -1,5 +1,5 @@
-"""What the claims that train models share: stacks of a fixed shape around any sequence layers,
-studies that are run and told in words, and what it is to solve a task."""
+"""Shared code of the claims that compare sequence layers: stacks of a fixed shape around any
+layers, running studies, and the rule for solving a task."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ sides."""
 class Stacked(Entry):
   """Blocks in Llama's frame (pre-norm RMSNorm, SwiGLU), one for each of `mixers` in their order,
   all of one width. Equal size comes from the hidden units alone, so that neither depth nor width is
-  a difference between what is compared. Weights begin at the scale
+  a difference between what is compared. Weights are initialized at the scale
   of their inputs: the 0.02 of larger models is next to nothing at this width, and a thousand steps
     would go by in growing.
 
@@ -111,7 +111,7 @@ def rates(scale: float) -> tuple[float, ...]:
 
 
 def run(study: Study) -> Results:
-  """Trains what is not trained yet, writes the study's own report, and prints where it is. Raises
+  """Train what is not trained yet, write the study's own report, and print where it is. Raises
   `Interrupted` after a signal. Programs are kept beside the runs: at this size compiling costs as
   much as training, and a grid and the seeds after it are one program."""
   jax.config.update('jax_compilation_cache_dir', str(Path(study.dir) / 'compiled'))
@@ -123,12 +123,12 @@ def run(study: Study) -> Results:
 
 
 def outcomes(task: TaskResults) -> dict[str, Outcome]:
-  """Those of a task, by name."""
+  """Return the outcomes of a task, by name."""
   return {o.title: o for o in task.outcomes}
 
 
 def solved(o: Outcome) -> Solved:
-  """What the seeds of one architecture say; a run that diverged has not solved anything."""
+  """Return whether an architecture solves the task; one with a run that diverged does not."""
   if o.estimate is None or None in o.scores.values():
     return 'not solved'
   return (
@@ -141,13 +141,13 @@ def solved(o: Outcome) -> Solved:
 
 
 def told(task: TaskResults, o: Outcome) -> str:
-  """A score with its interval."""
+  """Format a score with its interval."""
   return f'{o.title} {interval_form(task.metric, o.estimate)}'
 
 
 def points(task: TaskResults, at: Mapping[str, float]) -> dict[str, Point]:
-  """A point with its interval for each architecture that came to an end, at the x given; accuracies
-  in per cent."""
+  """Return a point with its interval per architecture with a finished run, at the given x;
+  accuracies in per cent."""
   found = {}
   for o in task.outcomes:
     if o.estimate is not None:

@@ -1,39 +1,39 @@
 """Prefill is parallel, decode is sequential: their cost per token differs, and keys and values grow
 with the context.
 
-Question: what does a token cost when a prompt is read, and what when one is written after a prompt
-  of that length, for a
-transformer and for two recurrences? And what of a sequence is kept?
+Question: what does a token cost in prefill, and what in decoding after a prompt of that length, for
+a transformer and for two recurrences? And how large is their state?
 
     python experiments/claims/prefill_decode.py
 
-Three models with fresh weights (times do not depend on them) of width 128 and four layers (Mamba:
-eight of its blocks, which have no feed-forward layer), one sequence at a time, fp32. A round times
-every model at every context once, in turn (`inference.time_decode`), so that what else the machine
-does falls on all; the ratio of decoding to prefill is taken within a round, and its logarithm has
-the interval over rounds. Reading can be parallel where the layer allows it: attention and RWKV-7
-(in chunks) read by matrix products, Mamba's scan on a CPU goes token by token. Bytes are those of
-real states in decoding, and of the config's own count.
+Three models with freshly initialized weights (times do not depend on them) of width 128 and four
+layers (eight blocks of Mamba, which have no feed-forward layer), one sequence at a time, fp32. A
+round times every model at every context length once, in turns (`inference.time_decode`), so that
+other load on the machine affects all; the ratio of decoding to prefill is taken within a round, and
+the interval of its logarithm is over rounds. Prefill is parallel where the layer allows it:
+attention and RWKV-7 (in chunks) use matrix products; Mamba's scan on a CPU is sequential. State
+sizes are those of real decoding states, and of the config's own count.
 
-What a small model on a CPU cannot show, how far memory's speed decides at a real size, is computed:
-for Llama 2 7B on one TPU v5e, FLOPs and bytes of a prefill and of a token decoded, and what bounds
-each (`planning.roofline`).
+What a small model on a CPU cannot show, how far memory bandwidth decides at a real size, is
+computed: for Llama 2 7B on one TPU v5e, FLOPs and bytes per token of prefill and of decoding, and
+the bottleneck of each (`planning.roofline`).
 
-The claim is shown where decoding costs more a token than reading for the transformer at every
-context (Holm over all), and its bytes grow in proportion to the context while those of the
-recurrences do not grow.
+The claim is supported if a token costs more in decoding than in prefill for the transformer at
+every context length (Holm over all), and its state grows in proportion to the context while that of
+the recurrences does not grow.
 
-Cost: a minute and a half of one CPU core.
-Result (jax 0.10.2, two busy cores): shown. Decoded after 256, 1,024 and 4,096 tokens a token costs
-the transformer 4.26, 4.96 and 19.23 times what it costs to read one (intervals over rounds 3.59 to
+Cost: a minute and a half on one CPU core.
+
+Result (jax 0.10.2, two busy cores): supported. After 256, 1,024 and 4,096 tokens a decoded token
+costs the transformer 4.26, 4.96 and 19.23 times a token of prefill (intervals over rounds 3.59 to
 5.06, 3.04 to 8.10, 17.54 to 21.08), Mamba 1.25 to 1.55 times, RWKV-7 1.62 to 2.30. Keys and values
-grow 16 times, and a token decoded takes the transformer 13.77 (11.83 to 16.03) times as long; the
-recurrences' states stay, and so do their times as far as the noise lets see (Mamba 0.97, 0.24 to
-3.94; RWKV-7 1.20, 0.66 to 2.17). Llama 2 7B on a v5e, computed: 1,936 FLOPs a byte in prefill
-(compute), 1.00 in decoding (memory), 250 times the time. What `time_decode` times of decoding holds
-the freeing of what the prompt leaves behind, too, which at 4,096 tokens and 32 new ones adds to the
-recurrences' figures (in claim 5 the clock starts some tokens later, and Mamba's time a token
-stays)."""
+grow 16 times, and the transformer's time per decoded token 13.77 times (11.83 to 16.03); the states
+of the recurrences are constant, and so are their times within the noise (Mamba 0.97, 0.24 to 3.94;
+RWKV-7 1.20, 0.66 to 2.17). Llama 2 7B on a v5e, computed: 1,936 FLOPs per byte in prefill
+(compute-bound), 1.00 in decoding (memory-bound), 250 times the time. The decoding time of
+`time_decode` includes freeing the memory of the prefill, which at 4,096 tokens and 32 new ones
+inflates the figures of the recurrences (in claim 5 timing starts some tokens later, and Mamba's
+time per token is constant)."""
 
 from __future__ import annotations
 
@@ -58,7 +58,10 @@ from jaxformer.study.charts import Axis, Point, Series
 from jaxformer.study.statistics import Difference, compare, estimate
 from jaxformer.study.tables import amount, seconds
 
-CLAIM = 'Prefill is parallel, decode is sequential: their cost per token differs, and keys and values grow with the context.'
+CLAIM = (
+  'Prefill is parallel, decode is sequential: their cost per token differs, and keys and values '
+  'grow with the context.'
+)
 # family, layers
 MODELS = {'transformer': ('llama3', 4), 'Mamba': ('mamba', 8), 'RWKV-7': ('rwkv7', 4)}
 WIDTH, VOCABULARY, NEW_TOKENS, ROUNDS = 128, 264, 32, 5
@@ -66,11 +69,11 @@ CONTEXTS = (256, 1024, 4096)
 REAL, TARGET, REAL_CONTEXT = 'llama2-7b', 'v5e-1', 2048
 
 Times = dict[str, dict[int, list[tuple[float, float]]]]
-"""Model -> context -> for each round, seconds a token in prefill and in decoding."""
+"""Model -> context -> for each round, seconds per token in prefill and in decoding."""
 
 
 def model(name: str) -> LanguageModel.Config:
-  """One of the three, at its size."""
+  """Return one of the three models, at its size."""
   family, layers = MODELS[name]
   f = FAMILIES[family]
   made = f.make(
@@ -85,7 +88,7 @@ def model(name: str) -> LanguageModel.Config:
 
 
 def measure(contexts: tuple[int, ...]) -> Times:
-  """Every model at every context once a round."""
+  """Time every model at every context length once per round."""
   definitions = {name: define(model(name)) for name in MODELS}
   params = {name: d.init(jax.random.key(0)) for name, d in definitions.items()}
   times: Times = {name: {c: [] for c in contexts} for name in MODELS}
@@ -100,7 +103,7 @@ def measure(contexts: tuple[int, ...]) -> Times:
 
 
 def ratios(times: Times) -> dict[str, Difference]:
-  """log(decoding / prefill) a token against 0, paired by round, for each model and context."""
+  """log(decoding / prefill) per token against 0, paired by round, for each model and context."""
   logs = {
     f'{name}, {context}': {i: math.log(d / p) for i, (p, d) in enumerate(rounds)}
     for name, by_context in times.items()
@@ -115,7 +118,8 @@ def ratios(times: Times) -> dict[str, Difference]:
 
 
 def real() -> dict[str, dict[str, Any]]:
-  """What one TPU chip needs at least for a prefill and for a token decoded, at 2 bytes a number."""
+  """Return the least time of one TPU chip per token of prefill and per decoded token, at 2 bytes
+  per number."""
   target, found = parse_target(TARGET), {}
   for phase, tokens in (('prefill', REAL_CONTEXT), ('decode', 1)):
     setup = planning.inference_setup(phase, PRESETS[REAL].model, target, 1, REAL_CONTEXT)
@@ -132,7 +136,7 @@ def real() -> dict[str, dict[str, Any]]:
 def decide(
   times: Times, found: dict[str, Difference], state: dict[str, list[int]], computed: dict[str, Any]
 ) -> tuple[gallery.Verdict, str]:
-  """The verdict, and why."""
+  """Return the verdict, and why."""
   contexts = list(times['transformer'])
   differs = all(found[f'transformer, {c}'].verdict == 'better' for c in contexts)
   opposite = all(found[f'transformer, {c}'].verdict == 'worse' for c in contexts)
@@ -140,9 +144,11 @@ def decide(
   grows = math.isclose(growth['transformer'], contexts[-1] / contexts[0], rel_tol=0.01)
   constant = all(growth[name] == 1 for name in MODELS if name != 'transformer')
   verdict: gallery.Verdict = (
-    'shown'
+    'supported'
     if differs and grows and constant
-    else ('contradicted' if opposite else 'shown in part' if grows or differs else 'not shown')
+    else (
+      'contradicted' if opposite else 'partly supported' if grows or differs else 'not supported'
+    )
   )
   spans = []
   for name in MODELS:
@@ -159,22 +165,25 @@ def decide(
     slower[name] = _times(estimate(logs))
   pre, dec = computed['prefill'], computed['decode']
   because = (
-    f'A token decoded costs as many times one that is read: {"; ".join(spans)} (95 % over {ROUNDS} '
+    f'Cost of a decoded token relative to a token of prefill: {"; ".join(spans)} (95 % over '
+    f'{ROUNDS} '
     'interleaved rounds). '
     f"From {contexts[0]:,} to {contexts[-1]:,} tokens of context the transformer's keys and values "
     'grow '
     f'{growth["transformer"]:.0f} times, the states of Mamba and RWKV-7 '
     f'{"not at all" if constant else "too"}, '
-    f'and a token decoded takes {slower["transformer"]}, {slower["Mamba"]} and {slower["RWKV-7"]} '
+    f'and per decoded token takes {slower["transformer"]}, {slower["Mamba"]} and '
+    f'{slower["RWKV-7"]} '
     'times as long. '
     f'Computed for {REAL} on one TPU v5e at {REAL_CONTEXT:,} tokens: {pre["flops_a_byte"]:,.0f} '
-    'FLOPs a byte in prefill, bound by '
+    'FLOPs per byte in prefill, bound by '
     f'{pre["bound"]}; {dec["flops_a_byte"]:.2f} in decoding, bound by {dec["bound"]}, where the '
     'chip balances at '
     f'{dec["ridge"]:.0f}; a token takes at least '
     f'{dec["seconds_a_token"] / pre["seconds_a_token"]:,.0f} times as long. On a CPU the ratio is '
     'smaller: its products '
-    'are slow beside its memory. Mamba reads token by token here, which a TPU or GPU does not.'
+    'are slow beside its memory. The prefill of Mamba runs token by token here, unlike on a TPU '
+    'or GPU.'
   )
   return verdict, because
 
@@ -240,21 +249,21 @@ def pictures(times: Times, state: dict[str, list[int]]) -> list[gallery.Picture]
   return [
     gallery.Picture.of(
       'prefill',
-      'Milliseconds a token of reading a prompt (medians)',
+      'Prefill time in milliseconds per token (medians)',
       timed(0),
       x,
-      Axis('ms a token', log=True),
+      Axis('ms per token', log=True),
     ),
     gallery.Picture.of(
       'decoding',
-      'Milliseconds of a token decoded after a prompt (medians)',
+      'Decoding time in milliseconds per token, after a prompt (medians)',
       timed(1),
       x,
       Axis('ms', log=True),
     ),
     gallery.Picture.of(
       'state',
-      'Bytes kept of a sequence',
+      'State size of one sequence, in bytes',
       kept,
       x,
       Axis('bytes', log=True, form=lambda v: amount(v, 'B')),
@@ -282,11 +291,11 @@ def main() -> None:
       (
         'model',
         'context',
-        'prefill a token',
-        'decoding a token',
+        'prefill per token',
+        'decoding per token',
         'ratio (95 %)',
         'state',
-        'FLOPs a byte: prefill, decoding',
+        'FLOPs per byte: prefill, decoding',
       ),
       rows(times, state, found, computed),
       {'seconds_a_token': times, 'state_bytes': state, 'computed': computed},

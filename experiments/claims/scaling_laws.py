@@ -1,50 +1,47 @@
 """Claim 10: parameters, tokens and FLOPs predict loss (scaling laws; Hoffmann et al. 2022,
 Chinchilla).
 
-Question: does a law fitted to small trainings foretell the loss of larger ones, better than one
-  would guess without it?
+Question: does a law fitted to small trainings predict the loss of larger ones better than a guess
+without it?
 
     python experiments/claims/scaling_laws.py [--scale 1] [--families llama2]
 
-What is done: the study of `jaxformer compare scaling`. Five sizes of a Llama-like transformer, 30
-  thousand to 300 thousand
-parameters, at each of three budgets of training FLOPs (6e10, 1.8e11, 5.4e11), on fresh bytes of the
-built-in corpus; tokens are what the budget leaves. To the fifteen losses on held-out text is fitted
-L(N, D) = E + A / N^alpha + B / D^beta. Two trainings of 1.25e12 FLOPs, one with many tokens and one
-with many parameters, take no part in the fit: the law foretells each, with the interval in which
-one more training lies. One seed a training: the interval comes from how the trainings lie around
-the law, which includes what seeds do. The learning rate is the best of a grid at the middle of the
-least budget, and falls with FLOPs^-0.125 (`compare.scaling_study.Transferred`).
+Method: the study of `jaxformer compare scaling`. Five sizes of a Llama-like transformer, 30
+thousand to 300 thousand parameters, at each of three budgets of training FLOPs (6e10, 1.8e11,
+5.4e11), on fresh bytes of the built-in corpus; the number of tokens follows from the budget. The
+law L(N, D) = E + A / N^alpha + B / D^beta is fitted to the fifteen losses on held-out text. Two
+trainings of 1.25e12 FLOPs, one with many tokens and one with many parameters, are excluded from the
+fit: the law predicts each, with the interval of one more training. One seed per training: the
+interval follows from the scatter of trainings around the law, which includes the effect of seeds.
+The learning rate is the best of a grid at the middle size of the smallest budget, times (FLOPs
+ratio)^-0.125 (`ScalingGrid.rate_exponent`).
 
-What is compared to: the loss of the training of the largest budget that is nearest in size, which
-  is what one would guess of a
-larger budget without a law; and power laws of N, of D, and of FLOPs alone, which the verdict does
-not use.
+Baselines: the loss of the training of the largest budget that is nearest in size, which is the
+guess for a larger budget without a law; and power laws of N, of D, and of FLOPs alone, which the
+verdict does not use.
 
-The verdict: shown if the law explains at least 95 % of the variance, every held-out loss lies in
-  its interval, and the law errs
-less than the guess for each; shown in part if it errs less than the guess on average but one of
-these fails; else not shown.
+Verdict: supported if the law explains at least 95 % of the variance, every held-out loss lies
+within its interval, and the error of the law is smaller than that of the guess for each; partly
+supported if it is smaller on average but one of these fails; otherwise not supported.
 
-`--scale` multiplies the budgets, and above 1 the sizes by its root. `--families llama2 mamba` gives
-another family a law of its own, which counts as well.
+`--scale` multiplies the budgets, and above 1 the sizes by its root. `--families llama2 mamba` adds
+a law for another family, which counts too.
 
-A first try with batches of 1,024 tokens in place of 256 was stopped when at its two smaller budgets
-the smallest model was the
-best: there is no smaller one of this family, and so no parabola. None of its held-out trainings had
-  run.
+A first trial with batches of 1,024 tokens instead of 256 was stopped when the smallest model was
+the best at its two smaller budgets: this family has no smaller model, and so there was no parabola.
+None of its held-out trainings had run.
 
-Cost: 20 trainings, 21 minutes on one core that other programs used as well.
-Result (jax 0.10.2): shown, by the rule above. The law explains 98.3 % of the variance of log loss.
-It foretold 1.579 nats a byte (1.486 to 1.678) for 95,552 parameters after 2.5 million tokens, and
-1.551 came; 1.673 (1.584 to 1.766) for 234,144 parameters after
-0.94 million, and 1.625 came: 1.8 % and 2.9 % off, where the guess is 6.2 % and 10.6 % off. Both
-  came lower than foretold. Three
-things speak for caution. The intervals are of +- 6 %. The coefficients are hardly known (E 1.25,
-from next to nothing to far above every loss; alpha 0.95, from 0.05 to 17; beta 0.40, from 0.23 to
-0.70), nor is how the best size grows (FLOPs to the power 0.29, from 0.08 to 1.09). And a power law
-of FLOPs alone, which explains 63 % of the variance, was 3.1 % and 1.6 % off on these two, no worse.
-"""
+Cost: 20 trainings, 21 minutes on one shared core.
+
+Result (jax 0.10.2): supported, by the rule above. The law explains 98.3 % of the variance of log
+loss. For 95,552 parameters after 2.5 million tokens it predicted 1.579 nats per byte (1.486 to
+1.678), observed 1.551; for 234,144 parameters after 0.94 million, predicted 1.673 (1.584 to 1.766),
+observed 1.625: relative errors of 1.8 % and 2.9 %, against 6.2 % and 10.6 % of the guess. Both
+observed losses are below the predictions. Three caveats: the intervals are +- 6 %. The coefficients
+are hardly determined (E 1.25, from next to nothing to far above every loss; alpha 0.95, from 0.05
+to 17; beta 0.40, from 0.23 to 0.70), nor is the growth of the optimal size (FLOPs^0.29, from 0.08
+to 1.09). And a power law of FLOPs alone, which explains 63 % of the variance, has errors of 3.1 %
+and 1.6 % on these two, which is no worse."""
 
 from __future__ import annotations
 
@@ -103,8 +100,8 @@ def guess(f: FittedLaw, p: Training) -> float:
 
 
 def alone(f: FittedLaw, of: str) -> tuple[float, list[float]]:
-  """What a power law of one number does: R^2 of log loss, and the relative errors of what it
-  foretells, unsigned."""
+  """Return the fit of a power law of one number: R^2 of log loss, and the relative errors of its
+  predictions, unsigned."""
   used = [p for p in f.fitted if p.loss is not None]
   x, y = ([getattr(p, name) for p in used] for name in (of, 'loss'))
   a, k = power_law(x, y)
@@ -113,7 +110,7 @@ def alone(f: FittedLaw, of: str) -> tuple[float, list[float]]:
 
 
 def on_one_number(f: FittedLaw) -> list[str]:
-  """How far one number goes, in sentences."""
+  """Say how well one number alone predicts the loss."""
   found = {
     name: alone(f, of)
     for name, of in (('parameters', 'params'), ('tokens', 'tokens'), ('FLOPs', 'train_flops'))
@@ -123,13 +120,14 @@ def on_one_number(f: FittedLaw) -> list[str]:
   parts = [
     'Of the variance of log loss a power law of one number explains '
     + ', '.join(
-      f'{r2:.0%} ({name}; off by {" and ".join(f"{e:.1%}" for e in off)} on those held out)'
+      f'{r2:.0%} ({name}; relative error {" and ".join(f"{e:.1%}" for e in off)} on the held-out '
+      f'ones)'
       for name, (r2, off) in found.items()
     )
     + '.'
   ]
   if as_good:
-    parts.append(f'On those held out {" and ".join(as_good)} alone did no worse.')
+    parts.append(f'On the held-out ones {" and ".join(as_good)} alone did no worse.')
   return parts
 
 
@@ -145,20 +143,20 @@ def errors(f: FittedLaw) -> list[tuple[float, float]]:
 def verdict(f: FittedLaw) -> Verdict:
   found = errors(f)
   if f.explained is None or len(found) < len(f.held_out):
-    return 'not shown'
+    return 'not supported'
   better = [law < other for law, other in found]
   if f.explained >= EXPLAINED and all(p.within_interval for p in f.held_out) and all(better):
-    return 'shown'
+    return 'supported'
   return (
-    'shown in part'
+    'partly supported'
     if np.mean([law for law, _ in found]) < np.mean([other for _, other in found])
-    else 'not shown'
+    else 'not supported'
   )
 
 
 def overall(verdicts: list[Verdict]) -> Verdict:
-  """That of all families: what holds for each, or in part where it does not for all."""
-  return verdicts[0] if len(set(verdicts)) == 1 else 'shown in part'
+  """Return the verdict on all families: theirs if equal, otherwise partly supported."""
+  return verdicts[0] if len(set(verdicts)) == 1 else 'partly supported'
 
 
 def because(results: Results) -> str:
@@ -173,7 +171,7 @@ def because(results: Results) -> str:
     loose = [name for name, i in f.coefficients.items() if i.high > LOOSE * i.low]
     if loose:
       parts.append(
-        'The losses are foretold better than the law is known: the intervals of '
+        'The losses are predicted better than the coefficients are known: the intervals of '
         f'{", ".join(loose)} span more than a '
         f'factor of {LOOSE}.'
       )
@@ -183,7 +181,8 @@ def because(results: Results) -> str:
       f'{len(results.study.scaling.budgets)} budgets.'
     )
   parts.append(
-    'One seed a training, and budgets that differ by a factor of 20 in all: how far a law reaches '
+    'One seed per training, and budgets that differ by a factor of 20 in all: how far a law '
+    'reaches '
     'needs more.'
   )
   return ' '.join(parts)
@@ -204,10 +203,13 @@ def pictures(results: Results) -> list[Picture]:
           amount(flops), style, tuple(Point(p.params, p.loss) for p in points if p.loss is not None)
         )
       )
-    caption = f'{f.title}: held-out loss against size at equal training FLOPs; lines: the law, fitted to all but the largest budget'
+    caption = (
+      f'{f.title}: held-out loss against size at equal training FLOPs; lines: the law, fitted to '
+      'all but the largest budget'
+    )
     found.append(
       Picture.of(
-        f'{f.title}-sizes', caption, iso, Axis('parameters', True, amount), Axis('nats a byte')
+        f'{f.title}-sizes', caption, iso, Axis('parameters', True, amount), Axis('nats per byte')
       )
     )
   return found
@@ -238,9 +240,11 @@ def main() -> None:
       f'{because(results)} The law: {fits}.',
       f'{", ".join(e.title for e in s.entries)}; {len(s.scaling.budgets)} budgets of '
       f'{s.scaling.budgets[0].flops:.3g} to {s.scaling.budgets[-1].flops:.3g} '
-      f'training FLOPs with {len(s.scaling.budgets[0].params)} sizes each, {len(s.scaling.held_out[0].params)} '
+      f'training FLOPs with {len(s.scaling.budgets[0].params)} sizes each, '
+      f'{len(s.scaling.held_out[0].params)} '
       f'trainings of {s.scaling.held_out[0].flops:.3g}'
-      f' held out; bytes of the standard library, sequences of {s.tasks[0].positions}; {len(s.seeds)} '
+      f' held out; bytes of the standard library, sequences of {s.tasks[0].positions}; '
+      f'{len(s.seeds)} '
       'seed.',
       ('architecture', *tables[0].header),
       rows,

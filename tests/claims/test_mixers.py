@@ -103,19 +103,19 @@ def test_the_parts_of_the_claim_about_four_mixers():
     'selection': task('S4D', scores),
   }
   flops = {name: [1.0, 4.0 if name == 'attention' else 2.0] for name in scores}
-  assert mixers_compared.decide(tasks, flops)[0] == 'shown'
+  assert mixers_compared.decide(tasks, flops)[0] == 'supported'
   weak = tasks | {'recall': task('S4D', scores | {'H3': HIGH})}
-  assert mixers_compared.decide(weak, flops)[0] == 'shown in part'
+  assert mixers_compared.decide(weak, flops)[0] == 'partly supported'
   assert not mixers_compared.parts(tasks, flops | {'attention': [1.0, 2.0]})['at a quadratic price']
 
 
 @pytest.mark.parametrize(
   ('hybrid', 'mamba', 'expected'),
   [
-    (NEAR_ONE, HALF, 'shown'),
-    (NEAR_ONE, NEAR_ONE, 'shown in part'),
+    (NEAR_ONE, HALF, 'supported'),
+    (NEAR_ONE, NEAR_ONE, 'partly supported'),
     (HALF, HALF, 'contradicted'),
-    (HIGH, HALF, 'not shown'),
+    (HIGH, HALF, 'not supported'),
   ],
 )
 def test_the_verdict_on_interleaving(hybrid, mamba, expected):
@@ -131,9 +131,9 @@ def test_the_verdict_on_interleaving(hybrid, mamba, expected):
 @pytest.mark.parametrize(
   ('mixture', 'flops', 'expected'),
   [
-    ((2.4, 2.43, 2.41), 1.02, 'shown'),
-    ((2.4, 2.43, 2.41), 1.2, 'shown in part'),
-    ((2.4, 2.6, 2.5), 1.2, 'not shown'),
+    ((2.4, 2.43, 2.41), 1.02, 'supported'),
+    ((2.4, 2.43, 2.41), 1.2, 'partly supported'),
+    ((2.4, 2.6, 2.5), 1.2, 'not supported'),
     ((2.6, 2.63, 2.61), 1.02, 'contradicted'),
   ],
 )
