@@ -171,8 +171,8 @@ def _specs(plan: Plan, backwards: int = 0):
     """`index`: for each dimension of the array b, h, n or 0."""
 
     def at(b, h, n):
-      where = {'b': b, 'h': h, 'n': backwards - 1 - n if backwards else n, '0': 0}
-      return tuple(where[i] for i in index)
+      n = backwards - 1 - n if backwards and 'n' in index else n
+      return tuple({'b': b, 'h': h, 'n': n, '0': 0}[i] for i in index)
 
     return pl.BlockSpec(shape, at)
 
