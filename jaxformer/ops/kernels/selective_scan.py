@@ -162,44 +162,12 @@ def _forward_kernel(keep, u, dt, A, B, C, D, h0, y, *rest, size, interpret):
     hT[...] = h_s[d]
 
 
-def _backward_kernel(
-  keep,
-  u,
-  dt,
-  A,
-  B,
-  C,
-  D,
-  border,
-  dy,
-  dhT,
-  du,
-  ddt,
-  dA,
-  dB,
-  dC,
-  dD,
-  dh0,
-  dt_s,
-  x_s,
-  dy_s,
-  s_s,
-  q_s,
-  B_s,
-  C_s,
-  dB_s,
-  dC_s,
-  h_s,
-  decay_s,
-  g_s,
-  dA_s,
-  dD_s,
-  *,
-  size,
-  interpret,
-):
+def _backward_kernel(*refs, size, interpret):
   """One chunk, the last first: its states are recomputed from the border, then the adjoint state
   goes backwards; see `_backward`."""
+  keep, u, dt, A, B, C, D, border, dy, dhT = refs[:10]
+  du, ddt, dA, dB, dC, dD, dh0 = refs[10:17]
+  dt_s, x_s, dy_s, s_s, q_s, B_s, C_s, dB_s, dC_s, h_s, decay_s, g_s, dA_s, dD_s = refs[17:]
   t, d, (T, K), N = pl.program_id(1), pl.program_id(2), u.shape, A.shape[0]
   lanes, rows = _left(size[1], K, d), _left(size[0], T, pl.num_programs(1) - 1 - t)
 

@@ -46,23 +46,11 @@ from jaxformer.sharding import platform
 _LANES = 128
 
 
-def _forward_kernel(
-  plan: Plan,
-  matrix_ref,
-  r_ref,
-  k_ref,
-  v_ref,
-  w_ref,
-  u_ref,
-  segment_ref,
-  first_ref,
-  y_ref,
-  last_ref,
-  *rest,
-):
-  """One block of tokens and heads. `rest`: the output for the state before the block, where that is
-  saved, and the state, in scratch."""
-  *saved, S_ref = rest
+def _forward_kernel(plan: Plan, *refs):
+  """One block of tokens and heads. `saved` is the output for the state before the block, where that
+  is saved; `S_ref` is the state, in scratch."""
+  matrix_ref, r_ref, k_ref, v_ref, w_ref, u_ref, segment_ref, first_ref, y_ref, last_ref = refs[:10]
+  *saved, S_ref = refs[10:]
   n = pl.program_id(2)
 
   @pl.when(n == 0)
@@ -88,30 +76,12 @@ def _forward_kernel(
     last_ref[...] = plan.compact(S_ref[...])
 
 
-def _backward_kernel(
-  plan: Plan,
-  matrix_ref,
-  transposed_ref,
-  r_ref,
-  k_ref,
-  v_ref,
-  w_ref,
-  u_ref,
-  segment_ref,
-  saved_ref,
-  dy_ref,
-  dlast_ref,
-  dr_ref,
-  dk_ref,
-  dv_ref,
-  dw_ref,
-  du_ref,
-  dfirst_ref,
-  dS_ref,
-  states_ref,
-):
+def _backward_kernel(plan: Plan, *refs):
   """One block, the last first: its states are recomputed, then its chunks go backwards with dS, the
   gradient of the state after them."""
+  matrix_ref, transposed_ref, r_ref, k_ref, v_ref, w_ref, u_ref, segment_ref, saved_ref = refs[:9]
+  dy_ref, dlast_ref, dr_ref, dk_ref, dv_ref, dw_ref, du_ref, dfirst_ref = refs[9:17]
+  dS_ref, states_ref = refs[17:]
   n = pl.program_id(2)
   block = pl.num_programs(2) - 1 - n
 
