@@ -44,7 +44,7 @@ from jaxformer.planning.cost import cost, flops, recomputed_flops
 from jaxformer.planning.estimate import TOKENS_PER_PARAMETER, estimate, training_run
 from jaxformer.planning.hardware import GIB
 from jaxformer.planning.hlo_flops import CompiledFlops
-from jaxformer.planning.setup import Setup
+from jaxformer.planning.setup import PlanSetup
 from jaxformer.planning.target import parse_target
 from jaxformer.sharding import MESH_AXES, MeshConfig
 from jaxformer.training.experiment import Experiment, TrainingConfig
@@ -129,7 +129,7 @@ def compiled(case: Case) -> CompiledPlan:
 def row(case: Case, plan: CompiledPlan) -> dict[str, Any]:
   """The figures of a case, as JSON data."""
   model, target = PRESETS[case.preset].model, parse_target(case.target)
-  setup = Setup(
+  setup = PlanSetup(
     model=model,
     target=target,
     mesh=case.mesh,

@@ -28,7 +28,7 @@ from jaxformer.models.model import ModelConfig
 
 
 @dataclasses.dataclass(frozen=True)
-class Family:
+class CheckpointFormat:
   """A checkpoint format of one architecture. To add one: a file in `families/` that makes one of
   these and calls `family`.
 
@@ -51,10 +51,10 @@ class Family:
   names: Callable[[Any], Names]
 
 
-FAMILIES: Registry[Family] = Registry('model_type')
+FAMILIES: Registry[CheckpointFormat] = Registry('model_type')
 
 
-def family(new: Family) -> None:
+def family(new: CheckpointFormat) -> None:
   """Registers a family."""
   FAMILIES.add(new.model_type, new)
 
@@ -91,7 +91,7 @@ def branches(block: Block.Config, count: int) -> tuple[PreNorm.Config, ...]:
   )
 
 
-def match(config: ModelConfig) -> tuple[Family, dict[str, Any]]:
+def match(config: ModelConfig) -> tuple[CheckpointFormat, dict[str, Any]]:
   """The family that a model belongs to, and its `config.json`. Raises `InputError` saying what
   stands in the way in each.
 

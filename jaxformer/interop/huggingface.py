@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from jaxformer.config import InputError, nearest
 from jaxformer.interop import weights
 from jaxformer.interop.families import FAMILIES
-from jaxformer.interop.family import Family, match
+from jaxformer.interop.family import CheckpointFormat, match
 from jaxformer.interop.settings import Settings
 from jaxformer.interop.tensors import DTYPES, Reader, new_folder, read_json, write
 from jaxformer.models.model import ModelConfig
@@ -39,7 +39,7 @@ TOKENIZER_FILES = (
 TOKEN_IDS = ('bos_token_id', 'eos_token_id', 'pad_token_id')
 
 
-def read_config(folder: str | os.PathLike) -> tuple[Family, ModelConfig]:
+def read_config(folder: str | os.PathLike) -> tuple[CheckpointFormat, ModelConfig]:
   """The family and our config of a Hugging Face folder, from its `config.json` alone."""
   path = Path(folder) / 'config.json'
   if not Path(folder).is_dir():

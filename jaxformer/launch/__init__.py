@@ -3,7 +3,7 @@ subprocesses and are installed separately. Training needs none of this."""
 
 from jaxformer.launch.engine import Engine, LaunchError, submit
 from jaxformer.launch.gcloud import GCloud
-from jaxformer.launch.job import Git, Installed, Job, Source, Wheel, WorkingDirectory, source_of
+from jaxformer.launch.job import CodeSource, Git, Installed, Job, Wheel, WorkingDirectory, source_of
 from jaxformer.launch.sky import Sky
 from jaxformer.launch.slurm import Slurm
 from jaxformer.launch.xpk import XPK
@@ -15,6 +15,7 @@ ENGINES: dict[str, type[Engine]] = {
 __all__ = [
   'ENGINES',
   'XPK',
+  'CodeSource',
   'Engine',
   'GCloud',
   'Git',
@@ -23,7 +24,6 @@ __all__ = [
   'LaunchError',
   'Sky',
   'Slurm',
-  'Source',
   'Wheel',
   'WorkingDirectory',
   'source_of',

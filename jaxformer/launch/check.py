@@ -6,15 +6,15 @@ from typing import Any
 
 from jaxformer.config import InputError
 from jaxformer.models.params import define
-from jaxformer.planning.memory import Memory, memory
-from jaxformer.planning.setup import Setup
+from jaxformer.planning.memory import DeviceMemory, memory
+from jaxformer.planning.setup import PlanSetup
 from jaxformer.planning.target import Target
 from jaxformer.sharding import MeshConfig
 from jaxformer.training.experiment import Experiment, check_fit
 from jaxformer.training.optimizer import Optimizer
 
 
-def setup_of(experiment: Experiment, target: Target, mesh: MeshConfig | None = None) -> Setup:
+def setup_of(experiment: Experiment, target: Target, mesh: MeshConfig | None = None) -> PlanSetup:
   """The training step of an experiment as planning sees it; `mesh` replaces the experiment's."""
   e, t = experiment, experiment.training
 
@@ -23,7 +23,7 @@ def setup_of(experiment: Experiment, target: Target, mesh: MeshConfig | None = N
     optimizer = Optimizer.of(e.optimizer, e.schedule, t.steps, definition)
     return optimizer.abstract_state(definition, mesh, rules)
 
-  return Setup(
+  return PlanSetup(
     model=e.model,
     target=target,
     mesh=e.mesh if mesh is None else mesh,
@@ -38,7 +38,7 @@ def setup_of(experiment: Experiment, target: Target, mesh: MeshConfig | None = N
   )
 
 
-def check_on(experiment: Experiment, target: Target) -> Memory:
+def check_on(experiment: Experiment, target: Target) -> DeviceMemory:
   """Estimate the memory of a training step on each device of a target.
 
   Raises `InputError` if the model does not fit the data, if the mesh does not divide the devices,

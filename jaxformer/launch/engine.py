@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import jinja2
 
 from jaxformer.config import Config, InputError
-from jaxformer.launch.job import Git, Job, Source, Wheel, WorkingDirectory
+from jaxformer.launch.job import CodeSource, Git, Job, Wheel, WorkingDirectory
 from jaxformer.planning.target import Target, parse_target
 from jaxformer.training.paths import check_url
 
@@ -34,10 +34,10 @@ class Engine(Config, abstract=True):
   program: ClassVar[str]
   get: ClassVar[str]
   chips: ClassVar[dict[str, str]]
-  sources: ClassVar[tuple[type[Source], ...]] = (Git, Wheel, WorkingDirectory)
+  sources: ClassVar[tuple[type[CodeSource], ...]] = (Git, Wheel, WorkingDirectory)
   wheels: ClassVar[tuple[str, ...]] = ('file', 'https')
 
-  def default_source(self) -> Source:
+  def default_source(self) -> CodeSource:
     """The source without `--source`. Raises `InputError` if there is no sensible default."""
     raise NotImplementedError
 

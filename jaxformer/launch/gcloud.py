@@ -14,7 +14,7 @@ import shlex
 from jaxformer.config import InputError
 from jaxformer.exit_codes import PREEMPTED
 from jaxformer.launch.engine import Engine, accelerator_type, render, shape, standard
-from jaxformer.launch.job import SIGNALLED, Git, Job, Source, Wheel
+from jaxformer.launch.job import SIGNALLED, CodeSource, Git, Job, Wheel
 from jaxformer.launch.sky import RUNTIMES
 
 _ENVIRONMENT = '/root/jaxformer-env'
@@ -51,7 +51,7 @@ class GCloud(Engine):
   def validate(self):
     self.require(self.max_restarts >= 0, 'max_restarts', 'at least 0')
 
-  def default_source(self) -> Source:
+  def default_source(self) -> CodeSource:
     raise InputError(
       '--source: required for gcloud, whose machines start without jaxformer; must be '
       'git+URL@COMMIT, or a wheel at gs:// or https://'

@@ -1,6 +1,6 @@
 """A job: one training run on one target, as shell commands that every engine can run.
 
-- It installs a git commit, a wheel or a folder (`Source`) into a virtual environment.
+- It installs a git commit, a wheel or a folder (`CodeSource`) into a virtual environment.
 - It runs `jaxformer train EXPERIMENT overrides --run.name NAME --run.dir DIR`, one process per
   host; on Slurm, one per GPU.
 
@@ -26,7 +26,7 @@ PYTHON: Final = '3.12'
 # ---- sources -----------------------------------------------------------------------------------
 
 
-class Source(Config, abstract=True):
+class CodeSource(Config, abstract=True):
   """What the machines install.
 
   Attributes of the class:
@@ -68,7 +68,7 @@ class Source(Config, abstract=True):
     ]
 
 
-class Git(Source):
+class Git(CodeSource):
   """One commit of a repository: every restart runs the same code."""
 
   called = 'git+URL@COMMIT'
@@ -80,7 +80,7 @@ class Git(Source):
     return shlex.quote(f'jaxformer[{extra}] @ git+{self.url}@{self.commit}')
 
 
-class Wheel(Source):
+class Wheel(CodeSource):
   """A wheel, a local file or a URL."""
 
   called = 'a wheel (a file or a URL)'
@@ -108,7 +108,7 @@ class Wheel(Source):
     return commands
 
 
-class WorkingDirectory(Source):
+class WorkingDirectory(CodeSource):
   """A local folder with jaxformer's `pyproject.toml`."""
 
   called = 'a folder with the pyproject.toml of jaxformer'
@@ -127,7 +127,7 @@ class WorkingDirectory(Source):
     return shlex.quote(f'.[{extra}]')
 
 
-class Installed(Source):
+class Installed(CodeSource):
   """The active environment, where the job's machines share the disk that it is on."""
 
   called = 'installed'
@@ -140,7 +140,7 @@ class Installed(Source):
     return []
 
 
-def source_of(text: str) -> Source:
+def source_of(text: str) -> CodeSource:
   """The source that `--source` names. Raises `InputError` for a repository without a commit, and
   for missing files."""
   if text == 'installed':
@@ -191,7 +191,7 @@ class Job:
   folder: pathlib.Path
   target: Target
   spot: bool
-  source: Source
+  source: CodeSource
 
   @property
   def remote(self) -> bool:

@@ -1,4 +1,4 @@
-"""Estimate: memory, time and cost of training or inference on a given slice, by formulas."""
+"""StepEstimate: memory, time and cost of training or inference on a given slice, by formulas."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from jaxformer.models.model import ModelConfig
 from jaxformer.planning.compiler import CompiledPlan
 from jaxformer.planning.cost import cost
 from jaxformer.planning.hardware import GIB
-from jaxformer.planning.memory import Memory, memory
+from jaxformer.planning.memory import DeviceMemory, memory
 from jaxformer.planning.roofline import StepTime, step_time
-from jaxformer.planning.setup import Setup
+from jaxformer.planning.setup import PlanSetup
 from jaxformer.planning.target import SHAPES, Target, parse_target
 from jaxformer.sharding import MESH_AXES, MeshConfig
 
@@ -93,7 +93,7 @@ def training_run(
 
 
 @dataclasses.dataclass(frozen=True)
-class Estimate:
+class StepEstimate:
   """What one step of a setup takes.
 
   Attributes:
@@ -102,8 +102,8 @@ class Estimate:
     compiled: what the TPU compiler reports of the same step; None if it was not asked.
   """
 
-  setup: Setup
-  memory: Memory
+  setup: PlanSetup
+  memory: DeviceMemory
   step: StepTime
   compiled: CompiledPlan | None = None
 
@@ -152,7 +152,7 @@ class Estimate:
     } | ({'remat': setup.remat, 'accumulate': setup.accumulate} if setup.phase == 'train' else {})
 
 
-def estimate(setup: Setup) -> Estimate:
+def estimate(setup: PlanSetup) -> StepEstimate:
   """Memory and time of one step of a setup. Raises `InputError` for a batch or a model that the
   mesh does not divide, and for inference of a model that does not decode."""
   if setup.phase != 'train' and setup.model.state_size(setup.length) is None:
@@ -160,7 +160,7 @@ def estimate(setup: Setup) -> Estimate:
       f'--phase {setup.phase}: a {setup.model.tag} does not decode; it reads whole sequences'
     )
   held = memory(setup)
-  return Estimate(setup, held, step_time(setup, held))
+  return StepEstimate(setup, held, step_time(setup, held))
 
 
 def inference_setup(
@@ -170,9 +170,9 @@ def inference_setup(
   batch_size: int,
   length: int,
   precision: str = 'bf16',
-) -> Setup:
+) -> PlanSetup:
   """A setup of inference with weights and state sharded evenly over all devices."""
-  return Setup(
+  return PlanSetup(
     model=model,
     target=target,
     mesh=MeshConfig(data=1, tensor=target.devices),
@@ -196,7 +196,7 @@ def parse_amount(text: str, what: str = '--tokens') -> float:
 # ---- what would fit ----------------------------------------------------------------------------
 
 
-def _would_fit(estimate: Estimate) -> list[str]:
+def _would_fit(estimate: StepEstimate) -> list[str]:
   """Changes after which the step would fit, in words."""
   setup = estimate.setup
   if setup.phase == 'train':
@@ -205,7 +205,7 @@ def _would_fit(estimate: Estimate) -> list[str]:
   return [f'{-(-everything // setup.target.chip.memory_bytes):.0f} chips or more']
 
 
-def remedies(setup: Setup) -> Iterator[tuple[str, Setup]]:
+def remedies(setup: PlanSetup) -> Iterator[tuple[str, PlanSetup]]:
   """(what to change, the changed setup) for each single change after which a training step would
   fit by the formulas, the cheapest first."""
   for words, changed in _changes(setup):
@@ -219,7 +219,7 @@ def remedies(setup: Setup) -> Iterator[tuple[str, Setup]]:
         return
 
 
-def _changes(setup: Setup) -> Iterator[tuple[str, Setup]]:
+def _changes(setup: PlanSetup) -> Iterator[tuple[str, PlanSetup]]:
   mesh = setup.abstract_mesh.shape
   if setup.remat != 'full':
     yield '--training.remat full', dataclasses.replace(setup, remat='full')

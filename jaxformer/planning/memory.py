@@ -34,8 +34,8 @@ from jaxformer.layers.layer import Context
 from jaxformer.models.model import ModelConfig
 from jaxformer.models.params import Definition, define
 from jaxformer.ops.implementation import implementation
-from jaxformer.planning.residuals import Residual, residuals
-from jaxformer.planning.setup import Setup
+from jaxformer.planning.residuals import SavedResidual, residuals
+from jaxformer.planning.setup import PlanSetup
 from jaxformer.sharding import assume_platform, rules_of
 from jaxformer.task_type import Batch
 
@@ -44,7 +44,7 @@ _BLOCK = re.compile(r'(.*\bgroups\.\d+\.\d+)\.')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Memory:
+class DeviceMemory:
   """Bytes per device; a part that a phase does not have is 0.
 
   Attributes:
@@ -106,16 +106,18 @@ def bytes_of(arrays: Any) -> int:
   return sum(map(one, jax.tree.leaves(arrays)))
 
 
-def memory(setup: Setup) -> Memory:
+def memory(setup: PlanSetup) -> DeviceMemory:
   """Memory of a setup on each of its devices; in inference, weights and state divide evenly."""
   if setup.phase == 'train':
     return _training_memory(setup)
   size, devices = setup.bytes_per_value, setup.target.devices
   state = (setup.model.state_size(setup.length) or 0) * setup.batch_size
-  return Memory(weights=size * define(setup.model).size / devices, state=size * state / devices)
+  return DeviceMemory(
+    weights=size * define(setup.model).size / devices, state=size * state / devices
+  )
 
 
-def _training_memory(setup: Setup) -> Memory:
+def _training_memory(setup: PlanSetup) -> DeviceMemory:
   model, mesh, rules = setup.model, setup.abstract_mesh, setup.mesh.rules
   definition = define(model)
   params = definition.abstract(mesh, rules)
@@ -133,7 +135,7 @@ def _training_memory(setup: Setup) -> Memory:
     )
   )
   logits = min(LOGIT_BYTES, 4 * B * T * (model.task.vocab_size or 0))
-  return Memory(
+  return DeviceMemory(
     parameters=parameters,
     optimizer=2 * parameters if optimizer is None else bytes_of(optimizer),
     batch=8 * setup.accumulate * B * T,
@@ -151,7 +153,7 @@ def _training_memory(setup: Setup) -> Memory:
 Shards = Mapping[str, tuple[int, ...]]
 
 
-def _activations(setup: Setup, shards: Shards, remat: str) -> list[Residual]:
+def _activations(setup: PlanSetup, shards: Shards, remat: str) -> list[SavedResidual]:
   """The arrays that a forward pass keeps and that depend on the batch."""
   dtype = 'float32' if setup.precision == 'fp32' else 'bfloat16'
   platform = setup.platform or ('gpu' if setup.target.chip.domain else 'tpu')
@@ -170,7 +172,7 @@ def _residuals(
   dtype: str,
   platform: str,
   shards: tuple[tuple[int, ...], ...],
-) -> list[Residual]:
+) -> list[SavedResidual]:
   definition = define(model)
 
   def backward(params: Any, batch: Any) -> Any:
@@ -187,7 +189,7 @@ def _residuals(
     return residuals(backward, definition.abstract(), named, abstract_batch(model, B, T))
 
 
-def _shards_in_use(definition: Definition, setup: Setup) -> Shards:
+def _shards_in_use(definition: Definition, setup: PlanSetup) -> Shards:
   """Into how many shards each dimension of each parameter is split where it is used, after the
   all-gather over the axes that shard the batch."""
   table, mesh = rules_of(setup.mesh.rules).activations, setup.abstract_mesh
@@ -204,7 +206,7 @@ def _shards_in_use(definition: Definition, setup: Setup) -> Shards:
   }
 
 
-def _largest_period(kept: list[Residual]) -> int:
+def _largest_period(kept: list[SavedResidual]) -> int:
   """Bytes of the activations of one iteration of the loop whose iterations keep most; of what no
   loop keeps, all."""
   loops: dict[int, int] = {}
@@ -213,7 +215,7 @@ def _largest_period(kept: list[Residual]) -> int:
   return max(loops.values(), default=0)
 
 
-def _gathered(definition: Definition, setup: Setup, shards: Shards) -> int:
+def _gathered(definition: Definition, setup: PlanSetup, shards: Shards) -> int:
   """Bytes of the unsharded weights of the largest block, of two of them, and of its gradients; 0 if
   nothing is all-gathered. Experts are not: tokens are sent to them."""
   mesh: Any = setup.abstract_mesh

@@ -20,10 +20,10 @@ from typing import Any
 from jaxformer.config import InputError
 from jaxformer.models.params import define
 from jaxformer.planning.compiler import CompiledPlan
-from jaxformer.planning.estimate import Estimate, estimate
+from jaxformer.planning.estimate import StepEstimate, estimate
 from jaxformer.planning.hardware import GIB
 from jaxformer.planning.memory import bytes_of
-from jaxformer.planning.setup import Setup, abstract_mesh
+from jaxformer.planning.setup import PlanSetup, abstract_mesh
 from jaxformer.sharding import MeshConfig
 
 # The TPU compiler's memory was at most 1.09 times that of the formulas in 12 of the 15 rows of
@@ -44,7 +44,7 @@ ROWS = (1, 2, 4, 8)  # sequences per device
 REMAT = ('full', 'names', 'none')
 MOST_COMPILED = 6  # one to three minutes each on an idle CPU core
 
-Compile = Callable[[Setup], CompiledPlan]
+Compile = Callable[[PlanSetup], CompiledPlan]
 Note = Callable[[str], None]
 
 
@@ -59,14 +59,14 @@ class SearchResult:
     tried: the number of candidates.
   """
 
-  best: Estimate | None
-  compiled: list[Estimate]
+  best: StepEstimate | None
+  compiled: list[StepEstimate]
   rejected: list[tuple[str, str]]
   tried: int
 
 
 def search(
-  base: Setup,
+  base: PlanSetup,
   compile: Compile,
   *,
   rows: Sequence[int] | None = None,
@@ -87,7 +87,7 @@ def search(
   limit = base.target.device_memory_bytes
   small = [e for e in ranked if e.memory.total * MARGIN <= limit]
   note(f'{len(small)} fit by the formulas')
-  compiled: list[Estimate] = []
+  compiled: list[StepEstimate] = []
   for e in sorted_by_bound(small):
     if len(compiled) == MOST_COMPILED or (len(compiled) >= best and any(map(_fits, compiled))):
       break
@@ -103,11 +103,13 @@ def search(
   return SearchResult(winner, compiled, _rejected(winner, compiled, ranked), len(setups))
 
 
-def _fits(e: Estimate) -> bool:
+def _fits(e: StepEstimate) -> bool:
   return e.compiled is not None and e.compiled.fits
 
 
-def candidates(base: Setup, rows: Sequence[int] | None, remats: Sequence[str]) -> Iterator[Setup]:
+def candidates(
+  base: PlanSetup, rows: Sequence[int] | None, remats: Sequence[str]
+) -> Iterator[PlanSetup]:
   """All setups on the meshes of the target's devices."""
   for mesh in meshes(base):
     shards = mesh.replica * mesh.data * mesh.fsdp * mesh.expert
@@ -117,7 +119,7 @@ def candidates(base: Setup, rows: Sequence[int] | None, remats: Sequence[str]) -
         yield dataclasses.replace(base, mesh=mesh, batch_size=batch, remat=remat)
 
 
-def meshes(base: Setup) -> Iterator[MeshConfig]:
+def meshes(base: PlanSetup) -> Iterator[MeshConfig]:
   """Meshes of the target that divide the model's parameters and sequences; slices along
   `replica`."""
   experts = [layer.expert_count for layer, _ in base.model.layers() if layer.expert_count]
@@ -144,7 +146,7 @@ def meshes(base: Setup) -> Iterator[MeshConfig]:
       yield mesh
 
 
-def estimate_if_possible(setup: Setup) -> Estimate | None:
+def estimate_if_possible(setup: PlanSetup) -> StepEstimate | None:
   """The estimate of a candidate; None if parameters and optimizer alone are too large, or if
   something does not divide evenly."""
   params = define(setup.model).abstract(setup.abstract_mesh, setup.mesh.rules)
@@ -156,12 +158,12 @@ def estimate_if_possible(setup: Setup) -> Estimate | None:
     return None
 
 
-def sorted_by_bound(estimates: Sequence[Estimate]) -> list[Estimate]:
+def sorted_by_bound(estimates: Sequence[StepEstimate]) -> list[StepEstimate]:
   """Sort by the bound on speed, fastest first; among bounds that count as equal, by the sum of all
   times, then by memory."""
   fastest = max((e.step.tokens_per_second for e in estimates), default=1.0)
 
-  def key(e: Estimate) -> tuple[Any, ...]:
+  def key(e: StepEstimate) -> tuple[Any, ...]:
     slower = round((1 - e.step.tokens_per_second / fastest) / CLOSE)
     return slower, e.step.total_seconds / e.step.tokens, e.memory.total
 
@@ -169,7 +171,7 @@ def sorted_by_bound(estimates: Sequence[Estimate]) -> list[Estimate]:
 
 
 def _rejected(
-  winner: Estimate | None, compiled: Sequence[Estimate], ranked: Sequence[Estimate]
+  winner: StepEstimate | None, compiled: Sequence[StepEstimate], ranked: Sequence[StepEstimate]
 ) -> list[tuple[str, str]]:
   """Why the others were rejected: the compiled ones, then the best of those that differ from the
   winner in the mesh, the batch size or the remat policy alone."""
@@ -188,11 +190,11 @@ def _rejected(
   return [(e.setup.name, _reason(e, winner)) for e in shown]
 
 
-def _choice(e: Estimate) -> tuple[Any, ...]:
+def _choice(e: StepEstimate) -> tuple[Any, ...]:
   return e.setup.mesh, e.setup.batch_size, e.setup.remat
 
 
-def _reason(e: Estimate, winner: Estimate | None) -> str:
+def _reason(e: StepEstimate, winner: StepEstimate | None) -> str:
   if e.compiled is not None and not e.compiled.fits:
     return f'does not fit, by {e.compiled.short_by / GIB:.2f} GiB (compiler)'
   limit = e.setup.target.device_memory_bytes

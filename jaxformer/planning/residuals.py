@@ -18,7 +18,7 @@ import jax
 from jax.extend.core import Literal
 
 
-class Residual(NamedTuple):
+class SavedResidual(NamedTuple):
   """One array that is kept.
 
   Attributes:
@@ -44,7 +44,7 @@ class Residual(NamedTuple):
 
 
 class _Value(NamedTuple):
-  """What is propagated for each variable of a program; fields as in `Residual`."""
+  """What is propagated for each variable of a program; fields as in `SavedResidual`."""
 
   shards: tuple[int, ...]
   activation: bool
@@ -56,7 +56,7 @@ def residuals(
   params: Mapping[str, jax.ShapeDtypeStruct],
   shards: Mapping[str, Sequence[int]],
   batch: Any,
-) -> list[Residual]:
+) -> list[SavedResidual]:
   """The arrays that `backward(params, batch)`, a function that returns the backward function of
   `jax.vjp`, closes over, without the parameters.
 
@@ -72,7 +72,7 @@ def residuals(
   outputs = _propagate(closed.jaxpr, inputs)
   arguments = set(map(id, closed.jaxpr.invars))
   found = {
-    id(var): Residual(tuple(var.aval.shape), var.aval.dtype, *value)
+    id(var): SavedResidual(tuple(var.aval.shape), var.aval.dtype, *value)
     for var, value in zip(closed.jaxpr.outvars, outputs, strict=True)
     if id(var) not in arguments and not isinstance(var, Literal)
   }

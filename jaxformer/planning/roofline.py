@@ -29,8 +29,8 @@ import math
 
 from jaxformer.models.params import define
 from jaxformer.planning.cost import flops
-from jaxformer.planning.memory import Memory, bytes_of
-from jaxformer.planning.setup import Setup
+from jaxformer.planning.memory import DeviceMemory, bytes_of
+from jaxformer.planning.setup import PlanSetup
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +77,7 @@ class StepTime:
     return self.tokens / self.seconds
 
 
-def step_time(setup: Setup, memory: Memory) -> StepTime:
+def step_time(setup: PlanSetup, memory: DeviceMemory) -> StepTime:
   """The bounds of one step of a setup, whose memory per device is `memory`.
 
   The prefill counts the head at every position, although a compiled prefill computes the logits of
@@ -100,7 +100,7 @@ def step_time(setup: Setup, memory: Memory) -> StepTime:
   )
 
 
-def _training_traffic(setup: Setup, memory: Memory) -> tuple[float, dict[str, float]]:
+def _training_traffic(setup: PlanSetup, memory: DeviceMemory) -> tuple[float, dict[str, float]]:
   """(bytes of memory traffic, mesh axis -> bytes sent) of one device."""
   model, mesh, size = setup.model, setup.abstract_mesh, setup.bytes_per_value
   definition, (B, T) = define(model), setup.local_batch
@@ -128,7 +128,7 @@ def _training_traffic(setup: Setup, memory: Memory) -> tuple[float, dict[str, fl
   }
 
 
-def _inference_traffic(setup: Setup, memory: Memory) -> tuple[float, dict[str, float]]:
+def _inference_traffic(setup: PlanSetup, memory: DeviceMemory) -> tuple[float, dict[str, float]]:
   """(bytes of memory traffic, mesh axis -> bytes sent) of one device.
 
   The prefill reads all weights once and writes the state; decoding reads the state, and the weights
@@ -149,11 +149,11 @@ def _inference_traffic(setup: Setup, memory: Memory) -> tuple[float, dict[str, f
   return moved, {'tensor': _branches(setup) * per_branch}
 
 
-def _branches(setup: Setup) -> int:
+def _branches(setup: PlanSetup) -> int:
   return sum(n for _, n in setup.model.layers())
 
 
-def _by_medium(setup: Setup, sent: dict[str, float]) -> tuple[float, float]:
+def _by_medium(setup: PlanSetup, sent: dict[str, float]) -> tuple[float, float]:
   """Bytes sent over the fast links, and over the network."""
   mesh, target = setup.abstract_mesh, setup.target
   links, network, domain = 0.0, 0.0, target.chip.domain

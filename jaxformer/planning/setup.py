@@ -1,4 +1,4 @@
-"""Setup: one model, one slice, one mesh and one workload; the input of every estimate."""
+"""PlanSetup: one model, one slice, one mesh and one workload; the input of every estimate."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ OptimizerState = Callable[[ModelConfig, AbstractMesh, Any], Any]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Setup:
+class PlanSetup:
   """What is estimated: one step of training or of inference, and where it runs.
 
   Attributes:

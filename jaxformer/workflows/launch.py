@@ -14,7 +14,7 @@ from jaxformer.launch.check import check_on
 from jaxformer.launch.sweep import grid
 from jaxformer.models.params import define
 from jaxformer.planning.estimate import TrainingRun, training_run
-from jaxformer.planning.memory import Memory
+from jaxformer.planning.memory import DeviceMemory
 from jaxformer.planning.target import parse_target
 from jaxformer.training.experiment import Experiment
 from jaxformer.workflows.names import experiment_of
@@ -32,7 +32,7 @@ class PlannedJob:
   job: Job
   experiment: Experiment
   run: TrainingRun
-  memory: Memory
+  memory: DeviceMemory
 
   @property
   def price(self) -> float:

@@ -27,7 +27,7 @@ from jaxformer.planning.estimate import (
 from jaxformer.planning.hardware import CHIPS, GIB, hardware_file
 from jaxformer.planning.memory import memory
 from jaxformer.planning.mesh_search import ROWS, search
-from jaxformer.planning.setup import Setup, abstract_mesh, default_mesh
+from jaxformer.planning.setup import PlanSetup, abstract_mesh, default_mesh
 from jaxformer.planning.target import Target, parse_target
 from jaxformer.sharding import MeshConfig
 from jaxformer.task_type import LANGUAGE_MODELING
@@ -282,7 +282,7 @@ def _inference(
 # ---- the TPU compiler --------------------------------------------------------------------------
 
 
-def _of_setup(experiment: Experiment, setup: Setup) -> Experiment:
+def _of_setup(experiment: Experiment, setup: PlanSetup) -> Experiment:
   """Return the experiment with the mesh, batch and remat policy of a setup."""
   training = experiment.training.replace(
     batch_size=setup.batch_size, remat=setup.remat, accumulate=setup.accumulate
@@ -295,7 +295,7 @@ def _compile_step(experiment: Experiment, target: Target) -> CompiledPlan:
   return compile_plan(lowered_train_step(experiment, mesh), mesh, target.device_memory_bytes)
 
 
-def _compiled_training(experiment: Experiment, setup: Setup, log: Log) -> dict[str, Any]:
+def _compiled_training(experiment: Experiment, setup: PlanSetup, log: Log) -> dict[str, Any]:
   """Compile the training step of a setup, and compare the result to the formulas."""
   experiment, topology = _of_setup(experiment, setup), setup.target.topology
   log(f'compiling a step of {setup.batch_size} x {setup.length} tokens for {topology}')
@@ -305,7 +305,7 @@ def _compiled_training(experiment: Experiment, setup: Setup, log: Log) -> dict[s
   return _compared(found, memory(setup).total, least, least + again, setup.target)
 
 
-def _compiled_inference(setup: Setup, predicted_bytes: float, log: Log) -> dict[str, Any]:
+def _compiled_inference(setup: PlanSetup, predicted_bytes: float, log: Log) -> dict[str, Any]:
   """Compile a prefill or a decoding step. Heads and hidden units are sharded over as many devices
   as they can be; further devices hold replicas."""
   target, batch, length, phase = setup.target, setup.batch_size, setup.length, setup.phase
@@ -347,8 +347,8 @@ def _inference_mesh(model: Any, target: Target) -> MeshConfig:
 
 
 def _search(
-  experiment: Experiment, setup: Setup, batch_given: bool, name: str, log: Log
-) -> tuple[dict[str, Any], Setup]:
+  experiment: Experiment, setup: PlanSetup, batch_given: bool, name: str, log: Log
+) -> tuple[dict[str, Any], PlanSetup]:
   """Return the recommendation and why the others were rejected, and the recommended setup, or the
   given one if nothing fits."""
   found = search(

@@ -101,11 +101,7 @@ def size(preset: str) -> dict[str, Any]:
   from jaxformer.models.zoo import PRESETS
 
   definition, family = definition_of(preset), PRESETS[preset].family
-  return {
-    'family': family,
-    'params': definition.size,
-    'active_params': definition.active_size,
-  }
+  return {'family': family, 'params': definition.size, 'active_params': definition.active_size}
 
 
 def cost_of(preset: str) -> dict[str, Any]:
@@ -129,14 +125,14 @@ def plan(preset: str) -> dict[str, Any]:
   """Beside its cost, a training with one sequence a device on 64 chips of v5e, or 1,024 of v5p
   where the model is large, and inference for one user there."""
   from jaxformer.planning.estimate import estimate, inference_setup, training_run
-  from jaxformer.planning.setup import Setup, default_mesh
+  from jaxformer.planning.setup import PlanSetup, default_mesh
   from jaxformer.planning.target import parse_target
 
   model, cost = model_of(preset), cost_of(preset)
   target = parse_target('v5e-64' if cost['params'] < 3e9 else 'v5p-2048')
   length, batch = min(cost['length'], 8192), target.devices
   mesh = default_mesh(model, target, batch)
-  setup = Setup(model=model, target=target, mesh=mesh, batch_size=batch, length=length)
+  setup = PlanSetup(model=model, target=target, mesh=mesh, batch_size=batch, length=length)
   report = estimate(setup).as_json()
   run = training_run(model, length, target, 20.0 * cost['active_params'], 0.4).as_json()
   memory, step = report['memory'], report['step']

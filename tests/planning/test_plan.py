@@ -16,7 +16,7 @@ from jaxformer.planning.estimate import estimate, inference_setup, parse_amount
 from jaxformer.planning.hardware import GIB
 from jaxformer.planning.memory import memory
 from jaxformer.planning.residuals import residuals
-from jaxformer.planning.setup import Setup, abstract_mesh, default_mesh, local_batch
+from jaxformer.planning.setup import PlanSetup, abstract_mesh, default_mesh, local_batch
 from jaxformer.planning.target import parse_target
 from jaxformer.sharding import MeshConfig
 from tests.tiers import families
@@ -25,7 +25,7 @@ TINY = sorted(n for n in PRESETS if n.endswith('-tiny'))
 
 
 def setup(name, target, mesh, batch, length, **changes):
-  return Setup(
+  return PlanSetup(
     model=PRESETS[name].model,
     target=parse_target(target),
     mesh=mesh,

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from jaxformer.interop.family import Family, blocks, branches, family, part
+from jaxformer.interop.family import CheckpointFormat, blocks, branches, family, part
 from jaxformer.interop.settings import ACTIVATIONS, Settings, activation_name
 from jaxformer.interop.weights import Concat, Names, Rule, linear, same
 from jaxformer.layers.attention import Attention
@@ -128,4 +128,4 @@ def names(config: LanguageModel.Config) -> Names:
   )
 
 
-family(Family('gpt2', 'GPT2LMHeadModel', read, write, rules, names))
+family(CheckpointFormat('gpt2', 'GPT2LMHeadModel', read, write, rules, names))

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from jaxformer.config import InputError
 from jaxformer.interop.families import mamba
 from jaxformer.interop.families.mixtral import EXPERTS, balance, write_router
-from jaxformer.interop.family import Family, blocks, branches, family, part
+from jaxformer.interop.family import CheckpointFormat, blocks, branches, family, part
 from jaxformer.interop.settings import Settings
 from jaxformer.interop.weights import Names, Rule, linear, same
 from jaxformer.layers.attention import Attention
@@ -195,4 +195,4 @@ def names(config: LanguageModel.Config) -> Names:
   )
 
 
-family(Family('jamba', 'JambaForCausalLM', read, write, rules, names))
+family(CheckpointFormat('jamba', 'JambaForCausalLM', read, write, rules, names))

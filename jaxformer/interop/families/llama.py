@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from jaxformer.config import InputError
-from jaxformer.interop.family import Family, blocks, branches, family, part
+from jaxformer.interop.family import CheckpointFormat, blocks, branches, family, part
 from jaxformer.interop.settings import ACTIVATIONS, Settings, activation_name
 from jaxformer.interop.weights import Names, Rule, linear, same
 from jaxformer.layers.attention import Attention
@@ -206,5 +206,5 @@ def write_mistral(config: LanguageModel.Config) -> dict[str, Any]:
   return fields | {'sliding_window': attention.window}
 
 
-family(Family('llama', 'LlamaForCausalLM', read, write, rules, names))
-family(Family('mistral', 'MistralForCausalLM', read_mistral, write_mistral, rules, names))
+family(CheckpointFormat('llama', 'LlamaForCausalLM', read, write, rules, names))
+family(CheckpointFormat('mistral', 'MistralForCausalLM', read_mistral, write_mistral, rules, names))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from jaxformer.interop.family import Family, blocks, branches, family, part
+from jaxformer.interop.family import CheckpointFormat, blocks, branches, family, part
 from jaxformer.interop.settings import Settings
 from jaxformer.interop.weights import TRANSPOSE, Concat, Names, NewAxis, Rule, linear, same
 from jaxformer.layers.layer import LayerConfig
@@ -152,4 +152,4 @@ def names(config: LanguageModel.Config) -> Names:
   )
 
 
-family(Family('mamba', 'MambaForCausalLM', read, write, rules, names))
+family(CheckpointFormat('mamba', 'MambaForCausalLM', read, write, rules, names))

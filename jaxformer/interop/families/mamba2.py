@@ -17,7 +17,7 @@ from jaxformer.interop.families.mamba import (
   write_layer,
   write_model,
 )
-from jaxformer.interop.family import Family, blocks, branches, family, part
+from jaxformer.interop.family import CheckpointFormat, blocks, branches, family, part
 from jaxformer.interop.settings import Settings
 from jaxformer.interop.weights import TRANSPOSE, Concat, Rule, same
 from jaxformer.layers.mamba2 import Mamba2
@@ -107,4 +107,4 @@ def rules(config: LanguageModel.Config) -> list[Rule]:
   ]
 
 
-family(Family('mamba2', 'Mamba2ForCausalLM', read, write, rules, names))
+family(CheckpointFormat('mamba2', 'Mamba2ForCausalLM', read, write, rules, names))

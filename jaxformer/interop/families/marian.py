@@ -7,7 +7,7 @@ import math
 from typing import Any
 
 from jaxformer.config import InputError
-from jaxformer.interop.family import Family, family, part
+from jaxformer.interop.family import CheckpointFormat, family, part
 from jaxformer.interop.settings import ACTIVATIONS, Settings, activation_name
 from jaxformer.interop.weights import Names, NewAxis, Rule, linear, same
 from jaxformer.layers.attention import Attention
@@ -141,4 +141,4 @@ def names(config: EncoderDecoder.Config) -> Names:
   )
 
 
-family(Family('marian', 'MarianMTModel', read, write, rules, names))
+family(CheckpointFormat('marian', 'MarianMTModel', read, write, rules, names))

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from jaxformer.interop.families import llama
-from jaxformer.interop.family import Family, blocks, branches, family, part
+from jaxformer.interop.family import CheckpointFormat, blocks, branches, family, part
 from jaxformer.interop.settings import Settings, activation_name
 from jaxformer.interop.weights import Permute, Rule, Unstack, linear
 from jaxformer.layers.attention import Attention
@@ -109,4 +109,4 @@ def rules(config: LanguageModel.Config) -> list[Rule]:
   ]
 
 
-family(Family('mixtral', 'MixtralForCausalLM', read, write, rules, llama.names))
+family(CheckpointFormat('mixtral', 'MixtralForCausalLM', read, write, rules, llama.names))

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from jaxformer.interop.family import Family, blocks, branches, family, part
+from jaxformer.interop.family import CheckpointFormat, blocks, branches, family, part
 from jaxformer.interop.settings import Settings
 from jaxformer.interop.weights import Names, NewAxis, Rule, linear, same
 from jaxformer.layers.norm import LayerNorm
@@ -100,4 +100,4 @@ def names(config: LanguageModel.Config) -> Names:
   )
 
 
-family(Family('rwkv', 'RwkvForCausalLM', read, write, rules, names))
+family(CheckpointFormat('rwkv', 'RwkvForCausalLM', read, write, rules, names))
