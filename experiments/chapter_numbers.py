@@ -107,10 +107,10 @@ def gpt3_days(gpus: int = 256) -> float:
 
 
 def gpt3_price(
-  days: float, gpus: int = 256, an_hour: float = 2.0, utilisation: float = 0.7
+  days: float, gpus: int = 256, an_hour: float = 2.0, utilization: float = 0.7
 ) -> float:
-  """USD for so many days at full rate, which at a utilisation take 1 / utilisation as long."""
-  return gpus * 24 * days * an_hour / utilisation
+  """USD for so many days at full rate, which at a utilization take 1 / utilization as long."""
+  return gpus * 24 * days * an_hour / utilization
 
 
 def cache_bytes(name: str, context: int = 2**18) -> int:

@@ -19,7 +19,7 @@ from jaxformer.models.model import ModelConfig
 from jaxformer.models.params import Params, define
 from jaxformer.models.zoo import PRESETS
 from jaxformer.overrides import override
-from jaxformer.planning.estimate import UTILISATION
+from jaxformer.planning.estimate import UTILIZATION
 from jaxformer.study.report import report_study, train_study
 from jaxformer.study.results import Results
 from jaxformer.study.runner import finished_part
@@ -229,7 +229,7 @@ def plan(
   length: int | None = None,
   target: str | None = None,
   tokens: Amount | None = None,
-  utilization: float = UTILISATION,
+  utilization: float = UTILIZATION,
   price: float | None = None,
   hardware: str | None = None,
   phase: Phase = 'train',
@@ -400,7 +400,7 @@ def plan_launch(
   spot: bool = False,
   source: str | None = None,
   sweep: Sequence[str] = (),
-  utilization: float = UTILISATION,
+  utilization: float = UTILIZATION,
 ) -> LaunchPlan:
   """Return training jobs for rented machines or a cluster, checked and priced. `.write(log)` writes
   their files and `.submit()` starts them; until then nothing is written or started.

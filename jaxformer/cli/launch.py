@@ -68,7 +68,7 @@ def run(args: argparse.Namespace, overrides: list[tuple[str, str]]) -> int:
     print('nothing was started', file=sys.stderr)
     return DONE
   try:
-    plan.submit()
+    plan.submit(lambda line: print(line, file=sys.stderr))
   except jf.LaunchError as e:
     print(f'error: {e}', file=sys.stderr)
     return FAILED

@@ -135,7 +135,7 @@ def _functional(value: Any, width: int) -> Any:
         _functional(b, width) for g in value for _ in range(g['repeats']) for b in g['pattern']
       ]
     return [_functional(v, width) for v in value]
-  if not isinstance(value, dict):
+  if not isinstance(value, dict) or 'code' in value:  # a type of the user's own is like no other
     return value
   kind = config_type(value['type'])
   if kind in types_of(LayerConfig):

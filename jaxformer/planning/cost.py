@@ -5,9 +5,9 @@ Conventions, stated once:
 - A product of a token with an `[in, out]` matrix is 2 in out FLOPs. Elementwise operations (norms,
   activations, softmax) are not counted.
 - Training costs 3 forward passes: one forward, two for the gradients of activations and of weights.
-  Recomputation under remat is not counted, as in model FLOPs utilisation (PaLM, appendix B).
+  Recomputation under remat is not counted, as in model FLOPs utilization (PaLM, appendix B).
 - The score and value products of attention are counted over the keys that a causal mask lets
-  through (`causal`), or over all pairs (`full`), the convention of many published utilisations.
+  through (`causal`), or over all pairs (`full`), the convention of many published utilizations.
 - In an encoder-decoder, a token is one of the target together with one of the source: both have the
   same length, and each matrix is multiplied once. The state is the decoder's, with keys and values
   of a source of `context_length` tokens.

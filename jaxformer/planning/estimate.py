@@ -21,7 +21,7 @@ from jaxformer.sharding import MESH_AXES, MeshConfig
 TOKENS_PER_PARAMETER = 20  # compute-optimal, about (Hoffmann et al. 2022)
 # Share of the peak that a well-tuned training reaches: 38 to 43 % for Llama 3 405B on H100s (Llama
 # Team 2024, table 4), 46 % for PaLM 540B on TPU v4 (Chowdhery et al. 2022, table 3).
-UTILISATION = 0.4
+UTILIZATION = 0.4
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,7 +32,7 @@ class TrainingRun:
     params, active_params: of the model, and those that one token uses.
     tokens: trained on.
     train_flops: model FLOPs, causal convention, without recomputation.
-    utilisation: share of the peak of all chips that `seconds` assumes.
+    utilization: share of the peak of all chips that `seconds` assumes.
     seconds: of training steps; start-up, compilation and evaluation are not included.
     chip_hours: chips x hours.
     price_per_hour_usd: of all chips, on demand.
@@ -45,7 +45,7 @@ class TrainingRun:
   active_params: int
   tokens: float
   train_flops: float
-  utilisation: float
+  utilization: float
   seconds: float
   chip_hours: float
   price_per_hour_usd: float
@@ -64,18 +64,18 @@ def training_run(
   length: int,
   target: Target,
   tokens: float,
-  utilisation: float = UTILISATION,
+  utilization: float = UTILIZATION,
   *,
   precision: str = 'bf16',
   price: float | None = None,
 ) -> TrainingRun:
   """The time and cost of training a model on `tokens` in sequences of `length`. `price` in USD per
   chip-hour overrides the list price."""
-  if not 0 < utilisation <= 1:
-    raise InputError(f'--utilisation {utilisation:g}: must be above 0 and at most 1')
+  if not 0 < utilization <= 1:
+    raise InputError('utilization', utilization, 'above 0 and at most 1')
   per_token = cost(model, length)
   flops = per_token.train_flops_per_token * tokens
-  seconds = flops / (target.chip.peak(precision) * target.total_chips * utilisation)
+  seconds = flops / (target.chip.peak(precision) * target.total_chips * utilization)
   hourly = (target.chip.price_per_hour if price is None else price) * target.total_chips
   spot = target.price_per_hour(spot=True)
   return TrainingRun(
@@ -83,7 +83,7 @@ def training_run(
     active_params=per_token.active_params,
     tokens=tokens,
     train_flops=flops,
-    utilisation=utilisation,
+    utilization=utilization,
     seconds=seconds,
     chip_hours=seconds / 3600 * target.total_chips,
     price_per_hour_usd=hourly,

@@ -77,7 +77,7 @@ class LaunchPlan:
       f'{model.tag} with {define(model).size:,} parameters on {job.target.name}{spot}: '
       f'{job.target.total_chips} chips of {job.target.hosts} hosts'
     ]
-    rows = [('run', 'tokens', 'FLOPs', f'time at {first.run.utilisation:.0%}', 'price')]
+    rows = [('run', 'tokens', 'FLOPs', f'time at {first.run.utilization:.0%}', 'price')]
     rows += [_row(p.job.name, [p]) for p in self.jobs]
     if len(self.jobs) > 1:
       rows.append(_row(f'{len(self.jobs)} runs', self.jobs))
@@ -90,7 +90,7 @@ class LaunchPlan:
     fits = 'fits'
     if needed > limit:
       fits = (
-        f'{(needed - limit) / 1e9:,.3g} GB too much: --training.remat full, '
+        f'{(needed - limit) / 1e9:,.3g} GB too much: use --training.remat full, '
         '--training.accumulate or a larger target'
       )
     lines.append(

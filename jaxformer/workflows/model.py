@@ -137,8 +137,8 @@ class Model:
     if self.tokenizer is None:
       data = '' if self.experiment is None else f' on {self.experiment.data.tag}'
       raise InputError(
-        f'{self.name}: a {self.config.tag} trained{data}, without a tokenizer; it neither generates '
-        'nor translates text (`jaxformer eval` scores it)'
+        f'{self.name}: holds no tokenizer; a {self.config.tag} trained{data} neither continues nor '
+        'translates text without one (`jaxformer eval` scores it)'
       )
     return self.tokenizer
 

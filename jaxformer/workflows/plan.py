@@ -18,7 +18,7 @@ from jaxformer.planning.compiler import CompiledPlan, compile_plan, disagreement
 from jaxformer.planning.cost import Cost, cost, flops, recomputed_flops
 from jaxformer.planning.estimate import (
   TOKENS_PER_PARAMETER,
-  UTILISATION,
+  UTILIZATION,
   estimate,
   inference_setup,
   parse_amount,
@@ -73,7 +73,7 @@ class PlanOptions:
 
   target: str | None = None
   tokens: Amount | None = None
-  utilization: float = UTILISATION
+  utilization: float = UTILIZATION
   price: float | None = None
   hardware: str | None = None
   phase: Phase = 'train'
@@ -400,7 +400,7 @@ def _run_rows(v: dict[str, Any]) -> Rows:
   share = f'{v["tokens_per_parameter"]:.3g} per active parameter'
   spot = 'no list price' if r['spot_price_usd'] is None else f'${r["spot_price_usd"]:,.0f}'
   mesh = ', '.join(f'{a} {n}' for a, n in v['mesh'].items() if n > 1) or 'one device'
-  peak = f'{100 * r["utilisation"]:g}% of the peak'
+  peak = f'{100 * r["utilization"]:g}% of the peak'
   return [
     ('target', f'{t["name"]}: {t["chips"]:,} chips', f'{mesh}; remat {v["remat"]}'),
     ('training', f'{r["train_flops"]:.4g} FLOPs', f'{amount(r["tokens"])} tokens, {share}'),

@@ -1,4 +1,4 @@
-"""Progress and remarks: the logger 'jaxformer'."""
+"""Progress and remarks: the logger 'jaxformer', on standard error unless it has a handler."""
 
 from __future__ import annotations
 
@@ -13,12 +13,7 @@ _logger = logging.getLogger('jaxformer')
 
 
 def log(line: str) -> None:
-  """Progress and remarks: the logger 'jaxformer', on standard error unless it has a handler."""
-  if not _logger.handlers:
-    _logger.addHandler(_StandardError())
-    _logger.propagate = False
-  if _logger.level == logging.NOTSET:
-    _logger.setLevel(logging.INFO)
+  """Log a line about progress."""
   _logger.info(line)
 
 
@@ -27,3 +22,10 @@ class _StandardError(logging.Handler):
 
   def emit(self, record: logging.LogRecord) -> None:
     print(self.format(record), file=sys.stderr, flush=True)
+
+
+if not _logger.handlers:
+  _logger.addHandler(_StandardError())
+  _logger.propagate = False
+if _logger.level == logging.NOTSET:
+  _logger.setLevel(logging.INFO)

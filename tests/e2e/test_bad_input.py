@@ -63,7 +63,7 @@ OPTIONS = [
   ('generate first --top-p 1.5', 'top_p = 1.5'),
   ('generate first --temperature 0 --top-k 4', 'top_k = 4', 'temperature 0'),
   ('bench gpt2-tiny --steps -1', 'steps = -1'),
-  ('bench gpt2-tiny --context-length 0', '--context', 'positive'),
+  ('bench gpt2-tiny --context-length 0', 'context_length = 0', 'positive'),
   ('data inof', "'inof'", 'did you mean info?'),
   ('generate nope', "no run 'nope'"),
   ('convert nope out', "no run 'nope'"),
@@ -97,7 +97,7 @@ FIELDS = [
   ('--mesh.fsdp 64', 'fsdp 64', 'there are 8'),
   ('--mesh.fsdp -1', 'only one axis may be -1'),
   ('--mesh.data 0', 'data = 0'),
-  ('--mesh.tensor 8 --model.heads 4 --model.width 36', 'mesh.tensor = 8', 'does not divide'),
+  ('--mesh.tensor 8 --model.heads 4 --model.width 36', 'mesh.tensor = 8', 'must divide'),
   ('--model.vocab-size 100', 'vocab_size = 100', '257'),
   ('--init-from nope', "no run 'nope'"),
 ]
@@ -131,7 +131,7 @@ CORPORA = [
 ]
 
 EXPERIMENTS = [
-  ('missing.py', 'missing.py: no such file'),
+  ('missing.py', 'missing.py', 'No such file'),
   ('nothing.py', 'nothing.py', 'defines no `experiment`'),
   ('number.py', 'number.py', 'defines no `experiment`'),
   ('syntax.py', 'syntax.py cannot be run', 'SyntaxError'),
@@ -203,7 +203,7 @@ def test_experiment_files(case, refused, folder):
       'data info --data Pairs --data.corpus Tsv --data.corpus.path gone.tsv',
       ('Tsv.path', 'gone.tsv', 'a file that exists'),
     ),
-    ('train gpt2-tiny --data Dates', ('data = Dates', 'reads one', 'pairs')),
+    ('train gpt2-tiny --data Dates', ('data = Dates', 'source-target pairs', 'LanguageModel')),
     (
       'data train-tokenizer empty --data.corpus PydocTopics --vocab-size 300',
       ('empty', 'cannot be written'),
@@ -277,7 +277,7 @@ def test_training_does_not_begin_anew_over_damaged_checkpoints(damaged, capsys):
   cut(damaged, 'checkpoints/4/params')
   before = contents(damaged / 'checkpoints')
   assert main(last([*FIRST, '--training.steps', '6'])) == 2
-  assert 'no checkpoint is whole' in capsys.readouterr().err
+  assert 'corrupt' in capsys.readouterr().err
   assert contents(damaged / 'checkpoints') == before
 
 
@@ -288,7 +288,7 @@ def test_a_damaged_file_of_metrics_does_not_stop_a_run(damaged, capsys):
   assert main(FIRST) == 0
   err = capsys.readouterr().err
   assert 'no longer counts among the best' in err
-  assert 'has its 4 steps already' in err
+  assert 'has already completed its 4 steps' in err
 
 
 STORES = [
@@ -359,7 +359,7 @@ RUNS = [
       '--init-from',
       'first',
     ],
-    '(264, 64) in the checkpoint, (264, 32) here',
+    'do not fit this model',
   ),
 ]
 

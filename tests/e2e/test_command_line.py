@@ -60,7 +60,7 @@ def test_the_same_command_has_nothing_left_to_do(first, cache):
   before = contents(home / 'runs' / 'first' / 'checkpoints')
   done = start(FIRST, home, cache)
   assert done.returncode == 0, done.stderr
-  assert 'has its 4 steps already' in done.stderr
+  assert 'has already completed its 4 steps' in done.stderr
   assert f'{value["metrics"]["eval/bits_per_byte"]:.3f}  this model after 4 steps' in done.stdout
   assert contents(home / 'runs' / 'first' / 'checkpoints') == before
 
@@ -130,7 +130,7 @@ def test_numbers_that_are_not_finite_exit_70(tmp_path, monkeypatch, capsys):
   assert main(['train', 'gpt2-tiny', *SMALL, '--run.name', 'wild', *wild, '--json']) == 70
   out, err = capsys.readouterr()
   assert out == ''
-  assert 'is not finite; the checkpoints before it are kept' in err
+  assert 'is not finite; earlier checkpoints are kept' in err
 
 
 def test_interrupting_the_compilation_exits_130_without_a_traceback(tmp_path, monkeypatch, capsys):
@@ -200,7 +200,7 @@ def test_weights_for_others_say_the_same_and_can_be_trained_on(
   ours, _ = answer(*train, home / 'runs' / 'first', '--run.name', 'ours', '--json')
   assert theirs['metrics']['train/loss'] == ours['metrics']['train/loss'] < 5
   before = contents(tmp_path)
-  assert main([*map(str, train), 'weights', '--model.repeats', '2', '--run.name', 'other']) == 2
+  assert main(last([*train, 'weights', '--model.repeats', '2', '--run.name', 'other'])) == 2
   assert 'stack.0.repeats: 1 -> 2' in capsys.readouterr().err
   assert contents(tmp_path) == before
 
@@ -256,7 +256,7 @@ def test_a_reader_that_leaves_early_is_no_error(tmp_path, cache):
 
 def test_bench_measures_training_and_decoding(answer):
   value = answer(
-    'bench', 'gpt2-tiny', *SMALL, '--steps', 2, '--new-tokens', 4, '--context', 8, '--json'
+    'bench', 'gpt2-tiny', *SMALL, '--steps', 2, '--new-tokens', 4, '--context-length', 8, '--json'
   )[0]
   assert value['training']['tokens_per_step'] == 8 * 32
   assert [r['context_length'] for r in value['decoding']] == [8]

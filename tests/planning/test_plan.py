@@ -220,10 +220,10 @@ def test_a_plan_that_does_not_fit_says_what_would(capsys):
       ['--target', 'v5e-8', '--training.batch-size', '12', '--mesh.fsdp', '8'],
       'must be a multiple of 8',
     ),
-    (['--price', '2'], 'with --target alone'),
-    (['--phase', 'decode'], 'needs --target'),
+    (['--price', '2'], 'price: needs a target'),
+    (['--phase', 'decode'], 'phase: needs a target'),
     (['--tokens', 'x'], 'write a number'),
-    (['--utilisation', '40'], 'at most 1'),
+    (['--utilization', '40'], 'at most 1'),
     (['--target', 'v5e-8', '--mesh.tensor', '5', '--mesh.fsdp', '1'], 'multiple of 5 devices'),
   ],
 )

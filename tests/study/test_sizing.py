@@ -195,14 +195,14 @@ def test_training_takes_a_size(capsys):
     (['plan', 'mambo', '--params', '1M'], ["no family named 'mambo'", 'did you mean mamba']),
     (
       ['plan', 'mamba-130m', '--params', '1M'],
-      ['mamba-130m has the size of a published model', 'there are gnmt, gpt2, '],
+      ['mamba-130m is a preset, whose size is fixed', 'families: gnmt, gpt2, '],
     ),
-    (['plan', 'mamba', '--params', 'many'], ['--params', "'many'"]),
+    (['plan', 'mamba', '--params', 'many'], ['params', "'many'"]),
     (
       ['plan', 'mamba', '--params', '1M', '--state-bytes', '1M'],
       ['--state-bytes', 'not allowed with', '--params'],
     ),
-    (['plan', 'mamba', '--params', '1M', '--model.vocab-size', 'x'], ['--model.vocab-size', "'x'"]),
+    (['plan', 'mamba', '--params', '1M', '--model.vocab-size', 'x'], ['model.vocab-size', "'x'"]),
     (
       ['plan', 'mamba', '--params', '1M', '--model.widht', '3'],
       ['--model.widht', 'did you mean width'],
@@ -213,9 +213,9 @@ def test_training_takes_a_size(capsys):
     ),
     (
       ['plan', 'families', '--params', '1M', '--training.steps', '3'],
-      ['--training.steps', '--model.vocab-size'],
+      ['--training.steps', 'model.vocab_size'],
     ),
-    (['train', 'mamba', '--params', '1M,2M'], ['one size makes one model; 2']),
+    (['train', 'mamba', '--params', '1M,2M'], ['one model has one size; 2']),
     (
       ['plan', 'llama3', '--state-bytes', '3'],
       ['nothing comes within 2%', 'the closest has 32,768'],
