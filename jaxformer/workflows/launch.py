@@ -77,7 +77,9 @@ class LaunchPlan:
       f'{model.tag} with {define(model).size:,} parameters on {job.target.name}{spot}: '
       f'{job.target.total_chips} chips of {job.target.hosts} hosts'
     ]
-    rows = [('run', 'tokens', 'FLOPs', f'time at {first.run.utilization:.0%}', 'price')]
+    rows: list[tuple[str, ...]] = [
+      ('run', 'tokens', 'FLOPs', f'time at {first.run.utilization:.0%}', 'price')
+    ]
     rows += [_row(p.job.name, [p]) for p in self.jobs]
     if len(self.jobs) > 1:
       rows.append(_row(f'{len(self.jobs)} runs', self.jobs))

@@ -200,7 +200,7 @@ class Model:
     self, sources: Sequence[str], **options: Unpack[TranslateOptions]
   ) -> list[tuple[str, Translation]]:
     """Return translations as text, and as tokens with their log-probability."""
-    tokenizer = self.text_tokenizer()
+    tokenizer, end = self.text_tokenizer(), self._end()
     beam = Beam(
       width=options.get('beam', 1),
       length_penalty=options.get('length_penalty', 0.6),
@@ -210,7 +210,7 @@ class Model:
       self.definition,
       self.params,
       [self._source(text) for text in sources],
-      end=tokenizer.end_of_document,
+      end=end,
       beam=beam,
       max_new_tokens=options.get('max_new_tokens'),
       vocab_size=tokenizer.vocab_size,
@@ -240,8 +240,7 @@ class Model:
       beam: hypotheses kept in making a translation.
       layer: of the layers with cross-attention, from 0 at the bottom; None for their mean.
     """
-    tokenizer, ids = self.text_tokenizer(), self._source(source)
-    end = tokenizer.end_of_document
+    tokenizer, ids, end = self.text_tokenizer(), self._source(source), self._end()
     if target is None:
       tokens = self.translations([source], beam=beam, length_penalty=0.0)[0][1].tokens
     else:
@@ -256,18 +255,22 @@ class Model:
 
   def _source(self, text: str) -> list[int]:
     """Return a text as an encoder reads it, with the end of the document."""
-    tokenizer = self.text_tokenizer()
-    if self.config.task != TRANSLATION:
+    source, end = self.text_tokenizer().source, self._end()
+    return [*source.encode(text).tolist(), source.end_of_document or end]
+
+  def _end(self) -> int:
+    """Return the token that ends translations. Raises `InputError` for other models."""
+    end = self.text_tokenizer().end_of_document
+    if not self.translates:
       raise InputError(
         f'{self.name}: a {self.config.tag} is not an encoder-decoder and has no source; use generate'
       )
-    source = tokenizer.source
-    if source.end_of_document is None or tokenizer.end_of_document is None:
+    if end is None:
       raise InputError(
         f'{self.name}: its tokenizer has no end-of-document token, which ends sources and '
         'translations'
       )
-    return [*source.encode(text).tolist(), source.end_of_document]
+    return end
 
   # ---- scores and weights ----------------------------------------------------------------------
 

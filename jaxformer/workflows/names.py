@@ -41,7 +41,7 @@ FREE = {'dropout', 'init', 'key_init', 'out_init', 'embedding_init', 'head_init'
 def pairs_of(overrides: Overrides) -> Pairs:
   """Return overrides as (path, text) in their order."""
   items = overrides.items() if isinstance(overrides, Mapping) else overrides
-  return [(path, _text(value)) for path, value in items]
+  return [(str(path), _text(value)) for path, value in items]
 
 
 def _text(value: Any) -> str:
@@ -207,6 +207,6 @@ def initial_params(source: str, experiment: Experiment) -> str | Params:
   if lines:
     raise InputError(
       f"--init-from {source}: its model is not the experiment's (weights -> experiment):"
-      f"\n  {first_lines(lines)}"
+      f'\n  {first_lines(lines)}'
     )
   return params

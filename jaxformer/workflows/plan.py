@@ -183,13 +183,15 @@ def plan_model(
     name, found = name_of(sized), sized.model
   elif isinstance(model, str):
     name, found = model, PRESETS[model].model if model in set(PRESETS) else None
+  elif is_a(model, ModelConfig):
+    name, found = model.tag, model
   else:
-    found = model if is_a(model, ModelConfig) else None
-    name = model.tag if is_a(model, ModelConfig) else model.run.name or model.model.tag
+    name, found = model.run.name or model.model.tag, None
   if found is not None:  # with the default experiment, whose settings suit a tiny training
     experiment = default_experiment(found, name)
     experiment = experiment if target is None else _at_scale(experiment, target, options.phase)
   else:
+    assert not is_a(model, ModelConfig)
     experiment = experiment_of(model, []) if isinstance(model, str) else model
   experiment = override(experiment, overrides)
   own_length = (

@@ -31,7 +31,7 @@ def _continuation(experiment: Experiment, dataset: Dataset) -> Sample:
   assert tokenizer is not None
   prompt = []
   if tokenizer.end_of_document is None:
-    prompt = next(iter(dataset.validation_batches(1))).tokens_BT[0, :1].tolist()
+    prompt = next(iter(dataset.validation_batches(1))).inputs[0, :1].tolist()
   mesh, most = make_mesh(experiment.mesh), experiment.model.max_len
 
   def sample(params: Params, step: int) -> str:
@@ -54,11 +54,11 @@ def _continuation(experiment: Experiment, dataset: Dataset) -> Sample:
 
 def _translations(experiment: Experiment, dataset: Dataset) -> Sample:
   """Translate some held-out sources, beside their references."""
-  definition, tokenizer = define(experiment.model), dataset.tokenizer
+  definition, pairs = define(experiment.model), dataset.held_out_pairs(PAIRS)
+  tokenizer, mesh = dataset.tokenizer, make_mesh(experiment.mesh)
   assert tokenizer is not None
-  assert tokenizer.end_of_document is not None
-  pairs, mesh = dataset.held_out_pairs(PAIRS), make_mesh(experiment.mesh)
   end = tokenizer.end_of_document
+  assert end is not None
 
   def sample(params: Params, step: int) -> str:
     found = translate(

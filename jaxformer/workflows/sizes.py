@@ -36,7 +36,6 @@ ENDINGS: dict[Match, str] = {
   'train_flops_per_token': '-flops',
   'state_bytes': '-state',
 }
-MATCH: dict[str, Match] = {'flops_per_token': 'train_flops_per_token'}
 DEFAULT_SIZE: tuple[Match, float] = ('params', 1e6)
 # of a model built to a size, unless overridden: those of the tiny presets
 BYTES = {'vocab_size': 264, 'context_length': 256}
@@ -62,9 +61,15 @@ class Size(TypedDict, total=False):
 
 def sizes_of(size: Size) -> list[tuple[Match, float]]:
   """Return every (quantity, value) given; text may list several values: '1M,10M'."""
+  given: dict[Match, Amount | None] = {
+    'params': size.get('params'),
+    'active_params': size.get('active_params'),
+    'train_flops_per_token': size.get('flops_per_token'),
+    'state_bytes': size.get('state_bytes'),
+  }
   return [
-    (MATCH.get(name, name), parse_amount(part, name) if isinstance(part, str) else float(part))
-    for name, value in size.items()
+    (match, parse_amount(part, match) if isinstance(part, str) else float(part))
+    for match, value in given.items()
     if value is not None
     for part in (value.split(',') if isinstance(value, str) else [value])
   ]
