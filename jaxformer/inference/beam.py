@@ -1,5 +1,5 @@
-"""Search for a translation on the device: the likeliest token at each step, or a beam; each one
-program, from the source's tokens to the best hypotheses.
+"""Beam search on the device: one program from the source's tokens to the best hypotheses. A beam of
+width 1 is greedy decoding.
 
 Dims: B batch, S source, K width of the beam, N most new tokens, V vocabulary.
 """
@@ -25,17 +25,17 @@ class Beam(Config):
   """Beam search (Sutskever et al. 2014, section 3.2) with the penalties of GNMT (Wu et al. 2016,
   section 7).
 
-  The `width` likeliest hypotheses are kept; one that ends keeps its place, and the search goes on
-  with the others until all have ended. The best has the largest
+  The `width` most likely hypotheses are kept; a finished one stays in the beam, and the search
+  continues with the others until all are finished. The best has the largest
 
     log p(Y | X) / lp(Y) + cp(X, Y),  lp = ((5 + |Y|) / 6)^length_penalty,  cp = coverage_penalty
     sum_i log min(sum_j a_ij, 1)
 
-  where |Y| counts the end and a_ij is the attention of step j to source token i, the mean over
-  layers; of hypotheses that did not end none is taken while there is another.
+  where |Y| includes the end and a_ij is the attention of step j to source token i, averaged over
+  layers; an unfinished hypothesis ranks below every finished one.
 
   Attributes:
-    width: 1 takes the likeliest token at each step.
+    width: 1 is greedy decoding.
     length_penalty: 0 for none; GNMT's alpha, 0.2 there and 0.6 in Vaswani et al. 2017.
     coverage_penalty: 0 for none; GNMT's beta, 0.2 there.
   """
@@ -56,14 +56,14 @@ GREEDY_BEAM = Beam(width=1)
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Hypotheses:
-  """The results of a search, for each source the best first.
+  """Results of a search, for each source the best first.
 
   Attributes:
-    tokens_BKN: without the end, then -1.
-    length_BK: tokens, the end counted.
+    tokens_BKN: without the end, then -1 as padding.
+    length_BK: tokens, the end included.
     log_p_BK: log p(tokens and end | source), in nats.
     score_BK: with the penalties.
-    finished_BK: the hypothesis ended; False where the limit cut it off.
+    finished_BK: whether the hypothesis has its end; False where it reached the limit.
   """
 
   tokens_BKN: Int[Array, 'B K N']
@@ -75,12 +75,18 @@ class Hypotheses:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class _Search:
-  """Where a search stands: the decoder's state after all tokens but the last, the last, and the
-  hypotheses; `coverage_BKS` is what each source token has had of attention, None where nobody
-  asks."""
+class _SearchState:
+  """Search loop state.
 
-  state: DecoderState
+  Attributes:
+    decoder: the decoder's state after all tokens but the last.
+    token_BK: the last token of each hypothesis, not yet read.
+    coverage_BKS: attention that each source token has received so far; None without a coverage
+      penalty.
+    count: steps taken.
+  """
+
+  decoder: DecoderState
   token_BK: Array
   tokens_BKN: Array
   length_BK: Array
@@ -90,19 +96,18 @@ class _Search:
   count: Array
 
   def done_BK(self, limit_B: Array) -> Array:
-    """Which hypotheses stay as they are: they ended, or have as many tokens as they may."""
+    """Which hypotheses no longer change: they are finished or have reached their limit."""
     return self.finished_BK | (self.length_BK >= limit_B[:, None])
 
-  def goes_on(self, limit_B: Array) -> Array:
-    return ~(self.done_BK(limit_B) | jnp.isneginf(self.log_p_BK)).all() & (
-      self.count < self.tokens_BKN.shape[2]
-    )
+  def keep_going(self, limit_B: Array) -> Array:
+    """Whether any hypothesis still changes."""
+    done_BK = self.done_BK(limit_B) | jnp.isneginf(self.log_p_BK)
+    return ~done_BK.all() & (self.count < self.tokens_BKN.shape[2])
 
 
-_STATIC = ('definition', 'beam', 'max_new_tokens', 'vocab_size', 'where')
-
-
-@functools.partial(jax.jit, static_argnames=_STATIC)
+@functools.partial(
+  jax.jit, static_argnames=('definition', 'beam', 'max_new_tokens', 'vocab_size', 'where')
+)
 def beam_search(
   definition: Definition[EncoderDecoder],
   params: Params,
@@ -116,195 +121,139 @@ def beam_search(
   vocab_size: int | None = None,
   where: Any = None,
 ) -> Hypotheses:
-  """The hypotheses of a beam for every source.
+  """Search for the best translations of every source, in one program. Width 1 is greedy decoding.
 
   Args:
     source_BS: padded with -1 at the end of a row.
     begin, end: the token that the decoder reads first, and the one that ends a hypothesis.
-    limit_B: at most so many tokens for each source, the end counted.
-    max_new_tokens: room for tokens, N.
-    vocab_size: tokens from here on are never taken; None where every row of the head is a token.
-    where: mesh and rules, which the program depends on.
+    limit_B: maximum number of tokens for each source, the end included.
+    max_new_tokens: N, the length of the token buffer.
+    vocab_size: tokens from here on are never chosen; None if every row of the head is a token.
+    where: mesh and rules, on which the program depends.
   """
-  model, K = definition.merge(params), beam.width
-  search = _begun(
-    definition, model, params, source_BS, begin, K, max_new_tokens, beam.coverage_penalty > 0
-  )
+  model = definition.merge(params)
+  start = _initial_search(definition, model, params, source_BS, begin, beam, max_new_tokens)
 
-  def one(s: _Search) -> _Search:
-    B, V = s.token_BK.shape[0], definition.config.vocab_size
-    out = model.step(
-      s.token_BK.reshape(-1), STEP.replace(align=s.coverage_BKS is not None), s.state
-    )
-    total_BKV = s.log_p_BK[:, :, None] + _log_p(out.y, vocab_size).reshape(B, K, V)
-    # What is done has one way to go on, which changes nothing and comes before all others.
-    done_BK = s.done_BK(limit_B)
-    stays_BKV = done_BK[:, :, None] & (jnp.arange(V) == 0)[None, None]
-    total_BKV = jnp.where(
-      done_BK[:, :, None], jnp.where(stays_BKV, s.log_p_BK[:, :, None], -jnp.inf), total_BKV
-    )
-    _, best_BK = jax.lax.top_k(jnp.where(stays_BKV, jnp.inf, total_BKV).reshape(B, -1), K)
-    parent_BK, token_BK = best_BK // V, best_BK % V
-    rows = (parent_BK + K * jnp.arange(B)[:, None]).reshape(-1)
+  def step(s: _SearchState) -> _SearchState:
+    (B, K), covers = s.token_BK.shape, s.coverage_BKS is not None
+    out = model.step(s.token_BK.reshape(-1), STEP.replace(align=covers), s.decoder)
+    log_p_BKV = _log_p(out.y, vocab_size).reshape(B, K, -1)
+    parent_BK, token_BK, log_p_BK = _extend(log_p_BKV, s.log_p_BK, s.done_BK(limit_B))
+    decoder = out.state
+    if parent_BK is not None:
+      rows = (parent_BK + K * jnp.arange(B)[:, None]).reshape(-1)
+      decoder = model.select_rows(out.state, rows, same_source=True)
 
     def of_parents(x: Array) -> Array:
-      return jnp.take_along_axis(x, parent_BK.reshape(B, K, *(1,) * (x.ndim - 2)), axis=1)
+      return x if parent_BK is None else _take_hypotheses(x, parent_BK)
 
-    had_BK = of_parents(done_BK)
-    ends_BK = ~had_BK & (token_BK == end)
-    tokens = jax.lax.dynamic_update_slice(
+    was_done_BK = of_parents(s.done_BK(limit_B))
+    ends_BK = ~was_done_BK & (token_BK == end)
+    tokens_BKN = jax.lax.dynamic_update_slice(
       of_parents(s.tokens_BKN),
-      jnp.where(had_BK | ends_BK, IGNORE, token_BK)[:, :, None],
+      jnp.where(was_done_BK | ends_BK, IGNORE, token_BK)[:, :, None],
       (0, 0, s.count),
     )
     coverage = s.coverage_BKS
     if coverage is not None:
-      seen = _attended(out.alignments).reshape(coverage.shape)
-      coverage = of_parents(coverage) + jnp.where(had_BK[:, :, None], 0.0, of_parents(seen))
-    log_p_BK = jnp.take_along_axis(total_BKV.reshape(B, -1), best_BK, axis=1)
-    return _Search(
-      _select_rows(model, out.state, rows, same_source=True),
-      jnp.where(had_BK, end, token_BK).astype(jnp.int32),
-      tokens,
-      of_parents(s.length_BK) + ~had_BK,
+      attention = of_parents(_mean_attention(out.alignments).reshape(coverage.shape))
+      coverage = of_parents(coverage) + jnp.where(was_done_BK[:, :, None], 0.0, attention)
+    return _SearchState(
+      decoder,
+      jnp.where(was_done_BK, end, token_BK).astype(jnp.int32),
+      tokens_BKN,
+      of_parents(s.length_BK) + ~was_done_BK,
       log_p_BK,
       of_parents(s.finished_BK) | ends_BK,
       coverage,
       s.count + 1,
     )
 
-  return _best(jax.lax.while_loop(lambda s: s.goes_on(limit_B), one, search), source_BS, beam)
-
-
-@functools.partial(jax.jit, static_argnames=_STATIC)
-def greedy_search(
-  definition: Definition[EncoderDecoder],
-  params: Params,
-  source_BS: Int[Array, 'B S'],
-  begin: Int[Array, ''],
-  end: Int[Array, ''],
-  limit_B: Int[Array, ' B'],
-  *,
-  beam: Beam = GREEDY_BEAM,
-  max_new_tokens: int,
-  vocab_size: int | None = None,
-  where: Any = None,
-) -> Hypotheses:
-  """One hypothesis for every source, of the likeliest token at each step: `beam_search` of width 1,
-  without its sorting. The penalties of `beam` bear on its score."""
-  model = definition.merge(params)
-  search = _begun(
-    definition, model, params, source_BS, begin, 1, max_new_tokens, beam.coverage_penalty > 0
-  )
-
-  def one(s: _Search) -> _Search:
-    out = model.step(s.token_BK[:, 0], STEP.replace(align=s.coverage_BKS is not None), s.state)
-    log_p_BV = _log_p(out.y, vocab_size)
-    token_BK = jnp.argmax(log_p_BV, axis=-1).astype(jnp.int32)[:, None]
-    had_BK = s.done_BK(limit_B)
-    ends_BK = ~had_BK & (token_BK == end)
-    tokens = jax.lax.dynamic_update_slice(
-      s.tokens_BKN, jnp.where(had_BK | ends_BK, IGNORE, token_BK)[:, :, None], (0, 0, s.count)
-    )
-    coverage = s.coverage_BKS
-    if coverage is not None:
-      coverage = coverage + jnp.where(had_BK[:, :, None], 0.0, _attended(out.alignments)[:, None])
-    log_p_BK = s.log_p_BK + jnp.where(had_BK, 0.0, jnp.take_along_axis(log_p_BV, token_BK, axis=1))
-    return _Search(
-      out.state,
-      token_BK,
-      tokens,
-      s.length_BK + ~had_BK,
-      log_p_BK,
-      s.finished_BK | ends_BK,
-      coverage,
-      s.count + 1,
-    )
-
-  return _best(jax.lax.while_loop(lambda s: s.goes_on(limit_B), one, search), source_BS, beam)
+  return _ranked(jax.lax.while_loop(lambda s: s.keep_going(limit_B), step, start), source_BS, beam)
 
 
 # ---- pieces ------------------------------------------------------------------------------------
 
 
-def _log_p(logits: Array, vocab_size: int | None) -> Array:
-  """log p of every token; what is no token is as likely as the model says, and never taken."""
-  log_p = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
-  return (
-    log_p
-    if vocab_size is None
-    else jnp.where((jnp.arange(log_p.shape[-1]) < vocab_size)[None], log_p, -jnp.inf)
+def _extend(next_BKV: Array, log_p_BK: Array, done_BK: Array) -> tuple[Array | None, Array, Array]:
+  """The K most likely extensions of the hypotheses by one token: the parent of each (None where
+  each is its own), the token, and log p. A hypothesis that is done has one extension, which
+  changes nothing and comes before all others."""
+  B, K, V = next_BKV.shape
+  if K == 1:  # greedy decoding needs no sort
+    token_BK = jnp.argmax(next_BKV, axis=-1).astype(jnp.int32)
+    chosen_BK = jnp.take_along_axis(next_BKV, token_BK[:, :, None], axis=2)[:, :, 0]
+    return None, token_BK, log_p_BK + jnp.where(done_BK, 0.0, chosen_BK)
+  kept_BKV = done_BK[:, :, None] & (jnp.arange(V) == 0)[None, None]
+  total_BKV = jnp.where(
+    done_BK[:, :, None],
+    jnp.where(kept_BKV, log_p_BK[:, :, None], -jnp.inf),
+    log_p_BK[:, :, None] + next_BKV,
   )
+  _, best_BK = jax.lax.top_k(jnp.where(kept_BKV, jnp.inf, total_BKV).reshape(B, -1), K)
+  log_p_BK = jnp.take_along_axis(total_BKV.reshape(B, -1), best_BK, axis=1)
+  return best_BK // V, best_BK % V, log_p_BK
 
 
-def _attended(alignments: tuple[Array, ...]) -> Array:
-  """The mean over layers of the attention of one step, [B K, S]."""
+def _take_hypotheses(x: Array, index_BK: Array) -> Array:
+  """`[B, K, ...]`, of each source the hypotheses `index_BK`."""
+  return jnp.take_along_axis(x, index_BK.reshape(*index_BK.shape, *(1,) * (x.ndim - 2)), axis=1)
+
+
+def _log_p(logits: Array, vocab_size: int | None) -> Array:
+  """log p of every token; rows of the head that are no token have their share of the mass, but are
+  never chosen."""
+  log_p = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
+  if vocab_size is None:
+    return log_p
+  return jnp.where((jnp.arange(log_p.shape[-1]) < vocab_size)[None], log_p, -jnp.inf)
+
+
+def _mean_attention(alignments: tuple[Array, ...]) -> Array:
+  """The attention of one step, averaged over layers, `[B K, S]`."""
   if not alignments:
     raise InputError('coverage_penalty: must be 0 for a model without attention to the source')
   return jnp.mean(jnp.stack([a[:, 0] for a in alignments]), axis=0)
 
 
-def _select_rows(
-  model: EncoderDecoder, state: DecoderState, index: Array, same_source: bool = False
-) -> DecoderState:
-  """`Layer.select_rows` of the decoder's state."""
-  return DecoderState(
-    model.decoder.select_rows(state.stack, index, same_source),
-    jnp.take(state.position_B, index, axis=0),
-  )
-
-
-def _begun(
-  definition: Definition,
+def _initial_search(
+  definition: Definition[EncoderDecoder],
   model: EncoderDecoder,
   params: Params,
   source_BS: Array,
   begin: Array,
-  K: int,
+  beam: Beam,
   N: int,
-  covers: bool,
-) -> _Search:
-  """The search before its first token. The model's decoder is separated, so that the loop updates
+) -> _SearchState:
+  """The search before its first token. Unstacks the decoder of `model`, so that the loop updates
   each layer's state in place."""
-  stack = model.decoder
-
-  def state_of(params: Params, source_BS: Array) -> DecoderState:
-    fresh = definition.merge(params)
-    state = fresh.init_state(fresh.encode(source_BS), N)
-    return dataclasses.replace(state, stack=stack.separate_state(state.stack, STEP))
-
-  B, S = source_BS.shape
-  state = state_of(params, source_BS)
-  model.decoder = stack.separated(STEP)
+  (B, S), K = source_BS.shape, beam.width
+  reader = definition.merge(params)
+  state = model.unstacked_state(reader.init_state(reader.encode(source_BS), N), STEP)
+  model.unstack(STEP)
   if K > 1:
-    state = _select_rows(model, state, jnp.repeat(jnp.arange(B), K))
+    state = model.select_rows(state, jnp.repeat(jnp.arange(B), K))
   live_K = jnp.where(jnp.arange(K) == 0, 0.0, -jnp.inf)  # the others are the same hypothesis
   zeros_BK = jnp.zeros((B, K), jnp.int32)
-  return _Search(
+  return _SearchState(
     state,
     zeros_BK + begin,
     jnp.full((B, K, N), IGNORE, jnp.int32),
     zeros_BK,
     jnp.broadcast_to(live_K[None], (B, K)),
     jnp.zeros((B, K), bool),
-    jnp.zeros((B, K, S)) if covers else None,
+    jnp.zeros((B, K, S)) if beam.coverage_penalty > 0 else None,
     jnp.int32(0),
   )
 
 
-def _best(s: _Search, source_BS: Array, beam: Beam) -> Hypotheses:
-  """The hypotheses in the order of their scores, those that ended first."""
+def _ranked(s: _SearchState, source_BS: Array, beam: Beam) -> Hypotheses:
+  """The hypotheses by descending score, finished ones first."""
   score = s.log_p_BK / ((5.0 + s.length_BK) / 6.0) ** beam.length_penalty
   if s.coverage_BKS is not None:
     covered = jnp.log(jnp.clip(s.coverage_BKS, 1e-10, 1.0))
-    score = score + beam.coverage_penalty * jnp.where(
-      (source_BS != IGNORE)[:, None], covered, 0.0
-    ).sum(-1)
+    source_B1S = (source_BS != IGNORE)[:, None]
+    score = score + beam.coverage_penalty * jnp.where(source_B1S, covered, 0.0).sum(-1)
   order_BK = jnp.lexsort((-score, ~s.finished_BK), axis=-1)
   parts = s.tokens_BKN, s.length_BK, s.log_p_BK, score, s.finished_BK
-  return Hypotheses(
-    *(
-      jnp.take_along_axis(p, order_BK.reshape(*order_BK.shape, *(1,) * (p.ndim - 2)), axis=1)
-      for p in parts
-    )
-  )
+  return Hypotheses(*(_take_hypotheses(p, order_BK) for p in parts))

@@ -99,8 +99,7 @@ def begin(
       .set(True)[:, :V]
     )
   empty = jnp.full((B, max_new_tokens), IGNORE, jnp.int32)
-  # Separate, so that the loop updates each layer's state in place.
-  state = dataclasses.replace(out.state, stack=model.stack.separate_state(out.state.stack, STEP))
+  state = model.unstacked_state(out.state, STEP)  # so that the loop updates it in place
   start = Decoding(
     state, jnp.zeros((B,), jnp.int32), empty, jnp.int32(0), jnp.zeros((B,), bool), seen, keys
   )
@@ -126,7 +125,7 @@ def advance(
   """Draws tokens until `limit` were drawn for each row, or all rows have finished. `decoding` is
   consumed."""
   model = definition.merge(params)
-  model.stack = model.stack.separated(STEP)
+  model.unstack(STEP)
 
   def more(d: Decoding) -> Array:
     return (d.count < limit) & ~d.finished_B.all()

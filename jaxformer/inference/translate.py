@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxformer.config import InputError
-from jaxformer.inference.beam import GREEDY_BEAM, Beam, Hypotheses, beam_search, greedy_search
+from jaxformer.inference.beam import GREEDY_BEAM, Beam, Hypotheses, beam_search
 from jaxformer.inference.decoding import bucket, on
 from jaxformer.models.encoder_decoder import EncoderDecoder
 from jaxformer.models.params import Definition, Params
@@ -72,7 +72,6 @@ def translate(
   if dtype is not None:
     params = definition.cast(params, dtype)
   order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-  search = greedy_search if beam.width == 1 else beam_search
   found: dict[int, Translation] = {}
   for first in range(0, len(order), batch_size):
     chosen = order[first : first + batch_size]
@@ -94,7 +93,7 @@ def translate(
     for b, row in enumerate(filled):
       source_BS[b, : len(row)] = row
     with on(mesh, rules):
-      best = search(
+      best = beam_search(
         definition,
         params,
         source_BS,

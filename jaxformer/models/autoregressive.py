@@ -61,6 +61,21 @@ class Autoregressive(Model):
       out, y=self.logits(self._normed(out.y)), state=DecoderState(out.state, state.position_B + 1)
     )
 
+  def select_rows(
+    self, state: DecoderState, index: Int[Array, ' N'], same_source: bool = False
+  ) -> DecoderState:
+    """The state of the rows `index` of a batch (`Layer.select_rows`)."""
+    stack = self.decoding_stack.select_rows(state.stack, index, same_source)
+    return DecoderState(stack, jnp.take(state.position_B, index, axis=0))
+
+  def unstack(self, ctx: Context) -> None:
+    """Prepare the decoding stack for many steps in a loop, in place (`Stack.unstack`)."""
+    self.decoding_stack.unstack(ctx)
+
+  def unstacked_state(self, state: DecoderState, ctx: Context) -> DecoderState:
+    """The state for the model after `unstack(ctx)`; call it before."""
+    return dataclasses.replace(state, stack=self.decoding_stack.unstacked_state(state.stack, ctx))
+
   def _decode(
     self,
     tokens_BT: Int[Array, 'B T'],

@@ -4,7 +4,7 @@ are."""
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import jax.numpy as jnp
 from flax import nnx
@@ -192,17 +192,18 @@ class Block(nnx.Module):
   def __call__(
     self, x: Array, ctx: Context, state: tuple[State, ...] | None, one_token: bool
   ) -> Output:
-    return in_turn(self.branches, x, ctx, state, one_token)
+    return apply_sequentially(self.branches, x, ctx, state, one_token)
 
 
-def in_turn(
+def apply_sequentially(
   parts: Iterable[Callable[..., Output]],
   x: Array,
   ctx: Context,
-  state: tuple[State, ...] | None,
+  state: Sequence[State] | None,
   one_token: bool,
 ) -> Output:
-  """Branches or blocks one after the other; what one shares, all later ones see."""
+  """Apply branches, blocks, periods or groups one after the other. Each sees the values that
+  earlier ones share; `state` holds the state of each."""
   states, aux, share, alignments = [], {}, {}, ()
   for i, part in enumerate(parts):
     out = part(
@@ -214,14 +215,14 @@ def in_turn(
     x = out.y
     states.append(out.state)
     share |= out.share
-    aux = gather(aux, out.aux)
+    aux = merge_aux(aux, out.aux)
     alignments += out.alignments
   return Output(x, None if state is None else tuple(states), aux, share, alignments)
 
 
-def gather(a: dict[str, Array], b: dict[str, Array]) -> dict[str, Array]:
-  """The auxiliary values of two parts, b after a: losses (`loss/...`) added, of others a vector
-  with an entry for every layer that gives the name."""
+def merge_aux(a: dict[str, Array], b: dict[str, Array]) -> dict[str, Array]:
+  """Merge the auxiliary values of two parts, b after a: losses (`loss/...`) are added, others
+  become a vector with an entry for every layer that returns the name."""
 
   def both(name: str, v: Array) -> Array:
     if name.startswith('loss/'):

@@ -14,7 +14,7 @@ from jaxformer.layers.init import Init, Normal
 from jaxformer.layers.layer import Context, Memory, Output, positions_BT, starts_BT
 from jaxformer.layers.norm import NormConfig
 from jaxformer.models.autoregressive import Autoregressive, DecoderState
-from jaxformer.models.block import gather
+from jaxformer.models.block import merge_aux
 from jaxformer.models.embedder import Embedder, TokenInput
 from jaxformer.models.head import Head
 from jaxformer.models.model import ModelConfig
@@ -46,7 +46,7 @@ class EncoderDecoder(Autoregressive):
       head_bias: offsets on the logits.
       reverse_source: the encoder reads the source from its end to its beginning (Sutskever et al.
         2014, section 3.3).
-      hand_over: each layer of the decoder begins from the state that the encoder's layer in its
+      init_from_encoder: each layer of the decoder begins from the state that the encoder's layer in its
         place ended in; of one in both directions, from that of the backward one.
       dropout: rate on the embeddings.
       embedding_init, head_init: initial values; `head_init` must be left alone where the head is
@@ -64,7 +64,7 @@ class EncoderDecoder(Autoregressive):
     tied: bool = False
     head_bias: bool = False
     reverse_source: bool = False
-    hand_over: bool = False
+    init_from_encoder: bool = False
     dropout: float = 0.0
     embedding_init: Init = Normal()
     head_init: Init | None = None
@@ -105,8 +105,8 @@ class EncoderDecoder(Autoregressive):
           f'layers that read no encoder; {layer.tag} does',
         )
         self.require(
-          layer.hands_over or not self.hand_over,
-          'hand_over',
+          layer.hands_over or not self.init_from_encoder,
+          'init_from_encoder',
           f'false where the encoder has a layer without a state ({layer.tag})',
         )
 
@@ -159,18 +159,23 @@ class EncoderDecoder(Autoregressive):
     """The memory, and the auxiliary values of the encoder's layers."""
     c, (B, S) = self.config, source_BS.shape
     c.check_length(S)
-    order = _Order(source_BS != IGNORE, c.reverse_source, c.hand_over)
-    source = order.there(jnp.asarray(source_BS))
+    source, valid_BS = jnp.asarray(source_BS), source_BS != IGNORE
+    order_BS = back_BS = None
+    if c.reverse_source or c.init_from_encoder:
+      order_BS, back_BS = _reading_order(valid_BS, c.reverse_source)
+      source = jnp.take_along_axis(source, order_BS, axis=1)
     segments = (source != IGNORE).astype(jnp.int32)
     ctx = ctx.fold(0).replace(segments_BT=segments)
     x = self.embedder(
       source, positions_BT(starts_BT(segments, B, S)), self._embedder_ctx(ctx), self.source_input
     )
-    states = self.encoder.init_state(B, S) if c.hand_over else None
+    states = self.encoder.init_state(B, S) if c.init_from_encoder else None
     out = self.encoder(x, ctx, states)
     y = out.y if self.encoder_norm is None else self.encoder_norm(out.y)
     final = () if states is None else self.encoder.handed_over(out.state)
-    return Memory(order.back(y), source_BS != IGNORE, final), out.aux
+    if back_BS is not None:
+      y = jnp.take_along_axis(y, back_BS[:, :, None], axis=1)
+    return Memory(y, valid_BS, final), out.aux
 
   def init_state(self, memory: Memory, max_len: int) -> DecoderState:
     """The state before the first token of a target of up to `max_len` tokens. Steps need the memory
@@ -200,7 +205,7 @@ class EncoderDecoder(Autoregressive):
   def _both(self, source_BS: Array, tokens_BT: Array, ctx: Context) -> Output:
     memory, aux = self._encode(jnp.asarray(source_BS), ctx)
     out = self.hidden(tokens_BT, memory, ctx)
-    return dataclasses.replace(out, aux=gather(aux, out.aux))
+    return dataclasses.replace(out, aux=merge_aux(aux, out.aux))
 
   def read(self, batch: Batch, ctx: Context) -> Output:
     return self._both(batch.source_BS, batch.inputs, ctx)
@@ -214,24 +219,13 @@ class EncoderDecoder(Autoregressive):
     return dataclasses.replace(out, y=self.logits(out.y))
 
 
-class _Order:
-  """The order in which the encoder reads a row: from the left with padding at the end; with padding
-  at the beginning where the states at the end are handed over, so that the last token makes them;
-  or from the right."""
-
-  def __init__(self, mask_BS: Array, reverse: bool, last: bool):
-    S = mask_BS.shape[1]
-    self._there = self._back = None
-    if reverse or last:
-      place_BS = jnp.broadcast_to(jnp.arange(S, dtype=jnp.int32)[None], mask_BS.shape)
-      padding_B1 = jnp.sum(~mask_BS, axis=1, keepdims=True, dtype=jnp.int32)
-      self._there = S - 1 - place_BS if reverse else (place_BS - padding_B1) % S
-      self._back = S - 1 - place_BS if reverse else (place_BS + padding_B1) % S
-
-  def there(self, tokens_BS: Array) -> Array:
-    return tokens_BS if self._there is None else jnp.take_along_axis(tokens_BS, self._there, axis=1)
-
-  def back(self, y_BSC: Array) -> Array:
-    return (
-      y_BSC if self._back is None else jnp.take_along_axis(y_BSC, self._back[:, :, None], axis=1)
-    )
+def _reading_order(valid_BS: Array, reverse: bool) -> tuple[Array, Array]:
+  """The positions of a row in the order in which the encoder reads them, and the inverse: from the
+  last to the first, or with the padding moved from the end to the front, so that the last token
+  gives the final state."""
+  S = valid_BS.shape[1]
+  index_BS = jnp.broadcast_to(jnp.arange(S, dtype=jnp.int32)[None], valid_BS.shape)
+  if reverse:
+    return S - 1 - index_BS, S - 1 - index_BS
+  padding_B1 = jnp.sum(~valid_BS, axis=1, keepdims=True, dtype=jnp.int32)
+  return (index_BS - padding_B1) % S, (index_BS + padding_B1) % S

@@ -1,9 +1,11 @@
-"""A stack: groups of (pattern of blocks, repeats). Repeated patterns are stored stacked and
-scanned."""
+"""A stack: groups of (pattern of blocks, repeats). The parameters of repeated patterns are stored
+stacked, and scanned or unrolled."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -13,7 +15,7 @@ from jaxtyping import Array
 
 from jaxformer.config import Config
 from jaxformer.layers.layer import Context, LayerConfig, LayerPosition, Memory, Output, State
-from jaxformer.models.block import Block, gather, in_turn
+from jaxformer.models.block import Block, apply_sequentially
 from jaxformer.models.params import stacked
 from jaxformer.sharding import needs_all_gather, platform, unshard
 
@@ -91,8 +93,8 @@ def out_width(groups: tuple[Group, ...], width: int) -> int:
 
 
 class Stack(nnx.Module):
-  """Groups of blocks one after the other. Of their auxiliary values, losses come out added, others
-  as a vector over the layers that give them, from the bottom up."""
+  """Groups of blocks one after the other. Of the layers' auxiliary values, losses are added, others
+  become a vector over the layers that return them, from the bottom up."""
 
   def __init__(self, groups: tuple[Group, ...], width: int, rngs: nnx.Rngs):
     layers = sum(len(g.pattern) * g.repeats for g in groups)
@@ -137,7 +139,7 @@ class Stack(nnx.Module):
       if memory is None:
         first = period(jax.tree.map(lambda p: p[0], blocks))
         return jax.tree.map(lambda z: jnp.broadcast_to(z, (n, *z.shape)), first)
-      return jax.tree.map(lambda *s: jnp.stack(s), *(period(p) for p in _periods(blocks, n)))
+      return jax.tree.map(lambda *s: jnp.stack(s), *(period(p) for p in _split(blocks, n)))
 
     return tuple(
       period(g) if n == 1 else periods(g, n) for g, n in zip(self.groups, self.repeats, strict=True)
@@ -161,90 +163,136 @@ class Stack(nnx.Module):
   def handed_over(self, state: tuple[State, ...]) -> tuple[tuple[State, ...], ...]:
     """What an encoder in this final state hands over, by block from the bottom up
     (`Memory.states`)."""
+    periods = zip(self._periods(self.groups), self._periods(state), strict=True)
     return tuple(
       block.handed_over(s)
-      for blocks, states, n in zip(self.groups, state, self.repeats, strict=True)
-      for period in ([states] if n == 1 else _periods(states, n))
-      for block, s in zip(blocks, period, strict=True)
+      for blocks, states in periods
+      for block, s in zip(blocks, states, strict=True)
     )
 
   def __call__(
     self, x: Array, ctx: Context, state: tuple[State, ...] | None = None, one_token: bool = False
   ) -> Output:
-    states, aux, share, alignments = [], {}, {}, ()
-    for i, (blocks, n) in enumerate(zip(self.groups, self.repeats, strict=True)):
-      run = _once if n == 1 else _unrolled if self._unroll(ctx) else _scanned
-      out = run(
-        blocks,
-        n,
-        x,
-        ctx.fold(i).replace(shared=ctx.shared | share),
-        None if state is None else state[i],
-        one_token,
-      )
-      x = out.y
-      states.append(out.state)
-      share |= out.share
-      aux = gather(aux, out.aux)
-      alignments += out.alignments
-    return Output(x, None if state is None else tuple(states), aux, share, alignments)
-
-  def separated(self, ctx: Context) -> Stack:
-    """For many steps in a loop: the same stack with the parameters of every period by themselves,
-    where `ctx` unrolls them.
-
-    A step then does not cut them out of the stacked ones, which copies all of them for each token.
-    `separate_state` is the same for the state, and the loop can then update each cache in place.
-    """
-    if not self._unroll(ctx):
-      return self
-    stack = nnx.clone(self)
-    groups = zip(self.groups, self.repeats, strict=True)
-    stack.groups = nnx.List(
-      [period for g, n in groups for period in ([g] if n == 1 else _periods(g, n))]
+    groups = (
+      functools.partial(_for_each_period, blocks, n, self._unrolls(ctx))
+      for blocks, n in zip(self.groups, self.repeats, strict=True)
     )
-    stack.repeats = (1,) * len(stack.groups)
-    return stack
+    return apply_sequentially(groups, x, ctx, state, one_token)
 
-  def separate_state(self, state: tuple[State, ...], ctx: Context) -> tuple[State, ...]:
-    """The state of this stack as that of `separated(ctx)`."""
-    if not self._unroll(ctx):
-      return state
-    return tuple(
-      p
-      for s, n in zip(state, self.repeats, strict=True)
-      for p in ([s] if n == 1 else _periods(s, n))
-    )
+  def unstack(self, ctx: Context) -> None:
+    """Store the parameters of every period separately, in place, where `ctx` unrolls them: for many
+    steps in a loop. A step then does not slice them out of the stacked ones, which copies all of
+    them for each token. Call `unstacked_state` before."""
+    if self._unrolls(ctx):
+      self.groups = nnx.List(self._periods(self.groups))
+      self.repeats = (1,) * len(self.groups)
 
-  def _unroll(self, ctx: Context) -> bool:
+  def unstacked_state(self, state: tuple[State, ...], ctx: Context) -> tuple[State, ...]:
+    """This stack's state, for the stack after `unstack(ctx)`: a loop can then update each cache in
+    place."""
+    return tuple(self._periods(state)) if self._unrolls(ctx) else state
+
+  def _periods(self, groups: Iterable[Any]) -> list[Any]:
+    """The parts of all periods, from trees of groups."""
+    trees = zip(groups, self.repeats, strict=True)
+    return [period for tree, n in trees for period in ([tree] if n == 1 else _split(tree, n))]
+
+  def _unrolls(self, ctx: Context) -> bool:
     if ctx.unroll is not None:
       return ctx.unroll
     blocks = sum(len(g) * n for g, n in zip(self.groups, self.repeats, strict=True))
     return platform() == 'cpu' and blocks <= UNROLLED_BLOCKS
 
 
-def _gathered(blocks: nnx.List) -> nnx.List:
-  """The blocks of a period with whole weights. Left to itself, the partitioner gathers some weights
-  in the backward pass twice."""
+def _for_each_period(
+  blocks: nnx.List, n: int, unroll: bool, x: Array, ctx: Context, state: State, one_token: bool
+) -> Output:
+  """Apply the n periods of a group one after the other: unrolled or scanned."""
+  run = _period(ctx, one_token)
+  if n == 1:
+    return run(blocks, x, ctx, state)
+  if unroll:
+    periods = [lambda x, ctx, s, _, p=p: run(p, x, ctx, s) for p in _split(blocks, n)]
+    states = None if state is None else _split(state, n)
+    out = apply_sequentially(periods, x, ctx, states, one_token)
+    _check_no_share(out)
+    after = None if state is None else jax.tree.map(lambda *s: jnp.stack(s), *out.state)
+    return dataclasses.replace(out, state=after)
 
-  def whole(p: nnx.Param) -> Any:
+  def body(x: Array, period):
+    i, blocks, state = period
+    out = run(blocks, x, ctx.fold(i), state)
+    _check_no_share(out)
+    return out.y, (out.state, out.aux, out.alignments)
+
+  y, (state, aux, by_block) = jax.lax.scan(body, x, (jnp.arange(n), blocks, state))
+  alignments = tuple(a[i] for i in range(n) for a in by_block)
+  aux = {k: v.sum(0) if k.startswith('loss/') else v.reshape(-1) for k, v in aux.items()}
+  return Output(y, state, aux, alignments=alignments)
+
+
+def _check_no_share(out: Output) -> None:
+  if out.share:
+    raise ValueError(
+      f'a repeated block cannot share values ({", ".join(out.share)}): put it in a group of its own'
+    )
+
+
+def _split(tree: Any, n: int) -> list[Any]:
+  """A stacked tree as a list of its n periods."""
+  # `split` once, not an index per period: its transpose is one concatenation, that of indexing adds
+  # up n arrays of full size.
+  parts = jax.tree.map(
+    lambda p: tuple(q.reshape(p.shape[1:]) for q in jax.lax.split(p, (1,) * n, axis=0)), tree
+  )
+  graph, leaves = jax.tree.structure(tree), jax.tree.leaves(parts)
+  return [jax.tree.unflatten(graph, leaves[i::n]) for i in range(n)]
+
+
+# ---- rematerialization -------------------------------------------------------------------------
+
+
+def _period(ctx: Context, one_token: bool) -> Callable[..., Output]:
+  """The blocks of one period as a function, with the remat policy of `ctx`."""
+  gather = needs_all_gather() and not one_token  # for one token it costs less to send activations
+
+  def run(blocks: nnx.List, x: Array, ctx: Context, state: State) -> Output:
+    blocks = _unsharded(blocks) if gather else blocks
+    return apply_sequentially(blocks, x, ctx, state, one_token)
+
+  if ctx.remat != 'none':
+    policy = REMAT[ctx.remat] or _policies.everything_saveable
+  elif gather:
+    # Unsharded weights are not kept for the backward pass, or each device would come to hold those
+    # of all periods.
+    policy = _all_but_unsharded
+  else:
+    return run
+  return jax.checkpoint(run, policy=_without_complex(policy), prevent_cse=False)
+
+
+def _unsharded(blocks: nnx.List) -> nnx.List:
+  """The blocks of a period with all-gathered weights. Left to itself, the partitioner gathers some
+  weights twice in the backward pass."""
+
+  def replicate(p: nnx.Param) -> Any:
     return p.replace(unshard(p[...], p.get_metadata()['axes'][-p[...].ndim :]))
 
-  gathered_blocks: nnx.List = jax.tree.map(
-    whole, blocks, is_leaf=lambda p: isinstance(p, nnx.Variable)
+  unsharded: nnx.List = jax.tree.map(
+    replicate, blocks, is_leaf=lambda p: isinstance(p, nnx.Variable)
   )
-  return gathered_blocks
+  return unsharded
 
 
-def _all_but_gathered(primitive: Any, *_: Any, **__: Any) -> bool:
+def _all_but_unsharded(primitive: Any, *_: Any, **__: Any) -> bool:
   return primitive.name != 'sharding_constraint'
 
 
-def _of_reals(policy: Callable[..., Any]) -> Callable[..., Any]:
-  """A policy that keeps no complex numbers: JAX rounds what is kept to its own precision, and
+def _without_complex(policy: Callable[..., Any]) -> Callable[..., Any]:
+  """A policy that saves no complex numbers: JAX rounds what is saved to its own precision, and
   cannot do so with complex ones."""
 
-  def keeps(primitive: Any, *inputs: Any, **settings: Any) -> Any:
+  def saves(primitive: Any, *inputs: Any, **settings: Any) -> Any:
     name, kind = primitive.name, str(settings.get('fft_type', ''))
     makes = name == 'complex' or 'RFFT' in kind or 'complex' in str(settings.get('new_dtype', ''))
     takes = any('complex' in str(getattr(x, 'dtype', '')) for x in inputs) and name not in (
@@ -256,79 +304,4 @@ def _of_reals(policy: Callable[..., Any]) -> Callable[..., Any]:
       False if 'IRFFT' not in kind and (makes or takes) else policy(primitive, *inputs, **settings)
     )
 
-  return keeps
-
-
-def _rematerialised(ctx: Context, one_token: bool) -> Callable[..., Output]:
-  gather = needs_all_gather() and not one_token  # for one token it costs less to send activations
-
-  def run(blocks: nnx.List, x: Array, ctx: Context, state: State) -> Output:
-    return in_turn(_gathered(blocks) if gather else blocks, x, ctx, state, one_token)
-
-  if ctx.remat != 'none':
-    return jax.checkpoint(
-      run, policy=_of_reals(REMAT[ctx.remat] or _policies.everything_saveable), prevent_cse=False
-    )
-  # Whole weights are not kept for the backward pass, or each chip would come to hold those of all
-  # periods.
-  return (
-    jax.checkpoint(run, policy=_of_reals(_all_but_gathered), prevent_cse=False) if gather else run
-  )
-
-
-def _once(
-  blocks: nnx.List, n: int, x: Array, ctx: Context, state: State, one_token: bool
-) -> Output:
-  return _rematerialised(ctx, one_token)(blocks, x, ctx, state)
-
-
-def _unrolled(
-  blocks: nnx.List, n: int, x: Array, ctx: Context, state: State, one_token: bool
-) -> Output:
-  states, aux, alignments = [], {}, ()
-  for i, (blocks_i, state_i) in enumerate(_periods((blocks, state), n)):
-    out = _rematerialised(ctx, one_token)(blocks_i, x, ctx.fold(i), state_i)
-    _no_share(out)
-    x = out.y
-    states.append(out.state)
-    aux = gather(aux, out.aux)
-    alignments += out.alignments
-  return Output(
-    x,
-    None if state is None else jax.tree.map(lambda *s: jnp.stack(s), *states),
-    aux,
-    alignments=alignments,
-  )
-
-
-def _periods(tree: Any, n: int) -> list[Any]:
-  """A stacked tree as a list of its n periods."""
-  # `split` once, not an index a period: its transpose is one concatenation, that of indexing adds
-  # up n arrays of full size.
-  parts = jax.tree.map(
-    lambda p: tuple(q.reshape(p.shape[1:]) for q in jax.lax.split(p, (1,) * n, axis=0)), tree
-  )
-  graph, leaves = jax.tree.structure(tree), jax.tree.leaves(parts)
-  return [jax.tree.unflatten(graph, leaves[i::n]) for i in range(n)]
-
-
-def _scanned(
-  blocks: nnx.List, n: int, x: Array, ctx: Context, state: State, one_token: bool
-) -> Output:
-  def body(x: Array, period):
-    i, blocks, state = period
-    out = _rematerialised(ctx, one_token)(blocks, x, ctx.fold(i), state)
-    _no_share(out)
-    return out.y, (out.state, out.aux, out.alignments)
-
-  y, (state, aux, by_block) = jax.lax.scan(body, x, (jnp.arange(n), blocks, state))
-  alignments = tuple(a[i] for i in range(n) for a in by_block)
-  aux = {k: v.sum(0) if k.startswith('loss/') else v.reshape(-1) for k, v in aux.items()}
-  return Output(y, state, aux, alignments=alignments)
-
-
-def _no_share(out: Output) -> None:
-  if out.share:
-    raise ValueError(
-      f'a repeated block cannot share values ({", ".join(out.share)}): put it in a group of its own'
-    )
+  return saves

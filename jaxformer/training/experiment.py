@@ -167,7 +167,7 @@ def _complete_data() -> list[DatasetConfig]:
 _MODEL_FOR = {
   'pairs': 'an EncoderDecoder',
   'class': 'a Classifier',
-  'sequence': 'an Autoencoder',
+  'sequence': 'an Autoencoder (experiments/mad_autoencoder.py)',
   'next_token': 'a LanguageModel',
 }
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from scipy import special
 
+from experiments.mad_autoencoder import Autoencoder, autoencoder
 from jaxformer.config import InputError
 from jaxformer.data import Batch
 from jaxformer.evaluation import evaluate
@@ -14,7 +15,6 @@ from jaxformer.layers.layer import Context
 from jaxformer.layers.mlp import Mlp
 from jaxformer.layers.norm import LayerNorm
 from jaxformer.layers.position import Alibi, LearnedPositions
-from jaxformer.models.autoencoder import Autoencoder, autoencoder
 from jaxformer.models.block import Block, PreNorm
 from jaxformer.models.params import define
 from jaxformer.models.stack import Group

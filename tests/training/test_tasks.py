@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 
+from experiments.mad_autoencoder import autoencoder
 from jaxformer.cli import main
 from jaxformer.config import InputError
 from jaxformer.data import (
@@ -23,7 +24,6 @@ from jaxformer.data import (
   open_data,
 )
 from jaxformer.layers.mamba import Mamba
-from jaxformer.models.autoencoder import autoencoder
 from jaxformer.models.classifier import MeanPooling
 from jaxformer.models.embedder import LinearInput, TokenInput
 from jaxformer.models.params import define
@@ -256,7 +256,7 @@ def test_the_command_line_on_a_classifier(digits, monkeypatch, capsys):
       Compression(),
       'model.vocab_size = 15: must be at least 16',
     ),
-    (model(), Compression(), 'Classifier is a model for .*; use an Autoencoder or use data'),
+    (model(), Compression(), 'Classifier is a model for .*; use an Autoencoder .* or use data'),
   ],
 )
 def test_models_and_data_that_do_not_fit(tmp_path, of, data, message):

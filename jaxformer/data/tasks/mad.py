@@ -225,9 +225,10 @@ class Compression(MadTask):
   them targets.
 
   A model reads the sequence, and an MLP predicts every token from the hidden state at the last
-  position and the position of the target: this needs an `Autoencoder`, since a language model would
-  see its targets. The special token is `vocab_size` - 1. As in the authors' code it is a target
-  too, so the score is the accuracy on `length` tokens, one of them always the same."""
+  position and the position of the target: this needs a model such as that of
+  `experiments/mad_autoencoder.py`, since a language model would see its targets. The special token
+  is `vocab_size` - 1. As in the authors' code it is a target too, so the score is the accuracy on
+  `length` tokens, one of them always the same."""
 
   length: int = 32
 

@@ -61,7 +61,7 @@ def gnmt(
     vocab_size=vocab_size,
     width=width,
     context_length=context_length,
-    hand_over=True,
+    init_from_encoder=True,
     head_bias=True,
     dropout=dropout,
     embedding_init=embedding_init,

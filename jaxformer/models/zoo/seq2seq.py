@@ -60,7 +60,7 @@ def seq2seq_lstm(
     encoder=stack,
     decoder=stack,
     reverse_source=True,
-    hand_over=True,
+    init_from_encoder=True,
     head_bias=True,
     dropout=dropout,
     embedding_init=embedding_init,
