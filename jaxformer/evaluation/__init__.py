@@ -1,4 +1,4 @@
-"""What a trained model is worth: exact losses, bits per byte, the loss by position, and scores of
+"""Evaluation of trained models: losses, bits per byte, the loss by position, scores of
 translations."""
 
 from __future__ import annotations

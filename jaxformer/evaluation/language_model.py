@@ -1,5 +1,5 @@
-"""How well a model predicts: exact sums over all targets, bits per byte, accuracy, and the loss by
-position and by source.
+"""Scores of any model on held-out data: loss, bits per byte, accuracy, and the loss by position and
+by source length.
 
 Dims: B batch, T time.
 """
@@ -25,11 +25,11 @@ from jaxformer.task_type import IGNORE, Batch, TaskType
 
 
 def bits_per_byte(nll_sum: float, bytes: int) -> float:
-  """Bits that the model needs for a byte of text: a sum of negative log-likelihoods in nats over
-  `bytes` ln 2.
+  """Convert a sum of negative log-likelihoods in nats to bits per byte of text: nll_sum / (bytes ln
+  2).
 
-  Independent of the tokenizer where `bytes` are the UTF-8 bytes of the text that the counted
-  targets stand for."""
+  Independent of the tokenizer if `bytes` are the UTF-8 bytes of the text of the counted
+  targets."""
   if bytes < 1:
     raise InputError(f'bytes = {bytes}: must be positive')
   return nll_sum / (bytes * math.log(2))
@@ -42,24 +42,24 @@ class EvalResult:
   Attributes:
     nll_sum: of -log p(target), in nats.
     count: targets.
-    bytes: of text that the targets stand for; None where nobody said.
-    hits: targets than which the model held nothing likelier.
+    bytes: UTF-8 bytes of the text of the targets; None if unknown.
+    correct: targets that are the argmax (ties count).
   """
 
   nll_sum: float
   count: int
   bytes: int | None = None
-  hits: int = 0
+  correct: int = 0
 
   @property
   def loss(self) -> float:
-    """Nats a target."""
+    """Nats per target."""
     return self.nll_sum / self.count
 
   @property
   def accuracy(self) -> float:
-    """The fraction of targets that the model would have named."""
-    return self.hits / self.count
+    """Top-1 accuracy."""
+    return self.correct / self.count
 
   @property
   def perplexity(self) -> float:
@@ -71,11 +71,25 @@ class EvalResult:
     """None without `bytes`."""
     return None if self.bytes is None else bits_per_byte(self.nll_sum, self.bytes)
 
+  def json(self) -> dict[str, Any]:
+    """The scores as JSON data; per byte and perplexity only for text."""
+    value: dict[str, Any] = {'loss': self.loss, 'targets': self.count, 'accuracy': self.accuracy}
+    if self.bytes is not None:
+      perplexity = self.perplexity if math.isfinite(self.perplexity) else None
+      value |= {'bits_per_byte': self.bits_per_byte, 'perplexity': perplexity, 'bytes': self.bytes}
+    return value
+
+  def lines(self) -> list[str]:
+    """The scores for a reader."""
+    out = f'{self.loss:.4f} nats per target, top-1 accuracy {self.accuracy:.2%}'
+    if self.bits_per_byte is not None:
+      out = f'{self.bits_per_byte:.4f} bits per byte, {out}, perplexity {self.perplexity:.2f}'
+    return [out]
+
 
 @dataclasses.dataclass(frozen=True)
 class PositionLoss:
-  """Sums over all targets by how many tokens of its document the model had read before the one from
-  which it predicts.
+  """Sums over all targets by position in the document, from 0.
 
   Attributes:
     nll_sum_T: of -log p(target), in nats, float64.
@@ -87,7 +101,7 @@ class PositionLoss:
 
   @property
   def loss_T(self) -> np.ndarray:
-    """Nats a target; NaN where there was none."""
+    """Nats per target; NaN at positions without targets."""
     return np.divide(
       self.nll_sum_T, self.count_T, out=np.full(len(self.count_T), np.nan), where=self.count_T > 0
     )
@@ -103,30 +117,31 @@ def evaluate(
   rules: Rules | str = 'fsdp_tensor',
   dtype: Any = None,
 ) -> EvalResult:
-  """The loss over all targets of `batches`, each counted once, whatever the size of the batches.
+  """Score a model of any type on all targets of `batches`, each counted once, whatever the batch
+  size.
 
   Args:
-    batches: a batch with fewer rows than the first is filled up with rows without targets, so one
+    batches: a batch with fewer rows than the first is padded with rows without targets, so that one
       program serves all.
-    token_bytes_V: the UTF-8 bytes that each token of the tokenizer stands for, for bits per byte.
-    mesh, rules: where the parameters live; None for one device. Each process gives its own rows of
-      a batch, and all get the sums.
-    dtype: what to compute in; None for the parameters' own.
+    token_bytes_V: number of UTF-8 bytes of each token of the tokenizer, for bits per byte.
+    mesh, rules: of the parameters; None for one device. Each process passes its rows of a batch,
+      and all receive the sums.
+    dtype: compute dtype; None for that of the parameters.
 
   Raises:
-    InputError: no targets, token ids out of range, or sequences longer than the model has positions
-      for.
+    InputError: no targets, token ids out of range, or sequences longer than the model has
+      positions.
   """
-  nll_sum, count, bytes, hits = 0.0, 0, 0, 0
-  for nll_BT, hit_BT, targets_BT, _ in _scores(definition, params, batches, mesh, rules, dtype):
+  nll_sum, count, bytes, correct = 0.0, 0, 0, 0
+  for nll_BT, correct_BT, targets_BT, _ in _scores(definition, params, batches, mesh, rules, dtype):
     nll_sum += float(nll_BT.sum(dtype=np.float64))  # masked positions are 0
     targets = targets_BT[targets_BT != IGNORE]
     count += targets.size
-    hits += int(hit_BT.sum())
+    correct += int(correct_BT.sum())
     bytes += 0 if token_bytes_V is None else int(token_bytes_V[targets].sum(dtype=np.int64))
   if count == 0:
-    raise InputError('evaluation: the batches hold no target')
-  return EvalResult(nll_sum, count, None if token_bytes_V is None else bytes, hits)
+    raise InputError('evaluation: the batches have no targets')
+  return EvalResult(nll_sum, count, None if token_bytes_V is None else bytes, correct)
 
 
 def loss_by_position(
@@ -138,9 +153,8 @@ def loss_by_position(
   rules: Rules | str = 'fsdp_tensor',
   dtype: Any = None,
 ) -> PositionLoss:
-  """The loss at each position of a document, from 0. Sequences may be longer than those of
-  training, where the model has positions for them. The arguments and errors are those of
-  `evaluate`."""
+  """Return the loss at each position of a document. Sequences may be longer than in training if the
+  model has positions for them. Arguments and errors are those of `evaluate`."""
   nll_sum_T, count_T = np.zeros(0), np.zeros(0, np.int64)
   for nll_BT, _, targets_BT, segments_BT in _scores(
     definition, params, batches, mesh, rules, dtype
@@ -154,7 +168,7 @@ def loss_by_position(
     )
     count_T += np.bincount(position, minlength=len(count_T))
   if not count_T.any():
-    raise InputError('evaluation: the batches hold no target')
+    raise InputError('evaluation: the batches have no targets')
   return PositionLoss(nll_sum_T, count_T)
 
 
@@ -166,28 +180,29 @@ def loss_by_source_length(
   *,
   dtype: Any = None,
 ) -> list[EvalResult | None]:
-  """Of batches of pairs, sums over the targets of sources of like length: `edges` are ascending
-  lengths, without the end of the document, at which groups end (a source of so many tokens is still
-  in the group), and longer ones are a last group; None for a group without targets. The errors are
-  those of `evaluate`."""
+  """Return the scores of pairs by source length.
+
+  `edges` are ascending lengths (without the end of the document): the inclusive upper limits of the
+  groups; longer sources are the last group. None for a group without targets. Errors are those of
+  `evaluate`."""
   chosen, groups = list(batches), len(edges) + 1
-  nll_sum_G, count_G, hits_G = (
+  nll_sum_G, count_G, correct_G = (
     np.zeros(groups),
     np.zeros(groups, np.int64),
     np.zeros(groups, np.int64),
   )
   scored = _scores(definition, params, chosen, None, 'fsdp_tensor', dtype)
-  for batch, (nll_BT, hit_BT, targets_BT, _) in zip(chosen, scored, strict=True):
+  for batch, (nll_BT, correct_BT, targets_BT, _) in zip(chosen, scored, strict=True):
     group_B = np.searchsorted(edges, (np.asarray(batch.source_BS) != IGNORE).sum(axis=1) - 1)
     for values_BT, sums_G in (
       (nll_BT.astype(np.float64), nll_sum_G),
       (targets_BT != IGNORE, count_G),
-      (hit_BT, hits_G),
+      (correct_BT, correct_G),
     ):
       np.add.at(sums_G, group_B, values_BT[: len(group_B)].sum(axis=1))
   return [
     EvalResult(float(n), int(c), None, int(h)) if c else None
-    for n, c, h in zip(nll_sum_G, count_G, hits_G, strict=True)
+    for n, c, h in zip(nll_sum_G, count_G, correct_G, strict=True)
   ]
 
 
@@ -206,10 +221,10 @@ def _positions_BT(segments_BT: np.ndarray | None, shape: tuple[int, ...]) -> np.
 def _scored(
   definition: Definition, params: Params, batch: Batch, mesh: Mesh | None, rules: Rules | str
 ) -> tuple[Float[Array, 'B T'], Bool[Array, 'B T'], Int[Array, 'B T'], Int[Array, 'B T'] | None]:
-  """-log p, right answers, targets and segments, for the host to add up."""
+  """-log p, correct, targets and segments, for the host to sum."""
   model: Any = definition.merge(params)
   result: Any = *model.scores(batch), batch.targets_BT, batch.segments_BT
-  # Every process sees the rows of all; these are few numbers to gather.
+  # Every process receives all rows; these are few numbers to all-gather.
   return result if mesh is None else jax.lax.with_sharding_constraint(result, replicated(mesh))
 
 
@@ -221,8 +236,8 @@ def _scores(
   rules: Rules | str,
   dtype: Any,
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray | None]]:
-  """-log p, right answers, targets and segments of every batch. While the device has one, the host
-  adds up the one before."""
+  """-log p, correct, targets and segments of every batch. While the device computes one, the host
+  sums the one before."""
   if dtype is not None:
     params = definition.cast(params, dtype)
   rows, pending = 0, None

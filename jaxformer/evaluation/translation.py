@@ -1,9 +1,9 @@
-"""How good translations are: BLEU and chrF by sacrebleu, exact matches, and all of them by the
-length of the source.
+"""Scores of translations: BLEU and chrF by sacrebleu and exact matches, in total and by source
+length.
 
-BLEU is that of Papineni et al. 2002 and chrF that of Popovic 2015, on detokenised text as Post 2018
-asks for; a score comes with sacrebleu's signature, without which it cannot be compared. sacrebleu
-is part of the extra `translation`; without it there are exact matches alone."""
+BLEU (Papineni et al. 2002) and chrF (Popovic 2015) are computed on detokenized text (Post 2018) and
+reported with sacrebleu's signature. sacrebleu is part of the extra `translation`; without it there
+are only exact matches."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from jaxformer.config import InputError
 from jaxformer.data import HeldOutPair, Tokenizer
 
 Translate = Callable[[list[np.ndarray]], Sequence[Sequence[int] | np.ndarray]]
-"""Translations of several texts: the ids of each, with the end of the document, to those of its
-translation, with or without."""
+"""From the ids of several sources, with the end of the document, to those of their translations,
+with or without it."""
 
 BOOTSTRAP = 1000
 GROUPS = 4
@@ -30,9 +30,8 @@ class Score:
   """
   Attributes:
     value: 0 to 100.
-    interval: half the width of the 95% interval of bootstrap resampling (Koehn 2004); None where it
-      was not asked for.
-    signature: what the score was computed by.
+    interval: half-width of the 95% bootstrap interval (Koehn 2004); None without a bootstrap.
+    signature: sacrebleu's, without which scores cannot be compared.
   """
 
   value: float
@@ -46,7 +45,7 @@ class TranslationScores:
 
   Attributes:
     pairs: translations scored.
-    exact: those that are the reference itself.
+    exact: those equal to the reference.
   """
 
   pairs: int
@@ -56,7 +55,7 @@ class TranslationScores:
 
   @property
   def exact_match(self) -> float:
-    """The fraction of translations that are the reference itself."""
+    """The fraction of translations that equal the reference."""
     return self.exact / self.pairs
 
   def json(self) -> dict[str, Any]:
@@ -80,7 +79,7 @@ class TranslationResult:
   """
   Attributes:
     scores: over all pairs.
-    by_length: from the shortest sources to the longest; groups without a pair are left out.
+    by_length: from the shortest sources to the longest, without empty groups.
     hypotheses: the translations, in the order of the pairs.
   """
 
@@ -96,7 +95,7 @@ class TranslationResult:
     return self.scores.json() | {'by_source_length': groups}
 
   def lines(self) -> list[str]:
-    """The scores for a reader, with the signatures below."""
+    """The scores for a reader, followed by the signatures."""
     out = [f'{self.scores.pairs:,} translations: {_line(self.scores)}']
     out += [
       f'  source of {g.shortest} to {g.longest} tokens ({g.scores.pairs:,}): {_line(g.scores)}'
@@ -132,19 +131,18 @@ def evaluate_translation(
   edges: Sequence[int] | None = None,
   bootstrap: int | None = BOOTSTRAP,
 ) -> TranslationResult:
-  """Translates the sources of `pairs` and scores what comes out.
+  """Translate the sources of `pairs` and score the translations.
 
   Args:
-    translate: asked once for all of them.
-    pairs: as `Dataset.held_out_pairs` gives them.
+    translate: called once for all of them.
+    pairs: from `Dataset.held_out_pairs`.
     tokenizer: of the translations, which end at the first end of a document.
-    edges: ascending lengths of sources at which the groups end (a source of so many tokens is still
-      in the group); longer ones are a group of their own. None for four groups of about as many
-      pairs each.
-    bootstrap: resamples behind the interval of the scores over all pairs; None for no interval.
+    edges: ascending source lengths, the inclusive upper limits of the groups; longer sources are
+      the last group. None for four groups of about equal size.
+    bootstrap: resamples for the interval of the scores over all pairs; None for no interval.
   """
   if not pairs:
-    raise InputError('translation: there are no pairs to score')
+    raise InputError('translation: no pairs to score')
   outputs = translate([p.source_ids for p in pairs])
   if len(outputs) != len(pairs):
     raise ValueError(f'translate gave {len(outputs)} translations of {len(pairs)} texts')
@@ -169,8 +167,7 @@ def by_length(
   lengths: Sequence[int] | np.ndarray,
   edges: Sequence[int] | None = None,
 ) -> list[LengthScores]:
-  """Scores of groups by the length of the source, without intervals; `edges` as for
-  `evaluate_translation`."""
+  """Score groups by source length, without intervals; `edges` as for `evaluate_translation`."""
   lengths = np.asarray(lengths)
   if edges is None:
     edges = np.unique(np.quantile(lengths, np.arange(1, GROUPS) / GROUPS, method='lower')).tolist()
@@ -188,14 +185,12 @@ def by_length(
 def score(
   hypotheses: Sequence[str], references: Sequence[str], bootstrap: int | None = None
 ) -> TranslationScores:
-  """Scores of translations against one reference each.
-
-  Raises `InputError` where there are none, or not as many of both.
-  """
+  """Score translations against one reference each. Raises `InputError` for unequal or zero
+  counts."""
   if not hypotheses or len(hypotheses) != len(references):
     raise InputError(
-      f'translation: {len(hypotheses)} translations and {len(references)} references; as many of '
-      'both, at least one'
+      f'translation: {len(hypotheses)} translations and {len(references)} references: must be as '
+      'many of both, at least one'
     )
   if bootstrap is not None and bootstrap < 2:
     raise InputError(f'bootstrap = {bootstrap}: must be at least 2, or none')
@@ -204,7 +199,7 @@ def score(
     from sacrebleu.metrics import BLEU, CHRF
   except ImportError:
     return TranslationScores(len(hypotheses), exact, None, None)
-  # `force` only silences the warning about text that looks tokenised.
+  # `force` only silences the warning about text that appears to be tokenized.
   bleu, chrf = (
     _scored(metric, hypotheses, references, bootstrap) for metric in (BLEU(force=True), CHRF())
   )

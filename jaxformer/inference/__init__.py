@@ -1,5 +1,5 @@
-"""Text from a model: the whole decode loop in compiled programs; of a language model with sampling,
-streaming and stop strings, of an encoder-decoder by greedy or beam search, with its alignments."""
+"""Decoding in compiled programs: sampling, streaming and stop strings for language models; greedy
+and beam search and alignments for encoder-decoders."""
 
 from __future__ import annotations
 

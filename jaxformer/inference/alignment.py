@@ -1,5 +1,4 @@
-"""Which words of the source a decoder looked at for each word that it wrote, as a matrix and as a
-picture."""
+"""Attention of a decoder to the tokens of its source, as a matrix and as a picture."""
 
 from __future__ import annotations
 
@@ -20,13 +19,12 @@ from jaxformer.models.params import Definition, Params
 
 
 class Alignment(NamedTuple):
-  """Attention of a pair.
+  """Attention of a source-target pair.
 
   Attributes:
-    mean_TS: the mean over layers; row t is what the model looked at when it predicted token t of
-      the target.
-    layers_LTS: of each layer that attends to the source, from the bottom up, the mean over its
-      heads.
+    mean_TS: the mean over layers; row t has the weights with which token t of the target was
+      predicted.
+    layers_LTS: for each layer that attends to the source, from the bottom up, the mean over heads.
   """
 
   mean_TS: Float[np.ndarray, 'T S']
@@ -52,13 +50,13 @@ def align(
   end: int,
   begin: int | None = None,
 ) -> Alignment:
-  """The alignment of a source with a target that is given, its own translation or another.
+  """Return the alignment of a source with a given target.
 
   Args:
     source: token ids with the token that ends a source.
-    target: token ids without the end, for which there is a row too, the last.
-    end, begin: the token that ends a target, and the one that the decoder reads first; None for
-      `end`.
+    target: token ids without the end; the last row is that of the end.
+    end, begin: the token that ends a target, and the one that the decoder reads first (None for
+      `end`).
 
   Raises `InputError` for a model without attention to the source, and for ids out of range.
   """
@@ -89,8 +87,8 @@ def draw(
   source: Sequence[str],
   target: Sequence[str],
 ) -> None:
-  """Writes a picture of an alignment, the target from top to bottom and the source from left to
-  right (as figure 3 of Bahdanau et al. 2014), in the format that the path's ending says. Needs
+  """Write a picture of an alignment, the target from top to bottom and the source from left to
+  right (as figure 3 of Bahdanau et al. 2014), in the format of the path's suffix. Needs
   matplotlib, the `plot` extra."""
   try:
     from matplotlib.figure import Figure
@@ -99,7 +97,7 @@ def draw(
   T, S = weights_TS.shape
   if (len(target), len(source)) != (T, S):
     raise InputError(
-      f'an alignment of {T} by {S} tokens needs so many names, not {len(target)} and {len(source)}'
+      f'an alignment of {T} by {S} tokens needs as many labels, not {len(target)} and {len(source)}'
     )
   figure = Figure(figsize=(2 + 0.28 * S, 1.5 + 0.28 * T), layout='constrained')
   axes = figure.add_subplot()

@@ -1,4 +1,4 @@
-"""How long decoding takes."""
+"""Timing of prefill and decoding."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ class DecodeTime(NamedTuple):
   """Medians over the repeats.
 
   Attributes:
-    prefill_seconds: reading the prompts of the whole batch and drawing one token each.
+    prefill_seconds: reading all prompts of the batch and sampling one token each.
     seconds_per_token: one more token for each row of the batch.
-    compile_seconds: the first run, compilation included.
+    compile_seconds: the first run, including compilation.
   """
 
   prefill_seconds: float
@@ -45,8 +45,8 @@ def time_decode(
   mesh: Mesh | None = None,
   rules: Rules | str = 'fsdp_tensor',
 ) -> DecodeTime:
-  """Times prompts of `prompt_length` random tokens continued by `new_tokens`, prefill and decoding
-  apart, warm."""
+  """Time prompts of `prompt_length` random tokens continued by `new_tokens`, after a warm-up;
+  prefill and decoding separately."""
   if new_tokens < 2 or prompt_length < 1 or batch < 1 or repeats < 1:
     raise InputError(
       f'prompt_length = {prompt_length}, batch = {batch} and repeats = {repeats} must be positive, '
@@ -75,8 +75,8 @@ def time_decode(
     start = time.perf_counter()
     begun = jax.block_until_ready(r.begin())
     prefill.append(time.perf_counter() - start)
-    # The clock starts within the loop: as it begins, memory that the prompt took is given back, and
-    # the more of it the longer.
+    # The timer starts inside the loop: when it starts, memory of the prompt is freed, which takes
+    # longer for longer prompts.
     going = jax.block_until_ready(r.advance(begun, first))
     start = time.perf_counter()
     jax.block_until_ready(r.advance(going, new_tokens))

@@ -1,11 +1,11 @@
-"""Decoding on the device: one program that reads the prompts, and one that holds the whole loop
-over new tokens.
+"""Decoding on the device: one program that reads the prompts (prefill), and one with the loop over
+new tokens.
 
-The two are apart so that they compile for their own shapes: a prompt of another length leaves the
-loop as it is, and the loop runs to its end or in pieces, for streaming, as the same program.
-Nothing between them waits for the host.
+They are separate so that a prompt of another length does not recompile the loop, and the loop runs
+to its end or in pieces, for streaming, as the same program. Nothing between them waits for the
+host.
 
-Dims: B batch, T padded length of the prompts, N most new tokens, V vocabulary.
+Dims: B batch, T padded length of the prompts, N maximum number of new tokens, V vocabulary.
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ STEP = Context()
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Decoding:
-  """Where decoding stands; the loop's argument and result.
+  """Decoding loop state.
 
   Attributes:
-    state: the model's, after all tokens but the last drawn.
-    token_B: the last drawn, not read yet.
-    tokens_BN: what was drawn so far, the end of document left out, then -1.
-    count: how many were drawn for each row, those of finished rows counted.
-    finished_B: the row has drawn the end of document, or was ended from outside.
-    seen_BV: tokens of the prompt and those drawn; None where no repetition penalty asks.
-    keys_B: a row's source of randomness.
+    state: the model's, after all tokens but the last sampled.
+    token_B: the last token sampled, not yet read.
+    tokens_BN: tokens sampled so far, without the end of document, then -1 as padding.
+    count: tokens sampled for each row, those of finished rows included.
+    finished_B: whether the row has its end of document, or was stopped by the host.
+    seen_BV: tokens of the prompt and those sampled; None without a repetition penalty.
+    keys_B: random key of each row.
   """
 
   state: State
@@ -75,15 +75,15 @@ def begin(
   vocab_size: int | None = None,
   where: Any = None,
 ) -> Decoding:
-  """Reads the prompts and draws the first new token of each.
+  """Read the prompts (prefill) and sample the first new token of each.
 
   Args:
     tokens_BT, segments_BT: from `left_padded`.
     end: the end of document, -1 for none.
-    max_len: room for T and the new tokens.
-    max_new_tokens: room for tokens, N.
-    vocab_size: tokens from here on are never drawn; None where every row of the head is a token.
-    where: mesh and rules, which the program depends on.
+    max_len: of the model's state: T and the new tokens.
+    max_new_tokens: N, the length of the token buffer.
+    vocab_size: tokens from here on are never sampled; None if every row of the head is a token.
+    where: mesh and rules, on which the program depends.
   """
   model, (B, _) = definition.merge(params), tokens_BT.shape
   ctx = Context(segments_BT=segments_BT, fresh=True)
@@ -122,8 +122,8 @@ def advance(
   vocab_size: int | None = None,
   where: Any = None,
 ) -> Decoding:
-  """Draws tokens until `limit` were drawn for each row, or all rows have finished. `decoding` is
-  consumed."""
+  """Sample tokens until there are `limit` for each row, or all rows are finished. `decoding` is
+  donated."""
   model = definition.merge(params)
   model.unstack(STEP)
 
@@ -140,7 +140,7 @@ def advance(
 def _drawn(
   d: Decoding, logits_BV: Array, end: Array, sampling: Sampling, vocab_size: int | None
 ) -> Decoding:
-  """One more token for each row; a finished row draws too, to no effect."""
+  """One more token for each row; that of a finished row is discarded."""
   if vocab_size is not None:
     is_token_V = jnp.arange(logits_BV.shape[-1]) < vocab_size
     logits_BV = jnp.where(is_token_V[None], logits_BV, -jnp.inf)
@@ -163,12 +163,12 @@ def _drawn(
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-  """A checked request: what `begin` and `advance` need, ready to run.
+  """A validated request: the arguments of `begin` and `advance`.
 
   Attributes:
-    prompts: an empty one replaced by the end of document.
+    prompts: with the end of document in place of an empty one.
     padded: T.
-    max_len: positions that the model's state has room for.
+    max_len: positions in the model's state.
     room: N, at least `max_new_tokens`.
   """
 
@@ -191,7 +191,7 @@ class Request:
     return None if self.mesh is None else (self.mesh, self.rules)
 
   def begin(self) -> Decoding:
-    """Reads the prompts; one token is drawn."""
+    """Read the prompts and sample one token."""
     tokens_BT, segments_BT = left_padded(self.prompts, self.padded)
     with on(self.mesh, self.rules):
       return begin(
@@ -209,7 +209,7 @@ class Request:
       )
 
   def advance(self, decoding: Decoding, limit: int) -> Decoding:
-    """Up to `limit` tokens in all, never more than `max_new_tokens`."""
+    """Sample up to `limit` tokens in total, never more than `max_new_tokens`."""
     with on(self.mesh, self.rules):
       return advance(
         self.definition,
@@ -238,8 +238,8 @@ def request(
   rules: Rules | str = 'fsdp_tensor',
   vocab_size: int | None = None,
 ) -> Request:
-  """Checks a request and rounds its sizes up, so that requests of similar sizes share their
-  compiled programs.
+  """Validate a request and round its sizes up, so that requests of similar sizes share compiled
+  programs.
 
   Raises `InputError`; see `jaxformer.inference.generate`.
   """
@@ -261,14 +261,13 @@ def request(
     for i, prompt in enumerate(prompts)
   ]
   if not started:
-    raise InputError('prompts: there are none')
+    raise InputError('prompts: must be at least one')
   longest = max(range(len(started)), key=lambda i: len(started[i]))
   needed = len(started[longest]) + max_new_tokens
   if config.max_len is not None and needed > config.max_len:
     raise InputError(
       f'prompt {longest} has {len(started[longest])} tokens; with max_new_tokens = '
-      f'{max_new_tokens} that is more than the '
-      f'{config.max_len} positions that the model has learned'
+      f'{max_new_tokens} that is more than the {config.max_len} learned positions of the model'
     )
   most = max_len if max_len is not None else config.max_len
   if most is not None and needed > most:
@@ -279,8 +278,7 @@ def request(
     )
   if max_len is not None and config.max_len is not None and max_len > config.max_len:
     raise InputError(
-      f'max_len = {max_len}: must be at most the {config.max_len} positions that the model has '
-      'learned'
+      f'max_len = {max_len}: must be at most {config.max_len}, the learned positions of the model'
     )
   room = bucket(max_new_tokens)
   padded = bucket(len(started[longest]))
@@ -332,9 +330,8 @@ def bucket(n: int) -> int:
 
 
 def left_padded(prompts: Sequence[Sequence[int]], length: int) -> tuple[np.ndarray, np.ndarray]:
-  """Prompts that end together at `length`, and segments: padding is a document 0 of its own and the
-  prompt, document 1, starts anew after it, so that no layer carries anything over from the padding.
-  Both int32."""
+  """Left-pad prompts to `length`. Returns tokens and segments, both int32: the padding is document
+  0 and the prompt document 1, so that no layer carries anything over from the padding."""
   tokens_BT, segments_BT = (
     np.zeros((len(prompts), length), np.int32),
     np.zeros((len(prompts), length), np.int32),
@@ -347,6 +344,6 @@ def left_padded(prompts: Sequence[Sequence[int]], length: int) -> tuple[np.ndarr
 
 @contextlib.contextmanager
 def on(mesh: Mesh | None, rules: Rules | str) -> Generator[None]:
-  """Within, programs are for this mesh; without one, for the default device."""
+  """Compile for this mesh inside the context; without one, for the default device."""
   with contextlib.nullcontext() if mesh is None else use_mesh(mesh, rules):
     yield

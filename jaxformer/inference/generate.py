@@ -1,4 +1,4 @@
-"""Continuations of prompts, all at once."""
+"""Continuations of prompts."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ class Generated(NamedTuple):
 
   Attributes:
     tokens: the new tokens, without the end of document.
-    finished: the model drew the end of document; False where `max_new_tokens` ended it.
+    finished: whether the model sampled the end of document; False where `max_new_tokens` was
+      reached.
   """
 
   tokens: list[int]
@@ -43,25 +44,23 @@ def generate(
   rules: Rules | str = 'fsdp_tensor',
   vocab_size: int | None = None,
 ) -> list[Generated]:
-  """A continuation of each prompt, in their order.
+  """Continue each prompt; results are in the same order.
 
-  A row's result depends on its prompt, the seed and its place in the list, not on the other
-  prompts.
+  A result depends on its prompt, the seed and its index in the list, not on the other prompts.
 
   Args:
     prompts: token ids, of any lengths; an empty one starts from the end of document.
-    max_new_tokens: at most so many tokens each. All rows run until each has ended.
-    end_of_document: the token that ends a continuation; None where the vocabulary has none.
-    dtype: what to compute in; None for the parameters' own.
-    max_len: room for prompt and new tokens in the model's state; None for what is needed. Give one
-      value to calls of different lengths to compile once for all.
-    mesh, rules: where the parameters live; None for one device.
-    vocab_size: of the tokenizer, where the model's is rounded up: the rows beyond are no tokens and
-      are never drawn.
+    max_new_tokens: maximum number of new tokens per prompt. The loop runs until all have ended.
+    end_of_document: the token that ends a continuation; None if the vocabulary has none.
+    dtype: compute dtype; None for that of the parameters.
+    max_len: maximum length of prompt and new tokens in the model's state; None for what is needed.
+      Pass one value to calls of different lengths to compile only once.
+    mesh, rules: of the parameters; None for one device.
+    vocab_size: of the tokenizer, where the model's is padded: the rows beyond it are never sampled.
 
   Raises:
     InputError: token ids out of range, an empty prompt without an end of document, or more tokens
-      than the model has positions for.
+      than the model has positions.
   """
   r = request(
     definition,

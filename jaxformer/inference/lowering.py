@@ -1,8 +1,7 @@
-"""Reading prompts, and drawing one more token, from shapes alone: what serving a model would
-compile.
+"""Lowered prefill and decode programs from shapes alone: what serving a model compiles.
 
-Parameters are in bfloat16 and divided over the mesh by its rules; what the model remembers is
-divided as the programs leave it."""
+Parameters are in bfloat16 and sharded by the rules of the mesh; the state is sharded as the prefill
+program leaves it."""
 
 from __future__ import annotations
 
@@ -28,18 +27,19 @@ def lowered_prefill(
   context_length: int,
   prompt: int | None = None,
 ) -> jax.stages.Lowered:
-  """Reads `batch` prompts and draws a token after each.
+  """Lower the program that reads `batch` prompts and samples one token for each.
 
   Args:
-    context_length: positions that the model's state has room for.
-    prompt: tokens of each prompt; None for as many as there is room for.
+    context_length: maximum number of positions in the model's state.
+    prompt: tokens of each prompt; None for `context_length`.
   """
   T, longest = context_length if prompt is None else prompt, definition.config.max_len
   if batch < 1 or T < 1:
     raise InputError(f'batch = {batch} and context_length = {T}: must be positive')
   if longest is not None and context_length > longest:
     raise InputError(
-      f'context_length = {context_length}: must be at most the {longest} positions that the model has learned'
+      f'context_length = {context_length}: must be at most {longest}, the learned positions of the '
+      'model'
     )
   ids = _array((batch, T), jnp.int32, mesh)
   numbers = _array((), jnp.uint32, mesh), _array((), jnp.int32, mesh)
@@ -64,11 +64,11 @@ def lowered_decode(
   batch: int,
   context_length: int,
 ) -> jax.stages.Lowered:
-  """Draws tokens with a state that has room for `context` of them, one for each of `batch`
-  sequences in each round of its loop.
+  """Lower the decode loop: one token per step for each of `batch` sequences, with a state of
+  `context_length` positions.
 
-  Where the state lives is what reading a short prompt leaves, so that program is compiled first.
-  """
+  The sharding of the state is what prefill leaves, so that program is compiled first, for a short
+  prompt."""
   reading = lowered_prefill(
     definition, mesh, rules, batch, context_length, min(bucket(1), context_length)
   )
@@ -96,7 +96,7 @@ def _array(shape: tuple[int, ...], dtype: Any, mesh: Mesh) -> Any:
 
 
 def _params(definition: Definition, mesh: Mesh, rules: Rules | str) -> Any:
-  """In bfloat16, but for those that stay in fp32."""
+  """In bfloat16, except those marked `full_precision`."""
   return {
     name: jax.ShapeDtypeStruct(
       a.shape,

@@ -1,4 +1,4 @@
-"""From logits to a token: greedy, or a draw after the usual filters.
+"""From logits to a token: greedy, or sampled after the usual filters.
 
 Dims: B batch, V vocabulary.
 """
@@ -13,19 +13,19 @@ from jaxformer.config import Config
 
 
 class Sampling(Config):
-  """How a token is chosen. The parts apply in the order of the fields below, which is that of
-  Hugging Face transformers.
+  """How the next token is chosen. The filters apply in the order of the fields below, as in Hugging
+  Face transformers.
 
   Attributes:
     repetition_penalty: divides the positive and multiplies the negative logits of all tokens of the
-      prompt and of the text so far (CTRL, Keskar et al. 2019, section 4.1); None for none.
-    temperature: divides the logits; 0 takes the likeliest token.
-    top_k: keep the k likeliest tokens, and those as likely as the last of them (Fan et al. 2018);
+      prompt and the text so far (CTRL, Keskar et al. 2019, section 4.1); None for none.
+    temperature: divides the logits; 0 is greedy decoding.
+    top_k: keep the k most likely tokens, with ties at the last of them (Fan et al. 2018);
       None for all.
-    top_p: keep the smallest set of likeliest tokens whose mass is at least p (nucleus sampling,
+    top_p: keep the smallest set of most likely tokens with mass at least p (nucleus sampling,
       Holtzman et al. 2020); None for all.
-    min_p: keep tokens at least min_p times as likely as the likeliest (Nguyen et al. 2024); None
-      for all.
+    min_p: keep tokens with at least min_p times the probability of the argmax (Nguyen et al.
+      2024); None for all.
   """
 
   repetition_penalty: float | None = None
@@ -48,9 +48,7 @@ class Sampling(Config):
       'positive and not 1',
     )
     self.require(
-      0 <= self.temperature < float('inf'),
-      'temperature',
-      'at least 0, where 0 takes the likeliest token',
+      0 <= self.temperature < float('inf'), 'temperature', 'at least 0, where 0 is greedy'
     )
     given('top_k', k is not None and k > 0, 'positive')
     given('top_p', p is not None and 0 < p < 1, 'above 0 and below 1')
@@ -60,11 +58,11 @@ class Sampling(Config):
         self.require(
           getattr(self, field) is None,
           field,
-          'none at temperature 0: the likeliest token is taken whatever it says',
+          'none at temperature 0, where it has no effect (greedy)',
         )
 
 
-PLAIN = Sampling()  # draws from the model's own distribution
+PLAIN = Sampling()  # from the model's distribution
 GREEDY = Sampling(temperature=0.0)
 
 
@@ -74,9 +72,9 @@ def sample(
   seen_BV: Bool[Array, 'B V'] | None,
   sampling: Sampling,
 ) -> Int[Array, ' B']:
-  """A token for each row by its own key, so that a row's draw does not depend on the other rows.
+  """Sample a token for each row with its own key, so that a row does not depend on the others.
 
-  `seen_BV` says which tokens the row has had; it may be None where there is no repetition penalty,
+  `seen_BV` marks the tokens that the row already has; it may be None without a repetition penalty,
   and `keys_B` at temperature 0."""
   logits_BV = filtered(logits_BV, seen_BV, sampling)
   if sampling.temperature == 0:
@@ -89,8 +87,8 @@ def sample(
 def filtered(
   logits_BV: Float[Array, 'B V'], seen_BV: Bool[Array, 'B V'] | None, sampling: Sampling
 ) -> Float[Array, 'B V']:
-  """The logits, fp32, whose softmax is the distribution that `sample` draws from: -inf for tokens
-  that are left out."""
+  """The logits, fp32, whose softmax is the distribution that `sample` draws from: -inf for excluded
+  tokens."""
   s, logits_BV = sampling, logits_BV.astype(jnp.float32)
   if s.repetition_penalty is not None:
     if seen_BV is None:
@@ -120,10 +118,10 @@ def _top_k(logits_BV: Array, k: int) -> Array:
 
 
 def _top_p(logits_BV: Array, p: float) -> Array:
-  # of equally likely tokens the lower id goes first
+  # ties: the lower id first
   order = jnp.argsort(-logits_BV, axis=-1, stable=True)
   sorted_BV = jax.nn.softmax(jnp.take_along_axis(logits_BV, order, axis=-1), axis=-1)
-  # a token stays while those before it do not reach p: one always does
+  # a token is kept while those before it have mass below p; the first always is
   before = jnp.cumsum(sorted_BV, axis=-1) - sorted_BV
   rank = jnp.argsort(order, axis=-1)  # the inverse permutation
   kept = (

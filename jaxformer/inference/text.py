@@ -1,4 +1,4 @@
-"""Continuations as text, piece by piece, with stop strings."""
+"""Continuations as text, streamed, with stop strings."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from jaxformer.task_type import IGNORE
 
 DecodeBytes = Callable[[Iterable[int]], bytes]  # a tokenizer's `decode_bytes`
 
-CHUNK = 16  # tokens between two looks of the host
-# tokens decoded along with the new ones, for tokenizers that write a token by what stands before it
+CHUNK = 16  # tokens decoded per host sync
+# tokens detokenized along with the new ones: of some tokenizers, text depends on the one before
 BEFORE = 8
 UNKNOWN = '\ufffd'.encode()
 
@@ -31,10 +31,11 @@ class GeneratedText(NamedTuple):
   """A continuation.
 
   Attributes:
-    text: cut before the stop string, where there was one.
-    tokens: all new tokens up to the one that completed the stop string; the end of document left
-      out.
-    finished: a stop string or the end of document ended it; False where `max_new_tokens` did.
+    text: up to the stop string, if there is one.
+    tokens: all new tokens up to the one that completed the stop string, without the end of
+      document.
+    finished: whether it has a stop string or the end of document; False where `max_new_tokens` was
+      reached.
   """
 
   text: str
@@ -43,44 +44,44 @@ class GeneratedText(NamedTuple):
 
 
 class TextRow:
-  """The text of one row, from tokens that come one at a time.
+  """The text of one row, from tokens that arrive one at a time.
 
-  Held back are bytes that are no whole character yet, and text that could be the beginning of a
-  stop string. The stop string that is completed first ends the text (of two that end together, the
-  longer), so the text is the same however tokens are grouped."""
+  Holds back bytes of an incomplete character, and text that could be the start of a stop string.
+  The stop string that is completed first ends the text (of two that end together, the longer), so
+  the text does not depend on how tokens are grouped."""
 
   def __init__(self, prompt: Sequence[int], decode_bytes: DecodeBytes, stops: Sequence[str]):
     self.tokens: list[int] = []
     self.stopped = False
     self._decode, self._stops = decode_bytes, stops
     self._ids = list(prompt[-BEFORE:])
-    # where the tokens begin that are decoded, and those not yet written
+    # where the tokens to detokenize start, and those not yet written
     self._window, self._read = 0, len(self._ids)
     self._characters = codecs.getincrementaldecoder('utf-8')(errors='replace')
     self._held = ''
 
   def push(self, token: int) -> str:
-    """The text that this token makes certain."""
+    """Return the text that is certain after this token."""
     if self.stopped:
       return ''
     self.tokens.append(token)
     self._ids.append(token)
-    return self._certain(self._characters.decode(self._new_bytes(whole=False)))
+    return self._certain(self._characters.decode(self._new_bytes(final=False)))
 
   def close(self) -> str:
-    """What was held back, at the end of the row."""
+    """Return the text that was held back, at the end of the row."""
     if self.stopped:
       return ''
-    text = self._certain(self._characters.decode(self._new_bytes(whole=True), final=True))
+    text = self._certain(self._characters.decode(self._new_bytes(final=True), final=True))
     rest, self._held = self._held, ''
     return text if self.stopped else text + rest
 
-  def _new_bytes(self, whole: bool) -> bytes:
-    """The bytes that the unread tokens add. Tokenizers that are not byte-level write half a
-    character as U+FFFD: unless the `whole` text is there, these wait for the rest."""
+  def _new_bytes(self, final: bool) -> bytes:
+    """The bytes that the unread tokens add. Tokenizers that are not byte-level write an
+    incomplete character as U+FFFD: except at the `final` call, these wait for the rest."""
     before = self._decode(self._ids[self._window : self._read])
     new = self._decode(self._ids[self._window :])[len(before) :]
-    if not new or (new.endswith(UNKNOWN) and not whole):
+    if not new or (new.endswith(UNKNOWN) and not final):
       return b''
     self._window, self._read = max(self._window, self._read - BEFORE), len(self._ids)
     return new
@@ -102,7 +103,8 @@ class TextRow:
 
 
 class Options(TypedDict, total=False):
-  """What `stream` and `generate_text` hand on; see `jaxformer.inference.generate.generate`."""
+  """Keyword arguments that `stream` and `generate_text` pass on; see
+  `jaxformer.inference.generate.generate`."""
 
   sampling: Sampling
   seed: int
@@ -125,17 +127,17 @@ def stream(
   chunk: int = CHUNK,
   **options: Unpack[Options],
 ) -> Iterator[list[str]]:
-  """The continuations as they come: at each turn a piece of text for each row, '' where there is
+  """Stream continuations: each iteration yields a piece of text for each row, '' where there is
   nothing new.
 
-  The tokens are those of `generate`, which explains the other arguments and the errors; errors are
-  raised at once, not at the first turn. A row ends before a string of `stop`, at the end of
-  document or after `max_new_tokens`.
+  The tokens are those of `generate`, which documents the other arguments and the errors; errors are
+  raised by the call, not by the first iteration. A row ends before a string of `stop`, at the end
+  of document or after `max_new_tokens`.
 
   Args:
     decode_bytes: the tokenizer's: the bytes of a sequence of tokens.
-    stop: strings that end a row; they are no part of the text.
-    chunk: how many tokens are drawn between two turns.
+    stop: strings that end a row; they are not part of the text.
+    chunk: tokens decoded per host sync, that is per iteration.
   """
   r = _checked(definition, params, prompts, max_new_tokens, stop, chunk, options)
   rows = _rows(prompts, decode_bytes, stop)
@@ -153,7 +155,7 @@ def generate_text(
   chunk: int = CHUNK,
   **options: Unpack[Options],
 ) -> list[GeneratedText]:
-  """What `stream` gives, whole."""
+  """Return the complete continuations that `stream` yields in pieces."""
   r = _checked(definition, params, prompts, max_new_tokens, stop, chunk, options)
   rows, finished = _rows(prompts, decode_bytes, stop), np.zeros(len(prompts), bool)
   texts = zip(*_pieces(r, rows, chunk if stop else max_new_tokens, finished))
@@ -188,7 +190,7 @@ def _rows(
 def _pieces(
   r: Request, rows: list[TextRow], chunk: int, finished_B: np.ndarray
 ) -> Iterator[list[str]]:
-  """Runs the loop chunk by chunk. `finished_B` is filled in."""
+  """Run the loop chunk by chunk. `finished_B` is filled in."""
   decoding, done, open_B = r.begin(), 0, np.ones(len(rows), bool)
   while open_B.any():
     decoding = r.advance(decoding, done + chunk)
@@ -214,5 +216,5 @@ def _pieces(
 
 
 def _ended(decoding: Decoding, ended_B: np.ndarray) -> Decoding:
-  """With rows ended whose text has: the loop need not wait for them."""
+  """Mark rows as finished whose text has ended: the loop need not wait for them."""
   return dataclasses.replace(decoding, finished_B=decoding.finished_B | jnp.asarray(ended_B))

@@ -1,4 +1,4 @@
-"""Translations of sources, from lists of tokens to lists of tokens."""
+"""Translation, from lists of tokens to lists of tokens."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ class Translation(NamedTuple):
   """A translation.
 
   Attributes:
-    tokens: without the end.
+    tokens: without the token that ends a translation.
     log_p: log p(tokens and end | source), in nats.
-    score: with the penalties of the search.
-    finished: it ended; False where `max_new_tokens` cut it off.
+    score: log p with the penalties of the search.
+    finished: whether it has its end; False where it reached `max_new_tokens`.
   """
 
   tokens: list[int]
@@ -47,24 +47,22 @@ def translate(
   mesh: Mesh | None = None,
   rules: str = 'fsdp_tensor',
 ) -> list[Translation]:
-  """The best translation of each source, in their order. It depends on the source alone, not on
-  what is translated beside it.
+  """Translate each source; results are in the same order and independent of the batch.
 
   Args:
     sources: token ids as the model reads them, with the token that ends a source.
     end: the token that ends a translation.
     begin: the token that the decoder reads first; None for `end`.
-    beam: how to search; by default the likeliest token at each step.
-    max_new_tokens: at most so many tokens, the end counted; None for twice the source and ten.
-    batch_size: sources at a time; those of similar lengths go together.
-    vocab_size: of the tokenizer, where the model's is rounded up: the rows beyond are no tokens and
-      are never taken.
-    dtype: what to compute in; None for the parameters' own.
-    mesh, rules: where the parameters live; None for one device.
+    beam: how to search; greedy by default.
+    max_new_tokens: maximum number of tokens, the end included; None for 2 x source length + 10.
+    batch_size: sources per batch; sources of similar lengths are batched together.
+    vocab_size: of the tokenizer, where the model's is padded: the rows beyond it are never chosen.
+    dtype: compute dtype; None for that of the parameters.
+    mesh, rules: of the parameters; None for one device.
 
   Raises:
-    InputError: token ids out of range, an empty source, more tokens than the model has positions
-      for.
+    InputError: token ids out of range, an empty source, or more tokens than the model has
+      positions.
   """
   config = definition.config
   begin = end if begin is None else begin
@@ -158,12 +156,12 @@ def _checked(
       )
     if config.max_len is not None and len(row) > config.max_len:
       raise InputError(
-        f'source {i} has {len(row)} tokens: at most the {config.max_len} positions that the model '
-        'has learned'
+        f'source {i} has {len(row)} tokens: must be at most {config.max_len}, the learned '
+        'positions of the model'
       )
   if config.max_len is not None and (max_new_tokens or 0) > config.max_len:
     raise InputError(
-      f'max_new_tokens = {max_new_tokens}: must be at most the {config.max_len} positions that the '
-      'model has learned'
+      f'max_new_tokens = {max_new_tokens}: must be at most {config.max_len}, the learned positions '
+      'of the model'
     )
   return rows

@@ -1,1 +1,1 @@
-"""Blocks, stacks and whole models; `zoo` holds the named architectures."""
+"""Blocks, stacks and models; `zoo` holds the named architectures."""

@@ -55,10 +55,11 @@ class LastPooling(Pooling):
 class Classifier(Model):
   """p(class | sequence) = softmax(W pool(norm(stack(input(sequence) + positions))) + b).
 
-  A batch is that of a language model, with tokens or features as inputs: the class of a row stands in
+  A batch is that of a language model, with tokens or features as inputs: the class of a row stands
+    in
   `targets_BT` at the last position of its sequence, and -1 everywhere else (in all of a row that
   does not count). Sequences of unequal lengths are padded at the end, with `segments_BT` 1 in the
-  sequence and 0 in the padding, which is a document of its own: no layer passes anything between
+  sequence and 0 in the padding, which is a separate document: no layer passes anything between
   documents in either direction, and pooling leaves the padding out, so that it changes nothing."""
 
   class Config(ModelConfig):
@@ -69,7 +70,7 @@ class Classifier(Model):
       stack: groups of blocks; layers in both directions are welcome.
       final_norm: norm before pooling; None for none (post-norm stacks).
       pooling: how one vector comes of all positions.
-      head_init: initial values of W; b begins at zero.
+      head_init: initialization of W; b starts at zero.
     """
 
     input: InputConfig

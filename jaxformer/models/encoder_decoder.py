@@ -1,5 +1,4 @@
-"""An encoder-decoder: a stack that reads a source, and a stack that writes a target and reads what
-the first made of the source."""
+"""An encoder, and a decoder that reads its output."""
 
 from __future__ import annotations
 
@@ -43,14 +42,13 @@ class EncoderDecoder(Autoregressive):
         recurrences).
       shared_embedding: source and target have one table.
       tied: the head is the target's embedding's transpose.
-      head_bias: offsets on the logits.
+      head_bias: whether logits have a bias.
       reverse_source: the encoder reads the source from its end to its beginning (Sutskever et al.
         2014, section 3.3).
-      init_from_encoder: each layer of the decoder begins from the state that the encoder's layer in its
-        place ended in; of one in both directions, from that of the backward one.
+      init_from_encoder: each layer of the decoder begins from the state that the encoder's layer in
+        its place ended in; of one in both directions, from that of the backward one.
       dropout: rate on the embeddings.
-      embedding_init, head_init: initial values; `head_init` must be left alone where the head is
-        tied.
+      embedding_init, head_init: initialization; `head_init` must be None where the head is tied.
     """
 
     source_vocab_size: int
@@ -152,7 +150,7 @@ class EncoderDecoder(Autoregressive):
     return self.decoder
 
   def encode(self, source_BS: Int[Array, 'B S'], ctx: Context = Context()) -> Memory:
-    """What the decoder reads of the source."""
+    """Encode the source for the decoder."""
     return self._encode(source_BS, ctx)[0]
 
   def _encode(self, source_BS: Array, ctx: Context) -> tuple[Memory, dict[str, Array]]:

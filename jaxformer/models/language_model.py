@@ -24,17 +24,16 @@ class LanguageModel(Autoregressive):
   class Config(ModelConfig):
     """
     Attributes:
-      vocab_size: rows of the embedding.
+      vocab_size: rows of the token table.
       stack: groups of blocks.
       embedding_norm: norm right after the embedding (RWKV's ln0); None for none.
       embedding_scale: factor on the embeddings; None for 1.
       final_norm: norm before the head; None for none (post-norm stacks).
       tied: the head is the embedding's transpose.
-      head_bias: offsets on the logits.
+      head_bias: whether logits have a bias.
       softcap: logits become c tanh(logits / c); None for none.
       dropout: rate on the embeddings.
-      embedding_init, head_init: initial values; `head_init` must be left alone where the head is
-        tied.
+      embedding_init, head_init: initialization; `head_init` must be None where the head is tied.
     """
 
     vocab_size: int

@@ -2,7 +2,7 @@
 
 Modules are built once to learn their structure; training, checkpoints and weight conversion see
 `{name: array}`, which costs the least to dispatch, reads well in a checkpoint, and needs no library
-to walk. `Definition.merge` makes a module of it again, inside a jitted function."""
+to walk. `Definition.merge` turns it into a module again, inside a jitted function."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ M_co = TypeVar('M_co', bound=nnx.Module, covariant=True)
 
 
 class Buildable(Protocol[M_co]):
-  """What has a structure to define: a model's config."""
+  """A config with a structure to define: of a model or a layer."""
 
   def build(self, rngs: nnx.Rngs) -> M_co: ...
 
@@ -56,11 +56,10 @@ class ParamInfo:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Definition(Generic[M_co]):
-  """The structure of a model: what is needed to initialise it, to run it, and to say what it costs,
-  without any array.
+  """The structure of a model, without arrays: enough to initialize it, run it and compute its cost.
 
   Definitions compare by identity, so that one can be a static argument of a jitted function;
-  `define` gives the same one for the same config.
+  `define` returns the same one for the same config.
 
   Attributes:
     config: of the model or layer that was built.
@@ -81,12 +80,13 @@ class Definition(Generic[M_co]):
   def init(
     self, key: Array, mesh: Mesh | None = None, rules: Rules | str = 'fsdp_tensor'
   ) -> Params:
-    """Initial values; on a mesh they are born sharded, and equal to those made on one device."""
+    """Initialize the parameters; on a mesh directly with their sharding, and equal to those of one
+    device."""
     where = None if mesh is None else tuple(self.shardings(mesh, rules).values())
     return dict(zip(self.info, _initialiser(self, where)(key), strict=True))
 
   def shardings(self, mesh: Mesh, rules: Rules | str) -> dict[str, jax.sharding.NamedSharding]:
-    """Where each parameter lives. Raises `InputError` for a mesh axis that does not divide a
+    """The sharding of each parameter. Raises `InputError` for a mesh axis that does not divide a
     dimension."""
     return {
       name: param_sharding(mesh, rules, name, i.axes, i.shape) for name, i in self.info.items()
@@ -115,7 +115,7 @@ class Definition(Generic[M_co]):
 
   @property
   def active_size(self) -> int:
-    """The number of parameters that one token uses: of a mixture only the experts it is sent to."""
+    """The number of parameters that one token uses: of a mixture, only those of its experts."""
     return sum(round(i.size * i.active) for i in self.info.values())
 
 

@@ -1,4 +1,4 @@
-"""What a model remembers while it decodes, in bytes."""
+"""The size of the decoding state, in bytes."""
 
 from __future__ import annotations
 

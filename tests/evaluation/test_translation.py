@@ -213,7 +213,7 @@ def test_losses_of_pairs_are_summed_over_the_targets_of_every_bucket():
     )
     assert r.nll_sum == pytest.approx(want)
     # the end of a document is a target without bytes
-    assert (r.count, r.hits, r.bytes) == (30 * 11, 30 * 11, 30 * 10)
+    assert (r.count, r.correct, r.bytes) == (30 * 11, 30 * 11, 30 * 10)
   whole = data.train_batch(0, 6, 0)
   short = Batch(*(a if a is None else a[:2] for a in whole))
   both = evaluate(CountsSource(Sizes()), {}, [whole, short])
@@ -236,7 +236,7 @@ def test_losses_by_source_are_those_of_the_pairs_in_each_group():
       mine = [n for n in lengths if low < n <= high]
       assert (r is None) == (not mine)
       if r is not None:
-        assert (r.count, r.hits) == (11 * len(mine), 11 * len(mine))
+        assert (r.count, r.correct) == (11 * len(mine), 11 * len(mine))
         assert r.nll_sum == pytest.approx(sum(11 * (n + 1) for n in mine))
   assert found[0] is None
   assert sum(r.count for r in found[1:]) == 330

@@ -142,7 +142,7 @@ def test_empty_prompt_starts_from_the_end_of_document():
   ('prompts', 'options', 'message'),
   [
     ([[1], []], {}, 'prompt 1 is empty'),
-    ([], {}, 'there are none'),
+    ([], {}, 'prompts: must be at least one'),
     ([[1, 32]], {}, 'token 32.*32'),
     ([[1, -1]], {}, 'token -1'),
     ([[1]], {'max_new_tokens': 0}, 'max_new_tokens = 0'),

@@ -212,7 +212,7 @@ def test_an_alignment_and_its_picture(tmp_path):
   assert (tmp_path / 'a.png').read_bytes().startswith(b'\x89PNG')
   with pytest.raises(InputError, match='cannot be written'):
     draw(tmp_path / 'a.unknown', found.mean_TS, list('abcde$'), list('xy$'))
-  with pytest.raises(InputError, match='needs so many names'):
+  with pytest.raises(InputError, match='needs as many labels'):
     draw(tmp_path / 'a.png', found.mean_TS, list('abc'), list('xy$'))
   with pytest.raises(InputError, match='no attention'):
     align(*model('seq2seq-lstm'), SOURCES[0], [3, 4], end=END)

@@ -121,7 +121,7 @@ def test_loss_scores_and_evaluation_are_those_of_the_logits():
   np.testing.assert_array_equal(hit, (logits.argmax(-1) == batch.targets_BT) & counted)
   result = evaluate(definition, params, [batch])
   np.testing.assert_allclose(
-    (result.nll_sum, result.count, result.hits), (nll.sum(), 44, hit.sum()), rtol=1e-5
+    (result.nll_sum, result.count, result.correct), (nll.sum(), 44, hit.sum()), rtol=1e-5
   )
 
 

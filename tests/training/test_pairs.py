@@ -158,7 +158,7 @@ def test_scores_do_not_depend_on_how_rows_are_batched():
   apart = evaluate(
     definition, params, [only(batch, rows) for rows in (slice(0, 11), slice(11, 16))]
   )
-  assert (together.count, together.hits) == (apart.count, apart.hits)
+  assert (together.count, together.correct) == (apart.count, apart.correct)
   assert together.loss == pytest.approx(apart.loss, rel=1e-5)
   with pytest.raises(InputError, match='source tokens from 0 to 99'):
     evaluate(definition, params, [batch._replace(source_BS=np.array([[0, 99]] * 16))])

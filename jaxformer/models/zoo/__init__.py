@@ -1,4 +1,4 @@
-"""Named architectures, one file a family. Importing this package registers them all in
+"""Named architectures, one file per family. Importing this package registers them all in
 `PRESETS`."""
 
 from __future__ import annotations

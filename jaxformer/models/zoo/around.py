@@ -1,5 +1,5 @@
-"""A family around any sequence layer: Llama's frame (pre-norm RMSNorm, SwiGLU) with the layer in
-attention's place."""
+"""A family around any sequence layer: Llama's blocks (pre-norm RMSNorm, SwiGLU) with the layer in
+place of attention."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from jaxformer.models.zoo.preset import HEAD, Family, two_thirds
 
 
 def around(layer: LayerConfig) -> Family:
-  """How a model grows whose blocks are `layer` and a gated feed-forward layer. The layer brings its
-  own knowledge of positions."""
+  """Return a family whose blocks are `layer` and a gated feed-forward layer. Positions, if needed,
+  are up to the layer."""
 
   def make(
     *, width: int, layers: int, hidden: int, vocab_size: int, context_length: int

@@ -28,7 +28,7 @@ def state_space_classifier(
   context_length: int,
   dropout: float = 0.0,
 ) -> Classifier.Config:
-  """A stack of state-space layers, each with its own gate, and one answer."""
+  """A stack of state-space layers, each with its own gate, and one class per sequence."""
   block = Block.Config(
     branches=(PreNorm.Config(layer=layer, norm=LayerNorm.Config(), dropout=dropout),)
   )
@@ -41,7 +41,7 @@ def state_space_classifier(
   )
 
 
-# The sizes of S4's third configuration for ListOps: 6 layers of width 256 with 4 numbers of state a
+# The sizes of S4's third configuration for ListOps: 6 layers of width 256 with state size 4 per
 # channel.
 preset(
   's4d-listops',
@@ -50,8 +50,8 @@ preset(
     S4D.Config(d_state=4, causal=False), 256, 6, input=LISTOPS, classes=10, context_length=2000
   ),
 )
-# The sizes that the authors give for a first try on images: 4 layers of width 128, 64 numbers of
-# state.
+# The sizes that the authors give for a first try on images: 4 layers of width 128, state size
+# 64.
 preset(
   's4d-digits',
   's4d-classifier',

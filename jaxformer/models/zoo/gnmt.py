@@ -1,7 +1,7 @@
-"""Google's neural machine translation system (Wu et al. 2016): LSTMs, of which the encoder's bottom
-layer reads in both directions; residual sums from the third layer on; additive attention keyed on
+"""Google's neural machine translation system (Wu et al. 2016): LSTMs, the encoder's bottom layer
+bidirectional; residual sums from the third layer on; additive attention keyed on
 the bottom layer of the decoder, whose context every layer of the decoder reads beside its input.
-Source, target and head have tables of their own, gates and logits offsets: 280,858,880 parameters
+Source, target and head have separate tables; gates and logits have biases: 280,858,880 parameters
 with a vocabulary of 32,000."""
 
 from __future__ import annotations

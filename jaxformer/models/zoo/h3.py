@@ -1,7 +1,7 @@
-"""H3 (Fu et al. 2023): pre-norm LayerNorm, H3 for token mixing but for two or three layers of
-attention, GELU (tanh), offsets everywhere, no positions, tied head. Sizes, the places of attention
-and a vocabulary padded to a multiple of 8 are those of the published models; 2.7b is the one with
-three layers of attention."""
+"""H3 (Fu et al. 2023): pre-norm LayerNorm, H3 for token mixing except in two or three layers
+of attention, GELU (tanh), biases everywhere, no positions, tied head. Sizes, positions of the
+attention layers and a vocabulary padded to a multiple of 8 are those of the published models; 2.7b
+is the one with three layers of attention."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Jamba (Lieber et al. 2024): Mamba layers with norms over dt, B and C, one layer of attention
-among eight, and sixteen experts, two a token, in place of every second feed-forward layer. Pre-norm
-RMSNorm, SwiGLU, no positions: the Mamba layers know where they are."""
+"""Jamba (Lieber et al. 2024): Mamba layers with norms over dt, B and C, one attention layer in
+eight, and sixteen experts, two per token, in place of every second feed-forward layer. Pre-norm
+RMSNorm, SwiGLU, no positions: the Mamba layers encode them."""
 
 from __future__ import annotations
 

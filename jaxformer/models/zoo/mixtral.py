@@ -1,4 +1,4 @@
-"""Mixtral (Jiang et al. 2024): Llama's blocks with eight SwiGLU experts, two a token, in place of
+"""Mixtral (Jiang et al. 2024): Llama's blocks with eight SwiGLU experts, two per token, in place of
 each feed-forward layer; no sliding window. The balancing losses' weights are those of the published
 configurations, where the loss is one over all layers."""
 
@@ -81,5 +81,5 @@ def _grown(
   )
 
 
-# Two experts a token have the hidden units of one dense layer.
+# Two experts per token have the hidden units of one dense layer.
 family('mixtral', _grown, width_step=2 * HEAD, hidden=lambda width: two_thirds(width) // 2)

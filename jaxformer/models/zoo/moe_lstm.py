@@ -1,7 +1,7 @@
 """The sparsely-gated mixture of experts between two LSTMs (Shazeer et al. 2017, section 5.1 and
-appendix C.1): each of the three layers adds to its input; experts of one ReLU layer, four a token;
-a sigmoid on their sum. The vocabulary is that of the One Billion Word benchmark. Sizes are those of
-the flat models; the hierarchical ones route twice."""
+appendix C.1): each of the three layers adds to its input; experts of one ReLU layer, four per
+token; a sigmoid on their sum. The vocabulary is that of the One Billion Word benchmark. Sizes are
+those of the flat models; the hierarchical ones route twice."""
 
 from __future__ import annotations
 

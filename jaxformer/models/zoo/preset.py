@@ -1,4 +1,4 @@
-"""What a zoo entry is."""
+"""Zoo entries: presets and families."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ PRESETS: Registry[Preset] = Registry('preset')
 
 
 class Make(Protocol):
-  """The model of a family at a size. `hidden` are the units of its feed-forward layers."""
+  """The model of a family at a size; `hidden` is the number of units of its feed-forward layers."""
 
   def __call__(
     self, *, width: int, layers: int, hidden: int, vocab_size: int, context_length: int
@@ -39,8 +39,8 @@ class Make(Protocol):
 
 
 class MakePairs(Protocol):
-  """The same of an encoder-decoder, which has a vocabulary of its sources besides. `layers` are
-  those of either side."""
+  """The same of an encoder-decoder, which has a source vocabulary too. `layers` is the number on
+  each side."""
 
   def __call__(
     self,
@@ -56,20 +56,19 @@ class MakePairs(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-  """How a family grows: what a comparison may choose to give it the size of others.
+  """How a family scales: what a comparison may choose to give it the size of others.
 
   Attributes:
     name: of the family.
     make: its model at a size.
     width_step: widths are multiples of it (of a head, where the heads make up the width).
-    layer_step: layers are multiples of it (of the pattern).
-    hidden: units of a feed-forward layer (of recurrences that are not as wide as the embedding, of
-      those) for a width, as the authors choose them; None for a family without such layers.
-    grows_deeper: whether it may have other numbers of layers; False where their number is the
-      design.
-    fewest_layers: that it can have.
-    of_pairs: whether it reads pairs of a source and a target; `make` then takes the vocabulary of
-      the sources too.
+    layer_step: numbers of layers are multiples of it (of the pattern).
+    hidden: hidden units for a width, as the authors choose them: of feed-forward layers, or of
+      recurrences that are not as wide as the embedding; None for a family without such layers.
+    grows_deeper: whether the number of layers may change; False where it is part of the design.
+    fewest_layers: the minimum number of layers.
+    of_pairs: whether the family reads source-target pairs; `make` then takes the vocabulary size
+      of the sources too.
   """
 
   name: str
@@ -82,16 +81,16 @@ class Family:
   of_pairs: bool = False
 
   def maker(self, source_vocab_size: int | None = None) -> Callable[..., ModelConfig]:
-    """`make` for data whose sources have a vocabulary of this size, None for data that are no
-    pairs. Raises `InputError` where the family reads other data."""
+    """Return `make` for data with this source vocabulary size; None for data other than pairs.
+    Raises `InputError` where the family reads other data."""
     make: Callable[..., ModelConfig] = self.make
     if self.of_pairs == (source_vocab_size is not None):
       return functools.partial(make, source_vocab_size=source_vocab_size) if self.of_pairs else make
     able = ', '.join(n for n in FAMILIES if FAMILIES[n].of_pairs != self.of_pairs)
-    mine, theirs = 'pairs of a source and a target', 'one sequence after the other'
+    mine, theirs = 'source-target pairs', 'single sequences'
     mine, theirs = (mine, theirs) if self.of_pairs else (theirs, mine)
     raise InputError(
-      f'family {self.name}: reads {mine}, and the data are {theirs}, which {able} read'
+      f'family {self.name}: needs {mine}, but the data are {theirs}; families that fit: {able}'
     )
 
 
@@ -107,7 +106,7 @@ def family(
   hidden: Callable[[int], int] | None = None,
   grows_deeper: bool = True,
 ) -> None:
-  """Registers how a family grows."""
+  """Register how a family scales."""
   FAMILIES.add(name, Family(name, make, width_step, layer_step, hidden, grows_deeper))
 
 
@@ -120,18 +119,18 @@ def pair_family(
   grows_deeper: bool = True,
   fewest_layers: int = 1,
 ) -> None:
-  """Registers how a family of encoder-decoders grows."""
+  """Register how a family of encoder-decoders scales."""
   FAMILIES.add(
     name, Family(name, make, width_step, 1, hidden, grows_deeper, fewest_layers, of_pairs=True)
   )
 
 
 def as_wide(width: int) -> int:
-  """Units of recurrences as wide as the embedding."""
+  """Recurrences as wide as the embedding."""
   return width
 
 
-HEAD = 32  # width of a head in models of a comparison, and so the step of their widths
+HEAD = 32  # head dimension in models of a comparison, so the step of their widths
 
 
 def four_times(width: int) -> int:
@@ -146,5 +145,5 @@ def two_thirds(width: int) -> int:
 
 
 def preset(name: str, family: str, model: ModelConfig) -> None:
-  """Registers an architecture under its name."""
+  """Register an architecture under its name."""
   PRESETS.add(name, Preset(name, family, model))

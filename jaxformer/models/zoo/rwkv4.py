@@ -1,6 +1,6 @@
 """RWKV-4 (Peng et al. 2023): the models trained on the Pile. Pre-norm LayerNorm and one more norm
-after the embedding, time mixing and channel mixing of 4 D, no offsets in projections, head of its
-own."""
+after the embedding, time mixing and channel mixing of 4 D, no biases in projections, untied
+head."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""RWKV-5.2 "Eagle" (Peng et al. 2024): the World models. The frame of RWKV-4, with heads of 64 and
+"""RWKV-5.2 "Eagle" (Peng et al. 2024): the World models. The blocks of RWKV-4, with heads of 64 and
 channel mixing of 3.5 D."""
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""RWKV-6 "Finch" (Peng et al. 2024): the World models. RWKV-5's frame; at width 4096 the low-rank
-functions of the token have twice the rank."""
+"""RWKV-6 "Finch" (Peng et al. 2024): the World models. RWKV-5's blocks; at width 4096 the low-rank
+projections have twice the rank."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """RWKV-7 "Goose" (Peng et al. 2025): the World models. Pre-norm LayerNorm and one more norm after
-the embedding, time mixing and channel mixing, heads of 64, no offsets in projections, head of its
-own."""
+the embedding, time mixing and channel mixing, heads of 64, no biases in projections, untied
+head."""
 
 from __future__ import annotations
 

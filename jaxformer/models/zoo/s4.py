@@ -1,6 +1,6 @@
-"""State-space models that do not change with time, as language models: LSSL (Gu et al. 2021), S4
+"""Linear time-invariant state-space models as language models: LSSL (Gu et al. 2021), S4
 (Gu, Goel and Re 2022), S4D (Gu, Gupta, Goel and Re 2022) and S5 (Smith et al. 2023). Pre-norm
-blocks of one layer each, which ends in a gate or a projection of its own; no feed-forward layer and
+blocks of one layer each, which ends in its own gate or projection; no feed-forward layer and
 no positions."""
 
 from __future__ import annotations

@@ -1,12 +1,11 @@
 """Recurrent encoder-decoders without and with attention: Sutskever et al. 2014, Bahdanau et al.
 2014, Luong et al. 2015.
 
-Conventions of the sizes: `seq2seq-lstm` has one vector of offsets a gate and offsets on the logits,
-  which makes 384,112,000;
-`rnnsearch` has no offsets at all, as the equations of the paper's appendix, 80,401,000. `luong` is
-the global model with input feeding and the score that served it best, the dot product (Luong et al.
-2015, section 5.2); it has no offsets, as its equations and the authors' code: 220,000,000. Its
-local attention is left out."""
+Conventions of the sizes: `seq2seq-lstm` has one bias vector per gate and a bias on the logits:
+384,112,000. `rnnsearch` has no biases, as in the equations of the paper's appendix: 80,401,000.
+`luong` is the global model with input feeding and the score that served it best, the dot product
+(Luong et al. 2015, section 5.2); it has no biases, as in its equations and the authors' code:
+220,000,000. Its local attention is left out."""
 
 from __future__ import annotations
 
@@ -26,12 +25,12 @@ from jaxformer.models.encoder_decoder import EncoderDecoder
 from jaxformer.models.stack import Group
 from jaxformer.models.zoo.preset import as_wide, pair_family, preset
 
-# Weights of a size that trains in a minute, where the papers' would take longer to leave zero.
+# Larger than the papers' initialization, with which a tiny model takes longer to leave zero.
 WIDE, FAN, LSTM = Normal(std=1.0), FanInUniform(), Lstm.Config()
 
 
 def plain(layer: LayerConfig, repeats: int = 1, dropout: float = 0.0) -> Group:
-  """Layers one on the other, without residuals."""
+  """Stacked layers without residuals."""
   return Group(
     pattern=(Block.Config(branches=(Plain.Config(layer=layer, dropout=dropout),)),), repeats=repeats
   )
@@ -49,8 +48,8 @@ def seq2seq_lstm(
   head_init: Init,
   dropout: float = 0.0,
 ) -> EncoderDecoder.Config:
-  """LSTMs on both sides; the source is reversed, and all layers' states are handed over: all that
-  the decoder knows of it."""
+  """LSTMs on both sides. The source is reversed, and the decoder starts from the final states of
+  the encoder's layers; it sees nothing else of the source."""
   stack = (plain(layer, layers, dropout),)
   return EncoderDecoder.Config(
     source_vocab_size=source_vocab_size,
@@ -84,8 +83,8 @@ def luong(
   dropout: float = 0.0,
   input_feeding: bool = True,
 ) -> EncoderDecoder.Config:
-  """The same with global attention on top: the decoder's output is compared with every output of
-  the encoder, and what comes of it is read at the next step too, unless without `input_feeding`."""
+  """The same with global attention on top of the decoder; with `input_feeding`, the next step reads
+  the attentional vector too."""
   base = seq2seq_lstm(
     width,
     layers,
@@ -119,8 +118,8 @@ def rnnsearch(
   gru: Gru.Config,
   search: RnnSearch.Config,
 ) -> EncoderDecoder.Config:
-  """A GRU in both directions, and one that searches what they made of the source; `gru` and
-  `search` give the initial values."""
+  """A bidirectional GRU encoder, and a GRU decoder with additive attention; `gru` and `search` give
+  the initialization."""
   encoder = Bidirectional.Config(layer=gru.replace(hidden=hidden, project=False))
   decoder = search.replace(
     hidden=hidden, attention=attention, source_width=2 * hidden, maxout=maxout
@@ -191,9 +190,8 @@ preset(
 )
 
 _TINY: dict[str, Any] = {'source_vocab_size': 264, 'vocab_size': 264, 'context_length': 128}
-# Outputs of an LSTM begin far below 1, and what reads them hears little: its weights are three
-# times as large as by fan-in. Without attention the states are to hold a whole source, so they are
-# wider.
+# Outputs of an LSTM start far below 1, so weights that read them are three times as large as by
+# fan-in. Without attention the states must hold the complete source, so they are wider.
 _LARGE = FanInUniform(gain=3.0)
 _LSTM, _HEAD = (
   Lstm.Config(init=_LARGE, recurrent_init=Orthogonal()),
@@ -260,8 +258,7 @@ def _grown_search(
   vocab_size: int,
   context_length: int,
 ) -> EncoderDecoder.Config:
-  """One layer, whatever is asked; attention and maxout in the paper's proportion to the
-  recurrences."""
+  """Always one layer; attention and maxout in the paper's proportion to the recurrences."""
   return rnnsearch(
     width,
     hidden,

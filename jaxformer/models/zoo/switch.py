@@ -1,10 +1,10 @@
-"""Switch (Fedus et al. 2022): one expert a token, in every second feed-forward layer, ReLU,
-pre-norm RMSNorm, no offsets.
+"""Switch (Fedus et al. 2022): one expert per token, in every second feed-forward layer, ReLU,
+pre-norm RMSNorm, no biases.
 
 The published models are encoder-decoders (T5); this is their decoder without the attention to an
-encoder, at a size of our own, so it bears no published name. It has rotary positions where T5 has
-learned biases of attention. And it drops no token: `--model.capacity-factor 1.25` limits the experts
-as the paper does."""
+encoder, at a size that was not published, so it has no published name. It has rotary positions
+where T5 has learned biases of attention. And it drops no token: `--model.capacity-factor 1.25`
+limits the experts as the paper does."""
 
 from __future__ import annotations
 

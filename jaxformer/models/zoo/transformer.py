@@ -1,5 +1,5 @@
 """The Transformer (Vaswani et al. 2017): post-norm LayerNorm without a norm after the stacks, ReLU,
-sinusoidal positions, one table for source, target and head, times sqrt(d). Offsets in feed-forward
+sinusoidal positions, one table for source, target and head, times sqrt(d). Biases in feed-forward
 layers and norms, none in attention or on the logits; with a vocabulary of 37,000 that makes
 63,045,632 (base) and 214,171,648 (big)."""
 
@@ -43,9 +43,9 @@ def transformer(
   init: Init = UNIT_VARIANCE,
   embedding_init: Init | None = None,
 ) -> EncoderDecoder.Config:
-  """The architecture; the decoder has the sizes of the encoder unless told otherwise. The paper
-  gives no initial values: embeddings start at N(0, 1 / d), so that they have length 1 a number
-  after the scale, matrices with the variance of 1 / fan-in."""
+  """The architecture; the decoder has the sizes of the encoder unless given. The paper gives no
+  initialization: embeddings start at N(0, 1 / d), so that components have variance 1 after the
+  scale, matrices with variance 1 / fan-in."""
   norm = LayerNorm.Config()
 
   def group(repeats: int, *layers: LayerConfig) -> Group:
