@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
@@ -54,14 +55,22 @@ class BranchConfig(Config, abstract=True):
 
 
 class Branch(nnx.Module):
-  """Base of the branches: a layer, and `join`."""
+  """Base of the branches: a layer, perhaps a norm, and `join`."""
 
-  def __init__(self, config: BranchConfig, width: int, rngs: nnx.Rngs, position: LayerPosition):
+  def __init__(
+    self,
+    config: BranchConfig,
+    width: int,
+    rngs: nnx.Rngs,
+    position: LayerPosition,
+    norm: NormConfig | None = None,
+  ):
     self.layer: Layer = config.layer.build(width, rngs, position)
     self.dropout = config.dropout
+    self.norm: Any = None if norm is None else norm.build(width)
 
   def before(self, x: Array) -> Array:
-    """What the layer sees of the residual stream."""
+    """What the layer reads of the residual stream."""
     return x
 
   def join(self, x: Array, y: Array) -> Array:
@@ -74,29 +83,14 @@ class Branch(nnx.Module):
     return dataclasses.replace(out, y=shard(y, 'batch', *('time',) * (y.ndim - 2), 'embed'))
 
 
-class Normed(Branch):
-  """Base of the branches with a norm."""
-
-  def __init__(
-    self,
-    config: BranchConfig,
-    norm: NormConfig,
-    width: int,
-    rngs: nnx.Rngs,
-    position: LayerPosition,
-  ):
-    super().__init__(config, width, rngs, position)
-    self.norm = norm.build(width)
-
-
-class PreNorm(Normed):
+class PreNorm(Branch):
   """x + layer(norm(x)) (GPT-2 and most since)."""
 
   class Config(BranchConfig):
     norm: NormConfig = RMSNorm.Config()
 
     def build(self, width: int, rngs: nnx.Rngs, position: LayerPosition) -> PreNorm:
-      return PreNorm(self, self.norm, width, rngs, position)
+      return PreNorm(self, width, rngs, position, self.norm)
 
   def before(self, x: Array) -> Array:
     return self.norm(x)
@@ -105,14 +99,14 @@ class PreNorm(Normed):
     return x + y
 
 
-class PostNorm(Normed):
+class PostNorm(Branch):
   """norm(x + layer(x)) (Vaswani et al. 2017)."""
 
   class Config(BranchConfig):
     norm: NormConfig = RMSNorm.Config()
 
     def build(self, width: int, rngs: nnx.Rngs, position: LayerPosition) -> PostNorm:
-      return PostNorm(self, self.norm, width, rngs, position)
+      return PostNorm(self, width, rngs, position, self.norm)
 
   def join(self, x: Array, y: Array) -> Array:
     return self.norm(x + y)

@@ -8,9 +8,9 @@ import pytest
 
 from jaxformer.layers.layer import Context
 from jaxformer.models.stack import layers_with_widths
-from jaxformer.models.state import state_bytes
 from tests.contract.cases import BATCH, PAIRS, close, model
 from tests.contract.test_models import LENGTH, pairs_of
+from tests.helpers import state_bytes
 from tests.tiers import families
 
 every = pytest.mark.parametrize('name', families(PAIRS))

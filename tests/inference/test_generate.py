@@ -11,9 +11,9 @@ from jaxformer.config import InputError
 from jaxformer.inference import GREEDY, Sampling, generate, time_decode
 from jaxformer.inference.decoding import advance, bucket, request
 from jaxformer.models.params import define
-from jaxformer.models.state import state_bytes
 from jaxformer.models.zoo import PRESETS
 from jaxformer.sharding import MeshConfig, make_mesh
+from tests.helpers import state_bytes
 from tests.inference.models import CONFIGS, greedy, model
 
 PROMPTS = [[1, 2, 3], [4, 5, 6, 7] * 5, [8], [9, 10, 11, 12, 13, 14, 15]]

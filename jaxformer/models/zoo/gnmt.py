@@ -14,7 +14,7 @@ from jaxformer.layers.lstm import Lstm
 from jaxformer.models.block import Block, Plain, Residual
 from jaxformer.models.encoder_decoder import EncoderDecoder
 from jaxformer.models.stack import Group
-from jaxformer.models.zoo.preset import as_wide, pair_family, preset
+from jaxformer.models.zoo.preset import as_wide, family, preset
 
 
 def gnmt(
@@ -123,4 +123,4 @@ def _grown(
   ).replace(source_vocab_size=source_vocab_size)
 
 
-pair_family('gnmt', _grown, hidden=as_wide, fewest_layers=3)
+family('gnmt', _grown, hidden=as_wide, fewest_layers=3, of_pairs=True)

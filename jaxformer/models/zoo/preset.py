@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any
 
 from jaxformer.config import InputError, Registry
 from jaxformer.models.model import ModelConfig
@@ -30,28 +30,10 @@ class Preset:
 PRESETS: Registry[Preset] = Registry('preset')
 
 
-class Make(Protocol):
-  """The model of a family at a size; `hidden` is the number of units of its feed-forward layers."""
-
-  def __call__(
-    self, *, width: int, layers: int, hidden: int, vocab_size: int, context_length: int
-  ) -> ModelConfig: ...
-
-
-class MakePairs(Protocol):
-  """The same of an encoder-decoder, which has a source vocabulary too. `layers` is the number on
-  each side."""
-
-  def __call__(
-    self,
-    *,
-    width: int,
-    layers: int,
-    hidden: int,
-    source_vocab_size: int,
-    vocab_size: int,
-    context_length: int,
-  ) -> ModelConfig: ...
+Make = Callable[..., ModelConfig]
+"""The model of a family at a size, by keyword: `width`, `layers` (of an encoder-decoder, on each
+side), `hidden` units of its feed-forward layers, `vocab_size`, `context_length`, and for a family of
+pairs `source_vocab_size`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +54,7 @@ class Family:
   """
 
   name: str
-  make: Make | MakePairs
+  make: Make
   width_step: int = 8
   layer_step: int = 1
   hidden: Callable[[int], int] | None = None
@@ -80,10 +62,10 @@ class Family:
   fewest_layers: int = 1
   of_pairs: bool = False
 
-  def maker(self, source_vocab_size: int | None = None) -> Callable[..., ModelConfig]:
+  def maker(self, source_vocab_size: int | None = None) -> Make:
     """Return `make` for data with this source vocabulary size; None for data other than pairs.
     Raises `InputError` where the family reads other data."""
-    make: Callable[..., ModelConfig] = self.make
+    make = self.make
     if self.of_pairs == (source_vocab_size is not None):
       return functools.partial(make, source_vocab_size=source_vocab_size) if self.of_pairs else make
     able = ', '.join(n for n in FAMILIES if FAMILIES[n].of_pairs != self.of_pairs)
@@ -97,32 +79,9 @@ class Family:
 FAMILIES: Registry[Family] = Registry('family')
 
 
-def family(
-  name: str,
-  make: Make,
-  *,
-  width_step: int = 8,
-  layer_step: int = 1,
-  hidden: Callable[[int], int] | None = None,
-  grows_deeper: bool = True,
-) -> None:
-  """Register how a family scales."""
-  FAMILIES.add(name, Family(name, make, width_step, layer_step, hidden, grows_deeper))
-
-
-def pair_family(
-  name: str,
-  make: MakePairs,
-  *,
-  hidden: Callable[[int], int],
-  width_step: int = 8,
-  grows_deeper: bool = True,
-  fewest_layers: int = 1,
-) -> None:
-  """Register how a family of encoder-decoders scales."""
-  FAMILIES.add(
-    name, Family(name, make, width_step, 1, hidden, grows_deeper, fewest_layers, of_pairs=True)
-  )
+def family(name: str, make: Make, **settings: Any) -> None:
+  """Register how a family scales; `settings` are fields of `Family`."""
+  FAMILIES.add(name, Family(name, make, **settings))
 
 
 def as_wide(width: int) -> int:

@@ -23,7 +23,7 @@ from jaxformer.layers.lstm import Lstm
 from jaxformer.models.block import Block, Plain
 from jaxformer.models.encoder_decoder import EncoderDecoder
 from jaxformer.models.stack import Group
-from jaxformer.models.zoo.preset import as_wide, pair_family, preset
+from jaxformer.models.zoo.preset import as_wide, family, preset
 
 # Larger than the papers' initialization, with which a tiny model takes longer to leave zero.
 WIDE, FAN, LSTM = Normal(std=1.0), FanInUniform(), Lstm.Config()
@@ -276,10 +276,11 @@ def _grown_search(
   )
 
 
-pair_family('seq2seq-lstm', _grown_lstm, hidden=as_wide)
-pair_family(
+family('seq2seq-lstm', _grown_lstm, hidden=as_wide, of_pairs=True)
+family(
   'rnnsearch',
   _grown_search,
   hidden=lambda width: round(width * 1000 / 620 / 8) * 8,
   grows_deeper=False,
+  of_pairs=True,
 )

@@ -17,7 +17,7 @@ from jaxformer.layers.position import PositionConfig, SinusoidalPositions
 from jaxformer.models.block import Block, PostNorm
 from jaxformer.models.encoder_decoder import EncoderDecoder
 from jaxformer.models.stack import Group
-from jaxformer.models.zoo.preset import HEAD, four_times, pair_family, preset
+from jaxformer.models.zoo.preset import HEAD, family, four_times, preset
 
 INTERLEAVED = SinusoidalPositions.Config()
 UNIT_VARIANCE = FanInUniform(gain=math.sqrt(3.0))
@@ -113,4 +113,4 @@ def _grown(
   )
 
 
-pair_family('transformer', _grown, width_step=HEAD, hidden=four_times)
+family('transformer', _grown, width_step=HEAD, hidden=four_times, of_pairs=True)
