@@ -71,21 +71,6 @@ class EvalResult:
     """None without `bytes`."""
     return None if self.bytes is None else bits_per_byte(self.nll_sum, self.bytes)
 
-  def json(self) -> dict[str, Any]:
-    """The scores as JSON data; per byte and perplexity only for text."""
-    value: dict[str, Any] = {'loss': self.loss, 'targets': self.count, 'accuracy': self.accuracy}
-    if self.bytes is not None:
-      perplexity = self.perplexity if math.isfinite(self.perplexity) else None
-      value |= {'bits_per_byte': self.bits_per_byte, 'perplexity': perplexity, 'bytes': self.bytes}
-    return value
-
-  def lines(self) -> list[str]:
-    """The scores for a reader."""
-    out = f'{self.loss:.4f} nats per target, top-1 accuracy {self.accuracy:.2%}'
-    if self.bits_per_byte is not None:
-      out = f'{self.bits_per_byte:.4f} bits per byte, {out}, perplexity {self.perplexity:.2f}'
-    return [out]
-
 
 @dataclasses.dataclass(frozen=True)
 class PositionLoss:
