@@ -109,7 +109,7 @@ class Tokenizer:
     folder = Path(folder)
     try:
       for name, text in self._files().items():
-        write_atomically(folder / name, text.encode())
+        write_atomically(folder / name, text)
       if self._source is not None:
         (folder / SOURCE_FOLDER).mkdir(exist_ok=True)
         self._source.save(folder / SOURCE_FOLDER)
@@ -445,7 +445,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int, out_path: Path | str) -> in
   out_path = Path(out_path)
   try:
     out_path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(out_path, tokenizer.hugging_face().encode())
+    write_atomically(out_path, tokenizer.hugging_face())
   except OSError as e:
     raise InputError(f'{out_path}: cannot be written ({e.strerror})') from None
   return tokenizer.vocab_size
