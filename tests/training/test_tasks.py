@@ -266,7 +266,7 @@ def test_models_and_data_that_do_not_fit(tmp_path, of, data, message):
 
 @pytest.mark.quick
 def test_a_task_longer_than_the_learned_positions(tmp_path):
-  with pytest.raises(InputError, match=r'data = InductionHead: positions = 31: must be at most 16'):
+  with pytest.raises(InputError, match=r'data\.positions = 31: must be at most 16'):
     experiment(tmp_path, of=gpt(32, 1, 2, context_length=16, vocab_size=20), data=InductionHead())
 
 
