@@ -21,6 +21,7 @@ SETTINGS: Any = {
   'axes.spines.top': False,
   'axes.spines.right': False,
   'axes.grid': True,
+  'axes.axisbelow': True,
   'grid.color': '#e4e4e4',
   'legend.frameon': False,
 }

@@ -241,70 +241,55 @@ def _time_training(
       title: {'tokens_per_second': None, 'compile_seconds': None, 'step_bytes': None}
       for title in models
     }
-  steps = {}
+  steps, found = {}, {}
   for title, model in models.items():
-    steps[title] = _Step(study, title, model, task, dataset)
-    log(f'costs | {title} | training step compiled in {steps[title].compile_seconds:.1f} s')
+    steps[title], found[title] = _compiled_step(study, title, model, task, dataset)
+    log(f'costs | {title} | training step compiled in {found[title]["compile_seconds"]:.1f} s')
     if interrupt.signal is not None:
       raise Interrupted
   seconds: dict[str, list[float]] = {title: [] for title in models}
   for repeat in range(study.timing_repeats + 1):  # the first warms up
     for title, step in steps.items():
-      took = step.seconds()
+      took = step()
       seconds[title] += [took] if repeat else []
     if interrupt.signal is not None:
       raise Interrupted
   return {
-    title: {
-      'tokens_per_second': step.batch.targets_BT.size / statistics.median(seconds[title]),
-      'compile_seconds': step.compile_seconds,
-      'step_bytes': step.bytes,
-    }
-    for title, step in steps.items()
+    title: {'tokens_per_second': 1 / statistics.median(seconds[title]), **of}
+    for title, of in found.items()
   }
 
 
-class _Step:
-  """A compiled training step with its state."""
+def _compiled_step(
+  study: Study, title: str, model: ModelConfig, task: DatasetConfig, dataset: Dataset
+) -> tuple[Callable[[], float], dict[str, Any]]:
+  """Return a function that runs one training step and returns its seconds per token, and the costs
+  of compiling it."""
+  entry = next(e for e in study.entries if e.title == title)
+  rate, seed = study.learning_rates[0], study.tuning_seed
+  s = Setup.of(study.experiment(entry, model, task, rate, seed), dataset)
+  with use_mesh(s.mesh, s.rules):
+    first = dataset.train_batch(0, study.batch_size, seed)
+    batch = jax.device_put(first, batch_sharding(s.mesh, s.rules))
+    state = init_state(s.definition, s.optimizer, seed, s.mesh, s.rules)
+    step = compiled_train_step(s.definition, s.optimizer, s.step_config, s.mesh, s.rules)
+    began = time.perf_counter()
+    compiled = step.lower(state, batch).compile()
+    compile_seconds = time.perf_counter() - began
 
-  def __init__(
-    self, study: Study, title: str, model: ModelConfig, task: DatasetConfig, dataset: Dataset
-  ):
-    entry = next(e for e in study.entries if e.title == title)
-    setup = Setup.of(
-      study.experiment(entry, model, task, study.learning_rates[0], study.tuning_seed), dataset
-    )
-    self.setup = setup
-    with use_mesh(setup.mesh, setup.rules):
-      first = dataset.train_batch(0, study.batch_size, study.tuning_seed)
-      self.batch = jax.device_put(first, batch_sharding(setup.mesh, setup.rules))
-      self.state = init_state(
-        setup.definition, setup.optimizer, study.tuning_seed, setup.mesh, setup.rules
-      )
-      step = compiled_train_step(
-        setup.definition, setup.optimizer, setup.step_config, setup.mesh, setup.rules
-      )
+  def run() -> float:
+    nonlocal state
+    with use_mesh(s.mesh, s.rules):
       began = time.perf_counter()
-      self.step = step.lower(self.state, self.batch).compile()
-      self.compile_seconds = time.perf_counter() - began
-    m = self.step.memory_analysis()
-    self.bytes = (
-      None
-      if m is None
-      else int(
-        m.argument_size_in_bytes
-        + m.output_size_in_bytes
-        + m.temp_size_in_bytes
-        - m.alias_size_in_bytes
-      )
-    )
-
-  def seconds(self) -> float:
-    with use_mesh(self.setup.mesh, self.setup.rules):
-      began = time.perf_counter()
-      self.state, metrics = self.step(self.state, self.batch)
+      state, metrics = compiled(state, batch)
       jax.block_until_ready(metrics)
-      return time.perf_counter() - began
+      return (time.perf_counter() - began) / first.targets_BT.size
+
+  m = compiled.memory_analysis()
+  size = m and int(
+    m.argument_size_in_bytes + m.output_size_in_bytes + m.temp_size_in_bytes - m.alias_size_in_bytes
+  )
+  return run, {'compile_seconds': compile_seconds, 'step_bytes': size}
 
 
 def _decoding(

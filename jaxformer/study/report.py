@@ -179,7 +179,7 @@ def _scaling_introduction(s: Study, scaling: ScalingGrid, scored_on: str) -> str
     f'Sizes of each architecture at {len(scaling.budgets)} budgets of training FLOPs '
     f'({amount(first)} to {amount(last)}), {seeds}, {rates}. The law L(N, D) = E + A / N^α + '
     'B / D^β (Hoffmann et al. 2022, section 3.3: Huber loss of log L) is fitted to the trainings '
-    f'of each architecture; N are parameters, D tokens, L the loss in nats per token on {scored_on}. '
+    f'of each architecture; N are parameters, D tokens, L nats per token on {scored_on}. '
     'Held-out trainings are excluded from the fit. Conclusions hold for these data, sizes and '
     'budgets.'
   )

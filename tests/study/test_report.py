@@ -214,6 +214,16 @@ def test_all_forms_agree(results, tmp_path):
   assert data['digest'] in markdown
 
 
+def test_markdown_has_whole_tables(results):
+  blocks = markdown_text(results).split('\n\n')
+  tables = [b.splitlines() for b in blocks if b.startswith('| ')]
+  assert len(tables) == len(Page(html_text(results)).tree.findall('.//table'))
+  for header, dashes, *rows in tables:
+    assert set(dashes) == set('|- :')
+    assert rows
+    assert {line.count(' |') for line in rows} == {header.count(' |')} == {dashes.count(' |')}
+
+
 def test_a_study_of_one_seed_claims_nothing(tmp_path):
   one = invented(tmp_path, ('attention', 'worse'))
   study = one.study.replace(seeds=(1,))
