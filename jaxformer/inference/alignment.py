@@ -88,12 +88,9 @@ def draw(
   target: Sequence[str],
 ) -> None:
   """Write a picture of an alignment, the target from top to bottom and the source from left to
-  right (as figure 3 of Bahdanau et al. 2014), in the format of the path's suffix. Needs
-  matplotlib, the `plot` extra."""
-  try:
-    from matplotlib.figure import Figure
-  except ImportError:
-    raise InputError("a picture needs matplotlib: pip install 'jaxformer[plot]'") from None
+  right (as figure 3 of Bahdanau et al. 2014), in the format of the path's suffix."""
+  from matplotlib.figure import Figure
+
   T, S = weights_TS.shape
   if (len(target), len(source)) != (T, S):
     raise InputError(

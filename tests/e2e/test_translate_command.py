@@ -67,7 +67,6 @@ def test_the_python_interface_translates_as_the_command_does(trained, capsys):
 
 
 def test_an_alignment_is_drawn(trained, tmp_path, capsys):
-  pytest.importorskip('matplotlib')
   picture = tmp_path / 'a.svg'
   assert (
     main(

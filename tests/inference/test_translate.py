@@ -207,7 +207,6 @@ def test_an_alignment_and_its_picture(tmp_path):
   found = align(definition, params, SOURCES[0], [3, 4], end=END)
   assert found.layers_LTS.shape == (2, 3, 6)
   np.testing.assert_allclose(found.mean_TS.sum(1), 1, atol=1e-5)
-  pytest.importorskip('matplotlib')
   draw(tmp_path / 'a.png', found.mean_TS, list('abcde$'), list('xy$'))
   assert (tmp_path / 'a.png').read_bytes().startswith(b'\x89PNG')
   with pytest.raises(InputError, match='cannot be written'):
