@@ -31,7 +31,7 @@ def bits_per_byte(nll_sum: float, bytes: int) -> float:
   Independent of the tokenizer if `bytes` are the UTF-8 bytes of the text of the counted
   targets."""
   if bytes < 1:
-    raise InputError(f'bytes = {bytes}: must be positive')
+    raise InputError('bytes', bytes, 'positive')
   return nll_sum / (bytes * math.log(2))
 
 

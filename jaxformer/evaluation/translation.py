@@ -172,7 +172,7 @@ def by_length(
   if edges is None:
     edges = np.unique(np.quantile(lengths, np.arange(1, GROUPS) / GROUPS, method='lower')).tolist()
   if list(edges) != sorted(set(edges)):
-    raise InputError(f'edges = {list(edges)}: must be ascending')
+    raise InputError('edges', list(edges), 'ascending')
   group = np.searchsorted(edges, lengths)
   out = []
   for g in np.unique(group):
@@ -193,7 +193,7 @@ def score(
       'many of both, at least one'
     )
   if bootstrap is not None and bootstrap < 2:
-    raise InputError(f'bootstrap = {bootstrap}: must be at least 2, or none')
+    raise InputError('bootstrap', bootstrap, 'at least 2, or none')
   exact = sum(h == r for h, r in zip(hypotheses, references, strict=True))
   try:
     from sacrebleu.metrics import BLEU, CHRF

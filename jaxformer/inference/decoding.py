@@ -245,16 +245,17 @@ def request(
   """
   config = definition.config
   if max_new_tokens < 1:
-    raise InputError(f'max_new_tokens = {max_new_tokens}: must be at least 1')
+    raise InputError('max_new_tokens', max_new_tokens, 'at least 1')
   if not 0 <= seed < 2**32:
-    raise InputError(f'seed = {seed}: must be at least 0 and below 2^32')
+    raise InputError('seed', seed, 'at least 0 and below 2^32')
   if end_of_document is not None and not 0 <= end_of_document < config.vocab_size:
     raise InputError(
-      f'end_of_document = {end_of_document}: must be at least 0 and below the vocabulary of '
-      f'{config.vocab_size}'
+      'end_of_document',
+      end_of_document,
+      f'at least 0 and below the vocabulary of {config.vocab_size}',
     )
   if vocab_size is not None and vocab_size < 1:
-    raise InputError(f'vocab_size = {vocab_size}: must be at least 1')
+    raise InputError('vocab_size', vocab_size, 'at least 1')
   rows = vocab_size if vocab_size is not None and vocab_size < config.vocab_size else None
   started = [
     _started(i, prompt, end_of_document, rows or config.vocab_size)
@@ -272,13 +273,14 @@ def request(
   most = max_len if max_len is not None else config.max_len
   if most is not None and needed > most:
     raise InputError(
-      f'max_len = {max_len}: must be at least {needed}, for {len(started[longest])} tokens of '
-      f'prompt {longest} and '
-      f'{max_new_tokens} new ones'
+      'max_len',
+      max_len,
+      f'at least {needed}, for {len(started[longest])} tokens of prompt {longest} and '
+      f'{max_new_tokens} new ones',
     )
   if max_len is not None and config.max_len is not None and max_len > config.max_len:
     raise InputError(
-      f'max_len = {max_len}: must be at most {config.max_len}, the learned positions of the model'
+      'max_len', max_len, f'at most {config.max_len}, the learned positions of the model'
     )
   room = bucket(max_new_tokens)
   padded = bucket(len(started[longest]))

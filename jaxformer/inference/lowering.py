@@ -38,8 +38,7 @@ def lowered_prefill(
     raise InputError(f'batch = {batch} and context_length = {T}: must be positive')
   if longest is not None and context_length > longest:
     raise InputError(
-      f'context_length = {context_length}: must be at most {longest}, the learned positions of the '
-      'model'
+      'context_length', context_length, f'at most {longest}, the learned positions of the model'
     )
   ids = _array((batch, T), jnp.int32, mesh)
   numbers = _array((), jnp.uint32, mesh), _array((), jnp.int32, mesh)

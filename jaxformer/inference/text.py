@@ -175,9 +175,9 @@ def _checked(
   options: Options,
 ) -> Request:
   if isinstance(stop, str) or not all(stop):
-    raise InputError(f'stop = {stop!r}: must be a list of strings, none of them empty')
+    raise InputError('stop', stop, 'a list of strings, none of them empty')
   if chunk < 1:
-    raise InputError(f'chunk = {chunk}: must be at least 1')
+    raise InputError('chunk', chunk, 'at least 1')
   return request(definition, params, prompts, max_new_tokens=max_new_tokens, **options)
 
 

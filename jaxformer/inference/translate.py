@@ -139,12 +139,10 @@ def _checked(
     ('vocab_size', vocab_size),
   ):
     if value is not None and value < 1:
-      raise InputError(f'{name} = {value}: must be at least 1')
+      raise InputError(name, value, 'at least 1')
   for name, token in (('end', end), ('begin', begin)):
     if not 0 <= token < config.vocab_size:
-      raise InputError(
-        f'{name} = {token}: must be at least 0 and below the vocabulary of {config.vocab_size}'
-      )
+      raise InputError(name, token, f'at least 0 and below the vocabulary of {config.vocab_size}')
   rows = [[int(t) for t in source] for source in sources]
   for i, row in enumerate(rows):
     if not row:
@@ -161,7 +159,8 @@ def _checked(
       )
   if config.max_len is not None and (max_new_tokens or 0) > config.max_len:
     raise InputError(
-      f'max_new_tokens = {max_new_tokens}: must be at most {config.max_len}, the learned positions '
-      'of the model'
+      'max_new_tokens',
+      max_new_tokens,
+      f'at most {config.max_len}, the learned positions of the model',
     )
   return rows

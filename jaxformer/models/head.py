@@ -77,9 +77,7 @@ class Head(nnx.Module):
   ) -> LossSums:
     """Sums of the loss over all targets (`ops.loss.cross_entropy`)."""
     if label_smoothing and self.softcap is not None:
-      raise InputError(
-        f'training.label_smoothing = {label_smoothing}: must be 0 where model.softcap is set'
-      )
+      raise InputError('training.label_smoothing', label_smoothing, '0 where model.softcap is set')
     return cross_entropy(
       y_BTD,
       self._weights(tied_VD),

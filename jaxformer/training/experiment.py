@@ -212,4 +212,4 @@ def _mismatch(
   if (small := mine.too_small(sized)) is None:
     return None
   name, size, needed = small
-  return InputError(f'model.{name} = {size}: must be at least {needed}, that of {data.tag}')
+  return InputError(f'model.{name}', size, f'at least {needed}, that of {data.tag}')

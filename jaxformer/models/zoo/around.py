@@ -3,6 +3,8 @@ place of attention."""
 
 from __future__ import annotations
 
+from typing import Any
+
 from jaxformer.layers.layer import LayerConfig
 from jaxformer.layers.mlp import GatedMlp
 from jaxformer.layers.norm import RMSNorm
@@ -16,18 +18,12 @@ def around(layer: LayerConfig) -> Family:
   """Return a family whose blocks are `layer` and a gated feed-forward layer. Positions, if needed,
   are up to the layer."""
 
-  def make(
-    *, width: int, layers: int, hidden: int, vocab_size: int, context_length: int
-  ) -> LanguageModel.Config:
+  def make(*, width: int, layers: int, hidden: int, **sizes: Any) -> LanguageModel.Config:
     norm = RMSNorm.Config()
     parts = layer, GatedMlp.Config(hidden=hidden)
     block = Block.Config(branches=tuple(PreNorm.Config(layer=part, norm=norm) for part in parts))
     return LanguageModel.Config(
-      vocab_size=vocab_size,
-      width=width,
-      context_length=context_length,
-      final_norm=norm,
-      stack=(Group(pattern=(block,), repeats=layers),),
+      **sizes, width=width, final_norm=norm, stack=(Group(pattern=(block,), repeats=layers),)
     )
 
   return Family(layer.tag, make, HEAD, 1, two_thirds)

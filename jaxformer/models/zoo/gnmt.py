@@ -6,6 +6,8 @@ with a vocabulary of 32,000."""
 
 from __future__ import annotations
 
+from typing import Any
+
 from jaxformer.layers.attentive_decoder import GnmtAttention
 from jaxformer.layers.bidirectional import Bidirectional
 from jaxformer.layers.init import FanInUniform, Init, Normal, Uniform
@@ -102,24 +104,11 @@ preset(
 
 
 def _grown(
-  *,
-  width: int,
-  layers: int,
-  hidden: int,
-  source_vocab_size: int,
-  vocab_size: int,
-  context_length: int,
+  *, width: int, layers: int, hidden: int, source_vocab_size: int, **sizes: Any
 ) -> EncoderDecoder.Config:
   fan = FanInUniform()
   return gnmt(
-    width,
-    layers,
-    vocab_size=vocab_size,
-    context_length=context_length,
-    init=fan,
-    embedding_init=Normal(std=1.0),
-    head_init=fan,
-    hidden=hidden,
+    width, layers, **sizes, init=fan, embedding_init=Normal(std=1.0), head_init=fan, hidden=hidden
   ).replace(source_vocab_size=source_vocab_size)
 
 

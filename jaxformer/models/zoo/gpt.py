@@ -3,6 +3,8 @@ GELU (tanh), biases everywhere, tied head."""
 
 from __future__ import annotations
 
+from typing import Any
+
 from jaxformer.layers.attention import Attention
 from jaxformer.layers.init import Normal, ResidualNormal
 from jaxformer.layers.mlp import Mlp
@@ -81,18 +83,8 @@ preset('gpt3-tiny', 'gpt3', gpt(128, 4, 4, context_length=256, vocab_size=264, w
 
 
 def _grown(windows: tuple[int | None, ...]) -> Make:
-  def make(
-    *, width: int, layers: int, hidden: int, vocab_size: int, context_length: int
-  ) -> LanguageModel.Config:
-    return gpt(
-      width,
-      layers,
-      width // HEAD,
-      context_length=context_length,
-      vocab_size=vocab_size,
-      windows=windows,
-      hidden=hidden,
-    )
+  def make(*, width: int, layers: int, hidden: int, **sizes: Any) -> LanguageModel.Config:
+    return gpt(width, layers, width // HEAD, **sizes, windows=windows, hidden=hidden)
 
   return make
 

@@ -6,6 +6,7 @@ is the one with three layers of attention."""
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 from jaxformer.layers.attention import Attention
 from jaxformer.layers.h3 import H3
@@ -67,22 +68,11 @@ for name, width, layers, heads, attention_at in (
 preset('h3-tiny', 'h3', h3(128, 4, 4, (3,), d_state=16, vocab_size=264, context_length=256))
 
 
-def _grown(
-  *, width: int, layers: int, hidden: int, vocab_size: int, context_length: int
-) -> LanguageModel.Config:
+def _grown(*, width: int, layers: int, hidden: int, **sizes: Any) -> LanguageModel.Config:
   # One layer of attention in the middle up to 16 layers, as in the smallest published model, and
   # two in the larger ones.
   attention_at = (layers // 2,) if layers <= 16 else (layers // 3, 2 * layers // 3)
-  return h3(
-    width,
-    layers,
-    width // HEAD,
-    attention_at,
-    d_state=16,
-    vocab_size=vocab_size,
-    context_length=context_length,
-    hidden=hidden,
-  )
+  return h3(width, layers, width // HEAD, attention_at, d_state=16, **sizes, hidden=hidden)
 
 
 family('h3', _grown, width_step=HEAD, hidden=four_times)

@@ -5,6 +5,7 @@ RMSNorm, SwiGLU, no positions: the Mamba layers encode them."""
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from jaxformer.layers.attention import Attention
 from jaxformer.layers.mamba import Mamba
@@ -76,21 +77,9 @@ preset(
 )
 
 
-def _grown(
-  *, width: int, layers: int, hidden: int, vocab_size: int, context_length: int
-) -> LanguageModel.Config:
+def _grown(*, width: int, layers: int, hidden: int, **sizes: Any) -> LanguageModel.Config:
   heads = width // HEAD
-  return jamba(
-    width,
-    layers,
-    hidden,
-    heads,
-    heads // 2,
-    experts=4,
-    d_state=8,
-    vocab_size=vocab_size,
-    context_length=context_length,
-  )
+  return jamba(width, layers, hidden, heads, heads // 2, experts=4, d_state=8, **sizes)
 
 
 family('jamba', _grown, width_step=2 * HEAD, layer_step=8, hidden=two_thirds)

@@ -3,6 +3,8 @@ rotary positions, SwiGLU, grouped-query attention, no biases."""
 
 from __future__ import annotations
 
+from typing import Any
+
 from jaxformer.layers.attention import Attention
 from jaxformer.layers.mlp import GatedMlp
 from jaxformer.layers.norm import RMSNorm
@@ -97,21 +99,10 @@ preset(
 
 
 def _grown(rotary: Rotary, queries_a_key: int) -> Make:
-  def make(
-    *, width: int, layers: int, hidden: int, vocab_size: int, context_length: int
-  ) -> LanguageModel.Config:
+  def make(*, width: int, layers: int, hidden: int, **sizes: Any) -> LanguageModel.Config:
     heads = width // HEAD
     groups = heads // queries_a_key if heads % queries_a_key == 0 else heads
-    return llama(
-      width,
-      layers,
-      hidden,
-      heads,
-      groups,
-      vocab_size=vocab_size,
-      context_length=context_length,
-      rotary=rotary,
-    )
+    return llama(width, layers, hidden, heads, groups, **sizes, rotary=rotary)
 
   return make
 

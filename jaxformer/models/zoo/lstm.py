@@ -7,6 +7,8 @@ The context is how far gradients went back."""
 
 from __future__ import annotations
 
+from typing import Any
+
 from jaxformer.layers.gru import Gru
 from jaxformer.layers.init import FanInUniform, Init, Normal, Uniform
 from jaxformer.layers.lstm import Lstm, RecurrentConfig
@@ -80,17 +82,9 @@ for name, layer in (('lstm', Lstm.Config()), ('gru', Gru.Config())):
 
 
 def _grown(layer: RecurrentConfig) -> Make:
-  def make(
-    *, width: int, layers: int, hidden: int, vocab_size: int, context_length: int
-  ) -> LanguageModel.Config:
+  def make(*, width: int, layers: int, hidden: int, **sizes: Any) -> LanguageModel.Config:
     return recurrent(
-      layer,
-      width,
-      layers,
-      vocab_size=vocab_size,
-      context_length=context_length,
-      embedding_init=Normal(std=1.0),
-      head_init=FanInUniform(),
+      layer, width, layers, **sizes, embedding_init=Normal(std=1.0), head_init=FanInUniform()
     )
 
   return make

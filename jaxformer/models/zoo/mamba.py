@@ -3,6 +3,8 @@ feed-forward, no positions, tied head."""
 
 from __future__ import annotations
 
+from typing import Any
+
 from jaxformer.layers.layer import LayerConfig
 from jaxformer.layers.mamba import Mamba
 from jaxformer.layers.mamba2 import Mamba2
@@ -56,10 +58,8 @@ preset(
 
 
 def _grown(layer: LayerConfig) -> Make:
-  def make(
-    *, width: int, layers: int, hidden: int, vocab_size: int, context_length: int
-  ) -> LanguageModel.Config:
-    return mamba(layer, width, layers, vocab_size=vocab_size, context_length=context_length)
+  def make(*, width: int, layers: int, hidden: int, **sizes: Any) -> LanguageModel.Config:
+    return mamba(layer, width, layers, **sizes)
 
   return make
 

@@ -4,6 +4,8 @@ configurations, where the loss is one over all layers."""
 
 from __future__ import annotations
 
+from typing import Any
+
 from jaxformer.layers.attention import Attention
 from jaxformer.layers.mlp import GatedMlp
 from jaxformer.layers.moe import Moe
@@ -65,20 +67,9 @@ preset(
 )
 
 
-def _grown(
-  *, width: int, layers: int, hidden: int, vocab_size: int, context_length: int
-) -> LanguageModel.Config:
+def _grown(*, width: int, layers: int, hidden: int, **sizes: Any) -> LanguageModel.Config:
   heads = width // HEAD
-  return mixtral(
-    width,
-    layers,
-    hidden,
-    heads,
-    heads // 2,
-    vocab_size=vocab_size,
-    context_length=context_length,
-    balance=0.02,
-  )
+  return mixtral(width, layers, hidden, heads, heads // 2, **sizes, balance=0.02)
 
 
 # Two experts per token have the hidden units of one dense layer.

@@ -5,6 +5,8 @@ those of the flat models; the hierarchical ones route twice."""
 
 from __future__ import annotations
 
+from typing import Any
+
 from jaxformer.layers.init import FanInUniform, Normal
 from jaxformer.layers.lstm import Lstm
 from jaxformer.layers.mlp import Mlp
@@ -57,10 +59,8 @@ for experts in (32, 256):
 preset('moe-lstm-tiny', 'moe-lstm', moe_lstm(128, 128, 8, vocab_size=264, context_length=256))
 
 
-def _grown(
-  *, width: int, layers: int, hidden: int, vocab_size: int, context_length: int
-) -> LanguageModel.Config:
-  return moe_lstm(width, hidden, 8, vocab_size=vocab_size, context_length=context_length)
+def _grown(*, width: int, layers: int, hidden: int, **sizes: Any) -> LanguageModel.Config:
+  return moe_lstm(width, hidden, 8, **sizes)
 
 
 # Its three layers are its design; it grows in width.

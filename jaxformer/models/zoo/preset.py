@@ -32,8 +32,8 @@ PRESETS: Registry[Preset] = Registry('preset')
 
 Make = Callable[..., ModelConfig]
 """The model of a family at a size, by keyword: `width`, `layers` (of an encoder-decoder, on each
-side), `hidden` units of its feed-forward layers, `vocab_size`, `context_length`, and for a family of
-pairs `source_vocab_size`."""
+side), `hidden` units of its feed-forward layers, `vocab_size`, `context_length`, and for a family
+of pairs `source_vocab_size`."""
 
 
 @dataclasses.dataclass(frozen=True)

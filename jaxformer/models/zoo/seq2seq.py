@@ -37,33 +37,21 @@ def plain(layer: LayerConfig, repeats: int = 1, dropout: float = 0.0) -> Group:
 
 
 def seq2seq_lstm(
-  width: int,
-  layers: int,
-  *,
-  source_vocab_size: int,
-  vocab_size: int,
-  context_length: int,
-  layer: Lstm.Config,
-  embedding_init: Init,
-  head_init: Init,
-  dropout: float = 0.0,
+  width: int, layers: int, layer: Lstm.Config, *, dropout: float = 0.0, **settings: Any
 ) -> EncoderDecoder.Config:
   """LSTMs on both sides. The source is reversed, and the decoder starts from the final states of
-  the encoder's layers; it sees nothing else of the source."""
+  the encoder; it sees nothing else of the source. `settings` are fields of the config: the
+  vocabularies, `context_length`, `embedding_init`, `head_init`."""
   stack = (plain(layer, layers, dropout),)
+  fields: dict[str, Any] = {'head_bias': True} | settings
   return EncoderDecoder.Config(
-    source_vocab_size=source_vocab_size,
-    vocab_size=vocab_size,
     width=width,
-    context_length=context_length,
     encoder=stack,
     decoder=stack,
     reverse_source=True,
     init_from_encoder=True,
-    head_bias=True,
     dropout=dropout,
-    embedding_init=embedding_init,
-    head_init=head_init,
+    **fields,
   )
 
 
@@ -71,37 +59,20 @@ def luong(
   width: int,
   layers: int,
   score_init: Init | None,
-  *,
-  source_vocab_size: int,
-  vocab_size: int,
-  context_length: int,
   layer: Lstm.Config = LSTM,
+  *,
   attention_init: Init = FAN,
-  embedding_init: Init = WIDE,
-  head_init: Init = FAN,
-  head_bias: bool = True,
   dropout: float = 0.0,
   input_feeding: bool = True,
+  **settings: Any,
 ) -> EncoderDecoder.Config:
   """The same with global attention on top of the decoder; with `input_feeding`, the next step reads
   the attentional vector too."""
-  base = seq2seq_lstm(
-    width,
-    layers,
-    source_vocab_size=source_vocab_size,
-    vocab_size=vocab_size,
-    context_length=context_length,
-    layer=layer,
-    embedding_init=embedding_init,
-    head_init=head_init,
-    dropout=dropout,
-  )
+  settings = {'embedding_init': WIDE, 'head_init': FAN} | settings
+  base = seq2seq_lstm(width, layers, layer, dropout=dropout, **settings)
   attention = LuongAttention.Config(score_init=score_init, init=attention_init)
   fed = InputFeeding.Config(layers=layers, lstm=layer, attention=attention, dropout=dropout)
-  return base.replace(
-    head_bias=head_bias,
-    decoder=(plain(fed),) if input_feeding else (*base.decoder, plain(attention)),
-  )
+  return base.replace(decoder=(plain(fed),) if input_feeding else (*base.decoder, plain(attention)))
 
 
 def rnnsearch(
@@ -110,29 +81,18 @@ def rnnsearch(
   attention: int,
   maxout: int,
   *,
-  source_vocab_size: int,
-  vocab_size: int,
-  context_length: int,
-  embedding_init: Init,
-  head_init: Init,
   gru: Gru.Config,
   search: RnnSearch.Config,
+  **settings: Any,
 ) -> EncoderDecoder.Config:
   """A bidirectional GRU encoder, and a GRU decoder with additive attention; `gru` and `search` give
-  the initialization."""
+  the initialization, `settings` are fields of the config."""
   encoder = Bidirectional.Config(layer=gru.replace(hidden=hidden, project=False))
   decoder = search.replace(
     hidden=hidden, attention=attention, source_width=2 * hidden, maxout=maxout
   )
   return EncoderDecoder.Config(
-    source_vocab_size=source_vocab_size,
-    vocab_size=vocab_size,
-    width=width,
-    context_length=context_length,
-    encoder=(plain(encoder),),
-    decoder=(plain(decoder),),
-    embedding_init=embedding_init,
-    head_init=head_init,
+    width=width, encoder=(plain(encoder),), decoder=(plain(decoder),), **settings
   )
 
 
@@ -226,47 +186,22 @@ preset(
 )
 
 
-def _grown_lstm(
-  *,
-  width: int,
-  layers: int,
-  hidden: int,
-  source_vocab_size: int,
-  vocab_size: int,
-  context_length: int,
-) -> EncoderDecoder.Config:
+def _grown_lstm(*, width: int, layers: int, hidden: int, **sizes: Any) -> EncoderDecoder.Config:
   layer = _LSTM.replace(hidden=hidden, project=False)
   stack = (plain(layer), *((plain(layer, layers - 1),) if layers > 1 else ()))
-  return seq2seq_lstm(
-    width,
-    1,
-    source_vocab_size=source_vocab_size,
-    vocab_size=vocab_size,
-    context_length=context_length,
-    layer=layer,
-    embedding_init=WIDE,
-    head_init=_HEAD,
-  ).replace(encoder=stack, decoder=stack)
+  return seq2seq_lstm(width, 1, **sizes, layer=layer, embedding_init=WIDE, head_init=_HEAD).replace(
+    encoder=stack, decoder=stack
+  )
 
 
-def _grown_search(
-  *,
-  width: int,
-  layers: int,
-  hidden: int,
-  source_vocab_size: int,
-  vocab_size: int,
-  context_length: int,
-) -> EncoderDecoder.Config:
+def _grown_search(*, width: int, layers: int, hidden: int, **sizes: Any) -> EncoderDecoder.Config:
   """Always one layer; attention and maxout in the paper's proportion to the recurrences."""
   return rnnsearch(
     width,
     hidden,
     hidden,
     hidden // 2,
-    source_vocab_size=source_vocab_size,
-    vocab_size=vocab_size,
-    context_length=context_length,
+    **sizes,
     embedding_init=WIDE,
     head_init=FAN,
     gru=Gru.Config(recurrent_init=Orthogonal()),

@@ -8,6 +8,8 @@ limits the experts as the paper does."""
 
 from __future__ import annotations
 
+from typing import Any
+
 from jaxformer.layers.attention import Attention
 from jaxformer.layers.init import FanInNormal, Normal
 from jaxformer.layers.layer import LayerConfig
@@ -60,12 +62,8 @@ def switch(
 preset('switch-tiny', 'switch', switch(128, 4, 384, 4, 4, vocab_size=264, context_length=256))
 
 
-def _grown(
-  *, width: int, layers: int, hidden: int, vocab_size: int, context_length: int
-) -> LanguageModel.Config:
-  return switch(
-    width, layers, hidden, width // HEAD, 4, vocab_size=vocab_size, context_length=context_length
-  )
+def _grown(*, width: int, layers: int, hidden: int, **sizes: Any) -> LanguageModel.Config:
+  return switch(width, layers, hidden, width // HEAD, 4, **sizes)
 
 
 family('switch', _grown, width_step=HEAD, layer_step=2, hidden=four_times)
