@@ -1,44 +1,36 @@
-"""What a family of checkpoints is, and which one a model belongs to."""
+"""Checkpoint formats, one per architecture, and the match of a model to one of them."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
-from jaxformer.config import (
-  Config,
-  InputError,
-  Registry,
-  config_type,
-  differences,
-  from_json,
-  hints,
-  to_json,
-  types_of,
-)
+from jaxformer.config import Config, InputError, Registry, code_of, differences
 from jaxformer.interop.settings import Settings
 from jaxformer.interop.tensors import shortened
 from jaxformer.interop.weights import Names, Rule
-from jaxformer.layers.init import Init
+from jaxformer.layers.init import Init, Normal
 from jaxformer.layers.layer import LayerConfig
 from jaxformer.models.block import Block, PreNorm
 from jaxformer.models.language_model import LanguageModel
 from jaxformer.models.model import ModelConfig
+from jaxformer.models.stack import Group
+from jaxformer.user_code import is_a
 
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointFormat:
-  """A checkpoint format of one architecture. To add one: a file in `families/` that makes one of
-  these and calls `family`.
+  """The checkpoint format of one architecture. To add one, write a file in `families/` that
+  constructs it and passes it to `family`.
 
   Attributes:
     model_type: the field of that name in `config.json`.
     architecture: the class of transformers that runs it.
-    read: `config.json` -> our config. Refuses (`InputError`) what our layers do not do.
-    write: our config -> `config.json`, without `model_type` and `architectures`. It takes what it
-      needs from the place where it would stand, and need not look for the rest: what `read` does
-      not give back is found by comparison. `part` helps.
+    read: `config.json` -> our config. Raises `InputError` for features that our layers lack.
+    write: our config -> `config.json`, without `model_type` and `architectures`. It reads only the
+      fields that it needs: `match` compares the config with what `read` makes of the result.
+      `part` helps.
     rules: our config -> the map of weights.
     names: our config -> prefix, ignored tensors and copies.
   """
@@ -55,7 +47,7 @@ FAMILIES: Registry[CheckpointFormat] = Registry('model_type')
 
 
 def family(new: CheckpointFormat) -> None:
-  """Registers a family."""
+  """Register a format."""
   FAMILIES.add(new.model_type, new)
 
 
@@ -63,8 +55,8 @@ C = TypeVar('C', bound=Config)
 
 
 def part(value: Any, kind: type[C], where: str) -> C:
-  """`value`, which stands at `where`, if it is a `kind`; else `InputError`."""
-  if not isinstance(value, kind):
+  """`value`, which is at `where` in the config, if it is a `kind`; else raise `InputError`."""
+  if not is_a(value, kind):
     raise InputError(
       f'{where} is {value.tag if isinstance(value, Config) else value!r}, not {kind.tag}'
     )
@@ -72,7 +64,7 @@ def part(value: Any, kind: type[C], where: str) -> C:
 
 
 def blocks(config: Any) -> list[Block.Config]:
-  """The blocks of a language model in order; `InputError` for another kind of model."""
+  """The blocks of a language model in order. Raises `InputError` for another kind of model."""
   return [
     b
     for g in part(config, LanguageModel.Config, 'model').stack
@@ -82,7 +74,7 @@ def blocks(config: Any) -> list[Block.Config]:
 
 
 def branches(block: Block.Config, count: int) -> tuple[PreNorm.Config, ...]:
-  """The branches of the block that `write` takes for all, if they are `count` pre-norm ones; else
+  """The branches of the block that stands for all, if they are `count` pre-norm ones; else raise
   `InputError`."""
   if len(block.branches) != count:
     raise InputError(f'block 0 has {len(block.branches)} branches, not {count}')
@@ -91,12 +83,15 @@ def branches(block: Block.Config, count: int) -> tuple[PreNorm.Config, ...]:
   )
 
 
-def match(config: ModelConfig) -> tuple[CheckpointFormat, dict[str, Any]]:
-  """The family that a model belongs to, and its `config.json`. Raises `InputError` saying what
-  stands in the way in each.
+def std_of(init: Init) -> float:
+  """The standard deviation of an initializer, for `initializer_range`; 0.02 if not normal."""
+  return init.std if is_a(init, Normal) else 0.02
 
-  A model belongs to a family when reading what was written gives it back, up to `functional`.
-  """
+
+def match(config: ModelConfig) -> tuple[CheckpointFormat, dict[str, Any]]:
+  """The format of a model, and its `config.json`: the format whose `read` returns, from what its
+  `write` wrote, a config that is `functional`ly equal. Raises `InputError` with the obstacles in
+  each format."""
   mine, reasons = functional(config), {}
   for name in FAMILIES:
     candidate = FAMILIES[name]
@@ -118,35 +113,26 @@ def match(config: ModelConfig) -> tuple[CheckpointFormat, dict[str, Any]]:
   )
 
 
-_TRAINING = ('dropout', 'balance', 'z_loss')  # fields that bear on training alone
+_TRAINING_ONLY = ('dropout', 'balance', 'z_loss')
 
 
 def functional(config: ModelConfig) -> Any:
-  """The config as JSON without what leaves the function of the weights alone: initial values,
-  dropout and the losses of routers are left out, a stack is the list of its blocks, and derived
-  sizes are spelt out. Models with equal forms compute the same from the same weights."""
-  return _functional(to_json(config), getattr(config, 'width', 0))
+  """The part of a config that determines the function of the weights, as JSON data: without
+  initializers, dropout and router losses, with each stack as the list of its blocks and with
+  derived sizes resolved. Models for which it is equal compute the same from the same weights."""
+  return _functional(config, config.width)
 
 
 def _functional(value: Any, width: int) -> Any:
-  if isinstance(value, list):
-    if value and all(isinstance(v, dict) and v.get('type') == 'Group' for v in value):
-      return [
-        _functional(b, width) for g in value for _ in range(g['repeats']) for b in g['pattern']
-      ]
+  if isinstance(value, tuple):
+    if value and all(is_a(v, Group) for v in value):
+      value = [b for g in value for _ in range(g.repeats) for b in g.pattern]
     return [_functional(v, width) for v in value]
-  if not isinstance(value, dict) or 'code' in value:  # a type of the user's own is like no other
+  if is_a(value, LayerConfig):
+    value = value.resolved(width)
+  if not is_a(value, Config):
     return value
-  kind = config_type(value['type'])
-  if kind in types_of(LayerConfig):
-    value = to_json(cast(LayerConfig, from_json(value)).resolved(width))
-  return {
-    k: _functional(v, width)
-    for k, v in value.items()
-    if k not in _TRAINING and not (k in hints(kind) and _is_init(hints(kind)[k]))
-  }
-
-
-def _is_init(hint: Any) -> bool:
-  options = getattr(hint, '__args__', (hint,))
-  return any(isinstance(o, type) and issubclass(o, Init) for o in options)
+  fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+  kept = {k: v for k, v in fields.items() if k not in _TRAINING_ONLY and not is_a(v, Init)}
+  code = code_of(type(value))  # a user's layer may have the name of one of ours
+  return {'type': value.tag, 'code': code} | {k: _functional(v, width) for k, v in kept.items()}

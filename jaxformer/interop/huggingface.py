@@ -1,5 +1,5 @@
-"""Hugging Face folders, both ways: `config.json` and safetensors <-> a model config and its
-parameters. Never pickle."""
+"""Import and export of Hugging Face folders: `config.json` and safetensors <-> a model config and
+its parameters. Pickles are never read."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ TOKEN_IDS = ('bos_token_id', 'eos_token_id', 'pad_token_id')
 
 
 def read_config(folder: str | os.PathLike) -> tuple[CheckpointFormat, ModelConfig]:
-  """The family and our config of a Hugging Face folder, from its `config.json` alone."""
+  """The format and our config of a Hugging Face folder, from its `config.json` alone."""
   path = Path(folder) / 'config.json'
   if not Path(folder).is_dir():
     raise InputError(
@@ -54,7 +54,7 @@ def read_config(folder: str | os.PathLike) -> tuple[CheckpointFormat, ModelConfi
     )
   if fields.get('quantization_config') is not None:
     raise Settings(fields, str(path)).fail(
-      'quantization_config', 'absent; weights are read in floating point only'
+      'quantization_config', 'absent; only floating-point weights are supported'
     )
   return FAMILIES[name], FAMILIES[name].read(Settings(fields, str(path)))
 
@@ -69,13 +69,13 @@ def load_hf(
 
   Args:
     folder: `config.json` and `model.safetensors`, or `model.safetensors.index.json` and its files.
-    dtype: of the parameters, whatever the type in the files (those that a layer keeps in full
-      precision stay fp32).
-    mesh: where given, parameters go to its devices as `rules` divide them, each as soon as it is
-      read.
+    dtype: of the parameters, independent of that in the files; parameters that a layer keeps in
+      full precision are fp32.
+    mesh: shard the parameters over its devices by `rules`, each as soon as it is read; None for the
+      default device.
 
-  Raises `InputError` for what our layers do not compute, and for files that do not hold what the
-  config needs."""
+  Raises `InputError` for features that our layers lack, and for files that do not hold the
+  parameters of the config."""
   kind, config = read_config(folder)
   info = define(config).info
   with Reader(folder) as reader:
@@ -92,7 +92,7 @@ def load_hf(
 def placing(
   config: ModelConfig, mesh: Mesh | None, rules: Rules | str
 ) -> Callable[[str, np.ndarray], jax.Array]:
-  """A function that puts a parameter, by its name, where `load_hf` says."""
+  """A function (name, value) -> the parameter on its devices, for `load_hf`."""
   shardings = None if mesh is None else define(config).shardings(mesh, rules)
   return lambda name, value: (
     jnp.asarray(value) if shardings is None else jax.device_put(value, shardings[name])
@@ -107,18 +107,17 @@ def save_hf(
   tokenizer_folder: str | os.PathLike | None = None,
   max_shard_bytes: int = 5_000_000_000,
 ) -> None:
-  """Writes a Hugging Face folder, which appears only when it is whole; one that is there and not
-  empty is left alone.
+  """Write a Hugging Face folder. It appears only when it is complete; an existing folder must be
+  empty.
 
   Args:
-    folder: to write.
-    model_config, params: as `load_hf` gives them; the family is found from the config.
-    dtype: of the numbers in the files.
-    tokenizer_folder: a folder whose tokenizer files are copied along; the ids of special tokens
-      come from its `config.json`.
-    max_shard_bytes: the weights are divided into files of up to this size.
+    model_config, params: as `load_hf` returns them; the format follows from the config.
+    dtype: of the values in the files.
+    tokenizer_folder: a folder whose tokenizer files are copied; the ids of special tokens are those
+      of its `config.json`.
+    max_shard_bytes: size limit of each file of weights.
 
-  Raises `InputError` for a model that no family computes, saying which part.
+  Raises `InputError` for a model that no format represents, with the reasons.
   """
   kind, fields = match(model_config)
   dtype = dtype_of(dtype)
@@ -140,11 +139,11 @@ def save_hf(
 
 
 def describe(folder: str | os.PathLike) -> dict[str, Any]:
-  """What a folder holds, as JSON data, from `config.json` and the headers of the files; no weight
-  is read.
+  """Describe a folder as JSON data, from `config.json` and the headers of the files; no weight is
+  read.
 
-  `model_type`, `params` (of our model), `width`, `layers`, `context`, `vocab_size` where the model
-  has them, `dtypes` (number of tensors by type), `files`, `bytes`. Raises what `load_hf` would."""
+  Keys: `model_type`, `params` (of our model), `width`, `context_length`, `vocab_size`, `layers`
+  (blocks), `dtypes` (number of tensors by type), `files`, `bytes`. Raises like `load_hf`."""
   kind, config = read_config(folder)
   definition = define(config)
   with Reader(folder) as reader:
@@ -169,7 +168,7 @@ def describe(folder: str | os.PathLike) -> dict[str, Any]:
 
 
 def dtype_of(dtype: Any) -> np.dtype:
-  """A type that parameters may have in files and in memory; `InputError` for another."""
+  """The type of parameters in files and in memory. Raises `InputError` for an unsupported one."""
   try:
     found = np.dtype(jnp.dtype(dtype))
   except TypeError:
@@ -180,7 +179,7 @@ def dtype_of(dtype: Any) -> np.dtype:
 
 
 def _tokenizer(folder: str | os.PathLike | None) -> tuple[list[Path], dict[str, Any]]:
-  """The tokenizer files of a folder, and the special tokens that its `config.json` names."""
+  """(tokenizer files of a folder, ids of special tokens in its `config.json`)."""
   if folder is None:
     return [], {}
   files = [Path(folder) / f for f in TOKENIZER_FILES if (Path(folder) / f).is_file()]

@@ -1,10 +1,8 @@
 """RWKV's own weight files, both ways: one file of tensors named as in RWKV-LM, `.safetensors` or
-`.pth`, and nothing beside it.
+`.pth`, without a config.
 
-There is no config: which tensors there are tells the version, and their shapes the sizes. What no
-  shape tells (the context that
-the model is meant for, and the initial values of a training that starts anew) is as in the
-published models."""
+The version follows from the names of the tensors, the sizes from their shapes. The context length
+and the initializers, which no shape determines, are those of the published models."""
 
 from __future__ import annotations
 
@@ -50,11 +48,10 @@ class Version:
 
   Attributes:
     name: as published.
-    sign: pattern of a tensor's name that no version before it has.
-    read: the shapes of a file's tensors -> our config. What it does not look at, the map of weights
-      checks.
+    sign: pattern of a tensor's name that no earlier version has.
+    read: the shapes of a file's tensors -> our config. The rules check the other shapes.
     rules: our config -> the map of weights.
-    ignored: patterns of tensors that carry nothing.
+    ignored: patterns of unused tensors.
   """
 
   name: str
@@ -71,7 +68,7 @@ class Sizes:
     self.shapes, self.where = shapes, where
 
   def __call__(self, name: str, rank: int = 2) -> Shape:
-    """The shape of a tensor, which must be there with so many axes."""
+    """The shape of a tensor. Raises `InputError` if it is missing or has another number of axes."""
     if name not in self.shapes:
       raise InputError(f'{self.where}: tensor {name} is missing')
     if len(self.shapes[name]) != rank:
@@ -88,7 +85,7 @@ class Sizes:
 
 @dataclasses.dataclass(frozen=True)
 class ByHead(Step):
-  """Theirs is a matrix [heads, channels of a head] of our vector."""
+  """Theirs is our vector as a matrix [heads, channels per head]."""
 
   head_dim: int
 
@@ -102,11 +99,11 @@ class ByHead(Step):
     return [a.reshape(-1) for a in theirs]
 
 
-ROW = (NewAxis(0), NewAxis(0))  # vectors over the channels are kept as [1, 1, D]
+ROW = (NewAxis(0), NewAxis(0))  # vectors over the channels are stored as [1, 1, D]
 
 
 def _frame() -> list[Rule]:
-  """Everything but the two layers of a block."""
+  """Rules for everything except the two layers of a block."""
   norms = {
     'embedder.norm': 'blocks.0.ln0',
     'final_norm': 'ln_out',
@@ -128,7 +125,7 @@ def _frame() -> list[Rule]:
 def _mixing(
   matrices: Mapping[str, str], rows: Mapping[str, str], layer: int, theirs: str
 ) -> list[Rule]:
-  """Matrices and vectors of layer `layer` of every block, our name -> theirs."""
+  """Rules for matrices and vectors of layer `layer` of every block, by our name -> theirs."""
   ours = f'stack.{{layer}}.branches.{layer}.layer'
   return [
     *(linear(f'{ours}.{o}', f'blocks.{{layer}}.{theirs}.{t}.weight') for o, t in matrices.items()),
@@ -145,8 +142,7 @@ def _read_4(sizes: Sizes) -> LanguageModel.Config:
 
 
 def _mixes(layer: int, theirs: str, letters: str, name: str = 'time_mix') -> list[Rule]:
-  """The matrices and vectors of mixing that have the same names in RWKV-4, 5 and 6, and what else
-  there is by letter."""
+  """Rules for the matrices and token-shift vectors with the same names in RWKV-4, 5 and 6."""
   words = {'r': 'receptance', 'k': 'key', 'v': 'value', 'g': 'gate', 'o': 'output'}
   matrices = {f'{z}.kernel': words[z] for z in {'att': 'rkvgo', 'ffn': 'rkv'}[theirs]}
   return _mixing(matrices, {f'mix_{z}': f'{name}_{z}' for z in letters}, layer, theirs)
@@ -167,7 +163,7 @@ def _rules_4(config: LanguageModel.Config) -> list[Rule]:
 
 def _read_5(sizes: Sizes) -> LanguageModel.Config:
   vocab, width = sizes('emb.weight')
-  # A matrix: the decays of RWKV-5.0 and 5.1, of which a head has one, are not read.
+  # A matrix; RWKV-5.0 and 5.1, with one decay per head, are not supported.
   head_dim = sizes('blocks.0.att.time_decay')[1]
   return rwkv5(
     width,
@@ -267,9 +263,9 @@ def _rules_7(config: LanguageModel.Config) -> list[Rule]:
   ]
 
 
-VERSIONS: tuple[Version, ...] = (  # the latest first: the first whose sign is there is it
-  # The first block has no values to mix in; the official code makes these parameters there too, and
-  # never uses them.
+VERSIONS: tuple[Version, ...] = (  # latest first: the first whose sign is found
+  # The first block has no earlier values to mix in; the official code creates these parameters
+  # there too, but never uses them.
   Version(
     'RWKV-7', r'blocks\.0\.att\.r_k', _read_7, _rules_7, ignored=(r'blocks\.0\.att\.v[012]',)
   ),
@@ -281,18 +277,18 @@ _READ = ', '.join(v.name for v in VERSIONS)
 
 
 def version_of(shapes: Shapes, where: str) -> Version:
-  """The version of a file. Raises `InputError` where it is none that is read."""
+  """The version of a file. Raises `InputError` if it is none of `VERSIONS`."""
   for version in VERSIONS:
     if any(re.fullmatch(version.sign, n) for n in shapes):
       return version
   raise InputError(f'{where}: not the weights of {_READ}; it holds {shortened(shapes, 4)}')
 
 
-# ---- both ways ---------------------------------------------------------------------------------
+# ---- load and save -----------------------------------------------------------------------------
 
 
 def is_rwkv(path: str | os.PathLike) -> bool:
-  """Whether a path is that of a weight file by itself, by its name."""
+  """Whether a path names a single weight file."""
   return Path(path).suffix in SUFFIXES
 
 
@@ -304,7 +300,7 @@ def load_rwkv(
 ) -> tuple[ModelConfig, Params]:
   """The model config and parameters of a weight file. Arguments as for `load_hf`.
 
-  Raises `InputError` for a file that is no RWKV model of these versions, and for `.pth` without
+  Raises `InputError` for a file that is not an RWKV model of these versions, and for `.pth` without
   PyTorch."""
   if not Path(path).is_file():
     raise InputError(f'{path}: no such file')
@@ -331,13 +327,13 @@ def _open(path: str | os.PathLike) -> Generator[Tensors]:
 def save_rwkv(
   path: str | os.PathLike, model_config: ModelConfig, params: Params, dtype: Any = jnp.float32
 ) -> None:
-  """Writes a weight file, `.safetensors` or `.pth`, which appears only when it is whole; one that
-  is there is left alone.
+  """Write a weight file, `.safetensors` or `.pth`. It appears only when it is complete; an existing
+  file is not overwritten.
 
-  Raises `InputError` for a model that is none of the versions, saying which part, and for `.pth`
+  Raises `InputError` for a model that no version represents, with the reasons, and for `.pth`
   without PyTorch."""
   if not is_rwkv(path):
-    raise InputError(f'{path}: the name of a file of RWKV weights ends in {" or ".join(SUFFIXES)}')
+    raise InputError(f'{path}: must end in {" or ".join(SUFFIXES)}')
   dtype, info = dtype_of(dtype), define(model_config).info
   links = _links(model_config)
   weights.check_params(info, params)
@@ -352,8 +348,8 @@ def save_rwkv(
 
 
 def _links(config: ModelConfig) -> list[weights.Link]:
-  """The map of a model's weights. It is of a version when the shapes that would be written, read
-  again, give it back."""
+  """The links of a model: those of the version whose `read` returns, from the shapes that would be
+  written, a functionally equal config."""
   reasons = []
   for version in VERSIONS:
     try:

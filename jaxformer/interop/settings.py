@@ -1,5 +1,5 @@
-"""Reading another library's `config.json`: every field that changes the function is taken or
-refused, none is passed over."""
+"""Typed access to another library's `config.json`: every field that affects the function is either
+used or refused, never ignored."""
 
 from __future__ import annotations
 
@@ -21,21 +21,19 @@ _KINDS: dict[type, str] = {
 
 
 class Settings:
-  """The fields of a `config.json`, read with their types. `where` stands at the start of every
-  message."""
+  """The fields of a `config.json`, with type checks. Every message starts with `where`."""
 
   def __init__(self, fields: Mapping[str, Any], where: str = 'config.json'):
     self.fields, self.where = fields, where
 
   def fail(self, name: str, accepted: str) -> InputError:
-    """The error for a value that cannot be used."""
+    """The error for an unsupported value."""
     return InputError(
       f'{self.where}: {name} = {self.fields.get(name)!r} is not supported: must be {accepted}'
     )
 
   def get(self, name: str, kind: type[T], default: Any = _NEEDED) -> T:
-    """The field as `kind`; `default` (what the other library takes) where it is left out or
-    null."""
+    """The field as `kind`; `default`, that of the other library, if it is missing or null."""
     value = self.fields.get(name)
     if value is None:
       if default is _NEEDED:
@@ -55,13 +53,12 @@ class Settings:
     return value
 
   def only(self, name: str, *accepted: Any) -> None:
-    """Refuses every value but the first of `accepted` (which a field left out has) and those that
-    mean the same."""
+    """Raise `InputError` unless the value is one of `accepted`; the first is the default."""
     if self.fields.get(name, accepted[0]) not in accepted:
       raise self.fail(name, ' or '.join(repr(a) for a in accepted))
 
   def choose(self, name: str, values: Mapping[str, T], default: str) -> T:
-    """What `values` has for the field's text."""
+    """The entry of `values` for the field's text."""
     text = self.get(name, str, default)
     if text not in values:
       raise self.fail(name, 'one of ' + ', '.join(values))
@@ -81,9 +78,9 @@ ACTIVATIONS: dict[str, ActivationName] = {
   'tanh': 'tanh',
   'linear': 'identity',
 }
-"""Their name of an activation -> ours. The first name of several is the one written."""
+"""Their name of an activation -> ours. Of several names, the first is written."""
 
 
 def activation_name(ours: str) -> str:
-  """Our name of an activation -> theirs."""
+  """Their name of an activation of ours."""
   return next(theirs for theirs, name in ACTIVATIONS.items() if name == ours)

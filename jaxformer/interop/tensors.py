@@ -1,5 +1,5 @@
-"""Safetensors files, alone or in folders: tensors read one at a time, written in files of bounded
-size. Nothing here knows a model."""
+"""Safetensors files and folders: tensors are read one at a time, and written in files of bounded
+size. Independent of models."""
 
 from __future__ import annotations
 
@@ -30,14 +30,13 @@ DTYPES: Mapping[str, np.dtype] = {
   'F16': np.dtype(np.float16),
   'BF16': np.dtype(ml_dtypes.bfloat16),
 }
-"""Floating-point types by the name that safetensors gives them. Integers (quantised weights,
-buffers) are not among them."""
+"""Supported types by their safetensors name. Integers (quantized weights, buffers) are not."""
 
 Shape = tuple[int, ...]
 
 
 class TensorInfo(NamedTuple):
-  """What a file's header says of a tensor. `dtype` is safetensors' own name, such as `BF16`."""
+  """The header of a tensor. `dtype` is the name in safetensors, such as `BF16`."""
 
   shape: Shape
   dtype: str
@@ -45,8 +44,7 @@ class TensorInfo(NamedTuple):
 
 
 class Tensors(Protocol):
-  """Named tensors of a file or folder `source`: what is known of each at once, and its value when
-  it is asked for."""
+  """Named tensors of a file or folder `source`: all headers, and values on request."""
 
   @property
   def source(self) -> Path: ...
@@ -54,16 +52,16 @@ class Tensors(Protocol):
   def info(self) -> Mapping[str, TensorInfo]: ...
 
   def read(self, name: str) -> np.ndarray:
-    """One tensor, in the type of the file."""
+    """The values of one tensor, in the type of the file."""
     ...
 
 
 class Reader:
-  """The tensors of a folder or of one file, by name. Headers are read at once, values only by
-  `read`, one tensor at a time.
+  """The tensors of a folder or of one file, by name. The constructor reads the headers, `read` the
+  values of one tensor.
 
-  Raises `InputError` for a folder without safetensors, a missing or damaged file, and an index that
-  disagrees with its files."""
+  Raises `InputError` for a folder without safetensors, a missing or corrupt file, and an index that
+  contradicts its files."""
 
   def __init__(self, source: str | os.PathLike):
     self.source = Path(source)
@@ -84,14 +82,14 @@ class Reader:
       path = self.folder / file
       if not path.is_file():
         raise InputError(
-          f'{self.folder / INDEX} names {file}, which is not there: the download is not complete'
+          f'{self.folder / INDEX} names {file}, which does not exist: the download is incomplete'
         )
       try:
         handle = self._files.enter_context(safetensors.safe_open(path, 'numpy'))
       except (safetensors.SafetensorError, OSError) as e:
-        raise InputError(f'{path} is damaged or cut short: {e}') from None
+        raise InputError(f'{path} is corrupt or truncated: {e}') from None
       self._open[file] = handle
-      for name in handle.keys():  # noqa: SIM118 (the handle is no mapping)
+      for name in handle.keys():  # noqa: SIM118 (the handle is not a mapping)
         part = handle.get_slice(name)
         if name in self.info:
           raise InputError(
@@ -102,12 +100,12 @@ class Reader:
       lost := [n for n, file in index.items() if n not in self.info or self.info[n].file != file]
     ):
       raise InputError(
-        f'{self.folder / INDEX} promises tensors that its files do not hold: {shortened(lost)}'
+        f'{self.folder / INDEX} lists tensors that its files do not hold: {shortened(lost)}'
       )
 
   @property
   def bytes(self) -> int:
-    """Size of the files together."""
+    """Total size of the files."""
     return sum((self.folder / file).stat().st_size for file in self._open)
 
   @property
@@ -115,7 +113,7 @@ class Reader:
     return list(self._open)
 
   def read(self, name: str) -> np.ndarray:
-    """One tensor, in the type of the file."""
+    """The values of one tensor, in the type of the file."""
     try:
       return self._open[self.info[name].file].get_tensor(name)
     except safetensors.SafetensorError as e:
@@ -134,7 +132,7 @@ class Reader:
 
 
 def _files(folder: Path) -> tuple[list[str], dict[str, str] | None]:
-  """The safetensors files of a folder, and the index where there is one."""
+  """(safetensors files of a folder, its index or None)."""
   if not folder.is_dir():
     raise InputError(
       f'{folder}: no such folder; weights are read from a local copy of the repository'
@@ -158,17 +156,15 @@ def _files(folder: Path) -> tuple[list[str], dict[str, str] | None]:
   if pickles := sorted({p.name for pattern in PICKLES for p in folder.glob(pattern)}):
     raise InputError(
       f'{folder} holds {shortened(pickles, 3)} but no {SINGLE}. Pickled weights can run code when '
-      'they are opened, so they are '
-      'never read here. Convert them once where you trust them: python -c "from transformers '
-      'import AutoModelForCausalLM as M; '
+      'opened, so they are never read here. If you trust them, convert them: python -c "from '
+      'transformers import AutoModelForCausalLM as M; '
       "M.from_pretrained('IN', dtype='auto').save_pretrained('OUT')\""
     )
-  raise InputError(f'{folder}: neither {SINGLE} nor {INDEX} is there')
+  raise InputError(f'{folder}: neither {SINGLE} nor {INDEX} exists')
 
 
 def read_json(path: Path) -> dict[str, Any]:
-  """The object that a JSON file holds. Raises `InputError` where it is missing or holds something
-  else."""
+  """The object in a JSON file. Raises `InputError` if there is none."""
   try:
     value = json.loads(path.read_text(encoding='utf-8'))
   except FileNotFoundError:
@@ -190,8 +186,7 @@ def shortened(names: Iterable[object], most: int = 12) -> str:
 
 
 def plan_files(sizes: Mapping[str, int], max_bytes: int) -> dict[str, list[str]]:
-  """File -> its tensors, in order: a file is closed when the next tensor would take it past
-  `max_bytes` (one alone may)."""
+  """File name -> its tensors, in order; no file of several tensors exceeds `max_bytes`."""
   parts: list[list[str]] = [[]]
   filled = 0
   for name, size in sizes.items():
@@ -212,16 +207,14 @@ def write(
   dtype: np.dtype,
   max_bytes: int,
 ) -> None:
-  """Writes tensors of known shapes, asking `value` for one after the other; at most one file's
-  worth is in memory.
+  """Write tensors of known shapes, with values from `value`; at most one file is in memory.
 
-  Raises `InputError` where a finite number does not fit `dtype`.
+  Raises `InputError` if a finite value overflows in `dtype`.
   """
   sizes = {name: math.prod(shape) * dtype.itemsize for name, shape in shapes.items()}
   files = plan_files(sizes, max_bytes)
   for file, names in files.items():
-    # The format says 'pt' because transformers refuses files that do not say which framework they
-    # suit.
+    # transformers refuses files whose metadata name no framework
     safetensors.numpy.save_file(
       {n: cast(n, value(n), dtype) for n in names}, folder / file, metadata={'format': 'pt'}
     )
@@ -232,16 +225,15 @@ def write(
 
 
 def cast(name: str, value: np.ndarray, dtype: np.dtype) -> np.ndarray:
-  """`value` as a contiguous array of another type. Raises `InputError` where a finite number
-  becomes infinite."""
+  """`value` as a contiguous array of a type. Raises `InputError` if a finite value overflows."""
   with np.errstate(over='ignore'):
-    # Contiguous, because safetensors writes the memory of an array as it lies, transposed or not.
+    # safetensors writes the memory of an array, ignoring its strides
     result = np.asarray(value, dtype=dtype, order='C')
   narrower = ml_dtypes.finfo(dtype).max < ml_dtypes.finfo(value.dtype).max
   if narrower and not np.isfinite(result).all() and np.isfinite(value).all():
     largest = float(np.abs(value).max())
     raise InputError(
-      f'dtype = {dtype}: {name} holds numbers up to {largest:.3g}, too large for it; use bfloat16 '
+      f'dtype = {dtype}: {name} has values up to {largest:.3g}, which overflow; use bfloat16 '
       'or float32'
     )
   return result
@@ -249,11 +241,11 @@ def cast(name: str, value: np.ndarray, dtype: np.dtype) -> np.ndarray:
 
 @contextlib.contextmanager
 def new_file(path: str | os.PathLike) -> Generator[Path]:
-  """A file to write, which appears under its name only when it is whole. Raises `InputError` where
-  that name is taken."""
+  """Yield a path to write to, which is renamed to `path` when complete. Raises `InputError` if
+  `path` exists."""
   target = Path(path).absolute()
   if target.exists():
-    raise InputError(f'{path}: already there; nothing is overwritten')
+    raise InputError(f'{path}: exists already and is not overwritten')
   partial = target.with_name(f'.{target.name}.partial-{secrets.token_hex(4)}')
   try:
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -267,21 +259,21 @@ def new_file(path: str | os.PathLike) -> Generator[Path]:
 
 @contextlib.contextmanager
 def new_folder(folder: str | os.PathLike) -> Generator[Path]:
-  """A folder to fill, which appears under its name only when all is written. Raises `InputError`
-  where that name is taken."""
+  """Yield a folder to fill, which is renamed to `folder` when complete. Raises `InputError` if
+  `folder` exists and is not empty."""
   target = Path(folder).absolute()
   if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-    raise InputError(f'{folder}: already there and not an empty folder; nothing is overwritten')
+    raise InputError(f'{folder}: exists already, is not an empty folder, and is not overwritten')
   partial = target.with_name(f'.{target.name}.partial-{secrets.token_hex(4)}')
   try:
     partial.mkdir(parents=True)
   except OSError as e:
-    raise InputError(f'{folder}: cannot be made: {e}') from None
+    raise InputError(f'{folder}: cannot be created: {e}') from None
   try:
     yield partial
     try:
       os.replace(partial, target)
     except OSError as e:
-      raise InputError(f'{folder}: cannot be put in place: {e}') from None
+      raise InputError(f'{folder}: cannot be renamed: {e}') from None
   finally:
     shutil.rmtree(partial, ignore_errors=True)

@@ -1,7 +1,7 @@
-"""A state dict in a `.pth` file: read with PyTorch's unpickler of tensors alone, which runs no
-code, and written.
+"""State dicts in `.pth` files: read with PyTorch's `weights_only` unpickler, which runs no code,
+and written.
 
-PyTorch is imported only here, and only when such a file is touched.
+PyTorch is imported only here, and only for such files.
 """
 
 from __future__ import annotations
@@ -21,26 +21,22 @@ _NAMES = {'float64': 'F64', 'float32': 'F32', 'float16': 'F16', 'bfloat16': 'BF1
 
 
 class TorchReader:
-  """The tensors of a state dict, by name; the face is that of `tensors.Tensors`. The file is
-  mapped, so that only what is read is in memory. Raises `InputError` where PyTorch is missing, and
-  for a file that holds anything but tensors by name."""
+  """The tensors of a state dict, with the interface of `tensors.Tensors`. The file is memory
+  mapped. Raises `InputError` without PyTorch, and for a file with anything but tensors by name."""
 
   def __init__(self, source: str | os.PathLike):
     torch, self.source = _torch(source), Path(source)
     try:
       tensors = _load(torch, self.source)
-    except Exception as e:  # from bytes that are no pickle the unpickler comes to anything
+    except Exception as e:  # the unpickler raises anything on invalid bytes
       why = str(e).partition('\n')[0] or type(e).__name__
       raise InputError(
-        f'{source}: no state dict that can be read without running code: {why}'
+        f'{source}: not a state dict that can be read without running code: {why}'
       ) from None
     if not isinstance(tensors, dict) or not all(
       isinstance(n, str) and torch.is_tensor(t) for n, t in tensors.items()
     ):
-      raise InputError(
-        f'{source}: holds something other than tensors by name; the state dict of a model is '
-        'expected'
-      )
+      raise InputError(f'{source}: must hold the state dict of a model, tensors by name')
     self._tensors: Mapping[str, Any] = tensors
     kinds = {n: str(t.dtype).removeprefix('torch.') for n, t in tensors.items()}
     self.info = {
@@ -62,19 +58,19 @@ def _load(torch: Any, path: Path) -> Any:
   except RuntimeError as e:
     if 'mmap' not in str(e):
       raise
-    # the format before PyTorch 1.6 cannot be mapped
+    # files from before PyTorch 1.6 cannot be memory-mapped
     return torch.load(path, map_location='cpu', weights_only=True)
 
 
 def write_torch(
   path: str | os.PathLike, names: Sequence[str], value: Callable[[str], np.ndarray], dtype: np.dtype
 ) -> None:
-  """Writes tensors as a state dict, asking `value` for one after the other."""
+  """Write tensors as a state dict, with values from `value`."""
   torch = _torch(path)
 
   def tensor(name: str) -> Any:
     array = cast(name, value(name), dtype)
-    if dtype == ml_dtypes.bfloat16:  # a type that PyTorch does not take from numpy
+    if dtype == ml_dtypes.bfloat16:  # torch.tensor does not accept this numpy type
       return torch.tensor(array.view(np.int16)).view(torch.bfloat16)
     return torch.tensor(array)
 

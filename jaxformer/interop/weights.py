@@ -1,9 +1,7 @@
-"""The map between our parameters and another format's tensors: one description, read in both
-directions.
+"""The map between our parameters and another format's tensors: one set of rules, both directions.
 
-Our side of a rule is a parameter's *unstacked* name: `stack.{layer}.branches.0.layer.wq` is that of
-one block, counted through the whole stack, wherever the groups and repeats of the config put it.
-The engine stacks and unstacks."""
+A rule names our parameters *unstacked*: `stack.{layer}.branches.0.layer.q.kernel` is that of one
+block, counted through all groups and repeats of the stack. This module stacks and unstacks."""
 
 from __future__ import annotations
 
@@ -21,15 +19,12 @@ from jaxformer.models.params import ParamInfo
 Arrays = list[np.ndarray]
 
 
-# ---- steps: how our arrays become theirs, and back ---------------------------------------------
+# ---- steps: from our arrays to theirs, and back ------------------------------------------------
 
 
 class Step:
-  """One change on the way from our arrays to theirs. `load` undoes `save`; `shapes` says what
-  `save` does to shapes.
-
-  A family that needs another change writes a subclass in its own file.
-  """
+  """One transformation from our arrays to theirs. `load` inverts `save`; `shapes` maps shapes as
+  `save` maps arrays. A family may define further subclasses in its own file."""
 
   def shapes(self, ours: list[Shape]) -> list[Shape]:
     raise NotImplementedError
@@ -38,7 +33,7 @@ class Step:
     raise NotImplementedError
 
   def load(self, theirs: Arrays, ours: list[Shape]) -> Arrays:
-    """`ours` are the shapes to arrive at."""
+    """`ours` are the shapes of the result."""
     raise NotImplementedError
 
 
@@ -61,7 +56,7 @@ class Permute(Step):
 
 @dataclasses.dataclass(frozen=True)
 class Concat(Step):
-  """Theirs is ours, several, one after the other along `axis` (fused projections)."""
+  """Theirs is the concatenation of ours along `axis` (fused projections)."""
 
   axis: int
 
@@ -79,7 +74,7 @@ class Concat(Step):
 
 @dataclasses.dataclass(frozen=True)
 class Unstack(Step):
-  """Theirs is one tensor for each entry of our first axis (experts)."""
+  """Theirs is one tensor per entry of our first axis (experts)."""
 
   def shapes(self, ours):
     return [ours[0][1:]] * ours[0][0]
@@ -93,8 +88,8 @@ class Unstack(Step):
 
 @dataclasses.dataclass(frozen=True)
 class NewAxis(Step):
-  """Theirs has one more axis, of size 1, at place `axis` (depthwise convolutions, offsets kept as a
-  row)."""
+  """Theirs has an additional axis of size 1 at `axis` (depthwise convolutions, biases stored as
+  rows)."""
 
   axis: int
 
@@ -108,7 +103,7 @@ class NewAxis(Step):
     return [np.squeeze(a, self.axis) for a in theirs]
 
 
-TRANSPOSE = Permute((1, 0))  # torch's Linear keeps [out, in], we keep [in, out]
+TRANSPOSE = Permute((1, 0))  # torch.nn.Linear stores [out, in], we store [in, out]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,8 +111,8 @@ class Rule:
   """Some of our parameters <-> some of their tensors.
 
   `{layer}` in the names stands for every block that has all of our parameters; a rule whose
-  parameters are nowhere (offsets of a model without offsets) does not apply. `{item}` in their name
-  stands for 0, 1, ... along our first axis; then the first step is `Unstack`."""
+  parameters do not exist (biases of a model without biases) does not apply. `{item}` in their name
+  stands for 0, 1, ... along our first axis; the first step is then `Unstack`."""
 
   ours: tuple[str, ...]
   theirs: str
@@ -134,13 +129,13 @@ def linear(ours: str, theirs: str) -> Rule:
   return Rule((ours,), theirs, (TRANSPOSE,))
 
 
-# ---- places and links: the rules made concrete for one model -----------------------------------
+# ---- the rules applied to one model ------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
-class Place:
-  """Where the parameter of one block lives: the name of the stored array, the row of it (None for
-  all), and the shape there."""
+class Location:
+  """The location of an unstacked parameter: the name of the stored array, the row in it (None for
+  the entire array), and the shape."""
 
   stored: str
   row: int | None
@@ -150,9 +145,9 @@ class Place:
 _IN_GROUP = re.compile(r'(?P<stack>(?:.+\.)?)groups\.(?P<group>\d+)\.(?P<place>\d+)\.(?P<rest>.+)')
 
 
-def places(info: Mapping[str, ParamInfo]) -> dict[str, Place]:
-  """Unstacked name -> place, for every parameter of a model; blocks are counted through all groups
-  of a stack."""
+def locations(info: Mapping[str, ParamInfo]) -> dict[str, Location]:
+  """Unstacked name -> location, for every parameter of a model; blocks are counted through all
+  groups of a stack."""
   found = {name: _IN_GROUP.fullmatch(name) for name in info}
   patterns: dict[tuple[str, int], int] = {}  # (stack, group) -> blocks in a period
   repeats: dict[tuple[str, int], int] = {}
@@ -164,7 +159,7 @@ def places(info: Mapping[str, ParamInfo]) -> dict[str, Place]:
   result = {}
   for name, m in found.items():
     if m is None:
-      result[name] = Place(name, None, info[name].shape)
+      result[name] = Location(name, None, info[name].shape)
       continue
     stack, group = m['stack'], int(m['group'])
     first = sum(patterns[k] * repeats[k] for k in patterns if k[0] == stack and k[1] < group)
@@ -172,7 +167,7 @@ def places(info: Mapping[str, ParamInfo]) -> dict[str, Place]:
       layer = first + row * patterns[stack, group] + int(m['place'])
       stacked = _stacked(info[name])
       shape = info[name].shape[1:] if stacked else info[name].shape
-      result[f'{stack}{layer}.{m["rest"]}'] = Place(name, row if stacked else None, shape)
+      result[f'{stack}{layer}.{m["rest"]}'] = Location(name, row if stacked else None, shape)
   return result
 
 
@@ -182,9 +177,9 @@ def _stacked(info: ParamInfo) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Link:
-  """A rule for one place: our places, their names and shapes."""
+  """A rule for one block: our locations, their names and shapes."""
 
-  ours: tuple[Place, ...]
+  ours: tuple[Location, ...]
   theirs: dict[str, Shape]
   steps: tuple[Step, ...]
 
@@ -203,9 +198,9 @@ class Link:
 
 
 def connect(info: Mapping[str, ParamInfo], rules: Iterable[Rule], family: str) -> list[Link]:
-  """The links of a model, which cover each of its parameters once. Raises `InputError` naming those
-  that no rule covers."""
-  where = places(info)
+  """The links of a model, which cover each of its parameters once. Raises `InputError` with the
+  parameters that no rule covers."""
+  where = locations(info)
   layers = sorted(
     {int(n) for name in where for n in re.findall(r'(?:^|\.)(\d+)\.branches\.', name)}
   )
@@ -222,13 +217,13 @@ def connect(info: Mapping[str, ParamInfo], rules: Iterable[Rule], family: str) -
         )
   covered = [p for link in links for p in link.ours]
   if missing := [name for name, p in where.items() if p not in set(covered)]:
-    raise InputError(f'the {family} format has no place for {shortened(missing)}')
+    raise InputError(f'the {family} format has no tensors for {shortened(missing)}')
   if len(set(covered)) != len(covered):
     raise ValueError(f'the rules of {family} cover a parameter twice')
   return links
 
 
-def _link(ours: tuple[Place, ...], theirs: str, steps: tuple[Step, ...]) -> Link:
+def _link(ours: tuple[Location, ...], theirs: str, steps: tuple[Step, ...]) -> Link:
   shapes = [p.shape for p in ours]
   names = (
     [theirs.replace('{item}', str(i)) for i in range(shapes[0][0])]
@@ -245,13 +240,12 @@ def _link(ours: tuple[Place, ...], theirs: str, steps: tuple[Step, ...]) -> Link
 
 @dataclasses.dataclass(frozen=True)
 class Names:
-  """How a file's names may differ from the map.
+  """How the names in a file may differ from those of the rules.
 
   Attributes:
-    prefix: what a file of the model without its head leaves out at the start of every name.
-    ignored: patterns (matched in full) of tensors that carry nothing: buffers of masks and
-      frequencies.
-    copies: tensor -> the one that it may repeat, number for number (tied heads).
+    prefix: missing from every name in a file of the model without its head.
+    ignored: patterns (full match) of tensors without information: buffers of masks and frequencies.
+    copies: tensor -> the tensor that it may duplicate exactly (tied heads).
   """
 
   prefix: str = ''
@@ -259,7 +253,7 @@ class Names:
   copies: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
   def resolve(self, reader: Tensors, wanted: Container[str]) -> dict[str, str]:
-    """Full name -> name in the file, without the ignored ones."""
+    """Full name -> name in the file, without ignored tensors."""
     bare = not any(n.startswith(self.prefix) for n in reader.info)
     full = {
       self.prefix + n if bare and n not in wanted and n not in self.copies else n: n
@@ -271,9 +265,9 @@ class Names:
 
 
 def check(links: Sequence[Link], reader: Tensors, names: Names) -> dict[str, str]:
-  """Compares the headers with the map before any value is read: full name -> name in the file.
-  Raises one `InputError` with all that is missing, unexpected, of another shape, or of a type that
-  holds no weights."""
+  """Compare the headers of a file with the links before any value is read; return full name -> name
+  in the file. Raises one `InputError` with all missing and unexpected tensors, wrong shapes and
+  unsupported types."""
   wanted = {name: shape for link in links for name, shape in link.theirs.items()}
   found = names.resolve(reader, wanted)
   problems = []
@@ -287,11 +281,11 @@ def check(links: Sequence[Link], reader: Tensors, names: Names) -> dict[str, str
     for n, i in both
     if i.shape != wanted[n]
   ]:
-    problems.append(f'of another shape: {shortened(shapes)}')
+    problems.append(f'wrong shape: {shortened(shapes)}')
   if types := [f'{n} ({i.dtype})' for n, i in both if i.dtype not in DTYPES]:
-    problems.append(f'of a type that is not read ({", ".join(DTYPES)} are): {shortened(types)}')
+    problems.append(f'unsupported type (must be one of {", ".join(DTYPES)}): {shortened(types)}')
   if problems:
-    raise InputError(f'{reader.source} does not hold this model. ' + '; '.join(problems))
+    raise InputError(f'{reader.source} does not hold this model: ' + '; '.join(problems))
   for copy, original in names.copies.items():
     if copy in found and not np.array_equal(reader.read(found[copy]), reader.read(found[original])):
       raise InputError(
@@ -309,22 +303,21 @@ def load(
   dtype: np.dtype,
   put: Callable[[str, np.ndarray], Any],
 ) -> dict[str, Any]:
-  """Our parameters, stacked. Each goes through `put` (to a device) as soon as it is whole, so that
-  beside the result only what is being assembled is in memory. Parameters marked `full_precision`
-  stay fp32."""
+  """Load our parameters, stacked. Each is passed to `put` (to a device) as soon as it is complete,
+  so that host memory holds only incomplete ones. Parameters marked `full_precision` are fp32."""
   found = check(links, reader, names)
   rest = {name: info[name].shape[0] if _stacked(info[name]) else 1 for name in info}
   partial: dict[str, np.ndarray] = {}
   done: dict[str, Any] = {}
   for link in links:
     arrays = link.load([reader.read(found[n]) for n in link.theirs])
-    for place, array in zip(link.ours, arrays, strict=True):
-      name = place.stored
+    for location, array in zip(link.ours, arrays, strict=True):
+      name = location.stored
       if name not in partial:
         partial[name] = np.empty(
           info[name].shape, np.float32 if info[name].full_precision else dtype
         )
-      partial[name][... if place.row is None else place.row] = cast(
+      partial[name][... if location.row is None else location.row] = cast(
         name, array, partial[name].dtype
       )
       rest[name] -= 1
@@ -337,7 +330,7 @@ def load(
 
 
 def check_params(info: Mapping[str, ParamInfo], params: Mapping[str, Any]) -> None:
-  """Raises one `InputError` with all in which the parameters differ from what the config needs."""
+  """Raise one `InputError` with all differences between the parameters and those of the config."""
   problems = []
   if missing := [n for n in info if n not in params]:
     problems.append(f'missing: {shortened(missing)}')
@@ -348,13 +341,13 @@ def check_params(info: Mapping[str, ParamInfo], params: Mapping[str, Any]) -> No
     for n, i in info.items()
     if n in params and tuple(params[n].shape) != i.shape
   ]:
-    problems.append(f'of another shape: {shortened(shapes)}')
+    problems.append(f'wrong shape: {shortened(shapes)}')
   if problems:
-    raise InputError('the parameters are not those of the config. ' + '; '.join(problems))
+    raise InputError('the parameters are not those of the config: ' + '; '.join(problems))
 
 
 class Export:
-  """Their tensors, made from our parameters one link at a time, in the order of `shapes`."""
+  """Their tensors, computed from our parameters one link at a time, in the order of `shapes`."""
 
   def __init__(self, links: Sequence[Link], params: Mapping[str, Any]):
     self.shapes = {name: shape for link in links for name, shape in link.theirs.items()}
@@ -368,6 +361,6 @@ class Export:
       self._made = link, link.save([self._value(p) for p in link.ours])
     return self._made[1][name]
 
-  def _value(self, place: Place) -> np.ndarray:
-    value = self._params[place.stored]
-    return np.asarray(value if place.row is None else value[place.row])
+  def _value(self, location: Location) -> np.ndarray:
+    value = self._params[location.stored]
+    return np.asarray(value if location.row is None else value[location.row])

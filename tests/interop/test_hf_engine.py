@@ -241,7 +241,7 @@ def test_parameters_are_checked_before_anything_is_written(tmp_path):
   head = params.pop('head.kernel')
   with pytest.raises(
     InputError,
-    match=r'missing: head.kernel; unexpected: tail; of another shape: embedder.input.table is \[3, 3\]',
+    match=r'missing: head.kernel; unexpected: tail; wrong shape: embedder.input.table is \[3, 3\]',
   ):
     save_hf(
       tmp_path / 'out',
@@ -255,7 +255,7 @@ def test_parameters_are_checked_before_anything_is_written(tmp_path):
 def test_truncated_files(saved, left):
   whole = (saved / SINGLE).read_bytes()
   (saved / SINGLE).write_bytes(whole[:left])
-  with pytest.raises(InputError, match='damaged or cut short'):
+  with pytest.raises(InputError, match='corrupt or truncated'):
     load_hf(saved)
 
 
@@ -265,8 +265,8 @@ def test_index_and_files_disagree(tmp_path):
   index = json.loads(path.read_text())
   for name, file, message in (
     ('model.norm.weight', '../evil.safetensors', 'not the name of a safetensors file'),
-    ('model.norm.weight', 'model-00099.safetensors', 'download is not complete'),
-    ('model.absent', index['weight_map']['model.norm.weight'], 'promises tensors.*model.absent'),
+    ('model.norm.weight', 'model-00099.safetensors', 'download is incomplete'),
+    ('model.absent', index['weight_map']['model.norm.weight'], 'lists tensors.*model.absent'),
   ):
     path.write_text(json.dumps(index | {'weight_map': index['weight_map'] | {name: file}}))
     with pytest.raises(InputError, match=message):
@@ -288,7 +288,7 @@ def test_nothing_is_overwritten(saved, tmp_path):
   with pytest.raises(InputError, match='not an empty folder'):
     save_hf(saved, *load_hf(saved))
   (tmp_path / 'file').write_text('')
-  with pytest.raises(InputError, match='already there'):
+  with pytest.raises(InputError, match='exists already'):
     save_hf(tmp_path / 'file', *load_hf(saved))
   (tmp_path / 'empty').mkdir()
   save_hf(tmp_path / 'empty', *load_hf(saved))
@@ -370,7 +370,7 @@ def test_models_without_a_counterpart(tmp_path, config, message):
 def test_steps_undo_themselves(steps, shapes):
   numbers = np.random.default_rng(0)
   ours = [numbers.normal(size=s).astype('float32') for s in shapes]
-  where = tuple(weights.Place(str(i), None, s) for i, s in enumerate(shapes))
+  where = tuple(weights.Location(str(i), None, s) for i, s in enumerate(shapes))
   link = weights._link(where, 'x.{item}' if Unstack() in steps else 'x', steps)
   theirs = link.save(ours)
   assert {n: t.shape for n, t in theirs.items()} == link.theirs
@@ -383,7 +383,7 @@ def test_places_count_blocks_through_all_groups_of_a_stack():
     axes = ('layers', *(None,) * (len(shape) - 1)) if stacked else (None,) * len(shape)
     return ParamInfo(shape, np.float32, axes, True, 1.0, False, True, 1.0)
 
-  where = weights.places(
+  where = weights.locations(
     {
       'embedder.input.table': info(7, 2),
       'stack.groups.0.0.a': info(2),
@@ -393,7 +393,7 @@ def test_places_count_blocks_through_all_groups_of_a_stack():
       'encoder.stack.groups.0.0.a': info(2, 2, stacked=True),
     }
   )
-  assert where['embedder.input.table'] == weights.Place('embedder.input.table', None, (7, 2))
+  assert where['embedder.input.table'] == weights.Location('embedder.input.table', None, (7, 2))
   assert [where[f'stack.{i}.a'].stored.split('.')[2] for i in (0, 1, 3, 5, 7)] == [
     '0',
     '1',
@@ -401,14 +401,14 @@ def test_places_count_blocks_through_all_groups_of_a_stack():
     '1',
     '2',
   ]
-  assert where['stack.6.b'] == weights.Place('stack.groups.1.1.b', 2, (4,))
-  assert where['encoder.stack.1.a'] == weights.Place('encoder.stack.groups.0.0.a', 1, (2,))
+  assert where['stack.6.b'] == weights.Location('stack.groups.1.1.b', 2, (4,))
+  assert where['encoder.stack.1.a'] == weights.Location('encoder.stack.groups.0.0.a', 1, (2,))
   assert len(where) == 11
 
 
 def test_a_rule_that_is_forgotten_is_noticed():
   rules = FAMILIES['llama'].rules(SMALL['llama'])
-  with pytest.raises(InputError, match=r'no place for stack\.0\.branches\.1\.layer\.down\.kernel'):
+  with pytest.raises(InputError, match=r'no tensors for stack\.0\.branches\.1\.layer\.down\.kernel'):
     weights.connect(
       define(SMALL['llama']).info, [r for r in rules if 'down' not in r.ours[0]], 'llama'
     )

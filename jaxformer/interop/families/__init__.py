@@ -1,5 +1,4 @@
-"""The checkpoint formats, one file a family. Importing this package registers them all in
-`FAMILIES`."""
+"""Checkpoint formats, one file per family. Importing this package registers all in `FAMILIES`."""
 
 from __future__ import annotations
 

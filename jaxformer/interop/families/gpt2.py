@@ -1,11 +1,11 @@
-"""GPT-2. Its linear layers are `Conv1D`s, whose weights are [in, out] as ours are; query, key and
-value are one."""
+"""GPT-2. Its linear layers are `Conv1D`s, with weights [in, out] as ours; query, key and value are
+fused."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from jaxformer.interop.family import CheckpointFormat, blocks, branches, family, part
+from jaxformer.interop.family import CheckpointFormat, blocks, branches, family, part, std_of
 from jaxformer.interop.settings import ACTIVATIONS, Settings, activation_name
 from jaxformer.interop.weights import Concat, Names, Rule, linear, same
 from jaxformer.layers.attention import Attention
@@ -19,9 +19,8 @@ from jaxformer.models.stack import Group
 
 
 def read(hf: Settings) -> LanguageModel.Config:
-  """Dropout of attention weights (`attn_pdrop`) is dropped: our attention has none, and it leaves
-  the weights' function alone. `reorder_and_upcast_attn` asks for fp32 logits, which we always
-  have."""
+  """Dropout of attention weights (`attn_pdrop`) is ignored: our attention has none, and it does not
+  affect inference. `reorder_and_upcast_attn` selects fp32 logits, which we always use."""
   hf.only('add_cross_attention', False)
   hf.only('scale_attn_by_inverse_layer_idx', False)
   width, std = hf.count('n_embd', 768), hf.get('initializer_range', float, 0.02)
@@ -66,7 +65,6 @@ def write(config: LanguageModel.Config) -> dict[str, Any]:
     part(first.layer, Attention.Config, 'layer 0 of block 0'),
     part(second.layer, Mlp.Config, 'layer 1 of block 0'),
   )
-  std = config.embedding_init.std if isinstance(config.embedding_init, Normal) else 0.02
   return {
     'vocab_size': config.vocab_size,
     'n_positions': config.context_length,
@@ -78,7 +76,7 @@ def write(config: LanguageModel.Config) -> dict[str, Any]:
     'activation_function': activation_name(mlp.activation),
     'layer_norm_epsilon': first.norm.eps,
     'scale_attn_weights': attention.scale != 1.0,
-    'initializer_range': std,
+    'initializer_range': std_of(config.embedding_init),
     'tie_word_embeddings': config.tied,
     'resid_pdrop': first.dropout,
     'embd_pdrop': config.dropout,
@@ -121,7 +119,7 @@ def rules(config: LanguageModel.Config) -> list[Rule]:
 
 def names(config: LanguageModel.Config) -> Names:
   return Names(
-    # the causal mask, kept as buffers
+    # buffers of the causal mask
     prefix='transformer.',
     ignored=(r'transformer\.h\.\d+\.attn\.(bias|masked_bias)',),
     copies={'lm_head.weight': 'transformer.wte.weight'} if config.tied else {},

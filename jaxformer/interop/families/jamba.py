@@ -1,5 +1,5 @@
-"""Jamba: Mamba layers and some of attention, feed-forward layers and some with experts, which have
-tensors of their own on disk."""
+"""Jamba: Mamba and attention layers, feed-forward layers and mixtures of experts. On disk, every
+expert has separate tensors."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from jaxformer.config import InputError
 from jaxformer.interop.families import mamba
 from jaxformer.interop.families.mixtral import EXPERTS, balance, write_router
-from jaxformer.interop.family import CheckpointFormat, blocks, branches, family, part
+from jaxformer.interop.family import CheckpointFormat, blocks, branches, family, part, std_of
 from jaxformer.interop.settings import Settings
 from jaxformer.interop.weights import Names, Rule, linear, same
 from jaxformer.layers.attention import Attention
@@ -23,12 +23,13 @@ from jaxformer.layers.router import SoftmaxTopK
 from jaxformer.models.block import Block, PreNorm
 from jaxformer.models.language_model import LanguageModel
 from jaxformer.models.stack import Group
+from jaxformer.user_code import is_a
 
 L = TypeVar('L', bound=LayerConfig)
 
 
 def periodic(hf: Settings, what: str, period: int, offset: int) -> tuple[int, int]:
-  """(period, offset) of the layers of a kind: those whose number has this rest."""
+  """(period, offset) of the layers of a kind: those with index = offset modulo period."""
   period = hf.count(f'{what}_layer_period', period)
   offset = hf.get(f'{what}_layer_offset', int, offset)
   if not 0 <= offset < period:
@@ -37,15 +38,14 @@ def periodic(hf: Settings, what: str, period: int, offset: int) -> tuple[int, in
 
 
 def shortest(blocks: list[Block.Config]) -> Group:
-  """Blocks as the shortest pattern that gives them by repeating."""
+  """The shortest repeated pattern that equals the blocks."""
   n = len(blocks)
   period = next(p for p in range(1, n + 1) if n % p == 0 and blocks == blocks[:p] * (n // p))
   return Group(pattern=tuple(blocks[:period]), repeats=n // period)
 
 
 def read(hf: Settings) -> LanguageModel.Config:
-  """How transformers draws the initial values of Mamba layers is not how their authors do; ours are
-  the authors'."""
+  """Initialization of Mamba layers is the authors', which transformers does not follow."""
   hf.only('hidden_act', 'silu', 'swish')
   hf.only('sliding_window', None)
   width, std = hf.count('hidden_size', 4096), hf.get('initializer_range', float, 0.02)
@@ -99,7 +99,7 @@ def read(hf: Settings) -> LanguageModel.Config:
 
 
 def _period(where: list[bool]) -> tuple[int, int]:
-  """The period and offset of the places that are True, if they have any."""
+  """The period and offset of the positions that are True, as if they were periodic."""
   at, n = [i for i, true in enumerate(where) if true], len(where)
   return (n + 1, n) if not at else (n, at[0]) if len(at) == 1 else (at[1] - at[0], at[0])
 
@@ -109,15 +109,15 @@ def write(config: LanguageModel.Config) -> dict[str, Any]:
   layers = [tuple(branch.layer for branch in branches(block, 2)) for block in stack]
 
   def first(place: int, kind: type[L]) -> L | None:
-    found = (layer for pair in layers if isinstance(layer := pair[place], kind))
+    found = (layer for pair in layers if is_a(layer := pair[place], kind))
     return next(found, None)
 
   mixer, attention, moe = first(0, Mamba.Config), first(0, Attention.Config), first(1, Moe.Config)
   mlp = first(1, GatedMlp.Config) or (None if moe is None else moe.expert)
   if mixer is None or mlp is None:
     raise InputError('no block has a Mamba layer and a feed-forward layer')
-  attends = _period([isinstance(mixer, Attention.Config) for mixer, _ in layers])
-  sparse = _period([isinstance(feed_forward, Moe.Config) for _, feed_forward in layers])
+  attends = _period([is_a(mixer, Attention.Config) for mixer, _ in layers])
+  sparse = _period([is_a(feed_forward, Moe.Config) for _, feed_forward in layers])
   router = SoftmaxTopK() if moe is None else part(moe.router, SoftmaxTopK, 'the router')
   attention = attention or Attention.Config()
   return {
@@ -130,9 +130,7 @@ def write(config: LanguageModel.Config) -> dict[str, Any]:
     'hidden_act': 'silu',
     'max_position_embeddings': config.context_length,
     'rms_norm_eps': branches(stack[0], 2)[0].norm.eps,
-    'initializer_range': config.embedding_init.std
-    if isinstance(config.embedding_init, Normal)
-    else 0.02,
+    'initializer_range': std_of(config.embedding_init),
     'tie_word_embeddings': config.tied,
     'attention_dropout': 0.0,
     'num_experts': 1 if moe is None else moe.experts,

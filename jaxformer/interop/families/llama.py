@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from jaxformer.config import InputError
-from jaxformer.interop.family import CheckpointFormat, blocks, branches, family, part
+from jaxformer.interop.family import CheckpointFormat, blocks, branches, family, part, std_of
 from jaxformer.interop.settings import ACTIVATIONS, Settings, activation_name
 from jaxformer.interop.weights import Names, Rule, linear, same
 from jaxformer.layers.attention import Attention
@@ -27,8 +27,8 @@ _SCALING = {  # our field -> theirs
 
 def read_rotary(hf: Settings) -> Rotary:
   """Rotary positions, from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling`
-  (before). Given both, they must agree. Frequencies as they are or stretched as in Llama 3.1; other
-  `rope_type`s are refused."""
+  (before), which must agree if both are given. Frequencies are unscaled or scaled as in Llama 3.1;
+  other `rope_type`s raise `InputError`."""
   forms = [f for f in ('rope_scaling', 'rope_parameters') if hf.fields.get(f) is not None]
   theta = hf.get('rope_theta', float, 10000.0)
   found = [_rotary(Settings(hf.get(f, dict), f'{hf.where}: {f}'), theta) for f in forms] or [
@@ -61,7 +61,7 @@ def _rotary(rope: Settings, theta: float) -> Rotary:
 
 
 def write_rotary(rotary: Rotary) -> dict[str, Any]:
-  """Both forms, so that transformers 4 and 5 and what was written for either read it."""
+  """The fields of transformers 4 and of transformers 5."""
   kind = (
     {'rope_type': 'default'}
     if rotary.scaling is None
@@ -80,7 +80,7 @@ def write_rotary(rotary: Rotary) -> dict[str, Any]:
 def build(
   hf: Settings, *, bias: bool = False, mlp_bias: bool = False, window: int | None = None
 ) -> LanguageModel.Config:
-  """The architecture from the fields that all of its relatives have; their defaults are Llama's."""
+  """The architecture, from the fields that Llama and its descendants share; Llama's defaults."""
   width, heads, std = (
     hf.count('hidden_size', 4096),
     hf.count('num_attention_heads', 32),
@@ -120,7 +120,7 @@ def build(
 
 
 def read(hf: Settings) -> LanguageModel.Config:
-  """`pretraining_tp` only says in how many pieces products were once computed."""
+  """`pretraining_tp` is ignored: it splits products and does not affect the function."""
   return build(
     hf, bias=hf.get('attention_bias', bool, False), mlp_bias=hf.get('mlp_bias', bool, False)
   )
@@ -132,7 +132,6 @@ def write(config: LanguageModel.Config) -> dict[str, Any]:
   attention = part(first.layer, Attention.Config, 'layer 0 of block 0')
   mlp = part(second.layer, GatedMlp.Config, 'layer 1 of block 0')
   rotary = part(attention.position, Rotary, 'the position of layer 0 of block 0')
-  std = config.embedding_init.std if isinstance(config.embedding_init, Normal) else 0.02
   return {
     'vocab_size': config.vocab_size,
     'hidden_size': config.width,
@@ -144,7 +143,7 @@ def write(config: LanguageModel.Config) -> dict[str, Any]:
     'hidden_act': activation_name(mlp.activation),
     'max_position_embeddings': config.context_length,
     'rms_norm_eps': first.norm.eps,
-    'initializer_range': std,
+    'initializer_range': std_of(config.embedding_init),
     'tie_word_embeddings': config.tied,
     'attention_bias': attention.bias,
     'mlp_bias': mlp.bias,

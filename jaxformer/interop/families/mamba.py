@@ -13,20 +13,20 @@ from jaxformer.layers.norm import RMSNorm
 from jaxformer.models.block import Block, PreNorm
 from jaxformer.models.language_model import LanguageModel
 from jaxformer.models.stack import Group
+from jaxformer.user_code import is_a
 
-# the authors'; their format has no place for it, so we write the field that other families have
+# The authors' value. Their format has no field for it; we write the one that other families have.
 CONTEXT = 2048
 
 
 def build(
   hf: Settings, layer: LayerConfig, *, layers: int, width: int, vocab_size: int, tied: bool
 ) -> LanguageModel.Config:
-  """The architecture around a layer, from the fields that Mamba and Mamba-2 share and their
-  defaults where those differ.
+  """The architecture around a layer, from the fields that Mamba and Mamba-2 share; the keywords are
+  defaults that differ.
 
-  How transformers draws initial values (`initializer_range`, `rescale_prenorm_residual`,
-  `time_step_scale`, `time_step_init_scheme`) is not how the authors do, and is left out: ours are
-  the authors'."""
+  Initialization is the authors': transformers' own scheme (`initializer_range`,
+  `rescale_prenorm_residual`, `time_step_scale`, `time_step_init_scheme`) is ignored."""
   for name, needed in (('hidden_act', ('silu', 'swish')), ('rms_norm', (True,))):
     hf.only(name, *needed)
   norm = RMSNorm.Config(eps=hf.get('layer_norm_epsilon', float, 1e-5))
@@ -93,7 +93,7 @@ def write_layer(layer: Any) -> dict[str, Any]:
     'use_bias': layer.bias,
     'use_conv_bias': layer.conv_bias,
   }
-  if isinstance(layer.dt_init, StepBias):
+  if is_a(layer.dt_init, StepBias):
     fields |= {
       'time_step_min': layer.dt_init.low,
       'time_step_max': layer.dt_init.high,
@@ -112,12 +112,12 @@ def write(config: LanguageModel.Config) -> dict[str, Any]:
   )
 
 
-CONV = (TRANSPOSE, NewAxis(1))  # [taps, channels] of ours, [channels, 1, taps] of theirs
+CONV = (TRANSPOSE, NewAxis(1))  # ours [d_conv, channels], theirs [channels, 1, d_conv]
 OURS, THEIRS = 'stack.{layer}.branches.0.layer', 'backbone.layers.{layer}.mixer'
 
 
 def outer_rules() -> list[Rule]:
-  """What is around the layers, and what Mamba and Mamba-2 layers share."""
+  """Rules for the parameters outside the layers, and those that Mamba and Mamba-2 layers share."""
   return [
     same('embedder.input.table', 'backbone.embeddings.weight'),
     same('stack.{layer}.branches.0.norm.scale', 'backbone.layers.{layer}.norm.weight'),

@@ -25,7 +25,7 @@ from jaxformer.models.language_model import LanguageModel
 
 
 def read(hf: Settings) -> LanguageModel.Config:
-  """`chunk_size` and `time_step_rank` leave the function alone."""
+  """`chunk_size` and `time_step_rank` do not affect the function."""
   width, expand, head_dim = (
     hf.count('hidden_size', 4096),
     hf.count('expand', 2),
@@ -50,8 +50,8 @@ def read(hf: Settings) -> LanguageModel.Config:
 
 
 def _unlimited(hf: Settings) -> None:
-  """Step sizes must not be clipped: `time_step_limit` is [0, infinity], which files spell in
-  several ways."""
+  """Require unclipped step sizes: `time_step_limit` = [0, infinity], which files write in several
+  ways."""
   limit = hf.fields.get('time_step_limit')
   if limit is None:
     return

@@ -1,5 +1,5 @@
-"""Marian: the Transformer of Vaswani et al. 2017, with offsets in attention and on the logits, and
-sines before cosines."""
+"""Marian: the Transformer of Vaswani et al. 2017, with biases in attention and on the logits, and
+with sines before cosines."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 from typing import Any
 
 from jaxformer.config import InputError
-from jaxformer.interop.family import CheckpointFormat, family, part
+from jaxformer.interop.family import CheckpointFormat, family, part, std_of
 from jaxformer.interop.settings import ACTIVATIONS, Settings, activation_name
 from jaxformer.interop.weights import Names, NewAxis, Rule, linear, same
 from jaxformer.layers.attention import Attention
@@ -22,8 +22,8 @@ from jaxformer.models.zoo.transformer import transformer
 
 
 def read(hf: Settings) -> EncoderDecoder.Config:
-  """Dropout inside attention and feed-forward layers, and of whole layers, is dropped: it leaves
-  the weights' function alone."""
+  """Dropout inside attention and feed-forward layers, and of entire layers, is ignored: it does not
+  affect inference."""
   hf.only('share_encoder_decoder_embeddings', True)
   hf.only('tie_word_embeddings', True)
   vocab_size, width = hf.count('vocab_size', 58101), hf.count('d_model', 1024)
@@ -53,7 +53,7 @@ def read(hf: Settings) -> EncoderDecoder.Config:
 def _layers(
   groups: tuple[Group, ...], count: int, where: str
 ) -> tuple[list[LayerConfig], int, float]:
-  """The layers of the first block of a stack, the number of its blocks, and the dropout."""
+  """(layers of the first block, number of blocks, dropout) of a stack."""
   blocks = [b for g in groups for _ in range(g.repeats) for b in g.pattern]
   branches = [
     part(b, PostNorm.Config, f'a branch of block 0 of the {where}') for b in blocks[0].branches
@@ -64,8 +64,8 @@ def _layers(
 
 
 def write(config: EncoderDecoder.Config) -> dict[str, Any]:
-  """The token that a decoder reads first is no part of our config: the last of the vocabulary
-  stands there, Marian's padding."""
+  """The first token of a decoder is not in our config; the last token of the vocabulary is written,
+  Marian's padding."""
   config = part(config, EncoderDecoder.Config, 'model')
   (attention, mlp), layers, dropout = _layers(config.encoder, 2, 'encoder')
   (over, _, mlp_over), layers_over, _ = _layers(config.decoder, 3, 'decoder')
@@ -95,7 +95,7 @@ def write(config: EncoderDecoder.Config) -> dict[str, Any]:
     'is_encoder_decoder': True,
     'decoder_start_token_id': config.vocab_size - 1,
     'forced_eos_token_id': None,
-    'init_std': config.embedding_init.std if isinstance(config.embedding_init, Normal) else 0.02,
+    'init_std': std_of(config.embedding_init),
   }
 
 

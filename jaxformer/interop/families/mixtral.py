@@ -1,8 +1,8 @@
-"""Mixtral: Llama with a mixture of experts for its feed-forward layer.
+"""Mixtral: Llama with a mixture of experts as feed-forward layer.
 
-On disk every expert has tensors of its own, w1 (gate), w3 (in) and w2 (out), as in the published
-files; transformers 5 fuses them in memory alone. Its balancing loss is one over all layers and only
-taken on demand; the weight of it becomes that of ours, a layer."""
+On disk every expert has separate tensors, w1 (gate), w3 (up) and w2 (down), as in the published
+files; transformers 5 fuses them in memory only. Its balancing loss is computed over all layers, and
+only on request; its weight becomes the weight of our loss per layer."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ _DEFAULTS = {
   'rope_theta': 1e6,
   'router_aux_loss_coef': 0.001,
 }
-# [experts, in, out] of ours, a Linear for each of theirs
+# ours [experts, in, out], theirs one Linear per expert
 EXPERTS = (Permute((0, 2, 1)), Unstack())
 
 
 def balance(hf: Settings, default: float) -> float | None:
-  """The weight of the balancing loss; None where it is 0."""
+  """The weight of the balancing loss; None if it is 0."""
   return hf.get('router_aux_loss_coef', float, default) or None
 
 

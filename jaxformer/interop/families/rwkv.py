@@ -1,5 +1,5 @@
 """RWKV-4. transformers may halve weights and residuals every few blocks when it runs a model,
-against the short range of fp16; what is stored is as it was trained, and so are our parameters."""
+against overflow in fp16; files hold the weights as trained, and so do our parameters."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from jaxformer.models.language_model import LanguageModel
 from jaxformer.models.zoo.rwkv4 import rwkv4
 
 CONTEXT = 1024
-# of the last norm, whatever the others have: the module of transformers does not pass it on
+# Of the last norm, which in transformers always has the default.
 EPS = 1e-5
 
 
 def read(hf: Settings) -> LanguageModel.Config:
-  """`rescale_every` leaves the function alone, up to the norms' eps, and is passed over."""
+  """`rescale_every` is ignored: it does not affect the function, up to the norms' eps."""
   width = hf.count('hidden_size', 4096)
   hf.only('attention_hidden_size', None, width)
   norm, tied = (
@@ -40,7 +40,7 @@ def read(hf: Settings) -> LanguageModel.Config:
 
 
 def write(config: LanguageModel.Config) -> dict[str, Any]:
-  """Without rescaling, so that the logits are ours; whoever runs a deep model in fp16 sets
+  """Without rescaling, so that the logits equal ours; to run a deep model in fp16, set
   `rescale_every` to 6."""
   stack = blocks(config)
   time, channels = branches(stack[0], 2)
