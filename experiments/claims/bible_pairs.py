@@ -2,10 +2,10 @@
 
     python experiments/claims/bible_pairs.py kjv-es --out bible
 
-`kjv-es` has 31,084 verses in English and Spanish, `kjv-web` in old and modern English. They are made
-from SWORD modules that Debian and Ubuntu package: looked for in `--packages DIR`, in
-/usr/share/sword, and by `apt-get download` and `dpkg-deb -x` into a temporary folder, which needs no
-root. Reading modules needs the extra `translation`. To train on the file: `--data Pairs
+`kjv-es` has 31,084 verses in English and Spanish, `kjv-web` in old and modern English. They are
+made from SWORD modules that Debian and Ubuntu package: looked for in `--packages DIR`, in
+/usr/share/sword, and by `apt-get download` and `dpkg-deb -x` into a temporary folder, which needs
+no root. Reading modules needs the extra `translation`. To train on the file: `--data Pairs
 --data.corpus Tsv --data.corpus.path bible/kjv-es.tsv --data.corpus.document_column 3`."""
 
 from __future__ import annotations
@@ -116,8 +116,8 @@ def prepare(
 def find(
   name: str, modules: list[Module], folder: Path | None, work: Path, log: Log
 ) -> dict[str, Path]:
-  """Return for the package of each module the folder that holds `mods.d` and `modules`. Packages are
-  unpacked into `work`."""
+  """Return for the package of each module the folder that holds `mods.d` and `modules`. Packages
+  are unpacked into `work`."""
   if folder is not None:
     if not folder.is_dir():
       raise InputError(f'--packages {folder}: no such folder')
@@ -247,7 +247,8 @@ def plain(osis: str) -> str:
   """Return the words of a verse in OSIS markup, on one line.
 
   Notes, headings of editors and paragraph signs are dropped; headings of the text itself (of
-  Psalms) stay. Where a note or an added word stands between words without a space, one is added; Spanish pronouns added to the end of a verb stay joined to it."""
+  Psalms) stay. Where a note or an added word stands between words without a space, one is added;
+  Spanish pronouns added to the end of a verb stay joined to it."""
   text = HEADING.sub(' ', NOTE.sub(' ', osis))
   text = ADDED.sub(
     lambda m: m[0] if ENCLITIC.fullmatch(TAG.sub('', m[2])) else f'{m[1]} {m[2]}{m[3]}', text

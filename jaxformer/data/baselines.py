@@ -15,8 +15,8 @@ SLICE = 1 << 22
 
 
 class PairCounter:
-  """Counts pairs of symbols in documents given in pieces: `pairs`, int64 [257, 257], first symbol by
-  second."""
+  """Counts pairs of symbols in documents given in pieces: `pairs`, int64 [257, 257], first symbol
+  by second."""
 
   def __init__(self):
     self.pairs = np.zeros((SYMBOLS, SYMBOLS), np.int64)
@@ -41,18 +41,18 @@ class PairCounter:
 
 
 def unigram_bits_per_byte(train: np.ndarray, validation: np.ndarray, ends: bool) -> float:
-  """Return bits per byte of the validation text under P(b) = (n(b) + 1) / (n + V), with n(b) the count of
-  symbol b in the training text, n their sum and V the number of symbols. With `ends`, the ends of
-  documents are predicted too, as a model with such a token does."""
+  """Return bits per byte of the validation text under P(b) = (n(b) + 1) / (n + V), with n(b) the
+  count of symbol b in the training text, n their sum and V the number of symbols. With `ends`, the
+  ends of documents are predicted too, as a model with such a token does."""
   train, validation = _scored(train, ends), _scored(validation, ends)
   return _bits(np.log2(_unigram(train))[None, :], validation)
 
 
 def bigram_bits_per_byte(train: np.ndarray, validation: np.ndarray, ends: bool) -> float:
-  """Return bits per byte of the validation text under P(b|a) = (c(a,b) + d(a) P(b)) / (c(a) + d(a)), with
-  c(a,b) the count of b after a in the training text, c(a) its sum over b, d(a) the number of
-  distinct b after a (Witten and Bell 1991), P(b) as for the unigram model, and P(b|a) = P(b) where
-  a was never seen. The first byte of a document is predicted from the boundary."""
+  """Return bits per byte of the validation text under P(b|a) = (c(a,b) + d(a) P(b)) / (c(a) +
+  d(a)), with c(a,b) the count of b after a in the training text, c(a) its sum over b, d(a) the
+  number of distinct b after a (Witten and Bell 1991), P(b) as for the unigram model, and P(b|a) =
+  P(b) where a was never seen. The first byte of a document is predicted from the boundary."""
   train, validation = _scored(train, ends), _scored(validation, ends)
   distinct = (train > 0).sum(axis=1, keepdims=True)
   unseen = distinct == 0

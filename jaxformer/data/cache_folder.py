@@ -23,8 +23,8 @@ T = TypeVar('T')
 ABANDONED_SECONDS = 24 * 3600.0
 # Below this size hashing again costs less than looking the hash up.
 MEMO_BYTES = 1 << 20
-# A file that changes within the resolution of its time stamp can keep that stamp, so hashes of young
-# files are not remembered.
+# A file that changes within the resolution of its time stamp can keep that stamp, so hashes of
+# young files are not remembered.
 RACY_SECONDS = 2.0
 
 

@@ -70,8 +70,8 @@ class DatasetConfig(Config, abstract=True):
 
   @property
   def length_field(self) -> str:
-    """The field that sets `max_len`: 'sequence_length' of text; 'positions' of other data stands for
-    several."""
+    """The field that sets `max_len`: 'sequence_length' of text; 'positions' of other data stands
+    for several."""
     return 'positions'
 
   @property
@@ -294,8 +294,8 @@ def pair_batch(
 
 
 class TrainBatches:
-  """Endless training batches: an iterator and a context manager. `close` stops the thread that makes
-  batches ahead."""
+  """Endless training batches: an iterator and a context manager. `close` stops the thread that
+  makes batches ahead."""
 
   def __init__(
     self,

@@ -65,7 +65,7 @@ def text_of(row: Mapping[str, Any], field: str, where: str, setting: str) -> str
   value = row[field]
   if not isinstance(value, str):
     raise InputError(
-      f'{where}: field {field!r} holds a {type(value).__name__}; {setting} must name a field of text'
+      f'{where}: field {field!r} holds a {type(value).__name__}; {setting} must name a text field'
     )
   if not value.isascii():
     try:

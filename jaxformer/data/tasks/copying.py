@@ -12,8 +12,8 @@ from jaxformer.task_type import IGNORE, Batch
 
 
 class SelectiveCopying(TokenTask):
-  """`. a . . b . c => => =>`, with targets a b c, one at each marker (Gu and Dao 2023, section 4.1.1
-  and appendix E.1).
+  """`. a . . b . c => => =>`, with targets a b c, one at each marker (Gu and Dao 2023, section
+  4.1.1 and appendix E.1).
 
   `copied` tokens are at positions drawn uniformly from all before the markers, of which there is
   one per token. Token 0 is the noise, `vocab_size` - 1 the marker, those between are copied (the
@@ -63,8 +63,8 @@ class SelectiveCopying(TokenTask):
 
 
 class MadSelectiveCopying(SelectiveCopying):
-  """`. a . . b . c => . . .`, with targets a b c at the last positions (Poli et al. 2024, section 3.1
-  and appendix B; the MAD suite).
+  """`. a . . b . c => . . .`, with targets a b c at the last positions (Poli et al. 2024, section
+  3.1 and appendix B; the MAD suite).
 
   Each blank goes before one of the tokens to copy, all equally likely, so the last of them is
   followed at once by the marker; then one more blank per token. `vocab_size` - 2 is the blank,

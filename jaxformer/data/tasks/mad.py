@@ -5,7 +5,8 @@ Defaults are the baseline of the suite, and `mad_suite` gives the harder setting
 score is the mean. The multi-query forms of recall are the ones that the suite scores: models are
 trained to predict every next token and scored by the values of keys that occurred before. The
 authors' code takes the accuracy per token and then the mean over tokens, here it is that of all
-targets; since answers are uniform the two are nearly equal. Selective copying is in `copying.py`."""
+targets; since answers are uniform the two are nearly equal. Selective copying is in
+`copying.py`."""
 
 from __future__ import annotations
 

@@ -232,8 +232,8 @@ def target_last_only(tokens_BT: Int64[np.ndarray, 'B T'], answer_B: Index, side:
 
 
 def random_bits(key: np.uint64, index_N: Index, count: int) -> UInt64[np.ndarray, 'N count']:
-  """Return `count` random words for each number: SplitMix64 streams, by integer arithmetic alone, so
-  the same with every library."""
+  """Return `count` random words for each number: SplitMix64 streams, by integer arithmetic alone,
+  so the same with every library."""
   start_N = shuffle.scramble(shuffle.scramble(index_N.astype(np.uint64)) ^ key)
   at_NC = start_N[:, None] + _GOLDEN * np.arange(1, count + 1, dtype=np.uint64)[None]
   return shuffle.scramble(at_NC.reshape(-1)).reshape(at_NC.shape)
