@@ -23,11 +23,11 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Int, Key
 
 from jaxformer.config import InputError
-from jaxformer.inference.sampling import PLAIN, Sampling, sample
+from jaxformer.inference.sampling import GREEDY, PLAIN, Sampling, sample
 from jaxformer.layers.layer import Context, State
 from jaxformer.models.language_model import LanguageModel
 from jaxformer.models.params import Definition, Params
-from jaxformer.sharding import Rules, use_mesh
+from jaxformer.sharding import Rules, replicated, use_mesh
 from jaxformer.task_type import IGNORE
 
 STEP = Context()
@@ -349,3 +349,82 @@ def on(mesh: Mesh | None, rules: Rules | str) -> Generator[None]:
   """Compile for this mesh inside the context; without one, for the default device."""
   with contextlib.nullcontext() if mesh is None else use_mesh(mesh, rules):
     yield
+
+
+# ---- lowered, from shapes alone: what serving a model compiles ---------------------------------
+
+
+def lowered_prefill(
+  definition: Definition[LanguageModel],
+  mesh: Mesh,
+  rules: Rules | str,
+  batch: int,
+  context_length: int,
+  prompt: int | None = None,
+) -> jax.stages.Lowered:
+  """Lower the program that reads `batch` prompts and samples one token for each, with parameters in
+  bfloat16.
+
+  Args:
+    context_length: maximum number of positions in the model's state.
+    prompt: tokens of each prompt; None for `context_length`.
+  """
+  T, longest = context_length if prompt is None else prompt, definition.config.max_len
+  if batch < 1 or T < 1:
+    raise InputError(f'batch = {batch} and context_length = {T}: must be positive')
+  if longest is not None and context_length > longest:
+    raise InputError(
+      'context_length', context_length, f'at most {longest}, the learned positions of the model'
+    )
+  ids = _array((batch, T), jnp.int32, mesh)
+  numbers = _array((), jnp.uint32, mesh), _array((), jnp.int32, mesh)
+  with use_mesh(mesh, rules):
+    return begin.trace(
+      definition,
+      definition.abstract(mesh, rules, jnp.bfloat16),
+      ids,
+      ids,
+      *numbers,
+      sampling=GREEDY,
+      max_len=context_length,
+      max_new_tokens=1,
+      where=(mesh, rules),
+    ).lower(lowering_platforms=(mesh.devices.flat[0].platform,))
+
+
+def lowered_decode(
+  definition: Definition[LanguageModel],
+  mesh: Mesh,
+  rules: Rules | str,
+  batch: int,
+  context_length: int,
+) -> jax.stages.Lowered:
+  """Lower the decode loop: one token per step for each of `batch` sequences, with a state of
+  `context_length` positions.
+
+  The sharding of the state is what prefill leaves, so that program is compiled first, for a short
+  prompt."""
+  reading = lowered_prefill(
+    definition, mesh, rules, batch, context_length, min(bucket(1), context_length)
+  )
+  read: Any = reading.compile()
+  decoding = jax.tree.map(
+    lambda a, where: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=where),
+    reading.out_info,
+    read.output_shardings,
+  )
+  number = _array((), jnp.int32, mesh)
+  with use_mesh(mesh, rules):
+    return advance.trace(
+      definition,
+      definition.abstract(mesh, rules, jnp.bfloat16),
+      decoding,
+      number,
+      number,
+      sampling=GREEDY,
+      where=(mesh, rules),
+    ).lower(lowering_platforms=(mesh.devices.flat[0].platform,))
+
+
+def _array(shape: tuple[int, ...], dtype: Any, mesh: Mesh) -> Any:
+  return jax.ShapeDtypeStruct(shape, dtype, sharding=replicated(mesh))

@@ -93,12 +93,14 @@ class Definition(Generic[M_co]):
     }
 
   def abstract(
-    self, mesh: Mesh | None = None, rules: Rules | str = 'fsdp_tensor'
+    self, mesh: Mesh | None = None, rules: Rules | str = 'fsdp_tensor', dtype: Any = None
   ) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes, dtypes and, with a mesh, shardings."""
+    """Shapes, dtypes (with `dtype`, those of `cast`) and, with a mesh, shardings."""
     where = dict.fromkeys(self.info) if mesh is None else self.shardings(mesh, rules)
     return {
-      name: jax.ShapeDtypeStruct(i.shape, i.dtype, sharding=where[name])
+      name: jax.ShapeDtypeStruct(
+        i.shape, i.dtype if dtype is None or i.full_precision else dtype, sharding=where[name]
+      )
       for name, i in self.info.items()
     }
 

@@ -266,10 +266,7 @@ def implementations(model: ModelConfig, on: str) -> dict[str, dict[str, list[str
   dtype = jnp.float32 if on == 'cpu' else jnp.bfloat16
   length = min(model.context_length, LONGEST)
   batch = abstract_batch(model, 1, length)
-  params = {
-    n: jax.ShapeDtypeStruct(a.shape, a.dtype if definition.info[n].full_precision else dtype)
-    for n, a in definition.abstract().items()
-  }
+  params = definition.abstract(dtype=dtype)
 
   def training(params: Params, batch: Any) -> Any:
     return definition.merge(params).loss(batch)

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from jaxformer.config import InputError
 from jaxformer.data import Text
-from jaxformer.inference.lowering import lowered_decode, lowered_prefill
+from jaxformer.inference.decoding import lowered_decode, lowered_prefill
 from jaxformer.launch.check import setup_of
 from jaxformer.models.model import ModelConfig
 from jaxformer.models.params import define
