@@ -94,7 +94,6 @@ def _shards(batch_size: int, mesh: Mesh, rules: Rules | str) -> int:
   parts = batch_shards(mesh, rules)
   if batch_size % parts:
     raise InputError(
-      f'training.batch_size / accumulate = {batch_size}: must be a multiple of the {parts} parts '
-      'of the mesh'
+      'training.batch_size / accumulate', batch_size, f'a multiple of the {parts} parts of the mesh'
     )
   return parts

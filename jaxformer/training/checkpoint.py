@@ -1,15 +1,14 @@
-"""Checkpoints: saved in the background, verified when loaded. The only file that knows Orbax.
+"""Checkpoints: saved in the background, verified when loaded. The only module that uses Orbax.
 
 A checkpoint is a folder `<step>/` with three parts: `params` and `optimizer` (arrays by name,
 written by all processes) and `meta` (JSON: step, random key, position in the data, digest of the
-config, and a digest of every array). Storage formats do not notice a flipped bit in array data, so
-every array is hashed before it is saved and after it is loaded; the hash does not depend on how an
-array is divided over devices, so a checkpoint may be loaded on any mesh."""
+config, and a digest of every array). Storage formats do not detect a flipped bit in array data, so
+every array is hashed before it is saved and after it is loaded. The hash does not depend on the
+sharding, so a checkpoint may be loaded on any mesh."""
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import errno
 import functools
 import hashlib
@@ -34,7 +33,7 @@ from jaxformer.sharding import MeshConfig, Rules, make_mesh, replicated
 from jaxformer.training.paths import AnyPath, move, remote_errors, remove, to_path
 from jaxformer.training.step import TrainState
 
-VERSION = 1
+VERSION = 2  # 1 is that of jaxformer 0.1
 Log = Callable[[str], None]
 
 
@@ -50,8 +49,6 @@ class Corrupt(Exception):
 
 
 def _bits(x: Array) -> Array:
-  if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
-    x = jax.random.key_data(x)
   if x.dtype == jnp.bool_:
     return x.astype(jnp.uint32)
   word = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}[x.dtype.itemsize]
@@ -59,7 +56,8 @@ def _bits(x: Array) -> Array:
 
 
 def _mix(h: Array) -> Array:
-  """The finaliser of MurmurHash3: a bijection, so no change of one word goes unnoticed."""
+  """Apply the finalizer of MurmurHash3: a bijection, so that a change of one word is always
+  detected."""
   for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
     h = (h ^ (h >> shift)) * jnp.uint32(factor)
   return h ^ (h >> 16)
@@ -75,18 +73,17 @@ def _digest(x: Array) -> Array:
 
 
 def digests(arrays: Mapping[str, Array]) -> dict[str, int]:
-  """Of every array, below 2^32: sum over its numbers of mix(bit pattern XOR mix(index)), modulo
-  2^32. The same on every mesh.
+  """Return a digest of every array: the sum over its elements of mix(bits XOR mix(index)), modulo
+  2^32. It is the same on every mesh.
 
-  A small program for each shape: one for all arrays would take longer to compile, for moments have
-    the shapes of parameters. One
-  after another: on a CPU with several processes, collectives that wait for each other can fill
-    every thread there is."""
+  There is a small program per shape, since one for all arrays would take longer to compile
+  (moments have the shapes of parameters). They run one after another: on a CPU with several
+  processes, collectives that wait for each other can occupy all threads."""
   return {name: int(_digest(x)) for name, x in arrays.items()}
 
 
 def named(tree: Any) -> dict[str, Any]:
-  """The leaves of a tree by their paths."""
+  """Return the leaves of a tree by their paths."""
   leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
   return {jax.tree_util.keystr(path, simple=True, separator='/'): leaf for path, leaf in leaves}
 
@@ -108,12 +105,11 @@ def _seal(meta: dict[str, Any]) -> dict[str, Any]:
 
 
 def steps_in(folder: AnyPath) -> list[int]:
-  """The steps that have a checkpoint, ascending. Interrupted saves, which have another name, or in
-  a store no mark of being whole, do not count."""
-  found = (
-    [p for p in folder.iterdir() if p.name.isdigit() and p.is_dir()] if folder.is_dir() else []
-  )
-  return sorted(int(p.name) for p in found if is_checkpoint_finalized(p))
+  """Return the steps that have a complete checkpoint, ascending. Interrupted saves have another
+  name, or in a store no mark of completion."""
+  found = folder.iterdir() if folder.is_dir() else ()
+  steps = (p for p in found if p.name.isdigit() and p.is_dir() and is_checkpoint_finalized(p))
+  return sorted(int(p.name) for p in steps)
 
 
 def _read_meta(path: AnyPath) -> dict[str, Any]:
@@ -126,7 +122,9 @@ def _read_meta(path: AnyPath) -> dict[str, Any]:
     raise Corrupt('its metadata were changed')
   if meta['version'] != VERSION:
     raise InputError(
-      f'{path}: a checkpoint of format {meta["version"]}; this version reads {VERSION}'
+      f'{path} was written by jaxformer 0.1, whose checkpoints this version cannot read'
+      if meta['version'] == 1
+      else f'{path}: has format {meta["version"]}; this version reads {VERSION}'
     )
   return meta
 
@@ -159,11 +157,11 @@ def _compare(path: AnyPath, meta: dict[str, Any], part: str, abstract: Mapping[s
 def _read(
   path: AnyPath, meta: dict[str, Any], abstract: dict[str, dict[str, Any]]
 ) -> dict[str, dict[str, Array]]:
-  """The arrays of the parts asked for, verified. Raises `Corrupt`."""
+  """Return the arrays of the requested parts, verified. Raises `Corrupt`."""
   try:
     with _quiet():
       loaded = ocp.load_checkpointables(str(path), abstract)
-  except Exception as e:  # which type a corrupt file raises cannot be foretold
+  except Exception as e:  # the type of error is unknown in advance
     raise Corrupt(f'it cannot be read ({type(e).__name__}: {_first_line(e)})') from None
   found = digests(_by_path(loaded))
   wrong = [name for name, d in found.items() if d != meta['digests'].get(name)]
@@ -174,7 +172,8 @@ def _read(
 
 
 def _together(read: Callable[[], Any]) -> Any:
-  """`read()`, or `Corrupt` on all processes where it is on one, so that all fall back together."""
+  """Return `read()`; raise `Corrupt` on all processes if one of them does, so that all fall back
+  together."""
   problem, value = '', None
   try:
     value = read()
@@ -189,8 +188,8 @@ def _together(read: Callable[[], Any]) -> Any:
 
 
 def find(path: str | AnyPath) -> AnyPath:
-  """The checkpoint that a path names: a checkpoint folder, a run folder or its `checkpoints/` (the
-  newest there), or one of these with `@step`. Raises `InputError`."""
+  """Return the checkpoint that a path names: a checkpoint folder, the latest of a run folder or its
+  `checkpoints/`, or that of a step with `@STEP`. Raises `InputError`."""
   base, at, step = str(path).partition('@')
   folder = to_path(base)
   with remote_errors(folder):
@@ -200,7 +199,7 @@ def find(path: str | AnyPath) -> AnyPath:
     steps = steps_in(home)
   if not steps:
     raise InputError(
-      f'{path}: no checkpoint there; expected a run folder, or a folder runs/NAME/checkpoints/STEP'
+      f'{path}: no checkpoint there; must be a run folder, or runs/NAME/checkpoints/STEP'
     )
   if at and (not step.isdigit() or int(step) not in steps):
     raise InputError(
@@ -215,24 +214,22 @@ def load_params(
   mesh: Mesh | None = None,
   rules: Rules | str = 'fsdp_tensor',
 ) -> tuple[Params, int]:
-  """The parameters of a checkpoint, and its step.
+  """Return the parameters of a checkpoint, and its step.
 
   Args:
     path: see `find`.
-    definition: of the model; names and shapes must be its own.
-    mesh, rules: where the parameters go; None for one device, or under several processes for a copy
-      on every device of each.
+    definition: the model, whose names and shapes must match.
+    mesh, rules: where the parameters go; without a mesh, one device, or under several processes
+      all devices, replicated.
 
-  Raises `InputError` for a path without a checkpoint, one of another model, and a corrupt one.
+  Raises `InputError` for a path without a checkpoint, that of another model, or a corrupt one.
   """
   where = find(path)
   abstract = definition.abstract(mesh, rules)
   if mesh is None:
-    # the first device of all belongs to one process; the others could not put anything there
-    alone = jax.process_count() == 1
     one = (
       jax.sharding.SingleDeviceSharding(jax.devices()[0])
-      if alone
+      if jax.process_count() == 1  # the first device belongs to one process only
       else replicated(make_mesh(MeshConfig()))
     )
     abstract = {
@@ -255,23 +252,13 @@ def load_params(
 # ---- a run's checkpoints -----------------------------------------------------------------------
 
 
-@dataclasses.dataclass(frozen=True)
-class Restored:
-  """A state with what was stored beside it.
-
-  Attributes:
-    state: on the mesh asked for.
-    data: position in the data.
-    corrupt: (step, what is wrong) of newer checkpoints that were passed over.
-  """
-
-  state: TrainState
-  data: dict[str, Any]
-  corrupt: tuple[tuple[int, str], ...] = ()
+Restored = tuple[TrainState, dict[str, Any], list[tuple[int, str]]]
+"""A state on the requested mesh, its position in the data, and (step, problem) of each later
+checkpoint, which is corrupt and was skipped."""
 
 
 class Checkpoints:
-  """The checkpoints of a run: saved in the background one at a time; the newest and the best are
+  """The checkpoints of a run, saved in the background one at a time; the latest and the best are
   kept. A context manager."""
 
   def __init__(self, folder: AnyPath, keep_latest: int, keep_best: int, log: Log):
@@ -283,8 +270,8 @@ class Checkpoints:
     self._manager = self._open()
 
   def _set_aside_metrics(self) -> None:
-    """Orbax reads the metrics of all checkpoints when it opens the folder and fails on one that is
-    cut; they only rank the best."""
+    """Rename corrupt files of metrics, which only rank the best checkpoints: Orbax reads all of them
+    when it opens the folder, and fails on one that was cut short."""
     if jax.process_index() == 0:
       for step in steps_in(self.folder):
         file = self.folder / str(step) / 'metrics' / 'metrics'
@@ -293,18 +280,17 @@ class Checkpoints:
         except (OSError, ValueError):
           self.log(f'warning: {file} is corrupt; checkpoint {step} no longer counts among the best')
           file.rename(file.with_name('corrupt'))
-    if jax.process_count() > 1:
-      multihost_utils.sync_global_devices('metrics of checkpoints read')
+    _barrier('metrics of checkpoints read')
 
   def _open(self) -> ocp.training.Checkpointer:
-    # Orbax's own types do not agree with each other
+    # the types of Orbax are inconsistent
     saving: Any = ocp.training.save_decision_policies
     policies: Any = ocp.training.preservation_policies
     latest, best = self._keep
     by_loss = policies.BestN(
       get_metric_fn=lambda m: -m['eval/loss'], n=best, keep_checkpoints_without_metrics=False
     )
-    registry = ocp.handlers.local_registry()  # else a dictionary of numbers is taken for arrays
+    registry = ocp.handlers.local_registry()  # by default a dictionary of numbers is read as arrays
     registry.add(ocp.handlers.JsonHandler, checkpointable_name='meta')
     context = ocp.Context()
     context.checkpointables.registry = registry
@@ -324,10 +310,10 @@ class Checkpoints:
     config_digest: str,
     eval_loss: float | None = None,
   ) -> None:
-    """Starts to write the state; returns as soon as it may be donated. An earlier save is finished
-    first.
+    """Finish the previous save, then start to write the state; return as soon as the state may be
+    donated.
 
-    A save that fails is reported and tried again at the next; the second failure in a row raises
+    A failure is reported, and the next save is tried; the second failure in a row raises
     `SaveError`."""
     self.wait()
     step, arrays = int(state.step), _arrays(state)
@@ -361,8 +347,8 @@ class Checkpoints:
       self._pending = (step, response)
 
   def wait(self, final: bool = False) -> None:
-    """Until nothing is being written. Raises `SaveError` for a failure that is the second in a row,
-    or `final`."""
+    """Wait until nothing is being written. Raises `SaveError` for the second failure in a row, or
+    for any failure if `final`."""
     if self._pending is not None:
       step, response = self._pending
       self._pending = None
@@ -385,24 +371,24 @@ class Checkpoints:
     )
     what = 'the disk is full' if full else f'{type(error).__name__}: {_first_line(error)}'
     message = f'checkpoint {step} in {self.folder}: {what}'
-    with contextlib.suppress(Exception):  # it reports the same failure once more
+    with contextlib.suppress(Exception):  # it raises the same failure again
       self._manager.close()
     if jax.process_index() == 0:
-      # what was written of it, which on a full disk is in the way
+      # free the space of the incomplete checkpoint
       for part in self.folder.glob(f'{step}.*'):
         remove(part)
     if self._failed:
-      raise SaveError(f'{message} (the one before failed too)') from None
+      raise SaveError(f'{message} (the previous one failed too)') from None
     self._failed = message
-    self.log(f'warning: {message}; training goes on, and the next checkpoint is tried')
+    self.log(f'warning: {message}; training continues, and the next checkpoint will be tried')
     self._manager = self._open()
 
   def restore(self, abstract: TrainState) -> Restored | None:
-    """The newest checkpoint that is whole, on the shardings of `abstract`; None where there is none
-    at all.
+    """Restore the latest valid checkpoint with the shardings of `abstract`; None if there are no
+    checkpoints.
 
-    Corrupt ones that are newer are moved to `corrupt/` beside the folder. Raises `InputError` where
-    all are corrupt, and for one that is of another model or optimizer."""
+    Later, corrupt ones are moved to `corrupt/` beside the folder. Raises `InputError` if all are
+    corrupt, or one is of another model or optimizer."""
     corrupt: list[tuple[int, str]] = []
     for step in reversed(steps_in(self.folder)):
       path = self.folder / str(step)
@@ -412,8 +398,9 @@ class Checkpoints:
         corrupt.append((step, str(e)))
         self.log(f'warning: checkpoint {step} is corrupt: {e}')
         continue
-      self._put_aside([s for s, _ in corrupt])
-      return Restored(state, data, tuple(corrupt))
+      if corrupt:
+        self._set_aside([s for s, _ in corrupt])
+      return state, data, corrupt
     if corrupt:
       raise InputError(
         f'{self.folder}: no valid checkpoint: {"; ".join(f"{s}: {e}" for s, e in corrupt)}; '
@@ -430,18 +417,16 @@ class Checkpoints:
     opt_state = jax.tree.unflatten(jax.tree.structure(abstract.opt_state), leaves)
 
     @functools.partial(jax.jit, out_shardings=(abstract.step.sharding, abstract.key.sharding))
-    # unlike device_put, also where other processes have devices
-    def place(step: Array, data: Array) -> tuple[Array, Array]:
+    # unlike device_put, also with devices of other processes
+    def put(step: Array, data: Array) -> tuple[Array, Array]:
       return step, jax.random.wrap_key_data(data)
 
-    step, key = place(np.int32(meta['step']), np.array(meta['key'], np.uint32))
+    step, key = put(np.int32(meta['step']), np.array(meta['key'], np.uint32))
     return TrainState(
       step, {name: loaded['params'][name] for name in abstract.params}, opt_state, key
     ), meta['data']
 
-  def _put_aside(self, steps: list[int]) -> None:
-    if not steps:
-      return
+  def _set_aside(self, steps: list[int]) -> None:
     self._manager.close()
     if jax.process_index() == 0:
       aside = self.folder.parent / 'corrupt'
@@ -449,25 +434,22 @@ class Checkpoints:
       for step in steps:
         remove(aside / str(step))
         move(self.folder / str(step), aside / str(step))
-    if jax.process_count() > 1:
-      multihost_utils.sync_global_devices('corrupt checkpoints put aside')
+    _barrier('corrupt checkpoints moved')
     self._manager = self._open()
-
-  def close(self) -> None:
-    with _quiet():
-      self._manager.close()
 
   def __enter__(self) -> Checkpoints:
     return self
 
   def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-    if kind is None:
-      self.wait(final=True)
-      self.close()
-    else:
-      with contextlib.suppress(Exception):  # the error on its way out says more
-        self.wait()
-        self.close()
+    # an error that is being raised says more
+    with contextlib.suppress(*(() if kind is None else (Exception,))), _quiet():
+      self.wait(final=kind is None)
+      self._manager.close()
+
+
+def _barrier(name: str) -> None:
+  if jax.process_count() > 1:
+    multihost_utils.sync_global_devices(name)
 
 
 def _first_line(error: Exception) -> str:
@@ -476,8 +458,7 @@ def _first_line(error: Exception) -> str:
 
 @contextlib.contextmanager
 def _quiet():
-  """Orbax reports every step of its work, and errors that are reported here, on the root logger's
-  level."""
+  """Silence Orbax, which logs every step of its work, and errors that are reported here."""
   from absl import logging as absl_logging
 
   old = absl_logging.get_verbosity()

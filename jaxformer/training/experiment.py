@@ -1,4 +1,4 @@
-"""An experiment as data: everything that decides what a training run does."""
+"""An experiment as data: everything that determines a training run."""
 
 from __future__ import annotations
 
@@ -18,27 +18,27 @@ from jaxformer.training.trackers import TensorBoard, TrackerConfig
 
 
 class TrainingConfig(Config):
-  """
+  """Length, batches, precision, evaluation and checkpoints of a run.
+
   Attributes:
-    steps: updates of the parameters.
-    batch_size: sequences an update, over all devices.
-    accumulate: microbatches that a batch is cut into, one after the other; their gradients add up
-      to that of the batch.
-    seed: of initial values, dropout and the order of the data.
-    dtype: of activations and products; 'auto' is bfloat16 on TPU and GPU and float32 on CPU.
+    steps: number of updates.
+    batch_size: sequences per update, over all devices.
+    accumulate: number of microbatches that a batch is split into; their gradients are summed.
+    seed: of initialization, dropout and the order of the data.
+    dtype: of activations and matmuls; 'auto' is bfloat16 on TPU and GPU and float32 on CPU.
       Parameters are float32.
-    remat: what the forward pass keeps, a name of `models.stack.REMAT`.
+    remat: rematerialization policy, a name of `models.stack.REMAT`.
     z_loss: weight of the squared log-partition function (PaLM, section 5); 0 for none.
-    label_smoothing: how much of each target goes to all tokens evenly (Szegedy et al. 2016, section
-      7; 0.1 in Vaswani et al. 2017); 0 for none.
-    eval_every: steps between evaluations; one more follows the last step.
-    eval_batches: batches of held-out rows, spread over all of them; None for all.
-    checkpoint_every: steps between checkpoints; one more follows the last step.
-    keep_latest: newest checkpoints kept.
-    keep_best: checkpoints with the lowest `eval/loss` kept beside them.
-    log_every: steps between lines of `metrics.jsonl`.
-    trackers: where metrics go besides.
-    profile: first step and the one after the last to record with the profiler, into the run
+    label_smoothing: probability moved from each target to the uniform distribution (Szegedy et al.
+      2016, section 7; 0.1 in Vaswani et al. 2017); 0 for none.
+    eval_every: steps between evaluations; the last step is followed by one as well.
+    eval_batches: number of batches sampled evenly from the held-out rows; None for all.
+    checkpoint_every: steps between checkpoints; the last step is followed by one as well.
+    keep_latest: number of latest checkpoints to keep.
+    keep_best: number of checkpoints with the lowest `eval/loss` to keep in addition.
+    log_every: steps between rows of `metrics.jsonl`.
+    trackers: where metrics go besides the run folder.
+    profile: first step, and the one after the last, to record with the profiler into the run
       folder's `profile/`; None for none.
   """
 
@@ -88,14 +88,13 @@ class TrainingConfig(Config):
       'a first step and a later one, or none',
     )
     if self.remat not in REMAT:
-      raise InputError(
-        f'TrainingConfig.remat = {self.remat!r}: no such policy{nearest(self.remat, REMAT)}'
-      )
+      problem = f'no such policy{nearest(self.remat, REMAT)}'
+      raise InputError('TrainingConfig.remat', self.remat, problem=problem)
 
 
 class RunConfig(Config):
   """The run folder is `dir`/`name`, where `dir` is a folder or gs://BUCKET/FOLDER. The same name
-  goes on with the run; None is a name made from the experiment's digest."""
+  resumes the run; None stands for a name made from the experiment's digest."""
 
   name: str | None = None
   dir: str = 'runs'
@@ -109,7 +108,7 @@ class RunConfig(Config):
 
 
 class Experiment(Config):
-  """What is trained, on what, how, and where."""
+  """A model, its data, and how and where it is trained."""
 
   model: ModelConfig
   data: DatasetConfig = Text()
@@ -129,18 +128,16 @@ class Experiment(Config):
       )
     warmup = self.schedule.warmup_steps(self.training.steps)
     if warmup > self.training.steps:
-      raise InputError(
-        f'schedule.warmup = {warmup}: must be at most training.steps = {self.training.steps}'
-      )
+      raise InputError('schedule.warmup', warmup, f'at most training.steps = {self.training.steps}')
 
 
 def default_experiment(model: ModelConfig, name: str) -> Experiment:
-  """What `train NAME` does without overrides: settings under which a tiny model learns in about a
-  minute on two CPU cores."""
+  """Return what `train NAME` trains without overrides: settings with which a tiny model learns
+  something in about a minute on two CPU cores."""
   data: DatasetConfig = Text(sequence_length=min(model.context_length, 256))
   if model.task != data.task:
     data = next((d for d in _complete_data() if _mismatch(model, d) is None), data)
-  # Pairs are short: more of them fit a minute.
+  # Pairs are short, so that more of them fit into a minute.
   training = (
     TrainingConfig(steps=600, batch_size=32, eval_every=200)
     if model.task == TRANSLATION
@@ -156,7 +153,7 @@ def default_experiment(model: ModelConfig, name: str) -> Experiment:
 
 
 def _complete_data() -> list[DatasetConfig]:
-  """The data of every type all of whose settings have defaults, with these."""
+  """Return the data of every type whose settings all have defaults."""
   return [
     t()
     for t in types_of(DatasetConfig)

@@ -1,4 +1,4 @@
-"""Being asked to stop: by a scheduler, a user, or the maintenance of a machine."""
+"""Requests to stop: by a scheduler, a user, or the maintenance of a machine."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 
 
 class Interrupt:
-  """Within, SIGTERM, SIGINT and SIGUSR2 set a flag that the loop reads after each step; a second
-  SIGINT aborts.
+  """A context manager in which SIGTERM, SIGINT and SIGUSR2 set a flag that the loop reads after each
+  step; a second SIGINT aborts.
 
-  One inside another begins with what the outer has heard, and passes on what it hears: a program of
-  several trainings can ask the outer one between them.
+  Nested handlers inherit and propagate the signal, so that a program of several runs can check the
+  outer one between them.
 
   Under `jax.distributed` the processes agree on the step after which to stop. There SIGTERM belongs
-  to jax's preemption notifier, and the other two are passed on as SIGTERM."""
+  to JAX's preemption notifier, and the other two are forwarded as SIGTERM."""
 
   def __init__(self) -> None:
     self.signal: str | None = None
@@ -29,7 +29,7 @@ class Interrupt:
     self._distributed = jax.distributed.is_initialized()
 
   def __enter__(self) -> Interrupt:
-    # elsewhere Python allows no handlers
+    # Python allows handlers only there
     if threading.current_thread() is threading.main_thread():
       for s in SIGNALS:
         if not (self._distributed and s is signal.SIGTERM):
@@ -57,7 +57,7 @@ class Interrupt:
       os.kill(os.getpid(), signal.SIGTERM)
 
   def requested(self, step: int) -> bool:
-    """Whether to stop after this step. All processes must ask, with the same step."""
+    """Return whether to stop after this step. All processes must call it with the same step."""
     if self._distributed:
       return multihost_utils.reached_preemption_sync_point(step)
     return self.signal is not None

@@ -219,10 +219,11 @@ class _Member:
     restored = self.checkpoints.restore(self.setup.abstract_state())
     if restored is None:
       return self._initialize(init_from)
-    self.step = self._saved = int(restored.state.step)
-    self.setup.dataset.resume_step(restored.data, t.batch_size, t.seed)
-    for corrupt, problem in restored.corrupt:
-      run.event('checkpoint_corrupt', step=corrupt, problem=problem)
+    state, position, corrupt = restored
+    self.step = self._saved = int(state.step)
+    self.setup.dataset.resume_step(position, t.batch_size, t.seed)
+    for step, problem in corrupt:
+      run.event('checkpoint_corrupt', step=step, problem=problem)
     run.rewind(self.step)
     run.event('resume', step=self.step, changed=run.changed)
     changed = f' with {"; ".join(run.changed)}' if run.changed else ''
@@ -241,7 +242,7 @@ class _Member:
       self.code = DONE
       for row in rows:
         self.report.last |= row
-    return restored.state
+    return state
 
   def _initialize(self, init_from: str | AnyPath | Params | None) -> TrainState:
     run, s = self.run, self.setup

@@ -1,23 +1,21 @@
-"""What the host's memory needs when the host itself computes."""
+"""Settings of the C library's allocator for runs on a CPU."""
 
 from __future__ import annotations
 
 import ctypes
 import sys
 
-# names of glibc's malloc.h, without their M_
+# names of glibc's malloc.h, without the M_
 ARENA_MAX, MMAP_THRESHOLD, TRIM_THRESHOLD = -8, -3, -1
 LARGEST = 2**31 - 1
 
 
 def keep_freed_memory() -> None:
-  """Lets the C library keep what a step frees for the next step.
+  """Let the C library keep freed memory for the next step.
 
-  XLA:CPU takes the temporaries of every step from malloc and gives them back, and glibc returns
-  blocks of that size to the
-  system: the next step then pays a page fault for each 4 KiB of them, a tenth of the time of a
-    small model. Elsewhere than on
-  glibc nothing happens.
+  XLA:CPU allocates the temporaries of every step by malloc and frees them, and glibc returns blocks
+  of that size to the system: the next step then has a page fault per 4 KiB, a tenth of the time of
+  a small model. It has no effect without glibc.
   """
   if sys.platform != 'linux':
     return

@@ -1,17 +1,17 @@
-"""Several processes of one training: found from the environment, and joined before JAX first looks
-for devices.
+"""The processes of one run: found from the environment, and joined before JAX initializes its
+devices.
 
-Each host of a TPU slice, or each node of a GPU cluster, runs the same command. Which processes
-belong together is taken, in this order, from
+Each host of a TPU slice, or each node of a GPU cluster, runs the same command. The processes of a
+run are found, in this order, from
 
-- `JAXFORMER_COORDINATOR` (host:port of process 0), `JAXFORMER_PROCESSES` (how many) and
-  `JAXFORMER_PROCESS` (which, from 0);
-- what JAX finds by itself: Cloud TPU, TPUs on GKE, Slurm, Open MPI, Kubernetes with its Python
+- `JAXFORMER_COORDINATOR` (host:port of process 0), `JAXFORMER_PROCESSES` (their number) and
+  `JAXFORMER_PROCESS` (the index of this one);
+- what JAX detects itself: Cloud TPU, TPUs on GKE, Slurm, Open MPI, Kubernetes with its Python
   package;
 - `SKYPILOT_NODE_IPS` and `SKYPILOT_NODE_RANK`, which SkyPilot sets on each node;
 - `JAX_COORDINATOR_ADDRESS`, `NNODES` and `NODE_RANK`, which xpk sets on nodes with GPUs.
 
-Without any of them the process is alone.
+Without any of them there is one process.
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ from jaxformer.config import InputError
 
 OWN = ('JAXFORMER_COORDINATOR', 'JAXFORMER_PROCESSES', 'JAXFORMER_PROCESS')
 WAIT = 'JAXFORMER_JOIN_SECONDS'
-PORT = 8476  # of process 0, where the environment names its host alone
+PORT = 8476  # of process 0, if the environment names only its host
 
 
 @dataclasses.dataclass(frozen=True)
 class Rank:
-  """A process among those that train together.
+  """A process among those of a run.
 
   Attributes:
     coordinator: host:port of process 0.
-    count: how many there are.
-    index: which this one is.
-    source: where that was found.
+    count: number of processes.
+    index: of this process.
+    source: environment variable that named the coordinator.
   """
 
   coordinator: str
@@ -53,10 +53,10 @@ class Rank:
 
 
 def rank(environment: Mapping[str, str]) -> Rank | str | None:
-  """Where this process belongs; the name of an environment that JAX reads by itself; or None for a
-  process that is alone.
+  """Return the rank of this process, the name of an environment that JAX detects itself, or None
+  for a single process.
 
-  Raises `InputError` for an environment that contradicts itself.
+  Raises `InputError` for an inconsistent environment.
   """
   if any(name in environment for name in OWN):
     if missing := [name for name in OWN if not environment.get(name)]:
@@ -64,46 +64,32 @@ def rank(environment: Mapping[str, str]) -> Rank | str | None:
         f'{" and ".join(missing)} must be given with '
         f'{" and ".join(n for n in OWN if environment.get(n))}'
       )
-    return _rank(environment, *OWN)
+    return _rank(environment, environment[OWN[0]], *OWN)
   if (known := _known_to_jax(environment)) is not None:
     return known
   if _several(environment, 'SKYPILOT_NUM_NODES'):
-    first = environment.get('SKYPILOT_NODE_IPS', '').split()
-    if not first:
-      raise InputError(
-        'SKYPILOT_NUM_NODES is above 1, and SKYPILOT_NODE_IPS does not say where the nodes are'
-      )
-    return _rank(
-      {**environment, 'SKYPILOT_NODE_IPS': f'{first[0]}:{PORT}'},
-      'SKYPILOT_NODE_IPS',
-      'SKYPILOT_NUM_NODES',
-      'SKYPILOT_NODE_RANK',
-    )
+    nodes = environment.get('SKYPILOT_NODE_IPS', '').split()
+    if not nodes:
+      raise InputError('SKYPILOT_NUM_NODES is above 1, but SKYPILOT_NODE_IPS names no nodes')
+    names = ('SKYPILOT_NODE_IPS', 'SKYPILOT_NUM_NODES', 'SKYPILOT_NODE_RANK')
+    return _rank(environment, f'{nodes[0]}:{PORT}', *names)
   if _several(environment, 'NNODES') and 'JAX_COORDINATOR_ADDRESS' in environment:
-    host, port = (
-      environment['JAX_COORDINATOR_ADDRESS'],
-      environment.get('JAX_COORDINATOR_PORT', str(PORT)),
-    )
-    named = host if ':' in host else f'{host}:{port}'
-    return _rank(
-      {**environment, 'JAX_COORDINATOR_ADDRESS': named},
-      'JAX_COORDINATOR_ADDRESS',
-      'NNODES',
-      'NODE_RANK',
-    )
+    names = ('JAX_COORDINATOR_ADDRESS', 'NNODES', 'NODE_RANK')
+    host, port = environment[names[0]], environment.get('JAX_COORDINATOR_PORT', str(PORT))
+    return _rank(environment, host if ':' in host else f'{host}:{port}', *names)
   return None
 
 
 def join(
   environment: Mapping[str, str] = os.environ, log: Callable[[str], None] | None = None
 ) -> Rank | str | None:
-  """Joins the processes that this one belongs to, waiting for them up to `JAXFORMER_JOIN_SECONDS`
-  (300); alone, nothing happens.
+  """Join the processes of this run, waiting for them up to `JAXFORMER_JOIN_SECONDS` (300); do
+  nothing for a single process.
 
-  Returns what `rank` says. To be called before any use of devices. `log` is told for whom it waits.
-  Raises `InputError` where the environment is wrong, or process 0 cannot be reached in time. (Where
-  process 0 is there and others are missing, JAX ends all of them after the same time, with a report
-  of its own and exit code 134.)"""
+  Call it before any use of devices. `log` receives a line about the wait. Returns the result of
+  `rank`. Raises `InputError` if the environment is wrong, or process 0 cannot be reached in time.
+  (If process 0 runs and others are missing, JAX aborts all of them after the same time, with its
+  own report and exit code 134.)"""
   found = None if jax.distributed.is_initialized() else rank(environment)
   if found is None:
     return None
@@ -150,12 +136,12 @@ def broadcast_from_process_0(fn: Callable[[], bool]) -> bool:
     bool(x) for x in multihost_utils.broadcast_one_to_all(np.array([error is not None, found]))
   )
   if failed:
-    raise error or InputError('process 0 has stopped; its message says why')
+    raise error or InputError('process 0 has stopped; see its message')
   return found
 
 
 def _reach(found: Rank, seconds: int) -> None:
-  """Waits until process 0 listens: JAX's own client ends the program where it does not. Raises
+  """Wait until process 0 listens, since JAX's client aborts the program if it does not. Raises
   `OSError`."""
   host, _, port = found.coordinator.rpartition(':')
   end = time.monotonic() + seconds
@@ -171,26 +157,22 @@ def _reach(found: Rank, seconds: int) -> None:
       time.sleep(min(1.0, seconds / 20))
 
 
-def _rank(environment: Mapping[str, str], coordinator: str, count: str, index: str) -> Rank:
-  address, processes, mine = (
-    environment[coordinator],
-    _whole(environment, count, 1),
-    _whole(environment, index, 0),
-  )
+def _rank(
+  environment: Mapping[str, str], address: str, coordinator: str, count: str, index: str
+) -> Rank:
+  processes, mine = _whole(environment, count, 1), _whole(environment, index, 0)
   host, _, port = address.rpartition(':')
   if not host or not port.isdigit() or not 0 < int(port) < 2**16:
-    raise InputError(f'{coordinator} = {address!r}: must be host:port')
+    raise InputError(coordinator, address, 'host:port')
   if mine >= processes:
-    raise InputError(
-      f'{index} = {mine}: must be below {count} = {processes}; processes count from 0'
-    )
+    raise InputError(index, mine, f'below {count} = {processes}; processes count from 0')
   return Rank(address, processes, mine, coordinator)
 
 
 def _whole(environment: Mapping[str, str], name: str, least: int) -> int:
   text = environment.get(name, '')
   if not text.isdigit() or int(text) < least:
-    raise InputError(f'{name} = {text!r}: must be a whole number, at least {least}')
+    raise InputError(name, text, f'a whole number, at least {least}')
   return int(text)
 
 
@@ -199,8 +181,8 @@ def _several(environment: Mapping[str, str], name: str) -> bool:
 
 
 def _known_to_jax(environment: Mapping[str, str]) -> str | None:
-  """The environment that `jax.distributed.initialize` would recognise. (JAX itself only says so
-  after it has waited.)"""
+  """Return the environment that `jax.distributed.initialize` would detect. (JAX itself reports it
+  only after it has waited.)"""
   if _on_tpu(environment):
     return 'this TPU slice'
   slurm = ('SLURM_JOB_ID', 'SLURM_STEP_NODELIST', 'SLURM_PROCID', 'SLURM_LOCALID')
@@ -218,9 +200,8 @@ def _known_to_jax(environment: Mapping[str, str]) -> str | None:
 
 
 def _on_tpu(environment: Mapping[str, str]) -> bool:
-  """Whether this is one of several hosts with TPUs. GKE lists them in the environment; on a Cloud
-  TPU machine only its metadata
-  tells, which JAX asks: a host that is alone is then a group of one."""
+  """Return whether this is one of several hosts with TPUs. GKE lists them in the environment; on a
+  Cloud TPU machine JAX queries its metadata, and a single host is a group of one."""
   hosts = environment.get('TPU_PROCESS_ADDRESSES') or environment.get('TPU_WORKER_HOSTNAMES')
   if hosts is not None:
     return ',' in hosts or _several(environment, 'MEGASCALE_NUM_SLICES')

@@ -13,6 +13,7 @@ from typing import Any
 from jaxformer import config
 from jaxformer.training.experiment import Experiment
 from jaxformer.training.run import Run
+from jaxformer.training.trackers import Track
 
 Log = Callable[[str], None]
 
@@ -47,8 +48,12 @@ class Report:
   def __init__(self, run: Run, experiment: Experiment, log: Log | None):
     self._run, self._steps = run, experiment.training.steps
     self.last: dict[str, Any] = {}
-    self._trackers = [t.build() for t in experiment.training.trackers] if run.writes else []
+    self._trackers = experiment.training.trackers if run.writes else ()
+    self._track: list[Track] = []
+    self._stack = contextlib.ExitStack()
     self._experiment = experiment
+    for t in self._trackers:
+      t.check()
     self._bar = self._task = None
     if not run.writes:
       self._log: Log = lambda line: None
@@ -61,24 +66,11 @@ class Report:
 
   def _start_bar(self) -> Log:
     from rich.console import Console
-    from rich.progress import (
-      BarColumn,
-      MofNCompleteColumn,
-      Progress,
-      TextColumn,
-      TimeRemainingColumn,
-    )
+    from rich.progress import Progress
 
     console = Console(stderr=True)
-    columns = (
-      TextColumn('{task.description}'),
-      BarColumn(),
-      MofNCompleteColumn(),
-      TimeRemainingColumn(),
-    )
-    self._bar = Progress(*columns, console=console)
+    self._bar = Progress(console=console)
     self._task = self._bar.add_task('starting', total=self._steps)
-    self._bar.start()
     return lambda line: console.print(line, markup=False, highlight=False)
 
   def line(self, text: str) -> None:
@@ -90,9 +82,9 @@ class Report:
     row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
     self.last |= row
     self._run.metrics(row)
-    for t in self._trackers:
-      t.log(row['step'], row)
-
+    numbers = {k: v for k, v in row.items() if isinstance(v, int | float) and k != 'step'}
+    for track in self._track:
+      track(numbers, row['step'])
     if 'train/loss' in row:
       self._progress(row)
 
@@ -104,20 +96,22 @@ class Report:
       self._bar.update(self._task, completed=row['step'], description=text)
 
   def __enter__(self) -> Report:
-    name = self._run.folder.name
-    for t in self._trackers:
-      t.start(self._run.home, name, config.to_json(self._experiment))
+    name, settings = self._run.folder.name, config.to_json(self._experiment)
+    with contextlib.ExitStack() as stack:
+      if self._bar is not None:
+        stack.enter_context(self._bar)
+      for t in self._trackers:
+        self._track.append(stack.enter_context(t.open(self._run.home, name, settings)))
+      self._stack = stack.pop_all()
     return self
 
   def __exit__(self, *_: object) -> None:
-    if self._bar is not None:
-      self._bar.stop()
-    for t in self._trackers:
-      t.finish()
+    self._stack.close()
 
 
 def summary(row: dict[str, Any]) -> str:
-  """Return the metrics of a step in short: loss 3.214 | lr 3.0e-04 | gnorm 0.91 | 12.3k tok/s | mfu 31.2% | 84 ms"""
+  """Return the metrics of a step in short: loss 3.214 | lr 3.0e-04 | gnorm 0.91 | 12.3k tok/s | mfu
+  31.2% | 84 ms."""
 
   def number(key: str, form: str) -> str:
     return 'not finite' if row[key] is None else format(row[key], form)

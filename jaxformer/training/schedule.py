@@ -1,8 +1,8 @@
-"""Learning-rate schedules: pure functions of the step, giving the factor on the optimizer's
+"""Learning-rate schedules: pure functions from the step to a factor on the optimizer's
 `learning_rate`.
 
-Steps count from 0, so the first update of a warm-up over `w` steps uses 1 / w of the learning rate,
-and update `w - 1` all of it."""
+Steps count from 0: the first update of a warm-up over `w` steps uses 1 / w of the learning rate,
+and update `w - 1` the full one."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class ScheduleConfig(Config, abstract=True):
   """Base of the schedules.
 
   Attributes:
-    warmup: steps of linear warm-up; None for a tenth of the training, at most 1000.
+    warmup: steps of linear warm-up; None for a tenth of the run, at most 1000.
   """
 
   warmup: int | None = None
@@ -28,24 +28,25 @@ class ScheduleConfig(Config, abstract=True):
     self.require(self.warmup is None or self.warmup >= 0, 'warmup', 'at least 0, or none')
 
   def warmup_steps(self, steps: int) -> int:
-    """The warm-up of a training of `steps` steps."""
+    """Return the warm-up of a run of `steps` steps."""
     return min(steps // 10, 1000) if self.warmup is None else self.warmup
 
   def factor(self, step: Step, steps: int) -> Factor:
-    """The factor at a step of a training of `steps` steps: min(1, (step + 1) / warmup) *
-    after(progress), where progress goes from 0 at the end of the warm-up to 1 at the last step."""
+    """Return the factor at a step of a run of `steps` steps: min(1, (step + 1) / warmup) *
+    after(progress), where progress rises from 0 at the end of the warm-up to 1 at the last
+    step."""
     w = self.warmup_steps(steps)
     t = jnp.asarray(step, jnp.float32)
     progress = jnp.clip((t - w) / max(1, steps - 1 - w), 0.0, 1.0)
     return jnp.minimum(1.0, (t + 1) / max(1, w)) * self.after(progress)
 
   def after(self, progress: Float[Array, '']) -> Factor:
-    """The factor at a fraction of the steps that follow the warm-up."""
+    """Return the factor at a fraction of the steps after the warm-up."""
     raise NotImplementedError
 
 
 class Constant(ScheduleConfig):
-  """1."""
+  """Constant 1."""
 
   def after(self, progress):
     return jnp.ones_like(progress)
@@ -78,8 +79,8 @@ class Cosine(ScheduleConfig):
 
 
 class WSD(ScheduleConfig):
-  """Warm-up, stable, decay (Hu et al. 2024, MiniCPM, section 4): 1 until the last `decay` of the
-  steps after the warm-up, then linearly (or as 1 - sqrt, Hägele et al. 2024, with `sqrt`) down to
+  """Warm-up, stable, decay (Hu et al. 2024, MiniCPM, section 4): 1 until the last fraction
+  `decay` of the steps after the warm-up, then linearly (or as 1 - sqrt, Hägele et al. 2024, with `sqrt`) down to
   `final`."""
 
   decay: float = 0.2

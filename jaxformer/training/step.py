@@ -109,8 +109,8 @@ def state_shardings(
 
 
 def microbatches(batch: Batch, n: int) -> Batch:
-  """A batch as n of them on a leading axis. Microbatch i has the rows i, n + i, ...: of a batch
-  that is divided over devices each device keeps its rows."""
+  """Split a batch into n on a leading axis. Microbatch i has the rows i, n + i, ..., so that rows
+  of a sharded batch stay on their devices."""
   return jax.tree.map(
     lambda x: jnp.swapaxes(x.reshape(x.shape[0] // n, n, *x.shape[1:]), 0, 1), batch
   )
@@ -119,11 +119,11 @@ def microbatches(batch: Batch, n: int) -> Batch:
 def loss_and_grads(
   definition: Definition, config: StepConfig, params: Params, batch: Batch, key: Array
 ) -> tuple[LossSums, Metrics, Params]:
-  """Sums of the loss over a batch, auxiliary scalars, and the gradient of what is minimised: loss /
-  count + sum of `loss/...`.
+  """Return the sums of the loss over a batch, auxiliary scalars, and the gradient of the objective:
+  loss / count + sum of `loss/...`.
 
-  The gradient of accumulated microbatches is that of the whole batch, however the counted targets
-  fall: each microbatch is divided by the count of the whole. (An auxiliary loss that is no mean
+  Accumulated microbatches have the gradient of the full batch, however the counted targets are
+  distributed: each is divided by the count of the full batch. (An auxiliary loss that is not a mean
   over tokens becomes the mean over microbatches.)"""
   n = config.accumulate
   count = jnp.maximum(jnp.sum(batch.targets_BT != IGNORE).astype(jnp.float32), 1.0)
@@ -160,9 +160,8 @@ def loss_and_grads(
 
 
 def over_layers(aux: Metrics) -> Metrics:
-  """Diagnostics of many layers as three numbers each: `name` is the mean, `name_min` and `name_max`
-  are those of the layers at either end, where one router that collapses, or one logit that grows,
-  shows whatever the depth."""
+  """Reduce diagnostics of several layers to three numbers each: `name` is the mean, `name_min` and
+  `name_max` the extremes, which show one collapsing router or growing logit at any depth."""
   many = {name: v for name, v in aux.items() if v.size > 1}
   ends = {f'{name}_min': jnp.min(v) for name, v in many.items()} | {
     f'{name}_max': jnp.max(v) for name, v in many.items()
@@ -173,8 +172,9 @@ def over_layers(aux: Metrics) -> Metrics:
 def train_step(
   definition: Definition, optimizer: Optimizer, config: StepConfig, state: TrainState, batch: Batch
 ) -> tuple[TrainState, Metrics]:
-  """One update. Metrics: `train/loss` (cross-entropy a target, nats), `train/grad_norm`,
-  `learning_rate`, `finite`, and the layers' auxiliary values as `train/...` (`over_layers`)."""
+  """Return the state after one update, and its metrics: `train/loss` (cross-entropy per target,
+  nats), `train/grad_norm`, `learning_rate`, `finite`, and the layers' auxiliary values as
+  `train/...` (`over_layers`)."""
   key = jax.random.fold_in(state.key, state.step)
   sums, aux, grads = loss_and_grads(definition, config, state.params, batch, key)
   params, opt_state, did = optimizer.update(grads, state.opt_state, state.params, state.step)
@@ -192,8 +192,8 @@ def train_step(
 def compiled_train_step(
   definition: Definition, optimizer: Optimizer, config: StepConfig, mesh: Mesh, rules: Rules | str
 ) -> jax.stages.Wrapped:
-  """`train_step` of a state and a batch, jitted for a mesh; the state is donated. Call it inside
-  `use_mesh`."""
+  """Return the jitted `train_step`, `(state, batch) -> (state, metrics)`, for a mesh; the state is
+  donated. Call it inside `use_mesh`."""
   where = state_shardings(definition, optimizer, mesh, rules)
 
   def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:

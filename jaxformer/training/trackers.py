@@ -1,55 +1,82 @@
-"""Where the metrics of a run go besides `metrics.jsonl`."""
+"""Trackers: where the metrics of a run go besides `metrics.jsonl`."""
 
 from __future__ import annotations
 
+import contextlib
+import importlib
+import json
+from collections.abc import Callable, Generator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal
 
 from jaxformer.config import Config, InputError
 
-
-class Tracker(Protocol):
-  """Takes metrics as they come. Only process 0 has trackers."""
-
-  def start(self, folder: Path, name: str, config: dict[str, Any]) -> None:
-    """Before the first metrics, also of a run that is resumed. `folder` is local: the run's, or one
-    whose files go there. `config` is the experiment as JSON data."""
-
-  def log(self, step: int, metrics: dict[str, Any]) -> None:
-    """The metrics of a step, of which only numbers are kept."""
-
-  def finish(self) -> None:
-    """After the last."""
+Track = Callable[[dict[str, float], int], Any]
+"""Takes the metrics of a step, and the step."""
 
 
 class TrackerConfig(Config, abstract=True):
-  """Base of the trackers' configs."""
+  """Base of the trackers. Only process 0 uses them."""
 
-  def build(self) -> Tracker:
+  def check(self) -> None:
+    """Raises `InputError` if the tracker is not installed."""
+
+  @contextlib.contextmanager
+  def open(self, folder: Path, name: str, config: dict[str, Any]) -> Generator[Track]:
+    """Track a run within the block, from its first metrics or after a resume.
+
+    Args:
+      folder: local; the run folder, or one whose files are uploaded there.
+      name: of the run.
+      config: the experiment as JSON data.
+    """
     raise NotImplementedError
+    yield
 
 
 class TensorBoard(TrackerConfig):
   """Event files in the run folder's `tensorboard/`."""
 
-  def build(self):
-    return _TensorBoard()
+  @contextlib.contextmanager
+  def open(self, folder, name, config):
+    from tensorboardX import SummaryWriter
+
+    with SummaryWriter(str(folder / 'tensorboard'), flush_secs=10) as writer:
+      writer.add_text('config', f'```json\n{json.dumps(config, indent=2)}\n```')
+
+      def track(metrics: dict[str, float], step: int) -> None:
+        for metric, value in metrics.items():
+          writer.add_scalar(metric, value, step)
+
+      yield track
 
 
 class Wandb(TrackerConfig):
-  """Weights & Biases. `mode` 'offline' keeps everything in the run folder."""
+  """Weights & Biases. With `mode` 'offline' everything stays in the run folder."""
 
   project: str = 'jaxformer'
   entity: str | None = None
-  mode: str = 'offline'
+  mode: Literal['online', 'offline', 'disabled'] = 'offline'
 
-  def validate(self):
-    self.require(
-      self.mode in ('online', 'offline', 'disabled'), 'mode', 'online, offline or disabled'
+  def check(self):
+    _extra('wandb')
+
+  @contextlib.contextmanager
+  def open(self, folder, name, config):
+    run = _extra('wandb').init(
+      name=name,
+      id=name.replace('/', '-'),
+      resume='allow',
+      config=config,
+      project=self.project,
+      entity=self.entity,
+      mode=self.mode,
+      dir=str(folder),
     )
-
-  def build(self):
-    return _Wandb(self, _extra('wandb'))
+    try:
+      yield run.log
+    finally:
+      run.finish()
 
 
 class Trackio(TrackerConfig):
@@ -57,13 +84,20 @@ class Trackio(TrackerConfig):
 
   project: str = 'jaxformer'
 
-  def build(self):
-    return _Trackio(self, _extra('trackio'))
+  def check(self):
+    _extra('trackio')
+
+  @contextlib.contextmanager
+  def open(self, folder, name, config):
+    trackio = _extra('trackio')
+    trackio.init(project=self.project, name=name, config=config, resume='allow')
+    try:
+      yield trackio.log
+    finally:
+      trackio.finish()
 
 
 def _extra(module: str) -> Any:
-  import importlib
-
   try:
     return importlib.import_module(module)
   except ImportError as e:
@@ -71,56 +105,3 @@ def _extra(module: str) -> Any:
       f'training.trackers: {module} is not installed ({e}); install the extra `track`: pip install '
       '"jaxformer[track]"'
     ) from None
-
-
-def _numbers(metrics: dict[str, Any]) -> dict[str, float]:
-  return {k: v for k, v in metrics.items() if isinstance(v, int | float) and k != 'step'}
-
-
-class _TensorBoard:
-  def start(self, folder: Path, name: str, config: dict[str, Any]) -> None:
-    import json
-
-    from tensorboardX import SummaryWriter
-
-    self.writer = SummaryWriter(str(folder / 'tensorboard'), flush_secs=10)
-    self.writer.add_text('config', f'```json\n{json.dumps(config, indent=2)}\n```')
-
-  def log(self, step: int, metrics: dict[str, Any]) -> None:
-    for name, value in _numbers(metrics).items():
-      self.writer.add_scalar(name, value, step)
-
-  def finish(self) -> None:
-    self.writer.close()
-
-
-class _Wandb:
-  def __init__(self, config: Wandb, module: Any):
-    self.config, self.module = config, module
-
-  def start(self, folder: Path, name: str, config: dict[str, Any]) -> None:
-    c = self.config
-    where = {'project': c.project, 'entity': c.entity, 'mode': c.mode, 'dir': str(folder)}
-    self.run = self.module.init(
-      name=name, id=name.replace('/', '-'), resume='allow', config=config, **where
-    )
-
-  def log(self, step: int, metrics: dict[str, Any]) -> None:
-    self.run.log(_numbers(metrics), step=step)
-
-  def finish(self) -> None:
-    self.run.finish()
-
-
-class _Trackio:
-  def __init__(self, config: Trackio, module: Any):
-    self.config, self.module = config, module
-
-  def start(self, folder: Path, name: str, config: dict[str, Any]) -> None:
-    self.module.init(project=self.config.project, name=name, config=config, resume='allow')
-
-  def log(self, step: int, metrics: dict[str, Any]) -> None:
-    self.module.log(_numbers(metrics), step=step)
-
-  def finish(self) -> None:
-    self.module.finish()

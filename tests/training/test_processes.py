@@ -83,7 +83,7 @@ def test_who_belongs_together(environment, found):
       OWN | {'JAXFORMER_JOIN_SECONDS': '0'},
       "JAXFORMER_JOIN_SECONDS = '0': must be a whole number, at least 1",
     ),
-    (SKY | {'SKYPILOT_NODE_IPS': ''}, 'SKYPILOT_NODE_IPS does not say where the nodes are'),
+    (SKY | {'SKYPILOT_NODE_IPS': ''}, 'SKYPILOT_NODE_IPS names no nodes'),
     (
       SKY | {'SKYPILOT_NODE_RANK': '2'},
       'SKYPILOT_NODE_RANK = 2: must be below SKYPILOT_NUM_NODES = 2',
