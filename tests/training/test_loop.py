@@ -108,7 +108,7 @@ def test_the_run_folder(experiment, dataset):
     'done',
   ]
   (environment,) = json.loads((folder / 'environment.json').read_text())
-  assert environment['data']['source'] == dataset.manifest['source']
+  assert environment['data']['corpus'] == dataset.manifest['corpus']
   assert environment['versions']['jax'] == jax.__version__
   assert load_tokenizer(folder / 'tokenizer').fingerprint() == dataset.tokenizer.fingerprint()
   assert list((folder / 'tensorboard').iterdir())
@@ -305,7 +305,9 @@ def test_a_run_may_begin_with_the_parameters_of_another(experiment, dataset):
   assert load_params(source.folder, define(e.model))[1] == 8
   wrong = experiment('wrong')
   wrong = wrong.replace(model=wrong.model.replace(vocab_size=300))
-  with pytest.raises(InputError, match=r'embedding: \(264, 32\) found, the model has \(300, 32\)'):
+  with pytest.raises(
+    InputError, match=r'embedder.input.table: \(264, 32\) found, the model has \(300, 32\)'
+  ):
     train(wrong, init_from=source.folder, dataset=dataset, devices=ONE, log=quiet)
   with pytest.raises(InputError, match='no checkpoint there'):
     train(
@@ -321,8 +323,8 @@ def test_a_run_may_begin_with_the_parameters_of_another(experiment, dataset):
 def test_other_data_than_the_checkpoint_was_trained_on_are_refused(experiment, dataset):
   train(experiment(), dataset=dataset, devices=ONE, log=stop_at(3))
   other = type(dataset).__new__(type(dataset))
-  other.__dict__.update(dataset.__dict__, identity=dataset.identity | {'source': 'changed'})
-  with pytest.raises(InputError, match='not the data of the checkpoint'):
+  other.__dict__.update(dataset.__dict__, identity=dataset.identity | {'corpus': 'changed'})
+  with pytest.raises(InputError, match="data differ from the checkpoint's"):
     train(experiment(), dataset=other, devices=ONE, log=quiet)
 
 
