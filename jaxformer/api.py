@@ -7,7 +7,7 @@ import os
 import pathlib
 import sys
 from collections.abc import Sequence
-from typing import Unpack, overload
+from typing import Unpack, cast, overload
 
 import jax
 from flax import nnx
@@ -75,8 +75,8 @@ def experiment(
   if isinstance(target, str):
     return experiment_of(target, pairs, **size)
   if is_a(target, ModelConfig):
-    target = default_experiment(target, target.tag.lower())
-  return override(target, pairs)
+    return override(default_experiment(target, target.tag), pairs)
+  return override(cast(Experiment, target), pairs)
 
 
 def describe(

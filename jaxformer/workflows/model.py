@@ -256,7 +256,8 @@ class Model:
   def _source(self, text: str) -> list[int]:
     """Return a text as an encoder reads it, with the end of the document."""
     source, end = self.text_tokenizer().source, self._end()
-    return [*source.encode(text).tolist(), source.end_of_document or end]
+    own = source.end_of_document
+    return [*source.encode(text).tolist(), end if own is None else own]
 
   def _end(self) -> int:
     """Return the token that ends translations. Raises `InputError` for other models."""

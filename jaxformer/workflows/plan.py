@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Collection
-from typing import Any, Literal
+from typing import Any, Literal, cast
+
+from jax.sharding import Mesh
 
 from jaxformer.config import InputError
 from jaxformer.data import Text
@@ -30,6 +32,7 @@ from jaxformer.planning.mesh_search import ROWS, search
 from jaxformer.planning.setup import PlanSetup, abstract_mesh, default_mesh
 from jaxformer.planning.target import Target, parse_target
 from jaxformer.sharding import MeshConfig
+from jaxformer.study.sizing import Sized
 from jaxformer.task_type import LANGUAGE_MODELING
 from jaxformer.training.experiment import Experiment, default_experiment
 from jaxformer.training.step import lowered_train_step
@@ -176,26 +179,14 @@ def plan_model(
   log: Log,
 ) -> Plan:
   """Plan a model or an experiment; see `jaxformer.plan`."""
-  target, wanted, sized = options.chips(), size_of(size), None
+  target = options.chips()
+  name, preset, sized, experiment, overrides = _resolved(model, overrides, size)
   given = {path.replace('-', '_') for path, _ in overrides}
-  if isinstance(model, str) and (wanted is not None or is_layer(model)):
-    sized, overrides = sized_model(model, wanted, overrides)
-    name, found = name_of(sized), sized.model
-  elif isinstance(model, str):
-    name, found = model, PRESETS[model].model if model in set(PRESETS) else None
-  elif is_a(model, ModelConfig):
-    name, found = model.tag, model
-  else:
-    name, found = model.run.name or model.model.tag, None
-  if found is not None:  # with the default experiment, whose settings suit a tiny training
-    experiment = default_experiment(found, name)
-    experiment = experiment if target is None else _at_scale(experiment, target, options.phase)
-  else:
-    assert not is_a(model, ModelConfig)
-    experiment = experiment_of(model, []) if isinstance(model, str) else model
+  if preset and target is not None:
+    experiment = _at_scale(experiment, target, options.phase)
   experiment = override(experiment, overrides)
   own_length = (
-    found is None
+    not preset
     or any('sequence' in path for path in given)
     or (target is not None and options.phase == 'train')
   )
@@ -208,17 +199,41 @@ def plan_model(
   run = float(parse_amount(tokens, 'tokens') if isinstance(tokens, str) else tokens)
   report: dict[str, Any] = {}
   if target is not None and options.phase == 'train':
-    report = _training(experiment, target, options, found is not None, given, run, name, log)
+    report = _training(experiment, target, options, preset, given, run, name, log)
   elif target is not None:
     report = _inference(experiment, target, options, length, log)
   return Plan(
     **{f.name: getattr(c, f.name) for f in dataclasses.fields(Cost)},
     name=name,
-    family=PRESETS[name].family if name in set(PRESETS) else sized and sized.family,
+    family=_family(name, sized),
     tokens=run,
     shape=None if sized is None else shape(sized, experiment.model),
     report=report,
   )
+
+
+def _resolved(
+  model: Experiment | ModelConfig | str, overrides: Pairs, size: Size
+) -> tuple[str, bool, Sized | None, Experiment, Pairs]:
+  """Return the name of a model, whether its experiment is the default one, whose settings suit a
+  tiny training, the result of sizing it, its experiment, and the overrides left to apply."""
+  wanted = size_of(size)
+  if isinstance(model, str) and (wanted is not None or is_layer(model)):
+    sized, overrides = sized_model(model, wanted, overrides)
+    name = name_of(sized)
+    return name, True, sized, default_experiment(sized.model, name), overrides
+  if isinstance(model, str):
+    return model, model in set(PRESETS), None, experiment_of(model, []), overrides
+  if is_a(model, ModelConfig):
+    return model.tag, True, None, default_experiment(model, model.tag), overrides
+  experiment = cast(Experiment, model)
+  return experiment.run.name or experiment.model.tag, False, None, experiment, overrides
+
+
+def _family(name: str, sized: Sized | None) -> str | None:
+  if sized is not None:
+    return sized.family
+  return PRESETS[name].family if name in set(PRESETS) else None
 
 
 def _at_scale(experiment: Experiment, target: Target, phase: Phase) -> Experiment:
@@ -292,8 +307,13 @@ def _of_setup(experiment: Experiment, setup: PlanSetup) -> Experiment:
   return experiment.replace(training=training, mesh=setup.mesh)
 
 
+def _mesh(target: Target, config: MeshConfig) -> Mesh:
+  assert target.topology is not None  # checked by PlanOptions.chips
+  return topology_mesh(target.topology, config, target.slices)
+
+
 def _compile_step(experiment: Experiment, target: Target) -> CompiledPlan:
-  mesh = topology_mesh(target.topology, experiment.mesh, target.slices)
+  mesh = _mesh(target, experiment.mesh)
   return compile_plan(lowered_train_step(experiment, mesh), mesh, target.device_memory_bytes)
 
 
@@ -313,7 +333,7 @@ def _compiled_inference(setup: PlanSetup, predicted_bytes: float, log: Log) -> d
   target, batch, length, phase = setup.target, setup.batch_size, setup.length, setup.phase
   config = _inference_mesh(setup.model, target)
   log(f'compiling {phase} of {batch} sequences, {length} positions, for {target.topology}')
-  mesh = topology_mesh(target.topology, config, target.slices)
+  mesh = _mesh(target, config)
   lower = {'prefill': lowered_prefill, 'decode': lowered_decode}[phase]
   found = compile_plan(
     lower(define(setup.model), mesh, config.rules, batch, length), mesh, target.device_memory_bytes

@@ -59,6 +59,7 @@ def _translations(experiment: Experiment, dataset: Dataset) -> Sample:
   assert tokenizer is not None
   end = tokenizer.end_of_document
   assert end is not None
+  decode = tokenizer.decode
 
   def sample(params: Params, step: int) -> str:
     found = translate(
@@ -71,7 +72,7 @@ def _translations(experiment: Experiment, dataset: Dataset) -> Sample:
       rules=experiment.mesh.rules,
     )
     return '\n'.join(
-      f'{p.source} -> {tokenizer.decode(t.tokens)} (reference: {p.reference})'
+      f'{p.source} -> {decode(t.tokens)} (reference: {p.reference})'
       for p, t in zip(pairs, found, strict=True)
     )
 
