@@ -13,6 +13,7 @@ from jaxformer.inference.beam import GREEDY_BEAM, Beam, Hypotheses, beam_search
 from jaxformer.inference.decoding import bucket, on
 from jaxformer.models.encoder_decoder import EncoderDecoder
 from jaxformer.models.params import Definition, Params
+from jaxformer.sharding import Rules
 from jaxformer.task_type import IGNORE
 
 
@@ -45,7 +46,7 @@ def translate(
   vocab_size: int | None = None,
   dtype: Any = None,
   mesh: Mesh | None = None,
-  rules: str = 'fsdp_tensor',
+  rules: Rules | str = 'fsdp_tensor',
 ) -> list[Translation]:
   """Translate each source; results are in the same order and independent of the batch.
 
