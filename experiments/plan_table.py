@@ -14,7 +14,7 @@ Needs no TPU. Each row is the training step of the command line (AdamW, fp32 par
 products, packed documents) for the devices of a slice, from shapes alone. Bytes are those of one
 device: arguments, temporaries and results that take no argument's place. The bound is the
 roofline's at the full peak, not a prediction; money is for 20 tokens an active parameter at 40 % of
-the peak, list prices of `planning/hardware.py`. Rows are kept in `plan_table.json` as they are
+the peak, list prices of `planning/hardware.toml`. Rows are kept in `plan_table.json` as they are
 made, and `plan_table.md` is written from it.
 
 Cost: one to three minutes of one CPU core a row, most of it in the compiler (the times in the table

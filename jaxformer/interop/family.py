@@ -135,4 +135,5 @@ def _functional(value: Any, width: int) -> Any:
   fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
   kept = {k: v for k, v in fields.items() if k not in _TRAINING_ONLY and not is_a(v, Init)}
   code = code_of(type(value))  # a user's layer may have the name of one of ours
-  return {'type': value.tag, 'code': code} | {k: _functional(v, width) for k, v in kept.items()}
+  kind = {'type': value.tag} if code is None else {'type': value.tag, 'code': code}
+  return kind | {k: _functional(v, width) for k, v in kept.items()}

@@ -1,1 +1,1 @@
-"""What a model costs, from its config alone; and the TPU compiler as a check."""
+"""Cost, memory and time of a model from its config alone, and the TPU compiler as a check."""

@@ -1,5 +1,5 @@
-"""Accelerators: peak rates, memory, links and list prices, each with its source and date; a user's
-own file adds or overrides."""
+"""Chip specifications: peak rates, memory, links and list prices, each with its source and date, in
+`hardware.toml`. A user's file in the same format can add and override chips."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import dataclasses
 import json
 import tomllib
 from collections.abc import Mapping
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -17,27 +18,27 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Chip:
-  """One accelerator, as one buys it.
+  """Chip specifications.
 
   Attributes:
-    name: short, as in a target: 'v5p', 'h100'.
-    kind: what JAX calls such a device ('TPU v5'); '' for one that JAX has no name for.
-    flops_per_second: dense peak (no sparsity) by precision: 'bf16', and 'int8', 'fp8', 'fp32' where
-      the maker states them.
-    memory_bytes: high-bandwidth memory that a program may use: the compiler's own limit where it is
-      known, else the data sheet's.
+    name: short name, as in a target: 'v5p', 'h100'.
+    kind: `device_kind` in JAX ('TPU v5'); '' if JAX has none.
+    flops_per_second: dense peak (no sparsity) by precision: 'bf16', and 'int8', 'fp8', 'fp32' if
+      published.
+    memory_bytes: high-bandwidth memory available to a program: the compiler's limit if known, else
+      that of the data sheet.
     bytes_per_second: bandwidth of that memory.
-    interconnect_bytes_per_second: of all its fast links together (ICI, NVLink), in one direction.
-    network_bytes_per_second: its share of its host's network, in one direction: between slices, or
-      between GPU hosts.
+    interconnect_bytes_per_second: of all fast links together (ICI, NVLink), in one direction.
+    network_bytes_per_second: the chip's share of its host's network, in one direction; used between
+      slices, or between GPU hosts.
     chips_per_host: chips of a full host.
-    domain: how many chips the fast links join; None for a whole slice (TPU).
-    cores: TensorCores that names such as `v5p-2048` count; 1 where names count chips.
-    devices: JAX devices a chip.
-    price_per_hour: on-demand list price a chip, USD.
-    spot_per_hour: of spot capacity; None where no list price stands (it moves with the market).
-    source: where each kind of figure is from, and what is uncertain.
-    date: when the figures were noted, year-month.
+    domain: number of chips that the fast links connect; None for an entire slice (TPU).
+    cores: TensorCores per chip that names such as `v5p-2048` count; 1 if names count chips.
+    devices: JAX devices per chip.
+    price_per_hour: on-demand list price per chip, USD.
+    spot_per_hour: list price of spot capacity; None if there is none (it moves with the market).
+    source: where the figures are from, and which are uncertain.
+    date: when the figures were recorded, year-month.
   """
 
   name: str
@@ -57,7 +58,7 @@ class Chip:
   date: str
 
   def peak(self, precision: str = 'bf16') -> float:
-    """FLOPs a second at a precision. Raises `InputError` for one that the table does not have."""
+    """Peak FLOPs per second at a precision. Raises `InputError` for an unknown precision."""
     if precision not in self.flops_per_second:
       known = ', '.join(self.flops_per_second)
       raise InputError(
@@ -67,168 +68,16 @@ class Chip:
     return self.flops_per_second[precision]
 
 
-def _tpu(name: str, kind: str, price: float, where: str, note: str = '', **figures: Any) -> Chip:
-  page = 'docs.cloud.google.com/tpu/docs/' + name.replace('v7x', 'tpu7x')
-  source = (
-    f'rates and links: {page}, of links half of the bidirectional figure; memory: the limit of '
-    'libtpu 0.0.42; '
-    f'price: cloud.google.com/tpu/pricing, {where}, as known in 2025 and not looked up since{note}'
-  )
-  return Chip(name=name, kind=kind, price_per_hour=price, source=source, date='2026-01', **figures)
+def _table() -> dict[str, Chip]:
+  text = resources.files('jaxformer.planning').joinpath('hardware.toml').read_text()
+  return {name: Chip(name=name, **fields) for name, fields in tomllib.loads(text).items()}
 
 
-def _gpu(name: str, kind: str, price: float, where: str, per_host: int = 8, **figures: Any) -> Chip:
-  source = (
-    'rates, memory and links: NVIDIA data sheet, half of its figures with sparsity and of its '
-    'bidirectional ones for links; '
-    f'network and price: {where}, as known in 2025 and not looked up since'
-  )
-  return Chip(
-    name=name,
-    kind=kind,
-    price_per_hour=price,
-    chips_per_host=per_host,
-    domain=per_host,
-    source=source,
-    date='2025-12',
-    **figures,
-  )
-
-
-_HOPPER = {'bf16': 989e12, 'int8': 1979e12, 'fp8': 1979e12, 'fp32': 67e12}
-
-CHIPS: dict[str, Chip] = {
-  c.name: c
-  for c in (
-    _tpu(
-      'v4',
-      'TPU v4',
-      3.22,
-      'us-central2',
-      '; network: an estimate (no figure a chip is published)',
-      flops_per_second={'bf16': 275e12, 'int8': 275e12},
-      memory_bytes=30.5 * GIB,
-      bytes_per_second=1.2e12,
-      interconnect_bytes_per_second=300e9,
-      network_bytes_per_second=3.125e9,
-      chips_per_host=4,
-      cores=2,
-    ),
-    _tpu(
-      'v5e',
-      'TPU v5 lite',
-      1.20,
-      'us-central1',
-      flops_per_second={'bf16': 197e12, 'int8': 393e12},
-      memory_bytes=15.75 * GIB,
-      bytes_per_second=0.819e12,
-      interconnect_bytes_per_second=200e9,
-      network_bytes_per_second=3.125e9,
-      chips_per_host=8,
-    ),
-    _tpu(
-      'v5p',
-      'TPU v5',
-      4.20,
-      'us-east5',
-      flops_per_second={'bf16': 459e12, 'int8': 918e12, 'fp8': 459e12},
-      memory_bytes=95.74 * GIB,
-      bytes_per_second=2.765e12,
-      interconnect_bytes_per_second=600e9,
-      network_bytes_per_second=6.25e9,
-      chips_per_host=4,
-      cores=2,
-    ),
-    _tpu(
-      'v6e',
-      'TPU v6 lite',
-      2.70,
-      'us-east5',
-      flops_per_second={'bf16': 918e12, 'int8': 1836e12, 'fp8': 918e12},
-      memory_bytes=31.25 * GIB,
-      bytes_per_second=1.638e12,
-      interconnect_bytes_per_second=400e9,
-      network_bytes_per_second=12.5e9,
-      chips_per_host=8,
-    ),
-    _tpu(
-      'v7x',
-      'TPU7x',
-      12.00,
-      'us-central1',
-      ' (uncertain: sold by contract at first)',
-      flops_per_second={'bf16': 2307e12, 'fp8': 4614e12},
-      memory_bytes=189.5 * GIB,
-      bytes_per_second=7.38e12,
-      interconnect_bytes_per_second=600e9,
-      network_bytes_per_second=12.5e9,
-      chips_per_host=4,
-      cores=2,
-      devices=2,
-    ),
-    _gpu(
-      'a100',
-      'NVIDIA A100',
-      3.43,
-      'EC2 p4de.24xlarge, us-east-1',
-      flops_per_second={'bf16': 312e12, 'int8': 624e12, 'fp32': 19.5e12},
-      memory_bytes=80e9,
-      bytes_per_second=2.039e12,
-      interconnect_bytes_per_second=300e9,
-      network_bytes_per_second=6.25e9,
-    ),
-    _gpu(
-      'h100',
-      'NVIDIA H100',
-      6.88,
-      'EC2 p5.48xlarge, us-east-1',
-      flops_per_second=_HOPPER,
-      memory_bytes=80e9,
-      bytes_per_second=3.35e12,
-      interconnect_bytes_per_second=450e9,
-      network_bytes_per_second=50e9,
-    ),
-    _gpu(
-      'h100-nvl',
-      'NVIDIA H100 NVL',
-      6.98,
-      'Azure NC40ads_H100_v5, East US',
-      2,
-      flops_per_second={'bf16': 835e12, 'int8': 1671e12, 'fp8': 1671e12, 'fp32': 60e12},
-      memory_bytes=94e9,
-      bytes_per_second=3.9e12,
-      interconnect_bytes_per_second=300e9,
-      network_bytes_per_second=5e9,
-    ),
-    _gpu(
-      'h200',
-      'NVIDIA H200',
-      7.91,
-      'EC2 p5en.48xlarge, us-east-1',
-      flops_per_second=_HOPPER,
-      memory_bytes=141e9,
-      bytes_per_second=4.8e12,
-      interconnect_bytes_per_second=450e9,
-      network_bytes_per_second=50e9,
-    ),
-    _gpu(
-      'b200',
-      'NVIDIA B200',
-      14.24,
-      'EC2 p6-b200.48xlarge, us-east-1',
-      flops_per_second={'bf16': 2250e12, 'int8': 4500e12, 'fp8': 4500e12, 'fp32': 75e12},
-      memory_bytes=180e9,
-      bytes_per_second=7.7e12,
-      interconnect_bytes_per_second=900e9,
-      network_bytes_per_second=50e9,
-    ),
-  )
-}
+CHIPS = _table()
 
 
 def chip(device_kind: str) -> Chip | None:
-  """The chip that a JAX device of this kind belongs to; None where it is not in the table (a
-  CPU)."""
+  """The chip of a JAX `device_kind`; None if it is not in the table, such as a CPU."""
   kind = (
     device_kind.replace('TPU v5p', 'TPU v5')
     .replace('TPU v5e', 'TPU v5 lite')
@@ -244,18 +93,17 @@ def chip(device_kind: str) -> Chip | None:
 
 
 def chip_named(name: str, chips: Mapping[str, Chip] = CHIPS) -> Chip:
-  """A chip by its short name. Raises `InputError` with the nearest name."""
+  """The chip of a short name. Raises `InputError` with the nearest names."""
   if name not in chips:
     raise InputError(f'unknown chip {name!r}; known: {", ".join(chips)}{nearest(name, chips)}')
   return chips[name]
 
 
 def hardware_file(path: str | Path) -> dict[str, Chip]:
-  """The table with a user's own figures: a TOML or JSON file of chip name -> fields of `Chip`.
+  """The table with the chips of a user's file: TOML or JSON, chip name -> fields of `Chip`.
 
-  A known chip keeps the figures that are not given; an unknown one must give all that have no
-  default. `source` and `date` may be left out. Raises `InputError` that names the file, the chip
-  and the field."""
+  Fields override those of a known chip; an unknown chip needs all fields without a default, except
+  `source` and `date`. Raises `InputError` that names the file, the chip and the field."""
   path = Path(path)
   try:
     text = path.read_text()
@@ -264,7 +112,7 @@ def hardware_file(path: str | Path) -> dict[str, Chip]:
     raise InputError(f'--hardware {path}: {e.strerror}') from e
   except ValueError as e:
     raise InputError(
-      f'--hardware {path}: {e} (TOML for a name that ends in .toml, else JSON)'
+      f'--hardware {path}: {e} (read as TOML if the name ends in .toml, else as JSON)'
     ) from e
   if not isinstance(data, dict):
     raise InputError(f'--hardware {path}: must hold chip name -> fields')
@@ -288,7 +136,7 @@ def _own(where: str, name: str, fields: Any) -> Chip:
     return dataclasses.replace(base, **given | {'flops_per_second': rates})
   missing = [n for n, f in known.items() if f.default is dataclasses.MISSING and n not in given]
   if missing:
-    raise InputError(f'{where}: a chip that is not in the table needs {", ".join(missing)} as well')
+    raise InputError(f'{where}: a chip that is not in the table also needs {", ".join(missing)}')
   return Chip(name=name, **given)
 
 
@@ -302,9 +150,9 @@ def _check(where: str, field: str, value: Any) -> None:
       and 'bf16' in value
       and all(isinstance(v, int | float) and v > 0 for v in value.values())
     )
-    wanted = 'precision -> positive number, bf16 among them'
+    wanted = 'precision -> positive number, including bf16'
   elif field in ('chips_per_host', 'domain', 'cores', 'devices'):
-    right, wanted = positive and isinstance(value, int), 'a positive whole number'
+    right, wanted = positive and isinstance(value, int), 'a positive integer'
   else:
     right, wanted = positive, 'a positive number'
   if not right:

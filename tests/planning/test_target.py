@@ -120,9 +120,9 @@ def test_a_file_of_ones_own(tmp_path):
   [
     ({'v5e': {'prise_per_hour': 1}}, "no such field 'prise_per_hour'; did you mean price_per_hour"),
     ({'v5e': {'price_per_hour': 'much'}}, "v5e.price_per_hour = 'much': must be a positive number"),
-    ({'v5e': {'flops_per_second': 1e12}}, 'bf16 among them'),
+    ({'v5e': {'flops_per_second': 1e12}}, 'including bf16'),
     ({'v5e': 3}, 'must be fields of a chip'),
-    ({'mine': {'price_per_hour': 1}}, 'needs flops_per_second, memory_bytes'),
+    ({'mine': {'price_per_hour': 1}}, 'also needs flops_per_second, memory_bytes'),
     ([], 'chip name -> fields'),
   ],
 )
