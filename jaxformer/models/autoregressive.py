@@ -83,8 +83,8 @@ class Autoregressive(Model):
     state: DecoderState | None,
     initial: tuple[State, ...] | None = None,
   ) -> Output:
-    """What the head reads, `[B, T, D]`; with a state, the sequence continues from it. `initial` are
-    states of the stack to start from where none is to be returned."""
+    """Return what the head reads, `[B, T, D]`. With a state, the sequence continues from it;
+    `initial` are states of the stack to start from where the result needs no state."""
     starts = starts_BT(ctx.segments_BT, *tokens_BT.shape)
     positions = positions_BT(starts, None if state is None else state.position_B)
     x = self.embedder(tokens_BT, positions, self._embedder_ctx(ctx))
@@ -95,7 +95,7 @@ class Autoregressive(Model):
     return dataclasses.replace(out, y=self._normed(out.y), state=after)
 
   def _embedder_ctx(self, ctx: Context) -> Context:
-    """Dropout of the embedder has a key beside those of the stacks' groups."""
+    """The dropout key of the embedder comes after those of the groups."""
     return ctx.fold(max(len(groups) for groups in self.config.stacks))
 
   def _normed(self, y: Array) -> Array:

@@ -1,5 +1,4 @@
-"""A block: a tuple of residual branches. The type of a branch says where the norm and the sum
-are."""
+"""A block: a tuple of residual branches. The type of a branch says where norm and residual are."""
 
 from __future__ import annotations
 
@@ -31,7 +30,7 @@ class BranchConfig(Config, abstract=True):
 
   Attributes:
     layer: the layer; its type says which.
-    dropout: rate at which the layer's output is dropped before it joins.
+    dropout: rate on the layer's output before it joins.
   """
 
   layer: LayerConfig
@@ -49,7 +48,7 @@ class BranchConfig(Config, abstract=True):
     self.require(
       out == width,
       'layer',
-      f'one whose output is as wide as its input; {self.layer.tag} makes {out} of {width}',
+      f'one whose output is as wide as its input; {self.layer.tag} changes {width} to {out}',
     )
     return out
 

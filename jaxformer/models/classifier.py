@@ -24,12 +24,12 @@ from jaxformer.task_type import IGNORE, Batch, TaskType
 
 
 class Pooling(Config, abstract=True):
-  """Base of the ways to make one vector of those of all positions."""
+  """Base of the ways to pool the vectors of all positions into one."""
 
   def __call__(
     self, y_BTD: Float[Array, 'B T D'], valid_BT: Bool[Array, 'B T']
   ) -> Float[Array, 'B D']:
-    """`valid_BT` is False where a row is padding, which is at its end."""
+    """`valid_BT` is False at padding, which is at the end of a row."""
     raise NotImplementedError
 
 
@@ -42,7 +42,7 @@ class MeanPooling(Pooling):
 
 
 class LastPooling(Pooling):
-  """The last position of the sequence: what a causal stack knows when it has read all."""
+  """The last position of the sequence, for causal stacks."""
 
   def __call__(self, y_BTD, valid_BT):
     last_B = jnp.maximum(jnp.sum(valid_BT, axis=1, dtype=jnp.int32) - 1, 0)
@@ -55,21 +55,20 @@ class LastPooling(Pooling):
 class Classifier(Model):
   """p(class | sequence) = softmax(W pool(norm(stack(input(sequence) + positions))) + b).
 
-  A batch is that of a language model, with tokens or features as inputs: the class of a row stands
-    in
-  `targets_BT` at the last position of its sequence, and -1 everywhere else (in all of a row that
-  does not count). Sequences of unequal lengths are padded at the end, with `segments_BT` 1 in the
-  sequence and 0 in the padding, which is a separate document: no layer passes anything between
-  documents in either direction, and pooling leaves the padding out, so that it changes nothing."""
+  `targets_BT` has the class of a row at the last position of its sequence, and -1 elsewhere (at all
+  positions of a row that does not count). Sequences of unequal lengths are padded at the end, with
+  `segments_BT` 1 in the sequence and 0 in the padding, which is a separate document: no layer
+  passes anything between documents in either direction, and pooling excludes it, so padding has no
+  effect."""
 
   class Config(ModelConfig):
     """
     Attributes:
-      input: tokens or numbers.
-      classes: of which one is the answer.
-      stack: groups of blocks; layers in both directions are welcome.
+      input: tokens or features.
+      classes: number of classes.
+      stack: groups of blocks; layers may be bidirectional.
       final_norm: norm before pooling; None for none (post-norm stacks).
-      pooling: how one vector comes of all positions.
+      pooling: of all positions into one vector.
       head_init: initialization of W; b starts at zero.
     """
 

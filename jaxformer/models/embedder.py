@@ -46,7 +46,7 @@ class TokenInput(nnx.Module):
       return TaskType(vocab_size=self.vocab_size)
 
     def build(self, width: int, rngs: nnx.Rngs) -> TokenInput:
-      # of a few tokens, as those of tasks to classify: not sharded
+      # tables of classifiers are small: not sharded
       return TokenInput(self.vocab_size, width, self.init, rngs, axis=None)
 
   def __init__(
@@ -99,7 +99,7 @@ class Embedder(nnx.Module):
 
   Args:
     input: from inputs to vectors.
-    config: of the model; gives the positions.
+    config: of the model, for its positions.
     norm: None for none (RWKV's ln0).
     scale: factor on the vectors; None for 1.
     dropout: rate.

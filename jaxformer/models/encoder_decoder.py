@@ -25,9 +25,9 @@ class EncoderDecoder(Autoregressive):
   """p(token t | tokens before t, source) = softmax(head(norm(decoder(embedding(tokens),
   encoder(embedding(source)))))).
 
-  The source is padded with -1 at the end of a row, which changes nothing: no layer of the encoder
-  passes anything from padding to tokens, and the decoder's layers see the tokens alone. Rows of
-  targets are padded at their end, where nothing is predicted.
+  The source is padded with -1 at the end of a row, which has no effect: no layer of the encoder
+  passes anything from padding to tokens, and the decoder masks it. Rows of targets are padded at
+  their end, where nothing is predicted.
 
   Token ids are not checked inside a compiled program: an id outside the vocabulary reads the
   nearest row."""
@@ -36,17 +36,18 @@ class EncoderDecoder(Autoregressive):
     """
     Attributes:
       source_vocab_size, vocab_size: rows of the embeddings of source and target.
-      encoder, decoder: groups of blocks; a layer may change the width of what flows on.
+      encoder, decoder: groups of blocks; a layer may change the width.
       embedding_scale: factor on the embeddings; None for 1.
       encoder_norm, final_norm: norms after either stack; None for none (post-norm stacks and
         recurrences).
-      shared_embedding: source and target have one table.
-      tied: the head is the target's embedding's transpose.
+      shared_embedding: whether source and target share one table.
+      tied: whether the head is the transpose of the target's table.
       head_bias: whether logits have a bias.
-      reverse_source: the encoder reads the source from its end to its beginning (Sutskever et al.
-        2014, section 3.3).
-      init_from_encoder: each layer of the decoder begins from the state that the encoder's layer in
-        its place ended in; of one in both directions, from that of the backward one.
+      reverse_source: whether the encoder reads the source from its end (Sutskever et al. 2014,
+        section 3.3).
+      init_from_encoder: whether each layer of the decoder starts from the final state of the
+        encoder's layer in the same position (of a bidirectional layer, that of its backward
+        part).
       dropout: rate on the embeddings.
       embedding_init, head_init: initialization; `head_init` must be None where the head is tied.
     """
@@ -81,12 +82,12 @@ class EncoderDecoder(Autoregressive):
       self.require(
         same,
         'source_vocab_size',
-        f'{self.vocab_size}, that of the target, where they share an embedding',
+        f'{self.vocab_size}, that of the target, where they share a table',
       )
       self.require(
         not self.tied or self.decoder_width == self.width,
         'tied',
-        f'false where the decoder makes {self.decoder_width} of a width of {self.width}',
+        f'false where the decoder changes the width from {self.width} to {self.decoder_width}',
       )
       for layer, width, _ in layers_with_widths(self.decoder, self.width):
         self.require(layer.decodes, 'decoder', f'layers that decode; {layer.tag} does not')

@@ -29,7 +29,7 @@ class LanguageModel(Autoregressive):
       embedding_norm: norm right after the embedding (RWKV's ln0); None for none.
       embedding_scale: factor on the embeddings; None for 1.
       final_norm: norm before the head; None for none (post-norm stacks).
-      tied: the head is the embedding's transpose.
+      tied: whether the head is the transpose of the token table.
       head_bias: whether logits have a bias.
       softcap: logits become c tanh(logits / c); None for none.
       dropout: rate on the embeddings.

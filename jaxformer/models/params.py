@@ -138,7 +138,7 @@ def _initialiser(
 
 @functools.lru_cache(maxsize=64)
 def define(config: Buildable[M_co]) -> Definition[M_co]:
-  """The structure of a config, found from abstract shapes: no parameter is allocated, whatever the
+  """The structure of a config, found from abstract shapes: no parameter is allocated, at any
   size."""
   graph, state = nnx.split(
     nnx.eval_shape(lambda key: config.build(nnx.Rngs(params=key)), _abstract_key())

@@ -20,18 +20,18 @@ from jaxformer.models.params import stacked
 from jaxformer.sharding import needs_all_gather, platform, unshard
 
 _policies = jax.checkpoint_policies
-NAMED = ('attention', 'mlp_hidden')  # what `checkpoint_name` marks in the layers
+NAMED = ('attention', 'mlp_hidden')  # the names that layers give by `checkpoint_name`
 
 REMAT: dict[str, Callable[..., Any] | None] = {
-  'none': None,  # keep all activations
-  # keep the input of each period alone
+  'none': None,  # save all activations
+  # save only the input of each period
   'full': _policies.nothing_saveable,
-  # keep the products with weights
+  # save products with weights
   'dots': _policies.dots_with_no_batch_dims_saveable,
-  'attention': _policies.save_only_these_names('attention'),  # keep attention's output
-  # keep it and the feed-forward's hidden units
+  'attention': _policies.save_only_these_names('attention'),  # save attention outputs
+  # save these and feed-forward hidden units
   'names': _policies.save_only_these_names(*NAMED),
-  # the same, in the host's memory
+  # the same, in host memory
   'offload': _policies.save_and_offload_only_these_names(
     names_which_can_be_saved=[],
     names_which_can_be_offloaded=list(NAMED),
@@ -39,9 +39,9 @@ REMAT: dict[str, Callable[..., Any] | None] = {
     offload_dst='pinned_host',
   ),
 }
-"""Remat policies by name: what the forward pass keeps for the backward pass."""
+"""Remat policies by name: what the forward pass saves for the backward pass."""
 
-UNROLLED_BLOCKS = 16  # on a CPU, up to so many blocks run as a Python loop
+UNROLLED_BLOCKS = 16  # maximum number of blocks that a CPU unrolls
 
 
 class Group(Config):
@@ -60,15 +60,15 @@ class Group(Config):
     self.require(len(self.pattern) > 0, 'pattern', 'at least one block')
 
   def widths(self, width: int) -> list[int]:
-    """The width before each block of the pattern, and after the last. Raises `InputError` where
-    what repeats changes it."""
+    """The width before each block of the pattern, and after the last. Raises `InputError` where a
+    repeated pattern changes it."""
     widths = [width]
     for block in self.pattern:
       widths.append(block.widths(widths[-1])[-1])
     self.require(
       self.repeats == 1 or widths[-1] == width,
       'repeats',
-      f'1 where blocks make a width of {widths[-1]} of {width}',
+      f'1 where the pattern changes the width from {width} to {widths[-1]}',
     )
     return widths
 
@@ -76,8 +76,8 @@ class Group(Config):
 def layers_with_widths(
   groups: tuple[Group, ...], width: int
 ) -> Iterator[tuple[LayerConfig, int, int]]:
-  """Every layer's config with the width of its input, and how many times it stands in a stack whose
-  input has `width`."""
+  """Every layer's config with the width of its input, and how many times it occurs in a stack with
+  inputs of `width`."""
   for group in groups:
     for block, before in zip(group.pattern, group.widths(width), strict=False):
       for branch, w in zip(block.branches, block.widths(before), strict=False):
@@ -161,7 +161,7 @@ class Stack(nnx.Module):
     )
 
   def handed_over(self, state: tuple[State, ...]) -> tuple[tuple[State, ...], ...]:
-    """What an encoder in this final state hands over, by block from the bottom up
+    """Final states of an encoder's layers for the decoder, by block from the bottom up
     (`Memory.states`)."""
     periods = zip(self._periods(self.groups), self._periods(state), strict=True)
     return tuple(

@@ -1,8 +1,8 @@
 """Sequence classifiers of state-space layers that read in both directions: S4D (Gu et al. 2022b),
 mean pooling.
 
-Blocks are pre-norm with LayerNorm where the Long Range Arena's have BatchNorm, whose statistics
-would tie the rows of a batch, and padding, to one another."""
+Blocks are pre-norm with LayerNorm; those for the Long Range Arena have BatchNorm, whose statistics
+would couple the rows of a batch, and padding."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ def gnmt(
   hidden: int | None = None,
 ) -> EncoderDecoder.Config:
   """The GNMT architecture, with `layers` of `hidden` units on each side, at least three, as wide as
-  the embedding unless told otherwise. The bottom layer of the decoder begins from the backward
+  the embedding unless given. The bottom layer of the decoder starts from the backward
   state of the encoder's, the others from the state of the layer at their height."""
   units = hidden or width
   lstm = Lstm.Config(

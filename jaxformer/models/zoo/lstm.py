@@ -1,9 +1,9 @@
 """Language models of stacked LSTMs and GRUs, without norms, residuals and positions.
 
 `lstm-zaremba-*` are the word-level models of Zaremba et al. 2014 (section 4.1, Penn Treebank): two
-layers as wide as the embedding; dropout on what flows upwards (the embedding, between the layers,
-before the head), never on what flows through time. Every weight starts uniform within one bound.
-The context is how far gradients went back."""
+layers as wide as the embedding; dropout between layers (after the embedding, between the LSTMs,
+before the head), never through time. Every weight is initialized uniformly within one bound. The
+context length is that of truncated backpropagation."""
 
 from __future__ import annotations
 
