@@ -92,7 +92,8 @@ def training_texts(
     rows = (row.texts for row in corpus.rows())
   else:
     rows = (p.texts for p in divide(corpus.rows, split, corpus.tag)[1] if p.side == 'train')
-  return (texts[column] for texts in rows for column in columns)
+  for texts in rows:
+    yield from (texts[column] for column in columns)
 
 
 def open_tokenizer(
