@@ -67,7 +67,7 @@ class Pairs(DatasetConfig):
   split: ByDocument = ByDocument()
 
   def validate(self) -> None:
-    self.require(self.corpus.columns == 2, 'corpus', 'a corpus of a source and a target per row')
+    self.require(self.corpus.columns == 2, 'corpus', 'a corpus of pairs: Tsv, TwoFiles or Records')
     for field in ('source_lengths', 'target_lengths'):
       lengths = getattr(self, field)
       self.require(bool(lengths) and min(lengths) >= 2, field, 'one or more lengths of at least 2')
