@@ -270,8 +270,8 @@ class Checkpoints:
     self._manager = self._open()
 
   def _set_aside_metrics(self) -> None:
-    """Rename corrupt files of metrics, which only rank the best checkpoints: Orbax reads all of them
-    when it opens the folder, and fails on one that was cut short."""
+    """Rename corrupt files of metrics, which only rank the best checkpoints: Orbax reads all of
+    them when it opens the folder, and fails on one that was cut short."""
     if jax.process_index() == 0:
       for step in steps_in(self.folder):
         file = self.folder / str(step) / 'metrics' / 'metrics'

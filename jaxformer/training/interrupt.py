@@ -14,8 +14,8 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 
 
 class Interrupt:
-  """A context manager in which SIGTERM, SIGINT and SIGUSR2 set a flag that the loop reads after each
-  step; a second SIGINT aborts.
+  """A context manager in which SIGTERM, SIGINT and SIGUSR2 set a flag that the loop reads after
+  each step; a second SIGINT aborts.
 
   Nested handlers inherit and propagate the signal, so that a program of several runs can check the
   outer one between them.

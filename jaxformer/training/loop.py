@@ -371,7 +371,9 @@ class _Loop:
   def run(self, init_from: str | AnyPath | Params | None = None) -> list[TrainResult]:
     members = self.members
     states = [m.restore(init_from) for m in members]
-    state = states[0] if self.mesh is None else self._put(jax.tree.map(_stack, *states))
+    state = states[0]
+    if self.mesh is not None:
+      state = self._put(jax.tree.map(lambda *x: jnp.stack(x), *states))
     del states
     rates = [m.setup.experiment.optimizer.learning_rate for m in members]
     learning_rates = None if self.mesh is None else self._put(np.array(rates, np.float32))
@@ -467,10 +469,6 @@ class _Loop:
     if self.mesh is None:
       return state
     return jax.device_put(_slice(state, i), self.setup.mesh.devices.flat[0])
-
-
-def _stack(*arrays: Any) -> Any:
-  return jnp.stack(arrays)
 
 
 @jax.jit

@@ -210,7 +210,8 @@ class Run:
       raise unusable(f'cannot be made ({e.strerror})') from None
     if not os.access(self.home, os.W_OK):
       raise unusable('cannot be written')
-    if not self._lock.enter_context(locked(self.home / '.lock')):
+    local = self.home == self.folder  # a store has no locks
+    if local and not self._lock.enter_context(locked(self.home / '.lock')):
       raise InputError(f'{self.folder}: another process trains in this folder; wait until it ends')
     if tokenizer is not None:
       tokenizer.save(self.home / 'tokenizer')

@@ -80,8 +80,8 @@ class Cosine(ScheduleConfig):
 
 class WSD(ScheduleConfig):
   """Warm-up, stable, decay (Hu et al. 2024, MiniCPM, section 4): 1 until the last fraction
-  `decay` of the steps after the warm-up, then linearly (or as 1 - sqrt, Hägele et al. 2024, with `sqrt`) down to
-  `final`."""
+  `decay` of the steps after the warm-up, then linearly (or as 1 - sqrt, Hägele et al. 2024, with
+  `sqrt`) down to `final`."""
 
   decay: float = 0.2
   final: float = 0.0

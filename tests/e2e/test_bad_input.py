@@ -254,7 +254,7 @@ SPOILED = {
   'config cut': (lambda run: (run / 'config.json').write_text('{'), 'JSON'),
   'a list for a config': (
     lambda run: (run / 'config.json').write_text('[1]'),
-    'expected an object with a "type"',
+    'holds no experiment',
   ),
   'unknown type': (
     lambda run: rename(run / 'config.json', '"Attention"', '"Atention"'),
@@ -295,7 +295,7 @@ STORES = [
   (
     'train gpt2-tiny --run.dir s3://bucket/runs',
     "run.dir = 's3://bucket/runs': Orbax",
-    'gs:// alone',
+    'supports only gs://',
     'mount the bucket',
   ),
   (
@@ -346,7 +346,7 @@ RUNS = [
     'model.width: 64 -> 32',
     'training.batch_size: 8 -> 16',
   ),
-  ([*FIRST, '--init-from', 'first'], '--init-from', 'began from random weights'),
+  ([*FIRST, '--init-from', 'first'], '--init-from', 'was started from random weights'),
   (
     [
       'train',
@@ -419,7 +419,7 @@ def test_a_dict_of_parameters_is_checked_by_name_and_shape(tmp_path, monkeypatch
   for line in (
     'final_norm.bias: not given',
     'spare: not of this model',
-    'final_norm.scale: (3,) given, (64,) here',
+    'final_norm.scale: (3,) found, the model has (64,)',
   ):
     assert line in str(e.value)
   assert list(tmp_path.iterdir()) == []

@@ -99,7 +99,7 @@ def home(tmp_path_factory, cache):
   os.kill(two[1].pid, signal.SIGTERM)  # the one that writes nothing
   ended = finish(two)
   assert [code for code, _, _ in ended] == [75, 75], ended
-  assert ended[0][2].count('the same command goes on from there') == 1
+  assert ended[0][2].count('run the same command to resume') == 1
   assert 'the same command' not in ended[1][2]
   return folder
 

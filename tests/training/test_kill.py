@@ -120,7 +120,7 @@ def test_a_scheduler_that_wants_the_machine_back_gets_75(long, whole, tmp_path):
   program.send_signal(signal.SIGTERM)
   code, err = finish(program)
   assert code == 75, err
-  assert 'the same command goes on from there' in err
+  assert 'run the same command to resume' in err
   code, err = finish(start(long('preempted')))
   assert code == 0, err
   assert_same(whole, folder, 300)

@@ -24,7 +24,7 @@ from jaxformer.training import (
   train,
 )
 from jaxformer.training.checkpoint import steps_in
-from jaxformer.training.run import read_metrics
+from jaxformer.training.run import Run, read_metrics
 from jaxformer.training.setup import Setup
 from tests.training.compare import assert_same, curve, meta
 from tests.training.conftest import make_experiment
@@ -260,6 +260,15 @@ def test_a_folder_that_is_no_run_is_left_alone(experiment, dataset, tmp_path):
   (tmp_path / 'run' / 'thesis.txt').write_text('mine')
   with pytest.raises(InputError, match='not a run folder'):
     train(experiment(), dataset=dataset, devices=ONE, log=quiet)
+
+
+def test_a_folder_in_which_a_process_trains_is_locked(experiment, dataset):
+  e = experiment(steps=2)
+  with Run(e) as run:
+    run.start(dataset.manifest, dataset.tokenizer)
+    with pytest.raises(InputError, match='another process trains in this folder'):
+      train(e, dataset=dataset, devices=ONE, log=quiet)
+  assert train(e, dataset=dataset, devices=ONE, log=quiet).step == 2
 
 
 def test_more_steps_extend_a_run(experiment, dataset):

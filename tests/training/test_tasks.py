@@ -198,7 +198,8 @@ def test_the_command_line_on_a_classifier(digits, monkeypatch, capsys):
     ('eval digits --data Text', 'without a tokenizer'),
     (
       'eval digits --data ListOps',
-      'data = ListOps: the task is "tokens -> one class per sequence", but Classifier is a model for "1 features',
+      'data = ListOps: the task is "tokens -> one class per sequence", but Classifier is a model '
+      'for "1 features',
     ),
   ):
     assert main(words.split()) == 2

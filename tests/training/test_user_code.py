@@ -1,4 +1,4 @@
-"""Runs of a layer that is defined in a file of the user: trained, resumed and read from any folder."""
+"""Runs of a layer in a user's own file: trained, resumed and read from any folder."""
 
 import json
 import subprocess
