@@ -59,6 +59,8 @@ class Training:
   predicted: Interval | None
   runs: tuple[str, ...]
 
+  REPORTED = 'within_interval', 'relative_error'
+
   @property
   def within_interval(self) -> bool | None:
     """Whether the observed loss lies within the prediction interval; None if either is missing."""
@@ -131,25 +133,6 @@ class FittedLaw:
   def parabolas(self) -> dict[float, Parabola]:
     """Parabolas by FLOPs."""
     return {o.flops: o.parabola for o in self.optima if o.parabola is not None}
-
-  def to_json(self) -> dict[str, Any]:
-    """Return JSON data."""
-    trainings = [
-      {
-        **dataclasses.asdict(t),
-        'predicted': t.predicted and t.predicted._asdict(),
-        'within_interval': t.within_interval,
-        'relative_error': t.relative_error,
-      }
-      for t in self.trainings
-    ]
-    return {
-      **dataclasses.asdict(self),
-      'trainings': trainings,
-      'coefficients': {n: i._asdict() for n, i in self.coefficients.items()},
-      'exponent': self.exponent and self.exponent._asdict(),
-      'optima': [{**dataclasses.asdict(o), 'params': o.params._asdict()} for o in self.optima],
-    }
 
 
 def law_of(scaling: ScalingGrid, title: str, tuned: Sequence[Tuned]) -> FittedLaw:

@@ -107,10 +107,6 @@ class TaskResults:
     and it is among them."""
     return {d.against: d.verdict for d in self.pairs if d.name == self.ranked[0].title}
 
-  def to_json(self) -> dict[str, Any]:
-    """Return JSON data."""
-    return {**dataclasses.asdict(self), 'laws': [f.to_json() for f in self.laws]}
-
 
 @dataclasses.dataclass(frozen=True)
 class Results:
@@ -153,8 +149,8 @@ class Results:
         'study': self.study.name,
         'answer': self.answer,
         'baseline': self.baseline,
-        'tasks': [t.to_json() for t in self.tasks],
-        'costs': {n: dataclasses.asdict(c) for n, c in self.costs.items()},
+        'tasks': self.tasks,
+        'costs': self.costs,
         'config': config.to_json(self.study),
         'digest': config.digest(self.study),
         'environment': self.environment,
@@ -376,11 +372,16 @@ def _list(names: Sequence[str]) -> str:
 
 
 def plain(value: Any) -> Any:
-  """Return JSON data without infinities."""
+  """Return JSON data: dataclasses (with the properties that they list as `REPORTED`) and named
+  tuples as objects, numbers that are not finite as null."""
+  if dataclasses.is_dataclass(value):
+    names = [*(f.name for f in dataclasses.fields(value)), *getattr(value, 'REPORTED', ())]
+    return {name: plain(getattr(value, name)) for name in names}
   if isinstance(value, dict):
     return {str(k): plain(v) for k, v in value.items()}
   if isinstance(value, list | tuple):
-    return [plain(v) for v in value]
+    asdict = getattr(value, '_asdict', None)
+    return plain(asdict()) if asdict else [plain(v) for v in value]
   if isinstance(value, float | np.floating):
     return float(value) if math.isfinite(value) else None
   return int(value) if isinstance(value, np.integer) else value
