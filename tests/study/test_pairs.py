@@ -122,10 +122,10 @@ RECALL = AssociativeRecall(length=6)
     (
       (ScaledFamily(family='lstm'),),
       Dates(),
-      ['family lstm', 'one sequence', 'seq2seq-lstm', 'transformer'],
+      ['family lstm', 'pairs', 'seq2seq-lstm', 'transformer'],
     ),
     ((ScaledFamily(family='transformer'),), RECALL, ['family transformer', 'pairs', 'llama3']),
-    ((TokenMixer(layer=Attention.Config()),), Dates(), ['Attention', 'one sequence']),
+    ((TokenMixer(layer=Attention.Config()),), Dates(), ['Attention', 'pairs']),
     ((entry('rnnsearch'),), RECALL, ['EncoderDecoder', 'pairs']),
     (
       (
