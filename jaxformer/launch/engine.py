@@ -73,10 +73,8 @@ class Engine(Config, abstract=True):
     if job.remote:
       check_url(job.run_dir, 'run.dir')
     elif (problem := self.storage_problem(job)) is not None:
-      raise InputError(
-        f'run.dir = {job.run_dir!r}: must be on object storage, such as --run.dir '
-        f'gs://BUCKET/runs; {problem}'
-      )
+      storage = f'on object storage, such as gs://BUCKET/runs; {problem}'
+      raise InputError('run.dir', job.run_dir, storage)
 
   def files(self, job: Job) -> dict[pathlib.Path, str]:
     """The files of the job: path -> text."""

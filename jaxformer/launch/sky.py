@@ -73,9 +73,8 @@ class Sky(Engine):
   def check(self, job):
     super().check(job)
     if job.spot and not self.managed:
-      raise InputError(
-        'sky.managed = False: must be true with --spot; otherwise nothing restarts a preempted job'
-      )
+      why = 'true with --spot; otherwise nothing restarts a preempted job'
+      raise InputError('sky.managed', False, why)
     if job.tpu and job.target.slices > 1:
       raise InputError(
         f'--target {job.target.name}: sky does not connect slices; use one slice, or xpk or gcloud'

@@ -63,9 +63,8 @@ class XPK(Engine):
   def check(self, job):
     super().check(job)
     if self.cluster is None:
-      raise InputError(
-        'xpk.cluster = None: must be the name of a GKE cluster, such as --xpk.cluster NAME'
-      )
+      name = 'the name of a GKE cluster, such as --xpk.cluster NAME'
+      raise InputError('xpk.cluster', None, name)
     if job.target.chip.name == 'v5e' and job.target.chips < 8:
       raise InputError(f'--target {job.target.name}: xpk has v5e slices of 8 chips and more')
     if not job.tpu and nodes_of_gpus(job.target)[1] != 8:

@@ -61,7 +61,7 @@ def cost(model: ModelConfig, length: int | None = None) -> Cost:
   definition = define(model)
   length = model.context_length if length is None else length
   if length < 1:
-    raise InputError(f'sequence length = {length}: must be positive')
+    raise InputError('sequence length', length, 'positive')
   state = model.state_size(model.context_length)
   return Cost(
     params=definition.size,

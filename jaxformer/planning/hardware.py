@@ -61,10 +61,8 @@ class Chip:
     """Peak FLOPs per second at a precision. Raises `InputError` for an unknown precision."""
     if precision not in self.flops_per_second:
       known = ', '.join(self.flops_per_second)
-      raise InputError(
-        f'precision {precision!r}: {self.name} has '
-        f'{known}{nearest(precision, self.flops_per_second)}'
-      )
+      near = nearest(precision, self.flops_per_second)
+      raise InputError('precision', precision, f'one of those of {self.name}, {known}{near}')
     return self.flops_per_second[precision]
 
 
@@ -124,7 +122,7 @@ def hardware_file(path: str | Path) -> dict[str, Chip]:
 def _own(where: str, name: str, fields: Any) -> Chip:
   known = {f.name: f for f in dataclasses.fields(Chip) if f.name != 'name'}
   if not isinstance(fields, dict):
-    raise InputError(f'{where} = {fields!r}: must be fields of a chip ({", ".join(known)})')
+    raise InputError(where, fields, f'fields of a chip ({", ".join(known)})')
   for field, value in fields.items():
     if field not in known:
       raise InputError(f'{where}: no such field {field!r}{nearest(field, known)}')
@@ -156,4 +154,4 @@ def _check(where: str, field: str, value: Any) -> None:
   else:
     right, wanted = positive, 'a positive number'
   if not right:
-    raise InputError(f'{where} = {value!r}: must be {wanted}')
+    raise InputError(where, value, wanted)

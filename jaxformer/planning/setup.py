@@ -54,10 +54,8 @@ class PlanSetup:
     number, or if training would not put the slices along `replica`."""
     mesh = abstract_mesh(self.mesh, self.target.devices)
     if self.phase == 'train' and mesh.shape['replica'] % self.target.slices:
-      raise InputError(
-        f'mesh.replica = {mesh.shape["replica"]}: must be a multiple of {self.target.slices}, the '
-        f'number of slices of {self.target.name}'
-      )
+      slices = f'a multiple of {self.target.slices}, the number of slices of {self.target.name}'
+      raise InputError('mesh.replica', mesh.shape['replica'], slices)
     return mesh
 
   @property
@@ -108,13 +106,15 @@ def local_batch(
   shards, times = (math.prod(mesh.shape[a] for a in table[axis]) for axis in ('batch', 'time'))
   if batch_size % accumulate or batch_size // accumulate % shards:
     near = max(1, round(batch_size / shards / accumulate)) * shards * accumulate
+    also = f', accumulate = {accumulate}' if accumulate > 1 else ''
     raise InputError(
-      f'training.batch_size = {batch_size}: must be a multiple of {shards * accumulate} '
-      f'({" x ".join(table["batch"])} = {shards}'
-      f'{f", accumulate = {accumulate}" if accumulate > 1 else ""}), such as {near}'
+      'training.batch_size',
+      batch_size,
+      f'a multiple of {shards * accumulate} ({" x ".join(table["batch"])} = {shards}{also}), such '
+      f'as {near}',
     )
   if length % times:
-    raise InputError(f'sequence length = {length}: must be a multiple of mesh.context = {times}')
+    raise InputError('sequence length', length, f'a multiple of mesh.context = {times}')
   return batch_size // accumulate // shards, length // times
 
 

@@ -114,15 +114,13 @@ def parse_target(text: str, chips: Mapping[str, Chip] = CHIPS) -> Target:
   chip name, or the nearest sizes that are offered."""
   match = _FORM.fullmatch(text.strip().lower())
   if match is None:
-    raise InputError(
-      f'target {text!r}: must be a cloud name such as v5p-2048, v6e-256, 2 x v5e-256, v5e:2x4 or '
-      'h100:8'
-    )
+    names = 'a cloud name such as v5p-2048, v6e-256, 2 x v5e-256, v5e:2x4 or h100:8'
+    raise InputError('target', text, names)
   slices, name, number, shape = match.groups()
   chip = chip_named({'tpu7x': 'v7x', 'v5litepod': 'v5e'}.get(name, name), chips)
   count = int(slices or 1)
   if count < 1:
-    raise InputError(f'target {text!r}: must have at least one slice')
+    raise InputError('target', text, 'at least one slice')
   one = (
     _gpus(text, chip, number or shape, count) if chip.domain else _slice(text, chip, number, shape)
   )
@@ -133,33 +131,27 @@ def parse_target(text: str, chips: Mapping[str, Chip] = CHIPS) -> Target:
 
 def _gpus(text: str, chip: Chip, number: str, slices: int) -> Target:
   if 'x' in number or int(number) < 1:
-    raise InputError(f'target {text!r}: must be a number of GPUs, such as {chip.name}:8')
+    raise InputError('target', text, f'a number of GPUs, such as {chip.name}:8')
   n = int(number)
   if n > chip.chips_per_host and n % chip.chips_per_host:
     each, below = chip.chips_per_host, n // chip.chips_per_host * chip.chips_per_host
-    raise InputError(
-      f'target {text!r}: hosts of {chip.name} have {each} GPUs; must be a multiple, such as '
-      f'{below} or {below + each}'
-    )
+    whole = f'full hosts of {each} GPUs, such as {below} or {below + each}'
+    raise InputError('target', text, whole)
   return Target(chip, n, slices, None, f'{chip.name}:{n}')
 
 
 def _slice(text: str, chip: Chip, number: str | None, shape: str | None) -> Target:
   shapes = SHAPES.get(chip.name)
   if shape is not None and 'x' not in shape:
-    raise InputError(
-      f'target {text!r}: must be a topology ({chip.name}:{(shapes or _FLAT)[1]}) or a size '
-      f'({chip.name}-{shape})'
-    )
+    forms = f'a topology ({chip.name}:{(shapes or _FLAT)[1]}) or a size ({chip.name}-{shape})'
+    raise InputError('target', text, forms)
   if shapes is None:  # a chip of a user's --hardware file
     n = math.prod(int(d) for d in shape.split('x')) if shape else int(number or 0)
     return Target(chip, n, 1, None, f'{chip.name}-{n}')
   if shape is not None:
     shape = 'x'.join(map(str, sorted(map(int, shape.split('x'))))) if shape not in shapes else shape
     if shape not in shapes:
-      raise InputError(
-        f'target {text!r}: not offered; topologies of {chip.name}: {", ".join(shapes)}'
-      )
+      raise InputError('target', text, f'one of the topologies of {chip.name}: {", ".join(shapes)}')
   else:
     offered = {_size(s): s for s in reversed(shapes)}
     asked = int(number or 0)
@@ -167,10 +159,8 @@ def _slice(text: str, chip: Chip, number: str | None, shape: str | None) -> Targ
       counts = sorted(n * chip.cores for n in offered)
       near = [*[n for n in counts if n < asked][-1:], *[n for n in counts if n > asked][:1]]
       unit = 'TensorCores, two per chip' if chip.cores == 2 else 'chips'
-      raise InputError(
-        f'target {text!r}: not offered ({chip.name} sizes count {unit}); '
-        f'try {" or ".join(f"{chip.name}-{n}" for n in near)}'
-      )
+      sizes = ' or '.join(f'{chip.name}-{n}' for n in near)
+      raise InputError('target', text, f'an offered size such as {sizes} (in {unit})')
     shape = offered[asked // chip.cores]
   n = _size(shape)
   # libtpu describes no smaller slice; a single chip is the first of a 2x2

@@ -159,7 +159,7 @@ def test_default_mesh():
 def test_amounts():
   assert [parse_amount(t) for t in ('2T', '300B', '1.4e12', '5k')] == [2e12, 300e9, 1.4e12, 5e3]
   for wrong in ('many', '-3', '0', '2X'):
-    with pytest.raises(InputError, match='write a number such as 2T'):
+    with pytest.raises(InputError, match='a number such as 2T'):
       parse_amount(wrong)
 
 
@@ -222,7 +222,7 @@ def test_a_plan_that_does_not_fit_says_what_would(capsys):
     ),
     (['--price', '2'], 'price: needs a target'),
     (['--phase', 'decode'], 'phase: needs a target'),
-    (['--tokens', 'x'], 'write a number'),
+    (['--tokens', 'x'], 'a number'),
     (['--utilization', '40'], 'at most 1'),
     (['--target', 'v5e-8', '--mesh.tensor', '5', '--mesh.fsdp', '1'], 'multiple of 5 devices'),
   ],
