@@ -228,7 +228,7 @@ def main() -> None:
   results = mixers.run(study(args.scale, args.runs))
   task, cache = results.tasks[0], caches(results.study)
   verdict, because = decide(task, cache)
-  report = results.to_json()
+  report = results.json()
   gallery.publish(
     args,
     gallery.Result(

@@ -267,7 +267,7 @@ def main() -> None:
     f'{name} {r.study.steps(r.study.tasks[0]):,} of {r.study.batch_size}'
     for name, r in results.items()
   )
-  reports = {name: r.to_json() for name, r in results.items()}
+  reports = {name: r.json() for name, r in results.items()}
   data: dict[str, Any] = {
     'tasks': {
       name: {k: report[k] for k in ('tasks', 'config')} for name, report in reports.items()

@@ -248,7 +248,7 @@ def main() -> None:
       'seed.',
       ('architecture', *tables[0].header),
       rows,
-      {k: v for k, v in results.to_json().items() if k != 'environment'},
+      {k: v for k, v in results.json().items() if k != 'environment'},
     ),
     pictures(results),
   )

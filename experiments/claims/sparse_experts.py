@@ -249,7 +249,7 @@ def main() -> None:
   results = mixers.run(study(args.scale, args.runs))
   loads = busiest(results)
   verdict, because = decide(results, loads)
-  report = results.to_json()
+  report = results.json()
   updates = results.study.steps(results.study.tasks[0])
   gallery.publish(
     args,

@@ -150,7 +150,7 @@ class Verdict:
   wrong: str | None = None
   skipped: str | None = None
 
-  def to_json(self) -> dict[str, Any]:
+  def json(self) -> dict[str, Any]:
     word = 'fails' if self.wrong else 'skipped' if self.skipped else 'holds'
     return {'check': self.check, 'verdict': word, 'wrong': self.wrong}
 
@@ -161,7 +161,7 @@ class Verdict:
   @property
   def line(self) -> str:
     """The result as a line of text."""
-    word, reason = self.to_json()['verdict'], self.wrong or self.skipped
+    word, reason = self.json()['verdict'], self.wrong or self.skipped
     word = word.upper() if self.wrong else word
     return f'{word:8} {self.check}' + (f': {reason}' if reason else '')
 

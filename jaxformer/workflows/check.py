@@ -22,7 +22,7 @@ class Verdicts:
     return all(v.passed for _, v in self.found)
 
   def json(self) -> list[dict[str, Any]]:
-    return [{'layer': to_json(e)} | v.to_json() for e, v in self.found]
+    return [{'layer': to_json(e)} | v.json() for e, v in self.found]
 
   def lines(self) -> list[str]:
     lines: list[str] = []

@@ -29,8 +29,7 @@ WRONG = {  # what is changed in the tutorial's layer -> checks that fail -> what
   'Declares': (
     ('return width', 'return 2 * width'),
     {
-      'the state has the declared size': 'state_size declares 64 numbers, but '
-      'init_state returns 32'
+      'the state has the declared size': 'state_size declares 64 numbers, but init_state returns 32'
     },
   ),
   'Steps': (
@@ -51,6 +50,7 @@ WRONG = {  # what is changed in the tutorial's layer -> checks that fail -> what
 def layer(tmp_path):
   """Writes the tutorial's layer under another name, with a change; returns what names it on the
   command line."""
+
   def write(name, old='', new=''):
     (code,) = re.findall(r'## Add a layer\n.*?```python\n(.*?)```', TEXT, re.S)
     assert not old or code.count(old) == 1
@@ -92,8 +92,5 @@ def test_one_that_does_not(name, layer, capsys):
 def test_one_that_cannot_be_run(layer, capsys):
   assert main(['check', layer('Fails', 'B, T, D = x_BTD.shape', 'B, T = x_BTD.shape')]) == 1
   out = capsys.readouterr().out
-  assert (
-    'FAILS    builds, with outputs like inputs: ValueError: too many values to unpack'
-    in out
-  )
+  assert 'FAILS    builds, with outputs like inputs: ValueError: too many values to unpack' in out
   assert '1 of 1 checks fail' in out

@@ -172,7 +172,7 @@ def test_all_forms_agree():
 
 
 @pytest.fixture
-def tried(monkeypatch):
+def tried(monkeypatch, tmp_path):
   """What would be trained: (FLOPs, tokens, rates) of each, in order; the second rate is always the
   best."""
   found = []
@@ -183,6 +183,7 @@ def tried(monkeypatch):
       p, (), rates[-1], False, tuple(Trial(1e-3, i, 'run', 1.0, {}) for i in p.study.seeds)
     )
 
+  monkeypatch.chdir(tmp_path)  # locks are files there
   monkeypatch.setattr(Runner, 'tuned', tuned)
   return found
 
@@ -268,10 +269,7 @@ def test_bad_studies(changes, parts):
       {'budgets': budgets((1e4, 1e7), (600, 1200, 2400))},
       ['10000 FLOPs', 'one batch of GRU', 'at least'],
     ),
-    (
-      {'budgets': budgets((1e7, 2e7), (1190, 1200, 1210))},
-      ['at 1e+07 FLOPs', 'further apart'],
-    ),
+    ({'budgets': budgets((1e7, 2e7), (1190, 1200, 1210))}, ['at 1e+07 FLOPs', 'further apart']),
     ({'tasks': (Dates(),)}, ['pairs']),
     ({'tolerance': 1e-6}, ['gru: nothing comes within', 'params']),
   ],
