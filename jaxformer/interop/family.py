@@ -83,6 +83,12 @@ def branches(block: Block.Config, count: int) -> tuple[PreNorm.Config, ...]:
   )
 
 
+def layer_of(config: Any, branch: int, kind: type[C]) -> C:
+  """The layer of a branch of block 0, if it is a `kind`; else raise `InputError`."""
+  layer = blocks(config)[0].branches[branch].layer
+  return part(layer, kind, f'layer {branch} of block 0')
+
+
 def std_of(init: Init) -> float:
   """The standard deviation of an initializer, for `initializer_range`; 0.02 if not normal."""
   return init.std if is_a(init, Normal) else 0.02

@@ -20,11 +20,11 @@ from jax.sharding import Mesh
 
 from jaxformer.config import InputError, differences
 from jaxformer.interop import weights
-from jaxformer.interop.family import blocks, functional, part
+from jaxformer.interop.family import functional, layer_of
 from jaxformer.interop.huggingface import dtype_of, placing
 from jaxformer.interop.tensors import Reader, Shape, Tensors, cast, new_file, shortened
 from jaxformer.interop.torch_file import TorchReader, write_torch
-from jaxformer.interop.weights import NewAxis, Rule, Step, linear, same
+from jaxformer.interop.weights import NewAxis, Rule, Step, linear, norm, same
 from jaxformer.layers.rwkv4 import TimeMix4
 from jaxformer.layers.rwkv5 import TimeMix5
 from jaxformer.layers.rwkv6 import TimeMix6
@@ -114,11 +114,7 @@ def _frame() -> list[Rule]:
   return [
     same('embedder.input.table', 'emb.weight'),
     linear('head.kernel', 'head.weight'),
-    *(
-      same(f'{ours}.{a}', f'{theirs}.{b}')
-      for ours, theirs in norms.items()
-      for a, b in (('scale', 'weight'), ('bias', 'bias'))
-    ),
+    *(rule for ours, theirs in norms.items() for rule in norm(ours, theirs)),
   ]
 
 
@@ -153,7 +149,7 @@ CHANNELS_4 = _mixes(1, 'ffn', 'kr')
 
 
 def _rules_4(config: LanguageModel.Config) -> list[Rule]:
-  part(blocks(config)[0].branches[0].layer, TimeMix4.Config, 'layer 0 of block 0')
+  layer_of(config, 0, TimeMix4.Config)
   vectors = same(f'{TIME}.decay', f'{ATT}.time_decay'), same(f'{TIME}.bonus', f'{ATT}.time_first')
   return [*_frame(), *_mixes(0, 'att', 'kvr'), *vectors, *CHANNELS_4]
 
@@ -175,11 +171,7 @@ def _read_5(sizes: Sizes) -> LanguageModel.Config:
 
 
 def _rules_5(config: LanguageModel.Config) -> list[Rule]:
-  by_head = (
-    ByHead(
-      part(blocks(config)[0].branches[0].layer, TimeMix5.Config, 'layer 0 of block 0').head_dim
-    ),
-  )
+  by_head = (ByHead(layer_of(config, 0, TimeMix5.Config).head_dim),)
   vectors = (
     Rule((f'{TIME}.decay',), f'{ATT}.time_decay', by_head),
     Rule((f'{TIME}.bonus',), f'{ATT}.time_faaaa', by_head),
@@ -200,11 +192,7 @@ def _read_6(sizes: Sizes) -> LanguageModel.Config:
 
 
 def _rules_6(config: LanguageModel.Config) -> list[Rule]:
-  by_head = (
-    ByHead(
-      part(blocks(config)[0].branches[0].layer, TimeMix6.Config, 'layer 0 of block 0').head_dim
-    ),
-  )
+  by_head = (ByHead(layer_of(config, 0, TimeMix6.Config).head_dim),)
   return [
     *_frame(),
     *_mixes(0, 'att', 'xwkvrg', 'time_maa'),
@@ -241,7 +229,7 @@ def _read_7(sizes: Sizes) -> LanguageModel.Config:
 
 
 def _rules_7(config: LanguageModel.Config) -> list[Rule]:
-  time = part(blocks(config)[0].branches[0].layer, TimeMix7.Config, 'layer 0 of block 0')
+  time = layer_of(config, 0, TimeMix7.Config)
   low_rank = {'decay': 'w', 'rate': 'a', 'value': 'v', 'gate': 'g'}
   rows = {f'mix_{z}': f'x_{z}' for z in 'rwkvag'} | {'xi': 'k_k', 'alpha': 'k_a'}
   rows |= {f'{o}.bias': f'{t}0' for o, t in low_rank.items() if o != 'gate'}

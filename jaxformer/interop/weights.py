@@ -129,6 +129,16 @@ def linear(ours: str, theirs: str) -> Rule:
   return Rule((ours,), theirs, (TRANSPOSE,))
 
 
+def dense(ours: str, theirs: str) -> list[Rule]:
+  """A torch Linear with its bias, if there is one."""
+  return [linear(f'{ours}.kernel', f'{theirs}.weight'), same(f'{ours}.bias', f'{theirs}.bias')]
+
+
+def norm(ours: str, theirs: str) -> list[Rule]:
+  """A torch LayerNorm."""
+  return [same(f'{ours}.scale', f'{theirs}.weight'), same(f'{ours}.bias', f'{theirs}.bias')]
+
+
 # ---- the rules applied to one model ------------------------------------------------------------
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from jaxformer.interop.family import CheckpointFormat, blocks, branches, family, part, std_of
+from jaxformer.interop.family import CheckpointFormat, blocks, branches, family, layer_of, std_of
 from jaxformer.interop.settings import ACTIVATIONS, Settings, activation_name
-from jaxformer.interop.weights import Concat, Names, Rule, linear, same
+from jaxformer.interop.weights import Concat, Names, Rule, linear, norm, same
 from jaxformer.layers.attention import Attention
 from jaxformer.layers.init import Normal, ResidualNormal
 from jaxformer.layers.mlp import Mlp
@@ -60,11 +60,8 @@ def read(hf: Settings) -> LanguageModel.Config:
 
 def write(config: LanguageModel.Config) -> dict[str, Any]:
   stack = blocks(config)
-  first, second = branches(stack[0], 2)
-  attention, mlp = (
-    part(first.layer, Attention.Config, 'layer 0 of block 0'),
-    part(second.layer, Mlp.Config, 'layer 1 of block 0'),
-  )
+  first, _ = branches(stack[0], 2)
+  attention, mlp = (layer_of(config, 0, Attention.Config), layer_of(config, 1, Mlp.Config))
   return {
     'vocab_size': config.vocab_size,
     'n_positions': config.context_length,
@@ -84,6 +81,10 @@ def write(config: LanguageModel.Config) -> dict[str, Any]:
   }
 
 
+def conv1d(ours: str, theirs: str) -> list[Rule]:
+  return [same(f'{ours}.kernel', f'{theirs}.weight'), same(f'{ours}.bias', f'{theirs}.bias')]
+
+
 def rules(config: LanguageModel.Config) -> list[Rule]:
   layer, attention, mlp = (
     'transformer.h.{layer}',
@@ -93,8 +94,7 @@ def rules(config: LanguageModel.Config) -> list[Rule]:
   return [
     same('embedder.input.table', 'transformer.wte.weight'),
     same('embedder.positions.table', 'transformer.wpe.weight'),
-    same(f'{attention}.norm.scale', f'{layer}.ln_1.weight'),
-    same(f'{attention}.norm.bias', f'{layer}.ln_1.bias'),
+    *norm(f'{attention}.norm', f'{layer}.ln_1'),
     Rule(
       tuple(f'{attention}.layer.{p}.kernel' for p in 'qkv'),
       f'{layer}.attn.c_attn.weight',
@@ -103,16 +103,11 @@ def rules(config: LanguageModel.Config) -> list[Rule]:
     Rule(
       tuple(f'{attention}.layer.{p}.bias' for p in 'qkv'), f'{layer}.attn.c_attn.bias', (Concat(0),)
     ),
-    same(f'{attention}.layer.o.kernel', f'{layer}.attn.c_proj.weight'),
-    same(f'{attention}.layer.o.bias', f'{layer}.attn.c_proj.bias'),
-    same(f'{mlp}.norm.scale', f'{layer}.ln_2.weight'),
-    same(f'{mlp}.norm.bias', f'{layer}.ln_2.bias'),
-    same(f'{mlp}.layer.up.kernel', f'{layer}.mlp.c_fc.weight'),
-    same(f'{mlp}.layer.up.bias', f'{layer}.mlp.c_fc.bias'),
-    same(f'{mlp}.layer.down.kernel', f'{layer}.mlp.c_proj.weight'),
-    same(f'{mlp}.layer.down.bias', f'{layer}.mlp.c_proj.bias'),
-    same('final_norm.scale', 'transformer.ln_f.weight'),
-    same('final_norm.bias', 'transformer.ln_f.bias'),
+    *conv1d(f'{attention}.layer.o', f'{layer}.attn.c_proj'),
+    *norm(f'{mlp}.norm', f'{layer}.ln_2'),
+    *conv1d(f'{mlp}.layer.up', f'{layer}.mlp.c_fc'),
+    *conv1d(f'{mlp}.layer.down', f'{layer}.mlp.c_proj'),
+    *norm('final_norm', 'transformer.ln_f'),
     linear('head.kernel', 'lm_head.weight'),
   ]
 

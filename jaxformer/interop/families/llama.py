@@ -5,9 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 from jaxformer.config import InputError
-from jaxformer.interop.family import CheckpointFormat, blocks, branches, family, part, std_of
+from jaxformer.interop.family import (
+  CheckpointFormat,
+  blocks,
+  branches,
+  family,
+  layer_of,
+  part,
+  std_of,
+)
 from jaxformer.interop.settings import ACTIVATIONS, Settings, activation_name
-from jaxformer.interop.weights import Names, Rule, linear, same
+from jaxformer.interop.weights import Names, Rule, dense, linear, same
 from jaxformer.layers.attention import Attention
 from jaxformer.layers.init import Normal
 from jaxformer.layers.mlp import GatedMlp
@@ -128,9 +136,9 @@ def read(hf: Settings) -> LanguageModel.Config:
 
 def write(config: LanguageModel.Config) -> dict[str, Any]:
   stack = blocks(config)
-  first, second = branches(stack[0], 2)
-  attention = part(first.layer, Attention.Config, 'layer 0 of block 0')
-  mlp = part(second.layer, GatedMlp.Config, 'layer 1 of block 0')
+  first, _ = branches(stack[0], 2)
+  attention = layer_of(config, 0, Attention.Config)
+  mlp = layer_of(config, 1, GatedMlp.Config)
   rotary = part(attention.position, Rotary, 'the position of layer 0 of block 0')
   return {
     'vocab_size': config.vocab_size,
@@ -165,8 +173,7 @@ def rules(config: LanguageModel.Config) -> list[Rule]:
   return [
     same('embedder.input.table', 'model.embed_tokens.weight'),
     same(f'{attention}.norm.scale', f'{layer}.input_layernorm.weight'),
-    *(linear(f'{ours}.kernel', f'{theirs}.weight') for ours, theirs in projections),
-    *(same(f'{ours}.bias', f'{theirs}.bias') for ours, theirs in projections),
+    *(rule for ours, theirs in projections for rule in dense(ours, theirs)),
     same(f'{mlp}.norm.scale', f'{layer}.post_attention_layernorm.weight'),
     same('final_norm.scale', 'model.norm.weight'),
     linear('head.kernel', 'lm_head.weight'),
@@ -199,10 +206,7 @@ def read_mistral(hf: Settings) -> LanguageModel.Config:
 def write_mistral(config: LanguageModel.Config) -> dict[str, Any]:
   fields = write(config)
   del fields['attention_bias'], fields['mlp_bias']
-  attention = part(
-    config.stack[0].pattern[0].branches[0].layer, Attention.Config, 'layer 0 of block 0'
-  )
-  return fields | {'sliding_window': attention.window}
+  return fields | {'sliding_window': layer_of(config, 0, Attention.Config).window}
 
 
 family(CheckpointFormat('llama', 'LlamaForCausalLM', read, write, rules, names))

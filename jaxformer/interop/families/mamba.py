@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from jaxformer.interop.family import CheckpointFormat, blocks, branches, family, part
+from jaxformer.interop.family import CheckpointFormat, blocks, branches, family, layer_of
 from jaxformer.interop.settings import Settings
 from jaxformer.interop.weights import TRANSPOSE, Concat, Names, NewAxis, Rule, linear, same
 from jaxformer.layers.layer import LayerConfig
@@ -103,8 +103,7 @@ def write_layer(layer: Any) -> dict[str, Any]:
 
 
 def write(config: LanguageModel.Config) -> dict[str, Any]:
-  (first,) = branches(blocks(config)[0], 1)
-  layer = part(first.layer, Mamba.Config, 'layer 0 of block 0')
+  layer = layer_of(config, 0, Mamba.Config)
   return (
     write_model(config)
     | write_layer(layer)

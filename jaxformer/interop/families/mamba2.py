@@ -17,7 +17,7 @@ from jaxformer.interop.families.mamba import (
   write_layer,
   write_model,
 )
-from jaxformer.interop.family import CheckpointFormat, blocks, branches, family, part
+from jaxformer.interop.family import CheckpointFormat, family, layer_of
 from jaxformer.interop.settings import Settings
 from jaxformer.interop.weights import TRANSPOSE, Concat, Rule, same
 from jaxformer.layers.mamba2 import Mamba2
@@ -69,8 +69,7 @@ def _unlimited(hf: Settings) -> None:
 
 
 def write(config: LanguageModel.Config) -> dict[str, Any]:
-  (first,) = branches(blocks(config)[0], 1)
-  layer = part(first.layer, Mamba2.Config, 'layer 0 of block 0')
+  layer = layer_of(config, 0, Mamba2.Config)
   return (
     write_model(config)
     | write_layer(layer)

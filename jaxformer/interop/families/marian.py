@@ -9,7 +9,7 @@ from typing import Any
 from jaxformer.config import InputError
 from jaxformer.interop.family import CheckpointFormat, family, part, std_of
 from jaxformer.interop.settings import ACTIVATIONS, Settings, activation_name
-from jaxformer.interop.weights import Names, NewAxis, Rule, linear, same
+from jaxformer.interop.weights import Names, NewAxis, Rule, dense, norm, same
 from jaxformer.layers.attention import Attention
 from jaxformer.layers.init import Normal
 from jaxformer.layers.layer import LayerConfig
@@ -110,22 +110,16 @@ def rules(config: EncoderDecoder.Config) -> list[Rule]:
   ):
     theirs = f'model.{stack}.layers.{{layer}}'
     for i, name in enumerate(names):
-      ours, norm = (
-        f'{stack}.{{layer}}.branches.{i}',
-        f'{theirs}.{name}_layer_norm' if name else f'{theirs}.final_layer_norm',
-      )
-      found += [
-        same(f'{ours}.norm.scale', f'{norm}.weight'),
-        same(f'{ours}.norm.bias', f'{norm}.bias'),
-      ]
+      ours = f'{stack}.{{layer}}.branches.{i}'
+      their_norm = f'{theirs}.{name or "final"}_layer_norm'
+      found += norm(f'{ours}.norm', their_norm)
       parts = (
         [(p, f'{name}.{"out" if p == "o" else p}_proj') for p in 'qkvo']
         if name
         else [('up', 'fc1'), ('down', 'fc2')]
       )
       for mine, other in parts:
-        w, b = f'{ours}.layer.{mine}.kernel', f'{ours}.layer.{mine}.bias'
-        found += [linear(w, f'{theirs}.{other}.weight'), same(b, f'{theirs}.{other}.bias')]
+        found += dense(f'{ours}.layer.{mine}', f'{theirs}.{other}')
   return found
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from jaxformer.interop.family import CheckpointFormat, blocks, branches, family, part
 from jaxformer.interop.settings import Settings
-from jaxformer.interop.weights import Names, NewAxis, Rule, linear, same
+from jaxformer.interop.weights import Names, NewAxis, Rule, linear, norm, same
 from jaxformer.layers.norm import LayerNorm
 from jaxformer.layers.rwkv import ChannelMix
 from jaxformer.models.language_model import LanguageModel
@@ -78,11 +78,7 @@ def rules(config: LanguageModel.Config) -> list[Rule]:
   ]
   return [
     same('embedder.input.table', 'rwkv.embeddings.weight'),
-    *(
-      same(f'{ours}.{a}', f'{theirs}.{b}')
-      for ours, theirs in norms.items()
-      for a, b in (('scale', 'weight'), ('bias', 'bias'))
-    ),
+    *(rule for ours, theirs in norms.items() for rule in norm(ours, theirs)),
     *(
       Rule((f'{ours}.mix_{z}',), f'{theirs}.time_mix_{words[z]}', (NewAxis(0), NewAxis(0)))
       for ours, theirs, z in mixes
