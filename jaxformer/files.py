@@ -26,7 +26,7 @@ def locked(path: Path) -> Generator[bool]:
   """Yield whether this process alone holds the lock of a file until the end of the block. The lock
   of a process that dies is released."""
   path.parent.mkdir(parents=True, exist_ok=True)
-  with path.open('w') as f:
+  with path.open('a') as f:
     try:
       fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

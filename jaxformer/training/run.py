@@ -54,7 +54,7 @@ FREE = (
 )
 
 # What a start writes before `config.json`, or beside it: a folder with nothing else is free.
-OWN = {'.lock', 'checkpoints', 'tokenizer', 'environment.json'}
+OWN = {'events.jsonl', 'checkpoints', 'tokenizer', 'environment.json'}
 
 
 def run_folder(experiment: Experiment) -> AnyPath:
@@ -211,7 +211,7 @@ class Run:
     if not os.access(self.home, os.W_OK):
       raise unusable('cannot be written')
     local = self.home == self.folder  # a store has no locks
-    if local and not self._lock.enter_context(locked(self.home / '.lock')):
+    if local and not self._lock.enter_context(locked(self.home / 'events.jsonl')):
       raise InputError(f'{self.folder}: another process trains in this folder; wait until it ends')
     if tokenizer is not None:
       tokenizer.save(self.home / 'tokenizer')

@@ -417,8 +417,8 @@ def test_a_dict_of_parameters_is_checked_by_name_and_shape(tmp_path, monkeypatch
   with pytest.raises(InputError) as e:
     jaxformer.train(experiment, init_from=params)
   for line in (
-    'final_norm.bias: not given',
-    'spare: not of this model',
+    'final_norm.bias: not found',
+    'spare: found, but not in the model',
     'final_norm.scale: (3,) found, the model has (64,)',
   ):
     assert line in str(e.value)
