@@ -333,16 +333,16 @@ def test_stores_that_cannot_be_used(case, tmp_path, refused, monkeypatch):
 RUNS = [
   (['generate', 'frist'], "no run 'frist'", 'did you mean first?'),
   (['generate', 'first@9'], "no checkpoint of step '9'", 'there are 4'),
-  (['generate', 'first', '--prompt', 'x', '--max-new-tokens', '300'], '300', '256 positions'),
+  (['generate', 'first', '--prompt', 'x', '--max-new-tokens', '300'], '300', '256 learned positions'),
   (['generate', 'first', '--seed', '-1'], 'seed = -1'),
   (['generate', 'first', '--max-new-tokens', '0'], 'max_new_tokens = 0', 'positive'),
   (['eval', 'first', '--batches', '0'], 'batches = 0', 'positive'),
   (['generate', 'first', '--stop', ''], 'stop', 'empty'),
   (['eval', 'first', '--model.width', '3'], '--model.width', 'data only'),
-  (['convert', 'first', 'runs'], 'runs', 'nothing is overwritten'),
+  (['convert', 'first', 'runs'], 'runs', 'is not overwritten'),
   (
     [*FIRST, '--model.width', '32', '--training.batch-size', '16'],
-    'another experiment',
+    'a different experiment',
     'model.width: 64 -> 32',
     'training.batch_size: 8 -> 16',
   ),
@@ -390,7 +390,7 @@ def test_folders_of_weights_that_cannot_be_read(home, refused, tmp_path, capsys)
   assert 'never read here' in message(
     lambda f: (f / 'model.safetensors').rename(f / 'pytorch_model.bin')
   )
-  assert 'cut short' in message(
+  assert 'corrupt or truncated' in message(
     lambda f: (f / 'model.safetensors').write_bytes((f / 'model.safetensors').read_bytes()[:1000])
   )
   assert "'mish'" in message(replace('gelu_new', 'mish'))
