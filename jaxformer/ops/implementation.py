@@ -48,6 +48,7 @@ Choices = dict[str, dict[str, dict[str, str]]]
 _FORCED: contextvars.ContextVar[Mapping[str, str]] = contextvars.ContextVar(
   'implementation', default=types.MappingProxyType({})
 )
+_NAMES: set[str] = {'naive'}  # of the implementations of all operations imported so far
 _RECORD: contextvars.ContextVar[Choices | None] = contextvars.ContextVar('choices', default=None)
 
 
@@ -73,6 +74,7 @@ class Operation:
   ):
     assert name in OPERATIONS, name
     self.name, self.table, self.order, self.unsupported = name, table, order, unsupported
+    _NAMES.update(table)
 
   def __getitem__(self, name: str) -> Callable[..., Any]:
     return self.table[name]
@@ -127,11 +129,13 @@ def implementation(**names: str) -> Generator[None]:
   programs that are traced; `every='naive'` does so for all operations that have one of this name.
 
   Raises:
-    InputError: a keyword is no operation.
+    InputError: a keyword is no operation, or no operation has the implementation of `every`.
   """
-  for name in names:
-    if name != 'every' and name not in OPERATIONS:
-      raise InputError(f'implementation: no operation {name!r}; known: {", ".join(OPERATIONS)}')
+  for operation, name in names.items():
+    if operation != 'every' and operation not in OPERATIONS:
+      raise InputError('operation', operation, f'one of {", ".join(OPERATIONS)}')
+    if operation == 'every' and name not in _NAMES:
+      raise InputError('implementation', name, f'one of {", ".join(sorted(_NAMES))}')
   token = _FORCED.set({**_FORCED.get(), **names})
   try:
     yield

@@ -63,8 +63,10 @@ def test_a_platform_can_be_asked_about_from_another():
 
 
 def test_unknown_names_are_refused():
-  with pytest.raises(InputError, match=r"no operation 'atention'; known: attention, "):
+  with pytest.raises(InputError, match=r"operation = 'atention': must be one of attention, "):
     implementation(atention='naive').__enter__()
+  with pytest.raises(InputError, match=r"implementation = 'nave': must be one of .*naive"):
+    implementation(every='nave').__enter__()
   q = jnp.zeros((1, 8, 2, 8))
   with pytest.raises(InputError, match=r"attention = 'flash': must be one of naive, chunked, "):
     forced(attention, attention='flash')(q, q, q, Mask(), scale=1.0)
