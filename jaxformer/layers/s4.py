@@ -42,6 +42,9 @@ class S4(StateSpace):
       super().validate()
       self.require_positive('length')
 
+    def for_length(self, length: int) -> S4.Config:
+      return self.replace(length=length)
+
     @classmethod
     def examples(cls) -> tuple[S4.Config, ...]:
       return cls(d_state=8, length=64), cls(d_state=4, length=16, causal=False)

@@ -4,7 +4,7 @@ both directions, a skip connection, and the projection out."""
 from __future__ import annotations
 
 import math
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import jax
 import jax.numpy as jnp
@@ -61,6 +61,10 @@ class StateSpaceConfig(LayerConfig, abstract=True):
   @property
   def decodes(self) -> bool:
     return self.causal
+
+  def for_length(self, length: int) -> Self:
+    """Return the config made for sequences of `length`, for layers that depend on it."""
+    return self
 
   @property
   def directions(self) -> int:

@@ -1,5 +1,5 @@
-"""The contract of encoder-decoders, for every tiny preset, beyond what test_models.py checks for all
-models."""
+"""The contract of encoder-decoders, for every tiny preset, beyond what test_models.py checks for
+all models."""
 
 import jax
 import jax.numpy as jnp

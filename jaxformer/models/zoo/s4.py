@@ -11,6 +11,7 @@ from jaxformer.layers.norm import LayerNorm
 from jaxformer.layers.s4 import S4
 from jaxformer.layers.s4d import S4D
 from jaxformer.layers.s5 import S5
+from jaxformer.layers.state_space import StateSpaceConfig
 from jaxformer.models.block import Block, PreNorm
 from jaxformer.models.language_model import LanguageModel
 from jaxformer.models.stack import Group
@@ -45,12 +46,12 @@ preset('s4d-tiny', 's4d', state_space(S4D.Config(), 128, 6, vocab_size=264, cont
 preset('s5-tiny', 's5', state_space(S5.Config(), 128, 6, vocab_size=264, context_length=256))
 
 
-def _grown(layer: LayerConfig) -> Make:
+def _grown(layer: StateSpaceConfig) -> Make:
   def make(
     *, width: int, layers: int, hidden: int, vocab_size: int, context_length: int
   ) -> LanguageModel.Config:
-    fitted = layer.replace(length=context_length) if isinstance(layer, S4.Config) else layer
-    return state_space(fitted, width, layers, vocab_size=vocab_size, context_length=context_length)
+    mixer = layer.for_length(context_length)
+    return state_space(mixer, width, layers, vocab_size=vocab_size, context_length=context_length)
 
   return make
 
