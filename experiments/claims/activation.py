@@ -88,8 +88,8 @@ ALONE, ALONE_WIDTH, ALONE_STEPS = (NONE, 'ReLU', 'SwiGLU'), 16, 600
 
 
 def layers(width: int) -> dict[str, Mlp.Config]:
-  """Return the feed-forward layers, all of 8 width^2 parameters; the one without an activation comes
-  first."""
+  """Return the feed-forward layers, all of 8 width^2 parameters, first the one without an
+  activation."""
   plain: dict[str, ActivationName] = {NONE: 'identity', **PLAIN}
   return {
     **{n: Mlp.Config(hidden=4 * width, activation=a) for n, a in plain.items()},

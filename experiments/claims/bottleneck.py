@@ -140,8 +140,8 @@ class Copying(PairTask):
 
 
 def studies(args) -> dict[str, Study]:
-  """Return the studies of the two tasks. Tokens grow with the scale, parameters with its root, the longest texts with
-  its fourth root."""
+  """Return the studies of the two tasks. Tokens grow with the scale, parameters with its root, the
+  longest texts with its fourth root."""
 
   def length(at_one: int) -> int:
     return round(at_one * max(1.0, args.scale) ** 0.25 / 4) * 4

@@ -158,7 +158,7 @@ def compared(reach: int, start: int = 1) -> np.ndarray:
 
 
 def differences(found: Found, reach: int, start: int = 1) -> dict[str, Difference]:
-  """Return the loss read at once minus loss read in pieces, of the same targets, against zero, by family."""
+  """Return, by family, the loss read at once minus the loss read in pieces, of the same targets."""
   at = compared(reach, start)
   scores = {
     title: {seed: float(whole[at].mean() - cut[at].mean()) for seed, (whole, cut) in runs.items()}

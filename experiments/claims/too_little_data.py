@@ -200,8 +200,8 @@ def settings(scale: float, runs: str, interrupt: Interrupt) -> list[Setting]:
 
 
 def judged(found: list[Setting]) -> list[dict]:
-  """Each setting's differences, larger minus smaller, at the end and at the best during training; p of
-  the ends by Holm over settings."""
+  """Return the differences of each setting, larger minus smaller, at the end and at the best during
+  training; p of the ends is corrected over settings (Holm)."""
   ends = [compare(s.scores('end'), 'smaller')[0] for s in found]
   best = [compare(s.scores('best'), 'smaller')[0] for s in found]
   adjusted = holm([d.p for d in ends]), holm([d.p for d in best])

@@ -23,12 +23,16 @@ from jaxformer.models.zoo import FAMILIES
 
 
 def entry(family):
-  return FixedModel(name=family, model_config=FAMILIES[family].make(width=16, layers=1, hidden=0, vocab_size=10, context_length=8))
+  make = FAMILIES[family].make
+  model = make(width=16, layers=1, hidden=0, vocab_size=10, context_length=8)
+  return FixedModel(name=family, model_config=model)
 
 
 study = Study(
-  name='tiny', entries=(entry('gru'), entry('lstm'), entry('mamba')), tasks=(AssociativeRecall(length=6, test_sequences=64),),
-  tokens=8 * 8 * 60, batch_size=8, learning_rates=(1e-3, 3e-3), max_grid_extensions=1, seeds=(1, 2), runs_per_program=2, contexts=(8,), timing_repeats=1)
+  name='tiny', entries=(entry('gru'), entry('lstm'), entry('mamba')),
+  tasks=(AssociativeRecall(length=6, test_sequences=64),), tokens=8 * 8 * 60, batch_size=8,
+  learning_rates=(1e-3, 3e-3), max_grid_extensions=1, seeds=(1, 2), runs_per_program=2,
+  contexts=(8,), timing_repeats=1)
 """
 LAYER = """
 import jax.numpy as jnp

@@ -1,5 +1,5 @@
-"""The layer of docs/layers.md: its code is complete, keeps the contract, is scaled to a size, trained
-and compared. Mistakes in it are found by the contract."""
+"""The layer of docs/layers.md: its code is complete, keeps the contract, is scaled to a size,
+trained and compared. Mistakes in it are found by the contract."""
 
 import json
 import pathlib
