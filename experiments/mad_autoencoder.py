@@ -32,7 +32,7 @@ from jaxformer.layers.position import SinusoidalPositions
 from jaxformer.models.embedder import Embedder, TokenInput
 from jaxformer.models.head import Head
 from jaxformer.models.language_model import LanguageModel
-from jaxformer.models.model import Model, ModelConfig
+from jaxformer.models.model import BaseModel, ModelConfig
 from jaxformer.models.stack import Group, Stack
 from jaxformer.models.zoo import PRESETS
 from jaxformer.sharding import shard
@@ -40,7 +40,7 @@ from jaxformer.task_type import Batch, TaskType
 from jaxformer.training import AdamW, Experiment, TrainingConfig
 
 
-class Autoencoder(Model):
+class Autoencoder(BaseModel):
   """p(token t | the sequence) = softmax(W norm(mlp(z + PE(t))) + b), with z the output of
   stack(embedding(tokens) + positions) at the last position.
 

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxformer.layers.layer import Context, Output, State, positions_BT, starts_BT
 from jaxformer.models.embedder import Embedder
-from jaxformer.models.model import Model
+from jaxformer.models.model import BaseModel
 from jaxformer.models.stack import Stack
 
 
@@ -30,7 +30,7 @@ class DecoderState:
   position_B: Int[Array, ' B']
 
 
-class Autoregressive(Model):
+class Autoregressive(BaseModel):
   """Base of the models with a decoder: embedder, stack, norm and head.
 
   Token ids are not checked inside a compiled program: an id outside the vocabulary reads the

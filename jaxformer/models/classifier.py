@@ -14,7 +14,7 @@ from jaxformer.layers.layer import Context, Output, positions_BT, starts_BT
 from jaxformer.layers.norm import LayerNorm, NormConfig
 from jaxformer.models.embedder import Embedder, InputConfig
 from jaxformer.models.head import Head
-from jaxformer.models.model import Model, ModelConfig
+from jaxformer.models.model import BaseModel, ModelConfig
 from jaxformer.models.stack import Group, Stack
 from jaxformer.ops.loss import LossSums
 from jaxformer.sharding import shard
@@ -52,7 +52,7 @@ class LastPooling(Pooling):
 # ---- the model ---------------------------------------------------------------------------------
 
 
-class Classifier(Model):
+class Classifier(BaseModel):
   """p(class | sequence) = softmax(W pool(norm(stack(input(sequence) + positions))) + b).
 
   `targets_BT` has the class of a row at the last position of its sequence, and -1 elsewhere (at all

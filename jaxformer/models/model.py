@@ -40,7 +40,7 @@ class ModelConfig(Config, abstract=True):
     for field in ('context_length', 'width'):
       self.require(getattr(self, field) > 0, field, 'positive')
 
-  def build(self, rngs: nnx.Rngs) -> Model:
+  def build(self, rngs: nnx.Rngs) -> BaseModel:
     """Make the module, with initialized parameters."""
     raise NotImplementedError
 
@@ -97,7 +97,7 @@ class ModelConfig(Config, abstract=True):
     )
 
 
-class Model(nnx.Module):
+class BaseModel(nnx.Module):
   """Base of all models. Define `read` and a `head`; training needs `loss`, evaluation `scores`."""
 
   head: Head
