@@ -1,38 +1,37 @@
-"""Mixtral and Jamba on TPU slices, by the TPU's compiler.
+"""Mixtral and Jamba on TPU slices, by the TPU compiler.
 
 Question: does a training step of a published mixture of experts fit on a slice, are its FLOPs those
-  of the active experts, and how
-do tokens travel?
+of the active experts, and how do tokens travel?
 
     pip install -e '.[tpu]'
     python experiments/moe_tpu.py [NAME ...]
 
-Needs no TPU. As `experiments/tpu_fit.py`: AdamW, fp32 parameters, bf16 products, full remat,
-compiled for a described slice without any array. `arguments` are parameters and optimizer state,
-`temporaries` all else, in GiB a chip. FLOPs are the compiler's count of a model of one period over
-`planning.cost`'s, which counts three passes where remat makes four of a layer; the compiler counts
-the kernels' rows whether a bucket's places are taken or free, and what is in a loop once.
-Collectives are GiB of their results on one chip in one step; a dropless layer's rounds count once,
-as many as a balanced router needs.
+Needs no TPU. As in `experiments/tpu_fit.py`: AdamW, fp32 parameters, bf16 products, full remat,
+compiled for a slice from shapes alone. `arguments` are parameters and optimizer state,
+`temporaries` everything else, in GiB per chip. FLOPs are the compiler's count for a model of one
+period over that of `planning.cost`, which counts three passes where remat makes four of a layer;
+the compiler counts the kernels' rows whether a capacity slot is filled or empty, and the body of a
+loop once. Collectives are GiB of their results per chip and step; the iterations of a dropless
+layer count once, as many as a balanced router needs.
 
-Cost: five to fifteen minutes a row on two CPU cores that do other work too.
+Cost: five to fifteen minutes per row on two CPU cores under other load.
 Result: with jax 0.10.2 and libtpu 0.0.42.1:
 
     preset       slice      mesh             batch       arguments temporaries compile s  FLOPs
-    collectives mixtral-8x7b v5p:2x2x4  fsdp 2 expert 8  16 x 4096       40.47       20.80       187
-    1.23  all-gather 26.71,
-      all-reduce 8.62, all-to-all 15.00, collective-permute 0.02, reduce-scatter 3.15
+    mixtral-8x7b v5p:2x2x4  fsdp 2 expert 8  16 x 4096       40.47       20.80       187   1.23
     mixtral-8x7b v5p:2x4x4  fsdp 4 expert 8  32 x 4096       20.24       14.15       272   1.23
-    all-gather 26.71,
-      all-reduce 7.93, all-to-all 15.00, collective-permute 0.02, reduce-scatter 1.57
-    jamba-v0.1   v5p:2x4x4  fsdp 4 expert 8  32 x 4096       34.93       36.07       473     -
-    all-gather 43.63,
-      all-reduce 3.58, all-to-all 9.41, collective-permute 0.14, reduce-scatter 5.49
+    jamba-v0.1   v5p:2x4x4  fsdp 4 expert 8  32 x 4096       34.93       36.07       473      -
 
-All fit the 95 GB of a v5p chip; Jamba's FLOPs were not counted.
-The gathers of Mixtral are, over fsdp and in bf16, attention and the one expert of each layer that
-a chip has, once forward and once backward (26.0 GiB): the weights of all experts never meet.
-What is not an expert's is divided over fsdp alone, which is half of what a chip of Jamba holds.
+and their collectives, in the same order:
+
+    all-gather 26.71, all-reduce 8.62, all-to-all 15.00, permute 0.02, reduce-scatter 3.15
+    all-gather 26.71, all-reduce 7.93, all-to-all 15.00, permute 0.02, reduce-scatter 1.57
+    all-gather 43.63, all-reduce 3.58, all-to-all 9.41, permute 0.14, reduce-scatter 5.49
+
+All fit the 95 GB of a v5p chip; Jamba's FLOPs were not counted. The all-gathers of Mixtral are
+over fsdp and in bf16, attention and the one expert of each layer that a chip has, once forward and once
+backward (26.0 GiB): the weights of all experts are never gathered. Everything except the experts is
+sharded over fsdp alone, which is half of what a chip of Jamba holds.
 """
 
 from __future__ import annotations

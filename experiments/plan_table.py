@@ -1,25 +1,25 @@
-"""Published models, each with a slice on which its training step compiles and fits, what bounds it,
-and what its training costs.
+"""Published models, each with a slice on which its training step compiles and fits, the bottleneck
+of the step, and the price of its training.
 
-Question: what has to be rented to train a published model, does the step fit there by the TPU's own
-  compiler, how far are the
-formulas of `jaxformer plan` from it, and what does a Chinchilla-optimal training cost?
+Question: which slice does the training of a published model need, does the step fit there by the
+TPU compiler, how far are the formulas of `jaxformer plan` from it, and what does a
+Chinchilla-optimal training cost?
 
-    pip install -e '.[tpu]' python experiments/plan_table.py            # the rows that are not
-    there yet python experiments/plan_table.py NAME ...   # these rows again python
-    experiments/plan_table.py --formulas # all rows by today's formulas, beside what the compiler
-    said
+    pip install -e '.[tpu]'
+    python experiments/plan_table.py            # the missing rows
+    python experiments/plan_table.py NAME ...   # these rows again
+    python experiments/plan_table.py --formulas # all rows by the present formulas, beside the
+                                                # recorded figures of the compiler
 
 Needs no TPU. Each row is the training step of the command line (AdamW, fp32 parameters, bf16
-products, packed documents) for the devices of a slice, from shapes alone. Bytes are those of one
-device: arguments, temporaries and results that take no argument's place. The bound is the
-roofline's at the full peak, not a prediction; money is for 20 tokens an active parameter at 40 % of
-the peak, list prices of `planning/hardware.toml`. Rows are kept in `plan_table.json` as they are
-made, and `plan_table.md` is written from it.
+products, packed documents) for the devices of a slice, from shapes alone. Bytes are per device:
+arguments, temporaries, and results that do not reuse the memory of an argument. The bound is the
+roofline's at the full peak, not a prediction; the price is for 20 tokens per active parameter at
+40 % of the peak, with the list prices of `planning/hardware.toml`. Rows are recorded in
+`plan_table.json`, from which `plan_table.md` is written.
 
-Cost: one to three minutes of one CPU core a row, most of it in the compiler (the times in the table
-  are of a machine that did other
-work too: five times as long).
+Cost: one to three minutes of one CPU core per row, most of it in the compiler (the times in the
+table are from a machine under other load: five times as long).
 Result: `plan_table.md`.
 """
 
@@ -173,7 +173,7 @@ def lines(rows: list[dict[str, Any]]) -> list[str]:
     'mesh',
     'batch',
     'remat',
-    'GiB a chip: compiler',
+    'GiB per chip: compiler',
     'formulas',
     'ratio',
     'step at least, s',

@@ -1,44 +1,35 @@
-"""Published models on TPU slices, by the TPU's compiler.
+"""Published models on TPU slices, by the TPU compiler.
 
 Question: does a training step fit on a slice, how long does it take to compile, and what do its
-  chips send each other?
+chips send each other?
 
     pip install -e '.[tpu]'
     python experiments/tpu_fit.py [NAME ...]
 
 Needs no TPU. Each row is the training step of the command line (AdamW, fp32 parameters, bf16
-products) compiled for a described slice, without any array. `arguments` are parameters and
-optimizer state, `temporaries` all else; collectives are bytes of their results on one chip in one
-step, the rounds of loops counted. Nothing here is a time of the step.
+products) compiled for a slice from shapes alone. `arguments` are parameters and optimizer state,
+`temporaries` everything else; collectives are bytes of their results per chip and step, with the
+iterations of loops counted. No row is a time of the step.
 
-Cost: one to two and a half minutes a row on two CPU cores that do other work too.
-Result: with jax 0.10.2 and libtpu 0.0.42.1, all in GiB a chip:
+Cost: one to two and a half minutes per row on two CPU cores under other load.
+Result: with jax 0.10.2 and libtpu 0.0.42.1, all in GiB per chip:
 
     preset       slice      mesh            batch      remat  arguments temporaries compile s
-    collectives llama2-7b    v5p:2x2x4  fsdp 16         16 x 4096  full        4.71        5.49
-    58  all-gather 24.59, all-to-all 0.06,
-                                                                                               collective-permute
-                                                                                               13.08
+    llama2-7b    v5p:2x2x4  fsdp 16         16 x 4096  full        4.71        5.49        58
     llama2-7b    v5p:2x2x4  fsdp 16         32 x 4096  names       4.71       16.35        46
-    all-gather 24.60, all-to-all 0.12,
-                                                                                               collective-permute
-                                                                                               13.08
     llama3.1-8b  v6e:4x4    fsdp 16         16 x 8192  full        5.61        8.14       141
-    all-gather 27.95, all-to-all 0.12,
-                                                                                               collective-permute
-                                                                                               14.85
     llama3.1-8b  v6e:4x4    fsdp 8 tensor 2 16 x 8192  full        5.61       11.57       107
-    all-gather 13.97, all-reduce 20.25,
-                                                                                               all-to-all
-                                                                                               0.25,
-                                                                                               reduce-scatter
-                                                                                               0.06,
-                                                                                               collective-permute
-                                                                                               7.86
 
-All four fit (95 GB a v5p chip, 32 GB a v6e chip). The gathers are the weights in bf16 without the
-embedding (12.3 GiB of llama2-7b), once forward and once backward; the permutes are rings that
-scatter their gradients, 17/16 of them on 16 chips."""
+and their collectives, in the same order:
+
+    all-gather 24.59, all-to-all 0.06, collective-permute 13.08
+    all-gather 24.60, all-to-all 0.12, collective-permute 13.08
+    all-gather 27.95, all-to-all 0.12, collective-permute 14.85
+    all-gather 13.97, all-reduce 20.25, all-to-all 0.25, reduce-scatter 0.06, permute 7.86
+
+All four fit (95 GB per v5p chip, 32 GB per v6e chip). The all-gathers are the weights in bf16
+without the embedding (12.3 GiB of llama2-7b), once forward and once backward; the permutes are
+rings that reduce-scatter their gradients, 17/16 of them on 16 chips."""
 
 from __future__ import annotations
 
