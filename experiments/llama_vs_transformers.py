@@ -77,7 +77,7 @@ def ours(connection: Connection) -> None:
   from jaxformer.data import Batch
   from jaxformer.models.params import define
   from jaxformer.models.zoo.llama import LLAMA3, llama
-  from jaxformer.sharding import MeshConfig, make_mesh, use_mesh
+  from jaxformer.sharding import MeshConfig, make_parallel, use_mesh
   from jaxformer.training.malloc import keep_freed_memory
   from jaxformer.training.optimizer import AdamW, Optimizer
   from jaxformer.training.schedule import Constant
@@ -98,11 +98,11 @@ def ours(connection: Connection) -> None:
   )
   adamw = AdamW(learning_rate=LEARNING_RATE, weight_decay=WEIGHT_DECAY, clip=CLIP)
   optimizer = Optimizer(adamw, Constant(warmup=0), 1_000_000, definition.info)
-  mesh, rules = make_mesh(MeshConfig(), jax.devices()[:1]), 'fsdp_tensor'
+  parallel = make_parallel(MeshConfig(), jax.devices()[:1])
   tokens = np.random.default_rng(0).integers(0, VOCABULARY, (BATCH, LENGTH + 1)).astype(np.int32)
-  with use_mesh(mesh, rules):
-    state = init_state(definition, optimizer, 0, mesh, rules)
-    run = compiled_train_step(definition, optimizer, StepConfig(), mesh, rules)
+  with use_mesh(parallel):
+    state = init_state(definition, optimizer, 0, parallel)
+    run = compiled_train_step(definition, optimizer, StepConfig(), parallel)
     batch = jax.device_put(Batch(tokens[:, :-1], tokens[:, 1:], None))
 
     def step():

@@ -11,15 +11,16 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Generator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import jax
 import numpy as np
 from flax import nnx
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxformer.config import Config, InputError, nearest
 
@@ -272,6 +273,68 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
   return Mesh(array, names, axis_types=(AxisType.Auto,) * len(names))
 
 
+@dataclasses.dataclass(frozen=True)
+class Parallel:
+  """A mesh and the rules by which arrays are sharded over it: what travels through the package.
+
+  Attributes:
+    mesh: devices along named axes.
+    rules: sharding rules, or the name of a preset.
+  """
+
+  mesh: Mesh | AbstractMesh
+  rules: Rules | str = 'fsdp_tensor'
+
+  @property
+  def table(self) -> Rules:
+    return rules_of(self.rules)
+
+  def param(self, name: str, axes: Sequence[str | None], shape: Sequence[int]) -> NamedSharding:
+    """Return the NamedSharding of a parameter. Raises `InputError` for a mesh axis whose size does
+    not divide its dimension."""
+    spec = self.table.spec(axes)
+    for axis, size, entry in zip(axes, shape, spec, strict=True):
+      names = (entry,) if isinstance(entry, str) else entry or ()
+      parts = math.prod(self.mesh.shape[n] for n in names)
+      if size % parts:
+        fits = [str(n) for n in range(1, parts) if size % n == 0][-3:]
+        raise InputError(
+          f'mesh.{" x mesh.".join(names)} = {parts}: must divide {axis} = {size} of parameter '
+          f'{name}; {", ".join(fits)} would'
+        )
+    return self._named(spec)
+
+  @property
+  def platform(self) -> str:
+    """The platform of the devices."""
+    return cast(Mesh, self.mesh).devices.flat[0].platform
+
+  @property
+  def batch(self) -> NamedSharding:
+    """The NamedSharding of the arrays of a batch, whose axes are `batch` and `time`."""
+    return self._named(self.table.spec(('batch', 'time'), activations=True))
+
+  @property
+  def batch_shards(self) -> int:
+    """The number of shards of a batch; the global batch size must be a multiple."""
+    entry = self.batch.spec[0]
+    names = (entry,) if isinstance(entry, str) else entry or ()
+    return math.prod(self.mesh.shape[n] for n in names)
+
+  @property
+  def replicated(self) -> NamedSharding:
+    """The NamedSharding of an array with a copy on every device."""
+    return self._named(PartitionSpec())
+
+  def _named(self, spec: PartitionSpec) -> NamedSharding:
+    return NamedSharding(cast(Mesh, self.mesh), spec)
+
+
+def make_parallel(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Parallel:
+  """Return the mesh of a config over `devices` (all by default), with its rules."""
+  return Parallel(make_mesh(config, devices), config.rules)
+
+
 # ---- the active mesh ---------------------------------------------------------------------------
 
 _ACTIVE: contextvars.ContextVar[tuple[Mesh, Rules] | None] = contextvars.ContextVar(
@@ -280,13 +343,14 @@ _ACTIVE: contextvars.ContextVar[tuple[Mesh, Rules] | None] = contextvars.Context
 
 
 @contextlib.contextmanager
-def use_mesh(mesh: Mesh, rules: Rules | str = 'fsdp_tensor') -> Generator[Mesh]:
+def use_mesh(parallel: Parallel) -> Generator[Parallel]:
   """Activate a mesh: `shard` constrains activations, `per_shard` maps kernels over shards, and
   `platform` is that of the mesh's devices."""
-  token = _ACTIVE.set((mesh, rules_of(rules)))
+  mesh = cast(Mesh, parallel.mesh)
+  token = _ACTIVE.set((mesh, parallel.table))
   try:
     with jax.set_mesh(mesh):
-      yield mesh
+      yield parallel
   finally:
     _ACTIVE.reset(token)
 
@@ -454,40 +518,6 @@ def _naming_single(spec: PartitionSpec, ndim: int, mesh: Mesh) -> PartitionSpec:
   named = {n for e in entries for n in e}
   single = tuple(n for n, size in mesh.shape.items() if size == 1 and n not in named)
   return PartitionSpec((*entries[0], *single), *entries[1:]) if ndim else spec
-
-
-def param_sharding(
-  mesh: Mesh, rules: Rules | str, name: str, axes: Sequence[str | None], shape: Sequence[int]
-) -> NamedSharding:
-  """Return the NamedSharding of a parameter. Raises `InputError` for a mesh axis whose size does
-  not divide its dimension."""
-  spec = rules_of(rules).spec(axes)
-  for axis, size, entry in zip(axes, shape, spec, strict=True):
-    names = (entry,) if isinstance(entry, str) else entry or ()
-    parts = math.prod(mesh.shape[n] for n in names)
-    if size % parts:
-      fits = [str(n) for n in range(1, parts) if size % n == 0][-3:]
-      raise InputError(
-        f'mesh.{" x mesh.".join(names)} = {parts}: must divide {axis} = {size} of parameter {name}; '
-        f'{", ".join(fits)} would'
-      )
-  return NamedSharding(mesh, spec)
-
-
-def batch_sharding(mesh: Mesh, rules: Rules | str) -> NamedSharding:
-  """Return the NamedSharding of the arrays of a batch, whose axes are `batch` and `time`."""
-  return NamedSharding(mesh, rules_of(rules).spec(('batch', 'time'), activations=True))
-
-
-def batch_shards(mesh: Mesh, rules: Rules | str) -> int:
-  """Return the number of shards of a batch; the global batch size must be a multiple."""
-  entry = batch_sharding(mesh, rules).spec[0]
-  return math.prod(mesh.shape[n] for n in ((entry,) if isinstance(entry, str) else entry or ()))
-
-
-def replicated(mesh: Mesh) -> NamedSharding:
-  """Return the NamedSharding of an array with a copy on every device."""
-  return NamedSharding(mesh, PartitionSpec())
 
 
 # ---- parameters --------------------------------------------------------------------------------

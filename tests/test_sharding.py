@@ -15,9 +15,10 @@ from jaxformer.sharding import (
   RULES,
   AxisRules,
   MeshConfig,
+  Parallel,
   Rules,
   make_mesh,
-  param_sharding,
+  make_parallel,
 )
 
 pytestmark = pytest.mark.quick
@@ -40,9 +41,7 @@ def test_a_table_of_ones_own_is_set_by_dotted_path_and_survives_json():
   # parameters and activations are ruled separately
   assert mesh.rules.params.inner == RULES['fsdp_tensor'].params.inner
   assert configs.from_json(configs.to_json(mesh)) == mesh
-  where = param_sharding(
-    make_mesh(mesh, jax.devices()), mesh.rules, 'w', ('embed', 'inner'), (8, 8)
-  )
+  where = make_parallel(mesh, jax.devices()).param('w', ('embed', 'inner'), (8, 8))
   assert where.spec == jax.sharding.PartitionSpec(('fsdp', 'context'), 'tensor')
 
 
@@ -100,7 +99,7 @@ def test_an_axis_that_does_not_divide_its_dimension_is_told():
   with pytest.raises(
     InputError, match=r'mesh\.fsdp = 8: must divide embed = 12 of parameter w; 3, 4, 6 would'
   ):
-    param_sharding(mesh, 'fsdp', 'w', ('embed',), (12,))
+    Parallel(mesh, 'fsdp').param('w', ('embed',), (12,))
 
 
 def test_replicas_come_first_and_divide_the_batch():

@@ -15,12 +15,11 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxformer.config import InputError
 from jaxformer.models.params import Definition, Params
-from jaxformer.sharding import Rules, batch_sharding, batch_shards, replicated, use_mesh
+from jaxformer.sharding import Parallel, use_mesh
 from jaxformer.task_type import IGNORE, Batch, TaskType
 
 
@@ -98,8 +97,7 @@ def evaluate(
   batches: Iterable[Batch],
   *,
   token_bytes_V: Int[np.ndarray, ' V'] | None = None,
-  mesh: Mesh | None = None,
-  rules: Rules | str = 'fsdp_tensor',
+  parallel: Parallel | None = None,
   dtype: Any = None,
 ) -> EvalResult:
   """Score a model of any type on all targets of `batches`, each counted once, whatever the batch
@@ -109,7 +107,7 @@ def evaluate(
     batches: a batch with fewer rows than the first is padded with rows without targets, so that one
       program serves all.
     token_bytes_V: number of UTF-8 bytes of each token of the tokenizer, for bits per byte.
-    mesh, rules: of the parameters; None for one device. Each process passes its rows of a batch,
+    parallel: mesh and rules of the parameters; None for one device. Each process passes its rows of a batch,
       and all receive the sums.
     dtype: compute dtype; None for that of the parameters.
 
@@ -118,7 +116,7 @@ def evaluate(
       positions.
   """
   nll_sum, count, bytes, correct = 0.0, 0, 0, 0
-  for nll_BT, correct_BT, targets_BT, _ in _scores(definition, params, batches, mesh, rules, dtype):
+  for nll_BT, correct_BT, targets_BT, _ in _scores(definition, params, batches, parallel, dtype):
     nll_sum += float(nll_BT.sum(dtype=np.float64))  # masked positions are 0
     targets = targets_BT[targets_BT != IGNORE]
     count += targets.size
@@ -134,16 +132,13 @@ def loss_by_position(
   params: Params,
   batches: Iterable[Batch],
   *,
-  mesh: Mesh | None = None,
-  rules: Rules | str = 'fsdp_tensor',
+  parallel: Parallel | None = None,
   dtype: Any = None,
 ) -> PositionLoss:
   """Return the loss at each position of a document. Sequences may be longer than in training if the
   model has positions for them. Arguments and errors are those of `evaluate`."""
   nll_sum_T, count_T = np.zeros(0), np.zeros(0, np.int64)
-  for nll_BT, _, targets_BT, segments_BT in _scores(
-    definition, params, batches, mesh, rules, dtype
-  ):
+  for nll_BT, _, targets_BT, segments_BT in _scores(definition, params, batches, parallel, dtype):
     counted, length = targets_BT != IGNORE, nll_BT.shape[1]
     if length > len(count_T):
       nll_sum_T, count_T = (np.pad(a, (0, length - len(a))) for a in (nll_sum_T, count_T))
@@ -176,7 +171,7 @@ def loss_by_source_length(
     np.zeros(groups, np.int64),
     np.zeros(groups, np.int64),
   )
-  scored = _scores(definition, params, chosen, None, 'fsdp_tensor', dtype)
+  scored = _scores(definition, params, chosen, None, dtype)
   for batch, (nll_BT, correct_BT, targets_BT, _) in zip(chosen, scored, strict=True):
     group_B = np.searchsorted(edges, (np.asarray(batch.source_BS) != IGNORE).sum(axis=1) - 1)
     for values_BT, sums_G in (
@@ -202,23 +197,24 @@ def _positions_BT(segments_BT: np.ndarray | None, shape: tuple[int, ...]) -> np.
 # ---- one program over all batches --------------------------------------------------------------
 
 
-@functools.partial(jax.jit, static_argnames=('definition', 'mesh', 'rules'))
+@functools.partial(jax.jit, static_argnames=('definition', 'parallel'))
 def _scored(
-  definition: Definition, params: Params, batch: Batch, mesh: Mesh | None, rules: Rules | str
+  definition: Definition, params: Params, batch: Batch, parallel: Parallel | None
 ) -> tuple[Float[Array, 'B T'], Bool[Array, 'B T'], Int[Array, 'B T'], Int[Array, 'B T'] | None]:
   """-log p, correct, targets and segments, for the host to sum."""
   model: Any = definition.merge(params)
   result: Any = *model.scores(batch), batch.targets_BT, batch.segments_BT
   # Every process receives all rows; these are few numbers to all-gather.
-  return result if mesh is None else jax.lax.with_sharding_constraint(result, replicated(mesh))
+  if parallel is None:
+    return result
+  return jax.lax.with_sharding_constraint(result, parallel.replicated)
 
 
 def _scores(
   definition: Definition,
   params: Params,
   batches: Iterable[Batch],
-  mesh: Mesh | None,
-  rules: Rules | str,
+  parallel: Parallel | None,
   dtype: Any,
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray | None]]:
   """-log p, correct, targets and segments of every batch. While the device computes one, the host
@@ -228,12 +224,10 @@ def _scores(
   rows, pending = 0, None
   for batch in batches:
     checked = _checked(definition, batch)
-    shards = 1 if mesh is None else -(-batch_shards(mesh, rules) // jax.process_count())
+    shards = 1 if parallel is None else -(-parallel.batch_shards // jax.process_count())
     rows = max(rows, -(-len(checked.targets_BT) // shards) * shards)
-    with contextlib.nullcontext() if mesh is None else use_mesh(mesh, rules):
-      scored = _scored(
-        definition, params, _placed(_filled(checked, rows), mesh, rules), mesh, rules
-      )
+    with contextlib.nullcontext() if parallel is None else use_mesh(parallel):
+      scored = _scored(definition, params, _placed(_filled(checked, rows), parallel), parallel)
     if pending is not None:
       yield _fetched(pending)
     pending = scored
@@ -276,10 +270,10 @@ def _filled(batch: Batch, rows: int) -> Batch:
   return Batch(inputs, np.pad(batch.targets_BT, extra, constant_values=IGNORE), segments, source)
 
 
-def _placed(batch: Batch, mesh: Mesh | None, rules: Rules | str) -> Batch:
-  if mesh is None:
+def _placed(batch: Batch, parallel: Parallel | None) -> Batch:
+  if parallel is None:
     return batch
-  where = batch_sharding(mesh, rules)
+  where = parallel.batch
   return jax.tree.map(lambda a: jax.make_array_from_process_local_data(where, a), batch)
 
 

@@ -8,14 +8,13 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 
 from jaxformer.config import InputError
 from jaxformer.inference.decoding import request
 from jaxformer.inference.sampling import GREEDY, Sampling
 from jaxformer.models.language_model import LanguageModel
 from jaxformer.models.params import Definition, Params
-from jaxformer.sharding import Rules
+from jaxformer.sharding import Parallel
 
 
 class DecodeTime(NamedTuple):
@@ -42,8 +41,7 @@ def time_decode(
   *,
   sampling: Sampling = GREEDY,
   dtype: Any = None,
-  mesh: Mesh | None = None,
-  rules: Rules | str = 'fsdp_tensor',
+  parallel: Parallel | None = None,
 ) -> DecodeTime:
   """Time prompts of `prompt_length` random tokens continued by `new_tokens`, after a warm-up;
   prefill and decoding separately."""
@@ -64,8 +62,7 @@ def time_decode(
     max_new_tokens=new_tokens,
     sampling=sampling,
     dtype=dtype,
-    mesh=mesh,
-    rules=rules,
+    parallel=parallel,
   )
   start = time.perf_counter()
   jax.block_until_ready(r.advance(r.begin(), new_tokens))

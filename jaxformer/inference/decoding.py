@@ -19,7 +19,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Int, Key
 
 from jaxformer.config import InputError
@@ -27,7 +26,7 @@ from jaxformer.inference.sampling import GREEDY, PLAIN, Sampling, sample
 from jaxformer.layers.layer import Context, State
 from jaxformer.models.language_model import LanguageModel
 from jaxformer.models.params import Definition, Params
-from jaxformer.sharding import Rules, replicated, use_mesh
+from jaxformer.sharding import Parallel, use_mesh
 from jaxformer.task_type import IGNORE
 
 STEP = Context()
@@ -182,18 +181,13 @@ class Request:
   padded: int
   max_len: int
   room: int
-  mesh: Mesh | None
-  rules: Rules | str
+  parallel: Parallel | None
   vocab_size: int | None
-
-  @property
-  def _where(self) -> Any:
-    return None if self.mesh is None else (self.mesh, self.rules)
 
   def begin(self) -> Decoding:
     """Read the prompts and sample one token."""
     tokens_BT, segments_BT = left_padded(self.prompts, self.padded)
-    with on(self.mesh, self.rules):
+    with on(self.parallel):
       return begin(
         self.definition,
         self.params,
@@ -205,12 +199,12 @@ class Request:
         max_len=self.max_len,
         max_new_tokens=self.room,
         vocab_size=self.vocab_size,
-        where=self._where,
+        where=self.parallel,
       )
 
   def advance(self, decoding: Decoding, limit: int) -> Decoding:
     """Sample up to `limit` tokens in total, never more than `max_new_tokens`."""
-    with on(self.mesh, self.rules):
+    with on(self.parallel):
       return advance(
         self.definition,
         self.params,
@@ -219,7 +213,7 @@ class Request:
         np.int32(self.end),
         sampling=self.sampling,
         vocab_size=self.vocab_size,
-        where=self._where,
+        where=self.parallel,
       )
 
 
@@ -234,8 +228,7 @@ def request(
   end_of_document: int | None = None,
   dtype: Any = None,
   max_len: int | None = None,
-  mesh: Mesh | None = None,
-  rules: Rules | str = 'fsdp_tensor',
+  parallel: Parallel | None = None,
   vocab_size: int | None = None,
 ) -> Request:
   """Validate a request and round its sizes up, so that requests of similar sizes share compiled
@@ -301,8 +294,7 @@ def request(
     padded,
     length,
     room,
-    mesh,
-    rules,
+    parallel,
     rows,
   )
 
@@ -345,9 +337,9 @@ def left_padded(prompts: Sequence[Sequence[int]], length: int) -> tuple[np.ndarr
 
 
 @contextlib.contextmanager
-def on(mesh: Mesh | None, rules: Rules | str) -> Generator[None]:
+def on(parallel: Parallel | None) -> Generator[None]:
   """Compile for this mesh inside the context; without one, for the default device."""
-  with contextlib.nullcontext() if mesh is None else use_mesh(mesh, rules):
+  with contextlib.nullcontext() if parallel is None else use_mesh(parallel):
     yield
 
 
@@ -356,8 +348,7 @@ def on(mesh: Mesh | None, rules: Rules | str) -> Generator[None]:
 
 def lowered_prefill(
   definition: Definition[LanguageModel],
-  mesh: Mesh,
-  rules: Rules | str,
+  parallel: Parallel,
   batch: int,
   context_length: int,
   prompt: int | None = None,
@@ -376,28 +367,24 @@ def lowered_prefill(
     raise InputError(
       'context_length', context_length, f'at most {longest}, the learned positions of the model'
     )
-  ids = _array((batch, T), jnp.int32, mesh)
-  numbers = _array((), jnp.uint32, mesh), _array((), jnp.int32, mesh)
-  with use_mesh(mesh, rules):
+  ids = _array((batch, T), jnp.int32, parallel)
+  numbers = _array((), jnp.uint32, parallel), _array((), jnp.int32, parallel)
+  with use_mesh(parallel):
     return begin.trace(
       definition,
-      definition.abstract(mesh, rules, jnp.bfloat16),
+      definition.abstract(parallel, jnp.bfloat16),
       ids,
       ids,
       *numbers,
       sampling=GREEDY,
       max_len=context_length,
       max_new_tokens=1,
-      where=(mesh, rules),
-    ).lower(lowering_platforms=(mesh.devices.flat[0].platform,))
+      where=parallel,
+    ).lower(lowering_platforms=(parallel.platform,))
 
 
 def lowered_decode(
-  definition: Definition[LanguageModel],
-  mesh: Mesh,
-  rules: Rules | str,
-  batch: int,
-  context_length: int,
+  definition: Definition[LanguageModel], parallel: Parallel, batch: int, context_length: int
 ) -> jax.stages.Lowered:
   """Lower the decode loop: one token per step for each of `batch` sequences, with a state of
   `context_length` positions.
@@ -405,7 +392,7 @@ def lowered_decode(
   The sharding of the state is what prefill leaves, so that program is compiled first, for a short
   prompt."""
   reading = lowered_prefill(
-    definition, mesh, rules, batch, context_length, min(bucket(1), context_length)
+    definition, parallel, batch, context_length, min(bucket(1), context_length)
   )
   read: Any = reading.compile()
   decoding = jax.tree.map(
@@ -413,18 +400,18 @@ def lowered_decode(
     reading.out_info,
     read.output_shardings,
   )
-  number = _array((), jnp.int32, mesh)
-  with use_mesh(mesh, rules):
+  number = _array((), jnp.int32, parallel)
+  with use_mesh(parallel):
     return advance.trace(
       definition,
-      definition.abstract(mesh, rules, jnp.bfloat16),
+      definition.abstract(parallel, jnp.bfloat16),
       decoding,
       number,
       number,
       sampling=GREEDY,
-      where=(mesh, rules),
-    ).lower(lowering_platforms=(mesh.devices.flat[0].platform,))
+      where=parallel,
+    ).lower(lowering_platforms=(parallel.platform,))
 
 
-def _array(shape: tuple[int, ...], dtype: Any, mesh: Mesh) -> Any:
-  return jax.ShapeDtypeStruct(shape, dtype, sharding=replicated(mesh))
+def _array(shape: tuple[int, ...], dtype: Any, parallel: Parallel) -> Any:
+  return jax.ShapeDtypeStruct(shape, dtype, sharding=parallel.replicated)

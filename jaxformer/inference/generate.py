@@ -6,13 +6,12 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from jax.sharding import Mesh
 
 from jaxformer.inference.decoding import request
 from jaxformer.inference.sampling import PLAIN, Sampling
 from jaxformer.models.language_model import LanguageModel
 from jaxformer.models.params import Definition, Params
-from jaxformer.sharding import Rules
+from jaxformer.sharding import Parallel
 from jaxformer.task_type import IGNORE
 
 
@@ -40,8 +39,7 @@ def generate(
   end_of_document: int | None = None,
   dtype: Any = None,
   max_len: int | None = None,
-  mesh: Mesh | None = None,
-  rules: Rules | str = 'fsdp_tensor',
+  parallel: Parallel | None = None,
   vocab_size: int | None = None,
 ) -> list[Generated]:
   """Continue each prompt; results are in the same order.
@@ -55,7 +53,7 @@ def generate(
     dtype: compute dtype; None for that of the parameters.
     max_len: maximum length of prompt and new tokens in the model's state; None for what is needed.
       Pass one value to calls of different lengths to compile only once.
-    mesh, rules: of the parameters; None for one device.
+    parallel: mesh and rules of the parameters; None for one device.
     vocab_size: of the tokenizer, where the model's is padded: the rows beyond it are never sampled.
 
   Raises:
@@ -72,8 +70,7 @@ def generate(
     end_of_document=end_of_document,
     dtype=dtype,
     max_len=max_len,
-    mesh=mesh,
-    rules=rules,
+    parallel=parallel,
     vocab_size=vocab_size,
   )
   last = r.advance(r.begin(), max_new_tokens)

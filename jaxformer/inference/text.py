@@ -9,14 +9,13 @@ from typing import Any, NamedTuple, TypedDict, Unpack
 
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
 from jaxformer.config import InputError
 from jaxformer.inference.decoding import Decoding, Request, request
 from jaxformer.inference.sampling import Sampling
 from jaxformer.models.language_model import LanguageModel
 from jaxformer.models.params import Definition, Params
-from jaxformer.sharding import Rules
+from jaxformer.sharding import Parallel
 from jaxformer.task_type import IGNORE
 
 DecodeBytes = Callable[[Iterable[int]], bytes]  # a tokenizer's `decode_bytes`
@@ -111,8 +110,7 @@ class Options(TypedDict, total=False):
   end_of_document: int | None
   dtype: Any
   max_len: int | None
-  mesh: Mesh | None
-  rules: Rules | str
+  parallel: Parallel | None
   vocab_size: int | None
 
 

@@ -6,14 +6,13 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from jax.sharding import Mesh
 
 from jaxformer.config import InputError
 from jaxformer.inference.beam import GREEDY_BEAM, Beam, Hypotheses, beam_search
 from jaxformer.inference.decoding import bucket, on
 from jaxformer.models.encoder_decoder import EncoderDecoder
 from jaxformer.models.params import Definition, Params
-from jaxformer.sharding import Rules
+from jaxformer.sharding import Parallel
 from jaxformer.task_type import IGNORE
 
 
@@ -45,8 +44,7 @@ def translate(
   batch_size: int = 64,
   vocab_size: int | None = None,
   dtype: Any = None,
-  mesh: Mesh | None = None,
-  rules: Rules | str = 'fsdp_tensor',
+  parallel: Parallel | None = None,
 ) -> list[Translation]:
   """Translate each source; results are in the same order and independent of the batch.
 
@@ -59,7 +57,7 @@ def translate(
     batch_size: sources per batch; sources of similar lengths are batched together.
     vocab_size: of the tokenizer, where the model's is padded: the rows beyond it are never chosen.
     dtype: compute dtype; None for that of the parameters.
-    mesh, rules: of the parameters; None for one device.
+    parallel: mesh and rules of the parameters; None for one device.
 
   Raises:
     InputError: token ids out of range, an empty source, or more tokens than the model has
@@ -91,7 +89,7 @@ def translate(
     source_BS = np.full((len(filled), S), IGNORE, np.int32)
     for b, row in enumerate(filled):
       source_BS[b, : len(row)] = row
-    with on(mesh, rules):
+    with on(parallel):
       best = beam_search(
         definition,
         params,
@@ -102,7 +100,7 @@ def translate(
         beam=beam,
         max_new_tokens=N,
         vocab_size=vocab_size if vocab_size != config.vocab_size else None,
-        where=None if mesh is None else (mesh, rules),
+        where=parallel,
       )
     found |= dict(zip(chosen, _first(best, len(chosen)), strict=True))
   return [found[i] for i in range(len(rows))]

@@ -13,7 +13,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
 from jaxformer.config import InputError, nearest
 from jaxformer.interop import weights
@@ -23,7 +22,7 @@ from jaxformer.interop.settings import Settings
 from jaxformer.interop.tensors import DTYPES, Reader, new_folder, read_json, write
 from jaxformer.models.model import ModelConfig
 from jaxformer.models.params import Params, define
-from jaxformer.sharding import Rules
+from jaxformer.sharding import Parallel
 
 TOKENIZER_FILES = (
   'tokenizer.json',
@@ -60,10 +59,7 @@ def read_config(folder: str | os.PathLike) -> tuple[CheckpointFormat, ModelConfi
 
 
 def load_hf(
-  folder: str | os.PathLike,
-  dtype: Any = jnp.float32,
-  mesh: Mesh | None = None,
-  rules: Rules | str = 'fsdp_tensor',
+  folder: str | os.PathLike, dtype: Any = jnp.float32, parallel: Parallel | None = None
 ) -> tuple[ModelConfig, Params]:
   """The model config and parameters of a local Hugging Face folder.
 
@@ -85,15 +81,15 @@ def load_hf(
       reader,
       kind.names(config),
       dtype_of(dtype),
-      placing(config, mesh, rules),
+      placing(config, parallel),
     )
 
 
 def placing(
-  config: ModelConfig, mesh: Mesh | None, rules: Rules | str
+  config: ModelConfig, parallel: Parallel | None
 ) -> Callable[[str, np.ndarray], jax.Array]:
   """A function (name, value) -> the parameter on its devices, for `load_hf`."""
-  shardings = None if mesh is None else define(config).shardings(mesh, rules)
+  shardings = None if parallel is None else define(config).shardings(parallel)
   return lambda name, value: (
     jnp.asarray(value) if shardings is None else jax.device_put(value, shardings[name])
   )

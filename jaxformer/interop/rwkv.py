@@ -16,7 +16,6 @@ from typing import Any
 
 import jax.numpy as jnp
 import safetensors.numpy
-from jax.sharding import Mesh
 
 from jaxformer.config import InputError, differences
 from jaxformer.interop import weights
@@ -36,7 +35,7 @@ from jaxformer.models.zoo.rwkv4 import rwkv4
 from jaxformer.models.zoo.rwkv5 import rwkv5
 from jaxformer.models.zoo.rwkv6 import rwkv6
 from jaxformer.models.zoo.rwkv7 import rwkv7
-from jaxformer.sharding import Rules
+from jaxformer.sharding import Parallel
 
 SUFFIXES = ('.safetensors', '.pth')
 Shapes = Mapping[str, Shape]
@@ -281,10 +280,7 @@ def is_rwkv(path: str | os.PathLike) -> bool:
 
 
 def load_rwkv(
-  path: str | os.PathLike,
-  dtype: Any = jnp.float32,
-  mesh: Mesh | None = None,
-  rules: Rules | str = 'fsdp_tensor',
+  path: str | os.PathLike, dtype: Any = jnp.float32, parallel: Parallel | None = None
 ) -> tuple[ModelConfig, Params]:
   """The model config and parameters of a weight file. Arguments as for `load_hf`.
 
@@ -299,7 +295,7 @@ def load_rwkv(
     info, names = define(config).info, weights.Names(ignored=version.ignored)
     links = weights.connect(info, version.rules(config), version.name)
     return config, weights.load(
-      links, info, reader, names, dtype_of(dtype), placing(config, mesh, rules)
+      links, info, reader, names, dtype_of(dtype), placing(config, parallel)
     )
 
 

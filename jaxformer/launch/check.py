@@ -9,7 +9,7 @@ from jaxformer.models.params import define
 from jaxformer.planning.memory import DeviceMemory, memory
 from jaxformer.planning.setup import PlanSetup
 from jaxformer.planning.target import Target
-from jaxformer.sharding import MeshConfig
+from jaxformer.sharding import MeshConfig, Parallel
 from jaxformer.training.experiment import Experiment, check_fit
 from jaxformer.training.optimizer import Optimizer
 
@@ -18,10 +18,10 @@ def setup_of(experiment: Experiment, target: Target, mesh: MeshConfig | None = N
   """The training step of an experiment as planning sees it; `mesh` replaces the experiment's."""
   e, t = experiment, experiment.training
 
-  def optimizer_state(model: Any, mesh: Any, rules: Any) -> Any:
+  def optimizer_state(model: Any, parallel: Parallel) -> Any:
     definition = define(model)
     optimizer = Optimizer.of(e.optimizer, e.schedule, t.steps, definition)
-    return optimizer.abstract_state(definition, mesh, rules)
+    return optimizer.abstract_state(definition, parallel)
 
   return PlanSetup(
     model=e.model,

@@ -15,10 +15,9 @@ from typing import Any, Generic, Protocol, TypeVar
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh
 from jaxtyping import Array
 
-from jaxformer.sharding import Rules, param_sharding
+from jaxformer.sharding import Parallel
 
 Params = dict[str, Array]
 M_co = TypeVar('M_co', bound=nnx.Module, covariant=True)
@@ -77,26 +76,22 @@ class Definition(Generic[M_co]):
       self._graph, jax.tree.unflatten(self._tree, [params[name] for name in self.info])
     )
 
-  def init(
-    self, key: Array, mesh: Mesh | None = None, rules: Rules | str = 'fsdp_tensor'
-  ) -> Params:
+  def init(self, key: Array, parallel: Parallel | None = None) -> Params:
     """Initialize the parameters; on a mesh directly with their sharding, and equal to those of one
     device."""
-    where = None if mesh is None else tuple(self.shardings(mesh, rules).values())
+    where = None if parallel is None else tuple(self.shardings(parallel).values())
     return dict(zip(self.info, _initialiser(self, where)(key), strict=True))
 
-  def shardings(self, mesh: Mesh, rules: Rules | str) -> dict[str, jax.sharding.NamedSharding]:
+  def shardings(self, parallel: Parallel) -> dict[str, jax.sharding.NamedSharding]:
     """The sharding of each parameter. Raises `InputError` for a mesh axis that does not divide a
     dimension."""
-    return {
-      name: param_sharding(mesh, rules, name, i.axes, i.shape) for name, i in self.info.items()
-    }
+    return {name: parallel.param(name, i.axes, i.shape) for name, i in self.info.items()}
 
   def abstract(
-    self, mesh: Mesh | None = None, rules: Rules | str = 'fsdp_tensor', dtype: Any = None
+    self, parallel: Parallel | None = None, dtype: Any = None
   ) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes, dtypes (with `dtype`, those of `cast`) and, with a mesh, shardings."""
-    where = dict.fromkeys(self.info) if mesh is None else self.shardings(mesh, rules)
+    where = dict.fromkeys(self.info) if parallel is None else self.shardings(parallel)
     return {
       name: jax.ShapeDtypeStruct(
         i.shape, i.dtype if dtype is None or i.full_precision else dtype, sharding=where[name]

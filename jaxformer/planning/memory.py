@@ -36,7 +36,7 @@ from jaxformer.models.params import Definition, define
 from jaxformer.ops.implementation import implementation
 from jaxformer.planning.residuals import SavedResidual, residuals
 from jaxformer.planning.setup import PlanSetup
-from jaxformer.sharding import assume_platform, rules_of
+from jaxformer.sharding import assume_platform
 from jaxformer.task_type import Batch
 
 LOGIT_BYTES = 2**26  # the size of a slice in `ops.loss_vocabulary`
@@ -118,11 +118,11 @@ def memory(setup: PlanSetup) -> DeviceMemory:
 
 
 def _training_memory(setup: PlanSetup) -> DeviceMemory:
-  model, mesh, rules = setup.model, setup.abstract_mesh, setup.mesh.rules
+  model, parallel = setup.model, setup.parallel
   definition = define(model)
-  params = definition.abstract(mesh, rules)
+  params = definition.abstract(parallel)
   parameters = bytes_of(params)
-  optimizer = None if setup.optimizer is None else setup.optimizer(model, mesh, rules)
+  optimizer = None if setup.optimizer is None else setup.optimizer(model, parallel)
   B, T = setup.local_batch
   shards = _shards_in_use(definition, setup)
   kept = _activations(setup, shards, setup.remat)
@@ -192,7 +192,7 @@ def _residuals(
 def _shards_in_use(definition: Definition, setup: PlanSetup) -> Shards:
   """Into how many shards each dimension of each parameter is split where it is used, after the
   all-gather over the axes that shard the batch."""
-  table, mesh = rules_of(setup.mesh.rules).activations, setup.abstract_mesh
+  table, mesh = setup.parallel.table.activations, setup.abstract_mesh
 
   def shards(axis: str | None, size: int) -> int:
     if axis is None:
@@ -219,8 +219,7 @@ def _gathered(definition: Definition, setup: PlanSetup, shards: Shards) -> int:
   """Bytes of the unsharded weights of the largest block, of two of them, and of its gradients; 0 if
   nothing is all-gathered. Experts are not: tokens are sent to them."""
   mesh: Any = setup.abstract_mesh
-  rules = setup.mesh.rules
-  where, table = definition.shardings(mesh, rules), rules_of(rules).params
+  where, table = definition.shardings(setup.parallel), setup.parallel.table.params
   blocks: dict[str, int] = {}
   for name, info in definition.info.items():
     if (found := _BLOCK.match(name)) is None:

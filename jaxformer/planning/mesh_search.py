@@ -24,7 +24,7 @@ from jaxformer.planning.estimate import StepEstimate, estimate
 from jaxformer.planning.hardware import GIB
 from jaxformer.planning.memory import bytes_of
 from jaxformer.planning.setup import PlanSetup, abstract_mesh
-from jaxformer.sharding import MeshConfig
+from jaxformer.sharding import MeshConfig, Parallel
 
 # The TPU compiler's memory was at most 1.09 times that of the formulas in 12 of the 15 rows of
 # experiments/plan_table.md (1.11 in one; 1.39 and 1.66 where kernels hold arrays of their own).
@@ -140,7 +140,7 @@ def meshes(base: PlanSetup) -> Iterator[MeshConfig]:
         tensor=tensor,
       )
       try:
-        define(base.model).abstract(abstract_mesh(mesh, base.target.devices), mesh.rules)
+        define(base.model).abstract(Parallel(abstract_mesh(mesh, base.target.devices), mesh.rules))
       except InputError:
         continue  # an axis does not divide a dimension
       yield mesh
@@ -149,7 +149,7 @@ def meshes(base: PlanSetup) -> Iterator[MeshConfig]:
 def estimate_if_possible(setup: PlanSetup) -> StepEstimate | None:
   """The estimate of a candidate; None if parameters and optimizer alone are too large, or if
   something does not divide evenly."""
-  params = define(setup.model).abstract(setup.abstract_mesh, setup.mesh.rules)
+  params = define(setup.model).abstract(setup.parallel)
   if LEAST_BYTES * bytes_of(params) > setup.target.device_memory_bytes:
     return None
   try:

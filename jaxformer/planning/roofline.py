@@ -104,7 +104,7 @@ def _training_traffic(setup: PlanSetup, memory: DeviceMemory) -> tuple[float, di
   """(bytes of memory traffic, mesh axis -> bytes sent) of one device."""
   model, mesh, size = setup.model, setup.abstract_mesh, setup.bytes_per_value
   definition, (B, T) = define(model), setup.local_batch
-  held = bytes_of(definition.abstract(mesh, setup.mesh.rules))
+  held = bytes_of(definition.abstract(setup.parallel))
   in_use = size * definition.size / mesh.shape['tensor'] / mesh.shape['expert']
   # Per microbatch: weights read twice, gradients written and read, activations likewise. Once:
   # parameters and optimizer state read and written.

@@ -13,10 +13,10 @@ from jaxformer.config import InputError
 from jaxformer.models.model import ModelConfig
 from jaxformer.models.params import define
 from jaxformer.planning.target import Target
-from jaxformer.sharding import MESH_AXES, MeshConfig, Rules, rules_of
+from jaxformer.sharding import MESH_AXES, MeshConfig, Parallel
 
 Phase = Literal['train', 'prefill', 'decode']
-OptimizerState = Callable[[ModelConfig, AbstractMesh, Any], Any]
+OptimizerState = Callable[[ModelConfig, Parallel], Any]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,7 +31,7 @@ class PlanSetup:
     remat: policy by which activations are recomputed in the backward pass; training only.
     accumulate: microbatches per update; training only.
     precision: 'fp32' or 'bf16', as in `Chip.flops_per_second`; 'int8' and 'fp8' for inference.
-    optimizer: (model, mesh, rules) -> its state as abstract arrays with shardings; None for AdamW,
+    optimizer: (model, parallel) -> its state as abstract arrays with shardings; None for AdamW,
       which has two numbers per parameter.
     platform: the platform whose kernels are traced, 'tpu', 'gpu' or 'cpu'; None for the target's.
   """
@@ -59,6 +59,10 @@ class PlanSetup:
     return mesh
 
   @property
+  def parallel(self) -> Parallel:
+    return Parallel(self.abstract_mesh, self.mesh.rules)
+
+  @property
   def bytes_per_value(self) -> int:
     """Size of a weight or activation in the compute precision; training keeps bf16 beside 8-bit
     products."""
@@ -69,9 +73,7 @@ class PlanSetup:
   @property
   def local_batch(self) -> tuple[int, int]:
     """(sequences, positions) per device of one microbatch; see the function of this name."""
-    return local_batch(
-      self.abstract_mesh, self.mesh.rules, self.batch_size, self.length, self.accumulate
-    )
+    return local_batch(self.parallel, self.batch_size, self.length, self.accumulate)
 
   @property
   def name(self) -> str:
@@ -98,11 +100,11 @@ def abstract_mesh(config: MeshConfig, devices: int) -> AbstractMesh:
 
 
 def local_batch(
-  mesh: AbstractMesh, rules: Rules | str, batch_size: int, length: int, accumulate: int = 1
+  parallel: Parallel, batch_size: int, length: int, accumulate: int = 1
 ) -> tuple[int, int]:
   """(sequences, positions) per device of one microbatch. Raises `InputError` if they do not divide
   evenly over the mesh."""
-  table = rules_of(rules).activations
+  table, mesh = parallel.table.activations, parallel.mesh
   shards, times = (math.prod(mesh.shape[a] for a in table[axis]) for axis in ('batch', 'time'))
   if batch_size % accumulate or batch_size // accumulate % shards:
     near = max(1, round(batch_size / shards / accumulate)) * shards * accumulate

@@ -22,7 +22,7 @@ from jaxformer.inference import time_decode, translate
 from jaxformer.models.model import ModelConfig
 from jaxformer.models.params import define
 from jaxformer.planning.cost import cost
-from jaxformer.sharding import MeshConfig, batch_sharding, make_mesh, use_mesh
+from jaxformer.sharding import MeshConfig, make_parallel, use_mesh
 from jaxformer.study.runner import Log
 from jaxformer.study.sharing import Interrupted
 from jaxformer.study.study import Study, file_name
@@ -132,7 +132,7 @@ def by_position(
     return None
   if model.max_len is None or model.max_len >= long.config.positions:
     dataset = long
-  definition, dtype = define(model), compute_dtype('auto', make_mesh(MeshConfig()))
+  definition, dtype = define(model), compute_dtype('auto', make_parallel(MeshConfig()))
 
   def measure() -> list[float | None]:
     sums, counts = np.zeros(1), np.zeros(1)
@@ -171,7 +171,7 @@ def translations(
     return None
   definition, dtype, end = (
     define(model),
-    compute_dtype('auto', make_mesh(MeshConfig())),
+    compute_dtype('auto', make_parallel(MeshConfig())),
     tokenizer.end_of_document,
   )
 
@@ -268,18 +268,18 @@ def _compiled_step(
   entry = next(e for e in study.entries if e.title == title)
   rate, seed = study.learning_rates[0], study.tuning_seed
   s = Setup.of(study.experiment(entry, model, task, rate, seed), dataset)
-  with use_mesh(s.mesh, s.rules):
+  with use_mesh(s.parallel):
     first = dataset.train_batch(0, study.batch_size, seed)
-    batch = jax.device_put(first, batch_sharding(s.mesh, s.rules))
-    state = init_state(s.definition, s.optimizer, seed, s.mesh, s.rules)
-    step = compiled_train_step(s.definition, s.optimizer, s.step_config, s.mesh, s.rules)
+    batch = jax.device_put(first, s.parallel.batch)
+    state = init_state(s.definition, s.optimizer, seed, s.parallel)
+    step = compiled_train_step(s.definition, s.optimizer, s.step_config, s.parallel)
     began = time.perf_counter()
     compiled = step.lower(state, batch).compile()
     compile_seconds = time.perf_counter() - began
 
   def run() -> float:
     nonlocal state
-    with use_mesh(s.mesh, s.rules):
+    with use_mesh(s.parallel):
       began = time.perf_counter()
       state, metrics = compiled(state, batch)
       jax.block_until_ready(metrics)
@@ -297,14 +297,14 @@ def _decoding(
 ) -> list[dict[str, Any]]:
   """Time prefill and decoding at each context length that the model can read."""
   rows = []
-  definition, mesh = define(model), make_mesh(MeshConfig())
-  params = definition.init(jax.random.key(0), mesh, MeshConfig().rules) if contexts else {}
+  definition, parallel = define(model), make_parallel(MeshConfig())
+  params = definition.init(jax.random.key(0), parallel) if contexts else {}
   for context_length in contexts:
     end = context_length + NEW_TOKENS
     state = model.state_size(end)
     if state is None or (model.max_len is not None and end > model.max_len):
       continue
-    dtype = compute_dtype('auto', mesh)
+    dtype = compute_dtype('auto', parallel)
     t = time_decode(definition, params, context_length, NEW_TOKENS, repeats=REPEATS, dtype=dtype)
     rows.append(
       {

@@ -16,7 +16,7 @@ from jaxformer import config as configs
 from jaxformer.config import Config, InputError
 from jaxformer.layers.layer import Context, LayerConfig, LayerPosition, Memory, Output
 from jaxformer.models.params import Definition, define
-from jaxformer.sharding import MeshConfig, batch_sharding, make_mesh, use_mesh
+from jaxformer.sharding import MeshConfig, Parallel, make_mesh, use_mesh
 
 WIDTH, BATCH, LENGTH = 32, 8, 20  # longer than what operations treat as a short decode
 # Few lengths, so that checks share compiled programs.
@@ -360,9 +360,9 @@ def sharded(case: Case) -> str | None:
   x, ctx = inputs(), Context(segments_BT=segments(7, 8, 5))
   outputs, gradients = case.gradients(case.params, x, ctx)
   devices = make_mesh(mesh)
-  params = jax.device_put(case.params, case.definition.shardings(devices, mesh.rules))
-  with use_mesh(devices, mesh.rules):
-    x = jax.device_put(x, batch_sharding(devices, mesh.rules))
+  params = jax.device_put(case.params, case.definition.shardings(Parallel(devices, mesh.rules)))
+  with use_mesh(Parallel(devices, mesh.rules)):
+    x = jax.device_put(x, Parallel(devices, mesh.rules).batch)
     found, found_gradients = jax.jit(lambda *a: case.differentiated(*a))(params, x, ctx)
   close(
     (found, found_gradients),

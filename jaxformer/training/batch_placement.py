@@ -7,11 +7,11 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import NamedSharding
 
 from jaxformer.config import InputError
 from jaxformer.data import Batch, DatasetConfig
-from jaxformer.sharding import Rules, batch_sharding, batch_shards
+from jaxformer.sharding import Parallel
 
 
 def rows_of_process(sharding: NamedSharding, batch_size: int, length: int) -> tuple[int, int]:
@@ -40,12 +40,12 @@ class BatchPlacement:
     index, count: for the data pipeline: this process loads part `index` of `count` of each batch.
   """
 
-  def __init__(self, mesh: Mesh, rules: Rules | str, batch_size: int, length: int):
-    self._sharding = batch_sharding(mesh, rules)
-    self._parts = _shards(batch_size, mesh, rules)
+  def __init__(self, parallel: Parallel, batch_size: int, length: int):
+    self._sharding = parallel.batch
+    self._parts = _shards(batch_size, parallel)
     pieces = self._sharding.spec[1] if len(self._sharding.spec) > 1 else None
     self._times = times = math.prod(
-      mesh.shape[a] for a in ((pieces,) if isinstance(pieces, str) else pieces or ())
+      parallel.mesh.shape[a] for a in ((pieces,) if isinstance(pieces, str) else pieces or ())
     )
     if length % times:
       raise InputError(
@@ -75,23 +75,23 @@ class BatchPlacement:
     return jax.make_array_from_callback((rows, *local.shape[1:]), self._sharding, part)
 
 
-def abstract_batch(data: DatasetConfig, batch_size: int, mesh: Mesh, rules: Rules | str) -> Batch:
+def abstract_batch(data: DatasetConfig, batch_size: int, parallel: Parallel) -> Batch:
   """Return the shapes, dtypes and shardings of a batch, for pairs the longest one. Text is not
   opened for it; for other data one row is generated.
 
   Raises `InputError` if the batch cannot be sharded over the mesh.
   """
-  _shards(batch_size, mesh, rules)
-  where = batch_sharding(mesh, rules)
+  _shards(batch_size, parallel)
+  where = parallel.batch
   return jax.tree.map(
     lambda a: jax.ShapeDtypeStruct((batch_size, *a.shape[1:]), a.dtype, sharding=where),
     data.example(),
   )
 
 
-def _shards(batch_size: int, mesh: Mesh, rules: Rules | str) -> int:
+def _shards(batch_size: int, parallel: Parallel) -> int:
   """Return over how many parts of the mesh the rows are sharded. Raises `InputError`."""
-  parts = batch_shards(mesh, rules)
+  parts = parallel.batch_shards
   if batch_size % parts:
     raise InputError(
       'training.batch_size / accumulate', batch_size, f'a multiple of the {parts} parts of the mesh'

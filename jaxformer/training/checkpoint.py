@@ -22,14 +22,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh
 from jaxtyping import Array
 from orbax.checkpoint import v1 as ocp
 from orbax.checkpoint.utils import is_checkpoint_finalized
 
 from jaxformer.config import InputError, first_lines
 from jaxformer.models.params import Definition, Params
-from jaxformer.sharding import MeshConfig, Rules, make_mesh, replicated
+from jaxformer.sharding import MeshConfig, Parallel, make_parallel
 from jaxformer.training.paths import AnyPath, move, remote_errors, remove, to_path
 from jaxformer.training.step import TrainState
 
@@ -209,28 +208,25 @@ def find(path: str | AnyPath) -> AnyPath:
 
 
 def load_params(
-  path: str | AnyPath,
-  definition: Definition,
-  mesh: Mesh | None = None,
-  rules: Rules | str = 'fsdp_tensor',
+  path: str | AnyPath, definition: Definition, parallel: Parallel | None = None
 ) -> tuple[Params, int]:
   """Return the parameters of a checkpoint, and its step.
 
   Args:
     path: see `find`.
     definition: the model, whose names and shapes must match.
-    mesh, rules: where the parameters go; without a mesh, one device, or under several processes
+    parallel: mesh and rules for the parameters; without them, one device, or under several processes
       all devices, replicated.
 
   Raises `InputError` for a path without a checkpoint, that of another model, or a corrupt one.
   """
   where = find(path)
-  abstract = definition.abstract(mesh, rules)
-  if mesh is None:
+  abstract = definition.abstract(parallel)
+  if parallel is None:
     one = (
       jax.sharding.SingleDeviceSharding(jax.devices()[0])
       if jax.process_count() == 1  # the first device belongs to one process only
-      else replicated(make_mesh(MeshConfig()))
+      else make_parallel(MeshConfig()).replicated
     )
     abstract = {
       n: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=one) for n, a in abstract.items()

@@ -95,7 +95,7 @@ def train(
   costs = (flops_per_token, peak_flops_per_second)
   with _opened([experiment], devices, dataset, log, init_from) as members:
     setup = members[0].setup
-    with use_mesh(setup.mesh, setup.rules):
+    with use_mesh(setup.parallel):
       return _Loop(members, None, costs, sample).run(init_from)[0]
 
 
@@ -172,7 +172,7 @@ def _opened(
   check(experiments[0], devices)
   data = dataset or open_data(experiments[0].data, log=log)
   setups = [Setup.of(e, data, devices) for e in experiments]
-  if setups[0].mesh.devices.flat[0].platform == 'cpu':
+  if setups[0].parallel.platform == 'cpu':
     keep_freed_memory()
   with contextlib.ExitStack() as stack:
     members = []
@@ -253,10 +253,10 @@ class _Member:
     source = f'{len(init_from)} arrays given' if isinstance(init_from, Mapping) else init_from
     run.event('start', init_from=None if source is None else str(source))
     self.report.line(
-      f'{run.folder}: {s.definition.size:,} parameters, {s.mesh.size} devices, '
+      f'{run.folder}: {s.definition.size:,} parameters, {s.parallel.mesh.size} devices, '
       f'{s.step_config.dtype}, {s.dataset.size}'
     )
-    state = init_state(s.definition, s.optimizer, self.config.seed, s.mesh, s.rules)
+    state = init_state(s.definition, s.optimizer, self.config.seed, s.parallel)
     return state if params is None else dataclasses.replace(state, params=params)
 
   def batches(self) -> Any:
@@ -360,7 +360,7 @@ class _Loop:
     `mfu_full` those of all pairs."""
     if flops_per_token is None or peak is None:
       return {}
-    e, devices = self.setup.experiment, (self.mesh or self.setup.mesh).size
+    e, devices = self.setup.experiment, (self.mesh or self.setup.parallel.mesh).size
     return {
       name: len(self.members)
       * flops_per_token(e.model, e.data.positions, causal)
@@ -434,7 +434,7 @@ class _Loop:
       with self.clock.paused():
         s, began = self.setup, time.perf_counter()
         if self.mesh is None:
-          step = compiled_train_step(s.definition, s.optimizer, s.step_config, s.mesh, s.rules)
+          step = compiled_train_step(s.definition, s.optimizer, s.step_config, s.parallel)
         else:
           step = population_step(s.definition, s.optimizer, s.step_config, self.mesh)
         self.compiled[shapes] = step.lower(state, batch, *more).compile()
@@ -468,7 +468,7 @@ class _Loop:
   def _member_state(self, state: TrainState, i: int) -> TrainState:
     if self.mesh is None:
       return state
-    return jax.device_put(_slice(state, i), self.setup.mesh.devices.flat[0])
+    return jax.device_put(_slice(state, i), self.setup.parallel.mesh.devices.flat[0])
 
 
 @jax.jit

@@ -15,12 +15,12 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 from jaxformer.config import Config
 from jaxformer.models.params import Definition, ParamInfo, Params
-from jaxformer.sharding import Rules, replicated
+from jaxformer.sharding import Parallel
 from jaxformer.training.schedule import ScheduleConfig, Step
 
 Learning = float | Float[Array, '']
@@ -263,20 +263,20 @@ class Optimizer:
       {'grad_norm': norm, 'learning_rate': peak * factor},
     )
 
-  def abstract_state(self, definition: Definition, mesh: Mesh, rules: Rules | str) -> Any:
+  def abstract_state(self, definition: Definition, parallel: Parallel) -> Any:
     """Return the shapes, dtypes and shardings of the state: an array that belongs to a parameter is
     sharded as the parameter is, along the axes that both have."""
-    where = definition.shardings(mesh, rules)
+    where = definition.shardings(parallel)
 
     def placed(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
       name = next((n for k in reversed(path) if (n := getattr(k, 'key', None)) in where), None)
       shape, sharding = () if name is None else self.info[name].shape, where.get(name)
       if sharding is None:
-        sharding = replicated(mesh)
+        sharding = parallel.replicated
       elif leaf.shape != shape:
         axes = itertools.zip_longest(shape, sharding.spec)
         common = (next((a for size, a in axes if size == n), None) for n in leaf.shape)
-        sharding = NamedSharding(mesh, PartitionSpec(*common))
+        sharding = NamedSharding(sharding.mesh, PartitionSpec(*common))
       return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
     return jax.tree_util.tree_map_with_path(

@@ -8,13 +8,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
 
 from jaxformer.config import InputError, first_lines
 from jaxformer.data import Dataset
 from jaxformer.evaluation import evaluate
 from jaxformer.models.params import Definition, Params, define
-from jaxformer.sharding import Rules, make_mesh
+from jaxformer.sharding import Parallel, make_parallel
 from jaxformer.training.batch_placement import BatchPlacement
 from jaxformer.training.checkpoint import differing_shapes, load_params
 from jaxformer.training.experiment import Experiment, check_fit
@@ -31,13 +30,9 @@ class Setup:
   definition: Definition
   dataset: Dataset
   optimizer: Optimizer
-  mesh: Mesh
+  parallel: Parallel
   step_config: StepConfig
   placement: BatchPlacement
-
-  @property
-  def rules(self) -> Rules | str:
-    return self.experiment.mesh.rules
 
   @classmethod
   def of(
@@ -45,21 +40,21 @@ class Setup:
   ) -> Setup:
     """Build the parts. Raises `InputError` for parts that do not fit."""
     t, model = experiment.training, experiment.model
-    definition, mesh = check(experiment, devices)
+    definition, parallel = check(experiment, devices)
     check_fit(model, experiment.data, dataset.vocab_size, dataset.source_vocab_size)
     return cls(
       experiment,
       definition,
       dataset,
       Optimizer.of(experiment.optimizer, experiment.schedule, t.steps, definition),
-      mesh,
-      step_config(experiment, mesh),
-      BatchPlacement(mesh, experiment.mesh.rules, t.batch_size, experiment.data.positions),
+      parallel,
+      step_config(experiment, parallel),
+      BatchPlacement(parallel, t.batch_size, experiment.data.positions),
     )
 
   def abstract_state(self) -> TrainState:
     """Return the shapes, dtypes and shardings of the state."""
-    return abstract_train_state(self.definition, self.optimizer, self.mesh, self.rules)
+    return abstract_train_state(self.definition, self.optimizer, self.parallel)
 
   def evaluate(self, params: Params) -> dict[str, Any]:
     """Return `eval/loss` (nats per target), `eval/source`, and `eval/bits_per_byte` of text or
@@ -71,7 +66,7 @@ class Setup:
     """
     t, dataset = self.experiment.training, self.dataset
     rows, limit, data = t.batch_size // t.accumulate, t.eval_batches, dataset.config
-    part = BatchPlacement(self.mesh, self.rules, rows, data.positions)
+    part = BatchPlacement(self.parallel, rows, data.positions)
     complete = limit is None or dataset.validation_rows <= limit * rows
     bytes_V = None if dataset.tokenizer is None else dataset.tokenizer.token_bytes
     r = evaluate(
@@ -79,8 +74,7 @@ class Setup:
       params,
       dataset.validation_batches(rows, limit, part.index, part.count),
       token_bytes_V=bytes_V,
-      mesh=self.mesh,
-      rules=self.rules,
+      parallel=self.parallel,
       dtype=self.step_config.dtype,
     )
     score = (
@@ -94,7 +88,7 @@ class Setup:
     `InputError` unless names and shapes are those of the model."""
     d = self.definition
     if not isinstance(source, Mapping):
-      return load_params(source, d, self.mesh, self.rules)[0]
+      return load_params(source, d, self.parallel)[0]
     problems = differing_shapes(
       {n: tuple(a.shape) for n, a in source.items()}, {n: i.shape for n, i in d.info.items()}
     )
@@ -102,23 +96,23 @@ class Setup:
       raise InputError(
         f'init_from: the given parameters do not fit this model:\n  {first_lines(problems)}'
       )
-    where = d.shardings(self.mesh, self.rules)
+    where = d.shardings(self.parallel)
     # Copies, since the step donates its arguments.
     return {n: jnp.array(jax.device_put(source[n], where[n]), i.dtype) for n, i in d.info.items()}
 
 
 def check(
   experiment: Experiment, devices: Sequence[jax.Device] | None = None
-) -> tuple[Definition, Mesh]:
-  """Return the model and the mesh of an experiment, checked against each other as far as possible
+) -> tuple[Definition, Parallel]:
+  """Return the model and the mesh with its rules of an experiment, checked against each other as far as possible
   without reading the data.
 
   Raises `InputError` for parts that do not fit.
   """
-  t, rules = experiment.training, experiment.mesh.rules
+  t = experiment.training
   check_fit(experiment.model, experiment.data)
-  definition, mesh = define(experiment.model), make_mesh(experiment.mesh, devices)
+  definition, parallel = define(experiment.model), make_parallel(experiment.mesh, devices)
   # each microbatch is sharded over the mesh
-  BatchPlacement(mesh, rules, t.batch_size // t.accumulate, experiment.data.positions)
-  definition.shardings(mesh, rules)
-  return definition, mesh
+  BatchPlacement(parallel, t.batch_size // t.accumulate, experiment.data.positions)
+  definition.shardings(parallel)
+  return definition, parallel

@@ -15,7 +15,7 @@ from jaxtyping import Array
 from jaxformer.layers.layer import Context
 from jaxformer.models.params import Definition, Params, define
 from jaxformer.ops.loss import LossSums
-from jaxformer.sharding import Rules, batch_sharding, replicated, use_mesh
+from jaxformer.sharding import Parallel, use_mesh
 from jaxformer.task_type import IGNORE, Batch
 from jaxformer.training.batch_placement import abstract_batch
 from jaxformer.training.experiment import Experiment, check_fit
@@ -54,28 +54,28 @@ class StepConfig:
   label_smoothing: float = 0.0
 
 
-def compute_dtype(name: str, mesh: Mesh) -> Any:
+def compute_dtype(name: str, parallel: Parallel) -> Any:
   """Return the dtype of activations; 'auto' is bfloat16 on hardware that supports it, float32 on
   CPU."""
   if name == 'auto':
-    name = 'float32' if mesh.devices.flat[0].platform == 'cpu' else 'bfloat16'
+    name = 'float32' if parallel.platform == 'cpu' else 'bfloat16'
   return jnp.dtype(name)
 
 
-def step_config(experiment: Experiment, mesh: Mesh) -> StepConfig:
+def step_config(experiment: Experiment, parallel: Parallel) -> StepConfig:
   """Return the settings of the experiment's training step on a mesh."""
   t = experiment.training
   return StepConfig(
-    t.accumulate, compute_dtype(t.dtype, mesh), t.remat, t.z_loss, t.label_smoothing
+    t.accumulate, compute_dtype(t.dtype, parallel), t.remat, t.z_loss, t.label_smoothing
   )
 
 
 def init_state(
-  definition: Definition, optimizer: Optimizer, seed: int, mesh: Mesh, rules: Rules | str
+  definition: Definition, optimizer: Optimizer, seed: int, parallel: Parallel
 ) -> TrainState:
   """Return the state before the first step, created sharded; equal on all meshes."""
-  where = state_shardings(definition, optimizer, mesh, rules)
-  params = definition.init(jax.random.key(seed), mesh, rules)
+  where = state_shardings(definition, optimizer, parallel)
+  params = definition.init(jax.random.key(seed), parallel)
   opt_state = jax.jit(optimizer.init, out_shardings=where.opt_state)(params)
   # A random stream separate from that of parameter initialization.
   step, key = jax.jit(
@@ -86,25 +86,20 @@ def init_state(
 
 
 def abstract_train_state(
-  definition: Definition, optimizer: Optimizer, mesh: Mesh, rules: Rules | str
+  definition: Definition, optimizer: Optimizer, parallel: Parallel
 ) -> TrainState:
   """Return the shapes, dtypes and shardings of a training state."""
-  scalar = functools.partial(jax.ShapeDtypeStruct, (), sharding=replicated(mesh))
+  scalar = functools.partial(jax.ShapeDtypeStruct, (), sharding=parallel.replicated)
   key = jax.eval_shape(lambda: jax.random.key(0))
-  abstract: Any = definition.abstract(mesh, rules)  # stands where a state has arrays
+  abstract: Any = definition.abstract(parallel)  # stands where a state has arrays
   return TrainState(
-    scalar(jnp.int32),
-    abstract,
-    optimizer.abstract_state(definition, mesh, rules),
-    scalar(key.dtype),
+    scalar(jnp.int32), abstract, optimizer.abstract_state(definition, parallel), scalar(key.dtype)
   )
 
 
-def state_shardings(
-  definition: Definition, optimizer: Optimizer, mesh: Mesh, rules: Rules | str
-) -> TrainState:
+def state_shardings(definition: Definition, optimizer: Optimizer, parallel: Parallel) -> TrainState:
   """Return the sharding of each array of the state."""
-  abstract = abstract_train_state(definition, optimizer, mesh, rules)
+  abstract = abstract_train_state(definition, optimizer, parallel)
   return jax.tree.map(lambda a: a.sharding, abstract)
 
 
@@ -190,11 +185,11 @@ def train_step(
 
 
 def compiled_train_step(
-  definition: Definition, optimizer: Optimizer, config: StepConfig, mesh: Mesh, rules: Rules | str
+  definition: Definition, optimizer: Optimizer, config: StepConfig, parallel: Parallel
 ) -> jax.stages.Wrapped:
   """Return the jitted `train_step`, `(state, batch) -> (state, metrics)`, for a mesh; the state is
   donated. Call it inside `use_mesh`."""
-  where = state_shardings(definition, optimizer, mesh, rules)
+  where = state_shardings(definition, optimizer, parallel)
 
   def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
     return train_step(definition, optimizer, config, state, batch)
@@ -202,8 +197,8 @@ def compiled_train_step(
   return jax.jit(
     step,
     donate_argnums=0,
-    in_shardings=(where, batch_sharding(mesh, rules)),
-    out_shardings=(where, replicated(mesh)),
+    in_shardings=(where, parallel.batch),
+    out_shardings=(where, parallel.replicated),
   )
 
 
@@ -237,13 +232,13 @@ def lowered_train_step(experiment: Experiment, mesh: Mesh) -> jax.stages.Lowered
   devices may be those of a described machine (`planning.topology_mesh`).
 
   Raises `InputError` if data and model, or a mesh axis and a dimension, do not fit."""
-  e, rules = experiment, experiment.mesh.rules
+  e, parallel = experiment, Parallel(mesh, experiment.mesh.rules)
   check_fit(e.model, e.data)
   definition = define(e.model)
   optimizer = Optimizer.of(e.optimizer, e.schedule, e.training.steps, definition)
-  state = abstract_train_state(definition, optimizer, mesh, rules)
-  abstract_batch(e.data, e.training.batch_size // e.training.accumulate, mesh, rules)
-  batch = abstract_batch(e.data, e.training.batch_size, mesh, rules)
-  with use_mesh(mesh, rules):
-    step = compiled_train_step(definition, optimizer, step_config(e, mesh), mesh, rules)
+  state = abstract_train_state(definition, optimizer, parallel)
+  abstract_batch(e.data, e.training.batch_size // e.training.accumulate, parallel)
+  batch = abstract_batch(e.data, e.training.batch_size, parallel)
+  with use_mesh(parallel):
+    step = compiled_train_step(definition, optimizer, step_config(e, parallel), parallel)
     return step.trace(state, batch).lower(lowering_platforms=(mesh.devices.flat[0].platform,))

@@ -17,7 +17,7 @@ from jaxformer.inference import time_decode
 from jaxformer.models.params import define
 from jaxformer.planning.cost import flops_per_token
 from jaxformer.planning.hardware import chip
-from jaxformer.sharding import batch_sharding, make_mesh, use_mesh
+from jaxformer.sharding import make_parallel, use_mesh
 from jaxformer.task_type import LANGUAGE_MODELING, Batch
 from jaxformer.training import Experiment, check
 from jaxformer.training.optimizer import Optimizer
@@ -107,8 +107,8 @@ def measure(
 def _training(experiment: Experiment, steps: int, log: Log) -> dict[str, Any]:
   """Time the compiled step on one batch, of random tokens for text, else of the data."""
   check(experiment)
-  e, t, rules = experiment, experiment.training, experiment.mesh.rules
-  definition, mesh = define(e.model), make_mesh(e.mesh)
+  e, t = experiment, experiment.training
+  definition, parallel = define(e.model), make_parallel(e.mesh)
   optimizer = Optimizer.of(e.optimizer, e.schedule, t.steps, definition)
   if e.data.has_text and e.model.task == LANGUAGE_MODELING:
     shape = t.batch_size, e.data.positions + 1
@@ -116,11 +116,11 @@ def _training(experiment: Experiment, steps: int, log: Log) -> dict[str, Any]:
     first = Batch(tokens[:, :-1], tokens[:, 1:])
   else:
     first = open_data(e.data).train_batch(0, t.batch_size, t.seed)
-  with use_mesh(mesh, rules):
-    batch = jax.device_put(first, batch_sharding(mesh, rules))
-    state = init_state(definition, optimizer, t.seed, mesh, rules)
+  with use_mesh(parallel):
+    batch = jax.device_put(first, parallel.batch)
+    state = init_state(definition, optimizer, t.seed, parallel)
     start = time.perf_counter()
-    step = compiled_train_step(definition, optimizer, step_config(e, mesh), mesh, rules)
+    step = compiled_train_step(definition, optimizer, step_config(e, parallel), parallel)
     step = step.lower(state, batch).compile()
     compile_seconds = time.perf_counter() - start
     log(f'compiled the step in {compile_seconds:.1f} s')
@@ -139,7 +139,7 @@ def _training(experiment: Experiment, steps: int, log: Log) -> dict[str, Any]:
     'compile_seconds': compile_seconds,
   }
   if known := chip(jax.devices()[0].device_kind):
-    peak = known.peak() / known.devices * mesh.size
+    peak = known.peak() / known.devices * parallel.mesh.size
     for name, causal in (('mfu', True), ('mfu_full', False)):
       flops = flops_per_token(e.model, e.data.positions, causal)
       value[name] = flops * per_step / median / peak
@@ -149,7 +149,7 @@ def _training(experiment: Experiment, steps: int, log: Log) -> dict[str, Any]:
 def _decoding(experiment: Experiment, context_length: int, new_tokens: int) -> dict[str, Any]:
   """Time prefill and decoding at one context length, batch size 1."""
   definition = define(experiment.model)
-  dtype = compute_dtype(experiment.training.dtype, make_mesh(experiment.mesh))
+  dtype = compute_dtype(experiment.training.dtype, make_parallel(experiment.mesh))
   params = definition.init(jax.random.key(0))
   found = time_decode(definition, params, context_length, new_tokens, dtype=dtype)
   state = experiment.model.state_size(context_length + new_tokens) or 0

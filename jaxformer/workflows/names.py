@@ -16,7 +16,7 @@ from jaxformer.models.language_model import ModelConfig
 from jaxformer.models.params import Params
 from jaxformer.models.zoo import FAMILIES, PRESETS
 from jaxformer.overrides import override
-from jaxformer.sharding import make_mesh
+from jaxformer.sharding import make_parallel
 from jaxformer.study.studies import STUDIES
 from jaxformer.study.study import FixedModel, Study, TokenMixer
 from jaxformer.training.checkpoint import steps_in
@@ -195,8 +195,7 @@ def initial_params(source: str, experiment: Experiment) -> str | Params:
     return ''.join(map(str, trained_folder(source)))
   if steps_in(run_folder(experiment) / 'checkpoints'):  # a resumed run needs no weights
     return str(foreign.path)
-  mesh = make_mesh(experiment.mesh)
-  model, params = foreign.load(foreign.path, mesh=mesh, rules=experiment.mesh.rules)
+  model, params = foreign.load(foreign.path, parallel=make_parallel(experiment.mesh))
   if foreign.load is load_rwkv:  # such files do not hold a context length
     model = model.replace(context_length=experiment.model.context_length)
   lines = [

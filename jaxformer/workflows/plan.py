@@ -31,7 +31,7 @@ from jaxformer.planning.memory import memory
 from jaxformer.planning.mesh_search import ROWS, search
 from jaxformer.planning.setup import PlanSetup, abstract_mesh, default_mesh
 from jaxformer.planning.target import Target, parse_target
-from jaxformer.sharding import MeshConfig
+from jaxformer.sharding import MeshConfig, Parallel
 from jaxformer.study.sizing import Sized
 from jaxformer.task_type import LANGUAGE_MODELING
 from jaxformer.training.experiment import Experiment, default_experiment
@@ -336,7 +336,9 @@ def _compiled_inference(setup: PlanSetup, predicted_bytes: float, log: Log) -> d
   mesh = _mesh(target, config)
   lower = {'prefill': lowered_prefill, 'decode': lowered_decode}[phase]
   found = compile_plan(
-    lower(define(setup.model), mesh, config.rules, batch, length), mesh, target.device_memory_bytes
+    lower(define(setup.model), Parallel(mesh, config.rules), batch, length),
+    mesh,
+    target.device_memory_bytes,
   )
   predicted = flops(setup.model, phase, batch, length, last_logits=True)
   return {'mesh': dict(mesh.shape)} | _compared(
@@ -361,7 +363,7 @@ def _inference_mesh(model: Any, target: Target) -> MeshConfig:
   for tensor in sorted((d for d in range(1, n + 1) if n % d == 0), reverse=True):
     config = MeshConfig(replica=target.slices, data=n // tensor, tensor=tensor)
     try:
-      define(model).abstract(abstract_mesh(config, target.devices), config.rules)
+      define(model).abstract(Parallel(abstract_mesh(config, target.devices), config.rules))
     except InputError:
       continue
     return config

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from jaxformer.data import Dataset
 from jaxformer.inference import Sampling, generate_text, translate
 from jaxformer.models.params import Params, define
-from jaxformer.sharding import make_mesh
+from jaxformer.sharding import make_parallel
 from jaxformer.task_type import LANGUAGE_MODELING, TRANSLATION
 from jaxformer.training.experiment import Experiment
 
@@ -32,7 +32,7 @@ def _continuation(experiment: Experiment, dataset: Dataset) -> Sample:
   prompt = []
   if tokenizer.end_of_document is None:
     prompt = next(iter(dataset.validation_batches(1))).inputs[0, :1].tolist()
-  mesh, most = make_mesh(experiment.mesh), experiment.model.max_len
+  parallel, most = make_parallel(experiment.mesh), experiment.model.max_len
 
   def sample(params: Params, step: int) -> str:
     texts = generate_text(
@@ -44,8 +44,7 @@ def _continuation(experiment: Experiment, dataset: Dataset) -> Sample:
       sampling=Sampling(temperature=0.8),
       end_of_document=tokenizer.end_of_document,
       vocab_size=tokenizer.vocab_size,
-      mesh=mesh,
-      rules=experiment.mesh.rules,
+      parallel=parallel,
     )
     return tokenizer.decode(prompt) + texts[0].text
 
@@ -55,7 +54,7 @@ def _continuation(experiment: Experiment, dataset: Dataset) -> Sample:
 def _translations(experiment: Experiment, dataset: Dataset) -> Sample:
   """Translate some held-out sources, beside their references."""
   definition, pairs = define(experiment.model), dataset.held_out_pairs(PAIRS)
-  tokenizer, mesh = dataset.tokenizer, make_mesh(experiment.mesh)
+  tokenizer, parallel = dataset.tokenizer, make_parallel(experiment.mesh)
   assert tokenizer is not None
   end = tokenizer.end_of_document
   assert end is not None
@@ -68,8 +67,7 @@ def _translations(experiment: Experiment, dataset: Dataset) -> Sample:
       [p.source_ids.tolist() for p in pairs],
       end=end,
       vocab_size=tokenizer.vocab_size,
-      mesh=mesh,
-      rules=experiment.mesh.rules,
+      parallel=parallel,
     )
     return '\n'.join(
       f'{p.source} -> {decode(t.tokens)} (reference: {p.reference})'

@@ -16,7 +16,7 @@ from jaxformer.models.zoo.seq2seq import luong
 from jaxformer.models.zoo.transformer import transformer
 from jaxformer.planning.collectives import list_collectives
 from jaxformer.planning.compiler import topology_mesh
-from jaxformer.sharding import MeshConfig, batch_sharding, use_mesh
+from jaxformer.sharding import MeshConfig, use_mesh
 from jaxformer.training.optimizer import AdamW, Optimizer
 from jaxformer.training.schedule import Constant
 from jaxformer.training.step import StepConfig, abstract_train_state, compiled_train_step
@@ -35,16 +35,16 @@ DATA_PARALLEL = MeshConfig(data=8, rules='data_parallel')
 
 def compiled(definition, config: MeshConfig, sizes=(B, S, T)) -> jax.stages.Compiled:
   """The step for pairs of padded sources and targets of other lengths."""
-  mesh, rules, (rows, source, target) = topology_mesh('v5e:2x4', config), config.rules, sizes
+  parallel, (rows, source, target) = topology_mesh('v5e:2x4', config), config.rules, sizes
   optimizer = Optimizer.of(AdamW(), Constant(), 1000, definition)
-  state = abstract_train_state(definition, optimizer, mesh, rules)
+  state = abstract_train_state(definition, optimizer, parallel)
 
   def ids(length: int) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct((rows, length), jnp.int32, sharding=batch_sharding(mesh, rules))
+    return jax.ShapeDtypeStruct((rows, length), jnp.int32, sharding=parallel.batch)
 
-  with use_mesh(mesh, rules):
+  with use_mesh(parallel):
     how = StepConfig(dtype=jnp.bfloat16, remat='full', label_smoothing=0.1)
-    step = compiled_train_step(definition, optimizer, how, mesh, rules)
+    step = compiled_train_step(definition, optimizer, how, parallel)
     return (
       step.trace(state, Batch(ids(target), ids(target), source_BS=ids(source)))
       .lower(lowering_platforms=('tpu',))

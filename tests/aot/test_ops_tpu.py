@@ -12,7 +12,7 @@ from jaxformer.ops.attention import Mask, attention
 from jaxformer.ops.loss import cross_entropy
 from jaxformer.planning.collectives import list_collectives
 from jaxformer.planning.compiler import topology_mesh
-from jaxformer.sharding import MeshConfig, batch_sharding, param_sharding
+from jaxformer.sharding import MeshConfig, Parallel
 from tests.aot.tpu import collectives, compile_for_tpu, has_array
 from tests.helpers import forced
 
@@ -129,8 +129,8 @@ def test_loss_on_a_mesh_gathers_slices_alone(sizes):
   travel."""
   mesh = topology_mesh('v5e:2x4', MeshConfig(data=1, **sizes))
   batch, weight = (
-    batch_sharding(mesh, 'fsdp_tensor'),
-    param_sharding(mesh, 'fsdp_tensor', 'head', ('embed', 'vocab'), (D, V)),
+    Parallel(mesh).batch,
+    Parallel(mesh, 'fsdp_tensor').param('head', ('embed', 'vocab'), (D, V)),
   )
   wide = NamedSharding(mesh, PartitionSpec(*batch.spec, None))
   compiled = compile_for_tpu(

@@ -16,7 +16,7 @@ from jaxformer.models.params import define
 from jaxformer.models.zoo.llama import LLAMA3, llama
 from jaxformer.models.zoo.mamba import mamba
 from jaxformer.planning.collectives import list_collectives
-from jaxformer.sharding import MeshConfig, batch_sharding, make_mesh, use_mesh
+from jaxformer.sharding import MeshConfig, make_parallel, use_mesh
 from jaxformer.training.optimizer import AdamW, Optimizer
 from jaxformer.training.schedule import Constant
 from jaxformer.training.step import StepConfig, abstract_train_state, compiled_train_step
@@ -41,13 +41,13 @@ def compiled_step(
   devices = topologies.get_topology_desc(
     platform='tpu', topology_name='v5e:2x4', num_slices=slices
   ).devices
-  definition, mesh, rules = define(model), make_mesh(config, devices), config.rules
+  definition, parallel = define(model), make_parallel(config, devices)
   optimizer = Optimizer.of(AdamW(), Constant(), 1000, definition)
-  state = abstract_train_state(definition, optimizer, mesh, rules)
-  ids = jax.ShapeDtypeStruct((rows, length), jnp.int32, sharding=batch_sharding(mesh, rules))
-  with use_mesh(mesh, rules):
+  state = abstract_train_state(definition, optimizer, parallel)
+  ids = jax.ShapeDtypeStruct((rows, length), jnp.int32, sharding=parallel.batch)
+  with use_mesh(parallel):
     step = compiled_train_step(
-      definition, optimizer, StepConfig(dtype=jnp.bfloat16, remat='full'), mesh, rules
+      definition, optimizer, StepConfig(dtype=jnp.bfloat16, remat='full'), parallel
     )
     return step.trace(state, Batch(ids, ids, ids)).lower(lowering_platforms=('tpu',)).compile()
 

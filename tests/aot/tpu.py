@@ -15,11 +15,7 @@ from jaxformer.planning.hlo import text_of
 
 
 def compile_for_tpu(
-  f: Callable[..., Any],
-  *arguments: Any,
-  mesh: Mesh,
-  rules: sharding.Rules | str = 'fsdp_tensor',
-  **jit_options: Any,
+  f: Callable[..., Any], *arguments: Any, mesh: Mesh, **jit_options: Any
 ) -> jax.stages.Compiled:
   """`jax.jit(f, **jit_options)` compiled for the devices of `mesh`, under it, so that
   `sharding.platform()` is 'tpu'.
@@ -27,14 +23,14 @@ def compile_for_tpu(
   Args:
     arguments: `jax.ShapeDtypeStruct`s, with shardings on `mesh`; one without is replicated.
   """
-  whole = sharding.replicated(mesh)
+  whole = sharding.Parallel(mesh).replicated
   arguments = jax.tree.map(
     lambda a: jax.ShapeDtypeStruct(
       a.shape, a.dtype, sharding=getattr(a, 'sharding', None) or whole
     ),
     arguments,
   )
-  with sharding.use_mesh(mesh, rules):
+  with sharding.use_mesh(sharding.Parallel(mesh)):
     return jax.jit(f, **jit_options).trace(*arguments).lower(lowering_platforms=('tpu',)).compile()
 
 

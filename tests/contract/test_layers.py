@@ -10,7 +10,7 @@ import pytest
 
 from jaxformer.layers.layer import Context
 from jaxformer.ops.implementation import implementation
-from jaxformer.sharding import MeshConfig, batch_sharding, make_mesh, use_mesh
+from jaxformer.sharding import MeshConfig, Parallel, make_mesh, use_mesh
 from jaxformer.testing import contract
 from tests import tiers
 from tests.contract.cases import (
@@ -107,10 +107,12 @@ def test_time_sharded_equals_unsharded(name):
   ctx = Context(segments_BT=segments(7, 8, 5))
   unsharded = case.gradients(case.params, x, ctx, state)
   devices = make_mesh(IN_TIME)
-  with use_mesh(devices, IN_TIME.rules):
-    params = jax.device_put(case.params, case.definition.shardings(devices, IN_TIME.rules))
+  with use_mesh(Parallel(devices, IN_TIME.rules)):
+    params = jax.device_put(
+      case.params, case.definition.shardings(Parallel(devices, IN_TIME.rules))
+    )
     sharded = jax.jit(lambda *a: case.differentiated(*a))(
-      params, jax.device_put(x, batch_sharding(devices, IN_TIME.rules)), ctx, state
+      params, jax.device_put(x, Parallel(devices, IN_TIME.rules).batch), ctx, state
     )
   close(sharded, unsharded, 1e-4)
 

@@ -15,7 +15,7 @@ import pytest
 from jaxformer.layers.layer import Context
 from jaxformer.models.stack import REMAT
 from jaxformer.ops.implementation import implementation
-from jaxformer.sharding import MeshConfig, batch_sharding, make_mesh, use_mesh
+from jaxformer.sharding import MeshConfig, Parallel, make_mesh, use_mesh
 from jaxformer.testing import contract
 from tests import tiers
 from tests.contract.cases import BATCH, CLASSIFIERS, PAIRS, TINY, close, model, segments, tokens
@@ -210,9 +210,9 @@ def test_sharded_equals_unsharded(name, mesh):
   batch = batch_of(case)
   reference = on_one_device(name)
   devices = make_mesh(mesh)
-  params = jax.device_put(case.params, case.definition.shardings(devices, mesh.rules))
-  put = {k: jax.device_put(v, batch_sharding(devices, mesh.rules)) for k, v in vars(batch).items()}
-  with use_mesh(devices, mesh.rules):
+  params = jax.device_put(case.params, case.definition.shardings(Parallel(devices, mesh.rules)))
+  put = {k: jax.device_put(v, Parallel(devices, mesh.rules).batch) for k, v in vars(batch).items()}
+  with use_mesh(Parallel(devices, mesh.rules)):
     where = jax.tree.map(lambda p: p.sharding, params)
     gradient = jax.jit(loss_of(case, types.SimpleNamespace(**put)), out_shardings=(None, where))
     close(gradient(params), reference, 1e-4)

@@ -13,7 +13,7 @@ from jaxformer.config import InputError
 from jaxformer.evaluation import bits_per_byte, evaluate, loss_by_position
 from jaxformer.models.language_model import LanguageModel
 from jaxformer.models.params import define
-from jaxformer.sharding import MeshConfig, make_mesh
+from jaxformer.sharding import MeshConfig, Parallel, make_mesh
 from jaxformer.task_type import Batch
 from tests.inference.models import CONFIGS, model
 
@@ -91,11 +91,11 @@ def test_agrees_with_the_training_loss():
 def test_sharded_equals_one_device(axes):
   definition, params = model('grouped')
   mesh = make_mesh(MeshConfig(**{'data': 1} | axes))
-  placed = jax.device_put(params, definition.shardings(mesh, 'fsdp_tensor'))
+  placed = jax.device_put(params, definition.shardings(Parallel(mesh)))
   batch = data()  # 7 rows divide nothing
   one, many = (
     evaluate(definition, params, [batch]),
-    evaluate(definition, placed, [batch.rows(0, 4), batch.rows(4, 7)], mesh=mesh),
+    evaluate(definition, placed, [batch.rows(0, 4), batch.rows(4, 7)], parallel=Parallel(mesh)),
   )
   np.testing.assert_allclose(many.nll_sum, one.nll_sum, rtol=2e-6)
   assert many.count == one.count

@@ -12,7 +12,7 @@ from jaxformer.inference import GREEDY, Sampling, generate, time_decode
 from jaxformer.inference.decoding import advance, bucket, request
 from jaxformer.models.params import define
 from jaxformer.models.zoo import PRESETS
-from jaxformer.sharding import MeshConfig, make_mesh
+from jaxformer.sharding import MeshConfig, Parallel, make_mesh
 from tests.helpers import state_bytes
 from tests.inference.models import CONFIGS, greedy, model
 
@@ -198,9 +198,14 @@ def test_bf16():
 def test_sharded_equals_one_device(axes, prompts):
   definition, params = model('grouped')
   mesh = make_mesh(MeshConfig(**{'data': 1} | axes))
-  placed = jax.device_put(params, definition.shardings(mesh, 'fsdp_tensor'))
+  placed = jax.device_put(params, definition.shardings(Parallel(mesh)))
   want = generate(definition, params, prompts, max_new_tokens=8, sampling=GREEDY)
-  assert generate(definition, placed, prompts, max_new_tokens=8, sampling=GREEDY, mesh=mesh) == want
+  assert (
+    generate(
+      definition, placed, prompts, max_new_tokens=8, sampling=GREEDY, parallel=Parallel(mesh)
+    )
+    == want
+  )
 
 
 @pytest.mark.quick

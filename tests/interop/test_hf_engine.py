@@ -22,7 +22,7 @@ from jaxformer.layers.mlp import GatedMlp
 from jaxformer.models.block import Block, PreNorm
 from jaxformer.models.params import ParamInfo, define
 from jaxformer.models.stack import Group
-from jaxformer.sharding import MeshConfig, make_mesh
+from jaxformer.sharding import MeshConfig, Parallel, make_mesh
 from tests.interop.small import SMALL, noisy
 
 pytestmark = pytest.mark.quick
@@ -132,12 +132,12 @@ def test_numbers_too_large_for_the_type(tmp_path):
 
 def test_onto_a_mesh(saved):
   mesh = make_mesh(MeshConfig(fsdp=4, tensor=2))
-  _, params = load_hf(saved, mesh=mesh)
+  _, params = load_hf(saved, parallel=Parallel(mesh))
   same(params, load_hf(saved)[1])
   wq = params['stack.groups.0.0.branches.0.layer.q.kernel']
   assert (
     wq.sharding
-    == define(SMALL['llama']).shardings(mesh, 'fsdp_tensor')[
+    == define(SMALL['llama']).shardings(Parallel(mesh))[
       'stack.groups.0.0.branches.0.layer.q.kernel'
     ]
   )
@@ -408,7 +408,9 @@ def test_places_count_blocks_through_all_groups_of_a_stack():
 
 def test_a_rule_that_is_forgotten_is_noticed():
   rules = FAMILIES['llama'].rules(SMALL['llama'])
-  with pytest.raises(InputError, match=r'no tensors for stack\.0\.branches\.1\.layer\.down\.kernel'):
+  with pytest.raises(
+    InputError, match=r'no tensors for stack\.0\.branches\.1\.layer\.down\.kernel'
+  ):
     weights.connect(
       define(SMALL['llama']).info, [r for r in rules if 'down' not in r.ours[0]], 'llama'
     )

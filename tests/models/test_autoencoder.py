@@ -20,7 +20,7 @@ from jaxformer.models.params import define
 from jaxformer.models.stack import Group
 from jaxformer.models.zoo.gpt import gpt
 from jaxformer.planning.cost import cost
-from jaxformer.sharding import MeshConfig, batch_sharding, make_mesh, use_mesh
+from jaxformer.sharding import MeshConfig, Parallel, make_mesh, use_mesh
 
 pytestmark = pytest.mark.quick
 B, T, D, V = 8, 6, 8, 8
@@ -136,11 +136,11 @@ def test_sharded_equals_unsharded(mesh):
 
   want = jax.jit(jax.value_and_grad(loss))(params, batch.inputs, batch.targets_BT)
   devices = make_mesh(mesh)
-  placed = jax.device_put(params, definition.shardings(devices, mesh.rules))
+  placed = jax.device_put(params, definition.shardings(Parallel(devices, mesh.rules)))
   rows = [
-    jax.device_put(a, batch_sharding(devices, mesh.rules)) for a in (batch.inputs, batch.targets_BT)
+    jax.device_put(a, Parallel(devices, mesh.rules).batch) for a in (batch.inputs, batch.targets_BT)
   ]
-  with use_mesh(devices, mesh.rules):
+  with use_mesh(Parallel(devices, mesh.rules)):
     got = jax.jit(jax.value_and_grad(loss))(placed, *rows)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), got, want)
 

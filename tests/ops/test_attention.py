@@ -386,7 +386,7 @@ def test_sharded_agrees_with_unsharded(mesh, G, implementation):
     **({'attention': implementation} if implementation else {}),
   )
   want = with_gradients(lambda q, k, v: attention_naive(q, k, v, mask, scale=0.3), *inputs)
-  with sharding.use_mesh(sharding.make_mesh(sharding.MeshConfig(**{'data': 1} | mesh))):
+  with sharding.use_mesh(sharding.make_parallel(sharding.MeshConfig(**{'data': 1} | mesh))):
     assert_same(with_gradients(f, *inputs), want, 1e-5)
 
 

@@ -17,7 +17,7 @@ from jaxformer.ops.implementation import implementation
 from jaxformer.ops.moe import Experts, dispatch_with_capacity, dropless
 from jaxformer.ops.routing import assign_slots
 from jaxformer.planning.collectives import list_collectives
-from jaxformer.sharding import MeshConfig, batch_sharding, make_mesh, param_sharding, use_mesh
+from jaxformer.sharding import MeshConfig, Parallel, make_mesh, make_parallel, use_mesh
 from tests.helpers import forced
 
 pytestmark = pytest.mark.quick
@@ -172,7 +172,7 @@ MESHES = {
 def test_shards_of_experts_equal_one_device(chosen, mesh):
   case = examples()
   expected = value_and_gradients(chosen, *case)
-  with use_mesh(make_mesh(mesh)):
+  with use_mesh(make_parallel(mesh)):
     near(value_and_gradients(chosen, *case), expected, 1e-4)
 
 
@@ -182,7 +182,7 @@ def test_rounds_carry_any_imbalance(monkeypatch):
   # of the 12 pairs of each of eight devices
   monkeypatch.setattr(moe, '_bucket_rows', lambda pairs, shards: 2)
   expected = value_and_gradients(by_pairs, *case)
-  with use_mesh(make_mesh(MESHES['expert4-fsdp2'])):
+  with use_mesh(make_parallel(MESHES['expert4-fsdp2'])):
     near(value_and_gradients(dropless, *case), expected, 1e-4)
 
 
@@ -192,7 +192,7 @@ def test_few_sequences_stay_where_they_are(chosen):
   x, expert, weight, experts, g = examples()
   case = x[:3], expert[:3], weight[:3], experts, g[:3]
   expected = value_and_gradients(chosen, *case)
-  with use_mesh(make_mesh(MESHES['expert4-fsdp2'])):
+  with use_mesh(make_parallel(MESHES['expert4-fsdp2'])):
     near(value_and_gradients(chosen, *case), expected, 1e-4)
 
 
@@ -201,10 +201,10 @@ def test_tokens_travel_and_weights_stay(chosen):
   x, expert, weight, experts, g = examples()
   config = MESHES['expert4-fsdp2']
   mesh = make_mesh(config)
-  tokens = batch_sharding(mesh, 'fsdp_tensor')
+  tokens = Parallel(mesh).batch
   stored = Experts(
     *(
-      jax.device_put(w, param_sharding(mesh, 'fsdp_tensor', 'w', axes, w.shape))
+      jax.device_put(w, Parallel(mesh, 'fsdp_tensor').param('w', axes, w.shape))
       for w, axes in zip(
         experts, (('experts', 'embed', 'mlp'),) * 2 + (('experts', 'mlp', 'embed'),), strict=True
       )

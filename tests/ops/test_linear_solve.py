@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jaxformer.ops.linear_solve import solve
-from jaxformer.sharding import MeshConfig, make_mesh, use_mesh
+from jaxformer.sharding import MeshConfig, make_parallel, use_mesh
 from tests.helpers import forced
 
 RNG = np.random.default_rng(0)
@@ -39,7 +39,7 @@ def test_gradients_are_those_of_the_library():
 @pytest.mark.parametrize('turn', range(3))
 def test_eight_devices_that_solve_at_once_all_come_to_an_end(turn):
   """Batched LAPACK does not: its parts wait for threads that the other devices hold."""
-  with use_mesh(make_mesh(MeshConfig(data=8))):
+  with use_mesh(make_parallel(MeshConfig(data=8))):
     a = jnp.asarray(np.broadcast_to(A[:1] + 4 * np.eye(12), (512, 12, 12)), jnp.float32)
     x = jax.jit(lambda a: solve(a, jnp.ones((512, 12, 1))))(a)
     np.testing.assert_allclose(

@@ -11,7 +11,7 @@ import pytest
 from jaxformer.ops.implementation import implementation
 from jaxformer.ops.kernels.selective_scan import selective_scan_pallas
 from jaxformer.ops.selective_scan import selective_scan, selective_scan_naive
-from jaxformer.sharding import MeshConfig, make_mesh, use_mesh
+from jaxformer.sharding import MeshConfig, make_parallel, use_mesh
 
 NAMES = ('y', 'h', 'du', 'ddt', 'dA', 'dB', 'dC', 'dD', 'dh')
 
@@ -93,7 +93,10 @@ def test_on_a_mesh(sizes):
   channels reads completely, are summed over the channels, and those of A and D over the batch."""
   arguments, starts, cotangents = examples(2, 16, 512, 4)
   expected = with_gradients(naive, arguments, starts, cotangents)
-  with use_mesh(make_mesh(MeshConfig(data=1, **sizes))), implementation(selective_scan='pallas'):
+  with (
+    use_mesh(make_parallel(MeshConfig(data=1, **sizes))),
+    implementation(selective_scan='pallas'),
+  ):
     got = with_gradients(selective_scan, arguments, starts, cotangents)
   assert len(got[0].sharding.device_set) == 8
   assert got[0].addressable_shards[0].data.shape == (1, 16, 128)

@@ -33,13 +33,15 @@ from jaxformer.ops.recurrence import gru
 from jaxformer.ops.routing import assign_slots, has_slot
 from jaxformer.ops.wkv6 import wkv6
 from jaxformer.planning.collectives import list_collectives
-from jaxformer.sharding import MeshConfig, batch_sharding, make_mesh, use_mesh
+from jaxformer.sharding import MeshConfig, Parallel, make_mesh, make_parallel, use_mesh
 from tests.tiers import case
 
 
 def context(n: int, **sizes: int):
   config = MeshConfig(**{'data': 1, 'context': n} | sizes)
-  return use_mesh(make_mesh(config, jax.devices()[: math.prod(sizes.values()) * n]), config.rules)
+  return use_mesh(
+    make_parallel(config, jax.devices()[: math.prod(sizes.values()) * n]), config.rules
+  )
 
 
 def normal(seed: int, *shape: int):
@@ -196,12 +198,12 @@ def test_no_sequence_is_all_gathered(config):
 
   config = MeshConfig(data=1, context=4)
   mesh = make_mesh(config, jax.devices()[:4])
-  where = batch_sharding(mesh, config.rules)
+  where = Parallel(mesh, config.rules).batch
   x, ids = (
     jax.ShapeDtypeStruct((B, T, D), jnp.float32, sharding=where),
     jax.ShapeDtypeStruct((B, T), jnp.int32, sharding=where),
   )
-  with use_mesh(mesh, config.rules):
+  with use_mesh(Parallel(mesh, config.rules)):
     compiled = (
       jax.jit(jax.grad(loss, argnums=(0, 1)), out_shardings=(None, where))
       .lower(params, x, ids)

@@ -10,7 +10,7 @@ import pytest
 from jaxformer.ops.implementation import implementation
 from jaxformer.ops.kernels.wkv6 import wkv6_pallas
 from jaxformer.ops.wkv6 import wkv6
-from jaxformer.sharding import MeshConfig, make_mesh, use_mesh
+from jaxformer.sharding import MeshConfig, make_parallel, use_mesh
 from tests.helpers import forced
 
 NAMES = ('y', 'state', 'dr', 'dk', 'dv', 'dlog_decay', 'du', 'dstate')
@@ -163,7 +163,7 @@ def test_shards_equal_one_device():
   batch."""
   case = inputs(4, 16, 2, 16, 16)
   want = everything(recurrence, *case)
-  with use_mesh(make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))):
+  with use_mesh(make_parallel(MeshConfig(data=2, fsdp=2, tensor=2))):
     got = everything(forced(wkv6, wkv6='pallas'), *case)
   assert len(got['y'].sharding.device_set) == 8
   assert_near(got, want, (1e-5, 1e-4))

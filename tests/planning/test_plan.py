@@ -18,7 +18,7 @@ from jaxformer.planning.memory import memory
 from jaxformer.planning.residuals import residuals
 from jaxformer.planning.setup import PlanSetup, abstract_mesh, default_mesh, local_batch
 from jaxformer.planning.target import parse_target
-from jaxformer.sharding import MeshConfig
+from jaxformer.sharding import MeshConfig, Parallel
 from tests.tiers import families
 
 TINY = sorted(n for n in PRESETS if n.endswith('-tiny'))
@@ -166,13 +166,13 @@ def test_amounts():
 @pytest.mark.quick
 def test_a_batch_that_the_mesh_does_not_divide():
   mesh = abstract_mesh(MeshConfig(data=2, fsdp=4, context=2), 16)
-  assert local_batch(mesh, 'fsdp_tensor', 32, 64, 2) == (2, 32)
+  assert local_batch(Parallel(mesh), 32, 64, 2) == (2, 32)
   with pytest.raises(InputError, match='batch_size = 12: must be a multiple of 8'):
-    local_batch(mesh, 'fsdp_tensor', 12, 64)
+    local_batch(Parallel(mesh), 12, 64)
   with pytest.raises(
     InputError, match=r'sequence length = 63: must be a multiple of mesh.context = 2'
   ):
-    local_batch(mesh, 'fsdp_tensor', 16, 63)
+    local_batch(Parallel(mesh), 16, 63)
 
 
 def _plan(capsys, *words):

@@ -7,7 +7,7 @@ import pytest
 from jaxformer.config import InputError
 from jaxformer.models.params import ParamInfo, define
 from jaxformer.models.zoo.gpt import gpt
-from jaxformer.sharding import MeshConfig, make_mesh, use_mesh
+from jaxformer.sharding import MeshConfig, make_parallel, use_mesh
 from jaxformer.training import Adafactor, AdamW, Constant, Lion, Muon
 from jaxformer.training.optimizer import Optimizer
 from jaxformer.training.step import StepConfig, compiled_train_step, init_state
@@ -153,12 +153,12 @@ def test_adafactor_is_algorithm_4_of_its_paper():
 
 @pytest.mark.parametrize('config', ALL, ids=lambda c: c.tag)
 def test_learns_and_its_state_is_divided_as_its_parameters(config, dataset):
-  definition, rules = define(gpt(32, 2, 2, context_length=32, vocab_size=264)), 'fsdp_tensor'
-  mesh = make_mesh(MeshConfig(fsdp=2, tensor=2, data=1), jax.devices()[:4])
+  definition = define(gpt(32, 2, 2, context_length=32, vocab_size=264))
+  parallel = make_parallel(MeshConfig(fsdp=2, tensor=2, data=1), jax.devices()[:4])
   o = Optimizer.of(config, Constant(warmup=2), 12, definition)
   batch = dataset.train_batch(0, 8, 0)
-  with use_mesh(mesh, rules):
-    state = init_state(definition, o, 0, mesh, rules)
+  with use_mesh(parallel):
+    state = init_state(definition, o, 0, parallel)
     where = {n: p.sharding for n, p in state.params.items()}
     for path, leaf in jax.tree_util.tree_flatten_with_path(state.opt_state)[0]:
       name = next(
@@ -166,7 +166,7 @@ def test_learns_and_its_state_is_divided_as_its_parameters(config, dataset):
       )
       if name is not None and leaf.shape == state.params[name].shape:
         assert leaf.sharding == where[name], path
-    step = compiled_train_step(definition, o, StepConfig(), mesh, rules)
+    step = compiled_train_step(definition, o, StepConfig(), parallel)
     losses = []
     for _ in range(12):
       state, metrics = step(state, batch)

@@ -13,7 +13,7 @@ from jaxformer.models.params import define
 from jaxformer.models.zoo import PRESETS
 from jaxformer.models.zoo.jamba import jamba
 from jaxformer.overrides import override
-from jaxformer.sharding import AxisRules, MeshConfig, Rules, batch_sharding, make_mesh, use_mesh
+from jaxformer.sharding import AxisRules, MeshConfig, Rules, make_parallel, use_mesh
 from jaxformer.training import AdamW, Constant, train
 from jaxformer.training.optimizer import Optimizer
 from jaxformer.training.step import StepConfig, compiled_train_step, init_state
@@ -39,16 +39,16 @@ def batch(rows: int = 8, length: int = 32) -> Batch:
 
 
 def steps(model, config: MeshConfig, devices, how: StepConfig):
-  definition, mesh, rules = define(model), make_mesh(config, devices), config.rules
+  definition, parallel = define(model), make_parallel(config, devices)
   optimizer, losses = (
     Optimizer.of(AdamW(learning_rate=1e-3, eps=1e-6), Constant(), 8, definition),
     [],
   )
-  with use_mesh(mesh, rules):
-    state = init_state(definition, optimizer, 0, mesh, rules)
+  with use_mesh(parallel):
+    state = init_state(definition, optimizer, 0, parallel)
     step, put = (
-      compiled_train_step(definition, optimizer, how, mesh, rules),
-      jax.device_put(batch(), batch_sharding(mesh, rules)),
+      compiled_train_step(definition, optimizer, how, parallel),
+      jax.device_put(batch(), parallel.batch),
     )
     for _ in range(3):
       state, metrics = step(state, put)

@@ -8,7 +8,7 @@ import pytest
 from jaxformer.data import Batch
 from jaxformer.models.params import define
 from jaxformer.models.zoo.gpt import gpt
-from jaxformer.sharding import MeshConfig, batch_sharding, make_mesh, use_mesh
+from jaxformer.sharding import MeshConfig, Parallel, make_mesh, make_parallel, use_mesh
 from jaxformer.training import AdamW, Cosine
 from jaxformer.training.optimizer import Optimizer
 from jaxformer.training.step import (
@@ -72,13 +72,13 @@ def test_the_gradient_is_that_of_the_mean_over_counted_targets():
 
 
 def run(mesh_config: MeshConfig, devices, steps: int = 4):
-  mesh, rules = make_mesh(mesh_config, devices), mesh_config.rules
-  with use_mesh(mesh, rules):
-    state = init_state(DEFINITION, OPTIMIZER, 0, mesh, rules)
-    step = compiled_train_step(DEFINITION, OPTIMIZER, StepConfig(z_loss=1e-4), mesh, rules)
+  parallel = make_parallel(mesh_config, devices)
+  with use_mesh(parallel):
+    state = init_state(DEFINITION, OPTIMIZER, 0, parallel)
+    step = compiled_train_step(DEFINITION, OPTIMIZER, StepConfig(z_loss=1e-4), parallel)
     losses = []
     for i in range(steps):
-      state, metrics = step(state, jax.device_put(batch(i), batch_sharding(mesh, rules)))
+      state, metrics = step(state, jax.device_put(batch(i), parallel.batch))
       losses.append(float(metrics['train/loss']))
   return losses, jax.device_get(state.params), state
 
@@ -110,7 +110,7 @@ def test_on_eight_devices_the_losses_and_parameters_are_those_of_one(alone, mesh
 def test_numbers_that_are_not_finite_are_flagged():
   params = DEFINITION.init(jax.random.key(0))
   mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
-  state = init_state(DEFINITION, OPTIMIZER, 0, mesh, 'fsdp_tensor')
+  state = init_state(DEFINITION, OPTIMIZER, 0, Parallel(mesh))
   step = jax.jit(
     lambda s: train_step(DEFINITION, OPTIMIZER, StepConfig(), s, batch(0))[1]['finite']
   )
