@@ -28,10 +28,10 @@ and their collectives, in the same order:
     all-gather 26.71, all-reduce 7.93, all-to-all 15.00, permute 0.02, reduce-scatter 1.57
     all-gather 43.63, all-reduce 3.58, all-to-all 9.41, permute 0.14, reduce-scatter 5.49
 
-All fit the 95 GB of a v5p chip; Jamba's FLOPs were not counted. The all-gathers of Mixtral are
-over fsdp and in bf16, attention and the one expert of each layer that a chip has, once forward and once
-backward (26.0 GiB): the weights of all experts are never gathered. Everything except the experts is
-sharded over fsdp alone, which is half of what a chip of Jamba holds.
+All fit the 95 GB of a v5p chip; Jamba's FLOPs were not counted. The all-gathers of Mixtral are,
+over fsdp and in bf16, attention and the one expert of each layer that a chip has, once forward and
+once backward (26.0 GiB): the weights of all experts are never gathered. Everything except the
+experts is sharded over fsdp alone, which is half of what a chip of Jamba holds.
 """
 
 from __future__ import annotations

@@ -72,7 +72,10 @@ RWKV7 = (
   'pass keeps, do not see'
 )
 
-H3 = 'Fourier transforms of long convolutions work on complex numbers of twice the length in fp32, which the formulas do not see'
+H3 = (
+  'Fourier transforms of long convolutions work on complex numbers of twice the length in fp32, '
+  'which the formulas do not see'
+)
 
 
 def fsdp(n: int) -> MeshConfig:

@@ -114,7 +114,8 @@ def row(case: Case, flops: Callable[[Case], str] = lambda case: '') -> str:
     for a in ('data', 'fsdp', 'expert', 'tensor')
     if getattr(case.mesh, a) > 1
   )
-  return f'{case.preset:12} {case.topology:10} {mesh:16} {case.batch:>3} x {case.length:<5} {case.remat:6} {figures}'
+  batch = f'{case.batch:>3} x {case.length:<5}'
+  return f'{case.preset:12} {case.topology:10} {mesh:16} {batch} {case.remat:6} {figures}'
 
 
 def main(names: list[str]) -> None:
