@@ -215,8 +215,8 @@ def load_params(
   Args:
     path: see `find`.
     definition: the model, whose names and shapes must match.
-    parallel: mesh and rules for the parameters; without them, one device, or under several processes
-      all devices, replicated.
+    parallel: mesh and rules for the parameters; None for one device, or under several processes
+      for all devices, replicated.
 
   Raises `InputError` for a path without a checkpoint, that of another model, or a corrupt one.
   """

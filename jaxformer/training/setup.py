@@ -104,8 +104,8 @@ class Setup:
 def check(
   experiment: Experiment, devices: Sequence[jax.Device] | None = None
 ) -> tuple[Definition, Parallel]:
-  """Return the model and the mesh with its rules of an experiment, checked against each other as far as possible
-  without reading the data.
+  """Return the model, and the mesh with its rules, of an experiment, checked against each other as
+  far as possible without reading the data.
 
   Raises `InputError` for parts that do not fit.
   """

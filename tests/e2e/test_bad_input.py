@@ -333,7 +333,7 @@ def test_stores_that_cannot_be_used(case, tmp_path, refused, monkeypatch):
 RUNS = [
   (['generate', 'frist'], "no run 'frist'", 'did you mean first?'),
   (['generate', 'first@9'], "no checkpoint of step '9'", 'there are 4'),
-  (['generate', 'first', '--prompt', 'x', '--max-new-tokens', '300'], '300', '256 learned positions'),
+  (['generate', 'first', '--prompt', 'x', '--max-new-tokens', '300'], '300', '256 learned'),
   (['generate', 'first', '--seed', '-1'], 'seed = -1'),
   (['generate', 'first', '--max-new-tokens', '0'], 'max_new_tokens = 0', 'positive'),
   (['eval', 'first', '--batches', '0'], 'batches = 0', 'positive'),
