@@ -58,8 +58,8 @@ def topology_mesh(name: str, config: sharding.MeshConfig, slices: int = 1) -> Me
     raise InputError(
       f'no TPU topology {name!r} (try v5e:2x4, v5p:2x2x2, v6e:4x4): {str(e).splitlines()[0]}'
     ) from e
-  asked = [getattr(config, axis) for axis in sharding.MESH_AXES]
-  return sharding.make_mesh(config, devices if -1 in asked else devices[: math.prod(asked)])
+  sizes = [getattr(config, axis) for axis in sharding.MESH_AXES]
+  return sharding.make_mesh(config, devices if -1 in sizes else devices[: math.prod(sizes)])
 
 
 @contextlib.contextmanager

@@ -156,9 +156,8 @@ def estimate(setup: PlanSetup) -> StepEstimate:
   """Memory and time of one step of a setup. Raises `InputError` for a batch or a model that the
   mesh does not divide, and for inference of a model that does not decode."""
   if setup.phase != 'train' and setup.model.state_size(setup.length) is None:
-    raise InputError(
-      f'--phase {setup.phase}: a {setup.model.tag} does not decode; it reads whole sequences'
-    )
+    why = f'a {setup.model.tag} reads complete sequences and does not decode'
+    raise InputError('phase', setup.phase, problem=why)
   held = memory(setup)
   return StepEstimate(setup, held, step_time(setup, held))
 
