@@ -32,7 +32,7 @@ from jaxformer.training.experiment import Experiment, RunConfig
 from jaxformer.training.paths import AnyPath, RunFiles, check_bucket, remote_errors, to_path
 from jaxformer.training.processes import broadcast_from_process_0
 from jaxformer.training.registry import import_configs
-from jaxformer.user_code import load_recorded, named_code
+from jaxformer.user_code import is_a, load_recorded, named_code
 
 FORMAT = 2
 
@@ -115,7 +115,7 @@ def load_experiment(
   for remark in load_recorded(data, code, where if isinstance(where, Path) else None):
     logging.getLogger('jaxformer').warning(remark)
   experiment = config.from_json(data, f'{folder}/config.json')
-  assert isinstance(experiment, Experiment)
+  assert is_a(experiment, Experiment)
   if run_folder(experiment) != where:  # moved, or given relative to another working folder
     experiment = experiment.replace(run=RunConfig(dir=str(where.parent), name=where.name))
   return experiment

@@ -113,7 +113,7 @@ class PlanOptions:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Plan(Cost):
+class ModelPlan(Cost):
   """The cost of a model, and of its training or inference on a target.
 
   Attributes:
@@ -177,8 +177,8 @@ def plan_model(
   length: int | None,
   options: PlanOptions,
   log: Log,
-) -> Plan:
-  """Plan a model or an experiment; see `jaxformer.plan`."""
+) -> ModelPlan:
+  """ModelPlan a model or an experiment; see `jaxformer.plan`."""
   target = options.chips()
   name, preset, sized, experiment, overrides = _resolved(model, overrides, size)
   given = {path.replace('-', '_') for path, _ in overrides}
@@ -202,7 +202,7 @@ def plan_model(
     report = _training(experiment, target, options, preset, given, run, name, log)
   elif target is not None:
     report = _inference(experiment, target, options, length, log)
-  return Plan(
+  return ModelPlan(
     **{f.name: getattr(c, f.name) for f in dataclasses.fields(Cost)},
     name=name,
     family=_family(name, sized),
