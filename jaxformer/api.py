@@ -37,7 +37,7 @@ from jaxformer.workflows.launch import LaunchPlan, prepare
 from jaxformer.workflows.load import Code, load_model, name_code
 from jaxformer.workflows.model import GenerateOptions, Model, TranslateOptions
 from jaxformer.workflows.names import Overrides, changed_study, experiment_of, pairs_of, study_of
-from jaxformer.workflows.plan import Phase, ModelPlan, PlanOptions, plan_model
+from jaxformer.workflows.plan import ModelPlan, Phase, PlanOptions, plan_model
 from jaxformer.workflows.progress import Log
 from jaxformer.workflows.progress import log as _log
 from jaxformer.workflows.sizes import ALL, Amount, Shapes, Size, all_shapes, layer_in_file, sizes_of

@@ -178,7 +178,7 @@ def plan_model(
   options: PlanOptions,
   log: Log,
 ) -> ModelPlan:
-  """ModelPlan a model or an experiment; see `jaxformer.plan`."""
+  """Plan a model or an experiment; see `jaxformer.plan`."""
   target = options.chips()
   name, preset, sized, experiment, overrides = _resolved(model, overrides, size)
   given = {path.replace('-', '_') for path, _ in overrides}
