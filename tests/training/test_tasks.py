@@ -194,7 +194,7 @@ def test_the_command_line_on_a_classifier(digits, monkeypatch, capsys):
   for words, message in (
     ('generate digits --prompt x', 'a Classifier trained on Digits'),
     ('convert digits out', 'a Classifier trained on Digits'),
-    ('eval digits --by-position', 'one class a sequence'),
+    ('eval digits --by-position', 'one class per sequence'),
     ('eval digits --data Text', 'without a tokenizer'),
     (
       'eval digits --data ListOps',
