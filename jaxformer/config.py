@@ -397,7 +397,7 @@ def to_json(value: Any) -> Any:
   return value
 
 
-def from_json(data: Any, where: str = '', base: type[Config] = Config) -> Config:
+def from_json(data: Any, where: str = '', base: type[Config] = Config) -> Any:
   """Return the config that `to_json` wrote, a `base`.
 
   A field that is left out takes its default. Raises `InputError` for an unknown field, a missing

@@ -207,7 +207,7 @@ def test_nobody_probes_for_attributes_of_configs():
 
 def test_files_stay_readable():
   lines = {name_of(p): p.read_text().splitlines() for p in FILES}
-  assert not {name: len(found) for name, found in lines.items() if len(found) > 540}
+  assert not {name: len(found) for name, found in lines.items() if len(found) > 570}
   assert not [
     f'{name}:{i}' for name, found in lines.items() for i, x in enumerate(found, 1) if len(x) > 100
   ]

@@ -97,7 +97,9 @@ def test_every_figure_has_a_source_and_a_date():
     assert (
       c.peak('bf16') < c.peak('int8' if 'int8' in c.flops_per_second else 'fp8') or c.name == 'v4'
     )
-  with pytest.raises(InputError, match="precision = 'fp4': must be one of those of v5p, bf16, int8, fp8"):
+  with pytest.raises(
+    InputError, match="precision = 'fp4': must be one of those of v5p, bf16, int8, fp8"
+  ):
     CHIPS['v5p'].peak('fp4')
 
 

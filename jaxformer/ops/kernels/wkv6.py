@@ -28,7 +28,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from jaxformer.ops.kernels.wkv6_chunk import (
-  Plan,
+  KernelPlan,
   chunk_gradients,
   decays,
   levels,
@@ -46,7 +46,7 @@ from jaxformer.sharding import platform
 _LANES = 128
 
 
-def _forward_kernel(plan: Plan, *refs):
+def _forward_kernel(plan: KernelPlan, *refs):
   """One block of tokens and heads. `saved` is the output for the state before the block, where that
   is saved; `S_ref` is the state, in scratch."""
   matrix_ref, r_ref, k_ref, v_ref, w_ref, u_ref, segment_ref, first_ref, y_ref, last_ref = refs[:10]
@@ -76,7 +76,7 @@ def _forward_kernel(plan: Plan, *refs):
     last_ref[...] = plan.compact(S_ref[...])
 
 
-def _backward_kernel(plan: Plan, *refs):
+def _backward_kernel(plan: KernelPlan, *refs):
   """One block, the last first: its states are recomputed, then its chunks go backwards with dS, the
   gradient of the state after them."""
   matrix_ref, transposed_ref, r_ref, k_ref, v_ref, w_ref, u_ref, segment_ref, saved_ref = refs[:9]
@@ -132,7 +132,7 @@ def _backward_kernel(plan: Plan, *refs):
 # ---- calls -------------------------------------------------------------------------------------
 
 
-def _specs(plan: Plan, backwards: int = 0):
+def _specs(plan: KernelPlan, backwards: int = 0):
   """The block of each kind of argument at step (b, h, n) of the grid; with `backwards` blocks of
   tokens, from the last to the first."""
   tokens, X, Y = plan.chunk * plan.span, plan.heads * plan.K, plan.heads * plan.V
@@ -165,7 +165,7 @@ def _constant(matrix: np.ndarray) -> pl.BlockSpec:
 
 
 def _call(
-  plan: Plan,
+  plan: KernelPlan,
   kernel,
   name: str,
   grid: tuple[int, int, int],
@@ -206,7 +206,7 @@ def _call(
   )
 
 
-def _forward(plan: Plan, save: bool, r_BTX, k_BTX, v_BTY, w_BTX, u_X, first, segment):
+def _forward(plan: KernelPlan, save: bool, r_BTX, k_BTX, v_BTY, w_BTX, u_X, first, segment):
   B, T = r_BTX.shape[:2]
   blocks = first.shape[1]
   grid = (B, blocks, T // (plan.chunk * plan.span))
@@ -222,16 +222,16 @@ def _forward(plan: Plan, save: bool, r_BTX, k_BTX, v_BTY, w_BTX, u_X, first, seg
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _wkv6(plan: Plan, *arguments):
+def _wkv6(plan: KernelPlan, *arguments):
   return tuple(_forward(plan, False, *arguments))
 
 
-def _wkv6_fwd(plan: Plan, *arguments):
+def _wkv6_fwd(plan: KernelPlan, *arguments):
   y, last, saved = _forward(plan, True, *arguments)
   return (y, last), (arguments, saved)
 
 
-def _wkv6_bwd(plan: Plan, residuals, gradients):
+def _wkv6_bwd(plan: KernelPlan, residuals, gradients):
   (r, k, v, w, u, first, segment), saved = residuals
   dy, dlast = gradients
   grid = (r.shape[0], first.shape[1], saved.shape[2])
@@ -310,7 +310,7 @@ def wkv6_pallas(
   X, Y = _lanes(K), _lanes(V)
   heads = min(H, max(1, _LANES // min(X, Y)))
   static = log_decay_BTHK.shape[:2] == (1, 1)
-  plan = Plan(
+  plan = KernelPlan(
     heads,
     X,
     Y,

@@ -25,7 +25,7 @@ from jax.experimental import pallas as pl
 _UNDERFLOW = -128.0  # exp of it is 0 in fp32; sums of it stay finite where a log decay does not
 
 
-class Plan(NamedTuple):
+class KernelPlan(NamedTuple):
   """Static sizes and options of a call."""
 
   heads: int  # per block
@@ -107,7 +107,7 @@ def _sums(thrice, x):
   return jnp.dot(thrice, jnp.concatenate(parts, axis=0), preferred_element_type=jnp.float32)
 
 
-def levels(plan: Plan):
+def levels(plan: KernelPlan):
   """[heads C, C]: the level of each pair i > j, else -1."""
   C = plan.chunk
   shape = (plan.heads * C, C)
@@ -124,7 +124,7 @@ def levels(plan: Plan):
   return jnp.where(i > j, level, -1)
 
 
-def decays(plan: Plan, matrix, level, w, segment):
+def decays(plan: KernelPlan, matrix, level, w, segment):
   """The decays of a chunk, and which token sees which, for `segment` [1, C]: how many documents
   started in the chunk up to and including each token.
 
@@ -156,7 +156,7 @@ def _scaled(x, decay):
   return x if decay is None else x * decay
 
 
-def pair_weights(plan: Plan, chunk, r, k):
+def pair_weights(plan: KernelPlan, chunk, r, k):
   """A [heads C, C]: the weight of v_j in y_i, for j < i."""
   pairs, _, _, _, level = chunk
   A = jnp.zeros(level.shape, jnp.float32)
@@ -166,16 +166,16 @@ def pair_weights(plan: Plan, chunk, r, k):
   return A
 
 
-def load(plan: Plan, c, *refs):
+def load(plan: KernelPlan, c, *refs):
   at = pl.ds(pl.multiple_of(c * plan.chunk, plan.chunk), plan.chunk)
   return tuple(ref[at, :].astype(jnp.float32) for ref in refs)
 
 
-def time(plan: Plan, block, c, shape: tuple[int, int]):
+def time(plan: KernelPlan, block, c, shape: tuple[int, int]):
   return jax.lax.broadcasted_iota(jnp.int32, shape, 0) + (block * plan.span + c) * plan.chunk
 
 
-def log_decays(plan: Plan, block, c, ref):
+def log_decays(plan: KernelPlan, block, c, ref):
   """[C, X] of chunk c of a block."""
   if plan.T is None:
     return jnp.maximum(*load(plan, c, ref), _UNDERFLOW)
@@ -186,16 +186,16 @@ def log_decays(plan: Plan, block, c, ref):
   )
 
 
-def store(plan: Plan, c, ref, x):
+def store(plan: KernelPlan, c, ref, x):
   ref[pl.ds(pl.multiple_of(c * plan.chunk, plan.chunk), plan.chunk), :] = x.astype(ref.dtype)
 
 
-def next_state(plan: Plan, chunk, k, v, S_YX):
+def next_state(plan: KernelPlan, chunk, k, v, S_YX):
   _, _, after, total, _ = chunk
   return S_YX * total + plan.dot(v, k * after, 'tn') * plan.diagonal()
 
 
-def _pair_gradients(plan: Plan, chunk, r, k, v, dy):
+def _pair_gradients(plan: KernelPlan, chunk, r, k, v, dy):
   """From y_i through the tokens j < i of its chunk: dr, dk, dv, and for each level but the first
   the gradient of its sums of w."""
   (pairs, _, _, _, level), dys = chunk, plan.stack(dy, plan.V)
@@ -215,7 +215,7 @@ def _pair_gradients(plan: Plan, chunk, r, k, v, dy):
   return dr, dk, plan.dot(A, dys, 'tn'), dsums
 
 
-def chunk_gradients(plan: Plan, chunk, transposed, u, r, k, v, S_YX, dy, dS_YX):
+def chunk_gradients(plan: KernelPlan, chunk, transposed, u, r, k, v, S_YX, dy, dS_YX):
   """(dr, dk, dv, dw, du, the gradient of the state before) of a chunk, from those of its y and of
   the state after it."""
   (_, before, after, total, _), diagonal = chunk, plan.diagonal()
