@@ -208,7 +208,8 @@ class MeshConfig(Config):
     return f'rules {self.rules!r}' if isinstance(self.rules, str) else 'these rules'
 
   def sizes(self, devices: int) -> dict[str, int]:
-    """Return axis -> size for a number of devices. Raises `InputError` if they do not multiply to it."""
+    """Return axis -> size for a number of devices. Raises `InputError` if the sizes do not multiply
+    to it."""
     sizes = {axis: getattr(self, axis) for axis in MESH_AXES}
     rest = next((a for a, s in sizes.items() if s == -1), None)
     fixed = math.prod(s for s in sizes.values() if s != -1)

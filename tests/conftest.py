@@ -15,8 +15,8 @@ os.environ.setdefault('ALLOW_MULTIPLE_LIBTPU_LOAD', '1')
 # Orthogonal matrices are drawn on each of the fake devices at once; OpenBLAS's threads would spin
 # against each other.
 os.environ.setdefault('OPENBLAS_NUM_THREADS', '1')
-# Nearly all of the suite's time is compilation of small programs. Without LLVM's optimizations it is
-# two thirds; without the fusion emitters, which newer versions cannot do without, a third.
+# Nearly all of the suite's time is compilation of small programs. Without LLVM's optimizations it
+# is two thirds; without the fusion emitters, which newer versions cannot do without, a third.
 # `JAXFORMER_XLA=default` compiles as users do (a step of `.ci/run`).
 if os.environ.get('JAXFORMER_XLA') != 'default':
   os.environ.setdefault(
@@ -32,7 +32,7 @@ import pytest
 from flax import nnx
 from jaxtyping import install_import_hook
 
-# The rooms of plain functions on arrays. Modules and pytrees are built with tracers and
+# The packages of plain functions on arrays. Modules and pytrees are built with tracers and
 # placeholders of other shapes by JAX itself.
 install_import_hook(
   [

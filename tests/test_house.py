@@ -1,4 +1,4 @@
-"""Rules of the house that can be read off the source: who may import whom, and how code is written."""
+"""Rules of the house that can be read off the source: who may import whom, how code is written."""
 
 import ast
 import collections
@@ -190,7 +190,7 @@ def test_no_type_of_config_is_asked_for_outside_its_file():
 
 
 def test_nobody_probes_for_attributes_of_configs():
-  """`getattr(config, 'name', default)` with a literal name asks what something is by what it lacks."""
+  """`getattr(config, 'name', default)` asks what something is by what it lacks."""
   names = {'config', 'model', 'data', 'experiment', 'layer', 'dataset', 'task', 'entry', 'study'}
   wrong = [
     f'{name_of(path)}:{node.lineno} {ast.unparse(node)}'

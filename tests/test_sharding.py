@@ -77,7 +77,8 @@ def test_a_table_that_cannot_be_is_told(given, message):
     ),
     (
       {'context': 3},
-      'needs a multiple of 3 devices; there are 8; with the other axes as they are, context 1 would fit',
+      'needs a multiple of 3 devices; there are 8; with the other axes as they are, context 1 '
+      'would fit',
     ),
   ],
 )

@@ -107,8 +107,8 @@ def evaluate(
     batches: a batch with fewer rows than the first is padded with rows without targets, so that one
       program serves all.
     token_bytes_V: number of UTF-8 bytes of each token of the tokenizer, for bits per byte.
-    parallel: mesh and rules of the parameters; None for one device. Each process passes its rows of a batch,
-      and all receive the sums.
+    parallel: mesh and rules of the parameters; None for one device. Each process passes its rows of
+      a batch, and all receive the sums.
     dtype: compute dtype; None for that of the parameters.
 
   Raises:

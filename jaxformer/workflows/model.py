@@ -264,7 +264,8 @@ class Model:
     end = self.text_tokenizer().end_of_document
     if not self.translates:
       raise InputError(
-        f'{self.name}: a {self.config.tag} is not an encoder-decoder and has no source; use generate'
+        f'{self.name}: a {self.config.tag} is not an encoder-decoder and has no source; '
+        'use generate'
       )
     if end is None:
       raise InputError(

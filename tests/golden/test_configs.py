@@ -21,7 +21,8 @@ pytestmark = pytest.mark.quick
 
 def described(name: str) -> str:
   definition = define(PRESETS[name].model)
-  return f'{config.text(PRESETS[name].model)}params {definition.size:,}\nactive {definition.active_size:,}\n'
+  sizes = f'params {definition.size:,}\nactive {definition.active_size:,}\n'
+  return config.text(PRESETS[name].model) + sizes
 
 
 @pytest.mark.parametrize('name', list(PRESETS))

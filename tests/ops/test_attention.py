@@ -149,7 +149,8 @@ def test_agrees_with_naive(case, dtype):
   want = with_gradients(lambda q, k, v: attention_naive(q, k, v, mask, **common), *inputs)
   for implementation, block in ('chunked', 64), ('unrolled', None):
     got = with_gradients(
-      lambda q, k, v: ATTENTION[implementation](q, k, v, mask, block=block, **common), *inputs
+      lambda q, k, v: ATTENTION[implementation](q, k, v, mask, block=block, **common),
+      *inputs,  # noqa: B023
     )
     assert_same(got, want, TOLERANCE[dtype])
 
