@@ -147,11 +147,9 @@ def test_agrees_with_naive(case, dtype):
   inputs = arrays(B, T, S, H, G, K, dtype)
   common = {'scale': K**-0.5, 'softcap': softcap, 'slopes_H': slopes(H, alibi)}
   want = with_gradients(lambda q, k, v: attention_naive(q, k, v, mask, **common), *inputs)
-  for implementation, block in ('chunked', 64), ('unrolled', None):
-    got = with_gradients(
-      lambda q, k, v: ATTENTION[implementation](q, k, v, mask, block=block, **common),
-      *inputs,  # noqa: B023
-    )
+  for name, block in ('chunked', 64), ('unrolled', None):
+    found = functools.partial(ATTENTION[name], mask=mask, block=block, **common)
+    got = with_gradients(found, *inputs)
     assert_same(got, want, TOLERANCE[dtype])
 
 
