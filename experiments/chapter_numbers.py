@@ -31,7 +31,7 @@ Result:
       its printed formula has 256 for the days, the number of GPUs again: that would be $4,493,897.14
       days at 50% (doing okay) 473, at 70% (great) 338; in bf16 at 989 TFLOP/s and 40% 35.9
 
-    model             parameters   tokens  tokens a parameter  6 N D FLOPs  PFLOP/s-days
+    model             parameters   tokens  tokens / parameter  6 N D FLOPs  PFLOP/s-days
     LaMDA                   137B     168B                 1.2     1.38e+23         1,598
     GPT-3                   175B     300B                 1.7     3.15e+23         3,646
     Jurassic-1              178B     300B                 1.7      3.2e+23         3,708
@@ -165,7 +165,7 @@ def lines() -> list[str]:
     f'in bf16 at {CHIPS["h100"].peak() / 1e12:.0f} TFLOP/s and 40% '
     f'{GPT3_FLOPS / (256 * CHIPS["h100"].peak() * DAY * 0.4):.1f}',
     '',
-    'model             parameters   tokens  tokens a parameter  6 N D FLOPs  PFLOP/s-days',
+    'model             parameters   tokens  tokens / parameter  6 N D FLOPs  PFLOP/s-days',
   ]
   page += [
     f'{name:16} {n / 1e9:>10,.0f}B {d / 1e9:>7,.0f}B {d / n:>19.1f} {6 * n * d:>12.3g} '

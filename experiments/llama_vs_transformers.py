@@ -1,6 +1,6 @@
 """The same Llama trained here and in transformers on PyTorch, side by side on a CPU.
 
-Question: how many tokens a second does a training step take here, against the implementation that
+Question: how many tokens per second does a training step take here, against the implementation that
   most people use?
 
     pip install -e '.[parity]' python experiments/llama_vs_transformers.py [--repeats 7] [--seconds
@@ -48,7 +48,7 @@ LEARNING_RATE, WEIGHT_DECAY, CLIP = 3e-4, 0.1, 1.0
 
 
 def serve(connection: Connection, step, params: int) -> None:
-  """Runs steps for so many seconds whenever asked; answers with tokens a second and the last loss.
+  """Runs steps for so many seconds whenever asked; answers with tokens per second and the last loss.
 
   The loss is read one step late, as in training, so no stack runs further ahead than that.
   """
@@ -178,7 +178,7 @@ def main() -> None:
       speed, loss = pipe.recv()
       speeds[name].append(speed)
       print(
-        f'turn {i + 1}: {name} {speed:,.0f} tokens a second, loss {loss:.3f}',
+        f'turn {i + 1}: {name} {speed:,.0f} tokens per second, loss {loss:.3f}',
         file=sys.stderr,
         flush=True,
       )

@@ -1,2 +1,2 @@
-"""Sequence layers and feed-forward layers with one face (`layer.py`), norms, positions and initial
+"""Sequence layers and feed-forward layers with one interface (`layer.py`), norms, positions and initial
 values."""
