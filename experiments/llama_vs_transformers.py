@@ -48,7 +48,7 @@ LEARNING_RATE, WEIGHT_DECAY, CLIP = 3e-4, 0.1, 1.0
 
 
 def serve(connection: Connection, step, params: int) -> None:
-  """Runs steps for so many seconds whenever asked; answers with tokens per second and the last loss.
+  """Runs steps for so many seconds whenever asked; answers with tokens per second and the loss.
 
   The loss is read one step late, as in training, so no stack runs further ahead than that.
   """

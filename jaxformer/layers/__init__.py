@@ -1,2 +1,2 @@
-"""Sequence layers and feed-forward layers with one interface (`layer.py`), norms, positions and initial
-values."""
+"""Sequence layers and feed-forward layers with one interface (`layer.py`), norms, positions and
+initializations."""
