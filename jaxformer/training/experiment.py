@@ -6,7 +6,7 @@ import dataclasses
 import re
 from typing import Literal
 
-from jaxformer.config import Config, InputError, nearest, types_of
+from jaxformer.config import Config, InputError, code_of, nearest, types_of
 from jaxformer.data import DatasetConfig, Text
 from jaxformer.models.model import ModelConfig
 from jaxformer.models.stack import REMAT
@@ -153,11 +153,11 @@ def default_experiment(model: ModelConfig, name: str) -> Experiment:
 
 
 def _complete_data() -> list[DatasetConfig]:
-  """Return the data of every type whose settings all have defaults."""
+  """Return the data of every type of the package whose settings all have defaults."""
   return [
     t()
     for t in types_of(DatasetConfig)
-    if not any(f.default is f.default_factory for f in dataclasses.fields(t))
+    if code_of(t) is None and not any(f.default is f.default_factory for f in dataclasses.fields(t))
   ]
 
 

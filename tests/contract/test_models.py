@@ -15,7 +15,7 @@ import pytest
 from jaxformer.layers.layer import Context
 from jaxformer.models.stack import REMAT
 from jaxformer.ops.implementation import implementation
-from jaxformer.sharding import MeshConfig, Parallel, make_mesh, use_mesh
+from jaxformer.sharding import MeshConfig, Parallel, make_mesh, make_parallel, use_mesh
 from jaxformer.testing import contract
 from tests import tiers
 from tests.contract.cases import BATCH, CLASSIFIERS, PAIRS, TINY, close, model, segments, tokens
@@ -219,14 +219,16 @@ def test_sharded_equals_unsharded(name, mesh):
 
 
 @all_kinds
-def test_parameters_are_born_sharded_and_equal(name):
+def test_parameters_are_initialized_sharded_and_equal(name):
   case = model(name)
-  devices = make_mesh(MeshConfig(fsdp=4, tensor=2))
-  born = case.definition.init(jax.random.key(0), devices)
+  parallel = make_parallel(MeshConfig(fsdp=4, tensor=2))
+  sharded = case.definition.init(jax.random.key(0), parallel)
   for parameter, value in case.initial.items():
-    np.testing.assert_array_equal(np.asarray(born[parameter]), np.asarray(value), err_msg=parameter)
-  assert max(p.addressable_shards[0].data.size for p in born.values()) < max(
-    p.size for p in born.values()
+    np.testing.assert_array_equal(
+      np.asarray(sharded[parameter]), np.asarray(value), err_msg=parameter
+    )
+  assert max(p.addressable_shards[0].data.size for p in sharded.values()) < max(
+    p.size for p in sharded.values()
   )
 
 

@@ -11,6 +11,7 @@ import pytest
 
 from jaxformer.cli import main
 from tests.docs.pages import PAGES, ROOT, SET_UP, blocks, shortened
+from tests.tiers import case
 
 pytestmark = pytest.mark.e2e
 
@@ -33,7 +34,7 @@ def folder(tmp_path_factory):
 
 def shell_blocks():
   return [
-    pytest.param(b, id=b.id)
+    case(b, standing=b.page == 'README.md', id=b.id)
     for page in PAGES
     for b in blocks(page)
     if b.language == '' and b.marker != 'tpu'

@@ -17,7 +17,7 @@ from jaxformer.ops.implementation import implementation
 from jaxformer.ops.moe import Experts, dispatch_with_capacity, dropless
 from jaxformer.ops.routing import assign_slots
 from jaxformer.planning.collectives import list_collectives
-from jaxformer.sharding import MeshConfig, Parallel, make_mesh, make_parallel, use_mesh
+from jaxformer.sharding import MeshConfig, make_parallel, use_mesh
 from tests.helpers import forced
 
 pytestmark = pytest.mark.quick
@@ -200,11 +200,11 @@ def test_few_sequences_stay_where_they_are(chosen):
 def test_tokens_travel_and_weights_stay(chosen):
   x, expert, weight, experts, g = examples()
   config = MESHES['expert4-fsdp2']
-  mesh = make_mesh(config)
-  tokens = Parallel(mesh).batch
+  parallel = make_parallel(config)
+  tokens = parallel.batch
   stored = Experts(
     *(
-      jax.device_put(w, Parallel(mesh, 'fsdp_tensor').param('w', axes, w.shape))
+      jax.device_put(w, parallel.param('w', axes, w.shape))
       for w, axes in zip(
         experts, (('experts', 'embed', 'mlp'),) * 2 + (('experts', 'mlp', 'embed'),), strict=True
       )
@@ -218,7 +218,7 @@ def test_tokens_travel_and_weights_stay(chosen):
     )
     return y, pull(g)
 
-  with use_mesh(mesh):
+  with use_mesh(parallel):
     where = tokens, (tokens, tokens, jax.tree.map(lambda w: w.sharding, stored))
     compiled = (
       jax.jit(run, out_shardings=where).lower(put[0], put[1], put[2], stored, put[3]).compile()

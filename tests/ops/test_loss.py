@@ -193,7 +193,7 @@ def test_sharded_agrees_with_unsharded(mesh):
   inputs, targets = arrays(bias=True, B=8, T=16, V=208)
   want = run(cross_entropy_naive, inputs, targets, z_loss=1e-2)
   config = sharding.MeshConfig(**{'data': 1} | mesh)
-  with sharding.use_mesh(sharding.make_parallel(config), config.rules):
+  with sharding.use_mesh(sharding.make_parallel(config)):
     assert CROSS_ENTROPY.choose(inputs['x'], inputs['w']) == 'vocabulary'
     assert_same(run(cross_entropy, inputs, targets, z_loss=1e-2), want)
     assert_same(run(cross_entropy, inputs, targets, z_loss=1e-2, chunk=20), want)

@@ -39,9 +39,7 @@ from tests.tiers import case
 
 def context(n: int, **sizes: int):
   config = MeshConfig(**{'data': 1, 'context': n} | sizes)
-  return use_mesh(
-    make_parallel(config, jax.devices()[: math.prod(sizes.values()) * n]), config.rules
-  )
+  return use_mesh(make_parallel(config, jax.devices()[: math.prod(sizes.values()) * n]))
 
 
 def normal(seed: int, *shape: int):

@@ -13,7 +13,7 @@ from jaxformer.models.params import define
 from jaxformer.models.zoo import PRESETS
 from jaxformer.models.zoo.seq2seq import luong
 from jaxformer.models.zoo.transformer import transformer
-from jaxformer.sharding import MeshConfig, make_mesh
+from jaxformer.sharding import MeshConfig, make_parallel
 from jaxformer.task_type import Batch, TaskType
 from jaxformer.training import AdamW, Constant, Experiment, RunConfig, TrainingConfig, train
 from jaxformer.training.batch_placement import BatchPlacement
@@ -190,6 +190,6 @@ def test_vocabularies_that_do_not_fit():
 
 
 def test_a_batch_that_the_mesh_does_not_divide():
-  feed = BatchPlacement(make_mesh(MeshConfig(data=8)), 'fsdp_tensor', 8, 8)
+  feed = BatchPlacement(make_parallel(MeshConfig(data=8)), 8, 8)
   with pytest.raises(InputError, match='12 rows of 4 positions'):
     feed(Batch(*(np.zeros((12, 4), np.int32) for _ in range(3))))

@@ -33,6 +33,7 @@ def losses(folder):
   return np.array([r['train/loss'] for r in read_metrics(folder) if 'train/loss' in r])
 
 
+@thorough
 def test_eight_together_equal_eight_alone(experiment, dataset):
   """Losses to 1e-5 at the first step and to 1e-3 over 50 (fp32); dropout, evaluations and the place
   in the data are the same."""

@@ -195,7 +195,7 @@ def test_the_command_line_on_a_classifier(digits, monkeypatch, capsys):
     ('generate digits --prompt x', 'a Classifier trained on Digits'),
     ('convert digits out', 'a Classifier trained on Digits'),
     ('eval digits --by-position', 'one class per sequence'),
-    ('eval digits --data Text', 'without a tokenizer'),
+    ('eval digits --data Text', 'no tokenizer'),
     (
       'eval digits --data ListOps',
       'data = ListOps: the task is "tokens -> one class per sequence", but Classifier is a model '

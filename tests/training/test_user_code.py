@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from tests.tiers import thorough
 from tests.training.conftest import CACHE
 from tests.training.test_kill import environment
 
@@ -79,6 +80,7 @@ def home(tmp_path, dataset):
   return tmp_path
 
 
+@thorough
 def test_a_run_of_a_users_layer_is_read_resumed_and_continued_from_any_folder(home):
   run, far = home / 'runs' / 'own', home / 'elsewhere'
   (entry,) = json.loads((run / 'environment.json').read_text())
