@@ -67,7 +67,7 @@ SMALLER = (
   (r'generate ', '--max-new-tokens 4'),
   (r'compare (scaling|standard)', '--show'),
   (
-    r'compare ',
+    r'(compare|report) ',
     '--study.tokens 512 --study.batch-size 4 --study.eval-batches 1 --study.target 1e5',
   ),
 )
@@ -76,7 +76,8 @@ SMALLER = (
 def shortened(command: str) -> list[str]:
   """The words of a command, with settings that make it short in place of its own."""
   command = command.replace('compare quickstart', 'compare small.py')
-  words = shlex.split(command.replace('report quickstart', 'report small.py'))
+  command = command.replace('report quickstart', 'report small.py')
+  words = shlex.split(command)
   extra = next((e for p, e in SMALLER if re.search(rf'jaxformer {p}', command)), '').split()
   replaced = {w for w in extra if w.startswith('--')}
   kept, i = [], 0
