@@ -127,5 +127,7 @@ def test_slices_lie_along_replicas():
   slices = np.vectorize(lambda d: d.slice_index)(mesh.devices)
   assert (slices[0] == 0).all()
   assert (slices[1] == 1).all()
-  with pytest.raises(InputError, match=r'mesh\.replica = 1: must be a multiple of 2, the slices'):
+  with pytest.raises(
+    InputError, match=r'mesh\.replica = 1: must be a multiple of 2, the number of slices'
+  ):
     make_mesh(MeshConfig(), devices)

@@ -16,7 +16,7 @@ from jaxformer.models.zoo.seq2seq import luong
 from jaxformer.models.zoo.transformer import transformer
 from jaxformer.planning.collectives import list_collectives
 from jaxformer.planning.compiler import topology_mesh
-from jaxformer.sharding import MeshConfig, use_mesh
+from jaxformer.sharding import MeshConfig, use_mesh, Parallel
 from jaxformer.training.optimizer import AdamW, Optimizer
 from jaxformer.training.schedule import Constant
 from jaxformer.training.step import StepConfig, abstract_train_state, compiled_train_step
@@ -35,7 +35,8 @@ DATA_PARALLEL = MeshConfig(data=8, rules='data_parallel')
 
 def compiled(definition, config: MeshConfig, sizes=(B, S, T)) -> jax.stages.Compiled:
   """The step for pairs of padded sources and targets of other lengths."""
-  parallel, (rows, source, target) = topology_mesh('v5e:2x4', config), config.rules, sizes
+  parallel = Parallel(topology_mesh('v5e:2x4', config), config.rules)
+  rows, source, target = sizes
   optimizer = Optimizer.of(AdamW(), Constant(), 1000, definition)
   state = abstract_train_state(definition, optimizer, parallel)
 
