@@ -16,7 +16,7 @@ from jaxformer.models.zoo.seq2seq import luong
 from jaxformer.models.zoo.transformer import transformer
 from jaxformer.planning.collectives import list_collectives
 from jaxformer.planning.compiler import topology_mesh
-from jaxformer.sharding import MeshConfig, use_mesh, Parallel
+from jaxformer.sharding import MeshConfig, Parallel, use_mesh
 from jaxformer.training.optimizer import AdamW, Optimizer
 from jaxformer.training.schedule import Constant
 from jaxformer.training.step import StepConfig, abstract_train_state, compiled_train_step
