@@ -12,6 +12,7 @@ processes train at once (--workers); other machines with the same DIR can help w
 from __future__ import annotations
 
 import argparse
+import sys
 
 import jaxformer as jf
 from jaxformer.cli.output import json_option, show
@@ -65,5 +66,6 @@ def run(args: argparse.Namespace, overrides: list[tuple[str, str]]) -> int:
       found = jf.compare(args.target, overrides=overrides, add=args.add, workers=args.workers)
       show(found, args.json)
   except jf.Interrupted:
+    print('interrupted: the same command resumes the study', file=sys.stderr)
     return PREEMPTED
   return 0

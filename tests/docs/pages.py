@@ -18,6 +18,7 @@ SET_UP = (
   'source ',
   'pytest',
   'ruff',
+  'ty ',
   '.ci/run',
 )
 

@@ -13,7 +13,7 @@ import pytest
 
 from jaxformer.cli import main
 from jaxformer.training import read_metrics
-from tests.e2e.program import SMALL, environment
+from tests.e2e.program import SMALL, environment, last
 from tests.launch.jobs import CASES
 from tests.launch.test_files import there
 from tests.tiers import thorough
@@ -282,7 +282,7 @@ wait $child"""
     '--training.checkpoint-every',
     '400',
   ]
-  assert main([*SLURM, *few, '--yes']) == 0
+  assert main([*SLURM, *last(few), '--yes']) == 0
   assert [line for line in calls() if line.startswith(('ended', 'scontrol'))] == [
     'scontrol requeue 7',
     'ended 75',

@@ -95,7 +95,7 @@ SMALL = (
   '1,2',
   '--study.tasks.0.sequence-length',
   '32',
-  '--study.tasks.0.source',
+  '--study.tasks.0.corpus',
   'PydocTopics',
 )
 
