@@ -10,7 +10,7 @@ from urllib.parse import quote
 
 import pytest
 
-from tests.e2e.program import SMALL, environment, start
+from tests.e2e.program import SMALL, environment, last, start
 from tests.tiers import thorough
 
 emulator = pytest.importorskip(
@@ -68,7 +68,8 @@ def objects(store):
 
 @thorough
 def test_interrupted_damaged_resumed_and_scored_in_a_bucket(store, tmp_path, cache):
-  command = [sys.executable, '-m', 'jaxformer', *RUN, '--training.steps', '100000']
+  words = last([*RUN, '--training.steps', '100000'])
+  command = [sys.executable, '-m', 'jaxformer', *words]
   program = subprocess.Popen(
     command, cwd=tmp_path, env=environment(cache), stderr=subprocess.PIPE, text=True
   )
@@ -97,8 +98,8 @@ def test_interrupted_damaged_resumed_and_scored_in_a_bucket(store, tmp_path, cac
   }
 
   store('/' + quote(f'runs/one/checkpoints/{steps[-1]}/meta/data.json', safe=''), method='DELETE')
-  last = steps[-1] + 1
-  done = start([*RUN, '--training.steps', last, '--json'], tmp_path, cache)
+  end = steps[-1] + 1
+  done = start([*RUN, '--training.steps', end, '--json'], tmp_path, cache)
   assert done.returncode == 0, done.stderr
   assert f'resuming gs://bucket/runs/one at step {steps[0]}' in done.stderr
   assert json.loads(done.stdout)['run'] == 'gs://bucket/runs/one'
@@ -108,13 +109,13 @@ def test_interrupted_damaged_resumed_and_scored_in_a_bucket(store, tmp_path, cac
     json.loads(line)
     for line in store('/' + quote('runs/one/metrics.jsonl', safe='') + '?alt=media').splitlines()
   ]
-  assert [r['step'] for r in rows if 'train/loss' in r] == list(range(1, last + 1))
+  assert [r['step'] for r in rows if 'train/loss' in r] == list(range(1, end + 1))
 
   scored = start(
-    ['eval', f'gs://bucket/runs/one@{last}', '--batches', '1', '--json'], tmp_path, cache
+    ['eval', f'gs://bucket/runs/one@{end}', '--batches', '1', '--json'], tmp_path, cache
   )
   assert scored.returncode == 0, scored.stderr
-  assert json.loads(scored.stdout)['step'] == last
+  assert json.loads(scored.stdout)['step'] == end
   assert not list(tmp_path.iterdir())
 
 
