@@ -4,7 +4,7 @@ Question: how much of a sequence is in the last hidden state of an architecture?
 decoder reads is the output of the stack at the last position, and it must reconstruct every token
 (Poli et al. 2024, section 3.1 and appendix B). A language model would see at each position what
 it is asked for. The model is of this one task, so it stands here and not in the package: an
-example of a model of one's own, which trains, resumes and is evaluated as any other.
+example of a user's own model, which trains, resumes and is evaluated like any other.
 
     jaxformer train experiments/mad_autoencoder.py
     jaxformer train experiments/mad_autoencoder.py --model.width 256 --training.steps 2000

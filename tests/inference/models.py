@@ -45,7 +45,7 @@ CONFIGS = {
 
 @functools.cache
 def model(name: str):
-  """A definition, and parameters large enough that the likeliest token is not always the same."""
+  """A definition, and parameters large enough that the most likely token is not always the same."""
   definition = define(CONFIGS[name])
   params = definition.init(jax.random.key(1))
   return definition, {k: 4 * v if v.ndim > 1 else v for k, v in params.items()}

@@ -83,8 +83,8 @@ def test_draws_follow_the_distribution(sampling):
 
 @pytest.mark.quick
 def test_equal_logits():
-  """The nucleus is the smallest set even among equals, and the likeliest token stays when rounding
-  says otherwise."""
+  """The nucleus is the smallest set even among equals, and the most likely token stays when
+  rounding says otherwise."""
   flat = jnp.zeros((1, 8))
   assert np.isfinite(filtered(flat, None, Sampling(top_p=0.5))).tolist() == [
     [True] * 4 + [False] * 4
@@ -106,7 +106,7 @@ def test_rows_are_drawn_by_their_own_keys():
 
 
 @pytest.mark.quick
-def test_greedy_takes_the_likeliest_after_the_penalty():
+def test_greedy_takes_the_argmax_after_the_penalty():
   logits, seen = (
     jnp.asarray([[1.0, 3.0, 2.0], [-1.0, -3.0, -2.0]]),
     jnp.asarray([[False, True, False], [True, False, False]]),
