@@ -214,7 +214,7 @@ def code_of(cls: type[Config]) -> dict[str, str] | None:
   if file is None:
     return {'module': cls.__module__}
   path = pathlib.Path(file).resolve()
-  known = getattr(module, '__jaxformer_sha256__', None)
+  known = vars(module).get('__jaxformer_sha256__') if module else None
   return {
     'module': cls.__module__,
     'file': str(path),
@@ -224,7 +224,8 @@ def code_of(cls: type[Config]) -> dict[str, str] | None:
 
 def _is_named(cls: type) -> bool:
   """Whether the user named the file of a type as code to use."""
-  return getattr(sys.modules.get(cls.__module__), '__jaxformer_named__', False)
+  module = sys.modules.get(cls.__module__)
+  return module is not None and vars(module).get('__jaxformer_named__', False)
 
 
 def code_records(data: Any) -> list[dict[str, str]]:

@@ -42,7 +42,7 @@ def load_file(path: str | os.PathLike[str], *, named: bool = False) -> types.Mod
   place = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]
   name = f'user_{path.stem}_{place}'
   module = sys.modules.get(name)
-  if module is None or getattr(module, '__jaxformer_sha256__', None) != digest:
+  if module is None or vars(module).get('__jaxformer_sha256__') != digest:
     spec = importlib.util.spec_from_file_location(name, path.resolve())
     if spec is None or spec.loader is None:
       raise InputError('file', str(path), 'a Python file')
@@ -145,8 +145,9 @@ def named_code() -> set[str]:
 
 
 def _loaded(flag: str = '__jaxformer_sha256__') -> set[str]:
-  modules = [m for m in list(sys.modules.values()) if getattr(m, flag, None)]
-  return {m.__dict__['__jaxformer_sha256__'] for m in modules}
+  # By the dictionary: modules that import lazily answer `getattr` for any name.
+  found = [vars(m) for m in list(sys.modules.values()) if hasattr(m, '__dict__')]
+  return {v['__jaxformer_sha256__'] for v in found if v.get(flag)}
 
 
 def _trusted(path: pathlib.Path, wanted: str, folder: pathlib.Path | None) -> pathlib.Path:

@@ -3,9 +3,11 @@
 import json
 import subprocess
 import sys
+import types
 
 import pytest
 
+from jaxformer.user_code import named_code
 from tests.tiers import thorough
 from tests.training.conftest import CACHE
 from tests.training.test_kill import environment
@@ -117,3 +119,10 @@ def test_a_run_of_the_first_version_is_refused_in_one_line(home):
   file.write_text(json.dumps(data))
   said = python("load_experiment('runs/own')", home)
   assert said.startswith('refused: runs/own was written by jaxformer 0.1')
+
+
+def test_modules_that_answer_for_any_name_are_no_user_code(monkeypatch):
+  lazy = types.ModuleType('lazy')
+  lazy.__getattr__ = lambda name: 'something'
+  monkeypatch.setitem(sys.modules, 'lazy', lazy)
+  assert 'something' not in named_code()
