@@ -26,7 +26,7 @@ import pathlib
 import sys
 import types
 import typing
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Generic, Literal, Self, TypeVar, dataclass_transform
 
 NOTHING: Any = object()
@@ -133,6 +133,21 @@ class Config:
     """Raise `InputError` for `field` unless `condition` holds."""
     if not condition:
       raise InputError(f'{self.tag}.{field}', getattr(self, field), accepted)
+
+  def require_positive(self, *fields: str) -> None:
+    """Raise `InputError` for the first of `fields` that is neither None nor positive."""
+    self._require_each(fields, lambda value: value > 0, 'positive')
+
+  def require_not_negative(self, *fields: str) -> None:
+    """Raise `InputError` for the first of `fields` that is neither None nor at least 0."""
+    self._require_each(fields, lambda value: value >= 0, 'at least 0')
+
+  def _require_each(self, fields: Iterable[str], holds: Callable[[Any], bool], accepted: str):
+    for field in fields:
+      value, optional = getattr(self, field), type(None) in union_options(hints(type(self))[field])
+      self.require(
+        value is None or holds(value), field, f'{accepted}, or none' if optional else accepted
+      )
 
 
 def _identity(cls: type) -> tuple[str, str]:

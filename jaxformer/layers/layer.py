@@ -258,11 +258,6 @@ class LayerConfig(Config, abstract=True):
     convention."""
     return 0.0
 
-  def require_positive(self, *fields: str) -> None:
-    """Raise `InputError` for the first of `fields` that is neither None nor positive."""
-    for field in fields:
-      self.require(getattr(self, field) is None or getattr(self, field) > 0, field, 'positive')
-
   def quotient(self, size: int, field: str, of: str = 'width') -> int:
     """Return `size` over the value of `field`; raise `InputError` if it is no divisor."""
     self.require(size % getattr(self, field) == 0, field, f'a divisor of {of} = {size}')

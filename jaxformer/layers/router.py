@@ -67,13 +67,7 @@ class RouterConfig(Config, abstract=True):
   experts_choose: ClassVar[bool] = False  # then a token's experts depend on later tokens
 
   def validate(self):
-    self.require_positive_or_none('balance', 'z_loss')
-
-  def require_positive_or_none(self, *fields: str) -> None:
-    """Raise `InputError` for the first of `fields` that is neither None nor positive."""
-    for field in fields:
-      value = getattr(self, field)
-      self.require(value is None or value > 0, field, 'positive, or none')
+    self.require_positive('balance', 'z_loss')
 
   def build(self, width: int, experts: int, rngs: nnx.Rngs, position: LayerPosition) -> Router:
     return Router(self, width, experts, rngs, position)
@@ -224,7 +218,7 @@ class NoisyTopK(TokenChoiceConfig):
 
   def validate(self):
     super().validate()
-    self.require_positive_or_none('importance', 'load')
+    self.require_positive('importance', 'load')
     self.require(self.floor >= 0, 'floor', 'at least 0')
 
   def check(self, experts: int) -> None:

@@ -60,23 +60,11 @@ class TrainingConfig(Config):
   profile: tuple[int, int] | None = None
 
   def validate(self):
-    for field in (
-      'steps',
-      'batch_size',
-      'accumulate',
-      'eval_every',
-      'checkpoint_every',
-      'keep_latest',
-      'log_every',
-    ):
-      self.require(getattr(self, field) > 0, field, 'positive')
-    self.require(self.keep_best >= 0, 'keep_best', 'at least 0')
+    self.require_positive('steps', 'batch_size', 'accumulate', 'eval_every', 'eval_batches')
+    self.require_positive('checkpoint_every', 'keep_latest', 'log_every')
+    self.require_not_negative('keep_best', 'z_loss')
     self.require(0 <= self.seed < 2**32, 'seed', 'at least 0 and below 2^32')
-    self.require(self.z_loss >= 0, 'z_loss', 'at least 0')
     self.require(0 <= self.label_smoothing < 1, 'label_smoothing', 'at least 0 and below 1')
-    self.require(
-      self.eval_batches is None or self.eval_batches > 0, 'eval_batches', 'positive, or none'
-    )
     self.require(
       self.batch_size % self.accumulate == 0,
       'batch_size',

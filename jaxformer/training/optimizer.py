@@ -41,9 +41,8 @@ class OptimizerConfig(Config, abstract=True):
   clip: float | None = 1.0
 
   def validate(self):
-    self.require(self.learning_rate > 0, 'learning_rate', 'positive')
-    self.require(self.weight_decay >= 0, 'weight_decay', 'at least 0')
-    self.require(self.clip is None or self.clip > 0, 'clip', 'positive, or none')
+    self.require_positive('learning_rate', 'clip')
+    self.require_not_negative('weight_decay')
     for field in ('beta1', 'beta2', 'momentum', 'adam_beta1', 'adam_beta2'):
       if hasattr(self, field):
         self.require(0 <= getattr(self, field) < 1, field, 'at least 0 and below 1')
@@ -116,12 +115,7 @@ class Muon(OptimizerConfig):
 
   def validate(self):
     super().validate()
-    self.require(self.steps > 0, 'steps', 'positive')
-    self.require(
-      self.adam_learning_rate is None or self.adam_learning_rate > 0,
-      'adam_learning_rate',
-      'positive, or none',
-    )
+    self.require_positive('steps', 'adam_learning_rate')
 
   def orthogonalized(self, info: ParamInfo) -> bool:
     """Return whether a parameter is a weight matrix inside the blocks: two axes apart from the
@@ -174,8 +168,7 @@ class Adafactor(OptimizerConfig):
 
   def validate(self):
     super().validate()
-    self.require(self.decay > 0, 'decay', 'positive')
-    self.require(self.threshold > 0, 'threshold', 'positive')
+    self.require_positive('decay', 'threshold')
 
   def direction(self, info):
     one = optax.chain(

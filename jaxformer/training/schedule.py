@@ -25,7 +25,7 @@ class ScheduleConfig(Config, abstract=True):
   warmup: int | None = None
 
   def validate(self):
-    self.require(self.warmup is None or self.warmup >= 0, 'warmup', 'at least 0, or none')
+    self.require_not_negative('warmup')
 
   def warmup_steps(self, steps: int) -> int:
     """Return the warm-up of a run of `steps` steps."""
@@ -105,7 +105,7 @@ class Noam(ScheduleConfig):
 
   def validate(self):
     super().validate()
-    self.require(self.width > 0, 'width', 'positive')
+    self.require_positive('width')
 
   def factor(self, step, steps):
     t, w = jnp.asarray(step, jnp.float32) + 1, max(1, self.warmup_steps(steps))
