@@ -13,6 +13,7 @@ import jax
 from flax import nnx
 
 from jaxformer.config import InputError
+from jaxformer.evaluation import EvalResult
 from jaxformer.launch import ENGINES, Engine
 from jaxformer.layers.layer import LayerConfig
 from jaxformer.models.model import ModelConfig
@@ -32,7 +33,7 @@ from jaxformer.workflows.benchmark import Benchmark, measure
 from jaxformer.workflows.check import Verdicts, check_examples
 from jaxformer.workflows.data import DataReport, data_report, write_tokenizer
 from jaxformer.workflows.describe import Description, describe_model
-from jaxformer.workflows.evaluate import EvaluateOptions, Evaluation
+from jaxformer.workflows.evaluate import EvaluateOptions
 from jaxformer.workflows.launch import LaunchPlan, prepare
 from jaxformer.workflows.load import Code, load_model, name_code
 from jaxformer.workflows.model import GenerateOptions, Model, TranslateOptions
@@ -166,7 +167,7 @@ def translate(
 
 def evaluate(
   model: Model | str, *, code: Code = (), **options: Unpack[EvaluateOptions]
-) -> Evaluation:
+) -> EvalResult:
   """Score a trained model (see `load`) on held-out data, by default of the data that it was trained
   on. The options are `EvaluateOptions`; `code` is that of `load`."""
   return _loaded(model, code).evaluate(**options)

@@ -173,9 +173,9 @@ def test_a_loaded_model(trained, monkeypatch, tmp_path):
   pieces = ''.join(model.stream('def', max_new_tokens=6, temperature=0))
   assert pieces == model.generate('def', max_new_tokens=6, temperature=0)
   scores = model.evaluate(batch_size=8, batches=1, by_position=True)
-  assert scores.result.loss == pytest.approx(trained[1].metrics['eval/loss'], rel=1e-5)
+  assert scores.loss == pytest.approx(trained[1].metrics['eval/loss'], rel=1e-5)
   assert len(scores.loss_by_position) == 32
-  assert scores.json()['bits_per_byte'] == scores.result.bits_per_byte
+  assert scores.json()['bits_per_byte'] == scores.bits_per_byte
   other = jaxformer.evaluate(model, overrides={'data.corpus': 'StandardLibrary'}, batches=1)
   assert other.source == 'StandardLibrary'
   with pytest.raises(InputError, match='data only'):
@@ -184,6 +184,8 @@ def test_a_loaded_model(trained, monkeypatch, tmp_path):
   assert likely.count == likely.bytes == len('the cat')
   assert likely.loss < other.loss
   assert math.isfinite(likely.bits_per_byte)
+  assert likely.json()['bits_per_byte'] == likely.bits_per_byte
+  assert likely.lines()[0] == '7 targets, 7 bytes'
   model.export(tmp_path / 'weights')
   again = jaxformer.load(tmp_path / 'weights')
   assert again.generate('def', max_new_tokens=6, temperature=0) == pieces

@@ -256,17 +256,19 @@ def kept(
   params, _ = load_params(trial.folder, definition)
   losses = loss_by_source_length(definition, params, dataset.validation_batches(64), edges)
   end, most = dataset.tokenizer.end_of_document, dataset.config.positions  # no reference has more
-
-  def search(sources: Any) -> list[list[int]]:
-    found = translate(
-      definition, params, sources, end=end, vocab_size=dataset.vocab_size, max_new_tokens=most
-    )
-    return [t.tokens for t in found]
-
+  pairs = dataset.held_out_pairs(TEXTS)
+  outputs = translate(
+    definition,
+    params,
+    [p.source_ids for p in pairs],
+    end=end,
+    vocab_size=dataset.vocab_size,
+    max_new_tokens=most,
+  )
   found = evaluate_translation(
-    search, dataset.held_out_pairs(TEXTS), dataset.tokenizer, edges=edges, bootstrap=None
-  ).by_length
-  scores = [g.scores.bleu.value if quality == 'BLEU' else 100 * g.scores.exact_match for g in found]
+    [t.tokens for t in outputs], pairs, dataset.tokenizer, edges=edges, bootstrap=None
+  ).by_length.values()
+  scores = [s.bleu.value if quality == 'BLEU' else 100 * s.exact_match for s in found]
   value = {'loss': [r.loss for r in losses], 'quality': scores}
   file.write_text(json.dumps(value) + '\n')
   note(

@@ -35,8 +35,10 @@ by amounts too unequal for significance), and by -0.001 ± 0.003, +0.002 ± 0.00
 
 from __future__ import annotations
 
+import math
 import os
 import pathlib
+from collections.abc import Iterable
 from typing import Any
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
@@ -136,16 +138,12 @@ def losses(
     batches = data.validation_batches(min(rows, BATCH), -(-rows // BATCH))
     whole = [Batch(b.inputs, b.targets_BT, None) for b in batches if isinstance(b, Batch)]
     parts = [slice(i, i + LENGTH) for i in range(0, length, LENGTH)]
-    cut = [
-      loss_by_position(
-        definition, params, (Batch(b.inputs[:, p], b.targets_BT[:, p], None) for b in whole)
-      )
-      for p in parts
-    ]
-    np.save(
-      file,
-      [loss_by_position(definition, params, whole).loss_T, np.concatenate([c.loss_T for c in cut])],
-    )
+
+    def loss(batches: Iterable[Batch]) -> list[float]:
+      return [r.loss if r else math.nan for r in loss_by_position(definition, params, batches)]
+
+    cut = [loss(Batch(b.inputs[:, p], b.targets_BT[:, p], None) for b in whole) for p in parts]
+    np.save(file, [loss(whole), np.concatenate(cut)])
   in_one_go, in_pieces = np.load(file)
   return in_one_go, in_pieces
 

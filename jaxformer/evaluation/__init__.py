@@ -5,14 +5,12 @@ from __future__ import annotations
 
 from jaxformer.evaluation.language_model import (
   EvalResult,
-  PositionLoss,
   bits_per_byte,
   evaluate,
   loss_by_position,
   loss_by_source_length,
 )
 from jaxformer.evaluation.translation import (
-  Translate,
   TranslationResult,
   TranslationScores,
   evaluate_translation,
@@ -20,8 +18,6 @@ from jaxformer.evaluation.translation import (
 
 __all__ = [
   'EvalResult',
-  'PositionLoss',
-  'Translate',
   'TranslationResult',
   'TranslationScores',
   'bits_per_byte',

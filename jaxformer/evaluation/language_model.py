@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -18,9 +18,14 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxformer.config import InputError
+from jaxformer.evaluation.translation import TranslationResult
 from jaxformer.models.params import Definition, Params
 from jaxformer.sharding import Parallel, use_mesh
 from jaxformer.task_type import IGNORE, Batch, TaskType
+
+SHOWN_POSITIONS = (0, 1, 3, 7, 15, 31, 63, 127, 255, 511, 1023, 2047, 4095)
+Scores = tuple[np.ndarray, np.ndarray, Batch]
+"""-log p and whether the target is the argmax, `B T`, and the batch without its inputs."""
 
 
 def bits_per_byte(nll_sum: float, bytes: int) -> float:
@@ -36,19 +41,34 @@ def bits_per_byte(nll_sum: float, bytes: int) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class EvalResult:
-  """Sums over all targets.
+  """Scores of a model: sums over all targets, and what is reported with them.
 
   Attributes:
     nll_sum: of -log p(target), in nats.
     count: targets.
     bytes: UTF-8 bytes of the text of the targets; None if unknown.
     correct: targets that are the argmax (ties count).
+    name, step: of the model; None if it has none.
+    source: of the data; None if unknown.
+    held_out: what the sequences that were scored are called.
+    baselines: bits per byte of models of single bytes, by name ('unigram_bits_per_byte'); empty for
+      data other than text.
+    translation: scores of translations; None for data other than pairs.
+    loss_by_position: nats per target at each position, None at one without targets; None if not
+      measured.
   """
 
   nll_sum: float
   count: int
   bytes: int | None = None
   correct: int = 0
+  name: str | None = None
+  step: int | None = None
+  source: str | None = None
+  held_out: str = 'held-out data'
+  baselines: dict[str, float] = dataclasses.field(default_factory=dict)
+  translation: TranslationResult | None = None
+  loss_by_position: list[float | None] | None = None
 
   @property
   def loss(self) -> float:
@@ -70,25 +90,50 @@ class EvalResult:
     """None without `bytes`."""
     return None if self.bytes is None else bits_per_byte(self.nll_sum, self.bytes)
 
+  def json(self) -> dict[str, Any]:
+    """The scores as JSON data."""
+    value: dict[str, Any] = {
+      'run': self.name,
+      'step': self.step,
+      'source': self.source,
+      'loss': self.loss,
+      'targets': self.count,
+    }
+    if self.bytes is not None:
+      names = 'bits_per_byte', 'perplexity', 'bytes'
+      value |= {name: getattr(self, name) for name in names}
+    if not self.baselines:
+      value['accuracy'] = self.accuracy
+    value |= self.baselines
+    if self.translation is not None:
+      value['translation'] = self.translation.json()
+    if self.loss_by_position is not None:
+      value['loss_by_position'] = self.loss_by_position
+    return value
 
-@dataclasses.dataclass(frozen=True)
-class PositionLoss:
-  """Sums over all targets by position in the document, from 0.
-
-  Attributes:
-    nll_sum_T: of -log p(target), in nats, float64.
-    count_T: targets, int64.
-  """
-
-  nll_sum_T: np.ndarray
-  count_T: np.ndarray
-
-  @property
-  def loss_T(self) -> np.ndarray:
-    """Nats per target; NaN at positions without targets."""
-    return np.divide(
-      self.nll_sum_T, self.count_T, out=np.full(len(self.count_T), np.nan), where=self.count_T > 0
-    )
+  def lines(self) -> list[str]:
+    """The scores for a reader."""
+    step = '' if self.step is None else f' at step {self.step}'
+    name = '' if self.name is None else f'{self.name}{step}, {self.held_out}: '
+    head = f'{name}{self.count:,} targets'
+    if self.bytes is None:
+      lines = [head, f'  {self.accuracy:.2%} correct, {self.loss:.4f} nats per target']
+    else:
+      known = ', '.join(f'{n.partition("_")[0]} {v:.4f}' for n, v in self.baselines.items())
+      known = f' (models of bytes: {known})' if known else ''
+      lines = [
+        f'{head}, {self.bytes:,} bytes',
+        f'  {self.bits_per_byte:.4f} bits per byte{known}',
+        f'  {self.loss:.4f} nats per token, perplexity {self.perplexity:.2f}, top-1 accuracy '
+        f'{self.accuracy:.2%}',
+      ]
+    if self.translation is not None:
+      lines += [f'  {line}' for line in self.translation.lines()]
+    if self.loss_by_position is not None:
+      losses = dict(enumerate(self.loss_by_position))
+      at = (f'{i}: {losses[i]:.3f}' for i in SHOWN_POSITIONS if losses.get(i) is not None)
+      lines.append(f'  nats at position {", ".join(at)}')
+    return lines
 
 
 def evaluate(
@@ -116,9 +161,9 @@ def evaluate(
       positions.
   """
   nll_sum, count, bytes, correct = 0.0, 0, 0, 0
-  for nll_BT, correct_BT, targets_BT, _ in _scores(definition, params, batches, parallel, dtype):
+  for nll_BT, correct_BT, batch in _scores(definition, params, batches, parallel, dtype):
     nll_sum += float(nll_BT.sum(dtype=np.float64))  # masked positions are 0
-    targets = targets_BT[targets_BT != IGNORE]
+    targets = batch.targets_BT[batch.targets_BT != IGNORE]
     count += targets.size
     correct += int(correct_BT.sum())
     bytes += 0 if token_bytes_V is None else int(token_bytes_V[targets].sum(dtype=np.int64))
@@ -134,28 +179,20 @@ def loss_by_position(
   *,
   parallel: Parallel | None = None,
   dtype: Any = None,
-) -> PositionLoss:
-  """Return the loss at each position of a document. Sequences may be longer than in training if the
-  model has positions for them. Arguments and errors are those of `evaluate`."""
-  nll_sum_T, count_T = np.zeros(0), np.zeros(0, np.int64)
-  for nll_BT, _, targets_BT, segments_BT in _scores(definition, params, batches, parallel, dtype):
-    counted, length = targets_BT != IGNORE, nll_BT.shape[1]
-    if length > len(count_T):
-      nll_sum_T, count_T = (np.pad(a, (0, length - len(a))) for a in (nll_sum_T, count_T))
-    position = _positions_BT(segments_BT, nll_BT.shape)[counted]
-    nll_sum_T += np.bincount(
-      position, weights=nll_BT[counted].astype(np.float64), minlength=len(nll_sum_T)
-    )
-    count_T += np.bincount(position, minlength=len(count_T))
-  if not count_T.any():
+) -> list[EvalResult | None]:
+  """Return the scores at each position of a document, from 0 to the last with targets; None for one
+  without. Sequences may be longer than in training if the model has positions for them. Arguments
+  and errors are those of `evaluate`."""
+  found = _grouped(_scores(definition, params, batches, parallel, dtype), _positions_BT)
+  if not found:
     raise InputError('evaluation: the batches have no targets')
-  return PositionLoss(nll_sum_T, count_T)
+  return [found.get(position) for position in range(max(found) + 1)]
 
 
 def loss_by_source_length(
   definition: Definition,
   params: Params,
-  batches: Iterable[Any],
+  batches: Iterable[Batch],
   edges: Sequence[int],
   *,
   dtype: Any = None,
@@ -165,28 +202,36 @@ def loss_by_source_length(
   `edges` are ascending lengths (without the end of the document): the inclusive upper limits of the
   groups; longer sources are the last group. None for a group without targets. Errors are those of
   `evaluate`."""
-  chosen, groups = list(batches), len(edges) + 1
-  nll_sum_G, count_G, correct_G = (
-    np.zeros(groups),
-    np.zeros(groups, np.int64),
-    np.zeros(groups, np.int64),
-  )
-  scored = _scores(definition, params, chosen, None, dtype)
-  for batch, (nll_BT, correct_BT, targets_BT, _) in zip(chosen, scored, strict=True):
-    group_B = np.searchsorted(edges, (np.asarray(batch.source_BS) != IGNORE).sum(axis=1) - 1)
-    for values_BT, sums_G in (
-      (nll_BT.astype(np.float64), nll_sum_G),
-      (targets_BT != IGNORE, count_G),
-      (correct_BT, correct_G),
-    ):
-      np.add.at(sums_G, group_B, values_BT[: len(group_B)].sum(axis=1))
-  return [
-    EvalResult(float(n), int(c), None, int(h)) if c else None
-    for n, c, h in zip(nll_sum_G, count_G, correct_G, strict=True)
-  ]
+
+  def group_BT(batch: Batch) -> np.ndarray:
+    group_B = np.searchsorted(edges, (batch.source_BS != IGNORE).sum(axis=1) - 1)
+    return np.broadcast_to(group_B[:, None], batch.targets_BT.shape)
+
+  found = _grouped(_scores(definition, params, batches, None, dtype), group_BT)
+  return [found.get(group) for group in range(len(edges) + 1)]
 
 
-def _positions_BT(segments_BT: np.ndarray | None, shape: tuple[int, ...]) -> np.ndarray:
+def _grouped(
+  scores: Iterable[Scores], group_BT: Callable[[Batch], np.ndarray]
+) -> dict[int, EvalResult]:
+  """The scores of each group of targets that has any."""
+  sums_G3 = np.zeros((0, 3))
+  for nll_BT, correct_BT, batch in scores:
+    counted_BT = batch.targets_BT != IGNORE
+    group, values_BT3 = group_BT(batch)[counted_BT], np.stack([nll_BT, counted_BT, correct_BT], -1)
+    missing = max(0, group.max(initial=-1) + 1 - len(sums_G3))
+    sums_G3 = np.pad(sums_G3, ((0, missing), (0, 0)))
+    np.add.at(sums_G3, group, values_BT3[counted_BT])
+  return {
+    group: EvalResult(float(nll), int(count), correct=int(correct))
+    for group, (nll, count, correct) in enumerate(sums_G3)
+    if count
+  }
+
+
+def _positions_BT(batch: Batch) -> np.ndarray:
+  """The position of each target in its document."""
+  shape, segments_BT = batch.targets_BT.shape, batch.segments_BT
   index_BT = np.broadcast_to(np.arange(shape[1]), shape)
   if segments_BT is None:
     return index_BT
@@ -200,10 +245,10 @@ def _positions_BT(segments_BT: np.ndarray | None, shape: tuple[int, ...]) -> np.
 @functools.partial(jax.jit, static_argnames=('definition', 'parallel'))
 def _scored(
   definition: Definition, params: Params, batch: Batch, parallel: Parallel | None
-) -> tuple[Float[Array, 'B T'], Bool[Array, 'B T'], Int[Array, 'B T'], Int[Array, 'B T'] | None]:
-  """-log p, correct, targets and segments, for the host to sum."""
+) -> tuple[Float[Array, 'B T'], Bool[Array, 'B T'], Batch]:
+  """-log p, correct, and the batch without inputs, for the host to sum."""
   model: Any = definition.merge(params)
-  result: Any = *model.scores(batch), batch.targets_BT, batch.segments_BT
+  result: Any = *model.scores(batch), batch._replace(inputs=None)
   # Every process receives all rows; these are few numbers to all-gather.
   if parallel is None:
     return result
@@ -216,9 +261,8 @@ def _scores(
   batches: Iterable[Batch],
   parallel: Parallel | None,
   dtype: Any,
-) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray | None]]:
-  """-log p, correct, targets and segments of every batch. While the device computes one, the host
-  sums the one before."""
+) -> Iterator[Scores]:
+  """The scores of every batch. While the device computes one, the host sums the one before."""
   if dtype is not None:
     params = definition.cast(params, dtype)
   rows, pending = 0, None
@@ -229,45 +273,43 @@ def _scores(
     with contextlib.nullcontext() if parallel is None else use_mesh(parallel):
       scored = _scored(definition, params, _placed(_filled(checked, rows), parallel), parallel)
     if pending is not None:
-      yield _fetched(pending)
+      yield jax.tree.map(np.asarray, pending)
     pending = scored
   if pending is not None:
-    yield _fetched(pending)
+    yield jax.tree.map(np.asarray, pending)
 
 
 def _checked(definition: Definition, batch: Batch) -> Batch:
   config = definition.config
   task: TaskType = config.task
-  inputs = np.asarray(batch.inputs, np.float32 if task.inputs == 'features' else np.int32)
-  source = np.asarray(batch.source_BS, np.int32) if task.inputs == 'pairs' else None
-  targets = np.asarray(batch.targets_BT, np.int32)
+  inputs = np.float32 if task.inputs == 'features' else np.int32
+  types = Batch(inputs, np.int32, np.int32, np.int32)
+  checked = Batch(*(a if a is None else np.asarray(a, t) for a, t in zip(batch, types)))
   kind = 'number of classes' if task.predicts == 'class' else 'vocabulary'
   for name, ids, low, end, what in (
-    ('source tokens', source, IGNORE, task.source_vocab_size, 'vocabulary'),  # -1 is padding
-    ('tokens', inputs, 0, task.vocab_size, 'vocabulary'),
-    ('targets', targets, IGNORE, task.classes or task.vocab_size, kind),
+    ('source tokens', checked.source_BS, IGNORE, task.source_vocab_size, 'vocabulary'),
+    ('tokens', checked.inputs, 0, task.vocab_size, 'vocabulary'),
+    ('targets', checked.targets_BT, IGNORE, task.classes or task.vocab_size, kind),
   ):
     if ids is not None and end is not None and ids.size and (ids.min() < low or ids.max() >= end):
       raise InputError(
         f'evaluation: {name} from {ids.min()} to {ids.max()}: must be below the {what} of {end}'
       )
-  config.check_length(max(targets.shape[1], 0 if source is None else source.shape[1]))
-  return Batch(
-    inputs,
-    targets,
-    None if batch.segments_BT is None else np.asarray(batch.segments_BT, np.int32),
-    source,
-  )
+  for ids in (checked.targets_BT, checked.source_BS):
+    if ids is not None:
+      config.check_length(ids.shape[1])
+  return checked
 
 
 def _filled(batch: Batch, rows: int) -> Batch:
-  extra = ((0, rows - len(batch.targets_BT)), (0, 0))
-  segments = None if batch.segments_BT is None else np.pad(batch.segments_BT, extra)
-  inputs = np.pad(batch.inputs, (*extra, *((0, 0),) * (batch.inputs.ndim - 2)))
-  source = (
-    None if batch.source_BS is None else np.pad(batch.source_BS, extra, constant_values=IGNORE)
-  )
-  return Batch(inputs, np.pad(batch.targets_BT, extra, constant_values=IGNORE), segments, source)
+  """The batch with rows without targets up to `rows`."""
+
+  def filled(a: np.ndarray, value: int) -> np.ndarray:
+    extra = ((0, rows - len(a)), *((0, 0),) * (a.ndim - 1))
+    return np.pad(a, extra, constant_values=value)
+
+  padding = Batch(0, IGNORE, 0, IGNORE)
+  return Batch(*(a if a is None else filled(a, v) for a, v in zip(batch, padding)))
 
 
 def _placed(batch: Batch, parallel: Parallel | None) -> Batch:
@@ -275,7 +317,3 @@ def _placed(batch: Batch, parallel: Parallel | None) -> Batch:
     return batch
   where = parallel.batch
   return jax.tree.map(lambda a: jax.make_array_from_process_local_data(where, a), batch)
-
-
-def _fetched(scored: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray | None]:
-  return jax.tree.map(np.asarray, scored)

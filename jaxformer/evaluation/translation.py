@@ -8,18 +8,15 @@ are only exact matches."""
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from jaxformer.config import InputError
 from jaxformer.data import HeldOutPair, Tokenizer
-
-Translate = Callable[[list[np.ndarray]], Sequence[Sequence[int] | np.ndarray]]
-"""From the ids of several sources, with the end of the document, to those of their translations,
-with or without it."""
 
 BOOTSTRAP = 1000
 GROUPS = 4
@@ -66,31 +63,24 @@ class TranslationScores:
 
 
 @dataclasses.dataclass(frozen=True)
-class LengthScores:
-  """Scores of the texts of `shortest` to `longest` tokens, without the end of the document."""
-
-  shortest: int
-  longest: int
-  scores: TranslationScores
-
-
-@dataclasses.dataclass(frozen=True)
 class TranslationResult:
   """
   Attributes:
     scores: over all pairs.
-    by_length: from the shortest sources to the longest, without empty groups.
+    by_length: by (least, greatest) length of the sources of a group in tokens, without the end of
+      the document, in ascending order and without empty groups.
     hypotheses: the translations, in the order of the pairs.
   """
 
   scores: TranslationScores
-  by_length: list[LengthScores]
+  by_length: dict[tuple[int, int], TranslationScores]
   hypotheses: list[str]
 
   def json(self) -> dict[str, Any]:
     """The scores as JSON data."""
     groups = [
-      {'shortest': g.shortest, 'longest': g.longest} | g.scores.json() for g in self.by_length
+      {'shortest': shortest, 'longest': longest} | scores.json()
+      for (shortest, longest), scores in self.by_length.items()
     ]
     return self.scores.json() | {'by_source_length': groups}
 
@@ -98,8 +88,8 @@ class TranslationResult:
     """The scores for a reader, followed by the signatures."""
     out = [f'{self.scores.pairs:,} translations: {_line(self.scores)}']
     out += [
-      f'  source of {g.shortest} to {g.longest} tokens ({g.scores.pairs:,}): {_line(g.scores)}'
-      for g in self.by_length
+      f'  source of {shortest} to {longest} tokens ({scores.pairs:,}): {_line(scores)}'
+      for (shortest, longest), scores in self.by_length.items()
     ]
     found = (self.scores.bleu, self.scores.chrf)
     signatures = [
@@ -124,29 +114,32 @@ def _line(scores: TranslationScores) -> str:
 
 
 def evaluate_translation(
-  translate: Translate,
+  translations: Sequence[Sequence[int]],
   pairs: Sequence[HeldOutPair],
   tokenizer: Tokenizer,
   *,
   edges: Sequence[int] | None = None,
   bootstrap: int | None = BOOTSTRAP,
 ) -> TranslationResult:
-  """Translate the sources of `pairs` and score the translations.
+  """Score the translations of the sources of `pairs`.
 
   Args:
-    translate: called once for all of them.
+    translations: token ids; what follows the end of a document is ignored.
     pairs: from `Dataset.held_out_pairs`.
-    tokenizer: of the translations, which end at the first end of a document.
+    tokenizer: of the translations.
     edges: ascending source lengths, the inclusive upper limits of the groups; longer sources are
       the last group. None for four groups of about equal size.
     bootstrap: resamples for the interval of the scores over all pairs; None for no interval.
   """
   if not pairs:
     raise InputError('translation: no pairs to score')
-  outputs = translate([p.source_ids for p in pairs])
-  if len(outputs) != len(pairs):
-    raise ValueError(f'translate gave {len(outputs)} translations of {len(pairs)} texts')
-  hypotheses = [tokenizer.decode(_before_end(ids, tokenizer.end_of_document)) for ids in outputs]
+  if len(translations) != len(pairs):
+    raise ValueError(f'there are {len(translations)} translations of {len(pairs)} texts')
+  end = tokenizer.end_of_document
+  hypotheses = [
+    tokenizer.decode(list(itertools.takewhile(lambda token: token != end, ids)))
+    for ids in translations
+  ]
   references = [p.reference for p in pairs]
   lengths = np.array([len(p.source_ids) - 1 for p in pairs])
   return TranslationResult(
@@ -156,17 +149,12 @@ def evaluate_translation(
   )
 
 
-def _before_end(ids: Sequence[int] | np.ndarray, end: int | None) -> list[int]:
-  ids = np.asarray(ids, np.int64).tolist()
-  return ids[: ids.index(end)] if end in ids else ids
-
-
 def by_length(
   hypotheses: Sequence[str],
   references: Sequence[str],
   lengths: Sequence[int] | np.ndarray,
   edges: Sequence[int] | None = None,
-) -> list[LengthScores]:
+) -> dict[tuple[int, int], TranslationScores]:
   """Score groups by source length, without intervals; `edges` as for `evaluate_translation`."""
   lengths = np.asarray(lengths)
   if edges is None:
@@ -174,11 +162,11 @@ def by_length(
   if list(edges) != sorted(set(edges)):
     raise InputError('edges', list(edges), 'ascending')
   group = np.searchsorted(edges, lengths)
-  out = []
+  out = {}
   for g in np.unique(group):
     mine = np.flatnonzero(group == g)
-    scores = score([hypotheses[i] for i in mine], [references[i] for i in mine])
-    out.append(LengthScores(int(lengths[mine].min()), int(lengths[mine].max()), scores))
+    between = int(lengths[mine].min()), int(lengths[mine].max())
+    out[between] = score([hypotheses[i] for i in mine], [references[i] for i in mine])
   return out
 
 

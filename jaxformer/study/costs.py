@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from jaxformer import config
 from jaxformer.data import Dataset, DatasetConfig, open_data
@@ -135,17 +134,15 @@ def by_position(
   definition, dtype = define(model), compute_dtype('auto', make_parallel(MeshConfig()))
 
   def measure() -> list[float | None]:
-    sums, counts = np.zeros(1), np.zeros(1)
+    runs = []
     for folder in folders:
       params, _ = load_params(folder, definition)
-      found = loss_by_position(
-        definition,
-        params,
-        dataset.validation_batches(study.batch_size, study.eval_batches),
-        dtype=dtype,
-      )
-      sums, counts = sums + found.nll_sum_T, counts + found.count_T
-    return [float(s / c) if c else None for s, c in zip(sums, counts, strict=True)]
+      batches = dataset.validation_batches(study.batch_size, study.eval_batches)
+      runs.append(loss_by_position(definition, params, batches, dtype=dtype))
+    # all runs are scored on the same targets
+    return [
+      statistics.mean(r.loss for r in at) if all(at) else None for at in zip(*runs, strict=True)
+    ]
 
   key = {
     'runs': [Path(f).name for f in folders],
@@ -177,20 +174,18 @@ def translations(
 
   def measure() -> dict[str, list[float]]:
     found: dict[str, list[float]] = {}
+    pairs = dataset.held_out_pairs(study.translations)
     for folder in folders:
       params, _ = load_params(folder, definition)
-
-      def search(sources: Any, params: Any = params) -> list[list[int]]:
-        return [
-          t.tokens
-          for t in translate(
-            definition, params, sources, end=end, vocab_size=dataset.vocab_size, dtype=dtype
-          )
-        ]
-
-      s = evaluate_translation(
-        search, dataset.held_out_pairs(study.translations), tokenizer, bootstrap=None
-      ).scores
+      outputs = translate(
+        definition,
+        params,
+        [p.source_ids for p in pairs],
+        end=end,
+        vocab_size=dataset.vocab_size,
+        dtype=dtype,
+      )
+      s = evaluate_translation([t.tokens for t in outputs], pairs, tokenizer, bootstrap=None).scores
       rows = {'exact match': s.exact_match} | {
         n: x.value for n, x in (('BLEU', s.bleu), ('chrF', s.chrf)) if x is not None
       }

@@ -27,74 +27,6 @@ if TYPE_CHECKING:
   from jaxformer.workflows.model import Model
 
 LONGEST = 1024  # tokens per sequence for weights of another library
-SHOWN_POSITIONS = (0, 1, 3, 7, 15, 31, 63, 127, 255, 511, 1023, 2047, 4095)
-
-
-@dataclasses.dataclass(frozen=True)
-class Evaluation:
-  """Scores of a trained model.
-
-  Attributes:
-    name, step: of the model.
-    source: of the data.
-    held_out: what the sequences that were scored are called.
-    result: loss, accuracy, bits per byte and perplexity.
-    baselines: bits per byte of models of single bytes, by name ('unigram_bits_per_byte'); empty for
-      data other than text.
-    translation: scores of translations; None for data other than pairs.
-    loss_by_position: nats per target at each position; None if not asked for.
-  """
-
-  name: str
-  step: int | None
-  source: str
-  held_out: str
-  result: EvalResult
-  baselines: dict[str, float]
-  translation: TranslationResult | None = None
-  loss_by_position: list[float] | None = None
-
-  def json(self) -> dict[str, Any]:
-    r = self.result
-    value: dict[str, Any] = {
-      'run': self.name,
-      'step': self.step,
-      'source': self.source,
-      'loss': r.loss,
-      'targets': r.count,
-    }
-    if r.bytes is not None:
-      value |= {'bits_per_byte': r.bits_per_byte, 'perplexity': r.perplexity, 'bytes': r.bytes}
-    if not self.baselines:
-      value['accuracy'] = r.accuracy
-    value |= self.baselines
-    if self.translation is not None:
-      value['translation'] = self.translation.json()
-    if self.loss_by_position is not None:
-      value['loss_by_position'] = self.loss_by_position
-    return value
-
-  def lines(self) -> list[str]:
-    r = self.result
-    step = '' if self.step is None else f' at step {self.step}'
-    head = f'{self.name}{step}, {self.held_out}: {r.count:,} targets'
-    if r.bytes is None:
-      lines = [head, f'  {r.accuracy:.2%} correct, {r.loss:.4f} nats per target']
-    else:
-      known = ', '.join(f'{n.partition("_")[0]} {v:.4f}' for n, v in self.baselines.items())
-      known = f' (models of bytes: {known})' if known else ''
-      lines = [
-        f'{head}, {r.bytes:,} bytes',
-        f'  {r.bits_per_byte:.4f} bits per byte{known}',
-        f'  {r.loss:.4f} nats per token, perplexity {r.perplexity:.2f}, top-1 accuracy '
-        f'{r.accuracy:.2%}',
-      ]
-    if self.translation is not None:
-      lines += [f'  {line}' for line in self.translation.lines()]
-    if (losses := self.loss_by_position) is not None:
-      at = (f'{i}: {losses[i]:.3f}' for i in SHOWN_POSITIONS if i < len(losses))
-      lines.append(f'  nats at position {", ".join(at)}')
-    return lines
 
 
 class EvaluateOptions(TypedDict, total=False):
@@ -129,7 +61,7 @@ def evaluate_model(
   translations: int = 200,
   by_position: bool = False,
   log: Log = log_progress,
-) -> Evaluation:
+) -> EvalResult:
   """Score a model; see `jaxformer.evaluate`."""
   for field, value in (('batch_size', batch_size), ('batches', batches)):
     if value is not None and value < 1:
@@ -151,19 +83,19 @@ def evaluate_model(
   positions = None
   if by_position:
     found = loss_by_position(model.definition, model.params, held_out())
-    positions = found.loss_T.tolist()
+    positions = [r and r.loss for r in found]
   translated = None
   if chosen.task == TRANSLATION and translations:
     translated = _translation(model, dataset, translations, batch_size)
-  return Evaluation(
-    model.name,
-    model.step,
-    chosen.title,
-    chosen.validation_name,
+  return dataclasses.replace(
     result,
-    dataset.baselines(),
-    translated,
-    positions,
+    name=model.name,
+    step=model.step,
+    source=chosen.title,
+    held_out=chosen.validation_name,
+    baselines=dataset.baselines(),
+    translation=translated,
+    loss_by_position=positions,
   )
 
 
@@ -197,15 +129,13 @@ def _translation(model: Model, dataset: Dataset, limit: int, batch_size: int) ->
   end = tokenizer.end_of_document
   assert end is not None, 'pairs end with a token'
 
-  def search(sources: Any) -> list[list[int]]:
-    found = translate(
-      model.definition,
-      model.params,
-      sources,
-      end=end,
-      vocab_size=dataset.vocab_size,
-      batch_size=batch_size,
-    )
-    return [t.tokens for t in found]
-
-  return evaluate_translation(search, dataset.held_out_pairs(limit), tokenizer)
+  pairs = dataset.held_out_pairs(limit)
+  found = translate(
+    model.definition,
+    model.params,
+    [p.source_ids for p in pairs],
+    end=end,
+    vocab_size=dataset.vocab_size,
+    batch_size=batch_size,
+  )
+  return evaluate_translation([t.tokens for t in found], pairs, tokenizer)

@@ -84,7 +84,7 @@ def test_a_layer_of_ones_own(folder, cache, capsys, monkeypatch):
   scored = json.loads(done.stdout)
   assert scored['loss'] == pytest.approx(trained['metrics']['eval/loss'], rel=1e-5)
   model = jaxformer.load(run)
-  assert model.evaluate(batches=1, batch_size=8).result.loss == pytest.approx(scored['loss'])
+  assert model.evaluate(batches=1, batch_size=8).loss == pytest.approx(scored['loss'])
   assert len(model.complete(['x'], max_new_tokens=3)[0].tokens) <= 3
   assert 'y_t = mean of x_s W over s <= t' in '\n'.join(jaxformer.describe(str(run)).lines())
   with pytest.raises(InputError, match="'Attention', not Attention"):

@@ -111,24 +111,21 @@ def test_loss_by_position(packed):
   result = loss_by_position(definition, params, [batch.rows(0, 4), batch.rows(4, 7)])
   for t in range(T):
     here = counted & (positions == t)
-    assert result.count_T[t] == here.sum()
-    np.testing.assert_allclose(result.nll_sum_T[t], nll[here].sum(), rtol=1e-5, atol=1e-5)
-    assert (
-      np.isnan(result.loss_T[t])
-      if not here.any()
-      else result.loss_T[t] == result.nll_sum_T[t] / here.sum()
-    )
+    if not here.any():
+      assert t >= len(result) or result[t] is None
+    else:
+      assert result[t].count == here.sum()
+      np.testing.assert_allclose(result[t].nll_sum, nll[here].sum(), rtol=1e-5, atol=1e-5)
   total = evaluate(definition, params, [batch])
-  np.testing.assert_allclose(result.nll_sum_T.sum(), total.nll_sum, rtol=1e-6)
+  np.testing.assert_allclose(sum(r.nll_sum for r in result if r), total.nll_sum, rtol=1e-6)
+  assert sum(r.correct for r in result if r) == total.correct
 
 
 @pytest.mark.quick
 def test_beyond_the_training_length():
   definition, params = model('alibi')
   # its context is 64
-  assert (
-    len(loss_by_position(definition, params, [data(rows=2, packed=False, length=80)]).loss_T) == 80
-  )
+  assert len(loss_by_position(definition, params, [data(rows=2, packed=False, length=80)])) == 80
   learned, params = model('gpt2-tiny')
   with pytest.raises(InputError, match=r'257.*256'):
     evaluate(learned, params, [data(rows=1, length=257)])

@@ -99,15 +99,15 @@ def test_groups_by_length_partition_the_pairs():
   lengths = [9, 3, 5, 7, 3, 12, 30]
   texts = [f'number {i} of a few' for i in range(7)]
   groups = by_length(texts, [*texts[:6], 'other'], lengths, edges=[4, 8, 20])
-  assert [(g.shortest, g.longest, g.scores.pairs, g.scores.exact) for g in groups] == [
+  assert [(*lengths, s.pairs, s.exact) for lengths, s in groups.items()] == [
     (3, 3, 2, 2),
     (5, 7, 2, 2),
     (9, 12, 2, 2),
     (30, 30, 1, 0),
   ]
   quarters = by_length(texts, texts, lengths)
-  assert sum(g.scores.pairs for g in quarters) == 7
-  assert all(a.longest < b.shortest for a, b in itertools.pairwise(quarters))
+  assert sum(s.pairs for s in quarters.values()) == 7
+  assert all(a[1] < b[0] for a, b in itertools.pairwise(quarters))
   assert len(by_length(texts, texts, [5] * 7)) == 1
   with pytest.raises(InputError, match='ascending'):
     by_length(texts, texts, lengths, edges=[8, 4])
@@ -118,30 +118,21 @@ def test_translations_end_at_the_first_end_and_are_decoded():
     HeldOutPair(np.array([*s.encode(), 256], np.int32), s, s.upper())
     for s in ('ab', 'a longer one', 'cde')
   ]
-  asked = []
-
-  def translate(sources):
-    asked.extend(bytes(s[:-1].tolist()).decode() for s in sources)
-    return [
-      [*p.reference.encode(), 256, 65, 66] if i != 1 else np.frombuffer(b'WRONG', np.uint8)
-      for i, p in enumerate(pairs)
-    ]
-
-  result = evaluate_translation(translate, pairs, ByteTokenizer(), edges=[3], bootstrap=None)
-  assert asked == ['ab', 'a longer one', 'cde']
-  assert result.hypotheses == ['AB', 'WRONG', 'CDE']
-  assert [(g.shortest, g.longest, g.scores.exact) for g in result.by_length] == [
-    (2, 3, 2),
-    (12, 12, 0),
+  outputs = [
+    [*p.reference.encode(), 256, 65, 66] if i != 1 else np.frombuffer(b'WRONG', np.uint8)
+    for i, p in enumerate(pairs)
   ]
+  result = evaluate_translation(outputs, pairs, ByteTokenizer(), edges=[3], bootstrap=None)
+  assert result.hypotheses == ['AB', 'WRONG', 'CDE']
+  assert {lengths: s.exact for lengths, s in result.by_length.items()} == {(2, 3): 2, (12, 12): 0}
   value = result.json()
   assert (value['pairs'], value['exact_match']) == (3, pytest.approx(2 / 3))
   assert [g['longest'] for g in value['by_source_length']] == [3, 12]
   assert result.lines()[0].startswith('3 translations: exact match 66.67%')
   with pytest.raises(ValueError, match='2 translations of 3'):
-    evaluate_translation(lambda s: [[], []], pairs, ByteTokenizer())
+    evaluate_translation([[], []], pairs, ByteTokenizer())
   with pytest.raises(InputError, match='no pairs'):
-    evaluate_translation(translate, [], ByteTokenizer())
+    evaluate_translation([], [], ByteTokenizer())
 
 
 def test_without_sacrebleu_there_are_exact_matches(monkeypatch):
@@ -149,7 +140,7 @@ def test_without_sacrebleu_there_are_exact_matches(monkeypatch):
   data = open_data(Dates(test_sequences=50))
   pairs = data.held_out_pairs()
   result = evaluate_translation(
-    lambda _: [data.tokenizer.encode(p.reference) for p in pairs], pairs, data.tokenizer
+    [data.tokenizer.encode(p.reference) for p in pairs], pairs, data.tokenizer
   )
   assert (result.scores.exact_match, result.scores.bleu, result.scores.chrf) == (1.0, None, None)
   assert result.json()['bleu'] is None
