@@ -12,7 +12,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from jaxformer.planning.hlo import SHAPE, Instruction, Program, array_bytes, text_of
+from jaxformer.planning.hlo import Instruction, Program, numbers
 
 _KINDS = ('all-gather', 'all-reduce', 'reduce-scatter', 'all-to-all', 'collective-permute')
 _DEVICES = re.compile(
@@ -54,37 +54,30 @@ class Collective(NamedTuple):
 def list_collectives(compiled: jax.stages.Compiled | str) -> list[Collective]:
   """Every collective that one run of a compiled program (or of its text) executes. A loop whose
   iterations the text does not give counts as one; every branch of a conditional counts."""
-  program = Program(text_of(compiled))
-
-  def starts(name: str) -> bool:
-    return any('"AsyncCollectiveStart"' in i.rest for i in program.computations[name].values())
-
+  program = Program(compiled)
   # The TPU compiler repeats an asynchronous collective, under the same channel, in each computation
   # that it overlaps with.
-  started = {
-    i.attribute('channel_id')
+  starts = {
+    name: {i.attribute('channel_id') for i in lines.values()} - {''}
     for name, lines in program.computations.items()
-    if starts(name)
-    for i in lines.values()
-  } - {''}
+    if any('"AsyncCollectiveStart"' in i.rest for i in lines.values())
+  }
+  started = set().union(*starts.values())
 
   def of(name: str, times: int) -> Iterable[Collective]:
     for i in program.computations[name].values():
       kind = i.operation.removesuffix('-start')
-      if i.operation == 'while':
-        yield from of(i.attribute('body'), times * program.iterations(name, i))
-      elif i.operation == 'conditional':
-        for branch in i.branches:
-          yield from of(branch, times)
-      elif kind in _KINDS:
-        if i.attribute('channel_id') not in started or starts(name):
+      inside, iterations = program.calls(i)
+      if kind in _KINDS:
+        if name in starts or i.attribute('channel_id') not in started:
           yield _collective(kind, i, times)
-      elif i.called.startswith('all-reduce-scatter'):
+      elif i.attribute('calls').startswith('all-reduce-scatter'):
         # the TPU compiler writes a reduce-scatter as a fusion with an all-reduce inside
-        for c in itertools.islice(of(i.called, times), 1):
+        for c in itertools.islice(of(inside[0], times), 1):
           yield _collective('reduce-scatter', i, times)._replace(devices=c.devices)
-      elif i.called in program.computations:
-        yield from of(i.called, times)
+      else:
+        for called in inside:
+          yield from of(called, times * iterations)
 
   return list(of(program.entry, 1))
 
@@ -111,23 +104,27 @@ def traffic_by_axis(
 
 def _collective(kind: str, i: Instruction, times: int) -> Collective:
   arrays = [
-    (array_bytes(dtype, dims), f'{dtype}[{dims}]')
-    for dtype, dims in SHAPE.findall(re.sub(r'\{.*?\}', '', i.shape))
+    (_itemsize(dtype) * math.prod(dims), f'{dtype}[{",".join(map(str, dims))}]')
+    for dtype, dims in i.arrays
   ]
   if i.operation.endswith('-start') and kind != 'all-reduce':
     # the start of a gather or a permute carries (operands, results, ...), of which no operand is
     # larger than the result
     arrays = [max(arrays)]
-  source = re.search(r'op_name="([^"]*)"', i.rest)
   devices = _DEVICES.search(i.rest)
   return Collective(
     kind,
-    tuple(a[1] for a in arrays),
-    sum(a[0] for a in arrays),
+    tuple(text for _, text in arrays),
+    sum(size for size, _ in arrays),
     times,
-    source.group(1) if source else '',
+    i.attribute('op_name'),
     devices.group(1) if devices else '',
   )
+
+
+def _itemsize(dtype: str) -> int:
+  """Bytes of a value of a dtype by its name in HLO."""
+  return 1 if dtype == 'pred' else max(numbers(dtype)[0] // 8, 1)
 
 
 def axes_of(collective: Collective, mesh: Mapping[str, int]) -> tuple[str, ...]:
@@ -152,15 +149,11 @@ def _groups(text: str, devices: int) -> np.ndarray:
     return _mesh_groups(text)
   if text.startswith('['):
     dims, rest = text.split('<=')
-    return _iota(rest).reshape(_numbers(dims))
-  rows = [_numbers(g) for g in re.findall(r'\{([\d,]+)\}', text)]
+    return _iota(rest).reshape(numbers(dims))
+  rows = [numbers(g) for g in re.findall(r'\{([\d,]+)\}', text)] or [list(range(devices))]
   # pad shorter groups with their first member, which adds no device
-  longest = max(map(len, rows), default=0)
-  return (
-    np.array([[*r, *r[:1] * (longest - len(r))] for r in rows])
-    if rows
-    else np.arange(devices)[None]
-  )
+  longest = max(map(len, rows))
+  return np.array([[*r, *r[:1] * (longest - len(r))] for r in rows])
 
 
 def _mesh_groups(text: str) -> np.ndarray:
@@ -173,16 +166,14 @@ def _mesh_groups(text: str) -> np.ndarray:
   shape, over = [], []
   for name, size in sizes.items():
     spans = [
-      (int(before), int(before) * int(part)) if part else (1, size)
+      (int(before or 1), int(before or 1) * int(part or size))
       for n, before, part in asked
       if n == name
     ]
     for low, high in itertools.pairwise(sorted({1, size, *itertools.chain(*spans)})):
       over += [len(shape)] if any(first <= low and high <= last for first, last in spans) else []
       shape.append(high // low)
-  ids = (_iota(found.group(2)) if found.group(2) else np.arange(math.prod(sizes.values()))).reshape(
-    shape
-  )
+  ids = _iota(found.group(2) or str(math.prod(shape))).reshape(shape)
   members = math.prod(shape[i] for i in over)
   return np.moveaxis(ids, over, range(-len(over), 0)).reshape(-1, members)
 
@@ -190,9 +181,5 @@ def _mesh_groups(text: str) -> np.ndarray:
 def _iota(text: str) -> np.ndarray:
   """The numbers from 0 in a shape, transposed: '[4,2]T(1,0)'."""
   shape, _, order = text.partition('T')
-  ids = np.arange(math.prod(_numbers(shape))).reshape(_numbers(shape))
-  return ids.transpose(_numbers(order)) if order else ids
-
-
-def _numbers(text: str) -> list[int]:
-  return [int(n) for n in re.findall(r'\d+', text)]
+  ids = np.arange(math.prod(numbers(shape))).reshape(numbers(shape))
+  return ids.transpose(numbers(order)) if order else ids
