@@ -34,7 +34,7 @@ from jaxformer.layers.layer import Context
 from jaxformer.models.model import ModelConfig
 from jaxformer.models.params import Definition, define
 from jaxformer.ops.implementation import implementation
-from jaxformer.planning.residuals import SavedResidual, residuals
+from jaxformer.planning.residuals import TracedArray, residuals
 from jaxformer.planning.setup import PlanSetup
 from jaxformer.sharding import assume_platform
 from jaxformer.task_type import Batch
@@ -153,7 +153,7 @@ def _training_memory(setup: PlanSetup) -> DeviceMemory:
 Shards = Mapping[str, tuple[int, ...]]
 
 
-def _activations(setup: PlanSetup, shards: Shards, remat: str) -> list[SavedResidual]:
+def _activations(setup: PlanSetup, shards: Shards, remat: str) -> list[TracedArray]:
   """The arrays that a forward pass keeps and that depend on the batch."""
   dtype = 'float32' if setup.precision == 'fp32' else 'bfloat16'
   platform = setup.platform or ('gpu' if setup.target.chip.domain else 'tpu')
@@ -172,7 +172,7 @@ def _residuals(
   dtype: str,
   platform: str,
   shards: tuple[tuple[int, ...], ...],
-) -> list[SavedResidual]:
+) -> list[TracedArray]:
   definition = define(model)
 
   def backward(params: Any, batch: Any) -> Any:
@@ -206,7 +206,7 @@ def _shards_in_use(definition: Definition, setup: PlanSetup) -> Shards:
   }
 
 
-def _largest_period(kept: list[SavedResidual]) -> int:
+def _largest_period(kept: list[TracedArray]) -> int:
   """Bytes of the activations of one iteration of the loop whose iterations keep most; of what no
   loop keeps, all."""
   loops: dict[int, int] = {}

@@ -18,8 +18,8 @@ import jax
 from jax.extend.core import Literal
 
 
-class SavedResidual(NamedTuple):
-  """One array that is kept.
+class TracedArray(NamedTuple):
+  """What is known of an array of a program.
 
   Attributes:
     shape, dtype: of the array on all devices.
@@ -37,18 +37,17 @@ class SavedResidual(NamedTuple):
   @property
   def bytes(self) -> int:
     """Bytes per device."""
-    return (
-      math.prod(-(-n // p) for n, p in zip(self.shape, self.shards, strict=True))
-      * self.dtype.itemsize
-    )
+    local = (-(-n // p) for n, p in zip(self.shape, self.shards, strict=True))
+    return math.prod(local) * self.dtype.itemsize
 
 
-class _Value(NamedTuple):
-  """What is propagated for each variable of a program; fields as in `SavedResidual`."""
-
-  shards: tuple[int, ...]
-  activation: bool
-  iterations: int = 1
+def _traced(
+  aval: Any, shards: Sequence[int] | None = None, activation: bool = False
+) -> TracedArray:
+  """An array of a program, replicated unless `shards` says otherwise."""
+  shape = tuple(getattr(aval, 'shape', ()))
+  shards = (1,) * len(shape) if shards is None else tuple(shards)
+  return TracedArray(shape, getattr(aval, 'dtype', None), shards, activation)
 
 
 def residuals(
@@ -56,7 +55,7 @@ def residuals(
   params: Mapping[str, jax.ShapeDtypeStruct],
   shards: Mapping[str, Sequence[int]],
   batch: Any,
-) -> list[SavedResidual]:
+) -> list[TracedArray]:
   """The arrays that `backward(params, batch)`, a function that returns the backward function of
   `jax.vjp`, closes over, without the parameters.
 
@@ -65,85 +64,81 @@ def residuals(
       that is all-gathered).
   """
   closed = jax.make_jaxpr(backward)(params, batch)
-  leaves = jax.tree.leaves((dict(params), batch))
   # `make_jaxpr` flattens a dictionary by sorted keys; the batch's arrays follow.
-  inputs = [_Value(tuple(shards[name]), False) for name in sorted(params)]
-  inputs += [_Value((1,) * leaf.ndim, True) for leaf in leaves[len(inputs) :]]
+  inputs = [_traced(params[name], shards[name]) for name in sorted(params)]
+  inputs += [_traced(leaf, activation=True) for leaf in jax.tree.leaves(batch)]
   outputs = _propagate(closed.jaxpr, inputs)
   arguments = set(map(id, closed.jaxpr.invars))
   found = {
-    id(var): SavedResidual(tuple(var.aval.shape), var.aval.dtype, *value)
-    for var, value in zip(closed.jaxpr.outvars, outputs, strict=True)
+    id(var): array
+    for var, array in zip(closed.jaxpr.outvars, outputs, strict=True)
     if id(var) not in arguments and not isinstance(var, Literal)
   }
   return list(found.values())
 
 
-def _propagate(jaxpr: Any, inputs: Sequence[_Value]) -> list[_Value]:
+def _propagate(jaxpr: Any, inputs: Sequence[TracedArray]) -> list[TracedArray]:
   """The properties of a program's results, from those of its arguments."""
-  known: dict[int, _Value] = {id(v): i for v, i in zip(jaxpr.invars, inputs, strict=True)}
+  known = {id(v): i for v, i in zip(jaxpr.invars, inputs, strict=True)}
 
-  def value(var: Any) -> _Value:
-    return known.get(id(var)) or _Value((1,) * len(getattr(var.aval, 'shape', ())), False)
+  def value(var: Any) -> TracedArray:
+    return known.get(id(var)) or _traced(var.aval)
 
   for eqn in jaxpr.eqns:
-    arguments = [value(v) for v in eqn.invars]
-    for var, result in zip(eqn.outvars, _results(eqn, arguments), strict=True):
-      known[id(var)] = result
+    results = _results(eqn, [value(v) for v in eqn.invars])
+    known.update(zip(map(id, eqn.outvars), results, strict=True))
   return [value(v) for v in jaxpr.outvars]
 
 
-def _results(eqn: Any, arguments: list[_Value]) -> list[_Value]:
+def _results(eqn: Any, arguments: list[TracedArray]) -> list[TracedArray]:
   name, params = eqn.primitive.name, eqn.params
   inner = next((params[k] for k in ('jaxpr', 'call_jaxpr', 'fun_jaxpr') if k in params), None)
   if name == 'scan':
-    return _scan(eqn, arguments)
+    return _scan(params, arguments)
   if inner is not None and name not in ('while', 'pallas_call', 'custom_partitioning', 'shard_map'):
     inner = getattr(inner, 'jaxpr', inner)
     if len(inner.invars) == len(arguments) and len(inner.outvars) == len(eqn.outvars):
       return _propagate(inner, arguments)
-  active = any(a.activation for a in arguments)
-  rule = {
-    'dot_general': _dot,
-    'transpose': _transpose,
-    'broadcast_in_dim': _broadcast,
-    'reshape': _reshape,
-    'squeeze': _reshape,
-  }
   reduced = 'axes' in params and name.startswith(('reduce', 'arg'))
-  results = []
-  for out in eqn.outvars:
-    shape = tuple(getattr(out.aval, 'shape', ()))
-    if name in rule:
-      shards = rule[name](eqn, arguments, shape)
-    elif reduced:
-      shards = tuple(p for i, p in enumerate(arguments[0].shards) if i not in params['axes'])
-    else:
-      shards = _elementwise(eqn, arguments, shape)
-    results.append(_Value(shards, active))
-  return results
-
-
-def _scan(eqn: Any, arguments: list[_Value]) -> list[_Value]:
-  consts, carries = eqn.params['num_consts'], eqn.params['num_carry']
-  inside = arguments[: consts + carries] + [
-    _Value(a.shards[1:], a.activation) for a in arguments[consts + carries :]
+  rule = _RULES.get(name, _reduce if reduced else _elementwise)
+  active = any(a.activation for a in arguments)
+  return [
+    _traced(v.aval, rule(params, arguments, getattr(v.aval, 'shape', ())), active)
+    for v in eqn.outvars
   ]
-  body = eqn.params['jaxpr'].jaxpr
+
+
+def _scan(params: Any, arguments: list[TracedArray]) -> list[TracedArray]:
+  first, end = params['num_consts'], params['num_consts'] + params['num_carry']
+  inside = arguments[:end] + [
+    a._replace(shape=a.shape[1:], shards=a.shards[1:]) for a in arguments[end:]
+  ]
   # a carry may become sharded, or dependent on the batch, in the first iteration
   for _ in range(2):
-    results = _propagate(body, inside)
-    inside[consts : consts + carries] = [
-      _Value(tuple(map(max, a.shards, b.shards)), a.activation or b.activation)
-      for a, b in zip(inside[consts : consts + carries], results[:carries], strict=True)
+    results = _propagate(params['jaxpr'].jaxpr, inside)
+    carried, stacked = results[: end - first], results[end - first :]
+    inside[first:end] = [
+      a._replace(
+        shards=tuple(map(max, a.shards, b.shards)),
+        activation=a.activation or b.activation,
+        iterations=1,
+      )
+      for a, b in zip(inside[first:end], carried, strict=True)
     ]
-  return inside[consts : consts + carries] + [
-    _Value((1, *r.shards), r.activation, eqn.params['length']) for r in results[carries:]
+  length = params['length']
+  return inside[first:end] + [
+    r._replace(shape=(length, *r.shape), shards=(1, *r.shards), iterations=length) for r in stacked
   ]
 
 
-def _dot(eqn: Any, arguments: list[_Value], shape: tuple[int, ...]) -> tuple[int, ...]:
-  (contract_l, contract_r), (batch_l, batch_r) = eqn.params['dimension_numbers']
+Arrays = list[TracedArray]
+Shape = Sequence[int]
+
+# Rules: the shards of a result of some shape, from parameters of the operation and its arguments.
+
+
+def _dot(params: Any, arguments: Arrays, shape: Shape) -> Shape:
+  (contract_l, contract_r), (batch_l, batch_r) = params['dimension_numbers']
   left, right = arguments[0].shards, arguments[1].shards
   return (
     *(max(left[i], right[j]) for i, j in zip(batch_l, batch_r, strict=True)),
@@ -152,21 +147,25 @@ def _dot(eqn: Any, arguments: list[_Value], shape: tuple[int, ...]) -> tuple[int
   )
 
 
-def _transpose(eqn: Any, arguments: list[_Value], shape: tuple[int, ...]) -> tuple[int, ...]:
-  return tuple(arguments[0].shards[i] for i in eqn.params['permutation'])
+def _transpose(params: Any, arguments: Arrays, shape: Shape) -> Shape:
+  return [arguments[0].shards[i] for i in params['permutation']]
 
 
-def _broadcast(eqn: Any, arguments: list[_Value], shape: tuple[int, ...]) -> tuple[int, ...]:
+def _reduce(params: Any, arguments: Arrays, shape: Shape) -> Shape:
+  return [p for i, p in enumerate(arguments[0].shards) if i not in params['axes']]
+
+
+def _broadcast(params: Any, arguments: Arrays, shape: Shape) -> Shape:
   shards = [1] * len(shape)
-  for p, i in zip(arguments[0].shards, eqn.params['broadcast_dimensions'], strict=True):
+  for p, i in zip(arguments[0].shards, params['broadcast_dimensions'], strict=True):
     shards[i] = p if shape[i] > 1 else 1
-  return tuple(shards)
+  return shards
 
 
-def _reshape(eqn: Any, arguments: list[_Value], shape: tuple[int, ...]) -> tuple[int, ...]:
+def _reshape(params: Any, arguments: Arrays, shape: Shape) -> Shape:
   """Match runs of dimensions with the same product on both sides. The first dimension of a run that
   the shards of the run divide gets all of them."""
-  before, given = list(getattr(eqn.invars[0].aval, 'shape', ())), arguments[0].shards
+  before, given = arguments[0].shape, arguments[0].shards
   shards, i, j = [1] * len(shape), 0, 0
   while i < len(before) and j < len(shape):
     first, a, b, run = j, before[i], shape[j], given[i]
@@ -179,24 +178,32 @@ def _reshape(eqn: Any, arguments: list[_Value], shape: tuple[int, ...]) -> tuple
     target = next((k for k in range(first, j) if shape[k] > 1 and shape[k] % run == 0), None)
     if run > 1 and target is not None:
       shards[target] = run
-  return tuple(shards)
+  return shards
 
 
-def _elementwise(eqn: Any, arguments: list[_Value], shape: tuple[int, ...]) -> tuple[int, ...]:
+def _elementwise(params: Any, arguments: Arrays, shape: Shape) -> Shape:
   """Elementwise operations, and all without a rule: a dimension of the result is sharded like the
   same dimension of an argument with as many dimensions, and otherwise like the first of the same
   size."""
   shards = [1] * len(shape)
-  for var, argument in zip(eqn.invars, arguments, strict=True):
-    sizes = tuple(getattr(var.aval, 'shape', ()))
-    for i, (n, p) in enumerate(zip(sizes, argument.shards, strict=True)):
+  for argument in arguments:
+    for i, (n, p) in enumerate(zip(argument.shape, argument.shards, strict=True)):
       if p == 1:
         continue
-      if len(sizes) != len(shape):
+      if len(argument.shape) != len(shape):
         same = next((k for k, m in enumerate(shape) if m == n), None)
       else:
         # slices and convolutions may shorten a dimension; half of it is still the same one
         same = i if shape[i] % p == 0 and shape[i] >= n // 2 else None
       if same is not None:
         shards[same] = max(shards[same], p)
-  return tuple(shards)
+  return shards
+
+
+_RULES = {
+  'dot_general': _dot,
+  'transpose': _transpose,
+  'broadcast_in_dim': _broadcast,
+  'reshape': _reshape,
+  'squeeze': _reshape,
+}
