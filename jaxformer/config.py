@@ -16,18 +16,18 @@ This module needs no array library and imports nothing from the package.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import functools
 import hashlib
 import json
-import math
 import pathlib
 import sys
 import types
 import typing
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar, Generic, Literal, Self, TypeVar, dataclass_transform
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, ClassVar, Literal, Self, TypeVar, dataclass_transform
 
 NOTHING: Any = object()
 
@@ -181,6 +181,13 @@ def types_of(base: type[C]) -> list[type[C]]:
   return [c for c in found if issubclass(c, base)]
 
 
+def find_type(tag: str, base: type[C]) -> type[C] | None:
+  """Return the type named `tag`, in any case, among those of `base`: that of the package, or else
+  the one that was defined last; None if there is none."""
+  same = [c for c in types_of(base) if c.tag.lower() == tag.lower()]
+  return max(same, key=lambda c: (package_of(c) == PACKAGE, same.index(c)), default=None)
+
+
 def config_type(
   tag: str, where: str = 'type', base: type[Config] = Config, code: Mapping[str, str] | None = None
 ) -> type[Config]:
@@ -189,26 +196,25 @@ def config_type(
   With a record of `code` it is the type that was loaded from a file of the same content or, if
   the user named another file for it, from there. Raises `InputError`.
   """
-  same = [c for name in (tag, *_TYPES) if name.lower() == tag.lower() for c in _TYPES.get(name, ())]
-  same = [c for c in dict.fromkeys(same) if issubclass(c, base)]
-  inside = [c for c in same if package_of(c) == PACKAGE]
-  outside = [c for c in same if package_of(c) != PACKAGE]
-  if code is not None:
-    exact = [c for c in outside if code_of(c) == dict(code)]
-    equal = [
-      c for c in outside if 'sha256' in code and (code_of(c) or {}).get('sha256') == code['sha256']
-    ]
-    named = [c for c in outside if _is_named(c)]
-    if not (found := exact or equal or named):
-      file = code.get('file', f'module {code.get("module")}')
-      raise InputError(
-        where, tag, problem=f'defined in {file}, which is not loaded; name the file with --code'
-      )
-    return found[-1]
-  if not (inside or outside):
-    known = (c.tag for c in types_of(base))
-    raise InputError(where, tag, problem=f'no such type{nearest(tag, known)}')
-  return (inside or outside)[-1]
+  if code is None:
+    if (found := find_type(tag, base)) is None:
+      known = (c.tag for c in types_of(base))
+      raise InputError(where, tag, problem=f'no such type{nearest(tag, known)}')
+    return found
+  records = {
+    c: record
+    for c in types_of(base)
+    if c.tag.lower() == tag.lower() and (record := code_of(c)) is not None
+  }
+  exact = [c for c, record in records.items() if record == dict(code)]
+  equal = [c for c, r in records.items() if 'sha256' in code and r.get('sha256') == code['sha256']]
+  named = [c for c in records if _is_named(c)]
+  if not (fitting := exact or equal or named):
+    file = code.get('file', f'module {code.get("module")}')
+    raise InputError(
+      where, tag, problem=f'defined in {file}, which is not loaded; name the file with --code'
+    )
+  return fitting[-1]
 
 
 # ---- code of users -----------------------------------------------------------------------------
@@ -226,15 +232,12 @@ def code_of(cls: type[Config]) -> dict[str, str] | None:
     return None
   module = sys.modules.get(cls.__module__)
   file = getattr(module, '__file__', None)
-  if file is None:
+  if module is None or file is None:
     return {'module': cls.__module__}
   path = pathlib.Path(file).resolve()
-  known = vars(module).get('__jaxformer_sha256__') if module else None
-  return {
-    'module': cls.__module__,
-    'file': str(path),
-    'sha256': known or hashlib.sha256(path.read_bytes()).hexdigest(),
-  }
+  known = vars(module).get('__jaxformer_sha256__')
+  digest = known or hashlib.sha256(path.read_bytes()).hexdigest()
+  return {'module': cls.__module__, 'file': str(path), 'sha256': digest}
 
 
 def _is_named(cls: type) -> bool:
@@ -269,12 +272,9 @@ _PLAIN = {
   str: 'text',
   type(None): 'none',
 }
-_SWITCHES = {'true': True, 'yes': True, 'on': True, '1': True} | {
-  'false': False,
-  'no': False,
-  'off': False,
-  '0': False,
-}
+_SWITCHES = dict.fromkeys(('true', 'yes', 'on', '1'), True) | dict.fromkeys(
+  ('false', 'no', 'off', '0'), False
+)
 
 
 def union_options(hint: Any) -> tuple[Any, ...]:
@@ -306,37 +306,31 @@ def _describe(hint: Any) -> str:
   return getattr(hint, '__name__', str(hint))
 
 
-def _json(text: str, where: str) -> Any:
-  try:
-    return json.loads(text)
-  except (json.JSONDecodeError, RecursionError) as e:
-    raise InputError(where, text, problem=f'not valid JSON ({e})') from None
-
-
 def _decode_text(text: str, hint: Any, where: str) -> Any:
   """Text of the command line as the plain value that `decode` accepts for `hint`."""
-  origin, args = typing.get_origin(hint), typing.get_args(hint)
-  if origin is tuple:
-    if text.lstrip().startswith('['):
-      return _json(text, where)
-    if text.lower() == 'none' and config_bases(args[0]):
+  if text.lstrip().startswith(('[', '{')) and (
+    typing.get_origin(hint) is tuple or _is_config(hint)
+  ):
+    try:
+      return json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as e:
+      raise InputError(where, text, problem=f'not valid JSON ({e})') from None
+  if typing.get_origin(hint) is tuple:
+    if text.lower() == 'none' and config_bases(typing.get_args(hint)[0]):
       return []
     return [CommandLineText(t) for t in text.split(',') if t]
   if _is_config(hint):
-    return _json(text, where) if text.lstrip().startswith('{') else {'type': text}
+    return {'type': text}
   if hint is type(None):
     return None if text.lower() in ('none', 'null') else text
   if hint is bool:
     return _SWITCHES.get(text.lower(), text)
   if hint in (int, float) and text.isascii():
     for kind in (int, float):
-      try:
-        number = kind(text.replace('_', ''))
-      except ValueError:
-        continue
-      whole = hint is int and math.isfinite(number) and number == int(number)
-      return int(number) if whole else number
-  return str(text)
+      with contextlib.suppress(ValueError):
+        number = kind(text)
+        return int(number) if hint is int and number % 1 == 0 else number
+  return text
 
 
 def decode(value: Any, hint: Any, where: str) -> Any:
@@ -346,16 +340,14 @@ def decode(value: Any, hint: Any, where: str) -> Any:
     return value
   if len(union_options(hint)) > 1:
     return _decode_union(value, hint, where)
-  shown = str(value) if isinstance(value, CommandLineText) else value
   if isinstance(value, CommandLineText):
     value = _decode_text(str(value), hint, where)
-    shown = value if isinstance(value, int | float) else shown
-  wrong = InputError(where, shown, _describe(hint))
+  wrong = InputError(where, getattr(value, 'tag', value), _describe(hint))
   origin, args = typing.get_origin(hint), typing.get_args(hint)
   if origin is Literal:
     if value not in args:
       known = nearest(str(value), map(str, args)) if len(args) > 4 else ''
-      raise InputError(where, shown, f'{_describe(hint)}{known}')
+      raise InputError(where, value, f'{_describe(hint)}{known}')
     return value
   if origin is tuple:
     if not isinstance(value, list | tuple):
@@ -364,39 +356,30 @@ def decode(value: Any, hint: Any, where: str) -> Any:
     if len(value) != len(kinds):
       raise wrong
     return tuple(decode(v, k, f'{where}.{i}') for i, (v, k) in enumerate(zip(value, kinds)))
-  if _is_config(hint):
-    if isinstance(value, Mapping):
-      return from_json(value, where, hint)
-    if not isinstance(value, hint):
-      raise InputError(where, getattr(value, 'tag', shown), _describe(hint))
-    return value
+  if _is_config(hint) and isinstance(value, Mapping):
+    return from_json(value, where, hint)
   if hint is float and isinstance(value, int) and not isinstance(value, bool):
     return float(value)
-  kind = type(None) if hint is None else hint
-  if (isinstance(value, bool) and kind is not bool) or not isinstance(value, kind):
+  if (isinstance(value, bool) and hint is not bool) or not isinstance(value, hint):
     raise wrong
   return value
 
 
 def _decode_union(value: Any, hint: Any, where: str) -> Any:
-  args = union_options(hint)
-  if (
-    isinstance(value, CommandLineText) and value.lower() in ('none', 'null') and type(None) in args
-  ):
-    return None
-  # Text accepts anything, so it is tried last.
-  options = sorted(args, key=lambda o: o is str and isinstance(value, CommandLineText))
+  # Text accepts anything, so it is tried last; none may also be the name of something else.
+  options = sorted(union_options(hint), key=lambda o: (o is str, o is not type(None)))
   kept: InputError | None = None
   for option in options:
     try:
       return decode(value, option, where)
     except InputError as e:
-      # Of several mismatches the one from inside a matching config says most.
-      inside = isinstance(value, Mapping | Config) and _is_config(option)
+      # Of several mismatches that of the option with the structure of the value says most.
+      same = (isinstance(value, Mapping | Config) and _is_config(option)) or (
+        isinstance(value, list | tuple) and typing.get_origin(option) is tuple
+      )
       only = isinstance(value, CommandLineText) and len(options) == 2 and option is not type(None)
-      kept = e if inside or only else kept
-  shown = str(value) if isinstance(value, CommandLineText) else value
-  raise kept or InputError(where, getattr(shown, 'tag', shown), _describe(hint))
+      kept = e if same or only else kept
+  raise kept or InputError(where, getattr(value, 'tag', value), _describe(hint))
 
 
 # ---- JSON, text, hash --------------------------------------------------------------------------
@@ -414,14 +397,17 @@ def to_json(value: Any) -> Any:
 
 
 def from_json(data: Any, where: str = '', base: type[Config] = Config) -> Any:
-  """Return the config that `to_json` wrote, a `base`.
+  """Return the config that `to_json` wrote, a `base`. As `type` the class itself may stand for its
+  name.
 
   A field that is left out takes its default. Raises `InputError` for an unknown field, a missing
   one, or a value of a wrong type.
   """
-  if not isinstance(data, Mapping) or not isinstance(data.get('type'), str):
+  cls = data.get('type') if isinstance(data, Mapping) else None
+  if isinstance(cls, str):
+    cls = config_type(cls, where or 'type', base, data.get('code'))
+  if cls is None or not issubclass(cls, base):
     raise InputError(f'{where or "config"}: expected an object with a "type", found {data!r}')
-  cls = config_type(data['type'], where or 'type', base, data.get('code'))
   known = hints(cls)
   given = {k: v for k, v in data.items() if k not in ('type', 'code')}
   for name in given:
@@ -447,7 +433,12 @@ def field_default(cls: type[Config], name: str) -> Any:
 
 def text(config: Config) -> str:
   """Return the canonical text of a config: what golden files and run folders hold."""
-  return json.dumps(to_json(config), indent=2, ensure_ascii=False) + '\n'
+  return json_text(to_json(config))
+
+
+def json_text(data: Any) -> str:
+  """Return the canonical text of JSON data."""
+  return json.dumps(data, indent=2, ensure_ascii=False) + '\n'
 
 
 def digest(config: Config) -> str:
@@ -455,9 +446,7 @@ def digest(config: Config) -> str:
 
   Of the code of users the content counts, not where the file is.
   """
-
-  canonical = json.dumps(without_paths(to_json(config)), indent=2, ensure_ascii=False) + '\n'
-  return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+  return hashlib.sha256(json_text(without_paths(to_json(config))).encode()).hexdigest()[:16]
 
 
 def without_paths(data: Any) -> Any:
@@ -492,26 +481,18 @@ def _short(value: Any) -> str:
 Named = TypeVar('Named')
 
 
-class Registry(Generic[Named]):
+class Registry(dict[str, Named]):
   """Values by name, in the order in which they were added: presets, families, studies."""
 
   def __init__(self, kind: str):
+    super().__init__()
     self.kind = kind
-    self._values: dict[str, Named] = {}
 
   def add(self, name: str, value: Named) -> Named:
-    if name in self._values:
+    if name in self:
       raise ValueError(f'{self.kind} {name!r} is already there')
-    self._values[name] = value
+    self[name] = value
     return value
 
-  def __getitem__(self, name: str) -> Named:
-    if name not in self._values:
-      raise InputError(f'no {self.kind} named {name!r}{nearest(name, self._values)}')
-    return self._values[name]
-
-  def __iter__(self) -> Iterator[str]:
-    return iter(self._values)
-
-  def __len__(self) -> int:
-    return len(self._values)
+  def __missing__(self, name: str) -> Named:
+    raise InputError(f'no {self.kind} named {name!r}{nearest(name, self)}')

@@ -65,8 +65,7 @@ def run_folder(experiment: Experiment) -> AnyPath:
 
 def config_text(experiment: Experiment) -> str:
   """Return the content of `config.json`."""
-  data = {'format': FORMAT} | config.to_json(experiment)
-  return json.dumps(data, indent=2, ensure_ascii=False) + '\n'
+  return config.json_text({'format': FORMAT} | config.to_json(experiment))
 
 
 def read_config(folder: str | AnyPath) -> dict[str, Any]:
