@@ -64,11 +64,9 @@ TASKS: dict[str, TaskConfig] = {
 
 def model(mixer: LayerConfig, task: TaskConfig) -> LanguageModel.Config:
   """Two blocks around a mixer; attention alone needs to be told positions."""
-  norm = LayerNorm.Config()
+  norm = LayerNorm()
   block = Block.Config(
-    branches=tuple(
-      PreNorm.Config(layer=part, norm=norm) for part in (mixer, Mlp.Config(hidden=4 * WIDTH))
-    )
+    branches=tuple(PreNorm(layer=part, norm=norm) for part in (mixer, Mlp.Config(hidden=4 * WIDTH)))
   )
   return LanguageModel.Config(
     vocab_size=task.task.vocab_size,

@@ -59,7 +59,7 @@ class Autoencoder(BaseModel):
 
     vocab_size: int
     stack: tuple[Group, ...]
-    norm: NormConfig = RMSNorm.Config()
+    norm: NormConfig = RMSNorm()
     embedding_init: Init = Normal()
     init: Init = Normal()
 
@@ -115,7 +115,7 @@ def autoencoder(model: LanguageModel.Config) -> Autoencoder.Config:
     context_length=model.context_length,
     stack=model.stack,
     positions=model.positions,
-    norm=model.final_norm or RMSNorm.Config(),
+    norm=model.final_norm or RMSNorm(),
     embedding_init=model.embedding_init,
   )
 

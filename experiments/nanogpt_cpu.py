@@ -27,13 +27,11 @@ from jaxformer.models.stack import Group
 from jaxformer.training import AdamW, Cosine, Experiment, TrainingConfig
 
 WIDTH, LAYERS, HEADS, CONTEXT = 128, 4, 4, 64
-norm = LayerNorm.Config(bias=False)
+norm = LayerNorm(bias=False)
 attention = Attention.Config(heads=HEADS, out_init=ResidualNormal())
 # torch's nn.GELU() is the exact one
 mlp = Mlp.Config(hidden=4 * WIDTH, activation='gelu', out_init=ResidualNormal())
-block = Block.Config(
-  branches=(PreNorm.Config(layer=attention, norm=norm), PreNorm.Config(layer=mlp, norm=norm))
-)
+block = Block.Config(branches=(PreNorm(layer=attention, norm=norm), PreNorm(layer=mlp, norm=norm)))
 
 experiment = Experiment(
   model=LanguageModel.Config(

@@ -101,8 +101,8 @@ def transformer(feed_forward: Mlp.Config) -> LanguageModel.Config:
   """Return two blocks of attention and the given feed-forward layer."""
   block = Block.Config(
     branches=(
-      PreNorm.Config(layer=Attention.Config(heads=HEADS, position=Rotary())),
-      PreNorm.Config(layer=feed_forward),
+      PreNorm(layer=Attention.Config(heads=HEADS, position=Rotary())),
+      PreNorm(layer=feed_forward),
     )
   )
   return LanguageModel.Config(
@@ -156,7 +156,7 @@ class SameSign(GeneratedTask):
 
 def alone(feed_forward: Mlp.Config, name: str, args) -> dict[int, float]:
   """Return the accuracy of a classifier with this one layer, by seed."""
-  block = Block.Config(branches=(Residual.Config(layer=feed_forward.replace(bias=True)),))
+  block = Block.Config(branches=(Residual(layer=feed_forward.replace(bias=True)),))
   model = Classifier.Config(
     input=LinearInput.Config(features=2),
     classes=2,

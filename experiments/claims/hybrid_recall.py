@@ -57,7 +57,7 @@ from jaxformer.training import AdamW, Cosine
 
 CLAIM = "Jamba's interleaving keeps attention's recall at a fraction of the cache."
 WIDTH, TARGET, HEADS = 32, 60_000, 2
-MAMBA = Mamba.Config(d_state=8, inner_norm=RMSNorm.Config())
+MAMBA = Mamba.Config(d_state=8, inner_norm=RMSNorm())
 FREE = Attention.Config(heads=HEADS, init=INIT, out_init=INIT)
 ROTARY = FREE.replace(position=Rotary())
 ENTRIES = (

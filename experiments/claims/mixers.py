@@ -83,10 +83,10 @@ class Stacked(Entry):
     self, *, width: int, layers: int, hidden: int, vocab_size: int, context_length: int
   ) -> LanguageModel.Config:
     """The model at a size."""
-    norm = RMSNorm.Config()
+    norm = RMSNorm()
     mlp = GatedMlp.Config(hidden=hidden, init=INIT, out_init=INIT)
     blocks = tuple(
-      Block.Config(branches=tuple(PreNorm.Config(layer=part, norm=norm) for part in (mixer, mlp)))
+      Block.Config(branches=tuple(PreNorm(layer=part, norm=norm) for part in (mixer, mlp)))
       for mixer in self.mixers
     )
     # equal blocks are one program, scanned

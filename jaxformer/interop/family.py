@@ -73,14 +73,12 @@ def blocks(config: Any) -> list[Block.Config]:
   ]
 
 
-def branches(block: Block.Config, count: int) -> tuple[PreNorm.Config, ...]:
+def branches(block: Block.Config, count: int) -> tuple[PreNorm, ...]:
   """The branches of the block that stands for all, if they are `count` pre-norm ones; else raise
   `InputError`."""
   if len(block.branches) != count:
     raise InputError(f'block 0 has {len(block.branches)} branches, not {count}')
-  return tuple(
-    part(b, PreNorm.Config, f'branch {i} of block 0') for i, b in enumerate(block.branches)
-  )
+  return tuple(part(b, PreNorm, f'branch {i} of block 0') for i, b in enumerate(block.branches))
 
 
 def layer_of(config: Any, branch: int, kind: type[C]) -> C:

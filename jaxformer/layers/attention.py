@@ -123,7 +123,7 @@ class Attention(Layer):
           kv_heads=1,
           head_dim=16,
           position=Rotary(theta=100.0, scaling=Llama3Scaling(original_context=16)),
-          qk_norm=RMSNorm.Config(),
+          qk_norm=RMSNorm(),
         ),
         cls(heads=4, window=5, position=Rotary(), softcap=5.0),
         cls(heads=6, head_dim=8, kv_heads=6, position=Alibi(), scale=0.2),

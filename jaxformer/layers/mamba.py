@@ -118,7 +118,7 @@ class Mamba(Layer):
     def examples(cls) -> tuple[Mamba.Config, ...]:
       return (
         cls(d_state=4, expand=3, d_conv=3, dt_rank=5),
-        cls(d_state=3, bias=True, conv_bias=False, inner_norm=RMSNorm.Config()),
+        cls(d_state=3, bias=True, conv_bias=False, inner_norm=RMSNorm()),
       )
 
     def mixing_flops_per_token(self, width: int, length: int, causal: bool) -> float:

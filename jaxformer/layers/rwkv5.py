@@ -64,7 +64,7 @@ class TimeMix5(Layer):
     """
 
     head_dim: int = 64
-    norm: HeadNorm.Config = HeadNorm.Config(eps=64e-5)
+    norm: HeadNorm = HeadNorm(eps=64e-5)
     init: Init = Orthogonal(wide=False)
     key_init: Init = Orthogonal(gain=0.1, wide=False)
     out_init: Init = Zeros()
@@ -77,7 +77,7 @@ class TimeMix5(Layer):
 
     @classmethod
     def examples(cls) -> tuple[TimeMix5.Config, ...]:
-      return (cls(head_dim=8, norm=HeadNorm.Config(eps=1e-3)),)
+      return (cls(head_dim=8, norm=HeadNorm(eps=1e-3)),)
 
     def mixing_flops_per_token(self, width: int, length: int, causal: bool) -> float:
       # r^T S and + k v^T are 2 each and the decay 1, per element of the state; r u k summed and

@@ -51,7 +51,7 @@ class TimeMix6(TimeMix5):
 
     @classmethod
     def examples(cls) -> tuple[TimeMix6.Config, ...]:
-      return (cls(head_dim=8, mix_rank=4, decay_rank=6, norm=HeadNorm.Config(eps=1e-3)),)
+      return (cls(head_dim=8, mix_rank=4, decay_rank=6, norm=HeadNorm(eps=1e-3)),)
 
   def _init_mixing(
     self, config: Any, decay_D: Array, rngs: nnx.Rngs, position: LayerPosition

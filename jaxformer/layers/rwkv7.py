@@ -77,7 +77,7 @@ class TimeMix7(Layer):
     rate_rank: int = 64
     value_rank: int | None = 32
     gate_rank: int = 128
-    norm: HeadNorm.Config = HeadNorm.Config(eps=64e-5)
+    norm: HeadNorm = HeadNorm(eps=64e-5)
     init: Init = FanInUniform(gain=0.5)
     key_init: Init = FanInUniform(gain=0.05)
     out_init: Init = Zeros()
@@ -105,7 +105,7 @@ class TimeMix7(Layer):
     def examples(cls) -> tuple[TimeMix7.Config, ...]:
       return (
         cls(head_dim=8, decay_rank=4, value_rank=None, gate_rank=8),
-        cls(head_dim=16, rate_rank=6, value_rank=5, norm=HeadNorm.Config(eps=1e-3)),
+        cls(head_dim=16, rate_rank=6, value_rank=5, norm=HeadNorm(eps=1e-3)),
       )
 
   def __init__(self, config: TimeMix7.Config, width: int, rngs: nnx.Rngs, position: LayerPosition):

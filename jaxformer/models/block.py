@@ -21,12 +21,13 @@ from jaxformer.layers.layer import (
   State,
   dropout,
 )
-from jaxformer.layers.norm import NormConfig, RMSNorm
+from jaxformer.layers.norm import Norm, NormConfig, RMSNorm
 from jaxformer.sharding import shard
 
 
 class BranchConfig(Config, abstract=True):
-  """Base of the branches: a layer and how it joins the residual stream.
+  """Base of the branches: a layer and how it joins the residual stream. All share one module,
+  `Branch`.
 
   Attributes:
     layer: the layer; its type says which.
@@ -40,6 +41,13 @@ class BranchConfig(Config, abstract=True):
     self.require(0 <= self.dropout < 1, 'dropout', 'at least 0 and below 1')
 
   def build(self, width: int, rngs: nnx.Rngs, position: LayerPosition) -> Branch:
+    return Branch(self, width, rngs, position)
+
+  def build_norm(self, width: int) -> Norm | None:
+    return None
+
+  def apply(self, x: Array, layer: Callable[[Array], Array], norm: Any) -> Array:
+    """Return the residual stream after the branch; `norm` is the module of `build_norm`."""
     raise NotImplementedError
 
   def out_width(self, width: int) -> int:
@@ -53,87 +61,65 @@ class BranchConfig(Config, abstract=True):
     return out
 
 
-class Branch(nnx.Module):
-  """Base of the branches: a layer, perhaps a norm, and `join`."""
-
-  def __init__(
-    self,
-    config: BranchConfig,
-    width: int,
-    rngs: nnx.Rngs,
-    position: LayerPosition,
-    norm: NormConfig | None = None,
-  ):
-    self.layer: Layer = config.layer.build(width, rngs, position)
-    self.dropout = config.dropout
-    self.norm: Any = None if norm is None else norm.build(width)
-
-  def before(self, x: Array) -> Array:
-    """What the layer reads of the residual stream."""
-    return x
-
-  def join(self, x: Array, y: Array) -> Array:
-    """The residual stream after the layer."""
-    raise NotImplementedError
-
-  def __call__(self, x: Array, ctx: Context, state: State, one_token: bool) -> Output:
-    out = (self.layer.step if one_token else self.layer)(self.before(x), ctx, state)
-    y = self.join(x, dropout(out.y, self.dropout, ctx))
-    return dataclasses.replace(out, y=shard(y, 'batch', *('time',) * (y.ndim - 2), 'embed'))
-
-
-class PreNorm(Branch):
+class PreNorm(BranchConfig):
   """x + layer(norm(x)) (GPT-2 and most since)."""
 
-  class Config(BranchConfig):
-    norm: NormConfig = RMSNorm.Config()
+  norm: NormConfig = RMSNorm()
 
-    def build(self, width: int, rngs: nnx.Rngs, position: LayerPosition) -> PreNorm:
-      return PreNorm(self, width, rngs, position, self.norm)
+  def build_norm(self, width: int) -> Norm:
+    return self.norm.build(width)
 
-  def before(self, x: Array) -> Array:
-    return self.norm(x)
-
-  def join(self, x: Array, y: Array) -> Array:
-    return x + y
+  def apply(self, x, layer, norm):
+    return x + layer(norm(x))
 
 
-class PostNorm(Branch):
+class PostNorm(BranchConfig):
   """norm(x + layer(x)) (Vaswani et al. 2017)."""
 
-  class Config(BranchConfig):
-    norm: NormConfig = RMSNorm.Config()
+  norm: NormConfig = RMSNorm()
 
-    def build(self, width: int, rngs: nnx.Rngs, position: LayerPosition) -> PostNorm:
-      return PostNorm(self, width, rngs, position, self.norm)
+  def build_norm(self, width: int) -> Norm:
+    return self.norm.build(width)
 
-  def join(self, x: Array, y: Array) -> Array:
-    return self.norm(x + y)
+  def apply(self, x, layer, norm):
+    return norm(x + layer(x))
 
 
-class Residual(Branch):
+class Residual(BranchConfig):
   """x + layer(x), without a norm (Shazeer et al. 2017, appendix C.1)."""
 
-  class Config(BranchConfig):
-    def build(self, width: int, rngs: nnx.Rngs, position: LayerPosition) -> Residual:
-      return Residual(self, width, rngs, position)
-
-  def join(self, x: Array, y: Array) -> Array:
-    return x + y
+  def apply(self, x, layer, norm):
+    return x + layer(x)
 
 
-class Plain(Branch):
+class Plain(BranchConfig):
   """layer(x), without norm or sum (stacks of LSTMs)."""
 
-  class Config(BranchConfig):
-    def build(self, width: int, rngs: nnx.Rngs, position: LayerPosition) -> Plain:
-      return Plain(self, width, rngs, position)
+  def apply(self, x, layer, norm):
+    return layer(x)
 
-    def out_width(self, width: int) -> int:
-      return self.layer.out_width(width)
+  def out_width(self, width: int) -> int:
+    return self.layer.out_width(width)
 
-  def join(self, x: Array, y: Array) -> Array:
-    return y
+
+class Branch(nnx.Module):
+  """A layer, perhaps a norm, and the config's way to apply them."""
+
+  def __init__(self, config: BranchConfig, width: int, rngs: nnx.Rngs, position: LayerPosition):
+    self.config = config
+    self.layer: Layer = config.layer.build(width, rngs, position)
+    self.norm = config.build_norm(width)
+
+  def __call__(self, x: Array, ctx: Context, state: State, one_token: bool) -> Output:
+    run = self.layer.step if one_token else self.layer
+    out: list[Output] = []
+
+    def layer(x: Array) -> Array:
+      out.append(run(x, ctx, state))
+      return dropout(out[0].y, self.config.dropout, ctx)
+
+    y = self.config.apply(x, layer, self.norm)
+    return dataclasses.replace(out[0], y=shard(y, 'batch', *('time',) * (y.ndim - 2), 'embed'))
 
 
 class Block(nnx.Module):

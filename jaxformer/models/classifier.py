@@ -75,7 +75,7 @@ class Classifier(BaseModel):
     input: InputConfig
     classes: int
     stack: tuple[Group, ...]
-    final_norm: NormConfig | None = LayerNorm.Config()
+    final_norm: NormConfig | None = LayerNorm()
     pooling: Pooling = MeanPooling()
     head_init: Init = FanInUniform()
 

@@ -40,7 +40,7 @@ class LanguageModel(Autoregressive):
     stack: tuple[Group, ...]
     embedding_norm: NormConfig | None = None
     embedding_scale: float | None = None
-    final_norm: NormConfig | None = RMSNorm.Config()
+    final_norm: NormConfig | None = RMSNorm()
     tied: bool = False
     head_bias: bool = False
     softcap: float | None = None

@@ -26,7 +26,7 @@ def tiny(
     Attention.Config(heads=4, kv_heads=kv_heads, position=position, window=window),
     Mlp.Config(hidden=64),
   )
-  block = Block.Config(branches=tuple(PreNorm.Config(layer=layer) for layer in layers))
+  block = Block.Config(branches=tuple(PreNorm(layer=layer) for layer in layers))
   stack = (Group(pattern=(block,), repeats=repeats),)
   return LanguageModel.Config(
     vocab_size=VOCAB, width=32, context_length=context_length, stack=stack, positions=positions

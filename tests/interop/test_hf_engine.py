@@ -321,10 +321,7 @@ def llama_with(**attention):
 
 
 OTHER = Block.Config(
-  branches=(
-    PreNorm.Config(layer=Attention.Config()),
-    PreNorm.Config(layer=GatedMlp.Config(hidden=8)),
-  )
+  branches=(PreNorm(layer=Attention.Config()), PreNorm(layer=GatedMlp.Config(hidden=8)))
 )
 
 
@@ -337,9 +334,7 @@ OTHER = Block.Config(
     (SMALL['gpt2'].replace(final_norm=None), 'As gpt2: final_norm'),
     (
       SMALL['llama'].replace(
-        stack=(
-          Group(pattern=(Block.Config(branches=(PreNorm.Config(layer=Attention.Config()),)),)),
-        )
+        stack=(Group(pattern=(Block.Config(branches=(PreNorm(layer=Attention.Config()),)),)),)
       ),
       'As llama: block 0 has 1 branches, not 2',
     ),

@@ -58,7 +58,7 @@ def test_rms_norm_casts_before_it_scales():
   x, w = numbers(4, 64), numbers(64)
   other = LlamaRMSNorm(64, eps=1e-5).to(torch.bfloat16)
   other.load_state_dict({'weight': torch.from_numpy(w)})
-  module = RMSNorm.Config(eps=1e-5).build(64)
+  module = RMSNorm(eps=1e-5).build(64)
   module.scale = nnx.Param(jnp.asarray(w, jnp.bfloat16))
   ours, theirs = (
     module(jnp.asarray(x, jnp.bfloat16)),

@@ -164,7 +164,7 @@ def test_capacity_drops_what_it_says():
 
 def model(router, layers=3, experts=8):
   moe = Moe.Config(experts=experts, expert=GatedMlp.Config(hidden=16), router=router)
-  block = Block.Config(branches=(PreNorm.Config(layer=moe),))
+  block = Block.Config(branches=(PreNorm(layer=moe),))
   return LanguageModel.Config(
     vocab_size=32, width=D, context_length=16, stack=(Group(pattern=(block,), repeats=layers),)
   )

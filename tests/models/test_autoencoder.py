@@ -27,15 +27,13 @@ B, T, D, V = 8, 6, 8, 8
 
 
 def config(*layers, **settings):
-  block = Block.Config(
-    branches=tuple(PreNorm.Config(layer=layer, norm=LayerNorm.Config()) for layer in layers)
-  )
+  block = Block.Config(branches=tuple(PreNorm(layer=layer, norm=LayerNorm()) for layer in layers))
   return Autoencoder.Config(
     vocab_size=V,
     width=D,
     context_length=T,
     stack=(Group(pattern=(block,), repeats=2),),
-    norm=LayerNorm.Config(),
+    norm=LayerNorm(),
     **settings,
   )
 
@@ -83,7 +81,7 @@ def test_the_decoder():
   def norm(x, name):
     x = x - x.mean(-1, keepdims=True)
     return (
-      x / np.sqrt((x**2).mean(-1, keepdims=True) + LayerNorm.Config().eps) * p[f'{name}.scale']
+      x / np.sqrt((x**2).mean(-1, keepdims=True) + LayerNorm().eps) * p[f'{name}.scale']
       + p[f'{name}.bias']
     )
 

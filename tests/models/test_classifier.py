@@ -26,9 +26,7 @@ LENGTHS = np.array([12, 1, 7, 4])
 
 def classifier(input_, causal, pooling, **settings):
   layers = Attention.Config(heads=2, causal=causal, position=Alibi()), Mlp.Config(hidden=24)
-  block = Block.Config(
-    branches=tuple(PreNorm.Config(layer=layer, norm=LayerNorm.Config()) for layer in layers)
-  )
+  block = Block.Config(branches=tuple(PreNorm(layer=layer, norm=LayerNorm()) for layer in layers))
   return Classifier.Config(
     input=input_,
     classes=CLASSES,

@@ -48,7 +48,7 @@ from tests.training.conftest import CACHE, make_experiment
 
 def experiment(file, home, name, **training):
   e = make_experiment(home, name, **training)
-  block = Block.Config(branches=(Residual.Config(layer=object_in_file(f'{file}:Scale')),))
+  block = Block.Config(branches=(Residual(layer=object_in_file(f'{file}:Scale')),))
   model = e.model.replace(stack=(*e.model.stack, Group(pattern=(block,))))
   return e.replace(model=model)
 

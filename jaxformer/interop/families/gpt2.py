@@ -24,7 +24,7 @@ def read(hf: Settings) -> LanguageModel.Config:
   hf.only('add_cross_attention', False)
   hf.only('scale_attn_by_inverse_layer_idx', False)
   width, std = hf.count('n_embd', 768), hf.get('initializer_range', float, 0.02)
-  norm = LayerNorm.Config(eps=hf.get('layer_norm_epsilon', float, 1e-5))
+  norm = LayerNorm(eps=hf.get('layer_norm_epsilon', float, 1e-5))
   attention = Attention.Config(
     heads=hf.count('n_head', 12),
     bias=True,
@@ -41,9 +41,7 @@ def read(hf: Settings) -> LanguageModel.Config:
   )
   dropout = hf.get('resid_pdrop', float, 0.1)
   block = Block.Config(
-    branches=tuple(
-      PreNorm.Config(layer=layer, norm=norm, dropout=dropout) for layer in (attention, mlp)
-    )
+    branches=tuple(PreNorm(layer=layer, norm=norm, dropout=dropout) for layer in (attention, mlp))
   )
   return LanguageModel.Config(
     vocab_size=hf.count('vocab_size', 50257),

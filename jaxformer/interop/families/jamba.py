@@ -51,7 +51,7 @@ def read(hf: Settings) -> LanguageModel.Config:
   width, std = hf.count('hidden_size', 4096), hf.get('initializer_range', float, 0.02)
   init, norm, automatic = (
     Normal(std=std),
-    RMSNorm.Config(eps=hf.get('rms_norm_eps', float, 1e-6)),
+    RMSNorm(eps=hf.get('rms_norm_eps', float, 1e-6)),
     -(-width // 16),
   )
   rank = (
@@ -85,7 +85,7 @@ def read(hf: Settings) -> LanguageModel.Config:
       attention if i % attends[0] == attends[1] else mixer,
       moe if i % sparse[0] == sparse[1] else mlp,
     )
-    return Block.Config(branches=tuple(PreNorm.Config(layer=layer, norm=norm) for layer in parts))
+    return Block.Config(branches=tuple(PreNorm(layer=layer, norm=norm) for layer in parts))
 
   return LanguageModel.Config(
     vocab_size=hf.count('vocab_size', 65536),

@@ -95,7 +95,7 @@ def build(
     hf.get('initializer_range', float, 0.02),
   )
   head_dim = hf.count('head_dim', None)
-  init, norm = Normal(std=std), RMSNorm.Config(eps=hf.get('rms_norm_eps', float, 1e-6))
+  init, norm = Normal(std=std), RMSNorm(eps=hf.get('rms_norm_eps', float, 1e-6))
   attention = Attention.Config(
     heads=heads,
     kv_heads=hf.count('num_key_value_heads', heads),
@@ -114,7 +114,7 @@ def build(
     out_init=init,
   )
   block = Block.Config(
-    branches=(PreNorm.Config(layer=attention, norm=norm), PreNorm.Config(layer=mlp, norm=norm))
+    branches=(PreNorm(layer=attention, norm=norm), PreNorm(layer=mlp, norm=norm))
   )
   return LanguageModel.Config(
     vocab_size=hf.count('vocab_size', 32000),

@@ -29,8 +29,8 @@ def build(
   `rescale_prenorm_residual`, `time_step_scale`, `time_step_init_scheme`) is ignored."""
   for name, needed in (('hidden_act', ('silu', 'swish')), ('rms_norm', (True,))):
     hf.only(name, *needed)
-  norm = RMSNorm.Config(eps=hf.get('layer_norm_epsilon', float, 1e-5))
-  block = Block.Config(branches=(PreNorm.Config(layer=layer, norm=norm),))
+  norm = RMSNorm(eps=hf.get('layer_norm_epsilon', float, 1e-5))
+  block = Block.Config(branches=(PreNorm(layer=layer, norm=norm),))
   return LanguageModel.Config(
     vocab_size=hf.count('vocab_size', vocab_size),
     width=width,

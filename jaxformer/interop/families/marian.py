@@ -55,9 +55,7 @@ def _layers(
 ) -> tuple[list[LayerConfig], int, float]:
   """(layers of the first block, number of blocks, dropout) of a stack."""
   blocks = [b for g in groups for _ in range(g.repeats) for b in g.pattern]
-  branches = [
-    part(b, PostNorm.Config, f'a branch of block 0 of the {where}') for b in blocks[0].branches
-  ]
+  branches = [part(b, PostNorm, f'a branch of block 0 of the {where}') for b in blocks[0].branches]
   if len(branches) != count:
     raise InputError(f'block 0 of the {where} has {len(branches)} branches, not {count}')
   return [b.layer for b in branches], len(blocks), branches[0].dropout

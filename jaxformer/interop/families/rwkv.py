@@ -23,7 +23,7 @@ def read(hf: Settings) -> LanguageModel.Config:
   width = hf.count('hidden_size', 4096)
   hf.only('attention_hidden_size', None, width)
   norm, tied = (
-    LayerNorm.Config(eps=hf.get('layer_norm_epsilon', float, EPS)),
+    LayerNorm(eps=hf.get('layer_norm_epsilon', float, EPS)),
     hf.get('tie_word_embeddings', bool, False),
   )
   config = rwkv4(
@@ -35,7 +35,7 @@ def read(hf: Settings) -> LanguageModel.Config:
     norm=norm,
   )
   return config.replace(
-    final_norm=LayerNorm.Config(eps=EPS), tied=tied, head_init=None if tied else config.head_init
+    final_norm=LayerNorm(eps=EPS), tied=tied, head_init=None if tied else config.head_init
   )
 
 

@@ -19,9 +19,9 @@ def around(layer: LayerConfig) -> Family:
   are up to the layer."""
 
   def make(*, width: int, layers: int, hidden: int, **sizes: Any) -> LanguageModel.Config:
-    norm = RMSNorm.Config()
+    norm = RMSNorm()
     parts = layer, GatedMlp.Config(hidden=hidden)
-    block = Block.Config(branches=tuple(PreNorm.Config(layer=part, norm=norm) for part in parts))
+    block = Block.Config(branches=tuple(PreNorm(layer=part, norm=norm) for part in parts))
     return LanguageModel.Config(
       **sizes, width=width, final_norm=norm, stack=(Group(pattern=(block,), repeats=layers),)
     )

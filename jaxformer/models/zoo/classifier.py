@@ -29,9 +29,7 @@ def state_space_classifier(
   dropout: float = 0.0,
 ) -> Classifier.Config:
   """A stack of state-space layers, each with its own gate, and one class per sequence."""
-  block = Block.Config(
-    branches=(PreNorm.Config(layer=layer, norm=LayerNorm.Config(), dropout=dropout),)
-  )
+  block = Block.Config(branches=(PreNorm(layer=layer, norm=LayerNorm(), dropout=dropout),))
   return Classifier.Config(
     input=input,
     classes=classes,

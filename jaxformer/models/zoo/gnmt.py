@@ -50,11 +50,11 @@ def gnmt(
   )
 
   def plain(layer: LayerConfig) -> Group:
-    return Group(pattern=(Block.Config(branches=(Plain.Config(layer=layer, dropout=dropout),)),))
+    return Group(pattern=(Block.Config(branches=(Plain(layer=layer, dropout=dropout),)),))
 
   def residual(layer: LayerConfig) -> Group:
     return Group(
-      pattern=(Block.Config(branches=(Residual.Config(layer=layer, dropout=dropout),)),),
+      pattern=(Block.Config(branches=(Residual(layer=layer, dropout=dropout),)),),
       repeats=layers - 2,
     )
 

@@ -30,7 +30,7 @@ def gpt(
 ) -> LanguageModel.Config:
   """The GPT-2 architecture. `windows` gives the attention window of each block of a period (GPT-3
   alternates)."""
-  norm = LayerNorm.Config(bias=bias)
+  norm = LayerNorm(bias=bias)
 
   def block(window: int | None) -> Block.Config:
     attention = Attention.Config(heads=heads, window=window, bias=bias, out_init=ResidualNormal())
@@ -38,9 +38,7 @@ def gpt(
       hidden=hidden or 4 * width, activation='gelu_tanh', bias=bias, out_init=ResidualNormal()
     )
     return Block.Config(
-      branches=tuple(
-        PreNorm.Config(layer=layer, norm=norm, dropout=dropout) for layer in (attention, mlp)
-      )
+      branches=tuple(PreNorm(layer=layer, norm=norm, dropout=dropout) for layer in (attention, mlp))
     )
 
   return LanguageModel.Config(

@@ -35,15 +35,13 @@ def h3(
 ) -> LanguageModel.Config:
   """The H3 architecture; `heads` are those of the layers with attention, counted from 0, `head_dim`
   that of the others."""
-  norm = LayerNorm.Config()
+  norm = LayerNorm()
   mlp = Mlp.Config(hidden=hidden or 4 * width, bias=True, out_init=ResidualNormal())
   attention = Attention.Config(heads=heads, bias=True, out_init=ResidualNormal())
   mixer = H3.Config(d_state=d_state, head_dim=head_dim)
 
   def group(layer: LayerConfig, repeats: int) -> Group:
-    block = Block.Config(
-      branches=tuple(PreNorm.Config(layer=part, norm=norm) for part in (layer, mlp))
-    )
+    block = Block.Config(branches=tuple(PreNorm(layer=part, norm=norm) for part in (layer, mlp)))
     return Group(pattern=(block,), repeats=repeats)
 
   runs = itertools.groupby(i in attention_at for i in range(layers))

@@ -39,7 +39,7 @@ def jamba(
   """The Jamba architecture. Of each `attention_every` layers, counted from 0, the one at
   `attention_first` attends; `moe_*` are the same for the layers with experts. The pattern is the
   shortest that repeats."""
-  norm = RMSNorm.Config(eps=1e-6)
+  norm = RMSNorm(eps=1e-6)
   attention, mamba = (
     Attention.Config(heads=heads, kv_heads=kv_heads),
     Mamba.Config(d_state=d_state, inner_norm=norm),
@@ -51,10 +51,7 @@ def jamba(
     mixer = attention if i % attention_every == attention_first else mamba
     feed_forward = moe if i % moe_every == moe_first else mlp
     return Block.Config(
-      branches=(
-        PreNorm.Config(layer=mixer, norm=norm),
-        PreNorm.Config(layer=feed_forward, norm=norm),
-      )
+      branches=(PreNorm(layer=mixer, norm=norm), PreNorm(layer=feed_forward, norm=norm))
     )
 
   period = math.lcm(attention_every, moe_every)

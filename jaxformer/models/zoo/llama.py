@@ -28,11 +28,11 @@ def llama(
   tied: bool = False,
 ) -> LanguageModel.Config:
   """The Llama architecture."""
-  norm = RMSNorm.Config()
+  norm = RMSNorm()
   attention = Attention.Config(heads=heads, kv_heads=kv_heads, position=rotary)
   mlp = GatedMlp.Config(hidden=hidden)
   block = Block.Config(
-    branches=(PreNorm.Config(layer=attention, norm=norm), PreNorm.Config(layer=mlp, norm=norm))
+    branches=(PreNorm(layer=attention, norm=norm), PreNorm(layer=mlp, norm=norm))
   )
   return LanguageModel.Config(
     vocab_size=vocab_size,

@@ -30,7 +30,7 @@ def recurrent(
   head_init: Init,
 ) -> LanguageModel.Config:
   """Layers one on the other."""
-  block = Block.Config(branches=(Plain.Config(layer=layer, dropout=dropout),))
+  block = Block.Config(branches=(Plain(layer=layer, dropout=dropout),))
   return LanguageModel.Config(
     vocab_size=vocab_size,
     width=width,

@@ -19,8 +19,8 @@ def mamba(
   layer: LayerConfig, width: int, layers: int, *, vocab_size: int, context_length: int = 2048
 ) -> LanguageModel.Config:
   """The architecture of both, around a `Mamba` or a `Mamba2`."""
-  norm = RMSNorm.Config(eps=1e-5)
-  block = Block.Config(branches=(PreNorm.Config(layer=layer, norm=norm),))
+  norm = RMSNorm(eps=1e-5)
+  block = Block.Config(branches=(PreNorm(layer=layer, norm=norm),))
   return LanguageModel.Config(
     vocab_size=vocab_size,
     width=width,

@@ -33,13 +33,13 @@ def mixtral(
   balance: float | None,
 ) -> LanguageModel.Config:
   """The Mixtral architecture."""
-  norm = RMSNorm.Config(eps=1e-5)
+  norm = RMSNorm(eps=1e-5)
   attention = Attention.Config(heads=heads, kv_heads=kv_heads, position=Rotary(theta=theta))
   moe = Moe.Config(
     experts=experts, expert=GatedMlp.Config(hidden=hidden), router=TopKSoftmax(k=k, balance=balance)
   )
   block = Block.Config(
-    branches=(PreNorm.Config(layer=attention, norm=norm), PreNorm.Config(layer=moe, norm=norm))
+    branches=(PreNorm(layer=attention, norm=norm), PreNorm(layer=moe, norm=norm))
   )
   return LanguageModel.Config(
     vocab_size=vocab_size,

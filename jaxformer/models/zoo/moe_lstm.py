@@ -44,7 +44,7 @@ def moe_lstm(
     embedding_init=Normal(std=1.0),
     head_init=FanInUniform(),
     stack=tuple(
-      Group(pattern=(Block.Config(branches=(Residual.Config(layer=layer, dropout=dropout),)),))
+      Group(pattern=(Block.Config(branches=(Residual(layer=layer, dropout=dropout),)),))
       for layer in layers
     ),
   )

@@ -13,7 +13,7 @@ from jaxformer.models.language_model import LanguageModel
 from jaxformer.models.stack import Group
 from jaxformer.models.zoo.preset import family, four_times, preset
 
-LAYER_NORM = LayerNorm.Config()
+LAYER_NORM = LayerNorm()
 
 
 def rwkv4(
@@ -23,12 +23,12 @@ def rwkv4(
   context_length: int = 1024,
   vocab_size: int = 50277,
   hidden: int | None = None,
-  norm: LayerNorm.Config = LAYER_NORM,
+  norm: LayerNorm = LAYER_NORM,
 ) -> LanguageModel.Config:
   """The RWKV-4 architecture."""
   mixing = ChannelMix.Config(version=4, hidden=hidden or 4 * width, init=Orthogonal())
   block = Block.Config(
-    branches=tuple(PreNorm.Config(layer=layer, norm=norm) for layer in (TimeMix4.Config(), mixing))
+    branches=tuple(PreNorm(layer=layer, norm=norm) for layer in (TimeMix4.Config(), mixing))
   )
   return LanguageModel.Config(
     vocab_size=vocab_size,

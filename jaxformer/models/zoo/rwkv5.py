@@ -25,9 +25,9 @@ def world(
   vocab_size: int,
 ) -> LanguageModel.Config:
   """The frame that RWKV-5 and 6 share: norms, embedding and head, around one kind of block."""
-  norm = LayerNorm.Config()
+  norm = LayerNorm()
   block = Block.Config(
-    branches=tuple(PreNorm.Config(layer=layer, norm=norm) for layer in (time, channels))
+    branches=tuple(PreNorm(layer=layer, norm=norm) for layer in (time, channels))
   )
   return LanguageModel.Config(
     vocab_size=vocab_size,

@@ -28,7 +28,7 @@ def rwkv7(
 ) -> LanguageModel.Config:
   """The RWKV-7 architecture. `ranks` are those of decay, in-context learning rate, value mixing and
   gate. The first block shares its values with all others, so it is a group of its own."""
-  norm, (decay, rate, value, gate) = LayerNorm.Config(), ranks
+  norm, (decay, rate, value, gate) = LayerNorm(), ranks
   first = TimeMix7.Config(
     head_dim=head_dim, decay_rank=decay, rate_rank=rate, value_rank=None, gate_rank=gate
   )
@@ -36,7 +36,7 @@ def rwkv7(
 
   def block(time: TimeMix7.Config) -> Block.Config:
     return Block.Config(
-      branches=(PreNorm.Config(layer=time, norm=norm), PreNorm.Config(layer=channels, norm=norm))
+      branches=(PreNorm(layer=time, norm=norm), PreNorm(layer=channels, norm=norm))
     )
 
   later = (

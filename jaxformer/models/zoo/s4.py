@@ -22,8 +22,8 @@ def state_space(
   layer: LayerConfig, width: int, layers: int, *, vocab_size: int, context_length: int
 ) -> LanguageModel.Config:
   """A stack of state-space layers."""
-  norm = LayerNorm.Config()
-  block = Block.Config(branches=(PreNorm.Config(layer=layer, norm=norm),))
+  norm = LayerNorm()
+  block = Block.Config(branches=(PreNorm(layer=layer, norm=norm),))
   return LanguageModel.Config(
     vocab_size=vocab_size,
     width=width,

@@ -32,7 +32,7 @@ WIDE, FAN, LSTM = Normal(std=1.0), FanInUniform(), Lstm.Config()
 def plain(layer: LayerConfig, repeats: int = 1, dropout: float = 0.0) -> Group:
   """Stacked layers without residuals."""
   return Group(
-    pattern=(Block.Config(branches=(Plain.Config(layer=layer, dropout=dropout),)),), repeats=repeats
+    pattern=(Block.Config(branches=(Plain(layer=layer, dropout=dropout),)),), repeats=repeats
   )
 
 

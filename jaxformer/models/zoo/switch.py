@@ -36,7 +36,7 @@ def switch(
 ) -> LanguageModel.Config:
   """A decoder of Switch layers. Initial values: N(0, 0.1 / fan_in), the paper's smaller scale
   (section 2.4)."""
-  norm, init = RMSNorm.Config(eps=1e-6), FanInNormal(gain=0.1**0.5)
+  norm, init = RMSNorm(eps=1e-6), FanInNormal(gain=0.1**0.5)
   attention = Attention.Config(heads=heads, position=Rotary(), init=init, out_init=init)
   mlp = Mlp.Config(hidden=hidden, activation='relu', init=init, out_init=init)
   moe = Moe.Config(
@@ -45,7 +45,7 @@ def switch(
 
   def block(feed_forward: LayerConfig) -> Block.Config:
     return Block.Config(
-      branches=tuple(PreNorm.Config(layer=layer, norm=norm) for layer in (attention, feed_forward))
+      branches=tuple(PreNorm(layer=layer, norm=norm) for layer in (attention, feed_forward))
     )
 
   return LanguageModel.Config(

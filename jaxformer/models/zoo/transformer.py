@@ -46,11 +46,11 @@ def transformer(
   """The architecture; the decoder has the sizes of the encoder unless given. The paper gives no
   initialization: embeddings start at N(0, 1 / d), so that components have variance 1 after the
   scale, matrices with variance 1 / fan-in."""
-  norm = LayerNorm.Config()
+  norm = LayerNorm()
 
   def group(repeats: int, *layers: LayerConfig) -> Group:
     block = Block.Config(
-      branches=tuple(PostNorm.Config(layer=layer, norm=norm, dropout=dropout) for layer in layers)
+      branches=tuple(PostNorm(layer=layer, norm=norm, dropout=dropout) for layer in layers)
     )
     return Group(pattern=(block,), repeats=repeats)
 
