@@ -3,27 +3,27 @@ and beam search and alignments for encoder-decoders."""
 
 from __future__ import annotations
 
-from jaxformer.inference.alignment import Alignment, align, draw
+from jaxformer.inference.alignment import align, draw
 from jaxformer.inference.beam import Beam
 from jaxformer.inference.benchmark import DecodeTime, time_decode
-from jaxformer.inference.generate import Generated, generate
+from jaxformer.inference.decoding import Generated, Request, generate, request
 from jaxformer.inference.sampling import GREEDY, Sampling
-from jaxformer.inference.text import GeneratedText, generate_text, stream
+from jaxformer.inference.text import generate_text, stream
 from jaxformer.inference.translate import Translation, translate
 
 __all__ = [
   'GREEDY',
-  'Alignment',
   'Beam',
   'DecodeTime',
   'Generated',
-  'GeneratedText',
+  'Request',
   'Sampling',
   'Translation',
   'align',
   'draw',
   'generate',
   'generate_text',
+  'request',
   'stream',
   'time_decode',
   'translate',

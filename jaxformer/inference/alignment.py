@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,32 +12,20 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxformer.config import InputError
+from jaxformer.inference.decoding import token_ids
 from jaxformer.layers.layer import Context
 from jaxformer.models.encoder_decoder import EncoderDecoder
 from jaxformer.models.params import Definition, Params
-
-
-class Alignment(NamedTuple):
-  """Attention of a source-target pair.
-
-  Attributes:
-    mean_TS: the mean over layers; row t has the weights with which token t of the target was
-      predicted.
-    layers_LTS: for each layer that attends to the source, from the bottom up, the mean over heads.
-  """
-
-  mean_TS: Float[np.ndarray, 'T S']
-  layers_LTS: Float[np.ndarray, 'L T S']
 
 
 @functools.partial(jax.jit, static_argnames='definition')
 def _alignments(
   definition: Definition[EncoderDecoder],
   params: Params,
-  source_BS: Int[Array, 'B S'],
+  source_idsS: Int[Array, 'B S'],
   tokens_BT: Int[Array, 'B T'],
 ) -> tuple[Array, ...]:
-  return definition.merge(params)(source_BS, tokens_BT, Context(align=True)).alignments
+  return definition.merge(params)(source_idsS, tokens_BT, Context(align=True)).alignments
 
 
 def align(
@@ -49,8 +36,9 @@ def align(
   *,
   end: int,
   begin: int | None = None,
-) -> Alignment:
-  """Return the alignment of a source with a given target.
+) -> Float[np.ndarray, 'L T S']:
+  """Return the attention with which each token of a given target was predicted, of each layer that
+  attends to the source from the bottom up, as the mean over heads.
 
   Args:
     source: token ids with the token that ends a source.
@@ -61,24 +49,16 @@ def align(
   Raises `InputError` for a model without attention to the source, and for ids out of range.
   """
   config = definition.config
-  for name, ids, size in (
-    ('source', source, config.source_vocab_size),
-    ('target', [*target, end], config.vocab_size),
-  ):
-    if wrong := [t for t in ids if not 0 <= t < size]:
-      raise InputError(
-        f'{name}: has token {wrong[0]}: must be at least 0 and below the vocabulary of {size}'
-      )
-  if not len(source):
+  source_ids = token_ids('the source', source, config.source_vocab_size)
+  tokens = [end if begin is None else begin, *token_ids('the target', target, config.vocab_size)]
+  if not source_ids:
     raise InputError('source: is empty; give at least the token that ends it')
-  tokens = [end if begin is None else begin, *target]
   found = _alignments(
-    definition, params, jnp.asarray([list(source)], jnp.int32), jnp.asarray([tokens], jnp.int32)
+    definition, params, jnp.asarray([source_ids], jnp.int32), jnp.asarray([tokens], jnp.int32)
   )
   if not found:
     raise InputError('alignment: the model has no attention to the source')
-  layers = np.stack([np.asarray(a[0]) for a in found])
-  return Alignment(layers.mean(0), layers)
+  return np.stack([np.asarray(a[0]) for a in found])
 
 
 def draw(

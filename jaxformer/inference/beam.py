@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxformer.config import Config, InputError
-from jaxformer.inference.decoding import STEP
+from jaxformer.inference.decoding import STEP, tokens_only
 from jaxformer.models.encoder_decoder import DecoderState, EncoderDecoder
 from jaxformer.models.params import Definition, Params
 from jaxformer.task_type import IGNORE
@@ -72,37 +72,15 @@ class Hypotheses:
   score_BK: Float[Array, 'B K']
   finished_BK: Bool[Array, 'B K']
 
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class _SearchState:
-  """Search loop state.
-
-  Attributes:
-    decoder: the decoder's state after all tokens but the last.
-    token_BK: the last token of each hypothesis, not yet read.
-    coverage_BKS: attention that each source token has received so far; None without a coverage
-      penalty.
-    count: steps taken.
-  """
-
-  decoder: DecoderState
-  token_BK: Array
-  tokens_BKN: Array
-  length_BK: Array
-  log_p_BK: Array
-  finished_BK: Array
-  coverage_BKS: Array | None
-  count: Array
-
   def done_BK(self, limit_B: Array) -> Array:
     """Which hypotheses no longer change: they are finished or have reached their limit."""
     return self.finished_BK | (self.length_BK >= limit_B[:, None])
 
-  def keep_going(self, limit_B: Array) -> Array:
-    """Whether any hypothesis still changes."""
-    done_BK = self.done_BK(limit_B) | jnp.isneginf(self.log_p_BK)
-    return ~done_BK.all() & (self.count < self.tokens_BKN.shape[2])
+
+SearchState = tuple[Hypotheses, Array, Array | None, DecoderState, Array]
+"""Loop state of a search: the hypotheses so far; the last token of each, not yet read, `B K`; the
+attention that each source token has received so far, `B K S`, None without a coverage penalty; the
+decoder's state after all tokens but the last; and the number of steps."""
 
 
 @functools.partial(
@@ -134,42 +112,44 @@ def beam_search(
   model = definition.merge(params)
   start = _initial_search(definition, model, params, source_BS, begin, beam, max_new_tokens)
 
-  def step(s: _SearchState) -> _SearchState:
-    (B, K), covers = s.token_BK.shape, s.coverage_BKS is not None
-    out = model.step(s.token_BK.reshape(-1), STEP.replace(align=covers), s.decoder)
-    log_p_BKV = _log_p(out.y, vocab_size).reshape(B, K, -1)
-    parent_BK, token_BK, log_p_BK = _extend(log_p_BKV, s.log_p_BK, s.done_BK(limit_B))
+  def keep_going(carry: SearchState) -> Array:
+    """Whether any hypothesis still changes."""
+    found, *_, count = carry
+    done_BK = found.done_BK(limit_B) | jnp.isneginf(found.log_p_BK)
+    return ~done_BK.all() & (count < max_new_tokens)
+
+  def step(carry: SearchState) -> SearchState:
+    found, token_BK, coverage_BKS, decoder, count = carry
+    (B, K), covers = token_BK.shape, coverage_BKS is not None
+    out = model.step(token_BK.reshape(-1), STEP.replace(align=covers), decoder)
+    # rows of the head that are no tokens have their share of the mass
+    log_p = jax.nn.log_softmax(out.y.astype(jnp.float32), axis=-1)
+    log_p_BKV = tokens_only(log_p, vocab_size).reshape(B, K, -1)
+    parent_BK, token_BK, log_p_BK = _extend(log_p_BKV, found.log_p_BK, found.done_BK(limit_B))
     decoder = out.state
+    attention: Any = _mean_attention(out.alignments).reshape(B, K, -1) if covers else None
     if parent_BK is not None:
       rows = (parent_BK + K * jnp.arange(B)[:, None]).reshape(-1)
-      decoder = model.select_rows(out.state, rows, same_source=True)
-
-    def of_parents(x: Array) -> Array:
-      return x if parent_BK is None else _take_hypotheses(x, parent_BK)
-
-    was_done_BK = of_parents(s.done_BK(limit_B))
-    ends_BK = ~was_done_BK & (token_BK == end)
-    tokens_BKN = jax.lax.dynamic_update_slice(
-      of_parents(s.tokens_BKN),
-      jnp.where(was_done_BK | ends_BK, IGNORE, token_BK)[:, :, None],
-      (0, 0, s.count),
-    )
-    coverage = s.coverage_BKS
-    if coverage is not None:
-      attention = of_parents(_mean_attention(out.alignments).reshape(coverage.shape))
-      coverage = of_parents(coverage) + jnp.where(was_done_BK[:, :, None], 0.0, attention)
-    return _SearchState(
-      decoder,
-      jnp.where(was_done_BK, end, token_BK).astype(jnp.int32),
-      tokens_BKN,
-      of_parents(s.length_BK) + ~was_done_BK,
+      decoder = model.select_rows(decoder, rows, same_source=True)
+      found, coverage_BKS, attention = _take((found, coverage_BKS, attention), parent_BK)
+    done_BK = found.done_BK(limit_B)
+    ends_BK = ~done_BK & (token_BK == end)
+    new_BK = jnp.where(done_BK | ends_BK, IGNORE, token_BK)
+    at = (0, 0, count)
+    if coverage_BKS is not None:
+      coverage_BKS = coverage_BKS + jnp.where(done_BK[:, :, None], 0.0, attention)
+    found = Hypotheses(
+      jax.lax.dynamic_update_slice(found.tokens_BKN, new_BK[:, :, None], at),
+      found.length_BK + ~done_BK,
       log_p_BK,
-      of_parents(s.finished_BK) | ends_BK,
-      coverage,
-      s.count + 1,
+      found.score_BK,
+      found.finished_BK | ends_BK,
     )
+    token_BK = jnp.where(done_BK, end, token_BK).astype(jnp.int32)
+    return found, token_BK, coverage_BKS, decoder, count + 1
 
-  return _ranked(jax.lax.while_loop(lambda s: s.keep_going(limit_B), step, start), source_BS, beam)
+  found, _, coverage_BKS, *_ = jax.lax.while_loop(keep_going, step, start)
+  return _ranked(found, coverage_BKS, source_BS, beam)
 
 
 # ---- pieces ------------------------------------------------------------------------------------
@@ -195,18 +175,13 @@ def _extend(next_BKV: Array, log_p_BK: Array, done_BK: Array) -> tuple[Array | N
   return best_BK // V, best_BK % V, log_p_BK
 
 
-def _take_hypotheses(x: Array, index_BK: Array) -> Array:
-  """`[B, K, ...]`, of each source the hypotheses `index_BK`."""
-  return jnp.take_along_axis(x, index_BK.reshape(*index_BK.shape, *(1,) * (x.ndim - 2)), axis=1)
+def _take(tree: Any, index_BK: Array) -> Any:
+  """Arrays `[B, K, ...]`, of each source the hypotheses `index_BK`."""
 
+  def take(x: Array) -> Array:
+    return jnp.take_along_axis(x, index_BK.reshape(*index_BK.shape, *(1,) * (x.ndim - 2)), axis=1)
 
-def _log_p(logits: Array, vocab_size: int | None) -> Array:
-  """log p of every token; rows of the head that are no token have their share of the mass, but are
-  never chosen."""
-  log_p = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
-  if vocab_size is None:
-    return log_p
-  return jnp.where((jnp.arange(log_p.shape[-1]) < vocab_size)[None], log_p, -jnp.inf)
+  return jax.tree.map(take, tree)
 
 
 def _mean_attention(alignments: tuple[Array, ...]) -> Array:
@@ -224,7 +199,7 @@ def _initial_search(
   begin: Array,
   beam: Beam,
   N: int,
-) -> _SearchState:
+) -> SearchState:
   """The search before its first token. Unstacks the decoder of `model`, so that the loop updates
   each layer's state in place."""
   (B, S), K = source_BS.shape, beam.width
@@ -235,25 +210,25 @@ def _initial_search(
     state = model.select_rows(state, jnp.repeat(jnp.arange(B), K))
   live_K = jnp.where(jnp.arange(K) == 0, 0.0, -jnp.inf)  # the others are the same hypothesis
   zeros_BK = jnp.zeros((B, K), jnp.int32)
-  return _SearchState(
-    state,
-    zeros_BK + begin,
+  found = Hypotheses(
     jnp.full((B, K, N), IGNORE, jnp.int32),
     zeros_BK,
     jnp.broadcast_to(live_K[None], (B, K)),
+    jnp.zeros((B, K)),
     jnp.zeros((B, K), bool),
-    jnp.zeros((B, K, S)) if beam.coverage_penalty > 0 else None,
-    jnp.int32(0),
   )
+  coverage_BKS = jnp.zeros((B, K, S)) if beam.coverage_penalty > 0 else None
+  return found, zeros_BK + begin, coverage_BKS, state, jnp.int32(0)
 
 
-def _ranked(s: _SearchState, source_BS: Array, beam: Beam) -> Hypotheses:
-  """The hypotheses by descending score, finished ones first."""
-  score = s.log_p_BK / ((5.0 + s.length_BK) / 6.0) ** beam.length_penalty
-  if s.coverage_BKS is not None:
-    covered = jnp.log(jnp.clip(s.coverage_BKS, 1e-10, 1.0))
+def _ranked(
+  found: Hypotheses, coverage_BKS: Array | None, source_BS: Array, beam: Beam
+) -> Hypotheses:
+  """The hypotheses with their scores, by descending score, finished ones first."""
+  score_BK = found.log_p_BK / ((5.0 + found.length_BK) / 6.0) ** beam.length_penalty
+  if coverage_BKS is not None:
+    covered = jnp.log(jnp.clip(coverage_BKS, 1e-10, 1.0))
     source_B1S = (source_BS != IGNORE)[:, None]
-    score = score + beam.coverage_penalty * jnp.where(source_B1S, covered, 0.0).sum(-1)
-  order_BK = jnp.lexsort((-score, ~s.finished_BK), axis=-1)
-  parts = s.tokens_BKN, s.length_BK, s.log_p_BK, score, s.finished_BK
-  return Hypotheses(*(_take_hypotheses(p, order_BK) for p in parts))
+    score_BK = score_BK + beam.coverage_penalty * jnp.where(source_B1S, covered, 0.0).sum(-1)
+  order_BK = jnp.lexsort((-score_BK, ~found.finished_BK), axis=-1)
+  return _take(dataclasses.replace(found, score_BK=score_BK), order_BK)

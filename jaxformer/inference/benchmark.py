@@ -10,22 +10,25 @@ import jax
 import numpy as np
 
 from jaxformer.config import InputError
-from jaxformer.inference.decoding import request
-from jaxformer.inference.sampling import GREEDY, Sampling
+from jaxformer.inference.decoding import check_positive, request
+from jaxformer.inference.sampling import GREEDY
 from jaxformer.models.language_model import LanguageModel
 from jaxformer.models.params import Definition, Params
-from jaxformer.sharding import Parallel
 
 
 class DecodeTime(NamedTuple):
-  """Medians over the repeats.
+  """Times of one length of prompts, medians over the repeats.
 
   Attributes:
+    context_length: tokens of each prompt.
+    state_bytes: of the model's state for one sequence, at 2 bytes per number.
     prefill_seconds: reading all prompts of the batch and sampling one token each.
     seconds_per_token: one more token for each row of the batch.
     compile_seconds: the first run, including compilation.
   """
 
+  context_length: int
+  state_bytes: int
   prefill_seconds: float
   seconds_per_token: float
   compile_seconds: float
@@ -39,31 +42,16 @@ def time_decode(
   batch: int = 1,
   repeats: int = 5,
   *,
-  sampling: Sampling = GREEDY,
   dtype: Any = None,
-  parallel: Parallel | None = None,
 ) -> DecodeTime:
-  """Time prompts of `prompt_length` random tokens continued by `new_tokens`, after a warm-up;
-  prefill and decoding separately."""
-  if new_tokens < 2 or prompt_length < 1 or batch < 1 or repeats < 1:
-    raise InputError(
-      f'prompt_length = {prompt_length}, batch = {batch} and repeats = {repeats} must be positive, '
-      f'new_tokens = {new_tokens} at least 2'
-    )
-  prompts = (
-    np.random.default_rng(0)
-    .integers(0, definition.config.vocab_size, (batch, prompt_length))
-    .tolist()
-  )
-  r = request(
-    definition,
-    params,
-    prompts,
-    max_new_tokens=new_tokens,
-    sampling=sampling,
-    dtype=dtype,
-    parallel=parallel,
-  )
+  """Time greedy continuations by `new_tokens` of prompts of `prompt_length` random tokens, after a
+  warm-up; prefill and decoding separately."""
+  check_positive(prompt_length=prompt_length, batch=batch, repeats=repeats)
+  if new_tokens < 2:
+    raise InputError('new_tokens', new_tokens, 'at least 2')
+  config, shape = definition.config, (batch, prompt_length)
+  prompts = np.random.default_rng(0).integers(0, config.vocab_size, shape).tolist()
+  r = request(definition, params, prompts, max_new_tokens=new_tokens, sampling=GREEDY, dtype=dtype)
   start = time.perf_counter()
   jax.block_until_ready(r.advance(r.begin(), new_tokens))
   compile_seconds = time.perf_counter() - start
@@ -78,4 +66,10 @@ def time_decode(
     start = time.perf_counter()
     jax.block_until_ready(r.advance(going, new_tokens))
     decode.append((time.perf_counter() - start) / (new_tokens - first))
-  return DecodeTime(statistics.median(prefill), statistics.median(decode), compile_seconds)
+  return DecodeTime(
+    prompt_length,
+    2 * (config.state_size(prompt_length + new_tokens) or 0),
+    statistics.median(prefill),
+    statistics.median(decode),
+    compile_seconds,
+  )

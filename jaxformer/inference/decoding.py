@@ -1,5 +1,5 @@
-"""Decoding on the device: one program that reads the prompts (prefill), and one with the loop over
-new tokens.
+"""Continuations of prompts: one program that reads the prompts (prefill), and one with the loop
+over new tokens.
 
 They are separate so that a prompt of another length does not recompile the loop, and the loop runs
 to its end or in pieces, for streaming, as the same program. Nothing between them waits for the
@@ -13,8 +13,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Generator, Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -140,9 +140,7 @@ def _drawn(
   d: Decoding, logits_BV: Array, end: Array, sampling: Sampling, vocab_size: int | None
 ) -> Decoding:
   """One more token for each row; that of a finished row is discarded."""
-  if vocab_size is not None:
-    is_token_V = jnp.arange(logits_BV.shape[-1]) < vocab_size
-    logits_BV = jnp.where(is_token_V[None], logits_BV, -jnp.inf)
+  logits_BV = tokens_only(logits_BV, vocab_size)
   token_B = sample(
     jax.vmap(jax.random.fold_in, in_axes=(0, None))(d.keys_B, d.count),
     logits_BV,
@@ -155,6 +153,13 @@ def _drawn(
   )
   seen_BV = None if d.seen_BV is None else d.seen_BV.at[jnp.arange(len(token_B)), token_B].set(True)
   return Decoding(d.state, token_B, tokens_BN, d.count + 1, finished_B, seen_BV, d.keys_B)
+
+
+def tokens_only(scores_BV: Array, vocab_size: int | None) -> Array:
+  """Logits or log p with -inf from `vocab_size` on, where rows of the head are no tokens."""
+  if vocab_size is None:
+    return scores_BV
+  return jnp.where((jnp.arange(scores_BV.shape[-1]) < vocab_size)[None], scores_BV, -jnp.inf)
 
 
 # ---- from the host -----------------------------------------------------------------------------
@@ -231,58 +236,62 @@ def request(
   parallel: Parallel | None = None,
   vocab_size: int | None = None,
 ) -> Request:
-  """Validate a request and round its sizes up, so that requests of similar sizes share compiled
-  programs.
+  """Return a request to continue each prompt, for `generate` and the functions of
+  `jaxformer.inference.text`. Its sizes are rounded up, so that requests of similar sizes share
+  compiled programs.
 
-  Raises `InputError`; see `jaxformer.inference.generate`.
+  A result depends on its prompt, the seed and its index in the list, not on the other prompts.
+
+  Args:
+    prompts: token ids, of any lengths; an empty one starts from the end of document.
+    max_new_tokens: maximum number of new tokens per prompt. The loop runs until all have ended.
+    end_of_document: the token that ends a continuation; None if the vocabulary has none.
+    dtype: compute dtype; None for that of the parameters.
+    max_len: maximum length of prompt and new tokens in the model's state; None for what is needed.
+      Pass one value to requests of different lengths to compile only once.
+    parallel: mesh and rules of the parameters; None for one device.
+    vocab_size: of the tokenizer, where the model's is padded: the rows beyond it are never sampled.
+
+  Raises:
+    InputError: token ids out of range, an empty prompt without an end of document, or more tokens
+      than the model has positions.
   """
   config = definition.config
-  if max_new_tokens < 1:
-    raise InputError('max_new_tokens', max_new_tokens, 'at least 1')
+  check_positive(max_new_tokens=max_new_tokens, vocab_size=vocab_size)
   if not 0 <= seed < 2**32:
     raise InputError('seed', seed, 'at least 0 and below 2^32')
-  if end_of_document is not None and not 0 <= end_of_document < config.vocab_size:
-    raise InputError(
-      'end_of_document',
-      end_of_document,
-      f'at least 0 and below the vocabulary of {config.vocab_size}',
-    )
-  if vocab_size is not None and vocab_size < 1:
-    raise InputError('vocab_size', vocab_size, 'at least 1')
+  end = IGNORE if end_of_document is None else end_of_document
+  if end_of_document is not None and not 0 <= end < config.vocab_size:
+    accepted = f'at least 0 and below the vocabulary of {config.vocab_size}'
+    raise InputError('end_of_document', end, accepted)
   rows = vocab_size if vocab_size is not None and vocab_size < config.vocab_size else None
-  started = [
-    _started(i, prompt, end_of_document, rows or config.vocab_size)
-    for i, prompt in enumerate(prompts)
-  ]
+  started = []
+  for i, prompt in enumerate(prompts):
+    if not len(prompt) and end_of_document is None:
+      raise InputError(
+        f'prompt {i} is empty, and the tokenizer has no end of document to start from: give at '
+        'least one token'
+      )
+    started.append(token_ids(f'prompt {i}', prompt, rows or config.vocab_size) or [end])
   if not started:
     raise InputError('prompts: must be at least one')
+  config.check_length(max_len or 0)
   longest = max(range(len(started)), key=lambda i: len(started[i]))
-  needed = len(started[longest]) + max_new_tokens
-  if config.max_len is not None and needed > config.max_len:
-    raise InputError(
-      f'prompt {longest} has {len(started[longest])} tokens; with max_new_tokens = '
-      f'{max_new_tokens} that is more than the {config.max_len} learned positions of the model'
-    )
-  most = max_len if max_len is not None else config.max_len
+  length, room = len(started[longest]), bucket(max_new_tokens)
+  needed, most = length + max_new_tokens, config.max_len if max_len is None else max_len
   if most is not None and needed > most:
-    raise InputError(
-      'max_len',
-      max_len,
-      f'at least {needed}, for {len(started[longest])} tokens of prompt {longest} and '
-      f'{max_new_tokens} new ones',
+    limit = (
+      f'max_len = {most}' if max_len is not None else f'the {most} learned positions of the model'
     )
-  if max_len is not None and config.max_len is not None and max_len > config.max_len:
     raise InputError(
-      'max_len', max_len, f'at most {config.max_len}, the learned positions of the model'
+      f'prompt {longest} has {length} tokens; with max_new_tokens = {max_new_tokens} these are '
+      f'{needed}, more than {limit}'
     )
-  room = bucket(max_new_tokens)
-  padded = bucket(len(started[longest]))
-  if most is not None:
-    padded = min(padded, most - max_new_tokens)
-  length = max_len if max_len is not None else min(padded + room, most or padded + room)
+  padded = bucket(length) if most is None else min(bucket(length), most - max_new_tokens)
+  if max_len is None:
+    max_len = padded + room if most is None else min(padded + room, most)
   if dtype is not None:
     params = definition.cast(params, dtype)
-  end = IGNORE if end_of_document is None else end_of_document
   return Request(
     definition,
     params,
@@ -292,28 +301,49 @@ def request(
     seed,
     end,
     padded,
-    length,
+    max_len,
     room,
     parallel,
     rows,
   )
 
 
-def _started(
-  index: int, prompt: Sequence[int], end_of_document: int | None, vocab_size: int
-) -> list[int]:
-  tokens = [int(t) for t in prompt]
-  if not tokens:
-    if end_of_document is None:
-      raise InputError(
-        f'prompt {index} is empty, and the tokenizer has no end of document to start from: give at '
-        'least one token'
-      )
-    return [end_of_document]
+class Generated(NamedTuple):
+  """A continuation.
+
+  Attributes:
+    tokens: the new tokens, without the end of document; of text with stop strings, up to the one
+      that completed a stop string.
+    finished: whether it has the end of document or a stop string; False where `max_new_tokens` was
+      reached.
+    text: up to the stop string, if there is one; '' where none was asked for.
+  """
+
+  tokens: list[int]
+  finished: bool
+  text: str = ''
+
+
+def generate(r: Request) -> list[Generated]:
+  """Return the continuation of each prompt of a `request`, as tokens."""
+  last = r.advance(r.begin(), r.max_new_tokens)
+  tokens_BN, finished_B = np.asarray(last.tokens_BN), np.asarray(last.finished_B)
+  return [Generated(row[row != IGNORE].tolist(), bool(f)) for row, f in zip(tokens_BN, finished_B)]
+
+
+def check_positive(**given: int | None) -> None:
+  """Raise `InputError` for a number below 1."""
+  for field, value in given.items():
+    if value is not None and value < 1:
+      raise InputError(field, value, 'at least 1')
+
+
+def token_ids(name: str, ids: Iterable[int], vocab_size: int) -> list[int]:
+  """Return ids as a list. Raises `InputError` for one that is out of range."""
+  tokens = [int(t) for t in ids]
   if wrong := [t for t in tokens if not 0 <= t < vocab_size]:
     raise InputError(
-      f'prompt {index} has token {wrong[0]}: must be at least 0 and below the vocabulary of '
-      f'{vocab_size}'
+      f'{name} has token {wrong[0]}: must be at least 0 and below the vocabulary of {vocab_size}'
     )
   return tokens
 
@@ -326,21 +356,17 @@ def bucket(n: int) -> int:
 def left_padded(prompts: Sequence[Sequence[int]], length: int) -> tuple[np.ndarray, np.ndarray]:
   """Left-pad prompts to `length`. Returns tokens and segments, both int32: the padding is document
   0 and the prompt document 1, so that no layer carries anything over from the padding."""
-  tokens_BT, segments_BT = (
-    np.zeros((len(prompts), length), np.int32),
-    np.zeros((len(prompts), length), np.int32),
-  )
+  tokens_BT = np.zeros((len(prompts), length), np.int32)
+  segments_BT = np.zeros_like(tokens_BT)
   for i, prompt in enumerate(prompts):
     tokens_BT[i, length - len(prompt) :] = prompt
     segments_BT[i, length - len(prompt) :] = 1
   return tokens_BT, segments_BT
 
 
-@contextlib.contextmanager
-def on(parallel: Parallel | None) -> Generator[None]:
+def on(parallel: Parallel | None) -> contextlib.AbstractContextManager:
   """Compile for this mesh inside the context; without one, for the default device."""
-  with contextlib.nullcontext() if parallel is None else use_mesh(parallel):
-    yield
+  return contextlib.nullcontext() if parallel is None else use_mesh(parallel)
 
 
 # ---- lowered, from shapes alone: what serving a model compiles ---------------------------------
@@ -360,13 +386,9 @@ def lowered_prefill(
     context_length: maximum number of positions in the model's state.
     prompt: tokens of each prompt; None for `context_length`.
   """
-  T, longest = context_length if prompt is None else prompt, definition.config.max_len
-  if batch < 1 or T < 1:
-    raise InputError(f'batch = {batch} and context_length = {T}: must be positive')
-  if longest is not None and context_length > longest:
-    raise InputError(
-      'context_length', context_length, f'at most {longest}, the learned positions of the model'
-    )
+  T = context_length if prompt is None else prompt
+  check_positive(batch=batch, context_length=context_length, prompt=T)
+  definition.config.check_length(context_length)
   ids = _array((batch, T), jnp.int32, parallel)
   numbers = _array((), jnp.uint32, parallel), _array((), jnp.int32, parallel)
   with use_mesh(parallel):

@@ -35,31 +35,24 @@ class Sampling(Config):
   min_p: float | None = None
 
   def validate(self):
-    def given(field: str, holds: bool, accepted: str) -> None:
-      self.require(
-        getattr(self, field) is None or holds, field, f'{accepted}; none for no such rule'
-      )
-
     # Comparisons are written so that NaN fails them.
-    penalty, k, p, m = self.repetition_penalty, self.top_k, self.top_p, self.min_p
-    given(
-      'repetition_penalty',
-      penalty is not None and 0 < penalty < float('inf') and penalty != 1,
-      'positive and not 1',
-    )
     self.require(
       0 <= self.temperature < float('inf'), 'temperature', 'at least 0, where 0 is greedy'
     )
-    given('top_k', k is not None and k > 0, 'positive')
-    given('top_p', p is not None and 0 < p < 1, 'above 0 and below 1')
-    given('min_p', m is not None and 0 < m <= 1, 'above 0 and at most 1')
-    if self.temperature == 0:
-      for field in ('top_k', 'top_p', 'min_p'):
-        self.require(
-          getattr(self, field) is None,
-          field,
-          'none at temperature 0, where it has no effect (greedy)',
-        )
+    rules = (
+      ('repetition_penalty', lambda r: 0 < r < float('inf') and r != 1, 'positive and not 1'),
+      ('top_k', lambda k: k > 0, 'positive'),
+      ('top_p', lambda p: 0 < p < 1, 'above 0 and below 1'),
+      ('min_p', lambda m: 0 < m <= 1, 'above 0 and at most 1'),
+    )
+    for field, holds, accepted in rules:
+      value = getattr(self, field)
+      self.require(value is None or holds(value), field, f'{accepted}; none for no such rule')
+      self.require(
+        value is None or self.temperature > 0 or field == 'repetition_penalty',
+        field,
+        'none at temperature 0, where it has no effect (greedy)',
+      )
 
 
 PLAIN = Sampling()  # from the model's distribution

@@ -17,7 +17,7 @@ from jaxformer import config
 from jaxformer.data import Dataset, DatasetConfig, open_data
 from jaxformer.evaluation import evaluate_translation, loss_by_position
 from jaxformer.files import write_atomically
-from jaxformer.inference import time_decode, translate
+from jaxformer.inference import DecodeTime, time_decode, translate
 from jaxformer.models.model import ModelConfig
 from jaxformer.models.params import define
 from jaxformer.planning.cost import cost
@@ -34,16 +34,6 @@ from jaxformer.training.step import compiled_train_step, compute_dtype, init_sta
 NEW_TOKENS = 32  # decoded at each context length
 REPEATS = 3
 EVAL_LENGTH_FACTOR = 2  # times the training length at which the loss by position is measured
-
-
-@dataclasses.dataclass(frozen=True)
-class AtContext:
-  """Prefill of `context_length` tokens of one sequence, and decoding after them."""
-
-  context_length: int
-  state_bytes: int
-  prefill_seconds: float
-  seconds_per_token: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +57,7 @@ class Costs:
   tokens_per_second: float | None
   compile_seconds: float | None
   step_bytes: int | None
-  contexts: tuple[AtContext, ...]
+  contexts: tuple[DecodeTime, ...]
 
 
 def measure_costs(
@@ -105,7 +95,7 @@ def measure_costs(
       c.active_params,
       c.train_flops_per_token,
       **training[title],
-      contexts=tuple(AtContext(**row) for row in rows),
+      contexts=tuple(DecodeTime(**row) for row in rows),
     )
   return found
 
@@ -296,19 +286,11 @@ def _decoding(
   params = definition.init(jax.random.key(0), parallel) if contexts else {}
   for context_length in contexts:
     end = context_length + NEW_TOKENS
-    state = model.state_size(end)
-    if state is None or (model.max_len is not None and end > model.max_len):
+    if model.max_len is not None and end > model.max_len:
       continue
     dtype = compute_dtype('auto', parallel)
     t = time_decode(definition, params, context_length, NEW_TOKENS, repeats=REPEATS, dtype=dtype)
-    rows.append(
-      {
-        'context_length': context_length,
-        'state_bytes': 2 * state,
-        'prefill_seconds': t.prefill_seconds,
-        'seconds_per_token': t.seconds_per_token,
-      }
-    )
+    rows.append(t._asdict())
     log(
       f'costs | {title} | context of {context_length:,} tokens: '
       f'{1e3 * t.seconds_per_token:.2f} ms per token'

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from jaxformer.study.costs import AtContext
+from jaxformer.inference import DecodeTime
 from jaxformer.study.results import Outcome, Results, TaskResults, interval_form, score_form
 
 MATCHED = {
@@ -204,7 +204,7 @@ def costs(results: Results) -> list[Table]:
   lengths = sorted({a.context_length for c in found.values() for a in c.contexts})
   if lengths:
 
-    def row(name: str, of: Callable[[AtContext], str]) -> tuple[str, ...]:
+    def row(name: str, of: Callable[[DecodeTime], str]) -> tuple[str, ...]:
       at = {a.context_length: a for a in found[name].contexts}
       return (name, *(of(at[n]) if n in at else '' for n in lengths))
 

@@ -151,6 +151,4 @@ def _decoding(experiment: Experiment, context_length: int, new_tokens: int) -> d
   definition = define(experiment.model)
   dtype = compute_dtype(experiment.training.dtype, make_parallel(experiment.mesh))
   params = definition.init(jax.random.key(0))
-  found = time_decode(definition, params, context_length, new_tokens, dtype=dtype)
-  state = experiment.model.state_size(context_length + new_tokens) or 0
-  return {'context_length': context_length, 'state_bytes': 2 * state} | found._asdict()
+  return time_decode(definition, params, context_length, new_tokens, dtype=dtype)._asdict()

@@ -16,12 +16,14 @@ from jaxformer.data import Tokenizer
 from jaxformer.evaluation import EvalResult, evaluate
 from jaxformer.inference import (
   Beam,
-  GeneratedText,
+  Generated,
+  Request,
   Sampling,
   Translation,
   align,
   draw,
   generate_text,
+  request,
   stream,
   translate,
 )
@@ -142,19 +144,15 @@ class Model:
       )
     return self.tokenizer
 
-  def complete(
-    self, prompts: Sequence[str], **options: Unpack[GenerateOptions]
-  ) -> list[GeneratedText]:
+  def complete(self, prompts: Sequence[str], **options: Unpack[GenerateOptions]) -> list[Generated]:
     """Return the continuations of prompts as text and tokens, and whether each ended by itself."""
-    tokens, arguments = self._generation(prompts, options)
-    decode = self.text_tokenizer().decode_bytes
-    return generate_text(self.definition, self.params, tokens, decode, **arguments)
+    r, stop = self._request(prompts, options)
+    return generate_text(r, self.text_tokenizer().decode_bytes, stop=stop)
 
   def stream(self, prompt: str, **options: Unpack[GenerateOptions]) -> Iterator[str]:
     """Return the continuation of a prompt piece by piece, as it is generated."""
-    tokens, arguments = self._generation([prompt], options)
-    decode = self.text_tokenizer().decode_bytes
-    return (p for (p,) in stream(self.definition, self.params, tokens, decode, **arguments))
+    r, stop = self._request([prompt], options)
+    return (p for (p,) in stream(r, self.text_tokenizer().decode_bytes, stop=stop))
 
   @overload
   def generate(self, prompt: str = '', **options: Unpack[GenerateOptions]) -> str: ...
@@ -169,30 +167,30 @@ class Model:
     texts = [t.text for t in self.complete([prompt] if one else list(prompt), **options)]
     return texts[0] if one else texts
 
-  def _generation(
+  def _request(
     self, prompts: Sequence[str], options: GenerateOptions
-  ) -> tuple[list[list[int]], dict[str, Any]]:
-    """Prompts as tokens, and the arguments of `inference.generate_text`."""
+  ) -> tuple[Request, Sequence[str]]:
+    """Return the request to continue prompts, and the stop strings."""
     given: dict[str, Any] = {'temperature': 0.8, **options}
     given['temperature'] = float(given['temperature'])
     most = given.pop('max_new_tokens', None)
-    if most is not None and most < 1:
-      raise InputError('max_new_tokens', most, 'positive')
-    arguments = {
-      'max_new_tokens': most or NEW_TOKENS,
-      'stop': given.pop('stop', ()),
-      'seed': given.pop('seed', 0),
-      'dtype': _dtype(given.pop('dtype', None)),
-      'sampling': Sampling(**given),
-    }
-    tokenizer = self.text_tokenizer()
+    stop, seed, dtype = given.pop('stop', ()), given.pop('seed', 0), given.pop('dtype', None)
+    tokenizer, sampling = self.text_tokenizer(), Sampling(**given)
     if self.config.task != LANGUAGE_MODELING:
       raise InputError(
         f'{self.name}: an {self.config.tag} does not continue prompts; use translate'
       )
-    arguments['end_of_document'] = tokenizer.end_of_document
-    arguments['vocab_size'] = tokenizer.vocab_size
-    return [tokenizer.encode(p).tolist() for p in prompts], arguments
+    return request(
+      self.definition,
+      self.params,
+      [tokenizer.encode(p).tolist() for p in prompts],
+      max_new_tokens=NEW_TOKENS if most is None else most,
+      sampling=sampling,
+      seed=seed,
+      end_of_document=tokenizer.end_of_document,
+      dtype=_dtype(dtype),
+      vocab_size=tokenizer.vocab_size,
+    ), stop
 
   # ---- translation -----------------------------------------------------------------------------
 
@@ -246,10 +244,10 @@ class Model:
     else:
       tokens = tokenizer.encode(target).tolist()
     found = align(self.definition, self.params, ids, tokens, end=end)
-    layers = len(found.layers_LTS)
+    layers = len(found)
     if layer is not None and not 0 <= layer < layers:
       raise InputError('layer', layer, f'at least 0 and below {layers}, the layers with attention')
-    weights = found.mean_TS if layer is None else found.layers_LTS[layer]
+    weights = found.mean(0) if layer is None else found[layer]
     columns = _names(tokenizer.source, ids)
     return AlignedText(columns, _names(tokenizer, [*tokens, end]), weights)
 

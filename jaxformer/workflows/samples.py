@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from jaxformer.data import Dataset
-from jaxformer.inference import Sampling, generate_text, translate
+from jaxformer.inference import Sampling, generate_text, request, translate
 from jaxformer.models.params import Params, define
 from jaxformer.sharding import make_parallel
 from jaxformer.task_type import LANGUAGE_MODELING, TRANSLATION
@@ -35,18 +35,17 @@ def _continuation(experiment: Experiment, dataset: Dataset) -> Sample:
   parallel, most = make_parallel(experiment.mesh), experiment.model.max_len
 
   def sample(params: Params, step: int) -> str:
-    texts = generate_text(
+    r = request(
       definition,
       params,
       [prompt],
-      tokenizer.decode_bytes,
       max_new_tokens=TOKENS if most is None else min(TOKENS, most - 1),
       sampling=Sampling(temperature=0.8),
       end_of_document=tokenizer.end_of_document,
       vocab_size=tokenizer.vocab_size,
       parallel=parallel,
     )
-    return tokenizer.decode(prompt) + texts[0].text
+    return tokenizer.decode(prompt) + generate_text(r, tokenizer.decode_bytes)[0].text
 
   return sample
 

@@ -22,7 +22,7 @@ PROMPTS = [[1, 2, 3], [4, 5, 6, 7] * 5, [8], [9, 10, 11, 12, 13, 14, 15]]
 @pytest.mark.parametrize('name', CONFIGS)
 def test_greedy_is_the_argmax_of_forward_passes(name):
   definition, params = model(name)
-  got = generate(definition, params, PROMPTS, max_new_tokens=18, sampling=GREEDY)
+  got = generate(request(definition, params, PROMPTS, max_new_tokens=18, sampling=GREEDY))
   want = [greedy(definition, params, p, 18) for p in PROMPTS]
   assert [g.tokens for g in got] == want
   # a model that always says the same would show nothing
@@ -41,7 +41,9 @@ def test_a_row_does_not_depend_on_its_neighbours(sampling):
     return [
       g.tokens
       for g in generate(
-        definition, params, prompts, max_new_tokens=12, sampling=sampling, seed=5, max_len=48
+        request(
+          definition, params, prompts, max_new_tokens=12, sampling=sampling, seed=5, max_len=48
+        )
       )
     ]
 
@@ -56,7 +58,8 @@ def test_seeds():
 
   def run(seed):
     return [
-      g.tokens for g in generate(definition, params, [[3], [3]], max_new_tokens=12, seed=seed)
+      g.tokens
+      for g in generate(request(definition, params, [[3], [3]], max_new_tokens=12, seed=seed))
     ]
 
   assert run(1) == run(1)
@@ -68,11 +71,12 @@ def test_seeds():
 def test_end_of_document_ends_a_row_and_all_ends_the_loop():
   definition, params = model('alibi')
   whole = [
-    g.tokens for g in generate(definition, params, PROMPTS, max_new_tokens=20, sampling=GREEDY)
+    g.tokens
+    for g in generate(request(definition, params, PROMPTS, max_new_tokens=20, sampling=GREEDY))
   ]
   end = whole[0][6]
   got = generate(
-    definition, params, PROMPTS, max_new_tokens=20, sampling=GREEDY, end_of_document=end
+    request(definition, params, PROMPTS, max_new_tokens=20, sampling=GREEDY, end_of_document=end)
   )
   for tokens, g in zip(whole, got):
     assert g.finished == (end in tokens)
@@ -96,11 +100,13 @@ def test_repetition_penalty_reaches_the_prompt_and_the_new_tokens():
       logits[t] = logits[t] / penalty if logits[t] > 0 else logits[t] * penalty
     tokens.append(int(logits.argmax()))
   got = generate(
-    definition,
-    params,
-    [[1, 2, 3]],
-    max_new_tokens=8,
-    sampling=Sampling(temperature=0.0, repetition_penalty=penalty),
+    request(
+      definition,
+      params,
+      [[1, 2, 3]],
+      max_new_tokens=8,
+      sampling=Sampling(temperature=0.0, repetition_penalty=penalty),
+    )
   )
   assert got[0].tokens == tokens[3:]
 
@@ -110,20 +116,20 @@ def test_the_whole_context_of_learned_positions():
   definition, params = model('gpt2-tiny')
   context_length = definition.config.context_length
   prompt = [i % 200 for i in range(context_length - 3)]
-  got = generate(definition, params, [prompt, [1, 2]], max_new_tokens=3, sampling=GREEDY)
+  got = generate(request(definition, params, [prompt, [1, 2]], max_new_tokens=3, sampling=GREEDY))
   assert got[0].tokens == greedy(definition, params, prompt, 3, length=context_length)
   with pytest.raises(
     InputError,
     match=f'prompt 1 has {context_length - 3} tokens.*max_new_tokens = 4.*{context_length}',
   ):
-    generate(definition, params, [[1], prompt], max_new_tokens=4)
+    generate(request(definition, params, [[1], prompt], max_new_tokens=4))
 
 
 @pytest.mark.quick
 def test_beyond_the_context_where_nothing_is_learned():
   definition, params = model('sinusoidal')
   prompt = [i % 29 for i in range(70)]
-  got = generate(definition, params, [prompt], max_new_tokens=5, sampling=GREEDY)
+  got = generate(request(definition, params, [prompt], max_new_tokens=5, sampling=GREEDY))
   assert got[0].tokens == greedy(definition, params, prompt, 5, length=80)
 
 
@@ -131,7 +137,9 @@ def test_beyond_the_context_where_nothing_is_learned():
 def test_empty_prompt_starts_from_the_end_of_document():
   definition, params = model('alibi')
   empty, given = (
-    generate(definition, params, [p], max_new_tokens=4, sampling=GREEDY, end_of_document=7)[0]
+    generate(
+      request(definition, params, [p], max_new_tokens=4, sampling=GREEDY, end_of_document=7)
+    )[0]
     for p in ([], [7])
   )
   assert empty == given
@@ -148,13 +156,13 @@ def test_empty_prompt_starts_from_the_end_of_document():
     ([[1]], {'max_new_tokens': 0}, 'max_new_tokens = 0'),
     ([[1]], {'end_of_document': 32}, 'end_of_document = 32'),
     ([[1]], {'seed': -1}, 'seed = -1'),
-    ([[1] * 9], {'max_len': 11}, 'max_len = 11.* 12'),
+    ([[1] * 9], {'max_len': 11}, 'these are 12, more than max_len = 11'),
   ],
 )
 def test_errors(prompts, options, message):
   definition, params = model('alibi')
   with pytest.raises(InputError, match=message):
-    generate(definition, params, prompts, **{'max_new_tokens': 3} | options)
+    generate(request(definition, params, prompts, **{'max_new_tokens': 3} | options))
 
 
 @pytest.mark.quick
@@ -164,7 +172,9 @@ def test_similar_requests_share_programs():
 
   def run(length, new, **o):
     return generate(
-      definition, params, [list(range(length))] * 3, max_new_tokens=new, sampling=GREEDY, **o
+      request(
+        definition, params, [list(range(length))] * 3, max_new_tokens=new, sampling=GREEDY, **o
+      )
     )
 
   run(17, 17)
@@ -199,10 +209,12 @@ def test_sharded_equals_one_device(axes, prompts):
   definition, params = model('grouped')
   mesh = make_mesh(MeshConfig(**{'data': 1} | axes))
   placed = jax.device_put(params, definition.shardings(Parallel(mesh)))
-  want = generate(definition, params, prompts, max_new_tokens=8, sampling=GREEDY)
+  want = generate(request(definition, params, prompts, max_new_tokens=8, sampling=GREEDY))
   assert (
     generate(
-      definition, placed, prompts, max_new_tokens=8, sampling=GREEDY, parallel=Parallel(mesh)
+      request(
+        definition, placed, prompts, max_new_tokens=8, sampling=GREEDY, parallel=Parallel(mesh)
+      )
     )
     == want
   )
@@ -237,7 +249,9 @@ def test_rows_of_the_head_that_are_no_tokens_are_never_drawn(sampling):
   """Models round their vocabulary up; a model of random weights would draw those rows in no
   time."""
   definition, params = model('alibi')
-  got = generate(definition, params, PROMPTS, max_new_tokens=40, sampling=sampling, vocab_size=16)
+  got = generate(
+    request(definition, params, PROMPTS, max_new_tokens=40, sampling=sampling, vocab_size=16)
+  )
   assert {t for g in got for t in g.tokens} <= set(range(16))
   with pytest.raises(InputError, match='prompt 0 has token 16'):
-    generate(definition, params, [[16]], max_new_tokens=1, vocab_size=16)
+    generate(request(definition, params, [[16]], max_new_tokens=1, vocab_size=16))

@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 
 from jaxformer.config import InputError
-from jaxformer.inference import GREEDY, Sampling, generate, generate_text, stream
+from jaxformer.inference import GREEDY, Sampling, generate, generate_text, request, stream
 from jaxformer.inference.text import TextRow
 from tests.inference.models import model
 
@@ -85,14 +85,14 @@ def test_streamed_in_chunks_or_whole(sampling):
   definition, params = model('alibi')
   options = {'max_new_tokens': 21, 'sampling': sampling, 'end_of_document': 30}
   prompts = [[1], [2, 3, 4], [5]]
-  tokens = [g.tokens for g in generate(definition, params, prompts, **options)]
+  tokens = [g.tokens for g in generate(request(definition, params, prompts, **options))]
   want = [decode_bytes(t).decode(errors='replace') for t in tokens]
   for chunk in (1, 4, 16, 64):
-    turns = list(stream(definition, params, prompts, decode_bytes, chunk=chunk, **options))
+    turns = list(stream(request(definition, params, prompts, **options), decode_bytes, chunk=chunk))
     assert [''.join(row) for row in zip(*turns)] == want
     if chunk == 1:  # as many turns as the longest row needs
       assert len(turns) == max(map(len, tokens)) + (0 if max(map(len, tokens)) == 21 else 1)
-  whole = generate_text(definition, params, prompts, decode_bytes, **options)
+  whole = generate_text(request(definition, params, prompts, **options), decode_bytes)
   assert [g.text for g in whole] == want
   assert [g.tokens for g in whole] == tokens
 
@@ -101,13 +101,13 @@ def test_stop_string_across_a_chunk_border():
   definition, params = model('alibi')
   options = {'max_new_tokens': 24, 'sampling': Sampling(temperature=1.0), 'seed': 3}
   prompts = [[1], [2]]
-  whole = generate_text(definition, params, prompts, decode_bytes, **options)
+  whole = generate_text(request(definition, params, prompts, **options), decode_bytes)
   tokens, text = whole[0].tokens, whole[0].text
   stop = decode_bytes(tokens[6:10]).decode(errors='ignore')  # chunks of 8 end in the middle
   assert len(stop) > 1
   for chunk in (1, 3, 8, 24):
     got = generate_text(
-      definition, params, prompts, decode_bytes, stop=[stop], chunk=chunk, **options
+      request(definition, params, prompts, **options), decode_bytes, stop=[stop], chunk=chunk
     )
     assert got[0].text == text[: text.index(stop)]
     assert got[0].finished
@@ -115,7 +115,7 @@ def test_stop_string_across_a_chunk_border():
     assert len(got[0].tokens) <= 10
     assert got[1].text == (whole[1].text.split(stop)[0])
   alone = list(
-    stream(definition, params, prompts[:1], decode_bytes, stop=[stop], chunk=4, **options)
+    stream(request(definition, params, prompts[:1], **options), decode_bytes, stop=[stop], chunk=4)
   )
   assert len(alone) <= 3  # and not 6: nothing runs on after the last row has stopped
 
@@ -123,6 +123,9 @@ def test_stop_string_across_a_chunk_border():
 @pytest.mark.quick
 def test_errors_come_at_once():
   definition, params = model('alibi')
-  for wrong in ({'stop': ['']}, {'stop': 'end'}, {'chunk': 0}, {'sampling': GREEDY, 'max_len': 2}):
+  with pytest.raises(InputError, match='max_len'):
+    request(definition, params, [[1]], max_new_tokens=4, max_len=2)
+  r = request(definition, params, [[1]], max_new_tokens=4)
+  for wrong in ({'stop': ['']}, {'stop': 'end'}, {'chunk': 0}):
     with pytest.raises(InputError, match=list(wrong)[-1]):
-      stream(definition, params, [[1]], decode_bytes, max_new_tokens=4, **wrong)
+      stream(r, decode_bytes, **wrong)

@@ -154,7 +154,7 @@ def test_the_coverage_penalty_is_that_of_the_alignment():
   found = search('transformer', Beam(width=3, coverage_penalty=0.7))
   for b, k in itertools.product(range(len(SOURCES)), range(3)):
     tokens = found.tokens_BKN[b, k][found.tokens_BKN[b, k] != -1].tolist()
-    rows = align(definition, params, SOURCES[b], tokens, end=END).mean_TS[: found.length_BK[b, k]]
+    rows = align(definition, params, SOURCES[b], tokens, end=END).mean(0)[: found.length_BK[b, k]]
     expected = 0.7 * np.log(np.minimum(rows.sum(0), 1)).sum()
     assert found.score_BK[b, k] - found.log_p_BK[b, k] == pytest.approx(expected, abs=1e-4)
   with pytest.raises(InputError, match='coverage_penalty: must be 0'):
@@ -205,13 +205,13 @@ def test_limits_and_bad_input():
 def test_an_alignment_and_its_picture(tmp_path):
   definition, params = model('transformer')
   found = align(definition, params, SOURCES[0], [3, 4], end=END)
-  assert found.layers_LTS.shape == (2, 3, 6)
-  np.testing.assert_allclose(found.mean_TS.sum(1), 1, atol=1e-5)
-  draw(tmp_path / 'a.png', found.mean_TS, list('abcde$'), list('xy$'))
+  assert found.shape == (2, 3, 6)
+  np.testing.assert_allclose(found.mean(0).sum(1), 1, atol=1e-5)
+  draw(tmp_path / 'a.png', found.mean(0), list('abcde$'), list('xy$'))
   assert (tmp_path / 'a.png').read_bytes().startswith(b'\x89PNG')
   with pytest.raises(InputError, match='cannot be written'):
-    draw(tmp_path / 'a.unknown', found.mean_TS, list('abcde$'), list('xy$'))
+    draw(tmp_path / 'a.unknown', found.mean(0), list('abcde$'), list('xy$'))
   with pytest.raises(InputError, match='needs as many labels'):
-    draw(tmp_path / 'a.png', found.mean_TS, list('abc'), list('xy$'))
+    draw(tmp_path / 'a.png', found.mean(0), list('abc'), list('xy$'))
   with pytest.raises(InputError, match='no attention'):
     align(*model('seq2seq-lstm'), SOURCES[0], [3, 4], end=END)

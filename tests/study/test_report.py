@@ -11,9 +11,10 @@ from xml.etree import ElementTree
 import pytest
 
 from jaxformer.data import AssociativeRecall, Text
+from jaxformer.inference import DecodeTime
 from jaxformer.models.zoo import FAMILIES
 from jaxformer.study.charts import Axis, Point, Series, chart
-from jaxformer.study.costs import AtContext, Costs
+from jaxformer.study.costs import Costs
 from jaxformer.study.report import content, csv_text, page, save
 from jaxformer.study.results import gather
 from jaxformer.study.runner import Planned, Trial, Tuned
@@ -84,7 +85,7 @@ def invented(folder, names=NAMES, bits=BITS):
       1e3 * (i + 1),
       1.5,
       10**6 * (i + 1),
-      tuple(AtContext(c, 100 if i else 100 * c, 1e-3 * c, 1e-4) for c in (64, 512)),
+      tuple(DecodeTime(c, 100 if i else 100 * c, 1e-3 * c, 1e-4, 1.0) for c in (64, 512)),
     )
     for i, n in enumerate(names)
   }
