@@ -459,6 +459,16 @@ def without_paths(data: Any) -> Any:
   return {k: without_paths(v) for k, v in data.items()} | code
 
 
+def filled(data: Any, complete: Any) -> Any:
+  """Return JSON data of a config with the fields that it leaves out, taken from `complete`: the
+  JSON data of the same config with all fields."""
+  if isinstance(data, list):
+    return [filled(*pair) for pair in zip(data, complete, strict=True)]
+  if not isinstance(data, dict):
+    return data
+  return complete | {k: v if k == 'code' else filled(v, complete[k]) for k, v in data.items()}
+
+
 def differences(old: Any, new: Any, path: str = '') -> list[str]:
   """Return 'path: old -> new' for every place where two JSON values differ."""
   if isinstance(old, dict) and isinstance(new, dict) and old.get('type') == new.get('type'):

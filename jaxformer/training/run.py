@@ -32,7 +32,7 @@ from jaxformer.training.experiment import Experiment, RunConfig
 from jaxformer.training.paths import AnyPath, RunFiles, check_bucket, remote_errors, to_path
 from jaxformer.training.processes import broadcast_from_process_0
 from jaxformer.training.registry import import_configs
-from jaxformer.user_code import is_a, load_recorded, named_code
+from jaxformer.user_code import load_recorded, named_code
 
 FORMAT = 2
 
@@ -113,8 +113,7 @@ def load_experiment(
   import_configs()
   for remark in load_recorded(data, code, where if isinstance(where, Path) else None):
     logging.getLogger('jaxformer').warning(remark)
-  experiment = config.from_json(data, f'{folder}/config.json')
-  assert is_a(experiment, Experiment)
+  experiment: Experiment = config.from_json(data, f'{folder}/config.json', Experiment)
   if run_folder(experiment) != where:  # moved, or given relative to another working folder
     experiment = experiment.replace(run=RunConfig(dir=str(where.parent), name=where.name))
   return experiment
@@ -153,9 +152,13 @@ class Run:
         )
       return True
     saved, new = read_config(self.folder), config.to_json(self.experiment)
-    if not config.code_records(saved):  # fields that are newer than the run have their defaults
-      import_configs()
-      saved = config.to_json(config.from_json(saved, str(self.folder)))
+    import_configs()
+    try:  # fields that are newer than the run have their defaults
+      saved = config.filled(saved, config.to_json(config.from_json(saved, str(self.folder))))
+    except InputError:
+      if not config.code_records(saved):
+        raise
+      # else code has changed, which the records show
     self.changed = config.differences(config.without_paths(saved), config.without_paths(new))
     shas = [{r.get('sha256') for r in config.code_records(data)} for data in (saved, new)]
     named = shas[1] - shas[0] <= named_code()

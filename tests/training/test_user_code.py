@@ -7,9 +7,13 @@ import types
 
 import pytest
 
-from jaxformer.user_code import named_code
+from jaxformer.config import InputError, forget
+from jaxformer.models.block import Block, Residual
+from jaxformer.models.stack import Group
+from jaxformer.training.run import Run, config_text
+from jaxformer.user_code import named_code, object_in_file
 from tests.tiers import thorough
-from tests.training.conftest import CACHE
+from tests.training.conftest import CACHE, make_experiment
 from tests.training.test_kill import environment
 
 pytestmark = pytest.mark.e2e
@@ -110,6 +114,26 @@ def test_changed_code_runs_only_if_it_is_named(home):
   assert '.code: ' in refused
   assert '--code' in refused
   assert python(f"load_file('{file}', named=True) and {again}", home).startswith('3')
+
+
+def test_a_field_that_is_newer_than_a_run_of_a_users_layer_has_its_default(tmp_path):
+  (tmp_path / 'mine.py').write_text(LAYER)
+  layer = object_in_file(f'{tmp_path}/mine.py:Scale')
+  try:
+    block = Block.Config(branches=(Residual.Config(layer=layer),))
+    e = make_experiment(tmp_path / 'runs', 'own')
+    e = e.replace(model=e.model.replace(stack=(*e.model.stack, Group(pattern=(block,)))))
+    data = json.loads(config_text(e))
+    del data['training']['label_smoothing'], data['model']['stack'][-1]['repeats']
+    del data['model']['stack'][-1]['pattern'][0]['branches'][0]['layer']['factor']
+    (tmp_path / 'runs' / 'own').mkdir(parents=True)
+    (tmp_path / 'runs' / 'own' / 'config.json').write_text(json.dumps(data))
+    assert Run(e).changed == []
+    smoothed = e.replace(training=e.training.replace(label_smoothing=0.1))
+    with pytest.raises(InputError, match=r'training.label_smoothing: 0.0 -> 0.1'):
+      Run(smoothed)
+  finally:
+    forget(type(layer))
 
 
 def test_a_run_of_the_first_version_is_refused_in_one_line(home):
