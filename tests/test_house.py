@@ -189,6 +189,31 @@ def test_no_type_of_config_is_asked_for_outside_its_file():
   assert not wrong
 
 
+# Who may ask for the type of a value that a user defined or passed (`user_code.is_a`).
+MAY_ASK = {
+  'jaxformer/api.py',
+  'jaxformer/interop/families/jamba.py',
+  'jaxformer/interop/families/mamba.py',
+  'jaxformer/interop/family.py',
+  'jaxformer/user_code.py',
+  'jaxformer/workflows/names.py',
+  'jaxformer/workflows/plan.py',
+  'jaxformer/workflows/sizes.py',
+}
+
+
+def test_only_values_of_users_are_asked_for_their_type():
+  """`is_a` is `isinstance` for what a user passes; elsewhere configs are asked by their methods."""
+  asking = {
+    name_of(path)
+    for path, tree in TREES.items()
+    for node in ast.walk(tree)
+    if isinstance(node, ast.ImportFrom | ast.Import | ast.Attribute)
+    and 'is_a' in {getattr(node, 'attr', ''), *(a.name for a in getattr(node, 'names', ()))}
+  }
+  assert not asking - MAY_ASK
+
+
 def test_nobody_probes_for_attributes_of_configs():
   """`getattr(config, 'name', default)` asks what something is by what it lacks."""
   names = {'config', 'model', 'data', 'experiment', 'layer', 'dataset', 'task', 'entry', 'study'}
