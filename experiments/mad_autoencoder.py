@@ -17,13 +17,13 @@ Cost: a minute on two CPU cores.
 from __future__ import annotations
 
 import dataclasses
+import pathlib
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from jaxformer.data import Compression
 from jaxformer.layers.dense import Dense
 from jaxformer.layers.init import Init, Normal
 from jaxformer.layers.layer import Context, LayerPosition, Output, positions_BT, starts_BT
@@ -38,6 +38,9 @@ from jaxformer.models.zoo import PRESETS
 from jaxformer.sharding import shard
 from jaxformer.task_type import Batch, TaskType
 from jaxformer.training import AdamW, Experiment, TrainingConfig
+from jaxformer.user_code import load_file
+
+Compression = load_file(pathlib.Path(__file__).with_name('mad_tasks.py')).Compression
 
 
 class Autoencoder(BaseModel):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import typing
 from collections.abc import Iterable
-from typing import Any, cast
+from typing import Any
 
 from jaxformer.config import (
   NOTHING,
@@ -21,6 +21,7 @@ from jaxformer.config import (
   nearest,
   union_options,
 )
+from jaxformer.user_code import named_in_file
 
 Place = tuple[Any, Any, Any, bool]
 """Where a path leads in a draft: the dictionary or list, the key in it, the type of what stands
@@ -73,7 +74,8 @@ def override(config: C, assignments: Iterable[tuple[str, str]], root: str = '') 
   A path names fields from the top down and items of lists by number. A field name that is not
   found at its level is applied to all nested configs that have it: `model.heads` sets every `heads`
   inside `model`. A value is text, decoded by the type of the field; for a field that holds a config
-  it is the name of a config type, which then starts from its defaults, or JSON.
+  it is the name of a config type, which then starts from its defaults, FILE.py:NAME for a type or
+  a config of the user's own, or JSON.
 
   The assignments are one set: types are applied first, then fields, general paths before exact
   ones, in whatever order they were given. If `root` is given, all paths begin with it.
@@ -96,10 +98,10 @@ def override(config: C, assignments: Iterable[tuple[str, str]], root: str = '') 
   fields = []
   for path, parts, text in sorted(given, key=lambda g: len(g[1])):
     places = _places(draft, parts, kind)
-    types = [_type_for(text, hint) for _, _, hint, _ in places]
-    if places and None not in types:
-      for place, chosen in zip(places, types, strict=True):
-        set_place(place, path, text, _defaults(cast('type[Config]', chosen)))
+    configs = [_named_config(text, hint) for _, _, hint, _ in places]
+    if places and None not in configs:
+      for place, chosen in zip(places, configs, strict=True):
+        set_place(place, path, text, chosen)
     else:
       fields.append((path, parts, text))
   for exact in (False, True):
@@ -124,9 +126,17 @@ def _parts(path: str, config: Config, root: str) -> list[str]:
   return below
 
 
-def _type_for(name: str, hint: Any) -> type[Config] | None:
-  """Return the config type that a name stands for where `hint` is expected, or None."""
-  return next((c for base in config_bases(hint) if (c := find_type(name, base))), None)
+def _named_config(name: str, hint: Any) -> Any:
+  """Return the draft of what a type's name, or FILE.py:NAME, stands for where `hint` is expected;
+  None for a value that names no config."""
+  bases = config_bases(hint)
+  if bases and '.py:' in name:
+    found = named_in_file(name)
+  else:
+    found = next((c for base in bases if (c := find_type(name, base))), None)
+  if isinstance(found, type) and issubclass(found, bases):
+    return _defaults(found)
+  return _draft(found) if isinstance(found, bases) else found
 
 
 def _suggestion(node: Any, parts: list[str], hint: Any) -> str:

@@ -80,6 +80,13 @@ def object_in_file(target: str) -> Any:
 
   A config type is instantiated with its defaults; a class with a nested `Config` stands for that.
   """
+  value = named_in_file(target)
+  with errors_of(pathlib.Path(target.rpartition(':')[0])):
+    return value() if isinstance(value, type) and issubclass(value, Config) else value
+
+
+def named_in_file(target: str) -> Any:
+  """Return what `FILE.py:NAME` names, a config type as it is; see `object_in_file`."""
   file, colon, inside = target.rpartition(':')
   if not colon or not inside:
     raise InputError('target', target, 'FILE.py:NAME, as in my_layer.py:MyMixer.Config')
@@ -93,7 +100,7 @@ def object_in_file(target: str) -> Any:
       value = getattr(value, part)
     if isinstance(value, type) and not issubclass(value, Config):
       value = getattr(value, 'Config', value)
-    return value() if isinstance(value, type) and issubclass(value, Config) else value
+  return value
 
 
 def is_a(value: object, *kinds: type[T]) -> TypeGuard[T]:

@@ -23,7 +23,7 @@ MAY_IMPORT = {
   'task_type': set(),
   'exit_codes': set(),
   'files': set(),
-  'overrides': {'config'},
+  'overrides': {'config', 'user_code'},
   'user_code': {'config'},
   'data': BASE,
   'sharding': BASE,

@@ -21,18 +21,10 @@ from jaxformer.data.corpora import (
 from jaxformer.data.dataset import Dataset, DatasetConfig, HeldOutPair, TrainBatches, open_data
 from jaxformer.data.pairs import PairDataset, Pairs
 from jaxformer.data.splits import ByDocument, ByPosition, Split
-from jaxformer.data.tasks.copying import MadSelectiveCopying, SelectiveCopying
+from jaxformer.data.tasks.copying import SelectiveCopying
 from jaxformer.data.tasks.dates import Dates
 from jaxformer.data.tasks.digits import Digits
 from jaxformer.data.tasks.listops import ListOps
-from jaxformer.data.tasks.mad import (
-  Compression,
-  FuzzyInContextRecall,
-  InContextRecall,
-  Memorization,
-  NoisyInContextRecall,
-  mad_suite,
-)
 from jaxformer.data.tasks.mqar import MultiQueryRecall
 from jaxformer.data.tasks.recall import AssociativeRecall, InductionHead
 from jaxformer.data.tasks.task import GeneratedTask, PairTask, TaskConfig
@@ -66,7 +58,6 @@ __all__ = [
   'BytePairs',
   'Bytes',
   'Characters',
-  'Compression',
   'Corpus',
   'DataSection',
   'Dataset',
@@ -74,18 +65,13 @@ __all__ = [
   'Dates',
   'Digits',
   'Files',
-  'FuzzyInContextRecall',
   'GeneratedTask',
   'HeldOutPair',
   'HuggingFace',
-  'InContextRecall',
   'InductionHead',
   'ListOps',
-  'MadSelectiveCopying',
-  'Memorization',
   'Mixture',
   'MultiQueryRecall',
-  'NoisyInContextRecall',
   'Packed',
   'Packing',
   'PairDataset',
@@ -111,7 +97,6 @@ __all__ = [
   'TwoFiles',
   'cache_dir',
   'load_tokenizer',
-  'mad_suite',
   'open_data',
   'train_bpe',
   'training_texts',

@@ -11,22 +11,17 @@ from jaxformer import config
 from jaxformer.config import InputError
 from jaxformer.data import (
   AssociativeRecall,
-  Compression,
   Dates,
   Digits,
-  FuzzyInContextRecall,
-  InContextRecall,
   InductionHead,
   ListOps,
-  MadSelectiveCopying,
-  Memorization,
   MultiQueryRecall,
-  NoisyInContextRecall,
   SelectiveCopying,
   TaskConfig,
   open_data,
 )
 from jaxformer.data.tasks import digits, listops
+from tests.data.test_mad_tasks import mad_tasks
 
 pytestmark = pytest.mark.quick
 SHORT = ListOps(
@@ -43,12 +38,12 @@ PINNED = {
   Dates(): '332cc94aada07c4d',
   MultiQueryRecall(test_sequences=100): '94b69d19bbb9f385',
   SelectiveCopying(test_sequences=20): '9dcc020394928567',
-  MadSelectiveCopying(test_sequences=100): '85a5b6904045016d',
-  InContextRecall(test_sequences=100): '2b065cd92c863aa3',
-  NoisyInContextRecall(test_sequences=100): '205b477468870f99',
-  FuzzyInContextRecall(test_sequences=100): '832c0eed268ca54a',
-  Compression(test_sequences=100): '6b33c22e1fad6c78',
-  Memorization(test_sequences=100): '0e48c45ef730d708',
+  mad_tasks.MadSelectiveCopying(test_sequences=100): '85a5b6904045016d',
+  mad_tasks.InContextRecall(test_sequences=100): '2b065cd92c863aa3',
+  mad_tasks.NoisyInContextRecall(test_sequences=100): '205b477468870f99',
+  mad_tasks.FuzzyInContextRecall(test_sequences=100): '832c0eed268ca54a',
+  mad_tasks.Compression(test_sequences=100): '6b33c22e1fad6c78',
+  mad_tasks.Memorization(test_sequences=100): '0e48c45ef730d708',
 }
 
 

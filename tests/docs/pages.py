@@ -60,7 +60,7 @@ TEXT = '--data.corpus PydocTopics --data.sequence-length 32'
 SMALLER = (
   (r'train .*(--show|--help)', ''),
   (r'train (transformer|rnnsearch)', TRAIN),
-  (r'train s4d-digits', TRAIN),
+  (r'train (s4d-digits|.*mad_tasks)', TRAIN),
   (r'train .*(--data\.corpus|--data )', f'{TRAIN} --data.sequence-length 32'),
   (r'train ', f'{TRAIN} {TEXT}'),
   (r'eval transformer', '--batches 1 --translations 2'),

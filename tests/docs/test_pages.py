@@ -29,6 +29,7 @@ def folder(tmp_path_factory):
   layers = [b for b in blocks(ROOT / 'docs' / 'layers.md') if b.language == 'python']
   for name, block in zip(('alternating.py', 'my_layer.py', 'small.py'), layers, strict=True):
     (folder / name).write_text(block.text)
+  (folder / 'experiments').symlink_to(ROOT / 'experiments')
   return folder
 
 

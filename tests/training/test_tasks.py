@@ -11,16 +11,13 @@ from jaxformer.cli import main
 from jaxformer.config import InputError
 from jaxformer.data import (
   AssociativeRecall,
-  Compression,
   Digits,
   InductionHead,
   ListOps,
-  Memorization,
   MultiQueryRecall,
   PydocTopics,
   SelectiveCopying,
   Text,
-  mad_suite,
   open_data,
 )
 from jaxformer.layers.mamba import Mamba
@@ -41,8 +38,9 @@ from jaxformer.training import (
   load_params,
   train,
 )
-from jaxformer.training.experiment import check_fit, default_experiment
+from jaxformer.training.experiment import check_fit
 from jaxformer.training.run import read_metrics
+from tests.data.test_mad_tasks import mad_tasks
 from tests.models.test_classifier import classifier
 from tests.training.compare import assert_same
 from tests.training.conftest import SHORT
@@ -116,8 +114,8 @@ def test_a_language_model_on_a_task(tmp_path):
 @pytest.mark.parametrize(
   'task',
   [
-    Compression(length=6, test_sequences=40),
-    Memorization(vocab_size=12, length=6, test_sequences=40),
+    mad_tasks.Compression(length=6, test_sequences=40),
+    mad_tasks.Memorization(vocab_size=12, length=6, test_sequences=40),
   ],
   ids=lambda t: t.tag,
 )
@@ -244,20 +242,24 @@ def test_the_command_line_on_a_classifier(digits, monkeypatch, capsys):
     ),
     (
       gpt(32, 1, 2, context_length=64, vocab_size=16),
-      Compression(),
+      mad_tasks.Compression(),
       'from its last hidden state", but LanguageModel .* use an Autoencoder',
     ),
     (
       autoencoder(gpt(32, 1, 2, context_length=64, vocab_size=20)),
       InductionHead(),
-      r'Autoencoder is a model for .* last hidden state".*fit the model \(Compression\)',
+      'Autoencoder is a model for .* last hidden state"; use a LanguageModel',
     ),
     (
       autoencoder(gpt(32, 1, 2, context_length=64, vocab_size=15)),
-      Compression(),
+      mad_tasks.Compression(),
       'model.vocab_size = 15: must be at least 16',
     ),
-    (model(), Compression(), 'Classifier is a model for .*; use an Autoencoder .* or use data'),
+    (
+      model(),
+      mad_tasks.Compression(),
+      'Classifier is a model for .*; use an Autoencoder .* or use data',
+    ),
   ],
 )
 def test_models_and_data_that_do_not_fit(tmp_path, of, data, message):
@@ -274,7 +276,7 @@ def test_a_task_longer_than_the_learned_positions(tmp_path):
 @pytest.mark.quick
 @pytest.mark.parametrize(
   'task',
-  [t for t in mad_suite() if t == type(t)()] + [MultiQueryRecall(), SelectiveCopying()],
+  [t for t in mad_tasks.mad_suite() if t == type(t)()] + [MultiQueryRecall(), SelectiveCopying()],
   ids=lambda t: t.tag,
 )
 def test_a_model_with_the_vocabulary_of_a_task_can_read_it(task):
@@ -287,14 +289,3 @@ def test_a_model_with_the_vocabulary_of_a_task_can_read_it(task):
     InputError, match=rf'model.vocab_size = {vocab_size - 1}: must be at least {vocab_size}'
   ):
     check_fit(of(gpt(32, 1, 2, context_length=8, vocab_size=vocab_size - 1)), task)
-
-
-@pytest.mark.quick
-def test_an_autoencoder_is_given_its_task():
-  assert (
-    default_experiment(autoencoder(gpt(32, 1, 2, context_length=64, vocab_size=16)), 'x').data
-    == Compression()
-  )
-  assert isinstance(
-    default_experiment(gpt(32, 1, 2, context_length=64, vocab_size=16), 'x').data, Text
-  )

@@ -1,5 +1,4 @@
-"""Selective copying: repeat tokens among noise in their order; as in Mamba, and as in the MAD
-suite."""
+"""Selective copying: repeat tokens among noise in their order, as in Mamba."""
 
 from __future__ import annotations
 
@@ -47,9 +46,9 @@ class SelectiveCopying(TokenTask):
     tokens = np.zeros((index_N.size, self.length), np.int32)
     tokens[:, body:] = marker
     place_NC = np.sort(distinct(body, bits[:, :M]), axis=1)
-    return self._batch(tokens, place_NC, 1 + integers(marker - 1, bits[:, M:]))
+    return self.batch(tokens, place_NC, 1 + integers(marker - 1, bits[:, M:]))
 
-  def _batch(
+  def batch(
     self,
     tokens_NT: Int32[np.ndarray, 'N T'],
     place_NC: Int64[np.ndarray, 'N C'],
@@ -60,30 +59,3 @@ class SelectiveCopying(TokenTask):
     targets = np.full(tokens_NT.shape, IGNORE, np.int32)
     targets[:, self.length - self.copied :] = copy_NC
     return Batch(tokens_NT, targets)
-
-
-class MadSelectiveCopying(SelectiveCopying):
-  """`. a . . b . c => . . .`, with targets a b c at the last positions (Poli et al. 2024, section
-  3.1 and appendix B; the MAD suite).
-
-  Each blank goes before one of the tokens to copy, all equally likely, so the last of them is
-  followed at once by the marker; then one more blank per token. `vocab_size` - 2 is the blank,
-  `vocab_size` - 1 the marker, those below are copied. The defaults are the baseline of the
-  suite."""
-
-  length: int = 256
-  train_sequences: int | None = 12_800
-  test_sequences: int = 1280
-
-  def rows(self, side: Side, index_N: Index) -> Batch:
-    M, blank, N = self.copied, self.vocab_size - 2, index_N.size
-    blanks = self.length - 2 * M - 1
-    bits = self.random_bits(side, index_N, M + blanks)
-    tokens = np.full((N, self.length), blank, np.int32)
-    tokens[:, M + blanks] = blank + 1
-    before_NC = np.bincount(
-      (np.arange(N)[:, None] * M + integers(M, bits[:, M:])).reshape(-1), minlength=N * M
-    ).reshape(N, M)
-    return self._batch(
-      tokens, np.arange(M) + np.cumsum(before_NC, axis=1), integers(blank, bits[:, :M])
-    )

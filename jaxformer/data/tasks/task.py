@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from jaxtyping import Bool, Float32, Int32, Int64, UInt64
+from jaxtyping import Float32, Int32, Int64, UInt64
 
 from jaxformer import config
 from jaxformer.config import InputError
@@ -244,11 +244,6 @@ def integers(bound: int, bits: UInt64[np.ndarray, '*N']) -> Int64[np.ndarray, '*
   return (bits % np.uint64(bound)).astype(np.int64)
 
 
-def bernoulli(probability: float, bits: UInt64[np.ndarray, '*N']) -> Bool[np.ndarray, '*N']:
-  """Return True with a probability, which is rounded down to 53 bits."""
-  return (bits >> np.uint64(11)) < np.uint64(int(probability * 2**53))
-
-
 def distinct(bound: int, bits_NC: UInt64[np.ndarray, 'N C']) -> Int64[np.ndarray, 'N C']:
   """Return C different integers in 0..bound-1 for each row, every choice and order of them equally
   likely."""
@@ -259,16 +254,6 @@ def distinct(bound: int, bits_NC: UInt64[np.ndarray, 'N C']) -> Int64[np.ndarray
     later_NC = drawn_NC[:, c + 1 :]
     later_NC += later_NC >= drawn_NC[:, c : c + 1]
   return drawn_NC
-
-
-def seen_before(number_NP: Int64[np.ndarray, 'N P']) -> Bool[np.ndarray, 'N P']:
-  """Whether each number occurs earlier in its row."""
-  order_NP = np.argsort(number_NP, axis=1, kind='stable')
-  sorted_NP = np.take_along_axis(number_NP, order_NP, axis=1)
-  again_NP = np.pad(sorted_NP[:, 1:] == sorted_NP[:, :-1], ((0, 0), (1, 0)))
-  before_NP = np.empty_like(again_NP)
-  np.put_along_axis(before_NP, order_NP, again_NP, axis=1)
-  return before_NP
 
 
 def hash_of(*batches: Batch) -> str:

@@ -1,12 +1,21 @@
 """The MAD suite (Poli et al. 2024, "Mechanistic Design and Scaling of Hybrid Architectures", arXiv
 2403.17844, section 3.1 and appendix B): small tasks, one for each ability of a sequence mixer.
 
+Question: which of these abilities does an architecture have? The tasks are of this one paper, so
+they stand here and not in the package: an example of a user's own data, which a command names as
+FILE.py:NAME and a Python file loads with `load_file`.
+
+    jaxformer train llama2-tiny --data experiments/mad_tasks.py:InContextRecall
+    jaxformer train llama2-tiny --data experiments/mad_tasks.py:Memorization --data.vocab-size 64
+    jaxformer compare quickstart --study.tasks.0 experiments/mad_tasks.py:MadSelectiveCopying
+
 Defaults are the baseline of the suite, and `mad_suite` gives the harder settings over which its
 score is the mean. The multi-query forms of recall are the ones that the suite scores: models are
 trained to predict every next token and scored by the values of keys that occurred before. The
 authors' code takes the accuracy per token and then the mean over tokens, here it is that of all
-targets; since answers are uniform the two are nearly equal. Selective copying is in
-`copying.py`."""
+targets; since answers are uniform the two are nearly equal.
+
+Cost: a minute for a tiny model on two CPU cores."""
 
 from __future__ import annotations
 
@@ -15,18 +24,9 @@ from jaxtyping import Bool, Int64, UInt64
 
 from jaxformer.data import shuffle
 from jaxformer.data.shuffle import Index
-from jaxformer.data.tasks.copying import MadSelectiveCopying
+from jaxformer.data.tasks.copying import SelectiveCopying
 from jaxformer.data.tasks.recall import drawn_pairs
-from jaxformer.data.tasks.task import (
-  Side,
-  TaskConfig,
-  TokenTask,
-  bernoulli,
-  distinct,
-  integers,
-  random_bits,
-  seen_before,
-)
+from jaxformer.data.tasks.task import Side, TaskConfig, TokenTask, distinct, integers, random_bits
 from jaxformer.task_type import IGNORE, Batch, TaskType
 
 
@@ -218,6 +218,36 @@ def next_token_targets(
   return Batch(tokens_NS[:, :-1].astype(np.int32), targets)
 
 
+# ---- selective copying -------------------------------------------------------------------------
+
+
+class MadSelectiveCopying(SelectiveCopying):
+  """`. a . . b . c => . . .`, with targets a b c at the last positions (Poli et al. 2024, section
+  3.1 and appendix B; the MAD suite).
+
+  Each blank goes before one of the tokens to copy, all equally likely, so the last of them is
+  followed at once by the marker; then one more blank per token. `vocab_size` - 2 is the blank,
+  `vocab_size` - 1 the marker, those below are copied. The defaults are the baseline of the
+  suite."""
+
+  length: int = 256
+  train_sequences: int | None = 12_800
+  test_sequences: int = 1280
+
+  def rows(self, side: Side, index_N: Index) -> Batch:
+    M, blank, N = self.copied, self.vocab_size - 2, index_N.size
+    blanks = self.length - 2 * M - 1
+    bits = self.random_bits(side, index_N, M + blanks)
+    tokens = np.full((N, self.length), blank, np.int32)
+    tokens[:, M + blanks] = blank + 1
+    before_NC = np.bincount(
+      (np.arange(N)[:, None] * M + integers(M, bits[:, M:])).reshape(-1), minlength=N * M
+    ).reshape(N, M)
+    return self.batch(
+      tokens, np.arange(M) + np.cumsum(before_NC, axis=1), integers(blank, bits[:, :M])
+    )
+
+
 # ---- compression and memorization --------------------------------------------------------------
 
 
@@ -280,6 +310,24 @@ class Memorization(MadTask):
     targets = np.full(tokens.shape, IGNORE, np.int32)
     tokens[:, ::2], targets[:, 1::2] = key_NP, value_K[key_NP]
     return Batch(tokens, targets, None)
+
+
+# ---- building blocks ---------------------------------------------------------------------------
+
+
+def bernoulli(probability: float, bits: UInt64[np.ndarray, '*N']) -> Bool[np.ndarray, '*N']:
+  """Return True with a probability, which is rounded down to 53 bits."""
+  return (bits >> np.uint64(11)) < np.uint64(int(probability * 2**53))
+
+
+def seen_before(number_NP: Int64[np.ndarray, 'N P']) -> Bool[np.ndarray, 'N P']:
+  """Whether each number occurs earlier in its row."""
+  order_NP = np.argsort(number_NP, axis=1, kind='stable')
+  sorted_NP = np.take_along_axis(number_NP, order_NP, axis=1)
+  again_NP = np.pad(sorted_NP[:, 1:] == sorted_NP[:, :-1], ((0, 0), (1, 0)))
+  before_NP = np.empty_like(again_NP)
+  np.put_along_axis(before_NP, order_NP, again_NP, axis=1)
+  return before_NP
 
 
 # ---- the suite ---------------------------------------------------------------------------------
