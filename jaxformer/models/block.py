@@ -174,6 +174,13 @@ class Block(nnx.Module):
     return apply_sequentially(self.branches, x, ctx, state, one_token)
 
 
+def pre_norm(norm: NormConfig, *layers: LayerConfig, dropout: float = 0.0) -> Block.Config:
+  """Return a block of these layers, each in a `PreNorm` branch."""
+  return Block.Config(
+    branches=tuple(PreNorm(layer=layer, norm=norm, dropout=dropout) for layer in layers)
+  )
+
+
 def apply_sequentially(
   parts: Iterable[Callable[..., Output]],
   x: Array,

@@ -15,7 +15,7 @@ from jaxtyping import Array
 
 from jaxformer.config import Config
 from jaxformer.layers.layer import Context, LayerConfig, LayerPosition, Memory, Output, State
-from jaxformer.models.block import Block, apply_sequentially
+from jaxformer.models.block import Block, BranchConfig, apply_sequentially
 from jaxformer.models.params import stacked
 from jaxformer.sharding import needs_all_gather, platform, unshard
 
@@ -71,6 +71,11 @@ class Group(Config):
       f'1 where the pattern changes the width from {width} to {widths[-1]}',
     )
     return widths
+
+
+def group(*branches: BranchConfig, repeats: int = 1) -> Group:
+  """Return a group whose pattern is one block of these branches."""
+  return Group(pattern=(Block.Config(branches=branches),), repeats=repeats)
 
 
 def layers_with_widths(

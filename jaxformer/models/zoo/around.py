@@ -8,7 +8,7 @@ from typing import Any
 from jaxformer.layers.layer import LayerConfig
 from jaxformer.layers.mlp import GatedMlp
 from jaxformer.layers.norm import RMSNorm
-from jaxformer.models.block import Block, PreNorm
+from jaxformer.models.block import pre_norm
 from jaxformer.models.language_model import LanguageModel
 from jaxformer.models.stack import Group
 from jaxformer.models.zoo.preset import HEAD, Family, two_thirds
@@ -20,8 +20,7 @@ def around(layer: LayerConfig) -> Family:
 
   def make(*, width: int, layers: int, hidden: int, **sizes: Any) -> LanguageModel.Config:
     norm = RMSNorm()
-    parts = layer, GatedMlp.Config(hidden=hidden)
-    block = Block.Config(branches=tuple(PreNorm(layer=part, norm=norm) for part in parts))
+    block = pre_norm(norm, layer, GatedMlp.Config(hidden=hidden))
     return LanguageModel.Config(
       **sizes, width=width, final_norm=norm, stack=(Group(pattern=(block,), repeats=layers),)
     )

@@ -6,6 +6,7 @@ with a vocabulary of 32,000."""
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from jaxformer.layers.attentive_decoder import GnmtAttention
@@ -13,9 +14,9 @@ from jaxformer.layers.bidirectional import Bidirectional
 from jaxformer.layers.init import FanInUniform, Init, Normal, Uniform
 from jaxformer.layers.layer import LayerConfig
 from jaxformer.layers.lstm import Lstm
-from jaxformer.models.block import Block, Plain, Residual
+from jaxformer.models.block import Plain, Residual
 from jaxformer.models.encoder_decoder import EncoderDecoder
-from jaxformer.models.stack import Group
+from jaxformer.models.stack import Group, group
 from jaxformer.models.zoo.preset import as_wide, family, preset
 
 
@@ -23,17 +24,17 @@ def gnmt(
   width: int,
   layers: int,
   *,
-  vocab_size: int,
-  context_length: int,
   init: Init,
-  embedding_init: Init,
-  head_init: Init,
   dropout: float = 0.0,
   hidden: int | None = None,
+  vocab_size: int,
+  source_vocab_size: int | None = None,
+  **fields: Any,
 ) -> EncoderDecoder.Config:
   """The GNMT architecture, with `layers` of `hidden` units on each side, at least three, as wide as
   the embedding unless given. The bottom layer of the decoder starts from the backward
-  state of the encoder's, the others from the state of the layer at their height."""
+  state of the encoder's, the others from the state of the layer at their height.
+  `fields` of the config: `context_length`, `embedding_init`, `head_init`."""
   units = hidden or width
   lstm = Lstm.Config(
     hidden=units, project=False, init=init, recurrent_init=init, bias=init, forget_bias=0.0
@@ -49,67 +50,33 @@ def gnmt(
     bias=init,
   )
 
-  def plain(layer: LayerConfig) -> Group:
-    return Group(pattern=(Block.Config(branches=(Plain(layer=layer, dropout=dropout),)),))
-
-  def residual(layer: LayerConfig) -> Group:
-    return Group(
-      pattern=(Block.Config(branches=(Residual(layer=layer, dropout=dropout),)),),
-      repeats=layers - 2,
-    )
+  def stack(bottom: LayerConfig, above: Lstm.Config) -> tuple[Group, ...]:
+    plain = (group(Plain(layer=layer, dropout=dropout)) for layer in (bottom, above))
+    return *plain, group(Residual(layer=above, dropout=dropout), repeats=layers - 2)
 
   return EncoderDecoder.Config(
-    source_vocab_size=vocab_size,
+    source_vocab_size=source_vocab_size or vocab_size,
     vocab_size=vocab_size,
     width=width,
-    context_length=context_length,
     init_from_encoder=True,
     head_bias=True,
     dropout=dropout,
-    embedding_init=embedding_init,
-    head_init=head_init,
-    encoder=(plain(Bidirectional.Config(layer=lstm)), plain(lstm), residual(lstm)),
-    decoder=(plain(bottom), plain(beside), residual(beside)),
+    encoder=stack(Bidirectional.Config(layer=lstm), lstm),
+    decoder=stack(bottom, beside),
+    **fields,
   )
 
 
-_UNIFORM = Uniform(bound=0.04)
-preset(
-  'gnmt',
-  'gnmt',
-  gnmt(
-    1024,
-    8,
-    vocab_size=32_000,
-    context_length=128,
-    init=_UNIFORM,
-    embedding_init=_UNIFORM,
-    head_init=_UNIFORM,
-    dropout=0.2,
-  ),
+_UNIFORM: dict[str, Any] = dict.fromkeys(
+  ('init', 'embedding_init', 'head_init'), Uniform(bound=0.04)
 )
+_FAN: dict[str, Any] = {
+  'init': FanInUniform(),
+  'embedding_init': Normal(std=1.0),
+  'head_init': FanInUniform(),
+}
 preset(
-  'gnmt-tiny',
-  'gnmt',
-  gnmt(
-    96,
-    3,
-    vocab_size=264,
-    context_length=128,
-    init=FanInUniform(),
-    embedding_init=Normal(std=1.0),
-    head_init=FanInUniform(),
-  ),
+  'gnmt', 'gnmt', gnmt(1024, 8, vocab_size=32_000, context_length=128, dropout=0.2, **_UNIFORM)
 )
-
-
-def _grown(
-  *, width: int, layers: int, hidden: int, source_vocab_size: int, **sizes: Any
-) -> EncoderDecoder.Config:
-  fan = FanInUniform()
-  return gnmt(
-    width, layers, **sizes, init=fan, embedding_init=Normal(std=1.0), head_init=fan, hidden=hidden
-  ).replace(source_vocab_size=source_vocab_size)
-
-
-family('gnmt', _grown, hidden=as_wide, fewest_layers=3, of_pairs=True)
+preset('gnmt-tiny', 'gnmt', gnmt(96, 3, vocab_size=264, context_length=128, **_FAN))
+family('gnmt', functools.partial(gnmt, **_FAN), hidden=as_wide, fewest_layers=3, of_pairs=True)

@@ -3,6 +3,7 @@ GELU (tanh), biases everywhere, tied head."""
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from jaxformer.layers.attention import Attention
@@ -10,10 +11,10 @@ from jaxformer.layers.init import Normal, ResidualNormal
 from jaxformer.layers.mlp import Mlp
 from jaxformer.layers.norm import LayerNorm
 from jaxformer.layers.position import LearnedPositions
-from jaxformer.models.block import Block, PreNorm
+from jaxformer.models.block import Block, pre_norm
 from jaxformer.models.language_model import LanguageModel
 from jaxformer.models.stack import Group
-from jaxformer.models.zoo.preset import HEAD, Make, family, four_times, preset
+from jaxformer.models.zoo.preset import HEAD, TINY, family, four_times, preset
 
 
 def gpt(
@@ -21,15 +22,15 @@ def gpt(
   layers: int,
   heads: int,
   *,
-  context_length: int,
   vocab_size: int = 50257,
   windows: tuple[int | None, ...] = (None,),
   dropout: float = 0.0,
   bias: bool = True,
   hidden: int | None = None,
+  **fields: Any,
 ) -> LanguageModel.Config:
   """The GPT-2 architecture. `windows` gives the attention window of each block of a period (GPT-3
-  alternates)."""
+  alternates); `fields` of the config: `context_length`."""
   norm = LayerNorm(bias=bias)
 
   def block(window: int | None) -> Block.Config:
@@ -37,36 +38,34 @@ def gpt(
     mlp = Mlp.Config(
       hidden=hidden or 4 * width, activation='gelu_tanh', bias=bias, out_init=ResidualNormal()
     )
-    return Block.Config(
-      branches=tuple(PreNorm(layer=layer, norm=norm, dropout=dropout) for layer in (attention, mlp))
-    )
+    return pre_norm(norm, attention, mlp, dropout=dropout)
 
   return LanguageModel.Config(
     vocab_size=vocab_size,
     width=width,
-    context_length=context_length,
     tied=True,
     dropout=dropout,
     positions=LearnedPositions.Config(init=Normal(std=0.01)),
     final_norm=norm,
     stack=(Group(pattern=tuple(block(w) for w in windows), repeats=layers // len(windows)),),
+    **fields,
   )
 
 
-for name, width, layers, heads in (
+for name, *sizes in (
   ('gpt2', 768, 12, 12),
   ('gpt2-medium', 1024, 24, 16),
   ('gpt2-large', 1280, 36, 20),
   ('gpt2-xl', 1600, 48, 25),
 ):
-  preset(name, 'gpt2', gpt(width, layers, heads, context_length=1024))
-preset('gpt2-tiny', 'gpt2', gpt(128, 4, 4, context_length=256, vocab_size=264))
+  preset(name, 'gpt2', gpt(*sizes, context_length=1024))
+preset('gpt2-tiny', 'gpt2', gpt(128, 4, 4, **TINY))
 
 # Table 2.1 of the paper, with two of its rows mended: 24 heads of 128 do not make XL's width of
 # 2048 (16 do), and 40 heads of 128 make 5120, not the 13B row's 5140. "Alternating dense and
 # locally banded sparse" attention: the paper gives no band; 256 is ours.
 BAND = 256
-for name, width, layers, heads in (
+for name, *sizes in (
   ('gpt3-125m', 768, 12, 12),
   ('gpt3-350m', 1024, 24, 16),
   ('gpt3-760m', 1536, 24, 16),
@@ -76,16 +75,17 @@ for name, width, layers, heads in (
   ('gpt3-13b', 5120, 40, 40),
   ('gpt3-175b', 12288, 96, 96),
 ):
-  preset(name, 'gpt3', gpt(width, layers, heads, context_length=2048, windows=(None, BAND)))
-preset('gpt3-tiny', 'gpt3', gpt(128, 4, 4, context_length=256, vocab_size=264, windows=(None, 64)))
+  preset(name, 'gpt3', gpt(*sizes, context_length=2048, windows=(None, BAND)))
+preset('gpt3-tiny', 'gpt3', gpt(128, 4, 4, **TINY, windows=(None, 64)))
 
 
-def _grown(windows: tuple[int | None, ...]) -> Make:
-  def make(*, width: int, layers: int, hidden: int, **sizes: Any) -> LanguageModel.Config:
-    return gpt(width, layers, width // HEAD, **sizes, windows=windows, hidden=hidden)
+def _grown(
+  windows: tuple[int | None, ...], *, width: int, layers: int, **sizes: Any
+) -> LanguageModel.Config:
+  return gpt(width, layers, width // HEAD, windows=windows, **sizes)
 
-  return make
 
-
-family('gpt2', _grown((None,)), width_step=HEAD, hidden=four_times)
-family('gpt3', _grown((None, 64)), width_step=HEAD, layer_step=2, hidden=four_times)
+family('gpt2', functools.partial(_grown, (None,)), width_step=HEAD, hidden=four_times)
+family(
+  'gpt3', functools.partial(_grown, (None, 64)), width_step=HEAD, layer_step=2, hidden=four_times
+)

@@ -14,10 +14,10 @@ from jaxformer.layers.init import ResidualNormal
 from jaxformer.layers.layer import LayerConfig
 from jaxformer.layers.mlp import Mlp
 from jaxformer.layers.norm import LayerNorm
-from jaxformer.models.block import Block, PreNorm
+from jaxformer.models.block import pre_norm
 from jaxformer.models.language_model import LanguageModel
 from jaxformer.models.stack import Group
-from jaxformer.models.zoo.preset import HEAD, family, four_times, preset
+from jaxformer.models.zoo.preset import HEAD, TINY, family, four_times, preset
 
 
 def h3(
@@ -28,21 +28,20 @@ def h3(
   *,
   d_state: int = 64,
   head_dim: int = 1,
+  hidden: int | None = None,
   vocab_size: int = 50264,
   context_length: int = 2048,
-  dropout: float = 0.0,
-  hidden: int | None = None,
+  **fields: Any,
 ) -> LanguageModel.Config:
   """The H3 architecture; `heads` are those of the layers with attention, counted from 0, `head_dim`
-  that of the others."""
+  that of the others, `fields` of the config: `dropout`."""
   norm = LayerNorm()
   mlp = Mlp.Config(hidden=hidden or 4 * width, bias=True, out_init=ResidualNormal())
   attention = Attention.Config(heads=heads, bias=True, out_init=ResidualNormal())
   mixer = H3.Config(d_state=d_state, head_dim=head_dim)
 
   def group(layer: LayerConfig, repeats: int) -> Group:
-    block = Block.Config(branches=tuple(PreNorm(layer=part, norm=norm) for part in (layer, mlp)))
-    return Group(pattern=(block,), repeats=repeats)
+    return Group(pattern=(pre_norm(norm, layer, mlp),), repeats=repeats)
 
   runs = itertools.groupby(i in attention_at for i in range(layers))
   return LanguageModel.Config(
@@ -50,9 +49,9 @@ def h3(
     width=width,
     context_length=context_length,
     tied=True,
-    dropout=dropout,
     final_norm=norm,
     stack=tuple(group(attention if attends else mixer, len(list(run))) for attends, run in runs),
+    **fields,
   )
 
 
@@ -63,14 +62,14 @@ for name, width, layers, heads, attention_at in (
   ('h3-2.7b', 2560, 32, 20, (8, 16, 24)),
 ):
   preset(name, 'h3', h3(width, layers, heads, attention_at, dropout=0.1))
-preset('h3-tiny', 'h3', h3(128, 4, 4, (3,), d_state=16, vocab_size=264, context_length=256))
+preset('h3-tiny', 'h3', h3(128, 4, 4, (3,), d_state=16, **TINY))
 
 
-def _grown(*, width: int, layers: int, hidden: int, **sizes: Any) -> LanguageModel.Config:
+def _grown(*, width: int, layers: int, **sizes: Any) -> LanguageModel.Config:
   # One layer of attention in the middle up to 16 layers, as in the smallest published model, and
   # two in the larger ones.
   attention_at = (layers // 2,) if layers <= 16 else (layers // 3, 2 * layers // 3)
-  return h3(width, layers, width // HEAD, attention_at, d_state=16, **sizes, hidden=hidden)
+  return h3(width, layers, width // HEAD, attention_at, d_state=16, **sizes)
 
 
 family('h3', _grown, width_step=HEAD, hidden=four_times)

@@ -13,10 +13,10 @@ from jaxformer.layers.mlp import GatedMlp
 from jaxformer.layers.moe import Moe
 from jaxformer.layers.norm import RMSNorm
 from jaxformer.layers.router import SoftmaxTopK
-from jaxformer.models.block import Block, PreNorm
+from jaxformer.models.block import Block, pre_norm
 from jaxformer.models.language_model import LanguageModel
 from jaxformer.models.stack import Group
-from jaxformer.models.zoo.preset import HEAD, family, preset, two_thirds
+from jaxformer.models.zoo.preset import HEAD, TINY, family, preset, two_thirds
 
 
 def jamba(
@@ -33,45 +33,35 @@ def jamba(
   attention_first: int = 4,
   moe_every: int = 2,
   moe_first: int = 1,
-  vocab_size: int,
-  context_length: int,
+  **fields: Any,
 ) -> LanguageModel.Config:
   """The Jamba architecture. Of each `attention_every` layers, counted from 0, the one at
   `attention_first` attends; `moe_*` are the same for the layers with experts. The pattern is the
-  shortest that repeats."""
+  shortest that repeats. `fields` of the config: `vocab_size`, `context_length`."""
   norm = RMSNorm(eps=1e-6)
-  attention, mamba = (
-    Attention.Config(heads=heads, kv_heads=kv_heads),
-    Mamba.Config(d_state=d_state, inner_norm=norm),
-  )
+  attention = Attention.Config(heads=heads, kv_heads=kv_heads)
+  mamba = Mamba.Config(d_state=d_state, inner_norm=norm)
   mlp = GatedMlp.Config(hidden=hidden)
   moe = Moe.Config(experts=experts, expert=mlp, router=SoftmaxTopK(k=k, balance=0.001))
 
   def block(i: int) -> Block.Config:
     mixer = attention if i % attention_every == attention_first else mamba
     feed_forward = moe if i % moe_every == moe_first else mlp
-    return Block.Config(
-      branches=(PreNorm(layer=mixer, norm=norm), PreNorm(layer=feed_forward, norm=norm))
-    )
+    return pre_norm(norm, mixer, feed_forward)
 
   period = math.lcm(attention_every, moe_every)
   return LanguageModel.Config(
-    vocab_size=vocab_size,
     width=width,
-    context_length=context_length,
     final_norm=norm,
     stack=(Group(pattern=tuple(block(i) for i in range(period)), repeats=layers // period),),
+    **fields,
   )
 
 
 preset(
   'jamba-v0.1', 'jamba', jamba(4096, 32, 14336, 32, 8, vocab_size=65536, context_length=262144)
 )
-preset(
-  'jamba-tiny',
-  'jamba',
-  jamba(64, 8, 96, 4, 2, experts=4, d_state=8, vocab_size=264, context_length=256),
-)
+preset('jamba-tiny', 'jamba', jamba(64, 8, 96, 4, 2, experts=4, d_state=8, **TINY))
 
 
 def _grown(*, width: int, layers: int, hidden: int, **sizes: Any) -> LanguageModel.Config:

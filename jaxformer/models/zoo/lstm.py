@@ -7,49 +7,42 @@ context length is that of truncated backpropagation."""
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from jaxformer.layers.gru import Gru
-from jaxformer.layers.init import FanInUniform, Init, Normal, Uniform
+from jaxformer.layers.init import FanInUniform, Normal, Uniform
 from jaxformer.layers.lstm import Lstm, RecurrentConfig
-from jaxformer.models.block import Block, Plain
+from jaxformer.models.block import Plain
 from jaxformer.models.language_model import LanguageModel
-from jaxformer.models.stack import Group
-from jaxformer.models.zoo.preset import Make, family, preset
+from jaxformer.models.stack import group
+from jaxformer.models.zoo.preset import TINY, family, preset
+
+# No norm comes between the embedding and the first gates, which see nothing of numbers much below
+# 1.
+INITS: dict[str, Any] = {'embedding_init': Normal(std=1.0), 'head_init': FanInUniform()}
 
 
 def recurrent(
-  layer: RecurrentConfig,
-  width: int,
-  layers: int,
-  *,
-  vocab_size: int,
-  context_length: int,
-  dropout: float = 0.0,
-  embedding_init: Init,
-  head_init: Init,
+  layer: RecurrentConfig, width: int, layers: int, *, dropout: float = 0.0, **fields: Any
 ) -> LanguageModel.Config:
-  """Layers one on the other."""
-  block = Block.Config(branches=(Plain(layer=layer, dropout=dropout),))
+  """Layers one on the other; `fields` of the config: `vocab_size`, `context_length`,
+  `embedding_init`, `head_init`."""
   return LanguageModel.Config(
-    vocab_size=vocab_size,
     width=width,
-    context_length=context_length,
     final_norm=None,
     head_bias=True,
     dropout=dropout,
-    embedding_init=embedding_init,
-    head_init=head_init,
-    stack=(Group(pattern=(block,), repeats=layers),),
+    stack=(group(Plain(layer=layer, dropout=dropout), repeats=layers),),
+    **INITS | fields,
   )
 
 
 def zaremba(width: int, dropout: float, bound: float, context_length: int) -> LanguageModel.Config:
   """The models of Zaremba et al. 2014."""
   init = Uniform(bound=bound)
-  layer = Lstm.Config(init=init, recurrent_init=init, bias=init, forget_bias=0.0)
   return recurrent(
-    layer,
+    Lstm.Config(init=init, recurrent_init=init, bias=init, forget_bias=0.0),
     width,
     2,
     vocab_size=10_000,
@@ -60,35 +53,15 @@ def zaremba(width: int, dropout: float, bound: float, context_length: int) -> La
   )
 
 
+def _grown(
+  layer: RecurrentConfig, *, width: int, layers: int, hidden: int, **sizes: Any
+) -> LanguageModel.Config:
+  return recurrent(layer, width, layers, **sizes)
+
+
 preset('lstm-zaremba-small', 'lstm', zaremba(200, 0.0, 0.1, 20))
 preset('lstm-zaremba-medium', 'lstm', zaremba(650, 0.5, 0.05, 35))
 preset('lstm-zaremba-large', 'lstm', zaremba(1500, 0.65, 0.04, 35))
 for name, layer in (('lstm', Lstm.Config()), ('gru', Gru.Config())):
-  # No norm comes between the embedding and the first gates, which see nothing of numbers much below
-  # 1.
-  preset(
-    f'{name}-tiny',
-    name,
-    recurrent(
-      layer,
-      128,
-      2,
-      vocab_size=264,
-      context_length=256,
-      embedding_init=Normal(std=1.0),
-      head_init=FanInUniform(),
-    ),
-  )
-
-
-def _grown(layer: RecurrentConfig) -> Make:
-  def make(*, width: int, layers: int, hidden: int, **sizes: Any) -> LanguageModel.Config:
-    return recurrent(
-      layer, width, layers, **sizes, embedding_init=Normal(std=1.0), head_init=FanInUniform()
-    )
-
-  return make
-
-
-family('lstm', _grown(Lstm.Config()))
-family('gru', _grown(Gru.Config()))
+  preset(f'{name}-tiny', name, recurrent(layer, 128, 2, **TINY))
+  family(name, functools.partial(_grown, layer))

@@ -3,16 +3,17 @@ feed-forward, no positions, tied head."""
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from jaxformer.layers.layer import LayerConfig
 from jaxformer.layers.mamba import Mamba
 from jaxformer.layers.mamba2 import Mamba2
 from jaxformer.layers.norm import RMSNorm
-from jaxformer.models.block import Block, PreNorm
+from jaxformer.models.block import pre_norm
 from jaxformer.models.language_model import LanguageModel
 from jaxformer.models.stack import Group
-from jaxformer.models.zoo.preset import Make, family, preset
+from jaxformer.models.zoo.preset import TINY, family, preset
 
 
 def mamba(
@@ -20,14 +21,13 @@ def mamba(
 ) -> LanguageModel.Config:
   """The architecture of both, around a `Mamba` or a `Mamba2`."""
   norm = RMSNorm(eps=1e-5)
-  block = Block.Config(branches=(PreNorm(layer=layer, norm=norm),))
   return LanguageModel.Config(
     vocab_size=vocab_size,
     width=width,
     context_length=context_length,
     tied=True,
     final_norm=norm,
-    stack=(Group(pattern=(block,), repeats=layers),),
+    stack=(Group(pattern=(pre_norm(norm, layer),), repeats=layers),),
   )
 
 
@@ -40,7 +40,7 @@ for size, width, layers in (
   ('2.8b', 2560, 64),
 ):
   preset(f'mamba-{size}', 'mamba', mamba(Mamba.Config(), width, layers, vocab_size=50280))
-preset('mamba-tiny', 'mamba', mamba(Mamba.Config(), 128, 4, vocab_size=264, context_length=256))
+preset('mamba-tiny', 'mamba', mamba(Mamba.Config(), 128, 4, **TINY))
 
 for size, width, layers in (
   ('130m', 768, 24),
@@ -50,19 +50,14 @@ for size, width, layers in (
   ('2.7b', 2560, 64),
 ):
   preset(f'mamba2-{size}', 'mamba2', mamba(Mamba2.Config(), width, layers, vocab_size=50288))
-preset(
-  'mamba2-tiny',
-  'mamba2',
-  mamba(Mamba2.Config(d_state=64, head_dim=32), 128, 4, vocab_size=264, context_length=256),
-)
+preset('mamba2-tiny', 'mamba2', mamba(Mamba2.Config(d_state=64, head_dim=32), 128, 4, **TINY))
 
 
-def _grown(layer: LayerConfig) -> Make:
-  def make(*, width: int, layers: int, hidden: int, **sizes: Any) -> LanguageModel.Config:
-    return mamba(layer, width, layers, **sizes)
+def _grown(
+  layer: LayerConfig, *, width: int, layers: int, hidden: int, **sizes: Any
+) -> LanguageModel.Config:
+  return mamba(layer, width, layers, **sizes)
 
-  return make
 
-
-family('mamba', _grown(Mamba.Config()))
-family('mamba2', _grown(Mamba2.Config(d_state=64, head_dim=16)))
+family('mamba', functools.partial(_grown, Mamba.Config()))
+family('mamba2', functools.partial(_grown, Mamba2.Config(d_state=64, head_dim=16)))

@@ -12,10 +12,10 @@ from jaxformer.layers.moe import Moe
 from jaxformer.layers.norm import RMSNorm
 from jaxformer.layers.position import Rotary
 from jaxformer.layers.router import TopKSoftmax
-from jaxformer.models.block import Block, PreNorm
+from jaxformer.models.block import pre_norm
 from jaxformer.models.language_model import LanguageModel
 from jaxformer.models.stack import Group
-from jaxformer.models.zoo.preset import HEAD, family, preset, two_thirds
+from jaxformer.models.zoo.preset import HEAD, TINY, family, preset, two_thirds
 
 
 def mixtral(
@@ -27,27 +27,18 @@ def mixtral(
   *,
   experts: int = 8,
   k: int = 2,
-  vocab_size: int,
-  context_length: int,
   theta: float = 1e6,
   balance: float | None,
+  **fields: Any,
 ) -> LanguageModel.Config:
-  """The Mixtral architecture."""
+  """The Mixtral architecture; `fields` of the config: `vocab_size`, `context_length`."""
   norm = RMSNorm(eps=1e-5)
   attention = Attention.Config(heads=heads, kv_heads=kv_heads, position=Rotary(theta=theta))
   moe = Moe.Config(
     experts=experts, expert=GatedMlp.Config(hidden=hidden), router=TopKSoftmax(k=k, balance=balance)
   )
-  block = Block.Config(
-    branches=(PreNorm(layer=attention, norm=norm), PreNorm(layer=moe, norm=norm))
-  )
-  return LanguageModel.Config(
-    vocab_size=vocab_size,
-    width=width,
-    context_length=context_length,
-    final_norm=norm,
-    stack=(Group(pattern=(block,), repeats=layers),),
-  )
+  group = Group(pattern=(pre_norm(norm, attention, moe),), repeats=layers)
+  return LanguageModel.Config(width=width, final_norm=norm, stack=(group,), **fields)
 
 
 preset(
@@ -60,11 +51,7 @@ preset(
   'mixtral',
   mixtral(6144, 56, 16384, 48, 8, vocab_size=32000, context_length=65536, balance=0.001),
 )
-preset(
-  'mixtral-tiny',
-  'mixtral',
-  mixtral(128, 4, 176, 4, 2, vocab_size=264, context_length=256, balance=0.02),
-)
+preset('mixtral-tiny', 'mixtral', mixtral(128, 4, 176, 4, 2, balance=0.02, **TINY))
 
 
 def _grown(*, width: int, layers: int, hidden: int, **sizes: Any) -> LanguageModel.Config:

@@ -12,41 +12,30 @@ from jaxformer.layers.lstm import Lstm
 from jaxformer.layers.mlp import Mlp
 from jaxformer.layers.moe import Moe
 from jaxformer.layers.router import NoisyTopK
-from jaxformer.models.block import Block, Residual
+from jaxformer.models.block import Residual
 from jaxformer.models.language_model import LanguageModel
-from jaxformer.models.stack import Group
-from jaxformer.models.zoo.preset import family, preset
+from jaxformer.models.stack import group
+from jaxformer.models.zoo.preset import TINY, as_wide, family, preset
 
 
 def moe_lstm(
-  width: int,
-  hidden: int,
-  experts: int,
-  *,
-  k: int = 4,
-  vocab_size: int,
-  context_length: int,
-  dropout: float = 0.0,
+  width: int, hidden: int, experts: int, *, k: int = 4, dropout: float = 0.0, **fields: Any
 ) -> LanguageModel.Config:
-  """LSTM, mixture of experts, LSTM."""
+  """LSTM, mixture of experts, LSTM; `fields` of the config: `vocab_size`, `context_length`."""
   expert = Mlp.Config(
     hidden=hidden, activation='relu', init=FanInUniform(), out_init=FanInUniform()
   )
   moe = Moe.Config(experts=experts, expert=expert, router=NoisyTopK(k=k), out_activation='sigmoid')
   layers = Lstm.Config(), moe, Lstm.Config()
   return LanguageModel.Config(
-    vocab_size=vocab_size,
     width=width,
-    context_length=context_length,
     final_norm=None,
     dropout=dropout,
     head_bias=True,
     embedding_init=Normal(std=1.0),
     head_init=FanInUniform(),
-    stack=tuple(
-      Group(pattern=(Block.Config(branches=(Residual(layer=layer, dropout=dropout),)),))
-      for layer in layers
-    ),
+    stack=tuple(group(Residual(layer=layer, dropout=dropout)) for layer in layers),
+    **fields,
   )
 
 
@@ -56,7 +45,7 @@ for experts in (32, 256):
     'moe-lstm',
     moe_lstm(512, 1024, experts, vocab_size=793_471, context_length=20, dropout=0.1),
   )
-preset('moe-lstm-tiny', 'moe-lstm', moe_lstm(128, 128, 8, vocab_size=264, context_length=256))
+preset('moe-lstm-tiny', 'moe-lstm', moe_lstm(128, 128, 8, **TINY))
 
 
 def _grown(*, width: int, layers: int, hidden: int, **sizes: Any) -> LanguageModel.Config:
@@ -64,4 +53,4 @@ def _grown(*, width: int, layers: int, hidden: int, **sizes: Any) -> LanguageMod
 
 
 # Its three layers are its design; it grows in width.
-family('moe-lstm', _grown, hidden=lambda width: width, grows_deeper=False)
+family('moe-lstm', _grown, hidden=as_wide, grows_deeper=False)

@@ -89,6 +89,7 @@ def as_wide(width: int) -> int:
   return width
 
 
+TINY: dict[str, Any] = {'vocab_size': 264, 'context_length': 256}  # of the `FAMILY-tiny`: bytes
 HEAD = 32  # head dimension in models of a comparison, so the step of their widths
 
 

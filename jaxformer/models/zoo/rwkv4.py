@@ -4,16 +4,33 @@ head."""
 
 from __future__ import annotations
 
+from typing import Any
+
 from jaxformer.layers.init import Orthogonal, Uniform
 from jaxformer.layers.norm import LayerNorm
 from jaxformer.layers.rwkv import ChannelMix
 from jaxformer.layers.rwkv4 import TimeMix4
-from jaxformer.models.block import Block, PreNorm
+from jaxformer.models.block import pre_norm
 from jaxformer.models.language_model import LanguageModel
 from jaxformer.models.stack import Group
-from jaxformer.models.zoo.preset import family, four_times, preset
+from jaxformer.models.zoo.preset import TINY, family, four_times, preset
 
 LAYER_NORM = LayerNorm()
+
+
+def rwkv(
+  width: int, *groups: Group, norm: LayerNorm = LAYER_NORM, **fields: Any
+) -> LanguageModel.Config:
+  """What RWKV-4 to 7 share around their blocks: norms, embedding and head."""
+  return LanguageModel.Config(
+    width=width,
+    stack=groups,
+    embedding_norm=norm,
+    final_norm=norm,
+    embedding_init=Uniform(bound=1e-4),
+    head_init=Orthogonal(gain=0.5),
+    **fields,
+  )
 
 
 def rwkv4(
@@ -26,23 +43,12 @@ def rwkv4(
   norm: LayerNorm = LAYER_NORM,
 ) -> LanguageModel.Config:
   """The RWKV-4 architecture."""
-  mixing = ChannelMix.Config(version=4, hidden=hidden or 4 * width, init=Orthogonal())
-  block = Block.Config(
-    branches=tuple(PreNorm(layer=layer, norm=norm) for layer in (TimeMix4.Config(), mixing))
-  )
-  return LanguageModel.Config(
-    vocab_size=vocab_size,
-    width=width,
-    context_length=context_length,
-    stack=(Group(pattern=(block,), repeats=layers),),
-    embedding_norm=norm,
-    final_norm=norm,
-    embedding_init=Uniform(bound=1e-4),
-    head_init=Orthogonal(gain=0.5),
-  )
+  channels = ChannelMix.Config(version=4, hidden=hidden or 4 * width, init=Orthogonal())
+  group = Group(pattern=(pre_norm(norm, TimeMix4.Config(), channels),), repeats=layers)
+  return rwkv(width, group, norm=norm, context_length=context_length, vocab_size=vocab_size)
 
 
-for name, width, layers in (
+for name, *sizes in (
   ('rwkv4-169m', 768, 12),
   ('rwkv4-430m', 1024, 24),
   ('rwkv4-1b5', 2048, 24),
@@ -50,6 +56,6 @@ for name, width, layers in (
   ('rwkv4-7b', 4096, 32),
   ('rwkv4-14b', 5120, 40),
 ):
-  preset(name, 'rwkv4', rwkv4(width, layers))
-preset('rwkv4-tiny', 'rwkv4', rwkv4(128, 4, context_length=256, vocab_size=264))
+  preset(name, 'rwkv4', rwkv4(*sizes))
+preset('rwkv4-tiny', 'rwkv4', rwkv4(128, 4, **TINY))
 family('rwkv4', rwkv4, hidden=four_times)

@@ -4,41 +4,31 @@ channel mixing of 3.5 D."""
 from __future__ import annotations
 
 import functools
+from typing import Any
 
-from jaxformer.layers.init import Orthogonal, Uniform
-from jaxformer.layers.layer import LayerConfig
-from jaxformer.layers.norm import LayerNorm
 from jaxformer.layers.rwkv import ChannelMix
 from jaxformer.layers.rwkv5 import TimeMix5
-from jaxformer.models.block import Block, PreNorm
+from jaxformer.models.block import pre_norm
 from jaxformer.models.language_model import LanguageModel
 from jaxformer.models.stack import Group
-from jaxformer.models.zoo.preset import HEAD, family, preset
+from jaxformer.models.zoo.preset import HEAD, TINY, family, preset
+from jaxformer.models.zoo.rwkv4 import LAYER_NORM, rwkv
 
 
 def world(
   width: int,
   layers: int,
-  time: LayerConfig,
-  channels: LayerConfig,
-  context_length: int,
-  vocab_size: int,
+  time: TimeMix5.Config,
+  *,
+  version: int = 5,
+  hidden: int | None = None,
+  context_length: int = 4096,
+  vocab_size: int = 65536,
 ) -> LanguageModel.Config:
-  """The frame that RWKV-5 and 6 share: norms, embedding and head, around one kind of block."""
-  norm = LayerNorm()
-  block = Block.Config(
-    branches=tuple(PreNorm(layer=layer, norm=norm) for layer in (time, channels))
-  )
-  return LanguageModel.Config(
-    vocab_size=vocab_size,
-    width=width,
-    context_length=context_length,
-    stack=(Group(pattern=(block,), repeats=layers),),
-    embedding_norm=norm,
-    final_norm=norm,
-    embedding_init=Uniform(bound=1e-4),
-    head_init=Orthogonal(gain=0.5),
-  )
+  """The World models of RWKV-5 and 6, around their time mixing."""
+  channels = ChannelMix.Config(version=version, hidden=hidden or hidden_size(width))
+  group = Group(pattern=(pre_norm(LAYER_NORM, time, channels),), repeats=layers)
+  return rwkv(width, group, context_length=context_length, vocab_size=vocab_size)
 
 
 def hidden_size(width: int) -> int:
@@ -46,28 +36,17 @@ def hidden_size(width: int) -> int:
   return 7 * width // 2 // 32 * 32
 
 
-def rwkv5(
-  width: int,
-  layers: int,
-  *,
-  context_length: int = 4096,
-  vocab_size: int = 65536,
-  hidden: int | None = None,
-  head_dim: int = 64,
-) -> LanguageModel.Config:
-  """The RWKV-5.2 architecture."""
-  channels = ChannelMix.Config(version=5, hidden=hidden or hidden_size(width))
-  return world(
-    width, layers, TimeMix5.Config(head_dim=head_dim), channels, context_length, vocab_size
-  )
+def rwkv5(width: int, layers: int, *, head_dim: int = 64, **sizes: Any) -> LanguageModel.Config:
+  """The RWKV-5.2 architecture; `sizes` are those of `world`."""
+  return world(width, layers, TimeMix5.Config(head_dim=head_dim), **sizes)
 
 
-for name, width, layers in (
+for name, *sizes in (
   ('rwkv5-0.4b', 1024, 24),
   ('rwkv5-1.5b', 2048, 24),
   ('rwkv5-3b', 2560, 32),
   ('rwkv5-7b', 4096, 32),
 ):
-  preset(name, 'rwkv5', rwkv5(width, layers))
-preset('rwkv5-tiny', 'rwkv5', rwkv5(128, 4, context_length=256, vocab_size=264, head_dim=32))
+  preset(name, 'rwkv5', rwkv5(*sizes))
+preset('rwkv5-tiny', 'rwkv5', rwkv5(128, 4, head_dim=HEAD, **TINY))
 family('rwkv5', functools.partial(rwkv5, head_dim=HEAD), width_step=HEAD, hidden=hidden_size)

@@ -4,31 +4,21 @@ projections have twice the rank."""
 from __future__ import annotations
 
 import functools
+from typing import Any
 
-from jaxformer.layers.rwkv import ChannelMix
 from jaxformer.layers.rwkv6 import TimeMix6
 from jaxformer.models.language_model import LanguageModel
-from jaxformer.models.zoo.preset import HEAD, family, preset
+from jaxformer.models.zoo.preset import HEAD, TINY, family, preset
 from jaxformer.models.zoo.rwkv5 import hidden_size, world
 
 
 def rwkv6(
-  width: int,
-  layers: int,
-  ranks: tuple[int, int] = (32, 64),
-  *,
-  context_length: int = 4096,
-  vocab_size: int = 65536,
-  hidden: int | None = None,
-  head_dim: int = 64,
+  width: int, layers: int, ranks: tuple[int, int] = (32, 64), *, head_dim: int = 64, **sizes: Any
 ) -> LanguageModel.Config:
-  """The RWKV-6 architecture. `ranks` are those of the mixing of tokens and of the decay."""
-  mix, decay = ranks
-  time, channels = (
-    TimeMix6.Config(head_dim=head_dim, mix_rank=mix, decay_rank=decay),
-    ChannelMix.Config(version=6, hidden=hidden or hidden_size(width)),
-  )
-  return world(width, layers, time, channels, context_length, vocab_size)
+  """The RWKV-6 architecture. `ranks` are those of the mixing of tokens and of the decay, `sizes`
+  those of `world`."""
+  time = TimeMix6.Config(head_dim=head_dim, mix_rank=ranks[0], decay_rank=ranks[1])
+  return world(width, layers, time, version=6, **sizes)
 
 
 for name, width, layers, ranks in (
@@ -38,9 +28,7 @@ for name, width, layers, ranks in (
   ('rwkv6-14b', 4096, 61, (64, 128)),
 ):
   preset(name, 'rwkv6', rwkv6(width, layers, ranks))
-preset(
-  'rwkv6-tiny', 'rwkv6', rwkv6(128, 4, (8, 16), context_length=256, vocab_size=264, head_dim=32)
-)
+preset('rwkv6-tiny', 'rwkv6', rwkv6(128, 4, (8, 16), head_dim=HEAD, **TINY))
 family(
   'rwkv6',
   functools.partial(rwkv6, ranks=(8, 16), head_dim=HEAD),

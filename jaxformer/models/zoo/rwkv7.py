@@ -6,14 +6,14 @@ from __future__ import annotations
 
 import functools
 
-from jaxformer.layers.init import FanInUniform, Orthogonal, Uniform
-from jaxformer.layers.norm import LayerNorm
+from jaxformer.layers.init import FanInUniform
 from jaxformer.layers.rwkv import ChannelMix
 from jaxformer.layers.rwkv7 import TimeMix7
-from jaxformer.models.block import Block, PreNorm
+from jaxformer.models.block import Block, pre_norm
 from jaxformer.models.language_model import LanguageModel
 from jaxformer.models.stack import Group
-from jaxformer.models.zoo.preset import HEAD, family, four_times, preset
+from jaxformer.models.zoo.preset import HEAD, TINY, family, four_times, preset
+from jaxformer.models.zoo.rwkv4 import LAYER_NORM, rwkv
 
 
 def rwkv7(
@@ -28,32 +28,19 @@ def rwkv7(
 ) -> LanguageModel.Config:
   """The RWKV-7 architecture. `ranks` are those of decay, in-context learning rate, value mixing and
   gate. The first block shares its values with all others, so it is a group of its own."""
-  norm, (decay, rate, value, gate) = LayerNorm(), ranks
+  decay, rate, value, gate = ranks
   first = TimeMix7.Config(
     head_dim=head_dim, decay_rank=decay, rate_rank=rate, value_rank=None, gate_rank=gate
   )
   channels = ChannelMix.Config(version=7, hidden=hidden or 4 * width, init=FanInUniform(gain=0.5))
 
   def block(time: TimeMix7.Config) -> Block.Config:
-    return Block.Config(
-      branches=(PreNorm(layer=time, norm=norm), PreNorm(layer=channels, norm=norm))
-    )
+    return pre_norm(LAYER_NORM, time, channels)
 
-  later = (
-    (Group(pattern=(block(first.replace(value_rank=value)),), repeats=layers - 1),)
-    if layers > 1
-    else ()
-  )
-  return LanguageModel.Config(
-    vocab_size=vocab_size,
-    width=width,
-    context_length=context_length,
-    stack=(Group(pattern=(block(first),)), *later),
-    embedding_norm=norm,
-    final_norm=norm,
-    embedding_init=Uniform(bound=1e-4),
-    head_init=Orthogonal(gain=0.5),
-  )
+  groups = [Group(pattern=(block(first),))]
+  if layers > 1:
+    groups.append(Group(pattern=(block(first.replace(value_rank=value)),), repeats=layers - 1))
+  return rwkv(width, *groups, context_length=context_length, vocab_size=vocab_size)
 
 
 for name, width, layers, ranks in (
@@ -63,11 +50,7 @@ for name, width, layers, ranks in (
   ('rwkv7-2.9b', 2560, 32, (96, 96, 64, 320)),
 ):
   preset(name, 'rwkv7', rwkv7(width, layers, ranks))
-preset(
-  'rwkv7-tiny',
-  'rwkv7',
-  rwkv7(128, 4, (16, 16, 8, 32), context_length=256, vocab_size=264, head_dim=32),
-)
+preset('rwkv7-tiny', 'rwkv7', rwkv7(128, 4, (16, 16, 8, 32), head_dim=HEAD, **TINY))
 family(
   'rwkv7',
   functools.partial(rwkv7, ranks=(16, 16, 8, 32), head_dim=HEAD),

@@ -5,6 +5,9 @@ no positions."""
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 from jaxformer.layers.layer import LayerConfig
 from jaxformer.layers.lssl import LSSL
 from jaxformer.layers.norm import LayerNorm
@@ -12,48 +15,30 @@ from jaxformer.layers.s4 import S4
 from jaxformer.layers.s4d import S4D
 from jaxformer.layers.s5 import S5
 from jaxformer.layers.state_space import StateSpaceConfig
-from jaxformer.models.block import Block, PreNorm
+from jaxformer.models.block import pre_norm
 from jaxformer.models.language_model import LanguageModel
 from jaxformer.models.stack import Group
-from jaxformer.models.zoo.preset import Make, family, preset
+from jaxformer.models.zoo.preset import TINY, family, preset
 
 
-def state_space(
-  layer: LayerConfig, width: int, layers: int, *, vocab_size: int, context_length: int
-) -> LanguageModel.Config:
-  """A stack of state-space layers."""
+def state_space(layer: LayerConfig, width: int, layers: int, **fields: Any) -> LanguageModel.Config:
+  """A stack of state-space layers; `fields` of the config: `vocab_size`, `context_length`."""
   norm = LayerNorm()
-  block = Block.Config(branches=(PreNorm(layer=layer, norm=norm),))
-  return LanguageModel.Config(
-    vocab_size=vocab_size,
-    width=width,
-    context_length=context_length,
-    tied=True,
-    final_norm=norm,
-    stack=(Group(pattern=(block,), repeats=layers),),
-  )
+  group = Group(pattern=(pre_norm(norm, layer),), repeats=layers)
+  return LanguageModel.Config(width=width, tied=True, final_norm=norm, stack=(group,), **fields)
 
 
-preset(
-  'lssl-tiny',
-  'lssl',
-  state_space(LSSL.Config(d_state=32, copies=2), 128, 6, vocab_size=264, context_length=256),
-)
-preset(
-  's4-tiny', 's4', state_space(S4.Config(length=256), 128, 6, vocab_size=264, context_length=256)
-)
-preset('s4d-tiny', 's4d', state_space(S4D.Config(), 128, 6, vocab_size=264, context_length=256))
-preset('s5-tiny', 's5', state_space(S5.Config(), 128, 6, vocab_size=264, context_length=256))
-
-
-def _grown(layer: StateSpaceConfig) -> Make:
-  def make(
-    *, width: int, layers: int, hidden: int, vocab_size: int, context_length: int
-  ) -> LanguageModel.Config:
-    mixer = layer.for_length(context_length)
-    return state_space(mixer, width, layers, vocab_size=vocab_size, context_length=context_length)
-
-  return make
+def _grown(
+  layer: StateSpaceConfig,
+  *,
+  width: int,
+  layers: int,
+  hidden: int,
+  context_length: int,
+  **sizes: Any,
+) -> LanguageModel.Config:
+  mixer = layer.for_length(context_length)
+  return state_space(mixer, width, layers, context_length=context_length, **sizes)
 
 
 for name, layer in (
@@ -62,4 +47,5 @@ for name, layer in (
   ('s4d', S4D.Config()),
   ('s5', S5.Config()),
 ):
-  family(name, _grown(layer))
+  preset(f'{name}-tiny', name, state_space(layer, 128, 6, **TINY))
+  family(name, functools.partial(_grown, layer))

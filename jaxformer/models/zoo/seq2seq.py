@@ -20,9 +20,9 @@ from jaxformer.layers.init import FanInUniform, Init, Normal, Orthogonal, Unifor
 from jaxformer.layers.input_feeding import InputFeeding
 from jaxformer.layers.layer import LayerConfig
 from jaxformer.layers.lstm import Lstm
-from jaxformer.models.block import Block, Plain
+from jaxformer.models.block import Plain
 from jaxformer.models.encoder_decoder import EncoderDecoder
-from jaxformer.models.stack import Group
+from jaxformer.models.stack import Group, group
 from jaxformer.models.zoo.preset import as_wide, family, preset
 
 # Larger than the papers' initialization, with which a tiny model takes longer to leave zero.
@@ -31,9 +31,7 @@ WIDE, FAN, LSTM = Normal(std=1.0), FanInUniform(), Lstm.Config()
 
 def plain(layer: LayerConfig, repeats: int = 1, dropout: float = 0.0) -> Group:
   """Stacked layers without residuals."""
-  return Group(
-    pattern=(Block.Config(branches=(Plain(layer=layer, dropout=dropout),)),), repeats=repeats
-  )
+  return group(Plain(layer=layer, dropout=dropout), repeats=repeats)
 
 
 def seq2seq_lstm(
@@ -153,62 +151,33 @@ _TINY: dict[str, Any] = {'source_vocab_size': 264, 'vocab_size': 264, 'context_l
 # Outputs of an LSTM start far below 1, so weights that read them are three times as large as by
 # fan-in. Without attention the states must hold the complete source, so they are wider.
 _LARGE = FanInUniform(gain=3.0)
-_LSTM, _HEAD = (
-  Lstm.Config(init=_LARGE, recurrent_init=Orthogonal()),
-  FanInUniform(gain=math.sqrt(3.0)),
-)
-preset(
-  'seq2seq-lstm-tiny',
-  'seq2seq-lstm',
-  seq2seq_lstm(192, 2, **_TINY, layer=_LSTM, embedding_init=WIDE, head_init=_HEAD),
-)
-preset(
-  'luong-tiny',
-  'luong',
-  luong(128, 2, _LARGE, **_TINY, layer=_LSTM, attention_init=_LARGE, head_init=_HEAD),
-)
-preset(
-  'rnnsearch-tiny',
-  'rnnsearch',
-  rnnsearch(
-    64,
-    96,
-    96,
-    64,
-    **_TINY,
-    embedding_init=WIDE,
-    head_init=FAN,
-    gru=Gru.Config(recurrent_init=Orthogonal()),
-    search=RnnSearch.Config(
-      init=FAN, attention_init=FAN, score_init=FAN, start_init=FAN, out_init=FAN
-    ),
+_LSTM: dict[str, Any] = {
+  'layer': Lstm.Config(init=_LARGE, recurrent_init=Orthogonal()),
+  'head_init': FanInUniform(gain=math.sqrt(3.0)),
+  'embedding_init': WIDE,
+}
+_SEARCH: dict[str, Any] = {
+  'gru': Gru.Config(recurrent_init=Orthogonal()),
+  'search': RnnSearch.Config(
+    init=FAN, attention_init=FAN, score_init=FAN, start_init=FAN, out_init=FAN
   ),
-)
+  'head_init': FAN,
+  'embedding_init': WIDE,
+}
+preset('seq2seq-lstm-tiny', 'seq2seq-lstm', seq2seq_lstm(192, 2, **_TINY, **_LSTM))
+preset('luong-tiny', 'luong', luong(128, 2, _LARGE, attention_init=_LARGE, **_TINY, **_LSTM))
+preset('rnnsearch-tiny', 'rnnsearch', rnnsearch(64, 96, 96, 64, **_TINY, **_SEARCH))
 
 
 def _grown_lstm(*, width: int, layers: int, hidden: int, **sizes: Any) -> EncoderDecoder.Config:
-  layer = _LSTM.replace(hidden=hidden, project=False)
+  layer = _LSTM['layer'].replace(hidden=hidden, project=False)
   stack = (plain(layer), *((plain(layer, layers - 1),) if layers > 1 else ()))
-  return seq2seq_lstm(width, 1, **sizes, layer=layer, embedding_init=WIDE, head_init=_HEAD).replace(
-    encoder=stack, decoder=stack
-  )
+  return seq2seq_lstm(width, 1, **sizes, **_LSTM).replace(encoder=stack, decoder=stack)
 
 
 def _grown_search(*, width: int, layers: int, hidden: int, **sizes: Any) -> EncoderDecoder.Config:
   """Always one layer; attention and maxout in the paper's proportion to the recurrences."""
-  return rnnsearch(
-    width,
-    hidden,
-    hidden,
-    hidden // 2,
-    **sizes,
-    embedding_init=WIDE,
-    head_init=FAN,
-    gru=Gru.Config(recurrent_init=Orthogonal()),
-    search=RnnSearch.Config(
-      init=FAN, attention_init=FAN, score_init=FAN, start_init=FAN, out_init=FAN
-    ),
-  )
+  return rnnsearch(width, hidden, hidden, hidden // 2, **sizes, **_SEARCH)
 
 
 family('seq2seq-lstm', _grown_lstm, hidden=as_wide, of_pairs=True)

@@ -12,30 +12,22 @@ from typing import Any
 
 from jaxformer.layers.attention import Attention
 from jaxformer.layers.init import FanInNormal, Normal
-from jaxformer.layers.layer import LayerConfig
 from jaxformer.layers.mlp import Mlp
 from jaxformer.layers.moe import Moe
 from jaxformer.layers.norm import RMSNorm
 from jaxformer.layers.position import Rotary
 from jaxformer.layers.router import SwitchRouter
-from jaxformer.models.block import Block, PreNorm
+from jaxformer.models.block import pre_norm
 from jaxformer.models.language_model import LanguageModel
 from jaxformer.models.stack import Group
-from jaxformer.models.zoo.preset import HEAD, family, four_times, preset
+from jaxformer.models.zoo.preset import HEAD, TINY, family, four_times, preset
 
 
 def switch(
-  width: int,
-  layers: int,
-  hidden: int,
-  heads: int,
-  experts: int,
-  *,
-  vocab_size: int,
-  context_length: int,
+  width: int, layers: int, hidden: int, heads: int, experts: int, **fields: Any
 ) -> LanguageModel.Config:
   """A decoder of Switch layers. Initial values: N(0, 0.1 / fan_in), the paper's smaller scale
-  (section 2.4)."""
+  (section 2.4). `fields` of the config: `vocab_size`, `context_length`."""
   norm, init = RMSNorm(eps=1e-6), FanInNormal(gain=0.1**0.5)
   attention = Attention.Config(heads=heads, position=Rotary(), init=init, out_init=init)
   mlp = Mlp.Config(hidden=hidden, activation='relu', init=init, out_init=init)
@@ -43,23 +35,18 @@ def switch(
     experts=experts, expert=mlp, router=SwitchRouter(jitter=0.01, balance=0.01, init=init)
   )
 
-  def block(feed_forward: LayerConfig) -> Block.Config:
-    return Block.Config(
-      branches=tuple(PreNorm(layer=layer, norm=norm) for layer in (attention, feed_forward))
-    )
-
+  pattern = pre_norm(norm, attention, mlp), pre_norm(norm, attention, moe)
   return LanguageModel.Config(
-    vocab_size=vocab_size,
     width=width,
-    context_length=context_length,
     final_norm=norm,
     embedding_init=Normal(std=1.0),
     head_init=init,
-    stack=(Group(pattern=(block(mlp), block(moe)), repeats=layers // 2),),
+    stack=(Group(pattern=pattern, repeats=layers // 2),),
+    **fields,
   )
 
 
-preset('switch-tiny', 'switch', switch(128, 4, 384, 4, 4, vocab_size=264, context_length=256))
+preset('switch-tiny', 'switch', switch(128, 4, 384, 4, 4, **TINY))
 
 
 def _grown(*, width: int, layers: int, hidden: int, **sizes: Any) -> LanguageModel.Config:

@@ -6,6 +6,7 @@ layers and norms, none in attention or on the logits; with a vocabulary of 37,00
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from jaxformer.layers.attention import Attention
 from jaxformer.layers.cross_attention import CrossAttention
@@ -14,9 +15,9 @@ from jaxformer.layers.layer import LayerConfig
 from jaxformer.layers.mlp import ActivationName, Mlp
 from jaxformer.layers.norm import LayerNorm
 from jaxformer.layers.position import PositionConfig, SinusoidalPositions
-from jaxformer.models.block import Block, PostNorm
+from jaxformer.models.block import PostNorm
 from jaxformer.models.encoder_decoder import EncoderDecoder
-from jaxformer.models.stack import Group
+from jaxformer.models.stack import Group, group
 from jaxformer.models.zoo.preset import HEAD, family, four_times, preset
 
 INTERLEAVED = SinusoidalPositions.Config()
@@ -30,29 +31,28 @@ def transformer(
   heads: int,
   *,
   vocab_size: int,
-  context_length: int,
+  source_vocab_size: int | None = None,
   decoder_layers: int | None = None,
   decoder_hidden: int | None = None,
   decoder_heads: int | None = None,
   dropout: float = 0.0,
   bias: bool = False,
-  head_bias: bool = False,
   scaled: bool = True,
   activation: ActivationName = 'relu',
   positions: PositionConfig = INTERLEAVED,
   init: Init = UNIT_VARIANCE,
   embedding_init: Init | None = None,
+  **fields: Any,
 ) -> EncoderDecoder.Config:
   """The architecture; the decoder has the sizes of the encoder unless given. The paper gives no
   initialization: embeddings start at N(0, 1 / d), so that components have variance 1 after the
-  scale, matrices with variance 1 / fan-in."""
+  scale, matrices with variance 1 / fan-in. Sources and targets of one vocabulary share their table.
+  `fields` of the config: `context_length`, `head_bias`."""
   norm = LayerNorm()
 
-  def group(repeats: int, *layers: LayerConfig) -> Group:
-    block = Block.Config(
-      branches=tuple(PostNorm(layer=layer, norm=norm, dropout=dropout) for layer in layers)
-    )
-    return Group(pattern=(block,), repeats=repeats)
+  def post_norm(repeats: int, *layers: LayerConfig) -> Group:
+    branches = (PostNorm(layer=layer, norm=norm, dropout=dropout) for layer in layers)
+    return group(*branches, repeats=repeats)
 
   def mlp(hidden: int) -> Mlp.Config:
     return Mlp.Config(hidden=hidden, activation=activation, bias=True, init=init, out_init=init)
@@ -60,24 +60,25 @@ def transformer(
   def attention(heads: int, causal: bool) -> Attention.Config:
     return Attention.Config(heads=heads, causal=causal, bias=bias, init=init, out_init=init)
 
-  over = decoder_heads or heads
+  over, sources = decoder_heads or heads, source_vocab_size or vocab_size
   cross = CrossAttention.Config(heads=over, bias=bias, init=init, out_init=init)
   return EncoderDecoder.Config(
-    source_vocab_size=vocab_size,
+    source_vocab_size=sources,
     vocab_size=vocab_size,
     width=width,
-    context_length=context_length,
     positions=positions,
     embedding_scale=math.sqrt(width) if scaled else None,
-    shared_embedding=True,
+    shared_embedding=sources == vocab_size,
     tied=True,
-    head_bias=head_bias,
     dropout=dropout,
     embedding_init=embedding_init or Normal(std=width**-0.5),
-    encoder=(group(layers, attention(heads, False), mlp(hidden)),),
+    encoder=(post_norm(layers, attention(heads, False), mlp(hidden)),),
     decoder=(
-      group(decoder_layers or layers, attention(over, True), cross, mlp(decoder_hidden or hidden)),
+      post_norm(
+        decoder_layers or layers, attention(over, True), cross, mlp(decoder_hidden or hidden)
+      ),
     ),
+    **fields,
   )
 
 
@@ -95,22 +96,8 @@ preset(
 )
 
 
-def _grown(
-  *,
-  width: int,
-  layers: int,
-  hidden: int,
-  source_vocab_size: int,
-  vocab_size: int,
-  context_length: int,
-) -> EncoderDecoder.Config:
-  """Sources and targets of one vocabulary share their table, as in the paper."""
-  grown = transformer(
-    width, layers, hidden, width // HEAD, vocab_size=vocab_size, context_length=context_length
-  )
-  return grown.replace(
-    source_vocab_size=source_vocab_size, shared_embedding=source_vocab_size == vocab_size
-  )
+def _grown(*, width: int, layers: int, hidden: int, **sizes: Any) -> EncoderDecoder.Config:
+  return transformer(width, layers, hidden, width // HEAD, **sizes)
 
 
 family('transformer', _grown, width_step=HEAD, hidden=four_times, of_pairs=True)
