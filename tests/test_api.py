@@ -78,6 +78,10 @@ def test_experiment_takes_values_texts_and_configs():
   assert jaxformer.experiment('mamba', params=5e5).run.name == 'mamba-500K'
   with pytest.raises(InputError, match='did you mean steps'):
     jaxformer.experiment('llama3-tiny', overrides={'training.stepz': 7})
+  with pytest.raises(TypeError, match='overides'):
+    jaxformer.experiment('llama3-tiny', overides={'training.steps': 7})
+  with pytest.raises(InputError, match='needs a family by name'):
+    jaxformer.experiment(e, params=5e5)
 
 
 @pytest.mark.quick

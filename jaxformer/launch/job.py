@@ -178,7 +178,6 @@ class Job:
     experiment: a preset's name or an experiment file.
     overrides: (path, text), without those of `run`.
     run_dir: the folder of run folders, local or on object storage.
-    folder: the local folder of the job's files.
     target: the slices that it runs on.
     spot: whether to use preemptible machines.
     source: what they install.
@@ -188,7 +187,6 @@ class Job:
   experiment: str
   overrides: tuple[tuple[str, str], ...]
   run_dir: str
-  folder: pathlib.Path
   target: Target
   spot: bool
   source: CodeSource
@@ -234,8 +232,9 @@ class Job:
     ]
 
   def path(self, end: str) -> pathlib.Path:
-    """A file of the job; next to the run folder if that is local."""
-    return self.folder / f'{self.name}.{end}'
+    """A file of the job, next to the run folder if that is local."""
+    folder = 'runs' if self.remote else self.run_dir
+    return pathlib.Path(folder).expanduser() / f'{self.name}.{end}'
 
   @property
   def train(self) -> str:

@@ -14,6 +14,7 @@ import numpy as np
 from jaxformer.config import InputError
 from jaxformer.data import open_data
 from jaxformer.inference import time_decode
+from jaxformer.models.model import ModelConfig
 from jaxformer.models.params import define
 from jaxformer.planning.cost import flops_per_token
 from jaxformer.planning.hardware import chip
@@ -22,7 +23,10 @@ from jaxformer.task_type import LANGUAGE_MODELING, Batch
 from jaxformer.training import Experiment, check
 from jaxformer.training.optimizer import Optimizer
 from jaxformer.training.step import compiled_train_step, compute_dtype, init_state, step_config
+from jaxformer.workflows.names import experiment
+from jaxformer.workflows.overrides import Overrides
 from jaxformer.workflows.progress import Log
+from jaxformer.workflows.progress import log as log_progress
 from jaxformer.workflows.tables import amount, table
 
 WARM_UP = 2  # steps before the first that counts
@@ -78,36 +82,44 @@ class Benchmark:
     return lines
 
 
-def measure(
-  name: str,
-  experiment: Experiment,
+def bench(
+  target: Experiment | ModelConfig | str,
   *,
-  steps: int,
-  context_lengths: Sequence[int],
-  new_tokens: int,
-  log: Log,
+  overrides: Overrides = (),
+  steps: int = 10,
+  context_lengths: Sequence[int] = (),
+  new_tokens: int = 128,
+  log: Log = log_progress,
 ) -> Benchmark:
-  """Measure training and decoding; see `jaxformer.bench`."""
+  """Measure training and decoding on this machine, with random weights and tokens.
+
+  Args:
+    target, overrides: see `experiment`.
+    steps: training steps measured; 0 omits training.
+    context_lengths: tokens in the prompt before decoding is measured; by default 128 and 1,024.
+    new_tokens: tokens decoded after each prompt; 0 omits decoding.
+  """
+  e = experiment(target, overrides=overrides)
   if steps < 0:
     raise InputError('steps', steps, 'at least 0')
   if new_tokens < 0 or new_tokens == 1:
     raise InputError('new_tokens', new_tokens, 'at least 2, or 0 for no decoding')
   if wrong := [n for n in context_lengths if n < 1]:
     raise InputError('context_length', wrong[0], 'positive')
-  training = _training(experiment, steps, log) if steps else None
+  training = _training(e, steps, log) if steps else None
   decoding = []
-  if new_tokens and experiment.model.task == LANGUAGE_MODELING:
-    longest = experiment.model.max_len
+  if new_tokens and e.model.task == LANGUAGE_MODELING:
+    longest = e.model.max_len
     usual = [n for n in (128, 1024) if longest is None or n + new_tokens <= longest] or [64]
-    decoding = [_decoding(experiment, n, new_tokens) for n in context_lengths or usual]
-  device = jax.devices()[0].device_kind
-  return Benchmark(name, device, jax.device_count(), training, decoding)
+    decoding = [_decoding(e, n, new_tokens) for n in context_lengths or usual]
+  name = target if isinstance(target, str) else e.run.name or e.model.tag
+  return Benchmark(name, jax.devices()[0].device_kind, jax.device_count(), training, decoding)
 
 
-def _training(experiment: Experiment, steps: int, log: Log) -> dict[str, Any]:
+def _training(e: Experiment, steps: int, log: Log) -> dict[str, Any]:
   """Time the compiled step on one batch, of random tokens for text, else of the data."""
-  check(experiment)
-  e, t = experiment, experiment.training
+  check(e)
+  t = e.training
   definition, parallel = define(e.model), make_parallel(e.mesh)
   optimizer = Optimizer.of(e.optimizer, e.schedule, t.steps, definition)
   if e.data.has_text and e.model.task == LANGUAGE_MODELING:
@@ -146,9 +158,9 @@ def _training(experiment: Experiment, steps: int, log: Log) -> dict[str, Any]:
   return value
 
 
-def _decoding(experiment: Experiment, context_length: int, new_tokens: int) -> dict[str, Any]:
+def _decoding(e: Experiment, context_length: int, new_tokens: int) -> dict[str, Any]:
   """Time prefill and decoding at one context length, batch size 1."""
-  definition = define(experiment.model)
-  dtype = compute_dtype(experiment.training.dtype, make_parallel(experiment.mesh))
+  definition = define(e.model)
+  dtype = compute_dtype(e.training.dtype, make_parallel(e.mesh))
   params = definition.init(jax.random.key(0))
   return time_decode(definition, params, context_length, new_tokens, dtype=dtype)._asdict()

@@ -9,6 +9,8 @@ from jaxformer.config import differences, to_json
 from jaxformer.layers.layer import LayerConfig
 from jaxformer.testing import Verdict, check_layer, checked_examples
 from jaxformer.workflows.progress import Log
+from jaxformer.workflows.progress import log as log_progress
+from jaxformer.workflows.sizes import layer_in_file
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,10 +42,11 @@ def _with_settings(layer: LayerConfig) -> str:
   return f'{layer.tag} with {", ".join(changed)}' if changed else layer.tag
 
 
-def check_examples(layer: LayerConfig, log: Log) -> Verdicts:
-  """Check a layer and the examples of its class; see `jaxformer.check`."""
+def check(layer: LayerConfig | str, *, log: Log = log_progress) -> Verdicts:
+  """Check a layer, or the layer that FILE.py:NAME names, and the examples of its class against the
+  contract of layers."""
   found: list[tuple[LayerConfig, Verdict]] = []
-  for example in checked_examples(layer):
+  for example in checked_examples(layer_in_file(layer) if isinstance(layer, str) else layer):
     log(f'checking {_with_settings(example)}')
     found += [(example, verdict) for verdict in check_layer(example)]
   return Verdicts(found)

@@ -9,20 +9,19 @@ from collections.abc import Sequence
 from typing import Any
 
 from jaxformer.config import InputError
-from jaxformer.launch import Engine, Job, source_of, submit
+from jaxformer.launch import ENGINES, Engine, Job, source_of, submit
 from jaxformer.launch.check import check_on
 from jaxformer.launch.sweep import grid
 from jaxformer.models.params import define
-from jaxformer.planning.estimate import TrainingRun, training_run
+from jaxformer.overrides import override
+from jaxformer.planning.estimate import UTILIZATION, TrainingRun, training_run
 from jaxformer.planning.memory import DeviceMemory
 from jaxformer.planning.target import parse_target
 from jaxformer.training.experiment import Experiment
-from jaxformer.workflows.names import experiment_of
+from jaxformer.workflows.names import experiment
+from jaxformer.workflows.overrides import Overrides, pairs_of
 from jaxformer.workflows.progress import Log
-from jaxformer.workflows.sizes import Pairs
 from jaxformer.workflows.tables import amount, table
-
-HERE = 'runs'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,34 +124,50 @@ class LaunchPlan:
       submit(self.engine, p.job)
 
 
-def prepare(
-  engine: Engine,
+def plan_launch(
+  engine: Engine | str,
   target_experiment: str,
-  overrides: Pairs,
   *,
   target: str,
-  spot: bool,
-  source: str | None,
-  sweep: Sequence[str],
-  utilization: float,
+  overrides: Overrides = (),
+  spot: bool = False,
+  source: str | None = None,
+  sweep: Sequence[str] = (),
+  utilization: float = UTILIZATION,
 ) -> LaunchPlan:
-  """Return the jobs, checked as far as that is possible here; see `jaxformer.launch_plan`."""
+  """Return training jobs for rented machines or a cluster, checked and priced. `.submit()` writes
+  their files and starts them; until then nothing is written or started.
+
+  Args:
+    engine: a config from `jaxformer.launch`, or 'sky', 'xpk', 'gcloud' or 'slurm'.
+    target_experiment, overrides: see `experiment`; settings of the engine are overrides too,
+      `{'sky.infra': 'gcp/us-east5'}`.
+    target: slices or hosts to rent, 'v6e-16', '2xv5e-256', 'h100:8'.
+    spot: on machines that may be preempted, at the lower price.
+    source: what the machines install: git+URL@COMMIT, a wheel, a folder with a pyproject.toml, or
+      'installed'.
+    sweep: a job for each value, 'optimizer.learning_rate=1e-3,3e-3'; several make a grid.
+    utilization: share of the peak that the estimated time assumes.
+  """
+  pairs = pairs_of(overrides)
+  if isinstance(engine, str):
+    own = [pair for pair in pairs if pair[0].partition('.')[0] == engine]
+    pairs = [pair for pair in pairs if pair not in own]
+    engine = override(ENGINES[engine](), own, root=engine)
   slice_ = parse_target(target)
-  chosen = engine.default_source() if source is None else source_of(source)
+  code = engine.default_source() if source is None else source_of(source)
   jobs = []
   for suffix, point in grid(sweep):
-    given = [*overrides, *point]
-    e = experiment_of(target_experiment, given)
-    folder = HERE if '://' in e.run.dir else e.run.dir
+    given = [*pairs, *point]
+    e = experiment(target_experiment, overrides=given)
     job = Job(
       name=f'{e.run.name or pathlib.Path(target_experiment).stem}{suffix}',
       experiment=target_experiment,
       overrides=tuple(o for o in given if o[0] not in ('run.name', 'run.dir')),
       run_dir=e.run.dir,
-      folder=pathlib.Path(folder).expanduser(),
       target=slice_,
       spot=spot,
-      source=chosen,
+      source=code,
     )
     engine.check(job)
     memory = check_on(e, slice_)

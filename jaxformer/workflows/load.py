@@ -2,39 +2,58 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 
+from jaxformer.config import InputError, differences, first_lines, nearest, to_json
 from jaxformer.data import load_tokenizer
 from jaxformer.data.tokenizers import ByteTokenizer
-from jaxformer.models.params import define
+from jaxformer.interop import is_rwkv, load_hf, load_rwkv
+from jaxformer.models.model import ModelConfig
+from jaxformer.models.params import Params, define
 from jaxformer.models.zoo import PRESETS
+from jaxformer.sharding import make_parallel
 from jaxformer.task_type import LANGUAGE_MODELING, TRANSLATION
 from jaxformer.training import default_experiment, load_experiment
-from jaxformer.training.checkpoint import load_params
-from jaxformer.training.paths import local_copy
+from jaxformer.training.checkpoint import load_params, steps_in
+from jaxformer.training.experiment import Experiment
+from jaxformer.training.paths import AnyPath, is_url, local_copy, to_path
+from jaxformer.training.run import run_folder
 from jaxformer.user_code import load_file
 from jaxformer.workflows.model import Model
-from jaxformer.workflows.names import foreign_weights, trained_folder
 
 Code = Sequence[str | os.PathLike[str]]
 """Python files of the user that define types of a run, named by the user."""
+RUNS = pathlib.Path('runs')
+# Settings of a model that do not change what its weights compute.
+FREE = {'dropout', 'init', 'key_init', 'out_init', 'embedding_init', 'head_init'}
 
 
-def load_model(name: str, code: Code, seed: int) -> Model:
-  """Return a model; see `jaxformer.load`."""
-  if name in set(PRESETS) and not any(pathlib.Path(p, name).is_dir() for p in ('.', 'runs')):
+def load(name: str | os.PathLike[str], *, code: Code = (), seed: int = 0) -> Model:
+  """Return a model with its parameters and tokenizer.
+
+  Args:
+    name: a run (a folder, a name in `runs`, gs://BUCKET/FOLDER; `RUN@STEP` for an older
+      checkpoint), a folder of Hugging Face weights (safetensors) with a `tokenizer.json`, a file of
+      RWKV weights with a `tokenizer.json` beside it, or a preset, whose parameters are initialized
+      (unless a run has its name).
+    code: Python files that define the types of the run, for a file that changed since or that
+      somebody else wrote. Unchanged files of yours are found by themselves.
+    seed: of the initial parameters of a preset.
+  """
+  name = os.fspath(name)
+  if name in PRESETS and not any(p.is_dir() for p in _places(name)):
     return _initialized(name, seed)
-  foreign = foreign_weights(name)
-  if foreign is not None:
-    model, params = foreign.load(foreign.path)
-    folder = foreign.path if foreign.path.is_dir() else foreign.path.parent
-    has_tokenizer = (folder / 'tokenizer.json').is_file()
-    tokenizer = load_tokenizer(folder) if has_tokenizer else None
-    return Model(foreign.path.name, define(model), lambda: params, tokenizer)
+  if (found := foreign_weights(name)) is not None:
+    path, read = found
+    model, params = read(path)
+    folder = path if path.is_dir() else path.parent
+    tokenizer = load_tokenizer(folder) if (folder / 'tokenizer.json').is_file() else None
+    return Model(path.name, define(model), lambda: params, tokenizer)
   path, at = trained_folder(name)
   trained_by = load_experiment(path, code)
   definition = define(trained_by.model)
@@ -46,19 +65,100 @@ def load_model(name: str, code: Code, seed: int) -> Model:
   return Model(path.name, definition, lambda: params, tokenizer, trained_by, step)
 
 
+def name_code(code: Code) -> None:
+  """Load files that the user named, so that runs may use their types."""
+  for path in code:
+    load_file(path, named=True)
+
+
 def _initialized(name: str, seed: int) -> Model:
   """A preset with initial parameters, made when they are used, and the tokenizer of its default
   experiment if that needs no training."""
   made = default_experiment(PRESETS[name].model, name)
-  definition, task = define(made.model), made.model.task
-  tokenizer = ByteTokenizer()
+  definition, task, tokenizer = define(made.model), made.model.task, ByteTokenizer()
   text = task in (LANGUAGE_MODELING, TRANSLATION)
   if not text or (task.vocab_size or 0) < tokenizer.vocab_size:
     tokenizer = None
   return Model(name, definition, lambda: definition.init(jax.random.key(seed)), tokenizer, made)
 
 
-def name_code(code: Code) -> None:
-  """Load files that the user named, so that runs may use their types."""
-  for path in code:
-    load_file(path, named=True)
+# ---- runs and weights of other libraries -------------------------------------------------------
+
+
+def _places(name: str) -> tuple[pathlib.Path, pathlib.Path]:
+  """Where a run of this name may be."""
+  return pathlib.Path(name), RUNS / name
+
+
+def trained_folder(name: str) -> tuple[AnyPath, str]:
+  """Return the folder of a run, given by path, by name in `runs` or by URL, and its '@STEP' or ''.
+
+  Raises `InputError` with the nearest names of runs."""
+  folder, at, step = name.partition('@')
+  if is_url(folder):
+    return to_path(folder), at + step
+  path = next((p for p in _places(folder) if folder and p.is_dir()), None)
+  if path is not None:
+    return path, at + step
+  if pathlib.Path(folder).is_file():
+    raise InputError(
+      f'{folder} is a file; a run, a folder of Hugging Face weights or a .safetensors or .pth '
+      'file is expected'
+    )
+  known = sorted(str(p.parent.relative_to(RUNS)) for p in RUNS.glob('**/config.json'))
+  raise InputError(
+    f'no run {folder!r}, here or in runs/{nearest(folder.removeprefix("runs/"), known)}'
+  )
+
+
+Reader = Callable[..., tuple[ModelConfig, Params]]
+
+
+def foreign_weights(name: str) -> tuple[pathlib.Path, Reader] | None:
+  """Return the weights of another library that a name stands for, with the function of
+  `jaxformer.interop` that reads them; None for a run."""
+  if is_url(name):
+    return None
+  if is_rwkv(name) and pathlib.Path(name).is_file():
+    return pathlib.Path(name), load_rwkv
+  path = pathlib.Path(trained_folder(name)[0])
+  return (path, load_hf) if _is_hugging_face(path) else None
+
+
+def _is_hugging_face(folder: pathlib.Path) -> bool:
+  file = folder / 'config.json'
+  try:
+    value = json.loads(file.read_text())
+  except FileNotFoundError:
+    return False
+  except (OSError, ValueError) as e:
+    raise InputError(
+      f'{file}: cannot be read as JSON ({e}); run folders and folders of Hugging Face weights have '
+      'one'
+    ) from None
+  return isinstance(value, dict) and 'model_type' in value
+
+
+def initial_params(source: str, experiment: Experiment) -> str | Params:
+  """Return what `--init-from` names as `training.train` takes it: the path of a checkpoint, or
+  weights of another library, checked against the model of the experiment."""
+  found = foreign_weights(source)
+  if found is None:
+    return ''.join(map(str, trained_folder(source)))
+  path, read = found
+  if steps_in(run_folder(experiment) / 'checkpoints'):  # a resumed run needs no weights
+    return str(path)
+  model, params = read(path, parallel=make_parallel(experiment.mesh))
+  if read is load_rwkv:  # such files do not hold a context length
+    model = model.replace(context_length=experiment.model.context_length)
+  lines = [
+    d
+    for d in differences(to_json(model), to_json(experiment.model))
+    if not FREE & set(d.partition(':')[0].split('.'))
+  ]
+  if lines:
+    raise InputError(
+      f"--init-from {source}: its model is not the experiment's (weights -> experiment):"
+      f'\n  {first_lines(lines)}'
+    )
+  return params

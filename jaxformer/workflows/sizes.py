@@ -3,39 +3,35 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Sequence
-from typing import Any, TypedDict
+from typing import Any, TypedDict, Unpack
 
-from jaxformer.config import InputError, nearest
+from jaxformer.config import InputError
 from jaxformer.layers.layer import LayerConfig
-from jaxformer.models.language_model import ModelConfig
+from jaxformer.models.model import ModelConfig
 from jaxformer.models.zoo import FAMILIES, PRESETS, Family
 from jaxformer.models.zoo.around import around
 from jaxformer.planning.cost import cost
 from jaxformer.planning.estimate import parse_amount
 from jaxformer.study.sizing import Match, Sized, measure, solve
+from jaxformer.study.tables import MATCHED
 from jaxformer.user_code import is_a, object_in_file
+from jaxformer.workflows.overrides import Overrides, Pairs, pairs_of
 from jaxformer.workflows.progress import Log
-from jaxformer.workflows.tables import amount, table
+from jaxformer.workflows.progress import log as log_progress
+from jaxformer.workflows.tables import Answer, amount, table
 
-Pairs = list[tuple[str, Any]]
 Amount = float | str
 """A number, or text such as '125M'."""
 
-WORDS: dict[Match, str] = {
-  'params': 'parameters',
-  'active_params': 'active parameters',
-  'train_flops_per_token': 'training FLOPs per token',
-  'state_bytes': 'bytes of state',
-}
+# what is matched -> the end of the name of a model of that size
 ENDINGS: dict[Match, str] = {
   'params': '',
   'active_params': '-active',
   'train_flops_per_token': '-flops',
   'state_bytes': '-state',
 }
+OPTIONS: dict[str, Match] = {match.removeprefix('train_'): match for match in ENDINGS}
 DEFAULT_SIZE: tuple[Match, float] = ('params', 1e6)
 # of a model built to a size, unless overridden: those of the tiny presets
 BYTES = {'vocab_size': 264, 'context_length': 256}
@@ -60,16 +56,14 @@ class Size(TypedDict, total=False):
 
 
 def sizes_of(size: Size) -> list[tuple[Match, float]]:
-  """Return every (quantity, value) given; text may list several values: '1M,10M'."""
-  given: dict[Match, Amount | None] = {
-    'params': size.get('params'),
-    'active_params': size.get('active_params'),
-    'train_flops_per_token': size.get('flops_per_token'),
-    'state_bytes': size.get('state_bytes'),
-  }
+  """Return every (quantity, value) given; text may list several values: '1M,10M'. Raises
+  `TypeError` for an option that is none."""
+  given: dict[str, Any] = {**size}
+  if unknown := given.keys() - OPTIONS.keys():
+    raise TypeError(f'unexpected keyword argument {min(unknown)!r}')
   return [
-    (match, parse_amount(part, match) if isinstance(part, str) else float(part))
-    for match, value in given.items()
+    (OPTIONS[name], parse_amount(part, name) if isinstance(part, str) else float(part))
+    for name, value in given.items()
     if value is not None
     for part in (value.split(',') if isinstance(value, str) else [value])
   ]
@@ -100,13 +94,9 @@ def family_of(target: str) -> Family:
   """Return the family of a name, or the one around the layer that FILE.py:NAME names."""
   if is_layer(target):
     return around(layer_in_file(target))
-  if target not in set(FAMILIES):
-    have = (
-      f'; {target} is a preset, whose size is fixed'
-      if target in set(PRESETS)
-      else nearest(target, FAMILIES)
-    )
-    raise InputError(f'no family named {target!r}{have}; families: {", ".join(FAMILIES)}')
+  if target not in FAMILIES and target in PRESETS:
+    fixed = f'a preset, whose size is fixed; families: {", ".join(FAMILIES)}'
+    raise InputError('family', target, problem=fixed)
   return FAMILIES[target]
 
 
@@ -150,51 +140,20 @@ def shape(sized: Sized, model: ModelConfig) -> dict[str, Any]:
 def shape_row(v: dict[str, Any]) -> tuple[str, str, str]:
   """Format `shape` as a row of a plan."""
   hidden = '' if v['hidden'] is None else f', {v["hidden"]:,} hidden units'
-  error = f'{v["error"]:+.2%} of {amount(v["target"])} {WORDS[v["match"]]}'
+  error = f'{v["error"]:+.2%} of {amount(v["target"])} {MATCHED[v["match"]]}'
   return 'shape', f'width {v["width"]:,}, {v["layers"]} layers{hidden}', error
 
 
-@dataclasses.dataclass(frozen=True)
-class Shapes:
-  """Shapes of several families, or of one at several sizes."""
-
-  rows: list[dict[str, Any]]
-
-  def json(self) -> list[dict[str, Any]]:
-    return self.rows
-
-  def lines(self) -> list[str]:
-    words = WORDS[self.rows[0]['match']]
-    header = ('family', words, 'width', 'layers', 'hidden', 'actual', 'error', '')
-    rest = [
-      (
-        v['family'],
-        amount(v['target']),
-        f'{v["width"]:,}',
-        str(v['layers']),
-        '' if v['hidden'] is None else f'{v["hidden"]:,}',
-        f'{v["value"]:,.0f}',
-        f'{v["error"]:+.2%}',
-        '' if v['within'] else f'beyond {TOLERANCE:.0%}',
-      )
-      for v in self.rows
-    ]
-    within = sum(v['within'] for v in self.rows)
-    return [
-      *table([header, *rest]),
-      f'{within} of {len(self.rows)} within {TOLERANCE:.0%} of {words}',
-    ]
-
-
-def all_shapes(
-  target: str, sizes: Sequence[tuple[Match, float]], overrides: Pairs, log: Log
-) -> Shapes:
-  """Return the shapes of a family, or of all (`families`), at every size."""
-  found = []
-  for name in FAMILIES if target == ALL else [target]:
+def shapes(
+  family: str = ALL, *, overrides: Overrides = (), log: Log = log_progress, **size: Unpack[Size]
+) -> Answer:
+  """Return the shapes of a family, or of all families, at one or several sizes (`params='1M,10M'`);
+  the vocabulary and context length may be overridden."""
+  found, pairs = [], pairs_of(overrides)
+  for name in FAMILIES if family == ALL else [family]:
     log(f'sizing {name}')
-    for size in sizes or [DEFAULT_SIZE]:
-      sized, left = sized_model(name, size, overrides, tolerance=math.inf)
+    for wanted in sizes_of(size) or [DEFAULT_SIZE]:
+      sized, left = sized_model(name, wanted, pairs, tolerance=math.inf)
       if left:
         raise InputError(
           f'--{left[0][0]}: a table of sizes accepts model.vocab_size and model.context_length only'
@@ -209,4 +168,24 @@ def all_shapes(
           'state_bytes': c.decode_state_bytes,
         }
       )
-  return Shapes(found)
+  return Answer(found, _table(found))
+
+
+def _table(found: list[dict[str, Any]]) -> list[str]:
+  words = MATCHED[found[0]['match']]
+  rows = [('family', words, 'width', 'layers', 'hidden', 'actual', 'error', '')]
+  rows += [
+    (
+      v['family'],
+      amount(v['target']),
+      f'{v["width"]:,}',
+      str(v['layers']),
+      '' if v['hidden'] is None else f'{v["hidden"]:,}',
+      f'{v["value"]:,.0f}',
+      f'{v["error"]:+.2%}',
+      '' if v['within'] else f'beyond {TOLERANCE:.0%}',
+    )
+    for v in found
+  ]
+  within = sum(v['within'] for v in found)
+  return [*table(rows), f'{within} of {len(found)} within {TOLERANCE:.0%} of {words}']

@@ -1,14 +1,30 @@
-"""Plain-text tables and short numbers, for results that people read."""
+"""Answers for people and programs: plain-text tables, short numbers."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+  """What a command answers: JSON data, and lines for people."""
+
+  value: Any
+  text: list[str]
+
+  def json(self) -> Any:
+    return self.value
+
+  def lines(self) -> list[str]:
+    return self.text
 
 
 def table(rows: Sequence[Sequence[str]], left: int = 1) -> list[str]:
   """Return rows as lines of aligned columns; the first `left` columns are flush left, the others
   right."""
-  widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+  widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
   return [
     '  '.join(
       c.ljust(w) if i < left else c.rjust(w)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, Unpack
 
 import jax
 
@@ -11,43 +11,30 @@ from jaxformer.data import open_data
 from jaxformer.models.params import Params
 from jaxformer.planning.cost import flops_per_token
 from jaxformer.planning.hardware import chip
-from jaxformer.training import Experiment, TrainResult, check, train
+from jaxformer.training import Experiment, TrainResult, check
+from jaxformer.training import train as run_training
 from jaxformer.training.run import Run
-from jaxformer.workflows.names import initial_params
+from jaxformer.workflows.load import Code, initial_params, name_code
+from jaxformer.workflows.names import experiment
+from jaxformer.workflows.overrides import Overrides
 from jaxformer.workflows.progress import Log
+from jaxformer.workflows.progress import log as log_progress
 from jaxformer.workflows.samples import sampler
+from jaxformer.workflows.sizes import Size
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainingReport:
+class TrainingReport(TrainResult):
   """Result of a training run, for people.
 
   Attributes:
-    result: of the run: `.folder`, `.step`, `.metrics`, `.exit_code`.
     baselines: bits per byte of the held-out text under models of single bytes, by name; empty for
       other data.
     sample: the last text generated while training; '' if there is none.
   """
 
-  result: TrainResult
   baselines: dict[str, float]
   sample: str
-
-  @property
-  def folder(self) -> Any:
-    return self.result.folder
-
-  @property
-  def step(self) -> int:
-    return self.result.step
-
-  @property
-  def metrics(self) -> dict[str, Any]:
-    return self.result.metrics
-
-  @property
-  def exit_code(self) -> int:
-    return self.result.exit_code
 
   def json(self) -> dict[str, Any]:
     return {'run': str(self.folder), 'step': self.step, 'metrics': self.metrics, **self.baselines}
@@ -74,15 +61,36 @@ class TrainingReport:
     return [*lines, f'run folder: {self.folder}']
 
 
-def train_experiment(e: Experiment, init_from: str | Params | None, log: Log) -> TrainingReport:
-  """Train an experiment; see `jaxformer.train`."""
+def train(
+  target: Experiment | str,
+  *,
+  overrides: Overrides = (),
+  init_from: str | Params | None = None,
+  code: Code = (),
+  log: Log = log_progress,
+  **size: Unpack[Size],
+) -> TrainingReport:
+  """Train in the experiment's run folder; the same run name resumes.
+
+  Args:
+    target, overrides, size: see `experiment`.
+    init_from: start a new run from these weights: what `load` accepts except presets, or parameters
+      by name, which are copied.
+    code: files that define the types of the run to resume, or of `init_from`; see `load`.
+    log: receives a line per event; the logger 'jaxformer' by default.
+
+  Raises `InputError`, before anything is written, for what cannot be trained, and for a run folder
+  that holds another experiment.
+  """
+  name_code(code)
+  e = experiment(target, overrides=overrides, **size)
   check(e)  # before the text is read, which may take long
   Run(e)  # and is the folder usable?
   if isinstance(init_from, str):
     init_from = initial_params(init_from, e)
   dataset = open_data(e.data, log=log)
   known = chip(jax.devices()[0].device_kind)
-  result = train(
+  result = run_training(
     e,
     init_from=init_from,
     dataset=dataset,
@@ -91,11 +99,6 @@ def train_experiment(e: Experiment, init_from: str | Params | None, log: Log) ->
     sample=sampler(e, dataset),
     log=log,
   )
-  return TrainingReport(result, dataset.baselines(), _last_sample(result))
-
-
-def _last_sample(result: TrainResult) -> str:
   file = result.folder / 'samples.txt'
-  if not file.exists():
-    return ''
-  return file.read_text().rpartition('==== step ')[2].partition('\n')[2].rstrip()
+  sample = file.read_text().rpartition('==== step ')[2].partition('\n')[2] if file.exists() else ''
+  return TrainingReport(**vars(result), baselines=dataset.baselines(), sample=sample.rstrip())

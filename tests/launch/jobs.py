@@ -20,14 +20,12 @@ def job(
   name=None,
   spot=False,
   overrides=(),
-  folder='runs',
 ):
   return Job(
     name=name or Path(experiment).stem,
     experiment=experiment,
     overrides=tuple(overrides),
     run_dir=run_dir,
-    folder=Path(folder),
     target=parse_target(target),
     spot=spot,
     source=source,

@@ -195,7 +195,7 @@ def test_training_takes_a_size(capsys):
     (['plan', 'mambo', '--params', '1M'], ["no family named 'mambo'", 'did you mean mamba']),
     (
       ['plan', 'mamba-130m', '--params', '1M'],
-      ['mamba-130m is a preset, whose size is fixed', 'families: gnmt, gpt2, '],
+      ["family = 'mamba-130m': a preset, whose size is fixed", 'families: gnmt, gpt2, '],
     ),
     (['plan', 'mamba', '--params', 'many'], ['params', "'many'"]),
     (
