@@ -46,7 +46,7 @@ from jaxformer.planning.hardware import GIB
 from jaxformer.planning.hlo_flops import CompiledFlops
 from jaxformer.planning.setup import PlanSetup
 from jaxformer.planning.target import parse_target
-from jaxformer.sharding import MESH_AXES, MeshConfig
+from jaxformer.sharding import MeshConfig
 from jaxformer.training.experiment import Experiment, TrainingConfig
 from jaxformer.training.step import lowered_train_step
 
@@ -152,7 +152,7 @@ def row(case: Case, plan: CompiledPlan) -> dict[str, Any]:
     'params': c.params,
     'target': target.name,
     'chips': target.total_chips,
-    'mesh': {a: getattr(case.mesh, a) for a in MESH_AXES if getattr(case.mesh, a) > 1},
+    'mesh': {axis: size for axis, size in case.mesh.given.items() if size > 1},
     'batch_size': case.batch,
     'sequence_length': case.length,
     'remat': case.remat,

@@ -58,7 +58,7 @@ def topology_mesh(name: str, config: sharding.MeshConfig, slices: int = 1) -> Me
     raise InputError(
       f'no TPU topology {name!r} (try v5e:2x4, v5p:2x2x2, v6e:4x4): {str(e).splitlines()[0]}'
     ) from e
-  sizes = [getattr(config, axis) for axis in sharding.MESH_AXES]
+  sizes = config.given.values()
   return sharding.make_mesh(config, devices if -1 in sizes else devices[: math.prod(sizes)])
 
 

@@ -16,7 +16,7 @@ from jaxformer.planning.memory import DeviceMemory, memory
 from jaxformer.planning.roofline import StepTime, step_time
 from jaxformer.planning.setup import PlanSetup
 from jaxformer.planning.target import SHAPES, Target, parse_target
-from jaxformer.sharding import MESH_AXES, MeshConfig
+from jaxformer.sharding import MeshConfig
 
 TOKENS_PER_PARAMETER = 20  # compute-optimal, about (Hoffmann et al. 2022)
 # Share of the peak that a well-tuned training reaches: 38 to 43 % for Llama 3 405B on H100s (Llama
@@ -233,7 +233,7 @@ def _changes(setup: PlanSetup) -> Iterator[tuple[str, PlanSetup]]:
   for times in (2, 4, 8, 16, 32, 64):
     target = _larger(setup.target, times)
     if target is not None:
-      grown = setup.mesh.replace(**{a: mesh[a] for a in MESH_AXES} | {'fsdp': mesh['fsdp'] * times})
+      grown = setup.mesh.replace(**mesh | {'fsdp': mesh['fsdp'] * times})
       yield (
         f'--target {target.name} --training.batch-size {setup.batch_size * times}',
         dataclasses.replace(setup, target=target, mesh=grown, batch_size=setup.batch_size * times),

@@ -13,7 +13,7 @@ from jaxformer.config import InputError
 from jaxformer.models.model import ModelConfig
 from jaxformer.models.params import define
 from jaxformer.planning.target import Target
-from jaxformer.sharding import MESH_AXES, MeshConfig, Parallel
+from jaxformer.sharding import MeshConfig, Parallel
 
 Phase = Literal['train', 'prefill', 'decode']
 OptimizerState = Callable[[ModelConfig, Parallel], Any]
@@ -78,16 +78,14 @@ class PlanSetup:
   @property
   def name(self) -> str:
     """'fsdp 16 x tensor 4, batch 64, remat full'."""
-    mesh = ' x '.join(
-      f'{a} {getattr(self.mesh, a)}' for a in MESH_AXES if getattr(self.mesh, a) > 1
-    )
+    mesh = ' x '.join(f'{axis} {size}' for axis, size in self.mesh.given.items() if size > 1)
     return f'{mesh or "one device"}, batch {self.batch_size}, remat {self.remat}'
 
   @property
   def overrides(self) -> list[str]:
     """Options of `jaxformer train` for this mesh, batch size and remat policy."""
-    axes = [a for a in MESH_AXES if getattr(self.mesh, a) > 1 or a == 'data']
-    pairs: list[tuple[str, Any]] = [(f'--mesh.{a}', getattr(self.mesh, a)) for a in axes]
+    sizes = self.mesh.given.items()
+    pairs: list[tuple[str, Any]] = [(f'--mesh.{a}', n) for a, n in sizes if n > 1 or a == 'data']
     pairs += [('--training.batch-size', self.batch_size), ('--training.remat', self.remat)]
     return [word for name, value in pairs for word in (name, str(value))]
 

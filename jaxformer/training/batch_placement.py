@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import jax
@@ -43,10 +42,7 @@ class BatchPlacement:
   def __init__(self, parallel: Parallel, batch_size: int, length: int):
     self._sharding = parallel.batch
     self._parts = _shards(batch_size, parallel)
-    pieces = self._sharding.spec[1] if len(self._sharding.spec) > 1 else None
-    self._times = times = math.prod(
-      parallel.mesh.shape[a] for a in ((pieces,) if isinstance(pieces, str) else pieces or ())
-    )
+    self._times = times = parallel.parts(self._sharding.spec[1])
     if length % times:
       raise InputError(
         f'data.sequence_length = {length}: must be a multiple of mesh.context = {times}'

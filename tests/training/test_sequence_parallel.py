@@ -13,7 +13,8 @@ from jaxformer.models.params import define
 from jaxformer.models.zoo import PRESETS
 from jaxformer.models.zoo.jamba import jamba
 from jaxformer.overrides import override
-from jaxformer.sharding import AxisRules, MeshConfig, Rules, make_parallel, use_mesh
+from jaxformer.sharding import MeshConfig, make_parallel, use_mesh
+from jaxformer.sharding_rules import AxisRules, Rules
 from jaxformer.training import AdamW, Constant, train
 from jaxformer.training.optimizer import Optimizer
 from jaxformer.training.step import StepConfig, compiled_train_step, init_state
