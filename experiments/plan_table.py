@@ -30,7 +30,6 @@ import json
 import os
 import pathlib
 import sys
-from collections import Counter
 from typing import Any
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
@@ -254,9 +253,7 @@ def said(figures: dict[str, Any]) -> CompiledPlan:
     )
   }
   counted = figures['flops'] and CompiledFlops(
-    figures['flops']['products'],
-    figures['flops']['kernels'],
-    Counter(figures['flops']['not_counted']),
+    figures['flops']['products'], figures['flops']['kernels'], figures['flops']['not_counted']
   )
   sent = {
     axis: {kind: Traffic(**t) for kind, t in kinds.items()}

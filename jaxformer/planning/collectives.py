@@ -3,6 +3,7 @@ devices, and over which mesh axes."""
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 import re
@@ -24,7 +25,8 @@ _DEVICES = re.compile(
 )  # [2,4]<=[4,2]T(1,0)
 
 
-class Traffic(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Traffic:
   """Operations of one kind in one run of a program, and bytes of their results per device."""
 
   count: int
@@ -86,8 +88,8 @@ def traffic_by_kind(collectives: Iterable[Collective]) -> dict[str, Traffic]:
   """Kind of collective -> number of operations, and bytes of their results on one device."""
   found: dict[str, Traffic] = {}
   for c in collectives:
-    count, size = found.get(c.kind, Traffic(0, 0))
-    found[c.kind] = Traffic(count + c.times, size + c.times * c.bytes)
+    before = found.get(c.kind, Traffic(0, 0))
+    found[c.kind] = Traffic(before.count + c.times, before.bytes + c.times * c.bytes)
   return found
 
 

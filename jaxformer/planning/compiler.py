@@ -37,6 +37,9 @@ _ENVIRONMENT = {
   'TF_CPP_MIN_LOG_LEVEL': '3',
 }
 
+# Relative differences between compiler and formulas that the formulas claim to keep within.
+MEMORY_WITHIN, FLOPS_WITHIN = 0.15, 0.05
+
 
 def topology_mesh(name: str, config: sharding.MeshConfig, slices: int = 1) -> Mesh:
   """The mesh of a config over the devices of a topology such as 'v5e:2x4', or of several such
@@ -98,8 +101,12 @@ class CompiledPlan:
   flops: CompiledFlops | None = None
   collectives: dict[str, dict[str, Traffic]] = dataclasses.field(default_factory=dict)
   compile_seconds: float
-  jax: str
-  libtpu: str
+  jax: str = jax.__version__
+  libtpu: str = dataclasses.field(
+    default_factory=lambda: next(
+      (d.version for d in importlib.metadata.distributions(name='libtpu')), 'unknown'
+    )
+  )
 
   @property
   def fits(self) -> bool:
@@ -112,34 +119,14 @@ class CompiledPlan:
 
   def as_json(self) -> dict[str, Any]:
     """The figures as JSON data."""
-    flops = (
-      None
-      if self.flops is None
-      else {
-        'total': self.flops.total,
-        'products': self.flops.products,
-        'kernels': self.flops.kernels,
-        'not_counted': dict(self.flops.uncounted),
-      }
-    )
-    sent = {
-      axis: {kind: t._asdict() for kind, t in kinds.items()}
-      for axis, kinds in self.collectives.items()
-    }
-    return {
-      'arguments': self.arguments,
-      'temporaries': self.temporaries,
-      'outputs': self.outputs,
-      'total': self.total,
-      'limit': self.limit,
+    data: dict[str, Any] = dataclasses.asdict(self) | {
       'fits': self.fits,
       'short_by': self.short_by,
-      'flops': flops,
-      'collectives': sent,
       'compile_seconds': round(self.compile_seconds, 1),
-      'jax': self.jax,
-      'libtpu': self.libtpu,
     }
+    if self.flops is not None:
+      data['flops']['total'] = self.flops.total
+    return data
 
 
 def compile_plan(lowered: jax.stages.Lowered, mesh: Mesh, limit: float) -> CompiledPlan:
@@ -150,35 +137,28 @@ def compile_plan(lowered: jax.stages.Lowered, mesh: Mesh, limit: float) -> Compi
     limit: bytes per device; if the compiler refuses the program, its own limit is reported.
   """
   began = time.perf_counter()
-  libtpu = _version('libtpu')
   try:
     with quiet():
       compiled = lowered.compile()
   except jax.errors.JaxRuntimeError as e:
-    used = memory_refusal(str(e))
-    if used is None:
+    if (refusal := memory_refusal(str(e))) is None:
       raise
-    return CompiledPlan(
-      total=used[0],
-      limit=used[1],
-      compile_seconds=time.perf_counter() - began,
-      jax=jax.__version__,
-      libtpu=libtpu,
-    )
+    seconds = time.perf_counter() - began
+    return CompiledPlan(total=refusal[0], limit=refusal[1], compile_seconds=seconds)
   seconds, memory, text = time.perf_counter() - began, compiled.memory_analysis(), text_of(compiled)
   assert memory is not None  # the TPU compiler always reports it
-  outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
+  sizes = {
+    'arguments': memory.argument_size_in_bytes,
+    'temporaries': memory.temp_size_in_bytes,
+    'outputs': memory.output_size_in_bytes - memory.alias_size_in_bytes,
+  }
   return CompiledPlan(
-    arguments=memory.argument_size_in_bytes,
-    temporaries=memory.temp_size_in_bytes,
-    outputs=outputs,
-    total=memory.argument_size_in_bytes + memory.temp_size_in_bytes + outputs,
+    **sizes,
+    total=sum(sizes.values()),
     limit=limit,
     flops=compiled_flops(text),
     collectives=traffic_by_axis(list_collectives(text), dict(mesh.shape)),
     compile_seconds=seconds,
-    jax=jax.__version__,
-    libtpu=libtpu,
   )
 
 
@@ -196,13 +176,7 @@ def memory_refusal(message: str) -> tuple[float, float] | None:
   return float(used) * unit[used_unit], float(limit) * unit[limit_unit]
 
 
-def disagreements(
-  plan: CompiledPlan,
-  memory: float,
-  flops: tuple[float, float],
-  memory_within: float = 0.15,
-  flops_within: float = 0.05,
-) -> list[str]:
+def disagreements(plan: CompiledPlan, memory: float, flops: tuple[float, float]) -> list[str]:
   """Where compiler and formulas differ by more than the formulas claim, one line each.
 
   Args:
@@ -210,30 +184,17 @@ def disagreements(
     flops: predicted FLOPs per device, without recomputation under remat and with all of it.
   """
   lines, ratio = [], plan.total / memory
-  if abs(ratio - 1) > memory_within:
+  if abs(ratio - 1) > MEMORY_WITHIN:
     lines.append(
       f'memory: {plan.total / GIB:.2f} GiB per device by the compiler, {memory / GIB:.2f} by the '
       f'formulas (ratio {ratio:.2f})'
     )
   if plan.flops is None:
     return lines
-  counted, (low, high) = plan.flops.total, flops
-  if counted > high * (1 + flops_within):
-    lines.append(
-      f'FLOPs: {counted:.4g} per device by the compiler, at most {high:.4g} by the formulas with '
-      'remat'
-    )
-  elif counted < low * (1 - flops_within):
-    why = ', '.join(plan.flops.uncounted)
-    lines.append(
-      f'FLOPs: {counted:.4g} per device by the compiler, {low:.4g} by the formulas'
-      + (f'; not counted: {why}' if why else '')
-    )
+  counted, (low, high) = f'FLOPs: {plan.flops.total:.4g} per device by the compiler', flops
+  if plan.flops.total > high * (1 + FLOPS_WITHIN):
+    lines.append(f'{counted}, at most {high:.4g} by the formulas with remat')
+  elif plan.flops.total < low * (1 - FLOPS_WITHIN):
+    why = ', '.join(plan.flops.not_counted)
+    lines.append(f'{counted}, {low:.4g} by the formulas' + (f'; not counted: {why}' if why else ''))
   return lines
-
-
-def _version(package: str) -> str:
-  try:
-    return importlib.metadata.version(package)
-  except importlib.metadata.PackageNotFoundError:
-    return 'unknown'

@@ -199,21 +199,21 @@ def _would_fit(estimate: StepEstimate) -> list[str]:
   """Changes after which the step would fit, in words."""
   setup = estimate.setup
   if setup.phase == 'train':
-    return [words for words, _ in remedies(setup)]
+    return list(_remedies(setup))
   everything = estimate.memory.total * setup.target.devices
   return [f'{-(-everything // setup.target.chip.memory_bytes):.0f} chips or more']
 
 
-def remedies(setup: PlanSetup) -> Iterator[tuple[str, PlanSetup]]:
-  """(what to change, the changed setup) for each single change after which a training step would
-  fit by the formulas, the cheapest first."""
+def _remedies(setup: PlanSetup) -> Iterator[str]:
+  """Each single change after which a training step would fit by the formulas, the cheapest
+  first."""
   for words, changed in _changes(setup):
     try:
       total = memory(changed).total
     except InputError:
       continue  # this mesh does not divide the model
     if total <= changed.target.device_memory_bytes:
-      yield f'{words} ({total / GIB:,.1f} GiB)', changed
+      yield f'{words} ({total / GIB:,.1f} GiB)'
       if changed.target != setup.target:
         return
 

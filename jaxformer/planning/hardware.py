@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import tomllib
 from collections.abc import Mapping
@@ -11,13 +10,12 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from jaxformer.config import InputError, nearest
+from jaxformer.config import Config, InputError, from_json, nearest, to_json
 
 GIB = 2**30
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Chip:
+class Chip(Config):
   """Chip specifications.
 
   Attributes:
@@ -43,7 +41,7 @@ class Chip:
 
   name: str
   kind: str = ''
-  flops_per_second: Mapping[str, float]
+  flops_per_second: Any
   memory_bytes: float
   bytes_per_second: float
   interconnect_bytes_per_second: float
@@ -56,6 +54,17 @@ class Chip:
   spot_per_hour: float | None = None
   source: str
   date: str
+
+  def validate(self) -> None:
+    rates = self.flops_per_second
+    self.require(
+      isinstance(rates, Mapping)
+      and 'bf16' in rates
+      and all(isinstance(v, int | float) and v > 0 for v in rates.values()),
+      'flops_per_second',
+      'precision -> positive number, including bf16',
+    )
+    self.require_positive(*(name for name, v in vars(self).items() if isinstance(v, int | float)))
 
   def peak(self, precision: str = 'bf16') -> float:
     """Peak FLOPs per second at a precision. Raises `InputError` for an unknown precision."""
@@ -72,22 +81,26 @@ def _table() -> dict[str, Chip]:
 
 
 CHIPS = _table()
+# other names of TPUs in JAX
+_ALIASES = {
+  'TPU v5p': 'TPU v5',
+  'TPU v5e': 'TPU v5 lite',
+  'TPU v6e': 'TPU v6 lite',
+  'TPU7': 'TPU7x',
+  'TPU v7x': 'TPU7x',
+}
 
 
 def chip(device_kind: str) -> Chip | None:
   """The chip of a JAX `device_kind`; None if it is not in the table, such as a CPU."""
-  kind = (
-    device_kind.replace('TPU v5p', 'TPU v5')
-    .replace('TPU v5e', 'TPU v5 lite')
-    .replace('TPU v6e', 'TPU v6 lite')
-  )
-  kind = 'TPU7x' if kind.startswith(('TPU7x', 'TPU v7x', 'TPU7')) else kind
+  kind = _ALIASES.get(device_kind, device_kind)
+  # the kind of a GPU goes on with its memory: 'NVIDIA H100 80GB HBM3'
   found = [
     c
     for c in CHIPS.values()
-    if kind == c.kind or (kind.startswith((f'{c.kind} ', f'{c.kind}-')) and c.kind != 'TPU v5')
+    if kind == c.kind or (c.domain is not None and kind.startswith((f'{c.kind} ', f'{c.kind}-')))
   ]
-  return max(found, key=lambda c: len(c.kind)) if found else None
+  return max(found, key=lambda c: len(c.kind), default=None)
 
 
 def chip_named(name: str, chips: Mapping[str, Chip] = CHIPS) -> Chip:
@@ -120,38 +133,10 @@ def hardware_file(path: str | Path) -> dict[str, Chip]:
 
 
 def _own(where: str, name: str, fields: Any) -> Chip:
-  known = {f.name: f for f in dataclasses.fields(Chip) if f.name != 'name'}
   if not isinstance(fields, dict):
-    raise InputError(where, fields, f'fields of a chip ({", ".join(known)})')
-  for field, value in fields.items():
-    if field not in known:
-      raise InputError(f'{where}: no such field {field!r}{nearest(field, known)}')
-    _check(f'{where}.{field}', field, value)
-  base = CHIPS.get(name)
-  given: dict[str, Any] = {'source': f'{where}', 'date': 'of the file'} | fields
-  if base is not None:
-    rates = {**base.flops_per_second, **fields.get('flops_per_second', {})}
-    return dataclasses.replace(base, **given | {'flops_per_second': rates})
-  missing = [n for n, f in known.items() if f.default is dataclasses.MISSING and n not in given]
-  if missing:
-    raise InputError(f'{where}: a chip that is not in the table also needs {", ".join(missing)}')
-  return Chip(name=name, **given)
-
-
-def _check(where: str, field: str, value: Any) -> None:
-  positive = isinstance(value, int | float) and not isinstance(value, bool) and value > 0
-  if field in ('kind', 'source', 'date'):
-    right, wanted = isinstance(value, str), 'text'
-  elif field == 'flops_per_second':
-    right = (
-      isinstance(value, dict)
-      and 'bf16' in value
-      and all(isinstance(v, int | float) and v > 0 for v in value.values())
-    )
-    wanted = 'precision -> positive number, including bf16'
-  elif field in ('chips_per_host', 'domain', 'cores', 'devices'):
-    right, wanted = positive and isinstance(value, int), 'a positive integer'
-  else:
-    right, wanted = positive, 'a positive number'
-  if not right:
-    raise InputError(where, value, wanted)
+    raise InputError(where, fields, 'fields of a chip')
+  known: dict[str, Any] = to_json(CHIPS[name]) if name in CHIPS else {}
+  chip = known | {'type': 'Chip', 'name': name, 'source': where, 'date': 'of the file'} | fields
+  if isinstance(rates := fields.get('flops_per_second'), dict):
+    chip['flops_per_second'] = known.get('flops_per_second', {}) | rates
+  return from_json(chip, where, Chip)

@@ -11,6 +11,7 @@ import functools
 import math
 import re
 from collections import Counter
+from collections.abc import Mapping
 
 import jax
 import numpy as np
@@ -28,23 +29,23 @@ class CompiledFlops:
   Attributes:
     products: of matrix products and convolutions, 2 per multiply-add.
     kernels: of Pallas kernels, by their own estimates.
-    uncounted: operations without a count -> how often they run: 'fft', or the name of a kernel.
+    not_counted: operations without a count -> how often they run: 'fft', or the name of a kernel.
   """
 
   products: float = 0.0
   kernels: float = 0.0
-  uncounted: Counter[str] = dataclasses.field(default_factory=Counter)
+  not_counted: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
   @property
   def total(self) -> float:
     return self.products + self.kernels
 
   def plus(self, other: CompiledFlops, times: int = 1) -> CompiledFlops:
-    many = Counter({name: times * n for name, n in other.uncounted.items()})
+    many = Counter({name: times * n for name, n in other.not_counted.items()})
     return CompiledFlops(
       self.products + times * other.products,
       self.kernels + times * other.kernels,
-      self.uncounted + many,
+      dict(Counter(self.not_counted) + many),
     )
 
 
@@ -83,7 +84,7 @@ def _convolution(i: Instruction) -> CompiledFlops:
   labels = re.fullmatch(r'(\w+)_(\w+)->(\w+)', i.attribute('dim_labels'))
   x, kernel, out = _dims(i.operand(0)), _dims(i.operand(1)), _dims(i)
   if labels is None or not x or not kernel:
-    return CompiledFlops(uncounted=Counter({'convolution': 1}))
+    return CompiledFlops(not_counted={'convolution': 1})
   left, right, result = labels.groups()
   window = {k: v.split('x') for k, v in re.findall(r'(\w+)=([\d_\-x]+)', i.attribute('window'))}
   pairs = 1
@@ -119,11 +120,11 @@ def _custom(i: Instruction) -> CompiledFlops:
     return CompiledFlops()
   if estimate := re.search(r'"cost_estimate":\{"flops":"(\d+)"', i.rest):
     return CompiledFlops(kernels=float(estimate.group(1)))
-  return CompiledFlops(uncounted=Counter({re.sub(r'[.\d]+$', '', i.name): 1}))
+  return CompiledFlops(not_counted={re.sub(r'[.\d]+$', '', i.name): 1})
 
 
 def _fft(i: Instruction) -> CompiledFlops:
-  return CompiledFlops(uncounted=Counter({'fft': 1}))
+  return CompiledFlops(not_counted={'fft': 1})
 
 
 _COUNTS = {'dot': _dot, 'convolution': _convolution, 'custom-call': _custom, 'fft': _fft}

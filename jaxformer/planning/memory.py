@@ -100,8 +100,7 @@ def bytes_of(arrays: Any) -> int:
 
   def one(a: Any) -> int:
     shape = a.shape if a.sharding is None else a.sharding.shard_shape(a.shape)
-    size = 8 if jnp.issubdtype(a.dtype, jax.dtypes.prng_key) else a.dtype.itemsize
-    return math.prod(shape) * size
+    return math.prod(shape) * a.dtype.itemsize
 
   return sum(map(one, jax.tree.leaves(arrays)))
 
@@ -127,13 +126,8 @@ def _training_memory(setup: PlanSetup) -> DeviceMemory:
   shards = _shards_in_use(definition, setup)
   kept = _activations(setup, shards, setup.remat)
   size = setup.bytes_per_value
-  narrow = (
-    0
-    if size == 4
-    else sum(
-      bytes_of(p) // 4 * size for n, p in params.items() if not definition.info[n].full_precision
-    )
-  )
+  cast = [] if size == 4 else [n for n, i in definition.info.items() if not i.full_precision]
+  narrow = sum(bytes_of(params[n]) // 4 * size for n in cast)
   logits = min(LOGIT_BYTES, 4 * B * T * (model.task.vocab_size or 0))
   return DeviceMemory(
     parameters=parameters,
@@ -157,10 +151,7 @@ def _activations(setup: PlanSetup, shards: Shards, remat: str) -> list[TracedArr
   """The arrays that a forward pass keeps and that depend on the batch."""
   dtype = 'float32' if setup.precision == 'fp32' else 'bfloat16'
   platform = setup.platform or ('gpu' if setup.target.chip.domain else 'tpu')
-  found = _residuals(
-    setup.model, *setup.local_batch, remat, dtype, platform, tuple(shards.values())
-  )
-  return [r for r in found if r.activation]
+  return _residuals(setup.model, *setup.local_batch, remat, dtype, platform, tuple(shards.items()))
 
 
 @functools.lru_cache(maxsize=256)
@@ -171,7 +162,7 @@ def _residuals(
   remat: str,
   dtype: str,
   platform: str,
-  shards: tuple[tuple[int, ...], ...],
+  shards: tuple[tuple[str, tuple[int, ...]], ...],
 ) -> list[TracedArray]:
   definition = define(model)
 
@@ -182,11 +173,12 @@ def _residuals(
 
     return jax.vjp(loss, params)[1]
 
-  named = dict(zip(definition.info, shards, strict=True))
   # On several devices the loss is computed in slices of the vocabulary whatever its size; here no
   # mesh is active, so it is selected by name.
   with assume_platform(platform), implementation(cross_entropy='vocabulary'):
-    return residuals(backward, definition.abstract(), named, abstract_batch(model, B, T))
+    batch = abstract_batch(model, B, T)
+    found = residuals(backward, definition.abstract(), dict(shards), batch)
+  return [r for r in found if r.activation]
 
 
 def _shards_in_use(definition: Definition, setup: PlanSetup) -> Shards:

@@ -23,7 +23,7 @@ from jaxformer.planning.compiler import CompiledPlan
 from jaxformer.planning.estimate import StepEstimate, estimate
 from jaxformer.planning.hardware import GIB
 from jaxformer.planning.memory import bytes_of
-from jaxformer.planning.setup import PlanSetup, abstract_mesh
+from jaxformer.planning.setup import PlanSetup, abstract_mesh, divisors
 from jaxformer.sharding import MeshConfig, Parallel
 
 # The TPU compiler's memory was at most 1.09 times that of the formulas in 12 of the 15 rows of
@@ -124,13 +124,13 @@ def meshes(base: PlanSetup) -> Iterator[MeshConfig]:
   `replica`."""
   experts = [layer.expert_count for layer, _ in base.model.layers() if layer.expert_count]
   n = base.target.devices_per_slice
-  for tensor, expert, context in itertools.product(_divisors(n), repeat=3):
+  for tensor, expert, context in itertools.product(divisors(n), repeat=3):
     rest, over = divmod(n, tensor * expert * context)
     if over or tensor > MOST_TENSOR or any(e % expert for e in experts or [1]):
       continue
     if base.length % context or (context > 1 and base.length < LONG):
       continue
-    for fsdp in _divisors(rest):
+    for fsdp in divisors(rest):
       mesh = MeshConfig(
         replica=base.target.slices,
         data=rest // fsdp,
@@ -216,7 +216,3 @@ def _reason(e: StepEstimate, winner: StepEstimate | None) -> str:
   if more >= 1:
     return f'about as fast, but {more:.0f}% more time in products, memory and links together'
   return f'about as fast, with {e.memory.total / GIB:.2f} GiB per device'
-
-
-def _divisors(n: int) -> list[int]:
-  return [d for d in range(1, n + 1) if n % d == 0]

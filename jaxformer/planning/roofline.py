@@ -52,24 +52,25 @@ class StepTime:
   tokens: int
 
   @property
+  def by_resource(self) -> dict[str, float]:
+    """The four times."""
+    names = 'compute', 'memory', 'interconnect', 'network'
+    return {name: getattr(self, f'{name}_seconds') for name in names}
+
+  @property
   def bound(self) -> str:
     """The bottleneck: 'compute', 'memory', 'interconnect' or 'network'."""
-    return max(
-      ('compute', 'memory', 'interconnect', 'network'),
-      key=lambda name: getattr(self, f'{name}_seconds'),
-    )
+    return max(self.by_resource, key=self.by_resource.__getitem__)
 
   @property
   def seconds(self) -> float:
     """The lower bound: the longest of the four."""
-    return getattr(self, f'{self.bound}_seconds')
+    return max(self.by_resource.values())
 
   @property
   def total_seconds(self) -> float:
     """The sum of the four, as if nothing overlapped."""
-    return (
-      self.compute_seconds + self.memory_seconds + self.interconnect_seconds + self.network_seconds
-    )
+    return sum(self.by_resource.values())
 
   @property
   def tokens_per_second(self) -> float:

@@ -72,8 +72,19 @@ class PlanSetup:
 
   @property
   def local_batch(self) -> tuple[int, int]:
-    """(sequences, positions) per device of one microbatch; see the function of this name."""
-    return local_batch(self.parallel, self.batch_size, self.length, self.accumulate)
+    """(sequences, positions) per device of one microbatch. Raises `InputError` if they do not
+    divide evenly over the mesh."""
+    table, mesh = self.parallel.table.activations, self.abstract_mesh
+    rows, times = (math.prod(mesh.shape[a] for a in table[axis]) for axis in ('batch', 'time'))
+    shards = rows * self.accumulate
+    if self.batch_size % shards:
+      near = max(1, round(self.batch_size / shards)) * shards
+      also = f', accumulate = {self.accumulate}' if self.accumulate > 1 else ''
+      accepted = f'a multiple of {shards} ({" x ".join(table["batch"])} = {rows}{also}), such as'
+      raise InputError('training.batch_size', self.batch_size, f'{accepted} {near}')
+    if self.length % times:
+      raise InputError('sequence length', self.length, f'a multiple of mesh.context = {times}')
+    return self.batch_size // shards, self.length // times
 
   @property
   def name(self) -> str:
@@ -97,27 +108,6 @@ def abstract_mesh(config: MeshConfig, devices: int) -> AbstractMesh:
   return AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
 
 
-def local_batch(
-  parallel: Parallel, batch_size: int, length: int, accumulate: int = 1
-) -> tuple[int, int]:
-  """(sequences, positions) per device of one microbatch. Raises `InputError` if they do not divide
-  evenly over the mesh."""
-  table, mesh = parallel.table.activations, parallel.mesh
-  shards, times = (math.prod(mesh.shape[a] for a in table[axis]) for axis in ('batch', 'time'))
-  if batch_size % accumulate or batch_size // accumulate % shards:
-    near = max(1, round(batch_size / shards / accumulate)) * shards * accumulate
-    also = f', accumulate = {accumulate}' if accumulate > 1 else ''
-    raise InputError(
-      'training.batch_size',
-      batch_size,
-      f'a multiple of {shards * accumulate} ({" x ".join(table["batch"])} = {shards}{also}), such '
-      f'as {near}',
-    )
-  if length % times:
-    raise InputError('sequence length', length, f'a multiple of mesh.context = {times}')
-  return batch_size // accumulate // shards, length // times
-
-
 def default_mesh(
   model: ModelConfig, target: Target, batch_size: int, accumulate: int = 1
 ) -> MeshConfig:
@@ -126,16 +116,20 @@ def default_mesh(
   `tensor`."""
   n, rows = target.devices_per_slice, batch_size // accumulate
   widths = [
-    s
+    size
     for i in define(model).info.values()
-    for s, a in zip(i.shape, i.axes, strict=True)
-    if a == 'embed'
+    for size, axis in zip(i.shape, i.axes, strict=True)
+    if axis == 'embed'
   ]
-
-  def fits(f: int) -> bool:
-    return n % f == 0 and all(w % f == 0 for w in widths) and rows % (f * target.slices) == 0
-
-  fsdp = max((f for f in range(1, n + 1) if fits(f)), default=1)
+  fitting = [
+    f for f in divisors(n) if rows % (f * target.slices) == 0 and all(w % f == 0 for w in widths)
+  ]
+  fsdp = max(fitting, default=1)
   rest = n // fsdp
   data = rest if rows % (fsdp * rest * target.slices) == 0 else 1
   return MeshConfig(replica=target.slices, data=data, fsdp=fsdp, tensor=rest // data)
+
+
+def divisors(n: int) -> list[int]:
+  """The divisors of a number, smallest first."""
+  return [d for d in range(1, n + 1) if n % d == 0]

@@ -146,7 +146,7 @@ def _slice(text: str, chip: Chip, number: str | None, shape: str | None) -> Targ
     forms = f'a topology ({chip.name}:{(shapes or _FLAT)[1]}) or a size ({chip.name}-{shape})'
     raise InputError('target', text, forms)
   if shapes is None:  # a chip of a user's --hardware file
-    n = math.prod(int(d) for d in shape.split('x')) if shape else int(number or 0)
+    n = _size(shape or number or '0')
     return Target(chip, n, 1, None, f'{chip.name}-{n}')
   if shape is not None:
     shape = 'x'.join(map(str, sorted(map(int, shape.split('x'))))) if shape not in shapes else shape

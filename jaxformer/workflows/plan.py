@@ -28,7 +28,7 @@ from jaxformer.planning.estimate import (
   training_run,
 )
 from jaxformer.planning.hardware import CHIPS, GIB, hardware_file
-from jaxformer.planning.setup import Phase, PlanSetup, abstract_mesh, default_mesh
+from jaxformer.planning.setup import Phase, PlanSetup, abstract_mesh, default_mesh, divisors
 from jaxformer.planning.target import Target, parse_target
 from jaxformer.sharding import MeshConfig, Parallel
 from jaxformer.task_type import LANGUAGE_MODELING
@@ -297,7 +297,7 @@ def _compared(
 def _inference_mesh(model: Any, target: Target) -> MeshConfig:
   """Return the mesh with the largest `tensor` axis that divides the model; the rest is `data`."""
   n = target.devices_per_slice
-  for tensor in sorted((d for d in range(1, n + 1) if n % d == 0), reverse=True):
+  for tensor in reversed(divisors(n)):
     config = MeshConfig(replica=target.slices, data=n // tensor, tensor=tensor)
     try:
       define(model).abstract(Parallel(abstract_mesh(config, target.devices), config.rules))

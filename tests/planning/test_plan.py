@@ -16,9 +16,9 @@ from jaxformer.planning.estimate import estimate, inference_setup, parse_amount
 from jaxformer.planning.hardware import GIB
 from jaxformer.planning.memory import memory
 from jaxformer.planning.residuals import residuals
-from jaxformer.planning.setup import PlanSetup, abstract_mesh, default_mesh, local_batch
+from jaxformer.planning.setup import PlanSetup, default_mesh
 from jaxformer.planning.target import parse_target
-from jaxformer.sharding import MeshConfig, Parallel
+from jaxformer.sharding import MeshConfig
 from tests.tiers import families
 
 TINY = sorted(n for n in PRESETS if n.endswith('-tiny'))
@@ -165,14 +165,17 @@ def test_amounts():
 
 @pytest.mark.quick
 def test_a_batch_that_the_mesh_does_not_divide():
-  mesh = abstract_mesh(MeshConfig(data=2, fsdp=4, context=2), 16)
-  assert local_batch(Parallel(mesh), 32, 64, 2) == (2, 32)
+  def local_batch(batch, length, **changes):
+    mesh = MeshConfig(data=2, fsdp=4, context=2)
+    return setup('gpt2-tiny', 'h100:16', mesh, batch, length, **changes).local_batch
+
+  assert local_batch(32, 64, accumulate=2) == (2, 32)
   with pytest.raises(InputError, match='batch_size = 12: must be a multiple of 8'):
-    local_batch(Parallel(mesh), 12, 64)
+    local_batch(12, 64)
   with pytest.raises(
     InputError, match=r'sequence length = 63: must be a multiple of mesh.context = 2'
   ):
-    local_batch(Parallel(mesh), 16, 63)
+    local_batch(16, 63)
 
 
 def _plan(capsys, *words):

@@ -120,11 +120,12 @@ def test_a_file_of_ones_own(tmp_path):
 @pytest.mark.parametrize(
   ('fields', 'message'),
   [
-    ({'v5e': {'prise_per_hour': 1}}, "no such field 'prise_per_hour'; did you mean price_per_hour"),
-    ({'v5e': {'price_per_hour': 'much'}}, "v5e.price_per_hour = 'much': must be a positive number"),
+    ({'v5e': {'prise_per_hour': 1}}, "no field 'prise_per_hour'; did you mean price_per_hour"),
+    ({'v5e': {'price_per_hour': 'much'}}, "v5e.price_per_hour = 'much': must be a number"),
     ({'v5e': {'flops_per_second': 1e12}}, 'including bf16'),
+    ({'v5e': {'price_per_hour': -1}}, 'price_per_hour = -1.0: must be positive'),
     ({'v5e': 3}, 'must be fields of a chip'),
-    ({'mine': {'price_per_hour': 1}}, 'also needs flops_per_second, memory_bytes'),
+    ({'mine': {'price_per_hour': 1}}, 'mine: Chip needs flops_per_second, memory_bytes'),
     ([], 'chip name -> fields'),
   ],
 )
