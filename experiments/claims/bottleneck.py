@@ -223,7 +223,7 @@ def half_of(name: str, study: Study, interrupt: Interrupt) -> Half:
   lengths = np.sort([len(p.source_ids) - 1 for p in dataset.held_out_pairs()])
   edges = np.unique(np.quantile(lengths, (0.25, 0.5, 0.75), method='lower')).tolist()
   groups = [lengths[np.searchsorted(edges, lengths) == g] for g in range(len(edges) + 1)]
-  costs = measure_costs(study, {t.title: t.model for t in done}, task, dataset, note, interrupt)
+  costs = measure_costs(study, done, dataset, note, interrupt)
   runs: dict[str, dict[int, dict[str, list[float]]]] = {}
   for t in done:
     definition = define(t.model)

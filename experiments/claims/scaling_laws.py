@@ -223,7 +223,7 @@ def main() -> None:
   args = parser.parse_args()
   s = study(args.scale, args.families, args.runs)
   results = report_study(s, lambda line: print(line, flush=True))
-  tables = [trainings(f, results) for f in results.tasks[0].laws]
+  tables = [trainings(f, results)[0] for f in results.tasks[0].laws]
   rows = tuple(
     (f.title, *row) for f, t in zip(results.tasks[0].laws, tables, strict=True) for row in t.rows
   )

@@ -138,12 +138,14 @@ def study(scale: float, runs: str) -> Study:
 def ratios(results: Results) -> dict[str, float]:
   """Mixture over dense: parameters, active ones, FLOPs, seconds of a training step, and its
   memory."""
-  dense, mixture = results.costs['dense'], results.costs['mixture']
+  of = outcomes(results.tasks[0])
+  dense, mixture = of['dense'], of['mixture']
   found = {
     'params': mixture.params / dense.params,
     'active_params': mixture.active_params / dense.active_params,
     'flops': mixture.train_flops_per_token / dense.train_flops_per_token,
   }
+  dense, mixture = results.costs['dense'], results.costs['mixture']
   if dense.tokens_per_second and mixture.tokens_per_second:
     found['seconds'] = dense.tokens_per_second / mixture.tokens_per_second
   return found

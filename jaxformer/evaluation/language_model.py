@@ -173,29 +173,19 @@ def evaluate(
 
 
 def loss_by_position(
-  definition: Definition,
-  params: Params,
-  batches: Iterable[Batch],
-  *,
-  parallel: Parallel | None = None,
-  dtype: Any = None,
+  definition: Definition, params: Params, batches: Iterable[Batch], *, dtype: Any = None
 ) -> list[EvalResult | None]:
   """Return the scores at each position of a document, from 0 to the last with targets; None for one
   without. Sequences may be longer than in training if the model has positions for them. Arguments
   and errors are those of `evaluate`."""
-  found = _grouped(_scores(definition, params, batches, parallel, dtype), _positions_BT)
+  found = _grouped(_scores(definition, params, batches, None, dtype), _positions_BT)
   if not found:
     raise InputError('evaluation: the batches have no targets')
   return [found.get(position) for position in range(max(found) + 1)]
 
 
 def loss_by_source_length(
-  definition: Definition,
-  params: Params,
-  batches: Iterable[Batch],
-  edges: Sequence[int],
-  *,
-  dtype: Any = None,
+  definition: Definition, params: Params, batches: Iterable[Batch], edges: Sequence[int]
 ) -> list[EvalResult | None]:
   """Return the scores of pairs by source length.
 
@@ -207,7 +197,7 @@ def loss_by_source_length(
     group_B = np.searchsorted(edges, (batch.source_BS != IGNORE).sum(axis=1) - 1)
     return np.broadcast_to(group_B[:, None], batch.targets_BT.shape)
 
-  found = _grouped(_scores(definition, params, batches, None, dtype), group_BT)
+  found = _grouped(_scores(definition, params, batches, None, None), group_BT)
   return [found.get(group) for group in range(len(edges) + 1)]
 
 

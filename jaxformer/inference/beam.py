@@ -45,7 +45,7 @@ class Beam(Config):
   coverage_penalty: float = 0.0
 
   def validate(self):
-    self.require(self.width > 0, 'width', 'positive')
+    self.require_positive('width')
     for field in ('length_penalty', 'coverage_penalty'):
       self.require(0 <= getattr(self, field) < float('inf'), field, 'at least 0')
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import sys
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -157,7 +158,7 @@ def _drawn(
 
 def tokens_only(scores_BV: Array, vocab_size: int | None) -> Array:
   """Logits or log p with -inf from `vocab_size` on, where rows of the head are no tokens."""
-  if vocab_size is None:
+  if vocab_size is None or vocab_size >= scores_BV.shape[-1]:
     return scores_BV
   return jnp.where((jnp.arange(scores_BV.shape[-1]) < vocab_size)[None], scores_BV, -jnp.inf)
 
@@ -232,7 +233,6 @@ def request(
   seed: int = 0,
   end_of_document: int | None = None,
   dtype: Any = None,
-  max_len: int | None = None,
   parallel: Parallel | None = None,
   vocab_size: int | None = None,
 ) -> Request:
@@ -247,8 +247,6 @@ def request(
     max_new_tokens: maximum number of new tokens per prompt. The loop runs until all have ended.
     end_of_document: the token that ends a continuation; None if the vocabulary has none.
     dtype: compute dtype; None for that of the parameters.
-    max_len: maximum length of prompt and new tokens in the model's state; None for what is needed.
-      Pass one value to requests of different lengths to compile only once.
     parallel: mesh and rules of the parameters; None for one device.
     vocab_size: of the tokenizer, where the model's is padded: the rows beyond it are never sampled.
 
@@ -264,32 +262,24 @@ def request(
   if end_of_document is not None and not 0 <= end < config.vocab_size:
     accepted = f'at least 0 and below the vocabulary of {config.vocab_size}'
     raise InputError('end_of_document', end, accepted)
-  rows = vocab_size if vocab_size is not None and vocab_size < config.vocab_size else None
-  started = []
+  tokens, started = min(vocab_size or config.vocab_size, config.vocab_size), []
   for i, prompt in enumerate(prompts):
     if not len(prompt) and end_of_document is None:
       raise InputError(
         f'prompt {i} is empty, and the tokenizer has no end of document to start from: give at '
         'least one token'
       )
-    started.append(token_ids(f'prompt {i}', prompt, rows or config.vocab_size) or [end])
+    started.append(token_ids(f'prompt {i}', prompt, tokens) or [end])
   if not started:
     raise InputError('prompts: must be at least one')
-  config.check_length(max_len or 0)
   longest = max(range(len(started)), key=lambda i: len(started[i]))
-  length, room = len(started[longest]), bucket(max_new_tokens)
-  needed, most = length + max_new_tokens, config.max_len if max_len is None else max_len
-  if most is not None and needed > most:
-    limit = (
-      f'max_len = {most}' if max_len is not None else f'the {most} learned positions of the model'
-    )
+  length, room, most = len(started[longest]), bucket(max_new_tokens), config.max_len or sys.maxsize
+  if length + max_new_tokens > most:
     raise InputError(
-      f'prompt {longest} has {length} tokens; with max_new_tokens = {max_new_tokens} these are '
-      f'{needed}, more than {limit}'
+      f'prompt {longest} has {length} tokens; with max_new_tokens = {max_new_tokens} that is more '
+      f'than the {most} learned positions of the model'
     )
-  padded = bucket(length) if most is None else min(bucket(length), most - max_new_tokens)
-  if max_len is None:
-    max_len = padded + room if most is None else min(padded + room, most)
+  padded = min(bucket(length), most - max_new_tokens)
   if dtype is not None:
     params = definition.cast(params, dtype)
   return Request(
@@ -301,10 +291,10 @@ def request(
     seed,
     end,
     padded,
-    max_len,
+    min(padded + room, most),
     room,
     parallel,
-    rows,
+    vocab_size,
   )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -81,7 +82,7 @@ def translate(
     params = definition.cast(params, dtype)
 
   def most(n: int) -> int:
-    return n if config.max_len is None else min(n, config.max_len)
+    return min(n, config.max_len or sys.maxsize)
 
   order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
   found: dict[int, Translation] = {}
@@ -104,7 +105,7 @@ def translate(
         limit_B,
         beam=beam,
         max_new_tokens=most(bucket(int(limit_B.max()))),
-        vocab_size=vocab_size if vocab_size != config.vocab_size else None,
+        vocab_size=vocab_size,
         where=parallel,
       )
     best = jax.tree.map(lambda a: np.asarray(a[:, 0]), best)  # of the beam

@@ -7,7 +7,7 @@ import html
 import io
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 # Okabe and Ito 2008, distinguishable by every kind of colour vision; yellow is darkened for a white
@@ -47,6 +47,16 @@ class Series:
   line: bool = False
   dots: bool = True
 
+  @property
+  def finite_points(self) -> tuple[Point, ...]:
+    """Points that can be drawn."""
+    return tuple(p for p in self.points if math.isfinite(p.x) and math.isfinite(p.y))
+
+
+def line(name: str, style: int, points: Iterable[Point]) -> Series:
+  """Return points joined by a line, without markers."""
+  return Series(name, style, tuple(points), line=True, dots=False)
+
 
 @dataclasses.dataclass(frozen=True)
 class Axis:
@@ -63,19 +73,18 @@ def chart(series: Sequence[Series], x: Axis, y: Axis, title: str) -> str:
   from matplotlib import rc_context
   from matplotlib.figure import Figure
 
-  shown = [(s, [p for p in s.points if math.isfinite(p.x) and math.isfinite(p.y)]) for s in series]
-  shown = [(s, points) for s, points in shown if points]
+  shown = [dataclasses.replace(s, points=finite) for s in series if (finite := s.finite_points)]
   if not shown:
     raise ValueError('no points')
   with rc_context(SETTINGS | {'svg.hashsalt': title}):
     figure = Figure(figsize=(6.4, 3.8), layout='constrained')
     axes = figure.add_subplot()
-    for s, points in shown:
-      _draw(axes, s, points)
-    every = [p for _, points in shown for p in points]
+    for s in shown:
+      _draw(axes, s)
+    every = [p for s in shown for p in s.points]
     _scale(axes.xaxis, x, [p.x for p in every])
-    _scale(axes.yaxis, y, [v for p in every for v in (p.y, p.low, p.high) if v is not None])
-    if any(s.name for s, _ in shown):
+    _scale(axes.yaxis, y, [v for p in every for v in p[1:] if v is not None])
+    if any(s.name for s in shown):
       figure.legend(loc='outside right center')
     out = io.StringIO()
     figure.savefig(out, format='svg', metadata=dict.fromkeys(('Creator', 'Date', 'Format', 'Type')))
@@ -85,12 +94,12 @@ def chart(series: Sequence[Series], x: Axis, y: Axis, title: str) -> str:
   return svg[svg.index('<svg') :].strip().replace('<svg', f'<svg {name}', 1)
 
 
-def _draw(axes: Any, s: Series, points: Sequence[Point]) -> None:
+def _draw(axes: Any, s: Series) -> None:
   colour = COLOURS[s.style % len(COLOURS)]
   dash = '-' if s.style < len(COLOURS) else '--'
   axes.plot(
-    [p.x for p in points],
-    [p.y for p in points],
+    [p.x for p in s.points],
+    [p.y for p in s.points],
     color=colour,
     marker=MARKERS[s.style % len(MARKERS)] if s.dots else None,
     markersize=5.5,
@@ -99,7 +108,7 @@ def _draw(axes: Any, s: Series, points: Sequence[Point]) -> None:
     # a leading underscore would hide the name from the legend
     label=f'\u200b{s.name}' if s.name.startswith('_') else s.name or None,
   )
-  for p in points:
+  for p in s.points:
     if p.low is not None and p.high is not None and math.isfinite(p.low) and math.isfinite(p.high):
       middle, half = (p.low + p.high) / 2, (p.high - p.low) / 2
       axes.errorbar(p.x, middle, half, color=colour, fmt='none', capsize=3, linewidth=1.1)

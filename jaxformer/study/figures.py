@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
+from jaxformer.inference import DecodeTime
 from jaxformer.study.charts import Axis, Point, Series, chart
-from jaxformer.study.results import Outcome, Results, TaskResults
+from jaxformer.study.results import Outcome, Results, TaskResults, cut_off
 from jaxformer.study.tables import amount, seconds
 
 MAX_BIN = 16  # positions averaged into one point
+Form = Callable[[float], str]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,69 +25,65 @@ class Figure:
 
 def figures(results: Results) -> list[Figure]:
   """Return the charts for which there is data, in the order of the report."""
-  style = {e.title: i for i, e in enumerate(results.study.entries)}
-  found: list[Figure | None] = []
-  for task in results.tasks:
-    found += _quality(task, results, style)
-  for task in results.tasks:
-    found += _curves(task, results, style)
-  found += [_positions(task, style) for task in results.tasks]
-  found += _contexts(results, style)
-  return [f for f in found if f is not None]
+  tasks = results.tasks
+  found = [
+    *(figure for task in tasks for figure in _quality(task, results)),
+    *(figure for task in tasks for figure in _curves(task, results)),
+    *(_positions(task) for task in tasks),
+    *_contexts(results),
+  ]
+  return [figure for figure in found if figure is not None]
 
 
 def drawn(title: str, note: str, series: Sequence[Series], x: Axis, y: Axis) -> Figure | None:
   """Draw a chart as a figure; None without points."""
-  if not any(math.isfinite(p.y) for s in series for p in s.points):
+  if not any(s.finite_points for s in series):
     return None
   return Figure(title, note, chart(series, x, y, title))
 
 
-def _quality(task: TaskResults, results: Results, style: dict[str, int]) -> list[Figure | None]:
+def _series(points: Mapping[str, Iterable[Point]], line: bool, dots: bool) -> list[Series]:
+  """One series per architecture, in the order of the study."""
+  return [
+    Series(name, style, tuple(of), line, dots) for style, (name, of) in enumerate(points.items())
+  ]
+
+
+def _quality(task: TaskResults, results: Results) -> list[Figure | None]:
   """Return charts of the score against compute, training speed and state size."""
+  good, axis = 'down', Axis(task.metric)
+  if not task.lower_is_better:
+    good, axis = 'up', Axis(task.metric, form=lambda v: f'{100 * v:g}%')
 
   def of(cost: Callable[[Outcome], float | None], label: str, what: str) -> Figure | None:
-    series = []
+    points = {}
     for o in task.outcomes:
       value, e = cost(o), o.estimate
-      if value and e:
-        scale = 1.0 if task.lower_is_better else 100.0
-        ends = (e.low * scale, e.high * scale) if math.isfinite(e.low) else (None, None)
-        ends = (
-          ends
-          if task.lower_is_better or ends[0] is None or ends[1] is None
-          else (max(0.0, ends[0]), min(100.0, ends[1]))
-        )
-        series.append(Series(o.title, style[o.title], (Point(value, e.mean * scale, *ends),)))
-    best = _best(series, task.lower_is_better, more=what == 'training speed')
-    good = 'down' if task.lower_is_better else 'up'
-    right = 'right' if what == 'training speed' else 'left'
-    note = f'Better is {good} and to the {right}.' + (
+      points[o.title] = [Point(value, e.mean, *cut_off(task.metric, e))] if value and e else []
+    faster = what == 'training speed'
+    best = _best(points, task.lower_is_better, more=faster)
+    note = f'Better is {good} and to the {"right" if faster else "left"}.' + (
       f' On the Pareto frontier: {", ".join(best)}.' if best else ''
     )
-    return drawn(
-      f'{task.title}: {task.metric} against {what}',
-      note,
-      series,
-      Axis(label, True, amount),
-      _score_axis(task),
-    )
-
-  def speed(o: Outcome) -> float | None:
-    return results.costs[o.title].tokens_per_second
+    title = f'{task.title}: {task.metric} against {what}'
+    return drawn(title, note, _series(points, False, True), Axis(label, True, amount), axis)
 
   return [
     of(lambda o: o.train_flops_per_token, 'training FLOPs per token', 'compute'),
-    of(speed, 'training tokens per second', 'training speed'),
+    of(
+      lambda o: results.costs[o.title].tokens_per_second,
+      'training tokens per second',
+      'training speed',
+    ),
     of(lambda o: o.state_bytes, f'bytes of state after {task.length} tokens', 'state'),
   ]
 
 
-def _best(series: Sequence[Series], lower_is_better: bool, more: bool) -> list[str]:
+def _best(points: Mapping[str, Sequence[Point]], lower_is_better: bool, more: bool) -> list[str]:
   """Return the names on the Pareto frontier of the means: no other is at least as good in both
   quantities and better in one."""
   sign, side = (1 if lower_is_better else -1), (-1 if more else 1)
-  at = {s.name: (side * s.points[0].x, sign * s.points[0].y) for s in series}
+  at = {name: (side * p.x, sign * p.y) for name, of in points.items() for p in of}
   return [
     n
     for n, (x, y) in at.items()
@@ -94,93 +91,77 @@ def _best(series: Sequence[Series], lower_is_better: bool, more: bool) -> list[s
   ]
 
 
-def _score_axis(task: TaskResults) -> Axis:
-  return Axis(task.metric) if task.lower_is_better else Axis('accuracy', form=lambda v: f'{v:g}%')
+def _curves(task: TaskResults, results: Results) -> list[Figure | None]:
+  """Return charts of the training loss against tokens, compute and, for the task whose training
+  was timed, time."""
 
-
-def _curves(task: TaskResults, results: Results, style: dict[str, int]) -> list[Figure | None]:
   def of(
-    factor: Callable[[Outcome], float | None], label: str, what: str, form: Callable[[float], str]
+    per_token: Callable[[Outcome], float | None], label: str, what: str, form: Form = amount
   ) -> Figure | None:
-    series = []
-    for o in task.outcomes:
-      per_token = factor(o)
-      if per_token:
-        points = tuple(Point(tokens * per_token, loss) for tokens, loss in o.curve)
-        series.append(Series(o.title, style[o.title], points, line=True, dots=False))
-    return drawn(
-      f'{task.title}: training loss against {what}',
-      'Mean over seeds, smoothed; nats per target.',
-      series,
-      Axis(label, True, form),
-      Axis('training loss'),
-    )
+    points = {
+      o.title: [Point(tokens * factor, loss) for tokens, loss in o.curve]
+      if (factor := per_token(o))
+      else []
+      for o in task.outcomes
+    }
+    title = f'{task.title}: training loss against {what}'
+    note = 'Mean over seeds, smoothed; nats per target.'
+    series = _series(points, True, False)
+    return drawn(title, note, series, Axis(label, True, form), Axis('training loss'))
 
-  def second(o: Outcome) -> float | None:
+  def seconds_per_token(o: Outcome) -> float | None:
     speed = results.costs[o.title].tokens_per_second
     return None if speed is None else 1 / speed
 
-  return [
-    of(lambda o: 1.0, 'training tokens', 'tokens', amount),
-    of(lambda o: o.train_flops_per_token, 'training FLOPs', 'compute', amount),
-    of(second, 'time at the measured training speed', 'time', seconds)
-    if task is results.tasks[0]
-    else None,
+  found = [
+    of(lambda o: 1.0, 'training tokens', 'tokens'),
+    of(lambda o: o.train_flops_per_token, 'training FLOPs', 'compute'),
   ]
+  if task is results.tasks[0]:
+    found.append(of(seconds_per_token, 'time at the measured training speed', 'time', seconds))
+  return found
 
 
-def _positions(task: TaskResults, style: dict[str, int]) -> Figure | None:
-  series = []
-  for o in task.outcomes:
-    loss = [(i, v) for i, v in enumerate(o.position_loss or ()) if v is not None]
-    points, i = [], 0
-    while i < len(loss):  # bins grow with the position: the axis is logarithmic
-      bin_ = loss[i : i + max(1, min(MAX_BIN, i // 4))]
-      points.append(
-        Point(sum(p for p, _ in bin_) / len(bin_) + 1, sum(v for _, v in bin_) / len(bin_))
-      )
-      i += len(bin_)
-    series.append(Series(o.title, style[o.title], tuple(points), line=True, dots=False))
+def _positions(task: TaskResults) -> Figure | None:
   note = (
     'Held-out loss by the number of preceding tokens of the document, mean over seeds; nats. '
     f'Trained on {task.length} tokens.'
   )
+  points = {o.title: _binned(o.position_loss or ()) for o in task.outcomes}
   return drawn(
     f'{task.title}: loss by position',
     note,
-    series,
+    _series(points, True, False),
     Axis('preceding tokens', True, amount),
     Axis('held-out loss'),
   )
 
 
-def _contexts(results: Results, style: dict[str, int]) -> list[Figure | None]:
-  def of(value: Callable, title: str, label: str, form: Callable[[float], str]) -> Figure | None:
-    series = [
-      Series(
-        n,
-        style[n],
-        tuple(Point(a.context_length, v) for a in c.contexts if (v := value(a))),
-        line=True,
-      )
-      for n, c in results.costs.items()
-    ]
-    return drawn(
-      title, 'One sequence.', series, Axis('context length', True, amount), Axis(label, True, form)
-    )
+def _binned(losses: Sequence[float | None]) -> list[Point]:
+  """Means over bins that grow with the position: the axis is logarithmic."""
+  known = [Point(i + 1, v) for i, v in enumerate(losses) if v is not None]
+  points, i = [], 0
+  while i < len(known):
+    bin_ = known[i : i + max(1, min(MAX_BIN, i // 4))]
+    points.append(Point(*(sum(values) / len(bin_) for values in list(zip(*bin_))[:2])))
+    i += len(bin_)
+  return points
+
+
+def _contexts(results: Results) -> list[Figure | None]:
+  """Return charts of the costs of decoding against the context length."""
+
+  def of(value: Callable[[DecodeTime], float], title: str, label: str, form: Form) -> Figure | None:
+    points = {
+      name: [Point(t.context_length, v) for t in c.contexts if (v := value(t))]
+      for name, c in results.costs.items()
+    }
+    x, y = Axis('context length', True, amount), Axis(label, True, form)
+    title = f'{title} against context length'
+    return drawn(title, 'One sequence.', _series(points, True, True), x, y)
 
   return [
-    of(
-      lambda a: a.seconds_per_token,
-      'Decoding time against context length',
-      'time per token',
-      seconds,
-    ),
-    of(lambda a: a.prefill_seconds, 'Prefill time against context length', 'prefill', seconds),
-    of(
-      lambda a: a.state_bytes,
-      'State size against context length',
-      'bytes of state',
-      lambda v: amount(v, 'B'),
-    ),
+    of(lambda t: t.seconds_per_token, 'Decoding time', 'time per token', seconds),
+    of(lambda t: t.prefill_seconds, 'Prefill time', 'prefill', seconds),
+    of(lambda t: t.state_bytes, 'State size', 'bytes of state', lambda v: amount(v, 'B')),
   ]

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from jaxformer.study.charts import Axis, Point, Series
+from jaxformer.study.charts import Axis, Point, Series, line
 from jaxformer.study.figures import Figure, drawn
 from jaxformer.study.laws import FittedLaw, Interval, Optimum, Training
 from jaxformer.study.results import Results
-from jaxformer.study.tables import MATCHED, Table, amount, cell
+from jaxformer.study.sizing import MATCHED
+from jaxformer.study.tables import Table, amount, table
 
 CURVE = 40  # points of a drawn curve
 LOSS = 'held-out loss'
+SYMBOLS = ('E', 'A', 'B', 'α', 'β')  # of the coefficients, in their order
 
 
 def fitted(results: Results) -> tuple[FittedLaw, ...]:
@@ -31,36 +31,35 @@ def number(value: float) -> str:
   return amount(value) if value >= 1e3 else f'{value:.3g}'
 
 
-def between(i: Interval | None, form: Callable[[float], str] = number) -> str:
+def between(i: Interval | None) -> str:
   """Format a value with its interval."""
-  return '' if i is None else f'{form(i.value)} ({form(i.low)} to {form(i.high)})'
+  return '' if i is None else f'{number(i.value)} ({number(i.low)} to {number(i.high)})'
 
 
 def law_tables(results: Results) -> list[Table]:
   """Return the tables of laws, predictions and optimal sizes."""
-  return [coefficients(results), *predictions(results), optimal_sizes(results)]
+  return [*coefficients(results), *predictions(results), *optimal_sizes(results)]
 
 
-def coefficients(results: Results) -> Table:
+def coefficients(results: Results) -> list[Table]:
   note = (
     'Each coefficient with its 95% interval, by parametric bootstrap. Residual: root mean square '
     'of log loss. R² is of log losses. Optimal size: N in proportion to FLOPs to this power.'
   )
-  header = ('architecture', 'E', 'A', 'B', 'α', 'β', 'optimal size', 'residual', 'R²', 'trainings')
-  return Table('Laws', note, header, tuple(map(_law_row, fitted(results))))
 
+  def row(f: FittedLaw) -> dict[str, str]:
+    found = dict(zip(SYMBOLS, map(between, f.coefficients.values())))
+    return {
+      'architecture': f.title,
+      **dict.fromkeys(SYMBOLS, ''),
+      **(found or {'E': f.no_law or ''}),
+      'optimal size': between(f.exponent),
+      'residual': '' if f.residual is None else f'{f.residual:.2%}',
+      'R²': '' if f.explained is None else f'{f.explained:.3f}',
+      'trainings': f'{f.runs}',
+    }
 
-def _law_row(f: FittedLaw) -> tuple[str, ...]:
-  if f.residual is None or f.explained is None:
-    return (f.title, f.no_law or '', *('' for _ in range(7)), f'{f.runs}')
-  return (
-    f.title,
-    *(between(i) for i in f.coefficients.values()),
-    between(f.exponent),
-    f'{f.residual:.2%}',
-    f'{f.explained:.3f}',
-    f'{f.runs}',
-  )
+  return table('Laws', note, map(row, fitted(results)))
 
 
 def predictions(results: Results) -> list[Table]:
@@ -69,33 +68,26 @@ def predictions(results: Results) -> list[Table]:
     'of one more training: it covers the uncertainty of the law and the scatter of trainings '
     'around it.'
   )
-  header = (
-    'architecture',
-    'FLOPs',
-    'parameters',
-    'tokens',
-    'predicted',
-    '95% interval',
-    'observed',
-    'relative error',
-    'within interval',
-  )
-  rows = tuple(
-    (
-      f.title,
-      amount(t.train_flops),
-      f'{t.params:,.0f}',
-      f'{t.tokens:,}',
-      _predicted(t),
-      '' if t.predicted is None else f'{t.predicted.low:.3f} to {t.predicted.high:.3f}',
-      'diverged' if t.loss is None else f'{t.loss:.3f}',
-      _error(t),
-      {True: 'yes', False: 'no', None: ''}[t.within_interval],
-    )
+  rows = (
+    {
+      'architecture': f.title,
+      'FLOPs': amount(t.train_flops),
+      'parameters': f'{t.params:,.0f}',
+      'tokens': f'{t.tokens:,}',
+      'predicted': _predicted(t),
+      '95% interval': f'{t.predicted.low:.3f} to {t.predicted.high:.3f}' if t.predicted else '',
+      'observed': _loss(t.loss),
+      'relative error': _error(t),
+      'within interval': {True: 'yes', False: 'no', None: ''}[t.within_interval],
+    }
     for f in fitted(results)
     for t in f.held_out
   )
-  return [Table('Predictions for held-out trainings', note, header, rows)] if rows else []
+  return table('Predictions for held-out trainings', note, rows)
+
+
+def _loss(value: float | None) -> str:
+  return 'diverged' if value is None else f'{value:.3f}'
 
 
 def _predicted(t: Training) -> str:
@@ -106,7 +98,7 @@ def _error(t: Training) -> str:
   return '' if t.relative_error is None else f'{t.relative_error:+.1%}'
 
 
-def optimal_sizes(results: Results) -> Table:
+def optimal_sizes(results: Results) -> list[Table]:
   laws = fitted(results)
   k = '; '.join(f'{f.title} {f.flops_law[0]:.3g} N^{f.flops_law[1]:.3f}' for f in laws)
   note = (
@@ -114,29 +106,20 @@ def optimal_sizes(results: Results) -> Table:
     'interval, and by the minimum of a parabola through the losses of that budget. Training '
     f'FLOPs per token, fitted to these models: {k}.'
   )
-  header = (
-    'architecture',
-    'FLOPs',
-    'parameters by the law',
-    'tokens',
-    'tokens per parameter',
-    'loss by the law',
-    'parameters by the parabola',
-  )
-  rows = tuple(
-    (
-      f.title,
-      amount(o.flops),
-      between(o.params),
-      amount(o.tokens),
-      f'{o.tokens / o.params.value:.3g}',
-      f'{o.loss:.3f}',
-      _minimum(f, o),
-    )
+  rows = (
+    {
+      'architecture': f.title,
+      'FLOPs': amount(o.flops),
+      'parameters by the law': between(o.params),
+      'tokens': amount(o.tokens),
+      'tokens per parameter': f'{o.tokens / o.params.value:.3g}',
+      'loss by the law': f'{o.loss:.3f}',
+      'parameters by the parabola': _minimum(f, o),
+    }
     for f in laws
     for o in f.optima
   )
-  return Table('Optimal sizes', note, header, rows)
+  return table('Optimal sizes', note, rows)
 
 
 def _minimum(f: FittedLaw, o: Optimum) -> str:
@@ -145,84 +128,26 @@ def _minimum(f: FittedLaw, o: Optimum) -> str:
   return number(o.parabola.params) + ('' if o.parabola.inside else ', beyond the sizes tried')
 
 
-def trainings(f: FittedLaw, results: Results) -> Table:
+def trainings(f: FittedLaw, results: Results) -> list[Table]:
   note = (
     'Passes: how often the training text was read; the law is one of fresh tokens. A rate at an '
     'end is the smallest or largest that was tried there.'
   )
-  header = (
-    'budget',
-    MATCHED[results.study.match],
-    'tokens',
-    'tokens per parameter',
-    'passes',
-    'rate',
-    *(f'seed {s}' for s in results.study.seeds),
-    'predicted',
-    'relative error',
-  )
-  rows = tuple(
-    (
-      amount(t.flops) + (', held out' if t.held_out else ''),
-      f'{t.params:,.0f}',
-      f'{t.tokens:,}',
-      f'{t.tokens / t.params:.3g}',
-      '' if t.passes is None else f'{t.passes:.2g}',
-      f'{t.rate:g}' + (' (at an end)' if t.at_edge else ''),
-      *('diverged' if v is None else f'{v:.3f}' for v in t.losses.values()),
-      _predicted(t),
-      _error(t),
-    )
+  rows = (
+    {
+      'budget': amount(t.flops) + (', held out' if t.held_out else ''),
+      MATCHED[results.study.match]: f'{t.params:,.0f}',
+      'tokens': f'{t.tokens:,}',
+      'tokens per parameter': f'{t.tokens / t.params:.3g}',
+      'passes': '' if t.passes is None else f'{t.passes:.2g}',
+      'rate': f'{t.rate:g}' + (' (at an end)' if t.at_edge else ''),
+      **{f'seed {seed}': _loss(loss) for seed, loss in t.losses.items()},
+      'predicted': _predicted(t),
+      'relative error': _error(t),
+    }
     for t in f.trainings
   )
-  return Table(f'Trainings: {f.title}', note, header, rows)
-
-
-LAW_CSV_HEADER = (
-  'architecture',
-  'budget_flops',
-  'held_out',
-  'params',
-  'tokens',
-  'train_flops',
-  'train_flops_per_token',
-  'passes',
-  'learning_rate',
-  'at_edge',
-  'seeds',
-  'loss',
-  'predicted',
-  'low',
-  'high',
-  'relative_error',
-  'within_interval',
-)
-
-
-def law_csv_rows(results: Results) -> list[tuple[Any, ...]]:
-  """Return one row per training; missing values are empty."""
-  rows = [
-    (
-      f.title,
-      t.flops,
-      t.held_out,
-      t.params,
-      t.tokens,
-      t.train_flops,
-      t.flops_per_token,
-      t.passes,
-      t.rate,
-      t.at_edge,
-      len(t.losses),
-      t.loss,
-      *(t.predicted or (None,) * 3),
-      t.relative_error,
-      t.within_interval,
-    )
-    for f in fitted(results)
-    for t in f.trainings
-  ]
-  return [tuple(map(cell, row)) for row in rows]
+  return table(f'Trainings: {f.title}', note, rows)
 
 
 # ---- charts ------------------------------------------------------------------------------------
@@ -237,14 +162,10 @@ def law_figures(results: Results) -> list[Figure]:
 def parabolas(f: FittedLaw, results: Results) -> Figure | None:
   """Draw loss against size, one curve per budget."""
   series = []
-  for style, flops in enumerate(dict.fromkeys(t.flops for t in f.trainings)):
-    points = tuple(
-      Point(t.params, t.loss) for t in f.trainings if t.flops == flops and t.loss is not None
-    )
+  for style, (flops, points) in enumerate(_by_budget(f).items()):
     if points and flops in f.parabolas:
       ends = np.geomspace(points[0].x, points[-1].x, CURVE)
-      curve = tuple(Point(n, f.parabolas[flops].at(n)) for n in ends)
-      series.append(Series('', style, curve, line=True, dots=False))
+      series.append(line('', style, (Point(n, f.parabolas[flops].at(n)) for n in ends)))
     series.append(Series(amount(flops), style, points))
   note = (
     'Each curve is a parabola through the trainings of equal FLOPs; budgets without one were held '
@@ -259,23 +180,28 @@ def parabolas(f: FittedLaw, results: Results) -> Figure | None:
   )
 
 
+def _by_budget(f: FittedLaw) -> dict[float, tuple[Point, ...]]:
+  """FLOPs -> (parameters, loss) of the trainings that did not diverge."""
+  return {
+    flops: tuple(
+      Point(t.params, t.loss) for t in f.trainings if t.flops == flops and t.loss is not None
+    )
+    for flops in dict.fromkeys(t.flops for t in f.trainings)
+  }
+
+
 def agreement(f: FittedLaw) -> Figure | None:
   """Draw the predicted against the observed loss of each training."""
 
-  def points(of: list[Training], bars: bool) -> tuple[Point, ...]:
-    return tuple(
-      Point(t.loss, t.predicted.value, *(t.predicted[1:] if bars else ()))
-      for t in of
-      if t.loss is not None and t.predicted is not None
-    )
+  def points(of: list[Training]) -> tuple[Point, ...]:
+    return tuple(Point(t.loss, *t.predicted) for t in of if t.loss and t.predicted)
 
-  fit, held_out = points(f.fitted, False), points(f.held_out, True)
+  fit, held_out = tuple(Point(*p[:2]) for p in points(f.fitted)), points(f.held_out)
   if not fit:
     return None
-  ends = [v for p in (*fit, *held_out) for v in p[:2]]
-  diagonal = tuple(Point(v, v) for v in (min(ends), max(ends)))
+  ends = [v for p in (*fit, *held_out) for v in (p.x, p.y)]
   series = [
-    Series('', 0, diagonal, line=True, dots=False),
+    line('', 0, (Point(v, v) for v in (min(ends), max(ends)))),
     Series('fitted', 1, fit),
     Series('held out', 2, held_out),
   ]
@@ -290,42 +216,39 @@ def agreement(f: FittedLaw) -> Figure | None:
 
 def sizes(results: Results) -> Figure | None:
   """Draw the optimal size against training FLOPs."""
-  series = []
-  for style, f in enumerate(fitted(results)):
-    by_law = tuple(Point(o.flops, *o.params) for o in f.optima)
-    by_parabola = tuple(Point(c, p.params) for c, p in f.parabolas.items() if p.inside)
-    series += [
-      Series(f.title, style, by_law, line=True, dots=False),
-      Series('', style, by_parabola),
-    ]
-  return drawn(
-    'Optimal size against training FLOPs',
+  return _against_flops(
+    results,
+    'Optimal size',
     'Lines: by the law. Points: by parabolas whose minimum lies within the sizes tried.',
-    series,
-    Axis('training FLOPs', True, amount),
     Axis(MATCHED[results.study.match], True, amount),
+    lambda o: Point(o.flops, *o.params),
+    lambda f: [Point(c, p.params) for c, p in f.parabolas.items() if p.inside],
   )
 
 
 def frontier(results: Results) -> Figure | None:
   """Draw the loss against training FLOPs."""
+  return _against_flops(
+    results,
+    'Loss',
+    'Lines: at the optimal size by the law. Points: the best training of each budget.',
+    Axis(LOSS),
+    lambda o: Point(o.flops, o.loss),
+    lambda f: [Point(c, min(p.y for p in of)) for c, of in _by_budget(f).items() if of],
+  )
+
+
+def _against_flops(
+  results: Results,
+  what: str,
+  note: str,
+  y: Axis,
+  by_law: Callable[[Optimum], Point],
+  points: Callable[[FittedLaw], Sequence[Point]],
+) -> Figure | None:
   series = []
   for style, f in enumerate(fitted(results)):
-    by_law = tuple(Point(o.flops, o.loss) for o in f.optima)
-    observed = tuple(
-      Point(
-        flops,
-        min(
-          (t.loss for t in f.trainings if t.flops == flops and t.loss is not None), default=math.nan
-        ),
-      )
-      for flops in dict.fromkeys(t.flops for t in f.trainings)
-    )
-    series += [Series(f.title, style, by_law, line=True, dots=False), Series('', style, observed)]
-  return drawn(
-    'Loss against training FLOPs',
-    'Lines: at the optimal size by the law. Points: the best training of each budget.',
-    series,
-    Axis('training FLOPs', True, amount),
-    Axis(LOSS),
-  )
+    series.append(line(f.title, style, map(by_law, f.optima)))
+    series.append(Series('', style, tuple(points(f))))
+  x = Axis('training FLOPs', True, amount)
+  return drawn(f'{what} against training FLOPs', note, series, x, y)

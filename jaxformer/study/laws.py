@@ -4,25 +4,16 @@ intervals and predictions."""
 from __future__ import annotations
 
 import dataclasses
+import operator
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
 
 import numpy as np
 
 from jaxformer.study.runner import Tuned
-from jaxformer.study.scaling import Fit, Law, Parabola, fit_law, iso_flop, power_law
+from jaxformer.study.scaling import Fit, Interval, Law, Parabola, fit_law, iso_flop, power_law
 from jaxformer.study.study import ScalingGrid
 
 COEFFICIENTS = tuple(f.name for f in dataclasses.fields(Law))
-
-
-class Interval(NamedTuple):
-  """A value with its 95 % interval."""
-
-  value: float
-  low: float
-  high: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,26 +86,26 @@ class FittedLaw:
   Attributes:
     title: of the entry.
     trainings: of all budgets, held-out ones last.
-    coefficients: E, A, B, alpha and beta; empty without a law.
-    exponent: of the optimal size in the FLOPs.
     runs, residual, explained: of the fit (`study.scaling.Fit`).
     flops_law: (k, p) of training FLOPs per token = k N^p, fitted to these models.
-    optima: by budget, held-out ones last.
     no_law: why there is no law; None if there is one.
     no_parabola: budget -> why it has no parabola.
+    coefficients: E, A, B, alpha and beta; empty without a law.
+    exponent: of the optimal size in the FLOPs.
+    optima: by budget, held-out ones last; empty without a law.
   """
 
   title: str
   trainings: tuple[Training, ...]
-  coefficients: dict[str, Interval]
-  exponent: Interval | None
   runs: int
-  residual: float | None
-  explained: float | None
   flops_law: tuple[float, float]
-  optima: tuple[Optimum, ...]
   no_law: str | None
   no_parabola: dict[str, str]
+  coefficients: dict[str, Interval] = dataclasses.field(default_factory=dict)
+  exponent: Interval | None = None
+  residual: float | None = None
+  explained: float | None = None
+  optima: tuple[Optimum, ...] = ()
 
   @property
   def law(self) -> Law | None:
@@ -141,9 +132,7 @@ def law_of(scaling: ScalingGrid, title: str, tuned: Sequence[Tuned]) -> FittedLa
   used = [t for t in trainings if not t.held_out and t.loss is not None]
   power, k = power_law([t.params for t in trainings], [t.flops_per_token for t in trainings])
   parabolas, no_parabola = _parabolas(scaling, trainings)
-  result = FittedLaw(
-    title, tuple(trainings), {}, None, len(used), None, None, (k, power), (), None, no_parabola
-  )
+  fit, no_law = None, None
   try:
     fit = fit_law(
       [t.params for t in used],
@@ -152,14 +141,18 @@ def law_of(scaling: ScalingGrid, title: str, tuned: Sequence[Tuned]) -> FittedLa
       scaling.bootstrap,
     )
   except ValueError as e:
-    return dataclasses.replace(result, no_law=str(e))
+    no_law = str(e)
+  trainings = [
+    t if fit is None else dataclasses.replace(t, predicted=fit.prediction(t.params, t.tokens))
+    for t in trainings
+  ]
+  found = FittedLaw(title, tuple(trainings), len(used), (k, power), no_law, no_parabola)
+  if fit is None:
+    return found
   return dataclasses.replace(
-    result,
-    trainings=tuple(dataclasses.replace(t, predicted=_predicted(fit, t)) for t in trainings),
-    coefficients={
-      name: _interval(fit, lambda law, name=name: getattr(law, name)) for name in COEFFICIENTS
-    },
-    exponent=_interval(fit, lambda law: law.exponent(power)),
+    found,
+    coefficients={name: fit.interval(operator.attrgetter(name)) for name in COEFFICIENTS},
+    exponent=fit.interval(lambda law: law.exponent(power)),
     residual=fit.residual,
     explained=fit.explained,
     optima=tuple(
@@ -171,23 +164,23 @@ def law_of(scaling: ScalingGrid, title: str, tuned: Sequence[Tuned]) -> FittedLa
 
 def _training(t: Tuned) -> Training:
   p = t.planned
-  losses = {r.seed: r.loss if np.isfinite(r.loss) else None for r in t.runs}
+  losses = {r.seed: r.finite_loss for r in t.runs}
   finite = [v for v in losses.values() if v is not None]
   return Training(
-    p.flops or 0.0,
-    p.flops_per_token * p.study.tokens,
-    p.held_out,
-    p.size,
-    p.study.tokens,
-    p.flops_per_token,
-    p.passes,
-    tuple((r.rate, r.loss if np.isfinite(r.loss) else None) for r in t.trials),
-    t.rate,
-    t.at_edge,
-    losses,
-    float(np.mean(finite)) if len(finite) == len(losses) else None,
-    None,
-    tuple(Path(r.folder).name for r in t.runs),
+    flops=p.flops or 0.0,
+    train_flops=p.flops_per_token * p.study.tokens,
+    held_out=p.held_out,
+    params=p.size,
+    tokens=p.study.tokens,
+    flops_per_token=p.flops_per_token,
+    passes=p.passes,
+    tried=tuple((r.rate, r.finite_loss) for r in t.trials),
+    rate=t.rate,
+    at_edge=t.at_edge,
+    losses=losses,
+    loss=float(np.mean(finite)) if len(finite) == len(losses) else None,
+    predicted=None,
+    runs=t.folder_names,
   )
 
 
@@ -206,18 +199,9 @@ def _parabolas(
   return found, missing
 
 
-def _interval(fit: Fit, of: Any) -> Interval:
-  return Interval(float(of(fit.law)), *fit.interval(of))
-
-
-def _predicted(fit: Fit, t: Training) -> Interval:
-  loss = float(fit.law.loss(t.params, t.tokens))
-  return Interval(loss, *fit.prediction_interval(t.params, t.tokens))
-
-
 def _optimum(fit: Fit, flops: float, k: float, power: float, parabola: Parabola | None) -> Optimum:
   params, tokens = fit.law.optimal(flops, k, power)
-  size = _interval(fit, lambda law: law.optimal(flops, k, power)[0])
+  size = fit.interval(lambda law: law.optimal(flops, k, power)[0])
   return Optimum(flops, size, tokens, float(fit.law.loss(params, tokens)), parabola)
 
 

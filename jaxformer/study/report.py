@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import functools
 import io
 import json
 import shlex
@@ -14,34 +13,27 @@ from typing import Any
 import jinja2
 
 from jaxformer import config
-from jaxformer.data import Dataset, open_data
+from jaxformer.data import Dataset
 from jaxformer.files import write_atomically
-from jaxformer.study.costs import by_position, longer, measure_costs, translations
+from jaxformer.study.costs import by_position, measure_costs, translations
 from jaxformer.study.figures import figures
-from jaxformer.study.law_report import (
-  LAW_CSV_HEADER,
-  fitted,
-  law_csv_rows,
-  law_figures,
-  law_tables,
-  trainings,
-)
-from jaxformer.study.results import Measured, Results, gather
-from jaxformer.study.runner import Log, Trained, Tuned, run_study
+from jaxformer.study.law_report import fitted, law_figures, law_tables, trainings
+from jaxformer.study.results import Measured, Results, gather, plain
+from jaxformer.study.runner import Trained, Tuned, run_study
 from jaxformer.study.sharing import Interrupted, running
-from jaxformer.study.study import ScalingGrid, Study
-from jaxformer.study.tables import (
-  CSV_HEADER,
-  MATCHED,
-  amount,
-  csv_rows,
-  detail_tables,
-  score_tables,
-)
+from jaxformer.study.sizing import MATCHED
+from jaxformer.study.study import Log, ScalingGrid, Study
+from jaxformer.study.tables import amount, detail_tables, score_tables
 from jaxformer.training.environment import environment
 from jaxformer.training.interrupt import Interrupt
 
-TEMPLATES = Path(__file__).parent / 'templates'
+TEMPLATES = jinja2.Environment(
+  loader=jinja2.FileSystemLoader(Path(__file__).parent / 'templates'),
+  autoescape=jinja2.select_autoescape(['html']),
+  undefined=jinja2.StrictUndefined,
+  trim_blocks=True,
+  keep_trailing_newline=True,
+)
 
 
 def report_study(study: Study, log: Log, helpers: Sequence[Sequence[str]] = ()) -> Results:
@@ -50,36 +42,29 @@ def report_study(study: Study, log: Log, helpers: Sequence[Sequence[str]] = ()) 
   train the same study beside this process."""
   with Interrupt() as interrupt:
     with running(helpers, study.folder):
-      trained, positions, translated = train_study(study, log, interrupt)
-    datasets = [open_data(task) for task in study.tasks]
-    costs = {}
+      trained, measured = train_study(study, log, interrupt)
+    datasets, first, costs = study.open_tasks(), study.task_titles[0], {}
     if study.scaling is None:
-      models = {t.title: t.model for t in trained[study.task_titles[0]]}
-      costs = measure_costs(study, models, study.tasks[0], datasets[0], log, interrupt)
-    data = {title: d.manifest for title, d in zip(study.task_titles, datasets, strict=True)}
-    results = gather(study, trained, costs, positions, translated, environment(data))
+      costs = measure_costs(study, trained[first], datasets[first], log, interrupt)
+    data = {title: dataset.manifest for title, dataset in datasets.items()}
+    results = gather(study, trained, costs, measured, environment(data))
     save(results, study.folder / 'report')
   return results
 
 
-def train_study(study: Study, log: Log, interrupt: Interrupt) -> tuple[Trained, Measured, Measured]:
-  """Return the results of a study's runs, the loss at each position (`by_position`) and the scores
-  of translations: the work that several processes share."""
-  positions, translated, long = {}, {}, {}
+def train_study(study: Study, log: Log, interrupt: Interrupt) -> tuple[Trained, Measured]:
+  """Return the results of a study's runs, and what is measured of them: the work that several
+  processes share."""
+  measured: Measured = {}
 
-  def score(where: str, dataset: Dataset, t: Tuned) -> None:
-    folders = [r.folder for r in t.runs if r.metrics.get('eval/loss') is not None]
-    if where not in long:
-      long[where] = longer(dataset.config, dataset)
-    if folders:
-      of = study, where, t.title, folders, t.model, dataset
-      positions[where, t.title] = by_position(*of, long[where])
-      translated[where, t.title] = translations(*of)
+  def measure(title: str, dataset: Dataset, t: Tuned) -> None:
+    if study.scaling is None and any(r.finite_loss is not None for r in t.runs):
+      found = by_position(study, title, t, dataset), translations(study, title, t, dataset)
+      measured[title, t.title] = found
     if interrupt.signal is not None:
       raise Interrupted
 
-  each = score if study.scaling is None else None
-  return run_study(study, log, interrupt, each), positions, translated
+  return run_study(study, log, interrupt, measure), measured
 
 
 def save(results: Results, folder: Path) -> None:
@@ -94,28 +79,35 @@ def save(results: Results, folder: Path) -> None:
 
 def page(template: str, contents: dict[str, Any]) -> str:
   """Fill in a template. The HTML needs no other file and no network."""
-  return _templates().get_template(template).render(contents)
-
-
-@functools.cache
-def _templates() -> jinja2.Environment:
-  return jinja2.Environment(
-    loader=jinja2.FileSystemLoader(TEMPLATES),
-    autoescape=jinja2.select_autoescape(['html']),
-    undefined=jinja2.StrictUndefined,
-    trim_blocks=True,
-    keep_trailing_newline=True,
-  )
+  return TEMPLATES.get_template(template).render(contents)
 
 
 def csv_text(results: Results) -> str:
-  """Return the CSV of a report."""
-  scaling = results.study.scaling is not None
+  """Return the CSV of a report: a row per task and architecture or, of a scaling study, training.
+  Columns are the numbers and texts of the JSON under the names that they have there; those of a
+  nested object follow its name."""
+  rows = []
+  for task in results.tasks:
+    shared = {'task': task.title, 'metric': task.metric}
+    rows += [shared | _flat(o) | _flat(results.costs[o.title]) for o in task.outcomes]
+    rows += [shared | {'title': f.title} | _flat(t) for f in task.laws for t in f.trainings]
   out = io.StringIO()
-  writer = csv.writer(out, lineterminator='\n')
-  writer.writerow(LAW_CSV_HEADER if scaling else CSV_HEADER)
-  writer.writerows(law_csv_rows(results) if scaling else csv_rows(results))
+  names = dict.fromkeys(name for row in rows for name in row)
+  writer = csv.DictWriter(out, list(names), lineterminator='\n')
+  writer.writeheader()
+  writer.writerows(rows)
   return out.getvalue()
+
+
+def _flat(value: Any) -> dict[str, Any]:
+  """The numbers and texts of a dataclass by name, without lists."""
+  found = {}
+  for name, v in plain(value).items():
+    if isinstance(v, dict):
+      found |= {f'{name}_{k}': x for k, x in _flat(v).items()}
+    elif not isinstance(v, list):
+      found[name] = v
+  return found
 
 
 def content(results: Results) -> dict[str, Any]:
@@ -135,7 +127,7 @@ def content(results: Results) -> dict[str, Any]:
       'results': law_tables(results),
       'figures': law_figures(results),
       'bars': 'Bars are 95% intervals.',
-      'details': [trainings(f, results) for f in fitted(results)],
+      'details': [table for f in fitted(results) for table in trainings(f, results)],
     }
   return {
     **shared,
@@ -150,12 +142,10 @@ def content(results: Results) -> dict[str, Any]:
 
 
 def _introduction(s: Study) -> str:
-  rates = (
-    f'the learning rate {s.learning_rates[0]:g}'
-    if len(s.learning_rates) == 1
-    else f'the same grid of {len(s.learning_rates)} learning rates'
-  )
-  seeds = f'{len(s.seeds)} seed{"s" if len(s.seeds) > 1 else ""}'
+  grid, seeds = s.learning_rates, f'{len(s.seeds)} seed{"s" if len(s.seeds) > 1 else ""}'
+  rates = f'the same grid of {len(grid)} learning rates'
+  if len(grid) == 1:
+    rates = f'the learning rate {grid[0]:g}'
   return (
     f'{len(s.entries)} architectures of {s.target:,.0f} {MATCHED[s.match]} each (within '
     f'{s.tolerance:.0%}), trained on {s.tokens:,} tokens of each task with {rates} and {seeds}, on '
@@ -166,14 +156,12 @@ def _introduction(s: Study) -> str:
 
 def _scaling_introduction(s: Study, scaling: ScalingGrid, scored_on: str) -> str:
   seeds = 'one seed' if len(s.seeds) == 1 else f'the mean over {len(s.seeds)} seeds'
-  grid = ', '.join(f'{r:g}' for r in s.learning_rates)
+  rates = f'at the best learning rate of {", ".join(f"{r:g}" for r in s.learning_rates)}'
   if scaling.rate_exponent is not None:
-    rates = (
-      f'at the best learning rate of {grid} for the middle size of the smallest budget, times '
-      f'(FLOPs / FLOPs of that budget)^{scaling.rate_exponent:g}'
+    rates += (
+      ' for the middle size of the smallest budget, times (FLOPs / FLOPs of that '
+      f'budget)^{scaling.rate_exponent:g}'
     )
-  else:
-    rates = f'each at the best learning rate of {grid}'
   first, last = scaling.budgets[0].flops, scaling.budgets[-1].flops
   return (
     f'Sizes of each architecture at {len(scaling.budgets)} budgets of training FLOPs '
@@ -186,31 +174,8 @@ def _scaling_introduction(s: Study, scaling: ScalingGrid, scored_on: str) -> str
 
 
 def reproduction(results: Results) -> list[tuple[str, str]]:
-  """Return (name, value) of what the numbers depend on, from the environment of the study."""
-  e = results.environment
-  devices, command = e.get('devices', {}), e.get('command') or []
-  from_shell = len(command) > 1 and command[1] == 'compare'
-  versions = ', '.join(f'{n} {v}' for n, v in e.get('versions', {}).items() if v)
-  rows = [
-    ('command', shlex.join(['jaxformer', *command[1:]]) if from_shell else 'jaxformer.study'),
-    ('digest of the study', config.digest(results.study)),
-    ('commit', e.get('commit') or 'none'),
-    ('versions', versions),
-    ('python', e.get('python', '')),
-    ('device', f'{devices.get("count", "")} x {devices.get("kind", "")}'),
-    ('platform', e.get('platform', '')),
-    ('time', e.get('time', '')),
-  ]
-  return [*rows, *((f'data: {title}', _hashes(m)) for title, m in e.get('data', {}).items())]
-
-
-def _hashes(manifest: object) -> str:
-  """Return the hashes in a data manifest, at any depth."""
-  if not isinstance(manifest, dict):
-    return ''
-  found = [
-    f'{k} {v}'
-    for k, v in manifest.items()
-    if isinstance(v, str) and ('sha' in k or 'hash' in k or 'digest' in k)
-  ]
-  return ', '.join([*found, *(h for v in manifest.values() if (h := _hashes(v)))])
+  """Return (name, value) of what the numbers depend on: the study, and its environment."""
+  command = shlex.join(results.environment.get('command') or [])
+  facts = {'command': command, 'digest': config.digest(results.study)}
+  facts |= _flat(results.environment)
+  return [(name.replace('_', ' '), str(value)) for name, value in facts.items()]

@@ -6,13 +6,11 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from jaxformer import config
-from jaxformer.data import DatasetConfig
 from jaxformer.planning.cost import cost
 from jaxformer.study.costs import Costs
 from jaxformer.study.laws import FittedLaw, in_words, law_of
@@ -87,12 +85,15 @@ class TaskResults:
 
   title: str
   metric: str
-  lower_is_better: bool
   length: int
   scored_on: str
   outcomes: tuple[Outcome, ...] = ()
   pairs: tuple[Difference, ...] = ()
   laws: tuple[FittedLaw, ...] = ()
+
+  @property
+  def lower_is_better(self) -> bool:
+    return self.metric != 'accuracy'
 
   @property
   def ranked(self) -> list[Outcome]:
@@ -158,132 +159,101 @@ class Results:
     )
 
 
-Measured = dict[tuple[str, str], Any]
-"""(Task, entry) -> what was measured of its runs."""
+Measured = dict[tuple[str, str], tuple[Any, Any]]
+"""(Task, entry) -> losses of its runs by position, and scores of their translations by metric."""
 
 
 def gather(
   study: Study,
   trained: Trained,
   costs: Mapping[str, Costs],
-  positions: Measured,
-  translations: Measured,
+  measured: Measured,
   environment: dict[str, Any],
 ) -> Results:
-  """Return the results of finished runs. `positions` are losses by position, `translations` the
-  scores of their translations by metric."""
+  """Return the results of finished runs."""
   tasks = []
   for title, data in zip(study.task_titles, study.tasks, strict=True):
     found = trained[title]
     sources = (r.metrics.get('eval/source') for t in found for r in t.runs)
     scored_on = next((str(s) for s in sources if s is not None), data.validation_name)
+    metric = 'accuracy'
     if study.scaling is not None:
-      laws = tuple(
+      metric = 'nats per target'
+    elif any('eval/bits_per_byte' in r.metrics for t in found for r in t.runs):
+      metric = 'bits per byte'
+    task = TaskResults(title, metric, data.positions, scored_on)
+    if study.scaling is None:
+      task = _compared(task, study.target, found, measured)
+    else:
+      laws = (
         law_of(study.scaling, e.title, [t for t in found if t.title == e.title])
         for e in study.entries
       )
-      tasks.append(
-        TaskResults(title, 'nats per target', True, data.positions, scored_on, laws=laws)
-      )
-    else:
-      by_title = {
-        t.title: (positions.get((title, t.title)), translations.get((title, t.title)))
-        for t in found
-      }
-      tasks.append(_compared(study, title, data, scored_on, found, by_title))
+      task = dataclasses.replace(task, laws=tuple(laws))
+    tasks.append(task)
   return Results(study, tuple(tasks), dict(costs), environment)
 
 
 def _compared(
-  study: Study,
-  title: str,
-  data: DatasetConfig,
-  scored_on: str,
-  found: Sequence[Tuned],
-  measured: Mapping[str, tuple[Any, Any]],
+  task: TaskResults, target: float, found: Sequence[Tuned], measured: Measured
 ) -> TaskResults:
   """Compare the architectures of one size."""
-  in_bits = any('eval/bits_per_byte' in r.metrics for t in found for r in t.runs)
-  scores = {t.title: {r.seed: _score(r, in_bits) for r in t.runs} for t in found}
-  complete = _complete(scores, in_bits)
-  baseline = found[0].title
-  differences = (
-    {d.name: d for d in compare(complete, baseline, lower_is_better=in_bits)}
-    if baseline in complete
-    else {}
-  )
-  pairs = compare_all(complete, lower_is_better=in_bits) if 2 < len(complete) <= MAX_PAIRED else ()
-  outcomes = []
-  for t in found:
-    difference, own = differences.get(t.title), scores[t.title]
-    if t is found[0]:
-      verdict = None
-    elif difference is not None:
-      verdict = difference.verdict
-    else:
-      verdict = DIVERGED if None in own.values() else 'no baseline'
-    outcomes.append(
-      _outcome(study, t, data.positions, in_bits, own, difference, verdict, *measured[t.title])
-    )
-  metric = 'bits per byte' if in_bits else 'accuracy'
-  return TaskResults(
-    title, metric, in_bits, data.positions, scored_on, tuple(outcomes), tuple(pairs)
-  )
-
-
-def _score(trial: Trial, in_bits: bool) -> float | None:
-  value = trial.metrics.get('eval/bits_per_byte' if in_bits else 'eval/accuracy')
-  return float(value) if value is not None and math.isfinite(trial.loss) else None
-
-
-def _complete(
-  scores: Mapping[str, Mapping[int, float | None]], lower_is_better: bool
-) -> dict[str, dict[int, float]]:
-  """Return the scores of the entries that finished all runs, from the best mean on. Excluding only
-  the runs that diverged would favour their architecture."""
-  complete = {
-    title: {s: v for s, v in runs.items() if v is not None}
-    for title, runs in scores.items()
-    if None not in runs.values()
-  }
+  lower_is_better = task.lower_is_better
+  scores = {t.title: {r.seed: _score(r, task.metric) for r in t.runs} for t in found}
+  # Excluding only the runs that diverged would favour their architecture.
+  complete: Any = {title: own for title, own in scores.items() if None not in own.values()}
   sign = 1 if lower_is_better else -1
-  return dict(
-    sorted(complete.items(), key=lambda item: sign * float(np.mean(list(item[1].values()))))
+  best_first = sorted(complete, key=lambda title: sign * np.mean(list(complete[title].values())))
+  complete = {title: complete[title] for title in best_first}
+  baseline, differences, pairs = found[0].title, {}, ()
+  if baseline in complete:
+    compared = compare(complete, baseline, lower_is_better=lower_is_better)
+    differences = {d.name: d for d in compared}
+  if 2 < len(complete) <= MAX_PAIRED:
+    pairs = tuple(compare_all(complete, lower_is_better=lower_is_better))
+  outcomes = tuple(
+    _outcome(t, task, target, scores[t.title], differences.get(t.title), measured) for t in found
   )
+  first = dataclasses.replace(outcomes[0], verdict=None)
+  return dataclasses.replace(task, outcomes=(first, *outcomes[1:]), pairs=pairs)
 
 
 def _outcome(
-  study: Study,
   t: Tuned,
-  length: int,
-  in_bits: bool,
+  task: TaskResults,
+  target: float,
   scores: dict[int, float | None],
   difference: Difference | None,
-  verdict: str | None,
-  positions: Sequence[float | None] | None,
-  translation: Mapping[str, Sequence[float]] | None,
+  measured: Measured,
 ) -> Outcome:
-  c, finite = cost(t.model, length), [v for v in scores.values() if v is not None]
-  state = t.model.state_size(length)
+  c, finite = cost(t.model, task.length), [v for v in scores.values() if v is not None]
+  state = t.model.state_size(task.length)
+  positions, translation = measured.get((task.title, t.title), (None, None))
+  verdict = DIVERGED if None in scores.values() else 'no baseline'
   return Outcome(
-    t.title,
-    c.params,
-    c.active_params,
-    c.train_flops_per_token,
-    None if state is None else 2 * state,
-    t.planned.size / study.target - 1,
-    tuple((r.rate, _score(r, in_bits)) for r in t.trials),
-    t.rate,
-    t.at_edge,
-    scores,
-    estimate(finite) if finite else None,
-    difference,
-    verdict,
-    _curve([r.folder for r in t.runs]),
-    None if positions is None else tuple(positions),
-    tuple(Path(r.folder).name for r in t.runs),
-    None if translation is None else {name: estimate(v) for name, v in translation.items()},
+    title=t.title,
+    params=c.params,
+    active_params=c.active_params,
+    train_flops_per_token=c.train_flops_per_token,
+    state_bytes=None if state is None else 2 * state,
+    size_error=t.planned.size / target - 1,
+    tried=tuple((r.rate, _score(r, task.metric)) for r in t.trials),
+    rate=t.rate,
+    at_edge=t.at_edge,
+    scores=scores,
+    estimate=estimate(finite) if finite else None,
+    difference=difference,
+    verdict=difference.verdict if difference else verdict,
+    curve=_curve([r.folder for r in t.runs]),
+    position_loss=positions and tuple(positions),
+    runs=t.folder_names,
+    translation=translation and {name: estimate(v) for name, v in translation.items()},
   )
+
+
+def _score(trial: Trial, metric: str) -> float | None:
+  value = trial.metrics.get('eval/accuracy' if metric == 'accuracy' else 'eval/bits_per_byte')
+  return None if value is None or trial.finite_loss is None else float(value)
 
 
 def _curve(folders: Sequence[str]) -> tuple[tuple[int, float], ...]:
@@ -305,25 +275,33 @@ def _curve(folders: Sequence[str]) -> tuple[tuple[int, float], ...]:
 # ---- in words ----------------------------------------------------------------------------------
 
 
-def score_form(metric: str, value: float | None) -> str:
+def score_form(metric: str, value: float | None, missing: str = 'none') -> str:
   """Format a score."""
   if value is None or math.isnan(value):
-    return 'none'
+    return missing
   if metric == 'accuracy':
     return f'{100 * value:.1f}%'
   return f'{value:.2f}' if metric in ('BLEU', 'chrF') else f'{value:.3f}'
 
 
+def cut_off(metric: str, e: Estimate) -> tuple[float, float]:
+  """Return the ends of an interval; of an accuracy they are cut off at 0 and 1."""
+  if metric == 'accuracy' and math.isfinite(e.low):
+    return max(0.0, e.low), min(1.0, e.high)
+  return e.low, e.high
+
+
 def interval_form(metric: str, e: Estimate | None) -> str:
-  """Format a mean with its interval, which for accuracies is cut off at 0 and 1."""
+  """Format a mean with its interval."""
   if e is None:
     return DIVERGED
+  mean = score_form(metric, e.mean)
   if not math.isfinite(e.low):
-    return f'{score_form(metric, e.mean)} (one seed)'
+    return f'{mean} (one seed)'
   if metric == 'accuracy':
-    low, high = max(0.0, e.low), min(1.0, e.high)
-    return f'{score_form(metric, e.mean)} ({100 * low:.1f} to {100 * high:.1f})'
-  return f'{score_form(metric, e.mean)} ± {score_form(metric, e.half_width)}'
+    low, high = cut_off(metric, e)
+    return f'{mean} ({100 * low:.1f} to {100 * high:.1f})'
+  return f'{mean} ± {score_form(metric, e.half_width)}'
 
 
 def _answer(task: TaskResults, results: Results) -> str:
@@ -346,10 +324,8 @@ def _answer(task: TaskResults, results: Results) -> str:
     if names
   ]
   if differ:
-    parts.append(
-      f'Compared with {results.baseline}, {"; ".join(differ)}'
-      + (f'; no significant difference for {_list(rest)}.' if rest else '.')
-    )
+    others = f'; no significant difference for {_list(rest)}' if rest else ''
+    parts.append(f'Compared with {results.baseline}, {"; ".join(differ)}{others}.')
   elif rest:
     parts.append(f'No architecture differs significantly from {results.baseline}.')
   return ' '.join(parts)

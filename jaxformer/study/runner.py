@@ -5,26 +5,26 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from jaxformer.config import InputError
-from jaxformer.data import Dataset, DatasetConfig, open_data
+from jaxformer.data import Dataset, DatasetConfig
 from jaxformer.exit_codes import PREEMPTED
 from jaxformer.models.model import ModelConfig
 from jaxformer.planning.cost import flops_per_token
 from jaxformer.study.sharing import Interrupted, shared
 from jaxformer.study.sizing import measure
-from jaxformer.study.study import Entry, Study, file_name
+from jaxformer.study.study import Entry, Log, Study
 from jaxformer.task_type import TRANSLATION
 from jaxformer.training import Experiment, read_metrics, train, train_population
 from jaxformer.training.experiment import check_fit
 from jaxformer.training.interrupt import Interrupt
 from jaxformer.training.run import config_text, read_events, run_folder
-
-Log = Callable[[str], None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +71,11 @@ class Trial:
   loss: float
   metrics: dict[str, Any]
 
+  @property
+  def finite_loss(self) -> float | None:
+    """None for a run that diverged."""
+    return self.loss if math.isfinite(self.loss) else None
+
 
 @dataclasses.dataclass(frozen=True)
 class Tuned:
@@ -98,6 +103,11 @@ class Tuned:
   def model(self) -> ModelConfig:
     return self.planned.model
 
+  @property
+  def folder_names(self) -> tuple[str, ...]:
+    """Names of the run folders."""
+    return tuple(Path(r.folder).name for r in self.runs)
+
 
 Trained = dict[str, tuple[Tuned, ...]]
 """Task title -> results of all entries, in the order of the study; in a scaling study, of all their
@@ -108,7 +118,7 @@ def run_study(
   study: Study,
   log: Log,
   interrupt: Interrupt,
-  each: Callable[[str, Dataset, Tuned], None] | None = None,
+  each: Callable[[str, Dataset, Tuned], None] = lambda title, dataset, tuned: None,
 ) -> Trained:
   """Train what is not trained yet and return all results. Raises `Interrupted` after a signal, when
   the current run is saved.
@@ -121,22 +131,22 @@ def run_study(
     each: called with the task's title, its dataset and the result of an entry, while no other
       process works on that entry.
   """
-  datasets = {
-    title: open_data(task, log=log)
-    for title, task in zip(study.task_titles, study.tasks, strict=True)
-  }
+  datasets = study.open_tasks(log)
   plans = {  # before any training: an unreachable size is an error at once
     (title, entry.title): _plan(study, entry, title, dataset, log)
     for title, dataset in datasets.items()
     for entry in study.entries
   }
-  jobs = {}
-  for (title, name), planned in plans.items():
-    runner = Runner(datasets[title], interrupt, log)
-    jobs[file_name(f'{title}-{name}')] = functools.partial(
-      _job, runner, study, title, planned, each
-    )
-  done = dict(zip(plans, shared(study.folder / 'locks', jobs, interrupt).values(), strict=True))
+
+  def job(title: str, name: str) -> tuple[Tuned, ...]:
+    dataset = datasets[title]
+    found = Runner(dataset, interrupt, log).all_tuned(study, plans[title, name])
+    for tuned in found:
+      each(title, dataset, tuned)
+    return found
+
+  jobs = {key: functools.partial(job, *key) for key in plans}
+  done = shared(study.folder / 'locks', jobs, interrupt)
   return {
     title: tuple(t for entry in study.entries for t in done[title, entry.title])
     for title in datasets
@@ -148,22 +158,23 @@ def _plan(
 ) -> tuple[Planned, ...]:
   if dataset.vocab_size is None:
     raise InputError('Study.tasks', title, 'a task of tokens')
-  if study.scaling is None:
-    planned = (_planned(study, entry, title, dataset),)
-    error = planned[0].size / study.target - 1
-    log(f'{title} | {entry.title} | {planned[0].size:,.0f} {study.match} ({error:+.2%})')
+  if study.scaling is not None:
+    planned = tuple(_plan_budgets(study, entry, dataset))
+    for p in planned:
+      held_out = ' held out' if p.held_out else ''
+      log(f'{entry.title} | {p.label}{held_out} x {p.study.tokens:,} tokens')
     return planned
-  planned = tuple(_plan_budgets(study, entry, dataset))
-  for p in planned:
-    log(f'{entry.title} | {p.label}{" held out" if p.held_out else ""} x {p.study.tokens:,} tokens')
-  return planned
+  p = _planned(study, entry, title, dataset)
+  error = p.size / study.target - 1
+  log(f'{title} | {entry.title} | {p.size:,.0f} {study.match} ({error:+.2%})')
+  return (p,)
 
 
 def _planned(study: Study, entry: Entry, label: str, dataset: Dataset) -> Planned:
-  task = dataset.config
-  assert dataset.vocab_size is not None
-  model = entry.model(study, dataset.vocab_size, task.max_len, dataset.source_vocab_size)
-  check_fit(model, task, dataset.vocab_size, dataset.source_vocab_size)
+  task, sizes = dataset.config, (dataset.vocab_size, dataset.source_vocab_size)
+  assert sizes[0] is not None
+  model = entry.model(study, sizes[0], task.max_len, sizes[1])
+  check_fit(model, task, *sizes)
   return Planned(study, entry, task, model, measure(model, study.match), label)
 
 
@@ -207,35 +218,20 @@ def _plan_budgets(study: Study, entry: Entry, dataset: Dataset) -> Iterator[Plan
       )
 
 
-def _job(
-  runner: Runner,
-  study: Study,
-  title: str,
-  planned: Sequence[Planned],
-  each: Callable[[str, Dataset, Tuned], None] | None,
-) -> tuple[Tuned, ...]:
-  found = runner.all_tuned(study, planned)
-  if each is not None:
-    for tuned in found:
-      each(title, runner.dataset, tuned)
-  return found
+def _quiet(line: str) -> None:
+  """Print nothing."""
 
 
 def finished_part(study: Study) -> Study:
   """Return the study with only those entries whose runs are all finished. Raises `InputError` if
   there are none."""
-  opened = {
-    title: open_data(task) for title, task in zip(study.task_titles, study.tasks, strict=True)
-  }
+  datasets = study.open_tasks()
 
   def is_done(entry: Entry) -> bool:
-    def quiet(line: str) -> None:
-      """Print nothing."""
-
     try:
-      for title, dataset in opened.items():
-        runner = Runner(dataset, Interrupt(), quiet, may_train=False)
-        runner.all_tuned(study, _plan(study, entry, title, dataset, quiet))
+      for title, dataset in datasets.items():
+        runner = Runner(dataset, Interrupt(), _quiet, may_train=False)
+        runner.all_tuned(study, _plan(study, entry, title, dataset, _quiet))
     except Interrupted:
       return False
     return True
@@ -273,71 +269,53 @@ class Runner:
 
   def tuned(self, p: Planned, rates: Sequence[float]) -> Tuned:
     """Choose the best learning rate by the tuning seed, then train the seeds."""
-    s = p.study
 
-    def run(pairs: Sequence[tuple[float, int]]) -> list[Trial]:
-      experiments = [s.experiment(p.entry, p.model, p.task, rate, seed) for rate, seed in pairs]
-      return self.trained(p, experiments)
+    def run(rates: Sequence[float], seeds: Sequence[int]) -> tuple[Trial, ...]:
+      pairs = itertools.product(rates, seeds)
+      return self.trained(
+        p, [p.study.experiment(p.entry, p.model, p.task, *pair) for pair in pairs]
+      )
 
-    trials: dict[float, Trial] = {}
-    best = rates[0]
-    if len(rates) > 1:
-      trials = {t.rate: t for t in run([(rate, s.tuning_seed) for rate in rates])}
-      for _ in range(s.max_grid_extensions):
-        beyond = _beyond(sorted(trials), _best(trials))
-        if beyond is None:
-          break
-        trials |= {t.rate: t for t in run([(beyond, s.tuning_seed)])}
-      best = _best(trials)
-    tried = sorted(trials)
-    return Tuned(
-      p,
-      tuple(trials[r] for r in tried),
-      best,
-      len(tried) > 1 and best in (tried[0], tried[-1]),
-      tuple(run([(best, seed) for seed in s.seeds])),
-    )
+    trials, best, beyond = [], rates[0], rates if len(rates) > 1 else ()
+    for _ in range(1 + p.study.max_grid_extensions):
+      trials = sorted([*trials, *run(beyond, (p.study.tuning_seed,))], key=lambda t: t.rate)
+      if trials:
+        best = min(trials, key=lambda t: t.loss).rate
+      beyond = _beyond([t.rate for t in trials], best)
+    at_edge = bool(trials) and best in (trials[0].rate, trials[-1].rate)
+    return Tuned(p, tuple(trials), best, at_edge, run((best,), p.study.seeds))
 
-  def trained(self, p: Planned, experiments: Sequence[Experiment]) -> list[Trial]:
+  def trained(self, p: Planned, experiments: Sequence[Experiment]) -> tuple[Trial, ...]:
     """Run experiments with one model, `runs_per_program` at a time."""
     found: list[Trial] = []
     size = p.study.runs_per_program if self.dataset.config.one_shape else 1
     for i in range(0, len(experiments), size):
-      group = experiments[i : i + size]
-      done = [finished(e) for e in group]
+      group, spent = experiments[i : i + size], 'finished before'
       # Finished members are run again too: in a population of another size sums round otherwise.
-      if any(t is None for t in done):
+      if any(finished(e) is None for e in group):
         began = time.perf_counter()
         self._train(group)
-        done = [_trial(e) for e in group]
         spent = f'{time.perf_counter() - began:.1f} s' + (
           f' for {len(group)} runs in one program' if len(group) > 1 else ''
         )
-      else:
-        spent = 'finished before'
-      for t in done:
-        assert t is not None
+      for t in map(_trial, group):
         self.log(
           f'{p.label} | {p.entry.title} | rate {t.rate:g} | seed {t.seed} | '
           f'{score_text(t.metrics)} | {spent}'
         )
         found.append(t)
-    return found
+    return tuple(found)
 
   def _train(self, group: Sequence[Experiment]) -> None:
-    if self.may_train and self.interrupt.signal is None:
-
-      def quiet(line: str) -> None:
-        """Print nothing: the study logs one line per run."""
-
-      results = (
-        [train(group[0], dataset=self.dataset, log=quiet)]
-        if len(group) == 1
-        else train_population(group, dataset=self.dataset, log=quiet)
-      )
-      if all(r.exit_code != PREEMPTED for r in results) and self.interrupt.signal is None:
-        return
-    raise Interrupted
+    if not self.may_train or self.interrupt.signal is not None:
+      raise Interrupted
+    results = (
+      [train(group[0], dataset=self.dataset, log=_quiet)]
+      if len(group) == 1
+      else train_population(group, dataset=self.dataset, log=_quiet)
+    )
+    if self.interrupt.signal is not None or any(r.exit_code == PREEMPTED for r in results):
+      raise Interrupted
 
 
 def finished(experiment: Experiment) -> Trial | None:
@@ -376,14 +354,10 @@ def score_text(metrics: dict[str, Any]) -> str:
   return f'accuracy {metrics["eval/accuracy"]:.1%}' if bits is None else f'{bits:.4f} bits per byte'
 
 
-def _best(trials: dict[float, Trial]) -> float:
-  return min(trials, key=lambda rate: (trials[rate].loss, rate))
-
-
-def _beyond(rates: list[float], best: float) -> float | None:
-  """Return the next rate beyond an end of the grid at which the best lies, by the grid's own ratio;
-  None if the best lies inside."""
-  if best not in (rates[0], rates[-1]):
-    return None
-  beyond = rates[0] ** 2 / rates[1] if best == rates[0] else rates[-1] ** 2 / rates[-2]
-  return float(f'{beyond:.3g}')
+def _beyond(rates: Sequence[float], best: float) -> tuple[float, ...]:
+  """Return the next rate beyond the end of the grid at which the best lies, by the grid's own
+  ratio; none if the best lies inside."""
+  if len(rates) < 2 or best not in (rates[0], rates[-1]):
+    return ()
+  end, inner = (rates[0], rates[1]) if best == rates[0] else (rates[-1], rates[-2])
+  return (float(f'{end * end / inner:.3g}'),)

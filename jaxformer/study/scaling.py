@@ -7,10 +7,13 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from scipy import optimize, stats
 from scipy.special import logsumexp
+
+from jaxformer.study.statistics import LEVEL
 
 HUBER = 1e-3  # on log loss, as in the paper
 COEFFICIENTS = 5  # of the law
@@ -51,6 +54,14 @@ class Law:
     return self.beta / (self.alpha + power * self.beta)
 
 
+class Interval(NamedTuple):
+  """A value with its 95% interval."""
+
+  value: float
+  low: float
+  high: float
+
+
 @dataclasses.dataclass(frozen=True)
 class Fit:
   """A fitted law with bootstrap refits.
@@ -69,28 +80,23 @@ class Fit:
   residual: float
   explained: float
 
-  def interval(self, of: Callable[[Law], float], level: float = 0.95) -> tuple[float, float]:
-    """Return the confidence interval of a positive function of the law, such as a coefficient or a
-    predicted loss: on the logarithmic scale, its value for the best fit +- Student's t times the
-    standard deviation over the bootstrap refits."""
-    return self._around(of, level, 0.0)
-
-  def prediction_interval(
-    self, params: float, tokens: float, level: float = 0.95
-  ) -> tuple[float, float]:
-    """Return the interval of the loss of one more run: the interval of the law at this point,
-    widened by the scatter of runs around the law."""
-    variance = self.residual**2 * self.runs / (self.runs - COEFFICIENTS)
-    return self._around(lambda law: float(law.loss(params, tokens)), level, variance)
-
-  def _around(
-    self, of: Callable[[Law], float], level: float, variance: float
-  ) -> tuple[float, float]:
+  def interval(self, of: Callable[[Law], float], scatter: float = 0.0) -> Interval:
+    """Return a positive function of the law, such as a coefficient or a predicted loss, with its
+    95% confidence interval: on the logarithmic scale, its value for the best fit +- Student's t
+    times the standard deviation over the bootstrap refits. `scatter` is the variance of a log loss
+    around the law, which widens it to the interval of one more run."""
     if len(self.samples) < 2:
       raise ValueError('an interval needs a fit with bootstrap samples')
-    spread = np.sqrt(np.var([np.log(of(law)) for law in self.samples], ddof=1) + variance)
-    half = stats.t.ppf(0.5 + level / 2, self.runs - COEFFICIENTS) * spread
-    return float(of(self.law) * np.exp(-half)), float(of(self.law) * np.exp(half))
+    spread = np.sqrt(np.var([np.log(of(law)) for law in self.samples], ddof=1) + scatter)
+    half = stats.t.ppf(0.5 + LEVEL / 2, self.runs - COEFFICIENTS) * spread
+    value = float(of(self.law))
+    return Interval(value, float(value * np.exp(-half)), float(value * np.exp(half)))
+
+  def prediction(self, params: float, tokens: float) -> Interval:
+    """Return the loss of one more run by the law, with the interval of the law at this point,
+    widened by the scatter of runs around the law."""
+    scatter = self.residual**2 * self.runs / (self.runs - COEFFICIENTS)
+    return self.interval(lambda law: float(law.loss(params, tokens)), scatter)
 
 
 def fit_law(

@@ -14,6 +14,7 @@ from typing import TypeVar
 import jax
 
 from jaxformer.files import locked
+from jaxformer.study.study import file_name
 from jaxformer.training.interrupt import Interrupt
 
 MAX_PROCESSES = 4  # by default: each compiles and holds its own programs
@@ -25,14 +26,16 @@ class Interrupted(Exception):
   """A run is not finished: it was interrupted and saved. The same study resumes there."""
 
 
-def shared(folder: Path, jobs: Mapping[str, Callable[[], R]], interrupt: Interrupt) -> dict[str, R]:
+def shared(
+  folder: Path, jobs: Mapping[tuple[str, str], Callable[[], R]], interrupt: Interrupt
+) -> dict[tuple[str, str], R]:
   """Return the result of each job, in their order. Of several processes with the same folder each
   takes an unlocked job. A job that another process has finished is called again, so it must find
   the earlier result. Raises `Interrupted` after a signal."""
-  found: dict[str, R] = {}
+  found: dict[tuple[str, str], R] = {}
   while waiting := [name for name in jobs if name not in found]:
     for name in waiting:
-      with locked(folder / name) as held:
+      with locked(folder / file_name('-'.join(name))) as held:
         if held:
           found[name] = jobs[name]()
     if all(name not in found for name in waiting):
@@ -55,19 +58,18 @@ def running(commands: Sequence[Sequence[str]], folder: Path) -> Generator[None]:
   end; after an exception, tell them to save and stop first. Failures are ignored: the other
   processes train what a failed one did not."""
   folder.mkdir(parents=True, exist_ok=True)
-  with contextlib.ExitStack() as stack:
-    processes = []
-    for i, command in enumerate(commands, 1):
-      log = stack.enter_context((folder / f'helper-{i}.log').open('w'))
+  processes = []
+  for i, command in enumerate(commands, 1):
+    with (folder / f'helper-{i}.log').open('w') as log:
       processes.append(
         subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
       )
-    try:
-      yield
-    except BaseException:
-      for p in processes:
-        p.terminate()
-      raise
-    finally:
-      for p in processes:
-        p.wait()
+  try:
+    yield
+  except BaseException:
+    for p in processes:
+      p.terminate()
+    raise
+  finally:
+    for p in processes:
+      p.wait()

@@ -11,19 +11,25 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator
-from typing import Literal, get_args
+from typing import Literal
 
 import numpy as np
 
 from jaxformer.config import InputError
 from jaxformer.models.model import ModelConfig
-from jaxformer.models.params import define
 from jaxformer.models.zoo import FAMILIES, PRESETS, Family
-from jaxformer.planning.cost import flops_per_token
+from jaxformer.planning.cost import cost
 
 Match = Literal['params', 'active_params', 'train_flops_per_token', 'state_bytes']
 """What is made equal: all parameters; those used per token; training FLOPs per token at the context
 length, attention counted causally; bytes of state at the context length, 2 bytes per number."""
+
+MATCHED: dict[Match, str] = {
+  'params': 'parameters',
+  'active_params': 'active parameters',
+  'train_flops_per_token': 'training FLOPs per token',
+  'state_bytes': 'bytes of state',
+}
 
 WIDEST = 2**12  # in steps of a family's width
 HIDDEN_STEP = 8
@@ -64,13 +70,8 @@ class Sized:
 
 def measure(model: ModelConfig, match: Match) -> float:
   """Return the value of what is matched, at the model's context length."""
-  if match == 'params':
-    return float(define(model).size)
-  if match == 'active_params':
-    return float(define(model).active_size)
-  if match == 'train_flops_per_token':
-    return flops_per_token(model, model.context_length)
-  return 2.0 * (model.state_size(model.context_length) or 0)
+  c = cost(model)
+  return float((c.decode_state_bytes or 0) if match == 'state_bytes' else getattr(c, match))
 
 
 def solve(
@@ -92,8 +93,8 @@ def solve(
 
   Raises `InputError` if nothing comes within `tolerance`, naming the closest, and for a family of
   other data."""
-  if match not in get_args(Match):
-    raise InputError('match', match, f'one of {", ".join(get_args(Match))}')
+  if match not in MATCHED:
+    raise InputError('match', match, f'one of {", ".join(MATCHED)}')
   if not target > 0:
     raise InputError(match, target, 'positive')
   f = FAMILIES[family] if isinstance(family, str) else family

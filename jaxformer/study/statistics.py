@@ -11,6 +11,7 @@ from typing import Literal
 import numpy as np
 from scipy import stats
 
+LEVEL = 0.95  # of intervals; significance controls the family-wise error rate at 1 - LEVEL
 Verdict = Literal['better', 'worse', 'no significant difference', 'too few seeds']
 
 
@@ -34,14 +35,14 @@ class Estimate:
     return (self.high - self.low) / 2
 
 
-def estimate(values: Sequence[float] | np.ndarray, level: float = 0.95) -> Estimate:
-  """Return the mean of independent runs with its `level` interval: mean +- t_{n-1} s / sqrt(n)."""
+def estimate(values: Sequence[float] | np.ndarray) -> Estimate:
+  """Return the mean of independent runs with its 95% interval: mean +- t_{n-1} s / sqrt(n)."""
   x = np.asarray(values, np.float64)
   if x.ndim != 1 or not x.size:
     raise ValueError('an estimate needs at least one value')
   mean, half = float(x.mean()), float('inf')
   if x.size > 1:
-    half = float(stats.t.ppf(0.5 + level / 2, x.size - 1) * x.std(ddof=1) / np.sqrt(x.size))
+    half = float(stats.t.ppf(0.5 + LEVEL / 2, x.size - 1) * stats.sem(x))
   return Estimate(mean, mean - half, mean + half, x.size)
 
 
@@ -67,11 +68,7 @@ class Difference:
 
 
 def compare(
-  scores: Mapping[str, Mapping[int, float]],
-  against: str,
-  *,
-  lower_is_better: bool = True,
-  level: float = 0.95,
+  scores: Mapping[str, Mapping[int, float]], against: str, *, lower_is_better: bool = True
 ) -> list[Difference]:
   """Compare every architecture with one of them.
 
@@ -81,30 +78,26 @@ def compare(
       has are excluded.
     against: the baseline.
     lower_is_better: True for losses, False for accuracies.
-    level: of the intervals; significance controls the family-wise error rate at 1 - level (Holm).
 
   Differences are assumed normal. With two seeds only large differences can be significant; the
   interval says how large."""
   if against not in scores:
     raise ValueError(f'{against!r} must be one of {", ".join(scores)}')
   return _differences(
-    scores, [(name, against) for name in scores if name != against], lower_is_better, level
+    scores, [(name, against) for name in scores if name != against], lower_is_better
   )
 
 
 def compare_all(
-  scores: Mapping[str, Mapping[int, float]], *, lower_is_better: bool = True, level: float = 0.95
+  scores: Mapping[str, Mapping[int, float]], *, lower_is_better: bool = True
 ) -> list[Difference]:
   """Compare all pairs of architectures, each in order, as `compare` does: significance is corrected
   for all pairs, so it needs more evidence than in a comparison with one baseline."""
-  return _differences(scores, list(itertools.combinations(scores, 2)), lower_is_better, level)
+  return _differences(scores, list(itertools.combinations(scores, 2)), lower_is_better)
 
 
 def _differences(
-  scores: Mapping[str, Mapping[int, float]],
-  pairs: Sequence[tuple[str, str]],
-  lower_is_better: bool,
-  level: float,
+  scores: Mapping[str, Mapping[int, float]], pairs: Sequence[tuple[str, str]], lower_is_better: bool
 ) -> list[Difference]:
   found = []
   for name, against in pairs:
@@ -112,10 +105,10 @@ def _differences(
     if not seeds:
       raise ValueError(f'{name} and {against} share no seed')
     d = np.array([scores[name][s] - scores[against][s] for s in seeds], np.float64)
-    found.append((name, against, estimate(d, level), _paired_p(d)))
-  adjusted, alpha = holm([p for *_, p in found]), 1 - level
+    found.append((name, against, estimate(d), _paired_p(d)))
+  adjusted = holm([p for *_, p in found])
   return [
-    Difference(name, against, e, p, q, _verdict(e, q, lower_is_better, alpha))
+    Difference(name, against, e, p, q, _verdict(e, q, lower_is_better))
     for (name, against, e, p), q in zip(found, adjusted, strict=True)
   ]
 
@@ -136,16 +129,15 @@ def holm(p: Sequence[float]) -> list[float]:
 def _paired_p(d: np.ndarray) -> float:
   if d.size < 2:
     return float('nan')
-  spread = d.std(ddof=1)
   # All differences equal: Student's t is undefined, the sign test is not.
-  if spread <= 1e-9 * abs(d[0]):
+  if d.std(ddof=1) <= 1e-9 * abs(d[0]):
     return 1.0 if d[0] == 0 else float(2.0 ** (1 - d.size))
-  return float(2 * stats.t.sf(abs(d.mean()) / (spread / np.sqrt(d.size)), d.size - 1))
+  return float(stats.ttest_1samp(d, 0.0).pvalue)
 
 
-def _verdict(e: Estimate, p: float, lower_is_better: bool, alpha: float) -> Verdict:
+def _verdict(e: Estimate, p: float, lower_is_better: bool) -> Verdict:
   if np.isnan(p):
     return 'too few seeds'
-  if p >= alpha:
+  if p >= 1 - LEVEL:
     return 'no significant difference'
   return 'better' if (e.mean < 0) == lower_is_better else 'worse'

@@ -4,12 +4,12 @@ tuned."""
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from jaxformer import config
 from jaxformer.config import Config, InputError
-from jaxformer.data import DatasetConfig, Text
+from jaxformer.data import Dataset, DatasetConfig, Text, open_data
 from jaxformer.layers.layer import LayerConfig
 from jaxformer.models.model import ModelConfig
 from jaxformer.models.zoo import FAMILIES, Family
@@ -26,14 +26,24 @@ from jaxformer.training import (
   TrainingConfig,
 )
 
+Log = Callable[[str], None]
 MIN_CHECKPOINT_STEPS = 100  # between checkpoints: a shorter run is retrained sooner than restored
 PARABOLA = 3  # sizes per budget that a parabola needs
-SIZES = 'target', 'tokens'  # fields that the budgets of a scaling study replace
 
 
 def file_name(title: str) -> str:
   """Return a title as it appears in file names of runs and measurements."""
   return re.sub(r'[^\w.+-]+', '-', title).strip('.+-') or 'unnamed'
+
+
+def _ascending(values: Sequence[float]) -> bool:
+  """Whether values ascend, each once."""
+  return list(values) == sorted(set(values))
+
+
+def _positive(values: Sequence[float]) -> bool:
+  """Whether there are values, all of them positive."""
+  return len(values) > 0 and all(v > 0 for v in values)
 
 
 class Entry(Config, abstract=True):
@@ -50,12 +60,24 @@ class Entry(Config, abstract=True):
     """The name in the report."""
     raise NotImplementedError
 
+  def family_to_scale(self) -> Family:
+    """Return the family that `model` scales."""
+    raise NotImplementedError
+
   def model(
     self, study: Study, vocab_size: int, context_length: int, source_vocab_size: int | None = None
   ) -> ModelConfig:
     """Return the model at the study's size. `source_vocab_size` is None unless the data are
     source-target pairs."""
-    raise NotImplementedError
+    return solve(
+      self.family_to_scale(),
+      study.match,
+      study.target,
+      vocab_size=vocab_size,
+      context_length=context_length,
+      tolerance=study.tolerance,
+      source_vocab_size=source_vocab_size,
+    ).model
 
 
 class ScaledFamily(Entry):
@@ -70,9 +92,8 @@ class ScaledFamily(Entry):
   def title(self) -> str:
     return self.name or self.family
 
-  def model(self, study, vocab_size, context_length, source_vocab_size=None):
-    family = FAMILIES[self.family]
-    return _scaled(family, study, vocab_size, context_length, source_vocab_size)
+  def family_to_scale(self) -> Family:
+    return FAMILIES[self.family]
 
 
 class TokenMixer(Entry):
@@ -85,8 +106,8 @@ class TokenMixer(Entry):
   def title(self) -> str:
     return self.name or self.layer.tag
 
-  def model(self, study, vocab_size, context_length, source_vocab_size=None):
-    return _scaled(around(self.layer), study, vocab_size, context_length, source_vocab_size)
+  def family_to_scale(self) -> Family:
+    return around(self.layer)
 
 
 class FixedModel(Entry):
@@ -102,20 +123,6 @@ class FixedModel(Entry):
     return self.model_config
 
 
-def _scaled(
-  family: Family, study: Study, vocab_size: int, context_length: int, source_vocab_size: int | None
-) -> ModelConfig:
-  return solve(
-    family,
-    study.match,
-    study.target,
-    vocab_size=vocab_size,
-    context_length=context_length,
-    tolerance=study.tolerance,
-    source_vocab_size=source_vocab_size,
-  ).model
-
-
 class Budget(Config):
   """Model sizes trained with equal training FLOPs.
 
@@ -129,13 +136,9 @@ class Budget(Config):
   params: tuple[float, ...]
 
   def validate(self):
-    self.require(self.flops > 0, 'flops', 'positive')
-    self.require(
-      len(self.params) > 0 and all(n > 0 for n in self.params), 'params', 'positive, at least one'
-    )
-    self.require(
-      list(self.params) == sorted(set(self.params)), 'params', 'in ascending order, each once'
-    )
+    self.require_positive('flops')
+    self.require(_positive(self.params), 'params', 'positive, at least one')
+    self.require(_ascending(self.params), 'params', 'in ascending order, each once')
 
 
 def budgets(
@@ -174,7 +177,7 @@ class ScalingGrid(Config):
       'at least two: a law needs models trained on different numbers of tokens',
     )
     flops = [b.flops for b in self.budgets]
-    if flops != sorted(set(flops)):
+    if not _ascending(flops):
       amounts = ', '.join(f'{v:g}' for v in flops)
       raise InputError('ScalingGrid.budgets', amounts, 'FLOPs in ascending order, each once')
     for b in self.budgets:
@@ -259,14 +262,9 @@ class Study(Config):
     if twice := sorted({t for t in titles if titles.count(t) > 1}):
       raise InputError('Study.entries', ', '.join(twice), 'distinct names; set name of one of them')
     self.require(len(self.tasks) > 0, 'tasks', 'at least one task')
-    self.require(
-      all(r > 0 for r in self.learning_rates or (0,)), 'learning_rates', 'positive, at least one'
-    )
-    self.require(
-      list(self.learning_rates) == sorted(set(self.learning_rates)),
-      'learning_rates',
-      'in ascending order, each once',
-    )
+    rates = self.learning_rates
+    self.require(_positive(rates), 'learning_rates', 'positive, at least one')
+    self.require(_ascending(rates), 'learning_rates', 'in ascending order, each once')
     self.require(
       len(self.seeds) > 0 and len(set(self.seeds)) == len(self.seeds),
       'seeds',
@@ -277,10 +275,10 @@ class Study(Config):
       'tuning_seed',
       'none of the seeds, since it selects the learning rate',
     )
-    for field in ('target', 'tolerance', 'tokens', 'batch_size', 'runs_per_program', 'evaluations'):
-      self.require(getattr(self, field) > 0, field, 'positive')
-    for field in ('max_grid_extensions', 'translations', 'timing_repeats'):
-      self.require(getattr(self, field) >= 0, field, 'at least 0')
+    self.require_positive(
+      'target', 'tolerance', 'tokens', 'batch_size', 'runs_per_program', 'evaluations'
+    )
+    self.require_not_negative('max_grid_extensions', 'translations', 'timing_repeats')
     self.require(
       file_name(self.name) == self.name, 'name', 'letters, digits and . _ + -: it is a folder'
     )
@@ -298,7 +296,7 @@ class Study(Config):
         raise InputError(
           'Study.entries', e.title, 'a family or a layer, which scale: the model has one size'
         )
-    for field in SIZES:
+    for field in ('target', 'tokens'):
       default = type(self).__dataclass_fields__[field].default
       self.require(
         getattr(self, field) == default, field, 'left unset in a scaling study: scaling.budgets'
@@ -313,8 +311,15 @@ class Study(Config):
     """A name per task: the type of the task, or the source of a text; numbered from the second of a
     name on."""
     tags = [task.title for task in self.tasks]
-    counts = [tags[: i + 1].count(tag) for i, tag in enumerate(tags)]
+    counts = [tags[:i].count(tag) for i, tag in enumerate(tags, 1)]
     return tuple(tag if n == 1 else f'{tag}-{n}' for tag, n in zip(tags, counts, strict=True))
+
+  def open_tasks(self, log: Log | None = None) -> dict[str, Dataset]:
+    """Return the data of each task by its title."""
+    return {
+      title: open_data(task, log=log)
+      for title, task in zip(self.task_titles, self.tasks, strict=True)
+    }
 
   @property
   def folder(self) -> Path:

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
 
 from jaxformer.inference import DecodeTime
-from jaxformer.study.results import Outcome, Results, TaskResults, interval_form, score_form
-
-MATCHED = {
-  'params': 'parameters',
-  'active_params': 'active parameters',
-  'train_flops_per_token': 'training FLOPs per token',
-  'state_bytes': 'bytes of state',
-}
+from jaxformer.study.results import (
+  DIVERGED,
+  Outcome,
+  Results,
+  TaskResults,
+  interval_form,
+  score_form,
+)
+from jaxformer.study.sizing import MATCHED
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +26,15 @@ class Table:
   note: str
   header: tuple[str, ...]
   rows: tuple[tuple[str, ...], ...]
+
+
+def table(title: str, note: str, rows: Iterable[Mapping[str, str]]) -> list[Table]:
+  """Return the table of rows of cells by column, in a list that is empty without rows. A cell that
+  a row lacks is empty."""
+  found = list(rows)
+  header = tuple(dict.fromkeys(column for row in found for column in row))
+  cells = tuple(tuple(row.get(column, '') for column in header) for row in found)
+  return [Table(title, note, header, cells)] if found else []
 
 
 def amount(value: float | None, unit: str = '') -> str:
@@ -53,20 +62,20 @@ def score_tables(results: Results) -> list[Table]:
   return [
     table
     for t in results.tasks
-    for table in (scores(t, results), *pairs(t), *translations(t, results))
+    for table in (*scores(t, results), *pairs(t), *translations(t, results))
   ]
 
 
 def detail_tables(results: Results) -> list[Table]:
   """Return the tables of sizes, costs and tuning."""
   return [
-    *(sizes(t, results) for t in results.tasks),
+    *(table for t in results.tasks for table in sizes(t, results)),
     *costs(results),
-    *(tuning(t) for t in results.tasks if any(o.tried for o in t.outcomes)),
+    *(table for t in results.tasks for table in tuning(t)),
   ]
 
 
-def scores(task: TaskResults, results: Results) -> Table:
+def scores(task: TaskResults, results: Results) -> list[Table]:
   note = (
     f'Mean and 95% interval (Student) of {task.metric} over seeds, '
     f'{"lower" if task.lower_is_better else "higher"} is better; scored on {task.scored_on}. '
@@ -74,61 +83,46 @@ def scores(task: TaskResults, results: Results) -> Table:
     'percentage points); p is corrected for all comparisons of the task (Holm) and decides the '
     'verdict.'
   )
-  header = (
-    'architecture',
-    task.metric,
-    f'difference from {results.baseline}',
-    '95% interval',
-    'p (Holm)',
-    'verdict',
-    'rate',
-    'seeds',
-  )
-  rows = tuple(_score_row(o, task.metric) for o in task.ranked)
-  return Table(f'Scores: {task.title}', note, header, rows)
+
+  def row(o: Outcome) -> dict[str, str]:
+    diverged = sum(v is None for v in o.scores.values())
+    difference = between = p = ''
+    if d := o.difference:
+      difference = _signed(task.metric, d.estimate.mean)
+      if math.isfinite(d.estimate.low):
+        most = 1.0 if task.metric == 'accuracy' else math.inf
+        ends = (max(-most, min(most, v)) for v in (d.estimate.low, d.estimate.high))
+        between = ' to '.join(_signed(task.metric, v) for v in ends)
+      p = '' if math.isnan(d.p_adjusted) else f'{d.p_adjusted:.2g}'
+    return {
+      'architecture': o.title,
+      task.metric: interval_form(task.metric, o.estimate),
+      f'difference from {results.baseline}': difference,
+      '95% interval': between,
+      'p (Holm)': p,
+      'verdict': o.verdict or 'baseline',
+      'rate': f'{o.rate:g}',
+      'seeds': f'{len(o.scores)}' + (f' ({diverged} diverged)' if diverged else ''),
+    }
+
+  return table(f'Scores: {task.title}', note, map(row, task.ranked))
 
 
 def pairs(task: TaskResults) -> list[Table]:
   """Return the differences of all pairs, where they are compared."""
-  if not task.pairs:
-    return []
   cells: dict[tuple[str, str], str] = {}
   for d in task.pairs:
     mark = '*' if d.verdict in ('better', 'worse') else ''
     cells[d.name, d.against] = _signed(task.metric, d.estimate.mean) + mark
     cells[d.against, d.name] = _signed(task.metric, -d.estimate.mean) + mark
-  names = list(dict.fromkeys(n for d in task.pairs for n in (d.name, d.against)))
+  names = list(dict.fromkeys(name for pair in cells for name in pair))
   note = (
     f'{task.metric.capitalize()} of the row minus that of the column, paired by seed, from the '
     f'best mean on. * marks significant differences, corrected for all {len(task.pairs)} pairs '
     '(Holm, 5%).'
   )
-  rows = tuple((a, *(cells.get((a, b), '') for b in names)) for a in names)
-  return [Table(f'Scores, all pairs: {task.title}', note, ('architecture', *names), rows)]
-
-
-def _score_row(o: Outcome, metric: str) -> tuple[str, ...]:
-  d = o.difference
-  diverged = sum(v is None for v in o.scores.values())
-  runs = f'{len(o.scores)}' + (f' ({diverged} diverged)' if diverged else '')
-  between = (
-    ''
-    if d is None or not math.isfinite(d.estimate.low)
-    else ' to '.join(
-      _signed(metric, max(-1.0, min(1.0, v)) if metric == 'accuracy' else v)
-      for v in (d.estimate.low, d.estimate.high)
-    )
-  )
-  return (
-    o.title,
-    interval_form(metric, o.estimate),
-    '' if d is None else _signed(metric, d.estimate.mean),
-    between,
-    '' if d is None or math.isnan(d.p_adjusted) else f'{d.p_adjusted:.2g}',
-    o.verdict or 'baseline',
-    f'{o.rate:g}',
-    runs,
-  )
+  rows = ({'architecture': a} | {b: cells.get((a, b), '') for b in names} for a in names)
+  return table(f'Scores, all pairs: {task.title}', note, rows)
 
 
 def _signed(metric: str, value: float) -> str:
@@ -138,188 +132,87 @@ def _signed(metric: str, value: float) -> str:
 
 def translations(task: TaskResults, results: Results) -> list[Table]:
   """Return the scores of translations, for a task of source-target pairs."""
-  found = {o.title: o.translation for o in task.ranked if o.translation}
-  if not found:
-    return []
-  measures = list(next(iter(found.values())))
-  forms = {m: 'accuracy' if m == 'exact match' else m for m in measures}
-  rows = tuple(
-    (title, *(interval_form(forms[m], of[m]) for m in measures)) for title, of in found.items()
+  forms = {'exact match': 'accuracy'}
+  rows = (
+    {'architecture': o.title}
+    | {m: interval_form(forms.get(m, m), e) for m, e in o.translation.items()}
+    for o in task.ranked
+    if o.translation
   )
   note = (
     f'Mean and 95% interval (Student) over seeds, of at most {results.study.translations:,} '
     'held-out texts, decoded greedily.'
   )
-  return [Table(f'Scores of translations: {task.title}', note, ('architecture', *measures), rows)]
+  return table(f'Scores of translations: {task.title}', note, rows)
 
 
-def sizes(task: TaskResults, results: Results) -> Table:
+def sizes(task: TaskResults, results: Results) -> list[Table]:
   s = results.study
-  matched = f'{MATCHED[s.match]}, {s.target:,.0f}, within {s.tolerance:.0%}'
-  note = f'Matched: {matched}. FLOPs and state at {task.length} tokens.'
-  header = (
-    'architecture',
-    'parameters',
-    'active',
-    'size error',
-    'training FLOPs per token',
-    'state',
+  note = (
+    f'Matched: {MATCHED[s.match]}, {s.target:,.0f}, within {s.tolerance:.0%}. FLOPs and state at '
+    f'{task.length} tokens.'
   )
-  rows = tuple(
-    (
-      o.title,
-      f'{o.params:,}',
-      f'{o.active_params:,}',
-      f'{o.size_error:+.2%}',
-      amount(o.train_flops_per_token),
-      amount(o.state_bytes, 'B'),
-    )
+  rows = (
+    {
+      'architecture': o.title,
+      'parameters': f'{o.params:,}',
+      'active': f'{o.active_params:,}',
+      'size error': f'{o.size_error:+.2%}',
+      'training FLOPs per token': amount(o.train_flops_per_token),
+      'state': amount(o.state_bytes, 'B'),
+    }
     for o in task.outcomes
   )
-  return Table(f'Sizes: {task.title}', note, header, rows)
+  return table(f'Sizes: {task.title}', note, rows)
 
 
 def costs(results: Results) -> list[Table]:
-  found = results.costs
   device = results.environment.get('devices', {})
   where = f'{device.get("count", 1)} × {device.get("kind", "device")}'
-  out = []
-  if any(c.tokens_per_second is not None for c in found.values()):
-    note = (
-      f'One run at a time on {where}; the median of {results.study.timing_repeats} timings, in '
-      'which the architectures take turns. Memory of the training step is what the compiler '
-      'reserves.'
-    )
-    out.append(
-      Table(
-        'Costs of training',
-        note,
-        ('architecture', 'tokens per second', 'compilation', 'memory of the step'),
-        tuple(
-          (n, amount(c.tokens_per_second), seconds(c.compile_seconds), amount(c.step_bytes, 'B'))
-          for n, c in found.items()
-        ),
-      )
-    )
-  lengths = sorted({a.context_length for c in found.values() for a in c.contexts})
-  if lengths:
-
-    def row(name: str, of: Callable[[DecodeTime], str]) -> tuple[str, ...]:
-      at = {a.context_length: a for a in found[name].contexts}
-      return (name, *(of(at[n]) if n in at else '' for n in lengths))
-
-    kinds = (
-      ('Prefill time', lambda a: seconds(a.prefill_seconds)),
-      ('Decoding, time per token', lambda a: seconds(a.seconds_per_token)),
-      ('State size', lambda a: amount(a.state_bytes, 'B')),
-    )
-    header = ('architecture', *(f'{n:,} tokens' for n in lengths))
-    out += [
-      Table(
-        title,
-        f'One sequence, by context length, on {where}.',
-        header,
-        tuple(row(n, of) for n in found),
-      )
-      for title, of in kinds
-    ]
-  return out
-
-
-def tuning(task: TaskResults) -> Table:
-  rates = sorted({rate for o in task.outcomes for rate, _ in o.tried})
-  rows = tuple(
-    (
-      o.title,
-      *(_tried(o, rate, task.metric) for rate in rates),
-      f'{o.rate:g}',
-      'yes' if o.at_edge else '',
-    )
-    for o in task.outcomes
+  note = (
+    f'One run at a time on {where}; the median of {results.study.timing_repeats} timings, in '
+    'which the architectures take turns. Memory of the training step is what the compiler '
+    'reserves.'
   )
+  training = (
+    {
+      'architecture': name,
+      'tokens per second': amount(c.tokens_per_second),
+      'compilation': seconds(c.compile_seconds),
+      'memory of the step': amount(c.step_bytes, 'B'),
+    }
+    for name, c in results.costs.items()
+    if c.tokens_per_second is not None
+  )
+
+  def decoding(title: str, form: Callable[[DecodeTime], str]) -> list[Table]:
+    rows = [
+      {'architecture': name} | {f'{t.context_length:,} tokens': form(t) for t in c.contexts}
+      for name, c in results.costs.items()
+    ]
+    note = f'One sequence, by context length, on {where}.'
+    return table(title, note, rows) if any(len(row) > 1 for row in rows) else []
+
+  return [
+    *table('Costs of training', note, training),
+    *decoding('Prefill time', lambda t: seconds(t.prefill_seconds)),
+    *decoding('Decoding, time per token', lambda t: seconds(t.seconds_per_token)),
+    *decoding('State size', lambda t: amount(t.state_bytes, 'B')),
+  ]
+
+
+def tuning(task: TaskResults) -> list[Table]:
+  """Return the scores at each learning rate, if rates were tuned."""
+  rates = sorted({rate for o in task.outcomes for rate, _ in o.tried})
+
+  def row(o: Outcome) -> dict[str, str]:
+    tried = {rate: score_form(task.metric, score, DIVERGED) for rate, score in o.tried}
+    cells = {f'{rate:g}': tried.get(rate, '') for rate in rates}
+    edge = 'yes' if o.at_edge else ''
+    return {'architecture': o.title, **cells, 'used': f'{o.rate:g}', 'at an end': edge}
+
   note = (
     f'{task.metric.capitalize()} of the tuning seed, which is excluded from the comparison. The '
     'rate with the least held-out loss is used; where it lies at an end, the grid was extended.'
   )
-  return Table(
-    f'Tuning: {task.title}',
-    note,
-    ('architecture', *(f'{r:g}' for r in rates), 'used', 'at an end'),
-    rows,
-  )
-
-
-def _tried(o: Outcome, rate: float, metric: str) -> str:
-  found = dict(o.tried)
-  if rate not in found:
-    return ''
-  return 'diverged' if found[rate] is None else score_form(metric, found[rate])
-
-
-CSV_HEADER = (
-  'task',
-  'architecture',
-  'metric',
-  'mean',
-  'low',
-  'high',
-  'seeds',
-  'diverged',
-  'difference',
-  'difference_low',
-  'difference_high',
-  'p',
-  'p_holm',
-  'verdict',
-  'learning_rate',
-  'at_edge',
-  'params',
-  'active_params',
-  'size_error',
-  'train_flops_per_token',
-  'state_bytes',
-  'tokens_per_second',
-  'compile_seconds',
-  'step_bytes',
-)
-
-
-def csv_rows(results: Results) -> list[tuple[Any, ...]]:
-  """Return one row per task and architecture; missing or infinite values are empty."""
-  return [_csv_row(task, o, results) for task in results.tasks for o in task.outcomes]
-
-
-def _csv_row(task: TaskResults, o: Outcome, results: Results) -> tuple[Any, ...]:
-  e, d, c = o.estimate, o.difference, results.costs[o.title]
-  values = (
-    task.title,
-    o.title,
-    task.metric,
-    e and e.mean,
-    e and e.low,
-    e and e.high,
-    len(o.scores),
-    sum(v is None for v in o.scores.values()),
-    d and d.estimate.mean,
-    d and d.estimate.low,
-    d and d.estimate.high,
-    d and d.p,
-    d and d.p_adjusted,
-    o.verdict or 'baseline',
-    o.rate,
-    o.at_edge,
-    o.params,
-    o.active_params,
-    o.size_error,
-    o.train_flops_per_token,
-    o.state_bytes,
-    c.tokens_per_second,
-    c.compile_seconds,
-    c.step_bytes,
-  )
-  return tuple(map(cell, values))
-
-
-def cell(value: Any) -> Any:
-  """Return a CSV cell: empty for a missing or infinite value."""
-  return '' if value is None or (isinstance(value, float) and not math.isfinite(value)) else value
+  return table(f'Tuning: {task.title}', note, map(row, task.outcomes)) if rates else []

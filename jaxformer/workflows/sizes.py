@@ -13,8 +13,7 @@ from jaxformer.models.zoo import FAMILIES, PRESETS, Family
 from jaxformer.models.zoo.around import around
 from jaxformer.planning.cost import cost
 from jaxformer.planning.estimate import parse_amount
-from jaxformer.study.sizing import Match, Sized, measure, solve
-from jaxformer.study.tables import MATCHED
+from jaxformer.study.sizing import MATCHED, Match, Sized, measure, solve
 from jaxformer.user_code import is_a, object_in_file
 from jaxformer.workflows.overrides import Overrides, Pairs, pairs_of
 from jaxformer.workflows.progress import Log

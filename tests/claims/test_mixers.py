@@ -57,7 +57,7 @@ def outcomes(
 
 
 def task(first: str, scores: dict[str, tuple[float, ...]]) -> TaskResults:
-  return TaskResults('T', 'accuracy', False, 32, 'tests', outcomes(first, scores))
+  return TaskResults('T', 'accuracy', 32, 'tests', outcomes(first, scores))
 
 
 def test_stacks_of_one_shape_have_equal_size():
@@ -139,11 +139,11 @@ def test_the_verdict_on_interleaving(hybrid, mamba, expected):
 )
 def test_the_verdict_on_sparse_experts(mixture, flops, expected):
   scores = {'dense': (2.5, 2.52, 2.49), 'mixture': mixture}
-  found = TaskResults('T', 'bits per byte', True, 128, 'tests', outcomes('dense', scores, True))
-  costs = {
-    'dense': Costs(1, 1, 1.0, 100.0, 1.0, 1, ()),
-    'mixture': Costs(4, 1, flops, 80.0, 1.0, 1, ()),
-  }
+  found = TaskResults('T', 'bits per byte', 128, 'tests', outcomes('dense', scores, True))
+  dense, mixed = found.outcomes
+  mixed = dataclasses.replace(mixed, params=4, train_flops_per_token=flops)
+  found = dataclasses.replace(found, outcomes=(dense, mixed))
+  costs = {'dense': Costs(100.0, 1.0, 1, ()), 'mixture': Costs(80.0, 1.0, 1, ())}
   verdict, because = sparse_experts.decide(
     Results(sparse_experts.study(1.0, 'runs'), (found,), costs, {}), [1.2, 1.4]
   )

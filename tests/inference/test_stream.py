@@ -123,8 +123,6 @@ def test_stop_string_across_a_chunk_border():
 @pytest.mark.quick
 def test_errors_come_at_once():
   definition, params = model('alibi')
-  with pytest.raises(InputError, match='max_len'):
-    request(definition, params, [[1]], max_new_tokens=4, max_len=2)
   r = request(definition, params, [[1]], max_new_tokens=4)
   for wrong in ({'stop': ['']}, {'stop': 'end'}, {'chunk': 0}):
     with pytest.raises(InputError, match=list(wrong)[-1]):

@@ -79,9 +79,6 @@ def invented(folder, names=NAMES, bits=BITS):
   }
   costs = {
     n: Costs(
-      6000,
-      6000,
-      4e4,
       1e3 * (i + 1),
       1.5,
       10**6 * (i + 1),
@@ -89,8 +86,8 @@ def invented(folder, names=NAMES, bits=BITS):
     )
     for i, n in enumerate(names)
   }
-  positions = {('StandardLibrary', n): [3 - i / 64 for i in range(32)] for n in names}
-  return gather(study, results, costs, positions, {}, ENVIRONMENT)
+  measured = {('StandardLibrary', n): ([3 - i / 64 for i in range(32)], None) for n in names}
+  return gather(study, results, costs, measured, ENVIRONMENT)
 
 
 def html_text(results):
@@ -193,13 +190,19 @@ def test_all_forms_agree(results, tmp_path):
   outcomes = [(t, o) for t in data['tasks'] for o in t['outcomes']]
   assert len(table) == len(outcomes) == 8
   for row, (task, o) in zip(table, outcomes, strict=True):
-    assert (row['task'], row['architecture'], row['verdict']) == (
+    assert (row['task'], row['title'], row['verdict']) == (
       task['title'],
       o['title'],
-      o['verdict'] or 'baseline',
+      o['verdict'] or '',
     )
-    assert float(row['mean']) == o['estimate']['mean']
-    assert row['p_holm'] == ('' if o['difference'] is None else str(o['difference']['p_adjusted']))
+    assert float(row['estimate_mean']) == o['estimate']['mean']
+    assert row['difference_p_adjusted'] == (
+      '' if o['difference'] is None else str(o['difference']['p_adjusted'])
+    )
+    assert [row[f'scores_{seed}'] for seed in o['scores']] == [
+      '' if score is None else str(score) for score in o['scores'].values()
+    ]
+    assert float(row['tokens_per_second']) == data['costs'][o['title']]['tokens_per_second']
     mean = (
       f'{o["estimate"]["mean"]:.3f} ±'
       if task['metric'] == 'bits per byte'
@@ -244,7 +247,7 @@ def test_a_study_of_one_seed_claims_nothing(tmp_path):
     )
     for t, data, task in zip(study.task_titles, study.tasks, one.tasks, strict=True)
   }
-  found = gather(study, outcomes, one.costs, {}, {}, ENVIRONMENT)
+  found = gather(study, outcomes, one.costs, {}, ENVIRONMENT)
   assert [o.verdict for o in found.tasks[0].outcomes] == [None, 'too few seeds']
   assert not re.search('better|worse|significant', found.answer[0])
   Page(html_text(found))

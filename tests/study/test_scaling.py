@@ -39,18 +39,20 @@ def test_intervals_hold_the_truth(law):
   held = []
   for seed in range(10):
     fit = fit_law(*runs(law, 0.01, seed), bootstrap=40, seed=seed)
-    held += [low <= of(law) <= high for of in NUMBERS.values() for low, high in [fit.interval(of)]]
+    held += [
+      low <= of(law) <= high for of in NUMBERS.values() for _, low, high in [fit.interval(of)]
+    ]
   assert np.mean(held) >= 0.85
 
 
 def test_intervals_are_no_wider_than_they_need_be():
-  low, high = fit_law(*runs(CHINCHILLA, 0.003, 3), bootstrap=40).interval(lambda law: law.alpha)
+  _, low, high = fit_law(*runs(CHINCHILLA, 0.003, 3), bootstrap=40).interval(lambda law: law.alpha)
   assert high - low < 0.03
 
 
 def test_larger_runs_are_predicted():
   fit = fit_law(*runs(CHINCHILLA, 0.003, 1), bootstrap=40)
-  low, high = fit.interval(lambda law: law.loss(1e10, 1e12))
+  _, low, high = fit.interval(lambda law: law.loss(1e10, 1e12))
   assert low <= CHINCHILLA.loss(1e10, 1e12) <= high
   assert high - low < 0.1
 
@@ -63,9 +65,9 @@ def test_intervals_of_one_more_run_hold_it():
   for seed in range(8):
     fit = fit_law(*runs(CHINCHILLA, 0.01, seed), bootstrap=30, seed=seed)
     for n, d in ((3e9, 1e11), (3e9, 1e12), (1e10, 1e12)):
-      low, high = fit.prediction_interval(n, d)
+      low, high = fit.prediction(n, d)[1:]
       held.append(low <= CHINCHILLA.loss(n, d) * np.exp(0.01 * rng.normal()) <= high)
-      inner = fit.interval(lambda law, n=n, d=d: law.loss(n, d))
+      inner = fit.interval(lambda law, n=n, d=d: law.loss(n, d))[1:]
       assert low < inner[0] < inner[1] < high
   assert np.mean(held) >= 0.85
   assert high / low - 1 < 0.1

@@ -81,7 +81,7 @@ def invented(noise=0.003, diverged=(), s=None):
         0.1,
       )
       scaled.append(Tuned(planned, (), 3e-3, False, (run,)))
-  return gather(s, {s.task_titles[0]: tuple(scaled)}, {}, {}, {}, ENVIRONMENT)
+  return gather(s, {s.task_titles[0]: tuple(scaled)}, {}, {}, ENVIRONMENT)
 
 
 def law(results):
@@ -156,7 +156,7 @@ def test_all_forms_agree():
   assert page.fetched == []
   for row, p in zip(rows, points, strict=True):
     assert float(row['loss']) == p['loss']
-    assert float(row['low']) == p['predicted']['low']
+    assert float(row['predicted_low']) == p['predicted']['low']
     assert (row['held_out'], row['within_interval']) == (
       str(p['held_out']),
       str(p['within_interval']),
