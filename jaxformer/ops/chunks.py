@@ -10,13 +10,35 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 
+def reset(starts_B: Array, state: Any, empty: Any = None) -> Any:
+  """`state`, a pytree, with `empty` (None: zeros) in the rows where a document starts."""
+
+  def choose(s: Array, e: Array):
+    return jnp.where(starts_B.reshape(-1, *(1,) * (s.ndim - 1)), e, s)
+
+  return jax.tree.map(
+    choose, state, jax.tree.map(jnp.zeros_like, state) if empty is None else empty
+  )
+
+
 def scan_steps(
-  step: Callable[[Any, tuple[Any, ...]], tuple[Any, Array]], state: Any, *inputs: Array
+  step: Callable[..., tuple[Any, Array]],
+  state: Any,
+  inputs: tuple[Array, ...],
+  starts_BT: Array | None,
+  empty: Any = None,
 ) -> tuple[Array, Any]:
-  """y of all positions `[B, T, ...]` and the last state, for `step(state, inputs of one position)`
-  -> (state, y)."""
-  by_time = tuple(jnp.swapaxes(x, 0, 1) for x in inputs)
-  state, y = jax.lax.scan(step, state, by_time)
+  """y of all positions `[B, T, ...]` and the last state, for `step(state, *inputs of one position)`
+  -> (state, y). The state is `empty` (None: zeros) before a position where `starts_BT`."""
+  if starts_BT is None:
+    starts_BT = jnp.zeros(inputs[0].shape[:2], bool)
+
+  def body(state, now):
+    starts_B, *inputs = now
+    return step(reset(starts_B, state, empty), *inputs)
+
+  by_time = [jnp.swapaxes(x, 0, 1) for x in (starts_BT, *inputs)]
+  state, y = jax.lax.scan(body, state, by_time)
   return jnp.swapaxes(y, 0, 1), state
 
 
@@ -44,19 +66,19 @@ def scan_chunks(
   size: int,
   padded: Callable[[int], int] = lambda rest: rest,
 ) -> tuple[Array, Any]:
-  """y of all positions `[B, T, ...]` and the last state, for `body(state, valid, *inputs)` ->
-  (state, y) on the inputs of one chunk, of which the first `valid` positions count.
+  """y of all positions `[B, T, ...]` and the last state, for `body(state, *inputs of one chunk)` ->
+  (state, y).
 
   All complete chunks are one scan, which keeps only the states between chunks for the backward pass
   and recomputes the rest; the remaining positions follow, padded with zeros to `padded(number)`."""
   n, rest = divmod(inputs[0].shape[1], size)
-  body, ys = jax.checkpoint(body, static_argnums=(1,), prevent_cse=False), []
+  body, ys = jax.checkpoint(body, prevent_cse=False), []
   if n:
     chunks = tuple(to_chunks(x[:, : n * size], size) for x in inputs)
-    state, y = jax.lax.scan(lambda state, now: body(state, size, *now), state, chunks)
+    state, y = jax.lax.scan(lambda state, now: body(state, *now), state, chunks)
     ys.append(from_chunks(y, n * size))
   if rest:
     last = tuple(to_chunks(x[:, n * size :], padded(rest))[0] for x in inputs)
-    state, y = body(state, rest, *last)
+    state, y = body(state, *last)
     ys.append(y[:, :rest])
   return ys[0] if len(ys) == 1 else jnp.concatenate(ys, axis=1), state

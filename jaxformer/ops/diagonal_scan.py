@@ -66,16 +66,13 @@ def diagonal_scan(
 
 def scan_naive(x_BP, v_BTP, log_a_P, starts_BT):
   """The recurrence, one token after another."""
-  B, T, _ = v_BTP.shape
   a_P, first = jnp.exp(log_a_P), jnp.zeros_like(v_BTP[:, 0]) if x_BP is None else x_BP
-  starts = jnp.zeros((B, T), bool) if starts_BT is None else starts_BT
 
-  def step(x_BP, now):
-    v_BP, starts_B = now
-    x_BP = a_P[None] * jnp.where(starts_B[:, None], 0.0, x_BP) + v_BP
+  def step(x_BP, v_BP):
+    x_BP = a_P[None] * x_BP + v_BP
     return x_BP, x_BP
 
-  return scan_steps(step, first, v_BTP, starts)[0]
+  return scan_steps(step, first, (v_BTP,), starts_BT)[0]
 
 
 def scan_associative(x_BP, v_BTP, log_a_P, starts_BT):

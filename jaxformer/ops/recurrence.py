@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from jaxformer.ops.chunks import scan_steps
+from jaxformer.ops.chunks import reset, scan_steps
 from jaxformer.ops.implementation import Operation
 from jaxformer.ops.sequence_parallel import over_time, time_axes
 from jaxformer.sharding import platform
@@ -203,11 +203,6 @@ GRU_AFTER_CELL = Cell(_gru_after_step, _gru_after_gradient, _gru_after_weights)
 # ---- the loop ----------------------------------------------------------------------------------
 
 
-def _reset(starts_B, states):
-  """States as the step reads them: zeros where a document starts."""
-  return tuple(jnp.where(starts_B[:, None], 0.0, s) for s in states)
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def scan_cells(cell, gates_TBGH, weights, states, starts_TB):
   """(all h, last states) from the products with the input."""
@@ -217,7 +212,7 @@ def scan_cells(cell, gates_TBGH, weights, states, starts_TB):
 def _forward(cell, gates_TBGH, weights, states, starts_TB):
   def step(states, now):
     gates, starts_B = now
-    states, residuals = cell.step(weights, gates, _reset(starts_B, states))
+    states, residuals = cell.step(weights, gates, reset(starts_B, states))
     return states, (states[0].astype(gates.dtype), residuals)
 
   last, (y, residuals) = jax.lax.scan(step, states, (gates_TBGH, starts_TB), unroll=_unroll())
@@ -232,7 +227,7 @@ def _backward(cell, saved, cotangents):
     dy, h, residuals, starts_B = now
     dstates = (dstates[0] + dy.astype(jnp.float32), *dstates[1:])
     *d, dstates = cell.gradient(weights, h.astype(jnp.float32), residuals, dstates)
-    return _reset(starts_B, dstates), jax.tree.map(lambda a: a.astype(y_TBH.dtype), d)
+    return reset(starts_B, dstates), jax.tree.map(lambda a: a.astype(y_TBH.dtype), d)
 
   by_time = (dy_TBH, h_TBH, residuals, starts_TB)
   dstates, d = jax.lax.scan(step, dlast, by_time, reverse=True, unroll=_unroll())
@@ -255,11 +250,11 @@ def _scan(cell, x_BTD, w_DGH, b_GH, weights, states, starts_BT):
 def _scan_naive(step, x_BTD, states, starts_BT):
   """`step(x, *states) -> states`, one token after another."""
 
-  def body(states, now):
-    states = step(now[0], *_reset(now[1], states))
+  def body(states, x):
+    states = step(x, *states)
     return states, states[0]
 
-  y_BTH, last = scan_steps(body, fp32(states), fp32(x_BTD), starts_BT)
+  y_BTH, last = scan_steps(body, fp32(states), (fp32(x_BTD),), starts_BT)
   return y_BTH.astype(x_BTD.dtype), last
 
 

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from jaxformer.ops.chunks import scan_steps, to_chunks
+from jaxformer.ops.chunks import scan_chunks, scan_steps
 from jaxformer.ops.implementation import Operation
 from jaxformer.ops.kernels.selective_scan import selective_scan_pallas
 from jaxformer.ops.sequence_parallel import local_length, multiply_add, over_time, reset_masks
@@ -82,12 +82,10 @@ def selective_scan_step(u_BD, dt_BD, A_DN, B_BN, C_BN, D_D, h_BDN):
 def selective_scan_naive(h_BDN, u, dt, A_DN, B, C, D_D, starts_BT):
   """The recurrence step by step. Its gradient stores every state."""
 
-  def step(h, now):
-    u, dt, B, C, start = now
-    y, h = selective_scan_step(u, dt, A_DN, B, C, D_D, jnp.where(start[:, None, None], 0.0, h))
-    return h, y
+  def step(h, u, dt, B, C):
+    return selective_scan_step(u, dt, A_DN, B, C, D_D, h)[::-1]
 
-  return scan_steps(step, h_BDN, u, dt, B, C, starts_BT)
+  return scan_steps(step, h_BDN, (u, dt, B, C), starts_BT)
 
 
 # ---- chunks ------------------------------------------------------------------------------------
@@ -99,7 +97,7 @@ def _decay(dt_BD, A_ND, start_B):
   return jnp.exp(dt_BD[:, None] * A_ND[None]) * (1.0 - start_B)[:, None, None]
 
 
-def _run(h_BND, chunk, A_ND, emit):
+def _run(h_BND, A_ND, chunk, emit):
   """The recurrence over one chunk: the state after it, and C.h of every step ('y') or the state
   before every step ('h')."""
 
@@ -112,27 +110,17 @@ def _run(h_BND, chunk, A_ND, emit):
 
 
 @jax.custom_vjp
-def _chunked(chunks, A_ND, h_BND):
-  """C.h of every step and the state after the last, for `chunks` = (u, dt, B, C, start), each
-  [chunk, step, ...]."""
-  return _chunked_forward(chunks, A_ND, h_BND)[0]
+def _chunk(h_BND, A_ND, chunk):
+  """The state after a chunk and C.h of every step, for `chunk` = (u, dt, B, C, start), time first.
+  The gradient keeps only the state before the chunk and recomputes the others."""
+  return _run(h_BND, A_ND, chunk, 'y')
 
 
-def _chunked_forward(chunks, A_ND, h_BND):
-  def chunk(h, now):
-    after, y = _run(h, now, A_ND, 'y')
-    return after, (y, h)
-
-  last, (y, before) = jax.lax.scan(chunk, h_BND, chunks)
-  return (y, last), (chunks, A_ND, before)
-
-
-def _chunked_backward(saved, cotangents):
-  """Chunk after chunk from the last: its states are recomputed from the one before it, then with
-  g_t = dL/dy_t the adjoint recurrence l_t = C_t g_t + a_{t+1} l_{t+1} of l_t = dL/dh_t gives all
-  gradients."""
-  chunks, A_ND, before = saved
-  dy, dh = cotangents
+def _chunk_backward(saved, cotangents):
+  """With g_t = dL/dy_t the adjoint recurrence l_t = C_t g_t + a_{t+1} l_{t+1} of l_t = dL/dh_t
+  gives all gradients."""
+  h_BND, A_ND, inputs = saved
+  tail, dy = cotangents
 
   def step(carry, now):
     # a_{t+1} l_{t+1}, and the gradient of A so far
@@ -148,36 +136,33 @@ def _chunked_backward(saved, cotangents):
     tail = l * a
     through = tail * h  # dL / d(dt A)
     ddt = jnp.sum(through * A_ND[None], axis=1) + dx * u
-    return (tail, dA + jnp.sum(through * dt[:, None], axis=0)), (dx * dt, ddt, dB, dC)
+    gradients = dx * dt, ddt, dB, dC, jnp.zeros_like(start)
+    return (tail, dA + jnp.sum(through * dt[:, None], axis=0)), gradients
 
-  def chunk(carry, now):
-    inputs, g, first = now
-    states = _run(first, inputs, A_ND, 'h')[1]
-    carry, gradients = jax.lax.scan(step, carry, (inputs, g, states), reverse=True)
-    return carry, tuple(d.astype(a.dtype) for d, a in zip(gradients, inputs, strict=False))
-
+  states = _run(h_BND, A_ND, inputs, 'h')[1]
   (dh, dA), gradients = jax.lax.scan(
-    chunk, (dh, jnp.zeros_like(A_ND)), (chunks, dy, before), reverse=True
+    step, (tail, jnp.zeros_like(A_ND)), (inputs, dy, states), reverse=True
   )
-  return (*gradients, jnp.zeros_like(chunks[4])), dA, dh
+  return dh, dA, jax.tree.map(lambda d, x: d.astype(x.dtype), gradients, inputs)
 
 
-_chunked.defvjp(_chunked_forward, _chunked_backward)
+_chunk.defvjp(lambda *saved: (_chunk(*saved), saved), _chunk_backward)
 
 
 def selective_scan_chunked(h_BDN, u, dt, A_DN, B, C, D_D, starts_BT):
   """The recurrence step by step, with a gradient that keeps only the states between chunks and
   recomputes those inside them: T / `CHUNK` + `CHUNK` states in memory where the gradient of the
   naive implementation stores T, in several arrays of that size."""
-  T = u.shape[1]
-  size = min(CHUNK, T)
+  A_ND = A_DN.astype(jnp.float32).T
+
+  def body(h_BND, *chunk):
+    h_BND, y = _chunk(h_BND, A_ND, tuple(jnp.swapaxes(x, 0, 1) for x in chunk))
+    return h_BND, jnp.swapaxes(y, 0, 1)
+
   inputs = (u, dt, B, C, starts_BT.astype(jnp.float32))
-  # Padding has a step size of 0, which leaves the state as it is.
-  chunks = tuple(jnp.swapaxes(to_chunks(a, size), 1, 2) for a in inputs)
-  y, h = _chunked(chunks, A_DN.astype(jnp.float32).T, jnp.swapaxes(h_BDN, 1, 2))
-  y = jnp.swapaxes(y.reshape(-1, *y.shape[2:])[:T], 0, 1)
+  y, h_BND = scan_chunks(body, jnp.swapaxes(h_BDN, 1, 2), inputs, CHUNK)
   y = y + D_D.astype(jnp.float32).reshape(1, 1, -1) * u.astype(jnp.float32)
-  return y.astype(u.dtype), jnp.swapaxes(h, 1, 2)
+  return y.astype(u.dtype), jnp.swapaxes(h_BND, 1, 2)
 
 
 def _order(T: int) -> tuple[str, ...]:

@@ -106,12 +106,10 @@ def ssd_step(x_BHP, dt_BH, A_H, B_BGN, C_BGN, D_H, h_BHPN):
 def ssd_naive(h_BHPN, x, dt, A_H, B, C, D_H, starts_BT):
   """The recurrence step by step. Its gradient stores every state."""
 
-  def step(h, now):
-    x, dt, B, C, start = now
-    y, h = ssd_step(x, dt, A_H, B, C, D_H, jnp.where(start[:, None, None, None], 0.0, h))
-    return h, y
+  def step(h, x, dt, B, C):
+    return ssd_step(x, dt, A_H, B, C, D_H, h)[::-1]
 
-  return scan_steps(step, h_BHPN, x, dt, B, C, starts_BT)
+  return scan_steps(step, h_BHPN, (x, dt, B, C), starts_BT)
 
 
 def _product(equation: str, *operands: Array):

@@ -126,16 +126,13 @@ def ssm(
 
 def ssm_naive(u_BTH, system: System, state_BHN=None, starts_BT=None):
   """The recurrence, one token after another."""
-  B, T, _ = u_BTH.shape
-  first = system.zeros(B) if state_BHN is None else state_BHN
-  starts = jnp.zeros((B, T), bool) if starts_BT is None else starts_BT
+  first = system.zeros(u_BTH.shape[0]) if state_BHN is None else state_BHN
 
-  def step(x_BHN, now):
-    u_BH, starts_B = now
-    x_BHN = system.next(jnp.where(starts_B[:, None, None], 0.0, x_BHN), u_BH)
+  def step(x_BHN, u_BH):
+    x_BHN = system.next(x_BHN, u_BH)
     return x_BHN, system.read(x_BHN)
 
-  return scan_steps(step, first, u_BTH, starts)
+  return scan_steps(step, first, (u_BTH,), starts_BT)
 
 
 def ssm_step(

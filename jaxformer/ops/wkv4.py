@@ -102,11 +102,8 @@ def _join(state, part):
 def wkv4_naive(state, k_BTD, v_BTD, w_D, u_D, starts_BT, chunk=CHUNK):
   """The recurrence, one token after another, in fp32."""
 
-  def step(state, now):
-    k_BD, v_BD, starts_B = now
-    aa, bb, pp = (
-      jnp.where(starts_B[:, None], e, s) for e, s in zip((0.0, 0.0, EMPTY), state, strict=True)
-    )
+  def step(state, k_BD, v_BD):
+    aa, bb, pp = state
     p = jnp.maximum(pp, u_D[None] + k_BD)
     old, new = jnp.exp(pp - p), jnp.exp(u_D[None] + k_BD - p)
     y_BD = (old * aa + new * v_BD) / (old * bb + new)
@@ -114,14 +111,15 @@ def wkv4_naive(state, k_BTD, v_BTD, w_D, u_D, starts_BT, chunk=CHUNK):
     old, new = jnp.exp(pp - w_D[None] - p), jnp.exp(k_BD - p)
     return Wkv4State(old * aa + new * v_BD, old * bb + new, p), y_BD
 
-  return scan_steps(step, state, k_BTD, v_BTD, starts_BT)
+  empty = Wkv4State.empty(*state.pp.shape)
+  return scan_steps(step, state, (k_BTD, v_BTD), starts_BT, empty)
 
 
 # ---- chunks ------------------------------------------------------------------------------------
 
 
 def _chunked(state, k, v, w, u, starts, chunk=CHUNK, tree=False):
-  def body(state, _, k, v, starts):
+  def body(state, k, v, starts):
     by_time = (jnp.swapaxes(x, 0, 1) for x in (k, v, starts))
     state, y = _chunk(state, *by_time, w, u, tree)
     return state, jnp.swapaxes(y, 0, 1)

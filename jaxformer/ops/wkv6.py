@@ -91,15 +91,13 @@ def _summarize(r, k, v, log_decay, u_HK, starts_BT):
 def wkv6_naive(S_BHKV, r, k, v, log_decay, u_HK, starts_BT, chunk=CHUNK):
   """The recurrence, one token after another, in fp32."""
 
-  def step(S_BHKV, now):
-    r, k, v, decay, starts_B = now
-    S_BHKV = jnp.where(starts_B[:, None, None, None], 0.0, S_BHKV)
+  def step(S_BHKV, r, k, v, decay):
     kv_BHKV = k[..., None] * v[..., None, :]
     y_BHV = jnp.sum(r[..., None] * (S_BHKV + u_HK[None, :, :, None] * kv_BHKV), axis=-2)
     return decay[..., None] * S_BHKV + kv_BHKV, y_BHV
 
   decay = jnp.broadcast_to(jnp.exp(log_decay), r.shape)
-  return scan_steps(step, S_BHKV, r, k, v, decay, starts_BT)
+  return scan_steps(step, S_BHKV, (r, k, v, decay), starts_BT)
 
 
 # ---- chunks ------------------------------------------------------------------------------------
@@ -108,19 +106,8 @@ def wkv6_naive(S_BHKV, r, k, v, log_decay, u_HK, starts_BT, chunk=CHUNK):
 def _chunked(S, r, k, v, log_decay, u_HK, starts_BT, chunk=CHUNK):
   """Remaining tokens are padded to a power of 2: a token without key and without decay leaves the
   state as it is."""
-  if log_decay.shape[1] > 1 or r.shape[1] == 1:
-    inputs = r, k, v, starts_BT, log_decay
-    body = lambda S, _, *now: _chunk(S, *now)  # noqa: E731
-  else:
-    inputs = r, k, v, starts_BT
-
-    def body(S, valid, *now):
-      shape = (log_decay.shape[0], valid, *log_decay.shape[2:])
-      pad = (0, now[0].shape[1] - valid)
-      decays = jnp.pad(jnp.broadcast_to(log_decay, shape), ((0, 0), pad, (0, 0), (0, 0)))
-      return _chunk(S, *now, decays)
-
-  y, S = scan_chunks(body, S, inputs, chunk, lambda rest: 1 << (rest - 1).bit_length())
+  inputs = r, k, v, starts_BT, jnp.broadcast_to(log_decay, r.shape)
+  y, S = scan_chunks(_chunk, S, inputs, chunk, lambda rest: 1 << (rest - 1).bit_length())
   return y + jnp.sum(r * u_HK[None, None] * k, axis=-1, keepdims=True) * v, S
 
 

@@ -103,9 +103,7 @@ def wkv7(
 def wkv7_naive(S_BHVK, r, w, k, v, a, b, starts_BT, *, precision=_EXACT):
   """The recurrence, one position after another, with exact products whatever `precision`."""
 
-  def step(S_BHVK, now):
-    r, w, k, v, a, b, starts_B = now
-    S_BHVK = jnp.where(starts_B[:, None, None, None], 0.0, S_BHVK)
+  def step(S_BHVK, r, w, k, v, a, b):
     u_BHV = jnp.einsum('BHVK,BHK->BHV', S_BHVK, a, precision=_EXACT)
     S_BHVK = (
       S_BHVK * jnp.exp(w)[:, :, None, :]
@@ -114,7 +112,7 @@ def wkv7_naive(S_BHVK, r, w, k, v, a, b, starts_BT, *, precision=_EXACT):
     )
     return S_BHVK, jnp.einsum('BHVK,BHK->BHV', S_BHVK, r, precision=_EXACT)
 
-  return scan_steps(step, S_BHVK, r, w, k, v, a, b, starts_BT)
+  return scan_steps(step, S_BHVK, (r, w, k, v, a, b), starts_BT)
 
 
 # ---- chunks ------------------------------------------------------------------------------------
