@@ -16,6 +16,7 @@ is complex.
 from __future__ import annotations
 
 import abc
+import math
 from collections.abc import Callable
 from typing import ClassVar
 
@@ -41,34 +42,45 @@ class System(abc.ABC):
 
   Attributes:
     axes: logical axes of the arrays, in their order as leaves of the pytree.
+    c_MHN: C, one vector per output.
   """
 
   axes: ClassVar[tuple[tuple[str | None, ...], ...]]
+  c_MHN: Float[Array, 'M H N']
 
   @property
-  @abc.abstractmethod
   def sizes(self) -> tuple[int, int, int]:
     """M, H, N."""
+    M, H, N = self.c_MHN.shape
+    return M, H, N
 
   @abc.abstractmethod
   def next(self, x_BHN, u_BH):
     """Abar x + Bbar u."""
 
-  @abc.abstractmethod
   def read(self, x_BHN):
     """C x: [B, M, H]."""
-
-  @abc.abstractmethod
-  def maps(self, length: int):
-    """into_HCN = Abar^j Bbar and out_MHCN = C Abar^(j + 1) for j = 0 .. length - 1."""
+    return jnp.sum(x_BHN[:, None] * self.c_MHN[None], axis=-1)
 
   @abc.abstractmethod
   def transition(self, steps: int) -> Callable[[Array], Array]:
     """x_HBN -> Abar^steps x_HBN."""
 
   @abc.abstractmethod
+  def inputs(self, length: int):
+    """into_HCN = Abar^j Bbar for j = 0 .. length - 1."""
+
+  @abc.abstractmethod
+  def outputs(self, length: int, first: int, step: int):
+    """out_MHCN = C Abar^(first + step j) for j = 0 .. length - 1; `first` is 0 or 1."""
+
   def kernel(self, length: int):
-    """k_MHT = C Abar^j Bbar for j = 0 .. length - 1."""
+    """k_MHT = C Abar^j Bbar for j = 0 .. length - 1, in two levels: k_{i W + j} = (C Abar^{i W})
+    (Abar^j Bbar), so that memory is O(N sqrt(T)) per channel, not O(N T)."""
+    W = min(length, max(16, 1 << math.ceil(math.log2(length) / 2)))
+    coarse_MHRN = self.outputs(-(-length // W), 0, W)
+    k = jnp.einsum('mhrn,hwn->mhrw', coarse_MHRN, self.inputs(W), precision='highest')
+    return k.reshape(*k.shape[:2], -1)[..., :length]
 
   def zeros(self, batch: int) -> Float[Array, 'B H N']:
     """The state before the first token."""
@@ -151,7 +163,7 @@ def ssm_chunked(u_BTH, system: System, state_BHN=None, starts_BT=None, chunk: in
   B, T, _ = u_BTH.shape
   C = min(chunk, T)
   complete = T - T % C
-  k_MHC, (into_HCN, out_MHCN) = system.kernel(C), system.maps(C)
+  k_MHC, into_HCN, out_MHCN = system.kernel(C), system.inputs(C), system.outputs(C, 1, 1)
   x_HBN = jnp.swapaxes(system.zeros(B) if state_BHN is None else state_BHN, 0, 1)
   ys = []
   for start, end, size in ((0, complete, C), (complete, T, T - complete)):

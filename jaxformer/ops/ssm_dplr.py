@@ -11,7 +11,6 @@ import numpy as np
 from jaxtyping import Array, Complex, Float
 
 from jaxformer.ops.linear_solve import solve
-from jaxformer.ops.ssm import System
 from jaxformer.ops.ssm_systems import DenseSystem, as_real, power_less_one, reading
 
 NODES = 128  # frequencies of a kernel that are computed together
@@ -19,9 +18,11 @@ NODES = 128  # frequencies of a kernel that are computed together
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class DplrSystem(System):
+class DplrSystem(DenseSystem):
   """x' = (Lambda - p p^*) x + b u, y = 2 Re(c x), discretized by Tustin's rule. Each complex
   number represents itself and its conjugate: the system has real state size N = 2 P per channel.
+  The recurrence is that of the same system with real matrices; the compiler removes them where only
+  a kernel is computed.
 
   Instead of C the system has C~ = C (I - Abar^length), which the kernel of that length needs (lemma
   C.3). Kernels of up to that length are computed from C~ alone and truncated; for the recurrence
@@ -34,7 +35,6 @@ class DplrSystem(System):
     tilde_MHP: C~.
     dt_H: the step.
     length: that of C~.
-    dense: the same system with real matrices, for the recurrence.
   """
 
   a_HP: Complex[Array, 'H P']
@@ -43,36 +43,55 @@ class DplrSystem(System):
   tilde_MHP: Complex[Array, 'M H P']
   dt_H: Float[Array, ' H']
   length: int = dataclasses.field(metadata={'static': True})
-  dense: DenseSystem
 
-  @property
-  def sizes(self):
-    M, H, P = self.tilde_MHP.shape
-    return M, H, 2 * P
-
-  axes = (*(('inner', None),) * 3, (None, 'inner', None), ('inner',), *DenseSystem.axes)
-
-  def next(self, x_BHN, u_BH):
-    return self.dense.next(x_BHN, u_BH)
-
-  def read(self, x_BHN):
-    return self.dense.read(x_BHN)
-
-  def transition(self, steps):
-    return self.dense.transition(steps)
-
-  def maps(self, length):
-    return self.dense.maps(length)
+  axes = (*DenseSystem.axes, *(('inner', None),) * 3, (None, 'inner', None), ('inner',))
 
   def kernel(self, length):
     """The inverse Fourier transform of the generating function at the roots of unity (algorithm
     1)."""
     if length <= self.length:
-      return cauchy_kernel(self.a_HP, self.p_HP, self.b_HP, self.tilde_MHP, self.dt_H, self.length)[
-        ..., :length
-      ]
-    tilde_MHP = truncated(self.dense.c_MHN, self.dense.d_HNN, length)
-    return cauchy_kernel(self.a_HP, self.p_HP, self.b_HP, tilde_MHP, self.dt_H, length)
+      return self._cauchy_kernel(self.tilde_MHP, self.length)[..., :length]
+    return self._cauchy_kernel(truncated(self.c_MHN, self.d_HNN, length), length)
+
+  def _cauchy_kernel(self, tilde_MHP, length: int):
+    """k = irfft of 2 / (1 + w) (C~ r b - C~ r p p^* r b / (1 + p^* r p)) with r = (z -
+    Lambda)^{-1}, z = 2 / dt (1 - w) / (1 + w), at w = exp(-2 pi i k / length) for k = 0 .. length /
+    2.
+
+    With theta / 2 = pi k / length, s and c its sine and cosine, r = c dt/2 / (i s - c dt/2 Lambda),
+    so nothing divides by 1 + w, and w = -1 (c = 0) is a node like all others with the limit dt/2 C~
+    b. The terms are computed for `NODES` nodes at a time and recomputed in the backward pass: O(H N
+    NODES) memory, not O(H N length).
+    """
+    M, H, _ = tilde_MHP.shape
+    p_HP, b_HP = self.p_HP, self.b_HP
+    half = np.pi * np.arange(length // 2 + 1) / length
+    blocks = -(-len(half) // NODES)
+    # any number: cut off below
+    half = np.pad(half, (0, blocks * NODES - len(half)), constant_values=1.0)
+    sin, cos = (jnp.asarray(f(half).reshape(blocks, NODES), jnp.float32) for f in (np.sin, np.cos))
+    # C~ b and C~ p for each output, then p^* b and p^* p; their conjugates belong to the conjugate
+    # of Lambda.
+    products = [
+      *jnp.concatenate([tilde_MHP * b_HP[None], tilde_MHP * p_HP[None]]),
+      p_HP.conj() * b_HP,
+      p_HP.conj() * p_HP,
+    ]
+    v_HVP = jnp.stack(products, axis=1)
+    weights = as_real(v_HVP.conj()), as_real(v_HVP)
+    mu_HP, gain = 0.5 * self.dt_H[:, None] * self.a_HP, 0.5 * self.dt_H[:, None, None]
+
+    @jax.checkpoint
+    def at(nodes):
+      s_G, c_G = nodes
+      sums = _cauchy(weights, mu_HP, s_G, c_G)
+      cb, cp, pb, pp = sums[:, :M], sums[:, M : 2 * M], sums[:, -2:-1], sums[:, -1:]
+      g = gain * c_G[None, None]
+      return gain * (cb - cp * (g * pb) / (1.0 + g * pp)) * jax.lax.complex(c_G, s_G)[None, None]
+
+    k_f = jax.lax.map(at, (sin, cos))  # [blocks, H, M, NODES]
+    k_f = k_f.transpose(2, 1, 0, 3).reshape(M, H, -1)[..., : length // 2 + 1]
+    return jnp.fft.irfft(k_f, length, axis=-1)
 
 
 def dplr(
@@ -83,13 +102,12 @@ def dplr(
   dt_H: Float[Array, ' H'],
   length: int,
 ) -> DplrSystem:
-  """The system with its dense form, which the compiler removes where only a kernel is computed."""
+  """The system, with its real matrices."""
   d, bbar = dense_dplr(a_HP, p_HP, b_HP, dt_H)
   rest = -jnp.swapaxes(power_less_one(d, length), 1, 2)
   c_HNM = solve(rest, jnp.transpose(reading(tilde_MHP), (1, 2, 0)))
-  return DplrSystem(
-    a_HP, p_HP, b_HP, tilde_MHP, dt_H, length, DenseSystem(d, bbar, jnp.transpose(c_HNM, (2, 0, 1)))
-  )
+  c_MHN = jnp.transpose(c_HNM, (2, 0, 1))
+  return DplrSystem(d, bbar, c_MHN, a_HP, p_HP, b_HP, tilde_MHP, dt_H, length)
 
 
 def truncated(
@@ -117,10 +135,9 @@ def dense_dplr(
   dt = dt_H[:, None]
   e = 1.0 / (1.0 - 0.5 * dt * a_HP)
   e_q, e_b = e * p_HP, e * b_HP  # complex: E [Re p, Im p]
-  e_q_left = e * p_HP.conj()  # q^T E is [Re, -Im] of it
   gain = 1.0 / (1.0 / dt + jnp.sum((p_HP.conj() * e_q).real, axis=1, keepdims=True))
   right = as_real(e_q)
-  left = jnp.concatenate([e_q_left.real, -e_q_left.imag], axis=1)
+  left = as_real((e * p_HP.conj()).conj())  # q^T E
   bbar = dt * (as_real(e_b) - right * gain * jnp.sum(left * as_real(b_HP), axis=1, keepdims=True))
   # Abar - I = 2 ((I - dt/2 A)^{-1} - I); of the part without q that is dt a / (1 - dt a / 2).
   turn = dt * a_HP * e
@@ -131,55 +148,6 @@ def dense_dplr(
   return block - 2.0 * gain[..., None] * right[:, :, None] * left[:, None], bbar
 
 
-def cauchy_kernel(
-  a_HP: Complex[Array, 'H P'],
-  p_HP: Complex[Array, 'H P'],
-  b_HP: Complex[Array, 'H P'],
-  tilde_MHP: Complex[Array, 'M H P'],
-  dt_H: Float[Array, ' H'],
-  length: int,
-) -> Float[Array, 'M H T']:
-  """k = irfft of 2 / (1 + w) (C~ r b - C~ r p p^* r b / (1 + p^* r p)) with r = (z - Lambda)^{-1},
-  z = 2 / dt (1 - w) / (1 + w), at w = exp(-2 pi i k / length) for k = 0 .. length / 2.
-
-  With theta / 2 = pi k / length, s and c its sine and cosine, r = c dt/2 / (i s - c dt/2 Lambda),
-  so nothing divides by 1 + w, and w = -1 (c = 0) is a node like all others with the limit dt/2 C~
-  b. The terms are computed for `NODES` nodes at a time and recomputed in the backward pass: O(H N
-  NODES) memory, not O(H N length).
-  """
-  M, H, _ = tilde_MHP.shape
-  half = np.pi * np.arange(length // 2 + 1) / length
-  blocks = -(-len(half) // NODES)
-  # any number: cut off below
-  half = np.pad(half, (0, blocks * NODES - len(half)), constant_values=1.0)
-  sin, cos = (jnp.asarray(f(half).reshape(blocks, NODES), jnp.float32) for f in (np.sin, np.cos))
-  # C~ b and C~ p for each output, then p^* b and p^* p; their conjugates belong to the conjugate of
-  # Lambda.
-  products = [
-    *jnp.concatenate([tilde_MHP * b_HP[None], tilde_MHP * p_HP[None]]),
-    p_HP.conj() * b_HP,
-    p_HP.conj() * p_HP,
-  ]
-  v_HVP = jnp.stack(products, axis=1)
-  weights = (
-    jnp.concatenate([v_HVP.real, -v_HVP.imag], axis=2),
-    jnp.concatenate([v_HVP.real, v_HVP.imag], axis=2),
-  )
-  mu_HP, gain = 0.5 * dt_H[:, None] * a_HP, 0.5 * dt_H[:, None, None]
-
-  @jax.checkpoint
-  def at(nodes):
-    s_G, c_G = nodes
-    sums = _cauchy(weights, mu_HP, s_G, c_G)
-    cb, cp, pb, pp = sums[:, :M], sums[:, M : 2 * M], sums[:, -2:-1], sums[:, -1:]
-    g = gain * c_G[None, None]
-    return gain * (cb - cp * (g * pb) / (1.0 + g * pp)) * jax.lax.complex(c_G, s_G)[None, None]
-
-  k_f = jax.lax.map(at, (sin, cos))  # [blocks, H, M, NODES]
-  k_f = k_f.transpose(2, 1, 0, 3).reshape(M, H, -1)[..., : length // 2 + 1]
-  return jnp.fft.irfft(k_f, length, axis=-1)
-
-
 def _cauchy(weights, mu_HP, s_G, c_G):
   """sum_n v_n / (i s - c mu_n) + conj(v_n) / (i s - c conj(mu_n)): [H, V, G]."""
   c, s = c_G[None, None], s_G[None, None]
@@ -187,16 +155,9 @@ def _cauchy(weights, mu_HP, s_G, c_G):
   below, above = s - imag, s + imag  # of mu and of its conjugate
   size, size_conj = 1.0 / (real * real + below * below), 1.0 / (real * real + above * above)
   re, re_conj, im, im_conj = real * size, real * size_conj, -below * size, -above * size_conj
-  reals = jnp.einsum(
-    'hvn,hng->hvg',
-    weights[0],
-    jnp.concatenate([re + re_conj, im - im_conj], axis=1),
-    precision='highest',
-  )
-  imags = jnp.einsum(
-    'hvn,hng->hvg',
-    weights[1],
-    jnp.concatenate([im + im_conj, re - re_conj], axis=1),
-    precision='highest',
+  terms = (re + re_conj, im - im_conj), (im + im_conj, re - re_conj)
+  reals, imags = (
+    jnp.matmul(w, jnp.concatenate(term, axis=1), precision='highest')
+    for w, term in zip(weights, terms, strict=True)
   )
   return jax.lax.complex(reals, imags)

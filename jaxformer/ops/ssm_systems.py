@@ -103,21 +103,17 @@ class DiagonalSystem(System):
   b_HP: Complex[Array, 'H P']
   c_MHP: Complex[Array, 'M H P']
 
-  @property
-  def sizes(self):
-    M, H, P = self.c_MHP.shape
-    return M, H, 2 * P
-
   axes = (('inner', None), ('inner', None), (None, 'inner', None))
+
+  @property
+  def c_MHN(self):
+    return reading(self.c_MHP)
 
   def next(self, x_BHN, u_BH):
     return (
       _rotate(self._powers(jnp.ones(1))[:, 0][None], x_BHN)
       + as_real(self.b_HP)[None] * u_BH[..., None]
     )
-
-  def read(self, x_BHN):
-    return jnp.sum(x_BHN[:, None] * reading(self.c_MHP)[None], axis=-1)
 
   def transition(self, steps):
     a_H1P = self._powers(jnp.full(1, steps))
@@ -129,19 +125,11 @@ class DiagonalSystem(System):
     size, angle = jnp.exp(j * log_a.real), j * log_a.imag
     return jax.lax.complex(size * jnp.cos(angle), size * jnp.sin(angle))
 
-  def maps(self, length):
-    into = as_real(self.b_HP[:, None] * self._powers(jnp.arange(length)))
-    return into, reading(self.c_MHP[:, :, None] * self._powers(1 + jnp.arange(length))[None])
+  def inputs(self, length):
+    return as_real(self.b_HP[:, None] * self._powers(jnp.arange(length)))
 
-  def kernel(self, length):
-    """A product of Vandermonde matrices in two levels, k_{i W + j} = 2 Re sum_p (c Abar^{i W})_p (b
-    Abar^j)_p: O(N sqrt(T)) memory per channel, not O(N T)."""
-    W = min(length, max(16, 1 << math.ceil(math.log2(length) / 2)))
-    rows = -(-length // W)
-    fine_HWN = as_real(self.b_HP[:, None] * self._powers(jnp.arange(W)))
-    coarse_MHRN = reading(self.c_MHP[:, :, None] * self._powers(W * jnp.arange(rows))[None])
-    k = jnp.einsum('mhrn,hwn->mhrw', coarse_MHRN, fine_HWN, precision='highest')
-    return k.reshape(*k.shape[:2], rows * W)[..., :length]
+  def outputs(self, length, first, step):
+    return reading(self.c_MHP[:, :, None] * self._powers(first + step * jnp.arange(length))[None])
 
 
 def _rotate(a, x):
@@ -166,41 +154,26 @@ class DenseSystem(System):
   b_HN: Float[Array, 'H N']
   c_MHN: Float[Array, 'M H N']
 
-  @property
-  def sizes(self):
-    M, H, N = self.c_MHN.shape
-    return M, H, N
-
   axes = (('inner', None, None), ('inner', None), (None, 'inner', None))
 
   def next(self, x_BHN, u_BH):
     moved = jnp.einsum('hnk,bhk->bhn', self.d_HNN, x_BHN, precision='highest')
     return x_BHN + (moved + self.b_HN[None] * u_BH[..., None])
 
-  def read(self, x_BHN):
-    return jnp.sum(x_BHN[:, None] * self.c_MHN[None], axis=-1)
-
   def transition(self, steps):
     d = power_less_one(self.d_HNN, steps)
     return lambda x_HBN: x_HBN + jnp.einsum('hnk,hbk->hbn', d, x_HBN, precision='highest')
 
-  def maps(self, length):
-    M, H, N = self.sizes
-    into_HCN = krylov(self.d_HNN, self.b_HN[:, None], length, transposed=True)
-    first_HMN = jnp.swapaxes(self.c_MHN, 0, 1)
-    first_HMN = first_HMN + jnp.matmul(first_HMN, self.d_HNN, precision='highest')
-    out_HRN = krylov(self.d_HNN, first_HMN, length)
-    return into_HCN, out_HRN.reshape(H, length, M, N).transpose(2, 0, 1, 3)
+  def inputs(self, length):
+    return krylov(self.d_HNN, self.b_HN[:, None], length, transposed=True)
 
-  def kernel(self, length):
-    """In two levels: (c Abar^{i W}) (Abar^j b) for k_{i W + j}, never O(N T) memory per channel."""
+  def outputs(self, length, first, step):
     M, H, N = self.sizes
-    W = min(length, max(8, 1 << math.ceil(math.log2(length) / 2)))
-    rows = -(-length // W)
-    fine_HWN = krylov(self.d_HNN, self.b_HN[:, None], W, transposed=True)
-    coarse = krylov(power_less_one(self.d_HNN, W), jnp.swapaxes(self.c_MHN, 0, 1), rows)
-    k = jnp.einsum('hrmn,hwn->mhrw', coarse.reshape(H, rows, M, N), fine_HWN, precision='highest')
-    return k.reshape(M, H, rows * W)[..., :length]
+    first_HMN = jnp.swapaxes(self.c_MHN, 0, 1)
+    if first:
+      first_HMN = first_HMN + jnp.matmul(first_HMN, self.d_HNN, precision='highest')
+    d = self.d_HNN if step == 1 else power_less_one(self.d_HNN, step)
+    return krylov(d, first_HMN, length).reshape(H, length, M, N).transpose(2, 0, 1, 3)
 
 
 def power_less_one(d: Float[Array, 'H N N'], power: int) -> Float[Array, 'H N N']:
@@ -247,29 +220,20 @@ class ShiftSystem(System):
 
   c_MHN: Float[Array, 'M H N']
 
-  @property
-  def sizes(self):
-    M, H, N = self.c_MHN.shape
-    return M, H, N
-
   axes = ((None, 'inner', None),)
 
   def next(self, x_BHN, u_BH):
     return jnp.concatenate([u_BH[..., None], x_BHN[..., :-1]], axis=-1)
 
-  def read(self, x_BHN):
-    return jnp.sum(x_BHN[:, None] * self.c_MHN[None], axis=-1)
-
   def transition(self, steps):
     kept = max(self.sizes[2] - steps, 0)
     return lambda x_HBN: jnp.pad(x_HBN[..., :kept], ((0, 0), (0, 0), (self.sizes[2] - kept, 0)))
 
-  def maps(self, length):
+  def inputs(self, length):
     _, H, N = self.sizes
-    into = jnp.broadcast_to(jnp.eye(length, N)[None], (H, length, N))
-    c = jnp.pad(self.c_MHN, ((0, 0), (0, 0), (0, length)))
-    return into, jnp.stack([c[..., j + 1 : j + 1 + N] for j in range(length)], axis=2)
+    return jnp.broadcast_to(jnp.eye(length, N)[None], (H, length, N))
 
-  def kernel(self, length):
-    c = self.c_MHN[..., :length]
-    return jnp.pad(c, ((0, 0), (0, 0), (0, length - c.shape[-1])))
+  def outputs(self, length, first, step):
+    N, end = self.sizes[2], first + step * length
+    c = jnp.pad(self.c_MHN, ((0, 0), (0, 0), (0, end)))
+    return jnp.stack([c[..., j : j + N] for j in range(first, end, step)], axis=2)
