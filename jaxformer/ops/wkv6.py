@@ -62,7 +62,7 @@ def wkv6(
   """
   (B, T, H, K), V = r.shape, v.shape[-1]
   chosen = WKV6.choose(local_length(T))
-  inputs = r, k, v, log_decay, u_HK
+  inputs = r, k, v, jnp.broadcast_to(log_decay, r.shape), u_HK
   if chosen != 'pallas':
     inputs = tuple(x.astype(jnp.float32) for x in inputs)
   S = jnp.zeros((B, H, K, V), jnp.float32) if state is None else state.astype(jnp.float32)
@@ -80,7 +80,7 @@ def wkv6(
 
 def _summarize(r, k, v, log_decay, u_HK, starts_BT):
   """By what a part multiplies the rows of the state, and the state in which it ends from zeros."""
-  log = jnp.broadcast_to(log_decay.astype(jnp.float32), k.shape)
+  log = log_decay.astype(jnp.float32)
   survives_B, kept_BT = reset_masks(starts_BT)
   kept = jnp.where(kept_BT[..., None, None], k.astype(jnp.float32) * jnp.exp(sums_after(log)), 0.0)
   decay = jnp.where(survives_B[:, None, None], jnp.exp(jnp.sum(log, axis=1)), 0.0)
@@ -96,8 +96,7 @@ def wkv6_naive(S_BHKV, r, k, v, log_decay, u_HK, starts_BT, chunk=CHUNK):
     y_BHV = jnp.sum(r[..., None] * (S_BHKV + u_HK[None, :, :, None] * kv_BHKV), axis=-2)
     return decay[..., None] * S_BHKV + kv_BHKV, y_BHV
 
-  decay = jnp.broadcast_to(jnp.exp(log_decay), r.shape)
-  return scan_steps(step, S_BHKV, (r, k, v, decay), starts_BT)
+  return scan_steps(step, S_BHKV, (r, k, v, jnp.exp(log_decay)), starts_BT)
 
 
 # ---- chunks ------------------------------------------------------------------------------------
@@ -106,7 +105,7 @@ def wkv6_naive(S_BHKV, r, k, v, log_decay, u_HK, starts_BT, chunk=CHUNK):
 def _chunked(S, r, k, v, log_decay, u_HK, starts_BT, chunk=CHUNK):
   """Remaining tokens are padded to a power of 2: a token without key and without decay leaves the
   state as it is."""
-  inputs = r, k, v, starts_BT, jnp.broadcast_to(log_decay, r.shape)
+  inputs = r, k, v, starts_BT, log_decay
   y, S = scan_chunks(_chunk, S, inputs, chunk, lambda rest: 1 << (rest - 1).bit_length())
   return y + jnp.sum(r * u_HK[None, None] * k, axis=-1, keepdims=True) * v, S
 

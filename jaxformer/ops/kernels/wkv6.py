@@ -19,27 +19,23 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 
+from jaxformer.ops.kernels.blocks import blocks, call
 from jaxformer.ops.kernels.wkv6_chunk import (
   KernelPlan,
   chunk_gradients,
   decays,
   levels,
   load,
-  log_decays,
   next_state,
   pair_weights,
   store,
   sum_matrix,
   thrice,
-  time,
 )
 from jaxformer.sharding import platform
 
@@ -62,8 +58,8 @@ def _forward_kernel(plan: KernelPlan, *refs):
   matrix, u, level, diagonal = matrix_ref[...], u_ref[...], levels(plan), plan.diagonal()
 
   def body(c, S_YX):
-    r, k, v = load(plan, c, r_ref, k_ref, v_ref)
-    chunk = decays(plan, matrix, level, log_decays(plan, n, c, w_ref), segment_ref[c])
+    r, k, v, w = load(plan, c, r_ref, k_ref, v_ref, w_ref)
+    chunk = decays(plan, matrix, level, w, segment_ref[c])
     y = plan.unstack(plan.dot(pair_weights(plan, chunk, r, k), v, 'nn'), plan.V)
     y += plan.dot(r * chunk[1], S_YX, 'nt') + plan.dot(r * u * k, diagonal, 'nt') * v
     store(plan, c, y_ref, y)
@@ -83,19 +79,16 @@ def _backward_kernel(plan: KernelPlan, *refs):
   dy_ref, dlast_ref, dr_ref, dk_ref, dv_ref, dw_ref, du_ref, dfirst_ref = refs[9:17]
   dS_ref, states_ref = refs[17:]
   n = pl.program_id(2)
-  block = pl.num_programs(2) - 1 - n
 
   @pl.when(n == 0)
   def _():
     dS_ref[...] = plan.expand(dlast_ref[...])
     du_ref[...] = jnp.zeros_like(du_ref)
-    if plan.T is not None:
-      dw_ref[...] = jnp.zeros_like(dw_ref)
 
   matrix, level = matrix_ref[...], levels(plan)
 
   def chunk_of(c):
-    return decays(plan, matrix, level, log_decays(plan, block, c, w_ref), segment_ref[c])
+    return decays(plan, matrix, level, *load(plan, c, w_ref), segment_ref[c])
 
   def recompute(c, S_YX):
     states_ref[c] = S_YX
@@ -111,15 +104,9 @@ def _backward_kernel(plan: KernelPlan, *refs):
     dr, dk, dv, dw, du, dS = chunk_gradients(
       plan, chunk_of(c), transposed_ref[...], u_ref[...], r, k, v, states_ref[c], dy, dS
     )
-    for ref, x in ((dr_ref, dr), (dk_ref, dk), (dv_ref, dv)):
+    for ref, x in ((dr_ref, dr), (dk_ref, dk), (dv_ref, dv), (dw_ref, dw)):
       store(plan, c, ref, x)
     du_ref[...] += du
-    if plan.T is None:
-      store(plan, c, dw_ref, dw)
-    else:
-      dw_ref[...] += jnp.sum(
-        jnp.where(time(plan, block, c, dw.shape) < plan.T, dw, 0.0), axis=0, keepdims=True
-      )
     return dS
 
   dS_ref[...] = jax.lax.fori_loop(0, plan.span, body, dS_ref[...])
@@ -132,136 +119,65 @@ def _backward_kernel(plan: KernelPlan, *refs):
 # ---- calls -------------------------------------------------------------------------------------
 
 
-def _specs(plan: KernelPlan, backwards: int = 0):
-  """The block of each kind of argument at step (b, h, n) of the grid; with `backwards` blocks of
-  tokens, from the last to the first."""
-  tokens, X, Y = plan.chunk * plan.span, plan.heads * plan.K, plan.heads * plan.V
-
-  def spec(index: str, *shape):
-    """`index`: for each dimension of the array b, h, n or 0."""
-
-    def at(b, h, n):
-      n = backwards - 1 - n if backwards and 'n' in index else n
-      return tuple({'b': b, 'h': h, 'n': n, '0': 0}[i] for i in index)
-
-    return pl.BlockSpec(shape, at)
-
-  per_token = spec('bnh', None, tokens, X)
-  return {
-    'X': per_token,
-    'Y': spec('bnh', None, tokens, Y),
-    'w': per_token if plan.T is None else spec('00h', None, 1, X),
-    'dw': per_token if plan.T is None else spec('b0h', None, 1, X),
-    'u': spec('h00', None, 1, X),
-    'du': spec('bh00', None, None, 1, X),
-    'segment': spec('bn00', None, plan.span, 1, plan.chunk),
-    'state': spec('bh00', None, None, plan.V, X),
-    'saved': spec('bhn00', None, None, None, plan.V, X),
-  }
-
-
-def _constant(matrix: np.ndarray) -> pl.BlockSpec:
-  return pl.BlockSpec((matrix.shape[0], 3 * matrix.shape[1]), lambda b, h, n: (0, 0))
-
-
-def _call(
-  plan: KernelPlan,
-  kernel,
-  name: str,
-  grid: tuple[int, int, int],
-  in_specs,
-  out,
-  scratch: int,
-  pair_products: int,
-):
-  """`pl.pallas_call` with the options that both directions share. `out`: (spec, shape, dtype) of
-  each result."""
+def _call(plan: KernelPlan, backward: bool, inputs, outputs):
+  """Run a kernel on `inputs`, (name of blocks, array) of which the first is r, behind the matrices
+  that sum the decays. `outputs`: (name of blocks, dtype)."""
   X, Y, C = plan.heads * plan.K, plan.heads * plan.V, plan.chunk
-  tokens = math.prod(grid) * plan.span * C
-  depth = int(math.log2(C))
-  products = (
-    plan.heads * C * (depth * X + Y) * pair_products
-    + (depth + 1) * C * X
-    + 4 * pair_products * X * Y
-  )
-  scratches: list[Any] = [
-    pltpu.VMEM((Y, X), jnp.float32),
-    pltpu.VMEM((plan.span, Y, X), jnp.float32),
-  ]
-  return pl.pallas_call(
-    functools.partial(kernel, plan),
-    name=name,
-    grid=grid,
-    in_specs=in_specs,
-    out_specs=[o[0] for o in out],
-    out_shape=[jax.ShapeDtypeStruct(o[1], o[2]) for o in out],
-    scratch_shapes=scratches[:scratch],
+  (batch, T, width), tokens, depth = inputs[0][1].shape, C * plan.span, int(math.log2(C))
+  grid = {'b': batch, 'h': width // X, 'n': T // tokens}
+  block = blocks(grid, backwards='n' if backward else None)
+  named = {
+    'X': block('bnh', None, tokens, X),
+    'Y': block('bnh', None, tokens, Y),
+    'u': block('h00', None, 1, X),
+    'du': block('bh00', None, None, 1, X),
+    'segment': block('bn00', None, plan.span, 1, C),
+    'state': block('bh00', None, None, plan.V, X),
+    'saved': block('bhn00', None, None, None, plan.V, X),
+  }
+  matrices = [thrice(m) for m in (sum_matrix(C), sum_matrix(C).T)[: 1 + backward]]
+  # matrix products of every pair of tokens, three times as many in the backward pass
+  products = (1 + 2 * backward) * (plan.heads * C * (depth * X + Y) + 4 * X * Y)
+  return call(
+    functools.partial(_backward_kernel if backward else _forward_kernel, plan),
+    'wkv6_backward' if backward else 'wkv6_forward',
+    grid,
+    [*((block('00', *m.shape), m) for m in matrices), *((named[n], x) for n, x in inputs)],
+    [(named[n], dtype) for n, dtype in outputs],
+    [(Y, X), (plan.span, Y, X)][: 1 + backward],
+    parallel=2,
+    flops=2 * math.prod(grid.values()) * tokens * (products + (depth + 1) * C * X),
+    transcendentals=math.prod(grid.values()) * tokens * (depth + 1) * X,
     interpret=plan.interpret,
-    cost_estimate=pl.CostEstimate(
-      flops=2 * tokens * products,
-      transcendentals=tokens * (depth + 1) * X,
-      bytes_accessed=tokens * pair_products * (4 * X + 6 * (X + Y)),
-    ),
-    compiler_params=pltpu.CompilerParams(dimension_semantics=('parallel', 'parallel', 'arbitrary')),
   )
 
 
-def _forward(plan: KernelPlan, save: bool, r_BTX, k_BTX, v_BTY, w_BTX, u_X, first, segment):
-  B, T = r_BTX.shape[:2]
-  blocks = first.shape[1]
-  grid = (B, blocks, T // (plan.chunk * plan.span))
-  s, matrix = _specs(plan), sum_matrix(plan.chunk)
-  out = [(s['Y'], v_BTY.shape, v_BTY.dtype), (s['state'], first.shape, jnp.float32)]
-  if save:
-    out.append((s['saved'], (*first.shape[:2], grid[2], *first.shape[2:]), jnp.float32))
-  arguments = [s[kind] for kind in ('X', 'X', 'Y', 'w', 'u', 'segment', 'state')]
-  call = _call(
-    plan, _forward_kernel, 'wkv6_forward', grid, [_constant(matrix), *arguments], out, 1, 1
-  )
-  return call(thrice(matrix), r_BTX, k_BTX, v_BTY, w_BTX, u_X, segment, first)
+_INPUTS = ('X', 'X', 'Y', 'X', 'u', 'segment')  # the blocks of r, k, v, w, u, segment
+
+
+def _forward(plan: KernelPlan, save: bool, *arguments):
+  inputs = list(zip((*_INPUTS, 'state'), arguments, strict=True))
+  outputs = [('Y', arguments[2].dtype), ('state', jnp.float32), ('saved', jnp.float32)]
+  return _call(plan, False, inputs, outputs[: 2 + save])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _wkv6(plan: KernelPlan, *arguments):
+  """y and the last state, for arguments (r, k, v, w, u, segment, first state)."""
   return tuple(_forward(plan, False, *arguments))
 
 
 def _wkv6_fwd(plan: KernelPlan, *arguments):
   y, last, saved = _forward(plan, True, *arguments)
-  return (y, last), (arguments, saved)
+  return (y, last), (*arguments[:-1], saved)
 
 
 def _wkv6_bwd(plan: KernelPlan, residuals, gradients):
-  (r, k, v, w, u, first, segment), saved = residuals
-  dy, dlast = gradients
-  grid = (r.shape[0], first.shape[1], saved.shape[2])
-  s, matrix = _specs(plan, grid[2]), sum_matrix(plan.chunk)
-  out = [(s[kind], x.shape, x.dtype) for kind, x in (('X', r), ('X', k), ('Y', v))]
-  out += [(s['dw'], (r.shape[0], *w.shape[1:]), jnp.float32)]
-  out += [(s['du'], (r.shape[0], *u.shape), jnp.float32), (s['state'], first.shape, jnp.float32)]
-  arguments = [s[kind] for kind in ('X', 'X', 'Y', 'w', 'u', 'segment', 'saved', 'Y', 'state')]
-  call = _call(
-    plan,
-    _backward_kernel,
-    'wkv6_backward',
-    grid,
-    [_constant(matrix), _constant(matrix.T), *arguments],
-    out,
-    2,
-    3,
-  )
-  dr, dk, dv, dw, du, dfirst = call(
-    thrice(matrix), thrice(matrix.T), r, k, v, w, u, segment, saved, dy, dlast
-  )
-  return (
-    dr,
-    dk,
-    dv,
-    dw if plan.T is None else jnp.sum(dw, axis=0, keepdims=True),
-    jnp.sum(du, axis=0),
-    dfirst,
-    None,
-  )
+  names, arrays = (*_INPUTS, 'saved', 'Y', 'state'), (*residuals, *gradients)
+  outputs = [(name, x.dtype) for name, x in zip(_INPUTS[:3], residuals[:3], strict=True)]
+  outputs += [('X', jnp.float32), ('du', jnp.float32), ('state', jnp.float32)]
+  *dtokens, du, dfirst = _call(plan, True, list(zip(names, arrays, strict=True)), outputs)
+  return *dtokens, jnp.sum(du, axis=0), None, dfirst
 
 
 _wkv6.defvjp(_wkv6_fwd, _wkv6_bwd)
@@ -297,8 +213,7 @@ def wkv6_pallas(
   operands are rounded to bf16, as r, k and v were, and their sums stay fp32.
 
   Args:
-    log_decay_BTHK: at most 0 and as low as -inf; of size 1 in B and T where all are the same
-      (RWKV-5).
+    log_decay_BTHK: at most 0 and as low as -inf.
     state_BHKV: the state before the first token.
     interpret: run on any device, slowly; None: everywhere but on a TPU.
     chunk: tokens whose pairs become products of matrices, a power of 2 from 8; fewer where T is
@@ -309,33 +224,28 @@ def wkv6_pallas(
   chunk = min(chunk, max(16, 2 ** math.ceil(math.log2(T))))
   X, Y = _lanes(K), _lanes(V)
   heads = min(H, max(1, _LANES // min(X, Y)))
-  static = log_decay_BTHK.shape[:2] == (1, 1)
   plan = KernelPlan(
     heads,
     X,
     Y,
     chunk,
     min(span, -(-T // chunk)),
-    T if static else None,
     dtype != jnp.bfloat16,
     platform() != 'tpu' if interpret is None else interpret,
   )
-  blocks = -(-H // heads)
-  all_T, all_H = -(-T // (chunk * plan.span)) * chunk * plan.span, blocks * heads
+  H_blocks = -(-H // heads)
+  all_T, all_H = -(-T // (chunk * plan.span)) * chunk * plan.span, H_blocks * heads
 
-  def flat(x, size, times=all_T, dtype=dtype):
-    return _pad(x.astype(dtype), x.shape[0], times, all_H, size).reshape(
-      x.shape[0], times, all_H * size
-    )
+  def flat(x, size, dtype=dtype):
+    return _pad(x.astype(dtype), B, all_T, all_H, size).reshape(B, all_T, all_H * size)
 
-  w = log_decay_BTHK if static else jnp.broadcast_to(log_decay_BTHK, (B, T, H, K))
-  w = flat(w, X, 1 if static else all_T, jnp.float32)
-  u = _pad(u_HK.astype(jnp.float32), all_H, X).reshape(blocks, 1, heads * X)
-  first = _pad(state_BHKV.astype(jnp.float32), B, all_H, X, Y).reshape(B, blocks, heads, X, Y)
-  first = first.transpose(0, 1, 4, 2, 3).reshape(B, blocks, Y, heads * X)
+  w = flat(log_decay_BTHK, X, jnp.float32)
+  u = _pad(u_HK.astype(jnp.float32), all_H, X).reshape(H_blocks, 1, heads * X)
+  first = _pad(state_BHKV.astype(jnp.float32), B, all_H, X, Y).reshape(B, H_blocks, heads, X, Y)
+  first = first.transpose(0, 1, 4, 2, 3).reshape(B, H_blocks, Y, heads * X)
   segment = jnp.cumsum(
     _pad(starts_BT.astype(jnp.float32), B, all_T).reshape(B, -1, 1, chunk), axis=-1
   )
-  y, last = _wkv6(plan, flat(r_BTHK, X), flat(k_BTHK, X), flat(v_BTHV, Y), w, u, first, segment)
-  last = last.reshape(B, blocks, Y, heads, X).transpose(0, 1, 3, 4, 2).reshape(B, all_H, X, Y)
+  y, last = _wkv6(plan, flat(r_BTHK, X), flat(k_BTHK, X), flat(v_BTHV, Y), w, u, segment, first)
+  last = last.reshape(B, H_blocks, Y, heads, X).transpose(0, 1, 3, 4, 2).reshape(B, all_H, X, Y)
   return y.reshape(B, all_T, all_H, Y)[:, :T, :H, :V].astype(v_BTHV.dtype), last[:, :H, :K, :V]

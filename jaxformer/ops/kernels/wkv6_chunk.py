@@ -33,7 +33,6 @@ class KernelPlan(NamedTuple):
   V: int
   chunk: int  # tokens whose pairs become products of matrices
   span: int  # chunks of a block; the state is saved once a block
-  T: int | None  # tokens before padding, where all have the same decay; None where each has its own
   exact: bool  # products in fp32, not with operands rounded to bf16
   interpret: bool
 
@@ -135,7 +134,7 @@ def decays(plan: KernelPlan, matrix, level, w, segment):
     total: [1, X], over the chunk; 0 where a document started.
     level: [heads C, C], of each pair in one document, else -1.
   """
-  C = plan.chunk
+  C, w = plan.chunk, jnp.maximum(w, _UNDERFLOW)
   decays = jnp.exp(_sums(matrix, w))
   *pairs, before, after = (decays[at : at + C] for at in range(0, decays.shape[0], C))
   i, j = (jax.lax.broadcasted_iota(jnp.int32, (C, C), axis) for axis in (0, 1))
@@ -169,21 +168,6 @@ def pair_weights(plan: KernelPlan, chunk, r, k):
 def load(plan: KernelPlan, c, *refs):
   at = pl.ds(pl.multiple_of(c * plan.chunk, plan.chunk), plan.chunk)
   return tuple(ref[at, :].astype(jnp.float32) for ref in refs)
-
-
-def time(plan: KernelPlan, block, c, shape: tuple[int, int]):
-  return jax.lax.broadcasted_iota(jnp.int32, shape, 0) + (block * plan.span + c) * plan.chunk
-
-
-def log_decays(plan: KernelPlan, block, c, ref):
-  """[C, X] of chunk c of a block."""
-  if plan.T is None:
-    return jnp.maximum(*load(plan, c, ref), _UNDERFLOW)
-  return jnp.where(
-    time(plan, block, c, (plan.chunk, ref.shape[1])) < plan.T,
-    jnp.maximum(ref[...], _UNDERFLOW),
-    0.0,
-  )
 
 
 def store(plan: KernelPlan, c, ref, x):
