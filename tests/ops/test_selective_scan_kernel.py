@@ -53,7 +53,7 @@ def state_first(f, **options):
   return lambda *a: f(a[6], *a[:6], a[7], **options)
 
 
-interpreted = state_first(selective_scan_pallas, interpret=True)
+interpreted = state_first(selective_scan_pallas)
 naive = state_first(selective_scan_naive)
 
 

@@ -95,7 +95,7 @@ def assert_near(got, want, tolerance):
 )
 def test_kernel_is_the_recurrence(shape, strong, chunk, span):
   case = inputs(*shape, strong=strong)
-  got = everything(lambda *a: kernel(*a, interpret=True, chunk=chunk, span=span), *case)
+  got = everything(lambda *a: kernel(*a, chunk=chunk, span=span), *case)
   assert_near(got, everything(recurrence, *case), (1e-5, 1e-4))
 
 
@@ -114,9 +114,7 @@ def test_kernel_starts_from_zeros_and_continues():
   """Two calls, the first without a state, the second from the state of the first, as one from
   zeros."""
   (*tokens, u, state), starts, _ = inputs(1, 40, 2, 16, 16)
-  run = jax.jit(
-    lambda tokens, state, starts: kernel(*tokens, u, state, starts, interpret=True, chunk=8)
-  )
+  run = jax.jit(lambda tokens, state, starts: kernel(*tokens, u, state, starts, chunk=8))
   first, middle = run([x[:, :20] for x in tokens], None, starts[:, :20])
   second, last = run([x[:, 20:] for x in tokens], middle, starts[:, 20:])
   want, want_last = jax.jit(recurrence)(*tokens, u, jnp.zeros_like(state), starts)
@@ -130,7 +128,7 @@ def test_documents_do_not_see_each_other():
   """Changing the first document and the state before it leaves the second as it was, to the bit."""
   (*tokens, u, state), _, _ = inputs(1, 40, 2, 16, 16)
   starts = jnp.zeros((1, 40), bool).at[:, 21].set(True)
-  run = jax.jit(lambda tokens, state: kernel(*tokens, u, state, starts, interpret=True, chunk=16))
+  run = jax.jit(lambda tokens, state: kernel(*tokens, u, state, starts, chunk=16))
   y, last = run(tokens, state)
   changed, changed_last = run([x.at[:, :21].multiply(2.0) for x in tokens], -state)
   assert (y[:, 21:] == changed[:, 21:]).all()
@@ -142,7 +140,7 @@ def test_bf16_is_near():
   """Rounded operands, summed in fp32: a few roundings of bf16 (0.4 %) of the largest number."""
   arguments, starts, cotangents = inputs(2, 20, 2, 16, 16)
   rounded = (*(x.astype(jnp.bfloat16) for x in arguments[:3]), *arguments[3:])
-  got = everything(lambda *a: kernel(*a, interpret=True, chunk=8), rounded, starts, cotangents)
+  got = everything(lambda *a: kernel(*a, chunk=8), rounded, starts, cotangents)
   assert got['y'].dtype == got['dr'].dtype == jnp.bfloat16
   assert got['state'].dtype == got['dlog_decay'].dtype == jnp.float32
   same = (*(x.astype(jnp.float32) for x in rounded[:3]), *arguments[3:])

@@ -15,11 +15,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from jaxformer.ops.chunks import to_chunks
+from jaxformer.ops.kernels.blocks import blocks, call
 from jaxformer.sharding import platform
 
 _LANES, _ROWS = 128, 8  # of a vector register in fp32
-# The largest state of a block: eight registers and four, beside as many of A, of decays and of
-# inputs.
+# The largest state of a block in each direction: eight registers and four, beside as many of A, of
+# decays and of inputs.
 _FORWARD, _BACKWARD = 8192, 4096
 _LOG2E = math.log2(math.e)
 
@@ -32,22 +33,10 @@ def _up(a: int, b: int) -> int:
   return _cdiv(a, b) * b
 
 
-def _channels(D: int, N: int, numbers: int) -> int:
-  """Channels of a block: a state of at most `numbers`, complete lanes, blocks of nearly equal
-  width."""
-  most = max(numbers // N // _LANES, 1) * _LANES
+def _channels(D: int, N: int) -> int:
+  """Channels of a block of the backward kernel: complete lanes, blocks of nearly equal width."""
+  most = max(_BACKWARD // N // _LANES, 1) * _LANES
   return _up(_cdiv(D, _cdiv(D, most)), _LANES)
-
-
-def _read(ref, lanes, rows=None):
-  """A block in fp32 with zeros where it reaches beyond the array: only `lanes` and `rows` of it are
-  inside, None for all."""
-  x = ref[...].astype(jnp.float32)
-  if lanes is not None:
-    x = jnp.where(jax.lax.broadcasted_iota(jnp.int32, x.shape, 1) < lanes, x, 0.0)
-  if rows is not None:
-    x = jnp.where(jax.lax.broadcasted_iota(jnp.int32, x.shape, 0) < rows, x, 0.0)
-  return x
 
 
 def _store(ref, x):
@@ -111,17 +100,13 @@ def _row_sums(parts):
   return parts[0]
 
 
-def _left(size: int, block: int, index):
-  """How much of an axis is left from a block on, None where blocks divide it."""
-  return None if size % block == 0 else size - index * block
-
-
-def _forward_kernel(keep, u, dt, A, B, C, D, h0, y, *rest, size, interpret):
-  """One chunk of time of one block of channels; see `_forward`. Refs [T, K] with K channels, [N, T]
-  and [N, K]."""
-  *borders, hT, dt_s, x_s, y_s, B_s, C_s, h_s = rest
+def _forward_kernel(keep, u, dt, A, B, C, D, h0, y, hT, *rest, interpret):
+  """One chunk of time of one block of channels. Refs [T, K] with K channels, [N, T] and [N, K]. The
+  channels are innermost in the grid, so that the maps of a chunk are spread over the lanes once;
+  the states of all channels stay in VMEM over time. `borders`: the output for the state before the
+  chunk, where that is saved."""
+  *borders, dt_s, x_s, y_s, B_s, C_s, h_s = rest
   t, d, (T, K), N = pl.program_id(1), pl.program_id(2), u.shape, A.shape[0]
-  lanes, rows = _left(size[1], K, d), _left(size[0], T, t)
 
   @pl.when(t == 0)
   def _():
@@ -134,7 +119,7 @@ def _forward_kernel(keep, u, dt, A, B, C, D, h0, y, *rest, size, interpret):
 
   for border in borders:
     border[...] = h_s[d]
-  u_TK, dt_TK = _read(u, lanes, rows), _read(dt, lanes, rows)
+  u_TK, dt_TK = (x[...].astype(jnp.float32) for x in (u, dt))
   _store(dt_s, dt_TK)
   _store(x_s, dt_TK * u_TK)
   A_NK = A[...] * _LOG2E
@@ -162,18 +147,17 @@ def _forward_kernel(keep, u, dt, A, B, C, D, h0, y, *rest, size, interpret):
     hT[...] = h_s[d]
 
 
-def _backward_kernel(*refs, size, interpret):
+def _backward_kernel(*refs, interpret):
   """One chunk, the last first: its states are recomputed from the border, then the adjoint state
-  goes backwards; see `_backward`."""
+  goes backwards. dB and dC accumulate over the channels and dA and dD over time in VMEM."""
   keep, u, dt, A, B, C, D, border, dy, dhT = refs[:10]
   du, ddt, dA, dB, dC, dD, dh0 = refs[10:17]
   dt_s, x_s, dy_s, s_s, q_s, B_s, C_s, dB_s, dC_s, h_s, decay_s, g_s, dA_s, dD_s = refs[17:]
   t, d, (T, K), N = pl.program_id(1), pl.program_id(2), u.shape, A.shape[0]
-  lanes, rows = _left(size[1], K, d), _left(size[0], T, pl.num_programs(1) - 1 - t)
 
   @pl.when(t == 0)
   def _():
-    g_s[d] = _read(dhT, lanes)
+    g_s[d] = dhT[...]
     dA_s[d] = jnp.zeros_like(A)
     dD_s[d] = jnp.zeros_like(D)
 
@@ -184,11 +168,11 @@ def _backward_kernel(*refs, size, interpret):
     dB_s[...] = jnp.zeros_like(dB_s)
     dC_s[...] = jnp.zeros_like(dC_s)
 
-  u_TK, dt_TK, dy_TK = (_read(x, lanes, rows) for x in (u, dt, dy))
+  u_TK, dt_TK, dy_TK = (x[...].astype(jnp.float32) for x in (u, dt, dy))
   _store(dt_s, dt_TK)
   _store(x_s, dt_TK * u_TK)
   _store(dy_s, dy_TK)
-  A_NK = _read(A, lanes)
+  A_NK = A[...]
   log2_NK = A_NK * _LOG2E
 
   def recompute(i, h):
@@ -199,7 +183,7 @@ def _backward_kernel(*refs, size, interpret):
       h = decay * h + _wide(B_s[at + r], K) * _spread(x_s, at + r, N, interpret)
     return h
 
-  h = jax.lax.fori_loop(0, T // _ROWS, recompute, _read(border, lanes))
+  h = jax.lax.fori_loop(0, T // _ROWS, recompute, border[...])
 
   def group(i, carry):
     g, h, dA_NK = carry
@@ -237,170 +221,107 @@ def _chunk(T: int, D: int, N: int) -> int:
   """Positions of a chunk: the lanes of one register, fewer for a short sequence (16 rows are a
   whole tile of bfloat16) and for a state so wide that the backward kernel would need more than 13
   of the 16 MiB of VMEM that a program has by default."""
-  K = _channels(D, N, _BACKWARD)
+  K = _channels(D, N)
   # spread maps and their gradients; states and decays; rows
   position = 4 * N * _LANES + 2 * N * K + 15 * K
   fits = (13 * 2**18 - N * (2 * D + 12 * K)) // position // 16 * 16
   return min(_up(T, 16), max(fits, 16), _LANES)
 
 
-def _specs(N: int, chunk: int, K: int, chunks: int, blocks: int, reverse: bool):
-  """The blocks of one program of the grid (batch, time, channels). 'first' and 'last' are fetched,
-  or written, only in the first or last round over the channels."""
+_INPUTS = ('keep', 'TD', 'TD', 'ND', 'NT', 'NT', 'D')  # the blocks of keep, u, dt, A, B, C, D
 
-  def spec(index: str, *shape, **options):
-    """`index`: for each dimension of the array b, t, d or 0."""
 
-    def at(b, t, d):
-      where = {'b': b, 't': chunks - 1 - t if reverse else t, 'd': d, '0': 0}
-      return tuple(where[i] for i in index)
+def _call(backward: bool, interpret: bool, inputs, outputs):
+  """Run a kernel on `inputs`, (name of blocks, array), of which the first four are keep, u, dt and
+  A. `outputs`: (name of blocks, dtype)."""
+  keep, u, _, A = (x for _, x in inputs[:4])
+  (batch, T, D), N, chunk = u.shape, A.shape[0], keep.shape[3] - 1
+  K = _channels(D, N)
+  if not backward and D % (2 * K) == 0 and 2 * K * N <= _FORWARD:
+    K *= 2
+  grid = {'b': batch, 't': T // chunk, 'd': D // K}
+  block = blocks(grid, backwards='t' if backward else None)
 
-    return pl.BlockSpec(shape, at, **options)
+  def once(rows: int, round_: int, rest: int):
+    """Fetched, or written, only in one round over the channels."""
+    at = lambda b, t, d: (b, 0, jnp.where(t == round_, d, rest))  # noqa: E731
+    return (batch, rows, D), pl.BlockSpec((None, rows, K), at)
 
-  def once(rows, round_, rest):
-    return pl.BlockSpec((None, rows, K), lambda b, t, d: (b, 0, jnp.where(t == round_, d, rest)))
-
-  return {
-    'keep': spec('bt00', None, None, 1, chunk + 1, memory_space=pltpu.SMEM),
-    'TD': spec('btd', None, chunk, K),
-    'NT': spec('bt00', None, None, N, _LANES),
-    'ND': spec('0d', N, K),
-    'D': spec('0d', 1, K),
-    'borders': spec('bt0d', None, None, N, K),
-    'first': once(N, 0, blocks - 1),
-    'last': once(N, chunks - 1, 0),
-    'last D': once(1, chunks - 1, 0),
+  named = {
+    'keep': block('bt00', None, None, 1, chunk + 1, memory_space=pltpu.SMEM),
+    'TD': block('btd', None, chunk, K),
+    'NT': block('bt00', None, None, N, _LANES),
+    'ND': block('0d', N, K),
+    'D': block('0d', 1, K),
+    'borders': block('bt0d', None, None, N, K),
+    'first': once(N, 0, grid['d'] - 1),
+    'last': once(N, grid['t'] - 1, 0),
+    'last D': once(1, grid['t'] - 1, 0),
   }
-
-
-def _shape(*shape: int, dtype=jnp.float32) -> jax.ShapeDtypeStruct:
-  return jax.ShapeDtypeStruct(shape, dtype)
-
-
-def _call(kernel, name, arrays, kinds, out, scratch, numbers, flops, interpret, reverse=False):
-  """`pl.pallas_call` with the options that both directions share.
-
-  Args:
-    arrays, kinds: the inputs, (keep, u, dt, A, B, C, D, ...), and the spec of each.
-    out: (spec, shape) of each output.
-    scratch: from chunk, channels of a block and number of blocks the shapes in VMEM.
-    numbers: the largest state of a block.
-    flops: per number of the state of every step.
-  """
-  keep, u, _, A = arrays[:4]
-  (batch, T, D), N = u.shape, A.shape[0]
-  chunks, chunk, K = keep.shape[1], keep.shape[3] - 1, _channels(D, N, numbers)
-  blocks = _cdiv(D, K)
-  specs = _specs(N, chunk, K, chunks, blocks, reverse)
-  shapes = [x for _, x in out]
-  moved = [a for i, a in enumerate(arrays) if i not in (0, 3, 6)] + shapes
-  return pl.pallas_call(
-    functools.partial(kernel, size=(T, D), interpret=interpret),
-    grid=(batch, chunks, blocks),
-    in_specs=[specs[kind] for kind in kinds],
-    out_specs=[specs[kind] for kind, _ in out],
-    out_shape=shapes,
-    scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in scratch(chunk, K, blocks)],
-    compiler_params=pltpu.CompilerParams(
-      dimension_semantics=('parallel', 'arbitrary', 'arbitrary')
-    ),
-    cost_estimate=pl.CostEstimate(
-      flops=flops * u.size * N,
-      transcendentals=u.size * N,
-      bytes_accessed=sum(math.prod(x.shape) * x.dtype.itemsize for x in moved),
-    ),
+  rows, spread, states = (K // _LANES, chunk, _LANES), (chunk, N, _LANES), (grid['d'], N, K)
+  scratch = [rows] * 2 + [(chunk, K)] + [spread] * 2 + [states]
+  if backward:
+    scratch = [rows] * 3 + [(chunk, K)] * 2 + [spread] * 4 + [(chunk, N, K)] * 2
+    scratch += [states] * 2 + [(grid['d'], 1, K)]
+  return call(
+    functools.partial(_backward_kernel if backward else _forward_kernel, interpret=interpret),
+    'selective_scan_backward' if backward else 'selective_scan',
+    grid,
+    [(named[name], x) for name, x in inputs],
+    [(named[name], dtype) for name, dtype in outputs],
+    scratch,
+    parallel=1,
+    flops=(24 if backward else 8) * u.size * N,
+    transcendentals=u.size * N,
     interpret=interpret,
-    name=name,
-  )(*arrays)
-
-
-_INPUTS = ('keep', 'TD', 'TD', 'ND', 'NT', 'NT', 'D')
-
-
-def _forward(interpret: bool, save: bool, keep, *arrays):
-  """(y, [the states before each chunk: B chunks N D,] the last state). The grid's channels are
-  innermost, so that the maps of a chunk are spread over the lanes once; the states of all channels
-  stay in VMEM over time."""
-  u, N, h = arrays[0], arrays[2].shape[0], arrays[-1]
-  out = [('TD', _shape(*u.shape, dtype=u.dtype)), ('last', _shape(*h.shape))]
-  if save:
-    out.insert(1, ('borders', _shape(u.shape[0], keep.shape[1], N, u.shape[2])))
-
-  def scratch(chunk, K, blocks):
-    spread = (chunk, N, _LANES)
-    return *((K // _LANES, chunk, _LANES),) * 2, (chunk, K), spread, spread, (blocks, N, K)
-
-  kinds = (*_INPUTS, 'first')
-  return _call(
-    _forward_kernel, 'selective_scan', (keep, *arrays), kinds, out, scratch, _FORWARD, 8, interpret
   )
 
 
-def _backward(interpret: bool, *arrays):
-  """(du, ddt, dA, dB, dC, dD, dh), time from its end. dB and dC accumulate over the channels and dA
-  and dD over time in VMEM; over the batch, whose programs may run on two cores, they are summed
-  here."""
-  _, u, dt, A, B, C, _, _, _, dh = arrays
-  (Bt, _, D), N = u.shape, A.shape[0]
-  out = [
-    ('TD', _shape(*u.shape, dtype=u.dtype)),
-    ('TD', _shape(*dt.shape, dtype=dt.dtype)),
-    ('last', _shape(Bt, N, D)),
-    ('NT', _shape(*B.shape)),
-    ('NT', _shape(*C.shape)),
-    ('last D', _shape(Bt, 1, D)),
-    ('last', _shape(*dh.shape)),
-  ]
-
-  def scratch(chunk, K, blocks):
-    return (
-      *((K // _LANES, chunk, _LANES),) * 3,
-      *((chunk, K),) * 2,
-      *((chunk, N, _LANES),) * 4,
-      *((chunk, N, K),) * 2,
-      *((blocks, N, K),) * 2,
-      (blocks, 1, K),
-    )
-
-  kinds, name = (*_INPUTS, 'borders', 'TD', 'first'), 'selective_scan_backward'
-  du, ddt, dA, dB, dC, dD, dh = _call(
-    _backward_kernel, name, arrays, kinds, out, scratch, _BACKWARD, 24, interpret, reverse=True
-  )
-  return du, ddt, dA.sum(0), dB, dC, dD.sum(0), dh
+def _forward(interpret: bool, save: bool, *arrays):
+  inputs = list(zip((*_INPUTS, 'first'), arrays, strict=True))
+  outputs = [('TD', arrays[1].dtype), ('last', jnp.float32), ('borders', jnp.float32)]
+  return _call(False, interpret, inputs, outputs[: 2 + save])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _scan(interpret: bool, keep, *arrays):
-  """y and the last state, for arrays (u, dt, A, B, C, D, h)."""
-  return tuple(_forward(interpret, False, keep, *arrays))
+def _scan(interpret: bool, *arrays):
+  """y and the last state, for arrays (keep, u, dt, A, B, C, D, h)."""
+  return tuple(_forward(interpret, False, *arrays))
 
 
-def _scan_forward(interpret: bool, keep, *arrays):
-  y, borders, h = _forward(interpret, True, keep, *arrays)
-  return (y, h), (keep, *arrays[:-1], borders)
+def _scan_forward(interpret: bool, *arrays):
+  y, h, borders = _forward(interpret, True, *arrays)
+  return (y, h), (*arrays[:-1], borders)
 
 
 def _scan_backward(interpret: bool, saved, cotangents):
-  return None, *_backward(interpret, *saved, *cotangents)
+  """The batch, over which the gradients of A and D are summed here, may run on two cores."""
+  names, arrays = (*_INPUTS, 'borders', 'TD', 'first'), (*saved, *cotangents)
+  outputs = [('TD', saved[1].dtype), ('TD', saved[2].dtype)]
+  outputs += [(name, jnp.float32) for name in ('last', 'NT', 'NT', 'last D', 'last')]
+  inputs = list(zip(names, arrays, strict=True))
+  du, ddt, dA, dB, dC, dD, dh = _call(True, interpret, inputs, outputs)
+  return None, du, ddt, dA.sum(0), dB, dC, dD.sum(0), dh
 
 
 _scan.defvjp(_scan_forward, _scan_backward)
 
 
-def selective_scan_pallas(
-  h_BDN, u_BTD, dt_BTD, A_DN, B_BTN, C_BTN, D_D, starts_BT, interpret: bool | None = None
-):
+def selective_scan_pallas(h_BDN, u_BTD, dt_BTD, A_DN, B_BTN, C_BTN, D_D, starts_BT):
   """h_t = exp(dt_t A) (0 where a document starts, else h_{t-1}) + dt_t u_t B_t;  y_t = C_t h_t + D
   u_t  (section 3.3, with the simplified Euler rule for B of the authors' code), for h [B, D, N]
   before the first token, u and dt [B, T, D], A [D, N], B and C [B, T, N], D [D].
 
-  Returns y, in the dtype of u, and the last state, in fp32. `interpret` runs it on any device,
-  which is slow; None: everywhere but on a TPU."""
+  Returns y, in the dtype of u, and the last state, in fp32. Where there is no TPU it is
+  interpreted, which is slow."""
   f32 = jnp.float32
   (_, T, D), N = u_BTD.shape, A_DN.shape[1]
   rows = -N % _ROWS
-  chunk = _chunk(T, D, N + rows)
-  interpret = platform() != 'tpu' if interpret is None else interpret
+  lanes = -D % _channels(D, N + rows)
+  chunk = _chunk(T, D + lanes, N + rows)
+
+  def wide(x_BTD):
+    return jnp.pad(x_BTD, ((0, 0), (0, -T % chunk), (0, lanes)))
 
   def columns(x_BTN):
     x = to_chunks(jnp.pad(x_BTN.astype(f32), ((0, 0), (0, 0), (0, rows))), chunk)
@@ -408,8 +329,9 @@ def selective_scan_pallas(
 
   keep = 1 - jnp.swapaxes(to_chunks(starts_BT.astype(f32), chunk), 0, 1)[:, :, None]
   keep = jnp.concatenate([keep, keep.min(-1, keepdims=True)], -1)
-  h = jnp.pad(h_BDN.astype(f32).transpose(0, 2, 1), ((0, 0), (0, rows), (0, 0)))
-  A = jnp.pad(A_DN.astype(f32).T, ((0, rows), (0, 0)))
-  arrays = (u_BTD, dt_BTD, A, columns(B_BTN), columns(C_BTN), D_D.astype(f32)[None], h)
-  y, h = _scan(interpret, keep, *arrays)
-  return y, h[:, :N].transpose(0, 2, 1)
+  h = jnp.pad(h_BDN.astype(f32).transpose(0, 2, 1), ((0, 0), (0, rows), (0, lanes)))
+  A = jnp.pad(A_DN.astype(f32).T, ((0, rows), (0, lanes)))
+  skip = jnp.pad(D_D.astype(f32)[None], ((0, 0), (0, lanes)))
+  inputs = wide(u_BTD), wide(dt_BTD), A, columns(B_BTN), columns(C_BTN), skip, h
+  y, h = _scan(platform() != 'tpu', keep, *inputs)
+  return y[:, :T, :D], h[:, :N, :D].transpose(0, 2, 1)

@@ -201,7 +201,6 @@ def wkv6_pallas(
   u_HK,
   starts_BT,
   *,
-  interpret: bool | None = None,
   chunk: int = 64,
   span: int = 4,
 ):
@@ -215,7 +214,6 @@ def wkv6_pallas(
   Args:
     log_decay_BTHK: at most 0 and as low as -inf.
     state_BHKV: the state before the first token.
-    interpret: run on any device, slowly; None: everywhere but on a TPU.
     chunk: tokens whose pairs become products of matrices, a power of 2 from 8; fewer where T is
       less.
     span: chunks between two saved states.
@@ -225,13 +223,7 @@ def wkv6_pallas(
   X, Y = _lanes(K), _lanes(V)
   heads = min(H, max(1, _LANES // min(X, Y)))
   plan = KernelPlan(
-    heads,
-    X,
-    Y,
-    chunk,
-    min(span, -(-T // chunk)),
-    dtype != jnp.bfloat16,
-    platform() != 'tpu' if interpret is None else interpret,
+    heads, X, Y, chunk, min(span, -(-T // chunk)), dtype != jnp.bfloat16, platform() != 'tpu'
   )
   H_blocks = -(-H // heads)
   all_T, all_H = -(-T // (chunk * plan.span)) * chunk * plan.span, H_blocks * heads
