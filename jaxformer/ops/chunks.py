@@ -25,13 +25,11 @@ def scan_steps(
   step: Callable[..., tuple[Any, Array]],
   state: Any,
   inputs: tuple[Array, ...],
-  starts_BT: Array | None,
+  starts_BT: Array,
   empty: Any = None,
 ) -> tuple[Array, Any]:
   """y of all positions `[B, T, ...]` and the last state, for `step(state, *inputs of one position)`
   -> (state, y). The state is `empty` (None: zeros) before a position where `starts_BT`."""
-  if starts_BT is None:
-    starts_BT = jnp.zeros(inputs[0].shape[:2], bool)
 
   def body(state, now):
     starts_B, *inputs = now

@@ -35,39 +35,34 @@ def short_convolution(
     document.
   """
   (B, T, D), J = x_BTD.shape, w_KD.shape[0] - 1
-  axes = time_axes(T)
+  before = jnp.zeros((B, J, D)) if before_BJD is None else before_BJD
+  arrays, axes = (x_BTD, w_KD, b_D, before.astype(x_BTD.dtype), starts_BT), time_axes(T)
   if not axes or not 0 < J <= T // shards('time', T):
-    return _convolve(x_BTD, w_KD, b_D, before_BJD, starts_BT)
+    return _convolve(*arrays)
 
   def shard(x_BTD, w_KD, b_D, before_BJD, starts_BT):
-    after = _convolve(x_BTD, w_KD, b_D, None, starts_BT)[1]
+    after = _convolve(x_BTD, w_KD, b_D, jnp.zeros_like(before_BJD), starts_BT)[1]
     y, _ = _convolve(x_BTD, w_KD, b_D, from_previous_shard(after, before_BJD, axes), starts_BT)
     return y, from_last_shard(after, axes)
 
-  before = jnp.zeros((B, J, D), x_BTD.dtype) if before_BJD is None else before_BJD
   wide, state = ('batch', 'time', 'inner'), ('batch', None, 'inner')
   mapped = per_shard(shard, (wide, (None, 'inner'), ('inner',), state, wide[:2]), wide, state)
-  y, after = mapped(x_BTD, w_KD, b_D, before, starts_BT)
-  return y, after
+  return mapped(*arrays)
 
 
 def _convolve(x_BTD, w_KD, b_D, before_BJD, starts_BT):
   (B, T, D), J = x_BTD.shape, w_KD.shape[0] - 1
-  before = (
-    jnp.zeros((B, J, D), x_BTD.dtype) if before_BJD is None else before_BJD.astype(x_BTD.dtype)
-  )
-  inputs = jnp.concatenate([before, x_BTD], axis=1)
+  inputs = jnp.concatenate([before_BJD, x_BTD], axis=1)
   # whether a border lies within the last `back` steps
   cut = jnp.zeros((B, T), bool)
   y, after = jnp.zeros((), jnp.float32), []
   for back in range(J + 1):
     shifted = inputs[:, J - back : J - back + T]
-    y = y + jnp.where(cut[..., None], 0.0, shifted.astype(jnp.float32)) * w_KD[J - back].astype(
-      jnp.float32
-    ).reshape(1, 1, D)
+    weight = w_KD[J - back].astype(jnp.float32).reshape(1, 1, D)
+    y = y + jnp.where(cut[..., None], 0.0, shifted.astype(jnp.float32)) * weight
     if back < J:
       after.append(jnp.where(cut[:, -1:], jnp.zeros((), x_BTD.dtype), inputs[:, T + J - 1 - back]))
       cut = starts_BT | jnp.pad(cut[:, :-1], ((0, 0), (1, 0)))
   if b_D is not None:
     y = y + b_D.astype(jnp.float32).reshape(1, 1, D)
-  return y.astype(x_BTD.dtype), jnp.stack(after[::-1], axis=1) if after else before
+  return y.astype(x_BTD.dtype), jnp.stack(after[::-1], axis=1) if after else before_BJD

@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Complex, Float
 
 from jaxformer.ops.chunks import scan_steps
 from jaxformer.ops.implementation import Operation
-from jaxformer.ops.sequence_parallel import multiply_add, over_time, reset_masks, time_axes
+from jaxformer.ops.sequence_parallel import multiply_add, over_time, reset_masks
 from jaxformer.ops.ssm_systems import as_complex, as_real
 
 _TOKEN = ('batch', 'time', None)
@@ -32,19 +32,17 @@ def diagonal_scan(
   True. fp32."""
   B, T, N = v_BTN.shape
   compute = DIAGONAL_SCAN[DIAGONAL_SCAN.choose()]
-  state = state_BN
-  if time_axes(T):
-    state = jnp.zeros((B, N), jnp.float32) if state is None else state
-    starts_BT = jnp.zeros((B, T), bool) if starts_BT is None else starts_BT
+  state = jnp.zeros((B, N), jnp.float32) if state_BN is None else state_BN
+  starts_BT = jnp.zeros((B, T), bool) if starts_BT is None else starts_BT
 
   def run(x_BN, v_BTN, log_a_P, starts_BT):
-    first = None if x_BN is None else as_complex(x_BN)
-    x_BTN = as_real(compute(first, as_complex(v_BTN), log_a_P, starts_BT))
+    x_BTN = as_real(compute(as_complex(x_BN), as_complex(v_BTN), log_a_P, starts_BT))
     return x_BTN, x_BTN[:, -1]
 
   def summarize(v_BTN, log_a_P, starts_BT):
     """A shard runs its part from zeros, and then adds what is left of the state before it."""
-    x_BTP = compute(None, as_complex(v_BTN), log_a_P, starts_BT)
+    v_BTP = as_complex(v_BTN)
+    x_BTP = compute(jnp.zeros_like(v_BTP[:, 0]), v_BTP, log_a_P, starts_BT)
     age = jnp.arange(1, v_BTN.shape[1] + 1, dtype=jnp.float32)[:, None]
     size, angle = jnp.exp(age * log_a_P.real[None]), age * log_a_P.imag[None]
     power_TP = jax.lax.complex(size * jnp.cos(angle), size * jnp.sin(angle))
@@ -66,22 +64,19 @@ def diagonal_scan(
 
 def scan_naive(x_BP, v_BTP, log_a_P, starts_BT):
   """The recurrence, one token after another."""
-  a_P, first = jnp.exp(log_a_P), jnp.zeros_like(v_BTP[:, 0]) if x_BP is None else x_BP
+  a_P = jnp.exp(log_a_P)
 
   def step(x_BP, v_BP):
     x_BP = a_P[None] * x_BP + v_BP
     return x_BP, x_BP
 
-  return scan_steps(step, first, (v_BTP,), starts_BT)[0]
+  return scan_steps(step, x_BP, (v_BTP,), starts_BT)[0]
 
 
 def scan_associative(x_BP, v_BTP, log_a_P, starts_BT):
   """The recurrence in log T steps."""
-  a_BTP = jnp.broadcast_to(jnp.exp(log_a_P)[None, None], v_BTP.shape)
-  a_BTP = a_BTP if starts_BT is None else jnp.where(starts_BT[..., None], 0.0, a_BTP)
-  if x_BP is not None:
-    v_BTP = v_BTP.at[:, 0].add(a_BTP[:, 0] * x_BP)
-  return _associative(a_BTP, v_BTP)
+  a_BTP = jnp.where(starts_BT[..., None], 0.0, jnp.exp(log_a_P)[None, None])
+  return _associative(a_BTP, v_BTP.at[:, 0].add(a_BTP[:, 0] * x_BP))
 
 
 @jax.custom_vjp

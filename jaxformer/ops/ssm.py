@@ -105,13 +105,10 @@ def ssm(
   """
   B, T, _ = u_BTH.shape
   compute = SSM[SSM.choose(T, state_BHN is not None, starts_BT is not None)]
-  state = system.zeros(B) if state_BHN is None and time_axes(T) else state_BHN
-
-  def run(x_BHN, u_BTH, system, starts_BT):
-    return compute(u_BTH, system, x_BHN, starts_BT)
+  state = system.zeros(B) if state_BHN is None else state_BHN
 
   def summarize(u_BTH, system, starts_BT):
-    own_BHN = run(None, u_BTH, system, starts_BT)[1]
+    own_BHN = compute(system.zeros(u_BTH.shape[0]), u_BTH, system, starts_BT)[1]
     everywhere = jnp.ones(own_BHN.shape[0], bool)
     survives_B = everywhere if starts_BT is None else reset_masks(starts_BT)[0]
     move = system.transition(u_BTH.shape[1])
@@ -125,7 +122,7 @@ def ssm(
 
   wide = ('batch', 'time', 'inner')
   sharded = over_time(
-    run,
+    compute,
     ('batch', 'inner', None),
     (wide, list(system.axes), wide[:2]),
     ('batch', 'time', None, 'inner'),
@@ -136,15 +133,15 @@ def ssm(
   return y.astype(u_BTH.dtype), None if state_BHN is None else last
 
 
-def ssm_naive(u_BTH, system: System, state_BHN=None, starts_BT=None):
+def ssm_naive(x_BHN, u_BTH, system: System, starts_BT=None):
   """The recurrence, one token after another."""
-  first = system.zeros(u_BTH.shape[0]) if state_BHN is None else state_BHN
+  starts_BT = jnp.zeros(u_BTH.shape[:2], bool) if starts_BT is None else starts_BT
 
   def step(x_BHN, u_BH):
     x_BHN = system.next(x_BHN, u_BH)
     return x_BHN, system.read(x_BHN)
 
-  return scan_steps(step, first, (u_BTH,), starts_BT)
+  return scan_steps(step, x_BHN, (u_BTH,), starts_BT)
 
 
 def ssm_step(
@@ -158,13 +155,13 @@ def ssm_step(
 # ---- chunks ------------------------------------------------------------------------------------
 
 
-def ssm_chunked(u_BTH, system: System, state_BHN=None, starts_BT=None, chunk: int = CHUNK):
+def ssm_chunked(x_BHN, u_BTH, system: System, starts_BT=None, chunk: int = CHUNK):
   """The recurrence chunk by chunk; a last, shorter chunk has the remaining positions."""
-  B, T, _ = u_BTH.shape
+  T = u_BTH.shape[1]
   C = min(chunk, T)
   complete = T - T % C
   k_MHC, into_HCN, out_MHCN = system.kernel(C), system.inputs(C), system.outputs(C, 1, 1)
-  x_HBN = jnp.swapaxes(system.zeros(B) if state_BHN is None else state_BHN, 0, 1)
+  x_HBN = jnp.swapaxes(x_BHN, 0, 1)
   ys = []
   for start, end, size in ((0, complete, C), (complete, T, T - complete)):
     if size:
@@ -207,9 +204,8 @@ def _chunks(u_BTH, k_MHC, into_HCN, out_MHCN, transition, x_HBN, starts_BT):
 
   last, before_nHBN = jax.lax.scan(carry, x_HBN, (ends_nHBN, kept_nB))
   from_state = _matmul(before_nHBN.transpose(1, 2, 0, 3).reshape(H, B * n, -1), out_HNF)
-  w_HCF = (
-    toeplitz(k_MHC.reshape(M * H, C)).reshape(M, H, C, C).transpose(1, 2, 0, 3).reshape(H, C, M * C)
-  )
+  w_MHCC = toeplitz(k_MHC.reshape(M * H, C)).reshape(M, H, C, C)
+  w_HCF = w_MHCC.transpose(1, 2, 0, 3).reshape(H, C, M * C)
   if index_GC is None:
     y_HGF = _matmul(u_HGC, w_HCF) + from_state
   else:
@@ -273,7 +269,7 @@ def _within_documents_backward(residuals, g_HGF):
 _within_documents.defvjp(lambda *a: (_within_documents(*a), a), _within_documents_backward)
 
 
-def _fft(u_BTH, system, state_BHN, starts_BT):
+def _fft(x_BHN, u_BTH, system, starts_BT):
   return jax.vmap(fft_convolution, (None, 0), 2)(u_BTH, system.kernel(u_BTH.shape[1])), None
 
 

@@ -87,7 +87,7 @@ def test_chunks_equal_the_recurrence(kind, length, packed):
   )
 
   def loss(chosen, given, u, x):
-    y, last = chosen(u, build(*given), x, starts if packed else None)
+    y, last = chosen(x, u, build(*given), starts if packed else None)
     return jnp.sum(y * w) + jnp.sum(jnp.sin(last)), (y, last)
 
   results = [
@@ -155,7 +155,7 @@ def test_steps_equal_the_recurrence(kind):
   for t in range(4):
     y, x = ssm_step(u[:, t], system, x)
     ys.append(y)
-  close((jnp.stack(ys, axis=1), x), ssm_naive(u, system), 1e-5)
+  close((jnp.stack(ys, axis=1), x), ssm_naive(system.zeros(B), u, system), 1e-5)
 
 
 def test_every_implementation_can_be_forced():

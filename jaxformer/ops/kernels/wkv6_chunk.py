@@ -55,12 +55,9 @@ class KernelPlan(NamedTuple):
   def unstack(self, x, size: int):
     """[heads C, lanes] -> [C, lanes]: the inverse of `stack`, from each head's rows its own
     lanes."""
-    C = x.shape[0] // self.heads
-    head = jax.lax.broadcasted_iota(jnp.int32, (C, x.shape[1]), 1) // size
-    return sum(
-      (jnp.where(head == h, x[h * C : (h + 1) * C], 0.0) for h in range(self.heads)),
-      jnp.zeros(head.shape, x.dtype),
-    )
+    parts = jnp.split(x, self.heads)
+    head = jax.lax.broadcasted_iota(jnp.int32, parts[0].shape, 1) // size
+    return sum(jnp.where(head == h, part, 0.0) for h, part in enumerate(parts))
 
   def diagonal(self):
     """[Y, X]: 1 where row and lane belong to one head."""
@@ -72,7 +69,7 @@ class KernelPlan(NamedTuple):
     return jnp.concatenate([S_VX] * self.heads, axis=0) * self.diagonal()
 
   def compact(self, S_YX):
-    return sum((S_YX[h * self.V : (h + 1) * self.V] for h in range(1, self.heads)), S_YX[: self.V])
+    return sum(jnp.split(S_YX, self.heads))
 
 
 def sum_matrix(C: int) -> np.ndarray:
@@ -110,16 +107,10 @@ def levels(plan: KernelPlan):
   """[heads C, C]: the level of each pair i > j, else -1."""
   C = plan.chunk
   shape = (plan.heads * C, C)
-  i, j = (
-    jax.lax.broadcasted_iota(jnp.int32, shape, 0) & (C - 1),
-    jax.lax.broadcasted_iota(jnp.int32, shape, 1),
-  )
+  i, j = (jax.lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (0, 1))
+  i = i & (C - 1)
   differ = i ^ j
-  level = (
-    sum((differ >= 2**l).astype(jnp.int32) for l in range(1, int(math.log2(C))))
-    if C > 2
-    else jnp.zeros(shape, jnp.int32)
-  )
+  level = sum((differ >= 2**l).astype(jnp.int32) for l in range(1, int(math.log2(C))))
   return jnp.where(i > j, level, -1)
 
 
@@ -136,7 +127,7 @@ def decays(plan: KernelPlan, matrix, level, w, segment):
   """
   C, w = plan.chunk, jnp.maximum(w, _UNDERFLOW)
   decays = jnp.exp(_sums(matrix, w))
-  *pairs, before, after = (decays[at : at + C] for at in range(0, decays.shape[0], C))
+  *pairs, before, after = jnp.split(decays, decays.shape[0] // C)
   i, j = (jax.lax.broadcasted_iota(jnp.int32, (C, C), axis) for axis in (0, 1))
   # the transpose of the row
   column = jnp.sum(jnp.where(i == j, segment, 0.0), axis=1, keepdims=True)
