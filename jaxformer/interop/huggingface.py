@@ -6,22 +6,20 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxformer.config import InputError, nearest
 from jaxformer.interop import weights
 from jaxformer.interop.families import FAMILIES
-from jaxformer.interop.family import CheckpointFormat, match
+from jaxformer.interop.family import match
 from jaxformer.interop.settings import Settings
-from jaxformer.interop.tensors import DTYPES, Reader, new_folder, read_json, write
+from jaxformer.interop.tensors import new_path, open_safetensors, read_json, write
+from jaxformer.interop.weights import CheckpointFormat
 from jaxformer.models.model import ModelConfig
-from jaxformer.models.params import Params, define
+from jaxformer.models.params import Params
 from jaxformer.sharding import Parallel
 
 TOKENIZER_FILES = (
@@ -42,20 +40,16 @@ def read_config(folder: str | os.PathLike) -> tuple[CheckpointFormat, ModelConfi
   """The format and our config of a Hugging Face folder, from its `config.json` alone."""
   path = Path(folder) / 'config.json'
   if not Path(folder).is_dir():
-    raise InputError(
-      f'{folder}: no such folder; weights are read from a local copy of the repository'
-    )
-  fields = read_json(path)
-  name = fields.get('model_type')
-  if not isinstance(name, str) or name not in set(FAMILIES):
-    raise InputError(
-      f'{path}: model_type = {name!r} is not supported{nearest(str(name), FAMILIES)}'
-    )
-  if fields.get('quantization_config') is not None:
-    raise Settings(fields, str(path)).fail(
-      'quantization_config', 'absent; only floating-point weights are supported'
-    )
-  return FAMILIES[name], FAMILIES[name].read(Settings(fields, str(path)))
+    problem = 'no such folder; weights are read from a local copy of the repository'
+    raise InputError('folder', str(folder), problem=problem)
+  hf = Settings(read_json(path), str(path))
+  name = hf.get('model_type', str)
+  if name not in set(FAMILIES):
+    problem = f'not supported{nearest(name, FAMILIES)}'
+    raise InputError(f'{path}: model_type', name, problem=problem)
+  if hf.fields.get('quantization_config') is not None:
+    raise hf.fail('quantization_config', 'absent; only floating-point weights are supported')
+  return FAMILIES[name], FAMILIES[name].read(hf)
 
 
 def load_hf(
@@ -67,32 +61,14 @@ def load_hf(
     folder: `config.json` and `model.safetensors`, or `model.safetensors.index.json` and its files.
     dtype: of the parameters, independent of that in the files; parameters that a layer keeps in
       full precision are fp32.
-    mesh: shard the parameters over its devices by `rules`, each as soon as it is read; None for the
-      default device.
+    parallel: shard the parameters over its mesh, each as soon as it is read; None for the default
+      device.
 
   Raises `InputError` for features that our layers lack, and for files that do not hold the
   parameters of the config."""
   kind, config = read_config(folder)
-  info = define(config).info
-  with Reader(folder) as reader:
-    return config, weights.load(
-      weights.connect(info, kind.rules(config), kind.model_type),
-      info,
-      reader,
-      kind.names(config),
-      dtype_of(dtype),
-      placing(config, parallel),
-    )
-
-
-def placing(
-  config: ModelConfig, parallel: Parallel | None
-) -> Callable[[str, np.ndarray], jax.Array]:
-  """A function (name, value) -> the parameter on its devices, for `load_hf`."""
-  shardings = None if parallel is None else define(config).shardings(parallel)
-  return lambda name, value: (
-    jnp.asarray(value) if shardings is None else jax.device_put(value, shardings[name])
-  )
+  with open_safetensors(folder) as file:
+    return config, weights.load(kind, config, file, dtype, parallel)
 
 
 def save_hf(
@@ -115,63 +91,26 @@ def save_hf(
 
   Raises `InputError` for a model that no format represents, with the reasons.
   """
-  kind, fields = match(model_config)
-  dtype = dtype_of(dtype)
   if max_shard_bytes < 1:
-    raise InputError(f'max_shard_bytes = {max_shard_bytes}: must be positive')
-  definition = define(model_config)
-  weights.check_params(definition.info, params)
-  export = weights.Export(
-    weights.connect(definition.info, kind.rules(model_config), kind.model_type), params
-  )
-  tokens = _tokenizer(tokenizer_folder)
-  # transformers 4 and 5
-  fields |= dict.fromkeys(TOKEN_IDS) | tokens[1] | {'torch_dtype': dtype.name, 'dtype': dtype.name}
-  with new_folder(folder) as partial:
+    raise InputError('max_shard_bytes', max_shard_bytes, 'positive')
+  kind = match(model_config, map(FAMILIES.__getitem__, FAMILIES))
+  shapes, tensors = weights.export(kind, model_config, params, dtype)
+  files, token_ids = _tokenizer(tokenizer_folder)
+  dtype = weights.dtype_of(dtype)
+  fields = {
+    'model_type': kind.name,
+    **kind.write(model_config),
+    **dict.fromkeys(TOKEN_IDS),
+    **token_ids,
+    # transformers 4 and 5
+    'torch_dtype': dtype.name,
+    'dtype': dtype.name,
+  }
+  with new_path(folder, folder=True) as partial:
     (partial / 'config.json').write_text(json.dumps(fields, indent=2) + '\n', encoding='utf-8')
-    for file in tokens[0]:
+    for file in files:
       shutil.copyfile(file, partial / file.name)
-    write(partial, export.shapes, export, dtype, max_shard_bytes)
-
-
-def describe(folder: str | os.PathLike) -> dict[str, Any]:
-  """Describe a folder as JSON data, from `config.json` and the headers of the files; no weight is
-  read.
-
-  Keys: `model_type`, `params` (of our model), `width`, `context_length`, `vocab_size`, `layers`
-  (blocks), `dtypes` (number of tensors by type), `files`, `bytes`. Raises like `load_hf`."""
-  kind, config = read_config(folder)
-  definition = define(config)
-  with Reader(folder) as reader:
-    weights.check(
-      weights.connect(definition.info, kind.rules(config), kind.model_type),
-      reader,
-      kind.names(config),
-    )
-    stored = [i.dtype for i in reader.info.values()]
-    blocks = sum(len(g.pattern) * g.repeats for stack in config.stacks for g in stack)
-    return {
-      'model_type': kind.model_type,
-      'params': definition.size,
-      'width': config.width,
-      'context_length': config.context_length,
-      'vocab_size': config.task.vocab_size,
-      'layers': blocks,
-      'dtypes': {d: stored.count(d) for d in sorted(set(stored))},
-      'files': reader.files,
-      'bytes': reader.bytes,
-    }
-
-
-def dtype_of(dtype: Any) -> np.dtype:
-  """The type of parameters in files and in memory. Raises `InputError` for an unsupported one."""
-  try:
-    found = np.dtype(jnp.dtype(dtype))
-  except TypeError:
-    found = None
-  if found is None or found not in set(DTYPES.values()) - {np.dtype(np.float64)}:
-    raise InputError(f'dtype = {dtype!r}: must be float32, bfloat16 or float16')
-  return found
+    write(partial, shapes, tensors, dtype, max_shard_bytes)
 
 
 def _tokenizer(folder: str | os.PathLike | None) -> tuple[list[Path], dict[str, Any]]:
@@ -180,10 +119,8 @@ def _tokenizer(folder: str | os.PathLike | None) -> tuple[list[Path], dict[str, 
     return [], {}
   files = [Path(folder) / f for f in TOKENIZER_FILES if (Path(folder) / f).is_file()]
   if not any(f.name.startswith('tokenizer') for f in files):
-    raise InputError(
-      f'tokenizer_folder = {str(folder)!r}: holds no tokenizer.json, tokenizer_config.json or '
-      'tokenizer.model'
-    )
+    problem = 'holds no tokenizer.json, tokenizer_config.json or tokenizer.model'
+    raise InputError('tokenizer_folder', str(folder), problem=problem)
   config = Path(folder) / 'config.json'
   fields = read_json(config) if config.is_file() else {}
   return files, {k: fields[k] for k in TOKEN_IDS if k in fields}

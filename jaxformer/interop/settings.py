@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-from jaxformer.config import InputError
+from jaxformer.config import Config, InputError
 from jaxformer.layers.mlp import ActivationName
 
 T = TypeVar('T')
@@ -18,6 +18,14 @@ _KINDS: dict[type, str] = {
   str: 'a string',
   dict: 'an object',
 }
+Table = Mapping[str, tuple[str, Any]]
+"""Our field of a config -> (their field, its default in their library, or its type where it has
+none), read in both directions."""
+
+
+def written(config: Config, table: Table) -> dict[str, Any]:
+  """Their fields, with the values of ours."""
+  return {theirs: getattr(config, ours) for ours, (theirs, _) in table.items()}
 
 
 class Settings:
@@ -28,16 +36,14 @@ class Settings:
 
   def fail(self, name: str, accepted: str) -> InputError:
     """The error for an unsupported value."""
-    return InputError(
-      f'{self.where}: {name} = {self.fields.get(name)!r} is not supported: must be {accepted}'
-    )
+    return InputError(f'{self.where}: {name}', self.fields.get(name), accepted)
 
   def get(self, name: str, kind: type[T], default: Any = _NEEDED) -> T:
     """The field as `kind`; `default`, that of the other library, if it is missing or null."""
     value = self.fields.get(name)
     if value is None:
       if default is _NEEDED:
-        raise InputError(f'{self.where}: {name} is missing')
+        raise InputError(f'{self.where}: {name}', problem='is missing')
       return default
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
       value = float(value)
@@ -51,6 +57,14 @@ class Settings:
     if value is not None and value < 1:
       raise self.fail(name, 'positive')
     return value
+
+  def read(self, table: Table) -> dict[str, Any]:
+    """Our fields, with the values of theirs; integers are positive."""
+    values = {}
+    for ours, (theirs, default) in table.items():
+      kind, default = (default, _NEEDED) if isinstance(default, type) else (type(default), default)
+      values[ours] = self.count(theirs, default) if kind is int else self.get(theirs, kind, default)
+    return values
 
   def only(self, name: str, *accepted: Any) -> None:
     """Raise `InputError` unless the value is one of `accepted`; the first is the default."""

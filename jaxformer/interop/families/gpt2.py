@@ -5,9 +5,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from jaxformer.interop.family import CheckpointFormat, blocks, branches, family, layer_of, std_of
-from jaxformer.interop.settings import ACTIVATIONS, Settings, activation_name
-from jaxformer.interop.weights import Concat, Names, Rule, linear, norm, same
+from jaxformer.interop.family import branches_of, depth, family, part, std_of
+from jaxformer.interop.settings import ACTIVATIONS, Settings, Table, activation_name, written
+from jaxformer.interop.weights import FEED_FORWARD, MIXER, CheckpointFormat, Rule, fused, modules
 from jaxformer.layers.attention import Attention
 from jaxformer.layers.init import Normal, ResidualNormal
 from jaxformer.layers.mlp import Mlp
@@ -17,13 +17,21 @@ from jaxformer.models.block import Block, PreNorm
 from jaxformer.models.language_model import LanguageModel
 from jaxformer.models.stack import Group
 
+MODEL: Table = {
+  'vocab_size': ('vocab_size', 50257),
+  'width': ('n_embd', 768),
+  'context_length': ('n_positions', 1024),
+  'tied': ('tie_word_embeddings', True),
+  'dropout': ('embd_pdrop', 0.1),
+}
+
 
 def read(hf: Settings) -> LanguageModel.Config:
   """Dropout of attention weights (`attn_pdrop`) is ignored: our attention has none, and it does not
   affect inference. `reorder_and_upcast_attn` selects fp32 logits, which we always use."""
   hf.only('add_cross_attention', False)
   hf.only('scale_attn_by_inverse_layer_idx', False)
-  width, std = hf.count('n_embd', 768), hf.get('initializer_range', float, 0.02)
+  model, std = hf.read(MODEL), hf.get('initializer_range', float, 0.02)
   norm = LayerNorm(eps=hf.get('layer_norm_epsilon', float, 1e-5))
   attention = Attention.Config(
     heads=hf.count('n_head', 12),
@@ -33,7 +41,7 @@ def read(hf: Settings) -> LanguageModel.Config:
     out_init=ResidualNormal(std=std),
   )
   mlp = Mlp.Config(
-    hidden=hf.count('n_inner', 4 * width),
+    hidden=hf.count('n_inner', 4 * model['width']),
     activation=hf.choose('activation_function', ACTIVATIONS, 'gelu_new'),
     bias=True,
     init=Normal(std=std),
@@ -44,79 +52,63 @@ def read(hf: Settings) -> LanguageModel.Config:
     branches=tuple(PreNorm(layer=layer, norm=norm, dropout=dropout) for layer in (attention, mlp))
   )
   return LanguageModel.Config(
-    vocab_size=hf.count('vocab_size', 50257),
-    width=width,
-    context_length=hf.count('n_positions', 1024),
+    **model,
     positions=LearnedPositions.Config(),
     stack=(Group(pattern=(block,), repeats=hf.count('n_layer', 12)),),
     final_norm=norm,
-    tied=hf.get('tie_word_embeddings', bool, True),
-    dropout=hf.get('embd_pdrop', float, 0.1),
     embedding_init=Normal(std=std),
   )
 
 
 def write(config: LanguageModel.Config) -> dict[str, Any]:
-  stack = blocks(config)
-  first, _ = branches(stack[0], 2)
-  attention, mlp = (layer_of(config, 0, Attention.Config), layer_of(config, 1, Mlp.Config))
-  return {
-    'vocab_size': config.vocab_size,
-    'n_positions': config.context_length,
+  first, second = branches_of(config.stack, Attention.Config, Mlp.Config)
+  attention, mlp = first.layer, second.layer
+  return written(config, MODEL) | {
+    'architectures': ['GPT2LMHeadModel'],
     'n_ctx': config.context_length,
-    'n_embd': config.width,
-    'n_layer': len(stack),
+    'n_layer': depth(config.stack),
     'n_head': attention.heads,
     'n_inner': None if mlp.hidden == 4 * config.width else mlp.hidden,
     'activation_function': activation_name(mlp.activation),
-    'layer_norm_epsilon': first.norm.eps,
+    'layer_norm_epsilon': part(config.final_norm, LayerNorm, 'final_norm').eps,
     'scale_attn_weights': attention.scale != 1.0,
     'initializer_range': std_of(config.embedding_init),
-    'tie_word_embeddings': config.tied,
     'resid_pdrop': first.dropout,
-    'embd_pdrop': config.dropout,
     'attn_pdrop': 0.0,
   }
 
 
-def conv1d(ours: str, theirs: str) -> list[Rule]:
-  return [same(f'{ours}.kernel', f'{theirs}.weight'), same(f'{ours}.bias', f'{theirs}.bias')]
-
-
 def rules(config: LanguageModel.Config) -> list[Rule]:
-  layer, attention, mlp = (
-    'transformer.h.{layer}',
-    'stack.{layer}.branches.0',
-    'stack.{layer}.branches.1',
-  )
+  layer = 'transformer.h.{layer}'
+  conv1d = {
+    f'{layer}.attn.c_attn': [f'{MIXER}.layer.{p}' for p in 'qkv'],
+    f'{layer}.attn.c_proj': [f'{MIXER}.layer.o'],
+    f'{layer}.mlp.c_fc': [f'{FEED_FORWARD}.layer.up'],
+    f'{layer}.mlp.c_proj': [f'{FEED_FORWARD}.layer.down'],
+  }
+  others = {
+    'embedder.input': 'transformer.wte',
+    'embedder.positions': 'transformer.wpe',
+    f'{MIXER}.norm': f'{layer}.ln_1',
+    f'{FEED_FORWARD}.norm': f'{layer}.ln_2',
+    'final_norm': 'transformer.ln_f',
+    'head': 'lm_head',
+  }
   return [
-    same('embedder.input.table', 'transformer.wte.weight'),
-    same('embedder.positions.table', 'transformer.wpe.weight'),
-    *norm(f'{attention}.norm', f'{layer}.ln_1'),
-    Rule(
-      tuple(f'{attention}.layer.{p}.kernel' for p in 'qkv'),
-      f'{layer}.attn.c_attn.weight',
-      (Concat(1),),
-    ),
-    Rule(
-      tuple(f'{attention}.layer.{p}.bias' for p in 'qkv'), f'{layer}.attn.c_attn.bias', (Concat(0),)
-    ),
-    *conv1d(f'{attention}.layer.o', f'{layer}.attn.c_proj'),
-    *norm(f'{mlp}.norm', f'{layer}.ln_2'),
-    *conv1d(f'{mlp}.layer.up', f'{layer}.mlp.c_fc'),
-    *conv1d(f'{mlp}.layer.down', f'{layer}.mlp.c_proj'),
-    *norm('final_norm', 'transformer.ln_f'),
-    linear('head.kernel', 'lm_head.weight'),
+    *(rule for theirs, ours in conv1d.items() for rule in fused(ours, theirs, transposed=False)),
+    *modules(others),
   ]
 
 
-def names(config: LanguageModel.Config) -> Names:
-  return Names(
-    # buffers of the causal mask
+family(
+  CheckpointFormat(
+    'gpt2',
+    read,
+    write,
+    rules,
     prefix='transformer.',
+    # buffers of the causal mask
     ignored=(r'transformer\.h\.\d+\.attn\.(bias|masked_bias)',),
-    copies={'lm_head.weight': 'transformer.wte.weight'} if config.tied else {},
+    copies={'lm_head.weight': 'transformer.wte.weight'},
   )
-
-
-family(CheckpointFormat('gpt2', 'GPT2LMHeadModel', read, write, rules, names))
+)

@@ -3,18 +3,16 @@ expert has separate tensors."""
 
 from __future__ import annotations
 
-import dataclasses
-from typing import Any, TypeVar
+from typing import Any
 
 from jaxformer.config import InputError
 from jaxformer.interop.families import mamba
-from jaxformer.interop.families.mixtral import EXPERTS, balance, write_router
-from jaxformer.interop.family import CheckpointFormat, blocks, branches, family, part, std_of
-from jaxformer.interop.settings import Settings
-from jaxformer.interop.weights import Names, Rule, linear, same
+from jaxformer.interop.families.mixtral import balance, write_router
+from jaxformer.interop.family import depth, family, part, std_of
+from jaxformer.interop.settings import Settings, Table, written
+from jaxformer.interop.weights import FEED_FORWARD, MIXER, CheckpointFormat, Rule, modules
 from jaxformer.layers.attention import Attention
 from jaxformer.layers.init import Normal
-from jaxformer.layers.layer import LayerConfig
 from jaxformer.layers.mamba import Mamba
 from jaxformer.layers.mlp import GatedMlp
 from jaxformer.layers.moe import Moe
@@ -23,9 +21,20 @@ from jaxformer.layers.router import SoftmaxTopK
 from jaxformer.models.block import Block, PreNorm
 from jaxformer.models.language_model import LanguageModel
 from jaxformer.models.stack import Group
-from jaxformer.user_code import is_a
 
-L = TypeVar('L', bound=LayerConfig)
+MODEL: Table = {
+  'vocab_size': ('vocab_size', 65536),
+  'width': ('hidden_size', 4096),
+  'context_length': ('max_position_embeddings', 262144),
+  'tied': ('tie_word_embeddings', False),
+}
+LAYER: Table = {
+  'd_state': ('mamba_d_state', 16),
+  'expand': ('mamba_expand', 2),
+  'd_conv': ('mamba_d_conv', 4),
+  'bias': ('mamba_proj_bias', False),
+  'conv_bias': ('mamba_conv_bias', True),
+}
 
 
 def periodic(hf: Settings, what: str, period: int, offset: int) -> tuple[int, int]:
@@ -48,25 +57,10 @@ def read(hf: Settings) -> LanguageModel.Config:
   """Initialization of Mamba layers is the authors', which transformers does not follow."""
   hf.only('hidden_act', 'silu', 'swish')
   hf.only('sliding_window', None)
-  width, std = hf.count('hidden_size', 4096), hf.get('initializer_range', float, 0.02)
-  init, norm, automatic = (
-    Normal(std=std),
-    RMSNorm(eps=hf.get('rms_norm_eps', float, 1e-6)),
-    -(-width // 16),
-  )
-  rank = (
-    automatic
-    if hf.fields.get('mamba_dt_rank', 'auto') in ('auto', None)
-    else hf.count('mamba_dt_rank')
-  )
+  model, init = hf.read(MODEL), Normal(std=hf.get('initializer_range', float, 0.02))
+  norm = RMSNorm(eps=hf.get('rms_norm_eps', float, 1e-6))
   mixer = Mamba.Config(
-    d_state=hf.count('mamba_d_state', 16),
-    expand=hf.count('mamba_expand', 2),
-    d_conv=hf.count('mamba_d_conv', 4),
-    dt_rank=None if rank == automatic else rank,
-    bias=hf.get('mamba_proj_bias', bool, False),
-    conv_bias=hf.get('mamba_conv_bias', bool, True),
-    inner_norm=norm,
+    **hf.read(LAYER), dt_rank=mamba.dt_rank(hf, 'mamba_dt_rank', model['width']), inner_norm=norm
   )
   attention = Attention.Config(
     heads=hf.count('num_attention_heads', 32),
@@ -75,25 +69,22 @@ def read(hf: Settings) -> LanguageModel.Config:
     out_init=init,
   )
   mlp = GatedMlp.Config(hidden=hf.count('intermediate_size', 14336), init=init, out_init=init)
-  experts, layers = hf.count('num_experts', 16), hf.count('num_hidden_layers', 32)
-  router = SoftmaxTopK(k=hf.count('num_experts_per_tok', 2), balance=balance(hf, 0.001), init=init)
+  experts = hf.count('num_experts', 16)
+  router = SoftmaxTopK(k=hf.count('num_experts_per_tok', 2), balance=balance(hf), init=init)
   moe = mlp if experts == 1 else Moe.Config(experts=experts, expert=mlp, router=router)
   attends, sparse = periodic(hf, 'attn', 8, 4), periodic(hf, 'expert', 2, 1)
 
   def block(i: int) -> Block.Config:
-    parts = (
+    layers = (
       attention if i % attends[0] == attends[1] else mixer,
       moe if i % sparse[0] == sparse[1] else mlp,
     )
-    return Block.Config(branches=tuple(PreNorm(layer=layer, norm=norm) for layer in parts))
+    return Block.Config(branches=tuple(PreNorm(layer=layer, norm=norm) for layer in layers))
 
   return LanguageModel.Config(
-    vocab_size=hf.count('vocab_size', 65536),
-    width=width,
-    context_length=hf.count('max_position_embeddings', 262144),
-    stack=(shortest([block(i) for i in range(layers)]),),
+    **model,
+    stack=(shortest([block(i) for i in range(hf.count('num_hidden_layers', 32))]),),
     final_norm=norm,
-    tied=hf.get('tie_word_embeddings', bool, False),
     embedding_init=init,
   )
 
@@ -105,92 +96,75 @@ def _period(where: list[bool]) -> tuple[int, int]:
 
 
 def write(config: LanguageModel.Config) -> dict[str, Any]:
-  stack = blocks(config)
-  layers = [tuple(branch.layer for branch in branches(block, 2)) for block in stack]
-
-  def first(place: int, kind: type[L]) -> L | None:
-    found = (layer for pair in layers if is_a(layer := pair[place], kind))
-    return next(found, None)
-
-  mixer, attention, moe = first(0, Mamba.Config), first(0, Attention.Config), first(1, Moe.Config)
-  mlp = first(1, GatedMlp.Config) or (None if moe is None else moe.expert)
+  blocks = [
+    {type(branch.layer): branch.layer for branch in block.branches}
+    for group in config.stack
+    for _ in range(group.repeats)
+    for block in group.pattern
+  ]
+  first: dict[type, Any] = {kind: layer for b in reversed(blocks) for kind, layer in b.items()}
+  mixer, moe = first.get(Mamba.Config), first.get(Moe.Config)
+  mlp = first.get(GatedMlp.Config) or (moe and moe.expert)
   if mixer is None or mlp is None:
-    raise InputError('no block has a Mamba layer and a feed-forward layer')
-  attends = _period([is_a(mixer, Attention.Config) for mixer, _ in layers])
-  sparse = _period([is_a(feed_forward, Moe.Config) for _, feed_forward in layers])
-  router = SoftmaxTopK() if moe is None else part(moe.router, SoftmaxTopK, 'the router')
-  attention = attention or Attention.Config()
+    raise InputError('stack', problem='no block has a Mamba layer and a feed-forward layer')
+  attends = _period([Attention.Config in b for b in blocks])
+  sparse = _period([Moe.Config in b for b in blocks])
+  router = part(moe.router, SoftmaxTopK, 'the router') if moe else SoftmaxTopK()
+  attention = first.get(Attention.Config, Attention.Config())
   return {
-    'vocab_size': config.vocab_size,
-    'hidden_size': config.width,
-    'intermediate_size': mlp.hidden,
-    'num_hidden_layers': len(stack),
+    'architectures': ['JambaForCausalLM'],
+    **written(config, MODEL),
+    **written(mixer, LAYER),
+    **write_router(router),
+    'intermediate_size': part(mlp, GatedMlp.Config, 'the feed-forward layer').hidden,
+    'num_hidden_layers': depth(config.stack),
     'num_attention_heads': attention.heads,
     'num_key_value_heads': attention.kv_heads or attention.heads,
     'hidden_act': 'silu',
-    'max_position_embeddings': config.context_length,
-    'rms_norm_eps': branches(stack[0], 2)[0].norm.eps,
+    'rms_norm_eps': part(config.final_norm, RMSNorm, 'final_norm').eps,
     'initializer_range': std_of(config.embedding_init),
-    'tie_word_embeddings': config.tied,
     'attention_dropout': 0.0,
-    'num_experts': 1 if moe is None else moe.experts,
+    'num_experts': moe.experts if moe else 1,
     'attn_layer_period': attends[0],
     'attn_layer_offset': attends[1],
     'expert_layer_period': sparse[0],
     'expert_layer_offset': sparse[1],
-    'mamba_d_state': mixer.d_state,
-    'mamba_d_conv': mixer.d_conv,
-    'mamba_expand': mixer.expand,
     'mamba_dt_rank': mixer.rank(config.width),
-    'mamba_conv_bias': mixer.conv_bias,
-    'mamba_proj_bias': mixer.bias,
-    **write_router(router),
   }
 
 
 def rules(config: LanguageModel.Config) -> list[Rule]:
-  layer, mixer, feed_forward = (
-    'model.layers.{layer}',
-    'stack.{layer}.branches.0',
-    'stack.{layer}.branches.1',
-  )
-  of_mamba = [
-    dataclasses.replace(r, theirs=r.theirs.replace(mamba.THEIRS, f'{layer}.mamba'))
-    for r in mamba.rules(config)
-    if r.theirs.startswith(mamba.THEIRS)
-  ]
+  layer, ours = 'model.layers.{layer}.', f'{FEED_FORWARD}.layer.'
+  parts = {p: f'{p}_proj' for p in ('gate', 'up', 'down')}
   return [
-    same('embedder.input.table', 'model.embed_tokens.weight'),
-    same(f'{mixer}.norm.scale', f'{layer}.input_layernorm.weight'),
-    *(linear(f'{mixer}.layer.{p}.kernel', f'{layer}.self_attn.{p}_proj.weight') for p in 'qkvo'),
-    *of_mamba,
-    *(
-      same(f'{mixer}.layer.norms.{i}.scale', f'{layer}.mamba.{n}_layernorm.weight')
-      for i, n in enumerate(('dt', 'b', 'c'))
+    *modules(
+      {
+        'embedder.input': 'model.embed_tokens',
+        f'{MIXER}.norm': f'{layer}input_layernorm',
+        f'{FEED_FORWARD}.norm': f'{layer}pre_ff_layernorm',
+        'final_norm': 'model.final_layernorm',
+        'head': 'lm_head',
+      }
     ),
-    same(f'{feed_forward}.norm.scale', f'{layer}.pre_ff_layernorm.weight'),
-    *(
-      linear(f'{feed_forward}.layer.{p}.kernel', f'{layer}.feed_forward.{p}_proj.weight')
-      for p in ('gate', 'up', 'down')
+    *modules({p: f'self_attn.{p}_proj' for p in 'qkvo'}, f'{MIXER}.layer.', layer),
+    *mamba.mixer_rules(f'{layer}mamba.'),
+    *modules(
+      {f'norms.{i}': f'{n}_layernorm' for i, n in enumerate(('dt', 'b', 'c'))},
+      f'{MIXER}.layer.',
+      f'{layer}mamba.',
     ),
-    linear(f'{feed_forward}.layer.router.kernel', f'{layer}.feed_forward.router.weight'),
-    *(
-      Rule(
-        (f'{feed_forward}.layer.expert_{p}.kernel',),
-        f'{layer}.feed_forward.experts.{{item}}.{p}_proj.weight',
-        EXPERTS,
-      )
-      for p in ('gate', 'up', 'down')
-    ),
-    same('final_norm.scale', 'model.final_layernorm.weight'),
-    linear('head.kernel', 'lm_head.weight'),
+    *modules({**parts, 'router': 'router'}, ours, f'{layer}feed_forward.'),
+    *modules(parts, f'{ours}expert_', f'{layer}feed_forward.experts.{{item}}.'),
   ]
 
 
-def names(config: LanguageModel.Config) -> Names:
-  return Names(
-    prefix='model.', copies={'lm_head.weight': 'model.embed_tokens.weight'} if config.tied else {}
+family(
+  CheckpointFormat(
+    'jamba',
+    read,
+    write,
+    rules,
+    prefix='model.',
+    copies={'lm_head.weight': 'model.embed_tokens.weight'},
   )
-
-
-family(CheckpointFormat('jamba', 'JambaForCausalLM', read, write, rules, names))
+)

@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
 from typing import Any
 
-from jaxformer.config import InputError
-from jaxformer.interop.family import (
-  CheckpointFormat,
-  blocks,
-  branches,
-  family,
-  layer_of,
-  part,
-  std_of,
-)
-from jaxformer.interop.settings import ACTIVATIONS, Settings, activation_name
-from jaxformer.interop.weights import Names, Rule, dense, linear, same
+from jaxformer.interop.family import branches_of, depth, family, part, std_of
+from jaxformer.interop.settings import ACTIVATIONS, Settings, Table, activation_name, written
+from jaxformer.interop.weights import FEED_FORWARD, MIXER, CheckpointFormat, Rule, modules
 from jaxformer.layers.attention import Attention
 from jaxformer.layers.init import Normal
+from jaxformer.layers.layer import LayerConfig
 from jaxformer.layers.mlp import GatedMlp
 from jaxformer.layers.norm import RMSNorm
 from jaxformer.layers.position import Llama3Scaling, Rotary
@@ -25,11 +19,13 @@ from jaxformer.models.block import Block, PreNorm
 from jaxformer.models.language_model import LanguageModel
 from jaxformer.models.stack import Group
 
-_SCALING = {  # our field -> theirs
-  'factor': 'factor',
-  'low': 'low_freq_factor',
-  'high': 'high_freq_factor',
-  'original_context': 'original_max_position_embeddings',
+# ---- positions ---------------------------------------------------------------------------------
+
+SCALING: Table = {
+  'factor': ('factor', float),
+  'low': ('low_freq_factor', float),
+  'high': ('high_freq_factor', float),
+  'original_context': ('original_max_position_embeddings', int),
 }
 
 
@@ -44,8 +40,8 @@ def read_rotary(hf: Settings) -> Rotary:
   ]
   hf.only('partial_rotary_factor', 1.0, None)
   if found[0] != found[-1]:
-    both = ' and '.join(f'{f} = {hf.fields[f]!r}' for f in forms)
-    raise InputError(f'{hf.where}: {both} disagree')
+    first, second = forms
+    raise hf.fail(first, f'equivalent to {second} = {hf.fields[second]!r}')
   return found[0]
 
 
@@ -57,15 +53,7 @@ def _rotary(rope: Settings, theta: float) -> Rotary:
     return Rotary(theta=theta)
   if kind != 'llama3':
     raise rope.fail('rope_type' if 'rope_type' in rope.fields else 'type', "'default' or 'llama3'")
-  return Rotary(
-    theta=theta,
-    scaling=Llama3Scaling(
-      factor=rope.get('factor', float),
-      low=rope.get('low_freq_factor', float),
-      high=rope.get('high_freq_factor', float),
-      original_context=rope.count('original_max_position_embeddings'),
-    ),
-  )
+  return Rotary(theta=theta, scaling=Llama3Scaling(**rope.read(SCALING)))
 
 
 def write_rotary(rotary: Rotary) -> dict[str, Any]:
@@ -73,10 +61,7 @@ def write_rotary(rotary: Rotary) -> dict[str, Any]:
   kind = (
     {'rope_type': 'default'}
     if rotary.scaling is None
-    else {
-      'rope_type': 'llama3',
-      **{theirs: getattr(rotary.scaling, ours) for ours, theirs in _SCALING.items()},
-    }
+    else {'rope_type': 'llama3', **written(rotary.scaling, SCALING)}
   )
   return {
     'rope_theta': rotary.theta,
@@ -85,21 +70,36 @@ def write_rotary(rotary: Rotary) -> dict[str, Any]:
   }
 
 
+# ---- what Llama and its descendants share ------------------------------------------------------
+
+MODEL: Table = {
+  'vocab_size': ('vocab_size', 32000),
+  'width': ('hidden_size', 4096),
+  'context_length': ('max_position_embeddings', 2048),
+  'tied': ('tie_word_embeddings', False),
+}
+
+
 def build(
-  hf: Settings, *, bias: bool = False, mlp_bias: bool = False, window: int | None = None
+  hf: Settings,
+  *,
+  bias: bool = False,
+  mlp_bias: bool = False,
+  window: int | None = None,
+  feed_forward: Callable[[GatedMlp.Config], LayerConfig] = lambda mlp: mlp,
 ) -> LanguageModel.Config:
-  """The architecture, from the fields that Llama and its descendants share; Llama's defaults."""
-  width, heads, std = (
-    hf.count('hidden_size', 4096),
-    hf.count('num_attention_heads', 32),
-    hf.get('initializer_range', float, 0.02),
-  )
-  head_dim = hf.count('head_dim', None)
+  """The architecture, from the shared fields, with Llama's defaults.
+
+  Args:
+    feed_forward: makes the second layer of a block from Llama's.
+  """
+  model, std = hf.read(MODEL), hf.get('initializer_range', float, 0.02)
+  heads, head_dim = hf.count('num_attention_heads', 32), hf.count('head_dim', None)
   init, norm = Normal(std=std), RMSNorm(eps=hf.get('rms_norm_eps', float, 1e-6))
   attention = Attention.Config(
     heads=heads,
     kv_heads=hf.count('num_key_value_heads', heads),
-    head_dim=None if head_dim and head_dim * heads == width else head_dim,
+    head_dim=None if head_dim and head_dim * heads == model['width'] else head_dim,
     position=read_rotary(hf),
     window=window,
     bias=bias,
@@ -114,17 +114,56 @@ def build(
     out_init=init,
   )
   block = Block.Config(
-    branches=(PreNorm(layer=attention, norm=norm), PreNorm(layer=mlp, norm=norm))
+    branches=tuple(PreNorm(layer=layer, norm=norm) for layer in (attention, feed_forward(mlp)))
   )
   return LanguageModel.Config(
-    vocab_size=hf.count('vocab_size', 32000),
-    width=width,
-    context_length=hf.count('max_position_embeddings', 2048),
+    **model,
     stack=(Group(pattern=(block,), repeats=hf.count('num_hidden_layers', 32)),),
     final_norm=norm,
-    tied=hf.get('tie_word_embeddings', bool, False),
     embedding_init=init,
   )
+
+
+def write_shared(
+  config: LanguageModel.Config, attention: Attention.Config, mlp: GatedMlp.Config
+) -> dict[str, Any]:
+  """The shared fields, from the layers of a block."""
+  rotary = part(attention.position, Rotary, 'the position of layer 0 of block 0')
+  return {
+    **written(config, MODEL),
+    'intermediate_size': mlp.hidden,
+    'num_hidden_layers': depth(config.stack),
+    'num_attention_heads': attention.heads,
+    'num_key_value_heads': attention.kv_heads or attention.heads,
+    'head_dim': attention.head_size(config.width),
+    'hidden_act': activation_name(mlp.activation),
+    'rms_norm_eps': part(config.final_norm, RMSNorm, 'final_norm').eps,
+    'initializer_range': std_of(config.embedding_init),
+    'attention_dropout': 0.0,
+    **write_rotary(rotary),
+  }
+
+
+def rules(config: LanguageModel.Config) -> list[Rule]:
+  layer = 'model.layers.{layer}'
+  return [
+    *modules(
+      {
+        'embedder.input': 'model.embed_tokens',
+        f'{MIXER}.norm': f'{layer}.input_layernorm',
+        f'{FEED_FORWARD}.norm': f'{layer}.post_attention_layernorm',
+        'final_norm': 'model.norm',
+        'head': 'lm_head',
+      }
+    ),
+    *modules({p: f'{p}_proj' for p in 'qkvo'}, f'{MIXER}.layer.', f'{layer}.self_attn.'),
+    *modules(
+      {p: f'{p}_proj' for p in ('gate', 'up', 'down')}, f'{FEED_FORWARD}.layer.', f'{layer}.mlp.'
+    ),
+  ]
+
+
+# ---- Llama and Mistral -------------------------------------------------------------------------
 
 
 def read(hf: Settings) -> LanguageModel.Config:
@@ -135,60 +174,13 @@ def read(hf: Settings) -> LanguageModel.Config:
 
 
 def write(config: LanguageModel.Config) -> dict[str, Any]:
-  stack = blocks(config)
-  first, _ = branches(stack[0], 2)
-  attention = layer_of(config, 0, Attention.Config)
-  mlp = layer_of(config, 1, GatedMlp.Config)
-  rotary = part(attention.position, Rotary, 'the position of layer 0 of block 0')
-  return {
-    'vocab_size': config.vocab_size,
-    'hidden_size': config.width,
-    'intermediate_size': mlp.hidden,
-    'num_hidden_layers': len(stack),
-    'num_attention_heads': attention.heads,
-    'num_key_value_heads': attention.kv_heads or attention.heads,
-    'head_dim': attention.head_size(config.width),
-    'hidden_act': activation_name(mlp.activation),
-    'max_position_embeddings': config.context_length,
-    'rms_norm_eps': first.norm.eps,
-    'initializer_range': std_of(config.embedding_init),
-    'tie_word_embeddings': config.tied,
-    'attention_bias': attention.bias,
-    'mlp_bias': mlp.bias,
-    'attention_dropout': 0.0,
-    **write_rotary(rotary),
+  first, second = branches_of(config.stack, Attention.Config, GatedMlp.Config)
+  return write_shared(config, first.layer, second.layer) | {
+    'architectures': ['LlamaForCausalLM'],
+    'attention_bias': first.layer.bias,
+    'mlp_bias': second.layer.bias,
   }
 
-
-def rules(config: LanguageModel.Config) -> list[Rule]:
-  layer, attention, mlp = (
-    'model.layers.{layer}',
-    'stack.{layer}.branches.0',
-    'stack.{layer}.branches.1',
-  )
-  projections = [
-    *((f'{attention}.layer.{p}', f'{layer}.self_attn.{p}_proj') for p in 'qkvo'),
-    *((f'{mlp}.layer.{p}', f'{layer}.mlp.{p}_proj') for p in ('gate', 'up', 'down')),
-  ]
-  return [
-    same('embedder.input.table', 'model.embed_tokens.weight'),
-    same(f'{attention}.norm.scale', f'{layer}.input_layernorm.weight'),
-    *(rule for ours, theirs in projections for rule in dense(ours, theirs)),
-    same(f'{mlp}.norm.scale', f'{layer}.post_attention_layernorm.weight'),
-    same('final_norm.scale', 'model.norm.weight'),
-    linear('head.kernel', 'lm_head.weight'),
-  ]
-
-
-def names(config: LanguageModel.Config) -> Names:
-  return Names(
-    prefix='model.',
-    ignored=(r'model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq',),
-    copies={'lm_head.weight': 'model.embed_tokens.weight'} if config.tied else {},
-  )
-
-
-# ---- Mistral -----------------------------------------------------------------------------------
 
 _MISTRAL = {
   'intermediate_size': 14336,
@@ -204,10 +196,21 @@ def read_mistral(hf: Settings) -> LanguageModel.Config:
 
 
 def write_mistral(config: LanguageModel.Config) -> dict[str, Any]:
-  fields = write(config)
-  del fields['attention_bias'], fields['mlp_bias']
-  return fields | {'sliding_window': layer_of(config, 0, Attention.Config).window}
+  first, second = branches_of(config.stack, Attention.Config, GatedMlp.Config)
+  return write_shared(config, first.layer, second.layer) | {
+    'architectures': ['MistralForCausalLM'],
+    'sliding_window': first.layer.window,
+  }
 
 
-family(CheckpointFormat('llama', 'LlamaForCausalLM', read, write, rules, names))
-family(CheckpointFormat('mistral', 'MistralForCausalLM', read_mistral, write_mistral, rules, names))
+LLAMA = CheckpointFormat(
+  'llama',
+  read,
+  write,
+  rules,
+  prefix='model.',
+  ignored=(r'model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq',),
+  copies={'lm_head.weight': 'model.embed_tokens.weight'},
+)
+family(LLAMA)
+family(dataclasses.replace(LLAMA, name='mistral', read=read_mistral, write=write_mistral))

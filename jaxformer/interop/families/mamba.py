@@ -4,151 +4,151 @@ from __future__ import annotations
 
 from typing import Any
 
-from jaxformer.interop.family import CheckpointFormat, blocks, branches, family, layer_of
-from jaxformer.interop.settings import Settings
-from jaxformer.interop.weights import TRANSPOSE, Concat, Names, NewAxis, Rule, linear, same
+from jaxformer.interop.family import branches_of, depth, family, part
+from jaxformer.interop.settings import Settings, Table, written
+from jaxformer.interop.tensors import Shape
+from jaxformer.interop.weights import MIXER, CheckpointFormat, Rule, arrays, fused, modules
 from jaxformer.layers.layer import LayerConfig
 from jaxformer.layers.mamba import Mamba, StepBias
 from jaxformer.layers.norm import RMSNorm
 from jaxformer.models.block import Block, PreNorm
 from jaxformer.models.language_model import LanguageModel
 from jaxformer.models.stack import Group
-from jaxformer.user_code import is_a
 
-# The authors' value. Their format has no field for it; we write the one that other families have.
-CONTEXT = 2048
+MODEL: Table = {
+  'vocab_size': ('vocab_size', 50280),
+  'width': ('hidden_size', 768),
+  # The authors' value. Their format has no field for it; we write the one of other families.
+  'context_length': ('max_position_embeddings', 2048),
+  'tied': ('tie_word_embeddings', True),
+}
+LAYER: Table = {
+  'd_state': ('state_size', 16),
+  'expand': ('expand', 2),
+  'd_conv': ('conv_kernel', 4),
+  'bias': ('use_bias', False),
+  'conv_bias': ('use_conv_bias', True),
+}
+STEPS: Table = {
+  'low': ('time_step_min', 1e-3),
+  'high': ('time_step_max', 1e-1),
+  'floor': ('time_step_floor', 1e-4),
+}
 
 
 def build(
-  hf: Settings, layer: LayerConfig, *, layers: int, width: int, vocab_size: int, tied: bool
+  hf: Settings, model: dict[str, Any], layer: LayerConfig, layers: int
 ) -> LanguageModel.Config:
-  """The architecture around a layer, from the fields that Mamba and Mamba-2 share; the keywords are
-  defaults that differ.
+  """The architecture around a layer, from the fields that Mamba and Mamba-2 share; `layers` is the
+  default number.
 
   Initialization is the authors': transformers' own scheme (`initializer_range`,
   `rescale_prenorm_residual`, `time_step_scale`, `time_step_init_scheme`) is ignored."""
-  for name, needed in (('hidden_act', ('silu', 'swish')), ('rms_norm', (True,))):
-    hf.only(name, *needed)
+  hf.only('hidden_act', 'silu', 'swish')
+  hf.only('rms_norm', True)
   norm = RMSNorm(eps=hf.get('layer_norm_epsilon', float, 1e-5))
   block = Block.Config(branches=(PreNorm(layer=layer, norm=norm),))
   return LanguageModel.Config(
-    vocab_size=hf.count('vocab_size', vocab_size),
-    width=width,
-    context_length=hf.count('max_position_embeddings', CONTEXT),
+    **model,
     stack=(Group(pattern=(block,), repeats=hf.count('num_hidden_layers', layers)),),
     final_norm=norm,
-    tied=hf.get('tie_word_embeddings', bool, tied),
   )
 
 
-def steps(hf: Settings) -> StepBias:
-  low, high, floor = (
-    hf.get(f'time_step_{n}', float, v) for n, v in (('min', 1e-3), ('max', 1e-1), ('floor', 1e-4))
-  )
-  return StepBias(low=low, high=high, floor=floor)
+def dt_rank(hf: Settings, name: str, width: int) -> int | None:
+  """The size of dt'; None where it is the one that our config derives from the width."""
+  if hf.fields.get(name, 'auto') in ('auto', None):
+    return None
+  rank = hf.count(name)
+  return None if rank == Mamba.Config().rank(width) else rank
 
 
 def read(hf: Settings) -> LanguageModel.Config:
-  width, expand = hf.count('hidden_size', 768), hf.count('expand', 2)
-  hf.only('intermediate_size', expand * width)
-  automatic = -(-width // 16)
-  rank = (
-    automatic if hf.fields.get('time_step_rank', 'auto') == 'auto' else hf.count('time_step_rank')
-  )
+  model = hf.read(MODEL)
   layer = Mamba.Config(
-    d_state=hf.count('state_size', 16),
-    expand=expand,
-    d_conv=hf.count('conv_kernel', 4),
-    dt_rank=None if rank == automatic else rank,
-    bias=hf.get('use_bias', bool, False),
-    conv_bias=hf.get('use_conv_bias', bool, True),
-    dt_init=steps(hf),
+    **hf.read(LAYER),
+    dt_rank=dt_rank(hf, 'time_step_rank', model['width']),
+    dt_init=StepBias(**hf.read(STEPS)),
   )
-  return build(hf, layer, layers=32, width=width, vocab_size=50280, tied=True)
+  hf.only('intermediate_size', layer.expand * model['width'])
+  return build(hf, model, layer, 32)
 
 
-def write_model(config: LanguageModel.Config) -> dict[str, Any]:
-  """The fields that Mamba and Mamba-2 share."""
-  stack = blocks(config)
-  (first,) = branches(stack[0], 1)
+def write_shared(config: LanguageModel.Config, layer: Any, table: Table) -> dict[str, Any]:
+  """The fields of a Mamba or a Mamba-2; `table` holds those of the layer."""
   return {
-    'vocab_size': config.vocab_size,
-    'hidden_size': config.width,
-    'num_hidden_layers': len(stack),
+    **written(config, MODEL),
+    **written(layer, table),
+    **(written(layer.dt_init, STEPS) if type(layer.dt_init) is StepBias else {}),
+    'num_hidden_layers': depth(config.stack),
     'hidden_act': 'silu',
-    'layer_norm_epsilon': first.norm.eps,
-    'max_position_embeddings': config.context_length,
-    'tie_word_embeddings': config.tied,
+    'layer_norm_epsilon': part(config.final_norm, RMSNorm, 'final_norm').eps,
     'residual_in_fp32': True,
     'initializer_range': 0.02,
   }
 
 
-def write_layer(layer: Any) -> dict[str, Any]:
-  """The fields that a `Mamba` and a `Mamba2` share."""
-  fields = {
-    'state_size': layer.d_state,
-    'expand': layer.expand,
-    'conv_kernel': layer.d_conv,
-    'use_bias': layer.bias,
-    'use_conv_bias': layer.conv_bias,
-  }
-  if is_a(layer.dt_init, StepBias):
-    fields |= {
-      'time_step_min': layer.dt_init.low,
-      'time_step_max': layer.dt_init.high,
-      'time_step_floor': layer.dt_init.floor,
-    }
-  return fields
-
-
 def write(config: LanguageModel.Config) -> dict[str, Any]:
-  layer = layer_of(config, 0, Mamba.Config)
-  return (
-    write_model(config)
-    | write_layer(layer)
-    | {'intermediate_size': layer.expand * config.width, 'time_step_rank': layer.rank(config.width)}
+  (branch,) = branches_of(config.stack, Mamba.Config)
+  layer = branch.layer
+  return write_shared(config, layer, LAYER) | {
+    'architectures': ['MambaForCausalLM'],
+    'intermediate_size': layer.expand * config.width,
+    'time_step_rank': layer.rank(config.width),
+  }
+
+
+OURS, THEIRS = f'{MIXER}.layer.', 'backbone.layers.{layer}.mixer.'
+
+
+def shared_rules() -> list[Rule]:
+  """Rules for the parameters outside the layers."""
+  return modules(
+    {
+      'embedder.input': 'backbone.embeddings',
+      f'{MIXER}.norm': 'backbone.layers.{layer}.norm',
+      'final_norm': 'backbone.norm_f',
+      'head': 'lm_head',
+    }
   )
 
 
-CONV = (TRANSPOSE, NewAxis(1))  # ours [d_conv, channels], theirs [channels, 1, d_conv]
-OURS, THEIRS = 'stack.{layer}.branches.0.layer', 'backbone.layers.{layer}.mixer'
+def projections(
+  theirs: str, inputs: tuple[str, ...], convolutions: tuple[str, ...], steps: str
+) -> list[Rule]:
+  """Rules for a Mamba or a Mamba-2 layer, whose names begin with `theirs`; `steps` is their name of
+  the bias of the step sizes."""
 
+  def depthwise(shape: Shape) -> Shape:
+    channels, d_conv = shape
+    return channels, 1, d_conv
 
-def outer_rules() -> list[Rule]:
-  """Rules for the parameters outside the layers, and those that Mamba and Mamba-2 layers share."""
   return [
-    same('embedder.input.table', 'backbone.embeddings.weight'),
-    same('stack.{layer}.branches.0.norm.scale', 'backbone.layers.{layer}.norm.weight'),
-    same(f'{OURS}.A_log', f'{THEIRS}.A_log'),
-    same(f'{OURS}.D', f'{THEIRS}.D'),
-    linear(f'{OURS}.out.kernel', f'{THEIRS}.out_proj.weight'),
-    same(f'{OURS}.out.bias', f'{THEIRS}.out_proj.bias'),
-    same('final_norm.scale', 'backbone.norm_f.weight'),
-    linear('head.kernel', 'lm_head.weight'),
+    *arrays({'A_log': 'A_log', 'D': 'D', 'dt_bias': steps}, OURS, theirs),
+    *fused([OURS + p for p in inputs], f'{theirs}in_proj'),
+    *fused([OURS + c for c in convolutions], f'{theirs}conv1d', reshape=depthwise),
+    *modules({'out': 'out_proj'}, OURS, theirs),
+  ]
+
+
+def mixer_rules(theirs: str) -> list[Rule]:
+  """Rules for a Mamba layer, whose names begin with `theirs`."""
+  return [
+    *projections(theirs, ('x', 'z'), ('conv',), 'dt_proj.bias'),
+    *modules({'selection': 'x_proj', 'dt': 'dt_proj'}, OURS, theirs),
   ]
 
 
 def rules(config: LanguageModel.Config) -> list[Rule]:
-  return [
-    *outer_rules(),
-    Rule(
-      (f'{OURS}.x.kernel', f'{OURS}.z.kernel'), f'{THEIRS}.in_proj.weight', (Concat(1), TRANSPOSE)
-    ),
-    Rule((f'{OURS}.x.bias', f'{OURS}.z.bias'), f'{THEIRS}.in_proj.bias', (Concat(0),)),
-    Rule((f'{OURS}.conv.kernel',), f'{THEIRS}.conv1d.weight', CONV),
-    same(f'{OURS}.conv.bias', f'{THEIRS}.conv1d.bias'),
-    linear(f'{OURS}.selection.kernel', f'{THEIRS}.x_proj.weight'),
-    linear(f'{OURS}.dt.kernel', f'{THEIRS}.dt_proj.weight'),
-    same(f'{OURS}.dt_bias', f'{THEIRS}.dt_proj.bias'),
-  ]
+  return [*shared_rules(), *mixer_rules(THEIRS)]
 
 
-def names(config: LanguageModel.Config) -> Names:
-  return Names(
-    prefix='backbone.',
-    copies={'lm_head.weight': 'backbone.embeddings.weight'} if config.tied else {},
-  )
-
-
-family(CheckpointFormat('mamba', 'MambaForCausalLM', read, write, rules, names))
+MAMBA = CheckpointFormat(
+  'mamba',
+  read,
+  write,
+  rules,
+  prefix='backbone.',
+  copies={'lm_head.weight': 'backbone.embeddings.weight'},
+)
+family(MAMBA)

@@ -6,18 +6,16 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from jaxformer.config import InputError
-from jaxformer.interop.family import CheckpointFormat, family, part, std_of
+from jaxformer.interop.family import branches_of, depth, family, std_of
 from jaxformer.interop.settings import ACTIVATIONS, Settings, activation_name
-from jaxformer.interop.weights import Names, NewAxis, Rule, dense, norm, same
+from jaxformer.interop.weights import CheckpointFormat, Rule, arrays, modules
 from jaxformer.layers.attention import Attention
+from jaxformer.layers.cross_attention import CrossAttention
 from jaxformer.layers.init import Normal
-from jaxformer.layers.layer import LayerConfig
 from jaxformer.layers.mlp import Mlp
 from jaxformer.layers.position import SinusoidalPositions
 from jaxformer.models.block import PostNorm
 from jaxformer.models.encoder_decoder import EncoderDecoder
-from jaxformer.models.stack import Group
 from jaxformer.models.zoo.transformer import transformer
 
 
@@ -50,41 +48,32 @@ def read(hf: Settings) -> EncoderDecoder.Config:
   )
 
 
-def _layers(
-  groups: tuple[Group, ...], count: int, where: str
-) -> tuple[list[LayerConfig], int, float]:
-  """(layers of the first block, number of blocks, dropout) of a stack."""
-  blocks = [b for g in groups for _ in range(g.repeats) for b in g.pattern]
-  branches = [part(b, PostNorm, f'a branch of block 0 of the {where}') for b in blocks[0].branches]
-  if len(branches) != count:
-    raise InputError(f'block 0 of the {where} has {len(branches)} branches, not {count}')
-  return [b.layer for b in branches], len(blocks), branches[0].dropout
-
-
 def write(config: EncoderDecoder.Config) -> dict[str, Any]:
   """The first token of a decoder is not in our config; the last token of the vocabulary is written,
   Marian's padding."""
-  config = part(config, EncoderDecoder.Config, 'model')
-  (attention, mlp), layers, dropout = _layers(config.encoder, 2, 'encoder')
-  (over, _, mlp_over), layers_over, _ = _layers(config.decoder, 3, 'decoder')
-  attention, over = (part(a, Attention.Config, 'layer 0 of block 0') for a in (attention, over))
-  mlp, mlp_over = (part(m, Mlp.Config, 'the last layer of block 0') for m in (mlp, mlp_over))
+  sizes: dict[str, Any] = {}
+  for side, stack, layers in (
+    ('encoder', config.encoder, (Attention.Config, Mlp.Config)),
+    ('decoder', config.decoder, (Attention.Config, CrossAttention.Config, Mlp.Config)),
+  ):
+    first, *_, last = branches_of(stack, *layers, branch=PostNorm)
+    sizes |= {
+      f'{side}_layers': depth(stack),
+      f'{side}_ffn_dim': last.layer.hidden,
+      f'{side}_attention_heads': first.layer.heads,
+      'activation_function': activation_name(last.layer.activation),
+      'dropout': first.dropout,
+    }
   scaled = config.embedding_scale is not None and math.isclose(
     config.embedding_scale, math.sqrt(config.width)
   )
   return {
+    'architectures': ['MarianMTModel'],
     'vocab_size': config.vocab_size,
     'decoder_vocab_size': config.vocab_size,
     'd_model': config.width,
     'max_position_embeddings': config.context_length,
-    'encoder_layers': layers,
-    'decoder_layers': layers_over,
-    'encoder_ffn_dim': mlp.hidden,
-    'decoder_ffn_dim': mlp_over.hidden,
-    'encoder_attention_heads': attention.heads,
-    'decoder_attention_heads': over.heads,
-    'activation_function': activation_name(mlp.activation),
-    'dropout': dropout,
+    **sizes,
     'attention_dropout': 0.0,
     'activation_dropout': 0.0,
     'scale_embedding': scaled,
@@ -98,39 +87,40 @@ def write(config: EncoderDecoder.Config) -> dict[str, Any]:
 
 
 def rules(config: EncoderDecoder.Config) -> list[Rule]:
+  attention = {f'{p}': f'{"out" if p == "o" else p}_proj' for p in 'qkvo'}
   found = [
-    same('embedder.input.table', 'model.shared.weight'),
-    Rule(('head.bias',), 'final_logits_bias', (NewAxis(0),)),
+    *modules({'embedder.input': 'model.shared'}),
+    *arrays({'head.bias': 'final_logits_bias'}, reshape=lambda shape: (1, *shape)),
   ]
   for stack, names in (
-    ('encoder', ('self_attn', '')),
-    ('decoder', ('self_attn', 'encoder_attn', '')),
+    ('encoder', ('self_attn', 'final')),
+    ('decoder', ('self_attn', 'encoder_attn', 'final')),
   ):
-    theirs = f'model.{stack}.layers.{{layer}}'
+    theirs = f'model.{stack}.layers.{{layer}}.'
     for i, name in enumerate(names):
-      ours = f'{stack}.{{layer}}.branches.{i}'
-      their_norm = f'{theirs}.{name or "final"}_layer_norm'
-      found += norm(f'{ours}.norm', their_norm)
-      parts = (
-        [(p, f'{name}.{"out" if p == "o" else p}_proj') for p in 'qkvo']
-        if name
-        else [('up', 'fc1'), ('down', 'fc2')]
-      )
-      for mine, other in parts:
-        found += dense(f'{ours}.layer.{mine}', f'{theirs}.{other}')
+      ours = f'{stack}.{{layer}}.branches.{i}.'
+      found += modules({'norm': f'{name}_layer_norm'}, ours, theirs)
+      if name == 'final':
+        found += modules({'up': 'fc1', 'down': 'fc2'}, f'{ours}layer.', theirs)
+      else:
+        found += modules(attention, f'{ours}layer.', f'{theirs}{name}.')
   return found
 
 
-def names(config: EncoderDecoder.Config) -> Names:
-  copies = (
-    'lm_head.weight',
-    'model.encoder.embed_tokens.weight',
-    'model.decoder.embed_tokens.weight',
+SHARED = 'model.shared.weight'
+family(
+  CheckpointFormat(
+    'marian',
+    read,
+    write,
+    rules,
+    model=EncoderDecoder.Config,
+    prefix='model.',
+    ignored=(r'model\.(en|de)coder\.embed_positions\.weight',),
+    copies={
+      'lm_head.weight': SHARED,
+      'model.encoder.embed_tokens.weight': SHARED,
+      'model.decoder.embed_tokens.weight': SHARED,
+    },
   )
-  positions = r'model\.(en|de)coder\.embed_positions\.weight'
-  return Names(
-    prefix='model.', ignored=(positions,), copies=dict.fromkeys(copies, 'model.shared.weight')
-  )
-
-
-family(CheckpointFormat('marian', 'MarianMTModel', read, write, rules, names))
+)
