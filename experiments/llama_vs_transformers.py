@@ -78,10 +78,11 @@ def ours(connection: Connection) -> None:
   from jaxformer.models.params import define
   from jaxformer.models.zoo.llama import LLAMA3, llama
   from jaxformer.sharding import MeshConfig, make_parallel, use_mesh
+  from jaxformer.training.experiment import TrainingConfig
   from jaxformer.training.malloc import keep_freed_memory
   from jaxformer.training.optimizer import AdamW, Optimizer
   from jaxformer.training.schedule import Constant
-  from jaxformer.training.step import StepConfig, compiled_train_step, init_state
+  from jaxformer.training.step import compiled_train_step, init_state
 
   keep_freed_memory()  # as `train` does on a CPU
   definition = define(
@@ -102,7 +103,7 @@ def ours(connection: Connection) -> None:
   tokens = np.random.default_rng(0).integers(0, VOCABULARY, (BATCH, LENGTH + 1)).astype(np.int32)
   with use_mesh(parallel):
     state = init_state(definition, optimizer, 0, parallel)
-    run = compiled_train_step(definition, optimizer, StepConfig(), parallel)
+    run = compiled_train_step(definition, optimizer, TrainingConfig(dtype='float32'), parallel)
     batch = jax.device_put(Batch(tokens[:, :-1], tokens[:, 1:], None))
 
     def step():

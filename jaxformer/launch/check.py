@@ -20,7 +20,7 @@ def setup_of(experiment: Experiment, target: Target, mesh: MeshConfig | None = N
 
   def optimizer_state(model: Any, parallel: Parallel) -> Any:
     definition = define(model)
-    optimizer = Optimizer.of(e.optimizer, e.schedule, t.steps, definition)
+    optimizer = Optimizer(e.optimizer, e.schedule, t.steps, definition.info)
     return optimizer.abstract_state(definition, parallel)
 
   return PlanSetup(

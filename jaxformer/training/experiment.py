@@ -124,7 +124,8 @@ def default_experiment(model: ModelConfig, name: str) -> Experiment:
   something in about a minute on two CPU cores."""
   data: DatasetConfig = Text(sequence_length=min(model.context_length, 256))
   if model.task != data.task:
-    data = next((d for d in _complete_data() if _mismatch(model, d) is None), data)
+    fitting = (d for d in _complete_data() if d.task == model.task)
+    data = next((d for d in fitting if model.task.too_small(d.task) is None), data)
   # Pairs are short, so that more of them fit into a minute.
   training = (
     TrainingConfig(steps=600, batch_size=32, eval_every=200)
@@ -169,23 +170,13 @@ def check_fit(
   Args:
     vocab_size, source_vocab_size: of the opened data; by default those that their config knows.
   """
-  if (problem := _mismatch(model, data, vocab_size, source_vocab_size)) is not None:
-    raise problem
-
-
-def _mismatch(
-  model: ModelConfig,
-  data: DatasetConfig,
-  vocab_size: int | None = None,
-  source_vocab_size: int | None = None,
-) -> InputError | None:
   mine, wanted = model.task, data.task
   if mine != wanted:
     fitting = ', '.join(d.tag for d in _complete_data() if d.task == mine)
     suited = _MODEL_FOR['pairs' if wanted.inputs == 'pairs' else wanted.predicts]
     advice = [] if model.tag in suited else [f'use {suited}']
     advice += [f'use data that fit the model ({fitting})'] if fitting else []
-    return InputError(
+    raise InputError(
       f'data = {data.tag}: the task is "{wanted}", but {model.tag} is a model for "{mine}"'
       + ('; ' + ' or '.join(advice) if advice else '')
     )
@@ -194,7 +185,6 @@ def _mismatch(
     vocab_size=vocab_size or wanted.vocab_size,
     source_vocab_size=source_vocab_size or wanted.source_vocab_size,
   )
-  if (small := mine.too_small(sized)) is None:
-    return None
-  name, size, needed = small
-  return InputError(f'model.{name}', size, f'at least {needed}, that of {data.tag}')
+  if (small := mine.too_small(sized)) is not None:
+    name, size, needed = small
+    raise InputError(f'model.{name}', size, f'at least {needed}, that of {data.tag}')

@@ -218,12 +218,6 @@ class Optimizer:
   info: dict[str, ParamInfo]
   peak: Float[Array, ''] | None = None
 
-  @classmethod
-  def of(
-    cls, config: OptimizerConfig, schedule: ScheduleConfig, steps: int, definition: Definition
-  ) -> Optimizer:
-    return cls(config, schedule, steps, definition.info)
-
   def init(self, params: Params) -> Any:
     """Return the state before the first update."""
     return self.config.direction(self.info).init(params)

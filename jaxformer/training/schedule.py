@@ -26,6 +26,7 @@ class ScheduleConfig(Config, abstract=True):
 
   def validate(self):
     self.require_not_negative('warmup')
+    self.require(0 <= getattr(self, 'final', 0.0) <= 1, 'final', 'between 0 and 1')
 
   def warmup_steps(self, steps: int) -> int:
     """Return the warm-up of a run of `steps` steps."""
@@ -57,10 +58,6 @@ class Linear(ScheduleConfig):
 
   final: float = 0.0
 
-  def validate(self):
-    super().validate()
-    self.require(0 <= self.final <= 1, 'final', 'between 0 and 1')
-
   def after(self, progress):
     return 1.0 - (1.0 - self.final) * progress
 
@@ -69,10 +66,6 @@ class Cosine(ScheduleConfig):
   """final + (1 - final) (1 + cos(pi p)) / 2 (Loshchilov and Hutter 2017, without restarts)."""
 
   final: float = 0.1
-
-  def validate(self):
-    super().validate()
-    self.require(0 <= self.final <= 1, 'final', 'between 0 and 1')
 
   def after(self, progress):
     return self.final + (1.0 - self.final) * 0.5 * (1.0 + jnp.cos(jnp.pi * progress))
@@ -90,7 +83,6 @@ class WSD(ScheduleConfig):
   def validate(self):
     super().validate()
     self.require(0 < self.decay <= 1, 'decay', 'above 0 and at most 1: a fraction of the steps')
-    self.require(0 <= self.final <= 1, 'final', 'between 0 and 1')
 
   def after(self, progress):
     gone = jnp.clip((progress - (1.0 - self.decay)) / self.decay, 0.0, 1.0)

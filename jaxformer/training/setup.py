@@ -16,10 +16,10 @@ from jaxformer.models.params import Definition, Params, define
 from jaxformer.sharding import Parallel, make_parallel
 from jaxformer.training.batch_placement import BatchPlacement
 from jaxformer.training.checkpoint import differing_shapes, load_params
-from jaxformer.training.experiment import Experiment, check_fit
+from jaxformer.training.experiment import Experiment, TrainingConfig, check_fit
 from jaxformer.training.optimizer import Optimizer
 from jaxformer.training.paths import AnyPath
-from jaxformer.training.step import StepConfig, TrainState, abstract_train_state, step_config
+from jaxformer.training.step import TrainState, abstract_train_state, step_config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Setup:
   dataset: Dataset
   optimizer: Optimizer
   parallel: Parallel
-  step_config: StepConfig
+  step_config: TrainingConfig
   placement: BatchPlacement
 
   @classmethod
@@ -46,7 +46,7 @@ class Setup:
       experiment,
       definition,
       dataset,
-      Optimizer.of(experiment.optimizer, experiment.schedule, t.steps, definition),
+      Optimizer(experiment.optimizer, experiment.schedule, t.steps, definition.info),
       parallel,
       step_config(experiment, parallel),
       BatchPlacement(parallel, t.batch_size, experiment.data.positions),
@@ -75,7 +75,7 @@ class Setup:
       dataset.validation_batches(rows, limit, part.index, part.count),
       token_bytes_V=bytes_V,
       parallel=self.parallel,
-      dtype=self.step_config.dtype,
+      dtype=jnp.dtype(self.step_config.dtype),
     )
     score = (
       {'eval/accuracy': r.accuracy} if bytes_V is None else {'eval/bits_per_byte': r.bits_per_byte}

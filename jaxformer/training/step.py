@@ -18,7 +18,7 @@ from jaxformer.ops.loss import LossSums
 from jaxformer.sharding import Parallel, use_mesh
 from jaxformer.task_type import IGNORE, Batch
 from jaxformer.training.batch_placement import abstract_batch
-from jaxformer.training.experiment import Experiment, check_fit
+from jaxformer.training.experiment import Experiment, TrainingConfig, check_fit
 from jaxformer.training.optimizer import Optimizer
 
 Metrics = dict[str, Array]
@@ -42,18 +42,6 @@ class TrainState:
   key: Array
 
 
-@dataclasses.dataclass(frozen=True)
-class StepConfig:
-  """Settings of a step beyond those of the model and the optimizer; the fields are those of
-  `TrainingConfig`, with `dtype` resolved."""
-
-  accumulate: int = 1
-  dtype: Any = jnp.float32
-  remat: str = 'none'
-  z_loss: float = 0.0
-  label_smoothing: float = 0.0
-
-
 def compute_dtype(name: str, parallel: Parallel) -> Any:
   """Return the dtype of activations; 'auto' is bfloat16 on hardware that supports it, float32 on
   CPU."""
@@ -62,12 +50,10 @@ def compute_dtype(name: str, parallel: Parallel) -> Any:
   return jnp.dtype(name)
 
 
-def step_config(experiment: Experiment, parallel: Parallel) -> StepConfig:
-  """Return the settings of the experiment's training step on a mesh."""
+def step_config(experiment: Experiment, parallel: Parallel) -> TrainingConfig:
+  """Return the training settings of an experiment, with the dtype on a mesh in place of 'auto'."""
   t = experiment.training
-  return StepConfig(
-    t.accumulate, compute_dtype(t.dtype, parallel), t.remat, t.z_loss, t.label_smoothing
-  )
+  return t.replace(dtype=compute_dtype(t.dtype, parallel).name)
 
 
 def init_state(
@@ -112,7 +98,7 @@ def microbatches(batch: Batch, n: int) -> Batch:
 
 
 def loss_and_grads(
-  definition: Definition, config: StepConfig, params: Params, batch: Batch, key: Array
+  definition: Definition, config: TrainingConfig, params: Params, batch: Batch, key: Array
 ) -> tuple[LossSums, Metrics, Params]:
   """Return the sums of the loss over a batch, auxiliary scalars, and the gradient of the objective:
   loss / count + sum of `loss/...`.
@@ -124,7 +110,7 @@ def loss_and_grads(
   count = jnp.maximum(jnp.sum(batch.targets_BT != IGNORE).astype(jnp.float32), 1.0)
 
   def objective(params: Params, batch: Batch, key: Array) -> tuple[Array, tuple[LossSums, Metrics]]:
-    model = definition.merge(definition.cast(params, config.dtype))
+    model = definition.merge(definition.cast(params, jnp.dtype(config.dtype)))
     sums, aux = model.loss(
       batch,
       Context(dropout_key=key, remat=config.remat),
@@ -165,7 +151,11 @@ def over_layers(aux: Metrics) -> Metrics:
 
 
 def train_step(
-  definition: Definition, optimizer: Optimizer, config: StepConfig, state: TrainState, batch: Batch
+  definition: Definition,
+  optimizer: Optimizer,
+  config: TrainingConfig,
+  state: TrainState,
+  batch: Batch,
 ) -> tuple[TrainState, Metrics]:
   """Return the state after one update, and its metrics: `train/loss` (cross-entropy per target,
   nats), `train/grad_norm`, `learning_rate`, `finite`, and the layers' auxiliary values as
@@ -185,7 +175,7 @@ def train_step(
 
 
 def compiled_train_step(
-  definition: Definition, optimizer: Optimizer, config: StepConfig, parallel: Parallel
+  definition: Definition, optimizer: Optimizer, config: TrainingConfig, parallel: Parallel
 ) -> jax.stages.Wrapped:
   """Return the jitted `train_step`, `(state, batch) -> (state, metrics)`, for a mesh; the state is
   donated. Call it inside `use_mesh`."""
@@ -203,7 +193,7 @@ def compiled_train_step(
 
 
 def population_step(
-  definition: Definition, optimizer: Optimizer, config: StepConfig, mesh: Mesh
+  definition: Definition, optimizer: Optimizer, config: TrainingConfig, mesh: Mesh
 ) -> jax.stages.Wrapped:
   """Return the jitted `train_step` of several runs, `(states, batches, peak_learning_rates, active)
   -> (states, metrics)`, all with a leading member axis sharded over `mesh`'s axis `members`.
@@ -235,7 +225,7 @@ def lowered_train_step(experiment: Experiment, mesh: Mesh) -> jax.stages.Lowered
   e, parallel = experiment, Parallel(mesh, experiment.mesh.rules)
   check_fit(e.model, e.data)
   definition = define(e.model)
-  optimizer = Optimizer.of(e.optimizer, e.schedule, e.training.steps, definition)
+  optimizer = Optimizer(e.optimizer, e.schedule, e.training.steps, definition.info)
   state = abstract_train_state(definition, optimizer, parallel)
   abstract_batch(e.data, e.training.batch_size // e.training.accumulate, parallel)
   batch = abstract_batch(e.data, e.training.batch_size, parallel)

@@ -121,7 +121,7 @@ def _training(e: Experiment, steps: int, log: Log) -> dict[str, Any]:
   check(e)
   t = e.training
   definition, parallel = define(e.model), make_parallel(e.mesh)
-  optimizer = Optimizer.of(e.optimizer, e.schedule, t.steps, definition)
+  optimizer = Optimizer(e.optimizer, e.schedule, t.steps, definition.info)
   if e.data.has_text and e.model.task == LANGUAGE_MODELING:
     shape = t.batch_size, e.data.positions + 1
     tokens = np.random.default_rng(0).integers(0, e.model.task.vocab_size, shape).astype(np.int32)

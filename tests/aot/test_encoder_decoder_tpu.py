@@ -17,9 +17,10 @@ from jaxformer.models.zoo.transformer import transformer
 from jaxformer.planning.collectives import list_collectives
 from jaxformer.planning.compiler import topology_mesh
 from jaxformer.sharding import MeshConfig, Parallel, use_mesh
+from jaxformer.training.experiment import TrainingConfig
 from jaxformer.training.optimizer import AdamW, Optimizer
 from jaxformer.training.schedule import Constant
-from jaxformer.training.step import StepConfig, abstract_train_state, compiled_train_step
+from jaxformer.training.step import abstract_train_state, compiled_train_step
 from tests.aot.tpu import has_array
 
 pytest.importorskip(
@@ -37,14 +38,14 @@ def compiled(definition, config: MeshConfig, sizes=(B, S, T)) -> jax.stages.Comp
   """The step for pairs of padded sources and targets of other lengths."""
   parallel = Parallel(topology_mesh('v5e:2x4', config), config.rules)
   rows, source, target = sizes
-  optimizer = Optimizer.of(AdamW(), Constant(), 1000, definition)
+  optimizer = Optimizer(AdamW(), Constant(), 1000, definition.info)
   state = abstract_train_state(definition, optimizer, parallel)
 
   def ids(length: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct((rows, length), jnp.int32, sharding=parallel.batch)
 
   with use_mesh(parallel):
-    how = StepConfig(dtype=jnp.bfloat16, remat='full', label_smoothing=0.1)
+    how = TrainingConfig(dtype='bfloat16', remat='full', label_smoothing=0.1)
     step = compiled_train_step(definition, optimizer, how, parallel)
     return (
       step.trace(state, Batch(ids(target), ids(target), source_BS=ids(source)))

@@ -17,9 +17,10 @@ from jaxformer.models.zoo.llama import LLAMA3, llama
 from jaxformer.models.zoo.mamba import mamba
 from jaxformer.planning.collectives import list_collectives
 from jaxformer.sharding import MeshConfig, make_parallel, use_mesh
+from jaxformer.training.experiment import TrainingConfig
 from jaxformer.training.optimizer import AdamW, Optimizer
 from jaxformer.training.schedule import Constant
-from jaxformer.training.step import StepConfig, abstract_train_state, compiled_train_step
+from jaxformer.training.step import abstract_train_state, compiled_train_step
 
 pytest.importorskip(
   'libtpu', reason='needs libtpu, the compiler for TPUs (pip install jaxformer[tpu])'
@@ -42,12 +43,12 @@ def compiled_step(
     platform='tpu', topology_name='v5e:2x4', num_slices=slices
   ).devices
   definition, parallel = define(model), make_parallel(config, devices)
-  optimizer = Optimizer.of(AdamW(), Constant(), 1000, definition)
+  optimizer = Optimizer(AdamW(), Constant(), 1000, definition.info)
   state = abstract_train_state(definition, optimizer, parallel)
   ids = jax.ShapeDtypeStruct((rows, length), jnp.int32, sharding=parallel.batch)
   with use_mesh(parallel):
     step = compiled_train_step(
-      definition, optimizer, StepConfig(dtype=jnp.bfloat16, remat='full'), parallel
+      definition, optimizer, TrainingConfig(dtype='bfloat16', remat='full'), parallel
     )
     return step.trace(state, Batch(ids, ids, ids)).lower(lowering_platforms=('tpu',)).compile()
 

@@ -68,14 +68,20 @@ def train(
 ) -> tuple[list[float], float]:
   """The loss of each step of AdamW at a constant rate, in fp32 on one device; and the norm of the
   last gradient."""
+  from jaxformer.training.experiment import TrainingConfig
   from jaxformer.training.optimizer import AdamW, Optimizer
   from jaxformer.training.schedule import Constant
-  from jaxformer.training.step import StepConfig, TrainState, train_step
+  from jaxformer.training.step import TrainState, train_step
 
   definition = definition_of(preset)
-  optimizer = Optimizer.of(AdamW(learning_rate=rate), Constant(warmup=0), len(batches), definition)
+  optimizer = Optimizer(
+    AdamW(learning_rate=rate), Constant(warmup=0), len(batches), definition.info
+  )
   step = _compiled_once(
-    preset, lambda state, batch: train_step(definition, optimizer, StepConfig(), state, batch)
+    preset,
+    lambda state, batch: train_step(
+      definition, optimizer, TrainingConfig(dtype='float32'), state, batch
+    ),
   )
   state = TrainState(jnp.int32(0), params, optimizer.init(params), jax.random.key(1))
   losses, metrics = [], {}

@@ -27,9 +27,10 @@ from jaxformer.models.language_model import LanguageModel
 from jaxformer.models.params import define
 from jaxformer.models.stack import Group
 from jaxformer.ops.routing import BIAS_GRADIENT
+from jaxformer.training.experiment import TrainingConfig
 from jaxformer.training.optimizer import AdamW, Optimizer
 from jaxformer.training.schedule import Constant
-from jaxformer.training.step import StepConfig, TrainState, over_layers, train_step
+from jaxformer.training.step import TrainState, over_layers, train_step
 
 pytestmark = pytest.mark.quick
 D, E = 16, 4
@@ -200,12 +201,12 @@ def trained(router, steps, rate=0.02, accumulate=1):
   """Load ratios of a mixture whose router begins collapsed, over training steps of the loop's own
   function."""
   definition = define(model(router, layers=1, experts=4))
-  optimizer = Optimizer.of(AdamW(learning_rate=rate), Constant(), steps, definition)
+  optimizer = Optimizer(AdamW(learning_rate=rate), Constant(), steps, definition.info)
   params = definition.init(jax.random.key(0))
   (bias,) = (n for n in params if n.endswith('router.bias'))
   params[bias] = jnp.array([0.3, 0.3, 0.0, 0.0])  # the sigmoids are all near a half
   state = TrainState(jnp.int32(0), params, optimizer.init(params), jax.random.key(1))
-  config = StepConfig(accumulate=accumulate)
+  config = TrainingConfig(dtype='float32', accumulate=accumulate)
   fixed = batch(B=16)
 
   @jax.jit

@@ -9,8 +9,9 @@ from jaxformer.models.params import ParamInfo, define
 from jaxformer.models.zoo.gpt import gpt
 from jaxformer.sharding import MeshConfig, make_parallel, use_mesh
 from jaxformer.training import Adafactor, AdamW, Constant, Lion, Muon
+from jaxformer.training.experiment import TrainingConfig
 from jaxformer.training.optimizer import Optimizer
-from jaxformer.training.step import StepConfig, compiled_train_step, init_state
+from jaxformer.training.step import compiled_train_step, init_state
 
 pytestmark = pytest.mark.quick
 ALL = (
@@ -155,7 +156,7 @@ def test_adafactor_is_algorithm_4_of_its_paper():
 def test_learns_and_its_state_is_divided_as_its_parameters(config, dataset):
   definition = define(gpt(32, 2, 2, context_length=32, vocab_size=264))
   parallel = make_parallel(MeshConfig(fsdp=2, tensor=2, data=1), jax.devices()[:4])
-  o = Optimizer.of(config, Constant(warmup=2), 12, definition)
+  o = Optimizer(config, Constant(warmup=2), 12, definition.info)
   batch = dataset.train_batch(0, 8, 0)
   with use_mesh(parallel):
     state = init_state(definition, o, 0, parallel)
@@ -166,7 +167,7 @@ def test_learns_and_its_state_is_divided_as_its_parameters(config, dataset):
       )
       if name is not None and leaf.shape == state.params[name].shape:
         assert leaf.sharding == where[name], path
-    step = compiled_train_step(definition, o, StepConfig(), parallel)
+    step = compiled_train_step(definition, o, TrainingConfig(dtype='float32'), parallel)
     losses = []
     for _ in range(12):
       state, metrics = step(state, batch)

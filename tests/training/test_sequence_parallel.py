@@ -16,8 +16,9 @@ from jaxformer.overrides import override
 from jaxformer.sharding import MeshConfig, make_parallel, use_mesh
 from jaxformer.sharding_rules import AxisRules, Rules
 from jaxformer.training import AdamW, Constant, train
+from jaxformer.training.experiment import TrainingConfig
 from jaxformer.training.optimizer import Optimizer
-from jaxformer.training.step import StepConfig, compiled_train_step, init_state
+from jaxformer.training.step import compiled_train_step, init_state
 from tests.tiers import case, thorough
 
 OWN = Rules(
@@ -39,10 +40,10 @@ def batch(rows: int = 8, length: int = 32) -> Batch:
   )
 
 
-def steps(model, config: MeshConfig, devices, how: StepConfig):
+def steps(model, config: MeshConfig, devices, how: TrainingConfig):
   definition, parallel = define(model), make_parallel(config, devices)
   optimizer, losses = (
-    Optimizer.of(AdamW(learning_rate=1e-3, eps=1e-6), Constant(), 8, definition),
+    Optimizer(AdamW(learning_rate=1e-3, eps=1e-6), Constant(), 8, definition.info),
     [],
   )
   with use_mesh(parallel):
@@ -87,8 +88,12 @@ MODELS = {
 def test_losses_and_parameters_are_those_of_one_device(name, mesh):
   model = MODELS[name].replace(stack=tuple(g.replace(repeats=1) for g in MODELS[name].stack))
   # Accumulating on both: a router's loss is the mean over microbatches.
-  whole, state = steps(model, MeshConfig(data=1), jax.devices()[:1], StepConfig(accumulate=2))
-  divided, divided_state = steps(model, MESHES[mesh], None, StepConfig(accumulate=2, remat='full'))
+  whole, state = steps(
+    model, MeshConfig(data=1), jax.devices()[:1], TrainingConfig(dtype='float32', accumulate=2)
+  )
+  divided, divided_state = steps(
+    model, MESHES[mesh], None, TrainingConfig(dtype='float32', accumulate=2, remat='full')
+  )
   np.testing.assert_allclose(divided, whole, atol=1e-4)
   for parameter, value in jax.device_get(state.params).items():
     np.testing.assert_allclose(divided_state.params[parameter], value, atol=1e-4, err_msg=parameter)

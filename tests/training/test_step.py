@@ -10,20 +10,15 @@ from jaxformer.models.params import define
 from jaxformer.models.zoo.gpt import gpt
 from jaxformer.sharding import MeshConfig, Parallel, make_mesh, make_parallel, use_mesh
 from jaxformer.training import AdamW, Cosine
+from jaxformer.training.experiment import TrainingConfig
 from jaxformer.training.optimizer import Optimizer
-from jaxformer.training.step import (
-  StepConfig,
-  compiled_train_step,
-  init_state,
-  loss_and_grads,
-  train_step,
-)
+from jaxformer.training.step import compiled_train_step, init_state, loss_and_grads, train_step
 from tests.tiers import case
 
 DEFINITION = define(gpt(32, 2, 2, context_length=32, vocab_size=264))
 # Key offsets have a gradient of zero, which rounding makes 1e-9: with an eps of that size Adam
 # would divide noise by noise.
-OPTIMIZER = Optimizer.of(AdamW(learning_rate=1e-3, eps=1e-6), Cosine(warmup=2), 8, DEFINITION)
+OPTIMIZER = Optimizer(AdamW(learning_rate=1e-3, eps=1e-6), Cosine(warmup=2), 8, DEFINITION.info)
 
 
 def batch(step: int, rows: int = 8, length: int = 16) -> Batch:
@@ -43,9 +38,11 @@ def batch(step: int, rows: int = 8, length: int = 16) -> Batch:
 def test_accumulated_gradients_are_those_of_the_whole_batch(accumulate):
   params, key = DEFINITION.init(jax.random.key(0)), jax.random.key(1)
   whole, _, grads = jax.jit(
-    lambda p: loss_and_grads(DEFINITION, StepConfig(z_loss=1e-3), p, batch(0), key)
+    lambda p: loss_and_grads(
+      DEFINITION, TrainingConfig(dtype='float32', z_loss=1e-3), p, batch(0), key
+    )
   )(params)
-  config = StepConfig(z_loss=1e-3, accumulate=accumulate)
+  config = TrainingConfig(dtype='float32', z_loss=1e-3, accumulate=accumulate)
   sums, _, parts = jax.jit(lambda p: loss_and_grads(DEFINITION, config, p, batch(0), key))(params)
   np.testing.assert_allclose(sums, whole, rtol=1e-6)
   for name in grads:
@@ -55,15 +52,15 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(accumulate):
 @pytest.mark.quick
 def test_the_gradient_is_that_of_the_mean_over_counted_targets():
   params, key = DEFINITION.init(jax.random.key(0)), jax.random.key(1)
-  sums, _, grads = jax.jit(lambda p: loss_and_grads(DEFINITION, StepConfig(), p, batch(0), key))(
-    params
-  )
+  sums, _, grads = jax.jit(
+    lambda p: loss_and_grads(DEFINITION, TrainingConfig(dtype='float32'), p, batch(0), key)
+  )(params)
   name, direction = 'embedder.input.table', jax.random.normal(jax.random.key(2), (264, 32))
 
   @jax.jit
   def mean(t):
     moved = params | {name: params[name] + t * direction}
-    out = loss_and_grads(DEFINITION, StepConfig(), moved, batch(0), key)[0]
+    out = loss_and_grads(DEFINITION, TrainingConfig(dtype='float32'), moved, batch(0), key)[0]
     return out.nll / out.count
 
   slope = float(mean(1e-3) - mean(-1e-3)) / 2e-3
@@ -75,7 +72,9 @@ def run(mesh_config: MeshConfig, devices, steps: int = 4):
   parallel = make_parallel(mesh_config, devices)
   with use_mesh(parallel):
     state = init_state(DEFINITION, OPTIMIZER, 0, parallel)
-    step = compiled_train_step(DEFINITION, OPTIMIZER, StepConfig(z_loss=1e-4), parallel)
+    step = compiled_train_step(
+      DEFINITION, OPTIMIZER, TrainingConfig(dtype='float32', z_loss=1e-4), parallel
+    )
     losses = []
     for i in range(steps):
       state, metrics = step(state, jax.device_put(batch(i), parallel.batch))
@@ -112,7 +111,9 @@ def test_numbers_that_are_not_finite_are_flagged():
   mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
   state = init_state(DEFINITION, OPTIMIZER, 0, Parallel(mesh))
   step = jax.jit(
-    lambda s: train_step(DEFINITION, OPTIMIZER, StepConfig(), s, batch(0))[1]['finite']
+    lambda s: train_step(DEFINITION, OPTIMIZER, TrainingConfig(dtype='float32'), s, batch(0))[1][
+      'finite'
+    ]
   )
   assert step(state)
   bad = {**params, 'embedder.input.table': params['embedder.input.table'].at[3, 4].set(jnp.inf)}
@@ -123,6 +124,10 @@ def test_numbers_that_are_not_finite_are_flagged():
 def test_dropout_differs_between_steps_and_not_between_runs():
   definition = define(gpt(32, 2, 2, context_length=32, vocab_size=264, dropout=0.5))
   params = definition.init(jax.random.key(0))
-  loss = jax.jit(lambda key: loss_and_grads(definition, StepConfig(), params, batch(0), key)[0].nll)
+  loss = jax.jit(
+    lambda key: (
+      loss_and_grads(definition, TrainingConfig(dtype='float32'), params, batch(0), key)[0].nll
+    )
+  )
   one, same, other = (float(loss(jax.random.fold_in(jax.random.key(0), i))) for i in (0, 0, 1))
   assert one == same != other
