@@ -7,15 +7,16 @@ mean over heads and layers."""
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 import jaxformer as jf
-from jaxformer.cli.output import code_option, given, json_option, show
+from jaxformer.cli.output import code_option, json_option, show
 
 OVERRIDES = False
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-  parser.add_argument('run_name', metavar='RUN')
+  parser.add_argument('model', metavar='RUN')
   parser.add_argument('--source', required=True, help='the text to translate')
   parser.add_argument('--target', help="its translation; default: the model's own")
   parser.add_argument('--beam', type=int, default=1, help='beam width of that translation (1)')
@@ -27,11 +28,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
   json_option(parser, '{source, target, weights}: tokens, and a row of weights per target token')
 
 
-def run(args: argparse.Namespace, overrides: list[tuple[str, str]]) -> None:
-  model = jf.load(args.run_name, code=args.code)
-  found = model.align(args.source, **given(args, ('target', 'beam', 'layer')))
-  if args.out is not None:
-    found.draw(args.out)
-  show(found, args.json)
-  if args.out is not None and not args.json:
-    print(f'picture: {args.out}')
+def run(
+  source: str, model: str, out: str | None, code: list[str], json: bool, **options: Any
+) -> None:
+  found = jf.load(model, code=code).align(source, **options)
+  if out is not None:
+    found.draw(out)
+  show(found, json)
+  if out is not None and not json:
+    print(f'picture: {out}')

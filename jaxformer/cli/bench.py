@@ -7,6 +7,7 @@ figures of one invocation."""
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 import jaxformer as jf
 from jaxformer.cli.output import json_option, show
@@ -22,6 +23,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
   )
   parser.add_argument(
     '--context-length',
+    dest='context_lengths',
     type=int,
     action='append',
     default=[],
@@ -36,12 +38,5 @@ def arguments(parser: argparse.ArgumentParser) -> None:
   json_option(parser, 'the figures as one JSON object')
 
 
-def run(args: argparse.Namespace, overrides: list[tuple[str, str]]) -> None:
-  found = jf.bench(
-    args.target,
-    overrides=overrides,
-    steps=args.steps,
-    context_lengths=args.context_length,
-    new_tokens=args.new_tokens,
-  )
-  show(found, args.json)
+def run(json: bool, **options: Any) -> None:
+  show(jf.bench(**options), json)

@@ -15,11 +15,11 @@ OVERRIDES = False
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-  parser.add_argument('target', metavar='FILE:NAME', help='a layer config in a Python file')
+  parser.add_argument('layer', metavar='FILE:NAME', help='a layer config in a Python file')
   json_option(parser, 'an array of {layer, check, verdict, wrong}')
 
 
-def run(args: argparse.Namespace, overrides: list[tuple[str, str]]) -> int:
-  found = jf.check(args.target)
-  show(found, args.json)
+def run(layer: str, json: bool) -> int:
+  found = jf.check(layer)
+  show(found, json)
   return 0 if found.passed else 1

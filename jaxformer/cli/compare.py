@@ -13,11 +13,12 @@ from __future__ import annotations
 
 import argparse
 import sys
+from typing import Any
 
 import jaxformer as jf
-from jaxformer.cli.output import json_option, show
+from jaxformer.cli.output import Overrides, json_option, show, show_option
 from jaxformer.config import text
-from jaxformer.exit_codes import PREEMPTED
+from jaxformer.exit_codes import DONE, PREEMPTED
 
 OVERRIDES = True
 
@@ -53,19 +54,25 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     action='store_true',
     help='train what no other process of this study is training, and write no report',
   )
-  parser.add_argument('--show', action='store_true', help='print the study as JSON and stop')
+  show_option(parser, 'study')
 
 
-def run(args: argparse.Namespace, overrides: list[tuple[str, str]]) -> int:
+def run(
+  overrides: Overrides,
+  json: bool,
+  workers: int | None,
+  train_only: bool,
+  print_only: bool,
+  **of: Any,
+) -> int:
   try:
-    if args.show:
-      print(text(jf.get_study(args.target, overrides=overrides, add=args.add)), end='')
-    elif args.train_only:
-      jf.train_runs(args.target, overrides=overrides, add=args.add)
+    if print_only:
+      print(text(jf.get_study(overrides=overrides, **of)), end='')
+    elif train_only:
+      jf.train_runs(overrides=overrides, **of)
     else:
-      found = jf.compare(args.target, overrides=overrides, add=args.add, workers=args.workers)
-      show(found, args.json)
+      show(jf.compare(overrides=overrides, workers=workers, **of), json)
   except jf.Interrupted:
     print('interrupted: the same command resumes the study', file=sys.stderr)
     return PREEMPTED
-  return 0
+  return DONE

@@ -7,6 +7,7 @@ conversion: `generate`, `eval` and `train --init-from` read such folders and fil
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 import jaxformer as jf
 from jaxformer.cli.output import code_option
@@ -16,7 +17,7 @@ OVERRIDES = False
 
 def arguments(parser: argparse.ArgumentParser) -> None:
   parser.add_argument(
-    'run_name',
+    'model',
     metavar='RUN',
     help='a run (NAME, runs/NAME, either with @STEP), a folder of Hugging Face weights, or a file '
     'of RWKV weights (.safetensors or .pth)',
@@ -31,5 +32,5 @@ def arguments(parser: argparse.ArgumentParser) -> None:
   code_option(parser)
 
 
-def run(args: argparse.Namespace, overrides: list[tuple[str, str]]) -> None:
-  jf.convert(args.run_name, args.out, dtype=args.dtype, code=args.code)
+def run(**options: Any) -> None:
+  jf.convert(**options)

@@ -9,6 +9,7 @@ overrides; pairs are `--data Pairs --data.corpus Tsv --data.corpus.path FILE`.""
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 import jaxformer as jf
 from jaxformer.cli.output import json_option, show
@@ -25,8 +26,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
   train.add_argument('--vocab-size', type=int, default=4096, help='(4096)')
 
 
-def run(args: argparse.Namespace, overrides: list[tuple[str, str]]) -> None:
-  if args.action == 'info':
-    show(jf.inspect_data(overrides=overrides), args.json)
+def run(action: str, json: bool = False, **options: Any) -> None:
+  if action == 'info':
+    show(jf.inspect_data(**options), json)
   else:
-    jf.train_tokenizer(args.out, vocab_size=args.vocab_size, overrides=overrides)
+    jf.train_tokenizer(**options)

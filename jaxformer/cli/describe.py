@@ -9,6 +9,7 @@ of `jaxformer plan`."""
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 import jaxformer as jf
 from jaxformer.cli.output import code_option, json_option, show
@@ -25,6 +26,5 @@ def arguments(parser: argparse.ArgumentParser) -> None:
   json_option(parser, 'one JSON object')
 
 
-def run(args: argparse.Namespace, overrides: list[tuple[str, str]]) -> None:
-  found = jf.describe(args.model, target=args.target, overrides=overrides, code=args.code)
-  show(found, args.json)
+def run(json: bool, **options: Any) -> None:
+  show(jf.describe(**options), json)

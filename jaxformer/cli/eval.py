@@ -9,16 +9,17 @@ task is scored on its test sequences; a translation model also by BLEU and chrF.
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 import jaxformer as jf
-from jaxformer.cli.output import code_option, given, json_option, show
+from jaxformer.cli.output import code_option, json_option, show
 
 OVERRIDES = True
 JOINS = True
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-  parser.add_argument('run_name', metavar='RUN')
+  parser.add_argument('model', metavar='RUN')
   parser.add_argument('--batch-size', type=int, default=16, help='sequences per batch (16)')
   parser.add_argument(
     '--batches', type=int, help='number of batches, spread over the split; default: all'
@@ -37,6 +38,5 @@ def arguments(parser: argparse.ArgumentParser) -> None:
   json_option(parser, 'the scores as one JSON object')
 
 
-def run(args: argparse.Namespace, overrides: list[tuple[str, str]]) -> None:
-  names = ('batch_size', 'batches', 'translations', 'by_position', 'code')
-  show(jf.evaluate(args.run_name, overrides=overrides, **given(args, names)), args.json)
+def run(json: bool, **options: Any) -> None:
+  show(jf.evaluate(**options), json)

@@ -10,21 +10,21 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import jaxformer as jf
-from jaxformer.cli.output import code_option, given, json_option, print_json
+from jaxformer.cli.output import code_option, json_option, print_json
 
 OVERRIDES = False
 JOINS = True
 SAMPLING = ('temperature', 'top_k', 'top_p', 'min_p', 'repetition_penalty')
 SEARCH = ('beam', 'length_penalty', 'coverage_penalty')
-BOTH = ('max_new_tokens', 'dtype')
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
   add = parser.add_argument
-  add('run_name', metavar='RUN')
+  add('model', metavar='RUN')
   add('--prompt', action='append', help='text to continue; - reads standard input; repeatable')
   add(
     '--source',
@@ -59,30 +59,24 @@ def arguments(parser: argparse.ArgumentParser) -> None:
   )
 
 
-def run(args: argparse.Namespace, overrides: list[tuple[str, str]]) -> None:
+def run(model: str, code: list[str], json: bool, **options: Any) -> None:
   """Only options that were given are passed on: defaults are those of the functions."""
-
-  def options(*names: str) -> dict[str, Any]:
-    return {k: v for k, v in given(args, names).items() if v is not None}
-
-  jf.Sampling(**options(*SAMPLING))  # an error before the model is loaded
-  model = jf.load(args.run_name, code=args.code)
-  if model.translates:
-    _refuse(options('prompt', 'stop', 'seed', *SAMPLING), f'{model.name} is an encoder-decoder')
-    _translate(model, args, options(*SEARCH, *BOTH))
-  else:
-    _refuse(options('source', *SEARCH), f'{model.name} is not an encoder-decoder')
-    _generate(model, args, options('stop', 'seed', *SAMPLING, *BOTH))
-
-
-def _refuse(options: dict[str, Any], why: str) -> None:
-  for name in options:
-    raise jf.InputError(f'--{name.replace("_", "-")}: has no effect: {why}')
+  given = {name: value for name, value in options.items() if value is not None}
+  jf.Sampling(**{name: given[name] for name in SAMPLING if name in given})  # before loading
+  loaded = jf.load(model, code=code)
+  refused = ('prompt', 'stop', 'seed', *SAMPLING) if loaded.translates else ('source', *SEARCH)
+  for name in refused:
+    if name in given:
+      kind = 'an encoder-decoder' if loaded.translates else 'not an encoder-decoder'
+      option = f'--{name.replace("_", "-")}'
+      raise jf.InputError(f'{option}: has no effect: {loaded.name} is {kind}')
+  answer = _translate if loaded.translates else _generate
+  answer(loaded, json, **given)
 
 
-def _generate(model: jf.Model, args: argparse.Namespace, options: dict[str, Any]) -> None:
-  prompts = [sys.stdin.read() if p == '-' else p for p in args.prompt or ['']]
-  if len(prompts) == 1 and not args.json:
+def _generate(model: jf.Model, json: bool, prompt: Sequence[str] = ('',), **options: Any) -> None:
+  prompts = [sys.stdin.read() if p == '-' else p for p in prompt]
+  if len(prompts) == 1 and not json:
     pieces = model.stream(prompts[0], **options)
     print(prompts[0], end='', flush=True)
     for piece in pieces:
@@ -90,21 +84,21 @@ def _generate(model: jf.Model, args: argparse.Namespace, options: dict[str, Any]
     print()
     return
   found = list(zip(prompts, model.complete(prompts, **options), strict=True))
-  if args.json:
+  if json:
     print_json([{'prompt': p, **t._asdict()} for p, t in found])
   else:
-    for prompt, t in found:
-      print(f'{prompt}{t.text}\n')
+    for p, t in found:
+      print(f'{p}{t.text}\n')
 
 
-def _translate(model: jf.Model, args: argparse.Namespace, options: dict[str, Any]) -> None:
-  if args.source is None and sys.stdin.isatty():
+def _translate(
+  model: jf.Model, json: bool, source: Sequence[str] | None = None, **options: Any
+) -> None:
+  if source is None and sys.stdin.isatty():
     print('one text to translate per line; Ctrl-D ends', file=sys.stderr)
-  sources = args.source
-  if sources is None:
-    sources = [line.rstrip('\n') for line in sys.stdin]
+  sources = [line.rstrip('\n') for line in sys.stdin] if source is None else source
   found = model.translations(sources, **options)
-  if args.json:
+  if json:
     pairs = zip(sources, found, strict=True)
     print_json([{'source': s, 'text': text, **t._asdict()} for s, (text, t) in pairs])
   else:

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import argparse
 import sys
+from typing import Any
 
 import jaxformer as jf
-from jaxformer.cli.output import given, json_option, print_json, show
+from jaxformer.cli.output import json_option, print_json, show
 from jaxformer.exit_codes import DONE, FAILED
 
 OVERRIDES = True
@@ -23,7 +24,9 @@ ENGINES = ('sky', 'xpk', 'gcloud', 'slurm')
 def arguments(parser: argparse.ArgumentParser) -> None:
   add = parser.add_argument
   add('engine', metavar='ENGINE', choices=ENGINES, help=', '.join(ENGINES))
-  add('experiment', metavar='PRESET|FILE', help='a name of `jaxformer list`, or a Python file')
+  add(
+    'target_experiment', metavar='PRESET|FILE', help='a name of `jaxformer list`, or a Python file'
+  )
   add(
     '--target',
     required=True,
@@ -50,21 +53,20 @@ def arguments(parser: argparse.ArgumentParser) -> None:
   json_option(parser, 'files, commands and plan as one JSON object')
 
 
-def run(args: argparse.Namespace, overrides: list[tuple[str, str]]) -> int:
-  options = given(args, ('target', 'spot', 'source', 'sweep', 'utilization'))
-  plan = jf.plan_launch(args.engine, args.experiment, overrides=overrides, **options)
-  if args.dry_run:
-    show(plan, args.json)
-    if not args.json:
+def run(dry_run: bool, yes: bool, json: bool, **options: Any) -> int:
+  plan = jf.plan_launch(**options)
+  if dry_run:
+    show(plan, json)
+    if not json:
       for path, text in plan.files.items():
         print(f'\n==== {path} ====\n{text.rstrip()}')
     return DONE
-  if not args.yes and not sys.stdin.isatty():
+  if not yes and not sys.stdin.isatty():
     raise jf.InputError(
       'launch needs confirmation but stdin is not a terminal: --yes to start, or --dry-run'
     )
   print('\n'.join(plan.lines()), file=sys.stderr)
-  if not args.yes and not _confirmed(plan.title):
+  if not yes and not _confirmed(plan.title):
     print('nothing was started', file=sys.stderr)
     return DONE
   try:
@@ -72,7 +74,7 @@ def run(args: argparse.Namespace, overrides: list[tuple[str, str]]) -> int:
   except jf.LaunchError as e:
     print(f'error: {e}', file=sys.stderr)
     return FAILED
-  if args.json:
+  if json:
     print_json(plan.json())
   else:
     print(f'started; to follow it: {plan.follow}')

@@ -14,5 +14,5 @@ def arguments(parser: argparse.ArgumentParser) -> None:
   json_option(parser, 'an array of {name, family, params, active_params}')
 
 
-def run(args: argparse.Namespace, overrides: list[tuple[str, str]]) -> None:
-  show(jf.presets(), args.json)
+def run(json: bool) -> None:
+  show(jf.presets(), json)

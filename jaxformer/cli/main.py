@@ -38,21 +38,25 @@ COMMANDS = (
   'data',
   'launch',
 )
+BOOKKEEPING = ('command', 'module', 'known')  # what the parser holds beside the options
 
 
 def main(argv: Sequence[str] | None = None) -> int:
   """Run one command and return its exit code (`jaxformer.exit_codes`)."""
   try:
     own, overrides = split_overrides(sys.argv[1:] if argv is None else argv)
-    args = _parser().parse_args(own)
-    if overrides and not args.takes_overrides:
+    options = vars(_parser().parse_args(own))
+    command, module, _ = (options.pop(name) for name in BOOKKEEPING)
+    if module.OVERRIDES:
+      options['overrides'] = overrides
+    elif overrides:
       raise InputError(
-        f'--{overrides[0][0]}: `jaxformer {args.command}` takes no overrides of an experiment'
+        f'--{overrides[0][0]}: `jaxformer {command}` takes no overrides of an experiment'
       )
     choose_platform()
-    if args.joins:
+    if getattr(module, 'JOINS', False):
       join_processes()
-    return args.run(args, overrides) or DONE
+    return module.run(**options) or DONE
   except InputError as e:
     print(f'error: {e}', file=sys.stderr)
     return BAD_INPUT
@@ -133,13 +137,13 @@ class _Parser(argparse.ArgumentParser):
       )
 
   def parse_args(self, args=None, namespace=None):  # type: ignore[override]
-    known, extra = self.parse_known_args(args, namespace)
+    parsed, extra = self.parse_known_args(args, namespace)
     if extra:
       raise InputError(
         f'unknown argument {extra[0]!r} for `jaxformer '
-        f'{known.command}`{nearest(extra[0], known.options)}'
+        f'{parsed.command}`{nearest(extra[0], parsed.known)}'
       )
-    return known
+    return parsed
 
 
 def _parser() -> _Parser:
@@ -161,14 +165,9 @@ def _parser() -> _Parser:
       formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     module.arguments(sub)
-    options = [o for action in sub._actions for o in action.option_strings]
-    sections = [f'--{s}' for s in SECTIONS] if module.OVERRIDES else []
-    sub.set_defaults(
-      run=module.run,
-      takes_overrides=module.OVERRIDES,
-      joins=getattr(module, 'JOINS', False),
-      options=options + sections,
-    )
+    known = [o for action in sub._actions for o in action.option_strings]
+    known += [f'--{s}' for s in SECTIONS] if module.OVERRIDES else []
+    sub.set_defaults(module=module, known=known)
   return parser
 
 

@@ -5,26 +5,19 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
+Overrides = list[tuple[str, str]]
 SIZES = {
-  '--params': 'parameter count',
-  '--active-params': 'count of parameters that one token uses',
-  '--flops-per-token': 'number of training FLOPs per token',
-  '--state-bytes': 'number of bytes of decoding state',
+  'params': 'parameter count',
+  'active_params': 'count of parameters that one token uses',
+  'flops_per_token': 'number of training FLOPs per token',
+  'state_bytes': 'number of bytes of decoding state',
 }
 
 
-class Result(Protocol):
-  """What the functions of `jaxformer.api` return."""
-
-  def json(self) -> Any: ...
-  def lines(self) -> list[str]: ...
-
-
-def show(result: Result, as_json: bool) -> None:
-  """Print a result: one JSON value, or lines for people."""
+def show(result: Any, as_json: bool) -> None:
+  """Print what a function of `jaxformer.api` returned: one JSON value, or lines for people."""
   if as_json:
     print_json(result.json())
   else:
@@ -50,6 +43,12 @@ def json_option(parser: argparse.ArgumentParser, words: str) -> None:
   parser.add_argument('--json', action='store_true', help=f'print {words}')
 
 
+def show_option(parser: argparse.ArgumentParser, what: str) -> None:
+  """Add `--show`, read as `print_only`."""
+  words = f'print the {what} as JSON and stop'
+  parser.add_argument('--show', dest='print_only', action='store_true', help=words)
+
+
 def code_option(parser: argparse.ArgumentParser) -> None:
   """Add `--code`, read as `args.code`."""
   parser.add_argument(
@@ -65,16 +64,6 @@ def code_option(parser: argparse.ArgumentParser) -> None:
 def size_options(parser: argparse.ArgumentParser, more: str = '') -> None:
   """Add the options of a size, of which one may be given; `more` ends the help of each."""
   group = parser.add_mutually_exclusive_group()
-  for option, words in SIZES.items():
+  for name, words in SIZES.items():
     text = f'build the family (or layer) at this {words}, e.g. 125M{more}'
-    group.add_argument(option, metavar='SIZE', help=text)
-
-
-def given(args: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
-  """Return the options of these names as keyword arguments."""
-  return {name: getattr(args, name) for name in names}
-
-
-def size_of(args: argparse.Namespace) -> dict[str, Any]:
-  """Return the options of `size_options` as keyword arguments."""
-  return given(args, [option[2:].replace('-', '_') for option in SIZES])
+    group.add_argument(f'--{name.replace("_", "-")}', metavar='SIZE', help=text)

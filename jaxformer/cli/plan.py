@@ -15,12 +15,12 @@ closest width, depth and hidden units are found, for bytes and 256 tokens of con
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 import jaxformer as jf
-from jaxformer.cli.output import given, json_option, show, size_of, size_options
+from jaxformer.cli.output import SIZES, json_option, show, size_options
 
 OVERRIDES = True
-OPTIONS = ('target', 'tokens', 'utilization', 'price', 'hardware', 'phase', 'compile', 'search')
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,13 +52,11 @@ def arguments(parser: argparse.ArgumentParser) -> None:
   json_option(parser, 'all figures and their assumptions as one JSON object')
 
 
-def run(args: argparse.Namespace, overrides: list[tuple[str, str]]) -> None:
-  size = size_of(args)
-  several = any(',' in (text or '') for text in size.values())
-  if args.model == 'families' or several:
-    if args.target is not None:
+def run(model: str, json: bool, target: str | None, **options: Any) -> None:
+  size = {name: options[name] for name in SIZES}
+  if model == 'families' or any(',' in (text or '') for text in size.values()):
+    if target is not None:
       raise jf.InputError('--target: needs one family and one size')
-    show(jf.shapes(args.model, overrides=overrides, **size), args.json)
+    show(jf.shapes(model, overrides=options['overrides'], **size), json)
   else:
-    options = given(args, OPTIONS)
-    show(jf.plan(args.model, overrides=overrides, **options, **size), args.json)
+    show(jf.plan(model, target=target, **options), json)

@@ -6,11 +6,12 @@ are omitted and named. Costs that were not measured yet are measured."""
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 import jaxformer as jf
 from jaxformer.cli.compare import study_arguments
 from jaxformer.cli.output import code_option, show
-from jaxformer.exit_codes import PREEMPTED
+from jaxformer.exit_codes import DONE, PREEMPTED
 
 OVERRIDES = True
 
@@ -20,9 +21,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
   code_option(parser)
 
 
-def run(args: argparse.Namespace, overrides: list[tuple[str, str]]) -> int:
+def run(json: bool, **options: Any) -> int:
   try:
-    show(jf.report(args.target, overrides=overrides, add=args.add, code=args.code), args.json)
+    show(jf.report(**options), json)
   except jf.Interrupted:
     return PREEMPTED
-  return 0
+  return DONE

@@ -14,10 +14,12 @@ given); see `jaxformer plan --help`."""
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 import jaxformer as jf
-from jaxformer.cli.output import code_option, json_option, show, size_of, size_options
+from jaxformer.cli.output import code_option, json_option, show, show_option, size_options
 from jaxformer.config import text
+from jaxformer.exit_codes import DONE
 
 OVERRIDES = True
 JOINS = True
@@ -38,16 +40,18 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     'Face weights, or a file of RWKV weights',
   )
   code_option(parser)
-  parser.add_argument('--show', action='store_true', help='print the experiment as JSON and stop')
+  show_option(parser, 'experiment')
   json_option(parser, 'the result as one JSON object')
 
 
-def run(args: argparse.Namespace, overrides: list[tuple[str, str]]) -> int:
-  experiment = jf.experiment(args.target, overrides=overrides, **size_of(args))
-  if args.show:
+def run(
+  json: bool, init_from: str | None, code: list[str], print_only: bool, **options: Any
+) -> int:
+  experiment = jf.experiment(**options)
+  if print_only:
     print(text(experiment), end='')
-    return 0
-  result = jf.train(experiment, init_from=args.init_from, code=args.code)
-  if result.exit_code == 0:
-    show(result, args.json)
+    return DONE
+  result = jf.train(experiment, init_from=init_from, code=code)
+  if result.exit_code == DONE:
+    show(result, json)
   return result.exit_code
