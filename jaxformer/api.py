@@ -7,7 +7,7 @@ import os
 import pathlib
 import sys
 from collections.abc import Sequence
-from typing import Unpack, overload
+from typing import Unpack
 
 import jax
 from flax import nnx
@@ -30,12 +30,11 @@ from jaxformer.workflows.describe import Description, describe_model
 from jaxformer.workflows.evaluate import EvaluateOptions
 from jaxformer.workflows.launch import plan_launch
 from jaxformer.workflows.load import Code, load, name_code
-from jaxformer.workflows.model import GenerateOptions, Model, TranslateOptions
+from jaxformer.workflows.model import GenerateOptions, Model, Texts, TranslateOptions
 from jaxformer.workflows.names import experiment, get_study
 from jaxformer.workflows.overrides import Overrides, pairs_of
 from jaxformer.workflows.plan import plan
-from jaxformer.workflows.progress import Log
-from jaxformer.workflows.progress import log as _log
+from jaxformer.workflows.progress import Log, log_progress
 from jaxformer.workflows.sizes import shapes
 from jaxformer.workflows.train import train
 
@@ -109,33 +108,17 @@ def describe(
 # ---- trained models ----------------------------------------------------------------------------
 
 
-@overload
-def generate(model: Model | str, prompt: str = '', **options: Unpack[GenerateOptions]) -> str: ...
-@overload
 def generate(
-  model: Model | str, prompt: Sequence[str], **options: Unpack[GenerateOptions]
-) -> list[str]: ...
-
-
-def generate(
-  model: Model | str, prompt: str | Sequence[str] = '', **options: Unpack[GenerateOptions]
-) -> str | list[str]:
+  model: Model | str,
+  prompt: Texts = '',  # ty: ignore[invalid-parameter-default]
+  **options: Unpack[GenerateOptions],
+) -> Texts:
   """Return the continuation of a prompt by a trained model (see `load`); of several prompts, a
   list. The options are `GenerateOptions`."""
   return _loaded(model).generate(prompt, **options)
 
 
-@overload
-def translate(model: Model | str, source: str, **options: Unpack[TranslateOptions]) -> str: ...
-@overload
-def translate(
-  model: Model | str, source: Sequence[str], **options: Unpack[TranslateOptions]
-) -> list[str]: ...
-
-
-def translate(
-  model: Model | str, source: str | Sequence[str], **options: Unpack[TranslateOptions]
-) -> str | list[str]:
+def translate(model: Model | str, source: Texts, **options: Unpack[TranslateOptions]) -> Texts:
   """Return the translation of a text by a trained encoder-decoder (see `load`); of several texts, a
   list. The options are `TranslateOptions`."""
   return _loaded(model).translate(source, **options)
@@ -155,7 +138,7 @@ def convert(
   *,
   dtype: str = 'float32',
   code: Code = (),
-  log: Log = _log,
+  log: Log = log_progress,
 ) -> None:
   """Write a trained model for other libraries; see `Model.export`. `dtype` is 'float32', 'bfloat16'
   or 'float16'."""
@@ -177,7 +160,7 @@ def compare(
   overrides: Overrides = (),
   add: Sequence[str] = (),
   workers: int | None = None,
-  log: Log = _log,
+  log: Log = log_progress,
 ) -> Results:
   """Train the architectures of a study and write its report to DIR/STUDY/report. A study that was
   interrupted resumes.
@@ -202,7 +185,11 @@ def compare(
 
 
 def train_runs(
-  target: Study | str, *, overrides: Overrides = (), add: Sequence[str] = (), log: Log = _log
+  target: Study | str,
+  *,
+  overrides: Overrides = (),
+  add: Sequence[str] = (),
+  log: Log = log_progress,
 ) -> None:
   """Train the runs of a study that no other process is training, and write no report; see
   `compare`."""
@@ -216,7 +203,7 @@ def report(
   overrides: Overrides = (),
   add: Sequence[str] = (),
   code: Code = (),
-  log: Log = _log,
+  log: Log = log_progress,
 ) -> Results:
   """Write the report of a study from its finished runs, and train nothing; see `compare`. `code`:
   see `load`."""

@@ -3,7 +3,7 @@ subprocesses and are installed separately. Training needs none of this."""
 
 from jaxformer.launch.engine import Engine, LaunchError, submit
 from jaxformer.launch.gcloud import GCloud
-from jaxformer.launch.job import CodeSource, Git, Installed, Job, Wheel, WorkingDirectory, source_of
+from jaxformer.launch.job import CodeSource, Job, source_of
 from jaxformer.launch.sky import Sky
 from jaxformer.launch.slurm import Slurm
 from jaxformer.launch.xpk import XPK
@@ -18,14 +18,10 @@ __all__ = [
   'CodeSource',
   'Engine',
   'GCloud',
-  'Git',
-  'Installed',
   'Job',
   'LaunchError',
   'Sky',
   'Slurm',
-  'Wheel',
-  'WorkingDirectory',
   'source_of',
   'submit',
 ]

@@ -11,9 +11,12 @@ from typing import Any, ClassVar
 import jinja2
 
 from jaxformer.config import Config, InputError
-from jaxformer.launch.job import CodeSource, Git, Job, Wheel, WorkingDirectory
+from jaxformer.launch.job import FORMS, CodeSource, Job
 from jaxformer.planning.target import Target, parse_target
 from jaxformer.training.paths import check_url
+
+# TPU generations by their names on Google Cloud
+TPUS = {'v4': 'v4', 'v5e': 'v5litepod', 'v5p': 'v5p', 'v6e': 'v6e', 'v7x': 'tpu7x'}
 
 
 class LaunchError(Exception):
@@ -26,25 +29,29 @@ class Engine(Config, abstract=True):
   Attributes of the class:
     program: executable that submits jobs.
     get: how to install it.
-    chips: supported chips -> their names in this engine.
-    sources: supported sources.
+    chips: supported chips.
+    sources: supported kinds of sources.
     wheels: supported schemes of wheels; 'file' is a local file.
   """
 
   program: ClassVar[str]
   get: ClassVar[str]
-  chips: ClassVar[dict[str, str]]
-  sources: ClassVar[tuple[type[CodeSource], ...]] = (Git, Wheel, WorkingDirectory)
+  chips: ClassVar[tuple[str, ...]]
+  sources: ClassVar[tuple[str, ...]] = ('git', 'wheel', 'folder')
   wheels: ClassVar[tuple[str, ...]] = ('file', 'https')
 
   def default_source(self) -> CodeSource:
     """The source without `--source`. Raises `InputError` if there is no sensible default."""
-    raise NotImplementedError
+    return CodeSource('folder')
 
   @property
   def keeps_disk(self) -> bool:
     """Whether a machine and its disk outlive the job."""
     return False
+
+  def target_problem(self, target: Target) -> str | None:
+    """Why this engine cannot rent a target whose chips it supports, or None."""
+    return None
 
   def storage_problem(self, job: Job) -> str | None:
     """Why a run folder on the machines' own disks would be lost or not shared, or None."""
@@ -56,20 +63,21 @@ class Engine(Config, abstract=True):
 
   def check(self, job: Job) -> None:
     """Raise `InputError` for a job that this engine does not support."""
-    engine, source = self.tag.lower(), job.source
-    if job.target.chip.name not in self.chips:
-      raise InputError(
-        f'--target {job.target.name}: {engine} does not support {job.target.chip.name}; must be '
-        f'one of {", ".join(self.chips)}'
-      )
-    forms = [s.called for s in self.sources]
-    if source.called not in forms:
-      raise InputError(
-        f'--source: {engine} does not support {source.called}; must be {", ".join(forms)}'
-      )
+    engine, source, target = self.tag.lower(), job.source, job.target
+    problem = self.target_problem(target)
+    if target.chip.name not in self.chips:
+      chips = ', '.join(self.chips)
+      problem = f'{engine} does not support {target.chip.name}; must be one of {chips}'
+    if problem is not None:
+      raise InputError('--target', target.name, problem=problem)
+    if source.kind not in self.sources:
+      forms = ' or '.join(FORMS[kind] for kind in self.sources)
+      problem = f'{engine} does not support {FORMS[source.kind]}; must be {forms}'
+      raise InputError('--source', source.place, problem=problem)
     if source.scheme is not None and source.scheme not in self.wheels:
       places = ' or '.join('a file' if w == 'file' else f'at {w}://' for w in self.wheels)
-      raise InputError(f'--source: {engine} needs a wheel that is {places}')
+      problem = f'{engine} needs a wheel that is {places}'
+      raise InputError('--source', source.place, problem=problem)
     if job.remote:
       check_url(job.run_dir, 'run.dir')
     elif (problem := self.storage_problem(job)) is not None:
@@ -109,8 +117,7 @@ def nodes_of_gpus(target: Target) -> tuple[int, int]:
 
 def accelerator_type(target: Target) -> str:
   """The name of a TPU slice on Google Cloud, by its size."""
-  name = {'v5e': 'v5litepod', 'v7x': 'tpu7x'}.get(target.chip.name, target.chip.name)
-  return f'{name}-{target.chips * target.chip.cores}'
+  return f'{TPUS[target.chip.name]}-{target.chips * target.chip.cores}'
 
 
 def shape(target: Target) -> str:
@@ -121,27 +128,33 @@ def shape(target: Target) -> str:
 
 def standard(target: Target) -> bool:
   """Whether a TPU slice has the default topology of its size."""
-  return (
-    parse_target(f'{target.chip.name}-{target.chips * target.chip.cores}').topology
-    == target.topology
-  )
+  usual = parse_target(f'{target.chip.name}-{target.chips * target.chip.cores}')
+  return usual.topology == target.topology
+
+
+def flags(options: dict[str, Any]) -> list[str]:
+  """`--name=value` for each option with a value, `--name` for True; none for None and False."""
+  return [
+    f'--{name}' if value is True else f'--{name}={value}'
+    for name, value in options.items()
+    if value is not None and value is not False
+  ]
 
 
 def submit(engine: Engine, job: Job) -> None:
   """Run the command that submits a job. Raises `LaunchError` if it is not installed or fails."""
+  words = engine.command(job)
+  command = shlex.join(words)
   if shutil.which(engine.program) is None:
     raise LaunchError(
-      f'{engine.program} is not installed here ({engine.get}); once it is, run '
-      f'{shlex.join(engine.command(job))}'
+      f'{engine.program} is not installed here ({engine.get}); once it is, run {command}'
     )
-  code = subprocess.run(engine.command(job), check=False).returncode
-  if code:
-    raise LaunchError(f'{shlex.join(engine.command(job))} exited with code {code}')
+  if code := subprocess.run(words, check=False).returncode:
+    raise LaunchError(f'{command} exited with code {code}')
 
 
-def command_script(words: list[str]) -> str:
-  """A bash script of one command, one option per line."""
-  options = [i for i, word in enumerate(words) if word.startswith('-')]
-  first = options[0] if options else len(words)
-  lines = [shlex.join(words[:first]), *(f'  {shlex.quote(word)}' for word in words[first:])]
-  return '#!/usr/bin/env bash\nset -euo pipefail\n' + ' \\\n'.join(lines) + '\n'
+def one_option_per_line(words: list[str], indent: str = '  ') -> str:
+  """A command as shell text over several lines."""
+  first = next((i for i, word in enumerate(words) if word.startswith('-')), len(words))
+  parts = [shlex.join(words[:first]), *map(shlex.quote, words[first:])]
+  return f' \\\n{indent}'.join(parts)

@@ -13,10 +13,19 @@ import shlex
 
 from jaxformer.config import InputError
 from jaxformer.exit_codes import PREEMPTED
-from jaxformer.launch.engine import Engine, accelerator_type, render, shape, standard
-from jaxformer.launch.job import SIGNALLED, CodeSource, Git, Job, Wheel
+from jaxformer.launch.engine import (
+  Engine,
+  accelerator_type,
+  flags,
+  one_option_per_line,
+  render,
+  shape,
+  standard,
+)
+from jaxformer.launch.job import SIGNALLED, CodeSource, Job
 from jaxformer.launch.sky import RUNTIMES
 
+QUEUED_RESOURCES = ['gcloud', 'compute', 'tpus', 'queued-resources']
 _ENVIRONMENT = '/root/jaxformer-env'
 
 
@@ -44,73 +53,65 @@ class GCloud(Engine):
 
   program = 'gcloud'
   get = 'https://cloud.google.com/sdk/docs/install'
-  chips = {'v4': 'v4', 'v5e': 'v5litepod', 'v5p': 'v5p', 'v6e': 'v6e'}
-  sources = (Git, Wheel)
+  chips = tuple(RUNTIMES)
+  sources = ('git', 'wheel')
   wheels = ('gs', 'https')
 
   def validate(self):
-    self.require(self.max_restarts >= 0, 'max_restarts', 'at least 0')
+    self.require_not_negative('max_restarts')
 
   def default_source(self) -> CodeSource:
     raise InputError(
-      '--source: required for gcloud, whose machines start without jaxformer; must be '
-      'git+URL@COMMIT, or a wheel at gs:// or https://'
+      '--source',
+      None,
+      'git+URL@COMMIT, or a wheel at gs:// or https://: gcloud machines start without jaxformer',
     )
 
   @property
   def keeps_disk(self):
     return self.keep
 
-  def check(self, job):
-    super().check(job)
-    if not standard(job.target) and job.target.chip.name != 'v4':
-      raise InputError(
-        f'--target {job.target.name} of {shape(job.target)}: gcloud selects slices by their size, '
-        'except v4 by topology; use the standard topology, or xpk'
-      )
+  def target_problem(self, target):
+    if standard(target) or target.chip.name == 'v4':
+      return None
+    return (
+      f'{shape(target)} is not its standard topology, and gcloud selects slices by their size, '
+      'except v4 by topology; use the standard topology, or xpk'
+    )
 
   def create(self, job: Job) -> list[str]:
     """The command that requests the machines; it runs in the folder of the start-up script."""
-    name, slices = job.short_name(), job.target.slices
-    node = (
-      [f'--node-id={name}'] if slices == 1 else [f'--node-count={slices}', f'--node-prefix={name}']
-    )
-    options = {'service-account': self.service_account, 'valid-until-duration': self.valid_for}
+    name, target = job.short_name(), job.target
+    one, usual = target.slices == 1, standard(target)
+    node = {'node-id': name} if one else {'node-count': target.slices, 'node-prefix': name}
+    by_topology = {'type': target.chip.name, 'topology': shape(target)}
     return [
-      'gcloud',
-      'compute',
-      'tpus',
-      'queued-resources',
+      *QUEUED_RESOURCES,
       'create',
       name,
       *self._where(),
-      *node,
-      *(
-        [f'--accelerator-type={accelerator_type(job.target)}']
-        if standard(job.target)
-        else [f'--type={job.target.chip.name}', f'--topology={shape(job.target)}']
+      *flags(node),
+      *flags({'accelerator-type': accelerator_type(target)} if usual else by_topology),
+      *flags(
+        {
+          'runtime-version': self.runtime_version or RUNTIMES[target.chip.name],
+          'spot': job.spot,
+          'service-account': self.service_account,
+          'valid-until-duration': self.valid_for,
+          'scopes': 'https://www.googleapis.com/auth/cloud-platform',
+          'metadata-from-file': f'startup-script={job.path("startup.sh").name}',
+        }
       ),
-      f'--runtime-version={self.runtime_version or RUNTIMES[job.target.chip.name]}',
-      *(['--spot'] if job.spot else []),
-      *(f'--{option}={value}' for option, value in options.items() if value is not None),
-      '--scopes=https://www.googleapis.com/auth/cloud-platform',
-      f'--metadata-from-file=startup-script={job.path("startup.sh").name}',
     ]
 
   def _where(self) -> list[str]:
-    return [
-      f'--{name}={value}'
-      for name, value in (('zone', self.zone), ('project', self.project))
-      if value is not None
-    ]
+    return flags({'zone': self.zone, 'project': self.project})
 
   def files(self, job):
-    words = self.create(job)
-    create = ' \\\n    '.join([shlex.join(words[:6]), *map(shlex.quote, words[6:])])
     where = ''.join(f' {shlex.quote(word)}' for word in self._where())
     request = render(
       'request.sh.jinja',
-      create=create,
+      create=one_option_per_line(self.create(job), indent='    '),
       name=job.short_name(),
       where=where,
       spot=job.spot,
@@ -134,4 +135,4 @@ class GCloud(Engine):
     return ['bash', str(job.path('gcloud.sh'))]
 
   def after(self, job):
-    return shlex.join(['gcloud', 'compute', 'tpus', 'queued-resources', 'list', *self._where()])
+    return shlex.join([*QUEUED_RESOURCES, 'list', *self._where()])

@@ -15,9 +15,9 @@ import hashlib
 import pathlib
 import re
 import shlex
-from typing import ClassVar, Final
+from typing import Final
 
-from jaxformer.config import Config, InputError
+from jaxformer.config import InputError
 from jaxformer.planning.target import Target
 
 SIGNALLED: Final = 128
@@ -25,41 +25,64 @@ PYTHON: Final = '3.12'
 
 # ---- sources -----------------------------------------------------------------------------------
 
+# kinds of sources -> their form in `--source`
+FORMS = {
+  'git': 'git+URL@COMMIT',
+  'wheel': 'a wheel (a file or a URL)',
+  'folder': 'a folder with the pyproject.toml of jaxformer',
+  'installed': 'installed',
+}
 
-class CodeSource(Config, abstract=True):
+
+@dataclasses.dataclass(frozen=True)
+class CodeSource:
   """What the machines install.
 
-  Attributes of the class:
-    called: its form in `--source`.
+  Attributes:
+    kind: 'git' is one commit of a repository: every restart runs the same code. 'wheel' is a local
+      file or a URL, 'folder' a local folder with jaxformer's `pyproject.toml`. 'installed' is the
+      active environment, where the job's machines share the disk that it is on.
+    place: git+URL@COMMIT, or a path or URL.
   """
 
-  called: ClassVar[str]
-
-  def requirement(self, extra: str, uploads: str) -> str:
-    """What pip installs, as shell text, with extras such as 'tpu' or 'cuda,storage'; `uploads` is
-    the folder that an uploaded file is in, as shell text."""
-    raise NotImplementedError
-
-  @property
-  def upload(self) -> str | None:
-    """A local file or folder that the engine copies to the machines."""
-    return None
-
-  @property
-  def folder(self) -> str | None:
-    """The local folder in whose copy the machines run; None if they get no local files."""
-    return None
+  kind: str
+  place: str = '.'
 
   @property
   def scheme(self) -> str | None:
     """Where a wheel is: 'file', or the scheme of its URL; None for other sources."""
-    return None
+    if self.kind != 'wheel':
+      return None
+    return self.place.partition('://')[0] if '://' in self.place else 'file'
+
+  @property
+  def upload(self) -> str | None:
+    """A local file or folder that the engine copies to the machines."""
+    return self.place if self.kind == 'folder' or self.scheme == 'file' else None
+
+  @property
+  def folder(self) -> str | None:
+    """The local folder in whose copy the machines run; None if they get no local files."""
+    return self.place if self.kind in ('folder', 'installed') else None
+
+  def requirement(self, extra: str, uploads: str) -> str:
+    """What pip installs, as shell text, with extras such as 'tpu' or 'cuda,storage'; `uploads` is
+    the folder that an uploaded file is in, as shell text."""
+    if self.kind == 'folder':
+      return shlex.quote(f'.[{extra}]')
+    if self.scheme in ('file', 'gs'):
+      return f'{uploads}/{shlex.quote(f"{pathlib.PurePath(self.place).name}[{extra}]")}'
+    return shlex.quote(f'jaxformer[{extra}] @ {self.place}')
 
   def install(self, extra: str, environment: str, uploads: str = '.') -> list[str]:
     """Commands that install it into a virtual environment and put that first on the path. Cloud
     images come with an older Python; uv brings its own. `environment` and `uploads` are folders, as
     shell text."""
+    if self.kind == 'installed':
+      return []
+    download = [f'gcloud storage cp {shlex.quote(self.place)} {uploads}']  # pip cannot
     return [
+      *(download if self.scheme == 'gs' else []),
       'export PATH="$HOME/.local/bin:$PATH"',
       '{ command -v uv >/dev/null || curl -LsSf https://astral.sh/uv/install.sh | sh; }',
       f'uv venv --quiet --allow-existing --python {PYTHON} {environment}',
@@ -68,102 +91,25 @@ class CodeSource(Config, abstract=True):
     ]
 
 
-class Git(CodeSource):
-  """One commit of a repository: every restart runs the same code."""
-
-  called = 'git+URL@COMMIT'
-
-  url: str
-  commit: str
-
-  def requirement(self, extra, uploads):
-    return shlex.quote(f'jaxformer[{extra}] @ git+{self.url}@{self.commit}')
-
-
-class Wheel(CodeSource):
-  """A wheel, a local file or a URL."""
-
-  called = 'a wheel (a file or a URL)'
-
-  path: str
-
-  @property
-  def scheme(self):
-    return self.path.partition('://')[0] if '://' in self.path else 'file'
-
-  @property
-  def upload(self):
-    return self.path if self.scheme == 'file' else None
-
-  def requirement(self, extra, uploads):
-    if self.scheme == 'https':
-      return shlex.quote(f'jaxformer[{extra}] @ {self.path}')
-    return f'{uploads}/{shlex.quote(f"{pathlib.PurePath(self.path).name}[{extra}]")}'
-
-  def install(self, extra, environment, uploads='.'):
-    """As for any source, after a download that pip cannot do itself."""
-    commands = super().install(extra, environment, uploads)
-    if self.scheme == 'gs':
-      commands.insert(0, f'gcloud storage cp {shlex.quote(self.path)} {uploads}')
-    return commands
-
-
-class WorkingDirectory(CodeSource):
-  """A local folder with jaxformer's `pyproject.toml`."""
-
-  called = 'a folder with the pyproject.toml of jaxformer'
-
-  path: str = '.'
-
-  @property
-  def upload(self):
-    return self.path
-
-  @property
-  def folder(self):
-    return self.path
-
-  def requirement(self, extra, uploads):
-    return shlex.quote(f'.[{extra}]')
-
-
-class Installed(CodeSource):
-  """The active environment, where the job's machines share the disk that it is on."""
-
-  called = 'installed'
-
-  @property
-  def folder(self):
-    return '.'
-
-  def install(self, extra, environment, uploads='.'):
-    return []
-
-
 def source_of(text: str) -> CodeSource:
   """The source that `--source` names. Raises `InputError` for a repository without a commit, and
   for missing files."""
-  if text == 'installed':
-    return Installed()
-  if text.startswith('git+'):
-    url, at, commit = text.removeprefix('git+').rpartition('@')
-    if not at or '/' in commit or '://' not in url:
-      raise InputError(
-        f'--source {text}: must be git+URL@COMMIT, so that every restart runs the same code'
-      )
-    return Git(url=url, commit=commit)
   path = pathlib.Path(text)
+  if text == 'installed':
+    return CodeSource('installed')
+  if text.startswith('git+'):
+    url, at, commit = text.rpartition('@')
+    if not at or '/' in commit or '://' not in url:
+      raise InputError('--source', text, 'git+URL@COMMIT, so that every restart runs the same code')
+    return CodeSource('git', text)
   if text.endswith('.whl'):
-    wheel = Wheel(path=text)
+    wheel = CodeSource('wheel', text)
     if wheel.upload and not path.is_file():
-      raise InputError(f'--source {text}: no such file')
+      raise InputError('--source', text, problem='no such file')
     return wheel
   if not (path / 'pyproject.toml').is_file():
-    raise InputError(
-      f'--source {text}: must be {", ".join(s.called for s in (Git, Wheel, WorkingDirectory))}, or '
-      'installed'
-    )
-  return WorkingDirectory(path=text)
+    raise InputError('--source', text, ' or '.join(FORMS.values()))
+  return CodeSource('folder', text)
 
 
 # ---- the job -----------------------------------------------------------------------------------
@@ -209,11 +155,8 @@ class Job:
   @property
   def file(self) -> pathlib.Path | None:
     """The experiment file; None for a preset."""
-    return (
-      pathlib.Path(self.experiment)
-      if self.experiment.endswith('.py') or '/' in self.experiment
-      else None
-    )
+    is_file = self.experiment.endswith('.py') or '/' in self.experiment
+    return pathlib.Path(self.experiment) if is_file else None
 
   @property
   def embedded_experiment(self) -> str | None:
@@ -224,12 +167,8 @@ class Job:
   def words(self) -> list[str]:
     """`jaxformer train ...`, as the machines run it in the folder of the source."""
     given = (*self.overrides, ('run.name', self.name), ('run.dir', self.run_dir))
-    return [
-      'jaxformer',
-      'train',
-      self._experiment_there(),
-      *(f'--{path}={text}' for path, text in given),
-    ]
+    options = (f'--{path}={text}' for path, text in given)
+    return ['jaxformer', 'train', self._experiment_there(), *options]
 
   def path(self, end: str) -> pathlib.Path:
     """A file of the job, next to the run folder if that is local."""
@@ -263,10 +202,10 @@ class Job:
       return self.experiment
     if self.source.folder is None:
       return self.file.name
-    root = pathlib.Path(self.source.folder).resolve()
-    if not self.file.resolve().is_relative_to(root):
+    root, file = pathlib.Path(self.source.folder).resolve(), self.file.resolve()
+    if not file.is_relative_to(root):
       raise InputError(
         f'{self.experiment}: must be in {root}, the folder that the machines get, or --source '
         'must be a commit or a wheel'
       )
-    return str(self.file.resolve().relative_to(root))
+    return str(file.relative_to(root))

@@ -13,7 +13,7 @@ import yaml
 from jaxformer.config import InputError
 from jaxformer.exit_codes import PREEMPTED
 from jaxformer.launch.engine import Engine, accelerator_type, nodes_of_gpus, shape, standard
-from jaxformer.launch.job import Job, WorkingDirectory
+from jaxformer.launch.job import Job
 
 # Images of TPU machines. SkyPilot's default for v4 is older, and for v5e it is that of v5p.
 RUNTIMES = {
@@ -22,6 +22,7 @@ RUNTIMES = {
   'v5p': 'v2-alpha-tpuv5',
   'v6e': 'v2-alpha-tpuv6e',
 }
+GPUS = {'a100': 'A100-80GB', 'h100': 'H100', 'h100-nvl': 'H100-NVL', 'h200': 'H200', 'b200': 'B200'}
 _ENVIRONMENT = '"$HOME/jaxformer-env"'
 
 
@@ -42,76 +43,64 @@ class Sky(Engine):
 
   program = 'sky'
   get = "`pip install 'skypilot[gcp]>=0.14,<0.15'`, in a separate environment"
-  chips = {
-    'v4': 'tpu-v4',
-    'v5e': 'tpu-v5litepod',
-    'v5p': 'tpu-v5p',
-    'v6e': 'tpu-v6e',
-    'a100': 'A100-80GB',
-    'h100': 'H100',
-    'h100-nvl': 'H100-NVL',
-    'h200': 'H200',
-    'b200': 'B200',
-  }
+  chips = (*RUNTIMES, *GPUS)
 
   def validate(self):
-    self.require(self.max_restarts is None or self.max_restarts >= 0, 'max_restarts', 'at least 0')
+    self.require_not_negative('max_restarts')
+    self.require_positive('disk_gb')
     self.require(
       self.managed or self.max_restarts is None,
       'max_restarts',
       'none when managed is false: nothing restarts the job',
     )
-    self.require(self.disk_gb is None or self.disk_gb > 0, 'disk_gb', 'positive')
-
-  def default_source(self):
-    return WorkingDirectory()
 
   @property
   def keeps_disk(self):
     return not self.managed
+
+  def target_problem(self, target):
+    if target.topology is None:
+      return None
+    if target.slices > 1:
+      return 'sky does not connect slices; use one slice, or xpk or gcloud'
+    if standard(target):
+      return None
+    return (
+      f'{shape(target)} is not its standard topology, and sky selects slices by their size; use '
+      'the standard topology, or xpk or gcloud'
+    )
 
   def check(self, job):
     super().check(job)
     if job.spot and not self.managed:
       why = 'true with --spot; otherwise nothing restarts a preempted job'
       raise InputError('sky.managed', False, why)
-    if job.tpu and job.target.slices > 1:
-      raise InputError(
-        f'--target {job.target.name}: sky does not connect slices; use one slice, or xpk or gcloud'
-      )
-    if job.tpu and not standard(job.target):
-      raise InputError(
-        f'--target {job.target.name} of {shape(job.target)}: sky selects slices by their size; use '
-        'the standard topology, or xpk or gcloud'
-      )
 
   def task(self, job: Job) -> dict[str, Any]:
     """The task as data."""
+    chip, source = job.target.chip.name, job.source
     resources: dict[str, Any] = {} if self.infra is None else {'infra': self.infra}
     if job.tpu:
-      nodes, name = 1, f'tpu-{accelerator_type(job.target)}'
-      resources |= {
-        'accelerators': {name: 1},
-        'accelerator_args': {'runtime_version': RUNTIMES[job.target.chip.name]},
-      }
+      nodes = 1
+      resources['accelerators'] = {f'tpu-{accelerator_type(job.target)}': 1}
+      resources['accelerator_args'] = {'runtime_version': RUNTIMES[chip]}
     else:
       nodes, count = nodes_of_gpus(job.target)
-      resources |= {'accelerators': {self.chips[job.target.chip.name]: count}}
+      resources['accelerators'] = {GPUS[chip]: count}
     resources['use_spot'] = job.spot
     if self.disk_gb is not None:
       resources['disk_size'] = self.disk_gb
     if self.managed:
-      restarts = 3 if self.max_restarts is None else self.max_restarts
       resources['job_recovery'] = {
-        'max_restarts_on_errors': restarts,
+        'max_restarts_on_errors': 3 if self.max_restarts is None else self.max_restarts,
         'recover_on_exit_codes': [PREEMPTED],
       }
     task: dict[str, Any] = {'name': job.short_name(), 'num_nodes': nodes, 'resources': resources}
-    if job.source.folder is not None:
-      task['workdir'] = job.source.folder
-    elif job.source.upload is not None:
-      task['file_mounts'] = {f'~/{pathlib.PurePath(job.source.upload).name}': job.source.upload}
-    *setup, on_path = job.source.install(job.extra, _ENVIRONMENT, '"$HOME"')
+    if source.folder is not None:
+      task['workdir'] = source.folder
+    elif source.upload is not None:
+      task['file_mounts'] = {f'~/{pathlib.PurePath(source.upload).name}': source.upload}
+    *setup, on_path = source.install(job.extra, _ENVIRONMENT, '"$HOME"')
     # `exec`: training replaces the shell, so that it receives the signals to the job.
     return task | {
       'setup': _script(setup),

@@ -11,7 +11,7 @@ import shlex
 from jaxformer.config import InputError
 from jaxformer.exit_codes import PREEMPTED
 from jaxformer.launch.engine import Engine, nodes_of_gpus, render
-from jaxformer.launch.job import SIGNALLED, Git, Installed, Wheel
+from jaxformer.launch.job import SIGNALLED, CodeSource
 
 
 class Slurm(Engine):
@@ -39,16 +39,16 @@ class Slurm(Engine):
 
   program = 'sbatch'
   get = 'submit from a login node of the cluster'
-  chips = {name: name for name in ('a100', 'h100', 'h100-nvl', 'h200', 'b200')}
-  sources = (Installed, Git, Wheel)
+  chips = ('a100', 'h100', 'h100-nvl', 'h200', 'b200')
+  sources = ('installed', 'git', 'wheel')
 
   def validate(self):
-    self.require(self.cpus_per_gpu is None or self.cpus_per_gpu > 0, 'cpus_per_gpu', 'positive')
+    self.require_positive('cpus_per_gpu')
     self.require(0 < self.save_seconds < 65536, 'save_seconds', 'positive and below 65536')
-    self.require(self.max_restarts >= 0, 'max_restarts', 'at least 0')
+    self.require_not_negative('max_restarts')
 
   def default_source(self):
-    return Installed()
+    return CodeSource('installed')
 
   def storage_problem(self, job):
     return None  # the nodes of a cluster share the folder that jobs are submitted from
@@ -56,10 +56,8 @@ class Slurm(Engine):
   def check(self, job):
     super().check(job)
     if job.spot:
-      raise InputError(
-        '--spot: has no effect on Slurm; choose a preemptible partition or quality of service with '
-        '--slurm.partition or --slurm.qos'
-      )
+      problem = 'has no effect on Slurm; choose a preemptible --slurm.partition or --slurm.qos'
+      raise InputError('--spot', True, problem=problem)
 
   def files(self, job):
     nodes, gpus = nodes_of_gpus(job.target)

@@ -8,11 +8,22 @@ from __future__ import annotations
 import base64
 import pathlib
 import shlex
+from typing import Any
 
 from jaxformer.config import InputError
 from jaxformer.exit_codes import PREEMPTED
-from jaxformer.launch.engine import Engine, accelerator_type, command_script, nodes_of_gpus, shape
-from jaxformer.launch.job import Job, WorkingDirectory
+from jaxformer.launch.engine import (
+  TPUS,
+  Engine,
+  accelerator_type,
+  flags,
+  nodes_of_gpus,
+  one_option_per_line,
+  shape,
+)
+from jaxformer.launch.job import Job
+
+DEVICES = {'h100': 'h100-80gb-8', 'h200': 'h200-141gb-8', 'b200': 'b200-8'}
 
 
 class XPK(Engine):
@@ -38,82 +49,59 @@ class XPK(Engine):
 
   program = 'xpk'
   get = "`pip install 'xpk>=1.16,<2'`, in a separate environment"
-  chips = {
-    'v4': 'v4',
-    'v5e': 'v5litepod',
-    'v5p': 'v5p',
-    'v6e': 'v6e',
-    'v7x': 'tpu7x',
-    'h100': 'h100-80gb-8',
-    'h200': 'h200-141gb-8',
-    'b200': 'b200-8',
-  }
+  chips = (*TPUS, *DEVICES)
   priorities = ('very-low', 'low', 'medium', 'high', 'very-high')
 
   def validate(self):
     self.require(
       self.priority in self.priorities, 'priority', f'one of {", ".join(self.priorities)}'
     )
-    self.require(self.max_restarts >= 0, 'max_restarts', 'at least 0')
-    self.require(self.grace_seconds > 0, 'grace_seconds', 'positive')
+    self.require_not_negative('max_restarts')
+    self.require_positive('grace_seconds')
 
-  def default_source(self):
-    return WorkingDirectory()
+  def target_problem(self, target):
+    if target.chip.name == 'v5e' and target.chips < 8:
+      return 'xpk has v5e slices of 8 chips and more'
+    if target.topology is None and nodes_of_gpus(target)[1] != 8:
+      return 'xpk has nodes of 8 GPUs; must be a multiple of 8'
+    return None
 
   def check(self, job):
     super().check(job)
     if self.cluster is None:
       name = 'the name of a GKE cluster, such as --xpk.cluster NAME'
       raise InputError('xpk.cluster', None, name)
-    if job.target.chip.name == 'v5e' and job.target.chips < 8:
-      raise InputError(f'--target {job.target.name}: xpk has v5e slices of 8 chips and more')
-    if not job.tpu and nodes_of_gpus(job.target)[1] != 8:
-      raise InputError(
-        f'--target {job.target.name}: xpk has nodes of 8 GPUs; must be a multiple of 8'
-      )
 
   def arguments(self, job: Job) -> list[str]:
     """The command that creates the workload."""
+    target = job.target
     if job.tpu:
-      # A size does not always select the same 3-D topology in xpk.
-      solid = shape(job.target).count('x') == 2
-      name = (
-        f'{self.chips[job.target.chip.name]}-{shape(job.target)}'
-        if solid
-        else accelerator_type(job.target)
-      )
-      what = [f'--tpu-type={name}', f'--num-slices={job.target.slices}']
+      name = accelerator_type(target)
+      if shape(target).count('x') == 2:  # a size does not always select the same topology in xpk
+        name = f'{TPUS[target.chip.name]}-{shape(target)}'
+      machines = {'tpu-type': name, 'num-slices': target.slices}
     else:
-      what = [
-        f'--device-type={self.chips[job.target.chip.name]}',
-        f'--num-nodes={nodes_of_gpus(job.target)[0]}',
-      ]
-    if job.source.upload is None:
-      image = [f'--docker-image={self.image}']
-    else:
+      nodes, _ = nodes_of_gpus(target)
+      machines = {'device-type': DEVICES[target.chip.name], 'num-nodes': nodes}
+    image: dict[str, Any] = {'docker-image': self.image}
+    if job.source.upload is not None:
       folder = job.source.folder or pathlib.PurePath(job.source.upload).parent
-      image = [f'--base-docker-image={self.image}', f'--script-dir={folder}']
-    where = [
-      f'--{name}={value}'
-      for name, value in (('project', self.project), ('zone', self.zone))
-      if value is not None
-    ]
-    return [
-      'xpk',
-      'workload',
-      'create',
-      f'--workload={job.short_name()}',
-      f'--cluster={self.cluster}',
-      *where,
-      *what,
-      *(['--spot'] if job.spot else []),
-      *image,
-      f'--priority={self.priority}',
-      f'--max-restarts={self.max_restarts}',
-      f'--restart-on-exit-codes={PREEMPTED}',
-      f'--termination-grace-period-seconds={self.grace_seconds}',
-      f'--command={self.container_command(job)}',
-    ]
+      image = {'base-docker-image': self.image, 'script-dir': folder}
+    options = {
+      'workload': job.short_name(),
+      'cluster': self.cluster,
+      'project': self.project,
+      'zone': self.zone,
+      **machines,
+      'spot': job.spot,
+      **image,
+      'priority': self.priority,
+      'max-restarts': self.max_restarts,
+      'restart-on-exit-codes': PREEMPTED,
+      'termination-grace-period-seconds': self.grace_seconds,
+      'command': self.container_command(job),
+    }
+    return ['xpk', 'workload', 'create', *flags(options)]
 
   def container_command(self, job: Job) -> str:
     """The command of the container, in one line since xpk embeds it in YAML. `exec`: training
@@ -126,7 +114,9 @@ class XPK(Engine):
     return ' && '.join(lines)
 
   def files(self, job):
-    return {job.path('xpk.sh'): command_script(self.arguments(job))}
+    create = one_option_per_line(self.arguments(job))
+    script = f'#!/usr/bin/env bash\nset -euo pipefail\n{create}\n'
+    return {job.path('xpk.sh'): script}
 
   def command(self, job):
     return ['bash', str(job.path('xpk.sh'))]

@@ -25,8 +25,7 @@ from jaxformer.training.optimizer import Optimizer
 from jaxformer.training.step import compiled_train_step, compute_dtype, init_state, step_config
 from jaxformer.workflows.names import experiment
 from jaxformer.workflows.overrides import Overrides
-from jaxformer.workflows.progress import Log
-from jaxformer.workflows.progress import log as log_progress
+from jaxformer.workflows.progress import Log, log_progress
 from jaxformer.workflows.tables import amount, table
 
 WARM_UP = 2  # steps before the first that counts

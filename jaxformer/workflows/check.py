@@ -8,8 +8,7 @@ from typing import Any
 from jaxformer.config import differences, to_json
 from jaxformer.layers.layer import LayerConfig
 from jaxformer.testing import Verdict, check_layer, checked_examples
-from jaxformer.workflows.progress import Log
-from jaxformer.workflows.progress import log as log_progress
+from jaxformer.workflows.progress import Log, log_progress
 from jaxformer.workflows.sizes import layer_in_file
 
 

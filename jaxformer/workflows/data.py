@@ -8,8 +8,7 @@ from jaxformer.config import InputError
 from jaxformer.data import DataSection, DatasetConfig, open_data, train_bpe
 from jaxformer.overrides import override
 from jaxformer.workflows.overrides import Overrides, pairs_of
-from jaxformer.workflows.progress import Log
-from jaxformer.workflows.progress import log as log_progress
+from jaxformer.workflows.progress import Log, log_progress
 from jaxformer.workflows.tables import Answer
 
 

@@ -19,8 +19,7 @@ from jaxformer.overrides import override
 from jaxformer.task_type import TRANSLATION
 from jaxformer.training.experiment import Experiment, check_fit
 from jaxformer.workflows.names import Overrides, pairs_of
-from jaxformer.workflows.progress import Log
-from jaxformer.workflows.progress import log as log_progress
+from jaxformer.workflows.progress import Log, log_progress
 from jaxformer.workflows.sizes import Pairs
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypedDict, Unpack, overload
+from typing import Any, TypedDict, TypeVar, Unpack, cast
 
 import jax.numpy as jnp
 import numpy as np
@@ -38,6 +38,8 @@ from jaxformer.workflows.evaluate import EvaluateOptions, evaluate_model
 
 END = '<end>'
 NEW_TOKENS = 200
+Texts = TypeVar('Texts', str, list[str])
+"""One text, or several."""
 
 
 class GenerateOptions(TypedDict, total=False):
@@ -82,6 +84,13 @@ class TranslateOptions(TypedDict, total=False):
   coverage_penalty: float
   max_new_tokens: int | None
   dtype: str | None
+
+
+def _like(given: Texts, answers: Callable[[list[str]], list[str]]) -> Texts:
+  """Return the answer to one text, or a list of those to several."""
+  if isinstance(given, str):
+    return cast(Texts, answers([given])[0])
+  return cast(Texts, answers(list(given)))
 
 
 def _dtype(name: str | None) -> Any:
@@ -154,18 +163,13 @@ class Model:
     r, stop = self._request([prompt], options)
     return (p for (p,) in stream(r, self.text_tokenizer().decode_bytes, stop=stop))
 
-  @overload
-  def generate(self, prompt: str = '', **options: Unpack[GenerateOptions]) -> str: ...
-  @overload
-  def generate(self, prompt: Sequence[str], **options: Unpack[GenerateOptions]) -> list[str]: ...
-
   def generate(
-    self, prompt: str | Sequence[str] = '', **options: Unpack[GenerateOptions]
-  ) -> str | list[str]:
+    self,
+    prompt: Texts = '',  # ty: ignore[invalid-parameter-default]
+    **options: Unpack[GenerateOptions],
+  ) -> Texts:
     """Return the continuation of a prompt, without the prompt; of several prompts, a list."""
-    one = isinstance(prompt, str)
-    texts = [t.text for t in self.complete([prompt] if one else list(prompt), **options)]
-    return texts[0] if one else texts
+    return _like(prompt, lambda texts: [t.text for t in self.complete(texts, **options)])
 
   def _request(
     self, prompts: Sequence[str], options: GenerateOptions
@@ -199,35 +203,23 @@ class Model:
   ) -> list[tuple[str, Translation]]:
     """Return translations as text, and as tokens with their log-probability."""
     tokenizer, end = self.text_tokenizer(), self._end()
-    beam = Beam(
-      width=options.get('beam', 1),
-      length_penalty=options.get('length_penalty', 0.6),
-      coverage_penalty=options.get('coverage_penalty', 0.0),
-    )
+    given: dict[str, Any] = {'length_penalty': 0.6, **options}
+    most, dtype = given.pop('max_new_tokens', None), given.pop('dtype', None)
     found = translate(
       self.definition,
       self.params,
       [self._source(text) for text in sources],
       end=end,
-      beam=beam,
-      max_new_tokens=options.get('max_new_tokens'),
+      beam=Beam(width=given.pop('beam', 1), **given),
+      max_new_tokens=most,
       vocab_size=tokenizer.vocab_size,
-      dtype=_dtype(options.get('dtype')),
+      dtype=_dtype(dtype),
     )
     return [(tokenizer.decode(t.tokens), t) for t in found]
 
-  @overload
-  def translate(self, source: str, **options: Unpack[TranslateOptions]) -> str: ...
-  @overload
-  def translate(self, source: Sequence[str], **options: Unpack[TranslateOptions]) -> list[str]: ...
-
-  def translate(
-    self, source: str | Sequence[str], **options: Unpack[TranslateOptions]
-  ) -> str | list[str]:
+  def translate(self, source: Texts, **options: Unpack[TranslateOptions]) -> Texts:
     """Return the translation of a text by an encoder-decoder; of several texts, a list."""
-    one = isinstance(source, str)
-    texts = [text for text, _ in self.translations([source] if one else list(source), **options)]
-    return texts[0] if one else texts
+    return _like(source, lambda texts: [text for text, _ in self.translations(texts, **options)])
 
   def align(
     self, source: str, target: str | None = None, *, beam: int = 1, layer: int | None = None

@@ -36,8 +36,7 @@ from jaxformer.training.experiment import Experiment
 from jaxformer.training.step import lowered_train_step
 from jaxformer.workflows.names import resolve
 from jaxformer.workflows.overrides import Overrides, pairs_of
-from jaxformer.workflows.progress import Log
-from jaxformer.workflows.progress import log as log_progress
+from jaxformer.workflows.progress import Log, log_progress
 from jaxformer.workflows.sizes import Amount, Size, shape, shape_row
 from jaxformer.workflows.tables import amount, table
 

@@ -12,7 +12,7 @@ Log = Callable[[str], Any]
 _logger = logging.getLogger('jaxformer')
 
 
-def log(line: str) -> None:
+def log_progress(line: str) -> None:
   """Log a line about progress."""
   _logger.info(line)
 

@@ -16,8 +16,7 @@ from jaxformer.planning.estimate import parse_amount
 from jaxformer.study.sizing import MATCHED, Match, Sized, measure, solve
 from jaxformer.user_code import is_a, object_in_file
 from jaxformer.workflows.overrides import Overrides, Pairs, pairs_of
-from jaxformer.workflows.progress import Log
-from jaxformer.workflows.progress import log as log_progress
+from jaxformer.workflows.progress import Log, log_progress
 from jaxformer.workflows.tables import Answer, amount, table
 
 Amount = float | str

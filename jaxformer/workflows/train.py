@@ -17,8 +17,7 @@ from jaxformer.training.run import Run
 from jaxformer.workflows.load import Code, initial_params, name_code
 from jaxformer.workflows.names import experiment
 from jaxformer.workflows.overrides import Overrides
-from jaxformer.workflows.progress import Log
-from jaxformer.workflows.progress import log as log_progress
+from jaxformer.workflows.progress import Log, log_progress
 from jaxformer.workflows.samples import sampler
 from jaxformer.workflows.sizes import Size
 

@@ -13,21 +13,10 @@ import pytest
 import yaml
 
 from jaxformer.config import InputError
-from jaxformer.launch import (
-  ENGINES,
-  XPK,
-  GCloud,
-  Git,
-  Installed,
-  Sky,
-  Slurm,
-  Wheel,
-  WorkingDirectory,
-  source_of,
-)
+from jaxformer.launch import ENGINES, XPK, CodeSource, GCloud, Sky, Slurm, source_of
 from jaxformer.launch.sky import to_yaml
 from jaxformer.launch.sweep import grid
-from tests.launch.jobs import CASES, GIT, HARD, WHEEL, job
+from tests.launch.jobs import CASES, FOLDER, GIT, HARD, INSTALLED, WHEEL, job
 
 pytestmark = pytest.mark.quick
 HERE = Path(__file__).parent
@@ -257,16 +246,14 @@ def test_an_experiment_file_in_the_working_directory_keeps_its_place(tmp_path, m
   monkeypatch.chdir(tmp_path)
   (tmp_path / 'experiments').mkdir()
   (tmp_path / 'experiments' / 'q.py').write_text('')
+  assert job('v6e-8', FOLDER, experiment='experiments/q.py').words[2] == 'experiments/q.py'
   assert (
-    job('v6e-8', WorkingDirectory(), experiment='experiments/q.py').words[2] == 'experiments/q.py'
-  )
-  assert (
-    job('v6e-8', WorkingDirectory(path='experiments'), experiment='experiments/q.py').words[2]
+    job('v6e-8', CodeSource('folder', 'experiments'), experiment='experiments/q.py').words[2]
     == 'q.py'
   )
   (tmp_path / 'inner').mkdir()
   with pytest.raises(InputError, match='the folder that the machines get'):
-    _ = job('v6e-8', WorkingDirectory(path='inner'), experiment='experiments/q.py').words
+    _ = job('v6e-8', CodeSource('folder', 'inner'), experiment='experiments/q.py').words
 
 
 # ---- names, targets, sources, sweeps -----------------------------------------------------------
@@ -308,7 +295,7 @@ def test_a_topology_that_the_size_does_not_say():
   assert '--tpu-type=v5p-4x4x16' in XPK(cluster='c').arguments(one)
   assert {'--type=v4', '--topology=4x4x16'} <= set(GCloud().create(job('v4:4x4x16', GIT)))
   for engine in (Sky(), GCloud()):
-    with pytest.raises(InputError, match=r'of 4x4x16: .* by their size'):
+    with pytest.raises(InputError, match=r'4x4x16 is not .* by their size'):
       engine.check(one)
 
 
@@ -317,7 +304,7 @@ def test_a_topology_that_the_size_does_not_say():
   [('h100:8', 1, 8), ('h100:16', 2, 8), ('2xh100:8', 2, 8), ('a100:4', 1, 4), ('h100-nvl:4', 2, 2)],
 )
 def test_nodes_of_gpus(target, nodes, gpus):
-  text = next(iter(Slurm().files(job(target, Installed())).values()))
+  text = next(iter(Slurm().files(job(target, INSTALLED)).values()))
   assert f'--nodes={nodes}\n' in text
   assert f'--ntasks-per-node={gpus}\n' in text
   assert f':{gpus}\n' in text
@@ -327,31 +314,33 @@ def test_sources(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   (tmp_path / 'pyproject.toml').write_text('')
   (tmp_path / 'a.whl').write_text('')
-  assert source_of('git+https://h/r@0123abc') == Git(url='https://h/r', commit='0123abc')
-  assert source_of('git+ssh://git@h/r@0123abc') == Git(url='ssh://git@h/r', commit='0123abc')
-  assert source_of('a.whl') == Wheel(path='a.whl')
-  assert source_of(WHEEL) == Wheel(path=WHEEL)
-  assert source_of('.') == WorkingDirectory()
-  assert source_of('installed') == Installed()
+  assert source_of('git+https://h/r@0123abc') == CodeSource('git', 'git+https://h/r@0123abc')
+  assert source_of('git+ssh://git@h/r@0123abc') == CodeSource('git', 'git+ssh://git@h/r@0123abc')
+  assert source_of('a.whl') == CodeSource('wheel', 'a.whl')
+  assert source_of(WHEEL) == CodeSource('wheel', WHEEL)
+  assert source_of('.') == FOLDER
+  assert source_of('installed') == INSTALLED
   for wrong in ('git+https://h/r', 'git+ssh://git@h/r', 'b.whl', 'nowhere', 'jaxformer'):
     with pytest.raises(InputError, match='--source'):
       source_of(wrong)
 
 
 def test_a_wheel_here_goes_along():
-  task = Sky().task(job('v6e-8', Wheel(path='dist/j-0.1-py3-none-any.whl')))
+  task = Sky().task(job('v6e-8', CodeSource('wheel', 'dist/j-0.1-py3-none-any.whl')))
   assert task['file_mounts'] == {'~/j-0.1-py3-none-any.whl': 'dist/j-0.1-py3-none-any.whl'}
   assert (
     """uv pip install --quiet --python "$HOME/jaxformer-env" "$HOME"/'j-0.1-py3-none-any.whl[tpu,storage]'"""
     in task['setup']
   )
-  words = XPK(cluster='c').arguments(job('v6e-8', Wheel(path='dist/j-0.1-py3-none-any.whl')))
+  words = XPK(cluster='c').arguments(
+    job('v6e-8', CodeSource('wheel', 'dist/j-0.1-py3-none-any.whl'))
+  )
   assert '--script-dir=dist' in words
   assert "./'j-0.1-py3-none-any.whl[tpu,storage]'" in words[-1]
   with pytest.raises(InputError, match='gcloud needs a wheel that is at gs:// or at https://'):
-    GCloud().check(job('v6e-8', Wheel(path='dist/j.whl')))
+    GCloud().check(job('v6e-8', CodeSource('wheel', 'dist/j.whl')))
   with pytest.raises(InputError, match='sky needs a wheel that is a file or at https://'):
-    Sky().check(job('v6e-8', Wheel(path=WHEEL)))
+    Sky().check(job('v6e-8', CodeSource('wheel', WHEEL)))
 
 
 def test_sweeps_are_products_with_names_of_their_own():

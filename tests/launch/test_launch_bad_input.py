@@ -26,7 +26,7 @@ CASES = [
     'v5e-4',
     'of 8 chips and more',
   ),
-  ('sky gpt2-tiny --run.dir gs://b/r --target v5p:4x4x16', 'of 4x4x16', 'standard topology'),
+  ('sky gpt2-tiny --run.dir gs://b/r --target v5p:4x4x16', '4x4x16 is not its standard topology', 'by their size'),
   ('sky gpt2-tinny --target v6e-16', "'gpt2-tinny'", 'did you mean gpt2-tiny'),
   ('sky missing.py --target v6e-16', "'missing.py'", 'No such file'),
   (f'{SKY} --model.widht 3', '--model.widht', 'did you mean width?'),
