@@ -12,7 +12,6 @@ from jaxformer.config import InputError
 from jaxformer.launch import ENGINES, Engine, Job, source_of, submit
 from jaxformer.launch.check import check_on
 from jaxformer.launch.sweep import grid
-from jaxformer.models.params import define
 from jaxformer.overrides import override
 from jaxformer.planning.estimate import UTILIZATION, TrainingRun, training_run
 from jaxformer.planning.memory import DeviceMemory
@@ -60,7 +59,6 @@ class LaunchPlan:
       'spot': job.spot,
       'jobs': [
         {'name': p.job.name, 'command': self.engine.command(p.job), 'train': p.job.words}
-        | {'params': define(p.experiment.model).size}
         | p.run.as_json()
         | {'price': p.price, 'memory_bytes_per_device': p.memory.total}
         for p in self.jobs
@@ -71,9 +69,9 @@ class LaunchPlan:
 
   def lines(self) -> list[str]:
     first, job = self.jobs[0], self.jobs[0].job
-    model, spot = first.experiment.model, ' spot' if job.spot else ''
+    model, spot = first.experiment.model.tag, ' spot' if job.spot else ''
     lines = [
-      f'{model.tag} with {define(model).size:,} parameters on {job.target.name}{spot}: '
+      f'{model} with {first.run.params:,} parameters on {job.target.name}{spot}: '
       f'{job.target.total_chips} chips of {job.target.hosts} hosts'
     ]
     rows: list[tuple[str, ...]] = [

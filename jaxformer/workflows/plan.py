@@ -6,8 +6,6 @@ import dataclasses
 from collections.abc import Collection, Iterable
 from typing import Any, Unpack, get_args
 
-from jax.sharding import Mesh
-
 from jaxformer.config import InputError
 from jaxformer.data import Text
 from jaxformer.inference.decoding import lowered_decode, lowered_prefill
@@ -159,8 +157,7 @@ def plan(
       report['run'] = run.as_json()
     report |= estimate(setup).as_json()
     if compile:
-      compiled = _compiled_training if training else _compiled_inference
-      report['compiled'] = compiled(e, setup, report['memory']['total'], log)
+      report['compiled'] = _compiled(e, setup, report['memory']['total'], log)
   family = sized.family if sized else PRESETS[name].family if name in PRESETS else None
   return ModelPlan(
     **vars(c),
@@ -242,58 +239,48 @@ def _of_setup(experiment: Experiment, setup: PlanSetup) -> Experiment:
   return experiment.replace(training=training, mesh=setup.mesh)
 
 
-def _mesh(target: Target, config: MeshConfig) -> Mesh:
+def _compile(experiment: Experiment, setup: PlanSetup) -> CompiledPlan:
+  """Compile the step of a setup on its mesh."""
+  target, rules = setup.target, setup.mesh.rules
   assert target.topology is not None  # checked by `_target`
-  return topology_mesh(target.topology, config, target.slices)
+  mesh = topology_mesh(target.topology, setup.mesh, target.slices)
+  if setup.phase == 'train':
+    lowered = lowered_train_step(_of_setup(experiment, setup), mesh)
+  else:
+    lower = {'prefill': lowered_prefill, 'decode': lowered_decode}[setup.phase]
+    lowered = lower(define(setup.model), Parallel(mesh, rules), setup.batch_size, setup.length)
+  return compile_plan(lowered, mesh, target.device_memory_bytes)
 
 
-def _compile_step(experiment: Experiment, setup: PlanSetup) -> CompiledPlan:
-  mesh = _mesh(setup.target, setup.mesh)
-  lowered = lowered_train_step(_of_setup(experiment, setup), mesh)
-  return compile_plan(lowered, mesh, setup.target.device_memory_bytes)
-
-
-def _compiled_training(
+def _compiled(
   experiment: Experiment, setup: PlanSetup, predicted_bytes: float, log: Log
 ) -> dict[str, Any]:
-  """Compile the training step of a setup, and compare the result to the formulas."""
-  batch, length = setup.batch_size, setup.length
-  log(f'compiling a step of {batch} x {length} tokens for {setup.target.topology}')
-  found = _compile_step(experiment, setup)
-  least = flops(setup.model, 'train', batch, length)
-  most = least + recomputed_flops(setup.model, batch, length, setup.remat)
-  return _compared(found, predicted_bytes, least, most, setup.target)
-
-
-def _compiled_inference(
-  experiment: Experiment, setup: PlanSetup, predicted_bytes: float, log: Log
-) -> dict[str, Any]:
-  """Compile a prefill or a decoding step. Heads and hidden units are sharded over as many devices
-  as they can be; further devices hold replicas."""
+  """Compile the step of a setup, and compare the result to the formulas. In inference, heads and
+  hidden units are sharded over as many devices as they can be; further devices hold replicas."""
   target, batch, length, phase = setup.target, setup.batch_size, setup.length, setup.phase
-  config = _inference_mesh(setup.model, target)
-  log(f'compiling {phase} of {batch} sequences, {length} positions, for {target.topology}')
-  mesh = _mesh(target, config)
-  lower = {'prefill': lowered_prefill, 'decode': lowered_decode}[phase]
-  lowered = lower(define(setup.model), Parallel(mesh, config.rules), batch, length)
-  found = compile_plan(lowered, mesh, target.device_memory_bytes)
-  predicted = flops(setup.model, phase, batch, length, last_logits=True)
-  compared = _compared(found, predicted_bytes, predicted, predicted, target)
-  return {'mesh': dict(mesh.shape)} | compared
-
-
-def _compared(
-  found: CompiledPlan, predicted_bytes: float, least: float, most: float, target: Target
-) -> dict[str, Any]:
+  value: dict[str, Any] = {}
+  if phase == 'train':
+    least = flops(setup.model, phase, batch, length)
+    most = least + recomputed_flops(setup.model, batch, length, setup.remat)
+  else:
+    setup = dataclasses.replace(setup, mesh=_inference_mesh(setup.model, target))
+    value['mesh'] = dict(setup.abstract_mesh.shape)
+    least = most = flops(setup.model, phase, batch, length, last_logits=True)
+  log(f'compiling {phase}: {batch} sequences of {length} tokens, for {target.topology}')
+  found = _compile(experiment, setup)
   predicted = least / target.devices, most / target.devices
-  return found.as_json() | {
-    'predicted_bytes': predicted_bytes,
-    'predicted_flops': list(predicted),
-    'disagreements': disagreements(found, predicted_bytes, predicted),
-  }
+  return (
+    value
+    | found.as_json()
+    | {
+      'predicted_bytes': predicted_bytes,
+      'predicted_flops': list(predicted),
+      'disagreements': disagreements(found, predicted_bytes, predicted),
+    }
+  )
 
 
-def _inference_mesh(model: Any, target: Target) -> MeshConfig:
+def _inference_mesh(model: ModelConfig, target: Target) -> MeshConfig:
   """Return the mesh with the largest `tensor` axis that divides the model; the rest is `data`."""
   n = target.devices_per_slice
   for tensor in reversed(divisors(n)):
@@ -319,7 +306,7 @@ def _search(
   if fixed := [path for path in given if path.startswith('mesh') or path == 'training.remat']:
     raise InputError(f'{fixed[0]}: search chooses it; use compile to compile one choice')
   rows = mesh_search.ROWS if default and 'training.batch_size' not in given else None
-  found = mesh_search.search(setup, lambda s: _compile_step(experiment, s), rows=rows, note=log)
+  found = mesh_search.search(setup, lambda s: _compile(experiment, s), rows=rows, note=log)
   best = found.best
   value: dict[str, Any] = {
     'candidates': found.tried,
