@@ -26,7 +26,7 @@ from jaxformer.workflows.tables import amount, table
 LONGEST = 8192  # tokens of the sequence that is traced to see which implementations run
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelPart:
   """A layer, all its occurrences in equal blocks together, or what stands outside the blocks.
 
@@ -43,16 +43,16 @@ class ModelPart:
   """
 
   name: str
-  block: str | None
-  count: int
-  formula: str
-  source: str
-  settings: tuple[str, ...]
+  block: str | None = None
+  count: int = 1
+  formula: str = ''
+  source: str = ''
+  settings: tuple[str, ...] = ()
   shapes: dict[str, tuple[int, ...]]
   params: int
   active_params: int
   flops: float
-  state_bytes: int
+  state_bytes: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,87 +165,71 @@ def describe_model(name: str, model: ModelConfig, target: str | None = None) -> 
 def parts_of(model: ModelConfig, length: int) -> list[ModelPart]:
   """Return the parts of a model: what comes before the blocks, each distinct block's layers, and
   what comes after."""
-  info = dict(define(model).info)
+  info = define(model).info
   prefixes = sorted({n.partition('.groups.')[0] for n in info if '.groups.' in n}, reverse=True)
-  if set(prefixes) == {'encoder', 'decoder'}:
-    prefixes = ['encoder', 'decoder']
-  layers = []
-  for i, (prefix, groups) in enumerate(zip(prefixes, model.stacks, strict=False)):
-    decodes = i == len(model.stacks) - 1 and model.state_size(1) is not None
-    where = '' if len(model.stacks) == 1 else f'{prefix} '
-    layers += _blocks(where, prefix, groups, model, length, decodes, info)
-  outside: dict[str, dict[str, ParamInfo]] = {}
-  for name, i in info.items():  # those of the blocks have been taken out
-    outside.setdefault(name.partition('.')[0], {})[name] = i
-  first = [_outside(n, i) for n, i in outside.items() if not n.startswith(('final', 'head'))]
-  last = [_outside(n, i) for n, i in outside.items() if n.startswith(('final', 'head'))]
-  return [*first, *layers, *last]
+  before, blocks, after = [], [], []
+  for prefix, groups in zip(prefixes, model.stacks, strict=True):  # the encoder comes first
+    blocks += _blocks(prefix, groups, model, length, info)
+  outside = {n: i for n, i in info.items() if '.groups.' not in n}
+  for name in dict.fromkeys(n.partition('.')[0] for n in outside):
+    part = _part(outside, [f'{name}.'], name=name)
+    (after if name.startswith(('final', 'head')) else before).append(part)
+  return [*before, *blocks, *after]
 
 
-def _outside(name: str, info: dict[str, ParamInfo]) -> ModelPart:
-  shapes = {n.removeprefix(f'{name}.'): i.shape for n, i in info.items()}
-  return ModelPart(name, None, 1, '', '', (), shapes, *_sums(info), 0)
-
-
-def _sums(info: dict[str, ParamInfo]) -> tuple[int, int, float]:
-  """Parameters, active parameters, and FLOPs per token of products with them."""
-  matrices = (i for i in info.values() if i.matmul and len(i.matrix_axes) >= 2)
-  return (
-    sum(i.size for i in info.values()),
-    sum(round(i.size * i.active) for i in info.values()),
-    sum(2.0 * i.size * i.active for i in matrices),
+def _part(
+  info: dict[str, ParamInfo], prefixes: list[str], mixing_flops: float = 0, **known: Any
+) -> ModelPart:
+  """Return the part whose occurrences have parameters with these prefixes."""
+  mine = {n: i for n, i in info.items() if n.startswith(tuple(prefixes))}
+  matrices = (i for i in mine.values() if i.matmul and len(i.matrix_axes) >= 2)
+  shapes = {}
+  for name, i in mine.items():
+    if name.startswith(prefixes[0]):
+      inside = name.removeprefix(prefixes[0]).removeprefix('layer.')
+      shapes[inside] = i.shape[1:] if 'layers' in i.axes else i.shape
+  return ModelPart(
+    shapes=shapes,
+    params=sum(i.size for i in mine.values()),
+    active_params=sum(round(i.size * i.active) for i in mine.values()),
+    flops=sum(2.0 * i.size * i.active for i in matrices) + mixing_flops,
+    **known,
   )
 
 
 def _blocks(
-  where: str,
   prefix: str,
   groups: tuple[Group, ...],
   model: ModelConfig,
   length: int,
-  decodes: bool,
   info: dict[str, ParamInfo],
-) -> list[ModelPart]:
-  """Return the layers of the distinct blocks of a stack, and take their parameters out of
-  `info`."""
+) -> Iterator[ModelPart]:
+  """Yield the layers of the distinct blocks of a stack."""
   distinct: dict[Any, list[tuple[str, int]]] = {}  # block and width -> (prefix, occurrences)
   width = model.width
   for g, group in enumerate(groups):
     for p, (block, before) in enumerate(zip(group.pattern, group.widths(width), strict=False)):
       distinct.setdefault((block, before), []).append((f'{prefix}.groups.{g}.{p}', group.repeats))
     width = out_width((group,), width)
-  parts = []
+  decodes = groups is model.stacks[-1] and model.state_size(1) is not None
+  where = '' if len(model.stacks) == 1 else f'{prefix} '
   for number, ((block, before), places) in enumerate(distinct.items(), 1):
     count = sum(n for _, n in places)
     for b, (branch, w) in enumerate(zip(block.branches, block.widths(before), strict=False)):
-      here = [f'{place}.branches.{b}.' for place, _ in places]
-      mine = {n: info.pop(n) for n in list(info) if n.startswith(tuple(here))}
-      params, active, products = _sums(mine)
       layer = branch.layer
       formula, source = layer_summary(layer)
-      mixing = count * layer.mixing_flops_per_token(w, length, True)
-      parts.append(
-        ModelPart(
-          name=layer.tag,
-          block=f'{where}block {number} (x {count})',
-          count=count,
-          formula=formula,
-          source=source,
-          settings=tuple(_settings(layer)),
-          shapes={
-            n.removeprefix(here[0]).removeprefix('layer.'): i.shape[1:]
-            if 'layers' in i.axes
-            else i.shape
-            for n, i in mine.items()
-            if n.startswith(here[0])
-          },
-          params=params,
-          active_params=active,
-          flops=products + mixing,
-          state_bytes=2 * count * layer.state_size(w, length) if decodes else 0,
-        )
+      yield _part(
+        info,
+        [f'{place}.branches.{b}.' for place, _ in places],
+        count * layer.mixing_flops_per_token(w, length, True),
+        name=layer.tag,
+        block=f'{where}block {number} (x {count})',
+        count=count,
+        formula=formula,
+        source=source,
+        settings=tuple(_settings(layer)),
+        state_bytes=2 * count * layer.state_size(w, length) if decodes else 0,
       )
-  return parts
 
 
 def _settings(layer: LayerConfig) -> Iterator[str]:
