@@ -24,10 +24,12 @@ def trained(monkeypatch):
   def of(model):
     definition = define(model)
     params = definition.init(jax.random.key(0))
-    monkeypatch.setattr(
-      'jaxformer.api.load_model',
-      lambda run, code, seed: Model(run, definition, lambda: params, ByteTokenizer(), None, 1),
-    )
+
+    def load(run, code=()):
+      return Model(run, definition, lambda: params, ByteTokenizer(), None, 1)
+
+    monkeypatch.setattr(jaxformer, 'load', load)
+    monkeypatch.setattr('jaxformer.api.load', load)
 
   of(transformer(16, 1, 32, 2, vocab_size=264, context_length=64))
   return of
