@@ -50,34 +50,35 @@ class _Static:
   block: int
 
 
-class _Where(NamedTuple):
-  """Positions and segments of queries and keys, and the slopes, which determine bias and mask and
-  carry no gradient. Positions are None where they are known when the program is built: 0..T-1 and
-  0..S-1."""
+class _Side(NamedTuple):
+  """Positions and segments of queries or of keys, which determine bias and mask and carry no
+  gradient. Positions are None where they are known when the program is built: 0, 1, ..."""
 
-  t: Any
-  s: Any
+  positions: Any
   segments: Int[Array, '*blocks B T'] | None
-  key_segments: Int[Array, '*blocks B S'] | None
-  slopes: Float[Array, 'G R'] | None
 
 
-def _where(mask: Mask, slopes_H, t, s, G: int) -> _Where:
+_At = tuple[_Side, _Side, Float[Array, 'G R'] | None]  # queries, keys, slopes
+_product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+
+
+def _at(mask: Mask, slopes_H, t, s, G: int) -> _At:
   slopes = None if slopes_H is None else slopes_H.astype(jnp.float32).reshape(G, -1)
-  return _Where(t, s, mask.segments_BT, None if mask.segments_BT is None else mask.keys(), slopes)
+  keys = None if mask.segments_BT is None else mask.keys()
+  return _Side(t, mask.segments_BT), _Side(s, keys), slopes
 
 
-def _logits(q, k, at: _Where, static: _Static):
+def _logits(q, k, at: _At, static: _Static):
   """Masked logits `BGRTS` in fp32, and the derivative of the soft cap (None without one)."""
-  a = jnp.einsum('BGRTK,BGSK->BGRTS', q, k, preferred_element_type=jnp.float32) * static.scale
+  rows, cols, slopes = at
+  a = _product('BGRTK,BGSK->BGRTS', q, k) * static.scale
   a, slope = soft_cap(a, static.softcap)
-  if at.slopes is not None:
-    distance = -distances(at.t, at.s).astype(np.float32)
-    a = a + at.slopes[None, :, :, None, None] * distance[None, None, None]
-  seen = visible(at.t, at.s, causal=static.causal, window=static.window)[None]
-  if at.segments is not None:
-    assert at.key_segments is not None  # both or neither
-    seen = seen & (at.segments[:, :, None] == at.key_segments[:, None, :])
+  if slopes is not None:
+    distance = -distances(rows.positions, cols.positions).astype(np.float32)
+    a = a + slopes[None, :, :, None, None] * distance[None, None, None]
+  seen = visible(rows.positions, cols.positions, causal=static.causal, window=static.window)[None]
+  if rows.segments is not None and cols.segments is not None:
+    seen = seen & (rows.segments[:, :, None] == cols.segments[:, None, :])
   elif isinstance(seen, np.ndarray) and seen.all():
     return a, slope
   return jnp.where(seen[:, None, None], a, MASKED), slope
@@ -85,14 +86,13 @@ def _logits(q, k, at: _Where, static: _Static):
 
 def _block_gradients(p, q, k, v, do, delta, slope, scale):
   """dq, dk, dv of one block of queries against one block of keys, fp32, from its probabilities."""
-  dp = jnp.einsum('BGRTK,BGSK->BGRTS', do, v, preferred_element_type=jnp.float32)
-  da = p.astype(jnp.float32) * (dp - delta)
+  da = p.astype(jnp.float32) * (_product('BGRTK,BGSK->BGRTS', do, v) - delta)
   if slope is not None:
     da = da * slope
   da, p = (da * scale).astype(k.dtype), p.astype(do.dtype)
-  dq = jnp.einsum('BGRTS,BGSK->BGRTK', da, k, preferred_element_type=jnp.float32)
-  dk = jnp.einsum('BGRTS,BGRTK->BGSK', da, q, preferred_element_type=jnp.float32)
-  dv = jnp.einsum('BGRTS,BGRTK->BGSK', p, do, preferred_element_type=jnp.float32)
+  dq = _product('BGRTS,BGSK->BGRTK', da, k)
+  dk = _product('BGRTS,BGRTK->BGSK', da, q)
+  dv = _product('BGRTS,BGRTK->BGSK', p, do)
   return dq, dk, dv
 
 
@@ -109,38 +109,36 @@ def _heads_last(x):
 
 
 def _delta(do, out):
-  return jnp.einsum('BGRTK,BGRTK->BGRT', do, out, preferred_element_type=jnp.float32)[..., None]
+  return _product('BGRTK,BGRTK->BGRT', do, out)[..., None]
 
 
 # ---- blocks of queries and keys in loops -------------------------------------------------------
 
 
-def _in_blocks(at: _Where, static: _Static) -> _Where:
-  b = static.block
-  segments = None if at.segments is None else to_chunks(at.segments, b, 1, -1)
-  keys = None if at.key_segments is None else to_chunks(at.key_segments, b, 1, -2)
-  return _Where(to_chunks(at.t, b, 0, -1), to_chunks(at.s, b, 0, -1), segments, keys, at.slopes)
+def _in_blocks(at: _At, block: int) -> tuple[_Side, _Side]:
+  def blocks(side: _Side, padding: int) -> _Side:
+    segments = None if side.segments is None else to_chunks(side.segments, block, 1, padding)
+    return _Side(to_chunks(side.positions, block, 0, -1), segments)
+
+  return blocks(at[0], -1), blocks(at[1], -2)
 
 
-def _ranges(at: _Where, static: _Static):
+def _ranges(rows: _Side, cols: _Side, static: _Static):
   """For each block of queries the first and one past the last block of keys that it may see, and
   the same for each block of keys. They come from the extremes of positions and segments, so some
   pairs may be visited in vain and none is missed."""
   far = jnp.iinfo(jnp.int32).max // 2
-  empty = at.s < 0  # empty cache slots and padding
-  last, first = (
-    jnp.where(empty, -far, at.s).max(-1)[None, :],
-    jnp.where(empty, far, at.s).min(-1)[None, :],
-  )
-  newest, oldest = at.t.max(-1)[:, None], jnp.where(at.t < 0, far, at.t).min(-1)[:, None]
-  seen = jnp.broadcast_to(last >= 0, (at.t.shape[0], at.s.shape[0]))
+  t, s = rows.positions, cols.positions
+  empty = s < 0  # empty cache slots and padding
+  last, first = jnp.where(empty, -far, s).max(-1)[None], jnp.where(empty, far, s).min(-1)[None]
+  newest, oldest = t.max(-1)[:, None], jnp.where(t < 0, far, t).min(-1)[:, None]
+  seen = jnp.broadcast_to(last >= 0, (len(t), len(s)))
   if static.causal:
     seen &= first <= newest
   if static.window is not None:
     seen &= (last > oldest - static.window) & (first < newest + static.window)
-  if at.segments is not None:
-    assert at.key_segments is not None  # both or neither
-    q, k = at.segments[:, None], at.key_segments[None]
+  if rows.segments is not None and cols.segments is not None:
+    q, k = rows.segments[:, None], cols.segments[None]
     seen &= ((q.max(-1) >= k.min(-1)) & (k.max(-1) >= q.min(-1))).any(-1)
 
   def span(seen):
@@ -150,88 +148,75 @@ def _ranges(at: _Where, static: _Static):
   return span(seen), span(seen.T)
 
 
-def _take(x, i):
-  return None if x is None else lax.dynamic_index_in_dim(x, i, 0, keepdims=False)
+def _take(blocks, i):
+  return jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, i, 0, keepdims=False), blocks)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _chunked(q, k, v, at: _Where, static: _Static):
+def _chunked(q, k, v, at: _At, static: _Static):
   return _chunked_forward(q, k, v, at, static)[0]
 
 
 def _chunked_forward(q, k, v, at, static):
-  T, G, dtype = q.shape[1], k.shape[2], q.dtype
-  blocks = _in_blocks(at, static)
-  (lo, hi), _ = _ranges(blocks, static)
-  qs, ks, vs = (
-    to_chunks(_heads_first(q, G), static.block, 3),
-    *(to_chunks(x.transpose(0, 2, 1, 3), static.block, 2) for x in (k, v)),
-  )
+  G, dtype, b = k.shape[2], q.dtype, static.block
+  rows, cols = _in_blocks(at, b)
+  (lo, hi), _ = _ranges(rows, cols, static)
+  queries = to_chunks(_heads_first(q, G), b, 3), rows
+  keys = *(to_chunks(x.swapaxes(1, 2), b, 2) for x in (k, v)), cols
 
-  def queries(_, xs):
-    qi, ti, segments, start, stop = xs
+  def each_query(_, xs):
+    (qi, row), start, stop = xs
 
-    def keys(j, carry):
+    def each_key(j, carry):
       acc, total, top = carry
-      here = _Where(ti, _take(blocks.s, j), segments, _take(blocks.key_segments, j), at.slopes)
-      a, _ = _logits(qi, _take(ks, j), here, static)
+      kj, vj, col = _take(keys, j)
+      a, _ = _logits(qi, kj, (row, col, at[2]), static)
       new = jnp.maximum(top, a.max(-1, keepdims=True))
       p, old = jnp.exp(a - new), jnp.exp(top - new)
-      pv = jnp.einsum(
-        'BGRTS,BGSK->BGRTK', p.astype(dtype), _take(vs, j), preferred_element_type=jnp.float32
-      )
+      pv = _product('BGRTS,BGSK->BGRTK', p.astype(dtype), vj)
       return acc * old + pv, total * old + p.sum(-1, keepdims=True), new
 
     zero = jnp.zeros((*qi.shape[:-1], 1), jnp.float32)
-    acc, total, top = lax.fori_loop(
-      start, stop, keys, (jnp.zeros(qi.shape, jnp.float32), zero, zero + _FLOOR)
-    )
+    first = jnp.zeros(qi.shape, jnp.float32), zero, zero + _FLOOR
+    acc, total, top = lax.fori_loop(start, stop, each_key, first)
     total = jnp.where(total == 0, 1.0, total)
     return None, ((acc / total).astype(dtype), (top + jnp.log(total))[..., 0])
 
-  _, (out, lse) = lax.scan(queries, None, (qs, blocks.t, blocks.segments, lo, hi))
-  out, lse = checkpoint_name((_heads_last(from_chunks(out, T, 3)), from_chunks(lse, T, 3)), SAVED)
+  _, results = lax.scan(each_query, None, (queries, lo, hi))
+  out, lse = (from_chunks(x, q.shape[1], 3) for x in results)
+  out, lse = checkpoint_name((_heads_last(out), lse), SAVED)
   return out, (q, k, v, at, out, lse)
 
 
 def _chunked_backward(static, saved, do):
   q, k, v, at, out, lse = saved
-  T, S, G, b = q.shape[1], k.shape[1], k.shape[2], static.block
-  blocks = _in_blocks(at, static)
-  _, (lo, hi) = _ranges(blocks, static)
+  G, b = k.shape[2], static.block
+  rows, cols = _in_blocks(at, b)
+  _, (lo, hi) = _ranges(rows, cols, static)
   do, out = _heads_first(do, G), _heads_first(out, G)
-  qs, dos = to_chunks(_heads_first(q, G), b, 3), to_chunks(do, b, 3)
-  lses, deltas = to_chunks(lse[..., None], b, 3), to_chunks(_delta(do, out), b, 3)
-  ks, vs = (to_chunks(x.transpose(0, 2, 1, 3), b, 2) for x in (k, v))
+  arrays = _heads_first(q, G), do, lse[..., None], _delta(do, out)
+  arrays = [to_chunks(x, b, 3) for x in arrays]
+  queries = arrays, rows
+  keys = *(to_chunks(x.swapaxes(1, 2), b, 2) for x in (k, v)), cols
 
-  def keys(dq, xs):
-    kj, vj, sj, segments, start, stop = xs
+  def each_key(dq, xs):
+    (kj, vj, col), start, stop = xs
 
-    def queries(i, carry):
+    def each_query(i, carry):
       dq, dk, dv = carry
-      here = _Where(_take(blocks.t, i), sj, _take(blocks.segments, i), segments, at.slopes)
-      qi = _take(qs, i)
-      a, slope = _logits(qi, kj, here, static)
-      p = jnp.exp(a - _take(lses, i))
-      dqi, dki, dvi = _block_gradients(
-        p, qi, kj, vj, _take(dos, i), _take(deltas, i), slope, static.scale
-      )
+      (qi, doi, lse_i, delta_i), row = _take(queries, i)
+      a, slope = _logits(qi, kj, (row, col, at[2]), static)
+      p = jnp.exp(a - lse_i)
+      dqi, dki, dvi = _block_gradients(p, qi, kj, vj, doi, delta_i, slope, static.scale)
       return lax.dynamic_update_index_in_dim(dq, _take(dq, i) + dqi, i, 0), dk + dki, dv + dvi
 
     zero = jnp.zeros(kj.shape, jnp.float32)
-    dq, dk, dv = lax.fori_loop(start, stop, queries, (dq, zero, zero))
+    dq, dk, dv = lax.fori_loop(start, stop, each_query, (dq, zero, zero))
     return dq, (dk.astype(k.dtype), dv.astype(v.dtype))
 
-  dq, (dk, dv) = lax.scan(
-    keys, jnp.zeros(qs.shape, jnp.float32), (ks, vs, blocks.s, blocks.key_segments, lo, hi)
-  )
-  dq = _heads_last(from_chunks(dq, T, 3)).astype(q.dtype)
-  return (
-    dq,
-    from_chunks(dk, S, 2).transpose(0, 2, 1, 3),
-    from_chunks(dv, S, 2).transpose(0, 2, 1, 3),
-    None,
-  )
+  dq, dkv = lax.scan(each_key, jnp.zeros(arrays[0].shape, jnp.float32), (keys, lo, hi))
+  dq = _heads_last(from_chunks(dq, q.shape[1], 3)).astype(q.dtype)
+  return dq, *(from_chunks(x, k.shape[1], 2).swapaxes(1, 2) for x in dkv), None
 
 
 _chunked.defvjp(_chunked_forward, _chunked_backward)
@@ -242,9 +227,8 @@ def attention_chunked(q, k, v, mask: Mask, *, scale, softcap=None, slopes_H=None
 
   Differentiable in q, k and v; `slopes_H` are constants. Pairs of blocks that cannot see each other
   (the future, beyond the window, other packed documents, empty cache slots) are not visited."""
-  T, (S, G) = q.shape[1], k.shape[1:3]
-  t, s = mask.positions(T, S)
-  at = _where(mask, slopes_H, t, s, G)
+  T, S = q.shape[1], k.shape[1]
+  at = _at(mask, slopes_H, *mask.positions(T, S), k.shape[2])
   block = min(block or (256 if platform() == 'cpu' else 512), -(-max(T, S) // 8) * 8)
   return _chunked(q, k, v, at, _Static(mask.causal, mask.window, scale, softcap, block))
 
@@ -265,17 +249,18 @@ def _spans(T: int, S: int, static: _Static) -> list[tuple[slice, slice]]:
   return spans
 
 
-def _here(at: _Where, rows: slice, cols: slice) -> _Where:
+def _here(at: _At, rows: slice, cols: slice) -> _At:
   """One block of queries and its keys, positions as numpy."""
-  segments = None if at.segments is None else at.segments[:, rows]
-  keys = None if at.key_segments is None else at.key_segments[:, cols]
-  return _Where(
-    np.arange(rows.start, rows.stop), np.arange(cols.start, cols.stop), segments, keys, at.slopes
-  )
+
+  def part(side: _Side, block: slice) -> _Side:
+    segments = None if side.segments is None else side.segments[:, block]
+    return _Side(np.arange(block.start, block.stop), segments)
+
+  return part(at[0], rows), part(at[1], cols), at[2]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _unrolled(q, k, v, at: _Where, static: _Static):
+def _unrolled(q, k, v, at: _At, static: _Static):
   return _unrolled_forward(q, k, v, at, static)[0]
 
 
@@ -287,7 +272,7 @@ def _unrolled_forward(q, k, v, at, static):
   # they are recomputed.
   pairs = sum((r.stop - r.start) * (c.stop - c.start) for r, c in spans)
   keep = static.softcap is None and pairs * B * H * q.dtype.itemsize <= _KEEP_BYTES
-  qh, kh, vh = _heads_first(q, G), k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
+  qh, kh, vh = _heads_first(q, G), k.swapaxes(1, 2), v.swapaxes(1, 2)
   outs, lses, ps = [], [], []
   for rows, cols in spans:
     a, _ = _logits(qh[:, :, :, rows], kh[:, :, cols], _here(at, rows, cols), static)
@@ -296,11 +281,7 @@ def _unrolled_forward(q, k, v, at, static):
     total = p.sum(-1, keepdims=True)
     total = jnp.where(total == 0, 1.0, total)
     p = (p / total).astype(v.dtype)
-    outs.append(
-      jnp.einsum('BGRTS,BGSK->BGRTK', p, vh[:, :, cols], preferred_element_type=jnp.float32).astype(
-        q.dtype
-      )
-    )
+    outs.append(_product('BGRTS,BGSK->BGRTK', p, vh[:, :, cols]).astype(q.dtype))
     ps.append(p if keep else None)
     lses.append(None if keep else top + jnp.log(total))
   out = jnp.concatenate(outs, axis=3)
@@ -329,7 +310,7 @@ def _unrolled_backward(static, saved, do):
     for j in range(cols.start // b, -(-cols.stop // b)):
       here = slice(j * b - cols.start, min((j + 1) * b, S) - cols.start)
       dks[j], dvs[j] = dks[j] + dk[:, :, here], dvs[j] + dv[:, :, here]
-  dk, dv = (jnp.concatenate(x, axis=2).transpose(0, 2, 1, 3) for x in (dks, dvs))
+  dk, dv = (jnp.concatenate(x, axis=2).swapaxes(1, 2) for x in (dks, dvs))
   return _heads_last(jnp.concatenate(dqs, axis=3)), dk.astype(k.dtype), dv.astype(v.dtype), None
 
 
@@ -340,12 +321,6 @@ def attention_unrolled(q, k, v, mask: Mask, *, scale, softcap=None, slopes_H=Non
   """Attention in about eight blocks of queries, each against only the keys that it can see, for an
   aligned mask. Half the work of the naive implementation under a causal mask; temporaries of one
   block, B H T S / 8 numbers."""
-  if not mask.aligned:
-    raise ValueError(
-      'attention_unrolled slices by position and needs keys and queries at the same positions (no '
-      'index_T, index_S)'
-    )
-  T = q.shape[1]
-  at = _where(mask, slopes_H, None, None, k.shape[2])
-  block = block or max(64, -(-T // 512) * 64)
+  at = _at(mask, slopes_H, None, None, k.shape[2])
+  block = block or max(64, -(-q.shape[1] // 512) * 64)
   return _unrolled(q, k, v, at, _Static(mask.causal, mask.window, scale, softcap, block))

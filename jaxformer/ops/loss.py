@@ -27,7 +27,12 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxformer import sharding
 from jaxformer.ops.chunks import to_chunks
 from jaxformer.ops.implementation import Operation
-from jaxformer.ops.loss_vocabulary import LossOptions, vocabulary_logsumexp, vocabulary_loss
+from jaxformer.ops.loss_vocabulary import (
+  LossOptions,
+  loss_sums,
+  vocabulary_logsumexp,
+  vocabulary_loss,
+)
 from jaxformer.ops.softcap import soft_cap
 from jaxformer.task_type import IGNORE
 
@@ -192,24 +197,11 @@ def _row_logits(x, targets, w, bias, options: LossOptions):
   return e, total, slope, (top + jnp.log(total))[:, 0], picked, top[:, 0]
 
 
-def _row_sums(targets, lse, picked, options):
-  counted = targets != IGNORE
-  nll = jnp.where(counted, lse - picked, 0.0).sum()
-  return nll + jnp.where(counted, options.z_loss * jnp.square(lse), 0.0).sum(), nll
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _rows_loss(x, w, bias, targets, options: LossOptions):
-  """Loss and nll without a gradient: one matrix product per token."""
-
-  def some(sums, chunk):
-    *_, lse, picked, _ = _row_logits(*chunk, w_cast, bias, options)
-    return tuple(
-      a + b for a, b in zip(sums, _row_sums(chunk[1], lse, picked, options), strict=True)
-    ), None
-
-  w_cast = w.astype(x.dtype)
-  return lax.scan(some, (jnp.float32(0), jnp.float32(0)), _chunks(x, targets, options.chunk))[0]
+  """Loss and nll; XLA removes the gradient where nothing uses it, and leaves one matrix product per
+  token."""
+  return _rows_forward(x, w, bias, targets, options)[0]
 
 
 def _rows_forward(x, w, bias, targets, options):
@@ -232,26 +224,18 @@ def _rows_forward(x, w, bias, targets, options):
     # the transpose is written out, as in `linear`
     left = lax.optimization_barrier((f[:, None] * xs).astype(x.dtype).T)
     dw = dw + jnp.dot(left, d, preferred_element_type=jnp.float32)
-    return (
-      tuple(a + b for a, b in zip(sums, _row_sums(ys, lse, picked, options), strict=True)),
-      dw,
-      db,
-    ), dx
+    sums = jax.tree.map(jnp.add, sums, loss_sums(ys, lse, picked, options))
+    return (sums, dw, db), dx
 
-  start = (
-    (jnp.float32(0), jnp.float32(0)),
-    jnp.zeros((D, V), jnp.float32),
-    None if bias is None else jnp.zeros_like(bias),
-  )
+  zero = jnp.float32(0)
+  start = (zero, zero), jnp.zeros((D, V), jnp.float32), jax.tree.map(jnp.zeros_like, bias)
   (sums, dw, db), dx = lax.scan(some, start, _chunks(x, targets, options.chunk))
   dx = dx.reshape(-1, B, options.chunk, D).swapaxes(0, 1).reshape(B, -1, D)[:, :T]
   return sums, (dx, dw.astype(w.dtype), db)
 
 
 def _rows_backward(options, saved, cotangents):
-  dx, dw, db = saved
-  scale = cotangents[0]
-  return (*(None if d is None else (d * scale).astype(d.dtype) for d in (dx, dw, db)), None)
+  return *jax.tree.map(lambda d: (d * cotangents[0]).astype(d.dtype), saved), None
 
 
 _rows_loss.defvjp(_rows_forward, _rows_backward)

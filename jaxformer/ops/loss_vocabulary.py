@@ -116,32 +116,37 @@ def _logsumexp(x, w, bias, targets, options: LossOptions):
   return jax.nn.logsumexp(top + jnp.log(total), axis=-1), picked.sum(-1), top.max(-1)
 
 
+def loss_sums(targets, lse, picked, options: LossOptions):
+  """Loss with z-loss, and nll, summed over the counted tokens, from the logsumexp of each token's
+  logits and its target's logit."""
+  counted = targets != IGNORE
+  nll = jnp.where(counted, lse - picked, 0.0).sum()
+  return nll + jnp.where(counted, options.z_loss * jnp.square(lse), 0.0).sum(), nll
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _loss(x, w, bias, targets, options: LossOptions):
+  """`loss_sums`; a gradient flows through the first alone."""
   return _forward(x, w, bias, targets, options)[0]
 
 
 def _forward(x, w, bias, targets, options):
   lse, picked, _ = _logsumexp(x, w, bias, targets, options)
-  counted = targets != IGNORE
-  nll = jnp.where(counted, lse - picked, 0.0).sum()
-  loss = nll + jnp.where(counted, options.z_loss * jnp.square(lse), 0.0).sum()
-  return (loss, nll), (x, w, bias, targets, counted, lse)
+  return loss_sums(targets, lse, picked, options), (x, w, bias, targets, lse)
 
 
 def _backward(options, saved, cotangents):
-  x, w, bias, targets, counted, lse = saved
+  x, w, bias, targets, lse = saved
   (B, T, D), (_, parts, V) = x.shape, w.shape
-  weight = jnp.where(counted, cotangents[0], 0.0)
+  weight = jnp.where(targets != IGNORE, cotangents[0], 0.0)
   factor = weight * (1.0 + 2.0 * options.z_loss * lse)
   lse, weight, factor = (a[:, :, None, None] for a in (lse, weight, factor))
 
   def some(carry, start, size):
     dx, dw, db = carry
     logits, slope, ws = _logits(x, w, bias, start, size, options)
-    d = jnp.exp(logits - lse) * factor - jnp.where(
-      _is_target(targets, start, size, parts, V), weight, 0.0
-    )
+    is_target = _is_target(targets, start, size, parts, V)
+    d = jnp.exp(logits - lse) * factor - jnp.where(is_target, weight, 0.0)
     d = d if slope is None else d * slope
     if db is not None:
       db = lax.dynamic_update_slice_in_dim(db, d.sum((0, 1)), start, axis=1)
@@ -155,37 +160,27 @@ def _backward(options, saved, cotangents):
 
   dx = shard(jnp.zeros((parts, B, T, D), jnp.float32), 'vocab', 'batch', 'time', None)
   dw = shard_param(jnp.zeros(w.shape, w.dtype), 'embed', 'vocab', None)
-  dx, dw, db = _slices(
-    some, (dx, dw, None if bias is None else jnp.zeros_like(bias)), V, options.chunk
-  )
+  start = dx, dw, jax.tree.map(jnp.zeros_like, bias)
+  dx, dw, db = _slices(some, start, V, options.chunk)
   return dx.sum(0).astype(x.dtype), dw, db, None
 
 
 _loss.defvjp(_forward, _backward)
 
 
-def _by_shard(w, bias, parts: int):
-  """`D V` -> `D s V` and `V` -> `s V`."""
-  D, V = w.shape
-  w = shard_param(w.reshape(D, parts, V // parts), 'embed', 'vocab', None)
-  return w, None if bias is None else bias.reshape(parts, V // parts)
+def _by_shard(compute):
+  """`compute` with W and the bias by shards, `D V` -> `D s V` and `V` -> `s V`, and with options
+  that have a chunk."""
+
+  def of_all(x, w_DV, bias_V, targets_BT, options: LossOptions):
+    D, V = w_DV.shape
+    parts = shards('vocab', V)
+    w = shard_param(w_DV.reshape(D, parts, V // parts), 'embed', 'vocab', None)
+    bias = None if bias_V is None else bias_V.reshape(parts, V // parts)
+    options = dataclasses.replace(options, chunk=options.chunk or _chunk(x, V, parts))
+    return compute(x, w, bias, targets_BT, options)
+
+  return of_all
 
 
-def _prepared(x, w_DV, bias_V, options: LossOptions):
-  """W and the bias by shards, and the options with a chunk."""
-  parts = shards('vocab', w_DV.shape[1])
-  chunk = options.chunk or _chunk(x, w_DV.shape[1], parts)
-  return *_by_shard(w_DV, bias_V, parts), dataclasses.replace(options, chunk=chunk)
-
-
-def vocabulary_loss(x, w_DV, bias_V, targets_BT, options: LossOptions):
-  """Loss with z-loss, and nll, summed over the counted tokens. A gradient flows through the first
-  alone."""
-  w, bias, options = _prepared(x, w_DV, bias_V, options)
-  return _loss(x, w, bias, targets_BT, options)
-
-
-def vocabulary_logsumexp(x, w_DV, bias_V, targets_BT, options: LossOptions):
-  """logsumexp of each token's logits, its target's logit, and the largest."""
-  w, bias, options = _prepared(x, w_DV, bias_V, options)
-  return _logsumexp(x, w, bias, targets_BT, options)
+vocabulary_loss, vocabulary_logsumexp = _by_shard(_loss), _by_shard(_logsumexp)
