@@ -116,6 +116,22 @@ class Definition(Generic[M_co]):
     return sum(round(i.size * i.active) for i in self.info.values())
 
 
+class _Stream(nnx.RngStream):
+  """The keys of `nnx.RngStream`. Its count is set as a whole: NNX compares shardings where it is
+  set by index, which tracers of jax 0.10 answer slowly enough to double the time of a trace."""
+
+  def __call__(self) -> Array:
+    count = self.count[...]
+    self.count.set_value(count + 1)
+    return jax.random.fold_in(self.key[...], count)
+
+
+def _rngs(key: Array) -> nnx.Rngs:
+  rngs: Any = nnx.Rngs()
+  rngs.params = _Stream(key, tag='params')
+  return rngs
+
+
 @functools.lru_cache(maxsize=64)
 def _initialiser(
   definition: Definition, where: tuple[jax.sharding.NamedSharding, ...] | None
@@ -126,7 +142,7 @@ def _initialiser(
   options = {'xla_backend_optimization_level': 0} if device.platform == 'cpu' else None
 
   def values(key: Array) -> tuple[Array, ...]:
-    return tuple(jax.tree.leaves(nnx.split(definition.config.build(nnx.Rngs(params=key)))[1]))
+    return tuple(jax.tree.leaves(nnx.split(definition.config.build(_rngs(key)))[1]))
 
   return jax.jit(values, out_shardings=where, compiler_options=options)
 
@@ -135,9 +151,7 @@ def _initialiser(
 def define(config: Buildable[M_co]) -> Definition[M_co]:
   """The structure of a config, found from abstract shapes: no parameter is allocated, at any
   size."""
-  graph, state = nnx.split(
-    nnx.eval_shape(lambda key: config.build(nnx.Rngs(params=key)), _abstract_key())
-  )
+  graph, state = nnx.split(nnx.eval_shape(lambda key: config.build(_rngs(key)), _abstract_key()))
   info = {}
   for path, variable in nnx.to_flat_state(state):
     meta = variable.get_metadata()
@@ -165,7 +179,7 @@ def stacked(build: Any, count: int, rngs: nnx.Rngs, first: int, stride: int) -> 
   graphs = []  # of the one trace: tracing takes nearly all of the time of `define`
 
   def state(key: Array, layer: Array):
-    graph, values = nnx.split(build(nnx.Rngs(params=key), layer))
+    graph, values = nnx.split(build(_rngs(key), layer))
     graphs.append(graph)
     return values
 
