@@ -172,13 +172,13 @@ def compare(
 
   Raises `study.sharing.Interrupted` after a signal, when all runs are saved.
   """
-  chosen = get_study(target, overrides=overrides, add=add)
+  pairs = pairs_of(overrides)
+  chosen = get_study(target, overrides=pairs, add=add)
   if workers is not None and workers < 1:
     raise InputError('workers', workers, 'at least 1')
   commands = []
   if isinstance(target, str):
-    words = [word for name in add for word in ('--add', name)]
-    words += [f'--{path}={value}' for path, value in pairs_of(overrides)]
+    words = [f'--{path}={value}' for path, value in [*(('add', name) for name in add), *pairs]]
     command = [sys.executable, '-m', 'jaxformer', 'compare', target, *words, '--train-only']
     commands = [command] * ((workers or worthwhile(len(chosen.entries))) - 1)
   return report_study(chosen, log, commands)

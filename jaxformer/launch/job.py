@@ -22,6 +22,7 @@ from jaxformer.planning.target import Target
 
 SIGNALLED: Final = 128
 PYTHON: Final = '3.12'
+LONGEST_NAME: Final = 39  # of a job, in characters
 
 # ---- sources -----------------------------------------------------------------------------------
 
@@ -179,14 +180,15 @@ class Job:
   def train(self) -> str:
     return shlex.join(self.words)
 
-  def short_name(self, longest: int = 39) -> str:
+  def short_name(self) -> str:
     """The name in lower case letters, digits and dashes, as clusters and clouds require; a long one
     is cut and ends in a digest of the complete name."""
     name = re.sub(r'[^a-z0-9]+', '-', self.name.lower()).strip('-')
     name = name if name[:1].isalpha() else f'run-{name}'
-    if len(name) <= longest:
+    if len(name) <= LONGEST_NAME:
       return name
-    return f'{name[: longest - 7].rstrip("-")}-{hashlib.sha256(self.name.encode()).hexdigest()[:6]}'
+    digest = hashlib.sha256(self.name.encode()).hexdigest()[:6]
+    return f'{name[: LONGEST_NAME - 7].rstrip("-")}-{digest}'
 
   def write_experiment(self) -> list[str]:
     """Commands that write the experiment file, if the source does not contain it."""

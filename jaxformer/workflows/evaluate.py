@@ -61,7 +61,8 @@ def evaluate_model(
   by_position: bool = False,
   log: Log = log_progress,
 ) -> EvalResult:
-  """Score a model; see `jaxformer.evaluate`."""
+  """Return scores on held-out data, by default of the data that the model was trained on. The
+  options are `EvaluateOptions`."""
   for field, value in (('batch_size', batch_size), ('batches', batches)):
     if value is not None and value < 1:
       raise InputError(field, value, 'positive')

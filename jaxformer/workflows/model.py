@@ -34,7 +34,7 @@ from jaxformer.sharding import platform
 from jaxformer.task_type import LANGUAGE_MODELING, TRANSLATION, Batch
 from jaxformer.training.experiment import Experiment
 from jaxformer.workflows.describe import Description, describe_model
-from jaxformer.workflows.evaluate import EvaluateOptions, evaluate_model
+from jaxformer.workflows.evaluate import evaluate_model
 
 END = '<end>'
 NEW_TOKENS = 200
@@ -266,10 +266,7 @@ class Model:
 
   # ---- scores and weights ----------------------------------------------------------------------
 
-  def evaluate(self, **options: Unpack[EvaluateOptions]) -> EvalResult:
-    """Return scores on held-out data, by default of the data that the model was trained on. The
-    options are `EvaluateOptions`."""
-    return evaluate_model(self, **options)
+  evaluate = evaluate_model
 
   def score(self, text: str, source: str | None = None) -> EvalResult:
     """Return the log-likelihood of a text, as sums over its tokens: `.nll_sum`, `.loss`,
