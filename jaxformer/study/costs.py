@@ -8,7 +8,6 @@ import dataclasses
 import json
 import math
 import statistics
-import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -20,15 +19,15 @@ from jaxformer.evaluation import evaluate_translation, loss_by_position
 from jaxformer.files import write_atomically
 from jaxformer.inference import DecodeTime, time_decode, translate
 from jaxformer.models.params import Definition, Params, define
-from jaxformer.sharding import MeshConfig, make_parallel, use_mesh
+from jaxformer.sharding import MeshConfig, make_parallel
 from jaxformer.study.runner import Tuned
 from jaxformer.study.sharing import Interrupted
 from jaxformer.study.study import Log, Study, file_name
 from jaxformer.task_type import LANGUAGE_MODELING, TRANSLATION
 from jaxformer.training import load_params
 from jaxformer.training.interrupt import Interrupt
-from jaxformer.training.setup import Setup
-from jaxformer.training.step import compiled_train_step, compute_dtype, init_state
+from jaxformer.training.step import compute_dtype
+from jaxformer.training.timing import timed_step
 
 NEW_TOKENS = 32  # decoded at each context length
 REPEATS = 3
@@ -206,29 +205,15 @@ def _compiled_step(
   """Return a function that runs one training step and returns its seconds per token, and the costs
   of compiling it."""
   rate, seed = study.learning_rates[0], study.tuning_seed
-  s = Setup.of(study.experiment(t.planned.entry, t.model, dataset.config, rate, seed), dataset)
-  with use_mesh(s.parallel):
-    first = dataset.train_batch(0, study.batch_size, seed)
-    batch = jax.device_put(first, s.parallel.batch)
-    state = init_state(s.definition, s.optimizer, seed, s.parallel)
-    step = compiled_train_step(s.definition, s.optimizer, s.step_config, s.parallel)
-    began = time.perf_counter()
-    compiled = step.lower(state, batch).compile()
-    compile_seconds = time.perf_counter() - began
-
-  def run() -> float:
-    nonlocal state
-    with use_mesh(s.parallel):
-      began = time.perf_counter()
-      state, metrics = compiled(state, batch)
-      jax.block_until_ready(metrics)
-      return (time.perf_counter() - began) / first.targets_BT.size
-
-  m = compiled.memory_analysis()
+  experiment = study.experiment(t.planned.entry, t.model, dataset.config, rate, seed)
+  batch = dataset.train_batch(0, study.batch_size, seed)
+  run, compile_seconds, program = timed_step(experiment, batch)
+  m = program.memory_analysis()
   size = m and int(
     m.argument_size_in_bytes + m.output_size_in_bytes + m.temp_size_in_bytes - m.alias_size_in_bytes
   )
-  return run, {'compile_seconds': compile_seconds, 'step_bytes': size}
+  costs = {'compile_seconds': compile_seconds, 'step_bytes': size}
+  return lambda: run() / batch.targets_BT.size, costs
 
 
 def _time_decoding(t: Tuned, contexts: Sequence[int], log: Log) -> list[dict[str, Any]]:

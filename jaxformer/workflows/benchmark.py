@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,11 +17,11 @@ from jaxformer.models.model import ModelConfig
 from jaxformer.models.params import define
 from jaxformer.planning.cost import flops_per_token
 from jaxformer.planning.hardware import chip
-from jaxformer.sharding import make_parallel, use_mesh
+from jaxformer.sharding import make_parallel
 from jaxformer.task_type import LANGUAGE_MODELING, Batch
-from jaxformer.training import Experiment, check
-from jaxformer.training.optimizer import Optimizer
-from jaxformer.training.step import compiled_train_step, compute_dtype, init_state, step_config
+from jaxformer.training import Experiment
+from jaxformer.training.step import compute_dtype
+from jaxformer.training.timing import timed_step
 from jaxformer.workflows.names import experiment
 from jaxformer.workflows.overrides import Overrides
 from jaxformer.workflows.progress import Log, log_progress
@@ -117,31 +116,16 @@ def bench(
 
 def _training(e: Experiment, steps: int, log: Log) -> dict[str, Any]:
   """Time the compiled step on one batch, of random tokens for text, else of the data."""
-  check(e)
   t = e.training
-  definition, parallel = define(e.model), make_parallel(e.mesh)
-  optimizer = Optimizer(e.optimizer, e.schedule, t.steps, definition.info)
   if e.data.has_text and e.model.task == LANGUAGE_MODELING:
     shape = t.batch_size, e.data.positions + 1
     tokens = np.random.default_rng(0).integers(0, e.model.task.vocab_size, shape).astype(np.int32)
-    first = Batch(tokens[:, :-1], tokens[:, 1:])
+    batch = Batch(tokens[:, :-1], tokens[:, 1:])
   else:
-    first = open_data(e.data).train_batch(0, t.batch_size, t.seed)
-  with use_mesh(parallel):
-    batch = jax.device_put(first, parallel.batch)
-    state = init_state(definition, optimizer, t.seed, parallel)
-    start = time.perf_counter()
-    step = compiled_train_step(definition, optimizer, step_config(e, parallel), parallel)
-    step = step.lower(state, batch).compile()
-    compile_seconds = time.perf_counter() - start
-    log(f'compiled the step in {compile_seconds:.1f} s')
-    seconds = []
-    for _ in range(steps + WARM_UP):
-      start = time.perf_counter()
-      state, metrics = step(state, batch)
-      jax.block_until_ready(metrics)
-      seconds.append(time.perf_counter() - start)
-  median = statistics.median(seconds[WARM_UP:])
+    batch = open_data(e.data).train_batch(0, t.batch_size, t.seed)
+  step, compile_seconds, _ = timed_step(e, batch)
+  log(f'compiled the step in {compile_seconds:.1f} s')
+  median = statistics.median([step() for _ in range(steps + WARM_UP)][WARM_UP:])
   per_step = t.batch_size * e.data.positions
   value = {
     'tokens_per_second': per_step / median,
@@ -150,7 +134,7 @@ def _training(e: Experiment, steps: int, log: Log) -> dict[str, Any]:
     'compile_seconds': compile_seconds,
   }
   if known := chip(jax.devices()[0].device_kind):
-    peak = known.peak() / known.devices * parallel.mesh.size
+    peak = known.peak() / known.devices * make_parallel(e.mesh).mesh.size
     for name, causal in (('mfu', True), ('mfu_full', False)):
       flops = flops_per_token(e.model, e.data.positions, causal)
       value[name] = flops * per_step / median / peak
