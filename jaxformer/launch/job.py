@@ -206,8 +206,6 @@ class Job:
       return self.file.name
     root, file = pathlib.Path(self.source.folder).resolve(), self.file.resolve()
     if not file.is_relative_to(root):
-      raise InputError(
-        f'{self.experiment}: must be in {root}, the folder that the machines get, or --source '
-        'must be a commit or a wheel'
-      )
+      where = f'in {root}, the folder that the machines get, or --source a commit or a wheel'
+      raise InputError('experiment', self.experiment, where)
     return str(file.relative_to(root))

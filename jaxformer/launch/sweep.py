@@ -21,7 +21,7 @@ def grid(sweeps: Sequence[str]) -> list[tuple[str, tuple[Override, ...]]]:
   axes = [_axis(text) for text in sweeps]
   fields = [field for field, _ in axes]
   if twice := next((f for f in fields if fields.count(f) > 1), None):
-    raise InputError(f'--sweep {twice}: given twice')
+    raise InputError('--sweep', twice, problem='given twice')
   lasts = [field.rpartition('.')[2] for field in fields]
   labels = [
     last if lasts.count(last) == 1 else field for field, last in zip(fields, lasts, strict=True)
@@ -40,14 +40,11 @@ def _axis(text: str) -> tuple[str, list[str]]:
   field, equals, values = text.partition('=')
   field = field.removeprefix('--').replace('-', '_')
   if not equals or not field or not all(values.split(',')):
-    raise InputError(
-      f'--sweep {text}: must be FIELD=VALUE,VALUE,... such as optimizer.learning-rate=1e-3,3e-4'
-    )
+    form = 'FIELD=VALUE,VALUE,... such as optimizer.learning-rate=1e-3,3e-4'
+    raise InputError('--sweep', text, form)
   if field.partition('.')[0] == 'run':
-    raise InputError(
-      f'--sweep {text}: must be a field outside `run`; the runs of a sweep are named by their '
-      'values'
-    )
+    outside = 'a field outside `run`; the runs of a sweep are named by their values'
+    raise InputError('--sweep', text, outside)
   return field, values.split(',')
 
 

@@ -26,7 +26,11 @@ CASES = [
     'v5e-4',
     'of 8 chips and more',
   ),
-  ('sky gpt2-tiny --run.dir gs://b/r --target v5p:4x4x16', '4x4x16 is not its standard topology', 'by their size'),
+  (
+    'sky gpt2-tiny --run.dir gs://b/r --target v5p:4x4x16',
+    '4x4x16 is not its standard topology',
+    'by their size',
+  ),
   ('sky gpt2-tinny --target v6e-16', "'gpt2-tinny'", 'did you mean gpt2-tiny'),
   ('sky missing.py --target v6e-16', "'missing.py'", 'No such file'),
   (f'{SKY} --model.widht 3', '--model.widht', 'did you mean width?'),
@@ -36,7 +40,11 @@ CASES = [
   (f'{SKY} --utilization 1.5', 'utilization', '1.5'),
   (f'{SKY} --utilization 0', 'utilization'),
   # where it can run
-  ('slurm gpt2-tiny --target v6e-16', 'slurm does not support v6e', 'a100, h100'),
+  (
+    'slurm gpt2-tiny --target v6e-16',
+    "--target = 'v6e-16': slurm does not support v6e",
+    'a100, h100',
+  ),
   (f'gcloud gpt2-tiny --target h100:8 {GIT}', 'gcloud does not support h100', 'v4, v5e, v5p, v6e'),
   ('xpk gpt2-tiny --target a100:8 --xpk.cluster c', 'xpk does not support a100'),
   ('xpk gpt2-tiny --target h100:4 --run.dir gs://b/r --xpk.cluster c', 'h100:4', 'multiple of 8'),
@@ -87,11 +95,11 @@ CASES = [
   # what it installs
   ('gcloud gpt2-tiny --target v6e-8 --run.dir gs://b/r', '--source', 'git+URL@COMMIT'),
   ('gcloud gpt2-tiny --target v6e-8 --run.dir gs://b/r --source .', '--source', 'pyproject.toml'),
-  (f'{SKY} --source git+https://h/r', 'git+https://h/r', '@COMMIT'),
-  (f'{SKY} --source nope.whl', 'nope.whl', 'no such file'),
+  (f'{SKY} --source git+https://h/r', "--source = 'git+https://h/r': must be", '@COMMIT'),
+  (f'{SKY} --source nope.whl', "--source = 'nope.whl': no such file"),
   (f'{SKY} --source installed', 'sky does not support installed'),
   # sweeps
-  (f'{SKY} --sweep training.seed', '--sweep', 'FIELD=VALUE'),
+  (f'{SKY} --sweep training.seed', "--sweep = 'training.seed': must be FIELD=VALUE"),
   (f'{SKY} --sweep training.sed=0,1', 'training.sed', 'did you mean seed?'),
   (f'{SKY} --sweep training.seed=0,x', "training.seed = 'x'", 'a whole number'),
   (f'{SKY} --sweep run.name=a,b', 'outside `run`'),
