@@ -4,6 +4,7 @@ compared."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from jaxformer.data import Dataset
 from jaxformer.inference import Sampling, generate_text, request, translate
@@ -18,59 +19,42 @@ Sample = Callable[[Params, int], str]
 
 
 def sampler(experiment: Experiment, dataset: Dataset) -> Sample | None:
-  """Return a function from parameters and step to text; None for a model that generates none."""
-  task = experiment.model.task
-  if dataset.tokenizer is None or task not in (LANGUAGE_MODELING, TRANSLATION):
+  """Return a function from parameters and step to text: translations of some held-out sources
+  beside their references, or the continuation of the start of a document (without a token for that,
+  of the first held-out token). None for a model that generates no text."""
+  model, tokenizer = experiment.model, dataset.tokenizer
+  if tokenizer is None or model.task not in (LANGUAGE_MODELING, TRANSLATION):
     return None
-  return (_continuation if task == LANGUAGE_MODELING else _translations)(experiment, dataset)
-
-
-def _continuation(experiment: Experiment, dataset: Dataset) -> Sample:
-  """Continue the start of a document, or, without a token for that, the first held-out token."""
-  definition, tokenizer = define(experiment.model), dataset.tokenizer
-  assert tokenizer is not None
+  definition, end = define(model), tokenizer.end_of_document
+  decode, decode_bytes = tokenizer.decode, tokenizer.decode_bytes
+  known: dict[str, Any] = {
+    'vocab_size': tokenizer.vocab_size,
+    'parallel': make_parallel(experiment.mesh),
+  }
+  pairs = dataset.held_out_pairs(PAIRS) if model.task == TRANSLATION else []
   prompt = []
-  if tokenizer.end_of_document is None:
+  if end is None:
     prompt = next(iter(dataset.validation_batches(1))).inputs[0, :1].tolist()
-  parallel, most = make_parallel(experiment.mesh), experiment.model.max_len
+  new_tokens = TOKENS if model.max_len is None else min(TOKENS, model.max_len - 1)
 
-  def sample(params: Params, step: int) -> str:
-    r = request(
-      definition,
-      params,
-      [prompt],
-      max_new_tokens=TOKENS if most is None else min(TOKENS, most - 1),
-      sampling=Sampling(temperature=0.8),
-      end_of_document=tokenizer.end_of_document,
-      vocab_size=tokenizer.vocab_size,
-      parallel=parallel,
-    )
-    return tokenizer.decode(prompt) + generate_text(r, tokenizer.decode_bytes)[0].text
-
-  return sample
-
-
-def _translations(experiment: Experiment, dataset: Dataset) -> Sample:
-  """Translate some held-out sources, beside their references."""
-  definition, pairs = define(experiment.model), dataset.held_out_pairs(PAIRS)
-  tokenizer, parallel = dataset.tokenizer, make_parallel(experiment.mesh)
-  assert tokenizer is not None
-  end = tokenizer.end_of_document
-  assert end is not None
-  decode = tokenizer.decode
-
-  def sample(params: Params, step: int) -> str:
-    found = translate(
-      definition,
-      params,
-      [p.source_ids.tolist() for p in pairs],
-      end=end,
-      vocab_size=tokenizer.vocab_size,
-      parallel=parallel,
-    )
+  def translations(params: Params, step: int) -> str:
+    assert end is not None
+    found = translate(definition, params, [p.source_ids for p in pairs], end=end, **known)
     return '\n'.join(
       f'{p.source} -> {decode(t.tokens)} (reference: {p.reference})'
       for p, t in zip(pairs, found, strict=True)
     )
 
-  return sample
+  def continuation(params: Params, step: int) -> str:
+    r = request(
+      definition,
+      params,
+      [prompt],
+      max_new_tokens=new_tokens,
+      sampling=Sampling(temperature=0.8),
+      end_of_document=end,
+      **known,
+    )
+    return decode(prompt) + generate_text(r, decode_bytes)[0].text
+
+  return translations if model.task == TRANSLATION else continuation
