@@ -10,8 +10,8 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from scipy import optimize, stats
-from scipy.special import logsumexp
+from scipy import optimize
+from scipy.special import logsumexp, stdtrit
 
 from jaxformer.study.statistics import LEVEL
 
@@ -88,7 +88,7 @@ class Fit:
     if len(self.samples) < 2:
       raise ValueError('an interval needs a fit with bootstrap samples')
     spread = np.sqrt(np.var([np.log(of(law)) for law in self.samples], ddof=1) + scatter)
-    half = stats.t.ppf(0.5 + LEVEL / 2, self.runs - COEFFICIENTS) * spread
+    half = stdtrit(self.runs - COEFFICIENTS, 0.5 + LEVEL / 2) * spread
     value = float(of(self.law))
     return Interval(value, float(value * np.exp(-half)), float(value * np.exp(half)))
 
