@@ -82,27 +82,22 @@ class GCloud(Engine):
   def create(self, job: Job) -> list[str]:
     """The command that requests the machines; it runs in the folder of the start-up script."""
     name, target = job.short_name(), job.target
-    one, usual = target.slices == 1, standard(target)
-    node = {'node-id': name} if one else {'node-count': target.slices, 'node-prefix': name}
-    by_topology = {'type': target.chip.name, 'topology': shape(target)}
-    return [
-      *QUEUED_RESOURCES,
-      'create',
-      name,
-      *self._where(),
-      *flags(node),
-      *flags({'accelerator-type': accelerator_type(target)} if usual else by_topology),
-      *flags(
-        {
-          'runtime-version': self.runtime_version or RUNTIMES[target.chip.name],
-          'spot': job.spot,
-          'service-account': self.service_account,
-          'valid-until-duration': self.valid_for,
-          'scopes': 'https://www.googleapis.com/auth/cloud-platform',
-          'metadata-from-file': f'startup-script={job.path("startup.sh").name}',
-        }
-      ),
-    ]
+    node = {'node-id': name}
+    if target.slices > 1:
+      node = {'node-count': target.slices, 'node-prefix': name}
+    machines = {'accelerator-type': accelerator_type(target)}
+    if not standard(target):
+      machines = {'type': target.chip.name, 'topology': shape(target)}
+    options = {
+      'runtime-version': self.runtime_version or RUNTIMES[target.chip.name],
+      'spot': job.spot,
+      'service-account': self.service_account,
+      'valid-until-duration': self.valid_for,
+      'scopes': 'https://www.googleapis.com/auth/cloud-platform',
+      'metadata-from-file': f'startup-script={job.path("startup.sh").name}',
+    }
+    where = self._where()
+    return [*QUEUED_RESOURCES, 'create', name, *where, *flags(node | machines | options)]
 
   def _where(self) -> list[str]:
     return flags({'zone': self.zone, 'project': self.project})

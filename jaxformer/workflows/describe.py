@@ -21,7 +21,7 @@ from jaxformer.planning.memory import abstract_batch
 from jaxformer.planning.target import parse_target
 from jaxformer.sharding import assume_platform, platform
 from jaxformer.task_type import LANGUAGE_MODELING
-from jaxformer.workflows.tables import amount, table
+from jaxformer.workflows.tables import amount, parameters, table
 
 LONGEST = 8192  # tokens of the sequence that is traced to see which implementations run
 
@@ -79,6 +79,10 @@ class Description:
   def json(self) -> dict[str, Any]:
     return dataclasses.asdict(self)
 
+  @property
+  def title(self) -> str:
+    return f'{self.name}: {self.type}, {parameters(self.params, self.active_params)}'
+
   def table(self) -> list[str]:
     """Return the table of parts alone."""
     rows = [('', 'times', 'parameters', 'share', 'FLOPs/token', 'share', 'state bytes')]
@@ -103,9 +107,8 @@ class Description:
     return table(rows)
 
   def lines(self) -> list[str]:
-    active = '' if self.active_params == self.params else f', {self.active_params:,} active'
     head = [
-      f'{self.name}: {self.type}, {self.params:,} parameters{active}',
+      self.title,
       f'{self.task}; FLOPs (forward, causal) and state at {self.length:,} tokens',
       '',
     ]

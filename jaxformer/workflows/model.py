@@ -135,11 +135,9 @@ class Model:
     return describe_model(self.name, self.config, target)
 
   def __repr__(self) -> str:
-    d = self.describe()
     step = '' if self.step is None else f' at step {self.step:,}'
-    active = '' if d.active_params == d.params else f', {d.active_params:,} active'
-    head = f'{self.name}{step}: {d.type}, {d.params:,} parameters{active}'
-    return '\n'.join([head, '', *d.table()])
+    d = describe_model(f'{self.name}{step}', self.config)
+    return '\n'.join([d.title, '', *d.table()])
 
   # ---- text ------------------------------------------------------------------------------------
 

@@ -36,7 +36,7 @@ from jaxformer.workflows.names import resolve
 from jaxformer.workflows.overrides import Overrides, pairs_of
 from jaxformer.workflows.progress import Log, log_progress
 from jaxformer.workflows.sizes import Amount, Size, shape, shape_row
-from jaxformer.workflows.tables import amount, table
+from jaxformer.workflows.tables import amount, parameters, table
 
 LONGEST = 8192  # tokens of a sequence in which a preset is trained on a target
 NOT_PARTS = ('total', 'limit', 'fits', 'short_by', 'would_fit')  # of the memory in a report
@@ -87,8 +87,7 @@ class ModelPlan(Cost):
       tokens = f'{amount(self.tokens)} tokens, {v["tokens_per_parameter"]:.3g} per active parameter'
       rows.append(('training', f'{v["train_flops"]:.4g} FLOPs', tokens))
     rows += [row for part, rows_of in ROWS.items() if part in v for row in rows_of(v)]
-    active = f', {self.active_params:,} active' if self.active_params != self.params else ''
-    head = f'{self.name}: {self.params:,} parameters{active}'
+    head = f'{self.name}: {parameters(self.params, self.active_params)}'
     return [head, *table(rows, left=3), *(_search_lines(v['search']) if 'search' in v else [])]
 
 

@@ -34,6 +34,11 @@ def table(rows: Sequence[Sequence[str]], left: int = 1) -> list[str]:
   ]
 
 
+def parameters(params: int, active: int) -> str:
+  """Return how many parameters a model has, and of them active if that is not all."""
+  return f'{params:,} parameters' + ('' if active == params else f', {active:,} active')
+
+
 def amount(n: float) -> str:
   """Return a count with three digits and a suffix: 6.7B."""
   for unit, size in (('T', 1e12), ('B', 1e9), ('M', 1e6), ('K', 1e3)):
