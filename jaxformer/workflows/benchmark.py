@@ -18,6 +18,7 @@ from jaxformer.models.params import define
 from jaxformer.planning.cost import flops_per_token
 from jaxformer.planning.hardware import chip
 from jaxformer.sharding import make_parallel
+from jaxformer.study.tables import amount
 from jaxformer.task_type import LANGUAGE_MODELING, Batch
 from jaxformer.training import Experiment
 from jaxformer.training.step import compute_dtype
@@ -25,7 +26,7 @@ from jaxformer.training.timing import timed_step
 from jaxformer.workflows.names import experiment
 from jaxformer.workflows.overrides import Overrides
 from jaxformer.workflows.progress import Log, log_progress
-from jaxformer.workflows.tables import amount, table
+from jaxformer.workflows.tables import table
 
 WARM_UP = 2  # steps before the first that counts
 
@@ -65,7 +66,7 @@ class Benchmark:
           f'{r["context_length"]:,}',
           f'{1e3 * r["prefill_seconds"]:.1f}',
           f'{1e3 * r["seconds_per_token"]:.2f}',
-          f'{amount(r["state_bytes"])}B',
+          amount(r['state_bytes'], 'B'),
         )
         for r in d
       ]

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 
 from jaxformer.config import InputError
-from jaxformer.inference import GREEDY, Sampling, generate, time_decode
+from jaxformer.inference import GREEDY, DecodeTime, Sampling, generate, time_decode
 from jaxformer.inference.decoding import advance, bucket, request
 from jaxformer.models.params import define
 from jaxformer.models.zoo import PRESETS
 from jaxformer.sharding import MeshConfig, Parallel, make_mesh
+from jaxformer.workflows.benchmark import Benchmark
 from tests.helpers import state_bytes
 from tests.inference.models import CONFIGS, greedy, model
 
@@ -217,6 +218,13 @@ def test_time_decode():
   times = time_decode(definition, params, 16, 16, batch=2, repeats=1)
   assert 0 < times.seconds_per_token < times.compile_seconds
   assert times.prefill_seconds > 0
+
+
+@pytest.mark.quick
+def test_a_state_of_gigabytes_is_shown_as_such():
+  time = DecodeTime(4096, 2_500_000_000, 0.1, 0.01, 1.0)
+  shown = Benchmark('model', 'cpu', 1, None, [time._asdict()]).lines()
+  assert shown[-1].split()[-2:] == ['2.5', 'GB']
 
 
 @pytest.mark.quick
