@@ -217,9 +217,12 @@ _ACTIVE: contextvars.ContextVar[Parallel | None] = contextvars.ContextVar('paral
 
 
 @contextlib.contextmanager
-def use_mesh(parallel: Parallel) -> Generator[None]:
+def use_mesh(parallel: Parallel | None) -> Generator[None]:
   """Activate a mesh: `shard` constrains activations, `per_shard` maps kernels over shards, and
-  `platform` is that of the mesh's devices."""
+  `platform` is that of the mesh's devices. None changes nothing."""
+  if parallel is None:
+    yield
+    return
   token = _ACTIVE.set(parallel)
   try:
     with jax.set_mesh(cast(Mesh, parallel.mesh)):

@@ -268,7 +268,7 @@ def kept(
   found = evaluate_translation(
     [t.tokens for t in outputs], pairs, dataset.tokenizer, edges=edges, bootstrap=None
   ).by_length.values()
-  scores = [s.bleu.value if quality == 'BLEU' else 100 * s.exact_match for s in found]
+  scores = [s.metrics[quality].value if quality == 'BLEU' else 100 * s.exact_match for s in found]
   value = {'loss': [r.loss for r in losses], 'quality': scores}
   file.write_text(json.dumps(value) + '\n')
   note(

@@ -6,7 +6,6 @@ Dims: B batch, T time.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import math
@@ -260,7 +259,7 @@ def _scores(
     checked = _checked(definition, batch)
     shards = 1 if parallel is None else -(-parallel.batch_shards // jax.process_count())
     rows = max(rows, -(-len(checked.targets_BT) // shards) * shards)
-    with contextlib.nullcontext() if parallel is None else use_mesh(parallel):
+    with use_mesh(parallel):
       scored = _scored(definition, params, _placed(_filled(checked, rows), parallel), parallel)
     if pending is not None:
       yield jax.tree.map(np.asarray, pending)

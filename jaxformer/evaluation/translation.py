@@ -38,17 +38,17 @@ class Score:
 
 @dataclasses.dataclass(frozen=True)
 class TranslationScores:
-  """Scores of some translations; BLEU and chrF are None where sacrebleu is not installed.
+  """Scores of some translations.
 
   Attributes:
     pairs: translations scored.
     exact: those equal to the reference.
+    metrics: BLEU and chrF by name; empty where sacrebleu is not installed.
   """
 
   pairs: int
   exact: int
-  bleu: Score | None
-  chrf: Score | None
+  metrics: dict[str, Score]
 
   @property
   def exact_match(self) -> float:
@@ -56,10 +56,8 @@ class TranslationScores:
     return self.exact / self.pairs
 
   def json(self) -> dict[str, Any]:
-    return {'pairs': self.pairs, 'exact_match': self.exact_match} | {
-      name: None if score is None else dataclasses.asdict(score)
-      for name, score in (('bleu', self.bleu), ('chrf', self.chrf))
-    }
+    value = {'pairs': self.pairs, 'exact_match': self.exact_match, 'bleu': None, 'chrf': None}
+    return value | {name.lower(): dataclasses.asdict(s) for name, s in self.metrics.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,12 +89,7 @@ class TranslationResult:
       f'  source of {shortest} to {longest} tokens ({scores.pairs:,}): {_line(scores)}'
       for (shortest, longest), scores in self.by_length.items()
     ]
-    found = (self.scores.bleu, self.scores.chrf)
-    signatures = [
-      f'  {name} {score.signature}'
-      for name, score in zip(('BLEU', 'chrF'), found)
-      if score is not None
-    ]
+    signatures = [f'  {name} {s.signature}' for name, s in self.scores.metrics.items()]
     return out + (
       signatures
       or ["  BLEU and chrF need the package 'sacrebleu': pip install 'jaxformer[translation]'"]
@@ -105,11 +98,9 @@ class TranslationResult:
 
 def _line(scores: TranslationScores) -> str:
   parts = [f'exact match {scores.exact_match:.2%}']
-  for name, score in (('BLEU', scores.bleu), ('chrF', scores.chrf)):
-    if score is not None:
-      parts.append(
-        f'{name} {score.value:.2f}' + ('' if score.interval is None else f' ± {score.interval:.2f}')
-      )
+  for name, score in scores.metrics.items():
+    interval = '' if score.interval is None else f' ± {score.interval:.2f}'
+    parts.append(f'{name} {score.value:.2f}{interval}')
   return ', '.join(parts)
 
 
@@ -186,12 +177,13 @@ def score(
   try:
     from sacrebleu.metrics import BLEU, CHRF
   except ImportError:
-    return TranslationScores(len(hypotheses), exact, None, None)
+    return TranslationScores(len(hypotheses), exact, {})
   # `force` only silences the warning about text that appears to be tokenized.
-  bleu, chrf = (
-    _scored(metric, hypotheses, references, bootstrap) for metric in (BLEU(force=True), CHRF())
-  )
-  return TranslationScores(len(hypotheses), exact, bleu, chrf)
+  metrics = {
+    name: _scored(metric, hypotheses, references, bootstrap)
+    for name, metric in (('BLEU', BLEU(force=True)), ('chrF', CHRF()))
+  }
+  return TranslationScores(len(hypotheses), exact, metrics)
 
 
 def _scored(

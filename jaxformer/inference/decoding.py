@@ -10,7 +10,6 @@ Dims: B batch, T padded length of the prompts, N maximum number of new tokens, V
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import sys
@@ -193,7 +192,7 @@ class Request:
   def begin(self) -> Decoding:
     """Read the prompts and sample one token."""
     tokens_BT, segments_BT = left_padded(self.prompts, self.padded)
-    with on(self.parallel):
+    with use_mesh(self.parallel):
       return begin(
         self.definition,
         self.params,
@@ -210,7 +209,7 @@ class Request:
 
   def advance(self, decoding: Decoding, limit: int) -> Decoding:
     """Sample up to `limit` tokens in total, never more than `max_new_tokens`."""
-    with on(self.parallel):
+    with use_mesh(self.parallel):
       return advance(
         self.definition,
         self.params,
@@ -352,11 +351,6 @@ def left_padded(prompts: Sequence[Sequence[int]], length: int) -> tuple[np.ndarr
     tokens_BT[i, length - len(prompt) :] = prompt
     segments_BT[i, length - len(prompt) :] = 1
   return tokens_BT, segments_BT
-
-
-def on(parallel: Parallel | None) -> contextlib.AbstractContextManager:
-  """Compile for this mesh inside the context; without one, for the default device."""
-  return contextlib.nullcontext() if parallel is None else use_mesh(parallel)
 
 
 # ---- lowered, from shapes alone: what serving a model compiles ---------------------------------

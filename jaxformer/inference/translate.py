@@ -11,10 +11,10 @@ import numpy as np
 
 from jaxformer.config import InputError
 from jaxformer.inference.beam import GREEDY_BEAM, Beam, beam_search
-from jaxformer.inference.decoding import bucket, check_positive, on, token_ids
+from jaxformer.inference.decoding import bucket, check_positive, token_ids
 from jaxformer.models.encoder_decoder import EncoderDecoder
 from jaxformer.models.params import Definition, Params
-from jaxformer.sharding import Parallel
+from jaxformer.sharding import Parallel, use_mesh
 from jaxformer.task_type import IGNORE
 
 
@@ -95,7 +95,7 @@ def translate(
     source_BS = np.full((len(filled), most(bucket(len(filled[-1])))), IGNORE, np.int32)
     for b, row in enumerate(filled):
       source_BS[b, : len(row)] = row
-    with on(parallel):
+    with use_mesh(parallel):
       best = beam_search(
         definition,
         params,

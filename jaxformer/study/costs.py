@@ -137,9 +137,8 @@ def translations(
       tokens = [output.tokens for output in outputs]
       scores = evaluate_translation(tokens, pairs, tokenizer, bootstrap=None).scores
       found['exact match'].append(scores.exact_match)
-      for name, score in (('BLEU', scores.bleu), ('chrF', scores.chrf)):
-        if score is not None:
-          found[name].append(score.value)
+      for name, score in scores.metrics.items():
+        found[name].append(score.value)
     return found
 
   key = {'runs': t.folder_names, 'texts': study.translations}

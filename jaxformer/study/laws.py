@@ -193,7 +193,7 @@ def _parabolas(
   for b in scaling.budgets:
     at = [(t.params, t.loss) for t in trainings if t.flops == b.flops and t.loss is not None]
     try:
-      found[b.flops] = iso_flop(b.flops, [n for n, _ in at], [loss for _, loss in at])
+      found[b.flops] = iso_flop([n for n, _ in at], [loss for _, loss in at])
     except ValueError as e:
       missing[f'{b.flops:g}'] = str(e)
   return found, missing

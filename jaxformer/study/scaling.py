@@ -215,14 +215,12 @@ class Parabola:
   """Loss as a parabola in log parameters, at one number of training FLOPs.
 
   Attributes:
-    flops: of each run.
     params, loss: the minimum.
     inside: whether the minimum lies within the sizes that were run; otherwise it is an
       extrapolation.
     curvature: c of loss = `loss` + c log(N / `params`)^2.
   """
 
-  flops: float
   params: float
   loss: float
   inside: bool
@@ -233,7 +231,7 @@ class Parabola:
     return self.loss + self.curvature * float(np.log(params / self.params)) ** 2
 
 
-def iso_flop(flops: float, params: Sequence[float], loss: Sequence[float]) -> Parabola:
+def iso_flop(params: Sequence[float], loss: Sequence[float]) -> Parabola:
   """Fit the parabola of runs with equal training FLOPs. Raises `ValueError` for fewer than three
   sizes, or losses that do not curve upwards."""
   x, y = np.log(np.asarray(params, np.float64)), np.asarray(loss, np.float64)
@@ -244,7 +242,7 @@ def iso_flop(flops: float, params: Sequence[float], loss: Sequence[float]) -> Pa
     raise ValueError('the losses do not curve upwards, so there is no optimal size')
   at = -c1 / (2 * c2)
   lowest, inside = float(c0 - c1 * c1 / (4 * c2)), bool(x.min() <= at + x.mean() <= x.max())
-  return Parabola(flops, float(np.exp(at + x.mean())), lowest, inside, float(c2))
+  return Parabola(float(np.exp(at + x.mean())), lowest, inside, float(c2))
 
 
 def power_law(x: Sequence[float], y: Sequence[float]) -> tuple[float, float]:

@@ -65,13 +65,15 @@ def test_scores_are_those_of_the_papers():
   pytest.importorskip('sacrebleu')
   found = score(HYPOTHESES, REFERENCES)
   assert (found.pairs, found.exact, found.exact_match) == (3, 1, pytest.approx(1 / 3))
-  assert found.bleu.value == pytest.approx(bleu(HYPOTHESES, REFERENCES), abs=1e-6)
-  assert found.chrf.value == pytest.approx(chrf(HYPOTHESES, REFERENCES), abs=1e-6)
-  assert found.bleu.interval is None
-  assert found.bleu.signature.startswith('nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp|version:')
-  assert 'nc:6|nw:0|space:no' in found.chrf.signature
+  assert found.metrics['BLEU'].value == pytest.approx(bleu(HYPOTHESES, REFERENCES), abs=1e-6)
+  assert found.metrics['chrF'].value == pytest.approx(chrf(HYPOTHESES, REFERENCES), abs=1e-6)
+  assert found.metrics['BLEU'].interval is None
+  assert found.metrics['BLEU'].signature.startswith(
+    'nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp|version:'
+  )
+  assert 'nc:6|nw:0|space:no' in found.metrics['chrF'].signature
   perfect = score(REFERENCES, REFERENCES)
-  assert (perfect.exact_match, perfect.bleu.value, perfect.chrf.value) == (
+  assert (perfect.exact_match, perfect.metrics['BLEU'].value, perfect.metrics['chrF'].value) == (
     1.0,
     pytest.approx(100),
     pytest.approx(100),
@@ -85,14 +87,15 @@ def test_intervals_are_those_of_resampling_and_repeat():
   wrong = [t if i % 3 else t.replace('a', 'b').replace('c', 'd') for i, t in enumerate(texts)]
   found = score(wrong, texts, bootstrap=500)
   assert found == score(wrong, texts, bootstrap=500)
-  assert 'bs:500|seed:12345' in found.bleu.signature
+  assert 'bs:500|seed:12345' in found.metrics['BLEU'].signature
   resampled = []
   for _ in range(500):
     index = rng.integers(0, 40, 40)
     resampled.append(bleu([wrong[i] for i in index], [texts[i] for i in index]))
   low, high = np.quantile(resampled, [0.025, 0.975])
-  assert found.bleu.interval == pytest.approx((high - low) / 2, rel=0.25)  # two sets of resamples
-  assert score([''] * 3, REFERENCES, bootstrap=10).bleu.interval == 0.0
+  # two sets of resamples
+  assert found.metrics['BLEU'].interval == pytest.approx((high - low) / 2, rel=0.25)
+  assert score([''] * 3, REFERENCES, bootstrap=10).metrics['BLEU'].interval == 0.0
 
 
 def test_groups_by_length_partition_the_pairs():
@@ -142,7 +145,7 @@ def test_without_sacrebleu_there_are_exact_matches(monkeypatch):
   result = evaluate_translation(
     [data.tokenizer.encode(p.reference) for p in pairs], pairs, data.tokenizer
   )
-  assert (result.scores.exact_match, result.scores.bleu, result.scores.chrf) == (1.0, None, None)
+  assert (result.scores.exact_match, result.scores.metrics) == (1.0, {})
   assert result.json()['bleu'] is None
   assert result.lines()[-1].endswith("pip install 'jaxformer[translation]'")
 

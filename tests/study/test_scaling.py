@@ -96,7 +96,7 @@ def test_parabolas_find_it_too():
   lowest = []
   for c in budgets:
     best = CHINCHILLA.optimal(c)[0]
-    p = iso_flop(c, best * sizes, [CHINCHILLA.loss(n, c / 6 / n) for n in best * sizes])
+    p = iso_flop(best * sizes, [CHINCHILLA.loss(n, c / 6 / n) for n in best * sizes])
     assert p.params == pytest.approx(best, rel=0.1)
     assert p.inside
     assert p.at(best) == pytest.approx(CHINCHILLA.loss(best, c / 6 / best), rel=0.01)
@@ -112,6 +112,6 @@ def test_what_cannot_be_fitted_is_said():
   with pytest.raises(ValueError, match='positive and finite'):
     fit_law([1e6] * 6, [1e7] * 6, [3.0] * 5 + [np.nan])
   with pytest.raises(ValueError, match='do not curve upwards'):
-    iso_flop(1e18, [1e6, 2e6, 4e6], [3.0, 2.9, 2.8])
+    iso_flop([1e6, 2e6, 4e6], [3.0, 2.9, 2.8])
   with pytest.raises(ValueError, match='at least 3 sizes'):
-    iso_flop(1e18, [1e6, 2e6], [3.0, 2.9])
+    iso_flop([1e6, 2e6], [3.0, 2.9])
