@@ -245,12 +245,15 @@ def finished_part(study: Study) -> Study:
   return study.replace(entries=entries)
 
 
+@dataclasses.dataclass(frozen=True)
 class Runner:
   """Trains what is not trained yet on one dataset. With `may_train` False it raises `Interrupted`
   where a run is missing."""
 
-  def __init__(self, dataset: Dataset, interrupt: Interrupt, log: Log, may_train: bool = True):
-    self.dataset, self.interrupt, self.log, self.may_train = dataset, interrupt, log, may_train
+  dataset: Dataset
+  interrupt: Interrupt
+  log: Log
+  may_train: bool = True
 
   def all_tuned(self, study: Study, planned: Sequence[Planned]) -> tuple[Tuned, ...]:
     """Tune and train an entry at all its sizes."""

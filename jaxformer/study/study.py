@@ -14,7 +14,6 @@ from jaxformer.layers.layer import LayerConfig
 from jaxformer.models.model import ModelConfig
 from jaxformer.models.zoo import FAMILIES, Family
 from jaxformer.models.zoo.around import around
-from jaxformer.overrides import override
 from jaxformer.study.sizing import Match, solve
 from jaxformer.training import (
   AdamW,
@@ -360,7 +359,5 @@ class Study(Config):
       run=RunConfig(dir=self.dir),
     )
     short = config.digest(experiment)[:8]
-    return override(
-      experiment,
-      [('run.name', f'{self.name}/{file_name(entry.title)}-{task.tag}-{rate:g}-{seed}-{short}')],
-    )
+    name = f'{self.name}/{file_name(entry.title)}-{task.tag}-{rate:g}-{seed}-{short}'
+    return experiment.replace(run=experiment.run.replace(name=name))
