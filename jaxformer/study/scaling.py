@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -127,21 +128,28 @@ def fit_law(
     raise ValueError(f'five coefficients need at least 6 runs; there are {len(n)}')
   if np.ptp(n) < 1e-9 or np.ptp(d) < 1e-9:
     raise ValueError('the runs must differ in parameters and in tokens')
+  # Centred logarithms decorrelate alpha from A and beta from B, which conditions the descent.
+  middle_n, middle_d = n.mean(), d.mean()
+  n, d = n - middle_n, d - middle_d
+
+  def law(theta: np.ndarray) -> Law:
+    e, a, alpha, b, beta = theta.tolist()
+    E, A, B = (math.exp(v) for v in (e, a + alpha * middle_n, b + beta * middle_d))
+    return Law(E, A, B, alpha, beta)
+
   descents = (_descend(start, n, d, y) for start in _starts(n, d, y))
   best = min(descents, key=lambda found: found[0])[1]
   fitted = _log_loss(best, n, d)
   sigma = np.sqrt(np.sum((y - fitted) ** 2) / (len(n) - COEFFICIENTS))
   rng = np.random.default_rng(seed)
-  samples = tuple(
-    _law(_descend(best, n, d, fitted + sigma * rng.normal(size=len(n)))[1])
-    for _ in range(bootstrap)
-  )
+  noisy = (fitted + sigma * rng.normal(size=len(n)) for _ in range(bootstrap))
+  samples = tuple(law(_descend(best, n, d, losses)[1]) for losses in noisy)
   squares = np.mean((y - fitted) ** 2)
-  return Fit(_law(best), samples, len(n), float(np.sqrt(squares)), float(1 - squares / np.var(y)))
+  return Fit(law(best), samples, len(n), float(np.sqrt(squares)), float(1 - squares / np.var(y)))
 
 
 # theta = (log E, log A, alpha, log B, beta); log L = logsumexp(log E, log A - alpha log N, log B -
-# beta log D)
+# beta log D), with log N and log D centred, and A and B those of the centred logarithms
 
 
 def _terms(theta: np.ndarray, n: np.ndarray, d: np.ndarray) -> np.ndarray:
@@ -157,10 +165,6 @@ def _descend(
   start: np.ndarray, n: np.ndarray, d: np.ndarray, y: np.ndarray
 ) -> tuple[float, np.ndarray]:
   """Return the Huber loss at a local minimum, and the minimum."""
-  # Centred logarithms decorrelate alpha from A and beta from B, which conditions the descent.
-  mn, md = n.mean(), d.mean()
-  theta = np.clip(start - np.array([0, start[2] * mn, 0, start[4] * md, 0]), *_BOUNDS)
-  n, d = n - mn, d - md
 
   def residuals(theta: np.ndarray) -> np.ndarray:
     return _log_loss(theta, n, d) - y
@@ -170,17 +174,16 @@ def _descend(
     of_e, of_a, of_b = np.exp(terms - logsumexp(terms, axis=0))
     return np.stack([of_e, of_a, -n * of_a, of_b, -d * of_b], axis=1)
 
-  cost = 0.0
+  theta, cost = np.clip(start, *_BOUNDS), 0.0
   # A descent stalls at a kink as sharp as the last one, so delta decreases gradually.
   for delta in (1.0, 0.01, 0.003, HUBER):
     found = optimize.least_squares(
       residuals, theta, jacobian, _BOUNDS, loss='huber', f_scale=delta, x_scale='jac', max_nfev=300
     )
     theta, cost = found.x, float(found.cost)
-  return cost, theta + np.array([0, theta[2] * mn, 0, theta[4] * md, 0])
+  return cost, theta
 
 
-# of centred theta
 _BOUNDS = (np.array([-20.0, -30.0, 0.01, -30.0, 0.01]), np.array([5.0, 10.0, 3.0, 10.0, 3.0]))
 
 
@@ -192,9 +195,9 @@ def _starts(n: np.ndarray, d: np.ndarray, y: np.ndarray, count: int = 8) -> list
     np.array(
       [
         np.log(floor * least),
-        np.log(part * (mean - floor * least)) + alpha * n.mean(),
+        np.log(part * (mean - floor * least)),
         alpha,
-        np.log((1 - part) * (mean - floor * least)) + beta * d.mean(),
+        np.log((1 - part) * (mean - floor * least)),
         beta,
       ]
     )
@@ -203,11 +206,6 @@ def _starts(n: np.ndarray, d: np.ndarray, y: np.ndarray, count: int = 8) -> list
     )
   ]
   return sorted(grid, key=lambda theta: np.abs(_log_loss(theta, n, d) - y).sum())[:count]
-
-
-def _law(theta: np.ndarray) -> Law:
-  e, a, alpha, b, beta = theta
-  return Law(float(np.exp(e)), float(np.exp(a)), float(np.exp(b)), float(alpha), float(beta))
 
 
 @dataclasses.dataclass(frozen=True)
