@@ -5,10 +5,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from jaxformer.inference import DecodeTime
 from jaxformer.study.charts import Axis, Point, Series, chart
 from jaxformer.study.results import Outcome, Results, TaskResults, cut_off
-from jaxformer.study.tables import amount, seconds
+from jaxformer.study.tables import DECODING, amount, seconds
 
 MAX_BIN = 16  # positions averaged into one point
 Form = Callable[[float], str]
@@ -151,17 +150,13 @@ def _binned(losses: Sequence[float | None]) -> list[Point]:
 def _contexts(results: Results) -> list[Figure | None]:
   """Return charts of the costs of decoding against the context length."""
 
-  def of(value: Callable[[DecodeTime], float], title: str, label: str, form: Form) -> Figure | None:
+  def of(title: str, field: str, form: Form) -> Figure | None:
     points = {
-      name: [Point(t.context_length, v) for t in c.contexts if (v := value(t))]
+      name: [Point(t.context_length, v) for t in c.contexts if (v := getattr(t, field))]
       for name, c in results.costs.items()
     }
-    x, y = Axis('context length', True, amount), Axis(label, True, form)
+    x, y = Axis('context length', True, amount), Axis(title.lower(), True, form)
     title = f'{title} against context length'
     return drawn(title, 'One sequence.', _series(points, True, True), x, y)
 
-  return [
-    of(lambda t: t.seconds_per_token, 'Decoding time', 'time per token', seconds),
-    of(lambda t: t.prefill_seconds, 'Prefill time', 'prefill', seconds),
-    of(lambda t: t.state_bytes, 'State size', 'bytes of state', lambda v: amount(v, 'B')),
-  ]
+  return [of(*cost) for cost in DECODING]

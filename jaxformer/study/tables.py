@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterable, Mapping
 
-from jaxformer.inference import DecodeTime
 from jaxformer.study.results import (
   DIVERGED,
   Outcome,
@@ -55,6 +55,14 @@ def seconds(value: float | None) -> str:
     if abs(value) >= size:
       return f'{value / size:.3g} {unit}'
   return f'{value * 1e6:.2g} µs'
+
+
+# title, field of `DecodeTime`, and format of each cost of decoding
+DECODING: tuple[tuple[str, str, Callable[[float], str]], ...] = (
+  ('Prefill time', 'prefill_seconds', seconds),
+  ('Decoding time per token', 'seconds_per_token', seconds),
+  ('State size', 'state_bytes', functools.partial(amount, unit='B')),
+)
 
 
 def score_tables(results: Results) -> list[Table]:
@@ -185,9 +193,10 @@ def costs(results: Results) -> list[Table]:
     if c.tokens_per_second is not None
   )
 
-  def decoding(title: str, form: Callable[[DecodeTime], str]) -> list[Table]:
+  def decoding(title: str, field: str, form: Callable[[float], str]) -> list[Table]:
     rows = [
-      {'architecture': name} | {f'{t.context_length:,} tokens': form(t) for t in c.contexts}
+      {'architecture': name}
+      | {f'{t.context_length:,} tokens': form(getattr(t, field)) for t in c.contexts}
       for name, c in results.costs.items()
     ]
     note = f'One sequence, by context length, on {where}.'
@@ -195,9 +204,7 @@ def costs(results: Results) -> list[Table]:
 
   return [
     *table('Costs of training', note, training),
-    *decoding('Prefill time', lambda t: seconds(t.prefill_seconds)),
-    *decoding('Decoding, time per token', lambda t: seconds(t.seconds_per_token)),
-    *decoding('State size', lambda t: amount(t.state_bytes, 'B')),
+    *(found for cost in DECODING for found in decoding(*cost)),
   ]
 
 
