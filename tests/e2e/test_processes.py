@@ -114,7 +114,7 @@ def test_the_preempted_step_is_one(home):
 @pytest.mark.parametrize(
   ('count', 'mesh'),
   [
-    case(2, SHARDED, id='two', standing=True),
+    case(2, SHARDED, id='two', standing=False),
     case(1, WHOLE, id='one, whole', standing=True),
     case(4, SHARDED, id='four', standing=False),
   ],

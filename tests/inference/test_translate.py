@@ -136,7 +136,7 @@ def test_scores_agree_with_teacher_forcing(name):
   assert np.all(ended[:, 0] == ended.max(1))
 
 
-@pytest.mark.parametrize('name', ['transformer', 'gnmt'])
+@pytest.mark.parametrize('name', [case('transformer', standing=True), case('gnmt', standing=False)])
 def test_a_wide_beam_finds_the_best_of_all(name):
   """Two tokens at most, an end among them: a beam as wide as the vocabulary keeps every first
   token."""

@@ -19,7 +19,7 @@ from jaxformer.training import AdamW, Constant, Experiment, RunConfig, TrainingC
 from jaxformer.training.batch_placement import BatchPlacement
 from jaxformer.training.experiment import check_fit
 from jaxformer.training.run import read_metrics
-from tests.tiers import case
+from tests.tiers import case, thorough
 
 ONE = jax.devices()[:1]
 END = 15
@@ -123,7 +123,7 @@ def test_interrupted_training_counts_and_learns_the_same(tmp_path):
 @pytest.mark.parametrize(
   'model',
   [
-    case(TINY, id='transformer', standing=True),
+    case(TINY, id='transformer', standing=False),
     case(
       luong(32, 1, None, source_vocab_size=16, vocab_size=16, context_length=16),
       id='luong',
@@ -142,6 +142,7 @@ def test_eight_devices_learn_what_one_does(tmp_path, model):
     assert eight.metrics[name] == pytest.approx(one.metrics[name], rel=1e-4), name
 
 
+@thorough
 def test_accumulated_microbatches_are_the_batch(tmp_path):
   whole = train(experiment(tmp_path, name='whole', steps=4), devices=ONE, log=lambda line: None)
   parts = train(
