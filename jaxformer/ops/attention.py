@@ -120,12 +120,11 @@ def _order(q: _Shaped, k: _Shaped, mask: Mask, softcap=None, slopes_H=None) -> t
   unrolled, where the mask is aligned and the length moderate. Else naive where its logits are
   small, and chunked, which supports every case."""
   (B, T, H, _), S = q.shape, k.shape[1]
-  if _sharded_over_time(q) and mask.aligned and mask.key_segments_BS is None:
+  own_keys = mask.aligned and mask.key_segments_BS is None
+  if _sharded_over_time(q) and (own_keys or T > _SHORT):
     return ('chunked',)
   if T <= _SHORT:
     return ('naive',)
-  if _sharded_over_time(q):
-    return ('chunked',)
   general = 'naive' if 4 * B * H * T * S <= _SMALL_BYTES else 'chunked'
   platform = sharding.platform()
   if platform == 'cpu' and max(T, S) > _UNROLLED_T:

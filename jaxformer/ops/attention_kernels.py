@@ -32,11 +32,9 @@ def _window(mask: Mask) -> tuple[int, int] | None:
 def xla_unsupported(q, k, mask: Mask, softcap=None, slopes_H=None) -> str | None:
   if softcap is not None or slopes_H is not None:
     return 'it has no soft cap and no ALiBi'
-  return (
-    'it takes no segments and no positions'
-    if not mask.aligned or mask.segments_BT is not None
-    else None
-  )
+  if not mask.aligned or mask.segments_BT is not None:
+    return 'it takes no segments and no positions'
+  return None
 
 
 def attention_xla(q, k, v, mask: Mask, *, scale, softcap=None, slopes_H=None, implementation='xla'):
@@ -126,9 +124,6 @@ def attention_splash(q, k, v, mask: Mask, *, scale, softcap=None, slopes_H=None,
     interpret=interpret,
   )
   q = (q.astype(jnp.float32) * scale).astype(q.dtype)
-  q, k, v = (x.transpose(0, 2, 1, 3) for x in (q, k, v))
-  if mask.segments_BT is None:
-    out = jax.vmap(kernel)(q, k, v)
-  else:
-    out = jax.vmap(kernel)(q, k, v, kernels.SegmentIds(mask.segments_BT, mask.segments_BT))
-  return out.transpose(0, 2, 1, 3)
+  segments = mask.segments_BT
+  ids = None if segments is None else kernels.SegmentIds(segments, segments)
+  return jax.vmap(kernel)(*(x.swapaxes(1, 2) for x in (q, k, v)), ids).swapaxes(1, 2)

@@ -21,7 +21,15 @@ from jaxtyping import Array, Bool, Float
 
 from jaxformer.ops.implementation import Operation
 from jaxformer.ops.masks import MASKED
-from jaxformer.ops.recurrence import GRU_CELL, LSTM_CELL, States, fp32, input_gates, product
+from jaxformer.ops.recurrence import (
+  GRU_CELL,
+  LSTM_CELL,
+  States,
+  fp32,
+  input_gates,
+  lstm_cell,
+  product,
+)
 from jaxformer.ops.sequence_parallel import sharded
 
 # logical axes in loops over time: of what each step reads, of states, of a source
@@ -151,14 +159,12 @@ def attentive_decoder_naive(x_BTD, weights, source, states, first, starts_BT):
     states = reset(starts_B, first, states)
     h = states[0]
     c, a = attend_naive(jnp.tanh((h @ w.query_HA)[:, None] + source.keys_BSA) @ w.v_A, source)
-    products = [x @ w.w_DGH[:, g] + c @ w.context_CGH[:, g] + b[g][None] for g in range(len(b))]
+    gates = jnp.tensordot(x, w.w_DGH, 1) + jnp.tensordot(c, w.context_CGH, 1) + b[None]
     if len(b) == 3:
-      r, z = (jax.nn.sigmoid(products[g] + h @ w.u_HGH[:, g]) for g in range(2))
-      states = (z * h + (1 - z) * jnp.tanh(products[2] + (r * h) @ w.u_HGH[:, 2]),)
+      r, z = (jax.nn.sigmoid(gates[:, g] + h @ w.u_HGH[:, g]) for g in range(2))
+      states = (z * h + (1 - z) * jnp.tanh(gates[:, 2] + (r * h) @ w.u_HGH[:, 2]),)
     else:
-      i, f, g, o = (products[g] + h @ w.u_HGH[:, g] for g in range(4))
-      cell = jax.nn.sigmoid(f) * states[1] + jax.nn.sigmoid(i) * jnp.tanh(g)
-      states = jax.nn.sigmoid(o) * jnp.tanh(cell), cell
+      states = lstm_cell(gates + jnp.tensordot(h, w.u_HGH, 1), states[1])[:2]
     return states, (states[0].astype(x_BTD.dtype), c.astype(x_BTD.dtype), a)
 
   inputs = fp32(jnp.swapaxes(x_BTD, 0, 1)), starts_BT.T

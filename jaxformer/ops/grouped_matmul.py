@@ -39,31 +39,36 @@ def grouped_matmul(
 
 def grouped_matmul_naive(x_MK, w_EKN, sizes_E):
   """Every row with every group's matrix; that of its own group is selected."""
-  group_M = _group_of_row(sizes_E, x_MK.shape[0])
+  # E for the rows of no group
+  group_M = jnp.searchsorted(jnp.cumsum(sizes_E), jnp.arange(x_MK.shape[0]), side='right')
   all_MEN = jnp.einsum('mk,ekn->men', x_MK, w_EKN, preferred_element_type=jnp.float32)
   mine_ME = group_M[:, None] == jnp.arange(w_EKN.shape[0])[None]
   return jnp.sum(jnp.where(mine_ME[:, :, None], all_MEN, 0.0), axis=1).astype(x_MK.dtype)
 
 
-def _group_of_row(sizes_E, M: int):
-  """The group of each row; E for rows of none."""
-  return jnp.searchsorted(jnp.cumsum(sizes_E), jnp.arange(M), side='right')
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _differentiable(times, outer, x_MK, w_EKN, sizes_E):
   """`times(x, w, sizes, transposed)`, the product of rows with matrices, whose gradients are the
-  same with transposed matrices and `outer(x, dy, sizes, dtype)`, the sums of outer products."""
-  return times(x_MK, w_EKN, sizes_E, False)
+  same with transposed matrices and `outer(x, dy, sizes, dtype)`, the sums of outer products.
+  `times` may leave anything in the rows of no group."""
+  return _zeros_beyond(sizes_E, times(x_MK, w_EKN, sizes_E, False))
+
+
+def _zeros_beyond(sizes_E, y_MN):
+  """y with zeros in the rows of no group."""
+  return jnp.where(
+    (jnp.arange(len(y_MN)) < jnp.sum(sizes_E))[:, None], y_MN, jnp.zeros((), y_MN.dtype)
+  )
 
 
 def _forward(times, outer, *arrays):
-  return times(*arrays, False), arrays
+  return _differentiable(times, outer, *arrays), arrays
 
 
 def _backward(times, outer, saved, dy_MN):
   x_MK, w_EKN, sizes_E = saved
-  return times(dy_MN, w_EKN, sizes_E, True), outer(x_MK, dy_MN, sizes_E, w_EKN.dtype), None
+  dx_MK = _zeros_beyond(sizes_E, times(dy_MN, w_EKN, sizes_E, True))
+  return dx_MK, outer(x_MK, dy_MN, sizes_E, w_EKN.dtype), None
 
 
 _differentiable.defvjp(_forward, _backward)
@@ -111,8 +116,7 @@ def _rows_by_matrices(x_MK, w_EKN, sizes_E, transposed):
 
     return jax.lax.fori_loop(0, tiles, tile, y)
 
-  y = _over_groups(sizes_E, rows, jnp.zeros((M + rows, N), x_MK.dtype), group)[:M]
-  return jnp.where((jnp.arange(M) < jnp.sum(sizes_E))[:, None], y, jnp.zeros((), y.dtype))
+  return _over_groups(sizes_E, rows, jnp.zeros((M + rows, N), x_MK.dtype), group)[:M]
 
 
 def _outer_products(x_MK, dy_MN, sizes_E, dtype):
@@ -154,9 +158,7 @@ def megablox(x_MK, w_EKN, sizes_E, *, interpret: bool = False):
     M, x, w = x_MK.shape[0], _padded(x_MK), w_EKN.astype(x_MK.dtype)
     tiling = _tiling(x.shape[0], x.shape[1], w.shape[1 if transposed else 2], x.dtype, _TILE)
     dtype = jnp.dtype(x.dtype)
-    y = gmm(x, w, sizes_E, dtype, tiling, transpose_rhs=transposed, interpret=interpret)[:M]
-    # The rows of no group are uninitialized.
-    return jnp.where((jnp.arange(M) < jnp.sum(sizes_E))[:, None], y, jnp.zeros((), y.dtype))
+    return gmm(x, w, sizes_E, dtype, tiling, transpose_rhs=transposed, interpret=interpret)[:M]
 
   def outer(x_MK, dy_MN, sizes_E, dtype):
     x, dy = _padded(x_MK), _padded(dy_MN)

@@ -13,7 +13,6 @@ Dims: B batch, T time, S source, D input, C width of the source's vectors, L lay
 from __future__ import annotations
 
 import dataclasses
-import itertools
 
 import jax
 import jax.numpy as jnp
@@ -89,22 +88,16 @@ def _scan(x_BTD, weights, source, states, first, starts_TB, factors_TBN):
     def step(states: States, now):
       gates, starts_B, factors_BN = now
       below, *layers = reset(starts_B, first, states)
-      hs, cs = [], []
-      for n, (w, h, c) in enumerate(zip(cells, layers[:L], layers[L:], strict=True)):
-        if factors_BN is not None:
-          below = below * factors_BN[:, n * below.shape[-1] : (n + 1) * below.shape[-1]]
-        if n == 0:
-          other = gates.astype(jnp.float32)
-        else:
-          other = biases[n - 1][None].astype(jnp.float32) if biases else 0.0
-        gates_fp32 = product(jnp.concatenate([below, h], -1), w) + other
-        below, c, _ = lstm_cell(gates_fp32, c)
-        hs.append(below)
-        cs.append(c)
+      others = [gates.astype(jnp.float32)]
+      others += [b[None].astype(jnp.float32) for b in biases] or [0.0] * (L - 1)
+      for n, factor in enumerate(_factors(factors_BN, L)):
+        inputs = jnp.concatenate([below * factor, layers[n]], -1)
+        below, layers[L + n], _ = lstm_cell(product(inputs, cells[n]) + others[n], layers[L + n])
+        layers[n] = below
       e = jnp.einsum('BH,BSH->BS', below, source.keys_BSA.astype(jnp.float32))
       c, a = attend(e, source)
       y = jnp.tanh(product(jnp.concatenate([c, below], -1), out_MH))
-      return (y, *hs, *cs), (y.astype(gates.dtype), a)
+      return (y, *layers), (y.astype(gates.dtype), a)
 
     inputs = (gates_TBGH, starts_TB, factors_TBN)
     last, (y, a) = jax.lax.scan(step, fp32(states), inputs)
@@ -118,33 +111,30 @@ def _scan(x_BTD, weights, source, states, first, starts_TB, factors_TBN):
   return mapped(gates, source, states, first, weights.out_MH, biases, cells, starts_TB, factors_TBN)
 
 
+def _factors(factors_BN, L: int):
+  """The dropout factors of what each layer reads from below."""
+  return [1.0] * L if factors_BN is None else jnp.split(factors_BN, L, axis=1)
+
+
 def input_feeding_naive(x_BTD, weights, source, states, first, starts_TB, factors_TBN):
   """`input_feeding`, one token after another, time first."""
   w, first, L = fp32(weights), fp32(first), len(weights.u_HGH)
 
   def step(states: States, now):
     x, starts_B, factors_BN = now
-    y, *layers = reset(starts_B, first, states)
-    inputs = [y] if factors_BN is None else [y * factors_BN[:, : y.shape[-1]]]
-    for n, (below, u, b) in enumerate(itertools.zip_longest(w.below_HGH, w.u_HGH, w.b_GH)):
-      i, f, g, o = (
-        inputs[-1] @ below[:, k]
-        + layers[n] @ u[:, k]
-        + (0.0 if b is None else b[k][None])
-        + (x @ w.w_DGH[:, k] if n == 0 else 0.0)
-        for k in range(4)
-      )
-      layers[L + n] = jax.nn.sigmoid(f) * layers[L + n] + jax.nn.sigmoid(i) * jnp.tanh(g)
-      layers[n] = jax.nn.sigmoid(o) * jnp.tanh(layers[L + n])
-      H = layers[n].shape[-1]
-      inputs.append(
-        layers[n]
-        if factors_BN is None or n == L - 1
-        else layers[n] * factors_BN[:, (n + 1) * H : (n + 2) * H]
-      )
-    e = jnp.einsum('BH,BSH->BS', inputs[-1], fp32(source.keys_BSA))
+    below, *layers = reset(starts_B, first, states)
+    for n, factor in enumerate(_factors(factors_BN, L)):
+      gates = jnp.tensordot(below * factor, w.below_HGH[n], 1)
+      gates += jnp.tensordot(layers[n], w.u_HGH[n], 1)
+      if w.b_GH:
+        gates += w.b_GH[n][None]
+      if n == 0:
+        gates += jnp.tensordot(x, w.w_DGH, 1)
+      below, layers[L + n], _ = lstm_cell(gates, layers[L + n])
+      layers[n] = below
+    e = jnp.einsum('BH,BSH->BS', below, fp32(source.keys_BSA))
     c, a = attend_naive(e, source)
-    y = jnp.tanh(jnp.concatenate([c, inputs[-1]], -1) @ w.out_MH)
+    y = jnp.tanh(jnp.concatenate([c, below], -1) @ w.out_MH)
     return (y, *layers), (y.astype(x_BTD.dtype), a)
 
   inputs = (fp32(jnp.swapaxes(x_BTD, 0, 1)), starts_TB, factors_TBN)

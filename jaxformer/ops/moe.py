@@ -167,18 +167,9 @@ class _ExpertSharding(NamedTuple):
     exchanges = bool(over) and set(over) <= set(mesh_axes('batch', batch))
     return cls(over, shards('experts', E), exchanges, hidden if exchanges else (*over, *hidden))
 
-  def first(self, experts: Experts) -> Array | int:
+  def first(self, experts: Experts) -> Array:
     """The first expert of this shard."""
-    return jax.lax.axis_index(self.experts) * experts.w_in.shape[0] if self.experts else 0
-
-  def local(self, expert, experts: Experts):
-    """Indices of experts among those of this shard, which has all tokens; for the others one beyond
-    the last."""
-    if not self.experts:
-      return expert
-    mine = experts.w_in.shape[0]
-    number = expert - self.first(experts)
-    return jnp.where((number >= 0) & (number < mine), number, mine)
+    return jax.lax.axis_index(self.experts) * experts.w_in.shape[0]
 
   def all_to_all(self, a, split: int = 0, concat: int = 0):
     """Slices of `a` along `split` to the shards of the experts, theirs along `concat`."""
@@ -203,7 +194,11 @@ def _dropless_grouped(x_BTD, expert_BTK, weight_BTK, experts, activation):
       buckets = _buckets(expert_NK, here.w_in.shape[0], sharding)
       y = _rounds(x_ND, weight_NK, here, buckets, activation, sharding)
     else:
-      number_P = sharding.local(expert_NK, here).reshape(-1)
+      number_P = expert_NK.reshape(-1)
+      if sharding.experts:  # this shard has all tokens; others' experts are one beyond its last
+        mine = here.w_in.shape[0]
+        number_P = number_P - sharding.first(here)
+        number_P = jnp.where((number_P >= 0) & (number_P < mine), number_P, mine)
       y_NKD = _apply_experts(x_ND, number_P, here, activation, K).reshape(*weight_NK.shape, -1)
       y = jnp.einsum('nkd,nk->nd', y_NKD.astype(jnp.float32), weight_NK)
     return sharding.psum(y.astype(x_BTD.dtype)).reshape(x_BTD.shape)
