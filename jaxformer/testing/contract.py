@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -16,7 +15,7 @@ from jaxformer import config as configs
 from jaxformer.config import Config, InputError
 from jaxformer.layers.layer import Context, LayerConfig, LayerPosition, Memory, Output
 from jaxformer.models.params import Definition, define
-from jaxformer.sharding import MeshConfig, Parallel, make_mesh, use_mesh
+from jaxformer.sharding import MeshConfig, make_parallel, use_mesh
 
 WIDTH, BATCH, LENGTH = 32, 8, 20  # longer than what operations treat as a short decode
 # Few lengths, so that checks share compiled programs.
@@ -177,7 +176,10 @@ def check_layer(layer: LayerConfig) -> Iterator[Verdict]:
   for name, check in CHECKS.items():
     try:
       case = Case(Alone(layer=layer)) if case is None else case
-      yield Verdict(name, skipped=check(case))
+      if check in DECODING and not layer.decodes:
+        yield Verdict(name, skipped='the config declares that the layer does not decode')
+      else:
+        yield Verdict(name, skipped=check(case))
     except Exception as e:
       yield Verdict(name, str(e) if isinstance(e, Broken) else _first_line(e))
       if check is shape:
@@ -223,19 +225,6 @@ def shape(case: Case) -> None:
     raise Broken(f'inputs {x.dtype}{x.shape} give outputs {out.y.dtype}{out.y.shape}')
 
 
-def decoding(check: Callable[[Case], None]) -> Callable[[Case], str | None]:
-  """Make a check that is skipped for layers that do not decode."""
-
-  @functools.wraps(check)
-  def checked(case: Case) -> str | None:
-    if not case.layer.decodes:
-      return 'the config declares that the layer does not decode'
-    return check(case)
-
-  return checked
-
-
-@decoding
 def causal(case: Case) -> None:
   """No output depends on a later input, and each depends on its own, by the gradient."""
   # [T, B, T, D]
@@ -278,14 +267,12 @@ def continued(case: Case, x: Any, prefill: int) -> None:
   close(state, final, OUTPUTS, f'{how}final state ')
 
 
-@decoding
 def every_prefill(case: Case) -> None:
   """A sequence equals a prefill and steps."""
   for prefill in PREFILLS:
     continued(case, inputs(), prefill)
 
 
-@decoding
 def two_parts(case: Case) -> None:
   """A sequence with several documents gives the same in two parts, wherever it is split."""
   x, ctx = inputs(), Context(segments_BT=segments(2, 13, 5))
@@ -315,7 +302,6 @@ def packed(case: Case) -> None:
     begin = end
 
 
-@decoding
 def declared(case: Case) -> None:
   """The state has the declared size, and a call preserves its shapes."""
   before = jax.eval_shape(lambda: case.init_state(1, LENGTH))
@@ -358,18 +344,15 @@ def sharded(case: Case) -> str | None:
     8: MeshConfig(data=2, fsdp=2, tensor=2),
   }[count]
   x, ctx = inputs(), Context(segments_BT=segments(7, 8, 5))
-  outputs, gradients = case.gradients(case.params, x, ctx)
-  devices = make_mesh(mesh)
-  params = jax.device_put(case.params, case.definition.shardings(Parallel(devices, mesh.rules)))
-  with use_mesh(Parallel(devices, mesh.rules)):
-    x = jax.device_put(x, Parallel(devices, mesh.rules).batch)
-    found, found_gradients = jax.jit(lambda *a: case.differentiated(*a))(params, x, ctx)
-  close(
-    (found, found_gradients),
-    (outputs, gradients),
-    GRADIENTS,
-    f'on {count} devices against one: outputs and gradients ',
-  )
+  unsharded = case.gradients(case.params, x, ctx)
+  parallel = make_parallel(mesh)
+  params = jax.device_put(case.params, case.definition.shardings(parallel))
+  with use_mesh(parallel):
+    sharded = jax.jit(lambda *a: case.differentiated(*a))(
+      params, jax.device_put(x, parallel.batch), ctx
+    )
+  what = f'on {count} devices against one: outputs and gradients '
+  close(sharded, unsharded, GRADIENTS, what)
   return None
 
 
@@ -391,6 +374,9 @@ CHECKS: dict[str, Callable[[Case], str | None]] = {
   'the config survives JSON': survives_json,
 }
 """What should hold -> its check, which raises `Broken` or returns why it was skipped."""
+
+DECODING = {causal, every_prefill, two_parts, declared}
+"""The checks that only a layer that decodes can pass."""
 
 
 def checked_examples(layer: LayerConfig) -> tuple[LayerConfig, ...]:
