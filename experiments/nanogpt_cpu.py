@@ -15,7 +15,7 @@ Result: 1.9077 nats a character over the whole validation split after 2,000 step
   1,000 (jax 0.10.2, seed 1337).
 """
 
-from jaxformer.data import ByPosition, Characters, Files, RandomWindows, Text
+from jaxformer.data import ByPosition, Characters, Files, Text
 from jaxformer.layers.attention import Attention
 from jaxformer.layers.init import Normal, ResidualNormal
 from jaxformer.layers.mlp import Mlp
@@ -48,7 +48,7 @@ experiment = Experiment(
     tokenizer=Characters(),
     sequence_length=CONTEXT,
     split=ByPosition(fraction=0.1),
-    packing=RandomWindows(),
+    packing='random_windows',
   ),
   optimizer=AdamW(learning_rate=1e-3, beta1=0.9, beta2=0.99, weight_decay=0.1, clip=1.0),
   schedule=Cosine(warmup=100, final=0.1),

@@ -43,7 +43,7 @@ os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 
 import jax
 
-from jaxformer.data import Stream, Text
+from jaxformer.data import Text
 from jaxformer.models.model import ModelConfig
 from jaxformer.models.zoo import PRESETS
 from jaxformer.planning.collectives import list_collectives, traffic_by_kind
@@ -83,7 +83,7 @@ CASES = (
 
 def compiled(case: Case, model: ModelConfig) -> jax.stages.Compiled:
   """The training step of a model on the slice of a case; documents have no borders."""
-  data = Text(sequence_length=case.length, packing=Stream())
+  data = Text(sequence_length=case.length, packing='stream')
   training = TrainingConfig(steps=10_000, batch_size=case.batch, remat=case.remat)
   experiment = Experiment(model=model, data=data, training=training, mesh=case.mesh)
   return lowered_train_step(experiment, topology_mesh(case.topology, case.mesh)).compile()

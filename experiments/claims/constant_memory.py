@@ -49,7 +49,6 @@ import numpy as np
 from gallery import signed
 
 from jaxformer.data import Batch, Dataset, Text, open_data
-from jaxformer.data.text import Stream
 from jaxformer.evaluation import loss_by_position
 from jaxformer.models.model import ModelConfig
 from jaxformer.models.params import Definition, define
@@ -92,7 +91,7 @@ def study(args) -> Study:
     name=f'claim-03-{args.scale:g}',
     entries=tuple(ScaledFamily(family=f, name=n) for n, f in FAMILIES.items()),
     target=1e5,
-    tasks=(Text(sequence_length=LENGTH, packing=Stream()),),
+    tasks=(Text(sequence_length=LENGTH, packing='stream'),),
     tokens=int(150_000 * args.scale),
     batch_size=4,
     learning_rates=(3e-3,),

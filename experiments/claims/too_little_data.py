@@ -168,7 +168,7 @@ def _run(trial: Trial) -> Run:
 def settings(scale: float, runs: str, interrupt: Interrupt) -> list[Setting]:
   sizes, tokens = (SMALL, LARGE * max(1, scale) ** 0.5), int(TOKENS * scale)
   few, fresh = (texts(round(n * max(1, scale)), runs) for n in (FEW, FRESH))
-  vocabulary = fresh.open().tokenizer.vocab_size
+  vocabulary = open_data(fresh).tokenizer.vocab_size
   models = [
     s.entries[0].model(s, vocabulary, LENGTH)
     for s in (study(size, tokens, fresh, runs) for size in sizes)
@@ -181,7 +181,7 @@ def settings(scale: float, runs: str, interrupt: Interrupt) -> list[Setting]:
     read = [s.steps(data) * BATCH * LENGTH for s in studies]
     return Setting(
       name,
-      data.open().train_tokens,
+      open_data(data).train_tokens,
       (read[0], read[1]),
       (params[0], params[1]),
       (costs[0], costs[1]),

@@ -10,7 +10,6 @@ from jaxformer.data.corpora import (
   Files,
   HuggingFace,
   Mixture,
-  Part,
   PydocTopics,
   Records,
   Row,
@@ -28,15 +27,7 @@ from jaxformer.data.tasks.listops import ListOps
 from jaxformer.data.tasks.mqar import MultiQueryRecall
 from jaxformer.data.tasks.recall import AssociativeRecall, InductionHead
 from jaxformer.data.tasks.task import GeneratedTask, PairTask, TaskConfig
-from jaxformer.data.text import (
-  DataSection,
-  Packed,
-  Packing,
-  RandomWindows,
-  Stream,
-  Text,
-  TextDataset,
-)
+from jaxformer.data.text import DataSection, Text, TextDataset
 from jaxformer.data.tokenizers import (
   BytePairs,
   Bytes,
@@ -72,20 +63,15 @@ __all__ = [
   'ListOps',
   'Mixture',
   'MultiQueryRecall',
-  'Packed',
-  'Packing',
   'PairDataset',
   'PairTask',
   'Pairs',
-  'Part',
   'PydocTopics',
-  'RandomWindows',
   'Records',
   'Row',
   'SelectiveCopying',
   'Split',
   'StandardLibrary',
-  'Stream',
   'TaskConfig',
   'Text',
   'TextDataset',

@@ -48,29 +48,25 @@ class CachedColumn(NamedTuple):
   starts_R1: Int64[np.ndarray, ' R1']  # where each of R rows starts, and where the last ends
   # How often a byte (or 256, the boundary of a document) follows another.
   pairs: Int64[np.ndarray, '257 257']
-  facts: dict[str, int]  # counts of tokens, documents, characters, and bytes of the text in UTF-8
+  # Counts of tokens, documents, characters, and bytes of the text in UTF-8; `sha256` of the tokens
+  # and starts as stored.
+  facts: dict[str, Any]
+
+  @property
+  def rows(self) -> int:
+    return self.starts_R1.size - 1
 
   def ids(self, row: int) -> Int32[np.ndarray, ' T']:
     """Return the tokens of a row."""
     return self.tokens_N[self.starts_R1[row] : self.starts_R1[row + 1]].astype(np.int32)
 
 
-class CachedSide(NamedTuple):
-  """One side of the split."""
-
-  columns: tuple[CachedColumn, ...]
-  sha256: str  # of the tokens and starts as stored
-
-  @property
-  def rows(self) -> int:
-    return self.columns[0].starts_R1.size - 1
-
-
 class TokenCache(NamedTuple):
-  """An opened cache. `empty` rows of the corpus were left out, since they hold no text."""
+  """An opened cache: the columns of each side of the split. `empty` rows of the corpus were left
+  out, since they hold no text."""
 
-  train: CachedSide
-  validation: CachedSide
+  train: tuple[CachedColumn, ...]
+  validation: tuple[CachedColumn, ...]
   empty: int
   folder: Path
 
@@ -265,21 +261,24 @@ def _open(folder: Path, key: str) -> TokenCache | None:
         file['bytes'] <= CHECKED_BYTES and file_sha256(path) != file['sha256']
       ):
         return None
-    train, validation = (_side(folder, side, index) for side in SIDES)
+    train, validation = (
+      tuple(
+        _column(folder, f'{side}.{c}', facts, index['files']) for c, facts in enumerate(columns)
+      )
+      for side, columns in index['sides'].items()
+    )
     return TokenCache(train, validation, index['empty'], folder)
   except (OSError, ValueError, KeyError, TypeError):  # InputError is a ValueError
     return None
 
 
-def _side(folder: Path, side: str, index: dict[str, Any]) -> CachedSide:
-  columns, hashes = [], []
-  for c, facts in enumerate(index['sides'][side]):
-    name = f'{side}.{c}'
-    path, count = folder / f'{name}.tokens', facts['tokens']
-    dtype = f'<u{path.stat().st_size // count}'
-    tokens_N = np.memmap(path, dtype, 'r', shape=(count,))
-    starts_R1 = np.load(folder / f'{name}.starts.npy', mmap_mode='r')
-    pairs = np.load(folder / f'{name}.pairs.npy')
-    columns.append(CachedColumn(tokens_N, starts_R1, pairs, facts))
-    hashes += [index['files'][f'{name}.{kind}']['sha256'] for kind in ('tokens', 'starts.npy')]
-  return CachedSide(tuple(columns), sha256(*hashes))
+def _column(folder: Path, name: str, facts: dict[str, Any], files: dict[str, Any]) -> CachedColumn:
+  path, count = folder / f'{name}.tokens', facts['tokens']
+  dtype = f'<u{path.stat().st_size // count}'
+  content = sha256(*(files[f'{name}.{kind}']['sha256'] for kind in ('tokens', 'starts.npy')))
+  return CachedColumn(
+    tokens_N=np.memmap(path, dtype, 'r', shape=(count,)),
+    starts_R1=np.load(folder / f'{name}.starts.npy', mmap_mode='r'),
+    pairs=np.load(folder / f'{name}.pairs.npy'),
+    facts=facts | {'sha256': content},
+  )

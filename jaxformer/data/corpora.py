@@ -68,9 +68,13 @@ class Corpus(Config, abstract=True):
       self.require(path.is_file(), field, 'a file that exists')
     return [CorpusFile('', path) for path in paths]
 
-  def weighted_parts(self) -> tuple[Part, ...]:
-    """Return the parts of a mixture; another corpus is its own single part."""
-    return (Part(corpus=self),)
+  def parts(self) -> tuple[Corpus, ...]:
+    """Return the corpora of a mixture; another corpus is its own single part."""
+    return (self,)
+
+  def part_weights(self) -> tuple[float, ...]:
+    """Return the share of each part of the training sequences, relative to the others."""
+    return (1.0,) * len(self.parts())
 
   def fingerprint(self, memo: Path | None = None) -> str:
     """Return a hash (hex) that changes when a row does.
@@ -99,22 +103,6 @@ class Corpus(Config, abstract=True):
 
   def check_cache(self, folder: Path) -> None:
     """Raise `InputError` where a cache in this folder would become part of the corpus."""
-
-
-class Part(Config):
-  """A corpus of a mixture and its share of the training sequences, relative to the other parts."""
-
-  corpus: Corpus
-  weight: float = 1.0
-
-  def validate(self) -> None:
-    self.require(0 < self.weight < float('inf'), 'weight', 'a positive number')
-    self.require(
-      not isinstance(self.corpus, Mixture),
-      'corpus',
-      'a plain corpus: list the parts of the inner mixture instead',
-    )
-    self.require(self.corpus.columns == 1, 'corpus', 'a corpus of one text per row')
 
 
 # ---- corpora of one column ---------------------------------------------------------------------
@@ -309,26 +297,46 @@ class HuggingFace(Corpus):
 
 class Mixture(Corpus):
   """Several corpora: training sequences are taken from each in proportion to its weight, validation
-  text from each in full. The shares are exact to 1 in 4096."""
+  text from each in full. The shares are exact to 1 in 4096.
 
-  parts: tuple[Part, ...]
+  Attributes:
+    weights: of the corpora, relative to each other; None for equal ones.
+  """
+
+  corpora: tuple[Corpus, ...]
+  weights: tuple[float, ...] | None = None
 
   def validate(self) -> None:
-    self.require(0 < len(self.parts) <= 1024, 'parts', '1 to 1024 parts')
+    self.require(0 < len(self.corpora) <= 1024, 'corpora', '1 to 1024 corpora')
+    for corpus in self.corpora:
+      self.require(corpus.parts() == (corpus,), 'corpora', 'corpora that are no mixtures')
+      self.require(corpus.columns == 1, 'corpora', 'corpora of one text per row')
+    weights = self.part_weights()
+    positive = all(0 < w < float('inf') for w in weights)
+    self.require(
+      positive and len(weights) == len(self.corpora), 'weights', 'a positive number per corpus'
+    )
 
-  def weighted_parts(self) -> tuple[Part, ...]:
-    return self.parts
+  def parts(self) -> tuple[Corpus, ...]:
+    return self.corpora
+
+  def part_weights(self) -> tuple[float, ...]:
+    return super().part_weights() if self.weights is None else self.weights
 
   def rows(self) -> Iterator[Row]:
-    for part in self.parts:
-      yield from part.corpus.rows()
+    for corpus in self.corpora:
+      yield from corpus.rows()
 
   def manifest(self, memo: Path | None = None) -> dict[str, Any]:
-    parts = [{'weight': p.weight, 'corpus': p.corpus.manifest(memo)} for p in self.parts]
+    parts = [
+      {'weight': weight, 'corpus': corpus.manifest(memo)}
+      for weight, corpus in zip(self.part_weights(), self.corpora, strict=True)
+    ]
     return {'type': self.tag, 'sha256': self.fingerprint(memo), 'parts': parts}
 
   def fingerprint(self, memo: Path | None = None) -> str:
-    return sha256(self.tag, *(f'{p.weight} {p.corpus.fingerprint(memo)}' for p in self.parts))
+    parts = zip(self.part_weights(), self.corpora, strict=True)
+    return sha256(self.tag, *(f'{weight} {corpus.fingerprint(memo)}' for weight, corpus in parts))
 
 
 # ---- corpora of two columns --------------------------------------------------------------------

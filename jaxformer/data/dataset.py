@@ -7,6 +7,7 @@ for the next step, and the number of hosts changes who loads a row, never which 
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,9 +20,13 @@ from jaxtyping import Int32
 from jaxformer import config
 from jaxformer.config import Config, InputError
 from jaxformer.data.cache import Log
+from jaxformer.data.cache_folder import cache_dir as default_cache_dir
 from jaxformer.data.shuffle import Index
 from jaxformer.data.tokenizers import Tokenizer
 from jaxformer.task_type import IGNORE, Batch, TaskType
+
+LOG = logging.getLogger('jaxformer.data')
+PREFETCH = 2  # batches made ahead by a thread
 
 
 class HeldOutPair(NamedTuple):
@@ -81,7 +86,7 @@ class DatasetConfig(Config, abstract=True):
 
   def example(self) -> Batch:
     """Return one row in the largest shape of a training batch; a corpus is not read for it."""
-    return self.open().train_batch(0, 1, 0)
+    return open_data(self).train_batch(0, 1, 0)
 
   def at_length(self, positions: int) -> DatasetConfig:
     """Return the same text in rows of another length; other data as they are."""
@@ -92,13 +97,8 @@ class DatasetConfig(Config, abstract=True):
     corpus."""
     raise InputError('data', self.tag, problem='a task, which has no corpus; Text and Pairs have')
 
-  def open(
-    self,
-    cache_dir: Path | str | None = None,
-    log: Log | None = None,
-    tokenizer: Tokenizer | None = None,
-  ) -> Dataset:
-    """Return the data, ready to be read; the arguments are those of `open_data`."""
+  def open(self, folder: Path, log: Log, tokenizer: Tokenizer | None) -> Dataset:
+    """Return the data, ready to be read, with the defaults of `open_data` filled in."""
     raise NotImplementedError
 
 
@@ -118,7 +118,8 @@ def open_data(
   Raises `InputError` for a corpus that cannot be read, is empty, cannot be divided, or is too short
   for one row.
   """
-  return data.open(cache_dir, log, tokenizer)
+  folder = default_cache_dir() if cache_dir is None else Path(cache_dir).expanduser()
+  return data.open(folder, log or LOG.info, tokenizer)
 
 
 class Dataset:
@@ -179,16 +180,15 @@ class Dataset:
     start_step: int = 0,
     process_index: int = 0,
     process_count: int = 1,
-    prefetch: int = 2,
   ) -> TrainBatches:
-    """Return `train_batch` of `start_step` and all later steps, without end, up to `prefetch` of
-    them made ahead by a thread."""
+    """Return `train_batch` of `start_step` and all later steps, without end, made ahead by a
+    thread."""
     process_rows(batch_size, process_index, process_count)
 
     def make(step: int) -> Batch:
       return self.train_batch(step, batch_size, seed, process_index, process_count)
 
-    return TrainBatches(make, lambda step: self.state(step, batch_size, seed), start_step, prefetch)
+    return TrainBatches(make, lambda step: self.state(step, batch_size, seed), start_step)
 
   def state(self, next_step: int, batch_size: int, seed: int) -> dict[str, Any]:
     """Return what a checkpoint stores about the data, as JSON data."""
@@ -298,19 +298,12 @@ class TrainBatches:
   makes batches ahead."""
 
   def __init__(
-    self,
-    make: Callable[[int], Batch],
-    state: Callable[[int], dict[str, Any]],
-    start_step: int,
-    prefetch: int,
+    self, make: Callable[[int], Batch], state: Callable[[int], dict[str, Any]], start_step: int
   ):
-    if prefetch < 0:
-      raise InputError('prefetch', prefetch, 'at least 0')
     self.next_step = start_step
     self._make, self._state = make, state
     self._ahead: deque[Future[Batch]] = deque()
-    self._pool = ThreadPoolExecutor(1, 'jaxformer-data') if prefetch else None
-    self._prefetch = prefetch
+    self._pool = ThreadPoolExecutor(1, 'jaxformer-data')
     self._closed = False
 
   def __iter__(self) -> TrainBatches:
@@ -319,16 +312,13 @@ class TrainBatches:
   def __next__(self) -> Batch:
     if self._closed:
       raise StopIteration
-    if self._pool is None:
-      batch = self._make(self.next_step)
-    else:
-      while len(self._ahead) <= self._prefetch:
-        self._ahead.append(self._pool.submit(self._make, self.next_step + len(self._ahead)))
-      try:
-        batch = self._ahead.popleft().result()
-      except BaseException:
-        self.close()
-        raise
+    while len(self._ahead) <= PREFETCH:
+      self._ahead.append(self._pool.submit(self._make, self.next_step + len(self._ahead)))
+    try:
+      batch = self._ahead.popleft().result()
+    except BaseException:
+      self.close()
+      raise
     self.next_step += 1
     return batch
 
@@ -340,8 +330,7 @@ class TrainBatches:
     """Stop the thread. Safe to call twice; iteration ends."""
     self._closed = True
     self._ahead.clear()
-    if self._pool is not None:
-      self._pool.shutdown(wait=True, cancel_futures=True)
+    self._pool.shutdown(wait=True, cancel_futures=True)
 
   def __enter__(self) -> TrainBatches:
     return self

@@ -13,14 +13,13 @@ from jaxformer import config
 from jaxformer.config import InputError
 from jaxformer.data import shuffle
 from jaxformer.data.cache import (
-  CachedSide,
+  CachedColumn,
   Log,
   TokenCache,
   open_corpus,
   open_tokenizer,
   training_texts,
 )
-from jaxformer.data.cache_folder import cache_dir as default_cache_dir
 from jaxformer.data.corpora import Corpus
 from jaxformer.data.dataset import (
   Dataset,
@@ -32,7 +31,6 @@ from jaxformer.data.dataset import (
 )
 from jaxformer.data.shuffle import Index
 from jaxformer.data.splits import ByDocument
-from jaxformer.data.text import LOG
 from jaxformer.data.tokenizers import Bytes, Tokenizer, TokenizerConfig
 from jaxformer.task_type import Batch, TaskType
 
@@ -115,15 +113,7 @@ class Pairs(DatasetConfig):
     source, target = (np.zeros((1, n), np.int32) for n in self.shapes[-1])
     return Batch(target, target, source_BS=source)
 
-  def open(
-    self,
-    cache_dir: Path | str | None = None,
-    log: Log | None = None,
-    tokenizer: Tokenizer | None = None,
-  ) -> PairDataset:
-    folder = Path(cache_dir).expanduser() if cache_dir is not None else default_cache_dir()
-    log = log or LOG.info
-
+  def open(self, folder: Path, log: Log, tokenizer: Tokenizer | None) -> PairDataset:
     def opened(of: TokenizerConfig, *columns: int) -> Tokenizer:
       return open_tokenizer(of, self.corpus, columns, self.split, folder, log)
 
@@ -149,21 +139,21 @@ class Buckets:
     fitting, too_long: how many pairs are in a bucket, and how many in none.
   """
 
-  def __init__(self, data: Pairs, name: str, side: CachedSide):
+  def __init__(self, data: Pairs, name: str, side: tuple[CachedColumn, ...]):
     self.shapes, self.side = data.shapes, side
-    source, target = side.columns
+    source, target = side
     bucket_R = np.maximum(
       np.searchsorted(data.source_lengths, np.diff(source.starts_R1)),
       np.searchsorted(data.target_lengths, np.diff(target.starts_R1)),
     )
     self.members = [np.flatnonzero(bucket_R == b) for b in range(len(self.shapes))]
     self.fitting = sum(m.size for m in self.members)
-    self.too_long = side.rows - self.fitting
+    self.too_long = source.rows - self.fitting
     if not self.fitting:
       longest = ' and '.join(map(str, self.shapes[-1]))
       raise InputError(
-        f'{data.tag}.source_lengths, target_lengths: none of the {side.rows:,} pairs for {name} of '
-        f'{data.corpus.tag} fits {longest} tokens; the last lengths must be larger'
+        f'{data.tag}.source_lengths, target_lengths: none of the {source.rows:,} pairs for {name} '
+        f'of {data.corpus.tag} fits {longest} tokens; the last lengths must be larger'
       )
 
   def batch_rows(self, batch_size: int) -> list[int]:
@@ -173,22 +163,24 @@ class Buckets:
 
   def batch(self, bucket: int, row_B: Index) -> Batch:
     """Return the pairs with these numbers, in the shape of a bucket."""
-    sources, targets = ([c.ids(i) for i in row_B.tolist()] for c in self.side.columns)
+    sources, targets = ([c.ids(i) for i in row_B.tolist()] for c in self.side)
     return pair_batch(sources, targets, *self.shapes[bucket])
 
   def manifest(self) -> dict[str, Any]:
     """Return the counts of pairs and, without ends of documents, of tokens."""
-    side, source, target = self.side, *self.side.columns
+    source, target = (
+      {'tokens': c.tokens_N.size - c.rows} | {n: c.facts[n] for n in ('bytes', 'sha256')}
+      for c in self.side
+    )
     return {
-      'pairs': side.rows,
+      'pairs': self.side[0].rows,
       'too_long': self.too_long,
-      'source': {'tokens': source.tokens_N.size - side.rows, 'bytes': source.facts['bytes']},
-      'target': {'tokens': target.tokens_N.size - side.rows, 'bytes': target.facts['bytes']},
+      'source': source,
+      'target': target,
       'buckets': [
         {'source': s, 'target': t, 'pairs': m.size}
         for (s, t), m in zip(self.shapes, self.members, strict=True)
       ],
-      'sha256': side.sha256,
     }
 
 
@@ -205,7 +197,7 @@ class PairDataset(Dataset):
     # Buckets take turns in proportion to the batches that they hold; one without pairs has none.
     self._used = [b for b, m in enumerate(self._train.members) if m.size]
     rows = self._train.batch_rows(1)
-    self._interleave = shuffle.Interleave(
+    self._interleaved = shuffle.interleave(
       [self._train.members[b].size / rows[b] for b in self._used]
     )
     left_out = self._train.too_long
@@ -222,8 +214,8 @@ class PairDataset(Dataset):
       'validation': self._validation.manifest(),
     }
     self.identity: dict[str, Any] = {
-      'train': cache.train.sha256,
-      'validation': cache.validation.sha256,
+      'train': [c.facts['sha256'] for c in cache.train],
+      'validation': [c.facts['sha256'] for c in cache.validation],
       'tokenizer': tokenizer.fingerprint(),
       'source_lengths': list(data.source_lengths),
       'target_lengths': list(data.target_lengths),
@@ -243,18 +235,13 @@ class PairDataset(Dataset):
       lines += [f'    {b["pairs"]:>10,} in {b["source"]} x {b["target"]}' for b in side['buckets']]
     return lines
 
-  def epoch_steps(self, batch_size: int) -> float:
-    """Return the steps in which training shows as many pairs as there are."""
-    rows = self._train.batch_rows(batch_size)
-    return sum(m.size / r for m, r in zip(self._train.members, rows, strict=True))
-
   def train_batch(
     self, step: int, batch_size: int, seed: int, process_index: int = 0, process_count: int = 1
   ) -> Batch:
     if step < 0:
       raise InputError('step', step, 'at least 0')
     process_rows(batch_size, process_index, process_count)
-    (used,), (turn,) = self._interleave(np.array([step], np.int64))
+    (used,), (turn,) = self._interleaved(np.array([step], np.int64))
     bucket = self._used[int(used)]
     members, rows = self._train.members[bucket], self._train.batch_rows(batch_size)[bucket]
     low, high = process_rows(rows, process_index, process_count)
@@ -283,7 +270,7 @@ class PairDataset(Dataset):
     return self._validation.batch(bucket, row_B)
 
   def held_out_pairs(self, limit: int | None = None) -> list[HeldOutPair]:
-    texts, source = self._cache.validation_texts(), self._cache.validation.columns[0]
+    texts, source = self._cache.validation_texts(), self._cache.validation[0]
     row_R = np.sort(np.concatenate(self._validation.members))
     chosen = row_R[spread(row_R.size, 1, limit)].tolist()
     return [HeldOutPair(source.ids(i), *texts[i]) for i in chosen]

@@ -8,7 +8,7 @@ over the global batch, so the order is independent of the number of hosts."""
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from jaxtyping import Int64, UInt64
@@ -61,32 +61,31 @@ def shuffled(count: int, position_N: Index, seed_key: np.uint64) -> Index:
   return x_N.astype(np.int64)
 
 
-class Interleave:
-  """Assigns positions to parts in proportion to weights, as evenly as possible, in a pattern that
-  repeats after 4096 positions.
+def interleave(weights: Sequence[float]) -> Callable[[Index], tuple[Index, Index]]:
+  """Return a function that assigns positions to parts in proportion to weights, as evenly as
+  possible, in a pattern that repeats after 4096 positions. It returns the part of each position,
+  and how many earlier positions have the same part.
 
   Every part gets at least one position of the pattern; shares are exact to 1 in 4096.
   """
+  share = np.asarray(weights, np.float64) / np.sum(weights) * SLOTS
+  quota_K = np.maximum(np.floor(share).astype(np.int64), 1)
+  while (excess := int(quota_K.sum()) - SLOTS) != 0:  # largest remainders, both ways
+    worst = (
+      np.argmax(share - quota_K)
+      if excess < 0
+      else np.argmax(np.where(quota_K > 1, quota_K - share, -np.inf))
+    )
+    quota_K[worst] += 1 if excess < 0 else -1
+  # The j-th of q positions belongs at time (j + 1/2) / q of the pattern.
+  part = np.repeat(np.arange(quota_K.size), quota_K)
+  rank = np.concatenate([np.arange(q) for q in quota_K])
+  by_time = np.argsort((rank + 0.5) / quota_K[part], kind='stable')
+  part_S, rank_S = part[by_time], rank[by_time]
 
-  def __init__(self, weights: Sequence[float]):
-    share = np.asarray(weights, np.float64) / np.sum(weights) * SLOTS
-    quota = np.maximum(np.floor(share).astype(np.int64), 1)
-    while (excess := int(quota.sum()) - SLOTS) != 0:  # largest remainders, both ways
-      worst = (
-        np.argmax(share - quota)
-        if excess < 0
-        else np.argmax(np.where(quota > 1, quota - share, -np.inf))
-      )
-      quota[worst] += 1 if excess < 0 else -1
-    self.quota_K = quota
-    # The j-th of q positions belongs at time (j + 1/2) / q of the pattern.
-    part = np.repeat(np.arange(quota.size), quota)
-    rank = np.concatenate([np.arange(q) for q in quota])
-    by_time = np.argsort((rank + 0.5) / quota[part], kind='stable')
-    self.part_S, self.rank_S = part[by_time], rank[by_time]
-
-  def __call__(self, position_N: Index) -> tuple[Index, Index]:
-    """Return the part of each position, and how many earlier positions have the same part."""
+  def interleaved(position_N: Index) -> tuple[Index, Index]:
     cycle_N, slot_N = np.divmod(position_N.astype(np.int64), SLOTS)
-    part_N = self.part_S[slot_N]
-    return part_N, cycle_N * self.quota_K[part_N] + self.rank_S[slot_N]
+    part_N = part_S[slot_N]
+    return part_N, cycle_N * quota_K[part_N] + rank_S[slot_N]
+
+  return interleaved

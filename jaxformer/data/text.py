@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, Literal
 
 import numpy as np
 
@@ -21,7 +20,6 @@ from jaxformer.data.cache import (
   open_tokenizer,
   training_texts,
 )
-from jaxformer.data.cache_folder import cache_dir as default_cache_dir
 from jaxformer.data.corpora import Corpus, StandardLibrary
 from jaxformer.data.dataset import Dataset, DatasetConfig
 from jaxformer.data.shuffle import Index
@@ -29,54 +27,28 @@ from jaxformer.data.splits import ByDocument, Split
 from jaxformer.data.tokenizers import Bytes, Tokenizer, TokenizerConfig
 from jaxformer.task_type import IGNORE, Batch
 
-LOG = logging.getLogger('jaxformer.data')
-
-
-class Packing(Config, abstract=True):
-  """How the tokens of a corpus become rows of T tokens, each token with the next one as target."""
-
-  segmented: ClassVar[bool] = False
-
-  def rows(self, tokens: int, length: int) -> int:
-    """Return the number of training rows; they do not overlap, and a shorter rest is left out."""
-    return (tokens - 1) // length
-
-  def starts(self, seed_key: np.uint64, index_N: Index, tokens: int, length: int) -> Index:
-    """Return where the rows at positions `index_N` of training start, every row once per epoch."""
-    return shuffle.shuffled(self.rows(tokens, length), index_N, seed_key) * length
-
-
-class Packed(Packing):
-  """Documents one after another, cut into rows, with segment ids so that nothing passes from one
-  document to the next; the first token of a document is not predicted. No padding: a document that
-  a row cuts continues in another row as a segment of its own."""
-
-  segmented: ClassVar[bool] = True
-
-
-class Stream(Packing):
-  """Documents one after another, cut into rows; the model sees across the ends of documents."""
-
-
-class RandomWindows(Packing):
-  """Rows that start at random positions of the stream, drawn with replacement, as in nanoGPT; there
-  are no epochs. Validation is as for `Stream`."""
-
-  def rows(self, tokens: int, length: int) -> int:
-    return max(tokens - length, 0)
-
-  def starts(self, seed_key: np.uint64, index_N: Index, tokens: int, length: int) -> Index:
-    return shuffle.random_below(self.rows(tokens, length), index_N, seed_key)
-
 
 class Text(DatasetConfig):
-  """The text of an experiment, and how it becomes rows."""
+  """The text of an experiment, and how it becomes rows of T tokens, each token with the next one as
+  target.
+
+  Attributes:
+    sequence_length: T.
+    packing: how rows are cut from the documents of the corpus, one after another without padding:
+
+      - `packed`: one row after another, with segment ids so that nothing passes from one document
+        to the next; the first token of a document is not predicted. A document that a row cuts
+        continues in another row as a segment of its own.
+      - `stream`: one row after another; the model sees across the ends of documents.
+      - `random_windows`: rows start at random positions, drawn with replacement, as in nanoGPT;
+        there are no epochs. Validation is as for `stream`.
+  """
 
   corpus: Corpus = StandardLibrary()
   tokenizer: TokenizerConfig = Bytes()
   sequence_length: int = 256
   split: Split = ByDocument()
-  packing: Packing = Packed()
+  packing: Literal['packed', 'stream', 'random_windows'] = 'packed'
 
   def validate(self) -> None:
     self.require(self.sequence_length >= 2, 'sequence_length', 'at least 2')
@@ -105,43 +77,55 @@ class Text(DatasetConfig):
   def at_length(self, positions: int) -> Text:
     return self.replace(sequence_length=positions)
 
+  @property
+  def segmented(self) -> bool:
+    """Whether rows have segment ids."""
+    return self.packing == 'packed'
+
+  def train_rows(self, tokens: int) -> int:
+    """Return the number of training rows in some tokens; except for random windows they do not
+    overlap, and a shorter rest is left out."""
+    if self.packing == 'random_windows':
+      return max(tokens - self.sequence_length, 0)
+    return (tokens - 1) // self.sequence_length
+
+  def row_starts(self, tokens: int, position_N: Index, seed_key: np.uint64) -> Index:
+    """Return where the rows at some positions of training start, every row once per epoch."""
+    rows = self.train_rows(tokens)
+    if self.packing == 'random_windows':
+      return shuffle.random_below(rows, position_N, seed_key)
+    return shuffle.shuffled(rows, position_N, seed_key) * self.sequence_length
+
   def training_texts(self) -> Iterator[str]:
     return training_texts(self.corpus, self.split, (0,))
 
   def example(self) -> Batch:
     ids = np.zeros((1, self.sequence_length), np.int32)
-    return Batch(ids, ids, ids if self.packing.segmented else None)
+    return Batch(ids, ids, ids if self.segmented else None)
 
-  def open(
-    self,
-    cache_dir: Path | str | None = None,
-    log: Log | None = None,
-    tokenizer: Tokenizer | None = None,
-  ) -> TextDataset:
-    folder = Path(cache_dir).expanduser() if cache_dir is not None else default_cache_dir()
-    log = log or LOG.info
-    parts = self.corpus.weighted_parts()
-    for part in parts:
-      part.corpus.check_cache(folder)
+  def open(self, folder: Path, log: Log, tokenizer: Tokenizer | None) -> TextDataset:
+    corpora = self.corpus.parts()
+    for corpus in corpora:
+      corpus.check_cache(folder)
     tokenizer = tokenizer or open_tokenizer(
       self.tokenizer, self.corpus, (0,), self.split, folder, log
     )
-    caches = [open_corpus(p.corpus, [tokenizer], self.split, folder, log) for p in parts]
-    for part, cache in zip(parts, caches, strict=True):
-      self._check_length(part.corpus, cache)
-    weights, manifest = [p.weight for p in parts], self.corpus.manifest(folder)
-    return TextDataset(self, tokenizer, caches, weights, manifest)
+    caches = [open_corpus(c, [tokenizer], self.split, folder, log) for c in corpora]
+    for corpus, cache in zip(corpora, caches, strict=True):
+      self._check_length(corpus, cache)
+    return TextDataset(self, tokenizer, caches, self.corpus.manifest(folder))
 
   def _check_length(self, corpus: Corpus, cache: TokenCache) -> None:
-    train, validation = (side.columns[0] for side in (cache.train, cache.validation))
-    if self.packing.rows(train.tokens_N.size, self.sequence_length) < 1:
+    (train,), (validation,) = cache.train, cache.validation
+    if self.train_rows(train.tokens_N.size) < 1:
       raise InputError(
         f'{self.tag}.sequence_length',
         self.sequence_length,
         problem=f'the training side of {corpus.tag} has {train.tokens_N.size} tokens; must be at '
         f'most {train.tokens_N.size - 1}, or the corpus larger',
       )
-    if _targets(validation, self.packing.segmented) < 1:
+    first_tokens = validation.rows if self.segmented else 1
+    if validation.tokens_N.size <= first_tokens:
       raise InputError(
         f'{corpus.tag}: the validation side has {validation.tokens_N.size} tokens, too few to '
         f'predict one; {self.split.tag}.fraction must be larger'
@@ -154,69 +138,49 @@ class DataSection(Config):
   data: DatasetConfig = Text()
 
 
-def _targets(column: CachedColumn, segmented: bool) -> int:
-  """Return how many tokens are targets when the whole side is read once."""
-  return column.tokens_N.size - (column.starts_R1.size - 1 if segmented else 1)
-
-
 class TextDataset(Dataset):
   """A tokenized text corpus, or a mixture of them. Made by `Text.open`."""
 
   def __init__(
-    self,
-    data: Text,
-    tokenizer: Tokenizer,
-    caches: Sequence[TokenCache],
-    weights: Sequence[float],
-    corpus: dict[str, Any],
+    self, data: Text, tokenizer: Tokenizer, caches: Sequence[TokenCache], corpus: dict[str, Any]
   ):
     self.config = self.text = data
     self.tokenizer, self.vocab_size = tokenizer, tokenizer.vocab_size
     self._ends = tokenizer.end_of_document is not None
-    sides = {'train': [c.train for c in caches], 'validation': [c.validation for c in caches]}
-    self._train = [side.columns[0] for side in sides['train']]
-    self._validation = [side.columns[0] for side in sides['validation']]
-    self._interleave = shuffle.Interleave(weights)
+    self._train = [c.train[0] for c in caches]
+    self._validation = [c.validation[0] for c in caches]
+    weights = data.corpus.part_weights()
+    self._interleaved = shuffle.interleave(weights)
     self.train_tokens = sum(c.tokens_N.size for c in self._train)
-    self.validation_tokens = sum(c.tokens_N.size for c in self._validation)
-    self.validation_bytes = sum(c.facts['bytes'] for c in self._validation)
-    self.validation_targets = sum(_targets(c, data.packing.segmented) for c in self._validation)
     self.size = f'{self.train_tokens:,} tokens of text'
-    facts = {n: [s.columns[0].facts | {'sha256': s.sha256} for s in of] for n, of in sides.items()}
+    train, validation = ([c.facts for c in side] for side in (self._train, self._validation))
     self.manifest: dict[str, Any] = {
       'corpus': corpus,
       'tokenizer': tokenizer.manifest(),
       'sequence_length': data.sequence_length,
       'split': config.to_json(data.split),
-      'packing': config.to_json(data.packing),
-      **{name: of if len(of) > 1 else of[0] for name, of in facts.items()},
+      'packing': data.packing,
+      'train': train if len(train) > 1 else train[0],
+      'validation': validation if len(validation) > 1 else validation[0],
     }
     self.identity: dict[str, Any] = {
-      'train': [s.sha256 for s in sides['train']],
-      'validation': [s.sha256 for s in sides['validation']],
+      'train': [f['sha256'] for f in train],
+      'validation': [f['sha256'] for f in validation],
       'weights': list(weights),
       'tokenizer': tokenizer.fingerprint(),
       'sequence_length': data.sequence_length,
-      'packing': data.packing.tag,
+      'packing': data.packing,
     }
-
-  @property
-  def epoch_sequences(self) -> int:
-    """The training rows of all parts. With one part and a packing that shuffles, that many
-    consecutive rows show each once."""
-    length = self.text.sequence_length
-    return sum(self.text.packing.rows(c.tokens_N.size, length) for c in self._train)
 
   def _train_rows(self, position_B: Index, seed: int) -> Batch:
     part_B, index_B = np.zeros_like(position_B), position_B
     if len(self._train) > 1:
-      part_B, index_B = self._interleave(position_B)
+      part_B, index_B = self._interleaved(position_B)
     start_B = np.zeros_like(position_B)
     for k in np.unique(part_B):
       chosen = part_B == k
-      tokens, length = self._train[k].tokens_N.size, self.text.sequence_length
-      seed_key = shuffle.key(seed, 'train', int(k))
-      start_B[chosen] = self.text.packing.starts(seed_key, index_B[chosen], tokens, length)
+      tokens, seed_key = self._train[k].tokens_N.size, shuffle.key(seed, 'train', int(k))
+      start_B[chosen] = self.text.row_starts(tokens, index_B[chosen], seed_key)
     return self._cut(self._train, part_B, start_B)
 
   @property
@@ -238,10 +202,11 @@ class TextDataset(Dataset):
 
   def info(self) -> list[str]:
     at = self.baselines()
+    tokens, size = (sum(c.facts[n] for c in self._validation) for n in ('tokens', 'bytes'))
     return [
       f'{self.text.title}, {self.text.tokenizer.tag} (vocabulary {self.vocab_size})',
       f'  training    {self.train_tokens:,} tokens',
-      f'  validation  {self.validation_tokens:,} tokens, {self.validation_bytes:,} bytes',
+      f'  validation  {tokens:,} tokens, {size:,} bytes',
       '  bits per byte of the validation text: unigram model '
       f'{at["unigram_bits_per_byte"]:.3f}, bigram {at["bigram_bits_per_byte"]:.3f}',
     ]
@@ -260,7 +225,7 @@ class TextDataset(Dataset):
     are padding."""
     B, T = start_B.size, self.text.sequence_length
     inputs_BT, targets_BT = np.empty((B, T), np.int32), np.empty((B, T), np.int32)
-    segments_BT = np.empty((B, T), np.int32) if self.text.packing.segmented else None
+    segments_BT = np.empty((B, T), np.int32) if self.text.segmented else None
     for k in np.unique(part_B):
       chosen, column = part_B == k, columns[k]
       last = column.tokens_N.size - 1

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import pytest
 
-from jaxformer.data import Stream, Text
+from jaxformer.data import Text
 from jaxformer.models.params import define
 from jaxformer.models.zoo.llama import LLAMA3, llama
 from jaxformer.planning.collectives import list_collectives
@@ -43,7 +43,7 @@ class Step:
 
   def __init__(self, rules: str, remat: str = 'full'):
     data, training = (
-      Text(sequence_length=T, packing=Stream()),
+      Text(sequence_length=T, packing='stream'),
       TrainingConfig(batch_size=B, remat=remat),
     )
     experiment = Experiment(

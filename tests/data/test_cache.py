@@ -201,7 +201,9 @@ def test_killed_build_leaves_no_half_cache(corpus, cache):
   assert left[0].name.startswith('.building-')
   data, lines = opened(path)
   assert lines
-  assert data.train_tokens + data.validation_tokens == sum(len(t) * 50 + 1 for t in TEXTS)
+  assert data.train_tokens + data.manifest['validation']['tokens'] == sum(
+    len(t) * 50 + 1 for t in TEXTS
+  )
   # What the killed build left goes once no build can be at work on it.
   old = time.time() - 2 * cache_folder.ABANDONED_SECONDS
   for p in [left[0], *left[0].iterdir()]:

@@ -12,7 +12,7 @@ import pytest
 import zstandard
 
 from jaxformer.config import InputError, from_json, to_json
-from jaxformer.data import Files, HuggingFace, Mixture, Part, PydocTopics, StandardLibrary
+from jaxformer.data import Files, HuggingFace, Mixture, PydocTopics, StandardLibrary, Tsv
 
 pytestmark = pytest.mark.quick
 LINES = b'{"text": "one"}\n\n{"text": "zwei \\u00fc", "id": 3}\n{"text": ""}'
@@ -209,9 +209,7 @@ def test_topics_are_prose():
 
 def test_manifests_are_json(tmp_path):
   (tmp_path / 'a.txt').write_text('text')
-  source = Mixture(
-    parts=(Part(corpus=Files(path=str(tmp_path)), weight=2.0), Part(corpus=PydocTopics()))
-  )
+  source = Mixture(corpora=(Files(path=str(tmp_path)), PydocTopics()), weights=(2.0, 1.0))
   manifest = json.loads(json.dumps(source.manifest()))
   assert manifest['parts'][0]['corpus']['files'][0]['name'] == 'a.txt'
   assert manifest['parts'][0]['corpus']['bytes'] == 4
@@ -219,12 +217,18 @@ def test_manifests_are_json(tmp_path):
 
 
 def test_mixture_of_mixtures_or_bad_weights():
-  with pytest.raises(InputError, match='list the parts of the inner mixture'):
-    Part(corpus=Mixture(parts=(Part(corpus=PydocTopics()),)))
-  with pytest.raises(InputError, match=r'Part\.weight = 0\.0: must be a positive number'):
-    Part(corpus=PydocTopics(), weight=0.0)
-  with pytest.raises(InputError, match='1 to 1024 parts'):
-    Mixture(parts=())
+  topics = PydocTopics()
+  for corpora, weights, message in (
+    ((Mixture(corpora=(topics,)),), None, 'corpora that are no mixtures'),
+    ((Tsv(path='x'),), None, 'corpora of one text per row'),
+    ((), None, '1 to 1024 corpora'),
+    ((topics,), (0.0,), r'Mixture\.weights = \(0\.0,\): must be a positive number per corpus'),
+    ((topics,), (float('inf'),), 'a positive number per corpus'),
+    ((topics,), (1.0, 2.0), 'a positive number per corpus'),
+  ):
+    with pytest.raises(InputError, match=message):
+      Mixture(corpora=corpora, weights=weights)
+  assert Mixture(corpora=(topics, topics)).part_weights() == (1.0, 1.0)
 
 
 def test_hub_without_its_package(monkeypatch):

@@ -84,7 +84,6 @@ def test_batches_hold_pairs_of_their_bucket_and_about_the_same_number_of_positio
   members = [b['pairs'] for b in data.manifest['train']['buckets']]
   batches = np.array([m / (6 * k) for m, k in zip(members, (3, 1, 1))])
   np.testing.assert_allclose([shapes[b] / 60 for b in range(3)], batches / batches.sum(), atol=0.03)
-  assert data.epoch_steps(6) == pytest.approx(batches.sum())
 
 
 def test_a_bucket_shows_each_pair_once_an_epoch_in_a_new_order(pairs):
@@ -100,7 +99,7 @@ def test_a_bucket_shows_each_pair_once_an_epoch_in_a_new_order(pairs):
 
 def test_hosts_and_resuming_change_nothing(pairs):
   data = open_data(pairs())
-  with data.train_batches(8, seed=5, prefetch=0) as batches:
+  with data.train_batches(8, seed=5) as batches:
     want = [next(batches) for _ in range(12)]
     state = batches.state()
   for count in (2, 4):
@@ -194,10 +193,7 @@ def test_one_tokenizer_is_trained_on_both_sides_or_two_on_one_each(pairs, tmp_pa
   assert loaded.source is not loaded
   assert loaded.fingerprint() == two.tokenizer.fingerprint()
   assert loaded.source.encode('aaaa').tolist() == two.tokenizer.source.encode('aaaa').tolist()
-  assert (
-    open_data(pairs(), tokenizer=loaded).manifest['train']['sha256']
-    == two.manifest['train']['sha256']
-  )
+  assert open_data(pairs(), tokenizer=loaded).manifest['train'] == two.manifest['train']
 
 
 def test_the_cache_is_used_repaired_and_not_shared_by_other_content(pairs, cache):

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxformer.data.shuffle import SLOTS, Interleave, key, random_below, shuffled
+from jaxformer.data.shuffle import SLOTS, interleave, key, random_below, shuffled
 
 pytestmark = pytest.mark.quick
 
@@ -69,7 +69,7 @@ WINDOWS = [562, 947, 570, 410, 919, 158]
 @settings(max_examples=50, deadline=None)
 @given(weights=st.lists(st.floats(0.01, 100), min_size=1, max_size=20))
 def test_interleaving_deals_in_proportion_and_numbers_without_gaps(weights):
-  deal = Interleave(weights)
+  deal = interleave(weights)
   part, rank = deal(np.arange(3 * SLOTS))
   share = np.asarray(weights) / sum(weights)
   for k in range(len(weights)):
@@ -84,5 +84,5 @@ def test_interleaving_deals_in_proportion_and_numbers_without_gaps(weights):
 
 
 def test_tiny_weights_still_get_positions():
-  part, _ = Interleave([1e-12, 1.0, 1.0])(np.arange(SLOTS))
+  part, _ = interleave([1e-12, 1.0, 1.0])(np.arange(SLOTS))
   assert np.bincount(part)[0] == 1

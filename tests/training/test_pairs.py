@@ -37,7 +37,7 @@ class Backwards(DatasetConfig):
   def task(self):
     return TaskType(inputs='pairs', source_vocab_size=16)
 
-  def open(self, cache_dir=None, log=None, tokenizer=None):
+  def open(self, folder, log, tokenizer):
     return BackwardsData(self)
 
 

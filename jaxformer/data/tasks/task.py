@@ -61,12 +61,7 @@ class TaskConfig(DatasetConfig, abstract=True):
       self.rows('train', np.arange(count)), self.rows('test', np.arange(min(count, self.test_rows)))
     )
 
-  def open(
-    self,
-    cache_dir: Path | str | None = None,
-    log: Log | None = None,
-    tokenizer: Tokenizer | None = None,
-  ) -> TaskDataset:
+  def open(self, folder: Path, log: Log, tokenizer: Tokenizer | None) -> TaskDataset:
     return TaskDataset(self)
 
 
