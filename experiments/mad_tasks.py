@@ -25,7 +25,6 @@ from jaxtyping import Bool, Int64, UInt64
 from jaxformer.data import shuffle
 from jaxformer.data.shuffle import Index
 from jaxformer.data.tasks.copying import SelectiveCopying
-from jaxformer.data.tasks.recall import drawn_pairs
 from jaxformer.data.tasks.task import Side, TaskConfig, TokenTask, distinct, integers, random_bits
 from jaxformer.task_type import IGNORE, Batch, TaskType
 
@@ -243,9 +242,11 @@ class MadSelectiveCopying(SelectiveCopying):
     before_NC = np.bincount(
       (np.arange(N)[:, None] * M + integers(M, bits[:, M:])).reshape(-1), minlength=N * M
     ).reshape(N, M)
-    return self.batch(
-      tokens, np.arange(M) + np.cumsum(before_NC, axis=1), integers(blank, bits[:, :M])
-    )
+    copy_NC = integers(blank, bits[:, :M]).astype(np.int32)
+    np.put_along_axis(tokens, np.arange(M) + np.cumsum(before_NC, axis=1), copy_NC, axis=1)
+    targets = np.full(tokens.shape, IGNORE, np.int32)
+    targets[:, self.length - M :] = copy_NC
+    return Batch(tokens, targets)
 
 
 # ---- compression and memorization --------------------------------------------------------------
@@ -313,6 +314,23 @@ class Memorization(MadTask):
 
 
 # ---- building blocks ---------------------------------------------------------------------------
+
+
+def drawn_pairs(
+  bits_NW: UInt64[np.ndarray, 'N W'], keys: int, values: int, hidden_NP: Bool[np.ndarray, 'N P']
+) -> tuple[Int64[np.ndarray, 'N Q'], Int64[np.ndarray, 'N Q 2']]:
+  """Return random keys and (key, value) pairs: P of them and one more whose key is among those that
+  are not hidden, all equally likely. Every key has a value of its own; keys are 0..keys-1, values
+  the `values` numbers above them."""
+  (N, P), K = hidden_NP.shape, keys
+  value_NK = K + integers(values, bits_NW[:, :K])
+  key_NP = integers(K, bits_NW[:, K : K + P])
+  seen_NK = np.zeros((N, K + 1), bool)
+  np.put_along_axis(seen_NK, np.where(hidden_NP, K, key_NP), True, axis=1)
+  # Of the keys seen, the one with the largest random number.
+  weight_NK = np.where(seen_NK[:, :K], bits_NW[:, K + P :] >> np.uint64(1), np.uint64(0))
+  key_NQ = np.concatenate([key_NP, weight_NK.argmax(axis=1)[:, None]], axis=1)
+  return key_NQ, np.stack([key_NQ, np.take_along_axis(value_NK, key_NQ, axis=1)], axis=2)
 
 
 def bernoulli(probability: float, bits: UInt64[np.ndarray, '*N']) -> Bool[np.ndarray, '*N']:

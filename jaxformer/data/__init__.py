@@ -17,8 +17,8 @@ from jaxformer.data.corpora import (
   Tsv,
   TwoFiles,
 )
-from jaxformer.data.dataset import Dataset, DatasetConfig, HeldOutPair, TrainBatches, open_data
-from jaxformer.data.pairs import PairDataset, Pairs
+from jaxformer.data.dataset import Dataset, DatasetConfig, HeldOutPair, open_data
+from jaxformer.data.pairs import Pairs
 from jaxformer.data.splits import ByDocument, ByPosition, Split
 from jaxformer.data.tasks.copying import SelectiveCopying
 from jaxformer.data.tasks.dates import Dates
@@ -27,7 +27,7 @@ from jaxformer.data.tasks.listops import ListOps
 from jaxformer.data.tasks.mqar import MultiQueryRecall
 from jaxformer.data.tasks.recall import AssociativeRecall, InductionHead
 from jaxformer.data.tasks.task import GeneratedTask, PairTask, TaskConfig
-from jaxformer.data.text import DataSection, Text, TextDataset
+from jaxformer.data.text import DataSection, Text
 from jaxformer.data.tokenizers import (
   BytePairs,
   Bytes,
@@ -38,10 +38,9 @@ from jaxformer.data.tokenizers import (
   load_tokenizer,
   train_bpe,
 )
-from jaxformer.task_type import IGNORE, Batch
+from jaxformer.task_type import Batch
 
 __all__ = [
-  'IGNORE',
   'AssociativeRecall',
   'Batch',
   'ByDocument',
@@ -63,7 +62,6 @@ __all__ = [
   'ListOps',
   'Mixture',
   'MultiQueryRecall',
-  'PairDataset',
   'PairTask',
   'Pairs',
   'PydocTopics',
@@ -74,11 +72,9 @@ __all__ = [
   'StandardLibrary',
   'TaskConfig',
   'Text',
-  'TextDataset',
   'Tokenizer',
   'TokenizerConfig',
   'TokenizerFile',
-  'TrainBatches',
   'Tsv',
   'TwoFiles',
   'cache_dir',

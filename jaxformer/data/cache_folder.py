@@ -49,36 +49,24 @@ def sha256(*parts: str | bytes) -> str:
 def file_sha256(path: Path, memo: Path | None = None) -> str:
   """Return the SHA-256 (hex) of the bytes of a file, read as a stream.
 
-  Hashes are remembered for as long as the size and the modification time of the file stay the same:
-  within the process, and those of large files in the folder `memo`. Raises `InputError` where the
-  file cannot be read."""
+  Hashes of large files are remembered in the folder `memo` for as long as the size and the
+  modification time of the file stay the same. Raises `InputError` where the file cannot be read."""
   try:
-    stat = path.stat()
-    key = (str(path.resolve()), stat.st_size, stat.st_mtime_ns)
-    place = (
-      memo / 'hashes' / f'{sha256(json.dumps(key))[:32]}.txt'
-      if memo and stat.st_size >= MEMO_BYTES
-      else None
-    )
-    if key not in _hashes and place is not None:
+    stat, place = path.stat(), None
+    if memo and stat.st_size >= MEMO_BYTES:
+      key = json.dumps((str(path.resolve()), stat.st_size, stat.st_mtime_ns))
+      place = memo / 'hashes' / f'{sha256(key)[:32]}.txt'
       with contextlib.suppress(OSError):
-        _hashes[key] = place.read_text()
-    if key in _hashes:
-      return _hashes[key]
+        return place.read_text()
     with open(path, 'rb') as file:
       value = hashlib.file_digest(file, 'sha256').hexdigest()
   except OSError as e:
     raise InputError(f'{path}: cannot be read ({e.strerror})') from None
-  if time.time() - stat.st_mtime > RACY_SECONDS:
-    _hashes[key] = value
-    if place is not None:
-      with contextlib.suppress(OSError):  # the memo only saves time
-        place.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(place, value)
+  if place is not None and time.time() - stat.st_mtime > RACY_SECONDS:
+    with contextlib.suppress(OSError):  # the memo only saves time
+      place.parent.mkdir(parents=True, exist_ok=True)
+      write_atomically(place, value)
   return value
-
-
-_hashes: dict[tuple[str, int, int], str] = {}
 
 
 def build_atomically(

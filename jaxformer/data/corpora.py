@@ -7,6 +7,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import itertools
+import math
 import os
 import sys
 import sysconfig
@@ -42,14 +43,6 @@ class Row(NamedTuple):
   document: str = ''
 
 
-class CorpusFile(NamedTuple):
-  """A file of a corpus. Where `limit` is given, only that many bytes of it are used."""
-
-  name: str
-  path: Path
-  limit: int | None = None
-
-
 class Corpus(Config, abstract=True):
   """A finite sequence of rows, the same on every pass."""
 
@@ -61,12 +54,12 @@ class Corpus(Config, abstract=True):
     read."""
     raise NotImplementedError
 
-  def files(self) -> list[CorpusFile]:
-    """Return the files whose content the rows depend on."""
-    paths = [Path(getattr(self, field)).expanduser() for field in self.path_fields]
-    for field, path in zip(self.path_fields, paths, strict=True):
+  def files(self) -> dict[str, Path]:
+    """Return the files whose content the rows depend on, by the names that they have in it."""
+    paths = {field: Path(getattr(self, field)).expanduser() for field in self.path_fields}
+    for field, path in paths.items():
       self.require(path.is_file(), field, 'a file that exists')
-    return [CorpusFile('', path) for path in paths]
+    return paths
 
   def parts(self) -> tuple[Corpus, ...]:
     """Return the corpora of a mixture; another corpus is its own single part."""
@@ -83,7 +76,7 @@ class Corpus(Config, abstract=True):
       memo: folder in which hashes of large files are remembered.
     """
     settings = {k: v for k, v in config.to_json(self).items() if k not in self.path_fields}
-    hashed = (f'{f.name} {f.limit} {file_sha256(f.path, memo)}' for f in self.files())
+    hashed = (f'{name} {file_sha256(path, memo)}' for name, path in self.files().items())
     return sha256(repr(sorted(settings.items())), *hashed)
 
   def manifest(self, memo: Path | None = None) -> dict[str, Any]:
@@ -91,12 +84,12 @@ class Corpus(Config, abstract=True):
     fingerprint) and its files."""
     files = [
       {
-        'name': f.name or f.path.name,
-        'path': str(f.path.absolute()),
-        'bytes': f.path.stat().st_size if f.limit is None else f.limit,
-        'sha256': file_sha256(f.path, memo),
+        'name': name,
+        'path': str(path.absolute()),
+        'bytes': path.stat().st_size,
+        'sha256': file_sha256(path, memo),
       }
-      for f in self.files()
+      for name, path in self.files().items()
     ]
     total = sum(int(f['bytes']) for f in files)
     return config.to_json(self) | {'bytes': total, 'sha256': self.fingerprint(memo), 'files': files}
@@ -121,15 +114,20 @@ class StandardLibrary(Corpus):
     self.require(self.max_bytes is None or self.max_bytes > 0, 'max_bytes', 'positive or none')
 
   def rows(self) -> Iterator[Row]:
-    for _, path, limit in self.files():
+    files = self.files()
+    sizes = {name: path.stat().st_size for name, path in files.items()}
+    excess = 0 if self.max_bytes is None else sum(sizes.values()) - self.max_bytes
+    last = max(files, key=_name_hash)
+    for name, path in files.items():
       try:
         with tokenize.open(path) as file:
           text = file.read()
       except (OSError, SyntaxError, UnicodeDecodeError) as e:
         raise InputError(f'{path}: cannot be read ({e})') from None
-      yield Row((text if limit is None else _head(text, limit),))
+      cut = name == last and excess > 0
+      yield Row((_head(text, sizes[name] - excess) if cut else text,))
 
-  def files(self) -> list[CorpusFile]:
+  def files(self) -> dict[str, Path]:
     root = Path(sysconfig.get_paths()['stdlib'])
     names = []
     for folder, folders, files in os.walk(root):
@@ -138,19 +136,23 @@ class StandardLibrary(Corpus):
       names += [Path(folder, f).relative_to(root).as_posix() for f in own]
     if not names:
       raise InputError(f'{self.tag}: this Python has no source files under {root}; use Files')
-    if self.max_bytes is None:
-      return [CorpusFile(name, root / name) for name in sorted(names)]
-    taken, left = [], self.max_bytes
-    for name in sorted(names, key=lambda n: hashlib.sha256(n.encode()).digest()):
+    left = math.inf if self.max_bytes is None else self.max_bytes
+    taken = {}
+    for name in sorted(names, key=_name_hash):
       if left <= 0:
         break
-      size = (root / name).stat().st_size
-      taken.append(CorpusFile(name, root / name, left if size > left else None))
-      left -= size
-    return sorted(taken)
+      taken[name] = root / name
+      left -= taken[name].stat().st_size
+    return dict(sorted(taken.items()))
 
   def manifest(self, memo: Path | None = None) -> dict[str, Any]:
-    return super().manifest(memo) | {'python': sys.version.split()[0]}
+    found = super().manifest(memo)
+    used = min(found['bytes'], self.max_bytes or found['bytes'])
+    return found | {'bytes': used, 'python': sys.version.split()[0]}
+
+
+def _name_hash(name: str) -> bytes:
+  return hashlib.sha256(name.encode()).digest()
 
 
 def _head(text: str, limit: int) -> str:
@@ -170,10 +172,10 @@ class PydocTopics(Corpus):
     for name in sorted(topics):
       yield Row((topics[name],))
 
-  def files(self) -> list[CorpusFile]:
+  def files(self) -> dict[str, Path]:
     from pydoc_data import topics
 
-    return [CorpusFile('topics', Path(topics.__file__))]
+    return {'topics': Path(topics.__file__)}
 
 
 class Files(Corpus):
@@ -187,7 +189,7 @@ class Files(Corpus):
   text_field: str = 'text'
 
   def rows(self) -> Iterator[Row]:
-    for _, path, _ in self.files():
+    for path in self.files().values():
       if has_records(path):
         yield from map(Row, read_records(path, {'text_field': self.text_field}))
       else:
@@ -200,7 +202,7 @@ class Files(Corpus):
         f'contains the cache folder {folder}; set JAXFORMER_CACHE to a folder outside'
       )
 
-  def files(self) -> list[CorpusFile]:
+  def files(self) -> dict[str, Path]:
     root = Path(self.path).expanduser()
     try:
       if root.is_dir():
@@ -208,9 +210,9 @@ class Files(Corpus):
         found = [p for p in below if not _hidden(p.relative_to(root))]
         if not found:
           raise self._wrong('the folder holds no files')
-        return [CorpusFile(p.relative_to(root).as_posix(), p) for p in found]
+        return {p.relative_to(root).as_posix(): p for p in found}
       if root.exists():
-        return [CorpusFile(root.name, root)]
+        return {root.name: root}
     except OSError as e:
       raise self._wrong(f'cannot be read ({e.strerror})') from None
     if not glob.has_magic(self.path):
@@ -219,7 +221,7 @@ class Files(Corpus):
     if not matches:
       raise self._wrong('no file matches the pattern')
     common = Path(os.path.commonpath([p.parent for p in matches]))
-    return [CorpusFile(p.relative_to(common).as_posix(), p) for p in matches]
+    return {p.relative_to(common).as_posix(): p for p in matches}
 
   def _wrong(self, problem: str) -> InputError:
     return InputError(f'{self.tag}.path', self.path, problem=problem)
@@ -263,10 +265,10 @@ class HuggingFace(Corpus):
         raise self._failed(e) from e
       yield Row((text_of(row, self.text_field, f'{self.name} row {number}', 'text_field'),))
 
-  def files(self) -> list[CorpusFile]:
+  def files(self) -> dict[str, Path]:
     local = [Path(f) for f in (self.name, *self.data_files)]
     files = [q for p in local for q in (sorted(p.rglob('*')) if p.is_dir() else [p]) if q.is_file()]
-    return [CorpusFile(str(path), path) for path in files]
+    return {str(path): path for path in files}
 
   def _open(self) -> Any:
     try:
@@ -354,7 +356,7 @@ class TwoFiles(Corpus):
   target_path: str
 
   def rows(self) -> Iterator[Row]:
-    source, target = (f.path for f in self.files())
+    source, target = self.files().values()
     lines = itertools.zip_longest(read_lines(source), read_lines(target))
     for count, (first, second) in enumerate(lines):
       if first is None or second is None:
@@ -390,15 +392,15 @@ class Tsv(Corpus):
     self.require(document is None or document >= 1, 'document_column', 'at least 1, or none')
 
   def rows(self) -> Iterator[Row]:
-    (file,) = self.files()
+    (path,) = self.files().values()
     source, target, document = self.source_column, self.target_column, self.document_column
     needed = max(source, target, document or 1)
-    for number, line in read_lines(file.path):
+    for number, line in read_lines(path):
       if not line.strip():
         continue
       columns = line.split('\t')
       if len(columns) < needed:
-        raise InputError(f'{file.path}:{number}: {len(columns)} columns; must have {needed}')
+        raise InputError(f'{path}:{number}: {len(columns)} columns; must have {needed}')
       texts = columns[source - 1], columns[target - 1]
       yield Row(texts, columns[document - 1] if document else '')
 
@@ -420,8 +422,8 @@ class Records(Corpus):
     )
 
   def rows(self) -> Iterator[Row]:
-    (file,) = self.files()
+    (path,) = self.files().values()
     names = ('source_field', 'target_field', 'document_field')
     fields = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-    for source, target, *document in read_records(file.path, fields):
+    for source, target, *document in read_records(path, fields):
       yield Row((source, target), *document)

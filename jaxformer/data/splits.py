@@ -42,7 +42,13 @@ class Survey(NamedTuple):
 
 
 class Split(Config, abstract=True):
-  """How a corpus is divided into training and validation text."""
+  """How a corpus is divided into training and validation text; about `fraction` of it is for
+  validation."""
+
+  fraction: float
+
+  def validate(self) -> None:
+    self.require(0 < self.fraction < 1, 'fraction', 'between 0 and 1')
 
   def pieces(self, rows: Iterable[Row], survey: Survey) -> Iterator[Piece]:
     """Yield the rows in order, each on its side or cut in two."""
@@ -55,9 +61,6 @@ class ByDocument(Split):
   and copies of a text share a side. Where a side would be empty, it gets the nearest document."""
 
   fraction: float = 0.05
-
-  def validate(self) -> None:
-    self.require(0 < self.fraction < 1, 'fraction', 'between 0 and 1')
 
   def pieces(self, rows: Iterable[Row], survey: Survey) -> Iterator[Piece]:
     if survey.lowest == survey.highest:
@@ -78,9 +81,6 @@ class ByPosition(Split):
   are for training."""
 
   fraction: float = 0.1
-
-  def validate(self) -> None:
-    self.require(0 < self.fraction < 1, 'fraction', 'between 0 and 1')
 
   def pieces(self, rows: Iterable[Row], survey: Survey) -> Iterator[Piece]:
     left = int(survey.characters * (1 - self.fraction))

@@ -16,6 +16,7 @@ from jaxtyping import Int32
 
 from jaxformer.config import Config, InputError, nearest
 from jaxformer.data.cache_folder import sha256
+from jaxformer.data.readers import read_text
 from jaxformer.files import write_atomically
 
 END_OF_DOCUMENT = '<|endoftext|>'
@@ -415,18 +416,13 @@ class TokenizerFile(TokenizerConfig):
   end_of_document: str | None = None
 
   def train(self, texts: Iterable[str]) -> Tokenizer:
-    path, field = Path(self.path).expanduser(), f'{self.tag}.path'
+    path, where = Path(self.path).expanduser(), f'{self.tag}.path = {self.path!r}'
     path = path / 'tokenizer.json' if path.is_dir() else path
     try:
-      data = path.read_text(encoding='utf-8')
-    except OSError as e:
-      problem = f'{path.name} cannot be read ({e.strerror})'
-      raise InputError(field, self.path, problem=problem) from None
-    except UnicodeDecodeError as e:
-      problem = f'not valid UTF-8 at byte offset {e.start}'
-      raise InputError(field, self.path, problem=problem) from None
-    end = self.end_of_document or _configured_end(path)
-    return FileTokenizer(data, end, f'{field} = {self.path!r}')
+      data = read_text(path)
+    except InputError as e:
+      raise InputError(f'{where}: {e}') from None
+    return FileTokenizer(data, self.end_of_document or _configured_end(path), where)
 
 
 def _configured_end(path: Path) -> str | None:

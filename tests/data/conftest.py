@@ -6,8 +6,6 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-from jaxformer.data import cache_folder
-
 # Failing examples belong into the report, not into a database beside the tests.
 settings.register_profile('jaxformer', database=None)
 settings.load_profile('jaxformer')
@@ -18,7 +16,6 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
   """The cache folder, empty."""
   folder = tmp_path / 'cache'
   monkeypatch.setenv('JAXFORMER_CACHE', str(folder))
-  monkeypatch.setattr(cache_folder, '_hashes', {})
   return folder
 
 

@@ -212,7 +212,7 @@ def test_bad_tokenizer_files(tmp_path):
   def build(path):
     return TokenizerFile(path=str(path)).train(())
 
-  with pytest.raises(InputError, match=r'tokenizer\.json cannot be read \(No such file'):
+  with pytest.raises(InputError, match=r'tokenizer\.json: cannot be read \(No such file'):
     build(tmp_path)
   (tmp_path / 'x.json').write_text('{}')
   with pytest.raises(InputError, match=r'not a tokenizer\.json'):

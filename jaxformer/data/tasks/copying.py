@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-from jaxtyping import Int32, Int64
 
 from jaxformer.data.shuffle import Index
 from jaxformer.data.tasks.task import Side, TokenTask, distinct, integers
@@ -46,16 +45,8 @@ class SelectiveCopying(TokenTask):
     tokens = np.zeros((index_N.size, self.length), np.int32)
     tokens[:, body:] = marker
     place_NC = np.sort(distinct(body, bits[:, :M]), axis=1)
-    return self.batch(tokens, place_NC, 1 + integers(marker - 1, bits[:, M:]))
-
-  def batch(
-    self,
-    tokens_NT: Int32[np.ndarray, 'N T'],
-    place_NC: Int64[np.ndarray, 'N C'],
-    copy_NC: Int64[np.ndarray, 'N C'],
-  ) -> Batch:
-    """Return the tokens with those to copy at their positions, and as the last targets."""
-    np.put_along_axis(tokens_NT, place_NC, copy_NC.astype(np.int32), axis=1)
-    targets = np.full(tokens_NT.shape, IGNORE, np.int32)
-    targets[:, self.length - self.copied :] = copy_NC
-    return Batch(tokens_NT, targets)
+    copy_NC = 1 + integers(marker - 1, bits[:, M:])
+    np.put_along_axis(tokens, place_NC, copy_NC.astype(np.int32), axis=1)
+    targets = np.full(tokens.shape, IGNORE, np.int32)
+    targets[:, body:] = copy_NC
+    return Batch(tokens, targets)

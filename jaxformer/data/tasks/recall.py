@@ -7,7 +7,6 @@ scored on the last alone."""
 from __future__ import annotations
 
 import numpy as np
-from jaxtyping import Bool, Int64, UInt64
 
 from jaxformer.data.shuffle import Index
 from jaxformer.data.tasks.task import Side, TokenTask, integers, target_last_only
@@ -73,24 +72,15 @@ class AssociativeRecall(TokenTask):
     special, pairs, N = self.vocab_size - 2, self.length // 2, index_N.size
     keys = special // 2
     bits = self.random_bits(side, index_N, 2 * keys + pairs)
-    key_NQ, pair_NQ2 = drawn_pairs(bits, keys, special - keys, np.zeros((N, pairs), bool))
-    shown_NT = pair_NQ2[:, :-1].reshape(N, self.length)
-    tokens = np.concatenate([shown_NT, np.full((N, 1), special), key_NQ[:, -1:]], axis=1)
-    return target_last_only(tokens, pair_NQ2[:, -1, 1], side)
-
-
-def drawn_pairs(
-  bits_NW: UInt64[np.ndarray, 'N W'], keys: int, values: int, hidden_NP: Bool[np.ndarray, 'N P']
-) -> tuple[Int64[np.ndarray, 'N Q'], Int64[np.ndarray, 'N Q 2']]:
-  """Return random keys and (key, value) pairs: P of them and one more whose key is among those that
-  are not hidden, all equally likely. Every key has a value of its own; keys are 0..keys-1, values
-  the `values` numbers above them."""
-  (N, P), K = hidden_NP.shape, keys
-  value_NK = K + integers(values, bits_NW[:, :K])
-  key_NP = integers(K, bits_NW[:, K : K + P])
-  seen_NK = np.zeros((N, K + 1), bool)
-  np.put_along_axis(seen_NK, np.where(hidden_NP, K, key_NP), True, axis=1)
-  # Of the keys seen, the one with the largest random number.
-  weight_NK = np.where(seen_NK[:, :K], bits_NW[:, K + P :] >> np.uint64(1), np.uint64(0))
-  key_NQ = np.concatenate([key_NP, weight_NK.argmax(axis=1)[:, None]], axis=1)
-  return key_NQ, np.stack([key_NQ, np.take_along_axis(value_NK, key_NQ, axis=1)], axis=2)
+    value_NK = keys + integers(special - keys, bits[:, :keys])
+    key_NP = integers(keys, bits[:, keys : keys + pairs])
+    shown_NK = np.zeros((N, keys), bool)
+    np.put_along_axis(shown_NK, key_NP, True, axis=1)
+    # Of the keys shown, the one with the largest random number.
+    weight_NK = np.where(shown_NK, bits[:, keys + pairs :] >> np.uint64(1), np.uint64(0))
+    asked_N1 = weight_NK.argmax(axis=1)[:, None]
+    value_NP = np.take_along_axis(value_NK, key_NP, axis=1)
+    shown_NT = np.stack([key_NP, value_NP], axis=2).reshape(N, self.length)
+    answer_N = np.take_along_axis(value_NK, asked_N1, axis=1)[:, 0]
+    tokens = np.concatenate([shown_NT, np.full((N, 1), special), asked_N1], axis=1)
+    return target_last_only(tokens, answer_N, side)
