@@ -255,15 +255,17 @@ class HuggingFace(Corpus):
     )
 
   def rows(self) -> Iterator[Row]:
-    rows = enumerate(itertools.islice(self._open(), self.max_documents), 1)
-    while True:
-      try:
-        number, row = next(rows)
-      except StopIteration:
-        return
-      except Exception as e:
-        raise self._failed(e) from e
-      yield Row((text_of(row, self.text_field, f'{self.name} row {number}', 'text_field'),))
+    try:
+      for number, row in enumerate(itertools.islice(self._open(), self.max_documents), 1):
+        yield Row((text_of(row, self.text_field, f'{self.name} row {number}', 'text_field'),))
+    except InputError:
+      raise
+    # The library raises many types for a wrong name or split and for a lost connection.
+    except Exception as e:
+      reason = f'{type(e).__name__}: {(str(e).splitlines() or [""])[0]}'
+      raise InputError(
+        f'{self.tag}.name = {self.name!r} (config {self.config}, split {self.split}): {reason}'
+      ) from e
 
   def files(self) -> dict[str, Path]:
     local = [Path(f) for f in (self.name, *self.data_files)]
@@ -277,23 +279,13 @@ class HuggingFace(Corpus):
       raise InputError(
         f"{self.tag}: needs the package 'datasets'; install the extra: pip install 'jaxformer[hf]'"
       ) from None
-    try:
-      return datasets.load_dataset(
-        self.name,
-        self.config,
-        split=self.split,
-        revision=self.revision,
-        data_files=list(self.data_files) or None,
-        streaming=True,
-      )
-    # The library raises many types for a wrong name or split and for a lost connection.
-    except Exception as e:
-      raise self._failed(e) from e
-
-  def _failed(self, error: Exception) -> InputError:
-    reason = f'{type(error).__name__}: {(str(error).splitlines() or [""])[0]}'
-    return InputError(
-      f'{self.tag}.name = {self.name!r} (config {self.config}, split {self.split}): {reason}'
+    return datasets.load_dataset(
+      self.name,
+      self.config,
+      split=self.split,
+      revision=self.revision,
+      data_files=list(self.data_files) or None,
+      streaming=True,
     )
 
 

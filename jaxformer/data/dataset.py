@@ -11,8 +11,9 @@ import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 from jaxtyping import Int32
@@ -39,7 +40,16 @@ class HeldOutPair(NamedTuple):
 
 
 class DatasetConfig(Config, abstract=True):
-  """Base of what an experiment can train on: text, pairs of texts, or a task."""
+  """Base of what an experiment can train on: text, pairs of texts, or a task.
+
+  Attributes:
+    length_field: the field that sets `max_len`: 'sequence_length' of text; 'positions' of other
+      data stands for several.
+    has_text: whether token ids stand for text, so that the dataset has a tokenizer.
+  """
+
+  length_field: ClassVar[str] = 'positions'
+  has_text: ClassVar[bool] = False
 
   @property
   def task(self) -> TaskType:
@@ -72,17 +82,6 @@ class DatasetConfig(Config, abstract=True):
   def validation_name(self) -> str:
     """What the rows that score a model are called."""
     return f'{self.tag} test'
-
-  @property
-  def length_field(self) -> str:
-    """The field that sets `max_len`: 'sequence_length' of text; 'positions' of other data stands
-    for several."""
-    return 'positions'
-
-  @property
-  def has_text(self) -> bool:
-    """Whether token ids stand for text, so that the dataset has a tokenizer."""
-    return False
 
   def example(self) -> Batch:
     """Return one row in the largest shape of a training batch; a corpus is not read for it."""
@@ -293,7 +292,7 @@ def pair_batch(
   return Batch(inputs_BT, targets_BT, source_BS=source_BS)
 
 
-class TrainBatches:
+class TrainBatches(Iterator[Batch], AbstractContextManager['TrainBatches']):
   """Endless training batches: an iterator and a context manager. `close` stops the thread that
   makes batches ahead."""
 
@@ -305,9 +304,6 @@ class TrainBatches:
     self._ahead: deque[Future[Batch]] = deque()
     self._pool = ThreadPoolExecutor(1, 'jaxformer-data')
     self._closed = False
-
-  def __iter__(self) -> TrainBatches:
-    return self
 
   def __next__(self) -> Batch:
     if self._closed:
@@ -331,9 +327,6 @@ class TrainBatches:
     self._closed = True
     self._ahead.clear()
     self._pool.shutdown(wait=True, cancel_futures=True)
-
-  def __enter__(self) -> TrainBatches:
-    return self
 
   def __exit__(self, *_: object) -> None:
     self.close()

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -57,6 +57,8 @@ class Pairs(DatasetConfig):
       same source.
   """
 
+  has_text: ClassVar[bool] = True
+
   corpus: Corpus
   tokenizer: TokenizerConfig = Bytes()
   source_tokenizer: TokenizerConfig | None = None
@@ -101,10 +103,6 @@ class Pairs(DatasetConfig):
   @property
   def validation_name(self) -> str:
     return f'{self.corpus.tag} validation'
-
-  @property
-  def has_text(self) -> bool:
-    return True
 
   def training_texts(self) -> Iterator[str]:
     return training_texts(self.corpus, self.split, (0, 1))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 
@@ -44,6 +44,9 @@ class Text(DatasetConfig):
         there are no epochs. Validation is as for `stream`.
   """
 
+  length_field: ClassVar[str] = 'sequence_length'
+  has_text: ClassVar[bool] = True
+
   corpus: Corpus = StandardLibrary()
   tokenizer: TokenizerConfig = Bytes()
   sequence_length: int = 256
@@ -65,14 +68,6 @@ class Text(DatasetConfig):
   @property
   def validation_name(self) -> str:
     return f'{self.corpus.tag} validation'
-
-  @property
-  def has_text(self) -> bool:
-    return True
-
-  @property
-  def length_field(self) -> str:
-    return 'sequence_length'
 
   def at_length(self, positions: int) -> Text:
     return self.replace(sequence_length=positions)

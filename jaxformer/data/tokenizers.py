@@ -194,12 +194,12 @@ class FileTokenizer(Tokenizer):
 
   Args:
     data: its text.
-    end: the token that ends a document; None for the first usual one that the vocabulary has, or
-      with `find_end` False for none.
+    end: the token that ends a document; None for the first usual one that the vocabulary has, if
+      there is one.
     where: for messages.
   """
 
-  def __init__(self, data: str, end: str | None, where: str, find_end: bool = True):
+  def __init__(self, data: str, end: str | None, where: str):
     import tokenizers as hf
 
     try:
@@ -211,7 +211,7 @@ class FileTokenizer(Tokenizer):
     self._model.encode_special_tokens = True  # text that looks like a special token is text
     self._data = data
     vocabulary = self._model.get_vocab(with_added_tokens=True)
-    if find_end and end is None:
+    if end is None:
       end = next((t for t in USUAL_ENDS if t in vocabulary), None)
     if end is not None and end not in vocabulary:
       specials = [t.content for t in self._model.get_added_tokens_decoder().values() if t.special]
@@ -476,5 +476,4 @@ def _load(folder: Path) -> Tokenizer:
     return ByteTokenizer()
   if saved['kind'] == 'characters':
     return CharacterTokenizer(saved['characters'])
-  end = saved['end_of_document']
-  return FileTokenizer(path.read_text(encoding='utf-8'), end, str(folder), find_end=False)
+  return FileTokenizer(path.read_text(encoding='utf-8'), saved['end_of_document'], str(folder))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from jaxtyping import Float32, Int32, Int64, UInt64
@@ -129,6 +129,8 @@ class PairTask(GeneratedTask, abstract=True):
   """Base of the tasks of short source and target texts, whose tokens are bytes. A new one defines
   `texts`, and as `source_positions` and `positions` the lengths of the longest with their ends."""
 
+  has_text: ClassVar[bool] = True
+
   @property
   def source_positions(self) -> int:
     """S, the positions of every source."""
@@ -142,10 +144,6 @@ class PairTask(GeneratedTask, abstract=True):
   def task(self) -> TaskType:
     V = BYTES.vocab_size
     return TaskType(inputs='pairs', vocab_size=V, source_vocab_size=V)
-
-  @property
-  def has_text(self) -> bool:
-    return True
 
   def texts(self, side: Side, index_N: Index) -> list[tuple[str, str]]:
     """Return the sources and targets of a side with these numbers. No source is on both sides."""
