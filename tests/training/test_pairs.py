@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxformer.config import InputError
-from jaxformer.data import Text
+from jaxformer.data import Text, open_data
 from jaxformer.data.dataset import Dataset, DatasetConfig, process_rows
 from jaxformer.evaluation import evaluate
 from jaxformer.models.params import define
@@ -152,7 +152,7 @@ def test_accumulated_microbatches_are_the_batch(tmp_path):
 
 
 def test_scores_do_not_depend_on_how_rows_are_batched():
-  data, definition = Backwards().open(), define(TINY)
+  data, definition = open_data(Backwards()), define(TINY)
   params = definition.init(jax.random.key(0))
   batch = next(iter(data.validation_batches(16)))
   together = evaluate(definition, params, [batch])
