@@ -42,16 +42,18 @@ class System(abc.ABC):
 
   Attributes:
     axes: logical axes of the arrays, in their order as leaves of the pytree.
-    c_MHN: C, one vector per output.
   """
 
   axes: ClassVar[tuple[tuple[str | None, ...], ...]]
-  c_MHN: Float[Array, 'M H N']
+
+  @abc.abstractmethod
+  def output_map(self) -> Float[Array, 'M H N']:
+    """C, one vector per output."""
 
   @property
   def sizes(self) -> tuple[int, int, int]:
     """M, H, N."""
-    M, H, N = self.c_MHN.shape
+    M, H, N = self.output_map().shape
     return M, H, N
 
   @abc.abstractmethod
@@ -60,7 +62,7 @@ class System(abc.ABC):
 
   def read(self, x_BHN):
     """C x: [B, M, H]."""
-    return jnp.sum(x_BHN[:, None] * self.c_MHN[None], axis=-1)
+    return jnp.sum(x_BHN[:, None] * self.output_map()[None], axis=-1)
 
   @abc.abstractmethod
   def transition(self, steps: int) -> Callable[[Array], Array]:

@@ -105,8 +105,7 @@ class DiagonalSystem(System):
 
   axes = (('inner', None), ('inner', None), (None, 'inner', None))
 
-  @property
-  def c_MHN(self):
+  def output_map(self):
     return reading(self.c_MHP)
 
   def next(self, x_BHN, u_BH):
@@ -155,6 +154,9 @@ class DenseSystem(System):
   c_MHN: Float[Array, 'M H N']
 
   axes = (('inner', None, None), ('inner', None), (None, 'inner', None))
+
+  def output_map(self):
+    return self.c_MHN
 
   def next(self, x_BHN, u_BH):
     moved = jnp.einsum('hnk,bhk->bhn', self.d_HNN, x_BHN, precision='highest')
@@ -221,6 +223,9 @@ class ShiftSystem(System):
   c_MHN: Float[Array, 'M H N']
 
   axes = ((None, 'inner', None),)
+
+  def output_map(self):
+    return self.c_MHN
 
   def next(self, x_BHN, u_BH):
     return jnp.concatenate([u_BH[..., None], x_BHN[..., :-1]], axis=-1)

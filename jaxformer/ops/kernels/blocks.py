@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -71,3 +72,28 @@ def call(
     ),
     interpret=interpret,
   )(*arrays)
+
+
+def differentiable(
+  forward: Callable[..., Sequence[Any]], backward: Callable[..., Any]
+) -> Callable[..., Any]:
+  """Return `run(options, *arrays)` -> (y, last state) of a recurrence whose last array is the state
+  before.
+
+  Args:
+    forward: (options, save, *arrays) -> y, the last state and, with `save`, states for the
+      gradient.
+    backward: (options, (*arrays but the last, saved states), gradients of y and of the last state)
+      -> gradients of the arrays.
+  """
+
+  @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+  def run(options, *arrays):
+    return tuple(forward(options, False, *arrays))
+
+  def save(options, *arrays):
+    y, last, states = forward(options, True, *arrays)
+    return (y, last), (*arrays[:-1], states)
+
+  run.defvjp(save, backward)
+  return run

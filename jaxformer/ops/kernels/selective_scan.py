@@ -15,7 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from jaxformer.ops.chunks import to_chunks
-from jaxformer.ops.kernels.blocks import blocks, call
+from jaxformer.ops.kernels.blocks import blocks, call, differentiable
 from jaxformer.sharding import platform
 
 _LANES, _ROWS = 128, 8  # of a vector register in fp32
@@ -25,18 +25,14 @@ _FORWARD, _BACKWARD = 8192, 4096
 _LOG2E = math.log2(math.e)
 
 
-def _cdiv(a: int, b: int) -> int:
-  return -(-a // b)
-
-
 def _up(a: int, b: int) -> int:
-  return _cdiv(a, b) * b
+  return pl.cdiv(a, b) * b
 
 
 def _channels(D: int, N: int) -> int:
   """Channels of a block of the backward kernel: complete lanes, blocks of nearly equal width."""
   most = max(_BACKWARD // N // _LANES, 1) * _LANES
-  return _up(_cdiv(D, _cdiv(D, most)), _LANES)
+  return _up(pl.cdiv(D, pl.cdiv(D, most)), _LANES)
 
 
 def _store(ref, x):
@@ -228,13 +224,18 @@ def _chunk(T: int, D: int, N: int) -> int:
   return min(_up(T, 16), max(fits, 16), _LANES)
 
 
-_INPUTS = ('keep', 'TD', 'TD', 'ND', 'NT', 'NT', 'D')  # the blocks of keep, u, dt, A, B, C, D
+# Names of the blocks of inputs and outputs.
+_INPUTS = ('keep', 'TD', 'TD', 'ND', 'NT', 'NT', 'D')  # keep, u, dt, A, B, C, D
+_FORWARD_BLOCKS = (*_INPUTS, 'first'), ('TD', 'last', 'borders')
+_BACKWARD_BLOCKS = (
+  (*_INPUTS, 'borders', 'TD', 'first'),
+  ('TD', 'TD', 'last', 'NT', 'NT', 'last D', 'last'),
+)
 
 
-def _call(backward: bool, interpret: bool, inputs, outputs):
-  """Run a kernel on `inputs`, (name of blocks, array), of which the first four are keep, u, dt and
-  A. `outputs`: (name of blocks, dtype)."""
-  keep, u, _, A = (x for _, x in inputs[:4])
+def _call(backward: bool, interpret: bool, arrays, dtypes):
+  """Run a kernel. `dtypes`: of the outputs, fewer where the last of them is not needed."""
+  keep, u, _, A = arrays[:4]
   (batch, T, D), N, chunk = u.shape, A.shape[0], keep.shape[3] - 1
   K = _channels(D, N)
   if not backward and D % (2 * K) == 0 and 2 * K * N <= _FORWARD:
@@ -258,6 +259,7 @@ def _call(backward: bool, interpret: bool, inputs, outputs):
     'last': once(N, grid['t'] - 1, 0),
     'last D': once(1, grid['t'] - 1, 0),
   }
+  inputs, outputs = _BACKWARD_BLOCKS if backward else _FORWARD_BLOCKS
   rows, spread, states = (K // _LANES, chunk, _LANES), (chunk, N, _LANES), (grid['d'], N, K)
   scratch = [rows] * 2 + [(chunk, K)] + [spread] * 2 + [states]
   if backward:
@@ -267,8 +269,8 @@ def _call(backward: bool, interpret: bool, inputs, outputs):
     functools.partial(_backward_kernel if backward else _forward_kernel, interpret=interpret),
     'selective_scan_backward' if backward else 'selective_scan',
     grid,
-    [(named[name], x) for name, x in inputs],
-    [(named[name], dtype) for name, dtype in outputs],
+    [(named[name], x) for name, x in zip(inputs, arrays, strict=True)],
+    [(named[name], dtype) for name, dtype in zip(outputs, dtypes, strict=False)],
     scratch,
     parallel=1,
     flops=(24 if backward else 8) * u.size * N,
@@ -277,34 +279,20 @@ def _call(backward: bool, interpret: bool, inputs, outputs):
   )
 
 
-def _forward(interpret: bool, save: bool, *arrays):
-  inputs = list(zip((*_INPUTS, 'first'), arrays, strict=True))
-  outputs = [('TD', arrays[1].dtype), ('last', jnp.float32), ('borders', jnp.float32)]
-  return _call(False, interpret, inputs, outputs[: 2 + save])
+def _forward(interpret: bool, save: bool, keep, u, *arrays):
+  dtypes = (u.dtype, jnp.float32, jnp.float32)[: 2 + save]
+  return _call(False, interpret, (keep, u, *arrays), dtypes)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _scan(interpret: bool, *arrays):
-  """y and the last state, for arrays (keep, u, dt, A, B, C, D, h)."""
-  return tuple(_forward(interpret, False, *arrays))
-
-
-def _scan_forward(interpret: bool, *arrays):
-  y, h, borders = _forward(interpret, True, *arrays)
-  return (y, h), (*arrays[:-1], borders)
-
-
-def _scan_backward(interpret: bool, saved, cotangents):
+def _backward(interpret: bool, saved, cotangents):
   """The batch, over which the gradients of A and D are summed here, may run on two cores."""
-  names, arrays = (*_INPUTS, 'borders', 'TD', 'first'), (*saved, *cotangents)
-  outputs = [('TD', saved[1].dtype), ('TD', saved[2].dtype)]
-  outputs += [(name, jnp.float32) for name in ('last', 'NT', 'NT', 'last D', 'last')]
-  inputs = list(zip(names, arrays, strict=True))
-  du, ddt, dA, dB, dC, dD, dh = _call(True, interpret, inputs, outputs)
+  dtypes = (saved[1].dtype, saved[2].dtype, *(jnp.float32,) * 5)
+  du, ddt, dA, dB, dC, dD, dh = _call(True, interpret, (*saved, *cotangents), dtypes)
   return None, du, ddt, dA.sum(0), dB, dC, dD.sum(0), dh
 
 
-_scan.defvjp(_scan_forward, _scan_backward)
+# y and the last state, for arrays (keep, u, dt, A, B, C, D, h)
+_scan = differentiable(_forward, _backward)
 
 
 def selective_scan_pallas(h_BDN, u_BTD, dt_BTD, A_DN, B_BTN, C_BTN, D_D, starts_BT):

@@ -24,19 +24,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from jaxformer.ops.kernels.blocks import blocks, call
-from jaxformer.ops.kernels.wkv6_chunk import (
-  KernelPlan,
-  chunk_gradients,
-  decays,
-  levels,
-  load,
-  next_state,
-  pair_weights,
-  store,
-  sum_matrix,
-  thrice,
-)
+from jaxformer.ops.kernels.blocks import blocks, call, differentiable
+from jaxformer.ops.kernels.wkv6_chunk import KernelPlan, sum_matrix, thrice
 from jaxformer.sharding import platform
 
 _LANES = 128
@@ -55,15 +44,15 @@ def _forward_kernel(plan: KernelPlan, *refs):
 
   for ref in saved:
     ref[...] = plan.compact(S_ref[...])
-  matrix, u, level, diagonal = matrix_ref[...], u_ref[...], levels(plan), plan.diagonal()
+  matrix, u, level, diagonal = matrix_ref[...], u_ref[...], plan.levels(), plan.diagonal()
 
   def body(c, S_YX):
-    r, k, v, w = load(plan, c, r_ref, k_ref, v_ref, w_ref)
-    chunk = decays(plan, matrix, level, w, segment_ref[c])
-    y = plan.unstack(plan.dot(pair_weights(plan, chunk, r, k), v, 'nn'), plan.V)
+    r, k, v, w = plan.load(c, r_ref, k_ref, v_ref, w_ref)
+    chunk = plan.decays(matrix, level, w, segment_ref[c])
+    y = plan.unstack(plan.dot(plan.pair_weights(chunk, r, k), v, 'nn'), plan.V)
     y += plan.dot(r * chunk[1], S_YX, 'nt') + plan.dot(r * u * k, diagonal, 'nt') * v
-    store(plan, c, y_ref, y)
-    return next_state(plan, chunk, k, v, S_YX)
+    plan.store(c, y_ref, y)
+    return plan.next_state(chunk, k, v, S_YX)
 
   S_ref[...] = jax.lax.fori_loop(0, plan.span, body, S_ref[...])
 
@@ -85,14 +74,14 @@ def _backward_kernel(plan: KernelPlan, *refs):
     dS_ref[...] = plan.expand(dlast_ref[...])
     du_ref[...] = jnp.zeros_like(du_ref)
 
-  matrix, level = matrix_ref[...], levels(plan)
+  matrix, level = matrix_ref[...], plan.levels()
 
   def chunk_of(c):
-    return decays(plan, matrix, level, *load(plan, c, w_ref), segment_ref[c])
+    return plan.decays(matrix, level, *plan.load(c, w_ref), segment_ref[c])
 
   def recompute(c, S_YX):
     states_ref[c] = S_YX
-    return next_state(plan, chunk_of(c), *load(plan, c, k_ref, v_ref), S_YX)
+    return plan.next_state(chunk_of(c), *plan.load(c, k_ref, v_ref), S_YX)
 
   states_ref[plan.span - 1] = jax.lax.fori_loop(
     0, plan.span - 1, recompute, plan.expand(saved_ref[...])
@@ -100,12 +89,12 @@ def _backward_kernel(plan: KernelPlan, *refs):
 
   def body(step, dS):
     c = plan.span - 1 - step
-    r, k, v, dy = load(plan, c, r_ref, k_ref, v_ref, dy_ref)
-    dr, dk, dv, dw, du, dS = chunk_gradients(
-      plan, chunk_of(c), transposed_ref[...], u_ref[...], r, k, v, states_ref[c], dy, dS
+    r, k, v, dy = plan.load(c, r_ref, k_ref, v_ref, dy_ref)
+    dr, dk, dv, dw, du, dS = plan.chunk_gradients(
+      chunk_of(c), transposed_ref[...], u_ref[...], r, k, v, states_ref[c], dy, dS
     )
     for ref, x in ((dr_ref, dr), (dk_ref, dk), (dv_ref, dv), (dw_ref, dw)):
-      store(plan, c, ref, x)
+      plan.store(c, ref, x)
     du_ref[...] += du
     return dS
 
@@ -119,11 +108,17 @@ def _backward_kernel(plan: KernelPlan, *refs):
 # ---- calls -------------------------------------------------------------------------------------
 
 
-def _call(plan: KernelPlan, backward: bool, inputs, outputs):
-  """Run a kernel on `inputs`, (name of blocks, array) of which the first is r, behind the matrices
-  that sum the decays. `outputs`: (name of blocks, dtype)."""
+# Names of the blocks of inputs and outputs.
+_INPUTS = ('X', 'X', 'Y', 'X', 'u', 'segment')  # r, k, v, w, u, segment
+_FORWARD_BLOCKS = (*_INPUTS, 'state'), ('Y', 'state', 'saved')
+_BACKWARD_BLOCKS = (*_INPUTS, 'saved', 'Y', 'state'), ('X', 'X', 'Y', 'X', 'du', 'state')
+
+
+def _call(plan: KernelPlan, backward: bool, arrays, dtypes):
+  """Run a kernel on the matrices that sum the decays and on `arrays`. `dtypes`: of the outputs,
+  fewer where the last of them is not needed."""
   X, Y, C = plan.heads * plan.K, plan.heads * plan.V, plan.chunk
-  (batch, T, width), tokens, depth = inputs[0][1].shape, C * plan.span, int(math.log2(C))
+  (batch, T, width), tokens, depth = arrays[0].shape, C * plan.span, int(math.log2(C))
   grid = {'b': batch, 'h': width // X, 'n': T // tokens}
   block = blocks(grid, backwards='n' if backward else None)
   named = {
@@ -135,6 +130,7 @@ def _call(plan: KernelPlan, backward: bool, inputs, outputs):
     'state': block('bh00', None, None, plan.V, X),
     'saved': block('bhn00', None, None, None, plan.V, X),
   }
+  inputs, outputs = _BACKWARD_BLOCKS if backward else _FORWARD_BLOCKS
   matrices = [thrice(m) for m in (sum_matrix(C), sum_matrix(C).T)[: 1 + backward]]
   # matrix products of every pair of tokens, three times as many in the backward pass
   products = (1 + 2 * backward) * (plan.heads * C * (depth * X + Y) + 4 * X * Y)
@@ -142,8 +138,11 @@ def _call(plan: KernelPlan, backward: bool, inputs, outputs):
     functools.partial(_backward_kernel if backward else _forward_kernel, plan),
     'wkv6_backward' if backward else 'wkv6_forward',
     grid,
-    [*((block('00', *m.shape), m) for m in matrices), *((named[n], x) for n, x in inputs)],
-    [(named[n], dtype) for n, dtype in outputs],
+    [
+      *((block('00', *m.shape), m) for m in matrices),
+      *((named[name], x) for name, x in zip(inputs, arrays, strict=True)),
+    ],
+    [(named[name], dtype) for name, dtype in zip(outputs, dtypes, strict=False)],
     [(Y, X), (plan.span, Y, X)][: 1 + backward],
     parallel=2,
     flops=2 * math.prod(grid.values()) * tokens * (products + (depth + 1) * C * X),
@@ -152,40 +151,24 @@ def _call(plan: KernelPlan, backward: bool, inputs, outputs):
   )
 
 
-_INPUTS = ('X', 'X', 'Y', 'X', 'u', 'segment')  # the blocks of r, k, v, w, u, segment
+def _forward(plan: KernelPlan, save: bool, r, k, v, *arrays):
+  dtypes = (v.dtype, jnp.float32, jnp.float32)[: 2 + save]
+  return _call(plan, False, (r, k, v, *arrays), dtypes)
 
 
-def _forward(plan: KernelPlan, save: bool, *arguments):
-  inputs = list(zip((*_INPUTS, 'state'), arguments, strict=True))
-  outputs = [('Y', arguments[2].dtype), ('state', jnp.float32), ('saved', jnp.float32)]
-  return _call(plan, False, inputs, outputs[: 2 + save])
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _wkv6(plan: KernelPlan, *arguments):
-  """y and the last state, for arguments (r, k, v, w, u, segment, first state)."""
-  return tuple(_forward(plan, False, *arguments))
-
-
-def _wkv6_fwd(plan: KernelPlan, *arguments):
-  y, last, saved = _forward(plan, True, *arguments)
-  return (y, last), (*arguments[:-1], saved)
-
-
-def _wkv6_bwd(plan: KernelPlan, residuals, gradients):
-  names, arrays = (*_INPUTS, 'saved', 'Y', 'state'), (*residuals, *gradients)
-  outputs = [(name, x.dtype) for name, x in zip(_INPUTS[:3], residuals[:3], strict=True)]
-  outputs += [('X', jnp.float32), ('du', jnp.float32), ('state', jnp.float32)]
-  *dtokens, du, dfirst = _call(plan, True, list(zip(names, arrays, strict=True)), outputs)
+def _backward(plan: KernelPlan, saved, cotangents):
+  dtypes = (*(x.dtype for x in saved[:3]), *(jnp.float32,) * 3)
+  *dtokens, du, dfirst = _call(plan, True, (*saved, *cotangents), dtypes)
   return *dtokens, jnp.sum(du, axis=0), None, dfirst
 
 
-_wkv6.defvjp(_wkv6_fwd, _wkv6_bwd)
+# y and the last state, for arrays (r, k, v, w, u, segment, first state)
+_wkv6 = differentiable(_forward, _backward)
 
 
 def _lanes(size: int) -> int:
   """The lanes of one head: sizes that share or fill vectors of lanes."""
-  return 2 ** max(3, math.ceil(math.log2(size))) if size < _LANES else -(-size // _LANES) * _LANES
+  return max(8, pl.next_power_of_2(size)) if size < _LANES else pl.cdiv(size, _LANES) * _LANES
 
 
 def _pad(x, *sizes: int):
@@ -219,14 +202,14 @@ def wkv6_pallas(
     span: chunks between two saved states.
   """
   (B, T, H, K), V, dtype = r_BTHK.shape, v_BTHV.shape[-1], jnp.result_type(r_BTHK, k_BTHK, v_BTHV)
-  chunk = min(chunk, max(16, 2 ** math.ceil(math.log2(T))))
+  chunk = min(chunk, max(16, pl.next_power_of_2(T)))
   X, Y = _lanes(K), _lanes(V)
   heads = min(H, max(1, _LANES // min(X, Y)))
   plan = KernelPlan(
-    heads, X, Y, chunk, min(span, -(-T // chunk)), dtype != jnp.bfloat16, platform() != 'tpu'
+    heads, X, Y, chunk, min(span, pl.cdiv(T, chunk)), dtype != jnp.bfloat16, platform() != 'tpu'
   )
-  H_blocks = -(-H // heads)
-  all_T, all_H = -(-T // (chunk * plan.span)) * chunk * plan.span, H_blocks * heads
+  H_blocks = pl.cdiv(H, heads)
+  all_T, all_H = pl.cdiv(T, chunk * plan.span) * chunk * plan.span, H_blocks * heads
 
   def flat(x, size, dtype=dtype):
     return _pad(x.astype(dtype), B, all_T, all_H, size).reshape(B, all_T, all_H * size)
