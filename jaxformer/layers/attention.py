@@ -23,7 +23,6 @@ from jaxformer.layers.layer import (
   Memory,
   Output,
   positions_BT,
-  starts_BT,
 )
 from jaxformer.layers.norm import NormConfig, RMSNorm
 from jaxformer.layers.position import Alibi, AttentionPosition, Llama3Scaling, Rotary
@@ -159,8 +158,7 @@ class Attention(Layer):
   def __call__(
     self, x_BTD: Float[Array, 'B T D'], ctx: Context, state: AttentionState | None = None
   ) -> Output:
-    B, T, _ = x_BTD.shape
-    starts = starts_BT(ctx.segments_BT, B, T)
+    starts = ctx.starts(x_BTD)
     positions = positions_BT(starts, None if state is None else state.offset_B)
     q, k, v = self._qkv(x_BTD, positions)
     if state is not None:

@@ -22,7 +22,6 @@ from jaxformer.layers.layer import (
   Output,
   State,
   required,
-  starts_BT,
 )
 from jaxformer.layers.lstm import ATTENTION_CONTEXT, gate_bias, gate_kernel
 from jaxformer.ops.attentive_decoder import (
@@ -157,7 +156,7 @@ class AttentiveDecoder(Layer):
       self.query.kernel[...],
       self.score[...],
     )
-    starts = starts_BT(ctx.segments_BT, *x_BTD.shape[:2])
+    starts = ctx.starts(x_BTD)
     y, c, a, last = attentive_decoder(
       x_BTD, weights, state.source, state.carried, state.first, starts
     )
@@ -237,7 +236,7 @@ class RnnSearch(AttentiveDecoder):
     after, s_BTH, c_BTC, a_BTS = self.run(x_BTD, ctx, before)
     (s_BH,), (first_BH,) = before.carried, before.first
     previous_BTH = jnp.concatenate([s_BH[:, None].astype(s_BTH.dtype), s_BTH[:, :-1]], axis=1)
-    starts = starts_BT(ctx.segments_BT, B, T)[:, :, None]
+    starts = ctx.starts(x_BTD)[:, :, None]
     previous_BTH = jnp.where(starts, first_BH[:, None].astype(s_BTH.dtype), previous_BTH)
     t = self.out_state(previous_BTH) + self.out_input(x_BTD) + self.out_context(c_BTC)
     y = t.reshape(B, T, -1, 2).max(-1)

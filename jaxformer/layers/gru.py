@@ -7,7 +7,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from jaxformer.layers.init import Orthogonal
-from jaxformer.layers.layer import Context, LayerPosition, Output, starts_BT
+from jaxformer.layers.layer import Context, LayerPosition, Output
 from jaxformer.layers.lstm import Recurrent, RecurrentConfig, RecurrentState
 from jaxformer.ops.recurrence import gru
 from jaxformer.sharding import param
@@ -59,13 +59,12 @@ class Gru(Recurrent):
   def __call__(
     self, x_BTD: Float[Array, 'B T D'], ctx: Context, state: RecurrentState | None = None
   ) -> Output:
-    B, T, _ = x_BTD.shape
-    first = self.zeros(B) if state is None else state
+    first = self.zeros(len(x_BTD)) if state is None else state
     y_BTH, h = gru(
       self._input(x_BTD, ctx),
       *self._weights(),
       first.h_BH,
-      starts_BT(ctx.segments_BT, B, T),
+      ctx.starts(x_BTD),
       after=self.reset_after,
       b_after_H=None if self.recurrent_bias is None else self.recurrent_bias[...],
     )

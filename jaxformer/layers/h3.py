@@ -13,18 +13,10 @@ from jaxtyping import Array, Float
 
 from jaxformer.layers.dense import Dense
 from jaxformer.layers.init import FanInUniform, Init, Normal
-from jaxformer.layers.layer import (
-  Context,
-  Layer,
-  LayerConfig,
-  LayerPosition,
-  Memory,
-  Output,
-  starts_BT,
-)
+from jaxformer.layers.layer import Context, Layer, LayerConfig, LayerPosition, Memory, Output
 from jaxformer.layers.s4d import DISCRETIZATIONS, DiscretizationName, SpectrumName, spectrum
 from jaxformer.layers.state_space import complex_normal, log_steps, paired, pairs, recurrent
-from jaxformer.ops.ssm import ssm, ssm_step, toeplitz
+from jaxformer.ops.ssm import ssm, toeplitz
 from jaxformer.ops.ssm_systems import DiagonalSystem, ShiftSystem
 from jaxformer.sharding import shard
 
@@ -149,23 +141,15 @@ class H3(Layer):
   ) -> Output:
     K = self.config.head_dim
     q, k, v = self._qkv(x_BTD)
-    starts = None if ctx.segments_BT is None else starts_BT(ctx.segments_BT, *x_BTD.shape[:2])
+    starts = None if ctx.segments_BT is None else ctx.starts(x_BTD)
     pair_starts = None if starts is None else jnp.repeat(starts, K * K, axis=0)
     shift, diagonal = self.systems()
     k_BTMD, keys = ssm(k, shift, None if state is None else state.keys_BDN, starts)
     z = self._products(k_BTMD[:, :, 0] + self.shift_skip[...][None, None] * k, v)
     s_BTMH, kv = ssm(z, diagonal, None if state is None else state.kv_BHN, pair_starts)
     y = self._read(q, s_BTMH[:, :, 0] + self.skip[...][None, None] * z)
-    return Output(self._out(y, x_BTD), None if keys is None or kv is None else H3State(keys, kv))
-
-  def step(self, x_BD: Float[Array, 'B D'], ctx: Context, state: H3State) -> Output:
-    q, k, v = self._qkv(x_BD[:, None])
-    shift, diagonal = self.systems()
-    k_BMD, keys = ssm_step(k[:, 0], shift, state.keys_BDN)
-    z = self._products(k_BMD + self.shift_skip[...][None, None] * k, v)
-    s_BMH, kv = ssm_step(z[:, 0], diagonal, state.kv_BHN)
-    y = self._read(q, s_BMH + self.skip[...][None, None] * z)
-    return Output(self._out(y[:, 0], x_BD), H3State(keys, kv))
+    y = self.o(shard(y.astype(x_BTD.dtype), 'batch', 'time', 'inner'))
+    return Output(y, None if keys is None or kv is None else H3State(keys, kv))
 
   def _qkv(self, x_BTD: Array) -> tuple[Array, Array, Array]:
     q, k, v = (
@@ -188,7 +172,3 @@ class H3(Layer):
   def _split(self, x_BTD: Array) -> Array:
     """Channels (h d) as [B, K, T, H]."""
     return x_BTD.reshape(*x_BTD.shape[:2], self.heads, -1).transpose(0, 3, 1, 2)
-
-  def _out(self, y: Array, x: Array) -> Array:
-    y = shard(y.astype(x.dtype), 'batch', *('time',) * (y.ndim - 2), 'inner')
-    return self.o(y)

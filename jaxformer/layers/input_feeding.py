@@ -21,7 +21,6 @@ from jaxformer.layers.layer import (
   Output,
   dropout,
   required,
-  starts_BT,
 )
 from jaxformer.layers.lstm import Lstm, RecurrentState
 from jaxformer.ops.input_feeding import InputFeedingWeights, input_feeding
@@ -139,7 +138,7 @@ class InputFeeding(Layer):
       before.source,
       _flat(*before.carried),
       _flat(jnp.zeros_like(before.carried[0]), before.first),
-      starts_BT(ctx.segments_BT, B, T),
+      ctx.starts(x_BTD),
       factors,
     )
     after = tuple(RecurrentState(h, c) for h, c in zip(last[:L], last[L:], strict=True))

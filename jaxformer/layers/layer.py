@@ -108,6 +108,10 @@ class Context:
   def replace(self, **changes: Any) -> Context:
     return dataclasses.replace(self, **changes)
 
+  def starts(self, x_BTD: Float[Array, 'B T D']) -> Bool[Array, 'B T']:
+    """Return True where a packed document starts in a sequence (`starts_BT`)."""
+    return starts_BT(self.segments_BT, *x_BTD.shape[:2])
+
   def fold(self, i: int | Array) -> Context:
     """Return the context for part `i` of several, with a dropout key of its own."""
     if self.dropout_key is None:

@@ -13,15 +13,7 @@ from jaxtyping import Array, Float
 from jaxformer.config import InputError
 from jaxformer.layers.dense import Dense
 from jaxformer.layers.init import FanInUniform, Init, Orthogonal, Zeros
-from jaxformer.layers.layer import (
-  Context,
-  Layer,
-  LayerConfig,
-  LayerPosition,
-  Memory,
-  Output,
-  starts_BT,
-)
+from jaxformer.layers.layer import Context, Layer, LayerConfig, LayerPosition, Memory, Output
 from jaxformer.ops.recurrence import lstm
 from jaxformer.sharding import param, shard
 
@@ -203,9 +195,8 @@ class Lstm(Recurrent):
   def __call__(
     self, x_BTD: Float[Array, 'B T D'], ctx: Context, state: RecurrentState | None = None
   ) -> Output:
-    B, T, _ = x_BTD.shape
-    first = self.zeros(B) if state is None else state
-    starts = starts_BT(ctx.segments_BT, B, T)
+    first = self.zeros(len(x_BTD)) if state is None else state
+    starts = ctx.starts(x_BTD)
     x_BTD = self._input(x_BTD, ctx)
     y_BTH, (h, c) = lstm(x_BTD, *self._weights(), first.h_BH, first.c_BH, starts)
     return Output(self._out(y_BTH), None if state is None else RecurrentState(h, c))

@@ -13,18 +13,10 @@ from jaxtyping import Array, Bool, Float
 
 from jaxformer.layers.dense import Dense
 from jaxformer.layers.init import FanInUniform, Init, ResidualUniform
-from jaxformer.layers.layer import (
-  Context,
-  Layer,
-  LayerConfig,
-  LayerPosition,
-  Memory,
-  Output,
-  starts_BT,
-)
+from jaxformer.layers.layer import Context, Layer, LayerConfig, LayerPosition, Memory, Output
 from jaxformer.layers.norm import NormConfig, RMSNorm
 from jaxformer.ops.convolution import short_convolution
-from jaxformer.ops.selective_scan import selective_scan, selective_scan_step
+from jaxformer.ops.selective_scan import selective_scan
 from jaxformer.sharding import param, shard
 
 
@@ -161,7 +153,7 @@ class Mamba(Layer):
     self, x_BTD: Float[Array, 'B T D'], ctx: Context, state: MambaState | None = None
   ) -> Output:
     conv, h = (None, None) if state is None else (state.conv_BJD, state.h_BDN)
-    starts = starts_BT(ctx.segments_BT, *x_BTD.shape[:2])
+    starts = ctx.starts(x_BTD)
     x, z = (shard(dense(x_BTD), 'batch', 'time', 'inner') for dense in (self.x, self.z))
     x, conv = convolve(self.conv, x, conv, starts)
     dt, B, C = self._selection(x)
@@ -170,21 +162,12 @@ class Mamba(Layer):
     y = self.out(y * jax.nn.silu(z))
     return Output(y, None if state is None else MambaState(conv, h))
 
-  def step(self, x_BD: Float[Array, 'B D'], ctx: Context, state: MambaState) -> Output:
-    x, z = self.x(x_BD), self.z(x_BD)
-    no_start = jnp.zeros((x.shape[0], 1), bool)
-    x, conv = convolve(self.conv, x[:, None], state.conv_BJD, no_start)
-    x = x[:, 0]
-    dt, B, C = self._selection(x)
-    y, h = selective_scan_step(x, dt, -jnp.exp(self.A_log[...]), B, C, self.D[...], state.h_BDN)
-    return Output(self.out(y * jax.nn.silu(z)), MambaState(conv, h))
-
-  def _selection(self, x: Array) -> tuple[Array, Array, Array]:
+  def _selection(self, x_BTD: Array) -> tuple[Array, Array, Array]:
     """dt in fp32, B and C."""
     R, N = self.rank, self.config.d_state
-    parts = jnp.split(self.selection(x), (R, R + N), axis=-1)
+    parts = jnp.split(self.selection(x_BTD), (R, R + N), axis=-1)
     if self.norms is not None:
       parts = [norm(part) for norm, part in zip(self.norms, parts, strict=True)]
     dt, B, C = parts
-    bias = self.dt_bias[...].reshape((1,) * (x.ndim - 1) + (-1,))
-    return jax.nn.softplus(self.dt(dt).astype(jnp.float32) + bias), B, C
+    dt = self.dt(dt).astype(jnp.float32) + self.dt_bias[...][None, None]
+    return jax.nn.softplus(dt), B, C

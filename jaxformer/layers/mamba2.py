@@ -12,17 +12,10 @@ from jaxtyping import Array, Float
 
 from jaxformer.layers.dense import Dense
 from jaxformer.layers.init import FanInUniform, Init, ResidualUniform
-from jaxformer.layers.layer import (
-  Context,
-  Layer,
-  LayerConfig,
-  LayerPosition,
-  Memory,
-  Output,
-  starts_BT,
-)
+from jaxformer.layers.layer import Context, Layer, LayerConfig, LayerPosition, Memory, Output
 from jaxformer.layers.mamba import StepBias, convolve
-from jaxformer.ops.ssd import ssd, ssd_step
+from jaxformer.layers.norm import normalized
+from jaxformer.ops.ssd import ssd
 from jaxformer.sharding import param, shard
 
 COUNTED_CHUNK = 256  # the paper's; FLOPs are counted for it on every machine
@@ -148,62 +141,28 @@ class Mamba2(Layer):
   def __call__(
     self, x_BTD: Float[Array, 'B T D'], ctx: Context, state: Mamba2State | None = None
   ) -> Output:
-    z, x, bc, dt = self._in(x_BTD)
-    z, x = shard(z, 'batch', 'time', 'inner'), shard(x, 'batch', 'time', 'inner')
-    starts = starts_BT(ctx.segments_BT, *x.shape[:2])
-    x, bc, after = self._convolve(x, bc, state, starts)
-    B, C = self._maps(bc)
+    c, shape, starts = self.config, x_BTD.shape[:2], ctx.starts(x_BTD)
+    z, x = (shard(dense(x_BTD), 'batch', 'time', 'inner') for dense in (self.z, self.x))
+    dt = self.dt(x_BTD).astype(jnp.float32) + self.dt_bias[...][None, None]
+    before = (None, None, None) if state is None else (state.x_BJD, state.bc_BJN, state.h_BHPN)
+    x, x_after = convolve(self.conv_x, x, before[0], starts)
+    bc, bc_after = convolve(self.conv_bc, self.bc(x_BTD), before[1], starts)
+    B, C = jnp.split(bc.reshape(*shape, 2 * c.groups, -1), 2, axis=2)
     y, h = ssd(
-      shard(self._by_head(x), 'batch', 'time', 'heads', None),
-      shard(dt, 'batch', 'time', 'heads'),
+      shard(x.reshape(*shape, -1, c.head_dim), 'batch', 'time', 'heads', None),
+      shard(jax.nn.softplus(dt), 'batch', 'time', 'heads'),
       -jnp.exp(self.A_log[...]),
       B,
       C,
       self.D[...],
-      None if state is None else state.h_BHPN,
+      before[2],
       starts,
     )
-    return Output(self._out(y, z), None if state is None else Mamba2State(*after, h))
+    return Output(self._out(y, z), None if state is None else Mamba2State(x_after, bc_after, h))
 
-  def step(self, x_BD: Float[Array, 'B D'], ctx: Context, state: Mamba2State) -> Output:
-    z, x, bc, dt = self._in(x_BD)
-    x, bc, after = self._convolve(x[:, None], bc[:, None], state, jnp.zeros((x.shape[0], 1), bool))
-    B, C = self._maps(bc[:, 0])
-    y, h = ssd_step(
-      self._by_head(x[:, 0]), dt, -jnp.exp(self.A_log[...]), B, C, self.D[...], state.h_BHPN
-    )
-    return Output(self._out(y, z), Mamba2State(*after, h))
-
-  def _in(self, x: Array) -> tuple[Array, Array, Array, Array]:
-    """z, x, [B, C] before the convolution, and dt in fp32."""
-    z, x, bc, dt = (dense(x) for dense in (self.z, self.x, self.bc, self.dt))
-    bias = self.dt_bias[...].reshape((1,) * (dt.ndim - 1) + (-1,))
-    return z, x, bc, jax.nn.softplus(dt.astype(jnp.float32) + bias)
-
-  def _convolve(
-    self, x_BTD: Array, bc_BTN: Array, state: Mamba2State | None, starts: Array
-  ) -> tuple[Array, Array, tuple[Array, Array]]:
-    """silu(conv(.)) of both, and the last inputs of both."""
-    before = (None, None) if state is None else (state.x_BJD, state.bc_BJN)
-    x, x_after = convolve(self.conv_x, x_BTD, before[0], starts)
-    bc, bc_after = convolve(self.conv_bc, bc_BTN, before[1], starts)
-    return x, bc, (x_after, bc_after)
-
-  def _maps(self, bc: Array) -> tuple[Array, Array]:
-    B, C = jnp.split(bc.reshape(*bc.shape[:-1], 2 * self.config.groups, -1), 2, axis=-2)
-    return B, C
-
-  def _by_head(self, x: Array) -> Array:
-    return x.reshape(*x.shape[:-1], -1, self.config.head_dim)
-
-  def _out(self, y: Array, z: Array) -> Array:
+  def _out(self, y_BTHP: Array, z_BTD: Array) -> Array:
     """The norm of the gated heads, group by group, and the projection out."""
-    gated = y.reshape(z.shape).astype(jnp.float32) * jax.nn.silu(z.astype(jnp.float32))
-    by_group = gated.reshape(*z.shape[:-1], self.config.groups, -1)
-    normed = by_group * jax.lax.rsqrt(
-      jnp.mean(jnp.square(by_group), axis=-1, keepdims=True) + self.config.norm_eps
-    )
-    y = normed.reshape(z.shape).astype(z.dtype) * self.scale[...].reshape(
-      (1,) * (z.ndim - 1) + (-1,)
-    )
-    return self.out(y)
+    gated = y_BTHP.reshape(z_BTD.shape).astype(jnp.float32) * jax.nn.silu(z_BTD.astype(jnp.float32))
+    by_group = gated.reshape(*z_BTD.shape[:2], self.config.groups, -1)
+    y = normalized(by_group, self.config.norm_eps, centered=False).reshape(z_BTD.shape)
+    return self.out(y.astype(z_BTD.dtype) * self.scale[...][None, None])

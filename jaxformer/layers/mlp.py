@@ -71,16 +71,10 @@ class Mlp(Layer):
     self.down = dense(c.out_init, (c.hidden, width), ('mlp', 'embed'))
 
   def __call__(self, x_BTD: Float[Array, 'B T D'], ctx: Context, state=None) -> Output:
-    return Output(self._run(x_BTD, ctx), state)
-
-  def step(self, x_BD: Float[Array, 'B D'], ctx: Context, state) -> Output:
-    return Output(self._run(x_BD, ctx), state)
-
-  def _run(self, x: Array, ctx: Context) -> Array:
-    activation, h = ACTIVATIONS[self.config.activation], self.up(x)
-    h = activation(h) if self.gate is None else activation(self.gate(x)) * h
-    h = shard(h, 'batch', *('time',) * (x.ndim - 2), 'mlp')
-    return self.down(checkpoint_name(dropout(h, self.config.dropout, ctx), 'mlp_hidden'))
+    activation, h = ACTIVATIONS[self.config.activation], self.up(x_BTD)
+    h = activation(h) if self.gate is None else activation(self.gate(x_BTD)) * h
+    h = dropout(shard(h, 'batch', 'time', 'mlp'), self.config.dropout, ctx)
+    return Output(self.down(checkpoint_name(h, 'mlp_hidden')), state)
 
 
 class GatedMlp(Mlp):

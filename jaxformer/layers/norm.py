@@ -14,6 +14,15 @@ from jaxformer.config import Config
 from jaxformer.sharding import param
 
 
+def normalized(x: Float[Array, '*B D'], eps: float, *, centered: bool) -> Float[Array, '*B D']:
+  """Return x over the root of its mean square along the last axis, in fp32 and without its mean if
+  `centered`."""
+  x = x.astype(jnp.float32)
+  if centered:
+    x = x - jnp.mean(x, axis=-1, keepdims=True)
+  return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + eps)
+
+
 class Norm(nnx.Module):
   """y = (x - mean(x)) / sqrt(var(x) + eps) * scale + bias over the last axis.
 
@@ -32,11 +41,7 @@ class Norm(nnx.Module):
     self.bias = param(jnp.zeros(width), ('norm',), decay=False) if bias else None
 
   def __call__(self, x: Float[Array, '*B D']) -> Float[Array, '*B D']:
-    x32 = x.astype(jnp.float32)
-    if self.centered:
-      x32 = x32 - jnp.mean(x32, axis=-1, keepdims=True)
-    y = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
-    y = y.astype(x.dtype)
+    y = normalized(x, self.eps, centered=self.centered).astype(x.dtype)
     if self.by_head:
       y = y.reshape(*x.shape[:-2], -1)
     row = (1,) * (y.ndim - 1) + (-1,)

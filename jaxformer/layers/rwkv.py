@@ -19,15 +19,7 @@ from jaxtyping import Array, Float
 
 from jaxformer.layers.dense import Dense
 from jaxformer.layers.init import Init, Orthogonal, Zeros
-from jaxformer.layers.layer import (
-  Context,
-  Layer,
-  LayerConfig,
-  LayerPosition,
-  Memory,
-  Output,
-  starts_BT,
-)
+from jaxformer.layers.layer import Context, Layer, LayerConfig, LayerPosition, Memory, Output
 from jaxformer.ops.linear import linear
 from jaxformer.ops.token_shift import last_token, token_shift
 from jaxformer.sharding import param, shard
@@ -93,7 +85,7 @@ def shifted(
   x_BTD: Float[Array, 'B T D'], ctx: Context, last_BD: Float[Array, 'B D'] | None
 ) -> Float[Array, 'B T D']:
   """The inputs shifted by one token (`ops.token_shift`), `last_BD` first; None for zeros."""
-  return token_shift(x_BTD, last_BD, starts_BT(ctx.segments_BT, *x_BTD.shape[:2]))
+  return token_shift(x_BTD, last_BD, ctx.starts(x_BTD))
 
 
 def keep(x_BTD: Array, before_BTD: Array, mix: nnx.Param) -> Array:

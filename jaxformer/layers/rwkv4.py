@@ -19,15 +19,7 @@ from jaxtyping import Array, Float
 from jaxformer.config import InputError
 from jaxformer.layers.dense import Dense
 from jaxformer.layers.init import Init, Orthogonal, Zeros
-from jaxformer.layers.layer import (
-  Context,
-  Layer,
-  LayerConfig,
-  LayerPosition,
-  Memory,
-  Output,
-  starts_BT,
-)
+from jaxformer.layers.layer import Context, Layer, LayerConfig, LayerPosition, Memory, Output
 from jaxformer.layers.rwkv import (
   TimeMixState,
   decay_ramp,
@@ -104,7 +96,7 @@ class TimeMix4(Layer):
       for mix, dense in ((self.mix_r, self.r), (self.mix_k, self.k), (self.mix_v, self.v))
     )
     w_D = jnp.exp(self.decay[...].astype(jnp.float32))
-    starts = starts_BT(ctx.segments_BT, *x_BTD.shape[:2])
+    starts = ctx.starts(x_BTD)
     y, sums = wkv4(k, v, w_D, self.bonus[...], sums, starts)
     y = checkpoint_name(jax.nn.sigmoid(r) * y, 'attention')
     if state is not None:

@@ -17,15 +17,7 @@ from jaxtyping import Array, Float
 
 from jaxformer.layers.dense import Dense
 from jaxformer.layers.init import Init, Orthogonal, Zeros
-from jaxformer.layers.layer import (
-  Context,
-  Layer,
-  LayerConfig,
-  LayerPosition,
-  Memory,
-  Output,
-  starts_BT,
-)
+from jaxformer.layers.layer import Context, Layer, LayerConfig, LayerPosition, Memory, Output
 from jaxformer.layers.norm import HeadNorm
 from jaxformer.layers.rwkv import (
   TimeMixState,
@@ -135,7 +127,7 @@ class TimeMix5(Layer):
       shard(by_head(dense(mixed[z])), 'batch', 'time', 'heads', None)
       for z, dense in (('r', self.r), ('k', self.k), ('v', self.v))
     )
-    starts = starts_BT(ctx.segments_BT, *x_BTD.shape[:2])
+    starts = ctx.starts(x_BTD)
     y, heads = wkv6(r, k, v, by_head(log_decay), by_head(self.bonus[...]), heads, starts)
     y = checkpoint_name(self.norm(y) * jax.nn.silu(self.g(mixed['g'])), 'attention')
     if state is not None:

@@ -19,15 +19,7 @@ from jaxtyping import Array, Float
 from jaxformer.config import InputError
 from jaxformer.layers.dense import Dense
 from jaxformer.layers.init import FanInUniform, Init, Zeros
-from jaxformer.layers.layer import (
-  Context,
-  Layer,
-  LayerConfig,
-  LayerPosition,
-  Memory,
-  Output,
-  starts_BT,
-)
+from jaxformer.layers.layer import Context, Layer, LayerConfig, LayerPosition, Memory, Output
 from jaxformer.layers.norm import HeadNorm
 from jaxformer.layers.rwkv import (
   LowRank,
@@ -179,14 +171,7 @@ class TimeMix7(Layer):
     k = by_head(k * (1.0 + (rate - 1.0) * fp32(self.alpha)))
     r, values, rate = by_head(r), by_head(v), by_head(rate)
     y, heads = wkv7(
-      r,
-      by_head(log_decay),
-      k,
-      values,
-      -removal,
-      rate * removal,
-      heads,
-      starts_BT(ctx.segments_BT, B, T),
+      r, by_head(log_decay), k, values, -removal, rate * removal, heads, ctx.starts(x_BTD)
     )
     rho = fp32(self.rho).reshape(1, 1, -1, self.config.head_dim)
     bonus = jnp.sum(r.astype(jnp.float32) * k * rho, axis=-1, keepdims=True) * values.astype(

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 from jaxformer.layers.dense import Dense
 from jaxformer.layers.init import FanInNormal, FanInUniform
-from jaxformer.layers.layer import Context, Layer, LayerPosition, Memory, Output, dropout, starts_BT
+from jaxformer.layers.layer import Context, Layer, LayerPosition, Memory, Output, dropout
 from jaxformer.layers.state_space import StateSpaceConfig, log_steps, paired, pairs, recurrent
 from jaxformer.ops.diagonal_scan import diagonal_scan
 from jaxformer.ops.hippo import legs_basis
@@ -89,7 +89,7 @@ class S5(Layer):
   def __call__(
     self, x_BTD: Float[Array, 'B T D'], ctx: Context, state: Array | None = None
   ) -> Output:
-    starts = None if ctx.segments_BT is None else starts_BT(ctx.segments_BT, *x_BTD.shape[:2])
+    starts = None if ctx.segments_BT is None else ctx.starts(x_BTD)
     # stable for any parameters
     a = jax.lax.complex(jnp.minimum(self.decay[...], -1e-4), self.frequency[...])
     log_a, scale = zoh(a[:, None], jnp.ones_like(a)[:, None], jnp.exp(self.log_dt[...]))

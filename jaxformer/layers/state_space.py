@@ -21,9 +21,8 @@ from jaxformer.layers.layer import (
   Memory,
   Output,
   dropout,
-  starts_BT,
 )
-from jaxformer.ops.ssm import System, ssm, ssm_step
+from jaxformer.ops.ssm import System, ssm
 from jaxformer.ops.token_shift import token_ahead
 from jaxformer.sharding import param, shard
 
@@ -128,7 +127,7 @@ class StateSpace(Layer):
   def __call__(
     self, x_BTD: Float[Array, 'B T D'], ctx: Context, state: Array | None = None
   ) -> Output:
-    starts = None if ctx.segments_BT is None else starts_BT(ctx.segments_BT, *x_BTD.shape[:2])
+    starts = None if ctx.segments_BT is None else ctx.starts(x_BTD)
     u_BTH = shard(x_BTD.astype(jnp.float32), 'batch', 'time', 'inner')
     y_BTMH, last = ssm(u_BTH, self.system(), state, starts)
     if not self.config.causal:
@@ -136,15 +135,8 @@ class StateSpace(Layer):
     y_BTMH = y_BTMH + self.skip[...][None, None] * u_BTH[:, :, None]
     return Output(self._out(y_BTMH.astype(x_BTD.dtype), ctx), last)
 
-  def step(self, x_BD: Float[Array, 'B D'], ctx: Context, state: Array) -> Output:
-    u_BH = x_BD.astype(jnp.float32)
-    y_BMH, last = ssm_step(u_BH, self.system(), state)
-    y_BMH = y_BMH + self.skip[...][None] * u_BH[:, None]
-    return Output(self._out(y_BMH.astype(x_BD.dtype), ctx), last)
-
-  def _out(self, y_BMH: Float[Array, '*B M H'], ctx: Context) -> Float[Array, '*B D']:
-    y = y_BMH.reshape(*y_BMH.shape[:-2], -1)
-    y = shard(y, 'batch', *('time',) * (y.ndim - 2), 'inner')
+  def _out(self, y_BTMH: Float[Array, 'B T M H'], ctx: Context) -> Float[Array, 'B T D']:
+    y = shard(y_BTMH.reshape(*y_BTMH.shape[:2], -1), 'batch', 'time', 'inner')
     z = self.out(dropout(jax.nn.gelu(y, approximate=False), self.config.dropout, ctx))
     if not self.gated:
       return z

@@ -146,14 +146,6 @@ def ssm_naive(x_BHN, u_BTH, system: System, starts_BT=None):
   return scan_steps(step, x_BHN, (u_BTH,), starts_BT)
 
 
-def ssm_step(
-  u_BH: Float[Array, 'B H'], system: System, state_BHN: Float[Array, 'B H N']
-) -> tuple[Float[Array, 'B M H'], Float[Array, 'B H N']]:
-  """One token: y_BMH, which has the dtype of u, and the new state."""
-  x_BHN = system.next(state_BHN, u_BH.astype(jnp.float32))
-  return system.read(x_BHN).astype(u_BH.dtype), x_BHN
-
-
 # ---- chunks ------------------------------------------------------------------------------------
 
 
@@ -284,6 +276,8 @@ def _fft_unsupported(T: int, has_state: bool, has_starts: bool) -> str | None:
 
 
 def _order(T: int, has_state: bool, has_starts: bool) -> tuple[str, ...]:
+  if T == 1:
+    return ('naive',)
   return ('fft', 'chunked') if T >= FFT_FROM and platform() != 'tpu' else ('chunked',)
 
 
