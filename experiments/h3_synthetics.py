@@ -75,7 +75,7 @@ def model(mixer: LayerConfig, task: TaskConfig) -> LanguageModel.Config:
     final_norm=norm,
     dropout=0.1,
     stack=(Group(pattern=(block,), repeats=LAYERS),),
-    positions=LearnedPositions.Config() if isinstance(mixer, Attention.Config) else None,
+    positions=LearnedPositions() if isinstance(mixer, Attention.Config) else None,
   )
 
 

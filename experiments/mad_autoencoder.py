@@ -24,12 +24,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from jaxformer.layers.dense import Dense
+from jaxformer.layers.dense import Dense, Table
 from jaxformer.layers.init import Init, Normal
 from jaxformer.layers.layer import Context, LayerPosition, Output, positions_BT, starts_BT
 from jaxformer.layers.norm import NormConfig, RMSNorm
 from jaxformer.layers.position import SinusoidalPositions
-from jaxformer.models.embedder import Embedder, TokenInput
+from jaxformer.models.embedder import Embedder
 from jaxformer.models.head import Head
 from jaxformer.models.language_model import LanguageModel
 from jaxformer.models.model import BaseModel, ModelConfig
@@ -84,7 +84,9 @@ class Autoencoder(BaseModel):
   def __init__(self, config: Autoencoder.Config, rngs: nnx.Rngs):
     c, D, V = config, config.width, config.vocab_size
     self.config = c
-    self.embedder = Embedder(TokenInput(V, D, c.embedding_init, rngs), c, rngs)
+    self.embedder = Embedder(
+      Table(c.embedding_init, (V, D), ('vocab', 'embed'), rngs=rngs), c, rngs
+    )
     self.stack = Stack(c.stack, D, rngs)
     self.places = SinusoidalPositions(SinusoidalPositions.Config(), D)
     self.norm_1, self.norm_2, self.norm_3 = c.norm.build(D), c.norm.build(D), c.norm.build(D)

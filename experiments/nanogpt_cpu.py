@@ -17,7 +17,7 @@ Result: 1.9077 nats a character over the whole validation split after 2,000 step
 
 from jaxformer.data import ByPosition, Characters, Files, Text
 from jaxformer.layers.attention import Attention
-from jaxformer.layers.init import Normal, ResidualNormal
+from jaxformer.layers.init import Normal
 from jaxformer.layers.mlp import Mlp
 from jaxformer.layers.norm import LayerNorm
 from jaxformer.layers.position import LearnedPositions
@@ -28,9 +28,9 @@ from jaxformer.training import AdamW, Cosine, Experiment, TrainingConfig
 
 WIDTH, LAYERS, HEADS, CONTEXT = 128, 4, 4, 64
 norm = LayerNorm(bias=False)
-attention = Attention.Config(heads=HEADS, out_init=ResidualNormal())
+attention = Attention.Config(heads=HEADS, out_init=Normal(residual=True))
 # torch's nn.GELU() is the exact one
-mlp = Mlp.Config(hidden=4 * WIDTH, activation='gelu', out_init=ResidualNormal())
+mlp = Mlp.Config(hidden=4 * WIDTH, activation='gelu', out_init=Normal(residual=True))
 block = Block.Config(branches=(PreNorm(layer=attention, norm=norm), PreNorm(layer=mlp, norm=norm)))
 
 experiment = Experiment(
@@ -39,7 +39,7 @@ experiment = Experiment(
     width=WIDTH,
     context_length=CONTEXT,
     tied=True,
-    positions=LearnedPositions.Config(init=Normal(std=0.02)),
+    positions=LearnedPositions(init=Normal(std=0.02)),
     final_norm=norm,
     stack=(Group(pattern=(block,), repeats=LAYERS),),
   ),

@@ -142,6 +142,11 @@ class Config:
     """Raise `InputError` for the first of `fields` that is neither None nor at least 0."""
     self._require_each(fields, lambda value: value >= 0, 'at least 0')
 
+  def require_rate(self, *fields: str) -> None:
+    """Raise `InputError` for the first of `fields` that is not in [0, 1): rates of dropout and the
+    like."""
+    self._require_each(fields, lambda value: 0 <= value < 1, 'at least 0 and below 1')
+
   def _require_each(self, fields: Iterable[str], holds: Callable[[Any], bool], accepted: str):
     for field in fields:
       value, optional = getattr(self, field), type(None) in union_options(hints(type(self))[field])

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
@@ -24,21 +21,13 @@ from jaxformer.layers.layer import (
 from jaxformer.layers.lstm import Lstm, RecurrentConfig
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class BidirectionalState:
-  """The states of the two directions: forward after the last token of the row, backward after the
-  first token of the row's last document."""
-
-  forward: State
-  backward: State
-
-
 class Bidirectional(Layer):
   """y_t = [forward_t, backward_t], two recurrences, one from the left and one from the right
   (Schuster and Paliwal 1997, section II).
 
-  The output is twice as wide as that of one. Each direction has weights of its own."""
+  The output is twice as wide as that of one. Each direction has weights of its own. The state has
+  those of the two directions: forward after the last token of the row, backward after the first
+  token of the row's last document."""
 
   class Config(LayerConfig):
     """
@@ -74,29 +63,27 @@ class Bidirectional(Layer):
 
   def init_state(
     self, batch: int, max_len: int, memory: Memory | None = None
-  ) -> BidirectionalState:
-    return BidirectionalState(
-      self.forward.init_state(batch, max_len), self.backward.init_state(batch, max_len)
-    )
+  ) -> tuple[State, State]:
+    return self.forward.init_state(batch, max_len), self.backward.init_state(batch, max_len)
 
   def __call__(
-    self, x_BTD: Float[Array, 'B T D'], ctx: Context, state: BidirectionalState | None = None
+    self, x_BTD: Float[Array, 'B T D'], ctx: Context, state: tuple[State, State] | None = None
   ) -> Output:
-    first = BidirectionalState(None, None) if state is None else state
-    forward = self.forward(x_BTD, ctx.fold(0), first.forward)
+    before, before_backward = (None, None) if state is None else state
+    forward = self.forward(x_BTD, ctx.fold(0), before)
     documents_BT, index_BT = _reversal(ctx.segments_BT, *x_BTD.shape[:2])
     backward_ctx = ctx.fold(1).replace(
       segments_BT=documents_BT,
       shared={name: _reversed(v, index_BT) for name, v in ctx.shared.items()},
     )
-    backward = self.backward(_reversed(x_BTD, index_BT), backward_ctx, first.backward)
+    backward = self.backward(_reversed(x_BTD, index_BT), backward_ctx, before_backward)
     y = jnp.concatenate([forward.y, _reversed(backward.y, index_BT)], axis=-1)
-    return Output(y, None if state is None else BidirectionalState(forward.state, backward.state))
+    return Output(y, None if state is None else (forward.state, backward.state))
 
-  def handed_over(self, state: BidirectionalState) -> State:
-    return state.backward
+  def handed_over(self, state: tuple[State, State]) -> State:
+    return state[1]
 
-  def step(self, x_BD: Float[Array, 'B D'], ctx: Context, state: BidirectionalState) -> Output:
+  def step(self, x_BD: Float[Array, 'B D'], ctx: Context, state: State) -> Output:
     raise InputError('Bidirectional: reads a sequence from both ends and cannot decode')
 
 

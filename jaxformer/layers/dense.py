@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from jaxformer.layers.init import Init
 from jaxformer.layers.layer import LayerPosition
@@ -56,6 +56,31 @@ class Dense(nnx.Module):
 
   def __call__(self, x: Float[Array, '*B D']) -> Float[Array, '*B F']:
     return linear(x, self.kernel[...], None if self.bias is None else self.bias[...])
+
+
+class Table(nnx.Module):
+  """A table with one vector per row. An index outside it reads the nearest row.
+
+  Args:
+    init: initialization, with the number of rows as fan-in.
+    shape: rows, width.
+    axes: logical axes.
+    matmul: whether it is also the matrix of a product per token, as that of a tied head.
+  """
+
+  def __init__(
+    self,
+    init: Init,
+    shape: tuple[int, int],
+    axes: tuple[str | None, str | None],
+    *,
+    rngs: nnx.Rngs,
+    matmul: bool = False,
+  ):
+    self.table = param(init(rngs.params(), shape, shape[0], LayerPosition()), axes, matmul=matmul)
+
+  def __call__(self, index: Int[Array, '*B']) -> Float[Array, '*B D']:
+    return jnp.take(self.table[...], index, axis=0, mode='clip')
 
 
 class ExpertDense(nnx.Module):

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
 
 from jaxformer.layers.init import Orthogonal
-from jaxformer.layers.layer import Context, LayerPosition, Output
+from jaxformer.layers.layer import LayerPosition
 from jaxformer.layers.lstm import Recurrent, RecurrentConfig, RecurrentState
 from jaxformer.ops.recurrence import gru
 from jaxformer.sharding import param
@@ -56,16 +55,9 @@ class Gru(Recurrent):
   def zeros(self, batch: int) -> RecurrentState:
     return RecurrentState(jnp.zeros((batch, self.units)))
 
-  def __call__(
-    self, x_BTD: Float[Array, 'B T D'], ctx: Context, state: RecurrentState | None = None
-  ) -> Output:
-    first = self.zeros(len(x_BTD)) if state is None else state
+  def run(self, x_BTI, state, starts_BT):
+    bias = None if self.recurrent_bias is None else self.recurrent_bias[...]
     y_BTH, h = gru(
-      self._input(x_BTD, ctx),
-      *self._weights(),
-      first.h_BH,
-      ctx.starts(x_BTD),
-      after=self.reset_after,
-      b_after_H=None if self.recurrent_bias is None else self.recurrent_bias[...],
+      x_BTI, *self.weights(), state.h_BH, starts_BT, after=self.reset_after, b_after_H=bias
     )
-    return Output(self._out(y_BTH), None if state is None else RecurrentState(h))
+    return y_BTH, RecurrentState(h)

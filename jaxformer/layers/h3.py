@@ -13,9 +13,19 @@ from jaxtyping import Array, Float
 
 from jaxformer.layers.dense import Dense
 from jaxformer.layers.init import FanInUniform, Init, Normal
-from jaxformer.layers.layer import Context, Layer, LayerConfig, LayerPosition, Memory, Output
+from jaxformer.layers.layer import Context, Layer, LayerPosition, Memory, Output
 from jaxformer.layers.s4d import DISCRETIZATIONS, DiscretizationName, SpectrumName, spectrum
-from jaxformer.layers.state_space import complex_normal, log_steps, paired, pairs, recurrent
+from jaxformer.layers.state_space import (
+  SystemConfig,
+  complex_normal,
+  log_steps,
+  paired,
+  pairs,
+  per_channel,
+  poles,
+  recurrent,
+  stable,
+)
 from jaxformer.ops.ssm import ssm, toeplitz
 from jaxformer.ops.ssm_systems import DiagonalSystem, ShiftSystem
 from jaxformer.sharding import shard
@@ -48,34 +58,25 @@ class H3(Layer):
   and train B too, as this layer does. The state kept here is that of B = e_1, the keys themselves,
   for any B."""
 
-  class Config(LayerConfig):
+  class Config(SystemConfig):
     """
     Attributes:
       head_dim: K.
       d_state: state size N: the length of the shift system, and of each diagonal system in real
-        numbers.
+        numbers. There is one diagonal system per head.
       spectrum, discretization: of the diagonal systems, as in `S4D`.
-      dt_min, dt_max: each head's step size is drawn log-uniformly between them.
-      lr_scale: factor on the learning rate of the step size and of A and B of both systems.
       init: of the four projections.
     """
 
     head_dim: int = 1
-    d_state: int = 64
     spectrum: SpectrumName = 'lin'
     discretization: DiscretizationName = 'bilinear'
-    dt_min: float = 1e-3
-    dt_max: float = 1e-1
     lr_scale: float = 1.0
     init: Init = Normal()
 
     def validate(self):
-      self.require_positive('head_dim', 'dt_min')
-      self.require(
-        self.d_state > 0 and self.d_state % 2 == 0, 'd_state', 'positive and even: conjugate pairs'
-      )
-      self.require(self.dt_max >= self.dt_min, 'dt_max', f'at least dt_min = {self.dt_min}')
-      self.require(self.lr_scale >= 0, 'lr_scale', 'at least 0')
+      super().validate()
+      self.require_positive('head_dim')
 
     def heads(self, width: int) -> int:
       """D / K."""
@@ -105,12 +106,8 @@ class H3(Layer):
     )
     self.shift_skip = recurrent(jax.random.normal(rngs.params(), (D,)), ('inner',))
     self.log_dt = log_steps(H, c.dt_min, c.dt_max, c.lr_scale, rngs)
-    a, b = (
-      jnp.broadcast_to(jnp.asarray(v, jnp.complex64)[None], (H, N // 2))
-      for v in spectrum(c.spectrum, N)
-    )
-    self.log_decay = recurrent(jnp.log(-a.real), ('inner', 'state'), c.lr_scale)
-    self.frequency = recurrent(a.imag, ('inner', 'state'), c.lr_scale)
+    a, b = (per_channel(v, H) for v in spectrum(c.spectrum, N))
+    self.log_decay, self.frequency = poles(a, c.lr_scale)
     self.b = recurrent(pairs(b), ('inner', 'state', None), c.lr_scale)
     self.c = recurrent(
       pairs(complex_normal(rngs.params(), (H, N // 2))), ('inner', 'state', None), decay=True
@@ -121,7 +118,7 @@ class H3(Layer):
     """Return the discrete systems of the current parameters: of the keys, and of their products
     with the values."""
     filter_DN = jnp.sum(toeplitz(self.shift_b[...]) * self.shift_c[...][:, None], axis=-1)
-    a = jax.lax.complex(-jnp.exp(self.log_decay[...]), self.frequency[...])
+    a = stable(self.log_decay, self.frequency)
     discretize = DISCRETIZATIONS[self.config.discretization]
     log_a, b = discretize(a, paired(self.b), jnp.exp(self.log_dt[...]))
     return ShiftSystem(filter_DN[None]), DiagonalSystem(log_a, b, paired(self.c)[None])

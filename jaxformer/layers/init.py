@@ -23,22 +23,20 @@ class Init(Config, abstract=True):
 
 
 class Normal(Init):
-  """N(0, std^2)."""
+  """N(0, std^2).
+
+  Attributes:
+    residual: divide by sqrt(branches), so that the sum over the residual branches of the stack
+      keeps its scale at any depth: the output projections of GPT-2 (Radford et al. 2019, section
+      2.3).
+  """
 
   std: float = 0.02
+  residual: bool = False
 
   def __call__(self, key, shape, fan_in, position):
-    return self.std * jax.random.normal(key, shape, jnp.float32)
-
-
-class ResidualNormal(Init):
-  """N(0, std^2 / branches): the output projections of GPT-2 (Radford et al. 2019, section 2.3),
-  so that the sum over the residual branches of the stack keeps its scale at any depth."""
-
-  std: float = 0.02
-
-  def __call__(self, key, shape, fan_in, position):
-    return self.std / math.sqrt(position.branches) * jax.random.normal(key, shape, jnp.float32)
+    std = self.std / math.sqrt(position.branches) if self.residual else self.std
+    return std * jax.random.normal(key, shape, jnp.float32)
 
 
 class Uniform(Init):
@@ -60,23 +58,20 @@ class FanInNormal(Init):
 
 
 class FanInUniform(Init):
-  """U(-gain / sqrt(fan_in), gain / sqrt(fan_in)): with gain 1 PyTorch's default for `Linear`."""
+  """U(-gain / sqrt(fan_in), gain / sqrt(fan_in)): with gain 1 PyTorch's default for `Linear`.
+
+  Attributes:
+    residual: divide by sqrt(branches): the output projections of Mamba
+      (`rescale_prenorm_residual` in the authors' code).
+  """
 
   gain: float = 1.0
+  residual: bool = False
 
   def __call__(self, key, shape, fan_in, position):
     bound = self.gain / math.sqrt(fan_in)
-    return jax.random.uniform(key, shape, jnp.float32, -bound, bound)
-
-
-class ResidualUniform(Init):
-  """`FanInUniform` / sqrt(branches): the output projections of Mamba (`rescale_prenorm_residual` in
-  the authors' code)."""
-
-  gain: float = 1.0
-
-  def __call__(self, key, shape, fan_in, position):
-    return FanInUniform(gain=self.gain)(key, shape, fan_in, position) / math.sqrt(position.branches)
+    drawn = jax.random.uniform(key, shape, jnp.float32, -bound, bound)
+    return drawn / math.sqrt(position.branches) if self.residual else drawn
 
 
 class Zeros(Init):

@@ -64,7 +64,7 @@ class InputFeeding(Layer):
           self.lstm.project,
           'false where hidden is given: attention reads the units',
         )
-      self.require(0 <= self.dropout < 1, 'dropout', 'at least 0 and below 1')
+      self.require_rate('dropout')
 
     def out_width(self, width: int) -> int:
       return self.lstm.units(width)

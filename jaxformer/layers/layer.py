@@ -39,7 +39,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
@@ -268,24 +268,15 @@ class LayerConfig(Config, abstract=True):
     return size // getattr(self, field)
 
 
-class LayerSummary(NamedTuple):
-  """What a layer computes, for people.
+def layer_summary(config: LayerConfig) -> tuple[str, str]:
+  """Return formula and source of a layer, for people: the formula in one line, and the paper with
+  section or equation.
 
-  Attributes:
-    formula: one line.
-    source: the paper, with section or equation.
-  """
-
-  formula: str
-  source: str
-
-
-def layer_summary(config: LayerConfig) -> LayerSummary:
-  """Return formula and source of a layer, from the first paragraph of its class's docstring: the
-  formula, then the source in the last parentheses. Either is '' if it is not there."""
+  They are the first paragraph of its class's docstring: the formula, then the source in the last
+  parentheses. Either is '' if it is not there."""
   first = ' '.join((config.layer_class.__doc__ or '').strip().split('\n\n')[0].split())
   found = re.fullmatch(r'(.*?)\s*\((\D[^()]*\d{4}[^()]*)\)\.?', first)
-  return LayerSummary(*found.groups()) if found else LayerSummary(first.removesuffix('.'), '')
+  return (found[1], found[2]) if found else (first.removesuffix('.'), '')
 
 
 # ---- what layers share ------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from jaxformer.config import InputError
 from jaxformer.layers.dense import Dense
@@ -137,18 +137,26 @@ class Recurrent(Layer):
       )
     return given
 
-  def _input(self, x_BTD: Array, ctx: Context) -> Array:
-    if not self.reads_context:
-      return x_BTD
-    return jnp.concatenate([x_BTD, ctx.shared[ATTENTION_CONTEXT].astype(x_BTD.dtype)], axis=-1)
+  def run(
+    self, x_BTI: Array, state: RecurrentState, starts_BT: Bool[Array, 'B T']
+  ) -> tuple[Array, RecurrentState]:
+    """Return the hidden state after every token, and the state after the last one."""
+    raise NotImplementedError
 
-  def _weights(self) -> tuple[Array, Array, Array | None]:
+  def __call__(
+    self, x_BTD: Float[Array, 'B T D'], ctx: Context, state: RecurrentState | None = None
+  ) -> Output:
+    first = self.zeros(len(x_BTD)) if state is None else state
+    x = x_BTD
+    if self.reads_context:
+      x = jnp.concatenate([x, ctx.shared[ATTENTION_CONTEXT].astype(x.dtype)], axis=-1)
+    y, last = self.run(x, first, ctx.starts(x_BTD))
+    y = shard(y, 'batch', 'time', 'inner')
+    return Output(y if self.out is None else self.out(y), None if state is None else last)
+
+  def weights(self) -> tuple[Array, Array, Array | None]:
     bias = None if self.bias is None else self.bias[...]
     return self.kernel[...], self.recurrent_kernel[...], bias
-
-  def _out(self, y_BTH: Array) -> Array:
-    y = shard(y_BTH, 'batch', 'time', 'inner')
-    return y if self.out is None else self.out(y)
 
 
 class Lstm(Recurrent):
@@ -192,11 +200,6 @@ class Lstm(Recurrent):
     zeros = jnp.zeros((batch, self.units))
     return RecurrentState(zeros, zeros)
 
-  def __call__(
-    self, x_BTD: Float[Array, 'B T D'], ctx: Context, state: RecurrentState | None = None
-  ) -> Output:
-    first = self.zeros(len(x_BTD)) if state is None else state
-    starts = ctx.starts(x_BTD)
-    x_BTD = self._input(x_BTD, ctx)
-    y_BTH, (h, c) = lstm(x_BTD, *self._weights(), first.h_BH, first.c_BH, starts)
-    return Output(self._out(y_BTH), None if state is None else RecurrentState(h, c))
+  def run(self, x_BTI, state, starts_BT):
+    y_BTH, (h, c) = lstm(x_BTI, *self.weights(), state.h_BH, state.c_BH, starts_BT)
+    return y_BTH, RecurrentState(h, c)

@@ -12,7 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from jaxformer.layers.dense import Dense
-from jaxformer.layers.init import FanInUniform, Init, ResidualUniform
+from jaxformer.layers.init import FanInUniform, Init
 from jaxformer.layers.layer import Context, Layer, LayerConfig, LayerPosition, Memory, Output
 from jaxformer.layers.norm import NormConfig, RMSNorm
 from jaxformer.ops.convolution import short_convolution
@@ -30,7 +30,7 @@ class StepBias(Init):
 
   def validate(self):
     self.require(0 < self.low <= self.high, 'low', f'positive and at most high = {self.high}')
-    self.require(self.floor > 0, 'floor', 'positive')
+    self.require_positive('floor')
 
   def __call__(self, key, shape, fan_in, position):
     log = jax.random.uniform(key, shape, jnp.float32, math.log(self.low), math.log(self.high))
@@ -55,10 +55,11 @@ def convolve(
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class MambaState:
-  """The last J = d_conv - 1 inputs of the convolution, and the state of the scan, fp32."""
+  """The last J = d_conv - 1 inputs of each convolution (in Mamba that of x, in Mamba-2 those of x
+  and of [B, C]), and the state of the recurrence, fp32."""
 
-  conv_BJD: Float[Array, 'B J D']
-  h_BDN: Float[Array, 'B D N']
+  inputs_BJD: tuple[Float[Array, 'B J D'], ...]
+  h: Float[Array, 'B D N'] | Float[Array, 'B H P N']
 
 
 class Mamba(Layer):
@@ -90,7 +91,7 @@ class Mamba(Layer):
     conv_bias: bool = True
     inner_norm: NormConfig | None = None
     init: Init = FanInUniform()
-    out_init: Init = ResidualUniform()
+    out_init: Init = FanInUniform(residual=True)
     dt_init: Init = StepBias()
 
     def validate(self):
@@ -145,22 +146,22 @@ class Mamba(Layer):
   def init_state(self, batch: int, max_len: int, memory: Memory | None = None) -> MambaState:
     inner, N = self.A_log.shape[-2:]
     return MambaState(
-      jnp.zeros((batch, self.config.d_conv - 1, inner), self.x.dtype),
+      (jnp.zeros((batch, self.config.d_conv - 1, inner), self.x.dtype),),
       jnp.zeros((batch, inner, N), jnp.float32),
     )
 
   def __call__(
     self, x_BTD: Float[Array, 'B T D'], ctx: Context, state: MambaState | None = None
   ) -> Output:
-    conv, h = (None, None) if state is None else (state.conv_BJD, state.h_BDN)
+    (before,), h = ((None,), None) if state is None else (state.inputs_BJD, state.h)
     starts = ctx.starts(x_BTD)
     x, z = (shard(dense(x_BTD), 'batch', 'time', 'inner') for dense in (self.x, self.z))
-    x, conv = convolve(self.conv, x, conv, starts)
+    x, after = convolve(self.conv, x, before, starts)
     dt, B, C = self._selection(x)
     dt = shard(dt, 'batch', 'time', 'inner')
     y, h = selective_scan(x, dt, -jnp.exp(self.A_log[...]), B, C, self.D[...], h, starts)
     y = self.out(y * jax.nn.silu(z))
-    return Output(y, None if state is None else MambaState(conv, h))
+    return Output(y, None if state is None else MambaState((after,), h))
 
   def _selection(self, x_BTD: Array) -> tuple[Array, Array, Array]:
     """dt in fp32, B and C."""

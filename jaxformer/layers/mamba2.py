@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 
 import jax
@@ -11,9 +10,9 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from jaxformer.layers.dense import Dense
-from jaxformer.layers.init import FanInUniform, Init, ResidualUniform
+from jaxformer.layers.init import FanInUniform, Init
 from jaxformer.layers.layer import Context, Layer, LayerConfig, LayerPosition, Memory, Output
-from jaxformer.layers.mamba import StepBias, convolve
+from jaxformer.layers.mamba import MambaState, StepBias, convolve
 from jaxformer.layers.norm import normalized
 from jaxformer.ops.ssd import ssd
 from jaxformer.sharding import param, shard
@@ -32,17 +31,6 @@ class LogUniformRate(Init):
 
   def __call__(self, key, shape, fan_in, position):
     return jnp.log(jax.random.uniform(key, shape, jnp.float32, self.low, self.high))
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Mamba2State:
-  """The last J = d_conv - 1 inputs of the convolutions of x and of [B, C], and the state of the
-  heads, fp32."""
-
-  x_BJD: Float[Array, 'B J D']
-  bc_BJN: Float[Array, 'B J N']
-  h_BHPN: Float[Array, 'B H P N']
 
 
 class Mamba2(Layer):
@@ -76,7 +64,7 @@ class Mamba2(Layer):
     conv_bias: bool = True
     norm_eps: float = 1e-5
     init: Init = FanInUniform()
-    out_init: Init = ResidualUniform()
+    out_init: Init = FanInUniform(residual=True)
     dt_init: Init = StepBias()
     rate_init: Init = LogUniformRate()
 
@@ -129,22 +117,24 @@ class Mamba2(Layer):
     self.scale = param(jnp.ones(inner), ('inner',), decay=False)
     self.out = dense(c.out_init, (inner, width), ('inner', 'embed'))
 
-  def init_state(self, batch: int, max_len: int, memory: Memory | None = None) -> Mamba2State:
+  def init_state(self, batch: int, max_len: int, memory: Memory | None = None) -> MambaState:
     c, dtype = self.config, self.x.dtype
     inner, H = self.scale.shape[-1], self.A_log.shape[-1]
-    return Mamba2State(
-      jnp.zeros((batch, c.d_conv - 1, inner), dtype),
-      jnp.zeros((batch, c.d_conv - 1, 2 * c.groups * c.d_state), dtype),
+    return MambaState(
+      tuple(
+        jnp.zeros((batch, c.d_conv - 1, channels), dtype)
+        for channels in (inner, 2 * c.groups * c.d_state)
+      ),
       jnp.zeros((batch, H, c.head_dim, c.d_state), jnp.float32),
     )
 
   def __call__(
-    self, x_BTD: Float[Array, 'B T D'], ctx: Context, state: Mamba2State | None = None
+    self, x_BTD: Float[Array, 'B T D'], ctx: Context, state: MambaState | None = None
   ) -> Output:
     c, shape, starts = self.config, x_BTD.shape[:2], ctx.starts(x_BTD)
     z, x = (shard(dense(x_BTD), 'batch', 'time', 'inner') for dense in (self.z, self.x))
     dt = self.dt(x_BTD).astype(jnp.float32) + self.dt_bias[...][None, None]
-    before = (None, None, None) if state is None else (state.x_BJD, state.bc_BJN, state.h_BHPN)
+    before, h = ((None, None), None) if state is None else (state.inputs_BJD, state.h)
     x, x_after = convolve(self.conv_x, x, before[0], starts)
     bc, bc_after = convolve(self.conv_bc, self.bc(x_BTD), before[1], starts)
     B, C = jnp.split(bc.reshape(*shape, 2 * c.groups, -1), 2, axis=2)
@@ -155,10 +145,10 @@ class Mamba2(Layer):
       B,
       C,
       self.D[...],
-      before[2],
+      h,
       starts,
     )
-    return Output(self._out(y, z), None if state is None else Mamba2State(x_after, bc_after, h))
+    return Output(self._out(y, z), None if state is None else MambaState((x_after, bc_after), h))
 
   def _out(self, y_BTHP: Array, z_BTD: Array) -> Array:
     """The norm of the gated heads, group by group, and the projection out."""

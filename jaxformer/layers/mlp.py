@@ -57,7 +57,7 @@ class Mlp(Layer):
 
     def validate(self):
       self.require_positive('hidden')
-      self.require(0 <= self.dropout < 1, 'dropout', 'at least 0 and below 1')
+      self.require_rate('dropout')
 
     @classmethod
     def examples(cls) -> tuple[Mlp.Config, ...]:

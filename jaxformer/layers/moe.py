@@ -22,7 +22,6 @@ from jaxformer.layers.router import (
   RouterConfig,
   Routing,
   SoftmaxTopK,
-  SwitchRouter,
   TopKSoftmax,
 )
 from jaxformer.ops import moe
@@ -94,7 +93,7 @@ class Moe(Layer):
       """Every router, dropless and with a capacity that suffices for all tokens, since what is
       dropped depends on the rest of a row; without a key there is no noise and no jitter."""
       gated, plain = GatedMlp.Config(hidden=24), Mlp.Config(hidden=24, activation='relu')
-      switch = SwitchRouter(jitter=0.01, balance=0.01)
+      switch = SoftmaxTopK(k=1, jitter=0.01, balance=0.01)
       biased = BiasBalanced(scale=2.5, bias_rate=3.0)
       return (
         cls(experts=4, expert=gated, router=TopKSoftmax(balance=0.01, z_loss=0.001)),

@@ -12,9 +12,8 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from jaxformer.config import Config
+from jaxformer.layers.dense import Table
 from jaxformer.layers.init import Init, Normal
-from jaxformer.layers.layer import LayerPosition
-from jaxformer.sharding import param
 
 # ---- inside attention --------------------------------------------------------------------------
 
@@ -108,28 +107,15 @@ class PositionConfig(Config, abstract=True):
     raise NotImplementedError
 
 
-class LearnedPositions(nnx.Module):
+class LearnedPositions(PositionConfig):
   """A table with one trained vector per position up to the model's context length (GPT-2)."""
 
-  class Config(PositionConfig):
-    init: Init = Normal(std=0.01)
+  init: Init = Normal(std=0.01)
 
-    bounded: ClassVar[bool] = True
+  bounded: ClassVar[bool] = True
 
-    def build(self, width: int, context_length: int, rngs: nnx.Rngs) -> LearnedPositions:
-      return LearnedPositions(self, width, context_length, rngs)
-
-  def __init__(
-    self, config: LearnedPositions.Config, width: int, context_length: int, rngs: nnx.Rngs
-  ):
-    self.table = param(
-      config.init(rngs.params(), (context_length, width), context_length, LayerPosition()),
-      ('positions', 'embed'),
-      matmul=False,
-    )
-
-  def __call__(self, positions: Int[Array, '*B']) -> Float[Array, '*B D']:
-    return jnp.take(self.table[...], positions, axis=0, mode='clip')
+  def build(self, width: int, context_length: int, rngs: nnx.Rngs) -> Table:
+    return Table(self.init, (context_length, width), ('positions', 'embed'), rngs=rngs)
 
 
 class SinusoidalPositions(nnx.Module):

@@ -132,7 +132,7 @@ class TokenChoiceConfig(RouterConfig, abstract=True):
 
   def validate(self):
     super().validate()
-    self.require(self.k > 0, 'k', 'positive')
+    self.require_positive('k')
 
   def check(self, experts: int) -> None:
     self.require(self.k <= experts, 'k', f'at most the number of experts, {experts}')
@@ -158,41 +158,28 @@ class TopKSoftmax(TokenChoiceConfig):
 
 class SoftmaxTopK(TokenChoiceConfig):
   """The k largest probabilities of the softmax over all logits, not renormalized (Lieber et al.
-  2024: Jamba)."""
-
-  def route(self, router, x_BTD, ctx):
-    return _top_k_of_softmax(router.logits(x_BTD), self.k)
-
-
-class SwitchRouter(RouterConfig):
-  """One expert per token: the argmax of the softmax, weighted with its probability (Fedus et al.
-  2022, eq. 1-2). In training the router reads x u with u uniform in [1 - jitter, 1 + jitter] (their
-  section 2.4), if the context has a key for dropout.
+  2024: Jamba). With k = 1 it is the router of Switch: the argmax, weighted with its probability
+  (Fedus et al. 2022, eq. 1-2).
 
   Attributes:
-    jitter: 1e-2 in the paper.
+    jitter: in training the router reads x u with u uniform in [1 - jitter, 1 + jitter], if the
+      context has a key for dropout (Fedus et al. 2022, section 2.4: 1e-2).
   """
 
   jitter: float = 0.0
 
   def validate(self):
     super().validate()
-    self.require(0 <= self.jitter < 1, 'jitter', 'at least 0 and below 1')
-
-  def per_token(self, experts: int) -> float:
-    return 1
+    self.require_rate('jitter')
 
   def route(self, router, x_BTD, ctx):
     x, jitter = x_BTD.astype(jnp.float32), self.jitter
     if jitter and ctx.dropout_key is not None:
       x = x * jax.random.uniform(ctx.dropout_key, x.shape, minval=1 - jitter, maxval=1 + jitter)
-    return _top_k_of_softmax(router.logits(x), 1)
-
-
-def _top_k_of_softmax(logits_BTE: Array, k: int) -> Routing:
-  probabilities = jax.nn.softmax(logits_BTE, axis=-1)
-  weight, expert = jax.lax.top_k(probabilities, k)
-  return Routing(expert, weight, logits_BTE, probabilities)
+    logits = router.logits(x)
+    probabilities = jax.nn.softmax(logits, axis=-1)
+    weight, expert = jax.lax.top_k(probabilities, self.k)
+    return Routing(expert, weight, logits, probabilities)
 
 
 class NoisyTopK(TokenChoiceConfig):
@@ -219,7 +206,7 @@ class NoisyTopK(TokenChoiceConfig):
   def validate(self):
     super().validate()
     self.require_positive('importance', 'load')
-    self.require(self.floor >= 0, 'floor', 'at least 0')
+    self.require_not_negative('floor')
 
   def check(self, experts: int) -> None:
     self.require(self.k < experts, 'k', f'below the number of experts, {experts}')
@@ -263,8 +250,7 @@ class BiasBalanced(TokenChoiceConfig):
 
   def validate(self):
     super().validate()
-    self.require(self.scale > 0, 'scale', 'positive')
-    self.require(self.bias_rate > 0, 'bias_rate', 'positive')
+    self.require_positive('scale', 'bias_rate')
 
   def bias(self, experts: int) -> nnx.Param:
     metadata: dict[str, Any] = {'decay': False, 'full_precision': True, 'matmul': False}
@@ -299,7 +285,7 @@ class ExpertChoice(RouterConfig):
 
   def validate(self):
     super().validate()
-    self.require(self.choices > 0, 'choices', 'positive')
+    self.require_positive('choices')
     self.require(self.balance is None, 'balance', 'none: experts that choose are always balanced')
 
   def check(self, experts: int) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -131,6 +131,15 @@ class LowRank(nnx.Module):
     if self.bias is None:
       return y
     return y.astype(jnp.float32) + self.bias[...].astype(jnp.float32)[None, None]
+
+
+def projections(
+  width: int, inits: Sequence[Init], out_init: Init, rngs: nnx.Rngs, position: LayerPosition
+) -> Iterator[Dense]:
+  """Square projections: those of the inputs, and that of the output."""
+  dense = functools.partial(Dense, shape=(width, width), rngs=rngs, position=position)
+  yield from (dense(init, axes=('embed', 'heads')) for init in inits)
+  yield dense(out_init, axes=('heads', 'embed'))
 
 
 # ---- channel mixing ----------------------------------------------------------------------------

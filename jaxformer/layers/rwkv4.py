@@ -7,7 +7,6 @@ have weight decay and vectors have none."""
 
 from __future__ import annotations
 
-import functools
 import math
 
 import jax
@@ -17,7 +16,6 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from jaxformer.config import InputError
-from jaxformer.layers.dense import Dense
 from jaxformer.layers.init import Init, Orthogonal, Zeros
 from jaxformer.layers.layer import Context, Layer, LayerConfig, LayerPosition, Memory, Output
 from jaxformer.layers.rwkv import (
@@ -25,6 +23,7 @@ from jaxformer.layers.rwkv import (
   decay_ramp,
   depth,
   keep,
+  projections,
   ramp,
   shifted,
   vector,
@@ -75,11 +74,8 @@ class TimeMix4(Layer):
     self.mix_r = vector(ramp(D, 0.5 * shallow))
     self.decay = vector(-5.0 + 8.0 * decay_ramp(D, deep), lr_scale=2.0, full_precision=True)
     self.bonus = vector(math.log(0.3) + 0.5 * zigzag(D), lr_scale=3.0, full_precision=True)
-    dense = functools.partial(Dense, shape=(D, D), rngs=rngs, position=position)
-    self.r = dense(c.key_init, axes=('embed', 'heads'))
-    self.k = dense(c.key_init, axes=('embed', 'heads'))
-    self.v = dense(c.init, axes=('embed', 'heads'))
-    self.o = dense(c.out_init, axes=('heads', 'embed'))
+    inits = c.key_init, c.key_init, c.init
+    self.r, self.k, self.v, self.o = projections(D, inits, c.out_init, rngs, position)
 
   def init_state(self, batch: int, max_len: int, memory: Memory | None = None) -> TimeMixState:
     last_BD = jnp.zeros((batch, self.width), self.r.dtype)

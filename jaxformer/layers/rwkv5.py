@@ -6,7 +6,6 @@ Initializations and learning rates are those of the official training code (RWKV
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import jax
@@ -15,7 +14,6 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-from jaxformer.layers.dense import Dense
 from jaxformer.layers.init import Init, Orthogonal, Zeros
 from jaxformer.layers.layer import Context, Layer, LayerConfig, LayerPosition, Memory, Output
 from jaxformer.layers.norm import HeadNorm
@@ -25,6 +23,7 @@ from jaxformer.layers.rwkv import (
   depth,
   head_norm_scale,
   keep,
+  projections,
   ramp,
   shifted,
   vector,
@@ -83,12 +82,8 @@ class TimeMix5(Layer):
     self.bonus = vector(
       deep * (1.0 - jnp.arange(D) / (D - 1)) + 0.1 * zigzag(D), full_precision=True
     )
-    dense = functools.partial(Dense, shape=(D, D), rngs=rngs, position=position)
-    self.r = dense(c.init, axes=('embed', 'heads'))
-    self.k = dense(c.key_init, axes=('embed', 'heads'))
-    self.v = dense(c.init, axes=('embed', 'heads'))
-    self.g = dense(c.key_init, axes=('embed', 'heads'))
-    self.o = dense(c.out_init, axes=('heads', 'embed'))
+    inits = c.init, c.key_init, c.init, c.key_init
+    self.r, self.k, self.v, self.g, self.o = projections(D, inits, c.out_init, rngs, position)
     self.norm = c.norm.build(D)
     self.norm.scale = head_norm_scale(D, position)
     self._init_mixing(c, -6.0 + 5.0 * decay_ramp(D, deep), rngs, position)

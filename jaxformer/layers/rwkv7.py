@@ -7,7 +7,6 @@ RWKV-v7/train_temp).
 
 from __future__ import annotations
 
-import functools
 import math
 
 import jax
@@ -17,9 +16,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from jaxformer.config import InputError
-from jaxformer.layers.dense import Dense
-from jaxformer.layers.init import FanInUniform, Init, Zeros
-from jaxformer.layers.layer import Context, Layer, LayerConfig, LayerPosition, Memory, Output
+from jaxformer.layers.init import FanInUniform, Init
+from jaxformer.layers.layer import Context, LayerPosition, Output
 from jaxformer.layers.norm import HeadNorm
 from jaxformer.layers.rwkv import (
   LowRank,
@@ -27,17 +25,19 @@ from jaxformer.layers.rwkv import (
   depth,
   head_norm_scale,
   move,
+  projections,
   ramp,
   shifted,
   vector,
 )
+from jaxformer.layers.rwkv5 import TimeMix5
 from jaxformer.ops.wkv7 import wkv7
 from jaxformer.sharding import shard
 
 FIRST_VALUES = 'rwkv7/first_values'  # the name under which the first time mixing shares its values
 
 
-class TimeMix7(Layer):
+class TimeMix7(TimeMix5):
   """S_t = S_{t-1} (diag(w) - kappa (a kappa)^T) + v k^T, y_t = ((norm(S_t r) + (sum r k rho) v) *
   g) W_o over heads (Peng et al. 2025, section 4).
 
@@ -53,41 +53,28 @@ class TimeMix7(Layer):
   `v_first` are the values of the first time mixing in the stack, which shares them
   (`Context.shared`) and has no such mixing of its own."""
 
-  class Config(LayerConfig):
+  class Config(TimeMix5.Config):
     """
     Attributes:
-      head_dim: channels of a head; they divide the width.
       decay_rank, rate_rank, gate_rank: rank R of A and B in w, a and g.
       value_rank: the same in the mixing of v; None for the first of the stack, which shares its
         values.
-      norm: of the heads' outputs.
-      init: of W_r and W_v; `key_init`: of W_k; `out_init`: of W_o.
+      key_init: of W_k.
     """
 
-    head_dim: int = 64
     decay_rank: int = 64
     rate_rank: int = 64
     value_rank: int | None = 32
     gate_rank: int = 128
-    norm: HeadNorm = HeadNorm(eps=64e-5)
     init: Init = FanInUniform(gain=0.5)
     key_init: Init = FanInUniform(gain=0.05)
-    out_init: Init = Zeros()
 
     def validate(self):
-      self.require(self.head_dim > 1, 'head_dim', 'at least 2')
-      self.require_positive('decay_rank', 'rate_rank', 'gate_rank')
-      self.require(
-        self.value_rank is None or self.value_rank > 0,
-        'value_rank',
-        'positive, or none for the first of the stack',
-      )
+      super().validate()
+      self.require_positive('decay_rank', 'rate_rank', 'value_rank', 'gate_rank')
 
     def reads(self, width: int) -> dict[str, int]:
       return {} if self.value_rank is None else {FIRST_VALUES: width}
-
-    def state_size(self, width: int, max_len: int) -> int:
-      return width + width * self.head_dim
 
     def mixing_flops_per_token(self, width: int, length: int, causal: bool) -> float:
       # S a, + u b^T, + v k^T and S r are 2 each, the decay 1, per element of the state
@@ -103,7 +90,7 @@ class TimeMix7(Layer):
   def __init__(self, config: TimeMix7.Config, width: int, rngs: nnx.Rngs, position: LayerPosition):
     c, D, K = config, width, config.head_dim
     c.quotient(D, 'head_dim')
-    self.config, self.width = c, D
+    self.config, self.width, self.head_dim = c, D, K
     deep, shallow = depth(position)
     self.mix_r, self.mix_w, self.mix_k = (
       vector(1.0 - ramp(D, e * shallow)) for e in (0.2, 0.9, 0.7)
@@ -131,18 +118,10 @@ class TimeMix7(Layer):
     self.gate = LowRank(D, c.gate_rank, rngs, position)
     self.xi, self.alpha = vector(0.71 - 0.1 * line), vector(jnp.full(D, 1.02))
     self.rho = vector(jnp.full(D, -0.04))
-    dense = functools.partial(Dense, shape=(D, D), rngs=rngs, position=position)
-    self.r = dense(c.init, axes=('embed', 'heads'))
-    self.k = dense(c.key_init, axes=('embed', 'heads'))
-    self.v = dense(c.init, axes=('embed', 'heads'))
-    self.o = dense(c.out_init, axes=('heads', 'embed'))
+    inits = c.init, c.key_init, c.init
+    self.r, self.k, self.v, self.o = projections(D, inits, c.out_init, rngs, position)
     self.norm = c.norm.build(D)
     self.norm.scale = head_norm_scale(D, position)
-
-  def init_state(self, batch: int, max_len: int, memory: Memory | None = None) -> TimeMixState:
-    D, K = self.width, self.config.head_dim
-    last_BD = jnp.zeros((batch, D), self.r.dtype)
-    return TimeMixState(last_BD, jnp.zeros((batch, D // K, K, K), jnp.float32))
 
   def __call__(
     self, x_BTD: Float[Array, 'B T D'], ctx: Context, state: TimeMixState | None = None
@@ -155,7 +134,7 @@ class TimeMix7(Layer):
       return move(x_BTD, change, mix)
 
     def by_head(z_BTD: Array) -> Array:
-      return shard(z_BTD.reshape(B, T, -1, self.config.head_dim), 'batch', 'time', 'heads', None)
+      return shard(z_BTD.reshape(B, T, -1, self.head_dim), 'batch', 'time', 'heads', None)
 
     def fp32(p: nnx.Param) -> Array:
       return p[...].astype(jnp.float32)[None, None]
@@ -173,7 +152,7 @@ class TimeMix7(Layer):
     y, heads = wkv7(
       r, by_head(log_decay), k, values, -removal, rate * removal, heads, ctx.starts(x_BTD)
     )
-    rho = fp32(self.rho).reshape(1, 1, -1, self.config.head_dim)
+    rho = fp32(self.rho).reshape(1, 1, -1, self.head_dim)
     bonus = jnp.sum(r.astype(jnp.float32) * k * rho, axis=-1, keepdims=True) * values.astype(
       jnp.float32
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -14,7 +13,10 @@ from jaxformer.layers.state_space import (
   complex_normal,
   paired,
   pairs,
+  per_channel,
+  poles,
   recurrent,
+  stable,
 )
 from jaxformer.ops.hippo import legs_dplr
 from jaxformer.ops.ssm_dplr import DplrSystem, dense_dplr, dplr, truncated
@@ -59,9 +61,8 @@ class S4(StateSpace):
     self.length = c.length
     a, p, b = legs_dplr(c.d_state)
     b = b.real + 1j * np.clip(b.imag, -2, 2)
-    a, p, b = (jnp.broadcast_to(jnp.asarray(v, jnp.complex64)[None], shape) for v in (a, p, b))
-    self.log_decay = recurrent(jnp.log(-a.real), ('inner', 'state'), c.lr_scale)
-    self.frequency = recurrent(a.imag, ('inner', 'state'), c.lr_scale)
+    a, p, b = (per_channel(v, width) for v in (a, p, b))
+    self.log_decay, self.frequency = poles(a, c.lr_scale)
     self.p = recurrent(pairs(p), ('inner', 'state', None), c.lr_scale)
     self.b = recurrent(pairs(b), ('inner', 'state', None), c.lr_scale)
     start = complex_normal(rngs.params(), (c.directions, *shape))
@@ -70,6 +71,6 @@ class S4(StateSpace):
     self.c_tilde = recurrent(pairs(tilde), (None, 'inner', 'state', None), decay=True)
 
   def system(self, direction: int = 0) -> DplrSystem:
-    a = jax.lax.complex(-jnp.exp(self.log_decay[...]), self.frequency[...])
+    a = stable(self.log_decay, self.frequency)
     tilde = paired(self.c_tilde)[direction : direction + 1]
     return dplr(a, paired(self.p), paired(self.b), tilde, jnp.exp(self.log_dt[...]), self.length)

@@ -6,7 +6,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Literal
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -18,7 +17,10 @@ from jaxformer.layers.state_space import (
   complex_normal,
   paired,
   pairs,
+  per_channel,
+  poles,
   recurrent,
+  stable,
 )
 from jaxformer.ops.hippo import legs_dplr
 from jaxformer.ops.ssm_systems import DiagonalSystem, bilinear, zoh
@@ -80,12 +82,8 @@ class S4D(StateSpace):
     super().__init__(config, width, rngs, position)
     c, shape = config, (width, config.d_state // 2)
     self.discretize = DISCRETIZATIONS[c.discretization]
-    a, b = (
-      jnp.broadcast_to(jnp.asarray(v, jnp.complex64)[None], shape)
-      for v in spectrum(c.spectrum, c.d_state)
-    )
-    self.log_decay = recurrent(jnp.log(-a.real), ('inner', 'state'), c.lr_scale)
-    self.frequency = recurrent(a.imag, ('inner', 'state'), c.lr_scale)
+    a, b = (per_channel(v, width) for v in spectrum(c.spectrum, c.d_state))
+    self.log_decay, self.frequency = poles(a, c.lr_scale)
     self.b = recurrent(pairs(b), ('inner', 'state', None), c.lr_scale)
     self.c = recurrent(
       pairs(complex_normal(rngs.params(), (c.directions, *shape))),
@@ -94,6 +92,6 @@ class S4D(StateSpace):
     )
 
   def system(self, direction: int = 0) -> DiagonalSystem:
-    a = jax.lax.complex(-jnp.exp(self.log_decay[...]), self.frequency[...])
+    a = stable(self.log_decay, self.frequency)
     log_a, b = self.discretize(a, paired(self.b), jnp.exp(self.log_dt[...]))
     return DiagonalSystem(log_a, b, paired(self.c)[direction : direction + 1])

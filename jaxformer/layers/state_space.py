@@ -8,8 +8,9 @@ from typing import ClassVar, Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Complex, Float
 
 from jaxformer.layers.dense import Dense
 from jaxformer.layers.init import FanInUniform
@@ -27,24 +28,20 @@ from jaxformer.ops.token_shift import token_ahead
 from jaxformer.sharding import param, shard
 
 
-class StateSpaceConfig(LayerConfig, abstract=True):
-  """Base of the state-space layers' configs.
+class SystemConfig(LayerConfig, abstract=True):
+  """Base of the configs of layers made of linear time-invariant systems.
 
   Attributes:
-    d_state: state size N per channel, in real numbers.
-    dt_min, dt_max: each channel's step size is drawn log-uniformly between them.
+    d_state: state size N of a system, in real numbers.
+    dt_min, dt_max: each system's step size is drawn log-uniformly between them.
     lr_scale: factor on the learning rate of the step size and of the matrices that act on the
       state.
-    dropout: rate at which units are dropped before the projection out.
-    causal: False adds a system that reads the sequence from its end, which excludes decoding.
   """
 
   d_state: int = 64
   dt_min: float = 1e-3
   dt_max: float = 1e-1
   lr_scale: float = 0.1
-  dropout: float = 0.0
-  causal: bool = True
 
   paired: ClassVar[bool] = True  # whether the state is complex, in conjugate pairs
 
@@ -54,8 +51,23 @@ class StateSpaceConfig(LayerConfig, abstract=True):
       not (self.paired and self.d_state % 2), 'd_state', 'positive and even: conjugate pairs'
     )
     self.require(self.dt_max >= self.dt_min, 'dt_max', f'at least dt_min = {self.dt_min}')
-    self.require(self.lr_scale >= 0, 'lr_scale', 'at least 0')
-    self.require(0 <= self.dropout < 1, 'dropout', 'at least 0 and below 1')
+    self.require_not_negative('lr_scale')
+
+
+class StateSpaceConfig(SystemConfig, abstract=True):
+  """Base of the state-space layers' configs.
+
+  Attributes:
+    dropout: rate at which units are dropped before the projection out.
+    causal: False adds a system that reads the sequence from its end, which excludes decoding.
+  """
+
+  dropout: float = 0.0
+  causal: bool = True
+
+  def validate(self):
+    super().validate()
+    self.require_rate('dropout')
 
   @property
   def decodes(self) -> bool:
@@ -165,6 +177,22 @@ def recurrent(
   """A parameter of a system: fp32, by default without weight decay, not multiplied with tokens
   directly."""
   return param(value, axes, decay=decay, lr_scale=lr_scale, full_precision=True, matmul=False)
+
+
+def per_channel(values: np.ndarray, channels: int) -> Complex[Array, 'H N']:
+  """The same complex numbers for each channel."""
+  return jnp.broadcast_to(jnp.asarray(values, jnp.complex64)[None], (channels, len(values)))
+
+
+def poles(a_HN: Array, lr_scale: float) -> tuple[nnx.Param, nnx.Param]:
+  """Parameters for the diagonal a of a continuous system: log(-Re a) and Im a."""
+  axes = 'inner', 'state'
+  return recurrent(jnp.log(-a_HN.real), axes, lr_scale), recurrent(a_HN.imag, axes, lr_scale)
+
+
+def stable(log_decay: nnx.Param, frequency: nnx.Param) -> Complex[Array, 'H N']:
+  """The diagonal of these parameters. Its real part is negative for any of them."""
+  return jax.lax.complex(-jnp.exp(log_decay[...]), frequency[...])
 
 
 def pairs(z: Array) -> Array:

@@ -38,7 +38,7 @@ class BranchConfig(Config, abstract=True):
   dropout: float = 0.0
 
   def validate(self):
-    self.require(0 <= self.dropout < 1, 'dropout', 'at least 0 and below 1')
+    self.require_rate('dropout')
 
   def build(self, width: int, rngs: nnx.Rngs, position: LayerPosition) -> Branch:
     return Branch(self, width, rngs, position)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Literal
 
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxformer.config import Config
 from jaxformer.layers.init import FanInUniform, Init
 from jaxformer.layers.layer import Context, Output, positions_BT, starts_BT
 from jaxformer.layers.norm import LayerNorm, NormConfig
@@ -23,30 +23,19 @@ from jaxformer.task_type import IGNORE, Batch, TaskType
 # ---- one vector for a sequence -----------------------------------------------------------------
 
 
-class Pooling(Config, abstract=True):
-  """Base of the ways to pool the vectors of all positions into one."""
-
-  def __call__(
-    self, y_BTD: Float[Array, 'B T D'], valid_BT: Bool[Array, 'B T']
-  ) -> Float[Array, 'B D']:
-    """`valid_BT` is False at padding, which is at the end of a row."""
-    raise NotImplementedError
-
-
-class MeanPooling(Pooling):
+def mean_pooling(y_BTD: Float[Array, 'B T D'], valid_BT: Bool[Array, 'B T']) -> Array:
   """The mean over the positions of the sequence, in fp32."""
-
-  def __call__(self, y_BTD, valid_BT):
-    total = jnp.sum(jnp.where(valid_BT[:, :, None], y_BTD.astype(jnp.float32), 0.0), axis=1)
-    return (total / jnp.maximum(jnp.sum(valid_BT, axis=1), 1)[:, None]).astype(y_BTD.dtype)
+  total = jnp.sum(jnp.where(valid_BT[:, :, None], y_BTD.astype(jnp.float32), 0.0), axis=1)
+  return (total / jnp.maximum(jnp.sum(valid_BT, axis=1), 1)[:, None]).astype(y_BTD.dtype)
 
 
-class LastPooling(Pooling):
+def last_pooling(y_BTD: Float[Array, 'B T D'], valid_BT: Bool[Array, 'B T']) -> Array:
   """The last position of the sequence, for causal stacks."""
+  last_B = jnp.maximum(jnp.sum(valid_BT, axis=1, dtype=jnp.int32) - 1, 0)
+  return jnp.take_along_axis(y_BTD, last_B[:, None, None], axis=1)[:, 0]
 
-  def __call__(self, y_BTD, valid_BT):
-    last_B = jnp.maximum(jnp.sum(valid_BT, axis=1, dtype=jnp.int32) - 1, 0)
-    return jnp.take_along_axis(y_BTD, last_B[:, None, None], axis=1)[:, 0]
+
+POOLING = {'mean': mean_pooling, 'last': last_pooling}  # valid_BT is False at padding, at the end
 
 
 # ---- the model ---------------------------------------------------------------------------------
@@ -68,7 +57,7 @@ class Classifier(BaseModel):
       classes: number of classes.
       stack: groups of blocks; layers may be bidirectional.
       final_norm: norm before pooling; None for none (post-norm stacks).
-      pooling: of all positions into one vector.
+      pooling: of all positions into one vector: their mean, or the last one, for causal stacks.
       head_init: initialization of W; b starts at zero.
     """
 
@@ -76,7 +65,7 @@ class Classifier(BaseModel):
     classes: int
     stack: tuple[Group, ...]
     final_norm: NormConfig | None = LayerNorm()
-    pooling: Pooling = MeanPooling()
+    pooling: Literal['mean', 'last'] = 'mean'
     head_init: Init = FanInUniform()
 
     def validate(self):
@@ -115,7 +104,7 @@ class Classifier(BaseModel):
     out = self.stack(x, ctx.replace(segments_BT=segments_BT))
     y = out.y if self.final_norm is None else self.final_norm(out.y)
     valid_BT = jnp.ones((B, T), bool) if segments_BT is None else segments_BT > 0
-    pooled = shard(self.config.pooling(y, valid_BT), 'batch', 'embed')
+    pooled = shard(POOLING[self.config.pooling](y, valid_BT), 'batch', 'embed')
     return dataclasses.replace(out, y=pooled[:, None])
 
   def targets(self, batch: Batch) -> Int[Array, 'B 1']:

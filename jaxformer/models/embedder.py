@@ -9,12 +9,12 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from jaxformer.config import Config
-from jaxformer.layers.dense import Dense
+from jaxformer.layers.dense import Dense, Table
 from jaxformer.layers.init import FanInUniform, Init, Normal
 from jaxformer.layers.layer import Context, LayerPosition, dropout
 from jaxformer.layers.norm import NormConfig
 from jaxformer.models.model import ModelConfig
-from jaxformer.sharding import param, shard
+from jaxformer.sharding import shard
 from jaxformer.task_type import TaskType
 
 
@@ -31,39 +31,21 @@ class InputConfig(Config, abstract=True):
     raise NotImplementedError
 
 
-class TokenInput(nnx.Module):
-  """A table with one vector per token. An id outside the vocabulary reads the nearest row."""
+class TokenInput(InputConfig):
+  """A table with one vector per token. It is small in a classifier, and not sharded over tokens."""
 
-  class Config(InputConfig):
-    vocab_size: int
-    init: Init = Normal(std=1.0)
+  vocab_size: int
+  init: Init = Normal(std=1.0)
 
-    def validate(self):
-      self.require(self.vocab_size > 0, 'vocab_size', 'positive')
+  def validate(self):
+    self.require_positive('vocab_size')
 
-    @property
-    def task(self) -> TaskType:
-      return TaskType(vocab_size=self.vocab_size)
+  @property
+  def task(self) -> TaskType:
+    return TaskType(vocab_size=self.vocab_size)
 
-    def build(self, width: int, rngs: nnx.Rngs) -> TokenInput:
-      # tables of classifiers are small: not sharded
-      return TokenInput(self.vocab_size, width, self.init, rngs, axis=None)
-
-  def __init__(
-    self,
-    vocab_size: int,
-    width: int,
-    init: Init,
-    rngs: nnx.Rngs,
-    *,
-    axis: str | None = 'vocab',
-    tied: bool = False,
-  ):
-    values = init(rngs.params(), (vocab_size, width), vocab_size, LayerPosition())
-    self.table = param(values, (axis, 'embed'), matmul=tied)
-
-  def __call__(self, tokens: Int[Array, '*B']) -> Float[Array, '*B D']:
-    return jnp.take(self.table[...], tokens, axis=0, mode='clip')
+  def build(self, width: int, rngs: nnx.Rngs) -> Table:
+    return Table(self.init, (self.vocab_size, width), (None, 'embed'), rngs=rngs)
 
 
 class LinearInput(Dense):
@@ -74,7 +56,7 @@ class LinearInput(Dense):
     init: Init = FanInUniform()
 
     def validate(self):
-      self.require(self.features > 0, 'features', 'positive')
+      self.require_positive('features')
 
     @property
     def task(self) -> TaskType:

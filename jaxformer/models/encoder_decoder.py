@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Int
 
 from jaxformer.config import InputError
+from jaxformer.layers.dense import Table
 from jaxformer.layers.init import Init, Normal
 from jaxformer.layers.layer import Context, Memory, Output, positions_BT, starts_BT
 from jaxformer.layers.norm import NormConfig
 from jaxformer.models.autoregressive import Autoregressive, DecoderState
 from jaxformer.models.block import merge_aux
-from jaxformer.models.embedder import Embedder, TokenInput
+from jaxformer.models.embedder import Embedder
 from jaxformer.models.head import Head
 from jaxformer.models.model import ModelConfig
 from jaxformer.models.stack import Group, Stack, layers_with_widths, out_width
@@ -70,9 +72,8 @@ class EncoderDecoder(Autoregressive):
 
     def validate(self):
       super().validate()
-      for field in ('source_vocab_size', 'vocab_size'):
-        self.require(getattr(self, field) > 0, field, 'positive')
-      self.require(0 <= self.dropout < 1, 'dropout', 'at least 0 and below 1')
+      self.require_positive('source_vocab_size', 'vocab_size')
+      self.require_rate('dropout')
       self.require(
         not (self.tied and self.head_init is not None),
         'head_init',
@@ -136,10 +137,9 @@ class EncoderDecoder(Autoregressive):
     c = config
     self.config = c
     V, D = c.vocab_size, c.width
-    self.source_input = (
-      None if c.shared_embedding else TokenInput(c.source_vocab_size, D, c.embedding_init, rngs)
-    )
-    tokens = TokenInput(V, D, c.embedding_init, rngs, tied=c.tied)
+    table = functools.partial(Table, c.embedding_init, axes=('vocab', 'embed'), rngs=rngs)
+    self.source_input = None if c.shared_embedding else table((c.source_vocab_size, D))
+    tokens = table((V, D), matmul=c.tied)
     self.embedder = Embedder(tokens, c, rngs, scale=c.embedding_scale, dropout=c.dropout)
     self.encoder, self.decoder = Stack(c.encoder, D, rngs), Stack(c.decoder, D, rngs)
     self.encoder_norm = None if c.encoder_norm is None else c.encoder_norm.build(c.memory_width)

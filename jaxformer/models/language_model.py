@@ -7,11 +7,12 @@ import dataclasses
 from flax import nnx
 from jaxtyping import Array, Int
 
+from jaxformer.layers.dense import Table
 from jaxformer.layers.init import Init, Normal
 from jaxformer.layers.layer import Context, Output
 from jaxformer.layers.norm import NormConfig, RMSNorm
 from jaxformer.models.autoregressive import Autoregressive, DecoderState
-from jaxformer.models.embedder import Embedder, TokenInput
+from jaxformer.models.embedder import Embedder
 from jaxformer.models.head import Head
 from jaxformer.models.model import ModelConfig
 from jaxformer.models.stack import Group, Stack
@@ -50,9 +51,8 @@ class LanguageModel(Autoregressive):
 
     def validate(self):
       super().validate()
-      self.require(self.vocab_size > 0, 'vocab_size', 'positive')
-      self.require(0 <= self.dropout < 1, 'dropout', 'at least 0 and below 1')
-      self.require(self.softcap is None or self.softcap > 0, 'softcap', 'positive')
+      self.require_positive('vocab_size', 'softcap')
+      self.require_rate('dropout')
       self.require(
         not (self.tied and self.head_init is not None),
         'head_init',
@@ -74,7 +74,7 @@ class LanguageModel(Autoregressive):
     c = config
     self.config = c
     V, D = c.vocab_size, c.width
-    tokens = TokenInput(V, D, c.embedding_init, rngs, tied=c.tied)
+    tokens = Table(c.embedding_init, (V, D), ('vocab', 'embed'), rngs=rngs, matmul=c.tied)
     self.embedder = Embedder(
       tokens, c, rngs, norm=c.embedding_norm, scale=c.embedding_scale, dropout=c.dropout
     )

@@ -37,8 +37,7 @@ class ModelConfig(Config, abstract=True):
   positions: PositionConfig | None = None
 
   def validate(self):
-    for field in ('context_length', 'width'):
-      self.require(getattr(self, field) > 0, field, 'positive')
+    self.require_positive('context_length', 'width')
 
   def build(self, rngs: nnx.Rngs) -> BaseModel:
     """Make the module, with initialized parameters."""

@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -21,12 +21,6 @@ from jaxformer.sharding import Parallel
 
 Params = dict[str, Array]
 M_co = TypeVar('M_co', bound=nnx.Module, covariant=True)
-
-
-class Buildable(Protocol[M_co]):
-  """A config with a structure to define: of a model or a layer."""
-
-  def build(self, rngs: nnx.Rngs) -> M_co: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +59,7 @@ class Definition(Generic[M_co]):
     info: every parameter by name, in a fixed order.
   """
 
-  config: Any  # a Buildable[M_co] with fields of its own
+  config: Any
   info: dict[str, ParamInfo]
   _graph: Any = dataclasses.field(repr=False)
   _tree: Any = dataclasses.field(repr=False)
@@ -148,9 +142,9 @@ def _initialiser(
 
 
 @functools.lru_cache(maxsize=64)
-def define(config: Buildable[M_co]) -> Definition[M_co]:
-  """The structure of a config, found from abstract shapes: no parameter is allocated, at any
-  size."""
+def define(config: Any) -> Definition[Any]:
+  """The structure of the config of a model or a layer, which has `build(rngs)`, found from abstract
+  shapes: no parameter is allocated, at any size."""
   graph, state = nnx.split(nnx.eval_shape(lambda key: config.build(_rngs(key)), _abstract_key()))
   info = {}
   for path, variable in nnx.to_flat_state(state):

@@ -56,7 +56,7 @@ class Group(Config):
   repeats: int = 1
 
   def validate(self):
-    self.require(self.repeats > 0, 'repeats', 'positive')
+    self.require_positive('repeats')
     self.require(len(self.pattern) > 0, 'pattern', 'at least one block')
 
   def widths(self, width: int) -> list[int]:

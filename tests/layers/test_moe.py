@@ -14,14 +14,7 @@ from jaxformer.data import Batch
 from jaxformer.layers.layer import Context, LayerPosition
 from jaxformer.layers.mlp import GatedMlp, Mlp
 from jaxformer.layers.moe import Moe
-from jaxformer.layers.router import (
-  BiasBalanced,
-  ExpertChoice,
-  NoisyTopK,
-  SoftmaxTopK,
-  SwitchRouter,
-  TopKSoftmax,
-)
+from jaxformer.layers.router import BiasBalanced, ExpertChoice, NoisyTopK, SoftmaxTopK, TopKSoftmax
 from jaxformer.models.block import Block, PreNorm
 from jaxformer.models.language_model import LanguageModel
 from jaxformer.models.params import define
@@ -79,7 +72,7 @@ def test_routers_refuse_settings_without_effect():
   ):
     ExpertChoice(balance=0.1)
   with pytest.raises(InputError, match=r'z_loss = 0\.0: must be positive, or none'):
-    SwitchRouter(z_loss=0.0)
+    SoftmaxTopK(z_loss=0.0)
 
 
 LOGITS = jnp.log(jnp.array([0.4, 0.3, 0.2, 0.1]))  # of a token whose channels are 1, 0, 0, ...
@@ -90,7 +83,7 @@ LOGITS = jnp.log(jnp.array([0.4, 0.3, 0.2, 0.1]))  # of a token whose channels a
   [
     (TopKSoftmax(), [0, 1], [4 / 7, 3 / 7]),
     (SoftmaxTopK(), [0, 1], [0.4, 0.3]),
-    (SwitchRouter(), [0], [0.4]),
+    (SoftmaxTopK(k=1), [0], [0.4]),
     (NoisyTopK(k=3), [0, 1, 2], [4 / 9, 3 / 9, 2 / 9]),
     (
       BiasBalanced(scale=2.5),
@@ -123,7 +116,7 @@ def test_a_bias_changes_the_choice_and_not_the_weights():
 
 def test_noise_and_jitter_need_a_key():
   x, keys = inputs(), [Context(dropout_key=jax.random.key(i)) for i in (1, 2)]
-  for router, values in ((NoisyTopK(k=2), {}), (SwitchRouter(jitter=0.1), {})):
+  for router, values in ((NoisyTopK(k=2), {}), (SoftmaxTopK(k=1, jitter=0.1), {})):
     config = Moe.Config(experts=E, expert=EXPERT, router=router)
     calm, *wild = (np.asarray(run(config, x, ctx, **values).y) for ctx in (Context(), *keys))
     assert np.abs(wild[0] - wild[1]).max() > 0

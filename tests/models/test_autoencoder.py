@@ -39,9 +39,7 @@ def config(*layers, **settings):
 
 
 MIXING = config(
-  Attention.Config(heads=2, position=Alibi()),
-  Mlp.Config(hidden=12),
-  positions=LearnedPositions.Config(),
+  Attention.Config(heads=2, position=Alibi()), Mlp.Config(hidden=12), positions=LearnedPositions()
 )
 APART = config(Mlp.Config(hidden=12))  # nothing passes from one position to another
 

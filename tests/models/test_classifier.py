@@ -13,7 +13,7 @@ from jaxformer.layers.mlp import Mlp
 from jaxformer.layers.norm import LayerNorm
 from jaxformer.layers.position import Alibi, LearnedPositions
 from jaxformer.models.block import Block, PreNorm
-from jaxformer.models.classifier import Classifier, LastPooling, MeanPooling
+from jaxformer.models.classifier import Classifier
 from jaxformer.models.embedder import LinearInput, TokenInput
 from jaxformer.models.params import define
 from jaxformer.models.stack import Group
@@ -39,9 +39,9 @@ def classifier(input_, causal, pooling, **settings):
 
 
 CONFIGS = {
-  'tokens in both directions': classifier(TokenInput.Config(vocab_size=9), False, MeanPooling()),
+  'tokens in both directions': classifier(TokenInput(vocab_size=9), False, 'mean'),
   'numbers from the left': classifier(
-    LinearInput.Config(features=3), True, LastPooling(), positions=LearnedPositions.Config()
+    LinearInput.Config(features=3), True, 'last', positions=LearnedPositions()
   ),
 }
 
@@ -140,7 +140,7 @@ def test_settings():
     with pytest.raises(InputError, match=message):
       CONFIGS['tokens in both directions'].replace(**change)
   with pytest.raises(InputError, match='vocab_size = 0'):
-    TokenInput.Config(vocab_size=0)
+    TokenInput(vocab_size=0)
   with pytest.raises(InputError, match='features = 0'):
     LinearInput.Config(features=0)
 

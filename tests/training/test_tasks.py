@@ -21,7 +21,6 @@ from jaxformer.data import (
   open_data,
 )
 from jaxformer.layers.mamba import Mamba
-from jaxformer.models.classifier import MeanPooling
 from jaxformer.models.embedder import LinearInput, TokenInput
 from jaxformer.models.params import define
 from jaxformer.models.zoo.gpt import gpt
@@ -53,7 +52,7 @@ LISTOPS = ListOps(
 
 
 def model(input_=None):
-  return classifier(input_ or TokenInput.Config(vocab_size=15), False, MeanPooling()).replace(
+  return classifier(input_ or TokenInput(vocab_size=15), False, 'mean').replace(
     classes=10, context_length=64
   )
 
@@ -235,7 +234,7 @@ def test_the_command_line_on_a_classifier(digits, monkeypatch, capsys):
       'model.classes = 8: must be at least 10, that of ListOps',
     ),
     (
-      model(TokenInput.Config(vocab_size=12)),
+      model(TokenInput(vocab_size=12)),
       LISTOPS,
       'model.vocab_size = 12: must be at least 15, that of ListOps',
     ),

@@ -9,7 +9,7 @@ from jaxformer.interop.family import branches_of, depth, family, part, std_of
 from jaxformer.interop.settings import ACTIVATIONS, Settings, Table, activation_name, written
 from jaxformer.interop.weights import FEED_FORWARD, MIXER, CheckpointFormat, Rule, fused, modules
 from jaxformer.layers.attention import Attention
-from jaxformer.layers.init import Normal, ResidualNormal
+from jaxformer.layers.init import Normal
 from jaxformer.layers.mlp import Mlp
 from jaxformer.layers.norm import LayerNorm
 from jaxformer.layers.position import LearnedPositions
@@ -38,14 +38,14 @@ def read(hf: Settings) -> LanguageModel.Config:
     bias=True,
     scale=None if hf.get('scale_attn_weights', bool, True) else 1.0,
     init=Normal(std=std),
-    out_init=ResidualNormal(std=std),
+    out_init=Normal(residual=True, std=std),
   )
   mlp = Mlp.Config(
     hidden=hf.count('n_inner', 4 * model['width']),
     activation=hf.choose('activation_function', ACTIVATIONS, 'gelu_new'),
     bias=True,
     init=Normal(std=std),
-    out_init=ResidualNormal(std=std),
+    out_init=Normal(residual=True, std=std),
   )
   dropout = hf.get('resid_pdrop', float, 0.1)
   block = Block.Config(
@@ -53,7 +53,7 @@ def read(hf: Settings) -> LanguageModel.Config:
   )
   return LanguageModel.Config(
     **model,
-    positions=LearnedPositions.Config(),
+    positions=LearnedPositions(),
     stack=(Group(pattern=(block,), repeats=hf.count('n_layer', 12)),),
     final_norm=norm,
     embedding_init=Normal(std=std),

@@ -17,7 +17,7 @@ from jaxformer.models.embedder import LinearInput, TokenInput
 from jaxformer.models.stack import Group
 from jaxformer.models.zoo.preset import preset
 
-LISTOPS, DIGITS = TokenInput.Config(vocab_size=15), LinearInput.Config(features=1)
+LISTOPS, DIGITS = TokenInput(vocab_size=15), LinearInput.Config(features=1)
 
 
 def state_space_classifier(

@@ -7,7 +7,7 @@ import functools
 from typing import Any
 
 from jaxformer.layers.attention import Attention
-from jaxformer.layers.init import Normal, ResidualNormal
+from jaxformer.layers.init import Normal
 from jaxformer.layers.mlp import Mlp
 from jaxformer.layers.norm import LayerNorm
 from jaxformer.layers.position import LearnedPositions
@@ -34,9 +34,11 @@ def gpt(
   norm = LayerNorm(bias=bias)
 
   def block(window: int | None) -> Block.Config:
-    attention = Attention.Config(heads=heads, window=window, bias=bias, out_init=ResidualNormal())
+    attention = Attention.Config(
+      heads=heads, window=window, bias=bias, out_init=Normal(residual=True)
+    )
     mlp = Mlp.Config(
-      hidden=hidden or 4 * width, activation='gelu_tanh', bias=bias, out_init=ResidualNormal()
+      hidden=hidden or 4 * width, activation='gelu_tanh', bias=bias, out_init=Normal(residual=True)
     )
     return pre_norm(norm, attention, mlp, dropout=dropout)
 
@@ -45,7 +47,7 @@ def gpt(
     width=width,
     tied=True,
     dropout=dropout,
-    positions=LearnedPositions.Config(init=Normal(std=0.01)),
+    positions=LearnedPositions(init=Normal(std=0.01)),
     final_norm=norm,
     stack=(Group(pattern=tuple(block(w) for w in windows), repeats=layers // len(windows)),),
     **fields,

@@ -10,7 +10,7 @@ from typing import Any
 
 from jaxformer.layers.attention import Attention
 from jaxformer.layers.h3 import H3
-from jaxformer.layers.init import ResidualNormal
+from jaxformer.layers.init import Normal
 from jaxformer.layers.layer import LayerConfig
 from jaxformer.layers.mlp import Mlp
 from jaxformer.layers.norm import LayerNorm
@@ -36,8 +36,8 @@ def h3(
   """The H3 architecture; `heads` are those of the layers with attention, counted from 0, `head_dim`
   that of the others, `fields` of the config: `dropout`."""
   norm = LayerNorm()
-  mlp = Mlp.Config(hidden=hidden or 4 * width, bias=True, out_init=ResidualNormal())
-  attention = Attention.Config(heads=heads, bias=True, out_init=ResidualNormal())
+  mlp = Mlp.Config(hidden=hidden or 4 * width, bias=True, out_init=Normal(residual=True))
+  attention = Attention.Config(heads=heads, bias=True, out_init=Normal(residual=True))
   mixer = H3.Config(d_state=d_state, head_dim=head_dim)
 
   def group(layer: LayerConfig, repeats: int) -> Group:

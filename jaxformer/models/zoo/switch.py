@@ -16,7 +16,7 @@ from jaxformer.layers.mlp import Mlp
 from jaxformer.layers.moe import Moe
 from jaxformer.layers.norm import RMSNorm
 from jaxformer.layers.position import Rotary
-from jaxformer.layers.router import SwitchRouter
+from jaxformer.layers.router import SoftmaxTopK
 from jaxformer.models.block import pre_norm
 from jaxformer.models.language_model import LanguageModel
 from jaxformer.models.stack import Group
@@ -32,7 +32,7 @@ def switch(
   attention = Attention.Config(heads=heads, position=Rotary(), init=init, out_init=init)
   mlp = Mlp.Config(hidden=hidden, activation='relu', init=init, out_init=init)
   moe = Moe.Config(
-    experts=experts, expert=mlp, router=SwitchRouter(jitter=0.01, balance=0.01, init=init)
+    experts=experts, expert=mlp, router=SoftmaxTopK(k=1, jitter=0.01, balance=0.01, init=init)
   )
 
   pattern = pre_norm(norm, attention, mlp), pre_norm(norm, attention, moe)
