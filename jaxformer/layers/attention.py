@@ -108,10 +108,6 @@ class Attention(Layer):
     def decodes(self) -> bool:
       return self.causal
 
-    def state_size(self, width: int, max_len: int) -> int:
-      slots, G = min(self.window or max_len, max_len), self.kv_heads or self.heads
-      return 2 * slots * G * self.head_size(width)
-
     @classmethod
     def examples(cls) -> tuple[Attention.Config, ...]:
       return (
@@ -150,7 +146,6 @@ class Attention(Layer):
     self.k_norm = None if c.qk_norm is None else c.qk_norm.build(K)
 
   def init_state(self, batch: int, max_len: int, memory: Memory | None = None) -> AttentionState:
-    self.config.require(self.config.causal, 'causal', 'true for a layer that decodes')
     S = max_len if self.config.window is None else min(self.config.window, max_len)
     empty = jnp.zeros((batch, S, self.kv_heads, self.head_dim), self.k.dtype)
     return AttentionState(empty, empty, jnp.zeros((), jnp.int32), jnp.zeros((batch,), jnp.int32))

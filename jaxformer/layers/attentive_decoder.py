@@ -205,9 +205,6 @@ class RnnSearch(AttentiveDecoder):
     def out_width(self, width: int) -> int:
       return self.maxout
 
-    def state_size(self, width: int, max_len: int) -> int:
-      return self.keys_size(width, max_len) + 2 * self.units(width)
-
     @classmethod
     def examples(cls) -> tuple[RnnSearch.Config, ...]:
       n = Normal(std=0.3)
@@ -268,9 +265,6 @@ class GnmtAttention(AttentiveDecoder):
 
     def out_width(self, width: int) -> int:
       return self.units(width)
-
-    def state_size(self, width: int, max_len: int) -> int:
-      return self.keys_size(width, max_len) + 4 * self.units(width)
 
     @classmethod
     def examples(cls) -> tuple[GnmtAttention.Config, ...]:

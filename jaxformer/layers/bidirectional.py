@@ -6,7 +6,6 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from jaxformer.config import InputError
 from jaxformer.layers.gru import Gru
 from jaxformer.layers.layer import (
   Context,
@@ -82,9 +81,6 @@ class Bidirectional(Layer):
 
   def handed_over(self, state: tuple[State, State]) -> State:
     return state[1]
-
-  def step(self, x_BD: Float[Array, 'B D'], ctx: Context, state: State) -> Output:
-    raise InputError('Bidirectional: reads a sequence from both ends and cannot decode')
 
 
 def _reversal(

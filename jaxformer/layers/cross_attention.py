@@ -94,9 +94,6 @@ class CrossAttention(ReadsMemory):
     def memory_width(self, width: int) -> int:
       return self.source_width or width
 
-    def state_size(self, width: int, max_len: int) -> int:
-      return 2 * max_len * self.heads * self.head_size(width)
-
     @classmethod
     def examples(cls) -> tuple[CrossAttention.Config, ...]:
       # Without biases: adding the same to all keys does not change a softmax, so the measured
@@ -170,9 +167,6 @@ class LuongAttention(ReadsMemory):
 
     def memory_width(self, width: int) -> int:
       return self.source_width or width
-
-    def state_size(self, width: int, max_len: int) -> int:
-      return max_len * (width + self.memory_width(width))
 
     @classmethod
     def examples(cls) -> tuple[LuongAttention.Config, ...]:

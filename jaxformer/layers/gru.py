@@ -31,9 +31,6 @@ class Gru(Recurrent):
 
     reset_after: bool = False
 
-    def state_size(self, width: int, max_len: int) -> int:
-      return self.units(width)
-
     @classmethod
     def examples(cls) -> tuple[Gru.Config, ...]:
       return (

@@ -82,9 +82,6 @@ class H3(Layer):
       """D / K."""
       return self.quotient(width, 'head_dim')
 
-    def state_size(self, width: int, max_len: int) -> int:
-      return width * self.d_state * (1 + self.head_dim)
-
     @classmethod
     def examples(cls) -> tuple[H3.Config, ...]:
       return cls(d_state=8), cls(head_dim=4, d_state=6, dt_min=0.01, dt_max=0.5)

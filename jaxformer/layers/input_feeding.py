@@ -72,14 +72,6 @@ class InputFeeding(Layer):
     def memory_width(self, width: int) -> int:
       return self.attention.memory_width(self.lstm.units(width))
 
-    def state_size(self, width: int, max_len: int) -> int:
-      H = self.lstm.units(width)
-      return (
-        self.attention.state_size(H, max_len)
-        + H
-        + 2 * self.layers * self.lstm.state_size(width, max_len)
-      )
-
     @classmethod
     def examples(cls) -> tuple[InputFeeding.Config, ...]:
       return (

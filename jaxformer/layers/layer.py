@@ -28,7 +28,7 @@ The contract, checked for every registered layer by `jaxformer.testing.contract`
   diagnostics), `Output.share` holds arrays that later layers read from `ctx.shared`.
 - *Randomness* comes from `ctx.dropout_key` alone. `ctx.fold(i)` gives part `i` of a layer, block or
   stack a key of its own; without a key nothing is dropped.
-- *Costs.* `config.state_size` and `config.mixing_flops_per_token` agree with what the layer does.
+- *Costs.* `config.mixing_flops_per_token` agrees with what the layer does.
 
 To add a layer, write one file: a `Layer` with its `Config` nested in it. The first paragraph of the
 class's docstring is its formula followed by its source in parentheses (`layer_summary`).
@@ -38,6 +38,7 @@ class's docstring is its formula followed by its source in parentheses (`layer_s
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from typing import Any, ClassVar, Self
 
@@ -246,8 +247,8 @@ class LayerConfig(Config, abstract=True):
 
   def state_size(self, width: int, max_len: int) -> int:
     """Number of elements in the state of one sequence of up to `max_len` tokens, not counting
-    integers; a source has `max_len` tokens too."""
-    return 0
+    integers; a source has `max_len` tokens too. Found from the shapes of `init_state`."""
+    return _state_size(self, width, max_len)
 
   @classmethod
   def examples(cls) -> tuple[LayerConfig, ...]:
@@ -266,6 +267,19 @@ class LayerConfig(Config, abstract=True):
     """Return `size` over the value of `field`; raise `InputError` if it is no divisor."""
     self.require(size % getattr(self, field) == 0, field, f'a divisor of {of} = {size}')
     return size // getattr(self, field)
+
+
+@functools.lru_cache(maxsize=1024)
+def _state_size(config: LayerConfig, width: int, max_len: int) -> int:
+  def state() -> State:
+    source_width, memory = config.memory_width(width), None
+    if source_width is not None:
+      memory = Memory(jnp.zeros((1, max_len, source_width)), jnp.ones((1, max_len), bool))
+    layer = config.build(width, nnx.Rngs(params=0), LayerPosition())
+    return layer.init_state(1, max_len, memory)
+
+  leaves = jax.tree.leaves(jax.eval_shape(state))
+  return sum(leaf.size for leaf in leaves if jnp.issubdtype(leaf.dtype, jnp.floating))
 
 
 def layer_summary(config: LayerConfig) -> tuple[str, str]:

@@ -182,9 +182,6 @@ class Lstm(Recurrent):
         '0 if there are no biases (bias = None)',
       )
 
-    def state_size(self, width: int, max_len: int) -> int:
-      return 2 * self.units(width)
-
     @classmethod
     def examples(cls) -> tuple[Lstm.Config, ...]:
       return (

@@ -104,9 +104,6 @@ class Mamba(Layer):
     def resolved(self, width: int) -> Mamba.Config:
       return self.replace(dt_rank=self.rank(width))
 
-    def state_size(self, width: int, max_len: int) -> int:
-      return self.expand * width * (self.d_conv - 1 + self.d_state)
-
     @classmethod
     def examples(cls) -> tuple[Mamba.Config, ...]:
       return (

@@ -77,10 +77,6 @@ class Mamba2(Layer):
       self.quotient(heads, 'groups', 'the number of heads')
       return heads
 
-    def state_size(self, width: int, max_len: int) -> int:
-      inner, maps = self.expand * width, 2 * self.groups * self.d_state
-      return (self.d_conv - 1) * (inner + maps) + inner * self.d_state
-
     @classmethod
     def examples(cls) -> tuple[Mamba2.Config, ...]:
       return (

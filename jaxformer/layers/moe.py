@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 
 from jaxformer.config import InputError
 from jaxformer.layers.dense import ExpertDense
-from jaxformer.layers.layer import Context, Layer, LayerConfig, LayerPosition, Memory, Output
+from jaxformer.layers.layer import Context, Layer, LayerConfig, LayerPosition, Output
 from jaxformer.layers.mlp import ACTIVATIONS, ActivationName, GatedMlp, Mlp
 from jaxformer.layers.router import (
   BiasBalanced,
@@ -114,12 +114,6 @@ class Moe(Layer):
     self.expert_gate = dense(e.init, (E, width, e.hidden), ('embed', 'mlp')) if e.gated else None
     self.expert_down = dense(e.out_init, (E, e.hidden, width), ('mlp', 'embed'))
     self.shared = None if c.shared is None else c.shared.build(width, rngs, position)
-
-  def init_state(self, batch: int, max_len: int, memory: Memory | None = None) -> tuple[()]:
-    if not self.config.decodes:
-      problem = 'experts that choose among all tokens cannot decode'
-      raise InputError(f'{self.config.tag}.router', self.config.router, problem=problem)
-    return ()
 
   def __call__(self, x_BTD: Float[Array, 'B T D'], ctx: Context, state=None) -> Output:
     c, routed = self.config, self.router(x_BTD, ctx)

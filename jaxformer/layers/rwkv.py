@@ -170,9 +170,6 @@ class ChannelMix(Layer):
       self.require(self.version in (4, 5, 6, 7), 'version', '4, 5, 6 or 7')
       self.require_positive('hidden')
 
-    def state_size(self, width: int, max_len: int) -> int:
-      return width
-
     @classmethod
     def examples(cls) -> tuple[ChannelMix.Config, ...]:
       return tuple(cls(version=version, hidden=48) for version in (4, 6, 7))

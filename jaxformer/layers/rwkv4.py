@@ -57,9 +57,6 @@ class TimeMix4(Layer):
     key_init: Init = Zeros()
     out_init: Init = Zeros()
 
-    def state_size(self, width: int, max_len: int) -> int:
-      return 4 * width
-
     def mixing_flops_per_token(self, width: int, length: int, causal: bool) -> float:
       # both sums twice, with u and for the next token: 3 each with v and 2 without; and the
       # quotient

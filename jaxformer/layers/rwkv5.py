@@ -63,9 +63,6 @@ class TimeMix5(Layer):
     def validate(self):
       self.require(self.head_dim > 1, 'head_dim', 'at least 2')
 
-    def state_size(self, width: int, max_len: int) -> int:
-      return width + width * self.head_dim
-
     @classmethod
     def examples(cls) -> tuple[TimeMix5.Config, ...]:
       return (cls(head_dim=8, norm=HeadNorm(eps=1e-3)),)

@@ -41,9 +41,6 @@ class S5(Layer):
       fits = self.blocks > 0 and self.d_state % (2 * self.blocks) == 0
       self.require(fits, 'blocks', f'such that d_state = {self.d_state} is an even number for each')
 
-    def state_size(self, width: int, max_len: int) -> int:
-      return self.d_state
-
     def mixing_flops_per_token(self, width: int, length: int, causal: bool) -> float:
       return self.directions * 4.0 * self.d_state  # a complex product and a sum
 
@@ -83,7 +80,6 @@ class S5(Layer):
   def init_state(
     self, batch: int, max_len: int, memory: Memory | None = None
   ) -> Float[Array, 'B N']:
-    self.config.require(self.config.causal, 'causal', 'true for a layer that decodes')
     return jnp.zeros((batch, self.config.d_state), jnp.float32)
 
   def __call__(

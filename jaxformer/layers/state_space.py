@@ -81,9 +81,6 @@ class StateSpaceConfig(SystemConfig, abstract=True):
   def directions(self) -> int:
     return 1 if self.causal else 2
 
-  def state_size(self, width: int, max_len: int) -> int:
-    return width * self.d_state
-
   def mixing_flops_per_token(self, width: int, length: int, causal: bool) -> float:
     # the recurrence: a complex product, an input and an output
     return self.directions * 7.0 * width * self.d_state
@@ -133,7 +130,6 @@ class StateSpace(Layer):
   def init_state(
     self, batch: int, max_len: int, memory: Memory | None = None
   ) -> Float[Array, 'B H N']:
-    self.config.require(self.config.causal, 'causal', 'true for a layer that decodes')
     return jnp.zeros((batch, self.width, self.config.d_state), jnp.float32)
 
   def __call__(

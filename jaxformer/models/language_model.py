@@ -7,6 +7,7 @@ import dataclasses
 from flax import nnx
 from jaxtyping import Array, Int
 
+from jaxformer.config import InputError
 from jaxformer.layers.dense import Table
 from jaxformer.layers.init import Init, Normal
 from jaxformer.layers.layer import Context, Output
@@ -89,6 +90,9 @@ class LanguageModel(Autoregressive):
   def init_state(self, batch: int, max_len: int) -> DecoderState:
     """The state before the first token, for sequences of up to `max_len` tokens."""
     self.config.check_length(max_len)
+    for layer, _ in self.config.layers():
+      if not layer.decodes:
+        raise InputError(f'{layer.tag}: reads tokens ahead of its output, so it cannot decode')
     return self._start(self.stack.init_state(batch, max_len), batch)
 
   def hidden(

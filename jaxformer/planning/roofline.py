@@ -117,7 +117,7 @@ def _training_traffic(setup: PlanSetup, memory: DeviceMemory) -> tuple[float, di
 
   stream = setup.accumulate * size * B * T * model.width
   copies = sum(n * layer.experts_per_token for layer, n in model.layers())
-  state = sum(n * layer.state_size(model.width, T) for layer, n in model.layers())
+  state = sum(n * layer.state_size(width, T) for layer, width, n in model.layers_with_widths())
   states = setup.accumulate * size * B * state / mesh.shape['tensor']
   return moved, {
     'fsdp': share('fsdp') * 3 * setup.accumulate * in_use,

@@ -136,8 +136,12 @@ def test_experts_that_choose_take_their_most_probable_tokens():
     np.testing.assert_allclose(np.sort(chosen.weight[0, e]), np.sort(p[:, e])[4:], rtol=1e-6)
   config = Moe.Config(experts=E, router=ExpertChoice())
   assert not config.decodes
-  with pytest.raises(InputError, match='experts that choose among all tokens cannot decode'):
-    config.build(D, nnx.Rngs(0), LayerPosition()).init_state(1, 8)
+  block = Block.Config(branches=(PreNorm(layer=config),))
+  model = LanguageModel.Config(
+    vocab_size=8, width=D, context_length=8, stack=(Group(pattern=(block,)),)
+  )
+  with pytest.raises(InputError, match='Moe: reads tokens ahead of its output, so it cannot decode'):
+    model.build(nnx.Rngs(0)).init_state(1, 8)
 
 
 def test_capacity_drops_what_it_says():
