@@ -66,13 +66,7 @@ class S5(Layer):
       N // 2, c.directions, H
     )
     self.c = param(pairs(c_PRH), ('inner', None, 'embed', None), full_precision=True)
-    self.skip = param(
-      jax.random.normal(rngs.params(), (H,)),
-      ('norm',),
-      decay=False,
-      full_precision=True,
-      matmul=False,
-    )
+    self.skip = recurrent(jax.random.normal(rngs.params(), (H,)), ('norm',))
     self.gate = Dense(
       FanInUniform(), (H, H), ('embed', None), bias=FanInUniform(), rngs=rngs, position=position
     )

@@ -107,13 +107,7 @@ class StateSpace(Layer):
     c = config
     self.config, self.width, self.gated = c, width, gated
     self.log_dt = log_steps(width, c.dt_min, c.dt_max, c.lr_scale, rngs)
-    self.skip = param(
-      jax.random.normal(rngs.params(), (outputs, width)),
-      (None, 'inner'),
-      decay=False,
-      full_precision=True,
-      matmul=False,
-    )
+    self.skip = recurrent(jax.random.normal(rngs.params(), (outputs, width)), (None, 'inner'))
     self.out = Dense(
       FanInUniform(),
       (outputs * width, 2 * width if gated else width),

@@ -10,9 +10,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from jaxformer.layers.init import Init, Normal
 from jaxformer.layers.layer import Context, Output, State, positions_BT, starts_BT
+from jaxformer.layers.norm import NormConfig
 from jaxformer.models.embedder import Embedder
-from jaxformer.models.model import BaseModel
+from jaxformer.models.model import BaseModel, ModelConfig
 from jaxformer.models.stack import Stack
 
 
@@ -28,6 +30,39 @@ class DecoderState:
 
   stack: tuple[State, ...]
   position_B: Int[Array, ' B']
+
+
+class AutoregressiveConfig(ModelConfig, abstract=True):
+  """Base of the configs of models with a decoder.
+
+  Attributes:
+    vocab_size: rows of the token table.
+    embedding_scale: factor on the embeddings; None for 1.
+    final_norm: norm before the head; None for none (post-norm stacks and recurrences).
+    tied: whether the head is the transpose of the token table.
+    head_bias: whether logits have a bias.
+    dropout: rate on the embeddings.
+    embedding_init, head_init: initialization; `head_init` must be None where the head is tied.
+  """
+
+  vocab_size: int
+  embedding_scale: float | None = None
+  final_norm: NormConfig | None = None
+  tied: bool = False
+  head_bias: bool = False
+  dropout: float = 0.0
+  embedding_init: Init = Normal()
+  head_init: Init | None = None
+
+  def validate(self):
+    super().validate()
+    self.require_positive('vocab_size')
+    self.require_rate('dropout')
+    self.require(
+      not (self.tied and self.head_init is not None),
+      'head_init',
+      'none where the head is tied to the embedding',
+    )
 
 
 class Autoregressive(BaseModel):

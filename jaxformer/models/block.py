@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -122,6 +123,11 @@ class Branch(nnx.Module):
     return dataclasses.replace(out[0], y=shard(y, 'batch', *('time',) * (y.ndim - 2), 'embed'))
 
 
+def widths(parts: Iterable[Any], width: int) -> list[int]:
+  """The width before each of some branches, blocks or groups, and after the last."""
+  return list(itertools.accumulate(parts, lambda w, part: part.out_width(w), initial=width))
+
+
 class Block(nnx.Module):
   """Residual branches one after the other: one (Mamba), two (a transformer) or more."""
 
@@ -131,18 +137,15 @@ class Block(nnx.Module):
     def build(self, width: int, rngs: nnx.Rngs, position: LayerPosition) -> Block:
       return Block(self, width, rngs, position)
 
-    def widths(self, width: int) -> list[int]:
-      """The width before each branch, and after the last."""
-      widths = [width]
-      for branch in self.branches:
-        widths.append(branch.out_width(widths[-1]))
-      return widths
+    def out_width(self, width: int) -> int:
+      """The width after the block."""
+      return widths(self.branches, width)[-1]
 
   def __init__(self, config: Block.Config, width: int, rngs: nnx.Rngs, position: LayerPosition):
     self.branches = nnx.List(
       [
         b.build(w, rngs, position)
-        for b, w in zip(config.branches, config.widths(width), strict=False)
+        for b, w in zip(config.branches, widths(config.branches, width), strict=False)
       ]
     )
 

@@ -11,15 +11,13 @@ from jaxtyping import Array, Int
 
 from jaxformer.config import InputError
 from jaxformer.layers.dense import Table
-from jaxformer.layers.init import Init, Normal
 from jaxformer.layers.layer import Context, Memory, Output, positions_BT, starts_BT
 from jaxformer.layers.norm import NormConfig
-from jaxformer.models.autoregressive import Autoregressive, DecoderState
-from jaxformer.models.block import merge_aux
+from jaxformer.models.autoregressive import Autoregressive, AutoregressiveConfig, DecoderState
+from jaxformer.models.block import merge_aux, widths
 from jaxformer.models.embedder import Embedder
 from jaxformer.models.head import Head
-from jaxformer.models.model import ModelConfig
-from jaxformer.models.stack import Group, Stack, layers_with_widths, out_width
+from jaxformer.models.stack import Group, Stack, layers_with_widths
 from jaxformer.task_type import IGNORE, Batch, TaskType
 
 
@@ -34,54 +32,33 @@ class EncoderDecoder(Autoregressive):
   Token ids are not checked inside a compiled program: an id outside the vocabulary reads the
   nearest row."""
 
-  class Config(ModelConfig):
+  class Config(AutoregressiveConfig):
     """
     Attributes:
-      source_vocab_size, vocab_size: rows of the embeddings of source and target.
+      source_vocab_size: rows of the token table of the source.
       encoder, decoder: groups of blocks; a layer may change the width.
-      embedding_scale: factor on the embeddings; None for 1.
-      encoder_norm, final_norm: norms after either stack; None for none (post-norm stacks and
-        recurrences).
+      encoder_norm: norm after the encoder; None for none.
       shared_embedding: whether source and target share one table.
-      tied: whether the head is the transpose of the target's table.
-      head_bias: whether logits have a bias.
       reverse_source: whether the encoder reads the source from its end (Sutskever et al. 2014,
         section 3.3).
       init_from_encoder: whether each layer of the decoder starts from the final state of the
         encoder's layer in the same position (of a bidirectional layer, that of its backward
         part).
-      dropout: rate on the embeddings.
-      embedding_init, head_init: initialization; `head_init` must be None where the head is tied.
     """
 
     source_vocab_size: int
-    vocab_size: int
     encoder: tuple[Group, ...]
     decoder: tuple[Group, ...]
-    embedding_scale: float | None = None
     encoder_norm: NormConfig | None = None
-    final_norm: NormConfig | None = None
     shared_embedding: bool = False
-    tied: bool = False
-    head_bias: bool = False
     reverse_source: bool = False
     init_from_encoder: bool = False
-    dropout: float = 0.0
-    embedding_init: Init = Normal()
-    head_init: Init | None = None
 
     def validate(self):
       super().validate()
-      self.require_positive('source_vocab_size', 'vocab_size')
-      self.require_rate('dropout')
+      self.require_positive('source_vocab_size')
       self.require(
-        not (self.tied and self.head_init is not None),
-        'head_init',
-        'none where the head is tied to the embedding',
-      )
-      same = not self.shared_embedding or self.source_vocab_size == self.vocab_size
-      self.require(
-        same,
+        not self.shared_embedding or self.source_vocab_size == self.vocab_size,
         'source_vocab_size',
         f'{self.vocab_size}, that of the target, where they share a table',
       )
@@ -116,12 +93,12 @@ class EncoderDecoder(Autoregressive):
     @property
     def memory_width(self) -> int:
       """The width of the encoder's output."""
-      return out_width(self.encoder, self.width)
+      return widths(self.encoder, self.width)[-1]
 
     @property
     def decoder_width(self) -> int:
       """The width that the head reads."""
-      return out_width(self.decoder, self.width)
+      return widths(self.decoder, self.width)[-1]
 
     @property
     def task(self) -> TaskType:

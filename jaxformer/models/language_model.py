@@ -9,13 +9,11 @@ from jaxtyping import Array, Int
 
 from jaxformer.config import InputError
 from jaxformer.layers.dense import Table
-from jaxformer.layers.init import Init, Normal
 from jaxformer.layers.layer import Context, Output
 from jaxformer.layers.norm import NormConfig, RMSNorm
-from jaxformer.models.autoregressive import Autoregressive, DecoderState
+from jaxformer.models.autoregressive import Autoregressive, AutoregressiveConfig, DecoderState
 from jaxformer.models.embedder import Embedder
 from jaxformer.models.head import Head
-from jaxformer.models.model import ModelConfig
 from jaxformer.models.stack import Group, Stack
 from jaxformer.task_type import Batch, TaskType
 
@@ -23,42 +21,22 @@ from jaxformer.task_type import Batch, TaskType
 class LanguageModel(Autoregressive):
   """p(token t | tokens before t) = softmax(head(norm(stack(embedding(tokens) + positions))))."""
 
-  class Config(ModelConfig):
+  class Config(AutoregressiveConfig):
     """
     Attributes:
-      vocab_size: rows of the token table.
       stack: groups of blocks.
       embedding_norm: norm right after the embedding (RWKV's ln0); None for none.
-      embedding_scale: factor on the embeddings; None for 1.
-      final_norm: norm before the head; None for none (post-norm stacks).
-      tied: whether the head is the transpose of the token table.
-      head_bias: whether logits have a bias.
       softcap: logits become c tanh(logits / c); None for none.
-      dropout: rate on the embeddings.
-      embedding_init, head_init: initialization; `head_init` must be None where the head is tied.
     """
 
-    vocab_size: int
     stack: tuple[Group, ...]
     embedding_norm: NormConfig | None = None
-    embedding_scale: float | None = None
     final_norm: NormConfig | None = RMSNorm()
-    tied: bool = False
-    head_bias: bool = False
     softcap: float | None = None
-    dropout: float = 0.0
-    embedding_init: Init = Normal()
-    head_init: Init | None = None
 
     def validate(self):
       super().validate()
-      self.require_positive('vocab_size', 'softcap')
-      self.require_rate('dropout')
-      self.require(
-        not (self.tied and self.head_init is not None),
-        'head_init',
-        'none where the head is tied to the embedding',
-      )
+      self.require_positive('softcap')
 
     def build(self, rngs: nnx.Rngs) -> LanguageModel:
       return LanguageModel(self, rngs)

@@ -15,7 +15,7 @@ from jaxtyping import Array
 
 from jaxformer.config import Config
 from jaxformer.layers.layer import Context, LayerConfig, LayerPosition, Memory, Output, State
-from jaxformer.models.block import Block, BranchConfig, apply_sequentially
+from jaxformer.models.block import Block, BranchConfig, apply_sequentially, widths
 from jaxformer.models.params import stacked
 from jaxformer.sharding import needs_all_gather, platform, unshard
 
@@ -59,18 +59,15 @@ class Group(Config):
     self.require_positive('repeats')
     self.require(len(self.pattern) > 0, 'pattern', 'at least one block')
 
-  def widths(self, width: int) -> list[int]:
-    """The width before each block of the pattern, and after the last. Raises `InputError` where a
-    repeated pattern changes it."""
-    widths = [width]
-    for block in self.pattern:
-      widths.append(block.widths(widths[-1])[-1])
+  def out_width(self, width: int) -> int:
+    """The width after the group. Raises `InputError` where a repeated pattern changes it."""
+    out = widths(self.pattern, width)[-1]
     self.require(
-      self.repeats == 1 or widths[-1] == width,
+      self.repeats == 1 or out == width,
       'repeats',
-      f'1 where the pattern changes the width from {width} to {widths[-1]}',
+      f'1 where the pattern changes the width from {width} to {out}',
     )
-    return widths
+    return out
 
 
 def group(*branches: BranchConfig, repeats: int = 1) -> Group:
@@ -84,17 +81,10 @@ def layers_with_widths(
   """Every layer's config with the width of its input, and how many times it occurs in a stack with
   inputs of `width`."""
   for group in groups:
-    for block, before in zip(group.pattern, group.widths(width), strict=False):
-      for branch, w in zip(block.branches, block.widths(before), strict=False):
+    for block, before in zip(group.pattern, widths(group.pattern, width), strict=False):
+      for branch, w in zip(block.branches, widths(block.branches, before), strict=False):
         yield branch.layer, w, group.repeats
-    width = group.widths(width)[-1]
-
-
-def out_width(groups: tuple[Group, ...], width: int) -> int:
-  """The width of a stack's output."""
-  for group in groups:
-    width = group.widths(width)[-1]
-  return width
+    width = group.out_width(width)
 
 
 class Stack(nnx.Module):
@@ -106,13 +96,12 @@ class Stack(nnx.Module):
     branches = sum(len(b.branches) * g.repeats for g in groups for b in g.pattern)
     built, first = [], 0
     for g in groups:
-      widths = g.widths(width)
 
-      def period(rngs: nnx.Rngs, layer: int | Array, pattern=g.pattern, widths=widths) -> nnx.List:
+      def period(rngs: nnx.Rngs, layer: int | Array, pattern=g.pattern, width=width) -> nnx.List:
         return nnx.List(
           [
-            b.build(widths[i], rngs, LayerPosition(layer + i, layers, branches))
-            for i, b in enumerate(pattern)
+            block.build(w, rngs, LayerPosition(layer + i, layers, branches))
+            for i, (block, w) in enumerate(zip(pattern, widths(pattern, width), strict=False))
           ]
         )
 
@@ -122,7 +111,7 @@ class Stack(nnx.Module):
         else stacked(period, g.repeats, rngs, first, len(g.pattern))
       )
       first += len(g.pattern) * g.repeats
-      width = widths[-1]
+      width = g.out_width(width)
     self.groups = nnx.List(built)
     self.repeats = tuple(g.repeats for g in groups)
 

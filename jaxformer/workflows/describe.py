@@ -12,9 +12,10 @@ import jax.numpy as jnp
 
 from jaxformer.config import Config
 from jaxformer.layers.layer import Context, LayerConfig, layer_summary
+from jaxformer.models.block import widths
 from jaxformer.models.model import ModelConfig
 from jaxformer.models.params import ParamInfo, Params, define
-from jaxformer.models.stack import Group, out_width
+from jaxformer.models.stack import Group
 from jaxformer.ops.implementation import record_choices
 from jaxformer.planning.cost import cost
 from jaxformer.planning.memory import abstract_batch
@@ -211,14 +212,18 @@ def _blocks(
   distinct: dict[Any, list[tuple[str, int]]] = {}  # block and width -> (prefix, occurrences)
   width = model.width
   for g, group in enumerate(groups):
-    for p, (block, before) in enumerate(zip(group.pattern, group.widths(width), strict=False)):
+    for p, (block, before) in enumerate(
+      zip(group.pattern, widths(group.pattern, width), strict=False)
+    ):
       distinct.setdefault((block, before), []).append((f'{prefix}.groups.{g}.{p}', group.repeats))
-    width = out_width((group,), width)
+    width = group.out_width(width)
   decodes = groups is model.stacks[-1] and model.state_size(1) is not None
   where = '' if len(model.stacks) == 1 else f'{prefix} '
   for number, ((block, before), places) in enumerate(distinct.items(), 1):
     count = sum(n for _, n in places)
-    for b, (branch, w) in enumerate(zip(block.branches, block.widths(before), strict=False)):
+    for b, (branch, w) in enumerate(
+      zip(block.branches, widths(block.branches, before), strict=False)
+    ):
       layer = branch.layer
       formula, source = layer_summary(layer)
       yield _part(

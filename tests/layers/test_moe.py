@@ -140,7 +140,9 @@ def test_experts_that_choose_take_their_most_probable_tokens():
   model = LanguageModel.Config(
     vocab_size=8, width=D, context_length=8, stack=(Group(pattern=(block,)),)
   )
-  with pytest.raises(InputError, match='Moe: reads tokens ahead of its output, so it cannot decode'):
+  with pytest.raises(
+    InputError, match='Moe: reads tokens ahead of its output, so it cannot decode'
+  ):
     model.build(nnx.Rngs(0)).init_state(1, 8)
 
 
