@@ -15,15 +15,7 @@ from jaxtyping import Array, Float, Int
 from jaxformer.config import InputError
 from jaxformer.layers.dense import Dense
 from jaxformer.layers.init import Init, Normal
-from jaxformer.layers.layer import (
-  Context,
-  Layer,
-  LayerConfig,
-  LayerPosition,
-  Memory,
-  Output,
-  positions_BT,
-)
+from jaxformer.layers.layer import Context, Layer, LayerConfig, LayerPosition, Output, positions_BT
 from jaxformer.layers.norm import NormConfig, RMSNorm
 from jaxformer.layers.position import Alibi, AttentionPosition, Llama3Scaling, Rotary
 from jaxformer.ops.attention import Mask, attention
@@ -109,7 +101,7 @@ class Attention(Layer):
       return self.causal
 
     @classmethod
-    def examples(cls) -> tuple[Attention.Config, ...]:
+    def examples(cls):
       return (
         cls(heads=4),
         cls(heads=4, kv_heads=2, position=Rotary(), bias=True),
@@ -126,7 +118,7 @@ class Attention(Layer):
         cls(heads=4, causal=False, window=4, position=Alibi()),
       )
 
-    def mixing_flops_per_token(self, width: int, length: int, causal: bool) -> float:
+    def mixing_flops_per_token(self, width, length, causal):
       seen = length if self.window is None else min(self.window, length)
       if causal and self.causal:
         # the first queries attend to fewer keys
@@ -145,7 +137,7 @@ class Attention(Layer):
     self.q_norm = None if c.qk_norm is None else c.qk_norm.build(K)
     self.k_norm = None if c.qk_norm is None else c.qk_norm.build(K)
 
-  def init_state(self, batch: int, max_len: int, memory: Memory | None = None) -> AttentionState:
+  def init_state(self, batch, max_len, memory=None) -> AttentionState:
     S = max_len if self.config.window is None else min(self.config.window, max_len)
     empty = jnp.zeros((batch, S, self.kv_heads, self.head_dim), self.k.dtype)
     return AttentionState(empty, empty, jnp.zeros((), jnp.int32), jnp.zeros((batch,), jnp.int32))

@@ -98,7 +98,7 @@ class AttentiveDecoderConfig(LayerConfig, abstract=True):
     """Number of elements in the keys and values of a source."""
     return max_len * ((self.attention or self.units(width)) + self.memory_width(width))
 
-  def mixing_flops_per_token(self, width: int, length: int, causal: bool) -> float:
+  def mixing_flops_per_token(self, width, length, causal):
     """Scores and the weighted sum over a source of `length`."""
     return 2.0 * self.keys_size(width, length)
 
@@ -132,7 +132,7 @@ class AttentiveDecoder(Layer):
     """The states before the first token."""
     raise NotImplementedError
 
-  def init_state(self, batch: int, max_len: int, memory: Memory | None = None) -> AttentiveState:
+  def init_state(self, batch, max_len, memory=None) -> AttentiveState:
     memory = required(memory, type(self).__name__)
     values = memory.y_BSC.astype(self.kernel[...].dtype)
     first = self.first_states(memory)
@@ -206,7 +206,7 @@ class RnnSearch(AttentiveDecoder):
       return self.maxout
 
     @classmethod
-    def examples(cls) -> tuple[RnnSearch.Config, ...]:
+    def examples(cls):
       n = Normal(std=0.3)
       some = cls(init=n, attention_init=n, score_init=n)
       return some, some.replace(hidden=24, attention=16, source_width=20, maxout=12, bias=n)
@@ -267,7 +267,7 @@ class GnmtAttention(AttentiveDecoder):
       return self.units(width)
 
     @classmethod
-    def examples(cls) -> tuple[GnmtAttention.Config, ...]:
+    def examples(cls):
       return cls(), cls(hidden=24, attention=16, source_width=20, forget_bias=1.0)
 
   def __init__(

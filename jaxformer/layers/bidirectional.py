@@ -12,7 +12,6 @@ from jaxformer.layers.layer import (
   Layer,
   LayerConfig,
   LayerPosition,
-  Memory,
   Output,
   State,
   starts_BT,
@@ -51,7 +50,7 @@ class Bidirectional(Layer):
       return self.layer.reads(width)
 
     @classmethod
-    def examples(cls) -> tuple[Bidirectional.Config, ...]:
+    def examples(cls):
       return cls(), cls(layer=Gru.Config(hidden=24, project=False))
 
   def __init__(
@@ -60,9 +59,7 @@ class Bidirectional(Layer):
     self.forward = config.layer.build(width, rngs, position)
     self.backward = config.layer.build(width, rngs, position)
 
-  def init_state(
-    self, batch: int, max_len: int, memory: Memory | None = None
-  ) -> tuple[State, State]:
+  def init_state(self, batch, max_len, memory=None) -> tuple[State, State]:
     return self.forward.init_state(batch, max_len), self.backward.init_state(batch, max_len)
 
   def __call__(

@@ -45,7 +45,7 @@ class ReadsMemory(Layer):
   def keys(self, memory: Memory) -> KeysState:
     raise NotImplementedError
 
-  def init_state(self, batch: int, max_len: int, memory: Memory | None = None) -> KeysState:
+  def init_state(self, batch, max_len, memory=None) -> KeysState:
     return self.keys(required(memory, type(self).__name__))
 
   def select_rows(self, state: KeysState, index: Array, same_source: bool = False) -> KeysState:
@@ -95,12 +95,12 @@ class CrossAttention(ReadsMemory):
       return self.source_width or width
 
     @classmethod
-    def examples(cls) -> tuple[CrossAttention.Config, ...]:
+    def examples(cls):
       # Without biases: adding the same to all keys does not change a softmax, so the measured
       # gradient would be rounding error.
       return cls(), cls(head_dim=16, source_width=24)
 
-    def mixing_flops_per_token(self, width: int, length: int, causal: bool) -> float:
+    def mixing_flops_per_token(self, width, length, causal):
       return 4.0 * self.heads * self.head_size(width) * length
 
   def __init__(
@@ -169,10 +169,10 @@ class LuongAttention(ReadsMemory):
       return self.source_width or width
 
     @classmethod
-    def examples(cls) -> tuple[LuongAttention.Config, ...]:
+    def examples(cls):
       return cls(source_width=24), cls(score_init=None)
 
-    def mixing_flops_per_token(self, width: int, length: int, causal: bool) -> float:
+    def mixing_flops_per_token(self, width, length, causal):
       return 2.0 * (width + self.memory_width(width)) * length
 
   def __init__(

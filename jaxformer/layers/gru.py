@@ -32,7 +32,7 @@ class Gru(Recurrent):
     reset_after: bool = False
 
     @classmethod
-    def examples(cls) -> tuple[Gru.Config, ...]:
+    def examples(cls):
       return (
         cls(recurrent_init=Orthogonal()),
         cls(reset_after=True),

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 
 from jaxformer.layers.dense import Dense
 from jaxformer.layers.init import FanInUniform, Init, Normal
-from jaxformer.layers.layer import Context, Layer, LayerPosition, Memory, Output
+from jaxformer.layers.layer import Context, Layer, LayerPosition, Output
 from jaxformer.layers.s4d import DISCRETIZATIONS, DiscretizationName, SpectrumName, spectrum
 from jaxformer.layers.state_space import (
   SystemConfig,
@@ -35,10 +35,10 @@ from jaxformer.sharding import shard
 @dataclasses.dataclass(frozen=True)
 class H3State:
   """The last N keys of each channel, newest first, and the states of the diagonal systems, one for
-  every pair of a key dimension and a value dimension of a head. fp32."""
+  each of the J = K K pairs of a key dimension and a value dimension of a head. fp32."""
 
   keys_BDN: Float[Array, 'B D N']
-  kv_BHN: Float[Array, 'BKK H N']
+  kv_BJHN: Float[Array, 'B J H N']
 
 
 class H3(Layer):
@@ -83,10 +83,10 @@ class H3(Layer):
       return self.quotient(width, 'head_dim')
 
     @classmethod
-    def examples(cls) -> tuple[H3.Config, ...]:
+    def examples(cls):
       return cls(d_state=8), cls(head_dim=4, d_state=6, dt_min=0.01, dt_max=0.5)
 
-    def mixing_flops_per_token(self, width: int, length: int, causal: bool) -> float:
+    def mixing_flops_per_token(self, width, length, causal):
       # the shift system; the recurrence, a complex product with an input and an output; and the
       # products with keys, values, queries
       return width * (2.0 * self.d_state + self.head_dim * (7.0 * self.d_state + 5.0))
@@ -120,30 +120,27 @@ class H3(Layer):
     log_a, b = discretize(a, paired(self.b), jnp.exp(self.log_dt[...]))
     return ShiftSystem(filter_DN[None]), DiagonalSystem(log_a, b, paired(self.c)[None])
 
-  def init_state(self, batch: int, max_len: int, memory: Memory | None = None) -> H3State:
-    D, H, N = self.k.kernel.shape[1], self.heads, self.config.d_state
-    pairs_BKK = batch * self.config.head_dim**2
-    return H3State(jnp.zeros((batch, D, N)), jnp.zeros((pairs_BKK, H, N)))
-
-  def select_rows(self, state: H3State, index: Array, same_source: bool = False) -> H3State:
-    pairs = self.config.head_dim**2
-    rows = (index[:, None] * pairs + jnp.arange(pairs)[None]).reshape(-1)
-    return H3State(jnp.take(state.keys_BDN, index, axis=0), jnp.take(state.kv_BHN, rows, axis=0))
+  def init_state(self, batch, max_len, memory=None) -> H3State:
+    (D, N), K = self.shift_b.shape, self.config.head_dim
+    return H3State(jnp.zeros((batch, D, N)), jnp.zeros((batch, K * K, self.heads, N)))
 
   def __call__(
     self, x_BTD: Float[Array, 'B T D'], ctx: Context, state: H3State | None = None
   ) -> Output:
-    K = self.config.head_dim
+    B, J = len(x_BTD), self.config.head_dim**2
     q, k, v = self._qkv(x_BTD)
     starts = None if ctx.segments_BT is None else ctx.starts(x_BTD)
-    pair_starts = None if starts is None else jnp.repeat(starts, K * K, axis=0)
+    pair_starts = None if starts is None else jnp.repeat(starts, J, axis=0)
     shift, diagonal = self.systems()
     k_BTMD, keys = ssm(k, shift, None if state is None else state.keys_BDN, starts)
     z = self._products(k_BTMD[:, :, 0] + self.shift_skip[...][None, None] * k, v)
-    s_BTMH, kv = ssm(z, diagonal, None if state is None else state.kv_BHN, pair_starts)
+    before = None if state is None else state.kv_BJHN.reshape(B * J, self.heads, -1)
+    s_BTMH, kv = ssm(z, diagonal, before, pair_starts)
     y = self._read(q, s_BTMH[:, :, 0] + self.skip[...][None, None] * z)
     y = self.o(shard(y.astype(x_BTD.dtype), 'batch', 'time', 'inner'))
-    return Output(y, None if keys is None or kv is None else H3State(keys, kv))
+    if keys is None or kv is None:
+      return Output(y)
+    return Output(y, H3State(keys, kv.reshape(B, J, self.heads, -1)))
 
   def _qkv(self, x_BTD: Array) -> tuple[Array, Array, Array]:
     q, k, v = (

@@ -17,7 +17,6 @@ from jaxformer.layers.layer import (
   Layer,
   LayerConfig,
   LayerPosition,
-  Memory,
   Output,
   dropout,
   required,
@@ -73,7 +72,7 @@ class InputFeeding(Layer):
       return self.attention.memory_width(self.lstm.units(width))
 
     @classmethod
-    def examples(cls) -> tuple[InputFeeding.Config, ...]:
+    def examples(cls):
       return (
         cls(),
         cls(layers=1, attention=LuongAttention.Config(score_init=None)),
@@ -84,7 +83,7 @@ class InputFeeding(Layer):
         ),
       )
 
-    def mixing_flops_per_token(self, width: int, length: int, causal: bool) -> float:
+    def mixing_flops_per_token(self, width, length, causal):
       return self.attention.mixing_flops_per_token(self.lstm.units(width), length, causal)
 
   def __init__(
@@ -98,7 +97,7 @@ class InputFeeding(Layer):
     )
     self.attention = config.attention.build(H, rngs, position)
 
-  def init_state(self, batch: int, max_len: int, memory: Memory | None = None) -> AttentiveState:
+  def init_state(self, batch, max_len, memory=None) -> AttentiveState:
     memory = required(memory, 'InputFeeding')
     final = itertools.chain((s for block in memory.states for s in block), itertools.repeat(None))
     first = tuple(

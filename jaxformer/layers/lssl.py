@@ -46,11 +46,11 @@ class LSSL(StateSpace):
       )
 
     @classmethod
-    def examples(cls) -> tuple[LSSL.Config, ...]:
+    def examples(cls):
       fixed = cls(d_state=4, transition='fixed', transition_lr_scale=0.0, copies=2, causal=False)
       return cls(d_state=5, copies=2, transition='per_channel'), fixed
 
-    def mixing_flops_per_token(self, width: int, length: int, causal: bool) -> float:
+    def mixing_flops_per_token(self, width, length, causal):
       # the recurrence
       return self.directions * width * self.d_state * (2.0 * self.d_state + 2.0 + 2.0 * self.copies)
 

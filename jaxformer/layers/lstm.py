@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float
 from jaxformer.config import InputError
 from jaxformer.layers.dense import Dense
 from jaxformer.layers.init import FanInUniform, Init, Orthogonal, Zeros
-from jaxformer.layers.layer import Context, Layer, LayerConfig, LayerPosition, Memory, Output
+from jaxformer.layers.layer import Context, Layer, LayerConfig, LayerPosition, Output
 from jaxformer.ops.recurrence import lstm
 from jaxformer.sharding import param, shard
 
@@ -127,7 +127,7 @@ class Recurrent(Layer):
     """The state at the start of a document."""
     raise NotImplementedError
 
-  def init_state(self, batch: int, max_len: int, memory: Memory | None = None) -> RecurrentState:
+  def init_state(self, batch, max_len, memory=None) -> RecurrentState:
     own = self.zeros(batch)
     given = own if memory is None or memory.state is None else memory.state
     if jax.tree.structure(given) != jax.tree.structure(own) or given.h_BH.shape != own.h_BH.shape:
@@ -183,7 +183,7 @@ class Lstm(Recurrent):
       )
 
     @classmethod
-    def examples(cls) -> tuple[Lstm.Config, ...]:
+    def examples(cls):
       return (
         cls(),
         cls(hidden=48, recurrent_init=Orthogonal(), bias=None, forget_bias=0.0),

@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float
 
 from jaxformer.layers.dense import Dense
 from jaxformer.layers.init import FanInUniform, Init
-from jaxformer.layers.layer import Context, Layer, LayerConfig, LayerPosition, Memory, Output
+from jaxformer.layers.layer import Context, Layer, LayerConfig, LayerPosition, Output
 from jaxformer.layers.norm import NormConfig, RMSNorm
 from jaxformer.ops.convolution import short_convolution
 from jaxformer.ops.selective_scan import selective_scan
@@ -105,13 +105,13 @@ class Mamba(Layer):
       return self.replace(dt_rank=self.rank(width))
 
     @classmethod
-    def examples(cls) -> tuple[Mamba.Config, ...]:
+    def examples(cls):
       return (
         cls(d_state=4, expand=3, d_conv=3, dt_rank=5),
         cls(d_state=3, bias=True, conv_bias=False, inner_norm=RMSNorm()),
       )
 
-    def mixing_flops_per_token(self, width: int, length: int, causal: bool) -> float:
+    def mixing_flops_per_token(self, width, length, causal):
       # 3 for the decay, 4 for the update, 2 for the output
       return 9.0 * self.expand * width * self.d_state
 
@@ -140,7 +140,7 @@ class Mamba(Layer):
       else nnx.List([c.inner_norm.build(n) for n in (R, c.d_state, c.d_state)])
     )
 
-  def init_state(self, batch: int, max_len: int, memory: Memory | None = None) -> MambaState:
+  def init_state(self, batch, max_len, memory=None) -> MambaState:
     inner, N = self.A_log.shape[-2:]
     return MambaState(
       (jnp.zeros((batch, self.config.d_conv - 1, inner), self.x.dtype),),

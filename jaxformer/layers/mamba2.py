@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 from jaxformer.layers.dense import Dense
 from jaxformer.layers.init import FanInUniform, Init
-from jaxformer.layers.layer import Context, Layer, LayerConfig, LayerPosition, Memory, Output
+from jaxformer.layers.layer import Context, Layer, LayerConfig, LayerPosition, Output
 from jaxformer.layers.mamba import MambaState, StepBias, convolve
 from jaxformer.layers.norm import normalized
 from jaxformer.ops.ssd import ssd
@@ -78,13 +78,13 @@ class Mamba2(Layer):
       return heads
 
     @classmethod
-    def examples(cls) -> tuple[Mamba2.Config, ...]:
+    def examples(cls):
       return (
         cls(d_state=4, expand=3, head_dim=16, d_conv=3, norm_eps=1e-3),
         cls(d_state=8, head_dim=8, groups=4, bias=True, conv_bias=False),
       )
 
-    def mixing_flops_per_token(self, width: int, length: int, causal: bool) -> float:
+    def mixing_flops_per_token(self, width, length, causal):
       """Scores and their products in chunks of `COUNTED_CHUNK`, and updates and reads of the
       state."""
       inner, chunk = self.expand * width, min(COUNTED_CHUNK, length)
@@ -113,7 +113,7 @@ class Mamba2(Layer):
     self.scale = param(jnp.ones(inner), ('inner',), decay=False)
     self.out = dense(c.out_init, (inner, width), ('inner', 'embed'))
 
-  def init_state(self, batch: int, max_len: int, memory: Memory | None = None) -> MambaState:
+  def init_state(self, batch, max_len, memory=None) -> MambaState:
     c, dtype = self.config, self.x.dtype
     inner, H = self.scale.shape[-1], self.A_log.shape[-1]
     return MambaState(

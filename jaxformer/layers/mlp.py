@@ -60,7 +60,7 @@ class Mlp(Layer):
       self.require_rate('dropout')
 
     @classmethod
-    def examples(cls) -> tuple[Mlp.Config, ...]:
+    def examples(cls):
       return cls(hidden=48), cls(hidden=48, activation='squared_relu', bias=True)
 
   def __init__(self, config: Mlp.Config, width: int, rngs: nnx.Rngs, position: LayerPosition):

@@ -89,7 +89,7 @@ class Moe(Layer):
       return self.router.per_token(self.experts)
 
     @classmethod
-    def examples(cls) -> tuple[Moe.Config, ...]:
+    def examples(cls):
       """Every router, dropless and with a capacity that suffices for all tokens, since what is
       dropped depends on the rest of a row; without a key there is no noise and no jitter."""
       gated, plain = GatedMlp.Config(hidden=24), Mlp.Config(hidden=24, activation='relu')

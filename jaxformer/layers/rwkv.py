@@ -19,7 +19,7 @@ from jaxtyping import Array, Float
 
 from jaxformer.layers.dense import Dense
 from jaxformer.layers.init import Init, Orthogonal, Zeros
-from jaxformer.layers.layer import Context, Layer, LayerConfig, LayerPosition, Memory, Output
+from jaxformer.layers.layer import Context, Layer, LayerConfig, LayerPosition, Output
 from jaxformer.ops.linear import linear
 from jaxformer.ops.token_shift import last_token, token_shift
 from jaxformer.sharding import param, shard
@@ -171,7 +171,7 @@ class ChannelMix(Layer):
       self.require_positive('hidden')
 
     @classmethod
-    def examples(cls) -> tuple[ChannelMix.Config, ...]:
+    def examples(cls):
       return tuple(cls(version=version, hidden=48) for version in (4, 6, 7))
 
   def __init__(
@@ -187,9 +187,7 @@ class ChannelMix(Layer):
     self.v = dense(c.out_init, (F, D), ('mlp', 'embed'))
     self.r = dense(c.out_init, (D, D), ('embed', 'mlp')) if c.version < 7 else None
 
-  def init_state(
-    self, batch: int, max_len: int, memory: Memory | None = None
-  ) -> Float[Array, 'B D']:
+  def init_state(self, batch, max_len, memory=None) -> Float[Array, 'B D']:
     return jnp.zeros((batch, self.width), self.k.dtype)
 
   def __call__(

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 
 from jaxformer.config import InputError
 from jaxformer.layers.init import Init, Orthogonal, Zeros
-from jaxformer.layers.layer import Context, Layer, LayerConfig, LayerPosition, Memory, Output
+from jaxformer.layers.layer import Context, Layer, LayerConfig, LayerPosition, Output
 from jaxformer.layers.rwkv import (
   TimeMixState,
   decay_ramp,
@@ -57,7 +57,7 @@ class TimeMix4(Layer):
     key_init: Init = Zeros()
     out_init: Init = Zeros()
 
-    def mixing_flops_per_token(self, width: int, length: int, causal: bool) -> float:
+    def mixing_flops_per_token(self, width, length, causal):
       # both sums twice, with u and for the next token: 3 each with v and 2 without; and the
       # quotient
       return 11.0 * width
@@ -74,7 +74,7 @@ class TimeMix4(Layer):
     inits = c.key_init, c.key_init, c.init
     self.r, self.k, self.v, self.o = projections(D, inits, c.out_init, rngs, position)
 
-  def init_state(self, batch: int, max_len: int, memory: Memory | None = None) -> TimeMixState:
+  def init_state(self, batch, max_len, memory=None) -> TimeMixState:
     last_BD = jnp.zeros((batch, self.width), self.r.dtype)
     sums = Wkv4State.empty(batch, self.width)
     return TimeMixState(last_BD, (sums.aa, sums.bb, sums.pp))

@@ -15,7 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from jaxformer.layers.init import Init, Orthogonal, Zeros
-from jaxformer.layers.layer import Context, Layer, LayerConfig, LayerPosition, Memory, Output
+from jaxformer.layers.layer import Context, Layer, LayerConfig, LayerPosition, Output
 from jaxformer.layers.norm import HeadNorm
 from jaxformer.layers.rwkv import (
   TimeMixState,
@@ -64,10 +64,10 @@ class TimeMix5(Layer):
       self.require(self.head_dim > 1, 'head_dim', 'at least 2')
 
     @classmethod
-    def examples(cls) -> tuple[TimeMix5.Config, ...]:
+    def examples(cls):
       return (cls(head_dim=8, norm=HeadNorm(eps=1e-3)),)
 
-    def mixing_flops_per_token(self, width: int, length: int, causal: bool) -> float:
+    def mixing_flops_per_token(self, width, length, causal):
       # r^T S and + k v^T are 2 each and the decay 1, per element of the state; r u k summed and
       # times v are 5 per channel
       return 5.0 * width * self.head_dim + 5.0 * width
@@ -101,7 +101,7 @@ class TimeMix5(Layer):
     log_decay = -jnp.exp(self.decay[...].astype(jnp.float32))[None, None]
     return {z: keep(x_BTD, before_BTD, mix) for z, mix in mixes.items()}, log_decay
 
-  def init_state(self, batch: int, max_len: int, memory: Memory | None = None) -> TimeMixState:
+  def init_state(self, batch, max_len, memory=None) -> TimeMixState:
     D, K = self.width, self.head_dim
     last_BD = jnp.zeros((batch, D), self.r.dtype)
     return TimeMixState(last_BD, jnp.zeros((batch, D // K, K, K), jnp.float32))

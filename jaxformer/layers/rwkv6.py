@@ -50,7 +50,7 @@ class TimeMix6(TimeMix5):
       self.require_positive('mix_rank', 'decay_rank')
 
     @classmethod
-    def examples(cls) -> tuple[TimeMix6.Config, ...]:
+    def examples(cls):
       return (cls(head_dim=8, mix_rank=4, decay_rank=6, norm=HeadNorm(eps=1e-3)),)
 
   def _init_mixing(

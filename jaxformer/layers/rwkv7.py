@@ -76,12 +76,12 @@ class TimeMix7(TimeMix5):
     def reads(self, width: int) -> dict[str, int]:
       return {} if self.value_rank is None else {FIRST_VALUES: width}
 
-    def mixing_flops_per_token(self, width: int, length: int, causal: bool) -> float:
+    def mixing_flops_per_token(self, width, length, causal):
       # S a, + u b^T, + v k^T and S r are 2 each, the decay 1, per element of the state
       return 9.0 * width * self.head_dim
 
     @classmethod
-    def examples(cls) -> tuple[TimeMix7.Config, ...]:
+    def examples(cls):
       return (
         cls(head_dim=8, decay_rank=4, value_rank=None, gate_rank=8),
         cls(head_dim=16, rate_rank=6, value_rank=5, norm=HeadNorm(eps=1e-3)),

@@ -48,10 +48,10 @@ class S4(StateSpace):
       return self.replace(length=length)
 
     @classmethod
-    def examples(cls) -> tuple[S4.Config, ...]:
+    def examples(cls):
       return cls(d_state=8, length=64), cls(d_state=4, length=16, causal=False)
 
-    def mixing_flops_per_token(self, width: int, length: int, causal: bool) -> float:
+    def mixing_flops_per_token(self, width, length, causal):
       # the recurrence with real matrices
       return self.directions * width * self.d_state * (2.0 * self.d_state + 4.0)
 

@@ -72,7 +72,7 @@ class S4D(StateSpace):
     discretization: DiscretizationName = 'zoh'
 
     @classmethod
-    def examples(cls) -> tuple[S4D.Config, ...]:
+    def examples(cls):
       return (
         cls(d_state=6, spectrum='legs', discretization='bilinear'),
         cls(d_state=4, causal=False),

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 from jaxformer.layers.dense import Dense
 from jaxformer.layers.init import FanInNormal, FanInUniform
-from jaxformer.layers.layer import Context, Layer, LayerPosition, Memory, Output, dropout
+from jaxformer.layers.layer import Context, Layer, LayerPosition, Output, dropout
 from jaxformer.layers.state_space import StateSpaceConfig, log_steps, paired, pairs, recurrent
 from jaxformer.ops.diagonal_scan import diagonal_scan
 from jaxformer.ops.hippo import legs_basis
@@ -41,11 +41,11 @@ class S5(Layer):
       fits = self.blocks > 0 and self.d_state % (2 * self.blocks) == 0
       self.require(fits, 'blocks', f'such that d_state = {self.d_state} is an even number for each')
 
-    def mixing_flops_per_token(self, width: int, length: int, causal: bool) -> float:
+    def mixing_flops_per_token(self, width, length, causal):
       return self.directions * 4.0 * self.d_state  # a complex product and a sum
 
     @classmethod
-    def examples(cls) -> tuple[S5.Config, ...]:
+    def examples(cls):
       return cls(d_state=8, blocks=2), cls(d_state=4, causal=False)
 
   def __init__(self, config: S5.Config, width: int, rngs: nnx.Rngs, position: LayerPosition):
@@ -71,9 +71,7 @@ class S5(Layer):
       FanInUniform(), (H, H), ('embed', None), bias=FanInUniform(), rngs=rngs, position=position
     )
 
-  def init_state(
-    self, batch: int, max_len: int, memory: Memory | None = None
-  ) -> Float[Array, 'B N']:
+  def init_state(self, batch, max_len, memory=None) -> Float[Array, 'B N']:
     return jnp.zeros((batch, self.config.d_state), jnp.float32)
 
   def __call__(

@@ -14,15 +14,7 @@ from jaxtyping import Array, Complex, Float
 
 from jaxformer.layers.dense import Dense
 from jaxformer.layers.init import FanInUniform
-from jaxformer.layers.layer import (
-  Context,
-  Layer,
-  LayerConfig,
-  LayerPosition,
-  Memory,
-  Output,
-  dropout,
-)
+from jaxformer.layers.layer import Context, Layer, LayerConfig, LayerPosition, Output, dropout
 from jaxformer.ops.ssm import System, ssm
 from jaxformer.ops.token_shift import token_ahead
 from jaxformer.sharding import param, shard
@@ -81,7 +73,7 @@ class StateSpaceConfig(SystemConfig, abstract=True):
   def directions(self) -> int:
     return 1 if self.causal else 2
 
-  def mixing_flops_per_token(self, width: int, length: int, causal: bool) -> float:
+  def mixing_flops_per_token(self, width, length, causal):
     # the recurrence: a complex product, an input and an output
     return self.directions * 7.0 * width * self.d_state
 
@@ -121,9 +113,7 @@ class StateSpace(Layer):
     """Return the discrete system of the current parameters; direction 1 reads from the end."""
     raise NotImplementedError
 
-  def init_state(
-    self, batch: int, max_len: int, memory: Memory | None = None
-  ) -> Float[Array, 'B H N']:
+  def init_state(self, batch, max_len, memory=None) -> Float[Array, 'B H N']:
     return jnp.zeros((batch, self.width, self.config.d_state), jnp.float32)
 
   def __call__(
