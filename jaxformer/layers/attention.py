@@ -13,10 +13,10 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from jaxformer.config import InputError
-from jaxformer.layers.dense import Dense
+from jaxformer.layers.dense import Dense, by_head
 from jaxformer.layers.init import Init, Normal
 from jaxformer.layers.layer import Context, Layer, LayerConfig, LayerPosition, Output, positions_BT
-from jaxformer.layers.norm import NormConfig, RMSNorm
+from jaxformer.layers.norm import NormConfig, RMSNorm, build_norm
 from jaxformer.layers.position import Alibi, AttentionPosition, Llama3Scaling, Rotary
 from jaxformer.ops.attention import Mask, attention
 from jaxformer.sharding import shard
@@ -134,8 +134,8 @@ class Attention(Layer):
     self.k = dense(c.init, (width, G * K), ('embed', 'kv_heads'))
     self.v = dense(c.init, (width, G * K), ('embed', 'kv_heads'))
     self.o = dense(c.out_init, (H * K, width), ('heads', 'embed'))
-    self.q_norm = None if c.qk_norm is None else c.qk_norm.build(K)
-    self.k_norm = None if c.qk_norm is None else c.qk_norm.build(K)
+    self.q_norm = build_norm(c.qk_norm, K)
+    self.k_norm = build_norm(c.qk_norm, K)
 
   def init_state(self, batch, max_len, memory=None) -> AttentionState:
     S = max_len if self.config.window is None else min(self.config.window, max_len)
@@ -161,11 +161,8 @@ class Attention(Layer):
     return Output(self._out(self._attend(q, k_all, v_all, mask)), state)
 
   def _qkv(self, x_BTD: Array, positions: Array) -> tuple[Array, Array, Array]:
-    def heads(dense: Dense, axis: str) -> Array:
-      y = dense(x_BTD).reshape(*x_BTD.shape[:2], -1, self.head_dim)
-      return shard(y, 'batch', 'time', axis, None)
-
-    q, k, v = heads(self.q, 'heads'), heads(self.k, 'kv_heads'), heads(self.v, 'kv_heads')
+    q = by_head(self.q(x_BTD), self.head_dim)
+    k, v = (by_head(dense(x_BTD), self.head_dim, 'kv_heads') for dense in (self.k, self.v))
     if self.q_norm is not None and self.k_norm is not None:
       q, k = self.q_norm(q), self.k_norm(k)
     if self.config.position is not None:

@@ -13,7 +13,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float
 
-from jaxformer.layers.dense import Dense
+from jaxformer.layers.dense import Dense, by_head
 from jaxformer.layers.init import FanInUniform, Init, Normal
 from jaxformer.layers.layer import (
   Context,
@@ -25,7 +25,6 @@ from jaxformer.layers.layer import (
   required,
 )
 from jaxformer.ops.attention import Mask, attention, attention_weights
-from jaxformer.sharding import shard
 
 
 @jax.tree_util.register_dataclass
@@ -114,19 +113,16 @@ class CrossAttention(ReadsMemory):
     self.v = dense(c.init, (C, H * K), ('embed', 'heads'))
     self.o = dense(c.out_init, (H * K, width), ('heads', 'embed'))
 
-  def _heads(self, dense: Dense, x: Array, time: str | None) -> Array:
-    y = dense(x).reshape(*x.shape[:2], -1, self.head_dim)
-    return shard(y, 'batch', time, 'heads', None)
-
   def keys(self, memory: Memory) -> KeysState:
     y = memory.y_BSC.astype(self.k.dtype)
-    return KeysState(self._heads(self.k, y, None), self._heads(self.v, y, None), memory.mask_BS)
+    k, v = (by_head(dense(y), self.head_dim, time=None) for dense in (self.k, self.v))
+    return KeysState(k, v, memory.mask_BS)
 
   def __call__(
     self, x_BTD: Float[Array, 'B T D'], ctx: Context, state: KeysState | None = None
   ) -> Output:
     keys = self.init_state(*x_BTD.shape[:2], ctx.memory) if state is None else state
-    q = self._heads(self.q, x_BTD, 'time')
+    q = by_head(self.q(x_BTD), self.head_dim)
     mask, scale = _seen(keys, x_BTD.shape[1]), 1.0 / math.sqrt(self.head_dim)
     y = attention(q, keys.k_BSGK.astype(q.dtype), keys.v_BSGC.astype(q.dtype), mask, scale=scale)
     weights = (attention_weights(q, keys.k_BSGK, mask, scale=scale).mean(1),) if ctx.align else ()

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 from jaxformer.layers.init import Init
 from jaxformer.layers.layer import LayerPosition
 from jaxformer.ops.linear import linear
-from jaxformer.sharding import param
+from jaxformer.sharding import param, shard
 
 
 class Dense(nnx.Module):
@@ -56,6 +56,13 @@ class Dense(nnx.Module):
 
   def __call__(self, x: Float[Array, '*B D']) -> Float[Array, '*B F']:
     return linear(x, self.kernel[...], None if self.bias is None else self.bias[...])
+
+
+def by_head(
+  x_BTD: Float[Array, 'B T D'], head_dim: int, axis: str = 'heads', time: str | None = 'time'
+) -> Float[Array, 'B T H K']:
+  """Channels as heads, sharded over these (`axis`) and over `time`."""
+  return shard(x_BTD.reshape(*x_BTD.shape[:2], -1, head_dim), 'batch', time, axis, None)
 
 
 class Table(nnx.Module):

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from jaxformer.layers.dense import Dense
+from jaxformer.layers.dense import Dense, by_head
 from jaxformer.layers.init import FanInUniform, Init
 from jaxformer.layers.layer import Context, Layer, LayerConfig, LayerPosition, Output
 from jaxformer.layers.mamba import MambaState, StepBias, convolve
@@ -135,7 +135,7 @@ class Mamba2(Layer):
     bc, bc_after = convolve(self.conv_bc, self.bc(x_BTD), before[1], starts)
     B, C = jnp.split(bc.reshape(*shape, 2 * c.groups, -1), 2, axis=2)
     y, h = ssd(
-      shard(x.reshape(*shape, -1, c.head_dim), 'batch', 'time', 'heads', None),
+      by_head(x, c.head_dim),
       shard(jax.nn.softplus(dt), 'batch', 'time', 'heads'),
       -jnp.exp(self.A_log[...]),
       B,

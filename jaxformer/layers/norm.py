@@ -62,6 +62,11 @@ class NormConfig(Config, abstract=True):
     raise NotImplementedError
 
 
+def build_norm(config: NormConfig | None, width: int) -> Norm | None:
+  """Build a norm, if there is one."""
+  return None if config is None else config.build(width)
+
+
 class RMSNorm(NormConfig):
   """y = x / sqrt(mean(x^2) + eps) * scale (Zhang and Sennrich 2019, eq. 4)."""
 

@@ -14,6 +14,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
+from jaxformer.layers.dense import by_head
 from jaxformer.layers.init import Init, Orthogonal, Zeros
 from jaxformer.layers.layer import Context, Layer, LayerConfig, LayerPosition, Output
 from jaxformer.layers.norm import HeadNorm
@@ -112,15 +113,14 @@ class TimeMix5(Layer):
     last_BD, heads = (None, None) if state is None else (state.last_BD, state.carried)
     mixed, log_decay = self._mixed(x_BTD, shifted(x_BTD, ctx, last_BD))
 
-    def by_head(z: Array) -> Array:
-      return z.reshape(*z.shape[:-1], -1, self.head_dim)
-
     r, k, v = (
-      shard(by_head(dense(mixed[z])), 'batch', 'time', 'heads', None)
+      by_head(dense(mixed[z]), self.head_dim)
       for z, dense in (('r', self.r), ('k', self.k), ('v', self.v))
     )
+    log_decay = log_decay.reshape(*log_decay.shape[:2], *r.shape[2:])
+    bonus = self.bonus[...].reshape(r.shape[2:])
     starts = ctx.starts(x_BTD)
-    y, heads = wkv6(r, k, v, by_head(log_decay), by_head(self.bonus[...]), heads, starts)
+    y, heads = wkv6(r, k, v, log_decay, bonus, heads, starts)
     y = checkpoint_name(self.norm(y) * jax.nn.silu(self.g(mixed['g'])), 'attention')
     if state is not None:
       state = state.after(x_BTD, shard(heads, 'batch', 'heads', None, None))

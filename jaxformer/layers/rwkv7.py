@@ -16,6 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from jaxformer.config import InputError
+from jaxformer.layers.dense import by_head
 from jaxformer.layers.init import FanInUniform, Init
 from jaxformer.layers.layer import Context, LayerPosition, Output
 from jaxformer.layers.norm import HeadNorm
@@ -126,15 +127,12 @@ class TimeMix7(TimeMix5):
   def __call__(
     self, x_BTD: Float[Array, 'B T D'], ctx: Context, state: TimeMixState | None = None
   ) -> Output:
-    B, T, D = x_BTD.shape
+    K = self.head_dim
     last_BD, heads = (None, None) if state is None else (state.last_BD, state.carried)
     change = shifted(x_BTD, ctx, last_BD) - x_BTD
 
     def mixed(mix: nnx.Param) -> Array:
       return move(x_BTD, change, mix)
-
-    def by_head(z_BTD: Array) -> Array:
-      return shard(z_BTD.reshape(B, T, -1, self.head_dim), 'batch', 'time', 'heads', None)
 
     def fp32(p: nnx.Param) -> Array:
       return p[...].astype(jnp.float32)[None, None]
@@ -143,20 +141,19 @@ class TimeMix7(TimeMix5):
     v = self._values(mixed(self.mix_v), ctx)
     log_decay = -math.exp(-0.5) * jax.nn.sigmoid(self.decay(mixed(self.mix_w), jnp.tanh))
     rate = jax.nn.sigmoid(self.rate(mixed(self.mix_a)))
-    removal = by_head(k * fp32(self.xi))
+    removal = by_head(k * fp32(self.xi), K)
     removal = removal * jax.lax.rsqrt(
       jnp.maximum(jnp.sum(jnp.square(removal), axis=-1, keepdims=True), 1e-24)
     )
-    k = by_head(k * (1.0 + (rate - 1.0) * fp32(self.alpha)))
-    r, values, rate = by_head(r), by_head(v), by_head(rate)
-    y, heads = wkv7(
-      r, by_head(log_decay), k, values, -removal, rate * removal, heads, ctx.starts(x_BTD)
-    )
-    rho = fp32(self.rho).reshape(1, 1, -1, self.head_dim)
+    k = by_head(k * (1.0 + (rate - 1.0) * fp32(self.alpha)), K)
+    r, values, rate, log_decay = (by_head(z, K) for z in (r, v, rate, log_decay))
+    y, heads = wkv7(r, log_decay, k, values, -removal, rate * removal, heads, ctx.starts(x_BTD))
+    rho = fp32(self.rho).reshape(1, 1, -1, K)
     bonus = jnp.sum(r.astype(jnp.float32) * k * rho, axis=-1, keepdims=True) * values.astype(
       jnp.float32
     )
-    y = self.norm(y) + bonus.astype(y.dtype).reshape(B, T, D)
+    y = self.norm(y)
+    y = y + bonus.astype(y.dtype).reshape(y.shape)
     y = checkpoint_name(y * self.gate(mixed(self.mix_g), jax.nn.sigmoid), 'attention')
     if state is not None:
       state = state.after(x_BTD, shard(heads, 'batch', 'heads', None, None))

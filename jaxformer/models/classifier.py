@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxformer.layers.init import FanInUniform, Init
 from jaxformer.layers.layer import Context, Output, positions_BT, starts_BT
-from jaxformer.layers.norm import LayerNorm, NormConfig
+from jaxformer.layers.norm import LayerNorm, NormConfig, build_norm
 from jaxformer.models.embedder import Embedder, InputConfig
 from jaxformer.models.head import Head
 from jaxformer.models.model import BaseModel, ModelConfig
@@ -93,7 +93,7 @@ class Classifier(BaseModel):
     self.config = c
     self.embedder = Embedder(c.input.build(D, rngs), c, rngs)
     self.stack = Stack(c.stack, D, rngs)
-    self.final_norm = None if c.final_norm is None else c.final_norm.build(D)
+    self.final_norm = build_norm(c.final_norm, D)
     self.head = Head(D, c.classes, rngs, init=c.head_init, bias=True, per_token=False)
 
   def read(self, batch: Batch, ctx: Context) -> Output:

@@ -12,7 +12,7 @@ from jaxformer.config import Config
 from jaxformer.layers.dense import Dense, Table
 from jaxformer.layers.init import FanInUniform, Init, Normal
 from jaxformer.layers.layer import Context, LayerPosition, dropout
-from jaxformer.layers.norm import NormConfig
+from jaxformer.layers.norm import NormConfig, build_norm
 from jaxformer.models.model import ModelConfig
 from jaxformer.sharding import shard
 from jaxformer.task_type import TaskType
@@ -103,7 +103,7 @@ class Embedder(nnx.Module):
       if config.positions is None
       else config.positions.build(config.width, config.context_length, rngs)
     )
-    self.norm = None if norm is None else norm.build(config.width)
+    self.norm = build_norm(norm, config.width)
     self.scale, self.dropout = scale, dropout
 
   def __call__(

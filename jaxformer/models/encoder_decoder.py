@@ -12,7 +12,7 @@ from jaxtyping import Array, Int
 from jaxformer.config import InputError
 from jaxformer.layers.dense import Table
 from jaxformer.layers.layer import Context, Memory, Output, positions_BT, starts_BT
-from jaxformer.layers.norm import NormConfig
+from jaxformer.layers.norm import NormConfig, build_norm
 from jaxformer.models.autoregressive import Autoregressive, AutoregressiveConfig, DecoderState
 from jaxformer.models.block import merge_aux, widths
 from jaxformer.models.embedder import Embedder
@@ -119,8 +119,8 @@ class EncoderDecoder(Autoregressive):
     tokens = table((V, D), matmul=c.tied)
     self.embedder = Embedder(tokens, c, rngs, scale=c.embedding_scale, dropout=c.dropout)
     self.encoder, self.decoder = Stack(c.encoder, D, rngs), Stack(c.decoder, D, rngs)
-    self.encoder_norm = None if c.encoder_norm is None else c.encoder_norm.build(c.memory_width)
-    self.final_norm = None if c.final_norm is None else c.final_norm.build(c.decoder_width)
+    self.encoder_norm = build_norm(c.encoder_norm, c.memory_width)
+    self.final_norm = build_norm(c.final_norm, c.decoder_width)
     self.head = Head(c.decoder_width, V, rngs, init=c.head_init, tied=c.tied, bias=c.head_bias)
 
   @property

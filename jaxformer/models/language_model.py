@@ -10,7 +10,7 @@ from jaxtyping import Array, Int
 from jaxformer.config import InputError
 from jaxformer.layers.dense import Table
 from jaxformer.layers.layer import Context, Output
-from jaxformer.layers.norm import NormConfig, RMSNorm
+from jaxformer.layers.norm import NormConfig, RMSNorm, build_norm
 from jaxformer.models.autoregressive import Autoregressive, AutoregressiveConfig, DecoderState
 from jaxformer.models.embedder import Embedder
 from jaxformer.models.head import Head
@@ -58,7 +58,7 @@ class LanguageModel(Autoregressive):
       tokens, c, rngs, norm=c.embedding_norm, scale=c.embedding_scale, dropout=c.dropout
     )
     self.stack = Stack(c.stack, D, rngs)
-    self.final_norm = None if c.final_norm is None else c.final_norm.build(D)
+    self.final_norm = build_norm(c.final_norm, D)
     self.head = Head(D, V, rngs, init=c.head_init, tied=c.tied, bias=c.head_bias, softcap=c.softcap)
 
   @property

@@ -149,19 +149,9 @@ def define(config: Any) -> Definition[Any]:
   info = {}
   for path, variable in nnx.to_flat_state(state):
     meta = variable.get_metadata()
-    fields = {
-      f.name: meta[f.name]
-      for f in dataclasses.fields(ParamInfo)
-      if f.name not in ('shape', 'dtype')
-    }
-    info['.'.join(map(str, path))] = ParamInfo(
-      tuple(variable.shape), jnp.dtype(variable.dtype), **fields
-    )
+    fields = {f.name: meta[f.name] for f in dataclasses.fields(ParamInfo)[2:]}
+    info['.'.join(map(str, path))] = ParamInfo(variable.shape, variable.dtype, **fields)
   return Definition(config, info, graph, jax.tree.structure(state))
-
-
-def _abstract_key() -> jax.ShapeDtypeStruct:
-  return jax.eval_shape(lambda: jax.random.key(0))
 
 
 def stacked(build: Any, count: int, rngs: nnx.Rngs, first: int, stride: int) -> Any:
