@@ -8,10 +8,8 @@ from typing import Any
 from jaxformer.layers.layer import LayerConfig
 from jaxformer.layers.mlp import GatedMlp
 from jaxformer.layers.norm import RMSNorm
-from jaxformer.models.block import pre_norm
 from jaxformer.models.language_model import LanguageModel
-from jaxformer.models.stack import Group
-from jaxformer.models.zoo.preset import HEAD, Family, two_thirds
+from jaxformer.models.zoo.preset import HEAD, Family, pre_norm_model, two_thirds
 
 
 def around(layer: LayerConfig) -> Family:
@@ -19,10 +17,7 @@ def around(layer: LayerConfig) -> Family:
   are up to the layer."""
 
   def make(*, width: int, layers: int, hidden: int, **sizes: Any) -> LanguageModel.Config:
-    norm = RMSNorm()
-    block = pre_norm(norm, layer, GatedMlp.Config(hidden=hidden))
-    return LanguageModel.Config(
-      **sizes, width=width, final_norm=norm, stack=(Group(pattern=(block,), repeats=layers),)
-    )
+    block = layer, GatedMlp.Config(hidden=hidden)
+    return pre_norm_model(width, layers, block, norm=RMSNorm(), **sizes)
 
   return Family(layer.tag, make, HEAD, 1, two_thirds)

@@ -11,10 +11,8 @@ from jaxformer.layers.init import Normal
 from jaxformer.layers.mlp import Mlp
 from jaxformer.layers.norm import LayerNorm
 from jaxformer.layers.position import LearnedPositions
-from jaxformer.models.block import Block, pre_norm
 from jaxformer.models.language_model import LanguageModel
-from jaxformer.models.stack import Group
-from jaxformer.models.zoo.preset import HEAD, TINY, family, four_times, preset
+from jaxformer.models.zoo.preset import HEAD, TINY, family, four_times, pre_norm_model, preset
 
 
 def gpt(
@@ -24,32 +22,24 @@ def gpt(
   *,
   vocab_size: int = 50257,
   windows: tuple[int | None, ...] = (None,),
-  dropout: float = 0.0,
   bias: bool = True,
   hidden: int | None = None,
   **fields: Any,
 ) -> LanguageModel.Config:
   """The GPT-2 architecture. `windows` gives the attention window of each block of a period (GPT-3
-  alternates); `fields` of the config: `context_length`."""
-  norm = LayerNorm(bias=bias)
-
-  def block(window: int | None) -> Block.Config:
-    attention = Attention.Config(
-      heads=heads, window=window, bias=bias, out_init=Normal(residual=True)
-    )
-    mlp = Mlp.Config(
-      hidden=hidden or 4 * width, activation='gelu_tanh', bias=bias, out_init=Normal(residual=True)
-    )
-    return pre_norm(norm, attention, mlp, dropout=dropout)
-
-  return LanguageModel.Config(
+  alternates); `fields` of the config: `context_length`, `dropout`."""
+  attention = Attention.Config(heads=heads, bias=bias, out_init=Normal(residual=True))
+  mlp = Mlp.Config(
+    hidden=hidden or 4 * width, activation='gelu_tanh', bias=bias, out_init=Normal(residual=True)
+  )
+  return pre_norm_model(
+    width,
+    layers,
+    *((attention.replace(window=window), mlp) for window in windows),
+    norm=LayerNorm(bias=bias),
     vocab_size=vocab_size,
-    width=width,
     tied=True,
-    dropout=dropout,
     positions=LearnedPositions(init=Normal(std=0.01)),
-    final_norm=norm,
-    stack=(Group(pattern=tuple(block(w) for w in windows), repeats=layers // len(windows)),),
     **fields,
   )
 

@@ -13,10 +13,8 @@ from jaxformer.layers.mlp import GatedMlp
 from jaxformer.layers.moe import Moe
 from jaxformer.layers.norm import RMSNorm
 from jaxformer.layers.router import SoftmaxTopK
-from jaxformer.models.block import Block, pre_norm
 from jaxformer.models.language_model import LanguageModel
-from jaxformer.models.stack import Group
-from jaxformer.models.zoo.preset import HEAD, TINY, family, preset, two_thirds
+from jaxformer.models.zoo.preset import HEAD, TINY, family, pre_norm_model, preset, two_thirds
 
 
 def jamba(
@@ -44,18 +42,14 @@ def jamba(
   mlp = GatedMlp.Config(hidden=hidden)
   moe = Moe.Config(experts=experts, expert=mlp, router=SoftmaxTopK(k=k, balance=0.001))
 
-  def block(i: int) -> Block.Config:
-    mixer = attention if i % attention_every == attention_first else mamba
-    feed_forward = moe if i % moe_every == moe_first else mlp
-    return pre_norm(norm, mixer, feed_forward)
-
-  period = math.lcm(attention_every, moe_every)
-  return LanguageModel.Config(
-    width=width,
-    final_norm=norm,
-    stack=(Group(pattern=tuple(block(i) for i in range(period)), repeats=layers // period),),
-    **fields,
+  blocks = (
+    (
+      attention if i % attention_every == attention_first else mamba,
+      moe if i % moe_every == moe_first else mlp,
+    )
+    for i in range(math.lcm(attention_every, moe_every))
   )
+  return pre_norm_model(width, layers, *blocks, norm=norm, **fields)
 
 
 preset(

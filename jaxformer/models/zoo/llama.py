@@ -10,22 +10,17 @@ from jaxformer.layers.attention import Attention
 from jaxformer.layers.mlp import GatedMlp
 from jaxformer.layers.norm import RMSNorm
 from jaxformer.layers.position import Llama3Scaling, Rotary
-from jaxformer.models.block import pre_norm
 from jaxformer.models.language_model import LanguageModel
-from jaxformer.models.stack import Group
-from jaxformer.models.zoo.preset import HEAD, TINY, family, preset, two_thirds
+from jaxformer.models.zoo.preset import HEAD, TINY, family, pre_norm_model, preset, two_thirds
 
 
 def llama(
   width: int, layers: int, hidden: int, heads: int, kv_heads: int, *, rotary: Rotary, **fields: Any
 ) -> LanguageModel.Config:
   """The Llama architecture; `fields` of the config: `vocab_size`, `context_length`, `tied`."""
-  norm = RMSNorm()
   attention = Attention.Config(heads=heads, kv_heads=kv_heads, position=rotary)
-  block = pre_norm(norm, attention, GatedMlp.Config(hidden=hidden))
-  return LanguageModel.Config(
-    width=width, final_norm=norm, stack=(Group(pattern=(block,), repeats=layers),), **fields
-  )
+  block = attention, GatedMlp.Config(hidden=hidden)
+  return pre_norm_model(width, layers, block, norm=RMSNorm(), **fields)
 
 
 LLAMA2 = Rotary(theta=10_000.0)

@@ -10,25 +10,17 @@ from jaxformer.layers.layer import LayerConfig
 from jaxformer.layers.mamba import Mamba
 from jaxformer.layers.mamba2 import Mamba2
 from jaxformer.layers.norm import RMSNorm
-from jaxformer.models.block import pre_norm
 from jaxformer.models.language_model import LanguageModel
-from jaxformer.models.stack import Group
-from jaxformer.models.zoo.preset import TINY, family, preset
+from jaxformer.models.zoo.preset import TINY, family, pre_norm_model, preset
 
 
 def mamba(
-  layer: LayerConfig, width: int, layers: int, *, vocab_size: int, context_length: int = 2048
+  layer: LayerConfig, width: int, layers: int, *, context_length: int = 2048, **fields: Any
 ) -> LanguageModel.Config:
-  """The architecture of both, around a `Mamba` or a `Mamba2`."""
-  norm = RMSNorm(eps=1e-5)
-  return LanguageModel.Config(
-    vocab_size=vocab_size,
-    width=width,
-    context_length=context_length,
-    tied=True,
-    final_norm=norm,
-    stack=(Group(pattern=(pre_norm(norm, layer),), repeats=layers),),
-  )
+  """The architecture of both, around a `Mamba` or a `Mamba2`; `fields` of the config:
+  `vocab_size`."""
+  fields |= {'tied': True, 'context_length': context_length}
+  return pre_norm_model(width, layers, (layer,), norm=RMSNorm(), **fields)
 
 
 # The vocabulary of GPT-NeoX, 50277, padded to a multiple of 8 and of 16.

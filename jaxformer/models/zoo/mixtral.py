@@ -12,10 +12,8 @@ from jaxformer.layers.moe import Moe
 from jaxformer.layers.norm import RMSNorm
 from jaxformer.layers.position import Rotary
 from jaxformer.layers.router import TopKSoftmax
-from jaxformer.models.block import pre_norm
 from jaxformer.models.language_model import LanguageModel
-from jaxformer.models.stack import Group
-from jaxformer.models.zoo.preset import HEAD, TINY, family, preset, two_thirds
+from jaxformer.models.zoo.preset import HEAD, TINY, family, pre_norm_model, preset, two_thirds
 
 
 def mixtral(
@@ -32,13 +30,11 @@ def mixtral(
   **fields: Any,
 ) -> LanguageModel.Config:
   """The Mixtral architecture; `fields` of the config: `vocab_size`, `context_length`."""
-  norm = RMSNorm(eps=1e-5)
   attention = Attention.Config(heads=heads, kv_heads=kv_heads, position=Rotary(theta=theta))
   moe = Moe.Config(
     experts=experts, expert=GatedMlp.Config(hidden=hidden), router=TopKSoftmax(k=k, balance=balance)
   )
-  group = Group(pattern=(pre_norm(norm, attention, moe),), repeats=layers)
-  return LanguageModel.Config(width=width, final_norm=norm, stack=(group,), **fields)
+  return pre_norm_model(width, layers, (attention, moe), norm=RMSNorm(), **fields)
 
 
 preset(

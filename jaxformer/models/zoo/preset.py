@@ -8,7 +8,12 @@ from collections.abc import Callable
 from typing import Any
 
 from jaxformer.config import InputError, Registry
+from jaxformer.layers.layer import LayerConfig
+from jaxformer.layers.norm import NormConfig
+from jaxformer.models.block import pre_norm
+from jaxformer.models.language_model import LanguageModel
 from jaxformer.models.model import ModelConfig
+from jaxformer.models.stack import Group
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,6 +107,31 @@ def two_thirds(width: int) -> int:
   """Hidden units of a gated layer with the parameters of an ungated one of 4 D: 8/3 D (Shazeer
   2020), in multiples of 8."""
   return round(width / 3) * 8
+
+
+def pre_norm_model(
+  width: int,
+  layers: int,
+  *blocks: tuple[LayerConfig, ...],
+  norm: NormConfig,
+  dropout: float = 0.0,
+  **fields: Any,
+) -> LanguageModel.Config:
+  """Return a language model of `layers` pre-norm blocks with the same norm before the head.
+
+  Args:
+    blocks: the layers of each block of a period.
+    dropout: of the embedding and of every branch.
+    fields: others of the config.
+  """
+  pattern = tuple(pre_norm(norm, *parts, dropout=dropout) for parts in blocks)
+  return LanguageModel.Config(
+    width=width,
+    stack=(Group(pattern=pattern, repeats=layers // len(pattern)),),
+    final_norm=norm,
+    dropout=dropout,
+    **fields,
+  )
 
 
 def preset(name: str, family: str, model: ModelConfig) -> None:

@@ -15,17 +15,13 @@ from jaxformer.layers.s4 import S4
 from jaxformer.layers.s4d import S4D
 from jaxformer.layers.s5 import S5
 from jaxformer.layers.state_space import StateSpaceConfig
-from jaxformer.models.block import pre_norm
 from jaxformer.models.language_model import LanguageModel
-from jaxformer.models.stack import Group
-from jaxformer.models.zoo.preset import TINY, family, preset
+from jaxformer.models.zoo.preset import TINY, family, pre_norm_model, preset
 
 
 def state_space(layer: LayerConfig, width: int, layers: int, **fields: Any) -> LanguageModel.Config:
   """A stack of state-space layers; `fields` of the config: `vocab_size`, `context_length`."""
-  norm = LayerNorm()
-  group = Group(pattern=(pre_norm(norm, layer),), repeats=layers)
-  return LanguageModel.Config(width=width, tied=True, final_norm=norm, stack=(group,), **fields)
+  return pre_norm_model(width, layers, (layer,), norm=LayerNorm(), tied=True, **fields)
 
 
 def _grown(

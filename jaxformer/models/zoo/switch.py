@@ -17,10 +17,8 @@ from jaxformer.layers.moe import Moe
 from jaxformer.layers.norm import RMSNorm
 from jaxformer.layers.position import Rotary
 from jaxformer.layers.router import SoftmaxTopK
-from jaxformer.models.block import pre_norm
 from jaxformer.models.language_model import LanguageModel
-from jaxformer.models.stack import Group
-from jaxformer.models.zoo.preset import HEAD, TINY, family, four_times, preset
+from jaxformer.models.zoo.preset import HEAD, TINY, family, four_times, pre_norm_model, preset
 
 
 def switch(
@@ -28,20 +26,20 @@ def switch(
 ) -> LanguageModel.Config:
   """A decoder of Switch layers. Initial values: N(0, 0.1 / fan_in), the paper's smaller scale
   (section 2.4). `fields` of the config: `vocab_size`, `context_length`."""
-  norm, init = RMSNorm(eps=1e-6), FanInNormal(gain=0.1**0.5)
+  init = FanInNormal(gain=0.1**0.5)
   attention = Attention.Config(heads=heads, position=Rotary(), init=init, out_init=init)
   mlp = Mlp.Config(hidden=hidden, activation='relu', init=init, out_init=init)
   moe = Moe.Config(
     experts=experts, expert=mlp, router=SoftmaxTopK(k=1, jitter=0.01, balance=0.01, init=init)
   )
-
-  pattern = pre_norm(norm, attention, mlp), pre_norm(norm, attention, moe)
-  return LanguageModel.Config(
-    width=width,
-    final_norm=norm,
+  return pre_norm_model(
+    width,
+    layers,
+    (attention, mlp),
+    (attention, moe),
+    norm=RMSNorm(eps=1e-6),
     embedding_init=Normal(std=1.0),
     head_init=init,
-    stack=(Group(pattern=pattern, repeats=layers // 2),),
     **fields,
   )
 
