@@ -148,17 +148,26 @@ class Attention(Layer):
     starts = ctx.starts(x_BTD)
     positions = positions_BT(starts, None if state is None else state.offset_B)
     q, k, v = self._qkv(x_BTD, positions)
+    c, mask = self.config, None
     if state is not None:
-      state, k_all, v_all, mask = _extend(state, k, v, starts, positions, self.config.window)
-    if state is None or ctx.fresh:
+      state, k_seen, v_seen, mask = _extend(state, k, v, starts, positions, c.window)
+    if mask is None or ctx.fresh:
       # Numbered by their borders: a number that recurs is another document, as it is for every
       # layer with a state.
       segments_BT = None if ctx.segments_BT is None else jnp.cumsum(starts, axis=1, dtype=jnp.int32)
-      return Output(
-        self._out(self._attend(q, k, v, Mask(self.config.causal, self.config.window, segments_BT))),
-        state,
-      )
-    return Output(self._out(self._attend(q, k_all, v_all, mask)), state)
+      k_seen, v_seen, mask = k, v, Mask(c.causal, c.window, segments_BT)
+    slopes = None if c.position is None else c.position.slopes(c.heads)
+    y = attention(
+      q,
+      k_seen,
+      v_seen,
+      mask,
+      scale=1.0 / math.sqrt(self.head_dim) if c.scale is None else c.scale,
+      softcap=c.softcap,
+      slopes_H=None if slopes is None else jnp.asarray(slopes),
+    )
+    y = checkpoint_name(y.reshape(*y.shape[:2], -1), 'attention')
+    return Output(self.o(y), state)
 
   def _qkv(self, x_BTD: Array, positions: Array) -> tuple[Array, Array, Array]:
     q = by_head(self.q(x_BTD), self.head_dim)
@@ -168,23 +177,6 @@ class Attention(Layer):
     if self.config.position is not None:
       q, k = self.config.position.rotate(q, positions), self.config.position.rotate(k, positions)
     return q, k, v
-
-  def _attend(self, q: Array, k: Array, v: Array, mask: Mask) -> Array:
-    c = self.config
-    slopes = None if c.position is None else c.position.slopes(c.heads)
-    scale = 1.0 / math.sqrt(self.head_dim) if c.scale is None else c.scale
-    return attention(
-      q,
-      k,
-      v,
-      mask,
-      scale=scale,
-      softcap=c.softcap,
-      slopes_H=None if slopes is None else jnp.asarray(slopes),
-    )
-
-  def _out(self, y_BTHK: Array) -> Array:
-    return self.o(checkpoint_name(y_BTHK.reshape(*y_BTHK.shape[:2], -1), 'attention'))
 
 
 def _extend(

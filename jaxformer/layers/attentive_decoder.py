@@ -51,11 +51,6 @@ class AttentiveState:
   values_BSC: Float[Array, 'B S C']
   mask_BS: Bool[Array, 'B S']
 
-  def select_rows(self, index: Array, same_source: bool) -> AttentiveState:
-    """`Layer.select_rows`."""
-    selected = jax.tree.map(lambda x: jnp.take(x, index, axis=0), self)
-    return dataclasses.replace(self, carried=selected.carried) if same_source else selected
-
   @property
   def source(self) -> AttentionSource:
     """The source as `ops` take it."""
@@ -141,7 +136,8 @@ class AttentiveDecoder(Layer):
   def select_rows(
     self, state: AttentiveState, index: Array, same_source: bool = False
   ) -> AttentiveState:
-    return state.select_rows(index, same_source)
+    selected = Layer.select_rows(self, state, index)
+    return dataclasses.replace(state, carried=selected.carried) if same_source else selected
 
   def run(
     self, x_BTD: Array, ctx: Context, state: AttentiveState

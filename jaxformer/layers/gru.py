@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import jax.numpy as jnp
 from flax import nnx
 
 from jaxformer.layers.init import Orthogonal
@@ -48,9 +47,6 @@ class Gru(Recurrent):
       if bias is None
       else param(bias(rngs.params(), (H,), H, position), ('inner',), decay=False)
     )
-
-  def zeros(self, batch: int) -> RecurrentState:
-    return RecurrentState(jnp.zeros((batch, self.units)))
 
   def run(self, x_BTI, state, starts_BT):
     bias = None if self.recurrent_bias is None else self.recurrent_bias[...]

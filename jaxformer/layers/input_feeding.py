@@ -10,7 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from jaxformer.config import InputError
-from jaxformer.layers.attentive_decoder import AttentiveState
+from jaxformer.layers.attentive_decoder import AttentiveDecoder, AttentiveState
 from jaxformer.layers.cross_attention import LuongAttention
 from jaxformer.layers.layer import (
   Context,
@@ -109,10 +109,7 @@ class InputFeeding(Layer):
     keys, values = source.k_BSGK[:, :, 0], source.v_BSGC[:, :, 0]
     return AttentiveState((y_BH, first), first, keys, values, source.mask_BS)
 
-  def select_rows(
-    self, state: AttentiveState, index: Array, same_source: bool = False
-  ) -> AttentiveState:
-    return state.select_rows(index, same_source)
+  select_rows = AttentiveDecoder.select_rows
 
   def __call__(
     self, x_BTD: Float[Array, 'B T D'], ctx: Context, state: AttentiveState | None = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -123,9 +123,12 @@ class Recurrent(Layer):
       else Dense(c.init, (H, width), ('inner', 'embed'), rngs=rngs, position=position)
     )
 
+  has_cell: ClassVar[bool] = False
+
   def zeros(self, batch: int) -> RecurrentState:
     """The state at the start of a document."""
-    raise NotImplementedError
+    zeros = jnp.zeros((batch, self.units))
+    return RecurrentState(zeros, zeros if self.has_cell else None)
 
   def init_state(self, batch, max_len, memory=None) -> RecurrentState:
     own = self.zeros(batch)
@@ -190,12 +193,10 @@ class Lstm(Recurrent):
         cls(hidden=48, project=False, context_width=24),
       )
 
+  has_cell: ClassVar[bool] = True
+
   def __init__(self, config: Lstm.Config, width: int, rngs: nnx.Rngs, position: LayerPosition):
     super().__init__(config, width, rngs, position, gates=4, forget_bias=config.forget_bias)
-
-  def zeros(self, batch: int) -> RecurrentState:
-    zeros = jnp.zeros((batch, self.units))
-    return RecurrentState(zeros, zeros)
 
   def run(self, x_BTI, state, starts_BT):
     y_BTH, (h, c) = lstm(x_BTI, *self.weights(), state.h_BH, state.c_BH, starts_BT)
