@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from jaxformer.layers.dense import Dense, Table
+from jaxformer.layers.dense import Dense, EmbeddingTable
 from jaxformer.layers.init import Init, Normal
 from jaxformer.layers.layer import Context, LayerPosition, Output, positions_BT, starts_BT
 from jaxformer.layers.norm import NormConfig, RMSNorm
@@ -85,7 +85,7 @@ class Autoencoder(BaseModel):
     c, D, V = config, config.width, config.vocab_size
     self.config = c
     self.embedder = Embedder(
-      Table(c.embedding_init, (V, D), ('vocab', 'embed'), rngs=rngs), c, rngs
+      EmbeddingTable(c.embedding_init, (V, D), ('vocab', 'embed'), rngs=rngs), c, rngs
     )
     self.stack = Stack(c.stack, D, rngs)
     self.places = SinusoidalPositions(SinusoidalPositions.Config(), D)

@@ -65,7 +65,7 @@ def by_head(
   return shard(x_BTD.reshape(*x_BTD.shape[:2], -1, head_dim), 'batch', time, axis, None)
 
 
-class Table(nnx.Module):
+class EmbeddingTable(nnx.Module):
   """A table with one vector per row. An index outside it reads the nearest row.
 
   Args:

@@ -12,7 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from jaxformer.config import Config
-from jaxformer.layers.dense import Table
+from jaxformer.layers.dense import EmbeddingTable
 from jaxformer.layers.init import Init, Normal
 
 # ---- inside attention --------------------------------------------------------------------------
@@ -114,8 +114,8 @@ class LearnedPositions(PositionConfig):
 
   bounded: ClassVar[bool] = True
 
-  def build(self, width: int, context_length: int, rngs: nnx.Rngs) -> Table:
-    return Table(self.init, (context_length, width), ('positions', 'embed'), rngs=rngs)
+  def build(self, width: int, context_length: int, rngs: nnx.Rngs) -> EmbeddingTable:
+    return EmbeddingTable(self.init, (context_length, width), ('positions', 'embed'), rngs=rngs)
 
 
 class SinusoidalPositions(nnx.Module):

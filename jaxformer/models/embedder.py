@@ -9,7 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from jaxformer.config import Config
-from jaxformer.layers.dense import Dense, Table
+from jaxformer.layers.dense import Dense, EmbeddingTable
 from jaxformer.layers.init import FanInUniform, Init, Normal
 from jaxformer.layers.layer import Context, LayerPosition, dropout
 from jaxformer.layers.norm import NormConfig, build_norm
@@ -44,8 +44,8 @@ class TokenInput(InputConfig):
   def task(self) -> TaskType:
     return TaskType(vocab_size=self.vocab_size)
 
-  def build(self, width: int, rngs: nnx.Rngs) -> Table:
-    return Table(self.init, (self.vocab_size, width), (None, 'embed'), rngs=rngs)
+  def build(self, width: int, rngs: nnx.Rngs) -> EmbeddingTable:
+    return EmbeddingTable(self.init, (self.vocab_size, width), (None, 'embed'), rngs=rngs)
 
 
 class LinearInput(Dense):

@@ -10,7 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Int
 
 from jaxformer.config import InputError
-from jaxformer.layers.dense import Table
+from jaxformer.layers.dense import EmbeddingTable
 from jaxformer.layers.layer import Context, Memory, Output, positions_BT, starts_BT
 from jaxformer.layers.norm import NormConfig, build_norm
 from jaxformer.models.autoregressive import Autoregressive, AutoregressiveConfig, DecoderState
@@ -114,7 +114,7 @@ class EncoderDecoder(Autoregressive):
     c = config
     self.config = c
     V, D = c.vocab_size, c.width
-    table = functools.partial(Table, c.embedding_init, axes=('vocab', 'embed'), rngs=rngs)
+    table = functools.partial(EmbeddingTable, c.embedding_init, axes=('vocab', 'embed'), rngs=rngs)
     self.source_input = None if c.shared_embedding else table((c.source_vocab_size, D))
     tokens = table((V, D), matmul=c.tied)
     self.embedder = Embedder(tokens, c, rngs, scale=c.embedding_scale, dropout=c.dropout)

@@ -8,7 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Int
 
 from jaxformer.config import InputError
-from jaxformer.layers.dense import Table
+from jaxformer.layers.dense import EmbeddingTable
 from jaxformer.layers.layer import Context, Output
 from jaxformer.layers.norm import NormConfig, RMSNorm, build_norm
 from jaxformer.models.autoregressive import Autoregressive, AutoregressiveConfig, DecoderState
@@ -53,7 +53,7 @@ class LanguageModel(Autoregressive):
     c = config
     self.config = c
     V, D = c.vocab_size, c.width
-    tokens = Table(c.embedding_init, (V, D), ('vocab', 'embed'), rngs=rngs, matmul=c.tied)
+    tokens = EmbeddingTable(c.embedding_init, (V, D), ('vocab', 'embed'), rngs=rngs, matmul=c.tied)
     self.embedder = Embedder(
       tokens, c, rngs, norm=c.embedding_norm, scale=c.embedding_scale, dropout=c.dropout
     )
