@@ -145,7 +145,7 @@ def _initialiser(
 def define(config: Any) -> Definition[Any]:
   """The structure of the config of a model or a layer, which has `build(rngs)`, found from abstract
   shapes: no parameter is allocated, at any size."""
-  graph, state = nnx.split(nnx.eval_shape(lambda key: config.build(_rngs(key)), _abstract_key()))
+  graph, state = nnx.split(nnx.eval_shape(lambda: config.build(_rngs(jax.random.key(0)))))
   info = {}
   for path, variable in nnx.to_flat_state(state):
     meta = variable.get_metadata()
