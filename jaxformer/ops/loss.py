@@ -199,9 +199,14 @@ def _row_logits(x, targets, w, bias, options: LossOptions):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _rows_loss(x, w, bias, targets, options: LossOptions):
-  """Loss and nll; XLA removes the gradient where nothing uses it, and leaves one matrix product per
-  token."""
-  return _rows_forward(x, w, bias, targets, options)[0]
+  """Loss and nll without a gradient: one matrix product per token."""
+  w_cast, zero = w.astype(x.dtype), jnp.float32(0)
+
+  def some(sums, chunk):
+    *_, lse, picked, _ = _row_logits(*chunk, w_cast, bias, options)
+    return jax.tree.map(jnp.add, sums, loss_sums(chunk[1], lse, picked, options)), None
+
+  return lax.scan(some, (zero, zero), _chunks(x, targets, options.chunk))[0]
 
 
 def _rows_forward(x, w, bias, targets, options):
