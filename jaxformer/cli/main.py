@@ -108,7 +108,7 @@ def join_processes() -> None:
   on only the first prints results and progress; each prints its own errors."""
   from jaxformer.training.processes import join
 
-  if join() is None:
+  if not join():
     return
   import logging
 

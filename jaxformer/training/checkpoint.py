@@ -15,7 +15,7 @@ import hashlib
 import json
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -48,10 +48,9 @@ class Corrupt(Exception):
 
 
 def _bits(x: Array) -> Array:
-  if x.dtype == jnp.bool_:
-    return x.astype(jnp.uint32)
-  word = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}[x.dtype.itemsize]
-  return jax.lax.bitcast_convert_type(x, word).astype(jnp.uint32)
+  if x.dtype != jnp.bool_:
+    x = jax.lax.bitcast_convert_type(x, f'uint{8 * x.dtype.itemsize}')
+  return x.astype(jnp.uint32)
 
 
 def _mix(h: Array) -> Array:
@@ -120,43 +119,42 @@ def _read_meta(path: AnyPath) -> dict[str, Any]:
   if not intact:
     raise Corrupt('its metadata were changed')
   if meta['version'] != VERSION:
-    raise InputError(
-      f'{path} was written by jaxformer 0.1, whose checkpoints this version cannot read'
-      if meta['version'] == 1
-      else f'{path}: has format {meta["version"]}; this version reads {VERSION}'
-    )
+    raise InputError(f'{path}: has format {meta["version"]}; this version reads {VERSION}')
   return meta
 
 
 def differing_shapes(
-  saved: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]
+  saved: Mapping[str, Sequence[int]], wanted: Mapping[str, Sequence[int]]
 ) -> list[str]:
   """Return a line for every name whose shape differs, or that only one side has."""
   lines = [
-    f'{name}: {saved[name]} found, the model has {s}'
-    for name, s in wanted.items()
-    if saved.get(name, s) != s
+    f'{name}: {tuple(saved[name])} found, the model has {tuple(shape)}'
+    for name, shape in wanted.items()
+    if name in saved and tuple(saved[name]) != tuple(shape)
   ]
   lines += [f'{name}: not found' for name in wanted if name not in saved]
   return lines + [f'{name}: found, but not in the model' for name in saved if name not in wanted]
 
 
-def _compare(path: AnyPath, meta: dict[str, Any], part: str, abstract: Mapping[str, Any]) -> None:
-  """Raises `InputError` that lists the names and shapes in which a checkpoint and the model
-  differ."""
-  start = f'{part}/'
-  saved = {n[len(start) :]: tuple(s) for n, s in meta['shapes'].items() if n.startswith(start)}
-  lines = differing_shapes(saved, {n: tuple(a.shape) for n, a in abstract.items()})
-  if lines:
-    raise InputError(
-      f'{path}: the {part} do not fit this model or optimizer:\n  {first_lines(lines)}'
-    )
+def _compare(path: AnyPath, meta: dict[str, Any], abstract: dict[str, dict[str, Any]]) -> None:
+  """Raises `InputError` that lists the names and shapes in which parts of a checkpoint and the
+  model differ."""
+  for part, tree in abstract.items():
+    start = f'{part}/'
+    saved = {n.removeprefix(start): s for n, s in meta['shapes'].items() if n.startswith(start)}
+    lines = differing_shapes(saved, {n: a.shape for n, a in tree.items()})
+    if lines:
+      raise InputError(
+        f'{path}: the {part} do not fit this model or optimizer:\n  {first_lines(lines)}'
+      )
 
 
 def _read(
   path: AnyPath, meta: dict[str, Any], abstract: dict[str, dict[str, Any]]
 ) -> dict[str, dict[str, Array]]:
-  """Return the arrays of the requested parts, verified. Raises `Corrupt`."""
+  """Return the arrays of the requested parts, verified. Raises `Corrupt`, or `InputError` for
+  those of another model."""
+  _compare(path, meta, abstract)
   try:
     with _quiet():
       loaded = ocp.load_checkpointables(str(path), abstract)
@@ -234,7 +232,6 @@ def load_params(
 
   def read() -> tuple[Params, int]:
     meta = _read_meta(where)
-    _compare(where, meta, 'params', abstract)
     return _read(where, meta, {'params': abstract})['params'], meta['step']
 
   try:
@@ -325,9 +322,8 @@ class Checkpoints:
         'key': np.asarray(jax.random.key_data(state.key)).tolist(),
       }
     )
-    metrics: Any = (
-      {'eval/loss': eval_loss} if eval_loss is not None and math.isfinite(eval_loss) else None
-    )
+    ranked = eval_loss is not None and math.isfinite(eval_loss)
+    metrics: Any = {'eval/loss': eval_loss} if ranked else None
     try:
       with _quiet():
         response = self._manager.save_checkpointables_async(
@@ -406,8 +402,6 @@ class Checkpoints:
 
   def _load(self, path: AnyPath, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
     meta, wanted = _read_meta(path), _arrays(abstract)
-    for part, tree in wanted.items():
-      _compare(path, meta, part, tree)
     loaded = _read(path, meta, wanted)
     leaves = [loaded['optimizer'][name] for name in wanted['optimizer']]
     opt_state = jax.tree.unflatten(jax.tree.structure(abstract.opt_state), leaves)

@@ -16,13 +16,13 @@ Without any of them there is one process.
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
 import os
 import pathlib
 import socket
 import time
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -35,90 +35,61 @@ WAIT = 'JAXFORMER_JOIN_SECONDS'
 PORT = 8476  # of process 0, if the environment names only its host
 
 
-@dataclasses.dataclass(frozen=True)
-class Rank:
-  """A process among those of a run.
-
-  Attributes:
-    coordinator: host:port of process 0.
-    count: number of processes.
-    index: of this process.
-    source: environment variable that named the coordinator.
-  """
-
-  coordinator: str
-  count: int
-  index: int
-  source: str
+Group = tuple[str, dict[str, Any]]
+"""The processes of a run: the environment variable that names process 0, and the arguments of
+`jax.distributed.initialize`; without arguments what JAX detects itself, in words."""
 
 
-def rank(environment: Mapping[str, str]) -> Rank | str | None:
-  """Return the rank of this process, the name of an environment that JAX detects itself, or None
-  for a single process.
-
-  Raises `InputError` for an inconsistent environment.
-  """
+def group(environment: Mapping[str, str]) -> Group | None:
+  """Return the processes that this one belongs to, or None for a single process. Raises
+  `InputError` for an inconsistent environment."""
   if any(name in environment for name in OWN):
     if missing := [name for name in OWN if not environment.get(name)]:
       raise InputError(
         f'{" and ".join(missing)} must be given with '
         f'{" and ".join(n for n in OWN if environment.get(n))}'
       )
-    return _rank(environment, environment[OWN[0]], *OWN)
+    return _group(environment, environment[OWN[0]], *OWN)
   if (known := _known_to_jax(environment)) is not None:
-    return known
+    return known, {}
   if _several(environment, 'SKYPILOT_NUM_NODES'):
     nodes = environment.get('SKYPILOT_NODE_IPS', '').split()
     if not nodes:
       raise InputError('SKYPILOT_NUM_NODES is above 1, but SKYPILOT_NODE_IPS names no nodes')
     names = ('SKYPILOT_NODE_IPS', 'SKYPILOT_NUM_NODES', 'SKYPILOT_NODE_RANK')
-    return _rank(environment, f'{nodes[0]}:{PORT}', *names)
+    return _group(environment, f'{nodes[0]}:{PORT}', *names)
   if _several(environment, 'NNODES') and 'JAX_COORDINATOR_ADDRESS' in environment:
     names = ('JAX_COORDINATOR_ADDRESS', 'NNODES', 'NODE_RANK')
     host, port = environment[names[0]], environment.get('JAX_COORDINATOR_PORT', str(PORT))
-    return _rank(environment, host if ':' in host else f'{host}:{port}', *names)
+    return _group(environment, host if ':' in host else f'{host}:{port}', *names)
   return None
 
 
-def join(
-  environment: Mapping[str, str] = os.environ, log: Callable[[str], None] | None = None
-) -> Rank | str | None:
-  """Join the processes of this run, waiting for them up to `JAXFORMER_JOIN_SECONDS` (300); do
-  nothing for a single process.
+def join(environment: Mapping[str, str] = os.environ) -> bool:
+  """Join the processes of this run, waiting for them up to `JAXFORMER_JOIN_SECONDS` (300), and
+  return True; do nothing for a single process.
 
-  Call it before any use of devices. `log` receives a line about the wait. Returns the result of
-  `rank`. Raises `InputError` if the environment is wrong, or process 0 cannot be reached in time.
-  (If process 0 runs and others are missing, JAX aborts all of them after the same time, with its
-  own report and exit code 134.)"""
-  found = None if jax.distributed.is_initialized() else rank(environment)
+  Call it before any use of devices. Raises `InputError` if the environment is wrong, or process 0
+  cannot be reached in time. (If process 0 runs and others are missing, JAX aborts all of them after
+  the same time, with its own report and exit code 134.)"""
+  found = None if jax.distributed.is_initialized() else group(environment)
   if found is None:
-    return None
+    return False
+  source, arguments = found
   seconds = _whole(environment, WAIT, 1) if WAIT in environment else 300
-  if log is not None:
-    what = (
-      f'{found.count} processes at {found.coordinator} as number {found.index}'
-      if isinstance(found, Rank)
-      else found
-    )
-    log(f'joining {what}')
   try:
-    if isinstance(found, Rank):
-      if found.index:
-        _reach(found, seconds)
-      jax.distributed.initialize(
-        found.coordinator, found.count, found.index, initialization_timeout=seconds
-      )
-    else:
-      jax.distributed.initialize(initialization_timeout=seconds)
+    if arguments.get('process_id'):
+      _reach(arguments['coordinator_address'], seconds)
+    jax.distributed.initialize(**arguments, initialization_timeout=seconds)
   except (RuntimeError, ValueError, OSError) as e:
     reason = (str(e).splitlines() or [type(e).__name__])[0]
     where = (
-      f'{found.coordinator} ({found.source})'
-      if isinstance(found, Rank)
-      else f'the other processes of {found}'
+      f'{arguments["coordinator_address"]} ({source})'
+      if arguments
+      else f'the other processes of {source}'
     )
     raise InputError(f'cannot join {where} within {seconds} s: {reason}') from None
-  return found
+  return True
 
 
 def broadcast_from_process_0(fn: Callable[[], bool]) -> bool:
@@ -140,10 +111,10 @@ def broadcast_from_process_0(fn: Callable[[], bool]) -> bool:
   return found
 
 
-def _reach(found: Rank, seconds: int) -> None:
+def _reach(address: str, seconds: int) -> None:
   """Wait until process 0 listens, since JAX's client aborts the program if it does not. Raises
   `OSError`."""
-  host, _, port = found.coordinator.rpartition(':')
+  host, _, port = address.rpartition(':')
   end = time.monotonic() + seconds
   while True:
     try:
@@ -157,16 +128,20 @@ def _reach(found: Rank, seconds: int) -> None:
       time.sleep(min(1.0, seconds / 20))
 
 
-def _rank(
+def _group(
   environment: Mapping[str, str], address: str, coordinator: str, count: str, index: str
-) -> Rank:
+) -> Group:
   processes, mine = _whole(environment, count, 1), _whole(environment, index, 0)
   host, _, port = address.rpartition(':')
   if not host or not port.isdigit() or not 0 < int(port) < 2**16:
     raise InputError(coordinator, address, 'host:port')
   if mine >= processes:
     raise InputError(index, mine, f'below {count} = {processes}; processes count from 0')
-  return Rank(address, processes, mine, coordinator)
+  return coordinator, {
+    'coordinator_address': address,
+    'num_processes': processes,
+    'process_id': mine,
+  }
 
 
 def _whole(environment: Mapping[str, str], name: str, least: int) -> int:

@@ -81,10 +81,8 @@ def read_config(folder: str | AnyPath) -> dict[str, Any]:
     raise InputError(f'{file}: cannot be read ({e.strerror})') from None
   except ValueError as e:
     raise InputError(f'{file}: not valid JSON ({e})') from None
-  if not isinstance(data, dict) or 'type' not in data:
+  if not isinstance(data, dict) or data.get('type') != Experiment.tag:
     raise InputError(f'{file}: holds no experiment')
-  if data['type'] != Experiment.tag:
-    raise InputError(f'{file}: holds {data["type"]}, not an experiment')
   if 'format' not in data:
     raise InputError(
       f'{folder} was written by jaxformer 0.1, whose runs this version cannot read; train anew, or '

@@ -90,7 +90,7 @@ class Setup:
     if not isinstance(source, Mapping):
       return load_params(source, d, self.parallel)[0]
     problems = differing_shapes(
-      {n: tuple(a.shape) for n, a in source.items()}, {n: i.shape for n, i in d.info.items()}
+      {n: a.shape for n, a in source.items()}, {n: i.shape for n, i in d.info.items()}
     )
     if problems:
       raise InputError(

@@ -3,7 +3,7 @@
 import pytest
 
 from jaxformer.config import InputError
-from jaxformer.training.processes import Rank, join, rank
+from jaxformer.training.processes import group, join
 
 pytestmark = pytest.mark.quick
 
@@ -28,35 +28,40 @@ XPK = {
 }
 
 
+def in_group(source, address, count, index):
+  arguments = {'coordinator_address': address, 'num_processes': count, 'process_id': index}
+  return source, arguments
+
+
 @pytest.mark.parametrize(
   ('environment', 'found'),
   [
     ({}, None),
-    (OWN, Rank('ten:8476', 4, 3, 'JAXFORMER_COORDINATOR')),
-    (OWN | SLURM, Rank('ten:8476', 4, 3, 'JAXFORMER_COORDINATOR')),
-    (SKY, Rank('10.0.0.1:8476', 2, 1, 'SKYPILOT_NODE_IPS')),
+    (OWN, in_group('JAXFORMER_COORDINATOR', 'ten:8476', 4, 3)),
+    (OWN | SLURM, in_group('JAXFORMER_COORDINATOR', 'ten:8476', 4, 3)),
+    (SKY, in_group('SKYPILOT_NODE_IPS', '10.0.0.1:8476', 2, 1)),
     (
       SKY | {'SKYPILOT_NUM_NODES': '1', 'SKYPILOT_NODE_IPS': '10.0.0.1', 'SKYPILOT_NODE_RANK': '0'},
       None,
     ),
-    (SLURM, 'Slurm job 7'),
+    (SLURM, ('Slurm job 7', {})),
     (SLURM | {'SLURM_NTASKS': '1'}, None),
     (
       {'OMPI_MCA_orte_hnp_uri': '1.0;tcp://10.0.0.1:1', 'OMPI_COMM_WORLD_SIZE': '2'},
-      'this Open MPI job',
+      ('this Open MPI job', {}),
     ),
-    ({'TPU_WORKER_HOSTNAMES': 'a,b', 'TPU_WORKER_ID': '1'}, 'this TPU slice'),
+    ({'TPU_WORKER_HOSTNAMES': 'a,b', 'TPU_WORKER_ID': '1'}, ('this TPU slice', {})),
     ({'TPU_WORKER_HOSTNAMES': 'a', 'TPU_WORKER_ID': '0'}, None),
     (
       {'TPU_WORKER_HOSTNAMES': 'a', 'TPU_WORKER_ID': '0', 'MEGASCALE_NUM_SLICES': '2'},
-      'this TPU slice',
+      ('this TPU slice', {}),
     ),
-    (SKY | {'TPU_WORKER_HOSTNAMES': 'a,b'}, 'this TPU slice'),
-    (XPK, Rank('first:1234', 2, 1, 'JAX_COORDINATOR_ADDRESS')),
+    (SKY | {'TPU_WORKER_HOSTNAMES': 'a,b'}, ('this TPU slice', {})),
+    (XPK, in_group('JAX_COORDINATOR_ADDRESS', 'first:1234', 2, 1)),
   ],
 )
 def test_who_belongs_together(environment, found):
-  assert rank({'JAX_PLATFORMS': 'cpu'} | environment) == found
+  assert group({'JAX_PLATFORMS': 'cpu'} | environment) == found
 
 
 @pytest.mark.parametrize(
@@ -101,4 +106,4 @@ def test_environments_that_cannot_be(environment, message):
 
 
 def test_alone_nothing_happens():
-  assert join({'JAX_PLATFORMS': 'cpu'}) is None
+  assert join({'JAX_PLATFORMS': 'cpu'}) is False
