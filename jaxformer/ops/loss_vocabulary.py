@@ -132,13 +132,14 @@ def _loss(x, w, bias, targets, options: LossOptions):
 
 def _forward(x, w, bias, targets, options):
   lse, picked, _ = _logsumexp(x, w, bias, targets, options)
-  return loss_sums(targets, lse, picked, options), (x, w, bias, targets, lse)
+  sums = loss_sums(targets, lse, picked, options)
+  return sums, (x, w, bias, targets, targets != IGNORE, lse)
 
 
 def _backward(options, saved, cotangents):
-  x, w, bias, targets, lse = saved
+  x, w, bias, targets, counted, lse = saved
   (B, T, D), (_, parts, V) = x.shape, w.shape
-  weight = jnp.where(targets != IGNORE, cotangents[0], 0.0)
+  weight = jnp.where(counted, cotangents[0], 0.0)
   factor = weight * (1.0 + 2.0 * options.z_loss * lse)
   lse, weight, factor = (a[:, :, None, None] for a in (lse, weight, factor))
 
