@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
-from jaxformer.config import Config, InputError, Registry, differences, to_json
+from jaxformer.config import Config, InputError, Registry, code_of, differences, to_json
 from jaxformer.interop.settings import Settings
 from jaxformer.interop.tensors import shortened
 from jaxformer.interop.weights import CheckpointFormat
@@ -46,8 +46,12 @@ def branches_of(
   """The branches of a stack's first block, which stands for all, if each is a `branch` with a layer
   of these types; else raise `InputError`."""
 
+  def named(kind: type[Config]) -> str:
+    code = code_of(kind)
+    return kind.tag if code is None else f'{kind.tag} of {code.get("file", code["module"])}'
+
   def listed(types: list[tuple[type[BranchConfig], type[LayerConfig]]]) -> str:
-    return ', '.join(f'{outer.tag}({inner.tag})' for outer, inner in types)
+    return ', '.join(f'{outer.tag}({named(inner)})' for outer, inner in types)
 
   branches = groups[0].pattern[0].branches
   found = [(type(b), type(b.layer)) for b in branches]
