@@ -139,7 +139,11 @@ def wkv7_chunked(
 
   spans = tuple(by_span(x) for x in inputs)
   body = jax.checkpoint(functools.partial(_span, precision=precision), prevent_cse=False)
-  S_BHVK, y = jax.lax.scan(body, S_BHVK, spans)
+  if len(spans[0]) == 1:
+    S_BHVK, y = body(S_BHVK, tuple(x[0] for x in spans))
+    y = y[None]
+  else:
+    S_BHVK, y = jax.lax.scan(body, S_BHVK, spans)
   y = jnp.moveaxis(jnp.moveaxis(y, 0, 2), 1, 4)  # [B, spans, N, C, H, V]
   return y.reshape(B, -1, *y.shape[4:])[:, :T], S_BHVK
 
