@@ -122,7 +122,7 @@ def test_a_field_that_is_newer_than_a_run_of_a_users_layer_has_its_default(tmp_p
   (tmp_path / 'mine.py').write_text(LAYER)
   layer = object_in_file(f'{tmp_path}/mine.py:Scale')
   try:
-    block = Block.Config(branches=(Residual.Config(layer=layer),))
+    block = Block.Config(branches=(Residual(layer=layer),))
     e = make_experiment(tmp_path / 'runs', 'own')
     e = e.replace(model=e.model.replace(stack=(*e.model.stack, Group(pattern=(block,)))))
     data = json.loads(config_text(e))
