@@ -26,13 +26,14 @@ def forced(f, **names):
 
 @contextlib.contextmanager
 def temporary_types():
-  """Within, config types may be defined; at the end they leave the registry."""
+  """Within, config types may be defined; at the end they leave the registry. Those of the package,
+  imported within for the first time, stay."""
   before = types_of(Config)
   try:
     yield
   finally:
     for cls in types_of(Config):
-      if cls not in before:
+      if cls not in before and not cls.__module__.startswith('jaxformer.'):
         forget(cls)
 
 
