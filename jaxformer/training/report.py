@@ -43,26 +43,24 @@ class Report:
 
   Attributes:
     last: the latest value of every metric.
+    line: logs a line.
   """
 
   def __init__(self, run: Run, experiment: Experiment, log: Log | None):
-    self._run, self._steps = run, experiment.training.steps
+    self._run, self._experiment = run, experiment
+    self._steps = experiment.training.steps
     self.last: dict[str, Any] = {}
-    self._trackers = experiment.training.trackers if run.writes else ()
     self._track: list[Track] = []
     self._stack = contextlib.ExitStack()
-    self._experiment = experiment
-    for t in self._trackers:
-      t.check()
     self._bar = self._task = None
     if not run.writes:
-      self._log: Log = lambda line: None
+      self.line: Log = lambda line: None
     elif log is not None:
-      self._log = log
+      self.line = log
     elif sys.stderr.isatty():
-      self._log = self._start_bar()
+      self.line = self._start_bar()
     else:
-      self._log = lambda line: print(line, file=sys.stderr, flush=True)
+      self.line = lambda line: print(line, file=sys.stderr, flush=True)
 
   def _start_bar(self) -> Log:
     from rich.console import Console
@@ -72,10 +70,6 @@ class Report:
     self._bar = Progress(console=console)
     self._task = self._bar.add_task('starting', total=self._steps)
     return lambda line: console.print(line, markup=False, highlight=False)
-
-  def line(self, text: str) -> None:
-    """Log a line."""
-    self._log(text)
 
   def row(self, row: dict[str, Any]) -> None:
     """Record the metrics of a step: `step`, and numbers. Non-finite ones are written as null."""
@@ -91,7 +85,7 @@ class Report:
   def _progress(self, row: dict[str, Any]) -> None:
     text = summary(row)
     if self._bar is None or self._task is None:
-      self._log(f'step {row["step"]}/{self._steps} | {text}')
+      self.line(f'step {row["step"]}/{self._steps} | {text}')
     else:
       self._bar.update(self._task, completed=row['step'], description=text)
 
@@ -100,7 +94,7 @@ class Report:
     with contextlib.ExitStack() as stack:
       if self._bar is not None:
         stack.enter_context(self._bar)
-      for t in self._trackers:
+      for t in self._experiment.training.trackers if self._run.writes else ():
         self._track.append(stack.enter_context(t.open(self._run.home, name, settings)))
       self._stack = stack.pop_all()
     return self

@@ -18,9 +18,6 @@ Track = Callable[[dict[str, float], int], Any]
 class TrackerConfig(Config, abstract=True):
   """Base of the trackers. Only process 0 uses them."""
 
-  def check(self) -> None:
-    """Raises `InputError` if the tracker is not installed."""
-
   @contextlib.contextmanager
   def open(self, folder: Path, name: str, config: dict[str, Any]) -> Generator[Track]:
     """Track a run within the block, from its first metrics or after a resume.
@@ -29,7 +26,8 @@ class TrackerConfig(Config, abstract=True):
       folder: local; the run folder, or one whose files are uploaded there.
       name: of the run.
       config: the experiment as JSON data.
-    """
+
+    Raises `InputError` if the tracker is not installed."""
     raise NotImplementedError
     yield
 
@@ -58,9 +56,6 @@ class Wandb(TrackerConfig):
   entity: str | None = None
   mode: Literal['online', 'offline', 'disabled'] = 'offline'
 
-  def check(self):
-    _extra('wandb')
-
   @contextlib.contextmanager
   def open(self, folder, name, config):
     run = _extra('wandb').init(
@@ -83,9 +78,6 @@ class Trackio(TrackerConfig):
   """Trackio: a local database with a dashboard."""
 
   project: str = 'jaxformer'
-
-  def check(self):
-    _extra('trackio')
 
   @contextlib.contextmanager
   def open(self, folder, name, config):
