@@ -133,10 +133,13 @@ def hardware_file(path: str | Path) -> dict[str, Chip]:
 
 
 def _own(where: str, name: str, fields: Any) -> Chip:
-  if not isinstance(fields, dict):
-    raise InputError(where, fields, 'fields of a chip')
+  if not isinstance(fields, dict) or fields.keys() & {'type', 'name'}:
+    raise InputError(where, fields, 'fields of a chip other than its name')
   known: dict[str, Any] = to_json(CHIPS[name]) if name in CHIPS else {}
   chip = known | {'type': 'Chip', 'name': name, 'source': where, 'date': 'of the file'} | fields
   if isinstance(rates := fields.get('flops_per_second'), dict):
     chip['flops_per_second'] = known.get('flops_per_second', {}) | rates
-  return from_json(chip, where, Chip)
+  try:
+    return from_json(chip, Chip.tag, Chip)
+  except InputError as e:  # names the field alone
+    raise InputError(f'{where}: {e}') from e
