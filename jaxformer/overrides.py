@@ -84,14 +84,15 @@ def override(config: C, assignments: Iterable[tuple[str, str]], root: str = '') 
   for an assignment that another one would overwrite.
   """
   draft, kind = _draft(config), type(config)
-  taken: dict[tuple[int, Any], tuple[str, str]] = {}
+  taken: dict[tuple[int, Any, str], tuple[str, str]] = {}
 
   def set_place(place: Place, path: str, text: str, value: Any) -> None:
     owner, key, _, exact = place
-    if exact or value is not text:
-      other, before = taken.setdefault((id(owner), key), (path, text))
-      if before != text:
-        raise InputError(f'--{path} {text}: also given as --{other} {before}; give it once')
+    # A path that was searched for gives way to others, but is itself given once.
+    searched = '' if exact or value is not text else path.replace('-', '_')
+    other, before = taken.setdefault((id(owner), key, searched), (path, text))
+    if before != text:
+      raise InputError(f'--{path} {text}: also given as --{other} {before}; give it once')
     owner[key] = value
 
   given = [(path, _parts(path, config, root), CommandLineText(text)) for path, text in assignments]
@@ -144,8 +145,7 @@ def _suggestion(node: Any, parts: list[str], hint: Any) -> str:
   for part in parts:
     children = _children(node, hint)
     if part not in children:
-      own = children if isinstance(node, dict) else ()
-      return nearest(part, _names(node, hint)) or nearest(part, own)
+      return nearest(part, _names(node, hint)) or nearest(part, children)
     _, node, hint = children[part]
     if not isinstance(node, dict | list):
       return f'; {part} is {json.dumps(node)}, which has no fields'

@@ -99,6 +99,9 @@ def test_overrides(assignments, expected):
     [('size', '3,4'), ('size', 'none')],
     [('walls.0.paint', 'striped'), ('walls.0.paint.width', '5'), ('walls.0.paint', 'painted')],
     [('lived-in', 'true'), ('lived_in', 'false')],
+    # searched for
+    [('height', '3'), ('height', '4')],
+    [('paint.width', '3'), ('walls.paint.width', '4'), ('paint.width', '5')],
   ],
 )
 def test_an_override_that_would_be_lost_is_an_error(assignments):
