@@ -14,6 +14,7 @@ from flax import nnx
 
 from jaxformer.config import InputError
 from jaxformer.evaluation import EvalResult
+from jaxformer.inference.decoding import check_positive
 from jaxformer.models.model import ModelConfig
 from jaxformer.models.params import define
 from jaxformer.models.zoo import PRESETS
@@ -95,8 +96,7 @@ def describe(
   """
   if isinstance(model, Model):
     return model.describe(target)
-  made = not isinstance(model, str) or model in PRESETS or '.py' in model
-  if made:
+  if not isinstance(model, str) or model in PRESETS or '.py' in model:
     e = experiment(model, overrides=overrides)
     return describe_model(model if isinstance(model, str) else model.tag, e.model, target)
   pairs = pairs_of(overrides)
@@ -111,17 +111,21 @@ def describe(
 def generate(
   model: Model | str,
   prompt: Texts = '',  # ty: ignore[invalid-parameter-default]
+  *,
+  code: Code = (),
   **options: Unpack[GenerateOptions],
 ) -> Texts:
   """Return the continuation of a prompt by a trained model (see `load`); of several prompts, a
-  list. The options are `GenerateOptions`."""
-  return _loaded(model).generate(prompt, **options)
+  list. The options are `GenerateOptions`; `code` is that of `load`."""
+  return _loaded(model, code).generate(prompt, **options)
 
 
-def translate(model: Model | str, source: Texts, **options: Unpack[TranslateOptions]) -> Texts:
+def translate(
+  model: Model | str, source: Texts, *, code: Code = (), **options: Unpack[TranslateOptions]
+) -> Texts:
   """Return the translation of a text by a trained encoder-decoder (see `load`); of several texts, a
-  list. The options are `TranslateOptions`."""
-  return _loaded(model).translate(source, **options)
+  list. The options are `TranslateOptions`; `code` is that of `load`."""
+  return _loaded(model, code).translate(source, **options)
 
 
 def evaluate(
@@ -147,7 +151,7 @@ def convert(
   log(f'wrote {found.name} to {out}: {found.definition.size:,} parameters, {dtype}')
 
 
-def _loaded(model: Model | str, code: Code = ()) -> Model:
+def _loaded(model: Model | str, code: Code) -> Model:
   return model if isinstance(model, Model) else load(model, code=code)
 
 
@@ -174,11 +178,10 @@ def compare(
   """
   pairs = pairs_of(overrides)
   chosen = get_study(target, overrides=pairs, add=add)
-  if workers is not None and workers < 1:
-    raise InputError('workers', workers, 'at least 1')
+  check_positive(workers=workers)
   commands = []
   if isinstance(target, str):
-    words = [f'--{path}={value}' for path, value in [*(('add', name) for name in add), *pairs]]
+    words = [f'--add={name}' for name in add] + [f'--{path}={value}' for path, value in pairs]
     command = [sys.executable, '-m', 'jaxformer', 'compare', target, *words, '--train-only']
     commands = [command] * ((workers or worthwhile(len(chosen.entries))) - 1)
   return report_study(chosen, log, commands)

@@ -159,6 +159,8 @@ def test_train_and_generate(trained, monkeypatch):
   assert len(several) == 2
   with pytest.raises(InputError, match='top_k = 0'):
     jaxformer.generate('first', 'x', top_k=0)
+  with pytest.raises(InputError, match=r'gone\.py'):
+    jaxformer.generate('first', 'x', code=['gone.py'])
   # Weights given as a dict are copied: they are still there after training.
   params = jaxformer.load('first').params
   again = jaxformer.train(
@@ -190,11 +192,20 @@ def test_a_loaded_model(trained, monkeypatch, tmp_path):
   assert math.isfinite(likely.bits_per_byte)
   assert likely.json()['bits_per_byte'] == likely.bits_per_byte
   assert likely.lines()[0] == '7 targets, 7 bytes'
+  with pytest.raises(InputError, match="text = ''"):
+    model.score('')
   model.export(tmp_path / 'weights')
   again = jaxformer.load(tmp_path / 'weights')
   assert again.generate('def', max_new_tokens=6, temperature=0) == pieces
   with pytest.raises(InputError, match='not an encoder-decoder'):
     model.translate('x')
+
+
+def test_a_score_of_a_translation_needs_its_source():
+  model = jaxformer.load('transformer-tiny')
+  assert math.isfinite(model.score('1996-03-05', source='March 5th, 1996').loss)
+  with pytest.raises(InputError, match='source'):
+    model.score('1996-03-05')
 
 
 def test_compare(tmp_path, monkeypatch):

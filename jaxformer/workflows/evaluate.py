@@ -15,12 +15,12 @@ from jaxformer.evaluation import (
   loss_by_position,
 )
 from jaxformer.inference import translate
+from jaxformer.inference.decoding import check_positive
 from jaxformer.overrides import override
 from jaxformer.task_type import TRANSLATION
 from jaxformer.training.experiment import Experiment, check_fit
-from jaxformer.workflows.names import Overrides, pairs_of
+from jaxformer.workflows.overrides import Overrides, Pairs, pairs_of
 from jaxformer.workflows.progress import Log, log_progress
-from jaxformer.workflows.sizes import Pairs
 
 if TYPE_CHECKING:
   from jaxformer.workflows.model import Model
@@ -63,9 +63,7 @@ def evaluate_model(
 ) -> EvalResult:
   """Return scores on held-out data, by default of the data that the model was trained on. The
   options are `EvaluateOptions`."""
-  for field, value in (('batch_size', batch_size), ('batches', batches)):
-    if value is not None and value < 1:
-      raise InputError(field, value, 'positive')
+  check_positive(batch_size=batch_size, batches=batches)
   if translations < 0:
     raise InputError('translations', translations, 'at least 0')
   chosen = _data(model, data, pairs_of(overrides))
@@ -83,7 +81,7 @@ def evaluate_model(
   positions = None
   if by_position:
     found = loss_by_position(model.definition, model.params, held_out())
-    positions = [r and r.loss for r in found]
+    positions = [None if r is None else r.loss for r in found]
   translated = None
   if chosen.task == TRANSLATION and translations:
     translated = _translation(model, dataset, translations, batch_size)

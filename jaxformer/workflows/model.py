@@ -173,8 +173,7 @@ class Model:
     self, prompts: Sequence[str], options: GenerateOptions
   ) -> tuple[Request, Sequence[str]]:
     """Return the request to continue prompts, and the stop strings."""
-    given: dict[str, Any] = {'temperature': 0.8, **options}
-    given['temperature'] = float(given['temperature'])
+    given: dict[str, Any] = {**options, 'temperature': float(options.get('temperature', 0.8))}
     most = given.pop('max_new_tokens', None)
     stop, seed, dtype = given.pop('stop', ()), given.pop('seed', 0), given.pop('dtype', None)
     tokenizer, sampling = self.text_tokenizer(), Sampling(**given)
@@ -274,9 +273,13 @@ class Model:
     if source is not None:
       sources = np.array([self._source(source)], np.int32)
       batch = Batch(_row(end, *ids), _row(*ids, end), source_BS=sources)
+    elif self.translates:
+      raise InputError('source', None, 'the text that was translated')
     else:
       whole = _row(*ids) if end is None else _row(end, *ids)
       batch = Batch(whole[:, :-1], whole[:, 1:])
+    if not batch.targets_BT.size:
+      raise InputError('text', text, 'a text with a token to predict')
     return evaluate(self.definition, self.params, [batch], token_bytes_V=tokenizer.token_bytes)
 
   def export(self, out: str | pathlib.Path, *, dtype: str = 'float32') -> None:

@@ -336,7 +336,7 @@ RUNS = [
   (['generate', 'first', '--prompt', 'x', '--max-new-tokens', '300'], '300', '256 learned'),
   (['generate', 'first', '--seed', '-1'], 'seed = -1'),
   (['generate', 'first', '--max-new-tokens', '0'], 'max_new_tokens = 0', 'at least 1'),
-  (['eval', 'first', '--batches', '0'], 'batches = 0', 'positive'),
+  (['eval', 'first', '--batches', '0'], 'batches = 0', 'at least 1'),
   (['generate', 'first', '--stop', ''], 'stop', 'empty'),
   (['eval', 'first', '--model.width', '3'], '--model.width', 'data only'),
   (['convert', 'first', 'runs'], 'runs', 'is not overwritten'),
