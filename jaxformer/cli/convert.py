@@ -27,7 +27,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     '--dtype',
     choices=('float32', 'bfloat16', 'float16'),
     default='float32',
-    help='of the weights written (float32)',
+    help='dtype of the weights written (float32)',
   )
   code_option(parser)
 

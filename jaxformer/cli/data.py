@@ -23,7 +23,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
   json_option(info, 'one JSON object')
   train = actions.add_parser('train-tokenizer', help='train byte pairs', allow_abbrev=False)
   train.add_argument('out', metavar='OUT', help='the file to write, such as tokenizer.json')
-  train.add_argument('--vocab-size', type=int, default=4096, help='(4096)')
+  train.add_argument('--vocab-size', type=int, default=4096, help='tokens of the vocabulary (4096)')
 
 
 def run(action: str, json: bool = False, **options: Any) -> None:

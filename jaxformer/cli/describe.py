@@ -1,10 +1,10 @@
 """Read a model from top to bottom: layers with formulas and papers, shapes, parameters, FLOPs,
 state bytes and implementations.
 
-MODEL is a preset, a run or folder of weights, a Python file that defines `experiment`, or a layer
-as FILE.py:NAME. FLOPs are those of the forward pass, averaged over a causal sequence of the model's
-context length; state is that of decoding such a sequence, at 2 bytes per number. The sums are those
-of `jaxformer plan`."""
+The model is a preset, a run or folder of weights, that of a Python file that defines `experiment`,
+or a layer as FILE.py:NAME. FLOPs are those of the forward pass, averaged over a causal sequence of
+the model's context length; state is that of decoding such a sequence, at 2 bytes per number. The
+sums are those of `jaxformer plan`."""
 
 from __future__ import annotations
 

@@ -38,13 +38,17 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     help='length-normalization exponent alpha (Wu et al. 2016) (0.6)',
   )
   add('--coverage-penalty', type=float, help='coverage weight beta (Wu et al. 2016) (0)')
-  add('--max-new-tokens', type=int, help='default: 200; for translation 2 x source length + 10')
+  add(
+    '--max-new-tokens',
+    type=int,
+    help='most tokens to generate; default: 200, for translation 2 x source length + 10',
+  )
   add('--stop', action='append', metavar='TEXT', help='end the text before TEXT; repeatable')
-  add('--seed', type=int, help='of the random draws (0)')
+  add('--seed', type=int, help='seed of the random draws (0)')
   add(
     '--dtype',
     choices=('float32', 'bfloat16'),
-    help='of weights and activations; default: bfloat16 on TPU and GPU',
+    help='dtype of weights and activations; default: bfloat16 on TPU and GPU, float32 on CPU',
   )
   add('--temperature', type=float, help='divides the logits; 0 is greedy (0.8)')
   add('--top-k', type=int, help='keep the k most likely tokens')

@@ -50,7 +50,7 @@ def show_option(parser: argparse.ArgumentParser, what: str) -> None:
 
 
 def code_option(parser: argparse.ArgumentParser) -> None:
-  """Add `--code`, read as `args.code`."""
+  """Add `--code`, which may be repeated."""
   parser.add_argument(
     '--code',
     metavar='FILE',

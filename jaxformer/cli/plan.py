@@ -33,11 +33,11 @@ def arguments(parser: argparse.ArgumentParser) -> None:
   )
   size_options(parser, '; several (1M,10M) print a table')
   add('--target', help='slice or host of GPUs: v5p-2048, v6e-256, 2 x v5e-256, v5e:2x4, h100:8')
-  add('--tokens', help='of the training run, e.g. 2T; default: 20 per active parameter')
+  add('--tokens', help='tokens to train on, e.g. 2T; default: 20 per active parameter')
   add('--utilization', type=float, default=0.4, help='assumed share of the peak FLOPs (0.4)')
   add('--price', type=float, help='USD per chip-hour, in place of the list price')
   add('--hardware', metavar='FILE', help='TOML or JSON file with chips of your own')
-  add('--phase', choices=('train', 'prefill', 'decode'), default='train', help='(train)')
+  add('--phase', choices=('train', 'prefill', 'decode'), default='train', help='what runs (train)')
   add(
     '--compile',
     action='store_true',

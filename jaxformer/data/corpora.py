@@ -303,7 +303,7 @@ class Mixture(Corpus):
   def validate(self) -> None:
     self.require(0 < len(self.corpora) <= 1024, 'corpora', '1 to 1024 corpora')
     for corpus in self.corpora:
-      self.require(corpus.parts() == (corpus,), 'corpora', 'corpora that are no mixtures')
+      self.require(corpus.parts() == (corpus,), 'corpora', 'corpora other than mixtures')
       self.require(corpus.columns == 1, 'corpora', 'corpora of one text per row')
     weights = self.part_weights()
     positive = all(0 < w < float('inf') for w in weights)

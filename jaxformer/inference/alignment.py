@@ -22,10 +22,10 @@ from jaxformer.models.params import Definition, Params
 def _alignments(
   definition: Definition[EncoderDecoder],
   params: Params,
-  source_idsS: Int[Array, 'B S'],
+  source_BS: Int[Array, 'B S'],
   tokens_BT: Int[Array, 'B T'],
 ) -> tuple[Array, ...]:
-  return definition.merge(params)(source_idsS, tokens_BT, Context(align=True)).alignments
+  return definition.merge(params)(source_BS, tokens_BT, Context(align=True)).alignments
 
 
 def align(

@@ -47,7 +47,7 @@ class Sampling(Config):
     )
     for field, holds, accepted in rules:
       value = getattr(self, field)
-      self.require(value is None or holds(value), field, f'{accepted}; none for no such rule')
+      self.require(value is None or holds(value), field, f'{accepted}, or none')
       self.require(
         value is None or self.temperature > 0 or field == 'repetition_penalty',
         field,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from statistics import fmean
 
 from jaxformer.study.charts import Axis, Point, Series, chart
 from jaxformer.study.results import Outcome, Results, TaskResults, cut_off
@@ -142,7 +143,7 @@ def _binned(losses: Sequence[float | None]) -> list[Point]:
   points, i = [], 0
   while i < len(known):
     bin_ = known[i : i + max(1, min(MAX_BIN, i // 4))]
-    points.append(Point(*(sum(values) / len(bin_) for values in list(zip(*bin_))[:2])))
+    points.append(Point(fmean(p.x for p in bin_), fmean(p.y for p in bin_)))
     i += len(bin_)
   return points
 

@@ -196,7 +196,8 @@ def agreement(f: FittedLaw) -> Figure | None:
   def points(of: list[Training]) -> tuple[Point, ...]:
     return tuple(Point(t.loss, *t.predicted) for t in of if t.loss and t.predicted)
 
-  fit, held_out = tuple(Point(*p[:2]) for p in points(f.fitted)), points(f.held_out)
+  held_out = points(f.held_out)
+  fit = tuple(Point(p.x, p.y) for p in points(f.fitted))  # bars are for the others
   if not fit:
     return None
   ends = [v for p in (*fit, *held_out) for v in (p.x, p.y)]

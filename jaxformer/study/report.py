@@ -93,7 +93,7 @@ def csv_text(results: Results) -> str:
     rows += [shared | {'title': f.title} | _flat(t) for f in task.laws for t in f.trainings]
   out = io.StringIO()
   names = dict.fromkeys(name for row in rows for name in row)
-  writer = csv.DictWriter(out, list(names), lineterminator='\n')
+  writer = csv.DictWriter(out, names, lineterminator='\n')
   writer.writeheader()
   writer.writerows(rows)
   return out.getvalue()

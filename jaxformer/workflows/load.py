@@ -76,8 +76,7 @@ def _initialized(name: str, seed: int) -> Model:
   experiment if that needs no training."""
   made = default_experiment(PRESETS[name].model, name)
   definition, task, tokenizer = define(made.model), made.model.task, ByteTokenizer()
-  text = task in (LANGUAGE_MODELING, TRANSLATION)
-  if not text or (task.vocab_size or 0) < tokenizer.vocab_size:
+  if task not in (LANGUAGE_MODELING, TRANSLATION) or (task.vocab_size or 0) < tokenizer.vocab_size:
     tokenizer = None
   return Model(name, definition, lambda: definition.init(jax.random.key(seed)), tokenizer, made)
 
@@ -144,7 +143,8 @@ def initial_params(source: str, experiment: Experiment) -> str | Params:
   weights of another library, checked against the model of the experiment."""
   found = foreign_weights(source)
   if found is None:
-    return ''.join(map(str, trained_folder(source)))
+    folder, at = trained_folder(source)
+    return f'{folder}{at}'
   path, read = found
   if steps_in(run_folder(experiment) / 'checkpoints'):  # a resumed run needs no weights
     return str(path)
