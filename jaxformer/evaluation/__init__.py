@@ -14,6 +14,7 @@ from jaxformer.evaluation.translation import (
   TranslationResult,
   TranslationScores,
   evaluate_translation,
+  translate_held_out,
 )
 
 __all__ = [
@@ -25,4 +26,5 @@ __all__ = [
   'evaluate_translation',
   'loss_by_position',
   'loss_by_source_length',
+  'translate_held_out',
 ]

@@ -16,7 +16,9 @@ from typing import Any
 import numpy as np
 
 from jaxformer.config import InputError
-from jaxformer.data import HeldOutPair, Tokenizer
+from jaxformer.data import Dataset, HeldOutPair, Tokenizer
+from jaxformer.inference import translate
+from jaxformer.models.params import Definition, Params
 
 BOOTSTRAP = 1000
 GROUPS = 4
@@ -138,6 +140,32 @@ def evaluate_translation(
     by_length(hypotheses, references, lengths, edges),
     hypotheses,
   )
+
+
+def translate_held_out(
+  definition: Definition,
+  params: Params,
+  dataset: Dataset,
+  limit: int,
+  *,
+  bootstrap: int | None = BOOTSTRAP,
+  **options: Any,
+) -> TranslationResult:
+  """Score greedy translations of at most `limit` held-out sources. `options` are those of
+  `inference.translate`."""
+  pairs, tokenizer = dataset.held_out_pairs(limit), dataset.tokenizer
+  assert tokenizer is not None, 'pairs are text'
+  end = tokenizer.end_of_document
+  assert end is not None, 'pairs end with a token'
+  found = translate(
+    definition,
+    params,
+    [p.source_ids for p in pairs],
+    end=end,
+    vocab_size=dataset.vocab_size,
+    **options,
+  )
+  return evaluate_translation([t.tokens for t in found], pairs, tokenizer, bootstrap=bootstrap)
 
 
 def by_length(

@@ -18,10 +18,11 @@ Conventions, stated once:
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 
 from jaxformer.config import InputError
 from jaxformer.models.model import ModelConfig
-from jaxformer.models.params import define
+from jaxformer.models.params import ParamInfo, define
 from jaxformer.planning.setup import Phase
 
 
@@ -97,17 +98,18 @@ def flops(
     last_logits: whether the head reads only the last position of each sequence, as the compiled
       prefill does, rather than every position.
   """
-  matrices = sum(
-    2.0 * i.size * i.active
-    for i in define(model).info.values()
-    if i.matmul and len(i.matrix_axes) >= 2
-  )
+  matrices = matrix_flops(define(model).info.values())
   mixing = model.mixing_flops_per_token(length, causal and phase != 'decode')
   tokens = batch_size * (1 if phase == 'decode' else length)
   total = tokens * (matrices + mixing)
   if last_logits:
     total -= (tokens - batch_size) * head_flops(model)
   return 3 * total if phase == 'train' else total
+
+
+def matrix_flops(params: Iterable[ParamInfo]) -> float:
+  """Forward FLOPs per token of the products with matrices."""
+  return sum(2.0 * i.size * i.active for i in params if i.matmul and len(i.matrix_axes) >= 2)
 
 
 def flops_per_token(model: ModelConfig, length: int, causal: bool = True) -> float:

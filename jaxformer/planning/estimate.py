@@ -182,11 +182,13 @@ def inference_setup(
   )
 
 
-def parse_amount(text: str, what: str = '--tokens') -> float:
-  """The number that a text such as '2T', '300B' or '1.4e12' means."""
-  found = re.fullmatch(r'(\d+(?:\.\d+)?(?:e\d+)?)([KMBT]?)', text.strip(), re.IGNORECASE)
+def parse_amount(amount: float | str, what: str = '--tokens') -> float:
+  """The number that a text such as '2T', '300B' or '1.4e12' means; a number is itself."""
+  if not isinstance(amount, str):
+    return float(amount)
+  found = re.fullmatch(r'(\d+(?:\.\d+)?(?:e\d+)?)([KMBT]?)', amount.strip(), re.IGNORECASE)
   if found is None or float(found.group(1)) <= 0:
-    raise InputError(what, text, 'a number such as 2T, 300B or 1.4e12')
+    raise InputError(what, amount, 'a number such as 2T, 300B or 1.4e12')
   return (
     float(found.group(1)) * {'': 1, 'K': 1e3, 'M': 1e6, 'B': 1e9, 'T': 1e12}[found.group(2).upper()]
   )

@@ -15,9 +15,9 @@ import jax
 
 from jaxformer import config
 from jaxformer.data import Dataset, open_data
-from jaxformer.evaluation import evaluate_translation, loss_by_position
+from jaxformer.evaluation import loss_by_position, translate_held_out
 from jaxformer.files import write_atomically
-from jaxformer.inference import DecodeTime, time_decode, translate
+from jaxformer.inference import DecodeTime, time_decode
 from jaxformer.models.params import Definition, Params, define
 from jaxformer.sharding import MeshConfig, make_parallel
 from jaxformer.study.runner import Tuned
@@ -119,23 +119,15 @@ def translations(
   """Return the scores of the translations of held-out texts by each run of an entry, by metric:
   exact match as a fraction; BLEU and chrF, 0 to 100, if sacrebleu is installed. None unless the
   data are source-target pairs."""
-  tokenizer = dataset.tokenizer
   if dataset.config.task != TRANSLATION or not study.translations:
     return None
-  assert tokenizer is not None
-  end = tokenizer.end_of_document
-  assert end is not None, 'pairs end with a token'
 
   def measure() -> dict[str, list[float]]:
     found = collections.defaultdict[str, list[float]](list)
-    pairs = dataset.held_out_pairs(study.translations)
-    sources = [p.source_ids for p in pairs]
     for definition, params, dtype in _finished_runs(t):
-      outputs = translate(
-        definition, params, sources, end=end, vocab_size=dataset.vocab_size, dtype=dtype
-      )
-      tokens = [output.tokens for output in outputs]
-      scores = evaluate_translation(tokens, pairs, tokenizer, bootstrap=None).scores
+      scores = translate_held_out(
+        definition, params, dataset, study.translations, bootstrap=None, dtype=dtype
+      ).scores
       found['exact match'].append(scores.exact_match)
       for name, score in scores.metrics.items():
         found[name].append(score.value)

@@ -3,6 +3,7 @@ tuned."""
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -27,6 +28,7 @@ from jaxformer.training import (
 
 Log = Callable[[str], None]
 MIN_CHECKPOINT_STEPS = 100  # between checkpoints: a shorter run is retrained sooner than restored
+INCREASING = 'at least one, positive, in ascending order, each once'
 PARABOLA = 3  # sizes per budget that a parabola needs
 
 
@@ -35,14 +37,9 @@ def file_name(title: str) -> str:
   return re.sub(r'[^\w.+-]+', '-', title).strip('.+-') or 'unnamed'
 
 
-def _ascending(values: Sequence[float]) -> bool:
-  """Whether values ascend, each once."""
-  return list(values) == sorted(set(values))
-
-
-def _positive(values: Sequence[float]) -> bool:
-  """Whether there are values, all of them positive."""
-  return len(values) > 0 and all(v > 0 for v in values)
+def _increasing(values: Sequence[float]) -> bool:
+  """Whether there are values, all positive and in ascending order, each once."""
+  return len(values) > 0 and all(a < b for a, b in itertools.pairwise([0, *values]))
 
 
 class Entry(Config, abstract=True):
@@ -136,8 +133,7 @@ class Budget(Config):
 
   def validate(self):
     self.require_positive('flops')
-    self.require(_positive(self.params), 'params', 'positive, at least one')
-    self.require(_ascending(self.params), 'params', 'in ascending order, each once')
+    self.require(_increasing(self.params), 'params', INCREASING)
 
 
 def budgets(
@@ -176,7 +172,7 @@ class ScalingGrid(Config):
       'at least two: a law needs models trained on different numbers of tokens',
     )
     flops = [b.flops for b in self.budgets]
-    if not _ascending(flops):
+    if not _increasing(flops):
       amounts = ', '.join(f'{v:g}' for v in flops)
       raise InputError('ScalingGrid.budgets', amounts, 'FLOPs in ascending order, each once')
     for b in self.budgets:
@@ -261,9 +257,7 @@ class Study(Config):
     if twice := sorted({t for t in titles if titles.count(t) > 1}):
       raise InputError('Study.entries', ', '.join(twice), 'distinct names; set name of one of them')
     self.require(len(self.tasks) > 0, 'tasks', 'at least one task')
-    rates = self.learning_rates
-    self.require(_positive(rates), 'learning_rates', 'positive, at least one')
-    self.require(_ascending(rates), 'learning_rates', 'in ascending order, each once')
+    self.require(_increasing(self.learning_rates), 'learning_rates', INCREASING)
     self.require(
       len(self.seeds) > 0 and len(set(self.seeds)) == len(self.seeds),
       'seeds',

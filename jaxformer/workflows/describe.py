@@ -17,7 +17,7 @@ from jaxformer.models.model import ModelConfig
 from jaxformer.models.params import ParamInfo, Params, define
 from jaxformer.models.stack import Group
 from jaxformer.ops.implementation import record_choices
-from jaxformer.planning.cost import cost
+from jaxformer.planning.cost import cost, matrix_flops
 from jaxformer.planning.memory import abstract_batch
 from jaxformer.planning.target import parse_target
 from jaxformer.sharding import assume_platform, platform
@@ -186,7 +186,6 @@ def _part(
 ) -> ModelPart:
   """Return the part whose occurrences have parameters with these prefixes."""
   mine = {n: i for n, i in info.items() if n.startswith(tuple(prefixes))}
-  matrices = (i for i in mine.values() if i.matmul and len(i.matrix_axes) >= 2)
   shapes = {}
   for name, i in mine.items():
     if name.startswith(prefixes[0]):
@@ -196,7 +195,7 @@ def _part(
     shapes=shapes,
     params=sum(i.size for i in mine.values()),
     active_params=sum(round(i.size * i.active) for i in mine.values()),
-    flops=sum(2.0 * i.size * i.active for i in matrices) + mixing_flops,
+    flops=matrix_flops(mine.values()) + mixing_flops,
     **known,
   )
 

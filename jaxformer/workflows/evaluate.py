@@ -6,15 +6,8 @@ import dataclasses
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from jaxformer.config import InputError
-from jaxformer.data import Dataset, DatasetConfig, Text, open_data
-from jaxformer.evaluation import (
-  EvalResult,
-  TranslationResult,
-  evaluate,
-  evaluate_translation,
-  loss_by_position,
-)
-from jaxformer.inference import translate
+from jaxformer.data import DatasetConfig, Text, open_data
+from jaxformer.evaluation import EvalResult, evaluate, loss_by_position, translate_held_out
 from jaxformer.inference.decoding import check_positive
 from jaxformer.overrides import override
 from jaxformer.task_type import TRANSLATION
@@ -84,7 +77,9 @@ def evaluate_model(
     positions = [None if r is None else r.loss for r in found]
   translated = None
   if chosen.task == TRANSLATION and translations:
-    translated = _translation(model, dataset, translations, batch_size)
+    translated = translate_held_out(
+      model.definition, model.params, dataset, translations, batch_size=batch_size
+    )
   return dataclasses.replace(
     result,
     name=model.name,
@@ -119,21 +114,3 @@ def _data(model: Model, data: DatasetConfig | None, overrides: Pairs) -> Dataset
       'scored on text'
     )
   return chosen
-
-
-def _translation(model: Model, dataset: Dataset, limit: int, batch_size: int) -> TranslationResult:
-  """Return scores of greedy translations of held-out sources."""
-  tokenizer = model.text_tokenizer()
-  end = tokenizer.end_of_document
-  assert end is not None, 'pairs end with a token'
-
-  pairs = dataset.held_out_pairs(limit)
-  found = translate(
-    model.definition,
-    model.params,
-    [p.source_ids for p in pairs],
-    end=end,
-    vocab_size=dataset.vocab_size,
-    batch_size=batch_size,
-  )
-  return evaluate_translation([t.tokens for t in found], pairs, tokenizer)

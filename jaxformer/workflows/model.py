@@ -153,12 +153,14 @@ class Model:
 
   def complete(self, prompts: Sequence[str], **options: Unpack[GenerateOptions]) -> list[Generated]:
     """Return the continuations of prompts as text and tokens, and whether each ended by itself."""
-    r, stop = self._request(prompts, options)
+    stop = options.pop('stop', ())
+    r = self._request(prompts, **options)
     return generate_text(r, self.text_tokenizer().decode_bytes, stop=stop)
 
   def stream(self, prompt: str, **options: Unpack[GenerateOptions]) -> Iterator[str]:
     """Return the continuation of a prompt piece by piece, as it is generated."""
-    r, stop = self._request([prompt], options)
+    stop = options.pop('stop', ())
+    r = self._request([prompt], **options)
     return (p for (p,) in stream(r, self.text_tokenizer().decode_bytes, stop=stop))
 
   def generate(
@@ -170,13 +172,17 @@ class Model:
     return _like(prompt, lambda texts: [t.text for t in self.complete(texts, **options)])
 
   def _request(
-    self, prompts: Sequence[str], options: GenerateOptions
-  ) -> tuple[Request, Sequence[str]]:
-    """Return the request to continue prompts, and the stop strings."""
-    given: dict[str, Any] = {**options, 'temperature': float(options.get('temperature', 0.8))}
-    most = given.pop('max_new_tokens', None)
-    stop, seed, dtype = given.pop('stop', ()), given.pop('seed', 0), given.pop('dtype', None)
-    tokenizer, sampling = self.text_tokenizer(), Sampling(**given)
+    self,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int | None = None,
+    seed: int = 0,
+    dtype: str | None = None,
+    temperature: float = 0.8,
+    **sampling: Any,
+  ) -> Request:
+    """Return the request to continue prompts; the defaults are those of `GenerateOptions`."""
+    tokenizer, how = self.text_tokenizer(), Sampling(temperature=float(temperature), **sampling)
     if self.config.task != LANGUAGE_MODELING:
       raise InputError(
         f'{self.name}: an {self.config.tag} does not continue prompts; use translate'
@@ -185,13 +191,13 @@ class Model:
       self.definition,
       self.params,
       [tokenizer.encode(p).tolist() for p in prompts],
-      max_new_tokens=NEW_TOKENS if most is None else most,
-      sampling=sampling,
+      max_new_tokens=NEW_TOKENS if max_new_tokens is None else max_new_tokens,
+      sampling=how,
       seed=seed,
       end_of_document=tokenizer.end_of_document,
       dtype=_dtype(dtype),
       vocab_size=tokenizer.vocab_size,
-    ), stop
+    )
 
   # ---- translation -----------------------------------------------------------------------------
 

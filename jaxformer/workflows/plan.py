@@ -139,9 +139,8 @@ def plan(
     of_data = not default or training or any('sequence' in path for path in given)
     length = e.data.positions if of_data else e.model.context_length
   c = cost(e.model, length)
-  if tokens is None:
-    tokens = TOKENS_PER_PARAMETER * c.active_params
-  trained = float(parse_amount(tokens, 'tokens') if isinstance(tokens, str) else tokens)
+  usual = TOKENS_PER_PARAMETER * c.active_params
+  trained = parse_amount(usual if tokens is None else tokens, 'tokens')
   report: dict[str, Any] = {}
   if chips is not None:
     own_mesh = default and not any(path.startswith('mesh') for path in given)

@@ -60,7 +60,7 @@ def sizes_of(size: Size) -> list[tuple[Match, float]]:
   if unknown := given.keys() - OPTIONS.keys():
     raise TypeError(f'unexpected keyword argument {min(unknown)!r}')
   return [
-    (OPTIONS[name], parse_amount(part, name) if isinstance(part, str) else float(part))
+    (OPTIONS[name], parse_amount(part, name))
     for name, value in given.items()
     if value is not None
     for part in (value.split(',') if isinstance(value, str) else [value])
