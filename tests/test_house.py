@@ -16,13 +16,14 @@ TREES = {path: ast.parse(path.read_text()) for path in FILES}
 pytestmark = pytest.mark.quick
 
 # Packages, or modules at the top, in layers: each may import those above it and its own.
-BASE = {'config', 'overrides', 'user_code', 'task_type', 'exit_codes', 'files'}
+BASE = {'config', 'overrides', 'user_code', 'task_type', 'exit_codes', 'files', 'json_data'}
 MODELS = BASE | {'sharding', 'ops', 'layers', 'models'}
 MAY_IMPORT = {
   'config': set(),
   'task_type': set(),
   'exit_codes': set(),
   'files': set(),
+  'json_data': set(),
   'overrides': {'config', 'user_code'},
   'user_code': {'config'},
   'data': BASE,
@@ -44,7 +45,7 @@ MAY_IMPORT['launch'] = BELOW_API
 MAY_IMPORT['workflows'] = BELOW_API | {'study', 'launch'}
 MAY_IMPORT['api'] = MAY_IMPORT['workflows'] | {'workflows'}
 MAY_IMPORT['__init__'] = MAY_IMPORT['api'] | {'api'}
-MAY_IMPORT['cli'] = {'config', 'exit_codes', 'training', '__init__'}
+MAY_IMPORT['cli'] = {'config', 'exit_codes', 'json_data', 'training', '__init__'}
 MAY_IMPORT['__main__'] = {'cli'}
 LAZY = {'jaxformer/cli/main.py', 'jaxformer/__init__.py'}
 
@@ -191,11 +192,7 @@ def test_no_type_of_config_is_asked_for_outside_its_file():
 
 
 # Who may ask for the type of a value that a user defined or passed (`user_code.is_a`).
-MAY_ASK = {
-  'jaxformer/user_code.py',
-  'jaxformer/workflows/names.py',
-  'jaxformer/workflows/sizes.py',
-}
+MAY_ASK = {'jaxformer/user_code.py', 'jaxformer/workflows/names.py', 'jaxformer/workflows/sizes.py'}
 
 
 def test_only_values_of_users_are_asked_for_their_type():

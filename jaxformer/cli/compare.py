@@ -12,13 +12,11 @@ processes train at once (--workers); other machines with the same DIR can help w
 from __future__ import annotations
 
 import argparse
-import sys
 from typing import Any
 
 import jaxformer as jf
 from jaxformer.cli.output import Overrides, json_option, show, show_option
 from jaxformer.config import text
-from jaxformer.exit_codes import DONE, PREEMPTED
 
 OVERRIDES = True
 
@@ -64,15 +62,10 @@ def run(
   train_only: bool,
   print_only: bool,
   **of: Any,
-) -> int:
-  try:
-    if print_only:
-      print(text(jf.get_study(overrides=overrides, **of)), end='')
-    elif train_only:
-      jf.train_runs(overrides=overrides, **of)
-    else:
-      show(jf.compare(overrides=overrides, workers=workers, **of), json)
-  except jf.Interrupted:
-    print('interrupted: the same command resumes the study', file=sys.stderr)
-    return PREEMPTED
-  return DONE
+) -> None:
+  if print_only:
+    print(text(jf.get_study(overrides=overrides, **of)), end='')
+  elif train_only:
+    jf.train_runs(overrides=overrides, **of)
+  else:
+    show(jf.compare(overrides=overrides, workers=workers, **of), json)

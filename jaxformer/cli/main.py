@@ -18,8 +18,9 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
+import jaxformer as jf
 from jaxformer.config import InputError, nearest
-from jaxformer.exit_codes import BAD_INPUT, DONE, INTERRUPTED
+from jaxformer.exit_codes import BAD_INPUT, DONE, INTERRUPTED, PREEMPTED
 
 SECTIONS = ('model', 'data', 'optimizer', 'schedule', 'training', 'mesh', 'run')
 COMMANDS = (
@@ -65,6 +66,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     return DONE
   except KeyboardInterrupt:
     return INTERRUPTED
+  except jf.Interrupted:  # after the other errors: reading the name imports JAX
+    print('interrupted: the same command resumes the study', file=sys.stderr)
+    return PREEMPTED
 
 
 def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:

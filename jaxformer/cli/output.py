@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 from typing import Any
+
+from jaxformer.json_data import json_data
 
 Overrides = list[tuple[str, str]]
 SIZES = {
@@ -26,17 +27,7 @@ def show(result: Any, as_json: bool) -> None:
 
 def print_json(value: Any) -> None:
   """Print one JSON value; numbers that are not finite are null."""
-  print(json.dumps(_finite(value), indent=2, allow_nan=False, default=float))
-
-
-def _finite(value: Any) -> Any:
-  if isinstance(value, dict):
-    return {k: _finite(v) for k, v in value.items()}
-  if isinstance(value, list | tuple):
-    return [_finite(v) for v in value]
-  if hasattr(value, 'dtype'):  # a scalar of NumPy or JAX
-    value = value.item()
-  return None if isinstance(value, float) and not math.isfinite(value) else value
+  print(json.dumps(json_data(value), indent=2, allow_nan=False))
 
 
 def json_option(parser: argparse.ArgumentParser, words: str) -> None:

@@ -11,7 +11,6 @@ from typing import Any
 import jaxformer as jf
 from jaxformer.cli.compare import study_arguments
 from jaxformer.cli.output import code_option, show
-from jaxformer.exit_codes import DONE, PREEMPTED
 
 OVERRIDES = True
 
@@ -21,9 +20,5 @@ def arguments(parser: argparse.ArgumentParser) -> None:
   code_option(parser)
 
 
-def run(json: bool, **options: Any) -> int:
-  try:
-    show(jf.report(**options), json)
-  except jf.Interrupted:
-    return PREEMPTED
-  return DONE
+def run(json: bool, **options: Any) -> None:
+  show(jf.report(**options), json)

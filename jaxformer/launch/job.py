@@ -10,6 +10,7 @@ they restart it a few times; any other code is final."""
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import hashlib
 import pathlib
@@ -160,11 +161,6 @@ class Job:
     return pathlib.Path(self.experiment) if is_file else None
 
   @property
-  def embedded_experiment(self) -> str | None:
-    """The text of an experiment file that the source does not contain."""
-    return None if self.file is None or self.source.folder is not None else self.file.read_text()
-
-  @property
   def words(self) -> list[str]:
     """`jaxformer train ...`, as the machines run it in the folder of the source."""
     given = (*self.overrides, ('run.name', self.name), ('run.dir', self.run_dir))
@@ -191,13 +187,12 @@ class Job:
     return f'{name[: LONGEST_NAME - 7].rstrip("-")}-{digest}'
 
   def write_experiment(self) -> list[str]:
-    """Commands that write the experiment file, if the source does not contain it."""
-    if (text := self.embedded_experiment) is None or self.file is None:
+    """The command that writes the experiment file, if the source does not contain it. Base64 is
+    one line, whatever the file contains."""
+    if self.file is None or self.source.folder is not None:
       return []
-    end = 'EXPERIMENT'
-    while end in text.splitlines():
-      end += '_'
-    return [f"cat > {shlex.quote(self.file.name)} <<'{end}'", *text.splitlines(), end]
+    encoded = base64.b64encode(self.file.read_bytes()).decode()
+    return [f'echo {encoded} | base64 -d > {shlex.quote(self.file.name)}']
 
   def _experiment_there(self) -> str:
     if self.file is None:

@@ -5,9 +5,7 @@ https://github.com/AI-Hypercomputer/xpk
 
 from __future__ import annotations
 
-import base64
 import pathlib
-import shlex
 from typing import Any
 
 from jaxformer.config import InputError
@@ -107,11 +105,8 @@ class XPK(Engine):
     """The command of the container, in one line since xpk embeds it in YAML. `exec`: training
     replaces the shell, to which xpk sends SIGTERM."""
     requirement = job.source.requirement(job.extra, '.')
-    lines = [f'python -m pip install --quiet {requirement}', f'exec {job.train}']
-    if job.embedded_experiment is not None and job.file is not None:
-      encoded = base64.b64encode(job.embedded_experiment.encode()).decode()
-      lines.insert(0, f'echo {encoded} | base64 -d > {shlex.quote(job.file.name)}')
-    return ' && '.join(lines)
+    install = f'python -m pip install --quiet {requirement}'
+    return ' && '.join([*job.write_experiment(), install, f'exec {job.train}'])
 
   def files(self, job):
     create = one_option_per_line(self.arguments(job))

@@ -15,10 +15,11 @@ import jinja2
 from jaxformer import config
 from jaxformer.data import Dataset
 from jaxformer.files import write_atomically
+from jaxformer.json_data import json_data
 from jaxformer.study.costs import by_position, measure_costs, translations
 from jaxformer.study.figures import figures
 from jaxformer.study.law_report import fitted, law_figures, law_tables, trainings
-from jaxformer.study.results import Measured, Results, gather, plain
+from jaxformer.study.results import Measured, Results, gather
 from jaxformer.study.runner import Trained, Tuned, run_study
 from jaxformer.study.sharing import Interrupted, running
 from jaxformer.study.sizing import MATCHED
@@ -102,7 +103,7 @@ def csv_text(results: Results) -> str:
 def _flat(value: Any) -> dict[str, Any]:
   """The numbers and texts of a dataclass by name, without lists."""
   found = {}
-  for name, v in plain(value).items():
+  for name, v in json_data(value).items():
     if isinstance(v, dict):
       found |= {f'{name}_{k}': x for k, x in _flat(v).items()}
     elif not isinstance(v, list):

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from jaxformer import config
+from jaxformer.json_data import json_data
 from jaxformer.planning.cost import cost
 from jaxformer.study.costs import Costs
 from jaxformer.study.laws import FittedLaw, in_words, law_of
@@ -145,7 +146,7 @@ class Results:
 
   def json(self) -> dict[str, Any]:
     """Return JSON data; numbers that are not finite are null."""
-    return plain(
+    return json_data(
       {
         'study': self.study.name,
         'answer': self.answer,
@@ -284,10 +285,10 @@ def score_form(metric: str, value: float | None, missing: str = 'none') -> str:
   return f'{value:.2f}' if metric in ('BLEU', 'chrF') else f'{value:.3f}'
 
 
-def cut_off(metric: str, e: Estimate) -> tuple[float, float]:
-  """Return the ends of an interval; of an accuracy they are cut off at 0 and 1."""
+def cut_off(metric: str, e: Estimate, least: float = 0.0) -> tuple[float, float]:
+  """Return the ends of an interval; of an accuracy they are cut off at `least` and 1."""
   if metric == 'accuracy' and math.isfinite(e.low):
-    return max(0.0, e.low), min(1.0, e.high)
+    return max(least, e.low), min(1.0, e.high)
   return e.low, e.high
 
 
@@ -345,19 +346,3 @@ def _near_best(task: TaskResults) -> str:
 
 def _list(names: Sequence[str]) -> str:
   return names[0] if len(names) == 1 else f'{", ".join(names[:-1])} and {names[-1]}'
-
-
-def plain(value: Any) -> Any:
-  """Return JSON data: dataclasses (with the properties that they list as `REPORTED`) and named
-  tuples as objects, numbers that are not finite as null."""
-  if dataclasses.is_dataclass(value):
-    names = [*(f.name for f in dataclasses.fields(value)), *getattr(value, 'REPORTED', ())]
-    return {name: plain(getattr(value, name)) for name in names}
-  if isinstance(value, dict):
-    return {str(k): plain(v) for k, v in value.items()}
-  if isinstance(value, list | tuple):
-    asdict = getattr(value, '_asdict', None)
-    return plain(asdict()) if asdict else [plain(v) for v in value]
-  if isinstance(value, float | np.floating):
-    return float(value) if math.isfinite(value) else None
-  return int(value) if isinstance(value, np.integer) else value

@@ -12,6 +12,7 @@ from jaxformer.study.results import (
   Outcome,
   Results,
   TaskResults,
+  cut_off,
   interval_form,
   score_form,
 )
@@ -98,8 +99,7 @@ def scores(task: TaskResults, results: Results) -> list[Table]:
     if d := o.difference:
       difference = _signed(task.metric, d.estimate.mean)
       if math.isfinite(d.estimate.low):
-        most = 1.0 if task.metric == 'accuracy' else math.inf
-        ends = (max(-most, min(most, v)) for v in (d.estimate.low, d.estimate.high))
+        ends = cut_off(task.metric, d.estimate, least=-1.0)
         between = ' to '.join(_signed(task.metric, v) for v in ends)
       p = '' if math.isnan(d.p_adjusted) else f'{d.p_adjusted:.2g}'
     return {

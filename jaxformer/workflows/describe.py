@@ -133,9 +133,7 @@ class Description:
         yield f'  shapes: {", ".join(shapes)}'
 
   def _implementations(self) -> Iterator[str]:
-    if any(phases for phases in self.implementations.values()):
-      yield ''
-      yield 'implementations'
+    yield from ('', 'implementations')
     for where, phases in self.implementations.items():
       for phase, ran in phases.items():
         words = ', '.join(f'{operation}: {" and ".join(names)}' for operation, names in ran.items())

@@ -83,9 +83,9 @@ class ModelPlan(Cost):
     if self.decode_state_bytes is not None:
       each = f'per sequence of {self.context_length:,} tokens, 2 bytes per number'
       rows.append(('decoding state', f'{self.decode_state_bytes / 1e9:,.4g} GB', each))
-    if 'run' not in v:
-      tokens = f'{amount(self.tokens)} tokens, {v["tokens_per_parameter"]:.3g} per active parameter'
-      rows.append(('training', f'{v["train_flops"]:.4g} FLOPs', tokens))
+    tokens = f'{amount(self.tokens)} tokens, {v["tokens_per_parameter"]:.3g} per active parameter'
+    train_flops = v.get('run', v)['train_flops']
+    rows.append(('training', f'{train_flops:.4g} FLOPs', tokens))
     rows += [row for part, rows_of in ROWS.items() if part in v for row in rows_of(v)]
     head = f'{self.name}: {parameters(self.params, self.active_params)}'
     return [head, *table(rows, left=3), *(_search_lines(v['search']) if 'search' in v else [])]
@@ -346,7 +346,6 @@ def _memory_row(what: str, v: dict[str, Any], parts: str) -> tuple[str, str, str
 
 def _run_rows(v: dict[str, Any]) -> Rows:
   r, t = v['run'], v['target']
-  tokens = f'{amount(r["tokens"])} tokens, {v["tokens_per_parameter"]:.3g} per active parameter'
   spot = 'no list price' if r['spot_price_usd'] is None else f'${r["spot_price_usd"]:,.0f}'
   mesh = ', '.join(f'{a} {n}' for a, n in v['mesh'].items() if n > 1) or 'one device'
   rate = (
@@ -355,7 +354,6 @@ def _run_rows(v: dict[str, Any]) -> Rows:
   hours = f'{r["chip_hours"]:,.0f} chip-hours; spot: {spot}'
   return [
     ('target', f'{t["name"]}: {t["chips"]:,} chips', f'{mesh}; remat {v["remat"]}'),
-    ('training', f'{r["train_flops"]:.4g} FLOPs', tokens),
     ('time', f'{r["days"]:,.4g} days', rate),
     ('price', f'${r["price_usd"]:,.0f} on demand', hours),
   ]
