@@ -10,13 +10,13 @@ import argparse
 from typing import Any
 
 import jaxformer as jf
-from jaxformer.cli.output import code_option, json_option, show
+from jaxformer.cli.output import json_option, run_argument, show
 
 OVERRIDES = False
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-  parser.add_argument('model', metavar='RUN')
+  run_argument(parser)
   parser.add_argument('--source', required=True, help='the text to translate')
   parser.add_argument('--target', help="its translation; default: the model's own")
   parser.add_argument('--beam', type=int, default=1, help='beam width of that translation (1)')
@@ -24,7 +24,6 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     '--layer', type=int, help='a cross-attention layer, from 0 at the bottom; default: their mean'
   )
   parser.add_argument('--out', metavar='FILE', help='write a picture (.png, .svg, .pdf)')
-  code_option(parser)
   json_option(parser, '{source, target, weights}: tokens, and a row of weights per target token')
 
 

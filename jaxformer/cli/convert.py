@@ -10,18 +10,13 @@ import argparse
 from typing import Any
 
 import jaxformer as jf
-from jaxformer.cli.output import code_option
+from jaxformer.cli.output import run_argument
 
 OVERRIDES = False
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-  parser.add_argument(
-    'model',
-    metavar='RUN',
-    help='a run (NAME, runs/NAME, either with @STEP), a folder of Hugging Face weights, or a file '
-    'of RWKV weights (.safetensors or .pth)',
-  )
+  run_argument(parser)
   parser.add_argument('out', metavar='FOLDER|FILE', help='must be new, or an empty folder')
   parser.add_argument(
     '--dtype',
@@ -29,7 +24,6 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     default='float32',
     help='dtype of the weights written (float32)',
   )
-  code_option(parser)
 
 
 def run(**options: Any) -> None:

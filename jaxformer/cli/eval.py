@@ -12,14 +12,14 @@ import argparse
 from typing import Any
 
 import jaxformer as jf
-from jaxformer.cli.output import code_option, json_option, show
+from jaxformer.cli.output import json_option, run_argument, show
 
 OVERRIDES = True
 JOINS = True
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-  parser.add_argument('model', metavar='RUN')
+  run_argument(parser)
   parser.add_argument('--batch-size', type=int, default=16, help='sequences per batch (16)')
   parser.add_argument(
     '--batches', type=int, help='number of batches, spread over the split; default: all'
@@ -34,7 +34,6 @@ def arguments(parser: argparse.ArgumentParser) -> None:
   parser.add_argument(
     '--by-position', action='store_true', help='also report the loss at each position'
   )
-  code_option(parser)
   json_option(parser, 'the scores as one JSON object')
 
 

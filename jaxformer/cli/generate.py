@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jaxformer as jf
-from jaxformer.cli.output import code_option, json_option, print_json
+from jaxformer.cli.output import json_option, print_json, run_argument
 
 OVERRIDES = False
 JOINS = True
@@ -24,7 +24,7 @@ SEARCH = ('beam', 'length_penalty', 'coverage_penalty')
 
 def arguments(parser: argparse.ArgumentParser) -> None:
   add = parser.add_argument
-  add('model', metavar='RUN')
+  run_argument(parser)
   add('--prompt', action='append', help='text to continue; - reads standard input; repeatable')
   add(
     '--source',
@@ -55,7 +55,6 @@ def arguments(parser: argparse.ArgumentParser) -> None:
   add('--top-p', type=float, help='keep the most likely tokens whose probabilities add up to p')
   add('--min-p', type=float, help='keep tokens at least p times as likely as the most likely one')
   add('--repetition-penalty', type=float, help='makes tokens that have occurred less likely')
-  code_option(parser)
   json_option(
     parser,
     'an array of {prompt, text, tokens, finished} at the end; for translation of {source, text, '

@@ -52,6 +52,17 @@ def code_option(parser: argparse.ArgumentParser) -> None:
   )
 
 
+def run_argument(parser: argparse.ArgumentParser) -> None:
+  """Add the trained model that a command reads, and `--code`."""
+  parser.add_argument(
+    'model',
+    metavar='RUN',
+    help='a run (NAME, runs/NAME, gs://BUCKET/FOLDER, each with @STEP for an older checkpoint), or '
+    'weights of another library',
+  )
+  code_option(parser)
+
+
 def size_options(parser: argparse.ArgumentParser, more: str = '') -> None:
   """Add the options of a size, of which one may be given; `more` ends the help of each."""
   group = parser.add_mutually_exclusive_group()

@@ -75,16 +75,26 @@ def group(*branches: BranchConfig, repeats: int = 1) -> Group:
   return Group(pattern=(Block.Config(branches=branches),), repeats=repeats)
 
 
+def blocks_with_widths(
+  groups: tuple[Group, ...], width: int
+) -> Iterator[tuple[str, Block.Config, int, int]]:
+  """Every block's config with its name in the stack, the width of its input, and how many times it
+  occurs in a stack with inputs of `width`."""
+  for g, group in enumerate(groups):
+    before = widths(group.pattern, width)
+    for p, (block, w) in enumerate(zip(group.pattern, before, strict=False)):
+      yield f'groups.{g}.{p}', block, w, group.repeats
+    width = group.out_width(width)
+
+
 def layers_with_widths(
   groups: tuple[Group, ...], width: int
 ) -> Iterator[tuple[LayerConfig, int, int]]:
   """Every layer's config with the width of its input, and how many times it occurs in a stack with
   inputs of `width`."""
-  for group in groups:
-    for block, before in zip(group.pattern, widths(group.pattern, width), strict=False):
-      for branch, w in zip(block.branches, widths(block.branches, before), strict=False):
-        yield branch.layer, w, group.repeats
-    width = group.out_width(width)
+  for _, block, before, repeats in blocks_with_widths(groups, width):
+    for branch, w in zip(block.branches, widths(block.branches, before), strict=False):
+      yield branch.layer, w, repeats
 
 
 class Stack(nnx.Module):

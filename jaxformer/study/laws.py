@@ -132,7 +132,7 @@ def law_of(scaling: ScalingGrid, title: str, tuned: Sequence[Tuned]) -> FittedLa
   used = [t for t in trainings if not t.held_out and t.loss is not None]
   power, k = power_law([t.params for t in trainings], [t.flops_per_token for t in trainings])
   parabolas, no_parabola = _parabolas(scaling, trainings)
-  fit, no_law = None, None
+  found = FittedLaw(title, tuple(trainings), len(used), (k, power), None, no_parabola)
   try:
     fit = fit_law(
       [t.params for t in used],
@@ -141,16 +141,12 @@ def law_of(scaling: ScalingGrid, title: str, tuned: Sequence[Tuned]) -> FittedLa
       scaling.bootstrap,
     )
   except ValueError as e:
-    no_law = str(e)
-  trainings = [
-    t if fit is None else dataclasses.replace(t, predicted=fit.prediction(t.params, t.tokens))
-    for t in trainings
-  ]
-  found = FittedLaw(title, tuple(trainings), len(used), (k, power), no_law, no_parabola)
-  if fit is None:
-    return found
+    return dataclasses.replace(found, no_law=str(e))
   return dataclasses.replace(
     found,
+    trainings=tuple(
+      dataclasses.replace(t, predicted=fit.prediction(t.params, t.tokens)) for t in trainings
+    ),
     coefficients={name: fit.interval(operator.attrgetter(name)) for name in COEFFICIENTS},
     exponent=fit.interval(lambda law: law.exponent(power)),
     residual=fit.residual,

@@ -110,7 +110,12 @@ def bench(
   if new_tokens and e.model.task == LANGUAGE_MODELING:
     longest = e.model.max_len
     usual = [n for n in (128, 1024) if longest is None or n + new_tokens <= longest] or [64]
-    decoding = [_decoding(e, n, new_tokens) for n in context_lengths or usual]
+    definition, dtype = define(e.model), compute_dtype(e.training.dtype, make_parallel(e.mesh))
+    params = definition.init(jax.random.key(0))
+    decoding = [
+      time_decode(definition, params, n, new_tokens, dtype=dtype)._asdict()
+      for n in context_lengths or usual
+    ]
   name = target if isinstance(target, str) else e.run.name or e.model.tag
   return Benchmark(name, jax.devices()[0].device_kind, jax.device_count(), training, decoding)
 
@@ -140,11 +145,3 @@ def _training(e: Experiment, steps: int, log: Log) -> dict[str, Any]:
       flops = flops_per_token(e.model, e.data.positions, causal)
       value[name] = flops * per_step / median / peak
   return value
-
-
-def _decoding(e: Experiment, context_length: int, new_tokens: int) -> dict[str, Any]:
-  """Time prefill and decoding at one context length, batch size 1."""
-  definition = define(e.model)
-  dtype = compute_dtype(e.training.dtype, make_parallel(e.mesh))
-  params = definition.init(jax.random.key(0))
-  return time_decode(definition, params, context_length, new_tokens, dtype=dtype)._asdict()

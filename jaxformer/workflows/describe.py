@@ -15,7 +15,7 @@ from jaxformer.layers.layer import Context, LayerConfig, layer_summary
 from jaxformer.models.block import widths
 from jaxformer.models.model import ModelConfig
 from jaxformer.models.params import ParamInfo, Params, define
-from jaxformer.models.stack import Group
+from jaxformer.models.stack import Group, blocks_with_widths
 from jaxformer.ops.implementation import record_choices
 from jaxformer.planning.cost import cost, matrix_flops
 from jaxformer.planning.memory import abstract_batch
@@ -207,13 +207,8 @@ def _blocks(
 ) -> Iterator[ModelPart]:
   """Yield the layers of the distinct blocks of a stack."""
   distinct: dict[Any, list[tuple[str, int]]] = {}  # block and width -> (prefix, occurrences)
-  width = model.width
-  for g, group in enumerate(groups):
-    for p, (block, before) in enumerate(
-      zip(group.pattern, widths(group.pattern, width), strict=False)
-    ):
-      distinct.setdefault((block, before), []).append((f'{prefix}.groups.{g}.{p}', group.repeats))
-    width = group.out_width(width)
+  for name, block, before, repeats in blocks_with_widths(groups, model.width):
+    distinct.setdefault((block, before), []).append((f'{prefix}.{name}', repeats))
   decodes = groups is model.stacks[-1] and model.state_size(1) is not None
   where = '' if len(model.stacks) == 1 else f'{prefix} '
   for number, ((block, before), places) in enumerate(distinct.items(), 1):

@@ -60,16 +60,16 @@ class ModelPlan(Cost):
   report: dict[str, Any]
 
   def json(self) -> dict[str, Any]:
-    value: dict[str, Any] = {'name': self.name, 'family': self.family}
-    if self.shape is not None:
-      value['shape'] = self.shape
-    value |= {f.name: getattr(self, f.name) for f in dataclasses.fields(Cost)}
-    value |= {
+    return {
+      'name': self.name,
+      'family': self.family,
+      **({} if self.shape is None else {'shape': self.shape}),
+      **{f.name: getattr(self, f.name) for f in dataclasses.fields(Cost)},
       'tokens': self.tokens,
       'tokens_per_parameter': self.tokens / self.active_params,
       'train_flops': self.tokens * self.train_flops_per_token,
+      **self.report,
     }
-    return value | self.report
 
   def lines(self) -> list[str]:
     v = self.json()
