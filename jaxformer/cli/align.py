@@ -7,6 +7,7 @@ mean over heads and layers."""
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from typing import Any
 
 import jaxformer as jf
@@ -19,7 +20,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
   run_argument(parser)
   parser.add_argument('--source', required=True, help='the text to translate')
   parser.add_argument('--target', help="its translation; default: the model's own")
-  parser.add_argument('--beam', type=int, default=1, help='beam width of that translation (1)')
+  parser.add_argument('--beam', type=int, help='beam width of that translation (1)')
   parser.add_argument(
     '--layer', type=int, help='a cross-attention layer, from 0 at the bottom; default: their mean'
   )
@@ -28,7 +29,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(
-  source: str, model: str, out: str | None, code: list[str], json: bool, **options: Any
+  source: str,
+  model: str,
+  json: bool,
+  out: str | None = None,
+  code: Sequence[str] = (),
+  **options: Any,
 ) -> None:
   found = jf.load(model, code=code).align(source, **options)
   if out is not None:

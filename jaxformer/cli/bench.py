@@ -18,22 +18,16 @@ JOINS = True
 
 def arguments(parser: argparse.ArgumentParser) -> None:
   parser.add_argument('target', metavar='PRESET|FILE')
-  parser.add_argument(
-    '--steps', type=int, default=10, help='training steps measured (10); 0 omits training'
-  )
+  parser.add_argument('--steps', type=int, help='training steps measured (10); 0 omits training')
   parser.add_argument(
     '--context-length',
     dest='context_lengths',
     type=int,
     action='append',
-    default=[],
     help='tokens in the prompt before decoding is measured; may be repeated',
   )
   parser.add_argument(
-    '--new-tokens',
-    type=int,
-    default=128,
-    help='tokens decoded at each context length (128); 0 omits decoding',
+    '--new-tokens', type=int, help='tokens decoded at each context length (128); 0 omits decoding'
   )
   json_option(parser, 'the figures as one JSON object')
 

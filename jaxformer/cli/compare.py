@@ -32,7 +32,6 @@ def study_arguments(parser: argparse.ArgumentParser) -> None:
     '--add',
     metavar='FILE:NAME',
     action='append',
-    default=[],
     help='a layer or model config in a Python file; may be repeated',
   )
   json_option(parser, 'the contents of report.json')
@@ -58,9 +57,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(
   overrides: Overrides,
   json: bool,
-  workers: int | None,
-  train_only: bool,
   print_only: bool,
+  workers: int | None = None,
+  train_only: bool = False,
   **of: Any,
 ) -> None:
   if print_only:

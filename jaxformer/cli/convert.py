@@ -21,7 +21,6 @@ def arguments(parser: argparse.ArgumentParser) -> None:
   parser.add_argument(
     '--dtype',
     choices=('float32', 'bfloat16', 'float16'),
-    default='float32',
     help='dtype of the weights written (float32)',
   )
 

@@ -20,14 +20,13 @@ JOINS = True
 
 def arguments(parser: argparse.ArgumentParser) -> None:
   run_argument(parser)
-  parser.add_argument('--batch-size', type=int, default=16, help='sequences per batch (16)')
+  parser.add_argument('--batch-size', type=int, help='sequences per batch (16)')
   parser.add_argument(
     '--batches', type=int, help='number of batches, spread over the split; default: all'
   )
   parser.add_argument(
     '--translations',
     type=int,
-    default=200,
     help='for translation: number of held-out sources to translate and score, spread over all '
     '(200); 0 for none',
   )

@@ -62,9 +62,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
   )
 
 
-def run(model: str, code: list[str], json: bool, **options: Any) -> None:
-  """Only options that were given are passed on: defaults are those of the functions."""
-  given = {name: value for name, value in options.items() if value is not None}
+def run(model: str, json: bool, code: Sequence[str] = (), **given: Any) -> None:
   jf.Sampling(**{name: given[name] for name in SAMPLING if name in given})  # before loading
   loaded = jf.load(model, code=code)
   refused = ('prompt', 'stop', 'seed', *SAMPLING) if loaded.translates else ('source', *SEARCH)

@@ -40,20 +40,14 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     "jaxformer's pyproject.toml (sky and xpk; default: the working folder), installed (slurm; "
     'default: the environment that is active now)',
   )
-  add(
-    '--sweep',
-    action='append',
-    default=[],
-    metavar='FIELD=A,B',
-    help='a job per value; may be repeated',
-  )
-  add('--utilization', type=float, default=0.4, help='assumed share of the peak FLOPs (0.4)')
+  add('--sweep', action='append', metavar='FIELD=A,B', help='a job per value; may be repeated')
+  add('--utilization', type=float, help='assumed share of the peak FLOPs (0.4)')
   add('--dry-run', action='store_true', help='print the files and the plan, start nothing')
   add('--yes', action='store_true', help='start without confirmation')
   json_option(parser, 'files, commands and plan as one JSON object')
 
 
-def run(dry_run: bool, yes: bool, json: bool, **options: Any) -> int:
+def run(json: bool, dry_run: bool = False, yes: bool = False, **options: Any) -> int:
   plan = jf.plan_launch(**options)
   if dry_run:
     show(plan, json)

@@ -166,6 +166,7 @@ def _parser() -> _Parser:
       help=doc.partition('\n\n')[0].replace('\n', ' ').rstrip('.'),
       description=doc,
       allow_abbrev=False,
+      argument_default=argparse.SUPPRESS,  # defaults are those of the functions of `jaxformer`
       formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     module.arguments(sub)

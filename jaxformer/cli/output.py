@@ -31,13 +31,13 @@ def print_json(value: Any) -> None:
 
 
 def json_option(parser: argparse.ArgumentParser, words: str) -> None:
-  parser.add_argument('--json', action='store_true', help=f'print {words}')
+  parser.add_argument('--json', action='store_true', default=False, help=f'print {words}')
 
 
 def show_option(parser: argparse.ArgumentParser, what: str) -> None:
   """Add `--show`, read as `print_only`."""
   words = f'print the {what} as JSON and stop'
-  parser.add_argument('--show', dest='print_only', action='store_true', help=words)
+  parser.add_argument('--show', dest='print_only', action='store_true', default=False, help=words)
 
 
 def code_option(parser: argparse.ArgumentParser) -> None:
@@ -46,7 +46,6 @@ def code_option(parser: argparse.ArgumentParser) -> None:
     '--code',
     metavar='FILE',
     action='append',
-    default=[],
     help='a Python file with layers or models of your own that a run needs, if it changed since or '
     'belongs to somebody else; may be repeated',
   )

@@ -34,10 +34,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
   size_options(parser, '; several (1M,10M) print a table')
   add('--target', help='slice or host of GPUs: v5p-2048, v6e-256, 2 x v5e-256, v5e:2x4, h100:8')
   add('--tokens', help='tokens to train on, e.g. 2T; default: 20 per active parameter')
-  add('--utilization', type=float, default=0.4, help='assumed share of the peak FLOPs (0.4)')
+  add('--utilization', type=float, help='assumed share of the peak FLOPs (0.4)')
   add('--price', type=float, help='USD per chip-hour, in place of the list price')
   add('--hardware', metavar='FILE', help='TOML or JSON file with chips of your own')
-  add('--phase', choices=('train', 'prefill', 'decode'), default='train', help='what runs (train)')
+  add('--phase', choices=('train', 'prefill', 'decode'), help='what runs (train)')
   add(
     '--compile',
     action='store_true',
@@ -52,9 +52,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
   json_option(parser, 'all figures and their assumptions as one JSON object')
 
 
-def run(model: str, json: bool, target: str | None, **options: Any) -> None:
-  size = {name: options[name] for name in SIZES}
-  if model == 'families' or any(',' in (text or '') for text in size.values()):
+def run(model: str, json: bool, target: str | None = None, **options: Any) -> None:
+  size = {name: options[name] for name in SIZES if name in options}
+  if model == 'families' or any(',' in text for text in size.values()):
     if target is not None:
       raise jf.InputError('--target: needs one family and one size')
     show(jf.shapes(model, overrides=options['overrides'], **size), json)

@@ -14,6 +14,7 @@ given); see `jaxformer plan --help`."""
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from typing import Any
 
 import jaxformer as jf
@@ -45,7 +46,11 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(
-  json: bool, init_from: str | None, code: list[str], print_only: bool, **options: Any
+  json: bool,
+  print_only: bool,
+  init_from: str | None = None,
+  code: Sequence[str] = (),
+  **options: Any,
 ) -> int:
   experiment = jf.experiment(**options)
   if print_only:
