@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -42,6 +43,11 @@ class Case:
 
   def __init__(self, config: Any):
     self.definition: Definition = define(config)
+    # of a single layer; a model reads nothing besides its input
+    alone = isinstance(config, Alone)
+    self.layer: Any = config.layer if alone else None
+    self.reads: dict[str, int] = self.layer.reads(config.width) if alone else {}
+    self.memory_width: int | None = self.layer.memory_width(config.width) if alone else None
     params = self.definition.init(jax.random.key(0))
     # Moved away from initialization: a parameter that starts at zero hides what it multiplies.
     keys = jax.random.split(jax.random.key(1), max(1, len(params)))
@@ -55,12 +61,6 @@ class Case:
       lambda p, x, s: _pair(self.definition.merge(p).step(x, self.given(x[:, None], Context()), s))
     )
 
-  @property
-  def layer(self) -> LayerConfig:
-    """Config of a single layer."""
-    config: Any = self.definition.config
-    return config.layer
-
   def whole(
     self, params: Any, x: Any, ctx: Context = Context(), state: Any = None
   ) -> tuple[Any, Any]:
@@ -71,32 +71,23 @@ class Case:
   def given(self, x: Any, ctx: Context) -> Context:
     """Return the context with what the layer reads of earlier layers: values that depend on the
     input at the same position only."""
-    config = self.definition.config
-    reads = config.layer.reads(config.width) if isinstance(config, Alone) else {}
     if self.memory_width is not None:
       ctx = ctx.replace(memory=self.memory(x.shape[0]))
     # Scanned unless a test requires unrolling: half as much to compile.
     return ctx.replace(
-      shared={n: jnp.sin(2 * x[..., jnp.arange(c) % x.shape[-1]]) for n, c in reads.items()},
+      shared={n: jnp.sin(2 * x[..., jnp.arange(c) % x.shape[-1]]) for n, c in self.reads.items()},
       unroll=bool(ctx.unroll),
     )
-
-  @property
-  def memory_width(self) -> int | None:
-    """Width of the encoder output that a single layer reads; None if it reads none."""
-    config = self.definition.config
-    return config.layer.memory_width(config.width) if isinstance(config, Alone) else None
 
   def memory(self, batch: int) -> Memory:
     """Return an encoder's output for sources of LENGTH, LENGTH - 2, ... tokens."""
     y = jax.random.normal(jax.random.key(4), (BATCH, LENGTH, self.memory_width or 0))[:batch]
     return Memory(y, jnp.arange(LENGTH)[None] < LENGTH - 2 * jnp.arange(batch)[:, None])
 
-  def init_state(self, batch: int, max_len: int, params: Any = None) -> Any:
-    model: Any = self.definition.merge(self.params if params is None else params)
-    if self.memory_width is None:
-      return model.init_state(batch, max_len)
-    return model.init_state(batch, max_len, self.memory(batch))
+  def init_state(self, batch: int, max_len: int) -> Any:
+    model: Any = self.definition.merge(self.params)
+    memory = () if self.memory_width is None else (self.memory(batch),)
+    return model.init_state(batch, max_len, *memory)
 
   def differentiated(
     self, params: Any, x: Any, ctx: Context = Context(), state: Any = None
@@ -149,9 +140,13 @@ class Verdict:
   wrong: str | None = None
   skipped: str | None = None
 
+  @property
+  def word(self) -> str:
+    """`holds`, `fails` or `skipped`."""
+    return 'fails' if self.wrong else 'skipped' if self.skipped else 'holds'
+
   def json(self) -> dict[str, Any]:
-    word = 'fails' if self.wrong else 'skipped' if self.skipped else 'holds'
-    return {'check': self.check, 'verdict': word, 'wrong': self.wrong}
+    return {'check': self.check, 'verdict': self.word, 'wrong': self.wrong}
 
   @property
   def passed(self) -> bool:
@@ -160,8 +155,7 @@ class Verdict:
   @property
   def line(self) -> str:
     """The result as a line of text."""
-    word, reason = self.json()['verdict'], self.wrong or self.skipped
-    word = word.upper() if self.wrong else word
+    word, reason = self.word.upper() if self.wrong else self.word, self.wrong or self.skipped
     return f'{word:8} {self.check}' + (f': {reason}' if reason else '')
 
 
@@ -248,23 +242,27 @@ def continued(case: Case, x: Any, prefill: int) -> None:
   """A sequence equals its first `prefill` tokens in one call and the others step by step, for
   inputs `[B, T, ...]` of a layer or the tokens of a model."""
   length = x.shape[1]
-  whole, final = case.call(case.params, x, Context(), case.init_state(BATCH, length))
-  close(
-    case.call(case.params, x)[0],
-    whole,
-    OUTPUTS,
-    'a call without a state against one with: the output ',
-  )
-  state, ys = case.init_state(BATCH, length), []
-  if prefill:
-    y, state = case.call(case.params, x[:, :prefill], Context(), state)
+  whole, _ = case.call(case.params, x, Context(), case.init_state(BATCH, length))
+  what = 'a call without a state against one with: the output '
+  close(case.call(case.params, x)[0], whole, OUTPUTS, what)
+  how = f'prefill of {prefill} and {length - prefill} steps against the full sequence'
+  in_parts(case, x, (prefill,) if prefill else (), how)
+
+
+def in_parts(case: Case, x: Any, ends: tuple[int, ...], how: str, segments_BT: Any = None) -> None:
+  """A sequence equals its parts: calls for those with these `ends`, then steps."""
+  whole_ctx, state = Context(segments_BT=segments_BT), case.init_state(BATCH, x.shape[1])
+  whole, final = case.call(case.params, x, whole_ctx, state)
+  ys = []
+  for begin, end in itertools.pairwise((0, *ends)):
+    ctx = Context(segments_BT=None if segments_BT is None else segments_BT[:, begin:end])
+    y, state = case.call(case.params, x[:, begin:end], ctx, state)
     ys.append(y)
-  for t in range(prefill, length):
+  for t in range(max(ends, default=0), x.shape[1]):
     y, state = case.step(case.params, x[:, t], state)
     ys.append(y[:, None])
-  how = f'prefill of {prefill} and {length - prefill} steps against the full sequence: the '
-  close(jnp.concatenate(ys, axis=1), whole, OUTPUTS, f'{how}output ')
-  close(state, final, OUTPUTS, f'{how}final state ')
+  close(jnp.concatenate(ys, axis=1), whole, OUTPUTS, f'{how}: the output ')
+  close(state, final, OUTPUTS, f'{how}: the final state ')
 
 
 def every_prefill(case: Case) -> None:
@@ -275,15 +273,8 @@ def every_prefill(case: Case) -> None:
 
 def two_parts(case: Case) -> None:
   """A sequence with several documents gives the same in two parts, wherever it is split."""
-  x, ctx = inputs(), Context(segments_BT=segments(2, 13, 5))
-  assert ctx.segments_BT is not None
-  whole, final = case.call(case.params, x, ctx, case.init_state(BATCH, LENGTH))
   for cut in (3, 17):
-    parts = [Context(segments_BT=s) for s in (ctx.segments_BT[:, :cut], ctx.segments_BT[:, cut:])]
-    first, state = case.call(case.params, x[:, :cut], parts[0], case.init_state(BATCH, LENGTH))
-    second, state = case.call(case.params, x[:, cut:], parts[1], state)
-    close(jnp.concatenate([first, second], axis=1), whole, OUTPUTS, f'split at {cut}: the output ')
-    close(state, final, OUTPUTS, f'split at {cut}: the final state ')
+    in_parts(case, inputs(), (cut, LENGTH), f'split at {cut}', segments(2, 13, 5))
 
 
 def packed(case: Case) -> None:
@@ -338,21 +329,15 @@ def sharded(case: Case) -> str | None:
   count = jax.device_count()
   if count not in (2, 4, 8):
     return f'needs 2, 4 or 8 devices; there {"are" if count > 1 else "is"} {count}'
-  mesh = {
-    2: MeshConfig(fsdp=1, tensor=2),
-    4: MeshConfig(fsdp=2, tensor=2),
-    8: MeshConfig(data=2, fsdp=2, tensor=2),
-  }[count]
+  mesh = MeshConfig(data=max(1, count // 4), fsdp=min(2, count // 2), tensor=2)
   x, ctx = inputs(), Context(segments_BT=segments(7, 8, 5))
-  unsharded = case.gradients(case.params, x, ctx)
-  parallel = make_parallel(mesh)
+  unsharded, parallel = case.gradients(case.params, x, ctx), make_parallel(mesh)
   params = jax.device_put(case.params, case.definition.shardings(parallel))
   with use_mesh(parallel):
-    sharded = jax.jit(lambda *a: case.differentiated(*a))(
-      params, jax.device_put(x, parallel.batch), ctx
-    )
-  what = f'on {count} devices against one: outputs and gradients '
-  close(sharded, unsharded, GRADIENTS, what)
+    # a function of its own, so that nothing traced without the mesh is reused
+    on_mesh = jax.jit(lambda *a: case.differentiated(*a))
+    sharded = on_mesh(params, jax.device_put(x, parallel.batch), ctx)
+  close(sharded, unsharded, GRADIENTS, f'on {count} devices against one: outputs and gradients ')
   return None
 
 
