@@ -111,7 +111,7 @@ class StandardLibrary(Corpus):
   max_bytes: int | None = None
 
   def validate(self) -> None:
-    self.require(self.max_bytes is None or self.max_bytes > 0, 'max_bytes', 'positive or none')
+    self.require_positive('max_bytes')
 
   def rows(self) -> Iterator[Row]:
     files = self.files()
@@ -250,9 +250,7 @@ class HuggingFace(Corpus):
   max_documents: int | None = None
 
   def validate(self) -> None:
-    self.require(
-      self.max_documents is None or self.max_documents > 0, 'max_documents', 'positive or none'
-    )
+    self.require_positive('max_documents')
 
   def rows(self) -> Iterator[Row]:
     try:
@@ -374,14 +372,10 @@ class Tsv(Corpus):
   document_column: int | None = None
 
   def validate(self) -> None:
-    self.require(self.source_column >= 1, 'source_column', 'at least 1')
+    self.require_positive('source_column', 'target_column', 'document_column')
     self.require(
-      self.target_column >= 1 and self.target_column != self.source_column,
-      'target_column',
-      'at least 1 and not source_column',
+      self.target_column != self.source_column, 'target_column', 'a column other than source_column'
     )
-    document = self.document_column
-    self.require(document is None or document >= 1, 'document_column', 'at least 1, or none')
 
   def rows(self) -> Iterator[Row]:
     (path,) = self.files().values()

@@ -31,14 +31,21 @@ Ids = Iterable[int] | np.ndarray
 class Tokenizer:
   """Text to token ids 0..vocab_size-1 and back. A subclass adds `encode`.
 
+  Args:
+    token_texts: bytes of each token.
+    kind: what `load_tokenizer` needs besides a `tokenizer.json`, as JSON data.
+
   Attributes:
+    files: what `save` writes, by the names of the files.
     end_of_document: id that ends every document; None where the vocabulary has no such token.
     token_bytes: UTF-8 bytes of text per token; 0 for special tokens. Exact for bytes, characters
       and byte-level BPE.
   """
 
-  def __init__(self, token_texts: Sequence[bytes], end_of_document: int | None):
-    self.end_of_document = end_of_document
+  def __init__(
+    self, token_texts: Sequence[bytes], end_of_document: int | None, kind: dict[str, Any]
+  ):
+    self.end_of_document, self.files = end_of_document, {KIND_FILE: json.dumps(kind)}
     self._bytes = token_texts
     self._source: Tokenizer | None = None
     self.token_bytes: Int32[np.ndarray, ' V'] = np.array([len(b) for b in token_texts], np.int32)
@@ -71,13 +78,6 @@ class Tokenizer:
     """Return the same tokenizer as the text of a Hugging Face `tokenizer.json`."""
     raise NotImplementedError
 
-  def _kind(self) -> dict[str, Any]:
-    """What `load_tokenizer` needs besides a `tokenizer.json`, as JSON data."""
-    raise NotImplementedError
-
-  def _files(self) -> dict[str, str]:
-    return {KIND_FILE: json.dumps(self._kind())}
-
   @property
   def vocab_size(self) -> int:
     return len(self.token_bytes)
@@ -96,7 +96,7 @@ class Tokenizer:
 
   def fingerprint(self) -> str:
     """Return a hash (hex) that changes when an encoding can."""
-    own = sha256(*itertools.chain(*self._files().items()))
+    own = sha256(*itertools.chain(*self.files.items()))
     return own if self._source is None else sha256('pair', self._source.fingerprint(), own)
 
   def manifest(self) -> dict[str, Any]:
@@ -109,7 +109,7 @@ class Tokenizer:
     into its folder `source`."""
     folder = Path(folder)
     try:
-      for name, text in self._files().items():
+      for name, text in self.files.items():
         write_atomically(folder / name, text)
       if self._source is not None:
         (folder / SOURCE_FOLDER).mkdir(exist_ok=True)
@@ -139,13 +139,10 @@ class ByteTokenizer(Tokenizer):
   """Ids 0..255 are bytes, 256 is the end of a document."""
 
   def __init__(self):
-    super().__init__([*(bytes([b]) for b in range(256)), b''], 256)
+    super().__init__([*(bytes([b]) for b in range(256)), b''], 256, {'kind': 'bytes'})
 
   def encode(self, text: str) -> Int32[np.ndarray, ' T']:
     return np.frombuffer(_encoded(text, 'utf-8'), np.uint8).astype(np.int32)
-
-  def _kind(self) -> dict[str, Any]:
-    return {'kind': 'bytes'}
 
   def hugging_face(self) -> str:
     import tokenizers as hf
@@ -162,7 +159,8 @@ class CharacterTokenizer(Tokenizer):
   """Id i is the i-th of the given characters, which are distinct."""
 
   def __init__(self, characters: str):
-    super().__init__([c.encode() for c in characters], None)
+    kind = {'kind': 'characters', 'characters': characters}
+    super().__init__([c.encode() for c in characters], None, kind)
     self.characters = characters
     self._ids = np.full(sys.maxunicode + 1, -1, np.int32)
     self._ids[[ord(c) for c in characters]] = np.arange(len(characters))
@@ -176,9 +174,6 @@ class CharacterTokenizer(Tokenizer):
         f'text: the character {unknown!r} is not among the {self.vocab_size} of the vocabulary'
       )
     return ids
-
-  def _kind(self) -> dict[str, Any]:
-    return {'kind': 'characters', 'characters': self.characters}
 
   def hugging_face(self) -> str:
     import tokenizers as hf
@@ -209,7 +204,6 @@ class FileTokenizer(Tokenizer):
     self._model.no_truncation()
     self._model.no_padding()
     self._model.encode_special_tokens = True  # text that looks like a special token is text
-    self._data = data
     vocabulary = self._model.get_vocab(with_added_tokens=True)
     if end is None:
       end = next((t for t in USUAL_ENDS if t in vocabulary), None)
@@ -218,9 +212,11 @@ class FileTokenizer(Tokenizer):
       raise InputError(
         f'{where}: end_of_document = {end!r} is not in the vocabulary{nearest(end, specials)}'
       )
-    self._end, end_id = end, None if end is None else vocabulary[end]
+    end_id = None if end is None else vocabulary[end]
     self._byte_level = _is_byte_level(json.loads(data))
-    super().__init__(_byte_table(self._model, max(vocabulary.values()) + 1, end_id), end_id)
+    table = _byte_table(self._model, max(vocabulary.values()) + 1, end_id)
+    super().__init__(table, end_id, {'kind': 'tokenizer.json', 'end_of_document': end})
+    self.files = {'tokenizer.json': data} | self.files
     if not self._byte_level:
       self.token_bytes = _decoded_lengths(self._model, self.vocab_size, end_id)
 
@@ -246,14 +242,8 @@ class FileTokenizer(Tokenizer):
   def pieces(self, text: str, size: int = PIECE_CHARACTERS) -> Iterator[str]:
     return _line_pieces(text, size) if self._byte_level else iter([text])
 
-  def _kind(self) -> dict[str, Any]:
-    return {'kind': 'tokenizer.json', 'end_of_document': self._end}
-
-  def _files(self) -> dict[str, str]:
-    return {'tokenizer.json': self._data} | super()._files()
-
   def hugging_face(self) -> str:
-    return self._data
+    return self.files['tokenizer.json']
 
 
 # ---- tokenizer.json ----------------------------------------------------------------------------

@@ -31,7 +31,7 @@ class SelectiveCopying(TokenTask):
   length: int = 4096
 
   def validate(self) -> None:
-    self.require(self.copied > 0, 'copied', 'positive')
+    self.require_positive('copied')
     self.require(
       self.vocab_size >= 4, 'vocab_size', 'at least 4: two tokens to copy, the noise and the marker'
     )

@@ -42,7 +42,7 @@ class ListOps(GeneratedTask):
   def validate(self) -> None:
     self.require(self.max_depth >= 2, 'max_depth', 'at least 2: the digit inside a list counts')
     self.require(self.max_args >= 2, 'max_args', 'at least 2')
-    self.require(self.min_length >= 0, 'min_length', 'at least 0')
+    self.require_not_negative('min_length')
     largest = expression_length(self.max_depth, self.max_args)
     self.require(
       self.min_length + 1 < largest,

@@ -40,7 +40,7 @@ class MultiQueryRecall(TokenTask):
   test_sequences: int = 3000
 
   def validate(self) -> None:
-    self.require(self.pairs > 0, 'pairs', 'positive')
+    self.require_positive('pairs')
     self.require(
       self.length % 2 == 0 and self.length >= 4 * self.pairs,
       'length',

@@ -82,12 +82,7 @@ class GeneratedTask(TaskConfig, abstract=True):
   seed: int = 0
 
   def validate(self) -> None:
-    self.require(
-      self.train_sequences is None or self.train_sequences > 0,
-      'train_sequences',
-      'positive, or none for an endless task',
-    )
-    self.require(self.test_sequences > 0, 'test_sequences', 'positive')
+    self.require_positive('train_sequences', 'test_sequences')
 
   @property
   def train_rows(self) -> int | None:
