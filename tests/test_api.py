@@ -210,7 +210,7 @@ def test_a_score_of_a_translation_needs_its_source():
 
 def test_compare(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
-  gru = FAMILIES['gru'].make(width=16, layers=1, hidden=0, vocab_size=10, context_length=8)
+  gru = FAMILIES['gru'].make(width=16, layers=1, vocab_size=10, context_length=8)
   study = Study(
     name='tiny',
     entries=(FixedModel(name='a', model_config=gru), FixedModel(name='b', model_config=gru)),

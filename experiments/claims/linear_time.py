@@ -97,9 +97,9 @@ def model(
   made = f.make(
     width=width,
     layers=2 * layers if name == MAMBA else layers,
-    hidden=f.hidden(width) if f.hidden else 0,
     vocab_size=vocab_size,
     context_length=context,
+    **({'hidden': f.hidden(width)} if f.hidden else {}),
   )
   assert isinstance(made, LanguageModel.Config)
   return made

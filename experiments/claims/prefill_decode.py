@@ -79,9 +79,9 @@ def model(name: str) -> LanguageModel.Config:
   made = f.make(
     width=WIDTH,
     layers=layers,
-    hidden=f.hidden(WIDTH) if f.hidden else 0,
     vocab_size=VOCABULARY,
     context_length=CONTEXTS[0],
+    **({'hidden': f.hidden(WIDTH)} if f.hidden else {}),
   )
   assert isinstance(made, LanguageModel.Config)
   return made

@@ -115,12 +115,9 @@ Data = tuple[int, int, int | None]
 
 def _build(f: Family, data: Data, shape: Shape) -> ModelConfig:
   (vocab_size, context_length, sources), (width, layers, hidden) = data, shape
+  units = {} if hidden is None else {'hidden': hidden}
   return f.maker(sources)(
-    width=width,
-    layers=layers,
-    hidden=hidden or 0,
-    vocab_size=vocab_size,
-    context_length=context_length,
+    width=width, layers=layers, vocab_size=vocab_size, context_length=context_length, **units
   )
 
 

@@ -24,7 +24,7 @@ from jaxformer.models.zoo import FAMILIES
 
 def entry(family):
   make = FAMILIES[family].make
-  model = make(width=16, layers=1, hidden=0, vocab_size=10, context_length=8)
+  model = make(width=16, layers=1, vocab_size=10, context_length=8)
   return FixedModel(name=family, model_config=model)
 
 
@@ -179,6 +179,6 @@ def test_named_studies_hold_ten_architectures():
 @pytest.mark.parametrize(('evaluations', 'every'), [(1, 195), (6, 32), (1000, 1)])
 def test_evaluations_lie_at_even_steps(evaluations, every):
   study = STUDIES['quickstart'].replace(evaluations=evaluations, tokens=200_000)
-  model = FAMILIES['gru'].make(width=8, layers=1, hidden=0, vocab_size=264, context_length=128)
+  model = FAMILIES['gru'].make(width=8, layers=1, vocab_size=264, context_length=128)
   training = study.experiment(study.entries[0], model, study.tasks[0], 1e-3, 1).training
   assert (training.steps, training.eval_every) == (195, every)

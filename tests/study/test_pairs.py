@@ -130,9 +130,7 @@ RECALL = AssociativeRecall(length=6)
     (
       (
         FixedModel(
-          model_config=FAMILIES['gru'].make(
-            width=8, layers=1, hidden=0, vocab_size=264, context_length=32
-          )
+          model_config=FAMILIES['gru'].make(width=8, layers=1, vocab_size=264, context_length=32)
         ),
       ),
       Dates(),

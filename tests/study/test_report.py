@@ -38,7 +38,7 @@ ENVIRONMENT = {
 def invented(folder, names=NAMES, bits=BITS):
   """A study of text and of recall: every seed adds the same to all, and each run a little of its
   own."""
-  model = FAMILIES['gru'].make(width=8, layers=1, hidden=0, vocab_size=256, context_length=32)
+  model = FAMILIES['gru'].make(width=8, layers=1, vocab_size=256, context_length=32)
   study = Study(
     name='invented',
     entries=tuple(FixedModel(name=n, model_config=model) for n in names),

@@ -53,7 +53,7 @@ def invented(noise=0.003, diverged=(), s=None):
   """Trainings whose losses are those of `LAW` but for noise; those whose place is among `diverged`
   are none."""
   s, rng, scaled = s or study(), np.random.default_rng(3), []
-  model = FAMILIES['gru'].make(width=8, layers=1, hidden=0, vocab_size=10, context_length=8)
+  model = FAMILIES['gru'].make(width=8, layers=1, vocab_size=10, context_length=8)
   for b in (*s.scaling.budgets, *s.scaling.held_out):
     for n in b.params:
       tokens = round(b.flops / K / n**POWER)
@@ -227,9 +227,7 @@ def test_rates(tried):
       {
         'entries': (
           FixedModel(
-            model_config=FAMILIES['gru'].make(
-              width=8, layers=1, hidden=0, vocab_size=10, context_length=8
-            )
+            model_config=FAMILIES['gru'].make(width=8, layers=1, vocab_size=10, context_length=8)
           ),
         )
       },

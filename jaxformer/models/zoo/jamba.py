@@ -29,13 +29,11 @@ def jamba(
   d_state: int = 16,
   attention_every: int = 8,
   attention_first: int = 4,
-  moe_every: int = 2,
-  moe_first: int = 1,
   **fields: Any,
 ) -> LanguageModel.Config:
   """The Jamba architecture. Of each `attention_every` layers, counted from 0, the one at
-  `attention_first` attends; `moe_*` are the same for the layers with experts. The pattern is the
-  shortest that repeats. `fields` of the config: `vocab_size`, `context_length`."""
+  `attention_first` attends; every second one has experts. The pattern is the shortest that
+  repeats. `fields` of the config: `vocab_size`, `context_length`."""
   norm = RMSNorm(eps=1e-6)
   attention = Attention.Config(heads=heads, kv_heads=kv_heads)
   mamba = Mamba.Config(d_state=d_state, inner_norm=norm)
@@ -43,11 +41,8 @@ def jamba(
   moe = Moe.Config(experts=experts, expert=mlp, router=SoftmaxTopK(k=k, balance=0.001))
 
   blocks = (
-    (
-      attention if i % attention_every == attention_first else mamba,
-      moe if i % moe_every == moe_first else mlp,
-    )
-    for i in range(math.lcm(attention_every, moe_every))
+    (attention if i % attention_every == attention_first else mamba, moe if i % 2 else mlp)
+    for i in range(math.lcm(attention_every, 2))
   )
   return pre_norm_model(width, layers, *blocks, norm=norm, **fields)
 

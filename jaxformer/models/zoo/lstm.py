@@ -53,15 +53,9 @@ def zaremba(width: int, dropout: float, bound: float, context_length: int) -> La
   )
 
 
-def _grown(
-  layer: RecurrentConfig, *, width: int, layers: int, hidden: int, **sizes: Any
-) -> LanguageModel.Config:
-  return recurrent(layer, width, layers, **sizes)
-
-
 preset('lstm-zaremba-small', 'lstm', zaremba(200, 0.0, 0.1, 20))
 preset('lstm-zaremba-medium', 'lstm', zaremba(650, 0.5, 0.05, 35))
 preset('lstm-zaremba-large', 'lstm', zaremba(1500, 0.65, 0.04, 35))
 for name, layer in (('lstm', Lstm.Config()), ('gru', Gru.Config())):
   preset(f'{name}-tiny', name, recurrent(layer, 128, 2, **TINY))
-  family(name, functools.partial(_grown, layer))
+  family(name, functools.partial(recurrent, layer))

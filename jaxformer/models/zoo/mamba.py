@@ -44,12 +44,5 @@ for size, width, layers in (
   preset(f'mamba2-{size}', 'mamba2', mamba(Mamba2.Config(), width, layers, vocab_size=50288))
 preset('mamba2-tiny', 'mamba2', mamba(Mamba2.Config(d_state=64, head_dim=32), 128, 4, **TINY))
 
-
-def _grown(
-  layer: LayerConfig, *, width: int, layers: int, hidden: int, **sizes: Any
-) -> LanguageModel.Config:
-  return mamba(layer, width, layers, **sizes)
-
-
-family('mamba', functools.partial(_grown, Mamba.Config()))
-family('mamba2', functools.partial(_grown, Mamba2.Config(d_state=64, head_dim=16)))
+family('mamba', functools.partial(mamba, Mamba.Config()))
+family('mamba2', functools.partial(mamba, Mamba2.Config(d_state=64, head_dim=16)))

@@ -37,7 +37,7 @@ PRESETS: Registry[Preset] = Registry('preset')
 
 Make = Callable[..., ModelConfig]
 """The model of a family at a size, by keyword: `width`, `layers` (of an encoder-decoder, on each
-side), `hidden` units of its feed-forward layers, `vocab_size`, `context_length`, and for a family
+side), `hidden` units where the family has them, `vocab_size`, `context_length`, and for a family
 of pairs `source_vocab_size`."""
 
 
@@ -74,10 +74,10 @@ class Family:
     if self.of_pairs == (source_vocab_size is not None):
       return functools.partial(make, source_vocab_size=source_vocab_size) if self.of_pairs else make
     able = ', '.join(n for n in FAMILIES if FAMILIES[n].of_pairs != self.of_pairs)
-    mine, theirs = 'source-target pairs', 'single sequences'
-    mine, theirs = (mine, theirs) if self.of_pairs else (theirs, mine)
+    kinds = 'single sequences', 'source-target pairs'
     raise InputError(
-      f'family {self.name}: needs {mine}, but the data are {theirs}; families that fit: {able}'
+      f'family {self.name}: needs {kinds[self.of_pairs]}, but the data are '
+      f'{kinds[not self.of_pairs]}; families that fit: {able}'
     )
 
 

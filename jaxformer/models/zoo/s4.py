@@ -24,17 +24,9 @@ def state_space(layer: LayerConfig, width: int, layers: int, **fields: Any) -> L
   return pre_norm_model(width, layers, (layer,), norm=LayerNorm(), tied=True, **fields)
 
 
-def _grown(
-  layer: StateSpaceConfig,
-  *,
-  width: int,
-  layers: int,
-  hidden: int,
-  context_length: int,
-  **sizes: Any,
-) -> LanguageModel.Config:
+def _grown(layer: StateSpaceConfig, *, context_length: int, **sizes: Any) -> LanguageModel.Config:
   mixer = layer.for_length(context_length)
-  return state_space(mixer, width, layers, context_length=context_length, **sizes)
+  return state_space(mixer, context_length=context_length, **sizes)
 
 
 for name, layer in (
