@@ -89,13 +89,9 @@ class AttentiveDecoderConfig(LayerConfig, abstract=True):
   def memory_width(self, width: int) -> int:
     return self.source_width or width
 
-  def keys_size(self, width: int, max_len: int) -> int:
-    """Number of elements in the keys and values of a source."""
-    return max_len * ((self.attention or self.units(width)) + self.memory_width(width))
-
   def mixing_flops_per_token(self, width, length, causal):
     """Scores and the weighted sum over a source of `length`."""
-    return 2.0 * self.keys_size(width, length)
+    return 2.0 * length * ((self.attention or self.units(width)) + self.memory_width(width))
 
 
 class AttentiveDecoder(Layer):

@@ -14,7 +14,7 @@ from jaxformer.layers.layer import (
   LayerPosition,
   Output,
   State,
-  starts_BT,
+  take_positions,
 )
 from jaxformer.layers.lstm import Lstm, RecurrentConfig
 
@@ -67,37 +67,25 @@ class Bidirectional(Layer):
   ) -> Output:
     before, before_backward = (None, None) if state is None else state
     forward = self.forward(x_BTD, ctx.fold(0), before)
-    documents_BT, index_BT = _reversal(ctx.segments_BT, *x_BTD.shape[:2])
+    # each document has a number of its own
+    number_BT = jnp.cumsum(ctx.starts(x_BTD), axis=1, dtype=jnp.int32)
+    index_BT = _reversal(number_BT)
     backward_ctx = ctx.fold(1).replace(
-      segments_BT=documents_BT,
-      shared={name: _reversed(v, index_BT) for name, v in ctx.shared.items()},
+      segments_BT=take_positions(number_BT, index_BT),
+      shared={name: take_positions(v, index_BT) for name, v in ctx.shared.items()},
     )
-    backward = self.backward(_reversed(x_BTD, index_BT), backward_ctx, before_backward)
-    y = jnp.concatenate([forward.y, _reversed(backward.y, index_BT)], axis=-1)
+    backward = self.backward(take_positions(x_BTD, index_BT), backward_ctx, before_backward)
+    y = jnp.concatenate([forward.y, take_positions(backward.y, index_BT)], axis=-1)
     return Output(y, None if state is None else (forward.state, backward.state))
 
   def handed_over(self, state: tuple[State, State]) -> State:
     return state[1]
 
 
-def _reversal(
-  segments_BT: Int[Array, 'B T'] | None, batch: int, length: int
-) -> tuple[Int[Array, 'B T'] | None, Int[Array, 'B T'] | None]:
-  """Return how rows are reversed: the documents in that order, and the index for `_reversed`.
-
-  The documents before the last from right to left, then the last, so that the recurrence ends at
-  its first token even if padding precedes it. The permutation is its own inverse."""
-  if segments_BT is None:
-    return None, None
-  # each document has a number of its own
-  number_BT = jnp.cumsum(starts_BT(segments_BT, batch, length), axis=1, dtype=jnp.int32)
-  # positions of other documents
+def _reversal(number_BT: Int[Array, 'B T']) -> Int[Array, 'B T']:
+  """Return the index for `take_positions` of rows of numbered documents: those before the last from
+  right to left, then the last, so that the recurrence ends at its first token even if padding
+  precedes it. The permutation is its own inverse."""
   earlier_B = jnp.sum(number_BT != number_BT[:, -1:], axis=1, dtype=jnp.int32)
-  index_BT = (earlier_B[:, None] - 1 - jnp.arange(length, dtype=jnp.int32)[None]) % length
-  return _reversed(number_BT, index_BT), index_BT
-
-
-def _reversed(x: Array, index_BT: Array | None) -> Array:
-  if index_BT is None:
-    return jnp.flip(x, 1)
-  return jnp.take_along_axis(x, index_BT.reshape(*index_BT.shape, *(1,) * (x.ndim - 2)), axis=1)
+  length = number_BT.shape[1]
+  return (earlier_B[:, None] - 1 - jnp.arange(length, dtype=jnp.int32)[None]) % length

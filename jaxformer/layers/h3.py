@@ -14,15 +14,13 @@ from jaxtyping import Array, Float
 from jaxformer.layers.dense import Dense
 from jaxformer.layers.init import FanInUniform, Init, Normal
 from jaxformer.layers.layer import Context, Layer, LayerPosition, Output
-from jaxformer.layers.s4d import DISCRETIZATIONS, DiscretizationName, SpectrumName, spectrum
+from jaxformer.layers.s4d import DISCRETIZATIONS, DiscretizationName, SpectrumName, diagonal
 from jaxformer.layers.state_space import (
   SystemConfig,
   complex_normal,
   log_steps,
   paired,
   pairs,
-  per_channel,
-  poles,
   recurrent,
   stable,
 )
@@ -103,9 +101,7 @@ class H3(Layer):
     )
     self.shift_skip = recurrent(jax.random.normal(rngs.params(), (D,)), ('inner',))
     self.log_dt = log_steps(H, c.dt_min, c.dt_max, c.lr_scale, rngs)
-    a, b = (per_channel(v, H) for v in spectrum(c.spectrum, N))
-    self.log_decay, self.frequency = poles(a, c.lr_scale)
-    self.b = recurrent(pairs(b), ('inner', 'state', None), c.lr_scale)
+    self.log_decay, self.frequency, self.b = diagonal(c.spectrum, H, N, c.lr_scale)
     self.c = recurrent(
       pairs(complex_normal(rngs.params(), (H, N // 2))), ('inner', 'state', None), decay=True
     )

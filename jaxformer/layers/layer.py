@@ -323,6 +323,11 @@ def positions_BT(
   return index - jax.lax.cummax(began, axis=1)
 
 
+def take_positions(x: Array, index_BT: Int[Array, 'B T']) -> Array:
+  """Return the positions `index_BT` of each row of x, `[B, T, ...]`."""
+  return jnp.take_along_axis(x, index_BT.reshape(*index_BT.shape, *(1,) * (x.ndim - 2)), axis=1)
+
+
 def dropout(x: Array, rate: float, ctx: Context) -> Array:
   """Zero each element with probability `rate` and scale the rest by 1 / (1 - rate) (Srivastava et
   al. 2014), if `ctx` has a key."""

@@ -20,6 +20,7 @@ from jaxtyping import Array, Float
 from jaxformer.layers.dense import Dense
 from jaxformer.layers.init import Init, Orthogonal, Zeros
 from jaxformer.layers.layer import Context, Layer, LayerConfig, LayerPosition, Output
+from jaxformer.layers.norm import HeadNorm, Norm
 from jaxformer.ops.linear import linear
 from jaxformer.ops.token_shift import last_token, token_shift
 from jaxformer.sharding import param, shard
@@ -55,9 +56,11 @@ def zigzag(width: int) -> Float[Array, ' D']:
   return (jnp.arange(width) + 1.0) % 3 - 1.0
 
 
-def head_norm_scale(width: int, position: LayerPosition) -> nnx.Param:
-  """The scale of the norm of heads: smaller in earlier blocks."""
-  return vector(jnp.full(width, ((1.0 + position.index) / position.depth) ** 0.7))
+def head_norm(config: HeadNorm, width: int, position: LayerPosition) -> Norm:
+  """The norm of heads, with a smaller scale in earlier blocks."""
+  norm = config.build(width)
+  norm.scale = vector(jnp.full(width, ((1.0 + position.index) / position.depth) ** 0.7))
+  return norm
 
 
 SMALL = Orthogonal(gain=0.1, wide=False)  # how RWKV-7 draws B, which follows an A of zeros

@@ -22,7 +22,7 @@ from jaxformer.layers.rwkv import (
   TimeMixState,
   decay_ramp,
   depth,
-  head_norm_scale,
+  head_norm,
   keep,
   projections,
   ramp,
@@ -82,8 +82,7 @@ class TimeMix5(Layer):
     )
     inits = c.init, c.key_init, c.init, c.key_init
     self.r, self.k, self.v, self.g, self.o = projections(D, inits, c.out_init, rngs, position)
-    self.norm = c.norm.build(D)
-    self.norm.scale = head_norm_scale(D, position)
+    self.norm = head_norm(c.norm, D, position)
     self._init_mixing(c, -6.0 + 5.0 * decay_ramp(D, deep), rngs, position)
 
   def _init_mixing(

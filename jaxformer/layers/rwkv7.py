@@ -24,7 +24,7 @@ from jaxformer.layers.rwkv import (
   LowRank,
   TimeMixState,
   depth,
-  head_norm_scale,
+  head_norm,
   move,
   projections,
   ramp,
@@ -121,8 +121,7 @@ class TimeMix7(TimeMix5):
     self.rho = vector(jnp.full(D, -0.04))
     inits = c.init, c.key_init, c.init
     self.r, self.k, self.v, self.o = projections(D, inits, c.out_init, rngs, position)
-    self.norm = c.norm.build(D)
-    self.norm.scale = head_norm_scale(D, position)
+    self.norm = head_norm(c.norm, D, position)
 
   def __call__(
     self, x_BTD: Float[Array, 'B T D'], ctx: Context, state: TimeMixState | None = None

@@ -54,6 +54,14 @@ def spectrum(name: SpectrumName, d_state: int) -> tuple[np.ndarray, np.ndarray]:
   return _SPECTRA[name](n, d_state), np.ones(d_state // 2)
 
 
+def diagonal(
+  name: SpectrumName, channels: int, d_state: int, lr_scale: float
+) -> tuple[nnx.Param, nnx.Param, nnx.Param]:
+  """Parameters for A (`poles`) and for B of a diagonal system per channel."""
+  a, b = (per_channel(v, channels) for v in spectrum(name, d_state))
+  return *poles(a, lr_scale), recurrent(pairs(b), ('inner', 'state', None), lr_scale)
+
+
 class S4D(StateSpace):
   """x' = A x + B u, y = 2 Re(C x) + D u with a diagonal A per channel, then GELU and a gated
   projection (Gu, Gupta et al. 2022, section 3).
@@ -82,9 +90,7 @@ class S4D(StateSpace):
     super().__init__(config, width, rngs, position)
     c, shape = config, (width, config.d_state // 2)
     self.discretize = DISCRETIZATIONS[c.discretization]
-    a, b = (per_channel(v, width) for v in spectrum(c.spectrum, c.d_state))
-    self.log_decay, self.frequency = poles(a, c.lr_scale)
-    self.b = recurrent(pairs(b), ('inner', 'state', None), c.lr_scale)
+    self.log_decay, self.frequency, self.b = diagonal(c.spectrum, width, c.d_state, c.lr_scale)
     self.c = recurrent(
       pairs(complex_normal(rngs.params(), (c.directions, *shape))),
       (None, 'inner', 'state', None),

@@ -12,7 +12,14 @@ from jaxtyping import Array, Float
 from jaxformer.layers.dense import Dense
 from jaxformer.layers.init import FanInNormal, FanInUniform
 from jaxformer.layers.layer import Context, Layer, LayerPosition, Output, dropout
-from jaxformer.layers.state_space import StateSpaceConfig, log_steps, paired, pairs, recurrent
+from jaxformer.layers.state_space import (
+  StateSpaceConfig,
+  document_ends,
+  log_steps,
+  paired,
+  pairs,
+  recurrent,
+)
 from jaxformer.ops.diagonal_scan import diagonal_scan
 from jaxformer.ops.hippo import legs_basis
 from jaxformer.ops.linear import linear
@@ -87,10 +94,9 @@ class S5(Layer):
     x_BTN, last = diagonal_scan(v_BTN, log_a[:, 0], state, starts)
     y = linear(x_BTN, self._reading(0)) + self.skip[...][None, None] * u
     if not self.config.causal:
-      after = None if starts is None else jnp.pad(starts[:, 1:], ((0, 0), (0, 1)))
-      y = y + linear(
-        diagonal_scan(v_BTN, log_a[:, 0], None, after, reverse=True)[0], self._reading(1)
-      )
+      after = document_ends(starts)
+      x_BTN, _ = diagonal_scan(v_BTN, log_a[:, 0], None, after, reverse=True)
+      y = y + linear(x_BTN, self._reading(1))
     return Output(self._gated(y.astype(x_BTD.dtype), ctx), last)
 
   def _reading(self, direction: int) -> Array:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Complex, Float
+from jaxtyping import Array, Bool, Complex, Float
 
 from jaxformer.layers.dense import Dense
 from jaxformer.layers.init import FanInUniform
@@ -138,11 +138,15 @@ class StateSpace(Layer):
 
 def _from_the_end(u_BTH: Array, system: System, starts: Array | None) -> Array:
   """Return sum_{s > t} k_{s-t-1} u_s over the positions of a document."""
-  # another document starts at t + 1
-  after = None if starts is None else jnp.pad(starts[:, 1:], ((0, 0), (0, 1)))
+  after = document_ends(starts)
   y, _ = ssm(u_BTH, system, None, after, reverse=True)
   y = token_ahead(y)
   return y if after is None else jnp.where(after[:, :, None, None], 0.0, y)
+
+
+def document_ends(starts_BT: Array | None) -> Bool[Array, 'B T'] | None:
+  """Return True where another document starts at the next position; None for None."""
+  return None if starts_BT is None else jnp.pad(starts_BT[:, 1:], ((0, 0), (0, 1)))
 
 
 def log_steps(size: int, low: float, high: float, lr_scale: float, rngs: nnx.Rngs) -> nnx.Param:

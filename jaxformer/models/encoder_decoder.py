@@ -11,7 +11,7 @@ from jaxtyping import Array, Int
 
 from jaxformer.config import InputError
 from jaxformer.layers.dense import EmbeddingTable
-from jaxformer.layers.layer import Context, Memory, Output, positions_BT, starts_BT
+from jaxformer.layers.layer import Context, Memory, Output, positions_BT, starts_BT, take_positions
 from jaxformer.layers.norm import NormConfig, build_norm
 from jaxformer.models.autoregressive import Autoregressive, AutoregressiveConfig, DecoderState
 from jaxformer.models.block import merge_aux, widths
@@ -139,7 +139,7 @@ class EncoderDecoder(Autoregressive):
     order_BS = back_BS = None
     if c.reverse_source or c.init_from_encoder:
       order_BS, back_BS = _reading_order(valid_BS, c.reverse_source)
-      source = jnp.take_along_axis(source, order_BS, axis=1)
+      source = take_positions(source, order_BS)
     segments = (source != IGNORE).astype(jnp.int32)
     ctx = ctx.fold(0).replace(segments_BT=segments)
     x = self.embedder(
@@ -150,7 +150,7 @@ class EncoderDecoder(Autoregressive):
     y = out.y if self.encoder_norm is None else self.encoder_norm(out.y)
     final = () if states is None else self.encoder.handed_over(out.state)
     if back_BS is not None:
-      y = jnp.take_along_axis(y, back_BS[:, :, None], axis=1)
+      y = take_positions(y, back_BS)
     return Memory(y, valid_BS, final), out.aux
 
   def init_state(self, memory: Memory, max_len: int) -> DecoderState:

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from jaxformer.ops.chunks import reset
 from jaxformer.ops.implementation import Operation
 from jaxformer.ops.masks import MASKED
 from jaxformer.ops.recurrence import (
@@ -120,11 +121,6 @@ def attend_naive(e_BS, source: AttentionSource):
   return (a[:, :, None] * source.values_BSC.astype(jnp.float32)).sum(1), a
 
 
-def reset(starts_B: Array, first: States, states: States) -> States:
-  """The states that a step reads: the first ones where a document starts."""
-  return tuple(jnp.where(starts_B[:, None], f, s) for f, s in zip(first, states, strict=True))
-
-
 def _scan(x_BTD, weights, source, states, first, starts_BT):
   def loop(gates_TBGH, weights, source, states, first, starts_TB):
     (context_CGH, u_HGH, query_HA, v_A), first = weights, fp32(first)
@@ -133,7 +129,7 @@ def _scan(x_BTD, weights, source, states, first, starts_BT):
     @jax.checkpoint
     def step(states: States, now):
       gates, starts_B = now
-      states = reset(starts_B, first, states)
+      states = reset(starts_B, states, first)
       c, a = additive_attention(states[0], query_HA, v_A, source)
       gates_fp32 = gates.astype(jnp.float32) + product(c, context_CGH)
       states, _ = cell.step((u_HGH,), gates_fp32, states)
@@ -156,7 +152,7 @@ def attentive_decoder_naive(x_BTD, weights, source, states, first, starts_BT):
 
   def step(states: States, now):
     x, starts_B = now
-    states = reset(starts_B, first, states)
+    states = reset(starts_B, states, first)
     h = states[0]
     c, a = attend_naive(jnp.tanh((h @ w.query_HA)[:, None] + source.keys_BSA) @ w.v_A, source)
     gates = jnp.tensordot(x, w.w_DGH, 1) + jnp.tensordot(c, w.context_CGH, 1) + b[None]

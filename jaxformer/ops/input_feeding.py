@@ -25,8 +25,8 @@ from jaxformer.ops.attentive_decoder import (
   AttentionSource,
   attend,
   attend_naive,
-  reset,
 )
+from jaxformer.ops.chunks import reset
 from jaxformer.ops.implementation import Operation
 from jaxformer.ops.recurrence import States, fp32, input_gates, lstm_cell, product
 from jaxformer.ops.sequence_parallel import sharded
@@ -87,7 +87,7 @@ def _scan(x_BTD, weights, source, states, first, starts_TB, factors_TBN):
 
     def step(states: States, now):
       gates, starts_B, factors_BN = now
-      below, *layers = reset(starts_B, first, states)
+      below, *layers = reset(starts_B, states, first)
       others = [gates.astype(jnp.float32)]
       others += [b[None].astype(jnp.float32) for b in biases] or [0.0] * (L - 1)
       for n, factor in enumerate(_factors(factors_BN, L)):
@@ -122,7 +122,7 @@ def input_feeding_naive(x_BTD, weights, source, states, first, starts_TB, factor
 
   def step(states: States, now):
     x, starts_B, factors_BN = now
-    below, *layers = reset(starts_B, first, states)
+    below, *layers = reset(starts_B, states, first)
     for n, factor in enumerate(_factors(factors_BN, L)):
       gates = jnp.tensordot(below * factor, w.below_HGH[n], 1)
       gates += jnp.tensordot(layers[n], w.u_HGH[n], 1)
