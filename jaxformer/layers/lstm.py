@@ -102,6 +102,8 @@ class RecurrentConfig(LayerConfig, abstract=True):
 class Recurrent(Layer):
   """Base of the gated recurrences: their parameters, and the projection of their output."""
 
+  has_cell: ClassVar[bool] = False  # whether the state has a cell c beside h
+
   def __init__(
     self,
     config: RecurrentConfig,
@@ -122,8 +124,6 @@ class Recurrent(Layer):
       if H in (width, c.out_width(width))
       else Dense(c.init, (H, width), ('inner', 'embed'), rngs=rngs, position=position)
     )
-
-  has_cell: ClassVar[bool] = False
 
   def zeros(self, batch: int) -> RecurrentState:
     """The state at the start of a document."""
@@ -150,10 +150,10 @@ class Recurrent(Layer):
     self, x_BTD: Float[Array, 'B T D'], ctx: Context, state: RecurrentState | None = None
   ) -> Output:
     first = self.zeros(len(x_BTD)) if state is None else state
-    x = x_BTD
     if self.reads_context:
-      x = jnp.concatenate([x, ctx.shared[ATTENTION_CONTEXT].astype(x.dtype)], axis=-1)
-    y, last = self.run(x, first, ctx.starts(x_BTD))
+      context_BTC = ctx.shared[ATTENTION_CONTEXT].astype(x_BTD.dtype)
+      x_BTD = jnp.concatenate([x_BTD, context_BTC], axis=-1)
+    y, last = self.run(x_BTD, first, ctx.starts(x_BTD))
     y = shard(y, 'batch', 'time', 'inner')
     return Output(y if self.out is None else self.out(y), None if state is None else last)
 
@@ -193,7 +193,7 @@ class Lstm(Recurrent):
         cls(hidden=48, project=False, context_width=24),
       )
 
-  has_cell: ClassVar[bool] = True
+  has_cell = True
 
   def __init__(self, config: Lstm.Config, width: int, rngs: nnx.Rngs, position: LayerPosition):
     super().__init__(config, width, rngs, position, gates=4, forget_bias=config.forget_bias)

@@ -113,7 +113,7 @@ class Branch(nnx.Module):
 
   def __call__(self, x: Array, ctx: Context, state: State, one_token: bool) -> Output:
     run = self.layer.step if one_token else self.layer
-    out: list[Output] = []
+    out: list[Output] = []  # set by `layer`, which the config applies once
 
     def layer(x: Array) -> Array:
       out.append(run(x, ctx, state))

@@ -149,6 +149,7 @@ def define(config: Any) -> Definition[Any]:
   info = {}
   for path, variable in nnx.to_flat_state(state):
     meta = variable.get_metadata()
+    # shape and dtype come first
     fields = {f.name: meta[f.name] for f in dataclasses.fields(ParamInfo)[2:]}
     info['.'.join(map(str, path))] = ParamInfo(variable.shape, variable.dtype, **fields)
   return Definition(config, info, graph, jax.tree.structure(state))

@@ -58,17 +58,18 @@ class _Side(NamedTuple):
   segments: Int[Array, '*blocks B T'] | None
 
 
-_At = tuple[_Side, _Side, Float[Array, 'G R'] | None]  # queries, keys, slopes
+# what determines bias and mask: queries, keys, slopes
+_MaskInputs = tuple[_Side, _Side, Float[Array, 'G R'] | None]
 _product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
-def _at(mask: Mask, slopes_H, t, s, G: int) -> _At:
+def _mask_inputs(mask: Mask, slopes_H, t, s, G: int) -> _MaskInputs:
   slopes = None if slopes_H is None else slopes_H.astype(jnp.float32).reshape(G, -1)
   keys = None if mask.segments_BT is None else mask.keys()
   return _Side(t, mask.segments_BT), _Side(s, keys), slopes
 
 
-def _logits(q, k, at: _At, static: _Static):
+def _logits(q, k, at: _MaskInputs, static: _Static):
   """Masked logits `BGRTS` in fp32, and the derivative of the soft cap (None without one)."""
   rows, cols, slopes = at
   a = _product('BGRTK,BGSK->BGRTS', q, k) * static.scale
@@ -115,12 +116,13 @@ def _delta(do, out):
 # ---- blocks of queries and keys in loops -------------------------------------------------------
 
 
-def _in_blocks(at: _At, block: int) -> tuple[_Side, _Side]:
+def _in_blocks(at: _MaskInputs, block: int) -> _MaskInputs:
   def blocks(side: _Side, padding: int) -> _Side:
     segments = None if side.segments is None else to_chunks(side.segments, block, 1, padding)
     return _Side(to_chunks(side.positions, block, 0, -1), segments)
 
-  return blocks(at[0], -1), blocks(at[1], -2)
+  queries, keys, slopes = at
+  return blocks(queries, -1), blocks(keys, -2), slopes
 
 
 def _ranges(rows: _Side, cols: _Side, static: _Static):
@@ -153,14 +155,15 @@ def _take(blocks, i):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _chunked(q, k, v, at: _At, static: _Static):
+def _chunked(q, k, v, at: _MaskInputs, static: _Static):
   return _chunked_forward(q, k, v, at, static)[0]
 
 
 def _chunked_forward(q, k, v, at, static):
   G, dtype, b = k.shape[2], q.dtype, static.block
-  rows, cols = _in_blocks(at, b)
+  rows, cols, slopes = _in_blocks(at, b)
   (lo, hi), _ = _ranges(rows, cols, static)
+  # pytrees of arrays with a leading axis of blocks
   queries = to_chunks(_heads_first(q, G), b, 3), rows
   keys = *(to_chunks(x.swapaxes(1, 2), b, 2) for x in (k, v)), cols
 
@@ -170,7 +173,7 @@ def _chunked_forward(q, k, v, at, static):
     def each_key(j, carry):
       acc, total, top = carry
       kj, vj, col = _take(keys, j)
-      a, _ = _logits(qi, kj, (row, col, at[2]), static)
+      a, _ = _logits(qi, kj, (row, col, slopes), static)
       new = jnp.maximum(top, a.max(-1, keepdims=True))
       p, old = jnp.exp(a - new), jnp.exp(top - new)
       pv = _product('BGRTS,BGSK->BGRTK', p.astype(dtype), vj)
@@ -191,7 +194,7 @@ def _chunked_forward(q, k, v, at, static):
 def _chunked_backward(static, saved, do):
   q, k, v, at, out, lse = saved
   G, b = k.shape[2], static.block
-  rows, cols = _in_blocks(at, b)
+  rows, cols, slopes = _in_blocks(at, b)
   _, (lo, hi) = _ranges(rows, cols, static)
   do, out = _heads_first(do, G), _heads_first(out, G)
   arrays = _heads_first(q, G), do, lse[..., None], _delta(do, out)
@@ -205,7 +208,7 @@ def _chunked_backward(static, saved, do):
     def each_query(i, carry):
       dq, dk, dv = carry
       (qi, doi, lse_i, delta_i), row = _take(queries, i)
-      a, slope = _logits(qi, kj, (row, col, at[2]), static)
+      a, slope = _logits(qi, kj, (row, col, slopes), static)
       p = jnp.exp(a - lse_i)
       dqi, dki, dvi = _block_gradients(p, qi, kj, vj, doi, delta_i, slope, static.scale)
       return lax.dynamic_update_index_in_dim(dq, _take(dq, i) + dqi, i, 0), dk + dki, dv + dvi
@@ -216,7 +219,8 @@ def _chunked_backward(static, saved, do):
 
   dq, dkv = lax.scan(each_key, jnp.zeros(arrays[0].shape, jnp.float32), (keys, lo, hi))
   dq = _heads_last(from_chunks(dq, q.shape[1], 3)).astype(q.dtype)
-  return dq, *(from_chunks(x, k.shape[1], 2).swapaxes(1, 2) for x in dkv), None
+  dk, dv = (from_chunks(x, k.shape[1], 2).swapaxes(1, 2) for x in dkv)
+  return dq, dk, dv, None
 
 
 _chunked.defvjp(_chunked_forward, _chunked_backward)
@@ -228,7 +232,7 @@ def attention_chunked(q, k, v, mask: Mask, *, scale, softcap=None, slopes_H=None
   Differentiable in q, k and v; `slopes_H` are constants. Pairs of blocks that cannot see each other
   (the future, beyond the window, other packed documents, empty cache slots) are not visited."""
   T, S = q.shape[1], k.shape[1]
-  at = _at(mask, slopes_H, *mask.positions(T, S), k.shape[2])
+  at = _mask_inputs(mask, slopes_H, *mask.positions(T, S), k.shape[2])
   block = min(block or (256 if platform() == 'cpu' else 512), -(-max(T, S) // 8) * 8)
   return _chunked(q, k, v, at, _Static(mask.causal, mask.window, scale, softcap, block))
 
@@ -249,18 +253,19 @@ def _spans(T: int, S: int, static: _Static) -> list[tuple[slice, slice]]:
   return spans
 
 
-def _here(at: _At, rows: slice, cols: slice) -> _At:
+def _here(at: _MaskInputs, rows: slice, cols: slice) -> _MaskInputs:
   """One block of queries and its keys, positions as numpy."""
 
   def part(side: _Side, block: slice) -> _Side:
     segments = None if side.segments is None else side.segments[:, block]
     return _Side(np.arange(block.start, block.stop), segments)
 
-  return part(at[0], rows), part(at[1], cols), at[2]
+  queries, keys, slopes = at
+  return part(queries, rows), part(keys, cols), slopes
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _unrolled(q, k, v, at: _At, static: _Static):
+def _unrolled(q, k, v, at: _MaskInputs, static: _Static):
   return _unrolled_forward(q, k, v, at, static)[0]
 
 
@@ -321,6 +326,6 @@ def attention_unrolled(q, k, v, mask: Mask, *, scale, softcap=None, slopes_H=Non
   """Attention in about eight blocks of queries, each against only the keys that it can see, for an
   aligned mask. Half the work of the naive implementation under a causal mask; temporaries of one
   block, B H T S / 8 numbers."""
-  at = _at(mask, slopes_H, None, None, k.shape[2])
+  at = _mask_inputs(mask, slopes_H, None, None, k.shape[2])
   block = block or max(64, -(-q.shape[1] // 512) * 64)
   return _unrolled(q, k, v, at, _Static(mask.causal, mask.window, scale, softcap, block))

@@ -126,4 +126,5 @@ def attention_splash(q, k, v, mask: Mask, *, scale, softcap=None, slopes_H=None,
   q = (q.astype(jnp.float32) * scale).astype(q.dtype)
   segments = mask.segments_BT
   ids = None if segments is None else kernels.SegmentIds(segments, segments)
-  return jax.vmap(kernel)(*(x.swapaxes(1, 2) for x in (q, k, v)), ids).swapaxes(1, 2)
+  q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
+  return jax.vmap(kernel)(q, k, v, ids).swapaxes(1, 2)

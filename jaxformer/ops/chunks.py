@@ -16,9 +16,8 @@ def reset(starts_B: Array, state: Any, empty: Any = None) -> Any:
   def choose(s: Array, e: Array):
     return jnp.where(starts_B.reshape(-1, *(1,) * (s.ndim - 1)), e, s)
 
-  return jax.tree.map(
-    choose, state, jax.tree.map(jnp.zeros_like, state) if empty is None else empty
-  )
+  empty = jax.tree.map(jnp.zeros_like, state) if empty is None else empty
+  return jax.tree.map(choose, state, empty)
 
 
 def scan_steps(

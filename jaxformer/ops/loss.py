@@ -232,7 +232,7 @@ def _rows_forward(x, w, bias, targets, options):
     sums = jax.tree.map(jnp.add, sums, loss_sums(ys, lse, picked, options))
     return (sums, dw, db), dx
 
-  zero = jnp.float32(0)
+  zero = jnp.float32(0)  # tree.map: a bias may be None
   start = (zero, zero), jnp.zeros((D, V), jnp.float32), jax.tree.map(jnp.zeros_like, bias)
   (sums, dw, db), dx = lax.scan(some, start, _chunks(x, targets, options.chunk))
   dx = dx.reshape(-1, B, options.chunk, D).swapaxes(0, 1).reshape(B, -1, D)[:, :T]

@@ -161,7 +161,7 @@ def _backward(options, saved, cotangents):
 
   dx = shard(jnp.zeros((parts, B, T, D), jnp.float32), 'vocab', 'batch', 'time', None)
   dw = shard_param(jnp.zeros(w.shape, w.dtype), 'embed', 'vocab', None)
-  start = dx, dw, jax.tree.map(jnp.zeros_like, bias)
+  start = dx, dw, jax.tree.map(jnp.zeros_like, bias)  # it may be None
   dx, dw, db = _slices(some, start, V, options.chunk)
   return dx.sum(0).astype(x.dtype), dw, db, None
 

@@ -83,7 +83,8 @@ def selective_scan_naive(h_BDN, u, dt, A_DN, B, C, D_D, starts_BT):
   """The recurrence step by step. Its gradient stores every state."""
 
   def step(h, u, dt, B, C):
-    return selective_scan_step(u, dt, A_DN, B, C, D_D, h)[::-1]
+    y, h = selective_scan_step(u, dt, A_DN, B, C, D_D, h)
+    return h, y
 
   return scan_steps(step, h_BDN, (u, dt, B, C), starts_BT)
 

@@ -107,7 +107,8 @@ def ssd_naive(h_BHPN, x, dt, A_H, B, C, D_H, starts_BT):
   """The recurrence step by step. Its gradient stores every state."""
 
   def step(h, x, dt, B, C):
-    return ssd_step(x, dt, A_H, B, C, D_H, h)[::-1]
+    y, h = ssd_step(x, dt, A_H, B, C, D_H, h)
+    return h, y
 
   return scan_steps(step, h_BHPN, (x, dt, B, C), starts_BT)
 

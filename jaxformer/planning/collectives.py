@@ -173,7 +173,8 @@ def _mesh_groups(text: str) -> np.ndarray:
       if n == name
     ]
     for low, high in itertools.pairwise(sorted({1, size, *itertools.chain(*spans)})):
-      over += [len(shape)] if any(first <= low and high <= last for first, last in spans) else []
+      if any(first <= low and high <= last for first, last in spans):
+        over.append(len(shape))
       shape.append(high // low)
   ids = _iota(found.group(2) or str(math.prod(shape))).reshape(shape)
   members = math.prod(shape[i] for i in over)

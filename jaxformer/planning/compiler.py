@@ -78,6 +78,11 @@ def quiet() -> Generator[None]:
       os.close(kept)
 
 
+def _libtpu_version() -> str:
+  found = importlib.metadata.distributions(name='libtpu')
+  return next((d.version for d in found), 'unknown')
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CompiledPlan:
   """What the compiler reports of one program; bytes and FLOPs per device.
@@ -102,11 +107,7 @@ class CompiledPlan:
   collectives: dict[str, dict[str, Traffic]] = dataclasses.field(default_factory=dict)
   compile_seconds: float
   jax: str = jax.__version__
-  libtpu: str = dataclasses.field(
-    default_factory=lambda: next(
-      (d.version for d in importlib.metadata.distributions(name='libtpu')), 'unknown'
-    )
-  )
+  libtpu: str = dataclasses.field(default_factory=_libtpu_version)
 
   @property
   def fits(self) -> bool:

@@ -55,7 +55,7 @@ class Chip(Config):
   source: str
   date: str
 
-  def validate(self) -> None:
+  def validate(self):
     rates = self.flops_per_second
     self.require(
       isinstance(rates, Mapping)
@@ -75,12 +75,8 @@ class Chip(Config):
     return self.flops_per_second[precision]
 
 
-def _table() -> dict[str, Chip]:
-  text = resources.files('jaxformer.planning').joinpath('hardware.toml').read_text()
-  return {name: Chip(name=name, **fields) for name, fields in tomllib.loads(text).items()}
-
-
-CHIPS = _table()
+_TABLE = resources.files('jaxformer.planning').joinpath('hardware.toml').read_text()
+CHIPS = {name: Chip(name=name, **fields) for name, fields in tomllib.loads(_TABLE).items()}
 # other names of TPUs in JAX
 _ALIASES = {
   'TPU v5p': 'TPU v5',

@@ -22,7 +22,8 @@ _INSTRUCTION = re.compile(r'^\s+(ROOT )?%?([\w.\-]+) = (.*?) ([a-z][a-z\d\-]*)\(
 
 
 class Instruction(NamedTuple):
-  """One line of a computation; the default is the one that stands for an unknown instruction.
+  """One line of a computation. `UNKNOWN`, which has no operands or attributes, stands for one that
+  is not in the text.
 
   Attributes:
     rest: operands and attributes.
@@ -43,11 +44,12 @@ class Instruction(NamedTuple):
     return [(dtype, numbers(dims)) for dtype, dims in _ARRAY.findall(self.shape)]
 
   def operand(self, index: int) -> Instruction:
+    """The instruction whose result is read at an index."""
     names = re.findall(r'%([\w.\-]+)', self.rest)  # those in attributes follow the operands
     return self.computation.get(names[index], UNKNOWN) if index < len(names) else UNKNOWN
 
   def element(self, index: int) -> Instruction:
-    """What a tuple has at an index."""
+    """The element of a tuple at an index; `UNKNOWN` of another instruction."""
     return self.operand(index) if self.operation == 'tuple' else UNKNOWN
 
   def attribute(self, name: str) -> str:
@@ -83,7 +85,7 @@ class Program:
 
   def calls(self, i: Instruction) -> tuple[list[str], int]:
     """The computations that an instruction executes, and how often: the body of a loop, all
-    branches of a conditional, what a fusion, a call or an asynchronous start names; [] for
+    branches of a conditional, the computation of a fusion, a call or an asynchronous start; [] for
     others."""
     if i.operation == 'while':
       return [i.attribute('body')], self._iterations(i)
@@ -106,8 +108,11 @@ class Program:
       return 1
     index = int(counter.attribute('index'))
     first, new = loop.operand(0).element(index).constant or 0, after.element(index)
-    steps = [v for n in range(2) if new.operation == 'add' and (v := new.operand(n).constant)]
-    return 1 if last is None or len(steps) != 1 else max(0, -(-(last - first) // steps[0]))
+    operands = [new.operand(0), new.operand(1)] if new.operation == 'add' else []
+    steps = [i.constant for i in operands if i.constant]  # the other operand is the counter
+    if last is None or len(steps) != 1:
+      return 1
+    return max(0, -(-(last - first) // steps[0]))
 
   def _root(self, name: str) -> Instruction:
     return next((i for i in self.computations[name].values() if i.root), UNKNOWN)

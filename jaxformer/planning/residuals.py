@@ -19,7 +19,7 @@ from jax.extend.core import Literal
 
 
 class TracedArray(NamedTuple):
-  """What is known of an array of a program.
+  """Properties of an array in a traced program.
 
   Attributes:
     shape, dtype: of the array on all devices.

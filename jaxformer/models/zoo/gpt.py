@@ -44,7 +44,7 @@ def gpt(
   )
 
 
-for name, *sizes in (
+for name, *sizes in (  # width, layers, heads
   ('gpt2', 768, 12, 12),
   ('gpt2-medium', 1024, 24, 16),
   ('gpt2-large', 1280, 36, 20),
@@ -57,7 +57,7 @@ preset('gpt2-tiny', 'gpt2', gpt(128, 4, 4, **TINY))
 # 2048 (16 do), and 40 heads of 128 make 5120, not the 13B row's 5140. "Alternating dense and
 # locally banded sparse" attention: the paper gives no band; 256 is ours.
 BAND = 256
-for name, *sizes in (
+for name, *sizes in (  # width, layers, heads
   ('gpt3-125m', 768, 12, 12),
   ('gpt3-350m', 1024, 24, 16),
   ('gpt3-760m', 1536, 24, 16),

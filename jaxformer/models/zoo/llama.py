@@ -28,7 +28,7 @@ LLAMA3 = Rotary(theta=500_000.0)
 LLAMA3_1 = Rotary(theta=500_000.0, scaling=Llama3Scaling(factor=8.0))
 LLAMA3_2 = Rotary(theta=500_000.0, scaling=Llama3Scaling(factor=32.0))
 
-for name, *sizes in (
+for name, *sizes in (  # width, layers, hidden, heads, kv_heads
   ('llama2-7b', 4096, 32, 11008, 32, 32),
   ('llama2-13b', 5120, 40, 13824, 40, 40),
   ('llama2-70b', 8192, 80, 28672, 64, 8),
@@ -37,7 +37,7 @@ for name, *sizes in (
   preset(name, 'llama2', model)
 preset('llama2-tiny', 'llama2', llama(128, 4, 352, 4, 4, rotary=LLAMA2, **TINY))
 
-for name, rotary, context_length, tied, *sizes in (
+for name, rotary, context_length, tied, *sizes in (  # sizes as above
   ('llama3-8b', LLAMA3, 8192, False, 4096, 32, 14336, 32, 8),
   ('llama3-70b', LLAMA3, 8192, False, 8192, 80, 28672, 64, 8),
   ('llama3.1-8b', LLAMA3_1, 131072, False, 4096, 32, 14336, 32, 8),

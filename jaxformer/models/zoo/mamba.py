@@ -19,8 +19,9 @@ def mamba(
 ) -> LanguageModel.Config:
   """The architecture of both, around a `Mamba` or a `Mamba2`; `fields` of the config:
   `vocab_size`."""
-  fields |= {'tied': True, 'context_length': context_length}
-  return pre_norm_model(width, layers, (layer,), norm=RMSNorm(), **fields)
+  return pre_norm_model(
+    width, layers, (layer,), norm=RMSNorm(), tied=True, context_length=context_length, **fields
+  )
 
 
 # The vocabulary of GPT-NeoX, 50277, padded to a multiple of 8 and of 16.

@@ -21,7 +21,7 @@ LAYER_NORM = LayerNorm()
 def rwkv(
   width: int, *groups: Group, norm: LayerNorm = LAYER_NORM, **fields: Any
 ) -> LanguageModel.Config:
-  """What RWKV-4 to 7 share around their blocks: norms, embedding and head."""
+  """Blocks in the frame of RWKV-4 to 7: norms, embedding and head."""
   return LanguageModel.Config(
     width=width,
     stack=groups,
@@ -48,7 +48,7 @@ def rwkv4(
   return rwkv(width, group, norm=norm, context_length=context_length, vocab_size=vocab_size)
 
 
-for name, *sizes in (
+for name, *sizes in (  # width, layers
   ('rwkv4-169m', 768, 12),
   ('rwkv4-430m', 1024, 24),
   ('rwkv4-1b5', 2048, 24),

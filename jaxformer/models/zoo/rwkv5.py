@@ -41,7 +41,7 @@ def rwkv5(width: int, layers: int, *, head_dim: int = 64, **sizes: Any) -> Langu
   return world(width, layers, TimeMix5.Config(head_dim=head_dim), **sizes)
 
 
-for name, *sizes in (
+for name, *sizes in (  # width, layers
   ('rwkv5-0.4b', 1024, 24),
   ('rwkv5-1.5b', 2048, 24),
   ('rwkv5-3b', 2560, 32),

@@ -234,7 +234,8 @@ _BACKWARD_BLOCKS = (
 
 
 def _call(backward: bool, interpret: bool, arrays, dtypes):
-  """Run a kernel. `dtypes`: of the outputs, fewer where the last of them is not needed."""
+  """Run a kernel on `arrays`. `dtypes` has those of the outputs; the forward kernel writes its last
+  output, the states for the gradient, only if it has a dtype."""
   keep, u, _, A = arrays[:4]
   (batch, T, D), N, chunk = u.shape, A.shape[0], keep.shape[3] - 1
   K = _channels(D, N)
@@ -245,7 +246,10 @@ def _call(backward: bool, interpret: bool, arrays, dtypes):
 
   def once(rows: int, round_: int, rest: int):
     """Fetched, or written, only in one round over the channels."""
-    at = lambda b, t, d: (b, 0, jnp.where(t == round_, d, rest))  # noqa: E731
+
+    def at(b, t, d):
+      return b, 0, jnp.where(t == round_, d, rest)
+
     return (batch, rows, D), pl.BlockSpec((None, rows, K), at)
 
   named = {
@@ -280,7 +284,9 @@ def _call(backward: bool, interpret: bool, arrays, dtypes):
 
 
 def _forward(interpret: bool, save: bool, keep, u, *arrays):
-  dtypes = (u.dtype, jnp.float32, jnp.float32)[: 2 + save]
+  dtypes = [u.dtype, jnp.float32]
+  if save:
+    dtypes.append(jnp.float32)
   return _call(False, interpret, (keep, u, *arrays), dtypes)
 
 
@@ -310,7 +316,7 @@ def selective_scan_pallas(h_BDN, u_BTD, dt_BTD, A_DN, B_BTN, C_BTN, D_D, starts_
 
   def wide(x_BTD):
     # A complete array stays as it is; a copy would be kept for the backward pass beside it.
-    if lanes == T % chunk == 0:
+    if not lanes and not T % chunk:
       return x_BTD
     return jnp.pad(x_BTD, ((0, 0), (0, -T % chunk), (0, lanes)))
 

@@ -115,8 +115,9 @@ _BACKWARD_BLOCKS = (*_INPUTS, 'saved', 'Y', 'state'), ('X', 'X', 'Y', 'X', 'du',
 
 
 def _call(plan: KernelPlan, backward: bool, arrays, dtypes):
-  """Run a kernel on the matrices that sum the decays and on `arrays`. `dtypes`: of the outputs,
-  fewer where the last of them is not needed."""
+  """Run a kernel on the matrices that sum the decays and on `arrays`. `dtypes` has those of the
+  outputs; the forward kernel writes its last output, the states for the gradient, only if it has a
+  dtype."""
   X, Y, C = plan.heads * plan.K, plan.heads * plan.V, plan.chunk
   (batch, T, width), tokens, depth = arrays[0].shape, C * plan.span, int(math.log2(C))
   grid = {'b': batch, 'h': width // X, 'n': T // tokens}
@@ -131,19 +132,24 @@ def _call(plan: KernelPlan, backward: bool, arrays, dtypes):
     'saved': block('bhn00', None, None, None, plan.V, X),
   }
   inputs, outputs = _BACKWARD_BLOCKS if backward else _FORWARD_BLOCKS
-  matrices = [thrice(m) for m in (sum_matrix(C), sum_matrix(C).T)[: 1 + backward]]
-  # matrix products of every pair of tokens, three times as many in the backward pass
-  products = (1 + 2 * backward) * (plan.heads * C * (depth * X + Y) + 4 * X * Y)
+  matrices, scratch = [sum_matrix(C)], [(Y, X)]
+  products = (
+    plan.heads * C * (depth * X + Y) + 4 * X * Y
+  )  # of every pair of tokens, and with states
+  if backward:
+    matrices.append(sum_matrix(C).T)
+    scratch.append((plan.span, Y, X))
+    products *= 3
   return call(
     functools.partial(_backward_kernel if backward else _forward_kernel, plan),
     'wkv6_backward' if backward else 'wkv6_forward',
     grid,
     [
-      *((block('00', *m.shape), m) for m in matrices),
+      *((block('00', *m.shape), m) for m in map(thrice, matrices)),
       *((named[name], x) for name, x in zip(inputs, arrays, strict=True)),
     ],
     [(named[name], dtype) for name, dtype in zip(outputs, dtypes, strict=False)],
-    [(Y, X), (plan.span, Y, X)][: 1 + backward],
+    scratch,
     parallel=2,
     flops=2 * math.prod(grid.values()) * tokens * (products + (depth + 1) * C * X),
     transcendentals=math.prod(grid.values()) * tokens * (depth + 1) * X,
@@ -152,7 +158,9 @@ def _call(plan: KernelPlan, backward: bool, arrays, dtypes):
 
 
 def _forward(plan: KernelPlan, save: bool, r, k, v, *arrays):
-  dtypes = (v.dtype, jnp.float32, jnp.float32)[: 2 + save]
+  dtypes = [v.dtype, jnp.float32]
+  if save:
+    dtypes.append(jnp.float32)
   return _call(plan, False, (r, k, v, *arrays), dtypes)
 
 
