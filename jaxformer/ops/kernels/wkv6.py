@@ -138,7 +138,7 @@ def _call(plan: KernelPlan, backward: bool, arrays, dtypes):
   )  # of every pair of tokens, and with states
   if backward:
     matrices.append(sum_matrix(C).T)
-    scratch.append((plan.span, Y, X))
+    scratch = [*scratch, (plan.span, Y, X)]
     products *= 3
   return call(
     functools.partial(_backward_kernel if backward else _forward_kernel, plan),
