@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import sys
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -25,22 +24,18 @@ from jaxformer import config
 from jaxformer.config import InputError
 from jaxformer.data import Dataset, open_data
 from jaxformer.exit_codes import DONE, NOT_FINITE, PREEMPTED
-from jaxformer.models.model import ModelConfig
 from jaxformer.models.params import Params
 from jaxformer.sharding import use_mesh
-from jaxformer.training.checkpoint import Checkpoints
+from jaxformer.training.checkpoint import Checkpoints, steps_in
 from jaxformer.training.experiment import Experiment
 from jaxformer.training.interrupt import Interrupt
 from jaxformer.training.malloc import keep_freed_memory
 from jaxformer.training.paths import AnyPath
-from jaxformer.training.report import Clock, Log, Report, scores
+from jaxformer.training.report import Clock, Log, Report, open_report, print_line, scores
 from jaxformer.training.run import Run, read_metrics
 from jaxformer.training.setup import Setup, check
 from jaxformer.training.step import TrainState, compiled_train_step, init_state, population_step
 
-FlopsPerToken = Callable[[ModelConfig, int, bool], float]
-"""Training FLOPs per token of a model at a sequence length, attention counted causally or in
-full."""
 Sample = Callable[[Params, int], str]
 """Text generated from parameters at a step."""
 
@@ -71,10 +66,9 @@ def train(
   init_from: str | AnyPath | Params | None = None,
   dataset: Dataset | None = None,
   devices: Sequence[jax.Device] | None = None,
-  flops_per_token: FlopsPerToken | None = None,
-  peak_flops_per_second: float | None = None,
+  utilization: Mapping[str, float] | None = None,
   sample: Sample | None = None,
-  log: Log | None = None,
+  log: Log = print_line,
 ) -> TrainResult:
   """Train an experiment in its run folder; resume if the run there has stopped.
 
@@ -85,18 +79,16 @@ def train(
       from random weights is an error.
     dataset: the data of the experiment, if already open.
     devices: to run on; all by default.
-    flops_per_token, peak_flops_per_second: of the model and of one device; with both, `mfu` is
-      reported.
+    utilization: metrics (`mfu`) by name, as they would be on one device at one token per second.
     sample: its text is added to `samples.txt` after each evaluation.
-    log: receives lines about progress; they go to stderr by default.
+    log: receives lines about progress.
 
   Raises `InputError` before anything is written if the experiment cannot be run, or the folder
   holds another one."""
-  costs = (flops_per_token, peak_flops_per_second)
   with _opened([experiment], devices, dataset, log, init_from) as members:
-    setup = members[0].setup
-    with use_mesh(setup.parallel):
-      return _Loop(members, None, costs, sample).run(init_from)[0]
+    parallel = members[0].setup.parallel
+    with use_mesh(parallel):
+      return _Loop(members, utilization=utilization, sample=sample).run()[0]
 
 
 def train_population(
@@ -104,10 +96,7 @@ def train_population(
   *,
   dataset: Dataset | None = None,
   devices: Sequence[jax.Device] | None = None,
-  flops_per_token: FlopsPerToken | None = None,
-  peak_flops_per_second: float | None = None,
-  sample: Sample | None = None,
-  log: Log | None = None,
+  log: Log = print_line,
 ) -> list[TrainResult]:
   """Train experiments that differ in `VARIED` only, in one program; resume each from its own step.
 
@@ -118,9 +107,8 @@ def train_population(
 
   Args:
     experiments: the members.
-    dataset, devices, flops_per_token, peak_flops_per_second, sample: as in `train`; `mfu` is that
-      of the whole population.
-    log: receives lines about progress, each with the name of its run; they go to stderr by default.
+    dataset, devices: as in `train`.
+    log: receives lines about progress, each with the name of its run.
 
   Returns one result per member, in order. Raises `InputError` for members that differ in more, have
   equal folders, or cannot be run."""
@@ -128,10 +116,8 @@ def train_population(
   devices = list(jax.devices() if devices is None else devices)
   parts = max(n for n in range(1, len(devices) + 1) if len(experiments) % n == 0)
   mesh = Mesh(np.asarray(devices[:parts], dtype=object), ('members',), axis_types=(AxisType.Auto,))
-  costs = (flops_per_token, peak_flops_per_second)
-  log = log or (lambda line: print(line, file=sys.stderr, flush=True))
   with _opened(experiments, devices[:1], dataset, log) as members:
-    return _Loop(members, mesh, costs, sample).run()
+    return _Loop(members, mesh).run()
 
 
 def _check_population(experiments: Sequence[Experiment]) -> None:
@@ -161,7 +147,7 @@ def _opened(
   experiments: Sequence[Experiment],
   devices: Sequence[jax.Device] | None,
   dataset: Dataset | None,
-  log: Log | None,
+  log: Log,
   init_from: str | AnyPath | Params | None = None,
 ) -> Generator[list[_Member]]:
   """Open the run folders of experiments; nothing is written before all are known to be usable."""
@@ -177,15 +163,17 @@ def _opened(
   with contextlib.ExitStack() as stack:
     members = []
     for setup, run in zip(setups, runs, strict=True):
-      # a wrong path of parameters fails before anything is written
-      given = setup.initial_params(init_from) if run.fresh and init_from is not None else None
+      folder, t, given = run.folder / 'checkpoints', setup.experiment.training, None
+      if init_from is not None and not steps_in(folder):
+        # a wrong path of parameters fails before anything is written
+        source = f'{len(init_from)} arrays given' if isinstance(init_from, Mapping) else init_from
+        given = str(source), setup.initial_params(init_from)
       stack.enter_context(run)
       run.start(data.manifest, data.tokenizer)
-      prefixed = log if log is None or len(runs) == 1 else functools.partial(_prefix, log, run)
-      report = stack.enter_context(Report(run, setup.experiment, prefixed))
-      t = setup.experiment.training
+      prefixed = log if len(runs) == 1 else functools.partial(_prefix, log, run)
+      report = stack.enter_context(open_report(run, setup.experiment, prefixed))
       checkpoints = stack.enter_context(
-        Checkpoints(run.folder / 'checkpoints', t.keep_latest, t.keep_best, report.line)
+        Checkpoints(folder, t.keep_latest, t.keep_best, report.line)
       )
       members.append(_Member(setup, run, report, checkpoints, given))
     yield members
@@ -205,7 +193,12 @@ class _Member:
   """
 
   def __init__(
-    self, setup: Setup, run: Run, report: Report, checkpoints: Checkpoints, given: Params | None
+    self,
+    setup: Setup,
+    run: Run,
+    report: Report,
+    checkpoints: Checkpoints,
+    given: tuple[str, Params] | None,
   ):
     self.setup, self.run, self.report, self.checkpoints = setup, run, report, checkpoints
     self.config = setup.experiment.training
@@ -213,12 +206,12 @@ class _Member:
     self._given, self._saved = given, -1
     self._last_row = 0, 0, 0.0  # step, tokens and seconds of training
 
-  def restore(self, init_from: str | AnyPath | Params | None) -> TrainState:
+  def restore(self) -> TrainState:
     """Restore the state from the latest valid checkpoint, or initialize it."""
     run, t, steps = self.run, self.config, self.config.steps
     restored = self.checkpoints.restore(self.setup.abstract_state())
     if restored is None:
-      return self._initialize(init_from)
+      return self._initialize()
     state, position, corrupt = restored
     self.step = self._saved = int(state.step)
     self.setup.dataset.resume_step(position, t.batch_size, t.seed)
@@ -244,14 +237,11 @@ class _Member:
         self.report.last |= row
     return state
 
-  def _initialize(self, init_from: str | AnyPath | Params | None) -> TrainState:
+  def _initialize(self) -> TrainState:
     run, s = self.run, self.setup
-    params, self._given = self._given, None
-    if init_from is not None and params is None:
-      params = s.initial_params(init_from)
+    source, params = self._given or (None, None)
     run.rewind(-1)
-    source = f'{len(init_from)} arrays given' if isinstance(init_from, Mapping) else init_from
-    run.event('start', init_from=None if source is None else str(source))
+    run.event('start', init_from=source)
     self.report.line(
       f'{run.folder}: {s.definition.size:,} parameters, {s.parallel.mesh.size} devices, '
       f'{s.step_config.dtype}, {s.dataset.size}'
@@ -271,7 +261,9 @@ class _Member:
       c.steps == self.step or not self.step % c.eval_every or not self.step % c.checkpoint_every
     )
 
-  def report_step(self, values: dict[str, Any], seconds: float, costs: dict[str, float]) -> None:
+  def report_step(
+    self, values: dict[str, Any], seconds: float, utilization: Mapping[str, float]
+  ) -> None:
     """Report the metrics of the current step, `seconds` of training after the start; end the run if
     they are not finite."""
     c, finite = self.config, bool(values.pop('finite'))
@@ -281,10 +273,11 @@ class _Member:
     steps = max(1, self.step - step)
     step_seconds = (seconds - then) / steps
     rate = (self.tokens - tokens) / steps / max(step_seconds, 1e-9)
+    per_device = rate / self.setup.parallel.mesh.size
     self._last_row = self.step, self.tokens, seconds
     row = {'step': self.step, 'tokens': self.tokens, **values}
     row |= {'tokens_per_second': rate, 'step_seconds': step_seconds}
-    self.report.row(row | {name: rate * cost for name, cost in costs.items()})
+    self.report.row(row | {name: per_device * one for name, one in utilization.items()})
     if not finite:
       self.code = NOT_FINITE
       self.run.event('not_finite', step=self.step)
@@ -345,32 +338,19 @@ class _Loop:
   def __init__(
     self,
     members: list[_Member],
-    mesh: Mesh | None,
-    costs: tuple[FlopsPerToken | None, float | None],
-    sample: Sample | None,
+    mesh: Mesh | None = None,
+    utilization: Mapping[str, float] | None = None,
+    sample: Sample | None = None,
   ):
     self.members, self.mesh, self.sample = members, mesh, sample
     self.setup, self.clock = members[0].setup, Clock()
-    self.costs = self._costs(*costs)
+    self.utilization = utilization or {}
     self.compiled: dict[Any, Any] = {}  # steps, by the shapes of a batch
     self.batches: list[Any] = [None] * len(members)  # the latest of each member
 
-  def _costs(self, flops_per_token: FlopsPerToken | None, peak: float | None) -> dict[str, float]:
-    """Return the utilization at one token per second: `mfu` counts the FLOPs of causal attention,
-    `mfu_full` those of all pairs."""
-    if flops_per_token is None or peak is None:
-      return {}
-    e, devices = self.setup.experiment, (self.mesh or self.setup.parallel.mesh).size
-    return {
-      name: len(self.members)
-      * flops_per_token(e.model, e.data.positions, causal)
-      / (peak * devices)
-      for name, causal in (('mfu', True), ('mfu_full', False))
-    }
-
-  def run(self, init_from: str | AnyPath | Params | None = None) -> list[TrainResult]:
+  def run(self) -> list[TrainResult]:
     members = self.members
-    states = [m.restore(init_from) for m in members]
+    states = [m.restore() for m in members]
     state = states[0]
     if self.mesh is not None:
       state = self._put(jax.tree.map(lambda *x: jnp.stack(x), *states))
@@ -454,7 +434,7 @@ class _Loop:
     for i, m in enumerate(self.members):
       if m.code is None:
         one = {n: (v if self.mesh is None else v[i]).item() for n, v in values.items()}
-        m.report_step(one, seconds, self.costs)
+        m.report_step(one, seconds, self.utilization)
 
   def _between(self, state: TrainState, stop: bool, signal: str | None) -> None:
     """Evaluate and save the members that are due; the clock is paused."""

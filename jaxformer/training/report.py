@@ -1,5 +1,4 @@
-"""Progress of a run: rows of metrics, trackers, and lines or a progress bar on stderr. Only process
-0 reports."""
+"""Progress of a run: rows of metrics, trackers, and lines of a log."""
 
 from __future__ import annotations
 
@@ -7,7 +6,7 @@ import contextlib
 import math
 import sys
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 from jaxformer import config
@@ -38,38 +37,23 @@ class Clock:
     self._since = time.perf_counter()
 
 
+def print_line(line: str) -> None:
+  """Print a line of the log to stderr."""
+  print(line, file=sys.stderr, flush=True)
+
+
 class Report:
-  """Sends metrics to files, trackers and the terminal. A context manager.
+  """Sends metrics to files, trackers and the log.
 
   Attributes:
-    last: the latest value of every metric.
     line: logs a line.
+    last: the latest value of every metric.
   """
 
-  def __init__(self, run: Run, experiment: Experiment, log: Log | None):
-    self._run, self._experiment = run, experiment
-    self._steps = experiment.training.steps
+  def __init__(self, run: Run, steps: int, line: Log, tracks: Sequence[Track]):
+    self._run, self._steps, self._tracks = run, steps, tracks
+    self.line = line
     self.last: dict[str, Any] = {}
-    self._track: list[Track] = []
-    self._stack = contextlib.ExitStack()
-    self._bar = self._task = None
-    if not run.writes:
-      self.line: Log = lambda line: None
-    elif log is not None:
-      self.line = log
-    elif sys.stderr.isatty():
-      self.line = self._start_bar()
-    else:
-      self.line = lambda line: print(line, file=sys.stderr, flush=True)
-
-  def _start_bar(self) -> Log:
-    from rich.console import Console
-    from rich.progress import Progress
-
-    console = Console(stderr=True)
-    self._bar = Progress(console=console)
-    self._task = self._bar.add_task('starting', total=self._steps)
-    return lambda line: console.print(line, markup=False, highlight=False)
 
   def row(self, row: dict[str, Any]) -> None:
     """Record the metrics of a step: `step`, and numbers. Non-finite ones are written as null."""
@@ -77,30 +61,23 @@ class Report:
     self.last |= row
     self._run.metrics(row)
     numbers = {k: v for k, v in row.items() if isinstance(v, int | float) and k != 'step'}
-    for track in self._track:
+    for track in self._tracks:
       track(numbers, row['step'])
     if 'train/loss' in row:
-      self._progress(row)
+      self.line(f'step {row["step"]}/{self._steps} | {summary(row)}')
 
-  def _progress(self, row: dict[str, Any]) -> None:
-    text = summary(row)
-    if self._bar is None or self._task is None:
-      self.line(f'step {row["step"]}/{self._steps} | {text}')
-    else:
-      self._bar.update(self._task, completed=row['step'], description=text)
 
-  def __enter__(self) -> Report:
-    name, settings = self._run.folder.name, config.to_json(self._experiment)
-    with contextlib.ExitStack() as stack:
-      if self._bar is not None:
-        stack.enter_context(self._bar)
-      for t in self._experiment.training.trackers if self._run.writes else ():
-        self._track.append(stack.enter_context(t.open(self._run.home, name, settings)))
-      self._stack = stack.pop_all()
-    return self
-
-  def __exit__(self, *_: object) -> None:
-    self._stack.close()
+@contextlib.contextmanager
+def open_report(run: Run, experiment: Experiment, log: Log) -> Generator[Report]:
+  """Yield the report of a run, with its trackers open within the block. Only process 0 tracks and
+  logs."""
+  t, settings = experiment.training, config.to_json(experiment)
+  with contextlib.ExitStack() as stack:
+    tracks = [
+      stack.enter_context(tracker.open(run.home, run.folder.name, settings))
+      for tracker in (t.trackers if run.writes else ())
+    ]
+    yield Report(run, t.steps, log if run.writes else lambda line: None, tracks)
 
 
 def summary(row: dict[str, Any]) -> str:

@@ -139,9 +139,20 @@ def _training(e: Experiment, steps: int, log: Log) -> dict[str, Any]:
     'tokens_per_step': per_step,
     'compile_seconds': compile_seconds,
   }
-  if known := chip(jax.devices()[0].device_kind):
-    peak = known.peak() / known.devices * make_parallel(e.mesh).mesh.size
-    for name, causal in (('mfu', True), ('mfu_full', False)):
-      flops = flops_per_token(e.model, e.data.positions, causal)
-      value[name] = flops * per_step / median / peak
-  return value
+  per_device = per_step / median / make_parallel(e.mesh).mesh.size
+  at_one = utilization(e.model, e.data.positions)
+  return value | {name: per_device * one for name, one in at_one.items()}
+
+
+def utilization(model: ModelConfig, length: int) -> dict[str, float]:
+  """Return the model FLOPs utilization of training on one device of this machine at one token per
+  second: `mfu` counts the FLOPs of causal attention, `mfu_full` those of all pairs. Empty for a
+  device whose peak is unknown."""
+  known = chip(jax.devices()[0].device_kind)
+  if known is None:
+    return {}
+  peak = known.peak() / known.devices
+  return {
+    name: flops_per_token(model, length, causal) / peak
+    for name, causal in (('mfu', True), ('mfu_full', False))
+  }

@@ -5,15 +5,12 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Unpack
 
-import jax
-
 from jaxformer.data import open_data
 from jaxformer.models.params import Params
-from jaxformer.planning.cost import flops_per_token
-from jaxformer.planning.hardware import chip
 from jaxformer.training import Experiment, TrainResult, check
 from jaxformer.training import train as run_training
 from jaxformer.training.run import Run
+from jaxformer.workflows.benchmark import utilization
 from jaxformer.workflows.load import Code, initial_params, name_code
 from jaxformer.workflows.names import experiment
 from jaxformer.workflows.overrides import Overrides
@@ -88,13 +85,11 @@ def train(
   if isinstance(init_from, str):
     init_from = initial_params(init_from, e)
   dataset = open_data(e.data, log=log)
-  known = chip(jax.devices()[0].device_kind)
   result = run_training(
     e,
     init_from=init_from,
     dataset=dataset,
-    flops_per_token=flops_per_token,
-    peak_flops_per_second=None if known is None else known.peak() / known.devices,
+    utilization=utilization(e.model, e.data.positions),
     sample=sampler(e, dataset),
     log=log,
   )

@@ -56,8 +56,7 @@ def test_the_run_folder(experiment, dataset):
     devices=ONE,
     log=quiet,
     sample=lambda params, step: f'at {step}',
-    flops_per_token=lambda model, length, causal: 100.0 if causal else 200.0,
-    peak_flops_per_second=1e9,
+    utilization={'mfu': 100 / 1e9, 'mfu_full': 200 / 1e9},
   )
   folder = result.folder
   assert result.exit_code == 0
