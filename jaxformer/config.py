@@ -11,7 +11,7 @@ A type from outside the package also has `code`, which says where it is defined:
     {"type": "Mixer", "code": {"module": "my_layer", "file": "/home/me/my_layer.py",
                                "sha256": "..."}}
 
-This module needs no array library and imports nothing from the package.
+This module needs no array library and imports only `code_record` from the package.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ import difflib
 import functools
 import hashlib
 import json
-import pathlib
-import sys
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Literal, Self, TypeVar, dataclass_transform
+
+from jaxformer.code_record import PACKAGE, code_of, contents, is_named, package_of, without_paths
 
 NOTHING: Any = object()
 
@@ -159,11 +159,6 @@ def _identity(cls: type) -> tuple[str, str]:
   return cls.__module__, cls.__qualname__
 
 
-def package_of(cls: type) -> str:
-  """The package, or the file of a user, in which tags are unique."""
-  return cls.__module__.partition('.')[0]
-
-
 def _bases(cls: type) -> set[type]:
   return {b for b in cls.__mro__[1:] if issubclass(b, Config) and b is not Config}
 
@@ -198,69 +193,22 @@ def config_type(
 ) -> type[Config]:
   """Return the type named `tag` among those of `base`, in any case.
 
-  With a record of `code` it is the type that was loaded from a file of the same content or, if
+  With a record of `code` it is the type that was loaded last from a file of the same content or, if
   the user named another file for it, from there. Raises `InputError`.
   """
   if code is None:
-    if (found := find_type(tag, base)) is None:
-      known = (c.tag for c in types_of(base))
-      raise InputError(where, tag, problem=f'no such type{nearest(tag, known)}')
-    return found
-  records = {
-    c: record
-    for c in types_of(base)
-    if c.tag.lower() == tag.lower() and (record := code_of(c)) is not None
-  }
-  exact = [c for c, record in records.items() if record == dict(code)]
-  equal = [c for c, r in records.items() if 'sha256' in code and r.get('sha256') == code['sha256']]
-  named = [c for c in records if _is_named(c)]
-  if not (fitting := exact or equal or named):
-    file = code.get('file', f'module {code.get("module")}')
-    raise InputError(
-      where, tag, problem=f'defined in {file}, which is not loaded; name the file with --code'
-    )
-  return fitting[-1]
-
-
-# ---- code of users -----------------------------------------------------------------------------
-
-PACKAGE = __name__.partition('.')[0]
-
-
-def code_of(cls: type[Config]) -> dict[str, str] | None:
-  """Return where a type from outside the package is defined, or None for a type of the package.
-
-  `module`, and where the module has a file, its absolute path as `file` and the `sha256` of its
-  content when it was loaded.
-  """
-  if package_of(cls) == PACKAGE:
-    return None
-  module = sys.modules.get(cls.__module__)
-  file = getattr(module, '__file__', None)
-  if module is None or file is None:
-    return {'module': cls.__module__}
-  path = pathlib.Path(file).resolve()
-  known = vars(module).get('__jaxformer_sha256__')
-  digest = known or hashlib.sha256(path.read_bytes()).hexdigest()
-  return {'module': cls.__module__, 'file': str(path), 'sha256': digest}
-
-
-def _is_named(cls: type) -> bool:
-  """Whether the user named the file of a type as code to use."""
-  module = sys.modules.get(cls.__module__)
-  return module is not None and vars(module).get('__jaxformer_named__', False)
-
-
-def code_records(data: Any) -> list[dict[str, str]]:
-  """Return the records of code in JSON data of a config, each once."""
-  if isinstance(data, list):
-    found = [r for v in data for r in code_records(v)]
-  elif isinstance(data, Mapping):
-    own = [dict(data['code'])] if 'type' in data and isinstance(data.get('code'), Mapping) else []
-    found = own + [r for k, v in data.items() if k != 'code' for r in code_records(v)]
+    found = find_type(tag, base)
+    problem = f'no such type{nearest(tag, (c.tag for c in types_of(base)))}'
   else:
-    found = []
-  return [r for i, r in enumerate(found) if r not in found[:i]]
+    same = [c for c in types_of(base) if c.tag.lower() == tag.lower()]
+    equal = [c for c in same if contents(code_of(c)) == contents(code)]
+    fitting = equal or [c for c in same if is_named(c)]
+    found = fitting[-1] if fitting else None
+    file = code.get('file', f'module {code.get("module")}')
+    problem = f'defined in {file}, which is not loaded; name the file with --code'
+  if found is None:
+    raise InputError(where, tag, problem=problem)
+  return found
 
 
 # ---- values and their types --------------------------------------------------------------------
@@ -452,16 +400,6 @@ def digest(config: Config) -> str:
   Of the code of users the content counts, not where the file is.
   """
   return hashlib.sha256(json_text(without_paths(to_json(config))).encode()).hexdigest()[:16]
-
-
-def without_paths(data: Any) -> Any:
-  """Return JSON data of a config with the hash of its content for each record of code."""
-  if isinstance(data, list):
-    return [without_paths(v) for v in data]
-  if not isinstance(data, dict):
-    return data
-  code = {'code': data['code'].get('sha256', data['code']['module'])} if 'code' in data else {}
-  return {k: without_paths(v) for k, v in data.items()} | code
 
 
 def filled(data: Any, complete: Any) -> Any:

@@ -1,7 +1,7 @@
 """Python files of the user: loaded as modules, identified by the hash of their content.
 
 Types that such a file defines are stored in run folders with a record of the file
-(`config.code_of`). `load_recorded` loads the files that a stored config needs, under one rule: code
+(`code_record`). `load_recorded` loads the files that a stored config needs, under one rule: code
 runs if it is the user's own file, unchanged since the record was written, or if the user names it.
 """
 
@@ -18,7 +18,8 @@ import types
 from collections.abc import Generator, Sequence
 from typing import Any, TypeGuard, TypeVar
 
-from jaxformer.config import Config, InputError, code_records, nearest
+from jaxformer.code_record import HASH, NAMED, code_records
+from jaxformer.config import Config, InputError, nearest
 
 T = TypeVar('T')
 
@@ -42,12 +43,12 @@ def load_file(path: str | os.PathLike[str], *, named: bool = False) -> types.Mod
   place = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]
   name = f'user_{path.stem}_{place}'
   module = sys.modules.get(name)
-  if module is None or vars(module).get('__jaxformer_sha256__') != digest:
+  if module is None or vars(module).get(HASH) != digest:
     spec = importlib.util.spec_from_file_location(name, path.resolve())
     if spec is None or spec.loader is None:
       raise InputError('file', str(path), 'a Python file')
     module = importlib.util.module_from_spec(spec)
-    module.__dict__['__jaxformer_sha256__'] = digest
+    module.__dict__[HASH] = digest
     sys.modules[name] = module
     with errors_of(path):
       try:
@@ -56,7 +57,7 @@ def load_file(path: str | os.PathLike[str], *, named: bool = False) -> types.Mod
         sys.modules.pop(name, None)
         raise
   if named:
-    module.__dict__['__jaxformer_named__'] = True
+    module.__dict__[NAMED] = True
   return module
 
 
@@ -124,7 +125,7 @@ def load_recorded(
 
   Raises `InputError` for code that may not run, with what to name.
   """
-  named = {load_file(p, named=True).__dict__['__jaxformer_sha256__']: p for p in code}
+  named = {load_file(p, named=True).__dict__[HASH]: p for p in code}
   remarks = []
   for record in code_records(data):
     file, wanted = record.get('file'), record.get('sha256')
@@ -148,13 +149,13 @@ def load_recorded(
 
 def named_code() -> set[str]:
   """Return the hashes of the files that the user named."""
-  return _loaded('__jaxformer_named__')
+  return _loaded(NAMED)
 
 
-def _loaded(flag: str = '__jaxformer_sha256__') -> set[str]:
+def _loaded(flag: str = HASH) -> set[str]:
   # By the dictionary: modules that import lazily answer `getattr` for any name.
   found = [vars(m) for m in list(sys.modules.values()) if hasattr(m, '__dict__')]
-  return {v['__jaxformer_sha256__'] for v in found if v.get(flag)}
+  return {v[HASH] for v in found if v.get(flag)}
 
 
 def _trusted(path: pathlib.Path, wanted: str, folder: pathlib.Path | None) -> pathlib.Path:

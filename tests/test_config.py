@@ -5,6 +5,7 @@ from typing import Literal
 import pytest
 
 from jaxformer import config
+from jaxformer.code_record import code_of
 from jaxformer.config import Config, InputError, Registry
 from jaxformer.overrides import override
 
@@ -45,7 +46,7 @@ def test_json_and_back():
   data = config.to_json(house)
   assert data['walls'][0]['trim'] == {
     'type': 'Striped',
-    'code': config.code_of(Striped),
+    'code': code_of(Striped),
     'width': 1,
     'gap': 2.0,
   }

@@ -6,7 +6,8 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
-from jaxformer.config import Config, InputError, Registry, code_of, differences, to_json
+from jaxformer.code_record import code_of
+from jaxformer.config import Config, InputError, Registry, differences, to_json
 from jaxformer.interop.settings import Settings
 from jaxformer.interop.tensors import shortened
 from jaxformer.interop.weights import CheckpointFormat

@@ -60,15 +60,7 @@ class BatchPlacement:
         f'data: a batch of {rows} rows of {local.shape[1]} positions cannot be sharded over the '
         f'{self._parts} by {self._times} parts of the mesh'
       )
-    if self.count == 1:
-      return jax.device_put(local, self._sharding)
-    first = self.index * len(local)
-
-    def part(place: Any) -> np.ndarray:
-      low, high, _ = place[0].indices(rows)
-      return local[low - first : high - first, *place[1:]]
-
-    return jax.make_array_from_callback((rows, *local.shape[1:]), self._sharding, part)
+    return jax.make_array_from_process_local_data(self._sharding, local, (rows, *local.shape[1:]))
 
 
 def abstract_batch(data: DatasetConfig, batch_size: int, parallel: Parallel) -> Batch:

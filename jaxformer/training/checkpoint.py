@@ -123,30 +123,20 @@ def _read_meta(path: AnyPath) -> dict[str, Any]:
   return meta
 
 
-def differing_shapes(
-  saved: Mapping[str, Sequence[int]], wanted: Mapping[str, Sequence[int]]
-) -> list[str]:
-  """Return a line for every name whose shape differs, or that only one side has."""
+def check_shapes(
+  saved: Mapping[str, Sequence[int]], wanted: Mapping[str, Sequence[int]], what: str
+) -> None:
+  """Raises `InputError` with a line for every name whose shape differs, or that only one side
+  has."""
   lines = [
     f'{name}: {tuple(saved[name])} found, the model has {tuple(shape)}'
     for name, shape in wanted.items()
     if name in saved and tuple(saved[name]) != tuple(shape)
   ]
   lines += [f'{name}: not found' for name in wanted if name not in saved]
-  return lines + [f'{name}: found, but not in the model' for name in saved if name not in wanted]
-
-
-def _compare(path: AnyPath, meta: dict[str, Any], abstract: dict[str, dict[str, Any]]) -> None:
-  """Raises `InputError` that lists the names and shapes in which parts of a checkpoint and the
-  model differ."""
-  for part, tree in abstract.items():
-    start = f'{part}/'
-    saved = {n.removeprefix(start): s for n, s in meta['shapes'].items() if n.startswith(start)}
-    lines = differing_shapes(saved, {n: a.shape for n, a in tree.items()})
-    if lines:
-      raise InputError(
-        f'{path}: the {part} do not fit this model or optimizer:\n  {first_lines(lines)}'
-      )
+  lines += [f'{name}: found, but not in the model' for name in saved if name not in wanted]
+  if lines:
+    raise InputError(f'{what} do not fit this model or optimizer:\n  {first_lines(lines)}')
 
 
 def _read(
@@ -154,7 +144,10 @@ def _read(
 ) -> dict[str, dict[str, Array]]:
   """Return the arrays of the requested parts, verified. Raises `Corrupt`, or `InputError` for
   those of another model."""
-  _compare(path, meta, abstract)
+  for part, tree in abstract.items():
+    start = f'{part}/'
+    saved = {n.removeprefix(start): s for n, s in meta['shapes'].items() if n.startswith(start)}
+    check_shapes(saved, {n: a.shape for n, a in tree.items()}, f'{path}: the {part}')
   try:
     with _quiet():
       loaded = ocp.load_checkpointables(str(path), abstract)
@@ -219,16 +212,9 @@ def load_params(
   Raises `InputError` for a path without a checkpoint, that of another model, or a corrupt one.
   """
   where = find(path)
+  if parallel is None:  # the first device belongs to one process only
+    parallel = make_parallel(MeshConfig(), None if jax.process_count() > 1 else jax.devices()[:1])
   abstract = definition.abstract(parallel)
-  if parallel is None:
-    one = (
-      jax.sharding.SingleDeviceSharding(jax.devices()[0])
-      if jax.process_count() == 1  # the first device belongs to one process only
-      else make_parallel(MeshConfig()).replicated
-    )
-    abstract = {
-      n: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=one) for n, a in abstract.items()
-    }
 
   def read() -> tuple[Params, int]:
     meta = _read_meta(where)

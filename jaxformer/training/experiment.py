@@ -6,7 +6,8 @@ import dataclasses
 import re
 from typing import Literal
 
-from jaxformer.config import Config, InputError, code_of, nearest, types_of
+from jaxformer.code_record import code_of
+from jaxformer.config import Config, InputError, nearest, types_of
 from jaxformer.data import DatasetConfig, Text
 from jaxformer.models.model import ModelConfig
 from jaxformer.models.stack import REMAT
@@ -64,7 +65,7 @@ class TrainingConfig(Config):
     self.require_positive('checkpoint_every', 'keep_latest', 'log_every')
     self.require_not_negative('keep_best', 'z_loss')
     self.require(0 <= self.seed < 2**32, 'seed', 'at least 0 and below 2^32')
-    self.require(0 <= self.label_smoothing < 1, 'label_smoothing', 'at least 0 and below 1')
+    self.require_rate('label_smoothing')
     self.require(
       self.batch_size % self.accumulate == 0,
       'batch_size',
@@ -75,9 +76,7 @@ class TrainingConfig(Config):
       'profile',
       'a first step and a later one, or none',
     )
-    if self.remat not in REMAT:
-      problem = f'no such policy{nearest(self.remat, REMAT)}'
-      raise InputError('TrainingConfig.remat', self.remat, problem=problem)
+    self.require(self.remat in REMAT, 'remat', f'a policy{nearest(self.remat, REMAT)}')
 
 
 class RunConfig(Config):

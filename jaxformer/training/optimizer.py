@@ -43,9 +43,8 @@ class OptimizerConfig(Config, abstract=True):
   def validate(self):
     self.require_positive('learning_rate', 'clip')
     self.require_not_negative('weight_decay')
-    for field in ('beta1', 'beta2', 'momentum', 'adam_beta1', 'adam_beta2'):
-      if hasattr(self, field):
-        self.require(0 <= getattr(self, field) < 1, field, 'at least 0 and below 1')
+    averages = ('beta1', 'beta2', 'momentum', 'adam_beta1', 'adam_beta2')
+    self.require_rate(*(field for field in averages if hasattr(self, field)))
 
   def direction(self, info: dict[str, ParamInfo]) -> optax.GradientTransformation:
     """Return the map from gradients to what is subtracted at a learning rate of 1, without weight

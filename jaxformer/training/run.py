@@ -24,6 +24,7 @@ from typing import Any
 import jax
 
 from jaxformer import config
+from jaxformer.code_record import code_records, without_paths
 from jaxformer.config import InputError
 from jaxformer.data import Tokenizer
 from jaxformer.files import locked, write_atomically
@@ -154,11 +155,11 @@ class Run:
     try:  # fields that are newer than the run have their defaults
       saved = config.filled(saved, config.to_json(config.from_json(saved, str(self.folder))))
     except InputError:
-      if not config.code_records(saved):
+      if not code_records(saved):
         raise
       # else code has changed, which the records show
-    self.changed = config.differences(config.without_paths(saved), config.without_paths(new))
-    shas = [{r.get('sha256') for r in config.code_records(data)} for data in (saved, new)]
+    self.changed = config.differences(without_paths(saved), without_paths(new))
+    shas = [{r.get('sha256') for r in code_records(data)} for data in (saved, new)]
     named = shas[1] - shas[0] <= named_code()
     fixed = [d for d in self.changed if not _free(d) and not (named and _of_code(d))]
     if fixed:
@@ -215,7 +216,7 @@ class Run:
       raise InputError(f'{self.folder}: another process trains in this folder; wait until it ends')
     if tokenizer is not None:
       tokenizer.save(self.home / 'tokenizer')
-    code = config.code_records(config.to_json(self.experiment))
+    code = code_records(config.to_json(self.experiment))
     entry = environment(data_manifest) | ({'code': code} if code else {})
     file = self.home / 'environment.json'
     write_atomically(file, json.dumps([*_entries(file), entry], indent=2, default=str) + '\n')

@@ -9,13 +9,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxformer.config import InputError, first_lines
 from jaxformer.data import Dataset
 from jaxformer.evaluation import evaluate
 from jaxformer.models.params import Definition, Params, define
 from jaxformer.sharding import Parallel, make_parallel
 from jaxformer.training.batch_placement import BatchPlacement
-from jaxformer.training.checkpoint import differing_shapes, load_params
+from jaxformer.training.checkpoint import check_shapes, load_params
 from jaxformer.training.experiment import Experiment, TrainingConfig, check_fit
 from jaxformer.training.optimizer import Optimizer
 from jaxformer.training.paths import AnyPath
@@ -89,13 +88,8 @@ class Setup:
     d = self.definition
     if not isinstance(source, Mapping):
       return load_params(source, d, self.parallel)[0]
-    problems = differing_shapes(
-      {n: a.shape for n, a in source.items()}, {n: i.shape for n, i in d.info.items()}
-    )
-    if problems:
-      raise InputError(
-        f'init_from: the given parameters do not fit this model:\n  {first_lines(problems)}'
-      )
+    found, wanted = ({n: a.shape for n, a in arrays.items()} for arrays in (source, d.info))
+    check_shapes(found, wanted, 'init_from: the given parameters')
     where = d.shardings(self.parallel)
     # Copies, since the step donates its arguments.
     return {n: jnp.array(jax.device_put(source[n], where[n]), i.dtype) for n, i in d.info.items()}
