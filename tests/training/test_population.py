@@ -53,7 +53,6 @@ def test_eight_together_equal_eight_alone(experiment, dataset):
   assert len(final) == len(MEMBERS)  # seeds and rates did differ
 
 
-@thorough
 def test_an_interrupted_population_goes_on(experiment, dataset):
   heard = []
 
