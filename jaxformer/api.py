@@ -1,8 +1,6 @@
 """What people call from Python; the command line calls the same functions. Import `jaxformer`,
 which re-exports all of it lazily. Functions with an answer of their own stand in `workflows`."""
 
-from __future__ import annotations
-
 import os
 import pathlib
 import sys

@@ -4,8 +4,6 @@ A record has the `module` and, where that has a file, its absolute path as `file
 of its content when it was loaded. `user_code` loads the files that records name.
 """
 
-from __future__ import annotations
-
 import hashlib
 import pathlib
 import sys

@@ -1,7 +1,5 @@
 """Files that several processes share: written atomically, and locked."""
 
-from __future__ import annotations
-
 import contextlib
 import fcntl
 import os

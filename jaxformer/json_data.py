@@ -1,7 +1,5 @@
 """Results as JSON data."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from typing import Any

@@ -1,7 +1,5 @@
 """Changes of a config by dotted path, as the command line gives them."""
 
-from __future__ import annotations
-
 import json
 import typing
 from collections.abc import Iterable

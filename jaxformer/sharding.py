@@ -4,8 +4,6 @@ Without an active mesh every function here is the identity. This is the only mod
 mesh.
 """
 
-from __future__ import annotations
-
 import contextlib
 import contextvars
 import dataclasses

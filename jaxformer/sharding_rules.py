@@ -5,8 +5,6 @@ over which mesh axes each logical axis is sharded. Parameters and activations ha
 so FSDP (parameters sharded over an axis that also shards the batch) needs no code in any layer.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -5,8 +5,6 @@ Types that such a file defines are stored in run folders with a record of the fi
 runs if it is the user's own file, unchanged since the record was written, or if the user names it.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import importlib.util

@@ -4,8 +4,6 @@ RUN is as in `jaxformer generate`. The picture has the target from top to bottom
 left to right; a row shows what the model attended to when it predicted the token beside it, the
 mean over heads and layers."""
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Sequence
 from typing import Any

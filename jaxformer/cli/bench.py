@@ -4,8 +4,6 @@ Training runs the step of the experiment (batch size, sequence length, optimizer
 decoding is measured at each --context-length. Figures are medians; on a shared machine compare only
 figures of one invocation."""
 
-from __future__ import annotations
-
 import argparse
 from typing import Any
 

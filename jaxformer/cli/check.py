@@ -4,8 +4,6 @@ FILE:NAME names a layer config in a Python file, as in my_layer.py:MyMixer.Confi
 its class are checked too. The exit code is 1 if a check fails. To check sharding on a machine with
 one device, simulate several: XLA_FLAGS=--xla_force_host_platform_device_count=8."""
 
-from __future__ import annotations
-
 import argparse
 
 import jaxformer as jf

@@ -9,8 +9,6 @@ stopped. Any field can be overridden: --study.tokens 1e6 --study.seeds 1,2,3
 the size of the study in a model like Llama. Small models leave most cores idle, so several
 processes train at once (--workers); other machines with the same DIR can help with --train-only."""
 
-from __future__ import annotations
-
 import argparse
 from typing import Any
 

@@ -4,8 +4,6 @@ Writes a folder of Hugging Face weights (config.json, safetensors and the tokeni
 name that ends in .safetensors or .pth, a file of RWKV weights. The other direction needs no
 conversion: `generate`, `eval` and `train --init-from` read such folders and files directly."""
 
-from __future__ import annotations
-
 import argparse
 from typing import Any
 

@@ -6,8 +6,6 @@ byte pairs (BPE) and writes OUT, a tokenizer.json that --data.tokenizer Tokenize
 --data.tokenizer.path OUT uses; for pairs it is trained on both sides. Both accept --data...
 overrides; pairs are `--data Pairs --data.corpus Tsv --data.corpus.path FILE`."""
 
-from __future__ import annotations
-
 import argparse
 from typing import Any
 

@@ -6,8 +6,6 @@ or a layer as FILE.py:NAME. FLOPs are those of the forward pass, averaged over a
 the model's context length; state is that of decoding such a sequence, at 2 bytes per number. The
 sums are those of `jaxformer plan`."""
 
-from __future__ import annotations
-
 import argparse
 from typing import Any
 

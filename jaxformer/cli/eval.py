@@ -6,8 +6,6 @@ split of those that the run was trained on, or what --data... overrides select: 
 --data.corpus.path other.txt. Bits per byte do not depend on the tokenizer. A model trained on a
 task is scored on its test sequences; a translation model also by BLEU and chrF."""
 
-from __future__ import annotations
-
 import argparse
 from typing import Any
 

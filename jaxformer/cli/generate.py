@@ -6,8 +6,6 @@ model takes --prompt and sampling options, and prints text as it is generated. A
 takes --source, or each line of standard input, and beam search options; it prints one line for
 each."""
 
-from __future__ import annotations
-
 import argparse
 import sys
 from collections.abc import Sequence

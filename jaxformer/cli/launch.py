@@ -7,8 +7,6 @@ dotted, as in --sky.infra gcp/us-east5 --xpk.cluster NAME --gcloud.zone us-east5
 gpu; overrides of the experiment are those of `train`. A run that is preempted is started again and
 resumes. `--sweep FIELD=VALUE,VALUE` starts a job per value, two sweeps one per pair."""
 
-from __future__ import annotations
-
 import argparse
 import sys
 from typing import Any

@@ -1,7 +1,5 @@
 """List all presets with their families and sizes."""
 
-from __future__ import annotations
-
 import argparse
 
 import jaxformer as jf

@@ -7,8 +7,6 @@ stdout, everything else to stderr; with `--json`, stdout is exactly one JSON val
 Command modules import nothing that needs JAX: the functions of `jaxformer` load when they are
 called, so help is fast."""
 
-from __future__ import annotations
-
 import argparse
 import importlib
 import importlib.metadata

@@ -1,7 +1,5 @@
 """Options that several commands share, and how results are printed."""
 
-from __future__ import annotations
-
 import argparse
 import json
 from typing import Any

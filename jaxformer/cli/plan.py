@@ -12,8 +12,6 @@ closest width, depth and hidden units are found, for bytes and 256 tokens of con
 --model.vocab-size and --model.context-length are given. `plan families`, and several sizes as in
 --params 1M,10M,125M, print a table of shapes."""
 
-from __future__ import annotations
-
 import argparse
 from typing import Any
 

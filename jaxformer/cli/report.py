@@ -3,8 +3,6 @@
 STUDY is what `jaxformer compare` accepts, with the same fields. Architectures with unfinished runs
 are omitted and named. Costs that were not measured yet are measured."""
 
-from __future__ import annotations
-
 import argparse
 from typing import Any
 

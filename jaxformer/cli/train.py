@@ -11,8 +11,6 @@ The target may also be a family at a size (`train mamba --params 1M`), or a laye
 model like Llama (`train my_layer.py:MyMixer.Config`, of a million parameters unless a size is
 given); see `jaxformer plan --help`."""
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Sequence
 from typing import Any

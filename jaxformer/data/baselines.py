@@ -3,8 +3,6 @@
 The symbols are the 256 bytes, and 256 for the boundary of a document. Counts of pairs in the
 training text determine the models, and counts of pairs in the validation text their scores."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

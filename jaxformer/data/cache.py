@@ -6,8 +6,6 @@ all rows one after another (uint16, or uint32 for vocabularies beyond 65,536), t
 rows start, and counts of byte pairs for the baselines; the validation rows of a parallel corpus as
 text, for scores of translations; and `index.json` with sizes and hashes."""
 
-from __future__ import annotations
-
 import json
 import time
 from array import array

@@ -1,7 +1,5 @@
 """The cache folder: where it is, how folders are built in it atomically, and hashes of files."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import hashlib

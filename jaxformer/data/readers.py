@@ -1,8 +1,6 @@
 """Read files: text, lines, JSON lines and Parquet; the first three also compressed by gzip or
 Zstandard."""
 
-from __future__ import annotations
-
 import contextlib
 import gzip
 import json

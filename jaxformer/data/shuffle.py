@@ -5,8 +5,6 @@ All functions are pure, vectorized over positions, and use integer arithmetic on
 never changes with a library: a run resumed years later sees the same data. Positions are counted
 over the global batch, so the order is independent of the number of hosts."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Callable, Sequence
 

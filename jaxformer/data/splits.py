@@ -1,8 +1,6 @@
 """Splits of a corpus into training and validation rows: by document or by position, the same on
 every pass."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import Literal, NamedTuple

@@ -1,8 +1,6 @@
 """Evaluation of trained models: losses, bits per byte, the loss by position, scores of
 translations."""
 
-from __future__ import annotations
-
 from jaxformer.evaluation.language_model import (
   EvalResult,
   bits_per_byte,

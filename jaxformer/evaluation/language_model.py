@@ -4,8 +4,6 @@ by source length.
 Dims: B batch, T time.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import math

@@ -5,8 +5,6 @@ BLEU (Papineni et al. 2002) and chrF (Popovic 2015) are computed on detokenized 
 reported with sacrebleu's signature. sacrebleu is part of the extra `translation`; without it there
 are only exact matches."""
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 import json

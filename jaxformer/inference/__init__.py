@@ -1,8 +1,6 @@
 """Decoding in compiled programs: sampling, streaming and stop strings for language models; greedy
 and beam search and alignments for encoder-decoders."""
 
-from __future__ import annotations
-
 from jaxformer.inference.alignment import align, draw
 from jaxformer.inference.beam import Beam
 from jaxformer.inference.benchmark import DecodeTime, time_decode

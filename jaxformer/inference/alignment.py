@@ -1,7 +1,5 @@
 """Attention of a decoder to the tokens of its source, as a matrix and as a picture."""
 
-from __future__ import annotations
-
 import functools
 import os
 from collections.abc import Sequence

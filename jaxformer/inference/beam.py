@@ -4,8 +4,6 @@ width 1 is greedy decoding.
 Dims: B batch, S source, K width of the beam, N most new tokens, V vocabulary.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 from typing import Any

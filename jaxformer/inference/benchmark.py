@@ -1,7 +1,5 @@
 """Timing of prefill and decoding."""
 
-from __future__ import annotations
-
 import statistics
 import time
 from typing import Any, NamedTuple

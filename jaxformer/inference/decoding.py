@@ -8,8 +8,6 @@ host.
 Dims: B batch, T padded length of the prompts, N maximum number of new tokens, V vocabulary.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import sys

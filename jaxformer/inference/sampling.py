@@ -3,8 +3,6 @@
 Dims: B batch, V vocabulary.
 """
 
-from __future__ import annotations
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key

@@ -1,7 +1,5 @@
 """Continuations as text, streamed, with stop strings."""
 
-from __future__ import annotations
-
 import codecs
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence

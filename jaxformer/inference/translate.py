@@ -1,7 +1,5 @@
 """Translation, from lists of tokens to lists of tokens."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple

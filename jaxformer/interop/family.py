@@ -1,7 +1,5 @@
 """The registry of checkpoint formats, what they share, and the match of a model to one of them."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar

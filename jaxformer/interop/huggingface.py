@@ -1,8 +1,6 @@
 """Import and export of Hugging Face folders: `config.json` and safetensors <-> a model config and
 its parameters. Pickles are never read."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

@@ -4,8 +4,6 @@
 The version follows from the names of the tensors, the sizes from their shapes. The context length
 and the initializers, which no shape determines, are those of the published models."""
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence

@@ -1,8 +1,6 @@
 """Typed access to another library's `config.json`: every field that affects the function is either
 used or refused, never ignored."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any, TypeVar
 

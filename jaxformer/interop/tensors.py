@@ -1,8 +1,6 @@
 """Safetensors files and folders: tensors are read one at a time, and written in files of bounded
 size. Independent of models."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import itertools

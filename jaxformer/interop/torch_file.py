@@ -4,8 +4,6 @@ and written.
 PyTorch is imported only here, and only for such files.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 from collections.abc import Generator, Mapping

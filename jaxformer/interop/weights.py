@@ -3,8 +3,6 @@
 A rule names our parameters *unstacked*: `stack.{layer}.branches.0.layer.q.kernel` is that of one
 block, counted through all groups and repeats of the stack. This module stacks and unstacks."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import re

@@ -1,7 +1,5 @@
 """Checks of an experiment against a target before anything is rented."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from jaxformer.config import InputError

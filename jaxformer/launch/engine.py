@@ -1,7 +1,5 @@
 """The interface of engines: an engine turns a job into files, and a command that submits them."""
 
-from __future__ import annotations
-
 import pathlib
 import shlex
 import shutil

@@ -7,8 +7,6 @@ and requests preempted machines again.
 https://cloud.google.com/tpu/docs/queued-resources
 """
 
-from __future__ import annotations
-
 import shlex
 
 from jaxformer.config import InputError

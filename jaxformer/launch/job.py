@@ -8,8 +8,6 @@ Engines act on the exit code: after `exit_codes.PREEMPTED` they restart the run,
 code of `SIGNALLED` and above means that a signal ended the process, as when another host died, and
 they restart it a few times; any other code is final."""
 
-from __future__ import annotations
-
 import base64
 import dataclasses
 import hashlib

@@ -3,8 +3,6 @@
 https://docs.skypilot.co/en/latest/reference/yaml-spec.html
 """
 
-from __future__ import annotations
-
 import pathlib
 from typing import Any
 

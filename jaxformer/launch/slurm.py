@@ -3,8 +3,6 @@
 https://slurm.schedmd.com/sbatch.html
 """
 
-from __future__ import annotations
-
 import pathlib
 import shlex
 

@@ -1,7 +1,5 @@
 """Sweeps: one job for each combination of the values of some fields."""
 
-from __future__ import annotations
-
 import itertools
 import re
 from collections.abc import Sequence

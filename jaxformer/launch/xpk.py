@@ -3,8 +3,6 @@
 https://github.com/AI-Hypercomputer/xpk
 """
 
-from __future__ import annotations
-
 import pathlib
 from typing import Any
 

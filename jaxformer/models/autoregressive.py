@@ -1,7 +1,5 @@
 """Models that predict the next token: on whole sequences, and token by token from a state."""
 
-from __future__ import annotations
-
 import dataclasses
 from typing import Any
 

@@ -1,7 +1,5 @@
 """From hidden vectors to logits, losses and scores."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import jax.numpy as jnp

@@ -4,8 +4,6 @@ Modules are built once to learn their structure; training, checkpoints and weigh
 `{name: array}`, which costs the least to dispatch, reads well in a checkpoint, and needs no library
 to walk. `Definition.merge` turns it into a module again, inside a jitted function."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import math

@@ -1,8 +1,6 @@
 """A stack: groups of (pattern of blocks, repeats). The parameters of repeated patterns are stored
 stacked, and scanned or unrolled."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Iterator

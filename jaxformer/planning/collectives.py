@@ -1,8 +1,6 @@
 """Collectives of a compiled program, from its HLO text: how often they run, what they send between
 devices, and over which mesh axes."""
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 import math

@@ -4,8 +4,6 @@ a program fits, and what it computes and sends.
 Memory and program are those that a TPU would run; the compiler says nothing about speed.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import importlib.metadata

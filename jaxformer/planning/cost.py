@@ -15,8 +15,6 @@ Conventions, stated once:
   the active experts count.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Iterable
 

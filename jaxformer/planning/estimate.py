@@ -1,7 +1,5 @@
 """StepEstimate: memory, time and cost of training or inference on a given slice, by formulas."""
 
-from __future__ import annotations
-
 import dataclasses
 import re
 from collections.abc import Iterator

@@ -1,8 +1,6 @@
 """Chip specifications: peak rates, memory, links and list prices, each with its source and date, in
 `hardware.toml`. A user's file in the same format can add and override chips."""
 
-from __future__ import annotations
-
 import json
 import tomllib
 from collections.abc import Mapping

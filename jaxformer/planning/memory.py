@@ -18,8 +18,6 @@ On the training steps of `experiments/plan_table.md` the sum is within 15 % of w
 reports, except where that table says otherwise.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import math

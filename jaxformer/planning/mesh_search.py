@@ -10,8 +10,6 @@ ranked by the formulas, the best of them compiled.
    FLOPs is recommended; the others are returned with the reason for their rejection.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Sequence

@@ -8,8 +8,6 @@ the program: whether an array depends on the batch, and how the mesh axes that s
 where they are used (`tensor`) shard it. An operation without a rule of its own takes the sharding
 of the argument dimensions that its result has (`_elementwise`)."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple

@@ -22,8 +22,6 @@ Inference shards weights and state evenly and sends the residual stream of each 
 `replica` crosses the network, as does any axis of GPUs that is wider than the domain of their fast
 links; the other axes use the links."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 

@@ -1,7 +1,5 @@
 """PlanSetup: one model, one slice, one mesh and one workload; the input of every estimate."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections.abc import Callable

@@ -1,8 +1,6 @@
 """Accelerator slices by their cloud names: 'v5p-2048', 'v6e-256', '2 x v5e-256', 'v5e:2x4',
 'h100:8'."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import re

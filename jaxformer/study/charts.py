@@ -1,7 +1,5 @@
 """Charts as SVG by matplotlib: points with interval bars, lines, linear and logarithmic axes."""
 
-from __future__ import annotations
-
 import dataclasses
 import html
 import io

@@ -1,8 +1,6 @@
 """Costs of each architecture of a study on this machine: counted from its shapes, and measured side
 by side."""
 
-from __future__ import annotations
-
 import collections
 import dataclasses
 import json

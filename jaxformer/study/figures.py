@@ -1,7 +1,5 @@
 """Charts of a report at one size."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from statistics import fmean

@@ -1,7 +1,5 @@
 """Tables and charts of a scaling study: laws, predictions, optimal sizes, and every training."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 import numpy as np

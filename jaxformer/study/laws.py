@@ -1,8 +1,6 @@
 """Results of a scaling study as data: every training, and the law of each architecture with
 intervals and predictions."""
 
-from __future__ import annotations
-
 import dataclasses
 import operator
 from collections.abc import Sequence

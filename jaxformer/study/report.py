@@ -1,7 +1,5 @@
 """Report of a study: one self-contained HTML file, and the same as Markdown, CSV and JSON."""
 
-from __future__ import annotations
-
 import csv
 import io
 import json

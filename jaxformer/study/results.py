@@ -1,8 +1,6 @@
 """Results of a study as data: scores with intervals, significance, sizes, costs, curves and laws.
 Every format of the report is made from it."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence

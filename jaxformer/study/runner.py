@@ -1,8 +1,6 @@
 """Run a study: tune every entry equally, then train its seeds. Every run is an ordinary run folder,
 so an interrupted study resumes, and several processes share the work by file locks."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import itertools

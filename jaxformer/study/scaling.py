@@ -2,8 +2,6 @@
 parametric fit of section 3.3 with bootstrap intervals, and the parabolas of equal training FLOPs of
 section 3.2."""
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 import math

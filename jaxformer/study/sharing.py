@@ -1,8 +1,6 @@
 """One study trained by several processes, each on entries that no other is training. Small models
 leave most cores of a machine idle."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import subprocess

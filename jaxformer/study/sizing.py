@@ -4,8 +4,6 @@ parameters, of training FLOPs per token, or of bytes of state.
 The costs of layers are polynomials of the shape up to rounding. So a polynomial through a dozen
 small models predicts the others, and only the best candidates are built and measured exactly."""
 
-from __future__ import annotations
-
 import bisect
 import dataclasses
 import functools

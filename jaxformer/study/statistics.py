@@ -1,8 +1,6 @@
 """Statistics of a few runs per architecture: intervals over seeds, paired differences, and
 significance with control of the family-wise error rate."""
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence

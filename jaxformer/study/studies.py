@@ -1,7 +1,5 @@
 """Named studies, for `jaxformer compare NAME`."""
 
-from __future__ import annotations
-
 from jaxformer.config import Registry
 from jaxformer.data import AssociativeRecall, Text
 from jaxformer.study.study import ScaledFamily, ScalingGrid, Study, budgets

@@ -1,7 +1,5 @@
 """Tables of a report at one size, shared by all its formats."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import math

@@ -1,7 +1,5 @@
 """Checks of one layer against the contract of layers (`layers/layer.py`)."""
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterator

@@ -1,7 +1,5 @@
 """Placement of batches: from the host's memory onto a mesh."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import jax

@@ -1,7 +1,5 @@
 """The environment of a run: what a result may depend on apart from its config."""
 
-from __future__ import annotations
-
 import importlib.metadata
 import os
 import platform

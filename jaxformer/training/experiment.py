@@ -1,7 +1,5 @@
 """An experiment as data: everything that determines a training run."""
 
-from __future__ import annotations
-
 import dataclasses
 import re
 from typing import Literal

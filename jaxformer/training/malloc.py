@@ -1,7 +1,5 @@
 """Settings of the C library's allocator for runs on a CPU."""
 
-from __future__ import annotations
-
 import ctypes
 import sys
 

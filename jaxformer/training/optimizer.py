@@ -5,8 +5,6 @@ parameters, for a learning rate of 1. What all share (clipping, schedule, decoup
 the parameters' own factors) is in `Optimizer.update`. The state is arrays named after parameters,
 so it is sharded as they are."""
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 from collections.abc import Callable

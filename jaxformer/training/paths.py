@@ -7,8 +7,6 @@ are uploaded from time to time. Arrays do not take this path: Orbax writes them 
 directly, from every process.
 """
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import os

@@ -14,8 +14,6 @@ run are found, in this order, from
 Without any of them there is one process.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import os
 import pathlib

@@ -1,7 +1,5 @@
 """Progress of a run: rows of metrics, trackers, and lines of a log."""
 
-from __future__ import annotations
-
 import contextlib
 import math
 import sys

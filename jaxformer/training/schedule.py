@@ -4,8 +4,6 @@
 Steps count from 0: the first update of a warm-up over `w` steps uses 1 / w of the learning rate,
 and update `w - 1` the full one."""
 
-from __future__ import annotations
-
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 

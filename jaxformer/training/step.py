@@ -1,8 +1,6 @@
 """One training step as a pure function of a state and a batch: of one run, or of several runs on a
 leading member axis; compiled for arrays, or lowered from shapes alone."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 from typing import Any

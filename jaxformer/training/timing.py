@@ -1,7 +1,5 @@
 """Timing of the compiled training step on one batch."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 

@@ -1,7 +1,5 @@
 """Trackers: where the metrics of a run go besides `metrics.jsonl`."""
 
-from __future__ import annotations
-
 import contextlib
 import importlib
 import json

@@ -1,7 +1,5 @@
 """Time of training and decoding on this machine, with random weights and tokens."""
 
-from __future__ import annotations
-
 import dataclasses
 import statistics
 from collections.abc import Sequence

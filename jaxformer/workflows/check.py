@@ -1,7 +1,5 @@
 """Checks of a layer against the contract of layers, as one value."""
 
-from __future__ import annotations
-
 import dataclasses
 from typing import Any
 

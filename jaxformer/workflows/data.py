@@ -1,7 +1,5 @@
 """What the splits of a text or a parallel corpus hold, and tokenizers trained on them."""
 
-from __future__ import annotations
-
 import os
 
 from jaxformer.config import InputError

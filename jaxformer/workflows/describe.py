@@ -1,8 +1,6 @@
 """A model read from top to bottom: its layers with formulas and papers, shapes, parameters, FLOPs
 and state, and the implementations that its operations run."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Iterator
 from typing import Any

@@ -1,7 +1,5 @@
 """Jobs on rented machines or a cluster: checked, priced, written and submitted."""
 
-from __future__ import annotations
-
 import dataclasses
 import pathlib
 import shlex

@@ -1,7 +1,5 @@
 """Models with their parameters from a name: a run, weights of another library, or a preset."""
 
-from __future__ import annotations
-
 import json
 import os
 import pathlib

@@ -1,8 +1,6 @@
 """What the names that users give stand for: experiments by name, file or size, studies by name or
 file."""
 
-from __future__ import annotations
-
 import os
 import pathlib
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Overrides as users give them."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable, Mapping
 from typing import Any

@@ -1,7 +1,5 @@
 """Cost of a model, and time, money, memory and bounds of training or inference on a target."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Collection, Iterable
 from typing import Any, Unpack, get_args

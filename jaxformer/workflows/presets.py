@@ -1,7 +1,5 @@
 """Names, families and sizes of all presets, without importing them."""
 
-from __future__ import annotations
-
 import importlib.resources
 import json
 

@@ -1,7 +1,5 @@
 """Progress and remarks: the logger 'jaxformer', on standard error unless it has a handler."""
 
-from __future__ import annotations
-
 import logging
 import sys
 from collections.abc import Callable

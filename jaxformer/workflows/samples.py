@@ -1,8 +1,6 @@
 """Text that is generated while training, always from the same prompts and seed so that steps can be
 compared."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,8 +1,6 @@
 """Models built to a size: of a family, or around a layer of the user's, by the solver of
 `study.sizing`."""
 
-from __future__ import annotations
-
 import math
 from typing import Any, TypedDict, Unpack
 

@@ -1,7 +1,5 @@
 """Answers for people and programs: plain-text tables, short numbers."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """Training of an experiment with samples and baselines, as one value."""
 
-from __future__ import annotations
-
 import dataclasses
 from typing import Any, Unpack
 

@@ -1,8 +1,6 @@
 """Tasks, one file each: importing this package registers them all. `task.py` says what a task
 is."""
 
-from __future__ import annotations
-
 import importlib
 import pkgutil
 

@@ -1,7 +1,5 @@
 """Selective copying: repeat tokens among noise in their order, as in Mamba."""
 
-from __future__ import annotations
-
 import numpy as np
 
 from jaxformer.data.shuffle import Index

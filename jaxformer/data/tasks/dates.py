@@ -1,7 +1,5 @@
 """Dates in many written forms, to be translated to ISO 8601."""
 
-from __future__ import annotations
-
 import datetime
 import functools
 

@@ -1,7 +1,5 @@
 """Handwritten digits, read pixel by pixel."""
 
-from __future__ import annotations
-
 import functools
 
 import numpy as np

@@ -1,7 +1,5 @@
 """ListOps: nested lists of operations on digits, and their values."""
 
-from __future__ import annotations
-
 import random
 
 import numpy as np

@@ -1,8 +1,6 @@
 """Multi-query associative recall (Arora et al. 2023, "Zoology", arXiv 2312.04927, definition 3.1),
 as in the authors' code."""
 
-from __future__ import annotations
-
 import decimal
 import functools
 

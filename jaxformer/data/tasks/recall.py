@@ -4,8 +4,6 @@ tokens across a sequence.
 As in the paper, models are trained to predict every token, most of which are unpredictable, and
 scored on the last alone."""
 
-from __future__ import annotations
-
 import numpy as np
 
 from jaxformer.data.shuffle import Index

@@ -1,7 +1,5 @@
 """Checkpoint formats, one file per family. Importing this package registers all in `FAMILIES`."""
 
-from __future__ import annotations
-
 import importlib
 import pkgutil
 

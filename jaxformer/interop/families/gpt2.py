@@ -1,8 +1,6 @@
 """GPT-2. Its linear layers are `Conv1D`s, with weights [in, out] as ours; query, key and value are
 fused."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from jaxformer.interop.family import branches_of, depth, family, part, std_of

@@ -1,8 +1,6 @@
 """Jamba: Mamba and attention layers, feed-forward layers and mixtures of experts. On disk, every
 expert has separate tensors."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from jaxformer.config import InputError

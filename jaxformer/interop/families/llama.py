@@ -1,7 +1,5 @@
 """Llama 2, 3, 3.1, 3.2, and Mistral, which is Llama with a sliding window."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable
 from typing import Any

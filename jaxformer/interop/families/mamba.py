@@ -1,7 +1,5 @@
 """Mamba. Two of its tensors are several of ours: `in_proj` is W_x and W_z, side by side."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from jaxformer.interop.family import branches_of, depth, family, part

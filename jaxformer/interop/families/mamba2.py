@@ -1,8 +1,6 @@
 """Mamba-2. `in_proj` is W_z, W_x, W_bc and W_dt side by side, `conv1d` the convolutions of x and of
 [B, C]."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from typing import Any

@@ -1,8 +1,6 @@
 """Marian: the Transformer of Vaswani et al. 2017, with biases in attention and on the logits, and
 with sines before cosines."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

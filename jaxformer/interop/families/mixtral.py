@@ -4,8 +4,6 @@ On disk every expert has separate tensors, w1 (gate), w3 (up) and w2 (down), as 
 files; transformers 5 fuses them in memory only. Its balancing loss is computed over all layers, and
 only on request; its weight becomes the weight of our loss per layer."""
 
-from __future__ import annotations
-
 import dataclasses
 from typing import Any
 

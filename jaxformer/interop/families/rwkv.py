@@ -1,8 +1,6 @@
 """RWKV-4. transformers may halve weights and residuals every few blocks when it runs a model,
 against overflow in fp16; files hold the weights as trained, and so do our parameters."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from jaxformer.interop.family import branches_of, depth, family

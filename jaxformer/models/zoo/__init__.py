@@ -1,8 +1,6 @@
 """Named architectures, one file per family. Importing this package registers them all in
 `PRESETS`."""
 
-from __future__ import annotations
-
 import importlib
 import pkgutil
 

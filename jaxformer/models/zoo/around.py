@@ -1,8 +1,6 @@
 """A family around any sequence layer: Llama's blocks (pre-norm RMSNorm, SwiGLU) with the layer in
 place of attention."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from jaxformer.layers.layer import LayerConfig

@@ -4,8 +4,6 @@ mean pooling.
 Blocks are pre-norm with LayerNorm; those for the Long Range Arena have BatchNorm, whose statistics
 would couple the rows of a batch, and padding."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from jaxformer.layers.layer import LayerConfig

@@ -4,8 +4,6 @@ the bottom layer of the decoder, whose context every layer of the decoder reads 
 Source, target and head have separate tables; gates and logits have biases: 280,858,880 parameters
 with a vocabulary of 32,000."""
 
-from __future__ import annotations
-
 import functools
 from typing import Any
 

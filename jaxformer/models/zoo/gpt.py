@@ -1,8 +1,6 @@
 """GPT-2 (Radford et al. 2019) and GPT-3 (Brown et al. 2020): pre-norm LayerNorm, learned positions,
 GELU (tanh), biases everywhere, tied head."""
 
-from __future__ import annotations
-
 import functools
 from typing import Any
 

@@ -3,8 +3,6 @@ of attention, GELU (tanh), biases everywhere, no positions, tied head. Sizes, po
 attention layers and a vocabulary padded to a multiple of 8 are those of the published models; 2.7b
 is the one with three layers of attention."""
 
-from __future__ import annotations
-
 import itertools
 from typing import Any
 

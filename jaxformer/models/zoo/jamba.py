@@ -2,8 +2,6 @@
 eight, and sixteen experts, two per token, in place of every second feed-forward layer. Pre-norm
 RMSNorm, SwiGLU, no positions: the Mamba layers encode them."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

@@ -1,8 +1,6 @@
 """Llama 2 (Touvron et al. 2023) and Llama 3, 3.1, 3.2 (Grattafiori et al. 2024): pre-norm RMSNorm,
 rotary positions, SwiGLU, grouped-query attention, no biases."""
 
-from __future__ import annotations
-
 import functools
 from typing import Any
 

@@ -5,8 +5,6 @@ layers as wide as the embedding; dropout between layers (after the embedding, be
 before the head), never through time. Every weight is initialized uniformly within one bound. The
 context length is that of truncated backpropagation."""
 
-from __future__ import annotations
-
 import functools
 from typing import Any
 

@@ -1,8 +1,6 @@
 """Mamba (Gu and Dao 2023) and Mamba-2 (Dao and Gu 2024): blocks of one pre-norm branch, no
 feed-forward, no positions, tied head."""
 
-from __future__ import annotations
-
 import functools
 from typing import Any
 

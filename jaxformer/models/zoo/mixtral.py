@@ -2,8 +2,6 @@
 each feed-forward layer; no sliding window. The balancing losses' weights are those of the published
 configurations, where the loss is one over all layers."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from jaxformer.layers.attention import Attention

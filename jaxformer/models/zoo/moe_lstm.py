@@ -3,8 +3,6 @@ appendix C.1): each of the three layers adds to its input; experts of one ReLU l
 token; a sigmoid on their sum. The vocabulary is that of the One Billion Word benchmark. Sizes are
 those of the flat models; the hierarchical ones route twice."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from jaxformer.layers.init import FanInUniform, Normal

@@ -1,7 +1,5 @@
 """Zoo entries: presets and families."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 from collections.abc import Callable

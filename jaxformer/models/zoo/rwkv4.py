@@ -2,8 +2,6 @@
 after the embedding, time mixing and channel mixing of 4 D, no biases in projections, untied
 head."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from jaxformer.layers.init import Orthogonal, Uniform

@@ -1,8 +1,6 @@
 """RWKV-5.2 "Eagle" (Peng et al. 2024): the World models. The blocks of RWKV-4, with heads of 64 and
 channel mixing of 3.5 D."""
 
-from __future__ import annotations
-
 import functools
 from typing import Any
 

@@ -1,8 +1,6 @@
 """RWKV-6 "Finch" (Peng et al. 2024): the World models. RWKV-5's blocks; at width 4096 the low-rank
 projections have twice the rank."""
 
-from __future__ import annotations
-
 import functools
 from typing import Any
 

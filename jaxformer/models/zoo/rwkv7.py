@@ -2,8 +2,6 @@
 the embedding, time mixing and channel mixing, heads of 64, no biases in projections, untied
 head."""
 
-from __future__ import annotations
-
 import functools
 
 from jaxformer.layers.init import FanInUniform

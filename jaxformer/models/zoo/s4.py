@@ -3,8 +3,6 @@
 blocks of one layer each, which ends in its own gate or projection; no feed-forward layer and
 no positions."""
 
-from __future__ import annotations
-
 import functools
 from typing import Any
 

@@ -7,8 +7,6 @@ Conventions of the sizes: `seq2seq-lstm` has one bias vector per gate and a bias
 (Luong et al. 2015, section 5.2); it has no biases, as in its equations and the authors' code:
 220,000,000. Its local attention is left out."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

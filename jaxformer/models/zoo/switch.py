@@ -6,8 +6,6 @@ encoder, at a size that was not published, so it has no published name. It has r
 where T5 has learned biases of attention. And it drops no token: `--model.capacity-factor 1.25`
 limits the experts as the paper does."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from jaxformer.layers.attention import Attention

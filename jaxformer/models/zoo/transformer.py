@@ -3,8 +3,6 @@ sinusoidal positions, one table for source, target and head, times sqrt(d). Bias
 layers and norms, none in attention or on the logits; with a vocabulary of 37,000 that makes
 63,045,632 (base) and 214,171,648 (big)."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 
