@@ -218,7 +218,7 @@ def test_manifests_are_json(tmp_path):
 def test_mixture_of_mixtures_or_bad_weights():
   topics = PydocTopics()
   for corpora, weights, message in (
-    ((Mixture(corpora=(topics,)),), None, 'corpora that are no mixtures'),
+    ((Mixture(corpora=(topics,)),), None, 'corpora other than mixtures'),
     ((Tsv(path='x'),), None, 'corpora of one text per row'),
     ((), None, '1 to 1024 corpora'),
     ((topics,), (0.0,), r'Mixture\.weights = \(0\.0,\): must be a positive number per corpus'),
