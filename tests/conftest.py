@@ -49,6 +49,9 @@ install_import_hook(
   'beartype.beartype',
 )
 
+# Tracing makes so many objects that Python's default looks for cycles in a ninth of the time.
+gc.set_threshold(100_000, 20, 20)
+
 jax.config.update('jax_num_cpu_devices', 8)
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 jax.config.update(

@@ -12,6 +12,7 @@ import pytest
 from jaxformer.cli import main
 from tests.e2e.conftest import FIRST
 from tests.e2e.program import SMALL, contents, environment, last, start
+from tests.tiers import thorough
 
 pytestmark = pytest.mark.e2e
 
@@ -65,6 +66,7 @@ def test_the_same_command_has_nothing_left_to_do(first, cache):
   assert contents(home / 'runs' / 'first' / 'checkpoints') == before
 
 
+@thorough
 def test_more_steps_go_on_where_the_run_stopped(answer, tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   words = ['train', 'gpt2-tiny', *SMALL, '--run.name', 'longer', '--json']
@@ -186,6 +188,7 @@ def test_eval_repeats_what_training_measured(first, home, answer):
   assert value['bigram_bits_per_byte'] == pytest.approx(first[1]['bigram_bits_per_byte'])
 
 
+@thorough
 def test_weights_for_others_say_the_same_and_can_be_trained_on(
   home, answer, tmp_path, monkeypatch, capsys
 ):

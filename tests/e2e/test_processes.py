@@ -115,7 +115,7 @@ def test_the_preempted_step_is_one(home):
   ('count', 'mesh'),
   [
     case(2, SHARDED, id='two', standing=False),
-    case(1, WHOLE, id='one, whole', standing=True),
+    case(1, WHOLE, id='one, whole', standing=False),
     case(4, SHARDED, id='four', standing=False),
   ],
 )

@@ -9,7 +9,7 @@ import pytest
 
 from tests.golden import numbers
 from tests.golden.numbers import TINY
-from tests.tiers import case
+from tests.tiers import case, thorough
 
 # Twenty steps of the larger ones take long.
 FEW = [case(n, standing=n in ('llama3-tiny', 'mamba-tiny', 'transformer-tiny')) for n in TINY]
@@ -116,6 +116,7 @@ def test_every_preset_is_recorded():
   assert set(recorded('plans')) == set(numbers.presets())
 
 
+@thorough
 def test_study(tmp_path):
   expected = dict(recorded('study'))
   expected.pop('recorded_on')

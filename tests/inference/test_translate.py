@@ -18,7 +18,7 @@ from jaxformer.models.params import define
 from jaxformer.models.zoo.gnmt import gnmt
 from jaxformer.models.zoo.seq2seq import luong, seq2seq_lstm
 from jaxformer.models.zoo.transformer import transformer
-from tests.tiers import case
+from tests.tiers import case, thorough
 
 V, END = 11, 10
 SIZES = {'source_vocab_size': 12, 'vocab_size': V, 'context_length': 40}
@@ -149,6 +149,7 @@ def test_a_wide_beam_finds_the_best_of_all(name):
     assert tokens == best
 
 
+@thorough
 def test_the_coverage_penalty_is_that_of_the_alignment():
   definition, params = model('transformer')
   found = search('transformer', Beam(width=3, coverage_penalty=0.7))

@@ -26,6 +26,7 @@ from jaxformer.training import (
 from jaxformer.training.checkpoint import steps_in
 from jaxformer.training.run import Run, read_metrics
 from jaxformer.training.setup import Setup
+from tests.tiers import case, thorough
 from tests.training.compare import assert_same, curve, meta
 from tests.training.conftest import make_experiment
 
@@ -148,6 +149,7 @@ def test_stopped_and_resumed_is_as_never_stopped_bit_for_bit(
   assert_same(whole.folder, second.folder, 20)
 
 
+@thorough
 def test_a_run_goes_on_elsewhere_with_the_same_losses(experiment, dataset):
   whole = train(experiment('whole', dropout=0.0), dataset=dataset, devices=ONE, log=quiet)
   log = stop_at(5)
@@ -209,7 +211,9 @@ def whole(dataset, tmp_path_factory):
   )
 
 
-@pytest.mark.parametrize('damage', ['bit', 'truncated', 'meta'])
+@pytest.mark.parametrize(
+  'damage', [case(d, standing=d == 'bit') for d in ('bit', 'truncated', 'meta')]
+)
 def test_a_corrupt_checkpoint_is_noticed_and_passed_over(experiment, dataset, whole, damage):
   first = train(experiment('hurt'), dataset=dataset, devices=ONE, log=stop_at(9))
   newest = first.folder / 'checkpoints' / '10'

@@ -112,6 +112,7 @@ def test_one_compilation_a_shape_and_tokens_as_they_were(tmp_path):
   assert evaluated[-1]['eval/loss'] < evaluated[0]['eval/loss']
 
 
+@thorough
 def test_interrupted_training_counts_and_learns_the_same(tmp_path):
   whole = train(experiment(tmp_path, name='whole'), devices=ONE, log=lambda line: None)
   train(experiment(tmp_path, name='parts', steps=5), devices=ONE, log=lambda line: None)

@@ -41,7 +41,7 @@ from jaxformer.training.experiment import check_fit
 from jaxformer.training.run import read_metrics
 from tests.data.test_mad_tasks import mad_tasks
 from tests.models.test_classifier import classifier
-from tests.tiers import case
+from tests.tiers import case, thorough
 from tests.training.compare import assert_same
 from tests.training.conftest import SHORT
 from tests.training.test_loop import quiet, stop_at
@@ -69,6 +69,7 @@ def experiment(folder, name='run', *, of=None, data=LISTOPS, mesh=None, **traini
   )
 
 
+@thorough
 def test_a_classifier_stopped_and_resumed_is_as_never_stopped_bit_for_bit(tmp_path):
   def go(name, log=quiet):
     return train(experiment(tmp_path, name, accumulate=2), devices=jax.devices()[:1], log=log)
