@@ -88,7 +88,7 @@ _ALIASES = {
 def chip(device_kind: str) -> Chip | None:
   """The chip of a JAX `device_kind`; None if it is not in the table, such as a CPU."""
   kind = _ALIASES.get(device_kind, device_kind)
-  # the kind of a GPU goes on with its memory: 'NVIDIA H100 80GB HBM3'
+  # the kind of a GPU ends with its memory: 'NVIDIA H100 80GB HBM3'
   found = [
     c
     for c in CHIPS.values()

@@ -34,7 +34,7 @@ def test_norms(ours, theirs, eps, scale):
     numbers(4, 7, 32, scale=scale),
     {'weight': numbers(32), 'bias': numbers(32)[::-1].copy()},
   )
-  module, other = ours.Config(eps=eps).build(32), getattr(torch.nn, theirs)(32, eps=eps)
+  module, other = ours(eps=eps).build(32), getattr(torch.nn, theirs)(32, eps=eps)
   other.load_state_dict({n: torch.from_numpy(weights[n]) for n in other.state_dict()})
   module.scale = nnx.Param(jnp.asarray(weights['weight']))
   if ours is LayerNorm:

@@ -80,8 +80,7 @@ MODELS = {
 @pytest.mark.parametrize(
   ('name', 'mesh'),
   [
-    case('mamba', 'own-rules', standing=True),
-    case('llama3', 'own-rules', standing=False),
+    *(case(name, 'own-rules', standing=False) for name in ('llama3', 'mamba')),
     *(case(n, 'context4-fsdp2', standing=False) for n in ('jamba', 'mamba', 'rwkv6', 'mixtral')),
   ],
 )

@@ -148,6 +148,7 @@ def test_the_score_of_a_suite_task_is_the_fraction_right_of_all_targets(tmp_path
   )
 
 
+@thorough
 def test_a_trained_model_is_scored_at_another_length(tmp_path, monkeypatch, capsys):
   """As Mamba is on induction heads: the length of the task is all that differs."""
   task, of = (
