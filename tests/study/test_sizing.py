@@ -67,7 +67,6 @@ def test_larger_sizes_and_equal_flops(family):
     assert fits(sized, cost(sized.model).train_flops_per_token)
 
 
-@pytest.mark.quick
 @pytest.mark.parametrize('family', list(FAMILIES))
 def test_state(family):
   """A megabyte of it; but two families have hardly any."""

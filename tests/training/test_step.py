@@ -33,7 +33,6 @@ def batch(step: int, rows: int = 8, length: int = 16) -> Batch:
   )
 
 
-@pytest.mark.quick
 @pytest.mark.parametrize('accumulate', [2, 4])
 def test_accumulated_gradients_are_those_of_the_whole_batch(accumulate):
   params, key = DEFINITION.init(jax.random.key(0)), jax.random.key(1)
