@@ -133,7 +133,11 @@ class Dataset:
     train_tokens: of text, the number of distinct training tokens; None for other data.
     size: human-readable amount of training data.
     manifest: what a run records about the data, as JSON data.
-    identity: what the batches depend on, as JSON data; a checkpoint holds it.
+    identity: what the batches depend on, as JSON data; a checkpoint holds it. Of a corpus it holds
+      hashes of the tokens and settings of the rows, never a path: the same text elsewhere is equal.
+    validation_sha256: hash (hex) of the rows that score a model: of a corpus of the validation
+      tokens and of where documents start, whatever the length of rows; of a task of its test
+      sequences.
   """
 
   config: DatasetConfig
@@ -144,6 +148,7 @@ class Dataset:
   size: str
   manifest: dict[str, Any]
   identity: dict[str, Any]
+  validation_sha256: str
 
   def info(self) -> list[str]:
     """Return lines that describe the splits of a corpus. Raises `InputError` for a task."""

@@ -20,6 +20,7 @@ from jaxformer.data.cache import (
   open_tokenizer,
   training_texts,
 )
+from jaxformer.data.cache_folder import sha256
 from jaxformer.data.corpora import Corpus
 from jaxformer.data.dataset import (
   Dataset,
@@ -218,6 +219,7 @@ class PairDataset(Dataset):
       'source_lengths': list(data.source_lengths),
       'target_lengths': list(data.target_lengths),
     }
+    self.validation_sha256 = sha256(*self.identity['validation'])
 
   def info(self) -> list[str]:
     lines = [

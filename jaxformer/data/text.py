@@ -20,6 +20,7 @@ from jaxformer.data.cache import (
   open_tokenizer,
   training_texts,
 )
+from jaxformer.data.cache_folder import sha256
 from jaxformer.data.corpora import Corpus, StandardLibrary
 from jaxformer.data.dataset import Dataset, DatasetConfig
 from jaxformer.data.shuffle import Index
@@ -166,6 +167,7 @@ class TextDataset(Dataset):
       'sequence_length': data.sequence_length,
       'packing': data.packing,
     }
+    self.validation_sha256 = sha256(*self.identity['validation'])
 
   def _train_rows(self, position_B: Index, seed: int) -> Batch:
     part_B, index_B = np.zeros_like(position_B), position_B

@@ -17,6 +17,7 @@ from jaxformer import config
 from jaxformer.config import InputError
 from jaxformer.data import shuffle
 from jaxformer.data.cache import Log
+from jaxformer.data.cache_folder import sha256
 from jaxformer.data.dataset import Dataset, DatasetConfig, HeldOutPair, pair_batch, spread
 from jaxformer.data.shuffle import Index
 from jaxformer.data.tokenizers import ByteTokenizer, Tokenizer
@@ -56,10 +57,19 @@ class TaskConfig(DatasetConfig, abstract=True):
   def fingerprint(self) -> str:
     """Return a hash (hex) that changes when the sequences do: of the first of each side, fewer of
     very long ones."""
-    count = min(64, max(1, HASHED // self.positions))
-    return hash_of(
-      self.rows('train', np.arange(count)), self.rows('test', np.arange(min(count, self.test_rows)))
-    )
+    return hash_of(self.rows('train', np.arange(self._hashed)), self._first_tests())
+
+  def test_fingerprint(self) -> str:
+    """Return a hash (hex) that changes when the test sequences do: of their number and of the
+    first."""
+    return sha256(str(self.test_rows), hash_of(self._first_tests()))
+
+  @property
+  def _hashed(self) -> int:
+    return min(64, max(1, HASHED // self.positions))
+
+  def _first_tests(self) -> Batch:
+    return self.rows('test', np.arange(min(self._hashed, self.test_rows)))
 
   def open(self, folder: Path, log: Log, tokenizer: Tokenizer | None) -> TaskDataset:
     return TaskDataset(self)
@@ -171,6 +181,7 @@ class TaskDataset(Dataset):
     rows, sha256 = task.train_rows, task.fingerprint()
     self.size = f'{"endless" if rows is None else f"{rows:,}"} sequences of {task.tag}'
     self.identity: dict[str, Any] = {'task': config.to_json(task), 'sha256': sha256}
+    self.validation_sha256 = task.test_fingerprint()
     self.manifest: dict[str, Any] = self.identity | {'train': rows, 'test': task.test_rows}
 
   def _train_rows(self, position_B: Index, seed: int) -> Batch:
