@@ -3,7 +3,8 @@ folders."""
 
 from jaxformer.training.checkpoint import load_params
 from jaxformer.training.experiment import Experiment, RunConfig, TrainingConfig, default_experiment
-from jaxformer.training.loop import TrainResult, train, train_population
+from jaxformer.training.loop import train, train_population
+from jaxformer.training.member import TrainResult
 from jaxformer.training.optimizer import Adafactor, AdamW, Lion, Muon, OptimizerConfig
 from jaxformer.training.run import load_experiment, read_metrics
 from jaxformer.training.schedule import WSD, Constant, Cosine, Linear, Noam, ScheduleConfig

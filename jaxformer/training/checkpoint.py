@@ -14,7 +14,6 @@ import functools
 import hashlib
 import json
 import logging
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -29,7 +28,7 @@ from orbax.checkpoint.utils import is_checkpoint_finalized
 from jaxformer.config import InputError, first_lines
 from jaxformer.models.params import Definition, Params
 from jaxformer.sharding import MeshConfig, Parallel, make_parallel
-from jaxformer.training.paths import AnyPath, move, remote_errors, remove, to_path
+from jaxformer.training.paths import AnyPath, discard, move, remote_errors, remove, to_path
 from jaxformer.training.step import TrainState
 
 VERSION = 2  # 1 is that of jaxformer 0.1
@@ -38,6 +37,10 @@ Log = Callable[[str], None]
 
 class SaveError(RuntimeError):
   """A checkpoint could not be written."""
+
+
+class NotFinite(Exception):
+  """A state with numbers that are not finite, which is not saved."""
 
 
 class Corrupt(Exception):
@@ -62,22 +65,35 @@ def _mix(h: Array) -> Array:
 
 
 @jax.jit
-def _digest(x: Array) -> Array:
+def _examined(x: Array) -> tuple[Array, Array]:
+  """Return the digest of an array, and whether all its numbers are finite."""
   bits = _bits(x)
   index = jnp.zeros(bits.shape, jnp.uint32)
   for axis, size in enumerate(bits.shape):
     index = index * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
-  return jnp.sum(_mix(bits ^ _mix(index + jnp.uint32(0x9E3779B9))), dtype=jnp.uint32)
+  digest = jnp.sum(_mix(bits ^ _mix(index + jnp.uint32(0x9E3779B9))), dtype=jnp.uint32)
+  inexact = jnp.issubdtype(x.dtype, jnp.inexact)
+  return digest, jnp.all(jnp.isfinite(x)) if inexact else jnp.bool_(True)
 
 
-def digests(arrays: Mapping[str, Array]) -> dict[str, int]:
-  """Return a digest of every array: the sum over its elements of mix(bits XOR mix(index)), modulo
-  2^32. It is the same on every mesh.
+def digests(arrays: Mapping[str, Array]) -> tuple[dict[str, int], str]:
+  """Return a digest of every array, and which arrays are not finite, in words; '' if all are.
+
+  The digest is the sum over the elements of mix(bits XOR mix(index)), modulo 2^32. It is the same
+  on every mesh.
 
   There is a small program per shape, since one for all arrays would take longer to compile
   (moments have the shapes of parameters). They run one after another: on a CPU with several
   processes, collectives that wait for each other can occupy all threads."""
-  return {name: int(_digest(x)) for name, x in arrays.items()}
+  found = {name: jax.device_get(_examined(x)) for name, x in arrays.items()}
+  wrong = [name for name, (_, finite) in found.items() if not finite]
+  return {name: int(digest) for name, (digest, _) in found.items()}, (
+    f'{len(wrong)} of {len(found)} arrays are not finite: {_some(wrong)}' if wrong else ''
+  )
+
+
+def _some(names: Sequence[str]) -> str:
+  return ', '.join([*names[:3], *['...'] * (len(names) > 3)])
 
 
 def named(tree: Any) -> dict[str, Any]:
@@ -140,10 +156,10 @@ def check_shapes(
 
 
 def _read(
-  path: AnyPath, meta: dict[str, Any], abstract: dict[str, dict[str, Any]]
+  path: AnyPath, meta: dict[str, Any], abstract: dict[str, dict[str, Any]], finite: bool = False
 ) -> dict[str, dict[str, Array]]:
-  """Return the arrays of the requested parts, verified. Raises `Corrupt`, or `InputError` for
-  those of another model."""
+  """Return the arrays of the requested parts, verified. Raises `Corrupt`, if they are to be
+  `finite` also for numbers that are not, or `InputError` for those of another model."""
   for part, tree in abstract.items():
     start = f'{part}/'
     saved = {n.removeprefix(start): s for n, s in meta['shapes'].items() if n.startswith(start)}
@@ -153,11 +169,12 @@ def _read(
       loaded = ocp.load_checkpointables(str(path), abstract)
   except Exception as e:  # the type of error is unknown in advance
     raise Corrupt(f'it cannot be read ({type(e).__name__}: {_first_line(e)})') from None
-  found = digests(_by_path(loaded))
+  found, not_finite = digests(_by_path(loaded))
   wrong = [name for name, d in found.items() if d != meta['digests'].get(name)]
   if wrong:
-    names = ', '.join(wrong[:3] + ['...'] * (len(wrong) > 3))
-    raise Corrupt(f'{len(wrong)} of {len(found)} arrays are not what was saved: {names}')
+    raise Corrupt(f'{len(wrong)} of {len(found)} arrays are not what was saved: {_some(wrong)}')
+  if finite and not_finite:
+    raise Corrupt(not_finite)
   return loaded
 
 
@@ -237,66 +254,69 @@ checkpoint, which is corrupt and was skipped."""
 
 
 class Checkpoints:
-  """The checkpoints of a run, saved in the background one at a time; the latest and the best are
-  kept. A context manager."""
+  """The checkpoints of a run, saved in the background one at a time. A context manager.
 
-  def __init__(self, folder: AnyPath, keep_latest: int, keep_best: int, log: Log):
+  Those to keep are chosen when the next one is saved, and at the end: by then the latest has been
+  evaluated, which takes place after its save has begun.
+
+  Attributes:
+    losses: `eval/loss` by step, by which the best are chosen; the user of the object fills it.
+  """
+
+  def __init__(
+    self, folder: AnyPath, keep_latest: int, keep_best: int, keep_every: int | None, log: Log
+  ):
     self.folder, self.log = to_path(folder), log
-    self._keep = (keep_latest, keep_best)
+    self.losses: dict[int, float] = {}
+    self._latest, self._best, self._every = keep_latest, keep_best, keep_every
     self._pending: tuple[int, Any] | None = None
     self._failed: str | None = None
-    self._set_aside_metrics()
-    self._manager = self._open()
-
-  def _set_aside_metrics(self) -> None:
-    """Rename corrupt files of metrics, which only rank the best checkpoints: Orbax reads all of
-    them when it opens the folder, and fails on one that was cut short."""
-    if jax.process_index() == 0:
-      for step in steps_in(self.folder):
-        file = self.folder / str(step) / 'metrics' / 'metrics'
-        try:
-          json.loads(file.read_text()) if file.exists() else None
-        except (OSError, ValueError):
-          self.log(f'warning: {file} is corrupt; checkpoint {step} no longer counts among the best')
-          file.rename(file.with_name('corrupt'))
-    _barrier('metrics of checkpoints read')
-
-  def _open(self) -> ocp.training.Checkpointer:
-    # the types of Orbax are inconsistent
-    saving: Any = ocp.training.save_decision_policies
-    policies: Any = ocp.training.preservation_policies
-    latest, best = self._keep
-    by_loss = policies.BestN(
-      get_metric_fn=lambda m: -m['eval/loss'], n=best, keep_checkpoints_without_metrics=False
-    )
+    self._context = ocp.Context()
     registry = ocp.handlers.local_registry()  # by default a dictionary of numbers is read as arrays
     registry.add(ocp.handlers.JsonHandler, checkpointable_name='meta')
-    context = ocp.Context()
-    context.checkpointables.registry = registry
-    with _quiet():
-      return ocp.training.Checkpointer(
-        str(self.folder),
-        context=context,
-        save_decision_policy=saving.FixedIntervalPolicy(1),
-        preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(latest), by_loss]),
-        cleanup_tmp_directories=True,
-      )
+    self._context.checkpointables.registry = registry
+    self._clean('*.orbax-checkpoint-tmp*')
+    _barrier('incomplete checkpoints removed')
 
-  def save(
-    self,
-    state: TrainState,
-    data: dict[str, Any],
-    config_digest: str,
-    eval_loss: float | None = None,
-  ) -> None:
+  def _clean(self, pattern: str) -> None:
+    """Remove what an incomplete save or removal has left."""
+    if jax.process_index() == 0:
+      for part in self.folder.glob(pattern):
+        remove(part)
+
+  def _prune(self) -> None:
+    """Remove all checkpoints but the latest, the best, and those at multiples of `keep_every`."""
+    steps = steps_in(self.folder)
+    scored = sorted((s for s in steps if s in self.losses), key=lambda s: (self.losses[s], -s))
+    kept = {*steps[-self._latest :], *scored[: self._best]}
+    if self._every is not None:
+      kept |= {s for s in steps if s % self._every == 0}
+    self._remove([s for s in steps if s not in kept])
+
+  def _remove(self, steps: Sequence[int]) -> None:
+    if jax.process_index() == 0:
+      for step in steps:
+        discard(self.folder / str(step))
+
+  def discard(self, step: int) -> None:
+    """Remove the checkpoint of a step, if there is one."""
+    self.wait()
+    self._remove([s for s in steps_in(self.folder) if s == step])
+    _barrier('checkpoint removed')
+
+  def save(self, state: TrainState, data: dict[str, Any], config_digest: str) -> None:
     """Finish the previous save, then start to write the state; return as soon as the state may be
     donated.
 
     A failure is reported, and the next save is tried; the second failure in a row raises
-    `SaveError`."""
+    `SaveError`. Raises `NotFinite`, and writes nothing, for a state that is not finite."""
     self.wait()
     step, arrays = int(state.step), _arrays(state)
     by_path = _by_path(arrays)
+    found, not_finite = digests(by_path)
+    if not_finite:
+      raise NotFinite(not_finite)
+    self._prune()
     meta = _seal(
       {
         'version': VERSION,
@@ -304,20 +324,16 @@ class Checkpoints:
         'data': data,
         'config': config_digest,
         'shapes': {name: list(x.shape) for name, x in by_path.items()},
-        'digests': digests(by_path),
+        'digests': found,
         'key': np.asarray(jax.random.key_data(state.key)).tolist(),
       }
     )
-    ranked = eval_loss is not None and math.isfinite(eval_loss)
-    metrics: Any = {'eval/loss': eval_loss} if ranked else None
     try:
-      with _quiet():
-        response = self._manager.save_checkpointables_async(
-          step,
+      with _quiet(), self._context:
+        response = ocp.save_checkpointables_async(
+          str(self.folder / str(step)),
           {**arrays, 'meta': meta},
-          force=True,
           overwrite=step in steps_in(self.folder),
-          metrics=metrics,
         )
     except Exception as e:
       self._failure(step, e)
@@ -339,6 +355,8 @@ class Checkpoints:
         self._failed = None
     if final and self._failed:
       raise SaveError(self._failed)
+    if final:
+      self._prune()
 
   def _failure(self, step: int, error: Exception) -> None:
     text = str(error)
@@ -349,17 +367,11 @@ class Checkpoints:
     )
     what = 'the disk is full' if full else f'{type(error).__name__}: {_first_line(error)}'
     message = f'checkpoint {step} in {self.folder}: {what}'
-    with contextlib.suppress(Exception):  # it raises the same failure again
-      self._manager.close()
-    if jax.process_index() == 0:
-      # free the space of the incomplete checkpoint
-      for part in self.folder.glob(f'{step}.*'):
-        remove(part)
+    self._clean(f'{step}.*')  # free the space
     if self._failed:
       raise SaveError(f'{message} (the previous one failed too)') from None
     self._failed = message
     self.log(f'warning: {message}; training continues, and the next checkpoint will be tried')
-    self._manager = self._open()
 
   def restore(self, abstract: TrainState) -> Restored | None:
     """Restore the latest valid checkpoint with the shardings of `abstract`; None if there are no
@@ -388,7 +400,7 @@ class Checkpoints:
 
   def _load(self, path: AnyPath, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
     meta, wanted = _read_meta(path), _arrays(abstract)
-    loaded = _read(path, meta, wanted)
+    loaded = _read(path, meta, wanted, finite=True)
     leaves = [loaded['optimizer'][name] for name in wanted['optimizer']]
     opt_state = jax.tree.unflatten(jax.tree.structure(abstract.opt_state), leaves)
 
@@ -403,7 +415,6 @@ class Checkpoints:
     ), meta['data']
 
   def _set_aside(self, steps: list[int]) -> None:
-    self._manager.close()
     if jax.process_index() == 0:
       aside = self.folder.parent / 'corrupt'
       aside.mkdir(exist_ok=True)
@@ -411,7 +422,6 @@ class Checkpoints:
         remove(aside / str(step))
         move(self.folder / str(step), aside / str(step))
     _barrier('corrupt checkpoints moved')
-    self._manager = self._open()
 
   def __enter__(self) -> Checkpoints:
     return self
@@ -420,7 +430,6 @@ class Checkpoints:
     # an error that is being raised says more
     with contextlib.suppress(*(() if kind is None else (Exception,))), _quiet():
       self.wait(final=kind is None)
-      self._manager.close()
 
 
 def _barrier(name: str) -> None:

@@ -1,6 +1,7 @@
 """An experiment as data: everything that determines a training run."""
 
 import dataclasses
+import math
 import re
 from typing import Literal
 
@@ -34,7 +35,9 @@ class TrainingConfig(Config):
     eval_batches: number of batches sampled evenly from the held-out rows; None for all.
     checkpoint_every: steps between checkpoints; the last step is followed by one as well.
     keep_latest: number of latest checkpoints to keep.
-    keep_best: number of checkpoints with the lowest `eval/loss` to keep in addition.
+    keep_best: number of checkpoints with the lowest `eval/loss` to keep in addition, of those whose
+      step was evaluated.
+    keep_every: checkpoints of the steps that are multiples of it are kept for ever; None for none.
     log_every: steps between rows of `metrics.jsonl`.
     trackers: where metrics go besides the run folder.
     profile: first step, and the one after the last, to record with the profiler into the run
@@ -54,6 +57,7 @@ class TrainingConfig(Config):
   checkpoint_every: int = 100
   keep_latest: int = 2
   keep_best: int = 1
+  keep_every: int | None = None
   log_every: int = 10
   trackers: tuple[TrackerConfig, ...] = (TensorBoard(),)
   profile: tuple[int, int] | None = None
@@ -74,7 +78,35 @@ class TrainingConfig(Config):
       'profile',
       'a first step and a later one, or none',
     )
+    self.require(
+      self.profile is None or self.profile[0] < self.steps,
+      'profile',
+      f'a first step below steps = {self.steps}',
+    )
+    self._check_kept()
     self.require(self.remat in REMAT, 'remat', f'a policy{nearest(self.remat, REMAT)}')
+
+  def _check_kept(self) -> None:
+    """Raises `InputError` for settings of what is kept that have no effect."""
+    self.require_positive('keep_every')
+    self.require(
+      self.keep_every is None
+      or (self.keep_every % self.checkpoint_every == 0 and self.keep_every <= self.steps),
+      'keep_every',
+      f'a multiple of checkpoint_every = {self.checkpoint_every}, at most steps = {self.steps}, or '
+      'none',
+    )
+    # the last step is always saved and evaluated, and kept as the latest
+    meet = math.lcm(self.eval_every, self.checkpoint_every) < self.steps
+    both = max(self.eval_every, self.checkpoint_every) < self.steps
+    if self.keep_best and both and not meet:
+      raise InputError(
+        'TrainingConfig.keep_best',
+        self.keep_best,
+        problem=f'has no effect: checkpoints (every {self.checkpoint_every} steps) are ranked by '
+        f'evaluations (every {self.eval_every}), which meet at the last step only; must be 0, or '
+        'one interval a multiple of the other',
+      )
 
 
 class RunConfig(Config):

@@ -1,4 +1,4 @@
-"""The training loop: restore or initialize; then step, report, evaluate and save.
+"""The training loop: restore or initialize; then step, report, save and evaluate.
 
 One loop trains one run, or a population: runs of one architecture that differ in seed and learning
 rate, trained side by side in one compiled program with a leading member axis on every array. Each
@@ -8,7 +8,6 @@ alone."""
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -23,41 +22,21 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxformer import config
 from jaxformer.config import InputError
 from jaxformer.data import Dataset, open_data
-from jaxformer.exit_codes import DONE, NOT_FINITE, PREEMPTED
 from jaxformer.models.params import Params
 from jaxformer.sharding import use_mesh
 from jaxformer.training.checkpoint import Checkpoints, steps_in
 from jaxformer.training.experiment import Experiment
-from jaxformer.training.interrupt import Interrupt
+from jaxformer.training.interrupt import Interrupt, Stopped
 from jaxformer.training.malloc import keep_freed_memory
+from jaxformer.training.member import Member, Sample, TrainResult
 from jaxformer.training.paths import AnyPath
-from jaxformer.training.report import Clock, Log, Report, open_report, print_line, scores
-from jaxformer.training.run import Run, read_metrics
+from jaxformer.training.report import Clock, Log, open_report, print_line
+from jaxformer.training.run import Run
 from jaxformer.training.setup import Setup, check
-from jaxformer.training.step import TrainState, compiled_train_step, init_state, population_step
-
-Sample = Callable[[Params, int], str]
-"""Text generated from parameters at a step."""
+from jaxformer.training.step import TrainState, compiled_train_step, population_step
 
 VARIED = ('training.seed', 'optimizer.learning_rate', 'run.name', 'run.dir')
 """Fields in which the members of a population may differ."""
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainResult:
-  """Result of a training run.
-
-  Attributes:
-    folder: of the run.
-    step: number of completed updates.
-    metrics: the latest value of each metric.
-    exit_code: 0 done, 70 non-finite numbers, 75 preempted and saved.
-  """
-
-  folder: AnyPath
-  step: int
-  metrics: dict[str, Any]
-  exit_code: int
 
 
 def train(
@@ -80,7 +59,7 @@ def train(
     dataset: the data of the experiment, if already open.
     devices: to run on; all by default.
     utilization: metrics (`mfu`) by name, as they would be on one device at one token per second.
-    sample: its text is added to `samples.txt` after each evaluation.
+    sample: its text, in pieces, is added to `samples.txt` after each evaluation.
     log: receives lines about progress.
 
   Raises `InputError` before anything is written if the experiment cannot be run, or the folder
@@ -149,7 +128,7 @@ def _opened(
   dataset: Dataset | None,
   log: Log,
   init_from: str | AnyPath | Params | None = None,
-) -> Generator[list[_Member]]:
+) -> Generator[list[Member]]:
   """Open the run folders of experiments; nothing is written before all are known to be usable."""
   runs = [Run(e) for e in experiments]
   if init_from is not None:
@@ -173,160 +152,14 @@ def _opened(
       prefixed = log if len(runs) == 1 else functools.partial(_prefix, log, run)
       report = stack.enter_context(open_report(run, setup.experiment, prefixed))
       checkpoints = stack.enter_context(
-        Checkpoints(folder, t.keep_latest, t.keep_best, report.line)
+        Checkpoints(folder, t.keep_latest, t.keep_best, t.keep_every, report.line)
       )
-      members.append(_Member(setup, run, report, checkpoints, given))
+      members.append(Member(setup, run, report, checkpoints, given))
     yield members
 
 
 def _prefix(log: Log, run: Run, line: str) -> None:
   log(f'{run.folder.name} | {line}')
-
-
-class _Member:
-  """One run of the loop.
-
-  Attributes:
-    step: number of completed updates.
-    tokens: target tokens seen, padding included.
-    code: exit code once the run has ended.
-  """
-
-  def __init__(
-    self,
-    setup: Setup,
-    run: Run,
-    report: Report,
-    checkpoints: Checkpoints,
-    given: tuple[str, Params] | None,
-  ):
-    self.setup, self.run, self.report, self.checkpoints = setup, run, report, checkpoints
-    self.config = setup.experiment.training
-    self.step, self.tokens, self.code = 0, 0, None
-    self._given, self._saved = given, -1
-    self._last_row = 0, 0, 0.0  # step, tokens and seconds of training
-
-  def restore(self) -> TrainState:
-    """Restore the state from the latest valid checkpoint, or initialize it."""
-    run, t, steps = self.run, self.config, self.config.steps
-    restored = self.checkpoints.restore(self.setup.abstract_state())
-    if restored is None:
-      return self._initialize()
-    state, position, corrupt = restored
-    self.step = self._saved = int(state.step)
-    self.setup.dataset.resume_step(position, t.batch_size, t.seed)
-    for step, problem in corrupt:
-      run.event('checkpoint_corrupt', step=step, problem=problem)
-    run.rewind(self.step)
-    run.event('resume', step=self.step, changed=run.changed)
-    changed = f' with {"; ".join(run.changed)}' if run.changed else ''
-    self.report.line(f'resuming {run.folder} at step {self.step}{changed}')
-    rows = read_metrics(run.folder)
-    counted = [r for r in rows if 'tokens' in r and 0 < r['step'] <= self.step]
-    # between two rows of metrics, in proportion
-    self.tokens = (
-      round(counted[-1]['tokens'] * self.step / counted[-1]['step'])
-      if counted
-      else self.step * t.batch_size * self.setup.experiment.data.positions
-    )
-    self._last_row = self.step, self.tokens, 0.0
-    if self.step >= steps:
-      self.report.line(f'{run.folder} has already completed its {steps} steps')
-      self.code = DONE
-      for row in rows:
-        self.report.last |= row
-    return state
-
-  def _initialize(self) -> TrainState:
-    run, s = self.run, self.setup
-    source, params = self._given or (None, None)
-    run.rewind(-1)
-    run.event('start', init_from=source)
-    self.report.line(
-      f'{run.folder}: {s.definition.size:,} parameters, {s.parallel.mesh.size} devices, '
-      f'{s.step_config.dtype}, {s.dataset.size}'
-    )
-    state = init_state(s.definition, s.optimizer, self.config.seed, s.parallel)
-    return state if params is None else dataclasses.replace(state, params=params)
-
-  def batches(self) -> Any:
-    c, part = self.config, self.setup.placement
-    return self.setup.dataset.train_batches(c.batch_size, c.seed, self.step, part.index, part.count)
-
-  @property
-  def due(self) -> bool:
-    """Whether the current step is followed by an evaluation or a checkpoint."""
-    c = self.config
-    return (
-      c.steps == self.step or not self.step % c.eval_every or not self.step % c.checkpoint_every
-    )
-
-  def report_step(
-    self, values: dict[str, Any], seconds: float, utilization: Mapping[str, float]
-  ) -> None:
-    """Report the metrics of the current step, `seconds` of training after the start; end the run if
-    they are not finite."""
-    c, finite = self.config, bool(values.pop('finite'))
-    if finite and self.step % c.log_every and self.step not in (1, c.steps):
-      return
-    step, tokens, then = self._last_row
-    steps = max(1, self.step - step)
-    step_seconds = (seconds - then) / steps
-    rate = (self.tokens - tokens) / steps / max(step_seconds, 1e-9)
-    per_device = rate / self.setup.parallel.mesh.size
-    self._last_row = self.step, self.tokens, seconds
-    row = {'step': self.step, 'tokens': self.tokens, **values}
-    row |= {'tokens_per_second': rate, 'step_seconds': step_seconds}
-    self.report.row(row | {name: per_device * one for name, one in utilization.items()})
-    if not finite:
-      self.code = NOT_FINITE
-      self.run.event('not_finite', step=self.step)
-      with contextlib.suppress(RuntimeError):  # of two failures report this one
-        self.checkpoints.wait()
-      self.report.line(
-        f'stopped: loss or gradient of step {self.step} is not finite; earlier checkpoints are kept'
-      )
-
-  def between_steps(self, state: TrainState, sample: Sample | None, stop: bool) -> None:
-    """Evaluate and save where the current step calls for it."""
-    c, step, loss = self.config, self.step, None
-    last = step == c.steps
-    if last or step % c.eval_every == 0:
-      began = time.perf_counter()
-      found = self.setup.evaluate(state.params)
-      loss = found['eval/loss']
-      self.report.row({'step': step, 'tokens': self.tokens, **found})
-      self.report.line(f'step {step}/{c.steps} | {scores(found)}')
-      self.run.event('eval', step=step, seconds=round(time.perf_counter() - began, 3))
-      if sample is not None:
-        self.run.samples(step, sample(state.params, step))
-      self.run.sync()
-    if (stop or last or step % c.checkpoint_every == 0) and self._saved != step:
-      began = time.perf_counter()
-      self.run.sync()  # a checkpoint relies on the metrics up to its step
-      data = self.setup.dataset.state(step, c.batch_size, c.seed)
-      self.checkpoints.save(state, data, config.digest(self.setup.experiment), loss)
-      self._saved = step
-      self.run.event('checkpoint', step=step, seconds=round(time.perf_counter() - began, 3))
-
-  def end(self, signal: str | None) -> None:
-    """End the run at its last step, or at this one after a signal."""
-    self.checkpoints.wait(final=True)
-    if self.step == self.config.steps:
-      self.code = DONE
-      self.run.event('done', step=self.step)
-      return
-    self.code = PREEMPTED
-    self.run.event('interrupted', step=self.step, signal=signal)
-    self.report.line(
-      f'interrupted ({signal or "preemption"}): saved at step {self.step}; run the same command to '
-      'resume'
-    )
-
-  @property
-  def result(self) -> TrainResult:
-    code = DONE if self.code is None else self.code
-    return TrainResult(self.run.folder, self.step, dict(self.report.last), code)
 
 
 class _Loop:
@@ -337,12 +170,14 @@ class _Loop:
 
   def __init__(
     self,
-    members: list[_Member],
+    members: list[Member],
     mesh: Mesh | None = None,
     utilization: Mapping[str, float] | None = None,
     sample: Sample | None = None,
   ):
-    self.members, self.mesh, self.sample = members, mesh, sample
+    self.members, self.mesh = members, mesh
+    for m in members:
+      m.sample = sample
     self.setup, self.clock = members[0].setup, Clock()
     self.utilization = utilization or {}
     self.compiled: dict[Any, Any] = {}  # steps, by the shapes of a batch
@@ -363,6 +198,8 @@ class _Loop:
       Interrupt() as interrupt,
       _profiler(members[0].config.profile, members[0].run.home) as profile,
     ):
+      if any(m.code is None and m.unevaluated for m in members):  # as when they were stopped
+        self._between(state, interrupt)
       feeds = [stack.enter_context(m.batches()) if m.code is None else iter(()) for m in members]
       while running := [m for m in members if m.code is None]:
         batch = self._next_batch(feeds)
@@ -379,12 +216,12 @@ class _Loop:
         for m in running:
           m.step += 1
           m.tokens += batch.targets_BT.size // len(members)
-        stop = bool(running) and interrupt.requested(running[0].step)
+        stop = interrupt.requested()
         pending = metrics
-        if stop or any(m.due for m in running):
+        if stop or any(m.unsaved or m.unevaluated for m in running):
           self._report(pending)
           pending = None
-          self._between(state, stop, interrupt.signal)
+          self._between(state, interrupt, stop)
     return [m.result for m in members]
 
   def _put(self, tree: Any) -> Any:
@@ -436,14 +273,28 @@ class _Loop:
         one = {n: (v if self.mesh is None else v[i]).item() for n, v in values.items()}
         m.report_step(one, seconds, self.utilization)
 
-  def _between(self, state: TrainState, stop: bool, signal: str | None) -> None:
-    """Evaluate and save the members that are due; the clock is paused."""
-    with self.clock.paused():
+  def _between(self, state: TrainState, interrupt: Interrupt, stop: bool = False) -> None:
+    """Save and evaluate the members that are due; to stop, save all and end. The clock is
+    paused."""
+
+    def each(wanted: Callable[[Member], bool]) -> Iterator[tuple[Member, TrainState]]:
       for i, m in enumerate(self.members):
-        if m.code is None and (stop or m.due):
-          m.between_steps(self._member_state(state, i), self.sample, stop)
-          if stop or m.step == m.config.steps:
-            m.end(signal)
+        if m.code is None and wanted(m):
+          yield m, self._member_state(state, i)
+
+    with self.clock.paused():
+      for m, one in each(lambda m: stop or m.unsaved):
+        m.save(one)
+      try:
+        for m, one in each(lambda m: m.unevaluated and not stop):
+          m.evaluate(one.params, interrupt)
+      except Stopped:
+        stop = True
+        for m, one in each(lambda m: True):
+          m.save(one)
+      for m in self.members:
+        if m.code is None and (stop or m.step >= m.config.steps):
+          m.end(interrupt.signal)
 
   def _member_state(self, state: TrainState, i: int) -> TrainState:
     if self.mesh is None:

@@ -25,6 +25,8 @@ AnyPath = Path | epath.Path
 # schemes by which Orbax and etils reach a store, and the package that each needs
 STORES = {'gs': 'gcsfs'}
 
+MARK = 'commit_success.txt'  # by which Orbax marks a checkpoint in a store as complete
+
 
 def is_url(name: str | os.PathLike[str]) -> bool:
   return '://' in os.fspath(name)
@@ -111,6 +113,18 @@ def remove(path: AnyPath) -> None:
     shutil.rmtree(path, ignore_errors=True)
   elif path.exists():
     path.rmtree()
+
+
+def discard(checkpoint: AnyPath) -> None:
+  """Remove a checkpoint, so that whoever looks meanwhile finds all of it, or none."""
+  if isinstance(checkpoint, Path):
+    # a name by which Orbax recognizes what was left incomplete, and cleans it up
+    aside = checkpoint.with_name(f'{checkpoint.name}.orbax-checkpoint-tmp-removed')
+    checkpoint.rename(aside)
+    remove(aside)
+    return
+  (checkpoint / MARK).unlink(missing_ok=True)
+  remove(checkpoint)
 
 
 def move(source: AnyPath, target: AnyPath) -> None:

@@ -47,6 +47,7 @@ FREE = (
   'training.log_every',
   'training.keep_latest',
   'training.keep_best',
+  'training.keep_every',
   'training.trackers',
   'training.profile',
   'training.remat',
@@ -245,6 +246,11 @@ class Run:
   def samples(self, step: int, text: str) -> None:
     """Append generated text to `samples.txt`."""
     self._append('samples.txt', f'==== step {step} ====\n{text}')
+
+  def has_sample(self, step: int) -> bool:
+    """Return whether `samples.txt` has the text of a step."""
+    file = self.home / 'samples.txt'
+    return file.exists() and f'==== step {step} ====' in file.read_text(errors='replace')
 
   def _append(self, name: str, line: str) -> None:
     if self.writes:

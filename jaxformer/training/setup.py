@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,6 +13,7 @@ from jaxformer.data import Dataset
 from jaxformer.evaluation import evaluate
 from jaxformer.models.params import Definition, Params, define
 from jaxformer.sharding import Parallel, make_parallel
+from jaxformer.task_type import Batch
 from jaxformer.training.batch_placement import BatchPlacement
 from jaxformer.training.checkpoint import check_shapes, load_params
 from jaxformer.training.experiment import Experiment, TrainingConfig, check_fit
@@ -55,13 +56,15 @@ class Setup:
     """Return the shapes, dtypes and shardings of the state."""
     return abstract_train_state(self.definition, self.optimizer, self.parallel)
 
-  def evaluate(self, params: Params) -> dict[str, Any]:
+  def evaluate(
+    self, params: Params, until: Callable[[Iterable[Batch]], Iterator[Batch]] = iter
+  ) -> dict[str, Any]:
     """Return `eval/loss` (nats per target), `eval/source`, and `eval/bits_per_byte` of text or
     `eval/accuracy` over the targets of a task.
 
     Bits per byte are comparable across tokenizers: they divide by the bytes that the targets stand
     for. With `eval_batches` the held-out rows are a sample, always the same one, and `eval/source`
-    says so.
+    says so. `until` yields the batches that it is given, and may raise to stop between two of them.
     """
     t, dataset = self.experiment.training, self.dataset
     rows, limit, data = t.batch_size // t.accumulate, t.eval_batches, dataset.config
@@ -71,7 +74,7 @@ class Setup:
     r = evaluate(
       self.definition,
       params,
-      dataset.validation_batches(rows, limit, part.index, part.count),
+      until(dataset.validation_batches(rows, limit, part.index, part.count)),
       token_bytes_V=bytes_V,
       parallel=self.parallel,
       dtype=jnp.dtype(self.step_config.dtype),

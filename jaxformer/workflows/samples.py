@@ -1,19 +1,19 @@
 """Text that is generated while training, always from the same prompts and seed so that steps can be
 compared."""
 
-from collections.abc import Callable
+from collections.abc import Iterator
 from typing import Any
 
 from jaxformer.data import Dataset
-from jaxformer.inference import Sampling, generate_text, request, translate
+from jaxformer.inference import Sampling, request, stream, translate
 from jaxformer.models.params import Params, define
 from jaxformer.sharding import make_parallel
 from jaxformer.task_type import LANGUAGE_MODELING, TRANSLATION
 from jaxformer.training.experiment import Experiment
+from jaxformer.training.member import Sample
 
 TOKENS = 200
 PAIRS = 4
-Sample = Callable[[Params, int], str]
 
 
 def sampler(experiment: Experiment, dataset: Dataset) -> Sample | None:
@@ -35,15 +35,15 @@ def sampler(experiment: Experiment, dataset: Dataset) -> Sample | None:
     prompt = next(iter(dataset.validation_batches(1))).inputs[0, :1].tolist()
   new_tokens = TOKENS if model.max_len is None else min(TOKENS, model.max_len - 1)
 
-  def translations(params: Params, step: int) -> str:
+  def translations(params: Params, step: int) -> Iterator[str]:
     assert end is not None
     found = translate(definition, params, [p.source_ids for p in pairs], end=end, **known)
-    return '\n'.join(
+    yield '\n'.join(
       f'{p.source} -> {decode(t.tokens)} (reference: {p.reference})'
       for p, t in zip(pairs, found, strict=True)
     )
 
-  def continuation(params: Params, step: int) -> str:
+  def continuation(params: Params, step: int) -> Iterator[str]:
     r = request(
       definition,
       params,
@@ -53,6 +53,8 @@ def sampler(experiment: Experiment, dataset: Dataset) -> Sample | None:
       end_of_document=end,
       **known,
     )
-    return decode(prompt) + generate_text(r, decode_bytes)[0].text
+    yield decode(prompt)
+    for (piece,) in stream(r, decode_bytes):
+      yield piece
 
   return translations if model.task == TRANSLATION else continuation

@@ -22,6 +22,7 @@ from jaxformer.training import (
   load_experiment,
   load_params,
   train,
+  train_population,
 )
 from jaxformer.training.checkpoint import steps_in
 from jaxformer.training.run import Run, read_metrics
@@ -99,12 +100,12 @@ def test_the_run_folder(experiment, dataset):
   assert events == [
     'start',
     'compile',
-    'eval',
     'checkpoint',
     'eval',
     'checkpoint',
     'eval',
     'checkpoint',
+    'eval',
     'done',
   ]
   (environment,) = json.loads((folder / 'environment.json').read_text())
@@ -139,8 +140,9 @@ def test_stopped_and_resumed_is_as_never_stopped_bit_for_bit(
 
   whole = go('whole')
   first = go('parts', stop_at(10))
-  # the metrics of step 10 are read while step 11 runs
-  assert (first.exit_code, first.step) == (75, 11)
+  # it was saved before its evaluation, which is left to the second
+  assert (first.exit_code, first.step) == (75, 10)
+  assert not any(r['step'] == 10 for r in read_metrics(first.folder) if 'eval/loss' in r)
   assert (
     json.loads((first.folder / 'events.jsonl').read_text().splitlines()[-1])['signal'] == 'SIGTERM'
   )
@@ -165,7 +167,78 @@ def test_a_run_goes_on_elsewhere_with_the_same_losses(experiment, dataset):
   )
 
 
-@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGUSR2])
+def stop_in_evaluation(monkeypatch, dataset, at):
+  """Send SIGTERM before batch `at` of an evaluation, counted over all; return the list of batches
+  that were asked for."""
+  asked, batches = [], type(dataset).validation_batches
+
+  def watched(self, *arguments):
+    for batch in batches(self, *arguments):
+      asked.append(len(asked))
+      if len(asked) == at:
+        os.kill(os.getpid(), signal.SIGTERM)
+      yield batch
+
+  monkeypatch.setattr(type(dataset), 'validation_batches', watched)
+  return asked
+
+
+@pytest.mark.parametrize('at', [1, case(7, standing=False)], ids=['middle', 'last'])
+def test_a_stop_in_an_evaluation_saves_and_leaves_the_rest_to_the_next_start(
+  experiment, dataset, monkeypatch, at
+):
+  """Of an evaluation between checkpoints, and of the one after the last step."""
+  settings = {'checkpoint_every': 8, 'eval_batches': 3}
+  with monkeypatch.context() as patch:
+    asked = stop_in_evaluation(patch, dataset, at)
+    first = train(experiment('stopped', **settings), dataset=dataset, devices=ONE, log=quiet)
+  step = {1: 4, 7: 12}[at]
+  assert (first.exit_code, first.step) == (75, step)
+  assert len(asked) == at
+  assert steps_in(first.folder / 'checkpoints')[-1] == step
+  evaluated = [r['step'] for r in read_metrics(first.folder) if 'eval/loss' in r]
+  assert evaluated == list(range(4, step, 4))
+  second = train(experiment('stopped', **settings), dataset=dataset, devices=ONE, log=quiet)
+  assert (second.exit_code, second.step) == (0, 12)
+  never = train(experiment('never', **settings), dataset=dataset, devices=ONE, log=quiet)
+  assert_same(never.folder, second.folder, 12)
+
+
+def test_a_stop_in_a_sample_leaves_it_to_the_next_start(experiment, dataset):
+  def sample(params, step):
+    yield f'text of {step}'
+    if stop:
+      os.kill(os.getpid(), stop.pop())
+    yield ', all of it'
+
+  stop = [signal.SIGHUP]
+  e = experiment(steps=2, eval_every=2, checkpoint_every=2)
+  first = train(e, dataset=dataset, devices=ONE, log=quiet, sample=sample)
+  assert (first.exit_code, first.step) == (75, 2)
+  assert not (first.folder / 'samples.txt').exists()
+  again = train(e, dataset=dataset, devices=ONE, log=quiet, sample=sample)
+  assert again.exit_code == 0
+  assert (first.folder / 'samples.txt').read_text() == '==== step 2 ====\ntext of 2, all of it\n'
+  assert [r['step'] for r in read_metrics(first.folder) if 'eval/loss' in r] == [2]
+
+
+def test_a_signal_that_nohup_ignores_stays_ignored(experiment, dataset):
+  old = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+  try:
+    log = stop_at(2, signal.SIGHUP)
+    assert train(experiment(steps=3), dataset=dataset, devices=ONE, log=log).exit_code == 0
+  finally:
+    signal.signal(signal.SIGHUP, old)
+
+
+SAVING = [
+  signal.SIGINT,
+  signal.SIGUSR1,
+  *(case(s, standing=False, id=s.name) for s in (signal.SIGHUP, signal.SIGUSR2)),
+]
+
+
+@pytest.mark.parametrize('number', SAVING)
 def test_signals_save_and_ask_to_be_run_again(experiment, dataset, number):
   log = stop_at(3, number)
   before = signal.getsignal(number)
@@ -202,6 +275,38 @@ def test_numbers_that_are_not_finite_stop_the_run(experiment, dataset):
   assert kept[-1] < result.step
   params, _ = load_params(result.folder, define(e.model))
   assert all(np.isfinite(p).all() for p in params.values())
+
+
+def test_a_state_that_is_not_finite_is_not_saved(experiment, dataset):
+  """The loss and the gradient of its step were finite; in the first, of a population, one alone
+  ends."""
+  settings = {'schedule': Constant(warmup=0), 'steps': 3, 'checkpoint_every': 1, 'eval_every': 1}
+  wild = experiment('wild', optimizer=AdamW(learning_rate=3.4e38), **settings)
+  tame = experiment('tame', **settings)
+  heard = []
+  ended = train_population([wild, tame], dataset=dataset, devices=ONE, log=heard.append)
+  assert [(r.exit_code, r.step) for r in ended] == [(70, 1), (0, 3)]
+  (line,) = (x for x in heard if x.startswith('wild') and 'not finite' in x)
+  assert 'step 1 is not finite; there is no checkpoint' in line
+  assert steps_in(ended[0].folder / 'checkpoints') == []
+  again = train(wild, dataset=dataset, devices=ONE, log=heard.append)
+  assert (again.exit_code, again.step) == (70, 1)
+  assert read_metrics(again.folder)[0]['train/loss'] is not None
+
+
+def test_a_checkpoint_whose_evaluation_is_not_finite_does_not_stay(
+  experiment, dataset, monkeypatch
+):
+  losses = iter((5.0, math.nan))
+  scores = {'eval/bits_per_byte': 1.0, 'eval/source': 'made up'}
+  with monkeypatch.context() as patch:
+    patch.setattr(Setup, 'evaluate', lambda self, *_: {'eval/loss': next(losses), **scores})
+    heard = []
+    result = train(experiment(keep_latest=1), dataset=dataset, devices=ONE, log=heard.append)
+  assert (result.exit_code, result.step) == (70, 8)
+  assert 'evaluation of step 8 is not finite; the latest checkpoint is of step 4' in heard[-1]
+  assert steps_in(result.folder / 'checkpoints') == [4]
+  assert train(experiment(keep_latest=1), dataset=dataset, devices=ONE, log=quiet).step == 12
 
 
 @pytest.fixture(scope='module')
@@ -287,7 +392,7 @@ def test_the_newest_and_the_best_checkpoints_are_kept(experiment, dataset, monke
   monkeypatch.setattr(
     Setup,
     'evaluate',
-    lambda self, params: {
+    lambda self, params, until: {
       'eval/loss': next(losses),
       'eval/bits_per_byte': 1.0,
       'eval/source': 'made up',
@@ -299,6 +404,16 @@ def test_the_newest_and_the_best_checkpoints_are_kept(experiment, dataset, monke
     5,
     6,
   ]
+
+
+def test_checkpoints_at_multiples_are_kept_for_ever(experiment, dataset):
+  e = experiment(steps=9, eval_every=9, checkpoint_every=1, keep_latest=1, keep_every=3)
+  folder = train(e, dataset=dataset, devices=ONE, log=stop_at(7)).folder
+  assert steps_in(folder / 'checkpoints') == [3, 6, 8]
+  train(e, dataset=dataset, devices=ONE, log=quiet)
+  assert steps_in(folder / 'checkpoints') == [3, 6, 9]
+  branch = experiment('branch', steps=2, checkpoint_every=2)
+  assert train(branch, init_from=f'{folder}@3', dataset=dataset, devices=ONE, log=quiet).step == 2
 
 
 def test_a_run_may_begin_with_the_parameters_of_another(experiment, dataset):

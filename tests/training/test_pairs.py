@@ -87,6 +87,7 @@ def experiment(tmp_path, model=TINY, name='run', mesh=None, **training):
     'batch_size': 8,
     'checkpoint_every': 4,
     'eval_every': 6,
+    'keep_best': 0,
     'log_every': 1,
     'trackers': (),
   } | training
