@@ -3,8 +3,8 @@ state bytes and implementations.
 
 The model is a preset, a run or folder of weights, that of a Python file that defines `experiment`,
 or a layer as FILE.py:NAME. FLOPs are those of the forward pass, averaged over a causal sequence of
-the model's context length; state is that of decoding such a sequence, at 2 bytes per number. The
-sums are those of `jaxformer plan`."""
+the length that it is trained with; state is that of decoding a sequence of the model's context
+length, at 2 bytes per number. The sums are those of `jaxformer plan`."""
 
 import argparse
 from typing import Any

@@ -19,6 +19,7 @@ from jaxformer.data.corpora import (
 )
 from jaxformer.data.dataset import Dataset, DatasetConfig, HeldOutPair, open_data
 from jaxformer.data.pairs import Pairs
+from jaxformer.data.published import PublishedCorpus, PublishedPairs, PublishedTokenizer
 from jaxformer.data.splits import ByDocument, ByPosition, Split
 from jaxformer.data.tasks.copying import SelectiveCopying
 from jaxformer.data.tasks.dates import Dates
@@ -64,6 +65,9 @@ __all__ = [
   'MultiQueryRecall',
   'PairTask',
   'Pairs',
+  'PublishedCorpus',
+  'PublishedPairs',
+  'PublishedTokenizer',
   'PydocTopics',
   'Records',
   'Row',

@@ -19,6 +19,7 @@ from typing import Any, ClassVar, NamedTuple
 from jaxformer import config
 from jaxformer.config import Config, InputError
 from jaxformer.data.cache_folder import file_sha256, sha256
+from jaxformer.data.missing import Missing
 from jaxformer.data.readers import has_records, read_lines, read_records, read_text, text_of
 
 # Tests, packages of others, a copy of `PydocTopics`, and build settings that name the machine they
@@ -60,6 +61,10 @@ class Corpus(Config, abstract=True):
     for field, path in paths.items():
       self.require(path.is_file(), field, 'a file that exists')
     return paths
+
+  def missing(self) -> Missing | None:
+    """Return what the corpus stands for where it cannot be read; None for one that can."""
+    return None
 
   def parts(self) -> tuple[Corpus, ...]:
     """Return the corpora of a mixture; another corpus is its own single part."""
@@ -308,6 +313,9 @@ class Mixture(Corpus):
     self.require(
       positive and len(weights) == len(self.corpora), 'weights', 'a positive number per corpus'
     )
+
+  def missing(self) -> Missing | None:
+    return next(filter(None, (c.missing() for c in self.corpora)), None)
 
   def parts(self) -> tuple[Corpus, ...]:
     return self.corpora

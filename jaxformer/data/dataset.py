@@ -22,6 +22,7 @@ from jaxformer import config
 from jaxformer.config import Config, InputError
 from jaxformer.data.cache import Log
 from jaxformer.data.cache_folder import cache_dir as default_cache_dir
+from jaxformer.data.missing import Missing
 from jaxformer.data.shuffle import Index
 from jaxformer.data.tokenizers import Tokenizer
 from jaxformer.task_type import IGNORE, Batch, TaskType
@@ -82,6 +83,10 @@ class DatasetConfig(Config, abstract=True):
   def validation_name(self) -> str:
     """What the rows that score a model are called."""
     return f'{self.tag} test'
+
+  def missing(self) -> dict[str, Missing]:
+    """Return what has to be given before the data can be read, by field; {} where nothing has."""
+    return {}
 
   def example(self) -> Batch:
     """Return one row in the largest shape of a training batch; a corpus is not read for it."""

@@ -30,6 +30,7 @@ from jaxformer.data.dataset import (
   process_rows,
   spread,
 )
+from jaxformer.data.missing import Missing, missing_of
 from jaxformer.data.shuffle import Index
 from jaxformer.data.splits import ByDocument
 from jaxformer.data.tokenizers import Bytes, Tokenizer, TokenizerConfig
@@ -107,6 +108,11 @@ class Pairs(DatasetConfig):
 
   def training_texts(self) -> Iterator[str]:
     return training_texts(self.corpus, self.split, (0, 1))
+
+  def missing(self) -> dict[str, Missing]:
+    return missing_of(
+      tokenizer=self.tokenizer, source_tokenizer=self.source_tokenizer, corpus=self.corpus
+    )
 
   def example(self) -> Batch:
     source, target = (np.zeros((1, n), np.int32) for n in self.shapes[-1])

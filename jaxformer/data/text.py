@@ -23,6 +23,7 @@ from jaxformer.data.cache import (
 from jaxformer.data.cache_folder import sha256
 from jaxformer.data.corpora import Corpus, StandardLibrary
 from jaxformer.data.dataset import Dataset, DatasetConfig
+from jaxformer.data.missing import Missing, missing_of
 from jaxformer.data.shuffle import Index
 from jaxformer.data.splits import ByDocument, Split
 from jaxformer.data.tokenizers import Bytes, Tokenizer, TokenizerConfig
@@ -69,6 +70,9 @@ class Text(DatasetConfig):
   @property
   def validation_name(self) -> str:
     return f'{self.corpus.tag} validation'
+
+  def missing(self) -> dict[str, Missing]:
+    return missing_of(tokenizer=self.tokenizer, corpus=self.corpus)
 
   def at_length(self, positions: int) -> Text:
     return self.replace(sequence_length=positions)

@@ -16,6 +16,7 @@ from jaxtyping import Int32
 
 from jaxformer.config import Config, InputError, nearest
 from jaxformer.data.cache_folder import sha256
+from jaxformer.data.missing import Missing
 from jaxformer.data.readers import read_text
 from jaxformer.files import write_atomically
 
@@ -331,6 +332,10 @@ class TokenizerConfig(Config, abstract=True):
   needs_training: ClassVar[bool] = False
   # Whether it is trained on the validation text too.
   reads_all: ClassVar[bool] = False
+
+  def missing(self) -> Missing | None:
+    """Return what the config stands for where it makes no tokenizer; None for one that does."""
+    return None
 
   def train(self, texts: Iterable[str]) -> Tokenizer:
     """Return the tokenizer, trained on `texts` where it `needs_training`."""

@@ -111,7 +111,7 @@ def default_mesh(
 ) -> MeshConfig:
   """A mesh for training on a target: slices along `replica`; within a slice the largest `fsdp` that
   divides the width and the batch; the rest along `data` if the batch divides over it, else along
-  `tensor`."""
+  `tensor` if the model does, else along `context`."""
   n, rows = target.devices_per_slice, batch_size // accumulate
   widths = [
     size
@@ -125,7 +125,12 @@ def default_mesh(
   fsdp = max(fitting, default=1)
   rest = n // fsdp
   data = rest if rows % (fsdp * rest * target.slices) == 0 else 1
-  return MeshConfig(replica=target.slices, data=data, fsdp=fsdp, tensor=rest // data)
+  mesh = MeshConfig(replica=target.slices, data=data, fsdp=fsdp, tensor=rest // data)
+  try:
+    define(model).abstract(Parallel(abstract_mesh(mesh, target.devices), mesh.rules))
+  except InputError:
+    return mesh.replace(tensor=1, context=mesh.tensor)
+  return mesh
 
 
 def divisors(n: int) -> list[int]:

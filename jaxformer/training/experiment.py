@@ -135,6 +135,12 @@ class Experiment(Config):
   mesh: MeshConfig = MeshConfig()
   run: RunConfig = RunConfig()
 
+  @property
+  def tokens(self) -> int:
+    """Positions trained on, padding included: steps x batch size x length, of the last bucket where
+    the data have several."""
+    return self.training.steps * self.training.batch_size * self.data.positions
+
   def validate(self):
     longest, length = self.model.max_len, self.data.max_len
     if longest is not None and length > longest:
@@ -167,6 +173,20 @@ def default_experiment(model: ModelConfig, name: str) -> Experiment:
     optimizer=AdamW(learning_rate=3e-3),
     training=training,
     run=RunConfig(name=name),
+  )
+
+
+def check_complete(experiment: Experiment) -> None:
+  """Raise `InputError` where the data of a published recipe have to be given first: it names what
+  is missing and the options that give it."""
+  missing = {f'data.{f.replace("_", "-")}': m for f, m in experiment.data.missing().items()}
+  if not missing:
+    return
+  (field, first), *others = missing.items()
+  also = ''.join(f', and {name} ({m.what})' for name, m in others)
+  options = ' '.join(m.options(name) for name, m in missing.items())
+  raise InputError(
+    field, first.what, problem=f'not part of jaxformer; give it{also}, for example {options}'
   )
 
 

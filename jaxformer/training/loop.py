@@ -25,7 +25,7 @@ from jaxformer.data import Dataset, open_data
 from jaxformer.models.params import Params
 from jaxformer.sharding import use_mesh
 from jaxformer.training.checkpoint import Checkpoints, steps_in
-from jaxformer.training.experiment import Experiment
+from jaxformer.training.experiment import Experiment, check_complete
 from jaxformer.training.interrupt import Interrupt, Stopped
 from jaxformer.training.malloc import keep_freed_memory
 from jaxformer.training.member import Member, Sample, TrainResult
@@ -134,6 +134,7 @@ def _opened(
   if init_from is not None:
     for run in runs:
       run.check_initialization()
+  check_complete(experiments[0])
   check(experiments[0], devices)
   data = dataset or open_data(experiments[0].data, log=log)
   setups = [Setup.of(e, data, devices) for e in experiments]

@@ -175,6 +175,36 @@ class Adafactor(OptimizerConfig):
     return per_matrix(info, lambda i: one)
 
 
+class SGD(OptimizerConfig):
+  """u = g + momentum u;  update = u + weight_decay p (`optax.trace`)."""
+
+  learning_rate: float = 0.1
+  weight_decay: float = 0.0
+  momentum: float = 0.0
+
+  def direction(self, info):
+    return optax.trace(self.momentum) if self.momentum else optax.identity()
+
+
+class Adadelta(OptimizerConfig):
+  """G = rho G + (1 - rho) g^2;  u = sqrt(U + eps) / sqrt(G + eps) g;  U = rho U + (1 - rho) u^2;
+  update = u + weight_decay p (Zeiler 2012, algorithm 1), by `optax.scale_by_adadelta`. The paper
+  has a learning rate of 1."""
+
+  learning_rate: float = 1.0
+  weight_decay: float = 0.0
+  rho: float = 0.95
+  eps: float = 1e-6
+
+  def validate(self):
+    super().validate()
+    self.require_rate('rho')
+    self.require_positive('eps')
+
+  def direction(self, info):
+    return optax.scale_by_adadelta(self.rho, self.eps)
+
+
 def per_matrix(
   info: dict[str, ParamInfo], of: Callable[[ParamInfo], optax.GradientTransformation]
 ) -> optax.GradientTransformation:

@@ -100,3 +100,68 @@ class Noam(ScheduleConfig):
   def factor(self, step, steps):
     t, w = jnp.asarray(step, jnp.float32) + 1, max(1, self.warmup_steps(steps))
     return self.width**-0.5 * jnp.minimum(t**-0.5, t * w**-1.5)
+
+
+class CosineThenConstant(ScheduleConfig):
+  """`Cosine` that reaches `final` at the fraction `until` of the run, and stays there: GPT-3 has a
+  cosine over 260 of 300 billion tokens (Brown et al. 2020, appendix B)."""
+
+  until: float
+  final: float = 0.1
+
+  def validate(self):
+    super().validate()
+    self.require(0 < self.until < 1, 'until', 'above 0 and below 1: a fraction of the steps')
+
+  def factor(self, step, steps):
+    short = max(1, round(self.until * steps))
+    return Cosine(warmup=self.warmup_steps(steps), final=self.final).factor(step, short)
+
+
+class Exponential(ScheduleConfig):
+  """1 for `hold` steps after the warm-up, then final^p: exponential decay down to `final` at the
+  last step, where p rises from 0 to 1 (Peng et al. 2023, RWKV, appendix G)."""
+
+  hold: int = 0
+  final: float = 0.1
+
+  def validate(self):
+    super().validate()
+    self.require_not_negative('hold')
+    self.require(self.final > 0, 'final', 'above 0 and at most 1')
+
+  def factor(self, step, steps):
+    w = self.warmup_steps(steps)
+    t, begin = jnp.asarray(step, jnp.float32), w + self.hold
+    progress = jnp.clip((t - begin) / max(1, steps - 1 - begin), 0.0, 1.0)
+    return jnp.minimum(1.0, (t + 1) / max(1, w)) * self.final**progress
+
+
+class StepDecay(ScheduleConfig):
+  """1 for `hold` steps, then times `decay` there and again every `every` steps: decay^(1 + floor((t
+  - hold) / every)) from step t = hold (Sutskever et al. 2014, section 3.4; Zaremba et al. 2014,
+  section 4.1)."""
+
+  hold: int
+  every: int
+  decay: float = 0.5
+
+  def validate(self):
+    super().validate()
+    self.require_not_negative('hold')
+    self.require_positive('every')
+    self.require(0 < self.decay <= 1, 'decay', 'above 0 and at most 1')
+
+  def factor(self, step, steps):
+    w, t = self.warmup_steps(steps), jnp.asarray(step, jnp.int32)
+    times = jnp.maximum(0, 1 + (t - self.hold) // self.every)
+    return jnp.minimum(1.0, (t + 1) / max(1, w)) * self.decay ** times.astype(jnp.float32)
+
+
+class InverseSquareRoot(ScheduleConfig):
+  """Linear warm-up over w steps, then sqrt(w / t) with t = step + 1 (Shazeer et al. 2017, appendix
+  C.1): `Noam` with the rate at the peak as `learning_rate`."""
+
+  def factor(self, step, steps):
+    t, w = jnp.asarray(step, jnp.float32) + 1, max(1, self.warmup_steps(steps))
+    return jnp.minimum(t / w, jnp.sqrt(w / t))

@@ -60,7 +60,8 @@ class Description:
 
   Attributes:
     task: what the model reads and predicts.
-    length: the sequence length that FLOPs are averaged over, and that state is sized for.
+    length: the sequence length that FLOPs are averaged over.
+    context_length: that state is sized for.
     implementations: platform or target -> phase -> operation -> the implementations that run.
   """
 
@@ -68,6 +69,7 @@ class Description:
   type: str
   task: str
   length: int
+  context_length: int
   params: int
   active_params: int
   flops: float
@@ -108,7 +110,8 @@ class Description:
   def lines(self) -> list[str]:
     head = [
       self.title,
-      f'{self.task}; FLOPs (forward, causal) and state at {self.length:,} tokens',
+      f'{self.task}; FLOPs (forward, causal) at {self.length:,} tokens, state at '
+      f'{self.context_length:,}',
       '',
     ]
     return [*head, *self.table(), *self._layers(), *self._implementations()]
@@ -138,9 +141,12 @@ class Description:
         yield f'  {where}, {phase}: {words or "no operation with alternatives"}'
 
 
-def describe_model(name: str, model: ModelConfig, target: str | None = None) -> Description:
-  """Describe a model; with a target, such as 'v5e-64', also the implementations that run there."""
-  c = cost(model)
+def describe_model(
+  name: str, model: ModelConfig, target: str | None = None, length: int | None = None
+) -> Description:
+  """Describe a model, with FLOPs at a sequence length (by default its context length); with a
+  target, such as 'v5e-64', also the implementations that run there."""
+  c = cost(model, length)
   places = {f'this machine ({platform()})': platform()}
   if target is not None:
     found = parse_target(target)
@@ -150,6 +156,7 @@ def describe_model(name: str, model: ModelConfig, target: str | None = None) -> 
     type=model.tag,
     task=str(model.task),
     length=c.length,
+    context_length=c.context_length,
     params=c.params,
     active_params=c.active_params,
     flops=c.forward_flops_per_token,
@@ -226,7 +233,7 @@ def _blocks(
         formula=formula,
         source=source,
         settings=tuple(_settings(layer)),
-        state_bytes=2 * count * layer.state_size(w, length) if decodes else 0,
+        state_bytes=2 * count * layer.state_size(w, model.context_length) if decodes else 0,
       )
 
 

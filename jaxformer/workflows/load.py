@@ -16,10 +16,11 @@ from jaxformer.models.params import Params, define
 from jaxformer.models.zoo import PRESETS
 from jaxformer.sharding import make_parallel
 from jaxformer.task_type import LANGUAGE_MODELING, TRANSLATION
-from jaxformer.training import default_experiment, load_experiment
+from jaxformer.training import load_experiment
 from jaxformer.training.checkpoint import load_params, steps_in
 from jaxformer.training.experiment import Experiment
 from jaxformer.training.paths import AnyPath, is_url, local_copy, to_path
+from jaxformer.training.recipes import preset_experiment
 from jaxformer.training.run import run_folder
 from jaxformer.user_code import load_file
 from jaxformer.workflows.model import Model
@@ -72,7 +73,7 @@ def name_code(code: Code) -> None:
 def _initialized(name: str, seed: int) -> Model:
   """A preset with initial parameters, made when they are used, and the tokenizer of its default
   experiment if that needs no training."""
-  made = default_experiment(PRESETS[name].model, name)
+  made = preset_experiment(name)
   definition, task, tokenizer = define(made.model), made.model.task, ByteTokenizer()
   if task not in (LANGUAGE_MODELING, TRANSLATION) or (task.vocab_size or 0) < tokenizer.vocab_size:
     tokenizer = None

@@ -15,6 +15,7 @@ from jaxformer.study.sizing import Sized
 from jaxformer.study.studies import STUDIES
 from jaxformer.study.study import FixedModel, Study, TokenMixer
 from jaxformer.training.experiment import Experiment, default_experiment
+from jaxformer.training.recipes import preset_experiment
 from jaxformer.user_code import errors_of, is_a, load_file, object_in_file
 from jaxformer.workflows.overrides import Overrides, Pairs, pairs_of
 from jaxformer.workflows.sizes import Size, is_layer, name_of, size_of, sized_model
@@ -47,8 +48,8 @@ def resolve(
   target: Experiment | ModelConfig | str, overrides: Pairs, size: Size
 ) -> tuple[Experiment, Pairs, Sized | None, bool]:
   """Return what a target of `experiment` stands for: the experiment, the overrides that are left to
-  apply, the result of building its model to a size if it was, and whether it is a default
-  experiment, whose settings suit a tiny training."""
+  apply, the result of building its model to a size if it was, and whether its settings are
+  only those of a tiny training of a model that has no name."""
   wanted = size_of(size)
   if not isinstance(target, str):
     if wanted is not None:
@@ -67,7 +68,7 @@ def resolve(
       found = found.replace(run=found.run.replace(name=pathlib.Path(target).stem))
     return found, overrides, None, False
   if target in PRESETS:
-    return default_experiment(PRESETS[target].model, target), overrides, None, True
+    return preset_experiment(target), overrides, None, False
   family = f'; the family {target} needs a size: --params 1M' if target in FAMILIES else ''
   raise InputError(
     f'no preset named {target!r}{nearest(target, PRESETS)}; `jaxformer list` shows all; the name '

@@ -24,13 +24,14 @@ from jaxformer.planning.estimate import (
   training_run,
 )
 from jaxformer.planning.hardware import CHIPS, GIB, hardware_file
-from jaxformer.planning.setup import Phase, PlanSetup, abstract_mesh, default_mesh, divisors
+from jaxformer.planning.setup import Phase, PlanSetup, abstract_mesh, divisors
 from jaxformer.planning.target import Target, parse_target
 from jaxformer.sharding import MeshConfig, Parallel
 from jaxformer.task_type import LANGUAGE_MODELING
 from jaxformer.training.experiment import Experiment
 from jaxformer.training.step import lowered_train_step
 from jaxformer.workflows.names import resolve
+from jaxformer.workflows.on_target import on_target
 from jaxformer.workflows.overrides import Overrides, pairs_of
 from jaxformer.workflows.progress import Log, log_progress
 from jaxformer.workflows.sizes import Amount, Size, shape, shape_row
@@ -108,15 +109,16 @@ def plan(
   """Return what a model costs, from shapes alone; on a target also time, price, memory per device
   and the bottleneck of training or inference.
 
-  FLOPs per token are averaged over the model's context length for a preset (on a target, over at
-  most 8,192 tokens), and over the sequence length of an experiment.
+  The run is that of `experiment`: its tokens, sequence length, batch and remat policy. FLOPs per
+  token are averaged over its sequence length; of a model that is not a preset, over its context
+  length (on a target, over at most 8,192 tokens).
 
   Args:
     model, overrides, size: see `experiment`.
     length: sequence length, in place of these.
     target: a slice or a host of GPUs: 'v5p-2048', 'v6e-256', '2 x v5e-256', 'v5e:2x4', 'h100:8'.
-    tokens: of the training run, a number or text such as '2T'; by default 20 per active parameter
-      (Hoffmann et al. 2022).
+    tokens: of the training run, a number or text such as '2T', in place of the experiment's; of a
+      model that is not a preset by default 20 per active parameter (Hoffmann et al. 2022).
     utilization: share of the peak FLOPs per second that time and price assume.
     price: USD per chip-hour, in place of the list price.
     hardware: a TOML or JSON file with chips of your own; see `planning.hardware`.
@@ -130,21 +132,28 @@ def plan(
   name = model if isinstance(model, str) and sized is None else e.run.name or e.model.tag
   given = {path.replace('-', '_') for path, _ in pairs}
   training = chips is not None and phase == 'train'
-  if default and chips is not None:
-    e = _at_scale(e, chips, phase)
+  ours = default or name in PRESETS
+  if default and training:
+    e = _at_scale(e, chips)
+  elif ours and phase != 'train':
+    e = e.replace(training=e.training.replace(batch_size=1))
   e = override(e, left)
   if length is None:
-    of_data = not default or training or any('sequence' in path for path in given)
+    serving = phase != 'train' if name in PRESETS else default and not training
+    of_data = not serving or any('sequence' in path for path in given)
     length = e.data.positions if of_data else e.model.context_length
+  elif training:
+    e = e.replace(data=e.data.at_length(length))
+  if training and ours:
+    e, _ = on_target(e, chips, given | {'training.accumulate'} if default or search else given)
   c = cost(e.model, length)
-  usual = TOKENS_PER_PARAMETER * c.active_params
+  usual = TOKENS_PER_PARAMETER * c.active_params if default else e.tokens
   trained = parse_amount(usual if tokens is None else tokens, 'tokens')
   report: dict[str, Any] = {}
   if chips is not None:
-    own_mesh = default and not any(path.startswith('mesh') for path in given)
-    setup = _setup(e, chips, phase, length, own_mesh)
+    setup = _setup(e, chips, phase, length)
     if search:
-      report['search'], setup = _search(e, setup, given, default, name, log)
+      report['search'], setup = _search(e, setup, given, ours, name, log)
     if training:
       log(f'tracing a step of {setup.batch_size} x {setup.length} tokens on {chips.name}')
       run = training_run(
@@ -199,27 +208,20 @@ def _target(
   return found
 
 
-def _at_scale(experiment: Experiment, target: Target, phase: Phase) -> Experiment:
+def _at_scale(experiment: Experiment, target: Target) -> Experiment:
   """Return a default experiment with one sequence per device, full remat and longer sequences."""
-  training = experiment.training.replace(
-    batch_size=target.devices if phase == 'train' else 1, remat='full'
-  )
+  training = experiment.training.replace(batch_size=target.devices, remat='full')
   data = experiment.data
   if data.has_text and experiment.model.task == LANGUAGE_MODELING:
     data = Text(sequence_length=min(experiment.model.context_length, LONGEST))
   return experiment.replace(training=training, data=data)
 
 
-def _setup(
-  experiment: Experiment, target: Target, phase: Phase, length: int, own_mesh: bool
-) -> PlanSetup:
-  """Return what is estimated; training on the usual mesh of the target if the experiment has none
-  of its own."""
-  t, mesh = experiment.training, experiment.mesh
+def _setup(experiment: Experiment, target: Target, phase: Phase, length: int) -> PlanSetup:
+  """Return what is estimated."""
+  t = experiment.training
   if phase == 'train':
-    if own_mesh:
-      mesh = default_mesh(experiment.model, target, t.batch_size, t.accumulate)
-    return dataclasses.replace(setup_of(experiment, target, mesh), platform=None)
+    return dataclasses.replace(setup_of(experiment, target), platform=None)
   precision = 'fp32' if t.dtype == 'float32' else 'bf16'
   return inference_setup(phase, experiment.model, target, t.batch_size, length, precision)
 

@@ -7,6 +7,7 @@ from jaxformer.data import open_data
 from jaxformer.models.params import Params
 from jaxformer.training import Experiment, TrainResult, check
 from jaxformer.training import train as run_training
+from jaxformer.training.experiment import check_complete
 from jaxformer.training.run import Run
 from jaxformer.workflows.benchmark import utilization
 from jaxformer.workflows.load import Code, initial_params, name_code
@@ -78,6 +79,7 @@ def train(
   """
   name_code(code)
   e = experiment(target, overrides=overrides, **size)
+  check_complete(e)
   check(e)  # before the text is read, which may take long
   Run(e)  # and is the folder usable?
   if isinstance(init_from, str):

@@ -18,6 +18,8 @@ def experiment(*overrides):
     ('training.batch-size', '64'),
     ('data.sequence-length', '4096'),
     ('training.steps', '1000'),
+    ('schedule.warmup', '100'),
+    ('training.remat', 'none'),
   ]
   return jaxformer.experiment('llama2-7b', overrides=[*own, *overrides])
 

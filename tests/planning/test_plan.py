@@ -199,7 +199,8 @@ def test_the_command_in_json(capsys):
   decode = _plan(capsys, 'jamba-v0.1', '--target', 'h100:8', '--phase', 'decode')
   assert decode['step']['bound'] == 'memory'
   plain = _plan(capsys, 'llama2-7b')
-  assert plain['tokens'] == 20 * plain['active_params']
+  assert plain['tokens'] == 476_837 * 1024 * 4096
+  assert plain['length'] == 4096
 
 
 @pytest.mark.quick
