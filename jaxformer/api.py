@@ -35,6 +35,7 @@ from jaxformer.workflows.names import experiment, get_study, resolve
 from jaxformer.workflows.overrides import Overrides, pairs_of
 from jaxformer.workflows.plan import plan
 from jaxformer.workflows.progress import Log, log_progress
+from jaxformer.workflows.recipes import recipe_notes
 from jaxformer.workflows.sizes import shapes
 from jaxformer.workflows.train import train
 
@@ -54,6 +55,7 @@ __all__ = [
   'plan',
   'plan_launch',
   'preset',
+  'recipe_notes',
   'report',
   'shapes',
   'train',

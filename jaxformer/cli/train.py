@@ -7,11 +7,17 @@ The same command resumes a run that stopped. Any field of the experiment can be 
 --run.name mine. A field name not found at its level is applied to all nested configs that have it:
 --model.heads 8 sets the heads of every attention layer. --show prints all fields.
 
+A published model has the recipe of its paper (`jaxformer describe NAME` has the sources), and needs
+a tokenizer and a corpus: --data.tokenizer TokenizerFile --data.tokenizer.path FILE.json
+--data.corpus Files --data.corpus.path my-texts/. A FAMILY-tiny preset trains on the Python standard
+library for about a minute.
+
 The target may also be a family at a size (`train mamba --params 1M`), or a layer of your own in a
 model like Llama (`train my_layer.py:MyMixer.Config`, of a million parameters unless a size is
 given); see `jaxformer plan --help`."""
 
 import argparse
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -52,6 +58,7 @@ def run(
 ) -> int:
   experiment = jf.experiment(**options)
   if print_only:
+    print('\n'.join(jf.recipe_notes(options['target'])), file=sys.stderr)
     print(text(experiment), end='')
     return DONE
   result = jf.train(experiment, init_from=init_from, code=code)

@@ -5,19 +5,45 @@ from jaxformer.training.checkpoint import load_params
 from jaxformer.training.experiment import Experiment, RunConfig, TrainingConfig, default_experiment
 from jaxformer.training.loop import train, train_population
 from jaxformer.training.member import TrainResult
-from jaxformer.training.optimizer import Adafactor, AdamW, Lion, Muon, OptimizerConfig
+from jaxformer.training.optimizer import (
+  SGD,
+  Adadelta,
+  Adafactor,
+  AdamThenSGD,
+  AdamW,
+  Lion,
+  Muon,
+  OptimizerConfig,
+)
 from jaxformer.training.run import load_experiment, read_metrics
-from jaxformer.training.schedule import WSD, Constant, Cosine, Linear, Noam, ScheduleConfig
+from jaxformer.training.schedule import (
+  WSD,
+  Constant,
+  Cosine,
+  CosineThenConstant,
+  Exponential,
+  InverseSquareRoot,
+  Linear,
+  Noam,
+  ScheduleConfig,
+  StepDecay,
+)
 from jaxformer.training.setup import check
 from jaxformer.training.trackers import TensorBoard, TrackerConfig, Trackio, Wandb
 
 __all__ = [
+  'SGD',
   'WSD',
+  'Adadelta',
   'Adafactor',
+  'AdamThenSGD',
   'AdamW',
   'Constant',
   'Cosine',
+  'CosineThenConstant',
   'Experiment',
+  'Exponential',
+  'InverseSquareRoot',
   'Linear',
   'Lion',
   'Muon',
@@ -25,6 +51,7 @@ __all__ = [
   'OptimizerConfig',
   'RunConfig',
   'ScheduleConfig',
+  'StepDecay',
   'TensorBoard',
   'TrackerConfig',
   'Trackio',

@@ -205,6 +205,39 @@ class Adadelta(OptimizerConfig):
     return optax.scale_by_adadelta(self.rho, self.eps)
 
 
+class AdamThenSGD(OptimizerConfig):
+  """Adam for the first `adam_steps` updates, then plain SGD (Wu et al. 2016, section 8.3).
+
+  Attributes:
+    learning_rate: of SGD, and what a run records.
+    adam_learning_rate: of the updates by Adam, under the same schedule.
+    beta1, beta2, eps: of Adam; see `AdamW`.
+  """
+
+  learning_rate: float = 0.5
+  weight_decay: float = 0.0
+  adam_steps: int
+  adam_learning_rate: float = 2e-4
+  beta1: float = 0.9
+  beta2: float = 0.999
+  eps: float = 1e-8
+
+  def validate(self):
+    super().validate()
+    self.require_positive('adam_steps', 'adam_learning_rate', 'eps')
+
+  def direction(self, info):
+    adam = optax.scale_by_adam(self.beta1, self.beta2, self.eps)
+    scale = self.adam_learning_rate / self.learning_rate
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+      directions, state = adam.update(updates, state, params)
+      by_adam = state.count <= self.adam_steps
+      return jax.tree.map(lambda d, g: jnp.where(by_adam, scale * d, g), directions, updates), state
+
+    return optax.GradientTransformation(adam.init, update)
+
+
 def per_matrix(
   info: dict[str, ParamInfo], of: Callable[[ParamInfo], optax.GradientTransformation]
 ) -> optax.GradientTransformation:

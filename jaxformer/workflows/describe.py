@@ -20,6 +20,7 @@ from jaxformer.planning.memory import abstract_batch
 from jaxformer.planning.target import parse_target
 from jaxformer.sharding import assume_platform, platform
 from jaxformer.task_type import LANGUAGE_MODELING
+from jaxformer.workflows.recipes import recipe_json, recipe_lines
 from jaxformer.workflows.tables import amount, parameters, table
 
 LONGEST = 8192  # tokens of the sequence that is traced to see which implementations run
@@ -63,6 +64,7 @@ class Description:
     length: the sequence length that FLOPs are averaged over.
     context_length: that state is sized for.
     implementations: platform or target -> phase -> operation -> the implementations that run.
+    recipe: how a published model was trained (see `recipes.recipe_json`); None for others.
   """
 
   name: str
@@ -76,6 +78,7 @@ class Description:
   state_bytes: int | None
   parts: tuple[ModelPart, ...]
   implementations: dict[str, dict[str, dict[str, list[str]]]]
+  recipe: dict[str, Any] | None = None
 
   def json(self) -> dict[str, Any]:
     return dataclasses.asdict(self)
@@ -114,7 +117,8 @@ class Description:
       f'{self.context_length:,}',
       '',
     ]
-    return [*head, *self.table(), *self._layers(), *self._implementations()]
+    recipe = [] if self.recipe is None else ['', 'training recipe', *recipe_lines(self.recipe)]
+    return [*head, *self.table(), *self._layers(), *self._implementations(), *recipe]
 
   def _layers(self) -> Iterator[str]:
     seen = set()
@@ -163,6 +167,7 @@ def describe_model(
     state_bytes=c.decode_state_bytes,
     parts=tuple(parts_of(model, c.length)),
     implementations={where: implementations(model, on) for where, on in places.items()},
+    recipe=recipe_json(name),
   )
 
 

@@ -49,6 +49,7 @@ class ModelPlan(Cost):
     name, family: of the model; no family if it is not from the zoo.
     tokens: of the training run.
     shape: of a model built to a size; else None.
+    missing: what has to be given for training, by field; see `DatasetConfig.missing`.
     report: on a target: memory, times, price, compiler and search results as JSON data; else {}.
   """
 
@@ -56,6 +57,7 @@ class ModelPlan(Cost):
   family: str | None
   tokens: float
   shape: dict[str, Any] | None
+  missing: dict[str, str]
   report: dict[str, Any]
 
   def json(self) -> dict[str, Any]:
@@ -67,6 +69,7 @@ class ModelPlan(Cost):
       'tokens': self.tokens,
       'tokens_per_parameter': self.tokens / self.active_params,
       'train_flops': self.tokens * self.train_flops_per_token,
+      **({'to_be_given': self.missing} if self.missing else {}),
       **self.report,
     }
 
@@ -85,6 +88,7 @@ class ModelPlan(Cost):
     tokens = f'{amount(self.tokens)} tokens, {v["tokens_per_parameter"]:.3g} per active parameter'
     train_flops = v.get('run', v)['train_flops']
     rows.append(('training', f'{train_flops:.4g} FLOPs', tokens))
+    rows += [('to be given', field, what) for field, what in self.missing.items()]
     rows += [row for part, rows_of in ROWS.items() if part in v for row in rows_of(v)]
     head = f'{self.name}: {parameters(self.params, self.active_params)}'
     return [head, *table(rows, left=3), *(_search_lines(v['search']) if 'search' in v else [])]
@@ -170,6 +174,7 @@ def plan(
     family=family,
     tokens=trained,
     shape=None if sized is None else shape(sized, e.model),
+    missing={f'data.{field}': m.what for field, m in e.data.missing().items()},
     report=report,
   )
 

@@ -8,7 +8,7 @@ from jaxformer.config import InputError
 from jaxformer.models.params import ParamInfo, define
 from jaxformer.models.zoo.gpt import gpt
 from jaxformer.sharding import MeshConfig, make_parallel, use_mesh
-from jaxformer.training import Adafactor, AdamW, Constant, Lion, Muon
+from jaxformer.training import SGD, Adadelta, Adafactor, AdamThenSGD, AdamW, Constant, Lion, Muon
 from jaxformer.training.experiment import TrainingConfig
 from jaxformer.training.optimizer import Optimizer
 from jaxformer.training.step import compiled_train_step, init_state
@@ -19,6 +19,9 @@ ALL = (
   Lion(learning_rate=3e-3),
   Muon(learning_rate=1e-2),
   Adafactor(learning_rate=1e-2, factored_from=16),
+  SGD(learning_rate=0.3, momentum=0.9),
+  Adadelta(learning_rate=3.0),
+  AdamThenSGD(learning_rate=1e-2, adam_learning_rate=1e-2, adam_steps=5),
 )
 
 
@@ -181,3 +184,44 @@ def test_bad_values_are_refused():
     AdamW(learning_rate=0.0)
   with pytest.raises(InputError, match=r'Muon\.scale'):
     Muon(scale='adm')
+
+
+def steps_of(config, grads):
+  """The parameters after each update by some gradients."""
+  o, params = Optimizer(config, Constant(warmup=0), len(grads), INFO), tree(0)
+  state, found = o.init(params), []
+  for step, g in enumerate(grads):
+    params, state, _ = o.update(g, state, params, step)
+    found.append(params)
+  return found
+
+
+@pytest.mark.parametrize(
+  ('config', 'theirs'),
+  [
+    (SGD(learning_rate=0.1), optax.sgd(0.1)),
+    (SGD(learning_rate=0.1, momentum=0.9), optax.sgd(0.1, 0.9)),
+    (Adadelta(learning_rate=0.5), optax.adadelta(0.5, rho=0.95, eps=1e-6)),
+  ],
+)
+def test_plain_optimizers_are_those_of_optax(config, theirs):
+  config, grads = config.replace(clip=None), [tree(k) for k in range(1, 5)]
+  params, state = tree(0), theirs.init(tree(0))
+  for found, g in zip(steps_of(config, grads), grads, strict=True):
+    updates, state = theirs.update(g, state, params)
+    params = optax.apply_updates(params, updates)
+    for name in ('embedding', 'w', 'scale'):  # of a full rate
+      np.testing.assert_allclose(found[name], params[name], rtol=1e-5, atol=1e-7)
+
+
+def test_adam_then_sgd_is_one_and_then_the_other():
+  grads = [tree(k) for k in range(1, 6)]
+  both = AdamThenSGD(learning_rate=0.3, adam_learning_rate=0.02, adam_steps=3, clip=None)
+  adam = AdamW(learning_rate=0.02, beta2=0.999, weight_decay=0.0, clip=None)
+  found, first = steps_of(both, grads), steps_of(adam, grads[:3])
+  for got, wanted in zip(found, first):
+    for name in INFO:
+      np.testing.assert_allclose(got[name], wanted[name], rtol=1e-5, atol=1e-7)
+  for name, i in INFO.items():
+    wanted = found[2][name] - 0.3 * i.lr_scale * (grads[3][name] + grads[4][name])
+    np.testing.assert_allclose(found[4][name], wanted, rtol=1e-5, atol=1e-6)

@@ -26,12 +26,20 @@ def last(e) -> float:
   return e.optimizer.learning_rate * float(e.schedule.factor(steps - 1, steps))
 
 
+def test_every_published_preset_has_a_recipe():
+  assert set(RECIPES) == {name for name in PRESETS if not name.endswith('-tiny')}
+
+
 @pytest.mark.parametrize('name', RECIPES)
 def test_a_recipe_is_an_experiment_of_the_published_amount(name):
   recipe, e = RECIPES[name], preset_experiment(name)
   t = e.training
   per_step = t.batch_size * (e.data.positions if recipe.unit == 'tokens' else 1)
-  assert abs(t.steps * per_step - recipe.amount) <= max(per_step / 2, 1e-3 * recipe.amount)
+  # of steps; where they are published, of rows in a batch
+  rounding = per_step / 2 if recipe.steps is None else t.steps * e.data.positions / 2
+  if recipe.unit == 'tokens':
+    assert e.tokens == t.steps * per_step
+  assert abs(t.steps * per_step - recipe.amount) <= rounding
   assert e.model == PRESETS[name].model
   assert e.run.name == name
   assert config.from_json(config.to_json(e)) == e
@@ -99,6 +107,45 @@ def test_mamba_has_five_times_the_rate_of_gpt3(family):
     assert e.training.batch_size == other.training.batch_size
 
 
+def test_rates_of_rwkv():
+  """Peng et al. 2023, table 3: constant for 361 mini-epochs of 40,320 sequences, then exponential;
+  Peng et al. 2024, table 17."""
+  e = preset_experiment('rwkv4-169m')
+  assert e.tokens == 8043 * 40_320 * 1024
+  assert (peak(e), last(e)) == pytest.approx((6e-4, 1e-5), rel=1e-4)
+  assert e.schedule.hold == 361 * 40_320 // 128
+  assert (e.optimizer.beta2, e.optimizer.weight_decay) == (0.99, 0)
+  e = preset_experiment('rwkv5-7b')
+  assert (peak(e), last(e)) == pytest.approx((1.5e-4, 1e-5), rel=1e-4)
+  assert e.training.batch_size * 4096 == 2_359_296
+
+
+def test_rates_of_encoder_decoders():
+  """Sutskever et al. 2014, section 3.4: halved every half epoch from 5 to 7.5; Vaswani et al. 2017,
+  equation 3; Bahdanau et al. 2015: Adadelta."""
+  e = preset_experiment('seq2seq-lstm')
+  assert (e.training.steps, e.training.batch_size) == (703_125, 128)
+  assert last(e) == pytest.approx(peak(e) / 2**5)
+  e = preset_experiment('transformer-base')
+  assert peak(e) == pytest.approx((512 * 4000) ** -0.5)
+  assert last(e) == pytest.approx((512 * 100_000) ** -0.5)
+  assert (e.training.label_smoothing, e.optimizer.beta2, e.optimizer.eps) == (0.1, 0.98, 1e-9)
+  o = preset_experiment('rnnsearch').optimizer
+  assert (o.tag, o.rho, o.eps, o.clip) == ('Adadelta', 0.95, 1e-6, 1.0)
+
+
+def test_rates_and_clipping_of_a_sum_over_time_steps():
+  """Zaremba et al. 2014 sum over the 20 or 35 steps of a row, where the loss here is their mean."""
+  for name, length, clip, divided in (
+    ('lstm-zaremba-small', 20, 5, 2**9),
+    ('lstm-zaremba-large', 35, 10, 1.15**41),
+  ):
+    e = preset_experiment(name)
+    assert (e.data.positions, e.training.batch_size) == (length, 20)
+    assert (peak(e), e.optimizer.clip) == pytest.approx((length, clip / length))
+    assert last(e) == pytest.approx(length / divided, rel=1e-4)
+
+
 def test_what_is_not_published_is_not_said_to_be():
   assert RECIPES['gpt2'].origins['peak'].status == 'ours'
   assert RECIPES['mamba-130m'].origins['init'].status == 'secondary'
@@ -143,7 +190,9 @@ def test_tiny_presets_keep_their_minute():
   assert e.tokens == 400 * 8 * 256
 
 
-@pytest.mark.parametrize('name', ['llama2-7b', 'gpt3-1.3b', 'mamba-2.8b', 'gpt2-tiny'])
+@pytest.mark.parametrize(
+  'name', ['llama2-7b', 'mamba-2.8b', 'gpt2-tiny', 'gnmt', 'transformer-base', 's4d-listops']
+)
 def test_a_plan_is_that_of_the_run(name):
   e, plan = jaxformer.experiment(name), jaxformer.plan(name)
   assert (plan.tokens, plan.length) == (e.tokens, e.data.positions)

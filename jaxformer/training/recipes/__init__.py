@@ -6,7 +6,7 @@ import pkgutil
 
 from jaxformer.models.zoo import PRESETS
 from jaxformer.training.experiment import Experiment, default_experiment
-from jaxformer.training.recipes.recipe import RECIPES, Field, Origin, Recipe, Status
+from jaxformer.training.recipes.recipe import FIELDS, RECIPES, Field, Origin, Recipe, Status
 
 for _module in sorted(m.name for m in pkgutil.iter_modules(__path__)):
   importlib.import_module(f'{__name__}.{_module}')
@@ -20,4 +20,4 @@ def preset_experiment(name: str) -> Experiment:
   return default_experiment(PRESETS[name].model, name)
 
 
-__all__ = ['RECIPES', 'Field', 'Origin', 'Recipe', 'Status', 'preset_experiment']
+__all__ = ['FIELDS', 'RECIPES', 'Field', 'Origin', 'Recipe', 'Status', 'preset_experiment']

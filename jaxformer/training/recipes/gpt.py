@@ -55,7 +55,7 @@ GPT3_ORIGINS: Origins = {
   'peak': GPT3.at('table 2.1'),
   **each(GPT3.at('appendix B'), 'length', 'optimizer', 'betas', 'eps', 'minimum', 'decay', 'clip'),
   'steps': derived('300B tokens at the final batch size'),
-  'warmup': GPT3.at('appendix B', '375M tokens'),
+  'warmup': GPT3.at('appendix B', '375M tokens; the number of steps is derived'),
   'schedule': GPT3.at('appendix B', 'cosine over 260B tokens, then constant'),
   'dropout': ours(),
   'init': GPT3.at('section 2.1', 'that of GPT-2'),

@@ -14,7 +14,7 @@ INIT = 'N(0, 0.02)'
 
 LLAMA2_ORIGINS: Origins = {
   **each(LLAMA2.at('table 1'), 'tokens', 'length', 'peak'),
-  'batch': LLAMA2.at('section 2.2', '"4M" tokens; the number of sequences is derived'),
+  'batch': LLAMA2.at('table 1', '"4M" tokens; the number of sequences is derived'),
   **each(
     LLAMA2.at('section 2.2'),
     'optimizer',
@@ -60,7 +60,7 @@ SHARED: Origins = {
     'secondary', 'a table of recipes of another project', 'bfloat16, gradients summed in float32'
   ),
   'tokenizer': LLAMA3.at('section 3.2', HUB),
-  'length': LLAMA3.at('section 3.4'),
+  'length': LLAMA3.at('section 3.4.1'),
   'peak': LLAMA3.at('table 3'),
 }
 TOKENIZER = PublishedTokenizer(
@@ -113,7 +113,7 @@ llama3(
   batch=2048,
   rate=8e-5,
   origins={
-    'tokens': LLAMA3.at('section 3.4'),
+    'tokens': LLAMA3.at('section 1'),
     'batch': LLAMA3.at(
       'section 3.4.1', '"4M", from 252M tokens "8M", from 2.87T tokens "16M"; here 16M throughout'
     ),

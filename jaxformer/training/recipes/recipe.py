@@ -1,6 +1,7 @@
 """Recipe: how a published model was trained, as data with the source of each value."""
 
 import dataclasses
+import typing
 from collections.abc import Mapping
 from typing import Literal
 
@@ -104,7 +105,7 @@ def each(origin: Origin, *fields: Field) -> Origins:
 
 
 # Where a paper does not state its precision, or had other hardware.
-AUTO = 'bfloat16 matmuls and activations on TPU and GPU, float32 parameters'
+AUTO = 'bfloat16 compute, float32 parameters'
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -169,6 +170,7 @@ class Recipe:
     )
 
 
+FIELDS: tuple[Field, ...] = typing.get_args(Field)
 RECIPES: Registry[Recipe] = Registry('recipe')
 
 
