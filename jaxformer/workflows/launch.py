@@ -8,14 +8,16 @@ from typing import Any
 
 from jaxformer.config import InputError
 from jaxformer.launch import ENGINES, Engine, Job, source_of, submit
-from jaxformer.launch.check import check_on
+from jaxformer.launch.check import check_on, setup_of
 from jaxformer.launch.sweep import grid
 from jaxformer.overrides import override
 from jaxformer.planning.estimate import UTILIZATION, TrainingRun, training_run
 from jaxformer.planning.memory import DeviceMemory
 from jaxformer.planning.target import parse_target
-from jaxformer.training.experiment import Experiment
+from jaxformer.training.experiment import Experiment, check_complete
+from jaxformer.training.recipes import RECIPES
 from jaxformer.workflows.names import experiment
+from jaxformer.workflows.on_target import on_target
 from jaxformer.workflows.overrides import Overrides, pairs_of
 from jaxformer.workflows.progress import Log
 from jaxformer.workflows.tables import amount, table
@@ -45,6 +47,18 @@ class LaunchPlan:
   jobs: list[PlannedJob]
 
   @property
+  def missing(self) -> dict[str, str]:
+    """What has to be given before the jobs can be submitted, by field."""
+    return {
+      f'data.{field}': m.what for p in self.jobs for field, m in p.experiment.data.missing().items()
+    }
+
+  def check_complete(self) -> None:
+    """Raise `InputError` if something has to be given first."""
+    for p in self.jobs:
+      check_complete(p.experiment)
+
+  @property
   def files(self) -> dict[pathlib.Path, str]:
     """Contents of the job files by path."""
     return {path: text for p in self.jobs for path, text in self.engine.files(p.job).items()}
@@ -62,6 +76,7 @@ class LaunchPlan:
         for p in self.jobs
       ],
       'price': sum(p.price for p in self.jobs),
+      **({'to_be_given': self.missing} if self.missing else {}),
       'files': {str(path): text for path, text in self.files.items()},
     }
 
@@ -94,6 +109,7 @@ class LaunchPlan:
       f'memory per device: about {needed / 1e9:,.3g} GB of {limit / 1e9:.3g}, {fits} '
       '(`jaxformer plan --compile` reports what the compiler needs)'
     )
+    lines += [f'to be given: {field} ({what})' for field, what in self.missing.items()]
     commands = (shlex.join(self.engine.command(p.job)) for p in self.jobs)
     return [*lines, *(f'submitted by: {command}' for command in commands)]
 
@@ -109,6 +125,7 @@ class LaunchPlan:
 
   def submit(self, log: Log = print) -> None:
     """Write the job files and submit the jobs. Raises `LaunchError`."""
+    self.check_complete()
     for path, text in self.files.items():
       try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -156,6 +173,9 @@ def plan_launch(
   for suffix, point in grid(sweep):
     given = [*pairs, *point]
     e = experiment(target_experiment, overrides=given)
+    if target_experiment in RECIPES:  # as `plan` has it
+      e, changes = on_target(e, slice_, {path.replace('-', '_') for path, _ in given})
+      given = [*given, *changes]
     job = Job(
       name=f'{e.run.name or pathlib.Path(target_experiment).stem}{suffix}',
       experiment=target_experiment,
@@ -167,9 +187,10 @@ def plan_launch(
     )
     engine.check(job)
     memory = check_on(e, slice_)
-    t, length = e.training, e.data.positions
-    tokens = t.steps * t.batch_size * length
-    run = training_run(e.model, length, slice_, tokens, utilization)
+    precision = setup_of(e, slice_).precision
+    run = training_run(
+      e.model, e.data.positions, slice_, e.tokens, utilization, precision=precision
+    )
     jobs.append(PlannedJob(job, e, run, memory))
   return LaunchPlan(engine, jobs)
 

@@ -29,6 +29,7 @@ from jaxformer.planning.target import Target, parse_target
 from jaxformer.sharding import MeshConfig, Parallel
 from jaxformer.task_type import LANGUAGE_MODELING
 from jaxformer.training.experiment import Experiment
+from jaxformer.training.recipes import RECIPES
 from jaxformer.training.step import lowered_train_step
 from jaxformer.workflows.names import resolve
 from jaxformer.workflows.on_target import on_target
@@ -148,7 +149,7 @@ def plan(
     length = e.data.positions if of_data else e.model.context_length
   elif training:
     e = e.replace(data=e.data.at_length(length))
-  if training and ours:
+  if training and (default or name in RECIPES):
     e, _ = on_target(e, chips, given | {'training.accumulate'} if default or search else given)
   c = cost(e.model, length)
   usual = TOKENS_PER_PARAMETER * c.active_params if default else e.tokens
@@ -226,7 +227,7 @@ def _setup(experiment: Experiment, target: Target, phase: Phase, length: int) ->
   """Return what is estimated."""
   t = experiment.training
   if phase == 'train':
-    return dataclasses.replace(setup_of(experiment, target), platform=None)
+    return setup_of(experiment, target)
   precision = 'fp32' if t.dtype == 'float32' else 'bf16'
   return inference_setup(phase, experiment.model, target, t.batch_size, length, precision)
 

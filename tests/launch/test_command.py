@@ -126,6 +126,8 @@ def test_an_estimate_over_the_memory_is_said(folder, capsys):
     '2048',
     '--training.remat',
     'none',
+    '--training.accumulate',
+    '1',
   ]
   assert main(['launch', 'sky', 'llama2-7b', '--target', 'v6e-16', *words, '--dry-run']) == 0
   assert 'GB too much: use --training.remat full' in capsys.readouterr().out

@@ -66,7 +66,7 @@ CASES = [
   ),
   (f'{SKY} --mesh.fsdp 3', '16 devices', 'fsdp 3'),
   (
-    'sky llama2-7b --run.dir gs://b/r --target v6e-16 --training.batch-size 16',
+    'sky llama2-7b --run.dir gs://b/r --target v6e-16 --training.batch-size 16 --mesh.data 16',
     '107.8 GB per device',
     '74.3 GB more',
     '--mesh.fsdp',

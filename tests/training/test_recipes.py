@@ -199,6 +199,57 @@ def test_a_plan_is_that_of_the_run(name):
   assert jaxformer.plan(name, tokens='1B').tokens == 1e9
 
 
+@pytest.mark.parametrize(
+  ('name', 'target'),
+  [
+    ('llama2-7b', 'v5e-64'),
+    ('mamba-130m', 'v6e-8'),
+    ('transformer-base', 'h100:8'),
+    ('gpt2-tiny', 'v5e-4'),
+  ],
+)
+def test_a_launch_is_what_was_planned(name, target):
+  plan = jaxformer.plan(name, target=target, log=lambda line: None).json()
+  launch = jaxformer.plan_launch(
+    'sky',
+    name,
+    target=target,
+    source='git+https://github.com/someone/jaxformer@0123abc',
+    overrides={'run.dir': 'gs://bucket/runs'},
+  )
+  (job,) = launch.json()['jobs']
+  same = ('tokens', 'train_flops', 'days', 'price_usd', 'chip_hours', 'utilization')
+  assert {k: job[k] for k in same} == {k: plan['run'][k] for k in same}
+  e = launch.jobs[0].experiment
+  assert e.tokens == plan['run']['tokens']
+  assert (e.data.positions, e.training.batch_size, e.training.remat, e.training.accumulate) == (
+    plan['step']['sequence_length'],
+    plan['step']['batch_size'],
+    plan['remat'],
+    plan['accumulate'],
+  )
+  assert e.mesh.sizes(launch.jobs[0].job.target.devices) == plan['mesh']
+  # and the machines train this
+  told = jaxformer.experiment(name, overrides=launch.jobs[0].job.overrides)
+  assert told.replace(run=e.run) == e
+
+
+def test_nothing_is_launched_before_tokenizer_and_corpus_are_given(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  launch = jaxformer.plan_launch(
+    'sky',
+    'llama2-7b',
+    target='v5e-64',
+    source='git+https://github.com/someone/jaxformer@0123abc',
+    overrides={'run.dir': 'gs://bucket/runs'},
+  )
+  assert list(launch.json()['to_be_given']) == ['data.tokenizer', 'data.corpus']
+  assert any('to be given: data.tokenizer' in line for line in launch.lines())
+  with pytest.raises(InputError, match='not part of jaxformer'):
+    launch.submit()
+  assert not list(tmp_path.iterdir())
+
+
 def test_a_plan_on_a_target_keeps_the_batch_and_the_remat_policy():
   e = jaxformer.experiment('llama2-7b')
   found = jaxformer.plan('llama2-7b', target='v5e-64', log=lambda line: None).json()
