@@ -5,20 +5,11 @@ Start with `dataset.py`: `open_data(Text(...))` or `open_data(Digits())` gives a
 
 from jaxformer.data.cache import training_texts
 from jaxformer.data.cache_folder import cache_dir
-from jaxformer.data.corpora import (
-  Corpus,
-  Files,
-  HuggingFace,
-  Mixture,
-  PydocTopics,
-  Records,
-  Row,
-  StandardLibrary,
-  Tsv,
-  TwoFiles,
-)
+from jaxformer.data.corpora import Corpus, Files, Mixture, PydocTopics, Row, StandardLibrary
 from jaxformer.data.dataset import Dataset, DatasetConfig, HeldOutPair, open_data
+from jaxformer.data.hugging_face import HuggingFace
 from jaxformer.data.pairs import Pairs
+from jaxformer.data.parallel_corpora import Records, Tsv, TwoFiles
 from jaxformer.data.published import PublishedCorpus, PublishedPairs, PublishedTokenizer
 from jaxformer.data.splits import ByDocument, ByPosition, Split
 from jaxformer.data.tasks.copying import SelectiveCopying
@@ -29,16 +20,8 @@ from jaxformer.data.tasks.mqar import MultiQueryRecall
 from jaxformer.data.tasks.recall import AssociativeRecall, InductionHead
 from jaxformer.data.tasks.task import GeneratedTask, PairTask, TaskConfig
 from jaxformer.data.text import DataSection, Text
-from jaxformer.data.tokenizers import (
-  BytePairs,
-  Bytes,
-  Characters,
-  Tokenizer,
-  TokenizerConfig,
-  TokenizerFile,
-  load_tokenizer,
-  train_bpe,
-)
+from jaxformer.data.tokenizer_file import BytePairs, TokenizerFile, load_tokenizer, train_bpe
+from jaxformer.data.tokenizers import Bytes, Characters, Tokenizer, TokenizerConfig
 from jaxformer.task_type import Batch
 
 __all__ = [

@@ -9,7 +9,7 @@ text, for scores of translations; and `index.json` with sizes and hashes."""
 import json
 import time
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, get_args
@@ -22,12 +22,24 @@ from jaxformer.config import InputError
 from jaxformer.data.baselines import PairCounter
 from jaxformer.data.cache_folder import build_atomically, file_sha256, sha256
 from jaxformer.data.corpora import Corpus
-from jaxformer.data.splits import SideName, Split, divide
-from jaxformer.data.tokenizers import Tokenizer, TokenizerConfig, load_tokenizer
+from jaxformer.data.pieces import WINDOW, usual_words
+from jaxformer.data.splits import (
+  Piece,
+  SideName,
+  Split,
+  Survey,
+  divide,
+  joined,
+  survey_rows,
+  used_rows,
+)
+from jaxformer.data.tokenizer_file import load_tokenizer
+from jaxformer.data.tokenizers import Tokenizer, TokenizerConfig
 
-FORMAT = 2
-# Texts are encoded in batches of about this size, where a short text counts as SHORT characters.
-BATCH_CHARACTERS = 1 << 22
+FORMAT = 3
+# Texts are encoded in batches of about this size in UTF-8, where a short text counts as SHORT
+# bytes. The library takes about 130 bytes of memory per byte of a batch.
+BATCH_BYTES = 1 << 22
 SHORT = 1 << 10
 # Larger files are checked by size alone when a cache is opened.
 CHECKED_BYTES = 256 << 20
@@ -61,17 +73,24 @@ class CachedColumn(NamedTuple):
 
 class TokenCache(NamedTuple):
   """An opened cache: the columns of each side of the split. `empty` rows of the corpus were left
-  out, since they hold no text."""
+  out, since they hold no text, and `skipped` rows, since they could not be used."""
 
   train: tuple[CachedColumn, ...]
   validation: tuple[CachedColumn, ...]
   empty: int
+  skipped: int
   folder: Path
 
   def validation_texts(self) -> list[tuple[str, ...]]:
     """Return the validation rows of a parallel corpus, in their order."""
     with open(self.folder / VALIDATION_TEXTS, encoding='utf-8') as file:
       return [tuple(json.loads(line)) for line in file]
+
+
+def skipped_note(caches: Sequence[TokenCache]) -> str:
+  """Return how many rows could not be used, in words; '' for none."""
+  skipped = sum(c.skipped for c in caches)
+  return f' ({skipped:,} bad rows skipped)' if skipped else ''
 
 
 # ---- tokenizers --------------------------------------------------------------------------------
@@ -81,13 +100,35 @@ def training_texts(
   corpus: Corpus, split: Split, columns: Sequence[int], reads_all: bool = False
 ) -> Iterator[str]:
   """Yield the texts of some columns that a tokenizer is trained on: of the training rows, or with
-  `reads_all` of all rows."""
+  `reads_all` of all rows. A long text comes in pieces that end with a word."""
+  parts = corpus.parts()
   if reads_all:
-    rows = (row.texts for row in corpus.rows())
-  else:
-    rows = (p.texts for p in divide(corpus.rows, split, corpus.tag)[1] if p.side == 'train')
-  for texts in rows:
-    yield from (texts[column] for column in columns)
+    for part in parts:
+      rows = (Piece('train', row.texts, row.ends) for row in used_rows(part.rows()))
+      yield from _by_words(rows, columns)
+    return
+  surveys = joined([survey_rows(part.rows(), part.tag) for part in parts])
+  for part, survey in zip(parts, surveys, strict=True):
+    pieces = divide(part.rows, split, part.tag, survey)[1]
+    yield from _by_words((p for p in pieces if p.side == 'train'), columns)
+
+
+def _by_words(found: Iterable[Piece], columns: Sequence[int]) -> Iterator[str]:
+  cuts, held = usual_words(), ''
+  for piece in found:
+    if piece.ends and not held:
+      yield from (piece.texts[column] for column in columns)
+      continue
+    held, start = held + piece.texts[0], 0
+    while (end := cuts(held, start)) is not None:
+      yield held[start:end]
+      start = end
+    held = held[start:]
+    if piece.ends:
+      yield held
+      held = ''
+  if held:
+    yield held
 
 
 def open_tokenizer(
@@ -104,8 +145,8 @@ def open_tokenizer(
     return tokenizer.train(())
   key = sha256(
     f'tokenizer {FORMAT}',
-    config.text(tokenizer),
-    config.text(split),
+    config.digest(tokenizer),
+    config.digest(split),
     str(tuple(columns)),
     corpus.fingerprint(folder),
   )[:32]
@@ -126,77 +167,157 @@ def open_tokenizer(
 # ---- building ----------------------------------------------------------------------------------
 
 
-def open_corpus(
+def open_parts(
   corpus: Corpus, tokenizers: Sequence[Tokenizer], split: Split, folder: Path, log: Log
-) -> TokenCache:
-  """Return the tokens of a corpus, from the cache folder or tokenized now. A cache that is cut off
-  or corrupt is built again.
+) -> list[TokenCache]:
+  """Return the tokens of each part of a corpus, from the cache folder or tokenized now. A cache
+  that is cut off or corrupt is built again. The parts of a mixture are divided as a whole, so that
+  copies of a document share a side; one with few documents can have none for validation.
 
   Args:
     tokenizers: one per column.
 
-  Raises `InputError` for a corpus that is empty or cannot be divided, and for a cache folder that
-  cannot be written."""
+  Raises `InputError` for a corpus that is empty, cannot be divided or changes while it is read, and
+  for a cache folder that cannot be written."""
+  parts = corpus.parts()
+  if len(parts) == 1:
+    return [_open_part(parts[0], tokenizers, split, folder, log)]
+  surveys = [_open_survey(part, folder) for part in parts]
+  return [
+    _open_part(part, tokenizers, split, folder, log, own, whole)
+    for part, own, whole in zip(parts, surveys, joined(surveys), strict=True)
+  ]
+
+
+def _open_survey(corpus: Corpus, folder: Path) -> Survey:
+  fingerprint = corpus.fingerprint(folder)
+  key = sha256(f'survey {FORMAT}', fingerprint)[:32]
+
+  def build(into: Path) -> None:
+    survey = survey_rows(corpus.rows(), corpus.tag)
+    _require_unchanged(corpus, fingerprint, folder)
+    (into / 'survey.json').write_text(json.dumps(survey._asdict()))
+
+  def load(at: Path) -> Survey | None:
+    try:
+      found = json.loads((at / 'survey.json').read_text())
+      return Survey(**found | {'hashes': tuple(found['hashes'])})
+    except (OSError, ValueError, TypeError, KeyError):
+      return None
+
+  return build_atomically(folder / f'survey-{key}', build, load)
+
+
+def _open_part(
+  corpus: Corpus,
+  tokenizers: Sequence[Tokenizer],
+  split: Split,
+  folder: Path,
+  log: Log,
+  own: Survey | None = None,
+  whole: Survey | None = None,
+) -> TokenCache:
+  """Return the tokens of a corpus, or of a part of a mixture with its own survey and that of the
+  whole."""
+  fingerprint = corpus.fingerprint(folder)
+  # A part that is divided as it would be by itself shares the cache.
+  bound = None if own is None or whole is None else split.bound(whole)
+  shared = own is None or bound == split.bound(own)
   key = sha256(
     f'tokens {FORMAT}',
-    corpus.fingerprint(folder),
-    config.text(split),
+    fingerprint,
+    config.digest(split),
     *(t.fingerprint() for t in tokenizers),
+    *(() if shared else (f'bound {bound}',)),
   )[:32]
-  return build_atomically(
-    folder / f'tokens-{key}',
-    lambda into: _build(into, key, corpus, tokenizers, split, log),
-    lambda at: _open(at, key),
-  )
+
+  def build(into: Path) -> None:
+    _build(into, key, corpus, tokenizers, split, log, whole)
+    _require_unchanged(corpus, fingerprint, folder)
+
+  return build_atomically(folder / f'tokens-{key}', build, lambda at: _open(at, key))
+
+
+def _require_unchanged(corpus: Corpus, fingerprint: str, folder: Path) -> None:
+  if corpus.fingerprint(folder) != fingerprint:
+    raise InputError(f'{corpus.tag}: its files changed while they were read; start again')
+
+
+class _Waiting(NamedTuple):
+  """A piece that is not encoded yet, after the end of the piece before it; whether it begins and
+  whether it ends a document."""
+
+  before: str
+  text: str
+  utf8: bytes
+  begins: bool
+  ends: bool
 
 
 class _Writer:
   """Appends the texts of one column of one side."""
 
-  def __init__(self, path: Path, tokenizer: Tokenizer, file: BinaryIO):
+  def __init__(self, path: Path, tokenizer: Tokenizer, beginning: int | None, file: BinaryIO):
     self.path, self.tokenizer, self.file = path, tokenizer, file
     self.dtype = np.dtype('<u2' if tokenizer.vocab_size <= 1 << 16 else '<u4')
     self.starts = array('q')
     self.counter = PairCounter()
     self.tokens = self.characters = self.bytes = 0
-    self.waiting: list[tuple[str, bool, bool]] = []
+    self.beginning, self.end = beginning, tokenizer.end_of_document
+    self.waiting: list[_Waiting] = []
     self.size = 0
+    # Of the row at hand: text that is not cut yet, and the end of the piece before it.
+    self.held, self.before, self.begins = '', '', True
 
   def add(self, text: str, ends: bool) -> None:
-    """Append the text of a row, in pieces; `ends`: the end of the row is on this side."""
-    pieces, begins = self.tokenizer.pieces(text), True
-    piece = next(pieces)
-    while piece is not None:
-      following = next(pieces, None)
-      self.waiting.append((piece, begins, ends and following is None))
-      self.size += max(len(piece), SHORT)
-      if self.size >= BATCH_CHARACTERS:
-        self.write()
-      begins, piece = False, following
+    """Append a text, which continues that of the last call unless this ended its row. `ends`: the
+    end of the row is at its end."""
+    self.held, start = self.held + text if self.held else text, 0
+    while (cut := self.tokenizer.cut(self.held, start)) is not None:
+      self._append(start, cut, False)
+      start = cut
+    if ends:
+      self._append(start, len(self.held), True)
+      self.held, self.before, self.begins = '', '', True
+    else:
+      self.held = self.held[start:]
+
+  def _append(self, start: int, stop: int, ends: bool) -> None:
+    """Let the piece wait for the next batch."""
+    text = self.held[start:stop]
+    utf8 = text.encode()
+    self.waiting.append(_Waiting(self.before, text, utf8, self.begins, ends))
+    self.before, self.begins = text[-WINDOW:], False
+    self.size += max(len(utf8), SHORT)
+    if self.size >= BATCH_BYTES:
+      self.write()
 
   def write(self) -> None:
-    """Encode and write the pieces that wait, each with whether it begins and ends a document."""
+    """Encode and write the pieces that wait."""
     if not self.waiting:
       return
-    texts, self.waiting, self.size = self.waiting, [], 0
-    end, arrays = self.tokenizer.end_of_document, []
-    encoded = self.tokenizer.encode_batch([t for t, _, _ in texts])
-    for (text, begins, ends), ids in zip(texts, encoded, strict=True):
-      if begins and (ids.size or end is not None or not ends):
+    pieces, self.waiting, self.size = self.waiting, [], 0
+    ends = [np.array([] if i is None else [i], np.int32) for i in (self.beginning, self.end)]
+    (before, after), arrays = ends, []
+    encoded = self.tokenizer.encode_pieces([(p.before, p.text) for p in pieces])
+    for piece, ids in zip(pieces, encoded, strict=True):
+      added = [before[: piece.begins], ids, after[: piece.ends]]
+      if piece.begins and (any(map(len, added)) or not piece.ends):
         self.starts.append(self.tokens)
-      arrays += [ids] if not ends or end is None else [ids, np.array([end])]
-      self.tokens += ids.size + (ends and end is not None)
-      self.characters += len(text)
+      arrays += added
+      self.tokens += sum(map(len, added))
+      self.characters += len(piece.text)
+      self.bytes += len(piece.utf8)
     self.file.write(np.concatenate(arrays).astype(self.dtype).tobytes())
-    utf8 = [(text.encode(), begins, ends) for text, begins, ends in texts]
-    self.bytes += sum(len(e) for e, _, _ in utf8)
-    self.counter.add(utf8)
+    self.counter.add([(p.utf8, p.begins, p.ends) for p in pieces])
 
   def finish(self) -> dict[str, Any]:
     """Write what is left, and return the facts for the index."""
+    if self.held:
+      self._append(0, len(self.held), False)
     self.write()
     self.file.close()
-    if not self.tokens:
+    if self.characters and not self.tokens:
       raise InputError(f'the tokenizer gives no tokens for the text of {self.path.name}')
     self.starts.append(self.tokens)
     np.save(f'{self.path}.starts.npy', np.frombuffer(self.starts, np.int64))
@@ -210,10 +331,18 @@ class _Writer:
 
 
 def _build(
-  folder: Path, key: str, corpus: Corpus, tokenizers: Sequence[Tokenizer], split: Split, log: Log
+  folder: Path,
+  key: str,
+  corpus: Corpus,
+  tokenizers: Sequence[Tokenizer],
+  split: Split,
+  log: Log,
+  survey: Survey | None,
 ) -> None:
   log(f'tokenizing {corpus.tag} (once; kept in {folder.parent})')
-  survey, pieces = divide(corpus.rows, split, corpus.tag)
+  survey, pieces = divide(corpus.rows, split, corpus.tag, survey)
+  if survey.skipped:
+    log(f'{corpus.tag}: {survey.skipped:,} rows skipped, the first: {survey.problem}')
   columns = range(len(tokenizers))
   with ExitStack() as stack:
     writers: dict[tuple[str, int], _Writer] = {}
@@ -221,7 +350,9 @@ def _build(
       for c, tokenizer in enumerate(tokenizers):
         path = folder / f'{side}.{c}'
         file = stack.enter_context(open(f'{path}.tokens', 'wb'))
-        writers[side, c] = _Writer(path, tokenizer, file)
+        # A decoder reads the end of a document and then the translation, without a beginning.
+        beginning = tokenizer.beginning_of_document if c == 0 else None
+        writers[side, c] = _Writer(path, tokenizer, beginning, file)
     texts = stack.enter_context(open(folder / VALIDATION_TEXTS, 'w', encoding='utf-8'))
     logged = time.monotonic()
     for piece in pieces:
@@ -239,7 +370,14 @@ def _build(
   files = {
     p.name: {'bytes': p.stat().st_size, 'sha256': file_sha256(p)} for p in sorted(folder.iterdir())
   }
-  index = {'format': FORMAT, 'key': key, 'empty': survey.empty, 'sides': sides, 'files': files}
+  index = {
+    'format': FORMAT,
+    'key': key,
+    'empty': survey.empty,
+    'skipped': survey.skipped,
+    'sides': sides,
+    'files': files,
+  }
   (folder / 'index.json').write_text(json.dumps(index, indent=2) + '\n')
 
 
@@ -265,17 +403,18 @@ def _open(folder: Path, key: str) -> TokenCache | None:
       )
       for side, columns in index['sides'].items()
     )
-    return TokenCache(train, validation, index['empty'], folder)
+    return TokenCache(train, validation, index['empty'], index['skipped'], folder)
   except (OSError, ValueError, KeyError, TypeError):  # InputError is a ValueError
     return None
 
 
 def _column(folder: Path, name: str, facts: dict[str, Any], files: dict[str, Any]) -> CachedColumn:
   path, count = folder / f'{name}.tokens', facts['tokens']
-  dtype = f'<u{path.stat().st_size // count}'
   content = sha256(*(files[f'{name}.{kind}']['sha256'] for kind in ('tokens', 'starts.npy')))
   return CachedColumn(
-    tokens_N=np.memmap(path, dtype, 'r', shape=(count,)),
+    tokens_N=np.memmap(path, f'<u{path.stat().st_size // count}', 'r', shape=(count,))
+    if count
+    else np.empty(0, np.uint16),  # an empty file cannot be mapped
     starts_R1=np.load(folder / f'{name}.starts.npy', mmap_mode='r'),
     pairs=np.load(folder / f'{name}.pairs.npy'),
     facts=facts | {'sha256': content},

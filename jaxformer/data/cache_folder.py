@@ -10,6 +10,7 @@ import time
 import uuid
 from collections.abc import Callable
 from pathlib import Path
+from stat import S_ISREG
 from typing import TypeVar
 
 from jaxformer.config import InputError
@@ -47,12 +48,16 @@ def sha256(*parts: str | bytes) -> str:
 def file_sha256(path: Path, memo: Path | None = None) -> str:
   """Return the SHA-256 (hex) of the bytes of a file, read as a stream.
 
-  Hashes of large files are remembered in the folder `memo` for as long as the size and the
-  modification time of the file stay the same. Raises `InputError` where the file cannot be read."""
+  Hashes of large files are remembered in the folder `memo` for as long as the file keeps its size,
+  inode and times of modification and of change; so one that is replaced by another of the same size
+  and modification time is hashed again. Raises `InputError` where the file cannot be read."""
   try:
     stat, place = path.stat(), None
+    if not S_ISREG(stat.st_mode):  # to open a named pipe would wait for ever
+      raise InputError(f'{path}: cannot be read (it is no regular file)')
     if memo and stat.st_size >= MEMO_BYTES:
-      key = json.dumps((str(path.resolve()), stat.st_size, stat.st_mtime_ns))
+      times = stat.st_mtime_ns, stat.st_ctime_ns
+      key = json.dumps((str(path.resolve()), stat.st_dev, stat.st_ino, stat.st_size, times))
       place = memo / 'hashes' / f'{sha256(key)[:32]}.txt'
       with contextlib.suppress(OSError):
         return place.read_text()
@@ -60,7 +65,7 @@ def file_sha256(path: Path, memo: Path | None = None) -> str:
       value = hashlib.file_digest(file, 'sha256').hexdigest()
   except OSError as e:
     raise InputError(f'{path}: cannot be read ({e.strerror})') from None
-  if place is not None and time.time() - stat.st_mtime > RACY_SECONDS:
+  if place is not None and time.time() - max(stat.st_mtime, stat.st_ctime) > RACY_SECONDS:
     with contextlib.suppress(OSError):  # the memo only saves time
       place.parent.mkdir(parents=True, exist_ok=True)
       write_atomically(place, value)

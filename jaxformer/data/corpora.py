@@ -1,4 +1,5 @@
-"""Corpora: finite sequences of rows with one text column, or two (a source and its translation).
+"""Corpora: finite sequences of rows of text. Those with two columns, a source and its translation,
+are in `parallel_corpora.py`.
 
 A corpus is a config that yields rows, and a hash of its content by which caches are found."""
 
@@ -6,21 +7,28 @@ from __future__ import annotations
 
 import glob
 import hashlib
-import itertools
 import math
 import os
 import sys
 import sysconfig
 import tokenize
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, NoReturn
 
 from jaxformer import config
+from jaxformer.code_record import without_paths
 from jaxformer.config import Config, InputError
 from jaxformer.data.cache_folder import file_sha256, sha256
-from jaxformer.data.missing import Missing
-from jaxformer.data.readers import has_records, read_lines, read_records, read_text, text_of
+from jaxformer.data.folders import (
+  EVERY_LEVEL,
+  Unusable,
+  divided,
+  files_below,
+  files_of_pattern,
+  folders_below,
+)
+from jaxformer.data.readers import has_records, read_records, text_parts
 
 # Tests, packages of others, a copy of `PydocTopics`, and build settings that name the machine they
 # were made on.
@@ -36,12 +44,26 @@ NOT_LIBRARY = {
 MACHINE_PREFIX = '_sysconfigdata'
 
 
+OnBadRow = Literal['error', 'skip']
+
+
 class Row(NamedTuple):
-  """Texts, one per column, and the document that the row is part of, '' where the corpus names
-  none: a split keeps rows of one document together."""
+  """A row of a corpus, or a part of a long row.
+
+  Attributes:
+    texts: one per column.
+    document: that the row is part of, '' where the corpus names none: a split keeps rows of one
+      document together.
+    ends: False where the next row continues the text of this one (of corpora of one column that
+      name no documents), so that a long text need not be in memory as one.
+    problem: of a row that cannot be used and that the corpus is to skip: what is wrong, with its
+      place. It has no texts.
+  """
 
   texts: tuple[str, ...]
   document: str = ''
+  ends: bool = True
+  problem: str = ''
 
 
 class Corpus(Config, abstract=True):
@@ -57,9 +79,14 @@ class Corpus(Config, abstract=True):
 
   def files(self) -> dict[str, Path]:
     """Return the files whose content the rows depend on, by the names that they have in it."""
-    paths = {field: Path(getattr(self, field)).expanduser() for field in self.path_fields}
+    paths = {f: expanded(getattr(self, f), f'{self.tag}.{f}') for f in self.path_fields}
     for field, path in paths.items():
-      self.require(path.is_file(), field, 'a file that exists')
+      try:
+        found = path.is_file()
+      except OSError as e:
+        problem = f'cannot be read ({e.strerror})'
+        raise InputError(f'{self.tag}.{field}', getattr(self, field), problem=problem) from None
+      self.require(found, field, 'a file that exists')
     return paths
 
   def missing(self) -> Missing | None:
@@ -80,9 +107,14 @@ class Corpus(Config, abstract=True):
     Args:
       memo: folder in which hashes of large files are remembered.
     """
-    settings = {k: v for k, v in config.to_json(self).items() if k not in self.path_fields}
     hashed = (f'{name} {file_sha256(path, memo)}' for name, path in self.files().items())
-    return sha256(repr(sorted(settings.items())), *hashed)
+    return sha256(repr(sorted(self.deciding_settings().items())), *hashed)
+
+  def deciding_settings(self) -> dict[str, Any]:
+    """Return what else the rows depend on, as JSON data: the settings other than where files are,
+    and the content of the code of a corpus from outside the package."""
+    settings = without_paths(config.to_json(self))
+    return {k: v for k, v in settings.items() if k not in self.path_fields}
 
   def manifest(self, memo: Path | None = None) -> dict[str, Any]:
     """Return what a run records about the corpus, as JSON data: its settings, `sha256` (the
@@ -102,8 +134,26 @@ class Corpus(Config, abstract=True):
   def check_cache(self, folder: Path) -> None:
     """Raise `InputError` where a cache in this folder would become part of the corpus."""
 
+  def usable(
+    self, found: Iterable[tuple[str, ...] | InputError], on_bad_row: OnBadRow
+  ) -> Iterator[Row]:
+    """Yield rows whose columns were read, the last one the document where there are more than the
+    corpus has; of one that could not be read its problem, or with 'error' raise it."""
+    for texts in found:
+      if not isinstance(texts, InputError):
+        yield Row(texts[: self.columns], document=''.join(texts[self.columns :]))
+      elif on_bad_row == 'error':
+        raise InputError(f'{texts} ({self.tag}.on_bad_row = skip leaves such rows out)')
+      else:
+        yield Row((), problem=str(texts))
 
-# ---- corpora of one column ---------------------------------------------------------------------
+
+def expanded(path: str, field: str) -> Path:
+  """Return a path with the home folder for `~`. Raises `InputError` for the home of nobody."""
+  try:
+    return Path(path).expanduser()
+  except RuntimeError as e:
+    raise InputError(field, path, problem=f'{e}') from None
 
 
 class StandardLibrary(Corpus):
@@ -188,45 +238,57 @@ class Files(Corpus):
   `notes/**/*.md`.
 
   A text file is one row; a JSON line or a Parquet row is one row, its text in `text_field`. Files
-  ending in .gz and .zst are decompressed. A text file is held in memory while it is read."""
+  ending in .gz and .zst are decompressed. Links are followed; a folder that cannot be read, a link
+  that leads nowhere and what is neither a file nor a folder are errors (see `folders.py`). Memory
+  holds a part of a text file at a time, but the whole of a JSON line or Parquet row.
+
+  Attributes:
+    on_bad_row: whether a JSON line or Parquet row without text in `text_field` (missing, null, of
+      another type, not valid) is an error, or skipped and counted.
+  """
 
   path: str
   text_field: str = 'text'
+  on_bad_row: OnBadRow = 'error'
 
   def rows(self) -> Iterator[Row]:
     for path in self.files().values():
       if has_records(path):
-        yield from map(Row, read_records(path, {'text_field': self.text_field}))
+        yield from self.usable(read_records(path, {'text_field': self.text_field}), self.on_bad_row)
       else:
-        yield Row((read_text(path),))
+        yield from in_parts(text_parts(path))
 
   def check_cache(self, folder: Path) -> None:
-    root, folder = Path(self.path).expanduser().resolve(), folder.resolve()
-    if root.is_dir() and folder.is_relative_to(root) and not _hidden(folder.relative_to(root)):
+    root, folder = expanded(self.path, f'{self.tag}.path'), folder.resolve()
+    try:
+      if not root.is_dir() and glob.has_magic(self.path):
+        root, parts = divided(str(root))
+        root = root if EVERY_LEVEL in parts else Path(os.devnull)
+      folders = [f.resolve() for f in folders_below(root)] if root.is_dir() else []
+    except (OSError, Unusable) as e:
+      raise self._wrong(getattr(e, 'strerror', None) or str(e)) from None
+    if any(folder.is_relative_to(f) and not _hidden(folder.relative_to(f)) for f in folders):
       raise self._wrong(
         f'contains the cache folder {folder}; set JAXFORMER_CACHE to a folder outside'
       )
 
   def files(self) -> dict[str, Path]:
-    root = Path(self.path).expanduser()
+    root = expanded(self.path, f'{self.tag}.path')
     try:
       if root.is_dir():
-        below = [p for p in sorted(root.rglob('*')) if p.is_file()]
-        found = [p for p in below if not _hidden(p.relative_to(root))]
-        if not found:
-          raise self._wrong('the folder holds no files')
-        return {p.relative_to(root).as_posix(): p for p in found}
+        return files_below(root) or self._none('the folder holds no files')
       if root.exists():
-        return {root.name: root}
+        return {root.name: root} if root.is_file() else self._none('is neither a file nor a folder')
+      if not glob.has_magic(self.path):
+        return self._none('no such file or folder')
+      return files_of_pattern(str(root)) or self._none('no file matches the pattern')
+    except Unusable as e:
+      raise self._wrong(str(e)) from None
     except OSError as e:
       raise self._wrong(f'cannot be read ({e.strerror})') from None
-    if not glob.has_magic(self.path):
-      raise self._wrong('no such file or folder')
-    matches = [p for p in map(Path, sorted(glob.glob(str(root), recursive=True))) if p.is_file()]
-    if not matches:
-      raise self._wrong('no file matches the pattern')
-    common = Path(os.path.commonpath([p.parent for p in matches]))
-    return {p.relative_to(common).as_posix(): p for p in matches}
+
+  def _none(self, problem: str) -> NoReturn:
+    raise self._wrong(problem)
 
   def _wrong(self, problem: str) -> InputError:
     return InputError(f'{self.tag}.path', self.path, problem=problem)
@@ -236,60 +298,13 @@ def _hidden(path: Path) -> bool:
   return any(part.startswith('.') for part in path.parts)
 
 
-class HuggingFace(Corpus):
-  """A dataset of the Hugging Face Hub, or local `files` in one of its formats (`name` 'json',
-  'parquet', ...), read as a stream.
-
-  Needs the extra `hf`. The cache identifies a dataset of the Hub by its name and `revision` alone:
-  give a commit to be sure of its content. The first use reads it twice, or three times where a
-  tokenizer is trained on it."""
-
-  path_fields: ClassVar[tuple[str, ...]] = ()
-
-  name: str
-  config: str | None = None
-  split: str = 'train'
-  revision: str | None = None
-  data_files: tuple[str, ...] = ()
-  text_field: str = 'text'
-  max_documents: int | None = None
-
-  def validate(self) -> None:
-    self.require_positive('max_documents')
-
-  def rows(self) -> Iterator[Row]:
-    try:
-      for number, row in enumerate(itertools.islice(self._open(), self.max_documents), 1):
-        yield Row((text_of(row, self.text_field, f'{self.name} row {number}', 'text_field'),))
-    except InputError:
-      raise
-    # The library raises many types for a wrong name or split and for a lost connection.
-    except Exception as e:
-      reason = f'{type(e).__name__}: {(str(e).splitlines() or [""])[0]}'
-      raise InputError(
-        f'{self.tag}.name = {self.name!r} (config {self.config}, split {self.split}): {reason}'
-      ) from e
-
-  def files(self) -> dict[str, Path]:
-    local = [Path(f) for f in (self.name, *self.data_files)]
-    files = [q for p in local for q in (sorted(p.rglob('*')) if p.is_dir() else [p]) if q.is_file()]
-    return {str(path): path for path in files}
-
-  def _open(self) -> Any:
-    try:
-      import datasets  # ty: ignore[import-not-found]
-    except ImportError:
-      raise InputError(
-        f"{self.tag}: needs the package 'datasets'; install the extra: pip install 'jaxformer[hf]'"
-      ) from None
-    return datasets.load_dataset(
-      self.name,
-      self.config,
-      split=self.split,
-      revision=self.revision,
-      data_files=list(self.data_files) or None,
-      streaming=True,
-    )
+def in_parts(texts: Iterator[str]) -> Iterator[Row]:
+  """Yield the parts of a text as those of one row; no parts are a row without text."""
+  text = next(texts, '')
+  while (following := next(texts, None)) is not None:
+    yield Row((text,), ends=False)
+    text = following
+  yield Row((text,))
 
 
 class Mixture(Corpus):
@@ -337,87 +352,3 @@ class Mixture(Corpus):
   def fingerprint(self, memo: Path | None = None) -> str:
     parts = zip(self.part_weights(), self.corpora, strict=True)
     return sha256(self.tag, *(f'{weight} {corpus.fingerprint(memo)}' for weight, corpus in parts))
-
-
-# ---- corpora of two columns --------------------------------------------------------------------
-
-
-class TwoFiles(Corpus):
-  """Two text files whose lines correspond: line n of one translates line n of the other. Files
-  ending in .gz and .zst are decompressed. A line may be empty, which leaves its pair out; the
-  number of lines must be the same."""
-
-  columns: ClassVar[int] = 2
-  path_fields: ClassVar[tuple[str, ...]] = ('source_path', 'target_path')
-
-  source_path: str
-  target_path: str
-
-  def rows(self) -> Iterator[Row]:
-    source, target = self.files().values()
-    lines = itertools.zip_longest(read_lines(source), read_lines(target))
-    for count, (first, second) in enumerate(lines):
-      if first is None or second is None:
-        short, long = (source, target) if first is None else (target, source)
-        raise InputError(
-          f'{self.tag}: {short} ends after {count:,} lines and {long} has '
-          f'{sum(1 for _ in read_lines(long)):,}: not aligned; '
-          'line n of one file must be the translation of line n of the other'
-        )
-      yield Row((first[1], second[1]))
-
-
-class Tsv(Corpus):
-  """One pair per line, in columns separated by tabs and counted from 1, without quotes or a header
-  line. Blank lines are skipped; a line without one of the columns is an error. `document_column`
-  says which pairs belong together."""
-
-  columns: ClassVar[int] = 2
-
-  path: str
-  source_column: int = 1
-  target_column: int = 2
-  document_column: int | None = None
-
-  def validate(self) -> None:
-    self.require_positive('source_column', 'target_column', 'document_column')
-    self.require(
-      self.target_column != self.source_column, 'target_column', 'a column other than source_column'
-    )
-
-  def rows(self) -> Iterator[Row]:
-    (path,) = self.files().values()
-    source, target, document = self.source_column, self.target_column, self.document_column
-    needed = max(source, target, document or 1)
-    for number, line in read_lines(path):
-      if not line.strip():
-        continue
-      columns = line.split('\t')
-      if len(columns) < needed:
-        raise InputError(f'{path}:{number}: {len(columns)} columns; must have {needed}')
-      texts = columns[source - 1], columns[target - 1]
-      yield Row(texts, columns[document - 1] if document else '')
-
-
-class Records(Corpus):
-  """One pair per row of a Parquet file, or per line of JSON lines (also with .gz or .zst), in named
-  fields. With `document_field`, pairs of one document stay together."""
-
-  columns: ClassVar[int] = 2
-
-  path: str
-  source_field: str = 'source'
-  target_field: str = 'target'
-  document_field: str | None = None
-
-  def validate(self) -> None:
-    self.require(
-      self.source_field != self.target_field, 'target_field', 'a field other than source_field'
-    )
-
-  def rows(self) -> Iterator[Row]:
-    (path,) = self.files().values()
-    names = ('source_field', 'target_field', 'document_field')
-    fields = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-    for source, target, *document in read_records(path, fields):
-      yield Row((source, target), *document)

@@ -16,8 +16,9 @@ from jaxformer.data.cache import (
   CachedColumn,
   Log,
   TokenCache,
-  open_corpus,
+  open_parts,
   open_tokenizer,
+  skipped_note,
   training_texts,
 )
 from jaxformer.data.cache_folder import sha256
@@ -132,7 +133,7 @@ class Pairs(DatasetConfig):
           f'{self.tag}.{field}: has no token for the end of a document, which every text ends '
           'with; Bytes and BytePairs have one'
         )
-    cache = open_corpus(self.corpus, [tokenizer.source, tokenizer], self.split, folder, log)
+    (cache,) = open_parts(self.corpus, [tokenizer.source, tokenizer], self.split, folder, log)
     return PairDataset(self, tokenizer, cache, self.corpus.manifest(folder))
 
 
@@ -209,12 +210,14 @@ class PairDataset(Dataset):
     self.size = f'{self._train.fitting:,} pairs of texts' + (
       f' ({left_out:,} left out as too long)' if left_out else ''
     )
+    self.size += skipped_note([cache])
     self.manifest: dict[str, Any] = {
       'corpus': corpus,
       'tokenizer': tokenizer.manifest(),
       'source_tokenizer': tokenizer.source.manifest(),
       'split': config.to_json(data.split),
       'empty': cache.empty,
+      'skipped': cache.skipped,
       'train': self._train.manifest(),
       'validation': self._validation.manifest(),
     }
@@ -231,6 +234,7 @@ class PairDataset(Dataset):
     lines = [
       f'{self.manifest["corpus"]["type"]}, vocabulary {self.source_vocab_size} to '
       f'{self.vocab_size}; {self._cache.empty:,} pairs left out with an empty text'
+      + skipped_note([self._cache])
     ]
     for name in ('train', 'validation'):
       side = self.manifest[name]

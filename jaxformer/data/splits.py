@@ -2,7 +2,7 @@
 every pass."""
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Literal, NamedTuple
 
 from jaxformer.config import Config, InputError
@@ -13,7 +13,7 @@ HASH_RANGE = 1 << 64
 
 
 class Piece(NamedTuple):
-  """A row, or the part of one that lies on one side of the split. `ends`: the end of the row is in
+  """A row, or a part of one that lies on one side of the split. `ends`: the end of the row is in
   this piece."""
 
   side: SideName
@@ -29,7 +29,10 @@ class Survey(NamedTuple):
     empty: rows that are left out: of one column those without text, of more columns those with a
       blank text.
     characters: of the first column.
-    lowest, highest: hashes that rows are placed by.
+    lowest, highest: hashes that rows are placed by; of a part of a mixture, in all parts.
+    hashes: of the rows that come in parts, in their order.
+    skipped: rows that could not be used, and were to be skipped.
+    problem: of the first of them.
   """
 
   rows: int
@@ -37,6 +40,9 @@ class Survey(NamedTuple):
   characters: int
   lowest: int
   highest: int
+  hashes: tuple[int, ...] = ()
+  skipped: int = 0
+  problem: str = ''
 
 
 class Split(Config, abstract=True):
@@ -49,28 +55,44 @@ class Split(Config, abstract=True):
     self.require(0 < self.fraction < 1, 'fraction', 'between 0 and 1')
 
   def pieces(self, rows: Iterable[Row], survey: Survey) -> Iterator[Piece]:
-    """Yield the rows in order, each on its side or cut in two."""
+    """Yield the rows in order, or their parts, each on its side or cut in two."""
     raise NotImplementedError
+
+  def bound(self, survey: Survey) -> int | None:
+    """Return the hash below which documents are for validation; None where there is none."""
+    return None
 
 
 class ByDocument(Split):
   """Put about `fraction` of the documents into validation, chosen by a hash of their name or, where
   the corpus names none, of their first text: a document stays on its side when others are added,
-  and copies of a text share a side. Where a side would be empty, it gets the nearest document."""
+  and copies of a text (equal to the last character, white space too) share a side, in a mixture
+  across all its corpora. Where a side would be empty, it gets the nearest document: of a mixture
+  where a side of the whole mixture would be, so a small corpus in it can have no validation text.
+  """
 
   fraction: float = 0.05
 
-  def pieces(self, rows: Iterable[Row], survey: Survey) -> Iterator[Piece]:
+  def bound(self, survey: Survey) -> int | None:
     if survey.lowest == survey.highest:
+      return None
+    # At least the lowest hash is below the bound and the highest is not.
+    return min(max(int(self.fraction * HASH_RANGE), survey.lowest + 1), survey.highest)
+
+  def pieces(self, rows: Iterable[Row], survey: Survey) -> Iterator[Piece]:
+    bound = self.bound(survey)
+    if bound is None:
       what = 'the corpus is one document' if survey.rows == 1 else 'all rows are of one document'
       raise InputError(
         f'{self.tag}: {what}, which cannot be divided between training and validation; text can by '
         'the split ByPosition'
       )
-    # At least the lowest hash is below the bound and the highest is not.
-    bound = min(max(int(self.fraction * HASH_RANGE), survey.lowest + 1), survey.highest)
+    hashes, begins, value = iter(survey.hashes), True, 0
     for row in rows:
-      yield Piece('validation' if _placed_by(row) < bound else 'train', row.texts, True)
+      if begins:
+        value = _placed_by(row) if row.ends else next(hashes)
+      begins = row.ends
+      yield Piece('validation' if value < bound else 'train', row.texts, row.ends)
 
 
 class ByPosition(Split):
@@ -93,40 +115,83 @@ class ByPosition(Split):
       head, tail = text[:left], text[left:]
       left -= len(head)
       if head:
-        yield Piece('train', (head,), not tail)
+        yield Piece('train', (head,), row.ends and not tail)
       if tail:
-        yield Piece('validation', (tail,), True)
+        yield Piece('validation', (tail,), row.ends)
 
 
 def content_hash(text: str) -> int:
   """Return a hash of the text, uniform over 0..2^64-1, the same on every machine."""
-  return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), 'little')
+  found = _hash()
+  found.update(text.encode())
+  return _number(found)
+
+
+def _hash() -> hashlib.blake2b:
+  return hashlib.blake2b(digest_size=8)
+
+
+def _number(found: hashlib.blake2b) -> int:
+  return int.from_bytes(found.digest(), 'little')
+
+
+def survey_rows(rows: Iterable[Row], name: str) -> Survey:
+  """Return a survey of the rows of a corpus. Raises `InputError` with the name of the corpus where
+  it is empty."""
+  count, empty, skipped, characters, lowest, highest = 0, 0, 0, 0, HASH_RANGE, -1
+  hashes: list[int] = []
+  problem, part_hash = '', None
+  for row in rows:
+    if row.problem:
+      skipped, problem = skipped + 1, problem or row.problem
+      continue
+    if part_hash is None and row.ends and not _used(row):
+      empty += 1
+      continue
+    characters += len(row.texts[0])
+    if part_hash is not None or not row.ends:
+      part_hash = part_hash or _hash()
+      part_hash.update(row.texts[0].encode())
+    if row.ends:
+      value = _placed_by(row) if part_hash is None else _number(part_hash)
+      hashes += [] if part_hash is None else [value]
+      lowest, highest = min(lowest, value), max(highest, value)
+      part_hash, count = None, count + 1
+  if not count:
+    others = f'; {skipped:,} rows were skipped, the first: {problem}' if skipped else ''
+    raise InputError(f'{name}: the corpus holds no text{others}')
+  return Survey(count, empty, characters, lowest, highest, tuple(hashes), skipped, problem)
+
+
+def joined(surveys: Sequence[Survey]) -> list[Survey]:
+  """Return the surveys of the corpora of a mixture, so that each is divided as the whole is."""
+  lowest, highest = min(s.lowest for s in surveys), max(s.highest for s in surveys)
+  return [s._replace(lowest=lowest, highest=highest) for s in surveys]
 
 
 def divide(
-  rows: Callable[[], Iterator[Row]], split: Split, name: str
+  rows: Callable[[], Iterator[Row]], split: Split, name: str, survey: Survey | None = None
 ) -> tuple[Survey, Iterator[Piece]]:
   """Return a survey of a corpus and its pieces in order. Reads it twice: once to survey it, once to
   yield it.
 
   Args:
     name: of the corpus, for messages.
+    survey: of the corpus, where it is a part of a mixture or has been surveyed before.
 
   Raises `InputError` where the corpus is empty or, with the first piece, cannot be divided.
   """
-  count, empty, characters, lowest, highest = 0, 0, 0, HASH_RANGE, -1
-  for row in rows():
-    if not _used(row):
-      empty += 1
-      continue
-    value = _placed_by(row)
-    lowest, highest = min(lowest, value), max(highest, value)
-    count += 1
-    characters += len(row.texts[0])
-  if not count:
-    raise InputError(f'{name}: the corpus holds no text')
-  survey = Survey(count, empty, characters, lowest, highest)
-  return survey, split.pieces(filter(_used, rows()), survey)
+  survey = survey or survey_rows(rows(), name)
+  return survey, split.pieces(used_rows(rows()), survey)
+
+
+def used_rows(rows: Iterable[Row]) -> Iterator[Row]:
+  """Yield the rows that hold text, and all parts of long rows."""
+  inside = False
+  for row in rows:
+    if not row.problem and (inside or not row.ends or _used(row)):
+      yield row
+      inside = not row.ends
 
 
 def _used(row: Row) -> bool:

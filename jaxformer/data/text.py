@@ -16,8 +16,9 @@ from jaxformer.data.cache import (
   CachedColumn,
   Log,
   TokenCache,
-  open_corpus,
+  open_parts,
   open_tokenizer,
+  skipped_note,
   training_texts,
 )
 from jaxformer.data.cache_folder import sha256
@@ -41,7 +42,8 @@ class Text(DatasetConfig):
       - `packed`: one row after another, with segment ids so that nothing passes from one document
         to the next; the first token of a document is not predicted. A document that a row cuts
         continues in another row as a segment of its own.
-      - `stream`: one row after another; the model sees across the ends of documents.
+      - `stream`: one row after another; the model sees across the ends of documents. A token that
+        begins documents is not predicted.
       - `random_windows`: rows start at random positions, drawn with replacement, as in nanoGPT;
         there are no epochs. Validation is as for `stream`.
   """
@@ -110,13 +112,22 @@ class Text(DatasetConfig):
     tokenizer = tokenizer or open_tokenizer(
       self.tokenizer, self.corpus, (0,), self.split, folder, log
     )
-    caches = [open_corpus(c, [tokenizer], self.split, folder, log) for c in corpora]
+    caches = open_parts(self.corpus, [tokenizer], self.split, folder, log)
     for corpus, cache in zip(corpora, caches, strict=True):
-      self._check_length(corpus, cache)
+      self._check_train(corpus, cache.train[0])
+    self._check_validation([c.validation[0] for c in caches], self.masks_starts(tokenizer))
     return TextDataset(self, tokenizer, caches, self.corpus.manifest(folder))
 
-  def _check_length(self, corpus: Corpus, cache: TokenCache) -> None:
-    (train,), (validation,) = cache.train, cache.validation
+  def masks_starts(self, tokenizer: Tokenizer) -> bool:
+    """Whether the first tokens of documents are no targets."""
+    return self.segmented or tokenizer.beginning_of_document is not None
+
+  def _check_train(self, corpus: Corpus, train: CachedColumn) -> None:
+    if not train.rows:
+      raise InputError(
+        f'{corpus.tag}: all its documents are on the validation side; {self.split.tag}.fraction '
+        'must be smaller, or the corpus larger'
+      )
     if self.train_rows(train.tokens_N.size) < 1:
       raise InputError(
         f'{self.tag}.sequence_length',
@@ -124,11 +135,13 @@ class Text(DatasetConfig):
         problem=f'the training side of {corpus.tag} has {train.tokens_N.size} tokens; must be at '
         f'most {train.tokens_N.size - 1}, or the corpus larger',
       )
-    first_tokens = validation.rows if self.segmented else 1
-    if validation.tokens_N.size <= first_tokens:
+
+  def _check_validation(self, columns: Sequence[CachedColumn], masked: bool) -> None:
+    tokens = sum(c.tokens_N.size for c in columns)
+    if tokens <= sum(c.rows if masked else min(c.rows, 1) for c in columns):
       raise InputError(
-        f'{corpus.tag}: the validation side has {validation.tokens_N.size} tokens, too few to '
-        f'predict one; {self.split.tag}.fraction must be larger'
+        f'{self.corpus.tag}: the validation side has {tokens} tokens, too few to predict one; '
+        f'{self.split.tag}.fraction must be larger'
       )
 
 
@@ -147,19 +160,25 @@ class TextDataset(Dataset):
     self.config = self.text = data
     self.tokenizer, self.vocab_size = tokenizer, tokenizer.vocab_size
     self._ends = tokenizer.end_of_document is not None
+    self._caches = caches
+    self._masked = data.masks_starts(tokenizer)
     self._train = [c.train[0] for c in caches]
-    self._validation = [c.validation[0] for c in caches]
+    # A small part of a mixture can have no validation text.
+    self._validation = [c.validation[0] for c in caches if c.validation[0].rows]
     weights = data.corpus.part_weights()
     self._interleaved = shuffle.interleave(weights)
     self.train_tokens = sum(c.tokens_N.size for c in self._train)
-    self.size = f'{self.train_tokens:,} tokens of text'
-    train, validation = ([c.facts for c in side] for side in (self._train, self._validation))
+    sides = [c.train for c in caches], [c.validation for c in caches]
+    self.size = f'{self.train_tokens:,} tokens of text' + skipped_note(caches)
+    train, validation = ([columns[0].facts for columns in side] for side in sides)
     self.manifest: dict[str, Any] = {
       'corpus': corpus,
       'tokenizer': tokenizer.manifest(),
       'sequence_length': data.sequence_length,
       'split': config.to_json(data.split),
       'packing': data.packing,
+      'empty': sum(c.empty for c in caches),
+      'skipped': sum(c.skipped for c in caches),
       'train': train if len(train) > 1 else train[0],
       'validation': validation if len(validation) > 1 else validation[0],
     }
@@ -191,7 +210,7 @@ class TextDataset(Dataset):
   @property
   def _rows_K(self) -> list[int]:
     """Validation rows of each part: every token is a target once, apart from the first of the
-    stream (`Packed`: of each document)."""
+    stream, or of each document where that is no target."""
     return [-(-(c.tokens_N.size - 1) // self.text.sequence_length) for c in self._validation]
 
   def _validation_batch(self, row_B: Index) -> Batch:
@@ -205,7 +224,8 @@ class TextDataset(Dataset):
     at = self.baselines()
     tokens, size = (sum(c.facts[n] for c in self._validation) for n in ('tokens', 'bytes'))
     return [
-      f'{self.text.title}, {self.text.tokenizer.tag} (vocabulary {self.vocab_size})',
+      f'{self.text.title}, {self.text.tokenizer.tag} (vocabulary {self.vocab_size})'
+      + skipped_note(self._caches),
       f'  training    {self.train_tokens:,} tokens',
       f'  validation  {tokens:,} tokens, {size:,} bytes',
       '  bits per byte of the validation text: unigram model '
@@ -234,9 +254,10 @@ class TextDataset(Dataset):
       tokens_NS = column.tokens_N[np.minimum(position_NS, last)].astype(np.int32)
       inside_NS = position_NS <= last
       target_NT = inside_NS[:, 1:]
-      if segments_BT is not None:
+      if self._masked:
         document_NS = np.searchsorted(column.starts_R1, position_NS, side='right')
         target_NT = target_NT & (document_NS[:, 1:] == document_NS[:, :-1])
+      if segments_BT is not None:
         segment_NS = np.where(inside_NS, document_NS - document_NS[:, :1] + 1, 0)
         segments_BT[chosen] = segment_NS[:, :-1]
       inputs_BT[chosen] = np.where(inside_NS, tokens_NS, 0)[:, :-1]

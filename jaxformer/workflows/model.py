@@ -190,7 +190,7 @@ class Model:
     return request(
       self.definition,
       self.params,
-      [tokenizer.encode(p).tolist() for p in prompts],
+      [tokenizer.encode_start(p) for p in prompts],
       max_new_tokens=NEW_TOKENS if max_new_tokens is None else max_new_tokens,
       sampling=how,
       seed=seed,
@@ -250,7 +250,7 @@ class Model:
     """Return a text as an encoder reads it, with the end of the document."""
     source, end = self.text_tokenizer().source, self._end()
     own = source.end_of_document
-    return [*source.encode(text).tolist(), end if own is None else own]
+    return [*source.encode_start(text), end if own is None else own]
 
   def _end(self) -> int:
     """Return the token that ends translations. Raises `InputError` for other models."""
@@ -282,7 +282,8 @@ class Model:
     elif self.translates:
       raise InputError('source', None, 'the text that was translated')
     else:
-      whole = _row(*ids) if end is None else _row(end, *ids)
+      start = tokenizer.encode_start('') or ([] if end is None else [end])
+      whole = _row(*start, *ids)
       batch = Batch(whole[:, :-1], whole[:, 1:])
     if not batch.targets_BT.size:
       raise InputError('text', text, 'a text with a token to predict')

@@ -30,8 +30,8 @@ def sampler(experiment: Experiment, dataset: Dataset) -> Sample | None:
     'parallel': make_parallel(experiment.mesh),
   }
   pairs = dataset.held_out_pairs(PAIRS) if model.task == TRANSLATION else []
-  prompt = []
-  if end is None:
+  prompt = tokenizer.encode_start('')
+  if not prompt and end is None:
     prompt = next(iter(dataset.validation_batches(1))).inputs[0, :1].tolist()
   new_tokens = TOKENS if model.max_len is None else min(TOKENS, model.max_len - 1)
 

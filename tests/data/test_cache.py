@@ -177,7 +177,7 @@ def test_killed_build_leaves_no_half_cache(corpus, cache):
   script = textwrap.dedent("""
     import sys, time
     from jaxformer.data import cache, Bytes, Text, Files, open_data
-    cache.BATCH_CHARACTERS = 1
+    cache.BATCH_BYTES = 1
     write = cache._Writer.write
     def slowly(self):
       write(self)
@@ -267,16 +267,9 @@ def test_long_documents_come_in_pieces(corpus, monkeypatch, cache):
   path = corpus(texts)
   for tokenizer in (Bytes(), BytePairs(vocab_size=260)):
     whole = everything(opened(path, tokenizer=tokenizer)[0])
-    small = {
-      'jaxformer.data.cache.BATCH_CHARACTERS': 3000,
-      'jaxformer.data.tokenizers.PIECE_CHARACTERS': 1000,
-    }
     with monkeypatch.context() as m:
-      for name, value in small.items():
-        m.setattr(name, value)
-      for kind in ('Tokenizer', 'FileTokenizer'):
-        original = getattr(__import__('jaxformer.data.tokenizers', fromlist=[kind]), kind)
-        m.setattr(original, 'pieces', lambda self, text, f=original.pieces: f(self, text, 1000))
+      m.setattr('jaxformer.data.cache.BATCH_BYTES', 3000)
+      m.setattr('jaxformer.data.pieces.SIZE', 1000)
       for p in cache.glob('tokens-*/index.json'):
         p.unlink()
       data, lines = opened(path, tokenizer=tokenizer)

@@ -22,7 +22,8 @@ from jaxformer.data import (
 )
 from jaxformer.data.cache import open_tokenizer
 from jaxformer.data.cache_folder import build_atomically
-from jaxformer.data.tokenizers import ByteTokenizer, CharacterTokenizer, FileTokenizer
+from jaxformer.data.tokenizer_file import FileTokenizer
+from jaxformer.data.tokenizers import ByteTokenizer, CharacterTokenizer
 
 pytestmark = pytest.mark.quick
 TOPICS = [row.texts[0] for row in PydocTopics().rows()]
@@ -56,48 +57,6 @@ def test_any_text_comes_back_with_its_bytes_accounted_for(every, text):
     )
     assert tokenizer.token_bytes[ids].sum() == len(text.encode())
     assert all((ids >= 0) & (ids < tokenizer.vocab_size))
-
-
-ATOMS = [
-  'a',
-  'ab',
-  ' ',
-  '  ',
-  '\n',
-  '\n\n',
-  '\t',
-  '.',
-  ' x',
-  "'s",
-  '12',
-  '/',
-  '\r\n',
-  'é',
-  '_',
-  '日本',
-]
-WORDS = st.lists(st.sampled_from(ATOMS), max_size=60)
-
-
-@settings(max_examples=150, deadline=None)
-@given(words=WORDS, size=st.integers(1, 30))
-def test_pieces_encode_as_the_whole(every, words, size):
-  text = ''.join(words)
-  for tokenizer in every:
-    pieces = list(tokenizer.pieces(text, size))
-    assert ''.join(pieces) == text
-    assert (
-      np.concatenate([[], *tokenizer.encode_batch(pieces)]).tolist()
-      == tokenizer.encode(text).tolist()
-    )
-
-
-def test_pieces_of_real_text_are_small(every):
-  text = '\n'.join(TOPICS)
-  for tokenizer in every:
-    pieces = list(tokenizer.pieces(text, 10_000))
-    assert max(map(len, pieces)) < 60_000
-    assert np.array_equal(np.concatenate(tokenizer.encode_batch(pieces)), tokenizer.encode(text))
 
 
 def test_invalid_bytes_decode_to_replacements():
@@ -238,7 +197,6 @@ def test_tokenizer_that_is_not_byte_level(tmp_path):
   # The first token holds a space that decoding takes away: lengths count it.
   assert tokenizer.token_bytes[ids].sum() == len(text) + 1
   assert tokenizer.token_bytes[tokenizer.end_of_document] == 0
-  assert list(tokenizer.pieces('a\nb\nc', 1)) == ['a\nb\nc']
 
 
 def test_trained_tokenizers_fit_the_cache(tmp_path):
