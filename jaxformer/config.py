@@ -412,16 +412,26 @@ def filled(data: Any, complete: Any) -> Any:
   return complete | {k: v if k == 'code' else filled(v, complete[k]) for k, v in data.items()}
 
 
-def differences(old: Any, new: Any, path: str = '') -> list[str]:
+def differences(old: Any, new: Any) -> list[str]:
   """Return 'path: old -> new' for every place where two JSON values differ."""
+  return [difference(*change) for change in changes(old, new)]
+
+
+def difference(path: str, old: Any, new: Any) -> str:
+  """Return a place where two JSON values differ in words."""
+  return f'{path}: {_short(old)} -> {_short(new)}'
+
+
+def changes(old: Any, new: Any, path: str = '') -> list[tuple[str, Any, Any]]:
+  """Return (path, old, new) for every place where two JSON values differ."""
   if isinstance(old, dict) and isinstance(new, dict) and old.get('type') == new.get('type'):
     keys = [*old, *(k for k in new if k not in old)]
     pairs = [(k, old.get(k), new.get(k)) for k in keys]
   elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
     pairs = [(str(i), a, b) for i, (a, b) in enumerate(zip(old, new, strict=True))]
   else:
-    return [] if old == new else [f'{path}: {_short(old)} -> {_short(new)}']
-  return [d for k, a, b in pairs for d in differences(a, b, f'{path}.{k}' if path else k)]
+    return [] if old == new else [(path, old, new)]
+  return [c for k, a, b in pairs for c in changes(a, b, f'{path}.{k}' if path else k)]
 
 
 def _short(value: Any) -> str:

@@ -44,6 +44,13 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     help='start a new run from the weights of another: a run folder, RUN@STEP, a folder of Hugging '
     'Face weights, or a file of RWKV weights',
   )
+  parser.add_argument(
+    '--resume-from',
+    metavar='STEP',
+    type=int,
+    help='go back to the checkpoint of a step; later checkpoints and metrics are moved to undone/ '
+    'in the run folder',
+  )
   code_option(parser)
   show_option(parser, 'experiment')
   json_option(parser, 'the result as one JSON object')
@@ -53,6 +60,7 @@ def run(
   json: bool,
   print_only: bool,
   init_from: str | None = None,
+  resume_from: int | None = None,
   code: Sequence[str] = (),
   **options: Any,
 ) -> int:
@@ -61,7 +69,7 @@ def run(
     print('\n'.join(jf.recipe_notes(options['target'])), file=sys.stderr)
     print(text(experiment), end='')
     return DONE
-  result = jf.train(experiment, init_from=init_from, code=code)
+  result = jf.train(experiment, init_from=init_from, resume_from=resume_from, code=code)
   if result.exit_code == DONE:
     show(result, json)
   return result.exit_code

@@ -7,6 +7,7 @@ for the next step, and the number of hosts changes who loads a row, never which 
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -29,6 +30,9 @@ from jaxformer.task_type import IGNORE, Batch, TaskType
 
 LOG = logging.getLogger('jaxformer.data')
 PREFETCH = 2  # batches made ahead by a thread
+Earlier = Sequence[Sequence[int]]
+"""(step, batch size) in ascending order: the batch size of the steps before that one, and after the
+one before, where the batch size of a run has changed."""
 
 
 class HeldOutPair(NamedTuple):
@@ -167,16 +171,22 @@ class Dataset:
   # ---- training --------------------------------------------------------------------------------
 
   def train_batch(
-    self, step: int, batch_size: int, seed: int, process_index: int = 0, process_count: int = 1
+    self,
+    step: int,
+    batch_size: int,
+    seed: int,
+    process_index: int = 0,
+    process_count: int = 1,
+    earlier: Earlier = (),
   ) -> Batch:
     """Return the rows that process `process_index` of `process_count` has of the global batch of
     `batch_size` rows at a step (from 0). The rows of all processes, in their order, are those of a
-    run with one process. Thread-safe."""
+    run with one process; they follow those of `earlier` steps. Thread-safe."""
     low, high = process_rows(batch_size, process_index, process_count)
     if step < 0:
       raise InputError('step', step, 'at least 0')
-    position_B = np.int64(step) * batch_size + np.arange(low, high, dtype=np.int64)
-    return self._train_rows(position_B, seed)
+    first = rows_before(step, batch_size, earlier)
+    return self._train_rows(np.int64(first) + np.arange(low, high, dtype=np.int64), seed)
 
   def _train_rows(self, position_B: Index, seed: int) -> Batch:
     """Return the rows at some positions of the endless sequence of training rows."""
@@ -189,30 +199,40 @@ class Dataset:
     start_step: int = 0,
     process_index: int = 0,
     process_count: int = 1,
+    earlier: Earlier = (),
+    skipped: Sequence[range] = (),
   ) -> TrainBatches:
-    """Return `train_batch` of `start_step` and all later steps, without end, made ahead by a
-    thread."""
+    """Return `train_batch` of `start_step` and all later steps but those that are `skipped`,
+    without end, made ahead by a thread."""
     process_rows(batch_size, process_index, process_count)
 
     def make(step: int) -> Batch:
-      return self.train_batch(step, batch_size, seed, process_index, process_count)
+      more = {'earlier': earlier} if earlier else {}  # which a user's own dataset may not know
+      return self.train_batch(step, batch_size, seed, process_index, process_count, **more)
 
-    return TrainBatches(make, lambda step: self.state(step, batch_size, seed), start_step)
+    def state(step: int) -> dict[str, Any]:
+      return self.state(step, batch_size, seed, earlier)
 
-  def state(self, next_step: int, batch_size: int, seed: int) -> dict[str, Any]:
+    steps = (s for s in itertools.count(start_step) if not any(s in r for r in skipped))
+    return TrainBatches(make, state, steps)
+
+  def state(
+    self, next_step: int, batch_size: int, seed: int, earlier: Earlier = ()
+  ) -> dict[str, Any]:
     """Return what a checkpoint stores about the data, as JSON data."""
     return {
       'next_step': next_step,
       'batch_size': batch_size,
       'seed': seed,
       'data': dict(self.identity),
-    }
+    } | ({'earlier': [list(e) for e in earlier]} if earlier else {})
 
   def resume_step(self, state: dict[str, Any], batch_size: int, seed: int) -> int:
     """Return the step to resume at. Raises `InputError` that names what differs from the stored
     `state`, since the rest of the run would not be that of the interrupted run. The number of
     processes may differ."""
-    changed = config.differences(state, self.state(state['next_step'], batch_size, seed))
+    now = self.state(state['next_step'], batch_size, seed, state.get('earlier', ()))
+    changed = config.differences(state, now)
     if changed:
       raise InputError(
         f"data differ from the checkpoint's ({'; '.join(changed)}): use the same data, or start a "
@@ -264,6 +284,17 @@ class Dataset:
     raise InputError('data', self.config.tag, problem='holds no pairs of texts to translate')
 
 
+def rows_before(step: int, batch_size: int, earlier: Earlier) -> int:
+  """Return the number of rows in the batches before a step. Raises `InputError` for a step that is
+  not after the `earlier` ones."""
+  rows, begin = 0, 0
+  for until, size in earlier:
+    rows, begin = rows + (until - begin) * size, until
+  if step < begin:
+    raise InputError('step', step, f'at least {begin}, where the batch size changed')
+  return rows + (step - begin) * batch_size
+
+
 def spread(rows: int, batch_size: int, limit_batches: int | None) -> Index:
   """Return the rows that a limit leaves, spread evenly over all."""
   if limit_batches is not None and limit_batches < 1:
@@ -307,30 +338,32 @@ class TrainBatches(Iterator[Batch], AbstractContextManager['TrainBatches']):
   makes batches ahead."""
 
   def __init__(
-    self, make: Callable[[int], Batch], state: Callable[[int], dict[str, Any]], start_step: int
+    self, make: Callable[[int], Batch], state: Callable[[int], dict[str, Any]], steps: Iterator[int]
   ):
-    self.next_step = start_step
-    self._make, self._state = make, state
-    self._ahead: deque[Future[Batch]] = deque()
+    self._make, self._state, self._steps = make, state, steps
+    self._ahead: deque[tuple[int, Future[Batch]]] = deque()
     self._pool = ThreadPoolExecutor(1, 'jaxformer-data')
     self._closed = False
 
   def __next__(self) -> Batch:
     if self._closed:
       raise StopIteration
-    while len(self._ahead) <= PREFETCH:
-      self._ahead.append(self._pool.submit(self._make, self.next_step + len(self._ahead)))
+    self._fill(1 + PREFETCH)
     try:
-      batch = self._ahead.popleft().result()
+      return self._ahead.popleft()[1].result()
     except BaseException:
       self.close()
       raise
-    self.next_step += 1
-    return batch
+
+  def _fill(self, count: int) -> None:
+    while len(self._ahead) < count:
+      step = next(self._steps)
+      self._ahead.append((step, self._pool.submit(self._make, step)))
 
   def state(self) -> dict[str, Any]:
     """Return what a checkpoint stores; batches made ahead but not taken are still to come."""
-    return self._state(self.next_step)
+    self._fill(1)
+    return self._state(self._ahead[0][0])
 
   def close(self) -> None:
     """Stop the thread. Safe to call twice; iteration ends."""

@@ -26,9 +26,11 @@ from jaxformer.data.corpora import Corpus
 from jaxformer.data.dataset import (
   Dataset,
   DatasetConfig,
+  Earlier,
   HeldOutPair,
   pair_batch,
   process_rows,
+  rows_before,
   spread,
 )
 from jaxformer.data.missing import Missing, missing_of
@@ -246,18 +248,39 @@ class PairDataset(Dataset):
     return lines
 
   def train_batch(
-    self, step: int, batch_size: int, seed: int, process_index: int = 0, process_count: int = 1
+    self,
+    step: int,
+    batch_size: int,
+    seed: int,
+    process_index: int = 0,
+    process_count: int = 1,
+    earlier: Earlier = (),
   ) -> Batch:
     if step < 0:
       raise InputError('step', step, 'at least 0')
     process_rows(batch_size, process_index, process_count)
-    (used,), (turn,) = self._interleaved(np.array([step], np.int64))
-    bucket = self._used[int(used)]
-    members, rows = self._train.members[bucket], self._train.batch_rows(batch_size)[bucket]
-    low, high = process_rows(rows, process_index, process_count)
-    position_B = np.int64(turn) * rows + np.arange(low, high, dtype=np.int64)
+    used, turn = self._turn(step)
+    bucket = self._used[used]
+    # the turns of this bucket before those steps, in place of the steps
+    turns = [(self._turns_before(until, used), size) for until, size in earlier]
+    k = self._train.batch_rows(1)[bucket]
+    low, high = process_rows(k * batch_size, process_index, process_count)
+    first = k * rows_before(turn, batch_size, turns)
+    position_B = np.int64(first) + np.arange(low, high, dtype=np.int64)
+    members = self._train.members[bucket]
     seed_key = shuffle.key(seed, 'pairs', bucket)
     return self._train.batch(bucket, members[shuffle.shuffled(members.size, position_B, seed_key)])
+
+  def _turn(self, step: int) -> tuple[int, int]:
+    """Return which of the used buckets has a step, and how many earlier steps it had."""
+    (used,), (turn,) = self._interleaved(np.array([step], np.int64))
+    return int(used), int(turn)
+
+  def _turns_before(self, step: int, used: int) -> int:
+    """Return how many steps before one a bucket had: what its next step, which is at most one cycle
+    ahead, says of itself."""
+    used_S, turn_S = self._interleaved(step + np.arange(shuffle.SLOTS, dtype=np.int64))
+    return int(turn_S[np.argmax(used_S == used)])
 
   @property
   def validation_rows(self) -> int:

@@ -22,7 +22,7 @@ from jaxformer.task_type import TRANSLATION
 from jaxformer.training import Experiment, read_metrics, train, train_population
 from jaxformer.training.experiment import check_fit
 from jaxformer.training.interrupt import Interrupt
-from jaxformer.training.run import config_text, read_events, run_folder
+from jaxformer.training.run import is_of, read_events, run_folder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -322,8 +322,7 @@ class Runner:
 def finished(experiment: Experiment) -> Trial | None:
   """Return the run of an experiment if it is finished or has diverged, else None."""
   folder = run_folder(experiment)
-  file = folder / 'config.json'
-  if not file.exists() or file.read_text() != config_text(experiment):
+  if not is_of(folder, experiment):
     return None
   ends = [
     row['event']

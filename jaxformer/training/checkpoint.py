@@ -9,6 +9,7 @@ sharding, so a checkpoint may be loaded on any mesh."""
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import functools
 import hashlib
@@ -248,9 +249,21 @@ def load_params(
 # ---- a run's checkpoints -----------------------------------------------------------------------
 
 
-Restored = tuple[TrainState, dict[str, Any], list[tuple[int, str]]]
-"""A state on the requested mesh, its position in the data, and (step, problem) of each later
-checkpoint, which is corrupt and was skipped."""
+@dataclasses.dataclass(frozen=True)
+class Restored:
+  """A checkpoint that was read.
+
+  Attributes:
+    state: on the requested mesh.
+    data: the position in the data (`Dataset.state`).
+    tokens: target tokens seen, padding included; None in a checkpoint that does not say.
+    corrupt: (step, problem) of each later checkpoint, which was passed over.
+  """
+
+  state: TrainState
+  data: dict[str, Any]
+  tokens: int | None
+  corrupt: list[tuple[int, str]]
 
 
 class Checkpoints:
@@ -275,8 +288,6 @@ class Checkpoints:
     registry = ocp.handlers.local_registry()  # by default a dictionary of numbers is read as arrays
     registry.add(ocp.handlers.JsonHandler, checkpointable_name='meta')
     self._context.checkpointables.registry = registry
-    self._clean('*.orbax-checkpoint-tmp*')
-    _barrier('incomplete checkpoints removed')
 
   def _clean(self, pattern: str) -> None:
     """Remove what an incomplete save or removal has left."""
@@ -304,8 +315,9 @@ class Checkpoints:
     self._remove([s for s in steps_in(self.folder) if s == step])
     _barrier('checkpoint removed')
 
-  def save(self, state: TrainState, data: dict[str, Any], config_digest: str) -> None:
-    """Finish the previous save, then start to write the state; return as soon as the state may be
+  def save(self, state: TrainState, record: dict[str, Any]) -> None:
+    """Finish the previous save, then start to write the state and a record, JSON data with `data`,
+    `tokens` (see `Restored`) and the digest of the `config`; return as soon as the state may be
     donated.
 
     A failure is reported, and the next save is tried; the second failure in a row raises
@@ -321,11 +333,10 @@ class Checkpoints:
       {
         'version': VERSION,
         'step': step,
-        'data': data,
-        'config': config_digest,
         'shapes': {name: list(x.shape) for name, x in by_path.items()},
         'digests': found,
         'key': np.asarray(jax.random.key_data(state.key)).tolist(),
+        **record,
       }
     )
     try:
@@ -373,24 +384,22 @@ class Checkpoints:
     self._failed = message
     self.log(f'warning: {message}; training continues, and the next checkpoint will be tried')
 
-  def restore(self, abstract: TrainState) -> Restored | None:
-    """Restore the latest valid checkpoint with the shardings of `abstract`; None if there are no
-    checkpoints.
+  def restore(self, abstract: TrainState, only: int | None = None) -> Restored | None:
+    """Read the latest valid checkpoint, or that of the step `only`, with the shardings of
+    `abstract`; None if there are no checkpoints.
 
-    Later, corrupt ones are moved to `corrupt/` beside the folder. Raises `InputError` if all are
-    corrupt, or one is of another model or optimizer."""
+    Raises `InputError` if all are corrupt, or one is of another model or optimizer. Writes
+    nothing."""
     corrupt: list[tuple[int, str]] = []
-    for step in reversed(steps_in(self.folder)):
+    for step in reversed(steps_in(self.folder) if only is None else [only]):
       path = self.folder / str(step)
       try:
-        state, data = _together(lambda path=path: self._load(path, abstract))
+        state, meta = _together(lambda path=path: self._load(path, abstract))
       except Corrupt as e:
         corrupt.append((step, str(e)))
         self.log(f'warning: checkpoint {step} is corrupt: {e}')
         continue
-      if corrupt:
-        self._set_aside([s for s, _ in corrupt])
-      return state, data, corrupt
+      return Restored(state, meta['data'], meta.get('tokens'), corrupt)
     if corrupt:
       raise InputError(
         f'{self.folder}: no valid checkpoint: {"; ".join(f"{s}: {e}" for s, e in corrupt)}; '
@@ -412,16 +421,19 @@ class Checkpoints:
     step, key = put(np.int32(meta['step']), np.array(meta['key'], np.uint32))
     return TrainState(
       step, {name: loaded['params'][name] for name in abstract.params}, opt_state, key
-    ), meta['data']
+    ), meta
 
-  def _set_aside(self, steps: list[int]) -> None:
-    if jax.process_index() == 0:
+  def set_aside(self, steps: Sequence[int]) -> None:
+    """Move corrupt checkpoints to `corrupt/` beside the folder, and remove what incomplete saves
+    have left."""
+    self._clean('*.orbax-checkpoint-tmp*')
+    if steps and jax.process_index() == 0:
       aside = self.folder.parent / 'corrupt'
       aside.mkdir(exist_ok=True)
       for step in steps:
         remove(aside / str(step))
         move(self.folder / str(step), aside / str(step))
-    _barrier('corrupt checkpoints moved')
+    _barrier('checkpoints cleaned up')
 
   def __enter__(self) -> Checkpoints:
     return self

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import re
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 from jaxformer.code_record import code_of
@@ -10,6 +11,7 @@ from jaxformer.config import Config, InputError, nearest, types_of
 from jaxformer.data import DatasetConfig, Text
 from jaxformer.models.model import ModelConfig
 from jaxformer.models.stack import REMAT
+from jaxformer.overrides import override
 from jaxformer.sharding import MeshConfig
 from jaxformer.task_type import TRANSLATION
 from jaxformer.training.optimizer import AdamW, OptimizerConfig
@@ -40,6 +42,11 @@ class TrainingConfig(Config):
     keep_every: checkpoints of the steps that are multiples of it are kept for ever; None for none.
     log_every: steps between rows of `metrics.jsonl`.
     trackers: where metrics go besides the run folder.
+    resume_with: FIELD=VALUE of settings that a run changes when it is resumed, on purpose; see
+      `training.stages`. Other changed settings are refused.
+    skip_steps: START:END, steps that are not taken, END not among them: step n is the one whose row
+      in `metrics.jsonl` has `step` n. Their batches are passed over, and parameters and optimizer
+      stay as they are; they count as steps of the run, its schedule and its data.
     profile: first step, and the one after the last, to record with the profiler into the run
       folder's `profile/`; None for none.
   """
@@ -59,6 +66,8 @@ class TrainingConfig(Config):
   keep_best: int = 1
   keep_every: int | None = None
   log_every: int = 10
+  resume_with: tuple[str, ...] = ()
+  skip_steps: tuple[str, ...] = ()
   trackers: tuple[TrackerConfig, ...] = (TensorBoard(),)
   profile: tuple[int, int] | None = None
 
@@ -84,6 +93,11 @@ class TrainingConfig(Config):
       f'a first step below steps = {self.steps}',
     )
     self._check_kept()
+    self.require(
+      all(0 < r.start < r.stop <= self.steps for r in step_ranges(self.skip_steps)),
+      'skip_steps',
+      f'ranges from 1 to at most steps = {self.steps}, as 1200:1260 for the steps 1200 to 1259',
+    )
     self.require(self.remat in REMAT, 'remat', f'a policy{nearest(self.remat, REMAT)}')
 
   def _check_kept(self) -> None:
@@ -107,6 +121,16 @@ class TrainingConfig(Config):
         f'evaluations (every {self.eval_every}), which meet at the last step only; must be 0, or '
         'one interval a multiple of the other',
       )
+
+
+def step_ranges(texts: Iterable[str]) -> list[range]:
+  """Return the ranges of steps that START:END stand for. Raises `InputError`."""
+  found = []
+  for text in texts:
+    if (match := re.fullmatch(r'([0-9]{1,18}):([0-9]{1,18})', text)) is None:
+      raise InputError('training.skip_steps', text, 'START:END, as 1200:1260')
+    found.append(range(int(match[1]), int(match[2])))
+  return found
 
 
 class RunConfig(Config):
@@ -152,6 +176,33 @@ class Experiment(Config):
     warmup = self.schedule.warmup_steps(self.training.steps)
     if warmup > self.training.steps:
       raise InputError('schedule.warmup', warmup, f'at most training.steps = {self.training.steps}')
+    self.with_changes(self.training.resume_with)
+
+  @property
+  def resumed(self) -> 'Experiment':
+    """The experiment with the changes of its `training.resume_with`, which it keeps as the mark
+    that they are on purpose."""
+    given = self.training.resume_with
+    changed = self.with_changes(given)
+    return changed.replace(training=changed.training.replace(resume_with=given))
+
+  def with_changes(self, given: Sequence[str]) -> 'Experiment':
+    """Return the experiment with the settings that `training.resume_with` would give it, and
+    nothing in that field. Raises `InputError`."""
+    if not self.training.resume_with and not given:
+      return self
+    pairs = []
+    for text in given:
+      path, equals, value = text.removeprefix('--').partition('=')
+      if not equals or not path:
+        raise InputError(
+          'training.resume_with', text, 'FIELD=VALUE, as optimizer.learning-rate=3e-4'
+        )
+      if path.replace('-', '_').startswith(('run.', 'training.resume_with', 'training.skip_steps')):
+        raise InputError('training.resume_with', text, problem=f'--{path} itself must be given')
+      pairs.append((path, value))
+    plain = self.replace(training=self.training.replace(resume_with=()))
+    return override(plain, pairs)
 
 
 def default_experiment(model: ModelConfig, name: str) -> Experiment:

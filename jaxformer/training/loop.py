@@ -8,6 +8,7 @@ alone."""
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -24,7 +25,6 @@ from jaxformer.config import InputError
 from jaxformer.data import Dataset, open_data
 from jaxformer.models.params import Params
 from jaxformer.sharding import use_mesh
-from jaxformer.training.checkpoint import Checkpoints, steps_in
 from jaxformer.training.experiment import Experiment, check_complete
 from jaxformer.training.interrupt import Interrupt, Stopped
 from jaxformer.training.malloc import keep_freed_memory
@@ -47,12 +47,14 @@ def train(
   devices: Sequence[jax.Device] | None = None,
   utilization: Mapping[str, float] | None = None,
   sample: Sample | None = None,
+  resume_from: int | None = None,
   log: Log = print_line,
 ) -> TrainResult:
   """Train an experiment in its run folder; resume if the run there has stopped.
 
   Args:
-    experiment: what to train.
+    experiment: what to train. A run is resumed with the settings that it had, but for those that
+      `training.resume_with` changes (see `stages`).
     init_from: where a new run takes its parameters from: a checkpoint (see `checkpoint.find`), or
       parameters by name, which are copied. A run started from parameters is resumed; one started
       from random weights is an error.
@@ -60,11 +62,15 @@ def train(
     devices: to run on; all by default.
     utilization: metrics (`mfu`) by name, as they would be on one device at one token per second.
     sample: its text, in pieces, is added to `samples.txt` after each evaluation.
+    resume_from: resume from the checkpoint of this step. Later checkpoints and metrics are moved to
+      `undone/` in the run folder. The same call again, with the same `resume_with` and
+      `skip_steps`, resumes from the latest checkpoint, so that a preempted run does not go back
+      again.
     log: receives lines about progress.
 
   Raises `InputError` before anything is written if the experiment cannot be run, or the folder
   holds another one."""
-  with _opened([experiment], devices, dataset, log, init_from) as members:
+  with _opened([experiment], devices, dataset, log, init_from, resume_from) as members:
     parallel = members[0].setup.parallel
     with use_mesh(parallel):
       return _Loop(members, utilization=utilization, sample=sample).run()[0]
@@ -128,34 +134,38 @@ def _opened(
   dataset: Dataset | None,
   log: Log,
   init_from: str | AnyPath | Params | None = None,
+  resume_from: int | None = None,
 ) -> Generator[list[Member]]:
   """Open the run folders of experiments; nothing is written before all are known to be usable."""
-  runs = [Run(e) for e in experiments]
+  runs = [Run(e, resume_from) for e in experiments]
+  experiments = [run.experiment for run in runs]
   if init_from is not None:
     for run in runs:
       run.check_initialization()
   check_complete(experiments[0])
   check(experiments[0], devices)
   data = dataset or open_data(experiments[0].data, log=log)
-  setups = [Setup.of(e, data, devices) for e in experiments]
+  setups = [Setup.of(e, data, devices, r.schedule) for e, r in zip(experiments, runs, strict=True)]
+  if len({run.schedule for run in runs}) > 1:
+    raise InputError('schedule.warmup', None, problem='the members began with different warm-ups')
   if setups[0].parallel.platform == 'cpu':
     keep_freed_memory()
   with contextlib.ExitStack() as stack:
-    members = []
-    for setup, run in zip(setups, runs, strict=True):
-      folder, t, given = run.folder / 'checkpoints', setup.experiment.training, None
-      if init_from is not None and not steps_in(folder):
-        # a wrong path of parameters fails before anything is written
-        source = f'{len(init_from)} arrays given' if isinstance(init_from, Mapping) else init_from
-        given = str(source), setup.initial_params(init_from)
-      stack.enter_context(run)
-      run.start(data.manifest, data.tokenizer)
-      prefixed = log if len(runs) == 1 else functools.partial(_prefix, log, run)
-      report = stack.enter_context(open_report(run, setup.experiment, prefixed))
-      checkpoints = stack.enter_context(
-        Checkpoints(folder, t.keep_latest, t.keep_best, t.keep_every, report.line)
-      )
-      members.append(Member(setup, run, report, checkpoints, given))
+    members = [
+      Member(s, r, log if len(runs) == 1 else functools.partial(_prefix, log, r))
+      for s, r in zip(setups, runs, strict=True)
+    ]
+    if init_from is not None:
+      for m in members:
+        m.initialize_from(init_from)
+    for m in sorted(members, key=lambda m: m.run.fresh):  # new folders once nothing can fail
+      stack.enter_context(m.run)
+      m.run.lock()
+      stack.enter_context(m.checkpoints)
+      m.restore()
+    for m in members:
+      m.run.start(data.manifest, data.tokenizer)
+      m.report = stack.enter_context(open_report(m.run, m.setup.experiment, m.log))
     yield members
 
 
@@ -186,7 +196,7 @@ class _Loop:
 
   def run(self) -> list[TrainResult]:
     members = self.members
-    states = [m.restore() for m in members]
+    states = [m.begin() for m in members]
     state = states[0]
     if self.mesh is not None:
       state = self._put(jax.tree.map(lambda *x: jnp.stack(x), *states))
@@ -203,6 +213,10 @@ class _Loop:
         self._between(state, interrupt)
       feeds = [stack.enter_context(m.batches()) if m.code is None else iter(()) for m in members]
       while running := [m for m in members if m.code is None]:
+        if any(m.skips for m in running):
+          self._report(pending)
+          pending, state = None, self._skipped(state)
+          continue
         batch = self._next_batch(feeds)
         active = [m.code is None for m in members]
         more = () if self.mesh is None else (learning_rates, self._put(np.array(active)))
@@ -224,6 +238,17 @@ class _Loop:
           pending = None
           self._between(state, interrupt, stop)
     return [m.result for m in members]
+
+  def _skipped(self, state: TrainState) -> TrainState:
+    """Pass over the steps to skip."""
+    for m in self.members:
+      if m.code is None and m.skips:
+        m.skip()
+    steps = [m.step for m in self.members]
+    if self.mesh is not None:
+      return dataclasses.replace(state, step=self._put(np.array(steps, np.int32)))
+    step = jax.jit(lambda: jnp.int32(steps[0]), out_shardings=state.step.sharding)()
+    return dataclasses.replace(state, step=step)
 
   def _put(self, tree: Any) -> Any:
     """Shard arrays with a member axis over the devices."""
@@ -261,7 +286,7 @@ class _Loop:
           m.run.event(
             'compile', seconds=round(seconds, 3), shapes=shapes, members=len(self.members)
           )
-        self.members[0].report.line(f'compiled the step in {seconds:.1f} s')
+        self.members[0].log(f'compiled the step in {seconds:.1f} s')
     return self.compiled[shapes]
 
   def _report(self, metrics: Any) -> None:

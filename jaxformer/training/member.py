@@ -10,12 +10,14 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from jaxformer import config
+from jaxformer.data.dataset import Earlier, TrainBatches
 from jaxformer.exit_codes import DONE, NOT_FINITE, PREEMPTED
 from jaxformer.models.params import Params
-from jaxformer.training.checkpoint import Checkpoints, NotFinite, steps_in
+from jaxformer.training.checkpoint import Checkpoints, NotFinite, Restored, steps_in
 from jaxformer.training.interrupt import Interrupt
 from jaxformer.training.paths import AnyPath
-from jaxformer.training.report import Report, scores
+from jaxformer.training.processes import broadcast_from_process_0
+from jaxformer.training.report import Log, Report, scores
 from jaxformer.training.run import Run, read_metrics
 from jaxformer.training.setup import Setup
 from jaxformer.training.step import TrainState, init_state
@@ -41,6 +43,10 @@ class TrainResult:
   exit_code: int
 
 
+def _silent(line: str) -> None:
+  """Log nothing."""
+
+
 class Member:
   """One run of the loop.
 
@@ -49,74 +55,122 @@ class Member:
     tokens: target tokens seen, padding included.
     code: exit code once the run has ended.
     sample: adds text to `samples.txt` after each evaluation.
+    log: receives lines about progress, on process 0.
+    report: of the metrics; opened once the run is started.
   """
 
-  def __init__(
-    self,
-    setup: Setup,
-    run: Run,
-    report: Report,
-    checkpoints: Checkpoints,
-    given: tuple[str, Params] | None,
-  ):
-    self.setup, self.run, self.report, self.checkpoints = setup, run, report, checkpoints
-    self.config = setup.experiment.training
+  def __init__(self, setup: Setup, run: Run, log: Log):
+    self.setup, self.run, self.config = setup, run, setup.experiment.training
     self.step, self.tokens, self.code = 0, 0, None
+    self.log: Log = log if run.writes else _silent
     self.sample: Sample | None = None
-    self._given = given
+    t = self.config
+    self.checkpoints = Checkpoints(
+      run.folder / 'checkpoints', t.keep_latest, t.keep_best, t.keep_every, self.log
+    )
+    self.report: Report
+    self._restored: Restored | None = None
+    self._given: tuple[str, Params] | None = None
+    self._earlier: Earlier = ()
     self._saved = self._evaluated = self._sampled = -1  # the latest step that was
     self._last_row = 0, 0, 0.0  # step, tokens and seconds of training
 
-  def restore(self) -> TrainState:
-    """Restore the state from the latest valid checkpoint, or initialize it."""
-    run, t, steps = self.run, self.config, self.config.steps
-    restored = self.checkpoints.restore(self.setup.abstract_state())
-    if restored is None:
+  # ---- the start, in this order ----------------------------------------------------------------
+
+  def initialize_from(self, source: str | AnyPath | Params) -> None:
+    """Read the parameters that a run without checkpoints begins with. Raises `InputError`."""
+    if not steps_in(self.checkpoints.folder):
+      name = f'{len(source)} arrays given' if isinstance(source, Mapping) else source
+      self._given = str(name), self.setup.initial_params(source)
+
+  def restore(self) -> None:
+    """Read the latest valid checkpoint, or the one to go back to, without writing. Raises
+    `InputError`, also where the data are not those of the checkpoint."""
+    run, t = self.run, self.config
+    self._restored = r = self.checkpoints.restore(self.setup.abstract_state(), run.back_to)
+    if r is not None:
+      self.step = self._saved = int(r.state.step)
+      old = r.data['batch_size']
+      self.setup.dataset.resume_step(r.data, old, t.seed)
+      self._earlier = r.data.get('earlier', ())
+      if old != t.batch_size:  # a change on purpose: others were refused before
+        self._earlier = (*self._earlier, (self.step, old))
+    run.resume_at(self.step)
+
+  def begin(self) -> TrainState:
+    """Make the folder that of a run at this step, and return the state to train from: that of the
+    checkpoint, or the initial one. The run is started, and its report open."""
+    run, r, self._restored = self.run, self._restored, None
+    if r is None:
       return self._initialize()
-    state, position, corrupt = restored
-    self.step = self._saved = int(state.step)
-    self.setup.dataset.resume_step(position, t.batch_size, t.seed)
-    for step, problem in corrupt:
+    self.checkpoints.set_aside([step for step, _ in r.corrupt])
+    for step, problem in r.corrupt:
       run.event('checkpoint_corrupt', step=step, problem=problem)
     run.rewind(self.step)
     run.event('resume', step=self.step, changed=run.changed)
     changed = f' with {"; ".join(run.changed)}' if run.changed else ''
-    self.report.line(f'resuming {run.folder} at step {self.step}{changed}')
-    rows = read_metrics(run.folder)
-    counted = [r for r in rows if 'tokens' in r and 0 < r['step'] <= self.step]
-    # between two rows of metrics, in proportion
-    self.tokens = (
-      round(counted[-1]['tokens'] * self.step / counted[-1]['step'])
-      if counted
-      else self.step * t.batch_size * self.setup.experiment.data.positions
+    self.log(f'resuming {run.folder} at step {self.step}{changed}')
+    # on all processes what the first one finds
+    rows, sampled = broadcast_from_process_0(
+      lambda: [read_metrics(run.home), run.has_sample(self.step)]
     )
+    self.tokens = r.tokens if r.tokens is not None else self._estimated_tokens(rows)
     self._last_row = self.step, self.tokens, 0.0
-    losses = {r['step']: r['eval/loss'] for r in rows if r.get('eval/loss') is not None}
+    losses = {row['step']: row['eval/loss'] for row in rows if row.get('eval/loss') is not None}
     self.checkpoints.losses |= losses
     self._evaluated = self.step if self.step in losses else -1
-    self._sampled = self.step if run.has_sample(self.step) else -1
+    self._sampled = self.step if sampled else -1
     for row in rows:
       self.report.last |= row
-    if self.step >= steps and not self.unevaluated:
-      self.report.line(f'{run.folder} has already completed its {steps} steps')
+    if self.step >= self.config.steps and not self.unevaluated:
+      self.log(f'{run.folder} has already completed its {self.config.steps} steps')
       self.code = DONE
-    return state
+    return r.state
+
+  def _estimated_tokens(self, rows: list[dict[str, Any]]) -> int:
+    """Return the tokens up to a checkpoint that holds no number of them: between two rows of
+    metrics in proportion."""
+    counted = [r for r in rows if 'tokens' in r and 0 < r['step'] <= self.step]
+    if counted:
+      return round(counted[-1]['tokens'] * self.step / counted[-1]['step'])
+    return self.step * self.config.batch_size * self.setup.experiment.data.positions
 
   def _initialize(self) -> TrainState:
     run, s = self.run, self.setup
     source, params = self._given or (None, None)
+    self._given = None
     run.rewind(-1)
     run.event('start', init_from=source)
-    self.report.line(
+    self.log(
       f'{run.folder}: {s.definition.size:,} parameters, {s.parallel.mesh.size} devices, '
       f'{s.step_config.dtype}, {s.dataset.size}'
     )
     state = init_state(s.definition, s.optimizer, self.config.seed, s.parallel)
     return state if params is None else dataclasses.replace(state, params=params)
 
-  def batches(self) -> Any:
+  # ---- steps -----------------------------------------------------------------------------------
+
+  def batches(self) -> TrainBatches:
     c, part = self.config, self.setup.placement
-    return self.setup.dataset.train_batches(c.batch_size, c.seed, self.step, part.index, part.count)
+    skipped = [range(r.start - 1, r.stop - 1) for r in self.run.skips]  # data count from 0
+    return self.setup.dataset.train_batches(
+      c.batch_size, c.seed, self.step, part.index, part.count, self._earlier, skipped
+    )
+
+  @property
+  def skips(self) -> bool:
+    """Whether the next step is one to skip."""
+    return any(self.step + 1 in r for r in self.run.skips)
+
+  def skip(self) -> None:
+    """Pass over the steps to skip that come next."""
+    begin = self.step
+    while self.skips:
+      self.step += 1
+    step, *rest = self._last_row
+    self._last_row = step + self.step - begin, *rest
+    self.run.event('skip', steps=f'{begin + 1}:{self.step + 1}')
+    self.log(f'skipping the steps {begin + 1} to {self.step}')
 
   @property
   def unevaluated(self) -> bool:
@@ -160,8 +214,12 @@ class Member:
     with contextlib.suppress(RuntimeError):  # of two failures report this one
       self.checkpoints.wait()
     kept = steps_in(self.checkpoints.folder)
+    step, last = self.step, self.config.steps
     latest = f'the latest checkpoint is of step {kept[-1]}' if kept else 'there is no checkpoint'
-    self.report.line(f'stopped: {what} of step {self.step} is not finite; {latest}')
+    ways = [f'--training.skip-steps {step}:{step + 1} passes over its batch'] if step < last else []
+    ways += ['--training.resume-with optimizer.learning-rate=... changes a setting']
+    ways += ['--resume-from goes back further'] if len(kept) > 1 else []
+    self.log(f'stopped: {what} of step {step} is not finite; {latest}. To go on: {", ".join(ways)}')
 
   def save(self, state: TrainState) -> None:
     """Save the state, unless it has been; end the run if it is not finite."""
@@ -169,9 +227,13 @@ class Member:
       return
     began, c = time.perf_counter(), self.config
     self.run.sync()  # a checkpoint relies on the metrics up to its step
-    data = self.setup.dataset.state(self.step, c.batch_size, c.seed)
+    record = {
+      'data': self.setup.dataset.state(self.step, c.batch_size, c.seed, self._earlier),
+      'config': config.digest(self.run.experiment),
+      'tokens': self.tokens,
+    }
     try:
-      self.checkpoints.save(state, data, config.digest(self.setup.experiment))
+      self.checkpoints.save(state, record)
     except NotFinite as e:
       self._end_not_finite(f'the state ({e})')
       return
@@ -185,7 +247,7 @@ class Member:
     if self._evaluated != step:
       found = self.setup.evaluate(params, interrupt.until)
       self.report.row({'step': step, 'tokens': self.tokens, **found})
-      self.report.line(f'step {step}/{self.config.steps} | {scores(found)}')
+      self.log(f'step {step}/{self.config.steps} | {scores(found)}')
       self.run.event('eval', step=step, seconds=round(time.perf_counter() - began, 3))
       if not math.isfinite(found['eval/loss']):
         self.checkpoints.discard(step)
@@ -207,7 +269,7 @@ class Member:
       return
     self.code = PREEMPTED
     self.run.event('interrupted', step=self.step, signal=signal)
-    self.report.line(
+    self.log(
       f'interrupted ({signal or "preemption"}): saved at step {self.step}; run the same command to '
       'resume'
     )

@@ -15,12 +15,13 @@ Without any of them there is one process.
 """
 
 import importlib.util
+import json
 import os
 import pathlib
 import socket
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -29,6 +30,7 @@ from jax.experimental import multihost_utils
 from jaxformer.config import InputError
 
 OWN = ('JAXFORMER_COORDINATOR', 'JAXFORMER_PROCESSES', 'JAXFORMER_PROCESS')
+J = TypeVar('J')  # JSON data
 WAIT = 'JAXFORMER_JOIN_SECONDS'
 PORT = 8476  # of process 0, if the environment names only its host
 
@@ -90,23 +92,22 @@ def join(environment: Mapping[str, str] = os.environ) -> bool:
   return True
 
 
-def broadcast_from_process_0(fn: Callable[[], bool]) -> bool:
-  """Return on all processes what `fn` returns on process 0: files may differ between hosts, and
-  change while the first one writes. An `InputError` there is raised on all."""
+def broadcast_from_process_0(fn: Callable[[], J]) -> J:
+  """Return on all processes the JSON data that `fn` returns on process 0: files may differ between
+  hosts, and change while the first one writes. An `InputError` there is raised on all."""
   if jax.process_count() == 1:
     return fn()
-  error, found = None, False
+  error, text = None, b''
   if jax.process_index() == 0:
     try:
-      found = fn()
+      text = json.dumps(fn()).encode()
     except InputError as e:
       error = e
-  failed, found = (
-    bool(x) for x in multihost_utils.broadcast_one_to_all(np.array([error is not None, found]))
-  )
-  if failed:
+  size = int(multihost_utils.broadcast_one_to_all(np.int32(len(text) if error is None else -1)))
+  if size < 0:
     raise error or InputError('process 0 has stopped; see its message')
-  return found
+  mine = np.frombuffer(text or bytes(size), np.uint8)
+  return json.loads(bytes(np.asarray(multihost_utils.broadcast_one_to_all(mine), np.uint8)))
 
 
 def _reach(address: str, seconds: int) -> None:

@@ -1,6 +1,7 @@
 """The folder of a run. Only process 0 writes. It may be in a bucket (see `paths`).
 
-runs/<name>/config.json         the experiment, and the `format` of the folder
+runs/<name>/config.json         the experiment with its latest settings, the `format` of the folder,
+                                and the `stages` of the run (see `stages`)
             environment.json    versions, devices, commit, command, data and code; an entry per
                                 start
             metrics.jsonl       one object per line: `step` and numbers
@@ -8,11 +9,13 @@ runs/<name>/config.json         the experiment, and the `format` of the folder
             checkpoints/<step>/
             tokenizer/          as read by `jaxformer.data.load_tokenizer`
             tensorboard/  samples.txt
+            undone/<n>/         checkpoints and metrics after a step that the run went back to
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import logging
 import os
@@ -24,36 +27,31 @@ from typing import Any
 import jax
 
 from jaxformer import config
-from jaxformer.code_record import code_records, without_paths
+from jaxformer.code_record import code_records
 from jaxformer.config import InputError
 from jaxformer.data import Tokenizer
 from jaxformer.files import locked, write_atomically
+from jaxformer.training.checkpoint import steps_in
 from jaxformer.training.environment import environment
-from jaxformer.training.experiment import Experiment, RunConfig
-from jaxformer.training.paths import AnyPath, RunFiles, check_bucket, remote_errors, to_path
+from jaxformer.training.experiment import Experiment, RunConfig, TrainingConfig, step_ranges
+from jaxformer.training.paths import AnyPath, RunFiles, check_bucket, move, remote_errors, to_path
 from jaxformer.training.processes import broadcast_from_process_0
 from jaxformer.training.registry import import_configs
+from jaxformer.training.schedule import ScheduleConfig
+from jaxformer.training.stages import (
+  Changes,
+  Differing,
+  History,
+  as_option,
+  compare,
+  in_words,
+  skipped,
+  split_history,
+  undone,
+)
 from jaxformer.user_code import load_recorded, named_code
 
 FORMAT = 2
-
-# Fields that may differ from the saved config when a run is resumed: how long, how often, where it
-# runs and what it keeps. A different number of steps stretches or shrinks a schedule that depends
-# on it, from the current step on.
-FREE = (
-  'training.steps',
-  'training.eval_every',
-  'training.checkpoint_every',
-  'training.log_every',
-  'training.keep_latest',
-  'training.keep_best',
-  'training.keep_every',
-  'training.trackers',
-  'training.profile',
-  'training.remat',
-  'mesh',
-  'run',
-)
 
 # What a start writes before `config.json`, or beside it: a folder with nothing else is free.
 OWN = {'events.jsonl', 'checkpoints', 'tokenizer', 'environment.json'}
@@ -61,17 +59,34 @@ OWN = {'events.jsonl', 'checkpoints', 'tokenizer', 'environment.json'}
 
 def run_folder(experiment: Experiment) -> AnyPath:
   """Return `run.dir`/`run.name`. Raises `InputError` for a store that cannot be used."""
-  name = experiment.run.name or f'run-{config.digest(experiment)[:8]}'
+  t = experiment.training.replace(resume_with=(), skip_steps=())  # they say how to go on in it
+  name = experiment.run.name or f'run-{config.digest(experiment.replace(training=t))[:8]}'
   return to_path(experiment.run.dir, 'run.dir') / name
 
 
-def config_text(experiment: Experiment) -> str:
+def config_text(experiment: Experiment, history: History) -> str:
   """Return the content of `config.json`."""
-  return config.json_text({'format': FORMAT} | config.to_json(experiment))
+  plain = experiment.replace(training=experiment.training.replace(resume_with=()))
+  return config.json_text({'format': FORMAT} | config.to_json(plain) | history.json())
+
+
+def is_of(folder: AnyPath, experiment: Experiment) -> bool:
+  """Return whether a folder has a run of an experiment that was trained with its settings from the
+  beginning."""
+  try:
+    data, history = _read(folder)
+  except InputError:
+    return False
+  return data == config.to_json(experiment) and not (history and history.stages)
 
 
 def read_config(folder: str | AnyPath) -> dict[str, Any]:
-  """Return the experiment of a run folder as JSON data. Raises `InputError` if there is none."""
+  """Return the experiment of a run folder as JSON data, with the settings of its latest stage.
+  Raises `InputError` if there is none."""
+  return _read(folder)[0]
+
+
+def _read(folder: str | AnyPath) -> tuple[dict[str, Any], History | None]:
   where, file = to_path(folder), f'{folder}/config.json'
   try:
     with remote_errors(where):
@@ -92,7 +107,7 @@ def read_config(folder: str | AnyPath) -> dict[str, Any]:
     )
   if (written := data.pop('format')) != FORMAT:
     raise InputError(f'{file}: has format {written}; this version reads {FORMAT}')
-  return data
+  return split_history(data, file)
 
 
 def load_experiment(
@@ -122,23 +137,70 @@ def load_experiment(
 class Run:
   """A run folder that is being written. A context manager that completes it.
 
+  It is used in this order: `lock`, then `resume_at` with what was restored, then `start`. Nothing
+  in the folder of an earlier run changes before `start`.
+
   Attributes:
+    experiment: with the changes of its `training.resume_with`, and the steps that the run skips.
     folder: its path.
     home: the local folder in which its files are written: `folder` itself if that is local.
     fresh: whether the run is new.
-    changed: settings that differ from those with which it was started.
+    changed: settings that differ from those with which it last ran, in words.
+    back_to: the step of the checkpoint to go back to; None for the latest.
   """
 
-  def __init__(self, experiment: Experiment):
+  def __init__(self, experiment: Experiment, resume_from: int | None = None):
     """Check the folder, without writing. Raises `InputError`, naming the fields, if the run there
-    is of a different experiment."""
-    self.experiment, self.folder = experiment, run_folder(experiment)
+    is of a different experiment, or has no checkpoint of the step `resume_from`."""
+    self.experiment, self.folder = experiment.resumed, run_folder(experiment)
     self.writes = jax.process_index() == 0
     self._files = RunFiles(self.folder)
     self._lock = contextlib.ExitStack()
     self._started = False
-    self.changed: list[str] = []
-    self.fresh = broadcast_from_process_0(self._is_fresh)
+    self._request = {
+      'step': resume_from,
+      'resume_with': sorted(experiment.training.resume_with),
+      'skip_steps': sorted(experiment.training.skip_steps),
+    }
+    found = broadcast_from_process_0(self._look)
+    self.fresh, self.back_to = found['fresh'], found['back_to']
+    self._stage: Changes = found['stage']
+    self.changed = found['free'] + in_words(self._stage)
+    _, history = split_history(found['history'], f'{self.folder}/config.json')
+    assert history is not None
+    self.history, self._skipped = history, found['skipped']
+
+  def _look(self) -> dict[str, Any]:
+    """Return what the folder says about how to go on, as JSON data."""
+    t, step = self.experiment.training, self._request['step']
+    if self._is_fresh():
+      for name, value in (('training.resume_with', t.resume_with), ('--resume-from', step)):
+        if value:
+          problem = f'{self.folder} is a new run, which has nothing to go on from'
+          raise InputError(name, value, problem=problem)
+      history = History(self.experiment.schedule.warmup_steps(t.steps))
+      found = {'fresh': True, 'back_to': None, 'free': [], 'stage': {}, 'skipped': []}
+      return found | {'history': history.json()}
+    saved, history = self._saved()
+    skipped, back = saved['training']['skip_steps'], step is not None
+    if back and history.resumed_from == self._request:
+      back = False  # the same command again, after a preemption
+    if back:
+      steps = steps_in(self.folder / 'checkpoints')
+      if step not in steps:
+        kept = ', '.join(map(str, steps)) or 'there is none'
+        raise InputError('--resume-from', step, f'the step of a checkpoint: {kept}')
+      saved = undone(saved, history, step)
+      skipped = [
+        f'{r.start}:{min(r.stop, step + 1)}' for r in step_ranges(skipped) if r.start <= step
+      ]
+      history = dataclasses.replace(
+        history, stages=history.before(step), resumed_from=self._request
+      )
+    d = compare(saved, self.experiment, str(self.folder))
+    self._check(d, saved, history)
+    found = {'fresh': False, 'back_to': step if back else None, 'free': d.free, 'stage': d.stage}
+    return found | {'skipped': skipped, 'history': history.json()}
 
   def _is_fresh(self) -> bool:
     with remote_errors(self.folder):
@@ -150,8 +212,11 @@ class Run:
           f'{self.folder} is not empty and not a run folder (it has no config.json); give another '
           '--run.name'
         )
-      return True
-    saved, new = read_config(self.folder), config.to_json(self.experiment)
+    return fresh
+
+  def _saved(self) -> tuple[dict[str, Any], History]:
+    """Return the settings of the run, complete, and its history."""
+    saved, history = _read(self.folder)
     import_configs()
     try:  # fields that are newer than the run have their defaults
       saved = config.filled(saved, config.to_json(config.from_json(saved, str(self.folder))))
@@ -159,20 +224,55 @@ class Run:
       if not code_records(saved):
         raise
       # else code has changed, which the records show
-    self.changed = config.differences(without_paths(saved), without_paths(new))
-    shas = [{r.get('sha256') for r in code_records(data)} for data in (saved, new)]
-    named = shas[1] - shas[0] <= named_code()
-    fixed = [d for d in self.changed if not _free(d) and not (named and _of_code(d))]
-    if fixed:
-      lines = '\n  '.join(fixed)
-      code = (
-        ' (name changed code with --code FILE to accept it)' if any(map(_of_code, fixed)) else ''
+      defaults = config.to_json(TrainingConfig())
+      saved['training'] = defaults | saved['training']
+    if history is None:  # a run of an earlier version
+      schedule = self.experiment.schedule.replace(warmup=saved['schedule'].get('warmup'))
+      history = History(schedule.warmup_steps(saved['training']['steps']))
+    return saved, history
+
+  def _check(self, d: Differing, saved: dict[str, Any], history: History) -> None:
+    """Raises `InputError` for settings that differ and may not, or not without a word."""
+    old, new = (
+      {r.get('sha256') for r in code_records(data)}
+      for data in (saved, config.to_json(self.experiment))
+    )
+    named = new - old <= named_code()
+    fixed = [words for words in d.fixed if not (named and _of_code(words))]
+    if not fixed and not d.unnamed:
+      return
+    lines = '\n  '.join([*in_words(d.unnamed), *fixed])
+    ways = ['give this one another --run.name', 'resume with the original settings']
+    since = [s for s in history.stages if set(s.changed) & set(d.unnamed)]
+    if since:
+      ways[1] = (
+        f'resume with {as_option({p: [b, a] for p, (a, b) in d.unnamed.items()})}, as since step '
+        f'{since[-1].step}'
       )
-      raise InputError(
-        f'{self.folder} was created by a different experiment:\n  {lines}\n'
-        f'give this one another --run.name, or resume with the original settings{code}'
+    elif d.unnamed and not fixed:
+      steps = steps_in(self.folder / 'checkpoints')
+      ways.append(
+        f'resume with {as_option(d.unnamed)} to go on with the new ones from step '
+        f'{self._request["step"] or (steps[-1] if steps else 0)}'
       )
-    return False
+    code = ' (name changed code with --code FILE to accept it)' if any(map(_of_code, fixed)) else ''
+    raise InputError(
+      f'{self.folder} was created by a different experiment:\n  {lines}\n'
+      f'{", ".join(ways[:-1])}, or {ways[-1]}{code}'
+    )
+
+  @property
+  def schedule(self) -> ScheduleConfig:
+    """The schedule, with the warm-up that the run began with if it names none."""
+    schedule = self.experiment.schedule
+    if schedule.warmup is not None:
+      return schedule
+    return schedule.replace(warmup=self.history.warmup_steps)
+
+  @property
+  def skips(self) -> list[range]:
+    """The steps that are not taken, counted from 1."""
+    return step_ranges(self.experiment.training.skip_steps)
 
   @property
   def home(self) -> Path:
@@ -192,39 +292,73 @@ class Run:
         '--init-from has no effect: leave it out, or give another --run.name'
       )
 
-  def start(self, data_manifest: dict[str, Any], tokenizer: Tokenizer | None) -> None:
-    """Lock the folder and write what is known at the start; `tokenizer` is that of text. Raises
-    `InputError` if the folder cannot be created, or another process trains in it."""
-    broadcast_from_process_0(lambda: self._write_start(data_manifest, tokenizer))
-    self._started = True
+  def lock(self) -> None:
+    """Create or download the folder, and lock it until the end of the block. Raises `InputError` if
+    that is impossible, or another process trains in it."""
+    broadcast_from_process_0(self._open)
 
-  def _write_start(self, data_manifest: dict[str, Any], tokenizer: Tokenizer | None) -> bool:
-    def unusable(problem: str) -> InputError:
-      directory = self.experiment.run.dir
-      return InputError('run.dir', directory, problem=f'the folder {self.folder} {problem}')
-
+  def _open(self) -> None:
     try:
       self._files.open()
       (self.home / 'checkpoints').mkdir(exist_ok=True)
-      if tokenizer is not None:
-        (self.home / 'tokenizer').mkdir(exist_ok=True)
     except OSError as e:
-      raise unusable(f'cannot be made ({e.strerror})') from None
+      raise self._unusable(f'cannot be made ({e.strerror})') from None
     if not os.access(self.home, os.W_OK):
-      raise unusable('cannot be written')
+      raise self._unusable('cannot be written')
     local = self.home == self.folder  # a store has no locks
     if local and not self._lock.enter_context(locked(self.home / 'events.jsonl')):
       raise InputError(f'{self.folder}: another process trains in this folder; wait until it ends')
+
+  def _unusable(self, problem: str) -> InputError:
+    directory = self.experiment.run.dir
+    return InputError('run.dir', directory, problem=f'the folder {self.folder} {problem}')
+
+  def resume_at(self, step: int) -> None:
+    """Take note of the step from which the run goes on: its stages, and the steps that it skips.
+    Raises `InputError` for a step to skip that was taken; writes nothing."""
+    t = self.experiment.training
+    found = [f'{r.start}:{r.stop}' for r in skipped(self._skipped, t.skip_steps, step)]
+    self.experiment = self.experiment.replace(training=t.replace(skip_steps=tuple(found)))
+    self._before = self.history.stages
+    self.history = self.history.at(step, self._stage)
+
+  def start(self, data_manifest: dict[str, Any], tokenizer: Tokenizer | None) -> None:
+    """Write what is known at the start, and move aside what a return to an earlier step undoes;
+    `tokenizer` is that of text."""
+    broadcast_from_process_0(lambda: self._write_start(data_manifest, tokenizer))
+    self._started = True
+
+  def _write_start(self, data_manifest: dict[str, Any], tokenizer: Tokenizer | None) -> None:
+    if self.back_to is not None:
+      self._go_back(self.back_to)
     if tokenizer is not None:
+      (self.home / 'tokenizer').mkdir(exist_ok=True)
       tokenizer.save(self.home / 'tokenizer')
     code = code_records(config.to_json(self.experiment))
     entry = environment(data_manifest) | ({'code': code} if code else {})
     file = self.home / 'environment.json'
     write_atomically(file, json.dumps([*_entries(file), entry], indent=2, default=str) + '\n')
     # last, since it makes the folder a run
-    write_atomically(self.home / 'config.json', config_text(self.experiment))
+    write_atomically(self.home / 'config.json', config_text(self.experiment, self.history))
+    for stage in self.history.stages:
+      if stage not in self._before:
+        self.event('stage', **dataclasses.asdict(stage))
     self._files.upload()
-    return True
+
+  def _go_back(self, step: int) -> None:
+    """Move the checkpoints and the metrics of later steps to `undone/N`."""
+    with remote_errors(self.folder):
+      others = self.folder / 'undone'
+      n = 1 + max((int(p.name) for p in (others.iterdir() if others.exists() else ())), default=0)
+      later = [s for s in steps_in(self.folder / 'checkpoints') if s > step]
+      rows = [r for r in _rows(self.home / 'metrics.jsonl') if r['step'] > step]
+      aside = self.home / 'undone' / str(n)
+      (aside / 'checkpoints').mkdir(parents=True)
+      write_atomically(aside / 'metrics.jsonl', ''.join(json.dumps(r) + '\n' for r in rows))
+      write_atomically(aside / 'config.json', (self.home / 'config.json').read_bytes())
+      for s in later:
+        move(self.folder / 'checkpoints' / str(s), others / str(n) / 'checkpoints' / str(s))
+    self.event('resume_from', step=step, undone=f'undone/{n}', checkpoints=later, rows=len(rows))
 
   def rewind(self, step: int) -> None:
     """Drop the metrics of later steps, which will be repeated, so that the file reads like that of
@@ -269,10 +403,6 @@ class Run:
     # an error that is being raised says more
     with self._lock, contextlib.suppress(*(() if kind is None else (InputError,))):
       self._files.close(upload=self._started)
-
-
-def _free(difference: str) -> bool:
-  return difference.startswith(tuple(f'{path}{end}' for path in FREE for end in ('.', ':')))
 
 
 def _of_code(difference: str) -> bool:

@@ -19,6 +19,7 @@ from jaxformer.training.checkpoint import check_shapes, load_params
 from jaxformer.training.experiment import Experiment, TrainingConfig, check_fit
 from jaxformer.training.optimizer import Optimizer
 from jaxformer.training.paths import AnyPath
+from jaxformer.training.schedule import ScheduleConfig
 from jaxformer.training.step import TrainState, abstract_train_state, step_config
 
 
@@ -36,9 +37,14 @@ class Setup:
 
   @classmethod
   def of(
-    cls, experiment: Experiment, dataset: Dataset, devices: Sequence[jax.Device] | None = None
+    cls,
+    experiment: Experiment,
+    dataset: Dataset,
+    devices: Sequence[jax.Device] | None = None,
+    schedule: ScheduleConfig | None = None,
   ) -> Setup:
-    """Build the parts. Raises `InputError` for parts that do not fit."""
+    """Build the parts; `schedule` replaces that of the experiment. Raises `InputError` for parts
+    that do not fit."""
     t, model = experiment.training, experiment.model
     definition, parallel = check(experiment, devices)
     check_fit(model, experiment.data, dataset.vocab_size, dataset.source_vocab_size)
@@ -46,7 +52,7 @@ class Setup:
       experiment,
       definition,
       dataset,
-      Optimizer(experiment.optimizer, experiment.schedule, t.steps, definition.info),
+      Optimizer(experiment.optimizer, schedule or experiment.schedule, t.steps, definition.info),
       parallel,
       step_config(experiment, parallel),
       BatchPlacement(parallel, t.batch_size, experiment.data.positions),

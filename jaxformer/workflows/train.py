@@ -61,6 +61,7 @@ def train(
   *,
   overrides: Overrides = (),
   init_from: str | Params | None = None,
+  resume_from: int | None = None,
   code: Code = (),
   log: Log = log_progress,
   **size: Unpack[Size],
@@ -71,6 +72,9 @@ def train(
     target, overrides, size: see `experiment`.
     init_from: start a new run from these weights: what `load` accepts except presets, or parameters
       by name, which are copied.
+    resume_from: resume from the checkpoint of this step, and move what came later to `undone/` in
+      the run folder; the same call again resumes from the latest. Settings change on purpose by
+      `training.resume_with`, and steps are passed over by `training.skip_steps`.
     code: files that define the types of the run to resume, or of `init_from`; see `load`.
     log: receives a line per event; the logger 'jaxformer' by default.
 
@@ -78,16 +82,17 @@ def train(
   that holds another experiment.
   """
   name_code(code)
-  e = experiment(target, overrides=overrides, **size)
+  e = experiment(target, overrides=overrides, **size).resumed
   check_complete(e)
   check(e)  # before the text is read, which may take long
-  Run(e)  # and is the folder usable?
+  Run(e, resume_from)  # and is the folder usable?
   if isinstance(init_from, str):
     init_from = initial_params(init_from, e)
   dataset = open_data(e.data, log=log)
   result = run_training(
     e,
     init_from=init_from,
+    resume_from=resume_from,
     dataset=dataset,
     utilization=utilization(e.model, e.data.positions),
     sample=sampler(e, dataset),

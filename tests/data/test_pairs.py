@@ -97,6 +97,23 @@ def test_a_bucket_shows_each_pair_once_an_epoch_in_a_new_order(pairs):
   assert first != [p for p in PAIRS if p in set(first)]
 
 
+def test_another_batch_size_goes_on_with_the_next_pairs(pairs):
+  """In every bucket; on each of two hosts its part."""
+  data = open_data(pairs())
+  earlier, seen = [(5, 8), (9, 2)], {}
+  for step in range(16):
+    size = 8 if step < 5 else 2 if step < 9 else 4
+    known = [e for e in earlier if e[0] <= step]
+    whole = data.train_batch(step, size, 3, earlier=known)
+    parts = [data.train_batch(step, size, 3, i, 2, known) for i in range(2)]
+    assert np.array_equal(np.concatenate([p.source_BS for p in parts]), whole.source_BS)
+    seen.setdefault(whole.source_BS.shape[1], []).extend(texts(whole))
+  for length, rows in seen.items():
+    same = [b for s in range(200) if (b := data.train_batch(s, 2, 3)).source_BS.shape[1] == length]
+    assert rows == [p for b in same for p in texts(b)][: len(rows)]
+  assert len(seen) > 1
+
+
 def test_hosts_and_resuming_change_nothing(pairs):
   data = open_data(pairs())
   with data.train_batches(8, seed=5) as batches:

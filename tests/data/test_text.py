@@ -218,6 +218,22 @@ def test_resuming_equals_not_stopping(dataset):
     assert all(equal(a, b) for a, b in zip(whole[5:], batches))
 
 
+def test_another_batch_size_goes_on_with_the_next_row(dataset):
+  data = dataset()
+  rows = [data.train_batch(s, 1, 9).inputs[0] for s in range(5 * 4 + 6)]
+  whole = np.concatenate(
+    [data.train_batch(s, 4, 9).inputs for s in range(5)]
+    + [data.train_batch(s, 3, 9, earlier=[(5, 4)]).inputs for s in (5, 6)]
+  )
+  assert np.array_equal(whole, rows)
+  with data.train_batches(3, 9, 5, earlier=[(5, 4)], skipped=[range(6, 100)]) as batches:
+    assert np.array_equal(next(batches).inputs, whole[20:23])
+    assert batches.state()['next_step'] == 100
+    assert batches.state()['earlier'] == [[5, 4]]
+  with pytest.raises(InputError, match='step = 4: must be at least 5'):
+    data.train_batch(4, 3, 9, earlier=[(5, 4)])
+
+
 def test_resuming_with_other_data_says_what_changed(dataset):
   data = dataset()
   state = data.state(5, 4, 9)

@@ -67,6 +67,8 @@ def store(monkeypatch, tmp_path):
 def begun(store, dataset, name='one', **training):
   """A run in the bucket that has started."""
   run = Run(make_experiment(DIR, name, **training))
+  run.lock()
+  run.resume_at(0)
   run.start(dataset.manifest, dataset.tokenizer)
   return run
 
@@ -132,7 +134,7 @@ def test_trained_stopped_and_resumed_in_a_bucket_as_on_disk(
     if line.startswith('step 6/') and 'lr' in line:
       os.kill(os.getpid(), signal.SIGTERM)
 
-  monkeypatch.setattr('jaxformer.training.loop.Checkpoints', near)
+  monkeypatch.setattr('jaxformer.training.member.Checkpoints', near)
   remote = make_experiment(DIR, 'one', trackers=(TensorBoard(),), profile=(2, 4))
   first = train(remote, dataset=dataset, devices=ONE, log=stop, sample=lambda params, step: 'text')
   assert (first.exit_code, first.step) == (75, 7)

@@ -12,6 +12,7 @@ from jaxformer.models.block import Block, Residual
 from jaxformer.models.stack import Group
 from jaxformer.training import load_experiment
 from jaxformer.training.run import Run, config_text
+from jaxformer.training.stages import History
 from jaxformer.user_code import named_code, object_in_file
 from tests.tiers import thorough
 from tests.training.conftest import CACHE, make_experiment
@@ -125,7 +126,7 @@ def test_a_field_that_is_newer_than_a_run_of_a_users_layer_has_its_default(tmp_p
     block = Block.Config(branches=(Residual(layer=layer),))
     e = make_experiment(tmp_path / 'runs', 'own')
     e = e.replace(model=e.model.replace(stack=(*e.model.stack, Group(pattern=(block,)))))
-    data = json.loads(config_text(e))
+    data = json.loads(config_text(e, History(0)))
     del data['training']['label_smoothing'], data['model']['stack'][-1]['repeats']
     del data['model']['stack'][-1]['pattern'][0]['branches'][0]['layer']['factor']
     (tmp_path / 'runs' / 'own').mkdir(parents=True)
