@@ -30,9 +30,20 @@ RACY_SECONDS = 2.0
 def cache_dir() -> Path:
   """Return `$JAXFORMER_CACHE`, else `$XDG_CACHE_HOME/jaxformer`, else `~/.cache/jaxformer`."""
   if own := os.environ.get('JAXFORMER_CACHE'):
-    return Path(own).expanduser()
+    return user_path(own, 'JAXFORMER_CACHE')
   base = os.environ.get('XDG_CACHE_HOME')
   return (Path(base) if base else Path.home() / '.cache') / 'jaxformer'
+
+
+def user_path(path: Path | str, field: str) -> Path:
+  """Return a path with the home folder for `~`. Raises `InputError` for the home of nobody and for
+  what can be no path."""
+  try:
+    if '\0' in str(path):
+      raise RuntimeError('no path holds a zero byte')
+    return Path(path).expanduser()
+  except RuntimeError as e:
+    raise InputError(field, str(path), problem=str(e)) from None
 
 
 def sha256(*parts: str | bytes) -> str:

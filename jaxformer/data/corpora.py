@@ -19,7 +19,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, NoReturn
 from jaxformer import config
 from jaxformer.code_record import without_paths
 from jaxformer.config import Config, InputError
-from jaxformer.data.cache_folder import file_sha256, sha256
+from jaxformer.data.cache_folder import file_sha256, sha256, user_path
 from jaxformer.data.folders import (
   EVERY_LEVEL,
   Unusable,
@@ -79,7 +79,7 @@ class Corpus(Config, abstract=True):
 
   def files(self) -> dict[str, Path]:
     """Return the files whose content the rows depend on, by the names that they have in it."""
-    paths = {f: expanded(getattr(self, f), f'{self.tag}.{f}') for f in self.path_fields}
+    paths = {f: user_path(getattr(self, f), f'{self.tag}.{f}') for f in self.path_fields}
     for field, path in paths.items():
       try:
         found = path.is_file()
@@ -146,14 +146,6 @@ class Corpus(Config, abstract=True):
         raise InputError(f'{texts} ({self.tag}.on_bad_row = skip leaves such rows out)')
       else:
         yield Row((), problem=str(texts))
-
-
-def expanded(path: str, field: str) -> Path:
-  """Return a path with the home folder for `~`. Raises `InputError` for the home of nobody."""
-  try:
-    return Path(path).expanduser()
-  except RuntimeError as e:
-    raise InputError(field, path, problem=f'{e}') from None
 
 
 class StandardLibrary(Corpus):
@@ -259,7 +251,7 @@ class Files(Corpus):
         yield from in_parts(text_parts(path))
 
   def check_cache(self, folder: Path) -> None:
-    root, folder = expanded(self.path, f'{self.tag}.path'), folder.resolve()
+    root, folder = user_path(self.path, f'{self.tag}.path'), folder.resolve()
     try:
       if not root.is_dir() and glob.has_magic(self.path):
         root, parts = divided(str(root))
@@ -273,7 +265,7 @@ class Files(Corpus):
       )
 
   def files(self) -> dict[str, Path]:
-    root = expanded(self.path, f'{self.tag}.path')
+    root = user_path(self.path, f'{self.tag}.path')
     try:
       if root.is_dir():
         return files_below(root) or self._none('the folder holds no files')

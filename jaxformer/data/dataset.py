@@ -23,6 +23,7 @@ from jaxformer import config
 from jaxformer.config import Config, InputError
 from jaxformer.data.cache import Log
 from jaxformer.data.cache_folder import cache_dir as default_cache_dir
+from jaxformer.data.cache_folder import user_path
 from jaxformer.data.missing import Missing
 from jaxformer.data.shuffle import Index
 from jaxformer.data.tokenizers import Tokenizer
@@ -126,7 +127,7 @@ def open_data(
   Raises `InputError` for a corpus that cannot be read, is empty, cannot be divided, or is too short
   for one row.
   """
-  folder = default_cache_dir() if cache_dir is None else Path(cache_dir).expanduser()
+  folder = default_cache_dir() if cache_dir is None else user_path(cache_dir, 'cache_dir')
   return data.open(folder, log or LOG.info, tokenizer)
 
 

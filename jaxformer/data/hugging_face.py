@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from jaxformer.config import InputError
-from jaxformer.data.corpora import Corpus, OnBadRow, Row, expanded
+from jaxformer.data.cache_folder import user_path
+from jaxformer.data.corpora import Corpus, OnBadRow, Row
 from jaxformer.data.folders import Unusable, files_below, files_of_pattern
 from jaxformer.data.readers import text_of
 
@@ -126,7 +127,7 @@ class HuggingFace(Corpus):
 
   @property
   def _root(self) -> Path:
-    return expanded(self.name, f'{self.tag}.name')
+    return user_path(self.name, f'{self.tag}.name')
 
   def files(self) -> dict[str, Path]:
     if not self.is_local:

@@ -19,8 +19,8 @@ from typing import Any, BinaryIO
 from jaxformer.config import InputError
 
 CHUNK_BYTES = PART_CHARACTERS = 1 << 20
-# A block of 4 bytes of Zstandard can stand for 128 KiB, so it is given in small parts.
-ZSTANDARD_BYTES = 1 << 12
+# Four bytes of Zstandard can stand for 128 KiB, so it is decompressed in small parts: 16 MB at most.
+ZSTANDARD_BYTES = 1 << 9
 ZSTANDARD_WINDOW = 1 << 31  # the largest of the format, that of `zstd --long=31`
 PARQUET_ROWS, PARQUET_BYTES = 1024, 16 << 20
 ACCEPTED = (

@@ -98,7 +98,8 @@ class ByDocument(Split):
 class ByPosition(Split):
   """Put the last `fraction` of a text corpus, counted in characters over the joined rows, into
   validation. The published character-level benchmarks do so: of n characters the first int(n * 0.9)
-  are for training."""
+  are for training. Each corpus of a mixture is divided by itself. Copies of a text, in one corpus or
+  in several, can be on both sides; `ByDocument` keeps them together."""
 
   fraction: float = 0.1
 

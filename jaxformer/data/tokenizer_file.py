@@ -15,6 +15,7 @@ from jaxtyping import Int32
 
 from jaxformer.config import InputError, nearest
 from jaxformer.data import pieces
+from jaxformer.data.cache_folder import user_path
 from jaxformer.data.readers import read_text
 from jaxformer.data.tokenizers import (
   END_OF_DOCUMENT,
@@ -245,11 +246,11 @@ class TokenizerFile(TokenizerConfig):
 
   def train(self, texts: Iterable[str]) -> Tokenizer:
     where = f'{self.tag}.path = {self.path!r}'
+    path = user_path(self.path, f'{self.tag}.path')
     try:
-      path = Path(self.path).expanduser()
       path = path / 'tokenizer.json' if path.is_dir() else path
       data = read_text(path)
-    except (InputError, RuntimeError) as e:
+    except InputError as e:
       raise InputError(f'{where}: {e}') from None
     except OSError as e:
       raise InputError(f'{where}: cannot be read ({e.strerror})') from None
@@ -297,10 +298,13 @@ def _first_tokens(data: str) -> list[str]:
 
 def _configured(path: Path) -> dict[str, Any]:
   """Return the settings beside a `tokenizer.json`; nothing where there are none."""
-  try:
-    found = json.loads((path.parent / 'tokenizer_config.json').read_text(encoding='utf-8'))
-  except (OSError, ValueError):
+  file = path.parent / 'tokenizer_config.json'
+  if not file.exists():
     return {}
+  try:
+    found = json.loads(read_text(file))
+  except (ValueError, RecursionError) as e:  # InputError is a ValueError
+    raise e if isinstance(e, InputError) else InputError(f'{file}: not valid JSON ({e})') from None
   return found if isinstance(found, dict) else {}
 
 
