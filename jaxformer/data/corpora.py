@@ -28,6 +28,7 @@ from jaxformer.data.folders import (
   files_of_pattern,
   folders_below,
 )
+from jaxformer.data.missing import Missing
 from jaxformer.data.readers import has_records, read_records, text_parts
 
 # Tests, packages of others, a copy of `PydocTopics`, and build settings that name the machine they

@@ -9,6 +9,7 @@ about 16 MB of Parquet rows, however large the file is; of Zstandard also its wi
 import codecs
 import contextlib
 import gzip
+import itertools
 import json
 import stat
 import zlib
@@ -19,7 +20,7 @@ from typing import Any, BinaryIO
 from jaxformer.config import InputError
 
 CHUNK_BYTES = PART_CHARACTERS = 1 << 20
-# Four bytes of Zstandard can stand for 128 KiB, so it is decompressed in small parts: 16 MB at most.
+# Four bytes of Zstandard can stand for 128 KiB, so it is decompressed in parts of 16 MB at most.
 ZSTANDARD_BYTES = 1 << 9
 ZSTANDARD_WINDOW = 1 << 31  # the largest of the format, that of `zstd --long=31`
 PARQUET_ROWS, PARQUET_BYTES = 1024, 16 << 20
@@ -140,8 +141,9 @@ def _json_rows(path: Path, _: Mapping[str, str]) -> Iterator[Found]:
     where = f'{path}:{number}'
     if isinstance(text, InputError):
       yield where, text
-    elif text.strip():
-      yield where, _json_row(text, where)
+    elif text and not text.isspace():
+      row, text = _json_row(text, where), ''
+      yield where, row
 
 
 def _json_row(text: str, where: str) -> dict[str, Any] | InputError:
@@ -172,9 +174,10 @@ def _parquet_rows(path: Path, fields: Mapping[str, str]) -> Iterator[Found]:
       for group in range(file.num_row_groups):
         size = _rows_at_once(file.metadata.row_group(group), columns)
         for batch in file.iter_batches(size, [group], columns):
-          for row in batch.to_pylist():
+          rows, batch = batch.to_pylist()[::-1], None
+          while rows:  # a large row is not held here while it is used
             number += 1
-            yield f'{path} row {number}', row
+            yield f'{path} row {number}', rows.pop()
   except arrow.ArrowException as e:
     raise InputError(f'{path}: cannot be read as Parquet ({str(e).splitlines()[0]})') from None
 
@@ -302,14 +305,17 @@ def _invalid(where: str, name: str, offset: int, byte: int) -> InputError:
 def _lines(chunks: Iterator[bytes], path: Path) -> Iterator[tuple[int, str | InputError]]:
   """Yield the lines of UTF-8 without their ends, each with its number; of one that is not UTF-8 the
   fault."""
-  start = 0
-  for number, line in enumerate(_split(chunks), 1):
+  # Not by `enumerate`, which holds what it gave last.
+  numbers, start = itertools.count(1), 0
+  for line in _split(chunks):
+    number = next(numbers)
     try:
-      text: str | InputError = line.decode().removesuffix('\r')
+      found: list[str | InputError] = [line.decode().removesuffix('\r')]
     except UnicodeDecodeError as e:
-      text = _invalid(f'{path}:{number}', 'UTF-8', start + e.start, line[e.start])
-    yield number, text
+      found = [_invalid(f'{path}:{number}', 'UTF-8', start + e.start, line[e.start])]
     start += len(line) + 1
+    line = b''  # a long line is not held here while it is used
+    yield number, found.pop()
 
 
 def _split(chunks: Iterator[bytes]) -> Iterator[bytes]:
@@ -319,8 +325,11 @@ def _split(chunks: Iterator[bytes]) -> Iterator[bytes]:
     first, *others = chunk.split(b'\n')
     parts.append(first)
     if others:
-      yield b''.join(parts)
-      yield from others[:-1]
-      parts = others[-1:]
+      *complete, rest = others
+      ready = [*reversed(complete), b''.join(parts)]
+      parts = [rest]
+      while ready:
+        yield ready.pop()
   if any(parts):
-    yield b''.join(parts)
+    ready, parts = [b''.join(parts)], []
+    yield ready.pop()
