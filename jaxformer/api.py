@@ -16,7 +16,6 @@ from jaxformer.inference.decoding import check_positive
 from jaxformer.models.model import ModelConfig
 from jaxformer.models.params import define
 from jaxformer.models.zoo import PRESETS
-from jaxformer.overrides import override
 from jaxformer.study.report import report_study, train_study
 from jaxformer.study.results import Results
 from jaxformer.study.runner import finished_part
@@ -31,7 +30,7 @@ from jaxformer.workflows.evaluate import EvaluateOptions
 from jaxformer.workflows.launch import plan_launch
 from jaxformer.workflows.load import Code, load, name_code
 from jaxformer.workflows.model import GenerateOptions, Model, Texts, TranslateOptions
-from jaxformer.workflows.names import experiment, get_study, resolve
+from jaxformer.workflows.names import experiment, get_study
 from jaxformer.workflows.overrides import Overrides, pairs_of
 from jaxformer.workflows.plan import plan
 from jaxformer.workflows.progress import Log, log_progress
@@ -98,10 +97,9 @@ def describe(
   if isinstance(model, Model):
     return model.describe(target)
   if not isinstance(model, str) or model in PRESETS or '.py' in model:
-    found, left, _, default = resolve(model, pairs_of(overrides), {})
-    e = override(found, left)
+    e = experiment(model, overrides=overrides)
     name = model if isinstance(model, str) else model.tag
-    return describe_model(name, e.model, target, None if default else e.data.positions)
+    return describe_model(name, e.model, target, e.data.positions)
   pairs = pairs_of(overrides)
   if pairs:
     raise InputError(f'--{pairs[0][0]}: the model of a run has its own settings')

@@ -1,15 +1,16 @@
 """Show what a model costs, from shapes alone; with --target also time, price, memory per device and
 the bottleneck.
 
-FLOPs per token are averaged over the model's context length for a preset (with --target, over at
-most 8,192 tokens), and over the sequence length of an experiment file; --data.sequence-length
-selects another. A preset on a target trains with one sequence per device and full remat unless
-overridden. Overrides are those of `train`.
+The run is the one that `train NAME --show` shows: its tokens, sequence length, batch and remat
+policy, of a published model those of its paper. On a target, a mesh and as few microbatches as fit
+are chosen unless given. FLOPs per token are averaged over the sequence length, of inference over
+the model's context length. Overrides are those of `train`.
 
 With a size (--params 125M, --active-params, --flops-per-token or --state-bytes) the name is a
 family, such as mamba or llama3, or a layer of your own as FILE.py:NAME, in a model like Llama. The
 closest width, depth and hidden units are found, for bytes and 256 tokens of context unless
---model.vocab-size and --model.context-length are given. `plan families`, and several sizes as in
+--model.vocab-size and --model.context-length are given. From 30M parameters on such a model trains
+on 20 tokens per active parameter, which have to be given. `plan families`, and several sizes as in
 --params 1M,10M,125M, print a table of shapes."""
 
 import argparse
@@ -31,7 +32,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
   )
   size_options(parser, '; several (1M,10M) print a table')
   add('--target', help='slice or host of GPUs: v5p-2048, v6e-256, 2 x v5e-256, v5e:2x4, h100:8')
-  add('--tokens', help='tokens to train on, e.g. 2T; default: 20 per active parameter')
+  add('--tokens', help='tokens to train on, e.g. 2T, in place of those of the run')
   add('--utilization', type=float, help='assumed share of the peak FLOPs (0.4)')
   add('--price', type=float, help='USD per chip-hour, in place of the list price')
   add('--hardware', metavar='FILE', help='TOML or JSON file with chips of your own')

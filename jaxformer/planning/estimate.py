@@ -16,7 +16,6 @@ from jaxformer.planning.setup import PlanSetup
 from jaxformer.planning.target import SHAPES, Target, parse_target
 from jaxformer.sharding import MeshConfig
 
-TOKENS_PER_PARAMETER = 20  # compute-optimal, about (Hoffmann et al. 2022)
 # Share of the peak that a well-tuned training reaches: 38 to 43 % for Llama 3 405B on H100s (Llama
 # Team 2024, table 4), 46 % for PaLM 540B on TPU v4 (Chowdhery et al. 2022, table 3).
 UTILIZATION = 0.4

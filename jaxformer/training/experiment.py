@@ -205,10 +205,12 @@ class Experiment(Config):
     return override(plain, pairs)
 
 
+LONGEST = 8192  # tokens of a sequence, where neither recipe nor user says more
+
+
 def default_experiment(model: ModelConfig, name: str) -> Experiment:
-  """Return what `train NAME` trains without overrides: settings with which a tiny model learns
-  something in about a minute on two CPU cores."""
-  data: DatasetConfig = Text(sequence_length=min(model.context_length, 256))
+  """Return settings with which a tiny model learns something in about a minute on two CPU cores."""
+  data: DatasetConfig = Text(sequence_length=min(model.context_length, LONGEST))
   if model.task != data.task:
     fitting = (d for d in _complete_data() if d.task == model.task)
     data = next((d for d in fitting if model.task.too_small(d.task) is None), data)

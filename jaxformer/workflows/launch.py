@@ -15,8 +15,7 @@ from jaxformer.planning.estimate import UTILIZATION, TrainingRun, training_run
 from jaxformer.planning.memory import DeviceMemory
 from jaxformer.planning.target import parse_target
 from jaxformer.training.experiment import Experiment, check_complete
-from jaxformer.training.recipes import RECIPES
-from jaxformer.workflows.names import experiment
+from jaxformer.workflows.names import resolve
 from jaxformer.workflows.on_target import on_target
 from jaxformer.workflows.overrides import Overrides, pairs_of
 from jaxformer.workflows.progress import Log
@@ -172,8 +171,9 @@ def plan_launch(
   jobs = []
   for suffix, point in grid(sweep):
     given = [*pairs, *point]
-    e = experiment(target_experiment, overrides=given)
-    if target_experiment in RECIPES:  # as `plan` has it
+    found = resolve(target_experiment, given, {})
+    e = override(found.experiment, found.overrides)
+    if found.open_mesh:
       e, changes = on_target(e, slice_, {path.replace('-', '_') for path, _ in given})
       given = [*given, *changes]
     job = Job(

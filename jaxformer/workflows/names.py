@@ -4,7 +4,7 @@ file."""
 import os
 import pathlib
 from collections.abc import Sequence
-from typing import TypeVar, Unpack, cast
+from typing import NamedTuple, TypeVar, Unpack, cast
 
 from jaxformer.config import InputError, nearest
 from jaxformer.layers.layer import LayerConfig
@@ -14,8 +14,8 @@ from jaxformer.overrides import override
 from jaxformer.study.sizing import Sized
 from jaxformer.study.studies import STUDIES
 from jaxformer.study.study import FixedModel, Study, TokenMixer
-from jaxformer.training.experiment import Experiment, default_experiment
-from jaxformer.training.recipes import preset_experiment
+from jaxformer.training.experiment import Experiment
+from jaxformer.training.recipes import RECIPES, is_large, model_experiment, preset_experiment
 from jaxformer.user_code import errors_of, is_a, load_file, object_in_file
 from jaxformer.workflows.overrides import Overrides, Pairs, pairs_of
 from jaxformer.workflows.sizes import Size, is_layer, name_of, size_of, sized_model
@@ -40,16 +40,31 @@ def experiment(
     size: one of `params`, `active_params`, `flops_per_token`, `state_bytes`, as a number or text
       such as '125M': the model of the family is built to it.
   """
-  found, left, _, _ = resolve(target, pairs_of(overrides), size)
-  return override(found, left)
+  found = resolve(target, pairs_of(overrides), size)
+  return override(found.experiment, found.overrides)
 
 
-def resolve(
-  target: Experiment | ModelConfig | str, overrides: Pairs, size: Size
-) -> tuple[Experiment, Pairs, Sized | None, bool]:
-  """Return what a target of `experiment` stands for: the experiment, the overrides that are left to
-  apply, the result of building its model to a size if it was, and whether its settings are
-  only those of a tiny training of a model that has no name."""
+class Resolved(NamedTuple):
+  """What a target of `experiment` stands for.
+
+  Attributes:
+    experiment: without the overrides.
+    overrides: those that are left to apply.
+    sized: result of building its model to a size; None if it was not.
+    ours: whether the settings are the package's: neither those of a file nor of a given experiment.
+    open_mesh: whether a mesh is to be chosen for a target (see `on_target`): of recipes, and of
+      large models that have none. A small model is trained in data parallel.
+  """
+
+  experiment: Experiment
+  overrides: Pairs
+  sized: Sized | None = None
+  ours: bool = False
+  open_mesh: bool = False
+
+
+def resolve(target: Experiment | ModelConfig | str, overrides: Pairs, size: Size) -> Resolved:
+  """Return what a target of `experiment` stands for."""
   wanted = size_of(size)
   if not isinstance(target, str):
     if wanted is not None:
@@ -57,18 +72,20 @@ def resolve(
         wanted[0], wanted[1], problem='needs a family by name or a layer FILE.py:NAME'
       )
     if is_a(target, ModelConfig):
-      return default_experiment(target, target.tag), overrides, None, True
-    return cast(Experiment, target), overrides, None, False
+      e = model_experiment(target, target.tag)
+      return Resolved(e, overrides, ours=True, open_mesh=is_large(target))
+    return Resolved(cast(Experiment, target), overrides)
   if wanted is not None or is_layer(target):
     sized, overrides = sized_model(target, wanted, overrides)
-    return default_experiment(sized.model, name_of(sized)), overrides, sized, True
+    e = model_experiment(sized.model, name_of(sized))
+    return Resolved(e, overrides, sized, ours=True, open_mesh=is_large(sized.model))
   if _is_file(target):
     found = _defined(target, 'experiment', Experiment)
     if found.run.name is None:
       found = found.replace(run=found.run.replace(name=pathlib.Path(target).stem))
-    return found, overrides, None, False
+    return Resolved(found, overrides)
   if target in PRESETS:
-    return preset_experiment(target), overrides, None, False
+    return Resolved(preset_experiment(target), overrides, ours=True, open_mesh=target in RECIPES)
   family = f'; the family {target} needs a size: --params 1M' if target in FAMILIES else ''
   raise InputError(
     f'no preset named {target!r}{nearest(target, PRESETS)}; `jaxformer list` shows all; the name '

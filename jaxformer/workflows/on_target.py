@@ -28,9 +28,17 @@ def on_target(
   e = experiment
   changes: Pairs = []
   if not any(path.startswith('mesh') for path in given):
+    batch = e.training.batch_size // e.training.accumulate
     mesh = default_mesh(e.model, target, e.training.batch_size, e.training.accumulate)
     changes += [(f'mesh.{a}', str(n)) for a, n in mesh.given.items() if n > 1 or a == 'data']
     e = e.replace(mesh=mesh)
+    if e.data.positions % mesh.context:
+      raise InputError(
+        'training.batch_size',
+        batch,
+        problem=f'is not sharded evenly over the {target.devices} devices of {target.name}, nor '
+        f'are sequences of {e.data.positions}; use a smaller target, another batch size or --mesh',
+      )
   if 'training.accumulate' not in given:
     count = _microbatches(e, target)
     if count != e.training.accumulate:

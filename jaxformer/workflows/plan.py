@@ -5,7 +5,6 @@ from collections.abc import Collection, Iterable
 from typing import Any, Unpack, get_args
 
 from jaxformer.config import InputError
-from jaxformer.data import Text
 from jaxformer.inference.decoding import lowered_decode, lowered_prefill
 from jaxformer.launch.check import setup_of
 from jaxformer.models.model import ModelConfig
@@ -16,7 +15,6 @@ from jaxformer.planning import mesh_search
 from jaxformer.planning.compiler import CompiledPlan, compile_plan, disagreements, topology_mesh
 from jaxformer.planning.cost import Cost, cost, flops, recomputed_flops
 from jaxformer.planning.estimate import (
-  TOKENS_PER_PARAMETER,
   UTILIZATION,
   estimate,
   inference_setup,
@@ -27,9 +25,7 @@ from jaxformer.planning.hardware import CHIPS, GIB, hardware_file
 from jaxformer.planning.setup import Phase, PlanSetup, abstract_mesh, divisors
 from jaxformer.planning.target import Target, parse_target
 from jaxformer.sharding import MeshConfig, Parallel
-from jaxformer.task_type import LANGUAGE_MODELING
 from jaxformer.training.experiment import Experiment
-from jaxformer.training.recipes import RECIPES
 from jaxformer.training.step import lowered_train_step
 from jaxformer.workflows.names import resolve
 from jaxformer.workflows.on_target import on_target
@@ -38,7 +34,6 @@ from jaxformer.workflows.progress import Log, log_progress
 from jaxformer.workflows.sizes import Amount, Size, shape, shape_row
 from jaxformer.workflows.tables import amount, parameters, table
 
-LONGEST = 8192  # tokens of a sequence in which a preset is trained on a target
 NOT_PARTS = ('total', 'limit', 'fits', 'short_by', 'would_fit')  # of the memory in a report
 
 
@@ -115,15 +110,13 @@ def plan(
   and the bottleneck of training or inference.
 
   The run is that of `experiment`: its tokens, sequence length, batch and remat policy. FLOPs per
-  token are averaged over its sequence length; of a model that is not a preset, over its context
-  length (on a target, over at most 8,192 tokens).
+  token are averaged over its sequence length; of inference, over the model's context length.
 
   Args:
     model, overrides, size: see `experiment`.
     length: sequence length, in place of these.
     target: a slice or a host of GPUs: 'v5p-2048', 'v6e-256', '2 x v5e-256', 'v5e:2x4', 'h100:8'.
-    tokens: of the training run, a number or text such as '2T', in place of the experiment's; of a
-      model that is not a preset by default 20 per active parameter (Hoffmann et al. 2022).
+    tokens: of the training run, a number or text such as '2T', in place of the experiment's.
     utilization: share of the peak FLOPs per second that time and price assume.
     price: USD per chip-hour, in place of the list price.
     hardware: a TOML or JSON file with chips of your own; see `planning.hardware`.
@@ -133,27 +126,23 @@ def plan(
   """
   chips = _target(target, hardware, utilization, price, phase, compile, search)
   pairs = pairs_of(overrides)
-  e, left, sized, default = resolve(model, pairs, size)
+  found = resolve(model, pairs, size)
+  e, sized, ours = found.experiment, found.sized, found.ours
   name = model if isinstance(model, str) and sized is None else e.run.name or e.model.tag
   given = {path.replace('-', '_') for path, _ in pairs}
   training = chips is not None and phase == 'train'
-  ours = default or name in PRESETS
-  if default and training:
-    e = _at_scale(e, chips)
-  elif ours and phase != 'train':
+  if ours and phase != 'train':
     e = e.replace(training=e.training.replace(batch_size=1))
-  e = override(e, left)
+  e = override(e, found.overrides)
   if length is None:
-    serving = phase != 'train' if name in PRESETS else default and not training
-    of_data = not serving or any('sequence' in path for path in given)
+    of_data = phase == 'train' or not ours or any('sequence' in path for path in given)
     length = e.data.positions if of_data else e.model.context_length
   elif training:
     e = e.replace(data=e.data.at_length(length))
-  if training and (default or name in RECIPES):
-    e, _ = on_target(e, chips, given | {'training.accumulate'} if default or search else given)
+  if training and found.open_mesh:
+    e, _ = on_target(e, chips, given | {'training.accumulate'} if search else given)
   c = cost(e.model, length)
-  usual = TOKENS_PER_PARAMETER * c.active_params if default else e.tokens
-  trained = parse_amount(usual if tokens is None else tokens, 'tokens')
+  trained = parse_amount(e.tokens if tokens is None else tokens, 'tokens')
   report: dict[str, Any] = {}
   if chips is not None:
     setup = _setup(e, chips, phase, length)
@@ -212,15 +201,6 @@ def _target(
       'only where one is installed; without them the plan comes from formulas'
     )
   return found
-
-
-def _at_scale(experiment: Experiment, target: Target) -> Experiment:
-  """Return a default experiment with one sequence per device, full remat and longer sequences."""
-  training = experiment.training.replace(batch_size=target.devices, remat='full')
-  data = experiment.data
-  if data.has_text and experiment.model.task == LANGUAGE_MODELING:
-    data = Text(sequence_length=min(experiment.model.context_length, LONGEST))
-  return experiment.replace(training=training, data=data)
 
 
 def _setup(experiment: Experiment, target: Target, phase: Phase, length: int) -> PlanSetup:

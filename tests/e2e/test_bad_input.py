@@ -78,7 +78,7 @@ FIELDS = [
   ('--training.seed.x 3', 'seed is 0, which has no fields'),
   ('--optimizer', '--optimizer', '--optimizer.FIELD'),
   ('--optimizer Lyon', "'Lyon'", 'did you mean Lion?'),
-  ('--optimizer Stream', "optimizer = 'Stream'", 'Adafactor, AdamW, Lion, Muon'),
+  ('--optimizer Stream', "optimizer = 'Stream'", 'AdamW, Lion, Muon'),
   ('--training.steps abc', "training.steps = 'abc'", 'a whole number'),
   ('--training.steps 1.5', 'training.steps = 1.5', 'a whole number'),
   ('--training.steps 0', 'steps = 0', 'positive'),

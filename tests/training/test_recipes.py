@@ -234,6 +234,35 @@ def test_a_launch_is_what_was_planned(name, target):
   assert told.replace(run=e.run) == e
 
 
+@pytest.mark.parametrize('size', ['1M', '125M'])
+def test_a_model_of_a_size_is_planned_as_it_is_trained(size):
+  e, plan = jaxformer.experiment('mamba', params=size), jaxformer.plan('mamba', params=size)
+  assert (plan.tokens, plan.length) == (e.tokens, e.data.positions)
+  there = jaxformer.plan('mamba', params=size, target='v5e-8', log=lambda line: None).json()
+  assert there['run']['tokens'] == e.tokens
+  assert (there['step']['batch_size'], there['remat']) == (e.training.batch_size, e.training.remat)
+  assert there['memory']['fits']
+
+
+def test_a_large_model_without_a_recipe_is_not_trained_as_a_tiny_one():
+  """20 tokens per active parameter of a corpus that must be given, with the batch and rate of GPT-3
+  at the nearest size."""
+  e = jaxformer.experiment('llama3', params='125M')
+  active = jaxformer.plan('llama3', params='125M').active_params
+  assert e.tokens == pytest.approx(20 * active, rel=1e-3)
+  assert (e.optimizer.learning_rate, e.training.batch_size * e.data.positions) == (6e-4, 2**19)
+  with pytest.raises(InputError, match=r'^data\.corpus = .*not part of jaxformer'):
+    check_complete(e)
+  from_config = jaxformer.experiment(PRESETS['gpt2'].model)
+  assert list(from_config.data.missing()) == ['tokenizer', 'corpus']
+  check_complete(jaxformer.experiment('llama3', params='1M'))
+
+
+def test_a_batch_that_a_target_does_not_divide_is_named():
+  with pytest.raises(InputError, match=r'training\.batch_size = 20: .* 64 devices of v5e-64'):
+    jaxformer.plan('lstm-zaremba-medium', target='v5e-64', log=lambda line: None)
+
+
 def test_nothing_is_launched_before_tokenizer_and_corpus_are_given(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   launch = jaxformer.plan_launch(

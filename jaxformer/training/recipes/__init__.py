@@ -6,6 +6,7 @@ import pkgutil
 
 from jaxformer.models.zoo import PRESETS
 from jaxformer.training.experiment import Experiment, default_experiment
+from jaxformer.training.recipes.by_size import is_large, model_experiment
 from jaxformer.training.recipes.recipe import FIELDS, RECIPES, Field, Origin, Recipe, Status
 
 for _module in sorted(m.name for m in pkgutil.iter_modules(__path__)):
@@ -20,4 +21,14 @@ def preset_experiment(name: str) -> Experiment:
   return default_experiment(PRESETS[name].model, name)
 
 
-__all__ = ['FIELDS', 'RECIPES', 'Field', 'Origin', 'Recipe', 'Status', 'preset_experiment']
+__all__ = [
+  'FIELDS',
+  'RECIPES',
+  'Field',
+  'Origin',
+  'Recipe',
+  'Status',
+  'is_large',
+  'model_experiment',
+  'preset_experiment',
+]

@@ -63,16 +63,17 @@ GPT3_ORIGINS: Origins = {
   'tokenizer': GPT3.at('section 2.1', f'that of GPT-2; {HUB}'),
 }
 
-for name, batch, words, rate in (  # table 2.1: sequences of 2,048 tokens, peak learning rate
-  ('gpt3-125m', 256, '0.5M', 6.0e-4),
-  ('gpt3-350m', 256, '0.5M', 3.0e-4),
-  ('gpt3-760m', 256, '0.5M', 2.5e-4),
-  ('gpt3-1.3b', 512, '1M', 2.0e-4),
-  ('gpt3-2.7b', 512, '1M', 1.6e-4),
-  ('gpt3-6.7b', 1024, '2M', 1.2e-4),
-  ('gpt3-13b', 1024, '2M', 1.0e-4),
-  ('gpt3-175b', 1536, '3.2M', 0.6e-4),
-):
+TABLE = (  # 2.1: parameters, sequences and tokens of a batch, peak learning rate
+  ('gpt3-125m', 125e6, 256, '0.5M', 6.0e-4),
+  ('gpt3-350m', 350e6, 256, '0.5M', 3.0e-4),
+  ('gpt3-760m', 760e6, 256, '0.5M', 2.5e-4),
+  ('gpt3-1.3b', 1.3e9, 512, '1M', 2.0e-4),
+  ('gpt3-2.7b', 2.7e9, 512, '1M', 1.6e-4),
+  ('gpt3-6.7b', 6.7e9, 1024, '2M', 1.2e-4),
+  ('gpt3-13b', 13e9, 1024, '2M', 1.0e-4),
+  ('gpt3-175b', 175e9, 1536, '3.2M', 0.6e-4),
+)
+for name, _, batch, words, rate in TABLE:
   recipe(
     name,
     amount=300e9,

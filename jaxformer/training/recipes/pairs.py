@@ -174,15 +174,16 @@ recipe(
 
 # ---- the Transformer -----------------------------------------------------------------------------
 
-# 25,000 target tokens, as 98 rows of the last bucket, or twice the rows of half the length.
-ROWS = 98
+# "Approximately 25000" target tokens, as 96 rows of the last bucket or twice as many of half the
+# length, which 8 to 32 devices divide.
+ROWS = 96
 for name, width, steps, dropout, averaged in (
   ('transformer-base', 512, 100_000, 0.1, 5),
   ('transformer-big', 1024, 300_000, 0.3, 20),
 ):
   recipe(
     name,
-    amount=25_000 * steps,
+    amount=ROWS * 256 * steps,
     data=Pairs(corpus=PublishedPairs(name=GERMAN), tokenizer=BytePairs(vocab_size=37_000)),
     batch_size=ROWS,
     steps=steps,
@@ -195,8 +196,12 @@ for name, width, steps, dropout, averaged in (
     init='variance 1 / fan-in, embedding N(0, 1 / width)',
     remat='none',
     origins={
-      'tokens': derived(f'{steps:,} steps of 25,000 target tokens'),
-      'batch': VASWANI.at('section 5.1', '"approximately 25000" source and target tokens'),
+      'tokens': derived(f'{steps:,} steps; target tokens, padding included'),
+      'batch': Origin(
+        'derived',
+        VASWANI.at('section 5.1').source,
+        '"approximately 25000" source and target tokens',
+      ),
       'length': T2T.hint('', 'up to 256'),
       'steps': VASWANI.at('section 5.2'),
       **each(VASWANI.at('section 5.3'), 'optimizer', 'betas', 'eps', 'warmup', 'schedule'),

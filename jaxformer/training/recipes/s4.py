@@ -21,7 +21,7 @@ LISTOPS_ORIGINS: Origins = {
   'decay': FILE.noted('none of state-space parameters'),
   'clip': memory('none'),
   'init': FILE.noted('dt'),
-  'precision': memory(),
+  'precision': ours('float32 there, from memory'),
 }
 recipe(
   's4d-listops',
@@ -35,8 +35,6 @@ recipe(
   ),
   schedule=Cosine(warmup=12_000, final=0.0),
   init='dt log-uniform in [0.001, 0.1]',
-  precision='float32',
-  dtype='float32',
   remat='none',
   origins=LISTOPS_ORIGINS,
   note='The file is that of S4, with BatchNorm after each layer; the preset is S4D with LayerNorm '
@@ -56,8 +54,6 @@ recipe(
   schedule=Cosine(warmup=0, final=0.0),
   dropout=0.1,
   init='dt log-uniform in [0.001, 0.1], C complex normal',
-  precision='float32',
-  dtype='float32',
   remat='none',
   origins={
     'tokens': ours(f'100 epochs of 1,438 images; the epochs are those {CIFAR}'),
