@@ -24,7 +24,7 @@ from jaxformer.config import Config, InputError
 from jaxformer.data.cache import Log
 from jaxformer.data.cache_folder import cache_dir as default_cache_dir
 from jaxformer.data.cache_folder import user_path
-from jaxformer.data.missing import Missing
+from jaxformer.data.missing import Missing, check_given
 from jaxformer.data.shuffle import Index
 from jaxformer.data.tokenizers import Tokenizer
 from jaxformer.task_type import IGNORE, Batch, TaskType
@@ -124,9 +124,11 @@ def open_data(
     log: takes lines about the progress.
     tokenizer: of text, replaces that of the config, to score a model on other text.
 
-  Raises `InputError` for a corpus that cannot be read, is empty, cannot be divided, or is too short
-  for one row.
+  Raises `InputError` for a corpus that cannot be read, is empty, cannot be divided, is too short
+  for one row, or has to be given first.
   """
+  missing = data.missing()
+  check_given({f: m for f, m in missing.items() if tokenizer is None or f == 'corpus'})
   folder = default_cache_dir() if cache_dir is None else user_path(cache_dir, 'cache_dir')
   return data.open(folder, log or LOG.info, tokenizer)
 

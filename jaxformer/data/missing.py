@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple, Protocol
+
+from jaxformer.config import InputError
 
 
 class Missing(NamedTuple):
@@ -33,3 +36,17 @@ def missing_of(**parts: Part | None) -> dict[str, Missing]:
   """Return what is missing among the parts of a data set, by their fields."""
   found = ((field, part.missing()) for field, part in parts.items() if part is not None)
   return {field: missing for field, missing in found if missing is not None}
+
+
+def check_given(missing: Mapping[str, Missing]) -> None:
+  """Raise `InputError` if something is missing: it names all that is, by field of the data, and the
+  options that give it."""
+  if not missing:
+    return
+  named = {f'data.{field.replace("_", "-")}': m for field, m in missing.items()}
+  (field, first), *others = named.items()
+  also = ''.join(f', and {name} ({m.what})' for name, m in others)
+  options = ' '.join(m.options(name) for name, m in named.items())
+  raise InputError(
+    field, first.what, problem=f'not part of jaxformer; give it{also}, for example {options}'
+  )

@@ -9,6 +9,7 @@ from typing import Literal
 from jaxformer.code_record import code_of
 from jaxformer.config import Config, InputError, nearest, types_of
 from jaxformer.data import DatasetConfig, Text
+from jaxformer.data.missing import check_given
 from jaxformer.models.model import ModelConfig
 from jaxformer.models.stack import REMAT
 from jaxformer.overrides import override
@@ -230,17 +231,8 @@ def default_experiment(model: ModelConfig, name: str) -> Experiment:
 
 
 def check_complete(experiment: Experiment) -> None:
-  """Raise `InputError` where the data of a published recipe have to be given first: it names what
-  is missing and the options that give it."""
-  missing = {f'data.{f.replace("_", "-")}': m for f, m in experiment.data.missing().items()}
-  if not missing:
-    return
-  (field, first), *others = missing.items()
-  also = ''.join(f', and {name} ({m.what})' for name, m in others)
-  options = ' '.join(m.options(name) for name, m in missing.items())
-  raise InputError(
-    field, first.what, problem=f'not part of jaxformer; give it{also}, for example {options}'
-  )
+  """Raise `InputError` where corpus or tokenizer have to be given first."""
+  check_given(experiment.data.missing())
 
 
 def _complete_data() -> list[DatasetConfig]:

@@ -227,7 +227,7 @@ class AdamThenSGD(OptimizerConfig):
     self.require_positive('adam_steps', 'adam_learning_rate', 'eps')
 
   def direction(self, info):
-    adam = optax.scale_by_adam(self.beta1, self.beta2, self.eps)
+    adam: Any = optax.scale_by_adam(self.beta1, self.beta2, self.eps)
     scale = self.adam_learning_rate / self.learning_rate
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:

@@ -119,12 +119,16 @@ def bench(
 
 
 def _training(e: Experiment, steps: int, log: Log) -> dict[str, Any]:
-  """Time the compiled step on one batch, of random tokens for text, else of the data."""
+  """Time the compiled step on one batch, of random tokens for text, else of the data, or of
+  their shape where the corpus has to be given."""
   t = e.training
   if e.data.has_text and e.model.task == LANGUAGE_MODELING:
     shape = t.batch_size, e.data.positions + 1
     tokens = np.random.default_rng(0).integers(0, e.model.task.vocab_size, shape).astype(np.int32)
     batch = Batch(tokens[:, :-1], tokens[:, 1:])
+  elif e.data.missing():  # a published corpus: its largest shape
+    parts = (None if a is None else np.repeat(a, t.batch_size, 0) for a in e.data.example())
+    batch = Batch(*parts)
   else:
     batch = open_data(e.data).train_batch(0, t.batch_size, t.seed)
   step, compile_seconds, _ = timed_step(e, batch)

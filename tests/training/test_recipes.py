@@ -7,6 +7,7 @@ import pytest
 import jaxformer
 from jaxformer import config
 from jaxformer.config import InputError
+from jaxformer.data import open_data
 from jaxformer.models.zoo import PRESETS
 from jaxformer.training.experiment import check_complete
 from jaxformer.training.recipes import RECIPES, Field, Status, preset_experiment
@@ -172,6 +173,14 @@ def test_nothing_is_written_before_they_are_given(tmp_path, monkeypatch):
   with pytest.raises(InputError, match='not part of jaxformer'):
     jaxformer.train('gpt2')
   assert not list(tmp_path.iterdir())
+
+
+def test_what_reads_the_data_names_the_options_too():
+  data = preset_experiment('gpt2').data.at_length(256)
+  with pytest.raises(InputError, match=r"^data\.corpus = 'WebText': .*--data\.corpus Files"):
+    jaxformer.load('gpt2-tiny').evaluate(data=data)
+  with pytest.raises(InputError, match=r'^data\.tokenizer = .*--data\.corpus Tsv'):
+    open_data(preset_experiment('rnnsearch').data)
 
 
 def test_a_published_corpus_or_tokenizer_cannot_be_read():
