@@ -1,15 +1,23 @@
 """The token before a document: found, used in the corpus and before prompts, never predicted."""
 
+import dataclasses
 import json
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 import tokenizers as hf
 
+import jaxformer
 from jaxformer.config import InputError
 from jaxformer.data import Files, Pairs, Text, TokenizerFile, Tsv, load_tokenizer, open_data
 from jaxformer.data.tokenizers import KIND_FILE
+from jaxformer.evaluation import evaluate
+from jaxformer.models.params import define
+from jaxformer.task_type import Batch
+from jaxformer.workflows import model as workflow
+from jaxformer.workflows.model import Model
 
 pytestmark = pytest.mark.quick
 TEXTS = [f'document {i} of the corpus' * (i % 4 + 1) for i in range(80)]
@@ -150,3 +158,32 @@ def test_sources_begin_with_it_and_translations_do_not(folder, tmp_path):
   assert (batch.inputs[:, 0] == data.tokenizer.end_of_document).all()
   pair = data.held_out_pairs(1)[0]
   assert pair.source_ids[0] == begin
+
+
+def built(tokenizer) -> Model:
+  config = jaxformer.preset('llama3-tiny').replace(vocab_size=tokenizer.vocab_size)
+  definition = define(config)
+  return Model('a', definition, lambda: definition.init(jax.random.key(0)), tokenizer)
+
+
+def test_prompts_begin_with_it(folder, monkeypatch):
+  """A model is given what it was trained with."""
+  monkeypatch.setattr(workflow, 'request', lambda definition, params, prompts, **options: prompts)
+  path = folder()
+  with_it = TokenizerFile(path=path).train(())
+  without = TokenizerFile(path=path, beginning_of_document='').train(())
+  begin, text = with_it.beginning_of_document, with_it.encode('document').tolist()
+  for tokenizer, start in ((with_it, [begin]), (without, [])):
+    model = dataclasses.replace(built(tokenizer), make_params=dict)
+    assert model._request(['document', '']) == [[*start, *text], start]
+
+
+@pytest.mark.thorough
+def test_scores_begin_with_it(folder):
+  tokenizer = TokenizerFile(path=folder()).train(())
+  model, begin = built(tokenizer), tokenizer.beginning_of_document
+  text = tokenizer.encode('document').tolist()
+  assert model.score('document').count == len(text)
+  row = np.array([[begin, *text]], np.int32)
+  expected = evaluate(model.definition, model.params, [Batch(row[:, :-1], row[:, 1:])])
+  assert model.score('document').nll_sum == pytest.approx(expected.nll_sum)
