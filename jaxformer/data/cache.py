@@ -7,6 +7,7 @@ rows start, and counts of byte pairs for the baselines; the validation rows of a
 text, for scores of translations; and `index.json` with sizes and hashes."""
 
 import json
+import os
 import time
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -18,6 +19,7 @@ import numpy as np
 from jaxtyping import Int32, Int64, UInt
 
 from jaxformer import config
+from jaxformer.code_record import code_of, contents
 from jaxformer.config import InputError
 from jaxformer.data.baselines import PairCounter
 from jaxformer.data.cache_folder import build_atomically, file_sha256, sha256
@@ -228,6 +230,7 @@ def _open_part(
     fingerprint,
     config.digest(split),
     *(t.fingerprint() for t in tokenizers),
+    *(f'code {contents(code)}' for code in map(code_of, map(type, tokenizers)) if code),
     *(() if shared else (f'bound {bound}',)),
   )[:32]
 
@@ -378,6 +381,10 @@ def _build(
     'sides': sides,
     'files': files,
   }
+  for path in folder.iterdir():
+    if path.stat().st_size > CHECKED_BYTES:  # not hashed when opened: it must be on the disk
+      with open(path, 'rb') as file:
+        os.fsync(file.fileno())
   (folder / 'index.json').write_text(json.dumps(index, indent=2) + '\n')
 
 

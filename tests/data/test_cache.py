@@ -27,6 +27,7 @@ from jaxformer.data import (
   open_data,
   splits,
 )
+from jaxformer.user_code import load_file
 
 TEXTS = [f'document {i} ' * 20 for i in range(60)]
 
@@ -292,3 +293,59 @@ def test_large_vocabularies_take_four_bytes(corpus, cache, tmp_path):
   texts = [json.loads(line)['text'] for line in Path(path).read_text().splitlines()]
   decoded = data.tokenizer.decode(data._validation[0].tokens_N)
   assert {decoded[i : i + 5000] for i in range(0, len(decoded), 5000)} < set(texts)
+
+
+OWN = """
+from jaxformer.data import Corpus, Row, TokenizerConfig
+from jaxformer.data.tokenizers import ByteTokenizer
+
+class Numbers(Corpus):
+  path_fields = ()
+  def rows(self):
+    return (Row((f'WORD {i} ' * 9,)) for i in range(60))
+
+class Shifted(ByteTokenizer):
+  def encode(self, text):
+    return (super().encode(text) + SHIFT) % 256
+
+class Shift(TokenizerConfig):
+  def train(self, texts):
+    return Shifted()
+"""
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize('changed', [{'WORD': 'two'}, {'SHIFT': '2'}])
+def test_code_of_a_user_is_part_of_what_a_cache_is_found_by(tmp_path, changed):
+  file, found = tmp_path / 'own.py', []
+  for words in ({}, {}, changed):
+    text = OWN
+    for name, value in ({'WORD': 'one', 'SHIFT': '1'} | words).items():
+      text = text.replace(name, value)
+    file.write_text(text)
+    own, lines = load_file(file), []
+    data = Text(corpus=own.Numbers(), tokenizer=own.Shift(), sequence_length=16)
+    found.append((open_data(data, log=lines.append).identity['train'], bool(lines)))
+  assert [built for _, built in found] == [True, False, True]
+  assert found[0][0] == found[1][0] != found[2][0]
+
+
+@pytest.mark.quick
+def test_a_full_disk_and_a_cache_that_can_only_be_read(corpus, cache, monkeypatch):
+  path = corpus(TEXTS)
+  whole = everything(opened(path)[0])
+
+  def full(*args, **kwargs):
+    raise OSError(28, 'No space left on device')
+
+  with monkeypatch.context() as m:
+    for name in ('mkdir', 'rename', 'replace'):
+      m.setattr(os, name, full)
+    again, lines = opened(path)  # nothing is written where the cache is found
+    assert same(everything(again), whole)
+    assert not lines
+  with monkeypatch.context() as m:
+    m.setattr(np, 'save', full)
+    with pytest.raises(InputError, match=r'cannot be written \(No space left on device\); set JAX'):
+      opened(path, split=ByPosition())
+  assert len(list(cache.iterdir())) == 1
