@@ -13,13 +13,20 @@ from jaxformer.task_type import IGNORE
 DecodeBytes = Callable[[Iterable[int]], bytes]  # a tokenizer's `decode_bytes`
 
 CHUNK = 16  # tokens decoded per host sync
-# tokens detokenized along with the new ones: of some tokenizers, text depends on the one before
-BEFORE = 8
 UNKNOWN = '\ufffd'.encode()
+# Tokens after which text that still ends in U+FFFD is taken as it is: a character has at most four
+# bytes, and tokens without text (special ones) may come between them.
+WAIT = 16
 
 
 class TextRow:
   """The text of one row, from tokens that arrive one at a time.
+
+  The pieces, joined, are the text of the prompt and the new tokens, decoded as one sequence, from
+  the length of the prompt's text on. (A character that the prompt begins counts as the prompt's.)
+  The text of a token can depend on those before it: sentencepiece writes no space at the start of a
+  text, and a run of byte tokens is text only as a whole. So new tokens are decoded together with
+  the tokens of the piece before, which began where a character began.
 
   Holds back bytes of an incomplete character, and text that could be the start of a stop string.
   The stop string that is completed first ends the text (of two that end together, the longer), so
@@ -29,10 +36,18 @@ class TextRow:
     self.tokens: list[int] = []
     self.stopped = self.ended = False  # by a stop string; by the end of document
     self._decode, self._stops = decode_bytes, stops
-    self._ids = list(prompt[-BEFORE:])
-    # where the tokens to detokenize start, and those not yet written
-    self._window, self._read = 0, len(self._ids)
+    # The tokens since the start of the piece before, of which the first `_read` are written, and
+    # the bytes of those. The next piece is decoded with the tokens from `_start` on.
+    self._ids, self._read = list(prompt), len(prompt)
+    self._before = decode_bytes(self._ids)
+    self._start = self._read
+    if self._before.endswith(UNKNOWN):
+      counts = range(self._read - 1, max(self._read - WAIT, 0) - 1, -1)
+      self._start = next(filter(self._complete, counts), self._read)
     self._characters = codecs.getincrementaldecoder('utf-8')(errors='replace')
+    self._characters.decode(self._before)
+    # characters that are the prompt's, though they are complete only with the first new tokens
+    self._skip = 1 if self._characters.getstate()[0] else 0
     self._held = ''
 
   def push(self, token: int) -> str:
@@ -41,25 +56,44 @@ class TextRow:
       return ''
     self.tokens.append(token)
     self._ids.append(token)
-    return self._certain(self._characters.decode(self._new_bytes(final=False)))
+    return self._certain(self._new_text(final=False))
 
   def close(self) -> str:
     """Return the text that was held back, at the end of the row."""
     if self.stopped:
       return ''
-    text = self._certain(self._characters.decode(self._new_bytes(final=True), final=True))
+    text = self._certain(self._new_text(final=True))
     rest, self._held = self._held, ''
     return text if self.stopped else text + rest
 
-  def _new_bytes(self, final: bool) -> bytes:
-    """The bytes that the unread tokens add. Tokenizers that are not byte-level write an
-    incomplete character as U+FFFD: except at the `final` call, these wait for the rest."""
-    before = self._decode(self._ids[self._window : self._read])
-    new = self._decode(self._ids[self._window :])[len(before) :]
-    if not new or (new.endswith(UNKNOWN) and not final):
-      return b''
-    self._window, self._read = max(self._window, self._read - BEFORE), len(self._ids)
-    return new
+  def _new_text(self, final: bool) -> str:
+    """The text that the unread tokens add. Tokenizers that are not byte-level write an incomplete
+    character as U+FFFD: except at the `final` call, these wait for the rest."""
+    now = self._decode(self._ids)
+    waits = now.endswith(UNKNOWN) and len(self._ids) - self._read < WAIT
+    new = now[self._written(now) :] if final or not waits else b''
+    if new:
+      self._ids = self._ids[self._start :]
+      self._start = self._read = len(self._ids)
+      self._before = self._decode(self._ids)
+    text = self._characters.decode(new, final=final)
+    skipped, text = text[: self._skip], text[self._skip :]
+    self._skip -= len(skipped)
+    return text
+
+  def _complete(self, count: int) -> bool:
+    """Whether the first tokens end with a whole character."""
+    return not self._decode(self._ids[:count]).endswith(UNKNOWN)
+
+  def _written(self, now: bytes) -> int:
+    """The bytes of `now`, the text of all tokens, that are written."""
+    if now.startswith(self._before):
+      return len(self._before)
+    # The incomplete character at the end of a prompt is a character now, and so are those before
+    # it, where the decoder had made all of its run of bytes unknown.
+    whole = self._decode(self._ids[: self._start]).decode('utf-8', 'replace')
+    count = len(whole) + (self._start < self._read)
+    return len(now.decode('utf-8', 'replace')[:count].encode())
 
   def _certain(self, text: str) -> str:
     self._held += text
