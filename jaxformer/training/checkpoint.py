@@ -137,6 +137,8 @@ def _read_meta(path: AnyPath) -> dict[str, Any]:
     raise Corrupt('its metadata were changed')
   if meta['version'] != VERSION:
     raise InputError(f'{path}: has format {meta["version"]}; this version reads {VERSION}')
+  if path.name.isdigit() and int(path.name) != meta['step']:
+    raise Corrupt(f'it is that of step {meta["step"]}')
   return meta
 
 
