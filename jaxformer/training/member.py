@@ -101,9 +101,9 @@ class Member:
     """Make the folder that of a run at this step, and return the state to train from: that of the
     checkpoint, or the initial one. The run is started, and its report open."""
     run, r, self._restored = self.run, self._restored, None
+    self.checkpoints.set_aside([] if r is None else [step for step, _ in r.corrupt])
     if r is None:
       return self._initialize()
-    self.checkpoints.set_aside([step for step, _ in r.corrupt])
     for step, problem in r.corrupt:
       run.event('checkpoint_corrupt', step=step, problem=problem)
     run.rewind(self.step)

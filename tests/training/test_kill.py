@@ -1,8 +1,11 @@
 """Programs that die at the worst moment, and are started again with the same command."""
 
 import contextlib
+import itertools
+import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +17,7 @@ import pytest
 
 from jaxformer import config
 from jaxformer.training.checkpoint import steps_in
-from jaxformer.training.run import read_metrics
+from jaxformer.training.run import read_config, read_metrics
 from tests.training.compare import assert_same, curve
 from tests.training.conftest import CACHE, make_experiment
 
@@ -111,6 +114,80 @@ def test_killed_at_any_moment_and_run_again_it_ends_the_same_bit_for_bit(long, w
   assert f'resuming {folder}' in err
   assert_same(whole, folder, 300)
   assert [r['step'] for r in curve(folder) if 'train/loss' in r] == list(range(1, 301))
+
+
+# ---- at calls of the operating system ----------------------------------------------------------
+
+
+@pytest.fixture(scope='module')
+def killing(tmp_path_factory):
+  """Trains an experiment in a process that dies at a call, and returns its exit code."""
+  if shutil.which('gcc') is None:
+    pytest.skip('gcc is not on the path')
+  killer = tmp_path_factory.mktemp('killer') / 'killer.so'
+  source = str(HERE / 'killer.c')
+  subprocess.run(['gcc', '-shared', '-fPIC', '-O1', '-o', killer, source, '-ldl'], check=True)
+  log = killer.with_suffix('.log').open('w')
+  program = subprocess.Popen(
+    [sys.executable, str(HERE / 'killed.py'), str(killer), str(CACHE)],
+    env=environment() | {'LD_PRELOAD': str(killer)},
+    stdin=subprocess.PIPE,
+    stdout=subprocess.PIPE,
+    stderr=log,
+    text=True,
+  )
+
+  def train(experiment, n=0, back=None):
+    words = [str(written(experiment)), experiment.run.dir, n, back]
+    program.stdin.write(json.dumps(words) + '\n')
+    program.stdin.flush()
+    return int(program.stdout.readline())
+
+  yield train
+  program.stdin.close()
+  program.wait(timeout=60)
+  log.close()
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize(('kind', 'kills'), [('plain', 60), ('changed', 20), ('back', 20)])
+def test_killed_at_random_calls_it_ends_the_same_bit_for_bit(tmp_path, killing, kind, kills):
+  """In all of a run, in one that goes on with another batch size, and in one that goes back."""
+  chance = random.Random(kind)
+  settings = {'steps': 24, 'checkpoint_every': 2, 'eval_every': 4, 'keep_every': 8}
+
+  def experiment(name, **more):
+    return make_experiment(tmp_path, name, **settings | more)
+
+  def trained(name, n=lambda: 0):
+    """Returns how often it was killed."""
+    back, more, died = None, {}, 0
+    if kind != 'plain':
+      steps = {'changed': 8, 'back': 24}[kind]
+      assert killing(experiment(name, steps=steps)) == 0
+      more = {'resume_with': ('training.batch-size=4', 'optimizer.learning-rate=0.01')}
+      back = {'changed': None, 'back': 8}[kind]
+    while code := killing(experiment(name, **more), n(), back):
+      assert code == -signal.SIGKILL
+      died += 1
+    return died
+
+  trained('whole')
+  done = 0
+  for name in (f'killed-{i}' for i in itertools.count()):
+    died = trained(name, lambda: chance.randrange(1, 400))
+    assert_same(tmp_path / 'whole', tmp_path / name, 24)
+    configs = [config.json_text(read_config(tmp_path / n)['training']) for n in ('whole', name)]
+    assert configs[0] == configs[1]
+    if kind == 'back':
+      rows = [r for n in (tmp_path / name / 'undone').iterdir() for r in read_metrics(n)]
+      assert {r['step'] for r in rows} >= set(range(9, 25))
+      kept = (tmp_path / name / 'undone').glob('*/checkpoints/*')
+      assert {int(p.name) for p in kept} >= {16, 22, 24}
+    done += died
+    if done >= kills:
+      break
+  print(f'{done} kills')
 
 
 def test_a_scheduler_that_wants_the_machine_back_gets_75(long, whole, tmp_path):
