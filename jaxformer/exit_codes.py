@@ -8,3 +8,8 @@ BAD_INPUT: Final = 2
 NOT_FINITE: Final = 70  # the loss or the gradient of a run is not finite
 PREEMPTED: Final = 75  # stopped by a signal, state saved: run the same command again
 INTERRUPTED: Final = 130  # aborted by the user, nothing saved
+
+
+class Failure(RuntimeError):
+  """An error whose cause is not what the user gave, with a message of one line: a full disk, or a
+  lost lock. Commands end with `FAILED`."""

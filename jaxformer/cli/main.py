@@ -18,7 +18,7 @@ from typing import NoReturn
 
 import jaxformer as jf
 from jaxformer.config import InputError, nearest
-from jaxformer.exit_codes import BAD_INPUT, DONE, INTERRUPTED, PREEMPTED
+from jaxformer.exit_codes import BAD_INPUT, DONE, FAILED, INTERRUPTED, PREEMPTED, Failure
 
 SECTIONS = ('model', 'data', 'optimizer', 'schedule', 'training', 'mesh', 'run')
 COMMANDS = (
@@ -59,6 +59,9 @@ def main(argv: Sequence[str] | None = None) -> int:
   except InputError as e:
     print(f'error: {e}', file=sys.stderr)
     return BAD_INPUT
+  except Failure as e:
+    print(f'error: {e}', file=sys.stderr)
+    return FAILED
   except BrokenPipeError:  # the reader of stdout has closed it (`jaxformer list | head`)
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return DONE

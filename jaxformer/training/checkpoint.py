@@ -27,6 +27,7 @@ from orbax.checkpoint import v1 as ocp
 from orbax.checkpoint.utils import is_checkpoint_finalized
 
 from jaxformer.config import InputError, first_lines
+from jaxformer.exit_codes import Failure
 from jaxformer.models.params import Definition, Params
 from jaxformer.sharding import MeshConfig, Parallel, make_parallel
 from jaxformer.training.paths import AnyPath, discard, move, remote_errors, remove, to_path
@@ -36,7 +37,7 @@ VERSION = 2  # 1 is that of jaxformer 0.1
 Log = Callable[[str], None]
 
 
-class SaveError(RuntimeError):
+class SaveError(Failure):
   """A checkpoint could not be written."""
 
 

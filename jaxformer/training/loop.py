@@ -160,7 +160,7 @@ def _opened(
         m.initialize_from(init_from)
     for m in sorted(members, key=lambda m: m.run.fresh):  # new folders once nothing can fail
       stack.enter_context(m.run)
-      m.run.lock()
+      m.run.lock(m.log)
       stack.enter_context(m.checkpoints)
       m.restore()
     for m in members:

@@ -20,7 +20,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +30,12 @@ from jaxformer import config
 from jaxformer.code_record import code_records
 from jaxformer.config import InputError
 from jaxformer.data import Tokenizer
-from jaxformer.files import locked, write_atomically
+from jaxformer.files import write_atomically
+from jaxformer.training import lock
 from jaxformer.training.checkpoint import steps_in
 from jaxformer.training.environment import environment
 from jaxformer.training.experiment import Experiment, RunConfig, TrainingConfig, step_ranges
+from jaxformer.training.lock import FolderLock, LostLock
 from jaxformer.training.paths import AnyPath, RunFiles, check_bucket, move, remote_errors, to_path
 from jaxformer.training.processes import broadcast_from_process_0
 from jaxformer.training.registry import import_configs
@@ -54,7 +56,7 @@ from jaxformer.user_code import load_recorded, named_code
 FORMAT = 2
 
 # What a start writes before `config.json`, or beside it: a folder with nothing else is free.
-OWN = {'events.jsonl', 'checkpoints', 'tokenizer', 'environment.json'}
+OWN = {'events.jsonl', 'checkpoints', 'tokenizer', 'environment.json', lock.FILE}
 
 
 def run_folder(experiment: Experiment) -> AnyPath:
@@ -155,7 +157,7 @@ class Run:
     self.experiment, self.folder = experiment.resumed, run_folder(experiment)
     self.writes = jax.process_index() == 0
     self._files = RunFiles(self.folder)
-    self._lock = contextlib.ExitStack()
+    self._lock: FolderLock | None = None
     self._started = False
     self._request = {
       'step': resume_from,
@@ -207,7 +209,9 @@ class Run:
       fresh = not (self.folder / 'config.json').exists()
     if fresh:
       check_bucket(self.folder)
-      if self.folder.exists() and {p.name for p in self.folder.iterdir()} - OWN:
+      # names with a dot: files that were being replaced when a process was killed
+      found = self.folder.iterdir() if self.folder.exists() else ()
+      if {p.name for p in found if not p.name.startswith('.')} - OWN:
         raise InputError(
           f'{self.folder} is not empty and not a run folder (it has no config.json); give another '
           '--run.name'
@@ -292,12 +296,12 @@ class Run:
         '--init-from has no effect: leave it out, or give another --run.name'
       )
 
-  def lock(self) -> None:
+  def lock(self, log: Callable[[str], None] = lambda line: None) -> None:
     """Create or download the folder, and lock it until the end of the block. Raises `InputError` if
     that is impossible, or another process trains in it."""
-    broadcast_from_process_0(self._open)
+    broadcast_from_process_0(lambda: self._open(log))
 
-  def _open(self) -> None:
+  def _open(self, log: Callable[[str], None]) -> None:
     try:
       self._files.open()
       (self.home / 'checkpoints').mkdir(exist_ok=True)
@@ -305,9 +309,9 @@ class Run:
       raise self._unusable(f'cannot be made ({e.strerror})') from None
     if not os.access(self.home, os.W_OK):
       raise self._unusable('cannot be written')
-    local = self.home == self.folder  # a store has no locks
-    if local and not self._lock.enter_context(locked(self.home / 'events.jsonl')):
-      raise InputError(f'{self.folder}: another process trains in this folder; wait until it ends')
+    held = FolderLock(self.folder, log)
+    held.acquire()
+    self._lock = held
 
   def _unusable(self, problem: str) -> InputError:
     directory = self.experiment.run.dir
@@ -387,12 +391,16 @@ class Run:
     return file.exists() and f'==== step {step} ====' in file.read_text(errors='replace')
 
   def _append(self, name: str, line: str) -> None:
+    if self._lock is not None and self._lock.lost:
+      self._lock.check()
     if self.writes:
       with (self.home / name).open('a') as f:
         f.write(line + '\n')
 
   def sync(self) -> None:
     """Make the lines outlast this process, before a checkpoint that relies on them."""
+    if self._lock is not None:
+      self._lock.check()
     if self.writes:
       self._files.sync(('metrics.jsonl', 'events.jsonl'))
 
@@ -400,9 +408,14 @@ class Run:
     return self
 
   def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-    # an error that is being raised says more
-    with self._lock, contextlib.suppress(*(() if kind is None else (InputError,))):
-      self._files.close(upload=self._started)
+    lost = kind is not None and issubclass(kind, LostLock)
+    try:
+      # an error that is being raised says more
+      with contextlib.suppress(*(() if kind is None else (InputError,))):
+        self._files.close(upload=self._started and not lost)
+    finally:
+      if self._lock is not None:
+        self._lock.release()
 
 
 def _of_code(difference: str) -> bool:

@@ -17,7 +17,7 @@ from fsspec.registry import _registry
 
 from jaxformer.config import InputError
 from jaxformer.data import load_tokenizer
-from jaxformer.training import TensorBoard, load_experiment, train
+from jaxformer.training import TensorBoard, load_experiment, lock, train
 from jaxformer.training.checkpoint import Checkpoints, steps_in
 from jaxformer.training.paths import local_copy, move, remove, to_path
 from jaxformer.training.run import Run, read_metrics, run_folder
@@ -61,6 +61,7 @@ def store(monkeypatch, tmp_path):
   scratch.mkdir()
   monkeypatch.setattr(tempfile, 'tempdir', str(scratch))
   store.scratch = scratch
+  monkeypatch.setattr(lock, 'SETTLING', 0.01)
   return store
 
 
@@ -73,7 +74,7 @@ def begun(store, dataset, name='one', **training):
   return run
 
 
-def test_a_run_killed_loses_what_followed_its_last_checkpoint(store, dataset):
+def test_a_run_killed_loses_what_followed_its_last_checkpoint(store, dataset, monkeypatch):
   run = begun(store, dataset)
   assert run.fresh
   assert run.folder == run_folder(run.experiment) == to_path(f'{DIR}/one')
@@ -88,8 +89,13 @@ def test_a_run_killed_loses_what_followed_its_last_checkpoint(store, dataset):
   assert read_metrics(run.folder) == [{'step': 1}, {'step': 2}, {'step': 3}]
   run.metrics({'step': 4})
   assert len(read_metrics(f'{DIR}/one')) == 3
-  del run  # killed
+  del run  # killed, with its machine
+  taken = 'another process trains in this folder'
+  with Run(make_experiment(DIR, 'one')) as second, pytest.raises(InputError, match=taken):
+    second.lock()
 
+  monkeypatch.setattr(lock, '_machine', lambda: 'a new machine')
+  monkeypatch.setattr(lock, 'PATIENCE', 0.2)
   with begun(store, dataset) as run:
     assert not run.fresh
     run.rewind(2)
