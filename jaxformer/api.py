@@ -2,7 +2,6 @@
 which re-exports all of it lazily. Functions with an answer of their own stand in `workflows`."""
 
 import os
-import pathlib
 import sys
 from collections.abc import Sequence
 from typing import Unpack
@@ -12,6 +11,7 @@ from flax import nnx
 
 from jaxformer.config import InputError
 from jaxformer.evaluation import EvalResult
+from jaxformer.files import user_path
 from jaxformer.inference.decoding import check_positive
 from jaxformer.models.model import ModelConfig
 from jaxformer.models.params import define
@@ -148,7 +148,7 @@ def convert(
   """Write a trained model for other libraries; see `Model.export`. `dtype` is 'float32', 'bfloat16'
   or 'float16'."""
   found = _loaded(model, code)
-  found.export(pathlib.Path(out), dtype=dtype)
+  found.export(user_path(out, 'out'), dtype=dtype)
   log(f'wrote {found.name} to {out}: {found.definition.size:,} parameters, {dtype}')
 
 

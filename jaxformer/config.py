@@ -11,7 +11,7 @@ A type from outside the package also has `code`, which says where it is defined:
     {"type": "Mixer", "code": {"module": "my_layer", "file": "/home/me/my_layer.py",
                                "sha256": "..."}}
 
-This module needs no array library and imports only `code_record` from the package.
+This module needs no array library and imports only `code_record` and `json_data` from the package.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Literal, Self, TypeVar, dataclass_transform
 
 from jaxformer.code_record import PACKAGE, code_of, contents, is_named, package_of, without_paths
+from jaxformer.json_data import parse_json
 
 NOTHING: Any = object()
 
@@ -49,12 +50,32 @@ class InputError(ValueError):
   def __init__(self, field: str, value: Any = NOTHING, accepted: str = '', *, problem: str = ''):
     self.field, self.value, self.accepted = field, value, accepted
     self.problem = problem or (f'must be {accepted}' if accepted else '')
-    given = '' if value is NOTHING else f' = {value!r}'
-    super().__init__(f'{field}{given}: {self.problem}' if self.problem else f'{field}{given}')
+    given = '' if value is NOTHING else f' = {shown(value)}'
+    message = f'{field}{given}: {self.problem}' if self.problem else f'{field}{given}'
+    super().__init__('\n'.join(_shortened(line, 1000) for line in message.split('\n')))
 
   def under(self, path: str) -> InputError:
     """Return the same error with `path` before its field."""
     return InputError(f'{path}.{self.field}', self.value, self.accepted, problem=self.problem)
+
+
+def shown(value: Any) -> str:
+  """Return a value as a message shows it: its `repr`, shortened, whatever the value is."""
+  try:
+    return _shortened(repr(value), 200)
+  except RecursionError:
+    return f'{type(value).__name__} nested too deeply'
+  except ValueError:  # an integer beyond the digits that Python writes
+    return f'{type(value).__name__} with a number of thousands of digits'
+
+
+def _shortened(line: str, limit: int) -> str:
+  return line if len(line) <= limit else f'{line[: limit * 3 // 4]}...{line[-limit // 5 :]}'
+
+
+def is_text(value: str) -> bool:
+  """Return whether a string can be stored and passed on: UTF-8 without null characters."""
+  return '\0' not in value and not any('\ud800' <= c <= '\udfff' for c in value)
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
@@ -63,7 +84,8 @@ def nearest(word: str, known: Iterable[str]) -> str:
   Where none is near: all of them if they are few, else nothing.
   """
   known = sorted(set(known))
-  close = difflib.get_close_matches(word, known, n=3, cutoff=0.6)
+  # no name is that long, and the time is quadratic
+  close = difflib.get_close_matches(word, known, n=3, cutoff=0.6) if len(word) < 200 else []
   if close:
     return f'; did you mean {", ".join(close)}?'
   return f'; known: {", ".join(known)}' if 0 < len(known) <= 24 else ''
@@ -73,6 +95,11 @@ def first_lines(lines: Sequence[str], limit: int = 12) -> str:
   """Return the first lines, indented for a message, and how many more there are."""
   more = [f'and {len(lines) - limit} more'] if len(lines) > limit else []
   return '\n  '.join([*lines[:limit], *more])
+
+
+def whole(text: str) -> int | None:
+  """Return the number that up to 18 decimal digits stand for, None for any other text."""
+  return int(text) if text.isascii() and text.isdigit() and len(text) <= 18 else None
 
 
 # ---- config types ------------------------------------------------------------------------------
@@ -265,8 +292,8 @@ def _decode_text(text: str, hint: Any, where: str) -> Any:
     typing.get_origin(hint) is tuple or _is_config(hint)
   ):
     try:
-      return json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as e:
+      return parse_json(text)
+    except ValueError as e:
       raise InputError(where, text, problem=f'not valid JSON ({e})') from None
   if typing.get_origin(hint) is tuple:
     if text.lower() == 'none' and config_bases(typing.get_args(hint)[0]):
@@ -311,11 +338,16 @@ def decode(value: Any, hint: Any, where: str) -> Any:
     return tuple(decode(v, k, f'{where}.{i}') for i, (v, k) in enumerate(zip(value, kinds)))
   if _is_config(hint) and isinstance(value, Mapping):
     return from_json(value, where, hint)
-  if hint is float and isinstance(value, int) and not isinstance(value, bool):
-    return float(value)
-  if (isinstance(value, bool) and hint is not bool) or not isinstance(value, hint):
+  kind = (int, float) if hint is float else hint
+  if (isinstance(value, bool) and hint is not bool) or not isinstance(value, kind):
     raise wrong
-  return value
+  if hint is str and not is_text(value):
+    raise InputError(where, value, 'text in UTF-8 without null characters')
+  if hint is int and not -(2**63) <= value < 2**63:
+    raise InputError(where, value, 'a whole number of 64 bits')
+  if hint is float and not abs(value) < 2.0**1023:
+    raise InputError(where, value, 'a finite number')
+  return float(value) if hint is float else value
 
 
 def _decode_union(value: Any, hint: Any, where: str) -> Any:
@@ -349,6 +381,11 @@ def to_json(value: Any) -> Any:
   return value
 
 
+def _is_record(code: Any) -> bool:
+  """Whether JSON data have the form of a record of code (`code_record`)."""
+  return isinstance(code, Mapping) and all(isinstance(v, str) for v in code.values())
+
+
 def from_json(data: Any, where: str = '', base: type[Config] = Config) -> Any:
   """Return the config that `to_json` wrote, a `base`. As `type` the class itself may stand for its
   name.
@@ -358,9 +395,14 @@ def from_json(data: Any, where: str = '', base: type[Config] = Config) -> Any:
   """
   cls = data.get('type') if isinstance(data, Mapping) else None
   if isinstance(cls, str):
-    cls = config_type(cls, where or 'type', base, data.get('code'))
-  if cls is None or not issubclass(cls, base):
-    raise InputError(f'{where or "config"}: expected an object with a "type", found {data!r}')
+    code = data.get('code')
+    if code is not None and not _is_record(code):
+      raise InputError(
+        f'{where}.code' if where else 'code', code, 'a record {module, file, sha256}'
+      )
+    cls = config_type(cls, where or 'type', base, code)
+  if not isinstance(cls, type) or not issubclass(cls, base):
+    raise InputError(f'{where or "config"}: expected an object with a "type", found {shown(data)}')
   known = hints(cls)
   given = {k: v for k, v in data.items() if k not in ('type', 'code')}
   for name in given:

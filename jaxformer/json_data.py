@@ -1,6 +1,7 @@
-"""Results as JSON data."""
+"""JSON data: results written, and text of users read."""
 
 import dataclasses
+import json
 import math
 from typing import Any
 
@@ -19,3 +20,31 @@ def json_data(value: Any) -> Any:
   if hasattr(value, 'dtype'):
     value = value.item()
   return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def parse_json(text: str | bytes) -> Any:
+  """Return JSON data.
+
+  Raises `ValueError`, with the reason, for text that is not valid JSON, for a key that an object
+  has twice, and for data beyond what Python can read: deep nesting, integers of thousands of
+  digits.
+  """
+  try:
+    return json.loads(text, object_pairs_hook=_object, parse_int=_integer)
+  except RecursionError:
+    raise ValueError('nested too deeply') from None
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+  found = dict(pairs)
+  if len(found) < len(pairs):
+    keys = [key for key, _ in pairs]
+    again = next(key for key in keys if keys.count(key) > 1)
+    raise ValueError(f'the key {again!r} is given twice in one object')
+  return found
+
+
+def _integer(digits: str) -> int:
+  if len(digits) > 4000:  # Python's own limit is 4,300
+    raise ValueError(f'a number of {len(digits):,} digits')
+  return int(digits)

@@ -18,6 +18,7 @@ from jaxformer.config import (
   hints,
   nearest,
   union_options,
+  whole,
 )
 from jaxformer.user_code import named_in_file
 
@@ -60,7 +61,7 @@ def _places(node: Any, parts: list[str], hint: Any, exact: bool = True) -> list[
   if head in children:
     key, child, kind = children[head]
     return _places(child, rest, kind, exact) if rest else [(node, key, kind, exact)]
-  if head.isdigit():
+  if whole(head) is not None:
     return []
   return [p for _, child, kind in children.values() for p in _places(child, parts, kind, False)]
 

@@ -18,6 +18,7 @@ from typing import Any, TypeGuard, TypeVar
 
 from jaxformer.code_record import HASH, NAMED, code_records
 from jaxformer.config import Config, InputError, nearest
+from jaxformer.files import regular_file, user_path
 
 T = TypeVar('T')
 
@@ -32,9 +33,9 @@ def load_file(path: str | os.PathLike[str], *, named: bool = False) -> types.Mod
   Raises `InputError` for a file that does not exist or cannot be run, with the traceback of the
   user's code.
   """
-  path = pathlib.Path(path).expanduser()
+  path = user_path(path, 'file')
   try:
-    content = path.read_bytes()
+    content = regular_file(path).read_bytes()
   except OSError as e:
     raise InputError('file', str(path), problem=e.strerror or 'cannot be read') from None
   digest = hashlib.sha256(content).hexdigest()
@@ -89,7 +90,7 @@ def named_in_file(target: str) -> Any:
   file, colon, inside = target.rpartition(':')
   if not colon or not inside:
     raise InputError('target', target, 'FILE.py:NAME, as in my_layer.py:MyMixer.Config')
-  path = pathlib.Path(file).expanduser()
+  path = user_path(file, 'file')
   value: Any = load_file(path)
   with errors_of(path):
     for part in inside.split('.'):
@@ -141,7 +142,7 @@ def load_recorded(
         'name that with --code FILE'
       )
     else:
-      load_file(_trusted(pathlib.Path(file), wanted, folder))
+      load_file(_trusted(user_path(file, 'code'), wanted, folder))
   return remarks
 
 
@@ -159,7 +160,7 @@ def _loaded(flag: str = HASH) -> set[str]:
 def _trusted(path: pathlib.Path, wanted: str, folder: pathlib.Path | None) -> pathlib.Path:
   """The path of a recorded file that may run without being named."""
   try:
-    found = hashlib.sha256(path.read_bytes()).hexdigest()
+    found = hashlib.sha256(regular_file(path).read_bytes()).hexdigest()
     owner = path.stat().st_uid
   except OSError:
     raise InputError(

@@ -29,13 +29,13 @@ BASE = {
 MODELS = BASE | {'sharding', 'ops', 'layers', 'models'}
 MAY_IMPORT = {
   'code_record': set(),
-  'config': {'code_record'},
+  'config': {'code_record', 'json_data'},
   'task_type': set(),
   'exit_codes': set(),
-  'files': set(),
+  'files': {'config'},
   'json_data': set(),
-  'overrides': {'config', 'user_code'},
-  'user_code': {'code_record', 'config'},
+  'overrides': {'config', 'json_data', 'user_code'},
+  'user_code': {'code_record', 'config', 'files'},
   'data': BASE,
   'sharding_rules': BASE,
   'sharding': BASE | {'sharding_rules'},

@@ -14,7 +14,7 @@ from stat import S_ISREG
 from typing import TypeVar
 
 from jaxformer.config import InputError
-from jaxformer.files import write_atomically
+from jaxformer.files import user_path, write_atomically
 
 T = TypeVar('T')
 
@@ -33,17 +33,6 @@ def cache_dir() -> Path:
     return user_path(own, 'JAXFORMER_CACHE')
   base = os.environ.get('XDG_CACHE_HOME')
   return (Path(base) if base else Path.home() / '.cache') / 'jaxformer'
-
-
-def user_path(path: Path | str, field: str) -> Path:
-  """Return a path with the home folder for `~`. Raises `InputError` for the home of nobody and for
-  what can be no path."""
-  try:
-    if '\0' in str(path):
-      raise RuntimeError('no path holds a zero byte')
-    return Path(path).expanduser()
-  except RuntimeError as e:
-    raise InputError(field, str(path), problem=str(e)) from None
 
 
 def sha256(*parts: str | bytes) -> str:

@@ -19,7 +19,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, NoReturn
 from jaxformer import config
 from jaxformer.code_record import without_paths
 from jaxformer.config import Config, InputError
-from jaxformer.data.cache_folder import file_sha256, sha256, user_path
+from jaxformer.data.cache_folder import file_sha256, sha256
 from jaxformer.data.folders import (
   EVERY_LEVEL,
   Unusable,
@@ -30,6 +30,7 @@ from jaxformer.data.folders import (
 )
 from jaxformer.data.missing import Missing
 from jaxformer.data.readers import has_records, read_records, text_parts
+from jaxformer.files import user_path
 
 # Tests, packages of others, a copy of `PydocTopics`, and build settings that name the machine they
 # were made on.

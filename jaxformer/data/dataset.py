@@ -23,10 +23,10 @@ from jaxformer import config
 from jaxformer.config import Config, InputError
 from jaxformer.data.cache import Log
 from jaxformer.data.cache_folder import cache_dir as default_cache_dir
-from jaxformer.data.cache_folder import user_path
 from jaxformer.data.missing import Missing, check_given
 from jaxformer.data.shuffle import Index
 from jaxformer.data.tokenizers import Tokenizer
+from jaxformer.files import user_path
 from jaxformer.task_type import IGNORE, Batch, TaskType
 
 LOG = logging.getLogger('jaxformer.data')

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from jaxformer.config import InputError
-from jaxformer.data.cache_folder import user_path
 from jaxformer.data.corpora import Corpus, OnBadRow, Row
 from jaxformer.data.folders import Unusable, files_below, files_of_pattern
 from jaxformer.data.readers import text_of
+from jaxformer.files import user_path
 
 # Names that mean a format of files and not a dataset of the Hub.
 FORMATS = {

@@ -15,7 +15,6 @@ from jaxtyping import Int32
 
 from jaxformer.config import InputError, nearest
 from jaxformer.data import pieces
-from jaxformer.data.cache_folder import user_path
 from jaxformer.data.readers import read_text
 from jaxformer.data.tokenizers import (
   END_OF_DOCUMENT,
@@ -29,7 +28,7 @@ from jaxformer.data.tokenizers import (
   encoded,
   gpt2_bytes,
 )
-from jaxformer.files import write_atomically
+from jaxformer.files import regular_file, user_path, write_atomically
 
 USUAL_ENDS = (END_OF_DOCUMENT, '<|end_of_text|>', '</s>', '<|eot_id|>', '<eos>', '[SEP]')
 
@@ -318,7 +317,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int, out_path: Path | str) -> in
   """Train byte pairs on texts and write a `tokenizer.json`. The same texts give the same file.
   Returns the size of the vocabulary, smaller than `vocab_size` where the texts run out of pairs."""
   tokenizer = BytePairs(vocab_size=vocab_size).train(texts)
-  out_path = Path(out_path)
+  out_path = user_path(out_path, 'out')
   try:
     out_path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(out_path, tokenizer.hugging_face())
@@ -350,7 +349,7 @@ def load_tokenizer(folder: Path | str) -> Tokenizer:
 def _load(folder: Path) -> Tokenizer:
   path = folder / 'tokenizer.json'
   if not (folder / KIND_FILE).exists() and path.exists():
-    data, where = path.read_text(encoding='utf-8'), str(folder)
+    data, where = regular_file(path).read_text(encoding='utf-8'), str(folder)
     return FileTokenizer(data, _found_end(path), where, _found_beginning(path, data, where))
   saved = json.loads((folder / KIND_FILE).read_text(encoding='utf-8'))
   if saved['kind'] == 'bytes':

@@ -19,6 +19,8 @@ import safetensors
 import safetensors.numpy
 
 from jaxformer.config import InputError
+from jaxformer.files import regular_file, user_path
+from jaxformer.json_data import parse_json
 
 SINGLE = 'model.safetensors'
 INDEX = 'model.safetensors.index.json'
@@ -132,10 +134,10 @@ def _files(folder: Path) -> tuple[list[str], dict[str, str]]:
 def read_json(path: Path) -> dict[str, Any]:
   """The object in a JSON file. Raises `InputError` if there is none."""
   try:
-    value = json.loads(path.read_text(encoding='utf-8'))
+    value = parse_json(regular_file(path).read_text(encoding='utf-8'))
   except FileNotFoundError:
     raise InputError(str(path), problem='no such file') from None
-  except (OSError, UnicodeDecodeError, json.JSONDecodeError) as e:
+  except (OSError, ValueError) as e:
     raise InputError(str(path), problem=f'cannot be read as JSON: {e}') from None
   if not isinstance(value, dict):
     raise InputError(str(path), accepted='a JSON object')
@@ -205,7 +207,7 @@ def cast(name: str, value: np.ndarray, dtype: np.dtype) -> np.ndarray:
 def new_path(path: str | os.PathLike, *, folder: bool = False) -> Generator[Path]:
   """Yield a path to write to, for a folder an empty one, which is renamed to `path` when complete.
   Raises `InputError` if `path` exists, other than as an empty folder, or cannot be written."""
-  target = Path(path).absolute()
+  target = user_path(path, 'out').absolute()
   if target.exists() and not (folder and target.is_dir() and not any(target.iterdir())):
     kind = ' and is not an empty folder' if folder else ''
     raise InputError(str(path), problem=f'exists already{kind}; it is not overwritten')

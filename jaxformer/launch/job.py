@@ -17,6 +17,7 @@ import shlex
 from typing import Final
 
 from jaxformer.config import InputError
+from jaxformer.files import user_path
 from jaxformer.planning.target import Target
 
 SIGNALLED: Final = 128
@@ -94,7 +95,7 @@ class CodeSource:
 def source_of(text: str) -> CodeSource:
   """The source that `--source` names. Raises `InputError` for a repository without a commit, and
   for missing files."""
-  path = pathlib.Path(text)
+  path = user_path(text, '--source')
   if text == 'installed':
     return CodeSource('installed')
   if text.startswith('git+'):
@@ -156,7 +157,7 @@ class Job:
   def file(self) -> pathlib.Path | None:
     """The experiment file; None for a preset."""
     is_file = self.experiment.endswith('.py') or '/' in self.experiment
-    return pathlib.Path(self.experiment) if is_file else None
+    return user_path(self.experiment) if is_file else None
 
   @property
   def words(self) -> list[str]:
@@ -168,7 +169,7 @@ class Job:
   def path(self, end: str) -> pathlib.Path:
     """A file of the job, next to the run folder if that is local."""
     folder = 'runs' if self.remote else self.run_dir
-    return pathlib.Path(folder).expanduser() / f'{self.name}.{end}'
+    return user_path(folder, 'run.dir') / f'{self.name}.{end}'
 
   @property
   def train(self) -> str:

@@ -1,7 +1,6 @@
 """Chip specifications: peak rates, memory, links and list prices, each with its source and date, in
 `hardware.toml`. A user's file in the same format can add and override chips."""
 
-import json
 import tomllib
 from collections.abc import Mapping
 from importlib import resources
@@ -9,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from jaxformer.config import Config, InputError, from_json, nearest, to_json
+from jaxformer.files import regular_file, user_path
+from jaxformer.json_data import parse_json
 
 GIB = 2**30
 
@@ -109,13 +110,13 @@ def hardware_file(path: str | Path) -> dict[str, Chip]:
 
   Fields override those of a known chip; an unknown chip needs all fields without a default, except
   `source` and `date`. Raises `InputError` that names the file, the chip and the field."""
-  path = Path(path)
+  path = user_path(path, '--hardware')
   try:
-    text = path.read_text()
-    data = tomllib.loads(text) if path.suffix == '.toml' else json.loads(text)
+    text = regular_file(path).read_text()
+    data = tomllib.loads(text) if path.suffix == '.toml' else parse_json(text)
   except OSError as e:
     raise InputError(f'--hardware {path}: {e.strerror}') from e
-  except ValueError as e:
+  except (ValueError, RecursionError) as e:
     raise InputError(
       f'--hardware {path}: {e} (read as TOML if the name ends in .toml, else as JSON)'
     ) from e

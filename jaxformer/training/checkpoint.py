@@ -26,7 +26,7 @@ from jaxtyping import Array
 from orbax.checkpoint import v1 as ocp
 from orbax.checkpoint.utils import is_checkpoint_finalized
 
-from jaxformer.config import InputError, first_lines
+from jaxformer.config import InputError, first_lines, whole
 from jaxformer.exit_codes import Failure
 from jaxformer.models.params import Definition, Params
 from jaxformer.sharding import MeshConfig, Parallel, make_parallel
@@ -124,7 +124,9 @@ def steps_in(folder: AnyPath) -> list[int]:
   """Return the steps that have a complete checkpoint, ascending. Interrupted saves have another
   name, or in a store no mark of completion."""
   found = folder.iterdir() if folder.is_dir() else ()
-  steps = (p for p in found if p.name.isdigit() and p.is_dir() and is_checkpoint_finalized(p))
+  steps = (
+    p for p in found if whole(p.name) is not None and p.is_dir() and is_checkpoint_finalized(p)
+  )
   return sorted(int(p.name) for p in steps)
 
 
@@ -212,11 +214,11 @@ def find(path: str | AnyPath) -> AnyPath:
     raise InputError(
       f'{path}: no checkpoint there; must be a run folder, or runs/NAME/checkpoints/STEP'
     )
-  if at and (not step.isdigit() or int(step) not in steps):
+  if at and (whole(step) not in steps):
     raise InputError(
       f'{path}: no checkpoint of step {step!r}; there are {", ".join(map(str, steps))}'
     )
-  return home / str(int(step) if at else steps[-1])
+  return home / str(whole(step) if at else steps[-1])
 
 
 def load_params(

@@ -18,6 +18,7 @@ from pathlib import Path
 from etils import epath
 
 from jaxformer.config import InputError
+from jaxformer.files import user_path
 
 AnyPath = Path | epath.Path
 """A local path, or one in an object store."""
@@ -39,7 +40,7 @@ def to_path(name: str | os.PathLike[str], field: str = '') -> AnyPath:
     return name
   text = os.fspath(name)
   if not is_url(text):
-    return Path(text).expanduser().absolute()
+    return user_path(text, field).absolute()
   scheme = check_url(text, field)
   import fsspec.config
 

@@ -27,7 +27,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from jaxformer.config import InputError
+from jaxformer.config import InputError, whole
 
 OWN = ('JAXFORMER_COORDINATOR', 'JAXFORMER_PROCESSES', 'JAXFORMER_PROCESS')
 J = TypeVar('J')  # JSON data
@@ -132,7 +132,7 @@ def _group(
 ) -> Group:
   processes, mine = _whole(environment, count, 1), _whole(environment, index, 0)
   host, _, port = address.rpartition(':')
-  if not host or not port.isdigit() or not 0 < int(port) < 2**16:
+  if not host or not 0 < (whole(port) or 0) < 2**16:
     raise InputError(coordinator, address, 'host:port')
   if mine >= processes:
     raise InputError(index, mine, f'below {count} = {processes}; processes count from 0')
@@ -145,13 +145,14 @@ def _group(
 
 def _whole(environment: Mapping[str, str], name: str, least: int) -> int:
   text = environment.get(name, '')
-  if not text.isdigit() or int(text) < least:
+  number = whole(text)
+  if number is None or number < least:
     raise InputError(name, text, f'a whole number, at least {least}')
-  return int(text)
+  return number
 
 
 def _several(environment: Mapping[str, str], name: str) -> bool:
-  return environment.get(name, '').isdigit() and int(environment[name]) > 1
+  return (whole(environment.get(name, '')) or 0) > 1
 
 
 def _known_to_jax(environment: Mapping[str, str]) -> str | None:

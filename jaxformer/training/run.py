@@ -30,7 +30,8 @@ from jaxformer import config
 from jaxformer.code_record import code_records
 from jaxformer.config import InputError
 from jaxformer.data import Tokenizer
-from jaxformer.files import write_atomically
+from jaxformer.files import regular_file, write_atomically
+from jaxformer.json_data import parse_json
 from jaxformer.training import lock
 from jaxformer.training.checkpoint import steps_in
 from jaxformer.training.environment import environment
@@ -92,7 +93,7 @@ def _read(folder: str | AnyPath) -> tuple[dict[str, Any], History | None]:
   where, file = to_path(folder), f'{folder}/config.json'
   try:
     with remote_errors(where):
-      data = json.loads((where / 'config.json').read_text())
+      data = parse_json(regular_file(where / 'config.json').read_text())
   except FileNotFoundError:
     check_bucket(where)
     raise InputError(f'{folder}: not a run folder: there is no config.json') from None

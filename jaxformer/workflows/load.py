@@ -1,6 +1,5 @@
 """Models with their parameters from a name: a run, weights of another library, or a preset."""
 
-import json
 import os
 import pathlib
 from collections.abc import Callable, Sequence
@@ -10,7 +9,9 @@ import jax
 from jaxformer.config import InputError, differences, first_lines, nearest, to_json
 from jaxformer.data import load_tokenizer
 from jaxformer.data.tokenizers import ByteTokenizer
+from jaxformer.files import regular_file, user_path
 from jaxformer.interop import is_rwkv, load_hf, load_rwkv
+from jaxformer.json_data import parse_json
 from jaxformer.models.model import ModelConfig
 from jaxformer.models.params import Params, define
 from jaxformer.models.zoo import PRESETS
@@ -85,7 +86,8 @@ def _initialized(name: str, seed: int) -> Model:
 
 def _places(name: str) -> tuple[pathlib.Path, pathlib.Path]:
   """Where a run of this name may be."""
-  return pathlib.Path(name), RUNS / name
+  path = user_path(name, 'run')
+  return path, RUNS / path
 
 
 def trained_folder(name: str) -> tuple[AnyPath, str]:
@@ -98,7 +100,7 @@ def trained_folder(name: str) -> tuple[AnyPath, str]:
   path = next((p for p in _places(folder) if folder and p.is_dir()), None)
   if path is not None:
     return path, at + step
-  if pathlib.Path(folder).is_file():
+  if _places(folder)[0].is_file():
     raise InputError(
       f'{folder} is a file; a run, a folder of Hugging Face weights or a .safetensors or .pth '
       'file is expected'
@@ -117,8 +119,8 @@ def foreign_weights(name: str) -> tuple[pathlib.Path, Reader] | None:
   `jaxformer.interop` that reads them; None for a run."""
   if is_url(name):
     return None
-  if is_rwkv(name) and pathlib.Path(name).is_file():
-    return pathlib.Path(name), load_rwkv
+  if is_rwkv(name) and _places(name)[0].is_file():
+    return _places(name)[0], load_rwkv
   path = pathlib.Path(trained_folder(name)[0])
   return (path, load_hf) if _is_hugging_face(path) else None
 
@@ -126,7 +128,7 @@ def foreign_weights(name: str) -> tuple[pathlib.Path, Reader] | None:
 def _is_hugging_face(folder: pathlib.Path) -> bool:
   file = folder / 'config.json'
   try:
-    value = json.loads(file.read_text())
+    value = parse_json(regular_file(file).read_text())
   except FileNotFoundError:
     return False
   except (OSError, ValueError) as e:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import NamedTuple, TypeVar, Unpack, cast
 
 from jaxformer.config import InputError, nearest
+from jaxformer.files import user_path
 from jaxformer.layers.layer import LayerConfig
 from jaxformer.models.model import ModelConfig
 from jaxformer.models.zoo import FAMILIES, PRESETS
@@ -139,7 +140,7 @@ def _defined(target: str, name: str, kind: type[T]) -> T:
   returns one."""
   found = getattr(load_file(target), name, None)
   if callable(found):
-    with errors_of(pathlib.Path(target)):
+    with errors_of(user_path(target)):
       found = found()
   if not is_a(found, kind):
     raise InputError(
