@@ -223,7 +223,7 @@ def test_mixture_of_mixtures_or_bad_weights():
     ((Tsv(path='x'),), None, 'corpora of one text per row'),
     ((), None, '1 to 1024 corpora'),
     ((topics,), (0.0,), r'Mixture\.weights = \(0\.0,\): must be a positive number per corpus'),
-    ((topics,), (float('inf'),), 'a positive number per corpus'),
+    ((topics,), (float('inf'),), 'must be a finite number'),
     ((topics,), (1.0, 2.0), 'a positive number per corpus'),
   ):
     with pytest.raises(InputError, match=message):
