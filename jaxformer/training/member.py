@@ -111,9 +111,10 @@ class Member:
     changed = f' with {"; ".join(run.changed)}' if run.changed else ''
     self.log(f'resuming {run.folder} at step {self.step}{changed}')
     # on all processes what the first one finds
-    rows, sampled = broadcast_from_process_0(
+    found: Any = broadcast_from_process_0(
       lambda: [read_metrics(run.home), run.has_sample(self.step)]
     )
+    rows, sampled = found
     self.tokens = r.tokens if r.tokens is not None else self._estimated_tokens(rows)
     self._last_row = self.step, self.tokens, 0.0
     losses = {row['step']: row['eval/loss'] for row in rows if row.get('eval/loss') is not None}

@@ -160,7 +160,7 @@ class Run:
     self._files = RunFiles(self.folder)
     self._lock: FolderLock | None = None
     self._started = False
-    self._request = {
+    self._request: dict[str, Any] = {
       'step': resume_from,
       'resume_with': sorted(experiment.training.resume_with),
       'skip_steps': sorted(experiment.training.skip_steps),
