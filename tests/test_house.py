@@ -25,6 +25,7 @@ BASE = {
   'exit_codes',
   'files',
   'json_data',
+  'installation',
 }
 MODELS = BASE | {'sharding', 'ops', 'layers', 'models'}
 MAY_IMPORT = {
@@ -34,6 +35,7 @@ MAY_IMPORT = {
   'exit_codes': set(),
   'files': {'config'},
   'json_data': set(),
+  'installation': set(),
   'overrides': {'config', 'json_data', 'user_code'},
   'user_code': {'code_record', 'config', 'files'},
   'data': BASE,
@@ -55,7 +57,7 @@ MAY_IMPORT['launch'] = BELOW_API
 MAY_IMPORT['workflows'] = BELOW_API | {'study', 'launch'}
 MAY_IMPORT['api'] = MAY_IMPORT['workflows'] | {'workflows'}
 MAY_IMPORT['__init__'] = MAY_IMPORT['api'] | {'api'}
-MAY_IMPORT['cli'] = {'config', 'exit_codes', 'json_data', 'training', '__init__'}
+MAY_IMPORT['cli'] = {'config', 'exit_codes', 'installation', 'json_data', 'training', '__init__'}
 MAY_IMPORT['__main__'] = {'cli'}
 LAZY = {'jaxformer/cli/main.py', 'jaxformer/__init__.py'}
 

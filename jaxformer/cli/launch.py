@@ -5,14 +5,16 @@ Writes the job file, shows the plan and its price, asks for confirmation and cal
 subprocesses and must be installed separately; training does not need them. Their settings are
 dotted, as in --sky.infra gcp/us-east5 --xpk.cluster NAME --gcloud.zone us-east5-b --slurm.partition
 gpu; overrides of the experiment are those of `train`. A run that is preempted is started again and
-resumes. `--sweep FIELD=VALUE,VALUE` starts a job per value, two sweeps one per pair."""
+resumes. Files of yours, and what they import beside them, are part of the job; the machines compare
+their hashes, and the version of jaxformer, before they train. `--sweep FIELD=VALUE,VALUE` starts a
+job per value, two sweeps one per pair."""
 
 import argparse
 import sys
 from typing import Any
 
 import jaxformer as jf
-from jaxformer.cli.output import json_option, print_json, show
+from jaxformer.cli.output import code_option, json_option, print_json, show, size_options
 from jaxformer.exit_codes import DONE, FAILED
 
 OVERRIDES = True
@@ -23,8 +25,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
   add = parser.add_argument
   add('engine', metavar='ENGINE', choices=ENGINES, help=', '.join(ENGINES))
   add(
-    'target_experiment', metavar='PRESET|FILE', help='a name of `jaxformer list`, or a Python file'
+    'target_experiment',
+    metavar='PRESET|FILE|FAMILY|FILE:NAME',
+    help='a name of `jaxformer list`, a Python file that defines `experiment`, a family with a '
+    'size, or a layer config in a Python file',
   )
+  size_options(parser)
   add(
     '--target',
     required=True,
@@ -34,10 +40,13 @@ def arguments(parser: argparse.ArgumentParser) -> None:
   add('--spot', action='store_true', help='preemptible machines, at the lower price')
   add(
     '--source',
-    help='what the machines install: git+URL@COMMIT, a wheel (a file or a URL), a folder with '
-    "jaxformer's pyproject.toml (sky and xpk; default: the working folder), installed (slurm; "
-    'default: the environment that is active now)',
+    help='what the machines install: jaxformer==VERSION, git+URL@COMMIT, a wheel (a file or a '
+    "URL), a folder with jaxformer's pyproject.toml (sky and xpk), installed (slurm: the "
+    'environment that is active now); default: what runs here, whose version it must have',
   )
+  add('--init-from', metavar='RUN', help='as of `train`: on gs://, or a folder on a shared disk')
+  add('--resume-from', metavar='STEP', type=int, help='as of `train`')
+  code_option(parser)
   add('--sweep', action='append', metavar='FIELD=A,B', help='a job per value; may be repeated')
   add('--utilization', type=float, help='assumed share of the peak FLOPs (0.4)')
   add('--dry-run', action='store_true', help='print the files and the plan, start nothing')

@@ -9,7 +9,6 @@ called, so help is fast."""
 
 import argparse
 import importlib
-import importlib.metadata
 import os
 import pathlib
 import sys
@@ -19,6 +18,7 @@ from typing import NoReturn
 import jaxformer as jf
 from jaxformer.config import InputError, nearest
 from jaxformer.exit_codes import BAD_INPUT, DONE, FAILED, INTERRUPTED, PREEMPTED, Failure
+from jaxformer.installation import installation
 
 SECTIONS = ('model', 'data', 'optimizer', 'schedule', 'training', 'mesh', 'run')
 COMMANDS = (
@@ -157,7 +157,7 @@ def _parser() -> _Parser:
     description='Train, plan and compare sequence models on TPU and GPU meshes.',
     allow_abbrev=False,
   )
-  parser.add_argument('--version', action='version', version=f'jaxformer {_version()}')
+  parser.add_argument('--version', action='version', version=f'jaxformer {installation().version}')
   commands = parser.add_subparsers(dest='command', required=True, metavar='COMMAND')
   for name in COMMANDS:
     module = importlib.import_module(f'jaxformer.cli.{name}')
@@ -175,10 +175,3 @@ def _parser() -> _Parser:
     known += [f'--{s}' for s in SECTIONS] if module.OVERRIDES else []
     sub.set_defaults(module=module, known=known)
   return parser
-
-
-def _version() -> str:
-  try:
-    return importlib.metadata.version('jaxformer')
-  except importlib.metadata.PackageNotFoundError:
-    return 'not installed'

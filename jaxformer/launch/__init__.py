@@ -3,9 +3,10 @@ subprocesses and are installed separately. Training needs none of this."""
 
 from jaxformer.launch.engine import Engine, LaunchError, submit
 from jaxformer.launch.gcloud import GCloud
-from jaxformer.launch.job import CodeSource, Job, source_of
+from jaxformer.launch.job import CodeSource, Job
 from jaxformer.launch.sky import Sky
 from jaxformer.launch.slurm import Slurm
+from jaxformer.launch.source import source_of
 from jaxformer.launch.xpk import XPK
 
 ENGINES: dict[str, type[Engine]] = {

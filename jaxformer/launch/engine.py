@@ -1,20 +1,34 @@
 """The interface of engines: an engine turns a job into files, and a command that submits them."""
 
+import os
 import pathlib
+import re
 import shlex
 import shutil
 import subprocess
+import sys
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import jinja2
 
 from jaxformer.config import Config, InputError
+from jaxformer.installation import installation
 from jaxformer.launch.job import FORMS, CodeSource, Job
+from jaxformer.launch.source import default_source
 from jaxformer.planning.target import Target, parse_target
 from jaxformer.training.paths import check_url
 
 # TPU generations by their names on Google Cloud
 TPUS = {'v4': 'v4', 'v5e': 'v5litepod', 'v5p': 'v5p', 'v6e': 'v6e', 'v7x': 'tpu7x'}
+
+# what neither a script in one line nor a file in UTF-8 holds: control characters, lone surrogates
+CONTROL = re.compile(r'[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]')
+
+# Of Google Cloud: docs.cloud.google.com/resource-manager/docs/creating-managing-projects, and
+# docs.cloud.google.com/compute/docs/regions-zones
+PROJECT = (r'([a-z0-9.-]+:)?[a-z]([a-z0-9-]{0,28}[a-z0-9])?|[0-9]{1,20}', 'the id of a project')
+ZONE = (r'[a-z]+(-[a-z]+)+[0-9]+-[a-z0-9]+', 'a zone such as us-east5-b')
 
 
 class LaunchError(Exception):
@@ -29,18 +43,39 @@ class Engine(Config, abstract=True):
     get: how to install it.
     chips: supported chips.
     sources: supported kinds of sources.
+    forms: syntax of fields that are text: a regular expression, and what it stands for.
+    most_bytes: how long the text may be that the engine has to carry, and why.
     wheels: supported schemes of wheels; 'file' is a local file.
   """
 
   program: ClassVar[str]
   get: ClassVar[str]
   chips: ClassVar[tuple[str, ...]]
-  sources: ClassVar[tuple[str, ...]] = ('git', 'wheel', 'folder')
+  sources: ClassVar[tuple[str, ...]] = ('index', 'git', 'wheel', 'folder')
   wheels: ClassVar[tuple[str, ...]] = ('file', 'https')
+  forms: ClassVar[Mapping[str, tuple[str, str]]] = {}
+  most_bytes: ClassVar[tuple[int, str]]
+
+  def validate(self):
+    for field, (form, meaning) in self.forms.items():
+      text = getattr(self, field)
+      self.require(
+        text is None or re.fullmatch(form, text, re.ASCII) is not None, field, f'{meaning}, or none'
+      )
 
   def default_source(self) -> CodeSource:
-    """The source without `--source`. Raises `InputError` if there is no sensible default."""
-    return CodeSource('folder')
+    """The source without `--source`, the one that runs here. Raises `InputError` if the machines
+    cannot get it."""
+    return default_source(installation(), self.sources)
+
+  @property
+  def shares_disk(self) -> bool:
+    """Whether the machines have the disk that jobs are submitted from."""
+    return False
+
+  def carried(self, job: Job) -> str:
+    """The text that may be `most_bytes` long."""
+    return max(self.files(job).values(), key=len)
 
   @property
   def keeps_disk(self) -> bool:
@@ -76,11 +111,29 @@ class Engine(Config, abstract=True):
       places = ' or '.join('a file' if w == 'file' else f'at {w}://' for w in self.wheels)
       problem = f'{engine} needs a wheel that is {places}'
       raise InputError('--source', source.place, problem=problem)
+    self.check_text(job)
     if job.remote:
       check_url(job.run_dir, 'run.dir')
     elif (problem := self.storage_problem(job)) is not None:
       storage = f'on object storage, such as gs://BUCKET/runs; {problem}'
       raise InputError('run.dir', job.run_dir, storage)
+
+  def check_text(self, job: Job) -> None:
+    """Raise `InputError` for text that no job file can hold."""
+    given = (('experiment', job.experiment), *job.options, *job.overrides)
+    for field, text in (*given, ('run.name', job.name), ('run.dir', job.run_dir)):
+      if CONTROL.search(f'{field}{text}'):
+        raise InputError(f'--{field}', text, 'text without control characters')
+    ends = ('.startup.sh', '.sbatch')  # the longest
+    longest = max(len(part.encode()) for part in f'{job.name}{max(ends, key=len)}'.split('/'))
+    if longest > 210:  # with what is put around it while it is written, 255
+      raise InputError('run.name', job.name, 'a name of at most 199 bytes, for the job files')
+    most, why = self.most_bytes
+    size = len(self.carried(job).encode())
+    if size > most:
+      files = ', '.join(job.files.sha256()) or 'the overrides'
+      problem = f'{size:,} bytes with {files}; at most {most:,} ({why}): install large code by '
+      raise InputError('job', job.name, problem=f'{problem}--source, or import less')
 
   def files(self, job: Job) -> dict[pathlib.Path, str]:
     """The files of the job: path -> text."""
@@ -147,8 +200,27 @@ def submit(engine: Engine, job: Job) -> None:
     raise LaunchError(
       f'{engine.program} is not installed here ({engine.get}); once it is, run {command}'
     )
-  if code := subprocess.run(words, check=False).returncode:
-    raise LaunchError(f'{command} exited with code {code}')
+  code, last = _passed_on(words)
+  if code:
+    raise LaunchError(f'{command} exited with code {code}' + (f': {last}' if last else ''))
+
+
+def _passed_on(words: list[str]) -> tuple[int, str]:
+  """Run a command, pass on what it prints to stderr as it comes, and return its exit code and the
+  last line that it printed."""
+  try:
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+  except OSError as e:
+    raise LaunchError(f'{shlex.join(words)} cannot be run ({e.strerror})') from None
+  assert process.stdout is not None
+  tail = ''
+  with process:
+    while piece := os.read(process.stdout.fileno(), 1 << 16).decode(errors='replace'):
+      print(piece, end='', file=sys.stderr, flush=True)
+      tail = (tail + piece)[-4000:]
+  plain = re.sub(r'\x1b\[[0-9;?]*[A-Za-z]', '', tail)
+  lines = [line.strip() for line in re.split(r'[\r\n]+', plain) if line.strip()]
+  return process.returncode, lines[-1] if lines else ''
 
 
 def one_option_per_line(words: list[str], indent: str = '  ') -> str:

@@ -9,9 +9,10 @@ https://cloud.google.com/tpu/docs/queued-resources
 
 import shlex
 
-from jaxformer.config import InputError
 from jaxformer.exit_codes import PREEMPTED
 from jaxformer.launch.engine import (
+  PROJECT,
+  ZONE,
   Engine,
   accelerator_type,
   flags,
@@ -20,7 +21,7 @@ from jaxformer.launch.engine import (
   shape,
   standard,
 )
-from jaxformer.launch.job import SIGNALLED, CodeSource, Job
+from jaxformer.launch.job import SIGNALLED, Job
 from jaxformer.launch.sky import RUNTIMES
 
 QUEUED_RESOURCES = ['gcloud', 'compute', 'tpus', 'queued-resources']
@@ -52,18 +53,31 @@ class GCloud(Engine):
   program = 'gcloud'
   get = 'https://cloud.google.com/sdk/docs/install'
   chips = tuple(RUNTIMES)
-  sources = ('git', 'wheel')
+  sources = ('index', 'git', 'wheel')
   wheels = ('gs', 'https')
+  # docs.cloud.google.com/compute/docs/metadata/setting-custom-metadata
+  most_bytes = (256 * 1024, 'the limit of a value of metadata, which holds the start-up script')
+  forms = {
+    'project': PROJECT,
+    'zone': ZONE,
+    'runtime_version': (r'[A-Za-z0-9][A-Za-z0-9._-]*', 'the name of a TPU software version'),
+    'service_account': (
+      r'[A-Za-z0-9][A-Za-z0-9-]*@[a-z0-9]([a-z0-9.-]*[a-z0-9])?',
+      'the e-mail address of a service account',
+    ),
+    # `gcloud topic datetimes`
+    'valid_for': (
+      r'(?=[0-9])([0-9]+w)?([0-9]+d)?([0-9]+h)?([0-9]+m)?([0-9]+s)?',
+      'a duration such as 6h, 90m or 1d12h',
+    ),
+  }
 
   def validate(self):
+    super().validate()
     self.require_not_negative('max_restarts')
 
-  def default_source(self) -> CodeSource:
-    raise InputError(
-      '--source',
-      None,
-      'git+URL@COMMIT, or a wheel at gs:// or https://: gcloud machines start without jaxformer',
-    )
+  def carried(self, job):
+    return self.files(job)[job.path('startup.sh')]
 
   @property
   def keeps_disk(self):
@@ -113,8 +127,7 @@ class GCloud(Engine):
     startup = render(
       'startup.sh.jinja',
       name=job.short_name(),
-      install=job.source.install(job.extra, _ENVIRONMENT),
-      experiment=job.write_experiment(),
+      install=[*job.source.install(job.extra, _ENVIRONMENT, more=job.requirements), *job.prepare()],
       train=job.train,
       preempted=PREEMPTED,
       signalled=SIGNALLED,
@@ -122,7 +135,7 @@ class GCloud(Engine):
       keep=self.keep,
       log=f'{job.run_dir}/{job.name}.worker-' if job.run_dir.startswith('gs://') else None,
     )
-    return {job.path('gcloud.sh'): request, job.path('startup.sh'): startup}
+    return {job.path('gcloud.sh'): request + job.mark, job.path('startup.sh'): startup + job.mark}
 
   def command(self, job):
     return ['bash', str(job.path('gcloud.sh'))]

@@ -1,6 +1,9 @@
 """A job: one training run on one target, as shell commands that every engine can run.
 
-- It installs a git commit, a wheel or a folder (`CodeSource`) into a virtual environment.
+- It installs a version, a git commit, a wheel or a folder (`CodeSource`) into a virtual
+  environment.
+- It writes the user's files, and compares their hashes, and the version of jaxformer, with those
+  that were planned.
 - It runs `jaxformer train EXPERIMENT overrides --run.name NAME --run.dir DIR`, one process per
   host; on Slurm, one per GPU.
 
@@ -8,16 +11,16 @@ Engines act on the exit code: after `exit_codes.PREEMPTED` they restart the run,
 code of `SIGNALLED` and above means that a signal ended the process, as when another host died, and
 they restart it a few times; any other code is final."""
 
-import base64
 import dataclasses
 import hashlib
 import pathlib
 import re
 import shlex
+from collections.abc import Sequence
 from typing import Final
 
-from jaxformer.config import InputError
 from jaxformer.files import user_path
+from jaxformer.launch.user_files import NO_FILES, UserFiles
 from jaxformer.planning.target import Target
 
 SIGNALLED: Final = 128
@@ -28,6 +31,7 @@ LONGEST_NAME: Final = 39  # of a job, in characters
 
 # kinds of sources -> their form in `--source`
 FORMS = {
+  'index': 'jaxformer==VERSION',
   'git': 'git+URL@COMMIT',
   'wheel': 'a wheel (a file or a URL)',
   'folder': 'a folder with the pyproject.toml of jaxformer',
@@ -41,9 +45,10 @@ class CodeSource:
 
   Attributes:
     kind: 'git' is one commit of a repository: every restart runs the same code. 'wheel' is a local
-      file or a URL, 'folder' a local folder with jaxformer's `pyproject.toml`. 'installed' is the
-      active environment, where the job's machines share the disk that it is on.
-    place: git+URL@COMMIT, or a path or URL.
+      file or a URL, 'folder' a local folder with jaxformer's `pyproject.toml`. 'index' is a version
+      from the package index. 'installed' is the active environment, where the job's machines share
+      the disk that it is on.
+    place: git+URL@COMMIT, jaxformer==VERSION, or a path or URL.
   """
 
   kind: str
@@ -63,8 +68,8 @@ class CodeSource:
 
   @property
   def folder(self) -> str | None:
-    """The local folder in whose copy the machines run; None if they get no local files."""
-    return self.place if self.kind in ('folder', 'installed') else None
+    """The local folder in whose copy the machines run; None if they run in no copy of one."""
+    return self.place if self.kind == 'folder' else None
 
   def requirement(self, extra: str, uploads: str) -> str:
     """What pip installs, as shell text, with extras such as 'tpu' or 'cuda,storage'; `uploads` is
@@ -73,44 +78,28 @@ class CodeSource:
       return shlex.quote(f'.[{extra}]')
     if self.scheme in ('file', 'gs'):
       return f'{uploads}/{shlex.quote(f"{pathlib.PurePath(self.place).name}[{extra}]")}'
+    if self.kind == 'index':
+      return shlex.quote(self.place.replace('==', f'[{extra}]==', 1))
     return shlex.quote(f'jaxformer[{extra}] @ {self.place}')
 
-  def install(self, extra: str, environment: str, uploads: str = '.') -> list[str]:
-    """Commands that install it into a virtual environment and put that first on the path. Cloud
-    images come with an older Python; uv brings its own. `environment` and `uploads` are folders, as
-    shell text."""
+  def install(
+    self, extra: str, environment: str, uploads: str = '.', more: Sequence[str] = ()
+  ) -> list[str]:
+    """Commands that install it, and `more` requirements, into a virtual environment and put that
+    first on the path. Cloud images come with an older Python; uv brings its own. `environment` and
+    `uploads` are folders, as shell text."""
     if self.kind == 'installed':
       return []
+    wanted = ' '.join([self.requirement(extra, uploads), *map(shlex.quote, more)])
     download = [f'gcloud storage cp {shlex.quote(self.place)} {uploads}']  # pip cannot
     return [
       *(download if self.scheme == 'gs' else []),
       'export PATH="$HOME/.local/bin:$PATH"',
       '{ command -v uv >/dev/null || curl -LsSf https://astral.sh/uv/install.sh | sh; }',
       f'uv venv --quiet --allow-existing --python {PYTHON} {environment}',
-      f'uv pip install --quiet --python {environment} {self.requirement(extra, uploads)}',
+      f'uv pip install --quiet --python {environment} {wanted}',
       f'export PATH={environment}/bin:$PATH',
     ]
-
-
-def source_of(text: str) -> CodeSource:
-  """The source that `--source` names. Raises `InputError` for a repository without a commit, and
-  for missing files."""
-  path = user_path(text, '--source')
-  if text == 'installed':
-    return CodeSource('installed')
-  if text.startswith('git+'):
-    url, at, commit = text.rpartition('@')
-    if not at or '/' in commit or '://' not in url:
-      raise InputError('--source', text, 'git+URL@COMMIT, so that every restart runs the same code')
-    return CodeSource('git', text)
-  if text.endswith('.whl'):
-    wheel = CodeSource('wheel', text)
-    if wheel.upload and not path.is_file():
-      raise InputError('--source', text, problem='no such file')
-    return wheel
-  if not (path / 'pyproject.toml').is_file():
-    raise InputError('--source', text, ' or '.join(FORMS.values()))
-  return CodeSource('folder', text)
 
 
 # ---- the job -----------------------------------------------------------------------------------
@@ -128,6 +117,10 @@ class Job:
     target: the slices that it runs on.
     spot: whether to use preemptible machines.
     source: what they install.
+    version: of jaxformer, which planned the job and must run it; None for any.
+    files: those of the user.
+    requirements: what else is installed, as pip takes it.
+    options: (name, text) of the other options of `train`.
   """
 
   name: str
@@ -137,6 +130,10 @@ class Job:
   target: Target
   spot: bool
   source: CodeSource
+  version: str | None = None
+  files: UserFiles = NO_FILES
+  requirements: tuple[str, ...] = ()
+  options: tuple[tuple[str, str], ...] = ()
 
   @property
   def remote(self) -> bool:
@@ -154,17 +151,26 @@ class Job:
     return ('tpu' if self.tpu else 'cuda') + (',storage' if self.remote else '')
 
   @property
-  def file(self) -> pathlib.Path | None:
-    """The experiment file; None for a preset."""
-    is_file = self.experiment.endswith('.py') or '/' in self.experiment
-    return user_path(self.experiment) if is_file else None
-
-  @property
   def words(self) -> list[str]:
     """`jaxformer train ...`, as the machines run it in the folder of the source."""
-    given = (*self.overrides, ('run.name', self.name), ('run.dir', self.run_dir))
-    options = (f'--{path}={text}' for path, text in given)
-    return ['jaxformer', 'train', self._experiment_there(), *options]
+
+    def there(text: str) -> str:
+      return self.files.there(text, self.files_folder)
+
+    given = (*self.options, *self.overrides, ('run.name', self.name), ('run.dir', self.run_dir))
+    options = (f'--{path}={there(text)}' for path, text in given)
+    return ['jaxformer', 'train', there(self.experiment), *options]
+
+  @property
+  def files_folder(self) -> str:
+    """The folder of the user's files on the machines, where training starts. Named by their
+    content: jobs that share a disk leave each other's files alone."""
+    return f'jaxformer-files-{self.files.digest()}'
+
+  @property
+  def mark(self) -> str:
+    """The last line of every job file, by which it is known as a file of this job."""
+    return f'# job file of jaxformer launch for the run {self.name}\n'
 
   def path(self, end: str) -> pathlib.Path:
     """A file of the job, next to the run folder if that is local."""
@@ -185,21 +191,14 @@ class Job:
     digest = hashlib.sha256(self.name.encode()).hexdigest()[:6]
     return f'{name[: LONGEST_NAME - 7].rstrip("-")}-{digest}'
 
-  def write_experiment(self) -> list[str]:
-    """The command that writes the experiment file, if the source does not contain it. Base64 is
-    one line, whatever the file contains."""
-    if self.file is None or self.source.folder is not None:
-      return []
-    encoded = base64.b64encode(self.file.read_bytes()).decode()
-    return [f'echo {encoded} | base64 -d > {shlex.quote(self.file.name)}']
-
-  def _experiment_there(self) -> str:
-    if self.file is None:
-      return self.experiment
-    if self.source.folder is None:
-      return self.file.name
-    root, file = pathlib.Path(self.source.folder).resolve(), self.file.resolve()
-    if not file.is_relative_to(root):
-      where = f'in {root}, the folder that the machines get, or --source a commit or a wheel'
-      raise InputError('experiment', self.experiment, where)
-    return str(file.relative_to(root))
+  def prepare(self) -> list[str]:
+    """Commands, each one line, that write the user's files, and that fail with one line where a
+    file, or the installed version, is not what was planned."""
+    commands = self.files.commands(self.files_folder)
+    if self.version is not None:
+      wanted = shlex.quote(f'jaxformer {self.version}')
+      commands.append(
+        f'{{ version=$(jaxformer --version) && [ "$version" = {wanted} ] || {{ '
+        f'echo "error: planned with {self.version}, here is: $version" >&2; false; }}; }}'
+      )
+    return commands

@@ -4,11 +4,12 @@ https://docs.skypilot.co/en/latest/reference/yaml-spec.html
 """
 
 import pathlib
+import re
 from typing import Any
 
 import yaml
 
-from jaxformer.config import InputError
+from jaxformer.config import InputError, nearest
 from jaxformer.exit_codes import PREEMPTED
 from jaxformer.launch.engine import Engine, accelerator_type, nodes_of_gpus, shape, standard
 from jaxformer.launch.job import Job
@@ -21,6 +22,12 @@ RUNTIMES = {
   'v6e': 'v2-alpha-tpuv6e',
 }
 GPUS = {'a100': 'A100-80GB', 'h100': 'H100', 'h100-nvl': 'H100-NVL', 'h200': 'H200', 'b200': 'B200'}
+# of SkyPilot 0.14
+CLOUDS = (
+  *('aws', 'azure', 'cudo', 'do', 'fluidstack', 'gcp', 'hyperbolic', 'ibm', 'k8s', 'kubernetes'),
+  *('lambda', 'mithril', 'nebius', 'oci', 'paperspace', 'primeintellect', 'runpod', 'scp'),
+  *('seeweb', 'shadeform', 'slurm', 'ssh', 'vast', 'verda', 'vsphere', 'yotta'),
+)
 _ENVIRONMENT = '"$HOME/jaxformer-env"'
 
 
@@ -42,14 +49,36 @@ class Sky(Engine):
   program = 'sky'
   get = "`pip install 'skypilot[gcp]>=0.14,<0.15'`, in a separate environment"
   chips = (*RUNTIMES, *GPUS)
+  # SkyPilot sends scripts that are too long for a command as files
+  most_bytes = (1_000_000, 'what is sent with a task')
 
   def validate(self):
+    super().validate()
+    self._check_infra()
     self.require_not_negative('max_restarts')
     self.require_positive('disk_gb')
     self.require(
       self.managed or self.max_restarts is None,
       'max_restarts',
       'none when managed is false: nothing restarts the job',
+    )
+
+  def _check_infra(self) -> None:
+    """Raises `InputError` for an `infra` that is none of SkyPilot's."""
+    if self.infra is None:
+      return
+    cloud, *places = self.infra.split('/')
+    form = 'CLOUD, CLOUD/REGION or CLOUD/REGION/ZONE, such as gcp/us-east5'
+    place = r'\*|[\w][\w.@:-]*'
+    self.require(
+      cloud == '*' or cloud.lower() in CLOUDS, 'infra', f'{form}{nearest(cloud, CLOUDS)}'
+    )
+    self.require(
+      all(re.fullmatch(place, p, re.ASCII) for p in places)
+      # the context of a Kubernetes cluster may hold slashes
+      and (len(places) <= 2 or cloud.lower() in ('k8s', 'kubernetes', 'ssh')),
+      'infra',
+      form,
     )
 
   @property
@@ -98,15 +127,15 @@ class Sky(Engine):
       task['workdir'] = source.folder
     elif source.upload is not None:
       task['file_mounts'] = {f'~/{pathlib.PurePath(source.upload).name}': source.upload}
-    *setup, on_path = source.install(job.extra, _ENVIRONMENT, '"$HOME"')
+    *setup, on_path = source.install(job.extra, _ENVIRONMENT, '"$HOME"', job.requirements)
     # `exec`: training replaces the shell, so that it receives the signals to the job.
     return task | {
       'setup': _script(setup),
-      'run': _script([on_path, *job.write_experiment(), f'exec {job.train}']),
+      'run': _script([on_path, *job.prepare(), f'exec {job.train}']),
     }
 
   def files(self, job):
-    return {job.path('sky.yaml'): to_yaml(self.task(job))}
+    return {job.path('sky.yaml'): to_yaml(self.task(job)) + job.mark}
 
   def command(self, job):
     file = str(job.path('sky.yaml'))

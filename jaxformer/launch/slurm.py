@@ -4,12 +4,13 @@ https://slurm.schedmd.com/sbatch.html
 """
 
 import pathlib
+import re
 import shlex
 
 from jaxformer.config import InputError
 from jaxformer.exit_codes import PREEMPTED
 from jaxformer.launch.engine import Engine, nodes_of_gpus, render
-from jaxformer.launch.job import SIGNALLED, CodeSource
+from jaxformer.launch.job import SIGNALLED
 
 
 class Slurm(Engine):
@@ -38,15 +39,35 @@ class Slurm(Engine):
   program = 'sbatch'
   get = 'submit from a login node of the cluster'
   chips = ('a100', 'h100', 'h100-nvl', 'h200', 'b200')
-  sources = ('installed', 'git', 'wheel')
+  sources = ('installed', 'index', 'git', 'wheel')
+  # slurm.schedmd.com/slurm.conf.html, max_script_size
+  most_bytes = (4 * 1024 * 1024, 'the default limit of a batch script')
+  forms = {
+    'partition': (r'\w[\w.-]*(,\w[\w.-]*)*', 'names of partitions, with commas between'),
+    'account': (r'\w[\w.@+-]*', 'the name of an account'),
+    'qos': (r'\w[\w.@+-]*(,\w[\w.@+-]*)*', 'the name of a quality of service'),
+    'gpu': (r'\w[\w.-]*', "the cluster's name of a GPU"),
+    'time': (
+      r'[0-9]+(:[0-9]{1,2}){0,2}|[0-9]+-[0-9]{1,2}(:[0-9]{1,2}){0,2}|UNLIMITED|INFINITE',
+      'a time limit: MINUTES, MINUTES:SECONDS, HOURS:MINUTES:SECONDS, DAYS-HOURS, '
+      'DAYS-HOURS:MINUTES or DAYS-HOURS:MINUTES:SECONDS',
+    ),
+  }
 
   def validate(self):
+    super().validate()
+    self.require(
+      self.setup is None or re.search(r'[\x00\r]|[\ud800-\udfff]', self.setup) is None,
+      'setup',
+      'shell lines without zero bytes and carriage returns',
+    )
     self.require_positive('cpus_per_gpu')
     self.require(0 < self.save_seconds < 65536, 'save_seconds', 'positive and below 65536')
     self.require_not_negative('max_restarts')
 
-  def default_source(self):
-    return CodeSource('installed')
+  @property
+  def shares_disk(self):
+    return True
 
   def storage_problem(self, job):
     return None  # the nodes of a cluster share the folder that jobs are submitted from
@@ -69,7 +90,8 @@ class Slurm(Engine):
       'ntasks-per-node': gpus,
       'gres': f'gpu:{self.gpu or job.target.chip.name.partition("-")[0]}:{gpus}',
       'cpus-per-task': self.cpus_per_gpu,
-      'output': job.path('%j.log'),
+      # sbatch replaces %j by the number of the job, and %% by %
+      'output': str(job.path('')).replace('%', '%%') + '%j.log',
       'open-mode': 'append',
       'signal': f'USR2@{self.save_seconds}',
     }
@@ -81,14 +103,15 @@ class Slurm(Engine):
         options=options,
         prepare=[
           *(self.setup or '').splitlines(),
-          *job.source.install(job.extra, folder, shlex.quote(str(wheel.parent))),
-          *job.write_experiment(),
+          *job.source.install(job.extra, folder, shlex.quote(str(wheel.parent)), job.requirements),
+          *job.prepare(),
         ],
         train=job.train,
         preempted=PREEMPTED,
         signalled=SIGNALLED,
         max_restarts=self.max_restarts,
       )
+      + job.mark
     }
 
   def command(self, job):

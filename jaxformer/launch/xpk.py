@@ -4,12 +4,15 @@ https://github.com/AI-Hypercomputer/xpk
 """
 
 import pathlib
+import shlex
 from typing import Any
 
 from jaxformer.config import InputError
 from jaxformer.exit_codes import PREEMPTED
 from jaxformer.launch.engine import (
+  PROJECT,
   TPUS,
+  ZONE,
   Engine,
   accelerator_type,
   flags,
@@ -48,7 +51,23 @@ class XPK(Engine):
   chips = (*TPUS, *DEVICES)
   priorities = ('very-low', 'low', 'medium', 'high', 'very-high')
 
+  # Linux's limit of an argument, less what xpk and the container put around the command
+  most_bytes = (128 * 1024 - 8192, 'the limit of a command')
+  forms = {
+    # docs.cloud.google.com/kubernetes-engine/docs/reference/rest/v1/projects.locations.clusters
+    'cluster': (r'[a-z]([a-z0-9-]{0,38}[a-z0-9])?', 'the name of a GKE cluster'),
+    'project': PROJECT,
+    'zone': (f'{ZONE[0]}|[a-z]+(-[a-z]+)+[0-9]+', 'a zone or region such as us-east5-b'),
+    # github.com/distribution/reference
+    'image': (
+      r'([A-Za-z0-9][A-Za-z0-9.-]*(:[0-9]+)?/)?[a-z0-9]+([._/-]+[a-z0-9]+)*'
+      r'(:\w[\w.-]{0,127})?(@sha256:[0-9a-f]{64})?',
+      'a container image such as python:3.12 or us-docker.pkg.dev/PROJECT/REPOSITORY/NAME:TAG',
+    ),
+  }
+
   def validate(self):
+    super().validate()
     self.require(
       self.priority in self.priorities, 'priority', f'one of {", ".join(self.priorities)}'
     )
@@ -67,6 +86,9 @@ class XPK(Engine):
     if self.cluster is None:
       name = 'the name of a GKE cluster, such as --xpk.cluster NAME'
       raise InputError('xpk.cluster', None, name)
+
+  def carried(self, job):
+    return self.container_command(job)
 
   def arguments(self, job: Job) -> list[str]:
     """The command that creates the workload."""
@@ -102,13 +124,14 @@ class XPK(Engine):
   def container_command(self, job: Job) -> str:
     """The command of the container, in one line since xpk embeds it in YAML. `exec`: training
     replaces the shell, to which xpk sends SIGTERM."""
-    requirement = job.source.requirement(job.extra, '.')
+    more = (f' {shlex.quote(r)}' for r in job.requirements)
+    requirement = job.source.requirement(job.extra, '.') + ''.join(more)
     install = f'python -m pip install --quiet {requirement}'
-    return ' && '.join([*job.write_experiment(), install, f'exec {job.train}'])
+    return ' && '.join([install, *job.prepare(), f'exec {job.train}'])
 
   def files(self, job):
     create = one_option_per_line(self.arguments(job))
-    script = f'#!/usr/bin/env bash\nset -euo pipefail\n{create}\n'
+    script = f'#!/usr/bin/env bash\nset -euo pipefail\n{create}\n{job.mark}'
     return {job.path('xpk.sh'): script}
 
   def command(self, job):

@@ -4,21 +4,28 @@ import dataclasses
 import pathlib
 import shlex
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Unpack
 
-from jaxformer.config import InputError
+from jaxformer.config import InputError, digest
+from jaxformer.installation import installation
 from jaxformer.launch import ENGINES, Engine, Job, source_of, submit
 from jaxformer.launch.check import check_on, setup_of
+from jaxformer.launch.data_paths import check_data_paths
+from jaxformer.launch.source import check_version, described
 from jaxformer.launch.sweep import grid
+from jaxformer.launch.user_files import requirements, user_files
+from jaxformer.launch.write import write_files
 from jaxformer.overrides import override
 from jaxformer.planning.estimate import UTILIZATION, TrainingRun, training_run
 from jaxformer.planning.memory import DeviceMemory
 from jaxformer.planning.target import parse_target
-from jaxformer.training.experiment import Experiment, check_complete
+from jaxformer.training.experiment import Experiment, RunConfig, check_complete
+from jaxformer.workflows.load import name_code
 from jaxformer.workflows.names import resolve
 from jaxformer.workflows.on_target import on_target
 from jaxformer.workflows.overrides import Overrides, pairs_of
 from jaxformer.workflows.progress import Log
+from jaxformer.workflows.sizes import Size
 from jaxformer.workflows.tables import amount, table
 
 
@@ -75,6 +82,10 @@ class LaunchPlan:
         for p in self.jobs
       ],
       'price': sum(p.price for p in self.jobs),
+      'source': described(job.source),
+      'version': job.version,
+      'user_files': job.files.sha256(),
+      'requirements': list(job.requirements),
       **({'to_be_given': self.missing} if self.missing else {}),
       'files': {str(path): text for path, text in self.files.items()},
     }
@@ -109,6 +120,13 @@ class LaunchPlan:
       '(`jaxformer plan --compile` reports what the compiler needs)'
     )
     lines += [f'to be given: {field} ({what})' for field, what in self.missing.items()]
+    lines.append(f'jaxformer {job.version}: {described(job.source)}')
+    if hashes := job.files.sha256():
+      named = ', '.join(f'{path} ({digest[:12]})' for path, digest in hashes.items())
+      lines.append(f'your files, by sha256: {named}')
+    if job.requirements:
+      installs = 'needs' if job.source.kind == 'installed' else 'installs'
+      lines.append(f'{installs} for your files: {", ".join(job.requirements)}')
     commands = (shlex.join(self.engine.command(p.job)) for p in self.jobs)
     return [*lines, *(f'submitted by: {command}' for command in commands)]
 
@@ -123,14 +141,13 @@ class LaunchPlan:
     return self.engine.after(self.jobs[0].job)
 
   def submit(self, log: Log = print) -> None:
-    """Write the job files and submit the jobs. Raises `LaunchError`."""
+    """Write the job files and submit the jobs. Raises `InputError` for what cannot be written, and
+    `LaunchError`."""
     self.check_complete()
-    for path, text in self.files.items():
-      try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-      except OSError as e:
-        raise InputError(f'{path}: cannot be written ({e.strerror})') from None
+    files = {
+      path: (text, p.job.mark) for p in self.jobs for path, text in self.engine.files(p.job).items()
+    }
+    for path in write_files(files):
       log(f'wrote {path}')
     for p in self.jobs:
       submit(self.engine, p.job)
@@ -146,20 +163,27 @@ def plan_launch(
   source: str | None = None,
   sweep: Sequence[str] = (),
   utilization: float = UTILIZATION,
+  init_from: str | None = None,
+  resume_from: int | None = None,
+  code: Sequence[str] = (),
+  **size: Unpack[Size],
 ) -> LaunchPlan:
   """Return training jobs for rented machines or a cluster, checked and priced. `.submit()` writes
   their files and starts them; until then nothing is written or started.
 
   Args:
     engine: a config from `jaxformer.launch`, or 'sky', 'xpk', 'gcloud' or 'slurm'.
-    target_experiment, overrides: see `experiment`; settings of the engine are overrides too,
+    target_experiment, overrides, size: see `experiment`; settings of the engine are overrides too,
       `{'sky.infra': 'gcp/us-east5'}`.
     target: slices or hosts to rent, 'v6e-16', '2xv5e-256', 'h100:8'.
     spot: on machines that may be preempted, at the lower price.
-    source: what the machines install: git+URL@COMMIT, a wheel, a folder with a pyproject.toml, or
-      'installed'.
+    source: what the machines install: jaxformer==VERSION, git+URL@COMMIT, a wheel, a folder with
+      jaxformer's pyproject.toml, or 'installed'; by default what runs here. Its version must be the
+      one that plans, which the machines compare.
     sweep: a job for each value, 'optimizer.learning_rate=1e-3,3e-3'; several make a grid.
     utilization: share of the peak that the estimated time assumes.
+    init_from, resume_from, code: see `train`. Files of the user, with what they import beside them,
+      are part of the jobs, and the machines compare their hashes.
   """
   pairs = pairs_of(overrides)
   if isinstance(engine, str):
@@ -167,12 +191,19 @@ def plan_launch(
     pairs = [pair for pair in pairs if pair not in own]
     engine = override(ENGINES[engine](), own, root=engine)
   slice_ = parse_target(target)
-  code = engine.default_source() if source is None else source_of(source)
-  jobs = []
+  installs = engine.default_source() if source is None else source_of(source)
+  version = installation().version
+  check_version(installs, version)
+  name_code(code)
+  options = {**size, 'init-from': init_from, 'resume-from': resume_from}
+  words = [(n.replace('_', '-'), str(v)) for n, v in options.items() if v is not None]
+  words += [('code', str(file)) for file in code]
+  jobs: list[PlannedJob] = []
   for suffix, point in grid(sweep):
     given = [*pairs, *point]
-    found = resolve(target_experiment, given, {})
+    found = resolve(target_experiment, given, size)
     e = override(found.experiment, found.overrides)
+    files = user_files(target_experiment, [text for _, text in given], [str(f) for f in code])
     if found.open_mesh:
       e, changes = on_target(e, slice_, {path.replace('-', '_') for path, _ in given})
       given = [*given, *changes]
@@ -183,16 +214,37 @@ def plan_launch(
       run_dir=e.run.dir,
       target=slice_,
       spot=spot,
-      source=code,
+      source=installs,
+      version=version,
+      files=files,
+      requirements=requirements(files.imports),
+      options=tuple(words),
     )
     engine.check(job)
+    check_data_paths(engine, job, e.data)
     memory = check_on(e, slice_)
     precision = setup_of(e, slice_).precision
     run = training_run(
       e.model, e.data.positions, slice_, e.tokens, utilization, precision=precision
     )
     jobs.append(PlannedJob(job, e, run, memory))
+  _check_different(jobs)
   return LaunchPlan(engine, jobs)
+
+
+def _check_different(jobs: Sequence[PlannedJob]) -> None:
+  """Raise `InputError` for jobs of a sweep that would be one: by their names on machines, or by
+  what they train."""
+  names: dict[str, str] = {}
+  trained: dict[str, str] = {}
+  for p in jobs:
+    alone = p.experiment.replace(run=RunConfig())
+    same = names.setdefault(p.job.short_name(), p.job.name)
+    if same != p.job.name:
+      raise InputError('--sweep', p.job.name, problem=f'has the name of {same} on the machines')
+    same = trained.setdefault(digest(alone), p.job.name)
+    if same != p.job.name:
+      raise InputError('--sweep', p.job.name, problem=f'would train the same as {same}')
 
 
 def _row(name: str, jobs: Sequence[PlannedJob]) -> tuple[str, ...]:

@@ -21,6 +21,7 @@ def job(
   name=None,
   spot=False,
   overrides=(),
+  **more,
 ):
   return Job(
     name=name or Path(experiment).stem,
@@ -30,6 +31,7 @@ def job(
     target=parse_target(target),
     spot=spot,
     source=source,
+    **more,
   )
 
 

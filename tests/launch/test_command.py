@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from jaxformer.cli import main
+from jaxformer.installation import installation
 from jaxformer.training import read_metrics
 from tests.e2e.program import SMALL, environment, last
 from tests.launch.jobs import CASES
@@ -250,10 +251,14 @@ def test_slurm_requeues_what_was_preempted(codes, seen, folder, tools, tmp_path)
     sbatch=SBATCH.format(calls=tmp_path / 'calls'),
     scontrol=SCONTROL,
     srun='code=$(head -1 codes); sed -i 1d codes; exit "$code"',
+    jaxformer=f'echo jaxformer {installation().version}',
   )
   assert main([*SLURM, '--yes']) == 0
   assert [int(line.split()[1]) for line in calls() if line.startswith('ended')] == seen
-  assert calls()[1] == 'srun jaxformer train gpt2-tiny --run.name=gpt2-tiny --run.dir=runs'
+  assert calls()[1:3] == [
+    'jaxformer --version',
+    'srun jaxformer train gpt2-tiny --run.name=gpt2-tiny --run.dir=runs',
+  ]
 
 
 @pytest.mark.e2e
@@ -318,7 +323,7 @@ def test_gcloud_asks_again_for_what_was_preempted_until_the_run_is_over(
     '--source',
     'git+https://h/r@1',
     '--gcloud.zone',
-    'z',
+    'us-east5-b',
     '--yes',
   ]
   assert main(words) == 0

@@ -1,7 +1,6 @@
 """The files and commands of each engine: golden, of known fields and flags, and quoted so that what
 was asked for arrives."""
 
-import base64
 import json
 import os
 import re
@@ -16,6 +15,7 @@ from jaxformer.config import InputError
 from jaxformer.launch import ENGINES, XPK, CodeSource, GCloud, Sky, Slurm, source_of
 from jaxformer.launch.sky import to_yaml
 from jaxformer.launch.sweep import grid
+from jaxformer.launch.user_files import user_files
 from tests.launch.jobs import CASES, FOLDER, GIT, HARD, INSTALLED, WHEEL, job
 
 pytestmark = pytest.mark.quick
@@ -179,6 +179,11 @@ def there(text, home='/nowhere'):
   )
 
 
+def of_file(file, target='v6e-8', source=GIT, **more):
+  """A job of an experiment file."""
+  return job(target, source, experiment=str(file), files=user_files(str(file), ()), **more)
+
+
 def script_of(engine, one):
   """What one machine runs, of setup and training."""
   if isinstance(engine, Sky):
@@ -212,16 +217,14 @@ def test_arguments_arrive_as_they_were_given(name, machine):
 
 
 @pytest.mark.parametrize('name', ENGINES_READY)
-def test_an_experiment_file_that_the_source_does_not_bring_is_written_there(
-  name, machine, tmp_path
-):
-  text = f"# {HARD}\nEXPERIMENT\nexperiment = '''\n  $x\n'''\n"
+def test_a_file_of_the_user_is_written_there(name, machine, tmp_path):
+  text = f"# {HARD}\nEXPERIMENT = 1\nexperiment = '''\n  $x\n'''\n"
   file = tmp_path / 'my question.py'
   file.write_text(text)
-  one = job('h100:8' if name == 'slurm' else 'v6e-8', GIT, experiment=str(file))
+  one = of_file(file, 'h100:8' if name == 'slurm' else 'v6e-8')
   arguments, home = machine(script_of(ENGINES_READY[name], one))
-  assert arguments[:2] == ['train', 'my question.py']
-  assert (home / 'my question.py').read_text() == text
+  assert arguments[:2] == ['train', f'{one.files_folder}/my question.py']
+  assert (home / one.files_folder / 'my question.py').read_text() == text
 
 
 def test_the_command_of_xpk_is_one_line_in_the_script_as_well(tmp_path):
@@ -240,20 +243,6 @@ def test_the_command_of_xpk_is_one_line_in_the_script_as_well(tmp_path):
   words = done.stdout.split('\0')[1:-1]
   assert words == engine.arguments(one)[1:]
   assert '\n' not in words[-1]
-
-
-def test_an_experiment_file_in_the_working_directory_keeps_its_place(tmp_path, monkeypatch):
-  monkeypatch.chdir(tmp_path)
-  (tmp_path / 'experiments').mkdir()
-  (tmp_path / 'experiments' / 'q.py').write_text('')
-  assert job('v6e-8', FOLDER, experiment='experiments/q.py').words[2] == 'experiments/q.py'
-  assert (
-    job('v6e-8', CodeSource('folder', 'experiments'), experiment='experiments/q.py').words[2]
-    == 'q.py'
-  )
-  (tmp_path / 'inner').mkdir()
-  with pytest.raises(InputError, match='the folder that the machines get'):
-    _ = job('v6e-8', CodeSource('folder', 'inner'), experiment='experiments/q.py').words
 
 
 # ---- names, targets, sources, sweeps -----------------------------------------------------------
@@ -312,7 +301,7 @@ def test_nodes_of_gpus(target, nodes, gpus):
 
 def test_sources(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
-  (tmp_path / 'pyproject.toml').write_text('')
+  (tmp_path / 'pyproject.toml').write_text('[project]\nname = "jaxformer"\nversion = "3"')
   (tmp_path / 'a.whl').write_text('')
   assert source_of('git+https://h/r@0123abc') == CodeSource('git', 'git+https://h/r@0123abc')
   assert source_of('git+ssh://git@h/r@0123abc') == CodeSource('git', 'git+ssh://git@h/r@0123abc')
@@ -320,7 +309,7 @@ def test_sources(tmp_path, monkeypatch):
   assert source_of(WHEEL) == CodeSource('wheel', WHEEL)
   assert source_of('.') == FOLDER
   assert source_of('installed') == INSTALLED
-  for wrong in ('git+https://h/r', 'git+ssh://git@h/r', 'b.whl', 'nowhere', 'jaxformer'):
+  for wrong in ('git+https://h/r', 'git+ssh://git@h/r', 'b.whl', 'nowhere', 'jaxformer', '/', '\0'):
     with pytest.raises(InputError, match='--source'):
       source_of(wrong)
 
@@ -402,10 +391,3 @@ def test_the_command_line_names_the_engines():
   from jaxformer.cli.launch import ENGINES as NAMES
 
   assert tuple(ENGINES) == NAMES
-
-
-def test_long_experiment_files_stay_within_a_command(tmp_path):
-  file = tmp_path / 'q.py'
-  file.write_text('x = 1\n' * 3000)
-  line = XPK(cluster='c').container_command(job('v6e-8', GIT, experiment=str(file)))
-  assert base64.b64decode(line.split()[1]).decode() == file.read_text()

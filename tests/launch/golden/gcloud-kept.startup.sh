@@ -30,3 +30,4 @@ if setup; then
 fi
 
 exit "$code"
+# job file of jaxformer launch for the run gpt2-tiny

@@ -15,3 +15,4 @@ create() {
 }
 
 create
+# job file of jaxformer launch for the run gpt2-tiny

@@ -32,3 +32,4 @@ while sleep "${POLL_SECONDS:-60}"; do
     FAILED) echo 'the request failed' >&2; exit 1 ;;
   esac
 done
+# job file of jaxformer launch for the run gpt2-tiny

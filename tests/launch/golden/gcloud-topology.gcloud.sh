@@ -13,3 +13,4 @@ create() {
 }
 
 create
+# job file of jaxformer launch for the run gpt2-tiny

@@ -37,3 +37,4 @@ if [ "$worker" = 0 ]; then
   gcloud compute tpus queued-resources delete gpt2-tiny --zone="${zone##*/}" --force --quiet --async
 fi
 exit "$code"
+# job file of jaxformer launch for the run gpt2-tiny

@@ -11,3 +11,4 @@ xpk workload create \
   --restart-on-exit-codes=75 \
   --termination-grace-period-seconds=120 \
   '--command=python -m pip install --quiet '"'"'jaxformer[cuda,storage] @ git+https://github.com/someone/jaxformer@0123abc'"'"' && exec jaxformer train gpt2-tiny --run.name=gpt2-tiny --run.dir=gs://bucket/runs'
+# job file of jaxformer launch for the run gpt2-tiny

@@ -15,3 +15,4 @@ xpk workload create \
   --restart-on-exit-codes=75 \
   --termination-grace-period-seconds=120 \
   '--command=python -m pip install --quiet '"'"'.[tpu,storage]'"'"' && exec jaxformer train gpt2-tiny --training.steps=2000 --optimizer.learning_rate=3e-4 --run.name=gpt2-tiny --run.dir=gs://bucket/runs'
+# job file of jaxformer launch for the run gpt2-tiny

@@ -1,0 +1,69 @@
+"""Where the running package comes from: a checkout, a repository, a wheel, or a package index.
+
+https://packaging.python.org/en/latest/specifications/direct-url/
+"""
+
+import dataclasses
+import functools
+import importlib.metadata
+import json
+import pathlib
+import tomllib
+import urllib.parse
+import urllib.request
+from typing import Any
+
+NAME = 'jaxformer'
+NOT_INSTALLED = 'not installed'
+
+
+@dataclasses.dataclass(frozen=True)
+class Installation:
+  """The running package.
+
+  Attributes:
+    version: of the checkout, else of the installed distribution.
+    checkout: the folder with its `pyproject.toml` that it runs from; None if it was installed.
+    origin: what it was installed from, as pip takes it: git+URL@COMMIT, the URL or the file of a
+      wheel, a folder; None for a package index, and for a checkout.
+  """
+
+  version: str
+  checkout: pathlib.Path | None = None
+  origin: str | None = None
+
+
+@functools.cache
+def installation() -> Installation:
+  """Return where the running package comes from."""
+  root = pathlib.Path(__file__).resolve().parent.parent
+  version = version_in(root)
+  if version is not None:
+    return Installation(version, root)
+  try:
+    found = importlib.metadata.distribution(NAME)
+  except importlib.metadata.PackageNotFoundError:
+    return Installation(NOT_INSTALLED)
+  record = found.read_text('direct_url.json')
+  return Installation(found.version, origin=None if record is None else origin_of(record))
+
+
+def version_in(folder: pathlib.Path) -> str | None:
+  """Return the version that the `pyproject.toml` of a checkout gives; None for a folder that is
+  none of this package."""
+  try:
+    project = tomllib.loads((folder / 'pyproject.toml').read_text()).get('project', {})
+  except (OSError, ValueError):
+    return None
+  return project.get('version') if project.get('name') == NAME else None
+
+
+def origin_of(record: str) -> str:
+  """Return what pip was given, by the record that it keeps of it (`direct_url.json`)."""
+  data: dict[str, Any] = json.loads(record)
+  url = data['url']
+  if 'vcs_info' in data:
+    return f'git+{url}@{data["vcs_info"]["commit_id"]}'
+  if url.startswith('file://'):
+    return urllib.request.url2pathname(urllib.parse.urlparse(url).path)
+  return url

@@ -1,0 +1,153 @@
+"""Which source the machines install: the one that is named, or the one that runs here, held against
+the version that plans."""
+
+import pathlib
+import re
+import subprocess
+
+from jaxformer.config import InputError
+from jaxformer.files import user_path
+from jaxformer.installation import NAME, Installation, version_in
+from jaxformer.launch.job import FORMS, CodeSource
+
+_COMMIT = re.compile(r'git\+(https|ssh|git)://[^\s@]+(@[^\s@]+)?@[0-9A-Za-z][\w.+-]*', re.ASCII)
+_VERSION = re.compile(r'[0-9][0-9A-Za-z.+!-]*', re.ASCII)
+
+
+def source_of(text: str) -> CodeSource:
+  """The source that `--source` names. Raises `InputError` for a repository without a commit, and
+  for missing files."""
+  if re.search(r'[\x01-\x1f\x7f]|[\ud800-\udfff]', text):
+    raise InputError('--source', text, 'text without control characters')
+  path = user_path(text, '--source')
+  if text == 'installed':
+    return CodeSource('installed')
+  if text.startswith(f'{NAME}=='):
+    if not _VERSION.fullmatch(text.partition('==')[2]):
+      raise InputError('--source', text, FORMS['index'])
+    return CodeSource('index', text)
+  if text.startswith('git+'):
+    if not _COMMIT.fullmatch(text):
+      raise InputError('--source', text, 'git+URL@COMMIT, so that every restart runs the same code')
+    return CodeSource('git', text)
+  if text.endswith('.whl'):
+    wheel = CodeSource('wheel', text)
+    if wheel.upload and not path.is_file():
+      raise InputError('--source', text, problem='no such file')
+    return wheel
+  if version_in(path) is None:
+    raise InputError('--source', text, ' or '.join(FORMS.values()))
+  return CodeSource('folder', text)
+
+
+def default_source(here: Installation, kinds: tuple[str, ...]) -> CodeSource:
+  """The source that runs here, if it is of one of some kinds, without `--source`.
+
+  Raises `InputError` where machines cannot get what runs here."""
+  if 'installed' in kinds:
+    return CodeSource('installed')
+  forms = ' or '.join(FORMS[kind] for kind in kinds)
+  if here.checkout is not None:
+    if 'folder' in kinds:
+      return CodeSource('folder', str(here.checkout))
+    commit = _published_commit(here.checkout)
+    if commit is None:
+      raise InputError(
+        '--source',
+        None,
+        f'{forms}: jaxformer runs from {here.checkout}, and the machines can get it only from a '
+        'commit that is pushed to an https remote, without local changes',
+      )
+    return CodeSource('git', commit)
+  if here.origin is None:
+    if not _VERSION.fullmatch(here.version):
+      raise InputError('--source', None, f'{forms}: jaxformer is {here.version} here')
+    return CodeSource('index', f'{NAME}=={here.version}')
+  try:
+    found = source_of(here.origin)
+  except InputError as e:
+    raise InputError(
+      '--source', None, f'{forms}: jaxformer was installed from {here.origin} ({e})'
+    ) from None
+  if found.kind == 'folder' and not _same_code(pathlib.Path(here.origin)):
+    raise InputError(
+      '--source',
+      None,
+      f'{forms}: {here.origin}, from which jaxformer was installed, has changed since',
+    )
+  return found
+
+
+def check_version(source: CodeSource, version: str) -> None:
+  """Raise `InputError` for a source that is known to be of another version than the one that
+  plans. Of a commit the machine compares it."""
+  match source.kind:
+    case 'index':
+      found: str | None = source.place.partition('==')[2]
+    case 'wheel':
+      parts = pathlib.PurePath(source.place).name.removesuffix('.whl').split('-')
+      found = parts[1] if len(parts) >= 5 and parts[0] == NAME else None
+    case 'folder':
+      found = version_in(pathlib.Path(source.place))
+    case _:
+      found = version
+  if source.kind == 'wheel' and found is None:
+    raise InputError(
+      '--source', source.place, f'a wheel of {NAME}, such as {NAME}-{version}-...whl'
+    )
+  if found != version:
+    problem = f'is version {found}, and {version} plans; install the same version here'
+    raise InputError('--source', source.place, problem=problem)
+
+
+def described(source: CodeSource) -> str:
+  """What the machines install, for people: of a folder with its commit, and whether files differ
+  from it."""
+  if source.kind == 'installed':
+    return 'the environment that is active here'
+  if source.folder is None:
+    return source.place
+  commit = _git(source.place, 'rev-parse', '--short=12', 'HEAD')
+  if commit is None:
+    return f'{source.place} (no git commit)'
+  changed = _git(source.place, 'status', '--porcelain')
+  state = f'with {len(changed.splitlines())} changed files' if changed else 'without changes'
+  return f'{source.place} (commit {commit}, {state})'
+
+
+def ignored(folder: str, path: str) -> bool:
+  """Whether git ignores a path of a folder, so that engines that follow it leave it out."""
+  return _git(folder, 'check-ignore', '--', path) is not None
+
+
+def _published_commit(folder: pathlib.Path) -> str | None:
+  """git+URL@COMMIT of a clean checkout whose commit is in a branch of an https remote."""
+  commit, changed = _git(folder, 'rev-parse', 'HEAD'), _git(folder, 'status', '--porcelain')
+  if commit is None or changed != '':
+    return None
+  for branch in (_git(folder, 'branch', '--remotes', '--contains', commit) or '').split():
+    url = _git(folder, 'remote', 'get-url', branch.partition('/')[0]) or ''
+    if url.startswith('https://') and '@' not in url:
+      return f'git+{url}@{commit}'
+  return None
+
+
+def _git(folder: str | pathlib.Path, *words: str) -> str | None:
+  """What a git command prints about a folder; None if it fails."""
+  try:
+    done = subprocess.run(
+      ['git', '-C', str(folder), *words], capture_output=True, text=True, check=False
+    )
+  except OSError:
+    return None
+  return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _same_code(folder: pathlib.Path) -> bool:
+  """Whether the package in a folder is the one that runs here."""
+  running = pathlib.Path(__file__).resolve().parent.parent
+
+  def code(package: pathlib.Path) -> dict[str, bytes]:
+    return {p.relative_to(package).as_posix(): p.read_bytes() for p in package.rglob('*.py')}
+
+  return code(folder / NAME) == code(running)

@@ -1,0 +1,232 @@
+"""Files of the user that a job brings: those that its command names, and what they import that lies
+beside them. The job holds them as text, and the machine checks their hashes before it trains."""
+
+import ast
+import base64
+import dataclasses
+import gzip
+import hashlib
+import importlib.metadata
+import io
+import os
+import pathlib
+import re
+import shlex
+import sys
+import tarfile
+from collections.abc import Iterable, Iterator, Sequence
+
+from jaxformer.config import InputError
+from jaxformer.files import regular_file, user_path
+from jaxformer.installation import NAME
+
+_IN_FILE = re.compile(r'(.+\.py)(:[\w.]+)', re.DOTALL)
+
+
+@dataclasses.dataclass(frozen=True)
+class UserFiles:
+  """Files of the user, in the places that they have to each other.
+
+  Attributes:
+    contents: (path, bytes) of each, with paths relative to a common folder.
+    places: (text that names a file, that text on the machine relative to the common folder).
+    imports: names of modules that they import and that are neither beside them nor of Python.
+  """
+
+  contents: tuple[tuple[str, bytes], ...] = ()
+  places: tuple[tuple[str, str], ...] = ()
+  imports: tuple[str, ...] = ()
+
+  def sha256(self) -> dict[str, str]:
+    """Return the hash of each file by its path."""
+    return {path: hashlib.sha256(content).hexdigest() for path, content in self.contents}
+
+  def digest(self) -> str:
+    """Return what identifies the files, short enough for a name."""
+    return hashlib.sha256(repr(sorted(self.sha256().items())).encode()).hexdigest()[:12]
+
+  def there(self, text: str, folder: str) -> str:
+    """Return what stands for a text of the command on the machine, whose files are in `folder`."""
+    place = dict(self.places).get(text)
+    return text if place is None else f'{folder}/{place}'
+
+  def commands(self, folder: str) -> list[str]:
+    """Return the commands that write the files into a folder, and those that fail with one line
+    where a file is not what was planned. Each is one line."""
+    if not self.contents:
+      return []
+    place = shlex.quote(folder)
+    packed = base64.b64encode(_archive(self.contents)).decode()
+    hashes = shlex.join(f'{digest}  {path}' for path, digest in self.sha256().items())
+    return [
+      f'mkdir -p {place}',
+      f'echo {packed} | base64 -d | tar -xzf - -C {place}',
+      f"{{ differ=$(set -o pipefail; printf '%s\\n' {hashes} | (cd {place} && sha256sum --check "
+      "--quiet 2>/dev/null) | tr '\\n' ' ') || { "
+      'echo "error: files differ from those that were planned: $differ" >&2; false; }; }',
+    ]
+
+
+NO_FILES = UserFiles()
+
+
+def _archive(contents: Iterable[tuple[str, bytes]]) -> bytes:
+  """Return a tar.gz that depends on nothing but the files."""
+  packed = io.BytesIO()
+  with (
+    gzip.GzipFile(fileobj=packed, mode='wb', mtime=0) as zipped,
+    tarfile.open(fileobj=zipped, mode='w') as tar,
+  ):
+    for path, content in contents:
+      info = tarfile.TarInfo(path)
+      info.size, info.mode = len(content), 0o644
+      tar.addfile(info, io.BytesIO(content))
+  return packed.getvalue()
+
+
+# ---- which files -------------------------------------------------------------------------------
+
+
+def user_files(experiment: str, texts: Iterable[str], code: Iterable[str] = ()) -> UserFiles:
+  """Return the files that a command names, with what they import beside them.
+
+  Args:
+    experiment: a target of `train`: a file, FILE.py:NAME, or the name of a preset or family.
+    texts: values of overrides, of which FILE.py:NAME names a file that exists.
+    code: files of `--code`.
+
+  Raises `InputError` for files that cannot be read or shipped.
+  """
+  named: dict[str, tuple[pathlib.Path, str]] = {}
+  for text in (experiment, *texts):
+    match = _IN_FILE.fullmatch(text)
+    if match is not None and (text == experiment or user_path(match[1], 'file').is_file()):
+      named[text] = (_absolute(match[1]), match[2])
+  for text in (experiment, *code):
+    if text not in named and (text in code or text.endswith('.py') or os.sep in text):
+      named[text] = (_absolute(text), '')
+  if not named:
+    return NO_FILES
+  read: dict[pathlib.Path, bytes] = {}
+  outside: set[str] = set()
+  for path, _ in named.values():
+    _follow(path, read, outside)
+  root = pathlib.Path(os.path.commonpath([path.parent for path, _ in named.values()]))
+  contents = sorted((path.relative_to(root).as_posix(), content) for path, content in read.items())
+  for path, _ in contents:
+    if re.search(r'[\x00-\x1f\x7f\\]|[\ud800-\udfff]', path):
+      raise InputError('experiment', path, 'a file name without control characters or backslashes')
+  places = tuple(
+    (text, path.relative_to(root).as_posix() + name) for text, (path, name) in named.items()
+  )
+  return UserFiles(tuple(contents), places, tuple(sorted(outside)))
+
+
+def _absolute(path: str) -> pathlib.Path:
+  return pathlib.Path(os.path.abspath(user_path(path, 'file')))
+
+
+def _follow(first: pathlib.Path, read: dict[pathlib.Path, bytes], outside: set[str]) -> None:
+  """Read a file and, recursively, what it imports from its folder."""
+  folder, todo, followed = first.parent, [first], set()
+  while todo:
+    path = todo.pop()
+    if path in followed:
+      continue
+    followed.add(path)
+    try:
+      content = read.setdefault(path, regular_file(path).read_bytes())
+    except OSError as e:
+      raise InputError('file', str(path), problem=e.strerror or 'cannot be read') from None
+    try:
+      tree = ast.parse(content)
+    except (SyntaxError, ValueError) as e:
+      raise InputError('file', str(path), problem=f'is no Python ({e})') from None
+    for module in _imports(tree, path.relative_to(folder).parent.parts):
+      beside = list(_files_of(module, folder))
+      todo += beside
+      top = module.partition('.')[0]
+      if not beside and not (folder / top).is_dir() and top not in sys.stdlib_module_names:
+        outside.add(top)
+
+
+def _imports(tree: ast.AST, package: Sequence[str]) -> Iterator[str]:
+  """Yield the dotted names of modules that code may import; `package` is where the code lies."""
+  for node in ast.walk(tree):
+    if isinstance(node, ast.Import):
+      yield from (alias.name for alias in node.names)
+    elif isinstance(node, ast.ImportFrom):
+      base = list(package[: len(package) + 1 - node.level]) if node.level else []
+      base += node.module.split('.') if node.module else []
+      if base:
+        yield '.'.join(base)
+      # `from package import name`: a module, or what the package defines
+      yield from ('.'.join([*base, alias.name]) for alias in node.names if alias.name != '*')
+    elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
+      called = node.func.attr if isinstance(node.func, ast.Attribute) else ''
+      called = node.func.id if isinstance(node.func, ast.Name) else called
+      name = node.args[0].value
+      if called in ('import_module', '__import__') and isinstance(name, str):
+        yield name
+
+
+def _files_of(module: str, folder: pathlib.Path) -> Iterator[pathlib.Path]:
+  """Yield the files of a folder that importing a module runs, its packages first."""
+  place = folder
+  for part in module.split('.'):
+    place = place / part
+    for file in (place / '__init__.py', place.with_name(f'{part}.py')):
+      if file.is_file():
+        yield file
+        break
+
+
+# ---- what they need ----------------------------------------------------------------------------
+
+
+def requirements(imports: Iterable[str]) -> tuple[str, ...]:
+  """Return what pip installs for modules that files import: NAME==VERSION as installed here,
+  without what jaxformer itself requires.
+
+  Raises `InputError` for a module that is installed from no package index."""
+  wanted = sorted(set(imports) - {NAME})
+  if not wanted:
+    return ()
+  names, brought = importlib.metadata.packages_distributions(), _brought()
+  found = []
+  for module in wanted:
+    dists = {_normal(d): d for d in names.get(module, ())}
+    if dists.keys() & brought:
+      continue
+    if not dists:
+      where = 'a file beside the one that imports it, or an installed package'
+      raise InputError('import', module, where)
+    _, name = min(dists.items())
+    dist = importlib.metadata.distribution(name)
+    if dist.read_text('direct_url.json') is not None:
+      raise InputError(
+        'import', module, problem=f'{name} is installed from a folder or URL; machines install '
+        'packages from the index by their version: put the module beside the file'
+      )  # fmt: skip
+    found.append(f'{name}=={dist.version}')
+  return tuple(sorted(found))
+
+
+def _brought() -> set[str]:
+  """Return the names of the distributions that jaxformer installs."""
+  found, todo = set(), [NAME]
+  while todo:
+    name = _normal(todo.pop())
+    if name in found:
+      continue
+    found.add(name)
+    try:
+      needs = importlib.metadata.requires(name) or ()
+    except importlib.metadata.PackageNotFoundError:
+      continue
+    todo += [re.split(r'[^\w.-]', need, maxsplit=1)[0] for need in needs if 'extra ==' not in need]
+  return found
+
+
+def _normal(name: str) -> str:
+  return re.sub(r'[-_.]+', '-', name).lower()
