@@ -171,7 +171,8 @@ class Member:
     step, *rest = self._last_row
     self._last_row = step + self.step - begin, *rest
     self.run.event('skip', steps=f'{begin + 1}:{self.step + 1}')
-    self.log(f'skipping the steps {begin + 1} to {self.step}')
+    last = f' to {self.step}' if self.step > begin + 1 else ''
+    self.log(f'skipping step {begin + 1}{last}')
 
   @property
   def unevaluated(self) -> bool:

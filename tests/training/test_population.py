@@ -89,6 +89,18 @@ def test_one_that_diverges_leaves_the_others_alone(experiment, dataset):
   np.testing.assert_allclose(losses(ended[1].folder), losses(one.folder), rtol=1e-4)
 
 
+@thorough
+def test_members_skip_steps_each_from_where_it_is(experiment, dataset):
+  settings = {'skip_steps': ('6:9',), 'steps': 10, 'eval_every': 10, 'checkpoint_every': 2}
+  pair = [experiment(f's{seed}', seed=seed, **settings) for seed in (0, 1)]
+  train(pair[0], dataset=dataset, devices=ONE, log=lambda line: None)
+  ended = train_population(pair, dataset=dataset, devices=ONE, log=quiet)
+  alone = train(experiment('alone', seed=1, **settings), dataset=dataset, devices=ONE, log=quiet)
+  assert [(r.exit_code, r.step) for r in ended] == [(0, 10)] * 2
+  assert [r['step'] for r in curve(ended[1].folder)] == [r['step'] for r in curve(alone.folder)]
+  np.testing.assert_allclose(losses(ended[1].folder), losses(alone.folder), rtol=1e-4)
+
+
 def test_what_is_no_population(experiment):
   with pytest.raises(InputError, match=r'these also differ in training.batch_size'):
     train_population([experiment('a'), experiment('b', batch_size=4)])

@@ -201,7 +201,7 @@ def test_skipped_steps_are_not_taken_and_their_batches_not_seen(go, four, datase
   monkeypatch.setattr(type(dataset), '_train_rows', watched)
   heard = []
   whole = go('whole', skip_steps=('6:9',), log=heard.append)
-  assert 'skipping the steps 6 to 8' in heard
+  assert 'skipping step 6 to 8' in heard
   assert asked.isdisjoint({6, 7, 8})
   assert [r['step'] for r in read_metrics(whole.folder) if 'train/loss' in r] == [
     *range(1, 6),
