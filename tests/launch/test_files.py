@@ -391,3 +391,16 @@ def test_the_command_line_names_the_engines():
   from jaxformer.cli.launch import ENGINES as NAMES
 
   assert tuple(ENGINES) == NAMES
+
+
+def test_names_of_swept_runs_are_safe_and_apart():
+  def names(*sweeps):
+    return [name for name, _ in grid(sweeps)]
+
+  for values in ('1e-3,1e+3', '1,-1', 'a b,a;b', 'A,a', f'{"x" * 300}1,{"x" * 300}2'):
+    found = names(f'a.b={values}')
+    short = {job('v6e-8', GIT, name=f'run{name}').short_name() for name in found}
+    assert len(short) == len(found) == 2
+    assert all(re.fullmatch(r'-[\w.+-]+', n, re.ASCII) and len(n) <= 100 for n in found)
+  assert [point[0][1] for _, point in grid(['a.b=[1,2],[3,4]'])] == ['[1,2]', '[3,4]']
+  assert [point[0][1] for _, point in grid(['a.b={"c":"x,y"},2'])] == ['{"c":"x,y"}', '2']
