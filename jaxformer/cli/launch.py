@@ -14,7 +14,14 @@ import sys
 from typing import Any
 
 import jaxformer as jf
-from jaxformer.cli.output import code_option, json_option, print_json, show, size_options
+from jaxformer.cli.output import (
+  code_option,
+  json_option,
+  prices_option,
+  print_json,
+  show,
+  size_options,
+)
 from jaxformer.exit_codes import DONE, FAILED
 
 OVERRIDES = True
@@ -44,6 +51,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     "URL), a folder with jaxformer's pyproject.toml (sky and xpk), installed (slurm: the "
     'environment that is active now); default: what runs here, whose version it must have',
   )
+  add('--price', type=float, help='USD per chip-hour, in place of the list price')
+  prices_option(parser)
   add('--init-from', metavar='RUN', help='as of `train`: on gs://, or a folder on a shared disk')
   add('--resume-from', metavar='STEP', type=int, help='as of `train`')
   code_option(parser)

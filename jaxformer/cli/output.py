@@ -38,6 +38,16 @@ def show_option(parser: argparse.ArgumentParser, what: str) -> None:
   parser.add_argument('--show', dest='print_only', action='store_true', default=False, help=words)
 
 
+def prices_option(parser: argparse.ArgumentParser) -> None:
+  """Add `--prices`."""
+  parser.add_argument(
+    '--prices',
+    metavar='sky|FOLDER',
+    help="prices of SkyPilot's catalog as downloaded, or of a folder like it (CLOUD/vms.csv), in "
+    'place of the list price; shown with their date',
+  )
+
+
 def code_option(parser: argparse.ArgumentParser) -> None:
   """Add `--code`, which may be repeated."""
   parser.add_argument(

@@ -17,7 +17,7 @@ import argparse
 from typing import Any
 
 import jaxformer as jf
-from jaxformer.cli.output import SIZES, json_option, show, size_options
+from jaxformer.cli.output import SIZES, json_option, prices_option, show, size_options
 
 OVERRIDES = True
 
@@ -35,6 +35,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
   add('--tokens', help='tokens to train on, e.g. 2T, in place of those of the run')
   add('--utilization', type=float, help='assumed share of the peak FLOPs (0.4)')
   add('--price', type=float, help='USD per chip-hour, in place of the list price')
+  prices_option(parser)
   add('--hardware', metavar='FILE', help='TOML or JSON file with chips of your own')
   add('--phase', choices=('train', 'prefill', 'decode'), help='what runs (train)')
   add(

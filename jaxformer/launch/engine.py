@@ -69,6 +69,11 @@ class Engine(Config, abstract=True):
     return default_source(installation(), self.sources)
 
   @property
+  def infra_of_prices(self) -> str | None:
+    """The part of a catalog of prices that is meant, as CLOUD/REGION/ZONE; None for all."""
+    return None
+
+  @property
   def shares_disk(self) -> bool:
     """Whether the machines have the disk that jobs are submitted from."""
     return False
@@ -146,6 +151,14 @@ class Engine(Config, abstract=True):
   def after(self, job: Job) -> str:
     """Commands to monitor a submitted job, in one line."""
     raise NotImplementedError
+
+
+def zone_prices(zone: str | None) -> str:
+  """The part of a catalog of prices for a zone, or region, of Google Cloud."""
+  if zone is None:
+    return 'gcp'
+  region = '-'.join(zone.split('-')[:2])
+  return f'gcp/{region}' + ('' if zone == region else f'/{zone}')
 
 
 def render(template: str, **values: Any) -> str:

@@ -20,6 +20,7 @@ from jaxformer.launch.engine import (
   render,
   shape,
   standard,
+  zone_prices,
 )
 from jaxformer.launch.job import SIGNALLED, Job
 from jaxformer.launch.sky import RUNTIMES
@@ -75,6 +76,10 @@ class GCloud(Engine):
   def validate(self):
     super().validate()
     self.require_not_negative('max_restarts')
+
+  @property
+  def infra_of_prices(self):
+    return zone_prices(self.zone)
 
   def carried(self, job):
     return self.files(job)[job.path('startup.sh')]

@@ -82,6 +82,10 @@ class Sky(Engine):
     )
 
   @property
+  def infra_of_prices(self):
+    return self.infra
+
+  @property
   def keeps_disk(self):
     return not self.managed
 

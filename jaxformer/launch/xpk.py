@@ -19,6 +19,7 @@ from jaxformer.launch.engine import (
   nodes_of_gpus,
   one_option_per_line,
   shape,
+  zone_prices,
 )
 from jaxformer.launch.job import Job
 
@@ -86,6 +87,10 @@ class XPK(Engine):
     if self.cluster is None:
       name = 'the name of a GKE cluster, such as --xpk.cluster NAME'
       raise InputError('xpk.cluster', None, name)
+
+  @property
+  def infra_of_prices(self):
+    return zone_prices(self.zone)
 
   def carried(self, job):
     return self.container_command(job)

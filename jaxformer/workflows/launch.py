@@ -9,6 +9,7 @@ from typing import Any, Unpack
 from jaxformer.config import InputError, digest
 from jaxformer.installation import installation
 from jaxformer.launch import ENGINES, Engine, Job, source_of, submit
+from jaxformer.launch.catalog import price_source, priced
 from jaxformer.launch.check import check_on, setup_of
 from jaxformer.launch.data_paths import check_data_paths
 from jaxformer.launch.source import check_version, described
@@ -82,6 +83,7 @@ class LaunchPlan:
         for p in self.jobs
       ],
       'price': sum(p.price for p in self.jobs),
+      'price_source': price_source(job.target),
       'source': described(job.source),
       'version': job.version,
       'user_files': job.files.sha256(),
@@ -108,6 +110,7 @@ class LaunchPlan:
     if job.spot and first.run.spot_price_usd is None:
       bound = ', on demand; the market price of spot capacity is below it'
     lines.append(f'price per hour: {_money(first.price / first.run.seconds * 3600)}{bound}')
+    lines.append(f'prices: {price_source(job.target)}')
     needed, limit = max(p.memory.total for p in self.jobs), job.target.device_memory_bytes
     fits = 'fits'
     if needed > limit:
@@ -163,6 +166,8 @@ def plan_launch(
   source: str | None = None,
   sweep: Sequence[str] = (),
   utilization: float = UTILIZATION,
+  price: float | None = None,
+  prices: str | None = None,
   init_from: str | None = None,
   resume_from: int | None = None,
   code: Sequence[str] = (),
@@ -182,6 +187,8 @@ def plan_launch(
       one that plans, which the machines compare.
     sweep: a job for each value, 'optimizer.learning_rate=1e-3,3e-3'; several make a grid.
     utilization: share of the peak that the estimated time assumes.
+    price: USD per chip-hour, in place of the list price.
+    prices: 'sky', or a folder like SkyPilot's catalog, whose prices replace the list price.
     init_from, resume_from, code: see `train`. Files of the user, with what they import beside them,
       are part of the jobs, and the machines compare their hashes.
   """
@@ -190,7 +197,7 @@ def plan_launch(
     own = [pair for pair in pairs if pair[0].partition('.')[0] == engine]
     pairs = [pair for pair in pairs if pair not in own]
     engine = override(ENGINES[engine](), own, root=engine)
-  slice_ = parse_target(target)
+  slice_ = priced(parse_target(target), price, prices, engine.infra_of_prices)
   installs = engine.default_source() if source is None else source_of(source)
   version = installation().version
   check_version(installs, version)

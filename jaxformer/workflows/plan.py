@@ -6,6 +6,7 @@ from typing import Any, Unpack, get_args
 
 from jaxformer.config import InputError
 from jaxformer.inference.decoding import lowered_decode, lowered_prefill
+from jaxformer.launch.catalog import CATALOG, priced
 from jaxformer.launch.check import setup_of
 from jaxformer.models.model import ModelConfig
 from jaxformer.models.params import define
@@ -99,6 +100,7 @@ def plan(
   tokens: Amount | None = None,
   utilization: float = UTILIZATION,
   price: float | None = None,
+  prices: str | None = None,
   hardware: str | None = None,
   phase: Phase = 'train',
   compile: bool = False,
@@ -119,12 +121,13 @@ def plan(
     tokens: of the training run, a number or text such as '2T', in place of the experiment's.
     utilization: share of the peak FLOPs per second that time and price assume.
     price: USD per chip-hour, in place of the list price.
+    prices: 'sky', or a folder like SkyPilot's catalog, whose prices replace the list price.
     hardware: a TOML or JSON file with chips of your own; see `planning.hardware`.
     phase: 'train', 'prefill' or 'decode'.
     compile: compile the program with the TPU compiler, and report memory, FLOPs and collectives.
     search: try meshes, batch sizes and remat policies, compile the best few and recommend one.
   """
-  chips = _target(target, hardware, utilization, price, phase, compile, search)
+  chips = _target(target, hardware, utilization, price, prices, phase, compile, search)
   pairs = pairs_of(overrides)
   found = resolve(model, pairs, size)
   e, sized, ours = found.experiment, found.sized, found.ours
@@ -174,6 +177,7 @@ def _target(
   hardware: str | None,
   utilization: float,
   price: float | None,
+  prices: str | None,
   phase: Phase,
   compile: bool,
   search: bool,
@@ -189,12 +193,13 @@ def _target(
   if search and (compile or phase != 'train'):
     raise InputError('search: compiles by itself, and only for training; omit compile and phase')
   if name is None:
-    given = {'price': price, 'hardware': hardware, 'phase': phase != 'train'}
+    given = {'price': price, 'prices': prices, 'hardware': hardware, 'phase': phase != 'train'}
     given |= {'compile': compile, 'search': search}
     if needing := [option for option, value in given.items() if value]:
       raise InputError(f'{needing[0]}: needs a target')
     return None
   found = parse_target(name, CHIPS if hardware is None else hardware_file(hardware))
+  found = priced(found, price, prices)
   if (compile or search) and found.topology is None:
     raise InputError(
       f'compile, search: {found.name} is not a TPU slice; programs for {found.chip.name} compile '
@@ -332,6 +337,7 @@ def _memory_row(what: str, v: dict[str, Any], parts: str) -> tuple[str, str, str
 
 def _run_rows(v: dict[str, Any]) -> Rows:
   r, t = v['run'], v['target']
+  source = t['chip']['source'].partition('price: ')[2]
   spot = 'no list price' if r['spot_price_usd'] is None else f'${r["spot_price_usd"]:,.0f}'
   mesh = ', '.join(f'{a} {n}' for a, n in v['mesh'].items() if n > 1) or 'one device'
   rate = (
@@ -342,6 +348,7 @@ def _run_rows(v: dict[str, Any]) -> Rows:
     ('target', f'{t["name"]}: {t["chips"]:,} chips', f'{mesh}; remat {v["remat"]}'),
     ('time', f'{r["days"]:,.4g} days', rate),
     ('price', f'${r["price_usd"]:,.0f} on demand', hours),
+    *([('', '', source)] if source.startswith(CATALOG) else []),
   ]
 
 
