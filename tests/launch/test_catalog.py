@@ -61,7 +61,7 @@ def test_the_lowest_price_with_its_place_and_date(target, infra, price, spot, wh
   assert said.startswith(f'SkyPilot catalog {catalog}, on demand ')
   assert where in said
   assert 'of 2026-09-21' in said
-  assert found.chip.source.count('price') == 1
+  assert found.chip.source.count('price: ') == 1
   assert ('spot' in said) == (spot is not None)
   assert found.chip.peak() == parse_target(target).chip.peak()
 
