@@ -26,7 +26,7 @@ from jaxformer.data.folders import (
   divided,
   files_below,
   files_of_pattern,
-  folders_below,
+  holds,
 )
 from jaxformer.data.missing import Missing
 from jaxformer.data.readers import has_records, read_records, text_parts
@@ -46,6 +46,7 @@ NOT_LIBRARY = {
 MACHINE_PREFIX = '_sysconfigdata'
 
 
+CACHE_INSIDE = 'contains the cache folder {}; set JAXFORMER_CACHE to a folder outside'
 OnBadRow = Literal['error', 'skip']
 
 
@@ -253,18 +254,16 @@ class Files(Corpus):
         yield from in_parts(text_parts(path))
 
   def check_cache(self, folder: Path) -> None:
-    root, folder = user_path(self.path, f'{self.tag}.path'), folder.resolve()
+    root = user_path(self.path, f'{self.tag}.path')
     try:
       if not root.is_dir() and glob.has_magic(self.path):
         root, parts = divided(str(root))
         root = root if EVERY_LEVEL in parts else Path(os.devnull)
-      folders = [f.resolve() for f in folders_below(root)] if root.is_dir() else []
+      inside = holds(root, folder)
     except (OSError, Unusable) as e:
       raise self._wrong(getattr(e, 'strerror', None) or str(e)) from None
-    if any(folder.is_relative_to(f) and not _hidden(folder.relative_to(f)) for f in folders):
-      raise self._wrong(
-        f'contains the cache folder {folder}; set JAXFORMER_CACHE to a folder outside'
-      )
+    if inside:
+      raise self._wrong(CACHE_INSIDE.format(folder.resolve()))
 
   def files(self) -> dict[str, Path]:
     root = user_path(self.path, f'{self.tag}.path')
@@ -286,10 +285,6 @@ class Files(Corpus):
 
   def _wrong(self, problem: str) -> InputError:
     return InputError(f'{self.tag}.path', self.path, problem=problem)
-
-
-def _hidden(path: Path) -> bool:
-  return any(part.startswith('.') for part in path.parts)
 
 
 def in_parts(texts: Iterator[str]) -> Iterator[Row]:

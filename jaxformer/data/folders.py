@@ -77,6 +77,16 @@ def folders_below(root: Path) -> Iterator[Path]:
       waiting += [folder / e.name for e in below if not e.is_symlink()][::-1]
 
 
+def holds(root: Path, folder: Path) -> bool:
+  """Return whether a folder is or would be below a root, and not hidden. Raises `Unusable`."""
+  folder = folder.resolve()
+  if not root.is_dir():
+    return False
+  above = (f.resolve() for f in folders_below(root))
+  below = (folder.relative_to(f) for f in above if folder.is_relative_to(f))
+  return any(not any(map(_is_hidden, rest.parts)) for rest in below)
+
+
 def _identity(folder: Path) -> Folder:
   stat = folder.stat()
   return stat.st_dev, stat.st_ino

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from jaxformer.config import InputError
-from jaxformer.data.corpora import Corpus, OnBadRow, Row
-from jaxformer.data.folders import Unusable, files_below, files_of_pattern
+from jaxformer.data.corpora import CACHE_INSIDE, Corpus, OnBadRow, Row
+from jaxformer.data.folders import Unusable, files_below, files_of_pattern, holds
 from jaxformer.data.readers import text_of
 from jaxformer.files import user_path
 
@@ -98,6 +98,11 @@ class HuggingFace(Corpus):
       data_files=list(self.data_files) or None,
       streaming=True,
     )
+
+  def check_cache(self, folder: Path) -> None:
+    if self.name not in FORMATS and self._root.is_dir() and holds(self._root, folder):
+      problem = CACHE_INSIDE.format(folder.resolve())
+      raise InputError(f'{self.tag}.name', self.name, problem=problem)
 
   # ---- identity --------------------------------------------------------------------------------
 

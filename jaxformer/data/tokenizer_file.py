@@ -3,8 +3,10 @@ any such file; and tokenizers that were saved."""
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
+import os
 import re
 from collections.abc import Iterable, Sequence, Set
 from pathlib import Path
@@ -315,15 +317,34 @@ def _token(value: Any) -> str | None:
 
 def train_bpe(texts: Iterable[str], vocab_size: int, out_path: Path | str) -> int:
   """Train byte pairs on texts and write a `tokenizer.json`. The same texts give the same file.
-  Returns the size of the vocabulary, smaller than `vocab_size` where the texts run out of pairs."""
-  tokenizer = BytePairs(vocab_size=vocab_size).train(texts)
-  out_path = user_path(out_path, 'out')
+  Returns the size of the vocabulary, smaller than `vocab_size` where the texts run out of pairs.
+
+  Raises `InputError`, before a text is read, where the file cannot be written or would replace one
+  that is no `tokenizer.json`."""
+  config, out_path = BytePairs(vocab_size=vocab_size), user_path(out_path, 'out')
   try:
+    _require_replaceable(out_path)
     out_path.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(out_path.parent, os.W_OK):
+      raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    tokenizer = config.train(texts)
     write_atomically(out_path, tokenizer.hugging_face())
   except OSError as e:
     raise InputError(f'{out_path}: cannot be written ({e.strerror})') from None
   return tokenizer.vocab_size
+
+
+def _require_replaceable(path: Path) -> None:
+  if not path.exists():
+    return
+  try:
+    known = path.is_file() and 'model' in json.loads(path.read_bytes())
+  except (ValueError, TypeError, RecursionError):
+    known = False
+  if not known:
+    raise InputError(
+      'out', str(path), problem='exists and is no tokenizer.json; give a name that is free'
+    )
 
 
 # ---- saved tokenizers --------------------------------------------------------------------------

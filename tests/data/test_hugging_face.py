@@ -111,6 +111,9 @@ def test_a_local_folder_is_identified_by_content_and_not_by_its_place(tmp_path):
     (tmp_path / name / 'data' / 'train.jsonl').write_text(text)
   first, second, third = (HuggingFace(name=str(tmp_path / n)).fingerprint() for n in 'abc')
   assert first == second != third
+  inside = Text(corpus=HuggingFace(name=str(tmp_path / 'a')), sequence_length=16)
+  with pytest.raises(InputError, match=r'HuggingFace\.name = .*contains the cache folder'):
+    open_data(inside, cache_dir=tmp_path / 'a' / 'cache')
   files = HuggingFace(name=str(tmp_path / 'a'), data_files=('data/*.jsonl',)).files()
   assert list(files) == ['data/train.jsonl', '0/train.jsonl']
 

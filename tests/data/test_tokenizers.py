@@ -123,6 +123,26 @@ def test_trained_file_is_deterministic(tmp_path, pairs):
   assert (tmp_path / 'again.json').read_bytes() == Path(pairs).read_bytes()
 
 
+def test_a_file_that_is_no_tokenizer_is_not_replaced(tmp_path, pairs):
+  def texts():
+    raise AssertionError('a text was read')
+    yield ''
+
+  (tmp_path / 'mine.txt').write_text('my text')
+  (tmp_path / 'file').write_text('')
+  for name, message in (
+    ('mine.txt', 'exists and is no tokenizer.json'),
+    ('', 'exists and is no tokenizer.json'),
+    ('file/a.json', r'cannot be written \('),
+    ('x' * 300, 'too long'),
+  ):
+    with pytest.raises(InputError, match=message):
+      train_bpe(texts(), 600, tmp_path / name)
+  assert (tmp_path / 'mine.txt').read_text() == 'my text'
+  assert train_bpe(TOPICS[:3], 300, tmp_path / 'b.json') == 300
+  assert train_bpe(TOPICS[:3], 280, tmp_path / 'b.json') == 280
+
+
 def test_text_that_looks_like_a_special_token_is_text(pairs):
   tokenizer = TokenizerFile(path=pairs).train(())
   ids = tokenizer.encode('a <|endoftext|> b')
