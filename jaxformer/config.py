@@ -24,7 +24,7 @@ import hashlib
 import json
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal, Self, TypeVar, dataclass_transform
 
 from jaxformer.code_record import PACKAGE, code_of, contents, is_named, package_of, without_paths
@@ -416,6 +416,18 @@ def from_json(data: Any, where: str = '', base: type[Config] = Config) -> Any:
     raise InputError(f'{where or "config"}: {cls.tag} needs {", ".join(missing)}')
   path = f'{where}.' if where else ''
   return cls(**{name: decode(v, known[name], f'{path}{name}') for name, v in given.items()})
+
+
+def whole_numbers(value: Any, path: str = '') -> Iterator[tuple[str, int]]:
+  """Yield the dotted path and the value of each integer in a config."""
+  if isinstance(value, Config):
+    for name in hints(type(value)):
+      yield from whole_numbers(getattr(value, name), f'{path or value.tag}.{name}')
+  elif isinstance(value, tuple):
+    for i, inner in enumerate(value):
+      yield from whole_numbers(inner, f'{path}.{i}')
+  elif isinstance(value, int) and not isinstance(value, bool):
+    yield path, value
 
 
 def field_default(cls: type[Config], name: str) -> Any:

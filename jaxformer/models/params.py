@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array
 
+from jaxformer.config import InputError, whole_numbers
 from jaxformer.sharding import Parallel
 
 Params = dict[str, Array]
@@ -142,7 +143,11 @@ def _initialiser(
 @functools.lru_cache(maxsize=64)
 def define(config: Any) -> Definition[Any]:
   """The structure of the config of a model or a layer, which has `build(rngs)`, found from abstract
-  shapes: no parameter is allocated, at any size."""
+  shapes: no parameter is allocated, at any size. Raises `InputError` for sizes that no array can
+  have."""
+  for path, number in whole_numbers(config):
+    if abs(number) >= 2**31:
+      raise InputError(path, number, 'below 2^31, as the sizes of arrays are')
   graph, state = nnx.split(nnx.eval_shape(lambda: config.build(_rngs(jax.random.key(0)))))
   info = {}
   for path, variable in nnx.to_flat_state(state):

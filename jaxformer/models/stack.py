@@ -55,6 +55,8 @@ class Group(Config):
 
   def validate(self):
     self.require_positive('repeats')
+    # each is a step of the tables of costs; the deepest models have hundreds
+    self.require(self.repeats <= 100_000, 'repeats', 'at most 100,000')
     self.require(len(self.pattern) > 0, 'pattern', 'at least one block')
 
   def out_width(self, width: int) -> int:

@@ -28,6 +28,8 @@ from orbax.checkpoint.utils import is_checkpoint_finalized
 
 from jaxformer.config import InputError, first_lines, whole
 from jaxformer.exit_codes import Failure
+from jaxformer.files import regular_file
+from jaxformer.json_data import parse_json
 from jaxformer.models.params import Definition, Params
 from jaxformer.sharding import MeshConfig, Parallel, make_parallel
 from jaxformer.training.paths import AnyPath, discard, move, remote_errors, remove, to_path
@@ -132,7 +134,7 @@ def steps_in(folder: AnyPath) -> list[int]:
 
 def _read_meta(path: AnyPath) -> dict[str, Any]:
   try:
-    meta = json.loads((path / 'meta' / 'data.json').read_text())
+    meta = parse_json(regular_file(path / 'meta' / 'data.json').read_text())
     intact = meta['seal'] == _seal(meta)['seal']
   except (OSError, ValueError, KeyError, TypeError) as e:
     raise Corrupt(f'its metadata cannot be read ({type(e).__name__}: {e})') from None

@@ -356,7 +356,7 @@ class Run:
       others = self.folder / 'undone'
       n = 1 + max((int(p.name) for p in (others.iterdir() if others.exists() else ())), default=0)
       later = [s for s in steps_in(self.folder / 'checkpoints') if s > step]
-      rows = [r for r in _rows(self.home / 'metrics.jsonl') if r['step'] > step]
+      rows = [r for r in _metrics(self.home / 'metrics.jsonl') if r['step'] > step]
       aside = self.home / 'undone' / str(n)
       (aside / 'checkpoints').mkdir(parents=True)
       write_atomically(aside / 'metrics.jsonl', ''.join(json.dumps(r) + '\n' for r in rows))
@@ -370,7 +370,7 @@ class Run:
     a run that was never interrupted."""
     file = self.home / 'metrics.jsonl'
     if self.writes and file.exists():
-      kept = [json.dumps(row) + '\n' for row in _rows(file) if row['step'] <= step]
+      kept = [json.dumps(row) + '\n' for row in _metrics(file) if row['step'] <= step]
       write_atomically(file, ''.join(kept))
 
   def metrics(self, row: dict[str, Any]) -> None:
@@ -424,8 +424,9 @@ def _of_code(difference: str) -> bool:
 
 
 def read_metrics(folder: str | AnyPath) -> list[dict[str, Any]]:
-  """Return the rows of `metrics.jsonl`, without a last line that a crash cut short."""
-  return _rows(to_path(folder) / 'metrics.jsonl')
+  """Return the rows of `metrics.jsonl`, without a last line that a crash cut short, or what else
+  is no row of metrics."""
+  return _metrics(to_path(folder) / 'metrics.jsonl')
 
 
 def read_events(folder: str | AnyPath) -> list[dict[str, Any]]:
@@ -435,18 +436,24 @@ def read_events(folder: str | AnyPath) -> list[dict[str, Any]]:
 
 def _rows(file: AnyPath) -> list[dict[str, Any]]:
   rows = []
-  for line in file.read_text().splitlines() if file.exists() else ():
-    try:
-      rows.append(json.loads(line))
-    except ValueError:
-      break
-  return rows
+  try:
+    lines = regular_file(file).read_bytes().splitlines() if file.exists() else []
+  except OSError as e:
+    raise InputError(f'{file}: cannot be read ({e.strerror})') from None
+  for line in lines:
+    with contextlib.suppress(ValueError):
+      rows.append(parse_json(line))
+  return [row for row in rows if isinstance(row, dict)]
+
+
+def _metrics(file: AnyPath) -> list[dict[str, Any]]:
+  return [r for r in _rows(file) if type(r.get('step')) is int]
 
 
 def _entries(file: Path) -> list[Any]:
   """Return a JSON list, empty if the file is missing or corrupt: no reason to stop a run."""
   try:
-    value = json.loads(file.read_text())
+    value = parse_json(regular_file(file).read_text())
   except (OSError, ValueError):
     return []
   return value if isinstance(value, list) else []

@@ -16,6 +16,7 @@ from jaxformer.sharding import Parallel, make_parallel
 from jaxformer.task_type import Batch
 from jaxformer.training.batch_placement import BatchPlacement
 from jaxformer.training.checkpoint import check_shapes, load_params
+from jaxformer.training.device_memory import check_memory
 from jaxformer.training.experiment import Experiment, TrainingConfig, check_fit
 from jaxformer.training.optimizer import Optimizer
 from jaxformer.training.paths import AnyPath
@@ -118,4 +119,5 @@ def check(
   # each microbatch is sharded over the mesh
   BatchPlacement(parallel, t.batch_size // t.accumulate, experiment.data.positions)
   definition.shardings(parallel)
+  check_memory(experiment, definition, parallel)
   return definition, parallel
