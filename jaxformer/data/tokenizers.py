@@ -95,6 +95,25 @@ class Tokenizer:
     """Return the same tokenizer as the text of a Hugging Face `tokenizer.json`."""
     raise NotImplementedError
 
+  def hugging_face_files(self) -> dict[str, str]:
+    """Return the files of the same tokenizer for Hugging Face libraries, by their names."""
+    import tokenizers as hf
+
+    data = self.hugging_face()
+    model, begin, end = (
+      hf.Tokenizer.from_str(data),
+      self.beginning_of_document,
+      self.end_of_document,
+    )
+    config = {
+      'tokenizer_class': 'PreTrainedTokenizerFast',
+      'bos_token': None if begin is None else model.id_to_token(begin),
+      'eos_token': None if end is None else model.id_to_token(end),
+      'add_bos_token': begin is not None,
+      'clean_up_tokenization_spaces': False,
+    }
+    return {'tokenizer.json': data, 'tokenizer_config.json': json.dumps(config, indent=2) + '\n'}
+
   @property
   def vocab_size(self) -> int:
     return len(self.token_bytes)

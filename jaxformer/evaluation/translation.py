@@ -155,13 +155,9 @@ def translate_held_out(
   assert tokenizer is not None, 'pairs are text'
   end = tokenizer.end_of_document
   assert end is not None, 'pairs end with a token'
+  decoding: dict[str, Any] = {'end': end, **options}
   found = translate(
-    definition,
-    params,
-    [p.source_ids for p in pairs],
-    end=end,
-    vocab_size=dataset.vocab_size,
-    **options,
+    definition, params, [p.source_ids for p in pairs], vocab_size=dataset.vocab_size, **decoding
   )
   return evaluate_translation([t.tokens for t in found], pairs, tokenizer, bootstrap=bootstrap)
 

@@ -7,6 +7,7 @@ from jaxformer.inference.benchmark import DecodeTime, time_decode
 from jaxformer.inference.decoding import Generated, Request, generate, request
 from jaxformer.inference.sampling import GREEDY, Sampling
 from jaxformer.inference.text import generate_text, stream
+from jaxformer.inference.token_rules import TokenRules
 from jaxformer.inference.translate import Translation, translate
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
   'Generated',
   'Request',
   'Sampling',
+  'TokenRules',
   'Translation',
   'align',
   'draw',

@@ -32,7 +32,7 @@ def align(
   source: Sequence[int],
   target: Sequence[int],
   *,
-  end: int,
+  begin: int,
 ) -> Float[np.ndarray, 'L T S']:
   """Return the attention with which each token of a given target was predicted, of each layer that
   attends to the source from the bottom up, as the mean over heads.
@@ -40,13 +40,13 @@ def align(
   Args:
     source: token ids with the token that ends a source.
     target: token ids without the end; the last row is that of the end.
-    end: the token that ends a target, which the decoder reads first.
+    begin: the token that the decoder reads first.
 
   Raises `InputError` for a model without attention to the source, and for ids out of range.
   """
   config = definition.config
   source_ids = token_ids('the source', source, config.source_vocab_size)
-  tokens = [end, *token_ids('the target', target, config.vocab_size)]
+  tokens = [begin, *token_ids('the target', target, config.vocab_size)]
   if not source_ids:
     raise InputError('source: is empty; give at least the token that ends it')
   found = _alignments(

@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxformer.config import Config, InputError
 from jaxformer.inference.decoding import STEP, tokens_only
+from jaxformer.inference.token_rules import FREE, TokenRules
 from jaxformer.models.encoder_decoder import DecoderState, EncoderDecoder
 from jaxformer.models.params import Definition, Params
 from jaxformer.task_type import IGNORE
@@ -82,7 +83,7 @@ decoder's state after all tokens but the last; and the number of steps."""
 
 
 @functools.partial(
-  jax.jit, static_argnames=('definition', 'beam', 'max_new_tokens', 'vocab_size', 'where')
+  jax.jit, static_argnames=('definition', 'beam', 'max_new_tokens', 'vocab_size', 'rules', 'where')
 )
 def beam_search(
   definition: Definition[EncoderDecoder],
@@ -95,6 +96,7 @@ def beam_search(
   beam: Beam,
   max_new_tokens: int,
   vocab_size: int | None = None,
+  rules: TokenRules = FREE,
   where: Any = None,
 ) -> Hypotheses:
   """Search for the best translations of every source, in one program. Width 1 is greedy decoding.
@@ -105,6 +107,7 @@ def beam_search(
     limit_B: maximum number of tokens for each source, the end included.
     max_new_tokens: N, the length of the token buffer.
     vocab_size: tokens from here on are never chosen; None if every row of the head is a token.
+    rules: of which tokens may come, and which end a hypothesis besides `end`.
     where: mesh and rules, on which the program depends.
   """
   model = definition.merge(params)
@@ -122,7 +125,9 @@ def beam_search(
     out = model.step(token_BK.reshape(-1), STEP.replace(align=covers), decoder)
     # rows of the head that are no tokens have their share of the mass
     log_p = jax.nn.log_softmax(out.y.astype(jnp.float32), axis=-1)
-    log_p_BKV = tokens_only(log_p, vocab_size).reshape(B, K, -1)
+    at_limit_B = jnp.repeat(count == limit_B - 1, K)
+    log_p = rules.allowed(tokens_only(log_p, vocab_size), count, at_limit_B)
+    log_p_BKV = log_p.reshape(B, K, -1)
     parent_BK, token_BK, log_p_BK = _extend(log_p_BKV, found.log_p_BK, found.done_BK(limit_B))
     decoder = out.state
     attention: Any = _mean_attention(out.alignments).reshape(B, K, -1) if covers else None
@@ -131,7 +136,7 @@ def beam_search(
       decoder = model.select_rows(decoder, rows, same_source=True)
       found, coverage_BKS, attention = _take((found, coverage_BKS, attention), parent_BK)
     done_BK = found.done_BK(limit_B)
-    ends_BK = ~done_BK & (token_BK == end)
+    ends_BK = ~done_BK & rules.is_end(token_BK, end)
     new_BK = jnp.where(done_BK | ends_BK, IGNORE, token_BK)
     at = (0, 0, count)
     if coverage_BKS is not None:

@@ -21,6 +21,7 @@ from jaxtyping import Array, Bool, Int, Key
 
 from jaxformer.config import InputError
 from jaxformer.inference.sampling import GREEDY, PLAIN, Sampling, sample
+from jaxformer.inference.token_rules import FREE, TokenRules
 from jaxformer.layers.layer import Context, State
 from jaxformer.models.language_model import LanguageModel
 from jaxformer.models.params import Definition, Params
@@ -56,7 +57,15 @@ class Decoding:
 
 @functools.partial(
   jax.jit,
-  static_argnames=('definition', 'sampling', 'max_len', 'max_new_tokens', 'vocab_size', 'where'),
+  static_argnames=(
+    'definition',
+    'sampling',
+    'max_len',
+    'max_new_tokens',
+    'vocab_size',
+    'rules',
+    'where',
+  ),
 )
 def begin(
   definition: Definition[LanguageModel],
@@ -70,6 +79,7 @@ def begin(
   max_len: int,
   max_new_tokens: int,
   vocab_size: int | None = None,
+  rules: TokenRules = FREE,
   where: Any = None,
 ) -> Decoding:
   """Read the prompts (prefill) and sample the first new token of each.
@@ -80,6 +90,7 @@ def begin(
     max_len: of the model's state: T and the new tokens.
     max_new_tokens: N, the length of the token buffer.
     vocab_size: tokens from here on are never sampled; None if every row of the head is a token.
+    rules: of which tokens may come.
     where: mesh and rules, on which the program depends.
   """
   model, (B, _) = definition.merge(params), tokens_BT.shape
@@ -100,12 +111,12 @@ def begin(
   start = Decoding(
     state, jnp.zeros((B,), jnp.int32), empty, jnp.int32(0), jnp.zeros((B,), bool), seen, keys
   )
-  return _drawn(start, model.logits(out.y[:, -1]), end, sampling, vocab_size)
+  return _drawn(start, model.logits(out.y[:, -1]), end, sampling, vocab_size, rules)
 
 
 @functools.partial(
   jax.jit,
-  static_argnames=('definition', 'sampling', 'vocab_size', 'where'),
+  static_argnames=('definition', 'sampling', 'vocab_size', 'rules', 'where'),
   donate_argnames='decoding',
 )
 def advance(
@@ -117,6 +128,7 @@ def advance(
   *,
   sampling: Sampling,
   vocab_size: int | None = None,
+  rules: TokenRules = FREE,
   where: Any = None,
 ) -> Decoding:
   """Sample tokens until there are `limit` for each row, or all rows are finished. `decoding` is
@@ -129,23 +141,28 @@ def advance(
 
   def one(d: Decoding) -> Decoding:
     out = model.step(d.token_B, STEP, d.state)
-    return _drawn(dataclasses.replace(d, state=out.state), out.y, end, sampling, vocab_size)
+    return _drawn(dataclasses.replace(d, state=out.state), out.y, end, sampling, vocab_size, rules)
 
   return jax.lax.while_loop(more, one, decoding)
 
 
 def _drawn(
-  d: Decoding, logits_BV: Array, end: Array, sampling: Sampling, vocab_size: int | None
+  d: Decoding,
+  logits_BV: Array,
+  end: Array,
+  sampling: Sampling,
+  vocab_size: int | None,
+  rules: TokenRules,
 ) -> Decoding:
   """One more token for each row; that of a finished row is discarded."""
-  logits_BV = tokens_only(logits_BV, vocab_size)
+  logits_BV = rules.allowed(tokens_only(logits_BV, vocab_size), d.count)
   token_B = sample(
     jax.vmap(jax.random.fold_in, in_axes=(0, None))(d.keys_B, d.count),
     logits_BV,
     d.seen_BV,
     sampling,
   )
-  finished_B = d.finished_B | (token_B == end)
+  finished_B = d.finished_B | rules.is_end(token_B, end)
   tokens_BN = jax.lax.dynamic_update_slice(
     d.tokens_BN, jnp.where(finished_B, IGNORE, token_B)[:, None], (0, d.count)
   )
@@ -186,6 +203,7 @@ class Request:
   room: int
   parallel: Parallel | None
   vocab_size: int | None
+  rules: TokenRules
 
   def begin(self) -> Decoding:
     """Read the prompts and sample one token."""
@@ -202,6 +220,7 @@ class Request:
         max_len=self.max_len,
         max_new_tokens=self.room,
         vocab_size=self.vocab_size,
+        rules=self.rules,
         where=self.parallel,
       )
 
@@ -216,6 +235,7 @@ class Request:
         np.int32(self.end),
         sampling=self.sampling,
         vocab_size=self.vocab_size,
+        rules=self.rules,
         where=self.parallel,
       )
 
@@ -232,6 +252,7 @@ def request(
   dtype: Any = None,
   parallel: Parallel | None = None,
   vocab_size: int | None = None,
+  rules: TokenRules = FREE,
 ) -> Request:
   """Return a request to continue each prompt, for `generate` and the functions of
   `jaxformer.inference.text`. Its sizes are rounded up, so that requests of similar sizes share
@@ -246,6 +267,7 @@ def request(
     dtype: compute dtype; None for that of the parameters.
     parallel: mesh and rules of the parameters; None for one device.
     vocab_size: of the tokenizer, where the model's is padded: the rows beyond it are never sampled.
+    rules: of which tokens may come, and which end a continuation besides `end_of_document`.
 
   Raises:
     InputError: token ids out of range, an empty prompt without an end of document, or more tokens
@@ -255,6 +277,9 @@ def request(
   check_positive(max_new_tokens=max_new_tokens, vocab_size=vocab_size)
   if not 0 <= seed < 2**32:
     raise InputError('seed', seed, 'at least 0 and below 2^32')
+  rules.check(config.vocab_size)
+  if rules.last is not None:
+    raise InputError('rules.last', rules.last, 'none: only translations have one')
   end = IGNORE if end_of_document is None else end_of_document
   if end_of_document is not None and not 0 <= end < config.vocab_size:
     accepted = f'at least 0 and below the vocabulary of {config.vocab_size}'
@@ -292,6 +317,7 @@ def request(
     room,
     parallel,
     vocab_size,
+    rules,
   )
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from jaxformer.config import InputError
 from jaxformer.inference.beam import GREEDY_BEAM, Beam, beam_search
 from jaxformer.inference.decoding import bucket, check_positive, token_ids
+from jaxformer.inference.token_rules import FREE, TokenRules
 from jaxformer.models.encoder_decoder import EncoderDecoder
 from jaxformer.models.params import Definition, Params
 from jaxformer.sharding import Parallel, use_mesh
@@ -41,8 +42,10 @@ def translate(
   begin: int | None = None,
   beam: Beam = GREEDY_BEAM,
   max_new_tokens: int | None = None,
+  max_length: int | None = None,
   batch_size: int = 64,
   vocab_size: int | None = None,
+  rules: TokenRules = FREE,
   dtype: Any = None,
   parallel: Parallel | None = None,
 ) -> list[Translation]:
@@ -54,8 +57,10 @@ def translate(
     begin: the token that the decoder reads first; None for `end`.
     beam: how to search; greedy by default.
     max_new_tokens: maximum number of tokens, the end included; None for 2 x source length + 10.
+    max_length: limits that default, the token that the decoder reads first included; None for none.
     batch_size: sources per batch; sources of similar lengths are batched together.
     vocab_size: of the tokenizer, where the model's is padded: the rows beyond it are never chosen.
+    rules: of which tokens may come, and which end a translation besides `end`.
     dtype: compute dtype; None for that of the parameters.
     parallel: mesh and rules of the parameters; None for one device.
 
@@ -65,8 +70,14 @@ def translate(
   """
   config = definition.config
   begin = end if begin is None else begin
-  check_positive(max_new_tokens=max_new_tokens, batch_size=batch_size, vocab_size=vocab_size)
+  check_positive(
+    max_new_tokens=max_new_tokens,
+    max_length=max_length,
+    batch_size=batch_size,
+    vocab_size=vocab_size,
+  )
   config.check_length(max_new_tokens or 0)
+  rules.check(config.vocab_size)
   for name, token in (('end', end), ('begin', begin)):
     if not 0 <= token < config.vocab_size:
       raise InputError(name, token, f'at least 0 and below the vocabulary of {config.vocab_size}')
@@ -82,6 +93,9 @@ def translate(
   def most(n: int) -> int:
     return min(n, config.max_len or sys.maxsize)
 
+  def default(source: int) -> int:
+    return most(min(2 * source + 10, max(1, (max_length or sys.maxsize) - 1)))
+
   order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
   found: dict[int, Translation] = {}
   for first in range(0, len(order), batch_size):
@@ -89,7 +103,7 @@ def translate(
     # the last source again, so that batches of similar sizes share a program
     again = [chosen[-1]] * (min(batch_size, bucket(len(chosen))) - len(chosen))
     filled = [rows[i] for i in chosen + again]
-    limit_B = np.array([max_new_tokens or most(2 * len(row) + 10) for row in filled], np.int32)
+    limit_B = np.array([max_new_tokens or default(len(row)) for row in filled], np.int32)
     source_BS = np.full((len(filled), most(bucket(len(filled[-1])))), IGNORE, np.int32)
     for b, row in enumerate(filled):
       source_BS[b, : len(row)] = row
@@ -104,6 +118,7 @@ def translate(
         beam=beam,
         max_new_tokens=most(bucket(int(limit_B.max()))),
         vocab_size=vocab_size,
+        rules=rules,
         where=parallel,
       )
     best = jax.tree.map(lambda a: np.asarray(a[:, 0]), best)  # of the beam

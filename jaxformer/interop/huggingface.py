@@ -4,17 +4,20 @@ its parameters. Pickles are never read."""
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 
-from jaxformer.config import InputError, nearest
+from jaxformer.config import InputError, differences, nearest
 from jaxformer.interop import weights
 from jaxformer.interop.families import FAMILIES
-from jaxformer.interop.family import match
+from jaxformer.interop.family import functional, match
+from jaxformer.interop.generation import FILE as GENERATION_FILE
+from jaxformer.interop.generation import with_token_ids
 from jaxformer.interop.settings import Settings
-from jaxformer.interop.tensors import new_path, open_safetensors, read_json, write
+from jaxformer.interop.tensors import new_path, open_safetensors, read_json, shortened, write
 from jaxformer.interop.weights import CheckpointFormat
 from jaxformer.models.model import ModelConfig
 from jaxformer.models.params import Params
@@ -27,11 +30,13 @@ TOKENIZER_FILES = (
   'special_tokens_map.json',
   'added_tokens.json',
   'vocab.json',
+  'target_vocab.json',
   'merges.txt',
+  'source.spm',
+  'target.spm',
   'chat_template.jinja',
-  'generation_config.json',
+  'chat_template.json',
 )
-TOKEN_IDS = ('bos_token_id', 'eos_token_id', 'pad_token_id')
 
 
 def read_config(folder: str | os.PathLike) -> tuple[CheckpointFormat, ModelConfig]:
@@ -76,6 +81,10 @@ def save_hf(
   dtype: Any = jnp.float32,
   tokenizer_folder: str | os.PathLike | None = None,
   max_shard_bytes: int = 5_000_000_000,
+  *,
+  source: str | os.PathLike | None = None,
+  token_ids: Mapping[str, Any] | None = None,
+  texts: Mapping[str, str] | None = None,
 ) -> None:
   """Write a Hugging Face folder. It appears only when it is complete; an existing folder must be
   empty.
@@ -83,42 +92,59 @@ def save_hf(
   Args:
     model_config, params: as `load_hf` returns them; the format follows from the config.
     dtype: of the values in the files.
-    tokenizer_folder: a folder whose tokenizer files are copied; the ids of special tokens are those
-      of its `config.json`.
+    tokenizer_folder: a folder whose tokenizer files are copied; the ids of special tokens and the
+      rules of generation are those of its `config.json` and `generation_config.json`.
     max_shard_bytes: size limit of each file of weights.
+    source: the Hugging Face folder that the weights are from: its format and every field of its
+      `config.json` but the dtype are kept, and its tokenizer files.
+    token_ids: ids of special tokens that no such folder has, by their names in `config.json`.
+    texts: further files, where no such folder has them.
 
   Raises `InputError` for a model that no format represents, with the reasons.
   """
   if max_shard_bytes < 1:
     raise InputError('max_shard_bytes', max_shard_bytes, 'positive')
-  kind = match(model_config, map(FAMILIES.__getitem__, FAMILIES))
+  kind, fields = _format(model_config, source)
   shapes, tensors = weights.export(kind, model_config, params, dtype)
-  files, token_ids = _tokenizer(tokenizer_folder)
+  files = _tokenizer(source, tokenizer_folder)
+  config, generation = with_token_ids(fields, source or tokenizer_folder, token_ids or {})
   dtype = weights.dtype_of(dtype)
-  fields = {
-    'model_type': kind.name,
-    **kind.write(model_config),
-    **dict.fromkeys(TOKEN_IDS),
-    **token_ids,
-    # transformers 4 and 5
-    'torch_dtype': dtype.name,
-    'dtype': dtype.name,
+  config |= {'torch_dtype': dtype.name, 'dtype': dtype.name}  # transformers 4 and 5
+  written = {'config.json': config} | ({GENERATION_FILE: generation} if generation else {})
+  texts = {name: json.dumps(value, indent=2) + '\n' for name, value in written.items()} | {
+    name: text for name, text in (texts or {}).items() if name not in {f.name for f in files}
   }
   with new_path(folder, folder=True) as partial:
-    (partial / 'config.json').write_text(json.dumps(fields, indent=2) + '\n', encoding='utf-8')
+    for name, text in texts.items():
+      (partial / name).write_text(text, encoding='utf-8')
     for file in files:
       shutil.copyfile(file, partial / file.name)
     write(partial, shapes, tensors, dtype, max_shard_bytes)
 
 
-def _tokenizer(folder: str | os.PathLike | None) -> tuple[list[Path], dict[str, Any]]:
-  """(tokenizer files of a folder, ids of special tokens in its `config.json`)."""
+def _format(
+  model_config: ModelConfig, source: str | os.PathLike | None
+) -> tuple[CheckpointFormat, dict[str, Any]]:
+  """(the format of a model, its `config.json`): those of the folder that it is from, if any."""
+  if source is None:
+    kind = match(model_config, map(FAMILIES.__getitem__, FAMILIES))
+    return kind, {'model_type': kind.name, **kind.write(model_config)}
+  kind, theirs = read_config(source)
+  if differ := differences(functional(theirs), functional(model_config)):
+    problem = f'holds another model: {shortened(differ, 3)}'
+    raise InputError('source', str(source), problem=problem)
+  return kind, read_json(Path(source) / 'config.json')
+
+
+def _tokenizer(
+  source: str | os.PathLike | None, tokenizer_folder: str | os.PathLike | None
+) -> list[Path]:
+  """The tokenizer files of a folder."""
+  folder = tokenizer_folder if source is None else source
   if folder is None:
-    return [], {}
+    return []
   files = [Path(folder) / f for f in TOKENIZER_FILES if (Path(folder) / f).is_file()]
-  if not any(f.name.startswith('tokenizer') for f in files):
+  if source is None and not any(f.name.startswith('tokenizer') for f in files):
     problem = 'holds no tokenizer.json, tokenizer_config.json or tokenizer.model'
     raise InputError('tokenizer_folder', str(folder), problem=problem)
-  config = Path(folder) / 'config.json'
-  fields = read_json(config) if config.is_file() else {}
-  return files, {k: fields[k] for k in TOKEN_IDS if k in fields}
+  return files

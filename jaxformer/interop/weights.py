@@ -106,6 +106,7 @@ class CheckpointFormat:
     copies: tensor -> the tensor that it may duplicate exactly where it is not one of the rules'
       (tied heads).
     model: the type of config that it represents.
+    token_ids: ids of special tokens that transformers assumes where `config.json` has none.
   """
 
   name: str
@@ -116,6 +117,7 @@ class CheckpointFormat:
   ignored: tuple[str, ...] = ()
   copies: Mapping[str, str] = dataclasses.field(default_factory=dict)
   model: type[ModelConfig] = LanguageModel.Config
+  token_ids: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
 
 # ---- the rules applied to one model ------------------------------------------------------------

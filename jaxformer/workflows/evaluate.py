@@ -67,7 +67,8 @@ def evaluate_model(
   check_fit(model.config, chosen, dataset.vocab_size, dataset.source_vocab_size)
 
   def held_out() -> Any:
-    return dataset.validation_batches(batch_size, batches)
+    found = dataset.validation_batches(batch_size, batches)
+    return map(model.as_read, found) if chosen.task == TRANSLATION else found
 
   bytes_V = None if dataset.tokenizer is None else dataset.tokenizer.token_bytes
   result = evaluate(model.definition, model.params, held_out(), token_bytes_V=bytes_V)
@@ -78,7 +79,12 @@ def evaluate_model(
   translated = None
   if chosen.task == TRANSLATION and translations:
     translated = translate_held_out(
-      model.definition, model.params, dataset, translations, batch_size=batch_size
+      model.definition,
+      model.params,
+      dataset,
+      translations,
+      batch_size=batch_size,
+      **model.decoding(),
     )
   return dataclasses.replace(
     result,

@@ -3,6 +3,7 @@
 import os
 import pathlib
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 
@@ -10,7 +11,7 @@ from jaxformer.config import InputError, differences, first_lines, nearest, to_j
 from jaxformer.data import load_tokenizer
 from jaxformer.data.tokenizers import ByteTokenizer
 from jaxformer.files import regular_file, user_path
-from jaxformer.interop import is_rwkv, load_hf, load_rwkv
+from jaxformer.interop import is_rwkv, load_hf, load_rwkv, read_generation
 from jaxformer.json_data import parse_json
 from jaxformer.models.model import ModelConfig
 from jaxformer.models.params import Params, define
@@ -53,7 +54,10 @@ def load(name: str | os.PathLike[str], *, code: Code = (), seed: int = 0) -> Mod
     model, params = read(path)
     folder = path if path.is_dir() else path.parent
     tokenizer = load_tokenizer(folder) if (folder / 'tokenizer.json').is_file() else None
-    return Model(path.name, define(model), lambda: params, tokenizer)
+    of_folder: dict[str, Any] = (
+      {} if read is load_rwkv else {'source': path, 'generation': read_generation(path)}
+    )
+    return Model(path.name, define(model), lambda: params, tokenizer, **of_folder)
   path, at = trained_folder(name)
   trained_by = load_experiment(path, code)
   definition = define(trained_by.model)

@@ -19,6 +19,7 @@ from jaxformer.inference import (
   Generated,
   Request,
   Sampling,
+  TokenRules,
   Translation,
   align,
   draw,
@@ -27,7 +28,7 @@ from jaxformer.inference import (
   stream,
   translate,
 )
-from jaxformer.interop import is_rwkv, save_hf, save_rwkv
+from jaxformer.interop import UNKNOWN, Generation, is_rwkv, save_hf, save_rwkv
 from jaxformer.models.model import ModelConfig
 from jaxformer.models.params import Definition, Params
 from jaxformer.sharding import platform
@@ -107,6 +108,8 @@ class Model:
     experiment: what it was trained by; None for weights of another library.
     tokenizer: None for a model that was not trained on text.
     step: of the checkpoint; None for other weights, and for initial parameters.
+    source: the folder of Hugging Face weights that these are; None for others.
+    generation: what was published about generation with these weights.
   """
 
   name: str
@@ -115,6 +118,8 @@ class Model:
   tokenizer: Tokenizer | None = None
   experiment: Experiment | None = None
   step: int | None = None
+  source: pathlib.Path | None = None
+  generation: Generation = UNKNOWN
 
   @property
   def config(self) -> ModelConfig:
@@ -183,20 +188,50 @@ class Model:
   ) -> Request:
     """Return the request to continue prompts; the defaults are those of `GenerateOptions`."""
     tokenizer, how = self.text_tokenizer(), Sampling(temperature=float(temperature), **sampling)
+    published = self.generation
     if self.config.task != LANGUAGE_MODELING:
       raise InputError(
         f'{self.name}: an {self.config.tag} does not continue prompts; use translate'
       )
+    end, rules = self._rules()
+    if rules.last is not None:
+      problem = 'a language model has no rule for the last of the new tokens'
+      raise InputError(f'{self.name}: forced_eos_token_id', rules.last, problem=problem)
+    bos = [] if published.bos is None else [published.bos]  # where a prompt is empty
+    ids = [tokenizer.encode_start(p) or bos for p in prompts]
+    if rules.first is not None:
+      # As in transformers, it is the second token of a text, not the first after any prompt.
+      if any(len(p) == 1 for p in ids):
+        problem = 'a language model has no rule for the first of the new tokens'
+        raise InputError(f'{self.name}: forced_bos_token_id', rules.first, problem=problem)
+      rules = rules.replace(first=None)
+    if max_new_tokens is None:
+      max_new_tokens = published.most_new(NEW_TOKENS, max(map(len, ids), default=0))
     return request(
       self.definition,
       self.params,
-      [tokenizer.encode_start(p) for p in prompts],
-      max_new_tokens=NEW_TOKENS if max_new_tokens is None else max_new_tokens,
+      ids,
+      max_new_tokens=max_new_tokens,
       sampling=how,
       seed=seed,
-      end_of_document=tokenizer.end_of_document,
+      end_of_document=end,
       dtype=_dtype(dtype),
       vocab_size=tokenizer.vocab_size,
+      rules=rules,
+    )
+
+  def _rules(self) -> tuple[int | None, TokenRules]:
+    """Return the token that ends what is generated, and the other rules of generation, as published
+    or else those of the tokenizer. Raises `InputError` for rules that are not supported."""
+    published = self.generation
+    published.require_supported()
+    first, *others = published.ends or (self.text_tokenizer().end_of_document,)
+    return first, TokenRules(
+      ends=tuple(others),
+      never=published.never,
+      never_first=published.never_first,
+      first=published.first,
+      last=published.last,
     )
 
   # ---- translation -----------------------------------------------------------------------------
@@ -205,14 +240,15 @@ class Model:
     self, sources: Sequence[str], **options: Unpack[TranslateOptions]
   ) -> list[tuple[str, Translation]]:
     """Return translations as text, and as tokens with their log-probability."""
-    tokenizer, end = self.text_tokenizer(), self._end()
+    tokenizer, decoding = self.text_tokenizer(), self.decoding()
     given: dict[str, Any] = {'length_penalty': 0.6, **options}
     most, dtype = given.pop('max_new_tokens', None), given.pop('dtype', None)
+    most = self.generation.max_new_tokens if most is None else most
     found = translate(
       self.definition,
       self.params,
       [self._source(text) for text in sources],
-      end=end,
+      **decoding,
       beam=Beam(width=given.pop('beam', 1), **given),
       max_new_tokens=most,
       vocab_size=tokenizer.vocab_size,
@@ -238,7 +274,7 @@ class Model:
       tokens = self.translations([source], beam=beam, length_penalty=0.0)[0][1].tokens
     else:
       tokens = tokenizer.encode(target).tolist()
-    found = align(self.definition, self.params, ids, tokens, end=end)
+    found = align(self.definition, self.params, ids, tokens, begin=self.decoder_start)
     layers = len(found)
     if layer is not None and not 0 <= layer < layers:
       raise InputError('layer', layer, f'at least 0 and below {layers}, the layers with attention')
@@ -252,8 +288,33 @@ class Model:
     own = source.end_of_document
     return [*source.encode_start(text), end if own is None else own]
 
+  @property
+  def decoder_start(self) -> int:
+    """The token that the decoder reads first: as published, or else the end of a document, as in
+    training here. Raises `InputError` for a model without a decoder."""
+    published, end = self.generation, self._end()
+    return next((t for t in (published.begin, published.bos) if t is not None), end)
+
+  def decoding(self) -> dict[str, Any]:
+    """Return how translations are decoded, as arguments of `inference.translate`. Raises
+    `InputError` for other models."""
+    own = self._end()
+    end, rules = self._rules()
+    return {
+      'begin': self.decoder_start,
+      'end': own if end is None else end,
+      'rules': rules,
+      'max_length': self.generation.max_length,
+    }
+
+  def as_read(self, pairs: Batch) -> Batch:
+    """Return a batch of pairs with the token that the decoder reads first."""
+    start, inputs = self.decoder_start, np.array(pairs.inputs)
+    inputs[:, 0] = start
+    return pairs._replace(inputs=inputs)
+
   def _end(self) -> int:
-    """Return the token that ends translations. Raises `InputError` for other models."""
+    """Return the token that ends sources. Raises `InputError` for models that read none."""
     end = self.text_tokenizer().end_of_document
     if not self.translates:
       raise InputError(
@@ -278,7 +339,7 @@ class Model:
     ids, end = tokenizer.encode(text).tolist(), tokenizer.end_of_document
     if source is not None:
       sources = np.array([self._source(source)], np.int32)
-      batch = Batch(_row(end, *ids), _row(*ids, end), source_BS=sources)
+      batch = Batch(_row(self.decoder_start, *ids), _row(*ids, end), source_BS=sources)
     elif self.translates:
       raise InputError('source', None, 'the text that was translated')
     else:
@@ -295,9 +356,28 @@ class Model:
     if is_rwkv(out):
       save_rwkv(out, self.config, self.params, dtype=dtype)
       return
-    tokenizer = self.text_tokenizer().hugging_face()
-    save_hf(out, self.config, self.params, dtype=dtype)
-    (pathlib.Path(out) / 'tokenizer.json').write_text(tokenizer)
+    if self.source is not None and self.tokenizer is None:
+      save_hf(out, self.config, self.params, dtype=dtype, source=self.source)
+      return
+    tokenizer = self.text_tokenizer()
+    if tokenizer.source is not tokenizer:
+      problem = (
+        'has a tokenizer of sources and another of translations, and such a folder holds one'
+      )
+      raise InputError('model', self.name, problem=problem)
+    end, begin = tokenizer.end_of_document, tokenizer.beginning_of_document
+    ids = {'eos_token_id': end, 'bos_token_id': begin}
+    if self.translates:
+      ids['decoder_start_token_id'] = self.decoder_start
+    save_hf(
+      out,
+      self.config,
+      self.params,
+      dtype=dtype,
+      source=self.source,
+      token_ids=ids,
+      texts=tokenizer.hugging_face_files(),
+    )
 
 
 @dataclasses.dataclass(frozen=True)

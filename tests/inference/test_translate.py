@@ -155,7 +155,7 @@ def test_the_coverage_penalty_is_that_of_the_alignment():
   found = search('transformer', Beam(width=3, coverage_penalty=0.7))
   for b, k in itertools.product(range(len(SOURCES)), range(3)):
     tokens = found.tokens_BKN[b, k][found.tokens_BKN[b, k] != -1].tolist()
-    rows = align(definition, params, SOURCES[b], tokens, end=END).mean(0)[: found.length_BK[b, k]]
+    rows = align(definition, params, SOURCES[b], tokens, begin=END).mean(0)[: found.length_BK[b, k]]
     expected = 0.7 * np.log(np.minimum(rows.sum(0), 1)).sum()
     assert found.score_BK[b, k] - found.log_p_BK[b, k] == pytest.approx(expected, abs=1e-4)
   with pytest.raises(InputError, match='coverage_penalty: must be 0'):
@@ -205,7 +205,7 @@ def test_limits_and_bad_input():
 
 def test_an_alignment_and_its_picture(tmp_path):
   definition, params = model('transformer')
-  found = align(definition, params, SOURCES[0], [3, 4], end=END)
+  found = align(definition, params, SOURCES[0], [3, 4], begin=END)
   assert found.shape == (2, 3, 6)
   np.testing.assert_allclose(found.mean(0).sum(1), 1, atol=1e-5)
   draw(tmp_path / 'a.png', found.mean(0), list('abcde$'), list('xy$'))
@@ -215,4 +215,4 @@ def test_an_alignment_and_its_picture(tmp_path):
   with pytest.raises(InputError, match='needs as many labels'):
     draw(tmp_path / 'a.png', found.mean(0), list('abc'), list('xy$'))
   with pytest.raises(InputError, match='no attention'):
-    align(*model('seq2seq-lstm'), SOURCES[0], [3, 4], end=END)
+    align(*model('seq2seq-lstm'), SOURCES[0], [3, 4], begin=END)

@@ -168,7 +168,8 @@ def test_tokenizer_comes_along(saved, tmp_path):
   (source / 'training_args.bin').write_bytes(b'pickle')
   (source / 'config.json').write_text('{"eos_token_id": 7, "hidden_size": 999}')
   save_hf(tmp_path / 'out', *load_hf(saved), tokenizer_folder=source)
-  assert sorted(os.listdir(tmp_path / 'out')) == ['config.json', SINGLE, 'tokenizer.json']
+  files = ['config.json', 'generation_config.json', SINGLE, 'tokenizer.json']
+  assert sorted(os.listdir(tmp_path / 'out')) == files
   assert json.loads((tmp_path / 'out' / 'config.json').read_text())['eos_token_id'] == 7
   assert load_hf(tmp_path / 'out')[0] == SMALL['llama']
 

@@ -47,8 +47,6 @@ def read(hf: Settings) -> EncoderDecoder.Config:
 
 
 def write(config: EncoderDecoder.Config) -> dict[str, Any]:
-  """The first token of a decoder is not in our config; the last token of the vocabulary is written,
-  Marian's padding."""
   sizes: dict[str, Any] = {}
   for side, stack, layers in (
     ('encoder', config.encoder, (Attention.Config, Mlp.Config)),
@@ -78,7 +76,6 @@ def write(config: EncoderDecoder.Config) -> dict[str, Any]:
     'share_encoder_decoder_embeddings': True,
     'tie_word_embeddings': True,
     'is_encoder_decoder': True,
-    'decoder_start_token_id': config.vocab_size - 1,
     'forced_eos_token_id': None,
     'init_std': std_of(config.embedding_init),
   }
@@ -113,6 +110,12 @@ family(
     write,
     rules,
     model=EncoderDecoder.Config,
+    token_ids={
+      'decoder_start_token_id': 58100,
+      'pad_token_id': 58100,
+      'eos_token_id': 0,
+      'forced_eos_token_id': 0,
+    },
     prefix='model.',
     ignored=(r'model\.(en|de)coder\.embed_positions\.weight',),
     copies={
