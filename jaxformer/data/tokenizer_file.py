@@ -338,7 +338,7 @@ def _require_replaceable(path: Path) -> None:
   if not path.exists():
     return
   try:
-    known = path.is_file() and 'model' in json.loads(path.read_bytes())
+    known = 'model' in json.loads(regular_file(path).read_bytes())
   except (ValueError, TypeError, RecursionError):
     known = False
   if not known:
