@@ -67,7 +67,9 @@ def errors_of(path: pathlib.Path) -> Generator[None]:
     yield
   except InputError as e:
     raise InputError(f'{path}: {e}') from None
-  except Exception as e:
+  except (KeyboardInterrupt, GeneratorExit):
+    raise
+  except BaseException as e:  # `sys.exit` in the file as well
     frames = traceback.extract_tb(e.__traceback__)
     own = (i for i, f in enumerate(frames) if pathlib.Path(f.filename).resolve() == path.resolve())
     lines = traceback.StackSummary.from_list(frames[next(own, len(frames)) :]).format()
@@ -127,6 +129,8 @@ def load_recorded(
   named = {load_file(p, named=True).__dict__[HASH]: p for p in code}
   remarks = []
   for record in code_records(data):
+    if not all(isinstance(v, str) for v in (record.get('module'), *record.values())):
+      raise InputError('code', record, 'a record {module, file, sha256}')
     file, wanted = record.get('file'), record.get('sha256')
     if wanted in named or wanted in _loaded():
       continue

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jaxformer as jf
-from jaxformer.cli.output import json_option, run_argument, show
+from jaxformer.cli.output import emit, json_option, run_argument, show
 
 OVERRIDES = False
 
@@ -39,4 +39,4 @@ def run(
     found.draw(out)
   show(found, json)
   if out is not None and not json:
-    print(f'picture: {out}')
+    emit(f'picture: {out}')

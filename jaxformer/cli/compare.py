@@ -13,7 +13,7 @@ import argparse
 from typing import Any
 
 import jaxformer as jf
-from jaxformer.cli.output import Overrides, json_option, show, show_option
+from jaxformer.cli.output import Overrides, emit, json_option, show, show_option
 from jaxformer.config import text
 
 OVERRIDES = True
@@ -61,7 +61,7 @@ def run(
   **of: Any,
 ) -> None:
   if print_only:
-    print(text(jf.get_study(overrides=overrides, **of)), end='')
+    emit(text(jf.get_study(overrides=overrides, **of)), end='')
   elif train_only:
     jf.train_runs(overrides=overrides, **of)
   else:

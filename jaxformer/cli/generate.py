@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jaxformer as jf
-from jaxformer.cli.output import json_option, print_json, run_argument
+from jaxformer.cli.output import emit, json_option, print_json, run_argument
 
 OVERRIDES = False
 JOINS = True
@@ -77,17 +77,17 @@ def _generate(model: jf.Model, json: bool, prompt: Sequence[str] = ('',), **opti
   prompts = [sys.stdin.read() if p == '-' else p for p in prompt]
   if len(prompts) == 1 and not json:
     pieces = model.stream(prompts[0], **options)
-    print(prompts[0], end='', flush=True)
+    emit(prompts[0], end='')
     for piece in pieces:
-      print(piece, end='', flush=True)
-    print()
+      emit(piece, end='')
+    emit('')
     return
   found = list(zip(prompts, model.complete(prompts, **options), strict=True))
   if json:
     print_json([{'prompt': p, **t._asdict()} for p, t in found])
   else:
     for p, t in found:
-      print(f'{p}{t.text}\n')
+      emit(f'{p}{t.text}\n')
 
 
 def _translate(
@@ -102,4 +102,4 @@ def _translate(
     print_json([{'source': s, 'text': text, **t._asdict()} for s, (text, t) in pairs])
   else:
     for text, _ in found:
-      print(text)
+      emit(text)

@@ -16,6 +16,7 @@ from typing import Any
 import jaxformer as jf
 from jaxformer.cli.output import (
   code_option,
+  emit,
   json_option,
   prices_option,
   print_json,
@@ -69,7 +70,7 @@ def run(json: bool, dry_run: bool = False, yes: bool = False, **options: Any) ->
     show(plan, json)
     if not json:
       for path, text in plan.files.items():
-        print(f'\n==== {path} ====\n{text.rstrip()}')
+        emit(f'\n==== {path} ====\n{text.rstrip()}')
     return DONE
   plan.check_complete()
   if not yes and not sys.stdin.isatty():
@@ -88,7 +89,7 @@ def run(json: bool, dry_run: bool = False, yes: bool = False, **options: Any) ->
   if json:
     print_json(plan.json())
   else:
-    print(f'started; to follow it: {plan.follow}')
+    emit(f'started; to follow it: {plan.follow}')
   return DONE
 
 

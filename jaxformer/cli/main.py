@@ -9,6 +9,7 @@ called, so help is fast."""
 
 import argparse
 import importlib
+import io
 import os
 import pathlib
 import sys
@@ -52,6 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
       raise InputError(
         f'--{overrides[0][0]}: `jaxformer {command}` takes no overrides of an experiment'
       )
+    check_surroundings()
     choose_platform()
     if getattr(module, 'JOINS', False):
       join_processes()
@@ -65,11 +67,31 @@ def main(argv: Sequence[str] | None = None) -> int:
   except BrokenPipeError:  # the reader of stdout has closed it (`jaxformer list | head`)
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return DONE
+  except RuntimeError as e:
+    if not str(e).startswith('Unable to initialize backend'):  # JAX has no type for this
+      raise
+    given = os.environ.get('JAX_PLATFORMS', '')
+    print(
+      f'error: {InputError("JAX_PLATFORMS", given, problem=" ".join(str(e).split()))}',
+      file=sys.stderr,
+    )
+    return BAD_INPUT
   except KeyboardInterrupt:
     return INTERRUPTED
   except jf.Interrupted:  # after the other errors: reading the name imports JAX
     print('interrupted: the same command resumes the study', file=sys.stderr)
     return PREEMPTED
+
+
+def check_surroundings() -> None:
+  """Raise `InputError` for a working folder that is gone, and print what the encoding of standard
+  output lacks as escapes."""
+  try:
+    os.getcwd()
+  except FileNotFoundError:
+    raise InputError('the working folder was deleted; change to one that exists') from None
+  if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == 'strict':
+    sys.stdout.reconfigure(errors='backslashreplace')
 
 
 def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:

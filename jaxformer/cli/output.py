@@ -2,8 +2,11 @@
 
 import argparse
 import json
+import os
+import sys
 from typing import Any
 
+from jaxformer.exit_codes import Failure
 from jaxformer.json_data import json_data
 
 Overrides = list[tuple[str, str]]
@@ -15,17 +18,29 @@ SIZES = {
 }
 
 
+def emit(text: str, end: str = '\n') -> None:
+  """Print to standard output at once. Raises `Failure` where that cannot be written."""
+  try:
+    print(text, end=end, flush=True)
+  except BrokenPipeError:
+    raise
+  except OSError as e:
+    # else the interpreter tries again at its end
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    raise Failure(f'standard output: cannot be written ({e.strerror})') from None
+
+
 def show(result: Any, as_json: bool) -> None:
   """Print what a function of `jaxformer.api` returned: one JSON value, or lines for people."""
   if as_json:
     print_json(result.json())
   else:
-    print('\n'.join(result.lines()))
+    emit('\n'.join(result.lines()))
 
 
 def print_json(value: Any) -> None:
   """Print one JSON value; numbers that are not finite are null."""
-  print(json.dumps(json_data(value), indent=2, allow_nan=False))
+  emit(json.dumps(json_data(value), indent=2, allow_nan=False))
 
 
 def json_option(parser: argparse.ArgumentParser, words: str) -> None:

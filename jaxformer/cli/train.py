@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jaxformer as jf
-from jaxformer.cli.output import code_option, json_option, show, show_option, size_options
+from jaxformer.cli.output import code_option, emit, json_option, show, show_option, size_options
 from jaxformer.config import text
 from jaxformer.exit_codes import DONE
 
@@ -67,7 +67,7 @@ def run(
   experiment = jf.experiment(**options)
   if print_only:
     print('\n'.join(jf.recipe_notes(options['target'])), file=sys.stderr)
-    print(text(experiment), end='')
+    emit(text(experiment), end='')
     return DONE
   result = jf.train(experiment, init_from=init_from, resume_from=resume_from, code=code)
   if result.exit_code == DONE:

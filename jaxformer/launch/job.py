@@ -175,7 +175,7 @@ class Job:
   def path(self, end: str) -> pathlib.Path:
     """A file of the job, next to the run folder if that is local."""
     folder = 'runs' if self.remote else self.run_dir
-    return user_path(folder, 'run.dir') / f'{self.name}.{end}'
+    return user_path(folder, 'run.dir') / user_path(f'{self.name}.{end}', 'run.name')
 
   @property
   def train(self) -> str:

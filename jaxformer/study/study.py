@@ -11,6 +11,7 @@ from pathlib import Path
 from jaxformer import config
 from jaxformer.config import Config, InputError
 from jaxformer.data import Dataset, DatasetConfig, Text, open_data
+from jaxformer.files import user_path
 from jaxformer.layers.layer import LayerConfig
 from jaxformer.models.model import ModelConfig
 from jaxformer.models.zoo import FAMILIES, Family
@@ -317,7 +318,7 @@ class Study(Config):
   @property
   def folder(self) -> Path:
     """Folder of the runs and the report."""
-    return Path(self.dir) / self.name
+    return user_path(self.dir, 'study.dir') / user_path(self.name, 'study.name')
 
   def at(self, target: float, tokens: int) -> Study:
     """Return the study of one size of a scaling study."""

@@ -30,7 +30,7 @@ from jaxformer import config
 from jaxformer.code_record import code_records
 from jaxformer.config import InputError
 from jaxformer.data import Tokenizer
-from jaxformer.files import regular_file, write_atomically
+from jaxformer.files import regular_file, user_path, write_atomically
 from jaxformer.json_data import parse_json
 from jaxformer.training import lock
 from jaxformer.training.checkpoint import steps_in
@@ -64,7 +64,8 @@ def run_folder(experiment: Experiment) -> AnyPath:
   """Return `run.dir`/`run.name`. Raises `InputError` for a store that cannot be used."""
   t = experiment.training.replace(resume_with=(), skip_steps=())  # they say how to go on in it
   name = experiment.run.name or f'run-{config.digest(experiment.replace(training=t))[:8]}'
-  return to_path(experiment.run.dir, 'run.dir') / name
+  folder = to_path(experiment.run.dir, 'run.dir') / name
+  return user_path(folder, 'run.name') if isinstance(folder, Path) else folder
 
 
 def config_text(experiment: Experiment, history: History) -> str:
