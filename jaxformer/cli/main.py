@@ -8,6 +8,7 @@ Command modules import nothing that needs JAX: the functions of `jaxformer` load
 called, so help is fast."""
 
 import argparse
+import contextlib
 import importlib
 import io
 import os
@@ -55,9 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
       )
     check_surroundings()
     choose_platform()
-    if getattr(module, 'JOINS', False):
-      join_processes()
-    return module.run(**options) or DONE
+    with join_processes() if getattr(module, 'JOINS', False) else contextlib.nullcontext():
+      return module.run(**options) or DONE
   except InputError as e:
     print(f'error: {e}', file=sys.stderr)
     return BAD_INPUT
@@ -130,13 +130,14 @@ def choose_platform() -> None:
     os.environ['JAX_PLATFORMS'] = 'cpu'
 
 
-def join_processes() -> None:
+def join_processes() -> contextlib.AbstractContextManager[None]:
   """Join the processes that run this command together (`jaxformer.training.processes`). From then
-  on only the first prints results and progress; each prints its own errors."""
-  from jaxformer.training.processes import join
+  on only the first prints results and progress; each prints its own errors. Errors inside the block
+  that is returned end all of them."""
+  from jaxformer.training.processes import announced, join
 
   if not join():
-    return
+    return contextlib.nullcontext()
   import logging
 
   import jax
@@ -148,6 +149,7 @@ def join_processes() -> None:
   # descriptor of standard output.
   sys.stdout = open(os.dup(1) if first else os.devnull, 'w')  # noqa: SIM115
   os.dup2(2, 1)
+  return announced()
 
 
 class _Parser(argparse.ArgumentParser):

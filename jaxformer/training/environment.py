@@ -1,5 +1,7 @@
 """The environment of a run: what a result may depend on apart from its config."""
 
+import functools
+import hashlib
 import importlib.metadata
 import os
 import platform
@@ -32,10 +34,9 @@ def environment(data_manifest: dict[str, Any]) -> dict[str, Any]:
   return {
     'time': time.strftime('%Y-%m-%dT%H:%M:%S%z'),
     'command': sys.argv,
-    'python': platform.python_version(),
     'platform': platform.platform(),
     'cpus': os.cpu_count(),
-    'versions': {p: v for p in PACKAGES if (v := _version(p)) or p == 'jaxformer'},
+    **software(),
     'devices': {
       'platform': devices[0].platform,
       'kind': devices[0].device_kind,
@@ -45,6 +46,22 @@ def environment(data_manifest: dict[str, Any]) -> dict[str, Any]:
     'xla_flags': {k: os.environ[k] for k in ('XLA_FLAGS', 'LIBTPU_INIT_ARGS') if k in os.environ},
     'commit': _commit(),
     'data': data_manifest,
+  }
+
+
+@functools.cache
+def software() -> dict[str, Any]:
+  """Return the versions of Python and of packages, and a hash of this package's source, as JSON
+  data: what all hosts of a run must have alike."""
+  home = Path(__file__).parents[1]
+  source = hashlib.sha256()
+  for file in sorted(home.rglob('*.py')):
+    content = hashlib.sha256(file.read_bytes()).hexdigest()
+    source.update(f'{file.relative_to(home).as_posix()} {content}\n'.encode())
+  return {
+    'python': platform.python_version(),
+    'versions': {p: v for p in PACKAGES if (v := _version(p)) or p == 'jaxformer'},
+    'source_sha256': source.hexdigest(),
   }
 
 

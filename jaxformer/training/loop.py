@@ -30,9 +30,10 @@ from jaxformer.training.interrupt import Interrupt, Stopped
 from jaxformer.training.malloc import keep_freed_memory
 from jaxformer.training.member import Member, Sample, TrainResult
 from jaxformer.training.paths import AnyPath
+from jaxformer.training.processes import announced, check_equal
 from jaxformer.training.report import Clock, Log, open_report, print_line
 from jaxformer.training.run import Run
-from jaxformer.training.setup import Setup, check
+from jaxformer.training.setup import Initial, Setup, check
 from jaxformer.training.step import TrainState, compiled_train_step, population_step
 
 VARIED = ('training.seed', 'optimizer.learning_rate', 'run.name', 'run.dir')
@@ -42,7 +43,7 @@ VARIED = ('training.seed', 'optimizer.learning_rate', 'run.name', 'run.dir')
 def train(
   experiment: Experiment,
   *,
-  init_from: str | AnyPath | Params | None = None,
+  init_from: str | AnyPath | Params | Initial | None = None,
   dataset: Dataset | None = None,
   devices: Sequence[jax.Device] | None = None,
   utilization: Mapping[str, float] | None = None,
@@ -70,10 +71,13 @@ def train(
 
   Raises `InputError` before anything is written if the experiment cannot be run, or the folder
   holds another one."""
-  with _opened([experiment], devices, dataset, log, init_from, resume_from) as members:
-    parallel = members[0].setup.parallel
-    with use_mesh(parallel):
-      return _Loop(members, utilization=utilization, sample=sample).run()[0]
+  source = Initial.of(init_from)
+  with (
+    announced(),
+    _opened([experiment], devices, dataset, log, source, resume_from) as members,
+    use_mesh(members[0].setup.parallel),
+  ):
+    return _Loop(members, utilization=utilization, sample=sample).run()[0]
 
 
 def train_population(
@@ -133,18 +137,16 @@ def _opened(
   devices: Sequence[jax.Device] | None,
   dataset: Dataset | None,
   log: Log,
-  init_from: str | AnyPath | Params | None = None,
+  init_from: Initial | None = None,
   resume_from: int | None = None,
 ) -> Generator[list[Member]]:
   """Open the run folders of experiments; nothing is written before all are known to be usable."""
-  runs = [Run(e, resume_from) for e in experiments]
+  runs = [Run(e, resume_from, init_from and init_from.name) for e in experiments]
   experiments = [run.experiment for run in runs]
-  if init_from is not None:
-    for run in runs:
-      run.check_initialization()
   check_complete(experiments[0])
   check(experiments[0], devices)
   data = dataset or open_data(experiments[0].data, log=log)
+  check_equal({'data': data.identity})
   setups = [Setup.of(e, data, devices, r.schedule) for e, r in zip(experiments, runs, strict=True)]
   if len({run.schedule for run in runs}) > 1:
     raise InputError('schedule.warmup', None, problem='the members began with different warm-ups')

@@ -19,7 +19,7 @@ from jaxformer.training.paths import AnyPath
 from jaxformer.training.processes import broadcast_from_process_0
 from jaxformer.training.report import Log, Report, scores
 from jaxformer.training.run import Run, read_metrics
-from jaxformer.training.setup import Setup
+from jaxformer.training.setup import Initial, Setup
 from jaxformer.training.step import TrainState, init_state
 
 Sample = Callable[[Params, int], Iterable[str]]
@@ -77,11 +77,10 @@ class Member:
 
   # ---- the start, in this order ----------------------------------------------------------------
 
-  def initialize_from(self, source: str | AnyPath | Params) -> None:
+  def initialize_from(self, source: Initial) -> None:
     """Read the parameters that a run without checkpoints begins with. Raises `InputError`."""
     if not steps_in(self.checkpoints.folder):
-      name = f'{len(source)} arrays given' if isinstance(source, Mapping) else source
-      self._given = str(name), self.setup.initial_params(source)
+      self._given = source.name, self.setup.initial_params(source)
 
   def restore(self) -> None:
     """Read the latest valid checkpoint, or the one to go back to, without writing. Raises

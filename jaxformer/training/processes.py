@@ -14,25 +14,32 @@ run are found, in this order, from
 Without any of them there is one process.
 """
 
+import contextlib
 import importlib.util
+import itertools
 import json
 import os
 import pathlib
 import socket
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
 from typing import Any, TypeVar
 
 import jax
 import numpy as np
+from jax._src.distributed import global_state  # its key-value store has no public name
 from jax.experimental import multihost_utils
 
-from jaxformer.config import InputError, whole
+from jaxformer import config
+from jaxformer.config import InputError, first_lines, whole
+from jaxformer.exit_codes import Failure
 
 OWN = ('JAXFORMER_COORDINATOR', 'JAXFORMER_PROCESSES', 'JAXFORMER_PROCESS')
 J = TypeVar('J')  # JSON data
 WAIT = 'JAXFORMER_JOIN_SECONDS'
 PORT = 8476  # of process 0, if the environment names only its host
+_ERRORS = 'jaxformer/errors/'
+_meetings = itertools.count()  # the processes meet equally often
 
 
 Group = tuple[str, dict[str, Any]]
@@ -92,20 +99,77 @@ def join(environment: Mapping[str, str] = os.environ) -> bool:
   return True
 
 
+def exchange(value: J) -> list[J]:
+  """Return the JSON data that all processes give, in their order, once all are here.
+
+  It uses the service by which the processes found each other, not their devices, so that a process
+  that fails on its way here can announce that (`announced`). Raises its error on all."""
+  count = jax.process_count()
+  if count == 1:
+    return [value]
+  client = _service()
+  place = f'jaxformer/met/{next(_meetings)}/'
+  client.key_value_set(f'{place}{jax.process_index()}', json.dumps(value))
+  while True:
+    found = dict(client.key_value_dir_get(place))
+    if len(found) == count:
+      return [json.loads(found[f'{place}{i}']) for i in range(count)]
+    if errors := sorted(client.key_value_dir_get(_ERRORS)):
+      raise _Everywhere(errors[0][1])
+    time.sleep(0.02)
+
+
+def _service() -> Any:
+  """The key-value store of the processes."""
+  return global_state.client
+
+
+@contextlib.contextmanager
+def announced() -> Generator[None]:
+  """Announce an error that is raised inside to the other processes, so that they end where they
+  would wait for this one."""
+  try:
+    yield
+  except _Everywhere:
+    raise
+  except Exception as e:
+    if jax.process_count() > 1:
+      where = f'process {jax.process_index()} of {jax.process_count()} ({socket.gethostname()})'
+      what = str(e) if isinstance(e, InputError | Failure) else f'{type(e).__name__}: {e}'
+      with contextlib.suppress(RuntimeError):  # this process has announced one, or it is too late
+        _service().key_value_set(f'{_ERRORS}{jax.process_index()}', f'{where} has stopped: {what}')
+    raise
+
+
+class _Everywhere(InputError):
+  """An error that all processes raise."""
+
+
+def check_equal(facts: Mapping[str, Any]) -> None:
+  """Raises `InputError` on all processes if the facts of one, JSON data by name, differ from those
+  of process 0; it names the processes and what differs."""
+  first, *others = exchange({'host': socket.gethostname(), 'facts': dict(facts)})
+  lines = []
+  for i, other in enumerate(others, 1):
+    differ = config.differences(first['facts'], other['facts'])
+    lines += [f'process {i} ({other["host"]}): {d}' for d in differ]
+  if lines:
+    raise _Everywhere(
+      f'all processes of a run must agree; from process 0 ({first["host"]}) differ:\n  '
+      f'{first_lines(lines)}'
+    )
+
+
 def broadcast_from_process_0(fn: Callable[[], J]) -> J:
   """Return on all processes the JSON data that `fn` returns on process 0: files may differ between
   hosts, and change while the first one writes. An `InputError` there is raised on all."""
   if jax.process_count() == 1:
     return fn()
-  error, text = None, b''
-  if jax.process_index() == 0:
-    try:
+  text = b''
+  with announced():
+    if jax.process_index() == 0:
       text = json.dumps(fn()).encode()
-    except InputError as e:
-      error = e
-  size = int(multihost_utils.broadcast_one_to_all(np.int32(len(text) if error is None else -1)))
-  if size < 0:
-    raise error or InputError('process 0 has stopped; see its message')
+    size = exchange(len(text))[0]
   mine = np.frombuffer(text or bytes(size), np.uint8)
   return json.loads(bytes(np.asarray(multihost_utils.broadcast_one_to_all(mine), np.uint8)))
 

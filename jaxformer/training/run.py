@@ -27,18 +27,18 @@ from typing import Any
 import jax
 
 from jaxformer import config
-from jaxformer.code_record import code_records
+from jaxformer.code_record import code_records, without_paths
 from jaxformer.config import InputError
 from jaxformer.data import Tokenizer
 from jaxformer.files import regular_file, user_path, write_atomically
 from jaxformer.json_data import parse_json
 from jaxformer.training import lock
 from jaxformer.training.checkpoint import steps_in
-from jaxformer.training.environment import environment
+from jaxformer.training.environment import environment, software
 from jaxformer.training.experiment import Experiment, RunConfig, TrainingConfig, step_ranges
 from jaxformer.training.lock import FolderLock, LostLock
 from jaxformer.training.paths import AnyPath, RunFiles, check_bucket, move, remote_errors, to_path
-from jaxformer.training.processes import broadcast_from_process_0
+from jaxformer.training.processes import broadcast_from_process_0, check_equal
 from jaxformer.training.registry import import_configs
 from jaxformer.training.schedule import ScheduleConfig
 from jaxformer.training.stages import (
@@ -153,10 +153,33 @@ class Run:
     back_to: the step of the checkpoint to go back to; None for the latest.
   """
 
-  def __init__(self, experiment: Experiment, resume_from: int | None = None):
-    """Check the folder, without writing. Raises `InputError`, naming the fields, if the run there
-    is of a different experiment, or has no checkpoint of the step `resume_from`."""
+  def __init__(
+    self, experiment: Experiment, resume_from: int | None = None, init_from: str | None = None
+  ):
+    """Check the folder, without writing.
+
+    Args:
+      experiment: what is to be trained there.
+      resume_from: the step of the checkpoint to go back to.
+      init_from: the name of the parameters that the run starts from (`setup.Initial`).
+
+    Raises `InputError`, naming the fields, if the run there is of a different experiment, has no
+    checkpoint of the step `resume_from`, or was started from other parameters; and if other
+    processes of this one's group would train something else.
+    """
     self.experiment, self.folder = experiment.resumed, run_folder(experiment)
+    self._init_from = init_from
+    settings = without_paths(config.to_json(experiment))
+    del settings['run'], settings['data']  # compared by what they stand for
+    check_equal(
+      {
+        'run folder': str(self.folder),
+        **settings,
+        'resume_from': resume_from,
+        'init_from': init_from,
+        **software(),
+      }
+    )
     self.writes = jax.process_index() == 0
     self._files = RunFiles(self.folder)
     self._lock: FolderLock | None = None
@@ -185,6 +208,7 @@ class Run:
       history = History(self.experiment.schedule.warmup_steps(t.steps))
       found = {'fresh': True, 'back_to': None, 'free': [], 'stage': {}, 'skipped': []}
       return found | {'history': history.json()}
+    self._check_initialization()
     saved, history = self._saved()
     skipped, back = saved['training']['skip_steps'], step is not None
     if back and history.resumed_from == self._request:
@@ -219,6 +243,18 @@ class Run:
           '--run.name'
         )
     return fresh
+
+  def _check_initialization(self) -> None:
+    """Raises `InputError` if the run was started from other parameters than it is given now, which
+    would have no effect."""
+    starts = [row for row in read_events(self.folder) if row.get('event') == 'start']
+    began = starts[-1].get('init_from') if starts else self._init_from
+    if self._init_from not in (None, began):
+      problem = (
+        f'{self.folder} was started from {began or "random weights"} and would be resumed; leave '
+        'the option out, or give another --run.name'
+      )
+      raise InputError('--init-from', self._init_from, problem=problem)
 
   def _saved(self) -> tuple[dict[str, Any], History]:
     """Return the settings of the run, complete, and its history."""
@@ -283,20 +319,6 @@ class Run:
   @property
   def home(self) -> Path:
     return self._files.home
-
-  def check_initialization(self) -> None:
-    """Raises `InputError` if the run was started from random weights: to give it others now would
-    have no effect."""
-
-    def from_random() -> bool:
-      starts = [row for row in read_events(self.folder) if row.get('event') == 'start']
-      return bool(starts) and starts[-1].get('init_from') is None
-
-    if broadcast_from_process_0(from_random):
-      raise InputError(
-        f'--init-from: {self.folder} was started from random weights and would be resumed; '
-        '--init-from has no effect: leave it out, or give another --run.name'
-      )
 
   def lock(self, log: Callable[[str], None] = lambda line: None) -> None:
     """Create or download the folder, and lock it until the end of the block. Raises `InputError` if

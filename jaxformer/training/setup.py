@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,13 +17,37 @@ from jaxformer.models.params import Definition, Params, define
 from jaxformer.sharding import Parallel, make_parallel
 from jaxformer.task_type import Batch
 from jaxformer.training.batch_placement import BatchPlacement
-from jaxformer.training.checkpoint import check_shapes, load_params
+from jaxformer.training.checkpoint import check_shapes, digests, load_params
 from jaxformer.training.device_memory import check_memory
 from jaxformer.training.experiment import Experiment, TrainingConfig, check_fit
 from jaxformer.training.optimizer import Optimizer
-from jaxformer.training.paths import AnyPath
+from jaxformer.training.paths import AnyPath, to_path
 from jaxformer.training.schedule import ScheduleConfig
 from jaxformer.training.step import TrainState, abstract_train_state, step_config
+
+
+class Initial(NamedTuple):
+  """Where the first parameters of a run come from.
+
+  Attributes:
+    name: what the run records: an absolute path, with @STEP if one was named, or a digest of
+      arrays.
+    params: by name; None for those of the checkpoint that `name` stands for, or of a run that is
+      resumed and does not need them.
+  """
+
+  name: str
+  params: Params | None = None
+
+  @classmethod
+  def of(cls, source: str | AnyPath | Params | Initial | None) -> Initial | None:
+    if source is None or isinstance(source, Initial):
+      return source
+    if isinstance(source, Mapping):
+      digest = hashlib.sha256(json.dumps(digests(source)[0], sort_keys=True).encode()).hexdigest()
+      return cls(f'{len(source)} arrays with digest {digest[:16]}', dict(source))
+    path, at, step = str(source).partition('@')
+    return cls(f'{to_path(path)}{at}{step}')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,17 +118,18 @@ class Setup:
     source = data.validation_name + ('' if complete else f', {limit} batches of {rows}')
     return {'eval/loss': r.loss, **score, 'eval/source': source}
 
-  def initial_params(self, source: str | AnyPath | Params) -> Params:
+  def initial_params(self, source: Initial) -> Params:
     """Return the parameters of a checkpoint, or copies of those given by name, on the mesh. Raises
     `InputError` unless names and shapes are those of the model."""
     d = self.definition
-    if not isinstance(source, Mapping):
-      return load_params(source, d, self.parallel)[0]
-    found, wanted = ({n: a.shape for n, a in arrays.items()} for arrays in (source, d.info))
+    if source.params is None:
+      return load_params(source.name, d, self.parallel)[0]
+    params = source.params
+    found, wanted = ({n: a.shape for n, a in arrays.items()} for arrays in (params, d.info))
     check_shapes(found, wanted, 'init_from: the given parameters')
     where = d.shardings(self.parallel)
     # Copies, since the step donates its arguments.
-    return {n: jnp.array(jax.device_put(source[n], where[n]), i.dtype) for n, i in d.info.items()}
+    return {n: jnp.array(jax.device_put(params[n], where[n]), i.dtype) for n, i in d.info.items()}
 
 
 def check(

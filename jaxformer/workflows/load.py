@@ -24,6 +24,7 @@ from jaxformer.training.experiment import Experiment
 from jaxformer.training.paths import AnyPath, is_url, local_copy, to_path
 from jaxformer.training.recipes import preset_experiment
 from jaxformer.training.run import run_folder
+from jaxformer.training.setup import Initial
 from jaxformer.user_code import load_file
 from jaxformer.workflows.model import Model
 
@@ -143,16 +144,17 @@ def _is_hugging_face(folder: pathlib.Path) -> bool:
   return isinstance(value, dict) and 'model_type' in value
 
 
-def initial_params(source: str, experiment: Experiment) -> str | Params:
+def initial_params(source: str, experiment: Experiment) -> Initial | None:
   """Return what `--init-from` names as `training.train` takes it: the path of a checkpoint, or
   weights of another library, checked against the model of the experiment."""
   found = foreign_weights(source)
   if found is None:
     folder, at = trained_folder(source)
-    return f'{folder}{at}'
+    return Initial.of(f'{folder}{at}')
   path, read = found
+  name = str(path.absolute())
   if steps_in(run_folder(experiment) / 'checkpoints'):  # a resumed run needs no weights
-    return str(path)
+    return Initial(name)
   model, params = read(path, parallel=make_parallel(experiment.mesh))
   if read is load_rwkv:  # such files do not hold a context length
     model = model.replace(context_length=experiment.model.context_length)
@@ -166,4 +168,4 @@ def initial_params(source: str, experiment: Experiment) -> str | Params:
       f"--init-from {source}: its model is not the experiment's (weights -> experiment):"
       f'\n  {first_lines(lines)}'
     )
-  return params
+  return Initial(name, params)

@@ -9,6 +9,7 @@ from jaxformer.training import Experiment, TrainResult, check
 from jaxformer.training import train as run_training
 from jaxformer.training.experiment import check_complete
 from jaxformer.training.run import Run
+from jaxformer.training.setup import Initial
 from jaxformer.workflows.benchmark import utilization
 from jaxformer.workflows.load import Code, initial_params, name_code
 from jaxformer.workflows.names import experiment
@@ -85,13 +86,12 @@ def train(
   e = experiment(target, overrides=overrides, **size).resumed
   check_complete(e)
   check(e)  # before the text is read, which may take long
-  Run(e, resume_from)  # and is the folder usable?
-  if isinstance(init_from, str):
-    init_from = initial_params(init_from, e)
+  source = initial_params(init_from, e) if isinstance(init_from, str) else Initial.of(init_from)
+  Run(e, resume_from, source and source.name)  # and is the folder usable?
   dataset = open_data(e.data, log=log)
   result = run_training(
     e,
-    init_from=init_from,
+    init_from=source,
     resume_from=resume_from,
     dataset=dataset,
     utilization=utilization(e.model, e.data.positions),

@@ -3,6 +3,7 @@ go on."""
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -16,7 +17,7 @@ import pytest
 from jaxformer.training.checkpoint import steps_in
 from jaxformer.training.run import read_metrics
 from tests.e2e.program import SMALL, environment, last
-from tests.tiers import case
+from tests.tiers import case, thorough
 from tests.training.compare import curve, meta
 
 pytestmark = pytest.mark.e2e
@@ -38,12 +39,14 @@ SHARDED, WHOLE = (
 )
 
 
-def start(count, words, folder, cache, command=TRAIN):
+def start(count, words, folder, cache, command=TRAIN, more=()):
   """`jaxformer COMMAND WORDS`, training by default, in `count` processes that share four
-  devices."""
+  devices; with `more` words for the last of them."""
   with socket.socket() as s:
     s.bind(('127.0.0.1', 0))
     port = s.getsockname()[1]
+
+  own_words = [w.format(folder) for w in more]
 
   def process(i):
     own = {
@@ -57,7 +60,7 @@ def start(count, words, folder, cache, command=TRAIN):
         'JAXFORMER_PROCESS': str(i),
       }
     return subprocess.Popen(
-      [sys.executable, '-m', 'jaxformer', *last([*command, *words])],
+      [sys.executable, '-m', 'jaxformer', *last([*command, *words, *(own_words if i else ())])],
       cwd=folder,
       env=environment(cache) | own,
       stdout=subprocess.PIPE,
@@ -76,6 +79,34 @@ def finish(programs, timeout=240):
     for p in programs:
       p.kill()
   return [(p.returncode, *s) for p, s in zip(programs, said, strict=True)]
+
+
+@thorough
+@pytest.mark.parametrize(
+  ('second', 'problem'),
+  [
+    (['--data.corpus.path', '{}/other'], r'process 1 \(.*\): data.train.0: '),
+    (['--data.corpus.path', '{}/missing'], r'process 1 of 2 \(.*\) has stopped: .*missing'),
+    (['--optimizer.learning-rate', '0.5'], r'process 1 .*optimizer.learning_rate: 0.003 -> 0.5'),
+    (['--training.seed', '7'], r'process 1 \(.*\): training.seed: 0 -> 7'),
+    (['--run.name', 'elsewhere'], r'process 1 \(.*\): run folder: '),
+    (['--model.widht', '7'], r'process 1 of 2 \(.*\) has stopped: .*widht'),
+  ],
+)
+def test_hosts_with_other_text_or_settings_do_not_train(tmp_path, cache, second, problem):
+  """All of them stop at once with the same words, and nothing is written."""
+  for name, word in (('corpus', 'one'), ('other', 'two')):
+    (tmp_path / name).mkdir()
+    for i in range(9):
+      (tmp_path / name / f'{i}.txt').write_text(f'{word} {i} ' * 400)
+  words = ['--data.corpus', 'Files', '--data.corpus.path', f'{tmp_path}/corpus', *SHARDED]
+  programs = start(2, [*words, '--run.name', 'x'], tmp_path, cache, more=second)
+  ended = finish(programs, timeout=100)
+  assert [code for code, _, _ in ended] == [2, 2], ended
+  for _, _, err in ended:
+    assert 'Traceback' not in err
+  assert re.search(problem, ended[0][2]), ended[0][2]
+  assert not (tmp_path / 'runs').exists()
 
 
 def losses(folder):

@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -25,7 +26,7 @@ from jaxformer.training import (
   train_population,
 )
 from jaxformer.training.checkpoint import steps_in
-from jaxformer.training.run import Run, read_metrics
+from jaxformer.training.run import Run, read_events, read_metrics
 from jaxformer.training.setup import Setup
 from tests.tiers import case, thorough
 from tests.training.compare import assert_same, curve, meta
@@ -417,6 +418,27 @@ def test_checkpoints_at_multiples_are_kept_for_ever(experiment, dataset):
   assert steps_in(folder / 'checkpoints') == [3, 6, 9]
   branch = experiment('branch', steps=2, checkpoint_every=2)
   assert train(branch, init_from=f'{folder}@3', dataset=dataset, devices=ONE, log=quiet).step == 2
+
+
+def test_a_run_keeps_the_parameters_that_it_was_started_from(experiment, dataset):
+  go = functools.partial(train, dataset=dataset, devices=ONE, log=quiet)
+  a, b = (go(experiment(name, steps=2)).folder for name in 'ab')
+  folder = go(experiment('x', steps=2), init_from=a).folder
+  assert read_events(folder)[-1]['event'] == 'done'
+  assert go(experiment('x', steps=3), init_from=a).step == 3
+  before = snapshot(folder)
+  arrays = {n: np.asarray(v) for n, v in load_params(a, define(experiment('x').model))[0].items()}
+  for other in (b, f'{a}@2', arrays):
+    with pytest.raises(InputError, match=f'was started from {a} and would be resumed'):
+      go(experiment('x', steps=4), init_from=other)
+  assert snapshot(folder) == before
+  assert go(experiment('x', steps=4)).step == 4
+  go(experiment('y', steps=2), init_from=arrays)
+  assert go(experiment('y', steps=3), init_from=arrays).step == 3
+  with pytest.raises(InputError, match=r'was started from \d+ arrays with digest'):
+    go(experiment('y', steps=4), init_from={n: v + 1 for n, v in arrays.items()})
+  with pytest.raises(InputError, match='was started from random weights'):
+    go(experiment('a', steps=4), init_from=b)
 
 
 def test_a_run_may_begin_with_the_parameters_of_another(experiment, dataset):
