@@ -1,6 +1,5 @@
 """Changes of a config by dotted path, as the command line gives them."""
 
-import json
 import typing
 from collections.abc import Iterable
 from typing import Any
@@ -17,6 +16,7 @@ from jaxformer.config import (
   from_json,
   hints,
   nearest,
+  shown,
   union_options,
   whole,
 )
@@ -128,7 +128,7 @@ def _parts(path: str, config: Config, root: str) -> list[str]:
 
 def _named_config(name: str, hint: Any) -> Any:
   """Return the draft of what a type's name, or FILE.py:NAME, stands for where `hint` is expected;
-  None for a value that names no config."""
+  None for a value that names no config. Raises `InputError` for a file's object of another kind."""
   bases = config_bases(hint)
   if bases and '.py:' in name:
     found = named_in_file(name)
@@ -136,7 +136,10 @@ def _named_config(name: str, hint: Any) -> Any:
     found = next((c for base in bases if (c := find_type(name, base))), None)
   if isinstance(found, type) and issubclass(found, bases):
     return _defaults(found)
-  return _draft(found) if isinstance(found, bases) else found
+  if found is not None and not isinstance(found, bases):
+    wanted = ' or '.join(base.__name__ for base in bases)
+    raise InputError(f'{name}: not a config that fits here, which is of type {wanted}')
+  return None if found is None else _draft(found)
 
 
 def _suggestion(node: Any, parts: list[str], hint: Any) -> str:
@@ -147,7 +150,7 @@ def _suggestion(node: Any, parts: list[str], hint: Any) -> str:
       return nearest(part, _names(node, hint)) or nearest(part, children)
     _, node, hint = children[part]
     if not isinstance(node, dict | list):
-      return f'; {part} is {json.dumps(node)}, which has no fields'
+      return f'; {part} is {shown(node)}, which has no fields'
   return ''
 
 

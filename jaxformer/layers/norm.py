@@ -87,9 +87,16 @@ class LayerNorm(NormConfig):
     return Norm(width, self.eps, bias=self.bias)
 
 
-class HeadNorm(NormConfig):
+class HeadNorm(Config):
   """y_h = (x_h - mean(x_h)) / sqrt(var(x_h) + eps), flattened, then * scale + bias: GroupNorm with
-  one group per head (Wu and He 2018, section 3.1; RWKV-5 to 7)."""
+  one group per head (Wu and He 2018, section 3.1; RWKV-5 to 7). No `NormConfig`: its input has an
+  axis of heads.
+
+  Attributes:
+    eps: added to the variance.
+  """
+
+  eps: float = 1e-5
 
   def build(self, width: int) -> Norm:
     return Norm(width, self.eps, by_head=True)

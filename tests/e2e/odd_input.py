@@ -351,6 +351,8 @@ class Cases:
 
   def word(self, case: Case, command: str, r: random.Random) -> None:
     """Replace, drop, repeat or add a word."""
+    if not case.words:
+      return case.words.append(r.choice(ODD))
     i = r.randrange(len(case.words))
     how = r.choice(('replace', 'replace', 'drop', 'repeat', 'add', 'cut'))
     if how == 'drop':
@@ -363,6 +365,7 @@ class Cases:
       case.words.insert(i + 1, r.choice(ODD))
     else:
       case.words[i] = r.choice(ODD)
+    return None
 
   def spoil(self, case: Case, command: str, r: random.Random) -> None:
     """Damage a file of the run, or one that the command reads."""

@@ -206,7 +206,7 @@ def test_experiment_files(case, refused, folder):
     ('train gpt2-tiny --data Dates', ('data = Dates', 'source-target pairs', 'LanguageModel')),
     (
       'data train-tokenizer empty --data.corpus PydocTopics --vocab-size 300',
-      ('empty', 'is no tokenizer.json'),
+      ('empty', 'cannot be written'),
     ),
   ],
 )
