@@ -40,13 +40,14 @@ from jaxformer.models.zoo import PRESETS
 from jaxformer.planning.collectives import Traffic
 from jaxformer.planning.compiler import CompiledPlan, compile_plan, disagreements, topology_mesh
 from jaxformer.planning.cost import cost, flops, recomputed_flops
-from jaxformer.planning.estimate import TOKENS_PER_PARAMETER, estimate, training_run
+from jaxformer.planning.estimate import estimate, training_run
 from jaxformer.planning.hardware import GIB
 from jaxformer.planning.hlo_flops import CompiledFlops
 from jaxformer.planning.setup import PlanSetup
 from jaxformer.planning.target import parse_target
 from jaxformer.sharding import MeshConfig
 from jaxformer.training.experiment import Experiment, TrainingConfig
+from jaxformer.training.recipes.by_size import TOKENS_PER_PARAMETER
 from jaxformer.training.step import lowered_train_step
 
 FOLDER = pathlib.Path(__file__).parent
