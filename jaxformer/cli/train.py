@@ -66,7 +66,8 @@ def run(
 ) -> int:
   experiment = jf.experiment(**options)
   if print_only:
-    print('\n'.join(jf.recipe_notes(options['target'])), file=sys.stderr)
+    for line in jf.recipe_notes(options['target']):
+      print(line, file=sys.stderr)
     emit(text(experiment), end='')
     return DONE
   result = jf.train(experiment, init_from=init_from, resume_from=resume_from, code=code)

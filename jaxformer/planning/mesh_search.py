@@ -68,6 +68,7 @@ def search(
   compile: Compile,
   *,
   rows: Sequence[int] | None = None,
+  keep_batch: bool = False,
   remats: Sequence[str] = REMAT,
   best: int = 3,
   note: Note = lambda line: None,
@@ -77,9 +78,10 @@ def search(
   Args:
     compile: lowers and compiles the training step of a setup.
     rows: sequences per device to try; None for the base's global batch size alone.
+    keep_batch: whether `rows` are those of a microbatch of the base's batch, rather than a batch.
     best: the least number of candidates to compile, if so many fit.
   """
-  setups = list(candidates(base, rows, remats))
+  setups = list(candidates(base, rows, remats, keep_batch))
   note(f'{len(setups)} candidates')
   ranked = sorted_by_bound([e for s in setups if (e := estimate_if_possible(s)) is not None])
   limit = base.target.device_memory_bytes
@@ -106,15 +108,21 @@ def _fits(e: StepEstimate) -> bool:
 
 
 def candidates(
-  base: PlanSetup, rows: Sequence[int] | None, remats: Sequence[str]
+  base: PlanSetup, rows: Sequence[int] | None, remats: Sequence[str], keep_batch: bool = False
 ) -> Iterator[PlanSetup]:
   """All setups on the meshes of the target's devices."""
   for mesh in meshes(base):
     shards = mesh.replica * mesh.data * mesh.fsdp * mesh.expert
-    batches = [base.batch_size] if rows is None else [r * shards for r in rows]
-    for batch, remat in itertools.product(batches, remats):
-      if batch % (shards * base.accumulate) == 0:
-        yield dataclasses.replace(base, mesh=mesh, batch_size=batch, remat=remat)
+    sizes = [(base.batch_size, base.accumulate)]
+    if rows is not None and keep_batch:
+      sizes = [(base.batch_size, max(1, base.batch_size // (r * shards))) for r in rows]
+    elif rows is not None:
+      sizes = [(r * shards, base.accumulate) for r in rows]
+    for (batch, accumulate), remat in itertools.product(dict.fromkeys(sizes), remats):
+      if batch % (shards * accumulate) == 0:
+        yield dataclasses.replace(
+          base, mesh=mesh, batch_size=batch, accumulate=accumulate, remat=remat
+        )
 
 
 def meshes(base: PlanSetup) -> Iterator[MeshConfig]:
@@ -189,7 +197,7 @@ def _rejected(
 
 
 def _choice(e: StepEstimate) -> tuple[Any, ...]:
-  return e.setup.mesh, e.setup.batch_size, e.setup.remat
+  return e.setup.mesh, (e.setup.batch_size, e.setup.accumulate), e.setup.remat
 
 
 def _reason(e: StepEstimate, winner: StepEstimate | None) -> str:

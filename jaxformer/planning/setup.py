@@ -88,14 +88,17 @@ class PlanSetup:
   def name(self) -> str:
     """'fsdp 16 x tensor 4, batch 64, remat full'."""
     mesh = ' x '.join(f'{axis} {size}' for axis, size in self.mesh.given.items() if size > 1)
-    return f'{mesh or "one device"}, batch {self.batch_size}, remat {self.remat}'
+    parts = f' in {self.accumulate} microbatches' if self.accumulate > 1 else ''
+    return f'{mesh or "one device"}, batch {self.batch_size}{parts}, remat {self.remat}'
 
   @property
   def overrides(self) -> list[str]:
-    """Options of `jaxformer train` for this mesh, batch size and remat policy."""
+    """Options of `jaxformer train` for this mesh, batch size, microbatches and remat
+    policy."""
     sizes = self.mesh.given.items()
     pairs: list[tuple[str, Any]] = [(f'--mesh.{a}', n) for a, n in sizes if n > 1 or a == 'data']
     pairs += [('--training.batch-size', self.batch_size), ('--training.remat', self.remat)]
+    pairs += [('--training.accumulate', self.accumulate)] if self.accumulate > 1 else []
     return [word for name, value in pairs for word in (name, str(value))]
 
 

@@ -28,7 +28,7 @@ from jaxformer.planning.target import Target, parse_target
 from jaxformer.sharding import MeshConfig, Parallel
 from jaxformer.training.experiment import Experiment
 from jaxformer.training.step import lowered_train_step
-from jaxformer.workflows.names import resolve
+from jaxformer.workflows.names import Resolved, resolve
 from jaxformer.workflows.on_target import on_target
 from jaxformer.workflows.overrides import Overrides, pairs_of
 from jaxformer.workflows.progress import Log, log_progress
@@ -150,7 +150,7 @@ def plan(
   if chips is not None:
     setup = _setup(e, chips, phase, length)
     if search:
-      report['search'], setup = _search(e, setup, given, ours, name, log)
+      report['search'], setup = _search(e, setup, given, found, name, log)
     if training:
       log(f'tracing a step of {setup.batch_size} x {setup.length} tokens on {chips.name}')
       run = training_run(
@@ -286,16 +286,24 @@ def _search(
   experiment: Experiment,
   setup: PlanSetup,
   given: Collection[str],
-  default: bool,
+  resolved: Resolved,
   name: str,
   log: Log,
 ) -> tuple[dict[str, Any], PlanSetup]:
   """Return the recommendation and why the others were rejected, and the recommended setup, or the
-  given one if nothing fits. Raises `InputError` if what is searched for was `given`."""
+  given one if nothing fits. A recipe keeps its batch, in microbatches. Raises `InputError` if what
+  is searched for was `given`."""
   if fixed := [path for path in given if path.startswith('mesh') or path == 'training.remat']:
     raise InputError(f'{fixed[0]}: search chooses it; use compile to compile one choice')
-  rows = mesh_search.ROWS if default and 'training.batch_size' not in given else None
-  found = mesh_search.search(setup, lambda s: _compile(experiment, s), rows=rows, note=log)
+  keep_batch = resolved.open_mesh
+  fixed_rows = 'training.accumulate' if keep_batch else 'training.batch_size'
+  found = mesh_search.search(
+    setup,
+    lambda s: _compile(experiment, s),
+    rows=mesh_search.ROWS if resolved.ours and fixed_rows not in given else None,
+    keep_batch=keep_batch,
+    note=log,
+  )
   best = found.best
   value: dict[str, Any] = {
     'candidates': found.tried,
@@ -308,7 +316,8 @@ def _search(
   }
   if best is None:
     return value | {'best': None}, setup
-  length = ['--data.sequence-length', str(setup.length)] if experiment.data.has_text else []
+  field = experiment.data.length_field
+  length = ['--data.sequence-length', str(setup.length)] if field == 'sequence_length' else []
   return value | {
     'best': best.setup.name,
     'bound': best.step.bound,

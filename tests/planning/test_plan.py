@@ -15,6 +15,7 @@ from jaxformer.planning.cost import flops, head_flops
 from jaxformer.planning.estimate import estimate, inference_setup, parse_amount
 from jaxformer.planning.hardware import GIB
 from jaxformer.planning.memory import memory
+from jaxformer.planning.mesh_search import candidates
 from jaxformer.planning.residuals import residuals
 from jaxformer.planning.setup import PlanSetup, default_mesh
 from jaxformer.planning.target import parse_target
@@ -261,3 +262,22 @@ def test_the_roofline_computes_the_flops_of_the_one_formula(name, phase):
   last = flops(model, phase, 4, 512, last_logits=True)
   skipped = 4 * 511 if phase == 'prefill' else 0
   assert every - last == pytest.approx(skipped * head_flops(model), rel=1e-9)
+
+
+@pytest.mark.quick
+def test_a_search_keeps_the_batch_of_a_recipe():
+  """Rows per device are those of microbatches, so that the run trains on as many tokens."""
+  base = PlanSetup(
+    model=PRESETS['gpt2-tiny'].model,
+    target=parse_target('v5e-4'),
+    mesh=MeshConfig(),
+    batch_size=32,
+    length=256,
+  )
+  kept = list(candidates(base, (1, 8), ('full',), keep_batch=True))
+  assert {s.batch_size for s in kept} == {32}
+  found = {s.accumulate for s in kept if s.mesh.fsdp == 4}
+  assert found == {1, 8}
+  (one,) = (s for s in kept if s.mesh.fsdp == 4 and s.accumulate == 8)
+  assert one.overrides[-2:] == ['--training.accumulate', '8']
+  assert {s.batch_size for s in candidates(base, (1, 8), ('full',))} > {4, 32}

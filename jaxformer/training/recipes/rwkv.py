@@ -87,7 +87,7 @@ ORIGINS56: Origins = {
   'clip': CODE4.hint('train.py'),
   'dropout': ours(),
   'init': CODE4.hint('src/model.py'),
-  'tokenizer': RWKV56.at('section 5'),
+  'tokenizer': RWKV56.at(''),
 }
 FILE_NAMES = Source('names of the released files', 'BlinkDL on Hugging Face').hint('', 'ctx4096')
 # Finch 7B and 14B are not in the paper.
@@ -153,7 +153,7 @@ ORIGINS7: Origins = {
   'peak': ours('not found; the comment in train.py for this shape'),
   'minimum': ours('not found; as RWKV-5 and RWKV-6'),
   'init': CODE7.hint('src/model.py'),
-  'tokenizer': RWKV7.at('sections 5, 6'),
+  'tokenizer': RWKV7.at(''),
 }
 SMALLEST = CODE7.hint('demo-training-run-v7-pile.sh', SCRIPT)
 
