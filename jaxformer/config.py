@@ -11,7 +11,8 @@ A type from outside the package also has `code`, which says where it is defined:
     {"type": "Mixer", "code": {"module": "my_layer", "file": "/home/me/my_layer.py",
                                "sha256": "..."}}
 
-This module needs no array library and imports only `code_record` and `json_data` from the package.
+This module needs no array library and imports only `code_record`, `json_data` and `local_files`
+from the package.
 """
 
 from __future__ import annotations
@@ -27,8 +28,9 @@ import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal, Self, TypeVar, dataclass_transform
 
-from jaxformer.code_record import PACKAGE, code_of, contents, is_named, package_of, without_paths
+from jaxformer.code_record import code_of, contents, is_named, is_record, package_of, without_paths
 from jaxformer.json_data import parse_json
+from jaxformer.local_files import PACKAGE
 
 NOTHING: Any = object()
 
@@ -216,7 +218,7 @@ def find_type(tag: str, base: type[C]) -> type[C] | None:
 
 
 def config_type(
-  tag: str, where: str = 'type', base: type[Config] = Config, code: Mapping[str, str] | None = None
+  tag: str, where: str = 'type', base: type[Config] = Config, code: Mapping[str, Any] | None = None
 ) -> type[Config]:
   """Return the type named `tag` among those of `base`, in any case.
 
@@ -381,11 +383,6 @@ def to_json(value: Any) -> Any:
   return value
 
 
-def _is_record(code: Any) -> bool:
-  """Whether JSON data have the form of a record of code (`code_record`)."""
-  return isinstance(code, Mapping) and all(isinstance(v, str) for v in code.values())
-
-
 def from_json(data: Any, where: str = '', base: type[Config] = Config) -> Any:
   """Return the config that `to_json` wrote, a `base`. As `type` the class itself may stand for its
   name.
@@ -396,9 +393,9 @@ def from_json(data: Any, where: str = '', base: type[Config] = Config) -> Any:
   cls = data.get('type') if isinstance(data, Mapping) else None
   if isinstance(cls, str):
     code = data.get('code')
-    if code is not None and not _is_record(code):
+    if code is not None and not is_record(code):
       raise InputError(
-        f'{where}.code' if where else 'code', code, 'a record {module, file, sha256}'
+        f'{where}.code' if where else 'code', code, 'a record {module, file, sha256, files}'
       )
     cls = config_type(cls, where or 'type', base, code)
   if not isinstance(cls, type) or not issubclass(cls, base):

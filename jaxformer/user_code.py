@@ -1,4 +1,5 @@
-"""Python files of the user: loaded as modules, identified by the hash of their content.
+"""Python files of the user: loaded as modules, identified by the hash of their content and of what
+they import beside them.
 
 Types that such a file defines are stored in run folders with a record of the file
 (`code_record`). `load_recorded` loads the files that a stored config needs, under one rule: code
@@ -6,8 +7,6 @@ runs if it is the user's own file, unchanged since the record was written, or if
 """
 
 import contextlib
-import hashlib
-import importlib.util
 import os
 import pathlib
 import sys
@@ -16,48 +15,71 @@ import types
 from collections.abc import Generator, Sequence
 from typing import Any, TypeGuard, TypeVar
 
-from jaxformer.code_record import HASH, NAMED, code_records
-from jaxformer.config import Config, InputError, nearest
+from jaxformer.code_record import (
+  NAMED,
+  RECORD,
+  Record,
+  changed_files,
+  code_of,
+  contents,
+  folder_of,
+  is_named,
+  is_record,
+  module_of,
+  record_of,
+  typed_records,
+)
+from jaxformer.config import Config, InputError, nearest, types_of
 from jaxformer.files import regular_file, user_path
+from jaxformer.local_files import LocalFiles, local_files
+from jaxformer.user_modules import load_module, loaded_from
 
 T = TypeVar('T')
 
 
-def load_file(path: str | os.PathLike[str], *, named: bool = False) -> types.ModuleType:
-  """Load a Python file as a module, once per content.
+def load_file(
+  path: str | os.PathLike[str], *, named: bool = False, module: str = ''
+) -> types.ModuleType:
+  """Load a Python file as a module, once per content of it and of what it imports beside it.
+
+  It imports the modules of its own folder first, as if Python ran it as a script; files of one name
+  in two folders are two modules.
 
   Args:
-    named: the user named the file as the code of a stored config, so that its types stand for
-      those of the record even if their content differs.
+    named: the user named the file as the code of a stored config, so that its types, and those of
+      the files that it imports, stand for those of the record even if their content differs.
+    module: its dotted name, if it is part of a package; by default the name of the file.
 
   Raises `InputError` for a file that does not exist or cannot be run, with the traceback of the
   user's code.
   """
   path = user_path(path, 'file')
+  found = _files_of(path, module)
+  with errors_of(path):
+    loaded = load_module(path.resolve(), module, found)
+  if named:
+    for one in loaded_from(found.contents):
+      vars(one)[NAMED] = True
+  return loaded
+
+
+def _files_of(path: pathlib.Path, module: str = '') -> LocalFiles:
+  """Return a file of the user with what it imports beside it. Raises `InputError`."""
   try:
-    content = regular_file(path).read_bytes()
+    file = regular_file(path).resolve()
+    if file.suffix != '.py':
+      raise InputError('file', str(path), 'a Python file')
+    return local_files(file, folder_of(module or module_of(file), file))
   except OSError as e:
     raise InputError('file', str(path), problem=e.strerror or 'cannot be read') from None
-  digest = hashlib.sha256(content).hexdigest()
-  place = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]
-  name = f'user_{path.stem}_{place}'
-  module = sys.modules.get(name)
-  if module is None or vars(module).get(HASH) != digest:
-    spec = importlib.util.spec_from_file_location(name, path.resolve())
-    if spec is None or spec.loader is None:
-      raise InputError('file', str(path), 'a Python file')
-    module = importlib.util.module_from_spec(spec)
-    module.__dict__[HASH] = digest
-    sys.modules[name] = module
-    with errors_of(path):
-      try:
-        spec.loader.exec_module(module)
-      except BaseException:
-        sys.modules.pop(name, None)
-        raise
-  if named:
-    module.__dict__[NAMED] = True
-  return module
+
+
+def files_record(path: str | os.PathLike[str]) -> Record:
+  """Return the record (`code_record`) of a file of the user, with the files that it imports beside
+  it. Raises `InputError` for one that cannot be read."""
+  path = user_path(path, 'file')
+  found = _files_of(path)
+  return record_of(path.resolve(), module_of(path.resolve()), found)
 
 
 @contextlib.contextmanager
@@ -126,58 +148,73 @@ def load_recorded(
 
   Raises `InputError` for code that may not run, with what to name.
   """
-  named = {load_file(p, named=True).__dict__[HASH]: p for p in code}
-  remarks = []
-  for record in code_records(data):
-    if not all(isinstance(v, str) for v in (record.get('module'), *record.values())):
-      raise InputError('code', record, 'a record {module, file, sha256}')
-    file, wanted = record.get('file'), record.get('sha256')
-    if wanted in named or wanted in _loaded():
+  for path in code:
+    load_file(path, named=True)
+  remarks: list[str] = []
+  for tag, record in typed_records(data):
+    if not is_record(record):
+      raise InputError('code', record, 'a record {module, file, sha256, files}')
+    if contents(record) in _loaded():
       continue
-    if named:
-      files = ', '.join(str(p) for p in named.values())
-      remarks.append(
-        f'code: {files} differs from the recorded {file or record["module"]} '
-        f'(sha256 {(wanted or "none")[:12]})'
-      )
-    elif file is None or wanted is None:
+    if (now := _named_record(tag)) is not None:
+      was = record.get('file') or record['module']
+      remarks += [
+        f'code: differs from the recorded {was}: {c.line}' for c in changed_files(record, now)
+      ]
+    elif record.get('file') is None or record.get('sha256') is None:
       raise InputError(
         f'code: a type was defined in {record["module"]}, which is no file; move it to a file and '
         'name that with --code FILE'
       )
     else:
-      load_file(_trusted(user_path(file, 'code'), wanted, folder))
-  return remarks
+      load_file(_trusted(record, folder), module=record['module'])
+  return list(dict.fromkeys(remarks))
+
+
+def _named_record(tag: str) -> Record | None:
+  """Return the record of the file that defines a type and that the user named, if there is one."""
+  same = [c for c in types_of(Config) if c.tag == tag and is_named(c)]
+  return code_of(same[-1]) if same else None
 
 
 def named_code() -> set[str]:
-  """Return the hashes of the files that the user named."""
-  return _loaded(NAMED)
+  """Return the hashes of the files that the user named, and of those that they import."""
+  records = [vars(m)[RECORD][1] for m in _user_modules() if NAMED in vars(m)]
+  return {h for r in records for h in (r['sha256'], *r.get('files', {}).values())}
 
 
-def _loaded(flag: str = HASH) -> set[str]:
+def _loaded() -> set[str | None]:
+  return {contents(vars(m)[RECORD][1]) for m in _user_modules()}
+
+
+def _user_modules() -> list[types.ModuleType]:
   # By the dictionary: modules that import lazily answer `getattr` for any name.
-  found = [vars(m) for m in list(sys.modules.values()) if hasattr(m, '__dict__')]
-  return {v[HASH] for v in found if v.get(flag)}
+  modules = list(sys.modules.values())
+  return [m for m in modules if hasattr(m, '__dict__') and RECORD in vars(m)]
 
 
-def _trusted(path: pathlib.Path, wanted: str, folder: pathlib.Path | None) -> pathlib.Path:
-  """The path of a recorded file that may run without being named."""
+def _trusted(record: Record, folder: pathlib.Path | None) -> pathlib.Path:
+  """The path of a recorded file that may run without being named, and all that it imports."""
+  path = user_path(record['file'], 'code')
   try:
-    found = hashlib.sha256(regular_file(path).read_bytes()).hexdigest()
-    owner = path.stat().st_uid
+    regular_file(path)
+    found = local_files(path, folder_of(record['module'], path))
+    now = record_of(path, record['module'], found)
+    owners = {file: file.stat().st_uid for file in found.contents}
   except OSError:
     raise InputError(
       f'code: {path} is needed and not here; name the file with --code FILE'
     ) from None
-  if found != wanted:
+  if changes := changed_files(record, now):
+    lines = '; '.join(c.line for c in changes)
     raise InputError(
-      f'code: {path} has changed since the run was made (sha256 {wanted[:12]}, now {found[:12]}); '
-      f'name it with --code {path} to run it as it is now'
+      f'code: has changed since the run was made: {lines}; name it with --code {path} to run it as '
+      'it is now'
     )
-  came_along = folder is not None and folder.resolve() in path.resolve().parents
-  if came_along or owner != os.getuid():
-    raise InputError(
-      f'code: {path} is not your own file; read it, and name it with --code {path} to run it'
-    )
+  for file, owner in owners.items():
+    came_along = folder is not None and folder.resolve() in file.resolve().parents
+    if came_along or owner != os.getuid():
+      raise InputError(
+        f'code: {file} is not your own file; read it, and name it with --code {path} to run it'
+      )
   return path

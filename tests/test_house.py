@@ -17,10 +17,12 @@ pytestmark = pytest.mark.quick
 
 # Packages, or modules at the top, in layers: each may import those above it and its own.
 BASE = {
+  'local_files',
   'code_record',
   'config',
   'overrides',
   'user_code',
+  'user_modules',
   'task_type',
   'exit_codes',
   'files',
@@ -29,15 +31,17 @@ BASE = {
 }
 MODELS = BASE | {'sharding', 'ops', 'layers', 'models'}
 MAY_IMPORT = {
-  'code_record': set(),
-  'config': {'code_record', 'json_data'},
+  'local_files': set(),
+  'code_record': {'local_files'},
+  'config': {'code_record', 'json_data', 'local_files'},
   'task_type': set(),
   'exit_codes': set(),
   'files': {'config'},
   'json_data': set(),
   'installation': set(),
   'overrides': {'config', 'json_data', 'user_code'},
-  'user_code': {'code_record', 'config', 'files'},
+  'user_modules': {'code_record', 'local_files'},
+  'user_code': {'code_record', 'config', 'files', 'local_files', 'user_modules'},
   'data': BASE,
   'sharding_rules': BASE,
   'sharding': BASE | {'sharding_rules'},

@@ -1,7 +1,6 @@
 """Files of the user that a job brings: those that its command names, and what they import that lies
 beside them. The job holds them as text, and the machine checks their hashes before it trains."""
 
-import ast
 import base64
 import dataclasses
 import gzip
@@ -12,13 +11,13 @@ import os
 import pathlib
 import re
 import shlex
-import sys
 import tarfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable
 
 from jaxformer.config import InputError
 from jaxformer.files import regular_file, user_path
 from jaxformer.installation import NAME
+from jaxformer.local_files import local_files
 
 _IN_FILE = re.compile(r'(.+\.py)(:[\w.]+)', re.DOTALL)
 
@@ -123,62 +122,20 @@ def user_files(experiment: str, texts: Iterable[str], code: Iterable[str] = ()) 
 
 
 def _absolute(path: str) -> pathlib.Path:
-  return pathlib.Path(os.path.abspath(user_path(path, 'file')))
+  return pathlib.Path(os.path.realpath(user_path(path, 'file')))
 
 
-def _follow(first: pathlib.Path, read: dict[pathlib.Path, bytes], outside: set[str]) -> None:
+def _follow(path: pathlib.Path, read: dict[pathlib.Path, bytes], outside: set[str]) -> None:
   """Read a file and, recursively, what it imports from its folder."""
-  folder, todo, followed = first.parent, [first], set()
-  while todo:
-    path = todo.pop()
-    if path in followed:
-      continue
-    followed.add(path)
-    try:
-      content = read.setdefault(path, regular_file(path).read_bytes())
-    except OSError as e:
-      raise InputError('file', str(path), problem=e.strerror or 'cannot be read') from None
-    try:
-      tree = ast.parse(content)
-    except (SyntaxError, ValueError) as e:
-      raise InputError('file', str(path), problem=f'is no Python ({e})') from None
-    for module in _imports(tree, path.relative_to(folder).parent.parts):
-      beside = list(_files_of(module, folder))
-      todo += beside
-      top = module.partition('.')[0]
-      if not beside and not (folder / top).is_dir() and top not in sys.stdlib_module_names:
-        outside.add(top)
-
-
-def _imports(tree: ast.AST, package: Sequence[str]) -> Iterator[str]:
-  """Yield the dotted names of modules that code may import; `package` is where the code lies."""
-  for node in ast.walk(tree):
-    if isinstance(node, ast.Import):
-      yield from (alias.name for alias in node.names)
-    elif isinstance(node, ast.ImportFrom):
-      base = list(package[: len(package) + 1 - node.level]) if node.level else []
-      base += node.module.split('.') if node.module else []
-      if base:
-        yield '.'.join(base)
-      # `from package import name`: a module, or what the package defines
-      yield from ('.'.join([*base, alias.name]) for alias in node.names if alias.name != '*')
-    elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
-      called = node.func.attr if isinstance(node.func, ast.Attribute) else ''
-      called = node.func.id if isinstance(node.func, ast.Name) else called
-      name = node.args[0].value
-      if called in ('import_module', '__import__') and isinstance(name, str):
-        yield name
-
-
-def _files_of(module: str, folder: pathlib.Path) -> Iterator[pathlib.Path]:
-  """Yield the files of a folder that importing a module runs, its packages first."""
-  place = folder
-  for part in module.split('.'):
-    place = place / part
-    for file in (place / '__init__.py', place.with_name(f'{part}.py')):
-      if file.is_file():
-        yield file
-        break
+  try:
+    regular_file(path)
+    found = local_files(path)
+  except OSError as e:
+    raise InputError('file', str(path), problem=e.strerror or 'cannot be read') from None
+  for file, reason in found.broken.items():
+    raise InputError('file', str(file), problem=f'is no Python ({reason})')
+  read |= found.contents
+  outside |= found.outside
 
 
 # ---- what they need ----------------------------------------------------------------------------
