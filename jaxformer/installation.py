@@ -5,9 +5,11 @@ https://packaging.python.org/en/latest/specifications/direct-url/
 
 import dataclasses
 import functools
+import hashlib
 import importlib.metadata
 import json
 import pathlib
+import subprocess
 import tomllib
 import urllib.parse
 import urllib.request
@@ -15,6 +17,7 @@ from typing import Any
 
 NAME = 'jaxformer'
 NOT_INSTALLED = 'not installed'
+FOLDER = pathlib.Path(__file__).resolve().parent
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +39,7 @@ class Installation:
 @functools.cache
 def installation() -> Installation:
   """Return where the running package comes from."""
-  root = pathlib.Path(__file__).resolve().parent.parent
+  root = FOLDER.parent
   version = version_in(root)
   if version is not None:
     return Installation(version, root)
@@ -56,6 +59,25 @@ def version_in(folder: pathlib.Path) -> str | None:
   except (OSError, ValueError):
     return None
   return project.get('version') if project.get('name') == NAME else None
+
+
+def source_sha256(package: pathlib.Path = FOLDER) -> str:
+  """Return a hash of the source of the running package, or of the one in another folder."""
+  source = hashlib.sha256()
+  for file in sorted(package.rglob('*.py')):
+    content = hashlib.sha256(file.read_bytes()).hexdigest()
+    source.update(f'{file.relative_to(package).as_posix()} {content}\n'.encode())
+  return source.hexdigest()
+
+
+def git(folder: pathlib.Path | str, *words: str) -> str | None:
+  """Return what a git command prints about a folder; None if it fails, or there is no git."""
+  command = ['git', '-C', str(folder), *words]
+  try:
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=20)
+  except (OSError, subprocess.TimeoutExpired):
+    return None
+  return done.stdout.strip() if done.returncode == 0 else None
 
 
 def origin_of(record: str) -> str:

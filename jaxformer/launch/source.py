@@ -3,11 +3,10 @@ the version that plans."""
 
 import pathlib
 import re
-import subprocess
 
 from jaxformer.config import InputError
 from jaxformer.files import user_path
-from jaxformer.installation import NAME, Installation, version_in
+from jaxformer.installation import NAME, Installation, git, source_sha256, version_in
 from jaxformer.launch.job import FORMS, CodeSource
 
 _COMMIT = re.compile(r'git\+(https|ssh|git)://[^\s@]+(@[^\s@]+)?@[0-9A-Za-z][\w.+-]*', re.ASCII)
@@ -107,47 +106,31 @@ def described(source: CodeSource) -> str:
     return 'the environment that is active here'
   if source.folder is None:
     return source.place
-  commit = _git(source.place, 'rev-parse', '--short=12', 'HEAD')
+  commit = git(source.place, 'rev-parse', '--short=12', 'HEAD')
   if commit is None:
     return f'{source.place} (no git commit)'
-  changed = _git(source.place, 'status', '--porcelain')
+  changed = git(source.place, 'status', '--porcelain')
   state = f'with {len(changed.splitlines())} changed files' if changed else 'without changes'
   return f'{source.place} (commit {commit}, {state})'
 
 
 def ignored(folder: str, path: str) -> bool:
   """Whether git ignores a path of a folder, so that engines that follow it leave it out."""
-  return _git(folder, 'check-ignore', '--', path) is not None
+  return git(folder, 'check-ignore', '--', path) is not None
 
 
 def _published_commit(folder: pathlib.Path) -> str | None:
   """git+URL@COMMIT of a clean checkout whose commit is in a branch of an https remote."""
-  commit, changed = _git(folder, 'rev-parse', 'HEAD'), _git(folder, 'status', '--porcelain')
+  commit, changed = git(folder, 'rev-parse', 'HEAD'), git(folder, 'status', '--porcelain')
   if commit is None or changed != '':
     return None
-  for branch in (_git(folder, 'branch', '--remotes', '--contains', commit) or '').split():
-    url = _git(folder, 'remote', 'get-url', branch.partition('/')[0]) or ''
+  for branch in (git(folder, 'branch', '--remotes', '--contains', commit) or '').split():
+    url = git(folder, 'remote', 'get-url', branch.partition('/')[0]) or ''
     if url.startswith('https://') and '@' not in url:
       return f'git+{url}@{commit}'
   return None
 
 
-def _git(folder: str | pathlib.Path, *words: str) -> str | None:
-  """What a git command prints about a folder; None if it fails."""
-  try:
-    done = subprocess.run(
-      ['git', '-C', str(folder), *words], capture_output=True, text=True, check=False
-    )
-  except OSError:
-    return None
-  return done.stdout.strip() if done.returncode == 0 else None
-
-
 def _same_code(folder: pathlib.Path) -> bool:
   """Whether the package in a folder is the one that runs here."""
-  running = pathlib.Path(__file__).resolve().parent.parent
-
-  def code(package: pathlib.Path) -> dict[str, bytes]:
-    return {p.relative_to(package).as_posix(): p.read_bytes() for p in package.rglob('*.py')}
-
-  return code(folder / NAME) == code(running)
+  return source_sha256(folder / NAME) == source_sha256()

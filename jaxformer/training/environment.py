@@ -1,21 +1,18 @@
 """The environment of a run: what a result may depend on apart from its config."""
 
 import functools
-import hashlib
 import importlib.metadata
 import os
 import platform
-import shutil
-import subprocess
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import jax
 
+from jaxformer.installation import FOLDER, git, installation, source_sha256
+
 PACKAGES = (
-  'jaxformer',
   'jax',
   'jaxlib',
   'flax',
@@ -53,15 +50,11 @@ def environment(data_manifest: dict[str, Any]) -> dict[str, Any]:
 def software() -> dict[str, Any]:
   """Return the versions of Python and of packages, and a hash of this package's source, as JSON
   data: what all hosts of a run must have alike."""
-  home = Path(__file__).parents[1]
-  source = hashlib.sha256()
-  for file in sorted(home.rglob('*.py')):
-    content = hashlib.sha256(file.read_bytes()).hexdigest()
-    source.update(f'{file.relative_to(home).as_posix()} {content}\n'.encode())
+  others = {p: v for p in PACKAGES if (v := _version(p))}
   return {
     'python': platform.python_version(),
-    'versions': {p: v for p in PACKAGES if (v := _version(p)) or p == 'jaxformer'},
-    'source_sha256': source.hexdigest(),
+    'versions': {'jaxformer': installation().version, **others},
+    'source_sha256': source_sha256(),
   }
 
 
@@ -75,16 +68,6 @@ def _version(package: str) -> str | None:
 def _commit() -> str | None:
   """Return the commit of the package's source, with a + if files differ from it; None outside a
   repository."""
-  if shutil.which('git') is None:
-    return None
-  home = Path(__file__).parent
-
-  def git(*words: str) -> str | None:
-    done = subprocess.run(
-      ['git', '-C', str(home), *words], capture_output=True, text=True, check=False, timeout=20
-    )
-    return done.stdout.strip() if done.returncode == 0 else None
-
-  head = git('rev-parse', 'HEAD')
-  changed = head and git('status', '--porcelain', '--untracked-files=no', '--', str(home.parent))
+  head = git(FOLDER, 'rev-parse', 'HEAD')
+  changed = head and git(FOLDER, 'status', '--porcelain', '--untracked-files=no', '--', '.')
   return f'{head}+' if changed else head

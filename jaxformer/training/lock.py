@@ -10,7 +10,6 @@ whatever the clocks say. An owner that was suspended, and whose folder another o
 that out before it writes a checkpoint."""
 
 import contextlib
-import fcntl
 import functools
 import json
 import os
@@ -24,7 +23,7 @@ from typing import Any
 
 from jaxformer.config import InputError
 from jaxformer.exit_codes import Failure
-from jaxformer.files import write_atomically
+from jaxformer.files import locked, write_atomically
 from jaxformer.training.paths import AnyPath, remote_errors
 
 FILE = 'lock.json'
@@ -106,13 +105,12 @@ class FolderLock:
   def _exclude_this_machine(self, held: contextlib.ExitStack) -> None:
     if not isinstance(self._folder, Path):
       return
-    file = held.enter_context((self._folder / 'events.jsonl').open('a'))
     try:
-      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-      raise self._taken(self._read()) from None
-    except OSError:
-      pass  # a shared disk without such locks
+      alone = held.enter_context(locked(self._folder / 'events.jsonl'))
+    except OSError:  # a shared disk without such locks
+      alone = True
+    if not alone:
+      raise self._taken(self._read())
 
   def _taken(self, found: Record) -> InputError:
     return InputError(
