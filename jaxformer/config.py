@@ -273,16 +273,17 @@ def config_bases(hint: Any) -> tuple[type[Config], ...]:
   return tuple(o for o in union_options(hint) if _is_config(o))
 
 
-def _describe(hint: Any) -> str:
+def accepted_by(hint: Any) -> str:
+  """Return what a field with a type hint accepts, in words."""
   origin, args = typing.get_origin(hint), typing.get_args(hint)
   if hint in _PLAIN:
     return _PLAIN[hint]
   if origin is Literal:
     return ' or '.join(repr(a) for a in args)
   if len(union_options(hint)) > 1:
-    return ' or '.join(_describe(a) for a in args)
+    return ' or '.join(accepted_by(a) for a in args)
   if origin is tuple:
-    return f'a list of {_describe(args[0])}'
+    return f'a list of {accepted_by(args[0])}'
   if _is_config(hint):
     return f'a config ({", ".join(c.tag for c in types_of(hint)) or hint.__name__})'
   return getattr(hint, '__name__', str(hint))
@@ -324,12 +325,12 @@ def decode(value: Any, hint: Any, where: str) -> Any:
     return _decode_union(value, hint, where)
   if isinstance(value, CommandLineText):
     value = _decode_text(str(value), hint, where)
-  wrong = InputError(where, getattr(value, 'tag', value), _describe(hint))
+  wrong = InputError(where, getattr(value, 'tag', value), accepted_by(hint))
   origin, args = typing.get_origin(hint), typing.get_args(hint)
   if origin is Literal:
     if value not in args:
       known = nearest(str(value), map(str, args)) if len(args) > 4 else ''
-      raise InputError(where, value, f'{_describe(hint)}{known}')
+      raise InputError(where, value, f'{accepted_by(hint)}{known}')
     return value
   if origin is tuple:
     if not isinstance(value, list | tuple):
@@ -366,7 +367,7 @@ def _decode_union(value: Any, hint: Any, where: str) -> Any:
       )
       only = isinstance(value, CommandLineText) and len(options) == 2 and option is not type(None)
       kept = e if same or only else kept
-  raise kept or InputError(where, getattr(value, 'tag', value), _describe(hint))
+  raise kept or InputError(where, getattr(value, 'tag', value), accepted_by(hint))
 
 
 # ---- JSON, text, hash --------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from jaxformer.config import (
   CommandLineText,
   Config,
   InputError,
+  accepted_by,
   config_bases,
   field_default,
   find_type,
@@ -98,7 +99,7 @@ def override(config: C, assignments: Iterable[tuple[str, str]], root: str = '') 
   fields = []
   for path, parts, text in sorted(given, key=lambda g: len(g[1])):
     places = _places(draft, parts, kind)
-    configs = [_named_config(text, hint) for _, _, hint, _ in places]
+    configs = [_named_config(path, text, hint) for _, _, hint, _ in places]
     if places and None not in configs:
       for place, chosen in zip(places, configs, strict=True):
         set_place(place, path, text, chosen)
@@ -126,9 +127,10 @@ def _parts(path: str, config: Config, root: str) -> list[str]:
   return below
 
 
-def _named_config(name: str, hint: Any) -> Any:
-  """Return the draft of what a type's name, or FILE.py:NAME, stands for where `hint` is expected;
-  None for a value that names no config. Raises `InputError` for a file's object of another kind."""
+def _named_config(path: str, name: str, hint: Any) -> Any:
+  """Return the draft of what a type's name, or FILE.py:NAME, stands for at a path where `hint` is
+  expected; None for a value that names no config. Raises `InputError` for a file's object of
+  another kind."""
   bases = config_bases(hint)
   if bases and '.py:' in name:
     found = named_in_file(name)
@@ -137,8 +139,7 @@ def _named_config(name: str, hint: Any) -> Any:
   if isinstance(found, type) and issubclass(found, bases):
     return _defaults(found)
   if found is not None and not isinstance(found, bases):
-    wanted = ' or '.join(base.__name__ for base in bases)
-    raise InputError(f'{name}: not a config that fits here, which is of type {wanted}')
+    raise InputError(path.replace('-', '_'), name, accepted_by(hint))
   return None if found is None else _draft(found)
 
 
