@@ -172,7 +172,7 @@ def _opened(
 
 
 def _prefix(log: Log, run: Run, line: str) -> None:
-  log(f'{run.folder.name} | {line}')
+  log(f'{run.name} | {line}')
 
 
 class _Loop:

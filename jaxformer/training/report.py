@@ -1,18 +1,21 @@
 """Progress of a run: rows of metrics, trackers, and lines of a log."""
 
+from __future__ import annotations
+
 import contextlib
 import math
 import sys
 import time
 from collections.abc import Callable, Generator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from jaxformer import config
 from jaxformer.training.experiment import Experiment
 from jaxformer.training.run import Run
-from jaxformer.training.trackers import Track
+from jaxformer.training.trackers import Track, TrackerConfig
 
 Log = Callable[[str], None]
+T = TypeVar('T')
 
 
 class Clock:
@@ -72,10 +75,50 @@ def open_report(run: Run, experiment: Experiment, log: Log) -> Generator[Report]
   t, settings = experiment.training, config.to_json(experiment)
   with contextlib.ExitStack() as stack:
     tracks = [
-      stack.enter_context(tracker.open(run.home, run.folder.name, settings))
+      stack.enter_context(_Tracker(tracker, log)).start(
+        folder=run.home, id=run.history.id, name=run.name, config=settings
+      )
       for tracker in (t.trackers if run.writes else ())
     ]
     yield Report(run, t.steps, log if run.writes else lambda line: None, tracks)
+
+
+class _Tracker:
+  """A tracker within a block. If it raises an error, that is a warning, and the run goes on without
+  it: `metrics.jsonl` has the same."""
+
+  def __init__(self, tracker: TrackerConfig, log: Log):
+    self._tracker, self._log = tracker, log
+    self._stack = contextlib.ExitStack()
+    self._track: Track | None = None
+    self._failed = False
+
+  def start(self, **of_run: Any) -> Track:
+    """Open the tracker, and return a function to call with the metrics of a step."""
+    self._track = self._tried(lambda: self._stack.enter_context(self._tracker.open(**of_run)))
+
+    def track(metrics: dict[str, float], step: int) -> None:
+      if self._track is not None:
+        self._tried(self._track, metrics, step)
+
+    return track
+
+  def _tried(self, fn: Callable[..., T], *arguments: Any) -> T | None:
+    try:
+      return fn(*arguments)
+    except Exception as e:  # a service may raise whatever it likes
+      self._track = None
+      if not self._failed:
+        self._failed = True
+        reason = ' '.join(f'{type(e).__name__}: {e}'.split())[:300]
+        self._log(f'warning: {self._tracker.tag}: {reason}; the run goes on without this tracker')
+      return None
+
+  def __enter__(self) -> _Tracker:
+    return self
+
+  def __exit__(self, *error: Any) -> None:
+    self._tried(self._stack.__exit__, *error)
 
 
 def summary(row: dict[str, Any]) -> str:

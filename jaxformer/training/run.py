@@ -1,7 +1,7 @@
 """The folder of a run. Only process 0 writes. It may be in a bucket (see `paths`).
 
 runs/<name>/config.json         the experiment with its latest settings, the `format` of the folder,
-                                and the `stages` of the run (see `stages`)
+                                and the `id` and `stages` of the run (see `stages`)
             environment.json    versions, devices, commit, command, data and code; an entry per
                                 start
             metrics.jsonl       one object per line: `step` and numbers
@@ -200,6 +200,8 @@ class Run:
   def _look(self) -> dict[str, Any]:
     """Return what the folder says about how to go on, as JSON data."""
     t, step = self.experiment.training, self._request['step']
+    for tracker in t.trackers:
+      tracker.check()
     if self._is_fresh():
       for name, value in (('training.resume_with', t.resume_with), ('--resume-from', step)):
         if value:
@@ -222,9 +224,7 @@ class Run:
       skipped = [
         f'{r.start}:{min(r.stop, step + 1)}' for r in step_ranges(skipped) if r.start <= step
       ]
-      history = dataclasses.replace(
-        history, stages=history.before(step), resumed_from=self._request
-      )
+      history = History(history.warmup_steps, history.before(step), self._request)
     d = compare(saved, self.experiment, str(self.folder))
     self._check(d, saved, history)
     found = {'fresh': False, 'back_to': step if back else None, 'free': d.free, 'stage': d.stage}
@@ -315,6 +315,11 @@ class Run:
   def skips(self) -> list[range]:
     """The steps that are not taken, counted from 1."""
     return step_ranges(self.experiment.training.skip_steps)
+
+  @property
+  def name(self) -> str:
+    """The name of the run, with the folders that it names."""
+    return self.experiment.run.name or self.folder.name
 
   @property
   def home(self) -> Path:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -62,14 +63,19 @@ class History:
       changes.
     stages: ascending in their steps.
     resumed_from: the latest request to go back to an earlier checkpoint; None if there was none.
+    id: of the run, by which trackers know it: random, since names of runs are not unique. A new one
+      is made when the run goes back to an earlier checkpoint, because services cannot take back the
+      later steps.
   """
 
   warmup_steps: int
   stages: tuple[Stage, ...] = ()
   resumed_from: dict[str, Any] | None = None
+  id: str = dataclasses.field(default_factory=lambda: uuid.uuid4().hex)
 
   def json(self) -> dict[str, Any]:
     own = {
+      'id': self.id,
       'warmup_steps': self.warmup_steps,
       'stages': [dataclasses.asdict(s) for s in self.stages],
     }
@@ -101,7 +107,8 @@ def split_history(data: dict[str, Any], where: str) -> tuple[dict[str, Any], His
     return experiment, None
   try:
     stages = tuple(Stage(int(s['step']), dict(s['changed'])) for s in own.get('stages', ()))
-    return experiment, History(int(own['warmup_steps']), stages, own.get('resumed_from'))
+    of_run = {'id': str(own['id'])} if 'id' in own else {}  # folders of earlier versions have none
+    return experiment, History(int(own['warmup_steps']), stages, own.get('resumed_from'), **of_run)
   except (TypeError, ValueError, KeyError) as e:
     raise InputError(f'{where}: its stages cannot be read ({type(e).__name__}: {e})') from None
 

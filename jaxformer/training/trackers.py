@@ -1,8 +1,10 @@
 """Trackers: where the metrics of a run go besides `metrics.jsonl`."""
 
 import contextlib
+import contextvars
 import importlib
 import json
+import sys
 from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any, Literal
@@ -14,18 +16,21 @@ Track = Callable[[dict[str, float], int], Any]
 
 
 class TrackerConfig(Config, abstract=True):
-  """Base of the trackers. Only process 0 uses them."""
+  """Base of the trackers. Only process 0 uses them. A run does not depend on its trackers: one that
+  raises an error is given up with a warning."""
+
+  def check(self) -> None:
+    """Raises `InputError`, before anything is written, if the tracker is not installed."""
 
   @contextlib.contextmanager
-  def open(self, folder: Path, name: str, config: dict[str, Any]) -> Generator[Track]:
+  def open(self, folder: Path, id: str, name: str, config: dict[str, Any]) -> Generator[Track]:
     """Track a run within the block, from its first metrics or after a resume.
 
     Args:
       folder: local; the run folder, or one whose files are uploaded there.
-      name: of the run.
-      config: the experiment as JSON data.
-
-    Raises `InputError` if the tracker is not installed."""
+      id: of the run, the same after a resume; no other run has it.
+      name: of the run, which other runs may have too.
+      config: the experiment as JSON data."""
     raise NotImplementedError
     yield
 
@@ -34,7 +39,7 @@ class TensorBoard(TrackerConfig):
   """Event files in the run folder's `tensorboard/`."""
 
   @contextlib.contextmanager
-  def open(self, folder, name, config):
+  def open(self, folder, id, name, config):
     from tensorboardX import SummaryWriter
 
     with SummaryWriter(str(folder / 'tensorboard'), flush_secs=10) as writer:
@@ -54,12 +59,16 @@ class Wandb(TrackerConfig):
   entity: str | None = None
   mode: Literal['online', 'offline', 'disabled'] = 'offline'
 
+  def check(self):
+    _extra('wandb')
+
   @contextlib.contextmanager
-  def open(self, folder, name, config):
+  def open(self, folder, id, name, config):
     run = _extra('wandb').init(
       name=name,
-      id=name.replace('/', '-'),
+      id=id,
       resume='allow',
+      reinit='create_new',  # beside the runs of other members of a population
       config=config,
       project=self.project,
       entity=self.entity,
@@ -73,18 +82,30 @@ class Wandb(TrackerConfig):
 
 
 class Trackio(TrackerConfig):
-  """Trackio: a local database with a dashboard."""
+  """Trackio: a local database with a dashboard. It knows a run by its name, which here ends with
+  the id."""
 
   project: str = 'jaxformer'
 
+  def check(self):
+    _extra('trackio')
+
   @contextlib.contextmanager
-  def open(self, folder, name, config):
-    trackio = _extra('trackio')
-    trackio.init(project=self.project, name=name, config=config, resume='allow')
+  def open(self, folder, id, name, config):
+    with contextlib.redirect_stdout(sys.stderr):  # stdout may be for one JSON value
+      # in a context of its own, since it would finish the run that it finds in this one
+      run = contextvars.Context().run(
+        _extra('trackio').init,
+        project=self.project,
+        name=f'{name} {id}',
+        config=config,
+        resume='allow',
+      )
     try:
-      yield trackio.log
+      yield run.log
     finally:
-      trackio.finish()
+      with contextlib.redirect_stdout(sys.stderr):
+        run.finish()
 
 
 def _extra(module: str) -> Any:

@@ -19,7 +19,6 @@ from jaxformer.training import (
   AdamW,
   Constant,
   TensorBoard,
-  Trackio,
   load_experiment,
   load_params,
   train,
@@ -478,12 +477,6 @@ def test_other_data_than_the_checkpoint_was_trained_on_are_refused(experiment, d
   other.__dict__.update(dataset.__dict__, identity=dataset.identity | {'corpus': 'changed'})
   with pytest.raises(InputError, match="data differ from the checkpoint's"):
     train(experiment(), dataset=other, devices=ONE, log=quiet)
-
-
-def test_a_tracker_that_is_not_installed_names_the_extra(experiment, dataset, monkeypatch):
-  monkeypatch.setitem(__import__('sys').modules, 'trackio', None)
-  with pytest.raises(InputError, match=r'pip install "jaxformer\[track\]"'):
-    train(experiment(trackers=(Trackio(),)), dataset=dataset, devices=ONE, log=quiet)
 
 
 @pytest.mark.quick
