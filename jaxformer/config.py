@@ -384,13 +384,8 @@ def to_json(value: Any) -> Any:
   return value
 
 
-def from_json(data: Any, where: str = '', base: type[Config] = Config) -> Any:
-  """Return the config that `to_json` wrote, a `base`. As `type` the class itself may stand for its
-  name.
-
-  A field that is left out takes its default. Raises `InputError` for an unknown field, a missing
-  one, or a value of a wrong type.
-  """
+def type_in(data: Any, where: str, base: type[C]) -> type[C]:
+  """Return the type that JSON data of a config name. Raises `InputError` where it is no `base`."""
   cls = data.get('type') if isinstance(data, Mapping) else None
   if isinstance(cls, str):
     code = data.get('code')
@@ -401,6 +396,17 @@ def from_json(data: Any, where: str = '', base: type[Config] = Config) -> Any:
     cls = config_type(cls, where or 'type', base, code)
   if not isinstance(cls, type) or not issubclass(cls, base):
     raise InputError(f'{where or "config"}: expected an object with a "type", found {shown(data)}')
+  return cls
+
+
+def from_json(data: Any, where: str = '', base: type[Config] = Config) -> Any:
+  """Return the config that `to_json` wrote, a `base`. As `type` the class itself may stand for its
+  name.
+
+  A field that is left out takes its default. Raises `InputError` for an unknown field, a missing
+  one, or a value of a wrong type.
+  """
+  cls = type_in(data, where, base)
   known = hints(cls)
   given = {k: v for k, v in data.items() if k not in ('type', 'code')}
   for name in given:

@@ -84,6 +84,28 @@ def test_json_and_back():
       [('walls.0.trim', '{"type": "Striped", "width": 2}')],
       House(walls=(Wall(trim=Striped(width=2)), House().walls[1])),
     ),
+    # JSON and a field of it, also one that it needs
+    (
+      [('walls.0.paint', '{"type": "striped", "gap": 2}'), ('walls.0.paint.width', '5')],
+      House(walls=(Wall(paint=Striped(width=5, gap=2)), House().walls[1])),
+    ),
+    ([('walls', '[{"type": "Wall"}]'), ('walls.0.height', '4')], House(walls=(Wall(height=4.0),))),
+    ([('walls', 'wall'), ('walls.0.height', '4')], House(walls=(Wall(height=4.0),))),
+    # a config that was searched for, inside of another one
+    ([('trim', 'painted'), ('walls', '[{"type": "Wall"}]')], House(walls=(Wall(trim=Painted()),))),
+    # a general path gives way to what JSON or a type says exactly
+    (
+      [('walls.0', '{"type": "Wall", "height": 3}'), ('height', '4')],
+      House(walls=(Wall(height=3.0), House().walls[1].replace(height=4.0))),
+    ),
+    (
+      [('walls.1.trim', 'painted'), ('trim', 'none')],
+      House(walls=(Wall(), House().walls[1].replace(trim=Painted()))),
+    ),
+    (
+      [('walls.1.paint', 'painted'), ('paint', '{"type": "Striped", "width": 2}')],
+      House(walls=(Wall(paint=Striped(width=2)), Wall())),
+    ),
     ([('size', '3,4')], House(size=(3, 4))),
     ([('size', '[3, 4]')], House(size=(3, 4))),
     ([('size', 'none')], House()),
@@ -100,14 +122,33 @@ def test_overrides(assignments, expected):
     [('size', '3,4'), ('size', 'none')],
     [('walls.0.paint', 'striped'), ('walls.0.paint.width', '5'), ('walls.0.paint', 'painted')],
     [('lived-in', 'true'), ('lived_in', 'false')],
+    [('walls.0.paint', '{"type": "Striped", "width": 2}'), ('walls.0.paint.width', '5')],
+    [('walls.0', '{"type": "Wall", "paint": {"type": "Painted"}}'), ('walls.0.paint', 'painted')],
     # searched for
     [('height', '3'), ('height', '4')],
     [('paint.width', '3'), ('walls.paint.width', '4'), ('paint.width', '5')],
   ],
 )
 def test_an_override_that_would_be_lost_is_an_error(assignments):
-  with pytest.raises(InputError, match='give it once'):
-    override(House(), assignments)
+  for given in assignments, assignments[::-1]:
+    with pytest.raises(InputError, match='give it once'):
+      override(House(), given)
+
+
+@pytest.mark.parametrize(
+  ('value', 'message'),
+  [
+    ('Stripped', r"^walls\.0\.paint = 'Stripped': no such type; did you mean Striped\?"),
+    ('{"type": "Stripped"}', r"^walls\.0\.paint = 'Stripped': no such type"),
+    ('{"type": {}}', r'^walls\.0\.paint: expected an object with a "type"'),
+    ('{"type": "Striped", "gap": {"type": 1}}', r"^walls\.0\.paint\.gap = \{'type': 1\}: must be"),
+    ('{"type": "Striped", "gape": 2}', "Striped has no field 'gape'; did you mean gap"),
+    ('{broken', 'not valid JSON'),
+  ],
+)
+def test_a_wrong_config_is_named_before_the_fields_in_it(value, message):
+  with pytest.raises(InputError, match=message):
+    override(House(), [('walls.0.paint.width', '5'), ('walls.0.paint', value)])
 
 
 @pytest.mark.parametrize(
