@@ -62,6 +62,20 @@ def write_atomically(path: Path, data: str | bytes) -> None:
     raise
 
 
+def append(path: Path, data: str | bytes) -> None:
+  """Add to the end of a file all of the data at once; if that fails, the file stays as it was."""
+  left = memoryview(data.encode() if isinstance(data, str) else data)
+  with path.open('ab', buffering=0) as f:
+    size = f.seek(0, os.SEEK_END)
+    try:
+      while left:
+        left = left[f.write(left) :]
+    except BaseException:
+      with contextlib.suppress(OSError):
+        f.truncate(size)
+      raise
+
+
 @contextlib.contextmanager
 def locked(path: Path) -> Generator[bool]:
   """Yield whether this process alone holds the lock of a file until the end of the block. The lock

@@ -167,7 +167,7 @@ def _opened(
       m.restore()
     for m in members:
       m.run.start(data.manifest, data.tokenizer)
-      m.report = stack.enter_context(open_report(m.run, m.setup.experiment, m.log))
+      m.report = stack.enter_context(open_report(m.run, m.setup.experiment, m.log, m.step))
     yield members
 
 

@@ -69,14 +69,14 @@ class Report:
 
 
 @contextlib.contextmanager
-def open_report(run: Run, experiment: Experiment, log: Log) -> Generator[Report]:
-  """Yield the report of a run, with its trackers open within the block. Only process 0 tracks and
-  logs."""
+def open_report(run: Run, experiment: Experiment, log: Log, step: int) -> Generator[Report]:
+  """Yield the report of a run that goes on from a step, with its trackers open within the block.
+  Only process 0 tracks and logs."""
   t, settings = experiment.training, config.to_json(experiment)
   with contextlib.ExitStack() as stack:
     tracks = [
       stack.enter_context(_Tracker(tracker, log)).start(
-        folder=run.home, id=run.history.id, name=run.name, config=settings
+        folder=run.home, id=run.history.id, name=run.name, step=step, config=settings
       )
       for tracker in (t.trackers if run.writes else ())
     ]

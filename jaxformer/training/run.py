@@ -30,7 +30,7 @@ from jaxformer import config
 from jaxformer.code_record import code_records, without_paths
 from jaxformer.config import InputError
 from jaxformer.data import Tokenizer
-from jaxformer.files import regular_file, user_path, write_atomically
+from jaxformer.files import append, regular_file, user_path, write_atomically
 from jaxformer.json_data import parse_json
 from jaxformer.training import lock
 from jaxformer.training.checkpoint import steps_in
@@ -423,8 +423,7 @@ class Run:
     if self._lock is not None and self._lock.lost:
       self._lock.check()
     if self.writes:
-      with (self.home / name).open('a') as f:
-        f.write(line + '\n')
+      append(self.home / name, line + '\n')
 
   def sync(self) -> None:
     """Make the lines outlast this process, before a checkpoint that relies on them."""

@@ -4,12 +4,16 @@ import contextlib
 import contextvars
 import importlib
 import json
+import socket
+import struct
 import sys
+import time
 from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any, Literal
 
 from jaxformer.config import Config, InputError
+from jaxformer.files import append
 
 Track = Callable[[dict[str, float], int], Any]
 """Takes the metrics of a step, and the step."""
@@ -23,33 +27,59 @@ class TrackerConfig(Config, abstract=True):
     """Raises `InputError`, before anything is written, if the tracker is not installed."""
 
   @contextlib.contextmanager
-  def open(self, folder: Path, id: str, name: str, config: dict[str, Any]) -> Generator[Track]:
+  def open(
+    self, folder: Path, id: str, name: str, step: int, config: dict[str, Any]
+  ) -> Generator[Track]:
     """Track a run within the block, from its first metrics or after a resume.
 
     Args:
       folder: local; the run folder, or one whose files are uploaded there.
       id: of the run, the same after a resume; no other run has it.
       name: of the run, which other runs may have too.
+      step: from which the run goes on. What was tracked of later steps is undone.
       config: the experiment as JSON data."""
     raise NotImplementedError
     yield
 
 
 class TensorBoard(TrackerConfig):
-  """Event files in the run folder's `tensorboard/`."""
+  """Event files in the run folder's `tensorboard/`. Each begins with the record by which readers
+  drop the later steps of earlier files.
+
+  They are written here, since the thread of tensorboardX's writer ends at a full disk, and whoever
+  gives it more waits for ever."""
 
   @contextlib.contextmanager
-  def open(self, folder, id, name, config):
-    from tensorboardX import SummaryWriter
+  def open(self, folder, id, name, step, config):
+    from tensorboardX.proto.event_pb2 import Event, SessionLog
+    from tensorboardX.proto.summary_pb2 import Summary
+    from tensorboardX.summary import text
 
-    with SummaryWriter(str(folder / 'tensorboard'), flush_secs=10) as writer:
-      writer.add_text('config', f'```json\n{json.dumps(config, indent=2)}\n```')
+    (folder / 'tensorboard').mkdir(exist_ok=True)
+    file = f'events.out.tfevents.{int(time.time()):010}.{socket.gethostname()}'
 
-      def track(metrics: dict[str, float], step: int) -> None:
-        for metric, value in metrics.items():
-          writer.add_scalar(metric, value, step)
+    def write(**fields: Any) -> None:
+      event = Event(wall_time=time.time(), **fields)
+      append(folder / 'tensorboard' / file, _record(event.SerializeToString()))
 
-      yield track
+    def track(metrics: dict[str, float], step: int) -> None:
+      values = [Summary.Value(tag=name, simple_value=value) for name, value in metrics.items()]
+      write(step=step, summary=Summary(value=values))
+
+    write(file_version='brain.Event:2')
+    write(step=step + 1, session_log=SessionLog(status=SessionLog.START))
+    write(step=step, summary=text('config', f'```json\n{json.dumps(config, indent=2)}\n```'))
+    yield track
+
+
+def _record(data: bytes) -> bytes:
+  """Return data as a record of a TFRecord file: its length and itself, each with a checksum."""
+  from tensorboardX.record_writer import masked_crc32c
+
+  size = struct.pack('<Q', len(data))
+  return b''.join(
+    [size, struct.pack('<I', masked_crc32c(size)), data, struct.pack('<I', masked_crc32c(data))]
+  )
 
 
 class Wandb(TrackerConfig):
@@ -63,7 +93,7 @@ class Wandb(TrackerConfig):
     _extra('wandb')
 
   @contextlib.contextmanager
-  def open(self, folder, id, name, config):
+  def open(self, folder, id, name, step, config):
     run = _extra('wandb').init(
       name=name,
       id=id,
@@ -91,7 +121,7 @@ class Trackio(TrackerConfig):
     _extra('trackio')
 
   @contextlib.contextmanager
-  def open(self, folder, id, name, config):
+  def open(self, folder, id, name, step, config):
     with contextlib.redirect_stdout(sys.stderr):  # stdout may be for one JSON value
       # in a context of its own, since it would finish the run that it finds in this one
       run = contextvars.Context().run(

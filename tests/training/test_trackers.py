@@ -3,11 +3,13 @@
 import contextlib
 import json
 import shutil
+import struct
 import sys
 import types
 
 import jax
 import pytest
+from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from jaxformer.config import InputError
 from jaxformer.training import TensorBoard, TrackerConfig, Trackio, Wandb, train, train_population
@@ -46,7 +48,7 @@ def started(experiment, dataset):
     run.lock()
     run.resume_at(0)
     run.start(dataset.manifest, dataset.tokenizer)
-    with open_report(run, run.experiment, print):
+    with open_report(run, run.experiment, print, 0):
       return run.folder
 
 
@@ -105,13 +107,52 @@ def test_each_member_of_a_population_is_tracked_by_itself(experiment, dataset, s
   assert any(line.startswith('a/seed0 | step 1/2') for line in lines)
 
 
+def tensorboard_steps(folder):
+  """Return the steps of the training loss that a reader of event files shows: it drops those from
+  the step of each restart on."""
+  steps = []
+  for file in sorted((folder / 'tensorboard').iterdir()):
+    data, at = file.read_bytes(), 0
+    while at < len(data):
+      (size,) = struct.unpack_from('<Q', data, at)
+      event = Event.FromString(data[at + 12 : at + 12 + size])
+      at += 16 + size
+      if event.session_log.status == SessionLog.START:
+        steps = [s for s in steps if s < event.step]
+      steps += [event.step for v in event.summary.value if v.tag == 'train/loss']
+  return steps
+
+
+def test_tensorboard_drops_steps_that_were_undone(experiment, dataset):
+  class Died(BaseException):
+    pass
+
+  def die(line):
+    if line.startswith('step 4/4'):
+      raise Died
+
+  e = experiment(
+    steps=4, checkpoint_every=2, eval_every=4, eval_batches=1, trackers=(TensorBoard(),)
+  )
+  with pytest.raises(Died):
+    train(e, dataset=dataset, devices=ONE, log=die)
+  folder = Run(e).folder
+  assert tensorboard_steps(folder) == [1, 2, 3, 4]
+  shorter = e.replace(training=e.training.replace(steps=3, eval_every=3))
+  train(shorter, dataset=dataset, devices=ONE, log=print)
+  assert tensorboard_steps(folder) == [1, 2, 3]
+  train(shorter, dataset=dataset, devices=ONE, log=print, resume_from=2)
+  assert tensorboard_steps(folder) == [1, 2, 3]
+  assert [r['step'] for r in read_metrics(folder) if 'train/loss' in r] == [1, 2, 3]
+
+
 class Unreliable(TrackerConfig):
   """Fails at the start, at a step, or at the end."""
 
   at: str = 'start'
 
   @contextlib.contextmanager
-  def open(self, folder, id, name, config):
+  def open(self, folder, id, name, step, config):
     def fail(now, line=''):
       if now == self.at:
         raise ConnectionError(f'no\nanswer {line}')
