@@ -80,6 +80,13 @@ def git(folder: pathlib.Path | str, *words: str) -> str | None:
   return done.stdout.strip() if done.returncode == 0 else None
 
 
+def commit_of(folder: pathlib.Path | str) -> str | None:
+  """Return the commit of a folder that is the top of a git repository. None for another folder: the
+  repository that it lies in may be that of a project in whose environment it is installed."""
+  top = git(folder, 'rev-parse', '--show-prefix') == ''
+  return git(folder, 'rev-parse', 'HEAD') if top else None
+
+
 def origin_of(record: str) -> str:
   """Return what pip was given, by the record that it keeps of it (`direct_url.json`)."""
   data: dict[str, Any] = json.loads(record)

@@ -6,7 +6,7 @@ import re
 
 from jaxformer.config import InputError
 from jaxformer.files import user_path
-from jaxformer.installation import NAME, Installation, git, source_sha256, version_in
+from jaxformer.installation import NAME, Installation, commit_of, git, source_sha256, version_in
 from jaxformer.launch.job import FORMS, CodeSource
 
 _COMMIT = re.compile(r'git\+(https|ssh|git)://[^\s@]+(@[^\s@]+)?@[0-9A-Za-z][\w.+-]*', re.ASCII)
@@ -106,12 +106,12 @@ def described(source: CodeSource) -> str:
     return 'the environment that is active here'
   if source.folder is None:
     return source.place
-  commit = git(source.place, 'rev-parse', '--short=12', 'HEAD')
+  commit = commit_of(source.place)
   if commit is None:
     return f'{source.place} (no git commit)'
   changed = git(source.place, 'status', '--porcelain')
   state = f'with {len(changed.splitlines())} changed files' if changed else 'without changes'
-  return f'{source.place} (commit {commit}, {state})'
+  return f'{source.place} (commit {commit[:12]}, {state})'
 
 
 def ignored(folder: str, path: str) -> bool:
@@ -121,7 +121,7 @@ def ignored(folder: str, path: str) -> bool:
 
 def _published_commit(folder: pathlib.Path) -> str | None:
   """git+URL@COMMIT of a clean checkout whose commit is in a branch of an https remote."""
-  commit, changed = git(folder, 'rev-parse', 'HEAD'), git(folder, 'status', '--porcelain')
+  commit, changed = commit_of(folder), git(folder, 'status', '--porcelain')
   if commit is None or changed != '':
     return None
   for branch in (git(folder, 'branch', '--remotes', '--contains', commit) or '').split():

@@ -2,15 +2,17 @@
 
 import functools
 import importlib.metadata
+import json
 import os
 import platform
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 
-from jaxformer.installation import FOLDER, git, installation, source_sha256
+from jaxformer.installation import FOLDER, commit_of, git, installation, source_sha256
 
 PACKAGES = (
   'jax',
@@ -23,6 +25,8 @@ PACKAGES = (
   'libtpu',
   'jax-cuda13-plugin',
 )
+
+AS_AT = 'as_at_start'
 
 
 def environment(data_manifest: dict[str, Any]) -> dict[str, Any]:
@@ -66,8 +70,48 @@ def _version(package: str) -> str | None:
 
 
 def _commit() -> str | None:
-  """Return the commit of the package's source, with a + if files differ from it; None outside a
-  repository."""
-  head = git(FOLDER, 'rev-parse', 'HEAD')
+  """Return the commit of the package's checkout, with a + if files of the package differ from it,
+  or the one that it was installed from; None if there is neither."""
+  found = installation()
+  if found.checkout is None:
+    url, at, commit = (found.origin or '').rpartition('@')
+    return commit if at and url.startswith('git+') else None
+  head = commit_of(found.checkout)
   changed = head and git(FOLDER, 'status', '--porcelain', '--untracked-files=no', '--', '.')
   return f'{head}+' if changed else head
+
+
+# ---- the starts of a run -----------------------------------------------------------------------
+
+
+def with_start(entries: Sequence[Any], start: Mapping[str, Any]) -> list[dict[str, Any]]:
+  """Return the entries of `environment.json` with one for another start, which has a `time` and a
+  `step`. The entry has these, and of the rest what differs from the start before: None for what is
+  absent now, and `{AS_AT: n}` for a list or an object that the n-th start had, counted from 1. A
+  list of files is written once, however often the run is started."""
+  start = json.loads(json.dumps(start, default=str))
+  if not (before := starts(entries)):
+    return [start]
+  last, entry = before[-1], {name: start[name] for name in ('time', 'step')}
+  for name in [*start, *(name for name in last if name not in start)]:
+    value = start.get(name)
+    if name in entry or value == last.get(name):
+      continue
+    same = [n for n, old in enumerate(before, 1) if old.get(name) == value]
+    entry[name] = {AS_AT: same[0]} if same and isinstance(value, dict | list) else value
+  return [*(e for e in entries if isinstance(e, dict)), entry]
+
+
+def starts(entries: Sequence[Any]) -> list[dict[str, Any]]:
+  """Return all that is known of each start, by the entries of `environment.json`. Those without a
+  `step`, as earlier versions wrote them, are complete."""
+  found: list[dict[str, Any]] = []
+  for entry in entries:
+    if not isinstance(entry, dict):
+      continue
+    known = dict(found[-1]) if found and 'step' in entry else {}
+    for name, value in entry.items():
+      n = value.get(AS_AT) if isinstance(value, dict) else None
+      known[name] = found[n - 1].get(name) if type(n) is int and 0 < n <= len(found) else value
+    found.append({name: value for name, value in known.items() if value is not None})
+  return found

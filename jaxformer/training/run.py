@@ -3,7 +3,7 @@
 runs/<name>/config.json         the experiment with its latest settings, the `format` of the folder,
                                 and the `id` and `stages` of the run (see `stages`)
             environment.json    versions, devices, commit, command, data and code; an entry per
-                                start
+                                start with what differs from the one before (see `environment`)
             metrics.jsonl       one object per line: `step` and numbers
             events.jsonl        one object per line: what happened when
             checkpoints/<step>/
@@ -34,7 +34,7 @@ from jaxformer.files import append, regular_file, user_path, write_atomically
 from jaxformer.json_data import parse_json
 from jaxformer.training import lock
 from jaxformer.training.checkpoint import steps_in
-from jaxformer.training.environment import environment, software
+from jaxformer.training.environment import environment, software, with_start
 from jaxformer.training.experiment import Experiment, RunConfig, TrainingConfig, step_ranges
 from jaxformer.training.lock import FolderLock, LostLock
 from jaxformer.training.paths import AnyPath, RunFiles, check_bucket, move, remote_errors, to_path
@@ -352,7 +352,7 @@ class Run:
     t = self.experiment.training
     found = [f'{r.start}:{r.stop}' for r in skipped(self._skipped, t.skip_steps, step)]
     self.experiment = self.experiment.replace(training=t.replace(skip_steps=tuple(found)))
-    self._before = self.history.stages
+    self._step, self._before = step, self.history.stages
     self.history = self.history.at(step, self._stage)
 
   def start(self, data_manifest: dict[str, Any], tokenizer: Tokenizer | None) -> None:
@@ -368,9 +368,9 @@ class Run:
       (self.home / 'tokenizer').mkdir(exist_ok=True)
       tokenizer.save(self.home / 'tokenizer')
     code = code_records(config.to_json(self.experiment))
-    entry = environment(data_manifest) | ({'code': code} if code else {})
+    start = {'step': self._step} | environment(data_manifest) | ({'code': code} if code else {})
     file = self.home / 'environment.json'
-    write_atomically(file, json.dumps([*_entries(file), entry], indent=2, default=str) + '\n')
+    write_atomically(file, json.dumps(with_start(_entries(file), start), indent=2) + '\n')
     # last, since it makes the folder a run
     write_atomically(self.home / 'config.json', config_text(self.experiment, self.history))
     for stage in self.history.stages:

@@ -51,23 +51,26 @@ class TensorBoard(TrackerConfig):
 
   @contextlib.contextmanager
   def open(self, folder, id, name, step, config):
-    from tensorboardX.proto.event_pb2 import Event, SessionLog
-    from tensorboardX.proto.summary_pb2 import Summary
     from tensorboardX.summary import text
+
+    # generated modules, whose names are unknown to type checkers
+    events, summaries = (
+      importlib.import_module(f'tensorboardX.proto.{name}_pb2') for name in ('event', 'summary')
+    )
 
     (folder / 'tensorboard').mkdir(exist_ok=True)
     file = f'events.out.tfevents.{int(time.time()):010}.{socket.gethostname()}'
 
     def write(**fields: Any) -> None:
-      event = Event(wall_time=time.time(), **fields)
+      event = events.Event(wall_time=time.time(), **fields)
       append(folder / 'tensorboard' / file, _record(event.SerializeToString()))
 
     def track(metrics: dict[str, float], step: int) -> None:
-      values = [Summary.Value(tag=name, simple_value=value) for name, value in metrics.items()]
-      write(step=step, summary=Summary(value=values))
+      values = [summaries.Summary.Value(tag=k, simple_value=v) for k, v in metrics.items()]
+      write(step=step, summary=summaries.Summary(value=values))
 
     write(file_version='brain.Event:2')
-    write(step=step + 1, session_log=SessionLog(status=SessionLog.START))
+    write(step=step + 1, session_log=events.SessionLog(status=events.SessionLog.START))
     write(step=step, summary=text('config', f'```json\n{json.dumps(config, indent=2)}\n```'))
     yield track
 
