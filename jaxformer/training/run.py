@@ -27,7 +27,7 @@ from typing import Any
 import jax
 
 from jaxformer import config
-from jaxformer.code_record import code_records, without_paths
+from jaxformer.code_record import Record, changed_files, code_records, without_paths
 from jaxformer.config import InputError
 from jaxformer.data import Tokenizer
 from jaxformer.files import append, regular_file, user_path, write_atomically
@@ -81,7 +81,8 @@ def is_of(folder: AnyPath, experiment: Experiment) -> bool:
     data, history = _read(folder)
   except InputError:
     return False
-  return data == config.to_json(experiment) and not (history and history.stages)
+  same = without_paths(data) == without_paths(config.to_json(experiment))
+  return same and not (history and history.stages)
 
 
 def read_config(folder: str | AnyPath) -> dict[str, Any]:
@@ -227,7 +228,12 @@ class Run:
       history = History(history.warmup_steps, history.before(step), self._request)
     d = compare(saved, self.experiment, str(self.folder))
     self._check(d, saved, history)
-    found = {'fresh': False, 'back_to': step if back else None, 'free': d.free, 'stage': d.stage}
+    found = {
+      'fresh': False,
+      'back_to': step if back else None,
+      'free': d.free,
+      'stage': d.stage | d.code,
+    }
     return found | {'skipped': skipped, 'history': history.json()}
 
   def _is_fresh(self) -> bool:
@@ -275,12 +281,9 @@ class Run:
 
   def _check(self, d: Differing, saved: dict[str, Any], history: History) -> None:
     """Raises `InputError` for settings that differ and may not, or not without a word."""
-    old, new = (
-      {r.get('sha256') for r in code_records(data)}
-      for data in (saved, config.to_json(self.experiment))
-    )
-    named = new - old <= named_code()
-    fixed = [words for words in d.fixed if not (named and _of_code(words))]
+    named = named_code()
+    code = {path: pair for path, pair in d.code.items() if not _is_named(*pair, named)}
+    fixed = [*in_words(code), *d.fixed]
     if not fixed and not d.unnamed:
       return
     lines = '\n  '.join([*in_words(d.unnamed), *fixed])
@@ -297,10 +300,11 @@ class Run:
         f'resume with {as_option(d.unnamed)} to go on with the new ones from step '
         f'{self._request["step"] or (steps[-1] if steps else 0)}'
       )
-    code = ' (name changed code with --code FILE to accept it)' if any(map(_of_code, fixed)) else ''
+    if code and not d.fixed:
+      ways.append('name changed code with --code FILE, to go on with it and record the change')
     raise InputError(
       f'{self.folder} was created by a different experiment:\n  {lines}\n'
-      f'{", ".join(ways[:-1])}, or {ways[-1]}{code}'
+      f'{", ".join(ways[:-1])}, or {ways[-1]}'
     )
 
   @property
@@ -446,8 +450,11 @@ class Run:
         self._lock.release()
 
 
-def _of_code(difference: str) -> bool:
-  return difference.partition(':')[0].endswith('.code')
+def _is_named(old: Record | None, new: Record | None, named: set[str]) -> bool:
+  """Whether all files in which two records of code differ are among the named ones, by hash; a file
+  that has no part in the code any more, where the file of the type is."""
+  own = (new or {}).get('sha256')
+  return all((c.new or own) in named for c in changed_files(old, new))
 
 
 def read_metrics(folder: str | AnyPath) -> list[dict[str, Any]]:

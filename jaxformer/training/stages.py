@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxformer import config
-from jaxformer.code_record import without_paths
+from jaxformer.code_record import changed_files, without_paths
 from jaxformer.config import InputError
 from jaxformer.training.experiment import Experiment, step_ranges
 
@@ -125,9 +125,15 @@ def undone(saved: dict[str, Any], history: History, step: int) -> dict[str, Any]
 
 def _set(data: Any, path: list[str], value: Any) -> None:
   *first, last = path
-  for name in first:
-    data = data[int(name) if isinstance(data, list) else name]
-  data[int(last) if isinstance(data, list) else last] = value
+  place = _at(data, first)
+  place[int(last) if isinstance(place, list) else last] = value
+
+
+def _at(data: Any, path: Sequence[str]) -> Any:
+  """Return what JSON data have at a path; None where they have nothing."""
+  for name in path:
+    data = data[int(name)] if isinstance(data, list) else data.get(name)
+  return data
 
 
 # ---- what differs from the saved settings ------------------------------------------------------
@@ -140,12 +146,14 @@ class Differing:
   Attributes:
     free: settings that may always differ, in words.
     stage: settings that the experiment changes on purpose.
-    fixed: settings that may not differ, in words with the reason; or that of code.
+    code: records of the user's code whose content differs.
+    fixed: settings that may not differ, in words with the reason.
     unnamed: settings that `training.resume_with` could name, but does not.
   """
 
   free: list[str]
   stage: Changes
+  code: Changes
   fixed: list[str]
   unnamed: Changes
 
@@ -159,7 +167,7 @@ def compare(saved: dict[str, Any], experiment: Experiment, where: str) -> Differ
     wanted = config.to_json(old.with_changes(given))
     named = {path: [a, b] for path, a, b in config.changes(saved, wanted)}
   new = config.to_json(experiment)
-  free, stage, fixed, unnamed = [], dict[str, list[Any]](), [], dict[str, list[Any]]()
+  free, stage, code, fixed, unnamed = [], Changes(), Changes(), [], Changes()
   for path in named:
     if _under(path, FREE):
       raise InputError(
@@ -172,14 +180,14 @@ def compare(saved: dict[str, Any], experiment: Experiment, where: str) -> Differ
     if _under(path, FREE):
       free.append(words)
     elif path.endswith('.code'):
-      fixed.append(words)
+      code[path] = [_at(saved, path.split('.')), _at(new, path.split('.'))]
     elif (reason := _reason(path)) is not None:
       fixed.append(f'{words} ({reason})')
     elif path in named and without_paths(named[path][1]) == b:
       stage[path] = named[path]
     else:
       unnamed[path] = [a, b]
-  return Differing(free, stage, fixed, unnamed)
+  return Differing(free, stage, code, fixed, unnamed)
 
 
 def _under(path: str, fields: Sequence[str]) -> bool:
@@ -198,7 +206,14 @@ def _reason(path: str) -> str | None:
 
 
 def in_words(changes: Mapping[str, list[Any]]) -> list[str]:
-  return [config.difference(path, old, new) for path, (old, new) in changes.items()]
+  """Return a line per changed setting, and per changed file of code."""
+  lines = (
+    [f'code: {c.line}' for c in changed_files(old, new)]
+    if path.endswith('.code')
+    else [config.difference(path, old, new)]
+    for path, (old, new) in changes.items()
+  )
+  return list(dict.fromkeys(line for own in lines for line in own))
 
 
 def as_option(changes: Changes) -> str:

@@ -5,20 +5,25 @@ import subprocess
 import sys
 import types
 
+import jax
 import pytest
 
+from jaxformer.code_record import code_of
 from jaxformer.config import InputError, forget, to_json
 from jaxformer.models.block import Block, Residual
 from jaxformer.models.stack import Group
-from jaxformer.training import load_experiment
-from jaxformer.training.run import Run, config_text
+from jaxformer.training import load_experiment, train
+from jaxformer.training.run import Run, _is_named, config_text, read_events
 from jaxformer.training.stages import History
-from jaxformer.user_code import named_code, object_in_file
+from jaxformer.user_code import load_file, named_code, object_in_file
+from tests.helpers import temporary_types
 from tests.tiers import thorough
 from tests.training.conftest import CACHE, make_experiment
 from tests.training.test_kill import environment
+from tests.training.test_loop import snapshot
 
 pytestmark = pytest.mark.e2e
+ONE = jax.devices()[:1]
 
 LAYER = """
 import jax.numpy as jnp
@@ -36,7 +41,7 @@ class Scale(Layer):
     self.weight = param(jnp.full((width,), config.factor), ('embed',))
 
   def __call__(self, x_BTD, ctx, state=None):
-    return Output(x_BTD * self.weight, state)
+    return Output(x_BTD * self.weight[None, None], state)
 """
 RUN = """
 import sys
@@ -117,6 +122,53 @@ def test_changed_code_runs_only_if_it_is_named(home):
   assert '.code: ' in refused
   assert '--code' in refused
   assert python(f"load_file('{file}', named=True) and {again}", home).startswith('3')
+
+
+def edited(home, helper, named=False):
+  """An experiment with a layer whose file imports a helper, after the helper was written."""
+  (home / 'mine.py').write_text('from helper import FACTOR\n' + LAYER.replace('0.5', 'FACTOR'))
+  (home / 'helper.py').write_text(helper)
+  if named:
+    load_file(home / 'helper.py', named=True)
+  block = Block.Config(branches=(Residual(layer=object_in_file(f'{home}/mine.py:Scale')),))
+  e = make_experiment(home / 'runs', 'own', steps=2)
+  return e.replace(model=e.model.replace(stack=(*e.model.stack, Group(pattern=(block,)))))
+
+
+def test_a_run_goes_on_with_an_import_that_has_changed_only_if_it_is_named(tmp_path, dataset):
+  with temporary_types():
+    first = edited(tmp_path, 'FACTOR = 0.5')
+    folder = train(first, dataset=dataset, devices=ONE, log=str).folder
+    record = load_experiment(folder).model.stack[-1].pattern[0].branches[0].layer
+    assert set(code_of(type(record))['files']) == {'helper.py'}
+
+    before = snapshot(folder)
+    with pytest.raises(InputError, match=r'code: \S+/helper.py: sha256 \w+ -> \w+\n.* --code FILE'):
+      train(edited(tmp_path, 'FACTOR = 1 / 2'), dataset=dataset, devices=ONE, log=str)
+    assert snapshot(folder) == before
+
+    e = edited(tmp_path, 'FACTOR = 1 / 2', named=True)
+    said = []
+    train(
+      e.replace(training=e.training.replace(steps=3)), dataset=dataset, devices=ONE, log=said.append
+    )
+    assert any('helper.py: sha256' in line for line in said)
+    stages = [row for row in read_events(folder) if row['event'] == 'stage']
+    ((path, (old, now)),) = stages[0]['changed'].items()
+    assert (stages[0]['step'], path.rpartition('.')[2]) == (2, 'code')
+    assert old['files'] != now['files']
+    assert len(stages) == 1
+    train(
+      e.replace(training=e.training.replace(steps=4)), dataset=dataset, devices=ONE, log=str
+    )  # as recorded
+    assert len([row for row in read_events(folder) if row['event'] == 'stage']) == 1
+
+
+def test_a_file_that_has_no_part_in_the_code_any_more_is_a_change(tmp_path):
+  was = {'module': 'm', 'file': '/m.py', 'sha256': 'a', 'files': {'b.py': 'b'}}
+  now = {'module': 'm', 'file': '/m.py', 'sha256': 'a'}
+  assert not _is_named(was, now, {'b'})
+  assert _is_named(was, now, {'a'})
 
 
 def test_a_field_that_is_newer_than_a_run_of_a_users_layer_has_its_default(tmp_path):
