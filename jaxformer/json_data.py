@@ -48,3 +48,17 @@ def _integer(digits: str) -> int:
   if len(digits) > 4000:  # Python's own limit is 4,300
     raise ValueError(f'a number of {len(digits):,} digits')
   return int(digits)
+
+
+def at(data: Any, path: str) -> Any:
+  """Return what JSON data have at a dotted path; None where they have nothing."""
+  for name in path.split('.'):
+    data = data[int(name)] if isinstance(data, list) else data.get(name)
+  return data
+
+
+def set_at(data: Any, path: str, value: Any) -> None:
+  """Replace what JSON data have at a dotted path."""
+  above, dot, last = path.rpartition('.')
+  place = at(data, above) if dot else data
+  place[int(last) if isinstance(place, list) else last] = value

@@ -149,7 +149,7 @@ class Dataset:
       hashes of the tokens and settings of the rows, never a path: the same text elsewhere is equal.
     validation_sha256: hash (hex) of the rows that score a model: of a corpus of the validation
       tokens and of where documents start, whatever the length of rows; of a task of its test
-      sequences.
+      sequences. None if unknown.
   """
 
   config: DatasetConfig
@@ -160,7 +160,7 @@ class Dataset:
   size: str
   manifest: dict[str, Any]
   identity: dict[str, Any]
-  validation_sha256: str
+  validation_sha256: str | None = None
 
   def info(self) -> list[str]:
     """Return lines that describe the splits of a corpus. Raises `InputError` for a task."""
@@ -228,6 +228,7 @@ class Dataset:
       'batch_size': batch_size,
       'seed': seed,
       'data': dict(self.identity),
+      'validation_sha256': self.validation_sha256,
     } | ({'earlier': [list(e) for e in earlier]} if earlier else {})
 
   def resume_step(self, state: dict[str, Any], batch_size: int, seed: int) -> int:
@@ -235,7 +236,7 @@ class Dataset:
     `state`, since the rest of the run would not be that of the interrupted run. The number of
     processes may differ."""
     now = self.state(state['next_step'], batch_size, seed, state.get('earlier', ()))
-    changed = config.differences(state, now)
+    changed = config.differences(state, {k: v for k, v in now.items() if k in state})
     if changed:
       raise InputError(
         f"data differ from the checkpoint's ({'; '.join(changed)}): use the same data, or start a "

@@ -48,6 +48,8 @@ class EvalResult:
     name, step: of the model; None if it has none.
     source: of the data; None if unknown.
     held_out: what the sequences that were scored are called.
+    validation_sha256: their hash (`Dataset.validation_sha256`); None if unknown.
+    of_run: whether they are those that the run of the model holds out; None if unknown.
     baselines: bits per byte of models of single bytes, by name ('unigram_bits_per_byte'); empty for
       data other than text.
     translation: scores of translations; None for data other than pairs.
@@ -63,6 +65,8 @@ class EvalResult:
   step: int | None = None
   source: str | None = None
   held_out: str = 'held-out data'
+  validation_sha256: str | None = None
+  of_run: bool | None = None
   baselines: dict[str, float] = dataclasses.field(default_factory=dict)
   translation: TranslationResult | None = None
   loss_by_position: list[float | None] | None = None
@@ -93,6 +97,8 @@ class EvalResult:
       'run': self.name,
       'step': self.step,
       'source': self.source,
+      'validation_sha256': self.validation_sha256,
+      'of_run': self.of_run,
       'loss': self.loss,
       'targets': self.count,
     }
@@ -111,7 +117,8 @@ class EvalResult:
   def lines(self) -> list[str]:
     """The scores for a reader."""
     step = '' if self.step is None else f' at step {self.step}'
-    name = '' if self.name is None else f'{self.name}{step}, {self.held_out}: '
+    other = ', which the run does not hold out' if self.of_run is False else ''
+    name = '' if self.name is None else f'{self.name}{step}, {self.held_out}{other}: '
     head = f'{name}{self.count:,} targets'
     if self.bytes is None:
       lines = [head, f'  {self.accuracy:.2%} correct, {self.loss:.4f} nats per target']

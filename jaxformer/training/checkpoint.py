@@ -253,6 +253,16 @@ def load_params(
     raise InputError(f'{where}: corrupt: {e}{advice}') from None
 
 
+def data_state(path: str | AnyPath) -> dict[str, Any]:
+  """Return what a checkpoint stores about its data (`Dataset.state`); `path`: see `find`. Raises
+  `InputError` for one that cannot be read."""
+  where = find(path)
+  try:
+    return _read_meta(where)['data']
+  except Corrupt as e:
+    raise InputError(f'{where}: corrupt: {e}') from None
+
+
 # ---- a run's checkpoints -----------------------------------------------------------------------
 
 

@@ -1,7 +1,7 @@
 """The folder of a run. Only process 0 writes. It may be in a bucket (see `paths`).
 
 runs/<name>/config.json         the experiment with its latest settings, the `format` of the folder,
-                                and the `id` and `stages` of the run (see `stages`)
+                                and the history of the run (`stages.History`)
             environment.json    versions, devices, commit, command, data and code; an entry per
                                 start with what differs from the one before (see `environment`)
             metrics.jsonl       one object per line: `step` and numbers
@@ -30,6 +30,7 @@ from jaxformer import config
 from jaxformer.code_record import Record, changed_files, code_records, without_paths
 from jaxformer.config import InputError
 from jaxformer.data import Tokenizer
+from jaxformer.data.local_paths import located
 from jaxformer.files import append, regular_file, user_path, write_atomically
 from jaxformer.json_data import parse_json
 from jaxformer.training import lock
@@ -85,13 +86,9 @@ def is_of(folder: AnyPath, experiment: Experiment) -> bool:
   return same and not (history and history.stages)
 
 
-def read_config(folder: str | AnyPath) -> dict[str, Any]:
-  """Return the experiment of a run folder as JSON data, with the settings of its latest stage.
-  Raises `InputError` if there is none."""
-  return _read(folder)[0]
-
-
 def _read(folder: str | AnyPath) -> tuple[dict[str, Any], History | None]:
+  """Return the experiment of a run folder as JSON data, with the settings of its latest stage, and
+  its history. Raises `InputError` if there is none."""
   where, file = to_path(folder), f'{folder}/config.json'
   try:
     with remote_errors(where):
@@ -124,12 +121,16 @@ def load_experiment(
   names files to load instead: where they have moved or changed, or where they came with the run of
   somebody else, whose code never runs unless it is named.
 
-  `run` says where the folder is now, so that training the experiment resumes it.
+  Paths of its data are absolute where they name something, as relative to the folder in which the
+  run was started; `run` says where the run folder is now, so that training the experiment resumes
+  it.
 
   Raises `InputError` if there is no run, or code would have to be named.
   """
-  data = read_config(folder)
+  data, history = _read(folder)
   where = to_path(folder)
+  if history is not None:
+    data['data'] = located(data['data'], history.working_folder)
   import_configs()
   for remark in load_recorded(data, code, where if isinstance(where, Path) else None):
     logging.getLogger('jaxformer').warning(remark)
@@ -208,7 +209,8 @@ class Run:
         if value:
           problem = f'{self.folder} is a new run, which has nothing to go on from'
           raise InputError(name, value, problem=problem)
-      history = History(self.experiment.schedule.warmup_steps(t.steps))
+      warmup_steps = self.experiment.schedule.warmup_steps(t.steps)
+      history = History(warmup_steps, working_folder=_working_folder())
       found = {'fresh': True, 'back_to': None, 'free': [], 'stage': {}, 'skipped': []}
       return found | {'history': history.json()}
     self._check_initialization()
@@ -225,9 +227,11 @@ class Run:
       skipped = [
         f'{r.start}:{min(r.stop, step + 1)}' for r in step_ranges(skipped) if r.start <= step
       ]
-      history = History(history.warmup_steps, history.before(step), self._request)
-    d = compare(saved, self.experiment, str(self.folder))
-    self._check(d, saved, history)
+      history = History(history.warmup_steps, history.before(step), self._request)  # a new id
+    here = _working_folder()
+    d = compare(saved, history, self.experiment, here, str(self.folder))
+    self._check(d, history)
+    history = dataclasses.replace(history, working_folder=here)
     found = {
       'fresh': False,
       'back_to': step if back else None,
@@ -279,7 +283,7 @@ class Run:
       history = History(schedule.warmup_steps(saved['training']['steps']))
     return saved, history
 
-  def _check(self, d: Differing, saved: dict[str, Any], history: History) -> None:
+  def _check(self, d: Differing, history: History) -> None:
     """Raises `InputError` for settings that differ and may not, or not without a word."""
     named = named_code()
     code = {path: pair for path, pair in d.code.items() if not _is_named(*pair, named)}
@@ -448,6 +452,13 @@ class Run:
     finally:
       if self._lock is not None:
         self._lock.release()
+
+
+def _working_folder() -> str | None:
+  try:
+    return os.getcwd()
+  except OSError:  # it was removed
+    return None
 
 
 def _is_named(old: Record | None, new: Record | None, named: set[str]) -> bool:

@@ -20,6 +20,8 @@ from typing import Any
 from jaxformer import config
 from jaxformer.code_record import changed_files, without_paths
 from jaxformer.config import InputError
+from jaxformer.data.local_paths import located
+from jaxformer.json_data import at, set_at
 from jaxformer.training.experiment import Experiment, step_ranges
 
 # Fields that may differ from the saved config whenever a run is resumed: how long, how often, where
@@ -66,20 +68,24 @@ class History:
     id: of the run, by which trackers know it: random, since names of runs are not unique. A new one
       is made when the run goes back to an earlier checkpoint, because services cannot take back the
       later steps.
+    working_folder: to which relative paths of the experiment are relative; None if unknown.
   """
 
   warmup_steps: int
   stages: tuple[Stage, ...] = ()
   resumed_from: dict[str, Any] | None = None
   id: str = dataclasses.field(default_factory=lambda: uuid.uuid4().hex)
+  working_folder: str | None = None
 
   def json(self) -> dict[str, Any]:
     own = {
       'id': self.id,
       'warmup_steps': self.warmup_steps,
+      'working_folder': self.working_folder,
       'stages': [dataclasses.asdict(s) for s in self.stages],
+      'resumed_from': self.resumed_from,
     }
-    return own if self.resumed_from is None else own | {'resumed_from': self.resumed_from}
+    return {name: value for name, value in own.items() if value is not None}
 
   def before(self, step: int) -> tuple[Stage, ...]:
     """Return the stages that began before a step."""
@@ -107,8 +113,9 @@ def split_history(data: dict[str, Any], where: str) -> tuple[dict[str, Any], His
     return experiment, None
   try:
     stages = tuple(Stage(int(s['step']), dict(s['changed'])) for s in own.get('stages', ()))
-    of_run = {'id': str(own['id'])} if 'id' in own else {}  # folders of earlier versions have none
-    return experiment, History(int(own['warmup_steps']), stages, own.get('resumed_from'), **of_run)
+    optional = ('resumed_from', 'id', 'working_folder')  # folders of earlier versions lack some
+    more = {name: own[name] for name in optional if name in own}
+    return experiment, History(int(own['warmup_steps']), stages, **more)
   except (TypeError, ValueError, KeyError) as e:
     raise InputError(f'{where}: its stages cannot be read ({type(e).__name__}: {e})') from None
 
@@ -119,21 +126,8 @@ def undone(saved: dict[str, Any], history: History, step: int) -> dict[str, Any]
   found = json.loads(json.dumps(saved))
   for stage in reversed(history.stages[len(history.before(step)) :]):
     for path, (old, _) in reversed(stage.changed.items()):
-      _set(found, path.split('.'), old)
+      set_at(found, path, old)
   return found
-
-
-def _set(data: Any, path: list[str], value: Any) -> None:
-  *first, last = path
-  place = _at(data, first)
-  place[int(last) if isinstance(place, list) else last] = value
-
-
-def _at(data: Any, path: Sequence[str]) -> Any:
-  """Return what JSON data have at a path; None where they have nothing."""
-  for name in path:
-    data = data[int(name)] if isinstance(data, list) else data.get(name)
-  return data
 
 
 # ---- what differs from the saved settings ------------------------------------------------------
@@ -158,15 +152,25 @@ class Differing:
   unnamed: Changes
 
 
-def compare(saved: dict[str, Any], experiment: Experiment, where: str) -> Differing:
+def compare(
+  saved: dict[str, Any], history: History, experiment: Experiment, folder: str | None, where: str
+) -> Differing:
   """Compare an experiment, whose `training.resume_with` is applied, with the settings of a run.
-  Raises `InputError` for a `resume_with` that does not apply to them."""
+
+  Args:
+    folder: to which relative paths of the experiment are relative.
+    where: names the run in errors.
+
+  Raises `InputError` for a `resume_with` that does not apply to the settings.
+  """
   named: Changes = {}
   if given := experiment.training.resume_with:
     old: Experiment = config.from_json(saved, where, Experiment)
     wanted = config.to_json(old.with_changes(given))
     named = {path: [a, b] for path, a, b in config.changes(saved, wanted)}
   new = config.to_json(experiment)
+  places = located(saved['data'], history.working_folder), located(new['data'], folder)
+  elsewhere = {path for path, _, _ in config.changes(*({'data': p} for p in places))}
   free, stage, code, fixed, unnamed = [], Changes(), Changes(), [], Changes()
   for path in named:
     if _under(path, FREE):
@@ -175,12 +179,12 @@ def compare(saved: dict[str, Any], experiment: Experiment, where: str) -> Differ
       )
   for path, a, b in config.changes(without_paths(saved), without_paths(new)):
     words = config.difference(path, a, b)
-    if _under(path, _RESUMING):
+    if _under(path, _RESUMING) or (_under(path, ('data',)) and path not in elsewhere):
       continue
     if _under(path, FREE):
       free.append(words)
     elif path.endswith('.code'):
-      code[path] = [_at(saved, path.split('.')), _at(new, path.split('.'))]
+      code[path] = [at(saved, path), at(new, path)]
     elif (reason := _reason(path)) is not None:
       fixed.append(f'{words} ({reason})')
     elif path in named and without_paths(named[path][1]) == b:

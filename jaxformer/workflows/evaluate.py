@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any, TypedDict
 
-from jaxformer.config import InputError
+from jaxformer.config import InputError, to_json
 from jaxformer.data import DatasetConfig, Text, open_data
+from jaxformer.data.local_paths import paths_of
 from jaxformer.evaluation import EvalResult, evaluate, loss_by_position, translate_held_out
 from jaxformer.inference.decoding import check_positive
 from jaxformer.overrides import override
@@ -65,6 +66,11 @@ def evaluate_model(
     raise InputError(f'by_position: {chosen.tag} has one class per sequence')
   dataset = open_data(chosen, log=log, tokenizer=model.tokenizer)
   check_fit(model.config, chosen, dataset.vocab_size, dataset.source_vocab_size)
+  same = None
+  if None not in (model.validation_sha256, dataset.validation_sha256):
+    same = model.validation_sha256 == dataset.validation_sha256
+  if same is False and data is None and not _names_data(chosen, pairs_of(overrides)):
+    raise _other_data(model, chosen)
 
   def held_out() -> Any:
     found = dataset.validation_batches(batch_size, batches)
@@ -92,9 +98,27 @@ def evaluate_model(
     step=model.step,
     source=chosen.title,
     held_out=chosen.validation_name,
+    validation_sha256=dataset.validation_sha256,
+    of_run=same,
     baselines=dataset.baselines(),
     translation=translated,
     loss_by_position=positions,
+  )
+
+
+def _names_data(data: DatasetConfig, overrides: Pairs) -> bool:
+  """Whether overrides say which data to score, and not only in sequences of which length."""
+  return any(path.replace('-', '_') != f'data.{data.length_field}' for path, _ in overrides)
+
+
+def _other_data(model: Model, data: DatasetConfig) -> InputError:
+  """The error for data that have changed since the run was made."""
+  read = ', '.join(f'{field} = {text}' for field, text in paths_of(to_json(data), 'data'))
+  return InputError(
+    f'{model.name}: {data.validation_name} is not what the run holds out, by its hash: '
+    + (f'{read} was changed' if read else f'{data.title} differs here')
+    + '; restore it, or name the data to score with --data...'
+    + (' (as --data.corpus.path)' if read else '')
   )
 
 

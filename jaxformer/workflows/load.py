@@ -19,7 +19,7 @@ from jaxformer.models.zoo import PRESETS
 from jaxformer.sharding import make_parallel
 from jaxformer.task_type import LANGUAGE_MODELING, TRANSLATION
 from jaxformer.training import load_experiment
-from jaxformer.training.checkpoint import load_params, steps_in
+from jaxformer.training.checkpoint import data_state, load_params, steps_in
 from jaxformer.training.experiment import Experiment
 from jaxformer.training.paths import AnyPath, is_url, local_copy, to_path
 from jaxformer.training.recipes import preset_experiment
@@ -48,7 +48,7 @@ def load(name: str | os.PathLike[str], *, code: Code = (), seed: int = 0) -> Mod
     seed: of the initial parameters of a preset.
   """
   name = os.fspath(name)
-  if name in PRESETS and not any(p.is_dir() for p in _places(name)):
+  if name in PRESETS and _folder_of(name) is None:
     return _initialized(name, seed)
   if (found := foreign_weights(name)) is not None:
     path, read = found
@@ -67,7 +67,10 @@ def load(name: str | os.PathLike[str], *, code: Code = (), seed: int = 0) -> Mod
   if (path / 'tokenizer').exists():
     with local_copy(path / 'tokenizer') as folder:
       tokenizer = load_tokenizer(folder)
-  return Model(path.name, definition, lambda: params, tokenizer, trained_by, step)
+  held_out = data_state(f'{path}{at}').get('validation_sha256')
+  return Model(
+    path.name, definition, lambda: params, tokenizer, trained_by, step, validation_sha256=held_out
+  )
 
 
 def name_code(code: Code) -> None:
@@ -95,6 +98,13 @@ def _places(name: str) -> tuple[pathlib.Path, pathlib.Path]:
   return path, RUNS / path
 
 
+def _folder_of(name: str) -> pathlib.Path | None:
+  """Return the folder of a run or of weights: of the places where it may be, the first that has a
+  `config.json`. A folder of the user's with the name of a run is not in its way."""
+  folders = [p for p in _places(name) if name and p.is_dir()]
+  return next((p for p in folders if (p / 'config.json').exists()), None)
+
+
 def trained_folder(name: str) -> tuple[AnyPath, str]:
   """Return the folder of a run, given by path, by name in `runs` or by URL, and its '@STEP' or ''.
 
@@ -102,7 +112,7 @@ def trained_folder(name: str) -> tuple[AnyPath, str]:
   folder, at, step = name.partition('@')
   if is_url(folder):
     return to_path(folder), at + step
-  path = next((p for p in _places(folder) if folder and p.is_dir()), None)
+  path = _folder_of(folder) or next((p for p in _places(folder) if folder and p.is_dir()), None)
   if path is not None:
     return path, at + step
   if _places(folder)[0].is_file():

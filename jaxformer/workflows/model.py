@@ -110,6 +110,8 @@ class Model:
     step: of the checkpoint; None for other weights, and for initial parameters.
     source: the folder of Hugging Face weights that these are; None for others.
     generation: what was published about generation with these weights.
+    validation_sha256: of the data that its run holds out (`Dataset.validation_sha256`); None if
+      unknown.
   """
 
   name: str
@@ -120,6 +122,7 @@ class Model:
   step: int | None = None
   source: pathlib.Path | None = None
   generation: Generation = UNKNOWN
+  validation_sha256: str | None = None
 
   @property
   def config(self) -> ModelConfig:

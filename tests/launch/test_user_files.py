@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 from jaxformer.config import InputError
+from jaxformer.data.local_paths import paths_of
 from jaxformer.installation import Installation, origin_of
 from jaxformer.launch import CodeSource, GCloud, Sky, Slurm
-from jaxformer.launch.data_paths import check_data_paths, paths_of
+from jaxformer.launch.data_paths import check_data_paths
 from jaxformer.launch.source import check_version, default_source, described
 from jaxformer.launch.user_files import requirements, user_files
 from jaxformer.launch.xpk import XPK

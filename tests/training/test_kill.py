@@ -17,7 +17,7 @@ import pytest
 
 from jaxformer import config
 from jaxformer.training.checkpoint import steps_in
-from jaxformer.training.run import read_config, read_metrics
+from jaxformer.training.run import read_metrics
 from tests.training.compare import assert_same, curve
 from tests.training.conftest import CACHE, make_experiment
 
@@ -177,7 +177,8 @@ def test_killed_at_random_calls_it_ends_the_same_bit_for_bit(tmp_path, killing, 
   for name in (f'killed-{i}' for i in itertools.count()):
     died = trained(name, lambda: chance.randrange(1, 400))
     assert_same(tmp_path / 'whole', tmp_path / name, 24)
-    configs = [config.json_text(read_config(tmp_path / n)['training']) for n in ('whole', name)]
+    files = [tmp_path / n / 'config.json' for n in ('whole', name)]
+    configs = [json.loads(f.read_text())['training'] for f in files]
     assert configs[0] == configs[1]
     if kind == 'back':
       rows = [r for n in (tmp_path / name / 'undone').iterdir() for r in read_metrics(n)]
