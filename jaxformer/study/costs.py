@@ -23,6 +23,7 @@ from jaxformer.study.sharing import Interrupted
 from jaxformer.study.study import Log, Study, file_name
 from jaxformer.task_type import LANGUAGE_MODELING, TRANSLATION
 from jaxformer.training import load_params
+from jaxformer.training.environment import software
 from jaxformer.training.interrupt import Interrupt
 from jaxformer.training.step import compute_dtype
 from jaxformer.training.timing import timed_step
@@ -144,12 +145,12 @@ def _finished_runs(t: Tuned) -> Iterator[tuple[Definition, Params, Any]]:
 
 
 def _kept(study: Study, name: str, key: dict[str, Any], measure: Callable[[], Any]) -> Any:
-  """Return JSON data from `measure`, cached in the study's folder while `key` and the device are
-  unchanged."""
+  """Return JSON data from `measure`, cached in the study's folder while `key`, the device and the
+  software are unchanged."""
   file = study.folder / 'measured' / f'{file_name(name)}.json'
   machine = {
     'device': f'{jax.device_count()} x {jax.devices()[0].device_kind}',
-    'jax': jax.__version__,
+    'software': software(),
   }
   wanted = json.loads(json.dumps(machine | key, default=config.to_json))
   try:
@@ -194,7 +195,7 @@ def _compiled_step(
   """Return a function that runs one training step and returns its seconds per token, and the costs
   of compiling it."""
   rate, seed = study.learning_rates[0], study.tuning_seed
-  experiment = study.experiment(t.planned.entry, t.model, dataset.config, rate, seed)
+  experiment = study.experiment(t.planned.entry, t.model, dataset, rate, seed)
   batch = dataset.train_batch(0, study.batch_size, seed)
   run, compile_seconds, program = timed_step(experiment, batch)
   m = program.memory_analysis()

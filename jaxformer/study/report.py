@@ -15,6 +15,7 @@ from jaxformer.data import Dataset
 from jaxformer.files import write_atomically
 from jaxformer.json_data import json_data
 from jaxformer.study.costs import by_position, measure_costs, translations
+from jaxformer.study.earlier import keep_earlier
 from jaxformer.study.figures import figures
 from jaxformer.study.law_report import fitted, law_figures, law_tables, trainings
 from jaxformer.study.results import Measured, Results, gather
@@ -47,7 +48,8 @@ def report_study(study: Study, log: Log, helpers: Sequence[Sequence[str]] = ()) 
       costs = measure_costs(study, trained[first], datasets[first], log, interrupt)
     data = {title: dataset.manifest for title, dataset in datasets.items()}
     results = gather(study, trained, costs, measured, environment(data))
-    save(results, study.folder / 'report')
+    for line in save(results, study.folder / 'report'):
+      log(line)
   return results
 
 
@@ -66,14 +68,17 @@ def train_study(study: Study, log: Log, interrupt: Interrupt) -> tuple[Trained, 
   return run_study(study, log, interrupt, measure), measured
 
 
-def save(results: Results, folder: Path) -> None:
-  """Write report.html, .md, .csv and .json."""
+def save(results: Results, folder: Path) -> list[str]:
+  """Write report.html, .md, .csv and .json. An earlier report that has more is kept, and named in
+  the lines that are returned (`study.earlier`)."""
   folder.mkdir(parents=True, exist_ok=True)
+  kept = keep_earlier(folder, results.json())
   contents = content(results)
   write_atomically(folder / 'report.html', page('report.html', contents))
   write_atomically(folder / 'report.md', page('report.md', contents))
   write_atomically(folder / 'report.csv', csv_text(results))
   write_atomically(folder / 'report.json', json.dumps(results.json(), indent=2) + '\n')
+  return kept
 
 
 def page(template: str, contents: dict[str, Any]) -> str:

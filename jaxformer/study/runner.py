@@ -274,7 +274,7 @@ class Runner:
     def run(rates: Sequence[float], seeds: Sequence[int]) -> tuple[Trial, ...]:
       pairs = itertools.product(rates, seeds)
       return self.trained(
-        p, [p.study.experiment(p.entry, p.model, p.task, *pair) for pair in pairs]
+        p, [p.study.experiment(p.entry, p.model, self.dataset, *pair) for pair in pairs]
       )
 
     trials, best, beyond = [], rates[0], rates if len(rates) > 1 else ()

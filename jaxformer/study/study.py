@@ -3,7 +3,9 @@ tuned."""
 
 from __future__ import annotations
 
+import hashlib
 import itertools
+import json
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -329,10 +331,11 @@ class Study(Config):
     return self.tokens // (self.batch_size * task.positions)
 
   def experiment(
-    self, entry: Entry, model: ModelConfig, task: DatasetConfig, rate: float, seed: int
+    self, entry: Entry, model: ModelConfig, dataset: Dataset, rate: float, seed: int
   ) -> Experiment:
-    """Return one run. Its folder is named after a digest of its contents, so that another study
-    with the same run finds it finished."""
+    """Return one run. Its folder is named after a digest of its settings, the code of the user in
+    them, and the content of its data, so that the same run is found finished, and no other."""
+    task = dataset.config
     steps = self.steps(task)
     experiment = Experiment(
       model=model,
@@ -353,6 +356,7 @@ class Study(Config):
       ),
       run=RunConfig(dir=self.dir),
     )
-    short = config.digest(experiment)[:8]
+    contents = json.dumps([config.digest(experiment), dataset.identity], sort_keys=True)
+    short = hashlib.sha256(contents.encode()).hexdigest()[:8]
     name = f'{self.name}/{file_name(entry.title)}-{task.tag}-{rate:g}-{seed}-{short}'
     return experiment.replace(run=experiment.run.replace(name=name))

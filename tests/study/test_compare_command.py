@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import types
 
 import pytest
 
@@ -180,5 +181,6 @@ def test_named_studies_hold_ten_architectures():
 def test_evaluations_lie_at_even_steps(evaluations, every):
   study = STUDIES['quickstart'].replace(evaluations=evaluations, tokens=200_000)
   model = FAMILIES['gru'].make(width=8, layers=1, vocab_size=264, context_length=128)
-  training = study.experiment(study.entries[0], model, study.tasks[0], 1e-3, 1).training
+  dataset = types.SimpleNamespace(config=study.tasks[0], identity={})
+  training = study.experiment(study.entries[0], model, dataset, 1e-3, 1).training
   assert (training.steps, training.eval_every) == (195, every)

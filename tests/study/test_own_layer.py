@@ -4,10 +4,13 @@ trained and compared. Mistakes in it are found by the contract."""
 import json
 import pathlib
 import re
+import types
 
 import pytest
 
 from jaxformer.cli import main
+from jaxformer.models.zoo.around import around
+from jaxformer.study.study import Study, TokenMixer
 from jaxformer.testing.contract import check_layer
 from jaxformer.user_code import object_in_file
 from tests.helpers import temporary_types
@@ -80,6 +83,28 @@ def test_it_is_planned_at_a_size(folder, capsys):
   assert abs(plan['params'] / 125e6 - 1) <= 0.02
   assert plan['decode_state_bytes'] == 2 * 16 * plan['shape']['width'] * plan['shape']['layers']
   assert plan['name'] == 'GatedLinear-125M'
+
+
+@pytest.mark.quick
+def test_a_run_of_it_is_used_again_until_its_code_or_the_data_change(folder):
+  def run(identity):
+    layer = object_in_file(NAME)
+    study = Study(name='s', entries=(TokenMixer(layer=layer),), tokens=10**6)
+    dataset = types.SimpleNamespace(config=study.tasks[0], identity=identity)
+    model = around(layer).make(width=16, layers=1, hidden=32, vocab_size=264, context_length=32)
+    return study.experiment(study.entries[0], model, dataset, 1e-3, 1).run.name
+
+  first = run({'train': ['a']})
+  assert run({'train': ['a']}) == first
+  assert run({'train': ['b']}) != first
+  (folder / 'my_layer.py').write_text('import scales\n' + LAYER)
+  (folder / 'scales.py').write_text('SCALE = 16')
+  second = run({'train': ['a']})
+  assert second != first
+  (folder / 'scales.py').write_text('SCALE = 8')  # what it imports counts
+  assert run({'train': ['a']}) not in (first, second)
+  (folder / 'scales.py').write_text('SCALE = 16')
+  assert run({'train': ['a']}) == second
 
 
 SMALL = (

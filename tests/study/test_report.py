@@ -1,6 +1,7 @@
 """The report, made of invented runs."""
 
 import csv
+import dataclasses
 import html
 import io
 import json
@@ -15,6 +16,7 @@ from jaxformer.inference import DecodeTime
 from jaxformer.models.zoo import FAMILIES
 from jaxformer.study.charts import Axis, Point, Series, chart
 from jaxformer.study.costs import Costs
+from jaxformer.study.earlier import keep_earlier
 from jaxformer.study.report import content, csv_text, page, save
 from jaxformer.study.results import gather
 from jaxformer.study.runner import Planned, Trial, Tuned
@@ -270,3 +272,48 @@ def test_charts(log):
   assert 'nan' not in chart([level], Axis('x', log), Axis('y', log), 'flat')
   with pytest.raises(ValueError, match='no points'):
     chart([Series('a', 0, (Point(math.nan, 1.0),))], Axis('x'), Axis('y'), 'empty')
+
+
+def report(folder, results):
+  """Write the data of a report, and return what is said of an earlier one."""
+  results = dataclasses.replace(results, study=results.study.replace(dir='runs'))
+  said = keep_earlier(folder, results.json())
+  folder.mkdir(exist_ok=True)
+  for name, text in (('report.json', json.dumps(results.json())), ('report.md', results.answer[0])):
+    (folder / name).write_text(text)
+  return said
+
+
+def test_a_report_with_less_keeps_the_earlier_one_and_says_what_it_lacks(tmp_path):
+  folder = tmp_path / 'report'
+  two, three = (invented(tmp_path / str(n), NAMES[:n]) for n in (2, 3))
+  assert report(folder, three) == []
+  before = {p.name: p.read_bytes() for p in folder.iterdir()}
+  (line,) = report(folder, two)
+  assert line.endswith('; this one lacks architectures worse')
+  (kept,) = (folder / 'earlier').iterdir()
+  assert str(kept) in line
+  assert {p.name: p.read_bytes() for p in kept.iterdir()} == before
+  # a report with more replaces one with less
+  assert report(folder, three) == []
+  assert [p.name for p in (folder / 'earlier').iterdir()] == [kept.name]
+  # the same is not kept twice
+  assert str(kept) in report(folder, two)[0]
+  (folder / 'report.json').write_text('{"digest": 1')
+  (line,) = report(folder, three)
+  assert re.search(r'earlier/unreadable; .* cannot be read', line)
+
+
+def test_a_report_without_a_task_or_of_other_runs_has_less(tmp_path):
+  folder, two = tmp_path / 'report', invented(tmp_path / 'two', NAMES[:2])
+  assert report(folder, two) == []
+  one = two.tasks[:1]
+  assert report(folder, dataclasses.replace(two, tasks=one))[0].endswith(
+    'lacks tasks AssociativeRecall'
+  )
+  (task,) = one
+  other = dataclasses.replace(task.outcomes[0], runs=('attention-changed',))
+  tasks = (dataclasses.replace(task, outcomes=(other, *task.outcomes[1:])),)
+  (line,) = report(folder, dataclasses.replace(two, tasks=tasks))
+  assert line.endswith('lacks 3 runs of other code, data or settings')
+  assert len(list((folder / 'earlier').iterdir())) == 2
