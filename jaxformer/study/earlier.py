@@ -1,7 +1,7 @@
 """Earlier reports of a study, kept where the next one would have less."""
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +28,11 @@ def keep_earlier(folder: Path, new: dict[str, Any]) -> list[str]:
     return []
   try:
     old = parse_json(regular_file(folder / 'report.json').read_text())
-    lost = dict.fromkeys(p for p in _contents(old) if p not in set(_contents(new)))
+    now = set(_contents(new))
+    lost = [p for p in _contents(old) if p not in now]
     digest = ''.join(c for c in str(old['digest']) if c.isalnum())[:16]
   except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
-    old, lost, digest = {}, {('a report that cannot be read',): None}, 'unreadable'
+    old, lost, digest = {}, [('report',)], 'unreadable'
   if not lost:
     return []
   kept = _kept(folder / 'earlier', digest, files)
@@ -84,7 +85,7 @@ def _same(a: Path, b: Path) -> bool:
   return a.read_bytes() == b.read_bytes()
 
 
-def _in_words(old: dict[str, Any], new: dict[str, Any], lost: dict[Place, None]) -> str:
+def _in_words(old: dict[str, Any], new: dict[str, Any], lost: Sequence[Place]) -> str:
   """Say what a new report lacks."""
   if not old:
     return 'what is in it, which cannot be read'

@@ -1,7 +1,9 @@
 """Report of a study: one self-contained HTML file, and the same as Markdown, CSV and JSON."""
 
+import collections
 import csv
 import io
+import itertools
 import json
 import shlex
 from collections.abc import Sequence
@@ -26,6 +28,7 @@ from jaxformer.study.study import Log, ScalingGrid, Study
 from jaxformer.study.tables import amount, detail_tables, score_tables
 from jaxformer.training.environment import environment
 from jaxformer.training.interrupt import Interrupt
+from jaxformer.training.run import other_software
 
 TEMPLATES = jinja2.Environment(
   loader=jinja2.FileSystemLoader(Path(__file__).parent / 'templates'),
@@ -47,10 +50,24 @@ def report_study(study: Study, log: Log, helpers: Sequence[Sequence[str]] = ()) 
     if study.scaling is None:
       costs = measure_costs(study, trained[first], datasets[first], log, interrupt)
     data = {title: dataset.manifest for title, dataset in datasets.items()}
-    results = gather(study, trained, costs, measured, environment(data))
+    facts = environment(data) | {'runs_of_other_software': _other_software(trained, log)}
+    results = gather(study, trained, costs, measured, facts)
     for line in save(results, study.folder / 'report'):
       log(line)
   return results
+
+
+def _other_software(trained: Trained, log: Log) -> list[str]:
+  """Return which runs were made with other software, by what differs (then -> now), and log it."""
+  found = collections.defaultdict[str, list[str]](list)
+  tuned = itertools.chain.from_iterable(trained.values())
+  for folder in dict.fromkeys(r.folder for t in tuned for r in (*t.trials, *t.runs)):
+    if lines := other_software(folder):
+      found['; '.join(lines)].append(Path(folder).name)
+  for differences, runs in found.items():
+    count = '1 run was' if len(runs) == 1 else f'{len(runs)} runs were'
+    log(f'{count} made with other software: {differences}')
+  return [f'{", ".join(runs)}: {differences}' for differences, runs in found.items()]
 
 
 def train_study(study: Study, log: Log, interrupt: Interrupt) -> tuple[Trained, Measured]:
@@ -182,4 +199,6 @@ def reproduction(results: Results) -> list[tuple[str, str]]:
   command = shlex.join(results.environment.get('command') or [])
   facts = {'command': command, 'digest': config.digest(results.study)}
   facts |= _flat(results.environment)
+  if others := results.environment.get('runs_of_other_software'):
+    facts['runs of other software'] = ' '.join(others)
   return [(name.replace('_', ' '), str(value)) for name, value in facts.items()]

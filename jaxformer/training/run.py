@@ -35,7 +35,7 @@ from jaxformer.files import append, regular_file, user_path, write_atomically
 from jaxformer.json_data import parse_json
 from jaxformer.training import lock
 from jaxformer.training.checkpoint import steps_in
-from jaxformer.training.environment import environment, software, with_start
+from jaxformer.training.environment import environment, software, starts, with_start
 from jaxformer.training.experiment import Experiment, RunConfig, TrainingConfig, step_ranges
 from jaxformer.training.lock import FolderLock, LostLock
 from jaxformer.training.paths import AnyPath, RunFiles, check_bucket, move, remote_errors, to_path
@@ -479,6 +479,15 @@ def read_events(folder: str | AnyPath) -> list[dict[str, Any]]:
   return _rows(to_path(folder) / 'events.jsonl')
 
 
+def other_software(folder: str | AnyPath) -> list[str]:
+  """Return how the software that a run was last started with differs from this, a line per version,
+  or per hash of source; nothing if that is unknown."""
+  known = starts(_entries(to_path(folder) / 'environment.json'))
+  now = software()
+  was = {name: known[-1][name] for name in now if name in known[-1]} if known else {}
+  return config.differences(was, {name: now[name] for name in was})
+
+
 def _rows(file: AnyPath) -> list[dict[str, Any]]:
   rows = []
   try:
@@ -495,7 +504,7 @@ def _metrics(file: AnyPath) -> list[dict[str, Any]]:
   return [r for r in _rows(file) if type(r.get('step')) is int]
 
 
-def _entries(file: Path) -> list[Any]:
+def _entries(file: AnyPath) -> list[Any]:
   """Return a JSON list, empty if the file is missing or corrupt: no reason to stop a run."""
   try:
     value = parse_json(regular_file(file).read_text())

@@ -169,8 +169,8 @@ def compare(
     wanted = config.to_json(old.with_changes(given))
     named = {path: [a, b] for path, a, b in config.changes(saved, wanted)}
   new = config.to_json(experiment)
-  places = located(saved['data'], history.working_folder), located(new['data'], folder)
-  elsewhere = {path for path, _, _ in config.changes(*({'data': p} for p in places))}
+  was, now = located(saved['data'], history.working_folder), located(new['data'], folder)
+  elsewhere = {path for path, _, _ in config.changes(was, now, 'data')}
   free, stage, code, fixed, unnamed = [], Changes(), Changes(), [], Changes()
   for path in named:
     if _under(path, FREE):

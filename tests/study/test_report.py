@@ -7,8 +7,10 @@ import io
 import json
 import math
 import re
+import types
 from xml.etree import ElementTree
 
+import jax
 import pytest
 
 from jaxformer.data import AssociativeRecall, Text
@@ -17,10 +19,11 @@ from jaxformer.models.zoo import FAMILIES
 from jaxformer.study.charts import Axis, Point, Series, chart
 from jaxformer.study.costs import Costs
 from jaxformer.study.earlier import keep_earlier
-from jaxformer.study.report import content, csv_text, page, save
+from jaxformer.study.report import _other_software, content, csv_text, page, reproduction, save
 from jaxformer.study.results import gather
 from jaxformer.study.runner import Planned, Trial, Tuned
 from jaxformer.study.study import FixedModel, Study
+from jaxformer.training.environment import software
 
 pytestmark = pytest.mark.quick
 NAMES = ('attention', 'LSTM <1997>', 'worse', 'diverges')
@@ -317,3 +320,19 @@ def test_a_report_without_a_task_or_of_other_runs_has_less(tmp_path):
   (line,) = report(folder, dataclasses.replace(two, tasks=tasks))
   assert line.endswith('lacks 3 runs of other code, data or settings')
   assert len(list((folder / 'earlier').iterdir())) == 2
+
+
+def test_runs_of_other_software_are_named(results, tmp_path):
+  folders = [tmp_path / r for r in ('same', 'older', 'unknown')]
+  for folder in folders:
+    folder.mkdir()
+  older = software() | {'versions': software()['versions'] | {'jax': '0.9'}}
+  for folder, facts in ((folders[0], software()), (folders[1], older)):
+    (folder / 'environment.json').write_text(json.dumps([facts]))
+  tuned = types.SimpleNamespace(trials=(), runs=[types.SimpleNamespace(folder=f) for f in folders])
+  said = []
+  found = _other_software({'text': (tuned,)}, said.append)
+  assert found == [f'older: versions.jax: "0.9" -> "{jax.__version__}"']
+  assert said == [f'1 run was made with other software: {found[0].partition(": ")[2]}']
+  shown = dataclasses.replace(results, environment=ENVIRONMENT | {'runs_of_other_software': found})
+  assert dict(reproduction(shown))['runs of other software'] == found[0]
