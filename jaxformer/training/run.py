@@ -291,7 +291,13 @@ class Run:
     if not fixed and not d.unnamed:
       return
     lines = '\n  '.join([*in_words(d.unnamed), *fixed])
-    ways = ['give this one another --run.name', 'resume with the original settings']
+    settings = [
+      kind for kind, differ in (('settings', d.unnamed or d.fixed), ('code', code)) if differ
+    ]
+    ways = [
+      'give this one another --run.name',
+      f'resume with the original {" and ".join(settings)}',
+    ]
     since = [s for s in history.stages if set(s.changed) & set(d.unnamed)]
     if since:
       ways[1] = (
