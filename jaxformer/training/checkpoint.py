@@ -12,9 +12,11 @@ import contextlib
 import dataclasses
 import errno
 import functools
+import gc
 import hashlib
 import json
 import logging
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -172,11 +174,15 @@ def _read(
     start = f'{part}/'
     saved = {n.removeprefix(start): s for n, s in meta['shapes'].items() if n.startswith(start)}
     check_shapes(saved, {n: a.shape for n, a in tree.items()}, f'{path}: the {part}')
-  try:
-    with _quiet():
+  problem = ''
+  with _quiet():
+    try:
       loaded = ocp.load_checkpointables(str(path), abstract)
-  except Exception as e:  # the type of error is unknown in advance
-    raise Corrupt(f'it cannot be read ({type(e).__name__}: {_first_line(e)})') from None
+    except Exception as e:  # the type of error is unknown in advance
+      problem = f'it cannot be read ({type(e).__name__}: {_first_line(e)})'
+    if problem:
+      gc.collect()  # its other tasks log their errors when they are collected
+      raise Corrupt(problem)
   found, not_finite = digests(_by_path(loaded))
   wrong = [name for name, d in found.items() if d != meta['digests'].get(name)]
   if wrong:
@@ -476,11 +482,22 @@ def _quiet():
   from absl import logging as absl_logging
 
   old = absl_logging.get_verbosity()
-  logger = logging.getLogger('absl')
-  level = logger.level
+  loggers = [logging.getLogger(name) for name in ('absl', 'asyncio')]
+  levels = [logger.level for logger in loggers]
   absl_logging.set_verbosity(absl_logging.FATAL)
+  loggers[1].setLevel(logging.CRITICAL)
+  if sys.unraisablehook is sys.__unraisablehook__:
+    sys.unraisablehook = _except_late_reads
   try:
     yield
   finally:
     absl_logging.set_verbosity(old)
-    logger.setLevel(level)
+    for logger, level in zip(loggers, levels, strict=True):
+      logger.setLevel(level)
+
+
+def _except_late_reads(found: Any) -> None:
+  """Print an error of a callback as Python does, except that of a read that ends after another one
+  has failed: Orbax has closed the loop that waited for all. It may come at any later time."""
+  if not (found.exc_type is RuntimeError and str(found.exc_value) == 'Event loop is closed'):
+    sys.__unraisablehook__(found)

@@ -1,13 +1,18 @@
 """Checkpoints that were changed on the disk: the run ends the same bit for bit, and what was
 changed is moved aside with a word."""
 
+import asyncio
+import gc
 import random
 import shutil
+import sys
+import types
 
 import jax
 import pytest
+from orbax.checkpoint import v1 as ocp
 
-from jaxformer.training import train
+from jaxformer.training import checkpoint, train
 from jaxformer.training.checkpoint import steps_in
 from tests.tiers import case
 from tests.training.compare import assert_same
@@ -91,3 +96,29 @@ def test_resumed_the_same_whatever_was_changed(runs, dataset, tmp_path, seed, co
     assert len(moved) == warned, done
     assert all(step > began for step in moved), done
     shutil.rmtree(folder)
+
+
+@pytest.mark.quick
+def test_reads_that_fail_together_are_told_once(tmp_path, caplog, monkeypatch):
+  async def read():
+    raise ValueError('gone')
+
+  async def read_all():
+    for task in [asyncio.create_task(read()) for _ in range(3)]:
+      await task
+
+  monkeypatch.setattr(ocp, 'load_checkpointables', lambda *_: asyncio.run(read_all()))
+  with pytest.raises(checkpoint.Corrupt, match=r'it cannot be read \(ValueError: gone\)'):
+    checkpoint._read(tmp_path, {'shapes': {}}, {})
+  gc.collect()
+  assert caplog.records == []
+
+
+@pytest.mark.quick
+def test_only_late_reads_of_a_closed_loop_are_silent(monkeypatch):
+  shown = []
+  monkeypatch.setattr(sys, '__unraisablehook__', shown.append)
+  for error in (RuntimeError('Event loop is closed'), RuntimeError('x'), ValueError('x')):
+    found = types.SimpleNamespace(exc_type=type(error), exc_value=error)
+    checkpoint._except_late_reads(found)
+  assert [str(found.exc_value) for found in shown] == ['x', 'x']
