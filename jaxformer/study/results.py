@@ -259,7 +259,11 @@ def _curve(folders: Sequence[str]) -> tuple[tuple[int, float], ...]:
   """Return the mean training loss of runs at steps that all have logged, at most `CURVE_POINTS`,
   smoothed over neighbouring steps since the losses of single batches are noisy."""
   runs = [
-    {r['tokens']: r['train/loss'] for r in read_metrics(f) if r.get('train/loss') is not None}
+    {
+      r['tokens']: r['train/loss']
+      for r in read_metrics(f)
+      if None not in (r.get('tokens'), r.get('train/loss'))
+    }
     for f in folders
   ]
   tokens = sorted(set.intersection(*(set(r) for r in runs))) if runs else []

@@ -41,6 +41,7 @@ from jaxformer.training.lock import FolderLock, LostLock
 from jaxformer.training.paths import AnyPath, RunFiles, check_bucket, move, remote_errors, to_path
 from jaxformer.training.processes import broadcast_from_process_0, check_equal
 from jaxformer.training.registry import import_configs
+from jaxformer.training.rows import read_events, read_metrics
 from jaxformer.training.schedule import ScheduleConfig
 from jaxformer.training.stages import (
   Changes,
@@ -59,6 +60,8 @@ FORMAT = 2
 
 # What a start writes before `config.json`, or beside it: a folder with nothing else is free.
 OWN = {'events.jsonl', 'checkpoints', 'tokenizer', 'environment.json', lock.FILE}
+FILES = ('config.json', 'environment.json', 'metrics.jsonl', 'events.jsonl', 'samples.txt')
+FOLDERS = ('checkpoints', 'tokenizer', 'undone')
 
 
 def run_folder(experiment: Experiment) -> AnyPath:
@@ -186,6 +189,7 @@ class Run:
     self._files = RunFiles(self.folder)
     self._lock: FolderLock | None = None
     self._started = False
+    self._made: list[Path] = []  # what `lock` created, innermost first
     self._request: dict[str, Any] = {
       'step': resume_from,
       'resume_with': sorted(experiment.training.resume_with),
@@ -204,6 +208,7 @@ class Run:
     t, step = self.experiment.training, self._request['step']
     for tracker in t.trackers:
       tracker.check()
+    self._check_parts()
     if self._is_fresh():
       for name, value in (('training.resume_with', t.resume_with), ('--resume-from', step)):
         if value:
@@ -239,6 +244,21 @@ class Run:
       'stage': d.stage | d.code,
     }
     return found | {'skipped': skipped, 'history': history.json()}
+
+  def _check_parts(self) -> None:
+    """Raises `InputError` for a part of a run that is no folder, or no file, as it should be."""
+    if not isinstance(self.folder, Path):
+      return
+    files = [self.folder / name for name in (*FILES, lock.FILE)]
+    folders = [self.folder, *(self.folder / name for name in FOLDERS)]
+    if folders[1].is_dir():
+      folders += [p for p in folders[1].iterdir() if config.whole(p.name) is not None]
+    for paths, fits, kind in ((folders, os.path.isdir, 'folder'), (files, os.path.isfile, 'file')):
+      for path in paths:
+        if os.path.lexists(path) and not fits(path):
+          raise InputError(
+            f'{path}: must be a {kind}, as in every run; move it away, or give another --run.name'
+          )
 
   def _is_fresh(self) -> bool:
     with remote_errors(self.folder):
@@ -345,6 +365,9 @@ class Run:
     broadcast_from_process_0(lambda: self._open(log))
 
   def _open(self, log: Callable[[str], None]) -> None:
+    if isinstance(self.folder, Path):
+      made = [self.home / 'events.jsonl', self.home / 'checkpoints', self.home, *self.home.parents]
+      self._made = [p for p in made if not os.path.lexists(p)]
     try:
       self._files.open()
       (self.home / 'checkpoints').mkdir(exist_ok=True)
@@ -396,9 +419,10 @@ class Run:
     """Move the checkpoints and the metrics of later steps to `undone/N`."""
     with remote_errors(self.folder):
       others = self.folder / 'undone'
-      n = 1 + max((int(p.name) for p in (others.iterdir() if others.exists() else ())), default=0)
+      names = [p.name for p in (others.iterdir() if others.exists() else ())]
+      n = 1 + max((n for name in names if (n := config.whole(name)) is not None), default=0)
       later = [s for s in steps_in(self.folder / 'checkpoints') if s > step]
-      rows = [r for r in _metrics(self.home / 'metrics.jsonl') if r['step'] > step]
+      rows = [r for r in read_metrics(self.home) if r['step'] > step]
       aside = self.home / 'undone' / str(n)
       (aside / 'checkpoints').mkdir(parents=True)
       write_atomically(aside / 'metrics.jsonl', ''.join(json.dumps(r) + '\n' for r in rows))
@@ -412,7 +436,7 @@ class Run:
     a run that was never interrupted."""
     file = self.home / 'metrics.jsonl'
     if self.writes and file.exists():
-      kept = [json.dumps(row) + '\n' for row in _metrics(file) if row['step'] <= step]
+      kept = [json.dumps(row) + '\n' for row in read_metrics(self.home) if row['step'] <= step]
       write_atomically(file, ''.join(kept))
 
   def metrics(self, row: dict[str, Any]) -> None:
@@ -456,8 +480,16 @@ class Run:
       with contextlib.suppress(*(() if kind is None else (InputError,))):
         self._files.close(upload=self._started and not lost)
     finally:
+      made = [] if self._started else self._made
+      # the file under the lock, since another process locks it
+      for path in (p for p in made if self._lock is not None and p.is_file()):
+        if not path.stat().st_size:
+          path.unlink()
       if self._lock is not None:
         self._lock.release()
+      for path in made:
+        with contextlib.suppress(OSError):  # it is not empty
+          path.rmdir()
 
 
 def _working_folder() -> str | None:
@@ -474,17 +506,6 @@ def _is_named(old: Record | None, new: Record | None, named: set[str]) -> bool:
   return all((c.new or own) in named for c in changed_files(old, new))
 
 
-def read_metrics(folder: str | AnyPath) -> list[dict[str, Any]]:
-  """Return the rows of `metrics.jsonl`, without a last line that a crash cut short, or what else
-  is no row of metrics."""
-  return _metrics(to_path(folder) / 'metrics.jsonl')
-
-
-def read_events(folder: str | AnyPath) -> list[dict[str, Any]]:
-  """Return the rows of `events.jsonl`, like `read_metrics`."""
-  return _rows(to_path(folder) / 'events.jsonl')
-
-
 def other_software(folder: str | AnyPath) -> list[str]:
   """Return how the software that a run was last started with differs from this, a line per version,
   or per hash of source; nothing if that is unknown."""
@@ -492,22 +513,6 @@ def other_software(folder: str | AnyPath) -> list[str]:
   now = software()
   was = {name: known[-1][name] for name in now if name in known[-1]} if known else {}
   return config.differences(was, {name: now[name] for name in was})
-
-
-def _rows(file: AnyPath) -> list[dict[str, Any]]:
-  rows = []
-  try:
-    lines = regular_file(file).read_bytes().splitlines() if file.exists() else []
-  except OSError as e:
-    raise InputError(f'{file}: cannot be read ({e.strerror})') from None
-  for line in lines:
-    with contextlib.suppress(ValueError):
-      rows.append(parse_json(line))
-  return [row for row in rows if isinstance(row, dict)]
-
-
-def _metrics(file: AnyPath) -> list[dict[str, Any]]:
-  return [r for r in _rows(file) if type(r.get('step')) is int]
 
 
 def _entries(file: AnyPath) -> list[Any]:

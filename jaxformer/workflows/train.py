@@ -99,5 +99,6 @@ def train(
     log=log,
   )
   file = result.folder / 'samples.txt'
-  sample = file.read_text().rpartition('==== step ')[2].partition('\n')[2] if file.exists() else ''
+  text = file.read_text(errors='replace') if file.exists() else ''
+  sample = text.rpartition('==== step ')[2].partition('\n')[2]
   return TrainingReport(**vars(result), baselines=dataset.baselines(), sample=sample.rstrip())
