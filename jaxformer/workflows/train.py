@@ -99,6 +99,6 @@ def train(
     log=log,
   )
   file = result.folder / 'samples.txt'
-  text = file.read_text(errors='replace') if file.exists() else ''
+  text = file.read_bytes().decode(errors='replace') if file.exists() else ''
   sample = text.rpartition('==== step ')[2].partition('\n')[2]
   return TrainingReport(**vars(result), baselines=dataset.baselines(), sample=sample.rstrip())
