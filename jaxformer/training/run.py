@@ -188,6 +188,7 @@ class Run:
     self.writes = jax.process_index() == 0
     self._files = RunFiles(self.folder)
     self._lock: FolderLock | None = None
+    self._found: os.stat_result | None = None  # the folder before it was locked
     self._started = False
     self._made: list[Path] = []  # what `lock` created, innermost first
     self._request: dict[str, Any] = {
@@ -366,11 +367,12 @@ class Run:
 
   def _open(self, log: Callable[[str], None]) -> None:
     if isinstance(self.folder, Path):
-      made = [self.home / 'events.jsonl', self.home / 'checkpoints', self.home, *self.home.parents]
+      made = [self.home / 'events.jsonl', self.home, *self.home.parents]
       self._made = [p for p in made if not os.path.lexists(p)]
     try:
+      if isinstance(self.folder, Path) and self.folder.exists():
+        self._found = self.folder.stat()
       self._files.open()
-      (self.home / 'checkpoints').mkdir(exist_ok=True)
     except OSError as e:
       raise self._unusable(f'cannot be made ({e.strerror})') from None
     if not os.access(self.home, os.W_OK):
@@ -385,8 +387,16 @@ class Run:
 
   def resume_at(self, step: int) -> None:
     """Take note of the step from which the run goes on: its stages, and the steps that it skips.
-    Raises `InputError` for a step to skip that was taken; writes nothing."""
+    Raises `InputError` for fewer steps in all, or a step to skip that was taken; writes
+    nothing."""
     t = self.experiment.training
+    if step > t.steps:
+      raise InputError(
+        'training.steps',
+        t.steps,
+        problem=f'the run resumes after step {step}; must be at least that, or --resume-from an '
+        'earlier checkpoint',
+      )
     found = [f'{r.start}:{r.stop}' for r in skipped(self._skipped, t.skip_steps, step)]
     self.experiment = self.experiment.replace(training=t.replace(skip_steps=tuple(found)))
     self._step, self._before = step, self.history.stages
@@ -399,6 +409,7 @@ class Run:
     self._started = True
 
   def _write_start(self, data_manifest: dict[str, Any], tokenizer: Tokenizer | None) -> None:
+    (self.home / 'checkpoints').mkdir(exist_ok=True)
     if self.back_to is not None:
       self._go_back(self.back_to)
     if tokenizer is not None:
@@ -490,6 +501,9 @@ class Run:
       for path in made:
         with contextlib.suppress(OSError):  # it is not empty
           path.rmdir()
+      if self._found is not None and not self._started:  # the lock came and went
+        with contextlib.suppress(OSError):
+          os.utime(self.folder, ns=(self._found.st_atime_ns, self._found.st_mtime_ns))
 
 
 def _working_folder() -> str | None:

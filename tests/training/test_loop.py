@@ -344,13 +344,16 @@ def test_a_corrupt_checkpoint_is_noticed_and_passed_over(experiment, dataset, wh
 def test_where_every_checkpoint_is_corrupt_the_run_is_left_alone(experiment, dataset):
   result = train(experiment(steps=2, keep_best=0), dataset=dataset, devices=ONE, log=quiet)
   (result.folder / 'checkpoints' / '2' / 'meta' / 'data.json').unlink()
+  before = snapshot(result.folder)
   with pytest.raises(InputError, match='no valid checkpoint: 2: its metadata cannot be read'):
     train(experiment(steps=2, keep_best=0), dataset=dataset, devices=ONE, log=quiet)
-  assert steps_in(result.folder / 'checkpoints') == [2]
+  assert snapshot(result.folder) == before
 
 
 def snapshot(folder):
-  return {f: f.read_bytes() for f in sorted(folder.rglob('*')) if f.is_file()}
+  """Times and contents of a folder and all that is in it."""
+  found = (folder, *sorted(folder.rglob('*')))
+  return {f: (f.stat().st_mtime_ns, f.is_file() and f.read_bytes()) for f in found}
 
 
 def test_another_experiment_of_the_same_name_is_refused_and_nothing_is_written(experiment, dataset):
@@ -387,6 +390,10 @@ def test_more_steps_extend_a_run(experiment, dataset):
   assert second.step == 5
   assert load_experiment(first.folder).training.steps == 5
   assert [r['step'] for r in curve(first.folder) if 'train/loss' in r] == [1, 2, 3, 4, 5]
+  before = snapshot(first.folder)
+  with pytest.raises(InputError, match=r'training.steps = 4: the run resumes after step 5; must'):
+    train(experiment(steps=4), dataset=dataset, devices=ONE, log=quiet)
+  assert snapshot(first.folder) == before
 
 
 def test_the_newest_and_the_best_checkpoints_are_kept(experiment, dataset, monkeypatch):
@@ -472,11 +479,12 @@ def test_a_run_may_begin_with_the_parameters_of_another(experiment, dataset):
 
 
 def test_other_data_than_the_checkpoint_was_trained_on_are_refused(experiment, dataset):
-  train(experiment(), dataset=dataset, devices=ONE, log=stop_at(3))
-  other = type(dataset).__new__(type(dataset))
+  folder = train(experiment(), dataset=dataset, devices=ONE, log=stop_at(3)).folder
+  other, before = type(dataset).__new__(type(dataset)), snapshot(folder)
   other.__dict__.update(dataset.__dict__, identity=dataset.identity | {'corpus': 'changed'})
   with pytest.raises(InputError, match="data differ from the checkpoint's"):
     train(experiment(), dataset=other, devices=ONE, log=quiet)
+  assert snapshot(folder) == before
 
 
 @pytest.mark.quick
