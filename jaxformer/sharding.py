@@ -242,6 +242,11 @@ def assume_platform(name: str) -> Generator[None]:
     _ASSUMED.reset(token)
 
 
+def platform_is_assumed() -> bool:
+  """Whether `assume_platform` is in effect: the program is traced, and not run."""
+  return _ASSUMED.get() is not None
+
+
 def platform() -> str:
   """Return 'cpu', 'gpu' or 'tpu': the platform of the program that is being traced.
 

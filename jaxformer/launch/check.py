@@ -31,8 +31,6 @@ def setup_of(experiment: Experiment, target: Target, mesh: MeshConfig | None = N
     accumulate=t.accumulate,
     precision='fp32' if t.dtype == 'float32' else 'bf16',
     optimizer=optimizer_state,
-    # The kernels of a GPU cannot be traced without cuDNN; those of a TPU keep the same arrays.
-    platform='tpu',
   )
 
 

@@ -8,8 +8,6 @@ Dims: B batch, T queries, S keys, H query heads, G key/value heads, K head dim.
 
 from __future__ import annotations
 
-import functools
-
 import jax
 import jax.numpy as jnp
 
@@ -51,7 +49,37 @@ def attention_xla(q, k, v, mask: Mask, *, scale, softcap=None, slopes_H=None, im
   )
 
 
-attention_cudnn = functools.partial(attention_xla, implementation='cudnn')
+def attention_cudnn(q, k, v, mask: Mask, *, scale, softcap=None, slopes_H=None):
+  """`jax.nn.dot_product_attention` by cuDNN. JAX traces it only where cuDNN is installed, so a
+  program of an assumed platform has `_as_cudnn` in its place."""
+  if sharding.platform_is_assumed():
+    return _as_cudnn(q, k, v, mask, scale)
+  return attention_xla(q, k, v, mask, scale=scale, implementation='cudnn')
+
+
+def _as_cudnn(q, k, v, mask: Mask, scale: float):
+  """The function of cuDNN by XLA, with the residuals of cuDNN: q, k, v, the output, and one
+  statistic per query and head in fp32 (`_dot_product_attention_fwd_rule` in JAX's
+  `cudnn/fused_attention_stablehlo.py`)."""
+
+  def plain(q, k, v):
+    return attention_xla(q, k, v, mask, scale=scale)
+
+  def forward(q, k, v):
+    out = plain(q, k, v)
+    B, T, H, K = q.shape
+    a = jnp.einsum('BTGRK,BSGK->BGRTS', q.reshape(B, T, k.shape[2], -1, K), k).reshape(B, H, T, -1)
+    seen = mask.dense(T, k.shape[1])[:, None]
+    a = jnp.where(seen, scale * a.astype(jnp.float32), -jnp.inf)
+    return out, (q, k, v, jax.nn.logsumexp(a, axis=-1), out)
+
+  def backward(kept, do):
+    q, k, v, _, _ = kept
+    return jax.vjp(plain, q, k, v)[1](do)
+
+  run = jax.custom_vjp(plain)
+  run.defvjp(forward, backward)
+  return run(q, k, v)
 
 
 def cudnn_unsupported(q, k, mask: Mask, softcap=None, slopes_H=None) -> str | None:

@@ -148,8 +148,9 @@ Shards = Mapping[str, tuple[int, ...]]
 def _activations(setup: PlanSetup, shards: Shards, remat: str) -> list[TracedArray]:
   """The arrays that a forward pass keeps and that depend on the batch."""
   dtype = 'float32' if setup.precision == 'fp32' else 'bfloat16'
-  platform = setup.platform or ('gpu' if setup.target.chip.domain else 'tpu')
-  return _residuals(setup.model, *setup.local_batch, remat, dtype, platform, tuple(shards.items()))
+  return _residuals(
+    setup.model, *setup.local_batch, remat, dtype, setup.target.platform, tuple(shards.items())
+  )
 
 
 @functools.lru_cache(maxsize=256)

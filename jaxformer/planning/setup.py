@@ -31,7 +31,6 @@ class PlanSetup:
     precision: 'fp32' or 'bf16', as in `Chip.flops_per_second`; 'int8' and 'fp8' for inference.
     optimizer: (model, parallel) -> its state as abstract arrays with shardings; None for AdamW,
       which has two numbers per parameter.
-    platform: the platform whose kernels are traced, 'tpu', 'gpu' or 'cpu'; None for the target's.
   """
 
   model: ModelConfig
@@ -44,7 +43,6 @@ class PlanSetup:
   accumulate: int = 1
   precision: str = 'bf16'
   optimizer: OptimizerState | None = None
-  platform: str | None = None
 
   @property
   def abstract_mesh(self) -> AbstractMesh:

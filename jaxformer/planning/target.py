@@ -72,6 +72,11 @@ class Target:
     return self.chips * self.chip.devices
 
   @property
+  def platform(self) -> str:
+    """'gpu' or 'tpu': whose kernels run."""
+    return 'gpu' if self.chip.domain else 'tpu'
+
+  @property
   def total_chips(self) -> int:
     return self.chips * self.slices
 

@@ -154,7 +154,7 @@ def describe_model(
   places = {f'this machine ({platform()})': platform()}
   if target is not None:
     found = parse_target(target)
-    places[found.name] = 'gpu' if found.chip.domain else 'tpu'
+    places[found.name] = found.platform
   return Description(
     name=name,
     type=model.tag,

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import types
 
 import hypothesis
 import hypothesis.strategies as st
@@ -16,6 +17,7 @@ import pytest
 from jaxformer import sharding
 from jaxformer.ops import attention as ops
 from jaxformer.ops.attention import ATTENTION, Mask, attention, attention_naive
+from jaxformer.sharding import assume_platform
 from tests.helpers import forced
 
 quick = pytest.mark.quick
@@ -343,6 +345,37 @@ def shape(B=4, T=2048, H=16, K=128, dtype=jnp.bfloat16):
 def test_choice(monkeypatch, platform, q, k, mask, options, expected):
   monkeypatch.setattr(sharding, 'platform', lambda: platform)
   assert ATTENTION.choose(q, k, mask, **options) == expected
+
+
+@quick
+@pytest.mark.parametrize('mask', [Mask(), Mask(causal=False), Mask(window=8)], ids=str)
+def test_cudnn_is_traced_where_it_is_not_installed(monkeypatch, mask):
+  """As planning traces a program for a GPU: the same results, and the residuals of the real one,
+  which JAX traces once it is told of a version of cuDNN."""
+  import jax._src.cudnn.fused_attention_stablehlo as real
+
+  def run(q, k, v):
+    return ATTENTION['cudnn'](q, k, v, mask, scale=0.25)
+
+  def kept(dtype):
+    q, k, v = (jax.ShapeDtypeStruct((2, 32, heads, 16), dtype) for heads in (4, 2, 2))
+    names = {}
+    traced = jax.make_jaxpr(lambda *a: jax.vjp(run, *a)[1])(q, k, v)
+    for x in traced.out_avals:
+      if x.size:
+        names[x.str_short()] = names.get(x.str_short(), 0) + 1
+    return names
+
+  with assume_platform('gpu'):
+    assumed = kept(jnp.bfloat16)
+    q, k, v, do = arrays(2, 32, 32, 4, 2, 16)
+    out, backward = jax.vjp(run, q, k, v)
+    found = out, *backward(do)
+  monkeypatch.setattr(real, 'cuda_versions', types.SimpleNamespace(cudnn_get_version=lambda: 91000))
+  assert assumed == kept(jnp.bfloat16)
+  out, backward = jax.vjp(lambda q, k, v: attention_naive(q, k, v, mask, scale=0.25), q, k, v)
+  for a, b in zip(found, (out, *backward(do)), strict=True):
+    np.testing.assert_allclose(a, b, atol=2e-5)
 
 
 @quick

@@ -20,6 +20,7 @@ from jaxformer.planning.residuals import residuals
 from jaxformer.planning.setup import PlanSetup, default_mesh
 from jaxformer.planning.target import parse_target
 from jaxformer.sharding import MeshConfig
+from jaxformer.workflows.describe import describe_model
 from tests.tiers import families
 
 TINY = sorted(n for n in PRESETS if n.endswith('-tiny'))
@@ -58,12 +59,26 @@ def test_every_family_has_a_plan_of_memory(name):
   """Remat keeps less; a wider fsdp holds less."""
 
   def of(remat='none', mesh=MeshConfig()):  # noqa: B008
-    return memory(setup(name, 'h100:2', mesh, 4, 64, remat=remat, platform='tpu'))
+    return memory(setup(name, 'h100:2', mesh, 4, 64, remat=remat))
 
   one = of()
   assert of('full').activations < one.activations
   assert one.parameters == 4 * define(PRESETS[name].model).size
   assert of(mesh=MeshConfig(data=1, fsdp=2)).parameters < one.parameters
+
+
+@pytest.mark.quick
+def test_a_plan_for_gpus_is_of_their_kernels():
+  """On a machine without them: cuDNN keeps the output in heads and one fp32 number per query and
+  head, as splash attention does on a TPU, and no logits."""
+  model = PRESETS['llama3-8b'].model
+  found = describe_model('llama3-8b', model, 'h100:8').implementations['h100:8']
+  assert found['training']['attention'] == ['cudnn']
+
+  def kept(target):
+    return memory(setup('llama3-8b', target, MeshConfig(), 1, 8192, remat='none')).activations
+
+  assert kept('h100:1') == kept('v6e-1')
 
 
 @pytest.mark.quick
@@ -81,18 +96,8 @@ def test_what_is_kept_of_a_product():
 @pytest.mark.quick
 def test_tensor_divides_what_it_divides_in_a_transformer():
   whole, half = (
-    memory(
-      setup(
-        'llama2-7b',
-        target,
-        MeshConfig(data=1, tensor=tensor),
-        1,
-        4096,
-        remat='none',
-        platform='cpu',
-      )
-    )
-    for target, tensor in (('v6e-1', 1), ('h100:2', 2))
+    memory(setup('llama2-7b', target, MeshConfig(data=1, tensor=tensor), 1, 4096, remat='none'))
+    for target, tensor in (('h100:1', 1), ('h100:2', 2))
   )
   # q, k, v, attention's output in heads and joined, six hidden arrays and the logsumexp are halved;
   # the others are whole.
