@@ -358,7 +358,8 @@ def _studied() -> dict[str, Any]:
 
 
 def compute(what: str, only: list[str]) -> dict[str, Any]:
-  """The content of a file; of all presets, or of some, the others as they are recorded."""
+  """The content of a file; of all presets, or of some, the others as they are recorded. What is
+  recorded on another machine than the rest of its file says so."""
   if what == 'study':
     return {'recorded_on': here()} | _studied()
   one, names = {
@@ -369,12 +370,14 @@ def compute(what: str, only: list[str]) -> dict[str, Any]:
   }[what]
   before = recorded(what) if only else {}
   found = before.get('presets', before)
+  machine = before.get('recorded_on', here())
+  other = {} if machine == here() or what in ('counts', 'plans') else {'recorded_on': here()}
   for name in names:
     if name in only or not only:
       print(what, name, file=sys.stderr, flush=True)
-      found[name] = one(name)
+      found[name] = one(name) | other
   found = {name: found[name] for name in names if name in found}
-  return found if what in ('counts', 'plans') else {'recorded_on': here(), 'presets': found}
+  return found if what in ('counts', 'plans') else {'recorded_on': machine, 'presets': found}
 
 
 def main(arguments: list[str]) -> None:
