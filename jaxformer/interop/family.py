@@ -87,7 +87,7 @@ def match(
   raise InputError('model', problem=f'no format represents it. {". ".join(reasons)}')
 
 
-_TRAINING_ONLY = re.compile('dropout|balance|z_loss|(.+_)?init')
+_TRAINING_ONLY = re.compile('dropout|(pooled_)?balance|z_loss|(.+_)?init')
 
 
 def functional(config: ModelConfig) -> Any:

@@ -130,7 +130,9 @@ class Output:
     state: the state after the last token if a state was given, else None.
     aux: scalars by name. Those whose name starts with `loss/` are added to the training loss,
       summed over layers; others are diagnostics, which a stack returns as a vector over its layers
-      and a training run logs as mean, minimum and maximum.
+      and a training run logs as mean, minimum and maximum. A pair of vectors `[1, 2, n]`, named
+      `pooled/NAME/...`, is part of a loss of all layers: a stack averages each vector over the
+      layers that return the name, and adds the inner product to `loss/NAME`.
     share: values for all later layers (`Context.shared`).
     alignments: if `Context.align`, the attention weights `[B, T, S]` of each layer that attends to
       the memory, averaged over its heads.

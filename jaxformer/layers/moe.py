@@ -96,7 +96,7 @@ class Moe(Layer):
       switch = SoftmaxTopK(k=1, jitter=0.01, balance=0.01)
       biased = BiasBalanced(scale=2.5, bias_rate=3.0)
       return (
-        cls(experts=4, expert=gated, router=TopKSoftmax(balance=0.01, z_loss=0.001)),
+        cls(experts=4, expert=gated, router=TopKSoftmax(pooled_balance=0.01, z_loss=0.001)),
         cls(experts=4, expert=plain, router=switch, capacity_factor=4.0),
         cls(experts=4, expert=gated, router=SoftmaxTopK(), capacity_factor=2.0),
         cls(experts=6, expert=plain, router=NoisyTopK(k=3), out_activation='sigmoid'),
@@ -125,7 +125,7 @@ class Moe(Layer):
     aux['moe/entropy'] = jnp.mean(jnp.sum(-p * jnp.log(p + 1e-20), axis=-1))
     aux['moe/router_logits'] = jnp.max(jnp.abs(routed.logits_BTE))
     aux = {name: jax.lax.stop_gradient(v) for name, v in aux.items()}
-    return Output(y, state, aux | {f'loss/{name}': v for name, v in routed.losses.items()})
+    return Output(y, state, aux | routed.losses)
 
   def _dispatched(self, x_BTD: Array, r: Routing) -> tuple[Array, dict[str, Array]]:
     """The experts' weighted sum, and diagnostics of the dispatch."""

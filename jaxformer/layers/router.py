@@ -19,6 +19,7 @@ from jaxformer.config import Config
 from jaxformer.layers.init import Init, Normal, Zeros
 from jaxformer.layers.layer import Context, LayerPosition
 from jaxformer.ops.routing import (
+  balance_factors,
   balance_loss,
   cv_squared,
   load_balancing_bias_gradient,
@@ -39,7 +40,7 @@ class Routing:
     weight: the factor on each of these outputs.
     logits_BTE: of the router, without noise.
     probabilities_BTE: what the losses and the entropy are computed from.
-    losses: by name, weighted.
+    losses: weighted, by their names in `Output.aux`.
   """
 
   index: Int[Array, 'B _ _']
@@ -53,13 +54,19 @@ class RouterConfig(Config, abstract=True):
   """Base of the routers.
 
   Attributes:
-    balance: weight of `ops.routing.balance_loss`; None for none. A balanced layer has a loss of
-      `balance` times the experts per token.
+    balance: weight of `ops.routing.balance_loss`, one loss per layer, which are added (Fedus et al.
+      2022, section 2.2); None for none. Each balanced layer has a loss of `balance` times the
+      experts per token.
+    pooled_balance: weight of the same loss of the tokens of all layers of the stack together, as
+      transformers computes it for Mixtral and Jamba; None for none. A balanced stack of any depth
+      has a loss of `pooled_balance` times the experts per token. Layers with another number of
+      experts have a loss of their own.
     z_loss: weight of `ops.routing.z_loss`; None for none.
     init: of the kernel.
   """
 
   balance: float | None = None
+  pooled_balance: float | None = None
   z_loss: float | None = None
   init: Init = Normal()
 
@@ -67,7 +74,7 @@ class RouterConfig(Config, abstract=True):
   experts_choose: ClassVar[bool] = False  # then a token's experts depend on later tokens
 
   def validate(self):
-    self.require_positive('balance', 'z_loss')
+    self.require_positive('balance', 'pooled_balance', 'z_loss')
 
   def build(self, width: int, experts: int, rngs: nnx.Rngs, position: LayerPosition) -> Router:
     return Router(self, width, experts, rngs, position)
@@ -109,9 +116,12 @@ class Router(nnx.Module):
     losses = dict(r.losses)
     if c.balance is not None:
       load_E = load_of(r.index, self.experts)
-      losses['balance'] = c.balance * balance_loss(load_E, r.probabilities_BTE)
+      losses['loss/balance'] = c.balance * balance_loss(load_E, r.probabilities_BTE)
+    if c.pooled_balance is not None:
+      f, p = balance_factors(load_of(r.index, self.experts), r.probabilities_BTE)
+      losses[f'pooled/balance/{self.experts}'] = jnp.stack([f, c.pooled_balance * p])[None]
     if c.z_loss is not None:
-      losses['router_z'] = c.z_loss * z_loss(r.logits_BTE)
+      losses['loss/router_z'] = c.z_loss * z_loss(r.logits_BTE)
     return dataclasses.replace(r, losses=losses)
 
   def logits(self, x_BTD: Array, kernel: nnx.Param | None = None) -> Float[Array, 'B T E']:
@@ -223,11 +233,11 @@ class NoisyTopK(TokenChoiceConfig):
     weight, losses = jax.nn.softmax(top, axis=-1), {}
     if self.importance is not None:
       chosen = expert[..., None] == jnp.arange(router.experts).reshape(1, 1, 1, -1)
-      losses['importance'] = self.importance * cv_squared(
+      losses['loss/importance'] = self.importance * cv_squared(
         jnp.sum(jnp.where(chosen, weight[..., None], 0.0), axis=(0, 1, 2))
       )
     if self.load is not None:
-      losses['load'] = self.load * cv_squared(noisy_load(clean, noisy, std, self.k))
+      losses['loss/load'] = self.load * cv_squared(noisy_load(clean, noisy, std, self.k))
     return Routing(expert, weight, clean, jax.nn.softmax(clean, axis=-1), losses)
 
 
@@ -286,7 +296,9 @@ class ExpertChoice(RouterConfig):
   def validate(self):
     super().validate()
     self.require_positive('choices')
-    self.require(self.balance is None, 'balance', 'none: experts that choose are always balanced')
+    for name in ('balance', 'pooled_balance'):
+      problem = 'none: experts that choose are always balanced'
+      self.require(getattr(self, name) is None, name, problem)
 
   def check(self, experts: int) -> None:
     self.require(self.choices <= experts, 'choices', f'at most the number of experts, {experts}')

@@ -211,7 +211,7 @@ def apply_sequentially(
 
 def merge_aux(a: dict[str, Array], b: dict[str, Array]) -> dict[str, Array]:
   """Merge the auxiliary values of two parts, b after a: losses (`loss/...`) are added, others
-  become a vector with an entry for every layer that returns the name."""
+  become an array with an entry for every layer that returns the name."""
 
   def both(name: str, v: Array) -> Array:
     if name.startswith('loss/'):
@@ -220,3 +220,13 @@ def merge_aux(a: dict[str, Array], b: dict[str, Array]) -> dict[str, Array]:
     return jnp.concatenate([a[name], v]) if name in a else v
 
   return a | {name: both(name, v) for name, v in b.items()}
+
+
+def with_pooled_losses(aux: dict[str, Array]) -> dict[str, Array]:
+  """Replace the pairs of vectors of layers, `pooled/NAME/...` of `[L, 2, n]`, by losses
+  `loss/NAME`: the inner product of their means over the layers."""
+  kept = {name: v for name, v in aux.items() if not name.startswith('pooled/')}
+  for name in aux.keys() - kept.keys():
+    a, b = jnp.mean(aux[name], axis=0)
+    kept = merge_aux(kept, {f'loss/{name.split("/")[1]}': jnp.sum(a * b)})
+  return kept

@@ -13,7 +13,13 @@ from jaxtyping import Array
 
 from jaxformer.config import Config
 from jaxformer.layers.layer import Context, LayerConfig, LayerPosition, Memory, Output, State
-from jaxformer.models.block import Block, BranchConfig, apply_sequentially, widths
+from jaxformer.models.block import (
+  Block,
+  BranchConfig,
+  apply_sequentially,
+  widths,
+  with_pooled_losses,
+)
 from jaxformer.models.params import stacked
 from jaxformer.sharding import needs_all_gather, platform, unshard
 
@@ -181,7 +187,8 @@ class Stack(nnx.Module):
       functools.partial(_for_each_period, blocks, n, self._unrolls(ctx))
       for blocks, n in zip(self.groups, self.repeats, strict=True)
     )
-    return apply_sequentially(groups, x, ctx, state, one_token)
+    out = apply_sequentially(groups, x, ctx, state, one_token)
+    return dataclasses.replace(out, aux=with_pooled_losses(out.aux))
 
   def unstack(self, ctx: Context) -> None:
     """Store the parameters of every period separately, in place, where `ctx` unrolls them: for many
@@ -231,7 +238,9 @@ def _for_each_period(
 
   y, (state, aux, by_block) = jax.lax.scan(body, x, (jnp.arange(n), blocks, state))
   alignments = tuple(a[i] for i in range(n) for a in by_block)
-  aux = {k: v.sum(0) if k.startswith('loss/') else v.reshape(-1) for k, v in aux.items()}
+  aux = {
+    k: v.sum(0) if k.startswith('loss/') else v.reshape(-1, *v.shape[2:]) for k, v in aux.items()
+  }
   return Output(y, state, aux, alignments=alignments)
 
 

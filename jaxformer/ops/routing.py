@@ -21,6 +21,16 @@ def load_of(expert_BTK: Int[Array, 'B T K'], experts: int) -> Float[Array, ' E']
   )
 
 
+def balance_factors(
+  load_E: Float[Array, ' E'], probabilities_BTE: Float[Array, 'B T E']
+) -> Float[Array, '2 E']:
+  """f_e, the fraction of tokens sent to expert e, without a gradient, and E P_e, with P_e the mean
+  probability of it. Their inner product is `balance_loss`; that of their means over layers is the
+  loss of the tokens of all these layers."""
+  mean_E = jnp.mean(probabilities_BTE, axis=(0, 1))
+  return jnp.stack([jax.lax.stop_gradient(load_E), load_E.shape[0] * mean_E])
+
+
 def balance_loss(
   load_E: Float[Array, ' E'], probabilities_BTE: Float[Array, 'B T E']
 ) -> Float[Array, '']:
@@ -28,11 +38,8 @@ def balance_loss(
   of it (Fedus et al. 2022, eq. 4-6).
 
   f adds up to K, the experts per token, so balance costs K: 1 for Switch, 2 for two experts per
-  token, as in transformers' Mixtral. (Its function pools the tokens of all layers; here each layer
-  has its own loss, and the losses are summed.)"""
-  return load_E.shape[0] * jnp.sum(
-    jax.lax.stop_gradient(load_E) * jnp.mean(probabilities_BTE, axis=(0, 1))
-  )
+  token, as in transformers' Mixtral."""
+  return jnp.prod(balance_factors(load_E, probabilities_BTE), axis=0).sum()
 
 
 def z_loss(logits_BTE: Float[Array, 'B T E']) -> Float[Array, '']:

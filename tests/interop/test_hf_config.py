@@ -250,7 +250,9 @@ def test_losses_of_routers_are_no_part_of_the_function():
   drops tokens is not."""
   tiny = PRESETS['mixtral-tiny'].model
   assert (
-    written(override(tiny, [('router.z_loss', '0.001'), ('router.balance', 'none')]))['model_type']
+    written(override(tiny, [('router.z_loss', '0.001'), ('router.pooled_balance', 'none')]))[
+      'model_type'
+    ]
     == 'mixtral'
   )
   with pytest.raises(InputError, match=r'As mixtral: .*capacity_factor'):

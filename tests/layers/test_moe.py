@@ -196,6 +196,63 @@ def test_a_router_that_collapses_is_visible(unroll):
   assert len(log) == 1 + 3 * 3
 
 
+def load_balancing_loss(logits_LNE, k):
+  """`load_balancing_loss_func` of transformers (src/transformers/models/mixtral/modular_mixtral.py,
+  commit 008f5c8) in numpy, and its gradient with respect to the logits: f and P are means over the
+  tokens of all layers, the loss is E sum_e f_e P_e."""
+  logits = np.concatenate(logits_LNE).astype(np.float64)
+  p = np.exp(logits - logits.max(-1, keepdims=True))
+  p /= p.sum(-1, keepdims=True)
+  chosen = np.argsort(-p, axis=-1)[:, :k]
+  one_hot = chosen[..., None] == np.arange(logits.shape[-1])
+  f = one_hot.mean(0).sum(0)
+  gradient = p * (f - (p * f).sum(-1, keepdims=True)) * (logits.shape[-1] / len(p))
+  return logits.shape[-1] * np.sum(f * p.mean(0)), gradient.reshape(np.shape(logits_LNE))
+
+
+@pytest.mark.parametrize('unroll', [False, True])
+@pytest.mark.parametrize('router', [TopKSoftmax(), SoftmaxTopK()])
+def test_the_pooled_balancing_loss_is_that_of_transformers(router, unroll):
+  """Two layers with different routers, whose experts return zero so that both read the same: value
+  and gradient of the one loss, which is neither the sum nor the mean of the losses of the layers,
+  and no larger with more layers."""
+  weight = 0.3
+  definition = define(model(router.replace(pooled_balance=weight), layers=2))
+  params = definition.init(jax.random.key(0))
+  (name,) = (n for n in params if n.endswith('router.kernel'))
+  (down,) = (n for n in params if n.endswith('expert_down.kernel'))
+  params[name] = 2.0 * jax.random.normal(jax.random.key(3), params[name].shape)
+  params[down] = jnp.zeros_like(params[down])
+
+  def loss(kernel_LDE):
+    m = definition.merge(params | {name: kernel_LDE})
+    return m.loss(batch(), Context(unroll=unroll))[1]['loss/balance']
+
+  value, gradient = jax.value_and_grad(loss)(params[name])
+  x = np.asarray(params['embedder.input.table'], np.float64)[np.asarray(batch().inputs)]
+  x = x.reshape(-1, D)
+  x /= np.sqrt(np.mean(x**2, -1, keepdims=True) + 1e-5)  # the norm before each layer
+  logits = [x @ np.asarray(w, np.float64) for w in params[name]]
+  expected, by_logits = load_balancing_loss(logits, 2)
+  assert float(value) == pytest.approx(weight * expected, rel=1e-5)
+  np.testing.assert_allclose(gradient, [weight * x.T @ g for g in by_logits], rtol=1e-4, atol=1e-6)
+  alone = [load_balancing_loss(l[None], 2)[0] for l in logits]
+  assert abs(expected - sum(alone)) > 1
+  assert abs(expected - np.mean(alone)) > 0.01
+
+
+def test_a_pooled_loss_does_not_grow_with_depth():
+  """All routers at zero choose the same two of eight experts: 8 x 2 / 8, whatever the depth, where
+  the losses of single layers add up."""
+  for layers in (1, 3):
+    definition = define(model(TopKSoftmax(pooled_balance=0.1, balance=0.1), layers=layers))
+    params = definition.init(jax.random.key(0))
+    params = {n: jnp.zeros_like(p) if 'router' in n else p for n, p in params.items()}
+    aux = definition.merge(params).loss(batch())[1]
+    assert float(aux['loss/balance']) == pytest.approx(0.1 * 2 * (1 + layers), rel=1e-5)
+    assert not [name for name in aux if name.startswith('pooled/')]
+
+
 def trained(router, steps, rate=0.02, accumulate=1):
   """Load ratios of a mixture whose router begins collapsed, over training steps of the loop's own
   function."""

@@ -68,7 +68,7 @@ def read(hf: Settings) -> LanguageModel.Config:
   )
   mlp = GatedMlp.Config(hidden=hf.count('intermediate_size', 14336), init=init, out_init=init)
   experts = hf.count('num_experts', 16)
-  router = SoftmaxTopK(k=hf.count('num_experts_per_tok', 2), balance=balance(hf), init=init)
+  router = SoftmaxTopK(k=hf.count('num_experts_per_tok', 2), pooled_balance=balance(hf), init=init)
   moe = mlp if experts == 1 else Moe.Config(experts=experts, expert=mlp, router=router)
   attends, sparse = periodic(hf, 'attn', 8, 4), periodic(hf, 'expert', 2, 1)
 

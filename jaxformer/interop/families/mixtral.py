@@ -1,8 +1,8 @@
 """Mixtral: Llama with a mixture of experts as feed-forward layer.
 
 On disk every expert has separate tensors, w1 (gate), w3 (up) and w2 (down), as in the published
-files; transformers 5 fuses them in memory only. Its balancing loss is computed over all layers, and
-only on request; its weight becomes the weight of our loss per layer."""
+files; transformers 5 fuses them in memory only. Its balancing loss is one over the tokens of
+all layers (`load_balancing_loss_func`), computed only on request."""
 
 import dataclasses
 from typing import Any
@@ -37,7 +37,7 @@ def read(hf: Settings) -> LanguageModel.Config:
   given = {k: v for k, v in hf.fields.items() if v is not None or k not in _DEFAULTS}
   hf = Settings(_DEFAULTS | given, hf.where)
   hf.only('router_jitter_noise', 0.0, 0, None)
-  router = TopKSoftmax(k=hf.count('num_experts_per_tok'), balance=balance(hf))
+  router = TopKSoftmax(k=hf.count('num_experts_per_tok'), pooled_balance=balance(hf))
   experts = hf.count('num_local_experts')
   return llama.build(
     hf,
@@ -52,7 +52,7 @@ def write_router(router: RouterConfig) -> dict[str, Any]:
   """The fields of a router that Mixtral and Jamba share."""
   return {
     'num_experts_per_tok': round(router.per_token(0)),
-    'router_aux_loss_coef': router.balance or 0.0,
+    'router_aux_loss_coef': router.pooled_balance or 0.0,
     'output_router_logits': False,
   }
 

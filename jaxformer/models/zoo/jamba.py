@@ -36,7 +36,7 @@ def jamba(
   attention = Attention.Config(heads=heads, kv_heads=kv_heads)
   mamba = Mamba.Config(d_state=d_state, inner_norm=norm)
   mlp = GatedMlp.Config(hidden=hidden)
-  moe = Moe.Config(experts=experts, expert=mlp, router=SoftmaxTopK(k=k, balance=0.001))
+  moe = Moe.Config(experts=experts, expert=mlp, router=SoftmaxTopK(k=k, pooled_balance=0.001))
 
   blocks = (
     (attention if i % attention_every == attention_first else mamba, moe if i % 2 else mlp)

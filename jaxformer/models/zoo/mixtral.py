@@ -1,6 +1,6 @@
 """Mixtral (Jiang et al. 2024): Llama's blocks with eight SwiGLU experts, two per token, in place of
 each feed-forward layer; no sliding window. The balancing losses' weights are those of the published
-configurations, where the loss is one over all layers."""
+configurations, where the loss is one over the tokens of all layers."""
 
 from typing import Any
 
@@ -30,7 +30,9 @@ def mixtral(
   """The Mixtral architecture; `fields` of the config: `vocab_size`, `context_length`."""
   attention = Attention.Config(heads=heads, kv_heads=kv_heads, position=Rotary(theta=theta))
   moe = Moe.Config(
-    experts=experts, expert=GatedMlp.Config(hidden=hidden), router=TopKSoftmax(k=k, balance=balance)
+    experts=experts,
+    expert=GatedMlp.Config(hidden=hidden),
+    router=TopKSoftmax(k=k, pooled_balance=balance),
   )
   return pre_norm_model(width, layers, (attention, moe), norm=RMSNorm(), **fields)
 
