@@ -1,5 +1,4 @@
-"""Paths and files that users name; files that several processes share: written atomically, and
-locked."""
+"""Paths and files that users name; files that are written atomically, appended to, and locked."""
 
 import contextlib
 import errno
@@ -12,9 +11,14 @@ from pathlib import Path
 from typing import TypeVar
 
 from jaxformer.config import InputError, is_text
+from jaxformer.exit_codes import Failure
 
 P = TypeVar('P')
 PART_BYTES, PATH_BYTES = 255, 4095  # what Linux and macOS accept
+# a full disk or quota, a file that is too large, a device that fails, a mount that is gone
+STORAGE_ERRORS = frozenset(
+  {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ESTALE, errno.ENXIO}
+)
 
 
 def user_path(name: str | os.PathLike[str], field: str = '') -> Path:
@@ -51,29 +55,78 @@ def regular_file(path: P) -> P:
   return path
 
 
-def write_atomically(path: Path, data: str | bytes) -> None:
-  """Replace a file; readers, and a crash, see the old content or the new one."""
-  temporary = path.parent / f'.{path.name}-{uuid.uuid4().hex}'
+class WriteError(Failure):
+  """A file could not be written, for a reason that is not what the user gave."""
+
+
+def write_error(path: str | os.PathLike[str], error: OSError) -> WriteError:
+  """Return the error for a file, or a folder with the file that `error` names."""
+  where = error.filename or path
+  return WriteError(f'{os.fspath(where)}: cannot be written ({error.strerror or error})')
+
+
+def is_of_storage(error: OSError) -> bool:
+  """Return whether an error has its cause in the storage, and not in the path that was given."""
+  return error.errno in STORAGE_ERRORS
+
+
+@contextlib.contextmanager
+def writing(path: str | os.PathLike[str]) -> Generator[None]:
+  """Raise `WriteError` in place of an `OSError` of the block, which writes a file, or files of a
+  folder."""
   try:
-    temporary.write_bytes(data.encode() if isinstance(data, str) else data)
-    os.replace(temporary, path)
-  except BaseException:
-    temporary.unlink(missing_ok=True)
-    raise
+    yield
+  except OSError as e:
+    raise write_error(path, e) from None
+
+
+@contextlib.contextmanager
+def _named(path: Path) -> Generator[None]:
+  """Let errors name the path: those of a file that is open name none, others a temporary file."""
+  try:
+    yield
+  except OSError as e:
+    raise OSError(e.errno, e.strerror, str(path)) from None
+
+
+def write_atomically(path: Path, data: str | bytes) -> None:
+  """Replace a file; readers, and a crash, see the old content or the new one. An `OSError` names
+  the path."""
+  temporary = path.parent / f'.{path.name}-{uuid.uuid4().hex}'
+  with _named(path):
+    try:
+      with temporary.open('xb', buffering=0) as f:
+        _write(f.fileno(), data)
+      os.replace(temporary, path)
+    except BaseException:
+      with contextlib.suppress(OSError):
+        temporary.unlink(missing_ok=True)
+      raise
 
 
 def append(path: Path, data: str | bytes) -> None:
-  """Add to the end of a file all of the data at once; if that fails, the file stays as it was."""
-  left = memoryview(data.encode() if isinstance(data, str) else data)
-  with path.open('ab', buffering=0) as f:
+  """Add to the end of a file all of the data at once; if that fails, the file stays as it was. An
+  `OSError` names the path."""
+  with _named(path), path.open('ab', buffering=0) as f:
     size = f.seek(0, os.SEEK_END)
     try:
-      while left:
-        left = left[f.write(left) :]
+      _write(f.fileno(), data)
     except BaseException:
       with contextlib.suppress(OSError):
         f.truncate(size)
       raise
+
+
+def sync(path: Path) -> None:
+  """Make the content of a file outlast a crash of the machine. An `OSError` names the path."""
+  with _named(path), path.open('ab') as f:
+    os.fsync(f.fileno())
+
+
+def _write(descriptor: int, data: str | bytes) -> None:
+  left = memoryview(data.encode() if isinstance(data, str) else data)
+  while left:
+    left = left[os.write(descriptor, left) :]
 
 
 @contextlib.contextmanager

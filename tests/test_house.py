@@ -36,7 +36,7 @@ MAY_IMPORT = {
   'config': {'code_record', 'json_data', 'local_files'},
   'task_type': set(),
   'exit_codes': set(),
-  'files': {'config'},
+  'files': {'config', 'exit_codes'},
   'json_data': set(),
   'installation': set(),
   'overrides': {'config', 'json_data', 'user_code'},
@@ -61,7 +61,15 @@ MAY_IMPORT['launch'] = BELOW_API
 MAY_IMPORT['workflows'] = BELOW_API | {'study', 'launch'}
 MAY_IMPORT['api'] = MAY_IMPORT['workflows'] | {'workflows'}
 MAY_IMPORT['__init__'] = MAY_IMPORT['api'] | {'api'}
-MAY_IMPORT['cli'] = {'config', 'exit_codes', 'installation', 'json_data', 'training', '__init__'}
+MAY_IMPORT['cli'] = {
+  'config',
+  'exit_codes',
+  'files',
+  'installation',
+  'json_data',
+  'training',
+  '__init__',
+}
 MAY_IMPORT['__main__'] = {'cli'}
 LAZY = {'jaxformer/cli/main.py', 'jaxformer/__init__.py'}
 

@@ -20,6 +20,7 @@ from typing import NoReturn
 import jaxformer as jf
 from jaxformer.config import InputError, nearest
 from jaxformer.exit_codes import BAD_INPUT, DONE, FAILED, INTERRUPTED, PREEMPTED, Failure
+from jaxformer.files import is_of_storage, write_error
 from jaxformer.installation import installation
 
 SECTIONS = ('model', 'data', 'optimizer', 'schedule', 'training', 'mesh', 'run')
@@ -59,28 +60,35 @@ def main(argv: Sequence[str] | None = None) -> int:
     with join_processes() if getattr(module, 'JOINS', False) else contextlib.nullcontext():
       return module.run(**options) or DONE
   except InputError as e:
-    print(f'error: {e}', file=sys.stderr)
+    _complain(f'error: {e}')
     return BAD_INPUT
   except Failure as e:
-    print(f'error: {e}', file=sys.stderr)
+    _complain(f'error: {e}')
     return FAILED
   except BrokenPipeError:  # the reader of stdout has closed it (`jaxformer list | head`)
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return DONE
+  except OSError as e:
+    if not is_of_storage(e):
+      raise
+    _complain(f'error: {write_error("a file", e)}')
+    return FAILED
   except RuntimeError as e:
     if not str(e).startswith('Unable to initialize backend'):  # JAX has no type for this
       raise
     given = os.environ.get('JAX_PLATFORMS', '')
-    print(
-      f'error: {InputError("JAX_PLATFORMS", given, problem=" ".join(str(e).split()))}',
-      file=sys.stderr,
-    )
+    _complain(f'error: {InputError("JAX_PLATFORMS", given, problem=" ".join(str(e).split()))}')
     return BAD_INPUT
   except KeyboardInterrupt:
     return INTERRUPTED
   except jf.Interrupted:  # after the other errors: reading the name imports JAX
-    print('interrupted: the same command resumes the study', file=sys.stderr)
+    _complain('interrupted: the same command resumes the study')
     return PREEMPTED
+
+
+def _complain(line: str) -> None:
+  with contextlib.suppress(OSError):  # the exit code says it as well
+    print(line, file=sys.stderr)
 
 
 def check_surroundings() -> None:

@@ -142,16 +142,13 @@ class Tokenizer:
 
   def save(self, folder: Path | str) -> None:
     """Write what `load_tokenizer` needs into an existing folder; another tokenizer of the sources
-    into its folder `source`."""
+    into its folder `source`. Raises `OSError`."""
     folder = Path(folder)
-    try:
-      for name, text in self.files.items():
-        write_atomically(folder / name, text)
-      if self._source is not None:
-        (folder / SOURCE_FOLDER).mkdir(exist_ok=True)
-        self._source.save(folder / SOURCE_FOLDER)
-    except OSError as e:
-      raise InputError(f'{folder}: cannot be written ({e.strerror})') from None
+    for name, text in self.files.items():
+      write_atomically(folder / name, text)
+    if self._source is not None:
+      (folder / SOURCE_FOLDER).mkdir(exist_ok=True)
+      self._source.save(folder / SOURCE_FOLDER)
 
   def _checked(self, ids: Ids) -> list[int]:
     ids = np.asarray(ids if isinstance(ids, np.ndarray) else list(ids), np.int64).reshape(-1)

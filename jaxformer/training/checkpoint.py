@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import errno
 import functools
 import gc
 import hashlib
 import json
 import logging
+import os
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -30,7 +31,7 @@ from orbax.checkpoint.utils import is_checkpoint_finalized
 
 from jaxformer.config import InputError, first_lines, whole
 from jaxformer.exit_codes import Failure
-from jaxformer.files import regular_file
+from jaxformer.files import regular_file, writing
 from jaxformer.json_data import parse_json
 from jaxformer.models.params import Definition, Params
 from jaxformer.sharding import MeshConfig, Parallel, make_parallel
@@ -38,6 +39,7 @@ from jaxformer.training.paths import AnyPath, discard, move, remote_errors, remo
 from jaxformer.training.step import TrainState
 
 VERSION = 2  # 1 is that of jaxformer 0.1
+_ERROR_CODE = re.compile(r"(?:os_error_code='|OS error |Errno )(\d+)")
 Log = Callable[[str], None]
 
 
@@ -315,8 +317,9 @@ class Checkpoints:
   def _clean(self, pattern: str) -> None:
     """Remove what an incomplete save or removal has left."""
     if jax.process_index() == 0:
-      for part in self.folder.glob(pattern):
-        remove(part)
+      with writing(self.folder):
+        for part in self.folder.glob(pattern):
+          remove(part)
 
   def _prune(self) -> None:
     """Remove all checkpoints but the latest, the best, and those at multiples of `keep_every`."""
@@ -329,8 +332,9 @@ class Checkpoints:
 
   def _remove(self, steps: Sequence[int]) -> None:
     if jax.process_index() == 0:
-      for step in steps:
-        discard(self.folder / str(step))
+      with writing(self.folder):
+        for step in steps:
+          discard(self.folder / str(step))
 
   def discard(self, step: int) -> None:
     """Remove the checkpoint of a step, if there is one."""
@@ -351,6 +355,8 @@ class Checkpoints:
     found, not_finite = digests(by_path)
     if not_finite:
       raise NotFinite(not_finite)
+    if self._failed:  # what its threads have written since
+      self._clean('*.orbax-checkpoint-tmp*')
     self._prune()
     meta = _seal(
       {
@@ -362,6 +368,7 @@ class Checkpoints:
         **record,
       }
     )
+    _silence_threads()
     try:
       with _quiet(), self._context:
         response = ocp.save_checkpointables_async(
@@ -393,14 +400,7 @@ class Checkpoints:
       self._prune()
 
   def _failure(self, step: int, error: Exception) -> None:
-    text = str(error)
-    full = (
-      getattr(error, 'errno', None) == errno.ENOSPC
-      or 'No space left' in text
-      or 'RESOURCE_EXHAUSTED' in text
-    )
-    what = 'the disk is full' if full else f'{type(error).__name__}: {_first_line(error)}'
-    message = f'checkpoint {step} in {self.folder}: {what}'
+    message = f'checkpoint {step} in {self.folder}: cannot be written ({_reason(error)})'
     self._clean(f'{step}.*')  # free the space
     if self._failed:
       raise SaveError(f'{message} (the previous one failed too)') from None
@@ -452,10 +452,11 @@ class Checkpoints:
     self._clean('*.orbax-checkpoint-tmp*')
     if steps and jax.process_index() == 0:
       aside = self.folder.parent / 'corrupt'
-      aside.mkdir(exist_ok=True)
-      for step in steps:
-        remove(aside / str(step))
-        move(self.folder / str(step), aside / str(step))
+      with writing(aside):
+        aside.mkdir(exist_ok=True)
+        for step in steps:
+          remove(aside / str(step))
+          move(self.folder / str(step), aside / str(step))
     _barrier('checkpoints cleaned up')
 
   def __enter__(self) -> Checkpoints:
@@ -474,6 +475,22 @@ def _barrier(name: str) -> None:
 
 def _first_line(error: Exception) -> str:
   return (str(error).splitlines() or [''])[0][:200]
+
+
+def _reason(error: Exception) -> str:
+  """Return why a save failed: what the operating system says, which TensorStore puts into words of
+  its own."""
+  code = error.errno if isinstance(error, OSError) else None
+  if code is None and (found := _ERROR_CODE.search(str(error))):
+    code = int(found[1])
+  return f'{type(error).__name__}: {_first_line(error)}' if code is None else os.strerror(code)
+
+
+@functools.cache
+def _silence_threads() -> None:
+  """Silence what the threads of a save log, with a traceback each, about an error that `wait`
+  reports."""
+  logging.getLogger('absl').addFilter(lambda record: '_SignalingThread' not in record.getMessage())
 
 
 @contextlib.contextmanager
@@ -497,7 +514,8 @@ def _quiet():
 
 
 def _except_late_reads(found: Any) -> None:
-  """Print an error of a callback as Python does, except that of a read that ends after another one
-  has failed: Orbax has closed the loop that waited for all. It may come at any later time."""
+  """Print an error of a callback as Python does, except that of a read, or a write, that ends after
+  another one has failed: Orbax has closed the loop that waited for all. It may come at any later
+  time."""
   if not (found.exc_type is RuntimeError and str(found.exc_value) == 'Event loop is closed'):
     sys.__unraisablehook__(found)

@@ -23,7 +23,7 @@ from typing import Any
 
 from jaxformer.config import InputError
 from jaxformer.exit_codes import Failure
-from jaxformer.files import locked, write_atomically
+from jaxformer.files import is_of_storage, locked, write_atomically, write_error
 from jaxformer.training.paths import AnyPath, remote_errors
 
 FILE = 'lock.json'
@@ -84,6 +84,8 @@ class FolderLock:
     try:
       self._write()
     except OSError as e:
+      if is_of_storage(e):
+        raise write_error(self._folder, e) from None
       problem = f'the folder {self._folder} cannot be written ({e.strerror})'
       raise InputError('run.dir', str(self._folder.parent), problem=problem) from None
     if settle:  # another may have done the same
@@ -92,8 +94,14 @@ class FolderLock:
         raise self._taken(winner)
 
   def check(self) -> None:
-    """Raises `LostLock` if another process has taken the folder."""
-    found = self._read()
+    """Raises `LostLock` if another process has taken the folder, and `Failure` if that cannot be
+    known."""
+    try:
+      found = self._read()
+    except OSError as e:
+      raise Failure(f'{self._folder / FILE}: cannot be read ({e.strerror})') from None
+    except InputError as e:
+      raise Failure(str(e)) from None
     if found.get('id') != self._record['id']:
       what = f'another process{_owner(found)} has taken over' if found else 'its lock was removed'
       raise LostLock(f'{self._folder}: {what}; stopped without writing to it any more')

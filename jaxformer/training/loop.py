@@ -209,7 +209,9 @@ class _Loop:
     with (
       contextlib.ExitStack() as stack,
       Interrupt() as interrupt,
-      _profiler(members[0].config.profile, members[0].run.home) as profile,
+      _profiler(
+        members[0].config.profile, members[0].run.home / 'profile', members[0].log
+      ) as profile,
     ):
       if any(m.code is None and m.unevaluated for m in members):  # as when they were stopped
         self._between(state, interrupt)
@@ -338,19 +340,28 @@ def _slice(states: TrainState, i: int) -> TrainState:
 
 
 @contextlib.contextmanager
-def _profiler(window: tuple[int, int] | None, folder: Path) -> Generator[Callable[[int], None]]:
+def _profiler(
+  window: tuple[int, int] | None, folder: Path, log: Log
+) -> Generator[Callable[[int], None]]:
   """Yield a function to call with each step before it is dispatched, which records the steps of the
-  window with the profiler."""
+  window with the profiler. One that fails is a warning."""
   running = False
 
-  def at(step: int) -> None:
+  def switch() -> None:
     nonlocal running
+    running = not running
+    try:
+      jax.profiler.start_trace(str(folder)) if running else jax.profiler.stop_trace()
+    except Exception as e:  # of the profiler, as for a full disk
+      running = False
+      log(f'warning: {folder} has no complete profile ({" ".join(str(e).split())[:300]})')
+
+  def at(step: int) -> None:
     if window is not None and step in window and running == (step == window[1]):
-      jax.profiler.stop_trace() if running else jax.profiler.start_trace(str(folder / 'profile'))
-      running = not running
+      switch()
 
   try:
     yield at
   finally:
     if running:
-      jax.profiler.stop_trace()
+      switch()

@@ -18,7 +18,8 @@ from pathlib import Path
 from etils import epath
 
 from jaxformer.config import InputError
-from jaxformer.files import user_path
+from jaxformer.exit_codes import Failure
+from jaxformer.files import sync, user_path, write_atomically, writing
 
 AnyPath = Path | epath.Path
 """A local path, or one in an object store."""
@@ -154,9 +155,11 @@ def local_copy(path: AnyPath) -> Generator[Path]:
 
 def _download(path: epath.Path, into: Path) -> None:
   with remote_errors(path):
-    for file in path.iterdir() if path.exists() else ():
-      if file.name and not file.is_dir():
-        (into / file.name).write_bytes(file.read_bytes())
+    found = [f for f in (path.iterdir() if path.exists() else ()) if f.name and not f.is_dir()]
+  for file in found:
+    with remote_errors(path):
+      content = file.read_bytes()
+    write_atomically(into / file.name, content)
 
 
 class RunFiles:
@@ -188,18 +191,18 @@ class RunFiles:
 
   def sync(self, names: Iterable[str]) -> None:
     """Make the content of these files durable, in a bucket that of all files. An upload that fails
-    is retried at the next; the second failure in a row raises `InputError`."""
+    is retried at the next; the second failure in a row raises `Failure`."""
     if self._remote is None:
       for file in (self.home / name for name in names):
         if file.exists():
-          with file.open('a') as f:
-            os.fsync(f.fileno())
+          with writing(file):
+            sync(file)
       return
     try:
       self.upload()
-    except InputError:
+    except InputError as e:
       if self._failed:
-        raise
+        raise Failure(str(e)) from None
       self._failed = True
     else:
       self._failed = False
@@ -222,12 +225,14 @@ class RunFiles:
       self._uploaded[file] = version
 
   def close(self, upload: bool) -> None:
-    """Remove the temporary folder, after an `upload`. Raises `InputError`."""
+    """Remove the temporary folder, after an `upload`. Raises `Failure`."""
     if self._remote is None or self._home is None:
       return
     try:
       if upload:
         self.upload()
+    except InputError as e:
+      raise Failure(str(e)) from None
     finally:
       shutil.rmtree(self._home, ignore_errors=True)
 

@@ -39,6 +39,7 @@ J = TypeVar('J')  # JSON data
 WAIT = 'JAXFORMER_JOIN_SECONDS'
 PORT = 8476  # of process 0, if the environment names only its host
 _ERRORS = 'jaxformer/errors/'
+_INPUT = 'input'  # the kind of an `InputError` among them
 _meetings = itertools.count()  # the processes meet equally often
 
 
@@ -115,7 +116,8 @@ def exchange(value: J) -> list[J]:
     if len(found) == count:
       return [json.loads(found[f'{place}{i}']) for i in range(count)]
     if errors := sorted(client.key_value_dir_get(_ERRORS)):
-      raise _Everywhere(errors[0][1])
+      kind, _, what = errors[0][1].partition(' ')
+      raise (_Everywhere if kind == _INPUT else _FailedElsewhere)(what)
     time.sleep(0.02)
 
 
@@ -130,19 +132,25 @@ def announced() -> Generator[None]:
   would wait for this one."""
   try:
     yield
-  except _Everywhere:
+  except (_Everywhere, _FailedElsewhere):
     raise
   except Exception as e:
     if jax.process_count() > 1:
       where = f'process {jax.process_index()} of {jax.process_count()} ({socket.gethostname()})'
       what = str(e) if isinstance(e, InputError | Failure) else f'{type(e).__name__}: {e}'
       with contextlib.suppress(RuntimeError):  # this process has announced one, or it is too late
-        _service().key_value_set(f'{_ERRORS}{jax.process_index()}', f'{where} has stopped: {what}')
+        kind = _INPUT if isinstance(e, InputError) else 'failure'
+        error = f'{kind} {where} has stopped: {what}'
+        _service().key_value_set(f'{_ERRORS}{jax.process_index()}', error)
     raise
 
 
 class _Everywhere(InputError):
   """An error that all processes raise."""
+
+
+class _FailedElsewhere(Failure):
+  """The error of another process, whose cause is not what the user gave."""
 
 
 def check_equal(facts: Mapping[str, Any]) -> None:

@@ -39,8 +39,9 @@ class Clock:
 
 
 def print_line(line: str) -> None:
-  """Print a line of the log to stderr."""
-  print(line, file=sys.stderr, flush=True)
+  """Print a line of the log to stderr, if it can be written."""
+  with contextlib.suppress(OSError):
+    print(line, file=sys.stderr, flush=True)
 
 
 class Report:

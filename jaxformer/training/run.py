@@ -31,7 +31,16 @@ from jaxformer.code_record import Record, changed_files, code_records, without_p
 from jaxformer.config import InputError
 from jaxformer.data import Tokenizer
 from jaxformer.data.local_paths import located
-from jaxformer.files import append, regular_file, user_path, write_atomically
+from jaxformer.exit_codes import Failure
+from jaxformer.files import (
+  append,
+  is_of_storage,
+  regular_file,
+  user_path,
+  write_atomically,
+  write_error,
+  writing,
+)
 from jaxformer.json_data import parse_json
 from jaxformer.training import lock
 from jaxformer.training.checkpoint import steps_in
@@ -374,6 +383,8 @@ class Run:
         self._found = self.folder.stat()
       self._files.open()
     except OSError as e:
+      if is_of_storage(e):
+        raise write_error(self.folder, e) from None
       raise self._unusable(f'cannot be made ({e.strerror})') from None
     if not os.access(self.home, os.W_OK):
       raise self._unusable('cannot be written')
@@ -409,18 +420,19 @@ class Run:
     self._started = True
 
   def _write_start(self, data_manifest: dict[str, Any], tokenizer: Tokenizer | None) -> None:
-    (self.home / 'checkpoints').mkdir(exist_ok=True)
     if self.back_to is not None:
       self._go_back(self.back_to)
-    if tokenizer is not None:
-      (self.home / 'tokenizer').mkdir(exist_ok=True)
-      tokenizer.save(self.home / 'tokenizer')
     code = code_records(config.to_json(self.experiment))
     start = {'step': self._step} | environment(data_manifest) | ({'code': code} if code else {})
-    file = self.home / 'environment.json'
-    write_atomically(file, json.dumps(with_start(_entries(file), start), indent=2) + '\n')
-    # last, since it makes the folder a run
-    write_atomically(self.home / 'config.json', config_text(self.experiment, self.history))
+    with writing(self.home):
+      (self.home / 'checkpoints').mkdir(exist_ok=True)
+      if tokenizer is not None:
+        (self.home / 'tokenizer').mkdir(exist_ok=True)
+        tokenizer.save(self.home / 'tokenizer')
+      file = self.home / 'environment.json'
+      write_atomically(file, json.dumps(with_start(_entries(file), start), indent=2) + '\n')
+      # last, since it makes the folder a run
+      write_atomically(self.home / 'config.json', config_text(self.experiment, self.history))
     for stage in self.history.stages:
       if stage not in self._before:
         self.event('stage', **dataclasses.asdict(stage))
@@ -428,7 +440,7 @@ class Run:
 
   def _go_back(self, step: int) -> None:
     """Move the checkpoints and the metrics of later steps to `undone/N`."""
-    with remote_errors(self.folder):
+    with remote_errors(self.folder), writing(self.home):
       others = self.folder / 'undone'
       names = [p.name for p in (others.iterdir() if others.exists() else ())]
       n = 1 + max((n for name in names if (n := config.whole(name)) is not None), default=0)
@@ -448,7 +460,8 @@ class Run:
     file = self.home / 'metrics.jsonl'
     if self.writes and file.exists():
       kept = [json.dumps(row) + '\n' for row in read_metrics(self.home) if row['step'] <= step]
-      write_atomically(file, ''.join(kept))
+      with writing(file):
+        write_atomically(file, ''.join(kept))
 
   def metrics(self, row: dict[str, Any]) -> None:
     """Append a line to `metrics.jsonl`."""
@@ -472,7 +485,8 @@ class Run:
     if self._lock is not None and self._lock.lost:
       self._lock.check()
     if self.writes:
-      append(self.home / name, line + '\n')
+      with writing(self.home):
+        append(self.home / name, line + '\n')
 
   def sync(self) -> None:
     """Make the lines outlast this process, before a checkpoint that relies on them."""
@@ -488,14 +502,15 @@ class Run:
     lost = kind is not None and issubclass(kind, LostLock)
     try:
       # an error that is being raised says more
-      with contextlib.suppress(*(() if kind is None else (InputError,))):
+      with contextlib.suppress(*(() if kind is None else (InputError, Failure))):
         self._files.close(upload=self._started and not lost)
     finally:
       made = [] if self._started else self._made
       # the file under the lock, since another process locks it
       for path in (p for p in made if self._lock is not None and p.is_file()):
-        if not path.stat().st_size:
-          path.unlink()
+        with contextlib.suppress(OSError):
+          if not path.stat().st_size:
+            path.unlink()
       if self._lock is not None:
         self._lock.release()
       for path in made:

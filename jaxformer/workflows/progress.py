@@ -1,5 +1,6 @@
 """Progress and remarks: the logger 'jaxformer', on standard error unless it has a handler."""
 
+import contextlib
 import logging
 import sys
 from collections.abc import Callable
@@ -19,7 +20,8 @@ class _StandardError(logging.Handler):
   """Writes messages to whatever `sys.stderr` is at that moment."""
 
   def emit(self, record: logging.LogRecord) -> None:
-    print(self.format(record), file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # no reason to stop a run: a full disk, or nobody reads on
+      print(self.format(record), file=sys.stderr, flush=True)
 
 
 if not _logger.handlers:

@@ -17,6 +17,7 @@ from fsspec.registry import _registry
 
 from jaxformer.config import InputError
 from jaxformer.data import load_tokenizer
+from jaxformer.exit_codes import Failure
 from jaxformer.training import TensorBoard, load_experiment, lock, train
 from jaxformer.training.checkpoint import Checkpoints, steps_in
 from jaxformer.training.paths import local_copy, move, remove, to_path
@@ -178,9 +179,7 @@ def test_a_store_that_fails_once_is_tried_again(store, dataset):
     run.metrics({'step': 2})
     store.failures.extend([OSError('busy')] * 2)
     run.sync()
-    with pytest.raises(
-      InputError, match=r'gs://bucket/runs/one: cannot be reached \(OSError: busy\)'
-    ):
+    with pytest.raises(Failure, match=r'gs://bucket/runs/one: cannot be reached \(OSError: busy\)'):
       run.sync()
   assert len(read_metrics(run.folder)) == 2
 
