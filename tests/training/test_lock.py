@@ -4,6 +4,7 @@ before it."""
 import errno
 import fcntl
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -73,7 +74,7 @@ def test_a_process_of_this_machine_is_looked_up(tmp_path, without_flock):
     record(tmp_path, **own)
     child.kill()
     began = time.monotonic()
-    time.sleep(0.1)  # dead, and not waited for
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)  # dead, and not waited for
     take(tmp_path)[0].release()
     assert time.monotonic() - began < lock.PATIENCE
   finally:
