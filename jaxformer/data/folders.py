@@ -107,10 +107,14 @@ def _entries(folder: Path) -> list[os.DirEntry[str]]:
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
+  """Raises `Unusable` for a link that leads nowhere, which might be a folder elsewhere."""
   try:
-    return entry.is_dir()
+    folder = entry.is_dir()
   except OSError as e:
     raise Unusable(f'{entry.path} cannot be read ({e.strerror})') from None
+  if not folder and entry.is_symlink() and not os.path.exists(entry.path):
+    raise Unusable(f'{entry.path} is a link to {os.readlink(entry.path)}, which does not exist')
+  return folder
 
 
 def _is_file(entry: os.DirEntry[str]) -> bool:
@@ -118,10 +122,7 @@ def _is_file(entry: os.DirEntry[str]) -> bool:
   if _is_folder(entry):
     return False
   if not entry.is_file():
-    what = 'is neither a file nor a folder'
-    if entry.is_symlink() and not os.path.exists(entry.path):
-      what = f'is a link to {os.readlink(entry.path)}, which does not exist'
-    raise Unusable(f'{entry.path} {what}')
+    raise Unusable(f'{entry.path} is neither a file nor a folder')
   return True
 
 

@@ -26,6 +26,20 @@ PACKAGES = (
   'jax-cuda13-plugin',
 )
 
+# Settings of JAX that change what a program computes.
+JAX_SETTINGS = (
+  'jax_enable_x64',
+  'jax_default_matmul_precision',
+  'jax_default_prng_impl',
+  'jax_threefry_partitionable',
+  'jax_random_seed_offset',
+  'jax_numpy_dtype_promotion',
+  'jax_softmax_custom_jvp',
+  'jax_use_shardy_partitioner',
+  'jax_disable_most_optimizations',
+)
+# Flags of XLA that do not, and may name a folder of one host, or how many devices it has.
+OWN_OF_A_HOST = ('--xla_dump', '--xla_force_host_platform_device_count')
 AS_AT = 'as_at_start'
 
 
@@ -60,6 +74,17 @@ def software() -> dict[str, Any]:
     'versions': {'jaxformer': installation().version, **others},
     'source_sha256': source_sha256(),
   }
+
+
+def compilation() -> dict[str, Any]:
+  """Return the settings by which JAX and XLA compile programs, as JSON data: all hosts of a run
+  must have the same."""
+  flags = {k: _flags(os.environ.get(k, '')) for k in ('XLA_FLAGS', 'LIBTPU_INIT_ARGS')}
+  return flags | {n: jax.config.values[n] for n in JAX_SETTINGS if n in jax.config.values}
+
+
+def _flags(text: str) -> str:
+  return ' '.join(sorted(f for f in text.split() if not f.startswith(OWN_OF_A_HOST)))
 
 
 def _version(package: str) -> str | None:

@@ -44,7 +44,7 @@ from jaxformer.files import (
 from jaxformer.json_data import parse_json
 from jaxformer.training import lock
 from jaxformer.training.checkpoint import steps_in
-from jaxformer.training.environment import environment, software, starts, with_start
+from jaxformer.training.environment import compilation, environment, software, starts, with_start
 from jaxformer.training.experiment import Experiment, RunConfig, TrainingConfig, step_ranges
 from jaxformer.training.lock import FolderLock, LostLock
 from jaxformer.training.paths import AnyPath, RunFiles, check_bucket, move, remote_errors, to_path
@@ -192,6 +192,7 @@ class Run:
         'resume_from': resume_from,
         'init_from': init_from,
         **software(),
+        **compilation(),
       }
     )
     self.writes = jax.process_index() == 0

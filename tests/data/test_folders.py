@@ -139,6 +139,16 @@ def test_what_is_no_file_is_an_error(tmp_path, monkeypatch, make, message, patte
     names(tmp_path / pattern if pattern else tmp_path)
 
 
+@pytest.mark.parametrize('pattern', ['**/*.txt', '*/*.txt'])
+def test_a_link_that_might_have_been_a_folder_is_an_error(tmp_path, pattern):
+  (tmp_path / 'a').mkdir()
+  (tmp_path / 'a' / 'b.txt').write_text('b')
+  (tmp_path / 'linked').symlink_to('/not/mounted')
+  with pytest.raises(InputError, match='linked is a link to /not/mounted, which does not exist'):
+    names(tmp_path / pattern)
+  assert names(tmp_path / 'a*' / '*.txt') == ['b.txt']
+
+
 def test_a_named_pipe_is_not_waited_for(tmp_path):
   pipe = tmp_path / 'pipe'
   os.mkfifo(pipe)

@@ -41,12 +41,13 @@ SHARDED, WHOLE = (
 
 def start(count, words, folder, cache, command=TRAIN, more=()):
   """`jaxformer COMMAND WORDS`, training by default, in `count` processes that share four
-  devices; with `more` words for the last of them."""
+  devices; with `more` words, or variables of the environment, for the last of them."""
   with socket.socket() as s:
     s.bind(('127.0.0.1', 0))
     port = s.getsockname()[1]
 
-  own_words = [w.format(folder) for w in more]
+  own_words = [w.format(folder) for w in more if '=' not in w]
+  variables = dict(w.split('=') for w in more if '=' in w)
 
   def process(i):
     own = {
@@ -59,6 +60,7 @@ def start(count, words, folder, cache, command=TRAIN, more=()):
         'JAXFORMER_PROCESSES': str(count),
         'JAXFORMER_PROCESS': str(i),
       }
+    own |= variables if i else {}
     return subprocess.Popen(
       [sys.executable, '-m', 'jaxformer', *last([*command, *words, *(own_words if i else ())])],
       cwd=folder,
@@ -90,6 +92,7 @@ def finish(programs, timeout=240):
     (['--optimizer.learning-rate', '0.5'], r'process 1 .*optimizer.learning_rate: 0.003 -> 0.5'),
     (['--training.seed', '7'], r'process 1 \(.*\): training.seed: 0 -> 7'),
     (['--run.name', 'elsewhere'], r'process 1 \(.*\): run folder: '),
+    (['JAX_DEFAULT_MATMUL_PRECISION=highest'], r'default_matmul_precision: null -> "highest"'),
     (['--model.widht', '7'], r'process 1 of 2 \(.*\) has stopped: .*widht'),
   ],
 )
