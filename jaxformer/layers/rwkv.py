@@ -153,15 +153,19 @@ class ChannelMix(Layer):
   RWKV-7 y = relu(x'_k W_k)^2 W_v (Peng et al. 2023, eq. 14, 15 and 18).
 
   x'_z = mix_z x + (1 - mix_z) shift(x) in RWKV-4 and 5, and x'_z = x + (shift(x) - x) mix_z later.
-  The state is the last token's input."""
+  The state is the last token's input.
+
+  In RWKV-6 mix_z starts at 1 - (i / D)^s, with s from 1 in the first block to almost 0 in the last,
+  as in the official code of 2024 up to November, from which the published models are; since then
+  the code has s^3 (and RWKV-7 s^4)."""
 
   class Config(LayerConfig):
     """
     Attributes:
       version: of RWKV, 4 to 7; 4 and 5 are equal.
       hidden: hidden units F.
-      init: of W_k: `Orthogonal()` in RWKV-4, which grows with F / D, `Orthogonal(wide=False)` in 5
-        and 6, `FanInUniform(gain=0.5)` in 7; `out_init`: of W_v and W_r.
+      init: of W_k: `Orthogonal()` in RWKV-4, which grows with F / D, `Orthogonal(wide=False)`
+        later; `out_init`: of W_v and W_r.
     """
 
     version: int = 6

@@ -1,8 +1,9 @@
 """RWKV-7 "Goose" (Peng et al. 2025, section 4 and appendix): time mixing with a generalized delta
 rule. Its channel mixing is `rwkv.ChannelMix`.
 
-Initializations are those of the modules of the official training code (RWKV-LM,
-RWKV-v7/train_temp).
+Initializations are those of the official training code (RWKV-LM, RWKV-v7/train_temp/src/model.py):
+the vectors and low-rank matrices of the modules, and the projections of `generate_init_weight`,
+which draws them again after the modules have.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ from jaxtyping import Array, Float
 
 from jaxformer.config import InputError
 from jaxformer.layers.dense import by_head
-from jaxformer.layers.init import FanInUniform, Init
 from jaxformer.layers.layer import Context, LayerPosition, Output
 from jaxformer.layers.norm import HeadNorm
 from jaxformer.layers.rwkv import (
@@ -60,15 +60,12 @@ class TimeMix7(TimeMix5):
       decay_rank, rate_rank, gate_rank: rank R of A and B in w, a and g.
       value_rank: the same in the mixing of v; None for the first of the stack, which shares its
         values.
-      key_init: of W_k.
     """
 
     decay_rank: int = 64
     rate_rank: int = 64
     value_rank: int | None = 32
     gate_rank: int = 128
-    init: Init = FanInUniform(gain=0.5)
-    key_init: Init = FanInUniform(gain=0.05)
 
     def validate(self):
       super().validate()

@@ -100,14 +100,19 @@ def test_golden_numbers(model):
 
 
 def test_matrices(model):
+  """Every matrix as `generate_init_weight` of the official code draws it (BlinkDL/RWKV-LM,
+  RWKV-v7/train_temp/src/model.py, commit 118e451): after the modules' own, uniform, initializers it
+  draws `receptance` and `value` again, orthogonal of gain 1, `att.key` of 0.1 and `ffn.key`, [4 D,
+  D] there, of 1, so that each of them has the standard deviation gain / sqrt(D)."""
   params = model[1]
   for layer in (0, 4):
-    for name, bound in (('r.kernel', 0.5), ('v.kernel', 0.5), ('k.kernel', 0.05)):
+    for name, gain in (('r.kernel', 1.0), ('v.kernel', 1.0), ('k.kernel', 0.1)):
       w = of_block(params, layer, 0, name)
-      assert 0.98 * bound < np.abs(w).max() * D**0.5 <= bound
+      np.testing.assert_allclose(w @ w.T, gain**2 * np.eye(D), atol=1e-5, err_msg=name)
+      assert abs(w.mean()) < 5 * gain / D**1.5, name  # five standard errors
     h = of_block(params, layer, 1, 'k.kernel')
     assert h.shape == (D, 4 * D)
-    assert 0.98 * 0.5 < np.abs(h).max() * D**0.5 <= 0.5
+    np.testing.assert_allclose(h @ h.T, np.eye(D), atol=1e-5)
     for branch, name in ((0, 'o.kernel'), (1, 'v.kernel'), (0, 'decay.a'), (0, 'gate.a')):
       assert not of_block(params, layer, branch, name).any(), name
     for name, rank in (('decay', 8), ('rate', 8), ('gate', 16)):

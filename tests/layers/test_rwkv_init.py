@@ -15,9 +15,11 @@ from jaxformer.layers.rwkv4 import TimeMix4
 from jaxformer.layers.rwkv5 import TimeMix5
 from jaxformer.layers.rwkv6 import TimeMix6
 from jaxformer.models.params import define
+from jaxformer.models.zoo import PRESETS
 from jaxformer.models.zoo.rwkv4 import rwkv4
 from jaxformer.models.zoo.rwkv5 import rwkv5
 from jaxformer.models.zoo.rwkv6 import rwkv6
+from jaxformer.training.recipes import RECIPES
 
 pytestmark = pytest.mark.quick
 D, L, K = 128, 6, 32
@@ -91,6 +93,8 @@ def test_vectors_of_time_mixing(version, layer):
 
 @pytest.mark.parametrize('version', CHANNELS)
 def test_channel_mixing(version):
+  """RWKV-6's exponent is 1 - layer / L, as in BlinkDL/RWKV-LM, RWKV-v5/src/model.py, at commit
+  43045b7, with which the published models were trained; since November 2024 it is cubed there."""
   found, F = values(CHANNELS[version], 3), 4 * D if version == 4 else 448
   for name in ('mix_k', 'mix_r'):
     expected = (np.arange(D) / D) ** (1 - 3 / L)
@@ -152,8 +156,13 @@ def test_matrices_of_time_mixing(version):
 
 
 def test_embedding_and_head():
-  """Of all versions: numbers up to 1e-4, and an orthogonal head of gain 1/2, larger by the root of
-  V / D."""
+  """Of all versions: numbers up to 1e-4, or up to the learning rate in the published models of
+  RWKV-4 (BlinkDL/RWKV-LM, RWKV-v4neo/src/model.py, commit 038f06b: `scale = -1 * lr_init`), and an
+  orthogonal head of gain 1/2, larger by the root of V / D."""
+  for name, preset in PRESETS.items():
+    if preset.family == 'rwkv4' and name in RECIPES:
+      rate = RECIPES[name].experiment.optimizer.learning_rate
+      assert preset.model.embedding_init.bound == rate
   for model in (
     rwkv4(32, 1, vocab_size=70),
     rwkv5(32, 1, vocab_size=70, head_dim=K),

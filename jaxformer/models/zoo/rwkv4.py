@@ -17,15 +17,16 @@ LAYER_NORM = LayerNorm()
 
 
 def rwkv(
-  width: int, *groups: Group, norm: LayerNorm = LAYER_NORM, **fields: Any
+  width: int, *groups: Group, norm: LayerNorm = LAYER_NORM, embedding: float = 1e-4, **fields: Any
 ) -> LanguageModel.Config:
-  """Blocks in the frame of RWKV-4 to 7: norms, embedding and head."""
+  """Blocks in the frame of RWKV-4 to 7: norms, embedding and head. Embeddings are initialized to
+  numbers up to `embedding`."""
   return LanguageModel.Config(
     width=width,
     stack=groups,
     embedding_norm=norm,
     final_norm=norm,
-    embedding_init=Uniform(bound=1e-4),
+    embedding_init=Uniform(bound=embedding),
     head_init=Orthogonal(gain=0.5),
     **fields,
   )
@@ -39,21 +40,25 @@ def rwkv4(
   vocab_size: int = 50277,
   hidden: int | None = None,
   norm: LayerNorm = LAYER_NORM,
+  embedding: float = 1e-4,
 ) -> LanguageModel.Config:
   """The RWKV-4 architecture."""
   channels = ChannelMix.Config(version=4, hidden=hidden or 4 * width, init=Orthogonal())
   group = Group(pattern=(pre_norm(norm, TimeMix4.Config(), channels),), repeats=layers)
-  return rwkv(width, group, norm=norm, context_length=context_length, vocab_size=vocab_size)
+  sizes = {'context_length': context_length, 'vocab_size': vocab_size}
+  return rwkv(width, group, norm=norm, embedding=embedding, **sizes)
 
 
-for name, *sizes in (  # width, layers
-  ('rwkv4-169m', 768, 12),
-  ('rwkv4-430m', 1024, 24),
-  ('rwkv4-1b5', 2048, 24),
-  ('rwkv4-3b', 2560, 32),
-  ('rwkv4-7b', 4096, 32),
-  ('rwkv4-14b', 5120, 40),
+# width, layers, and the learning rate, up to which the official code draws the embeddings
+# (RWKV-v4neo, `generate_init_weight`)
+for name, width, layers, rate in (
+  ('rwkv4-169m', 768, 12, 6e-4),
+  ('rwkv4-430m', 1024, 24, 4e-4),
+  ('rwkv4-1b5', 2048, 24, 3e-4),
+  ('rwkv4-3b', 2560, 32, 1.5e-4),
+  ('rwkv4-7b', 4096, 32, 1.5e-4),
+  ('rwkv4-14b', 5120, 40, 1e-4),
 ):
-  preset(name, 'rwkv4', rwkv4(*sizes))
+  preset(name, 'rwkv4', rwkv4(width, layers, embedding=rate))
 preset('rwkv4-tiny', 'rwkv4', rwkv4(128, 4, **TINY))
 family('rwkv4', rwkv4, hidden=four_times)

@@ -4,7 +4,6 @@ head."""
 
 import functools
 
-from jaxformer.layers.init import FanInUniform
 from jaxformer.layers.rwkv import ChannelMix
 from jaxformer.layers.rwkv7 import TimeMix7
 from jaxformer.models.block import Block, pre_norm
@@ -30,7 +29,7 @@ def rwkv7(
   first = TimeMix7.Config(
     head_dim=head_dim, decay_rank=decay, rate_rank=rate, value_rank=None, gate_rank=gate
   )
-  channels = ChannelMix.Config(version=7, hidden=hidden or 4 * width, init=FanInUniform(gain=0.5))
+  channels = ChannelMix.Config(version=7, hidden=hidden or 4 * width)
 
   def block(time: TimeMix7.Config) -> Block.Config:
     return pre_norm(LAYER_NORM, time, channels)

@@ -16,6 +16,7 @@ WORLD = PublishedTokenizer(
   name='RWKV World trie (rwkv_vocab_v20230424.txt, which is no tokenizer.json)', vocab_size=65536
 )
 FROM_CODE = 'of the repository: orthogonal matrices, many zeros, embedding U(-1e-4, 1e-4)'
+FROM_CODE4 = 'of the repository: orthogonal matrices, many zeros, embedding U(-rate, rate)'
 
 # ---- RWKV-4: the Pile once, in mini-epochs of 40,320 sequences of 1,024 tokens -------------------
 
@@ -38,7 +39,7 @@ ORIGINS4: Origins = {
   'steps': derived('8,043 x 40,320 / 128'),
   'warmup': RWKV4.at('appendix G', 'none: its "warm-up" is the constant phase'),
   'schedule': RWKV4.at('appendix G, table 3', 'constant, then exponential decay'),
-  'init': CODE4.at('src/model.py', 'there the embedding is U(-rate, rate)'),
+  'init': CODE4.at('src/model.py'),
   'tokenizer': RWKV4.at('', 'padded in the preset'),
 }
 
@@ -59,7 +60,7 @@ for name, rate, final, hold in (  # table 3: rates, and mini-epochs at the first
       learning_rate=rate, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.0, clip=1.0
     ),
     schedule=Exponential(warmup=0, hold=hold * MINI_EPOCH // BATCH4, final=final / rate),
-    init=FROM_CODE,
+    init=FROM_CODE4,
     precision='bfloat16',
     origins=ORIGINS4,
     note='The penalty on the largest logit beside the loss (1e-4) is left out.',
