@@ -28,7 +28,9 @@ def user_path(name: str | os.PathLike[str], field: str = '') -> Path:
   """
   text = os.fspath(name)
   problem = ''
-  if not is_text(text):
+  if not text:
+    problem = 'must not be empty'
+  elif not is_text(text):
     problem = 'must be text in UTF-8 without null characters'
   elif len(text.encode()) > PATH_BYTES or any(
     len(part.encode()) > PART_BYTES for part in text.split(os.sep)

@@ -7,12 +7,13 @@ takes --source, or each line of standard input, and beam search options; it prin
 each."""
 
 import argparse
+import io
 import sys
 from collections.abc import Sequence
 from typing import Any
 
 import jaxformer as jf
-from jaxformer.cli.output import emit, json_option, print_json, run_argument
+from jaxformer.cli.output import emit, json_option, print_json, read_stdin, run_argument
 
 OVERRIDES = False
 JOINS = True
@@ -74,7 +75,7 @@ def run(model: str, json: bool, code: Sequence[str] = (), **given: Any) -> None:
 
 
 def _generate(model: jf.Model, json: bool, prompt: Sequence[str] = ('',), **options: Any) -> None:
-  prompts = [sys.stdin.read() if p == '-' else p for p in prompt]
+  prompts = [read_stdin() if p == '-' else p for p in prompt]
   if len(prompts) == 1 and not json:
     pieces = model.stream(prompts[0], **options)
     emit(prompts[0], end='')
@@ -93,12 +94,13 @@ def _generate(model: jf.Model, json: bool, prompt: Sequence[str] = ('',), **opti
 def _translate(
   model: jf.Model, json: bool, source: Sequence[str] | None = None, **options: Any
 ) -> None:
-  if source is None and sys.stdin.isatty():
+  if source is None and sys.stdin is not None and sys.stdin.isatty():
     print('one text to translate per line; Ctrl-D ends', file=sys.stderr)
-  sources = [line.rstrip('\n') for line in sys.stdin] if source is None else source
-  found = model.translations(sources, **options)
+  if source is None:
+    source = [line.removesuffix('\n') for line in io.StringIO(read_stdin())]
+  found = model.translations(source, **options)
   if json:
-    pairs = zip(sources, found, strict=True)
+    pairs = zip(source, found, strict=True)
     print_json([{'source': s, 'text': text, **t._asdict()} for s, (text, t) in pairs])
   else:
     for text, _ in found:

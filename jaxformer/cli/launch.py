@@ -73,7 +73,7 @@ def run(json: bool, dry_run: bool = False, yes: bool = False, **options: Any) ->
         emit(f'\n==== {path} ====\n{text.rstrip()}')
     return DONE
   plan.check_complete()
-  if not yes and not sys.stdin.isatty():
+  if not yes and (sys.stdin is None or not sys.stdin.isatty()):
     raise jf.InputError(
       'launch needs confirmation but stdin is not a terminal: --yes to start, or --dry-run'
     )

@@ -13,12 +13,13 @@ import importlib
 import io
 import os
 import pathlib
+import re
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import jaxformer as jf
-from jaxformer.config import InputError, nearest
+from jaxformer.config import CommandLineText, InputError, decode, nearest, shown
 from jaxformer.exit_codes import BAD_INPUT, DONE, FAILED, INTERRUPTED, PREEMPTED, Failure
 from jaxformer.files import is_of_storage, write_error
 from jaxformer.installation import installation
@@ -40,6 +41,7 @@ COMMANDS = (
   'data',
   'launch',
 )
+OUT_OF_MEMORY = 'out of memory; must be a smaller batch, sequence length or model'
 BOOKKEEPING = ('command', 'module', 'known')  # what the parser holds beside the options
 
 
@@ -73,8 +75,14 @@ def main(argv: Sequence[str] | None = None) -> int:
       raise
     _complain(f'error: {write_error("a file", e)}')
     return FAILED
-  except RuntimeError as e:
-    if not str(e).startswith('Unable to initialize backend'):  # JAX has no type for this
+  except MemoryError as e:  # of NumPy
+    _complain(f'error: {OUT_OF_MEMORY} ({" ".join(str(e).split())})')
+    return FAILED
+  except RuntimeError as e:  # JAX has no types for these
+    if any(words in str(e) for words in ('RESOURCE_EXHAUSTED', 'Out of memory')):
+      _complain(f'error: {OUT_OF_MEMORY} ({" ".join(str(e).split())[:300]})')
+      return FAILED
+    if not str(e).startswith('Unable to initialize backend'):
       raise
     given = os.environ.get('JAX_PLATFORMS', '')
     _complain(f'error: {InputError("JAX_PLATFORMS", given, problem=" ".join(str(e).split()))}')
@@ -160,11 +168,35 @@ def join_processes() -> contextlib.AbstractContextManager[None]:
   return announced()
 
 
+class _Once(argparse._StoreAction):
+  """An option whose value would be lost if another one were given."""
+
+  text: Any = None
+
+  def __call__(self, parser, namespace, values, option_string=None):
+    if option_string is not None:
+      if self.text not in (None, values):
+        given = f'also given as {option_string} {shown(self.text)}; give it once'
+        raise InputError(option_string, values, problem=given)
+      self.text = values
+    super().__call__(parser, namespace, values, option_string)
+
+
 class _Parser(argparse.ArgumentParser):
-  """argparse with `InputError`s that name the nearest words."""
+  """argparse with `InputError`s that name the nearest words, and numbers as in overrides."""
+
+  def __init__(self, *args: Any, **kwargs: Any):
+    super().__init__(*args, **kwargs)
+    self.register('action', None, _Once)
+    self._negative_number_matcher = re.compile(r'-(\d|\.\d|inf|nan)')  # its own lacks exponents
 
   def error(self, message: str) -> NoReturn:
     raise InputError(f'{message}; see `{self.prog} --help`')
+
+  def _get_value(self, action: argparse.Action, text: str) -> Any:
+    if action.type in (int, float):
+      return decode(CommandLineText(text), action.type, action.option_strings[-1])
+    return super()._get_value(action, text)
 
   def _check_value(self, action: argparse.Action, value: object) -> None:
     if action.choices is not None and value not in action.choices:

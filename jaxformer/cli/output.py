@@ -1,4 +1,4 @@
-"""Options that several commands share, and how results are printed."""
+"""Options that several commands share, and how text is read and results are printed."""
 
 import argparse
 import json
@@ -6,6 +6,7 @@ import os
 import sys
 from typing import Any
 
+from jaxformer.config import InputError
 from jaxformer.exit_codes import Failure
 from jaxformer.json_data import json_data
 
@@ -16,6 +17,18 @@ SIZES = {
   'flops_per_token': 'number of training FLOPs per token',
   'state_bytes': 'number of bytes of decoding state',
 }
+
+
+def read_stdin() -> str:
+  """Return the text of standard input. Raises `InputError` for one that is closed or no text."""
+  if sys.stdin is None:
+    raise InputError('standard input: is closed; must be open, or the text given as an option')
+  try:
+    return sys.stdin.read()
+  except UnicodeDecodeError as e:
+    raise InputError(f'standard input: not valid UTF-8 at byte offset {e.start}') from None
+  except OSError as e:
+    raise InputError(f'standard input: cannot be read ({e.strerror})') from None
 
 
 def emit(text: str, end: str = '\n') -> None:

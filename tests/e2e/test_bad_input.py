@@ -1,12 +1,15 @@
 """What cannot be used is said in one message, with code 2, before anything of the user's is
 touched."""
 
+import io
 import shlex
 import shutil
 
 import pytest
 
 from jaxformer.cli import main
+from jaxformer.cli.output import read_stdin
+from jaxformer.config import InputError
 from tests.e2e.conftest import FIRST
 from tests.e2e.program import SMALL, contents, last
 
@@ -57,6 +60,13 @@ OPTIONS = [
   ('list --model.width 3', '--model.width', 'takes no overrides'),
   ('generate first --dtype float8', "'float8'", 'float32, bfloat16'),
   ('generate first --top-k x', '--top-k', "'x'"),
+  ('generate first --top-k ٣', "--top-k = '٣'", 'a whole number'),
+  ('generate first --top-k 1.5', '--top-k = 1.5', 'a whole number'),
+  ('generate first --top-p -inf', '--top-p = -inf', 'a finite number'),
+  ('generate first --seed 1 --seed 2', '--seed = 2', 'also given as --seed 1'),
+  ("generate ''", "run = ''", 'not be empty'),
+  ("train gpt2-tiny --run.dir ''", "run.dir = ''", 'not be empty'),
+  ('generate first --temperature -1e5', 'temperature = -100000.0', 'at least 0'),
   ('generate first --temperature -1', 'temperature = -1.0', 'at least 0'),
   ('generate first --temperature nan', 'temperature = nan'),
   ('generate first --top-k 0', 'top_k = 0', 'positive'),
@@ -393,7 +403,6 @@ def test_a_dict_of_parameters_is_checked_by_name_and_shape(tmp_path, monkeypatch
   import numpy as np
 
   import jaxformer
-  from jaxformer.config import InputError
   from jaxformer.models.params import define
 
   monkeypatch.chdir(tmp_path)
@@ -413,3 +422,38 @@ def test_a_dict_of_parameters_is_checked_by_name_and_shape(tmp_path, monkeypatch
   ):
     assert line in str(e.value)
   assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+  ('stdin', 'problem'),
+  [
+    (None, 'is closed'),
+    (io.TextIOWrapper(io.BytesIO(b'ab\xff'), 'utf-8'), 'not valid UTF-8 at byte offset 2'),
+  ],
+)
+def test_standard_input_that_cannot_be_read(stdin, problem, monkeypatch):
+  monkeypatch.setattr('sys.stdin', stdin)
+  with pytest.raises(InputError, match=f'standard input: {problem}'):
+    read_stdin()
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+  'error',
+  [
+    MemoryError('Unable to allocate 7.28 TiB'),
+    RuntimeError('RESOURCE_EXHAUSTED: Out of memory allocating 50304067704 bytes.'),
+    RuntimeError('INTERNAL: Error dispatching computation:\nOut of memory allocating 5 bytes.'),
+  ],
+)
+def test_too_little_memory_is_told_in_a_line(error, monkeypatch, capsys):
+  def run(**_):
+    raise error
+
+  monkeypatch.setattr('jaxformer.cli.list.run', run)
+  assert main(['list']) == 1
+  out, err = capsys.readouterr()
+  assert out == ''
+  assert err.startswith('error: out of memory; must be a smaller batch')
+  assert len(err.splitlines()) == 1
