@@ -193,10 +193,10 @@ class _Parser(argparse.ArgumentParser):
   def error(self, message: str) -> NoReturn:
     raise InputError(f'{message}; see `{self.prog} --help`')
 
-  def _get_value(self, action: argparse.Action, text: str) -> Any:
+  def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
     if action.type in (int, float):
-      return decode(CommandLineText(text), action.type, action.option_strings[-1])
-    return super()._get_value(action, text)
+      return decode(CommandLineText(arg_string), action.type, action.option_strings[-1])
+    return super()._get_value(action, arg_string)
 
   def _check_value(self, action: argparse.Action, value: object) -> None:
     if action.choices is not None and value not in action.choices:
