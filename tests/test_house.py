@@ -29,7 +29,7 @@ BASE = {
   'json_data',
   'installation',
 }
-MODELS = BASE | {'sharding', 'ops', 'layers', 'models'}
+MODELS = BASE | {'memory', 'sharding', 'ops', 'layers', 'models'}
 MAY_IMPORT = {
   'local_files': set(),
   'code_record': {'local_files'},
@@ -39,6 +39,7 @@ MAY_IMPORT = {
   'files': {'config', 'exit_codes'},
   'json_data': set(),
   'installation': set(),
+  'memory': {'config'},
   'overrides': {'config', 'json_data', 'user_code'},
   'user_modules': {'code_record', 'local_files'},
   'user_code': {'code_record', 'config', 'files', 'local_files', 'user_modules'},
@@ -47,7 +48,7 @@ MAY_IMPORT = {
   'sharding': BASE | {'sharding_rules'},
   'ops': BASE | {'sharding'},
   'layers': BASE | {'sharding', 'ops'},
-  'models': BASE | {'sharding', 'ops', 'layers'},
+  'models': BASE | {'memory', 'sharding', 'ops', 'layers'},
   'inference': MODELS,
   'planning': MODELS,
   'interop': MODELS,

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxformer.config import InputError
+from jaxformer.files import user_path
 from jaxformer.inference.decoding import token_ids
 from jaxformer.layers.layer import Context
 from jaxformer.models.encoder_decoder import EncoderDecoder
@@ -67,6 +68,11 @@ def draw(
   right (as figure 3 of Bahdanau et al. 2014), in the format of the path's suffix."""
   from matplotlib.figure import Figure
 
+  file = user_path(path, 'out')
+  if not file.suffix:
+    raise InputError('out', str(path), 'a file whose suffix is a format, as .png, .svg or .pdf')
+  if file.exists() and not file.is_file():
+    raise InputError('out', str(path), 'a file')
   T, S = weights_TS.shape
   if (len(target), len(source)) != (T, S):
     raise InputError(
@@ -82,6 +88,6 @@ def draw(
   axes.xaxis.tick_top()
   axes.tick_params(length=0)
   try:
-    figure.savefig(path)
+    figure.savefig(file)
   except (OSError, ValueError) as e:
     raise InputError(f'{path}: the picture cannot be written ({e})') from None

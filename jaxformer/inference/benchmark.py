@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from jaxformer.config import InputError
-from jaxformer.inference.decoding import check_positive, request
+from jaxformer.inference.decoding import check_positive, check_state, request
 from jaxformer.inference.sampling import GREEDY
 from jaxformer.models.language_model import LanguageModel
 from jaxformer.models.params import Definition, Params
@@ -48,6 +48,7 @@ def time_decode(
   if new_tokens < 2:
     raise InputError('new_tokens', new_tokens, 'at least 2')
   config, shape = definition.config, (batch, prompt_length)
+  check_state(config, batch, prompt_length + new_tokens, None, context_length=prompt_length)
   prompts = np.random.default_rng(0).integers(0, config.vocab_size, shape).tolist()
   r = request(definition, params, prompts, max_new_tokens=new_tokens, sampling=GREEDY, dtype=dtype)
   start = time.perf_counter()

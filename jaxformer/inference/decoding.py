@@ -23,6 +23,8 @@ from jaxformer.config import InputError
 from jaxformer.inference.sampling import GREEDY, PLAIN, Sampling, sample
 from jaxformer.inference.token_rules import FREE, TokenRules
 from jaxformer.layers.layer import Context, State
+from jaxformer.memory import check_fits
+from jaxformer.models.autoregressive import AutoregressiveConfig
 from jaxformer.models.language_model import LanguageModel
 from jaxformer.models.params import Definition, Params
 from jaxformer.sharding import Parallel, use_mesh
@@ -302,6 +304,9 @@ def request(
       f'than the {most} learned positions of the model'
     )
   padded = min(bucket(length), most - max_new_tokens)
+  check_state(
+    config, len(started), min(padded + room, most), parallel, max_new_tokens=max_new_tokens
+  )
   if dtype is not None:
     params = definition.cast(params, dtype)
   return Request(
@@ -345,10 +350,32 @@ def generate(r: Request) -> list[Generated]:
 
 
 def check_positive(**given: int | None) -> None:
-  """Raise `InputError` for a number below 1."""
+  """Raise `InputError` for a number below 1, or one that no array can have elements."""
   for field, value in given.items():
-    if value is not None and value < 1:
-      raise InputError(field, value, 'at least 1')
+    if value is not None and not 1 <= value < 2**31:
+      raise InputError(field, value, 'at least 1' if value < 1 else 'below 2^31')
+
+
+def check_state(
+  config: AutoregressiveConfig,
+  rows: int,
+  length: int,
+  parallel: Parallel | None,
+  more: int = 0,
+  **given: Any,
+) -> None:
+  """Raise `InputError` for decoding whose state does not fit the memory of the devices, at 2 bytes
+  per number and 4 per token, and `more` bytes.
+
+  Args:
+    rows: sequences at once.
+    length: tokens of each.
+    given: what is too large, by its name.
+  """
+  (field, value), devices = given.popitem(), 1 if parallel is None else parallel.mesh.size
+  needed = rows * (2 * (config.state_size(length) or 0) + 4 * length) + more
+  what = f'{rows:,} sequences of {length:,} tokens'
+  check_fits(needed / devices, field, value, what, 'fewer tokens, or fewer sequences at once')
 
 
 def token_ids(name: str, ids: Iterable[int], vocab_size: int) -> list[int]:

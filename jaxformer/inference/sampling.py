@@ -33,12 +33,14 @@ class Sampling(Config):
   min_p: float | None = None
 
   def validate(self):
-    # Comparisons are written so that NaN fails them.
+    # Comparisons are written so that NaN fails them; numbers beyond these are not finite in fp32.
     self.require(
-      0 <= self.temperature < float('inf'), 'temperature', 'at least 0, where 0 is greedy'
+      self.temperature == 0 or 1e-6 <= self.temperature <= 1e6,
+      'temperature',
+      'at least 0, where 0 is greedy, and else from 1e-6 to 1e6',
     )
     rules = (
-      ('repetition_penalty', lambda r: 0 < r < float('inf') and r != 1, 'positive and not 1'),
+      ('repetition_penalty', lambda r: 1e-6 <= r <= 1e6 and r != 1, 'from 1e-6 to 1e6 and not 1'),
       ('top_k', lambda k: k > 0, 'positive'),
       ('top_p', lambda p: 0 < p < 1, 'above 0 and below 1'),
       ('min_p', lambda m: 0 < m <= 1, 'above 0 and at most 1'),

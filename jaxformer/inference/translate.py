@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxformer.config import InputError
 from jaxformer.inference.beam import GREEDY_BEAM, Beam, beam_search
-from jaxformer.inference.decoding import bucket, check_positive, token_ids
+from jaxformer.inference.decoding import bucket, check_positive, check_state, token_ids
 from jaxformer.inference.token_rules import FREE, TokenRules
 from jaxformer.models.encoder_decoder import EncoderDecoder
 from jaxformer.models.params import Definition, Params
@@ -107,6 +107,10 @@ def translate(
     source_BS = np.full((len(filled), most(bucket(len(filled[-1])))), IGNORE, np.int32)
     for b, row in enumerate(filled):
       source_BS[b, : len(row)] = row
+    room, K = most(bucket(int(limit_B.max()))), beam.width
+    scores = 0 if K == 1 else 4 * len(filled) * K * config.vocab_size
+    given = {'max_new_tokens': room} if K == 1 else {'beam': K}
+    check_state(config, len(filled) * K, room, parallel, scores, **given)
     with use_mesh(parallel):
       best = beam_search(
         definition,
@@ -116,7 +120,7 @@ def translate(
         np.int32(end),
         limit_B,
         beam=beam,
-        max_new_tokens=most(bucket(int(limit_B.max()))),
+        max_new_tokens=room,
         vocab_size=vocab_size,
         rules=rules,
         where=parallel,

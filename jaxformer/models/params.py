@@ -16,6 +16,7 @@ from flax import nnx
 from jaxtyping import Array
 
 from jaxformer.config import InputError, whole_numbers
+from jaxformer.memory import check_fits
 from jaxformer.sharding import Parallel
 
 Params = dict[str, Array]
@@ -71,7 +72,15 @@ class Definition(Generic[M_co]):
 
   def init(self, key: Array, parallel: Parallel | None = None) -> Params:
     """Initialize the parameters; on a mesh directly with their sharding, and equal to those of one
-    device."""
+    device. Raises `InputError` for more than fit the memory of a device."""
+    needed = sum(
+      i.dtype.itemsize
+      * math.prod(i.shape if a.sharding is None else a.sharding.shard_shape(i.shape))
+      for i, a in zip(self.info.values(), self.abstract(parallel).values(), strict=True)
+    )
+    check_fits(
+      needed, 'params', self.size, f'{self.size:,} parameters', 'a smaller model, or more devices'
+    )
     where = None if parallel is None else tuple(self.shardings(parallel).values())
     return dict(zip(self.info, _initialiser(self, where)(key), strict=True))
 

@@ -18,7 +18,7 @@ from jaxformer.planning.hardware import chip
 from jaxformer.sharding import make_parallel
 from jaxformer.study.tables import amount
 from jaxformer.task_type import LANGUAGE_MODELING, Batch
-from jaxformer.training import Experiment
+from jaxformer.training import Experiment, check
 from jaxformer.training.step import compute_dtype
 from jaxformer.training.timing import timed_step
 from jaxformer.workflows.names import experiment
@@ -103,6 +103,8 @@ def bench(
     raise InputError('new_tokens', new_tokens, 'at least 2, or 0 for no decoding')
   if wrong := [n for n in context_lengths if n < 1]:
     raise InputError('context_length', wrong[0], 'positive')
+  if steps:
+    check(e)  # before a batch is made
   training = _training(e, steps, log) if steps else None
   decoding = []
   if new_tokens and e.model.task == LANGUAGE_MODELING:

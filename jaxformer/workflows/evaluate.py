@@ -10,6 +10,7 @@ from jaxformer.data import DatasetConfig, Text, open_data
 from jaxformer.data.local_paths import paths_of
 from jaxformer.evaluation import EvalResult, evaluate, loss_by_position, translate_held_out
 from jaxformer.inference.decoding import check_positive
+from jaxformer.memory import check_fits
 from jaxformer.overrides import override
 from jaxformer.task_type import TRANSLATION
 from jaxformer.training.experiment import Experiment, check_fit
@@ -64,6 +65,13 @@ def evaluate_model(
   check_fit(model.config, chosen)
   if by_position and chosen.task.predicts == 'class':
     raise InputError(f'by_position: {chosen.tag} has one class per sequence')
+  check_fits(
+    batch_size * chosen.positions * (8 + 2 * model.config.width),  # token ids and the last layer
+    'batch_size',
+    batch_size,
+    f'{batch_size:,} sequences of {chosen.positions:,} tokens',
+    'a smaller batch',
+  )
   dataset = open_data(chosen, log=log, tokenizer=model.tokenizer)
   check_fit(model.config, chosen, dataset.vocab_size, dataset.source_vocab_size)
   same = None

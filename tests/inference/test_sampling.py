@@ -123,6 +123,8 @@ def test_greedy_takes_the_argmax_after_the_penalty():
   'wrong',
   [
     {'temperature': -1.0},
+    {'temperature': 1e-300},
+    {'temperature': 1e300},
     {'temperature': float('nan')},
     {'temperature': float('inf')},
     {'top_k': 0},
@@ -133,6 +135,7 @@ def test_greedy_takes_the_argmax_after_the_penalty():
     {'min_p': 1.5},
     {'repetition_penalty': 0.0},
     {'repetition_penalty': 1.0},
+    {'repetition_penalty': 1e300},
     {'temperature': 0.0, 'top_k': 5},
     {'temperature': 0.0, 'top_p': 0.5},
     {'temperature': 0.0, 'min_p': 0.5},

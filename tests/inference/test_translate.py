@@ -209,6 +209,9 @@ def test_an_alignment_and_its_picture(tmp_path):
   assert found.shape == (2, 3, 6)
   np.testing.assert_allclose(found.mean(0).sum(1), 1, atol=1e-5)
   draw(tmp_path / 'a.png', found.mean(0), list('abcde$'), list('xy$'))
+  for name in ('a', 'x\udcff.png', '', tmp_path):
+    with pytest.raises(InputError, match='out = '):
+      draw(name, found.mean(0), list('abcde$'), list('xy$'))
   assert (tmp_path / 'a.png').read_bytes().startswith(b'\x89PNG')
   with pytest.raises(InputError, match='cannot be written'):
     draw(tmp_path / 'a.unknown', found.mean(0), list('abcde$'), list('xy$'))
