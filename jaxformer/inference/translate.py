@@ -107,10 +107,8 @@ def translate(
     source_BS = np.full((len(filled), most(bucket(len(filled[-1])))), IGNORE, np.int32)
     for b, row in enumerate(filled):
       source_BS[b, : len(row)] = row
-    room, K = most(bucket(int(limit_B.max()))), beam.width
-    scores = 0 if K == 1 else 4 * len(filled) * K * config.vocab_size
-    given = {'max_new_tokens': room} if K == 1 else {'beam': K}
-    check_state(config, len(filled) * K, room, parallel, scores, **given)
+    room = most(bucket(int(limit_B.max())))
+    _check_memory(config, len(filled), beam.width, room, parallel)
     with use_mesh(parallel):
       best = beam_search(
         definition,
@@ -135,3 +133,12 @@ def translate(
         bool(best.finished_BK[b]),
       )
   return [found[i] for i in range(len(rows))]
+
+
+def _check_memory(
+  config: EncoderDecoder.Config, sources: int, width: int, room: int, parallel: Parallel | None
+) -> None:
+  """Raises `InputError` for a search that does not fit the memory of the devices."""
+  rows, given = sources * width, {'max_new_tokens': room} if width == 1 else {'beam': width}
+  scores = 0 if width == 1 else 4 * rows * config.vocab_size  # a beam is sorted at once
+  check_state(config, rows, room, parallel, scores, **given)
