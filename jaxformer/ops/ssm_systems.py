@@ -22,9 +22,10 @@ def zoh(
   """Zero-order hold of x' = a x + b u for diagonal a: log Abar = dt a and Bbar = (Abar - 1) / a b
   (Gu et al. 2022, eq. 6).
 
-  The imaginary part of log Abar is reduced to [-pi, pi], so that powers of Abar are accurate. `a`
-  must not be 0."""
+  The imaginary part of log Abar is reduced to [-pi, pi], so that powers of Abar are accurate. Near
+  a = 0, where the quotient and its gradient are lost, Bbar is dt (1 + dt a / 2) b."""
   z = dt_H[:, None] * a
+  small = jnp.square(z.real) + jnp.square(z.imag) < 1e-10
   half = jnp.sin(0.5 * z.imag)
   # e^z - 1 without the cancellation near z = 0.
   grown = jax.lax.complex(
@@ -33,25 +34,33 @@ def zoh(
   turns = jax.lax.stop_gradient(jnp.round(z.imag / (2 * math.pi)))
   high = 6.28125  # 2 pi in two parts, of which the first times a small integer is exact
   angle = (z.imag - turns * high) - turns * (2 * math.pi - high)
-  return jax.lax.complex(z.real, angle), grown / a * b
+  quotient = grown / jnp.where(small, 1.0, a) * b
+  return jax.lax.complex(z.real, angle), jnp.where(
+    small, dt_H[:, None] * (1 + 0.5 * z) * b, quotient
+  )
 
 
 def bilinear(
   a: Complex[Array, 'H N'], b: Complex[Array, 'H N'], dt_H: Float[Array, ' H']
 ) -> tuple[Array, Array]:
   """Tustin's rule for diagonal a: Abar = (1 + dt a / 2) / (1 - dt a / 2), Bbar = dt b / (1 - dt a /
-  2). Returns log Abar and Bbar."""
+  2). Returns log Abar and Bbar.
+
+  Where Abar is 0, dt a / 2 counts as the next number above -1, since log 0 has no gradient."""
   w = 0.5 * dt_H[:, None] * a
+  step = 2.0**-24  # from -1 to that number
+  over = 1 + w.real
+  over = over + jnp.where(jnp.square(over) + jnp.square(w.imag) < step**2, step, 0.0)
   above, below = (
-    jnp.square(1 + w.real) + jnp.square(w.imag),
+    jnp.square(over) + jnp.square(w.imag),
     jnp.square(1 - w.real) + jnp.square(w.imag),
   )
   # |Abar|^2 - 1: exact where Abar is near the unit circle
   ratio = 4 * w.real / below
   near = ratio > -0.5
-  far = jnp.log(jnp.maximum(above, 1e-30)) - jnp.log(below)
+  far = jnp.log(above) - jnp.log(below)
   size = 0.5 * jnp.where(near, jnp.log1p(jnp.where(near, ratio, 0.0)), far)
-  angle = jnp.arctan2(w.imag, 1 + w.real) + jnp.arctan2(w.imag, 1 - w.real)
+  angle = jnp.arctan2(w.imag, over) + jnp.arctan2(w.imag, 1 - w.real)
   return jax.lax.complex(size, angle), dt_H[:, None] * b / (1 - w)
 
 

@@ -147,6 +147,43 @@ def test_bilinear_of_a_real_system():
   close(jnp.exp(log_a).real, (1 + np.asarray(a).real / 2) / (1 - np.asarray(a).real / 2), 1e-6)
 
 
+def tustin(a, dt):
+  return (1 + dt * a / 2) / (1 - dt * a / 2), dt / (1 - dt * a / 2)
+
+
+def hold(a, dt):
+  return np.exp(dt * a), dt if abs(dt * a) < 1e-9 else np.expm1(dt * a) / a
+
+
+@pytest.mark.parametrize(
+  ('rule', 'exact', 'a', 'dt'),
+  [
+    *((bilinear, tustin, a, dt) for a, dt in ((-2.0, 1.0), (-4.0, 0.5), (-2.0 + 1e-20j, 1.0))),
+    *((zoh, hold, a, 0.25) for a in (0.0, -1e-38, -1e-30, 1e-32j, -1e-12 + 1e-12j, -1e-5, -3e-5)),
+  ],
+)
+def test_gradients_where_a_quotient_or_a_logarithm_has_none(rule, exact, a, dt):
+  """Tustin's rule at Abar = 0, and the zero-order hold at a = 0: values and gradients of the kernel
+  with respect to both parts of a and to dt, against differences in double precision."""
+  weights = np.array([0.7 - 0.2j, 1.3 + 0.4j, -0.5 + 0.9j])
+
+  def kernel(re, im, dt):
+    log_a, b = rule(jax.lax.complex(re, im)[None, None], jnp.ones((1, 1), jnp.complex64), dt[None])
+    terms = weights * jnp.exp(jnp.arange(3) * log_a[0, 0]) * b[0, 0]
+    return 2 * jnp.sum(terms.real)
+
+  def slow(re, im, dt):
+    abar, b = exact(complex(re, im), dt)
+    return 2 * np.sum(weights * abar ** np.arange(3) * b).real
+
+  at = np.array([np.real(a), np.imag(a), dt])
+  value, gradient = jax.value_and_grad(kernel, argnums=(0, 1, 2))(*jnp.float32(at))
+  steps = 1e-5 * np.eye(3)
+  expected = [(slow(*(at + h)) - slow(*(at - h))) / 2e-5 for h in steps]
+  np.testing.assert_allclose(value, slow(*at), rtol=1e-6)
+  np.testing.assert_allclose(gradient, expected, rtol=2e-4, atol=2e-5)
+
+
 @pytest.mark.parametrize('kind', KINDS)
 def test_steps_equal_the_recurrence(kind):
   given, build = parameters(kind)
