@@ -40,7 +40,7 @@ from jaxformer.layers.mlp import GatedMlp
 from jaxformer.layers.moe import Moe
 from jaxformer.layers.router import TopKSoftmax
 from jaxformer.models.params import define
-from jaxformer.testing.contract import Alone
+from jaxformer.testing.case import Alone
 from jaxformer.training.malloc import keep_freed_memory
 
 WIDTH, HIDDEN, EXPERTS, K, SEQUENCES = 512, 1024, 8, 2, 8

@@ -21,7 +21,11 @@ The contract, checked for every registered layer by `jaxformer.testing.contract`
   first token. A sequence cut anywhere gives the same outputs and the same final state. `step` is
   the call for one token. No call changes the shapes or dtypes of a state.
 - *Packed documents.* Where `ctx.segments_BT` changes along a row a new document starts, and nothing
-  crosses the border. The first token of a call always continues the document of the state.
+  crosses the border; ids have no other meaning. The first token of a call always continues the
+  document of the state.
+- *Rows.* No row of a batch depends on the others.
+- *Numbers.* Gradients are those of what is computed. In bfloat16 no error grows with the length:
+  sums over time are fp32.
 - *Encoder-decoders.* `init_state(batch, max_len, memory)` puts into the state what the layer needs
   of the encoder; steps then need the memory no more. Without a state a layer reads `ctx.memory`.
 - *Values beside the output* are returned, never stored: `Output.aux` holds scalars (losses and

@@ -8,117 +8,36 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from jaxformer import config as configs
-from jaxformer.config import Config, InputError
-from jaxformer.layers.layer import Context, LayerConfig, LayerPosition, Memory, Output
-from jaxformer.models.params import Definition, define
+from jaxformer.config import InputError
+from jaxformer.layers.layer import Context, LayerConfig, Output, starts_BT
 from jaxformer.sharding import MeshConfig, make_parallel, use_mesh
+from jaxformer.testing.case import (
+  BATCH,
+  GRADIENTS,
+  LENGTH,
+  LONG_DOCUMENTS,
+  OUTPUTS,
+  ROWS,
+  TAIL,
+  WHOLE,
+  WIDTH,
+  Alone,
+  Broken,
+  Case,
+  close,
+  close_outputs,
+  in_rows,
+  inputs,
+  segments,
+)
+from jaxformer.testing.gradients import DOCUMENTS, differentiable, finite_in_bfloat16
 
-WIDTH, BATCH, LENGTH = 32, 8, 20  # longer than what operations treat as a short decode
 # Few lengths, so that checks share compiled programs.
 PREFILLS = 0, 1, 17, LENGTH
-# relative tolerances, of the largest magnitude of what is compared
-OUTPUTS, GRADIENTS, LOW = 1e-5, 1e-4, 0.05
-
-
-class Alone(Config):
-  """A single layer as a model, for `define`."""
-
-  layer: LayerConfig
-  width: int = WIDTH
-  position: int = 1
-
-  def build(self, rngs: nnx.Rngs) -> nnx.Module:
-    return self.layer.build(
-      self.width, rngs, LayerPosition(index=self.position, depth=3, branches=6)
-    )
-
-
-class Case:
-  """A layer or a model with parameters and jitted calls."""
-
-  def __init__(self, config: Any):
-    self.definition: Definition = define(config)
-    # of a single layer; a model reads nothing besides its input
-    alone = isinstance(config, Alone)
-    self.layer: Any = config.layer if alone else None
-    self.reads: dict[str, int] = self.layer.reads(config.width) if alone else {}
-    self.memory_width: int | None = self.layer.memory_width(config.width) if alone else None
-    params = self.definition.init(jax.random.key(0))
-    # Moved away from initialization: a parameter that starts at zero hides what it multiplies.
-    keys = jax.random.split(jax.random.key(1), max(1, len(params)))
-    self.initial = params
-    self.params = {
-      n: p + 0.05 * jax.random.normal(k, p.shape)
-      for k, (n, p) in zip(keys, params.items(), strict=False)
-    }
-    self.call, self.gradients = jax.jit(self.whole), jax.jit(self.differentiated)
-    self.step = jax.jit(
-      lambda p, x, s: _pair(self.definition.merge(p).step(x, self.given(x[:, None], Context()), s))
-    )
-
-  def whole(
-    self, params: Any, x: Any, ctx: Context = Context(), state: Any = None
-  ) -> tuple[Any, Any]:
-    """Return outputs and state of a sequence."""
-    model: Any = self.definition.merge(params)
-    return _pair(model(x, self.given(x, ctx), state))
-
-  def given(self, x: Any, ctx: Context) -> Context:
-    """Return the context with what the layer reads of earlier layers: values that depend on the
-    input at the same position only."""
-    if self.memory_width is not None:
-      ctx = ctx.replace(memory=self.memory(x.shape[0]))
-    # Scanned unless a test requires unrolling: half as much to compile.
-    return ctx.replace(
-      shared={n: jnp.sin(2 * x[..., jnp.arange(c) % x.shape[-1]]) for n, c in self.reads.items()},
-      unroll=bool(ctx.unroll),
-    )
-
-  def memory(self, batch: int) -> Memory:
-    """Return an encoder's output for sources of LENGTH, LENGTH - 2, ... tokens."""
-    y = jax.random.normal(jax.random.key(4), (BATCH, LENGTH, self.memory_width or 0))[:batch]
-    return Memory(y, jnp.arange(LENGTH)[None] < LENGTH - 2 * jnp.arange(batch)[:, None])
-
-  def init_state(self, batch: int, max_len: int) -> Any:
-    model: Any = self.definition.merge(self.params)
-    memory = () if self.memory_width is None else (self.memory(batch),)
-    return model.init_state(batch, max_len, *memory)
-
-  def differentiated(
-    self, params: Any, x: Any, ctx: Context = Context(), state: Any = None
-  ) -> tuple[Any, Any]:
-    """Return (outputs, last state), and gradients of a scalar of all of them with respect to
-    parameters, inputs and state."""
-
-    def score(params, x, state):
-      y, after = self.whole(params, x, ctx, state)
-      numbers = [s for s in jax.tree.leaves(after) if jnp.issubdtype(s.dtype, jnp.floating)]
-      late = jnp.sum(jnp.sin(y.astype(jnp.float32)) * (1 + jnp.arange(y.shape[1])[None, :, None]))
-      return late + sum(jnp.sum(jnp.sin(s)) for s in numbers), (y, after)
-
-    (_, outputs), gradients = jax.value_and_grad(
-      score, argnums=(0, 1, 2), has_aux=True, allow_int=True
-    )(params, x, state)
-    # counters and masks have no gradient
-    return outputs, jax.tree.map(lambda g: None if g.dtype == jax.dtypes.float0 else g, gradients)
-
-
-def inputs(dtype: Any = jnp.float32) -> Any:
-  return jax.random.normal(jax.random.key(2), (BATCH, LENGTH, WIDTH), dtype)
-
-
-def segments(*lengths: int) -> Any:
-  """Return the segment ids of documents of these lengths, in every row."""
-  return jnp.broadcast_to(
-    jnp.asarray(np.repeat(np.arange(len(lengths)), lengths))[None], (BATCH, sum(lengths))
-  )
-
-
-def _pair(out: Output) -> tuple[Any, Any]:
-  return out.y, out.state
+# Relative tolerance in bfloat16, whose numbers have 8 bits: a value of 1 is off by up to 0.004.
+LOW = 0.03
 
 
 # ---- verdicts ----------------------------------------------------------------------------------
@@ -157,10 +76,6 @@ class Verdict:
     return f'{word:8} {self.check}' + (f': {reason}' if reason else '')
 
 
-class Broken(AssertionError):
-  """A violation of the contract."""
-
-
 def check_layer(layer: LayerConfig) -> Iterator[Verdict]:
   """Yield the result of each check. Exceptions of the layer's own are violations too; a layer that
   cannot be built ends the checks."""
@@ -183,25 +98,6 @@ def _first_line(e: Exception) -> str:
   return f'{type(e).__name__}: {lines[0][:300]}' if lines else type(e).__name__
 
 
-def close(a: Any, b: Any, rtol: float, what: str = '') -> None:
-  """Raise `Broken` unless each leaf of a is within `rtol` of the largest magnitude of b's leaf."""
-  if jax.tree.structure(a) != jax.tree.structure(b):
-    raise Broken(f'{what}: structures {jax.tree.structure(a)} and {jax.tree.structure(b)}')
-  for (path, x), y in zip(jax.tree.leaves_with_path(a), jax.tree.leaves(b), strict=True):
-    x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
-    if x.shape != y.shape:
-      raise Broken(f'{what}{jax.tree_util.keystr(path)} has shape {x.shape}, not {y.shape}')
-    scale, gap = max(np.abs(y).max(initial=0.0), 1e-3), np.abs(x - y)
-    if not np.all(gap <= rtol * scale):
-      where = [
-        int(i) for i in np.unravel_index(np.argmax(np.where(np.isnan(gap), np.inf, gap)), gap.shape)
-      ]
-      name = f'{what}{jax.tree_util.keystr(path)}'.rstrip()
-      raise Broken(
-        f'{name} differs by up to {np.max(gap):.2g} where values reach {scale:.2g} (at {where})'
-      )
-
-
 # ---- checks ------------------------------------------------------------------------------------
 
 
@@ -217,23 +113,38 @@ def shape(case: Case) -> None:
     raise Broken(f'inputs {x.dtype}{x.shape} give outputs {out.y.dtype}{out.y.shape}')
 
 
+def rows_apart(case: Case) -> None:
+  """A row gives the same in a batch, whose other rows have other inputs and other documents, and
+  as the only one."""
+  x, segments_BT = inputs(), segments(2, 13, 5)
+  for how, ids in (('', None), (' of several documents', segments_BT)):
+    together = case.call(case.params, x, Context(segments_BT=ids))[0]
+    apart = case.alone(case.params, x, ids, case.memory(BATCH))
+    close_outputs(together, apart, OUTPUTS, f'a row{how} in a batch of {BATCH} against by itself')
+
+
 def causal(case: Case) -> None:
-  """No output depends on a later input, and each depends on its own, by the gradient."""
-  # [T, B, T, D]
-  sums = jax.jit(
-    jax.jacrev(lambda x: jnp.sum(jnp.sin(case.whole(case.params, x)[0]), axis=(0, 2)))
-  )(inputs())
-  influence = np.abs(np.asarray(sums)).sum(axis=(1, 3))
-  later = np.argwhere(~(np.triu(influence, 1) == 0))
+  """No output depends on a later input, and each depends on its own.
+
+  Inputs are replaced from each position on, and outputs before it compared. Those of an
+  implementation that computes all positions at once, as by Fourier transforms, then differ by
+  rounding; a dependence has no such limit."""
+  x, other = inputs(batch=2, length=TAIL)
+  t = jnp.arange(TAIL)
+  # row c has other inputs from position c on; the last row none
+  replaced = t[None] >= jnp.arange(TAIL + 1)[:, None]
+  y = np.asarray(case.alone(case.params, jnp.where(replaced[..., None], other, x)), np.float64)
+  unchanged_TT = np.max(np.abs(y[:-1] - y[-1]), axis=-1) <= OUTPUTS * np.max(np.abs(y[-1]))
+  later = np.argwhere(np.tril(~unchanged_TT, -1).T)
   if len(later):
+    position = later[0][0]
     raise Broken(
-      f'the output at position {later[0][0]} depends on the input at position {later[0][1]}, which '
-      'comes later'
+      f'the output at position {position} depends on the input at position '
+      f'{later[later[:, 0] == position][-1][1]}, which comes later (in a row of {TAIL})'
     )
-  if not np.all(np.diag(influence) > 0):
-    raise Broken(
-      f'the output at position {np.argmin(np.diag(influence))} does not depend on the input there'
-    )
+  if np.any(np.diag(unchanged_TT)):
+    position = np.argmax(np.diag(unchanged_TT))
+    raise Broken(f'the output at position {position} does not depend on the input there')
 
 
 def continued(case: Case, x: Any, prefill: int) -> None:
@@ -241,8 +152,9 @@ def continued(case: Case, x: Any, prefill: int) -> None:
   inputs `[B, T, ...]` of a layer or the tokens of a model."""
   length = x.shape[1]
   whole, _ = case.call(case.params, x, Context(), case.init_state(BATCH, length))
-  what = 'a call without a state against one with: the output '
-  close(case.call(case.params, x)[0], whole, OUTPUTS, what)
+  close_outputs(
+    case.call(case.params, x)[0], whole, OUTPUTS, 'a call without a state against one with'
+  )
   how = f'prefill of {prefill} and {length - prefill} steps against the full sequence'
   in_parts(case, x, (prefill,) if prefill else (), how)
 
@@ -259,7 +171,7 @@ def in_parts(case: Case, x: Any, ends: tuple[int, ...], how: str, segments_BT: A
   for t in range(max(ends, default=0), x.shape[1]):
     y, state = case.step(case.params, x[:, t], state)
     ys.append(y[:, None])
-  close(jnp.concatenate(ys, axis=1), whole, OUTPUTS, f'{how}: the output ')
+  close_outputs(jnp.concatenate(ys, axis=1), whole, OUTPUTS, how)
   close(state, final, OUTPUTS, f'{how}: the final state ')
 
 
@@ -273,22 +185,66 @@ def two_parts(case: Case) -> None:
   """A sequence with several documents gives the same in two parts, wherever it is split."""
   for cut in (3, 17):
     in_parts(case, inputs(), (cut, LENGTH), f'split at {cut}', segments(2, 13, 5))
+  x, ids, apart = long_documents(case)
+  state, ys = case.init_state(ROWS, 2 * TAIL), []
+  for part, ids_BT in zip(jnp.split(x, 2, axis=1), jnp.split(ids, 2, axis=1), strict=True):
+    y, state = case.call(case.params, part, Context(segments_BT=ids_BT), state)
+    ys.append(y)
+  how = f'a sequence of {2 * TAIL} split at {TAIL}, against its tokens one by one'
+  close_outputs(jnp.concatenate(ys, axis=1), apart, OUTPUTS, how)
+
+
+def long_documents(case: Case) -> tuple[Any, Any, Any]:
+  """Return inputs and segment ids of LONG_DOCUMENTS in rows, and the outputs of their tokens one by
+  one."""
+  x, ids = inputs(batch=ROWS, length=2 * TAIL), segments(*LONG_DOCUMENTS, batch=ROWS)
+  return x, ids, case.one_by_one(case.params, x, starts_BT(ids, *ids.shape))
+
+
+def long(case: Case) -> None:
+  """A long sequence equals its tokens one by one, and so does what is decoded after it."""
+  x, steps = inputs(batch=ROWS, length=2 * TAIL), 4
+  tokens = case.one_by_one(case.params, x, jnp.zeros(x.shape[:2], bool))
+  how = 'a sequence of {} in one call, against its tokens one by one'
+  whole = case.call(case.params, x[:, :WHOLE])[0]
+  close_outputs(whole, tokens[:, :WHOLE], OUTPUTS, how.format(WHOLE))
+  state = case.init_state(ROWS, 2 * TAIL)
+  y, state = case.call(case.params, x[:, :TAIL], Context(), state)
+  close_outputs(y, tokens[:, :TAIL], OUTPUTS, how.format(TAIL))
+  ys = []
+  for t in range(TAIL, TAIL + steps):
+    y, state = case.step(case.params, x[:, t], state)
+    ys.append(y[:, None])
+  close_outputs(
+    jnp.concatenate(ys, axis=1),
+    tokens[:, TAIL : TAIL + steps],
+    OUTPUTS,
+    f'{steps} steps after a prefill of {TAIL}, against the tokens one by one',
+    TAIL,
+  )
 
 
 def packed(case: Case) -> None:
-  """Documents packed into a row equal separate ones."""
-  x, begin, lengths = inputs(), 0, (1, 1, 17, 1)
-  first = case.init_state(BATCH, LENGTH) if case.layer.decodes else None
-  together = case.call(case.params, x, Context(segments_BT=segments(*lengths)), first)[0]
-  for length in lengths:
-    end = begin + length
-    close(
-      together[:, begin:end],
-      case.call(case.params, x[:, begin:end], Context(), first)[0],
-      OUTPUTS,
-      f'the document at positions {begin} to {end - 1}, packed against separate: the output ',
-    )
-    begin = end
+  """Documents packed into a row equal separate ones, in short and long rows."""
+  packed_in_calls(case, inputs(), (1, 1, 17, 1))
+  if not case.layer.decodes:
+    packed_in_calls(case, inputs(batch=ROWS, length=TAIL), DOCUMENTS)
+    return
+  x, ids, apart = long_documents(case)
+  together = case.call(case.params, x[:, :TAIL], Context(segments_BT=ids[:, :TAIL]))[0]
+  how = f'documents in a row of {TAIL}, against the tokens of each one by one'
+  close_outputs(together, apart[:, :TAIL], OUTPUTS, how)
+
+
+def packed_in_calls(case: Case, x: Any, lengths: tuple[int, ...]) -> None:
+  """Documents of these lengths, which stand in another order in each row, equal separate ones."""
+  parts = jnp.split(x, np.cumsum(lengths)[:-1], axis=1)
+  first = case.init_state(len(x), x.shape[1]) if case.layer.decodes else None
+  apart = [case.call(case.params, part, Context(), first)[0] for part in parts]
+  ctx = Context(segments_BT=segments(*lengths, batch=len(x)))
+  together = case.call(case.params, in_rows(parts), ctx)[0]
+  how = f'documents of {", ".join(map(str, lengths))} tokens in a row, against separate ones'
+  close_outputs(together, in_rows(apart), OUTPUTS, how)
 
 
 def declared(case: Case) -> None:
@@ -311,15 +267,17 @@ def _shapes(tree: Any) -> str:
 
 
 def bfloat16(case: Case) -> None:
-  """Outputs in bfloat16 are close to those in float32, and gradients are finite."""
-  x, low = inputs(), case.definition.cast(case.params, jnp.bfloat16)
-  y = case.call(low, x.astype(jnp.bfloat16))[0]
+  """Outputs of a long row in bfloat16 are close to those that the same numbers give in float32, and
+  gradients are finite."""
+  x = inputs(jnp.bfloat16, ROWS, WHOLE)
+  low = case.definition.cast(case.params, jnp.bfloat16)
+  y = case.call(low, x)[0]
   if y.dtype != jnp.bfloat16:
     raise Broken(f'bfloat16 inputs give outputs of {y.dtype}')
-  close(y, case.call(case.params, x)[0], LOW, 'bfloat16 against float32: the output ')
-  for name, g in case.gradients(low, x.astype(jnp.bfloat16))[1][0].items():
-    if not np.all(np.isfinite(np.asarray(g, np.float32))):
-      raise Broken(f'the gradient of {name} is not finite in bfloat16')
+  same = {name: p.astype(jnp.float32) for name, p in low.items()}
+  reference = case.call(same, x.astype(jnp.float32))[0]
+  close_outputs(y, reference, LOW, f'a row of {WHOLE} in bfloat16 against float32')
+  finite_in_bfloat16(case)
 
 
 def sharded(case: Case) -> str | None:
@@ -347,18 +305,21 @@ def survives_json(case: Case) -> None:
 
 CHECKS: dict[str, Callable[[Case], str | None]] = {
   'builds, with outputs like inputs': shape,
+  'no row depends on the others of its batch': rows_apart,
   'no output depends on a later input': causal,
   'a sequence equals a prefill and steps': every_prefill,
   'a sequence split anywhere gives the same': two_parts,
+  'a long sequence equals its tokens one by one': long,
   'packed documents equal separate ones': packed,
   'the state has the declared size': declared,
+  'gradients equal differences of outputs': differentiable,
   'bfloat16 is close to float32, with finite gradients': bfloat16,
   'sharded equals unsharded': sharded,
   'the config survives JSON': survives_json,
 }
 """What should hold -> its check, which raises `Broken` or returns why it was skipped."""
 
-DECODING = {causal, every_prefill, two_parts, declared}
+DECODING = {causal, every_prefill, two_parts, long, declared}
 """The checks that only a layer that decodes can pass."""
 
 

@@ -15,7 +15,7 @@ from jaxformer.models.language_model import LanguageModel
 from jaxformer.models.zoo import PRESETS
 from jaxformer.models.zoo.jamba import jamba
 from jaxformer.models.zoo.s4 import state_space
-from jaxformer.testing.contract import BATCH, LENGTH, WIDTH, Alone, Case, close, inputs, segments
+from jaxformer.testing.case import BATCH, LENGTH, WIDTH, Alone, Case, close, inputs, segments
 
 __all__ = ['BATCH', 'LENGTH', 'WIDTH', 'Alone', 'Case', 'close', 'inputs', 'segments']
 

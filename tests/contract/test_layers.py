@@ -85,6 +85,16 @@ def test_sequence_equals_two_parts(name):
 
 
 @decoding
+def test_long_sequence_equals_its_tokens(name):
+  contract.long(layer(name))
+
+
+@every
+def test_no_row_depends_on_others(name):
+  contract.rows_apart(layer(name))
+
+
+@decoding
 def test_no_output_depends_on_a_later_input(name):
   contract.causal(layer(name))
 
@@ -118,7 +128,12 @@ def test_time_sharded_equals_unsharded(name):
 
 
 @every
-def test_bfloat16_gradients_are_finite_and_near(name):
+def test_gradients_equal_differences(name):
+  contract.differentiable(layer(name))
+
+
+@every
+def test_bfloat16_is_near(name):
   contract.bfloat16(layer(name))
 
 

@@ -12,7 +12,7 @@ from jaxformer.layers.input_feeding import InputFeeding
 from jaxformer.layers.layer import Context, Memory
 from jaxformer.layers.lstm import Lstm, RecurrentState
 from jaxformer.models.params import define
-from jaxformer.testing.contract import Alone
+from jaxformer.testing.case import Alone
 
 pytestmark = pytest.mark.quick
 B, T, S, D = 2, 5, 3, 8

@@ -1,0 +1,129 @@
+"""The gradients of a layer against differences of its outputs."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxformer.layers.layer import Context
+from jaxformer.testing.case import ROWS, TAIL, Broken, Case, inputs, segments
+
+# Steps of the differences, relative to the size of what is changed. Errors from rounding in fp32
+# grow as 1 / step, those from curvature, once extrapolated, as step^4. Between the two steps the
+# differences change by more than what is left of either, and by what kinks (as of a ReLU) add.
+STEPS = 5e-3, 2.5e-3
+SPAN = 32  # positions of the inputs that are changed together
+DOCUMENTS = 64, 172, 64
+# Tolerances of a derivative along a random direction: relative to its own standard deviation over
+# directions, and, since rounding is relative to the outputs, to the largest of these.
+OWN, LARGEST = 0.01, 5e-4
+ROUNDING = 2e-6  # of an output, relative to the largest; then a difference says nothing
+LOW = 0.25  # in bfloat16: of the norm of a gradient
+
+
+def weights(case: Case) -> tuple[Any, Context, np.ndarray]:
+  """Return a long row's inputs, its context of several documents, and random weights of the
+  outputs, whose weighted sum is differentiated."""
+  x, ctx = inputs(batch=ROWS, length=TAIL), Context(segments_BT=segments(*DOCUMENTS, batch=ROWS))
+  y = jax.eval_shape(case.whole, case.params, x, ctx)[0]
+  return x, ctx, np.random.default_rng(1).standard_normal(y.shape).astype(np.float32)
+
+
+def differentiable(case: Case) -> None:
+  """Gradients of a long row with several documents, along random directions, equal differences of
+  its outputs.
+
+  Where these do not converge, because a choice such as that of experts changes, outputs have weight
+  0."""
+  x, ctx, weight_BTD = weights(case)
+  scale = float(np.max(np.abs(np.asarray(case.call(case.params, x, ctx)[0], np.float64))))
+  found, smooth_BT = [], np.ones(x.shape[:2], bool)
+  for what, params, dx in directions(case, x):
+    slopes = [slope(case, x, ctx, params, dx, step) for step in STEPS]
+    smooth_BT &= converged(*slopes, scale)
+    found.append((what, params, dx, slopes))
+  if np.mean(smooth_BT) < 0.5:
+    position, row = np.argwhere(~smooth_BT.T)[0]
+    raise Broken(
+      f'outputs jump, or are rounded more coarsely than in float32: differences over steps of '
+      f'{STEPS[0]} and {STEPS[1]} disagree at {np.sum(~smooth_BT)} of {smooth_BT.size} positions, '
+      f'first at position {position} of row {row}'
+    )
+  weight_BTD *= smooth_BT[..., None]
+  by_params, by_x = case.pull_back(case.params, x, ctx, weight_BTD)
+  compared = []
+  for what, params, dx, slopes in found:
+    pairs = [(by_params[n], v) for n, v in params.items()] if params else [(by_x, dx)]
+    terms = [np.asarray(g, np.float64) * v for g, v in pairs]
+    coarse, fine = (float(np.sum(s * np.float64(weight_BTD))) for s in slopes)
+    # v has random signs, so this is the standard deviation of the sum
+    size = np.sqrt(sum(np.sum(np.square(t)) for t in terms))
+    claimed = float(sum(np.sum(t) for t in terms))
+    compared.append((what, claimed, fine + (fine - coarse) / 3, abs(fine - coarse), size))
+  largest = max(size for *_, size in compared)
+  for what, claimed, numeric, doubt, size in compared:
+    bound = OWN * max(size, abs(numeric)) + LARGEST * largest + doubt
+    if not abs(claimed - numeric) <= bound:
+      raise Broken(
+        f'along a random direction in {what} the gradient is {claimed:.4g}, and differences of '
+        f'outputs give {numeric:.4g} ({ROWS} rows of {TAIL})'
+      )
+
+
+def directions(case: Case, x: Any) -> Iterator[tuple[str, dict[str, np.ndarray], np.ndarray]]:
+  """Yield a name and a random direction, of parameters and of inputs: one in each parameter, and
+  one in the inputs at each SPAN positions."""
+  draw = np.random.default_rng(0)
+  for name, p in case.params.items():
+    size = np.sqrt(np.mean(np.square(np.asarray(p, np.float64))))
+    yield f'parameter {name}', {name: size * draw.standard_normal(p.shape)}, np.zeros(x.shape)
+  for begin in range(0, x.shape[1], SPAN):
+    end = min(begin + SPAN, x.shape[1])
+    t = np.arange(x.shape[1])[None, :, None]
+    some = np.where((begin <= t) & (t < end), draw.standard_normal(x.shape), 0)
+    yield f'the inputs at positions {begin} to {end - 1}', {}, some
+
+
+def slope(
+  case: Case, x: Any, ctx: Context, params: dict[str, np.ndarray], dx: np.ndarray, step: float
+) -> np.ndarray:
+  """Return the derivative of the outputs along a direction, by a central difference."""
+
+  def outputs(step: float) -> np.ndarray:
+    changed = {n: (case.params[n] + step * v).astype(np.float32) for n, v in params.items()}
+    y = case.call(case.params | changed, (x + step * dx).astype(np.float32), ctx)[0]
+    return np.asarray(y, np.float64)
+
+  return (outputs(step) - outputs(-step)) / (2 * step)
+
+
+def converged(coarse_BTD: np.ndarray, fine_BTD: np.ndarray, largest: float) -> np.ndarray:
+  """Return the positions where differences of both steps agree, but for rounding in outputs whose
+  magnitude is at most `largest`."""
+  bound = 0.1 * np.max(np.abs(fine_BTD)) + ROUNDING * largest / min(STEPS)
+  return np.all(np.abs(coarse_BTD - fine_BTD) <= bound, axis=-1)
+
+
+def finite_in_bfloat16(case: Case) -> None:
+  """Gradients in bfloat16 are finite, and near those that the same numbers give in float32."""
+  x, ctx, weight_BTD = weights(case)
+  x, low = x.astype(jnp.bfloat16), case.definition.cast(case.params, jnp.bfloat16)
+  same = {name: p.astype(jnp.float32) for name, p in low.items()}
+  by_params, by_x = case.pull_back(low, x, ctx, weight_BTD)
+  reference, reference_x = case.pull_back(same, x.astype(jnp.float32), ctx, weight_BTD)
+  pairs = {f'parameter {n}': (g, reference[n]) for n, g in by_params.items()}
+  norms = []
+  for what, pair in (pairs | {'the inputs': (by_x, reference_x)}).items():
+    g, right = (np.asarray(a, np.float64) for a in pair)
+    if not np.all(np.isfinite(g)):
+      raise Broken(f'the gradient of {what} is not finite in bfloat16')
+    norms.append((what, np.linalg.norm(g - right), np.linalg.norm(right)))
+  largest = max(norm for *_, norm in norms)
+  for what, gap, norm in norms:
+    if not gap <= LOW * norm + LARGEST * largest:
+      raise Broken(
+        f'the gradient of {what} in bfloat16 differs by {gap:.2g} from that in float32, whose norm '
+        f'is {norm:.2g} ({ROWS} rows of {TAIL})'
+      )
