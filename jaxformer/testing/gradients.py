@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxformer.layers.layer import Context
-from jaxformer.testing.case import ROWS, TAIL, Broken, Case, inputs, segments
+from jaxformer.testing.case import GRADIENTS, ROWS, TAIL, Broken, Case, inputs, segments
 
 # Steps of the differences, relative to the size of what is changed. Errors from rounding in fp32
 # grow as 1 / step, those from curvature, once extrapolated, as step^4. Between the two steps the
@@ -36,7 +36,7 @@ def differentiable(case: Case) -> None:
   its outputs.
 
   Where these do not converge, because a choice such as that of experts changes, outputs have weight
-  0."""
+  0. Gradients of a row without segments equal those of one document."""
   x, ctx, weight_BTD = weights(case)
   scale = float(np.max(np.abs(np.asarray(case.call(case.params, x, ctx)[0], np.float64))))
   found, smooth_BT = [], np.ones(x.shape[:2], bool)
@@ -70,6 +70,9 @@ def differentiable(case: Case) -> None:
         f'along a random direction in {what} the gradient is {claimed:.4g}, and differences of '
         f'outputs give {numeric:.4g} ({ROWS} rows of {TAIL})'
       )
+  one = Context(segments_BT=jnp.zeros(x.shape[:2], jnp.int32))
+  found, reference = (case.pull_back(case.params, x, c, weight_BTD) for c in (Context(), one))
+  near(found, reference, GRADIENTS, 'a row without segments against one of one document')
 
 
 def directions(case: Case, x: Any) -> Iterator[tuple[str, dict[str, np.ndarray], np.ndarray]]:
@@ -111,19 +114,26 @@ def finite_in_bfloat16(case: Case) -> None:
   x, ctx, weight_BTD = weights(case)
   x, low = x.astype(jnp.bfloat16), case.definition.cast(case.params, jnp.bfloat16)
   same = {name: p.astype(jnp.float32) for name, p in low.items()}
-  by_params, by_x = case.pull_back(low, x, ctx, weight_BTD)
-  reference, reference_x = case.pull_back(same, x.astype(jnp.float32), ctx, weight_BTD)
-  pairs = {f'parameter {n}': (g, reference[n]) for n, g in by_params.items()}
+  found = case.pull_back(low, x, ctx, weight_BTD)
+  reference = case.pull_back(same, x.astype(jnp.float32), ctx, weight_BTD)
+  near(found, reference, LOW, 'in bfloat16 against float32')
+
+
+def near(found: tuple[Any, Any], reference: tuple[Any, Any], rtol: float, how: str) -> None:
+  """Raise `Broken` unless gradients of parameters and inputs are finite and differ by at most `rtol`
+  of their norm."""
+  (by_params, by_x), (right, right_x) = found, reference
+  pairs = {f'parameter {n}': (g, right[n]) for n, g in by_params.items()}
   norms = []
-  for what, pair in (pairs | {'the inputs': (by_x, reference_x)}).items():
-    g, right = (np.asarray(a, np.float64) for a in pair)
+  for what, pair in (pairs | {'the inputs': (by_x, right_x)}).items():
+    g, right_g = (np.asarray(a, np.float64) for a in pair)
     if not np.all(np.isfinite(g)):
-      raise Broken(f'the gradient of {what} is not finite in bfloat16')
-    norms.append((what, np.linalg.norm(g - right), np.linalg.norm(right)))
+      raise Broken(f'{how}: the gradient of {what} is not finite')
+    norms.append((what, np.linalg.norm(g - right_g), np.linalg.norm(right_g)))
   largest = max(norm for *_, norm in norms)
   for what, gap, norm in norms:
-    if not gap <= LOW * norm + LARGEST * largest:
+    if not gap <= rtol * norm + LARGEST * largest:
       raise Broken(
-        f'the gradient of {what} in bfloat16 differs by {gap:.2g} from that in float32, whose norm '
-        f'is {norm:.2g} ({ROWS} rows of {TAIL})'
+        f'{how}: the gradient of {what} differs by {gap:.2g}, and its norm is {norm:.2g} ({ROWS} '
+        f'rows of {TAIL})'
       )

@@ -163,6 +163,12 @@ class StopsGradientsAtChunks(Right):
     )
 
 
+class StopsGradientsWithoutDocuments(Right):
+  def __call__(self, x_BTD, ctx, state=None):
+    x_BTD = jax.lax.stop_gradient(x_BTD) if ctx.segments_BT is None else x_BTD
+    return super().__call__(x_BTD, ctx, state)
+
+
 class ScaledGradient(Right):
   """The gradient of the parameter is 1.1 times what it should be."""
 
@@ -228,6 +234,7 @@ WRONG = [
     (StopsGradientsAtChunks, c, GRADIENTS, 'the gradient is .*, and differences of outputs give')
     for c in (16, 256)
   ),
+  (StopsGradientsWithoutDocuments, 64, GRADIENTS, 'without segments .* the gradient of the inputs'),
   (ScaledGradient, 64, GRADIENTS, 'in parameter kernel the gradient is'),
   (RoundsTheSum, 64, GRADIENTS, 'rounded more coarsely than in float32: .* first at position 1 of'),
   (SumsInTheTypeOfTheInputs, 64, BFLOAT16, 'a row of 512 in bfloat16 against float32: the output'),
