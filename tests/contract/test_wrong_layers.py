@@ -170,11 +170,11 @@ class StopsGradientsWithoutDocuments(Right):
 
 
 class ScaledGradient(Right):
-  """The gradient of the parameter is 1.1 times what it should be."""
+  """The gradient of the parameter is 1.5 times what it should be."""
 
   def values(self, x_BTD):
     w = self.kernel[...]
-    return linear(x_BTD, 1.1 * w - jax.lax.stop_gradient(0.1 * w)).astype(jnp.float32)
+    return linear(x_BTD, 1.5 * w - jax.lax.stop_gradient(0.5 * w)).astype(jnp.float32)
 
 
 class SumsInTheTypeOfTheInputs(Right):
@@ -225,7 +225,7 @@ WRONG = [
     DOCUMENTS,
     'documents of 1, 1, 17, 1 .* first at position 1 of row 2',
   ),
-  (DocumentsOfTheFirstRow, 64, ROWS, 'a row of several documents .* first at position 2 of row 1'),
+  (DocumentsOfTheFirstRow, 64, ROWS, 'a row in a batch of 8 .* first at position 2 of row 1'),
   (DocumentsByIdentity, 64, DOCUMENTS, 'first at position 2 of row 0'),
   (DocumentsByOrder, 64, DOCUMENTS, 'first at position 1 of row 0'),
   (AddsTheNextRow, 64, ROWS, 'a row in a batch of 8 against by itself: .* first at position 0'),
