@@ -13,7 +13,7 @@ from jaxformer.testing.case import GRADIENTS, ROWS, TAIL, Broken, Case, inputs, 
 # Steps of the differences, relative to the size of what is changed. Errors from rounding in fp32
 # grow as 1 / step, those from curvature, once extrapolated, as step^4; either is below LARGEST.
 STEPS = 2e-3, 1e-3
-SPAN = 32  # positions of the inputs that are changed together
+SPAN = 64  # positions of the inputs that are changed together
 DRAWS = 4  # of the weights of outputs
 DOCUMENTS = 64, 172, 64
 # Tolerances of a derivative along a random direction: relative to its own standard deviation over
