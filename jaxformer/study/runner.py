@@ -22,7 +22,8 @@ from jaxformer.task_type import TRANSLATION
 from jaxformer.training import Experiment, read_metrics, train, train_population
 from jaxformer.training.experiment import check_fit
 from jaxformer.training.interrupt import Interrupt
-from jaxformer.training.run import is_of, read_events, run_folder
+from jaxformer.training.rows import read_events
+from jaxformer.training.run import is_of, run_folder
 
 
 @dataclasses.dataclass(frozen=True)

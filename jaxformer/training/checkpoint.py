@@ -19,6 +19,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -229,6 +230,18 @@ def find(path: str | AnyPath) -> AnyPath:
       f'{path}: no checkpoint of step {step!r}; there are {", ".join(map(str, steps))}'
     )
   return home / str(whole(step) if at else steps[-1])
+
+
+def canonical(name: str) -> str:
+  """Return one spelling of a path that `find` accepts: links are followed, and a folder of a
+  checkpoint is RUN@STEP."""
+  base, at, step = name.partition('@')
+  folder = to_path(base)
+  if isinstance(folder, Path):
+    folder = folder.resolve()
+  if not at and folder.parent.name == 'checkpoints' and whole(folder.name) is not None:
+    folder, at, step = folder.parent.parent, '@', folder.name
+  return f'{folder}{at}{step if whole(step) is None else whole(step)}'
 
 
 def load_params(

@@ -20,6 +20,13 @@ def read_metrics(folder: str | AnyPath) -> list[dict[str, Any]]:
   ]
 
 
+def started_from(folder: str | AnyPath, unknown: str | None = None) -> str | None:
+  """Return the name of the parameters that a run was started from (`setup.Initial`), None for
+  random ones; `unknown` where its events do not say."""
+  starts = [row for row in read_events(folder) if row.get('event') == 'start']
+  return starts[-1].get('init_from') if starts else unknown
+
+
 def read_events(folder: str | AnyPath) -> list[dict[str, Any]]:
   """Return the rows of `events.jsonl`, each with the name of an `event`. Raises `InputError` for a
   file that cannot be read."""

@@ -43,14 +43,14 @@ from jaxformer.files import (
 )
 from jaxformer.json_data import parse_json
 from jaxformer.training import lock
-from jaxformer.training.checkpoint import steps_in
+from jaxformer.training.checkpoint import canonical, steps_in
 from jaxformer.training.environment import compilation, environment, software, starts, with_start
 from jaxformer.training.experiment import Experiment, RunConfig, TrainingConfig, step_ranges
 from jaxformer.training.lock import FolderLock, LostLock
 from jaxformer.training.paths import AnyPath, RunFiles, check_bucket, move, remote_errors, to_path
 from jaxformer.training.processes import broadcast_from_process_0, check_equal
 from jaxformer.training.registry import import_configs
-from jaxformer.training.rows import read_events, read_metrics
+from jaxformer.training.rows import read_metrics, started_from
 from jaxformer.training.schedule import ScheduleConfig
 from jaxformer.training.stages import (
   Changes,
@@ -288,14 +288,13 @@ class Run:
   def _check_initialization(self) -> None:
     """Raises `InputError` if the run was started from other parameters than it is given now, which
     would have no effect."""
-    starts = [row for row in read_events(self.folder) if row.get('event') == 'start']
-    began = starts[-1].get('init_from') if starts else self._init_from
-    if self._init_from not in (None, began):
+    given, began = self._init_from, started_from(self.folder, self._init_from)
+    if given is not None and (began is None or canonical(given) != canonical(began)):
       problem = (
         f'{self.folder} was started from {began or "random weights"} and would be resumed; leave '
         'the option out, or give another --run.name'
       )
-      raise InputError('--init-from', self._init_from, problem=problem)
+      raise InputError('--init-from', given, problem=problem)
 
   def _saved(self) -> tuple[dict[str, Any], History]:
     """Return the settings of the run, complete, and its history."""

@@ -19,10 +19,11 @@ from jaxformer.models.zoo import PRESETS
 from jaxformer.sharding import make_parallel
 from jaxformer.task_type import LANGUAGE_MODELING, TRANSLATION
 from jaxformer.training import load_experiment
-from jaxformer.training.checkpoint import data_state, load_params, steps_in
+from jaxformer.training.checkpoint import canonical, data_state, load_params, steps_in
 from jaxformer.training.experiment import Experiment
 from jaxformer.training.paths import AnyPath, is_url, local_copy, to_path
 from jaxformer.training.recipes import preset_experiment
+from jaxformer.training.rows import started_from
 from jaxformer.training.run import run_folder
 from jaxformer.training.setup import Initial
 from jaxformer.user_code import load_file
@@ -154,16 +155,28 @@ def _is_hugging_face(folder: pathlib.Path) -> bool:
   return isinstance(value, dict) and 'model_type' in value
 
 
+def _canonical(name: str) -> set[str]:
+  """Return what a name of a run or of weights may stand for, each in one spelling."""
+  base, at, step = name.partition('@')
+  places = [base] if is_url(base) else _places(base)
+  return {canonical(f'{place}{at}{step}') for place in places}
+
+
 def initial_params(source: str, experiment: Experiment) -> Initial | None:
   """Return what `--init-from` names as `training.train` takes it: the path of a checkpoint, or
-  weights of another library, checked against the model of the experiment."""
+  weights of another library, checked against the model of the experiment. A run that is resumed
+  needs no weights: those that it was started from may be gone."""
+  folder = run_folder(experiment)
+  resumed = bool(steps_in(folder / 'checkpoints'))
+  if resumed and (began := started_from(folder)) and canonical(began) in _canonical(source):
+    return Initial(began)
   found = foreign_weights(source)
   if found is None:
     folder, at = trained_folder(source)
     return Initial.of(f'{folder}{at}')
   path, read = found
   name = str(path.absolute())
-  if steps_in(run_folder(experiment) / 'checkpoints'):  # a resumed run needs no weights
+  if resumed:
     return Initial(name)
   model, params = read(path, parallel=make_parallel(experiment.mesh))
   if read is load_rwkv:  # such files do not hold a context length

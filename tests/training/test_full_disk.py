@@ -18,7 +18,8 @@ from jaxformer.training import processes, train
 from jaxformer.training.checkpoint import SaveError, steps_in
 from jaxformer.training.loop import _profiler
 from jaxformer.training.processes import announced, exchange
-from jaxformer.training.run import Run, read_events
+from jaxformer.training.rows import read_events
+from jaxformer.training.run import Run
 from tests.training.compare import assert_same
 
 ONE = jax.devices()[:1]

@@ -25,8 +25,10 @@ from jaxformer.training import (
   train_population,
 )
 from jaxformer.training.checkpoint import steps_in
-from jaxformer.training.run import Run, read_events, read_metrics
+from jaxformer.training.rows import read_events, read_metrics
+from jaxformer.training.run import Run
 from jaxformer.training.setup import Setup
+from jaxformer.workflows.load import initial_params
 from tests.tiers import case, thorough
 from tests.training.compare import assert_same, curve, meta
 from tests.training.conftest import make_experiment
@@ -431,7 +433,9 @@ def test_a_run_keeps_the_parameters_that_it_was_started_from(experiment, dataset
   a, b = (go(experiment(name, steps=2)).folder for name in 'ab')
   folder = go(experiment('x', steps=2), init_from=a).folder
   assert read_events(folder)[-1]['event'] == 'done'
-  assert go(experiment('x', steps=3), init_from=a).step == 3
+  (a.parent / 'link').symlink_to(a)
+  for other_name in (a, a / '..' / 'a', a.parent / 'link'):
+    assert go(experiment('x', steps=3), init_from=other_name).step == 3
   before = snapshot(folder)
   arrays = {n: np.asarray(v) for n, v in load_params(a, define(experiment('x').model))[0].items()}
   for other in (b, f'{a}@2', arrays):
@@ -445,6 +449,13 @@ def test_a_run_keeps_the_parameters_that_it_was_started_from(experiment, dataset
     go(experiment('y', steps=4), init_from={n: v + 1 for n, v in arrays.items()})
   with pytest.raises(InputError, match='was started from random weights'):
     go(experiment('a', steps=4), init_from=b)
+  go(experiment('z', steps=2), init_from=f'{a}@2')
+  a.rename(a.parent / 'moved')
+  for name in (f'{a}@2', f'{a}@02', str(a / 'checkpoints' / '2')):  # none of which is read
+    source = initial_params(name, experiment('z', steps=3))
+    assert go(experiment('z', steps=3), init_from=source).step == 3
+  with pytest.raises(InputError, match=r'no run .*/a'):
+    initial_params(str(a), experiment('z', steps=3))
 
 
 def test_a_run_may_begin_with_the_parameters_of_another(experiment, dataset):

@@ -6,7 +6,8 @@ import os
 import pytest
 
 from jaxformer.config import InputError
-from jaxformer.training.run import Run, read_events, read_metrics
+from jaxformer.training.rows import read_events, read_metrics
+from jaxformer.training.run import Run
 from tests.e2e.program import contents
 
 

@@ -13,7 +13,8 @@ from jaxformer.data import open_data
 from jaxformer.models.params import define
 from jaxformer.training import WSD, AdamW, Cosine, load_experiment, load_params, train
 from jaxformer.training.checkpoint import steps_in
-from jaxformer.training.run import is_of, read_events, read_metrics
+from jaxformer.training.rows import read_events, read_metrics
+from jaxformer.training.run import is_of
 from jaxformer.training.stages import History, Stage, as_option, undone
 from tests.tiers import thorough
 from tests.training.compare import assert_same, curve, meta

@@ -13,7 +13,8 @@ from jaxformer.config import InputError, forget, to_json
 from jaxformer.models.block import Block, Residual
 from jaxformer.models.stack import Group
 from jaxformer.training import load_experiment, train
-from jaxformer.training.run import Run, _is_named, config_text, read_events
+from jaxformer.training.rows import read_events
+from jaxformer.training.run import Run, _is_named, config_text
 from jaxformer.training.stages import History
 from jaxformer.user_code import load_file, named_code, object_in_file
 from tests.helpers import temporary_types
