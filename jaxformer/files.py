@@ -44,6 +44,15 @@ def user_path(name: str | os.PathLike[str], field: str = '') -> Path:
   raise InputError(field or 'path', text, problem=problem)
 
 
+def check_folder(path: Path, field: str, value: object) -> None:
+  """Raise `InputError` for `field` where a folder can be neither used nor made at a path."""
+  found = next(p for p in (path, *path.parents) if os.path.lexists(p) or p == p.parent)
+  if not os.path.isdir(found):
+    raise InputError(field, value, problem=f'{found} is not a folder')
+  if not os.access(found, os.W_OK | os.X_OK):
+    raise InputError(field, value, problem=f'the folder {found} cannot be written')
+
+
 def regular_file(path: P) -> P:
   """Return the path. Raises `OSError` unless a regular file is there: a pipe or a device might
   never end. A path in an object store is not looked at."""

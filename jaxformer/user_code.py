@@ -84,12 +84,14 @@ def files_record(path: str | os.PathLike[str]) -> Record:
 
 @contextlib.contextmanager
 def errors_of(path: pathlib.Path) -> Generator[None]:
-  """Name the file in errors that are raised inside, with the traceback of the user's own code."""
+  """Name the file in errors that are raised inside, with the traceback of the user's own code. What
+  that prints goes to stderr."""
   try:
-    yield
+    with contextlib.redirect_stdout(sys.stderr):  # stdout may be for one JSON value
+      yield
   except InputError as e:
     raise InputError(f'{path}: {e}') from None
-  except (KeyboardInterrupt, GeneratorExit):
+  except KeyboardInterrupt:
     raise
   except BaseException as e:  # `sys.exit` in the file as well
     frames = traceback.extract_tb(e.__traceback__)

@@ -203,6 +203,8 @@ class BytePairs(TokenizerConfig):
     self.require(
       self.vocab_size >= 257, 'vocab_size', 'at least 257: the bytes and the end of a document'
     )
+    # the trainer reserves memory for all of them
+    self.require(self.vocab_size <= 2**24, 'vocab_size', 'at most 16,777,216')
 
   def train(self, texts: Iterable[str]) -> Tokenizer:
     import tokenizers as hf

@@ -48,7 +48,10 @@ def time_decode(
   if new_tokens < 2:
     raise InputError('new_tokens', new_tokens, 'at least 2')
   config, shape = definition.config, (batch, prompt_length)
-  check_state(config, batch, prompt_length + new_tokens, None, context_length=prompt_length)
+  given = {'context_length': prompt_length}
+  if new_tokens > prompt_length:
+    given = {'new_tokens': new_tokens}
+  check_state(config, batch, prompt_length + new_tokens, None, **given)
   prompts = np.random.default_rng(0).integers(0, config.vocab_size, shape).tolist()
   r = request(definition, params, prompts, max_new_tokens=new_tokens, sampling=GREEDY, dtype=dtype)
   start = time.perf_counter()

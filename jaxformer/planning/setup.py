@@ -136,4 +136,5 @@ def default_mesh(
 
 def divisors(n: int) -> list[int]:
   """The divisors of a number, smallest first."""
-  return [d for d in range(1, n + 1) if n % d == 0]
+  small = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
+  return sorted({*small, *(n // d for d in small)})

@@ -41,7 +41,11 @@ SHAPES: Mapping[str, tuple[str, ...]] = {
   'v7x': (*_SOLID, '12x16x24', '16x16x24', '12x24x24', '16x24x24'),
 }
 _LIBTPU = {'v7x': 'tpu7x'}  # chip -> its name in libtpu, if different
-_FORM = re.compile(r'(?:(\d+)\s*x\s*)?(?=[a-z])([a-z][\w\-]*?)(?:-(\d+)|:(\d+(?:x\d+)*))')
+_FORM = re.compile(
+  r'(?:({n})\s*x\s*)?(?=[a-z])([a-z][\w\-]*?)(?:-({n})|:({n}(?:x{n})*))'.replace(
+    '{n}', '[0-9]{1,9}'
+  )
+)
 
 
 @dataclasses.dataclass(frozen=True)

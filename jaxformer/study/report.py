@@ -43,6 +43,7 @@ def report_study(study: Study, log: Log, helpers: Sequence[Sequence[str]] = ()) 
   """Run a study, measure its costs and write its report to `DIR/STUDY/report`. Raises
   `study.sharing.Interrupted` after a signal; called again, it resumes. `helpers` are commands that
   train the same study beside this process."""
+  study.check_folder()
   with Interrupt() as interrupt:
     with running(helpers, study.folder):
       trained, measured = train_study(study, log, interrupt)
@@ -73,6 +74,7 @@ def _other_software(trained: Trained, log: Log) -> list[str]:
 def train_study(study: Study, log: Log, interrupt: Interrupt) -> tuple[Trained, Measured]:
   """Return the results of a study's runs, and what is measured of them: the work that several
   processes share."""
+  study.check_folder()
   measured: Measured = {}
 
   def measure(title: str, dataset: Dataset, t: Tuned) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from jaxformer import config
 from jaxformer.config import Config, InputError
 from jaxformer.data import Dataset, DatasetConfig, Text, open_data
-from jaxformer.files import user_path
+from jaxformer.files import check_folder, user_path
 from jaxformer.layers.layer import LayerConfig
 from jaxformer.models.model import ModelConfig
 from jaxformer.models.zoo import FAMILIES, Family
@@ -266,6 +266,8 @@ class Study(Config):
       'seeds',
       'at least one, each once',
     )
+    for field, seeds in (('seeds', self.seeds), ('tuning_seed', (self.tuning_seed,))):
+      self.require(all(0 <= s < 2**32 for s in seeds), field, 'at least 0 and below 2^32')
     self.require(
       self.tuning_seed not in self.seeds,
       'tuning_seed',
@@ -321,6 +323,10 @@ class Study(Config):
   def folder(self) -> Path:
     """Folder of the runs and the report."""
     return user_path(self.dir, 'study.dir') / user_path(self.name, 'study.name')
+
+  def check_folder(self) -> None:
+    """Raise `InputError` where the folder can be neither used nor made."""
+    check_folder(self.folder, 'study.dir', self.dir)
 
   def at(self, target: float, tokens: int) -> Study:
     """Return the study of one size of a scaling study."""

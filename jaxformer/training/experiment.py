@@ -73,6 +73,7 @@ class TrainingConfig(Config):
   profile: tuple[int, int] | None = None
 
   def validate(self):
+    self.require(self.batch_size < 2**31, 'batch_size', 'below 2^31, as the sizes of arrays are')
     self.require_positive('steps', 'batch_size', 'accumulate', 'eval_every', 'eval_batches')
     self.require_positive('checkpoint_every', 'keep_latest', 'log_every')
     self.require_not_negative('keep_best', 'z_loss')

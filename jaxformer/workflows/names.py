@@ -138,9 +138,10 @@ def _is_file(target: str) -> bool:
 def _defined(target: str, name: str, kind: type[T]) -> T:
   """Return what a Python file defines under `name`: an object of this type, or a function that
   returns one."""
-  found = getattr(load_file(target), name, None)
-  if callable(found):
-    with errors_of(user_path(target)):
+  module = load_file(target)
+  with errors_of(user_path(target)):
+    found = getattr(module, name, None)
+    if callable(found):
       found = found()
   if not is_a(found, kind):
     raise InputError(

@@ -45,6 +45,9 @@ FILES = {
   'garbage.json': b'garbage',
   'nothing.py': b'x = 1\n',
   'number.py': b'experiment = 3\n',
+  'attribute.py': b'def __getattr__(name): raise KeyError(name)\n',
+  'generator.py': b'raise GeneratorExit\n',
+  'loud.py': b'print("loud")\nexperiment = lambda: print("louder")\n',
   'syntax.py': b'def f(:\n',
   'fails.py': b'def experiment():\n  return 1 / 0\n',
   'config.py': b'from jaxformer.training import TrainingConfig\nTrainingConfig(steps=-1)\n',
@@ -138,9 +141,17 @@ CORPORA = [
     'vocab_size = 3',
     'at least 257',
   ),
+  (
+    'some.txt --data.tokenizer BytePairs --data.tokenizer.vocab-size 1e18',
+    'vocab_size = 1000000000000000000',
+    'at most 16,777,216',
+  ),
 ]
 
 EXPERIMENTS = [
+  ('attribute.py', 'attribute.py cannot be run', "KeyError: 'experiment'"),
+  ('generator.py', 'generator.py cannot be run', 'GeneratorExit'),
+  ('loud.py', 'loud.py: defines no `experiment`'),
   ('missing.py', 'missing.py', 'No such file'),
   ('nothing.py', 'nothing.py', 'defines no `experiment`'),
   ('number.py', 'number.py', 'defines no `experiment`'),
@@ -221,6 +232,26 @@ def test_experiment_files(case, refused, folder):
   ],
 )
 def test_data(command, fragments, refused, folder):
+  check(refused(command, folder), fragments)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+  ('command', 'fragments'),
+  [
+    ('plan gpt2 --target v5e-' + '9' * 5000, ('target = ', 'must be a cloud name')),
+    ('plan gpt2 --target v5e-٨', ('target = ', 'must be a cloud name')),
+    (
+      f'plan gpt2 --training.batch-size {2**60} --target v5e-8',
+      ('batch_size = 1152921504606846976', 'below 2^31'),
+    ),
+    ('compare quickstart --study.seeds -1 --show', ('seeds = (-1,)', 'at least 0')),
+    ('compare quickstart --study.dir some.txt', ("study.dir = 'some.txt'", 'is not a folder')),
+    ("compare quickstart --study.dir '' --train-only", ("study.dir = ''", 'not be empty')),
+  ],
+  ids=lambda x: x[:40] if isinstance(x, str) else '',
+)
+def test_plans_and_studies(command, fragments, refused, folder):
   check(refused(command, folder), fragments)
 
 

@@ -67,6 +67,8 @@ def test_prompts_of_a_benchmark(gigabyte):
   text = define(jaxformer.preset('mamba-tiny')), NONE
   with pytest.raises(InputError, match=r'context_length = 1000000000: .* need at least'):
     time_decode(*text, 10**9, 2)
+  with pytest.raises(InputError, match=r'new_tokens = 1000000000: .* need at least'):
+    time_decode(*text, 2, 10**9)
 
 
 def test_a_batch_to_evaluate(gigabyte):
