@@ -21,6 +21,8 @@ import json
 import os
 import pathlib
 import socket
+import sys
+import threading
 import time
 from collections.abc import Callable, Generator, Mapping
 from typing import Any, TypeVar
@@ -32,7 +34,7 @@ from jax.experimental import multihost_utils
 
 from jaxformer import config
 from jaxformer.config import InputError, first_lines, whole
-from jaxformer.exit_codes import Failure
+from jaxformer.exit_codes import BAD_INPUT, FAILED, Failure
 
 OWN = ('JAXFORMER_COORDINATOR', 'JAXFORMER_PROCESSES', 'JAXFORMER_PROCESS')
 J = TypeVar('J')  # JSON data
@@ -40,6 +42,9 @@ WAIT = 'JAXFORMER_JOIN_SECONDS'
 PORT = 8476  # of process 0, if the environment names only its host
 _ERRORS = 'jaxformer/errors/'
 _INPUT = 'input'  # the kind of an `InputError` among them
+WATCH_SECONDS = 2.0  # between checks for errors of other processes
+GRACE_SECONDS = 10.0  # in which a process that meets the others ends by itself
+_watch = threading.Lock()
 _meetings = itertools.count()  # the processes meet equally often
 
 
@@ -129,9 +134,11 @@ def _service() -> Any:
 @contextlib.contextmanager
 def announced() -> Generator[None]:
   """Announce an error that is raised inside to the other processes, so that they end where they
-  would wait for this one."""
+  would wait for this one; and end this process if it waits on its devices for one that has stopped,
+  which would take until JAX aborts it."""
   try:
-    yield
+    with _watching():
+      yield
   except (_Everywhere, _FailedElsewhere):
     raise
   except Exception as e:
@@ -143,6 +150,42 @@ def announced() -> Generator[None]:
         error = f'{kind} {where} has stopped: {what}'
         _service().key_value_set(f'{_ERRORS}{jax.process_index()}', error)
     raise
+
+
+@contextlib.contextmanager
+def _watching() -> Generator[None]:
+  """Look for errors of other processes during the block, but for one inside another."""
+  if jax.process_count() == 1 or not _watch.acquire(blocking=False):
+    yield
+    return
+  ended = threading.Event()
+  threading.Thread(target=_end_with_others, args=(ended,), name='errors', daemon=True).start()
+  try:
+    yield
+  finally:
+    ended.set()
+    _watch.release()
+
+
+def _end_with_others(ended: threading.Event) -> None:
+  """End this process some time after another has announced an error, unless it has `ended` the
+  watched block by then."""
+  own, errors = f'{_ERRORS}{jax.process_index()}', list[tuple[str, str]]()
+  while not errors:
+    if ended.wait(WATCH_SECONDS):
+      return
+    try:
+      errors = sorted(e for e in _service().key_value_dir_get(_ERRORS) if e[0] != own)
+    except RuntimeError:  # the service is gone, and JAX aborts the process
+      return
+  if ended.wait(GRACE_SECONDS):
+    return
+  kind, _, what = errors[0][1].partition(' ')
+  with contextlib.suppress(OSError):
+    print(f'error: {what}', file=sys.stderr, flush=True)
+  with contextlib.suppress(Exception):  # the process that has stopped waits for this
+    jax.distributed.shutdown()
+  os._exit(BAD_INPUT if kind == _INPUT else FAILED)  # the main thread cannot be reached
 
 
 class _Everywhere(InputError):

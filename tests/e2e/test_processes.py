@@ -4,6 +4,7 @@ go on."""
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import socket
@@ -73,6 +74,14 @@ def start(count, words, folder, cache, command=TRAIN, more=()):
   return [process(i) for i in range(count)]
 
 
+def await_step(step, programs, run):
+  """Wait until a run has taken a step."""
+  end = time.monotonic() + 200
+  while max((r['step'] for r in read_metrics(run)), default=0) < step and time.monotonic() < end:
+    assert not any(p.poll() is not None for p in programs), finish(programs)
+    time.sleep(0.005)
+
+
 def finish(programs, timeout=240):
   """(exit code, stdout, stderr) of each; none outlives the test."""
   try:
@@ -112,6 +121,21 @@ def test_hosts_with_other_text_or_settings_do_not_train(tmp_path, cache, second,
   assert not (tmp_path / 'runs').exists()
 
 
+@thorough
+def test_a_full_disk_of_the_first_ends_both(tmp_path, cache):
+  """Between two meetings, while the other waits on its devices. A limit on the size of files stands
+  in for the disk."""
+  often = ['--training.steps', '4000', '--training.checkpoint-every', '4000']
+  programs = start(2, [*SHARDED, '--run.name', 'x', *often], tmp_path, cache)
+  await_step(3, programs, tmp_path / 'runs' / 'x')
+  resource.prlimit(programs[0].pid, resource.RLIMIT_FSIZE, (30_000, resource.RLIM_INFINITY))
+  (code, _, err), (other, _, seen) = finish(programs, timeout=200)
+  assert (code, other) == (1, 1), (err, seen)
+  what = f'{tmp_path}/runs/x/metrics.jsonl: cannot be written (File too large)'
+  assert err.splitlines()[-1] == f'error: {what}'
+  assert re.search(rf'^error: process 0 of 2 .* has stopped: {re.escape(what)}$', seen, re.M)
+
+
 def losses(folder):
   return {r['step']: r['train/loss'] for r in curve(folder) if 'train/loss' in r}
 
@@ -123,13 +147,8 @@ def home(tmp_path_factory, cache):
   folder = tmp_path_factory.mktemp('processes')
   (alone,) = finish(start(1, [*SHARDED, '--run.name', 'alone'], folder, cache))
   assert alone[0] == 0, alone
-  two, end = start(2, [*SHARDED, '--run.name', 'two'], folder, cache), time.monotonic() + 200
-  while (
-    max((r['step'] for r in read_metrics(folder / 'runs' / 'two')), default=0) < 3
-    and time.monotonic() < end
-  ):
-    assert [p.poll() for p in two] == [None, None], finish(two)
-    time.sleep(0.005)
+  two = start(2, [*SHARDED, '--run.name', 'two'], folder, cache)
+  await_step(3, two, folder / 'runs' / 'two')
   os.kill(two[1].pid, signal.SIGTERM)  # the one that writes nothing
   ended = finish(two)
   assert [code for code, _, _ in ended] == [75, 75], ended

@@ -11,13 +11,11 @@ import jax
 import pytest
 
 from jaxformer.cli.main import main
-from jaxformer.config import InputError
-from jaxformer.exit_codes import FAILED, Failure
+from jaxformer.exit_codes import FAILED
 from jaxformer.files import WriteError, append, write_atomically
-from jaxformer.training import processes, train
+from jaxformer.training import train
 from jaxformer.training.checkpoint import SaveError, steps_in
 from jaxformer.training.loop import _profiler
-from jaxformer.training.processes import announced, exchange
 from jaxformer.training.rows import read_events
 from jaxformer.training.run import Run
 from tests.training.compare import assert_same
@@ -221,25 +219,3 @@ def test_any_command_says_it_in_one_line(monkeypatch, capsys):
   assert capsys.readouterr() == ('', f'error: report.html: cannot be written ({FULL})\n')
   with pytest.raises(PermissionError):
     fail(errno.EACCES)
-
-
-@pytest.mark.quick
-@pytest.mark.parametrize('error', [WriteError('full'), InputError('wrong'), KeyError('bug')])
-def test_other_processes_end_with_the_code_of_the_error(monkeypatch, error):
-  class Service:
-    values = {}
-
-    def key_value_set(self, key, value):
-      self.values[key] = value
-
-    def key_value_dir_get(self, place):
-      return [(k, v) for k, v in self.values.items() if k.startswith(place)]
-
-  monkeypatch.setattr(processes, '_service', Service)
-  monkeypatch.setattr(jax, 'process_count', lambda: 2)
-  with pytest.raises(type(error)), announced():
-    raise error
-  monkeypatch.setattr(jax, 'process_index', lambda: 1)
-  kind = InputError if isinstance(error, InputError) else Failure
-  with pytest.raises(kind, match=r'^process 0 of 2 \(.*\) has stopped: '), announced():
-    exchange('here')

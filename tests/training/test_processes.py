@@ -1,9 +1,16 @@
-"""Which processes belong together, by the environments that say so."""
+"""Which processes belong together, by the environments that say so, and how they end together."""
 
+import os
+import threading
+import time
+
+import jax
 import pytest
 
 from jaxformer.config import InputError
-from jaxformer.training.processes import group, join
+from jaxformer.exit_codes import BAD_INPUT, FAILED, Failure
+from jaxformer.training import processes
+from jaxformer.training.processes import announced, exchange, group, join
 
 pytestmark = pytest.mark.quick
 
@@ -107,3 +114,81 @@ def test_environments_that_cannot_be(environment, message):
 
 def test_alone_nothing_happens():
   assert join({'JAX_PLATFORMS': 'cpu'}) is False
+
+
+@pytest.fixture
+def as_process(monkeypatch):
+  """Makes this one of two processes, with a service that knows what each announced."""
+
+  class Service:
+    values = {}
+
+    def key_value_set(self, key, value):
+      self.values[key] = value
+
+    def key_value_dir_get(self, place):
+      return [(k, v) for k, v in self.values.items() if k.startswith(place)]
+
+  monkeypatch.setattr(processes, '_service', Service)
+  monkeypatch.setattr(jax, 'process_count', lambda: 2)
+  return lambda index: monkeypatch.setattr(jax, 'process_index', lambda: index)
+
+
+@pytest.mark.parametrize(
+  ('error', 'kind'),
+  [(Failure('full'), Failure), (InputError('wrong'), InputError), (KeyError('bug'), Failure)],
+  ids=['failure', 'input', 'bug'],
+)
+def test_processes_that_meet_end_with_the_error_of_another(as_process, error, kind):
+  as_process(0)
+  with pytest.raises(type(error)), announced():
+    raise error
+  as_process(1)
+  with pytest.raises(kind, match=r'^process 0 of 2 \(.*\) has stopped: '), announced():
+    exchange('here')
+
+
+@pytest.mark.parametrize(
+  ('error', 'code'), [(Failure('full'), FAILED), (InputError('wrong'), BAD_INPUT)]
+)
+def test_a_process_that_waits_for_one_that_has_stopped_ends(
+  as_process, monkeypatch, capsys, error, code
+):
+  ended, codes = threading.Event(), []
+  monkeypatch.setattr(processes, 'WATCH_SECONDS', 0.01)
+  monkeypatch.setattr(processes, 'GRACE_SECONDS', 0.05)
+  monkeypatch.setattr(jax.distributed, 'shutdown', lambda: codes.append('shut down'))
+  monkeypatch.setattr(os, '_exit', lambda code: codes.append(code) or ended.set())
+
+  def stop():  # slowly; its own error is none of another
+    try:
+      with announced():
+        raise error
+    finally:
+      time.sleep(0.2)
+
+  as_process(0)
+  with pytest.raises(type(error)), announced():
+    stop()
+  assert codes == []
+  as_process(1)
+  with announced(), announced():
+    assert ended.wait(20)
+  assert codes == ['shut down', code]
+  err = capsys.readouterr().err
+  assert err.startswith('error: process 0 of 2 (')
+  assert err.endswith(f') has stopped: {error}\n')
+
+
+def test_a_process_that_ends_in_time_is_left_alone(as_process, monkeypatch):
+  monkeypatch.setattr(processes, 'WATCH_SECONDS', 0.01)
+  monkeypatch.setattr(processes, 'GRACE_SECONDS', 0.3)
+  monkeypatch.setattr(os, '_exit', lambda code: pytest.fail('ended'))
+  as_process(0)
+  with pytest.raises(Failure), announced():
+    raise Failure
+  as_process(1)
+  with announced():
+    time.sleep(0.1)
+  time.sleep(0.4)
+  assert not any(t.name == 'errors' for t in threading.enumerate())
