@@ -4,6 +4,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import re
 import stat
 import uuid
 from collections.abc import Generator
@@ -19,6 +20,7 @@ PART_BYTES, PATH_BYTES = 255, 4095  # what Linux and macOS accept
 STORAGE_ERRORS = frozenset(
   {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ESTALE, errno.ENXIO}
 )
+_OS_ERROR = re.compile(r"(?:os_error_code='|\bos error |\bErrno )(\d+)", re.IGNORECASE)
 
 
 def user_path(name: str | os.PathLike[str], field: str = '') -> Path:
@@ -79,6 +81,22 @@ def write_error(path: str | os.PathLike[str], error: OSError) -> WriteError:
 def is_of_storage(error: OSError) -> bool:
   """Return whether an error has its cause in the storage, and not in the path that was given."""
   return error.errno in STORAGE_ERRORS
+
+
+def os_error(error: Exception) -> OSError | None:
+  """Return the error of the operating system that an error is, or reports in words, as those of
+  TensorStore and safetensors do; None for another."""
+  if isinstance(error, OSError):
+    return error
+  found = _OS_ERROR.search(str(error))
+  return OSError(int(found[1]), os.strerror(int(found[1]))) if found else None
+
+
+def unwritable(path: str | os.PathLike[str], error: OSError, advice: str = '') -> Exception:
+  """Return the error for a path that a user gave, or could: `WriteError` if the cause is in the
+  storage, else `InputError`."""
+  problem = f'{os.fspath(path)}: cannot be written ({error.strerror or error}){advice}'
+  return WriteError(problem) if is_of_storage(error) else InputError(problem)
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ from stat import S_ISREG
 from typing import TypeVar
 
 from jaxformer.config import InputError
-from jaxformer.files import user_path, write_atomically
+from jaxformer.files import unwritable, user_path, write_atomically
 
 T = TypeVar('T')
 
@@ -82,7 +82,7 @@ def build_atomically(
   complete folder, and the first to finish wins. A killed process leaves a hidden folder, which
   nobody reads and a later build removes.
 
-  Raises `InputError` where the folder cannot be written.
+  Raises `InputError` where the folder cannot be written, `WriteError` where the disk is full.
   """
   if (found := load(folder)) is not None:
     return found
@@ -96,10 +96,8 @@ def build_atomically(
     finally:
       shutil.rmtree(temporary, ignore_errors=True)
   except OSError as e:
-    raise InputError(
-      f'cache folder {folder.parent}: cannot be written ({e.strerror or e}); set JAXFORMER_CACHE '
-      'to a folder that can be'
-    ) from None
+    advice = '; set JAXFORMER_CACHE to a folder that can be'
+    raise unwritable(f'cache folder {folder.parent}', e, advice) from None
   if found is None:
     raise InputError(f'cache folder {folder}: cannot be read back after writing; check the disk')
   return found

@@ -30,7 +30,7 @@ from jaxformer.data.tokenizers import (
   encoded,
   gpt2_bytes,
 )
-from jaxformer.files import regular_file, user_path, write_atomically
+from jaxformer.files import regular_file, unwritable, user_path, write_atomically
 
 USUAL_ENDS = (END_OF_DOCUMENT, '<|end_of_text|>', '</s>', '<|eot_id|>', '<eos>', '[SEP]')
 
@@ -332,7 +332,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int, out_path: Path | str) -> in
     tokenizer = config.train(texts)
     write_atomically(out_path, tokenizer.hugging_face())
   except OSError as e:
-    raise InputError(f'{out_path}: cannot be written ({e.strerror})') from None
+    raise unwritable(out_path, e) from None
   return tokenizer.vocab_size
 
 

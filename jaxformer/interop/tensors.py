@@ -19,7 +19,7 @@ import safetensors
 import safetensors.numpy
 
 from jaxformer.config import InputError
-from jaxformer.files import regular_file, user_path
+from jaxformer.files import os_error, regular_file, unwritable, user_path
 from jaxformer.json_data import parse_json
 
 SINGLE = 'model.safetensors'
@@ -206,7 +206,8 @@ def cast(name: str, value: np.ndarray, dtype: np.dtype) -> np.ndarray:
 @contextlib.contextmanager
 def new_path(path: str | os.PathLike, *, folder: bool = False) -> Generator[Path]:
   """Yield a path to write to, for a folder an empty one, which is renamed to `path` when complete.
-  Raises `InputError` if `path` exists, other than as an empty folder, or cannot be written."""
+  Raises `InputError` if `path` exists, other than as an empty folder, or cannot be written, and
+  `WriteError` if the disk is full."""
   target = user_path(path, 'out').absolute()
   if target.exists() and not (folder and target.is_dir() and not any(target.iterdir())):
     kind = ' and is not an empty folder' if folder else ''
@@ -216,8 +217,12 @@ def new_path(path: str | os.PathLike, *, folder: bool = False) -> Generator[Path
     (partial if folder else partial.parent).mkdir(parents=True, exist_ok=True)
     yield partial
     os.replace(partial, target)
-  except OSError as e:
-    raise InputError(str(path), problem=f'cannot be written: {e}') from None
+  except InputError:
+    raise
+  except Exception as e:
+    if (cause := os_error(e)) is None:
+      raise
+    raise unwritable(path, cause) from None
   finally:
     if folder:
       shutil.rmtree(partial, ignore_errors=True)

@@ -4,7 +4,7 @@ import pathlib
 from collections.abc import Mapping
 
 from jaxformer.config import InputError
-from jaxformer.files import write_atomically
+from jaxformer.files import unwritable, write_atomically
 
 
 def write_files(files: Mapping[pathlib.Path, tuple[str, str]]) -> list[pathlib.Path]:
@@ -42,5 +42,5 @@ def write_files(files: Mapping[pathlib.Path, tuple[str, str]]) -> list[pathlib.P
         path.rmdir()
       else:
         path.unlink(missing_ok=True)
-    raise InputError(f'{path}: cannot be written ({e.strerror})') from None
+    raise unwritable(path, e) from None
   return list(files)

@@ -15,8 +15,6 @@ import gc
 import hashlib
 import json
 import logging
-import os
-import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -32,7 +30,7 @@ from orbax.checkpoint.utils import is_checkpoint_finalized
 
 from jaxformer.config import InputError, first_lines, whole
 from jaxformer.exit_codes import Failure
-from jaxformer.files import regular_file, writing
+from jaxformer.files import os_error, regular_file, writing
 from jaxformer.json_data import parse_json
 from jaxformer.models.params import Definition, Params
 from jaxformer.sharding import MeshConfig, Parallel, make_parallel
@@ -40,7 +38,6 @@ from jaxformer.training.paths import AnyPath, discard, move, remote_errors, remo
 from jaxformer.training.step import TrainState
 
 VERSION = 2  # 1 is that of jaxformer 0.1
-_ERROR_CODE = re.compile(r"(?:os_error_code='|OS error |Errno )(\d+)")
 Log = Callable[[str], None]
 
 
@@ -491,12 +488,9 @@ def _first_line(error: Exception) -> str:
 
 
 def _reason(error: Exception) -> str:
-  """Return why a save failed: what the operating system says, which TensorStore puts into words of
-  its own."""
-  code = error.errno if isinstance(error, OSError) else None
-  if code is None and (found := _ERROR_CODE.search(str(error))):
-    code = int(found[1])
-  return f'{type(error).__name__}: {_first_line(error)}' if code is None else os.strerror(code)
+  """Return why a save failed: what the operating system says, if it does."""
+  cause = os_error(error)
+  return f'{type(error).__name__}: {_first_line(error)}' if cause is None else str(cause.strerror)
 
 
 @functools.cache

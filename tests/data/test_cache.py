@@ -27,6 +27,7 @@ from jaxformer.data import (
   open_data,
   splits,
 )
+from jaxformer.files import WriteError
 from jaxformer.user_code import load_file
 
 TEXTS = [f'document {i} ' * 20 for i in range(60)]
@@ -346,6 +347,6 @@ def test_a_full_disk_and_a_cache_that_can_only_be_read(corpus, cache, monkeypatc
     assert not lines
   with monkeypatch.context() as m:
     m.setattr(np, 'save', full)
-    with pytest.raises(InputError, match=r'cannot be written \(No space left on device\); set JAX'):
+    with pytest.raises(WriteError, match=r'cannot be written \(No space left on device\); set JAX'):
       opened(path, split=ByPosition())
   assert len(list(cache.iterdir())) == 1

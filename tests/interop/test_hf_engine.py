@@ -14,6 +14,7 @@ import pytest
 import safetensors.numpy
 
 from jaxformer.config import InputError
+from jaxformer.files import WriteError
 from jaxformer.interop import load_hf, save_hf, weights
 from jaxformer.interop.families import FAMILIES
 from jaxformer.interop.tensors import INDEX, SINGLE, plan_files
@@ -286,12 +287,25 @@ def test_nothing_is_overwritten(saved, tmp_path):
 
 def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch):
   def fail(self, ours):
-    raise OSError('disk full')
+    raise errors.pop()
 
   monkeypatch.setattr(weights.Link, 'save', fail)
-  with pytest.raises(InputError, match='out: cannot be written: disk full'):
-    save_hf(tmp_path / 'out', SMALL['llama'], noisy(SMALL['llama']))
-  assert os.listdir(tmp_path) == []
+  full = 'Error while serializing: I/O error: No space left on device (os error 28)'
+  errors = [
+    InputError('bad [Errno 2]'),
+    KeyError('bug'),
+    safetensors.SafetensorError(full),
+    PermissionError(13, 'No access'),
+  ]
+  for kind, message in (
+    (InputError, r'out: cannot be written \(No access\)'),
+    (WriteError, r'out: cannot be written \(No space left on device\)'),
+    (KeyError, 'bug'),
+    (InputError, 'bad'),
+  ):
+    with pytest.raises(kind, match=message):
+      save_hf(tmp_path / 'out', SMALL['llama'], noisy(SMALL['llama']))
+    assert os.listdir(tmp_path) == []
 
 
 # ---- models without a counterpart --------------------------------------------------------------
