@@ -21,6 +21,13 @@ STORAGE_ERRORS = frozenset(
   {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ESTALE, errno.ENXIO}
 )
 _OS_ERROR = re.compile(r"(?:os_error_code='|\bos error |\bErrno )(\d+)", re.IGNORECASE)
+# a path without permission, or with something else on it than is needed
+PATH_ERRORS = frozenset(
+  {
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST),
+    *(errno.ELOOP, errno.ENAMETOOLONG),
+  }
+)
 
 
 def user_path(name: str | os.PathLike[str], field: str = '') -> Path:
@@ -97,6 +104,11 @@ def unwritable(path: str | os.PathLike[str], error: OSError, advice: str = '') -
   storage, else `InputError`."""
   problem = f'{os.fspath(path)}: cannot be written ({error.strerror or error}){advice}'
   return WriteError(problem) if is_of_storage(error) else InputError(problem)
+
+
+def is_of_path(error: OSError) -> bool:
+  """Return whether an error has its cause in the path that it names."""
+  return error.errno in PATH_ERRORS and error.filename is not None
 
 
 @contextlib.contextmanager

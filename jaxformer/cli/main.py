@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 import jaxformer as jf
 from jaxformer.config import CommandLineText, InputError, decode, nearest, shown
 from jaxformer.exit_codes import BAD_INPUT, DONE, FAILED, INTERRUPTED, PREEMPTED, Failure
-from jaxformer.files import is_of_storage, write_error
+from jaxformer.files import is_of_path, is_of_storage, write_error
 from jaxformer.installation import installation
 
 SECTIONS = ('model', 'data', 'optimizer', 'schedule', 'training', 'mesh', 'run')
@@ -71,6 +71,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return DONE
   except OSError as e:
+    if is_of_path(e):
+      _complain(f'error: {InputError("path", str(e.filename), problem=str(e.strerror))}')
+      return BAD_INPUT
     if not is_of_storage(e):
       raise
     _complain(f'error: {write_error("a file", e)}')

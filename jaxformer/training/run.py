@@ -270,6 +270,9 @@ class Run:
           raise InputError(
             f'{path}: must be a {kind}, as in every run; move it away, or give another --run.name'
           )
+        needed = os.R_OK | os.W_OK | (os.X_OK if kind == 'folder' else 0)
+        if os.path.lexists(path) and not os.access(path, needed):
+          raise InputError(f'{path}: permission denied; must be a {kind} to read and to write')
 
   def _is_fresh(self) -> bool:
     with remote_errors(self.folder):

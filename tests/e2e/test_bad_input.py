@@ -1,6 +1,7 @@
 """What cannot be used is said in one message, with code 2, before anything of the user's is
 touched."""
 
+import errno
 import io
 import shlex
 import shutil
@@ -467,6 +468,19 @@ def test_standard_input_that_cannot_be_read(stdin, problem, monkeypatch):
   monkeypatch.setattr('sys.stdin', stdin)
   with pytest.raises(InputError, match=f'standard input: {problem}'):
     read_stdin()
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize('error', [PermissionError, NotADirectoryError])
+def test_a_path_that_cannot_be_used_is_told_in_a_line(error, monkeypatch, capsys):
+  number = errno.EACCES if error is PermissionError else errno.ENOTDIR
+
+  def run(**_):
+    raise error(number, 'The reason', '/a/path')
+
+  monkeypatch.setattr('jaxformer.cli.list.run', run)
+  assert main(['list']) == 2
+  assert capsys.readouterr() == ('', "error: path = '/a/path': The reason\n")
 
 
 @pytest.mark.quick

@@ -51,6 +51,25 @@ def test_a_part_of_another_kind_is_refused_before_anything_is_written(
 
 
 @pytest.mark.quick
+@pytest.mark.parametrize(
+  ('part', 'needed'),
+  [
+    ('', os.R_OK | os.W_OK | os.X_OK),
+    ('checkpoints/4', os.R_OK | os.W_OK | os.X_OK),
+    ('metrics.jsonl', os.R_OK | os.W_OK),
+  ],
+)
+def test_a_part_without_permission_is_refused(part, needed, experiment, tmp_path, monkeypatch):
+  path, access = tmp_path / 'run' / part, os.access
+  (tmp_path / 'run' / 'checkpoints' / '4').mkdir(parents=True)
+  (tmp_path / 'run' / 'metrics.jsonl').write_text('')
+  monkeypatch.setattr(os, 'access', lambda p, mode: (p, mode) != (path, needed) and access(p, mode))
+  with pytest.raises(InputError) as e:
+    Run(experiment())
+  assert str(e.value).startswith(f'{path}: permission denied')
+
+
+@pytest.mark.quick
 @pytest.mark.parametrize('there', [[], ['a/b/run'], ['a/b/run/checkpoints']])
 def test_a_run_that_is_not_started_leaves_nothing_behind(there, experiment, tmp_path):
   for folder in there:
