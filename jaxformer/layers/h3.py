@@ -23,6 +23,7 @@ from jaxformer.layers.state_space import (
   pairs,
   recurrent,
   stable,
+  step_sizes,
 )
 from jaxformer.ops.ssm import ssm, toeplitz
 from jaxformer.ops.ssm_systems import DiagonalSystem, ShiftSystem
@@ -100,7 +101,7 @@ class H3(Layer):
       FanInUniform()(rngs.params(), (D, N), N, position), ('inner', 'state'), decay=True
     )
     self.shift_skip = recurrent(jax.random.normal(rngs.params(), (D,)), ('inner',))
-    self.log_dt = log_steps(H, c.dt_min, c.dt_max, c.lr_scale, rngs)
+    self.log_dt = log_steps(H, c, rngs)
     self.log_decay, self.frequency, self.b = diagonal(c.spectrum, H, N, c.lr_scale)
     self.c = recurrent(
       pairs(complex_normal(rngs.params(), (H, N // 2))), ('inner', 'state', None), decay=True
@@ -113,7 +114,7 @@ class H3(Layer):
     filter_DN = jnp.sum(toeplitz(self.shift_b[...]) * self.shift_c[...][:, None], axis=-1)
     a = stable(self.log_decay, self.frequency)
     discretize = DISCRETIZATIONS[self.config.discretization]
-    log_a, b = discretize(a, paired(self.b), jnp.exp(self.log_dt[...]))
+    log_a, b = discretize(a, paired(self.b), step_sizes(self.log_dt, self.config))
     return ShiftSystem(filter_DN[None]), DiagonalSystem(log_a, b, paired(self.c)[None])
 
   def init_state(self, batch, max_len, memory=None) -> H3State:

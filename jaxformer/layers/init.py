@@ -12,6 +12,8 @@ from jaxtyping import Array
 from jaxformer.config import Config
 from jaxformer.layers.layer import LayerPosition
 
+TRUNCATED_STD = 0.87962566103423978  # of N(0, 1) truncated at -2 and 2
+
 
 class Init(Config, abstract=True):
   """Base of the initializations."""
@@ -49,12 +51,21 @@ class Uniform(Init):
 
 
 class FanInNormal(Init):
-  """N(0, gain^2 / fan_in) (LeCun et al. 1998)."""
+  """N(0, gain^2 / fan_in) (LeCun et al. 1998).
+
+  Attributes:
+    truncated: at two standard deviations, and scaled to the same variance, as
+      `jax.nn.initializers.lecun_normal`.
+  """
 
   gain: float = 1.0
+  truncated: bool = False
 
   def __call__(self, key, shape, fan_in, position):
-    return self.gain / math.sqrt(fan_in) * jax.random.normal(key, shape, jnp.float32)
+    if not self.truncated:
+      return self.gain / math.sqrt(fan_in) * jax.random.normal(key, shape, jnp.float32)
+    drawn = jax.random.truncated_normal(key, -2.0, 2.0, shape, jnp.float32)
+    return self.gain / math.sqrt(fan_in) / TRUNCATED_STD * drawn
 
 
 class FanInUniform(Init):

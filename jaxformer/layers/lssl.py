@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxformer.layers.layer import LayerPosition
-from jaxformer.layers.state_space import StateSpace, StateSpaceConfig, recurrent
+from jaxformer.layers.state_space import StateSpace, StateSpaceConfig, recurrent, step_sizes
 from jaxformer.ops.hippo import legs
 from jaxformer.ops.ssm_systems import DenseSystem, dense_bilinear
 
@@ -24,9 +24,10 @@ class LSSL(StateSpace):
   class Config(StateSpaceConfig):
     """
     Attributes:
-      transition: `fixed`: A is not trained (LSSL-fixed); `shared`: one A for all channels;
-        `per_channel`: one A per channel.
-      transition_lr_scale: factor on the learning rate of A; 0 if it is fixed.
+      transition: `fixed`: neither A nor the step sizes are trained (LSSL-fixed); `shared`: one A
+        for all channels; `per_channel`: one A per channel.
+      transition_lr_scale: factor on the learning rate of A; 0 if it is fixed, as `lr_scale`, that
+        of the step sizes.
       copies: outputs M per channel, which read the same state.
     """
 
@@ -44,11 +45,17 @@ class LSSL(StateSpace):
         'transition_lr_scale',
         '0 if the transition is fixed, else positive',
       )
+      self.require(
+        self.lr_scale == 0 or self.transition != 'fixed', 'lr_scale', '0 if the transition is fixed'
+      )
 
     @classmethod
     def examples(cls):
-      fixed = cls(d_state=4, transition='fixed', transition_lr_scale=0.0, copies=2, causal=False)
-      return cls(d_state=5, copies=2, transition='per_channel'), fixed
+      fixed = cls(d_state=4, transition='fixed', transition_lr_scale=0.0, lr_scale=0.0)
+      return (
+        cls(d_state=5, copies=2, transition='per_channel'),
+        fixed.replace(copies=2, causal=False),
+      )
 
     def mixing_flops_per_token(self, width, length, causal):
       # the recurrence
@@ -74,6 +81,6 @@ class LSSL(StateSpace):
     a = a if self.a is None else self.a[...]
     a_HNN = jnp.broadcast_to(a[None], (self.width, N, N)) if a.ndim == 2 else a
     d, bbar = dense_bilinear(
-      a_HNN, jnp.broadcast_to(b[None], (self.width, N)), jnp.exp(self.log_dt[...])
+      a_HNN, jnp.broadcast_to(b[None], (self.width, N)), step_sizes(self.log_dt, self.config)
     )
     return DenseSystem(d, bbar, self.c[...][direction * M : (direction + 1) * M])

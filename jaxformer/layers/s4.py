@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from jaxformer.layers.layer import LayerPosition
 from jaxformer.layers.state_space import (
+  ChannelSystemConfig,
   StateSpace,
-  StateSpaceConfig,
   complex_normal,
+  copies,
   paired,
   pairs,
   per_channel,
   poles,
   recurrent,
   stable,
+  step_sizes,
 )
 from jaxformer.ops.hippo import legs_dplr
 from jaxformer.ops.ssm_dplr import DplrSystem, dense_dplr, dplr, truncated
@@ -27,11 +28,11 @@ class S4(StateSpace):
   a gated projection (Gu, Goel and Re 2022, section 3).
 
   Each channel has its own step size. It is initialized to HiPPO-LegS in the basis in which that is
-  diagonal plus rank one, with the imaginary part of B clipped at 2. The parameter of the output is
+  diagonal plus rank one (`ops.hippo.legs_dplr`). The parameter of the output is
   C~ = C (I - Abar^length), made once from a random C; Lambda, p, B and the step sizes have
   `lr_scale` and no weight decay, C~ is a weight like others."""
 
-  class Config(StateSpaceConfig):
+  class Config(ChannelSystemConfig):
     """
     Attributes:
       length: the sequence length that C~ is made for; kernels of shorter sequences are cut from it.
@@ -49,7 +50,10 @@ class S4(StateSpace):
 
     @classmethod
     def examples(cls):
-      return cls(d_state=8, length=64), cls(d_state=4, length=16, causal=False)
+      return (
+        cls(d_state=8, length=64),
+        cls(d_state=4, length=16, causal=False, n_ssm=2, dt_transform='softplus'),
+      )
 
     def mixing_flops_per_token(self, width, length, causal):
       # the recurrence with real matrices
@@ -59,18 +63,18 @@ class S4(StateSpace):
     super().__init__(config, width, rngs, position)
     c, shape = config, (width, config.d_state // 2)
     self.length = c.length
-    a, p, b = legs_dplr(c.d_state)
-    b = b.real + 1j * np.clip(b.imag, -2, 2)
-    a, p, b = (per_channel(v, width) for v in (a, p, b))
-    self.log_decay, self.frequency = poles(a, c.lr_scale)
-    self.p = recurrent(pairs(p), ('inner', 'state', None), c.lr_scale)
-    self.b = recurrent(pairs(b), ('inner', 'state', None), c.lr_scale)
+    a, p, b = (copies(v, c.independent(width)) for v in legs_dplr(c.d_state))
+    self.log_decay, self.frequency = poles(a, c.lr_scale, c.systems_axis)
+    self.p = recurrent(pairs(p), (c.systems_axis, 'state', None), c.lr_scale)
+    self.b = recurrent(pairs(b), (c.systems_axis, 'state', None), c.lr_scale)
     start = complex_normal(rngs.params(), (c.directions, *shape))
-    d, _ = dense_dplr(a, p, b, jnp.exp(self.log_dt[...]))
+    a, p, b = (per_channel(v, width) for v in (a, p, b))
+    d, _ = dense_dplr(a, p, b, step_sizes(self.log_dt, c))
     tilde = truncated(jnp.concatenate([2 * start.real, -2 * start.imag], axis=-1), d, c.length)
     self.c_tilde = recurrent(pairs(tilde), (None, 'inner', 'state', None), decay=True)
 
   def system(self, direction: int = 0) -> DplrSystem:
-    a = stable(self.log_decay, self.frequency)
+    values = stable(self.log_decay, self.frequency), paired(self.p), paired(self.b)
+    a, p, b = (per_channel(v, self.width) for v in values)
     tilde = paired(self.c_tilde)[direction : direction + 1]
-    return dplr(a, paired(self.p), paired(self.b), tilde, jnp.exp(self.log_dt[...]), self.length)
+    return dplr(a, p, b, tilde, step_sizes(self.log_dt, self.config), self.length)

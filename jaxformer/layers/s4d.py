@@ -6,21 +6,22 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Literal
 
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from jaxformer.layers.layer import LayerPosition
 from jaxformer.layers.state_space import (
+  ChannelSystemConfig,
   StateSpace,
-  StateSpaceConfig,
   complex_normal,
+  copies,
   paired,
   pairs,
   per_channel,
   poles,
   recurrent,
   stable,
+  step_sizes,
 )
 from jaxformer.ops.hippo import legs_dplr
 from jaxformer.ops.ssm_systems import DiagonalSystem, bilinear, zoh
@@ -46,7 +47,7 @@ def spectrum(name: SpectrumName, d_state: int) -> tuple[np.ndarray, np.ndarray]:
   `lin` (S4D-Lin): A_n = -1/2 + i pi n. `inv` (S4D-Inv), which approximates `legs`: A_n = -1/2 + i N
   / pi (N / (2n + 1) - 1). `real` (S4D-Real): A_n = -(n + 1), whose frequencies are trained from 0.
   All three with B = 1. `legs` (S4D-LegS): the diagonal part of HiPPO-LegS and its B in that
-  basis."""
+  basis (`ops.hippo.legs_dplr`)."""
   if name == 'legs':
     a, _, b = legs_dplr(d_state)
     return a, b
@@ -55,11 +56,11 @@ def spectrum(name: SpectrumName, d_state: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def diagonal(
-  name: SpectrumName, channels: int, d_state: int, lr_scale: float
+  name: SpectrumName, count: int, d_state: int, lr_scale: float, axis: str | None = 'inner'
 ) -> tuple[nnx.Param, nnx.Param, nnx.Param]:
-  """Parameters for A (`poles`) and for B of a diagonal system per channel."""
-  a, b = (per_channel(v, channels) for v in spectrum(name, d_state))
-  return *poles(a, lr_scale), recurrent(pairs(b), ('inner', 'state', None), lr_scale)
+  """Parameters for A (`poles`) and for B of several diagonal systems."""
+  a, b = (copies(v, count) for v in spectrum(name, d_state))
+  return *poles(a, lr_scale, axis), recurrent(pairs(b), (axis, 'state', None), lr_scale)
 
 
 class S4D(StateSpace):
@@ -69,7 +70,7 @@ class S4D(StateSpace):
   Each channel has its own step size. A = -exp(log_decay) + i frequency stays stable. A, B and the
   step sizes have `lr_scale` and no weight decay; C is a weight like others."""
 
-  class Config(StateSpaceConfig):
+  class Config(ChannelSystemConfig):
     """
     Attributes:
       spectrum: initialization of A and B (`spectrum`).
@@ -83,14 +84,16 @@ class S4D(StateSpace):
     def examples(cls):
       return (
         cls(d_state=6, spectrum='legs', discretization='bilinear'),
-        cls(d_state=4, causal=False),
+        cls(d_state=4, causal=False, n_ssm=2, dt_transform='softplus'),
       )
 
   def __init__(self, config: S4D.Config, width: int, rngs: nnx.Rngs, position: LayerPosition):
     super().__init__(config, width, rngs, position)
     c, shape = config, (width, config.d_state // 2)
     self.discretize = DISCRETIZATIONS[c.discretization]
-    self.log_decay, self.frequency, self.b = diagonal(c.spectrum, width, c.d_state, c.lr_scale)
+    self.log_decay, self.frequency, self.b = diagonal(
+      c.spectrum, c.independent(width), c.d_state, c.lr_scale, c.systems_axis
+    )
     self.c = recurrent(
       pairs(complex_normal(rngs.params(), (c.directions, *shape))),
       (None, 'inner', 'state', None),
@@ -98,6 +101,7 @@ class S4D(StateSpace):
     )
 
   def system(self, direction: int = 0) -> DiagonalSystem:
-    a = stable(self.log_decay, self.frequency)
-    log_a, b = self.discretize(a, paired(self.b), jnp.exp(self.log_dt[...]))
+    values = stable(self.log_decay, self.frequency), paired(self.b)
+    a, b = (per_channel(v, self.width) for v in values)
+    log_a, b = self.discretize(a, b, step_sizes(self.log_dt, self.config))
     return DiagonalSystem(log_a, b, paired(self.c)[direction : direction + 1])

@@ -10,7 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from jaxformer.layers.dense import Dense
-from jaxformer.layers.init import FanInNormal, FanInUniform
+from jaxformer.layers.init import FanInNormal
 from jaxformer.layers.layer import Context, Layer, LayerPosition, Output, dropout
 from jaxformer.layers.state_space import (
   StateSpaceConfig,
@@ -19,6 +19,7 @@ from jaxformer.layers.state_space import (
   paired,
   pairs,
   recurrent,
+  step_sizes,
 )
 from jaxformer.ops.diagonal_scan import diagonal_scan
 from jaxformer.ops.hippo import legs_basis
@@ -32,8 +33,10 @@ class S5(Layer):
   gelu(y) and g * sigmoid(g W + b) (Smith et al. 2023, section 3 and appendix B).
 
   By zero-order hold, with a step size per state. Lambda is initialized to the diagonal of
-  HiPPO-LegS of size N / blocks, `blocks` times; B and C are random matrices in that basis. Lambda,
-  B and the step sizes have `lr_scale` and no weight decay."""
+  HiPPO-LegS of size N / blocks, `blocks` times; B and C are random matrices in that basis, of real
+  numbers of variance 1 / N and of complex ones of variance 2 / N. Lambda, B and the step sizes
+  have `lr_scale` and no weight decay. GELU is the tanh approximation, and the gate as a flax
+  `Dense`, as in the authors' code (lindermanlab/S5)."""
 
   class Config(StateSpaceConfig):
     """
@@ -62,20 +65,22 @@ class S5(Layer):
     a, v_NP = jnp.asarray(np.tile(a, J), jnp.complex64), jnp.asarray(v, jnp.complex64)
     self.decay = recurrent(a.real, ('inner',), c.lr_scale)
     self.frequency = recurrent(a.imag, ('inner',), c.lr_scale)
-    self.log_dt = log_steps(N // 2, c.dt_min, c.dt_max, c.lr_scale, rngs)
-    b_JNH = FanInNormal()(rngs.params(), (J, N // J, H), H, position)
+    self.log_dt = log_steps(N // 2, c, rngs)
+    lecun_normal = FanInNormal(truncated=True)
+    b_JNH = lecun_normal(rngs.params(), (J, N // J, H), N, position)
     b = jnp.einsum('np,jnh->hjp', v_NP.conj(), b_JNH, precision='highest').reshape(H, N // 2)
     self.b = param(
       pairs(b), ('embed', 'inner', None), decay=False, lr_scale=c.lr_scale, full_precision=True
     )
-    c_JNRH = FanInNormal()(rngs.params(), (J, N // J, c.directions, H), N, position)
+    c_2JNRH = lecun_normal(rngs.params(), (2, J, N // J, c.directions, H), N, position)
+    c_JNRH = jax.lax.complex(*c_2JNRH)
     c_PRH = jnp.einsum('np,jnrh->jprh', v_NP, c_JNRH, precision='highest').reshape(
       N // 2, c.directions, H
     )
     self.c = param(pairs(c_PRH), ('inner', None, 'embed', None), full_precision=True)
     self.skip = recurrent(jax.random.normal(rngs.params(), (H,)), ('norm',))
     self.gate = Dense(
-      FanInUniform(), (H, H), ('embed', None), bias=FanInUniform(), rngs=rngs, position=position
+      lecun_normal, (H, H), ('embed', None), bias=True, rngs=rngs, position=position
     )
 
   def init_state(self, batch, max_len, memory=None) -> Float[Array, 'B N']:
@@ -87,7 +92,7 @@ class S5(Layer):
     starts = None if ctx.segments_BT is None else ctx.starts(x_BTD)
     # stable for any parameters
     a = jax.lax.complex(jnp.minimum(self.decay[...], -1e-4), self.frequency[...])
-    log_a, scale = zoh(a[:, None], jnp.ones_like(a)[:, None], jnp.exp(self.log_dt[...]))
+    log_a, scale = zoh(a[:, None], jnp.ones_like(a)[:, None], step_sizes(self.log_dt, self.config))
     b = paired(self.b) * scale[:, 0][None]
     u = x_BTD.astype(jnp.float32)
     v_BTN = shard(linear(u, jnp.concatenate([b.real, b.imag], axis=1)), 'batch', 'time', None)
@@ -106,5 +111,5 @@ class S5(Layer):
 
   def _gated(self, y: Array, ctx: Context) -> Array:
     rate = self.config.dropout
-    g = dropout(jax.nn.gelu(y, approximate=False), rate, ctx.fold(0))
+    g = dropout(jax.nn.gelu(y, approximate=True), rate, ctx.fold(0))
     return dropout(g * jax.nn.sigmoid(self.gate(g)), rate, ctx.fold(1))

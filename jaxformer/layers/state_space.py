@@ -4,7 +4,7 @@ both directions, a skip connection, and the projection out."""
 from __future__ import annotations
 
 import math
-from typing import ClassVar, Self
+from typing import ClassVar, Literal, Self
 
 import jax
 import jax.numpy as jnp
@@ -26,13 +26,15 @@ class SystemConfig(LayerConfig, abstract=True):
   Attributes:
     d_state: state size N of a system, in real numbers.
     dt_min, dt_max: each system's step size is drawn log-uniformly between them.
+    dt_transform: step sizes are `exp` or `softplus` of their parameters.
     lr_scale: factor on the learning rate of the step size and of the matrices that act on the
-      state.
+      state; 0: they are not trained.
   """
 
   d_state: int = 64
   dt_min: float = 1e-3
   dt_max: float = 1e-1
+  dt_transform: Literal['exp', 'softplus'] = 'exp'
   lr_scale: float = 0.1
 
   paired: ClassVar[bool] = True  # whether the state is complex, in conjugate pairs
@@ -78,6 +80,38 @@ class StateSpaceConfig(SystemConfig, abstract=True):
     return self.directions * 7.0 * width * self.d_state
 
 
+class ChannelSystemConfig(StateSpaceConfig, abstract=True):
+  """Base of the configs with one complex system per channel.
+
+  Attributes:
+    n_ssm: number of independent A and B, each of which width / n_ssm channels share; None for one
+      per channel. C and the step sizes are always per channel.
+  """
+
+  n_ssm: int | None = None
+
+  def validate(self):
+    super().validate()
+    self.require_positive('n_ssm')
+
+  def independent(self, width: int) -> int:
+    """Number of independent systems."""
+    if self.n_ssm is None:
+      return width
+    self.quotient(width, 'n_ssm')
+    return self.n_ssm
+
+  @property
+  def systems_axis(self) -> str | None:
+    """Logical axis of the independent systems."""
+    return 'inner' if self.n_ssm is None else None
+
+
+def per_channel(z_SN: Array, channels: int) -> Array:
+  """The system of each channel, of S independent ones: channel h has that of h modulo S."""
+  return jnp.tile(z_SN, (channels // len(z_SN), 1))
+
+
 class StateSpace(Layer):
   """Base of the layers y = D u + system(u) for each channel, then dropout(gelu(y)) W + b over all
   outputs of all channels. A `gated` layer projects to twice the width and returns a * sigmoid(b) of
@@ -98,7 +132,7 @@ class StateSpace(Layer):
   ):
     c = config
     self.config, self.width, self.gated = c, width, gated
-    self.log_dt = log_steps(width, c.dt_min, c.dt_max, c.lr_scale, rngs)
+    self.log_dt = log_steps(width, c, rngs)
     self.skip = recurrent(jax.random.normal(rngs.params(), (outputs, width)), (None, 'inner'))
     self.out = Dense(
       FanInUniform(),
@@ -149,10 +183,18 @@ def document_ends(starts_BT: Array | None) -> Bool[Array, 'B T'] | None:
   return None if starts_BT is None else jnp.pad(starts_BT[:, 1:], ((0, 0), (0, 1)))
 
 
-def log_steps(size: int, low: float, high: float, lr_scale: float, rngs: nnx.Rngs) -> nnx.Param:
-  """The logarithms of step sizes, uniform between those of `low` and `high`."""
-  drawn = jax.random.uniform(rngs.params(), (size,), jnp.float32, math.log(low), math.log(high))
-  return recurrent(drawn, ('inner',), lr_scale)
+def log_steps(size: int, config: SystemConfig, rngs: nnx.Rngs) -> nnx.Param:
+  """The parameters of step sizes: their logarithms, or the inverse of softplus."""
+  low, high = math.log(config.dt_min), math.log(config.dt_max)
+  drawn = jax.random.uniform(rngs.params(), (size,), jnp.float32, low, high)
+  if config.dt_transform == 'softplus':
+    drawn = jnp.log(jnp.expm1(jnp.exp(drawn)))
+  return recurrent(drawn, ('inner',), config.lr_scale)
+
+
+def step_sizes(log_dt: nnx.Param, config: SystemConfig) -> Float[Array, ' H']:
+  """The step sizes of these parameters."""
+  return (jnp.exp if config.dt_transform == 'exp' else jax.nn.softplus)(log_dt[...])
 
 
 def recurrent(
@@ -163,14 +205,14 @@ def recurrent(
   return param(value, axes, decay=decay, lr_scale=lr_scale, full_precision=True, matmul=False)
 
 
-def per_channel(values: np.ndarray, channels: int) -> Complex[Array, 'H N']:
-  """The same complex numbers for each channel."""
-  return jnp.broadcast_to(jnp.asarray(values, jnp.complex64)[None], (channels, len(values)))
+def copies(values: np.ndarray, count: int) -> Complex[Array, 'S N']:
+  """The same complex numbers for each of several systems."""
+  return jnp.broadcast_to(jnp.asarray(values, jnp.complex64)[None], (count, len(values)))
 
 
-def poles(a_HN: Array, lr_scale: float) -> tuple[nnx.Param, nnx.Param]:
+def poles(a_HN: Array, lr_scale: float, axis: str | None = 'inner') -> tuple[nnx.Param, nnx.Param]:
   """Parameters for the diagonal a of a continuous system: log(-Re a) and Im a."""
-  axes = 'inner', 'state'
+  axes = axis, 'state'
   return recurrent(jnp.log(-a_HN.real), axes, lr_scale), recurrent(a_HN.imag, axes, lr_scale)
 
 

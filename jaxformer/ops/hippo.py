@@ -32,6 +32,10 @@ def legs_basis(size: int) -> tuple[np.ndarray, np.ndarray]:
 
 def legs_dplr(size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
   """LegS as a diagonal matrix plus one of rank 1, A = V (Lambda - p p^*) V^*, in the basis V of
-  `legs_basis` and its conjugate: Lambda, p = V^* P and b = V^* B, size / 2 complex numbers each."""
+  `legs_basis` and its conjugate: Lambda, p = V^* P and b = V^* B, size / 2 complex numbers each.
+
+  The imaginary part of b is clipped at 2, as in the authors' code (`nplr`, whose `B_clip` is 2):
+  it would be 41 for a size of 64."""
   a, v = legs_basis(size)
-  return a, v.conj().T @ np.sqrt(np.arange(size) + 0.5), v.conj().T @ legs(size)[1]
+  b = v.conj().T @ legs(size)[1]
+  return a, v.conj().T @ np.sqrt(np.arange(size) + 0.5), b.real + 1j * np.clip(b.imag, -2, 2)

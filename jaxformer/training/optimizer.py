@@ -287,9 +287,10 @@ class Optimizer:
   ) -> tuple[Params, Any, dict[str, Array]]:
     """Return p - learning_rate * lr_scale * (direction + weight_decay p) for every parameter p, the
     new state, and `grad_norm` (before clipping) and `learning_rate` at this step, counted from
-    0."""
+    0. A parameter with an `lr_scale` of 0 is not trained: it has no part in the norm."""
     c, factor = self.config, self.schedule.factor(step, self.steps)
     peak = c.learning_rate if self.peak is None else self.peak
+    grads = {n: g if self.info[n].lr_scale else jnp.zeros_like(g) for n, g in grads.items()}
     norm = optax.tree.norm(grads)
     if c.clip is not None:
       shrink = jnp.minimum(1.0, c.clip / (norm + 1e-6))

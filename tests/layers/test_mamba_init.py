@@ -3,48 +3,24 @@ decay."""
 
 import numpy as np
 import pytest
-from flax import nnx
 
 from jaxformer.config import InputError
-from jaxformer.layers.layer import LayerPosition
 from jaxformer.layers.mamba import Mamba
 from jaxformer.layers.mamba2 import Mamba2
+from tests.layers.initial import built, log_uniform, uniform, values
 
 pytestmark = pytest.mark.quick
 
 WIDTH = 128
 
 
-def built(layer):
-  """Parameters by name."""
-  module = layer.build(WIDTH, nnx.Rngs(params=0), LayerPosition(index=1, depth=6, branches=6))
-  return {
-    '.'.join(map(str, path)): p for path, p in nnx.to_flat_state(nnx.state(module, nnx.Param))
-  }
-
-
-def values(layer):
-  return {n: np.asarray(p[...]) for n, p in built(layer).items()}
-
-
-def uniform(p, bound):
-  """Fills [-bound, bound] and has its standard deviation, to five standard errors."""
-  assert np.abs(p).max() <= bound
-  assert np.abs(p).max() > 0.95 * bound
-  assert abs(p.std() - bound / np.sqrt(3)) < 5 * bound / np.sqrt(p.size)
-
-
 def log_uniform_steps(b_dt):
   """softplus(b) fills [0.001, 0.1], as many steps below 0.01 as above: -6.907 <= b <= -2.252."""
-  steps = np.log1p(np.exp(b_dt.astype(np.float64)))
-  assert steps.min() >= 0.999e-3
-  assert steps.max() <= 1.001e-1
-  assert abs(np.mean(steps < 1e-2) - 0.5) < 2.5 / np.sqrt(steps.size)
-  assert steps.max() / steps.min() > 30
+  log_uniform(np.log1p(np.exp(b_dt.astype(np.float64))), 1e-3, 1e-1)
 
 
 def test_mamba():
-  v = values(Mamba.Config(bias=True))
+  v = values(Mamba.Config(bias=True), WIDTH)
   inner, rank = 256, 8
   for name in ('x.kernel', 'z.kernel'):
     uniform(v[name], WIDTH**-0.5)
@@ -64,7 +40,7 @@ def test_mamba():
 
 def test_mamba2():
   # many heads, for the sake of the statistics
-  v = values(Mamba2.Config(d_state=32, head_dim=1, bias=True))
+  v = values(Mamba2.Config(d_state=32, head_dim=1, bias=True), WIDTH)
   for name in ('x.kernel', 'z.kernel', 'bc.kernel', 'dt.kernel'):
     uniform(v[name], WIDTH**-0.5)
   for name in ('conv_x.kernel', 'conv_bc.kernel', 'conv_x.bias', 'conv_bc.bias'):
@@ -97,7 +73,7 @@ def test_mamba2():
 )
 def test_what_decays(layer, recurrence, biases):
   """Weights do, recurrences, offsets and scales do not; recurrences stay in fp32."""
-  info = {n: p.get_metadata() for n, p in built(layer).items()}
+  info = {n: p.get_metadata() for n, p in built(layer, WIDTH).items()}
   assert {n for n, i in info.items() if not i['decay']} == {*recurrence, *biases}
   assert {n for n, i in info.items() if i['full_precision']} == set(recurrence)
 

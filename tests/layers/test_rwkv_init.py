@@ -20,6 +20,7 @@ from jaxformer.models.zoo.rwkv4 import rwkv4
 from jaxformer.models.zoo.rwkv5 import rwkv5
 from jaxformer.models.zoo.rwkv6 import rwkv6
 from jaxformer.training.recipes import RECIPES
+from tests.layers import initial
 
 pytestmark = pytest.mark.quick
 D, L, K = 128, 6, 32
@@ -32,18 +33,12 @@ CHANNELS = {4: rwkv4(D, L), 5: rwkv5(D, L), 6: rwkv6(D, L)}
 CHANNELS = {v: m.stack[0].pattern[0].branches[1].layer for v, m in CHANNELS.items()}
 
 
-def built(layer, position, width=D):
-  """Values and metadata by name."""
-  module = layer.build(
-    width, nnx.Rngs(params=0), LayerPosition(index=position, depth=L, branches=2 * L)
-  )
-  return {
-    '.'.join(map(str, path)): p for path, p in nnx.to_flat_state(nnx.state(module, nnx.Param))
-  }
+def values(layer, index):
+  return initial.values(layer, D, **position(index))
 
 
-def values(layer, position, width=D):
-  return {n: np.asarray(p[...]) for n, p in built(layer, position, width).items()}
+def position(index):
+  return {'index': index, 'depth': L, 'branches': 2 * L}
 
 
 def official(version, name, layer):
@@ -183,7 +178,9 @@ def test_embedding_and_head():
 def test_what_the_optimizer_is_told(version):
   """Decay on plain matrices alone; two and, in RWKV-4, three times the learning rate; decays and
   bonuses stay fp32."""
-  for name, p in (built(TIME[version], 1) | built(CHANNELS[version], 1)).items():
+  layers = TIME[version], CHANNELS[version]
+  found = {n: p for c in layers for n, p in initial.built(c, D, **position(1)).items()}
+  for name, p in found.items():
     meta = p.get_metadata()
     rates = {'decay': 2.0, 'decay.bias': 2.0, 'bonus': 3.0 if version == 4 else 1.0}
     assert meta['decay'] == name.endswith('.kernel'), name

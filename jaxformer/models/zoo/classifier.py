@@ -29,10 +29,15 @@ def state_space_classifier(
 
 IMAGES: dict[str, Any] = {'input': DIGITS, 'classes': 10, 'context_length': 64}
 for name, model in {
-  # The sizes of S4's third configuration for ListOps: 6 layers of width 256 with state size 4 per
-  # channel.
+  # S4's third configuration for ListOps: 6 layers of width 256 with state size 4 per channel, one A
+  # and B per layer, and softplus of the parameters of step sizes.
   's4d-listops': state_space_classifier(
-    S4D.Config(d_state=4, causal=False), 256, 6, input=LISTOPS, classes=10, context_length=2000
+    S4D.Config(d_state=4, causal=False, n_ssm=1, dt_transform='softplus'),
+    256,
+    6,
+    input=LISTOPS,
+    classes=10,
+    context_length=2000,
   ),
   # The sizes that the authors give for a first try on images: 4 layers of width 128, state size 64.
   's4d-digits': state_space_classifier(S4D.Config(causal=False), 128, 4, dropout=0.1, **IMAGES),
