@@ -158,6 +158,18 @@ def append(path: Path, data: str | bytes) -> None:
       raise
 
 
+def end_line(path: Path) -> None:
+  """End the last line of a file that exists, so that one which a crash cut short takes nothing of
+  what is appended."""
+  if path.exists():
+    with path.open('rb') as f:
+      size = f.seek(0, os.SEEK_END)
+      f.seek(max(0, size - 1))
+      whole = f.read() in (b'', b'\n')
+    if not whole:
+      append(path, '\n')
+
+
 def sync(path: Path) -> None:
   """Make the content of a file outlast a crash of the machine. An `OSError` names the path."""
   with _named(path), path.open('ab') as f:

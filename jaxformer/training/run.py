@@ -34,6 +34,7 @@ from jaxformer.data.local_paths import located
 from jaxformer.exit_codes import Failure
 from jaxformer.files import (
   append,
+  end_line,
   is_of_storage,
   regular_file,
   user_path,
@@ -423,6 +424,9 @@ class Run:
     self._started = True
 
   def _write_start(self, data_manifest: dict[str, Any], tokenizer: Tokenizer | None) -> None:
+    with writing(self.home):
+      for name in ('events.jsonl', 'samples.txt'):
+        end_line(self.home / name)
     if self.back_to is not None:
       self._go_back(self.back_to)
     code = code_records(config.to_json(self.experiment))

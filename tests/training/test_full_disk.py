@@ -190,6 +190,17 @@ def test_a_write_that_fails_changes_no_file_and_names_it(tmp_path, disk):
 
 
 @pytest.mark.quick
+def test_a_line_that_a_crash_cut_short_takes_nothing_of_the_next(experiment, dataset):
+  folder = begin(experiment(), dataset)
+  for _ in range(2):
+    with (folder / 'events.jsonl').open('a') as file:
+      file.write('{"time": 1, "ev')
+    begin(experiment(), dataset)
+  assert [row['event'] for row in read_events(folder)] == ['begun'] * 3
+  assert len((folder / 'events.jsonl').read_text().splitlines()) == 5
+
+
+@pytest.mark.quick
 def test_a_profile_that_cannot_be_written_is_a_warning(tmp_path, monkeypatch):
   monkeypatch.setattr(jax.profiler, 'start_trace', lambda folder: None)
 
@@ -217,5 +228,5 @@ def test_any_command_says_it_in_one_line(monkeypatch, capsys):
 
   assert fail(errno.ENOSPC) == FAILED
   assert capsys.readouterr() == ('', f'error: report.html: cannot be written ({FULL})\n')
-  with pytest.raises(PermissionError):
-    fail(errno.EACCES)
+  with pytest.raises(OSError, match=os.strerror(errno.ENOTCONN)):
+    fail(errno.ENOTCONN)
