@@ -128,7 +128,13 @@ class FileTokenizer(Tokenizer):
     return bool(left) and np.array_equal(both[: first.size], first)
 
   def hugging_face(self) -> str:
-    return self.files['tokenizer.json']
+    """Return the file; where it puts other tokens before a text than this tokenizer does, with a
+    post-processor that puts the same."""
+    data, index = self.files['tokenizer.json'], self.beginning_of_document
+    beginning = [] if index is None else [str(self._model.id_to_token(index))]
+    if _first_tokens(data) == beginning:
+      return data
+    return json.dumps(_beginning_with(json.loads(data), index, *beginning), ensure_ascii=False)
 
 
 # ---- tokenizer.json ----------------------------------------------------------------------------
@@ -297,6 +303,27 @@ def _first_tokens(data: str) -> list[str]:
   except (ValueError, AttributeError, LookupError, TypeError):  # reported by the library
     pass
   return []
+
+
+def _beginning_with(data: dict[str, Any], index: int | None, token: str = '') -> dict[str, Any]:
+  """Return the data of a tokenizer whose post-processor puts this token before a text, and nothing
+  else; after a text it puts what it put before."""
+  texts: list[dict[str, Any]] = [{'Sequence': {'id': i, 'type_id': t}} for t, i in enumerate('AB')]
+  steps = _steps(data.get('post_processor'), 'processors')
+  at = next((i for i, s in enumerate(steps) if 'cls' in s or 'single' in s), len(steps))
+  old = steps[at] if at < len(steps) else {}
+  end, end_index = old.get('sep', ('', None))
+  ends = [{'SpecialToken': {'id': end, 'type_id': 0}}] if end else []
+  plain = {'single': [texts[0], *ends], 'pair': [texts[0], *ends, texts[1], *ends]}
+  first = [{'SpecialToken': {'id': token, 'type_id': 0}}] if token else []
+  new = {
+    kind: first + list(itertools.dropwhile(lambda p: 'SpecialToken' in p, old.get(kind, parts)))
+    for kind, parts in plain.items()
+  }
+  special = {t: {'id': t, 'ids': [i], 'tokens': [t]} for t, i in ((end, end_index), (token, index))}
+  special = old.get('special_tokens', {}) | {t: v for t, v in special.items() if t}
+  steps[at : at + 1] = [{'type': 'TemplateProcessing', **new, 'special_tokens': special}]
+  return data | {'post_processor': {'type': 'Sequence', 'processors': steps}}
 
 
 def _configured(path: Path) -> dict[str, Any]:

@@ -80,12 +80,40 @@ def test_it_is_found_as_the_tokenizer_asks(folder):
     beginning(path)
 
 
-def test_that_of_bert(folder):
-  path = folder(None, 'bert')
+def make_bert(path):
   file = Path(path, 'tokenizer.json')
   steps = {'type': 'BertProcessing', 'sep': [END, 1], 'cls': [BEGIN, 0]}
   file.write_text(json.dumps(json.loads(file.read_text()) | {'post_processor': steps}))
+
+
+def test_that_of_bert(folder):
+  path = folder(None, 'bert')
+  make_bert(path)
   assert beginning(path) == BEGIN
+
+
+@pytest.mark.parametrize(
+  ('template', 'begin', 'ends'),
+  [
+    (None, BEGIN, []),
+    (f'{BEGIN} $A', '', []),
+    (f'{BEGIN} $A {END}', '', [END]),
+    (f'{BEGIN} <lang> $A {END}', '<lang>', [END]),
+    ('bert', '', [END]),
+    ('bert', '<lang>', [END]),
+    (f'$A {END}', BEGIN, [END]),
+  ],
+)
+def test_an_exported_tokenizer_begins_as_this_one(folder, template, begin, ends):
+  path = folder(None if template == 'bert' else template)
+  if template == 'bert':
+    make_bert(path)
+  tokenizer = TokenizerFile(path=path, beginning_of_document=begin).train(())
+  exported = hf.Tokenizer.from_str(tokenizer.hugging_face_files()['tokenizer.json'])
+  expected = [*tokenizer.encode_start('document 7'), *map(exported.token_to_id, ends)]
+  assert exported.encode('document 7').ids == expected
+  assert len(exported.encode('one', 'two').tokens) > len(exported.encode('one').tokens)
+  assert exported.encode('a', add_special_tokens=False).ids == tokenizer.encode('a').tolist()
 
 
 def test_it_decides_the_identity_of_data_alone_where_there_is_one(folder, corpus, tmp_path):
