@@ -386,6 +386,7 @@ def param(
   *,
   decay: bool = True,
   lr_scale: float = 1.0,
+  learning_rate: float | None = None,
   full_precision: bool = False,
   matmul: bool = True,
   active: float = 1.0,
@@ -396,7 +397,8 @@ def param(
     value: its initial value, fp32.
     axes: the logical axis of each dimension (`AXES`), None for one that is never sharded.
     decay: whether weight decay applies (not to norms, biases and the parameters of recurrences).
-    lr_scale: factor on the learning rate.
+    lr_scale: factor on the learning rate; 0: not trained.
+    learning_rate: at the peak of the schedule, whatever that of the run; None for that of the run.
     full_precision: stays fp32 where the others are cast to the compute dtype (decay rates,
       routers).
     matmul: multiplies every token, which costs 2 FLOPs per parameter; False for lookup tables.
@@ -414,6 +416,7 @@ def param(
     axes=axes,
     decay=decay,
     lr_scale=lr_scale,
+    learning_rate=learning_rate,
     full_precision=full_precision,
     matmul=matmul,
     active=active,

@@ -87,7 +87,10 @@ def match(
   raise InputError('model', problem=f'no format represents it. {". ".join(reasons)}')
 
 
-_TRAINING_ONLY = re.compile('dropout|(pooled_)?balance|z_loss|(.+_)?init')
+TRAINING_ONLY = re.compile(
+  '(.+_)?(dropout|balance|init|lr_scale|learning_rate)|z_loss|jitter|bias_rate'
+)
+"""Names of settings of a model that do not change what its weights compute."""
 
 
 def functional(config: ModelConfig) -> Any:
@@ -115,6 +118,6 @@ def functional(config: ModelConfig) -> Any:
 
 def _functional(value: Any) -> Any:
   if isinstance(value, dict):
-    kept = {k: v for k, v in value.items() if not _TRAINING_ONLY.fullmatch(k)}
+    kept = {k: v for k, v in value.items() if not TRAINING_ONLY.fullmatch(k)}
     return {k: _functional(v) for k, v in kept.items()}
   return [_functional(v) for v in value] if isinstance(value, list) else value

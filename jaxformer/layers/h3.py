@@ -70,7 +70,7 @@ class H3(Layer):
     head_dim: int = 1
     spectrum: SpectrumName = 'lin'
     discretization: DiscretizationName = 'bilinear'
-    lr_scale: float = 1.0
+    lr_scale: float | None = 1.0
     init: Init = Normal()
 
     def validate(self):
@@ -96,13 +96,13 @@ class H3(Layer):
     dense = functools.partial(Dense, c.init, (D, D), bias=True, rngs=rngs, position=position)
     self.q, self.k, self.v = (dense(('embed', 'inner')) for _ in range(3))
     self.o = dense(('inner', 'embed'))
-    self.shift_b = recurrent(jnp.zeros((D, N)).at[:, 0].set(1.0), ('inner', 'state'), c.lr_scale)
+    self.shift_b = recurrent(jnp.zeros((D, N)).at[:, 0].set(1.0), ('inner', 'state'), **c.rates)
     self.shift_c = recurrent(
       FanInUniform()(rngs.params(), (D, N), N, position), ('inner', 'state'), decay=True
     )
     self.shift_skip = recurrent(jax.random.normal(rngs.params(), (D,)), ('inner',))
     self.log_dt = log_steps(H, c, rngs)
-    self.log_decay, self.frequency, self.b = diagonal(c.spectrum, H, N, c.lr_scale)
+    self.log_decay, self.frequency, self.b = diagonal(c.spectrum, H, N, **c.rates)
     self.c = recurrent(
       pairs(complex_normal(rngs.params(), (H, N // 2))), ('inner', 'state', None), decay=True
     )

@@ -334,10 +334,12 @@ def take_positions(x: Array, index_BT: Int[Array, 'B T']) -> Array:
   return jnp.take_along_axis(x, index_BT.reshape(*index_BT.shape, *(1,) * (x.ndim - 2)), axis=1)
 
 
-def dropout(x: Array, rate: float, ctx: Context) -> Array:
+def dropout(x: Array, rate: float, ctx: Context, *, tied: bool = False) -> Array:
   """Zero each element with probability `rate` and scale the rest by 1 / (1 - rate) (Srivastava et
-  al. 2014), if `ctx` has a key."""
+  al. 2014), if `ctx` has a key. With `tied`, the elements are the channels of each row, over all of
+  its positions on axis 1."""
   if rate == 0.0 or ctx.dropout_key is None:
     return x
-  keep = jax.random.bernoulli(ctx.dropout_key, 1.0 - rate, x.shape)
+  shape = (x.shape[0], 1, *x.shape[2:]) if tied else x.shape
+  keep = jax.random.bernoulli(ctx.dropout_key, 1.0 - rate, shape)
   return jnp.where(keep, x / (1.0 - rate), jnp.zeros((), x.dtype))

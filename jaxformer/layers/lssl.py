@@ -68,7 +68,7 @@ class LSSL(StateSpace):
     a, axes = jnp.asarray(legs(c.d_state)[0], jnp.float32), ('state', None)
     if c.transition == 'per_channel':
       a, axes = jnp.broadcast_to(a[None], (width, *a.shape)), ('inner', 'state', None)
-    self.a = None if c.transition == 'fixed' else recurrent(a, axes, c.transition_lr_scale)
+    self.a = None if c.transition == 'fixed' else recurrent(a, axes, lr_scale=c.transition_lr_scale)
     self.c = recurrent(
       jax.random.normal(rngs.params(), (c.directions * c.copies, width, c.d_state)),
       (None, 'inner', 'state'),

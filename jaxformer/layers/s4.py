@@ -64,9 +64,9 @@ class S4(StateSpace):
     c, shape = config, (width, config.d_state // 2)
     self.length = c.length
     a, p, b = (copies(v, c.independent(width)) for v in legs_dplr(c.d_state))
-    self.log_decay, self.frequency = poles(a, c.lr_scale, c.systems_axis)
-    self.p = recurrent(pairs(p), (c.systems_axis, 'state', None), c.lr_scale)
-    self.b = recurrent(pairs(b), (c.systems_axis, 'state', None), c.lr_scale)
+    self.log_decay, self.frequency = poles(a, c.systems_axis, **c.rates)
+    self.p = recurrent(pairs(p), (c.systems_axis, 'state', None), **c.rates)
+    self.b = recurrent(pairs(b), (c.systems_axis, 'state', None), **c.rates)
     start = complex_normal(rngs.params(), (c.directions, *shape))
     a, p, b = (per_channel(v, width) for v in (a, p, b))
     d, _ = dense_dplr(a, p, b, step_sizes(self.log_dt, c))

@@ -4,7 +4,7 @@ Initialization of Diagonal State Space Models')."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from flax import nnx
@@ -56,11 +56,11 @@ def spectrum(name: SpectrumName, d_state: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def diagonal(
-  name: SpectrumName, count: int, d_state: int, lr_scale: float, axis: str | None = 'inner'
+  name: SpectrumName, count: int, d_state: int, axis: str | None = 'inner', **rates: Any
 ) -> tuple[nnx.Param, nnx.Param, nnx.Param]:
   """Parameters for A (`poles`) and for B of several diagonal systems."""
   a, b = (copies(v, count) for v in spectrum(name, d_state))
-  return *poles(a, lr_scale, axis), recurrent(pairs(b), (axis, 'state', None), lr_scale)
+  return *poles(a, axis, **rates), recurrent(pairs(b), (axis, 'state', None), **rates)
 
 
 class S4D(StateSpace):
@@ -92,7 +92,7 @@ class S4D(StateSpace):
     c, shape = config, (width, config.d_state // 2)
     self.discretize = DISCRETIZATIONS[c.discretization]
     self.log_decay, self.frequency, self.b = diagonal(
-      c.spectrum, c.independent(width), c.d_state, c.lr_scale, c.systems_axis
+      c.spectrum, c.independent(width), c.d_state, c.systems_axis, **c.rates
     )
     self.c = recurrent(
       pairs(complex_normal(rngs.params(), (c.directions, *shape))),

@@ -11,10 +11,11 @@ from jaxtyping import Array, Float
 
 from jaxformer.layers.dense import Dense
 from jaxformer.layers.init import FanInNormal
-from jaxformer.layers.layer import Context, Layer, LayerPosition, Output, dropout
+from jaxformer.layers.layer import Context, Layer, LayerPosition, Output
 from jaxformer.layers.state_space import (
   StateSpaceConfig,
   document_ends,
+  dropped,
   log_steps,
   paired,
   pairs,
@@ -63,15 +64,13 @@ class S5(Layer):
     self.config, self.width = c, width
     a, v = legs_basis(N // J)
     a, v_NP = jnp.asarray(np.tile(a, J), jnp.complex64), jnp.asarray(v, jnp.complex64)
-    self.decay = recurrent(a.real, ('inner',), c.lr_scale)
-    self.frequency = recurrent(a.imag, ('inner',), c.lr_scale)
+    self.decay = recurrent(a.real, ('inner',), **c.rates)
+    self.frequency = recurrent(a.imag, ('inner',), **c.rates)
     self.log_dt = log_steps(N // 2, c, rngs)
     lecun_normal = FanInNormal(truncated=True)
     b_JNH = lecun_normal(rngs.params(), (J, N // J, H), N, position)
     b = jnp.einsum('np,jnh->hjp', v_NP.conj(), b_JNH, precision='highest').reshape(H, N // 2)
-    self.b = param(
-      pairs(b), ('embed', 'inner', None), decay=False, lr_scale=c.lr_scale, full_precision=True
-    )
+    self.b = param(pairs(b), ('embed', 'inner', None), decay=False, full_precision=True, **c.rates)
     c_2JNRH = lecun_normal(rngs.params(), (2, J, N // J, c.directions, H), N, position)
     c_JNRH = jax.lax.complex(*c_2JNRH)
     c_PRH = jnp.einsum('np,jnrh->jprh', v_NP, c_JNRH, precision='highest').reshape(
@@ -110,6 +109,5 @@ class S5(Layer):
     return jnp.concatenate([2 * c.real, -2 * c.imag], axis=0)
 
   def _gated(self, y: Array, ctx: Context) -> Array:
-    rate = self.config.dropout
-    g = dropout(jax.nn.gelu(y, approximate=True), rate, ctx.fold(0))
-    return dropout(g * jax.nn.sigmoid(self.gate(g)), rate, ctx.fold(1))
+    g = dropped(jax.nn.gelu(y, approximate=True), self.config, ctx.fold(0))
+    return dropped(g * jax.nn.sigmoid(self.gate(g)), self.config, ctx.fold(1))

@@ -4,7 +4,7 @@ both directions, a skip connection, and the projection out."""
 from __future__ import annotations
 
 import math
-from typing import ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,10 @@ from jaxformer.ops.token_shift import token_ahead
 from jaxformer.sharding import param, shard
 
 
+def _rates(lr_scale: float | None, learning_rate: float | None) -> dict[str, Any]:
+  return {'lr_scale': 1.0 if lr_scale is None else lr_scale, 'learning_rate': learning_rate}
+
+
 class SystemConfig(LayerConfig, abstract=True):
   """Base of the configs of layers made of linear time-invariant systems.
 
@@ -28,14 +32,19 @@ class SystemConfig(LayerConfig, abstract=True):
     dt_min, dt_max: each system's step size is drawn log-uniformly between them.
     dt_transform: step sizes are `exp` or `softplus` of their parameters.
     lr_scale: factor on the learning rate of the step size and of the matrices that act on the
-      state; 0: they are not trained.
+      state; 0: they are not trained; None where they have a `learning_rate`.
+    learning_rate: their learning rate at the peak of the schedule, whatever that of the run.
+    dt_lr_scale: factor on the learning rate of the run for the step sizes; None for the same as of
+      the matrices.
   """
 
   d_state: int = 64
   dt_min: float = 1e-3
   dt_max: float = 1e-1
   dt_transform: Literal['exp', 'softplus'] = 'exp'
-  lr_scale: float = 0.1
+  lr_scale: float | None = 0.1
+  learning_rate: float | None = None
+  dt_lr_scale: float | None = None
 
   paired: ClassVar[bool] = True  # whether the state is complex, in conjugate pairs
 
@@ -45,7 +54,23 @@ class SystemConfig(LayerConfig, abstract=True):
       not (self.paired and self.d_state % 2), 'd_state', 'positive and even: conjugate pairs'
     )
     self.require(self.dt_max >= self.dt_min, 'dt_max', f'at least dt_min = {self.dt_min}')
-    self.require_not_negative('lr_scale')
+    self.require_not_negative('lr_scale', 'dt_lr_scale')
+    self.require_positive('learning_rate')
+    self.require(
+      (self.lr_scale is None) == (self.learning_rate is not None),
+      'lr_scale',
+      'none with a learning_rate, else a number',
+    )
+
+  @property
+  def rates(self) -> dict[str, Any]:
+    """The learning rate of the matrices that act on the state, as metadata of `param`."""
+    return _rates(self.lr_scale, self.learning_rate)
+
+  @property
+  def dt_rates(self) -> dict[str, Any]:
+    """The learning rate of the step sizes, as metadata of `param`."""
+    return self.rates if self.dt_lr_scale is None else _rates(self.dt_lr_scale, None)
 
 
 class StateSpaceConfig(SystemConfig, abstract=True):
@@ -53,15 +78,17 @@ class StateSpaceConfig(SystemConfig, abstract=True):
 
   Attributes:
     dropout: rate at which units are dropped before the projection out.
+    tied_dropout: rate at which whole channels are, the same at all positions.
     causal: False adds a system that reads the sequence from its end, which excludes decoding.
   """
 
   dropout: float = 0.0
+  tied_dropout: float = 0.0
   causal: bool = True
 
   def validate(self):
     super().validate()
-    self.require_rate('dropout')
+    self.require_rate('dropout', 'tied_dropout')
 
   @property
   def decodes(self) -> bool:
@@ -163,11 +190,18 @@ class StateSpace(Layer):
 
   def _out(self, y_BTMH: Float[Array, 'B T M H'], ctx: Context) -> Float[Array, 'B T D']:
     y = shard(y_BTMH.reshape(*y_BTMH.shape[:2], -1), 'batch', 'time', 'inner')
-    z = self.out(dropout(jax.nn.gelu(y, approximate=False), self.config.dropout, ctx))
+    y = dropped(jax.nn.gelu(y, approximate=False), self.config, ctx)
+    z = self.out(y)
     if not self.gated:
       return z
     a, b = jnp.split(z, 2, axis=-1)
     return a * jax.nn.sigmoid(b)
+
+
+def dropped(y: Array, config: StateSpaceConfig, ctx: Context) -> Array:
+  """Apply both kinds of dropout, by other keys than the branch's around the layer."""
+  y = dropout(y, config.dropout, ctx.fold(0))
+  return dropout(y, config.tied_dropout, ctx.fold(1), tied=True)
 
 
 def _from_the_end(u_BTH: Array, system: System, starts: Array | None) -> Array:
@@ -189,7 +223,7 @@ def log_steps(size: int, config: SystemConfig, rngs: nnx.Rngs) -> nnx.Param:
   drawn = jax.random.uniform(rngs.params(), (size,), jnp.float32, low, high)
   if config.dt_transform == 'softplus':
     drawn = jnp.log(jnp.expm1(jnp.exp(drawn)))
-  return recurrent(drawn, ('inner',), config.lr_scale)
+  return recurrent(drawn, ('inner',), **config.dt_rates)
 
 
 def step_sizes(log_dt: nnx.Param, config: SystemConfig) -> Float[Array, ' H']:
@@ -198,11 +232,11 @@ def step_sizes(log_dt: nnx.Param, config: SystemConfig) -> Float[Array, ' H']:
 
 
 def recurrent(
-  value: Array, axes: tuple[str | None, ...], lr_scale: float = 1.0, decay: bool = False
+  value: Array, axes: tuple[str | None, ...], decay: bool = False, **rates: Any
 ) -> nnx.Param:
   """A parameter of a system: fp32, by default without weight decay, not multiplied with tokens
-  directly."""
-  return param(value, axes, decay=decay, lr_scale=lr_scale, full_precision=True, matmul=False)
+  directly; `rates` are metadata of `param`."""
+  return param(value, axes, decay=decay, full_precision=True, matmul=False, **rates)
 
 
 def copies(values: np.ndarray, count: int) -> Complex[Array, 'S N']:
@@ -210,10 +244,10 @@ def copies(values: np.ndarray, count: int) -> Complex[Array, 'S N']:
   return jnp.broadcast_to(jnp.asarray(values, jnp.complex64)[None], (count, len(values)))
 
 
-def poles(a_HN: Array, lr_scale: float, axis: str | None = 'inner') -> tuple[nnx.Param, nnx.Param]:
+def poles(a_HN: Array, axis: str | None = 'inner', **rates: Any) -> tuple[nnx.Param, nnx.Param]:
   """Parameters for the diagonal a of a continuous system: log(-Re a) and Im a."""
-  axes = axis, 'state'
-  return recurrent(jnp.log(-a_HN.real), axes, lr_scale), recurrent(a_HN.imag, axes, lr_scale)
+  log_decay = recurrent(jnp.log(-a_HN.real), (axis, 'state'), **rates)
+  return log_decay, recurrent(a_HN.imag, (axis, 'state'), **rates)
 
 
 def stable(log_decay: nnx.Param, frequency: nnx.Param) -> Complex[Array, 'H N']:

@@ -33,13 +33,15 @@ class BranchConfig(Config, abstract=True):
   Attributes:
     layer: the layer; its type says which.
     dropout: rate on the layer's output before it joins.
+    tied_dropout: rate at which whole channels of it are dropped, the same at all positions.
   """
 
   layer: LayerConfig
   dropout: float = 0.0
+  tied_dropout: float = 0.0
 
   def validate(self):
-    self.require_rate('dropout')
+    self.require_rate('dropout', 'tied_dropout')
 
   def build(self, width: int, rngs: nnx.Rngs, position: LayerPosition) -> Branch:
     return Branch(self, width, rngs, position)
@@ -117,7 +119,8 @@ class Branch(nnx.Module):
 
     def layer(x: Array) -> Array:
       out.append(run(x, ctx, state))
-      return dropout(out[0].y, self.config.dropout, ctx)
+      y = dropout(out[0].y, self.config.dropout, ctx)
+      return dropout(y, self.config.tied_dropout, ctx.fold(2), tied=True)
 
     y = self.config.apply(x, layer, self.norm)
     return dataclasses.replace(out[0], y=shard(y, 'batch', *('time',) * (y.ndim - 2), 'embed'))

@@ -36,6 +36,7 @@ class ParamInfo:
   full_precision: bool
   matmul: bool
   active: float
+  learning_rate: float | None = None
 
   @property
   def size(self) -> int:

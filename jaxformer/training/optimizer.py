@@ -286,8 +286,10 @@ class Optimizer:
     self, grads: Params, state: Any, params: Params, step: Step
   ) -> tuple[Params, Any, dict[str, Array]]:
     """Return p - learning_rate * lr_scale * (direction + weight_decay p) for every parameter p, the
-    new state, and `grad_norm` (before clipping) and `learning_rate` at this step, counted from
-    0. A parameter with an `lr_scale` of 0 is not trained: it has no part in the norm."""
+    new state, and `grad_norm` (before clipping) and `learning_rate` at this step, counted from 0.
+
+    A parameter with a `learning_rate` of its own has that one, under the same schedule; one with an
+    `lr_scale` of 0 is not trained and has no part in the norm."""
     c, factor = self.config, self.schedule.factor(step, self.steps)
     peak = c.learning_rate if self.peak is None else self.peak
     grads = {n: g if self.info[n].lr_scale else jnp.zeros_like(g) for n, g in grads.items()}
@@ -301,7 +303,8 @@ class Optimizer:
     def new(name: str, p: Array) -> Array:
       i = self.info[name]
       decay = c.weight_decay if i.decay else 0.0
-      return p - c.peak(i, peak) * factor * i.lr_scale * (
+      rate = c.peak(i, peak) if i.learning_rate is None else i.learning_rate
+      return p - rate * factor * i.lr_scale * (
         direction[name] + decay * p if decay else direction[name]
       )
 

@@ -12,6 +12,7 @@ from jaxformer.data import load_tokenizer
 from jaxformer.data.tokenizers import ByteTokenizer
 from jaxformer.files import regular_file, user_path
 from jaxformer.interop import is_rwkv, load_hf, load_rwkv, read_generation
+from jaxformer.interop.family import TRAINING_ONLY
 from jaxformer.json_data import parse_json
 from jaxformer.models.model import ModelConfig
 from jaxformer.models.params import Params, define
@@ -32,8 +33,6 @@ from jaxformer.workflows.model import Model
 Code = Sequence[str | os.PathLike[str]]
 """Python files of the user that define types of a run, named by the user."""
 RUNS = pathlib.Path('runs')
-# Settings of a model that do not change what its weights compute.
-FREE = {'dropout', 'init', 'key_init', 'out_init', 'embedding_init', 'head_init'}
 
 
 def load(name: str | os.PathLike[str], *, code: Code = (), seed: int = 0) -> Model:
@@ -184,7 +183,7 @@ def initial_params(source: str, experiment: Experiment) -> Initial | None:
   lines = [
     d
     for d in differences(to_json(model), to_json(experiment.model))
-    if not FREE & set(d.partition(':')[0].split('.'))
+    if not any(map(TRAINING_ONLY.fullmatch, d.partition(':')[0].split('.')))
   ]
   if lines:
     raise InputError(

@@ -10,11 +10,14 @@ from flax import nnx
 from jaxformer.config import InputError
 from jaxformer.layers.h3 import H3
 from jaxformer.layers.init import FanInNormal
-from jaxformer.layers.layer import Context, LayerPosition
+from jaxformer.layers.layer import Context, LayerPosition, Output
 from jaxformer.layers.lssl import LSSL
+from jaxformer.layers.norm import RMSNorm
 from jaxformer.layers.s4 import S4
 from jaxformer.layers.s4d import S4D
 from jaxformer.layers.s5 import S5
+from jaxformer.layers.state_space import dropped
+from jaxformer.models.block import PreNorm
 from jaxformer.models.params import ParamInfo
 from jaxformer.training import AdamW, Constant
 from jaxformer.training.optimizer import Optimizer
@@ -174,3 +177,39 @@ def test_h3():
     normal(v[f'{name}.kernel'], 0.02)
     assert not v[f'{name}.bias'].any()
   log_uniform(np.exp(v['log_dt']), 1e-3, 1e-1)
+
+
+@pytest.mark.parametrize('layer', [S4.Config(length=16), S4D.Config(), S5.Config(), H3.Config()])
+def test_learning_rates_of_systems(layer):
+  """`lr: {A: 0.001, B: 0.001, dt: null}` (state-spaces/s4, configs/experiment/lra/s4-listops.yaml,
+  commit 62a14bb): A and B at 0.001 whatever the rate of the run, the steps at that rate."""
+  own = layer.replace(d_state=4, lr_scale=None, learning_rate=1e-3, dt_lr_scale=1.0)
+  info = {n: p.get_metadata() for n, p in built(own, 8).items()}
+  matrices = {'log_decay', 'frequency', 'decay', 'p', 'b', 'shift_b'} & set(info)
+  assert {n for n, i in info.items() if i['learning_rate'] == 1e-3} == matrices
+  assert all(i['lr_scale'] == 1 for i in info.values())
+  with pytest.raises(InputError, match=r'lr_scale = 0\.5: must be none with a learning_rate'):
+    own.replace(lr_scale=0.5)
+  with pytest.raises(InputError, match='lr_scale = None: must be none with a learning_rate, else'):
+    layer.replace(lr_scale=None)
+
+
+@pytest.mark.parametrize('layer', [S4D.Config(d_state=2, tied_dropout=0.5), S5.Config(d_state=2)])
+def test_tied_dropout_takes_whole_channels(layer):
+  """`tie_dropout` of the same code: one mask for all positions, inside the layer and after it, each
+  with its own."""
+  layer = layer.replace(tied_dropout=0.5)
+  ctx = Context(dropout_key=jax.random.key(1))
+  inside = dropped(jnp.ones((3, 5, 64)), layer, ctx)
+  identity = PreNorm(layer=layer, norm=RMSNorm(), tied_dropout=0.5).build(
+    64, nnx.Rngs(0), LayerPosition()
+  )
+  identity.layer = lambda x, ctx, state: Output(jnp.ones_like(x))
+  after = identity(jnp.zeros((3, 5, 64)), ctx, None, False).y
+  for y in (inside, after):
+    assert set(np.unique(y)) == {0.0, 2.0}
+    assert (y == y[:, :1]).all()
+    assert 0.35 < np.mean(np.asarray(y[:, 0]) > 0) < 0.65
+    assert not (y[0, 0] == y[1, 0]).all()
+  assert not (inside == after).all()
+  assert (dropped(jnp.ones((3, 5, 64)), layer, Context()) == 1).all()

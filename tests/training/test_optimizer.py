@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -68,6 +70,17 @@ def test_weight_decay_and_learning_rates_follow_the_parameters(config):
     (moved['slow'] - params['slow']), 0.5 * (moved['w'] - params['w']), atol=1e-6
   )
   np.testing.assert_allclose(did['grad_norm'], optax.tree.norm(grads), rtol=1e-6)
+
+
+def test_a_learning_rate_of_its_own_does_not_follow_that_of_the_run():
+  """Under the schedule of the run: at the fourth of eight steps of warmup, half of the peak."""
+  own = dataclasses.replace(INFO['scale'], learning_rate=1e-3)
+  for rate in (1e-2, 1e-4):
+    o = Optimizer(AdamW(learning_rate=rate), Constant(warmup=8), 10, {'own': own})
+    params, grads = {'own': jnp.ones((3, 8))}, {'own': jnp.ones((3, 8))}
+    after, _, did = o.update(grads, o.init(params), params, 3)
+    np.testing.assert_allclose(params['own'] - after['own'], 0.5e-3, rtol=1e-4)
+    assert float(did['learning_rate']) == pytest.approx(rate / 2)
 
 
 def test_adamw_is_that_of_optax():

@@ -59,7 +59,7 @@ def test_every_value_of_a_recipe_says_where_it_comes_from(name):
 def test_the_dropout_of_a_recipe_is_that_of_the_model(name):
   def rates(value):
     if isinstance(value, dict):
-      yield from (v for k, v in value.items() if k == 'dropout' and v)
+      yield from (v for k, v in value.items() if k in ('dropout', 'tied_dropout') and v)
       value = list(value.values())
     if isinstance(value, list):
       for v in value:

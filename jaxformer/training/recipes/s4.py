@@ -16,7 +16,7 @@ LISTOPS_ORIGINS: Origins = {
     FILE, 'batch', 'length', 'steps', 'optimizer', 'warmup', 'schedule', 'dropout', 'tokenizer'
   ),
   **each(LISTOPS.hint('', DEFAULT), 'betas', 'eps'),
-  'peak': FILE.noted('state-space parameters at 0.001; dt at 0.01, here at 0.001'),
+  'peak': FILE.noted('A and B at 0.001'),
   'minimum': LISTOPS.hint(''),
   'decay': FILE.noted('none of state-space parameters'),
   'clip': memory('none'),
@@ -72,7 +72,7 @@ recipe(
     'length': EXAMPLE.at('', 'pixel by pixel'),
     'optimizer': EXAMPLE.at(''),
     **each(EXAMPLE.hint('', DEFAULT), 'betas', 'eps'),
-    'dropout': EXAMPLE.at('', 'of whole channels there'),
+    'dropout': EXAMPLE.at('', 'of whole channels, twice per layer'),
     'init': EXAMPLE.hint(''),
     'tokenizer': EXAMPLE.at('', 'none: pixels'),
   },
