@@ -182,6 +182,13 @@ class SumsInTheTypeOfTheInputs(Right):
     return jnp.abs(super().values(x_BTD)).astype(x_BTD.dtype)
 
 
+class SumsOfSigns(Right):
+  """As before, of values that nearly cancel, so the error stays small."""
+
+  def values(self, x_BTD):
+    return super().values(x_BTD).astype(x_BTD.dtype)
+
+
 class RoundsTheSum(Right):
   """The sum has the precision of bfloat16, whatever the type of the inputs."""
 
@@ -237,6 +244,7 @@ WRONG = [
   (StopsGradientsWithoutDocuments, 64, GRADIENTS, 'without segments .* the gradient of the inputs'),
   (ScaledGradient, 64, GRADIENTS, 'in parameter kernel the gradient is'),
   (RoundsTheSum, 64, GRADIENTS, 'rounded more coarsely than in float32: .* first at position 1 of'),
+  (SumsOfSigns, 64, BFLOAT16, 'grows with the length: .* at positions 64 to 127'),
   (SumsInTheTypeOfTheInputs, 64, BFLOAT16, 'a row of 512 in bfloat16 against float32: the output'),
 ]
 
