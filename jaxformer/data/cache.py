@@ -109,9 +109,9 @@ def training_texts(
       rows = (Piece('train', row.texts, row.ends) for row in used_rows(part.rows()))
       yield from _by_words(rows, columns)
     return
-  surveys = joined([survey_rows(part.rows(), part.tag) for part in parts])
+  surveys = joined([survey_rows(part.rows(), part.named) for part in parts])
   for part, survey in zip(parts, surveys, strict=True):
-    pieces = divide(part.rows, split, part.tag, survey)[1]
+    pieces = divide(part.rows, split, part.named, survey)[1]
     yield from _by_words((p for p in pieces if p.side == 'train'), columns)
 
 
@@ -196,7 +196,7 @@ def _open_survey(corpus: Corpus, folder: Path) -> Survey:
   key = sha256(f'survey {FORMAT}', fingerprint)[:32]
 
   def build(into: Path) -> None:
-    survey = survey_rows(corpus.rows(), corpus.tag)
+    survey = survey_rows(corpus.rows(), corpus.named)
     _require_unchanged(corpus, fingerprint, folder)
     (into / 'survey.json').write_text(json.dumps(survey._asdict()))
 
@@ -243,7 +243,7 @@ def _open_part(
 
 def _require_unchanged(corpus: Corpus, fingerprint: str, folder: Path) -> None:
   if corpus.fingerprint(folder) != fingerprint:
-    raise InputError(f'{corpus.tag}: its files changed while they were read; start again')
+    raise InputError(f'{corpus.named}: its files changed while they were read; start again')
 
 
 class _Waiting(NamedTuple):
@@ -343,9 +343,9 @@ def _build(
   survey: Survey | None,
 ) -> None:
   log(f'tokenizing {corpus.tag} (once; kept in {folder.parent})')
-  survey, pieces = divide(corpus.rows, split, corpus.tag, survey)
+  survey, pieces = divide(corpus.rows, split, corpus.named, survey)
   if survey.skipped:
-    log(f'{corpus.tag}: {survey.skipped:,} rows skipped, the first: {survey.problem}')
+    log(f'{corpus.named}: {survey.skipped:,} rows skipped, the first: {survey.problem}')
   columns = range(len(tokenizers))
   with ExitStack() as stack:
     writers: dict[tuple[str, int], _Writer] = {}

@@ -92,6 +92,11 @@ class Corpus(Config, abstract=True):
       self.require(found, field, 'a file that exists')
     return paths
 
+  @property
+  def named(self) -> str:
+    """The type and where the files are, by which a message tells the corpora of a mixture apart."""
+    return ' '.join([self.tag, *(str(v) for f, v in vars(self).items() if f in self.path_fields)])
+
   def missing(self) -> Missing | None:
     """Return what the corpus stands for where it cannot be read; None for one that can."""
     return None

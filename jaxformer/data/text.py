@@ -125,14 +125,14 @@ class Text(DatasetConfig):
   def _check_train(self, corpus: Corpus, train: CachedColumn) -> None:
     if not train.rows:
       raise InputError(
-        f'{corpus.tag}: all its documents are on the validation side; {self.split.tag}.fraction '
+        f'{corpus.named}: all its documents are on the validation side; {self.split.tag}.fraction '
         'must be smaller, or the corpus larger'
       )
     if self.train_rows(train.tokens_N.size) < 1:
       raise InputError(
         f'{self.tag}.sequence_length',
         self.sequence_length,
-        problem=f'the training side of {corpus.tag} has {train.tokens_N.size} tokens; must be at '
+        problem=f'the training side of {corpus.named} has {train.tokens_N.size} tokens; must be at '
         f'most {train.tokens_N.size - 1}, or the corpus larger',
       )
 

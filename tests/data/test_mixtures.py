@@ -78,10 +78,14 @@ def test_a_part_without_validation_text_is_scored_by_the_others(corpus, large):
 def test_a_part_without_training_text_is_an_error(corpus, large):
   alone = open_data(Text(corpus=Files(path=large), sequence_length=32))
   held_out = corpus(texts(alone._validation)[:2], 'held-out.jsonl')
-  with pytest.raises(
-    InputError, match=r'Files: all its documents are on the validation side; ByDocument\.fraction'
-  ):
+  problem = r'all its documents are on the validation side; ByDocument\.fraction'
+  with pytest.raises(InputError, match=rf'Files \S*held-out\.jsonl: {problem}'):
     open_data(mixed(large, held_out))
+
+
+def test_a_part_without_text_is_named(corpus, large):
+  with pytest.raises(InputError, match=r'^Files \S*empty\.jsonl: the corpus holds no text'):
+    open_data(mixed(large, corpus([], 'empty.jsonl')))
 
 
 def test_parts_share_the_cache_of_the_corpus_alone(corpus, large, cache):
@@ -130,5 +134,7 @@ def test_files_that_change_while_they_are_read(corpus, large, monkeypatch):
     corpus(DOCUMENTS[:90], 'large.jsonl')
 
   monkeypatch.setattr(data_cache, '_build', changing)
-  with pytest.raises(InputError, match='Files: its files changed while they were read'):
+  with pytest.raises(
+    InputError, match=r'Files \S*large\.jsonl: its files changed while they were read'
+  ):
     open_data(Text(corpus=Files(path=large), sequence_length=32))

@@ -308,7 +308,7 @@ def test_mixture_validates_on_all_of_each_part(mixture):
 def test_too_little_text(dataset, corpus):
   with pytest.raises(
     InputError,
-    match=r'sequence_length = 9999: the training side of Files has \d+ tokens; must be at most',
+    match=r'sequence_length = 9999: the training side of Files \S+ has \d+ tokens; must be at most',
   ):
     dataset(sequence_length=9999)
   with pytest.raises(InputError, match=r'Text\.sequence_length = 1: must be at least 2'):
