@@ -1,6 +1,7 @@
 """Chip specifications: peak rates, memory, links and list prices, each with its source and date, in
 `hardware.toml`. A user's file in the same format can add and override chips."""
 
+import math
 import tomllib
 from collections.abc import Mapping
 from importlib import resources
@@ -20,14 +21,14 @@ class Chip(Config):
   Attributes:
     name: short name, as in a target: 'v5p', 'h100'.
     kind: `device_kind` in JAX ('TPU v5'); '' if JAX has none.
-    flops_per_second: dense peak (no sparsity) by precision: 'bf16', and 'int8', 'fp8', 'fp32' if
-      published.
+    flops_per_second: dense peak (no sparsity) by precision: 'bf16', and 'int8', 'fp8', 'tf32',
+      'fp32' if published; products in fp32 see `peak`.
     memory_bytes: high-bandwidth memory available to a program: the compiler's limit if known, else
       that of the data sheet.
     bytes_per_second: bandwidth of that memory.
     interconnect_bytes_per_second: of all fast links together (ICI, NVLink), in one direction.
-    network_bytes_per_second: the chip's share of its host's network, in one direction; used between
-      slices, or between GPU hosts.
+    network_bytes_per_second: the chip's share of its host's network (all of the host's bandwidth
+      over its chips), in one direction; used between slices, or between GPU hosts.
     chips_per_host: chips of a full host.
     domain: number of chips that the fast links connect; None for an entire slice (TPU).
     cores: TensorCores per chip that names such as `v5p-2048` count; 1 if names count chips.
@@ -59,14 +60,22 @@ class Chip(Config):
     self.require(
       isinstance(rates, Mapping)
       and 'bf16' in rates
-      and all(isinstance(v, int | float) and v > 0 for v in rates.values()),
+      and all(isinstance(v, int | float) and 0 < v < math.inf for v in rates.values()),
       'flops_per_second',
       'precision -> positive number, including bf16',
     )
-    self.require_positive(*(name for name, v in vars(self).items() if isinstance(v, int | float)))
+    numbers = [name for name, v in vars(self).items() if isinstance(v, int | float)]
+    self.require_positive(*numbers)
+    for name in numbers:
+      self.require(math.isfinite(getattr(self, name)), name, 'a finite number')
 
   def peak(self, precision: str = 'bf16') -> float:
-    """Peak FLOPs per second at a precision. Raises `InputError` for an unknown precision."""
+    """Peak FLOPs per second at a precision; of 'fp32', that of products of fp32 arrays at the
+    default precision of JAX: one pass in bfloat16 on a TPU, TF32 on a GPU that has it. Raises
+    `InputError` for an unknown precision."""
+    if precision == 'fp32':
+      names = ('fp32', 'bf16') if self.domain is None else ('tf32', 'fp32', 'bf16')
+      return next(self.flops_per_second[n] for n in names if n in self.flops_per_second)
     if precision not in self.flops_per_second:
       known = ', '.join(self.flops_per_second)
       near = nearest(precision, self.flops_per_second)
@@ -76,13 +85,15 @@ class Chip(Config):
 
 _TABLE = resources.files('jaxformer.planning').joinpath('hardware.toml').read_text()
 CHIPS = {name: Chip(name=name, **fields) for name, fields in tomllib.loads(_TABLE).items()}
-# other names of TPUs in JAX
+# other names in JAX
 _ALIASES = {
   'TPU v5p': 'TPU v5',
   'TPU v5e': 'TPU v5 lite',
   'TPU v6e': 'TPU v6 lite',
   'TPU7': 'TPU7x',
   'TPU v7x': 'TPU7x',
+  # the same rates and memory
+  'NVIDIA A100-PCIE-40GB': 'NVIDIA A100-SXM4-40GB',
 }
 
 

@@ -1,6 +1,7 @@
 """Targets by the names that sellers give them, and the table of chips."""
 
 import json
+import math
 
 import pytest
 
@@ -54,6 +55,11 @@ def test_names_of_sellers(text, chips, slices, topology, hosts):
     ('v5e:16', r'v5e-16'),
     ('0 x v5e-8', 'at least one slice'),
     ('large', 'must be a cloud name such as v5p-2048'),
+    ('v5p:4x4x6', 'multiples of 4 chips along each side, at most 8,960 in all'),
+    ('v5p:4x4x4096', 'at most 8,960'),
+    ('v4:16x16x24', 'at most 4,096'),
+    ('v5p:0x4x4', 'multiples of 4'),
+    ('v5e-' + 5000 * '9', 'must be a cloud name'),
   ],
 )
 def test_what_is_not_offered_names_what_is(text, message):
@@ -61,10 +67,49 @@ def test_what_is_not_offered_names_what_is(text, message):
     parse_target(text)
 
 
-def test_every_shape_of_three_axes_is_whole_hosts():
+@pytest.mark.parametrize('cores', range(128, 12289, 128))
+def test_every_published_name_of_v5p_is_known(cores):
+  """Cubes of 64 chips, two TensorCores per chip, up to the largest job."""
+  target = parse_target(f'v5p-{cores}')
+  assert target.total_chips == cores // 2
+  dims = [int(d) for d in target.topology.partition(':')[2].split('x')]
+  assert all(d % 4 == 0 for d in dims)
+  assert math.prod(dims) == cores // 2
+
+
+@pytest.mark.parametrize(
+  ('text', 'topology'),
+  [
+    # from the table of xpk, core/system_characteristics.py
+    ('v5p-1408', 'v5p:4x4x44'),
+    ('v5p-2432', 'v5p:4x4x76'),
+    ('v5p-5632', 'v5p:8x8x44'),
+    ('v5p-10880', 'v5p:4x20x68'),
+    ('v5p-11520', 'v5p:12x20x24'),
+    ('v5p-12288', 'v5p:16x16x24'),
+    ('v5p-17920', 'v5p:16x20x28'),
+    ('v4-4096', 'v4:8x16x16'),
+    ('tpu7x-2', 'tpu7x:2x2x1'),
+    ('tpu7x-18432', 'tpu7x:16x24x24'),
+    ('v5litepod-16', 'v5e:4x4'),
+    ('v3-8', 'v3:2x2'),
+    ('v3-2048', 'v3:32x32'),
+    # topologies of one's own
+    ('v5p:8x16x48', 'v5p:8x16x48'),
+    ('v4:4x4x12', 'v4:4x4x12'),
+    ('v4:1x2x2', 'v4:2x2x1'),
+  ],
+)
+def test_topologies_of_names(text, topology):
+  assert parse_target(text).topology == topology
+
+
+def test_every_shape_is_whole_hosts():
   for name, shapes in SHAPES.items():
     for shape in shapes:
-      assert parse_target(f'{name}:{shape}').chips % 4 == 0 or CHIPS[name].chips_per_host == 8
+      target, host = parse_target(f'{name}:{shape}'), CHIPS[name].chips_per_host
+      assert target.chips % 4 == 0 or target.chips == 1
+      assert target.hosts == max(1, target.chips // host)
 
 
 def test_devices_of_jax_are_known():
@@ -81,6 +126,18 @@ def test_devices_of_jax_are_known():
     'NVIDIA H100 NVL': 'h100-nvl',
     'NVIDIA H200': 'h200',
     'NVIDIA B200': 'b200',
+    'NVIDIA H100 PCIe': 'h100-pcie',
+    'NVIDIA A100-SXM4-40GB': 'a100-40',
+    'NVIDIA A100-PCIE-40GB': 'a100-40',
+    'NVIDIA A100 80GB PCIe': 'a100-pcie',
+    'Tesla V100-SXM2-16GB': 'v100',
+    'Tesla V100-SXM2-32GB': 'v100-32',
+    'NVIDIA L4': 'l4',
+    'NVIDIA GH200 480GB': 'gh200',
+    'NVIDIA GB200': 'gb200',
+    'NVIDIA B300 SXM6 AC': 'b300',
+    'AMD Instinct MI300X': 'mi300x',
+    'TPU v3': 'v3',
   }
   for kind, name in kinds.items():
     found = chip(kind)
@@ -88,15 +145,19 @@ def test_devices_of_jax_are_known():
     assert found.name == name
   assert chip('cpu') is None
   assert chip('TPU v5 something') is None
+  assert chip('NVIDIA L40S') is None
 
 
 def test_every_figure_has_a_source_and_a_date():
   for c in CHIPS.values():
     assert c.source
     assert c.date
-    assert (
-      c.peak('bf16') < c.peak('int8' if 'int8' in c.flops_per_second else 'fp8') or c.name == 'v4'
-    )
+    rates = c.flops_per_second
+    assert c.peak('fp32') <= c.peak('bf16')
+    assert rates.get('fp8', c.peak('bf16')) >= c.peak('bf16')
+    assert c.price_per_hour < 20
+    assert c.interconnect_bytes_per_second < c.bytes_per_second
+    assert c.network_bytes_per_second < c.interconnect_bytes_per_second
   with pytest.raises(
     InputError, match="precision = 'fp4': must be one of those of v5p, bf16, int8, fp8"
   ):
@@ -127,6 +188,8 @@ def test_a_file_of_ones_own(tmp_path):
     ({'v5e': {'price_per_hour': 'much'}}, "v5e: Chip.price_per_hour = 'much': must be a number"),
     ({'v5e': {'flops_per_second': 1e12}}, 'v5e: Chip.flops_per_second = .*including bf16'),
     ({'v5e': {'price_per_hour': -1}}, 'v5e: Chip.price_per_hour = -1.0: must be positive'),
+    ({'v5e': {'memory_bytes': 1e999}}, 'a finite number'),
+    ({'v5e': {'flops_per_second': {'bf16': 1e999}}}, 'positive number'),
     ({'v5e': 3}, 'must be fields of a chip'),
     ({'v5e': {'name': 'mine'}}, 'must be fields of a chip other than its name'),
     ({'mine': {'price_per_hour': 1}}, 'mine: .*Chip needs flops_per_second, memory_bytes'),
