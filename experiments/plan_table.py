@@ -126,7 +126,9 @@ def experiment(case: Case) -> Experiment:
 def compiled(case: Case) -> CompiledPlan:
   target = parse_target(case.target)
   mesh = topology_mesh(target.topology or '', case.mesh, target.slices)
-  return compile_plan(lowered_train_step(experiment(case), mesh), mesh, target.device_memory_bytes)
+  return compile_plan(
+    lambda: lowered_train_step(experiment(case), mesh), mesh, target.device_memory_bytes
+  )
 
 
 def row(case: Case, plan: CompiledPlan) -> dict[str, Any]:

@@ -217,13 +217,15 @@ _ACTIVE: contextvars.ContextVar[Parallel | None] = contextvars.ContextVar('paral
 @contextlib.contextmanager
 def use_mesh(parallel: Parallel | None) -> Generator[None]:
   """Activate a mesh: `shard` constrains activations, `per_shard` maps kernels over shards, and
-  `platform` is that of the mesh's devices. None changes nothing."""
+  `platform` is that of the mesh's devices (of an abstract mesh, for tracing alone, the one that
+  `assume_platform` names). None changes nothing."""
   if parallel is None:
     yield
     return
-  token = _ACTIVE.set(parallel)
+  token, mesh = _ACTIVE.set(parallel), parallel.mesh
+  abstract = isinstance(mesh, AbstractMesh)
   try:
-    with jax.set_mesh(cast(Mesh, parallel.mesh)):
+    with jax.sharding.use_abstract_mesh(mesh) if abstract else jax.set_mesh(mesh):
       yield
   finally:
     _ACTIVE.reset(token)

@@ -4,7 +4,7 @@ state bytes and implementations.
 The model is a preset, a run or folder of weights, that of a Python file that defines `experiment`,
 or a layer as FILE.py:NAME. FLOPs are those of the forward pass, averaged over a causal sequence of
 the length that it is trained with; state is that of decoding a sequence of the model's context
-length, at 2 bytes per number. The sums are those of `jaxformer plan`. Of a
+length, in a program that computes in bfloat16. The sums are those of `jaxformer plan`. Of a
 published model it also shows the training recipe, with the source of each value."""
 
 import argparse

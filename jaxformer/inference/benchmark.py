@@ -19,7 +19,7 @@ class DecodeTime(NamedTuple):
 
   Attributes:
     context_length: tokens of each prompt.
-    state_bytes: of the model's state for one sequence, at 2 bytes per number.
+    state_bytes: of the model's state for one sequence, in a program that computes in bfloat16.
     prefill_seconds: reading all prompts of the batch and sampling one token each.
     seconds_per_token: one more token for each row of the batch.
     compile_seconds: the first run, including compilation.
@@ -70,7 +70,7 @@ def time_decode(
     decode.append((time.perf_counter() - start) / (new_tokens - first))
   return DecodeTime(
     prompt_length,
-    2 * (config.state_size(prompt_length + new_tokens) or 0),
+    config.state_bytes(prompt_length + new_tokens) or 0,
     statistics.median(prefill),
     statistics.median(decode),
     compile_seconds,

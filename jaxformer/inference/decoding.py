@@ -413,13 +413,14 @@ def lowered_prefill(
   batch: int,
   context_length: int,
   prompt: int | None = None,
+  dtype: Any = jnp.bfloat16,
 ) -> jax.stages.Lowered:
-  """Lower the program that reads `batch` prompts and samples one token for each, with parameters in
-  bfloat16.
+  """Lower the program that reads `batch` prompts and samples one token for each.
 
   Args:
     context_length: maximum number of positions in the model's state.
     prompt: tokens of each prompt; None for `context_length`.
+    dtype: compute dtype, in which the parameters are.
   """
   T = context_length if prompt is None else prompt
   check_positive(batch=batch, context_length=context_length, prompt=T)
@@ -429,7 +430,7 @@ def lowered_prefill(
   with use_mesh(parallel):
     return begin.trace(
       definition,
-      definition.abstract(parallel, jnp.bfloat16),
+      definition.abstract(parallel, dtype),
       ids,
       ids,
       *numbers,
@@ -441,7 +442,11 @@ def lowered_prefill(
 
 
 def lowered_decode(
-  definition: Definition[LanguageModel], parallel: Parallel, batch: int, context_length: int
+  definition: Definition[LanguageModel],
+  parallel: Parallel,
+  batch: int,
+  context_length: int,
+  dtype: Any = jnp.bfloat16,
 ) -> jax.stages.Lowered:
   """Lower the decode loop: one token per step for each of `batch` sequences, with a state of
   `context_length` positions.
@@ -449,7 +454,7 @@ def lowered_decode(
   The sharding of the state is what prefill leaves, so that program is compiled first, for a short
   prompt."""
   reading = lowered_prefill(
-    definition, parallel, batch, context_length, min(bucket(1), context_length)
+    definition, parallel, batch, context_length, min(bucket(1), context_length), dtype
   )
   read: Any = reading.compile()
   decoding = jax.tree.map(
@@ -461,7 +466,7 @@ def lowered_decode(
   with use_mesh(parallel):
     return advance.trace(
       definition,
-      definition.abstract(parallel, jnp.bfloat16),
+      definition.abstract(parallel, dtype),
       decoding,
       number,
       number,

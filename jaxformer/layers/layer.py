@@ -254,7 +254,12 @@ class LayerConfig(Config, abstract=True):
   def state_size(self, width: int, max_len: int) -> int:
     """Number of elements in the state of one sequence of up to `max_len` tokens, not counting
     integers; a source has `max_len` tokens too. Found from the shapes of `init_state`."""
-    return _state_size(self, width, max_len)
+    return sum(leaf.size for leaf in _abstract_state(self, width, max_len))
+
+  def state_bytes(self, width: int, max_len: int) -> int:
+    """Bytes of the same state in a program that computes in bfloat16: keys and values take 2 bytes
+    each, what a recurrence accumulates in fp32 takes 4. Found from the dtypes of `init_state`."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in _abstract_state(self, width, max_len))
 
   @classmethod
   def examples(cls) -> tuple[LayerConfig, ...]:
@@ -276,16 +281,27 @@ class LayerConfig(Config, abstract=True):
 
 
 @functools.lru_cache(maxsize=1024)
-def _state_size(config: LayerConfig, width: int, max_len: int) -> int:
+def _abstract_state(
+  config: LayerConfig, width: int, max_len: int
+) -> tuple[jax.ShapeDtypeStruct, ...]:
+  """The floating arrays of the state of one sequence, of a layer with parameters in bfloat16."""
+
+  def cast(variable: nnx.Variable) -> nnx.Variable:
+    value, kept = variable.get_value(), variable.get_metadata().get('full_precision', False)
+    floating = jnp.issubdtype(value.dtype, jnp.floating)
+    return variable.replace(value.astype(jnp.bfloat16)) if floating and not kept else variable
+
   def state() -> State:
     source_width, memory = config.memory_width(width), None
     if source_width is not None:
-      memory = Memory(jnp.zeros((1, max_len, source_width)), jnp.ones((1, max_len), bool))
-    layer = config.build(width, nnx.Rngs(params=0), LayerPosition())
-    return layer.init_state(1, max_len, memory)
+      source = jnp.zeros((1, max_len, source_width), jnp.bfloat16)
+      memory = Memory(source, jnp.ones((1, max_len), bool))
+    graph, values = nnx.split(config.build(width, nnx.Rngs(params=0), LayerPosition()))
+    values = jax.tree.map(cast, values, is_leaf=lambda v: isinstance(v, nnx.Variable))
+    return nnx.merge(graph, values).init_state(1, max_len, memory)
 
   leaves = jax.tree.leaves(jax.eval_shape(state))
-  return sum(leaf.size for leaf in leaves if jnp.issubdtype(leaf.dtype, jnp.floating))
+  return tuple(leaf for leaf in leaves if jnp.issubdtype(leaf.dtype, jnp.floating))
 
 
 def layer_summary(config: LayerConfig) -> tuple[str, str]:

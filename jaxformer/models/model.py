@@ -3,7 +3,7 @@ with `loss` and `scores`."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax.numpy as jnp
 from flax import nnx
@@ -79,12 +79,18 @@ class ModelConfig(Config, abstract=True):
   def state_size(self, max_len: int) -> int | None:
     """Numbers in the decoding state of one sequence of up to `max_len` tokens, with what is kept of
     a source of `max_len` tokens; None for a model that does not decode."""
+    return self._of_state(lambda layer, width: layer.state_size(width, max_len))
+
+  def state_bytes(self, max_len: int) -> int | None:
+    """Bytes of the same state as `LayerConfig.state_bytes` has them."""
+    return self._of_state(lambda layer, width: layer.state_bytes(width, max_len))
+
+  def _of_state(self, of: Callable[[LayerConfig, int], int]) -> int | None:
+    """Sum over the layers that decode."""
     if self.task.predicts != 'next_token':
       return None
-    return sum(
-      n * layer.state_size(width, max_len)
-      for layer, width, n in layers_with_widths(self.stacks[-1], self.width)
-    )
+    layers = layers_with_widths(self.stacks[-1], self.width)
+    return sum(n * of(layer, width) for layer, width, n in layers)
 
   def mixing_flops_per_token(self, length: int, causal: bool) -> float:
     """Forward FLOPs per token other than products with parameters

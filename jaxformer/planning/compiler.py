@@ -13,7 +13,7 @@ import os
 import re
 import tempfile
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from typing import Any
 
 import jax
@@ -51,10 +51,12 @@ def topology_mesh(name: str, config: sharding.MeshConfig, slices: int = 1) -> Me
     os.environ.setdefault(key, value)
   from jax.experimental import topologies
 
-  several = {} if slices == 1 else {'num_slices': slices}
+  options: dict[str, Any] = {} if slices == 1 else {'num_slices': slices}
+  if name.startswith('v4:'):
+    options['chip_config_name'] = 'megacore'  # one JAX device per chip, as on Google Cloud
   try:
     with quiet():
-      devices = topologies.get_topology_desc(platform='tpu', topology_name=name, **several).devices
+      devices = topologies.get_topology_desc(platform='tpu', topology_name=name, **options).devices
   except Exception as e:
     raise InputError(
       f'no TPU topology {name!r} (try v5e:2x4, v5p:2x2x2, v6e:4x4): {str(e).splitlines()[0]}'
@@ -128,16 +130,20 @@ class CompiledPlan:
     return data
 
 
-def compile_plan(lowered: jax.stages.Lowered, mesh: Mesh, limit: float) -> CompiledPlan:
+def compile_plan(lower: Callable[[], jax.stages.Lowered], mesh: Mesh, limit: float) -> CompiledPlan:
   """Compile a program for the devices of a mesh. A program that does not fit is a result, not an
   error.
 
   Args:
+    lower: makes the program, for which it may compile another, as decoding does the prefill that
+      leaves its state.
     limit: bytes per device; if the compiler refuses the program, its own limit is reported.
   """
   began = time.perf_counter()
   try:
     with quiet():
+      lowered = lower()
+      began = time.perf_counter()
       compiled = lowered.compile()
   except jax.errors.JaxRuntimeError as e:
     if (refusal := memory_refusal(str(e))) is None:

@@ -37,8 +37,9 @@ class Cost:
     train_flops_per_token: causal convention; three times the forward ones.
     train_flops_per_token_full: the same in the full convention.
     context_length: the length that the state is sized for, in tokens.
-    decode_state_bytes: keys and values, or recurrent state, of one sequence of `context_length`
-      tokens at 2 bytes per value; None for a model that does not decode.
+    decode_state_bytes: keys and values at 2 bytes each, and recurrent state in the precision in
+      which the program holds it (mostly fp32), of one sequence of `context_length` tokens; None for
+      a model that does not decode.
     weight_bytes: the parameters at 2 bytes per value.
   """
 
@@ -61,7 +62,6 @@ def cost(model: ModelConfig, length: int | None = None) -> Cost:
   length = model.context_length if length is None else length
   if length < 1:
     raise InputError('sequence length', length, 'positive')
-  state = model.state_size(model.context_length)
   return Cost(
     params=definition.size,
     active_params=definition.active_size,
@@ -71,7 +71,7 @@ def cost(model: ModelConfig, length: int | None = None) -> Cost:
     train_flops_per_token=flops_per_token(model, length),
     train_flops_per_token_full=flops_per_token(model, length, causal=False),
     context_length=model.context_length,
-    decode_state_bytes=None if state is None else 2 * state,
+    decode_state_bytes=model.state_bytes(model.context_length),
     weight_bytes=2 * definition.size,
   )
 

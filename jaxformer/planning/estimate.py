@@ -7,15 +7,17 @@ from typing import Any
 
 from jaxformer.config import InputError
 from jaxformer.models.model import ModelConfig
+from jaxformer.models.params import define
 from jaxformer.planning.compiler import CompiledPlan
 from jaxformer.planning.cost import cost
 from jaxformer.planning.hardware import GIB
 from jaxformer.planning.memory import DeviceMemory, memory
 from jaxformer.planning.roofline import StepTime, step_time
-from jaxformer.planning.setup import PlanSetup
+from jaxformer.planning.setup import PlanSetup, abstract_mesh, divisors
 from jaxformer.planning.target import SHAPES, Target, parse_target
-from jaxformer.sharding import MeshConfig
+from jaxformer.sharding import MeshConfig, Parallel
 
+_MOST = 1e30  # of an amount; beyond it products with it, such as FLOPs, would overflow
 # Share of the peak that a well-tuned training reaches: 38 to 43 % for Llama 3 405B on H100s (Llama
 # Team 2024, table 4), 46 % for PaLM 540B on TPU v4 (Chowdhery et al. 2022, table 3).
 UTILIZATION = 0.4
@@ -86,6 +88,43 @@ def training_run(
     price_per_hour_usd=hourly,
     price_usd=hourly * seconds / 3600,
     spot_price_usd=None if spot is None else spot * seconds / 3600,
+  )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ServingCost:
+  """Time and price per million tokens of inference.
+
+  Attributes:
+    utilization: share of the peak rate of the bottleneck that is assumed: 0.4 means 2.5 times the
+      least time of a step.
+    seconds_per_million_tokens: of all chips together.
+    price_per_hour_usd: of all chips, on demand.
+    price_per_million_tokens_usd: on demand.
+    spot_price_per_million_tokens_usd: None if spot capacity has no list price.
+  """
+
+  utilization: float
+  seconds_per_million_tokens: float
+  price_per_hour_usd: float
+  price_per_million_tokens_usd: float
+  spot_price_per_million_tokens_usd: float | None
+
+
+def serving_cost(
+  step: StepTime, target: Target, utilization: float = UTILIZATION, price: float | None = None
+) -> ServingCost:
+  """What a million tokens cost, from the bounds of a step. `price` in USD per chip-hour overrides
+  the list price."""
+  seconds = 1e6 / step.tokens_per_second / utilization
+  hourly = (target.chip.price_per_hour if price is None else price) * target.total_chips
+  spot = target.price_per_hour(spot=True)
+  return ServingCost(
+    utilization=utilization,
+    seconds_per_million_tokens=seconds,
+    price_per_hour_usd=hourly,
+    price_per_million_tokens_usd=hourly / 3600 * seconds,
+    spot_price_per_million_tokens_usd=None if spot is None else spot / 3600 * seconds,
   )
 
 
@@ -166,29 +205,67 @@ def inference_setup(
   batch_size: int,
   length: int,
   precision: str = 'bf16',
+  mesh: MeshConfig | None = None,
 ) -> PlanSetup:
-  """A setup of inference with weights and state sharded evenly over all devices."""
-  return PlanSetup(
-    model=model,
-    target=target,
-    mesh=MeshConfig(data=1, tensor=target.devices),
-    batch_size=batch_size,
-    length=length,
-    phase=phase,
-    precision=precision,
-  )
+  """A setup of inference.
+
+  Unless `mesh` is given, it is the first that fits: slices along `replica`, as much of the batch as
+  possible along `data`, `tensor` as far as it divides the model, and what is left along `context`;
+  if none fits, the one that needs the least memory."""
+
+  def on(config: MeshConfig) -> PlanSetup:
+    return PlanSetup(
+      model=model,
+      target=target,
+      mesh=config,
+      batch_size=batch_size,
+      length=length,
+      phase=phase,
+      precision=precision,
+    )
+
+  if mesh is not None:
+    return on(mesh)
+  needed: list[tuple[float, PlanSetup]] = []
+  for config in _inference_meshes(model, target, batch_size):
+    setup = on(config)
+    total = memory(setup).total
+    if total <= target.device_memory_bytes:
+      return setup
+    needed.append((total, setup))
+  return min(needed, key=lambda pair: pair[0])[1]
+
+
+def _inference_meshes(model: ModelConfig, target: Target, batch: int) -> Iterator[MeshConfig]:
+  """Meshes of a target, those with the most sequences along `data` first."""
+  n, seen = target.devices_per_slice, set()
+  for data in reversed(divisors(n)):
+    if batch % (data * target.slices) and data > 1:
+      continue
+    for tensor in reversed(divisors(n // data)):
+      mesh = MeshConfig(
+        replica=target.slices, data=data, tensor=tensor, context=n // data // tensor
+      )
+      try:
+        define(model).abstract(Parallel(abstract_mesh(mesh, target.devices), mesh.rules))
+      except InputError:
+        continue  # this axis does not divide the model
+      if (data, tensor) not in seen:
+        seen.add((data, tensor))
+        yield mesh
+      break
 
 
 def parse_amount(amount: float | str, what: str = '--tokens') -> float:
   """The number that a text such as '2T', '300B' or '1.4e12' means; a number is itself."""
-  if not isinstance(amount, str):
-    return float(amount)
-  found = re.fullmatch(r'(\d+(?:\.\d+)?(?:e\d+)?)([KMBT]?)', amount.strip(), re.IGNORECASE)
-  if found is None or float(found.group(1)) <= 0:
+  number, unit = amount, ''
+  if isinstance(amount, str):
+    found = re.fullmatch(r'(\d+(?:\.\d+)?(?:e\d+)?)([KMBT]?)', amount.strip(), re.IGNORECASE)
+    number, unit = ('nan', '') if found is None else found.groups()
+  value = float(number) * {'': 1, 'K': 1e3, 'M': 1e6, 'B': 1e9, 'T': 1e12}[unit.upper()]
+  if not 0 < value <= _MOST:
     raise InputError(what, amount, 'a number such as 2T, 300B or 1.4e12')
-  return (
-    float(found.group(1)) * {'': 1, 'K': 1e3, 'M': 1e6, 'B': 1e9, 'T': 1e12}[found.group(2).upper()]
-  )
+  return value
 
 
 # ---- what would fit ----------------------------------------------------------------------------
@@ -199,8 +276,14 @@ def _would_fit(estimate: StepEstimate) -> list[str]:
   setup = estimate.setup
   if setup.phase == 'train':
     return list(_remedies(setup))
-  everything = estimate.memory.total * setup.target.devices
-  return [f'{-(-everything // setup.target.chip.memory_bytes):.0f} chips or more']
+  for times in (2, 4, 8, 16, 32, 64):
+    if (target := _larger(setup.target, times)) is not None:
+      changed = inference_setup(
+        setup.phase, setup.model, target, setup.batch_size, setup.length, setup.precision
+      )
+      if (total := memory(changed).total) <= target.device_memory_bytes:
+        return [f'--target {target.name} ({total / GIB:,.1f} GiB)']
+  return []
 
 
 def _remedies(setup: PlanSetup) -> Iterator[str]:

@@ -22,7 +22,6 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -32,8 +31,9 @@ from jaxformer.layers.layer import Context
 from jaxformer.models.model import ModelConfig
 from jaxformer.models.params import Definition, define
 from jaxformer.ops.implementation import implementation
+from jaxformer.planning.decoding_state import state_bytes_per_device
 from jaxformer.planning.residuals import TracedArray, residuals
-from jaxformer.planning.setup import PlanSetup
+from jaxformer.planning.setup import PlanSetup, Shapes, shapes_in_use, shards_in_use
 from jaxformer.sharding import assume_platform
 from jaxformer.task_type import Batch
 
@@ -104,13 +104,19 @@ def bytes_of(arrays: Any) -> int:
 
 
 def memory(setup: PlanSetup) -> DeviceMemory:
-  """Memory of a setup on each of its devices; in inference, weights and state divide evenly."""
-  if setup.phase == 'train':
-    return _training_memory(setup)
-  size, devices = setup.bytes_per_value, setup.target.devices
-  state = (setup.model.state_size(setup.length) or 0) * setup.batch_size
+  """Memory of a setup on each of its devices."""
+  return _training_memory(setup) if setup.phase == 'train' else _inference_memory(setup)
+
+
+def _inference_memory(setup: PlanSetup) -> DeviceMemory:
+  model, parallel = setup.model, setup.parallel
+  definition = define(model)
+  # decoding all-gathers no weights: it costs less to send the activations of one token
+  gathered = 2 * _largest_block(definition, setup) if setup.phase == 'prefill' else 0
   return DeviceMemory(
-    weights=size * define(setup.model).size / devices, state=size * state / devices
+    weights=bytes_of(definition.abstract(parallel, jnp.dtype(setup.dtype))),
+    gathered=gathered,
+    state=state_bytes_per_device(model, parallel, setup.batch_size, setup.length, setup.dtype),
   )
 
 
@@ -121,7 +127,7 @@ def _training_memory(setup: PlanSetup) -> DeviceMemory:
   parameters = bytes_of(params)
   optimizer = None if setup.optimizer is None else setup.optimizer(model, parallel)
   B, T = setup.local_batch
-  shards = _shards_in_use(definition, setup)
+  shards = shards_in_use(model, parallel)
   kept = _activations(setup, shards, setup.remat)
   size = setup.bytes_per_value
   cast = [] if size == 4 else [n for n, i in definition.info.items() if not i.full_precision]
@@ -135,21 +141,23 @@ def _training_memory(setup: PlanSetup) -> DeviceMemory:
     gradients=(narrow or parameters) + (parameters if setup.accumulate > 1 else 0),
     activations=sum(r.bytes for r in kept),
     working=0 if setup.remat == 'none' else _largest_period(_activations(setup, shards, 'none')),
-    gathered=_gathered(definition, setup, shards),
+    gathered=3 * _largest_block(definition, setup),
     loss=2 * logits + 4 * B * T * model.width,
   )
 
 
 # ---- activations -------------------------------------------------------------------------------
 
-Shards = Mapping[str, tuple[int, ...]]
 
-
-def _activations(setup: PlanSetup, shards: Shards, remat: str) -> list[TracedArray]:
+def _activations(setup: PlanSetup, shards: Shapes, remat: str) -> list[TracedArray]:
   """The arrays that a forward pass keeps and that depend on the batch."""
-  dtype = 'float32' if setup.precision == 'fp32' else 'bfloat16'
   return _residuals(
-    setup.model, *setup.local_batch, remat, dtype, setup.target.platform, tuple(shards.items())
+    setup.model,
+    *setup.local_batch,
+    remat,
+    setup.dtype,
+    setup.target.platform,
+    tuple(shards.items()),
   )
 
 
@@ -180,23 +188,6 @@ def _residuals(
   return [r for r in found if r.activation]
 
 
-def _shards_in_use(definition: Definition, setup: PlanSetup) -> Shards:
-  """Into how many shards each dimension of each parameter is split where it is used, after the
-  all-gather over the axes that shard the batch."""
-  table, mesh = setup.parallel.table.activations, setup.abstract_mesh
-
-  def shards(axis: str | None, size: int) -> int:
-    if axis is None:
-      return 1
-    n = math.prod(mesh.shape[a] for a in table[axis] if a not in table['batch'])
-    return n if size % n == 0 else 1
-
-  return {
-    n: tuple(shards(a, s) for a, s in zip(i.axes, i.shape, strict=True))
-    for n, i in definition.info.items()
-  }
-
-
 def _largest_period(kept: list[TracedArray]) -> int:
   """Bytes of the activations of one iteration of the loop whose iterations keep most; of what no
   loop keeps, all."""
@@ -206,21 +197,14 @@ def _largest_period(kept: list[TracedArray]) -> int:
   return max(loops.values(), default=0)
 
 
-def _gathered(definition: Definition, setup: PlanSetup, shards: Shards) -> int:
-  """Bytes of the unsharded weights of the largest block, of two of them, and of its gradients; 0 if
-  nothing is all-gathered. Experts are not: tokens are sent to them."""
-  mesh: Any = setup.abstract_mesh
-  where, table = definition.shardings(setup.parallel), setup.parallel.table.params
+def _largest_block(definition: Definition, setup: PlanSetup) -> int:
+  """Bytes of the unsharded weights of the largest block; 0 if nothing is all-gathered."""
+  where, in_use = definition.shardings(setup.parallel), shapes_in_use(setup.model, setup.parallel)
   blocks: dict[str, int] = {}
   for name, info in definition.info.items():
-    if (found := _BLOCK.match(name)) is None:
+    found, used = _BLOCK.match(name), math.prod(in_use[name])
+    if found is None or math.prod(where[name].shard_shape(info.shape)) >= used:
       continue
-    axes = zip(info.shape, info.axes, shards[name], strict=True)
-    shape = [
-      -(-n // (math.prod(mesh.shape[m] for m in table[a]) if a == 'experts' else p))
-      for n, a, p in axes
-    ]
-    if math.prod(where[name].shard_shape(info.shape)) < math.prod(shape):
-      each = math.prod(shape) // (info.shape[0] if info.axes[0] == 'layers' else 1)
-      blocks[found.group(1)] = blocks.get(found.group(1), 0) + each * setup.bytes_per_value
-  return 3 * max(blocks.values(), default=0)
+    each = used // (info.shape[0] if info.axes[0] == 'layers' else 1)
+    blocks[found.group(1)] = blocks.get(found.group(1), 0) + each * setup.bytes_per_value
+  return max(blocks.values(), default=0)

@@ -3,10 +3,10 @@ a formula for any layer and without any array.
 
 `jax.vjp` of a model's loss is traced with abstract shapes, under a remat policy, for the part of a
 batch that one device has. The arrays that its backward function closes over are the residuals.
-Tracing knows no mesh, so two properties are propagated from the inputs through every operation of
-the program: whether an array depends on the batch, and how the mesh axes that shard the weights
-where they are used (`tensor`) shard it. An operation without a rule of its own takes the sharding
-of the argument dimensions that its result has (`_elementwise`)."""
+Tracing shards nothing, so two properties are propagated from the inputs through every operation of
+the program: whether an array depends on the batch, and into how many shards each dimension is split
+where the weights are (over `tensor`). An operation without a rule of its own takes the sharding of
+the argument dimensions that its result has (`_elementwise`)."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -39,9 +39,7 @@ class TracedArray(NamedTuple):
     return math.prod(local) * self.dtype.itemsize
 
 
-def _traced(
-  aval: Any, shards: Sequence[int] | None = None, activation: bool = False
-) -> TracedArray:
+def traced(aval: Any, shards: Sequence[int] | None = None, activation: bool = False) -> TracedArray:
   """An array of a program, replicated unless `shards` says otherwise."""
   shape = tuple(getattr(aval, 'shape', ()))
   shards = (1,) * len(shape) if shards is None else tuple(shards)
@@ -63,9 +61,9 @@ def residuals(
   """
   closed = jax.make_jaxpr(backward)(params, batch)
   # `make_jaxpr` flattens a dictionary by sorted keys; the batch's arrays follow.
-  inputs = [_traced(params[name], shards[name]) for name in sorted(params)]
-  inputs += [_traced(leaf, activation=True) for leaf in jax.tree.leaves(batch)]
-  outputs = _propagate(closed.jaxpr, inputs)
+  inputs = [traced(params[name], shards[name]) for name in sorted(params)]
+  inputs += [traced(leaf, activation=True) for leaf in jax.tree.leaves(batch)]
+  outputs = propagate(closed.jaxpr, inputs)
   arguments = set(map(id, closed.jaxpr.invars))
   found = {
     id(var): array
@@ -75,12 +73,12 @@ def residuals(
   return list(found.values())
 
 
-def _propagate(jaxpr: Any, inputs: Sequence[TracedArray]) -> list[TracedArray]:
+def propagate(jaxpr: Any, inputs: Sequence[TracedArray]) -> list[TracedArray]:
   """The properties of a program's results, from those of its arguments."""
   known = {id(v): i for v, i in zip(jaxpr.invars, inputs, strict=True)}
 
   def value(var: Any) -> TracedArray:
-    return known.get(id(var)) or _traced(var.aval)
+    return known.get(id(var)) or traced(var.aval)
 
   for eqn in jaxpr.eqns:
     results = _results(eqn, [value(v) for v in eqn.invars])
@@ -96,12 +94,16 @@ def _results(eqn: Any, arguments: list[TracedArray]) -> list[TracedArray]:
   if inner is not None and name not in ('while', 'pallas_call', 'custom_partitioning', 'shard_map'):
     inner = getattr(inner, 'jaxpr', inner)
     if len(inner.invars) == len(arguments) and len(inner.outvars) == len(eqn.outvars):
-      return _propagate(inner, arguments)
+      return propagate(inner, arguments)
+  if name == 'shard_map':
+    specs = zip(eqn.outvars, params['out_specs'], strict=True)
+    outputs = [(v.aval, _shards_of(params['mesh'], spec, v.aval.ndim)) for v, spec in specs]
+    return [traced(aval, shards, any(a.activation for a in arguments)) for aval, shards in outputs]
   reduced = 'axes' in params and name.startswith(('reduce', 'arg'))
   rule = _RULES.get(name, _reduce if reduced else _elementwise)
   active = any(a.activation for a in arguments)
   return [
-    _traced(v.aval, rule(params, arguments, getattr(v.aval, 'shape', ())), active)
+    traced(v.aval, rule(params, arguments, getattr(v.aval, 'shape', ())), active)
     for v in eqn.outvars
   ]
 
@@ -113,7 +115,7 @@ def _scan(params: Any, arguments: list[TracedArray]) -> list[TracedArray]:
   ]
   # a carry may become sharded, or dependent on the batch, in the first iteration
   for _ in range(2):
-    results = _propagate(params['jaxpr'].jaxpr, inside)
+    results = propagate(params['jaxpr'].jaxpr, inside)
     carried, stacked = results[: end - first], results[end - first :]
     inside[first:end] = [
       a._replace(
@@ -143,6 +145,16 @@ def _dot(params: Any, arguments: Arrays, shape: Shape) -> Shape:
     *(p for i, p in enumerate(left) if i not in (*contract_l, *batch_l)),
     *(p for i, p in enumerate(right) if i not in (*contract_r, *batch_r)),
   )
+
+
+def _constraint(params: Any, arguments: Arrays, shape: Shape) -> Shape:
+  return _shards_of(params['sharding'].mesh, params['sharding'].spec, len(shape))
+
+
+def _shards_of(mesh: Any, spec: Any, dims: int) -> Shape:
+  """The number of shards of each dimension, from a partition over a mesh."""
+  names = [(entry,) if isinstance(entry, str) else entry or () for entry in spec]
+  return [math.prod(mesh.shape[n] for n in each) for each in names] + [1] * (dims - len(names))
 
 
 def _transpose(params: Any, arguments: Arrays, shape: Shape) -> Shape:
@@ -204,4 +216,5 @@ _RULES = {
   'broadcast_in_dim': _broadcast,
   'reshape': _reshape,
   'squeeze': _reshape,
+  'sharding_constraint': _constraint,
 }

@@ -4,23 +4,28 @@ A step cannot be shorter than the longest of three times: products at the peak, 
 high-bandwidth memory, traffic of the links. They are assumed to overlap perfectly, so none of them
 is a prediction.
 
-A training step sends, in bytes that one device puts on its links, for n devices along an axis:
+What a training step sends, for n devices along an axis, each as in the program that the TPU
+compiler makes (gradients in the compute dtype, before they are cast to fp32):
 
-- `fsdp`: the weights in the compute dtype, all-gathered in the forward and again in the backward
-  pass, and the gradients reduce-scattered: (n - 1) / n of each.
-- `data` and `replica`: the gradients all-reduced, 2 (n - 1) / n of the device's shard of them, in
-  fp32 as they are summed.
-- `tensor`: after each residual branch an all-reduce of the residual stream, forward and backward: 2
-  (n - 1) / n of it.
-- `expert`: tokens to the experts of their layer and back, forward and backward: k copies, (n - 1) /
-  n of them.
+- `fsdp`: the weights in use, all-gathered in the forward and again in the backward pass, and their
+  gradients reduce-scattered, in each microbatch.
+- `replica`, `data` and `context`, and `expert` for all parameters but the experts: the device's
+  shard of the gradients, all-reduced. With microbatches a compiler may do so in each of them, or
+  sum them in fp32 first: what is less.
+- `tensor`: after each residual branch whose last product is over a sharded dimension an all-reduce
+  of the residual stream, forward and backward.
+- `expert`: tokens to the experts of their layer and back, forward and backward, k copies of each.
 - `context`: keys and values, or states, of the other shards; forward and twice backward.
 
-Inference shards weights and state evenly and sends the residual stream of each branch over
-`tensor`, forward.
+Inference sends, forward alone: over `tensor` the residual stream; over `expert` the tokens; in the
+prefill over `fsdp` the weights, and over `context` keys and values, or states. What does not divide
+over the mesh is replicated, and computed on each of its devices.
 
-`replica` crosses the network, as does any axis of GPUs that is wider than the domain of their fast
-links; the other axes use the links."""
+Fast links connect the devices of a slice (a TPU), or of a host or rack (GPUs: `Chip.domain`); the
+network connects these domains. Of a collective over a group with g devices in each of h domains, a
+device receives at least W (g - 1) / g bytes over the links and, since the g devices can receive one
+part each and pass it on, W (h - 1) / h / g over the network, where W is the result of the
+all-gather; a reduce-scatter costs as much, an all-reduce both."""
 
 import dataclasses
 import math
@@ -28,7 +33,7 @@ import math
 from jaxformer.models.params import define
 from jaxformer.planning.cost import flops
 from jaxformer.planning.memory import DeviceMemory, bytes_of
-from jaxformer.planning.setup import PlanSetup
+from jaxformer.planning.setup import PlanSetup, shapes_in_use, shards_in_use
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,17 +82,16 @@ class StepTime:
 
 
 def step_time(setup: PlanSetup, memory: DeviceMemory) -> StepTime:
-  """The bounds of one step of a setup, whose memory per device is `memory`.
-
-  The prefill counts the head at every position, although a compiled prefill computes the logits of
-  the last one alone (`flops(..., last_logits=True)`)."""
-  mesh, chip = setup.abstract_mesh, setup.target.chip
-  work = flops(setup.model, setup.phase, setup.batch_size, setup.length) / mesh.size
-  if setup.phase == 'train':
+  """The bounds of one step of a setup, whose memory per device is `memory`."""
+  mesh, chip, phase = setup.abstract_mesh, setup.target.chip, setup.phase
+  work = flops(setup.model, phase, setup.batch_size, setup.length, last_logits=phase == 'prefill')
+  if phase == 'train':
     # Policies other than 'full' recompute only what is cheap.
-    work *= 4 / 3 if setup.remat == 'full' else 1
+    work *= (4 / 3 if setup.remat == 'full' else 1) / mesh.size
     moved, sent = _training_traffic(setup, memory)
   else:
+    (B, T), length = setup.shared_batch, 1 if phase == 'decode' else setup.length
+    work *= B / setup.batch_size * T / length / mesh.shape['tensor']
     moved, sent = _inference_traffic(setup, memory)
   links, network = _by_medium(setup, sent)
   return StepTime(
@@ -95,74 +99,137 @@ def step_time(setup: PlanSetup, memory: DeviceMemory) -> StepTime:
     moved * chip.devices / chip.bytes_per_second,
     links * chip.devices / chip.interconnect_bytes_per_second,
     network * chip.devices / chip.network_bytes_per_second,
-    setup.batch_size * (1 if setup.phase == 'decode' else setup.length),
+    setup.batch_size * (1 if phase == 'decode' else setup.length),
   )
 
 
-def _training_traffic(setup: PlanSetup, memory: DeviceMemory) -> tuple[float, dict[str, float]]:
-  """(bytes of memory traffic, mesh axis -> bytes sent) of one device."""
+@dataclasses.dataclass(frozen=True)
+class _Sent:
+  """Bytes that one device receives in collectives of one kind.
+
+  Attributes:
+    axes: of the mesh; the devices that differ along them communicate.
+    bytes: of the arrays that are gathered or reduced; of an exchange, those that a device has.
+    times: 1 for an all-gather or a reduce-scatter, 2 for an all-reduce.
+    exchange: whether each pair of devices has data of its own, as in an all-to-all.
+  """
+
+  axes: tuple[str, ...]
+  bytes: float
+  times: float = 1
+  exchange: bool = False
+
+
+def _training_traffic(setup: PlanSetup, memory: DeviceMemory) -> tuple[float, list[_Sent]]:
+  """(bytes of memory traffic, what is sent) of one device."""
   model, mesh, size = setup.model, setup.abstract_mesh, setup.bytes_per_value
-  definition, (B, T) = define(model), setup.local_batch
-  held = bytes_of(definition.abstract(setup.parallel))
-  in_use = size * definition.size / mesh.shape['tensor'] / mesh.shape['expert']
+  (B, T), n = setup.local_batch, setup.accumulate
+  params = define(model).abstract(setup.parallel)
+  held = bytes_of(params)
+  in_use = _bytes_in_use(setup)
   # Per microbatch: weights read twice, gradients written and read, activations likewise. Once:
   # parameters and optimizer state read and written.
-  per_microbatch = 2 * in_use + 2 * held + 2 * memory.activations
-  moved = setup.accumulate * per_microbatch + 2 * (held + memory.optimizer)
+  per_microbatch = 2 * in_use + 2 * held * size / 4 + 2 * memory.activations
+  moved = n * per_microbatch + 2 * (held + memory.optimizer)
 
-  def share(axis: str) -> float:
-    return (mesh.shape[axis] - 1) / mesh.shape[axis]
+  info = define(model).info
+  experts = bytes_of({k: p for k, p in params.items() if 'experts' in info[k].axes})
+  per_value = min(n * size, max(size, 4))
+  stream = n * size * B * T * model.width
+  copies = sum(count * layer.experts_per_token for layer, count in model.layers())
+  state = sum(count * layer.state_size(w, T) for layer, w, count in model.layers_with_widths())
+  states = n * size * B * state / mesh.shape['tensor'] * mesh.shape['context']
+  gradients = _batch_axes(setup)
+  return moved, [
+    _Sent(('fsdp',), n * _bytes_in_use(setup, gathered=True), 3),
+    _Sent((*gradients, 'expert'), (held - experts) / 4 * per_value, 2),
+    _Sent(gradients, experts / 4 * per_value, 2),
+    _Sent(('tensor',), _branches(setup) * stream, 4),
+    _Sent(('expert',), copies * stream, 4, exchange=True),
+    _Sent(('context',), states, 3),
+  ]
 
-  stream = setup.accumulate * size * B * T * model.width
+
+def _batch_axes(setup: PlanSetup) -> tuple[str, ...]:
+  """Mesh axes over which every device computes with the same shard of the parameters, and other
+  tokens."""
+  table, specs = setup.parallel.table, define(setup.model).shardings(setup.parallel).values()
+  entries = [entry for where in specs for entry in where.spec if entry is not None]
+  sharded = {axis for e in entries for axis in ((e,) if isinstance(e, str) else e)}
+  tokens = (*table.activations['batch'], *table.activations['time'])
+  return tuple(axis for axis in tokens if axis not in sharded and axis != 'expert')
+
+
+def _bytes_in_use(setup: PlanSetup, gathered: bool = False) -> float:
+  """Bytes of the weights of one device where they are used, without tables that are looked up; with
+  `gathered`, of those that are all-gathered."""
+  shapes, definition = shapes_in_use(setup.model, setup.parallel), define(setup.model)
+  where, total = definition.shardings(setup.parallel), 0
+  for name, i in definition.info.items():
+    used = math.prod(shapes[name])
+    if i.matmul and not (gathered and math.prod(where[name].shard_shape(i.shape)) == used):
+      total += used
+  return setup.bytes_per_value * total
+
+
+def _inference_traffic(setup: PlanSetup, memory: DeviceMemory) -> tuple[float, list[_Sent]]:
+  """(bytes of memory traffic, what is sent) of one device.
+
+  The prefill writes the state, decoding reads it. Both read the weights that are multiplied: in a
+  mixture those of the experts that the tokens select, if they do so evenly, E (1 - (1 - k / E)^n)
+  of E experts for n tokens."""
+  model, mesh, size = setup.model, setup.abstract_mesh, setup.bytes_per_value
+  B, T = setup.shared_batch
+  in_use, where = shapes_in_use(model, setup.parallel), define(model).shardings(setup.parallel)
+  tokens, read = B * T * mesh.shape['expert'], 0.0
+  for name, i in define(model).info.items():
+    if i.matmul or i.active < 1:
+      # decoding all-gathers no weights (see `memory`)
+      shape = in_use[name] if setup.phase == 'prefill' else where[name].shard_shape(i.shape)
+      selected = 1 - (1 - i.active) ** tokens if i.active < 1 else 1
+      read += size * math.prod(shape) * selected
+
+  stream, prefill = size * B * T * model.width, setup.phase == 'prefill'
   copies = sum(n * layer.experts_per_token for layer, n in model.layers())
-  state = sum(n * layer.state_size(width, T) for layer, width, n in model.layers_with_widths())
-  states = setup.accumulate * size * B * state / mesh.shape['tensor']
-  return moved, {
-    'fsdp': share('fsdp') * 3 * setup.accumulate * in_use,
-    'data': share('data') * 2 * held,
-    'replica': share('replica') * 2 * held,
-    'tensor': share('tensor') * 2 * 2 * _branches(setup) * stream,
-    'expert': share('expert') * 4 * copies * stream,
-    'context': (mesh.shape['context'] - 1) * 3 * states,
-  }
-
-
-def _inference_traffic(setup: PlanSetup, memory: DeviceMemory) -> tuple[float, dict[str, float]]:
-  """(bytes of memory traffic, mesh axis -> bytes sent) of one device.
-
-  The prefill reads all weights once and writes the state; decoding reads the state, and the weights
-  that are multiplied. In a mixture these are the experts that the batch selects, if it does so
-  evenly: E (1 - (1 - k / E)^batch) of E."""
-  mesh, size, rows = setup.abstract_mesh, setup.bytes_per_value, setup.batch_size
-  if setup.phase == 'prefill':
-    moved, rows = memory.total, rows * setup.length
-  else:
-    read = sum(
-      i.size * (1 - (1 - i.active) ** rows if i.active < 1 else 1)
-      for i in define(setup.model).info.values()
-      if i.matmul or i.active < 1
-    )
-    moved = size * read / mesh.size + memory.state
-  n = mesh.shape['tensor']
-  per_branch = 2 * (n - 1) / n * rows * n / mesh.size * setup.model.width * size
-  return moved, {'tensor': _branches(setup) * per_branch}
+  sent = [
+    _Sent(('tensor',), _branches(setup) * stream, 2),
+    _Sent(('expert',), copies * stream, 2, exchange=True),
+  ]
+  if prefill:
+    sent += [
+      _Sent(('fsdp',), _bytes_in_use(setup, gathered=True)),
+      _Sent(('context',), memory.state),
+    ]
+  return read + memory.state, sent
 
 
 def _branches(setup: PlanSetup) -> int:
-  return sum(n for _, n in setup.model.layers())
+  """The number of residual branches whose last product is over a dimension that `tensor` shards, so
+  that results are summed over the devices."""
+  shards, count = shards_in_use(setup.model, setup.parallel), {}
+  for name, i in define(setup.model).info.items():
+    branch, inputs = (
+      name.partition('.layer.')[0],
+      [n for axis, n in zip(i.axes[:-1], shards[name][:-1], strict=True) if axis != 'layers'],
+    )
+    if i.axes[-1:] == ('embed',) and math.prod(inputs) > 1 and '.branches.' in name:
+      count[branch] = i.shape[0] if i.axes[0] == 'layers' else 1
+  return sum(count.values())
 
 
-def _by_medium(setup: PlanSetup, sent: dict[str, float]) -> tuple[float, float]:
-  """Bytes sent over the fast links, and over the network."""
+def _by_medium(setup: PlanSetup, sent: list[_Sent]) -> tuple[float, float]:
+  """Bytes that a device receives over the fast links, and over the network."""
   mesh, target = setup.abstract_mesh, setup.target
-  links, network, domain = 0.0, 0.0, target.chip.domain
-  for axis, size in sent.items():
-    # devices spanned by this axis and those inside it
-    inner = math.prod(mesh.shape[a] for a in list(mesh.shape)[list(mesh.shape).index(axis) :])
-    if (axis == 'replica' and target.slices > 1) or (
-      domain is not None and inner > domain * target.chip.devices
-    ):
-      network += size
-    else:
-      links += size
+  domain = target.chip.domain
+  devices = target.devices_per_slice if domain is None else domain * target.chip.devices
+  near, inner = {}, 1  # devices along an axis that are in one domain
+  for axis, n in reversed(mesh.shape.items()):
+    near[axis] = math.gcd(n, max(1, devices // inner))
+    inner *= n
+  links = network = 0.0
+  for s in sent:
+    g = math.prod(near[a] for a in s.axes)
+    n = math.prod(mesh.shape[a] for a in s.axes)
+    links += s.times * s.bytes * (g - 1) / (n if s.exchange else g)
+    network += s.times * s.bytes * (1 - g / n) / (1 if s.exchange else g)
   return links, network

@@ -28,7 +28,7 @@ class PlanSetup:
     length: tokens per sequence.
     remat: policy by which activations are recomputed in the backward pass; training only.
     accumulate: microbatches per update; training only.
-    precision: 'fp32' or 'bf16', as in `Chip.flops_per_second`; 'int8' and 'fp8' for inference.
+    precision: 'fp32' or 'bf16', as in `Chip.flops_per_second`.
     optimizer: (model, parallel) -> its state as abstract arrays with shardings; None for AdamW,
       which has two numbers per parameter.
   """
@@ -47,9 +47,9 @@ class PlanSetup:
   @property
   def abstract_mesh(self) -> AbstractMesh:
     """The mesh over the target's devices. Raises `InputError` if its axes do not multiply to their
-    number, or if training would not put the slices along `replica`."""
+    number, or if the slices are not along `replica`."""
     mesh = abstract_mesh(self.mesh, self.target.devices)
-    if self.phase == 'train' and mesh.shape['replica'] % self.target.slices:
+    if mesh.shape['replica'] % self.target.slices:
       slices = f'a multiple of {self.target.slices}, the number of slices of {self.target.name}'
       raise InputError('mesh.replica', mesh.shape['replica'], slices)
     return mesh
@@ -60,11 +60,8 @@ class PlanSetup:
 
   @property
   def bytes_per_value(self) -> int:
-    """Size of a weight or activation in the compute precision; training keeps bf16 beside 8-bit
-    products."""
-    if self.precision == 'fp32':
-      return 4
-    return 2 if self.precision == 'bf16' or self.phase == 'train' else 1
+    """Size of a weight or activation in the compute precision."""
+    return 4 if self.precision == 'fp32' else 2
 
   @property
   def local_batch(self) -> tuple[int, int]:
@@ -81,6 +78,22 @@ class PlanSetup:
     if self.length % times:
       raise InputError('sequence length', self.length, f'a multiple of mesh.context = {times}')
     return self.batch_size // shards, self.length // times
+
+  @property
+  def shared_batch(self) -> tuple[int, int]:
+    """(sequences, positions) per device of a step of inference. As in the program, what the mesh
+    does not divide evenly is replicated; decoding reads one position."""
+    rows, times = (
+      self.parallel.parts(self.parallel.table.activations[a]) for a in ('batch', 'time')
+    )
+    length = 1 if self.phase == 'decode' else self.length
+    local = self.batch_size // rows if self.batch_size % rows == 0 else self.batch_size
+    return local, length // times if length % times == 0 else length
+
+  @property
+  def dtype(self) -> str:
+    """The compute dtype as JAX names it."""
+    return 'float32' if self.precision == 'fp32' else 'bfloat16'
 
   @property
   def name(self) -> str:
@@ -105,6 +118,40 @@ def abstract_mesh(config: MeshConfig, devices: int) -> AbstractMesh:
   axes do not multiply to that number."""
   sizes = config.sizes(devices)
   return AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
+
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+def shards_in_use(model: ModelConfig, parallel: Parallel) -> Shapes:
+  """Into how many shards each dimension of each parameter is split where it is used, after the
+  all-gather over the axes that shard the batch."""
+  table, mesh = parallel.table.activations, parallel.mesh
+
+  def shards(axis: str | None, size: int) -> int:
+    if axis is None:
+      return 1
+    n = math.prod(mesh.shape[a] for a in table[axis] if a not in table['batch'])
+    return n if size % n == 0 else 1
+
+  return {
+    n: tuple(shards(a, s) for a, s in zip(i.axes, i.shape, strict=True))
+    for n, i in define(model).info.items()
+  }
+
+
+def shapes_in_use(model: ModelConfig, parallel: Parallel) -> Shapes:
+  """The shape of each parameter on a device where it is used. Experts stay where they are: tokens
+  are sent to them."""
+  table, mesh, shards = parallel.table.params, parallel.mesh, shards_in_use(model, parallel)
+
+  def over(axis: str | None, n: int) -> int:
+    return math.prod(mesh.shape[a] for a in table[axis]) if axis == 'experts' else n
+
+  return {
+    name: tuple(-(-s // over(a, n)) for s, a, n in zip(i.shape, i.axes, shards[name], strict=True))
+    for name, i in define(model).info.items()
+  }
 
 
 def default_mesh(

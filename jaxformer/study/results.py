@@ -226,7 +226,6 @@ def _outcome(
   measured: Measured,
 ) -> Outcome:
   c, finite = cost(t.model, task.length), [v for v in scores.values() if v is not None]
-  state = t.model.state_size(task.length)
   positions, translation = measured.get((task.title, t.title), (None, None))
   verdict = DIVERGED if None in scores.values() else 'no baseline'
   return Outcome(
@@ -234,7 +233,7 @@ def _outcome(
     params=c.params,
     active_params=c.active_params,
     train_flops_per_token=c.train_flops_per_token,
-    state_bytes=None if state is None else 2 * state,
+    state_bytes=t.model.state_bytes(task.length),
     size_error=t.planned.size / target - 1,
     tried=tuple((r.rate, _score(r, task.metric)) for r in t.trials),
     rate=t.rate,

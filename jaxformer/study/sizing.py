@@ -20,7 +20,7 @@ from jaxformer.planning.cost import cost
 
 Match = Literal['params', 'active_params', 'train_flops_per_token', 'state_bytes']
 """What is made equal: all parameters; those used per token; training FLOPs per token at the context
-length, attention counted causally; bytes of state at the context length, 2 bytes per number."""
+length, attention counted causally; bytes of state at the context length, as a program holds it."""
 
 MATCHED: dict[Match, str] = {
   'params': 'parameters',

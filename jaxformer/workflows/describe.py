@@ -39,7 +39,7 @@ class ModelPart:
     shapes: of the parameters of one occurrence.
     params, active_params: in all occurrences.
     flops: forward FLOPs per token in all occurrences, averaged over a causal sequence.
-    state_bytes: decoding state of one sequence in all occurrences, 2 bytes per number.
+    state_bytes: decoding state of one sequence in all occurrences, computing in bfloat16.
   """
 
   name: str
@@ -238,7 +238,7 @@ def _blocks(
         formula=formula,
         source=source,
         settings=tuple(_settings(layer)),
-        state_bytes=2 * count * layer.state_size(w, model.context_length) if decodes else 0,
+        state_bytes=count * layer.state_bytes(w, model.context_length) if decodes else 0,
       )
 
 

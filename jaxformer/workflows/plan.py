@@ -20,12 +20,13 @@ from jaxformer.planning.estimate import (
   estimate,
   inference_setup,
   parse_amount,
+  serving_cost,
   training_run,
 )
 from jaxformer.planning.hardware import CHIPS, GIB, hardware_file
-from jaxformer.planning.setup import Phase, PlanSetup, abstract_mesh, divisors
+from jaxformer.planning.setup import Phase, PlanSetup
 from jaxformer.planning.target import Target, parse_target
-from jaxformer.sharding import MeshConfig, Parallel
+from jaxformer.sharding import Parallel
 from jaxformer.training.experiment import Experiment
 from jaxformer.training.step import lowered_train_step
 from jaxformer.workflows.names import Resolved, resolve
@@ -80,7 +81,7 @@ class ModelPlan(Cost):
       ('weights', f'{self.weight_bytes / 1e9:,.4g} GB', 'at 2 bytes per parameter'),
     ]
     if self.decode_state_bytes is not None:
-      each = f'per sequence of {self.context_length:,} tokens, 2 bytes per number'
+      each = f'per sequence of {self.context_length:,} tokens'
       rows.append(('decoding state', f'{self.decode_state_bytes / 1e9:,.4g} GB', each))
     tokens = f'{amount(self.tokens)} tokens, {v["tokens_per_parameter"]:.3g} per active parameter'
     train_flops = v.get('run', v)['train_flops']
@@ -119,7 +120,8 @@ def plan(
     length: sequence length, in place of these.
     target: a slice or a host of GPUs: 'v5p-2048', 'v6e-256', '2 x v5e-256', 'v5e:2x4', 'h100:8'.
     tokens: of the training run, a number or text such as '2T', in place of the experiment's.
-    utilization: share of the peak FLOPs per second that time and price assume.
+    utilization: share of the peak that time and price assume: in training of the FLOPs per second,
+      in inference of the rate of the bottleneck.
     price: USD per chip-hour, in place of the list price.
     prices: 'sky', or a folder like SkyPilot's catalog, whose prices replace the list price.
     hardware: a TOML or JSON file with chips of your own; see `planning.hardware`.
@@ -144,11 +146,13 @@ def plan(
     e = e.replace(data=e.data.at_length(length))
   if training and found.open_mesh:
     e, _ = on_target(e, chips, given | {'training.accumulate'} if search else given)
+  if compile and phase != 'train' and e.model.task.inputs == 'pairs':
+    raise InputError(f'compile: {phase} of {e.model.tag} is planned by formulas alone')
   c = cost(e.model, length)
   trained = parse_amount(e.tokens if tokens is None else tokens, 'tokens')
   report: dict[str, Any] = {}
   if chips is not None:
-    setup = _setup(e, chips, phase, length)
+    setup = _setup(e, chips, phase, length, given)
     if search:
       report['search'], setup = _search(e, setup, given, found, name, log)
     if training:
@@ -157,7 +161,13 @@ def plan(
         e.model, setup.length, chips, trained, utilization, precision=setup.precision, price=price
       )
       report['run'] = run.as_json()
-    report |= estimate(setup).as_json()
+    else:
+      log(f'tracing a {phase} of {setup.batch_size} x {setup.length} tokens on {chips.name}')
+    estimated = estimate(setup)
+    if not training:
+      serving = serving_cost(estimated.step, chips, utilization, price)
+      report['serving'] = dataclasses.asdict(serving)
+    report |= estimated.as_json()
     if compile:
       report['compiled'] = _compiled(e, setup, report['memory']['total'], log)
   family = sized.family if sized else PRESETS[name].family if name in PRESETS else None
@@ -184,10 +194,10 @@ def _target(
 ) -> Target | None:
   """Return the target of a plan, None without one. Raises `InputError` for options that are wrong,
   or have no effect there."""
-  if not 0 < utilization <= 1:
-    raise InputError('utilization', utilization, 'above 0 and at most 1')
-  if price is not None and price <= 0:
-    raise InputError('price', price, 'positive')
+  if not 1e-6 <= utilization <= 1:
+    raise InputError('utilization', utilization, 'at least 1e-6 and at most 1')
+  if price is not None and not 0 < price <= 1e12:
+    raise InputError('price', price, 'a positive number of USD per chip-hour, at most 1e12')
   if phase not in get_args(Phase):
     raise InputError('phase', phase, 'train, prefill or decode')
   if search and (compile or phase != 'train'):
@@ -208,13 +218,22 @@ def _target(
   return found
 
 
-def _setup(experiment: Experiment, target: Target, phase: Phase, length: int) -> PlanSetup:
-  """Return what is estimated."""
-  t = experiment.training
+def _setup(
+  experiment: Experiment, target: Target, phase: Phase, length: int, given: Collection[str]
+) -> PlanSetup:
+  """Return what is estimated. Raises `InputError` for settings that inference does not have."""
+  e, t = experiment, experiment.training
   if phase == 'train':
-    return setup_of(experiment, target)
+    return setup_of(e, target)
+  if without := {'training.remat', 'training.accumulate'} & set(given):
+    raise InputError(f'{min(without)}: has no effect on the {phase} phase')
   precision = 'fp32' if t.dtype == 'float32' else 'bf16'
-  return inference_setup(phase, experiment.model, target, t.batch_size, length, precision)
+  mesh = e.mesh if any(path.startswith('mesh') for path in given) else None
+  setup = inference_setup(phase, e.model, target, t.batch_size, length, precision, mesh)
+  rows = setup.parallel.batch_shards
+  if mesh is not None and t.batch_size % rows:
+    raise InputError('training.batch_size', t.batch_size, f'a multiple of {rows}, for this mesh')
+  return setup
 
 
 # ---- the TPU compiler --------------------------------------------------------------------------
@@ -230,56 +249,48 @@ def _of_setup(experiment: Experiment, setup: PlanSetup) -> Experiment:
 
 def _compile(experiment: Experiment, setup: PlanSetup) -> CompiledPlan:
   """Compile the step of a setup on its mesh."""
-  target, rules = setup.target, setup.mesh.rules
+  target, limit = setup.target, setup.target.device_memory_bytes
   assert target.topology is not None  # checked by `_target`
   mesh = topology_mesh(target.topology, setup.mesh, target.slices)
   if setup.phase == 'train':
-    lowered = lowered_train_step(_of_setup(experiment, setup), mesh)
-  else:
-    lower = {'prefill': lowered_prefill, 'decode': lowered_decode}[setup.phase]
-    lowered = lower(define(setup.model), Parallel(mesh, rules), setup.batch_size, setup.length)
-  return compile_plan(lowered, mesh, target.device_memory_bytes)
+    return compile_plan(lambda: lowered_train_step(_of_setup(experiment, setup), mesh), mesh, limit)
+  lower = {'prefill': lowered_prefill, 'decode': lowered_decode}[setup.phase]
+  program = define(setup.model), Parallel(mesh, setup.mesh.rules), setup.batch_size, setup.length
+  return compile_plan(lambda: lower(*program, dtype=setup.dtype), mesh, limit)
 
 
 def _compiled(
   experiment: Experiment, setup: PlanSetup, predicted_bytes: float, log: Log
 ) -> dict[str, Any]:
-  """Compile the step of a setup, and compare the result to the formulas. In inference, heads and
-  hidden units are sharded over as many devices as they can be; further devices hold replicas."""
+  """Compile the step of a setup, and compare the result to the formulas."""
   target, batch, length, phase = setup.target, setup.batch_size, setup.length, setup.phase
-  value: dict[str, Any] = {}
   if phase == 'train':
     least = flops(setup.model, phase, batch, length)
     most = least + recomputed_flops(setup.model, batch, length, setup.remat)
   else:
-    setup = dataclasses.replace(setup, mesh=_inference_mesh(setup.model, target))
-    value['mesh'] = dict(setup.abstract_mesh.shape)
-    least = most = flops(setup.model, phase, batch, length, last_logits=True)
+    least = most = flops(setup.model, phase, batch, length, last_logits=phase == 'prefill')
   log(f'compiling {phase}: {batch} sequences of {length} tokens, for {target.topology}')
   found = _compile(experiment, setup)
   predicted = least / target.devices, most / target.devices
-  return (
-    value
-    | found.as_json()
-    | {
-      'predicted_bytes': predicted_bytes,
-      'predicted_flops': list(predicted),
-      'disagreements': disagreements(found, predicted_bytes, predicted),
-    }
-  )
+  return found.as_json() | {
+    'predicted_bytes': predicted_bytes,
+    'predicted_flops': list(predicted),
+    'left_out': _left_out(setup),
+    'disagreements': disagreements(found, predicted_bytes, predicted),
+  }
 
 
-def _inference_mesh(model: ModelConfig, target: Target) -> MeshConfig:
-  """Return the mesh with the largest `tensor` axis that divides the model; the rest is `data`."""
-  n = target.devices_per_slice
-  for tensor in reversed(divisors(n)):
-    config = MeshConfig(replica=target.slices, data=n // tensor, tensor=tensor)
-    try:
-      define(model).abstract(Parallel(abstract_mesh(config, target.devices), config.rules))
-    except InputError:
-      continue
-    return config
-  raise AssertionError('tensor = 1 divides every dimension')
+def _left_out(setup: PlanSetup) -> list[str]:
+  """Return what a compiled program computes or sends that its text does not show."""
+  out = []
+  if setup.target.slices > 1:
+    out.append('traffic between slices: the program calls another library for it')
+  if setup.abstract_mesh.shape['context'] > 1 and setup.phase != 'decode':
+    out.append(
+      'attention over the context axis: its loops skip blocks by the documents of a batch, so '
+      'their FLOPs and traffic count as one iteration'
+    )
+  return out
 
 
 def _search(
@@ -348,16 +359,34 @@ def _run_rows(v: dict[str, Any]) -> Rows:
   r, t = v['run'], v['target']
   source = t['chip']['source'].partition('price: ')[2]
   spot = 'no list price' if r['spot_price_usd'] is None else f'${r["spot_price_usd"]:,.0f}'
-  mesh = ', '.join(f'{a} {n}' for a, n in v['mesh'].items() if n > 1) or 'one device'
   rate = (
     f'at {100 * r["utilization"]:g}% of the peak, {r["tokens_per_second"]:,.0f} tokens per second'
   )
   hours = f'{r["chip_hours"]:,.0f} chip-hours; spot: {spot}'
   return [
-    ('target', f'{t["name"]}: {t["chips"]:,} chips', f'{mesh}; remat {v["remat"]}'),
+    ('target', f'{t["name"]}: {t["chips"]:,} chips', f'{_mesh_words(v)}; remat {v["remat"]}'),
     ('time', f'{r["days"]:,.4g} days', rate),
     ('price', f'${r["price_usd"]:,.0f} on demand', hours),
     *([('', '', source)] if source.startswith(CATALOG) else []),
+  ]
+
+
+def _mesh_words(v: dict[str, Any]) -> str:
+  return ', '.join(f'{a} {n}' for a, n in v['mesh'].items() if n > 1) or 'one device'
+
+
+def _serving_rows(v: dict[str, Any]) -> Rows:
+  s, t = v['serving'], v['target']
+  spot = s['spot_price_per_million_tokens_usd']
+  rate = f'at {100 * s["utilization"]:g}% of the peak of the bottleneck'
+  return [
+    ('target', f'{t["name"]}: {t["chips"]:,} chips', _mesh_words(v)),
+    ('time per 1M tokens', f'{s["seconds_per_million_tokens"]:,.4g} s', rate),
+    (
+      'price per 1M tokens',
+      f'${s["price_per_million_tokens_usd"]:,.4g} on demand',
+      f'spot: {"no list price" if spot is None else f"${spot:,.4g}"}',
+    ),
   ]
 
 
@@ -399,12 +428,19 @@ def _compiled_rows(v: dict[str, Any]) -> Rows:
     sizes = {kind: t['bytes'] for kind, t in sorted(kinds.items())}
     sent = _parts(sizes, sizes) or 'little'
     rows.append(('' if i else 'sent, GiB per device', f'over {axis}', sent))
+  rows += [('left out', *line.split(': ', 1)) for line in v['left_out']]
   versions = f'jax {v["jax"]}, libtpu {v["libtpu"]}'
   rows.append(('compiled in', f'{v["compile_seconds"]:.0f} s', versions))
   return rows + [('disagreement', *line.split(': ', 1)) for line in v['disagreements']]
 
 
-ROWS = {'run': _run_rows, 'memory': _memory_rows, 'step': _step_rows, 'compiled': _compiled_rows}
+ROWS = {
+  'run': _run_rows,
+  'serving': _serving_rows,
+  'memory': _memory_rows,
+  'step': _step_rows,
+  'compiled': _compiled_rows,
+}
 
 
 def _search_lines(v: dict[str, Any]) -> list[str]:

@@ -42,7 +42,7 @@ class Size(TypedDict, total=False):
     params: parameters.
     active_params: parameters that one token uses.
     flops_per_token: training FLOPs per token at the context length, attention counted causally.
-    state_bytes: bytes of decoding state at the context length, 2 bytes per number.
+    state_bytes: bytes of decoding state at the context length, as in `Cost.decode_state_bytes`.
   """
 
   params: Amount | None

@@ -10,7 +10,14 @@ import jax
 import pytest
 
 from jaxformer.cli.main import main
-from jaxformer.planning.compiler import memory_refusal
+from jaxformer.inference.decoding import lowered_decode
+from jaxformer.models.params import define
+from jaxformer.models.zoo import PRESETS
+from jaxformer.planning.compiler import compile_plan, memory_refusal, topology_mesh
+from jaxformer.planning.estimate import inference_setup
+from jaxformer.planning.memory import memory
+from jaxformer.planning.target import parse_target
+from jaxformer.sharding import Parallel
 
 tpu_compiler = pytest.mark.tpu_compiler
 needs_libtpu = pytest.mark.skipif(
@@ -66,7 +73,7 @@ def test_a_training_step(capfd, name, padding):
 @needs_libtpu
 @pytest.mark.parametrize('phase', ['prefill', 'decode'])
 def test_serving(capfd, phase):
-  """Weights are in bfloat16 and over all chips; a round of decoding is one token a sequence."""
+  """Weights are in bfloat16; a round of decoding is one token a sequence, one sequence a chip."""
   found = plan(
     capfd,
     'llama2-tiny',
@@ -80,8 +87,55 @@ def test_serving(capfd, phase):
   )
   compiled = found['compiled']
   assert compiled['fits']
-  assert compiled['mesh']['tensor'] == 4
+  assert found['mesh']['data'] == 4
   assert compiled['flops']['total'] == pytest.approx(compiled['predicted_flops'][0], rel=0.3)
+
+
+@tpu_compiler
+@needs_libtpu
+@pytest.mark.parametrize(
+  ('name', 'target', 'batch', 'length'),
+  [
+    ('llama3.2-1b', 'v5e-16', 1, 8192),
+    ('llama3-8b', 'v5e-16', 4, 8192),
+    ('mamba2-130m', 'v5e-8', 64, 2048),
+    ('rwkv4-169m', 'v5e-8', 256, 1024),
+  ],
+)
+def test_bytes_of_decoding(name, target, batch, length):
+  """Few key/value heads, which 16 chips hold in full; and recurrent state in fp32."""
+  chips = parse_target(target)
+  setup = inference_setup('decode', PRESETS[name].model, chips, batch, length)
+  mesh = topology_mesh(chips.topology, setup.mesh)
+  program = define(setup.model), Parallel(mesh, setup.mesh.rules), batch, length
+  found = compile_plan(lambda: lowered_decode(*program), mesh, chips.device_memory_bytes)
+  assert found.total == pytest.approx(memory(setup).total, rel=0.15)
+
+
+@tpu_compiler
+@needs_libtpu
+def test_decoding_that_does_not_fit(capfd):
+  """The state alone has 69 GB; the program that would leave it is refused."""
+  found = plan(
+    capfd,
+    'llama2-7b',
+    '--target',
+    'v5e-4',
+    '--phase',
+    'decode',
+    '--compile',
+    '--training.batch-size',
+    '32',
+  )
+  assert not found['memory']['fits']
+  assert not found['compiled']['fits']
+  assert found['compiled']['short_by'] > 0
+
+
+def test_an_encoder_decoder_is_planned_by_formulas(capfd):
+  words = ['transformer-tiny', '--target', 'v5e:2x2', '--phase', 'decode', '--compile']
+  assert main(['plan', *words]) == 2
+  assert 'compile: decode of EncoderDecoder is planned by formulas alone' in capfd.readouterr().err
 
 
 @tpu_compiler

@@ -49,6 +49,11 @@ def test_state_bytes():
   banded = cost(PRESETS['gpt3-175b'].model)
   assert banded.decode_state_bytes == 2 * 48 * (2048 + 256) * 12288 * 2
   assert llama.state_size(100) == 2 * 126 * 100 * 8 * 128
+  # A recurrence accumulates in fp32; the inputs of its convolution are in the compute dtype.
+  assert cost(PRESETS['mamba-2.8b'].model).decode_state_bytes == 64 * 5120 * (4 * 16 + 2 * 3)
+  assert cost(PRESETS['rwkv7-2.9b'].model).decode_state_bytes == 32 * (
+    4 * 40 * 64 * 64 + 2 * 2 * 2560
+  )
 
 
 @pytest.mark.parametrize('name', families(TINY))

@@ -2,6 +2,7 @@
 (experiments/tpu_fit.py)."""
 
 import json
+import math
 
 import jax
 import jax.numpy as jnp
@@ -128,24 +129,77 @@ def test_bounds_by_hand():
 
 @pytest.mark.quick
 def test_what_a_mesh_sends():
-  model = PRESETS['llama2-7b'].model
+  model, rows = PRESETS['llama2-7b'].model, 128
+  size = define(model).size
+  # neither looked-up tables nor norms are all-gathered
+  multiplied = size - 32000 * 4096 - (2 * 32 + 1) * 4096
 
-  def step(target, mesh):
-    return estimate(setup('llama2-7b', target, mesh, 128, 4096)).step
+  def step(target, length=4096, batch=rows, **mesh):
+    config = MeshConfig(**{'data': 1} | mesh)
+    return estimate(setup('llama2-7b', target, config, batch, length)).step
 
-  gathered = step('v5e-64', MeshConfig(data=1, fsdp=64))
+  gathered = step('v5e-64', fsdp=64)
   assert gathered.interconnect_seconds == pytest.approx(
-    63 / 64 * 3 * 2 * define(model).size / 200e9, rel=1e-6
+    63 / 64 * 3 * 2 * multiplied / 200e9, rel=1e-6
   )
   assert gathered.network_seconds == 0
-  both = step('2 x v5e-64', MeshConfig(replica=2, data=1, fsdp=64))
-  assert both.network_seconds == pytest.approx(4 * define(model).size / 64 / 3.125e9, rel=0.01)
+  # Gradients travel in bfloat16; each slice has half of the sum to receive.
+  both = step('2 x v5e-64', replica=2, fsdp=64)
+  assert both.network_seconds == pytest.approx(2 * 1 / 2 * 2 * size / 64 / 3.125e9, rel=0.01)
   # Half the weights over 32 of them; two all-reduces of the residual stream in each of 64 branches,
   # forward and backward.
-  tensor = 31 / 32 * 3 * define(model).size + 1 / 2 * 4 * 64 * 2 * 4 * 4096 * 4096
-  assert step(
-    'v5e-64', MeshConfig(data=1, fsdp=32, tensor=2)
-  ).interconnect_seconds == pytest.approx(tensor / 200e9, rel=1e-6)
+  stream = 2 * 4 * 4096 * 4096
+  tensor = 31 / 32 * 3 * multiplied + 1 / 2 * 4 * 64 * stream
+  assert step('v5e-64', fsdp=32, tensor=2).interconnect_seconds == pytest.approx(
+    tensor / 200e9, rel=1e-6
+  )
+  # Over `data` and over `context` the gradients are all-reduced; over `context` also keys and
+  # values all-gathered, forward and twice backward.
+  summed = 2 * 7 / 8 * 2 * size
+  assert step('v5e-8', data=8).interconnect_seconds == pytest.approx(summed / 200e9, rel=1e-6)
+  keys = 3 * 7 / 8 * 32 * 2 * 2 * 4096 * 4096
+  assert step('v5e-8', batch=1, context=8).interconnect_seconds == pytest.approx(
+    (summed + keys) / 200e9, rel=1e-6
+  )
+
+
+@pytest.mark.quick
+def test_what_experts_send():
+  """Each token to two experts and back, forward and backward; gradients of all other parameters are
+  summed over the devices that have different tokens."""
+  model = PRESETS['mixtral-8x7b'].model
+  info = define(model).info.values()
+  others = sum(i.size for i in info if 'experts' not in i.axes)
+  tokens = 7 / 8 * 4 * 2 * 32 * 2 * 4096 * 4096
+  step = estimate(setup('mixtral-8x7b', 'v5p-16', MeshConfig(data=1, expert=8), 8, 4096)).step
+  assert step.interconnect_seconds == pytest.approx(
+    (2 * 7 / 8 * 2 * others + tokens) / 600e9, rel=1e-6
+  )
+
+
+@pytest.mark.quick
+def test_gpus_of_a_host_share_its_network():
+  """Eight GPUs each receive an eighth of the weights of the other hosts, and pass it on."""
+  size = define(PRESETS['llama2-7b'].model).size - (32000 + 2 * 32 + 1) * 4096
+  mesh = MeshConfig(data=1, fsdp=16)
+  step = estimate(setup('llama2-7b', 'h100:16', mesh, 16, 4096)).step
+  assert step.network_seconds == pytest.approx(3 * 2 * size / 2 / 8 / 50e9, rel=1e-6)
+  assert step.interconnect_seconds == pytest.approx(3 * 2 * size * 7 / 8 / 450e9, rel=1e-6)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+  ('target', 'rate'),
+  [('v5e-8', 1.97e14), ('v7x-8', 2.307e15), ('a100:8', 1.56e14), ('h100:8', 4.945e14)],
+)
+def test_products_in_fp32(target, rate):
+  """A TPU multiplies them in one pass of bfloat16 by default, an NVIDIA GPU in TF32."""
+  assert parse_target(target).chip.peak('fp32') == rate
+  mesh = MeshConfig(data=1, fsdp=8)
+  fp32 = estimate(setup('gpt2-tiny', target, mesh, 8, 64, precision='fp32'))
+  bf16 = estimate(setup('gpt2-tiny', target, mesh, 8, 64))
+  peak = parse_target(target).chip.peak()
+  assert fp32.step.compute_seconds / bf16.step.compute_seconds == pytest.approx(peak / rate)
 
 
 @pytest.mark.quick
@@ -164,7 +218,7 @@ def test_default_mesh():
 @pytest.mark.quick
 def test_amounts():
   assert [parse_amount(t) for t in ('2T', '300B', '1.4e12', '5k')] == [2e12, 300e9, 1.4e12, 5e3]
-  for wrong in ('many', '-3', '0', '2X'):
+  for wrong in ('many', '-3', '0', '2X', '1e400', 'nan', 'inf', math.inf, math.nan, 0, -1.0):
     with pytest.raises(InputError, match='a number such as 2T'):
       parse_amount(wrong)
 
@@ -207,6 +261,12 @@ def test_the_command_in_json(capsys):
   plain = _plan(capsys, 'llama2-7b')
   assert plain['tokens'] == 476_837 * 1024 * 4096
   assert plain['length'] == 4096
+  # one length, that of the recipe, not the 131,072 tokens of its context
+  long = _plan(capsys, 'llama3.1-405b')
+  assert long['length'] == 8192
+  on_slice = _plan(capsys, 'llama3.1-405b', '--target', 'v5p-2048')
+  assert on_slice['train_flops_per_token'] == long['train_flops_per_token']
+  assert on_slice['step']['sequence_length'] == 8192
 
 
 @pytest.mark.quick
@@ -234,6 +294,12 @@ def test_a_plan_that_does_not_fit_says_what_would(capsys):
     (['--phase', 'decode'], 'phase: needs a target'),
     (['--tokens', 'x'], 'a number'),
     (['--utilization', '40'], 'at most 1'),
+    (['--tokens', '1e400'], "tokens = '1e400': must be a number such as"),
+    (['--tokens', 'nan'], "tokens = 'nan': must be a number such as"),
+    (['--target', 'v5e-8', '--price', 'nan'], 'price = nan: must be a positive number'),
+    (['--target', 'v5e-8', '--price', 'inf'], 'price = inf: must be a positive number'),
+    (['--target', 'v5e-8', '--utilization', 'nan'], 'utilization = nan: must be at least'),
+    (['--target', 'v5e-8', '--utilization', '1e-320'], 'utilization'),
     (['--target', 'v5e-8', '--mesh.tensor', '5', '--mesh.fsdp', '1'], 'multiple of 5 devices'),
   ],
 )
@@ -258,13 +324,13 @@ def test_arithmetic_intensity_is_what_the_times_say():
 @pytest.mark.parametrize('phase', ['prefill', 'decode'])
 @pytest.mark.parametrize('name', ['llama2-7b', 'mixtral-8x7b', 'mamba-1.4b', 'transformer-big'])
 def test_the_roofline_computes_the_flops_of_the_one_formula(name, phase):
-  """The bound on compute is `flops` at the peak. A compiled prefill computes the head at the last
-  position alone, which is the difference between the two counts."""
+  """The bound on compute is `flops` at the peak. The prefill computes the head at the last position
+  alone."""
   model, target = PRESETS[name].model, parse_target('h100:2')
   step = estimate(inference_setup(phase, model, target, 4, 512)).step
-  every = flops(model, phase, 4, 512)
-  assert step.compute_seconds * target.chip.peak() * 2 == pytest.approx(every, rel=1e-12)
-  last = flops(model, phase, 4, 512, last_logits=True)
+  every, last = (flops(model, phase, 4, 512, last_logits=b) for b in (False, True))
+  counted = last if phase == 'prefill' else every
+  assert step.compute_seconds * target.chip.peak() * 2 == pytest.approx(counted, rel=1e-12)
   skipped = 4 * 511 if phase == 'prefill' else 0
   assert every - last == pytest.approx(skipped * head_flops(model), rel=1e-9)
 

@@ -81,7 +81,7 @@ def test_it_is_planned_at_a_size(folder, capsys):
   assert main(['plan', NAME, '--params', '125M', '--json']) == 0
   plan = json.loads(capsys.readouterr().out)
   assert abs(plan['params'] / 125e6 - 1) <= 0.02
-  assert plan['decode_state_bytes'] == 2 * 16 * plan['shape']['width'] * plan['shape']['layers']
+  assert plan['decode_state_bytes'] == 4 * 16 * plan['shape']['width'] * plan['shape']['layers']
   assert plan['name'] == 'GatedLinear-125M'
 
 
