@@ -57,6 +57,9 @@ DRAWING = (
 )
 """How a token is drawn, which each request says; these fields are kept for other libraries."""
 
+OF_GENERATION = {*SPECIAL, *RULES, *UNSUPPORTED, *DRAWING}
+"""All fields of `config.json` that are about generation."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Generation:

@@ -2,6 +2,7 @@
 its parameters. Pickles are never read."""
 
 import json
+import logging
 import os
 import shutil
 from collections.abc import Mapping
@@ -15,13 +16,15 @@ from jaxformer.interop import weights
 from jaxformer.interop.families import FAMILIES
 from jaxformer.interop.family import functional, match
 from jaxformer.interop.generation import FILE as GENERATION_FILE
-from jaxformer.interop.generation import with_token_ids
+from jaxformer.interop.generation import OF_GENERATION, with_token_ids
 from jaxformer.interop.settings import Settings
 from jaxformer.interop.tensors import new_path, open_safetensors, read_json, shortened, write
 from jaxformer.interop.weights import CheckpointFormat
 from jaxformer.models.model import ModelConfig
 from jaxformer.models.params import Params
 from jaxformer.sharding import Parallel
+
+logger = logging.getLogger('jaxformer')
 
 TOKENIZER_FILES = (
   'tokenizer.json',
@@ -39,20 +42,47 @@ TOKENIZER_FILES = (
 )
 
 
+ABOUT_THE_FILE = ('model_type', 'architectures', 'transformers_version', 'torch_dtype', 'dtype')
+"""Fields of a `config.json` that say what the file is; of `architectures`, the weights decide."""
+
+
 def read_config(folder: str | os.PathLike) -> tuple[CheckpointFormat, ModelConfig]:
   """The format and our config of a Hugging Face folder, from its `config.json` alone."""
+  kind, config, _ = _read_config(folder)
+  return kind, config
+
+
+def _read_config(folder: str | os.PathLike) -> tuple[CheckpointFormat, ModelConfig, list[str]]:
+  """(format, config, names of the fields that were not read because the model's function does not
+  depend on them)."""
   path = Path(folder) / 'config.json'
   if not Path(folder).is_dir():
     problem = 'no such folder; weights are read from a local copy of the repository'
     raise InputError('folder', str(folder), problem=problem)
   hf = Settings(read_json(path), str(path))
+  if is_of_mamba_authors(hf.fields):
+    problem = (
+      'is missing: the file is of the format of state-spaces/mamba; use the folder of the same '
+      'weights for transformers, whose name ends in -hf, as state-spaces/mamba-130m-hf'
+    )
+    raise InputError(f'{path}: model_type', problem=problem)
   name = hf.get('model_type', str)
   if name not in set(FAMILIES):
     problem = f'not supported{nearest(name, FAMILIES)}'
     raise InputError(f'{path}: model_type', name, problem=problem)
-  if hf.fields.get('quantization_config') is not None:
+  if hf.value('quantization_config') is not None:
     raise hf.fail('quantization_config', 'absent; only floating-point weights are supported')
-  return FAMILIES[name], FAMILIES[name].read(hf)
+  kind = FAMILIES[name]
+  config = kind.read(hf)
+  for other, field in kind.aliases.items():
+    hf.only(other, None, hf.value(field))
+  unread = set(hf.unread()) - {*ABOUT_THE_FILE, *OF_GENERATION}
+  return kind, config, sorted(unread)
+
+
+def is_of_mamba_authors(fields: Mapping[str, Any]) -> bool:
+  """Whether these are the fields of a `config.json` of state-spaces/mamba."""
+  return 'model_type' not in fields and {'d_model', 'n_layer'} <= fields.keys()
 
 
 def load_hf(
@@ -67,9 +97,13 @@ def load_hf(
     parallel: shard the parameters over its mesh, each as soon as it is read; None for the default
       device.
 
-  Raises `InputError` for features that our layers lack, and for files that do not hold the
-  parameters of the config."""
-  kind, config = read_config(folder)
+  Logs which fields of `config.json` are not read, as they are not used in inference. Raises
+  `InputError` for features that our layers lack, and for files that do not hold the parameters of
+  the config."""
+  kind, config, unread = _read_config(folder)
+  if unread:
+    path = Path(folder) / 'config.json'
+    logger.info(f'{path}: not used in inference, and not read: {", ".join(unread)}')
   with open_safetensors(folder) as file:
     return config, weights.load(kind, config, file, dtype, parallel)
 

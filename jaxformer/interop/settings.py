@@ -1,6 +1,7 @@
 """Typed access to another library's `config.json`: every field that affects the function is either
 used or refused, never ignored."""
 
+import math
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -27,10 +28,34 @@ def written(config: Config, table: Table) -> dict[str, Any]:
 
 
 class Settings:
-  """The fields of a `config.json`, with type checks. Every message starts with `where`."""
+  """The fields of a `config.json`, with type checks. Every message starts with `where`.
+
+  Attributes:
+    read_names: the names of fields that were read.
+  """
 
   def __init__(self, fields: Mapping[str, Any], where: str = 'config.json'):
     self.fields, self.where = fields, where
+    self.read_names: set[str] = set()
+
+  def with_defaults(self, defaults: Mapping[str, Any], *nullable: str) -> 'Settings':
+    """Return these fields with defaults for those that are missing or, except for `nullable`, null;
+    what is read of the one counts as read of the other."""
+    given = {
+      k: v for k, v in self.fields.items() if v is not None or k not in defaults or k in nullable
+    }
+    found = Settings({**defaults, **given}, self.where)
+    found.read_names = self.read_names
+    return found
+
+  def unread(self) -> list[str]:
+    """Return the names of fields with a value that was not read."""
+    return [k for k, v in self.fields.items() if v is not None and k not in self.read_names]
+
+  def value(self, name: str, default: Any = None) -> Any:
+    """Return the field as it stands in the file; `default` if it is missing."""
+    self.read_names.add(name)
+    return self.fields.get(name, default)
 
   def fail(self, name: str, accepted: str) -> InputError:
     """The error for an unsupported value."""
@@ -38,7 +63,7 @@ class Settings:
 
   def get(self, name: str, kind: type[T], default: Any = _NEEDED) -> T:
     """The field as `kind`; `default`, that of the other library, if it is missing or null."""
-    value = self.fields.get(name)
+    value = self.value(name)
     if value is None:
       if default is _NEEDED:
         raise InputError(f'{self.where}: {name}', problem='is missing')
@@ -56,6 +81,13 @@ class Settings:
       raise self.fail(name, 'positive')
     return value
 
+  def positive(self, name: str, default: Any = _NEEDED) -> float:
+    """A positive and finite number."""
+    value = self.get(name, float, default)
+    if not 0 < value < math.inf:
+      raise self.fail(name, 'positive and finite')
+    return value
+
   def read(self, table: Table) -> dict[str, Any]:
     """Our fields, with the values of theirs; integers are positive."""
     values = {}
@@ -66,7 +98,7 @@ class Settings:
 
   def only(self, name: str, *accepted: Any) -> None:
     """Raise `InputError` unless the value is one of `accepted`; the first is the default."""
-    if self.fields.get(name, accepted[0]) not in accepted:
+    if self.value(name, accepted[0]) not in accepted:
       raise self.fail(name, ' or '.join(repr(a) for a in accepted))
 
   def choose(self, name: str, values: Mapping[str, T], default: str) -> T:

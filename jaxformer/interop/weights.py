@@ -107,6 +107,7 @@ class CheckpointFormat:
       (tied heads).
     model: the type of config that it represents.
     token_ids: ids of special tokens that transformers assumes where `config.json` has none.
+    aliases: another name of a field that transformers accepts -> the field.
   """
 
   name: str
@@ -118,6 +119,7 @@ class CheckpointFormat:
   copies: Mapping[str, str] = dataclasses.field(default_factory=dict)
   model: type[ModelConfig] = LanguageModel.Config
   token_ids: Mapping[str, int] = dataclasses.field(default_factory=dict)
+  aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 # ---- the rules applied to one model ------------------------------------------------------------

@@ -47,6 +47,10 @@ class Llama3Scaling(Config):
   high: float = 4.0
   original_context: int = 8192
 
+  def validate(self) -> None:
+    self.require_positive('factor', 'low', 'original_context')
+    self.require(self.high > self.low, 'high', f'above low, {self.low:g}')
+
   def apply(self, frequencies: np.ndarray) -> np.ndarray:
     wavelength = 2 * math.pi / frequencies
     s = np.clip((self.original_context / wavelength - self.low) / (self.high - self.low), 0.0, 1.0)
@@ -64,6 +68,9 @@ class Rotary(AttentionPosition):
   scaling: Llama3Scaling | None = None
 
   rotates: ClassVar[bool] = True
+
+  def validate(self) -> None:
+    self.require(0 < self.theta < math.inf, 'theta', 'positive and finite')
 
   def frequencies(self, head_dim: int) -> np.ndarray:
     """The K/2 angular frequencies, float64."""

@@ -13,6 +13,7 @@ from jaxformer.data.tokenizers import ByteTokenizer
 from jaxformer.files import regular_file, user_path
 from jaxformer.interop import is_rwkv, load_hf, load_rwkv, read_generation
 from jaxformer.interop.family import TRAINING_ONLY
+from jaxformer.interop.huggingface import is_of_mamba_authors
 from jaxformer.json_data import parse_json
 from jaxformer.models.model import ModelConfig
 from jaxformer.models.params import Params, define
@@ -151,7 +152,7 @@ def _is_hugging_face(folder: pathlib.Path) -> bool:
       f'{file}: cannot be read as JSON ({e}); run folders and folders of Hugging Face weights have '
       'one'
     ) from None
-  return isinstance(value, dict) and 'model_type' in value
+  return isinstance(value, dict) and ('model_type' in value or is_of_mamba_authors(value))
 
 
 def _canonical(name: str) -> set[str]:

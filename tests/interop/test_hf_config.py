@@ -5,8 +5,9 @@ import json
 
 import pytest
 
+import jaxformer
 from jaxformer.config import InputError
-from jaxformer.interop import load_hf
+from jaxformer.interop import huggingface, load_hf
 from jaxformer.interop.families import FAMILIES
 from jaxformer.interop.family import match
 from jaxformer.interop.settings import ACTIVATIONS, Settings, activation_name
@@ -346,6 +347,34 @@ def test_both_forms_of_rope_settings():
       LLAMA2_7B | {'rope_parameters': {'partial_rotary_factor': 0.5}},
       r'partial_rotary_factor = 0\.5',
     ),
+    (
+      LLAMA2_7B | {'rope_scaling': {'factor': 2.0}},
+      r'rope_scaling: factor = 2\.0: must be with a rope_type, .*, which is missing',
+    ),
+    (
+      LLAMA2_7B | {'rope_parameters': {'rope_type': 'default', 'factor': 2.0}},
+      r'rope_parameters: factor = 2\.0: must be absent',
+    ),
+    (
+      LLAMA2_7B | {'rope_scaling': LLAMA31_8B['rope_scaling'] | {'type': 'default'}},
+      "rope_scaling: type = 'default': must be rope_type, 'llama3'",
+    ),
+    (LLAMA2_7B | {'rope_theta': 0}, 'rope_theta = 0: must be positive and finite'),
+    (
+      LLAMA2_7B | {'rope_parameters': {'rope_theta': -1.0}},
+      r'rope_theta = -1\.0: must be positive',
+    ),
+    (
+      LLAMA2_7B | {'layer_types': ['full_attention'] * 31 + ['sliding_attention']},
+      'layer_types = .*: must be None or ',
+    ),
+    (GPT2 | {'num_attention_heads': 6}, 'num_attention_heads = 6: must be None or 12'),
+    (JAMBA | {'layers_block_type': ['mamba'] * 32}, 'layers_block_type = '),
+    (JAMBA | {'router_jitter_noise': 0.1}, 'router_jitter_noise = 0.1'),
+    (
+      {'d_model': 768, 'n_layer': 24, 'vocab_size': 50277, 'ssm_cfg': {}, 'rms_norm': True},
+      'model_type: is missing: .* state-spaces/mamba-130m-hf',
+    ),
     (LLAMA2_7B | {'hidden_act': 'mish'}, "hidden_act = 'mish': must be one of gelu,"),
     (LLAMA2_7B | {'hidden_size': '4096'}, "hidden_size = '4096': must be an integer"),
     (LLAMA2_7B | {'num_hidden_layers': 0}, 'num_hidden_layers = 0: must be positive'),
@@ -385,6 +414,29 @@ def test_unsupported_settings_are_named(tmp_path, fields, message):
   with pytest.raises(InputError, match=message) as e:
     load_hf(tmp_path)
   assert 'config.json' in str(e.value) or any(w in message for w in ('kv_heads', 'TopKSoftmax'))
+
+
+def test_fields_that_are_not_read_are_named_in_one_line(tmp_path, monkeypatch):
+  lines = []
+  monkeypatch.setattr(huggingface.logger, 'info', lines.append)
+  more = {
+    'use_cache': True,
+    'my_note': 'x',
+    'eos_token_id': 2,
+    'num_beams': 4,
+    'summary_type': None,
+  }
+  (tmp_path / 'config.json').write_text(json.dumps(LLAMA2_7B | more))
+  with pytest.raises(InputError, match=r'neither model\.safetensors'):
+    load_hf(tmp_path)
+  path = tmp_path / 'config.json'
+  assert lines == [f'{path}: not used in inference, and not read: my_note, use_cache']
+
+
+def test_a_folder_of_the_authors_of_mamba_is_told_which_to_take(tmp_path):
+  (tmp_path / 'config.json').write_text('{"d_model": 8, "n_layer": 1, "vocab_size": 9}')
+  with pytest.raises(InputError, match='ends in -hf'):
+    jaxformer.load(tmp_path)
 
 
 @pytest.mark.parametrize('content', ['', '[1]', '{', '\xff'])

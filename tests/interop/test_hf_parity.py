@@ -10,6 +10,10 @@ import numpy as np
 import pytest
 
 from jaxformer.interop import load_hf, save_hf
+from jaxformer.interop.families import FAMILIES
+from jaxformer.interop.generation import OF_GENERATION
+from jaxformer.interop.huggingface import ABOUT_THE_FILE
+from jaxformer.interop.settings import Settings
 from jaxformer.layers.layer import Context
 from jaxformer.models.params import define
 from tests.interop.small import noisy
@@ -343,3 +347,33 @@ def test_bf16_files_and_divided_files_of_theirs(tmp_path):
   # Read anew: the conversion above has also rounded the frequencies that the module keeps.
   model = type(model).from_pretrained(tmp_path / 'theirs', dtype=torch.float32).eval()
   agree(our_logits(config, params, tokens()), their_logits(model, tokens()), 'bf16 files')
+
+
+# Fields of transformers' configs that say nothing of the outputs of a trained model.
+NOT_USED = {
+  'attention_dropout', 'activation_dropout', 'attn_pdrop', 'classifier_dropout',
+  'encoder_layerdrop', 'decoder_layerdrop', 'rescale_prenorm_residual', 'initializer_range',
+  'time_step_init_scheme', 'time_step_scale', 'time_step_rank', 'init_std',
+  'output_attentions', 'output_hidden_states', 'output_router_logits', 'return_dict', 'use_cache',
+  'id2label', 'label2id', 'problem_type', 'finetuning_task', 'task_specific_params',
+  '_name_or_path',
+  'summary_type', 'summary_use_proj', 'summary_activation', 'summary_proj_to_labels',
+  'summary_first_dropout',
+  'is_decoder', 'is_encoder_decoder', 'cross_attention_hidden_size', 'pruned_heads', 'prefix',
+  'chunk_size_feed_forward', 'tf_legacy_loss', 'torchscript', 'use_bfloat16', 'sep_token_id',
+  'tokenizer_class', 'remove_invalid_values', 'typical_p', 'num_beam_groups', 'diversity_penalty',
+  'num_return_sequences', 'output_scores', 'return_dict_in_generate',
+  # how the same numbers are computed
+  'pretraining_tp', 'reorder_and_upcast_attn', 'residual_in_fp32', 'rescale_every', 'chunk_size',
+  'use_mambapy', 'use_associative_scan', 'use_mamba_kernels', 'num_logits_to_keep',
+}  # fmt: skip
+
+
+@pytest.mark.parametrize('family', FAMILIES)
+def test_every_field_of_their_config_is_read_or_known_not_to_matter(family):
+  import transformers
+
+  fields = transformers.CONFIG_MAPPING[family]().to_dict()
+  hf = Settings(fields)
+  FAMILIES[family].read(hf)
+  assert set(fields) - hf.read_names - {*ABOUT_THE_FILE, *OF_GENERATION} <= NOT_USED

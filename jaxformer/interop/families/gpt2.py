@@ -108,5 +108,11 @@ family(
     # buffers of the causal mask
     ignored=(r'transformer\.h\.\d+\.attn\.(bias|masked_bias)',),
     copies={'lm_head.weight': 'transformer.wte.weight'},
+    aliases={
+      'hidden_size': 'n_embd',
+      'max_position_embeddings': 'n_positions',
+      'num_attention_heads': 'n_head',
+      'num_hidden_layers': 'n_layer',
+    },
   )
 )

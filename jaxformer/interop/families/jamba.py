@@ -55,6 +55,7 @@ def read(hf: Settings) -> LanguageModel.Config:
   """Initialization of Mamba layers is the authors', which transformers does not follow."""
   hf.only('hidden_act', 'silu', 'swish')
   hf.only('sliding_window', None)
+  hf.only('router_jitter_noise', 0.0, None)
   model, init = hf.read(MODEL), Normal(std=hf.get('initializer_range', float, 0.02))
   norm = RMSNorm(eps=hf.get('rms_norm_eps', float, 1e-6))
   mixer = Mamba.Config(
@@ -79,11 +80,16 @@ def read(hf: Settings) -> LanguageModel.Config:
     )
     return Block.Config(branches=tuple(PreNorm(layer=layer, norm=norm) for layer in layers))
 
+  indices = range(hf.count('num_hidden_layers', 32))
+  attending = [i % attends[0] == attends[1] for i in indices]
+  hf.only('layers_block_type', None, ['attention' if a else 'mamba' for a in attending])
+  hf.only('layer_types', None, [f'{"full" if a else "linear"}_attention' for a in attending])
+  hf.only(
+    'layers_num_experts', None, [experts if i % sparse[0] == sparse[1] else 1 for i in indices]
+  )
+  hf.only('head_dim', None, model['width'] // attention.heads)
   return LanguageModel.Config(
-    **model,
-    stack=(shortest([block(i) for i in range(hf.count('num_hidden_layers', 32))]),),
-    final_norm=norm,
-    embedding_init=init,
+    **model, stack=(shortest([block(i) for i in indices]),), final_norm=norm, embedding_init=init
   )
 
 
@@ -164,5 +170,6 @@ family(
     rules,
     prefix='model.',
     copies={'lm_head.weight': 'model.embed_tokens.weight'},
+    aliases={'num_local_experts': 'num_experts'},
   )
 )

@@ -31,8 +31,8 @@ def read_rotary(hf: Settings) -> Rotary:
   """Rotary positions, from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling`
   (before), which must agree if both are given. Frequencies are unscaled or scaled as in Llama 3.1;
   other `rope_type`s raise `InputError`."""
-  forms = [f for f in ('rope_scaling', 'rope_parameters') if hf.fields.get(f) is not None]
-  theta = hf.get('rope_theta', float, 10000.0)
+  forms = [f for f in ('rope_scaling', 'rope_parameters') if hf.value(f) is not None]
+  theta = hf.positive('rope_theta', 10000.0)
   found = [_rotary(Settings(hf.get(f, dict), f'{hf.where}: {f}'), theta) for f in forms] or [
     Rotary(theta=theta)
   ]
@@ -44,14 +44,21 @@ def read_rotary(hf: Settings) -> Rotary:
 
 
 def _rotary(rope: Settings, theta: float) -> Rotary:
-  kind = rope.get('rope_type', str, None) or rope.get('type', str, 'default')
+  # Files have `type`, `rope_type` or both; without either, frequencies are unscaled.
+  names = [n for n in ('rope_type', 'type') if rope.value(n) is not None]
+  for name in names:
+    rope.only(name, 'default', 'llama3')
+  kinds = {rope.value(n) for n in names} or {'default'}
+  if len(kinds) > 1:
+    raise rope.fail('type', f'rope_type, {rope.fields["rope_type"]!r}')
   rope.only('partial_rotary_factor', 1.0, None)
-  theta = rope.get('rope_theta', float, theta)
-  if kind == 'default':
-    return Rotary(theta=theta)
-  if kind != 'llama3':
-    raise rope.fail('rope_type' if 'rope_type' in rope.fields else 'type', "'default' or 'llama3'")
-  return Rotary(theta=theta, scaling=Llama3Scaling(**rope.read(SCALING)))
+  theta = rope.positive('rope_theta', theta)
+  scaling = Llama3Scaling(**rope.read(SCALING)) if kinds == {'llama3'} else None
+  if unread := rope.unread():
+    raise rope.fail(
+      unread[0], 'absent' if names else "with a rope_type, 'default' or 'llama3', which is missing"
+    )
+  return Rotary(theta=theta, scaling=scaling)
 
 
 def write_rotary(rotary: Rotary) -> dict[str, Any]:
@@ -92,6 +99,8 @@ def build(
     feed_forward: makes the second layer of a block from Llama's.
   """
   model, std = hf.read(MODEL), hf.get('initializer_range', float, 0.02)
+  layers = hf.count('num_hidden_layers', 32)
+  hf.only('layer_types', None, [f'{"full" if window is None else "sliding"}_attention'] * layers)
   heads, head_dim = hf.count('num_attention_heads', 32), hf.count('head_dim', None)
   init, norm = Normal(std=std), RMSNorm(eps=hf.get('rms_norm_eps', float, 1e-6))
   attention = Attention.Config(
@@ -115,10 +124,7 @@ def build(
     branches=tuple(PreNorm(layer=layer, norm=norm) for layer in (attention, feed_forward(mlp)))
   )
   return LanguageModel.Config(
-    **model,
-    stack=(Group(pattern=(block,), repeats=hf.count('num_hidden_layers', 32)),),
-    final_norm=norm,
-    embedding_init=init,
+    **model, stack=(Group(pattern=(block,), repeats=layers),), final_norm=norm, embedding_init=init
   )
 
 
@@ -189,7 +195,7 @@ _MISTRAL = {
 
 
 def read_mistral(hf: Settings) -> LanguageModel.Config:
-  hf = Settings(_MISTRAL | dict(hf.fields), hf.where)
+  hf = hf.with_defaults(_MISTRAL, 'sliding_window')
   return build(hf, window=hf.count('sliding_window', None))
 
 

@@ -55,7 +55,7 @@ def build(
 
 def dt_rank(hf: Settings, name: str, width: int) -> int | None:
   """The size of dt'; None where it is the one that our config derives from the width."""
-  if hf.fields.get(name, 'auto') in ('auto', None):
+  if hf.value(name, 'auto') in ('auto', None):
     return None
   rank = hf.count(name)
   return None if rank == Mamba.Config().rank(width) else rank

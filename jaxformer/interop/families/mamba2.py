@@ -47,7 +47,7 @@ def read(hf: Settings) -> LanguageModel.Config:
 def _unlimited(hf: Settings) -> None:
   """Require unclipped step sizes: `time_step_limit` = [0, infinity], which files write in several
   ways."""
-  limit = hf.fields.get('time_step_limit')
+  limit = hf.value('time_step_limit')
   if limit is None:
     return
   try:

@@ -123,5 +123,10 @@ family(
       'model.encoder.embed_tokens.weight': SHARED,
       'model.decoder.embed_tokens.weight': SHARED,
     },
+    aliases={
+      'hidden_size': 'd_model',
+      'num_attention_heads': 'encoder_attention_heads',
+      'num_hidden_layers': 'encoder_layers',
+    },
   )
 )

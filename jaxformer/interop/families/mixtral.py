@@ -34,8 +34,7 @@ def balance(hf: Settings) -> float | None:
 
 
 def read(hf: Settings) -> LanguageModel.Config:
-  given = {k: v for k, v in hf.fields.items() if v is not None or k not in _DEFAULTS}
-  hf = Settings(_DEFAULTS | given, hf.where)
+  hf = hf.with_defaults(_DEFAULTS)
   hf.only('router_jitter_noise', 0.0, 0, None)
   router = TopKSoftmax(k=hf.count('num_experts_per_tok'), pooled_balance=balance(hf))
   experts = hf.count('num_local_experts')
@@ -82,4 +81,13 @@ def rules(config: LanguageModel.Config) -> list[Rule]:
   ]
 
 
-family(dataclasses.replace(llama.LLAMA, name='mixtral', read=read, write=write, rules=rules))
+family(
+  dataclasses.replace(
+    llama.LLAMA,
+    name='mixtral',
+    read=read,
+    write=write,
+    rules=rules,
+    aliases={'num_experts': 'num_local_experts'},
+  )
+)

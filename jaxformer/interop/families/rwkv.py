@@ -90,6 +90,12 @@ def rules(config: LanguageModel.Config) -> list[Rule]:
 
 family(
   CheckpointFormat(
-    'rwkv', read, write, rules, prefix='rwkv.', copies={'head.weight': 'rwkv.embeddings.weight'}
+    'rwkv',
+    read,
+    write,
+    rules,
+    prefix='rwkv.',
+    copies={'head.weight': 'rwkv.embeddings.weight'},
+    aliases={'max_position_embeddings': 'context_length'},
   )
 )
