@@ -261,6 +261,11 @@ class Study(Config):
       raise InputError('Study.entries', ', '.join(twice), 'distinct names; set name of one of them')
     self.require(len(self.tasks) > 0, 'tasks', 'at least one task')
     self.require(_increasing(self.learning_rates), 'learning_rates', INCREASING)
+    rate = self.optimizer.learning_rate
+    default = config.field_default(type(self.optimizer), 'learning_rate')
+    if rate not in (default, *self.learning_rates):
+      problem = 'has no effect: the rates of a study are its learning_rates'
+      raise InputError('Study.optimizer.learning_rate', rate, problem=problem)
     self.require(
       len(self.seeds) > 0 and len(set(self.seeds)) == len(self.seeds),
       'seeds',

@@ -21,6 +21,7 @@ from jaxformer.study.scaling import Law
 from jaxformer.study.sharing import Interrupted
 from jaxformer.study.studies import STUDIES
 from jaxformer.study.study import Budget, FixedModel, ScaledFamily, ScalingGrid, Study, budgets
+from jaxformer.training import AdamW
 from jaxformer.training.interrupt import Interrupt
 from tests.study.test_report import ENVIRONMENT, Page, html_text, markdown_text
 from tests.tiers import thorough
@@ -244,6 +245,10 @@ def test_rates(tried):
     ),
     ({'held_out': budgets((1e9,), (1e3,))}, ['ScalingGrid.held_out', '1e+09', 'more than 4.8e+09']),
     ({'learning_rates': (3e-3, 1e-3)}, ['Study.learning_rates', 'ascending']),
+    (
+      {'optimizer': AdamW(learning_rate=0.5)},
+      ['Study.optimizer.learning_rate = 0.5: has no effect', 'learning_rates'],
+    ),
     ({'seeds': (0,)}, ['Study.tuning_seed']),
     ({'bootstrap': 1}, ['ScalingGrid.bootstrap = 1']),
     ({'tokens': 5}, ['Study.tokens = 5', 'scaling.budgets']),
