@@ -47,6 +47,7 @@ BOOKKEEPING = ('command', 'module', 'known')  # what the parser holds beside the
 
 def main(argv: Sequence[str] | None = None) -> int:
   """Run one command and return its exit code (`jaxformer.exit_codes`)."""
+  open_descriptors()
   try:
     own, overrides = split_overrides(sys.argv[1:] if argv is None else argv)
     options = vars(_parser().parse_args(own))
@@ -95,6 +96,19 @@ def main(argv: Sequence[str] | None = None) -> int:
   except jf.Interrupted:  # after the other errors: reading the name imports JAX
     _complain('interrupted: the same command resumes the study')
     return PREEMPTED
+
+
+def open_descriptors() -> None:
+  """Open the null device in place of standard streams that are closed. Else a file that is opened
+  later takes the number of one, and libraries write their messages into it; and what is printed to
+  a stderr that is None goes to stdout."""
+  for number in range(3):
+    try:
+      os.fstat(number)
+    except OSError:
+      os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+  if sys.stderr is None:
+    sys.stderr = open(os.devnull, 'w')  # noqa: SIM115
 
 
 def _complain(line: str) -> None:

@@ -3,6 +3,7 @@ touched."""
 
 import errno
 import io
+import os
 import shlex
 import shutil
 
@@ -468,6 +469,21 @@ def test_standard_input_that_cannot_be_read(stdin, problem, monkeypatch):
   monkeypatch.setattr('sys.stdin', stdin)
   with pytest.raises(InputError, match=f'standard input: {problem}'):
     read_stdin()
+
+
+@pytest.mark.quick
+def test_nothing_goes_to_the_number_of_a_closed_stderr(monkeypatch, capfd, tmp_path):
+  monkeypatch.setattr('sys.stderr', None)
+  kept = os.dup(2)
+  os.close(2)
+  try:
+    assert main(['nope']) == 2
+    with (tmp_path / 'file').open('w') as file:
+      assert file.fileno() > 2
+  finally:
+    os.dup2(kept, 2)
+    os.close(kept)
+  assert capfd.readouterr().out == ''
 
 
 @pytest.mark.quick

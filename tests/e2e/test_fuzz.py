@@ -104,6 +104,8 @@ PROGRAMS = [
   ({}, '$J list > /dev/full', 1, 'error: standard output: cannot be written'),
   ({}, '$J list --json | head -1', 0, ''),
   ({}, '$J list >&- 2>&-', 0, ''),
+  ({}, 'test -z "$($J nope 2>&-)"', 0, ''),
+  ({}, '$J generate first --prompt - <&-', 2, 'standard input: is closed'),
   ({}, 'mkdir gone; cd gone; rmdir ../gone; $J plan gpt2', 2, 'the working folder was deleted'),
   ({}, "$J generate $'\\xff\\xfe'", 2, 'UTF-8'),
   ({}, "printf '\\xff' | $J generate first --prompt - --max-new-tokens 1", 2, 'error: '),
