@@ -28,6 +28,7 @@ from jaxformer.training import (
   ScheduleConfig,
   TrainingConfig,
 )
+from jaxformer.training.paths import is_url
 
 Log = Callable[[str], None]
 MIN_CHECKPOINT_STEPS = 100  # between checkpoints: a shorter run is retrained sooner than restored
@@ -331,6 +332,8 @@ class Study(Config):
 
   def check_folder(self) -> None:
     """Raise `InputError` where the folder can be neither used nor made."""
+    if is_url(self.dir):
+      raise InputError('study.dir', self.dir, 'a folder of a local or shared disk')
     check_folder(self.folder, 'study.dir', self.dir)
 
   def at(self, target: float, tokens: int) -> Study:

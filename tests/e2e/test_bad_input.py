@@ -249,6 +249,7 @@ def test_data(command, fragments, refused, folder):
     ),
     ('compare quickstart --study.seeds -1 --show', ('seeds = (-1,)', 'at least 0')),
     ('compare quickstart --study.dir some.txt', ("study.dir = 'some.txt'", 'is not a folder')),
+    ('compare quickstart --study.dir gs://a/b --train-only', ("study.dir = 'gs://a/b'", 'disk')),
     ("compare quickstart --study.dir '' --train-only", ("study.dir = ''", 'not be empty')),
   ],
   ids=lambda x: x[:40] if isinstance(x, str) else '',
