@@ -140,7 +140,8 @@ def problem(case: Case, outcome: Outcome, before: dict[str, str], after: dict[st
   command = case.words[0] if case.words else ''
   if 'Traceback' in err:
     return 'a traceback'
-  if code not in (0, 2, 70, 75) and not (command == 'check' and code == 1 and 'error' not in err):
+  failed = 'error: out of memory' in err or (command == 'check' and 'error' not in err)
+  if code not in (0, 2, 70, 75) and not (code == 1 and failed):
     return f'exit code {code}'
   if code == 2:
     errors = err[err.find('error: ') :]
@@ -168,16 +169,20 @@ def problem(case: Case, outcome: Outcome, before: dict[str, str], after: dict[st
 def spoil(sandbox: Path, spoils: Sequence[tuple[str, bytes | str | None]]) -> None:
   for name, content in spoils:
     path = sandbox / name
-    if path.is_dir():
-      shutil.rmtree(path)
-    else:
-      path.unlink(missing_ok=True)
-    if isinstance(content, bytes):
-      path.write_bytes(content)
-    elif content == 'folder':
-      path.mkdir()
-    elif content == 'fifo':
-      os.mkfifo(path)
+    with contextlib.suppress(NotADirectoryError, FileExistsError):  # spoiled above it
+      path.parent.mkdir(parents=True, exist_ok=True)
+      if path.is_dir():
+        shutil.rmtree(path)
+      else:
+        path.unlink(missing_ok=True)
+      if isinstance(content, bytes):
+        path.write_bytes(content)
+      elif content == 'folder':
+        path.mkdir()
+      elif content == 'fifo':
+        os.mkfifo(path)
+      elif content == 'link':
+        path.symlink_to('nowhere')
 
 
 def run_cases(

@@ -20,7 +20,7 @@ from jaxformer.cli.main import _parser
 from jaxformer.config import Config, config_bases, hints, types_of, union_options
 from jaxformer.launch.engine import Engine
 from jaxformer.training.registry import import_configs
-from tests.e2e.program import SMALL
+from tests.e2e.program import SMALL, last
 
 LONG, DEEP = 'a' * 300, '[' * 100_000
 ODD = [
@@ -61,6 +61,8 @@ ODD = [
   ),
   *('folder', 'fifo', 'loop', '/dev/zero', '/dev/full', '/dev/null', 'runs', 'runs/first', 'empty'),
   *('nothing.txt', 'corpus.txt', 'binary.dat', 'corpus.txt/x', 'first/x', 'nope.py', 'folder.py'),
+  *('attribute.py', 'recurses.py', 'ends.py', 'loud.py', 'utf16.py', 'loud.py:X', 'recurses.py:X'),
+  *('1e9', '1e18', '-1e5', '-.5', '3e9', '2147483648', 'v5e-' + '9' * 5000, '٣xv5e-8', 'h100:٣'),
   *('syntax.py', 'raises.py', 'leaves.py', 'latin.py', 'nul.py', 'empty.py', 'number.py'),
   *('layer.py:Leaky.Config', 'layer.py:Leaky', 'layer.py:nope', 'layer.py:', 'layer.py:.', ':X'),
   *('layer.py:Leaky.Config.type', 'layer.py:jax', 'layer.py:number', 'raises.py:X', 'leaves.py:X'),
@@ -147,6 +149,11 @@ class Leaky(Layer):
   'latin.py': b'x = "\xe9"\n',
   'nul.py': b'x = 1\0\n',
   'empty.py': b'',
+  'attribute.py': b'def __getattr__(name): raise KeyError(name)\n',
+  'recurses.py': b'def experiment():\n  return experiment()\n\n\nstudy = experiment\n',
+  'ends.py': b'raise GeneratorExit\n',
+  'loud.py': b'print("loud" * 1000)\nexperiment = study = lambda: print("louder")\n',
+  'utf16.py': 'experiment = 3\n'.encode('utf-16'),
   'number.py': b'experiment = 3\nstudy = 3\nprint("loud")\n',
 }
 
@@ -181,7 +188,12 @@ CORPUS = [
   'ByPosition',
 ]
 TINY = ['gpt2-tiny', *SMALL[:-4], *CORPUS, '--data.sequence-length', '32']
+# Goes on with the run `first`, two steps further.
+RESUME = ['train', 'gpt2-tiny', *last([*SMALL, '--training.steps', '6', '--run.name', 'first'])]
 BASES = [
+  RESUME,
+  ['generate', 'first', '--prompt', '-', '--max-new-tokens', '2'],
+  ['generate', 'transformer-tiny', '--max-new-tokens', '2'],
   ['list'],
   ['describe', 'gpt2-tiny'],
   ['describe', 'first'],
@@ -242,6 +254,37 @@ FIRST_FILES = ['config.json', 'events.jsonl', 'metrics.jsonl', 'environment.json
 FIRST_FILES += ['tokenizer/tokenizer.json', 'tokenizer/*', 'checkpoints/4/*', 'checkpoints/4/*/*']
 
 
+NEW = ['train', *TINY, '--run.name', 'x']
+PARTS = ['', 'config.json', 'events.jsonl', 'metrics.jsonl', 'environment.json', 'samples.txt']
+PARTS += [
+  'lock.json',
+  'checkpoints',
+  'checkpoints/4',
+  'checkpoints/9',
+  'checkpoints/²',
+  'tokenizer',
+]
+PARTS += ['undone', 'undone/1', 'undone/²', 'tensorboard']
+ROWS = b'\n'.join(
+  [
+    *(
+      b'{"step": 1e400}',
+      b'{"step": -1}',
+      b'{"step": 4, "eval/loss": "x"}',
+      b'{"step": 4}',
+      b'[1]',
+    ),
+    *(
+      b'{"event": 3}',
+      b'{"event": "start", "init_from": 3}',
+      b'{"step": 4, "tokens": NaN}',
+      b'"x"',
+    ),
+    *(b'{"step": 3, "train/loss": ' + b'9' * 5000 + b'}', b'[' * 100_000, b'\xff\xfe\0', b'{"st'),
+  ]
+)
+
+
 @dataclasses.dataclass
 class Case:
   """A command line, or a config as JSON data, and what is changed before it is tried.
@@ -249,7 +292,8 @@ class Case:
   Attributes:
     words: of the command line; [] for a config.
     data: JSON data of a config.
-    spoils: (file, content) to write; None removes it, 'folder' and 'fifo' make one of it.
+    spoils: (file, content) to write; None removes it, 'folder' and 'fifo' make one of it, 'link' a
+      link to nothing.
     text: standard input.
   """
 
@@ -296,6 +340,7 @@ class Cases:
     command = case.words[0]
     for _ in range(r.choice((1, 1, 1, 2, 3))):
       kinds = [self.option, self.override, self.override, self.word, self.spoil, self.typed]
+      kinds += [self.twice, self.part]
       r.choice(kinds)(case, command, r)
     if r.random() < 0.15 and '--json' not in case.words:
       case.words.append('--json')
@@ -312,6 +357,23 @@ class Cases:
     name, takes = r.choice(names)
     case.words += [name, r.choice(ODD)] if takes else [name]
     return None
+
+  def twice(self, case: Case, command: str, r: random.Random) -> None:
+    """Give an option of the command two values."""
+    names = [name for name, takes in self.options[command] if takes]
+    if not names:
+      return self.word(case, command, r)
+    name = r.choice(names)
+    case.words += [name, r.choice(NUMBERS + ODD), name, r.choice(NUMBERS + ODD)]
+    return None
+
+  def part(self, case: Case, command: str, r: random.Random) -> None:
+    """Put something else where a run has a file or a folder."""
+    if command == 'train':
+      case.words = list(r.choice((RESUME, [*RESUME, '--resume-from', '4'], NEW)))
+    run = 'x' if case.words == NEW else 'first'
+    content = r.choice([b'', ROWS, ROWS, 'folder', 'fifo', 'link'])
+    case.spoils.append((f'runs/{run}/{r.choice(PARTS)}'.rstrip('/'), content))
 
   def override(self, case: Case, command: str, r: random.Random) -> None:
     """Give a field an odd value."""
