@@ -62,6 +62,8 @@ class Attention(Layer):
         RMSNorm); None for none.
       softcap: logits become c tanh(logits / c) (Gemma 2); None for none.
       scale: factor on the logits; None for 1 / sqrt(head_dim).
+      attention_dropout: rate at which attention weights are dropped (GPT-2's `attn_pdrop`), which
+        then are all in memory.
       init: of the query, key and value projections; `out_init`: of the output projection.
     """
 
@@ -75,11 +77,13 @@ class Attention(Layer):
     qk_norm: NormConfig | None = None
     softcap: float | None = None
     scale: float | None = None
+    attention_dropout: float = 0.0
     init: Init = Normal()
     out_init: Init = Normal()
 
     def validate(self):
       self.require_positive('heads', 'head_dim', 'window', 'softcap')
+      self.require_rate('attention_dropout')
       divides = self.kv_heads is None or (self.kv_heads > 0 and self.heads % self.kv_heads == 0)
       self.require(divides, 'kv_heads', f'a divisor of heads = {self.heads}')
 
@@ -104,7 +108,7 @@ class Attention(Layer):
     def examples(cls):
       return (
         cls(heads=4),
-        cls(heads=4, kv_heads=2, position=Rotary(), bias=True),
+        cls(heads=4, kv_heads=2, position=Rotary(), bias=True, attention_dropout=0.1),
         cls(
           heads=4,
           kv_heads=1,
@@ -165,6 +169,8 @@ class Attention(Layer):
       scale=1.0 / math.sqrt(self.head_dim) if c.scale is None else c.scale,
       softcap=c.softcap,
       slopes_H=None if slopes is None else jnp.asarray(slopes),
+      dropout=c.attention_dropout,
+      dropout_key=ctx.fold(0).dropout_key,
     )
     y = checkpoint_name(y.reshape(*y.shape[:2], -1), 'attention')
     return Output(self.o(y), state)

@@ -70,6 +70,7 @@ class CrossAttention(ReadsMemory):
       head_dim: None for width / heads.
       source_width: of the encoder's output; None for the width.
       bias: whether all four projections have biases.
+      attention_dropout: rate at which attention weights are dropped.
       init: of the query, key and value projections; `out_init`: of the output projection.
     """
 
@@ -77,11 +78,13 @@ class CrossAttention(ReadsMemory):
     head_dim: int | None = None
     source_width: int | None = None
     bias: bool = False
+    attention_dropout: float = 0.0
     init: Init = Normal()
     out_init: Init = Normal()
 
     def validate(self):
       self.require_positive('heads', 'head_dim', 'source_width')
+      self.require_rate('attention_dropout')
 
     def head_size(self, width: int) -> int:
       """K, derived from the width if `head_dim` is None."""
@@ -97,7 +100,7 @@ class CrossAttention(ReadsMemory):
     def examples(cls):
       # Without biases: adding the same to all keys does not change a softmax, so the measured
       # gradient would be rounding error.
-      return cls(), cls(head_dim=16, source_width=24)
+      return cls(), cls(head_dim=16, source_width=24, attention_dropout=0.1)
 
     def mixing_flops_per_token(self, width, length, causal):
       return 4.0 * self.heads * self.head_size(width) * length
@@ -106,7 +109,7 @@ class CrossAttention(ReadsMemory):
     self, config: CrossAttention.Config, width: int, rngs: nnx.Rngs, position: LayerPosition
   ):
     c, K, C = config, config.head_size(width), config.memory_width(width)
-    self.head_dim, H = K, c.heads
+    self.head_dim, self.attention_dropout, H = K, c.attention_dropout, c.heads
     dense = functools.partial(Dense, rngs=rngs, position=position, bias=c.bias)
     self.q = dense(c.init, (width, H * K), ('embed', 'heads'))
     self.k = dense(c.init, (C, H * K), ('embed', 'heads'))
@@ -124,7 +127,15 @@ class CrossAttention(ReadsMemory):
     keys = self.init_state(*x_BTD.shape[:2], ctx.memory) if state is None else state
     q = by_head(self.q(x_BTD), self.head_dim)
     mask, scale = _seen(keys, x_BTD.shape[1]), 1.0 / math.sqrt(self.head_dim)
-    y = attention(q, keys.k_BSGK.astype(q.dtype), keys.v_BSGC.astype(q.dtype), mask, scale=scale)
+    y = attention(
+      q,
+      keys.k_BSGK.astype(q.dtype),
+      keys.v_BSGC.astype(q.dtype),
+      mask,
+      scale=scale,
+      dropout=self.attention_dropout,
+      dropout_key=ctx.fold(0).dropout_key,
+    )
     weights = (attention_weights(q, keys.k_BSGK, mask, scale=scale).mean(1),) if ctx.align else ()
     y = checkpoint_name(y.reshape(*y.shape[:2], -1), 'attention')
     return Output(self.o(y), state, alignments=weights)

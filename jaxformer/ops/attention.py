@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -59,15 +60,20 @@ def attention_naive(
   scale: float,
   softcap: float | None = None,
   slopes_H: Float[Array, ' H'] | None = None,
+  dropout: float = 0.0,
+  dropout_key: Array | None = None,
 ) -> Float[Array, 'B T H K']:
   """softmax(scale q k^T + bias) v over the keys that `mask` lets through (Vaswani et al. 2017, eq.
-  1), logits in fp32.
+  1), logits in fp32. With a key, each weight is dropped at the rate `dropout`, and the others are
+  divided by 1 - dropout.
 
   Query head h uses key/value head h // (H / G). With `softcap` c the logits become c tanh(logits /
   c) (Gemma 2). With ALiBi `slopes_H` m, -m |t - s| is added to the logit of key s for query t
   (Press et al. 2022, section 3)."""
   (B, T, H, K), (S, G) = q.shape, k.shape[1:3]
   p = attention_weights(q, k, mask, scale=scale, softcap=softcap, slopes_H=slopes_H)
+  if dropout and dropout_key is not None:
+    p = jnp.where(jax.random.bernoulli(dropout_key, 1 - dropout, p.shape), p / (1 - dropout), 0.0)
   p = p.reshape(B, G, H // G, T, S).astype(v.dtype)
   return jnp.einsum('BGRTS,BSGK->BTGRK', p, v).reshape(B, T, H, K)
 
@@ -108,6 +114,17 @@ def _on_one_shard_of_time(unsupported):
       return 'it needs all queries of a sequence on one device'
     return unsupported(q, k, mask, **options)
 
+  return _without_dropout(reason)
+
+
+def _without_dropout(unsupported=None):
+  """The same reasons, and one where weights are dropped."""
+
+  def reason(q, k, mask, dropout: bool = False, **options) -> str | None:
+    if dropout:
+      return 'it has no dropout of weights'
+    return None if unsupported is None else unsupported(q, k, mask, **options)
+
   return reason
 
 
@@ -115,10 +132,14 @@ def _unrolled_unsupported(q, k, mask: Mask, softcap=None, slopes_H=None) -> str 
   return None if mask.aligned else 'it needs keys and queries at the same positions'
 
 
-def _order(q: _Shaped, k: _Shaped, mask: Mask, softcap=None, slopes_H=None) -> tuple[str, ...]:
-  """Few queries (decoding): naive. A TPU: splash, a GPU: cuDNN, where they support the case. A CPU:
-  unrolled, where the mask is aligned and the length moderate. Else naive where its logits are
-  small, and chunked, which supports every case."""
+def _order(
+  q: _Shaped, k: _Shaped, mask: Mask, softcap=None, slopes_H=None, dropout: bool = False
+) -> tuple[str, ...]:
+  """Few queries (decoding), or dropout: naive. A TPU: splash, a GPU: cuDNN, where they support the
+  case. A CPU: unrolled, where the mask is aligned and the length moderate. Else naive where its
+  logits are small, and chunked, which supports every case."""
+  if dropout:
+    return ('naive',)
   (B, T, H, _), S = q.shape, k.shape[1]
   own_keys = mask.aligned and mask.key_segments_BS is None
   if _sharded_over_time(q) and (own_keys or T > _SHORT):
@@ -147,6 +168,7 @@ ATTENTION = Operation(
   },
   _order,
   {
+    'chunked': _without_dropout(),
     'unrolled': _on_one_shard_of_time(_unrolled_unsupported),
     'xla': _on_one_shard_of_time(xla_unsupported),
     'cudnn': _on_one_shard_of_time(cudnn_unsupported),
@@ -164,19 +186,24 @@ def attention(
   scale: float,
   softcap: float | None = None,
   slopes_H: Float[Array, ' H'] | None = None,
+  dropout: float = 0.0,
+  dropout_key: Array | None = None,
 ) -> Float[Array, 'B T H K']:
   """Attention by the implementation that suits the machine, the shapes and the mask (`ATTENTION`);
   `attention_naive` defines the result.
 
   `slopes_H` are constants: no gradient flows to them. A query that sees no key gives zeros.
+  Where weights are dropped, all of them are in memory: only the naive implementation can.
   `chunked` and `splash` give output and logsumexp the checkpoint name `SAVED`."""
   if q.shape[2] % k.shape[2]:
     raise ValueError(f'{q.shape[2]} query heads are no multiple of {k.shape[2]} key/value heads')
   if slopes_H is not None:
     slopes_H = jax.lax.stop_gradient(slopes_H)
-  chosen = ATTENTION.choose(q, k, mask, softcap=softcap, slopes_H=slopes_H)
+  drops = dropout > 0 and dropout_key is not None
+  chosen = ATTENTION.choose(q, k, mask, softcap=softcap, slopes_H=slopes_H, dropout=drops)
   if chosen == 'naive':
-    return attention_naive(q, k, v, mask, scale=scale, softcap=softcap, slopes_H=slopes_H)
+    options: dict[str, Any] = {'scale': scale, 'softcap': softcap, 'slopes_H': slopes_H}
+    return attention_naive(q, k, v, mask, **options, dropout=dropout, dropout_key=dropout_key)
   k, v = _repeated(k, q.shape[2]), _repeated(v, q.shape[2])
   if time_axes(q.shape[1]):
     # Every shard has all keys that are not the queries' own (an encoder's output).

@@ -71,3 +71,14 @@ def test_a_segment_number_used_again_is_another_document():
   np.testing.assert_allclose(
     layer(x, Context(segments_BT=again), layer.init_state(1, 6)).y, want, atol=1e-6
   )
+
+
+def test_dropout_of_weights_needs_a_key_of_the_context():
+  layer = Attention.Config(heads=2, attention_dropout=0.5).build(8, nnx.Rngs(0), LayerPosition())
+  x = jax.random.normal(jax.random.key(1), (2, 6, 8))
+  first, again, other = (
+    layer(x, Context(dropout_key=jax.random.key(seed))).y for seed in (0, 0, 1)
+  )
+  assert (first == again).all()
+  assert not (first == other).all()
+  assert not (first == layer(x, Context()).y).all()

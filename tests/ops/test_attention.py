@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from jaxformer import sharding
+from jaxformer.config import InputError
 from jaxformer.ops import attention as ops
 from jaxformer.ops.attention import ATTENTION, Mask, attention, attention_naive
 from jaxformer.sharding import assume_platform
@@ -443,3 +444,21 @@ def test_mask_is_a_pytree():
   mask = Mask(window=3, segments_BT=jnp.zeros((1, 4), jnp.int32))
   assert jax.tree.map(lambda x: x, mask).window == 3
   assert dataclasses.replace(mask, window=None).segments_BT is mask.segments_BT
+
+
+@quick
+def test_dropout_of_weights():
+  """`attn_pdrop` of GPT-2: a weight is 0 at the rate, or divided by 1 - rate, after the softmax.
+  Values are unit vectors, so that the output is the weights themselves."""
+  B, T, H, rate = 2, 24, 3, 0.25
+  q, k, *_ = arrays(B, T, T, H, H, T)
+  v = jnp.broadcast_to(jnp.eye(T)[None, :, None], (B, T, H, T))
+  mask, key = Mask(True, None, packed(B, T)), jax.random.key(5)
+  p = attention(q, k, v, mask, scale=0.3)
+  dropped = attention(q, k, v, mask, scale=0.3, dropout=rate, dropout_key=key)
+  np.testing.assert_allclose(dropped, jnp.where(dropped == 0, 0, p / (1 - rate)), rtol=1e-5)
+  seen = np.asarray(p) > 0
+  assert abs(np.mean(np.asarray(dropped)[seen] == 0) - rate) < 5 * 0.45 / np.sqrt(seen.sum())
+  assert (attention(q, k, v, mask, scale=0.3, dropout=rate) == p).all()
+  with pytest.raises(InputError, match=r'chunked.*it has no dropout of weights'):
+    forced(attention, attention='chunked')(q, k, v, mask, scale=0.3, dropout=rate, dropout_key=key)

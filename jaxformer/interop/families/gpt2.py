@@ -25,8 +25,7 @@ MODEL: Table = {
 
 
 def read(hf: Settings) -> LanguageModel.Config:
-  """Dropout of attention weights (`attn_pdrop`) is ignored: our attention has none, and it does not
-  affect inference. `reorder_and_upcast_attn` selects fp32 logits, which we always use."""
+  """`reorder_and_upcast_attn` selects fp32 logits, which we always use."""
   hf.only('add_cross_attention', False)
   hf.only('scale_attn_by_inverse_layer_idx', False)
   model, std = hf.read(MODEL), hf.get('initializer_range', float, 0.02)
@@ -35,6 +34,7 @@ def read(hf: Settings) -> LanguageModel.Config:
     heads=hf.count('n_head', 12),
     bias=True,
     scale=None if hf.get('scale_attn_weights', bool, True) else 1.0,
+    attention_dropout=hf.get('attn_pdrop', float, 0.1),
     init=Normal(std=std),
     out_init=Normal(residual=True, std=std),
   )
@@ -72,7 +72,7 @@ def write(config: LanguageModel.Config) -> dict[str, Any]:
     'scale_attn_weights': attention.scale != 1.0,
     'initializer_range': std_of(config.embedding_init),
     'resid_pdrop': first.dropout,
-    'attn_pdrop': 0.0,
+    'attn_pdrop': attention.attention_dropout,
   }
 
 

@@ -64,6 +64,7 @@ def read(hf: Settings) -> LanguageModel.Config:
   attention = Attention.Config(
     heads=hf.count('num_attention_heads', 32),
     kv_heads=hf.count('num_key_value_heads', 8),
+    attention_dropout=hf.get('attention_dropout', float, 0.0),
     init=init,
     out_init=init,
   )
@@ -127,7 +128,7 @@ def write(config: LanguageModel.Config) -> dict[str, Any]:
     'hidden_act': 'silu',
     'rms_norm_eps': part(config.final_norm, RMSNorm, 'final_norm').eps,
     'initializer_range': std_of(config.embedding_init),
-    'attention_dropout': 0.0,
+    'attention_dropout': attention.attention_dropout,
     'num_experts': moe.experts if moe else 1,
     'attn_layer_period': attends[0],
     'attn_layer_offset': attends[1],

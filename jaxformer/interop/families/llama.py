@@ -110,6 +110,7 @@ def build(
     position=read_rotary(hf),
     window=window,
     bias=bias,
+    attention_dropout=hf.get('attention_dropout', float, 0.0),
     init=init,
     out_init=init,
   )
@@ -143,7 +144,7 @@ def write_shared(
     'hidden_act': activation_name(mlp.activation),
     'rms_norm_eps': part(config.final_norm, RMSNorm, 'final_norm').eps,
     'initializer_range': std_of(config.embedding_init),
-    'attention_dropout': 0.0,
+    'attention_dropout': attention.attention_dropout,
     **write_rotary(rotary),
   }
 

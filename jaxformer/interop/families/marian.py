@@ -36,6 +36,7 @@ def read(hf: Settings) -> EncoderDecoder.Config:
     decoder_hidden=hf.count('decoder_ffn_dim', 4096),
     decoder_heads=hf.count('decoder_attention_heads', 16),
     dropout=hf.get('dropout', float, 0.1),
+    attention_dropout=hf.get('attention_dropout', float, 0.0),
     bias=True,
     head_bias=True,
     scaled=hf.get('scale_embedding', bool, False),
@@ -59,6 +60,7 @@ def write(config: EncoderDecoder.Config) -> dict[str, Any]:
       f'{side}_attention_heads': first.layer.heads,
       'activation_function': activation_name(last.layer.activation),
       'dropout': first.dropout,
+      'attention_dropout': first.layer.attention_dropout,
     }
   scaled = config.embedding_scale is not None and math.isclose(
     config.embedding_scale, math.sqrt(config.width)
@@ -70,7 +72,6 @@ def write(config: EncoderDecoder.Config) -> dict[str, Any]:
     'd_model': config.width,
     'max_position_embeddings': config.context_length,
     **sizes,
-    'attention_dropout': 0.0,
     'activation_dropout': 0.0,
     'scale_embedding': scaled,
     'share_encoder_decoder_embeddings': True,

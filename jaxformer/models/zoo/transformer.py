@@ -38,6 +38,7 @@ def transformer(
   scaled: bool = True,
   activation: ActivationName = 'relu',
   positions: PositionConfig = INTERLEAVED,
+  attention_dropout: float = 0.0,
   init: Init = UNIT_VARIANCE,
   embedding_init: Init | None = None,
   **fields: Any,
@@ -47,6 +48,12 @@ def transformer(
   scale, matrices with variance 1 / fan-in. Sources and targets of one vocabulary share their table.
   `fields` of the config: `context_length`, `head_bias`."""
   norm = LayerNorm()
+  shared: dict[str, Any] = {
+    'bias': bias,
+    'attention_dropout': attention_dropout,
+    'init': init,
+    'out_init': init,
+  }
 
   def post_norm(repeats: int, *layers: LayerConfig) -> Group:
     branches = (PostNorm(layer=layer, norm=norm, dropout=dropout) for layer in layers)
@@ -56,10 +63,10 @@ def transformer(
     return Mlp.Config(hidden=hidden, activation=activation, bias=True, init=init, out_init=init)
 
   def attention(heads: int, causal: bool) -> Attention.Config:
-    return Attention.Config(heads=heads, causal=causal, bias=bias, init=init, out_init=init)
+    return Attention.Config(heads=heads, causal=causal, **shared)
 
   over, sources = decoder_heads or heads, source_vocab_size or vocab_size
-  cross = CrossAttention.Config(heads=over, bias=bias, init=init, out_init=init)
+  cross = CrossAttention.Config(heads=over, **shared)
   return EncoderDecoder.Config(
     source_vocab_size=sources,
     vocab_size=vocab_size,
