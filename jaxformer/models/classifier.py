@@ -116,12 +116,12 @@ class Classifier(BaseModel):
     return self.head(self.read(batch, ctx).y[:, 0])
 
   def loss(
-    self, batch: Batch, ctx: Context = Context(), z_loss: float = 0.0, label_smoothing: float = 0.0
+    self, batch: Batch, ctx: Context = Context(), **weights: float
   ) -> tuple[LossSums, dict[str, Array]]:
     """Sums of the loss over a batch, and auxiliary values: those of the layers, and `accuracy`,
-    the fraction of correct classes."""
+    the fraction of correct classes; `weights` are those of `Head.loss`."""
     out, label_B1 = self.read(batch, ctx), self.targets(batch)
-    sums = self.head.loss(out.y, label_B1, z_loss=z_loss, label_smoothing=label_smoothing)
+    sums = self.head.loss(out.y, label_B1, None, **weights)
     _, correct_B1 = self.head.scores(out.y, label_B1)
     return sums, out.aux | {'accuracy': jnp.sum(correct_B1) / jnp.maximum(sums.count, 1.0)}
 

@@ -71,6 +71,7 @@ class Head(nnx.Module):
     tied_VD: nnx.Param | None = None,
     *,
     z_loss: float = 0.0,
+    max_logit_loss: float = 0.0,
     label_smoothing: float = 0.0,
   ) -> LossSums:
     """Sums of the loss over all targets (`ops.loss.cross_entropy`)."""
@@ -81,6 +82,7 @@ class Head(nnx.Module):
       self._weights(tied_VD),
       targets_BT,
       z_loss=z_loss,
+      max_logit_loss=max_logit_loss,
       label_smoothing=label_smoothing,
       **self._options(),
     )

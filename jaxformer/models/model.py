@@ -121,13 +121,11 @@ class BaseModel(nnx.Module):
     return None
 
   def loss(
-    self, batch: Batch, ctx: Context = Context(), z_loss: float = 0.0, label_smoothing: float = 0.0
+    self, batch: Batch, ctx: Context = Context(), **weights: float
   ) -> tuple[LossSums, dict[str, Array]]:
-    """Sums of the loss over a batch, and auxiliary values."""
+    """Sums of the loss over a batch, and auxiliary values; `weights` are those of `Head.loss`."""
     out = self.read(batch, ctx)
-    sums = self.head.loss(
-      out.y, self.targets(batch), self.tied_VD, z_loss=z_loss, label_smoothing=label_smoothing
-    )
+    sums = self.head.loss(out.y, self.targets(batch), self.tied_VD, **weights)
     return sums, out.aux
 
   def scores(

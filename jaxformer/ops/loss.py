@@ -45,7 +45,8 @@ class LossSums(NamedTuple):
   for means.
 
   Attributes:
-    loss: the objective: cross-entropy with smoothed targets plus the z-loss, in nats.
+    loss: the objective: cross-entropy with smoothed targets plus the losses of the logits' size,
+      in nats.
     nll: cross-entropy alone, in nats. For reporting: no gradient flows through it.
     count: number of counted targets, fp32.
   """
@@ -62,14 +63,16 @@ def cross_entropy(
   *,
   bias_V: Float[Array, ' V'] | None = None,
   z_loss: float = 0.0,
+  max_logit_loss: float = 0.0,
   softcap: float | None = None,
   label_smoothing: float = 0.0,
   transposed: bool = False,
   chunk: int | None = None,
 ) -> LossSums:
-  """sum_i [logsumexp(l_i) - sum_v q_iv l_i[v] + z_loss logsumexp(l_i)^2] over targets y_i !=
-  IGNORE, with l_i = x_i W + b in fp32 (the z-loss of PaLM, section 5; `softcap` c makes the logits
-  c tanh(l / c)).
+  """sum_i [logsumexp(l_i) - sum_v q_iv l_i[v] + z_loss logsumexp(l_i)^2 + max_logit_loss / 2 max_v
+  l_i[v]^2] over targets y_i != IGNORE, with l_i = x_i W + b in fp32 (the z-loss of PaLM, section 5;
+  the loss of the largest logit of RWKV, `L2Wrap` in its code; `softcap` c makes the logits c tanh(l
+  / c)).
 
   q_i is 1 at y_i; with `label_smoothing` e it is 1 - e there, plus e / V everywhere (Szegedy et al.
   2016, section 7).
@@ -88,7 +91,7 @@ def cross_entropy(
   if label_smoothing and softcap is not None:
     raise ValueError('cross_entropy: label_smoothing needs logits without a softcap')
   bias_V = None if bias_V is None else bias_V.astype(jnp.float32)
-  options = LossOptions(z_loss, softcap, label_smoothing, chunk or 0, transposed)
+  options = LossOptions(z_loss, max_logit_loss, softcap, label_smoothing, chunk or 0, transposed)
   loss, nll = compute(x, w_DV, bias_V, targets_BT, options)
   count = (targets_BT != IGNORE).sum().astype(jnp.float32)
   return LossSums(loss, lax.stop_gradient(nll), count)
@@ -108,7 +111,7 @@ def token_scores(
   0 and False where the target is `IGNORE`. For evaluation, without a gradient."""
   compute = TOKEN_SCORES[TOKEN_SCORES.choose(x, w_DV)]
   bias_V = None if bias_V is None else bias_V.astype(jnp.float32)
-  options = LossOptions(0.0, softcap, 0.0, chunk or 0, transposed)
+  options = LossOptions(0.0, 0.0, softcap, 0.0, chunk or 0, transposed)
   arrays = lax.stop_gradient((x, w_DV, bias_V))
   lse, picked, top = compute(*arrays, targets_BT, options)
   counted = targets_BT != IGNORE
@@ -124,7 +127,9 @@ def _naive(x, w_DV, bias_V, targets_BT, options: LossOptions):
   picked = jnp.take_along_axis(logits, jnp.maximum(targets_BT, 0)[..., None], axis=-1)[..., 0]
   nll = jnp.where(counted, lse - picked, 0.0)
   smooth = jnp.where(counted, options.label_smoothing * (picked - logits.mean(-1)), 0.0)
-  extra = smooth + jnp.where(counted, options.z_loss * jnp.square(lse), 0.0)
+  size = options.z_loss * jnp.square(lse)
+  size = size + 0.5 * options.max_logit_loss * jnp.square(logits.max(-1))
+  extra = smooth + jnp.where(counted, size, 0.0)
   return (nll + extra).sum(), nll.sum()
 
 
@@ -203,8 +208,8 @@ def _rows_loss(x, w, bias, targets, options: LossOptions):
   w_cast, zero = w.astype(x.dtype), jnp.float32(0)
 
   def some(sums, chunk):
-    *_, lse, picked, _ = _row_logits(*chunk, w_cast, bias, options)
-    return jax.tree.map(jnp.add, sums, loss_sums(chunk[1], lse, picked, options)), None
+    found = _row_logits(*chunk, w_cast, bias, options)[3:]
+    return jax.tree.map(jnp.add, sums, loss_sums(chunk[1], *found, options)), None
 
   return lax.scan(some, (zero, zero), _chunks(x, targets, options.chunk))[0]
 
@@ -215,13 +220,17 @@ def _rows_forward(x, w, bias, targets, options):
   def some(carry, chunk):
     sums, dw, db = carry
     xs, ys = chunk
-    e, total, slope, lse, picked, _ = _row_logits(xs, ys, w_cast, bias, options)
+    e, total, slope, lse, picked, top = _row_logits(xs, ys, w_cast, bias, options)
     # The gradient of the logits is f (e - hot / f) per row: e is known from the forward pass and
     # changes in one column per row, and the factor goes to the narrow sides of the products.
     # Another pass over the logits would cost a tenth of a product.
     counted = (ys != IGNORE).astype(jnp.float32)
     f = counted / total[:, 0] * (1.0 + 2.0 * options.z_loss * lse)
-    d = e.at[jnp.arange(len(ys)), jnp.maximum(ys, 0)].add(-counted / jnp.where(f == 0, 1.0, f))
+    per_f = counted / jnp.where(f == 0, 1.0, f)
+    d = e.at[jnp.arange(len(ys)), jnp.maximum(ys, 0)].add(-per_f)
+    if options.max_logit_loss:
+      at_top = jnp.arange(len(ys)), jnp.argmax(e, axis=-1)
+      d = d.at[at_top].add(options.max_logit_loss * top * per_f)
     d = d if slope is None else d * slope
     db = None if db is None else db + f @ d
     d = d.astype(x.dtype)
@@ -229,7 +238,7 @@ def _rows_forward(x, w, bias, targets, options):
     # the transpose is written out, as in `linear`
     left = lax.optimization_barrier((f[:, None] * xs).astype(x.dtype).T)
     dw = dw + jnp.dot(left, d, preferred_element_type=jnp.float32)
-    sums = jax.tree.map(jnp.add, sums, loss_sums(ys, lse, picked, options))
+    sums = jax.tree.map(jnp.add, sums, loss_sums(ys, lse, picked, top, options))
     return (sums, dw, db), dx
 
   zero = jnp.float32(0)  # tree.map: a bias may be None

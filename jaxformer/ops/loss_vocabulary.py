@@ -1,8 +1,8 @@
 """Cross-entropy in slices of the vocabulary: a running logsumexp forward, recomputed logits of the
 slice backward.
 
-With l = x W + b, L = logsumexp(l) and y the target: d loss / d l_v = exp(l_v - L) (1 + 2 z L) - [v
-= y], for z-loss weight z.
+With l = x W + b, L = logsumexp(l), y the target and m the argmax: d loss / d l_v = exp(l_v - L) (1
++ 2 z L) - [v = y] + c l_v [v = m], for z-loss weight z and weight c of the largest logit's loss.
 
 A vocabulary that is sharded has an additional axis, `s`: a slice takes as many columns from every
 shard, the running maximum and sum are kept per shard and combined once after the loop, and so is
@@ -38,6 +38,7 @@ class LossOptions:
   """The static arguments of `ops.loss.cross_entropy`."""
 
   z_loss: float
+  max_logit_loss: float
   softcap: float | None
   label_smoothing: float
   chunk: int  # 0: the best size
@@ -101,27 +102,41 @@ def _is_target(targets, start, size, parts: int, V: int):
 def _logsumexp(x, w, bias, targets, options: LossOptions):
   """logsumexp of all logits, the target's logit and the largest, `B T` each, for W by shards `D s
   V`."""
+  return _with_argmax(x, w, bias, targets, options)[:3]
+
+
+def _with_argmax(x, w, bias, targets, options: LossOptions):
+  """The same, and the column of the largest logit, if its loss needs it, else zeros."""
   (B, T, _), (_, parts, V) = x.shape, w.shape
 
   def some(carry, start, size):
-    top, total, picked = carry
+    top, total, picked, which = carry
     logits, _, _ = _logits(x, w, bias, start, size, options)
     new = jnp.maximum(top, logits.max(-1))
+    if options.max_logit_loss:
+      here = jnp.arange(parts)[None, None] * V + start + jnp.argmax(logits, axis=-1)
+      which = jnp.where(new > top, here.astype(jnp.int32), which)
     total = total * jnp.exp(top - new) + jnp.exp(logits - new[..., None]).sum(-1)
     picked = picked + jnp.where(_is_target(targets, start, size, parts, V), logits, 0.0).sum(-1)
-    return new, total, picked
+    return new, total, picked, which
 
   zero = shard(jnp.zeros((B, T, parts), jnp.float32), 'batch', 'time', 'vocab')
-  top, total, picked = _slices(some, (jnp.full_like(zero, -jnp.inf), zero, zero), V, options.chunk)
-  return jax.nn.logsumexp(top + jnp.log(total), axis=-1), picked.sum(-1), top.max(-1)
+  start = jnp.full_like(zero, -jnp.inf), zero, zero, zero.astype(jnp.int32)
+  top, total, picked, which = _slices(some, start, V, options.chunk)
+  largest = top.max(-1)
+  which = jnp.where(top == largest[..., None], which, 0).max(-1)
+  return jax.nn.logsumexp(top + jnp.log(total), axis=-1), picked.sum(-1), largest, which
 
 
-def loss_sums(targets, lse, picked, options: LossOptions):
-  """Loss with z-loss, and nll, summed over the counted tokens, from the logsumexp of each token's
-  logits and its target's logit."""
+def loss_sums(targets, lse, picked, top, options: LossOptions):
+  """Loss with those of the logits' size, and nll, summed over the counted tokens, from the
+  logsumexp of each token's logits, its target's logit and the largest."""
   counted = targets != IGNORE
   nll = jnp.where(counted, lse - picked, 0.0).sum()
-  return nll + jnp.where(counted, options.z_loss * jnp.square(lse), 0.0).sum(), nll
+  size = options.z_loss * jnp.square(lse)
+  if options.max_logit_loss:
+    size = size + 0.5 * options.max_logit_loss * jnp.square(top)
+  return nll + jnp.where(counted, size, 0.0).sum(), nll
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -131,23 +146,26 @@ def _loss(x, w, bias, targets, options: LossOptions):
 
 
 def _forward(x, w, bias, targets, options):
-  lse, picked, _ = _logsumexp(x, w, bias, targets, options)
-  sums = loss_sums(targets, lse, picked, options)
-  return sums, (x, w, bias, targets, targets != IGNORE, lse)
+  lse, picked, top, which = _with_argmax(x, w, bias, targets, options)
+  sums = loss_sums(targets, lse, picked, top, options)
+  return sums, (x, w, bias, targets, targets != IGNORE, lse, top, which)
 
 
 def _backward(options, saved, cotangents):
-  x, w, bias, targets, counted, lse = saved
+  x, w, bias, targets, counted, lse, top, which = saved
   (B, T, D), (_, parts, V) = x.shape, w.shape
   weight = jnp.where(counted, cotangents[0], 0.0)
   factor = weight * (1.0 + 2.0 * options.z_loss * lse)
-  lse, weight, factor = (a[:, :, None, None] for a in (lse, weight, factor))
+  lse, weight, factor, top = (a[:, :, None, None] for a in (lse, weight, factor, top))
 
   def some(carry, start, size):
     dx, dw, db = carry
     logits, slope, ws = _logits(x, w, bias, start, size, options)
     is_target = _is_target(targets, start, size, parts, V)
     d = jnp.exp(logits - lse) * factor - jnp.where(is_target, weight, 0.0)
+    if options.max_logit_loss:
+      is_top = _is_target(which, start, size, parts, V)
+      d = d + jnp.where(is_top, options.max_logit_loss * top * weight, 0.0)
     d = d if slope is None else d * slope
     if db is not None:
       db = lax.dynamic_update_slice_in_dim(db, d.sum((0, 1)), start, axis=1)

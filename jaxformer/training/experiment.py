@@ -32,6 +32,8 @@ class TrainingConfig(Config):
       Parameters are float32.
     remat: rematerialization policy, a name of `models.stack.REMAT`.
     z_loss: weight of the squared log-partition function (PaLM, section 5); 0 for none.
+    max_logit_loss: weight of half the square of the largest logit of each token (RWKV: 1e-4); 0 for
+      none.
     label_smoothing: probability moved from each target to the uniform distribution (Szegedy et al.
       2016, section 7; 0.1 in Vaswani et al. 2017); 0 for none.
     eval_every: steps between evaluations; the last step is followed by one as well.
@@ -59,6 +61,7 @@ class TrainingConfig(Config):
   dtype: Literal['auto', 'bfloat16', 'float32'] = 'auto'
   remat: str = 'none'
   z_loss: float = 0.0
+  max_logit_loss: float = 0.0
   label_smoothing: float = 0.0
   eval_every: int = 100
   eval_batches: int | None = 16
@@ -76,7 +79,7 @@ class TrainingConfig(Config):
     self.require(self.batch_size < 2**31, 'batch_size', 'below 2^31, as the sizes of arrays are')
     self.require_positive('steps', 'batch_size', 'accumulate', 'eval_every', 'eval_batches')
     self.require_positive('checkpoint_every', 'keep_latest', 'log_every')
-    self.require_not_negative('keep_best', 'z_loss')
+    self.require_not_negative('keep_best', 'z_loss', 'max_logit_loss')
     self.require(0 <= self.seed < 2**32, 'seed', 'at least 0 and below 2^32')
     self.require_rate('label_smoothing')
     self.require(

@@ -113,6 +113,7 @@ def loss_and_grads(
       batch,
       Context(dropout_key=key, remat=config.remat),
       z_loss=config.z_loss,
+      max_logit_loss=config.max_logit_loss,
       label_smoothing=config.label_smoothing,
     )
     extra = sum((v for name, v in aux.items() if name.startswith('loss/')), jnp.zeros(()))

@@ -68,8 +68,14 @@ IMPLEMENTATIONS = [
 @pytest.mark.parametrize(('chosen', 'chunk'), IMPLEMENTATIONS)
 @pytest.mark.parametrize(
   'options',
-  [{}, {'z_loss': 1e-2, 'softcap': 3.0}, {'z_loss': 1e-2, 'label_smoothing': 0.1}],
-  ids=['plain', 'z-loss-softcap', 'smoothed'],
+  [
+    {},
+    {'z_loss': 1e-2, 'softcap': 3.0},
+    {'z_loss': 1e-2, 'label_smoothing': 0.1},
+    {'max_logit_loss': 0.3},
+    {'max_logit_loss': 0.3, 'z_loss': 1e-2, 'softcap': 3.0},
+  ],
+  ids=['plain', 'z-loss-softcap', 'smoothed', 'max-logit', 'max-logit-softcap'],
 )
 def test_agrees_with_naive(chosen, chunk, options):
   inputs, targets = arrays(bias=bool(options))
@@ -197,3 +203,25 @@ def test_sharded_agrees_with_unsharded(mesh):
     assert CROSS_ENTROPY.choose(inputs['x'], inputs['w']) == 'vocabulary'
     assert_same(run(cross_entropy, inputs, targets, z_loss=1e-2), want)
     assert_same(run(cross_entropy, inputs, targets, z_loss=1e-2, chunk=20), want)
+
+
+@quick
+def test_the_loss_of_the_largest_logit_is_that_of_rwkv():
+  """`L2Wrap.backward` (BlinkDL/RWKV-LM, RWKV-v5/src/model.py, commit 43045b7): beside that of the
+  cross-entropy, 1e-4 / (B T) max_v l_v at the argmax of each token's logits, here written out for a
+  weight of 1 in place of 1e-4, which fp32 shows better."""
+  inputs, _ = arrays()
+  targets = jnp.zeros((B, T), jnp.int32)
+
+  def mean(x, weight):
+    sums = cross_entropy(x, inputs['w'], targets, max_logit_loss=weight)
+    return sums.loss / sums.count
+
+  with_loss, without = (jax.grad(mean)(inputs['x'], weight) for weight in (1.0, 0.0))
+  logits = np.asarray(inputs['x'], np.float64) @ np.asarray(inputs['w'], np.float64)
+  d = np.zeros_like(logits)
+  top = logits.argmax(-1)[..., None]
+  np.put_along_axis(d, top, 1 / (B * T) * np.take_along_axis(logits, top, -1), -1)
+  expected = d @ np.asarray(inputs['w'], np.float64).T
+  np.testing.assert_allclose(with_loss - without, expected, atol=2e-6)
+  assert np.abs(expected).max() > 0.1

@@ -121,7 +121,7 @@ class Recipe:
     data: with what has to be given in place of the published corpus and tokenizer.
     batch_size: of `training`: sequences, or pairs of the last bucket.
     steps: updates; None for those that make up `amount`.
-    label_smoothing: of `training`.
+    label_smoothing, max_logit_loss: of `training`.
     dropout: of the model.
     init: of the model, in words.
     precision: of the published run, in words.
@@ -139,6 +139,7 @@ class Recipe:
   optimizer: OptimizerConfig
   schedule: ScheduleConfig
   label_smoothing: float = 0.0
+  max_logit_loss: float = 0.0
   dropout: float = 0.0
   init: str
   precision: str = AUTO
@@ -163,6 +164,7 @@ class Recipe:
         dtype=self.dtype,
         remat=self.remat,
         label_smoothing=self.label_smoothing,
+        max_logit_loss=self.max_logit_loss,
         eval_every=1000,
         checkpoint_every=1000,
       ),

@@ -15,6 +15,8 @@ CODE7 = Source('BlinkDL/RWKV-LM', 'RWKV-v7/train_temp')
 WORLD = PublishedTokenizer(
   name='RWKV World trie (rwkv_vocab_v20230424.txt, which is no tokenizer.json)', vocab_size=65536
 )
+L2WRAP = 1e-4  # `L2Wrap` of src/model.py of each version
+PENALTY = 'Beside the loss, half the square of the largest logit of each token, times 1e-4.'
 FROM_CODE = 'of the repository: orthogonal matrices, many zeros, embedding U(-1e-4, 1e-4)'
 FROM_CODE4 = 'of the repository: orthogonal matrices, many zeros, embedding U(-rate, rate)'
 
@@ -56,6 +58,7 @@ for name, rate, final, hold in (  # table 3: rates, and mini-epochs at the first
     amount=8043 * MINI_EPOCH * 1024,
     data=Text(corpus=PILE, tokenizer=NEOX, sequence_length=1024),
     batch_size=BATCH4,
+    max_logit_loss=L2WRAP,
     optimizer=AdamW(
       learning_rate=rate, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.0, clip=1.0
     ),
@@ -63,7 +66,7 @@ for name, rate, final, hold in (  # table 3: rates, and mini-epochs at the first
     init=FROM_CODE4,
     precision='bfloat16',
     origins=ORIGINS4,
-    note='The penalty on the largest logit beside the loss (1e-4) is left out.',
+    note=PENALTY,
   )
 
 # ---- RWKV-5 and RWKV-6 ---------------------------------------------------------------------------
@@ -122,6 +125,7 @@ for name, batch, rate, final in (  # table 17: sequences of 4,096 tokens, rates
     amount=1.12e12,
     data=Text(corpus=PublishedCorpus(name='RWKV World v2'), tokenizer=WORLD, sequence_length=4096),
     batch_size=batch,
+    max_logit_loss=L2WRAP,
     optimizer=AdamW(
       learning_rate=rate, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.001, clip=1.0
     ),
@@ -174,6 +178,7 @@ for name, tokens, batch, rate, final, before in (
     amount=tokens,
     data=Text(corpus=PublishedCorpus(name='RWKV World v3'), tokenizer=WORLD, sequence_length=4096),
     batch_size=batch,
+    max_logit_loss=L2WRAP,
     optimizer=AdamW(
       learning_rate=rate, beta1=0.9, beta2=0.99, eps=1e-18, weight_decay=0.1, clip=1.0
     ),
