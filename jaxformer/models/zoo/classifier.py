@@ -19,11 +19,17 @@ LISTOPS, DIGITS = TokenInput(vocab_size=15), LinearInput.Config(features=1)
 
 
 def state_space_classifier(
-  layer: LayerConfig, width: int, layers: int, *, tied_dropout: float = 0.0, **fields: Any
+  layer: LayerConfig,
+  width: int,
+  layers: int,
+  *,
+  dropout: float = 0.0,
+  tied_dropout: float = 0.0,
+  **fields: Any,
 ) -> Classifier.Config:
   """A stack of state-space layers, each with its own gate, and one class per sequence. `fields`
   of the config: `input`, `classes`, `context_length`."""
-  branch = PreNorm(layer=layer, norm=LayerNorm(), tied_dropout=tied_dropout)
+  branch = PreNorm(layer=layer, norm=LayerNorm(), dropout=dropout, tied_dropout=tied_dropout)
   block = Block.Config(branches=(branch,))
   return Classifier.Config(width=width, stack=(Group(pattern=(block,), repeats=layers),), **fields)
 
