@@ -210,7 +210,7 @@ class FourierTransforms(Right):
     return Output(y_BTD.astype(x_BTD.dtype))
 
 
-CHUNKS = 16, 32, 64, 128, 256
+CHUNKS = 16, 64, 256
 WRONG = [
   *((ForgetsAtChunks, c, SEQUENCE, f'first at position {c} of row 0') for c in CHUNKS),
   *(
