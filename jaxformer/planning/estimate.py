@@ -191,9 +191,6 @@ class StepEstimate:
 def estimate(setup: PlanSetup) -> StepEstimate:
   """Memory and time of one step of a setup. Raises `InputError` for a batch or a model that the
   mesh does not divide, and for inference of a model that does not decode."""
-  if setup.phase != 'train' and setup.model.state_size(setup.length) is None:
-    why = f'a {setup.model.tag} reads complete sequences and does not decode'
-    raise InputError('phase', setup.phase, problem=why)
   held = memory(setup)
   return StepEstimate(setup, held, step_time(setup, held))
 
@@ -211,7 +208,8 @@ def inference_setup(
 
   Unless `mesh` is given, it is the first that fits: slices along `replica`, as much of the batch as
   possible along `data`, `tensor` as far as it divides the model, and what is left along `context`;
-  if none fits, the one that needs the least memory."""
+  if none fits, the one that needs the least memory. Raises `InputError` for a model that does not
+  decode."""
 
   def on(config: MeshConfig) -> PlanSetup:
     return PlanSetup(
@@ -224,6 +222,9 @@ def inference_setup(
       precision=precision,
     )
 
+  if model.state_size(length) is None:
+    why = f'a {model.tag} reads complete sequences and does not decode'
+    raise InputError('phase', phase, problem=why)
   if mesh is not None:
     return on(mesh)
   needed: list[tuple[float, PlanSetup]] = []

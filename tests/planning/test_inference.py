@@ -122,6 +122,13 @@ def test_bad_input(capsys, words, message):
   assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize('phase', ['prefill', 'decode'])
+def test_what_does_not_decode_is_refused(capsys, phase):
+  words = ['plan', 's4d-classifier-tiny', '--target', 'v5e-8', '--phase', phase]
+  assert main(words) == 2
+  assert 'reads complete sequences and does not decode' in capsys.readouterr().err
+
+
 def test_prefill_computes_one_position_of_the_head():
   model = PRESETS['llama3-8b'].model
   step = estimate(setup('llama3-8b', 'v5p-8', 1, 1024, 'prefill', tensor=4)).step
