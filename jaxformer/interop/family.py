@@ -88,9 +88,9 @@ def match(
 
 
 TRAINING_ONLY = re.compile(
-  '(.+_)?(dropout|balance|init|lr_scale|learning_rate)|z_loss|jitter|bias_rate'
+  '(.+_)?(dropout|balance|init|lr_scale|learning_rate)|z_loss|jitter|bias_rate|residual_dtype'
 )
-"""Names of settings of a model that do not change what its weights compute."""
+"""Names of settings of a model that do not change what its weights compute, up to rounding."""
 
 
 def functional(config: ModelConfig) -> Any:

@@ -95,6 +95,7 @@ class Context:
     fresh: the states given are those of `init_state`: nothing precedes this call. Attention may
       then use the kernels that need keys and queries at the same positions. Results do not depend
       on it.
+    compute_dtype: dtype in which layers get the residual stream; None for that of the stream.
     remat: name of the policy of `models.stack.REMAT` by which activations are recomputed in the
       backward pass.
     unroll: whether stacked periods run as a Python loop rather than a scan; None: whichever is
@@ -107,6 +108,7 @@ class Context:
   memory: Memory | None = None
   align: bool = dataclasses.field(default=False, metadata={'static': True})
   fresh: bool = dataclasses.field(default=False, metadata={'static': True})
+  compute_dtype: Any = dataclasses.field(default=None, metadata={'static': True})
   remat: str = dataclasses.field(default='none', metadata={'static': True})
   unroll: bool | None = dataclasses.field(default=None, metadata={'static': True})
 

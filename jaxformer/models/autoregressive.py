@@ -89,6 +89,7 @@ class Autoregressive(BaseModel):
   def step(self, token_B: Int[Array, ' B'], ctx: Context, state: DecoderState) -> Output:
     """Logits after one more token, `[B, V]` in fp32."""
     x = self.embedder(token_B, state.position_B, self._embedder_ctx(ctx))
+    x, ctx = self._stream(x, ctx)
     out = self.decoding_stack(x, ctx, state.stack, one_token=True)
     return dataclasses.replace(
       out, y=self.logits(self._normed(out.y)), state=DecoderState(out.state, state.position_B + 1)
@@ -121,6 +122,7 @@ class Autoregressive(BaseModel):
     starts = starts_BT(ctx.segments_BT, *tokens_BT.shape)
     positions = positions_BT(starts, None if state is None else state.position_B)
     x = self.embedder(tokens_BT, positions, self._embedder_ctx(ctx))
+    x, ctx = self._stream(x, ctx)
     if initial is not None:
       ctx = ctx.replace(fresh=True)
     out = self.decoding_stack(x, ctx, initial if state is None else state.stack)
@@ -130,6 +132,10 @@ class Autoregressive(BaseModel):
   def _embedder_ctx(self, ctx: Context) -> Context:
     """The dropout key of the embedder comes after those of the groups."""
     return ctx.fold(max(len(groups) for groups in self.config.stacks))
+
+  def _stream(self, x: Array, ctx: Context) -> tuple[Array, Context]:
+    """The residual stream that starts from the embeddings, and the context of its layers."""
+    return x, ctx
 
   def _normed(self, y: Array) -> Array:
     return y if self.final_norm is None else self.final_norm(y)

@@ -118,11 +118,13 @@ class Branch(nnx.Module):
     out: list[Output] = []  # set by `layer`, which the config applies once
 
     def layer(x: Array) -> Array:
-      out.append(run(x, ctx, state))
+      out.append(run(x if ctx.compute_dtype is None else x.astype(ctx.compute_dtype), ctx, state))
       y = dropout(out[0].y, self.config.dropout, ctx)
       return dropout(y, self.config.tied_dropout, ctx.fold(2), tied=True)
 
     y = self.config.apply(x, layer, self.norm)
+    if ctx.compute_dtype is not None:
+      y = y.astype(x.dtype)
     return dataclasses.replace(out[0], y=shard(y, 'batch', *('time',) * (y.ndim - 2), 'embed'))
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Literal
 
+import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Int
 
@@ -27,12 +29,15 @@ class LanguageModel(Autoregressive):
       stack: groups of blocks.
       embedding_norm: norm right after the embedding (RWKV's ln0); None for none.
       softcap: logits become c tanh(logits / c); None for none.
+      residual_dtype: of the residual stream: that of all computations, or `float32`, in which
+        branches are added and normed while layers compute in less (Mamba's `residual_in_fp32`).
     """
 
     stack: tuple[Group, ...]
     embedding_norm: NormConfig | None = None
     final_norm: NormConfig | None = RMSNorm()
     softcap: float | None = None
+    residual_dtype: Literal['compute', 'float32'] = 'compute'
 
     def validate(self):
       super().validate()
@@ -64,6 +69,16 @@ class LanguageModel(Autoregressive):
   @property
   def decoding_stack(self) -> Stack:
     return self.stack
+
+  def _stream(self, x: Array, ctx: Context) -> tuple[Array, Context]:
+    if self.config.residual_dtype == 'compute':
+      return x, ctx
+    return x.astype(jnp.float32), ctx.replace(compute_dtype=x.dtype)
+
+  def _normed(self, y: Array) -> Array:
+    y = super()._normed(y)
+    wide = self.config.residual_dtype == 'float32'
+    return y.astype(self.embedder.input.table[...].dtype) if wide else y
 
   def init_state(self, batch: int, max_len: int) -> DecoderState:
     """The state before the first token, for sequences of up to `max_len` tokens."""

@@ -50,6 +50,7 @@ def build(
     **model,
     stack=(Group(pattern=(block,), repeats=hf.count('num_hidden_layers', layers)),),
     final_norm=norm,
+    residual_dtype='float32' if hf.get('residual_in_fp32', bool, True) else 'compute',
   )
 
 
@@ -81,7 +82,7 @@ def write_shared(config: LanguageModel.Config, layer: Any, table: Table) -> dict
     'num_hidden_layers': depth(config.stack),
     'hidden_act': 'silu',
     'layer_norm_epsilon': part(config.final_norm, RMSNorm, 'final_norm').eps,
-    'residual_in_fp32': True,
+    'residual_in_fp32': config.residual_dtype == 'float32',
     'initializer_range': 0.02,
   }
 

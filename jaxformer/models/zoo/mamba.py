@@ -1,5 +1,5 @@
 """Mamba (Gu and Dao 2023) and Mamba-2 (Dao and Gu 2024): blocks of one pre-norm branch, no
-feed-forward, no positions, tied head."""
+feed-forward, no positions, a residual stream in fp32, tied head."""
 
 import functools
 from typing import Any
@@ -18,7 +18,14 @@ def mamba(
   """The architecture of both, around a `Mamba` or a `Mamba2`; `fields` of the config:
   `vocab_size`."""
   return pre_norm_model(
-    width, layers, (layer,), norm=RMSNorm(), tied=True, context_length=context_length, **fields
+    width,
+    layers,
+    (layer,),
+    norm=RMSNorm(),
+    tied=True,
+    context_length=context_length,
+    residual_dtype='float32',
+    **fields,
   )
 
 
