@@ -157,8 +157,8 @@ def test_train_and_generate(trained, monkeypatch):
   assert isinstance(text, str)
   several = jaxformer.generate('first', ['def main(', 'class'], **options)
   assert len(several) == 2
-  with pytest.raises(InputError, match='top_k = 0'):
-    jaxformer.generate('first', 'x', top_k=0)
+  with pytest.raises(InputError, match='top_k = -1'):
+    jaxformer.generate('first', 'x', top_k=-1)
   with pytest.raises(InputError, match=r'gone\.py'):
     jaxformer.generate('first', 'x', code=['gone.py'])
   # Weights given as a dict are copied: they are still there after training.

@@ -42,7 +42,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     type=int,
     help='most tokens to generate; default: 200, for translation 2 x source length + 10',
   )
-  add('--stop', action='append', metavar='TEXT', help='end the text before TEXT; repeatable')
+  add(
+    '--stop',
+    action='append',
+    metavar='TEXT',
+    help='end the text before TEXT, which may be a special token; repeatable',
+  )
   add('--seed', type=int, help='seed of the random draws (0)')
   add(
     '--dtype',
@@ -50,10 +55,22 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     help='dtype of weights and activations; default: bfloat16 on TPU and GPU, float32 on CPU',
   )
   add('--temperature', type=float, help='divides the logits; 0 is greedy (0.8)')
-  add('--top-k', type=int, help='keep the k most likely tokens')
-  add('--top-p', type=float, help='keep the most likely tokens whose probabilities add up to p')
-  add('--min-p', type=float, help='keep tokens at least p times as likely as the most likely one')
-  add('--repetition-penalty', type=float, help='makes tokens that have occurred less likely')
+  add('--top-k', type=int, help='keep the k most likely tokens; 0 for all')
+  add(
+    '--top-p',
+    type=float,
+    help='keep the most likely tokens whose probabilities add up to p; 1 for all',
+  )
+  add(
+    '--min-p',
+    type=float,
+    help='keep tokens at least p times as likely as the most likely one; 0 for all',
+  )
+  add(
+    '--repetition-penalty',
+    type=float,
+    help='makes tokens that have occurred less likely; 1 for no penalty',
+  )
   json_option(
     parser,
     'an array of {prompt, text, tokens, finished} at the end; for translation of {source, text, '

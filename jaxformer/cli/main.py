@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return BAD_INPUT
   except Failure as e:
     _complain(f'error: {e}')
-    return FAILED
+    return e.code
   except BrokenPipeError:  # the reader of stdout has closed it (`jaxformer list | head`)
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return DONE

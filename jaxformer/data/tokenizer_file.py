@@ -75,6 +75,12 @@ class FileTokenizer(Tokenizer):
     table = _byte_table(self._model, max(vocabulary.values()) + 1, outside)
     super().__init__(table, end_id, kind, beginning_id)
     self._outside = outside
+    added = self._model.get_added_tokens_decoder()
+    self.special_tokens = {
+      token: i
+      for token, i in vocabulary.items()
+      if i in outside or (i in added and added[i].special)
+    }
     self.files = {'tokenizer.json': data} | self.files
     if not self._byte_level:
       self.token_bytes = _decoded_lengths(self._model, self.vocab_size, outside)

@@ -37,6 +37,7 @@ class Tokenizer:
     files: what `save` writes, by the names of the files.
     beginning_of_document: id before every document; None for no such token. It is never a target.
     end_of_document: id that ends every document; None where the vocabulary has no such token.
+    special_tokens: ids of the tokens that are no text, by how they are written.
     token_bytes: UTF-8 bytes of text per token; 0 for special tokens. Exact for bytes, characters
       and byte-level BPE.
   """
@@ -50,6 +51,9 @@ class Tokenizer:
   ):
     self.end_of_document, self.files = end_of_document, {KIND_FILE: json.dumps(kind)}
     self.beginning_of_document = beginning_of_document
+    self.special_tokens: dict[str, int] = {}
+    if end_of_document is not None:
+      self.special_tokens[END_OF_DOCUMENT] = end_of_document
     self._bytes = token_texts
     self._source: Tokenizer | None = None
     self.token_bytes: Int32[np.ndarray, ' V'] = np.array([len(b) for b in token_texts], np.int32)

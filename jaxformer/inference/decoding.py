@@ -20,6 +20,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Int, Key
 
 from jaxformer.config import InputError
+from jaxformer.inference.finite import require_finite
 from jaxformer.inference.sampling import GREEDY, PLAIN, Sampling, sample
 from jaxformer.inference.token_rules import FREE, TokenRules
 from jaxformer.layers.layer import Context, State
@@ -46,6 +47,7 @@ class Decoding:
     finished_B: whether the row has its end of document, or was stopped by the host.
     seen_BV: tokens of the prompt and those sampled; None without a repetition penalty.
     keys_B: random key of each row.
+    finite_B: whether the logits of the row, until it was finished, were finite.
   """
 
   state: State
@@ -55,6 +57,7 @@ class Decoding:
   finished_B: Bool[Array, ' B']
   seen_BV: Bool[Array, 'B V'] | None
   keys_B: Key[Array, ' B']
+  finite_B: Bool[Array, ' B']
 
 
 @functools.partial(
@@ -101,7 +104,7 @@ def begin(
   rows = jnp.arange(B)
   keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.key(seed), rows)
   seen = None
-  if sampling.repetition_penalty is not None:
+  if sampling.simplified().repetition_penalty is not None:
     V = definition.config.vocab_size
     seen = (
       jnp.zeros((B, V + 1), bool)
@@ -111,7 +114,14 @@ def begin(
   empty = jnp.full((B, max_new_tokens), IGNORE, jnp.int32)
   state = model.unstacked_state(out.state, STEP)  # so that the loop updates it in place
   start = Decoding(
-    state, jnp.zeros((B,), jnp.int32), empty, jnp.int32(0), jnp.zeros((B,), bool), seen, keys
+    state,
+    jnp.zeros((B,), jnp.int32),
+    empty,
+    jnp.int32(0),
+    jnp.zeros((B,), bool),
+    seen,
+    keys,
+    jnp.ones((B,), bool),
   )
   return _drawn(start, model.logits(out.y[:, -1]), end, sampling, vocab_size, rules)
 
@@ -157,7 +167,10 @@ def _drawn(
   rules: TokenRules,
 ) -> Decoding:
   """One more token for each row; that of a finished row is discarded."""
-  logits_BV = rules.allowed(tokens_only(logits_BV, vocab_size), d.count)
+  logits_BV = tokens_only(logits_BV, vocab_size)
+  # The largest logit is NaN where any is; -inf may stand for a token that never comes.
+  finite_B = d.finite_B & (d.finished_B | jnp.isfinite(logits_BV.max(axis=-1)))
+  logits_BV = rules.allowed(logits_BV, d.count)
   token_B = sample(
     jax.vmap(jax.random.fold_in, in_axes=(0, None))(d.keys_B, d.count),
     logits_BV,
@@ -169,7 +182,7 @@ def _drawn(
     d.tokens_BN, jnp.where(finished_B, IGNORE, token_B)[:, None], (0, d.count)
   )
   seen_BV = None if d.seen_BV is None else d.seen_BV.at[jnp.arange(len(token_B)), token_B].set(True)
-  return Decoding(d.state, token_B, tokens_BN, d.count + 1, finished_B, seen_BV, d.keys_B)
+  return Decoding(d.state, token_B, tokens_BN, d.count + 1, finished_B, seen_BV, d.keys_B, finite_B)
 
 
 def tokens_only(scores_BV: Array, vocab_size: int | None) -> Array:
@@ -240,6 +253,10 @@ class Request:
         rules=self.rules,
         where=self.parallel,
       )
+
+  def check(self, decoding: Decoding) -> None:
+    """Raise `NotFiniteError` for tokens that were chosen by logits that are not finite."""
+    require_finite('logits', decoding.finite_B, self.params)
 
 
 def request(
@@ -345,6 +362,7 @@ class Generated(NamedTuple):
 def generate(r: Request) -> list[Generated]:
   """Return the continuation of each prompt of a `request`, as tokens."""
   last = r.advance(r.begin(), r.max_new_tokens)
+  r.check(last)
   tokens_BN, finished_B = np.asarray(last.tokens_BN), np.asarray(last.finished_B)
   return [Generated(row[row != IGNORE].tolist(), bool(f)) for row, f in zip(tokens_BN, finished_B)]
 

@@ -9,6 +9,9 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from jaxformer.config import Config
 
+OFF = {'repetition_penalty': 1.0, 'top_k': 0, 'top_p': 1.0, 'min_p': 0.0}
+"""Values that change nothing, as in other libraries; they are the same as None."""
+
 
 class Sampling(Config):
   """How the next token is chosen. The filters apply in the order of the fields below, as in Hugging
@@ -16,14 +19,14 @@ class Sampling(Config):
 
   Attributes:
     repetition_penalty: divides the positive and multiplies the negative logits of all tokens of the
-      prompt and the text so far (CTRL, Keskar et al. 2019, section 4.1); None for none.
+      prompt and the text so far (CTRL, Keskar et al. 2019, section 4.1); None or 1 for none.
     temperature: divides the logits; 0 is greedy decoding.
     top_k: keep the k most likely tokens, with ties at the last of them (Fan et al. 2018);
-      None for all.
+      None or 0 for all.
     top_p: keep the smallest set of most likely tokens with mass at least p (nucleus sampling,
-      Holtzman et al. 2020); None for all.
+      Holtzman et al. 2020); None or 1 for all.
     min_p: keep tokens with at least min_p times the probability of the argmax (Nguyen et al.
-      2024); None for all.
+      2024); None or 0 for all.
   """
 
   repetition_penalty: float | None = None
@@ -40,19 +43,23 @@ class Sampling(Config):
       'at least 0, where 0 is greedy, and else from 1e-6 to 1e6',
     )
     rules = (
-      ('repetition_penalty', lambda r: 1e-6 <= r <= 1e6 and r != 1, 'from 1e-6 to 1e6 and not 1'),
-      ('top_k', lambda k: k > 0, 'positive'),
-      ('top_p', lambda p: 0 < p < 1, 'above 0 and below 1'),
-      ('min_p', lambda m: 0 < m <= 1, 'above 0 and at most 1'),
+      ('repetition_penalty', lambda r: 1e-6 <= r <= 1e6, 'from 1e-6 to 1e6'),
+      ('top_k', lambda k: k >= 0, 'at least 0'),
+      ('top_p', lambda p: 0 < p <= 1, 'above 0 and at most 1'),
+      ('min_p', lambda m: 0 <= m <= 1, 'at least 0 and at most 1'),
     )
     for field, holds, accepted in rules:
       value = getattr(self, field)
       self.require(value is None or holds(value), field, f'{accepted}, or none')
       self.require(
-        value is None or self.temperature > 0 or field == 'repetition_penalty',
+        value in (None, OFF[field]) or self.temperature > 0 or field == 'repetition_penalty',
         field,
         'none at temperature 0, where it has no effect (greedy)',
       )
+
+  def simplified(self) -> 'Sampling':
+    """Return this with None for every setting that changes nothing."""
+    return self.replace(**{f: None for f, off in OFF.items() if getattr(self, f) == off})
 
 
 PLAIN = Sampling()  # from the model's distribution
@@ -82,7 +89,7 @@ def filtered(
 ) -> Float[Array, 'B V']:
   """The logits, fp32, whose softmax is the distribution that `sample` draws from: -inf for excluded
   tokens."""
-  s, logits_BV = sampling, logits_BV.astype(jnp.float32)
+  s, logits_BV = sampling.simplified(), logits_BV.astype(jnp.float32)
   if s.repetition_penalty is not None:
     if seen_BV is None:
       raise ValueError('a repetition penalty needs to know which tokens were seen')

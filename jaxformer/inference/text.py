@@ -152,6 +152,7 @@ def _pieces(r: Request, rows: list[TextRow], chunk: int) -> Iterator[list[str]]:
   decoding, done, open_B = r.begin(), 0, np.ones(len(rows), bool)
   while open_B.any():
     decoding = r.advance(decoding, done + chunk)
+    r.check(decoding)
     tokens_BN, ended_B = np.asarray(decoding.tokens_BN), np.asarray(decoding.finished_B)
     count = int(decoding.count)
     pieces = [''] * len(rows)

@@ -8,8 +8,9 @@ import jax
 import numpy as np
 
 from jaxformer.config import InputError
-from jaxformer.inference.beam import GREEDY_BEAM, Beam, beam_search
+from jaxformer.inference.beam import GREEDY_BEAM, Beam, Hypotheses, beam_search
 from jaxformer.inference.decoding import bucket, check_positive, check_state, token_ids
+from jaxformer.inference.finite import require_finite
 from jaxformer.inference.token_rules import FREE, TokenRules
 from jaxformer.models.encoder_decoder import EncoderDecoder
 from jaxformer.models.params import Definition, Params
@@ -67,6 +68,7 @@ def translate(
   Raises:
     InputError: token ids out of range, an empty source, or more tokens than the model has
       positions.
+    NotFiniteError: logits that are not finite.
   """
   config = definition.config
   begin = end if begin is None else begin
@@ -110,7 +112,7 @@ def translate(
     room = most(bucket(int(limit_B.max())))
     _check_memory(config, len(filled), beam.width, room, parallel)
     with use_mesh(parallel):
-      best = beam_search(
+      ranked = beam_search(
         definition,
         params,
         source_BS,
@@ -123,16 +125,20 @@ def translate(
         rules=rules,
         where=parallel,
       )
-    best = jax.tree.map(lambda a: np.asarray(a[:, 0]), best)  # of the beam
-    for b, i in enumerate(chosen):
-      tokens = best.tokens_BKN[b]
-      found[i] = Translation(
-        tokens[tokens != IGNORE].tolist(),
-        float(best.log_p_BK[b]),
-        float(best.score_BK[b]),
-        bool(best.finished_BK[b]),
-      )
+    found |= zip(chosen, _best(ranked, params, len(chosen)), strict=True)
   return [found[i] for i in range(len(rows))]
+
+
+def _best(ranked: Hypotheses, params: Params, count: int) -> list[Translation]:
+  """The best hypothesis of each of the first `count` sources. Raises `NotFiniteError`."""
+  # log p is NaN from the first logits that are not finite on
+  require_finite('logits', ~np.isnan(ranked.log_p_BK[:count]), params)
+  best = jax.tree.map(lambda a: np.asarray(a[:count, 0]), ranked)  # of the beam
+  values = best.tokens_BKN, best.log_p_BK, best.score_BK, best.finished_BK
+  return [
+    Translation(tokens[tokens != IGNORE].tolist(), float(log_p), float(score), bool(finished))
+    for tokens, log_p, score, finished in zip(*values, strict=True)
+  ]
 
 
 def _check_memory(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from jaxformer.config import InputError, to_json
@@ -10,6 +11,7 @@ from jaxformer.data import DatasetConfig, Text, open_data
 from jaxformer.data.local_paths import paths_of
 from jaxformer.evaluation import EvalResult, evaluate, loss_by_position, translate_held_out
 from jaxformer.inference.decoding import check_positive
+from jaxformer.inference.finite import require_finite
 from jaxformer.memory import check_fits
 from jaxformer.overrides import override
 from jaxformer.task_type import TRANSLATION
@@ -74,6 +76,7 @@ def evaluate_model(
   )
   dataset = open_data(chosen, log=log, tokenizer=model.tokenizer)
   check_fit(model.config, chosen, dataset.vocab_size, dataset.source_vocab_size)
+  model.remark_length(chosen.positions)
   same = None
   if None not in (model.validation_sha256, dataset.validation_sha256):
     same = model.validation_sha256 == dataset.validation_sha256
@@ -86,6 +89,7 @@ def evaluate_model(
 
   bytes_V = None if dataset.tokenizer is None else dataset.tokenizer.token_bytes
   result = evaluate(model.definition, model.params, held_out(), token_bytes_V=bytes_V)
+  require_finite('losses', math.isfinite(result.nll_sum), model.params)
   positions = None
   if by_position:
     found = loss_by_position(model.definition, model.params, held_out())

@@ -36,6 +36,7 @@ from jaxformer.task_type import LANGUAGE_MODELING, TRANSLATION, Batch
 from jaxformer.training.experiment import Experiment
 from jaxformer.workflows.describe import Description, describe_model
 from jaxformer.workflows.evaluate import evaluate_model
+from jaxformer.workflows.progress import log_progress
 
 END = '<end>'
 NEW_TOKENS = 200
@@ -48,14 +49,14 @@ class GenerateOptions(TypedDict, total=False):
 
   Attributes:
     max_new_tokens: at most so many tokens follow the prompt (200).
-    stop: strings that end the text; they are not part of it.
+    stop: strings and special tokens that end the text; they are not part of it.
     seed: of the random draws (0).
     dtype: 'float32' or 'bfloat16' for weights and activations; by default bfloat16 on TPU and GPU.
     temperature: divides the logits (0.8); 0 is greedy.
-    top_k: keep the k most likely tokens.
-    top_p: keep the most likely tokens whose probabilities add up to p.
-    min_p: keep tokens at least min_p times as likely as the most likely one.
-    repetition_penalty: makes tokens that have occurred less likely.
+    top_k: keep the k most likely tokens; 0 for all.
+    top_p: keep the most likely tokens whose probabilities add up to p; 1 for all.
+    min_p: keep tokens at least min_p times as likely as the most likely one; 0 for all.
+    repetition_penalty: makes tokens that have occurred less likely; 1 for no penalty.
   """
 
   max_new_tokens: int | None
@@ -147,6 +148,20 @@ class Model:
     d = describe_model(f'{self.name}{step}', self.config)
     return '\n'.join([d.title, '', *d.table()])
 
+  def remark_length(self, tokens: int) -> None:
+    """Log, once per model, that sequences are longer than those that it is meant for."""
+    context, known = self.config.context_length, (self.experiment or self.source) is not None
+    if known and tokens > context and not self._remarks:
+      self._remarks.append(
+        f'{self.name}: sequences of up to {tokens:,} tokens are longer than the context of '
+        f'{context:,} that the model is meant for'
+      )
+      log_progress(self._remarks[-1])
+
+  @functools.cached_property
+  def _remarks(self) -> list[str]:
+    return []
+
   # ---- text ------------------------------------------------------------------------------------
 
   def text_tokenizer(self) -> Tokenizer:
@@ -161,14 +176,14 @@ class Model:
 
   def complete(self, prompts: Sequence[str], **options: Unpack[GenerateOptions]) -> list[Generated]:
     """Return the continuations of prompts as text and tokens, and whether each ended by itself."""
-    stop = options.pop('stop', ())
-    r = self._request(prompts, **options)
+    stop, ends = self._stops(options.pop('stop', ()))
+    r = self._request(prompts, ends, **options)
     return generate_text(r, self.text_tokenizer().decode_bytes, stop=stop)
 
   def stream(self, prompt: str, **options: Unpack[GenerateOptions]) -> Iterator[str]:
     """Return the continuation of a prompt piece by piece, as it is generated."""
-    stop = options.pop('stop', ())
-    r = self._request([prompt], **options)
+    stop, ends = self._stops(options.pop('stop', ()))
+    r = self._request([prompt], ends, **options)
     return (p for (p,) in stream(r, self.text_tokenizer().decode_bytes, stop=stop))
 
   def generate(
@@ -179,9 +194,23 @@ class Model:
     """Return the continuation of a prompt, without the prompt; of several prompts, a list."""
     return _like(prompt, lambda texts: [t.text for t in self.complete(texts, **options)])
 
+  def _stops(self, stop: Sequence[str]) -> tuple[list[str], list[int]]:
+    """Return the strings of `stop` that are text, and the special tokens among them, which end a
+    text as tokens. Raises `InputError` for a string of both, which no text has."""
+    if isinstance(stop, str):
+      raise InputError('stop', stop, 'a list of strings')
+    special = self.text_tokenizer().special_tokens
+    strings = [s for s in stop if s not in special]
+    for s in strings:
+      if found := [token for token in special if token in s]:
+        problem = f'{found[0]} is a special token and no text; must be given by itself'
+        raise InputError('stop', s, problem=problem)
+    return strings, [special[s] for s in stop if s in special]
+
   def _request(
     self,
     prompts: Sequence[str],
+    ends: Sequence[int] = (),
     *,
     max_new_tokens: int | None = None,
     seed: int = 0,
@@ -197,6 +226,7 @@ class Model:
         f'{self.name}: an {self.config.tag} does not continue prompts; use translate'
       )
     end, rules = self._rules()
+    rules = rules.replace(ends=(*rules.ends, *(e for e in ends if e not in (end, *rules.ends))))
     if rules.last is not None:
       problem = 'a language model has no rule for the last of the new tokens'
       raise InputError(f'{self.name}: forced_eos_token_id', rules.last, problem=problem)
@@ -210,6 +240,7 @@ class Model:
       rules = rules.replace(first=None)
     if max_new_tokens is None:
       max_new_tokens = published.most_new(NEW_TOKENS, max(map(len, ids), default=0))
+    self.remark_length(max(map(len, ids), default=0) + max_new_tokens)
     return request(
       self.definition,
       self.params,
@@ -247,10 +278,12 @@ class Model:
     given: dict[str, Any] = {'length_penalty': 0.6, **options}
     most, dtype = given.pop('max_new_tokens', None), given.pop('dtype', None)
     most = self.generation.max_new_tokens if most is None else most
+    ids = [self._source(text) for text in sources]
+    self.remark_length(max([most or 0, *map(len, ids)]))
     found = translate(
       self.definition,
       self.params,
-      [self._source(text) for text in sources],
+      ids,
       **decoding,
       beam=Beam(width=given.pop('beam', 1), **given),
       max_new_tokens=most,
@@ -347,6 +380,7 @@ class Model:
       raise InputError('source', None, 'the text that was translated')
     else:
       start = tokenizer.encode_start('') or ([] if end is None else [end])
+      self.remark_length(len(start) + len(ids))
       whole = _row(*start, *ids)
       batch = Batch(whole[:, :-1], whole[:, 1:])
     if not batch.targets_BT.size:

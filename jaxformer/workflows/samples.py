@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from jaxformer.data import Dataset
+from jaxformer.exit_codes import NotFiniteError
 from jaxformer.inference import Sampling, request, stream, translate
 from jaxformer.models.params import Params, define
 from jaxformer.sharding import make_parallel
@@ -57,4 +58,14 @@ def sampler(experiment: Experiment, dataset: Dataset) -> Sample | None:
     for (piece,) in stream(r, decode_bytes):
       yield piece
 
-  return translations if model.task == TRANSLATION else continuation
+  chosen = translations if model.task == TRANSLATION else continuation
+  return lambda params, step: _or_why_not(chosen(params, step))
+
+
+def _or_why_not(pieces: Iterator[str]) -> Iterator[str]:
+  """Yield the pieces of a sample, and why there are no more where logits are not finite: whether
+  the run goes on is decided by its loss."""
+  try:
+    yield from pieces
+  except NotFiniteError as e:
+    yield f'({e})'

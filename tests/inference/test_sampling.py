@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 from jaxformer.config import InputError
-from jaxformer.inference.sampling import GREEDY, PLAIN, Sampling, filtered, sample
+from jaxformer.inference import generate, request
+from jaxformer.inference.sampling import GREEDY, OFF, PLAIN, Sampling, filtered, sample
+from tests.inference.models import model
 
 P = np.array([0.05, 0.4, 0.25, 0.1, 0.2])
 SEEN = np.array([False, True, False, False, True])
@@ -127,14 +129,13 @@ def test_greedy_takes_the_argmax_after_the_penalty():
     {'temperature': 1e300},
     {'temperature': float('nan')},
     {'temperature': float('inf')},
-    {'top_k': 0},
+    {'top_k': -1},
     {'top_p': 0.0},
-    {'top_p': 1.0},
+    {'top_p': 1.1},
     {'top_p': float('nan')},
-    {'min_p': 0.0},
+    {'min_p': -0.1},
     {'min_p': 1.5},
     {'repetition_penalty': 0.0},
-    {'repetition_penalty': 1.0},
     {'repetition_penalty': 1e300},
     {'temperature': 0.0, 'top_k': 5},
     {'temperature': 0.0, 'top_p': 0.5},
@@ -145,3 +146,21 @@ def test_greedy_takes_the_argmax_after_the_penalty():
 def test_settings_without_effect_are_errors(wrong):
   with pytest.raises(InputError, match=list(wrong)[-1]):
     Sampling(**wrong)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize('field', OFF)
+def test_values_that_are_off_in_other_libraries_are_off(field):
+  off = {field: OFF[field]}
+  logits = jnp.asarray(np.random.default_rng(0).normal(0, 9, (4, 999)), jnp.float32)
+  assert np.array_equal(filtered(logits, None, Sampling(**off)), logits)
+  assert sample(None, logits, None, Sampling(temperature=0.0, **off)).tolist() == (
+    logits.argmax(-1).tolist()
+  )
+  definition, params = model('alibi')
+  options = {'max_new_tokens': 6, 'seed': 3}
+  found = [
+    generate(request(definition, params, [[1, 2]], sampling=s, **options))[0].tokens
+    for s in (Sampling(), Sampling(**off))
+  ]
+  assert found[0] == found[1]
