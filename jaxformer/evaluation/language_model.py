@@ -46,6 +46,7 @@ class EvalResult:
     bytes: UTF-8 bytes of the text of the targets; None if unknown.
     correct: targets that are the argmax (ties count).
     name, step: of the model; None if it has none.
+    weights: what its parameters are, in words; None if unknown.
     source: of the data; None if unknown.
     held_out: what the sequences that were scored are called.
     validation_sha256: their hash (`Dataset.validation_sha256`); None if unknown.
@@ -63,6 +64,7 @@ class EvalResult:
   correct: int = 0
   name: str | None = None
   step: int | None = None
+  weights: str | None = None
   source: str | None = None
   held_out: str = 'held-out data'
   validation_sha256: str | None = None
@@ -96,6 +98,7 @@ class EvalResult:
     value: dict[str, Any] = {
       'run': self.name,
       'step': self.step,
+      'weights': self.weights,
       'source': self.source,
       'validation_sha256': self.validation_sha256,
       'of_run': self.of_run,
@@ -116,9 +119,10 @@ class EvalResult:
 
   def lines(self) -> list[str]:
     """The scores for a reader."""
-    step = '' if self.step is None else f' at step {self.step}'
+    weights = '' if self.weights is None else f' ({self.weights})'
+    weights = weights if self.step is None else f' at step {self.step}'
     other = ', which the run does not hold out' if self.of_run is False else ''
-    name = '' if self.name is None else f'{self.name}{step}, {self.held_out}{other}: '
+    name = '' if self.name is None else f'{self.name}{weights}, {self.held_out}{other}: '
     head = f'{name}{self.count:,} targets'
     if self.bytes is None:
       lines = [head, f'  {self.accuracy:.2%} correct, {self.loss:.4f} nats per target']

@@ -108,6 +108,7 @@ def evaluate_model(
     result,
     name=model.name,
     step=model.step,
+    weights=model.weights,
     source=chosen.title,
     held_out=chosen.validation_name,
     validation_sha256=dataset.validation_sha256,
@@ -151,6 +152,8 @@ def _data(model: Model, data: DatasetConfig | None, overrides: Pairs) -> Dataset
     experiment = experiment.replace(data=data)
   chosen = override(experiment, overrides).data
   if model.tokenizer is None and chosen.has_text:
+    if model.experiment is None:
+      model.text_tokenizer()  # raises an error that says what to do
     raise InputError(
       f'{model.name}: has no tokenizer; it was trained on {experiment.data.tag} and cannot be '
       'scored on text'

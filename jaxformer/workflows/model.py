@@ -130,6 +130,15 @@ class Model:
     return self.definition.config
 
   @property
+  def weights(self) -> str:
+    """What the parameters are, in words."""
+    if self.step is not None:
+      return f'checkpoint of step {self.step:,}'
+    if self.experiment is not None:
+      return 'initial parameters, not trained'
+    return 'RWKV file' if self.source is None else 'Hugging Face folder'
+
+  @property
   def translates(self) -> bool:
     """Whether the model is an encoder-decoder, which translates rather than continues text."""
     return self.config.task == TRANSLATION
@@ -144,7 +153,7 @@ class Model:
     return describe_model(self.name, self.config, target)
 
   def __repr__(self) -> str:
-    step = '' if self.step is None else f' at step {self.step:,}'
+    step = f' ({self.weights})' if self.step is None else f' at step {self.step:,}'
     d = describe_model(f'{self.name}{step}', self.config)
     return '\n'.join([d.title, '', *d.table()])
 
@@ -166,13 +175,20 @@ class Model:
 
   def text_tokenizer(self) -> Tokenizer:
     """Return the tokenizer. Raises `InputError` for a model that was not trained on text."""
-    if self.tokenizer is None:
-      data = '' if self.experiment is None else f' on {self.experiment.data.tag}'
+    if self.tokenizer is not None:
+      return self.tokenizer
+    if self.experiment is None:
+      where = 'beside it' if self.source is None else 'in its folder'
       raise InputError(
-        f'{self.name}: holds no tokenizer; a {self.config.tag} trained{data} neither continues nor '
-        'translates text without one (`jaxformer eval` scores it)'
+        f'{self.name}: there is no tokenizer.json {where}, which text needs; take the one that was '
+        'published with the weights, or where there are other tokenizer files only, write it with '
+        "transformers: AutoTokenizer.from_pretrained('IN').save_pretrained('OUT')"
       )
-    return self.tokenizer
+    raise InputError(
+      f'{self.name}: holds no tokenizer; a {self.config.tag} trained on '
+      f'{self.experiment.data.tag} neither continues nor translates text without one '
+      '(`jaxformer eval` scores it)'
+    )
 
   def complete(self, prompts: Sequence[str], **options: Unpack[GenerateOptions]) -> list[Generated]:
     """Return the continuations of prompts as text and tokens, and whether each ended by itself."""

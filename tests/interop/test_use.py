@@ -1,4 +1,4 @@
-"""Weights and logits that are not finite end in one line; remarks on length; stops."""
+"""Weights of other libraries in use: numbers that are not finite, lengths, stops, missing files."""
 
 import dataclasses
 import json
@@ -126,3 +126,26 @@ def test_stops_of_special_tokens(tmp_path):
     model.generate('x', stop=['a<|im_end|>'])
   with pytest.raises(InputError, match='a list of strings'):
     model.generate('x', stop='a')
+
+
+def test_a_folder_without_a_tokenizer_and_a_model_without_steps_are_told_in_their_words(tmp_path):
+  folder = folder_of(tmp_path / 'm')
+  (tmp_path / 'text.txt').write_text('some words to score\n' * 200)
+  data = {
+    'data.corpus': 'Files',
+    'data.corpus.path': str(tmp_path / 'text.txt'),
+    'data.split': 'ByPosition',
+  }
+  scores = jaxformer.load(folder).evaluate(overrides=data)
+  assert (scores.step, scores.json()['weights']) == (None, 'Hugging Face folder')
+  assert scores.lines()[0].startswith('m (Hugging Face folder), ')
+  assert 'gpt2-tiny (initial parameters, not trained): ' in repr(jaxformer.load('gpt2-tiny'))
+  (folder / 'tokenizer.json').unlink()
+  model = jaxformer.load(folder)
+  for use in (
+    lambda: model.evaluate(overrides=data),
+    lambda: model.generate('x'),
+    lambda: model.score('x'),
+  ):
+    with pytest.raises(InputError, match=r'm: there is no tokenizer\.json in its folder'):
+      use()
