@@ -72,9 +72,11 @@ def list_collectives(compiled: jax.stages.Compiled | str) -> list[Collective]:
         if name in starts or i.attribute('channel_id') not in started:
           yield _collective(kind, i, times)
       elif i.attribute('calls').startswith('all-reduce-scatter'):
-        # the TPU compiler writes a reduce-scatter as a fusion with an all-reduce inside
-        for c in itertools.islice(of(inside[0], times), 1):
-          yield _collective('reduce-scatter', i, times)._replace(devices=c.devices)
+        # The TPU compiler writes a reduce-scatter as a fusion with an all-reduce inside, whose
+        # channel may be that of an asynchronous collective elsewhere.
+        fused = program.computations[inside[0]].values()
+        among = next(_collective('', j, 1) for j in fused if j.operation in _KINDS)
+        yield _collective('reduce-scatter', i, times)._replace(devices=among.devices)
       else:
         for called in inside:
           yield from of(called, times * iterations)

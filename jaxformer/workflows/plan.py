@@ -285,6 +285,8 @@ def _left_out(setup: PlanSetup) -> list[str]:
   out = []
   if setup.target.slices > 1:
     out.append('traffic between slices: the program calls another library for it')
+  if setup.phase == 'decode' and setup.shared_batch[0] == 1:
+    out.append('FLOPs of one sequence per device: a product with one row is no matrix product')
   if setup.abstract_mesh.shape['context'] > 1 and setup.phase != 'decode':
     out.append(
       'attention over the context axis: its loops skip blocks by the documents of a batch, so '

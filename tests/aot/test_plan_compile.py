@@ -73,7 +73,7 @@ def test_a_training_step(capfd, name, padding):
 @needs_libtpu
 @pytest.mark.parametrize('phase', ['prefill', 'decode'])
 def test_serving(capfd, phase):
-  """Weights are in bfloat16; a round of decoding is one token a sequence, one sequence a chip."""
+  """Weights are in bfloat16; a round of decoding is one token a sequence, 32 sequences a chip."""
   found = plan(
     capfd,
     'llama2-tiny',
@@ -83,12 +83,25 @@ def test_serving(capfd, phase):
     phase,
     '--compile',
     '--training.batch-size',
-    '4',
+    '128',
   )
   compiled = found['compiled']
   assert compiled['fits']
   assert found['mesh']['data'] == 4
+  assert compiled['left_out'] == []
   assert compiled['flops']['total'] == pytest.approx(compiled['predicted_flops'][0], rel=0.3)
+
+
+@tpu_compiler
+@needs_libtpu
+def test_what_a_program_does_not_show(capfd):
+  """Traffic between slices, and the loops of attention over `context`."""
+  mesh = ['--mesh.replica', '2', '--mesh.data', '1', '--mesh.context', '2', '--mesh.fsdp', '2']
+  compiled = plan(capfd, 'llama2-tiny', '--target', '2 x v5e-4', '--compile', *mesh)['compiled']
+  assert [line.partition(':')[0] for line in compiled['left_out']] == [
+    'traffic between slices',
+    'attention over the context axis',
+  ]
 
 
 @tpu_compiler

@@ -74,6 +74,36 @@ def test_groups_are_read_from_text():
   }
 
 
+FUSED = """HloModule m
+
+%all-reduce-scatter.1 (a: f32[8]) -> f32[4] {
+  %a = f32[8]{0} parameter(0)
+  %sum = f32[8]{0} all-reduce(%a), channel_id=1, replica_groups=[4,2]<=[8], to_apply=%add
+  ROOT %slice = f32[4]{0} slice(%sum), slice={[0:4]}
+}
+
+%begun (b: f32[4]) -> f32[8] {
+  %b = f32[4]{0} parameter(0)
+  ROOT %all-gather = f32[8]{0} all-gather(%b), channel_id=1, replica_groups=[4,2]<=[8], dimensions={0}, backend_config={"custom_call":"AsyncCollectiveStart"}
+}
+
+ENTRY %main (p: f32[4]) -> f32[4] {
+  %p = f32[4]{0} parameter(0)
+  %gathered = f32[8]{0} fusion(%p), kind=kCustom, calls=%begun
+  ROOT %scattered = f32[4]{0} fusion(%gathered), kind=kCustom, calls=%all-reduce-scatter.1
+}
+"""
+
+
+@pytest.mark.quick
+def test_a_fused_reduce_scatter_shares_a_channel():
+  """Gradients of layers were left out where the compiler numbers a fused all-reduce like the start
+  of an asynchronous all-gather."""
+  assert traffic_by_axis(list_collectives(FUSED), MESH) == {
+    'tensor': {'all-gather': Traffic(1, 32), 'reduce-scatter': Traffic(1, 16)}
+  }
+
+
 def test_a_compiled_program():
   """On 8 devices, 2 x 4: a product of a matrix divided over both axes gathers over one and sums
   over the other, in a loop."""
