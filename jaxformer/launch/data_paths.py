@@ -27,7 +27,8 @@ def check_data_paths(engine: Engine, job: Job, data: DatasetConfig) -> None:
   for name, text in job.options:
     if name == 'init-from' and not text.startswith('gs://'):
       path = text.rpartition('@')[0] if '@' in text else text
-      here = any(os.path.exists(p) for p in (_home(path), os.path.join(_home('runs'), path)))
+      places = (_home(path), os.path.join('runs', path)) if path else ()
+      here = any(map(os.path.exists, places))
       if not (engine.shares_disk and here):
         form = 'gs://BUCKET/FOLDER of a run'
         shared = f'{form}, or a folder here, on the disk that the machines share'

@@ -202,6 +202,8 @@ def plan_launch(
   version = installation().version
   check_version(installs, version)
   name_code(code)
+  if resume_from is not None and resume_from < 0:
+    raise InputError('--resume-from', resume_from, 'the step of a checkpoint')
   options = {**size, 'init-from': init_from, 'resume-from': resume_from}
   words = [(n.replace('_', '-'), str(v)) for n, v in options.items() if v is not None]
   words += [('code', str(file)) for file in code]

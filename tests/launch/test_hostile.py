@@ -139,6 +139,13 @@ def test_what_a_command_prints_on_failure_is_passed_on_in_one_line(folder, capfd
   )
 
 
+def test_a_step_or_weights_that_cannot_be_are_refused(folder, capsys):
+  start = [*SLURM, '--dry-run']
+  for option, value in (('--resume-from', '-1'), ('--init-from', '')):
+    assert main([*start, option, value]) == 2
+    assert option in capsys.readouterr().err
+
+
 def test_job_files_replace_only_those_of_the_same_run(folder, capsys):
   runs = folder / 'runs'
   assert main([*SLURM, '--yes']) == 1
