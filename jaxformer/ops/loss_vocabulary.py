@@ -148,24 +148,27 @@ def _loss(x, w, bias, targets, options: LossOptions):
 def _forward(x, w, bias, targets, options):
   lse, picked, top, which = _with_argmax(x, w, bias, targets, options)
   sums = loss_sums(targets, lse, picked, top, options)
-  return sums, (x, w, bias, targets, targets != IGNORE, lse, top, which)
+  largest = (top, which) if options.max_logit_loss else None
+  return sums, (x, w, bias, targets, targets != IGNORE, lse, largest)
 
 
 def _backward(options, saved, cotangents):
-  x, w, bias, targets, counted, lse, top, which = saved
+  x, w, bias, targets, counted, lse, largest = saved
   (B, T, D), (_, parts, V) = x.shape, w.shape
   weight = jnp.where(counted, cotangents[0], 0.0)
   factor = weight * (1.0 + 2.0 * options.z_loss * lse)
-  lse, weight, factor, top = (a[:, :, None, None] for a in (lse, weight, factor, top))
+  lse, weight, factor = (a[:, :, None, None] for a in (lse, weight, factor))
 
   def some(carry, start, size):
     dx, dw, db = carry
     logits, slope, ws = _logits(x, w, bias, start, size, options)
     is_target = _is_target(targets, start, size, parts, V)
     d = jnp.exp(logits - lse) * factor - jnp.where(is_target, weight, 0.0)
-    if options.max_logit_loss:
+    if largest is not None:
+      top, which = largest
       is_top = _is_target(which, start, size, parts, V)
-      d = d + jnp.where(is_top, options.max_logit_loss * top * weight, 0.0)
+      pull = options.max_logit_loss * top[:, :, None, None] * weight
+      d = d + jnp.where(is_top, pull, 0.0)
     d = d if slope is None else d * slope
     if db is not None:
       db = lax.dynamic_update_slice_in_dim(db, d.sum((0, 1)), start, axis=1)
