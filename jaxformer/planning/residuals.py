@@ -90,7 +90,7 @@ def _results(eqn: Any, arguments: list[TracedArray]) -> list[TracedArray]:
   name, params = eqn.primitive.name, eqn.params
   inner = next((params[k] for k in ('jaxpr', 'call_jaxpr', 'fun_jaxpr') if k in params), None)
   if name == 'scan':
-    return _scan(params, arguments)
+    return _scan(eqn, arguments)
   if inner is not None and name not in ('while', 'pallas_call', 'custom_partitioning', 'shard_map'):
     inner = getattr(inner, 'jaxpr', inner)
     if len(inner.invars) == len(arguments) and len(inner.outvars) == len(eqn.outvars):
@@ -108,14 +108,18 @@ def _results(eqn: Any, arguments: list[TracedArray]) -> list[TracedArray]:
   ]
 
 
-def _scan(params: Any, arguments: list[TracedArray]) -> list[TracedArray]:
-  first, end = params['num_consts'], params['num_consts'] + params['num_carry']
+def _scan(eqn: Any, arguments: list[TracedArray]) -> list[TracedArray]:
+  # Constants and carries have the same dimensions inside, scanned and stacked arrays one less.
+  # (Versions of JAX name the numbers of each differently.)
+  body = getattr(eqn.params['jaxpr'], 'jaxpr', eqn.params['jaxpr'])
+  end = sum(map(_as_inside, eqn.invars, body.invars))
+  first = end - sum(map(_as_inside, eqn.outvars, body.outvars))
   inside = arguments[:end] + [
     a._replace(shape=a.shape[1:], shards=a.shards[1:]) for a in arguments[end:]
   ]
   # a carry may become sharded, or dependent on the batch, in the first iteration
   for _ in range(2):
-    results = propagate(params['jaxpr'].jaxpr, inside)
+    results = propagate(body, inside)
     carried, stacked = results[: end - first], results[end - first :]
     inside[first:end] = [
       a._replace(
@@ -125,10 +129,15 @@ def _scan(params: Any, arguments: list[TracedArray]) -> list[TracedArray]:
       )
       for a, b in zip(inside[first:end], carried, strict=True)
     ]
-  length = params['length']
+  length = eqn.params['length']
   return inside[first:end] + [
     r._replace(shape=(length, *r.shape), shards=(1, *r.shards), iterations=length) for r in stacked
   ]
+
+
+def _as_inside(outside: Any, inside: Any) -> bool:
+  """Whether an array of a loop has the same dimensions inside of it."""
+  return len(getattr(outside.aval, 'shape', ())) == len(getattr(inside.aval, 'shape', ()))
 
 
 Arrays = list[TracedArray]
