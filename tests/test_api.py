@@ -116,7 +116,7 @@ def test_presets_are_listed_as_recorded():
 
 def test_a_preset_has_initial_parameters():
   model = jaxformer.load('gpt2-tiny', seed=3)
-  assert 'gpt2-tiny: LanguageModel' in repr(model)
+  assert 'gpt2-tiny (initial parameters, not trained): LanguageModel' in repr(model)
   assert sum(p.size for p in model.params.values()) == model.definition.size
   assert jaxformer.load('llama3.1-405b').definition.size == 405_853_388_800  # nothing is allocated
 

@@ -429,7 +429,7 @@ def test_folders_of_weights_that_cannot_be_read(home, refused, tmp_path, capsys)
   )
   assert "'mish'" in message(replace('gelu_new', 'mish'))
   assert 'did you mean gpt2?' in message(replace('"gpt2"', '"gptt2"'))
-  assert 'holds no tokenizer' in message(lambda f: (f / 'tokenizer.json').unlink())
+  assert 'there is no tokenizer.json' in message(lambda f: (f / 'tokenizer.json').unlink())
 
 
 @pytest.mark.quick

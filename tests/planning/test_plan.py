@@ -45,7 +45,7 @@ def setup(name, target, mesh, batch, length, **changes):
     ('llama2-7b', MeshConfig(data=1, fsdp=16, rules='fsdp'), 32, 4096, 'names', 4.71, 16.35),
     ('llama3.1-8b', MeshConfig(data=1, fsdp=16, rules='fsdp'), 16, 8192, 'full', 5.61, 8.14),
     ('llama3.1-8b', MeshConfig(data=1, fsdp=8, tensor=2), 16, 8192, 'full', 5.61, 11.57),
-    ('mamba-1.4b', MeshConfig(data=1, fsdp=16), 16, 2048, 'full', 1.60, 1.56),
+    ('mamba-1.4b', MeshConfig(data=1, fsdp=16), 16, 2048, 'full', 1.60, 2.20),
   ],
 )
 def test_memory_is_the_compilers(name, mesh, batch, length, remat, arguments, temporaries):
@@ -296,9 +296,9 @@ def test_a_plan_that_does_not_fit_says_what_would(capsys):
     (['--utilization', '40'], 'at most 1'),
     (['--tokens', '1e400'], "tokens = '1e400': must be a number such as"),
     (['--tokens', 'nan'], "tokens = 'nan': must be a number such as"),
-    (['--target', 'v5e-8', '--price', 'nan'], 'price = nan: must be a positive number'),
-    (['--target', 'v5e-8', '--price', 'inf'], 'price = inf: must be a positive number'),
-    (['--target', 'v5e-8', '--utilization', 'nan'], 'utilization = nan: must be at least'),
+    (['--target', 'v5e-8', '--price', 'nan'], 'price = nan: must be a finite number'),
+    (['--target', 'v5e-8', '--price', 'inf'], 'price = inf: must be a finite number'),
+    (['--target', 'v5e-8', '--utilization', 'nan'], 'utilization = nan: must be a finite number'),
     (['--target', 'v5e-8', '--utilization', '1e-320'], 'utilization'),
     (['--target', 'v5e-8', '--mesh.tensor', '5', '--mesh.fsdp', '1'], 'multiple of 5 devices'),
   ],

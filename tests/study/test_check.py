@@ -22,8 +22,9 @@ WRONG = {  # what is changed in the tutorial's layer -> checks that fail -> what
   'Forgetful': (
     ('jnp.where(begins_B[:, None], 0.0, h_BD)', 'h_BD'),
     {
-      'packed documents equal separate ones': 'the document at positions 1 to 1, packed against '
-      'separate'
+      'a sequence split anywhere gives the same': 'first at position 1 of row 1',
+      'packed documents equal separate ones': 'documents of 1, 1, 17, 1 tokens in a row, against '
+      'separate ones',
     },
   ),
   'Declares': (
@@ -40,7 +41,10 @@ WRONG = {  # what is changed in the tutorial's layer -> checks that fail -> what
     ),
     {
       'a sequence equals a prefill and steps': 'prefill of 0 and 20 steps against the '
-      'full sequence: the output'
+      'full sequence: the output',
+      'a sequence split anywhere gives the same': 'a sequence of 600 split at 300',
+      'a long sequence equals its tokens one by one': 'a sequence of 512 in one call',
+      'packed documents equal separate ones': 'documents in a row of 300',
     },
   ),
 }
@@ -72,7 +76,7 @@ def test_one_that_keeps_the_contract(layer, capsys):
   lines = capsys.readouterr().out.splitlines()
   assert lines[0] == 'Kept'
   assert lines[-1] == 'all checks pass'
-  assert len(lines) == 11
+  assert len(lines) == 14
   # sharding too: the tests have 8 devices
   assert all(line.startswith('  holds    ') for line in lines[1:-1])
 
