@@ -115,17 +115,13 @@ def fit_law(
     params, tokens, loss: of each run; the final loss in nats per token.
 
   Raises `ValueError` for fewer than six runs, for numbers that are not positive and finite, and for
-  runs that all have the same parameters or the same tokens."""
-  n, d, y = (np.asarray(x, np.float64) for x in (params, tokens, loss))
-  if not n.shape == d.shape == y.shape or n.ndim != 1:
-    raise ValueError('params, tokens and loss must have equal lengths')
-  if not all(np.all(np.isfinite(x) & (x > 0)) for x in (n, d, y)):
-    raise ValueError('params, tokens and losses must be positive and finite')
-  n, d, y = np.log(n), np.log(d), np.log(y)
+  runs that all have the same parameters, the same tokens or the same loss."""
+  n, d, y = _logarithms(params=params, tokens=tokens, losses=loss)
   if len(n) <= COEFFICIENTS:
     raise ValueError(f'five coefficients need at least 6 runs; there are {len(n)}')
-  if np.ptp(n) < 1e-9 or np.ptp(d) < 1e-9:
-    raise ValueError('the runs must differ in parameters and in tokens')
+  for name, values in (('parameters', n), ('tokens', d), ('losses', y)):
+    if np.ptp(values) < 1e-9:
+      raise ValueError(f'the runs must differ in {name}: all have {math.exp(values[0]):.6g}')
   # Centred logarithms decorrelate alpha from A and beta from B, which conditions the descent.
   middle_n, middle_d = n.mean(), d.mean()
   n, d = n - middle_n, d - middle_d
@@ -144,6 +140,19 @@ def fit_law(
   samples = tuple(law(_descend(best, n, d, losses)[1]) for losses in noisy)
   squares = np.mean((y - fitted) ** 2)
   return Fit(law(best), samples, len(n), float(np.sqrt(squares)), float(1 - squares / np.var(y)))
+
+
+def _logarithms(**given: Sequence[float]) -> list[np.ndarray]:
+  """Return the logarithms of columns of numbers. Raises `ValueError` for unequal lengths, and for
+  numbers that are not positive and finite."""
+  columns = {name: np.asarray(values, np.float64) for name, values in given.items()}
+  if len({c.shape for c in columns.values()}) > 1 or any(c.ndim != 1 for c in columns.values()):
+    sizes = ', '.join(f'{name} {c.size}' for name, c in columns.items())
+    raise ValueError(f'one number of each per run is needed; there are: {sizes}')
+  for name, column in columns.items():
+    if np.any(wrong := ~(np.isfinite(column) & (column > 0))):
+      raise ValueError(f'{name} must be positive and finite; one is {column[wrong][0]:g}')
+  return [np.log(c) for c in columns.values()]
 
 
 # theta = (log E, log A, alpha, log B, beta); log L = logsumexp(log E, log A - alpha log N, log B -
@@ -229,12 +238,13 @@ class Parabola:
 
 def iso_flop(params: Sequence[float], loss: Sequence[float]) -> Parabola:
   """Fit the parabola of runs with equal training FLOPs. Raises `ValueError` for fewer than three
-  sizes, or losses that do not curve upwards."""
-  x, y = np.log(np.asarray(params, np.float64)), np.asarray(loss, np.float64)
+  sizes, numbers that are not positive and finite, or losses that do not curve upwards."""
+  x, _ = _logarithms(params=params, losses=loss)
+  y = np.asarray(loss, np.float64)
   if len(set(x)) < 3:
     raise ValueError(f'a parabola needs at least 3 sizes; there are {len(set(x))}')
   c2, c1, c0 = np.polyfit(x - x.mean(), y, 2)
-  if c2 <= 0:
+  if c2 <= 0 or np.ptp(y) < 1e-9 * y.mean():
     raise ValueError('the losses do not curve upwards, so there is no optimal size')
   at = -c1 / (2 * c2)
   lowest, inside = float(c0 - c1 * c1 / (4 * c2)), bool(x.min() <= at + x.mean() <= x.max())
@@ -242,6 +252,10 @@ def iso_flop(params: Sequence[float], loss: Sequence[float]) -> Parabola:
 
 
 def power_law(x: Sequence[float], y: Sequence[float]) -> tuple[float, float]:
-  """Return (a, k) of y = k x^a by least squares on logarithms."""
-  a, log_k = np.polyfit(np.log(np.asarray(x, np.float64)), np.log(np.asarray(y, np.float64)), 1)
+  """Return (a, k) of y = k x^a by least squares on logarithms. Raises `ValueError` for fewer than
+  two values of x, and for numbers that are not positive and finite."""
+  log_x, log_y = _logarithms(x=x, y=y)
+  if len(log_x) < 2 or np.ptp(log_x) < 1e-9:
+    raise ValueError(f'a power law needs at least 2 values of x; there are {min(len(log_x), 1)}')
+  a, log_k = np.polyfit(log_x, log_y, 1)
   return float(a), float(np.exp(log_k))

@@ -104,14 +104,34 @@ def test_parabolas_find_it_too():
   assert power_law(budgets, lowest)[0] == pytest.approx(0.28 / 0.62, abs=0.01)
 
 
-def test_what_cannot_be_fitted_is_said():
-  with pytest.raises(ValueError, match='at least 6 runs; there are 3'):
-    fit_law([1e6, 2e6, 3e6], [1e8] * 3, [3.0, 2.9, 2.8])
-  with pytest.raises(ValueError, match='differ in parameters and in tokens'):
-    fit_law([1e6] * 6, np.geomspace(1e7, 1e9, 6), [3.0] * 6)
-  with pytest.raises(ValueError, match='positive and finite'):
-    fit_law([1e6] * 6, [1e7] * 6, [3.0] * 5 + [np.nan])
-  with pytest.raises(ValueError, match='do not curve upwards'):
-    iso_flop([1e6, 2e6, 4e6], [3.0, 2.9, 2.8])
-  with pytest.raises(ValueError, match='at least 3 sizes'):
-    iso_flop([1e6, 2e6], [3.0, 2.9])
+SIX = np.geomspace(1e6, 1e8, 6)
+FALLING = np.linspace(3.0, 2.0, 6)
+
+
+@pytest.mark.parametrize(
+  ('fit', 'columns', 'problem'),
+  [
+    (fit_law, ([1e6, 2e6, 3e6], [1e8] * 3, [3.0, 2.9, 2.8]), 'at least 6 runs; there are 3'),
+    (fit_law, ([1e6] * 6, SIX, FALLING), 'differ in parameters: all have 1e[+]06'),
+    (fit_law, (SIX, [1e9] * 6, FALLING), 'differ in tokens: all have 1e[+]09'),
+    (fit_law, (SIX, SIX, [3.0] * 6), 'differ in losses: all have 3'),
+    (fit_law, (SIX, SIX, [*FALLING[:5], np.nan]), 'losses must be positive and finite; one is nan'),
+    (fit_law, (SIX, [0.0, *SIX[1:]], FALLING), 'tokens must be positive and finite; one is 0'),
+    (fit_law, (SIX, SIX, FALLING[:5]), 'are: params 6, tokens 6, losses 5'),
+    (fit_law, ([], [], []), 'at least 6 runs; there are 0'),
+    (iso_flop, ([1e6, 2e6, 4e6], [3.0, 2.9, 2.8]), 'do not curve upwards'),
+    (iso_flop, ([1e6, 2e6, 4e6], [3.0, 3.0, 3.0]), 'do not curve upwards'),
+    (iso_flop, ([1e6, 2e6], [3.0, 2.9]), 'at least 3 sizes; there are 2'),
+    (iso_flop, ([1e6, 2e6, 4e6], [3.0, np.nan, 3.0]), 'losses must be .* finite; one is nan'),
+    (iso_flop, ([1e6, 2e6, 4e6], [3.0, np.inf, 3.0]), 'losses must be .* finite; one is inf'),
+    (iso_flop, ([1e6, 2e6, -4e6], [3.0, 2.0, 3.0]), 'params must be positive'),
+    (power_law, ([1e6], [2.0]), 'at least 2 values of x; there are 1'),
+    (power_law, ([1e6, 1e6], [2.0, 3.0]), 'at least 2 values of x; there are 1'),
+    (power_law, ([], []), 'at least 2 values of x; there are 0'),
+    (power_law, ([1e6, 2e6], [2.0, np.nan]), 'y must be positive and finite; one is nan'),
+    (power_law, ([1e6, 2e6], [2.0]), 'are: x 2, y 1'),
+  ],
+)
+def test_what_cannot_be_fitted_is_said(fit, columns, problem):
+  with pytest.raises(ValueError, match=problem):
+    fit(*columns)
