@@ -107,7 +107,7 @@ class _Tracker:
   def _tried(self, fn: Callable[..., T], *arguments: Any) -> T | None:
     try:
       return fn(*arguments)
-    except Exception as e:  # a service may raise whatever it likes
+    except Exception as e:  # a service may raise any error
       self._track = None
       if not self._failed:
         self._failed = True

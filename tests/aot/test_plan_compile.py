@@ -73,7 +73,7 @@ def test_a_training_step(capfd, name, padding):
 @needs_libtpu
 @pytest.mark.parametrize('phase', ['prefill', 'decode'])
 def test_serving(capfd, phase):
-  """Weights are in bfloat16; a round of decoding is one token a sequence, 32 sequences a chip."""
+  """Weights are in bfloat16; a round of decoding is one token for each of 32 sequences per chip."""
   found = plan(
     capfd,
     'llama2-tiny',
@@ -154,7 +154,7 @@ def test_an_encoder_decoder_is_planned_by_formulas(capfd):
 @tpu_compiler
 @needs_libtpu
 def test_what_does_not_fit_says_by_how_much(capfd):
-  """4,096 sequences a chip without remat: some 60 GiB."""
+  """4,096 sequences per chip without remat: some 60 GiB."""
   found = plan(
     capfd,
     'llama2-tiny',

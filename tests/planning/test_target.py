@@ -94,7 +94,7 @@ def test_every_published_name_of_v5p_is_known(cores):
     ('v5litepod-16', 'v5e:4x4'),
     ('v3-8', 'v3:2x2'),
     ('v3-2048', 'v3:32x32'),
-    # topologies of one's own
+    # custom topologies
     ('v5p:8x16x48', 'v5p:8x16x48'),
     ('v4:4x4x12', 'v4:4x4x12'),
     ('v4:1x2x2', 'v4:2x2x1'),
