@@ -26,9 +26,8 @@ from jaxformer.study.sharing import Interrupted, running
 from jaxformer.study.sizing import MATCHED
 from jaxformer.study.study import Log, ScalingGrid, Study
 from jaxformer.study.tables import amount, detail_tables, score_tables
-from jaxformer.training.environment import environment
+from jaxformer.training.environment import environment, other_software
 from jaxformer.training.interrupt import Interrupt
-from jaxformer.training.run import other_software
 
 TEMPLATES = jinja2.Environment(
   loader=jinja2.FileSystemLoader(Path(__file__).parent / 'templates'),

@@ -12,7 +12,11 @@ from typing import Any
 
 import jax
 
+from jaxformer import config
+from jaxformer.files import regular_file
 from jaxformer.installation import FOLDER, commit_of, git, installation, source_sha256
+from jaxformer.json_data import parse_json
+from jaxformer.training.paths import AnyPath, to_path
 
 PACKAGES = (
   'jax',
@@ -140,3 +144,22 @@ def starts(entries: Sequence[Any]) -> list[dict[str, Any]]:
       known[name] = found[n - 1].get(name) if type(n) is int and 0 < n <= len(found) else value
     found.append({name: value for name, value in known.items() if value is not None})
   return found
+
+
+def other_software(folder: str | AnyPath) -> list[str]:
+  """Return how the software that a run was last started with differs from this, a line per version,
+  or per hash of source; nothing if that is unknown."""
+  known = starts(read_entries(to_path(folder) / 'environment.json'))
+  now = software()
+  was = {name: known[-1][name] for name in now if name in known[-1]} if known else {}
+  return config.differences(was, {name: now[name] for name in was})
+
+
+def read_entries(file: AnyPath) -> list[Any]:
+  """Return the entries of an `environment.json`; none if it is missing or corrupt, which must not
+  stop a run."""
+  try:
+    value = parse_json(regular_file(file).read_text())
+  except (OSError, ValueError):
+    return []
+  return value if isinstance(value, list) else []

@@ -45,7 +45,13 @@ from jaxformer.files import (
 from jaxformer.json_data import parse_json
 from jaxformer.training import lock
 from jaxformer.training.checkpoint import canonical, steps_in
-from jaxformer.training.environment import compilation, environment, software, starts, with_start
+from jaxformer.training.environment import (
+  compilation,
+  environment,
+  read_entries,
+  software,
+  with_start,
+)
 from jaxformer.training.experiment import Experiment, RunConfig, TrainingConfig, step_ranges
 from jaxformer.training.lock import FolderLock, LostLock
 from jaxformer.training.paths import AnyPath, RunFiles, check_bucket, move, remote_errors, to_path
@@ -437,7 +443,7 @@ class Run:
         (self.home / 'tokenizer').mkdir(exist_ok=True)
         tokenizer.save(self.home / 'tokenizer')
       file = self.home / 'environment.json'
-      write_atomically(file, json.dumps(with_start(_entries(file), start), indent=2) + '\n')
+      write_atomically(file, json.dumps(with_start(read_entries(file), start), indent=2) + '\n')
       # last, since it makes the folder a run
       write_atomically(self.home / 'config.json', config_text(self.experiment, self.history))
     for stage in self.history.stages:
@@ -540,21 +546,3 @@ def _is_named(old: Record | None, new: Record | None, named: set[str]) -> bool:
   that has no part in the code any more, where the file of the type is."""
   own = (new or {}).get('sha256')
   return all((c.new or own) in named for c in changed_files(old, new))
-
-
-def other_software(folder: str | AnyPath) -> list[str]:
-  """Return how the software that a run was last started with differs from this, a line per version,
-  or per hash of source; nothing if that is unknown."""
-  known = starts(_entries(to_path(folder) / 'environment.json'))
-  now = software()
-  was = {name: known[-1][name] for name in now if name in known[-1]} if known else {}
-  return config.differences(was, {name: now[name] for name in was})
-
-
-def _entries(file: AnyPath) -> list[Any]:
-  """Return a JSON list, empty if the file is missing or corrupt: no reason to stop a run."""
-  try:
-    value = parse_json(regular_file(file).read_text())
-  except (OSError, ValueError):
-    return []
-  return value if isinstance(value, list) else []
