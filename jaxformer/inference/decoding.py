@@ -331,7 +331,7 @@ def request(
     params,
     started,
     max_new_tokens,
-    sampling,
+    sampling.simplified(),  # what is off shares the programs of what is not given
     seed,
     end,
     padded,
