@@ -175,6 +175,7 @@ def _time_training(
     return {t.title: nothing for t in tuned}
   steps, found = {}, {}
   for t in tuned:
+    log(f'costs | {t.title} | compiling the training step')
     steps[t.title], found[t.title] = _compiled_step(study, t, dataset)
     log(f'costs | {t.title} | training step compiled in {found[t.title]["compile_seconds"]:.1f} s')
     if interrupt.signal is not None:
@@ -211,13 +212,14 @@ def _time_decoding(t: Tuned, contexts: Sequence[int], log: Log) -> list[dict[str
   definition, parallel = define(t.model), make_parallel(MeshConfig())
   params = definition.init(jax.random.key(0), parallel) if contexts else {}
   dtype, most = compute_dtype('auto', parallel), t.model.max_len or math.inf
-  found = []
-  for length in contexts:
-    if length + NEW_TOKENS <= most:
-      times = time_decode(definition, params, length, NEW_TOKENS, repeats=REPEATS, dtype=dtype)
-      found.append(times._asdict())
-      log(
-        f'costs | {t.title} | context of {length:,} tokens: '
-        f'{1e3 * times.seconds_per_token:.2f} ms per token'
-      )
+  found, lengths = [], [n for n in contexts if n + NEW_TOKENS <= most]
+  if lengths:
+    log(f'costs | {t.title} | compiling decoding')
+  for length in lengths:
+    times = time_decode(definition, params, length, NEW_TOKENS, repeats=REPEATS, dtype=dtype)
+    found.append(times._asdict())
+    log(
+      f'costs | {t.title} | context of {length:,} tokens: '
+      f'{1e3 * times.seconds_per_token:.2f} ms per token'
+    )
   return found

@@ -295,6 +295,10 @@ class Runner:
       group, spent = experiments[i : i + size], 'finished before'
       # Finished members are run again too: in a population of another size sums round otherwise.
       if any(finished(e) is None for e in group):
+        if not self.may_train or self.interrupt.signal is not None:
+          raise Interrupted
+        runs = f'{len(group)} runs in one program' if len(group) > 1 else '1 run'
+        self.log(f'{p.label} | {p.entry.title} | compiling, then training {runs}')
         began = time.perf_counter()
         self._train(group)
         spent = f'{time.perf_counter() - began:.1f} s' + (
@@ -309,8 +313,6 @@ class Runner:
     return tuple(found)
 
   def _train(self, group: Sequence[Experiment]) -> None:
-    if not self.may_train or self.interrupt.signal is not None:
-      raise Interrupted
     results = (
       [train(group[0], dataset=self.dataset, log=_quiet)]
       if len(group) == 1

@@ -194,6 +194,7 @@ class _Loop:
     self.setup, self.clock = members[0].setup, Clock()
     self.utilization = utilization or {}
     self.compiled: dict[Any, Any] = {}  # steps, by the shapes of a batch
+    self.has_evaluated = False
     self.batches: list[Any] = [None] * len(members)  # the latest of each member
 
   def run(self) -> list[TrainResult]:
@@ -284,6 +285,7 @@ class _Loop:
           step = compiled_train_step(s.definition, s.optimizer, s.step_config, s.parallel)
         else:
           step = population_step(s.definition, s.optimizer, s.step_config, self.mesh)
+        self.members[0].log('compiling the step')
         self.compiled[shapes] = step.lower(state, batch, *more).compile()
         seconds = time.perf_counter() - began
         for m in self.members:
@@ -315,6 +317,8 @@ class _Loop:
     with self.clock.paused():
       for m, one in each(lambda m: stop or m.unsaved):
         m.save(one)
+      if not stop:
+        self._announce_evaluation()
       try:
         for m, one in each(lambda m: m.unevaluated and not stop):
           m.evaluate(one.params, interrupt)
@@ -325,6 +329,13 @@ class _Loop:
       for m in self.members:
         if m.code is None and (stop or m.step >= m.config.steps):
           m.end(interrupt.signal)
+
+  def _announce_evaluation(self) -> None:
+    """Say that the first evaluation, if it is due, is compiled."""
+    first = self.members[0]
+    if not self.has_evaluated and any(m.code is None and m.unevaluated for m in self.members):
+      self.has_evaluated = True
+      first.log('compiling the evaluation' + (' and the sample' if first.sample else ''))
 
   def _member_state(self, state: TrainState, i: int) -> TrainState:
     if self.mesh is None:

@@ -112,10 +112,10 @@ def bench(
     usual = [n for n in (128, 1024) if longest is None or n + new_tokens <= longest] or [64]
     definition, dtype = define(e.model), compute_dtype(e.training.dtype, make_parallel(e.mesh))
     params = definition.init(jax.random.key(0))
-    decoding = [
-      time_decode(definition, params, n, new_tokens, dtype=dtype)._asdict()
-      for n in context_lengths or usual
-    ]
+    for n in context_lengths or usual:
+      log(f'compiling decoding at a context of {n:,} tokens')
+      times = time_decode(definition, params, n, new_tokens, dtype=dtype)
+      decoding.append(times._asdict())
   name = target if isinstance(target, str) else e.run.name or e.model.tag
   return Benchmark(name, jax.devices()[0].device_kind, jax.device_count(), training, decoding)
 
@@ -133,6 +133,7 @@ def _training(e: Experiment, steps: int, log: Log) -> dict[str, Any]:
     batch = Batch(*parts)
   else:
     batch = open_data(e.data).train_batch(0, t.batch_size, t.seed)
+  log('compiling the step')
   step, compile_seconds, _ = timed_step(e, batch)
   log(f'compiled the step in {compile_seconds:.1f} s')
   median = statistics.median([step() for _ in range(steps + WARM_UP)][WARM_UP:])
