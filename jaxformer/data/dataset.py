@@ -144,7 +144,7 @@ class Dataset:
     source_vocab_size: of pairs, ids of the sources are below it; None for other data.
     train_tokens: of text, the number of distinct training tokens; None for other data.
     size: human-readable amount of training data.
-    manifest: what a run records about the data, as JSON data.
+    manifest: what a run records about the data, as JSON data, `baselines` included.
     identity: what the batches depend on, as JSON data; a checkpoint holds it. Of a corpus it holds
       hashes of the tokens and settings of the rows, never a path: the same text elsewhere is equal.
     validation_sha256: hash (hex) of the rows that score a model: of a corpus of the validation

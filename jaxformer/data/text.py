@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -171,7 +172,7 @@ class TextDataset(Dataset):
     sides = [c.train for c in caches], [c.validation for c in caches]
     self.size = f'{self.train_tokens:,} tokens of text' + skipped_note(caches)
     train, validation = ([columns[0].facts for columns in side] for side in sides)
-    self.manifest: dict[str, Any] = {
+    self._facts: dict[str, Any] = {
       'corpus': corpus,
       'tokenizer': tokenizer.manifest(),
       'sequence_length': data.sequence_length,
@@ -232,7 +233,15 @@ class TextDataset(Dataset):
       f'{at["unigram_bits_per_byte"]:.3f}, bigram {at["bigram_bits_per_byte"]:.3f}',
     ]
 
+  @functools.cached_property
+  def manifest(self) -> dict[str, Any]:
+    return self._facts | self.baselines()
+
   def baselines(self) -> dict[str, float]:
+    return self._baselines
+
+  @functools.cached_property
+  def _baselines(self) -> dict[str, float]:
     train, validation = (
       np.sum([c.pairs for c in side], axis=0) for side in (self._train, self._validation)
     )

@@ -9,7 +9,7 @@ from jaxformer.study.figures import Figure, drawn
 from jaxformer.study.laws import FittedLaw, Interval, Optimum, Training
 from jaxformer.study.results import Results
 from jaxformer.study.sizing import MATCHED
-from jaxformer.study.tables import Table, amount, table
+from jaxformer.study.tables import NGRAMS_NOTE, YES_NO, Table, amount, table
 
 CURVE = 40  # points of a drawn curve
 LOSS = 'held-out loss'
@@ -76,7 +76,7 @@ def predictions(results: Results) -> list[Table]:
       '95% interval': f'{t.predicted.low:.3f} to {t.predicted.high:.3f}' if t.predicted else '',
       'observed': _loss(t.loss),
       'relative error': _error(t),
-      'within interval': {True: 'yes', False: 'no', None: ''}[t.within_interval],
+      'within interval': YES_NO[t.within_interval],
     }
     for f in fitted(results)
     for t in f.held_out
@@ -131,6 +131,10 @@ def trainings(f: FittedLaw, results: Results) -> list[Table]:
     'Passes: how often the training text was read; the law is one of fresh tokens. A rate at an '
     'end is the smallest or largest that was tried there.'
   )
+  ngrams = results.tasks[0].ngrams
+  if ngrams:
+    scores = ', '.join(f'{order} model {v:.3f}' for order, v in ngrams.items())
+    note += f' Loss of models of bytes: {scores}.{NGRAMS_NOTE}'
   rows = (
     {
       'budget': amount(t.flops) + (', held out' if t.held_out else ''),
@@ -142,6 +146,7 @@ def trainings(f: FittedLaw, results: Results) -> list[Table]:
       **{f'seed {seed}': _loss(loss) for seed, loss in t.losses.items()},
       'predicted': _predicted(t),
       'relative error': _error(t),
+      **({'better than bigram': YES_NO[t.better_than_bigram]} if ngrams else {}),
     }
     for t in f.trainings
   )

@@ -3,10 +3,11 @@ intervals and predictions."""
 
 import dataclasses
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from jaxformer.study.ngrams import better
 from jaxformer.study.runner import Tuned
 from jaxformer.study.scaling import Fit, Interval, Law, Parabola, fit_law, iso_flop, power_law
 from jaxformer.study.study import ScalingGrid
@@ -31,6 +32,8 @@ class Training:
     loss: their mean; None if one diverged.
     predicted: the loss by the law, with the interval of one more such training; None without a law.
     runs: names of the run folders.
+    better_than_bigram: whether the loss is lower than that of a bigram model of the training text;
+      None where either is unknown.
   """
 
   flops: float
@@ -47,6 +50,7 @@ class Training:
   loss: float | None
   predicted: Interval | None
   runs: tuple[str, ...]
+  better_than_bigram: bool | None
 
   REPORTED = 'within_interval', 'relative_error'
 
@@ -124,9 +128,11 @@ class FittedLaw:
     return {o.flops: o.parabola for o in self.optima if o.parabola is not None}
 
 
-def law_of(scaling: ScalingGrid, title: str, tuned: Sequence[Tuned]) -> FittedLaw:
-  """Fit the law of one architecture to its trainings."""
-  trainings = [_training(t) for t in tuned]
+def law_of(
+  scaling: ScalingGrid, title: str, tuned: Sequence[Tuned], ngrams: Mapping[str, float]
+) -> FittedLaw:
+  """Fit the law of one architecture to its trainings. `ngrams` are `TaskResults.ngrams`."""
+  trainings = [_training(t, ngrams) for t in tuned]
   used = [t for t in trainings if not t.held_out and t.loss is not None]
   power, k = power_law([t.params for t in trainings], [t.flops_per_token for t in trainings])
   parabolas, no_parabola = _parabolas(scaling, trainings)
@@ -156,10 +162,11 @@ def law_of(scaling: ScalingGrid, title: str, tuned: Sequence[Tuned]) -> FittedLa
   )
 
 
-def _training(t: Tuned) -> Training:
+def _training(t: Tuned, ngrams: Mapping[str, float]) -> Training:
   p = t.planned
   losses = {r.seed: r.finite_loss for r in t.runs}
   finite = [v for v in losses.values() if v is not None]
+  loss = float(np.mean(finite)) if len(finite) == len(losses) else None
   return Training(
     flops=p.flops or 0.0,
     train_flops=p.flops_per_token * p.study.tokens,
@@ -172,9 +179,10 @@ def _training(t: Tuned) -> Training:
     rate=t.rate,
     at_edge=t.at_edge,
     losses=losses,
-    loss=float(np.mean(finite)) if len(finite) == len(losses) else None,
+    loss=loss,
     predicted=None,
     runs=t.folder_names,
+    better_than_bigram=better(loss, ngrams),
   )
 
 

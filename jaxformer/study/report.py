@@ -110,7 +110,7 @@ def csv_text(results: Results) -> str:
   nested object follow its name."""
   rows = []
   for task in results.tasks:
-    shared = {'task': task.title, 'metric': task.metric}
+    shared = {'task': task.title, 'metric': task.metric, **task.ngrams}
     rows += [shared | _flat(o) | _flat(results.costs[o.title]) for o in task.outcomes]
     rows += [shared | {'title': f.title} | _flat(t) for f in task.laws for t in f.trainings]
   out = io.StringIO()

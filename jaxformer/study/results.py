@@ -11,6 +11,7 @@ import numpy as np
 from jaxformer import config
 from jaxformer.json_data import json_data
 from jaxformer.planning.cost import cost
+from jaxformer.study import ngrams
 from jaxformer.study.costs import Costs
 from jaxformer.study.laws import FittedLaw, in_words, law_of
 from jaxformer.study.runner import Trained, Trial, Tuned
@@ -45,6 +46,8 @@ class Outcome:
     curve: (tokens, training loss), the mean over seeds.
     position_loss: mean held-out loss at each position, nats; None for tasks with one target.
     runs: names of the run folders.
+    better_than_bigram: whether the mean is better than the score of a bigram model of the training
+      text; None where either is unknown, as for data other than text.
     translation: exact match (a fraction), BLEU and chrF over seeds; None unless the data are
       source-target pairs.
   """
@@ -65,6 +68,7 @@ class Outcome:
   curve: tuple[tuple[int, float], ...]
   position_loss: tuple[float | None, ...] | None
   runs: tuple[str, ...]
+  better_than_bigram: bool | None = None
   translation: dict[str, Estimate] | None = None
 
 
@@ -80,6 +84,8 @@ class TaskResults:
     pairs: all pairs of architectures that finished all runs, from the best mean on; empty for fewer
       than three, which the outcomes compare, and for more than `MAX_PAIRED`.
     laws: of a scaling study.
+    ngrams: 'unigram' and 'bigram' -> score of that model of the bytes of the training text
+      (`data.baselines`), in the unit of `metric`, on all held-out text; empty for other data.
   """
 
   title: str
@@ -89,6 +95,7 @@ class TaskResults:
   outcomes: tuple[Outcome, ...] = ()
   pairs: tuple[Difference, ...] = ()
   laws: tuple[FittedLaw, ...] = ()
+  ngrams: dict[str, float] = dataclasses.field(default_factory=dict)
 
   @property
   def lower_is_better(self) -> bool:
@@ -101,6 +108,30 @@ class TaskResults:
     return sorted(
       self.outcomes, key=lambda o: math.inf if o.estimate is None else sign * o.estimate.mean
     )
+
+  @property
+  def better_than_bigram(self) -> dict[str, bool]:
+    """Whether each architecture that has a score is better than the bigram model; in a scaling
+    study, whether any of its trainings is. Empty where there is no such model."""
+    found = {o.title: [o.better_than_bigram] for o in self.outcomes}
+    found |= {f.title: [t.better_than_bigram for t in f.trainings] for f in self.laws}
+    known = {name: [b for b in of if b is not None] for name, of in found.items()}
+    return {name: any(of) for name, of in known.items() if of}
+
+  @property
+  def not_better(self) -> list[str]:
+    """What is not better than the bigram model, if anything is: the architectures, and of a scaling
+    study how many trainings of each."""
+    if not any(self.better_than_bigram.values()):
+      return []
+    if not self.laws:
+      return [name for name, better in self.better_than_bigram.items() if not better]
+    marks = {f.title: [t.better_than_bigram for t in f.trainings] for f in self.laws}
+    return [
+      f'{m.count(False)} of {len(m)} trainings of {title}'
+      for title, m in marks.items()
+      if False in m
+    ]
 
   def against_best(self) -> dict[str, str]:
     """Return the verdict on the best against each other architecture, if all pairs are compared
@@ -131,12 +162,17 @@ class Results:
 
   @property
   def answer(self) -> list[str]:
-    """A few sentences per task, or per law of a scaling study."""
-    return [
-      line
-      for task in self.tasks
-      for line in (map(in_words, task.laws) if task.laws else [_answer(task, self)])
-    ]
+    """First where no architecture predicts better than a bigram model; then a few sentences per
+    task, or per law of a scaling study."""
+    first, rest = [], []
+    for task in self.tasks:
+      rest += map(in_words, task.laws) if task.laws else [_answer(task, self)]
+      if task.ngrams:
+        of = task.ngrams, task.metric, task.title if len(self.tasks) > 1 else None
+        better = task.better_than_bigram.values()
+        first += [ngrams.none_better(*of)] if better and not any(better) else []
+        rest.append(ngrams.in_words(*of, task.not_better))
+    return [*first, *rest]
 
   def lines(self) -> list[str]:
     """Return the answer, and where the report is."""
@@ -180,12 +216,14 @@ def gather(
       metric = 'nats per target'
     elif any('eval/bits_per_byte' in r.metrics for t in found for r in t.runs):
       metric = 'bits per byte'
-    task = TaskResults(title, metric, data.positions, scored_on)
+    facts = environment.get('data', {}).get(title, {})
+    known = ngrams.scores_of_ngrams(metric, facts, [r.metrics for t in found for r in t.runs])
+    task = TaskResults(title, metric, data.positions, scored_on, ngrams=known)
     if study.scaling is None:
       task = _compared(task, study.target, found, measured)
     else:
       laws = (
-        law_of(study.scaling, e.title, [t for t in found if t.title == e.title])
+        law_of(study.scaling, e.title, [t for t in found if t.title == e.title], known)
         for e in study.entries
       )
       task = dataclasses.replace(task, laws=tuple(laws))
@@ -227,6 +265,7 @@ def _outcome(
 ) -> Outcome:
   c, finite = cost(t.model, task.length), [v for v in scores.values() if v is not None]
   positions, translation = measured.get((task.title, t.title), (None, None))
+  mean = estimate(finite) if finite else None
   verdict = DIVERGED if None in scores.values() else 'no baseline'
   return Outcome(
     title=t.title,
@@ -239,12 +278,13 @@ def _outcome(
     rate=t.rate,
     at_edge=t.at_edge,
     scores=scores,
-    estimate=estimate(finite) if finite else None,
+    estimate=mean,
     difference=difference,
     verdict=difference.verdict if difference else verdict,
     curve=_curve([r.folder for r in t.runs]),
     position_loss=positions and tuple(positions),
     runs=t.folder_names,
+    better_than_bigram=ngrams.better(None if mean is None else mean.mean, task.ngrams),
     translation=translation and {name: estimate(v) for name, v in translation.items()},
   )
 

@@ -56,6 +56,11 @@ def seconds(value: float | None) -> str:
   return f'{value * 1e6:.2g} µs'
 
 
+YES_NO = {True: 'yes', False: 'no', None: ''}
+NGRAMS_NOTE = (
+  ' The unigram and bigram models predict each byte by counts of the training text, and are scored '
+  'on all held-out text.'
+)
 # title, field of `DecodeTime`, and format of each cost of decoding
 DECODING: tuple[tuple[str, str, Callable[[float], str]], ...] = (
   ('Prefill time', 'prefill_seconds', seconds),
@@ -88,7 +93,7 @@ def scores(task: TaskResults, results: Results) -> list[Table]:
     f'{"lower" if task.lower_is_better else "higher"} is better; scored on {task.scored_on}. '
     'Differences are paired by seed, with the interval of this comparison alone (of accuracies in '
     'percentage points); p is corrected for all comparisons of the task (Holm) and decides the '
-    'verdict.'
+    'verdict.' + (NGRAMS_NOTE if task.ngrams else '')
   )
 
   def row(o: Outcome) -> dict[str, str]:
@@ -107,11 +112,18 @@ def scores(task: TaskResults, results: Results) -> list[Table]:
       '95% interval': between,
       'p (Holm)': p,
       'verdict': o.verdict or 'baseline',
+      **({'better than bigram': YES_NO[o.better_than_bigram]} if task.ngrams else {}),
       'rate': f'{o.rate:g}',
       'seeds': f'{len(o.scores)}' + (f' ({diverged} diverged)' if diverged else ''),
     }
 
-  return table(f'Scores: {task.title}', note, map(row, task.ranked))
+  rows = [(math.inf if o.estimate is None else o.estimate.mean, row(o)) for o in task.ranked]
+  if task.ngrams:
+    for order, v in task.ngrams.items():
+      cells = {'architecture': f'{order} model of bytes', task.metric: score_form(task.metric, v)}
+      rows.append((v, cells))
+    rows.sort(key=lambda scored: scored[0])
+  return table(f'Scores: {task.title}', note, [cells for _, cells in rows])
 
 
 def pairs(task: TaskResults) -> list[Table]:

@@ -13,7 +13,7 @@ from jaxformer.workflows.tables import Answer
 def inspect_data(*, overrides: Overrides = (), log: Log = log_progress) -> Answer:
   """Return what the splits of a text or parallel corpus hold. Overrides are of `data`."""
   dataset = open_data(_data(overrides), log=log)
-  return Answer(dataset.manifest | dataset.baselines(), dataset.info())
+  return Answer(dataset.manifest, dataset.info())
 
 
 def train_tokenizer(

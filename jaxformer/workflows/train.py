@@ -40,13 +40,15 @@ class TrainingReport(TrainResult):
     after = f'after {self.step} steps'
     if self.baselines:
       own = m.get('eval/bits_per_byte')
+      scores = [(v, f'{n.partition("_")[0]} model of bytes') for n, v in self.baselines.items()]
+      scores += [] if own is None else [(own, f'this model {after}')]
       lines = [
         '',
         self.sample,
         '',
         f'bits per byte on held-out text ({source}):',
-        '  not evaluated' if own is None else f'  {own:.3f}  this model {after}',
-        *(f'  {v:.3f}  {n.partition("_")[0]} model of bytes' for n, v in self.baselines.items()),
+        *(['  this model was not evaluated'] if own is None else []),
+        *(f'  {bits:.3f}  {what}' for bits, what in sorted(scores)),
       ]
     elif m.get('eval/loss') is None:
       lines = [f'not evaluated {after}']

@@ -44,6 +44,14 @@ def test_train_answers_one_json_value_and_says_the_rest_on_stderr(first):
     part in done.stderr
     for part in ('parameters, 1 devices', 'compiled the step', 'step 4/4', 'bits per byte')
   )
+  # stderr is no terminal: each of these is one line, and comes before what it announces
+  lines = done.stderr.splitlines()
+  assert [line for line in lines if line.startswith('compiling')] == [
+    'compiling the step',
+    'compiling the evaluation and the sample',
+  ]
+  (compiled,) = (i for i, line in enumerate(lines) if line.startswith('compiled the step in '))
+  assert lines[compiled - 1] == 'compiling the step'
   names = {p.name for p in (home / 'runs' / 'first').iterdir()} - {'.lock'}
   assert names == {
     'config.json',
@@ -62,7 +70,17 @@ def test_the_same_command_has_nothing_left_to_do(first, cache):
   done = start(FIRST, home, cache)
   assert done.returncode == 0, done.stderr
   assert 'has already completed its 4 steps' in done.stderr
-  assert f'{value["metrics"]["eval/bits_per_byte"]:.3f}  this model after 4 steps' in done.stdout
+  assert 'compiling' not in done.stderr
+  scores = [
+    (value['metrics']['eval/bits_per_byte'], 'this model after 4 steps'),
+    (value['unigram_bits_per_byte'], 'unigram model of bytes'),
+    (value['bigram_bits_per_byte'], 'bigram model of bytes'),
+  ]
+  lines = [f'  {bits:.3f}  {what}\n' for bits, what in sorted(scores)]
+  assert ''.join(lines) in done.stdout
+  (start_of_run,) = json.loads((home / 'runs' / 'first' / 'environment.json').read_text())[:1]
+  for name in ('unigram_bits_per_byte', 'bigram_bits_per_byte'):
+    assert start_of_run['data'][name] == value[name]
   assert contents(home / 'runs' / 'first' / 'checkpoints') == before
 
 
@@ -177,6 +195,8 @@ def test_generate_json_stop_and_several_prompts(home, answer):
   (stopped,) = texts('--prompt', 'The ', '--stop', stop)
   assert stopped['text'] == one['text'][: one['text'].index(stop)]
   assert stopped['finished']
+  off = ['--top-p', '1.0', '--top-k', '0', '--min-p', '0', '--repetition-penalty', '1.0']
+  assert texts('--prompt', 'The ', '--prompt', 'class A', *off) == [one, two]
 
 
 def test_eval_repeats_what_training_measured(first, home, answer):
@@ -258,9 +278,15 @@ def test_a_reader_that_leaves_early_is_no_error(tmp_path, cache):
 
 
 def test_bench_measures_training_and_decoding(answer):
-  value = answer(
+  value, err = answer(
     'bench', 'gpt2-tiny', *SMALL, '--steps', 2, '--new-tokens', 4, '--context-length', 8, '--json'
-  )[0]
+  )
+  said = [re.sub(r'[\d.]+ s$', 'SECONDS', line) for line in err.splitlines()]
+  assert said == [
+    'compiling the step',
+    'compiled the step in SECONDS',
+    'compiling decoding at a context of 8 tokens',
+  ]
   assert value['training']['tokens_per_step'] == 8 * 32
   assert [r['context_length'] for r in value['decoding']] == [8]
   assert min(value['training']['tokens_per_second'], value['decoding'][0]['seconds_per_token']) > 0

@@ -40,9 +40,9 @@ ENVIRONMENT = {
 }
 
 
-def invented(folder, names=NAMES, bits=BITS):
+def invented(folder, names=NAMES, bits=BITS, ngrams=None):
   """A study of text and of recall: every seed adds the same to all, and each run a little of its
-  own."""
+  own. `ngrams` is what is known of such models."""
   model = FAMILIES['gru'].make(width=8, layers=1, vocab_size=256, context_length=32)
   study = Study(
     name='invented',
@@ -92,7 +92,11 @@ def invented(folder, names=NAMES, bits=BITS):
     for i, n in enumerate(names)
   }
   measured = {('StandardLibrary', n): ([3 - i / 64 for i in range(32)], None) for n in names}
-  return gather(study, results, costs, measured, ENVIRONMENT)
+  facts = {f'{n}_bits_per_byte': v for n, v in (ngrams or {}).items()}
+  of_text = ENVIRONMENT['data']['StandardLibrary'] | facts
+  return gather(
+    study, results, costs, measured, ENVIRONMENT | {'data': {'StandardLibrary': of_text}}
+  )
 
 
 def html_text(results):
@@ -177,6 +181,59 @@ def test_those_near_the_best_are_named(tmp_path):
   (names,) = re.findall(r'[Nn]ot significantly different from it: ([^.]*)\.', near.answer[0])
   assert names in ('attention', 'LSTM <1997>')
   assert not invented(tmp_path / 'two', NAMES[:2]).tasks[0].pairs  # the table of scores says it
+
+
+def test_a_study_below_a_bigram_model_says_so_first(tmp_path):
+  found = invented(tmp_path, ngrams={'unigram': 4.5, 'bigram': 1.234})
+  first = (
+    'StandardLibrary: No architecture predicts better than a bigram model of the training text '
+    '(1.234 bits per byte): train longer before comparing.'
+  )
+  assert found.lines()[0] == found.json()['answer'][0] == first
+  assert 'best mean' in found.lines()[1]
+  answer = Page(html_text(found)).tree.find(".//div[@class='answer']")
+  assert answer[0].text == first
+  assert markdown_text(found).split('\n\n')[1] == first
+  alone = dataclasses.replace(found, tasks=found.tasks[:1])
+  assert alone.answer[0] == first.removeprefix('StandardLibrary: ')
+
+
+def test_what_is_not_better_than_a_bigram_model_is_marked(tmp_path):
+  found = invented(tmp_path, ngrams={'unigram': 4.5, 'bigram': 2.0})
+  better = {n: n == 'LSTM <1997>' for n in NAMES}
+  data = json.loads(json.dumps(found.json()))
+  assert data['tasks'][0]['ngrams'] == {'unigram': 4.5, 'bigram': 2.0}
+  assert {o['title']: o['better_than_bigram'] for o in data['tasks'][0]['outcomes']} == better
+  assert 'has the best mean' in data['answer'][0]
+  assert data['answer'][1] == (
+    'StandardLibrary: For comparison, a bigram model of the training text has 2.000 bits per byte '
+    'on all held-out text, a unigram model 4.500. Not better than the bigram model: attention, '
+    'worse, diverges.'
+  )
+  rows = Page(html_text(found)).rows
+  start = next(i for i, row in enumerate(rows) if 'better than bigram' in row)
+  at = rows[start].index('better than bigram')
+  table = {row[0]: (row[1], row[at]) for row in rows[start + 1 : start + 7]}
+  assert list(table)[:2] == ['LSTM <1997>', 'bigram model of bytes']
+  assert list(table)[-1] == 'unigram model of bytes'
+  assert table['bigram model of bytes'] == ('2.000', '')
+  assert {n: table[n][1] for n in NAMES} == {n: 'yes' if b else 'no' for n, b in better.items()}
+  assert '| bigram model of bytes | 2.000 |' in markdown_text(found)
+  csv_rows = list(csv.DictReader(io.StringIO(csv_text(found))))
+  assert {(r['bigram'], r['unigram']) for r in csv_rows if r['task'] == 'StandardLibrary'} == {
+    ('2.0', '4.5')
+  }
+  # a task without text has no such models, and the report says nothing of them
+  assert data['tasks'][1]['ngrams'] == {}
+  assert {o['better_than_bigram'] for o in data['tasks'][1]['outcomes']} == {None}
+  assert not any('igram' in line for line in data['answer'] if line.startswith('Associative'))
+
+
+def test_better_than_a_bigram_model_all_stand_beside_it_unmarked(tmp_path, results):
+  found = invented(tmp_path, ngrams={'unigram': 4.5, 'bigram': 3.0})
+  assert found.answer[1].endswith('a unigram model 4.500.')
+  assert found.tasks[0].not_better == []
+  assert 'igram' not in html_text(results)  # nothing is known of them there
 
 
 def test_all_forms_agree(results, tmp_path):

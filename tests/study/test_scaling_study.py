@@ -50,9 +50,9 @@ def study(**changes):
   )
 
 
-def invented(noise=0.003, diverged=(), s=None):
+def invented(noise=0.003, diverged=(), s=None, ngrams=None):
   """Trainings whose losses are those of `LAW` but for noise; those whose place is among `diverged`
-  are none."""
+  are none. `ngrams` are bits per byte of such models of a text with 1.5 bytes per target."""
   s, rng, scaled = s or study(), np.random.default_rng(3), []
   model = FAMILIES['gru'].make(width=8, layers=1, vocab_size=10, context_length=8)
   for b in (*s.scaling.budgets, *s.scaling.held_out):
@@ -67,7 +67,8 @@ def invented(noise=0.003, diverged=(), s=None):
         1,
         f'runs/invented/{len(scaled)}',
         loss,
-        {'eval/loss': loss, 'eval/source': 'recall test'},
+        {'eval/loss': loss, 'eval/source': 'recall test'}
+        | ({'eval/bits_per_byte': loss / 1.5 / np.log(2)} if ngrams else {}),
       )
       planned = Planned(
         s.at(n, max(tokens, 64)),
@@ -82,7 +83,9 @@ def invented(noise=0.003, diverged=(), s=None):
         0.1,
       )
       scaled.append(Tuned(planned, (), 3e-3, False, (run,)))
-  return gather(s, {s.task_titles[0]: tuple(scaled)}, {}, {}, ENVIRONMENT)
+  facts = {f'{n}_bits_per_byte': v for n, v in (ngrams or {}).items()}
+  environment = ENVIRONMENT | {'data': {s.task_titles[0]: facts}}
+  return gather(s, {s.task_titles[0]: tuple(scaled)}, {}, {}, environment)
 
 
 def law(results):
@@ -131,6 +134,33 @@ def test_observations_outside_the_interval():
   assert [row[-2:] for row in table.rows] == [
     (f'{p.loss / p.predicted.value - 1:+.1%}', 'no') for p in beyond[-2:]
   ]
+
+
+@quick
+def test_models_of_bytes_stand_beside_the_losses_in_nats():
+  def with_bigram(nats):
+    return invented(ngrams={'unigram': 9.0, 'bigram': nats / 1.5 / np.log(2)}, diverged=(0,))
+
+  losses = [t.loss for t in law(invented(diverged=(0,))).trainings if t.loss is not None]
+  middle = float(np.median(losses))
+  some, none = with_bigram(middle), with_bigram(1.0)
+  assert some.tasks[0].ngrams['bigram'] == pytest.approx(middle)
+  assert some.tasks[0].ngrams['unigram'] == pytest.approx(9 * 1.5 * np.log(2))
+  marks = [t.better_than_bigram for t in law(some).trainings]
+  assert marks == [None if t.loss is None else t.loss < middle for t in law(some).trainings]
+  assert some.answer[-1].endswith(
+    f'Not better than the bigram model: {marks.count(False)} of 14 trainings of GRU-2014.'
+  )
+  assert f'{middle:.3f} nats per target' in some.answer[-1]
+  rows = Page(html_text(some)).rows
+  start = next(i for i, row in enumerate(rows) if 'better than bigram' in row)
+  shown = [row[rows[start].index('better than bigram')] for row in rows[start + 1 : start + 15]]
+  assert shown == [{True: 'yes', False: 'no', None: ''}[m] for m in marks]
+  assert none.answer[0] == (
+    'No architecture predicts better than a bigram model of the training text (1.000 nats per '
+    'target): train longer before comparing.'
+  )
+  assert none.json()['answer'][1].startswith('GRU-2014: ')
 
 
 @quick
