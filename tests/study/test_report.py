@@ -183,6 +183,13 @@ def test_those_near_the_best_are_named(tmp_path):
   assert not invented(tmp_path / 'two', NAMES[:2]).tasks[0].pairs  # the table of scores says it
 
 
+@pytest.fixture
+def no_charts(monkeypatch):
+  """Pages without charts, which take long to draw."""
+  monkeypatch.setattr('jaxformer.study.report.figures', lambda results: [])
+
+
+@pytest.mark.usefixtures('no_charts')
 def test_a_study_below_a_bigram_model_says_so_first(tmp_path):
   found = invented(tmp_path, ngrams={'unigram': 4.5, 'bigram': 1.234})
   first = (
@@ -198,6 +205,7 @@ def test_a_study_below_a_bigram_model_says_so_first(tmp_path):
   assert alone.answer[0] == first.removeprefix('StandardLibrary: ')
 
 
+@pytest.mark.usefixtures('no_charts')
 def test_what_is_not_better_than_a_bigram_model_is_marked(tmp_path):
   found = invented(tmp_path, ngrams={'unigram': 4.5, 'bigram': 2.0})
   better = {n: n == 'LSTM <1997>' for n in NAMES}
@@ -229,6 +237,7 @@ def test_what_is_not_better_than_a_bigram_model_is_marked(tmp_path):
   assert not any('igram' in line for line in data['answer'] if line.startswith('Associative'))
 
 
+@pytest.mark.usefixtures('no_charts')
 def test_better_than_a_bigram_model_all_stand_beside_it_unmarked(tmp_path, results):
   found = invented(tmp_path, ngrams={'unigram': 4.5, 'bigram': 3.0})
   assert found.answer[1].endswith('a unigram model 4.500.')

@@ -137,7 +137,9 @@ def test_observations_outside_the_interval():
 
 
 @quick
-def test_models_of_bytes_stand_beside_the_losses_in_nats():
+def test_models_of_bytes_stand_beside_the_losses_in_nats(monkeypatch):
+  monkeypatch.setattr('jaxformer.study.report.law_figures', lambda results: [])
+
   def with_bigram(nats):
     return invented(ngrams={'unigram': 9.0, 'bigram': nats / 1.5 / np.log(2)}, diverged=(0,))
 
