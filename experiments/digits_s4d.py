@@ -12,7 +12,7 @@ Three layers of width 64 with 32 numbers of state a channel, reading in both dir
 pooling; batches of 32, 600 steps (13 epochs), AdamW.
 
 Cost: a minute on two CPU cores.
-Result: 98.61 % of the 359 test images right after 600 steps (jax 0.10.2, seed 0).
+Result: 98.89 % of the 359 test images right after 600 steps (jax 0.10.2, seed 0).
 """
 
 from jaxformer.data import Digits

@@ -25,7 +25,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from jaxformer.layers.dense import Dense, EmbeddingTable
-from jaxformer.layers.init import Init, Normal
+from jaxformer.layers.init import Init, Normal, Zeros
 from jaxformer.layers.layer import Context, LayerPosition, Output, positions_BT, starts_BT
 from jaxformer.layers.norm import NormConfig, RMSNorm
 from jaxformer.layers.position import SinusoidalPositions
@@ -94,7 +94,7 @@ class Autoencoder(BaseModel):
       Dense(c.init, (D, D), ('embed', None), rngs=rngs, position=LayerPosition(), bias=True)
       for _ in range(2)
     )
-    self.head = Head(D, V, rngs, init=c.init, bias=True)
+    self.head = Head(D, V, rngs, init=c.init, bias=Zeros())
 
   def read(self, batch: Batch, ctx: Context) -> Output:
     tokens_BT = jnp.asarray(batch.inputs)

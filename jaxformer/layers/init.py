@@ -85,6 +85,17 @@ class FanInUniform(Init):
     return drawn / math.sqrt(position.branches) if self.residual else drawn
 
 
+class GlorotUniform(Init):
+  """U(-b, b) with b = gain sqrt(6 / (fan_in + fan_out)): the variance is gain^2 over the mean of
+  both (Glorot and Bengio 2010, eq. 16)."""
+
+  gain: float = 1.0
+
+  def __call__(self, key, shape, fan_in, position):
+    bound = self.gain * math.sqrt(6.0 / (fan_in + shape[-1]))
+    return jax.random.uniform(key, shape, jnp.float32, -bound, bound)
+
+
 class Zeros(Init):
   """Zeros, for a residual branch that starts as the identity."""
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxformer.layers.layer import LayerPosition
-from jaxformer.layers.state_space import StateSpace, StateSpaceConfig, recurrent, step_sizes
+from jaxformer.layers.state_space import StateSpace, StateSpaceConfig, rates, recurrent, step_sizes
 from jaxformer.ops.hippo import legs
 from jaxformer.ops.ssm_systems import DenseSystem, dense_bilinear
 
@@ -27,12 +27,16 @@ class LSSL(StateSpace):
       transition: `fixed`: neither A nor the step sizes are trained (LSSL-fixed); `shared`: one A
         for all channels; `per_channel`: one A per channel.
       transition_lr_scale: factor on the learning rate of A; 0 if it is fixed, as `lr_scale`, that
-        of the step sizes.
+        of the step sizes; None where it has a `transition_learning_rate`.
+      transition_learning_rate: learning rate of A at the peak of the schedule, whatever that of the
+        run. (In the authors' code 1e-4, and 1e-3 for the step sizes, `learning_rate` here, whatever
+        the run's; the factors by default come to that in a run at 0.01.)
       copies: outputs M per channel, which read the same state.
     """
 
     transition: Literal['fixed', 'shared', 'per_channel'] = 'shared'
-    transition_lr_scale: float = 0.01
+    transition_lr_scale: float | None = 0.01
+    transition_learning_rate: float | None = None
     copies: int = 1
 
     paired: ClassVar[bool] = False
@@ -40,10 +44,13 @@ class LSSL(StateSpace):
     def validate(self):
       super().validate()
       self.require_positive('copies')
+      self.require_positive('transition_learning_rate')
+      absolute = self.transition_learning_rate is not None
       self.require(
-        (self.transition_lr_scale == 0) == (self.transition == 'fixed'),
+        (self.transition_lr_scale == 0) == (self.transition == 'fixed')
+        and (self.transition_lr_scale is None) == absolute,
         'transition_lr_scale',
-        '0 if the transition is fixed, else positive',
+        '0 if the transition is fixed, none with a transition_learning_rate, else positive',
       )
       self.require(
         self.lr_scale == 0 or self.transition != 'fixed', 'lr_scale', '0 if the transition is fixed'
@@ -68,7 +75,8 @@ class LSSL(StateSpace):
     a, axes = jnp.asarray(legs(c.d_state)[0], jnp.float32), ('state', None)
     if c.transition == 'per_channel':
       a, axes = jnp.broadcast_to(a[None], (width, *a.shape)), ('inner', 'state', None)
-    self.a = None if c.transition == 'fixed' else recurrent(a, axes, lr_scale=c.transition_lr_scale)
+    own = rates(c.transition_lr_scale, c.transition_learning_rate)
+    self.a = None if c.transition == 'fixed' else recurrent(a, axes, **own)
     self.c = recurrent(
       jax.random.normal(rngs.params(), (c.directions * c.copies, width, c.d_state)),
       (None, 'inner', 'state'),

@@ -20,7 +20,8 @@ from jaxformer.ops.token_shift import token_ahead
 from jaxformer.sharding import param, shard
 
 
-def _rates(lr_scale: float | None, learning_rate: float | None) -> dict[str, Any]:
+def rates(lr_scale: float | None, learning_rate: float | None) -> dict[str, Any]:
+  """A learning rate, relative to that of the run or absolute, as metadata of `param`."""
   return {'lr_scale': 1.0 if lr_scale is None else lr_scale, 'learning_rate': learning_rate}
 
 
@@ -65,12 +66,12 @@ class SystemConfig(LayerConfig, abstract=True):
   @property
   def rates(self) -> dict[str, Any]:
     """The learning rate of the matrices that act on the state, as metadata of `param`."""
-    return _rates(self.lr_scale, self.learning_rate)
+    return rates(self.lr_scale, self.learning_rate)
 
   @property
   def dt_rates(self) -> dict[str, Any]:
     """The learning rate of the step sizes, as metadata of `param`."""
-    return self.rates if self.dt_lr_scale is None else _rates(self.dt_lr_scale, None)
+    return self.rates if self.dt_lr_scale is None else rates(self.dt_lr_scale, None)
 
 
 class StateSpaceConfig(SystemConfig, abstract=True):

@@ -38,7 +38,7 @@ class AutoregressiveConfig(ModelConfig, abstract=True):
     embedding_scale: factor on the embeddings; None for 1.
     final_norm: norm before the head; None for none (post-norm stacks and recurrences).
     tied: whether the head is the transpose of the token table.
-    head_bias: whether logits have a bias.
+    head_bias: initialization of the bias of the logits; None for no bias.
     dropout: rate on the embeddings.
     embedding_init, head_init: initialization; `head_init` must be None where the head is tied.
   """
@@ -47,7 +47,7 @@ class AutoregressiveConfig(ModelConfig, abstract=True):
   embedding_scale: float | None = None
   final_norm: NormConfig | None = None
   tied: bool = False
-  head_bias: bool = False
+  head_bias: Init | None = None
   dropout: float = 0.0
   embedding_init: Init = Normal()
   head_init: Init | None = None

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxformer.layers.init import FanInUniform, Init
+from jaxformer.layers.init import FanInUniform, Init, Zeros
 from jaxformer.layers.layer import Context, Output, positions_BT, starts_BT
 from jaxformer.layers.norm import LayerNorm, NormConfig, build_norm
 from jaxformer.models.embedder import Embedder, InputConfig
@@ -58,7 +58,7 @@ class Classifier(BaseModel):
       stack: groups of blocks; layers may be bidirectional.
       final_norm: norm before pooling; None for none (post-norm stacks).
       pooling: of all positions into one vector: their mean, or the last one, for causal stacks.
-      head_init: initialization of W; b starts at zero.
+      head_init: initialization of W; `head_bias`: of b, with the fan-in of W.
     """
 
     input: InputConfig
@@ -67,6 +67,7 @@ class Classifier(BaseModel):
     final_norm: NormConfig | None = LayerNorm()
     pooling: Literal['mean', 'last'] = 'mean'
     head_init: Init = FanInUniform()
+    head_bias: Init = Zeros()
 
     def validate(self):
       super().validate()
@@ -94,7 +95,7 @@ class Classifier(BaseModel):
     self.embedder = Embedder(c.input.build(D, rngs), c, rngs)
     self.stack = Stack(c.stack, D, rngs)
     self.final_norm = build_norm(c.final_norm, D)
-    self.head = Head(D, c.classes, rngs, init=c.head_init, bias=True, per_token=False)
+    self.head = Head(D, c.classes, rngs, init=c.head_init, bias=c.head_bias, per_token=False)
 
   def read(self, batch: Batch, ctx: Context) -> Output:
     """What the head reads is one vector per sequence: T = 1."""

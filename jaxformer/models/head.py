@@ -21,9 +21,9 @@ class Head(nnx.Module):
   Losses and scores are computed in chunks and never hold all logits.
 
   Args:
-    init: of the kernel W; None for N(0, 0.02^2). The bias b starts at zero.
+    init: of the kernel W; None for N(0, 0.02^2).
     tied: the kernel is not a parameter of the head.
-    bias: whether there is a bias.
+    bias: initialization of b, with the fan-in of W; None for no bias.
     softcap: None for none.
     per_token: False for the head of a few classes that reads one vector per sequence: it is not
       sharded over its outputs, and not a product per token in counts of FLOPs.
@@ -37,7 +37,7 @@ class Head(nnx.Module):
     *,
     init: Init | None = None,
     tied: bool = False,
-    bias: bool = False,
+    bias: Init | None = None,
     softcap: float | None = None,
     per_token: bool = True,
   ):
@@ -51,7 +51,11 @@ class Head(nnx.Module):
         matmul=per_token,
       )
     )
-    self.bias = param(jnp.zeros(vocab_size), (axis,), decay=False) if bias else None
+    self.bias = (
+      None
+      if bias is None
+      else param(bias(rngs.params(), (vocab_size,), width, LayerPosition()), (axis,), decay=False)
+    )
     self.softcap = softcap
 
   def __call__(

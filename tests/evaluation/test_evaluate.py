@@ -11,6 +11,7 @@ import pytest
 
 from jaxformer.config import InputError
 from jaxformer.evaluation import bits_per_byte, evaluate, loss_by_position
+from jaxformer.layers.init import Zeros
 from jaxformer.models.language_model import LanguageModel
 from jaxformer.models.params import define
 from jaxformer.sharding import MeshConfig, Parallel, make_mesh
@@ -76,7 +77,7 @@ def test_sums_are_exact_whatever_the_batches(packed):
 @pytest.mark.quick
 def test_agrees_with_the_training_loss():
   """Also with a head that is biased, capped and tied."""
-  config = CONFIGS['alibi'].replace(head_bias=True, softcap=5.0, tied=True)
+  config = CONFIGS['alibi'].replace(head_bias=Zeros(), softcap=5.0, tied=True)
   definition, batch = define(config), data()
   params = {
     k: v + 0.3 * jax.random.normal(jax.random.key(2), v.shape)

@@ -12,7 +12,7 @@ import pytest
 from jaxformer.config import InputError
 from jaxformer.inference import Beam, align, draw, translate
 from jaxformer.inference.beam import beam_search
-from jaxformer.layers.init import Normal
+from jaxformer.layers.init import Normal, Zeros
 from jaxformer.layers.lstm import Lstm
 from jaxformer.models.params import define
 from jaxformer.models.zoo.gnmt import gnmt
@@ -24,7 +24,7 @@ V, END = 11, 10
 SIZES = {'source_vocab_size': 12, 'vocab_size': V, 'context_length': 40}
 N = Normal(std=1.0)
 MODELS = {
-  'transformer': transformer(16, 2, 32, 2, vocab_size=12, context_length=40, head_bias=True),
+  'transformer': transformer(16, 2, 32, 2, vocab_size=12, context_length=40, head_bias=Zeros()),
   'seq2seq-lstm': seq2seq_lstm(16, 2, **SIZES, layer=Lstm.Config(), embedding_init=N, head_init=N),
   'luong': luong(16, 2, None, **SIZES),
   'luong without input feeding': luong(16, 1, None, **SIZES, input_feeding=False),

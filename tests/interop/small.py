@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 
-from jaxformer.layers.init import Normal
+from jaxformer.layers.init import Normal, Zeros
 from jaxformer.layers.mamba import Mamba
 from jaxformer.layers.mamba2 import Mamba2
 from jaxformer.layers.position import SinusoidalPositions
@@ -56,7 +56,7 @@ SMALL = {
     vocab_size=30,
     context_length=12,
     bias=True,
-    head_bias=True,
+    head_bias=Zeros(),
     positions=SinusoidalPositions.Config(halves=True),
     init=Normal(),
     embedding_init=Normal(),

@@ -10,7 +10,7 @@ import tokenizers as hf
 import jaxformer
 from jaxformer.config import InputError
 from jaxformer.data.tokenizers import ByteTokenizer
-from jaxformer.layers.init import Normal
+from jaxformer.layers.init import Normal, Zeros
 from jaxformer.layers.position import Rotary, SinusoidalPositions
 from jaxformer.models.params import define
 from jaxformer.models.zoo.llama import llama
@@ -35,7 +35,7 @@ MARIAN = transformer(
   vocab_size=257,
   context_length=64,
   bias=True,
-  head_bias=True,
+  head_bias=Zeros(),
   positions=SinusoidalPositions.Config(halves=True),
   init=Normal(),
   embedding_init=Normal(),

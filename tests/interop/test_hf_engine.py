@@ -20,6 +20,7 @@ from jaxformer.interop.families import FAMILIES
 from jaxformer.interop.tensors import INDEX, SINGLE, plan_files
 from jaxformer.interop.weights import Rule
 from jaxformer.layers.attention import Attention
+from jaxformer.layers.init import Zeros
 from jaxformer.layers.mlp import GatedMlp
 from jaxformer.models.block import Block, PreNorm
 from jaxformer.models.params import ParamInfo, define
@@ -339,7 +340,7 @@ OTHER = Block.Config(
       llama_with(position=None),
       'As llama: the position of layer 0 of block 0: must be Rotary, not None',
     ),
-    (SMALL['gpt2'].replace(head_bias=True), 'As gpt2: head_bias: true -> false'),
+    (SMALL['gpt2'].replace(head_bias=Zeros()), 'As gpt2: head_bias'),
     (SMALL['gpt2'].replace(final_norm=None), 'As gpt2: final_norm'),
     (
       SMALL['llama'].replace(

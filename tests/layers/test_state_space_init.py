@@ -19,6 +19,7 @@ from jaxformer.layers.s5 import S5
 from jaxformer.layers.state_space import dropped
 from jaxformer.models.block import PreNorm
 from jaxformer.models.params import ParamInfo
+from jaxformer.models.zoo import PRESETS
 from jaxformer.training import AdamW, Constant
 from jaxformer.training.optimizer import Optimizer
 from tests.layers.initial import built, log_uniform, normal, uniform, values
@@ -56,6 +57,41 @@ def test_s4():
   log_uniform(np.exp(v['log_dt']), 1e-3, 1e-1)
   normal(v['skip'], 1.0)
   gated_projection(v)
+
+
+def test_output_of_s4_is_made_for_its_length():
+  """C~ = C (I - Abar^L) with C complex normal, by `_setup_C` of the same file, which runs once,
+  before the first kernel, with the length of the data (`l_max`). Here C is recovered in float64
+  from the dense matrix of the system and its conjugate, by Tustin's rule."""
+  size, length = 8, 64
+  v = {
+    n: p.astype(np.float64) for n, p in values(S4.Config(d_state=size, length=length), 256).items()
+  }
+  a = -np.exp(v['log_decay']) + 1j * v['frequency']
+  p, tilde = (v[name] @ [1, 1j] for name in ('p', 'c_tilde'))
+  a, p, tilde = (np.concatenate([z, z.conj()], -1) for z in (a, p, tilde[0]))
+  half = np.exp(v['log_dt'])[:, None, None] / 2
+  A = a[:, :, None] * np.eye(size) - p[:, :, None] * p[:, None].conj()
+  step = np.linalg.solve(np.eye(size) - half * A, np.eye(size) + half * A)
+  less = np.eye(size) - np.linalg.matrix_power(step, length)
+  c = np.linalg.solve(np.swapaxes(less, 1, 2), tilde[..., None])[:, : size // 2, 0]
+  for part in (c.real, c.imag):
+    normal(part, 0.5**0.5)
+  assert abs(np.mean(c.real * c.imag)) < 5 * 0.5 / c.size**0.5
+  # C~ itself is far from that: the slowest systems have hardly moved after L steps.
+  assert (np.abs(tilde) ** 2).mean() < 0.9
+
+
+def test_systems_of_listops():
+  """`init: legs`, `n_ssm: 1` and `d_state: 4` (state-spaces/s4,
+  configs/experiment/lra/s4-listops.yaml, commit 62a14bb), with numbers from a run of `nplr('legs',
+  4)` (models/s4/s4.py, commit 070384a), up to the sign of an eigenvector."""
+  layer = PRESETS['s4d-listops'].model.stack[0].pattern[0].branches[0].layer
+  v = values(layer, 8)
+  np.testing.assert_allclose(np.exp(v['log_decay']), [[0.5, 0.5]], rtol=1e-6)
+  np.testing.assert_allclose(v['frequency'], [[4.603293, 0.556501]], rtol=1e-5)
+  np.testing.assert_allclose(np.abs(v['b']), [[[0.287020, 2.0], [0.646235, 0.719261]]], rtol=1e-5)
+  log_uniform(np.log1p(np.exp(values(layer, 256)['log_dt'])), 1e-3, 1e-1)
 
 
 @pytest.mark.parametrize(
@@ -143,6 +179,27 @@ def test_lssl():
   log_uniform(np.exp(v['log_dt']), 1e-3, 1e-1)
   np.testing.assert_allclose(v['a'][[0, 1, 1], [0, 0, 1]], [-1, -(3**0.5), -2], rtol=1e-6)
   uniform(v['out.kernel'], (4 * WIDTH) ** -0.5)
+  # configs/model/layer/lssl.yaml, commit a0c724a: `lr: 0.0001` of A and `dt.lr: 0.001`
+  absolute = LSSL.Config(
+    d_state=4,
+    lr_scale=None,
+    learning_rate=1e-3,
+    transition_lr_scale=None,
+    transition_learning_rate=1e-4,
+  )
+  info = {n: p.get_metadata() for n, p in built(absolute, 8).items()}
+  assert {n: i['learning_rate'] for n, i in info.items() if i['learning_rate'] is not None} == {
+    'a': 1e-4,
+    'log_dt': 1e-3,
+  }
+  assert all(i['lr_scale'] == 1 for i in info.values())
+  # the factors by default are these at a rate of 0.01
+  factors = {n: p.get_metadata()['lr_scale'] for n, p in built(LSSL.Config(d_state=4), 8).items()}
+  assert 0.01 * factors['a'] == pytest.approx(1e-4)
+  assert 0.01 * factors['log_dt'] == pytest.approx(1e-3)
+  for wrong in ({'transition_lr_scale': 0.5}, {'transition': 'fixed'}):
+    with pytest.raises(InputError, match=r'transition_lr_scale = \S+: must be 0 if the transition'):
+      absolute.replace(**wrong)
   with pytest.raises(InputError, match=r'lr_scale = 0\.1: must be 0 if the transition is fixed'):
     LSSL.Config(transition='fixed', transition_lr_scale=0.0)
   fixed = LSSL.Config(transition='fixed', transition_lr_scale=0.0, lr_scale=0.0)

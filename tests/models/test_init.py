@@ -29,6 +29,7 @@ def pieces(params, ending):
   'ending', ['.q.kernel', '.k.kernel', '.v.kernel', '.up.kernel', 'embedder.input.table']
 )
 def test_gpt2_weights(gpt2, ending):
+  """`w_init_stdev=0.02` and `wte` of openai/gpt-2, src/model.py, commit 122c55a."""
   for p in pieces(gpt2, ending):
     n = p.size
     assert abs(p.std() - 0.02) < 0.02 * 5 / math.sqrt(2 * n)  # five standard errors
@@ -38,7 +39,9 @@ def test_gpt2_weights(gpt2, ending):
 @pytest.mark.quick
 @pytest.mark.parametrize('ending', ['.o.kernel', '.down.kernel'])
 def test_gpt2_residual_projections(gpt2, ending):
-  """0.02 / sqrt(2 L) = 0.004082 for 12 blocks, in each of them."""
+  """0.02 / sqrt(2 L) = 0.004082 for 12 blocks, in each of them: Radford et al. 2019, section 2.3,
+  and `_init_weights` of transformers 5.24.0, modeling_gpt2.py. (The released code of openai/gpt-2,
+  which only samples, does not divide.)"""
   (p,) = pieces(gpt2, ending)
   assert p.shape[0] == 12
   assert 0.02 / math.sqrt(24) == pytest.approx(0.004082, abs=1e-6)
@@ -48,6 +51,7 @@ def test_gpt2_residual_projections(gpt2, ending):
 
 @pytest.mark.quick
 def test_gpt2_positions_offsets_and_norms(gpt2):
+  """`wpe` 0.01, biases 0, gains 1: openai/gpt-2, src/model.py, commit 122c55a."""
   (table,) = pieces(gpt2, 'embedder.positions.table')
   assert abs(table.std() - 0.01) < 0.01 * 5 / math.sqrt(2 * table.size)
   for ending, value in (
@@ -70,8 +74,8 @@ def test_blocks_are_drawn_independently(gpt2):
 
 @pytest.mark.quick
 def test_presets_of_any_depth_have_the_right_residual_init():
-  """The initialiser is told how many branches there are in the whole stack, also where blocks
-  alternate."""
+  """The initialization is told how many branches there are in the whole stack, also where blocks
+  alternate, as those of GPT-3, which has that of GPT-2 (Brown et al. 2020, section 2.1)."""
   for name in ('gpt2-tiny', 'gpt3-tiny'):
     params = define(PRESETS[name].model).init(jax.random.key(1))
     for p in pieces(params, '.down.kernel'):

@@ -9,7 +9,7 @@ from jaxformer.interop.settings import ACTIVATIONS, Settings, activation_name
 from jaxformer.interop.weights import CheckpointFormat, Rule, arrays, modules
 from jaxformer.layers.attention import Attention
 from jaxformer.layers.cross_attention import CrossAttention
-from jaxformer.layers.init import Normal
+from jaxformer.layers.init import Normal, Zeros
 from jaxformer.layers.mlp import Mlp
 from jaxformer.layers.position import SinusoidalPositions
 from jaxformer.models.block import PostNorm
@@ -38,7 +38,7 @@ def read(hf: Settings) -> EncoderDecoder.Config:
     dropout=hf.get('dropout', float, 0.1),
     attention_dropout=hf.get('attention_dropout', float, 0.0),
     bias=True,
-    head_bias=True,
+    head_bias=Zeros(),
     scaled=hf.get('scale_embedding', bool, False),
     activation=hf.choose('activation_function', ACTIVATIONS, 'gelu'),
     positions=SinusoidalPositions.Config(halves=True),

@@ -6,6 +6,7 @@ would couple the rows of a batch, and padding."""
 
 from typing import Any
 
+from jaxformer.layers.init import FanInUniform
 from jaxformer.layers.layer import LayerConfig
 from jaxformer.layers.norm import LayerNorm
 from jaxformer.layers.s4d import S4D
@@ -27,20 +28,28 @@ def state_space_classifier(
   tied_dropout: float = 0.0,
   **fields: Any,
 ) -> Classifier.Config:
-  """A stack of state-space layers, each with its own gate, and one class per sequence. `fields`
-  of the config: `input`, `classes`, `context_length`."""
+  """A stack of state-space layers, each with its own gate, and one class per sequence. The maps in
+  and out are initialized as PyTorch's `Linear`, biases too. `fields` of the config: `input`,
+  `classes`, `context_length`."""
   branch = PreNorm(layer=layer, norm=LayerNorm(), dropout=dropout, tied_dropout=tied_dropout)
   block = Block.Config(branches=(branch,))
-  return Classifier.Config(width=width, stack=(Group(pattern=(block,), repeats=layers),), **fields)
+  return Classifier.Config(
+    width=width,
+    stack=(Group(pattern=(block,), repeats=layers),),
+    head_bias=FanInUniform(),
+    **fields,
+  )
 
 
 IMAGES: dict[str, Any] = {'input': DIGITS, 'classes': 10, 'context_length': 64}
 for name, model in {
   # S4's third configuration for ListOps: 6 layers of width 256 with state size 4 per channel, one A
-  # and B per layer, softplus of the parameters of step sizes, and a learning rate of A and B.
+  # and B per layer, those of HiPPO-LegS (`init: legs`; here without its rank-one part), softplus of
+  # the parameters of step sizes, and a learning rate of A and B.
   's4d-listops': state_space_classifier(
     S4D.Config(
       d_state=4,
+      spectrum='legs',
       causal=False,
       n_ssm=1,
       dt_transform='softplus',

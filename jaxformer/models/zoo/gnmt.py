@@ -9,13 +9,15 @@ from typing import Any
 
 from jaxformer.layers.attentive_decoder import GnmtAttention
 from jaxformer.layers.bidirectional import Bidirectional
-from jaxformer.layers.init import FanInUniform, Init, Normal, Uniform
+from jaxformer.layers.init import FanInUniform, Init, Normal, Uniform, Zeros
 from jaxformer.layers.layer import LayerConfig
 from jaxformer.layers.lstm import Lstm
 from jaxformer.models.block import Plain, Residual
 from jaxformer.models.encoder_decoder import EncoderDecoder
 from jaxformer.models.stack import Group, group
 from jaxformer.models.zoo.preset import as_wide, family, preset
+
+ZEROS = Zeros()
 
 
 def gnmt(
@@ -27,6 +29,7 @@ def gnmt(
   hidden: int | None = None,
   vocab_size: int,
   source_vocab_size: int | None = None,
+  head_bias: Init = ZEROS,
   **fields: Any,
 ) -> EncoderDecoder.Config:
   """The GNMT architecture, with `layers` of `hidden` units on each side, at least three, as wide as
@@ -57,7 +60,7 @@ def gnmt(
     vocab_size=vocab_size,
     width=width,
     init_from_encoder=True,
-    head_bias=True,
+    head_bias=head_bias,
     dropout=dropout,
     encoder=stack(Bidirectional.Config(layer=lstm), lstm),
     decoder=stack(bottom, beside),
@@ -66,7 +69,7 @@ def gnmt(
 
 
 _UNIFORM: dict[str, Any] = dict.fromkeys(
-  ('init', 'embedding_init', 'head_init'), Uniform(bound=0.04)
+  ('init', 'embedding_init', 'head_init', 'head_bias'), Uniform(bound=0.04)
 )
 _FAN: dict[str, Any] = {
   'init': FanInUniform(),

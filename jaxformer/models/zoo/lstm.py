@@ -9,7 +9,7 @@ import functools
 from typing import Any
 
 from jaxformer.layers.gru import Gru
-from jaxformer.layers.init import FanInUniform, Normal, Uniform
+from jaxformer.layers.init import FanInUniform, Normal, Uniform, Zeros
 from jaxformer.layers.lstm import Lstm, RecurrentConfig
 from jaxformer.models.block import Plain
 from jaxformer.models.language_model import LanguageModel
@@ -18,18 +18,21 @@ from jaxformer.models.zoo.preset import TINY, family, preset
 
 # No norm comes between the embedding and the first gates, which see nothing of numbers much below
 # 1.
-INITS: dict[str, Any] = {'embedding_init': Normal(std=1.0), 'head_init': FanInUniform()}
+INITS: dict[str, Any] = {
+  'embedding_init': Normal(std=1.0),
+  'head_init': FanInUniform(),
+  'head_bias': Zeros(),
+}
 
 
 def recurrent(
   layer: RecurrentConfig, width: int, layers: int, *, dropout: float = 0.0, **fields: Any
 ) -> LanguageModel.Config:
   """Layers one on the other; `fields` of the config: `vocab_size`, `context_length`,
-  `embedding_init`, `head_init`."""
+  `embedding_init`, `head_init`, `head_bias`."""
   return LanguageModel.Config(
     width=width,
     final_norm=None,
-    head_bias=True,
     dropout=dropout,
     stack=(group(Plain(layer=layer, dropout=dropout), repeats=layers),),
     **INITS | fields,
@@ -48,6 +51,7 @@ def zaremba(width: int, dropout: float, bound: float, context_length: int) -> La
     dropout=dropout,
     embedding_init=init,
     head_init=init,
+    head_bias=init,
   )
 
 

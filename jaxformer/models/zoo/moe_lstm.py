@@ -5,7 +5,7 @@ those of the flat models; the hierarchical ones route twice."""
 
 from typing import Any
 
-from jaxformer.layers.init import FanInUniform, Normal
+from jaxformer.layers.init import FanInUniform, Normal, Zeros
 from jaxformer.layers.lstm import Lstm
 from jaxformer.layers.mlp import Mlp
 from jaxformer.layers.moe import Moe
@@ -29,7 +29,7 @@ def moe_lstm(
     width=width,
     final_norm=None,
     dropout=dropout,
-    head_bias=True,
+    head_bias=Zeros(),
     embedding_init=Normal(std=1.0),
     head_init=FanInUniform(),
     stack=tuple(group(Residual(layer=layer, dropout=dropout)) for layer in layers),

@@ -14,7 +14,7 @@ from jaxformer.layers.attentive_decoder import RnnSearch
 from jaxformer.layers.bidirectional import Bidirectional
 from jaxformer.layers.cross_attention import LuongAttention
 from jaxformer.layers.gru import Gru
-from jaxformer.layers.init import FanInUniform, Init, Normal, Orthogonal, Uniform
+from jaxformer.layers.init import FanInUniform, Init, Normal, Orthogonal, Uniform, Zeros
 from jaxformer.layers.input_feeding import InputFeeding
 from jaxformer.layers.layer import LayerConfig
 from jaxformer.layers.lstm import Lstm
@@ -37,9 +37,9 @@ def seq2seq_lstm(
 ) -> EncoderDecoder.Config:
   """LSTMs on both sides. The source is reversed, and the decoder starts from the final states of
   the encoder; it sees nothing else of the source. `settings` are fields of the config: the
-  vocabularies, `context_length`, `embedding_init`, `head_init`."""
+  vocabularies, `context_length`, `embedding_init`, `head_init`, `head_bias`."""
   stack = (plain(layer, layers, dropout),)
-  fields: dict[str, Any] = {'head_bias': True} | settings
+  fields: dict[str, Any] = {'head_bias': Zeros()} | settings
   return EncoderDecoder.Config(
     width=width,
     encoder=stack,
@@ -104,6 +104,7 @@ preset(
     context_length=50,
     embedding_init=_UNIFORM,
     head_init=_UNIFORM,
+    head_bias=_UNIFORM,
     layer=Lstm.Config(init=_UNIFORM, recurrent_init=_UNIFORM, bias=_UNIFORM, forget_bias=0.0),
   ),
 )
@@ -137,7 +138,7 @@ preset(
     vocab_size=50_000,
     context_length=50,
     dropout=0.2,
-    head_bias=False,
+    head_bias=None,
     layer=Lstm.Config(init=_TENTH, recurrent_init=_TENTH, bias=None, forget_bias=0.0),
     attention_init=_TENTH,
     embedding_init=_TENTH,

@@ -8,7 +8,7 @@ from typing import Any
 
 from jaxformer.layers.attention import Attention
 from jaxformer.layers.cross_attention import CrossAttention
-from jaxformer.layers.init import FanInUniform, Init, Normal
+from jaxformer.layers.init import GlorotUniform, Init, Normal
 from jaxformer.layers.layer import LayerConfig
 from jaxformer.layers.mlp import ActivationName, Mlp
 from jaxformer.layers.norm import LayerNorm
@@ -19,7 +19,7 @@ from jaxformer.models.stack import Group, group
 from jaxformer.models.zoo.preset import HEAD, family, four_times, preset
 
 INTERLEAVED = SinusoidalPositions.Config()
-UNIT_VARIANCE = FanInUniform(gain=math.sqrt(3.0))
+GLOROT = GlorotUniform()
 
 
 def transformer(
@@ -39,14 +39,18 @@ def transformer(
   activation: ActivationName = 'relu',
   positions: PositionConfig = INTERLEAVED,
   attention_dropout: float = 0.0,
-  init: Init = UNIT_VARIANCE,
+  init: Init = GLOROT,
   embedding_init: Init | None = None,
   **fields: Any,
 ) -> EncoderDecoder.Config:
-  """The architecture; the decoder has the sizes of the encoder unless given. The paper gives no
-  initialization: embeddings start at N(0, 1 / d), so that components have variance 1 after the
-  scale, matrices with variance 1 / fan-in. Sources and targets of one vocabulary share their table.
-  `fields` of the config: `context_length`, `head_bias`."""
+  """The architecture; the decoder has the sizes of the encoder unless given. Sources and targets of
+  one vocabulary share their table. `fields` of the config: `context_length`, `head_bias`.
+
+  The paper gives no initialization. That of the authors' library, tensor2tensor 1.15.7: embeddings
+  N(0, 1 / d), so that components have variance 1 after the scale; matrices uniform, with variance
+  1 / the mean of inputs and outputs (`uniform_unit_scaling` of gain 1); biases 0. Its releases of
+  2017 initialize q, k and v of self-attention, and k and v of cross-attention, as one matrix, which
+  makes their variance 1/2 and 2/3 of it."""
   norm = LayerNorm()
   shared: dict[str, Any] = {
     'bias': bias,

@@ -193,7 +193,7 @@ for name, width, steps, dropout, averaged in (
     schedule=Noam(width=width, warmup=4000),
     label_smoothing=0.1,
     dropout=dropout,
-    init='variance 1 / fan-in, embedding N(0, 1 / width)',
+    init='Glorot uniform, embedding N(0, 1 / width)',
     remat='none',
     origins={
       'tokens': derived(f'{steps:,} steps; target tokens, padding included'),
@@ -210,7 +210,7 @@ for name, width, steps, dropout, averaged in (
       'decay': T2T.at('', 'transformer_base_v1'),
       'clip': T2T.at('', 'transformer_base_v1'),
       'dropout': VASWANI.at('section 5.4 and table 3'),
-      'init': ours('not in the paper; tensor2tensor: uniform unit scaling, gain 1'),
+      'init': T2T.hint('', 'not in the paper; version 1.15.7: `uniform_unit_scaling`, gain 1'),
       'precision': ours(),
       'tokenizer': ours('a shared BPE of about 37,000, not released; byte pairs on both sides'),
     },

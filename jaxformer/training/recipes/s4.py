@@ -20,7 +20,7 @@ LISTOPS_ORIGINS: Origins = {
   'minimum': LISTOPS.hint(''),
   'decay': FILE.noted('none of state-space parameters'),
   'clip': memory('none'),
-  'init': FILE.noted('dt'),
+  'init': FILE,
   'precision': ours('float32 there, from memory'),
 }
 recipe(
@@ -34,7 +34,7 @@ recipe(
     learning_rate=1e-2, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.05, clip=None
   ),
   schedule=Cosine(warmup=12_000, final=0.0),
-  init='dt log-uniform in [0.001, 0.1]',
+  init='A and B of HiPPO-LegS, dt log-uniform in [0.001, 0.1], C complex normal',
   remat='none',
   origins=LISTOPS_ORIGINS,
   note='The file is that of S4, with BatchNorm after each layer; the preset is S4D with LayerNorm '
