@@ -13,7 +13,7 @@ from jaxformer.data import AssociativeRecall
 from jaxformer.models.params import define
 from jaxformer.models.zoo import FAMILIES, PRESETS
 from jaxformer.study.study import FixedModel, Study
-from jaxformer.training import Lion
+from jaxformer.training import Lion, checkpoint
 
 
 @pytest.mark.quick
@@ -172,7 +172,11 @@ def test_train_and_generate(trained, monkeypatch):
 
 def test_a_loaded_model(trained, monkeypatch, tmp_path):
   monkeypatch.chdir(trained[0])
+  reads, read = [], checkpoint._read_meta
+  monkeypatch.setattr(checkpoint, '_read_meta', lambda path: reads.append(path) or read(path))
   model = jaxformer.load('first')
+  assert len(reads) == 1
+  assert model.validation_sha256
   assert (model.name, model.step, model.config.width) == ('first', 2, 64)
   assert 'first at step 2: LanguageModel' in repr(model)
   assert 'Attention' in repr(model)

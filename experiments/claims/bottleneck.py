@@ -254,7 +254,7 @@ def kept(
   file = pathlib.Path(trial.folder) / 'by_source_length.json'
   if file.exists():
     return json.loads(file.read_text())
-  params, _ = load_params(trial.folder, definition)
+  params = load_params(trial.folder, definition).params
   losses = loss_by_source_length(definition, params, dataset.validation_batches(64), edges)
   end, most = dataset.tokenizer.end_of_document, dataset.config.positions  # no reference has more
   pairs = dataset.held_out_pairs(TEXTS)

@@ -133,7 +133,7 @@ def losses(
   length = data.config.positions
   file = pathlib.Path(folder) / f'losses-{rows}-{length}.npy'
   if not file.exists():
-    params, _ = load_params(folder, definition)
+    params = load_params(folder, definition).params
     batches = data.validation_batches(min(rows, BATCH), -(-rows // BATCH))
     whole = [Batch(b.inputs, b.targets_BT, None) for b in batches if isinstance(b, Batch)]
     parts = [slice(i, i + LENGTH) for i in range(0, length, LENGTH)]

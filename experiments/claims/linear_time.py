@@ -233,7 +233,7 @@ def recall(args) -> dict[str, dict[int, list[float]]]:
   right = {}
   for t in trained:
     definition, right[t.title] = define(t.model), {}
-    params = [load_params(r.folder, definition)[0] for r in t.runs]
+    params = [load_params(r.folder, definition).params for r in t.runs]
     for times in FARTHER:
       data = open_data(TASK.replace(length=times * TASK.length))
       batch = min(64, max(4, 2**15 // data.config.positions))

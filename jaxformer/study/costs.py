@@ -141,7 +141,7 @@ def _finished_runs(t: Tuned) -> Iterator[tuple[Definition, Params, Any]]:
   definition, dtype = define(t.model), compute_dtype('auto', make_parallel(MeshConfig()))
   for run in t.runs:
     if run.finite_loss is not None:
-      yield definition, load_params(run.folder, definition)[0], dtype
+      yield definition, load_params(run.folder, definition).params, dtype
 
 
 def _kept(study: Study, name: str, key: dict[str, Any], measure: Callable[[], Any]) -> Any:

@@ -18,7 +18,7 @@ import logging
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -241,10 +241,23 @@ def canonical(name: str) -> str:
   return f'{folder}{at}{step if whole(step) is None else whole(step)}'
 
 
+class Loaded(NamedTuple):
+  """The parameters of a checkpoint.
+
+  Attributes:
+    step: of the checkpoint.
+    data: what it stores about its data (`Dataset.state`).
+  """
+
+  params: Params
+  step: int
+  data: dict[str, Any]
+
+
 def load_params(
   path: str | AnyPath, definition: Definition, parallel: Parallel | None = None
-) -> tuple[Params, int]:
-  """Return the parameters of a checkpoint, and its step.
+) -> Loaded:
+  """Return the parameters of a checkpoint, with its step and position in the data.
 
   Args:
     path: see `find`.
@@ -259,9 +272,10 @@ def load_params(
     parallel = make_parallel(MeshConfig(), None if jax.process_count() > 1 else jax.devices()[:1])
   abstract = definition.abstract(parallel)
 
-  def read() -> tuple[Params, int]:
+  def read() -> Loaded:
     meta = _read_meta(where)
-    return _read(where, meta, {'params': abstract})['params'], meta['step']
+    params = _read(where, meta, {'params': abstract})['params']
+    return Loaded(params, meta['step'], meta['data'])
 
   try:
     return _together(read)
@@ -269,16 +283,6 @@ def load_params(
     others = [s for s in steps_in(where.parent) if str(s) != where.name]
     advice = f'; other steps: {", ".join(map(str, others))} (name one with @STEP)' if others else ''
     raise InputError(f'{where}: corrupt: {e}{advice}') from None
-
-
-def data_state(path: str | AnyPath) -> dict[str, Any]:
-  """Return what a checkpoint stores about its data (`Dataset.state`); `path`: see `find`. Raises
-  `InputError` for one that cannot be read."""
-  where = find(path)
-  try:
-    return _read_meta(where)['data']
-  except Corrupt as e:
-    raise InputError(f'{where}: corrupt: {e}') from None
 
 
 # ---- a run's checkpoints -----------------------------------------------------------------------

@@ -123,7 +123,7 @@ class Setup:
     `InputError` unless names and shapes are those of the model."""
     d = self.definition
     if source.params is None:
-      return load_params(source.name, d, self.parallel)[0]
+      return load_params(source.name, d, self.parallel).params
     params = source.params
     found, wanted = ({n: a.shape for n, a in arrays.items()} for arrays in (params, d.info))
     check_shapes(found, wanted, 'init_from: the given parameters')

@@ -21,7 +21,7 @@ from jaxformer.models.zoo import PRESETS
 from jaxformer.sharding import make_parallel
 from jaxformer.task_type import LANGUAGE_MODELING, TRANSLATION
 from jaxformer.training import load_experiment
-from jaxformer.training.checkpoint import canonical, data_state, load_params, steps_in
+from jaxformer.training.checkpoint import canonical, load_params, steps_in
 from jaxformer.training.experiment import Experiment
 from jaxformer.training.paths import AnyPath, is_url, local_copy, to_path
 from jaxformer.training.recipes import preset_experiment
@@ -51,8 +51,8 @@ def load(name: str | os.PathLike[str], *, code: Code = (), seed: int = 0) -> Mod
   name = os.fspath(name)
   if name in PRESETS and _folder_of(name) is None:
     return _initialized(name, seed)
-  if (found := foreign_weights(name)) is not None:
-    path, read = found
+  if (foreign := foreign_weights(name)) is not None:
+    path, read = foreign
     model, params = read(path)
     folder = path if path.is_dir() else path.parent
     tokenizer = load_tokenizer(folder) if (folder / 'tokenizer.json').is_file() else None
@@ -63,14 +63,19 @@ def load(name: str | os.PathLike[str], *, code: Code = (), seed: int = 0) -> Mod
   path, at = trained_folder(name)
   trained_by = load_experiment(path, code)
   definition = define(trained_by.model)
-  params, step = load_params(f'{path}{at}', definition)
+  found = load_params(f'{path}{at}', definition)
   tokenizer = None
   if (path / 'tokenizer').exists():
     with local_copy(path / 'tokenizer') as folder:
       tokenizer = load_tokenizer(folder)
-  held_out = data_state(f'{path}{at}').get('validation_sha256')
   return Model(
-    path.name, definition, lambda: params, tokenizer, trained_by, step, validation_sha256=held_out
+    path.name,
+    definition,
+    lambda: found.params,
+    tokenizer,
+    trained_by,
+    found.step,
+    validation_sha256=found.data.get('validation_sha256'),
   )
 
 

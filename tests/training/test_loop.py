@@ -277,7 +277,7 @@ def test_numbers_that_are_not_finite_stop_the_run(experiment, dataset):
   kept = steps_in(result.folder / 'checkpoints')
   assert kept
   assert kept[-1] < result.step
-  params, _ = load_params(result.folder, define(e.model))
+  params = load_params(result.folder, define(e.model)).params
   assert all(np.isfinite(p).all() for p in params.values())
 
 
@@ -437,7 +437,9 @@ def test_a_run_keeps_the_parameters_that_it_was_started_from(experiment, dataset
   for other_name in (a, a / '..' / 'a', a.parent / 'link'):
     assert go(experiment('x', steps=3), init_from=other_name).step == 3
   before = snapshot(folder)
-  arrays = {n: np.asarray(v) for n, v in load_params(a, define(experiment('x').model))[0].items()}
+  arrays = {
+    n: np.asarray(v) for n, v in load_params(a, define(experiment('x').model)).params.items()
+  }
   for other in (b, f'{a}@2', arrays):
     with pytest.raises(InputError, match=f'was started from {a} and would be resumed'):
       go(experiment('x', steps=4), init_from=other)
@@ -471,7 +473,7 @@ def test_a_run_may_begin_with_the_parameters_of_another(experiment, dataset):
     ]
     assert result.metrics['eval/loss'] == pytest.approx(expected, abs=1e-6)
     assert meta(result.folder, 1)['step'] == 1
-  assert load_params(source.folder, define(e.model))[1] == 8
+  assert load_params(source.folder, define(e.model)).step == 8
   wrong = experiment('wrong')
   wrong = wrong.replace(model=wrong.model.replace(vocab_size=300))
   with pytest.raises(

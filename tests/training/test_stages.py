@@ -98,7 +98,7 @@ def test_a_changed_rate_is_a_stage_and_the_same_command_again_changes_nothing(go
   found = load_experiment(four)
   assert (found.optimizer.learning_rate, found.training.batch_size) == (0.001, 4)
   assert found.training.resume_with == ()
-  assert load_params(four, define(found.model))[1] == 12
+  assert load_params(four, define(found.model)).step == 12
   assert not is_of(four, found)
   # without the option the settings that it began with are refused, those of its stage are its own
   with pytest.raises(InputError) as e:

@@ -103,7 +103,7 @@ def test_a_language_model_on_a_task(tmp_path):
   result = train(e, devices=jax.devices()[:1], log=quiet)
   assert result.metrics['eval/source'] == 'AssociativeRecall test'
   definition = define(e.model)
-  params, _ = load_params(result.folder, definition)
+  params = load_params(result.folder, definition).params
   batch = task.rows('test', np.arange(40))
   logits = np.asarray(definition.merge(params)(batch.inputs).y)[:, -1]
   answers = batch.targets_BT[:, -1]
@@ -134,7 +134,7 @@ def test_the_score_of_a_suite_task_is_the_fraction_right_of_all_targets(tmp_path
   )
   result = train(e, devices=jax.devices()[:1], log=quiet)
   definition = define(e.model)
-  params, _ = load_params(result.folder, definition)
+  params = load_params(result.folder, definition).params
   batch = task.rows('test', np.arange(40))
   model = definition.merge(params)
   right = (

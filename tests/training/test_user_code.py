@@ -101,7 +101,7 @@ def test_a_run_of_a_users_layer_is_read_resumed_and_continued_from_any_folder(ho
   assert [r['file'] for r in entry['code']] == [str(home / 'code' / 'mine.py')]
   load = f"load_experiment('{run}')"
   assert '12' in python(f'go({load}.replace(training={load}.training.replace(steps=12))).step', far)
-  assert python(f"load_params('{run}', define({load}.model))[1]", far).startswith('12')
+  assert python(f"load_params('{run}', define({load}.model)).step", far).startswith('12')
   new = f"{load}.replace(run={load}.run.replace(name='new'))"
   assert python(f"go({new}, init_from='{run}').step", far).startswith('12')
   # the same content in another file is the same layer
