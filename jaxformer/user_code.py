@@ -54,7 +54,7 @@ def load_file(
   user's code.
   """
   path = user_path(path, 'file')
-  found = _files_of(path, module)
+  found = with_imports(path, module)
   with errors_of(path):
     loaded = load_module(path.resolve(), module, found)
   if named:
@@ -63,8 +63,9 @@ def load_file(
   return loaded
 
 
-def _files_of(path: pathlib.Path, module: str = '') -> LocalFiles:
-  """Return a file of the user with what it imports beside it. Raises `InputError`."""
+def with_imports(path: pathlib.Path, module: str = '') -> LocalFiles:
+  """Return a file of the user with what it imports beside it; `module` as in `load_file`. Raises
+  `InputError` for one that cannot be read or is no Python file."""
   try:
     file = regular_file(path).resolve()
     if file.suffix != '.py':
@@ -78,7 +79,7 @@ def files_record(path: str | os.PathLike[str]) -> Record:
   """Return the record (`code_record`) of a file of the user, with the files that it imports beside
   it. Raises `InputError` for one that cannot be read."""
   path = user_path(path, 'file')
-  found = _files_of(path)
+  found = with_imports(path)
   return record_of(path.resolve(), module_of(path.resolve()), found)
 
 

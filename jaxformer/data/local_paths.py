@@ -50,6 +50,11 @@ def matches(path: str, folder: str = '') -> bool:
   return os.path.exists(path) or (glob.has_magic(path) and any(glob.iglob(path, recursive=True)))
 
 
+def is_relative(path: str) -> bool:
+  """Return whether a path, which may begin with `~`, is relative to a folder."""
+  return not os.path.isabs(os.path.expanduser(path))
+
+
 def located(data: Any, folder: str | None) -> Any:
   """Return JSON data of a config in which relative paths that name something in a folder are
   absolute; the data as they are without a folder."""
@@ -57,6 +62,6 @@ def located(data: Any, folder: str | None) -> Any:
     return data
   found = json.loads(json.dumps(data))
   for field, text in paths_of(data, folder=folder):
-    if not os.path.isabs(os.path.expanduser(text)) and matches(text, folder):
+    if is_relative(text) and matches(text, folder):
       set_at(found, field, str(pathlib.Path(folder, text)))
   return found

@@ -1,11 +1,11 @@
 """Paths that a job reads on its machines: of corpora, tokenizers and weights."""
 
-import os
 import pathlib
 
 from jaxformer.config import InputError, to_json
 from jaxformer.data import DatasetConfig
-from jaxformer.data.local_paths import matches, paths_of
+from jaxformer.data.local_paths import is_relative, matches, paths_of
+from jaxformer.files import user_path
 from jaxformer.launch.engine import Engine
 from jaxformer.launch.job import Job
 from jaxformer.launch.source import ignored
@@ -27,16 +27,12 @@ def check_data_paths(engine: Engine, job: Job, data: DatasetConfig) -> None:
   for name, text in job.options:
     if name == 'init-from' and not text.startswith('gs://'):
       path = text.rpartition('@')[0] if '@' in text else text
-      places = (_home(path), os.path.join('runs', path)) if path else ()
-      here = any(map(os.path.exists, places))
+      place = user_path(path, '--init-from') if path else None
+      here = place is not None and (place.exists() or pathlib.Path('runs', place).exists())
       if not (engine.shares_disk and here):
         form = 'gs://BUCKET/FOLDER of a run'
         shared = f'{form}, or a folder here, on the disk that the machines share'
         raise InputError('--init-from', text, shared if engine.shares_disk else form)
-
-
-def _home(path: str) -> str:
-  return os.path.expanduser(path)
 
 
 def _readable(engine: Engine, job: Job, path: str) -> bool:
@@ -44,7 +40,7 @@ def _readable(engine: Engine, job: Job, path: str) -> bool:
   if engine.shares_disk or not matches(path):
     return engine.shares_disk and matches(path)
   folder = job.source.folder
-  if folder is None or os.path.isabs(_home(path)):
+  if folder is None or not is_relative(path):
     return False
   same = pathlib.Path(folder, path)
   return same.exists() and same.samefile(path) and not ignored(folder, path)

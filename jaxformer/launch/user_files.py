@@ -14,10 +14,11 @@ import shlex
 import tarfile
 from collections.abc import Iterable
 
+from jaxformer.code_record import folder_of, module_of
 from jaxformer.config import InputError
-from jaxformer.files import regular_file, user_path
+from jaxformer.files import user_path
 from jaxformer.installation import NAME
-from jaxformer.local_files import local_files
+from jaxformer.user_code import with_imports
 
 _IN_FILE = re.compile(r'(.+\.py)(:[\w.]+)', re.DOTALL)
 
@@ -109,8 +110,13 @@ def user_files(experiment: str, texts: Iterable[str], code: Iterable[str] = ()) 
   read: dict[pathlib.Path, bytes] = {}
   outside: set[str] = set()
   for path, _ in named.values():
-    _follow(path, read, outside)
-  root = pathlib.Path(os.path.commonpath([path.parent for path, _ in named.values()]))
+    found = with_imports(path)
+    for file, reason in found.broken.items():
+      raise InputError('file', str(file), problem=f'is no Python ({reason})')
+    read |= found.contents
+    outside |= found.outside
+  folders = [folder_of(module_of(path), path) for path, _ in named.values()]
+  root = pathlib.Path(os.path.commonpath(folders))
   contents = sorted((path.relative_to(root).as_posix(), content) for path, content in read.items())
   for path, _ in contents:
     if re.search(r'[\x00-\x1f\x7f\\]|[\ud800-\udfff]', path):
@@ -123,19 +129,6 @@ def user_files(experiment: str, texts: Iterable[str], code: Iterable[str] = ()) 
 
 def _absolute(path: str) -> pathlib.Path:
   return pathlib.Path(os.path.realpath(user_path(path, 'file')))
-
-
-def _follow(path: pathlib.Path, read: dict[pathlib.Path, bytes], outside: set[str]) -> None:
-  """Read a file and, recursively, what it imports from its folder."""
-  try:
-    regular_file(path)
-    found = local_files(path)
-  except OSError as e:
-    raise InputError('file', str(path), problem=e.strerror or 'cannot be read') from None
-  for file, reason in found.broken.items():
-    raise InputError('file', str(file), problem=f'is no Python ({reason})')
-  read |= found.contents
-  outside |= found.outside
 
 
 # ---- what they need ----------------------------------------------------------------------------

@@ -75,6 +75,14 @@ def test_a_file_that_is_reached_from_two_folders_is_followed_in_both(home):
   assert 'exps/nearer.py' in found.sha256()
 
 
+def test_a_package_goes_along_from_the_folder_that_holds_it(home):
+  write(home, whole__part='', beside='')
+  (home / 'whole/__init__.py').write_text('import whole.part, beside')
+  found = user_files('whole/__init__.py:X', [])
+  assert [path for path, _ in found.contents] == ['beside.py', 'whole/__init__.py', 'whole/part.py']
+  assert found.there('whole/__init__.py:X', 'F') == 'F/whole/__init__.py:X'
+
+
 def test_names_of_presets_and_families_are_no_files(home):
   write(home, mamba='')
   assert user_files('mamba', ['Muon', 'exps/q.py']).contents == ()
