@@ -71,6 +71,6 @@ def run(
     emit(text(experiment), end='')
     return DONE
   result = jf.train(experiment, init_from=init_from, resume_from=resume_from, code=code)
-  if result.exit_code == DONE:
+  if json or result.exit_code == DONE:
     show(result, json)
   return result.exit_code

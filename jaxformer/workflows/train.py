@@ -33,7 +33,8 @@ class TrainingReport(TrainResult):
   sample: str
 
   def json(self) -> dict[str, Any]:
-    return {'run': str(self.folder), 'step': self.step, 'metrics': self.metrics, **self.baselines}
+    values = {'exit_code': self.exit_code, 'metrics': self.metrics}
+    return {'run': str(self.folder), 'step': self.step, **values, **self.baselines}
 
   def lines(self) -> list[str]:
     m, source = self.metrics, self.metrics.get('eval/source')

@@ -149,7 +149,9 @@ def test_numbers_that_are_not_finite_exit_70(tmp_path, monkeypatch, capsys):
   wild = ['--optimizer.learning-rate', '1e30', '--schedule', 'Constant']
   assert main(['train', 'gpt2-tiny', *SMALL, '--run.name', 'wild', *wild, '--json']) == 70
   out, err = capsys.readouterr()
-  assert out == ''
+  value = json.loads(out)
+  assert (value['run'], value['step'], value['exit_code']) == (str(tmp_path / 'runs/wild'), 2, 70)
+  assert value['metrics']['train/loss'] is None
   assert 'step 2 is not finite; there is no checkpoint' in err
 
 
