@@ -69,7 +69,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
   add(
     '--repetition-penalty',
     type=float,
-    help='makes tokens that have occurred less likely; 1 for no penalty',
+    help='makes tokens that have occurred less likely; 1 for no penalty (default: that of a '
+    'Hugging Face folder, else 1)',
   )
   json_option(
     parser,

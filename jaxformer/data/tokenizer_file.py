@@ -43,10 +43,10 @@ class FileTokenizer(Tokenizer):
     end: the token that ends a document; None for the first usual one that the vocabulary has, if
       there is one.
     where: for messages.
-    beginning: the token before a document; None for no such token.
+    beginning: the tokens before a document or prompt.
   """
 
-  def __init__(self, data: str, end: str | None, where: str, beginning: str | None = None):
+  def __init__(self, data: str, end: str | None, where: str, beginning: Sequence[str] = ()):
     import tokenizers as hf
 
     try:
@@ -59,21 +59,23 @@ class FileTokenizer(Tokenizer):
     vocabulary = self._model.get_vocab(with_added_tokens=True)
     if end is None:
       end = next((t for t in USUAL_ENDS if t in vocabulary), None)
-    kind = {'kind': 'tokenizer.json', 'end_of_document': end}
-    if beginning is not None:
-      kind['beginning_of_document'] = beginning
-    for field, token in list(kind.items())[1:]:
-      if token is not None and token not in vocabulary:
+    kind: dict[str, Any] = {'kind': 'tokenizer.json', 'end_of_document': end}
+    if beginning:
+      kind['beginning_of_document'] = beginning[0] if len(beginning) == 1 else list(beginning)
+    used = [] if end is None else [('end_of_document', end)]
+    for field, token in [*used, *(('beginning_of_document', t) for t in beginning)]:
+      if token not in vocabulary:
         specials = [t.content for t in self._model.get_added_tokens_decoder().values() if t.special]
         raise InputError(
           f'{where}: {field} = {token!r} is not in the vocabulary{nearest(token, specials)}'
         )
-    end_id, beginning_id = (None if t is None else vocabulary[t] for t in (end, beginning))
-    outside = {i for i in (end_id, beginning_id) if i is not None}
+    end_id = None if end is None else vocabulary[end]
+    beginning_ids = [vocabulary[t] for t in beginning]
+    outside = {i for i in (end_id, *beginning_ids) if i is not None}
     self._byte_level = _is_byte_level(json.loads(data))
     self._words = pieces.WordCuts(self._model.pre_tokenizer) if self._byte_level else None
     table = _byte_table(self._model, max(vocabulary.values()) + 1, outside)
-    super().__init__(table, end_id, kind, beginning_id)
+    super().__init__(table, end_id, kind, beginning_ids)
     self._outside = outside
     added = self._model.get_added_tokens_decoder()
     self.special_tokens = {
@@ -136,11 +138,12 @@ class FileTokenizer(Tokenizer):
   def hugging_face(self) -> str:
     """Return the file; where it puts other tokens before a text than this tokenizer does, with a
     post-processor that puts the same."""
-    data, index = self.files['tokenizer.json'], self.beginning_of_document
-    beginning = [] if index is None else [str(self._model.id_to_token(index))]
-    if _first_tokens(data) == beginning:
+    data = self.files['tokenizer.json']
+    if _first_tokens(data) == [self._model.id_to_token(i) for i in self.beginning]:
       return data
-    return json.dumps(_beginning_with(json.loads(data), index, *beginning), ensure_ascii=False)
+    index = self.beginning_of_document
+    token = '' if index is None else str(self._model.id_to_token(index))
+    return json.dumps(_beginning_with(json.loads(data), index, token), ensure_ascii=False)
 
 
 # ---- tokenizer.json ----------------------------------------------------------------------------
@@ -247,10 +250,9 @@ class TokenizerFile(TokenizerConfig):
   Attributes:
     end_of_document: the token after every document; None for the `eos_token` of
       `tokenizer_config.json`, else the first usual one that the vocabulary has, else none.
-    beginning_of_document: the token before every document and every prompt; None for what the
-      tokenizer itself puts before a text: the `bos_token` of `tokenizer_config.json` where
-      `add_bos_token` is true, none where it is false, else the special token that the
-      post-processor of `tokenizer.json` begins with (as those of Llama do), else none. '' for none
+    beginning_of_document: the token before every document and every prompt; None for the special
+      token that the post-processor of `tokenizer.json` begins with (as those of Llama do), if there
+      is one: as in transformers 5, it alone decides, and not `add_bos_token` beside it. '' for none
       in any case. It is never a target, and the first token of the text is one. Translations have
       none.
   """
@@ -269,30 +271,18 @@ class TokenizerFile(TokenizerConfig):
       raise InputError(f'{where}: {e}') from None
     except OSError as e:
       raise InputError(f'{where}: cannot be read ({e.strerror})') from None
-    beginning = self.beginning_of_document
-    if beginning is None:
-      beginning = _found_beginning(path, data, where)
-    return FileTokenizer(data, self.end_of_document or _found_end(path), where, beginning or None)
+    given = self.beginning_of_document
+    beginning = _first_tokens(data) if given is None else [given] if given else []
+    if len(beginning) > 1:
+      raise InputError(
+        f'{where}: puts {len(beginning)} tokens before a text ({", ".join(beginning)}), and a '
+        "document begins with one: beginning_of_document must name it, or '' for none"
+      )
+    return FileTokenizer(data, self.end_of_document or _found_end(path), where, beginning)
 
 
 def _found_end(path: Path) -> str | None:
   return _token(_configured(path).get('eos_token'))
-
-
-def _found_beginning(path: Path, data: str, where: str) -> str | None:
-  """Return the token that a tokenizer puts before a text; '' or None for none."""
-  configured = _configured(path)
-  if configured.get('add_bos_token') is False:
-    return None
-  if configured.get('add_bos_token') and (token := _token(configured.get('bos_token'))):
-    return token
-  found = _first_tokens(data)
-  if len(found) > 1:
-    raise InputError(
-      f'{where}: puts {len(found)} tokens before a text ({", ".join(found)}); '
-      "beginning_of_document must name one, or '' for none"
-    )
-  return found[0] if found else None
 
 
 def _first_tokens(data: str) -> list[str]:
@@ -406,11 +396,12 @@ def _load(folder: Path) -> Tokenizer:
   path = folder / 'tokenizer.json'
   if not (folder / KIND_FILE).exists() and path.exists():
     data, where = regular_file(path).read_text(encoding='utf-8'), str(folder)
-    return FileTokenizer(data, _found_end(path), where, _found_beginning(path, data, where))
+    return FileTokenizer(data, _found_end(path), where, _first_tokens(data))
   saved = json.loads((folder / KIND_FILE).read_text(encoding='utf-8'))
   if saved['kind'] == 'bytes':
     return ByteTokenizer()
   if saved['kind'] == 'characters':
     return CharacterTokenizer(saved['characters'])
-  end, beginning = saved['end_of_document'], saved.get('beginning_of_document')
+  end, beginning = saved['end_of_document'], saved.get('beginning_of_document', [])
+  beginning = [beginning] if isinstance(beginning, str) else beginning
   return FileTokenizer(path.read_text(encoding='utf-8'), end, str(folder), beginning)

@@ -35,7 +35,7 @@ class Tokenizer:
 
   Attributes:
     files: what `save` writes, by the names of the files.
-    beginning_of_document: id before every document; None for no such token. It is never a target.
+    beginning: ids before every prompt.
     end_of_document: id that ends every document; None where the vocabulary has no such token.
     special_tokens: ids of the tokens that are no text, by how they are written.
     token_bytes: UTF-8 bytes of text per token; 0 for special tokens. Exact for bytes, characters
@@ -47,10 +47,10 @@ class Tokenizer:
     token_texts: Sequence[bytes],
     end_of_document: int | None,
     kind: dict[str, Any],
-    beginning_of_document: int | None = None,
+    beginning: Sequence[int] = (),
   ):
     self.end_of_document, self.files = end_of_document, {KIND_FILE: json.dumps(kind)}
-    self.beginning_of_document = beginning_of_document
+    self.beginning = tuple(beginning)
     self.special_tokens: dict[str, int] = {}
     if end_of_document is not None:
       self.special_tokens[END_OF_DOCUMENT] = end_of_document
@@ -68,10 +68,9 @@ class Tokenizer:
     return [self.encode(t) for t in texts]
 
   def encode_start(self, text: str) -> list[int]:
-    """Return the ids of a document that starts with the text: its beginning, where there is such a
-    token, and those of the text."""
-    ids = self.encode(text).tolist()
-    return ids if self.beginning_of_document is None else [self.beginning_of_document, *ids]
+    """Return the ids of a document that starts with the text: its beginning and those of the
+    text."""
+    return [*self.beginning, *self.encode(text).tolist()]
 
   def decode(self, ids: Ids) -> str:
     """Return the text; bytes that are not valid UTF-8 become U+FFFD, special tokens nothing. Raises
@@ -104,16 +103,12 @@ class Tokenizer:
     import tokenizers as hf
 
     data = self.hugging_face()
-    model, begin, end = (
-      hf.Tokenizer.from_str(data),
-      self.beginning_of_document,
-      self.end_of_document,
-    )
+    model, end = hf.Tokenizer.from_str(data), self.end_of_document
     config = {
       'tokenizer_class': 'PreTrainedTokenizerFast',
-      'bos_token': None if begin is None else model.id_to_token(begin),
+      'bos_token': model.id_to_token(self.beginning[0]) if self.beginning else None,
       'eos_token': None if end is None else model.id_to_token(end),
-      'add_bos_token': begin is not None,
+      'add_bos_token': bool(self.beginning),
       'clean_up_tokenization_spaces': False,
     }
     return {'tokenizer.json': data, 'tokenizer_config.json': json.dumps(config, indent=2) + '\n'}
@@ -121,6 +116,17 @@ class Tokenizer:
   @property
   def vocab_size(self) -> int:
     return len(self.token_bytes)
+
+  @property
+  def beginning_of_document(self) -> int | None:
+    """The id before every document of a corpus; None for no such token. It is never a target.
+    Raises `InputError` where several tokens begin a prompt."""
+    if len(self.beginning) > 1:
+      raise InputError(
+        f'the tokenizer puts {len(self.beginning)} tokens before a text, and a document of a '
+        'corpus begins with one at most; prompts begin with all of them'
+      )
+    return self.beginning[0] if self.beginning else None
 
   @property
   def source(self) -> Tokenizer:

@@ -2,12 +2,13 @@
 
 import codecs
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 
 from jaxformer.config import InputError
-from jaxformer.inference.decoding import Generated, Request, check_positive
+from jaxformer.inference.decoding import Generated, Request, check_positive, generate
 from jaxformer.task_type import IGNORE
 
 DecodeBytes = Callable[[Iterable[int]], bytes]  # a tokenizer's `decode_bytes`
@@ -27,6 +28,11 @@ class TextRow:
   The text of a token can depend on those before it: sentencepiece writes no space at the start of a
   text, and a run of byte tokens is text only as a whole. So new tokens are decoded together with
   the tokens of the piece before, which began where a character began.
+
+  One case differs. Decoders with byte fallback write U+FFFD for each byte of a run of byte tokens
+  that is not valid UTF-8 as a whole, also for its valid characters; here the characters that were
+  complete before the first invalid byte are written already and stay, and each further byte is
+  U+FFFD. Characters can come again after `WAIT` tokens of the run.
 
   Holds back bytes of an incomplete character, and text that could be the start of a stop string.
   The stop string that is completed first ends the text (of two that end together, the longer), so
@@ -57,6 +63,13 @@ class TextRow:
     self.tokens.append(token)
     self._ids.append(token)
     return self._certain(self._new_text(final=False))
+
+  def rest(self, tokens: Iterable[int]) -> str:
+    """Return the text that these last tokens add, decoded at once."""
+    new = list(tokens)
+    self.tokens += new
+    self._ids += new
+    return self.close()
 
   def close(self) -> str:
     """Return the text that was held back, at the end of the row."""
@@ -89,11 +102,17 @@ class TextRow:
     """The bytes of `now`, the text of all tokens, that are written."""
     if now.startswith(self._before):
       return len(self._before)
-    # The incomplete character at the end of a prompt is a character now, and so are those before
-    # it, where the decoder had made all of its run of bytes unknown.
-    whole = self._decode(self._ids[: self._start]).decode('utf-8', 'replace')
-    count = len(whole) + (self._start < self._read)
-    return len(now.decode('utf-8', 'replace')[:count].encode())
+    # The last run of byte tokens goes on.
+    before, text = self._before.decode('utf-8', 'replace'), now.decode('utf-8', 'replace')
+    same = len(before.rstrip('\ufffd'))
+    if unknown := len(before) - same:  # its bytes have become characters
+      sizes = itertools.accumulate(len(c.encode()) for c in text[same:])
+      count = same + 1 + sum(size < unknown for size in sizes)
+    else:  # its characters are no text any more, and each of their bytes is U+FFFD
+      pairs = zip(before, text, strict=False)
+      same = sum(1 for _ in itertools.takewhile(lambda p: p[0] == p[1], pairs))
+      count = same + len(before[same:].encode())
+    return len(text[:count].encode())
 
   def _certain(self, text: str) -> str:
     self._held += text
@@ -131,9 +150,15 @@ def stream(
 def generate_text(
   r: Request, decode_bytes: DecodeBytes, *, stop: Sequence[str] = (), chunk: int = CHUNK
 ) -> list[Generated]:
-  """Return the complete continuations that `stream` yields in pieces."""
+  """Return the complete continuations. Without `stop`, the text is that of all tokens decoded at
+  once; with it, what `stream` yields in pieces (see `TextRow`)."""
   rows = _rows(r, decode_bytes, stop, chunk)
-  texts = zip(*_pieces(r, rows, chunk if stop else r.max_new_tokens))
+  if not stop:
+    return [
+      found._replace(text=row.rest(found.tokens))
+      for found, row in zip(generate(r), rows, strict=True)
+    ]
+  texts = zip(*_pieces(r, rows, chunk))
   return [
     Generated(row.tokens, row.stopped or row.ended, ''.join(pieces))
     for pieces, row in zip(texts, rows, strict=True)

@@ -22,6 +22,7 @@ RULES = (
   'forced_eos_token_id',
   'max_length',
   'max_new_tokens',
+  'repetition_penalty',
 )
 NO_TOKEN = -1
 UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
@@ -50,7 +51,6 @@ DRAWING = (
   'top_k',
   'top_p',
   'min_p',
-  'repetition_penalty',
   'num_beams',
   'length_penalty',
   'early_stopping',
@@ -73,6 +73,7 @@ class Generation:
     first, last: tokens that are forced, as the first new one and at the limit; None for none.
     max_length: most tokens, with those of the prompt or the first of a decoder; None if unknown.
     max_new_tokens: most new tokens; None if unknown.
+    repetition_penalty: of `inference.Sampling`; None for none.
     unsupported: why nothing can be generated as published; None if it can.
   """
 
@@ -85,6 +86,7 @@ class Generation:
   last: int | None = None
   max_length: int | None = None
   max_new_tokens: int | None = None
+  repetition_penalty: float | None = None
   unsupported: InputError | None = None
 
   def require_supported(self) -> None:
@@ -169,7 +171,7 @@ def _read(hf: Settings) -> Generation:
   if any(len(w) > 1 for w in words):
     unsupported = unsupported or hf.fail('bad_words_ids', 'single tokens, [[id], [id], ...]')
   never = {w[0] for w in words} - set(ends) | set(_ids(hf, 'suppress_tokens'))
-  last = _ids(hf, 'forced_eos_token_id', True)
+  last, penalty = _ids(hf, 'forced_eos_token_id', True), hf.positive('repetition_penalty', 1.0)
   if len(last) > 1:
     unsupported = unsupported or hf.fail('forced_eos_token_id', 'one token')
   return Generation(
@@ -182,6 +184,7 @@ def _read(hf: Settings) -> Generation:
     last=last[0] if last else None,
     max_length=hf.count('max_length', None),
     max_new_tokens=hf.count('max_new_tokens', None),
+    repetition_penalty=None if penalty == 1 else penalty,
     unsupported=unsupported,
   )
 

@@ -32,7 +32,7 @@ from jaxformer.interop import UNKNOWN, Generation, is_rwkv, save_hf, save_rwkv
 from jaxformer.models.model import ModelConfig
 from jaxformer.models.params import Definition, Params
 from jaxformer.sharding import platform
-from jaxformer.task_type import LANGUAGE_MODELING, TRANSLATION, Batch
+from jaxformer.task_type import IGNORE, LANGUAGE_MODELING, TRANSLATION, Batch
 from jaxformer.training.experiment import Experiment
 from jaxformer.workflows.describe import Description, describe_model
 from jaxformer.workflows.evaluate import evaluate_model
@@ -56,7 +56,8 @@ class GenerateOptions(TypedDict, total=False):
     top_k: keep the k most likely tokens; 0 for all.
     top_p: keep the most likely tokens whose probabilities add up to p; 1 for all.
     min_p: keep tokens at least min_p times as likely as the most likely one; 0 for all.
-    repetition_penalty: makes tokens that have occurred less likely; 1 for no penalty.
+    repetition_penalty: makes tokens that have occurred less likely; 1 for no penalty. By default
+      that of a Hugging Face folder, else none.
   """
 
   max_new_tokens: int | None
@@ -235,8 +236,10 @@ class Model:
     **sampling: Any,
   ) -> Request:
     """Return the request to continue prompts; the defaults are those of `GenerateOptions`."""
-    tokenizer, how = self.text_tokenizer(), Sampling(temperature=float(temperature), **sampling)
-    published = self.generation
+    tokenizer, published = self.text_tokenizer(), self.generation
+    if sampling.get('repetition_penalty') is None:
+      sampling['repetition_penalty'] = published.repetition_penalty
+    how = Sampling(temperature=float(temperature), **sampling)
     if self.config.task != LANGUAGE_MODELING:
       raise InputError(
         f'{self.name}: an {self.config.tag} does not continue prompts; use translate'
@@ -350,8 +353,11 @@ class Model:
   def decoding(self) -> dict[str, Any]:
     """Return how translations are decoded, as arguments of `inference.translate`. Raises
     `InputError` for other models."""
-    own = self._end()
+    own, penalty = self._end(), self.generation.repetition_penalty
     end, rules = self._rules()
+    if penalty is not None:
+      problem = 'must be absent or 1.0; translations have no such rule'
+      raise InputError(f'{self.name}: repetition_penalty', penalty, problem=problem)
     return {
       'begin': self.decoder_start,
       'end': own if end is None else end,
@@ -398,8 +404,10 @@ class Model:
       start = tokenizer.encode_start('') or ([] if end is None else [end])
       self.remark_length(len(start) + len(ids))
       whole = _row(*start, *ids)
-      batch = Batch(whole[:, :-1], whole[:, 1:])
-    if not batch.targets_BT.size:
+      targets = whole[:, 1:].copy()
+      targets[:, : len(start) - 1] = IGNORE
+      batch = Batch(whole[:, :-1], targets)
+    if not (batch.targets_BT != IGNORE).any():
       raise InputError('text', text, 'a text with a token to predict')
     return evaluate(self.definition, self.params, [batch], token_bytes_V=tokenizer.token_bytes)
 
@@ -418,8 +426,8 @@ class Model:
         'has a tokenizer of sources and another of translations, and such a folder holds one'
       )
       raise InputError('model', self.name, problem=problem)
-    end, begin = tokenizer.end_of_document, tokenizer.beginning_of_document
-    ids = {'eos_token_id': end, 'bos_token_id': begin}
+    begin = tokenizer.beginning[0] if tokenizer.beginning else None
+    ids = {'eos_token_id': tokenizer.end_of_document, 'bos_token_id': begin}
     if self.translates:
       ids['decoder_start_token_id'] = self.decoder_start
     save_hf(

@@ -15,7 +15,7 @@ from jaxformer.data import Files, Pairs, Text, TokenizerFile, Tsv, load_tokenize
 from jaxformer.data.tokenizers import KIND_FILE
 from jaxformer.evaluation import evaluate
 from jaxformer.models.params import define
-from jaxformer.task_type import Batch
+from jaxformer.task_type import IGNORE, Batch
 from jaxformer.workflows import model as workflow
 from jaxformer.workflows.model import Model
 
@@ -65,14 +65,14 @@ def test_it_is_found_as_the_tokenizer_asks(folder):
   assert beginning(folder()) == BEGIN
   assert beginning(folder(f'$A {END}', 'a')) is None
   assert beginning(folder(None, 'b')) is None
-  assert beginning(folder(name='c', add_bos_token=False, bos_token=BEGIN)) is None
-  assert beginning(folder(None, 'd', add_bos_token=True, bos_token={'content': BEGIN})) == BEGIN
+  assert beginning(folder(name='c', add_bos_token=False, bos_token=BEGIN)) == BEGIN
+  assert beginning(folder(None, 'd', add_bos_token=True, bos_token={'content': BEGIN})) is None
   assert beginning(folder(None, 'e', bos_token=BEGIN)) is None
   assert beginning(folder(), beginning_of_document='<lang>') == '<lang>'
   assert beginning(folder(), beginning_of_document='') is None
   with pytest.raises(InputError, match=r"beginning_of_document = '<s>' is not in the vocabulary"):
     beginning(folder(), beginning_of_document='<s>')
-  with pytest.raises(InputError, match=r'puts 2 tokens before a text \(.*\); .* must name one'):
+  with pytest.raises(InputError, match=r'puts 2 tokens before a text \(.*\), .* must name it'):
     beginning(folder(f'{BEGIN} <lang> $A', 'f'))
   path = folder(name='g')
   Path(path, 'tokenizer_config.json').write_text('{"eos')
@@ -204,6 +204,24 @@ def test_prompts_begin_with_it(folder, monkeypatch):
   for tokenizer, start in ((with_it, [begin]), (without, [])):
     model = dataclasses.replace(built(tokenizer), make_params=dict)
     assert model._request(['document', '']) == [[*start, *text], start]
+
+
+def test_prompts_begin_with_all_that_the_tokenizer_puts_first(folder):
+  path = folder(f'{BEGIN} <lang> $A')
+  tokenizer, theirs = load_tokenizer(path), hf.Tokenizer.from_file(f'{path}/tokenizer.json')
+  ids, text = tokenizer.encode_start('document'), tokenizer.encode('document').tolist()
+  assert ids == theirs.encode('document').ids
+  assert ids[2:] == text
+  assert tokenizer.decode(ids) == 'document'
+  assert tokenizer.hugging_face() == Path(path, 'tokenizer.json').read_text()
+  model, row = built(tokenizer), np.array([ids], np.int32)
+  assert model.score('document').count == len(text)
+  targets = row[:, 1:].copy()
+  targets[:, 0] = IGNORE
+  expected = evaluate(model.definition, model.params, [Batch(row[:, :-1], targets)])
+  assert model.score('document').nll_sum == pytest.approx(expected.nll_sum)
+  with pytest.raises(InputError, match='puts 2 tokens before a text, and a document of a corpus'):
+    _ = tokenizer.beginning_of_document
 
 
 @pytest.mark.thorough

@@ -178,6 +178,31 @@ def test_runs_of_byte_tokens(prompt, new):
 
 
 @pytest.mark.quick
+@pytest.mark.parametrize(
+  ('run', 'shown'),
+  [
+    ('日'.encode() + b'\xff', '日\ufffd'),
+    ('日本'.encode() + b'\xe6', '日本\ufffd'),
+    ('日'.encode() + '本'.encode()[:2], '日\ufffd\ufffd'),
+    (b'AB\xff', 'AB\ufffd'),
+    (b'\xe6' + '日'.encode(), '\ufffd' * 4),
+    ('é'.encode() + b'\xff' + 'é'.encode(), 'é' + '\ufffd' * 3),
+    ('é'.encode() + b'\xff' * 20, 'é' + '\ufffd' * 20),
+  ],
+)
+@pytest.mark.parametrize('after', ['', 'a'])
+def test_runs_that_are_no_text(run, shown, after):
+  """As `tokenizers` writes them where all tokens are known; what was shown before stays."""
+  tokenizer = KINDS['byte fallback']()
+  new = [3 + b for b in run] + tokenizer.encode(after).tolist()[-1:]
+  assert written(tokenizer, [], new) == shown + after
+  whole = '\ufffd' * len(run) + after
+  assert tokenizer.decode(new) == whole
+  start = tokenizer.encode('lazy').tolist()
+  assert TextRow(start, tokenizer.decode_bytes, ()).rest(new) == whole
+
+
+@pytest.mark.quick
 def test_bytes_that_are_no_text_do_not_hold_back_what_follows():
   tokenizer = KINDS['byte fallback']()
   byte, letter = 3 + 0xFF, tokenizer.encode('a').tolist()[-1:]

@@ -101,6 +101,33 @@ def test_what_is_not_supported_is_refused_by_name_when_text_is_generated(exporte
       jaxformer.load(exported)
 
 
+def test_the_repetition_penalty_of_a_folder_is_the_default(exported):
+  path = exported / 'generation_config.json'
+
+  def tokens(**options):
+    model = jaxformer.load(exported)
+    return model.complete(['abc'], max_new_tokens=14, temperature=0, **options)[0].tokens
+
+  given = {penalty: tokens(repetition_penalty=penalty) for penalty in (1.0, 50.0)}
+  assert given[1.0] == tokens() != given[50.0]
+  path.write_text(json.dumps({'repetition_penalty': 50.0}))
+  assert tokens() == given[50.0]
+  assert tokens(repetition_penalty=1) == given[1.0]
+  path.write_text(json.dumps({'repetition_penalty': -1}))
+  with pytest.raises(InputError, match='repetition_penalty = -1'):
+    jaxformer.load(exported)
+
+
+def test_translations_have_no_repetition_penalty(tmp_path):
+  config = SMALL['marian'].replace(vocab_size=257, source_vocab_size=257)
+  model = Model('ours', define(config), lambda: noisy(config), ByteTokenizer())
+  model.export(tmp_path / 'out')
+  path = tmp_path / 'out/generation_config.json'
+  path.write_text(json.dumps(json.loads(path.read_text()) | {'repetition_penalty': 1.2}))
+  with pytest.raises(InputError, match=r'repetition_penalty = 1\.2'):
+    jaxformer.load(tmp_path / 'out').translate('abc', max_new_tokens=3)
+
+
 def test_lengths_of_a_folder_are_defaults(exported):
   path = exported / 'generation_config.json'
   model = jaxformer.load(exported)
