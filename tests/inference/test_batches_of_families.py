@@ -1,5 +1,5 @@
-"""Every language model with weights that were trained a little: unequal prompts in one batch are
-continued as a forward pass over each row alone says."""
+"""Every family with weights that were trained a little: unequal prompts in one batch are continued,
+and unequal sources translated, as a forward pass over each row alone says."""
 
 import jax
 import jax.numpy as jnp
@@ -7,18 +7,20 @@ import numpy as np
 import optax
 import pytest
 
-from jaxformer.inference import GREEDY, generate, request
+from jaxformer.inference import GREEDY, TokenRules, generate, request, translate
 from jaxformer.layers.layer import Context
+from jaxformer.models.encoder_decoder import EncoderDecoder
 from jaxformer.models.language_model import LanguageModel
 from jaxformer.models.params import define
 from jaxformer.models.zoo import PRESETS
 from jaxformer.task_type import Batch
 from tests.tiers import case
 
-NAMES = [
-  n for n in PRESETS if n.endswith('-tiny') and isinstance(PRESETS[n].model, LanguageModel.Config)
-]
+TINY = {n: p.model for n, p in PRESETS.items() if n.endswith('-tiny')}
+NAMES = [n for n, config in TINY.items() if isinstance(config, LanguageModel.Config)]
+PAIRS = [n for n, config in TINY.items() if isinstance(config, EncoderDecoder.Config)]
 TOKENS, LAG, NEW, STEPS = 20, 3, 60, 400
+BEGIN, END = TOKENS, TOKENS + 1
 LENGTHS = 1, 41, 7, 18
 
 
@@ -34,9 +36,12 @@ def rows(count, length):
 
 
 def trained(config):
-  definition, tokens = define(config), rows(8, 49)
+  definition, tokens = define(config), jnp.asarray(rows(8, 49))
   params, adam = definition.init(jax.random.key(0)), optax.adam(3e-3)
-  batch = Batch(jnp.asarray(tokens[:, :-1]), jnp.asarray(tokens[:, 1:]))
+  batch = Batch(tokens[:, :-1], tokens[:, 1:])
+  if isinstance(config, EncoderDecoder.Config):  # the second half is the translation of the first
+    inputs = tokens[:, 24:-1].at[:, 0].set(BEGIN)
+    batch = Batch(inputs, tokens[:, 25:], source_BS=tokens[:, :25])
 
   @jax.jit
   def step(params, moments):
@@ -58,7 +63,7 @@ def trained(config):
 
 @pytest.mark.parametrize('name', [case(n, standing=n in ('s5-tiny', 'lstm-tiny')) for n in NAMES])
 def test_unequal_prompts_are_continued_as_each_row_alone(name):
-  definition, params = trained(PRESETS[name].model)
+  definition, params = trained(TINY[name])
   prompts = [row[:n].tolist() for row, n in zip(rows(4, 41)[::-1], LENGTHS, strict=True)]
   found = generate(request(definition, params, prompts, max_new_tokens=NEW, sampling=GREEDY))
   forward = jax.jit(lambda params, tokens_BT: definition.merge(params)(tokens_BT).y)
@@ -71,3 +76,22 @@ def test_unequal_prompts_are_continued_as_each_row_alone(name):
   # a model that always says the same would show nothing
   assert len({t for row in found for t in row.tokens}) > 2
   assert len({tuple(row.tokens[-9:]) for row in found}) > 1
+
+
+@pytest.mark.parametrize('name', [case(n, standing=False) for n in PAIRS])
+def test_unequal_sources_are_translated_as_each_row_alone(name):
+  definition, params = trained(TINY[name])
+  sources = [row[:n].tolist() for row, n in zip(rows(4, 41)[::-1], LENGTHS, strict=True)]
+  rules = TokenRules(never=(END,))
+  given = {'begin': BEGIN, 'end': END, 'max_new_tokens': NEW, 'rules': rules}
+  found = translate(definition, params, sources, **given)
+  forward = jax.jit(lambda params, source, tokens: definition.merge(params)(source, tokens).y)
+  for source, row in zip(sources, found, strict=True):
+    assert len(row.tokens) == NEW
+    read = np.array([[BEGIN, *row.tokens[:-1]]], np.int32)
+    logits = np.array(forward(params, np.array([source], np.int32), read))[0]
+    logits[:, END] = -np.inf
+    assert logits.argmax(-1).tolist() == row.tokens
+  # a model that always says the same would show nothing
+  assert len({t for row in found for t in row.tokens}) > 2
+  assert len({tuple(row.tokens) for row in found}) > 1
