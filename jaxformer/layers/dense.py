@@ -62,6 +62,10 @@ def by_head(
   x_BTD: Float[Array, 'B T D'], head_dim: int, axis: str = 'heads', time: str | None = 'time'
 ) -> Float[Array, 'B T H K']:
   """Channels as heads, sharded over these (`axis`) and over `time`."""
+  if x_BTD.shape[1] == 1:
+    # For one position XLA reshapes the weights in place of the product, and a TPU then holds a copy
+    # of them in another layout.
+    x_BTD = jax.lax.optimization_barrier(x_BTD)
   return shard(x_BTD.reshape(*x_BTD.shape[:2], -1, head_dim), 'batch', time, axis, None)
 
 

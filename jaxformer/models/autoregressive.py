@@ -125,7 +125,9 @@ class Autoregressive(BaseModel):
     x, ctx = self._stream(x, ctx)
     if initial is not None:
       ctx = ctx.replace(fresh=True)
-    out = self.decoding_stack(x, ctx, initial if state is None else state.stack)
+    out = self.decoding_stack(
+      x, ctx, initial if state is None else state.stack, keep_state=initial is None
+    )
     after = None if state is None else DecoderState(out.state, positions[:, -1] + 1)
     return dataclasses.replace(out, y=self._normed(out.y), state=after)
 

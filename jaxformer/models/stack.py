@@ -181,10 +181,17 @@ class Stack(nnx.Module):
     )
 
   def __call__(
-    self, x: Array, ctx: Context, state: tuple[State, ...] | None = None, one_token: bool = False
+    self,
+    x: Array,
+    ctx: Context,
+    state: tuple[State, ...] | None = None,
+    one_token: bool = False,
+    keep_state: bool = True,
   ) -> Output:
+    """Apply all blocks to `x`, from `state` if there is one. `keep_state=False`: the states after
+    `x` are not needed, and are returned only where that is free."""
     groups = (
-      functools.partial(_for_each_period, blocks, n, self._unrolls(ctx))
+      functools.partial(_for_each_period, blocks, n, self._unrolls(ctx), keep_state)
       for blocks, n in zip(self.groups, self.repeats, strict=True)
     )
     out = apply_sequentially(groups, x, ctx, state, one_token)
@@ -216,9 +223,20 @@ class Stack(nnx.Module):
 
 
 def _for_each_period(
-  blocks: nnx.List, n: int, unroll: bool, x: Array, ctx: Context, state: State, one_token: bool
+  blocks: nnx.List,
+  n: int,
+  unroll: bool,
+  keep_state: bool,
+  x: Array,
+  ctx: Context,
+  state: State,
+  one_token: bool,
 ) -> Output:
-  """Apply the n periods of a group one after the other: unrolled or scanned."""
+  """Apply the n periods of a group one after the other: unrolled or scanned.
+
+  A scan carries states that are kept, and updates them in place: as inputs and outputs of a scan
+  they would be in memory twice. States that are only read are inputs, since the gradient of a carry
+  adds up n arrays of full size."""
   run = _period(ctx, one_token)
   if n == 1:
     return run(blocks, x, ctx, state)
@@ -230,13 +248,21 @@ def _for_each_period(
     after = None if state is None else jax.tree.map(lambda *s: jnp.stack(s), *out.state)
     return dataclasses.replace(out, state=after)
 
-  def body(x: Array, period):
-    i, blocks, state = period
-    out = run(blocks, x, ctx.fold(i), state)
+  def body(carried, period):
+    x, states = carried
+    i, blocks, read = period
+    if keep_state:
+      read = jax.tree.map(lambda s: jax.lax.dynamic_index_in_dim(s, i, keepdims=False), states)
+    out = run(blocks, x, ctx.fold(i), read)
     _check_no_share(out)
-    return out.y, (out.state, out.aux, out.alignments)
+    if keep_state:
+      states = jax.tree.map(
+        lambda s, after: jax.lax.dynamic_update_index_in_dim(s, after, i, 0), states, out.state
+      )
+    return (out.y, states), (out.aux, out.alignments)
 
-  y, (state, aux, by_block) = jax.lax.scan(body, x, (jnp.arange(n), blocks, state))
+  first, read = (state, None) if keep_state else (None, state)
+  (y, state), (aux, by_block) = jax.lax.scan(body, (x, first), (jnp.arange(n), blocks, read))
   alignments = tuple(a[i] for i in range(n) for a in by_block)
   aux = {
     k: v.sum(0) if k.startswith('loss/') else v.reshape(-1, *v.shape[2:]) for k, v in aux.items()

@@ -14,6 +14,9 @@ estimate what a compiler does with a training step:
 - cross-entropy holds slices of logits of at most `LOGIT_BYTES` in fp32, as many again in the
   backward pass, and the gradient of its input in fp32.
 
+The state of inference is held once, since loops update it in place; what reading a prompt needs
+besides is traced (`liveness`), and decoding needs next to nothing.
+
 On the training steps of `experiments/plan_table.md` the sum is within 15 % of what the TPU compiler
 reports, except where that table says otherwise.
 """
@@ -31,7 +34,7 @@ from jaxformer.layers.layer import Context
 from jaxformer.models.model import ModelConfig
 from jaxformer.models.params import Definition, define
 from jaxformer.ops.implementation import implementation
-from jaxformer.planning.decoding_state import state_bytes_per_device
+from jaxformer.planning.decoding_state import prefill_bytes_per_device, state_bytes_per_device
 from jaxformer.planning.residuals import TracedArray, residuals
 from jaxformer.planning.setup import PlanSetup, Shapes, shapes_in_use, shards_in_use
 from jaxformer.sharding import assume_platform
@@ -52,10 +55,11 @@ class DeviceMemory:
     weights: the parameters in the compute dtype.
     gradients: in the compute dtype, and the fp32 sums of microbatches.
     activations: kept for the backward pass under the remat policy.
-    working: of the backward pass of one period.
+    working: of the backward pass of one period; of prefill, the arrays that are in memory at once.
     gathered: unsharded weights and gradients of a block.
     loss: slices of logits, and the gradient of the head's input.
     state: keys and values, or recurrent state, of inference.
+    padding: of the state in the tiles of a TPU.
   """
 
   parameters: int = 0
@@ -68,6 +72,7 @@ class DeviceMemory:
   gathered: int = 0
   loss: int = 0
   state: float = 0
+  padding: int = 0
 
   @property
   def arguments(self) -> int:
@@ -109,14 +114,16 @@ def memory(setup: PlanSetup) -> DeviceMemory:
 
 
 def _inference_memory(setup: PlanSetup) -> DeviceMemory:
-  model, parallel = setup.model, setup.parallel
-  definition = define(model)
+  definition = define(setup.model)
   # decoding all-gathers no weights: it costs less to send the activations of one token
   gathered = 2 * _largest_block(definition, setup) if setup.phase == 'prefill' else 0
+  state, padding = state_bytes_per_device(setup)
   return DeviceMemory(
-    weights=bytes_of(definition.abstract(parallel, jnp.dtype(setup.dtype))),
+    weights=bytes_of(definition.abstract(setup.parallel, jnp.dtype(setup.dtype))),
+    working=prefill_bytes_per_device(setup) if setup.phase == 'prefill' else 0,
     gathered=gathered,
-    state=state_bytes_per_device(model, parallel, setup.batch_size, setup.length, setup.dtype),
+    state=state,
+    padding=padding,
   )
 
 

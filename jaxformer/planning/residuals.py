@@ -35,8 +35,15 @@ class TracedArray(NamedTuple):
   @property
   def bytes(self) -> int:
     """Bytes per device."""
-    local = (-(-n // p) for n, p in zip(self.shape, self.shards, strict=True))
-    return math.prod(local) * self.dtype.itemsize
+    return math.prod(self.local) * self.dtype.itemsize
+
+  @property
+  def local(self) -> tuple[int, ...]:
+    """The shape on a device."""
+    return tuple(-(-n // p) for n, p in zip(self.shape, self.shards, strict=True))
+
+
+Arrays = list[TracedArray]
 
 
 def traced(aval: Any, shards: Sequence[int] | None = None, activation: bool = False) -> TracedArray:
@@ -81,12 +88,13 @@ def propagate(jaxpr: Any, inputs: Sequence[TracedArray]) -> list[TracedArray]:
     return known.get(id(var)) or traced(var.aval)
 
   for eqn in jaxpr.eqns:
-    results = _results(eqn, [value(v) for v in eqn.invars])
+    results = results_of(eqn, [value(v) for v in eqn.invars])
     known.update(zip(map(id, eqn.outvars), results, strict=True))
   return [value(v) for v in jaxpr.outvars]
 
 
-def _results(eqn: Any, arguments: list[TracedArray]) -> list[TracedArray]:
+def results_of(eqn: Any, arguments: list[TracedArray]) -> list[TracedArray]:
+  """The properties of an operation's results."""
   name, params = eqn.primitive.name, eqn.params
   inner = next((params[k] for k in ('jaxpr', 'call_jaxpr', 'fun_jaxpr') if k in params), None)
   if name == 'scan':
@@ -109,6 +117,15 @@ def _results(eqn: Any, arguments: list[TracedArray]) -> list[TracedArray]:
 
 
 def _scan(eqn: Any, arguments: list[TracedArray]) -> list[TracedArray]:
+  inside, carried, stacked = scan_body(eqn, arguments)
+  length = eqn.params['length']
+  return inside[carried] + [
+    r._replace(shape=(length, *r.shape), shards=(1, *r.shards), iterations=length) for r in stacked
+  ]
+
+
+def scan_body(eqn: Any, arguments: Arrays) -> tuple[Arrays, slice, Arrays]:
+  """The arguments of the body of a loop, where its carries are among them, and what it stacks."""
   # Constants and carries have the same dimensions inside, scanned and stacked arrays one less.
   # (Versions of JAX name the numbers of each differently.)
   body = getattr(eqn.params['jaxpr'], 'jaxpr', eqn.params['jaxpr'])
@@ -118,6 +135,7 @@ def _scan(eqn: Any, arguments: list[TracedArray]) -> list[TracedArray]:
     a._replace(shape=a.shape[1:], shards=a.shards[1:]) for a in arguments[end:]
   ]
   # a carry may become sharded, or dependent on the batch, in the first iteration
+  stacked: Arrays = []
   for _ in range(2):
     results = propagate(body, inside)
     carried, stacked = results[: end - first], results[end - first :]
@@ -129,10 +147,7 @@ def _scan(eqn: Any, arguments: list[TracedArray]) -> list[TracedArray]:
       )
       for a, b in zip(inside[first:end], carried, strict=True)
     ]
-  length = eqn.params['length']
-  return inside[first:end] + [
-    r._replace(shape=(length, *r.shape), shards=(1, *r.shards), iterations=length) for r in stacked
-  ]
+  return inside, slice(first, end), stacked
 
 
 def _as_inside(outside: Any, inside: Any) -> bool:
@@ -140,7 +155,6 @@ def _as_inside(outside: Any, inside: Any) -> bool:
   return len(getattr(outside.aval, 'shape', ())) == len(getattr(inside.aval, 'shape', ()))
 
 
-Arrays = list[TracedArray]
 Shape = Sequence[int]
 
 # Rules: the shards of a result of some shape, from parameters of the operation and its arguments.

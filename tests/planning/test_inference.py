@@ -32,12 +32,41 @@ def setup(name, target, batch, length, phase='decode', **mesh):
     # key/value heads do not divide over 16: each chip holds all of them.
     ('llama3-8b', 'v5e-16', 16, 2048, {'data': 16}, 15.208),
     ('llama3-8b', 'v5e-16', 16, 8192, {'data': 2, 'tensor': 8}, 2.870),
+    # as many sequences as key/value heads
+    ('llama3-70b', 'v5p-16', 8, 8192, {'data': 4, 'tensor': 2}, 68.209),
+    # matrices of 64 x 64 numbers in tiles of 128 columns
+    ('rwkv7-2.9b', 'v5e-8', 64, 4096, {'data': 8}, 5.806),
+    ('rwkv5-1.5b', 'v5e-8', 64, 4096, {'data': 8}, 3.128),
   ],
 )
 def test_weights_and_state_are_those_of_the_program(name, target, batch, length, mesh, arguments):
   assert memory(setup(name, target, batch, length, **mesh)).total / GIB == pytest.approx(
     arguments, rel=0.01
   )
+
+
+@pytest.mark.parametrize(
+  ('name', 'target', 'batch', 'length', 'compiled'),
+  [
+    # all bytes of the TPU compiler's program, in GiB
+    ('llama3.2-1b', 'v5e-8', 16, 4096, 2.86),
+    ('mamba-370m', 'v5e-8', 16, 2048, 0.80),
+    *(
+      pytest.param(*case, marks=pytest.mark.thorough)
+      for case in (
+        ('gpt2-large', 'v5e-8', 32, 1024, 2.15),
+        ('llama3-8b', 'v5e-16', 16, 8192, 9.37),
+        ('mamba2-370m', 'v5e-8', 16, 2048, 0.96),
+        ('rwkv4-430m', 'v5e-8', 32, 1024, 0.81),
+      )
+    ),
+  ],
+)
+def test_prefill_has_activations(name, target, batch, length, compiled):
+  found = memory(setup(name, target, batch, length, 'prefill'))
+  assert found.total / GIB == pytest.approx(compiled, rel=0.15)
+  # without them it would be wrong by more
+  assert found.working > abs(found.total - compiled * GIB)
 
 
 def test_heads_that_do_not_divide_are_replicated():
