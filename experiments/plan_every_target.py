@@ -16,6 +16,7 @@ are not traced again.
 Result: see `main`'s last lines, with the kinds of refusals.
 """
 
+import argparse
 import collections
 import json
 import os
@@ -53,7 +54,11 @@ def plan(preset: str, target: str, phase: str) -> str:
 
 
 def main(words: list[str]) -> int:
-  sample = int(words.pop()) if words[:1] == ['--sample'] else None
+  parser = argparse.ArgumentParser()
+  parser.add_argument('words', nargs='*')
+  parser.add_argument('--sample', type=int)
+  options = parser.parse_args(words)
+  words, sample = options.words, options.sample
   presets = [n for n in PRESETS if any(w in n for w in words)] or list(PRESETS)
   targets = [t for n, t in TARGETS.items() if n in words] or list(TARGETS.values())
   counts: collections.Counter[str] = collections.Counter()
