@@ -43,5 +43,6 @@ def test_a_scanned_stack_holds_its_state_once():
   compiled = jax.jit(step, donate_argnums=2).lower(definition.abstract(), token, state).compile()
   cache = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
   memory = compiled.memory_analysis()
+  assert memory is not None
   assert memory.alias_size_in_bytes >= cache
   assert memory.temp_size_in_bytes < cache / 2
