@@ -23,13 +23,7 @@ OWN, LARGEST = 0.1, 5e-4
 # Relative to the largest difference, and to the largest output: where those of the two steps are
 # farther apart, they do not converge.
 DISAGREE, ROUNDING = 0.03, 2e-6
-LOW = 0.25  # in bfloat16: of the norm of a gradient
-
-
-def long_row(case: Case) -> tuple[Any, Context, tuple[int, ...]]:
-  """Return a long row's inputs, its context of several documents, and the shape of its outputs."""
-  x, ctx = inputs(batch=ROWS, length=TAIL), Context(segments_BT=segments(*DOCUMENTS, batch=ROWS))
-  return x, ctx, jax.eval_shape(case.whole, case.params, x, ctx)[0].shape
+LOW_GRADIENTS = 0.25  # in bfloat16: of the norm of a gradient
 
 
 def weights(shape: tuple[int, ...], draw: int = 0) -> np.ndarray:
@@ -43,8 +37,9 @@ def differentiable(case: Case) -> None:
 
   Where differences do not converge, because a choice such as that of experts changes, outputs have
   weight 0."""
-  x, ctx, shape = long_row(case)
-  scale = float(np.max(np.abs(np.asarray(case.call(case.params, x, ctx)[0], np.float64))))
+  x, ctx = inputs(batch=ROWS, length=TAIL), Context(segments_BT=segments(*DOCUMENTS, batch=ROWS))
+  y = np.asarray(case.call(case.params, x, ctx)[0], np.float64)
+  scale = float(np.max(np.abs(y)))
   found, smooth_BT = [], np.ones(x.shape[:2], bool)
   for what, params, dx in directions(case, x):
     coarse, fine = (slope(case, x, ctx, params, dx, step) for step in STEPS)
@@ -59,10 +54,12 @@ def differentiable(case: Case) -> None:
       f'first at position {position} of row {row}'
     )
   for draw in range(DRAWS):
-    weight_BTD = weights(shape, draw) * smooth_BT[..., None]
-    equal(found, case.pull_back(case.params, x, ctx, weight_BTD), weight_BTD)
-  one = Context(segments_BT=jnp.zeros(x.shape[:2], jnp.int32))
-  without, of_one = (case.pull_back(case.params, x, c, weights(shape)) for c in (Context(), one))
+    weight_BTD = weights(y.shape, draw) * smooth_BT[..., None]
+    equal(found, case.pull_back(case.params, x, ctx, weight_BTD)[1], weight_BTD)
+  one = Context(segments_BT=np.zeros(x.shape[:2], np.int32))
+  without, of_one = (
+    case.pull_back(case.params, x, c, weights(y.shape))[1] for c in (Context(), one)
+  )
   near(without, of_one, GRADIENTS, 'a row without segments against one of one document')
 
 
@@ -107,21 +104,24 @@ def slope(
   """Return the derivative of the outputs along a direction, by a central difference."""
 
   def outputs(step: float) -> np.ndarray:
-    changed = {n: (case.params[n] + step * v).astype(np.float32) for n, v in params.items()}
+    changed = {
+      n: (np.asarray(case.params[n]) + step * v).astype(np.float32) for n, v in params.items()
+    }
     y = case.call(case.params | changed, (x + step * dx).astype(np.float32), ctx)[0]
     return np.asarray(y, np.float64)
 
   return (outputs(step) - outputs(-step)) / (2 * step)
 
 
-def finite_in_bfloat16(case: Case) -> None:
-  """Gradients in bfloat16 are finite, and near those that the same numbers give in float32."""
-  x, ctx, shape = long_row(case)
-  x, low = x.astype(jnp.bfloat16), case.definition.cast(case.params, jnp.bfloat16)
-  same = {name: p.astype(jnp.float32) for name, p in low.items()}
-  found = case.pull_back(low, x, ctx, weights(shape))
-  reference = case.pull_back(same, x.astype(jnp.float32), ctx, weights(shape))
-  near(found, reference, LOW, 'in bfloat16 against float32')
+def in_both_dtypes(case: Case) -> tuple[Any, Any]:
+  """Return outputs and gradients of a long row in bfloat16, and those that the same numbers give in
+  float32."""
+  x, (low, same) = inputs(jnp.bfloat16, ROWS, TAIL), case.in_bfloat16()
+  weight_BTD = weights(jax.eval_shape(case.whole, low, x)[0].shape)
+  return (
+    case.pull_back(low, x, Context(), weight_BTD),
+    case.pull_back(same, x.astype(np.float32), Context(), weight_BTD),
+  )
 
 
 def near(found: tuple[Any, Any], reference: tuple[Any, Any], rtol: float, how: str) -> None:

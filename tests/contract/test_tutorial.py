@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 from jaxformer.config import forget
+from jaxformer.testing.contract import PREFILLS
 from tests.contract import cases
 from tests.contract import test_layers as contract
 
@@ -55,7 +56,7 @@ def hold(made):
   """Run every test of the contract on a layer."""
   name = next(n for n, c in cases.LAYERS.items() if type(c) is made.Config)
   contract.test_fast_form_equals_naive(name)
-  for prefill in (0, 1, 17, cases.LENGTH):
+  for prefill in PREFILLS:
     contract.test_sequence_equals_prefill_and_steps(name, prefill)
   contract.test_sequence_equals_two_parts(name)
   contract.test_long_sequence_equals_its_tokens(name)
