@@ -2,6 +2,7 @@
 
 import ast
 import collections
+import functools
 import pathlib
 import subprocess
 import sys
@@ -11,7 +12,6 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent
 PACKAGE = ROOT / 'jaxformer'
 FILES = sorted(PACKAGE.rglob('*.py'))
-TREES = {path: ast.parse(path.read_text()) for path in FILES}
 
 pytestmark = pytest.mark.quick
 
@@ -75,6 +75,11 @@ MAY_IMPORT['__main__'] = {'cli'}
 LAZY = {'jaxformer/cli/main.py', 'jaxformer/__init__.py'}
 
 
+@functools.cache
+def trees() -> dict[pathlib.Path, ast.Module]:
+  return {path: ast.parse(path.read_text()) for path in FILES}
+
+
 def name_of(path: pathlib.Path) -> str:
   return str(path.relative_to(ROOT))
 
@@ -103,7 +108,7 @@ def imports(tree: ast.AST, *, at_top_level: bool = False) -> list[tuple[ast.stmt
 @pytest.mark.parametrize('path', FILES, ids=name_of)
 def test_a_package_imports_only_what_stands_below_it(path):
   home = package_of(path)
-  for _, name in imports(TREES[path]):
+  for _, name in imports(trees()[path]):
     assert not name.startswith('experiments'), name
     package = name.split('.')[1] if '.' in name else '__init__'  # `import jaxformer as jf`
     assert package in MAY_IMPORT[home] | {home}, name
@@ -114,7 +119,7 @@ def test_data_and_configs_need_no_jax():
     if package_of(path) in BASE | {'data'}:
       names = {
         n.split('.')[0]
-        for node in ast.walk(TREES[path])
+        for node in ast.walk(trees()[path])
         for n in (
           [a.name for a in node.names]
           if isinstance(node, ast.Import)
@@ -131,7 +136,7 @@ def test_imports_stand_at_the_top_of_a_file():
     f'{name_of(path)}:{node.lineno}'
     for path in FILES
     if name_of(path) not in LAZY
-    for function in ast.walk(TREES[path])
+    for function in ast.walk(trees()[path])
     if isinstance(function, ast.FunctionDef)
     for node, _ in imports(function)
   ]
@@ -142,7 +147,7 @@ def test_no_modules_import_each_other():
   known = {module_of(p) for p in FILES}
   graph = collections.defaultdict(set)
   for path in FILES:
-    for _, name in imports(TREES[path], at_top_level=True):
+    for _, name in imports(trees()[path], at_top_level=True):
       target = name if name in known else name.rpartition('.')[0]
       graph[module_of(path)].add(target)
   state: dict[str, int] = {}
@@ -162,7 +167,7 @@ def test_no_modules_import_each_other():
 def test_no_class_name_stands_for_two_things():
   names = collections.Counter(
     node.name
-    for tree in TREES.values()
+    for tree in trees().values()
     for node in ast.walk(tree)
     if isinstance(node, ast.ClassDef) and node.name != 'Config'
   )
@@ -171,38 +176,30 @@ def test_no_class_name_stands_for_two_things():
 
 def config_classes() -> dict[str, str]:
   """Every name by which a config class is known -> the file that defines it."""
+  classes = [
+    (name_of(path), node, f'{getattr(parent, "name", "")}.{node.name}'.removeprefix('.'))
+    for path, tree in trees().items()
+    for parent in ast.walk(tree)
+    for node in ast.iter_child_nodes(parent)
+    if isinstance(node, ast.ClassDef)
+  ]
   bases = {'Config'}
   found: dict[str, str] = {}
   while True:
     before = len(found)
-    for path, tree in TREES.items():
-      outer: dict[int, str] = {}
-      for node in ast.walk(tree):
-        if isinstance(node, ast.ClassDef):
-          for child in node.body:
-            if isinstance(child, ast.ClassDef):
-              outer[id(child)] = node.name
-      for node in ast.walk(tree):
-        if isinstance(node, ast.ClassDef):
-          of = {
-            b.attr if isinstance(b, ast.Attribute) else getattr(b, 'id', '') for b in node.bases
-          }
-          if of & bases:
-            name = f'{outer[id(node)]}.{node.name}' if id(node) in outer else node.name
-            found[name] = name_of(path)
-            if node.name != 'Config':
-              bases.add(node.name)
+    for path, node, name in classes:
+      if bases & {getattr(b, 'attr', getattr(b, 'id', '')) for b in node.bases}:
+        found[name] = path
+        if node.name != 'Config':
+          bases.add(node.name)
     if len(found) == before:
       return found
 
 
-CONFIGS = config_classes()
-
-
 def test_no_type_of_config_is_asked_for_outside_its_file():
   """Ask the config by a method of its base class instead."""
-  wrong = []
-  for path, tree in TREES.items():
+  wrong, configs = [], config_classes()
+  for path, tree in trees().items():
     for node in ast.walk(tree):
       if not (
         isinstance(node, ast.Call) and getattr(node.func, 'id', '') in ('isinstance', 'issubclass')
@@ -211,7 +208,7 @@ def test_no_type_of_config_is_asked_for_outside_its_file():
       for part in ast.walk(node.args[1]):
         text = ast.unparse(part) if isinstance(part, ast.Name | ast.Attribute) else ''
         name = '.'.join(text.split('.')[-2:])
-        if CONFIGS.get(name, CONFIGS.get(text, name_of(path))) != name_of(path):
+        if configs.get(name, configs.get(text, name_of(path))) != name_of(path):
           wrong.append(f'{name_of(path)}:{node.lineno} {text}')
   assert not wrong
 
@@ -224,7 +221,7 @@ def test_only_values_of_users_are_asked_for_their_type():
   """`is_a` is `isinstance` for what a user passes; elsewhere configs are asked by their methods."""
   asking = {
     name_of(path)
-    for path, tree in TREES.items()
+    for path, tree in trees().items()
     for node in ast.walk(tree)
     if isinstance(node, ast.ImportFrom | ast.Import | ast.Attribute)
     and 'is_a' in {getattr(node, 'attr', ''), *(a.name for a in getattr(node, 'names', ()))}
@@ -237,7 +234,7 @@ def test_nobody_probes_for_attributes_of_configs():
   names = {'config', 'model', 'data', 'experiment', 'layer', 'dataset', 'task', 'entry', 'study'}
   wrong = [
     f'{name_of(path)}:{node.lineno} {ast.unparse(node)}'
-    for path, tree in TREES.items()
+    for path, tree in trees().items()
     for node in ast.walk(tree)
     if isinstance(node, ast.Call)
     and getattr(node.func, 'id', '') in ('getattr', 'hasattr')
@@ -259,7 +256,7 @@ def test_files_stay_readable():
 def test_functions_stay_readable():
   long = [
     f'{name_of(path)}:{node.lineno} {node.name}'
-    for path, tree in TREES.items()
+    for path, tree in trees().items()
     for node in ast.walk(tree)
     if isinstance(node, ast.FunctionDef) and (node.end_lineno or 0) - node.lineno > 100
   ]

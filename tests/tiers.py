@@ -8,7 +8,13 @@ import pytest
 
 # A transformer, a Mamba, an RWKV, a hybrid with experts, an encoder-decoder and a classifier.
 STANDING = 'llama3', 'mamba', 'rwkv7', 'jamba', 'transformer', 's4d-classifier'
+# Of layers attention, a scan, products of chunks, a convolution, experts, an LSTM, a decoder
+# that attends to its source, and one that mixes no positions.
+LAYERS = 'Attention', 'Mamba', 'TimeMix7', 'S4D', 'Moe', 'Lstm', 'InputFeeding', 'GatedMlp'
 thorough = pytest.mark.thorough
+# What `.ci/run` also runs on the newest Python and jax, in tree mode, compiled as users compile:
+# each layer and model against its other forms and on meshes, kills, and the command line.
+newest = pytest.mark.newest
 
 
 def families(names: Iterable[str]) -> list[Any]:

@@ -11,7 +11,7 @@ from jaxformer.models.stack import layers_with_widths
 from tests.contract.cases import BATCH, PAIRS, close, model
 from tests.contract.test_models import LENGTH, pairs_of
 from tests.helpers import state_bytes
-from tests.tiers import families
+from tests.tiers import families, newest
 
 every = pytest.mark.parametrize('name', families(PAIRS))
 
@@ -22,6 +22,7 @@ def logits_of(case):
   )
 
 
+@newest
 @every
 @pytest.mark.parametrize('prefill', [0, 17])
 def test_teacher_forced_equals_prefill_and_steps(name, prefill):
@@ -129,6 +130,7 @@ def test_state_is_as_declared(name):
   assert state_bytes(definition, 1, 32) == 2 * numbers
 
 
+@newest
 @every
 def test_alignments_are_distributions_over_the_tokens_of_the_source(name):
   case = model(name)

@@ -28,6 +28,13 @@ from tests.contract.cases import (
 
 every = pytest.mark.parametrize('name', [tiers.case(n, standing=n in FIRST) for n in LAYERS])
 decoding = pytest.mark.parametrize('name', [tiers.case(n, standing=n in FIRST) for n in DECODING])
+# Long sequences and packed documents are held to their tokens, each row by itself, in every layer
+# that decodes. Tests that name one property of these stand for all in a few layers.
+TELLING = {n for n in FIRST if LAYERS[n].tag in tiers.LAYERS or n not in DECODING}
+telling = pytest.mark.parametrize('name', [tiers.case(n, standing=n in TELLING) for n in LAYERS])
+telling_decoding = pytest.mark.parametrize(
+  'name', [tiers.case(n, standing=n in TELLING) for n in DECODING]
+)
 IN_TIME = MeshConfig(data=1, context=4, fsdp=2)
 
 
@@ -47,6 +54,7 @@ def seen(name):
   return case.call(case.params, inputs()[:, ::-1], Context(), case.init_state(BATCH, 2 * LENGTH))[1]
 
 
+@tiers.newest
 @every
 def test_fast_form_equals_naive(name):
   """Outputs, the final state and all gradients, from a state that has seen tokens, with several
@@ -61,7 +69,7 @@ def test_fast_form_equals_naive(name):
   close(gradients, naive_gradients, 1e-4, 'gradient ')
 
 
-@pytest.mark.parametrize('name', CACHED)
+@pytest.mark.parametrize('name', [tiers.case(n, standing=n in FIRST) for n in CACHED])
 def test_fast_form_equals_naive_on_a_cache(name):
   case, ctx, state = (
     layer(name),
@@ -73,32 +81,34 @@ def test_fast_form_equals_naive_on_a_cache(name):
   close(case.call(case.params, inputs(), ctx, state), naive, 1e-5)
 
 
-@decoding
+@telling_decoding
 @pytest.mark.parametrize('prefill', contract.PREFILLS)
 def test_sequence_equals_prefill_and_steps(name, prefill):
   contract.continued(layer(name), contract.inputs(), prefill)
 
 
-@decoding
+@telling_decoding
 def test_sequence_equals_two_parts(name):
   contract.two_parts(layer(name))
 
 
+@tiers.newest
 @decoding
 def test_long_sequence_equals_its_tokens(name):
   contract.long(layer(name))
 
 
-@every
+@telling
 def test_no_row_depends_on_others(name):
   contract.rows_apart(layer(name))
 
 
-@decoding
+@telling_decoding
 def test_no_output_depends_on_a_later_input(name):
   contract.causal(layer(name))
 
 
+@tiers.newest
 @every
 def test_packed_documents_equal_separate_ones(name):
   contract.packed(layer(name))
@@ -109,6 +119,7 @@ def test_sharded_equals_unsharded(name):
   contract.sharded(layer(name))
 
 
+@tiers.newest
 @every
 def test_time_sharded_equals_unsharded(name):
   """Outputs, the final state and all gradients, from a state that has seen tokens, with documents
@@ -132,6 +143,7 @@ def test_gradients_equal_differences(name):
   contract.differentiable(layer(name))
 
 
+@tiers.newest
 @every
 def test_bfloat16_is_near(name):
   contract.bfloat16(layer(name))

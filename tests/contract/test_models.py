@@ -105,6 +105,7 @@ def loss_of(case, batch, cast=None):
   )
 
 
+@tiers.newest
 @every
 @pytest.mark.parametrize('prefill', [0, 20])
 def test_sequence_equals_prefill_and_steps(name, prefill):
@@ -124,6 +125,7 @@ def test_packed_documents_equal_separate_ones(name):
   close(packed, jnp.concatenate(apart, axis=1), 1e-5)
 
 
+@tiers.newest
 @every
 def test_loss_equals_that_of_the_logits(name):
   case = model(name)
@@ -146,6 +148,7 @@ def on_one_device(name):
   return jax.jit(loss_of(case, batch_of(case)))(case.params)
 
 
+@tiers.newest
 @pytest.mark.parametrize('name', families(BUILDS))
 def test_every_way_to_run_the_stack_agrees(name):
   case, scanned = model(name), on_one_device(name)
@@ -192,6 +195,7 @@ def meshes_for(name):
   return ['fsdp4-tensor2', *MIXTURES.get(name, ['context4-fsdp2'] if name in IN_TIME else [])]
 
 
+@tiers.newest
 @pytest.mark.parametrize(
   ('name', 'mesh'),
   [
@@ -218,6 +222,7 @@ def test_sharded_equals_unsharded(name, mesh):
     close(gradient(params), reference, 1e-4)
 
 
+@tiers.newest
 @all_kinds
 def test_parameters_are_initialized_sharded_and_equal(name):
   case = model(name)

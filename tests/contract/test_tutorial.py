@@ -71,6 +71,7 @@ def hold(made):
   contract.test_padding_before_a_document_leaves_no_trace(name, True)
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize('layer', ['right'], indirect=True)
 def test_the_layer_of_the_tutorial_keeps_the_contract(layer):
   hold(layer)

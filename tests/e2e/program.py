@@ -44,7 +44,7 @@ def environment(cache: Path) -> dict[str, str]:
     'PYTHONPATH': str(ROOT),
     'JAX_PLATFORMS': 'cpu',
     'JAXFORMER_CACHE': str(cache),
-    'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0.2',
+    'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
     'JAX_COMPILATION_CACHE_DIR': jax.config.jax_compilation_cache_dir,
   }
 

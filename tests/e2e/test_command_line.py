@@ -14,7 +14,7 @@ from tests.e2e.conftest import FIRST
 from tests.e2e.program import SMALL, contents, environment, last, start
 from tests.tiers import thorough
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.newest]
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from jaxformer.config import InputError
 from tests.e2e.program import start
 from tests.helpers import temporary_types
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.newest]
 
 # It has the name of a layer of the package.
 LAYER = '''

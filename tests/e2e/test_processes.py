@@ -21,7 +21,7 @@ from tests.e2e.program import SMALL, environment, last
 from tests.tiers import case, thorough
 from tests.training.compare import curve, meta
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.newest]
 STEPS, DEVICES = 40, 4
 TRAIN = [
   'train',

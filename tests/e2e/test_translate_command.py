@@ -16,6 +16,8 @@ from jaxformer.models.zoo import PRESETS
 from jaxformer.models.zoo.transformer import transformer
 from jaxformer.workflows.model import Model
 
+pytestmark = pytest.mark.newest
+
 
 @pytest.fixture
 def trained(monkeypatch):

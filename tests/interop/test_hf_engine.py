@@ -156,7 +156,8 @@ def test_grouping_of_blocks_does_not_matter(tmp_path):
   assert read == config
   tokens = jnp.arange(20).reshape(2, 10)
   logits = [
-    define(c).merge(p)(tokens).y for c, p in ((regrouped, noisy(regrouped)), (read, loaded))
+    jax.jit(lambda p, c=c: define(c).merge(p)(tokens).y)(p)
+    for c, p in ((regrouped, noisy(regrouped)), (read, loaded))
   ]
   np.testing.assert_allclose(*logits, atol=1e-6)
 

@@ -86,21 +86,28 @@ def test_the_decoder():
   def gelu(x):
     return x * special.ndtr(x)
 
-  model = definition.merge(params)
-  z = np.asarray(model.stack(model.embedder.input(batch.inputs), Context()).y)[:, -1]
+  @jax.jit
+  def run(params):
+    model = definition.merge(params)
+    return model.stack(model.embedder.input(batch.inputs), Context()).y, model(batch)
+
+  z, logits = map(np.asarray, run(params))
+  z = z[:, -1]
   place = np.arange(T)[:, None] * 10000.0 ** (-np.arange(0, D, 2) / D)
   y = z[:, None] + np.stack([np.sin(place), np.cos(place)], axis=-1).reshape(1, T, D)
   for i in (1, 2):
     y = gelu(norm(y, f'norm_{i}') @ p[f'dense_{i}.kernel'] + p[f'dense_{i}.bias'])
   want = norm(y, 'norm_3') @ p['head.kernel'] + p['head.bias']
-  np.testing.assert_allclose(model(batch), want, rtol=2e-5, atol=2e-5)
+  np.testing.assert_allclose(logits, want, rtol=2e-5, atol=2e-5)
 
 
 def test_loss_scores_and_evaluation_are_those_of_the_logits():
   definition, params = made(MIXING)
   batch = batch_of()
   batch.targets_BT[1, 2:] = -1
-  logits, counted = np.asarray(definition.merge(params)(batch), np.float64), batch.targets_BT != -1
+  run = jax.jit(lambda p: (definition.merge(p)(batch), *definition.merge(p).scores(batch)))
+  logits, scores, hit = run(params)
+  logits, counted = np.asarray(logits, np.float64), batch.targets_BT != -1
   lse = special.logsumexp(logits, axis=-1)
   nll = np.where(
     counted,
@@ -112,7 +119,6 @@ def test_loss_scores_and_evaluation_are_those_of_the_logits():
     sums, (nll.sum() + 0.1 * np.square(lse[counted]).sum(), nll.sum(), 44), rtol=1e-5
   )
   assert aux == {}
-  scores, hit = definition.merge(params).scores(batch)
   np.testing.assert_allclose(scores, nll, rtol=1e-4, atol=1e-5)
   np.testing.assert_array_equal(hit, (logits.argmax(-1) == batch.targets_BT) & counted)
   result = evaluate(definition, params, [batch])

@@ -21,7 +21,7 @@ from jaxformer.training.run import read_metrics
 from tests.training.compare import assert_same, curve
 from tests.training.conftest import CACHE, make_experiment
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.newest]
 HERE = Path(__file__).parent
 LONG = {
   'steps': 300,
@@ -51,6 +51,7 @@ def environment():
   return os.environ | {
     'PYTHONPATH': str(HERE.parent.parent),
     'JAX_COMPILATION_CACHE_DIR': jax.config.jax_compilation_cache_dir,
+    'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
   }
 
 

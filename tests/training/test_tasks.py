@@ -105,7 +105,7 @@ def test_a_language_model_on_a_task(tmp_path):
   definition = define(e.model)
   params = load_params(result.folder, definition).params
   batch = task.rows('test', np.arange(40))
-  logits = np.asarray(definition.merge(params)(batch.inputs).y)[:, -1]
+  logits = np.asarray(jax.jit(lambda p: definition.merge(p)(batch.inputs).y)(params))[:, -1]
   answers = batch.targets_BT[:, -1]
   assert result.metrics['eval/accuracy'] == np.mean(logits.argmax(-1) == answers)
   nll = np.log(np.exp(logits).sum(-1)) - logits[np.arange(40), answers]
@@ -136,13 +136,13 @@ def test_the_score_of_a_suite_task_is_the_fraction_right_of_all_targets(tmp_path
   definition = define(e.model)
   params = load_params(result.folder, definition).params
   batch = task.rows('test', np.arange(40))
-  model = definition.merge(params)
-  right = (
-    np.asarray(model(batch) if task.task.predicts == 'sequence' else model(batch.inputs).y).argmax(
-      -1
-    )
-    == batch.targets_BT
-  )
+
+  @jax.jit
+  def logits(params):
+    model = definition.merge(params)
+    return model(batch) if task.task.predicts == 'sequence' else model(batch.inputs).y
+
+  right = np.asarray(logits(params)).argmax(-1) == batch.targets_BT
   assert result.metrics['eval/accuracy'] == pytest.approx(
     right.sum() / (batch.targets_BT != -1).sum()
   )
