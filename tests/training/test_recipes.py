@@ -11,6 +11,7 @@ from jaxformer.data import open_data
 from jaxformer.models.zoo import PRESETS
 from jaxformer.training.experiment import check_complete
 from jaxformer.training.recipes import RECIPES, Field, Status, preset_experiment
+from tests.tiers import case
 
 pytestmark = pytest.mark.quick
 
@@ -212,9 +213,9 @@ def test_a_plan_is_that_of_the_run(name):
   ('name', 'target'),
   [
     ('llama2-7b', 'v5e-64'),
-    ('mamba-130m', 'v6e-8'),
+    case('mamba-130m', 'v6e-8', standing=False),
     ('transformer-base', 'h100:8'),
-    ('gpt2-tiny', 'v5e-4'),
+    case('gpt2-tiny', 'v5e-4', standing=False),
   ],
 )
 def test_a_launch_is_what_was_planned(name, target):
@@ -243,7 +244,7 @@ def test_a_launch_is_what_was_planned(name, target):
   assert told.replace(run=e.run) == e
 
 
-@pytest.mark.parametrize('size', ['1M', '125M'])
+@pytest.mark.parametrize('size', [case('1M', standing=False), case('125M', standing=True)])
 def test_a_model_of_a_size_is_planned_as_it_is_trained(size):
   e, plan = jaxformer.experiment('mamba', params=size), jaxformer.plan('mamba', params=size)
   assert (plan.tokens, plan.length) == (e.tokens, e.data.positions)

@@ -33,7 +33,7 @@ def batch(step: int, rows: int = 8, length: int = 16) -> Batch:
   )
 
 
-@pytest.mark.parametrize('accumulate', [2, 4])
+@pytest.mark.parametrize('accumulate', [case(2, standing=False), case(4, standing=True)])
 def test_accumulated_gradients_are_those_of_the_whole_batch(accumulate):
   params, key = DEFINITION.init(jax.random.key(0)), jax.random.key(1)
   whole, _, grads = jax.jit(
