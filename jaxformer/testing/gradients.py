@@ -56,7 +56,7 @@ def differentiable(case: Case) -> None:
   for draw in range(DRAWS):
     weight_BTD = weights(y.shape, draw) * smooth_BT[..., None]
     equal(found, case.pull_back(case.params, x, ctx, weight_BTD)[1], weight_BTD)
-  one = Context(segments_BT=np.zeros(x.shape[:2], np.int32))
+  one = Context(segments_BT=jnp.zeros(x.shape[:2], jnp.int32))
   without, of_one = (
     case.pull_back(case.params, x, c, weights(y.shape))[1] for c in (Context(), one)
   )
