@@ -34,14 +34,14 @@ None of its held-out trainings had run.
 Cost: 20 trainings, 21 minutes on one shared core.
 
 Result (jax 0.10.2): supported, by the rule above. The law explains 98.3 % of the variance of log
-loss. For 95,552 parameters after 2.5 million tokens it predicted 1.579 nats per byte (1.486 to
-1.678), observed 1.551; for 234,144 parameters after 0.94 million, predicted 1.673 (1.584 to 1.766),
+loss. For 95,552 parameters after 2.5 million tokens it predicted 1.579 nats per byte (1.516 to
+1.656), observed 1.551; for 234,144 parameters after 0.94 million, predicted 1.673 (1.611 to 1.737),
 observed 1.625: relative errors of 1.8 % and 2.9 %, against 6.2 % and 10.6 % of the guess. Both
-observed losses are below the predictions. Three caveats: the intervals are +- 6 %. The coefficients
-are hardly determined (E 1.25, from next to nothing to far above every loss; alpha 0.95, from 0.05
-to 17; beta 0.40, from 0.23 to 0.70), nor is the growth of the optimal size (FLOPs^0.29, from 0.08
-to 1.09). And a power law of FLOPs alone, which explains 63 % of the variance, has errors of 3.1 %
-and 1.6 % on these two, which is no worse."""
+observed losses are below the predictions. Three caveats: intervals of 4 to 5 %. The coefficients
+are hardly determined (E 1.25, from 0.91 to 1.56; alpha 0.95, from 0.16 to 2.77; beta 0.40, from
+0.30 to 0.77), nor is the growth of the optimal size (FLOPs^0.29, from 0.14 to 0.70). And a power
+law of FLOPs alone, which explains 63 % of the variance, has errors of 3.1 % and 1.6 % on these two,
+which is no worse."""
 
 from __future__ import annotations
 
@@ -104,8 +104,10 @@ def alone(f: FittedLaw, of: str) -> tuple[float, list[float]]:
   predictions, unsigned."""
   used = [p for p in f.fitted if p.loss is not None]
   x, y = ([getattr(p, name) for p in used] for name in (of, 'loss'))
-  a, k = power_law(x, y)
-  found = [abs(k * getattr(p, of) ** a / p.loss - 1) for p in f.held_out if p.loss is not None]
+  fit = power_law(x, y)
+  found = [
+    abs(fit.k * getattr(p, of) ** fit.a / p.loss - 1) for p in f.held_out if p.loss is not None
+  ]
   return float(np.corrcoef(np.log(x), np.log(y))[0, 1] ** 2), found
 
 

@@ -31,7 +31,7 @@ def number(value: float) -> str:
 
 def between(i: Interval | None) -> str:
   """Format a value with its interval."""
-  return '' if i is None else f'{number(i.value)} ({number(i.low)} to {number(i.high)})'
+  return '' if i is None else f'{number(i.value)} ({i.ends(number)})'
 
 
 def law_tables(results: Results) -> list[Table]:
@@ -41,7 +41,8 @@ def law_tables(results: Results) -> list[Table]:
 
 def coefficients(results: Results) -> list[Table]:
   note = (
-    'Each coefficient with its 95% interval, by parametric bootstrap. Residual: root mean square '
+    'Each coefficient with its 95% interval, by refits to randomly weighted trainings (Bayesian '
+    'bootstrap); "not identified" if the trainings do not determine it. Residual: root mean square '
     'of log loss. R² is of log losses. Optimal size: N in proportion to FLOPs to this power.'
   )
 
@@ -64,7 +65,7 @@ def predictions(results: Results) -> list[Table]:
   note = (
     'Held-out trainings, of more FLOPs than any that the law was fitted to. The interval is that '
     'of one more training: it covers the uncertainty of the law and the scatter of trainings '
-    'around it.'
+    'around it, outliers excepted.'
   )
   rows = (
     {
@@ -73,7 +74,7 @@ def predictions(results: Results) -> list[Table]:
       'parameters': f'{t.params:,.0f}',
       'tokens': f'{t.tokens:,}',
       'predicted': _predicted(t),
-      '95% interval': f'{t.predicted.low:.3f} to {t.predicted.high:.3f}' if t.predicted else '',
+      '95% interval': t.predicted.ends() if t.predicted else '',
       'observed': _loss(t.loss),
       'relative error': _error(t),
       'within interval': YES_NO[t.within_interval],
@@ -99,10 +100,16 @@ def _error(t: Training) -> str:
 def optimal_sizes(results: Results) -> list[Table]:
   laws = fitted(results)
   k = '; '.join(f'{f.title} {f.flops_law[0]:.3g} N^{f.flops_law[1]:.3f}' for f in laws)
+  growth = '; '.join(
+    f'{f.title} FLOPs^{p.a:.2f} ({p.low:.2f} to {p.high:.2f})'
+    for f in laws
+    if (p := f.parabola_exponent)
+  )
   note = (
-    'The size with the least loss at a number of training FLOPs: by the law, with its 95% '
-    'interval, and by the minimum of a parabola through the losses of that budget. Training '
-    f'FLOPs per token, fitted to these models: {k}.'
+    'The size with the least loss at a number of training FLOPs: by the law, and by the minimum of '
+    'a parabola through the losses of that budget, whose 95% interval is by resampled residuals. '
+    + (f'By the parabolas the optimal size grows as: {growth}. ' if growth else '')
+    + f'Training FLOPs per token, fitted to these models: {k}.'
   )
   rows = (
     {
@@ -123,7 +130,7 @@ def optimal_sizes(results: Results) -> list[Table]:
 def _minimum(f: FittedLaw, o: Optimum) -> str:
   if o.parabola is None:
     return f.no_parabola.get(f'{o.flops:g}', '')
-  return number(o.parabola.params) + ('' if o.parabola.inside else ', beyond the sizes tried')
+  return between(o.parabola.interval) + ('' if o.parabola.inside else ', beyond the sizes tried')
 
 
 def trainings(f: FittedLaw, results: Results) -> list[Table]:
@@ -218,15 +225,20 @@ def agreement(f: FittedLaw) -> Figure | None:
   )
 
 
+def _point(x: float, i: Interval) -> Point:
+  return Point(x, *i) if i.bounded else Point(x, i.value)
+
+
 def sizes(results: Results) -> Figure | None:
   """Draw the optimal size against training FLOPs."""
   return _against_flops(
     results,
     'Optimal size',
-    'Lines: by the law. Points: by parabolas whose minimum lies within the sizes tried.',
+    'Lines: by the law. Points: by parabolas whose minimum lies within the sizes tried. Values '
+    'without a bar have no interval with two ends.',
     Axis(MATCHED[results.study.match], True, amount),
-    lambda o: Point(o.flops, *o.params),
-    lambda f: [Point(c, p.params) for c, p in f.parabolas.items() if p.inside],
+    lambda o: _point(o.flops, o.params),
+    lambda f: [_point(c, p.interval) for c, p in f.parabolas.items() if p.inside],
   )
 
 

@@ -2,14 +2,22 @@
 intervals and predictions."""
 
 import dataclasses
-import operator
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from jaxformer.study.ngrams import better
 from jaxformer.study.runner import Tuned
-from jaxformer.study.scaling import Fit, Interval, Law, Parabola, fit_law, iso_flop, power_law
+from jaxformer.study.scaling import (
+  Fit,
+  Interval,
+  Law,
+  Parabola,
+  PowerLaw,
+  fit_law,
+  iso_flop,
+  power_law,
+)
 from jaxformer.study.study import ScalingGrid
 
 COEFFICIENTS = tuple(f.name for f in dataclasses.fields(Law))
@@ -103,6 +111,8 @@ class FittedLaw:
   flops_law: tuple[float, float]
   no_law: str | None
   no_parabola: dict[str, str]
+  REPORTED = ('parabola_exponent',)
+
   coefficients: dict[str, Interval] = dataclasses.field(default_factory=dict)
   exponent: Interval | None = None
   residual: float | None = None
@@ -127,6 +137,13 @@ class FittedLaw:
     """Parabolas by FLOPs."""
     return {o.flops: o.parabola for o in self.optima if o.parabola is not None}
 
+  @property
+  def parabola_exponent(self) -> PowerLaw | None:
+    """Power law of the optimal size in the FLOPs, by parabolas with their minimum within the sizes
+    that were run (Hoffmann et al. 2022, section 3.2); None for fewer than three."""
+    found = {flops: p.params for flops, p in self.parabolas.items() if p.inside}
+    return power_law(list(found), list(found.values())) if len(found) > 2 else None
+
 
 def law_of(
   scaling: ScalingGrid, title: str, tuned: Sequence[Tuned], ngrams: Mapping[str, float]
@@ -134,7 +151,8 @@ def law_of(
   """Fit the law of one architecture to its trainings. `ngrams` are `TaskResults.ngrams`."""
   trainings = [_training(t, ngrams) for t in tuned]
   used = [t for t in trainings if not t.held_out and t.loss is not None]
-  power, k = power_law([t.params for t in trainings], [t.flops_per_token for t in trainings])
+  by_size = power_law([t.params for t in trainings], [t.flops_per_token for t in trainings])
+  power, k = by_size.a, by_size.k
   parabolas, no_parabola = _parabolas(scaling, trainings)
   found = FittedLaw(title, tuple(trainings), len(used), (k, power), None, no_parabola)
   try:
@@ -151,8 +169,8 @@ def law_of(
     trainings=tuple(
       dataclasses.replace(t, predicted=fit.prediction(t.params, t.tokens)) for t in trainings
     ),
-    coefficients={name: fit.interval(operator.attrgetter(name)) for name in COEFFICIENTS},
-    exponent=fit.interval(lambda law: law.exponent(power)),
+    coefficients={name: fit.coefficient(name) for name in COEFFICIENTS},
+    exponent=fit.interval(lambda law: law.exponent(power), (True, True)),
     residual=fit.residual,
     explained=fit.explained,
     optima=tuple(
@@ -203,7 +221,7 @@ def _parabolas(
 
 def _optimum(fit: Fit, flops: float, k: float, power: float, parabola: Parabola | None) -> Optimum:
   params, tokens = fit.law.optimal(flops, k, power)
-  size = fit.interval(lambda law: law.optimal(flops, k, power)[0])
+  size = fit.interval(lambda law: law.optimal(flops, k, power)[0], (True, True))
   return Optimum(flops, size, tokens, float(fit.law.loss(params, tokens)), parabola)
 
 
@@ -220,12 +238,11 @@ def in_words(f: FittedLaw) -> str:
     if t.loss is None or t.predicted is None:
       parts.append(f'{what}: diverged.')
     else:
-      value, low, high = t.predicted
       parts.append(
-        f'{what}: predicted {value:.3f} ({low:.3f} to {high:.3f}) nats, observed {t.loss:.3f}, '
-        f'{"within" if t.within_interval else "outside"} the interval, relative error '
-        f'{t.relative_error:+.1%}.'
+        f'{what}: predicted {t.predicted.value:.3f} ({t.predicted.ends()}) nats, observed '
+        f'{t.loss:.3f}, {"within" if t.within_interval else "outside"} the interval, relative '
+        f'error {t.relative_error:+.1%}.'
       )
-  value, low, high = f.exponent
-  parts.append(f'The optimal size grows as FLOPs^{value:.2f} ({low:.2f} to {high:.2f}).')
+  ends = f.exponent.ends('{:.2f}'.format)
+  parts.append(f'The optimal size grows as FLOPs^{f.exponent.value:.2f} ({ends}).')
   return ' '.join(parts)
