@@ -5,8 +5,9 @@ parametric fit of section 3.3 and appendix D.3, and the parabolas of equal train
 The paper, and Besiroglu et al. 2024 ("Chinchilla Scaling: A replication attempt"), refit the law to
 resampled runs. Few runs lose their design by that, so here each refit gives every run a random
 weight instead, exponential with mean 1 (Rubin 1981, "The Bayesian Bootstrap"; Jin, Ying and Wei
-2001 for losses with kinks). It assumes neither normal nor equal noise, and a run far from the law
-has as little influence on the refits as on the fit. Least-squares fits are refitted to resampled
+2001 for losses with kinks). It assumes neither normal nor equal noise. A run far from the law
+widens intervals little, unless it is at a corner of the sizes and tokens, where the Huber loss
+follows it in the refits that give it much weight. Least-squares fits are refitted to resampled
 residuals."""
 
 import dataclasses
