@@ -46,7 +46,8 @@ install_import_hook(
     'jaxformer.inference.sampling',
     'jaxformer.training.schedule',
   ],
-  'beartype.beartype',
+  # an int is a float, as for Python's type checkers
+  'beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))',
 )
 
 # Tracing makes so many objects that Python's default looks for cycles in a ninth of the time.

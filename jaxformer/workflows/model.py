@@ -239,7 +239,7 @@ class Model:
     tokenizer, published = self.text_tokenizer(), self.generation
     if sampling.get('repetition_penalty') is None:
       sampling['repetition_penalty'] = published.repetition_penalty
-    how = Sampling(temperature=float(temperature), **sampling)
+    how = Sampling(temperature=temperature, **sampling)
     if self.config.task != LANGUAGE_MODELING:
       raise InputError(
         f'{self.name}: an {self.config.tag} does not continue prompts; use translate'
