@@ -40,8 +40,8 @@ class Outcome:
     at_edge: whether it lies at an end of the rates tried.
     scores: seed -> score, None for a run that diverged.
     estimate: over the seeds that finished; None if none did.
-    difference: from the baseline, paired by seed; None for the baseline, and if a run of either
-      diverged.
+    difference: from the baseline, paired by seed, and corrected for all pairs where these are
+      compared; None for the baseline, and if a run of either diverged.
     verdict: in words; None for the baseline.
     curve: (tokens, training loss), the mean over seeds.
     position_loss: mean held-out loss at each position, nats; None for tasks with one target.
@@ -242,12 +242,15 @@ def _compared(
   sign = 1 if lower_is_better else -1
   best_first = sorted(complete, key=lambda title: sign * np.mean(list(complete[title].values())))
   complete = {title: complete[title] for title in best_first}
-  baseline, differences, pairs = found[0].title, {}, ()
-  if baseline in complete:
-    compared = compare(complete, baseline, lower_is_better=lower_is_better)
-    differences = {d.name: d for d in compared}
+  baseline, pairs, compared = found[0].title, (), []
   if 2 < len(complete) <= MAX_PAIRED:
     pairs = tuple(compare_all(complete, lower_is_better=lower_is_better))
+    # A report has one verdict on each pair, so one correction: not a second one for the fewer
+    # comparisons with the baseline.
+    compared = [d if d.against == baseline else d.reversed() for d in pairs]
+  elif baseline in complete:
+    compared = compare(complete, baseline, lower_is_better=lower_is_better)
+  differences = {d.name: d for d in compared if d.against == baseline}
   outcomes = tuple(
     _outcome(t, task, target, scores[t.title], differences.get(t.title), measured) for t in found
   )

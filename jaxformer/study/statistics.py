@@ -64,6 +64,18 @@ class Difference:
   p_adjusted: float
   verdict: Verdict
 
+  def reversed(self) -> 'Difference':
+    """Return the same comparison, of (against - name)."""
+    e = self.estimate
+    opposite: dict[Verdict, Verdict] = {'better': 'worse', 'worse': 'better'}
+    return dataclasses.replace(
+      self,
+      name=self.against,
+      against=self.name,
+      estimate=Estimate(-e.mean, -e.high, -e.low, e.runs),
+      verdict=opposite.get(self.verdict, self.verdict),
+    )
+
 
 def compare(
   scores: Mapping[str, Mapping[int, float]], against: str, *, lower_is_better: bool = True

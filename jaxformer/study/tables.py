@@ -88,12 +88,13 @@ def detail_tables(results: Results) -> list[Table]:
 
 
 def scores(task: TaskResults, results: Results) -> list[Table]:
+  corrected = f'{len(task.pairs)} pairs' if task.pairs else f'comparisons with {results.baseline}'
   note = (
     f'Mean and 95% interval (Student) of {task.metric} over seeds, '
     f'{"lower" if task.lower_is_better else "higher"} is better; scored on {task.scored_on}. '
     'Differences are paired by seed, with the interval of this comparison alone (of accuracies in '
-    'percentage points); p is corrected for all comparisons of the task (Holm) and decides the '
-    'verdict.' + (NGRAMS_NOTE if task.ngrams else '')
+    f'percentage points); p is corrected for all {corrected} (Holm) and decides the verdict.'
+    + (NGRAMS_NOTE if task.ngrams else '')
   )
 
   def row(o: Outcome) -> dict[str, str]:

@@ -22,6 +22,7 @@ from jaxformer.study.earlier import keep_earlier
 from jaxformer.study.report import _other_software, content, csv_text, page, reproduction, save
 from jaxformer.study.results import gather
 from jaxformer.study.runner import Planned, Trial, Tuned
+from jaxformer.study.statistics import compare
 from jaxformer.study.study import FixedModel, Study
 from jaxformer.training.environment import software
 
@@ -181,6 +182,41 @@ def test_those_near_the_best_are_named(tmp_path):
   (names,) = re.findall(r'[Nn]ot significantly different from it: ([^.]*)\.', near.answer[0])
   assert names in ('attention', 'LSTM <1997>')
   assert not invented(tmp_path / 'two', NAMES[:2]).tasks[0].pairs  # the table of scores says it
+
+
+def test_a_pair_has_one_verdict(tmp_path):
+  """Scores whose differences from the baseline are significant where only these are counted, and
+  are not among all pairs."""
+  bits = {'attention': 2.0, 'LSTM <1997>': 1.957, 'worse': 1.955}
+  found = invented(tmp_path, NAMES[:3], bits)
+  for task in found.tasks:
+    scores = {o.title: o.scores for o in task.outcomes}
+    alone = compare(scores, NAMES[0], lower_is_better=task.lower_is_better)
+    assert {d.verdict for d in alone} == {'better'}
+    by_pair = {frozenset((d.name, d.against)): d for d in task.pairs}
+    for o in task.outcomes[1:]:
+      assert (o.difference.name, o.difference.against) == (o.title, NAMES[0])
+      assert o.difference.p_adjusted == by_pair[frozenset((o.title, NAMES[0]))].p_adjusted
+      d = next(d for d in alone if d.name == o.title)
+      assert dataclasses.astuple(o.difference.estimate) == pytest.approx(
+        dataclasses.astuple(d.estimate)
+      )
+      assert o.verdict == 'no significant difference'
+  assert 'No other architecture differs significantly from it.' in found.answer[0]
+  assert 'No architecture differs significantly from attention.' in found.answer[0]
+  assert 'corrected for all 3 pairs (Holm) and decides' in markdown_text(found)
+
+
+def test_verdicts_of_pairs_turn_round_with_them(results):
+  for task in results.tasks:
+    # the baseline is better than one of them and worse than the other
+    pairs = {(d.name, d.against): d for d in task.pairs}
+    turned = pairs['attention', 'worse'].reversed()
+    assert (turned.name, turned.against, turned.verdict) == ('worse', 'attention', 'worse')
+    o = next(o for o in task.outcomes if o.title == 'worse')
+    assert o.difference == turned
+    assert turned.estimate.low < turned.estimate.mean < turned.estimate.high
+    assert turned.reversed() == pairs['attention', 'worse']
 
 
 @pytest.fixture
