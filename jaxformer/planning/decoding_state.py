@@ -30,6 +30,7 @@ from jaxformer.sharding import Parallel, assume_platform, use_mesh
 
 _PROMPT = 16  # tokens of the prompt that is traced; a state is of the same size after any
 _LANES, _SUBLANES = 128, 8
+TRACES = 32  # programs that are kept, some MB each
 
 
 def state_bytes_per_device(setup: PlanSetup) -> tuple[int, int]:
@@ -87,11 +88,19 @@ def _peak(
   platform: str,
   shards: tuple[tuple[str, tuple[int, ...]], ...],
 ) -> int:
-  with assume_platform(platform):
-    closed, params = _reading(model, B, T, T, dtype)
+  closed, params = _prefill(model, B, T, dtype, platform)
   given = [traced(params[name], dict(shards)[name]) for name in sorted(params)]
   given += [traced(v.aval, activation=True) for v in closed.jaxpr.invars[len(given) :]]
   return peak_bytes(closed.jaxpr, given, outputs=False)
+
+
+# One program serves all meshes, of which only the shards differ.
+@functools.lru_cache(maxsize=TRACES)
+def _prefill(
+  model: ModelConfig, B: int, T: int, dtype: str, platform: str
+) -> tuple[Any, dict[str, Any]]:
+  with assume_platform(platform):
+    return _reading(model, B, T, T, dtype)
 
 
 def _reading(

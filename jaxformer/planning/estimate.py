@@ -11,7 +11,7 @@ from jaxformer.models.params import define
 from jaxformer.planning.compiler import CompiledPlan
 from jaxformer.planning.cost import cost
 from jaxformer.planning.hardware import GIB
-from jaxformer.planning.memory import DeviceMemory, memory
+from jaxformer.planning.memory import DeviceMemory, fits, memory
 from jaxformer.planning.roofline import StepTime, step_time
 from jaxformer.planning.setup import PlanSetup, abstract_mesh, divisors
 from jaxformer.planning.target import SHAPES, Target, parse_target
@@ -292,11 +292,11 @@ def _remedies(setup: PlanSetup) -> Iterator[str]:
   first."""
   for words, changed in _changes(setup):
     try:
-      total = memory(changed).total
+      possible = fits(changed)
     except InputError:
       continue  # this mesh does not divide the model
-    if total <= changed.target.device_memory_bytes:
-      yield f'{words} ({total / GIB:,.1f} GiB)'
+    if possible:
+      yield f'{words} ({memory(changed).total / GIB:,.1f} GiB)'
       if changed.target != setup.target:
         return
 

@@ -25,6 +25,7 @@ import dataclasses
 import functools
 import math
 import re
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
@@ -34,8 +35,12 @@ from jaxformer.layers.layer import Context
 from jaxformer.models.model import ModelConfig
 from jaxformer.models.params import Definition, define
 from jaxformer.ops.implementation import implementation
-from jaxformer.planning.decoding_state import prefill_bytes_per_device, state_bytes_per_device
-from jaxformer.planning.residuals import TracedArray, residuals
+from jaxformer.planning.decoding_state import (
+  TRACES,
+  prefill_bytes_per_device,
+  state_bytes_per_device,
+)
+from jaxformer.planning.residuals import TracedArray, residuals, traced
 from jaxformer.planning.setup import PlanSetup, Shapes, shapes_in_use, shards_in_use
 from jaxformer.sharding import assume_platform
 from jaxformer.task_type import Batch
@@ -110,7 +115,18 @@ def bytes_of(arrays: Any) -> int:
 
 def memory(setup: PlanSetup) -> DeviceMemory:
   """Memory of a setup on each of its devices."""
-  return _training_memory(setup) if setup.phase == 'train' else _inference_memory(setup)
+  *_, found = _sums(setup)
+  return found
+
+
+def fits(setup: PlanSetup) -> bool:
+  """Whether `memory(setup).total` is at most the memory of a device. Traces only what decides."""
+  return all(m.total <= setup.target.device_memory_bytes for m in _sums(setup))
+
+
+def _sums(setup: PlanSetup) -> Iterable[DeviceMemory]:
+  """The memory with more and more of its parts, the last with all."""
+  return _training_memory(setup) if setup.phase == 'train' else [_inference_memory(setup)]
 
 
 def _inference_memory(setup: PlanSetup) -> DeviceMemory:
@@ -127,7 +143,8 @@ def _inference_memory(setup: PlanSetup) -> DeviceMemory:
   )
 
 
-def _training_memory(setup: PlanSetup) -> DeviceMemory:
+def _training_memory(setup: PlanSetup) -> Iterator[DeviceMemory]:
+  """The memory without what is traced, then with activations, then all of it."""
   model, parallel = setup.model, setup.parallel
   definition = define(model)
   params = definition.abstract(parallel)
@@ -135,22 +152,26 @@ def _training_memory(setup: PlanSetup) -> DeviceMemory:
   optimizer = None if setup.optimizer is None else setup.optimizer(model, parallel)
   B, T = setup.local_batch
   shards = shards_in_use(model, parallel)
-  kept = _activations(setup, shards, setup.remat)
   size = setup.bytes_per_value
   cast = [] if size == 4 else [n for n, i in definition.info.items() if not i.full_precision]
   narrow = sum(bytes_of(params[n]) // 4 * size for n in cast)
   logits = min(LOGIT_BYTES, 4 * B * T * (model.task.vocab_size or 0))
-  return DeviceMemory(
+  found = DeviceMemory(
     parameters=parameters,
     optimizer=2 * parameters if optimizer is None else bytes_of(optimizer),
     batch=8 * setup.accumulate * B * T,
     weights=narrow,
     gradients=(narrow or parameters) + (parameters if setup.accumulate > 1 else 0),
-    activations=sum(r.bytes for r in kept),
-    working=0 if setup.remat == 'none' else _largest_period(_activations(setup, shards, 'none')),
     gathered=3 * _largest_block(definition, setup),
     loss=2 * logits + 4 * B * T * model.width,
   )
+  yield found
+  activations = sum(r.bytes for r in _activations(setup, shards, setup.remat))
+  found = dataclasses.replace(found, activations=activations)
+  yield found
+  if setup.remat != 'none':
+    working = _largest_period(_activations(setup, shards, 'none'))
+    yield dataclasses.replace(found, working=working)
 
 
 # ---- activations -------------------------------------------------------------------------------
@@ -178,6 +199,20 @@ def _residuals(
   platform: str,
   shards: tuple[tuple[str, tuple[int, ...]], ...],
 ) -> list[TracedArray]:
+  closed = _backward(model, B, T, remat, dtype, platform)
+  split = dict(shards)
+  # `make_jaxpr` flattens a dictionary by sorted keys; the batch's arrays follow.
+  inputs = [
+    traced(v.aval, split[n]) for v, n in zip(closed.jaxpr.invars, sorted(split), strict=False)
+  ]
+  inputs += [traced(v.aval, activation=True) for v in closed.jaxpr.invars[len(inputs) :]]
+  return [r for r in residuals(closed.jaxpr, inputs) if r.activation]
+
+
+# One program serves all meshes, of which only the shards differ.
+@functools.lru_cache(maxsize=TRACES)
+def _backward(model: ModelConfig, B: int, T: int, remat: str, dtype: str, platform: str) -> Any:
+  """The traced program that returns the backward function of the loss."""
   definition = define(model)
 
   def backward(params: Any, batch: Any) -> Any:
@@ -190,9 +225,7 @@ def _residuals(
   # On several devices the loss is computed in slices of the vocabulary whatever its size; here no
   # mesh is active, so it is selected by name.
   with assume_platform(platform), implementation(cross_entropy='vocabulary'):
-    batch = abstract_batch(model, B, T)
-    found = residuals(backward, definition.abstract(), dict(shards), batch)
-  return [r for r in found if r.activation]
+    return jax.make_jaxpr(backward)(definition.abstract(), abstract_batch(model, B, T))
 
 
 def _largest_period(kept: list[TracedArray]) -> int:

@@ -9,10 +9,9 @@ where the weights are (over `tensor`). An operation without a rule of its own ta
 the argument dimensions that its result has (`_elementwise`)."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import jax
 from jax.extend.core import Literal
 
 
@@ -53,28 +52,19 @@ def traced(aval: Any, shards: Sequence[int] | None = None, activation: bool = Fa
   return TracedArray(shape, getattr(aval, 'dtype', None), shards, activation)
 
 
-def residuals(
-  backward: Any,
-  params: Mapping[str, jax.ShapeDtypeStruct],
-  shards: Mapping[str, Sequence[int]],
-  batch: Any,
-) -> list[TracedArray]:
-  """The arrays that `backward(params, batch)`, a function that returns the backward function of
-  `jax.vjp`, closes over, without the parameters.
+def residuals(jaxpr: Any, inputs: Sequence[TracedArray]) -> list[TracedArray]:
+  """The arrays that a backward function closes over, without the parameters.
 
   Args:
-    shards: the number of shards of each dimension of each parameter where it is used (1 for one
-      that is all-gathered).
+    jaxpr: the traced program that returns the backward function of `jax.vjp`.
+    inputs: its arguments; a parameter with its shards where it is used (1 for one that is
+      all-gathered).
   """
-  closed = jax.make_jaxpr(backward)(params, batch)
-  # `make_jaxpr` flattens a dictionary by sorted keys; the batch's arrays follow.
-  inputs = [traced(params[name], shards[name]) for name in sorted(params)]
-  inputs += [traced(leaf, activation=True) for leaf in jax.tree.leaves(batch)]
-  outputs = propagate(closed.jaxpr, inputs)
-  arguments = set(map(id, closed.jaxpr.invars))
+  outputs = propagate(jaxpr, inputs)
+  arguments = set(map(id, jaxpr.invars))
   found = {
     id(var): array
-    for var, array in zip(closed.jaxpr.outvars, outputs, strict=True)
+    for var, array in zip(jaxpr.outvars, outputs, strict=True)
     if id(var) not in arguments and not isinstance(var, Literal)
   }
   return list(found.values())

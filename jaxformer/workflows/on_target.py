@@ -6,7 +6,7 @@ from collections.abc import Collection
 
 from jaxformer.config import InputError
 from jaxformer.launch.check import setup_of
-from jaxformer.planning.memory import memory
+from jaxformer.planning.memory import fits
 from jaxformer.planning.setup import default_mesh, divisors
 from jaxformer.planning.target import Target
 from jaxformer.training.experiment import Experiment
@@ -50,16 +50,13 @@ def on_target(
 def _microbatches(experiment: Experiment, target: Target) -> int:
   """Return the fewest microbatches that fit, found by bisection, since memory falls with them."""
   setup = dataclasses.replace(setup_of(experiment, target), accumulate=1)
-
-  def fits(count: int) -> bool:
-    return memory(dataclasses.replace(setup, accumulate=count)).total <= target.device_memory_bytes
-
   try:
     counts = divisors(setup.local_batch[0])
     low, high = 0, len(counts) - 1
     while low < high:
       middle = (low + high) // 2
-      low, high = (low, middle) if fits(counts[middle]) else (middle + 1, high)
+      fitting = fits(dataclasses.replace(setup, accumulate=counts[middle]))
+      low, high = (low, middle) if fitting else (middle + 1, high)
     return counts[low]
   except InputError:  # what does not divide; whoever estimates this setup says it
     return experiment.training.accumulate

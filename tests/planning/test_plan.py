@@ -12,12 +12,13 @@ from jaxformer.cli.main import main
 from jaxformer.config import InputError
 from jaxformer.models.params import define
 from jaxformer.models.zoo import PRESETS
+from jaxformer.planning import memory as programs
 from jaxformer.planning.cost import flops, head_flops
 from jaxformer.planning.estimate import estimate, inference_setup, parse_amount
 from jaxformer.planning.hardware import GIB
-from jaxformer.planning.memory import memory
+from jaxformer.planning.memory import fits, memory
 from jaxformer.planning.mesh_search import candidates
-from jaxformer.planning.residuals import residuals
+from jaxformer.planning.residuals import residuals, traced
 from jaxformer.planning.setup import PlanSetup, default_mesh
 from jaxformer.planning.target import parse_target
 from jaxformer.sharding import MeshConfig
@@ -83,12 +84,37 @@ def test_a_plan_for_gpus_is_of_their_kernels():
 
 
 @pytest.mark.quick
+def test_one_program_serves_meshes_and_what_cannot_fit_is_not_traced():
+  def traces():
+    return programs._backward.cache_info().misses
+
+  def sharded(target, tensor):
+    mesh = MeshConfig(data=1, tensor=tensor)
+    return setup('llama3-tiny', target, mesh, 2, 64)
+
+  assert fits(sharded('h100:1', 1))
+  before = traces()
+  two = sharded('a100:2', 2)
+  assert fits(two)
+  assert memory(two).working < memory(sharded('h100:1', 1)).working
+  assert traces() == before  # other meshes and chips, the same programs
+  too_large = setup('llama3.1-405b', 'v5e-16', MeshConfig(data=1, fsdp=16), 16, 8192)
+  assert not fits(too_large)
+  assert traces() == before
+  one = setup('gpt2', 'v5e-1', MeshConfig(), 64, 1024, remat='none')  # activations decide
+  assert not fits(one)
+  assert memory(one).total > one.target.device_memory_bytes
+  assert memory(one).total - memory(one).activations < one.target.device_memory_bytes
+
+
+@pytest.mark.quick
 def test_what_is_kept_of_a_product():
   def backward(params, batch):
     return jax.vjp(lambda p: jnp.tanh(batch @ p['w']).sum(), params)[1]
 
   w, x = jax.ShapeDtypeStruct((8, 6), jnp.float32), jax.ShapeDtypeStruct((3, 8), jnp.float32)
-  kept = residuals(backward, {'w': w}, {'w': (1, 2)}, x)
+  closed = jax.make_jaxpr(backward)({'w': w}, x)
+  kept = residuals(closed.jaxpr, [traced(w, (1, 2)), traced(x, activation=True)])
   # x itself is an argument; what is kept for the gradient of tanh is sharded by columns, as w is.
   assert kept
   assert all(k == ((3, 6), jnp.float32, (1, 2), True, 1) and k.bytes == 4 * 3 * 3 for k in kept)
