@@ -15,6 +15,7 @@ from jaxformer import sharding
 from jaxformer.ops.attention_chunked import SAVED
 from jaxformer.ops.masks import Mask
 
+AS_KERNEL = 'as_kernel'  # name of a jitted function that stands for a kernel in a trace
 _LANES = 128
 # The fused backward kernel saves two products in seven and writes one dq per block of keys: memory
 # that grows with the square of the length. Above four blocks (T = 8192, B4 H16 K128: 1,413 MiB
@@ -60,10 +61,14 @@ def attention_cudnn(q, k, v, mask: Mask, *, scale, softcap=None, slopes_H=None):
 def _as_cudnn(q, k, v, mask: Mask, scale: float):
   """The function of cuDNN by XLA, with the residuals of cuDNN: q, k, v, the output, and one
   statistic per query and head in fp32 (`_dot_product_attention_fwd_rule` in JAX's
-  `cudnn/fused_attention_stablehlo.py`)."""
+  `cudnn/fused_attention_stablehlo.py`). The forward function is one jitted function of the name
+  `AS_KERNEL`, since the kernel holds none of its inner arrays, such as the logits."""
 
   def plain(q, k, v):
     return attention_xla(q, k, v, mask, scale=scale)
+
+  plain.__name__ = AS_KERNEL
+  plain = jax.jit(plain)
 
   def forward(q, k, v):
     out = plain(q, k, v)

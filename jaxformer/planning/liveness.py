@@ -11,6 +11,7 @@ from typing import Any
 
 from jax.extend.core import Literal
 
+from jaxformer.ops.attention_kernels import AS_KERNEL
 from jaxformer.planning.residuals import TracedArray, results_of, scan_body, traced
 
 _WRITES = (
@@ -21,7 +22,6 @@ _WRITES = (
   'while',
   'sort',
   'fft',
-  'pallas_call',
   'gather',
   'scatter-add',
   'triangular_solve',
@@ -78,9 +78,15 @@ def _is_scan(eqn: Any) -> bool:
   return eqn.primitive.name == 'scan'
 
 
+def _is_kernel(eqn: Any) -> bool:
+  """Whether a kernel computes an operation: of what is inside, nothing but the results is written
+  to memory."""
+  return eqn.primitive.name == 'pallas_call' or eqn.params.get('name') == AS_KERNEL
+
+
 def _body(eqn: Any, arguments: int) -> Any:
   """The program that an operation runs, where its arguments are those of the operation."""
-  if eqn.primitive.name in ('while', 'pallas_call', 'custom_partitioning', 'shard_map'):
+  if _is_kernel(eqn) or eqn.primitive.name in ('while', 'custom_partitioning', 'shard_map'):
     return None
   body = next((eqn.params[k] for k in _INNER if k in eqn.params), None)
   body = getattr(body, 'jaxpr', body)
@@ -89,7 +95,7 @@ def _body(eqn: Any, arguments: int) -> Any:
 
 def _writes(eqn: Any) -> bool:
   """Whether the results of an operation are arrays in memory."""
-  if eqn.primitive.name in _WRITES:
+  if eqn.primitive.name in _WRITES or _is_kernel(eqn):
     return True
   body = _body(eqn, len(eqn.invars))
   return body is not None and any(map(_writes, body.eqns))

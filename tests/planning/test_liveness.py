@@ -4,9 +4,12 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from jaxformer.ops.attention import ATTENTION
+from jaxformer.ops.masks import Mask
 from jaxformer.planning.decoding_state import tiled_bytes
 from jaxformer.planning.liveness import peak_bytes
 from jaxformer.planning.residuals import traced
+from jaxformer.sharding import assume_platform
 
 pytestmark = pytest.mark.quick
 
@@ -46,6 +49,19 @@ def gated(x, gate, up, down):
 )
 def test_peak(f, shapes, size):
   assert peak(f, *shapes) == pytest.approx(size, abs=8)
+
+
+def test_attention_of_a_gpu_holds_no_logits():
+  """cuDNN's kernel writes its output alone; its stand-in in a trace computes the logits, 64 KB."""
+  mask, q = Mask(), jax.ShapeDtypeStruct((1, 128, 1, 16), jnp.bfloat16)
+
+  def attend(q):
+    return ATTENTION['cudnn'](q, q, q, mask, scale=0.25)
+
+  with assume_platform('gpu'):
+    for f in (attend, jax.jit(attend)):
+      closed = jax.make_jaxpr(f)(q)
+      assert peak_bytes(closed.jaxpr, [traced(q)]) == 4 * KB
 
 
 def test_shards_and_results_are_not_counted():
