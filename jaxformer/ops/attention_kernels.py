@@ -64,11 +64,11 @@ def _as_cudnn(q, k, v, mask: Mask, scale: float):
   `cudnn/fused_attention_stablehlo.py`). The forward function is one jitted function of the name
   `AS_KERNEL`, since the kernel holds none of its inner arrays, such as the logits."""
 
-  def plain(q, k, v):
+  def as_kernel(q, k, v):
     return attention_xla(q, k, v, mask, scale=scale)
 
-  plain.__name__ = AS_KERNEL
-  plain = jax.jit(plain)
+  assert as_kernel.__name__ == AS_KERNEL
+  plain = jax.jit(as_kernel)
 
   def forward(q, k, v):
     out = plain(q, k, v)
