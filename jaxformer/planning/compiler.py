@@ -132,7 +132,8 @@ class CompiledPlan:
 
 def compile_plan(lower: Callable[[], jax.stages.Lowered], mesh: Mesh, limit: float) -> CompiledPlan:
   """Compile a program for the devices of a mesh. A program that does not fit is a result, not an
-  error.
+  error. Raises `InputError` for one that the compiler refuses otherwise, such as kernels on a chip
+  that they do not support.
 
   Args:
     lower: makes the program, for which it may compile another, as decoding does the prefill that
@@ -145,9 +146,15 @@ def compile_plan(lower: Callable[[], jax.stages.Lowered], mesh: Mesh, limit: flo
       lowered = lower()
       began = time.perf_counter()
       compiled = lowered.compile()
-  except jax.errors.JaxRuntimeError as e:
-    if (refusal := memory_refusal(str(e))) is None:
+  except Exception as e:
+    # an error of a kernel is raised by Pallas, caused by the compiler's
+    if not any(isinstance(x, jax.errors.JaxRuntimeError) for x in (e, e.__cause__)):
       raise
+    if (refusal := memory_refusal(str(e))) is None:
+      raise InputError(
+        f'compile: libtpu {_libtpu_version()} refuses the program: {str(e).splitlines()[0]}; '
+        'without compile the plan comes from formulas'
+      ) from e
     seconds = time.perf_counter() - began
     return CompiledPlan(total=refusal[0], limit=refusal[1], compile_seconds=seconds)
   seconds, memory, text = time.perf_counter() - began, compiled.memory_analysis(), text_of(compiled)

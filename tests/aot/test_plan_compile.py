@@ -10,6 +10,7 @@ import jax
 import pytest
 
 from jaxformer.cli.main import main
+from jaxformer.config import InputError
 from jaxformer.inference.decoding import lowered_decode, lowered_prefill
 from jaxformer.models.params import define
 from jaxformer.models.zoo import PRESETS
@@ -243,3 +244,19 @@ def test_refusals_are_read():
   )
   assert memory_refusal(text.replace('RESOURCE_EXHAUSTED', 'INTERNAL')) is None
   assert memory_refusal('RESOURCE_EXHAUSTED: Ran out of memory in memory space vmem.') is None
+
+
+@pytest.mark.quick
+def test_a_program_that_the_compiler_refuses_is_one_line():
+  """As bf16 kernels of TPU v3, where Pallas raises its own error, caused by the compiler's."""
+
+  def refused():
+    try:
+      raise jax.errors.JaxRuntimeError('INTERNAL: Mosaic failed to compile TPU kernel: E2001\nmore')
+    except jax.errors.JaxRuntimeError as e:
+      raise RuntimeError('INTERNAL: Mosaic failed to compile TPU kernel: E2001\nmore') from e
+
+  with pytest.raises(InputError, match=r'refuses the program: .* E2001; without compile the plan'):
+    compile_plan(refused, None, 1e9)
+  with pytest.raises(ZeroDivisionError):  # no error of a compiler
+    compile_plan(lambda: 1 // 0, None, 1e9)
