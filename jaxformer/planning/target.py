@@ -20,6 +20,7 @@ from jaxformer.planning.hardware import CHIPS, Chip, chip_named
 _FLAT = ('1x1', '2x2', '2x4', '4x4', '4x8', '8x8', '8x16', '16x16')
 _SOLID = ('2x2x1', '2x2x2', '2x2x4', '2x4x4')
 SHAPES: Mapping[str, tuple[str, ...]] = {
+  'v2': ('2x2', '4x4', '8x8', '8x16', '16x16'),
   'v3': ('2x2', '4x4', '4x8', '8x8', '8x16', '16x16', '16x32', '32x32'),
   'v4': _SOLID,
   'v5e': _FLAT,

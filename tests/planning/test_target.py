@@ -67,14 +67,64 @@ def test_what_is_not_offered_names_what_is(text, message):
     parse_target(text)
 
 
-@pytest.mark.parametrize('cores', range(128, 12289, 128))
-def test_every_published_name_of_v5p_is_known(cores):
-  """Cubes of 64 chips, two TensorCores per chip, up to the largest job."""
-  target = parse_target(f'v5p-{cores}')
-  assert target.total_chips == cores // 2
-  dims = [int(d) for d in target.topology.partition(':')[2].split('x')]
-  assert all(d % 4 == 0 for d in dims)
-  assert math.prod(dims) == cores // 2
+# Slices with a name by chips or TensorCores. Of v2 and v3: cloud.google.com/tpu/docs/regions-zones;
+# of v5e and v6e: docs.cloud.google.com/tpu/docs/v5e and v6e; of the others the topologies that xpk
+# gives a name (`core/system_characteristics.py`), to which belong those of Google's tables. Of v4
+# and v5p moreover every number of cubes of 64 chips: up to a pod, and up to the largest job.
+# Read in 2026-11.
+SMALL = '2x2x1 2x2x2 2x2x4 2x4x4'
+LONG = """
+  4x4x4 4x4x8 4x4x12 4x8x8 4x4x20 4x8x12 4x4x28 8x8x8 4x12x12 4x8x20 4x4x44 8x8x12 4x4x52 4x8x28
+  4x12x20 8x8x16 4x4x68 8x12x12 4x4x76 8x8x20 4x12x28 4x8x44 4x4x92 8x12x16 4x20x20 4x8x52 12x12x12
+  8x8x28 4x4x116 8x12x20 4x4x124 8x16x16 4x12x44 4x8x68 4x20x28 12x12x16 4x4x148 4x8x76 4x12x52
+  8x16x20 4x4x164 8x12x28 4x4x172 8x8x44 12x12x20 4x8x92 4x4x188 12x16x16 4x28x28 8x20x20 4x12x68
+  8x8x52 4x4x212 12x12x24 4x20x44 8x16x28 4x12x76 4x8x116 4x4x236 12x16x20 4x4x244 4x8x124 12x12x28
+  16x16x16 4x20x52 8x12x44 8x8x68 4x12x92 8x20x28 12x16x24 4x8x148 12x20x20 8x8x76 4x28x44 8x12x52
+  16x16x20 12x12x36 4x8x164 12x16x28 4x20x68 4x8x172 4x12x116 8x16x44 12x20x24 4x28x52 8x8x92
+  4x12x124 4x8x188 4x20x76 16x16x24 12x24x24 16x20x28"""
+TOPOLOGIES = {
+  'v4': f'{SMALL} 4x4x4 4x4x8 4x8x8 8x8x8 8x8x12 8x8x16 8x16x16',
+  'v5p': f'{SMALL} {LONG}',
+  'tpu7x': f'1x1x1 {SMALL} {LONG} 16x16x32 16x24x24',
+}
+COUNTS = {
+  'v2': (8, 32, 128, 256, 512),
+  'v3': (8, 32, 64, 128, 256, 512, 1024, 2048),
+  'v4': range(128, 8193, 128),
+  'v5p': range(128, 12289, 128),
+  'v5litepod': (1, 4, 8, 16, 32, 64, 128, 256),
+  'v5e': (1, 4, 8, 16, 32, 64, 128, 256),
+  'v6e': (1, 4, 8, 16, 32, 64, 128, 256),
+}
+
+
+def test_every_published_name_of_a_slice_is_known():
+  known: dict[str, set[str]] = {}
+  for name, shapes in TOPOLOGIES.items():
+    for shape in shapes.split():
+      chips = math.prod(map(int, shape.split('x')))
+      target = parse_target(f'{name}-{2 * chips}')
+      described = '2x2x1' if chips == 1 else shape  # libtpu describes no smaller slice
+      assert (target.total_chips, target.topology) == (chips, f'{name}:{described}')
+      assert parse_target(f'{name}:{shape}') == target
+      known.setdefault(name, set()).add(f'{name}-{2 * chips}')
+  for name, counts in COUNTS.items():
+    for count in counts:
+      target = parse_target(f'{name}-{count}')
+      assert target.total_chips == count // target.chip.cores
+      assert parse_target(target.name) == target
+      known.setdefault(name, set()).add(f'{name}-{count}')
+  # 96 cubes of v5p in the largest job, 2 larger slices and 4 smaller ones; 64 cubes and 4 of v4
+  assert {name: len(slices) for name, slices in known.items()} == {
+    'v2': 5,
+    'v3': 8,
+    'v4': 68,
+    'v5litepod': 8,
+    'v5e': 8,
+    'v5p': 102,
+    'v6e': 8,
+    'tpu7x': 99,
+  }
 
 
 @pytest.mark.parametrize(
@@ -137,6 +187,7 @@ def test_devices_of_jax_are_known():
     'NVIDIA GB200': 'gb200',
     'NVIDIA B300 SXM6 AC': 'b300',
     'AMD Instinct MI300X': 'mi300x',
+    'TPU v2': 'v2',
     'TPU v3': 'v3',
   }
   for kind, name in kinds.items():
