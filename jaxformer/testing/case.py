@@ -14,6 +14,7 @@ from flax import nnx
 from jaxformer.config import Config
 from jaxformer.layers.layer import Context, LayerConfig, LayerPosition, Memory, Output
 from jaxformer.models.params import Definition, define
+from jaxformer.sharding import platform
 
 WIDTH, BATCH, LENGTH = 32, 8, 20  # longer than what operations treat as a short decode
 # Long sequences, of a few rows. An implementation in chunks of 16, 32, 64, 128 or 256 tokens has
@@ -38,10 +39,18 @@ class Alone(Config):
     )
 
 
-class Case:
-  """A layer or a model with parameters and jitted calls."""
+# Compilation is nearly all the time of checks on a CPU, and half of it are LLVM's optimizations,
+# which programs that run once do not need.
+QUICK = {'xla_backend_optimization_level': 0, 'xla_cpu_parallel_codegen_split_count': 1}
 
-  def __init__(self, config: Any):
+
+class Case:
+  """A layer or a model with parameters and jitted calls; with `quick`, on a CPU, compiled without
+  LLVM's optimizations."""
+
+  def __init__(self, config: Any, quick: bool = False):
+    options = QUICK if quick and platform() == 'cpu' else None
+    self.jit = functools.partial(jax.jit, compiler_options=options)
     self.definition: Definition = define(config)
     # of a single layer; a model reads nothing besides its input
     alone = isinstance(config, Alone)
@@ -49,12 +58,12 @@ class Case:
     self.reads: dict[str, int] = self.layer.reads(config.width) if alone else {}
     self.memory_width: int | None = self.layer.memory_width(config.width) if alone else None
     self.initial = self.definition.init(jax.random.key(0))
-    self.params = jax.jit(_moved)(self.initial)
-    self.call, self.gradients = jax.jit(self.whole), jax.jit(self.differentiated)
-    self.alone, self.one_by_one = jax.jit(self.row_by_row), jax.jit(self.token_by_token)
-    self.pull_back = jax.jit(self.pulled_back)
-    self._init_state = jax.jit(self.first_state, static_argnums=(2, 3))
-    self.step = jax.jit(
+    self.params = self.jit(_moved)(self.initial)
+    self.call, self.gradients = self.jit(self.whole), self.jit(self.differentiated)
+    self.alone, self.one_by_one = self.jit(self.row_by_row), self.jit(self.token_by_token)
+    self.pull_back = self.jit(self.pulled_back)
+    self._init_state = self.jit(self.first_state, static_argnums=(2, 3))
+    self.step = self.jit(
       lambda p, x, s: _pair(self.definition.merge(p).step(x, self.given(x[:, None], Context()), s))
     )
 
@@ -118,7 +127,7 @@ class Case:
 
   def in_bfloat16(self) -> tuple[Any, Any]:
     """Return the parameters as a model in bfloat16 has them, and the same numbers in float32."""
-    low = jax.jit(lambda params: self.definition.cast(params, jnp.bfloat16))(self.params)
+    low = self.jit(lambda params: self.definition.cast(params, jnp.bfloat16))(self.params)
     return low, {name: np.asarray(p).astype(np.float32) for name, p in low.items()}
 
   def first_state(self, params: Any, memory: Memory | None, batch: int, max_len: int) -> Any:

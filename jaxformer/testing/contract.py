@@ -91,7 +91,7 @@ def check_layer(layer: LayerConfig) -> Iterator[Verdict]:
   case: Any = None
   for name, check in CHECKS.items():
     try:
-      case = Case(Alone(layer=layer)) if case is None else case
+      case = Case(Alone(layer=layer), quick=True) if case is None else case
       if check in DECODING and not layer.decodes:
         yield Verdict(name, skipped='the config declares that the layer does not decode')
       else:
@@ -261,7 +261,7 @@ def packed_in_calls(case: Case, x: Any, lengths: tuple[int, ...]) -> None:
 
 def declared(case: Case) -> None:
   """The state has the declared size, and a call preserves its shapes."""
-  before = jax.eval_shape(lambda: case.init_state(1, LENGTH))
+  before = jax.eval_shape(lambda: case.first_state(case.params, case.memory(1), 1, LENGTH))
   numbers = sum(
     leaf.size for leaf in jax.tree.leaves(before) if jnp.issubdtype(leaf.dtype, jnp.floating)
   )
@@ -315,7 +315,7 @@ def sharded(case: Case) -> str | None:
   )
   with use_mesh(parallel):
     # a function of its own, so that nothing traced without the mesh is reused
-    on_mesh = jax.jit(lambda *a: case.differentiated(*a))
+    on_mesh = case.jit(lambda *a: case.differentiated(*a))
     sharded = on_mesh(params, jax.device_put(x, parallel.batch), ctx)
   close(sharded, unsharded, GRADIENTS, f'on {count} devices against one: outputs and gradients ')
   return None
