@@ -1,25 +1,26 @@
 """Checks of an experiment against a target before anything is rented."""
 
+import functools
 from typing import Any
 
 from jaxformer.config import InputError
+from jaxformer.models.model import ModelConfig
 from jaxformer.models.params import define
 from jaxformer.planning.memory import DeviceMemory, memory
 from jaxformer.planning.setup import PlanSetup
 from jaxformer.planning.target import Target
 from jaxformer.sharding import MeshConfig, Parallel
 from jaxformer.training.experiment import Experiment, check_fit
-from jaxformer.training.optimizer import Optimizer
+from jaxformer.training.optimizer import Optimizer, OptimizerConfig
+from jaxformer.training.schedule import ScheduleConfig
 
 
 def setup_of(experiment: Experiment, target: Target, mesh: MeshConfig | None = None) -> PlanSetup:
   """The training step of an experiment as planning sees it; `mesh` replaces the experiment's."""
   e, t = experiment, experiment.training
 
-  def optimizer_state(model: Any, parallel: Parallel) -> Any:
-    definition = define(model)
-    optimizer = Optimizer(e.optimizer, e.schedule, t.steps, definition.info)
-    return optimizer.abstract_state(definition, parallel)
+  def optimizer_state(model: ModelConfig, parallel: Parallel) -> Any:
+    return _optimizer_state(e.optimizer, e.schedule, t.steps, model, parallel)
 
   return PlanSetup(
     model=e.model,
@@ -32,6 +33,19 @@ def setup_of(experiment: Experiment, target: Target, mesh: MeshConfig | None = N
     precision='fp32' if t.dtype == 'float32' else 'bf16',
     optimizer=optimizer_state,
   )
+
+
+@functools.lru_cache(maxsize=64)
+def _optimizer_state(
+  config: OptimizerConfig,
+  schedule: ScheduleConfig,
+  steps: int,
+  model: ModelConfig,
+  parallel: Parallel,
+) -> Any:
+  definition = define(model)
+  optimizer = Optimizer(config, schedule, steps, definition.info)
+  return optimizer.abstract_state(definition, parallel)
 
 
 def check_on(experiment: Experiment, target: Target) -> DeviceMemory:

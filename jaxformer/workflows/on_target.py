@@ -48,11 +48,14 @@ def on_target(
 
 
 def _microbatches(experiment: Experiment, target: Target) -> int:
-  """Return the fewest microbatches that fit, found by bisection, since memory falls with them."""
+  """Return the fewest microbatches that fit: those that the mesh needs if they do, else found by
+  bisection, since memory falls with them."""
   setup = dataclasses.replace(setup_of(experiment, target), accumulate=1)
   try:
     counts = divisors(setup.local_batch[0])
-    low, high = 0, len(counts) - 1
+    if len(counts) == 1 or fits(setup):
+      return 1
+    low, high = 1, len(counts) - 1
     while low < high:
       middle = (low + high) // 2
       fitting = fits(dataclasses.replace(setup, accumulate=counts[middle]))
