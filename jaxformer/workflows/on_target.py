@@ -33,12 +33,12 @@ def on_target(
     changes += [(f'mesh.{a}', str(n)) for a, n in mesh.given.items() if n > 1 or a == 'data']
     e = e.replace(mesh=mesh)
     if e.data.positions % mesh.context:
-      raise InputError(
-        'training.batch_size',
-        batch,
-        problem=f'is not sharded evenly over the {target.devices} devices of {target.name}, nor '
-        f'are sequences of {e.data.positions}; use a smaller target, another batch size or --mesh',
+      accepted = (
+        f'a multiple of {target.devices}, the devices of {target.name}, since sequences of '
+        f'{e.data.positions} are not sharded evenly over them either; or use a smaller target or '
+        '--mesh'
       )
+      raise InputError('training.batch_size', batch, accepted)
   if 'training.accumulate' not in given:
     count = _microbatches(e, target)
     if count != e.training.accumulate:
