@@ -9,9 +9,11 @@ import jax.numpy as jnp
 import pytest
 
 from jaxformer.layers.layer import Context
+from jaxformer.layers.mamba2 import Mamba2
 from jaxformer.ops.implementation import implementation
 from jaxformer.sharding import MeshConfig, Parallel, make_mesh, use_mesh
 from jaxformer.testing import contract
+from jaxformer.testing.case import Alone, Case
 from tests import tiers
 from tests.contract.cases import (
   BATCH,
@@ -183,3 +185,8 @@ def test_padding_before_a_document_leaves_no_trace(name, fresh):
     padded_y, padded_state = case.step(case.params, x[:, i], padded_state)
     y, state = case.step(case.params, x[:, i], state)
     close(padded_y, y, 1e-5)
+
+
+def test_one_that_does_not_divide_over_tensor_is_sharded_over_the_other_axes():
+  case = Case(Alone(layer=Mamba2.Config()), quick=True)  # of width 32: one head
+  assert str(contract.sharded(case)).startswith('over a tensor axis: mesh.tensor = 2: must divide')

@@ -36,7 +36,8 @@ def answer(capsys):
 
 def test_train_answers_one_json_value_and_says_the_rest_on_stderr(first):
   home, value, done = first
-  assert set(value) == {'run', 'step', 'metrics', 'unigram_bits_per_byte', 'bigram_bits_per_byte'}
+  figures = {'metrics', 'unigram_bits_per_byte', 'bigram_bits_per_byte'}
+  assert set(value) == {'run', 'step', 'exit_code', *figures}
   assert value['run'] == str(home / 'runs' / 'first')
   assert value['step'] == value['metrics']['step'] == 4
   assert value['metrics']['train/loss'] < math.log(264) + 1
