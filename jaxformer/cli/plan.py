@@ -41,8 +41,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
   add(
     '--compile',
     action='store_true',
-    help='compile the program with the TPU compiler, and report its memory, FLOPs and collectives',
+    help='compile the program with the TPU compiler, and report its memory, FLOPs, collectives and '
+    'predicted time',
   )
+  add('--profile', action='store_true', help='with --compile, also where the predicted time goes')
   add(
     '--search',
     action='store_true',

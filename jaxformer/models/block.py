@@ -7,6 +7,7 @@ import itertools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array
@@ -122,7 +123,9 @@ class Branch(nnx.Module):
       y = dropout(out[0].y, self.config.dropout, ctx)
       return dropout(y, self.config.tied_dropout, ctx.fold(2), tied=True)
 
-    y = self.config.apply(x, layer, self.norm)
+    # The name stands in the operations of the compiled program, for profiles of it.
+    with jax.named_scope(type(self.layer).__name__):
+      y = self.config.apply(x, layer, self.norm)
     if ctx.compute_dtype is not None:
       y = y.astype(x.dtype)
     return dataclasses.replace(out[0], y=shard(y, 'batch', *('time',) * (y.ndim - 2), 'embed'))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
@@ -106,6 +107,7 @@ class Embedder(nnx.Module):
     self.norm = build_norm(norm, config.width)
     self.scale, self.dropout = scale, dropout
 
+  @jax.named_scope('Embedder')
   def __call__(
     self,
     inputs: Array,

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
@@ -58,6 +59,7 @@ class Head(nnx.Module):
     )
     self.softcap = softcap
 
+  @jax.named_scope('Head')
   def __call__(
     self, y: Float[Array, '*B D'], tied_VD: nnx.Param | None = None
   ) -> Float[Array, '*B V']:
@@ -68,6 +70,7 @@ class Head(nnx.Module):
     c = self.softcap
     return logits if c is None else c * jnp.tanh(logits / c)
 
+  @jax.named_scope('Head')
   def loss(
     self,
     y_BTD: Float[Array, 'B T D'],

@@ -11,9 +11,9 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from jaxformer.planning.hlo import Instruction, Program, numbers
+from jaxformer.planning.hlo import Instruction, Program, itemsize, numbers
 
-_KINDS = ('all-gather', 'all-reduce', 'reduce-scatter', 'all-to-all', 'collective-permute')
+KINDS = ('all-gather', 'all-reduce', 'reduce-scatter', 'all-to-all', 'collective-permute')
 _DEVICES = re.compile(
   r'(?:replica_groups|source_target_pairs)=('
   # mesh['a'=4,'b'=2], device_ids=([4,2]T(1,0)) {'a'}
@@ -68,15 +68,15 @@ def list_collectives(compiled: jax.stages.Compiled | str) -> list[Collective]:
     for i in program.computations[name].values():
       kind = i.operation.removesuffix('-start')
       inside, iterations = program.calls(i)
-      if kind in _KINDS:
+      if kind in KINDS:
         if name in starts or i.attribute('channel_id') not in started:
-          yield _collective(kind, i, times)
+          yield collective_of(kind, i, times)
       elif i.attribute('calls').startswith('all-reduce-scatter'):
         # The TPU compiler writes a reduce-scatter as a fusion with an all-reduce inside, whose
         # channel may be that of an asynchronous collective elsewhere.
         fused = program.computations[inside[0]].values()
-        among = next(_collective('', j, 1) for j in fused if j.operation in _KINDS)
-        yield _collective('reduce-scatter', i, times)._replace(devices=among.devices)
+        among = next(collective_of('', j, 1) for j in fused if j.operation in KINDS)
+        yield collective_of('reduce-scatter', i, times)._replace(devices=among.devices)
       else:
         for called in inside:
           yield from of(called, times * iterations)
@@ -104,9 +104,9 @@ def traffic_by_axis(
   return {axes: traffic_by_kind(among) for axes, among in found.items()}
 
 
-def _collective(kind: str, i: Instruction, times: int) -> Collective:
+def collective_of(kind: str, i: Instruction, times: int) -> Collective:
   arrays = [
-    (_itemsize(dtype) * math.prod(dims), f'{dtype}[{",".join(map(str, dims))}]')
+    (itemsize(dtype) * math.prod(dims), f'{dtype}[{",".join(map(str, dims))}]')
     for dtype, dims in i.arrays
   ]
   if i.operation.endswith('-start') and kind != 'all-reduce':
@@ -124,11 +124,6 @@ def _collective(kind: str, i: Instruction, times: int) -> Collective:
   )
 
 
-def _itemsize(dtype: str) -> int:
-  """Bytes of a value of a dtype by its name in HLO."""
-  return 1 if dtype == 'pred' else max(numbers(dtype)[0] // 8, 1)
-
-
 def axes_of(collective: Collective, mesh: Mapping[str, int]) -> tuple[str, ...]:
   """The mesh axes along which the devices of one group differ, in the order of the mesh; none if
   every device is a group by itself.
@@ -138,15 +133,16 @@ def axes_of(collective: Collective, mesh: Mapping[str, int]) -> tuple[str, ...]:
       without groups means all devices.
   """
   shape = tuple(mesh.values())
-  groups = _groups(collective.devices, math.prod(shape))
+  groups = groups_of(collective, math.prod(shape))
   places = np.stack(np.unravel_index(groups, shape))  # axis, group, member
   differs = (places != places[:, :, :1]).any(axis=(1, 2))
   return tuple(name for name, d in zip(mesh, differs, strict=True) if d)
 
 
-def _groups(text: str, devices: int) -> np.ndarray:
-  """Device numbers `[group, member]`, from '{{0,1},{2,3}}', '[2,4]<=[4,2]T(1,0)' or
-  "mesh['a'=2,'b'=4] {'b'}"."""
+def groups_of(collective: Collective, devices: int) -> np.ndarray:
+  """The devices of a collective by their number in the mesh, `[group, member]`; text without groups
+  means all of the `devices`."""
+  text = collective.devices  # '{{0,1},{2,3}}', '[2,4]<=[4,2]T(1,0)' or "mesh['a'=2,'b'=4] {'b'}"
   if text.startswith('mesh'):
     return _mesh_groups(text)
   if text.startswith('['):

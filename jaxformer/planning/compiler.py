@@ -1,7 +1,7 @@
 """The TPU compiler as a check, on any host with libtpu (the `tpu` extra) and without a TPU: whether
 a program fits, and what it computes and sends.
 
-Memory and program are those that a TPU would run; the compiler says nothing about speed.
+Memory and program are those that a TPU would run; its time is predicted (`step_clock`).
 """
 
 import contextlib
@@ -13,7 +13,7 @@ import os
 import re
 import tempfile
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Collection, Generator
 from typing import Any
 
 import jax
@@ -22,9 +22,11 @@ from jax.sharding import Mesh
 from jaxformer import sharding
 from jaxformer.config import InputError
 from jaxformer.planning.collectives import Traffic, list_collectives, traffic_by_axis
-from jaxformer.planning.hardware import GIB
+from jaxformer.planning.hardware import GIB, Chip
 from jaxformer.planning.hlo import text_of
 from jaxformer.planning.hlo_flops import CompiledFlops, compiled_flops
+from jaxformer.planning.step_clock import time_program
+from jaxformer.planning.step_profile import StepProfile, profile_of
 
 # Without these, libtpu queries a cloud metadata server, and a second process that loads it
 # (pytest-xdist) fails on its lock file.
@@ -96,6 +98,7 @@ class CompiledPlan:
     flops: None if the program does not fit.
     collectives: mesh axes ('fsdp', 'fsdp+tensor') -> kind of collective -> traffic.
     compile_seconds: without lowering.
+    profile: its predicted time; None if it does not fit, or the chip's clock is not known.
   """
 
   arguments: int | None = None
@@ -106,6 +109,7 @@ class CompiledPlan:
   flops: CompiledFlops | None = None
   collectives: dict[str, dict[str, Traffic]] = dataclasses.field(default_factory=dict)
   compile_seconds: float
+  profile: StepProfile | None = None
   jax: str = jax.__version__
   libtpu: str = dataclasses.field(default_factory=_libtpu_version)
 
@@ -119,18 +123,25 @@ class CompiledPlan:
     return max(0.0, self.total - self.limit)
 
   def as_json(self) -> dict[str, Any]:
-    """The figures as JSON data."""
-    data: dict[str, Any] = dataclasses.asdict(self) | {
+    """The figures as JSON data, without the profile."""
+    data: dict[str, Any] = dataclasses.asdict(dataclasses.replace(self, profile=None)) | {
       'fits': self.fits,
       'short_by': self.short_by,
       'compile_seconds': round(self.compile_seconds, 1),
     }
+    del data['profile']
     if self.flops is not None:
       data['flops']['total'] = self.flops.total
     return data
 
 
-def compile_plan(lower: Callable[[], jax.stages.Lowered], mesh: Mesh, limit: float) -> CompiledPlan:
+def compile_plan(
+  lower: Callable[[], jax.stages.Lowered],
+  mesh: Mesh,
+  limit: float,
+  chip: Chip | None = None,
+  layers: Collection[str] = (),
+) -> CompiledPlan:
   """Compile a program for the devices of a mesh. A program that does not fit is a result, not an
   error. Raises `InputError` for one that the compiler refuses otherwise, such as kernels on a chip
   that they do not support.
@@ -139,6 +150,8 @@ def compile_plan(lower: Callable[[], jax.stages.Lowered], mesh: Mesh, limit: flo
     lower: makes the program, for which it may compile another, as decoding does the prefill that
       leaves its state.
     limit: bytes per device; if the compiler refuses the program, its own limit is reported.
+    chip: whose clock predicts the time of the program; None for no prediction.
+    layers: names of the classes of the model's layers, for the profile.
   """
   began = time.perf_counter()
   try:
@@ -171,7 +184,16 @@ def compile_plan(lower: Callable[[], jax.stages.Lowered], mesh: Mesh, limit: flo
     flops=compiled_flops(text),
     collectives=traffic_by_axis(list_collectives(text), dict(mesh.shape)),
     compile_seconds=seconds,
+    profile=_profile(text, mesh, chip, layers),
   )
+
+
+def _profile(
+  text: str, mesh: Mesh, chip: Chip | None, layers: Collection[str]
+) -> StepProfile | None:
+  if chip is None or chip.clock_hz is None:
+    return None
+  return profile_of(time_program(text, mesh, chip), layers)
 
 
 def memory_refusal(message: str) -> tuple[float, float] | None:

@@ -145,9 +145,12 @@ class StepEstimate:
 
   @property
   def seconds_per_token(self) -> float:
-    """The lower bound; with the compiler's count of FLOPs if there is one, which includes
-    recomputation under remat."""
+    """The predicted time where the step was compiled for a chip whose clock is known, else the
+    lower bound; with the compiler's count of FLOPs if there is one, which includes recomputation
+    under remat."""
     s, chip = self.step, self.setup.target.chip
+    if self.compiled is not None and self.compiled.profile is not None:
+      return self.compiled.profile.seconds / s.tokens
     if self.compiled is None or self.compiled.flops is None:
       return s.seconds / s.tokens
     compute = self.compiled.flops.total * chip.devices / chip.peak(self.setup.precision)

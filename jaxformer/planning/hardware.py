@@ -33,6 +33,9 @@ class Chip(Config):
     domain: number of chips that the fast links connect; None for an entire slice (TPU).
     cores: TensorCores per chip that names such as `v5p-2048` count; 1 if names count chips.
     devices: JAX devices per chip.
+    links: of a TPU, fast links per chip, over which `interconnect_bytes_per_second` is divided.
+    ring: of a TPU, a dimension of a slice closes to a ring if its length is a multiple of this.
+    clock_hz: of a TPU, cycles per second of its matrix units.
     price_per_hour: on-demand list price per chip, USD.
     spot_per_hour: list price of spot capacity; None if there is none (it moves with the market).
     source: where the figures are from, and which are uncertain.
@@ -50,6 +53,9 @@ class Chip(Config):
   domain: int | None = None
   cores: int = 1
   devices: int = 1
+  links: int | None = None
+  ring: int | None = None
+  clock_hz: float | None = None
   price_per_hour: float
   spot_per_hour: float | None = None
   source: str

@@ -10,8 +10,9 @@ with shapes such as `bf16[8,128]{1,0:T(8,128)}`, those of a tuple in parentheses
 
 from __future__ import annotations
 
+import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 import jax
@@ -43,10 +44,16 @@ class Instruction(NamedTuple):
     """The dtype and the dimensions of each array of the result."""
     return [(dtype, numbers(dims)) for dtype, dims in _ARRAY.findall(self.shape)]
 
+  @property
+  def operands(self) -> list[Instruction]:
+    """The instructions whose results are read."""
+    names = re.findall(r'%([\w.\-]+)', self.rest.partition(')')[0])
+    return [self.computation.get(name, UNKNOWN) for name in names]
+
   def operand(self, index: int) -> Instruction:
     """The instruction whose result is read at an index."""
-    names = re.findall(r'%([\w.\-]+)', self.rest)  # those in attributes follow the operands
-    return self.computation.get(names[index], UNKNOWN) if index < len(names) else UNKNOWN
+    operands = self.operands
+    return operands[index] if index < len(operands) else UNKNOWN
 
   def element(self, index: int) -> Instruction:
     """The element of a tuple at an index; `UNKNOWN` of another instruction."""
@@ -69,13 +76,23 @@ class Instruction(NamedTuple):
 UNKNOWN = Instruction()
 
 
+class Frame(NamedTuple):
+  """A place in the Python program that made an instruction."""
+
+  file: str
+  line: int
+  function: str
+
+
 class Program:
   """The computations of a compiled program, or of its text: name -> instruction by name."""
 
   def __init__(self, compiled: jax.stages.Compiled | str):
     self.computations: dict[str, dict[str, Instruction]] = {}
     self.entry, lines = '', {}
-    for line in text_of(compiled).splitlines():
+    text = text_of(compiled)
+    self._frames = _frame_tables(text)
+    for line in _joined(text):
       if head := _COMPUTATION.match(line):
         lines = self.computations[head.group(2)] = {}
         self.entry = head.group(2) if head.group(1) else self.entry
@@ -95,6 +112,15 @@ class Program:
       return (two if names == [''] else names), 1
     name = i.attribute('to_apply' if i.operation == 'call' else 'calls')
     return [name] if name in self.computations else [], 1
+
+  def frames(self, i: Instruction) -> tuple[Frame, ...]:
+    """The Python frames that made an instruction, innermost first; those of the computation that it
+    calls if it has none."""
+    number = i.attribute('stack_frame_id')
+    if not number:
+      inside = self.computations.get(i.attribute('calls'), {}).values()
+      number = next((n for j in inside if (n := j.attribute('stack_frame_id'))), '')
+    return self._frames(int(number)) if number else ()
 
   def _iterations(self, loop: Instruction) -> int:
     """How often a while loop runs: as XLA notes it, else by the constants of `for (i = first; i <
@@ -116,6 +142,61 @@ class Program:
 
   def _root(self, name: str) -> Instruction:
     return next((i for i in self.computations[name].values() if i.root), UNKNOWN)
+
+
+def _joined(text: str) -> Iterator[str]:
+  """The lines of a text; those that go on with an instruction, as the attributes of kernels do, are
+  joined to it."""
+  held = ''
+  for line in filter(None, text.splitlines()):
+    if held and line != '}' and not line.startswith((' ', '%', 'ENTRY')):
+      held += line
+      continue
+    yield held
+    held = line
+  yield held
+
+
+def _frame_tables(text: str) -> Callable[[int], tuple[Frame, ...]]:
+  """Look-up of the frames of a `stack_frame_id`, from the tables at the head of the text."""
+  tables: dict[str, dict[int, str]] = {}
+  rows: dict[int, str] = {}
+  for line in text.splitlines():
+    if line in ('FileNames', 'FunctionNames', 'FileLocations', 'StackFrames'):
+      rows = tables[line] = {}
+    elif row := re.match(r'(\d+) (.*)$', line):
+      rows[int(row.group(1))] = row.group(2)
+    elif line.endswith('{'):
+      break
+  if 'StackFrames' not in tables:
+    return lambda number: ()
+
+  def field(text: str, name: str) -> int:
+    found = re.search(rf'\b{name}=(\d+)', text)
+    return int(found.group(1)) if found else 0
+
+  # Some versions print the number of a parent one too high, so that a frame is its own parent.
+  stack = tables['StackFrames']
+  excess = int(any(field(text, 'parent_frame_id') == n for n, text in stack.items()))
+
+  def frames(number: int) -> tuple[Frame, ...]:
+    found, seen = [], set()
+    while number in stack and number not in seen:
+      seen.add(number)
+      frame = stack[number]
+      place = tables['FileLocations'][field(frame, 'file_location_id')]
+      file = tables['FileNames'][field(place, 'file_name_id')].strip('"')
+      function = tables['FunctionNames'][field(place, 'function_name_id')].strip('"')
+      found.append(Frame(file, field(place, 'line'), function))
+      number = field(frame, 'parent_frame_id') - excess
+    return tuple(found)
+
+  return functools.cache(frames)
+
+
+def itemsize(dtype: str) -> int:
+  """Bytes of a value of a dtype by its name in HLO; what is smaller than a byte counts as one."""
+  return 1 if dtype == 'pred' else max(numbers(dtype)[0] // 8, 1)
 
 
 def numbers(text: str) -> list[int]:

@@ -53,19 +53,26 @@ def compiled_flops(compiled: jax.stages.Compiled | str) -> CompiledFlops:
   """The FLOPs of a compiled program, or of its text. The most expensive branch of a conditional
   counts; a loop whose iterations the text does not give counts as one."""
   program = Program(compiled)
+  return _of_computation(program, program.entry)
 
-  @functools.cache
-  def of(name: str) -> CompiledFlops:
-    total = CompiledFlops()
-    for i in program.computations[name].values():
-      inside, times = program.calls(i)
-      if i.operation in _COUNTS:
-        total = total.plus(_COUNTS[i.operation](i))
-      elif inside:
-        total = total.plus(max(map(of, inside), key=lambda flops: flops.total), times)
-    return total
 
-  return of(program.entry)
+def flops_of(program: Program, i: Instruction) -> CompiledFlops:
+  """The FLOPs of one instruction of a program, with those of the computations that it calls."""
+  inside, times = program.calls(i)
+  if i.operation in _COUNTS:
+    return _COUNTS[i.operation](i)
+  if not inside:
+    return CompiledFlops()
+  branches = [_of_computation(program, name) for name in inside]
+  return CompiledFlops().plus(max(branches, key=lambda flops: flops.total), times)
+
+
+@functools.lru_cache(maxsize=10_000)
+def _of_computation(program: Program, name: str) -> CompiledFlops:
+  total = CompiledFlops()
+  for i in program.computations[name].values():
+    total = total.plus(flops_of(program, i))
+  return total
 
 
 def _dims(i: Instruction) -> list[int]:

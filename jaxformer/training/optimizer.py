@@ -282,6 +282,7 @@ class Optimizer:
     """Return the state before the first update."""
     return self.config.direction(self.info).init(params)
 
+  @jax.named_scope('Optimizer')
   def update(
     self, grads: Params, state: Any, params: Params, step: Step
   ) -> tuple[Params, Any, dict[str, Array]]:

@@ -1,12 +1,14 @@
 """Cost of a model, and time, money, memory and bounds of training or inference on a target."""
 
 import dataclasses
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from typing import Any, Unpack, get_args
+
+import jax
 
 from jaxformer.config import InputError
 from jaxformer.inference.decoding import lowered_decode, lowered_prefill
-from jaxformer.launch.catalog import CATALOG, priced
+from jaxformer.launch.catalog import priced
 from jaxformer.launch.check import setup_of
 from jaxformer.models.model import ModelConfig
 from jaxformer.models.params import define
@@ -23,7 +25,8 @@ from jaxformer.planning.estimate import (
   serving_cost,
   training_run,
 )
-from jaxformer.planning.hardware import CHIPS, GIB, hardware_file
+from jaxformer.planning.hardware import CHIPS, hardware_file
+from jaxformer.planning.prediction import predict
 from jaxformer.planning.setup import Phase, PlanSetup
 from jaxformer.planning.target import Target, parse_target
 from jaxformer.sharding import Parallel
@@ -32,11 +35,10 @@ from jaxformer.training.step import lowered_train_step
 from jaxformer.workflows.names import Resolved, resolve
 from jaxformer.workflows.on_target import on_target
 from jaxformer.workflows.overrides import Overrides, pairs_of
+from jaxformer.workflows.plan_lines import ROWS, search_lines
 from jaxformer.workflows.progress import Log, log_progress
 from jaxformer.workflows.sizes import Amount, Size, shape, shape_row
 from jaxformer.workflows.tables import amount, parameters, table
-
-NOT_PARTS = ('total', 'limit', 'fits', 'short_by', 'would_fit')  # of the memory in a report
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -89,7 +91,7 @@ class ModelPlan(Cost):
     rows += [('to be given', field, what) for field, what in self.missing.items()]
     rows += [row for part, rows_of in ROWS.items() if part in v for row in rows_of(v)]
     head = f'{self.name}: {parameters(self.params, self.active_params)}'
-    return [head, *table(rows, left=3), *(_search_lines(v['search']) if 'search' in v else [])]
+    return [head, *table(rows, left=3), *(search_lines(v['search']) if 'search' in v else [])]
 
 
 def plan(
@@ -105,6 +107,7 @@ def plan(
   hardware: str | None = None,
   phase: Phase = 'train',
   compile: bool = False,
+  profile: bool = False,
   search: bool = False,
   log: Log = log_progress,
   **size: Unpack[Size],
@@ -126,9 +129,13 @@ def plan(
     prices: 'sky', or a folder like SkyPilot's catalog, whose prices replace the list price.
     hardware: a TOML or JSON file with chips of your own; see `planning.hardware`.
     phase: 'train', 'prefill' or 'decode'.
-    compile: compile the program with the TPU compiler, and report memory, FLOPs and collectives.
+    compile: compile the program with the TPU compiler, and report memory, FLOPs, collectives and
+      the predicted time (`planning.step_clock`).
+    profile: with `compile`, also where that time goes.
     search: try meshes, batch sizes and remat policies, compile the best few and recommend one.
   """
+  if profile and not compile:
+    raise InputError('profile: needs compile')
   chips = _target(target, hardware, utilization, price, prices, phase, compile, search)
   pairs = pairs_of(overrides)
   found = resolve(model, pairs, size)
@@ -169,7 +176,17 @@ def plan(
       report['serving'] = dataclasses.asdict(serving)
     report |= estimated.as_json()
     if compile:
-      report['compiled'] = _compiled(e, setup, report['memory']['total'], log)
+      log(f'compiling {phase}: {setup.batch_size} x {setup.length} tokens, for {chips.topology}')
+      found = _compile(e, setup)
+      report['compiled'] = _compiled(found, setup, report['memory']['total'])
+      if found.profile is not None:
+        hourly = (chips.chip.price_per_hour if price is None else price) * chips.total_chips
+        predicted = predict(
+          setup, found.profile, tokens=trained if training else None, price_per_hour=hourly
+        )
+        report['predicted'] = predicted.as_json()
+        if profile:
+          report['profile'] = found.profile.as_json()
   family = sized.family if sized else PRESETS[name].family if name in PRESETS else None
   return ModelPlan(
     **vars(c),
@@ -248,29 +265,30 @@ def _of_setup(experiment: Experiment, setup: PlanSetup) -> Experiment:
 
 
 def _compile(experiment: Experiment, setup: PlanSetup) -> CompiledPlan:
-  """Compile the step of a setup on its mesh."""
-  target, limit = setup.target, setup.target.device_memory_bytes
+  """Compile the step of a setup on its mesh, and predict its time."""
+  target, model, phase = setup.target, setup.model, setup.phase
   assert target.topology is not None  # checked by `_target`
   mesh = topology_mesh(target.topology, setup.mesh, target.slices)
-  if setup.phase == 'train':
-    return compile_plan(lambda: lowered_train_step(_of_setup(experiment, setup), mesh), mesh, limit)
-  lower = {'prefill': lowered_prefill, 'decode': lowered_decode}[setup.phase]
-  program = define(setup.model), Parallel(mesh, setup.mesh.rules), setup.batch_size, setup.length
-  return compile_plan(lambda: lower(*program, dtype=setup.dtype), mesh, limit)
+  program = define(model), Parallel(mesh, setup.mesh.rules), setup.batch_size, setup.length
+
+  def lower() -> jax.stages.Lowered:
+    if phase == 'train':
+      return lowered_train_step(_of_setup(experiment, setup), mesh)
+    lowered = {'prefill': lowered_prefill, 'decode': lowered_decode}[phase]
+    return lowered(*program, dtype=setup.dtype)
+
+  layers = {type(layer).__qualname__.partition('.')[0] for layer, _ in model.layers()}
+  return compile_plan(lower, mesh, target.device_memory_bytes, target.chip, layers)
 
 
-def _compiled(
-  experiment: Experiment, setup: PlanSetup, predicted_bytes: float, log: Log
-) -> dict[str, Any]:
-  """Compile the step of a setup, and compare the result to the formulas."""
+def _compiled(found: CompiledPlan, setup: PlanSetup, predicted_bytes: float) -> dict[str, Any]:
+  """Compare what the compiler reports of the step of a setup to the formulas."""
   target, batch, length, phase = setup.target, setup.batch_size, setup.length, setup.phase
   if phase == 'train':
     least = flops(setup.model, phase, batch, length)
     most = least + recomputed_flops(setup.model, batch, length, setup.remat)
   else:
     least = most = flops(setup.model, phase, batch, length, last_logits=phase == 'prefill')
-  log(f'compiling {phase}: {batch} sequences of {length} tokens, for {target.topology}')
-  found = _compile(experiment, setup)
   predicted = least / target.devices, most / target.devices
   return found.as_json() | {
     'predicted_bytes': predicted_bytes,
@@ -334,129 +352,7 @@ def _search(
   return value | {
     'best': best.setup.name,
     'bound': best.step.bound,
-    'step_seconds': best.step.seconds,
-    'tokens_per_second': best.step.tokens_per_second,
+    'step_seconds': best.seconds_per_token * best.step.tokens,
+    'tokens_per_second': 1 / best.seconds_per_token,
     'command': ' '.join(['jaxformer train', name, *length, *best.setup.overrides]),
   }, best.setup
-
-
-# ---- for people --------------------------------------------------------------------------------
-
-Rows = list[tuple[str, str, str]]
-
-
-def _parts(v: dict[str, Any], names: Iterable[str]) -> str:
-  """Return the parts of a memory of at least 5 MiB, in GiB."""
-  return ', '.join(f'{n} {v[n] / GIB:.2f}' for n in names if v[n] >= GIB / 200)
-
-
-def _memory_row(what: str, v: dict[str, Any], parts: str) -> tuple[str, str, str]:
-  """Format `total` and `limit` of a memory, and whether it fits."""
-  verdict = 'fits' if v['fits'] else f'does not fit, by {v["short_by"] / GIB:,.2f} GiB'
-  size = f'{v["total"] / GIB:,.2f} GiB of {v["limit"] / GIB:,.2f}'
-  return what, size, f'{verdict}: {parts}' if parts else verdict
-
-
-def _run_rows(v: dict[str, Any]) -> Rows:
-  r, t = v['run'], v['target']
-  source = t['chip']['source'].partition('price: ')[2]
-  spot = 'no list price' if r['spot_price_usd'] is None else f'${r["spot_price_usd"]:,.0f}'
-  rate = (
-    f'at {100 * r["utilization"]:g}% of the peak, {r["tokens_per_second"]:,.0f} tokens per second'
-  )
-  hours = f'{r["chip_hours"]:,.0f} chip-hours; spot: {spot}'
-  return [
-    ('target', f'{t["name"]}: {t["chips"]:,} chips', f'{_mesh_words(v)}; remat {v["remat"]}'),
-    ('time', f'{r["days"]:,.4g} days', rate),
-    ('price', f'${r["price_usd"]:,.0f} on demand', hours),
-    *([('', '', source)] if source.startswith(CATALOG) else []),
-  ]
-
-
-def _mesh_words(v: dict[str, Any]) -> str:
-  return ', '.join(f'{a} {n}' for a, n in v['mesh'].items() if n > 1) or 'one device'
-
-
-def _serving_rows(v: dict[str, Any]) -> Rows:
-  s, t = v['serving'], v['target']
-  spot = s['spot_price_per_million_tokens_usd']
-  rate = f'at {100 * s["utilization"]:g}% of the peak of the bottleneck'
-  return [
-    ('target', f'{t["name"]}: {t["chips"]:,} chips', _mesh_words(v)),
-    ('time per 1M tokens', f'{s["seconds_per_million_tokens"]:,.4g} s', rate),
-    (
-      'price per 1M tokens',
-      f'${s["price_per_million_tokens_usd"]:,.4g} on demand',
-      f'spot: {"no list price" if spot is None else f"${spot:,.4g}"}',
-    ),
-  ]
-
-
-def _memory_rows(v: dict[str, Any]) -> Rows:
-  m = v['memory']
-  rows = [_memory_row('memory per device', m, _parts(m, [n for n in m if n not in NOT_PARTS]))]
-  rows += [('' if i else 'what would fit', text, '') for i, text in enumerate(m['would_fit'])]
-  if not m['fits'] and not m['would_fit']:
-    advice = 'try a chip with more memory, or --mesh.tensor'
-    rows.append(('what would fit', 'no single change', advice))
-  return rows
-
-
-def _step_rows(v: dict[str, Any]) -> Rows:
-  s = v['step']
-  bounds = ('compute', 'memory', 'interconnect', 'network')
-  times = ', '.join(f'{name} {1e3 * s[f"{name}_seconds"]:,.4g} ms' for name in bounds)
-  what = {'train': 'training step', 'prefill': 'prefill', 'decode': 'decoded token'}[v['phase']]
-  bound = f'at least {1e3 * s["seconds"]:,.4g} ms, bound by {s["bound"]}'
-  rate, at_once = f'at most {s["tokens_per_second"]:,.0f}', f'{s["tokens"]:,} tokens at once'
-  traffic = f'{s["arithmetic_intensity"]:,.4g} of memory traffic'
-  return [
-    (what, bound, times),
-    ('  tokens per second', rate, at_once),
-    ('  FLOPs per byte', traffic, f'the chip is balanced at {s["ridge_intensity"]:,.4g}'),
-  ]
-
-
-def _compiled_rows(v: dict[str, Any]) -> Rows:
-  v = v['compiled']
-  known = v['arguments'] is not None
-  parts = _parts(v, ('arguments', 'temporaries', 'outputs')) if known else ''
-  rows = [_memory_row('compiler', v, parts)]
-  if (counted := v['flops']) is not None:
-    left = ', '.join(f'{n} x {name}' for name, n in counted['not_counted'].items())
-    note = f'not counted: {left}' if left else ''
-    rows.append(('compiled FLOPs', f'{counted["total"]:.4g} per device', note))
-  for i, (axis, kinds) in enumerate(v['collectives'].items()):
-    sizes = {kind: t['bytes'] for kind, t in sorted(kinds.items())}
-    sent = _parts(sizes, sizes) or 'little'
-    rows.append(('' if i else 'sent, GiB per device', f'over {axis}', sent))
-  rows += [('left out', *line.split(': ', 1)) for line in v['left_out']]
-  versions = f'jax {v["jax"]}, libtpu {v["libtpu"]}'
-  rows.append(('compiled in', f'{v["compile_seconds"]:.0f} s', versions))
-  return rows + [('disagreement', *line.split(': ', 1)) for line in v['disagreements']]
-
-
-ROWS = {
-  'run': _run_rows,
-  'serving': _serving_rows,
-  'memory': _memory_rows,
-  'step': _step_rows,
-  'compiled': _compiled_rows,
-}
-
-
-def _search_lines(v: dict[str, Any]) -> list[str]:
-  rejected = [f'  {entry["name"]}: {entry["reason"]}' for entry in v['rejected']]
-  if v['best'] is None:
-    return [f'none of {v["candidates"]} candidates fits', *rejected]
-  best = next(c for c in v['compiled'] if c['name'] == v['best'])
-  return [
-    f'best of {v["candidates"]} candidates: {v["best"]}',
-    f'  {best["total"] / GIB:.2f} GiB of {best["limit"] / GIB:.2f} per device by the compiler, '
-    f'{best["predicted_bytes"] / GIB:.2f} by the formulas',
-    f'  a step takes at least {v["step_seconds"]:.3g} s, bound by {v["bound"]}: at most '
-    f'{amount(v["tokens_per_second"])} tokens per second',
-    'rejected:',
-    *rejected,
-    f'to train it: {v["command"]}',
-  ]

@@ -1,0 +1,61 @@
+"""Predicted time of Pallas kernels on TPUs, of which the compiler estimates no cycles.
+
+A kernel takes its FLOPs at a share of the peak. The FLOPs are those that it declares
+(`pl.CostEstimate`); of JAX's splash attention, which declares none, those of the blocks that a
+causal mask leaves. The share comes from the scheduled instructions of one block of the kernel, one
+per cycle (`experiments/kernel_bundles.py`), and is at most `MOST_SHARE`: a product waits for the
+matrix unit where instructions are issued faster than it takes them. Kernels and chips that were
+not counted take `OTHER_SHARE`, which is a guess."""
+
+import math
+import re
+from typing import NamedTuple
+
+from jaxformer.planning.hardware import Chip
+from jaxformer.planning.hlo import Instruction
+
+MOST_SHARE, OTHER_SHARE = 0.9, 0.4
+
+
+class KernelTime(NamedTuple):
+  """FLOPs of one execution of a kernel, and the seconds that they take; both 0 if they are not
+  known."""
+
+  flops: float
+  seconds: float
+
+
+# Name of a kernel -> chip -> share of the peak of one block of 1,024 x 1,024 positions and 128
+# dimensions per head, compiled by libtpu 0.0.42.
+SHARES: dict[str, dict[str, float]] = {
+  'splash_mha_fwd': {'v5e': 0.70, 'v5p': 0.70, 'v6e': 0.24},
+  'splash_mha_dkv': {'v5e': MOST_SHARE, 'v5p': MOST_SHARE, 'v6e': 0.41},
+}
+# Products of splash attention, each of 2 T S K FLOPs per head: scores and outputs; backward by one
+# kernel for all gradients the scores, gradients of values, weights, keys and queries; by two, the
+# last in the other, which computes scores and gradients of weights again.
+_PRODUCTS = {'splash_mha_fwd': 2, 'splash_mha_dkv': 5, 'splash_mha_dq': 3}
+
+
+def kernel_time(i: Instruction, chip: Chip) -> KernelTime:
+  """The FLOPs and the time of the kernel that a `tpu_custom_call` runs, on one device."""
+  declared = re.search(r'"cost_estimate":\{"flops":"(\d+)"', i.rest)
+  flops = float(declared.group(1)) if declared else _splash_flops(i)
+  known = next((s for name, s in SHARES.items() if i.name.startswith(name)), {})
+  rate = chip.peak('bf16') / chip.devices * known.get(chip.name, OTHER_SHARE)
+  return KernelTime(flops, flops / rate)
+
+
+def _splash_flops(i: Instruction) -> float:
+  """FLOPs of causal splash attention, from the shapes of queries and keys, `[..., T, K]`, and the
+  sizes of its blocks; 0 of another kernel."""
+  products = next((n for name, n in _PRODUCTS.items() if i.name.startswith(name)), 0)
+  operands = [dims for o in i.operands for dtype, dims in o.arrays if dtype in ('bf16', 'f32')]
+  if not products or len(operands) < 2:
+    return 0.0
+  (*heads, T, K), (*_, S, _) = operands[:2]
+  if products == 5 and re.search(r'use_fused_bwd_kernel\\?"?: ?false', i.rest):
+    products = 4
+  block = re.search(r'block_q\\?"?: ?(\d+)', i.rest)
+  blocks = T // int(block.group(1)) if block else T
+  return products * 2.0 * math.prod(heads) * T * S * K * (1 + 1 / max(blocks, 1)) / 2
