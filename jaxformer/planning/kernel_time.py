@@ -28,7 +28,7 @@ class KernelTime(NamedTuple):
 # Name of a kernel -> chip -> share of the peak of one block of 1,024 x 1,024 positions and 128
 # dimensions per head, compiled by libtpu 0.0.42.
 SHARES: dict[str, dict[str, float]] = {
-  'splash_mha_fwd': {'v5e': 0.70, 'v5p': 0.70, 'v6e': 0.24},
+  'splash_mha_fwd': {'v5e': 0.70, 'v5p': 0.69, 'v6e': 0.24},
   'splash_mha_dkv': {'v5e': MOST_SHARE, 'v5p': MOST_SHARE, 'v6e': 0.41},
 }
 # Products of splash attention, each of 2 T S K FLOPs per head: scores and outputs; backward by one
