@@ -79,9 +79,8 @@ class Links:
   def _closed(self, dimension: int, places: np.ndarray) -> bool:
     """Whether the devices of a group close to a ring: all along a dimension that wraps around."""
     everywhere = {d.coords[dimension] for d in self.mesh.devices.flat}
-    return (
-      set(places.tolist()) == everywhere and len(everywhere) % (self.chip.ring or math.inf) == 0
-    )
+    wraps = self.chip.ring is not None and len(everywhere) % self.chip.ring == 0
+    return wraps and set(places.tolist()) == everywhere
 
 
 def _share(c: Collective, n: int) -> float:

@@ -57,6 +57,10 @@ def test_a_training_step(capfd, name, padding):
     '--mesh.tensor',
     '2',
     '--compile',
+    '--profile',
+  )
+  _check_profile(
+    found, {'llama2': 'Attention', 'mamba': 'Mamba', 'mixtral': 'Moe'}[found['family']]
   )
   compiled, memory = found['compiled'], found['memory']
   assert compiled['fits']
@@ -68,6 +72,22 @@ def test_a_training_step(capfd, name, padding):
   assert compiled['collectives']['fsdp']['all-gather']['bytes'] > 0
   assert compiled['flops']['total'] > 0
   assert (compiled['jax'], compiled['libtpu'] != '') == (jax.__version__, True)
+
+
+def _check_profile(found: dict, layer: str) -> None:
+  """The predicted time is above the lower bound; all of it has a phase, a layer and a source."""
+  predicted, profile = found['predicted'], found['profile']
+  seconds = predicted['seconds']
+  assert found['step']['seconds'] < seconds == profile['seconds']
+  assert predicted['low'] < seconds < predicted['high']
+  assert 0 < predicted['mfu'] < predicted['hfu'] < 1
+  for parts in (profile['by_kind'], profile['by_phase']):
+    assert sum(parts.values()) == pytest.approx(seconds)
+  assert sum(s['seconds'] for s in profile['sources']) == pytest.approx(seconds)
+  assert {'Head', 'Optimizer', layer} <= set(profile['by_layer'])
+  assert min(profile['by_layer'][layer][phase] for phase in ('forward', 'backward')) > 0
+  named = sum(s['seconds'] for s in profile['sources'] if s['place'])
+  assert named > 0.7 * seconds
 
 
 @tpu_compiler
