@@ -13,7 +13,7 @@ chip, with attention counted in full) and `docs/reference/models/tiering.md` (to
 chip), with the batch, sequence length and remat policy of the scripts beside them and of
 `benchmarks/maxtext_trillium_model_configs.py`. What differs is said in `differs`.
 
-Results: docs/clock.md."""
+Result: not run to the end yet."""
 
 from __future__ import annotations
 

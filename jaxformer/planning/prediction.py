@@ -7,8 +7,6 @@ from jaxformer.planning.cost import cost, flops
 from jaxformer.planning.setup import PlanSetup
 from jaxformer.planning.step_profile import StepProfile
 
-# Measured over predicted seconds of published training steps: docs/clock.md.
-SPREAD = 0.9, 1.15
 _BOUNDS = {
   'product': 'matrix products',
   'kernel': 'kernels',
@@ -22,7 +20,7 @@ class Prediction:
   """What a TPU is predicted to do in a step.
 
   Attributes:
-    seconds: of a step; `low` and `high` are the ends of the interval that `SPREAD` gives.
+    seconds: of a step.
     tokens_per_second, tokens_per_second_per_chip: of all chips, and of one.
     mfu: model FLOPs utilization, in the causal convention (masked scores of attention are not
       counted): FLOPs of the model, without recomputation, over those at the peak of all chips.
@@ -34,8 +32,6 @@ class Prediction:
   """
 
   seconds: float
-  low: float
-  high: float
   tokens_per_second: float
   tokens_per_second_per_chip: float
   mfu: float
@@ -74,8 +70,6 @@ def predict(
   train_seconds = None if tokens is None else tokens / step_tokens * seconds
   return Prediction(
     seconds=seconds,
-    low=SPREAD[0] * seconds,
-    high=SPREAD[1] * seconds,
     tokens_per_second=step_tokens / seconds,
     tokens_per_second_per_chip=step_tokens / seconds / chips,
     mfu=model / at_peak,

@@ -2,8 +2,8 @@
 instruction.
 
 The TPU compiler writes the cycles that it expects of an instruction into the program. Those of
-matrix products hold (docs/clock.md compares them with published steps); those of the rest do not.
-So
+large matrix products agree with the rates that chips are known to reach; those of the rest are far
+below what the memory can do (docs/clock.md). So
 
 - a fusion with a matrix product takes the compiler's cycles at the clock of the chip, or as long
   as its traffic with the high-bandwidth memory (HBM), what is longer;

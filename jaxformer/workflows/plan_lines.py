@@ -109,11 +109,7 @@ def _predicted_rows(v: dict[str, Any]) -> Rows:
   shares = ', '.join(f'{kind} {100 * s:.0f}%' for kind, s in p['shares'].items())
   full = '' if p['mfu_full'] is None else f', {100 * p["mfu_full"]:.1f}% (full)'
   rows = [
-    (
-      f'predicted {what}',
-      f'{1e3 * p["seconds"]:,.4g} ms ({1e3 * p["low"]:,.4g} to {1e3 * p["high"]:,.4g})',
-      f'bound by {p["bound"]}: {shares}',
-    ),
+    (f'predicted {what}', f'{1e3 * p["seconds"]:,.4g} ms', f'bound by {p["bound"]}: {shares}'),
     (
       '  tokens per second',
       f'{p["tokens_per_second"]:,.0f}',
