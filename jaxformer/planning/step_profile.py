@@ -23,7 +23,7 @@ _CALLERS = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Source:
+class TimeSource:
   """A line of Python, and what comes from it.
 
   Attributes:
@@ -44,7 +44,7 @@ class Source:
   flops: float
   bytes: float
 
-  def plus(self, other: 'Source') -> 'Source':
+  def plus(self, other: 'TimeSource') -> 'TimeSource':
     """The sums of two, as one."""
     fields = ('seconds', 'hidden', 'times', 'flops', 'bytes')
     sums = {name: getattr(self, name) + getattr(other, name) for name in fields}
@@ -72,7 +72,7 @@ class StepProfile:
   by_phase: dict[str, float]
   by_layer: dict[str, dict[str, float]]
   hidden_communication: float
-  sources: list[Source]
+  sources: list[TimeSource]
 
   def as_json(self) -> dict[str, Any]:
     """All of it as JSON data."""
@@ -90,7 +90,7 @@ def profile_of(rows: Iterable[Timed], layers: Iterable[str]) -> StepProfile:
   kinds: dict[str, float] = {}
   phases = dict.fromkeys(PHASES, 0.0)
   by_layer: dict[str, dict[str, float]] = {}
-  sources: dict[tuple[str, ...], Source] = {}
+  sources: dict[tuple[str, ...], TimeSource] = {}
 
   def add(to: dict[str, float], key: str, seconds: float) -> None:
     to[key] = to.get(key, 0.0) + seconds
@@ -101,7 +101,7 @@ def profile_of(rows: Iterable[Timed], layers: Iterable[str]) -> StepProfile:
     add(kinds, row.kind, row.seconds)
     add(phases, phase, row.seconds)
     add(by_layer.setdefault(layer, {}), phase, row.seconds)
-    what = Source(
+    what = TimeSource(
       _place(row.frames),
       _short(row.operation) or row.name,
       phase,

@@ -176,17 +176,10 @@ def plan(
       report['serving'] = dataclasses.asdict(serving)
     report |= estimated.as_json()
     if compile:
-      log(f'compiling {phase}: {setup.batch_size} x {setup.length} tokens, for {chips.topology}')
-      found = _compile(e, setup)
-      report['compiled'] = _compiled(found, setup, report['memory']['total'])
-      if found.profile is not None:
-        hourly = (chips.chip.price_per_hour if price is None else price) * chips.total_chips
-        predicted = predict(
-          setup, found.profile, tokens=trained if training else None, price_per_hour=hourly
-        )
-        report['predicted'] = predicted.as_json()
-        if profile:
-          report['profile'] = found.profile.as_json()
+      hourly = (chips.chip.price_per_hour if price is None else price) * chips.total_chips
+      report |= _compiled(
+        e, setup, report['memory']['total'], trained if training else None, hourly, profile, log
+      )
   family = sized.family if sized else PRESETS[name].family if name in PRESETS else None
   return ModelPlan(
     **vars(c),
@@ -281,21 +274,37 @@ def _compile(experiment: Experiment, setup: PlanSetup) -> CompiledPlan:
   return compile_plan(lower, mesh, target.device_memory_bytes, target.chip, layers)
 
 
-def _compiled(found: CompiledPlan, setup: PlanSetup, predicted_bytes: float) -> dict[str, Any]:
-  """Compare what the compiler reports of the step of a setup to the formulas."""
+def _compiled(
+  experiment: Experiment,
+  setup: PlanSetup,
+  predicted_bytes: float,
+  tokens: float | None,
+  price_per_hour: float,
+  profile: bool,
+  log: Log,
+) -> dict[str, Any]:
+  """Compile the step of a setup. Return what the compiler reports of it, compared to the formulas,
+  and the predicted time."""
   target, batch, length, phase = setup.target, setup.batch_size, setup.length, setup.phase
+  log(f'compiling {phase}: {batch} sequences of {length} tokens, for {target.topology}')
+  found = _compile(experiment, setup)
   if phase == 'train':
     least = flops(setup.model, phase, batch, length)
     most = least + recomputed_flops(setup.model, batch, length, setup.remat)
   else:
     least = most = flops(setup.model, phase, batch, length, last_logits=phase == 'prefill')
   predicted = least / target.devices, most / target.devices
-  return found.as_json() | {
+  compiled = found.as_json() | {
     'predicted_bytes': predicted_bytes,
     'predicted_flops': list(predicted),
     'left_out': _left_out(setup),
     'disagreements': disagreements(found, predicted_bytes, predicted),
   }
+  if found.profile is None:
+    return {'compiled': compiled}
+  speed = predict(setup, found.profile, tokens=tokens, price_per_hour=price_per_hour).as_json()
+  where = {'profile': found.profile.as_json()} if profile else {}
+  return {'compiled': compiled, 'predicted': speed} | where
 
 
 def _left_out(setup: PlanSetup) -> list[str]:
