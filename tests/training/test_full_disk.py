@@ -6,6 +6,7 @@ import json
 import os
 import resource
 import sys
+import time
 
 import jax
 import pytest
@@ -117,6 +118,9 @@ def test_a_checkpoint_that_cannot_be_written_in_the_background(
   def log(line):
     lines.append(line)
     if line.startswith('step 7/') and 'lr' in line:
+      until = time.monotonic() + 60
+      while steps_in(Run(e).folder / 'checkpoints') != [4] and time.monotonic() < until:
+        time.sleep(0.01)  # it is written in the background too, and would fail as well
       resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
 
   try:
