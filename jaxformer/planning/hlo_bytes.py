@@ -21,7 +21,12 @@ _VIEWS = ('bitcast', 'get-tuple-element', 'tuple', 'opt-barrier')
 
 def hbm_bytes(shape: str) -> float:
   """Bytes in HBM of the array or the tuple of arrays of a shape."""
-  return float(sum(_bytes(*array) for array in _ARRAY.findall(shape)))
+  return float(sum(hbm_bytes_of_each(shape)))
+
+
+def hbm_bytes_of_each(shape: str) -> list[int]:
+  """Bytes in HBM of each array of a shape."""
+  return [_bytes(*array) for array in _ARRAY.findall(shape)]
 
 
 def _bytes(dtype: str, dims: str, layout: str) -> int:

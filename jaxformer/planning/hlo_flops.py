@@ -122,11 +122,17 @@ def _valid(
   return int(inside.sum())
 
 
+def declared_flops(kernel: Instruction) -> float | None:
+  """The FLOPs that a kernel declares (`pl.CostEstimate`); None if it declares none."""
+  estimate = re.search(r'"cost_estimate":\{"flops":"(\d+)"', kernel.rest)
+  return None if estimate is None else float(estimate.group(1))
+
+
 def _custom(i: Instruction) -> CompiledFlops:
   if i.attribute('custom_call_target') not in KERNELS:
     return CompiledFlops()
-  if estimate := re.search(r'"cost_estimate":\{"flops":"(\d+)"', i.rest):
-    return CompiledFlops(kernels=float(estimate.group(1)))
+  if (declared := declared_flops(i)) is not None:
+    return CompiledFlops(kernels=declared)
   return CompiledFlops(not_counted={re.sub(r'[.\d]+$', '', i.name): 1})
 
 

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from jaxformer.planning.hardware import Chip
 from jaxformer.planning.hlo import Instruction
+from jaxformer.planning.hlo_flops import declared_flops
 
 MOST_SHARE, OTHER_SHARE = 0.9, 0.4
 
@@ -39,8 +40,8 @@ _PRODUCTS = {'splash_mha_fwd': 2, 'splash_mha_dkv': 5, 'splash_mha_dq': 3}
 
 def kernel_time(i: Instruction, chip: Chip) -> KernelTime:
   """The FLOPs and the time of the kernel that a `tpu_custom_call` runs, on one device."""
-  declared = re.search(r'"cost_estimate":\{"flops":"(\d+)"', i.rest)
-  flops = float(declared.group(1)) if declared else _splash_flops(i)
+  declared = declared_flops(i)
+  flops = _splash_flops(i) if declared is None else declared
   known = next((s for name, s in SHARES.items() if i.name.startswith(name)), {})
   rate = chip.peak('bf16') / chip.devices * known.get(chip.name, OTHER_SHARE)
   return KernelTime(flops, flops / rate)

@@ -63,14 +63,11 @@ class Links:
       return 0.0
     each = self.chip.interconnect_bytes_per_second / (self.chip.links or 1) / self.chip.devices
     rings = [self._closed(d, places[:, d]) for d in spans]
-    hops = sum(
-      len(set(places[:, d].tolist())) // (2 if ring else 1)
-      for d, ring in zip(spans, rings, strict=True)
-    )
+    lengths = [len(set(places[:, d].tolist())) for d in spans]
+    hops = sum(m // (2 if ring else 1) for m, ring in zip(lengths, rings, strict=True))
     if c.kind == 'collective-permute':
       return max(c.bytes / each, HOP_SECONDS)
     if c.kind == 'all-to-all':
-      lengths = [len(set(places[:, d].tolist())) for d in spans]
       parts = [m / (8 if ring else 4) for m, ring in zip(lengths, rings, strict=True)]
       return max(c.bytes * sum(parts) / len(parts) / each, hops * HOP_SECONDS)
     bandwidth = each * sum(2 if ring else 1 for ring in rings)

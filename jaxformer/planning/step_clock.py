@@ -29,7 +29,7 @@ from jax.sharding import Mesh
 from jaxformer.planning.collectives import KINDS, Collective, collective_of
 from jaxformer.planning.hardware import Chip
 from jaxformer.planning.hlo import Frame, Instruction, Program
-from jaxformer.planning.hlo_bytes import bytes_moved, hbm_bytes
+from jaxformer.planning.hlo_bytes import bytes_moved, hbm_bytes_of_each
 from jaxformer.planning.hlo_flops import flops_of
 from jaxformer.planning.kernel_time import kernel_time
 from jaxformer.planning.links import Links
@@ -48,7 +48,6 @@ _FREE = (
   'add-dependency',
   'domain',
 )
-_ARRAYS = re.compile(r'\w+\[[\d,]*\](?:\{[^}]*\})?')
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 
 
@@ -168,8 +167,8 @@ class _Clock:
     if not start:
       return None
     # The result holds the source and the destination, of which the smaller is moved.
-    arrays = [b for b in map(hbm_bytes, _ARRAYS.findall(i.shape)[:2]) if b]
-    moved = min(arrays, default=0.0) * len(arrays)
+    arrays = [b for b in hbm_bytes_of_each(i.shape)[:2] if b]
+    moved = float(min(arrays, default=0) * len(arrays))
     return i.name, 'hbm', moved / self._hbm, moved
 
   def _ended(self, i: Instruction) -> str | None:

@@ -8,6 +8,7 @@ from jaxformer.planning.hardware import GIB
 from jaxformer.planning.step_profile import SOURCES
 from jaxformer.workflows.tables import amount
 
+_STEPS = {'train': 'training step', 'prefill': 'prefill', 'decode': 'decoded token'}  # of a phase
 _NOT_PARTS = ('total', 'limit', 'fits', 'short_by', 'would_fit')  # of the memory in a report
 Rows = list[tuple[str, str, str]]
 
@@ -73,7 +74,7 @@ def _step_rows(v: dict[str, Any]) -> Rows:
   s = v['step']
   bounds = ('compute', 'memory', 'interconnect', 'network')
   times = ', '.join(f'{name} {1e3 * s[f"{name}_seconds"]:,.4g} ms' for name in bounds)
-  what = {'train': 'training step', 'prefill': 'prefill', 'decode': 'decoded token'}[v['phase']]
+  what = _STEPS[v['phase']]
   bound = f'at least {1e3 * s["seconds"]:,.4g} ms, bound by {s["bound"]}'
   rate, at_once = f'at most {s["tokens_per_second"]:,.0f}', f'{s["tokens"]:,} tokens at once'
   traffic = f'{s["arithmetic_intensity"]:,.4g} of memory traffic'
@@ -105,7 +106,7 @@ def _compiled_rows(v: dict[str, Any]) -> Rows:
 
 def _predicted_rows(v: dict[str, Any]) -> Rows:
   p = v['predicted']
-  what = {'train': 'training step', 'prefill': 'prefill', 'decode': 'decoded token'}[v['phase']]
+  what = _STEPS[v['phase']]
   shares = ', '.join(f'{kind} {100 * s:.0f}%' for kind, s in p['shares'].items())
   full = '' if p['mfu_full'] is None else f', {100 * p["mfu_full"]:.1f}% (full)'
   rows = [
