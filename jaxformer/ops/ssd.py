@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Float
 
 from jaxformer.ops.chunks import from_chunks, scan_steps, to_chunks
 from jaxformer.ops.implementation import Operation
+from jaxformer.ops.kernels.ssd import ssd_pallas
 from jaxformer.ops.sequence_parallel import (
   local_length,
   multiply_add,
@@ -170,8 +171,17 @@ def ssd_chunked(h_BHPN, x, dt, A_H, B, C, D_H, starts_BT):
   return y.astype(x.dtype), state.reshape(h_BHPN.shape)
 
 
+def _order(T: int) -> tuple[str, ...]:
+  return ('naive',) if T == 1 else ('pallas',) if platform() == 'tpu' else ('chunked',)
+
+
 SSD = Operation(
   'ssd',
-  {'naive': ssd_naive, 'chunked': ssd_chunked},
-  lambda T: ('naive',) if T == 1 else ('chunked',),
+  {
+    'naive': ssd_naive,
+    'chunked': ssd_chunked,
+    # a kernel for TPUs; elsewhere it is interpreted, which is slow
+    'pallas': ssd_pallas,
+  },
+  _order,
 )

@@ -269,7 +269,9 @@ def test_a_large_model_without_a_recipe_is_not_trained_as_a_tiny_one():
 
 
 def test_a_batch_that_a_target_does_not_divide_is_named():
-  with pytest.raises(InputError, match=r'training\.batch_size = 20: .* multiple of 64, the devices of v5e-64'):
+  with pytest.raises(
+    InputError, match=r'training\.batch_size = 20: .* multiple of 64, the devices of v5e-64'
+  ):
     jaxformer.plan('lstm-zaremba-medium', target='v5e-64', log=lambda line: None)
 
 
