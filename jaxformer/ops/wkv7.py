@@ -40,6 +40,7 @@ from jaxtyping import Array, Bool, Float
 
 from jaxformer.ops.chunks import scan_steps, to_chunks
 from jaxformer.ops.implementation import Operation
+from jaxformer.ops.kernels.wkv7 import wkv7_pallas
 from jaxformer.ops.sequence_parallel import local_length, over_time
 from jaxformer.sharding import platform
 
@@ -80,14 +81,17 @@ def wkv7(
   # Products of bfloat16 inputs may be rounded like the inputs on hardware that does so; sums and
   # states are fp32 in any case.
   precision = _EXACT if v_BTHV.dtype == jnp.float32 else None
-  run = functools.partial(WKV7[WKV7.choose(local_length(T))], precision=precision)
+  chosen = WKV7.choose(local_length(T))
+  run = functools.partial(WKV7[chosen], precision=precision)
+  if chosen != 'pallas':
+    inputs = tuple(x.astype(jnp.float32) for x in inputs)
 
   def summarize(r, w, k, v, a, b, starts):
     """A part takes S to S M + s; both come from one run that starts from the identity below zeros,
     and adds zeros there."""
     (B, T, H, K), V = r.shape, v.shape[-1]
     below = jnp.concatenate([jnp.zeros((V, K)), jnp.eye(K)])
-    v = jnp.concatenate([v, jnp.zeros((B, T, H, K))], axis=-1)
+    v = jnp.concatenate([v, jnp.zeros((B, T, H, K), v.dtype)], axis=-1)
     below = jnp.broadcast_to(below[None, None], (B, H, V + K, K))
     return run(below, r, w, k, v, a, b, starts)[1], join
 
@@ -95,8 +99,10 @@ def wkv7(
     own, M_BHKK = jnp.split(part, (S_BHVK.shape[2],), axis=2)
     return jnp.einsum('BHVI,BHIK->BHVK', S_BHVK, M_BHKK, precision=_EXACT) + own
 
-  sharded = over_time(run, _STATE, (*(_TOKEN,) * 6, _TOKEN[:2]), _TOKEN, summarize)
-  y, state = sharded(*(x.astype(jnp.float32) for x in (state, *inputs)), starts_BT)
+  sharded = over_time(
+    run, _STATE, (*(_TOKEN,) * 6, _TOKEN[:2]), _TOKEN, summarize, mapped=chosen == 'pallas'
+  )
+  y, state = sharded(state.astype(jnp.float32), *inputs, starts_BT)
   return y.astype(v_BTHV.dtype), state
 
 
@@ -240,8 +246,19 @@ def _inverse_backward(X, dX):
 unit_lower_inverse.defvjp(_inverse_forward, _inverse_backward)
 
 
+def _order(T: int) -> tuple[str, ...]:
+  if T < SHORT:
+    return ('naive',)
+  return ('pallas',) if platform() == 'tpu' else ('chunked',)
+
+
 WKV7 = Operation(
   'wkv7',
-  {'naive': wkv7_naive, 'chunked': wkv7_chunked},
-  lambda T: ('naive',) if T < SHORT else ('chunked',),
+  {
+    'naive': wkv7_naive,
+    'chunked': wkv7_chunked,
+    # a kernel for TPUs; elsewhere it is interpreted, which is slow
+    'pallas': wkv7_pallas,
+  },
+  _order,
 )

@@ -1,5 +1,5 @@
-"""What the TPU's compiler makes of WKV-6: kernels, memory and traffic. Memory is in MiB a
-device."""
+"""What the TPU's compiler makes of WKV-6 and of the delta rule of RWKV-7: kernels, memory and
+traffic. Memory is in MiB per device."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxformer.ops.wkv6 import wkv6
+from jaxformer.ops.wkv7 import wkv7
 from jaxformer.planning.compiler import topology_mesh
 from jaxformer.sharding import MeshConfig
 from tests.aot.tpu import collectives, compile_for_tpu
@@ -114,3 +115,51 @@ def test_shards_send_nothing():
   )
   assert 'tpu_custom_call' in compiled.as_text()
   assert not collectives(compiled)
+
+
+# ---- the generalized delta rule of RWKV-7 --------------------------------------------------------
+
+
+def delta_rule(H=H, K=K, T=T):
+  """The function with its gradients, and its arguments as the layer gives them."""
+
+  def run(arguments, starts, dy):
+    def f(*x):
+      heads = (a.reshape(B, T, H, K) for a in x)
+      return wkv7(*heads, None, starts)[0].reshape(B, T, H * K)
+
+    y, pull = jax.vjp(jax.checkpoint(f), *arguments)
+    return y, pull(dy)
+
+  low, full = (jax.ShapeDtypeStruct((B, T, H * K), d) for d in (jnp.bfloat16, jnp.float32))
+  starts = jax.ShapeDtypeStruct((B, T), bool)
+  return run, ((low, full, full, low, full, full), starts, low)
+
+
+@pytest.mark.parametrize('topology', ['v5e:2x2', 'v5p:2x2x1', 'v6e:2x2'])
+def test_delta_rule_needs_what_it_saves(topology):
+  """At the shapes of rwkv7-1.5b: forward, forward again and backward, and no array of the order of
+  an input but those saved for the gradient, in bf16: states, values read, inverses."""
+  H, T = 32, 4096
+  run, arguments = delta_rule(H, K, T)
+  mesh = topology_mesh(topology, MeshConfig(data=1))
+  compiled = compile_for_tpu(run, *arguments, mesh=mesh)
+  assert compiled.as_text().count('custom_call_target="tpu_custom_call"') == 3
+  assert temporaries(compiled) <= 3 * (2 * B * T * H * K) / 2**20 + 8
+
+
+@pytest.mark.parametrize(('H', 'K'), [(3, 64), (2, 80), (2, 128), (2, 256)])
+def test_delta_rule_of_other_heads_compiles(H, K):
+  """An odd number of heads, heads that fill no vector of lanes, and heads of one and of two."""
+  run, arguments = delta_rule(H, K)
+  mesh = topology_mesh('v5e:2x2', MeshConfig(data=1))
+  compiled = compile_for_tpu(run, *arguments, mesh=mesh)
+  assert compiled.as_text().count('custom_call_target="tpu_custom_call"') == 3
+
+
+def test_delta_rule_in_fp32_compiles():
+  run, (arguments, starts, dy) = delta_rule()
+  full = [jax.ShapeDtypeStruct(x.shape, jnp.float32) for x in (*arguments, dy)]
+  mesh = topology_mesh('v5e:2x2', MeshConfig(data=1))
+  compiled = compile_for_tpu(run, tuple(full[:-1]), starts, full[-1], mesh=mesh)
+  assert compiled.as_text().count('custom_call_target="tpu_custom_call"') == 3

@@ -254,6 +254,17 @@ def test_splash_attention_counts_the_blocks_that_a_causal_mask_leaves():
   assert row.operation == 'jit(step)/jvp()/Attention/splash'
 
 
+def test_a_kernel_is_known_where_the_compiler_lengthens_its_name():
+  text = entry(
+    '%q = bf16[8,64]{1,0} parameter(0)',
+    '%transpose_jvp_selective_scan_backward__.1 = bf16[8,64]{1,0} custom-call(%q), '
+    'custom_call_target="tpu_custom_call", '
+    'backend_config={"custom_call_config":{"cost_estimate":{"flops":"1000000000"}}}',
+  )
+  found = seconds(text)['transpose_jvp_selective_scan_backward__.1']
+  assert found == pytest.approx(1e9 / V5E.peak() / SHARES['selective_scan_backward']['v5e'])
+
+
 FRAMES = """
 FileNames
 1 "/home/me/jaxformer/ops/linear.py"

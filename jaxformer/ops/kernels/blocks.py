@@ -81,10 +81,10 @@ def differentiable(
   before.
 
   Args:
-    forward: (options, save, *arrays) -> y, the last state and, with `save`, states for the
-      gradient.
-    backward: (options, (*arrays but the last, saved states), gradients of y and of the last state)
-      -> gradients of the arrays.
+    forward: (options, save, *arrays) -> y, the last state and, with `save`, what the gradient
+      needs, such as states.
+    backward: (options, (*arrays but the last, *what was saved), gradients of y and of the last
+      state) -> gradients of the arrays.
   """
 
   @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -92,8 +92,8 @@ def differentiable(
     return tuple(forward(options, False, *arrays))
 
   def save(options, *arrays):
-    y, last, states = forward(options, True, *arrays)
-    return (y, last), (*arrays[:-1], states)
+    y, last, *saved = forward(options, True, *arrays)
+    return (y, last), (*arrays[:-1], *saved)
 
   run.defvjp(save, backward)
   return run

@@ -25,10 +25,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from jaxformer.ops.kernels.blocks import blocks, call, differentiable
-from jaxformer.ops.kernels.wkv6_chunk import KernelPlan, sum_matrix, thrice
+from jaxformer.ops.kernels.heads import LANES, lanes, pad, repeated
+from jaxformer.ops.kernels.wkv6_chunk import KernelPlan, sum_matrix
 from jaxformer.sharding import platform
-
-_LANES = 128
 
 
 def _forward_kernel(plan: KernelPlan, *refs):
@@ -145,7 +144,7 @@ def _call(plan: KernelPlan, backward: bool, arrays, dtypes):
     'wkv6_backward' if backward else 'wkv6_forward',
     grid,
     [
-      *((block('00', *m.shape), m) for m in map(thrice, matrices)),
+      *((block('00', *m.shape), m) for m in (repeated(m, 3) for m in matrices)),
       *((named[name], x) for name, x in zip(inputs, arrays, strict=True)),
     ],
     [(named[name], dtype) for name, dtype in zip(outputs, dtypes, strict=False)],
@@ -172,15 +171,6 @@ def _backward(plan: KernelPlan, saved, cotangents):
 
 # y and the last state, for arrays (r, k, v, w, u, segment, first state)
 _wkv6 = differentiable(_forward, _backward)
-
-
-def _lanes(size: int) -> int:
-  """The lanes of one head: sizes that share or fill vectors of lanes."""
-  return max(8, pl.next_power_of_2(size)) if size < _LANES else pl.cdiv(size, _LANES) * _LANES
-
-
-def _pad(x, *sizes: int):
-  return jnp.pad(x, [(0, size - old) for old, size in zip(x.shape, sizes, strict=True)])
 
 
 def wkv6_pallas(
@@ -211,8 +201,8 @@ def wkv6_pallas(
   """
   (B, T, H, K), V, dtype = r_BTHK.shape, v_BTHV.shape[-1], jnp.result_type(r_BTHK, k_BTHK, v_BTHV)
   chunk = min(chunk, max(16, pl.next_power_of_2(T)))
-  X, Y = _lanes(K), _lanes(V)
-  heads = min(H, max(1, _LANES // min(X, Y)))
+  X, Y = lanes(K), lanes(V)
+  heads = min(H, max(1, LANES // min(X, Y)))
   plan = KernelPlan(
     heads, X, Y, chunk, min(span, pl.cdiv(T, chunk)), dtype != jnp.bfloat16, platform() != 'tpu'
   )
@@ -220,14 +210,14 @@ def wkv6_pallas(
   all_T, all_H = pl.cdiv(T, chunk * plan.span) * chunk * plan.span, H_blocks * heads
 
   def flat(x, size, dtype=dtype):
-    return _pad(x.astype(dtype), B, all_T, all_H, size).reshape(B, all_T, all_H * size)
+    return pad(x.astype(dtype), B, all_T, all_H, size).reshape(B, all_T, all_H * size)
 
   w = flat(log_decay_BTHK, X, jnp.float32)
-  u = _pad(u_HK.astype(jnp.float32), all_H, X).reshape(H_blocks, 1, heads * X)
-  first = _pad(state_BHKV.astype(jnp.float32), B, all_H, X, Y).reshape(B, H_blocks, heads, X, Y)
+  u = pad(u_HK.astype(jnp.float32), all_H, X).reshape(H_blocks, 1, heads * X)
+  first = pad(state_BHKV.astype(jnp.float32), B, all_H, X, Y).reshape(B, H_blocks, heads, X, Y)
   first = first.transpose(0, 1, 4, 2, 3).reshape(B, H_blocks, Y, heads * X)
   segment = jnp.cumsum(
-    _pad(starts_BT.astype(jnp.float32), B, all_T).reshape(B, -1, 1, chunk), axis=-1
+    pad(starts_BT.astype(jnp.float32), B, all_T).reshape(B, -1, 1, chunk), axis=-1
   )
   y, last = _wkv6(plan, flat(r_BTHK, X), flat(k_BTHK, X), flat(v_BTHV, Y), w, u, segment, first)
   last = last.reshape(B, H_blocks, Y, heads, X).transpose(0, 1, 3, 4, 2).reshape(B, all_H, X, Y)

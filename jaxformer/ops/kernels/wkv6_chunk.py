@@ -14,13 +14,14 @@ Dims: C tokens of a chunk; the heads of a block lie side by side along lanes (X:
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import pallas as pl
+
+from jaxformer.ops.kernels.heads import HeadsPlan, sums
 
 _UNDERFLOW = -128.0  # exp of it is 0 in fp32; sums of it stay finite where a log decay does not
 
@@ -38,73 +39,13 @@ def sum_matrix(C: int) -> np.ndarray:
   return np.concatenate([*rows, m < t, m > t])
 
 
-def thrice(matrix: np.ndarray):
-  return jnp.asarray(np.concatenate([matrix] * 3, axis=1), jnp.bfloat16)
-
-
-def _sums(thrice, x):
-  """matrix x to fp32 precision by one product in bf16, at most half the work of one in fp32: a
-  matrix of 0 and 1, three times side by side, times the highest, the middle and the lowest 8 bits
-  of x's significands, stacked."""
-  parts = []
-  for _ in range(3):
-    high = jax.lax.bitcast_convert_type(
-      jax.lax.bitcast_convert_type(x, jnp.uint32) & jnp.uint32(0xFFFF0000), jnp.float32
-    )
-    parts.append(high.astype(jnp.bfloat16))
-    x = x - high
-  return jnp.dot(thrice, jnp.concatenate(parts, axis=0), preferred_element_type=jnp.float32)
-
-
 def _scaled(x, decay):
   return x if decay is None else x * decay
 
 
-class KernelPlan(NamedTuple):
-  """Static sizes and options of a call."""
-
-  heads: int  # per block
-  K: int
-  V: int
-  chunk: int  # tokens whose pairs become products of matrices
-  span: int  # chunks of a block; the state is saved once a block
-  exact: bool  # products in fp32, not with operands rounded to bf16
-  interpret: bool
-
-  def dot(self, a, b, form: str):
-    """a b ('nn'), a b^T ('nt') or a^T b ('tn'), summed in fp32."""
-    dims = ((0 if form[0] == 't' else 1,), (1 if form[1] == 't' else 0,))
-    precision = jax.lax.Precision.HIGHEST if self.exact else jax.lax.Precision.DEFAULT
-    if not self.exact:
-      a, b = a.astype(jnp.bfloat16), b.astype(jnp.bfloat16)
-    return jax.lax.dot_general(
-      a, b, (dims, ((), ())), precision=precision, preferred_element_type=jnp.float32
-    )
-
-  def stack(self, x, size: int):
-    """[C, lanes] -> [heads C, lanes]: stacked, each with the lanes of one head (of `size`) and
-    zeros elsewhere."""
-    head = jax.lax.broadcasted_iota(jnp.int32, x.shape, 1) // size
-    return jnp.concatenate([jnp.where(head == h, x, 0.0) for h in range(self.heads)], axis=0)
-
-  def unstack(self, x, size: int):
-    """[heads C, lanes] -> [C, lanes]: the inverse of `stack`, from each head's rows its own
-    lanes."""
-    parts = jnp.split(x, self.heads)
-    head = jax.lax.broadcasted_iota(jnp.int32, parts[0].shape, 1) // size
-    return sum(jnp.where(head == h, part, 0.0) for h, part in enumerate(parts))
-
-  def diagonal(self):
-    """[Y, X]: 1 where row and lane belong to one head."""
-    shape = (self.heads * self.V, self.heads * self.K)
-    row, lane = (jax.lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (0, 1))
-    return (row // self.V == lane // self.K).astype(jnp.float32)
-
-  def expand(self, S_VX):
-    return jnp.concatenate([S_VX] * self.heads, axis=0) * self.diagonal()
-
-  def compact(self, S_YX):
-    return sum(jnp.split(S_YX, self.heads))
+@dataclasses.dataclass(frozen=True)
+class KernelPlan(HeadsPlan):
+  """A chunk's arithmetic; the state is saved once a block."""
 
   def levels(self):
     """[heads C, C]: the level of each pair i > j, else -1."""
@@ -129,7 +70,7 @@ class KernelPlan(NamedTuple):
       level: [heads C, C], of each pair in one document, else -1.
     """
     C, w = self.chunk, jnp.maximum(w, _UNDERFLOW)
-    decays = jnp.exp(_sums(matrix, w))
+    decays = jnp.exp(sums(matrix, w))
     *pairs, before, after = jnp.split(decays, decays.shape[0] // C)
     i, j = (jax.lax.broadcasted_iota(jnp.int32, (C, C), axis) for axis in (0, 1))
     # the transpose of the row
@@ -154,11 +95,10 @@ class KernelPlan(NamedTuple):
     return A
 
   def load(self, c, *refs):
-    at = pl.ds(pl.multiple_of(c * self.chunk, self.chunk), self.chunk)
-    return tuple(ref[at, :].astype(jnp.float32) for ref in refs)
+    return tuple(ref[self.rows(c), :].astype(jnp.float32) for ref in refs)
 
   def store(self, c, ref, x):
-    ref[pl.ds(pl.multiple_of(c * self.chunk, self.chunk), self.chunk), :] = x.astype(ref.dtype)
+    ref[self.rows(c), :] = x.astype(ref.dtype)
 
   def next_state(self, chunk, k, v, S_YX):
     _, _, after, total, _ = chunk
@@ -192,7 +132,7 @@ class KernelPlan(NamedTuple):
     du = jnp.sum(own * r * k, axis=0, keepdims=True)
     dr_before, dk_after = (self.dot(dy, S_YX, 'nn') * before, self.dot(v, dS_YX, 'nn') * after)
     dv += self.dot(r * u * k, diagonal, 'nt') * dy + self.dot(k * after, dS_YX, 'nt')
-    dw = _sums(transposed, jnp.concatenate([*dsums, r * dr_before, k * dk_after], axis=0))
+    dw = sums(transposed, jnp.concatenate([*dsums, r * dr_before, k * dk_after], axis=0))
     dw += total * jnp.sum(S_YX * dS_YX, axis=0, keepdims=True)
     dS = dS_YX * total + self.dot(dy, r * before, 'tn') * diagonal
     return dr + dr_before + own * u * k, dk + dk_after + own * u * r, dv, dw, du, dS
