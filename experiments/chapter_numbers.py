@@ -59,9 +59,9 @@ import os
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 
+from jaxformer.hardware import CHIPS
 from jaxformer.models.zoo import PRESETS
 from jaxformer.planning.cost import Cost, cost
-from jaxformer.planning.hardware import CHIPS
 
 DAY = 86_400
 GIB = 2**30

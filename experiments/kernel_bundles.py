@@ -182,7 +182,7 @@ def main(topology: str, *names: str) -> None:
   os.environ.setdefault('JAX_PLATFORMS', 'cpu')
   with tempfile.TemporaryDirectory() as folder:
     os.environ['LIBTPU_INIT_ARGS'] = f'--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true'
-    from jaxformer.planning.hardware import CHIPS
+    from jaxformer.hardware import CHIPS
     from jaxformer.planning.hlo import Program
     from jaxformer.planning.hlo_flops import declared_flops
 

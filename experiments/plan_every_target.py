@@ -36,9 +36,9 @@ from collections.abc import Iterator
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 
 import jaxformer as jf
+from jaxformer.hardware import CHIPS
 from jaxformer.models.params import define
 from jaxformer.models.zoo import PRESETS
-from jaxformer.planning.hardware import CHIPS
 from jaxformer.planning.target import offered_sizes, parse_target
 
 PHASES = 'train', 'prefill', 'decode'

@@ -35,13 +35,13 @@ from typing import Any
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 
 from jaxformer.data import DatasetConfig, Pairs, Text, Tsv
+from jaxformer.hardware import GIB
 from jaxformer.models.encoder_decoder import EncoderDecoder
 from jaxformer.models.zoo import PRESETS
 from jaxformer.planning.collectives import Traffic
 from jaxformer.planning.compiler import CompiledPlan, compile_plan, disagreements, topology_mesh
 from jaxformer.planning.cost import cost, flops, recomputed_flops
 from jaxformer.planning.estimate import estimate, training_run
-from jaxformer.planning.hardware import GIB
 from jaxformer.planning.hlo_flops import CompiledFlops
 from jaxformer.planning.setup import PlanSetup
 from jaxformer.planning.target import parse_target

@@ -44,11 +44,11 @@ os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 import jax
 
 from jaxformer.data import Text
+from jaxformer.hardware import GIB
 from jaxformer.models.model import ModelConfig
 from jaxformer.models.zoo import PRESETS
 from jaxformer.planning.collectives import list_collectives, traffic_by_kind
 from jaxformer.planning.compiler import topology_mesh
-from jaxformer.planning.hardware import GIB
 from jaxformer.sharding import MeshConfig
 from jaxformer.training.experiment import Experiment, TrainingConfig
 from jaxformer.training.step import lowered_train_step

@@ -29,7 +29,7 @@ BASE = {
   'json_data',
   'installation',
 }
-MODELS = BASE | {'memory', 'sharding', 'ops', 'layers', 'models'}
+MODELS = BASE | {'hardware', 'memory', 'sharding', 'ops', 'layers', 'models'}
 MAY_IMPORT = {
   'local_files': set(),
   'code_record': {'local_files'},
@@ -40,6 +40,7 @@ MAY_IMPORT = {
   'json_data': set(),
   'installation': set(),
   'memory': {'config'},
+  'hardware': {'config', 'files', 'json_data'},
   'overrides': {'config', 'json_data', 'user_code'},
   'user_modules': {'code_record', 'local_files'},
   'user_code': {'code_record', 'config', 'files', 'local_files', 'user_modules'},

@@ -30,6 +30,9 @@ from jaxformer.task_type import IGNORE
 
 # logits of one slice on one device, fp32; the backward pass holds them in the dtype of the products
 _LOGIT_BYTES = 2**26
+# Fewer columns of a slice, and its products wait for x, which each of them reads from memory: a
+# product with C columns takes C FLOPs per byte of x, and a TPU v6e has 560 per byte that it reads.
+_LEAST_COLUMNS = 2048
 _LANES = 128
 
 
@@ -46,10 +49,11 @@ class LossOptions:
 
 
 def _chunk(x, V: int, parts: int) -> int:
-  """Columns of a shard at a time: slices of equal size, whole lanes, within `_LOGIT_BYTES`."""
+  """Columns of a shard at a time: slices of equal size, whole lanes, within `_LOGIT_BYTES` unless
+  these are too few."""
   B, T, _ = x.shape
   tokens = B * T // (shards('batch', B) * shards('time', T))
-  most = max(_LANES, _LOGIT_BYTES // (4 * tokens) // _LANES * _LANES)
+  most = max(_LEAST_COLUMNS, _LOGIT_BYTES // (4 * tokens) // _LANES * _LANES)
   columns = V // parts
   return min(columns, -(-columns // -(-columns // most) // _LANES) * _LANES)
 

@@ -21,8 +21,8 @@ from jax.sharding import Mesh
 
 from jaxformer import sharding
 from jaxformer.config import InputError
+from jaxformer.hardware import GIB, Chip
 from jaxformer.planning.collectives import Traffic, list_collectives, traffic_by_axis
-from jaxformer.planning.hardware import GIB, Chip
 from jaxformer.planning.hlo import text_of
 from jaxformer.planning.hlo_flops import CompiledFlops, compiled_flops
 from jaxformer.planning.step_clock import time_program

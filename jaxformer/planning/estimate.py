@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from typing import Any
 
 from jaxformer.config import InputError
+from jaxformer.hardware import GIB
 from jaxformer.models.model import ModelConfig
 from jaxformer.models.params import define
 from jaxformer.planning.compiler import CompiledPlan
 from jaxformer.planning.cost import cost
-from jaxformer.planning.hardware import GIB
 from jaxformer.planning.memory import DeviceMemory, fits, memory
 from jaxformer.planning.roofline import StepTime, step_time
 from jaxformer.planning.setup import PlanSetup, abstract_mesh, divisors

@@ -11,7 +11,7 @@ import math
 import re
 from typing import NamedTuple
 
-from jaxformer.planning.hardware import Chip
+from jaxformer.hardware import Chip
 from jaxformer.planning.hlo import Instruction
 from jaxformer.planning.hlo_flops import declared_flops
 

@@ -14,8 +14,8 @@ import dataclasses
 import numpy as np
 from jax.sharding import Mesh
 
+from jaxformer.hardware import Chip
 from jaxformer.planning.collectives import Collective, groups_of
-from jaxformer.planning.hardware import Chip
 
 HOP_SECONDS = 1e-6  # of one message over one link, as in the same book
 

@@ -16,10 +16,10 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from jaxformer.config import InputError
+from jaxformer.hardware import GIB
 from jaxformer.models.params import define
 from jaxformer.planning.compiler import CompiledPlan
 from jaxformer.planning.estimate import StepEstimate, estimate
-from jaxformer.planning.hardware import GIB
 from jaxformer.planning.memory import bytes_of
 from jaxformer.planning.setup import PlanSetup, abstract_mesh, divisors
 from jaxformer.sharding import MeshConfig, Parallel

@@ -26,8 +26,8 @@ from collections.abc import Iterable
 import jax
 from jax.sharding import Mesh
 
+from jaxformer.hardware import Chip
 from jaxformer.planning.collectives import KINDS, Collective, collective_of
-from jaxformer.planning.hardware import Chip
 from jaxformer.planning.hlo import Frame, Instruction, Program
 from jaxformer.planning.hlo_bytes import bytes_moved, hbm_bytes_of_each
 from jaxformer.planning.hlo_flops import flops_of

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxformer.config import InputError
-from jaxformer.planning.hardware import CHIPS, Chip, chip_named
+from jaxformer.hardware import CHIPS, Chip, chip_named
 
 # The topologies that Google Cloud offers. Of the chips with a 3D torus (v4, v5p, v7x) these are the
 # slices below a cube of 64 chips; from there on A x B x C with A <= B <= C in multiples of four

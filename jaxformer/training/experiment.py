@@ -31,6 +31,8 @@ class TrainingConfig(Config):
     dtype: of activations and matmuls; 'auto' is bfloat16 on TPU and GPU and float32 on CPU.
       Parameters are float32.
     remat: rematerialization policy, a name of `models.stack.REMAT`.
+    compiler_options: NAME=VALUE of options with which XLA compiles the step, over those of the chip
+      in `hardware.toml`.
     z_loss: weight of the squared log-partition function (PaLM, section 5); 0 for none.
     max_logit_loss: weight of half the square of the largest logit of each token (RWKV: 1e-4); 0 for
       none.
@@ -60,6 +62,7 @@ class TrainingConfig(Config):
   seed: int = 0
   dtype: Literal['auto', 'bfloat16', 'float32'] = 'auto'
   remat: str = 'none'
+  compiler_options: tuple[str, ...] = ()
   z_loss: float = 0.0
   max_logit_loss: float = 0.0
   label_smoothing: float = 0.0

@@ -290,7 +290,11 @@ class _Loop:
         seconds = time.perf_counter() - began
         for m in self.members:
           m.run.event(
-            'compile', seconds=round(seconds, 3), shapes=shapes, members=len(self.members)
+            'compile',
+            seconds=round(seconds, 3),
+            shapes=shapes,
+            members=len(self.members),
+            options=s.step_config.compiler_options,
           )
         self.members[0].log(f'compiled the step in {seconds:.1f} s')
     return self.compiled[shapes]

@@ -38,6 +38,7 @@ FREE = (
   'training.trackers',
   'training.profile',
   'training.remat',
+  'training.compiler_options',
   'mesh',
   'run',
 )

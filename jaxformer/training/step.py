@@ -10,6 +10,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array
 
+from jaxformer import hardware
+from jaxformer.config import InputError
 from jaxformer.layers.layer import Context
 from jaxformer.models.params import Definition, Params, define
 from jaxformer.ops.loss import LossSums
@@ -49,9 +51,26 @@ def compute_dtype(name: str, parallel: Parallel) -> Any:
 
 
 def step_config(experiment: Experiment, parallel: Parallel) -> TrainingConfig:
-  """Return the training settings of an experiment, with the dtype on a mesh in place of 'auto'."""
-  t = experiment.training
-  return t.replace(dtype=compute_dtype(t.dtype, parallel).name)
+  """Return the training settings of an experiment on a mesh: with its dtype in place of 'auto', and
+  all options of the compiler. Raises `InputError` for options that it does not take."""
+  t, kind = experiment.training, parallel.mesh.devices.flat[0].device_kind
+  options = hardware.compiler_options(kind, t.compiler_options)
+  if t.compiler_options:
+    _check_options(t.compiler_options, options, parallel)
+  return t.replace(
+    dtype=compute_dtype(t.dtype, parallel).name,
+    compiler_options=tuple(f'{name}={value}' for name, value in options.items()),
+  )
+
+
+def _check_options(given: tuple[str, ...], options: dict[str, str], parallel: Parallel) -> None:
+  """Compile next to nothing with these options, so that wrong ones are refused before a run."""
+  nothing = jax.jit(lambda: 0, out_shardings=parallel.replicated, compiler_options=options)
+  try:
+    nothing.trace().lower(lowering_platforms=(parallel.platform,)).compile()
+  except jax.errors.JaxRuntimeError as e:
+    problem = str(e).splitlines()[0].removeprefix('INVALID_ARGUMENT: ')
+    raise InputError('training.compiler_options', ' '.join(given), problem=problem) from e
 
 
 def init_state(
@@ -188,7 +207,13 @@ def compiled_train_step(
     donate_argnums=0,
     in_shardings=(where, parallel.batch),
     out_shardings=(where, parallel.replicated),
+    compiler_options=_compiler_options(config),
   )
+
+
+def _compiler_options(config: TrainingConfig) -> dict[str, str] | None:
+  """The options of `step_config` as JAX takes them."""
+  return dict(o.split('=', 1) for o in config.compiler_options) or None
 
 
 def population_step(
@@ -213,7 +238,7 @@ def population_step(
 
   spec = PartitionSpec('members')
   every = jax.shard_map(jax.vmap(one), mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
-  return jax.jit(every, donate_argnums=0)
+  return jax.jit(every, donate_argnums=0, compiler_options=_compiler_options(config))
 
 
 def lowered_train_step(experiment: Experiment, mesh: Mesh) -> jax.stages.Lowered:

@@ -10,11 +10,11 @@ import numpy as np
 
 from jaxformer.config import InputError
 from jaxformer.data import open_data
+from jaxformer.hardware import chip
 from jaxformer.inference import time_decode
 from jaxformer.models.model import ModelConfig
 from jaxformer.models.params import define
 from jaxformer.planning.cost import flops_per_token
-from jaxformer.planning.hardware import chip
 from jaxformer.sharding import make_parallel
 from jaxformer.study.tables import amount
 from jaxformer.task_type import LANGUAGE_MODELING, Batch

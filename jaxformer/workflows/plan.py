@@ -7,6 +7,7 @@ from typing import Any, Unpack, get_args
 import jax
 
 from jaxformer.config import InputError
+from jaxformer.hardware import CHIPS, hardware_file
 from jaxformer.inference.decoding import lowered_decode, lowered_prefill
 from jaxformer.launch.catalog import priced
 from jaxformer.launch.check import setup_of
@@ -25,7 +26,6 @@ from jaxformer.planning.estimate import (
   serving_cost,
   training_run,
 )
-from jaxformer.planning.hardware import CHIPS, hardware_file
 from jaxformer.planning.prediction import predict
 from jaxformer.planning.setup import Phase, PlanSetup
 from jaxformer.planning.target import Target, parse_target

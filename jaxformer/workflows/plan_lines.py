@@ -3,8 +3,8 @@
 from collections.abc import Iterable
 from typing import Any
 
+from jaxformer.hardware import GIB
 from jaxformer.launch.catalog import CATALOG
-from jaxformer.planning.hardware import GIB
 from jaxformer.planning.step_profile import SOURCES
 from jaxformer.workflows.tables import amount
 

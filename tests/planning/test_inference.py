@@ -7,10 +7,10 @@ import pytest
 
 from jaxformer.cli.main import main
 from jaxformer.config import InputError
+from jaxformer.hardware import GIB
 from jaxformer.models.params import define
 from jaxformer.models.zoo import PRESETS
 from jaxformer.planning.estimate import estimate, inference_setup
-from jaxformer.planning.hardware import GIB
 from jaxformer.planning.memory import memory
 from jaxformer.planning.target import parse_target
 from jaxformer.sharding import MeshConfig

@@ -10,12 +10,12 @@ import pytest
 
 from jaxformer.cli.main import main
 from jaxformer.config import InputError
+from jaxformer.hardware import GIB
 from jaxformer.models.params import define
 from jaxformer.models.zoo import PRESETS
 from jaxformer.planning import memory as programs
 from jaxformer.planning.cost import flops, head_flops
 from jaxformer.planning.estimate import estimate, inference_setup, parse_amount
-from jaxformer.planning.hardware import GIB
 from jaxformer.planning.memory import fits, memory
 from jaxformer.planning.mesh_search import candidates
 from jaxformer.planning.residuals import residuals, traced

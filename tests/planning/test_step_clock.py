@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from jaxformer.hardware import CHIPS
 from jaxformer.planning.collectives import Collective
-from jaxformer.planning.hardware import CHIPS
 from jaxformer.planning.hlo import Frame, Program
 from jaxformer.planning.hlo_bytes import bytes_moved, hbm_bytes
 from jaxformer.planning.kernel_time import SHARES, kernel_time

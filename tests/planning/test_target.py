@@ -6,7 +6,7 @@ import math
 import pytest
 
 from jaxformer.config import InputError
-from jaxformer.planning.hardware import CHIPS, GIB, chip, chip_named, hardware_file
+from jaxformer.hardware import CHIPS, GIB, chip, chip_named, hardware_file
 from jaxformer.planning.target import SHAPES, parse_target
 
 pytestmark = pytest.mark.quick

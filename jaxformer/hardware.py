@@ -1,9 +1,10 @@
-"""Chip specifications: peak rates, memory, links and list prices, each with its source and date, in
-`hardware.toml`. A user's file in the same format can add and override chips."""
+"""Chip specifications: peak rates, memory, links, compiler options and list prices, each with its
+source and date, in `hardware.toml`. A user's file in the same format can add and override chips."""
 
+import dataclasses
 import math
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ class Chip(Config):
     links: of a TPU, fast links per chip, over which `interconnect_bytes_per_second` is divided.
     ring: of a TPU, a dimension of a slice closes to a ring if its length is a multiple of this.
     clock_hz: of a TPU, cycles per second of its matrix units.
+    compiler_options: name -> value of options with which training steps are compiled for the chip.
     price_per_hour: on-demand list price per chip, USD.
     spot_per_hour: list price of spot capacity; None if there is none (it moves with the market).
     source: where the figures are from, and which are uncertain.
@@ -56,6 +58,7 @@ class Chip(Config):
   links: int | None = None
   ring: int | None = None
   clock_hz: float | None = None
+  compiler_options: Any = dataclasses.field(default_factory=dict)
   price_per_hour: float
   spot_per_hour: float | None = None
   source: str
@@ -69,6 +72,12 @@ class Chip(Config):
       and all(isinstance(v, int | float) and 0 < v < math.inf for v in rates.values()),
       'flops_per_second',
       'precision -> positive number, including bf16',
+    )
+    options = self.compiler_options
+    self.require(
+      isinstance(options, Mapping) and all(isinstance(v, str) for v in options.values()),
+      'compiler_options',
+      'name of an option -> its value in quotes',
     )
     numbers = [name for name, v in vars(self).items() if isinstance(v, int | float)]
     self.require_positive(*numbers)
@@ -89,7 +98,7 @@ class Chip(Config):
     return self.flops_per_second[precision]
 
 
-_TABLE = resources.files('jaxformer.planning').joinpath('hardware.toml').read_text()
+_TABLE = resources.files('jaxformer').joinpath('hardware.toml').read_text()
 CHIPS = {name: Chip(name=name, **fields) for name, fields in tomllib.loads(_TABLE).items()}
 # other names in JAX
 _ALIASES = {
@@ -113,6 +122,21 @@ def chip(device_kind: str) -> Chip | None:
     if kind == c.kind or (c.domain is not None and kind.startswith((f'{c.kind} ', f'{c.kind}-')))
   ]
   return max(found, key=lambda c: len(c.kind), default=None)
+
+
+def compiler_options(device_kind: str, given: Sequence[str] = ()) -> dict[str, str]:
+  """The options, name -> value, with which a training step is compiled for a device: those of its
+  chip, and over them `given`, each NAME=VALUE. Raises `InputError` for one in another form."""
+  known = chip(device_kind)
+  options = {} if known is None else dict(known.compiler_options)
+  for text in given:
+    name, equals, value = text.partition('=')
+    if not (name and equals and value):
+      raise InputError(
+        'training.compiler_options', text, 'NAME=VALUE, as xla_tpu_scoped_vmem_limit_kib=32768'
+      )
+    options[name] = value
+  return options
 
 
 def chip_named(name: str, chips: Mapping[str, Chip] = CHIPS) -> Chip:
