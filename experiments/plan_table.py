@@ -15,7 +15,7 @@ Needs no TPU. Each row is the training step of the command line (AdamW, fp32 par
 products, packed documents) for the devices of a slice, from shapes alone. Bytes are per device:
 arguments, temporaries, and results that do not reuse the memory of an argument. The bound is the
 roofline's at the full peak, not a prediction; the price is for 20 tokens per active parameter at
-40 % of the peak, with the list prices of `planning/hardware.toml`. Rows are recorded in
+40 % of the peak, with the list prices of `jaxformer/hardware.toml`. Rows are recorded in
 `plan_table.json`, from which `plan_table.md` is written.
 
 Cost: one to three minutes of one CPU core per row, most of it in the compiler (the times in the

@@ -127,7 +127,7 @@ def plan(
       in inference of the rate of the bottleneck.
     price: USD per chip-hour, in place of the list price.
     prices: 'sky', or a folder like SkyPilot's catalog, whose prices replace the list price.
-    hardware: a TOML or JSON file with chips of your own; see `planning.hardware`.
+    hardware: a TOML or JSON file with chips of your own; see `jaxformer.hardware`.
     phase: 'train', 'prefill' or 'decode'.
     compile: compile the program with the TPU compiler, and report memory, FLOPs, collectives and
       the predicted time (`planning.step_clock`).
