@@ -90,7 +90,7 @@ def assert_near(got, want, tolerance):
   ('shape', 'strong', 'options'),
   [
     ((2, 40, 4, 16, 2, 16), False, {'chunk': 16}),  # two groups; a padded chunk
-    ((1, 37, 5, 64, 1, 24), True, {'chunk': 8, 'unroll': 1}),  # an odd head in blocks of two
+    ((1, 37, 5, 64, 1, 24), True, {'chunk': 8, 'unroll': (1, 1)}),  # an odd head in blocks of two
     ((1, 20, 2, 128, 1, 8), True, {'chunk': 8}),  # heads of complete vectors of lanes
     ((1, 24, 1, 20, 1, 12), False, {'chunk': 64}),  # one chunk
   ],

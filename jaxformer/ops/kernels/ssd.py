@@ -43,7 +43,7 @@ from jax.experimental import pallas as pl
 from jaxformer.ops.kernels.blocks import blocks, call, differentiable
 from jaxformer.sharding import platform
 
-_LANES = 128
+_LANES, _SUBLANES = 128, 8
 _GRID = 16.0  # sums of multiples of 1 / 16 are exact in fp32 up to 2^20
 _UNDERFLOW = -160.0  # 2^-160 is 0 in fp32; a multiple of 1 / 16
 _LOG2E = math.log2(math.e)
@@ -57,7 +57,7 @@ class _Plan(NamedTuple):
   P: int
   N: int
   chunk: int
-  unroll: int  # tiles whose instructions are scheduled together
+  unroll: tuple[int, int]  # tiles whose instructions are scheduled together, and backward
   exact: bool  # products in fp32, not with operands rounded to bf16
   interpret: bool
 
@@ -87,12 +87,22 @@ class _Plan(NamedTuple):
     )
     return relation(row, column).astype(jnp.float32)
 
-  def sum_rows(self, x_RC, relation):
-    """For every token j the sum of x over the tokens i with relation(i, j), in fp32."""
+  def sum_rows(self, *terms):
+    """For every token j the sum of x [R, C] over the tokens i with relation(i, j), of all terms
+    (x, relation), to fp32 precision by one product in bf16: of the highest, the middle and the
+    lowest 8 bits of the significands."""
+    parts, matrices = [], []
+    for x, relation in terms:
+      for _ in range(3):
+        high = jax.lax.bitcast_convert_type(
+          jax.lax.bitcast_convert_type(x, jnp.uint32) & jnp.uint32(0xFFFF0000), jnp.float32
+        )
+        parts.append(high.astype(jnp.bfloat16))
+        x = x - high
+      matrices += [self.ordered(relation).astype(jnp.bfloat16)] * 3
     return jnp.dot(
-      x_RC,
-      self.ordered(relation),
-      precision=jax.lax.Precision.HIGHEST,
+      jnp.concatenate(parts, axis=1),
+      jnp.concatenate(matrices, axis=0),
       preferred_element_type=jnp.float32,
     )
 
@@ -103,7 +113,7 @@ class _Plan(NamedTuple):
       high = jnp.round(parts[0] * _GRID) / _GRID
       parts = [high, parts[0] - high]
     for i, part in enumerate(parts):
-      sums_ref[i] = self.sum_rows(part, lambda i, j: i <= j)
+      sums_ref[i] = self.sum_rows((part, lambda i, j: i <= j))
 
   def heads_of(self, tile):
     return [tile * self.together + j for j in range(self.together)]
@@ -125,8 +135,10 @@ class _Plan(NamedTuple):
 
   def by_head(self, x_CX):
     """[C, X] -> [1, C] per head of a tile: the sum over its lanes."""
-    parts = jnp.split(x_CX.T, self.together, axis=0)
-    return [jnp.sum(part, axis=0, keepdims=True) for part in parts]
+    shape = (_SUBLANES, self.X)
+    head, lane = (jax.lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (0, 1))
+    sums = self.dot((lane // self.P == head).astype(jnp.float32), x_CX, 'nt')
+    return [sums[j : j + 1] for j in range(self.together)]
 
   def decays(self, sums_ref, tile, form: str):
     """Decays of a tile of heads.
@@ -159,19 +171,20 @@ class _Plan(NamedTuple):
     until = jnp.exp2(sum(L[C - 1 :] - L for L in sums))
     return between, since, until
 
-  def over_tiles(self, body):
-    """`body(tile)` for every tile."""
+  def over_tiles(self, body, most: int):
+    """`body(tile)` for every tile, up to `most` of them in one iteration of a loop."""
     tiles = self.heads // self.together
+    unroll = next(u for u in range(min(most, tiles), 0, -1) if tiles % u == 0)
 
     def some(i, _):
-      for j in range(self.unroll):
-        body(i * self.unroll + j)
+      for j in range(unroll):
+        body(i * unroll + j)
       return 0
 
-    if tiles == self.unroll:
+    if tiles == unroll:
       some(0, 0)
     else:
-      jax.lax.fori_loop(0, tiles // self.unroll, some, 0)
+      jax.lax.fori_loop(0, tiles // unroll, some, 0)
 
 
 def _forward_kernel(plan: _Plan, *refs):
@@ -203,7 +216,7 @@ def _forward_kernel(plan: _Plan, *refs):
     y_ref[:, lanes] = y.astype(y_ref.dtype)
     S_ref[:, lanes] = S * since[plan.chunk - 1 :] + plan.dot(transposed, scaled * until, 'nn')
 
-  plan.over_tiles(body)
+  plan.over_tiles(body, plan.unroll[0])
 
   @pl.when(n == pl.num_programs(2) - 1)
   def _():
@@ -267,12 +280,13 @@ def _backward_kernel(plan: _Plan, *refs):
       dlog_ref[row, :] = jnp.sum(a, axis=0, keepdims=True) + through[j]
       ddt_ref[row, :], before_ref[row, :], after_ref[row, :] = d, f, k
 
-  plan.over_tiles(body)
+  plan.over_tiles(body, plan.unroll[1])
   dscores = dscores_ref[...] * plan.ordered(lambda s, t: t >= s)
   dB_ref[...] += plan.dot(dscores, C, 'nn')
   dC_ref[...] += plan.dot(dscores.T, B, 'nn')
-  dlog_ref[...] += plan.sum_rows(before_ref[...], lambda t, j: t >= j)
-  dlog_ref[...] += plan.sum_rows(after_ref[...], lambda s, j: s < j)
+  dlog_ref[...] += plan.sum_rows(
+    (before_ref[...], lambda t, j: t >= j), (after_ref[...], lambda s, j: s < j)
+  )
 
   @pl.when(n == pl.num_programs(2) - 1)
   def _():
@@ -378,7 +392,17 @@ def _heads(R: int, P: int, N: int, itemsize: int) -> int:
 
 
 def ssd_pallas(
-  h_BHPN, x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, D_H, starts_BT, *, chunk: int = 128, unroll: int = 2
+  h_BHPN,
+  x_BTHP,
+  dt_BTH,
+  A_H,
+  B_BTGN,
+  C_BTGN,
+  D_H,
+  starts_BT,
+  *,
+  chunk: int = 128,
+  unroll: tuple[int, int] = (8, 4),
 ):
   """h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t^T, y_t = h_t C_t + D x_t in every head, where h_{t-1}
   = 0 if `starts_BT`, differentiable in all but `starts_BT`. Returns y [B, T, H, P] in the dtype of
@@ -389,15 +413,14 @@ def ssd_pallas(
 
   Args:
     chunk: tokens whose pairs become products of matrices, 128 or 256 on a TPU.
-    unroll: tiles of heads whose instructions are scheduled together, at most.
+    unroll: tiles of heads whose instructions are scheduled together, at most; and backward.
   """
   (batch, T, H, P), (G, N) = x_BTHP.shape, B_BTGN.shape[2:]
   dtype = jnp.result_type(x_BTHP, B_BTGN, C_BTGN)
   exact, tpu = dtype != jnp.bfloat16, platform() == 'tpu'
   width, depth, R = _lanes(P), pl.cdiv(N, _LANES) * _LANES if tpu or N > _LANES else N, H // G
   heads = _heads(R, width, depth, 4 if exact else 2)
-  blocks_, tiles = pl.cdiv(R, heads), heads // max(1, _LANES // width)
-  unroll = next(u for u in range(min(unroll, tiles), 0, -1) if tiles % u == 0)
+  blocks_ = pl.cdiv(R, heads)
   plan = _Plan(heads, width, depth, chunk, unroll, exact, not tpu)
   all_T, all_R = pl.cdiv(T, chunk) * chunk, blocks_ * heads
 
