@@ -14,8 +14,9 @@ count: they are cycles that wait for a result, which the last file that the comp
 in so many cycles. It leaves out waits for memory, and those for a matrix unit that is busy longer
 than the instructions take to issue: shares above 0.9 are not to be believed.
 
-FLOPs are those that a kernel declares, which are its products with the zeros in them (wkv6, wkv7)
-or its elementwise work (selective_scan); of splash attention, which declares none, those of a block
+FLOPs are those that a kernel declares, which are its products with the zeros in them (wkv6, wkv7),
+those of pairs of tokens in order and with states (ssd; backward twice as many, of the three times
+as many that it computes) or its elementwise work (selective_scan); of splash attention, which declares none, those of a block
 without a mask.
 
 Result, jax 0.10.2 and libtpu 0.0.42.1 (cycles and share per block):
@@ -29,6 +30,8 @@ Result, jax 0.10.2 and libtpu 0.0.42.1 (cycles and share per block):
     wkv7_backward             6,268 0.591     6,313 0.588     5,933 0.156
     selective_scan_backward   4,447 0.0215    4,627 0.0207    4,267 0.0056
     selective_scan            3,452 0.0185    3,630 0.0176    3,286 0.0049
+    ssd_forward               4,690 0.276     4,667 0.278     6,066 0.053
+    ssd_backward             10,639 0.243    10,598 0.244    12,831 0.050
 
 The matrix unit of v6e is 256 x 256, of which heads of 128 fill a half and heads of 64 in pairs a
 quarter."""
@@ -67,7 +70,7 @@ class Kernel(NamedTuple):
 # kernel recomputes the states of 3; 2 of wkv7 forward, 1 backward. The scan runs 16 groups of 8
 # positions, in one of two loops, with and without documents that start; backward it recomputes,
 # then goes back. Once for its 8 (backward 16) blocks of channels it spreads maps, or sums their
-# gradients.
+# gradients. A loop of ssd runs 16 heads, backward 8, of 32.
 CASES: dict[str, dict[str, Kernel]] = {
   'attention': {'splash_mha_fwd': Kernel(products=2), 'splash_mha_dkv': Kernel(products=5)},
   'wkv6': {'wkv6_forward': Kernel((4,)), 'wkv6_backward': Kernel((3, 4))},
@@ -76,6 +79,7 @@ CASES: dict[str, dict[str, Kernel]] = {
     'selective_scan_backward': Kernel((16, 16), (1 / 16, 1 / 16)),
     'selective_scan': Kernel((16, 0), (1 / 8,)),
   },
+  'ssd': {'ssd_forward': Kernel((2,)), 'ssd_backward': Kernel((4,))},
 }
 
 
@@ -87,6 +91,7 @@ def functions() -> dict[str, tuple[Callable[..., Any], list[tuple[tuple[int, ...
   from jaxformer.ops.attention_kernels import attention_splash
   from jaxformer.ops.masks import Mask
   from jaxformer.ops.selective_scan import selective_scan
+  from jaxformer.ops.ssd import ssd
   from jaxformer.ops.wkv6 import wkv6
   from jaxformer.ops.wkv7 import wkv7
 
@@ -107,6 +112,10 @@ def functions() -> dict[str, tuple[Callable[..., Any], list[tuple[tuple[int, ...
   def scan(u, dt, A, b, c, d, starts):
     return selective_scan(u, dt, A, b, c, d, jnp.zeros((B, D, N)), starts)[0]
 
+  def mamba2(x, dt, A, b, c, d, starts):
+    b, c = (a.reshape(B, T, 1, 2 * K) for a in (b, c))
+    return ssd(x.reshape(B, T, D // K, K), dt, A, b, c, d, None, starts)[0]
+
   head, token, channel = (1, LENGTH, HEADS, HEAD), (B, T, H * K), (B, T, D)
   low, full, starts = 'bfloat16', 'float32', ((B, T), 'bool')
   rwkv7_inputs = [(token, dtype) for dtype in (low, full, full, low, full, full)]
@@ -117,6 +126,12 @@ def functions() -> dict[str, tuple[Callable[..., Any], list[tuple[tuple[int, ...
     'selective_scan': (
       scan,
       [(channel, low)] * 2 + [((D, N), full), *[((B, T, N), low)] * 2, ((D,), full), starts],
+    ),
+    'ssd': (
+      mamba2,
+      [(channel, low), ((B, T, D // K), full), ((D // K,), full)]
+      + [((B, T, 2 * K), low)] * 2
+      + [((D // K,), full), starts],
     ),
   }
 

@@ -29,7 +29,8 @@ class KernelTime(NamedTuple):
 # Part of the name of a kernel, the longer name first -> chip -> share of the peak of one block,
 # compiled by libtpu 0.0.42: of splash attention 1,024 x 1,024 positions and 128 dimensions per
 # head; of wkv6 and wkv7 heads of 64 in bf16, with all products that the kernel computes; of the
-# scan a state of 16, whose work is elementwise.
+# scan a state of 16, whose work is elementwise; of ssd 32 heads of 64 with a state of 128 in bf16,
+# with the products that are needed.
 SHARES: dict[str, dict[str, float]] = {
   'splash_mha_fwd': {'v5e': 0.64, 'v5p': 0.63, 'v6e': 0.23},
   'splash_mha_dkv': {'v5e': MOST_SHARE, 'v5p': MOST_SHARE, 'v6e': 0.40},
@@ -39,6 +40,8 @@ SHARES: dict[str, dict[str, float]] = {
   'wkv7_backward': {'v5e': 0.59, 'v5p': 0.59, 'v6e': 0.156},
   'selective_scan_backward': {'v5e': 0.0215, 'v5p': 0.0207, 'v6e': 0.0056},
   'selective_scan': {'v5e': 0.0185, 'v5p': 0.0176, 'v6e': 0.0049},
+  'ssd_forward': {'v5e': 0.276, 'v5p': 0.278, 'v6e': 0.053},
+  'ssd_backward': {'v5e': 0.243, 'v5p': 0.244, 'v6e': 0.050},
 }
 # Products of splash attention, each of 2 T S K FLOPs per head: scores and outputs; backward by one
 # kernel for all gradients the scores, gradients of values, weights, keys and queries; by two, the

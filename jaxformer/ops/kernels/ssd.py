@@ -24,7 +24,9 @@ never differences of larger sums.
 
 Temporaries according to the TPU compiler for one layer of mamba2-1.3b, B8 T2048 H64 P64 N128 in
 bf16 on a v5e, with all gradients and a recomputed forward pass: 145 MiB, of them 128 of saved
-states; of the portable implementation 1,215. Speed on a TPU was not measured.
+states; of the portable implementation 1,215. Time by its scheduled instructions: 0.78 ms forward
+and 1.78 backward; of the portable implementation, forward twice and backward, 60 ms. Speed on a TPU
+was not measured.
 
 Dims: B batch, T time, H heads, P channels of a head, G groups, N state, R heads of a block, C
   tokens of a chunk; X lanes of the heads that share a vector of lanes (a tile).
