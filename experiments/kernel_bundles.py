@@ -15,9 +15,9 @@ in so many cycles. It leaves out waits for memory, and those for a matrix unit t
 than the instructions take to issue: shares above 0.9 are not to be believed.
 
 FLOPs are those that a kernel declares, which are its products with the zeros in them (wkv6, wkv7),
-those of pairs of tokens in order and with states (ssd; backward twice as many, of the three times
-as many that it computes) or its elementwise work (selective_scan); of splash attention, which declares none, those of a block
-without a mask.
+those of pairs of tokens in order and with states (ssd; backward twice as many, where it computes
+about three times as many) or its elementwise work (selective_scan); of splash attention, which
+declares none, those of a block without a mask.
 
 Result, jax 0.10.2 and libtpu 0.0.42.1 (cycles and share per block):
 
