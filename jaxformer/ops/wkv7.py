@@ -47,6 +47,7 @@ from jaxformer.sharding import platform
 # positions whose intermediate values are in memory together; a gradient keeps the states between
 # spans
 SPAN = 256
+LOWEST_LOG_DECAY = -0.6066  # -exp(-1/2), the bound of the paper, rounded down
 SHORT = 8  # fewer positions are computed one by one: a decode, or a few tokens of a prompt
 _EXACT = jax.lax.Precision.HIGHEST
 
@@ -258,7 +259,7 @@ WKV7 = Operation(
     'naive': wkv7_naive,
     'chunked': wkv7_chunked,
     # a kernel for TPUs; elsewhere it is interpreted, which is slow
-    'pallas': wkv7_pallas,
+    'pallas': functools.partial(wkv7_pallas, lowest_log_decay=LOWEST_LOG_DECAY),
   },
   _order,
 )

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import pytest
 
 from jaxformer.ops.implementation import implementation
-from jaxformer.ops.kernels.wkv7 import wkv7_pallas
+from jaxformer.ops.kernels.wkv7 import longest_chunk, wkv7_pallas
 from jaxformer.ops.wkv7 import wkv7, wkv7_naive
 from jaxformer.sharding import MeshConfig, make_parallel, use_mesh
 from tests.helpers import forced
@@ -51,6 +51,7 @@ def recurrence(*arguments):
 
 def kernel(*arguments, precision=EXACT, **options):
   *tokens, state, starts = arguments
+  options = {'lowest_log_decay': BOUND, **options}
   return wkv7_pallas(state, *tokens, starts, precision=precision, **options)
 
 
@@ -89,6 +90,23 @@ def test_kernel_is_the_recurrence(shape, kind, chunk, span):
   case = inputs(*shape, kind=kind)
   got = everything(lambda *a: kernel(*a, chunk=chunk, span=span), *case)
   assert_near(got, everything(recurrence, *case), (1e-5, 1e-4))
+
+
+def test_other_delta_rules():
+  """Kimi Delta Attention, S_{t-1} (diag(exp(w)) - beta (exp(w) k) k^T), here with keys that fill
+  the lanes, and decays as strong as the length of a chunk, which follows from them, allows."""
+  lowest = -5.0
+  assert longest_chunk(lowest) == 16
+  (r, w, _, v, a, b, state), starts, cotangents = inputs(1, 40, 1, 128, 16)
+  w, k, beta = lowest * jnp.abs(jnp.sin(jnp.arange(40.0)))[None, :, None, None] * r**0, -a, b / -a
+  case = r, w, beta * k, v, -beta * jnp.exp(w) * k, k, state
+  got = everything(lambda *x: kernel(*x, lowest_log_decay=lowest), case, starts, cotangents)
+  assert_near(got, everything(recurrence, case, starts, cotangents), (1e-5, 1e-4))
+
+
+def test_strongest_decay_of_a_chunk():
+  with pytest.raises(ValueError, match='must be at least -10'):
+    longest_chunk(-10.1)
 
 
 def test_kernel_continues():

@@ -28,6 +28,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
+from jaxformer.config import InputError
 from jaxformer.ops.kernels.blocks import blocks, call, differentiable
 from jaxformer.ops.kernels.heads import LANES, lanes, pad, repeated
 from jaxformer.ops.kernels.wkv7_chunk import ChunkPlan, sum_matrices
@@ -199,6 +200,20 @@ def _groups(groups: int, width: int, exact: bool) -> int:
   return max(g for g in range(1, most + 1) if groups % g == 0)
 
 
+def longest_chunk(lowest_log_decay: float) -> int:
+  """Tokens of a chunk, a power of 2 up to 64, such that decays over half of it stay above exp(-40).
+
+  Raises:
+    InputError: a chunk of 8 does not do so.
+  """
+  chunk = 64
+  while -lowest_log_decay * chunk / 2 > 40.0:
+    chunk //= 2
+  if chunk < 8:
+    raise InputError('lowest_log_decay', lowest_log_decay, 'at least -10')
+  return chunk
+
+
 def wkv7_pallas(
   state_BHVK,
   r_BTHK,
@@ -209,7 +224,8 @@ def wkv7_pallas(
   b_BTHK,
   starts_BT,
   *,
-  chunk: int = 64,
+  lowest_log_decay: float,
+  chunk: int | None = None,
   span: int = 2,
   precision=None,
 ):
@@ -222,18 +238,19 @@ def wkv7_pallas(
   its entries are as inaccurate by the rounded operands that the matrix is made of.
 
   Args:
-    log_decay_BTHK: at most 0, and the sum of half a chunk above -80: decays are products of two
-      factors about the middle of a chunk, each of them below exp(80). At -0.6065 and 64 tokens, the
-      bound of RWKV-7, they stay below exp(19.4).
+    log_decay_BTHK: from `lowest_log_decay` to 0.
     a_BTHK, b_BTHK: such that transitions do not grow, else neither the state nor the inverse is
       bounded.
     state_BHVK: the state before the first token.
-    chunk: tokens whose pairs become products of matrices, a power of 2 from 8; fewer where T is
-      less.
+    lowest_log_decay: of one token. Decays between two tokens of a chunk are products of two factors
+      about its middle, one above 1, of which those of half a chunk must stay below exp(40): their
+      products are finite for every pair, also for those that are masked.
+    chunk: tokens whose pairs become products of matrices, a power of 2 from 8; None for
+      `longest_chunk`. Fewer where T is less.
     span: chunks of a block of the forward kernel.
   """
   (B, T, H, K), V = r_BTHK.shape, v_BTHV.shape[-1]
-  chunk = min(chunk, max(16, pl.next_power_of_2(T)))
+  chunk = min(chunk or longest_chunk(lowest_log_decay), max(16, pl.next_power_of_2(T)))
   X, Y = lanes(K), lanes(V)
   heads = min(H, max(1, LANES // min(X, Y)))
   exact = precision == jax.lax.Precision.HIGHEST
