@@ -73,6 +73,7 @@ class Kernel(NamedTuple):
 # gradients. A loop of ssd runs 16 heads, backward 8, of 32.
 CASES: dict[str, dict[str, Kernel]] = {
   'attention': {'splash_mha_fwd': Kernel(products=2), 'splash_mha_dkv': Kernel(products=5)},
+  'attention, dq apart': {'splash_mha_dq': Kernel(products=3)},
   'wkv6': {'wkv6_forward': Kernel((4,)), 'wkv6_backward': Kernel((3, 4))},
   'wkv7': {'wkv7_forward': Kernel((2,)), 'wkv7_backward': Kernel()},
   'selective_scan': {
@@ -117,10 +118,12 @@ def functions() -> dict[str, tuple[Callable[..., Any], list[tuple[tuple[int, ...
     return ssd(x.reshape(B, T, D // K, K), dt, A, b, c, d, None, starts)[0]
 
   head, token, channel = (1, LENGTH, HEADS, HEAD), (B, T, H * K), (B, T, D)
+  long = (1, 2 * LENGTH, HEADS, HEAD)
   low, full, starts = 'bfloat16', 'float32', ((B, T), 'bool')
   rwkv7_inputs = [(token, dtype) for dtype in (low, full, full, low, full, full)]
   return {
     'attention': (attention, [(head, low)] * 3 + [((1, LENGTH), 'int32')]),
+    'attention, dq apart': (attention, [(long, low)] * 3 + [((1, 2 * LENGTH), 'int32')]),
     'wkv6': (rwkv6, [(token, low)] * 3 + [(token, full), ((H, K), full), starts]),
     'wkv7': (rwkv7, [*rwkv7_inputs, starts]),
     'selective_scan': (
@@ -159,7 +162,7 @@ def compile_case(name: str, topology: str) -> tuple[str, dict[str, int]]:
     y, pull = jax.vjp(lambda *floats: f(*floats, x[-1]), *x[:-1])
     return y, pull(jnp.ones_like(y))
 
-  if name != 'attention':
+  if not name.startswith('attention'):
     pl.pallas_call = counted
   try:
     with use_mesh(parallel):

@@ -39,6 +39,8 @@ from jaxformer.training.step import TrainState, compiled_train_step, population_
 VARIED = ('training.seed', 'optimizer.learning_rate', 'run.name', 'run.dir')
 """Fields in which the members of a population may differ."""
 
+Predict = Callable[[jax.stages.Compiled, Mesh], float | None]
+
 
 def train(
   experiment: Experiment,
@@ -47,6 +49,7 @@ def train(
   dataset: Dataset | None = None,
   devices: Sequence[jax.Device] | None = None,
   utilization: Mapping[str, float] | None = None,
+  predict: Predict | None = None,
   sample: Sample | None = None,
   resume_from: int | None = None,
   log: Log = print_line,
@@ -62,6 +65,8 @@ def train(
     dataset: the data of the experiment, if already open.
     devices: to run on; all by default.
     utilization: metrics (`mfu`) by name, as they would be on one device at one token per second.
+    predict: from a compiled step and its mesh, the seconds that it is predicted to take; they are
+      reported beside those that it takes.
     sample: its text, in pieces, is added to `samples.txt` after each evaluation.
     resume_from: resume from the checkpoint of this step. Later checkpoints and metrics are moved to
       `undone/` in the run folder. The same call again, with the same `resume_with` and
@@ -77,7 +82,7 @@ def train(
     _opened([experiment], devices, dataset, log, source, resume_from) as members,
     use_mesh(members[0].setup.parallel),
   ):
-    return _Loop(members, utilization=utilization, sample=sample).run()[0]
+    return _Loop(members, utilization=utilization, predict=predict, sample=sample).run()[0]
 
 
 def train_population(
@@ -186,13 +191,15 @@ class _Loop:
     members: list[Member],
     mesh: Mesh | None = None,
     utilization: Mapping[str, float] | None = None,
+    predict: Predict | None = None,
     sample: Sample | None = None,
   ):
     self.members, self.mesh = members, mesh
     for m in members:
       m.sample = sample
     self.setup, self.clock = members[0].setup, Clock()
-    self.utilization = utilization or {}
+    self.utilization, self.predict = utilization or {}, predict
+    self.predicted: float | None = None  # seconds of the latest step that was compiled
     self.compiled: dict[Any, Any] = {}  # steps, by the shapes of a batch
     self.has_evaluated = False
     self.batches: list[Any] = [None] * len(members)  # the latest of each member
@@ -288,6 +295,7 @@ class _Loop:
         self.members[0].log('compiling the step')
         self.compiled[shapes] = step.lower(state, batch, *more).compile()
         seconds = time.perf_counter() - began
+        self.predicted = self._prediction(self.compiled[shapes])
         for m in self.members:
           m.run.event(
             'compile',
@@ -295,9 +303,20 @@ class _Loop:
             shapes=shapes,
             members=len(self.members),
             options=s.step_config.compiler_options,
+            predicted_step_seconds=self.predicted,
           )
         self.members[0].log(f'compiled the step in {seconds:.1f} s')
     return self.compiled[shapes]
+
+  def _prediction(self, step: jax.stages.Compiled) -> float | None:
+    """Return the seconds that a step is predicted to take, None if nothing predicts it."""
+    if self.predict is None:
+      return None
+    try:
+      return self.predict(step, self.mesh or self.setup.parallel.mesh)
+    except Exception as e:  # a text that the clock cannot read must not end a training
+      self.members[0].log(f'warning: no predicted time of a step: {type(e).__name__}: {e}')
+      return None
 
   def _report(self, metrics: Any) -> None:
     """Report the metrics of the latest step, which it waits for."""
@@ -307,7 +326,7 @@ class _Loop:
     for i, m in enumerate(self.members):
       if m.code is None:
         one = {n: (v if self.mesh is None else v[i]).item() for n, v in values.items()}
-        m.report_step(one, seconds, self.utilization)
+        m.report_step(one, seconds, self.utilization, self.predicted)
 
   def _between(self, state: TrainState, interrupt: Interrupt, stop: bool = False) -> None:
     """Save and evaluate the members that are due; to stop, save all and end. The clock is

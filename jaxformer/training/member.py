@@ -189,10 +189,14 @@ class Member:
     return due and self._saved != self.step
 
   def report_step(
-    self, values: dict[str, Any], seconds: float, utilization: Mapping[str, float]
+    self,
+    values: dict[str, Any],
+    seconds: float,
+    utilization: Mapping[str, float],
+    predicted: float | None,
   ) -> None:
-    """Report the metrics of the current step, `seconds` of training after the start; end the run if
-    they are not finite."""
+    """Report the metrics of the current step, `seconds` of training after the start, with the
+    `predicted` seconds of a step; end the run if they are not finite."""
     c, finite = self.config, bool(values.pop('finite'))
     if finite and self.step % c.log_every and self.step not in (1, c.steps):
       return
@@ -204,6 +208,8 @@ class Member:
     self._last_row = self.step, self.tokens, seconds
     row = {'step': self.step, 'tokens': self.tokens, **values}
     row |= {'tokens_per_second': rate, 'step_seconds': step_seconds}
+    if predicted is not None:
+      row['predicted_step_seconds'] = predicted
     self.report.row(row | {name: per_device * one for name, one in utilization.items()})
     if not finite:
       self._end_not_finite('loss or gradient')

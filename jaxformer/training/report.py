@@ -124,7 +124,7 @@ class _Tracker:
 
 def summary(row: dict[str, Any]) -> str:
   """Return the metrics of a step in short: loss 3.214 | lr 3.0e-04 | gnorm 0.91 | 12.3k tok/s | mfu
-  31.2% | 84 ms."""
+  31.2% | 84 ms (predicted 80)."""
 
   def number(key: str, form: str) -> str:
     return 'not finite' if row[key] is None else format(row[key], form)
@@ -136,7 +136,9 @@ def summary(row: dict[str, Any]) -> str:
   parts.append(f'{rate / scale:.1f}{unit} tok/s')
   if 'mfu' in row:
     parts.append(f'mfu {row["mfu"]:.1%}')
-  parts.append(f'{row["step_seconds"] * 1e3:.0f} ms')
+  predicted = row.get('predicted_step_seconds')
+  beside = '' if predicted is None else f' (predicted {predicted * 1e3:.0f})'
+  parts.append(f'{row["step_seconds"] * 1e3:.0f} ms{beside}')
   return ' | '.join(parts)
 
 

@@ -147,4 +147,5 @@ def check(
   BatchPlacement(parallel, t.batch_size // t.accumulate, experiment.data.positions)
   definition.shardings(parallel)
   check_memory(experiment, definition, parallel)
+  step_config(experiment, parallel)  # the compiler's options
   return definition, parallel

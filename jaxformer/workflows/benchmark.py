@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from jaxformer.config import InputError
 from jaxformer.data import open_data
@@ -15,6 +16,7 @@ from jaxformer.inference import time_decode
 from jaxformer.models.model import ModelConfig
 from jaxformer.models.params import define
 from jaxformer.planning.cost import flops_per_token
+from jaxformer.planning.step_clock import time_program
 from jaxformer.sharding import make_parallel
 from jaxformer.study.tables import amount
 from jaxformer.task_type import LANGUAGE_MODELING, Batch
@@ -147,6 +149,15 @@ def _training(e: Experiment, steps: int, log: Log) -> dict[str, Any]:
   per_device = per_step / median / make_parallel(e.mesh).mesh.size
   at_one = utilization(e.model, e.data.positions)
   return value | {name: per_device * one for name, one in at_one.items()}
+
+
+def predicted_seconds(step: jax.stages.Compiled, mesh: Mesh) -> float | None:
+  """Return the predicted time of a step that is compiled for the TPUs of a mesh
+  (`planning.step_clock`); None for another device."""
+  known = chip(mesh.devices.flat[0].device_kind)
+  if known is None or known.clock_hz is None:
+    return None
+  return sum(t.seconds for t in time_program(step, mesh, known))
 
 
 def utilization(model: ModelConfig, length: int) -> dict[str, float]:

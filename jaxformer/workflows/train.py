@@ -10,7 +10,7 @@ from jaxformer.training import train as run_training
 from jaxformer.training.experiment import check_complete
 from jaxformer.training.run import Run
 from jaxformer.training.setup import Initial
-from jaxformer.workflows.benchmark import utilization
+from jaxformer.workflows.benchmark import predicted_seconds, utilization
 from jaxformer.workflows.load import Code, initial_params, name_code
 from jaxformer.workflows.names import experiment
 from jaxformer.workflows.overrides import Overrides
@@ -98,6 +98,7 @@ def train(
     resume_from=resume_from,
     dataset=dataset,
     utilization=utilization(e.model, e.data.positions),
+    predict=predicted_seconds,
     sample=sampler(e, dataset),
     log=log,
   )

@@ -25,6 +25,7 @@ from jaxformer.training import (
   train_population,
 )
 from jaxformer.training.checkpoint import steps_in
+from jaxformer.training.report import summary
 from jaxformer.training.rows import read_events, read_metrics
 from jaxformer.training.run import Run
 from jaxformer.training.setup import Setup
@@ -51,6 +52,38 @@ def stop_at(step: int, number: signal.Signals = signal.SIGTERM):
 
 def quiet(line: str) -> None:
   pass
+
+
+def test_a_predicted_step_stands_beside_the_measured_one(experiment, dataset):
+  e, lines = experiment(), []
+  found = train(e, dataset=dataset, devices=ONE, log=quiet, predict=lambda step, mesh: 0.25)
+  rows = [r for r in read_metrics(found.folder) if 'train/loss' in r]
+  assert {r['predicted_step_seconds'] for r in rows} == {0.25}
+  assert summary(rows[0]).endswith('ms (predicted 250)')
+
+  def fails(step, mesh):
+    raise KeyError('no such instruction')
+
+  e = experiment(name='unread')
+  assert train(e, dataset=dataset, devices=ONE, log=lines.append, predict=fails).exit_code == 0
+  [warning] = [line for line in lines if 'warning' in line]
+  assert "no predicted time of a step: KeyError: 'no such instruction'" in warning
+
+
+def test_options_of_the_compiler_are_recorded_and_wrong_ones_refused(experiment, dataset, tmp_path):
+  option = 'xla_backend_optimization_level=1'
+  found = train(experiment(compiler_options=(option,)), dataset=dataset, devices=ONE, log=quiet)
+  [compiled] = [e for e in read_events(found.folder) if e['event'] == 'compile']
+  assert compiled['options'] == [option]
+  for wrong, problem in (
+    ('xla_no_such_option=1', "No such compile option: 'xla_no_such_option'"),
+    ('xla_backend_optimization_level=high', 'not a valid int32'),
+    ('xla_backend_optimization_level', 'must be NAME=VALUE'),
+  ):
+    e = experiment(name='refused', compiler_options=(wrong,))
+    with pytest.raises(InputError, match=rf'training\.compiler_options = .*{problem}'):
+      train(e, dataset=dataset, devices=ONE, log=quiet)
+    assert not (Run(e, None, None).folder).exists()
 
 
 def test_the_run_folder(experiment, dataset):
