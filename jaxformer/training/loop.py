@@ -312,8 +312,10 @@ class _Loop:
     """Return the seconds that a step is predicted to take, None if nothing predicts it."""
     if self.predict is None:
       return None
+    mesh = self.mesh or self.setup.parallel.mesh
+    assert isinstance(mesh, Mesh)  # of devices
     try:
-      return self.predict(step, self.mesh or self.setup.parallel.mesh)
+      return self.predict(step, mesh)
     except Exception as e:  # a text that the clock cannot read must not end a training
       self.members[0].log(f'warning: no predicted time of a step: {type(e).__name__}: {e}')
       return None
