@@ -24,6 +24,7 @@ Result, jax 0.10.2 and libtpu 0.0.42.1 (cycles and share per block):
                              v5e             v5p             v6e
     splash_mha_fwd            6,395 0.639     6,540 0.626     4,435 0.231
     splash_mha_dkv           11,080 0.922    11,252 0.910     6,444 0.397
+    splash_mha_dq             6,600 0.929     6,660 0.922     4,318 0.356
     wkv6_forward              4,202 0.220     4,513 0.206     4,170 0.056
     wkv6_backward             8,742 0.267     8,849 0.264     7,202 0.081
     wkv7_forward              9,403 0.475     9,579 0.467     9,856 0.114

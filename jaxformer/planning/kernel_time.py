@@ -34,6 +34,7 @@ class KernelTime(NamedTuple):
 SHARES: dict[str, dict[str, float]] = {
   'splash_mha_fwd': {'v5e': 0.64, 'v5p': 0.63, 'v6e': 0.23},
   'splash_mha_dkv': {'v5e': MOST_SHARE, 'v5p': MOST_SHARE, 'v6e': 0.40},
+  'splash_mha_dq': {'v5e': MOST_SHARE, 'v5p': MOST_SHARE, 'v6e': 0.36},
   'wkv6_forward': {'v5e': 0.22, 'v5p': 0.21, 'v6e': 0.056},
   'wkv6_backward': {'v5e': 0.27, 'v5p': 0.26, 'v6e': 0.081},
   'wkv7_forward': {'v5e': 0.48, 'v5p': 0.47, 'v6e': 0.114},
