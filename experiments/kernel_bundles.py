@@ -31,8 +31,8 @@ Result, jax 0.10.2 and libtpu 0.0.42.1 (cycles and share per block):
     wkv7_backward             6,268 0.591     6,313 0.588     5,933 0.156
     selective_scan_backward   4,447 0.0215    4,627 0.0207    4,267 0.0056
     selective_scan            3,452 0.0185    3,630 0.0176    3,286 0.0049
-    ssd_forward               4,690 0.276     4,667 0.278     6,066 0.053
-    ssd_backward             10,639 0.243    10,598 0.244    12,831 0.050
+    ssd_forward               4,690 0.276     4,667 0.278     6,133 0.053
+    ssd_backward             10,639 0.243    10,598 0.244    12,869 0.050
 
 The matrix unit of v6e is 256 x 256, of which heads of 128 fill a half and heads of 64 in pairs a
 quarter."""
