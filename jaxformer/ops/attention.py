@@ -143,7 +143,7 @@ def _order(
   (B, T, H, _), S = q.shape, k.shape[1]
   own_keys = mask.aligned and mask.key_segments_BS is None
   if _sharded_over_time(q) and (own_keys or T > _SHORT):
-    return ('chunked',)
+    return ('splash', 'chunked') if sharding.platform() == 'tpu' and own_keys else ('chunked',)
   if T <= _SHORT:
     return ('naive',)
   general = 'naive' if 4 * B * H * T * S <= _SMALL_BYTES else 'chunked'
@@ -172,7 +172,7 @@ ATTENTION = Operation(
     'unrolled': _on_one_shard_of_time(_unrolled_unsupported),
     'xla': _on_one_shard_of_time(xla_unsupported),
     'cudnn': _on_one_shard_of_time(cudnn_unsupported),
-    'splash': _on_one_shard_of_time(splash_unsupported),
+    'splash': _without_dropout(splash_unsupported),
   },
 )
 
@@ -208,7 +208,8 @@ def attention(
   if time_axes(q.shape[1]):
     # Every shard has all keys that are not the queries' own (an encoder's output).
     if mask.aligned and mask.key_segments_BS is None:
-      return attention_sharded(q, k, v, mask, scale=scale, softcap=softcap, slopes_H=slopes_H)
+      options = {'scale': scale, 'softcap': softcap, 'slopes_H': slopes_H}
+      return attention_sharded(q, k, v, mask, **options, splash=chosen == 'splash')
     t, s = mask.positions(q.shape[1], k.shape[1])  # a shard's positions are no longer 0..T-1
     mask = dataclasses.replace(mask, index_T=t, index_S=s, key_segments_BS=mask.keys())
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
 
 from jaxformer import sharding
 from jaxformer.ops.attention_chunked import SAVED
@@ -116,8 +118,11 @@ def splash_unsupported(q, k, mask: Mask, softcap=None, slopes_H=None) -> str | N
     return 'it needs keys and queries at the same positions'
   if mask.causal and T != S:
     return 'its causal mask needs as many keys as queries'
-  if T % _LANES or S % _LANES:
-    return f'it needs lengths that are multiples of {_LANES}, not {T} and {S}'
+  parts = sharding.shards('time', T)
+  if parts > 1 and mask.segments_BT is None and T != S:
+    return 'it needs all queries of a sequence on one device'
+  if T % (parts * _LANES) or S % _LANES:
+    return f'it needs lengths that are multiples of {_LANES}, not {T // parts} and {S}'
   return None
 
 
@@ -129,15 +134,46 @@ def _block(size: int) -> int:
 def attention_splash(q, k, v, mask: Mask, *, scale, softcap=None, slopes_H=None, interpret=False):
   """Splash attention, the block-sparse flash attention kernel of JAX (Dao 2023). It saves output
   and logsumexp under the name `SAVED`. The scale is applied to q, in fp32 and rounded back."""
+  order = np.arange(q.shape[1])[None]
+  options = {'scale': scale, 'softcap': softcap, 'interpret': interpret}
+  return splash_part(q, k, v, mask, order, 0, segments_BS=mask.segments_BT, **options)
+
+
+def splash_part(
+  q,
+  k,
+  v,
+  mask: Mask,
+  order_nT: np.ndarray,
+  part: Array | int,
+  *,
+  segments_BS,
+  scale,
+  softcap=None,
+  interpret=False,
+):
+  """Splash attention for one of n parts of the queries, with all keys.
+
+  Args:
+    mask: of all queries, but with the segments of those of the part.
+    order_nT: the positions of the queries of every part, which are multiples of 128 many.
+    part: which one, a number that may be traced.
+    segments_BS: of the keys; None if the mask has none.
+  """
   from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
   from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
-  (T, H), S = q.shape[1:3], k.shape[1]
+  (n, T), H, S = order_nT.shape, q.shape[2], k.shape[1]
   window = _window(mask)
-  if window is not None:
-    one = masks.LocalMask((T, S), window_size=window, offset=0)
+  if window is None and not mask.causal:
+    n, one = 1, masks.FullMask((T, S))  # the same for all parts
   else:
-    one = masks.CausalMask((T, S)) if mask.causal else masks.FullMask((T, S))
+    one = (
+      masks.CausalMask((n * T, S))
+      if window is None
+      else masks.LocalMask((n * T, S), window_size=window, offset=0)
+    )
+    one.q_sequence = order_nT.reshape(-1).astype(np.int32)
   bq, bk = _block(T), _block(S)
   fused = S // bk <= _FUSED_BLOCKS
   sizes = kernels.BlockSizes(
@@ -149,15 +185,28 @@ def attention_splash(q, k, v, mask: Mask, *, scale, softcap=None, slopes_H=None,
     block_q_dq=None if fused else bq,
     block_kv_dq=None if fused else bk,
   )
-  kernel = kernels.make_splash_mha_single_device(
+  kernel = kernels.make_splash_mha(
     masks.MultiHeadMask([one] * H),
     block_sizes=sizes,
     attn_logits_soft_cap=softcap,
     residual_checkpoint_name=SAVED,
     interpret=interpret,
+    head_shards=1,
+    q_seq_shards=n,
   )
+  if n > 1:
+    # Queries lie along the only axis of `q_sequence`, and along the second of what says of blocks,
+    # `[heads, queries, keys]`, which to compute.
+    def own(x):
+      if not x.ndim:
+        return x
+      axis = min(x.ndim - 1, 1)
+      size = x.shape[axis] // n
+      return jax.lax.dynamic_slice_in_dim(x, part * size, size, axis)
+
+    kernel = jax.tree.map(own, kernel)
   q = (q.astype(jnp.float32) * scale).astype(q.dtype)
   segments = mask.segments_BT
-  ids = None if segments is None else kernels.SegmentIds(segments, segments)
+  ids = None if segments is None else kernels.SegmentIds(segments, segments_BS)
   q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
   return jax.vmap(kernel)(q, k, v, ids).swapaxes(1, 2)

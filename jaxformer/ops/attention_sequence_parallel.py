@@ -14,10 +14,12 @@ Dims: B batch, T queries of a shard, S all keys, H query heads, G key/value head
 from __future__ import annotations
 
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Int
 
 from jaxformer.ops.attention_chunked import attention_chunked
+from jaxformer.ops.attention_kernels import splash_part
 from jaxformer.ops.masks import Mask
 from jaxformer.ops.sequence_parallel import time_axes
 from jaxformer.sharding import per_shard, platform
@@ -25,32 +27,41 @@ from jaxformer.sharding import per_shard, platform
 _BLOCK = {'cpu': 256}  # queries and keys at a time; elsewhere 512
 
 
-def attention_sharded(q, k, v, mask: Mask, *, scale, softcap=None, slopes_H=None):
-  """`attention_naive` of an aligned mask, for queries, keys and values sharded over time."""
+def attention_sharded(
+  q,
+  k,
+  v,
+  mask: Mask,
+  *,
+  scale,
+  softcap=None,
+  slopes_H=None,
+  splash: bool = False,
+  interpret: bool = False,
+):
+  """`attention_naive` of an aligned mask, for queries, keys and values sharded over time. `splash`
+  computes the part of each shard by that kernel, else by blocks."""
   axes = time_axes(q.shape[1])
 
   def shard(q, k, v, segments_BS, slopes_H):
     n, here, T = lax.axis_size(axes), lax.axis_index(axes), q.shape[1]
     k, v = (lax.all_gather(x, axes, axis=1, tiled=True) for x in (k, v))
     balanced = mask.causal and T % 2 == 0 and (mask.window is None or mask.window > T)
-    half = jnp.arange(T // 2, dtype=jnp.int32)
-    t = (
-      jnp.concatenate([here * (T // 2) + half, (2 * n - 1 - here) * (T // 2) + half])
-      if balanced
-      else _part(here, T)
-    )
+    order_nT = _order(n, T, balanced)
+    t = jnp.asarray(order_nT)[here]
     segments = None if segments_BS is None else jnp.take(segments_BS, t, axis=1)
-    local = Mask(mask.causal, mask.window, segments, segments_BS, t, _part(0, n * T))
-    out = attention_chunked(
-      to_zigzag(q, axes) if balanced else q,
-      k,
-      v,
-      local,
-      scale=scale,
-      softcap=softcap,
-      slopes_H=slopes_H,
-      block=_block(T // 2 if balanced else T),
-    )
+    q = to_zigzag(q, axes) if balanced else q
+    if splash:
+      own = Mask(mask.causal, mask.window, segments)
+      options = {'scale': scale, 'softcap': softcap, 'interpret': interpret}
+      out = splash_part(q, k, v, own, order_nT, here, segments_BS=segments_BS, **options)
+    else:
+      own = Mask(
+        mask.causal, mask.window, segments, segments_BS, t, jnp.arange(n * T, dtype=jnp.int32)
+      )
+      block = _block(T // 2 if balanced else T)
+      options = {'scale': scale, 'softcap': softcap, 'slopes_H': slopes_H}
+      out = attention_chunked(q, k, v, own, **options, block=block)
     return from_zigzag(out, axes) if balanced else out
 
   token, keys = ('batch', 'time', 'heads', None), ('batch', 'time', 'kv_heads', None)
@@ -58,8 +69,12 @@ def attention_sharded(q, k, v, mask: Mask, *, scale, softcap=None, slopes_H=None
   return mapped(q, k, v, mask.segments_BT, slopes_H)
 
 
-def _part(number: Array | int, T: int) -> Int[Array, ' T']:
-  return number * T + jnp.arange(T, dtype=jnp.int32)
+def _order(n: int, T: int, balanced: bool) -> Int[np.ndarray, 'n T']:
+  """The positions of the queries of every shard during attention."""
+  if not balanced:
+    return np.arange(n * T, dtype=np.int32).reshape(n, T)
+  halves = np.arange(n * T, dtype=np.int32).reshape(2 * n, T // 2)
+  return np.concatenate([halves[:n], halves[n:][::-1]], axis=1)
 
 
 def _block(size: int) -> int:

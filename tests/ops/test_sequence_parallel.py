@@ -4,6 +4,8 @@ programs send.
 Tolerances are relative to the largest magnitude of what is compared: 1e-5 for outputs, 1e-4 for
 gradients (fp32)."""
 
+import dataclasses
+import functools
 import math
 import re
 
@@ -25,7 +27,8 @@ from jaxformer.layers.rwkv7 import TimeMix7
 from jaxformer.layers.s4 import S4
 from jaxformer.layers.s4d import S4D
 from jaxformer.layers.s5 import S5
-from jaxformer.ops.attention import attention
+from jaxformer.ops.attention import attention, attention_naive
+from jaxformer.ops.attention_sequence_parallel import attention_sharded
 from jaxformer.ops.convolution import short_convolution
 from jaxformer.ops.implementation import implementation
 from jaxformer.ops.masks import Mask
@@ -75,6 +78,40 @@ def equal_in_time(f, *arguments, n: int, **sizes: int):
 
 
 # ---- attention ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+  ('mask', 'softcap', 'T'),
+  [
+    (Mask(), None, 1024),
+    (Mask(segments_BT=jnp.arange(1024)[None] // 300), None, 1024),
+    (Mask(window=200), 3.0, 512),
+    (Mask(causal=False), None, 512),
+    (Mask(), None, 4608),  # the gradient of queries has a kernel of its own
+  ],
+  ids=['causal', 'segments', 'window', 'all', 'long'],
+)
+def test_splash_attention_of_each_shards_queries(mask, softcap, T):
+  """The kernel, interpreted, on four shards of time, against the naive form on one device."""
+  K = 64
+  inputs = [normal(i, 1, T, heads, K) for i, heads in enumerate((2, 1, 1, 2))]
+  options = {'scale': K**-0.5, 'softcap': softcap}
+  segments = mask.segments_BT
+
+  def both(f):
+    def score(q, k, v, segments):
+      out = f(q, k, v, dataclasses.replace(mask, segments_BT=segments), **options)
+      return jnp.sum(out * inputs[3]), out
+
+    return jax.jit(jax.grad(score, argnums=(0, 1, 2), has_aux=True))(*inputs[:3], segments)
+
+  gradients, out = both(attention_naive)
+  with context(4):
+    sharded_gradients, sharded = both(
+      functools.partial(attention_sharded, splash=True, interpret=True)
+    )
+  close(sharded, out, 1e-5)
+  close(sharded_gradients, gradients, 1e-4)
 
 
 @pytest.mark.parametrize(
