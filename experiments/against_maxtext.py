@@ -36,20 +36,23 @@ from jaxformer.planning.target import parse_target
 from jaxformer.sharding import MeshConfig
 
 # Flags of MaxText's recipes: `configs/tpu/v5e/*.sh`, `configs/tpu/v5p/*.sh`, and for v6e
-# `benchmarks/xla_flags_library.py`.
-_OVERLAP = (
+# `benchmarks/xla_flags_library.py`, without those of fused collectives, which libtpu 0.0.52 refuses
+# on that chip.
+_DATA_PARALLEL = (
   '--xla_tpu_enable_data_parallel_all_reduce_opt=true '
   '--xla_tpu_data_parallel_opt_different_sized_ops=true '
-  '--xla_tpu_enable_async_collective_fusion=true '
-  '--xla_tpu_enable_async_collective_fusion_fuse_all_gather=true '
-  '--xla_tpu_enable_async_collective_fusion_multiple_steps=true '
   '--xla_tpu_overlap_compute_collective_tc=true --xla_enable_async_all_gather=true'
+)
+_OVERLAP = (
+  f'{_DATA_PARALLEL} --xla_tpu_enable_async_collective_fusion=true '
+  '--xla_tpu_enable_async_collective_fusion_fuse_all_gather=true '
+  '--xla_tpu_enable_async_collective_fusion_multiple_steps=true'
 )
 FLAGS = {
   'v5e': _OVERLAP,
   'v5p': '--xla_tpu_megacore_fusion_allow_ags=false --xla_enable_async_collective_permute=true '
   '--xla_tpu_enable_ag_backward_pipelining=true ' + _OVERLAP,
-  'v6e': '--xla_tpu_scoped_vmem_limit_kib=98304 ' + _OVERLAP,
+  'v6e': f'--xla_tpu_scoped_vmem_limit_kib=98304 {_DATA_PARALLEL}',
 }
 
 
