@@ -3,6 +3,7 @@ H3)."""
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
@@ -51,18 +52,64 @@ def short_convolution(
 
 
 def _convolve(x_BTD, w_KD, b_D, before_BJD, starts_BT):
-  (B, T, D), J = x_BTD.shape, w_KD.shape[0] - 1
-  inputs = jnp.concatenate([before_BJD, x_BTD], axis=1)
-  # whether a border lies within the last `back` steps
-  cut = jnp.zeros((B, T), bool)
-  y, after = jnp.zeros((), jnp.float32), []
-  for back in range(J + 1):
-    shifted = inputs[:, J - back : J - back + T]
+  J = w_KD.shape[0] - 1
+  y = _sum(x_BTD, w_KD, b_D, before_BJD, starts_BT)
+  if not J:
+    return y, before_BJD
+  inputs = jnp.concatenate([before_BJD, x_BTD[:, -J:]], axis=1)[:, -J:]
+  after = [
+    jnp.where(cut[:, -1:], jnp.zeros((), x_BTD.dtype), inputs[:, J - 1 - back])
+    for back, cut in enumerate(_cuts(starts_BT, J)[:J])
+  ]
+  return y, jnp.stack(after[::-1], axis=1)
+
+
+def _cuts(starts_BT, J: int):
+  """For 0, 1, ... J steps back, where a border lies within the last so many steps."""
+  cuts = [jnp.zeros(starts_BT.shape, bool)]
+  for _ in range(J):
+    cuts.append(starts_BT | jnp.pad(cuts[-1][:, :-1], ((0, 0), (1, 0))))
+  return cuts
+
+
+def _shifted(x_BTD, before_BJD, back: int):
+  """x of `back` steps before, in fp32."""
+  (T, J), inputs = (x_BTD.shape[1], before_BJD.shape[1]), (before_BJD, x_BTD)
+  return jnp.concatenate(inputs, axis=1)[:, J - back : J - back + T].astype(jnp.float32)
+
+
+@jax.custom_vjp
+def _sum(x_BTD, w_KD, b_D, before_BJD, starts_BT):
+  """y. Its gradient is written out, so that a shifted copy of it for every weight is neither stored
+  nor rounded to the dtype of x."""
+  D, J = x_BTD.shape[-1], w_KD.shape[0] - 1
+  y = jnp.zeros((), jnp.float32)
+  for back, cut in enumerate(_cuts(starts_BT, J)):
     weight = w_KD[J - back].astype(jnp.float32).reshape(1, 1, D)
-    y = y + jnp.where(cut[..., None], 0.0, shifted.astype(jnp.float32)) * weight
-    if back < J:
-      after.append(jnp.where(cut[:, -1:], jnp.zeros((), x_BTD.dtype), inputs[:, T + J - 1 - back]))
-      cut = starts_BT | jnp.pad(cut[:, :-1], ((0, 0), (1, 0)))
+    y = y + jnp.where(cut[..., None], 0.0, _shifted(x_BTD, before_BJD, back)) * weight
   if b_D is not None:
     y = y + b_D.astype(jnp.float32).reshape(1, 1, D)
-  return y.astype(x_BTD.dtype), jnp.stack(after[::-1], axis=1) if after else before_BJD
+  return y.astype(x_BTD.dtype)
+
+
+def _sum_backward(saved, dy_BTD):
+  x_BTD, w_KD, b_D, before_BJD, starts_BT = saved
+  D, J, dy = x_BTD.shape[-1], w_KD.shape[0] - 1, dy_BTD.astype(jnp.float32)
+  dx, dbefore, dw = jnp.zeros((), jnp.float32), jnp.zeros(before_BJD.shape, jnp.float32), []
+  for back, cut in enumerate(_cuts(starts_BT, J)):
+    weight = w_KD[J - back].astype(jnp.float32).reshape(1, 1, D)
+    dw.append(
+      jnp.sum(jnp.where(cut[..., None], 0.0, _shifted(x_BTD, before_BJD, back)) * dy, axis=(0, 1))
+    )
+    # the gradient of the step `back` steps later
+    later = jnp.pad(dy_BTD, ((0, 0), (0, back), (0, 0)))[:, back:].astype(jnp.float32)
+    apart = jnp.pad(cut, ((0, 0), (0, back)))[:, back:]
+    dx = dx + jnp.where(apart[..., None], 0.0, later) * weight
+    first = jnp.where(cut[:, :back, None], 0.0, dy[:, :back]) * weight
+    dbefore = dbefore.at[:, J - back : J - back + first.shape[1]].add(first)
+  db = None if b_D is None else jnp.sum(dy, axis=(0, 1)).astype(b_D.dtype)
+  dw_KD = jnp.stack(dw[::-1]).astype(w_KD.dtype)
+  return dx.astype(x_BTD.dtype), dw_KD, db, dbefore.astype(before_BJD.dtype), None
+
+
+_sum.defvjp(lambda *saved: (_sum(*saved), saved), _sum_backward)
