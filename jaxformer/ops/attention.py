@@ -7,6 +7,7 @@ Dims: B batch, T queries, S keys, H query heads, G key/value heads (H = G x grou
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -208,8 +209,8 @@ def attention(
   if time_axes(q.shape[1]):
     # Every shard has all keys that are not the queries' own (an encoder's output).
     if mask.aligned and mask.key_segments_BS is None:
-      options = {'scale': scale, 'softcap': softcap, 'slopes_H': slopes_H}
-      return attention_sharded(q, k, v, mask, **options, splash=chosen == 'splash')
+      shared = functools.partial(attention_sharded, splash=chosen == 'splash')
+      return shared(q, k, v, mask, scale=scale, softcap=softcap, slopes_H=slopes_H)
     t, s = mask.positions(q.shape[1], k.shape[1])  # a shard's positions are no longer 0..T-1
     mask = dataclasses.replace(mask, index_T=t, index_S=s, key_segments_BS=mask.keys())
 
