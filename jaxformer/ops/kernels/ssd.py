@@ -137,7 +137,7 @@ class _Plan(NamedTuple):
 
   def by_head(self, x_CX):
     """[C, X] -> [1, C] per head of a tile: the sum over its lanes."""
-    shape = (_SUBLANES, self.X)
+    shape = (max(_SUBLANES, self.together), self.X)
     head, lane = (jax.lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (0, 1))
     sums = self.dot((lane // self.P == head).astype(jnp.float32), x_CX, 'nt')
     return [sums[j : j + 1] for j in range(self.together)]
