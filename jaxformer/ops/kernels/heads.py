@@ -25,6 +25,18 @@ def pad(x, *sizes: int):
   return jnp.pad(x, [(0, size - old) for old, size in zip(x.shape, sizes, strict=True)])
 
 
+def dot(a, b, form: str, exact: bool):
+  """a b ('nn'), a b^T ('nt') or a^T b ('tn') of matrices, summed in fp32: of fp32 operands if
+  `exact`, else of operands rounded to bf16."""
+  dims = ((0 if form[0] == 't' else 1,), (1 if form[1] == 't' else 0,))
+  precision = jax.lax.Precision.HIGHEST if exact else jax.lax.Precision.DEFAULT
+  if not exact:
+    a, b = a.astype(jnp.bfloat16), b.astype(jnp.bfloat16)
+  return jax.lax.dot_general(
+    a, b, (dims, ((), ())), precision=precision, preferred_element_type=jnp.float32
+  )
+
+
 def repeated(matrix: np.ndarray, parts: int):
   """A matrix of 0, 1 and -1, side by side, as `sums` reads it."""
   return jnp.asarray(np.concatenate([matrix] * parts, axis=1), jnp.bfloat16)
@@ -65,14 +77,8 @@ class HeadsPlan:
   interpret: bool
 
   def dot(self, a, b, form: str):
-    """a b ('nn'), a b^T ('nt') or a^T b ('tn'), summed in fp32."""
-    dims = ((0 if form[0] == 't' else 1,), (1 if form[1] == 't' else 0,))
-    precision = jax.lax.Precision.HIGHEST if self.exact else jax.lax.Precision.DEFAULT
-    if not self.exact:
-      a, b = a.astype(jnp.bfloat16), b.astype(jnp.bfloat16)
-    return jax.lax.dot_general(
-      a, b, (dims, ((), ())), precision=precision, preferred_element_type=jnp.float32
-    )
+    """`dot` in the precision of the plan."""
+    return dot(a, b, form, self.exact)
 
   def stack(self, x, size: int):
     """[C, lanes] -> [heads C, lanes]: stacked, each with the lanes of one head (of `size`) and

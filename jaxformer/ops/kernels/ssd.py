@@ -43,9 +43,10 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from jaxformer.ops.kernels.blocks import blocks, call, differentiable
+from jaxformer.ops.kernels.heads import LANES, dot, lanes, pad
 from jaxformer.sharding import platform
 
-_LANES, _SUBLANES = 128, 8
+_SUBLANES = 8
 _GRID = 16.0  # sums of multiples of 1 / 16 are exact in fp32 up to 2^20
 _UNDERFLOW = -160.0  # 2^-160 is 0 in fp32; a multiple of 1 / 16
 _LOG2E = math.log2(math.e)
@@ -66,21 +67,15 @@ class _Plan(NamedTuple):
   @property
   def together(self) -> int:
     """Heads of a tile."""
-    return max(1, _LANES // self.P)
+    return max(1, LANES // self.P)
 
   @property
   def X(self) -> int:
     return self.together * self.P
 
   def dot(self, a, b, form: str):
-    """a b ('nn'), a b^T ('nt') or a^T b ('tn'), summed in fp32."""
-    dims = ((0 if form[0] == 't' else 1,), (1 if form[1] == 't' else 0,))
-    precision = jax.lax.Precision.HIGHEST if self.exact else jax.lax.Precision.DEFAULT
-    if not self.exact:
-      a, b = a.astype(jnp.bfloat16), b.astype(jnp.bfloat16)
-    return jax.lax.dot_general(
-      a, b, (dims, ((), ())), precision=precision, preferred_element_type=jnp.float32
-    )
+    """`heads.dot` in the precision of the plan."""
+    return dot(a, b, form, self.exact)
 
   def ordered(self, relation):
     """[C, C] in fp32: 1 where `relation` holds of the indices of row and column."""
@@ -376,20 +371,11 @@ def _backward(plan: _Plan, saved, cotangents):
 _ssd = differentiable(_forward, _backward)
 
 
-def _lanes(size: int) -> int:
-  """The lanes of one head: sizes that share or fill vectors of lanes."""
-  return max(8, pl.next_power_of_2(size)) if size < _LANES else pl.cdiv(size, _LANES) * _LANES
-
-
-def _pad(x, *sizes: int):
-  return jnp.pad(x, [(0, size - old) for old, size in zip(x.shape, sizes, strict=True)])
-
-
 def _heads(R: int, P: int, N: int, itemsize: int) -> int:
   """Heads of a block, of R that share their maps: complete tiles, blocks of nearly equal size."""
-  together = max(1, _LANES // P)
+  together = max(1, LANES // P)
   tiles = pl.cdiv(R, together)
-  most = max(1, _BLOCK_BYTES * _LANES // (itemsize * together * P * max(N, _LANES)))
+  most = max(1, _BLOCK_BYTES * LANES // (itemsize * together * P * max(N, LANES)))
   return pl.cdiv(tiles, pl.cdiv(tiles, most)) * together
 
 
@@ -420,7 +406,7 @@ def ssd_pallas(
   (batch, T, H, P), (G, N) = x_BTHP.shape, B_BTGN.shape[2:]
   dtype = jnp.result_type(x_BTHP, B_BTGN, C_BTGN)
   exact, tpu = dtype != jnp.bfloat16, platform() == 'tpu'
-  width, depth, R = _lanes(P), pl.cdiv(N, _LANES) * _LANES if tpu or N > _LANES else N, H // G
+  width, depth, R = lanes(P), pl.cdiv(N, LANES) * LANES if tpu or N > LANES else N, H // G
   heads = _heads(R, width, depth, 4 if exact else 2)
   blocks_ = pl.cdiv(R, heads)
   plan = _Plan(heads, width, depth, chunk, unroll, exact, not tpu)
@@ -428,20 +414,20 @@ def ssd_pallas(
 
   def rows(x_BTH):
     """[B, blocks, heads of a block, T]."""
-    x = _pad(x_BTH.reshape(batch, T, G, R), batch, all_T, G, all_R)
+    x = pad(x_BTH.reshape(batch, T, G, R), batch, all_T, G, all_R)
     return x.transpose(0, 2, 3, 1).reshape(batch, G * blocks_, heads, all_T)
 
   def maps(x_BTGN):
-    x = _pad(x_BTGN.astype(dtype), batch, all_T, G, depth)
+    x = pad(x_BTGN.astype(dtype), batch, all_T, G, depth)
     return x.reshape(batch, all_T, G * depth)
 
   dt, A = dt_BTH.astype(jnp.float32), A_H.astype(jnp.float32) * _LOG2E
   log2 = jnp.where(starts_BT[..., None], _UNDERFLOW, jnp.maximum(dt * A[None, None], _UNDERFLOW))
   D = jnp.broadcast_to(D_H.astype(jnp.float32)[:, None], (H, P)).reshape(G, R, P)
   x = x_BTHP.astype(dtype).reshape(batch, T, G, R, P)
-  x = _pad(x, batch, all_T, G, all_R, width)
+  x = pad(x, batch, all_T, G, all_R, width)
   # [B, H, P, N] <-> [B, blocks, N, channels of a block]
-  first = _pad(h_BHPN.astype(jnp.float32).reshape(batch, G, R, P, N), batch, G, all_R, width, depth)
+  first = pad(h_BHPN.astype(jnp.float32).reshape(batch, G, R, P, N), batch, G, all_R, width, depth)
   first = jnp.moveaxis(first.reshape(batch, G * blocks_, heads * width, depth), 3, 2)
   y, last = _ssd(
     plan,
@@ -450,7 +436,7 @@ def ssd_pallas(
     rows(log2),
     maps(B_BTGN),
     maps(C_BTGN),
-    _pad(D, G, all_R, width).reshape(1, -1),
+    pad(D, G, all_R, width).reshape(1, -1),
     first,
   )
   y = y.reshape(batch, all_T, G, all_R, width)[:, :T, :, :R, :P].reshape(x_BTHP.shape)
