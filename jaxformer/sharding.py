@@ -260,6 +260,15 @@ def platform() -> str:
   return 'gpu' if name in ('cuda', 'rocm') else name
 
 
+def device_kind() -> str:
+  """Return the `device_kind` of the devices of the program that is being traced, as `platform`
+  finds them; '' where no devices are known, only a platform."""
+  active = _ACTIVE.get()
+  if _ASSUMED.get() or (active and isinstance(active.mesh, AbstractMesh)):
+    return ''
+  return (active.mesh.devices.flat[0] if active else jax.devices()[0]).device_kind
+
+
 def shard(x: jax.Array, *axes: str | None) -> jax.Array:
   """Constrain the sharding of activation `x` by its logical axes.
 

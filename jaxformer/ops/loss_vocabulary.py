@@ -24,15 +24,13 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.layout import Layout, with_layout_constraint
 
+from jaxformer.hardware import chip
 from jaxformer.ops.softcap import soft_cap
-from jaxformer.sharding import platform, shard, shard_param, shards
+from jaxformer.sharding import device_kind, platform, shard, shard_param, shards
 from jaxformer.task_type import IGNORE
 
 # logits of one slice on one device, fp32; the backward pass holds them in the dtype of the products
 _LOGIT_BYTES = 2**26
-# Fewer columns of a slice, and its products wait for x, which each of them reads from memory: a
-# product with C columns takes C FLOPs per byte of x, and a TPU v6e has 560 per byte that it reads.
-_LEAST_COLUMNS = 2048
 _LANES = 128
 
 
@@ -50,10 +48,16 @@ class LossOptions:
 
 def _chunk(x, V: int, parts: int) -> int:
   """Columns of a shard at a time: slices of equal size, whole lanes, within `_LOGIT_BYTES` unless
-  these are too few."""
+  these are too few for the device.
+
+  The sum dx is read and written in fp32 by a product of 2 D C FLOPs per token, C / 4 per byte, which
+  waits for the memory if the device has more FLOPs per byte that it reads: 240 on a TPU v5e, 560 on
+  a v6e."""
   B, T, _ = x.shape
   tokens = B * T // (shards('batch', B) * shards('time', T))
-  most = max(_LEAST_COLUMNS, _LOGIT_BYTES // (4 * tokens) // _LANES * _LANES)
+  known = chip(device_kind())
+  least = 4 * known.peak() / known.bytes_per_second if known else 0
+  most = max(-int(-least // _LANES), _LOGIT_BYTES // (4 * tokens) // _LANES, 1) * _LANES
   columns = V // parts
   return min(columns, -(-columns // -(-columns // most) // _LANES) * _LANES)
 
