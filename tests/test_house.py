@@ -47,7 +47,7 @@ MAY_IMPORT = {
   'data': BASE,
   'sharding_rules': BASE,
   'sharding': BASE | {'sharding_rules'},
-  'ops': BASE | {'sharding'},
+  'ops': BASE | {'hardware', 'sharding'},
   'layers': BASE | {'sharding', 'ops'},
   'models': BASE | {'memory', 'sharding', 'ops', 'layers'},
   'inference': MODELS,

@@ -50,9 +50,9 @@ def _chunk(x, V: int, parts: int) -> int:
   """Columns of a shard at a time: slices of equal size, whole lanes, within `_LOGIT_BYTES` unless
   these are too few for the device.
 
-  The sum dx is read and written in fp32 by a product of 2 D C FLOPs per token, C / 4 per byte, which
-  waits for the memory if the device has more FLOPs per byte that it reads: 240 on a TPU v5e, 560 on
-  a v6e."""
+  The sum dx is read and written in fp32 by a product of 2 D C FLOPs per token, C / 4 per byte. It
+  waits for the memory if the device has more FLOPs per byte that it reads: 240 on a TPU v5e, 560
+  on a v6e."""
   B, T, _ = x.shape
   tokens = B * T // (shards('batch', B) * shards('time', T))
   known = chip(device_kind())
