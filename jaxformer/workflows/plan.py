@@ -250,9 +250,14 @@ def _setup(
 
 
 def _of_setup(experiment: Experiment, setup: PlanSetup) -> Experiment:
-  """Return the experiment with the mesh, batch and remat policy of a setup."""
+  """Return the experiment with the mesh, batch and remat policy of a setup, and the options of its
+  chip, which a user's file may have changed."""
+  options = (f'{name}={value}' for name, value in setup.target.chip.compiler_options.items())
   training = experiment.training.replace(
-    batch_size=setup.batch_size, remat=setup.remat, accumulate=setup.accumulate
+    batch_size=setup.batch_size,
+    remat=setup.remat,
+    accumulate=setup.accumulate,
+    compiler_options=(*options, *experiment.training.compiler_options),
   )
   return experiment.replace(training=training, mesh=setup.mesh)
 

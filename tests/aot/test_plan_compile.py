@@ -74,6 +74,16 @@ def test_a_training_step(capfd, name, padding):
   assert (compiled['jax'], compiled['libtpu'] != '') == (jax.__version__, True)
 
 
+@tpu_compiler
+@needs_libtpu
+def test_the_compiler_has_the_options_of_a_file_of_chips(capfd, tmp_path):
+  """They replace those of the table; `training.compiler_options` replace both."""
+  (tmp_path / 'chips.toml').write_text('v5e.compiler_options = { xla_no_such_option = "1" }')
+  words = ['plan', 'gpt2-tiny', '--target', 'v5e:2x2', '--compile', '--hardware']
+  assert main([*words, str(tmp_path / 'chips.toml')]) == 2
+  assert "No such compile option: 'xla_no_such_option'" in capfd.readouterr().err
+
+
 def _check_profile(found: dict, layer: str) -> None:
   """The predicted time is above the lower bound; all of it has a phase, a layer and a source."""
   predicted, profile = found['predicted'], found['profile']
