@@ -15,10 +15,11 @@ from jaxtyping import Array, Float, Int
 from jaxformer.config import InputError
 from jaxformer.layers.dense import Dense, by_head
 from jaxformer.layers.init import Init, Normal
-from jaxformer.layers.layer import Context, Layer, LayerConfig, LayerPosition, Output, positions_BT
+from jaxformer.layers.layer import Context, Layer, LayerConfig, LayerPosition, Output
 from jaxformer.layers.norm import NormConfig, RMSNorm, build_norm
 from jaxformer.layers.position import Alibi, AttentionPosition, Llama3Scaling, Rotary
 from jaxformer.ops.attention import Mask, attention
+from jaxformer.ops.documents import count_starts
 from jaxformer.sharding import shard
 
 
@@ -150,7 +151,7 @@ class Attention(Layer):
     self, x_BTD: Float[Array, 'B T D'], ctx: Context, state: AttentionState | None = None
   ) -> Output:
     starts = ctx.starts(x_BTD)
-    positions = positions_BT(starts, None if state is None else state.offset_B)
+    positions = ctx.positions(x_BTD, None if state is None else state.offset_B)
     q, k, v = self._qkv(x_BTD, positions)
     c, mask = self.config, None
     if state is not None:
@@ -158,7 +159,7 @@ class Attention(Layer):
     if mask is None or ctx.fresh:
       # Numbered by their borders: a number that recurs is another document, as it is for every
       # layer with a state.
-      segments_BT = None if ctx.segments_BT is None else jnp.cumsum(starts, axis=1, dtype=jnp.int32)
+      segments_BT = None if ctx.segments_BT is None else count_starts(starts)
       k_seen, v_seen, mask = k, v, Mask(c.causal, c.window, segments_BT)
     slopes = None if c.position is None else c.position.slopes(c.heads)
     y = attention(
@@ -217,7 +218,7 @@ def _extend(
     index_S = jnp.concatenate([index_old, index_new])
   # Documents are numbered by where they start: the current one is 0, those that start in this call
   # 1, 2, ...
-  segments_BT = jnp.cumsum(starts, axis=1, dtype=jnp.int32)
+  segments_BT = count_starts(starts)
   new_BS = jnp.take(segments_BT, jnp.clip(index_S - n, 0, T - 1), axis=1)
   old_BS = jnp.where(index_S[None] >= (n - state.offset_B)[:, None], 0, -1)
   segments_BS = jnp.where((index_S >= n)[None], new_BS, old_BS)

@@ -17,6 +17,7 @@ from jaxformer.layers.layer import (
   take_positions,
 )
 from jaxformer.layers.lstm import Lstm, RecurrentConfig
+from jaxformer.ops.documents import count_starts
 
 
 class Bidirectional(Layer):
@@ -68,7 +69,7 @@ class Bidirectional(Layer):
     before, before_backward = (None, None) if state is None else state
     forward = self.forward(x_BTD, ctx.fold(0), before)
     # each document has a number of its own
-    number_BT = jnp.cumsum(ctx.starts(x_BTD), axis=1, dtype=jnp.int32)
+    number_BT = count_starts(ctx.starts(x_BTD))
     index_BT = _reversal(number_BT)
     backward_ctx = ctx.fold(1).replace(
       segments_BT=take_positions(number_BT, index_BT),

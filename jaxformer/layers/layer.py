@@ -119,6 +119,12 @@ class Context:
     """Return True where a packed document starts in a sequence (`starts_BT`)."""
     return starts_BT(self.segments_BT, *x_BTD.shape[:2])
 
+  def positions(
+    self, x_BTD: Float[Array, 'B T D'], offset_B: Int[Array, ' B'] | None = None
+  ) -> Int[Array, 'B T']:
+    """Return the position of each token within its document (`positions_BT`)."""
+    return positions_BT(self.segments_BT, *x_BTD.shape[:2], offset_B)
+
   def fold(self, i: int | Array) -> Context:
     """Return the context for part `i` of several, with a dropout key of its own."""
     if self.dropout_key is None:
@@ -336,15 +342,20 @@ def starts_BT(segments_BT: Int[Array, 'B T'] | None, batch: int, length: int) ->
 
 
 def positions_BT(
-  starts: Bool[Array, 'B T'], offset_B: Int[Array, ' B'] | None = None
+  segments_BT: Int[Array, 'B T'] | None,
+  batch: int,
+  length: int,
+  offset_B: Int[Array, ' B'] | None = None,
 ) -> Int[Array, 'B T']:
   """Return the position of each token within its document; `offset_B` tokens of the first token's
   document precede the call."""
-  B, T = starts.shape
+  B, T = batch, length
   index = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32)[None], (B, T))
   first = jnp.zeros((B,), jnp.int32) if offset_B is None else -offset_B.astype(jnp.int32)
-  began = jnp.where(starts, index, jnp.broadcast_to(first[:, None], (B, T)))
-  return index - jax.lax.cummax(began, axis=1)
+  began = jnp.broadcast_to(first[:, None], (B, T))
+  if segments_BT is not None:
+    began = jax.lax.cummax(jnp.where(starts_BT(segments_BT, B, T), index, began), axis=1)
+  return index - began
 
 
 def take_positions(x: Array, index_BT: Int[Array, 'B T']) -> Array:

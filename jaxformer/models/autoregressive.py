@@ -9,7 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from jaxformer.layers.init import Init, Normal
-from jaxformer.layers.layer import Context, Output, State, positions_BT, starts_BT
+from jaxformer.layers.layer import Context, Output, State, positions_BT
 from jaxformer.layers.norm import NormConfig
 from jaxformer.models.embedder import Embedder
 from jaxformer.models.model import BaseModel, ModelConfig
@@ -119,8 +119,8 @@ class Autoregressive(BaseModel):
   ) -> Output:
     """Return what the head reads, `[B, T, D]`. With a state, the sequence continues from it;
     `initial` are states of the stack to start from where the result needs no state."""
-    starts = starts_BT(ctx.segments_BT, *tokens_BT.shape)
-    positions = positions_BT(starts, None if state is None else state.position_B)
+    before = None if state is None else state.position_B
+    positions = positions_BT(ctx.segments_BT, *tokens_BT.shape, before)
     x = self.embedder(tokens_BT, positions, self._embedder_ctx(ctx))
     x, ctx = self._stream(x, ctx)
     if initial is not None:

@@ -10,7 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxformer.layers.init import FanInUniform, Init, Zeros
-from jaxformer.layers.layer import Context, Output, positions_BT, starts_BT
+from jaxformer.layers.layer import Context, Output, positions_BT
 from jaxformer.layers.norm import LayerNorm, NormConfig, build_norm
 from jaxformer.models.embedder import Embedder, InputConfig
 from jaxformer.models.head import Head
@@ -101,7 +101,7 @@ class Classifier(BaseModel):
     """What the head reads is one vector per sequence: T = 1."""
     B, T = batch.targets_BT.shape
     segments_BT = None if batch.segments_BT is None else jnp.asarray(batch.segments_BT)
-    x = self.embedder(batch.inputs, positions_BT(starts_BT(segments_BT, B, T)))
+    x = self.embedder(batch.inputs, positions_BT(segments_BT, B, T))
     out = self.stack(x, ctx.replace(segments_BT=segments_BT))
     y = out.y if self.final_norm is None else self.final_norm(out.y)
     valid_BT = jnp.ones((B, T), bool) if segments_BT is None else segments_BT > 0

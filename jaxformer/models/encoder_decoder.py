@@ -11,7 +11,7 @@ from jaxtyping import Array, Int
 
 from jaxformer.config import InputError
 from jaxformer.layers.dense import EmbeddingTable
-from jaxformer.layers.layer import Context, Memory, Output, positions_BT, starts_BT, take_positions
+from jaxformer.layers.layer import Context, Memory, Output, positions_BT, take_positions
 from jaxformer.layers.norm import NormConfig, build_norm
 from jaxformer.models.autoregressive import Autoregressive, AutoregressiveConfig, DecoderState
 from jaxformer.models.block import merge_aux, widths
@@ -143,7 +143,7 @@ class EncoderDecoder(Autoregressive):
     segments = (source != IGNORE).astype(jnp.int32)
     ctx = ctx.fold(0).replace(segments_BT=segments)
     x = self.embedder(
-      source, positions_BT(starts_BT(segments, B, S)), self._embedder_ctx(ctx), self.source_input
+      source, positions_BT(segments, B, S), self._embedder_ctx(ctx), self.source_input
     )
     states = self.encoder.init_state(B, S) if c.init_from_encoder else None
     out = self.encoder(x, ctx, states)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Complex, Float
 
 from jaxformer.ops.chunks import scan_steps
+from jaxformer.ops.documents import count_starts
 from jaxformer.ops.implementation import Operation
 from jaxformer.ops.sequence_parallel import multiply_add, over_time, reset_masks
 from jaxformer.ops.ssm_systems import as_complex, as_real
@@ -49,7 +50,7 @@ def diagonal_scan(
     factor = jnp.where(reset_masks(starts_BT)[0][:, None], power_TP[-1:], 0.0)
 
     def outputs(first_BN):
-      reached = (jnp.cumsum(starts_BT, axis=1) == 0)[..., None]
+      reached = (count_starts(starts_BT) == 0)[..., None]
       from_state = power_TP[None] * as_complex(first_BN)[:, None]
       return as_real(x_BTP + jnp.where(reached, from_state, 0.0))
 

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool
 
+from jaxformer.ops.documents import count_starts
 from jaxformer.sharding import mesh_axes, per_shard, shards
 
 Axes = tuple[str, ...]
@@ -197,7 +198,7 @@ def multiply_add(state: Array, part: tuple[Array, Array]) -> Array:
 def reset_masks(starts_BT: Bool[Array, 'B T']) -> tuple[Bool[Array, ' B'], Bool[Array, 'B T']]:
   """Whether the state before a part survives it, as no document starts within it; and which
   positions contribute to the state after it, as no document starts later in it."""
-  later = jnp.flip(jnp.cumsum(jnp.flip(starts_BT, 1), axis=1, dtype=jnp.int32), 1) - starts_BT
+  later = jnp.flip(count_starts(jnp.flip(starts_BT, 1)), 1) - starts_BT
   return ~jnp.any(starts_BT, axis=1), later == 0
 
 

@@ -26,6 +26,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from jaxformer.ops.chunks import scan_steps
+from jaxformer.ops.documents import count_starts
 from jaxformer.ops.implementation import Operation
 from jaxformer.ops.long_convolution import fft_convolution
 from jaxformer.ops.sequence_parallel import over_time, reset_masks, time_axes
@@ -183,7 +184,7 @@ def _chunks(u_BTH, k_MHC, into_HCN, out_MHCN, transition, x_HBN, starts_BT):
     index_GC, u_last, kept_nB = None, u_HGC, None
   else:
     # The documents of each chunk by number, 0 for the one that the incoming state belongs to.
-    index_GC = jnp.cumsum(starts_BT.reshape(B * n, C), axis=1, dtype=jnp.int32)
+    index_GC = count_starts(starts_BT.reshape(B * n, C))
     u_last = jnp.where((index_GC == index_GC[:, -1:])[None], u_HGC, 0.0)
     kept_nB = (index_GC[:, -1] == 0).reshape(B, n).T
   ends_HGN = _matmul(u_last, into_HCN[:, ::-1])

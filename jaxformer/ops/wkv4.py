@@ -26,6 +26,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from jaxformer.ops.chunks import scan_chunks, scan_steps
+from jaxformer.ops.documents import count_starts
 from jaxformer.ops.implementation import Operation
 from jaxformer.ops.sequence_parallel import local_length, over_time, reset_masks
 from jaxformer.sharding import platform
@@ -175,7 +176,7 @@ def _last_exponent(pp, k, w, starts):
   - i) w since the document started."""
   C = k.shape[0]
   # here or later in the chunk
-  begun = jnp.flip(lax.cummax(jnp.flip(starts, 0).astype(jnp.int32), axis=0), 0) == 1
+  begun = jnp.flip(count_starts(jnp.flip(starts, 0), axis=0), 0) > 0
   # of the state, then of each token
   dropped = jnp.concatenate([begun, jnp.zeros_like(begun[:1])])[..., None]
   age = jnp.arange(C, -1, -1, dtype=jnp.float32)[:, None, None]

@@ -23,6 +23,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxformer.ops.chunks import scan_chunks, scan_steps
+from jaxformer.ops.documents import count_starts
 from jaxformer.ops.implementation import Operation
 from jaxformer.ops.kernels.wkv6 import wkv6_pallas
 from jaxformer.ops.sequence_parallel import (
@@ -114,7 +115,7 @@ def _chunk(S_BHKV, r, k, v, starts_BC, log_decay):
   """(state, y) after a chunk `[B, C, H, K]`, without what a token contributes to itself."""
   r, k, v, log_decay = (jnp.swapaxes(x, 1, 2) for x in (r, k, v, log_decay))  # B H C K
   weights, before, after, total = _weights(r, k, log_decay)
-  segments_BC: Int[Array, 'B C'] = jnp.cumsum(starts_BC, axis=1, dtype=jnp.int32)
+  segments_BC: Int[Array, 'B C'] = count_starts(starts_BC)
   same = segments_BC[:, None, :, None] == segments_BC[:, None, None, :]
   # tokens that read the incoming state, and tokens that contribute to the outgoing one
   first = (segments_BC == 0)[:, None, :, None]

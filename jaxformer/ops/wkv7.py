@@ -39,6 +39,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from jaxformer.ops.chunks import scan_steps, to_chunks
+from jaxformer.ops.documents import count_starts
 from jaxformer.ops.implementation import Operation
 from jaxformer.ops.kernels.wkv7 import wkv7_pallas
 from jaxformer.ops.sequence_parallel import local_length, over_time
@@ -162,7 +163,7 @@ def _span(S_BHVK, inputs, *, precision):
   C = r.shape[-2]
   dot = functools.partial(jnp.einsum, precision=precision, preferred_element_type=jnp.float32)
   # [B, 1, N, C], 0 for the document in which the chunk starts
-  document = jnp.cumsum(starts, axis=-1)
+  document = count_starts(starts, axis=-1)
   L = jnp.cumsum(w, axis=-2)
   before, end = L - w, L[..., -1:, :]
   middle = jax.lax.stop_gradient(L[..., C // 2 - 1 : C // 2, :])

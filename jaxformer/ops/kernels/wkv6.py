@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
+from jaxformer.ops.documents import count_starts
 from jaxformer.ops.kernels.blocks import blocks, call, differentiable
 from jaxformer.ops.kernels.heads import LANES, lanes, pad, repeated
 from jaxformer.ops.kernels.wkv6_chunk import KernelPlan, sum_matrix
@@ -216,9 +217,8 @@ def wkv6_pallas(
   u = pad(u_HK.astype(jnp.float32), all_H, X).reshape(H_blocks, 1, heads * X)
   first = pad(state_BHKV.astype(jnp.float32), B, all_H, X, Y).reshape(B, H_blocks, heads, X, Y)
   first = first.transpose(0, 1, 4, 2, 3).reshape(B, H_blocks, Y, heads * X)
-  segment = jnp.cumsum(
-    pad(starts_BT.astype(jnp.float32), B, all_T).reshape(B, -1, 1, chunk), axis=-1
-  )
+  starts = pad(starts_BT, B, all_T).reshape(B, -1, 1, chunk)
+  segment = count_starts(starts, axis=-1, dtype=jnp.float32)
   y, last = _wkv6(plan, flat(r_BTHK, X), flat(k_BTHK, X), flat(v_BTHV, Y), w, u, segment, first)
   last = last.reshape(B, H_blocks, Y, heads, X).transpose(0, 1, 3, 4, 2).reshape(B, all_H, X, Y)
   return y.reshape(B, all_T, all_H, Y)[:, :T, :H, :V].astype(v_BTHV.dtype), last[:, :H, :K, :V]

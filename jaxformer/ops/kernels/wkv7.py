@@ -29,6 +29,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from jaxformer.config import InputError
+from jaxformer.ops.documents import count_starts
 from jaxformer.ops.kernels.blocks import blocks, call, differentiable
 from jaxformer.ops.kernels.heads import LANES, lanes, pad, repeated
 from jaxformer.ops.kernels.wkv7_chunk import ChunkPlan, sum_matrices
@@ -275,9 +276,8 @@ def wkv7_pallas(
     S = pad(S.astype(jnp.float32), B, all_H, Y, X).reshape(B, blocks_H, groups, heads, Y, X)
     return S.transpose(0, 1, 2, 4, 3, 5).reshape(B, blocks_H, groups, Y, heads * X)
 
-  segment = jnp.cumsum(
-    pad(starts_BT.astype(jnp.float32), B, all_T).reshape(B, -1, 1, chunk), axis=-1
-  )
+  starts = pad(starts_BT, B, all_T).reshape(B, -1, 1, chunk)
+  segment = count_starts(starts, axis=-1, dtype=jnp.float32)
   w = log_decay_BTHK.astype(jnp.float32)
   y, last = _wkv7(
     plan,
