@@ -50,6 +50,11 @@ OPTIONS = {'v5e': 16384, 'v5p': 16384, 'v6e': 98304}  # KiB of on-chip memory of
 OFFLOAD = 'they keep projections in host memory, ours are computed again'
 
 
+def tensor(size: int) -> MeshConfig:
+  """Tensor parallelism of a size, FSDP over the rest."""
+  return MeshConfig(data=1, fsdp=-1, tensor=size)
+
+
 def maxtext(width: int, layers: int, hidden: int, heads: int) -> ModelConfig:
   """The dense models that MaxText scales by `global_parameter_scale`."""
   attention = Attention.Config(heads=heads, kv_heads=heads, head_dim=128, position=Rotary())
@@ -100,11 +105,22 @@ POINTS = [
   Point('16B v5e', B16, 'v5e-256', 6, 2048, 'full', teraflops=120),
   Point('32B v5e', B32, 'v5e-256', 4, 2048, 'full', teraflops=132),
   Point('64B v5e', B64, 'v5e-256', 2, 2048, 'full', teraflops=118),
-  Point('128B v5e', B128, 'v5e-256', 1, 2048, 'full', teraflops=110, differs=OFFLOAD),
-  Point('32B v5p', B32, 'v5p-128', 6, 2048, 'names', teraflops=328),
-  Point('128B v5p', B128, 'v5p-256', 1, 2048, 'names', teraflops=315),
-  Point('1024B v5p', B1024, 'v5p-2048', 2, 2048, 'full', teraflops=254),
-  Point('Llama 2 70B v5p', published('llama2-70b'), 'v5p-1024', 4, 4096, 'names', tokens=692),
+  Point(
+    '128B v5e', B128, 'v5e-256', 1, 2048, 'full', teraflops=110, mesh=tensor(16), differs=OFFLOAD
+  ),
+  Point('32B v5p', B32, 'v5p-128', 6, 2048, 'dots', teraflops=328, mesh=tensor(4)),
+  Point('128B v5p', B128, 'v5p-256', 1, 2048, 'dots', teraflops=315, mesh=tensor(8)),
+  Point('1024B v5p', B1024, 'v5p-2048', 2, 2048, 'full', teraflops=254, mesh=tensor(16)),
+  Point(
+    'Llama 2 70B v5p',
+    published('llama2-70b'),
+    'v5p-1024',
+    4,
+    4096,
+    'names',
+    tokens=692,
+    differs='they keep the projections of attention, ours are computed again',
+  ),
   Point(
     'Llama 3.1 8B v6e',
     published('llama3.1-8b'),
@@ -133,7 +149,7 @@ POINTS = [
     8192,
     'full',
     tokens=123,
-    mesh=MeshConfig(data=1, fsdp=64, tensor=4),
+    mesh=tensor(4),
     differs=OFFLOAD,
   ),
   Point('Mixtral 8x7B v6e', published('mixtral-8x7b'), 'v6e-256', 12, 4096, 'full', tokens=3899),
