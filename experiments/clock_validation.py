@@ -4,7 +4,8 @@ Question: how well does the clock of `planning.step_clock` foresee the steps of 
 speed has been published?
 
     pip install -e '.[tpu]'
-    python experiments/clock_validation.py [NAME ...]
+    python experiments/clock_validation.py            # the missing rows
+    python experiments/clock_validation.py NAME ...   # rows with one of these words in their names
 
 Needs no TPU. Each row compiles a training step of ours with the shape, batch, slice and sharding
 of a published one, and compares the predicted with the published time. The published runs are
@@ -15,22 +16,25 @@ chip), with the batch, sequence length and remat policy of the scripts beside th
 recipes that changes most: on a v6e 96 MiB of on-chip memory per fusion, elsewhere the default of 16
 MiB, which our own table raises. What differs is said in `differs`.
 
-Result: not run to the end yet. 16B on a v5e-256, compiled by libtpu 0.0.42.1 with 24 MiB, where the
-published run had 16: 9.339 s predicted, 10.306 published (-9.4 %)."""
+Rows are recorded in `clock_validation.json`, from which `clock_validation.md` is written.
+
+Cost: one to ten minutes of two CPU cores per row.
+Result: `clock_validation.md`."""
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import os
+import pathlib
 import statistics
-import time
-from pathlib import Path
+import sys
+from typing import Any
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 
 from jaxformer.data import Text
+from jaxformer.hardware import GIB
 from jaxformer.layers.attention import Attention
 from jaxformer.layers.mlp import GatedMlp
 from jaxformer.layers.norm import RMSNorm
@@ -42,17 +46,21 @@ from jaxformer.planning.compiler import compile_plan, topology_mesh
 from jaxformer.planning.cost import cost
 from jaxformer.planning.target import parse_target
 from jaxformer.sharding import MeshConfig
+from jaxformer.sharding_rules import Rules
 from jaxformer.training.experiment import Experiment, TrainingConfig
 from jaxformer.training.step import lowered_train_step
 
+FOLDER = pathlib.Path(__file__).parent
 FSDP = MeshConfig(data=1, fsdp=-1)
 OPTIONS = {'v5e': 16384, 'v5p': 16384, 'v6e': 98304}  # KiB of on-chip memory of a fusion
 OFFLOAD = 'they keep projections in host memory, ours are computed again'
 
 
 def tensor(size: int) -> MeshConfig:
-  """Tensor parallelism of a size, FSDP over the rest."""
-  return MeshConfig(data=1, fsdp=-1, tensor=size)
+  """Tensor parallelism of a size, which also shards the residual stream; FSDP over the rest."""
+  rules = Rules()
+  sharded = rules.replace(activations=rules.activations.replace(embed=('tensor',)))
+  return MeshConfig(data=1, fsdp=-1, tensor=size, rules=sharded)
 
 
 def maxtext(width: int, layers: int, hidden: int, heads: int) -> ModelConfig:
@@ -117,7 +125,7 @@ POINTS = [
     'v5p-1024',
     4,
     4096,
-    'names',
+    'attention',
     tokens=692,
     differs='they keep the projections of attention, ours are computed again',
   ),
@@ -157,7 +165,7 @@ POINTS = [
 ]
 
 
-def compiled(point: Point) -> dict[str, object]:
+def compiled(point: Point) -> dict[str, Any]:
   """The row of a point: predicted and published seconds, and where the predicted ones go."""
   target = parse_target(point.target)
   batch = point.rows * target.total_chips
@@ -173,7 +181,6 @@ def compiled(point: Point) -> dict[str, object]:
     mesh=point.mesh,
   )
   mesh = topology_mesh(str(target.topology), experiment.mesh)
-  began = time.perf_counter()
   found = compile_plan(
     lambda: lowered_train_step(experiment, mesh),
     mesh,
@@ -181,13 +188,10 @@ def compiled(point: Point) -> dict[str, object]:
     target.chip,
     ('Attention', 'GatedMlp', 'Moe'),
   )
-  row: dict[str, object] = {
-    'name': point.name,
-    'target': point.target,
+  row: dict[str, Any] = {
     'published_seconds': point.seconds,
-    'differs': point.differs,
-    'took': time.perf_counter() - began,
-    'gib': found.total / 2**30,
+    'gib': found.total / GIB,
+    'compile_seconds': found.compile_seconds,
     'jax': found.jax,
     'libtpu': found.libtpu,
   }
@@ -196,39 +200,70 @@ def compiled(point: Point) -> dict[str, object]:
   full = cost(point.model, point.length).train_flops_per_token_full * point.rows * point.length
   return row | {
     'predicted_seconds': profile.seconds,
-    'error': profile.seconds / point.seconds - 1,
     'mfu_full': full / profile.seconds / target.chip.peak(),
     'by_kind': profile.by_kind,
-    'by_phase': profile.by_phase,
-    'sources': [dataclasses.asdict(s) for s in profile.sources[:30]],
   }
 
 
-def main() -> None:
-  parser = argparse.ArgumentParser(description=__doc__)
-  parser.add_argument('names', nargs='*', help='parts of names; all without')
-  parser.add_argument('--json', type=Path, help='file that keeps the rows')
-  given = parser.parse_args()
-  kept = json.loads(given.json.read_text()) if given.json and given.json.exists() else {}
+def cells(point: Point, row: dict[str, Any]) -> list[str]:
+  """A row of the table."""
+  mesh = ' x '.join(f'{axis} {size}' for axis, size in point.mesh.given.items() if abs(size) > 1)
+  shape = f'{point.rows} x {point.length:,}', point.remat
+  published, predicted = row['published_seconds'], row['predicted_seconds']
+  if predicted is None:
+    return [point.name, point.target, mesh, *shape, f'{published:.3f}', '', '', '', point.differs]
+  shares = ', '.join(f'{kind} {100 * s / predicted:.0f}' for kind, s in row['by_kind'].items())
+  error = f'{100 * (predicted / published - 1):+.1f}'
+  return [
+    point.name,
+    point.target,
+    mesh,
+    *shape,
+    f'{published:.3f}',
+    f'{predicted:.3f}',
+    error,
+    shares,
+    point.differs,
+  ]
+
+
+def save(rows: dict[str, dict[str, Any]]) -> None:
+  (FOLDER / 'clock_validation.json').write_text(json.dumps(rows, indent=1) + '\n')
+  head = (
+    'model',
+    'slice',
+    'mesh',
+    'tokens per chip',
+    'remat',
+    'published, s',
+    'predicted, s',
+    'error, %',
+    'where the time goes, %',
+    'differs',
+  )
+  lines = ['# Predicted beside published steps', '']
+  lines += ['Made by `python experiments/clock_validation.py`; see there.', '']
+  lines += [f'| {" | ".join(head)} |', '|' + ' --- |' * len(head)]
+  known = [(p, rows[p.name]) for p in POINTS if p.name in rows]
+  lines += [f'| {" | ".join(cells(point, row))} |' for point, row in known]
+  ratios = [r['predicted_seconds'] / r['published_seconds'] for _, r in known if 'by_kind' in r]
+  if ratios:
+    off = statistics.median(abs(r - 1) for r in ratios)
+    lines += ['', f'Median error {100 * off:.1f} % of {len(ratios)} points.']
+  versions = {(r['jax'], r['libtpu']) for _, r in known}
+  lines += ['', *(f'jax {jax}, libtpu {libtpu}.' for jax, libtpu in sorted(versions))]
+  (FOLDER / 'clock_validation.md').write_text('\n'.join(lines) + '\n')
+
+
+def main(words: list[str]) -> None:
+  path = FOLDER / 'clock_validation.json'
+  rows = json.loads(path.read_text()) if path.exists() else {}
   for point in POINTS:
-    if given.names and not any(n.lower() in point.name.lower() for n in given.names):
-      continue
-    row = kept[point.name] = compiled(point)
-    seconds = row['predicted_seconds']
-    if seconds is None:
-      print(f'{point.name:20} does not fit: {row["gib"]:.1f} GiB', flush=True)
-    else:
-      print(
-        f'{point.name:20} predicted {seconds:7.3f} s, published {point.seconds:7.3f} s, '
-        f'{100 * row["error"]:+.1f}%, compiled in {row["took"]:.0f} s; {row["by_kind"]}',
-        flush=True,
-      )
-    if given.json:
-      given.json.write_text(json.dumps(kept, indent=1))
-  errors = [abs(r['error']) for r in kept.values() if r['predicted_seconds']]
-  if errors:
-    print(f'median error {100 * statistics.median(errors):.1f}% of {len(errors)} points')
+    if any(w in point.name for w in words) if words else point.name not in rows:
+      rows[point.name] = compiled(point)
+      save(rows)
+      print(' | '.join(cells(point, rows[point.name])), flush=True)
 
 
 if __name__ == '__main__':
-  main()
+  main(sys.argv[1:])
