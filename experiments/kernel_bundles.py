@@ -17,7 +17,7 @@ than the instructions take to issue: shares above 0.9 are not to be believed.
 FLOPs are those that a kernel declares, which are its products with the zeros in them (wkv6, wkv7),
 those of pairs of tokens in order and with states (ssd; backward twice as many, where it computes
 about three times as many) or its elementwise work (selective_scan); of splash attention, which
-declares none, those of a block without a mask.
+declares none, those of a block without a mask; of megablox (gmm, tgmm) those of a whole block.
 
 Result, jax 0.10.2 and libtpu 0.0.42.1 (cycles and share per block):
 
@@ -33,6 +33,8 @@ Result, jax 0.10.2 and libtpu 0.0.42.1 (cycles and share per block):
     selective_scan            3,452 0.0185    3,630 0.0176    3,286 0.0049
     ssd_forward               4,690 0.276     4,667 0.278     6,133 0.053
     ssd_backward             10,639 0.243    10,598 0.244    12,869 0.050
+    jvp_jit_gmm               9,112 0.897     9,144 0.895     2,979 0.687
+    jvp_jit_tgmm              5,599 0.730     5,514 0.742     2,290 0.447
 
 The matrix unit of v6e is 256 x 256, of which heads of 128 fill a half and heads of 64 in pairs a
 quarter."""
@@ -48,6 +50,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+
+from jaxformer.ops.grouped_matmul import _TILE, _TILE_OUTER
+
 BLOCK, HEAD, HEADS, LENGTH = 1024, 128, 2, 4096  # of attention
 
 
@@ -60,11 +66,13 @@ class Kernel(NamedTuple):
       the order of the file; those before are the block itself, and smaller parts, of the first or
       the last blocks, count as if all ran them.
     products: of splash attention, each of 2 BLOCK^2 HEAD FLOPs; None where FLOPs are declared.
+    flops: of a block, of a kernel of JAX's that declares those of all blocks; 0 of any other.
   """
 
   loops: Sequence[int] = ()
   parts: Sequence[float] = ()
   products: int | None = None
+  flops: float = 0
 
 
 # Cases: name -> the kernels that it runs. Chunks of a block: 4 of wkv6, of which the backward
@@ -82,6 +90,11 @@ CASES: dict[str, dict[str, Kernel]] = {
     'selective_scan': Kernel((16, 0), (1 / 8,)),
   },
   'ssd': {'ssd_forward': Kernel((2,)), 'ssd_backward': Kernel((4,))},
+  # a block takes one of two ways: through a tile of rows of one group, or of several
+  'grouped matmul': {
+    '_jvp_jit_gmm': Kernel(parts=(0.5, 0.5), flops=2 * math.prod(_TILE)),
+    '_jvp_jit_tgmm': Kernel(flops=2 * math.prod(_TILE_OUTER)),
+  },
 }
 
 
@@ -91,6 +104,7 @@ def functions() -> dict[str, tuple[Callable[..., Any], list[tuple[tuple[int, ...
   import jax.numpy as jnp
 
   from jaxformer.ops.attention_kernels import attention_splash
+  from jaxformer.ops.grouped_matmul import grouped_matmul
   from jaxformer.ops.masks import Mask
   from jaxformer.ops.selective_scan import selective_scan
   from jaxformer.ops.ssd import ssd
@@ -118,6 +132,9 @@ def functions() -> dict[str, tuple[Callable[..., Any], list[tuple[tuple[int, ...
     b, c = (a.reshape(B, T, 1, 2 * K) for a in (b, c))
     return ssd(x.reshape(B, T, D // K, K), dt, A, b, c, d, None, starts)[0]
 
+  def mixture(x, w, sizes):
+    return grouped_matmul(x, w, sizes)
+
   head, token, channel = (1, LENGTH, HEADS, HEAD), (B, T, H * K), (B, T, D)
   long = (1, 2 * LENGTH, HEADS, HEAD)
   low, full, starts = 'bfloat16', 'float32', ((B, T), 'bool')
@@ -131,6 +148,7 @@ def functions() -> dict[str, tuple[Callable[..., Any], list[tuple[tuple[int, ...
       scan,
       [(channel, low)] * 2 + [((D, N), full), *[((B, T, N), low)] * 2, ((D,), full), starts],
     ),
+    'grouped matmul': (mixture, [((8192, 4096), low), ((8, 4096, 14336), low), ((8,), 'int32')]),
     'ssd': (
       mamba2,
       [(channel, low), ((B, T, D // K), full), ((D // K,), full)]
@@ -163,7 +181,7 @@ def compile_case(name: str, topology: str) -> tuple[str, dict[str, int]]:
     y, pull = jax.vjp(lambda *floats: f(*floats, x[-1]), *x[:-1])
     return y, pull(jnp.ones_like(y))
 
-  if not name.startswith('attention'):
+  if name not in ('attention', 'attention, dq apart', 'grouped matmul'):
     pl.pallas_call = counted
   try:
     with use_mesh(parallel):
@@ -198,7 +216,6 @@ def cycles(file: Path, kernel: Kernel) -> float:
 
 
 def main(topology: str, *names: str) -> None:
-  os.environ.setdefault('JAX_PLATFORMS', 'cpu')
   with tempfile.TemporaryDirectory() as folder:
     os.environ['LIBTPU_INIT_ARGS'] = f'--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true'
     from jaxformer.hardware import CHIPS
@@ -220,7 +237,9 @@ def main(topology: str, *names: str) -> None:
         files = Path(folder).glob(f'*{name}*-packed-bundles-post-ra.txt')
         [file] = [f for f in files if 'schedule' not in f.name and not _other(f.name, name)]
         count = cycles(file, kernel)
-        if kernel.products is None:
+        if kernel.flops:
+          flops = kernel.flops
+        elif kernel.products is None:
           [flops] = [n for i, n in declared.items() if name in i and not _other(i, name)]
           flops = (flops or 0) / blocks[name]
         else:
