@@ -13,6 +13,9 @@ _BOUNDS = {
   'memory': 'memory traffic',
   'communication': 'communication',
 }
+# The least and the largest ratio of published to predicted times of training steps, in
+# `experiments/clock_validation.md`.
+PUBLISHED_TO_PREDICTED = 0.82, 1.11
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -21,6 +24,8 @@ class Prediction:
 
   Attributes:
     seconds: of a step.
+    interval: seconds between which the step would be if it were as far from its prediction as some
+      published one; None in inference, of which none was compared.
     tokens_per_second, tokens_per_second_per_chip: of all chips, and of one.
     mfu: model FLOPs utilization, in the causal convention (masked scores of attention are not
       counted): FLOPs of the model, without recomputation, over those at the peak of all chips.
@@ -32,6 +37,7 @@ class Prediction:
   """
 
   seconds: float
+  interval: tuple[float, float] | None
   tokens_per_second: float
   tokens_per_second_per_chip: float
   mfu: float
@@ -66,10 +72,12 @@ def predict(
     setup.model, setup.phase, setup.batch_size, setup.length, last_logits=setup.phase == 'prefill'
   )
   training = setup.phase == 'train'
+  least, most = PUBLISHED_TO_PREDICTED
   full = cost(setup.model, setup.length).train_flops_per_token_full * step_tokens
   train_seconds = None if tokens is None else tokens / step_tokens * seconds
   return Prediction(
     seconds=seconds,
+    interval=(least * seconds, most * seconds) if training else None,
     tokens_per_second=step_tokens / seconds,
     tokens_per_second_per_chip=step_tokens / seconds / chips,
     mfu=model / at_peak,

@@ -111,6 +111,7 @@ def _predicted_rows(v: dict[str, Any]) -> Rows:
   full = '' if p['mfu_full'] is None else f', {100 * p["mfu_full"]:.1f}% (full)'
   rows = [
     (f'predicted {what}', f'{1e3 * p["seconds"]:,.4g} ms', f'bound by {p["bound"]}: {shares}'),
+    *_interval_row(p['interval']),
     (
       '  tokens per second',
       f'{p["tokens_per_second"]:,.0f}',
@@ -122,6 +123,13 @@ def _predicted_rows(v: dict[str, Any]) -> Rows:
     price = f'${p["train_price_usd"]:,.0f} on demand'
     rows.append(('  training', f'{p["train_seconds"] / 86400:,.4g} days', price))
   return rows
+
+
+def _interval_row(interval: tuple[float, float] | None) -> Rows:
+  if interval is None:
+    return []
+  low, high = (1e3 * seconds for seconds in interval)
+  return [('  interval', f'{low:,.4g} to {high:,.4g} ms', 'as published steps lie around theirs')]
 
 
 def _profile_rows(v: dict[str, Any]) -> Rows:

@@ -89,6 +89,8 @@ def _check_profile(found: dict, layer: str) -> None:
   predicted, profile = found['predicted'], found['profile']
   seconds = predicted['seconds']
   assert found['step']['seconds'] < seconds == profile['seconds']
+  low, high = predicted['interval']
+  assert low < seconds < high
   assert 0 < predicted['mfu'] < predicted['hfu'] < 1
   for parts in (profile['by_kind'], profile['by_phase']):
     assert sum(parts.values()) == pytest.approx(seconds)
