@@ -26,7 +26,7 @@ from jaxtyping import Array, Float
 
 from jaxformer.layers.dense import Dense, EmbeddingTable
 from jaxformer.layers.init import Init, Normal, Zeros
-from jaxformer.layers.layer import Context, LayerPosition, Output, positions_BT, starts_BT
+from jaxformer.layers.layer import Context, LayerPosition, Output, positions_BT
 from jaxformer.layers.norm import NormConfig, RMSNorm
 from jaxformer.layers.position import SinusoidalPositions
 from jaxformer.models.embedder import Embedder
@@ -98,7 +98,7 @@ class Autoencoder(BaseModel):
 
   def read(self, batch: Batch, ctx: Context) -> Output:
     tokens_BT = jnp.asarray(batch.inputs)
-    position_BT = positions_BT(starts_BT(None, *tokens_BT.shape))
+    position_BT = positions_BT(None, *tokens_BT.shape)
     out = self.stack(self.embedder(tokens_BT, position_BT), ctx)
     places = self.places(position_BT).astype(out.y.dtype)
     y = shard(out.y[:, -1:] + places, 'batch', 'time', 'embed')
