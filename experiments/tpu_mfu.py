@@ -30,11 +30,11 @@ import jaxformer
 from jaxformer.config import InputError
 from jaxformer.hardware import GIB
 from jaxformer.models.zoo import PRESETS
+from jaxformer.planning.target import parse_target
 
 FOLDER = pathlib.Path(__file__).parent
 LENGTH = 2048
 ROWS = {'v5e-16': 8, 'v5p-16': 16, 'v6e-16': 16}  # sequences per chip
-CHIPS = {'v5e-16': 16, 'v5p-16': 8, 'v6e-16': 16}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +77,7 @@ def planned(model: Model, target: str) -> dict[str, Any]:
   overrides = options.pop('overrides', {}) | {
     'data.sequence_length': LENGTH,
     'data.packing': 'stream',
-    'training.batch_size': ROWS[target] * CHIPS[target],
+    'training.batch_size': ROWS[target] * parse_target(target).total_chips,
     'training.accumulate': 1,
     'training.remat': 'full',
     'mesh.data': 1,
@@ -113,9 +113,9 @@ def cells(title: str, target: str, row: dict[str, Any]) -> list[str]:
 def save(rows: dict[str, dict[str, Any]]) -> None:
   (FOLDER / 'tpu_mfu.json').write_text(json.dumps(rows, indent=1) + '\n')
   head = (
-    'model, parameters in billions (active)',
+    'model',
     'slice',
-    'billions',
+    'parameters in billions (active)',
     'tokens per second per chip',
     'MFU, %',
     'HFU, %',

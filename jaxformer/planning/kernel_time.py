@@ -30,8 +30,7 @@ class KernelTime(NamedTuple):
 # compiled by libtpu 0.0.42: of splash attention 1,024 x 1,024 positions and 128 dimensions per
 # head; of wkv6 and wkv7 heads of 64 in bf16, with all products that the kernel computes; of the
 # scan a state of 16, whose work is elementwise; of ssd 32 heads of 64 with a state of 128 in bf16,
-# with the products that are needed;
-# of megablox (gmm, tgmm) tiles of `ops.grouped_matmul` in bf16.
+# with the products that are needed; of megablox (gmm, tgmm) tiles of `ops.grouped_matmul` in bf16.
 SHARES: dict[str, dict[str, float]] = {
   'splash_mha_fwd': {'v5e': 0.64, 'v5p': 0.63, 'v6e': 0.23},
   'splash_mha_dkv': {'v5e': MOST_SHARE, 'v5p': MOST_SHARE, 'v6e': 0.40},

@@ -64,7 +64,7 @@ def test_the_search_finds_what_would_be_folded():
 )
 def test_a_step_without_packed_documents(name, platform):
   definition = define(PRESETS[name].model)
-  batch = abstract_batch(definition.config, 2, 128)._replace(segments_BT=None)
+  batch = abstract_batch(definition.config, 2, 128)  # no segments
   params = definition.abstract()
   key = jax.eval_shape(lambda: jax.random.key(0))
 
