@@ -132,9 +132,6 @@ def functions() -> dict[str, tuple[Callable[..., Any], list[tuple[tuple[int, ...
     b, c = (a.reshape(B, T, 1, 2 * K) for a in (b, c))
     return ssd(x.reshape(B, T, D // K, K), dt, A, b, c, d, None, starts)[0]
 
-  def mixture(x, w, sizes):
-    return grouped_matmul(x, w, sizes)
-
   head, token, channel = (1, LENGTH, HEADS, HEAD), (B, T, H * K), (B, T, D)
   long = (1, 2 * LENGTH, HEADS, HEAD)
   low, full, starts = 'bfloat16', 'float32', ((B, T), 'bool')
@@ -148,7 +145,10 @@ def functions() -> dict[str, tuple[Callable[..., Any], list[tuple[tuple[int, ...
       scan,
       [(channel, low)] * 2 + [((D, N), full), *[((B, T, N), low)] * 2, ((D,), full), starts],
     ),
-    'grouped matmul': (mixture, [((8192, 4096), low), ((8, 4096, 14336), low), ((8,), 'int32')]),
+    'grouped matmul': (
+      grouped_matmul,
+      [((8192, 4096), low), ((8, 4096, 14336), low), ((8,), 'int32')],
+    ),
     'ssd': (
       mamba2,
       [(channel, low), ((B, T, D // K), full), ((D // K,), full)]

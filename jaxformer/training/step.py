@@ -55,7 +55,7 @@ def step_config(experiment: Experiment, parallel: Parallel) -> TrainingConfig:
   all options of the compiler. Raises `InputError` for options that it does not take."""
   t, kind = experiment.training, parallel.mesh.devices.flat[0].device_kind
   options = hardware.compiler_options(kind, t.compiler_options)
-  if t.compiler_options:
+  if options != hardware.compiler_options(kind):  # those of the table are known to be right
     _check_options(t.compiler_options, options, parallel)
   return t.replace(
     dtype=compute_dtype(t.dtype, parallel).name,
