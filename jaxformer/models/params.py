@@ -135,14 +135,19 @@ def _rngs(key: Array) -> nnx.Rngs:
   return rngs
 
 
+def options_for_one_call(device: jax.Device) -> dict[str, int] | None:
+  """Options of the compiler for a program that runs once or twice: on a CPU without LLVM's
+  optimizations, since for a small model compiling it takes as long as some ten training steps."""
+  return {'xla_backend_optimization_level': 0} if device.platform == 'cpu' else None
+
+
 @functools.lru_cache(maxsize=64)
 def _initialiser(
   definition: Definition, where: tuple[jax.sharding.NamedSharding, ...] | None
 ) -> Callable[[Array], tuple[Array, ...]]:
-  """Compiled once for all keys, and on a CPU without LLVM's optimisations: for a small model
-  compiling takes as long as its first ten steps, and running nothing."""
+  """Compiled once for all keys."""
   device = jax.devices()[0] if where is None else next(iter(where[0].device_set))
-  options = {'xla_backend_optimization_level': 0} if device.platform == 'cpu' else None
+  options = options_for_one_call(device)
 
   def values(key: Array) -> tuple[Array, ...]:
     return tuple(jax.tree.leaves(nnx.split(definition.config.build(_rngs(key)))[1]))

@@ -17,7 +17,7 @@ from jaxformer.evaluation import loss_by_position, translate_held_out
 from jaxformer.files import write_atomically
 from jaxformer.inference import DecodeTime, time_decode
 from jaxformer.models.params import Definition, Params, define
-from jaxformer.sharding import MeshConfig, make_parallel
+from jaxformer.sharding import MeshConfig, Parallel, make_parallel
 from jaxformer.study.runner import Tuned
 from jaxformer.study.sharing import Interrupted
 from jaxformer.study.study import Log, Study, file_name
@@ -144,6 +144,15 @@ def _finished_runs(t: Tuned) -> Iterator[tuple[Definition, Params, Any]]:
       yield definition, load_params(run.folder, definition).params, dtype
 
 
+def _some_params(t: Tuned, definition: Definition, parallel: Parallel) -> Params:
+  """The parameters of a run, which are there without compiling anything, or if all diverged initial
+  ones."""
+  for run in t.runs:
+    if run.finite_loss is not None:
+      return load_params(run.folder, definition, parallel).params
+  return definition.init(jax.random.key(0), parallel)
+
+
 def _kept(study: Study, name: str, key: dict[str, Any], measure: Callable[[], Any]) -> Any:
   """Return JSON data from `measure`, cached in the study's folder while `key`, the device and the
   software are unchanged."""
@@ -198,7 +207,8 @@ def _compiled_step(
   rate, seed = study.learning_rates[0], study.tuning_seed
   experiment = study.experiment(t.planned.entry, t.model, dataset, rate, seed)
   batch = dataset.train_batch(0, study.batch_size, seed)
-  run, compile_seconds, program = timed_step(experiment, batch)
+  params = _some_params(t, define(t.model), make_parallel(experiment.mesh))
+  run, compile_seconds, program = timed_step(experiment, batch, params)
   m = program.memory_analysis()
   size = m and int(
     m.argument_size_in_bytes + m.output_size_in_bytes + m.temp_size_in_bytes - m.alias_size_in_bytes
@@ -210,7 +220,7 @@ def _compiled_step(
 def _time_decoding(t: Tuned, contexts: Sequence[int], log: Log) -> list[dict[str, Any]]:
   """Time prefill and decoding at each context length that the model can read."""
   definition, parallel = define(t.model), make_parallel(MeshConfig())
-  params = definition.init(jax.random.key(0), parallel) if contexts else {}
+  params = _some_params(t, definition, parallel) if contexts else {}
   dtype, most = compute_dtype('auto', parallel), t.model.max_len or math.inf
   found, lengths = [], [n for n in contexts if n + NEW_TOKENS <= most]
   if lengths:

@@ -23,7 +23,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxformer import config
 from jaxformer.config import InputError
 from jaxformer.data import Dataset, open_data
-from jaxformer.models.params import Params
+from jaxformer.models.params import Params, options_for_one_call
 from jaxformer.sharding import use_mesh
 from jaxformer.training.experiment import Experiment, check_complete
 from jaxformer.training.interrupt import Interrupt, Stopped
@@ -209,7 +209,7 @@ class _Loop:
     states = [m.begin() for m in members]
     state = states[0]
     if self.mesh is not None:
-      state = self._put(jax.tree.map(lambda *x: jnp.stack(x), *states))
+      state = self._put(_for_one_call(_stacked, states[0])(*states))
     del states
     rates = [m.setup.experiment.optimizer.learning_rate for m in members]
     learning_rates = None if self.mesh is None else self._put(np.array(rates, np.float32))
@@ -365,14 +365,28 @@ class _Loop:
   def _member_state(self, state: TrainState, i: int) -> TrainState:
     if self.mesh is None:
       return state
-    return jax.device_put(_slice(state, i), self.setup.parallel.mesh.devices.flat[0])
+    one = _for_one_call(_member, state)(state, i)
+    return jax.device_put(one, self.setup.parallel.mesh.devices.flat[0])
 
 
-@jax.jit
-def _slice(states: TrainState, i: int) -> TrainState:
-  """Return one of the states; a single program, where indexing each array would be one per
-  shape."""
+def _stacked(*states: TrainState) -> TrainState:
+  """States of several runs as one with a member axis."""
+  return jax.tree.map(lambda *x: jnp.stack(x), *states)
+
+
+def _member(states: TrainState, i: int) -> TrainState:
+  """One of the states."""
   return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), states)
+
+
+@functools.lru_cache
+def _jitted(function: Callable[..., TrainState], device: jax.Device) -> jax.stages.Wrapped:
+  return jax.jit(function, compiler_options=options_for_one_call(device))
+
+
+def _for_one_call(function: Callable[..., TrainState], state: TrainState) -> jax.stages.Wrapped:
+  """The function of states as a single program, where there would be one per shape of an array."""
+  return _jitted(function, next(iter(state.step.devices())))
 
 
 @contextlib.contextmanager

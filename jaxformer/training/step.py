@@ -3,23 +3,26 @@ leading member axis; compiled for arrays, or lowered from shapes alone."""
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array
 
 from jaxformer import hardware
 from jaxformer.config import InputError
 from jaxformer.layers.layer import Context
-from jaxformer.models.params import Definition, Params, define
+from jaxformer.models.params import Definition, Params, define, options_for_one_call
 from jaxformer.ops.loss import LossSums
 from jaxformer.sharding import Parallel, use_mesh
 from jaxformer.task_type import IGNORE, Batch
 from jaxformer.training.batch_placement import abstract_batch
 from jaxformer.training.experiment import Experiment, TrainingConfig, check_fit
-from jaxformer.training.optimizer import Optimizer
+from jaxformer.training.optimizer import Optimizer, OptimizerConfig
+from jaxformer.training.schedule import Constant
 
 Metrics = dict[str, Array]
 
@@ -77,15 +80,37 @@ def init_state(
   definition: Definition, optimizer: Optimizer, seed: int, parallel: Parallel
 ) -> TrainState:
   """Return the state before the first step, created sharded; equal on all meshes."""
-  where = state_shardings(definition, optimizer, parallel)
   params = definition.init(jax.random.key(seed), parallel)
-  opt_state = jax.jit(optimizer.init, out_shardings=where.opt_state)(params)
-  # A random stream separate from that of parameter initialization.
-  step, key = jax.jit(
-    lambda: (jnp.int32(0), jax.random.fold_in(jax.random.key(seed), 1)),
-    out_shardings=(where.step, where.key),
-  )()
+  return first_state(definition, optimizer, params, seed, parallel)
+
+
+def first_state(
+  definition: Definition, optimizer: Optimizer, params: Params, seed: int, parallel: Parallel
+) -> TrainState:
+  """Return the state before the first step of a run that begins with `params`."""
+  rest = _rest_of_state(definition, optimizer.config, parallel)
+  step, opt_state, key = rest(params, np.uint32(seed))
   return TrainState(step, params, opt_state, key)
+
+
+@functools.lru_cache(maxsize=64)
+def _rest_of_state(
+  definition: Definition, config: OptimizerConfig, parallel: Parallel
+) -> Callable[[Params, np.uint32], tuple[Array, Any, Array]]:
+  """Compiled once for all seeds."""
+  optimizer = Optimizer(config, Constant(), 1, definition.info)
+  where = state_shardings(definition, optimizer, parallel)
+
+  def rest(params: Params, seed: Array) -> tuple[Array, Any, Array]:
+    # A random stream separate from that of parameter initialization.
+    key = jax.random.fold_in(jax.random.key(seed), 1)
+    return jnp.int32(0), optimizer.init(params), key
+
+  return jax.jit(
+    rest,
+    out_shardings=(where.step, where.opt_state, where.key),
+    compiler_options=options_for_one_call(parallel.mesh.devices.flat[0]),
+  )
 
 
 def abstract_train_state(

@@ -9,6 +9,8 @@ import sys
 import types
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 from orbax.checkpoint import v1 as ocp
 
@@ -122,3 +124,26 @@ def test_only_late_reads_of_a_closed_loop_are_silent(monkeypatch):
     found = types.SimpleNamespace(exc_type=type(error), exc_value=error)
     checkpoint._except_late_reads(found)
   assert [str(found.exc_value) for found in shown] == ['x', 'x']
+
+
+@pytest.mark.parametrize(
+  ('dtype', 'shape', 'broken'),
+  [
+    ('float32', (), False),
+    ('float32', (3, 0), False),
+    ('float32', (5, 7), True),
+    ('bfloat16', (2, 3, 4), False),
+    ('bfloat16', (6,), True),
+    ('int32', (4, 4), False),
+    ('uint8', (9,), False),
+    ('bool', (3, 5), False),
+  ],
+)
+def test_the_digest_is_the_same_by_numpy_and_by_a_program(dtype, shape, broken):
+  values = np.random.default_rng(0).normal(size=shape) * 3
+  if broken:
+    values.flat[-1] = np.nan
+  array = jnp.asarray(np.asarray(values).astype(dtype))
+  digest, finite = checkpoint._examined_on_host(np.asarray(array))
+  assert (digest, finite) == tuple(jax.device_get(checkpoint._examined(array)))
+  assert finite is not broken
