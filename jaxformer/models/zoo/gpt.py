@@ -10,7 +10,15 @@ from jaxformer.layers.mlp import Mlp
 from jaxformer.layers.norm import LayerNorm
 from jaxformer.layers.position import LearnedPositions
 from jaxformer.models.language_model import LanguageModel
-from jaxformer.models.zoo.preset import HEAD, TINY, family, four_times, pre_norm_model, preset
+from jaxformer.models.zoo.preset import (
+  HEAD,
+  TINY,
+  family,
+  four_times,
+  heads_for,
+  pre_norm_model,
+  preset,
+)
 
 
 def gpt(
@@ -72,7 +80,7 @@ preset('gpt3-tiny', 'gpt3', gpt(128, 4, 4, **TINY, windows=(None, 64)))
 def _grown(
   windows: tuple[int | None, ...], *, width: int, layers: int, **sizes: Any
 ) -> LanguageModel.Config:
-  return gpt(width, layers, width // HEAD, windows=windows, **sizes)
+  return gpt(width, layers, heads_for(width), windows=windows, **sizes)
 
 
 family('gpt2', functools.partial(_grown, (None,)), width_step=HEAD, hidden=four_times)

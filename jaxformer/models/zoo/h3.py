@@ -15,7 +15,7 @@ from jaxformer.layers.norm import LayerNorm
 from jaxformer.models.block import pre_norm
 from jaxformer.models.language_model import LanguageModel
 from jaxformer.models.stack import Group
-from jaxformer.models.zoo.preset import HEAD, TINY, family, four_times, preset
+from jaxformer.models.zoo.preset import HEAD, TINY, family, four_times, heads_for, preset
 
 
 def h3(
@@ -67,7 +67,7 @@ def _grown(*, width: int, layers: int, **sizes: Any) -> LanguageModel.Config:
   # One layer of attention in the middle up to 16 layers, as in the smallest published model, and
   # two in the larger ones.
   attention_at = (layers // 2,) if layers <= 16 else (layers // 3, 2 * layers // 3)
-  return h3(width, layers, width // HEAD, attention_at, d_state=16, **sizes)
+  return h3(width, layers, heads_for(width), attention_at, d_state=16, **sizes)
 
 
 family('h3', _grown, width_step=HEAD, hidden=four_times)

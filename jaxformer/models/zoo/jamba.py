@@ -12,7 +12,15 @@ from jaxformer.layers.moe import Moe
 from jaxformer.layers.norm import RMSNorm
 from jaxformer.layers.router import SoftmaxTopK
 from jaxformer.models.language_model import LanguageModel
-from jaxformer.models.zoo.preset import HEAD, TINY, family, pre_norm_model, preset, two_thirds
+from jaxformer.models.zoo.preset import (
+  HEAD,
+  TINY,
+  family,
+  heads_for,
+  pre_norm_model,
+  preset,
+  two_thirds,
+)
 
 
 def jamba(
@@ -52,8 +60,8 @@ preset('jamba-tiny', 'jamba', jamba(64, 8, 96, 4, 2, experts=4, d_state=8, **TIN
 
 
 def _grown(*, width: int, layers: int, hidden: int, **sizes: Any) -> LanguageModel.Config:
-  heads = width // HEAD
-  return jamba(width, layers, hidden, heads, heads // 2, experts=4, d_state=8, **sizes)
+  n = heads_for(width, 2)
+  return jamba(width, layers, hidden, n, n // 2, experts=4, d_state=8, **sizes)
 
 
 family('jamba', _grown, width_step=2 * HEAD, layer_step=8, hidden=two_thirds)

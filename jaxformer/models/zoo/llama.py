@@ -9,7 +9,15 @@ from jaxformer.layers.mlp import GatedMlp
 from jaxformer.layers.norm import RMSNorm
 from jaxformer.layers.position import Llama3Scaling, Rotary
 from jaxformer.models.language_model import LanguageModel
-from jaxformer.models.zoo.preset import HEAD, TINY, family, pre_norm_model, preset, two_thirds
+from jaxformer.models.zoo.preset import (
+  HEAD,
+  TINY,
+  family,
+  heads_for,
+  pre_norm_model,
+  preset,
+  two_thirds,
+)
 
 
 def llama(
@@ -52,9 +60,9 @@ preset('llama3-tiny', 'llama3', llama(128, 4, 352, 4, 2, rotary=LLAMA3, **TINY))
 def _grown(
   rotary: Rotary, queries_per_key: int, *, width: int, layers: int, hidden: int, **sizes: Any
 ) -> LanguageModel.Config:
-  heads = width // HEAD
-  groups = heads // queries_per_key if heads % queries_per_key == 0 else heads
-  return llama(width, layers, hidden, heads, groups, rotary=rotary, **sizes)
+  n = heads_for(width, queries_per_key)
+  groups = n // queries_per_key if n % queries_per_key == 0 else n
+  return llama(width, layers, hidden, n, groups, rotary=rotary, **sizes)
 
 
 family('llama2', functools.partial(_grown, LLAMA2, 1), width_step=HEAD, hidden=two_thirds)

@@ -11,7 +11,15 @@ from jaxformer.layers.norm import RMSNorm
 from jaxformer.layers.position import Rotary
 from jaxformer.layers.router import TopKSoftmax
 from jaxformer.models.language_model import LanguageModel
-from jaxformer.models.zoo.preset import HEAD, TINY, family, pre_norm_model, preset, two_thirds
+from jaxformer.models.zoo.preset import (
+  HEAD,
+  TINY,
+  family,
+  heads_for,
+  pre_norm_model,
+  preset,
+  two_thirds,
+)
 
 
 def mixtral(
@@ -51,8 +59,8 @@ preset('mixtral-tiny', 'mixtral', mixtral(128, 4, 176, 4, 2, balance=0.02, **TIN
 
 
 def _grown(*, width: int, layers: int, hidden: int, **sizes: Any) -> LanguageModel.Config:
-  heads = width // HEAD
-  return mixtral(width, layers, hidden, heads, heads // 2, **sizes, balance=0.02)
+  n = heads_for(width, 2)
+  return mixtral(width, layers, hidden, n, n // 2, **sizes, balance=0.02)
 
 
 # Two experts per token have the hidden units of one dense layer.

@@ -93,7 +93,15 @@ def as_wide(width: int) -> int:
 
 
 TINY: dict[str, Any] = {'vocab_size': 264, 'context_length': 256}  # of the `FAMILY-tiny`: bytes
-HEAD = 32  # head dimension in models of a comparison, so the step of their widths
+HEAD = 32  # smallest head dimension in models of a comparison, so the step of their widths
+
+
+def heads_for(width: int, queries_per_key: int = 1) -> int:
+  """The number of heads for a width: of dimension 128 from a width of 2,048 on, as in the large
+  published models, 64 from 512 on, 32 below; smaller where these, in groups of `queries_per_key`,
+  do not fill the width."""
+  sizes = (size for size, least in ((128, 2048), (64, 512)) if width >= least)
+  return width // next((s for s in sizes if width % (queries_per_key * s) == 0), HEAD)
 
 
 def four_times(width: int) -> int:

@@ -16,7 +16,15 @@ from jaxformer.layers.norm import RMSNorm
 from jaxformer.layers.position import Rotary
 from jaxformer.layers.router import SoftmaxTopK
 from jaxformer.models.language_model import LanguageModel
-from jaxformer.models.zoo.preset import HEAD, TINY, family, four_times, pre_norm_model, preset
+from jaxformer.models.zoo.preset import (
+  HEAD,
+  TINY,
+  family,
+  four_times,
+  heads_for,
+  pre_norm_model,
+  preset,
+)
 
 
 def switch(
@@ -47,7 +55,7 @@ preset('switch-tiny', 'switch', switch(128, 4, 384, 4, 4, **TINY))
 
 
 def _grown(*, width: int, layers: int, hidden: int, **sizes: Any) -> LanguageModel.Config:
-  return switch(width, layers, hidden, width // HEAD, 4, **sizes)
+  return switch(width, layers, hidden, heads_for(width), 4, **sizes)
 
 
 family('switch', _grown, width_step=HEAD, layer_step=2, hidden=four_times)

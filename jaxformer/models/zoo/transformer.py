@@ -16,7 +16,7 @@ from jaxformer.layers.position import PositionConfig, SinusoidalPositions
 from jaxformer.models.block import PostNorm
 from jaxformer.models.encoder_decoder import EncoderDecoder
 from jaxformer.models.stack import Group, group
-from jaxformer.models.zoo.preset import HEAD, family, four_times, preset
+from jaxformer.models.zoo.preset import HEAD, family, four_times, heads_for, preset
 
 INTERLEAVED = SinusoidalPositions.Config()
 GLOROT = GlorotUniform()
@@ -106,7 +106,7 @@ preset(
 
 
 def _grown(*, width: int, layers: int, hidden: int, **sizes: Any) -> EncoderDecoder.Config:
-  return transformer(width, layers, hidden, width // HEAD, **sizes)
+  return transformer(width, layers, hidden, heads_for(width), **sizes)
 
 
 family('transformer', _grown, width_step=HEAD, hidden=four_times, of_pairs=True)
