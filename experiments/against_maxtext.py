@@ -36,8 +36,8 @@ from jaxformer.planning.target import parse_target
 from jaxformer.sharding import MeshConfig
 
 # Flags of MaxText's recipes: `configs/tpu/v5e/*.sh`, `configs/tpu/v5p/*.sh`, and for v6e
-# `benchmarks/xla_flags_library.py`, without those of fused collectives, which libtpu 0.0.52 refuses
-# on that chip.
+# `benchmarks/xla_flags_library.py`. Without those of fused collectives on v5p and v6e, where libtpu
+# 0.0.52 refuses them.
 _DATA_PARALLEL = (
   '--xla_tpu_enable_data_parallel_all_reduce_opt=true '
   '--xla_tpu_data_parallel_opt_different_sized_ops=true '
@@ -51,7 +51,7 @@ _OVERLAP = (
 FLAGS = {
   'v5e': _OVERLAP,
   'v5p': '--xla_tpu_megacore_fusion_allow_ags=false --xla_enable_async_collective_permute=true '
-  '--xla_tpu_enable_ag_backward_pipelining=true ' + _OVERLAP,
+  f'--xla_tpu_enable_ag_backward_pipelining=true {_DATA_PARALLEL}',
   'v6e': f'--xla_tpu_scoped_vmem_limit_kib=98304 {_DATA_PARALLEL}',
 }
 

@@ -3,8 +3,9 @@
 Question: how many tokens per second does a training step take here, against the implementation that
   most people use?
 
-    pip install -e '.[parity]' python experiments/llama_vs_transformers.py [--repeats 7] [--seconds
-    6] [--torch-compile] [--json]
+    pip install -e '.[parity]'
+    python experiments/llama_vs_transformers.py [--repeats 7] [--seconds 6] [--torch-compile]
+      [--json]
 
 Both train a Llama of width 256, 4 layers, 4 heads, hidden 1,024, vocabulary 8,192, untied (8.4M
 parameters; the two counts are asserted equal), batch 4 x 256, fp32, 2 threads, AdamW with weight
@@ -25,9 +26,8 @@ written out first (XLA:CPU's product with a transposed left side loses a fifth t
 loss's gradient formed in the forward pass, from the exponentials that are there, with the softmax's
 row factors moved to the narrow sides of the products; causal attention in static slices; stacked
 layers run as a loop; no collective on a mesh of one device; donated state; freed memory kept by the
-process (a tenth of the step went to page faults). What
-was tried without gain: joined query/key/value and gate products, separate instead of stacked
-  parameters, XLA's CPU flags for
+process (a tenth of the step went to page faults). What was tried without gain: joined
+query/key/value and gate products, separate instead of stacked parameters, XLA's CPU flags for
 schedulers and matrix libraries.
 """
 

@@ -44,17 +44,19 @@ class Model:
   Attributes:
     title: of the row.
     name: of a preset, or of a family that is built to 1.3 billion active parameters.
+    more: settings of the model.
   """
 
   title: str
   name: str
+  more: dict[str, Any] = dataclasses.field(default_factory=dict)
 
   @property
   def options(self) -> dict[str, Any]:
     if self.name in PRESETS:
-      return {}
+      return {'overrides': self.more}
     vocabulary = {'model.vocab_size': 32000, 'model.context_length': LENGTH}
-    return {'active_params': 1.3e9, 'overrides': vocabulary}
+    return {'active_params': 1.3e9, 'overrides': vocabulary | self.more}
 
 
 MODELS = (
@@ -65,7 +67,7 @@ MODELS = (
   Model('RWKV-7 1.5B', 'rwkv7-1.5b'),
   Model('Mamba 1.4B', 'mamba-1.4b'),
   Model('Mamba-2 1.3B', 'mamba2-1.3b'),
-  Model('S4D', 's4d'),
+  Model('S4D', 's4d', {'model.width': 2304}),  # a multiple of the chips
   Model('H3 1.3B', 'h3-1.3b'),
   Model('Jamba', 'jamba'),
 )
@@ -74,7 +76,7 @@ MODELS = (
 def planned(model: Model, target: str) -> dict[str, Any]:
   """The plan of a row, as JSON data, without the lines of its profile beyond the first fifteen."""
   options = model.options
-  overrides = options.pop('overrides', {}) | {
+  overrides = options.pop('overrides') | {
     'data.sequence_length': LENGTH,
     'data.packing': 'stream',
     'training.batch_size': ROWS[target] * parse_target(target).total_chips,
@@ -94,6 +96,7 @@ def cells(title: str, target: str, row: dict[str, Any]) -> list[str]:
   if 'error' in row:
     return [title, target, row['error'], *[''] * 6]
   p, c = row['predicted'], row['compiled']
+  most, least = (100 * p['mfu'] * p['seconds'] / seconds for seconds in p['interval'])
   first = row['profile']['by_layer']
   longest = max(first, key=lambda name: sum(first[name].values()))
   return [
@@ -102,7 +105,7 @@ def cells(title: str, target: str, row: dict[str, Any]) -> list[str]:
     f'{row["params"] / 1e9:.2f}'
     + ('' if row['active_params'] == row['params'] else f' ({row["active_params"] / 1e9:.2f})'),
     f'{p["tokens_per_second_per_chip"]:,.0f}',
-    f'{100 * p["mfu"]:.1f}',
+    f'{100 * p["mfu"]:.1f} ({least:.0f} to {most:.0f})',
     f'{100 * p["hfu"]:.1f}',
     ', '.join(f'{kind} {100 * share:.0f}' for kind, share in p['shares'].items()),
     f'{longest} {100 * sum(first[longest].values()) / p["seconds"]:.0f}',
@@ -117,7 +120,7 @@ def save(rows: dict[str, dict[str, Any]]) -> None:
     'slice',
     'parameters in billions (active)',
     'tokens per second per chip',
-    'MFU, %',
+    'MFU, % (interval)',
     'HFU, %',
     'where the time goes, %',
     'most in, %',
@@ -143,8 +146,8 @@ def save(rows: dict[str, dict[str, Any]]) -> None:
 def main(words: list[str]) -> None:
   path = FOLDER / 'tpu_mfu.json'
   rows = json.loads(path.read_text()) if path.exists() else {}
-  for model in MODELS:
-    for target in ROWS:
+  for target in ROWS:
+    for model in MODELS:
       key = f'{model.name} {target}'
       if any(word in key for word in words) if words else key not in rows:
         try:
