@@ -35,7 +35,8 @@ class Chip(Config):
     cores: TensorCores per chip that names such as `v5p-2048` count; 1 if names count chips.
     devices: JAX devices per chip.
     links: of a TPU, fast links per chip, over which `interconnect_bytes_per_second` is divided.
-    ring: of a TPU, a dimension of a slice closes to a ring if its length is a multiple of this.
+    ring: of a TPU, the dimensions of a slice close to rings if their lengths are multiples of this:
+      of a 3D torus all of them or none, of a 2D torus each on its own.
     clock_hz: of a TPU, cycles per second of its matrix units.
     compiler_options: name -> value of options with which training steps are compiled for the chip.
     price_per_hour: on-demand list price per chip, USD.
@@ -83,6 +84,11 @@ class Chip(Config):
     self.require_positive(*numbers)
     for name in numbers:
       self.require(math.isfinite(getattr(self, name)), name, 'a finite number')
+
+  def closed(self, shape: Sequence[int]) -> tuple[bool, ...]:
+    """Which dimensions of a slice of this shape close to rings."""
+    rings = [self.ring is not None and n % self.ring == 0 for n in shape]
+    return (all(rings),) * len(rings) if self.links == 6 else tuple(rings)
 
   def peak(self, precision: str = 'bf16') -> float:
     """Peak FLOPs per second at a precision; of 'fp32', that of products of fp32 arrays at the

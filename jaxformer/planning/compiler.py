@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 
 from jaxformer import sharding
 from jaxformer.config import InputError
-from jaxformer.hardware import GIB, Chip
+from jaxformer.hardware import CHIPS, GIB, Chip
 from jaxformer.planning.collectives import Traffic, list_collectives, traffic_by_axis
 from jaxformer.planning.hlo import text_of
 from jaxformer.planning.hlo_flops import CompiledFlops, compiled_flops
@@ -54,6 +54,8 @@ def topology_mesh(name: str, config: sharding.MeshConfig, slices: int = 1) -> Me
   from jax.experimental import topologies
 
   options: dict[str, Any] = {} if slices == 1 else {'num_slices': slices}
+  # Without being told, the compiler takes a slice for open in all dimensions.
+  options['wrap'] = _closed(name)
   if name.startswith('v4:'):
     options['chip_config_name'] = 'megacore'  # one JAX device per chip, as on Google Cloud
   try:
@@ -65,6 +67,15 @@ def topology_mesh(name: str, config: sharding.MeshConfig, slices: int = 1) -> Me
     ) from e
   sizes = config.given.values()
   return sharding.make_mesh(config, devices if -1 in sizes else devices[: math.prod(sizes)])
+
+
+def _closed(topology: str) -> tuple[bool, ...]:
+  """Which of three dimensions of a described slice close to rings."""
+  kind, _, shape = topology.partition(':')
+  chip = CHIPS.get('v7x' if kind == 'tpu7x' else kind)
+  sizes = [int(n) for n in shape.split('x') if n.isdecimal()]
+  closed = (False,) * len(sizes) if chip is None else chip.closed(sizes)
+  return (*closed, False, False, False)[:3]
 
 
 @contextlib.contextmanager

@@ -75,9 +75,9 @@ class Links:
 
   def _closed(self, dimension: int, places: np.ndarray) -> bool:
     """Whether the devices of a group close to a ring: all along a dimension that wraps around."""
-    everywhere = {d.coords[dimension] for d in self.mesh.devices.flat}
-    wraps = self.chip.ring is not None and len(everywhere) % self.chip.ring == 0
-    return wraps and set(places.tolist()) == everywhere
+    shape = [{d.coords[i] for d in self.mesh.devices.flat} for i in range(3)]
+    closed = self.chip.closed([len(places) for places in shape])[dimension]
+    return closed and set(places.tolist()) == shape[dimension]
 
 
 def _share(c: Collective, n: int) -> float:

@@ -7,7 +7,9 @@ import importlib.util
 import json
 
 import jax
+import jax.numpy as jnp
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxformer.cli.main import main
 from jaxformer.config import InputError
@@ -18,7 +20,7 @@ from jaxformer.planning.compiler import compile_plan, memory_refusal, topology_m
 from jaxformer.planning.estimate import inference_setup
 from jaxformer.planning.memory import memory
 from jaxformer.planning.target import parse_target
-from jaxformer.sharding import Parallel
+from jaxformer.sharding import MeshConfig, Parallel
 
 tpu_compiler = pytest.mark.tpu_compiler
 needs_libtpu = pytest.mark.skipif(
@@ -291,3 +293,17 @@ def test_a_program_that_the_compiler_refuses_is_one_line():
     compile_plan(refused, None, 1e9)
   with pytest.raises(ZeroDivisionError):  # no error of a compiler
     compile_plan(lambda: 1 // 0, None, 1e9)
+
+
+@tpu_compiler
+@needs_libtpu
+@pytest.mark.parametrize('topology', ['v5p:4x4x4', 'v5e:16x16'])
+def test_slices_that_close_to_rings_are_described_as_such(topology):
+  """In a cube that it takes for open the compiler gathers weights by sums, at twice the time."""
+  mesh = topology_mesh(topology, MeshConfig(data=1, fsdp=-1))
+  rows, whole = (NamedSharding(mesh, PartitionSpec(*spec)) for spec in (('fsdp',), ()))
+  x = jax.ShapeDtypeStruct((8192, 2048), jnp.float32, sharding=rows)
+  gather = jax.jit(lambda x: x.astype(jnp.bfloat16), out_shardings=whole)
+  text = gather.trace(x).lower(lowering_platforms=('tpu',)).compile().as_text()
+  assert 'all-gather(' in text
+  assert 'all-reduce(' not in text

@@ -264,3 +264,20 @@ def test_the_clock_of_a_tpu_is_its_peak_over_whole_matrix_units(name):
   assert round(units) in (4, 8, 16)  # of 128 x 128, or their number in units of 256 x 256
   assert chip.links
   assert chip.ring
+
+
+@pytest.mark.parametrize(
+  ('name', 'shape', 'closed'),
+  [  # docs.cloud.google.com/tpu/docs/v5p and /v5e, and what MaxText describes to the compiler
+    ('v5p', (2, 4, 4), (False, False, False)),
+    ('v5p', (4, 4, 8), (True, True, True)),
+    ('v4', (4, 4, 4), (True, True, True)),
+    ('v7x', (4, 8, 8), (True, True, True)),
+    ('v7x', (2, 2, 4), (False, False, False)),
+    ('v5e', (8, 16), (False, True)),
+    ('v6e', (16, 16), (True, True)),
+    ('v6e', (4, 4), (False, False)),
+  ],
+)
+def test_which_dimensions_of_a_slice_close_to_rings(name, shape, closed):
+  assert CHIPS[name].closed(shape) == closed
