@@ -30,6 +30,7 @@ import jaxformer
 from jaxformer.config import InputError
 from jaxformer.hardware import GIB
 from jaxformer.models.zoo import PRESETS
+from jaxformer.planning.prediction import PUBLISHED_TO_PREDICTED
 from jaxformer.planning.target import parse_target
 
 FOLDER = pathlib.Path(__file__).parent
@@ -96,7 +97,7 @@ def cells(title: str, target: str, row: dict[str, Any]) -> list[str]:
   if 'error' in row:
     return [title, target, row['error'], *[''] * 6]
   p, c = row['predicted'], row['compiled']
-  most, least = (100 * p['mfu'] * p['seconds'] / seconds for seconds in p['interval'])
+  most, least = (100 * p['mfu'] / ratio for ratio in PUBLISHED_TO_PREDICTED)
   first = row['profile']['by_layer']
   longest = max(first, key=lambda name: sum(first[name].values()))
   return [
