@@ -17,8 +17,9 @@ from jaxformer.models.params import Definition, Params, define
 from jaxformer.sharding import Parallel, make_parallel
 from jaxformer.task_type import Batch
 from jaxformer.training.batch_placement import BatchPlacement
-from jaxformer.training.checkpoint import check_shapes, digests, load_params
+from jaxformer.training.checkpoint import check_shapes, load_params
 from jaxformer.training.device_memory import check_memory
+from jaxformer.training.digests import digests
 from jaxformer.training.experiment import Experiment, TrainingConfig, check_fit
 from jaxformer.training.optimizer import Optimizer
 from jaxformer.training.paths import AnyPath, to_path

@@ -11,7 +11,7 @@ from jaxformer.task_type import Batch
 from jaxformer.training.experiment import Experiment
 from jaxformer.training.optimizer import Optimizer
 from jaxformer.training.setup import check
-from jaxformer.training.step import compiled_train_step, first_state, step_config
+from jaxformer.training.step import compiled_train_step, first_state, init_state, step_config
 
 
 def timed_step(
@@ -26,8 +26,9 @@ def timed_step(
   with use_mesh(parallel):
     placed = jax.device_put(batch, parallel.batch)
     if params is None:
-      params = definition.init(jax.random.key(t.seed), parallel)
-    state = first_state(definition, optimizer, params, t.seed, parallel)
+      state = init_state(definition, optimizer, t.seed, parallel)
+    else:
+      state = first_state(definition, optimizer, params, t.seed, parallel)
     step = compiled_train_step(definition, optimizer, step_config(e, parallel), parallel)
     began = time.perf_counter()
     program = step.lower(state, placed).compile()

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from orbax.checkpoint import v1 as ocp
 
-from jaxformer.training import checkpoint, train
+from jaxformer.training import checkpoint, digests, train
 from jaxformer.training.checkpoint import steps_in
 from tests.tiers import case
 from tests.training.compare import assert_same
@@ -144,6 +144,6 @@ def test_the_digest_is_the_same_by_numpy_and_by_a_program(dtype, shape, broken):
   if broken:
     values.flat[-1] = np.nan
   array = jnp.asarray(np.asarray(values).astype(dtype))
-  digest, finite = checkpoint._examined_on_host(np.asarray(array))
-  assert (digest, finite) == tuple(jax.device_get(checkpoint._examined(array)))
+  digest, finite = digests._examined_on_host(np.asarray(array))
+  assert (digest, finite) == tuple(jax.device_get(digests._examined(array)))
   assert finite is not broken
