@@ -401,6 +401,7 @@ def param(
   full_precision: bool = False,
   matmul: bool = True,
   active: float = 1.0,
+  uses: int = 1,
 ) -> nnx.Param:
   """Return a parameter with metadata for the optimizer, the planner and the sharding rules.
 
@@ -415,6 +416,7 @@ def param(
     matmul: multiplies every token, which costs 2 FLOPs per parameter; False for lookup tables.
       Without effect for vectors.
     active: the fraction that one token uses (k of E experts).
+    uses: how often a token uses it: at how many depths of a stack.
   """
   axes = tuple(axes)
   if len(axes) != np.ndim(value):
@@ -431,4 +433,5 @@ def param(
     full_precision=full_precision,
     matmul=matmul,
     active=active,
+    uses=uses,
   )

@@ -30,6 +30,8 @@ The contract, checked for every registered layer by `jaxformer.testing.contract`
   of the encoder; steps then need the memory no more. Without a state a layer reads `ctx.memory`.
 - *Values beside the output* are returned, never stored: `Output.aux` holds scalars (losses and
   diagnostics), `Output.share` holds arrays that later layers read from `ctx.shared`.
+- *Parts in common*: a module that several layers of a stack share belongs to the stack. A layer
+  names it in `config.common`, and gets it by `bind` before each call.
 - *Randomness* comes from `ctx.dropout_key` alone. `ctx.fold(i)` gives part `i` of a layer, block or
   stack a key of its own; without a key nothing is dropped.
 - *Costs.* `config.mixing_flops_per_token` agrees with what the layer does.
@@ -44,6 +46,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
+from collections.abc import Mapping
 from typing import Any, ClassVar, Self
 
 import jax
@@ -54,6 +57,8 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxformer.config import Config, InputError
 
 State = Any
+STACK_INPUT = 'stack_input'
+"""The name in `Context.shared` of the input of the stack, for layers that declare to read it."""
 
 
 @jax.tree_util.register_dataclass
@@ -177,7 +182,15 @@ class Layer(nnx.Module):
   if one token has a cheaper form.
 
   A `Config` nested in a subclass builds that subclass, `Subclass(config, width, rngs, position)`,
-  unless it overrides `build`."""
+  unless it overrides `build`.
+
+  Attributes:
+    common: modules of the stack by name, once they are bound (`bind`).
+    index: of the layer's block in the stack, likewise.
+  """
+
+  common: Mapping[str, Any]
+  index: int | Array
 
   def __init_subclass__(cls, **kwargs: Any):
     super().__init_subclass__(**kwargs)
@@ -199,6 +212,14 @@ class Layer(nnx.Module):
     the source stays as it is. By default every array that is not a scalar has the batch first."""
     return jax.tree.map(lambda x: x if x.ndim == 0 else jnp.take(x, index, axis=0), state)
 
+  def bind(self, common: Mapping[str, Any], index: int | Array) -> None:
+    """Take the modules of the stack that `config.common` names, before states are made or sequences
+    read. `index` is that of the layer's block in the stack; traced where blocks are scanned.
+
+    Called on a copy of the layer within one trace: what is bound is no parameter of the layer. A
+    layer that contains layers binds these."""
+    vars(self)['common'], vars(self)['index'] = common, index
+
   def handed_over(self, state: State) -> State:
     """Of a final state in an encoder, what the decoder layer in the same position starts from."""
     return state
@@ -211,6 +232,15 @@ class Layer(nnx.Module):
     """Run on one token."""
     out = self(x_BD[:, None], ctx, state)
     return dataclasses.replace(out, y=out.y[:, 0])
+
+
+class CommonConfig(Config, abstract=True):
+  """Base of what several layers of a stack have in common: one set of parameters, used at several
+  depths."""
+
+  def build(self, width: int, depth: int, rngs: nnx.Rngs) -> nnx.Module:
+    """Make the module, for layers with inputs of `width` in a stack of `depth` blocks."""
+    raise NotImplementedError
 
 
 class LayerConfig(Config, abstract=True):
@@ -259,6 +289,11 @@ class LayerConfig(Config, abstract=True):
     value `[B, T, C]`."""
     return {}
 
+  def common(self, width: int) -> dict[str, CommonConfig]:
+    """Modules that the layer has in common with others of its stack, by name. Layers that use one
+    name must mean equal configs at equal widths."""
+    return {}
+
   def state_size(self, width: int, max_len: int) -> int:
     """Number of elements in the state of one sequence of up to `max_len` tokens, not counting
     integers; a source has `max_len` tokens too. Found from the shapes of `init_state`."""
@@ -304,12 +339,54 @@ def _abstract_state(
     if source_width is not None:
       source = jnp.zeros((1, max_len, source_width), jnp.bfloat16)
       memory = Memory(source, jnp.ones((1, max_len), bool))
-    graph, values = nnx.split(config.build(width, nnx.Rngs(params=0), LayerPosition()))
+    graph, values = nnx.split(build_alone(config, width, nnx.Rngs(params=0), LayerPosition()))
     values = jax.tree.map(cast, values, is_leaf=lambda v: isinstance(v, nnx.Variable))
     return nnx.merge(graph, values).init_state(1, max_len, memory)
 
   leaves = jax.tree.leaves(jax.eval_shape(state))
   return tuple(leaf for leaf in leaves if jnp.issubdtype(leaf.dtype, jnp.floating))
+
+
+class _Alone(Layer):
+  """A layer outside a stack, with the modules that it would have in common with others."""
+
+  def __init__(self, config: LayerConfig, width: int, rngs: nnx.Rngs, position: LayerPosition):
+    self.layer = config.build(width, rngs, position)
+    parts = config.common(width)
+    self.parts = nnx.Dict({n: c.build(width, position.depth, rngs) for n, c in parts.items()})
+    self.position = position.index
+
+  def _bound(self) -> Layer:
+    return bound([self.layer], self.parts, self.position)[0]
+
+  def init_state(self, batch, max_len, memory=None) -> State:
+    return self._bound().init_state(batch, max_len, memory)
+
+  def select_rows(self, state, index, same_source=False) -> State:
+    return self._bound().select_rows(state, index, same_source)
+
+  def __call__(self, x_BTD, ctx, state=None) -> Output:
+    return self._bound()(x_BTD, ctx, state)
+
+  def step(self, x_BD, ctx, state) -> Output:
+    return self._bound().step(x_BD, ctx, state)
+
+
+def build_alone(config: LayerConfig, width: int, rngs: nnx.Rngs, position: LayerPosition) -> Layer:
+  """Build a layer that is in no stack: with parts of its own for what it would have in common with
+  others."""
+  if not config.common(width):
+    return config.build(width, rngs, position)
+  return _Alone(config, width, rngs, position)
+
+
+def bound(parts: Any, common: Mapping[str, nnx.Module], first: int | Array) -> Any:
+  """Return a copy of layers or blocks in which each has the modules of `common` (`Layer.bind`).
+  Their indices in the stack are `first`, `first + 1`, ..."""
+  parts = jax.tree.map(lambda v: v, parts, is_leaf=lambda v: isinstance(v, nnx.Variable))
+  for i, part in enumerate(parts):
+    part.bind(common, first + i)
+  return parts
 
 
 def layer_summary(config: LayerConfig) -> tuple[str, str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,6 +14,7 @@ from jaxtyping import Array
 
 from jaxformer.config import Config
 from jaxformer.layers.layer import (
+  CommonConfig,
   Context,
   Layer,
   LayerConfig,
@@ -23,6 +24,7 @@ from jaxformer.layers.layer import (
   State,
   dropout,
 )
+from jaxformer.layers.mlp import GatedMlp
 from jaxformer.layers.norm import Norm, NormConfig, RMSNorm
 from jaxformer.sharding import shard
 
@@ -175,6 +177,11 @@ class Block(nnx.Module):
       b.layer.select_rows(s, index, same_source) for b, s in zip(self.branches, state, strict=True)
     )
 
+  def bind(self, common: Mapping[str, nnx.Module], index: int | Array) -> None:
+    """`Layer.bind` of its layers."""
+    for branch in self.branches:
+      branch.layer.bind(common, index)
+
   def handed_over(self, state: tuple[State, ...]) -> tuple[State, ...]:
     """`Layer.handed_over` of its layers."""
     return tuple(b.layer.handed_over(s) for b, s in zip(self.branches, state, strict=True))
@@ -183,6 +190,86 @@ class Block(nnx.Module):
     self, x: Array, ctx: Context, state: tuple[State, ...] | None, one_token: bool
   ) -> Output:
     return apply_sequentially(self.branches, x, ctx, state, one_token)
+
+
+class BlockLayer(Layer):
+  """y = block(x), with its norms and residual sums (Dehghani et al. 2019, section 2.1).
+
+  One layer that `Shared` can repeat. Its branch is `Plain`."""
+
+  class Config(LayerConfig):
+    """
+    Attributes:
+      block: the branches.
+    """
+
+    block: Block.Config = Block.Config(branches=(PreNorm(layer=GatedMlp.Config()),))
+
+    @property
+    def _layers(self) -> tuple[LayerConfig, ...]:
+      return tuple(branch.layer for branch in self.block.branches)
+
+    def _with_widths(self, width: int) -> list[tuple[LayerConfig, int]]:
+      return list(zip(self._layers, widths(self.block.branches, width), strict=False))
+
+    def resolved(self, width: int) -> BlockLayer.Config:
+      branches = zip(self.block.branches, widths(self.block.branches, width), strict=False)
+      resolved = tuple(b.replace(layer=b.layer.resolved(w)) for b, w in branches)
+      return self.replace(block=self.block.replace(branches=resolved))
+
+    @property
+    def decodes(self) -> bool:
+      return all(layer.decodes for layer in self._layers)
+
+    @property
+    def expert_count(self) -> int:
+      return max(layer.expert_count for layer in self._layers)
+
+    @property
+    def experts_per_token(self) -> float:
+      return sum(layer.experts_per_token for layer in self._layers)
+
+    def out_width(self, width: int) -> int:
+      return self.block.out_width(width)
+
+    def memory_width(self, width: int) -> int | None:
+      found = (layer.memory_width(w) for layer, w in self._with_widths(width))
+      return next((w for w in found if w is not None), None)
+
+    def reads(self, width: int) -> dict[str, int]:
+      return {n: c for layer, w in self._with_widths(width) for n, c in layer.reads(w).items()}
+
+    def common(self, width: int) -> dict[str, CommonConfig]:
+      return {n: c for layer, w in self._with_widths(width) for n, c in layer.common(w).items()}
+
+    @classmethod
+    def examples(cls):
+      return (cls(block=pre_norm(RMSNorm(), GatedMlp.Config(hidden=24))),)
+
+    def mixing_flops_per_token(self, width, length, causal):
+      return sum(
+        layer.mixing_flops_per_token(w, length, causal) for layer, w in self._with_widths(width)
+      )
+
+  def __init__(
+    self, config: BlockLayer.Config, width: int, rngs: nnx.Rngs, position: LayerPosition
+  ):
+    self.block = config.block.build(width, rngs, position)
+
+  def bind(self, common, index) -> None:
+    self.block.bind(common, index)
+
+  def init_state(self, batch, max_len, memory=None) -> State:
+    return self.block.init_state(batch, max_len, memory)
+
+  def select_rows(self, state, index, same_source=False) -> State:
+    return self.block.select_rows(state, index, same_source)
+
+  def __call__(self, x_BTD: Array, ctx: Context, state: State = None) -> Output:
+    return self.block(x_BTD, ctx, state, one_token=False)
+
+  def step(self, x_BD: Array, ctx: Context, state: State) -> Output:
+    return self.block(x_BD, ctx, state, one_token=True)
 
 
 def pre_norm(norm: NormConfig, *layers: LayerConfig, dropout: float = 0.0) -> Block.Config:

@@ -37,6 +37,7 @@ class ParamInfo:
   matmul: bool
   active: float
   learning_rate: float | None = None
+  uses: int = 1
 
   @property
   def size(self) -> int:

@@ -3,16 +3,27 @@ stacked, and scanned or unrolled."""
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array
 
-from jaxformer.config import Config
-from jaxformer.layers.layer import Context, LayerConfig, LayerPosition, Memory, Output, State
+from jaxformer.config import Config, InputError
+from jaxformer.layers.layer import (
+  STACK_INPUT,
+  CommonConfig,
+  Context,
+  LayerConfig,
+  LayerPosition,
+  Memory,
+  Output,
+  State,
+  bound,
+)
 from jaxformer.models.block import (
   Block,
   BranchConfig,
@@ -44,6 +55,8 @@ REMAT: dict[str, Callable[..., Any] | None] = {
   ),
 }
 """Remat policies by name: what the forward pass saves for the backward pass."""
+
+Modules = TypeVar('Modules', bound=nnx.Module)
 
 UNROLLED_BLOCKS = 16  # maximum number of blocks that a CPU unrolls
 
@@ -103,13 +116,36 @@ def layers_with_widths(
       yield branch.layer, w, repeats
 
 
+def common_modules(
+  groups: tuple[Group, ...], width: int
+) -> dict[str, tuple[CommonConfig, int, int]]:
+  """The modules that layers of a stack have in common: name -> config, width of the inputs of the
+  layers that use it, and how many do. Raises `InputError` where two mean different ones."""
+  found: dict[str, tuple[CommonConfig, int, int]] = {}
+  for layer, w, repeats in layers_with_widths(groups, width):
+    for name, config in layer.common(w).items():
+      known, at, uses = found.get(name, (config, w, 0))
+      if (known, at) != (config, w):
+        problem = f'layers mean different modules by it: {known} for inputs of {at} channels, and '
+        raise InputError('common', name, problem=f'{problem}{config} for {w}')
+      found[name] = config, w, uses + repeats
+  return found
+
+
 class Stack(nnx.Module):
   """Groups of blocks one after the other. Of the layers' auxiliary values, losses are added, others
-  become a vector over the layers that return them, from the bottom up."""
+  become a vector over the layers that return them, from the bottom up.
+
+  Modules that layers have in common (`LayerConfig.common`) are stored once, and bound to the layers
+  in each call. Layers may read the input of the stack (`STACK_INPUT`)."""
 
   def __init__(self, groups: tuple[Group, ...], width: int, rngs: nnx.Rngs):
     layers = sum(len(g.pattern) * g.repeats for g in groups)
     branches = sum(len(b.branches) * g.repeats for g in groups for b in g.pattern)
+    common = common_modules(groups, width)
+    self.reads_input = any(
+      STACK_INPUT in c.reads(w) for c, w, _ in layers_with_widths(groups, width)
+    )
     built, first = [], 0
     for g in groups:
 
@@ -130,6 +166,9 @@ class Stack(nnx.Module):
       width = g.out_width(width)
     self.groups = nnx.List(built)
     self.repeats = tuple(g.repeats for g in groups)
+    self.common = nnx.Dict(
+      {name: _used(config.build(w, layers, rngs), n) for name, (config, w, n) in common.items()}
+    )
 
   def init_state(self, batch: int, max_len: int, memory: Memory | None = None) -> tuple[State, ...]:
     """The states before the first token (`Layer.init_state`). Of `memory.states`, each block gets
@@ -142,7 +181,7 @@ class Stack(nnx.Module):
         b.init_state(
           batch, max_len, None if memory is None else memory.replace(state=next(states, None))
         )
-        for b in blocks
+        for b in self._bound(blocks)
       )
 
     def periods(blocks: nnx.List, n: int) -> tuple[State, ...]:
@@ -162,7 +201,8 @@ class Stack(nnx.Module):
 
     def period(blocks: nnx.List, states: tuple[State, ...]) -> tuple[State, ...]:
       return tuple(
-        b.select_rows(s, index, same_source) for b, s in zip(blocks, states, strict=True)
+        b.select_rows(s, index, same_source)
+        for b, s in zip(self._bound(blocks), states, strict=True)
       )
 
     return tuple(
@@ -177,7 +217,7 @@ class Stack(nnx.Module):
     return tuple(
       block.handed_over(s)
       for blocks, states in periods
-      for block, s in zip(blocks, states, strict=True)
+      for block, s in zip(self._bound(blocks), states, strict=True)
     )
 
   def __call__(
@@ -190,9 +230,14 @@ class Stack(nnx.Module):
   ) -> Output:
     """Apply all blocks to `x`, from `state` if there is one. `keep_state=False`: the states after
     `x` are not needed, and are returned only where that is free."""
+    if self.reads_input:
+      ctx = ctx.replace(shared=ctx.shared | {STACK_INPUT: x})
+    first = itertools.accumulate(self._blocks_per_group(), initial=0)
     groups = (
-      functools.partial(_for_each_period, blocks, n, self._unrolls(ctx), keep_state)
-      for blocks, n in zip(self.groups, self.repeats, strict=True)
+      functools.partial(
+        _for_each_period, blocks, self.common, at, n, self._unrolls(ctx), keep_state
+      )
+      for blocks, at, n in zip(self.groups, first, self.repeats, strict=False)
     )
     out = apply_sequentially(groups, x, ctx, state, one_token)
     return dataclasses.replace(out, aux=with_pooled_losses(out.aux))
@@ -215,15 +260,31 @@ class Stack(nnx.Module):
     trees = zip(groups, self.repeats, strict=True)
     return [period for tree, n in trees for period in ([tree] if n == 1 else _split(tree, n))]
 
+  def _bound(self, blocks: nnx.List) -> nnx.List:
+    """Blocks with the modules in common, where the index in the stack does not matter."""
+    return bound(blocks, self.common, 0) if self.common else blocks
+
+  def _blocks_per_group(self) -> list[int]:
+    return [len(g) * n for g, n in zip(self.groups, self.repeats, strict=True)]
+
   def _unrolls(self, ctx: Context) -> bool:
     if ctx.unroll is not None:
       return ctx.unroll
-    blocks = sum(len(g) * n for g, n in zip(self.groups, self.repeats, strict=True))
-    return platform() == 'cpu' and blocks <= UNROLLED_BLOCKS
+    return platform() == 'cpu' and sum(self._blocks_per_group()) <= UNROLLED_BLOCKS
+
+
+def _used(module: nnx.Module, uses: int) -> nnx.Module:
+  """A module whose parameters say at how many depths they are used."""
+  used: nnx.Module = jax.tree.map(
+    lambda v: v.replace(uses=uses), module, is_leaf=lambda v: isinstance(v, nnx.Variable)
+  )
+  return used
 
 
 def _for_each_period(
   blocks: nnx.List,
+  common: nnx.Dict,
+  first: int,
   n: int,
   unroll: bool,
   keep_state: bool,
@@ -232,16 +293,21 @@ def _for_each_period(
   state: State,
   one_token: bool,
 ) -> Output:
-  """Apply the n periods of a group one after the other: unrolled or scanned.
+  """Apply the n periods of a group one after the other: unrolled or scanned. The group starts with
+  block number `first` of the stack.
 
   A scan carries states that are kept, and updates them in place: as inputs and outputs of a scan
   they would be in memory twice. States that are only read are inputs, since the gradient of a carry
   adds up n arrays of full size."""
   run = _period(ctx, one_token)
   if n == 1:
-    return run(blocks, x, ctx, state)
+    return run(blocks, common, first, x, ctx, state)
   if unroll:
-    periods = [lambda x, ctx, s, _, p=p: run(p, x, ctx, s) for p in _split(blocks, n)]
+    starts = range(first, first + n * len(blocks), len(blocks))
+    periods = [
+      lambda x, ctx, s, _, p=p, at=at: run(p, common, at, x, ctx, s)
+      for p, at in zip(_split(blocks, n), starts, strict=True)
+    ]
     states = None if state is None else _split(state, n)
     out = apply_sequentially(periods, x, ctx, states, one_token)
     _check_no_share(out)
@@ -253,7 +319,7 @@ def _for_each_period(
     i, blocks, read = period
     if keep_state:
       read = jax.tree.map(lambda s: jax.lax.dynamic_index_in_dim(s, i, keepdims=False), states)
-    out = run(blocks, x, ctx.fold(i), read)
+    out = run(blocks, common, first + i * len(blocks), x, ctx.fold(i), read)
     _check_no_share(out)
     if keep_state:
       states = jax.tree.map(
@@ -261,8 +327,8 @@ def _for_each_period(
       )
     return (out.y, states), (out.aux, out.alignments)
 
-  first, read = (state, None) if keep_state else (None, state)
-  (y, state), (aux, by_block) = jax.lax.scan(body, (x, first), (jnp.arange(n), blocks, read))
+  kept, read = (state, None) if keep_state else (None, state)
+  (y, state), (aux, by_block) = jax.lax.scan(body, (x, kept), (jnp.arange(n), blocks, read))
   alignments = tuple(a[i] for i in range(n) for a in by_block)
   aux = {
     k: v.sum(0) if k.startswith('loss/') else v.reshape(-1, *v.shape[2:]) for k, v in aux.items()
@@ -295,8 +361,12 @@ def _period(ctx: Context, one_token: bool) -> Callable[..., Output]:
   """The blocks of one period as a function, with the remat policy of `ctx`."""
   gather = needs_all_gather() and not one_token  # for one token it costs less to send activations
 
-  def run(blocks: nnx.List, x: Array, ctx: Context, state: State) -> Output:
+  def run(
+    blocks: nnx.List, common: nnx.Dict, first: int | Array, x: Array, ctx: Context, state: State
+  ) -> Output:
     blocks = _unsharded(blocks) if gather else blocks
+    if common:
+      blocks = bound(blocks, _unsharded(common) if gather else common, first)
     return apply_sequentially(blocks, x, ctx, state, one_token)
 
   if ctx.remat != 'none':
@@ -310,15 +380,15 @@ def _period(ctx: Context, one_token: bool) -> Callable[..., Output]:
   return jax.checkpoint(run, policy=_without_complex(policy), prevent_cse=False)
 
 
-def _unsharded(blocks: nnx.List) -> nnx.List:
-  """The blocks of a period with all-gathered weights. Left to itself, the partitioner gathers some
-  weights twice in the backward pass."""
+def _unsharded(modules: Modules) -> Modules:
+  """The blocks of a period, or what layers have in common, with all-gathered weights. Left to
+  itself, the partitioner gathers some weights twice in the backward pass."""
 
   def replicate(p: nnx.Param) -> Any:
     return p.replace(unshard(p[...], p.get_metadata()['axes'][-p[...].ndim :]))
 
-  unsharded: nnx.List = jax.tree.map(
-    replicate, blocks, is_leaf=lambda p: isinstance(p, nnx.Variable)
+  unsharded: Modules = jax.tree.map(
+    replicate, modules, is_leaf=lambda p: isinstance(p, nnx.Variable)
   )
   return unsharded
 

@@ -107,7 +107,9 @@ def flops(
 
 def matrix_flops(params: Iterable[ParamInfo]) -> float:
   """Forward FLOPs per token of the products with matrices."""
-  return sum(2.0 * i.size * i.active for i in params if i.matmul and len(i.matrix_axes) >= 2)
+  return sum(
+    2.0 * i.size * i.active * i.uses for i in params if i.matmul and len(i.matrix_axes) >= 2
+  )
 
 
 def flops_per_token(model: ModelConfig, length: int, causal: bool = True) -> float:

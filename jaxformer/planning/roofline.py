@@ -168,7 +168,7 @@ def _bytes_in_use(setup: PlanSetup, gathered: bool = False) -> float:
   for name, i in definition.info.items():
     used = math.prod(shapes[name])
     if i.matmul and not (gathered and math.prod(where[name].shard_shape(i.shape)) == used):
-      total += used
+      total += used * i.uses
   return setup.bytes_per_value * total
 
 
@@ -187,7 +187,7 @@ def _inference_traffic(setup: PlanSetup, memory: DeviceMemory) -> tuple[float, l
       # decoding all-gathers no weights (see `memory`)
       shape = in_use[name] if setup.phase == 'prefill' else where[name].shard_shape(i.shape)
       selected = 1 - (1 - i.active) ** tokens if i.active < 1 else 1
-      read += size * math.prod(shape) * selected
+      read += size * math.prod(shape) * selected * i.uses
 
   stream, prefill = size * B * T * model.width, setup.phase == 'prefill'
   copies = sum(n * layer.experts_per_token for layer, n in model.layers())

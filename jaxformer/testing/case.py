@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 
 from jaxformer.config import Config
-from jaxformer.layers.layer import Context, LayerConfig, LayerPosition, Memory, Output
+from jaxformer.layers.layer import Context, LayerConfig, LayerPosition, Memory, Output, build_alone
 from jaxformer.models.params import Definition, define
 from jaxformer.sharding import platform
 
@@ -34,9 +34,8 @@ class Alone(Config):
   position: int = 1
 
   def build(self, rngs: nnx.Rngs) -> nnx.Module:
-    return self.layer.build(
-      self.width, rngs, LayerPosition(index=self.position, depth=3, branches=6)
-    )
+    position = LayerPosition(index=self.position, depth=3, branches=6)
+    return build_alone(self.layer, self.width, rngs, position)
 
 
 # Compilation is nearly all the time of checks on a CPU, and half of it are LLVM's optimizations,

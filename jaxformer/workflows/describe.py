@@ -2,6 +2,7 @@
 and state, and the implementations that its operations run."""
 
 import dataclasses
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -183,8 +184,10 @@ def parts_of(model: ModelConfig, length: int) -> list[ModelPart]:
   for prefix, groups in zip(prefixes, model.stacks, strict=True):  # the encoder comes first
     blocks += _blocks(prefix, groups, model, length, info)
   outside = {n: i for n, i in info.items() if '.groups.' not in n}
-  for name in dict.fromkeys(n.partition('.')[0] for n in outside):
-    part = _part(outside, [f'{name}.'], name=name)
+  # the modules that layers have in common are parts of their own
+  names = (re.match(r'([^.]+\.common\.)?[^.]+', n) for n in outside)
+  for name in dict.fromkeys(found[0] for found in names if found):
+    part = _part(outside, [f'{name}.'], name=name.replace('stack.common.', 'shared: '))
     (after if name.startswith(('final', 'head')) else before).append(part)
   return [*before, *blocks, *after]
 
