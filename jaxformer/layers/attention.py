@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -12,12 +13,11 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from jaxformer.config import InputError
 from jaxformer.layers.dense import Dense, by_head
 from jaxformer.layers.init import Init, Normal
 from jaxformer.layers.layer import Context, Layer, LayerConfig, LayerPosition, Output
 from jaxformer.layers.norm import NormConfig, RMSNorm, build_norm
-from jaxformer.layers.position import Alibi, AttentionPosition, Llama3Scaling, Rotary
+from jaxformer.layers.position import Alibi, AttentionPosition, Llama3Scaling, Rotary, YarnScaling
 from jaxformer.ops.attention import Mask, attention
 from jaxformer.ops.documents import count_starts
 from jaxformer.sharding import shard
@@ -30,13 +30,13 @@ class AttentionState:
 
   Attributes:
     k, v: position n is in slot n mod S, where S is the longest sequence, or the window if there is
-      one.
+      one; C is the head dim of the values.
     length: number of positions seen so far, the same for all rows.
     offset_B: how many of them belong to the row's current document.
   """
 
   k_BSGK: Float[Array, 'B S G K']
-  v_BSGK: Float[Array, 'B S G K']
+  v_BSGC: Float[Array, 'B S G C']
   length: Int[Array, '']
   offset_B: Int[Array, ' B']
 
@@ -46,7 +46,9 @@ class Attention(Layer):
   W_v (Vaswani et al. 2017, section 3.2).
 
   `kv_heads` < `heads` is grouped-query attention (Ainslie et al. 2023), 1 is multi-query (Shazeer
-  2019): query head h reads key/value head h // (heads / kv_heads)."""
+  2019): query head h reads key/value head h // (heads / kv_heads). With `output_gate`, y =
+  (softmax(...) v * sigmoid(x W_g)) W_o (Qiu et al. 2025, "Gated attention for large language
+  models"; Qwen3-Next)."""
 
   class Config(LayerConfig):
     """
@@ -54,13 +56,20 @@ class Attention(Layer):
       heads: query heads.
       kv_heads: key/value heads; None for one per query head.
       head_dim: None for width / heads.
+      v_head_dim: of the values; None for that of queries and keys.
       position: `Rotary` or `Alibi`; None where positions are embedded elsewhere or not at all.
       causal: False lets every position attend to every other, which excludes decoding.
       window: sliding window: a query attends to itself and the window - 1 positions before it;
         None for all.
-      bias: whether all four projections have biases (GPT-2).
-      qk_norm: norm of each head's query and key (Henry et al. 2020; Llama-style models use
-        RMSNorm); None for none.
+      bias: whether the projections have biases (GPT-2).
+      out_bias: whether the output projection has one; None for as `bias` says (Qwen2 has biases on
+        queries, keys and values alone).
+      qk_norm: norm of queries and keys (Henry et al. 2020; Llama-style models use RMSNorm); None
+        for none.
+      qk_norm_over: what is normalized: the channels of each head, or of all heads together (OLMo
+        2).
+      output_gate: whether a sigmoid of another projection of the input, `gate`, multiplies the
+        heads' outputs.
       softcap: logits become c tanh(logits / c) (Gemma 2); None for none.
       scale: factor on the logits; None for 1 / sqrt(head_dim).
       attention_dropout: rate at which attention weights are dropped (GPT-2's `attn_pdrop`), which
@@ -71,11 +80,15 @@ class Attention(Layer):
     heads: int = 4
     kv_heads: int | None = None
     head_dim: int | None = None
+    v_head_dim: int | None = None
     position: AttentionPosition | None = None
     causal: bool = True
     window: int | None = None
     bias: bool = False
+    out_bias: bool | None = None
     qk_norm: NormConfig | None = None
+    qk_norm_over: Literal['head', 'width'] = 'head'
+    output_gate: bool = False
     softcap: float | None = None
     scale: float | None = None
     attention_dropout: float = 0.0
@@ -83,22 +96,28 @@ class Attention(Layer):
     out_init: Init = Normal()
 
     def validate(self):
-      self.require_positive('heads', 'head_dim', 'window', 'softcap')
+      self.require_positive('heads', 'head_dim', 'v_head_dim', 'window', 'softcap')
       self.require_rate('attention_dropout')
       divides = self.kv_heads is None or (self.kv_heads > 0 and self.heads % self.kv_heads == 0)
       self.require(divides, 'kv_heads', f'a divisor of heads = {self.heads}')
+      normed = self.qk_norm is not None or self.qk_norm_over == 'head'
+      self.require(normed, 'qk_norm_over', "'head' without a qk_norm")
 
     def head_size(self, width: int) -> int:
       """K, derived from the width if `head_dim` is None."""
       size = self.head_dim or self.quotient(width, 'heads', 'width')
-      if self.position is not None and self.position.rotates and size % 2:
-        raise InputError('Attention.head_dim', size, 'even with rotary positions')
+      if self.position is not None:
+        self.position.check(size, 'Attention.head_dim')
       return size
 
     def resolved(self, width: int) -> Attention.Config:
       K = self.head_size(width)
       return self.replace(
-        kv_heads=self.kv_heads or self.heads, head_dim=K, scale=self.scale or 1.0 / math.sqrt(K)
+        kv_heads=self.kv_heads or self.heads,
+        head_dim=K,
+        v_head_dim=self.v_head_dim or K,
+        out_bias=self.bias if self.out_bias is None else self.out_bias,
+        scale=self.scale or 1.0 / math.sqrt(K),
       )
 
     @property
@@ -118,6 +137,17 @@ class Attention(Layer):
           qk_norm=RMSNorm(),
         ),
         cls(heads=4, window=5, position=Rotary(), softcap=5.0),
+        cls(
+          heads=4,
+          kv_heads=2,
+          v_head_dim=12,
+          position=Rotary(fraction=0.5, interleaved=True, scaling=YarnScaling(original_context=16)),
+          bias=True,
+          out_bias=False,
+          qk_norm=RMSNorm(unit_offset=True),
+          qk_norm_over='width',
+          output_gate=True,
+        ),
         cls(heads=6, head_dim=8, kv_heads=6, position=Alibi(), scale=0.2),
         cls(heads=4, causal=False),
         cls(heads=4, causal=False, window=4, position=Alibi()),
@@ -128,24 +158,33 @@ class Attention(Layer):
       if causal and self.causal:
         # the first queries attend to fewer keys
         seen = (seen * (seen + 1) / 2 + (length - seen) * seen) / length
-      return 4.0 * self.heads * self.head_size(width) * seen
+      K = self.head_size(width)
+      return 2.0 * self.heads * (K + (self.v_head_dim or K)) * seen
 
   def __init__(self, config: Attention.Config, width: int, rngs: nnx.Rngs, position: LayerPosition):
     c, K = config, config.head_size(width)
-    H, G = c.heads, c.kv_heads or c.heads
-    self.config, self.head_dim, self.kv_heads = c, K, G
-    dense = functools.partial(Dense, rngs=rngs, position=position, bias=c.bias)
-    self.q = dense(c.init, (width, H * K), ('embed', 'heads'))
-    self.k = dense(c.init, (width, G * K), ('embed', 'kv_heads'))
-    self.v = dense(c.init, (width, G * K), ('embed', 'kv_heads'))
-    self.o = dense(c.out_init, (H * K, width), ('heads', 'embed'))
-    self.q_norm = build_norm(c.qk_norm, K)
-    self.k_norm = build_norm(c.qk_norm, K)
+    H, G, C = c.heads, c.kv_heads or c.heads, c.v_head_dim or K
+    self.config, self.head_dim, self.v_head_dim, self.kv_heads = c, K, C, G
+    dense = functools.partial(Dense, rngs=rngs, position=position)
+    self.q = dense(c.init, (width, H * K), ('embed', 'heads'), bias=c.bias)
+    self.k = dense(c.init, (width, G * K), ('embed', 'kv_heads'), bias=c.bias)
+    self.v = dense(c.init, (width, G * C), ('embed', 'kv_heads'), bias=c.bias)
+    out_bias = c.bias if c.out_bias is None else c.out_bias
+    self.o = dense(c.out_init, (H * C, width), ('heads', 'embed'), bias=out_bias)
+    self.gate = (
+      dense(c.init, (width, H * C), ('embed', 'heads'), bias=c.bias) if c.output_gate else None
+    )
+    every_head = c.qk_norm_over == 'width'
+    self.q_norm = build_norm(c.qk_norm, H * K if every_head else K)
+    self.k_norm = build_norm(c.qk_norm, G * K if every_head else K)
 
   def init_state(self, batch, max_len, memory=None) -> AttentionState:
     S = max_len if self.config.window is None else min(self.config.window, max_len)
-    empty = jnp.zeros((batch, S, self.kv_heads, self.head_dim), self.k.dtype)
-    return AttentionState(empty, empty, jnp.zeros((), jnp.int32), jnp.zeros((batch,), jnp.int32))
+    k, v = (
+      jnp.zeros((batch, S, self.kv_heads, size), self.k.dtype)
+      for size in (self.head_dim, self.v_head_dim)
+    )
+    return AttentionState(k, v, jnp.zeros((), jnp.int32), jnp.zeros((batch,), jnp.int32))
 
   def __call__(
     self, x_BTD: Float[Array, 'B T D'], ctx: Context, state: AttentionState | None = None
@@ -174,16 +213,27 @@ class Attention(Layer):
       dropout_key=ctx.fold(0).dropout_key,
     )
     y = checkpoint_name(y.reshape(*y.shape[:2], -1), 'attention')
+    if self.gate is not None:
+      y = y * jax.nn.sigmoid(self.gate(x_BTD))
     return Output(self.o(y), state)
 
   def _qkv(self, x_BTD: Array, positions: Array) -> tuple[Array, Array, Array]:
-    q = by_head(self.q(x_BTD), self.head_dim)
-    k, v = (by_head(dense(x_BTD), self.head_dim, 'kv_heads') for dense in (self.k, self.v))
-    if self.q_norm is not None and self.k_norm is not None:
-      q, k = self.q_norm(q), self.k_norm(k)
+    q, k, v = self.q(x_BTD), self.k(x_BTD), self.v(x_BTD)
+    over = self.config.qk_norm_over
+    if over == 'width':
+      q, k = self._normed(q, k)
+    q = by_head(q, self.head_dim)
+    k, v = by_head(k, self.head_dim, 'kv_heads'), by_head(v, self.v_head_dim, 'kv_heads')
+    if over == 'head':
+      q, k = self._normed(q, k)
     if self.config.position is not None:
       q, k = self.config.position.rotate(q, positions), self.config.position.rotate(k, positions)
     return q, k, v
+
+  def _normed(self, q: Array, k: Array) -> tuple[Array, Array]:
+    if self.q_norm is None or self.k_norm is None:
+      return q, k
+    return self.q_norm(q), self.k_norm(k)
 
 
 def _extend(
@@ -206,13 +256,13 @@ def _extend(
   if window is None or T == 1:
     at = (0, n % S, 0, 0)
     k_all = jax.lax.dynamic_update_slice(state.k_BSGK, k_new.astype(state.k_BSGK.dtype), at)
-    v_all = jax.lax.dynamic_update_slice(state.v_BSGK, v_new.astype(state.v_BSGK.dtype), at)
+    v_all = jax.lax.dynamic_update_slice(state.v_BSGC, v_new.astype(state.v_BSGC.dtype), at)
     k_kept, v_kept, index_S = k_all, v_all, index_now
   else:
     # The first queries still attend to positions that the last ones push out of the window:
     # concatenate old and new.
     k_all = jnp.concatenate([state.k_BSGK, k_new.astype(state.k_BSGK.dtype)], axis=1)
-    v_all = jnp.concatenate([state.v_BSGK, v_new.astype(state.v_BSGK.dtype)], axis=1)
+    v_all = jnp.concatenate([state.v_BSGC, v_new.astype(state.v_BSGC.dtype)], axis=1)
     source = jnp.where(index_now >= n, S + index_now - n, slots)
     k_kept, v_kept = jnp.take(k_all, source, axis=1), jnp.take(v_all, source, axis=1)
     index_S = jnp.concatenate([index_old, index_new])

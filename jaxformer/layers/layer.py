@@ -10,7 +10,7 @@ Dimensions, one legend for the package. Arrays whose shape is not obvious carry 
 
   B batch    T time            S source or cache length   D width       H heads
   G key/value heads            K head dim                 F hidden      E experts
-  N state    V vocabulary      C chunk, or channels of a source         P periods   L layers
+  N state    V vocabulary      C chunk, or channels of sources, values   P periods   L layers
 
 The contract, checked for every registered layer by `jaxformer.testing.contract` and by
 `tests/contract`:

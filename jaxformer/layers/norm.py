@@ -1,5 +1,5 @@
 """Normalization over the width or over each head. Statistics are taken in fp32; the result is cast
-back and then scaled, as in Llama.
+back and then scaled, as in Llama, or scaled first, as in Gemma (`RMSNorm.unit_offset`).
 
 Each norm is a type of config; all share one module, `Norm`."""
 
@@ -31,21 +31,34 @@ class Norm(nnx.Module):
     bias: False for a scale alone.
     by_head: inputs are `[*B, H, K]`; each head is normalized, then all are flattened to the width
       and scaled.
+    unit_offset: the factor is 1 + scale, with a scale that starts at 0, and is applied in fp32.
   """
 
   def __init__(
-    self, width: int, eps: float, *, centered: bool = True, bias: bool = True, by_head: bool = False
+    self,
+    width: int,
+    eps: float,
+    *,
+    centered: bool = True,
+    bias: bool = True,
+    by_head: bool = False,
+    unit_offset: bool = False,
   ):
     self.eps, self.centered, self.by_head = eps, centered, by_head
-    self.scale = param(jnp.ones(width), ('norm',), decay=False)
+    self.unit_offset = unit_offset
+    start = jnp.zeros(width) if unit_offset else jnp.ones(width)
+    self.scale = param(start, ('norm',), decay=False)
     self.bias = param(jnp.zeros(width), ('norm',), decay=False) if bias else None
 
   def __call__(self, x: Float[Array, '*B D']) -> Float[Array, '*B D']:
-    y = normalized(x, self.eps, centered=self.centered).astype(x.dtype)
+    y = normalized(x, self.eps, centered=self.centered)
+    if not self.unit_offset:
+      y = y.astype(x.dtype)
     if self.by_head:
       y = y.reshape(*x.shape[:-2], -1)
     row = (1,) * (y.ndim - 1) + (-1,)
-    y = y * self.scale[...].reshape(row)
+    scale = self.scale[...].reshape(row)
+    y = (y * (1.0 + scale.astype(jnp.float32))).astype(x.dtype) if self.unit_offset else y * scale
     return y if self.bias is None else y + self.bias[...].reshape(row)
 
 
@@ -68,10 +81,17 @@ def build_norm(config: NormConfig | None, width: int) -> Norm | None:
 
 
 class RMSNorm(NormConfig):
-  """y = x / sqrt(mean(x^2) + eps) * scale (Zhang and Sennrich 2019, eq. 4)."""
+  """y = x / sqrt(mean(x^2) + eps) * scale (Zhang and Sennrich 2019, eq. 4).
+
+  Attributes:
+    unit_offset: the factor is 1 + scale, with a scale that starts at 0, and is applied in fp32
+      before the result is cast back (Gemma).
+  """
+
+  unit_offset: bool = False
 
   def build(self, width: int) -> Norm:
-    return Norm(width, self.eps, centered=False, bias=False)
+    return Norm(width, self.eps, centered=False, bias=False, unit_offset=self.unit_offset)
 
 
 class LayerNorm(NormConfig):

@@ -11,9 +11,30 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from jaxformer.config import Config
+from jaxformer.config import Config, InputError
 from jaxformer.layers.dense import EmbeddingTable
 from jaxformer.layers.init import Init, Normal
+from jaxformer.layers.rotary_scaling import (
+  DynamicScaling,
+  LinearScaling,
+  Llama3Scaling,
+  RotaryScaling,
+  YarnScaling,
+)
+
+__all__ = [
+  'Alibi',
+  'AttentionPosition',
+  'DynamicScaling',
+  'LearnedPositions',
+  'LinearScaling',
+  'Llama3Scaling',
+  'PositionConfig',
+  'Rotary',
+  'RotaryScaling',
+  'SinusoidalPositions',
+  'YarnScaling',
+]
 
 # ---- inside attention --------------------------------------------------------------------------
 
@@ -22,7 +43,8 @@ class AttentionPosition(Config, abstract=True):
   """Base of the position encodings inside attention: `Rotary` rotates queries and keys, `Alibi`
   adds a bias to the logits."""
 
-  rotates: ClassVar[bool] = False  # which needs an even head dimension
+  def check(self, head_dim: int, field: str) -> None:
+    """Raise `InputError` for `field` if heads of this dimension cannot be encoded."""
 
   def rotate(
     self, x: Float[Array, 'B T H K'], positions: Int[Array, 'B T']
@@ -35,57 +57,68 @@ class AttentionPosition(Config, abstract=True):
     return None
 
 
-class Llama3Scaling(Config):
-  """Llama 3.1's scaling of rotary frequencies to longer contexts.
-
-  With wavelength 2 pi / f: frequencies whose wavelength is below `original_context / high` are
-  kept, those above `original_context / low` are divided by `factor`, and between them f' = (1 - s)
-  f / factor + s f with s = (original_context / wavelength - low) / (high - low)."""
-
-  factor: float = 8.0
-  low: float = 1.0
-  high: float = 4.0
-  original_context: int = 8192
-
-  def validate(self) -> None:
-    self.require_positive('factor', 'low', 'original_context')
-    self.require(self.high > self.low, 'high', f'above low, {self.low:g}')
-
-  def apply(self, frequencies: np.ndarray) -> np.ndarray:
-    wavelength = 2 * math.pi / frequencies
-    s = np.clip((self.original_context / wavelength - self.low) / (self.high - self.low), 0.0, 1.0)
-    return (1 - s) * frequencies / self.factor + s * frequencies
-
-
 class Rotary(AttentionPosition):
-  """Rotary position embedding (Su et al. 2021, section 3.2): pair (i, i + K/2) of a head is rotated
-  by position x theta^(-2i/K).
+  """Rotary position embedding (Su et al. 2021, section 3.2): of the R channels of a head that are
+  rotated, pair (i, i + R/2) is rotated by position x theta^(-2i/R).
 
-  Halves are paired as in the Hugging Face checkpoints; Meta's originals pair neighbors, which is
-  the same up to a permutation of each head's query and key rows."""
+  Halves are paired as in the Hugging Face checkpoints; Meta's originals pair neighbors
+  (`interleaved`), which is the same up to a permutation of each head's query and key rows.
+
+  Attributes:
+    theta: the base.
+    scaling: of the frequencies; None for none.
+    fraction: of the channels of a head that are rotated, the first ones: R = fraction x K.
+    interleaved: whether neighbors (2i, 2i + 1) are paired (DeepSeek, Llama 4).
+  """
 
   theta: float = 10000.0
-  scaling: Llama3Scaling | None = None
-
-  rotates: ClassVar[bool] = True
+  scaling: RotaryScaling | None = None
+  fraction: float = 1.0
+  interleaved: bool = False
 
   def validate(self) -> None:
     self.require(0 < self.theta < math.inf, 'theta', 'positive and finite')
+    self.require(0 < self.fraction <= 1, 'fraction', 'above 0 and at most 1')
+
+  def check(self, head_dim: int, field: str) -> None:
+    if self.fraction == 1 and head_dim % 2:
+      raise InputError(field, head_dim, 'even with rotary positions')
+    rotated = self.rotated(head_dim)
+    if not rotated or rotated % 2:
+      problem = (
+        f'rotates {rotated} of {head_dim} channels of a head, must be an even number above 0'
+      )
+      raise InputError('Rotary.fraction', self.fraction, problem=problem)
+
+  def rotated(self, head_dim: int) -> int:
+    """R, the number of channels that are rotated."""
+    return int(head_dim * self.fraction)
 
   def frequencies(self, head_dim: int) -> np.ndarray:
-    """The K/2 angular frequencies, float64."""
-    f = self.theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
-    return f if self.scaling is None else self.scaling.apply(f)
+    """The R/2 angular frequencies, float64."""
+    R = self.rotated(head_dim)
+    f = self.theta ** (-np.arange(0, R, 2, dtype=np.float64) / R)
+    return f if self.scaling is None else self.scaling.apply(f, self.theta)
 
   def rotate(
     self, x: Float[Array, 'B T H K'], positions: Int[Array, 'B T']
   ) -> Float[Array, 'B T H K']:
-    half = x.shape[-1] // 2
+    R = self.rotated(x.shape[-1])
     frequencies = jnp.asarray(self.frequencies(x.shape[-1]), jnp.float32)
     angle = positions.astype(jnp.float32)[:, :, None, None] * frequencies[None, None, None]
     cos, sin = jnp.cos(angle), jnp.sin(angle)
-    a, b = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+    if self.scaling is not None and self.scaling.amplitude != 1.0:
+      cos, sin = cos * self.scaling.amplitude, sin * self.scaling.amplitude
+    turned, kept = x[..., :R].astype(jnp.float32), x[..., R:]
+    if self.interleaved:
+      pairs = turned.reshape(*turned.shape[:-1], -1, 2)
+      a, b = pairs[..., 0], pairs[..., 1]
+      y = jnp.stack([a * cos - b * sin, b * cos + a * sin], axis=-1).reshape(turned.shape)
+    else:
+      a, b = turned[..., : R // 2], turned[..., R // 2 :]
+      y = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+    y = y.astype(x.dtype)
+    return y if x.shape[-1] == R else jnp.concatenate([y, kept], axis=-1)
 
 
 class Alibi(AttentionPosition):

@@ -37,24 +37,32 @@ class BranchConfig(Config, abstract=True):
     layer: the layer; its type says which.
     dropout: rate on the layer's output before it joins.
     tied_dropout: rate at which whole channels of it are dropped, the same at all positions.
+    scale: constant factor on what joins the residual stream (Granite's residual multiplier); None
+      for 1.
   """
 
   layer: LayerConfig
   dropout: float = 0.0
   tied_dropout: float = 0.0
+  scale: float | None = None
 
   def validate(self):
     self.require_rate('dropout', 'tied_dropout')
+    self.require_positive('scale')
 
   def build(self, width: int, rngs: nnx.Rngs, position: LayerPosition) -> Branch:
     return Branch(self, width, rngs, position)
 
-  def build_norm(self, width: int) -> Norm | None:
+  def build_norm(self, width: int) -> nnx.Module | None:
     return None
 
   def apply(self, x: Array, layer: Callable[[Array], Array], norm: Any) -> Array:
     """Return the residual stream after the branch; `norm` is the module of `build_norm`."""
     raise NotImplementedError
+
+  def joined(self, x: Array, y: Array) -> Array:
+    """Return the residual stream x with y, times `scale`, added to it."""
+    return x + (y if self.scale is None else self.scale * y)
 
   def out_width(self, width: int) -> int:
     """The width after the branch. Raises `InputError` for a sum of vectors of different widths."""
@@ -76,7 +84,7 @@ class PreNorm(BranchConfig):
     return self.norm.build(width)
 
   def apply(self, x, layer, norm):
-    return x + layer(norm(x))
+    return self.joined(x, layer(norm(x)))
 
 
 class PostNorm(BranchConfig):
@@ -88,24 +96,64 @@ class PostNorm(BranchConfig):
     return self.norm.build(width)
 
   def apply(self, x, layer, norm):
-    return norm(x + layer(x))
+    return norm(self.joined(x, layer(x)))
+
+
+class NormAfter(BranchConfig):
+  """x + norm(layer(x)): the norm on the layer's output (OLMo 2)."""
+
+  norm: NormConfig = RMSNorm()
+
+  def build_norm(self, width: int) -> Norm:
+    return self.norm.build(width)
+
+  def apply(self, x, layer, norm):
+    return self.joined(x, norm(layer(x)))
+
+
+class SandwichNorm(BranchConfig):
+  """x + norm_after(layer(norm_before(x))): norms on both sides of the layer (Gemma 2 and 3).
+
+  Attributes:
+    norm: of both norms, which have parameters of their own.
+  """
+
+  norm: NormConfig = RMSNorm()
+
+  def build_norm(self, width: int) -> NormPair:
+    return NormPair(self.norm, width)
+
+  def apply(self, x, layer, norm):
+    return self.joined(x, norm.after(layer(norm.before(x))))
 
 
 class Residual(BranchConfig):
   """x + layer(x), without a norm (Shazeer et al. 2017, appendix C.1)."""
 
   def apply(self, x, layer, norm):
-    return x + layer(x)
+    return self.joined(x, layer(x))
 
 
 class Plain(BranchConfig):
   """layer(x), without norm or sum (stacks of LSTMs)."""
+
+  def validate(self):
+    super().validate()
+    self.require(self.scale is None, 'scale', 'none in a branch without a residual stream')
 
   def apply(self, x, layer, norm):
     return layer(x)
 
   def out_width(self, width: int) -> int:
     return self.layer.out_width(width)
+
+
+class NormPair(nnx.Module):
+  """A norm before a layer and one after it."""
+
+  def __init__(self, config: NormConfig, width: int):
+    self.before = config.build(width)
+    self.after = config.build(width)
 
 
 class Branch(nnx.Module):

@@ -12,11 +12,12 @@ from jaxformer.layers.init import Init, Normal
 from jaxformer.layers.layer import LayerPosition
 from jaxformer.ops.linear import linear
 from jaxformer.ops.loss import LossSums, cross_entropy, token_scores
+from jaxformer.ops.softcap import scaled_and_capped
 from jaxformer.sharding import param
 
 
 class Head(nnx.Module):
-  """logits = softcap tanh((y W + b) / softcap), in fp32.
+  """logits = softcap tanh(logit_scale (y W + b) / softcap), in fp32.
 
   Where the head is tied, W is the transpose of a token table, which the methods take as `tied_VD`.
   Losses and scores are computed in chunks and never hold all logits.
@@ -25,6 +26,7 @@ class Head(nnx.Module):
     init: of the kernel W; None for N(0, 0.02^2).
     tied: the kernel is not a parameter of the head.
     bias: initialization of b, with the fan-in of W; None for no bias.
+    logit_scale: None for 1.
     softcap: None for none.
     per_token: False for the head of a few classes that reads one vector per sequence: it is not
       sharded over its outputs, and not a product per token in counts of FLOPs.
@@ -39,6 +41,7 @@ class Head(nnx.Module):
     init: Init | None = None,
     tied: bool = False,
     bias: Init | None = None,
+    logit_scale: float | None = None,
     softcap: float | None = None,
     per_token: bool = True,
   ):
@@ -57,7 +60,7 @@ class Head(nnx.Module):
       if bias is None
       else param(bias(rngs.params(), (vocab_size,), width, LayerPosition()), (axis,), decay=False)
     )
-    self.softcap = softcap
+    self.logit_scale, self.softcap = logit_scale, softcap
 
   @jax.named_scope('Head')
   def __call__(
@@ -67,8 +70,7 @@ class Head(nnx.Module):
     logits = linear(y, self._weights(tied_VD)).astype(jnp.float32)
     if self.bias is not None:
       logits = logits + self.bias[...].astype(jnp.float32).reshape((1,) * (y.ndim - 1) + (-1,))
-    c = self.softcap
-    return logits if c is None else c * jnp.tanh(logits / c)
+    return scaled_and_capped(logits, self.logit_scale, self.softcap)[0]
 
   @jax.named_scope('Head')
   def loss(
@@ -113,4 +115,9 @@ class Head(nnx.Module):
 
   def _options(self) -> dict[str, Any]:
     bias = None if self.bias is None else self.bias[...]
-    return {'bias_V': bias, 'softcap': self.softcap, 'transposed': self.kernel is None}
+    return {
+      'bias_V': bias,
+      'logit_scale': self.logit_scale,
+      'softcap': self.softcap,
+      'transposed': self.kernel is None,
+    }

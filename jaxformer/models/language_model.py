@@ -28,6 +28,7 @@ class LanguageModel(Autoregressive):
     Attributes:
       stack: groups of blocks.
       embedding_norm: norm right after the embedding (RWKV's ln0); None for none.
+      logit_scale: factor on the logits, before the softcap (Granite); None for 1.
       softcap: logits become c tanh(logits / c); None for none.
       residual_dtype: of the residual stream: that of all computations, or `float32`, in which
         branches are added and normed while layers compute in less (Mamba's `residual_in_fp32`).
@@ -36,12 +37,13 @@ class LanguageModel(Autoregressive):
     stack: tuple[Group, ...]
     embedding_norm: NormConfig | None = None
     final_norm: NormConfig | None = RMSNorm()
+    logit_scale: float | None = None
     softcap: float | None = None
     residual_dtype: Literal['compute', 'float32'] = 'compute'
 
     def validate(self):
       super().validate()
-      self.require_positive('softcap')
+      self.require_positive('logit_scale', 'softcap')
 
     def build(self, rngs: nnx.Rngs) -> LanguageModel:
       return LanguageModel(self, rngs)
@@ -64,7 +66,16 @@ class LanguageModel(Autoregressive):
     )
     self.stack = Stack(c.stack, D, rngs)
     self.final_norm = build_norm(c.final_norm, D)
-    self.head = Head(D, V, rngs, init=c.head_init, tied=c.tied, bias=c.head_bias, softcap=c.softcap)
+    self.head = Head(
+      D,
+      V,
+      rngs,
+      init=c.head_init,
+      tied=c.tied,
+      bias=c.head_bias,
+      logit_scale=c.logit_scale,
+      softcap=c.softcap,
+    )
 
   @property
   def decoding_stack(self) -> Stack:

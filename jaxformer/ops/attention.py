@@ -1,7 +1,8 @@
 """Scaled dot-product attention behind one function, `attention`, with an implementation for each
 kind of machine.
 
-Dims: B batch, T queries, S keys, H query heads, G key/value heads (H = G x group), K head dim.
+Dims: B batch, T queries, S keys, H query heads, G key/value heads (H = G x group), K head dim, C
+  head dim of the values.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ _UNROLLED_T = 1024
 def attention_naive(
   q: Float[Array, 'B T H K'],
   k: Float[Array, 'B S G K'],
-  v: Float[Array, 'B S G K'],
+  v: Float[Array, 'B S G C'],
   mask: Mask,
   *,
   scale: float,
@@ -63,7 +64,7 @@ def attention_naive(
   slopes_H: Float[Array, ' H'] | None = None,
   dropout: float = 0.0,
   dropout_key: Array | None = None,
-) -> Float[Array, 'B T H K']:
+) -> Float[Array, 'B T H C']:
   """softmax(scale q k^T + bias) v over the keys that `mask` lets through (Vaswani et al. 2017, eq.
   1), logits in fp32. With a key, each weight is dropped at the rate `dropout`, and the others are
   divided by 1 - dropout.
@@ -71,12 +72,12 @@ def attention_naive(
   Query head h uses key/value head h // (H / G). With `softcap` c the logits become c tanh(logits /
   c) (Gemma 2). With ALiBi `slopes_H` m, -m |t - s| is added to the logit of key s for query t
   (Press et al. 2022, section 3)."""
-  (B, T, H, K), (S, G) = q.shape, k.shape[1:3]
+  (B, T, H, _), (S, G) = q.shape, k.shape[1:3]
   p = attention_weights(q, k, mask, scale=scale, softcap=softcap, slopes_H=slopes_H)
   if dropout and dropout_key is not None:
     p = jnp.where(jax.random.bernoulli(dropout_key, 1 - dropout, p.shape), p / (1 - dropout), 0.0)
   p = p.reshape(B, G, H // G, T, S).astype(v.dtype)
-  return jnp.einsum('BGRTS,BSGK->BTGRK', p, v).reshape(B, T, H, K)
+  return jnp.einsum('BGRTS,BSGC->BTGRC', p, v).reshape(B, T, H, v.shape[-1])
 
 
 def attention_weights(
@@ -129,12 +130,20 @@ def _without_dropout(unsupported=None):
   return reason
 
 
-def _unrolled_unsupported(q, k, mask: Mask, softcap=None, slopes_H=None) -> str | None:
+def _unrolled_unsupported(
+  q, k, mask: Mask, softcap=None, slopes_H=None, v_dim: int | None = None
+) -> str | None:
   return None if mask.aligned else 'it needs keys and queries at the same positions'
 
 
 def _order(
-  q: _Shaped, k: _Shaped, mask: Mask, softcap=None, slopes_H=None, dropout: bool = False
+  q: _Shaped,
+  k: _Shaped,
+  mask: Mask,
+  softcap=None,
+  slopes_H=None,
+  dropout: bool = False,
+  v_dim: int | None = None,
 ) -> tuple[str, ...]:
   """Few queries (decoding), or dropout: naive. A TPU: splash, a GPU: cuDNN, where they support the
   case. A CPU: unrolled, where the mask is aligned and the length moderate. Else naive where its
@@ -181,7 +190,7 @@ ATTENTION = Operation(
 def attention(
   q: Float[Array, 'B T H K'],
   k: Float[Array, 'B S G K'],
-  v: Float[Array, 'B S G K'],
+  v: Float[Array, 'B S G C'],
   mask: Mask,
   *,
   scale: float,
@@ -189,7 +198,7 @@ def attention(
   slopes_H: Float[Array, ' H'] | None = None,
   dropout: float = 0.0,
   dropout_key: Array | None = None,
-) -> Float[Array, 'B T H K']:
+) -> Float[Array, 'B T H C']:
   """Attention by the implementation that suits the machine, the shapes and the mask (`ATTENTION`);
   `attention_naive` defines the result.
 
@@ -201,16 +210,17 @@ def attention(
   if slopes_H is not None:
     slopes_H = jax.lax.stop_gradient(slopes_H)
   drops = dropout > 0 and dropout_key is not None
-  chosen = ATTENTION.choose(q, k, mask, softcap=softcap, slopes_H=slopes_H, dropout=drops)
+  options: dict[str, Any] = {'softcap': softcap, 'slopes_H': slopes_H}
+  chosen = ATTENTION.choose(q, k, mask, **options, dropout=drops, v_dim=v.shape[-1])
+  options['scale'] = scale
   if chosen == 'naive':
-    options: dict[str, Any] = {'scale': scale, 'softcap': softcap, 'slopes_H': slopes_H}
     return attention_naive(q, k, v, mask, **options, dropout=dropout, dropout_key=dropout_key)
   k, v = _repeated(k, q.shape[2]), _repeated(v, q.shape[2])
   if time_axes(q.shape[1]):
     # Every shard has all keys that are not the queries' own (an encoder's output).
     if mask.aligned and mask.key_segments_BS is None:
       shared = functools.partial(attention_sharded, splash=chosen == 'splash')
-      return shared(q, k, v, mask, scale=scale, softcap=softcap, slopes_H=slopes_H)
+      return shared(q, k, v, mask, **options)
     t, s = mask.positions(q.shape[1], k.shape[1])  # a shard's positions are no longer 0..T-1
     mask = dataclasses.replace(mask, index_T=t, index_S=s, key_segments_BS=mask.keys())
 

@@ -2,7 +2,7 @@
 2023).
 
 The output and one logsumexp per query, L_t = log sum_s exp(a_ts), are saved for the backward pass.
-With P = exp(A - L) recomputed block by block and delta_t = sum_K dO_tK O_tK:
+With P = exp(A - L) recomputed block by block and delta_t = sum_C dO_tC O_tC:
 
   dV = P^T dO,   dA = P * (dO V^T - delta),   dQ = scale dA K,   dK = scale dA^T Q
 
@@ -10,10 +10,10 @@ With P = exp(A - L) recomputed block by block and delta_t = sum_K dO_tK O_tK:
 every case. `unrolled` is for CPUs and lengths of some thousands: a few blocks of queries, each
 against only the keys that it can see, with slices known when the program is built.
 
-Dims: B batch, T queries, S keys, G key/value heads, R query heads per key/value head, K head dim.
-Heads come first inside (`BGRTK`), because XLA's batched matrix products want the contracted block
-contiguous, and query heads of a group are rows of one product, so keys and values are never
-repeated."""
+Dims: B batch, T queries, S keys, G key/value heads, R query heads per key/value head, K head dim, C
+head dim of the values. Heads come first inside (`BGRTK`), because XLA's batched matrix products
+want the contracted block contiguous, and query heads of a group are rows of one product, so keys
+and values are never repeated."""
 
 from __future__ import annotations
 
@@ -87,13 +87,13 @@ def _logits(q, k, at: _MaskInputs, static: _Static):
 
 def _block_gradients(p, q, k, v, do, delta, slope, scale):
   """dq, dk, dv of one block of queries against one block of keys, fp32, from its probabilities."""
-  da = p.astype(jnp.float32) * (_product('BGRTK,BGSK->BGRTS', do, v) - delta)
+  da = p.astype(jnp.float32) * (_product('BGRTC,BGSC->BGRTS', do, v) - delta)
   if slope is not None:
     da = da * slope
   da, p = (da * scale).astype(k.dtype), p.astype(do.dtype)
   dq = _product('BGRTS,BGSK->BGRTK', da, k)
   dk = _product('BGRTS,BGRTK->BGSK', da, q)
-  dv = _product('BGRTS,BGRTK->BGSK', p, do)
+  dv = _product('BGRTS,BGRTC->BGSC', p, do)
   return dq, dk, dv
 
 
@@ -110,7 +110,7 @@ def _heads_last(x):
 
 
 def _delta(do, out):
-  return _product('BGRTK,BGRTK->BGRT', do, out)[..., None]
+  return _product('BGRTC,BGRTC->BGRT', do, out)[..., None]
 
 
 # ---- blocks of queries and keys in loops -------------------------------------------------------
@@ -176,11 +176,12 @@ def _chunked_forward(q, k, v, at, static):
       a, _ = _logits(qi, kj, (row, col, slopes), static)
       new = jnp.maximum(top, a.max(-1, keepdims=True))
       p, old = jnp.exp(a - new), jnp.exp(top - new)
-      pv = _product('BGRTS,BGSK->BGRTK', p.astype(dtype), vj)
+      pv = _product('BGRTS,BGSC->BGRTC', p.astype(dtype), vj)
       return acc * old + pv, total * old + p.sum(-1, keepdims=True), new
 
     zero = jnp.zeros((*qi.shape[:-1], 1), jnp.float32)
-    first = jnp.zeros(qi.shape, jnp.float32), zero, zero + _FLOOR
+    outputs = jnp.zeros((*qi.shape[:-1], v.shape[-1]), jnp.float32)
+    first = outputs, zero, zero + _FLOOR
     acc, total, top = lax.fori_loop(start, stop, each_key, first)
     total = jnp.where(total == 0, 1.0, total)
     return None, ((acc / total).astype(dtype), (top + jnp.log(total))[..., 0])
@@ -213,8 +214,8 @@ def _chunked_backward(static, saved, do):
       dqi, dki, dvi = _block_gradients(p, qi, kj, vj, doi, delta_i, slope, static.scale)
       return lax.dynamic_update_index_in_dim(dq, _take(dq, i) + dqi, i, 0), dk + dki, dv + dvi
 
-    zero = jnp.zeros(kj.shape, jnp.float32)
-    dq, dk, dv = lax.fori_loop(start, stop, each_query, (dq, zero, zero))
+    zeros = (jnp.zeros(x.shape, jnp.float32) for x in (kj, vj))
+    dq, dk, dv = lax.fori_loop(start, stop, each_query, (dq, *zeros))
     return dq, (dk.astype(k.dtype), dv.astype(v.dtype))
 
   dq, dkv = lax.scan(each_key, jnp.zeros(arrays[0].shape, jnp.float32), (keys, lo, hi))
@@ -286,7 +287,7 @@ def _unrolled_forward(q, k, v, at, static):
     total = p.sum(-1, keepdims=True)
     total = jnp.where(total == 0, 1.0, total)
     p = (p / total).astype(v.dtype)
-    outs.append(_product('BGRTS,BGSK->BGRTK', p, vh[:, :, cols]).astype(q.dtype))
+    outs.append(_product('BGRTS,BGSC->BGRTC', p, vh[:, :, cols]).astype(q.dtype))
     ps.append(p if keep else None)
     lses.append(None if keep else top + jnp.log(total))
   out = jnp.concatenate(outs, axis=3)
@@ -300,7 +301,8 @@ def _unrolled_backward(static, saved, do):
   delta = _delta(do, out)
   dqs = []
   dks, dvs = (
-    [jnp.zeros((B, G, min(b, S - j), K), jnp.float32) for j in range(0, S, b)] for _ in range(2)
+    [jnp.zeros((B, G, min(b, S - j), size), jnp.float32) for j in range(0, S, b)]
+    for size in (K, v.shape[-1])
   )
   for (rows, cols), lse, p in zip(_spans(T, S, static), lses, ps, strict=True):
     qi, kj, slope = q[:, :, :, rows], k[:, :, cols], None

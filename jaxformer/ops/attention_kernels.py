@@ -3,7 +3,8 @@
 Each function has the arguments of `attention_naive`, and beside it stands the function that says
 why it does not support a case, in words, or None where it does.
 
-Dims: B batch, T queries, S keys, H query heads, G key/value heads, K head dim.
+Dims: B batch, T queries, S keys, H query heads, G key/value heads, K head dim. `v_dim` is the head
+dim of the values, None for K.
 """
 
 from __future__ import annotations
@@ -30,7 +31,11 @@ def _window(mask: Mask) -> tuple[int, int] | None:
   return None if mask.window is None else (mask.window - 1, 0 if mask.causal else mask.window - 1)
 
 
-def xla_unsupported(q, k, mask: Mask, softcap=None, slopes_H=None) -> str | None:
+def xla_unsupported(
+  q, k, mask: Mask, softcap=None, slopes_H=None, v_dim: int | None = None
+) -> str | None:
+  if v_dim not in (None, q.shape[-1]):
+    return f'it takes values of the head dim of queries and keys, {q.shape[-1]}, not {v_dim}'
   if softcap is not None or slopes_H is not None:
     return 'it has no soft cap and no ALiBi'
   if not mask.aligned or mask.segments_BT is not None:
@@ -89,7 +94,9 @@ def _as_cudnn(q, k, v, mask: Mask, scale: float):
   return run(q, k, v)
 
 
-def cudnn_unsupported(q, k, mask: Mask, softcap=None, slopes_H=None) -> str | None:
+def cudnn_unsupported(
+  q, k, mask: Mask, softcap=None, slopes_H=None, v_dim: int | None = None
+) -> str | None:
   """Head dims of 256 need a Hopper GPU, which shapes do not show, so 128 is the limit here."""
   if (platform := sharding.platform()) != 'gpu':
     return f'it runs on a GPU, not on a {platform}'
@@ -101,10 +108,12 @@ def cudnn_unsupported(q, k, mask: Mask, softcap=None, slopes_H=None) -> str | No
     return 'its window needs a causal mask'
   if mask.causal and q.shape[1] != k.shape[1]:
     return 'its causal mask needs as many keys as queries'
-  return xla_unsupported(q, k, mask, softcap, slopes_H)
+  return xla_unsupported(q, k, mask, softcap, slopes_H, v_dim)
 
 
-def splash_unsupported(q, k, mask: Mask, softcap=None, slopes_H=None) -> str | None:
+def splash_unsupported(
+  q, k, mask: Mask, softcap=None, slopes_H=None, v_dim: int | None = None
+) -> str | None:
   T, S = q.shape[1], k.shape[1]
   if (platform := sharding.platform()) != 'tpu':
     return f'it runs on a TPU, not on a {platform}'

@@ -33,7 +33,7 @@ from jaxformer.ops.loss_vocabulary import (
   vocabulary_logsumexp,
   vocabulary_loss,
 )
-from jaxformer.ops.softcap import soft_cap
+from jaxformer.ops.softcap import scaled_and_capped
 from jaxformer.task_type import IGNORE
 
 _ROWS = {'cpu': 512}  # tokens at a time; a CPU wants their logits in its cache
@@ -64,6 +64,7 @@ def cross_entropy(
   bias_V: Float[Array, ' V'] | None = None,
   z_loss: float = 0.0,
   max_logit_loss: float = 0.0,
+  logit_scale: float | None = None,
   softcap: float | None = None,
   label_smoothing: float = 0.0,
   transposed: bool = False,
@@ -71,8 +72,8 @@ def cross_entropy(
 ) -> LossSums:
   """sum_i [logsumexp(l_i) - sum_v q_iv l_i[v] + z_loss logsumexp(l_i)^2 + max_logit_loss / 2 max_v
   l_i[v]^2] over targets y_i != IGNORE, with l_i = x_i W + b in fp32 (the z-loss of PaLM, section 5;
-  the loss of the largest logit of RWKV, `L2Wrap` in its code; `softcap` c makes the logits c tanh(l
-  / c)).
+  the loss of the largest logit of RWKV, `L2Wrap` in its code; the logits are multiplied by
+  `logit_scale` first, and `softcap` c makes them c tanh(l / c)).
 
   q_i is 1 at y_i; with `label_smoothing` e it is 1 - e there, plus e / V everywhere (Szegedy et al.
   2016, section 7).
@@ -91,7 +92,9 @@ def cross_entropy(
   if label_smoothing and softcap is not None:
     raise ValueError('cross_entropy: label_smoothing needs logits without a softcap')
   bias_V = None if bias_V is None else bias_V.astype(jnp.float32)
-  options = LossOptions(z_loss, max_logit_loss, softcap, label_smoothing, chunk or 0, transposed)
+  options = LossOptions(
+    z_loss, max_logit_loss, logit_scale, softcap, label_smoothing, chunk or 0, transposed
+  )
   loss, nll = compute(x, w_DV, bias_V, targets_BT, options)
   count = (targets_BT != IGNORE).sum().astype(jnp.float32)
   return LossSums(loss, lax.stop_gradient(nll), count)
@@ -103,6 +106,7 @@ def token_scores(
   targets_BT: Int[Array, 'B T'],
   *,
   bias_V: Float[Array, ' V'] | None = None,
+  logit_scale: float | None = None,
   softcap: float | None = None,
   transposed: bool = False,
   chunk: int | None = None,
@@ -111,7 +115,7 @@ def token_scores(
   0 and False where the target is `IGNORE`. For evaluation, without a gradient."""
   compute = TOKEN_SCORES[TOKEN_SCORES.choose(x, w_DV)]
   bias_V = None if bias_V is None else bias_V.astype(jnp.float32)
-  options = LossOptions(0.0, 0.0, softcap, 0.0, chunk or 0, transposed)
+  options = LossOptions(0.0, 0.0, logit_scale, softcap, 0.0, chunk or 0, transposed)
   arrays = lax.stop_gradient((x, w_DV, bias_V))
   lse, picked, top = compute(*arrays, targets_BT, options)
   counted = targets_BT != IGNORE
@@ -121,7 +125,8 @@ def token_scores(
 def _naive(x, w_DV, bias_V, targets_BT, options: LossOptions):
   """All logits in memory; W is rounded to the dtype of x."""
   logits = jnp.einsum('BTD,DV->BTV', x, w_DV.astype(x.dtype), preferred_element_type=jnp.float32)
-  logits, _ = soft_cap(logits if bias_V is None else logits + bias_V[None, None], options.softcap)
+  logits = logits if bias_V is None else logits + bias_V[None, None]
+  logits, _ = scaled_and_capped(logits, options.logit_scale, options.softcap)
   counted = targets_BT != IGNORE
   lse = jax.nn.logsumexp(logits, axis=-1)
   picked = jnp.take_along_axis(logits, jnp.maximum(targets_BT, 0)[..., None], axis=-1)[..., 0]
@@ -139,7 +144,9 @@ def _smoothed(sums):
   def compute(x, w_DV, bias_V, targets_BT, options: LossOptions):
     loss, nll = sums(x, w_DV, bias_V, targets_BT, options)
     if options.label_smoothing:
-      loss = loss + options.label_smoothing * _above_mean(x, w_DV, bias_V, targets_BT)
+      above = _above_mean(x, w_DV, bias_V, targets_BT)
+      above = above if options.logit_scale is None else options.logit_scale * above
+      loss = loss + options.label_smoothing * above
     return loss, nll
 
   return compute
@@ -147,8 +154,8 @@ def _smoothed(sums):
 
 def _above_mean(x, w_DV, bias_V, targets_BT):
   """sum_i (l_i[y_i] - mean_v l_i[v]) over the counted targets: the term of smoothing, divided by
-  its strength. The mean of logits is one product with the mean of W's columns, so no row of logits
-  is needed."""
+  its strength and by the scale of the logits. The mean of logits is one product with the mean of
+  W's columns, so no row of logits is needed."""
   w = w_DV.astype(x.dtype)
   columns_BTD = jnp.moveaxis(jnp.take(w, jnp.maximum(targets_BT, 0), axis=1, mode='clip'), 0, -1)
   away_BTD = columns_BTD.astype(jnp.float32) - w.astype(jnp.float32).mean(1)[None, None]
@@ -189,12 +196,12 @@ def _chunks(x, targets, n: int):
 
 
 def _row_logits(x, targets, w, bias, options: LossOptions):
-  """exp(l - max), its sum, the soft cap's derivative, logsumexp, the target's logit and the
-  largest, of some tokens `[N, D]`."""
+  """exp(l - max), its sum, the derivative of scale and soft cap, logsumexp, the target's logit and
+  the largest, of some tokens `[N, D]`."""
   logits = jnp.dot(x, w, preferred_element_type=jnp.float32)
   if bias is not None:
     logits = logits + bias[None]
-  logits, slope = soft_cap(logits, options.softcap)
+  logits, slope = scaled_and_capped(logits, options.logit_scale, options.softcap)
   top = logits.max(-1, keepdims=True)
   e = lax.optimization_barrier(jnp.exp(logits - top))
   total = e.sum(-1, keepdims=True)

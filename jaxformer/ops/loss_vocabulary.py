@@ -25,7 +25,7 @@ from jax import lax
 from jax.experimental.layout import Layout, with_layout_constraint
 
 from jaxformer.hardware import chip
-from jaxformer.ops.softcap import soft_cap
+from jaxformer.ops.softcap import scaled_and_capped
 from jaxformer.sharding import device_kind, platform, shard, shard_param, shards
 from jaxformer.task_type import IGNORE
 
@@ -40,6 +40,7 @@ class LossOptions:
 
   z_loss: float
   max_logit_loss: float
+  logit_scale: float | None
   softcap: float | None
   label_smoothing: float
   chunk: int  # 0: the best size
@@ -88,8 +89,8 @@ def _cast(w, dtype):
 
 
 def _logits(x, w, bias, start, size, options: LossOptions):
-  """Logits `B T s C` of the columns from `start` in every shard in fp32, the soft cap's derivative,
-  the slice of W."""
+  """Logits `B T s C` of the columns from `start` in every shard in fp32, the derivative of scale
+  and soft cap, the slice of W."""
   # otherwise all of W would be all-gathered, then sliced
   w = shard_param(lax.dynamic_slice_in_dim(w, start, size, axis=2), 'embed', 'vocab', None)
   # all-gathered after the cast: half the bytes
@@ -97,7 +98,7 @@ def _logits(x, w, bias, start, size, options: LossOptions):
   logits = jnp.einsum('BTD,DsC->BTsC', x, w, preferred_element_type=jnp.float32)
   if bias is not None:
     logits = logits + lax.dynamic_slice_in_dim(bias, start, size, axis=1)[None, None]
-  logits, slope = soft_cap(logits, options.softcap)
+  logits, slope = scaled_and_capped(logits, options.logit_scale, options.softcap)
   return shard(logits, 'batch', 'time', 'vocab', None), slope, w
 
 

@@ -29,9 +29,9 @@ quick = pytest.mark.quick
 TOLERANCE = {jnp.float32: 1e-5, jnp.bfloat16: 2e-2}
 
 
-def arrays(B, T, S, H, G, K, dtype=jnp.float32, seed=0):
-  keys = jax.random.split(jax.random.key(seed), 4)
-  shapes = (B, T, H, K), (B, S, G, K), (B, S, G, K), (B, T, H, K)
+def arrays(B, T, S, H, G, K, dtype=jnp.float32, seed=0, C=None):
+  keys, C = jax.random.split(jax.random.key(seed), 4), C or K
+  shapes = (B, T, H, K), (B, S, G, K), (B, S, G, C), (B, T, H, C)
   return [jax.random.normal(key, shape, dtype) for key, shape in zip(keys, shapes, strict=True)]
 
 
@@ -156,6 +156,17 @@ def test_agrees_with_naive(case, dtype):
     assert_same(got, want, TOLERANCE[dtype])
 
 
+@quick
+@pytest.mark.parametrize('C', [8, 24])
+def test_values_may_have_another_dim(C):
+  """As in multi-head latent attention, where keys have rotary channels beside those of values."""
+  inputs, mask = arrays(2, 97, 97, 4, 2, 16, C=C), Mask(window=50, segments_BT=packed(2, 97))
+  want = with_gradients(lambda q, k, v: attention_naive(q, k, v, mask, scale=0.3), *inputs)
+  for name in 'chunked', 'unrolled':
+    f = forced(lambda q, k, v: attention(q, k, v, mask, scale=0.3), attention=name)
+    assert_same(with_gradients(f, *inputs), want, 1e-5)
+
+
 @pytest.mark.parametrize('block', [16, 512])
 @pytest.mark.parametrize('case', CACHES)
 def test_chunked_over_a_cache(case, block):
@@ -210,6 +221,16 @@ def test_splash_interpreted_agrees_with_naive(mask, softcap, K):
   assert_same(
     got, with_gradients(lambda q, k, v: attention_naive(q, k, v, mask, **common), *inputs), 1e-5
   )
+
+
+@pytest.mark.parametrize(('K', 'C'), [(192, 128), (128, 64)])
+def test_splash_takes_values_of_another_dim(K, C):
+  inputs, mask = arrays(1, 256, 256, 2, 1, K, C=C), Mask()
+  got = with_gradients(
+    lambda q, k, v: ops.attention_splash(q, k, v, mask, scale=0.1, interpret=True), *inputs
+  )
+  want = with_gradients(lambda q, k, v: attention_naive(q, k, v, mask, scale=0.1), *inputs)
+  assert_same(got, want, 1e-5)
 
 
 @quick
@@ -326,6 +347,9 @@ def shape(B=4, T=2048, H=16, K=128, dtype=jnp.bfloat16):
     ('gpu', shape(), shape(T=512), Mask(causal=False), {}, 'cudnn'),
     ('gpu', shape(dtype=jnp.float32), shape(dtype=jnp.float32), Mask(), {}, 'chunked'),
     ('gpu', shape(K=100), shape(K=100), Mask(), {}, 'chunked'),
+    ('gpu', shape(), shape(), Mask(), {'v_dim': 128}, 'cudnn'),
+    ('gpu', shape(), shape(), Mask(), {'v_dim': 64}, 'chunked'),
+    ('tpu', shape(), shape(), Mask(), {'v_dim': 64}, 'splash'),
     ('gpu', shape(K=256), shape(K=256), Mask(), {}, 'chunked'),
     ('gpu', shape(), shape(), Mask(causal=False, window=8), {}, 'chunked'),
     ('gpu', shape(), shape(), Mask(), {'softcap': 30.0}, 'chunked'),

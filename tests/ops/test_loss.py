@@ -74,8 +74,18 @@ IMPLEMENTATIONS = [
     {'z_loss': 1e-2, 'label_smoothing': 0.1},
     {'max_logit_loss': 0.3},
     {'max_logit_loss': 0.3, 'z_loss': 1e-2, 'softcap': 3.0},
+    {'logit_scale': 0.3, 'z_loss': 1e-2, 'max_logit_loss': 0.3, 'softcap': 3.0},
+    {'logit_scale': 0.3, 'label_smoothing': 0.1},
   ],
-  ids=['plain', 'z-loss-softcap', 'smoothed', 'max-logit', 'max-logit-softcap'],
+  ids=[
+    'plain',
+    'z-loss-softcap',
+    'smoothed',
+    'max-logit',
+    'max-logit-softcap',
+    'scaled-softcap',
+    'scaled-smoothed',
+  ],
 )
 def test_agrees_with_naive(chosen, chunk, options):
   inputs, targets = arrays(bias=bool(options))
@@ -136,7 +146,7 @@ def test_token_scores(chosen, chunk):
   )
   score = jax.jit(
     lambda x, w, b: forced(token_scores, token_scores=chosen)(
-      x, w, targets, bias_V=b, softcap=3.0, chunk=chunk
+      x, w, targets, bias_V=b, logit_scale=0.5, softcap=3.0, chunk=chunk
     )
   )
   nll, hit = score(*inputs.values())
@@ -144,7 +154,9 @@ def test_token_scores(chosen, chunk):
   assert 0 < hit.sum() < (targets != IGNORE).sum()
   for b, t in (0, 0), (1, 12), (1, 5):
     one = jnp.full_like(targets, IGNORE).at[b, t].set(targets[b, t])
-    want = cross_entropy_naive(inputs['x'], inputs['w'], one, bias_V=inputs['bias'], softcap=3.0)
+    want = cross_entropy_naive(
+      inputs['x'], inputs['w'], one, bias_V=inputs['bias'], logit_scale=0.5, softcap=3.0
+    )
     np.testing.assert_allclose(nll[b, t], want.nll, rtol=1e-5, atol=1e-5)
 
 
