@@ -20,7 +20,7 @@ from jaxformer.layers.norm import NormConfig, RMSNorm, build_norm
 from jaxformer.layers.position import Alibi, AttentionPosition, Llama3Scaling, Rotary, YarnScaling
 from jaxformer.ops.attention import Mask, attention
 from jaxformer.ops.documents import count_starts
-from jaxformer.sharding import shard
+from jaxformer.sharding import param, shard
 
 
 @jax.tree_util.register_dataclass
@@ -70,6 +70,8 @@ class Attention(Layer):
         2).
       output_gate: whether a sigmoid of another projection of the input, `gate`, multiplies the
         heads' outputs.
+      sinks: whether each head has a trained logit, `sink`, that takes part in the softmax with a
+        value of 0: a head can attend to nothing (gpt-oss).
       softcap: logits become c tanh(logits / c) (Gemma 2); None for none.
       scale: factor on the logits; None for 1 / sqrt(head_dim).
       attention_dropout: rate at which attention weights are dropped (GPT-2's `attn_pdrop`), which
@@ -89,6 +91,7 @@ class Attention(Layer):
     qk_norm: NormConfig | None = None
     qk_norm_over: Literal['head', 'width'] = 'head'
     output_gate: bool = False
+    sinks: bool = False
     softcap: float | None = None
     scale: float | None = None
     attention_dropout: float = 0.0
@@ -136,7 +139,7 @@ class Attention(Layer):
           position=Rotary(theta=100.0, scaling=Llama3Scaling(original_context=16)),
           qk_norm=RMSNorm(),
         ),
-        cls(heads=4, window=5, position=Rotary(), softcap=5.0),
+        cls(heads=4, kv_heads=2, window=5, position=Rotary(), sinks=True, softcap=5.0),
         cls(
           heads=4,
           kv_heads=2,
@@ -174,6 +177,8 @@ class Attention(Layer):
     self.gate = (
       dense(c.init, (width, H * C), ('embed', 'heads'), bias=c.bias) if c.output_gate else None
     )
+    sink = c.init(rngs.params(), (H,), width, position) if c.sinks else None
+    self.sink = None if sink is None else param(sink, ('heads',), decay=False, full_precision=True)
     every_head = c.qk_norm_over == 'width'
     self.q_norm = build_norm(c.qk_norm, H * K if every_head else K)
     self.k_norm = build_norm(c.qk_norm, G * K if every_head else K)
@@ -209,6 +214,7 @@ class Attention(Layer):
       scale=1.0 / math.sqrt(self.head_dim) if c.scale is None else c.scale,
       softcap=c.softcap,
       slopes_H=None if slopes is None else jnp.asarray(slopes),
+      sinks_H=None if self.sink is None else self.sink[...],
       dropout=c.attention_dropout,
       dropout_key=ctx.fold(0).dropout_key,
     )

@@ -62,6 +62,7 @@ def attention_naive(
   scale: float,
   softcap: float | None = None,
   slopes_H: Float[Array, ' H'] | None = None,
+  sinks_H: Float[Array, ' H'] | None = None,
   dropout: float = 0.0,
   dropout_key: Array | None = None,
 ) -> Float[Array, 'B T H C']:
@@ -71,9 +72,12 @@ def attention_naive(
 
   Query head h uses key/value head h // (H / G). With `softcap` c the logits become c tanh(logits /
   c) (Gemma 2). With ALiBi `slopes_H` m, -m |t - s| is added to the logit of key s for query t
-  (Press et al. 2022, section 3)."""
+  (Press et al. 2022, section 3). `sinks_H` are the logits of one more key per head, which every
+  query sees and whose value is 0: exp(sink) is added to the denominator (OpenAI 2025, gpt-oss)."""
   (B, T, H, _), (S, G) = q.shape, k.shape[1:3]
-  p = attention_weights(q, k, mask, scale=scale, softcap=softcap, slopes_H=slopes_H)
+  p = attention_weights(
+    q, k, mask, scale=scale, softcap=softcap, slopes_H=slopes_H, sinks_H=sinks_H
+  )
   if dropout and dropout_key is not None:
     p = jnp.where(jax.random.bernoulli(dropout_key, 1 - dropout, p.shape), p / (1 - dropout), 0.0)
   p = p.reshape(B, G, H // G, T, S).astype(v.dtype)
@@ -88,9 +92,11 @@ def attention_weights(
   scale: float,
   softcap: float | None = None,
   slopes_H: Float[Array, ' H'] | None = None,
+  sinks_H: Float[Array, ' H'] | None = None,
 ) -> Float[Array, 'B H T S']:
   """The softmax of `attention_naive`, fp32, all of it in memory: for plots, and for layers whose
-  attention is small. A query that sees no key has zeros."""
+  attention is small. A query that sees no key has zeros. With `sinks_H` the weights of a query add
+  up to less than 1."""
   (B, T, H, K), (S, G) = q.shape, k.shape[1:3]
   q, k = q.reshape(B, T, G, H // G, K), k.astype(q.dtype)
   a = jnp.einsum('BTGRK,BSGK->BGRTS', q, k, preferred_element_type=jnp.float32) * scale
@@ -100,7 +106,11 @@ def attention_weights(
     distance = -jnp.abs(t[:, None] - s[None, :]).astype(jnp.float32)
     a = a + slopes_H.reshape(1, G, H // G, 1, 1) * distance[None, None, None]
   seen = mask.dense(T, S)[:, None, None]
-  p = jnp.where(seen, jax.nn.softmax(jnp.where(seen, a, MASKED), axis=-1), 0.0)
+  a = jnp.where(seen, a, MASKED)
+  if sinks_H is not None:
+    sinks = sinks_H.astype(jnp.float32).reshape(1, G, H // G, 1, 1)
+    a = jnp.concatenate([a, jnp.broadcast_to(sinks, (*a.shape[:-1], 1))], axis=-1)
+  p = jnp.where(seen, jax.nn.softmax(a, axis=-1)[..., :S], 0.0)
   return p.reshape(B, H, T, S)
 
 
@@ -130,20 +140,12 @@ def _without_dropout(unsupported=None):
   return reason
 
 
-def _unrolled_unsupported(
-  q, k, mask: Mask, softcap=None, slopes_H=None, v_dim: int | None = None
-) -> str | None:
+def _unrolled_unsupported(q, k, mask: Mask, **options) -> str | None:
   return None if mask.aligned else 'it needs keys and queries at the same positions'
 
 
 def _order(
-  q: _Shaped,
-  k: _Shaped,
-  mask: Mask,
-  softcap=None,
-  slopes_H=None,
-  dropout: bool = False,
-  v_dim: int | None = None,
+  q: _Shaped, k: _Shaped, mask: Mask, dropout: bool = False, **options: Any
 ) -> tuple[str, ...]:
   """Few queries (decoding), or dropout: naive. A TPU: splash, a GPU: cuDNN, where they support the
   case. A CPU: unrolled, where the mask is aligned and the length moderate. Else naive where its
@@ -196,6 +198,7 @@ def attention(
   scale: float,
   softcap: float | None = None,
   slopes_H: Float[Array, ' H'] | None = None,
+  sinks_H: Float[Array, ' H'] | None = None,
   dropout: float = 0.0,
   dropout_key: Array | None = None,
 ) -> Float[Array, 'B T H C']:
@@ -210,7 +213,7 @@ def attention(
   if slopes_H is not None:
     slopes_H = jax.lax.stop_gradient(slopes_H)
   drops = dropout > 0 and dropout_key is not None
-  options: dict[str, Any] = {'softcap': softcap, 'slopes_H': slopes_H}
+  options: dict[str, Any] = {'softcap': softcap, 'slopes_H': slopes_H, 'sinks_H': sinks_H}
   chosen = ATTENTION.choose(q, k, mask, **options, dropout=drops, v_dim=v.shape[-1])
   options['scale'] = scale
   if chosen == 'naive':
@@ -224,12 +227,13 @@ def attention(
     t, s = mask.positions(q.shape[1], k.shape[1])  # a shard's positions are no longer 0..T-1
     mask = dataclasses.replace(mask, index_T=t, index_S=s, key_segments_BS=mask.keys())
 
-  def local(q, k, v, mask, slopes_H):
-    return ATTENTION[chosen](q, k, v, mask, scale=scale, softcap=softcap, slopes_H=slopes_H)
+  def local(q, k, v, mask, slopes_H, sinks_H):
+    options = {'scale': scale, 'softcap': softcap, 'slopes_H': slopes_H, 'sinks_H': sinks_H}
+    return ATTENTION[chosen](q, k, v, mask, **options)
 
   queries, keys = ('batch', 'time', 'heads', None), ('batch', None, 'kv_heads', None)
-  mapped = sharded(local, (queries, keys, keys, mask.axes, ('heads',)), queries)
-  return mapped(q, k, v, mask, slopes_H)
+  mapped = sharded(local, (queries, keys, keys, mask.axes, ('heads',), ('heads',)), queries)
+  return mapped(q, k, v, mask, slopes_H, sinks_H)
 
 
 def _repeated(x: Float[Array, 'B S G K'], H: int) -> Float[Array, 'B S g K']:

@@ -6,6 +6,8 @@ With P = exp(A - L) recomputed block by block and delta_t = sum_C dO_tC O_tC:
 
   dV = P^T dO,   dA = P * (dO V^T - delta),   dQ = scale dA K,   dK = scale dA^T Q
 
+A sink is a key of its own logit, with a value of 0: L includes it, and nothing else changes.
+
 `chunked` loops over blocks of queries and keys and skips the pairs whose mask is empty; it supports
 every case. `unrolled` is for CPUs and lengths of some thousands: a few blocks of queries, each
 against only the keys that it can see, with slices known when the program is built.
@@ -85,6 +87,17 @@ def _logits(q, k, at: _MaskInputs, static: _Static):
   return jnp.where(seen[:, None, None], a, MASKED), slope
 
 
+def _sinks(sinks_H, G: int):
+  """`H` -> `G R`, fp32."""
+  return None if sinks_H is None else sinks_H.astype(jnp.float32).reshape(G, -1)
+
+
+def _sink_gradients(p_sink, delta):
+  """The gradient of the sinks, `G R`, from their probabilities and delta, both `B G R T 1`: with a
+  value of 0, dA = -P * delta."""
+  return -jnp.sum(p_sink * delta, axis=(0, 3, 4))
+
+
 def _block_gradients(p, q, k, v, do, delta, slope, scale):
   """dq, dk, dv of one block of queries against one block of keys, fp32, from its probabilities."""
   da = p.astype(jnp.float32) * (_product('BGRTC,BGSC->BGRTS', do, v) - delta)
@@ -154,12 +167,12 @@ def _take(blocks, i):
   return jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, i, 0, keepdims=False), blocks)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _chunked(q, k, v, at: _MaskInputs, static: _Static):
-  return _chunked_forward(q, k, v, at, static)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _chunked(q, k, v, sinks, at: _MaskInputs, static: _Static):
+  return _chunked_forward(q, k, v, sinks, at, static)[0]
 
 
-def _chunked_forward(q, k, v, at, static):
+def _chunked_forward(q, k, v, sinks, at, static):
   G, dtype, b = k.shape[2], q.dtype, static.block
   rows, cols, slopes = _in_blocks(at, b)
   (lo, hi), _ = _ranges(rows, cols, static)
@@ -182,6 +195,8 @@ def _chunked_forward(q, k, v, at, static):
     zero = jnp.zeros((*qi.shape[:-1], 1), jnp.float32)
     outputs = jnp.zeros((*qi.shape[:-1], v.shape[-1]), jnp.float32)
     first = outputs, zero, zero + _FLOOR
+    if sinks is not None:
+      first = outputs, zero + 1.0, zero + sinks[None, :, :, None, None]
     acc, total, top = lax.fori_loop(start, stop, each_key, first)
     total = jnp.where(total == 0, 1.0, total)
     return None, ((acc / total).astype(dtype), (top + jnp.log(total))[..., 0])
@@ -189,16 +204,17 @@ def _chunked_forward(q, k, v, at, static):
   _, results = lax.scan(each_query, None, (queries, lo, hi))
   out, lse = (from_chunks(x, q.shape[1], 3) for x in results)
   out, lse = checkpoint_name((_heads_last(out), lse), SAVED)
-  return out, (q, k, v, at, out, lse)
+  return out, (q, k, v, sinks, at, out, lse)
 
 
 def _chunked_backward(static, saved, do):
-  q, k, v, at, out, lse = saved
+  q, k, v, sinks, at, out, lse = saved
   G, b = k.shape[2], static.block
   rows, cols, slopes = _in_blocks(at, b)
   _, (lo, hi) = _ranges(rows, cols, static)
   do, out = _heads_first(do, G), _heads_first(out, G)
-  arrays = _heads_first(q, G), do, lse[..., None], _delta(do, out)
+  lse, delta = lse[..., None], _delta(do, out)
+  arrays = _heads_first(q, G), do, lse, delta
   arrays = [to_chunks(x, b, 3) for x in arrays]
   queries = arrays, rows
   keys = *(to_chunks(x.swapaxes(1, 2), b, 2) for x in (k, v)), cols
@@ -221,21 +237,27 @@ def _chunked_backward(static, saved, do):
   dq, dkv = lax.scan(each_key, jnp.zeros(arrays[0].shape, jnp.float32), (keys, lo, hi))
   dq = _heads_last(from_chunks(dq, q.shape[1], 3)).astype(q.dtype)
   dk, dv = (from_chunks(x, k.shape[1], 2).swapaxes(1, 2) for x in dkv)
-  return dq, dk, dv, None
+  if sinks is not None:
+    sinks = _sink_gradients(jnp.exp(sinks[None, :, :, None, None] - lse), delta)
+  return dq, dk, dv, sinks, None
 
 
 _chunked.defvjp(_chunked_forward, _chunked_backward)
 
 
-def attention_chunked(q, k, v, mask: Mask, *, scale, softcap=None, slopes_H=None, block=None):
+def attention_chunked(
+  q, k, v, mask: Mask, *, scale, softcap=None, slopes_H=None, sinks_H=None, block=None
+):
   """Attention block by block in both lengths, in memory linear in T and S.
 
-  Differentiable in q, k and v; `slopes_H` are constants. Pairs of blocks that cannot see each other
-  (the future, beyond the window, other packed documents, empty cache slots) are not visited."""
+  Differentiable in q, k, v and `sinks_H`; `slopes_H` are constants. Pairs of blocks that cannot see
+  each other (the future, beyond the window, other packed documents, empty cache slots) are not
+  visited."""
   T, S = q.shape[1], k.shape[1]
   at = _mask_inputs(mask, slopes_H, *mask.positions(T, S), k.shape[2])
   block = min(block or (256 if platform() == 'cpu' else 512), -(-max(T, S) // 8) * 8)
-  return _chunked(q, k, v, at, _Static(mask.causal, mask.window, scale, softcap, block))
+  static = _Static(mask.causal, mask.window, scale, softcap, block)
+  return _chunked(q, k, v, _sinks(sinks_H, k.shape[2]), at, static)
 
 
 # ---- a few blocks of queries, unrolled ---------------------------------------------------------
@@ -265,12 +287,12 @@ def _here(at: _MaskInputs, rows: slice, cols: slice) -> _MaskInputs:
   return part(queries, rows), part(keys, cols), slopes
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _unrolled(q, k, v, at: _MaskInputs, static: _Static):
-  return _unrolled_forward(q, k, v, at, static)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _unrolled(q, k, v, sinks, at: _MaskInputs, static: _Static):
+  return _unrolled_forward(q, k, v, sinks, at, static)[0]
 
 
-def _unrolled_forward(q, k, v, at, static):
+def _unrolled_forward(q, k, v, sinks, at, static):
   (B, T, H, _), (S, G) = q.shape, k.shape[1:3]
   spans = _spans(T, S, static)
   # Keeping the probabilities saves the backward pass a product and an exp: a seventh of all work,
@@ -279,23 +301,28 @@ def _unrolled_forward(q, k, v, at, static):
   pairs = sum((r.stop - r.start) * (c.stop - c.start) for r, c in spans)
   keep = static.softcap is None and pairs * B * H * q.dtype.itemsize <= _KEEP_BYTES
   qh, kh, vh = _heads_first(q, G), k.swapaxes(1, 2), v.swapaxes(1, 2)
-  outs, lses, ps = [], [], []
+  outs, lses, ps, p_sinks = [], [], [], []
+  sink = None if sinks is None else sinks[None, :, :, None, None]
   for rows, cols in spans:
     a, _ = _logits(qh[:, :, :, rows], kh[:, :, cols], _here(at, rows, cols), static)
-    top = jnp.maximum(a.max(-1, keepdims=True), _FLOOR)
+    top = jnp.maximum(a.max(-1, keepdims=True), _FLOOR if sink is None else sink)
     p = jnp.exp(a - top)
     total = p.sum(-1, keepdims=True)
+    if sink is not None:
+      total = total + jnp.exp(sink - top)
+      p_sinks.append(jnp.exp(sink - top) / total)
     total = jnp.where(total == 0, 1.0, total)
     p = (p / total).astype(v.dtype)
     outs.append(_product('BGRTS,BGSC->BGRTC', p, vh[:, :, cols]).astype(q.dtype))
     ps.append(p if keep else None)
     lses.append(None if keep else top + jnp.log(total))
   out = jnp.concatenate(outs, axis=3)
-  return _heads_last(out), (qh, kh, vh, at, out, lses, ps)
+  p_sink = None if sinks is None else jnp.concatenate(p_sinks, axis=3)
+  return _heads_last(out), (qh, kh, vh, p_sink, at, out, lses, ps)
 
 
 def _unrolled_backward(static, saved, do):
-  q, k, v, at, out, lses, ps = saved
+  q, k, v, p_sink, at, out, lses, ps = saved
   (B, G, _, T, K), S, b = q.shape, k.shape[2], static.block
   do = _heads_first(do, G)
   delta = _delta(do, out)
@@ -318,16 +345,21 @@ def _unrolled_backward(static, saved, do):
       here = slice(j * b - cols.start, min((j + 1) * b, S) - cols.start)
       dks[j], dvs[j] = dks[j] + dk[:, :, here], dvs[j] + dv[:, :, here]
   dk, dv = (jnp.concatenate(x, axis=2).swapaxes(1, 2) for x in (dks, dvs))
-  return _heads_last(jnp.concatenate(dqs, axis=3)), dk.astype(k.dtype), dv.astype(v.dtype), None
+  dq = _heads_last(jnp.concatenate(dqs, axis=3))
+  dsinks = None if p_sink is None else _sink_gradients(p_sink, delta)
+  return dq, dk.astype(k.dtype), dv.astype(v.dtype), dsinks, None
 
 
 _unrolled.defvjp(_unrolled_forward, _unrolled_backward)
 
 
-def attention_unrolled(q, k, v, mask: Mask, *, scale, softcap=None, slopes_H=None, block=None):
+def attention_unrolled(
+  q, k, v, mask: Mask, *, scale, softcap=None, slopes_H=None, sinks_H=None, block=None
+):
   """Attention in about eight blocks of queries, each against only the keys that it can see, for an
   aligned mask. Half the work of the naive implementation under a causal mask; temporaries of one
   block, B H T S / 8 numbers."""
   at = _mask_inputs(mask, slopes_H, None, None, k.shape[2])
   block = block or max(64, -(-q.shape[1] // 512) * 64)
-  return _unrolled(q, k, v, at, _Static(mask.causal, mask.window, scale, softcap, block))
+  static = _Static(mask.causal, mask.window, scale, softcap, block)
+  return _unrolled(q, k, v, _sinks(sinks_H, k.shape[2]), at, static)

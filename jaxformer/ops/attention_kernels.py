@@ -32,18 +32,20 @@ def _window(mask: Mask) -> tuple[int, int] | None:
 
 
 def xla_unsupported(
-  q, k, mask: Mask, softcap=None, slopes_H=None, v_dim: int | None = None
+  q, k, mask: Mask, softcap=None, slopes_H=None, sinks_H=None, v_dim: int | None = None
 ) -> str | None:
   if v_dim not in (None, q.shape[-1]):
     return f'it takes values of the head dim of queries and keys, {q.shape[-1]}, not {v_dim}'
   if softcap is not None or slopes_H is not None:
     return 'it has no soft cap and no ALiBi'
+  if sinks_H is not None:
+    return 'it has no sinks, and no gradient of the logsumexp that they could be computed from'
   if not mask.aligned or mask.segments_BT is not None:
     return 'it takes no segments and no positions'
   return None
 
 
-def attention_xla(q, k, v, mask: Mask, *, scale, softcap=None, slopes_H=None, implementation='xla'):
+def attention_xla(q, k, v, mask: Mask, *, scale, implementation='xla', **absent):
   """`jax.nn.dot_product_attention`. The structure of the mask is passed as arguments, since an
   explicit mask array makes cuDNN several times slower."""
   return jax.nn.dot_product_attention(
@@ -57,7 +59,7 @@ def attention_xla(q, k, v, mask: Mask, *, scale, softcap=None, slopes_H=None, im
   )
 
 
-def attention_cudnn(q, k, v, mask: Mask, *, scale, softcap=None, slopes_H=None):
+def attention_cudnn(q, k, v, mask: Mask, *, scale, **absent):
   """`jax.nn.dot_product_attention` by cuDNN. JAX traces it only where cuDNN is installed, so a
   program of an assumed platform has `_as_cudnn` in its place."""
   if sharding.platform_is_assumed():
@@ -94,9 +96,7 @@ def _as_cudnn(q, k, v, mask: Mask, scale: float):
   return run(q, k, v)
 
 
-def cudnn_unsupported(
-  q, k, mask: Mask, softcap=None, slopes_H=None, v_dim: int | None = None
-) -> str | None:
+def cudnn_unsupported(q, k, mask: Mask, **options) -> str | None:
   """Head dims of 256 need a Hopper GPU, which shapes do not show, so 128 is the limit here."""
   if (platform := sharding.platform()) != 'gpu':
     return f'it runs on a GPU, not on a {platform}'
@@ -108,11 +108,11 @@ def cudnn_unsupported(
     return 'its window needs a causal mask'
   if mask.causal and q.shape[1] != k.shape[1]:
     return 'its causal mask needs as many keys as queries'
-  return xla_unsupported(q, k, mask, softcap, slopes_H, v_dim)
+  return xla_unsupported(q, k, mask, **options)
 
 
 def splash_unsupported(
-  q, k, mask: Mask, softcap=None, slopes_H=None, v_dim: int | None = None
+  q, k, mask: Mask, softcap=None, slopes_H=None, sinks_H=None, v_dim: int | None = None
 ) -> str | None:
   T, S = q.shape[1], k.shape[1]
   if (platform := sharding.platform()) != 'tpu':
@@ -140,12 +140,24 @@ def _block(size: int) -> int:
   return next(b for b in range(min(size, 1024), 0, -_LANES) if size % b == 0)
 
 
-def attention_splash(q, k, v, mask: Mask, *, scale, softcap=None, slopes_H=None, interpret=False):
+def attention_splash(
+  q, k, v, mask: Mask, *, scale, softcap=None, slopes_H=None, sinks_H=None, interpret=False
+):
   """Splash attention, the block-sparse flash attention kernel of JAX (Dao 2023). It saves output
   and logsumexp under the name `SAVED`. The scale is applied to q, in fp32 and rounded back."""
   order = np.arange(q.shape[1])[None]
-  options = {'scale': scale, 'softcap': softcap, 'interpret': interpret}
+  options = {'scale': scale, 'softcap': softcap, 'sinks_H': sinks_H, 'interpret': interpret}
   return splash_part(q, k, v, mask, order, 0, segments_BS=mask.segments_BT, **options)
+
+
+@jax.custom_vjp
+def _with_own_dtype(x):
+  """x, and a gradient of its dtype: up to JAX 0.10 splash returns that of sinks in the dtype of q,
+  summed from products that are rounded to it."""
+  return x
+
+
+_with_own_dtype.defvjp(lambda x: (x, x), lambda x, g: (g.astype(x.dtype),))
 
 
 def splash_part(
@@ -159,6 +171,7 @@ def splash_part(
   segments_BS,
   scale,
   softcap=None,
+  sinks_H=None,
   interpret=False,
 ):
   """Splash attention for one of n parts of the queries, with all keys.
@@ -218,4 +231,6 @@ def splash_part(
   segments = mask.segments_BT
   ids = None if segments is None else kernels.SegmentIds(segments, segments_BS)
   q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
-  return jax.vmap(kernel)(q, k, v, ids).swapaxes(1, 2)
+  run = jax.vmap(kernel, in_axes=(0, 0, 0, 0, None))
+  sinks_H = None if sinks_H is None else _with_own_dtype(sinks_H)
+  return run(q, k, v, ids, sinks_H).swapaxes(1, 2)

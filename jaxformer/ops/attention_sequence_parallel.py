@@ -36,6 +36,7 @@ def attention_sharded(
   scale,
   softcap=None,
   slopes_H=None,
+  sinks_H=None,
   splash: bool = False,
   interpret: bool = False,
 ):
@@ -43,7 +44,7 @@ def attention_sharded(
   computes the part of each shard by that kernel, else by blocks."""
   axes = time_axes(q.shape[1])
 
-  def shard(q, k, v, segments_BS, slopes_H):
+  def shard(q, k, v, segments_BS, slopes_H, sinks_H):
     n, here, T = lax.axis_size(axes), lax.axis_index(axes), q.shape[1]
     k, v = (lax.all_gather(x, axes, axis=1, tiled=True) for x in (k, v))
     balanced = mask.causal and T % 2 == 0 and (mask.window is None or mask.window > T)
@@ -53,20 +54,20 @@ def attention_sharded(
     q = to_zigzag(q, axes) if balanced else q
     if splash:
       own = Mask(mask.causal, mask.window, segments)
-      options = {'scale': scale, 'softcap': softcap, 'interpret': interpret}
+      options = {'scale': scale, 'softcap': softcap, 'sinks_H': sinks_H, 'interpret': interpret}
       out = splash_part(q, k, v, own, order_nT, here, segments_BS=segments_BS, **options)
     else:
       own = Mask(
         mask.causal, mask.window, segments, segments_BS, t, jnp.arange(n * T, dtype=jnp.int32)
       )
       block = _block(T // 2 if balanced else T)
-      options = {'scale': scale, 'softcap': softcap, 'slopes_H': slopes_H}
+      options = {'scale': scale, 'softcap': softcap, 'slopes_H': slopes_H, 'sinks_H': sinks_H}
       out = attention_chunked(q, k, v, own, **options, block=block)
     return from_zigzag(out, axes) if balanced else out
 
   token, keys = ('batch', 'time', 'heads', None), ('batch', 'time', 'kv_heads', None)
-  mapped = per_shard(shard, (token, keys, keys, ('batch', None), ('heads',)), token)
-  return mapped(q, k, v, mask.segments_BT, slopes_H)
+  mapped = per_shard(shard, (token, keys, keys, ('batch', None), ('heads',), ('heads',)), token)
+  return mapped(q, k, v, mask.segments_BT, slopes_H, sinks_H)
 
 
 def _order(n: int, T: int, balanced: bool) -> Int[np.ndarray, 'n T']:
