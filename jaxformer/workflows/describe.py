@@ -16,6 +16,8 @@ from jaxformer.models.model import ModelConfig
 from jaxformer.models.params import ParamInfo, Params, define
 from jaxformer.models.stack import Group, blocks_with_widths
 from jaxformer.ops.implementation import record_choices
+from jaxformer.models.zoo import PRESETS
+from jaxformer.models.zoo.story import STORY
 from jaxformer.planning.cost import cost, matrix_flops
 from jaxformer.planning.memory import abstract_batch
 from jaxformer.planning.target import parse_target
@@ -65,6 +67,8 @@ class Description:
     length: the sequence length that FLOPs are averaged over.
     context_length: that state is sized for.
     implementations: platform or target -> phase -> operation -> the implementations that run.
+    story: chapter, year, formula, change and source of the step that the family took; None for what
+      is in no family.
     recipe: how a published model was trained (see `recipes.recipe_json`); None for others.
   """
 
@@ -79,6 +83,7 @@ class Description:
   state_bytes: int | None
   parts: tuple[ModelPart, ...]
   implementations: dict[str, dict[str, dict[str, list[str]]]]
+  story: dict[str, Any] | None = None
   recipe: dict[str, Any] | None = None
 
   def json(self) -> dict[str, Any]:
@@ -116,6 +121,7 @@ class Description:
       self.title,
       f'{self.task}; FLOPs (forward, causal) at {self.length:,} tokens, state at '
       f'{self.context_length:,}',
+      *([] if self.story is None else [_step_line(self.story)]),
       '',
     ]
     recipe = [] if self.recipe is None else ['', 'training recipe', *recipe_lines(self.recipe)]
@@ -168,8 +174,28 @@ def describe_model(
     state_bytes=c.decode_state_bytes,
     parts=tuple(parts_of(model, c.length)),
     implementations={where: implementations(model, on) for where, on in places.items()},
+    story=_story(name),
     recipe=recipe_json(name),
   )
+
+
+def _story(name: str) -> dict[str, Any] | None:
+  """Return the step of the story that a preset or a family takes."""
+  family = PRESETS[name].family if name in set(PRESETS) else name
+  if family not in set(STORY):
+    return None
+  s = STORY[family]
+  return {
+    'chapter': s.heading,
+    'year': s.year,
+    'formula': s.formula,
+    'change': s.change,
+    'source': s.source,
+  }
+
+
+def _step_line(story: dict[str, Any]) -> str:
+  return f'chapter {story["chapter"]} ({story["year"]}): {story["change"]}'
 
 
 # ---- parts -------------------------------------------------------------------------------------

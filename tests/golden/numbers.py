@@ -36,6 +36,14 @@ def presets() -> list[str]:
   return list(PRESETS)
 
 
+def by_chapter() -> list[str]:
+  from jaxformer.models.zoo import PRESETS
+  from jaxformer.models.zoo.story import told
+
+  order = [step.family for step in told()]
+  return sorted(PRESETS, key=lambda name: order.index(PRESETS[name].family))
+
+
 def model_of(preset: str) -> Any:
   from jaxformer.models.zoo import PRESETS
 
@@ -105,9 +113,15 @@ def logits_of(preset: str, params: dict[str, Any], batch: Batch) -> np.ndarray:
 
 def size(preset: str) -> dict[str, Any]:
   from jaxformer.models.zoo import PRESETS
+  from jaxformer.models.zoo.story import STORY
 
   definition, family = definition_of(preset), PRESETS[preset].family
-  return {'family': family, 'params': definition.size, 'active_params': definition.active_size}
+  return {
+    'family': family,
+    'chapter': STORY[family].heading,
+    'params': definition.size,
+    'active_params': definition.active_size,
+  }
 
 
 def cost_of(preset: str) -> dict[str, Any]:
@@ -365,7 +379,7 @@ def compute(what: str, only: list[str]) -> dict[str, Any]:
   one, names = {
     'losses': (losses_with_rounding, TINY),
     'logits': (logits, TINY),
-    'counts': (size, presets()),
+    'counts': (size, by_chapter()),
     'plans': (plan, presets()),
   }[what]
   before = recorded(what) if only else {}

@@ -15,6 +15,7 @@ from jaxformer.models.classifier import Classifier
 from jaxformer.models.embedder import LinearInput, TokenInput
 from jaxformer.models.stack import Group
 from jaxformer.models.zoo.preset import preset
+from jaxformer.models.zoo.story import Chapter, step
 
 LISTOPS, DIGITS = TokenInput(vocab_size=15), LinearInput.Config(features=1)
 
@@ -77,3 +78,12 @@ for name, model in {
   ),
 }.items():
   preset(name, 's4d-classifier', model)
+
+step(
+  's4d-classifier',
+  Chapter.STATE_SPACES,
+  2022,
+  'class = head(mean_t(S4D in both directions))',
+  'State spaces read pixels and nested lists of thousands of steps.',
+  'Gu, Gupta, Goel and Re 2022',
+)

@@ -16,6 +16,7 @@ from jaxformer.models.zoo.preset import (
   preset,
   two_thirds,
 )
+from jaxformer.models.zoo.story import Chapter, step
 
 NORM = RMSNorm(eps=1e-6)
 
@@ -52,3 +53,12 @@ def _grown(*, width: int, layers: int, hidden: int, **sizes: Any) -> LanguageMod
 
 
 family('gla', _grown, width_step=2 * HEAD, hidden=two_thirds)
+
+step(
+  'gla',
+  Chapter.LINEAR_ATTENTION,
+  2023,
+  "S_t = diag(a_t) S_{t-1} + k_t' v_t, o_t = q_t S_t",
+  'The decay is learned, per channel and from the data.',
+  'Yang et al. 2024',
+)

@@ -16,6 +16,7 @@ from jaxformer.models.block import Plain, Residual
 from jaxformer.models.encoder_decoder import EncoderDecoder
 from jaxformer.models.stack import Group, group
 from jaxformer.models.zoo.preset import as_wide, family, preset
+from jaxformer.models.zoo.story import Chapter, step
 
 ZEROS = Zeros()
 
@@ -81,3 +82,12 @@ preset(
 )
 preset('gnmt-tiny', 'gnmt', gnmt(96, 3, vocab_size=264, context_length=128, **_FAN))
 family('gnmt', functools.partial(gnmt, **_FAN), hidden=as_wide, fewest_layers=3, of_pairs=True)
+
+step(
+  'gnmt',
+  Chapter.RECURRENCE,
+  2016,
+  'eight LSTM layers, x + LSTM(x), one attention',
+  'Residual sums make recurrent encoder-decoders deep; it was a product.',
+  'Wu et al. 2016',
+)

@@ -19,6 +19,7 @@ from jaxformer.models.zoo.preset import (
   pre_norm_model,
   preset,
 )
+from jaxformer.models.zoo.story import Chapter, step
 
 
 def gpt(
@@ -86,4 +87,22 @@ def _grown(
 family('gpt2', functools.partial(_grown, (None,)), width_step=HEAD, hidden=four_times)
 family(
   'gpt3', functools.partial(_grown, (None, 64)), width_step=HEAD, layer_step=2, hidden=four_times
+)
+
+step(
+  'gpt2',
+  Chapter.TRANSFORMERS,
+  2019,
+  'x + layer(norm(x))',
+  'The decoder alone, with norms before the layers, is a language model of every task.',
+  'Radford et al. 2019',
+)
+
+step(
+  'gpt3',
+  Chapter.TRANSFORMERS,
+  2020,
+  'the same, 175 billion parameters',
+  'Scale: tasks are learned from examples in the context.',
+  'Brown et al. 2020',
 )

@@ -16,6 +16,7 @@ from jaxformer.models.block import pre_norm
 from jaxformer.models.language_model import LanguageModel
 from jaxformer.models.stack import Group
 from jaxformer.models.zoo.preset import HEAD, TINY, family, four_times, heads_for, preset
+from jaxformer.models.zoo.story import Chapter, step
 
 
 def h3(
@@ -71,3 +72,12 @@ def _grown(*, width: int, layers: int, **sizes: Any) -> LanguageModel.Config:
 
 
 family('h3', _grown, width_step=HEAD, hidden=four_times)
+
+step(
+  'h3',
+  Chapter.STATE_SPACES,
+  2022,
+  'q * SSM_diag(SSM_shift(k) * v)',
+  'Multiplications between state spaces recall and compare tokens, as attention does.',
+  'Fu et al. 2023',
+)

@@ -21,6 +21,7 @@ from jaxformer.models.zoo.preset import (
   preset,
   two_thirds,
 )
+from jaxformer.models.zoo.story import Chapter, step
 
 
 def jamba(
@@ -65,3 +66,12 @@ def _grown(*, width: int, layers: int, hidden: int, **sizes: Any) -> LanguageMod
 
 
 family('jamba', _grown, width_step=2 * HEAD, layer_step=8, hidden=two_thirds)
+
+step(
+  'jamba',
+  Chapter.HYBRIDS,
+  2024,
+  '7 Mamba : 1 attention, experts in every second layer',
+  'Mamba and attention in one stack: 256K tokens of context on one accelerator of 80 GB.',
+  'Lieber et al. 2024',
+)

@@ -18,6 +18,7 @@ from jaxformer.models.zoo.preset import (
   preset,
   two_thirds,
 )
+from jaxformer.models.zoo.story import Chapter, step
 
 
 def llama(
@@ -67,3 +68,21 @@ def _grown(
 
 family('llama2', functools.partial(_grown, LLAMA2, 1), width_step=HEAD, hidden=two_thirds)
 family('llama3', functools.partial(_grown, LLAMA3, 2), width_step=2 * HEAD, hidden=two_thirds)
+
+step(
+  'llama2',
+  Chapter.TRANSFORMERS,
+  2023,
+  'rotary q, k; (silu(x W_g) * x W_u) W_d; RMSNorm',
+  'Rotary positions, gated feed-forward layers and RMSNorm become the standard block.',
+  'Touvron et al. 2023',
+)
+
+step(
+  'llama3',
+  Chapter.TRANSFORMERS,
+  2024,
+  'query head h reads key head h // (H / G)',
+  'Grouped queries shrink the cache; scaled rotary frequencies lengthen the context.',
+  'Grattafiori et al. 2024',
+)

@@ -15,6 +15,7 @@ from jaxformer.models.block import Plain
 from jaxformer.models.language_model import LanguageModel
 from jaxformer.models.stack import group
 from jaxformer.models.zoo.preset import TINY, family, preset
+from jaxformer.models.zoo.story import Chapter, step
 
 # No norm comes between the embedding and the first gates, which see nothing of numbers much below
 # 1.
@@ -61,3 +62,21 @@ preset('lstm-zaremba-large', 'lstm', zaremba(1500, 0.65, 0.04, 35))
 for name, layer in (('lstm', Lstm.Config()), ('gru', Gru.Config())):
   preset(f'{name}-tiny', name, recurrent(layer, 128, 2, **TINY))
   family(name, functools.partial(recurrent, layer))
+
+step(
+  'lstm',
+  Chapter.RECURRENCE,
+  1997,
+  'c = f * c + i * g, h = o * tanh(c)',
+  'Gates decide what a memory of constant size keeps, writes and shows.',
+  'Hochreiter and Schmidhuber 1997; Zaremba et al. 2014',
+)
+
+step(
+  'gru',
+  Chapter.RECURRENCE,
+  2014,
+  'h = (1 - z) * n + z * h',
+  'Two gates do the work of three, without a separate memory.',
+  'Cho et al. 2014',
+)

@@ -10,6 +10,7 @@ from jaxformer.layers.mamba2 import Mamba2
 from jaxformer.layers.norm import RMSNorm
 from jaxformer.models.language_model import LanguageModel
 from jaxformer.models.zoo.preset import TINY, family, pre_norm_model, preset
+from jaxformer.models.zoo.story import Chapter, step
 
 
 def mamba(
@@ -52,3 +53,21 @@ preset('mamba2-tiny', 'mamba2', mamba(Mamba2.Config(d_state=64, head_dim=32), 12
 
 family('mamba', functools.partial(mamba, Mamba.Config()))
 family('mamba2', functools.partial(mamba, Mamba2.Config(d_state=64, head_dim=16)))
+
+step(
+  'mamba',
+  Chapter.STATE_SPACES,
+  2023,
+  'h_t = exp(dt_t A) h_{t-1} + dt_t B_t x_t, y_t = C_t h_t',
+  'B, C and the step size depend on the input: the state selects what it keeps.',
+  'Gu and Dao 2023',
+)
+
+step(
+  'mamba2',
+  Chapter.STATE_SPACES,
+  2024,
+  'h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t^T, A one number per head',
+  'State-space duality: the scan is masked attention, and runs as matrix products.',
+  'Dao and Gu 2024',
+)

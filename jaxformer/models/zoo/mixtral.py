@@ -20,6 +20,7 @@ from jaxformer.models.zoo.preset import (
   preset,
   two_thirds,
 )
+from jaxformer.models.zoo.story import Chapter, step
 
 
 def mixtral(
@@ -65,3 +66,12 @@ def _grown(*, width: int, layers: int, hidden: int, **sizes: Any) -> LanguageMod
 
 # Two experts per token have the hidden units of one dense layer.
 family('mixtral', _grown, width_step=2 * HEAD, hidden=lambda width: two_thirds(width) // 2)
+
+step(
+  'mixtral',
+  Chapter.EXPERTS,
+  2023,
+  'softmax over the top 2 of 8',
+  'An open model with 46.7B parameters costs what 12.9B cost.',
+  'Jiang et al. 2024',
+)

@@ -14,6 +14,7 @@ from jaxformer.models.block import Residual
 from jaxformer.models.language_model import LanguageModel
 from jaxformer.models.stack import group
 from jaxformer.models.zoo.preset import TINY, as_wide, family, preset
+from jaxformer.models.zoo.story import Chapter, step
 
 
 def moe_lstm(
@@ -52,3 +53,12 @@ def _grown(*, width: int, layers: int, hidden: int, **sizes: Any) -> LanguageMod
 
 # Its three layers are its design; it grows in width.
 family('moe-lstm', _grown, hidden=as_wide, grows_deeper=False)
+
+step(
+  'moe-lstm',
+  Chapter.EXPERTS,
+  2017,
+  'y = sum over the top k of G(x)_e E_e(x)',
+  'A router sends each token to a few of thousands of experts.',
+  'Shazeer et al. 2017',
+)

@@ -8,6 +8,7 @@ from jaxformer.layers.norm import RMSNorm
 from jaxformer.layers.retention import Retention
 from jaxformer.models.language_model import LanguageModel
 from jaxformer.models.zoo.preset import HEAD, TINY, family, heads_for, pre_norm_model, preset
+from jaxformer.models.zoo.story import Chapter, step
 
 NORM = RMSNorm(eps=1e-6)
 
@@ -30,3 +31,12 @@ def _grown(*, width: int, layers: int, hidden: int, **sizes: Any) -> LanguageMod
 
 # The feed-forward layer has half the parameters of the usual one, as values are twice as wide.
 family('retnet', _grown, width_step=HEAD, hidden=lambda width: round(width / 6) * 8)
+
+step(
+  'retnet',
+  Chapter.LINEAR_ATTENTION,
+  2023,
+  "S_t = g_h S_{t-1} + k_t' v_t, o_t = q_t S_t",
+  'A fixed decay per head in place of the softmax: parallel, recurrent and in chunks.',
+  'Sun et al. 2023',
+)

@@ -12,6 +12,7 @@ from jaxformer.models.block import pre_norm
 from jaxformer.models.language_model import LanguageModel
 from jaxformer.models.stack import Group
 from jaxformer.models.zoo.preset import TINY, family, four_times, preset
+from jaxformer.models.zoo.story import Chapter, step
 
 LAYER_NORM = LayerNorm()
 
@@ -62,3 +63,12 @@ for name, width, layers, rate in (
   preset(name, 'rwkv4', rwkv4(width, layers, embedding=rate))
 preset('rwkv4-tiny', 'rwkv4', rwkv4(128, 4, **TINY))
 family('rwkv4', rwkv4, hidden=four_times)
+
+step(
+  'rwkv4',
+  Chapter.RWKV,
+  2023,
+  'y_t = (sum_s e^{-(t-s) w + k_s} v_s + e^{u + k_t} v_t) / (the same without v)',
+  'A recurrent network with a decay per channel trains in parallel, up to 14B parameters.',
+  'Peng et al. 2023',
+)

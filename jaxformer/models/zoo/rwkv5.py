@@ -11,6 +11,7 @@ from jaxformer.models.language_model import LanguageModel
 from jaxformer.models.stack import Group
 from jaxformer.models.zoo.preset import HEAD, TINY, family, preset
 from jaxformer.models.zoo.rwkv4 import LAYER_NORM, rwkv
+from jaxformer.models.zoo.story import Chapter, step
 
 
 def world(
@@ -48,3 +49,12 @@ for name, *sizes in (  # width, layers
   preset(name, 'rwkv5', rwkv5(*sizes))
 preset('rwkv5-tiny', 'rwkv5', rwkv5(128, 4, head_dim=HEAD, **TINY))
 family('rwkv5', functools.partial(rwkv5, head_dim=HEAD), width_step=HEAD, hidden=hidden_size)
+
+step(
+  'rwkv5',
+  Chapter.RWKV,
+  2024,
+  "S_t = diag(w) S_{t-1} + k_t' v_t",
+  'The state becomes a matrix per head.',
+  'Peng et al. 2024',
+)

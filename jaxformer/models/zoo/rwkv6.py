@@ -8,6 +8,7 @@ from jaxformer.layers.rwkv6 import TimeMix6
 from jaxformer.models.language_model import LanguageModel
 from jaxformer.models.zoo.preset import HEAD, TINY, family, preset
 from jaxformer.models.zoo.rwkv5 import hidden_size, world
+from jaxformer.models.zoo.story import Chapter, step
 
 
 def rwkv6(
@@ -32,4 +33,13 @@ family(
   functools.partial(rwkv6, ranks=(8, 16), head_dim=HEAD),
   width_step=HEAD,
   hidden=hidden_size,
+)
+
+step(
+  'rwkv6',
+  Chapter.RWKV,
+  2024,
+  "S_t = diag(w_t) S_{t-1} + k_t' v_t",
+  'The decay depends on the data.',
+  'Peng et al. 2024',
 )

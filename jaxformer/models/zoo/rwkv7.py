@@ -11,6 +11,7 @@ from jaxformer.models.language_model import LanguageModel
 from jaxformer.models.stack import Group
 from jaxformer.models.zoo.preset import HEAD, TINY, family, four_times, preset
 from jaxformer.models.zoo.rwkv4 import LAYER_NORM, rwkv
+from jaxformer.models.zoo.story import Chapter, step
 
 
 def rwkv7(
@@ -53,4 +54,13 @@ family(
   functools.partial(rwkv7, ranks=(16, 16, 8, 32), head_dim=HEAD),
   width_step=HEAD,
   hidden=four_times,
+)
+
+step(
+  'rwkv7',
+  Chapter.RWKV,
+  2025,
+  "S_t = S_{t-1} (diag(w_t) - kappa_t' (a_t * kappa_t)) + v_t' k_t",
+  'A generalized delta rule: values are replaced, not only faded.',
+  'Peng et al. 2025',
 )

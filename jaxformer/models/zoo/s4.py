@@ -15,6 +15,7 @@ from jaxformer.layers.s5 import S5
 from jaxformer.layers.state_space import StateSpaceConfig
 from jaxformer.models.language_model import LanguageModel
 from jaxformer.models.zoo.preset import TINY, family, pre_norm_model, preset
+from jaxformer.models.zoo.story import Chapter, step
 
 
 def state_space(layer: LayerConfig, width: int, layers: int, **fields: Any) -> LanguageModel.Config:
@@ -35,3 +36,39 @@ for name, layer in (
 ):
   preset(f'{name}-tiny', name, state_space(layer, 128, 6, **TINY))
   family(name, functools.partial(_grown, layer))
+
+step(
+  'lssl',
+  Chapter.STATE_SPACES,
+  2021,
+  'h_t = A h_{t-1} + B x_t, y_t = C h_t + D x_t',
+  'A state space is a recurrence, a convolution and a differential equation at once.',
+  'Gu et al. 2021',
+)
+
+step(
+  's4',
+  Chapter.STATE_SPACES,
+  2021,
+  'A = diagonal + rank one, K = FFT^-1(C (z - A)^-1 B)',
+  'Structure in A makes the convolution cheap, and memory reaches over thousands of steps.',
+  'Gu, Goel and Re 2022',
+)
+
+step(
+  's4d',
+  Chapter.STATE_SPACES,
+  2022,
+  'A diagonal: K_t = sum_n C_n A_n^t B_n',
+  'A diagonal A does as well, in a few lines.',
+  'Gu, Gupta, Goel and Re 2022',
+)
+
+step(
+  's5',
+  Chapter.STATE_SPACES,
+  2022,
+  'one state for all channels, by an associative scan',
+  'Many inputs, many outputs and one scan replace a convolution per channel.',
+  'Smith et al. 2023',
+)

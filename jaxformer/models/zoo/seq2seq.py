@@ -22,6 +22,7 @@ from jaxformer.models.block import Plain
 from jaxformer.models.encoder_decoder import EncoderDecoder
 from jaxformer.models.stack import Group, group
 from jaxformer.models.zoo.preset import as_wide, family, preset
+from jaxformer.models.zoo.story import Chapter, step
 
 # Larger than the papers' initialization, with which a tiny model takes longer to leave zero.
 WIDE, FAN, LSTM = Normal(std=1.0), FanInUniform(), Lstm.Config()
@@ -186,4 +187,31 @@ family(
   hidden=lambda width: round(width * 1000 / 620 / 8) * 8,
   grows_deeper=False,
   of_pairs=True,
+)
+
+step(
+  'seq2seq-lstm',
+  Chapter.RECURRENCE,
+  2014,
+  'p(target | source) = decoder(encoder(source))',
+  'A sequence becomes a sequence, through one vector between an encoder and a decoder.',
+  'Sutskever et al. 2014',
+)
+
+step(
+  'rnnsearch',
+  Chapter.RECURRENCE,
+  2014,
+  'c_t = sum_s a_ts h_s, a_t = softmax(v tanh(W d_{t-1} + U h_s))',
+  'The decoder looks at every position of the source, and learns where.',
+  'Bahdanau et al. 2014',
+)
+
+step(
+  'luong',
+  Chapter.RECURRENCE,
+  2015,
+  'a_t = softmax(d_t h_s), d~ = tanh(W [c, d])',
+  'The score becomes a dot product, and what was attended to is fed to the next step.',
+  'Luong et al. 2015',
 )

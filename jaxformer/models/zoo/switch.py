@@ -25,6 +25,7 @@ from jaxformer.models.zoo.preset import (
   pre_norm_model,
   preset,
 )
+from jaxformer.models.zoo.story import Chapter, step
 
 
 def switch(
@@ -59,3 +60,12 @@ def _grown(*, width: int, layers: int, hidden: int, **sizes: Any) -> LanguageMod
 
 
 family('switch', _grown, width_step=HEAD, layer_step=2, hidden=four_times)
+
+step(
+  'switch',
+  Chapter.EXPERTS,
+  2021,
+  'y = p_e(x) E_e(x), e = argmax p(x)',
+  'One expert per token suffices.',
+  'Fedus et al. 2022',
+)

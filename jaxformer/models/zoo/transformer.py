@@ -17,6 +17,7 @@ from jaxformer.models.block import PostNorm
 from jaxformer.models.encoder_decoder import EncoderDecoder
 from jaxformer.models.stack import Group, group
 from jaxformer.models.zoo.preset import HEAD, family, four_times, heads_for, preset
+from jaxformer.models.zoo.story import Chapter, step
 
 INTERLEAVED = SinusoidalPositions.Config()
 GLOROT = GlorotUniform()
@@ -110,3 +111,12 @@ def _grown(*, width: int, layers: int, hidden: int, **sizes: Any) -> EncoderDeco
 
 
 family('transformer', _grown, width_step=HEAD, hidden=four_times, of_pairs=True)
+
+step(
+  'transformer',
+  Chapter.TRANSFORMERS,
+  2017,
+  'softmax(q k^T / sqrt(K)) v, then max(0, x W) W',
+  'No recurrence is left: all positions are computed at once.',
+  'Vaswani et al. 2017',
+)
