@@ -15,9 +15,9 @@ from jaxformer.models.block import widths
 from jaxformer.models.model import ModelConfig
 from jaxformer.models.params import ParamInfo, Params, define
 from jaxformer.models.stack import Group, blocks_with_widths
-from jaxformer.ops.implementation import record_choices
 from jaxformer.models.zoo import PRESETS
 from jaxformer.models.zoo.story import STORY
+from jaxformer.ops.implementation import record_choices
 from jaxformer.planning.cost import cost, matrix_flops
 from jaxformer.planning.memory import abstract_batch
 from jaxformer.planning.target import parse_target

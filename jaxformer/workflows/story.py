@@ -6,15 +6,16 @@ from jaxformer.models.zoo.story import told
 
 HEAD = """# The story, one line per step
 
-From an encoder and a decoder of 2014 to the hybrids of today: what each family computes, and what it
-changed. Every line is a family of jaxformer: `jaxformer describe FAMILY-tiny` reads its layers with
-all formulas, `jaxformer train FAMILY-tiny` trains it on a CPU in a minute, `jaxformer plan FAMILY
---params 125M` builds it to a size, and `jaxformer compare quickstart --add FAMILY` puts it beside the
-others. `jaxformer list` has the published models, by the same chapters.
+From an encoder and a decoder of 2014 to the hybrids of today: what each family computes, and
+what it changed. Every line is a family of jaxformer: `jaxformer describe FAMILY-tiny` reads its
+layers with all formulas, `jaxformer train FAMILY-tiny` trains it on a CPU in a minute,
+`jaxformer plan FAMILY --params 125M` builds it to a size, and `jaxformer compare quickstart
+--add FAMILY` puts it beside the others. `jaxformer list` has the published models, by the same
+chapters.
 
-The page is made from the entries of the families in `jaxformer/models/zoo`, and a test holds it to
-them. Notation: x input, y output, h or S state, q, k, v queries, keys and values (row vectors), \' a
-transpose, * an elementwise product; subscripts are positions in time.
+The page is made from the entries of the families in `jaxformer/models/zoo`, and a test holds it
+to them. Notation: x input, y output, h or S state, q, k, v queries, keys and values (row
+vectors), \' a transpose, * an elementwise product; subscripts are positions in time.
 """
 
 
