@@ -22,6 +22,12 @@ def families(names: Iterable[str]) -> list[Any]:
   return [case(name, standing=name.removesuffix('-tiny') in STANDING) for name in names]
 
 
+def first_stands(cases: Iterable[Any]) -> list[Any]:
+  """Parameters of a test: the first stands for the others. A tuple has several arguments."""
+  cases = [c if isinstance(c, tuple) else (c,) for c in cases]
+  return [case(*c, standing=i == 0) for i, c in enumerate(cases)]
+
+
 def case(*values: Any, standing: bool, id: str | None = None) -> Any:
   """One set of parameters, thorough where it does not stand for others."""
   return pytest.param(*values, id=id, marks=() if standing else thorough)

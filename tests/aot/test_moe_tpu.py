@@ -16,6 +16,7 @@ from jaxformer.ops.moe import SLACK, Experts, dropless
 from jaxformer.planning.collectives import list_collectives
 from jaxformer.planning.compiler import topology_mesh
 from jaxformer.sharding import MeshConfig
+from tests import tiers
 from tests.aot.tpu import collectives, compile_for_tpu, has_array
 
 pytest.importorskip(
@@ -43,7 +44,7 @@ def flops(compiled):
   return compiled.cost_analysis()['flops']
 
 
-@pytest.mark.parametrize('topology', ['v5e:2x2', 'v6e:2x2'])
+@pytest.mark.parametrize('topology', tiers.first_stands(['v5e:2x2', 'v6e:2x2']))
 def test_flops_are_those_of_the_active_experts(topology):
   """16,384 tokens, two of eight experts: an ideal of 6.8 TFLOP forward and backward. Computing
   every expert would be 4 times that; it is within 15 %, and all nine products are kernels."""
@@ -67,7 +68,9 @@ def test_flops_are_those_of_the_active_experts(topology):
 
 
 @pytest.mark.parametrize('dtype', [jnp.bfloat16, jnp.float32], ids=['bf16', 'fp32'])
-@pytest.mark.parametrize(('M', 'K_', 'N_'), [(2, 4096, 14336), (100, 200, 72), (4096, 14336, 4096)])
+@pytest.mark.parametrize(
+  ('M', 'K_', 'N_'), tiers.first_stands([(100, 200, 72), (2, 4096, 14336), (4096, 14336, 4096)])
+)
 def test_sizes_that_fit_no_tile(M, K_, N_, dtype):
   """They compile within the VMEM of a v5e: a decoding step, sides that no tile divides, the widths
   of Mixtral."""

@@ -13,6 +13,7 @@ from jaxformer.ops.loss import cross_entropy
 from jaxformer.planning.collectives import list_collectives
 from jaxformer.planning.compiler import topology_mesh
 from jaxformer.sharding import MeshConfig, Parallel
+from tests import tiers
 from tests.aot.tpu import collectives, compile_for_tpu, has_array
 from tests.helpers import forced
 
@@ -62,7 +63,7 @@ def test_attention_is_a_kernel_and_small(one):
   assert not has_array(compiled, 4096, 4096)
 
 
-@pytest.mark.parametrize('K', [64, 128])
+@pytest.mark.parametrize('K', tiers.first_stands([64, 128]))
 def test_grouped_attention_with_window_and_softcap_is_a_kernel(one, K):
   q, k = array(1, 2048, 8, K), array(1, 2048, 2, K)
   compiled = compile_for_tpu(
@@ -111,7 +112,7 @@ def loss_and_gradients(transposed=False):
   return jax.value_and_grad(loss, (0, 1))
 
 
-@pytest.mark.parametrize('transposed', [False, True], ids=['head', 'tied'])
+@pytest.mark.parametrize('transposed', tiers.first_stands([False, True]), ids=['head', 'tied'])
 @pytest.mark.parametrize('dtype', [jnp.bfloat16, jnp.float32], ids=['w-bf16', 'w-fp32'])
 def test_loss_is_small(one, dtype, transposed):
   """16,384 tokens: 8,016 MiB of logits in fp32 if it were naive, 501 of W in bf16 if it were
@@ -123,7 +124,9 @@ def test_loss_is_small(one, dtype, transposed):
   assert temporaries(compiled) < 260
 
 
-@pytest.mark.parametrize('sizes', [{'fsdp': 8}, {'fsdp': 4, 'tensor': 2}], ids=str)
+@pytest.mark.parametrize(
+  'sizes', tiers.first_stands([{'fsdp': 4, 'tensor': 2}, {'fsdp': 8}]), ids=str
+)
 def test_loss_on_a_mesh_gathers_slices_alone(sizes):
   """A loop gathers one slice of W in bf16 and reduces one slice of dW; neither logits nor all of W
   travel."""

@@ -12,6 +12,7 @@ from jaxformer.ops.selective_scan import selective_scan
 from jaxformer.planning.collectives import list_collectives
 from jaxformer.planning.compiler import topology_mesh
 from jaxformer.sharding import MeshConfig
+from tests import tiers
 from tests.aot.tpu import collectives, compile_for_tpu, has_array
 
 pytest.importorskip(
@@ -55,8 +56,10 @@ def temporaries(compiled):
   return compiled.memory_analysis().temp_size_in_bytes / 2**20
 
 
-@pytest.mark.parametrize('chip', ['v5e', 'v6e'])
-@pytest.mark.parametrize('dtype', [jnp.bfloat16, jnp.float32], ids=['bf16', 'fp32'])
+@pytest.mark.parametrize('chip', tiers.first_stands(['v5e', 'v6e']))
+@pytest.mark.parametrize(
+  'dtype', tiers.first_stands([jnp.bfloat16, jnp.float32]), ids=['bf16', 'fp32']
+)
 def test_one_layer_of_mamba_130m(chip, dtype):
   """B8 T2048 D1536 N16. The states of all steps are 3,072 MiB; those between chunks, all that is
   stored, 12."""
@@ -76,7 +79,7 @@ def test_one_layer_of_mamba_130m(chip, dtype):
 
 @pytest.mark.parametrize(
   ('B', 'T', 'D', 'N'),
-  [(2, 1000, 200, 4), (1, 512, 4096, 64), (1, 300, 16384, 16), (1, 2, 128, 8)],
+  tiers.first_stands([(2, 1000, 200, 4), (1, 512, 4096, 64), (1, 300, 16384, 16), (1, 2, 128, 8)]),
   ids=str,
 )
 def test_sizes_that_fit_no_block(B, T, D, N):

@@ -12,6 +12,7 @@ from jaxformer.ops.wkv6 import wkv6
 from jaxformer.ops.wkv7 import wkv7
 from jaxformer.planning.compiler import topology_mesh
 from jaxformer.sharding import MeshConfig
+from tests import tiers
 from tests.aot.tpu import collectives, compile_for_tpu
 from tests.helpers import forced
 
@@ -63,7 +64,7 @@ def temporaries(compiled):
   return compiled.memory_analysis().temp_size_in_bytes / 2**20
 
 
-@pytest.fixture(scope='module', params=['v5e:2x2', 'v6e:2x2'])
+@pytest.fixture(scope='module', params=tiers.first_stands(['v5e:2x2', 'v6e:2x2']))
 def one(request):
   return topology_mesh(request.param, MeshConfig(data=1))
 
@@ -90,7 +91,7 @@ def test_gradients_need_the_saved_states_alone(one):
     assert 10 * temporaries(compiled) < temporaries(portable)
 
 
-@pytest.mark.parametrize(('H', 'K'), [(3, 64), (2, 80), (2, 128)])
+@pytest.mark.parametrize(('H', 'K'), tiers.first_stands([(3, 64), (2, 80), (2, 128)]))
 def test_other_heads_compile(H, K):
   """An odd number of heads, heads that fill no vector of lanes, and heads of a whole one."""
   tokens, starts = arguments(H, K)
@@ -136,7 +137,7 @@ def delta_rule(H=H, K=K, T=T):
   return run, ((low, full, full, low, full, full), starts, low)
 
 
-@pytest.mark.parametrize('topology', ['v5e:2x2', 'v5p:2x2x1', 'v6e:2x2'])
+@pytest.mark.parametrize('topology', tiers.first_stands(['v5e:2x2', 'v5p:2x2x1', 'v6e:2x2']))
 def test_delta_rule_needs_what_it_saves(topology):
   """At the shapes of rwkv7-1.5b: forward, forward again and backward, and no array of the order of
   an input but those saved for the gradient, in bf16: states, values read, inverses."""
@@ -148,7 +149,7 @@ def test_delta_rule_needs_what_it_saves(topology):
   assert temporaries(compiled) <= 3 * (2 * B * T * H * K) / 2**20 + 8
 
 
-@pytest.mark.parametrize(('H', 'K'), [(3, 64), (2, 80), (2, 128), (2, 256)])
+@pytest.mark.parametrize(('H', 'K'), tiers.first_stands([(2, 80), (3, 64), (2, 128), (2, 256)]))
 def test_delta_rule_of_other_heads_compiles(H, K):
   """An odd number of heads, heads that fill no vector of lanes, and heads of one and of two."""
   run, arguments = delta_rule(H, K)
