@@ -69,6 +69,39 @@ def by_head(
   return shard(x_BTD.reshape(*x_BTD.shape[:2], -1, head_dim), 'batch', time, axis, None)
 
 
+class BlockDense(nnx.Module):
+  """y_h = x_h kernel_h + bias_h for each block of channels: a block-diagonal projection."""
+
+  def __init__(
+    self,
+    init: Init,
+    shape: tuple[int, int, int],
+    *,
+    rngs: nnx.Rngs,
+    position: LayerPosition,
+    bias: bool = False,
+    **metadata: Any,
+  ):
+    """
+    Args:
+      init: initialization of the kernels, with the channels of a block as fan-in.
+      shape: blocks, their inputs, their outputs.
+      bias: whether there is one, which starts at 0.
+      metadata: of the kernel and the bias (`sharding.param`).
+    """
+    blocks, inputs, outputs = shape
+    drawn = init(rngs.params(), shape, inputs, position)
+    self.kernel = param(drawn, ('heads', None, None), **metadata)
+    start = jnp.zeros((blocks, outputs))
+    self.bias = (
+      param(start, ('heads', None), decay=False, matmul=False, **metadata) if bias else None
+    )
+
+  def __call__(self, x_BTHK: Float[Array, 'B T H K']) -> Float[Array, 'B T H F']:
+    y = jnp.einsum('BTHK,HKF->BTHF', x_BTHK, self.kernel[...])
+    return y if self.bias is None else y + self.bias[...][None, None]
+
+
 class EmbeddingTable(nnx.Module):
   """A table with one vector per row. An index outside it reads the nearest row.
 

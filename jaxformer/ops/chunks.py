@@ -39,7 +39,7 @@ def scan_steps(
   return jnp.swapaxes(y, 0, 1), state
 
 
-def to_chunks(x: Array, size: int, axis: int = 1, fill: int = 0) -> Array:
+def to_chunks(x: Array, size: int, axis: int = 1, fill: float = 0) -> Array:
   """`[..., T, ...]` -> `[n, ..., size, ...]`: `axis` in chunks, which lead; the last one is padded
   with `fill`."""
   n = -(-x.shape[axis] // size)

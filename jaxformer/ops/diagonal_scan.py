@@ -1,5 +1,6 @@
-"""The recurrence of many inputs and many outputs with a diagonal state matrix that does not change
-with time (S5; Smith et al. 2023, "Simplified State Space Layers", eq. 2)."""
+"""Recurrences with a diagonal state matrix: one that does not change with time (S5; Smith et al.
+2023, "Simplified State Space Layers", eq. 2), and one that does (the RG-LRU; De et al. 2024,
+"Griffin", eq. 4)."""
 
 from __future__ import annotations
 
@@ -7,12 +8,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Complex, Float
 
-from jaxformer.ops.chunks import scan_steps
+from jaxformer.ops.chunks import scan_chunks, scan_steps
 from jaxformer.ops.documents import count_starts
 from jaxformer.ops.implementation import Operation
-from jaxformer.ops.sequence_parallel import multiply_add, over_time, reset_masks
+from jaxformer.ops.sequence_parallel import local_length, multiply_add, over_time, reset_masks
 from jaxformer.ops.ssm_systems import as_complex, as_real
 
+CHUNK = 256  # tokens of a chunk of `gated_scan`
 _TOKEN = ('batch', 'time', None)
 
 
@@ -109,4 +111,74 @@ _associative.defvjp(_associative_forward, _associative_backward)
 
 DIAGONAL_SCAN = Operation(
   'diagonal_scan', {'naive': scan_naive, 'associative': scan_associative}, lambda: ('associative',)
+)
+
+
+# ---- a matrix that changes with time -----------------------------------------------------------
+
+
+def gated_scan(
+  v_BTN: Float[Array, 'B T N'],
+  log_a_BTN: Float[Array, 'B T N'],
+  state_BN: Float[Array, 'B N'] | None,
+  starts_BT: Bool[Array, 'B T'],
+) -> tuple[Float[Array, 'B T N'], Float[Array, 'B N']]:
+  """x_t = exp(log_a_t) x_{t-1} + v_t for N real numbers.
+
+  The state is zero before the first token, or `state_BN`, and again where `starts_BT` is True.
+  Returns x_BTN and the state after the last token. fp32."""
+  B, T, N = v_BTN.shape
+  compute = GATED_SCAN[GATED_SCAN.choose(local_length(T))]
+  state = jnp.zeros((B, N), jnp.float32) if state_BN is None else state_BN.astype(jnp.float32)
+
+  def run(x_BN, v_BTN, log_a_BTN, starts_BT):
+    x_BTN = compute(x_BN, v_BTN, log_a_BTN, starts_BT)
+    return x_BTN, x_BTN[:, -1]
+
+  def summarize(v_BTN, log_a_BTN, starts_BT):
+    """A shard runs its part from zeros, and then adds what is left of the state before it."""
+    x_BTN = compute(jnp.zeros_like(v_BTN[:, 0]), v_BTN, log_a_BTN, starts_BT)
+    reached = (count_starts(starts_BT) == 0)[..., None]
+    power_BTN = jnp.where(reached, jnp.exp(jnp.cumsum(log_a_BTN, axis=1)), 0.0)
+    outputs = lambda first_BN: x_BTN + power_BTN * first_BN[:, None]  # noqa: E731
+    return (power_BTN[:, -1], x_BTN[:, -1]), multiply_add, outputs
+
+  wide = ('batch', 'time', 'inner')
+  sharded = over_time(run, ('batch', 'inner'), (wide, wide, wide[:2]), wide, summarize)
+  return sharded(state, v_BTN.astype(jnp.float32), log_a_BTN.astype(jnp.float32), starts_BT)
+
+
+def gated_scan_naive(x_BN, v_BTN, log_a_BTN, starts_BT):
+  """The recurrence, one token after another."""
+
+  def step(x_BN, v_BN, log_a_BN):
+    x_BN = jnp.exp(log_a_BN) * x_BN + v_BN
+    return x_BN, x_BN
+
+  return scan_steps(step, x_BN, (v_BTN, log_a_BTN), starts_BT)[0]
+
+
+def gated_scan_associative(x_BN, v_BTN, log_a_BTN, starts_BT):
+  """The recurrence in log T steps."""
+  a_BTN = jnp.where(starts_BT[..., None], 0.0, jnp.exp(log_a_BTN))
+  return _associative(a_BTN, v_BTN.at[:, 0].add(a_BTN[:, 0] * x_BN))
+
+
+def gated_scan_chunked(x_BN, v_BTN, log_a_BTN, starts_BT):
+  """The recurrence in log C steps within chunks of C tokens, one chunk after another: of the
+  intermediate values of the steps only those of one chunk are in memory."""
+  if v_BTN.shape[1] <= CHUNK:
+    return gated_scan_associative(x_BN, v_BTN, log_a_BTN, starts_BT)
+
+  def body(x_BN, *chunk):
+    x_BTN = gated_scan_associative(x_BN, *chunk)
+    return x_BTN[:, -1], x_BTN
+
+  return scan_chunks(body, x_BN, (v_BTN, log_a_BTN, starts_BT), CHUNK)[0]
+
+
+GATED_SCAN = Operation(
+  'gated_scan',
+  {'naive': gated_scan_naive, 'associative': gated_scan_associative, 'chunked': gated_scan_chunked},
+  lambda T: ('naive',) if T == 1 else ('chunked',),
 )
