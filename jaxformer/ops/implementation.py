@@ -35,7 +35,6 @@ OPERATIONS = (
   'moe_capacity',
   'moe_dropless',
   'selective_scan',
-  'slstm',
   'solve',
   'ssd',
   'ssm',
