@@ -18,6 +18,7 @@ from jaxformer.models.block import pre_norm
 from jaxformer.models.language_model import LanguageModel
 from jaxformer.models.stack import Group
 from jaxformer.models.zoo.preset import HEAD, TINY, family, heads_for, preset, two_thirds
+from jaxformer.models.zoo.story import Chapter, step
 
 NORM = RMSNorm(eps=1e-6, unit_offset=True)
 
@@ -85,3 +86,12 @@ def _grown(*, width: int, layers: int, hidden: int, **sizes: Any) -> LanguageMod
 
 
 family('recurrentgemma', _grown, width_step=HEAD, fewest_layers=3, hidden=two_thirds)
+step(
+  'recurrentgemma',
+  Chapter.GATED,
+  2024,
+  'h_t = a_t * h_{t-1} + sqrt(1 - a_t^2) * (i_t * x_t), log a_t = -8 softplus(L) * r_t',
+  'A gated recurrence that a scan computes, with local attention in every third block: a state of '
+  'constant size.',
+  'De et al. 2024; Botev et al. 2024',
+)

@@ -10,6 +10,7 @@ from jaxformer.layers.mlstm import SMALL, MLstm, WangNormal
 from jaxformer.layers.norm import RMSNorm
 from jaxformer.models.language_model import LanguageModel
 from jaxformer.models.zoo.preset import HEAD, TINY, family, pre_norm_model, preset
+from jaxformer.models.zoo.story import Chapter, step
 
 
 def units(width: int, factor: float = 2.667, multiple: int = 64) -> int:
@@ -45,3 +46,13 @@ def _grown(*, width: int, layers: int, hidden: int, **sizes: Any) -> LanguageMod
 
 
 family('xlstm', _grown, width_step=2 * HEAD, hidden=lambda width: units(width, multiple=8))
+step(
+  'xlstm',
+  Chapter.GATED,
+  2024,
+  "C_t = f_t C_{t-1} + i_t k_t' v_t, n_t = f_t n_{t-1} + i_t k_t, "
+  'h_t = q_t C_t / max(|q_t n_t|, 1)',
+  'The memory of the LSTM becomes a matrix, its input gates exponential: 7B parameters without '
+  'attention.',
+  'Beck et al. 2024 and 2025',
+)
