@@ -128,8 +128,9 @@ class EmbeddingTable(nnx.Module):
 
 
 class ExpertDense(nnx.Module):
-  """The kernels of one projection in each of E experts, `[E, D, F]`, without biases. Each expert's
-  is drawn independently; `ops.moe` multiplies them with the tokens that are routed there."""
+  """The kernels of one projection in each of E experts, `[E, D, F]`, and perhaps biases `[E, F]`,
+  which start at 0. Each expert's kernel is drawn independently; `ops.moe` multiplies them with the
+  tokens that are routed there."""
 
   def __init__(
     self,
@@ -140,11 +141,13 @@ class ExpertDense(nnx.Module):
     rngs: nnx.Rngs,
     position: LayerPosition,
     active: float,
+    bias: bool = False,
   ):
     """
     Args:
       shape: experts, inputs, outputs.
-      axes: logical axes of one expert's kernel.
+      axes: logical axes of one expert's kernel; the bias has that of the outputs, or `norm` as in
+        `Dense`.
       active: the fraction of experts that one token is sent to.
     """
     experts, matrix = shape[0], shape[1:]
@@ -152,3 +155,8 @@ class ExpertDense(nnx.Module):
       jax.random.split(rngs.params(), experts)
     )
     self.kernel = param(drawn, ('experts', *axes), active=active)
+    axis = 'norm' if axes[1] == 'embed' else axes[1]
+    start = jnp.zeros((experts, shape[2])) if bias else None
+    self.bias = (
+      None if start is None else param(start, ('experts', axis), decay=False, active=active)
+    )

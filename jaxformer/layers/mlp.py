@@ -18,7 +18,7 @@ from jaxformer.layers.layer import Context, Layer, LayerConfig, LayerPosition, O
 from jaxformer.sharding import shard
 
 ActivationName = Literal[
-  'identity', 'relu', 'squared_relu', 'gelu', 'gelu_tanh', 'silu', 'sigmoid', 'tanh'
+  'identity', 'relu', 'squared_relu', 'gelu', 'gelu_tanh', 'gelu_sigmoid', 'silu', 'sigmoid', 'tanh'
 ]
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -27,6 +27,7 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
   'squared_relu': lambda x: jnp.square(jax.nn.relu(x)),
   'gelu': lambda x: jax.nn.gelu(x, approximate=False),
   'gelu_tanh': lambda x: jax.nn.gelu(x, approximate=True),
+  'gelu_sigmoid': lambda x: x * jax.nn.sigmoid(1.702 * x),
   'silu': jax.nn.silu,
   'sigmoid': jax.nn.sigmoid,
   'tanh': jnp.tanh,
@@ -40,7 +41,8 @@ class Mlp(Layer):
     """
     Attributes:
       hidden: hidden units F.
-      activation: the nonlinearity; `gelu` is exact, `gelu_tanh` the approximation of GPT-2.
+      activation: the nonlinearity; `gelu` is exact, `gelu_tanh` the approximation of GPT-2,
+        `gelu_sigmoid` x sigmoid(1.702 x) (Hendrycks and Gimpel 2016, section 2).
       bias: whether the projections have biases.
       dropout: rate at which hidden units are dropped.
       init: of the projections in; `out_init`: of the projection out.
@@ -63,6 +65,10 @@ class Mlp(Layer):
     def examples(cls):
       return cls(hidden=48), cls(hidden=48, activation='squared_relu', bias=True)
 
+    def hidden_units(self, up: Array, gate: Array | None) -> Array:
+      """Hidden units from what the projections in return; `gate` is None where there is none."""
+      return ACTIVATIONS[self.activation](up)
+
   def __init__(self, config: Mlp.Config, width: int, rngs: nnx.Rngs, position: LayerPosition):
     c, dense = config, functools.partial(Dense, rngs=rngs, position=position, bias=config.bias)
     self.config = c
@@ -71,8 +77,8 @@ class Mlp(Layer):
     self.down = dense(c.out_init, (c.hidden, width), ('mlp', 'embed'))
 
   def __call__(self, x_BTD: Float[Array, 'B T D'], ctx: Context, state=None) -> Output:
-    activation, h = ACTIVATIONS[self.config.activation], self.up(x_BTD)
-    h = activation(h) if self.gate is None else activation(self.gate(x_BTD)) * h
+    gate = None if self.gate is None else self.gate(x_BTD)
+    h = self.config.hidden_units(self.up(x_BTD), gate)
     h = dropout(shard(h, 'batch', 'time', 'mlp'), self.config.dropout, ctx)
     return Output(self.down(checkpoint_name(h, 'mlp_hidden')), state)
 
@@ -84,6 +90,30 @@ class GatedMlp(Mlp):
   `identity`. Llama calls these projections w1 (gate), w3 (up) and w2 (down)."""
 
   class Config(Mlp.Config):
+    """
+    Attributes:
+      limit: x W_gate is at most `limit`, and |x W_up| too, before the activation (OpenAI 2025,
+        gpt-oss: 7); None for no limit.
+      up_offset: added to x W_up (gpt-oss: 1).
+    """
+
     activation: ActivationName = 'silu'
+    limit: float | None = None
+    up_offset: float = 0.0
 
     gated: ClassVar[bool] = True
+
+    def validate(self):
+      super().validate()
+      self.require_positive('limit')
+
+    @classmethod
+    def examples(cls):
+      clamped = cls(hidden=48, activation='gelu_sigmoid', bias=True, limit=0.05, up_offset=1.0)
+      return cls(hidden=48), clamped
+
+    def hidden_units(self, up: Array, gate: Array | None) -> Array:
+      assert gate is not None
+      if self.limit is not None:
+        gate, up = jnp.minimum(gate, self.limit), jnp.clip(up, -self.limit, self.limit)
+      return ACTIVATIONS[self.activation](gate) * (up + self.up_offset if self.up_offset else up)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,7 @@ from jaxformer.layers.router import (
   NoisyTopK,
   RouterConfig,
   Routing,
+  SigmoidTopK,
   SoftmaxTopK,
   TopKSoftmax,
 )
@@ -42,7 +44,7 @@ class Moe(Layer):
     """
     Attributes:
       experts: E.
-      expert: the feed-forward layer that each expert is, without biases and dropout.
+      expert: the feed-forward layer that each expert is, without dropout.
       router: how experts are chosen.
       capacity_factor: an expert takes at most C = ceil(factor T K / E) tokens of a sequence of T,
         the first ones; a token whose expert is full skips it, and the residual stream carries it
@@ -51,6 +53,7 @@ class Moe(Layer):
         No slot depends on later tokens. But C grows with the length, and earlier tokens, of any
         document, take slots: if tokens are dropped, a packed sequence differs from its parts. A
         single token (decoding) is never dropped, nor is any with a factor of E / K.
+      weighted: what the router's weight multiplies, an expert's output or its input (Llama 4).
       shared: a feed-forward layer that all tokens use (DeepSeek-AI 2024); None for none.
       out_activation: on the weighted sum (sigmoid in Shazeer et al. 2017, appendix C.1).
     """
@@ -59,15 +62,15 @@ class Moe(Layer):
     expert: Mlp.Config = GatedMlp.Config()
     router: RouterConfig = TopKSoftmax()
     capacity_factor: float | None = None
+    weighted: Literal['output', 'input'] = 'output'
     shared: Mlp.Config | None = None
     out_activation: ActivationName = 'identity'
 
     def validate(self):
       self.require(self.experts > 1, 'experts', 'at least 2')
-      if self.expert.bias or self.expert.dropout:
-        field = 'bias' if self.expert.bias else 'dropout'
-        problem = 'experts have no biases and no dropout'
-        raise InputError(f'{self.tag}.expert.{field}', getattr(self.expert, field), problem=problem)
+      if self.expert.dropout:
+        problem = 'experts have no dropout'
+        raise InputError(f'{self.tag}.expert.dropout', self.expert.dropout, problem=problem)
       self.router.check(self.experts)
       self.require_positive('capacity_factor')
       self.require(
@@ -95,6 +98,8 @@ class Moe(Layer):
       gated, plain = GatedMlp.Config(hidden=24), Mlp.Config(hidden=24, activation='relu')
       switch = SoftmaxTopK(k=1, jitter=0.01, balance=0.01)
       biased = BiasBalanced(scale=2.5, bias_rate=3.0)
+      clamped = gated.replace(activation='gelu_sigmoid', bias=True, limit=0.05, up_offset=1.0)
+      on_input = cls(experts=4, expert=clamped, router=SigmoidTopK(k=1), weighted='input')
       return (
         cls(experts=4, expert=gated, router=TopKSoftmax(pooled_balance=0.01, z_loss=0.001)),
         cls(experts=4, expert=plain, router=switch, capacity_factor=4.0),
@@ -102,6 +107,9 @@ class Moe(Layer):
         cls(experts=6, expert=plain, router=NoisyTopK(k=3), out_activation='sigmoid'),
         cls(experts=4, expert=gated, router=biased, shared=plain),
         cls(experts=4, expert=gated, router=ExpertChoice(choices=4.0)),
+        cls(experts=4, expert=clamped, router=TopKSoftmax(logit_bias=True)),
+        on_input,
+        on_input.replace(capacity_factor=4.0),
       )
 
   def __init__(self, config: Moe.Config, width: int, rngs: nnx.Rngs, position: LayerPosition):
@@ -109,7 +117,7 @@ class Moe(Layer):
     self.config = c
     self.router = c.router.build(width, E, rngs, position)
     active = c.experts_per_token / E
-    dense = functools.partial(ExpertDense, rngs=rngs, position=position, active=active)
+    dense = functools.partial(ExpertDense, rngs=rngs, position=position, active=active, bias=e.bias)
     self.expert_up = dense(e.init, (E, width, e.hidden), ('embed', 'mlp'))
     self.expert_gate = dense(e.init, (E, width, e.hidden), ('embed', 'mlp')) if e.gated else None
     self.expert_down = dense(e.out_init, (E, e.hidden, width), ('mlp', 'embed'))
@@ -127,14 +135,18 @@ class Moe(Layer):
     aux = {name: jax.lax.stop_gradient(v) for name, v in aux.items()}
     return Output(y, state, aux | routed.losses)
 
+  def _experts(self) -> moe.Experts:
+    parts = self.expert_up, self.expert_gate, self.expert_down
+    kernels = (None if p is None else p.kernel[...] for p in parts)
+    biases = (None if p is None or p.bias is None else p.bias[...] for p in parts)
+    return moe.Experts(*kernels, *biases)
+
   def _dispatched(self, x_BTD: Array, r: Routing) -> tuple[Array, dict[str, Array]]:
     """The experts' weighted sum, and diagnostics of the dispatch."""
     c, (B, T, _), E = self.config, x_BTD.shape, self.config.experts
-    gate = None if self.expert_gate is None else self.expert_gate.kernel[...]
-    experts = moe.Experts(self.expert_up.kernel[...], gate, self.expert_down.kernel[...])
-    activation = ACTIVATIONS[c.expert.activation]
+    experts, form = self._experts(), moe.Form(c.expert.hidden_units, c.weighted == 'input')
     if c.router.experts_choose:
-      y = moe.from_slots(x_BTD, r.index, r.weight, experts, activation)
+      y = moe.from_slots(x_BTD, r.index, r.weight, experts, form)
       taken_BT = (
         jnp.zeros((B, T), bool).at[jnp.arange(B)[:, None], r.index.reshape(B, -1)].set(True)
       )
@@ -142,7 +154,7 @@ class Moe(Layer):
     load_E = load_of(r.index, E)
     aux = {'moe/load_ratio': jnp.max(load_E) / jnp.mean(load_E)}
     if c.capacity_factor is None or T == 1:
-      return moe.dropless(x_BTD, r.index, r.weight, experts, activation), aux
+      return moe.dropless(x_BTD, r.index, r.weight, experts, form), aux
     capacity = min(T, math.ceil(c.capacity_factor * T * r.index.shape[2] / E))
-    y, dropped = moe.dispatch_with_capacity(x_BTD, r.index, r.weight, experts, activation, capacity)
+    y, dropped = moe.dispatch_with_capacity(x_BTD, r.index, r.weight, experts, form, capacity)
     return y, aux | {'moe/dropped': dropped}

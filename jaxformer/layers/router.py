@@ -62,12 +62,14 @@ class RouterConfig(Config, abstract=True):
       has a loss of `pooled_balance` times the experts per token. Layers with another number of
       experts have a loss of their own.
     z_loss: weight of `ops.routing.z_loss`; None for none.
-    init: of the kernel.
+    logit_bias: whether the logits have a bias (gpt-oss).
+    init: of the kernel and of the bias on the logits.
   """
 
   balance: float | None = None
   pooled_balance: float | None = None
   z_loss: float | None = None
+  logit_bias: bool = False
   init: Init = Normal()
 
   noisy: ClassVar[bool] = False  # whether there is a second kernel, of the noise's scale
@@ -96,7 +98,7 @@ class RouterConfig(Config, abstract=True):
 
 
 class Router(nnx.Module):
-  """logits = x W in fp32, and the choice that the config makes of them."""
+  """logits = x W, perhaps + b, in fp32, and the choice that the config makes of them."""
 
   def __init__(
     self, config: RouterConfig, width: int, experts: int, rngs: nnx.Rngs, position: LayerPosition
@@ -109,6 +111,10 @@ class Router(nnx.Module):
     self.config, self.experts = config, experts
     self.kernel = kernel()
     self.noise = kernel() if config.noisy else None
+    drawn = config.init(rngs.params(), (experts,), width, position) if config.logit_bias else None
+    self.logit_bias = (
+      None if drawn is None else param(drawn, (None,), decay=False, full_precision=True)
+    )
     self.bias = config.bias(experts)
 
   def __call__(self, x_BTD: Float[Array, 'B T D'], ctx: Context) -> Routing:
@@ -126,9 +132,12 @@ class Router(nnx.Module):
 
   def logits(self, x_BTD: Array, kernel: nnx.Param | None = None) -> Float[Array, 'B T E']:
     w_DE = (self.kernel if kernel is None else kernel)[...].astype(jnp.float32)
-    return jnp.einsum(
+    logits = jnp.einsum(
       'btd,de->bte', x_BTD.astype(jnp.float32), w_DE, precision=jax.lax.Precision.HIGHEST
     )
+    if self.logit_bias is None or kernel is not None:
+      return logits
+    return logits + self.logit_bias[...].astype(jnp.float32).reshape(1, 1, -1)
 
 
 class TokenChoiceConfig(RouterConfig, abstract=True):
@@ -190,6 +199,17 @@ class SoftmaxTopK(TokenChoiceConfig):
     probabilities = jax.nn.softmax(logits, axis=-1)
     weight, expert = jax.lax.top_k(probabilities, self.k)
     return Routing(expert, weight, logits, probabilities)
+
+
+class SigmoidTopK(TokenChoiceConfig):
+  """The k largest logits, each weighted with its own sigmoid (Llama 4, with k = 1)."""
+
+  k: int = 1
+
+  def route(self, router, x_BTD, ctx):
+    logits = router.logits(x_BTD)
+    top, expert = jax.lax.top_k(logits, self.k)
+    return Routing(expert, jax.nn.sigmoid(top), logits, jax.nn.softmax(logits, axis=-1))
 
 
 class NoisyTopK(TokenChoiceConfig):

@@ -12,7 +12,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxformer.ops.grouped_matmul import grouped_matmul
-from jaxformer.ops.moe import SLACK, Experts, dropless
+from jaxformer.ops.moe import SLACK, Experts, Form, dropless
 from jaxformer.planning.collectives import list_collectives
 from jaxformer.planning.compiler import topology_mesh
 from jaxformer.sharding import MeshConfig
@@ -28,13 +28,16 @@ N, D, F, E, K = 16384, 2048, 5632, 8, 2
 ACTIVE = 2 * N * K * 3 * D * F  # FLOPs of a forward pass of two SwiGLU experts a token
 
 
+SWIGLU = Form(lambda up, gate: jax.nn.silu(gate) * up)
+
+
 def array(*shape, dtype=jnp.bfloat16, sharding=None):
   return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
 
 def layer_and_gradients(x, expert, weight, w_in, w_gate, w_out, g):
   def run(x, weight, *weights):
-    return dropless(x, expert, weight, Experts(*weights), jax.nn.silu)
+    return dropless(x, expert, weight, Experts(*weights), SWIGLU)
 
   y, pull = jax.vjp(run, x, weight, w_in, w_gate, w_out)
   return y, pull(g)

@@ -14,7 +14,14 @@ from jaxformer.data import Batch
 from jaxformer.layers.layer import Context, LayerPosition
 from jaxformer.layers.mlp import GatedMlp, Mlp
 from jaxformer.layers.moe import Moe
-from jaxformer.layers.router import BiasBalanced, ExpertChoice, NoisyTopK, SoftmaxTopK, TopKSoftmax
+from jaxformer.layers.router import (
+  BiasBalanced,
+  ExpertChoice,
+  NoisyTopK,
+  SigmoidTopK,
+  SoftmaxTopK,
+  TopKSoftmax,
+)
 from jaxformer.models.block import Block, PreNorm
 from jaxformer.models.language_model import LanguageModel
 from jaxformer.models.params import define
@@ -53,7 +60,6 @@ def inputs(B=2, T=8):
       'Moe.capacity_factor = 1.0: must be none: experts that choose fill their own slots',
     ),
     ({'capacity_factor': 0.0}, 'Moe.capacity_factor = 0.0: must be positive'),
-    ({'expert': Mlp.Config(bias=True)}, 'Moe.expert.bias = True: experts have no biases'),
     ({'expert': Mlp.Config(dropout=0.1)}, 'Moe.expert.dropout = 0.1'),
   ],
 )
@@ -84,6 +90,7 @@ LOGITS = jnp.log(jnp.array([0.4, 0.3, 0.2, 0.1]))  # of a token whose channels a
     (TopKSoftmax(), [0, 1], [4 / 7, 3 / 7]),
     (SoftmaxTopK(), [0, 1], [0.4, 0.3]),
     (SoftmaxTopK(k=1), [0], [0.4]),
+    (SigmoidTopK(k=2), [0, 1], [0.4 / 1.4, 0.3 / 1.3]),
     (NoisyTopK(k=3), [0, 1, 2], [4 / 9, 3 / 9, 2 / 9]),
     (
       BiasBalanced(scale=2.5),
@@ -112,6 +119,15 @@ def test_a_bias_changes_the_choice_and_not_the_weights():
   np.testing.assert_allclose(
     choice.weight[0, 0], np.array([3 / 13, 2 / 12]) / (3 / 13 + 2 / 12), rtol=1e-5
   )
+
+
+def test_a_bias_on_the_logits_changes_both():
+  built = TopKSoftmax(logit_bias=True).build(D, E, nnx.Rngs(0), LayerPosition())
+  built.kernel[...] = jnp.zeros((D, E)).at[0].set(LOGITS)
+  built.logit_bias[...] = jnp.log(jnp.array([0.1, 1.0, 1.0, 1.0]))
+  choice = built(jnp.zeros((1, 1, D)).at[..., 0].set(1.0), Context())
+  np.testing.assert_array_equal(choice.index[0, 0], [1, 2])
+  np.testing.assert_allclose(choice.weight[0, 0], [3 / 5, 2 / 5], rtol=1e-5)
 
 
 def test_noise_and_jitter_need_a_key():

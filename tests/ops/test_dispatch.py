@@ -14,7 +14,7 @@ import pytest
 from jaxformer.ops import moe
 from jaxformer.ops.grouped_matmul import grouped_matmul, grouped_matmul_naive, megablox
 from jaxformer.ops.implementation import implementation
-from jaxformer.ops.moe import Experts, dispatch_with_capacity, dropless
+from jaxformer.ops.moe import Experts, Form, dispatch_with_capacity, dropless
 from jaxformer.ops.routing import assign_slots
 from jaxformer.planning.collectives import list_collectives
 from jaxformer.sharding import MeshConfig, make_parallel, use_mesh
@@ -22,6 +22,14 @@ from tests.helpers import forced
 
 pytestmark = pytest.mark.quick
 B, T, D, F, E, K = 8, 6, 16, 24, 8, 2
+
+
+def act(activation):
+  return Form(lambda up, gate: activation(up) if gate is None else activation(gate) * up)
+
+
+SILU, RELU = act(jax.nn.silu), act(jax.nn.relu)
+ON_INPUT = Form(SILU.hidden, on_input=True)
 
 
 def near(a, b, rtol):
@@ -32,7 +40,7 @@ def near(a, b, rtol):
     )
 
 
-def examples(skewed=False, gated=True):
+def examples(skewed=False, gated=True, biased=False):
   """Inputs, choices, weights of experts, and a cotangent; skewed: nearly all tokens choose the same
   two experts."""
   keys = jax.random.split(jax.random.key(0), 7)
@@ -45,32 +53,37 @@ def examples(skewed=False, gated=True):
     0.3 * jax.random.normal(k, s)
     for k, s in zip(keys[2:5], ((E, D, F), (E, D, F), (E, F, D)), strict=True)
   ]
-  return x, expert, jax.nn.softmax(top), Experts(w[0], w[1] if gated else None, w[2]), g
+  b = [
+    jax.random.normal(k, (E, n)) if biased else None
+    for k, n in zip(jax.random.split(keys[5], 3), (F, F, D), strict=True)
+  ]
+  experts = Experts(w[0], w[1] if gated else None, w[2], b[0], b[1] if gated else None, b[2])
+  return x, expert, jax.nn.softmax(top), experts, g
 
 
-def value_and_gradients(f, x, expert, weight, experts, g):
+def value_and_gradients(f, x, expert, weight, experts, g, form=SILU):
   def run(x, weight, experts, g):
     y, pull = jax.vjp(
-      lambda x, weight, experts: f(x, expert, weight, experts, jax.nn.silu), x, weight, experts
+      lambda x, weight, experts: f(x, expert, weight, experts, form), x, weight, experts
     )
     return y, pull(g)
 
   return jax.jit(run)(x, weight, experts, g)
 
 
-def by_pairs(x, expert, weight, experts, activation):
+def by_pairs(x, expert, weight, experts, form):
   with implementation(moe_dropless='naive'):
-    return dropless(x, expert, weight, experts, activation)
+    return dropless(x, expert, weight, experts, form)
 
 
-def by_slots(x, expert, weight, experts, activation, capacity=T):
-  return dispatch_with_capacity(x, expert, weight, experts, activation, capacity)[0]
+def by_slots(x, expert, weight, experts, form, capacity=T):
+  return dispatch_with_capacity(x, expert, weight, experts, form, capacity)[0]
 
 
 def test_naive_is_a_sum_over_experts():
   """Against a loop in numpy over tokens and their experts."""
   x, expert, weight, experts, _ = examples(gated=False)
-  got = np.asarray(by_pairs(x, expert, weight, experts, jax.nn.relu))
+  got = np.asarray(by_pairs(x, expert, weight, experts, RELU))
   for b, t in ((0, 0), (3, 5), (7, 2)):
     expected = np.zeros(D)
     for e, w in zip(np.asarray(expert[b, t]), np.asarray(weight[b, t]), strict=True):
@@ -79,6 +92,30 @@ def test_naive_is_a_sum_over_experts():
       )
       expected += w * (hidden @ np.asarray(experts.w_out[e], np.float64))
     np.testing.assert_allclose(got[b, t], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_weights_on_the_input_and_biases():
+  """expert(w x), against a loop in numpy; a choice of weight 0 leaves nothing, not even biases."""
+  x, expert, weight, experts, _ = examples(gated=False, biased=True)
+  weight = weight.at[0, 0, 1].set(0.0)
+  got = np.asarray(by_pairs(x, expert, weight, experts, Form(RELU.hidden, on_input=True)))
+  w_in, w_out, b_in, b_out = (
+    np.asarray(w, np.float64) for w in (experts.w_in, experts.w_out, experts.b_in, experts.b_out)
+  )
+  for b, t in ((0, 0), (3, 5)):
+    expected = np.zeros(D)
+    for e, w in zip(np.asarray(expert[b, t]), np.asarray(weight[b, t]), strict=True):
+      hidden = np.maximum(w * np.asarray(x[b, t], np.float64) @ w_in[e] + b_in[e], 0)
+      expected += (hidden @ w_out[e] + b_out[e]) * (w != 0)
+    np.testing.assert_allclose(got[b, t], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize('form', [SILU, ON_INPUT], ids=['on output', 'on input'])
+@pytest.mark.parametrize('chosen', [dropless, by_slots])
+def test_biases_are_pair_by_pair(chosen, form):
+  case = examples(True, biased=True)
+  expected = value_and_gradients(by_pairs, *case, form)
+  near(value_and_gradients(chosen, *case, form), expected, 1e-5)
 
 
 @pytest.mark.parametrize('skewed', [False, True], ids=['spread', 'skewed'])
@@ -108,14 +145,14 @@ def test_slots_go_to_the_first_tokens():
 
 def test_dropped_choices_are_missing_and_nothing_else():
   x, expert, weight, experts, _ = examples(True)
-  got = by_slots(x, expert, weight, experts, jax.nn.silu, capacity=2)
+  got = by_slots(x, expert, weight, experts, SILU, capacity=2)
   count = np.zeros((B, E), int)
   kept = np.zeros((B, T, K), np.float32)
   for b, t, k in np.ndindex(B, T, K):
     e = int(expert[b, t, k])
     kept[b, t, k], count[b, e] = count[b, e] < 2, count[b, e] + 1
   assert kept.mean() < 0.6
-  near(got, by_pairs(x, expert, weight * kept, experts, jax.nn.silu), 1e-5)
+  near(got, by_pairs(x, expert, weight * kept, experts, SILU), 1e-5)
 
 
 # ---- the grouped matmul ------------------------------------------------------------------------
@@ -176,6 +213,22 @@ def test_shards_of_experts_equal_one_device(chosen, mesh):
     near(value_and_gradients(chosen, *case), expected, 1e-4)
 
 
+@pytest.mark.parametrize('mesh', ['expert4-fsdp2', 'expert2-tensor2-data2'])
+@pytest.mark.parametrize('form', [SILU, ON_INPUT], ids=['on output', 'on input'])
+@pytest.mark.parametrize('chosen', [dropless, by_slots])
+def test_biases_on_shards_of_experts(chosen, form, mesh):
+  """The bias of the output is added once, where hidden units are sharded too."""
+  case = examples(biased=True)
+  expected = value_and_gradients(chosen, *case, form)
+  with use_mesh(make_parallel(MESHES[mesh])):
+    near(value_and_gradients(chosen, *case, form), expected, 1e-4)
+  x, expert, weight, experts, g = case
+  few = x[:3], expert[:3], weight[:3], experts, g[:3], form
+  expected = value_and_gradients(chosen, *few)
+  with use_mesh(make_parallel(MESHES[mesh])):
+    near(value_and_gradients(chosen, *few), expected, 1e-4)
+
+
 def test_rounds_carry_any_imbalance(monkeypatch):
   """All tokens want the same two experts, of one shard, and a round has room for few of them."""
   case = examples(skewed=True)
@@ -206,7 +259,9 @@ def test_tokens_travel_and_weights_stay(chosen):
     *(
       jax.device_put(w, parallel.param('w', axes, w.shape))
       for w, axes in zip(
-        experts, (('experts', 'embed', 'mlp'),) * 2 + (('experts', 'mlp', 'embed'),), strict=True
+        experts[:3],
+        (('experts', 'embed', 'mlp'),) * 2 + (('experts', 'mlp', 'embed'),),
+        strict=True,
       )
     )
   )
@@ -214,7 +269,7 @@ def test_tokens_travel_and_weights_stay(chosen):
 
   def run(x, expert, weight, experts, g):
     y, pull = jax.vjp(
-      lambda x, weight, experts: chosen(x, expert, weight, experts, jax.nn.silu), x, weight, experts
+      lambda x, weight, experts: chosen(x, expert, weight, experts, SILU), x, weight, experts
     )
     return y, pull(g)
 
