@@ -17,7 +17,14 @@ from jaxformer.layers.dense import Dense, by_head
 from jaxformer.layers.init import Init, Normal
 from jaxformer.layers.layer import Context, Layer, LayerConfig, LayerPosition, Output
 from jaxformer.layers.norm import NormConfig, RMSNorm, build_norm
-from jaxformer.layers.position import Alibi, AttentionPosition, Llama3Scaling, Rotary, YarnScaling
+from jaxformer.layers.position import (
+  Alibi,
+  AttentionPosition,
+  Llama3Scaling,
+  LogTemperature,
+  Rotary,
+  YarnScaling,
+)
 from jaxformer.ops.attention import Mask, attention
 from jaxformer.ops.documents import count_starts
 from jaxformer.sharding import param, shard
@@ -29,8 +36,8 @@ class AttentionState:
   """The key/value cache.
 
   Attributes:
-    k, v: position n is in slot n mod S, where S is the longest sequence, or the window if there is
-      one; C is the head dim of the values.
+    k, v: position n is in slot n mod S, where S is the longest sequence, or the window or chunk if
+      there is one; C is the head dim of the values.
     length: number of positions seen so far, the same for all rows.
     offset_B: how many of them belong to the row's current document.
   """
@@ -57,10 +64,13 @@ class Attention(Layer):
       kv_heads: key/value heads; None for one per query head.
       head_dim: None for width / heads.
       v_head_dim: of the values; None for that of queries and keys.
-      position: `Rotary` or `Alibi`; None where positions are embedded elsewhere or not at all.
+      position: `Rotary`, `Alibi` or `LogTemperature`; None where positions are embedded elsewhere
+        or not at all.
       causal: False lets every position attend to every other, which excludes decoding.
       window: sliding window: a query attends to itself and the window - 1 positions before it;
         None for all.
+      chunk: a document is cut into chunks of so many positions, and a query attends to itself and
+        the positions before it in its chunk (Llama 4); None for no chunks.
       bias: whether the projections have biases (GPT-2).
       out_bias: whether the output projection has one; None for as `bias` says (Qwen2 has biases on
         queries, keys and values alone).
@@ -86,6 +96,7 @@ class Attention(Layer):
     position: AttentionPosition | None = None
     causal: bool = True
     window: int | None = None
+    chunk: int | None = None
     bias: bool = False
     out_bias: bool | None = None
     qk_norm: NormConfig | None = None
@@ -99,10 +110,12 @@ class Attention(Layer):
     out_init: Init = Normal()
 
     def validate(self):
-      self.require_positive('heads', 'head_dim', 'v_head_dim', 'window', 'softcap')
+      self.require_positive('heads', 'head_dim', 'v_head_dim', 'window', 'chunk', 'softcap')
       self.require_rate('attention_dropout')
       divides = self.kv_heads is None or (self.kv_heads > 0 and self.heads % self.kv_heads == 0)
       self.require(divides, 'kv_heads', f'a divisor of heads = {self.heads}')
+      alone = self.chunk is None or (self.causal and self.window is None)
+      self.require(alone, 'chunk', 'none with a window, or where attention is not causal')
       normed = self.qk_norm is not None or self.qk_norm_over == 'head'
       self.require(normed, 'qk_norm_over', "'head' without a qk_norm")
 
@@ -126,6 +139,11 @@ class Attention(Layer):
     @property
     def decodes(self) -> bool:
       return self.causal
+
+    @property
+    def reach(self) -> int | None:
+      """The most positions that a query attends to; None for all."""
+      return self.window if self.chunk is None else self.chunk
 
     @classmethod
     def examples(cls):
@@ -151,14 +169,18 @@ class Attention(Layer):
           qk_norm_over='width',
           output_gate=True,
         ),
+        cls(heads=4, chunk=5, position=LogTemperature(interval=4), qk_norm=RMSNorm(scale=False)),
         cls(heads=6, head_dim=8, kv_heads=6, position=Alibi(), scale=0.2),
         cls(heads=4, causal=False),
         cls(heads=4, causal=False, window=4, position=Alibi()),
       )
 
     def mixing_flops_per_token(self, width, length, causal):
-      seen = length if self.window is None else min(self.window, length)
-      if causal and self.causal:
+      seen = length if self.reach is None else min(self.reach, length)
+      if causal and self.chunk is not None:
+        chunks, rest = divmod(length, seen)
+        seen = (chunks * seen * (seen + 1) + rest * (rest + 1)) / 2 / length
+      elif causal and self.causal:
         # the first queries attend to fewer keys
         seen = (seen * (seen + 1) / 2 + (length - seen) * seen) / length
       K = self.head_size(width)
@@ -184,7 +206,7 @@ class Attention(Layer):
     self.k_norm = build_norm(c.qk_norm, G * K if every_head else K)
 
   def init_state(self, batch, max_len, memory=None) -> AttentionState:
-    S = max_len if self.config.window is None else min(self.config.window, max_len)
+    S = max_len if self.config.reach is None else min(self.config.reach, max_len)
     k, v = (
       jnp.zeros((batch, S, self.kv_heads, size), self.k.dtype)
       for size in (self.head_dim, self.v_head_dim)
@@ -197,14 +219,20 @@ class Attention(Layer):
     starts = ctx.starts(x_BTD)
     positions = ctx.positions(x_BTD, None if state is None else state.offset_B)
     q, k, v = self._qkv(x_BTD, positions)
-    c, mask = self.config, None
+    c, mask, one = self.config, None, ctx.segments_BT is None
+    if c.chunk is not None:
+      # To the mask every chunk is a document. That it reaches no further than its length too lets
+      # implementations skip what is always hidden.
+      one = one and x_BTD.shape[1] <= c.chunk
+      starts = starts | (positions % c.chunk == 0)
     if state is not None:
-      state, k_seen, v_seen, mask = _extend(state, k, v, starts, positions, c.window)
+      state, k_seen, v_seen, mask = _extend(state, k, v, starts, positions, c)
     if mask is None or ctx.fresh:
       # Numbered by their borders: a number that recurs is another document, as it is for every
       # layer with a state.
-      segments_BT = None if ctx.segments_BT is None else count_starts(starts)
-      k_seen, v_seen, mask = k, v, Mask(c.causal, c.window, segments_BT)
+      segments_BT = None if one else count_starts(starts)
+      window = None if one and c.chunk is not None else c.reach
+      k_seen, v_seen, mask = k, v, Mask(c.causal, window, segments_BT)
     slopes = None if c.position is None else c.position.slopes(c.heads)
     y = attention(
       q,
@@ -232,8 +260,9 @@ class Attention(Layer):
     k, v = by_head(k, self.head_dim, 'kv_heads'), by_head(v, self.v_head_dim, 'kv_heads')
     if over == 'head':
       q, k = self._normed(q, k)
-    if self.config.position is not None:
-      q, k = self.config.position.rotate(q, positions), self.config.position.rotate(k, positions)
+    if (encoding := self.config.position) is not None:
+      q, k = encoding.rotate(q, positions), encoding.rotate(k, positions)
+      q = encoding.scale_queries(q, positions)
     return q, k, v
 
   def _normed(self, q: Array, k: Array) -> tuple[Array, Array]:
@@ -248,11 +277,11 @@ def _extend(
   v_new: Array,
   starts: Array,
   positions: Array,
-  window: int | None,
+  config: Attention.Config,
 ) -> tuple[AttentionState, Array, Array, Mask]:
   """Add T positions to the cache. Return the new state, and keys, values and mask for the T
-  queries."""
-  T, S, n = starts.shape[1], state.k_BSGK.shape[1], state.length
+  queries. `starts` are those of documents, or of their chunks."""
+  window, T, S, n = config.reach, starts.shape[1], state.k_BSGK.shape[1], state.length
   slots = jnp.arange(S, dtype=jnp.int32)
   index_new = n + jnp.arange(T, dtype=jnp.int32)
   # what each slot held before: the last position that maps to it
@@ -272,11 +301,12 @@ def _extend(
     source = jnp.where(index_now >= n, S + index_now - n, slots)
     k_kept, v_kept = jnp.take(k_all, source, axis=1), jnp.take(v_all, source, axis=1)
     index_S = jnp.concatenate([index_old, index_new])
-  # Documents are numbered by where they start: the current one is 0, those that start in this call
-  # 1, 2, ...
+  # Documents or chunks are numbered by where they start: the current one is 0, those that start in
+  # this call 1, 2, ...
   segments_BT = count_starts(starts)
   new_BS = jnp.take(segments_BT, jnp.clip(index_S - n, 0, T - 1), axis=1)
-  old_BS = jnp.where(index_S[None] >= (n - state.offset_B)[:, None], 0, -1)
+  before_B = state.offset_B if config.chunk is None else state.offset_B % config.chunk
+  old_BS = jnp.where(index_S[None] >= (n - before_B)[:, None], 0, -1)
   segments_BS = jnp.where((index_S >= n)[None], new_BS, old_BS)
   mask = Mask(True, window, segments_BT, segments_BS, index_new, index_S)
   kept = AttentionState(

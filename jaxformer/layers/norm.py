@@ -32,6 +32,7 @@ class Norm(nnx.Module):
     by_head: inputs are `[*B, H, K]`; each head is normalized, then all are flattened to the width
       and scaled.
     unit_offset: the factor is 1 + scale, with a scale that starts at 0, and is applied in fp32.
+    scale: False for no parameters at all.
   """
 
   def __init__(
@@ -43,11 +44,12 @@ class Norm(nnx.Module):
     bias: bool = True,
     by_head: bool = False,
     unit_offset: bool = False,
+    scale: bool = True,
   ):
     self.eps, self.centered, self.by_head = eps, centered, by_head
     self.unit_offset = unit_offset
     start = jnp.zeros(width) if unit_offset else jnp.ones(width)
-    self.scale = param(start, ('norm',), decay=False)
+    self.scale = param(start, ('norm',), decay=False) if scale else None
     self.bias = param(jnp.zeros(width), ('norm',), decay=False) if bias else None
 
   def __call__(self, x: Float[Array, '*B D']) -> Float[Array, '*B D']:
@@ -57,8 +59,9 @@ class Norm(nnx.Module):
     if self.by_head:
       y = y.reshape(*x.shape[:-2], -1)
     row = (1,) * (y.ndim - 1) + (-1,)
-    scale = self.scale[...].reshape(row)
-    y = (y * (1.0 + scale.astype(jnp.float32))).astype(x.dtype) if self.unit_offset else y * scale
+    if self.scale is not None:
+      scale = self.scale[...].reshape(row)
+      y = (y * (1.0 + scale.astype(jnp.float32))).astype(x.dtype) if self.unit_offset else y * scale
     return y if self.bias is None else y + self.bias[...].reshape(row)
 
 
@@ -86,12 +89,19 @@ class RMSNorm(NormConfig):
   Attributes:
     unit_offset: the factor is 1 + scale, with a scale that starts at 0, and is applied in fp32
       before the result is cast back (Gemma).
+    scale: False for no factor: queries and keys in Llama 4. A norm of each head without one does
+      not change with a rotation, so it is the same before rotary positions and after them.
   """
 
   unit_offset: bool = False
+  scale: bool = True
+
+  def validate(self):
+    self.require(self.scale or not self.unit_offset, 'unit_offset', 'False without a scale')
 
   def build(self, width: int) -> Norm:
-    return Norm(width, self.eps, centered=False, bias=False, unit_offset=self.unit_offset)
+    options = {'unit_offset': self.unit_offset, 'scale': self.scale}
+    return Norm(width, self.eps, centered=False, bias=False, **options)
 
 
 class LayerNorm(NormConfig):

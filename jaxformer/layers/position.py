@@ -29,6 +29,7 @@ __all__ = [
   'LearnedPositions',
   'LinearScaling',
   'Llama3Scaling',
+  'LogTemperature',
   'PositionConfig',
   'Rotary',
   'RotaryScaling',
@@ -41,7 +42,7 @@ __all__ = [
 
 class AttentionPosition(Config, abstract=True):
   """Base of the position encodings inside attention: `Rotary` rotates queries and keys, `Alibi`
-  adds a bias to the logits."""
+  adds a bias to the logits, `LogTemperature` scales queries."""
 
   def check(self, head_dim: int, field: str) -> None:
     """Raise `InputError` for `field` if heads of this dimension cannot be encoded."""
@@ -51,6 +52,12 @@ class AttentionPosition(Config, abstract=True):
   ) -> Float[Array, 'B T H K']:
     """Return queries or keys, rotated by their positions."""
     return x
+
+  def scale_queries(
+    self, q: Float[Array, 'B T H K'], positions: Int[Array, 'B T']
+  ) -> Float[Array, 'B T H K']:
+    """Return queries times a factor of their positions."""
+    return q
 
   def slopes(self, heads: int) -> np.ndarray | None:
     """Return the slope of each head's linear bias; None for no bias."""
@@ -133,6 +140,23 @@ class Alibi(AttentionPosition):
     slopes = 2.0 ** (-8 * np.arange(1, lower + 1) / lower)
     finer = 2.0 ** (-8 * np.arange(1, 2 * lower + 1) / (2 * lower))
     return np.concatenate([slopes, finer[0::2][: heads - lower]]).astype(np.float32)
+
+
+class LogTemperature(AttentionPosition):
+  """No positions but a temperature: queries at position p = 0, 1, ... are multiplied by 1 + rate
+  log(1 + floor((p + 1) / interval)), so that attention over long sequences does not flatten
+  (Nakanishi 2025, "Scalable-softmax is superior for attention"; in this form Llama 4)."""
+
+  interval: int = 8192
+  rate: float = 0.1
+
+  def validate(self) -> None:
+    self.require_positive('interval', 'rate')
+
+  def scale_queries(self, q, positions):
+    steps = jnp.floor_divide(positions + 1, self.interval).astype(jnp.float32)
+    factor = 1.0 + self.rate * jnp.log1p(steps)
+    return (q * factor[:, :, None, None]).astype(q.dtype)
 
 
 # ---- added to embeddings -----------------------------------------------------------------------

@@ -11,7 +11,7 @@ from flax import nnx
 
 from jaxformer.layers.attention import Attention
 from jaxformer.layers.layer import Context, LayerPosition
-from jaxformer.layers.position import Alibi, Rotary
+from jaxformer.layers.position import Alibi, LogTemperature, Rotary
 
 B, T, D = 2, 13, 16
 SEGMENTS = np.asarray(
@@ -21,13 +21,22 @@ SEGMENTS = np.asarray(
 
 @pytest.mark.quick
 @pytest.mark.parametrize(
-  ('window', 'position'),
-  [(None, Rotary()), (3, Rotary()), (5, Alibi()), (1, None), (20, Alibi())],
+  ('reach', 'position'),
+  [
+    ({}, Rotary()),
+    ({'window': 3}, Rotary()),
+    ({'window': 5}, Alibi()),
+    ({'window': 1}, None),
+    ({'window': 20}, Alibi()),
+    ({'chunk': 4}, Rotary()),
+    ({'chunk': 1}, None),
+    ({'chunk': 20}, LogTemperature(interval=3)),
+  ],
   ids=str,
 )
 @pytest.mark.parametrize('segments', [None, SEGMENTS], ids=['one document', 'packed'])
-def test_cut_anywhere(window, position, segments):
-  layer = Attention.Config(heads=4, kv_heads=2, window=window, position=position).build(
+def test_cut_anywhere(reach, position, segments):
+  layer = Attention.Config(heads=4, kv_heads=2, **reach, position=position).build(
     D, nnx.Rngs(0), LayerPosition()
   )
   for w in (layer.q.kernel, layer.k.kernel):
@@ -58,6 +67,33 @@ def test_cut_anywhere(window, position, segments):
       out = step(x[:, at], state)
       state, parts, at = out.state, [*parts, out.y[:, None]], at + 1
     np.testing.assert_allclose(np.concatenate(parts, 1), whole[:, :at], atol=2e-5)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize('segments', [None, SEGMENTS], ids=['one document', 'packed'])
+def test_chunks_are_documents_of_their_own(segments):
+  """Chunks of 4 positions of each document: the same as attention over all positions, of a sequence
+  in which every chunk is a document."""
+  build = Attention.Config(heads=4, chunk=4).build(D, nnx.Rngs(0), LayerPosition())
+  every = Attention.Config(heads=4).build(D, nnx.Rngs(0), LayerPosition())
+  x = jax.random.normal(jax.random.key(1), (B, T, D))
+  ids = np.zeros((B, T), int) if segments is None else segments
+  chunks = np.zeros((B, T), int)
+  for b in range(B):
+    position, number = 0, 0
+    for t in range(1, T):
+      position = position + 1 if ids[b, t] == ids[b, t - 1] else 0
+      number += position % 4 == 0
+      chunks[b, t] = number
+  got = build(x, Context(segments_BT=segments)).y
+  np.testing.assert_allclose(got, every(x, Context(segments_BT=jnp.asarray(chunks))).y, atol=1e-6)
+
+
+def test_flops_of_chunks_are_those_of_their_pairs():
+  """11 positions in chunks of 4: 10 + 10 + 6 pairs."""
+  config = Attention.Config(heads=2, chunk=4)
+  pairs = config.mixing_flops_per_token(8, 11, causal=True) * 11 / (4 * 8)
+  assert pairs == pytest.approx(26)
 
 
 @pytest.mark.quick

@@ -4,7 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxformer.layers.position import Alibi, Llama3Scaling, Rotary
+from jaxformer.layers.norm import RMSNorm
+from jaxformer.layers.position import Alibi, Llama3Scaling, LogTemperature, Rotary
 
 pytestmark = pytest.mark.quick
 
@@ -133,3 +134,19 @@ def test_alibi_slopes_of_twelve_heads():
     0.08838835,
   ]
   np.testing.assert_allclose(Alibi().slopes(12), expected, rtol=1e-7)
+
+
+def test_a_norm_without_scale_commutes_with_rotation():
+  """Llama 4 normalizes queries and keys after rotary positions, this package before."""
+  x = jnp.asarray(np.random.default_rng(1).normal(size=(2, 5, 3, 16)), jnp.float32)
+  positions, norm = jnp.arange(10).reshape(2, 5), RMSNorm(scale=False).build(16)
+  after = norm(Rotary().rotate(x, positions))
+  np.testing.assert_allclose(Rotary().rotate(norm(x), positions), after, atol=1e-6)
+
+
+def test_temperatures_of_llama_4():
+  """1 + 0.1 log(1 + floor((p + 1) / 8192)), which first changes at position 8191."""
+  positions = jnp.asarray([[0, 8190, 8191, 16383, 1_000_000]])
+  factors = LogTemperature().scale_queries(jnp.ones((1, 5, 1, 1)), positions)[0, :, 0, 0]
+  expected = [1.0, 1.0, *(1 + 0.1 * np.log(1 + n) for n in (1, 2, 122))]
+  np.testing.assert_allclose(factors, expected, rtol=1e-6)
