@@ -114,6 +114,7 @@ ACTIVATIONS: dict[str, ActivationName] = {
   'gelu_new': 'gelu_tanh',
   'gelu_pytorch_tanh': 'gelu_tanh',
   'gelu_fast': 'gelu_tanh',
+  'quick_gelu': 'gelu_sigmoid',
   'relu': 'relu',
   'relu2': 'squared_relu',
   'silu': 'silu',

@@ -27,8 +27,9 @@ from jaxformer.sharding import Parallel
 class Rule:
   """Some of our parameters <-> one of their tensors, or one per entry of our first axis (experts).
 
-  Theirs is the concatenation of ours along the last axis (fused projections), with the last two
-  axes swapped if `transposed`, in another shape if `reshape` is given.
+  Theirs is the concatenation of ours along the last axis (fused projections), or if `interleaved`
+  alternates between them there, with the last two axes swapped if `transposed`, in another shape if
+  `reshape` is given.
 
   `{layer}` in the names stands for every block that has all of our parameters; a rule whose
   parameters do not exist (biases of a model without biases) does not apply. `{item}` in their name
@@ -42,6 +43,7 @@ class Rule:
   theirs: str
   transposed: bool = False
   reshape: Callable[[Shape], Shape] | None = None
+  interleaved: bool = False
 
 
 MIXER, FEED_FORWARD = 'stack.{layer}.branches.0', 'stack.{layer}.branches.1'
@@ -179,15 +181,21 @@ class Link:
   theirs: tuple[str, ...]
   shape: Shape
   transposed: bool
+  interleaved: bool = False
 
   def save(self, ours: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
-    value = np.concatenate(ours, axis=-1)
+    if self.interleaved:
+      value = np.stack(ours, axis=-1).reshape(*ours[0].shape[:-1], -1)
+    else:
+      value = np.concatenate(ours, axis=-1)
     value = value.swapaxes(-1, -2) if self.transposed else value
     return dict(zip(self.theirs, value.reshape(len(self.theirs), *self.shape), strict=True))
 
   def load(self, theirs: Sequence[np.ndarray]) -> list[np.ndarray]:
     value = np.stack(theirs).reshape(_joined(self.ours, self.transposed))
     value = value.swapaxes(-1, -2) if self.transposed else value
+    if self.interleaved:
+      return [value[..., i :: len(self.ours)] for i in range(len(self.ours))]
     return np.split(value, np.cumsum([p.shape[-1] for p in self.ours])[:-1], axis=-1)
 
 
@@ -202,7 +210,9 @@ def link(rule: Rule, ours: tuple[Location, ...], theirs: str) -> Link:
   shape, names = _joined(ours, rule.transposed), (theirs,)
   if '{item}' in theirs:
     names, shape = tuple(theirs.replace('{item}', str(i)) for i in range(shape[0])), shape[1:]
-  return Link(ours, names, rule.reshape(shape) if rule.reshape else shape, rule.transposed)
+  return Link(
+    ours, names, rule.reshape(shape) if rule.reshape else shape, rule.transposed, rule.interleaved
+  )
 
 
 def connect(kind: CheckpointFormat, config: ModelConfig) -> list[Link]:

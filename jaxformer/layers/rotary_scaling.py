@@ -77,7 +77,8 @@ class Llama3Scaling(RotaryScaling):
 
   With wavelength 2 pi / f: frequencies whose wavelength is below `original_context / high` are
   kept, those above `original_context / low` are divided by `factor`, and between them f' = (1 - s)
-  f / factor + s f with s = (original_context / wavelength - low) / (high - low)."""
+  f / factor + s f with s = (original_context / wavelength - low) / (high - low). Where `low` equals
+  `high` there is nothing between (Llama 4 Scout)."""
 
   factor: float = 8.0
   low: float = 1.0
@@ -86,11 +87,15 @@ class Llama3Scaling(RotaryScaling):
 
   def validate(self) -> None:
     self.require_positive('factor', 'low', 'original_context')
-    self.require(self.high > self.low, 'high', f'above low, {self.low:g}')
+    self.require(self.high >= self.low, 'high', f'at least low, {self.low:g}')
 
   def apply(self, frequencies, theta):
     wavelength = 2 * math.pi / frequencies
-    s = np.clip((self.original_context / wavelength - self.low) / (self.high - self.low), 0.0, 1.0)
+    turns = self.original_context / wavelength
+    if self.high == self.low:
+      s = (turns >= self.low).astype(np.float64)
+    else:
+      s = np.clip((turns - self.low) / (self.high - self.low), 0.0, 1.0)
     return (1 - s) * frequencies / self.factor + s * frequencies
 
 
