@@ -21,6 +21,7 @@ from jaxformer.models.zoo.preset import (
   preset,
   two_thirds,
 )
+from jaxformer.models.zoo.story import Chapter, step
 
 YARN = YarnScaling(factor=32.0, original_context=4096, truncate=False)
 ROTARY = Rotary(theta=150_000.0, scaling=YARN)
@@ -70,4 +71,13 @@ def _grown(*, width: int, layers: int, hidden: int, **sizes: Any) -> LanguageMod
 # Two experts per token have the hidden units of one dense layer.
 family(
   'gpt-oss', _grown, width_step=2 * HEAD, layer_step=2, hidden=lambda width: two_thirds(width) // 2
+)
+
+step(
+  'gpt-oss',
+  Chapter.EXPERTS,
+  2025,
+  'softmax(...) with exp(sink) in the denominator; top 4 of 32 or 128 experts',
+  'A head may attend to nothing; half of the layers see a window of 128 positions.',
+  'OpenAI 2025',
 )

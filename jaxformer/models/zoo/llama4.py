@@ -24,6 +24,7 @@ from jaxformer.models.zoo.preset import (
   preset,
   two_thirds,
 )
+from jaxformer.models.zoo.story import Chapter, step
 
 ROTARY = Rotary(theta=500_000.0, interleaved=True)
 
@@ -106,4 +107,13 @@ def _grown(*, width: int, layers: int, hidden: int, **sizes: Any) -> LanguageMod
 # The chosen expert and the shared one have the hidden units of one dense layer.
 family(
   'llama4', _grown, width_step=2 * HEAD, layer_step=4, hidden=lambda width: two_thirds(width) // 2
+)
+
+step(
+  'llama4',
+  Chapter.EXPERTS,
+  2025,
+  'expert(sigmoid(score) x) + shared(x); attention within chunks',
+  'Chunks bound the cache of three layers in four; the fourth sees everything, without positions.',
+  'Meta 2025',
 )
