@@ -35,11 +35,7 @@ def random_model(family, fields):
 
   torch.manual_seed(0)
   config = getattr(transformers, f'{family}Config')(**fields, bos_token_id=None, eos_token_id=None)
-  model = (
-    transformers.GPT2LMHeadModel
-    if family == 'GPT2'
-    else getattr(transformers, f'{family}ForCausalLM')
-  )(config).eval()
+  model = transformers.AutoModelForCausalLM.from_config(config).eval()
   with torch.no_grad():
     for p in model.parameters():  # scales of ones and offsets of zeros would hide a wrong map
       p.add_(torch.randn_like(p) * 0.1)
