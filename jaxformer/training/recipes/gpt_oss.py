@@ -29,5 +29,5 @@ for name, tokens in ('gpt-oss-20b', 83.7e9), ('gpt-oss-120b', 114.2e9):
       'tokenizer': memory('as remembered of the model card, arXiv:2508.10925'),
     },
     note='Of the pre-training nothing is published but that it took trillions of tokens; the '
-    'released weights come of reinforcement learning after it.',
+    'released weights result from reinforcement learning after it.',
   )
