@@ -136,10 +136,10 @@ class Moe(Layer):
     return Output(y, state, aux | routed.losses)
 
   def _experts(self) -> moe.Experts:
-    parts = self.expert_up, self.expert_gate, self.expert_down
-    kernels = (None if p is None else p.kernel[...] for p in parts)
-    biases = (None if p is None or p.bias is None else p.bias[...] for p in parts)
-    return moe.Experts(*kernels, *biases)
+    up, gate, down = self.expert_up, self.expert_gate, self.expert_down
+    biases = (None if p is None or p.bias is None else p.bias[...] for p in (up, gate, down))
+    w_gate = None if gate is None else gate.kernel[...]
+    return moe.Experts(up.kernel[...], w_gate, down.kernel[...], *biases)
 
   def _dispatched(self, x_BTD: Array, r: Routing) -> tuple[Array, dict[str, Array]]:
     """The experts' weighted sum, and diagnostics of the dispatch."""

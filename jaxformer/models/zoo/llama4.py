@@ -72,13 +72,12 @@ def llama4(
   return pre_norm_model(width, layers, *blocks, norm=norm, **fields)
 
 
-SIZES: dict[str, int] = {'vocab_size': 202048}
 # Low and high frequencies meet: longer wavelengths than 8,192 are divided, others kept.
 SCOUT = ROTARY.replace(scaling=Llama3Scaling(factor=16.0, low=1.0, high=1.0))
 preset(
   'llama4-scout',
   'llama4',
-  llama4(5120, 48, 8192, 40, 8, rotary=SCOUT, context_length=10_485_760, **SIZES),
+  llama4(5120, 48, 8192, 40, 8, rotary=SCOUT, context_length=10_485_760, vocab_size=202048),
 )
 preset(
   'llama4-maverick',
@@ -93,7 +92,7 @@ preset(
     dense_hidden=16384,
     qk_norm=False,
     context_length=1_048_576,
-    **SIZES,
+    vocab_size=202048,
   ),
 )
 preset('llama4-tiny', 'llama4', llama4(64, 4, 64, 4, 2, experts=4, chunk=64, interval=64, **TINY))
