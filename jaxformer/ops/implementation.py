@@ -31,6 +31,7 @@ OPERATIONS = (
   'gru',
   'input_feeding',
   'lstm',
+  'mamba3',
   'mlstm',
   'moe_capacity',
   'moe_dropless',

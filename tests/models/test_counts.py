@@ -29,6 +29,7 @@ EXACT = {
   'mamba-2.8b': 2_768_345_600,
   'mamba2-130m': 128_989_632,
   'mamba2-2.7b': 2_702_599_680,
+  'mamba3-1.3b': 1_387_122_688,
   'mixtral-8x7b': 46_702_792_704,
   'jamba-v0.1': 51_570_323_328,
   'rwkv4-169m': 169_342_464,
@@ -91,6 +92,8 @@ MAMBA2 = {
   'mamba2-1.3b': (2048, 48),
   'mamba2-2.7b': (2560, 64),
 }
+# name -> width, layers
+MAMBA3 = {'mamba3-1.3b': (2048, 48)}
 
 
 # name -> width, which is also the number of units
@@ -277,6 +280,15 @@ def mamba2_count(D, L, N=128, P=64, V=50288):
   )
 
 
+def mamba3_count(D, L, N=128, P=64, V=32000):
+  """Embedding and head; a block of 2 D channels in heads of P: in ([z, x, B, C, dt, A, lambda,
+  theta], N / 4 angles) and out, biases of B and C, two numbers a head, norms of B and C, a norm; a
+  norm."""
+  inner, H = 2 * D, 2 * D // P
+  into = 2 * inner + 2 * N + 3 * H + N // 4
+  return 2 * V * D + L * (D * into + inner * D + 2 * H * N + 2 * H + 2 * N + D) + D
+
+
 def rwkv4_count(D, L, V=50277):
   """Embedding and head; a block: r, k, v, o and r, k, v of channels of 4 D (4 + 1 + 8 D^2), five
   mixes, decay and bonus, two norms (11 D); two norms."""
@@ -311,6 +323,7 @@ COUNTED = {
     (h3_count, H3),
     (mamba_count, MAMBA),
     (mamba2_count, MAMBA2),
+    (mamba3_count, MAMBA3),
     (rwkv4_count, RWKV4),
     (rwkv5_count, RWKV5),
     (rwkv6_count, RWKV6),
