@@ -8,6 +8,7 @@ from jaxformer.layers.mamba3 import Mamba3
 from jaxformer.layers.norm import RMSNorm
 from jaxformer.models.language_model import LanguageModel
 from jaxformer.models.zoo.preset import TINY, family, pre_norm_model, preset
+from jaxformer.models.zoo.story import Chapter, step
 
 
 def mamba3(
@@ -37,3 +38,22 @@ preset(
 
 family('mamba3', functools.partial(mamba3, Mamba3.Config(d_state=64, head_dim=16)))
 family('mamba3-mimo', functools.partial(mamba3, Mamba3.Config(d_state=64, head_dim=16, rank=4)))
+
+step(
+  'mamba3',
+  Chapter.STATE_SPACES,
+  2026,
+  'h_t = a_t h_{t-1} + (1 - l_t) dt_t a_t B_{t-1} x_{t-1} + l_t dt_t B_t x_t, '
+  'a_t = exp(dt_t (A_t - i w_t))',
+  'A second-order discretization in place of the convolution, and complex states that track by '
+  'rotation.',
+  'Lahoti et al. 2026',
+)
+step(
+  'mamba3-mimo',
+  Chapter.STATE_SPACES,
+  2026,
+  'h_t = a_t h_{t-1} + X_t B_t^T, Y_t = h_t C_t with X_t [P, R], B_t and C_t [N, R]',
+  'Inputs and outputs of rank R: more computation per number of the state that decoding reads.',
+  'Lahoti et al. 2026',
+)
