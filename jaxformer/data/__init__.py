@@ -17,6 +17,7 @@ from jaxformer.data.tasks.dates import Dates
 from jaxformer.data.tasks.digits import Digits
 from jaxformer.data.tasks.listops import ListOps
 from jaxformer.data.tasks.mqar import MultiQueryRecall
+from jaxformer.data.tasks.rebinding import RebindingRecall
 from jaxformer.data.tasks.recall import AssociativeRecall, InductionHead
 from jaxformer.data.tasks.task import GeneratedTask, PairTask, TaskConfig
 from jaxformer.data.text import DataSection, Text
@@ -52,6 +53,7 @@ __all__ = [
   'PublishedPairs',
   'PublishedTokenizer',
   'PydocTopics',
+  'RebindingRecall',
   'Records',
   'Row',
   'SelectiveCopying',

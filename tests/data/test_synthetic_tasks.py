@@ -8,7 +8,7 @@ import pytest
 from scipy import stats
 
 from jaxformer.config import InputError
-from jaxformer.data import InductionHead, MultiQueryRecall, SelectiveCopying
+from jaxformer.data import InductionHead, MultiQueryRecall, RebindingRecall, SelectiveCopying
 from jaxformer.data.tasks import mqar
 from jaxformer.data.tasks.task import distinct, random_bits
 
@@ -97,6 +97,56 @@ def test_weights_of_the_power_law():
   assert set(mqar.power_law(50, 1.0)) == {2**40}
 
 
+# ---- recall of values that change --------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+  'task',
+  [
+    RebindingRecall(),
+    RebindingRecall(keys=1, length=9, vocab_size=9),
+    RebindingRecall(keys=3, length=9, vocab_size=8),
+    RebindingRecall(keys=5, length=61, vocab_size=58, changes=0.3),
+  ],
+  ids=['default', 'one', 'once', 'some'],
+)
+def test_every_key_is_asked_for_its_latest_value(task):
+  half, context = task.vocab_size // 2, task.length - task.keys
+  for side in ('train', 'test'):
+    for tokens, targets in rows(task.rows(side, INDEX)):
+      keys, values = tokens[0:context:2], tokens[1:context:2]
+      latest = dict(zip(keys, values, strict=True))  # of a repeated key the last one
+      assert len(latest) == task.keys
+      assert 0 < min(keys) <= max(keys) < half <= min(values) <= max(values) < task.vocab_size
+      assert sorted(tokens[context:]) == sorted(latest)
+      assert asked(targets) == {t: latest[tokens[t]] for t in range(context, task.length)}
+      assert len(set(values)) == len(values) or task.changes < 1
+
+
+@pytest.mark.parametrize('changes', [0.0, 0.25, 1.0])
+def test_a_key_that_is_bound_again_has_a_new_value_as_often_as_said(changes):
+  task, seen, new = RebindingRecall(keys=3, length=23, vocab_size=40, changes=changes), 0, 0
+  for tokens in task.rows('train', MANY[:2000]).inputs.tolist():
+    latest = {}
+    for key, value in zip(tokens[0:20:2], tokens[1:20:2], strict=True):
+      assert value == latest.get(key) or value not in latest.values()
+      seen, new = seen + (key in latest), new + (latest.get(key, value) != value)
+      latest[key] = value
+  assert seen == 7 * 2000
+  assert_drawn_from([new, seen - new], [changes, 1 - changes]) if 0 < changes < 1 else None
+  assert changes in (new / seen, 0.25)
+
+
+def test_keys_are_bound_and_asked_for_in_every_order():
+  task = RebindingRecall(keys=2, length=8, vocab_size=8)
+  inputs = task.rows('train', MANY).inputs
+  first = inputs[:, [0, 2, 4]] == inputs[:, :1]
+  orders = [np.sum((first[:, 1:] == o).all(axis=1)) for o in itertools.product((0, 1), repeat=2)]
+  assert_drawn_from([*orders[:3], orders[3] + 1], [1, 1, 1, 1e-4])
+  assert_drawn_from(np.bincount(inputs[:, 6] == inputs[:, 0]), [1, 1])
+  assert_uniform(inputs[:, [1, 3, 5]], 4, 8)
+
+
 # ---- selective copying -------------------------------------------------------------------------
 
 
@@ -133,7 +183,9 @@ def test_what_is_copied_stands_anywhere():
 # ---- all of them -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize('task', [MultiQueryRecall(), SelectiveCopying(length=64)])
+@pytest.mark.parametrize(
+  'task', [MultiQueryRecall(), RebindingRecall(), SelectiveCopying(length=64)]
+)
 def test_no_test_sequence_is_one_of_training(task):
   assert_sides_differ(task)
 
@@ -166,6 +218,11 @@ def test_the_same_task_at_other_lengths():
     (MultiQueryRecall, {'vocab_size': 9}, 'vocab_size = 9: must be at least 10'),
     (MultiQueryRecall, {'power': 0.0}, 'power = 0.0: must be above 0'),
     (MultiQueryRecall, {'power': 1.5}, 'at most 1'),
+    (RebindingRecall, {'keys': 0}, 'keys = 0: must be positive'),
+    (RebindingRecall, {'length': 10}, 'length = 10: must be at least 12 and even'),
+    (RebindingRecall, {'keys': 3}, 'length = 36: must be at least 9 and odd'),
+    (RebindingRecall, {'vocab_size': 31}, 'vocab_size = 31: must be at least 32, for 16 values'),
+    (RebindingRecall, {'changes': 1.5}, 'changes = 1.5: must be at least 0 and at most 1'),
     (SelectiveCopying, {'copied': 0}, 'copied = 0'),
     (SelectiveCopying, {'vocab_size': 3}, 'vocab_size = 3'),
     (SelectiveCopying, {'length': 33}, 'length = 33: must be at least 34'),

@@ -16,6 +16,7 @@ from jaxformer.data import (
   ListOps,
   MultiQueryRecall,
   PydocTopics,
+  RebindingRecall,
   SelectiveCopying,
   Text,
   open_data,
@@ -281,7 +282,8 @@ def test_a_task_longer_than_the_learned_positions(tmp_path):
 @pytest.mark.quick
 @pytest.mark.parametrize(
   'task',
-  [t for t in mad_tasks.mad_suite() if t == type(t)()] + [MultiQueryRecall(), SelectiveCopying()],
+  [t for t in mad_tasks.mad_suite() if t == type(t)()]
+  + [MultiQueryRecall(), RebindingRecall(), SelectiveCopying()],
   ids=lambda t: t.tag,
 )
 def test_a_model_with_the_vocabulary_of_a_task_can_read_it(task):
