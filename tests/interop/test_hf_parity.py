@@ -277,7 +277,14 @@ NOT_USED = {
 
 
 # The same, of one family.
-NOT_USED_BY: dict[str, set[str]] = {}
+NOT_USED_BY: dict[str, set[str]] = {
+  'xlstm': {
+    'norm_reduction_force_float32', 'chunkwise_kernel', 'sequence_kernel', 'step_kernel', 'mode',
+    'return_last_states', 'autocast_kernel_dtype', 'inference_state_dtype',
+    'max_inference_chunksize',
+  },
+  'recurrent_gemma': {'w_init_variance_scale', 'final_w_init_variance_scale'},
+}  # fmt: skip
 
 
 @pytest.mark.parametrize('family', FAMILIES)
