@@ -31,11 +31,11 @@ def read_decoder(
   hf: Settings,
   attention_of: Callable[[int, Attention.Config], Attention.Config],
   *,
-  branch: type[BranchConfig] = PreNorm,
+  branch: Callable[..., BranchConfig] = PreNorm,
   unit_offset: bool = False,
   activation: str = 'hidden_act',
   mlp_bias: bool = False,
-  feed_forward: Callable[[GatedMlp.Config], LayerConfig] = lambda mlp: mlp,
+  feed_forward: Callable[[int, GatedMlp.Config], LayerConfig] = lambda _, mlp: mlp,
   **fields: Any,
 ) -> LanguageModel.Config:
   """The architecture, from the shared fields; `hf` has their defaults.
@@ -45,7 +45,8 @@ def read_decoder(
     branch: of both layers of a block.
     unit_offset: of the norms.
     activation: name of the field.
-    feed_forward: makes the second layer of a block.
+    feed_forward: from the index of a layer and the feed-forward layer of the shared fields to the
+      second layer of its block.
     fields: others of the config.
   """
   model = hf.read(MODEL)
@@ -66,11 +67,11 @@ def read_decoder(
     init=init,
     out_init=init,
   )
-  second = feed_forward(mlp)
   blocks = [
     Block.Config(
       branches=tuple(
-        branch(layer=layer, norm=norm) for layer in (attention_of(i, attention), second)
+        branch(layer=layer, norm=norm)
+        for layer in (attention_of(i, attention), feed_forward(i, mlp))
       )
     )
     for i in range(hf.count('num_hidden_layers'))
@@ -168,13 +169,14 @@ SANDWICH_NORMS = {
 }
 
 
-def decoder_rules(norms: Mapping[str, str] = PRE_NORMS) -> list[Rule]:
-  """The map of weights; `norms` are those of the branches."""
+def decoder_rules(norms: Mapping[str, str] = PRE_NORMS, feed_forward: str = 'mlp') -> list[Rule]:
+  """The map of weights; `norms` are those of the branches, `feed_forward` their name of
+  a feed-forward layer."""
   attention = {p: f'{p}_proj' for p in 'qkvo'} | {n: n for n in ('q_norm', 'k_norm')}
   outer = {'embedder.input': 'model.embed_tokens', 'final_norm': 'model.norm', 'head': 'lm_head'}
   mlp = {p: f'{p}_proj' for p in ('gate', 'up', 'down')}
   return [
     *modules({**outer, **norms}),
     *modules(attention, f'{MIXER}.layer.', f'{LAYER}.self_attn.'),
-    *modules(mlp, f'{FEED_FORWARD}.layer.', f'{LAYER}.mlp.'),
+    *modules(mlp, f'{FEED_FORWARD}.layer.', f'{LAYER}.{feed_forward}.'),
   ]

@@ -48,7 +48,7 @@ def build(
     hf,
     lambda _, attention: attention.replace(position=rotary, window=window, bias=bias),
     mlp_bias=mlp_bias,
-    feed_forward=feed_forward,
+    feed_forward=lambda _, mlp: feed_forward(mlp),
   )
 
 
