@@ -76,12 +76,12 @@ SIZE = {'context_length': 12, 'vocab_size': 30, 'experts': 3}
   ('model', 'tensor', 'shape'),
   [
     (
-      gpt_oss(16, 2, 24, 4, 2, k=2, window=5, **SIZE),
+      gpt_oss(16, 4, 24, 4, 2, k=2, window=5, **SIZE),
       'model.layers.1.mlp.experts.gate_up_proj',
       (3, 16, 48),
     ),
     (
-      llama4(16, 4, 24, 4, 2, chunk=4, dense_hidden=20, **SIZE),
+      llama4(16, 8, 24, 4, 2, chunk=4, dense_hidden=20, **SIZE),
       'model.layers.1.feed_forward.experts.gate_up_proj',
       (3, 16, 48),
     ),
