@@ -108,7 +108,7 @@ def read(hf: Settings) -> LanguageModel.Config:
 def write(config: LanguageModel.Config) -> dict[str, Any]:
   attentions = attentions_of(config)
   seconds = [block.branches[-1].layer for block in blocks_of(config)]
-  sparse = [i for i, layer in enumerate(seconds) if isinstance(layer, Moe.Config)]
+  sparse = [i for i, layer in enumerate(seconds) if layer.expert_count]
   if not sparse:
     raise InputError('stack', problem='no block has a mixture of experts')
   where = f'of block {sparse[0]}'
