@@ -27,6 +27,7 @@ from jaxformer.layers.position import (
 )
 from jaxformer.ops.attention import Mask, attention
 from jaxformer.ops.documents import count_starts
+from jaxformer.ops.masks import cache_mask
 from jaxformer.sharding import param, shard
 
 
@@ -301,14 +302,8 @@ def _extend(
     source = jnp.where(index_now >= n, S + index_now - n, slots)
     k_kept, v_kept = jnp.take(k_all, source, axis=1), jnp.take(v_all, source, axis=1)
     index_S = jnp.concatenate([index_old, index_new])
-  # Documents or chunks are numbered by where they start: the current one is 0, those that start in
-  # this call 1, 2, ...
-  segments_BT = count_starts(starts)
-  new_BS = jnp.take(segments_BT, jnp.clip(index_S - n, 0, T - 1), axis=1)
   before_B = state.offset_B if config.chunk is None else state.offset_B % config.chunk
-  old_BS = jnp.where(index_S[None] >= (n - before_B)[:, None], 0, -1)
-  segments_BS = jnp.where((index_S >= n)[None], new_BS, old_BS)
-  mask = Mask(True, window, segments_BT, segments_BS, index_new, index_S)
+  mask = cache_mask(n, before_B, starts, index_S, window)
   kept = AttentionState(
     shard(k_kept, 'batch', None, 'kv_heads', None),
     shard(v_kept, 'batch', None, 'kv_heads', None),

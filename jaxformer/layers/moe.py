@@ -98,6 +98,9 @@ class Moe(Layer):
       gated, plain = GatedMlp.Config(hidden=24), Mlp.Config(hidden=24, activation='relu')
       switch = SoftmaxTopK(k=1, jitter=0.01, balance=0.01)
       biased = BiasBalanced(scale=2.5, bias_rate=3.0)
+      grouped = SoftmaxTopK(
+        groups=3, groups_per_token=2, scale=2.0, normalized=True, sequence_balance=0.01
+      )
       clamped = gated.replace(activation='gelu_sigmoid', bias=True, limit=0.05, up_offset=1.0)
       on_input = cls(experts=4, expert=clamped, router=SigmoidTopK(k=1), weighted='input')
       return (
@@ -107,6 +110,8 @@ class Moe(Layer):
         cls(experts=6, expert=plain, router=NoisyTopK(k=3), out_activation='sigmoid'),
         cls(experts=4, expert=gated, router=biased, shared=plain),
         cls(experts=4, expert=gated, router=ExpertChoice(choices=4.0)),
+        cls(experts=6, expert=plain, router=grouped),
+        cls(experts=8, expert=gated, router=biased.replace(groups=4, groups_per_token=2)),
         cls(experts=4, expert=clamped, router=TopKSoftmax(logit_bias=True)),
         on_input,
         on_input.replace(capacity_factor=4.0),

@@ -22,9 +22,11 @@ from jaxformer.ops.routing import (
   balance_factors,
   balance_loss,
   cv_squared,
+  in_best_groups,
   load_balancing_bias_gradient,
   load_of,
   noisy_load,
+  sequence_balance_loss,
   z_loss,
 )
 from jaxformer.sharding import param
@@ -61,6 +63,8 @@ class RouterConfig(Config, abstract=True):
       transformers computes it for Mixtral and Jamba; None for none. A balanced stack of any depth
       has a loss of `pooled_balance` times the experts per token. Layers with another number of
       experts have a loss of their own.
+    sequence_balance: weight of `ops.routing.sequence_balance_loss`, one loss per layer, which are
+      added; None for none. Each balanced layer has a loss of `sequence_balance`.
     z_loss: weight of `ops.routing.z_loss`; None for none.
     logit_bias: whether the logits have a bias (gpt-oss).
     init: of the kernel and of the bias on the logits.
@@ -68,6 +72,7 @@ class RouterConfig(Config, abstract=True):
 
   balance: float | None = None
   pooled_balance: float | None = None
+  sequence_balance: float | None = None
   z_loss: float | None = None
   logit_bias: bool = False
   init: Init = Normal()
@@ -76,7 +81,7 @@ class RouterConfig(Config, abstract=True):
   experts_choose: ClassVar[bool] = False  # then a token's experts depend on later tokens
 
   def validate(self):
-    self.require_positive('balance', 'pooled_balance', 'z_loss')
+    self.require_positive('balance', 'pooled_balance', 'sequence_balance', 'z_loss')
 
   def build(self, width: int, experts: int, rngs: nnx.Rngs, position: LayerPosition) -> Router:
     return Router(self, width, experts, rngs, position)
@@ -126,6 +131,9 @@ class Router(nnx.Module):
     if c.pooled_balance is not None:
       f, p = balance_factors(load_of(r.index, self.experts), r.probabilities_BTE)
       losses[f'pooled/balance/{self.experts}'] = jnp.stack([f, c.pooled_balance * p])[None]
+    if c.sequence_balance is not None:
+      loss = sequence_balance_loss(r.index, r.probabilities_BTE)
+      losses['loss/sequence_balance'] = c.sequence_balance * loss
     if c.z_loss is not None:
       losses['loss/router_z'] = c.z_loss * z_loss(r.logits_BTE)
     return dataclasses.replace(r, losses=losses)
@@ -160,6 +168,56 @@ class TokenChoiceConfig(RouterConfig, abstract=True):
     return self.k
 
 
+class GroupedConfig(TokenChoiceConfig, abstract=True):
+  """Base of the routers in which each token chooses its experts among those of a few groups, which
+  limits the number of devices that it is sent to.
+
+  Attributes:
+    groups: groups of consecutive experts; 1 for no such limit.
+    groups_per_token: groups among whose experts a token chooses; their score is that of
+      `ops.routing.in_best_groups`.
+    normalized: whether the weights of the chosen experts are divided by their sum.
+    scale: factor on the weights.
+  """
+
+  groups: int = 1
+  groups_per_token: int = 1
+  normalized: bool = False
+  scale: float = 1.0
+
+  group_top: ClassVar[int] = 1  # of how many scores a group's is the sum
+
+  def validate(self):
+    super().validate()
+    self.require_positive('groups', 'groups_per_token', 'scale')
+    accepted = f'at most groups = {self.groups}'
+    self.require(self.groups_per_token <= self.groups, 'groups_per_token', accepted)
+
+  def check(self, experts: int) -> None:
+    super().check(experts)
+    self.require(experts % self.groups == 0, 'groups', f'a divisor of the experts, {experts}')
+    if self.groups > 1:
+      size = experts // self.groups
+      accepted = f'at least {self.group_top} experts per group, not {size}'
+      self.require(size >= self.group_top, 'groups', accepted)
+      enough = f'enough groups of {size} experts for k = {self.k}'
+      self.require(self.groups_per_token * size >= self.k, 'groups_per_token', enough)
+
+  def chosen(self, score_BTE: Float[Array, 'B T E']) -> Int[Array, 'B T K']:
+    """The experts with the k largest scores in the best groups."""
+    score_BTE = jax.lax.stop_gradient(score_BTE)
+    if self.groups > 1:
+      best = in_best_groups(score_BTE, self.groups, self.groups_per_token, self.group_top)
+      score_BTE = jnp.where(best, score_BTE, -jnp.inf)
+    return jax.lax.top_k(score_BTE, self.k)[1]
+
+  def weights(self, chosen_BTK: Float[Array, 'B T K']) -> Float[Array, 'B T K']:
+    """The weights, from the scores of the chosen experts."""
+    if not self.normalized:
+      return self.scale * chosen_BTK
+    return self.scale * chosen_BTK / (jnp.sum(chosen_BTK, axis=-1, keepdims=True) + 1e-20)
+
+
 class TopKSoftmax(TokenChoiceConfig):
   """The k largest logits, weighted with the softmax over these (Jiang et al. 2024, section 2.1:
   Mixtral). That equals the softmax over all, renormalized over the chosen ones."""
@@ -175,10 +233,11 @@ class TopKSoftmax(TokenChoiceConfig):
     return Routing(expert, weight, logits, probabilities)
 
 
-class SoftmaxTopK(TokenChoiceConfig):
+class SoftmaxTopK(GroupedConfig):
   """The k largest probabilities of the softmax over all logits, not renormalized (Lieber et al.
   2024: Jamba). With k = 1 it is the router of Switch: the argmax, weighted with its probability
-  (Fedus et al. 2022, eq. 1-2).
+  (Fedus et al. 2022, eq. 1-2). With groups it is that of DeepSeek-V2 (DeepSeek-AI 2024, section
+  2.2.2), where a group's score is its largest probability.
 
   Attributes:
     jitter: in training the router reads x u with u uniform in [1 - jitter, 1 + jitter], if the
@@ -197,7 +256,8 @@ class SoftmaxTopK(TokenChoiceConfig):
       x = x * jax.random.uniform(ctx.dropout_key, x.shape, minval=1 - jitter, maxval=1 + jitter)
     logits = router.logits(x)
     probabilities = jax.nn.softmax(logits, axis=-1)
-    weight, expert = jax.lax.top_k(probabilities, self.k)
+    expert = self.chosen(probabilities)
+    weight = self.weights(jnp.take_along_axis(probabilities, expert, axis=-1))
     return Routing(expert, weight, logits, probabilities)
 
 
@@ -261,26 +321,27 @@ class NoisyTopK(TokenChoiceConfig):
     return Routing(expert, weight, clean, jax.nn.softmax(clean, axis=-1), losses)
 
 
-class BiasBalanced(TokenChoiceConfig):
+class BiasBalanced(GroupedConfig):
   """Balance without a loss: scores s = sigmoid(x W); the k largest of s + bias are chosen, weighted
   with scale s / (sum of the chosen s), without the bias (DeepSeek-AI 2024, section 2.1.2:
-  DeepSeek-V3).
+  DeepSeek-V3). With groups, the score of a group is the sum of the two largest s + bias in it.
 
   The bias of an expert with more than the mean load falls and that of one with less rises, in each
   step by about learning rate * `bias_rate`: see `ops.routing.load_balancing_bias_gradient`. (The
   paper's step is 0.001, independent of the schedule.)
 
   Attributes:
-    scale: of the weights; 2.5 in DeepSeek-V3.
     bias_rate: factor on the learning rate of the biases.
   """
 
-  scale: float = 1.0
+  normalized: bool = True
   bias_rate: float = 1.0
+
+  group_top: ClassVar[int] = 2
 
   def validate(self):
     super().validate()
-    self.require_positive('scale', 'bias_rate')
+    self.require_positive('bias_rate')
 
   def bias(self, experts: int) -> nnx.Param:
     metadata: dict[str, Any] = {'decay': False, 'full_precision': True, 'matmul': False}
@@ -289,11 +350,9 @@ class BiasBalanced(TokenChoiceConfig):
   def route(self, router, x_BTD, ctx):
     logits, bias = router.logits(x_BTD), router.bias[...]
     score = jax.nn.sigmoid(logits)
-    expert = jax.lax.top_k(jax.lax.stop_gradient(score + bias.reshape(1, 1, -1)), self.k)[1]
-    s = jnp.take_along_axis(score, expert, axis=-1)
-    weight = self.scale * s / (
-      jnp.sum(s, axis=-1, keepdims=True) + 1e-20
-    ) + load_balancing_bias_gradient(bias, load_of(expert, router.experts))
+    expert = self.chosen(score + bias.reshape(1, 1, -1))
+    weight = self.weights(jnp.take_along_axis(score, expert, axis=-1))
+    weight += load_balancing_bias_gradient(bias, load_of(expert, router.experts))
     return Routing(expert, weight, logits, score / jnp.sum(score, axis=-1, keepdims=True))
 
 
@@ -316,7 +375,7 @@ class ExpertChoice(RouterConfig):
   def validate(self):
     super().validate()
     self.require_positive('choices')
-    for name in ('balance', 'pooled_balance'):
+    for name in ('balance', 'pooled_balance', 'sequence_balance'):
       problem = 'none: experts that choose are always balanced'
       self.require(getattr(self, name) is None, name, problem)
 

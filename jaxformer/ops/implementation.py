@@ -30,6 +30,7 @@ OPERATIONS = (
   'grouped_matmul',
   'gru',
   'input_feeding',
+  'latent_attention',
   'lstm',
   'mamba3',
   'mlstm',

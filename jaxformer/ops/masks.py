@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
+from jaxformer.ops.documents import count_starts
+
 MASKED = -1e30  # finite: a row with no key at all gives zeros, not NaN
 
 
@@ -68,6 +70,33 @@ class Mask:
     if self.segments_BT is not None and keys is not None:
       seen = seen & (self.segments_BT[:, :, None] == keys[:, None, :])
     return seen
+
+
+def cache_mask(
+  length: Int[Array, ''],
+  offset_B: Int[Array, ' B'],
+  starts_BT: Bool[Array, 'B T'],
+  index_S: Int[Array, ' S'],
+  window: int | None = None,
+) -> Mask:
+  """The causal mask of T queries on a cache that contains their keys.
+
+  Args:
+    length: number of positions before the queries.
+    offset_B: how many of them belong to the document, or chunk, of the first query.
+    starts_BT: where documents, or chunks, start among the queries.
+    index_S: the position in each slot of the cache; negative for an empty one.
+    window: of the mask.
+  """
+  T, n = starts_BT.shape[1], length
+  # Documents are numbered by where they start: the current one is 0, those that start in this call
+  # 1, 2, ...
+  segments_BT = count_starts(starts_BT)
+  new_BS = jnp.take(segments_BT, jnp.clip(index_S - n, 0, T - 1), axis=1)
+  old_BS = jnp.where(index_S[None] >= (n - offset_B)[:, None], 0, -1)
+  segments_BS = jnp.where((index_S >= n)[None], new_BS, old_BS)
+  index_T = n + jnp.arange(T, dtype=jnp.int32)
+  return Mask(True, window, segments_BT, segments_BS, index_T, index_S)
 
 
 def visible(

@@ -42,6 +42,32 @@ def balance_loss(
   return jnp.prod(balance_factors(load_E, probabilities_BTE), axis=0).sum()
 
 
+def sequence_balance_loss(
+  expert_BTK: Int[Array, 'B T K'], probabilities_BTE: Float[Array, 'B T E']
+) -> Float[Array, '']:
+  """The mean over sequences of sum_e f_e P_e, with f_e = E / (K T) times the tokens of the sequence
+  that are sent to expert e, and P_e its mean probability there (DeepSeek-AI 2024, DeepSeek-V3, eq.
+  17-20). 1 if each sequence is balanced."""
+  E, K = probabilities_BTE.shape[2], expert_BTK.shape[2]
+  chosen = expert_BTK[..., None] == jnp.arange(E).reshape(1, 1, 1, E)
+  f_BE = E / K * jnp.mean(jnp.sum(chosen, axis=2).astype(jnp.float32), axis=1)
+  return jnp.mean(jnp.sum(f_BE * jnp.mean(probabilities_BTE, axis=1), axis=-1))
+
+
+def in_best_groups(
+  score_BTE: Float[Array, 'B T E'], groups: int, best: int, top: int
+) -> Bool[Array, 'B T E']:
+  """Whether an expert is in one of the `best` groups of its token, of `groups` with E / groups
+  consecutive experts each. A group's score is the sum of its `top` largest (DeepSeek-AI 2024,
+  DeepSeek-V2, section 2.2.2: 1; DeepSeek-V3, section 2.1.2, and the published code: 2)."""
+  B, T, E = score_BTE.shape
+  grouped = score_BTE.reshape(B, T, groups, E // groups)
+  group_BTG = jnp.sum(jax.lax.top_k(grouped, top)[0], axis=-1)
+  chosen_BTg = jax.lax.top_k(group_BTG, best)[1]
+  is_best = jnp.any(chosen_BTg[..., None] == jnp.arange(groups).reshape(1, 1, 1, groups), axis=2)
+  return jnp.repeat(is_best, E // groups, axis=2)
+
+
 def z_loss(logits_BTE: Float[Array, 'B T E']) -> Float[Array, '']:
   """The mean of logsumexp(logits)^2, which keeps router logits small (Zoph et al. 2022, eq. 5)."""
   return jnp.mean(jnp.square(jax.nn.logsumexp(logits_BTE, axis=-1)))
