@@ -146,7 +146,7 @@ def _rotary(
   if unread := rope.unread():
     known = ', '.join(map(repr, SCALINGS))
     raise rope.fail(
-      unread[0], 'absent' if names else f'with a rope_type ({known}), which is missing'
+      unread[0], 'absent' if names else f'with a rope_type, {known}, which is missing'
     )
   return Rotary(theta=theta, scaling=scaling, fraction=fraction)
 

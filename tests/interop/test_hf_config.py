@@ -332,12 +332,12 @@ def test_both_forms_of_rope_settings():
   ('fields', 'message'),
   [
     (
-      LLAMA2_7B | {'rope_scaling': {'type': 'linear', 'factor': 2.0}},
-      r"rope_scaling: type = 'linear': must be 'default' or 'llama3'",
+      LLAMA2_7B | {'rope_scaling': {'type': 'longrope', 'factor': 2.0}},
+      r"rope_scaling: type = 'longrope': must be 'default' or 'linear' or 'dynamic' or 'llama3' or",
     ),
     (
       LLAMA2_7B | {'rope_parameters': {'rope_type': 'yarn', 'factor': 2.0}},
-      r"rope_parameters: rope_type = 'yarn': must be 'default' or 'llama3'",
+      r'rope_parameters: original_max_position_embeddings: is missing',
     ),
     (
       LLAMA2_7B | {'rope_parameters': {'rope_type': 'llama3', 'factor': 2.0}},

@@ -30,6 +30,21 @@ EXACT = {
   'mamba2-130m': 128_989_632,
   'mamba2-2.7b': 2_702_599_680,
   'mamba3-1.3b': 1_387_122_688,
+  'qwen2.5-0.5b': 494_032_768,
+  'qwen2.5-7b': 7_615_616_512,
+  'qwen2.5-72b': 72_706_203_648,
+  'qwen3-0.6b': 596_049_920,
+  'qwen3-8b': 8_190_735_360,
+  'gemma2-2b': 2_614_341_888,
+  'gemma2-27b': 27_227_128_320,
+  'gemma3-270m': 268_098_176,
+  'gemma3-1b': 999_885_952,
+  'olmo2-1b': 1_484_916_736,
+  'olmo2-7b': 7_298_617_344,
+  'olmo3-7b': 7_298_011_136,
+  'mistral-7b-v0.1': 7_241_732_096,
+  'mistral-nemo-12b': 12_247_782_400,
+  'smollm3-3b': 3_075_098_624,
   'mixtral-8x7b': 46_702_792_704,
   'jamba-v0.1': 51_570_323_328,
   'rwkv4-169m': 169_342_464,
@@ -314,11 +329,93 @@ def rwkv7_count(D, L, w, a, v, g, V=65536):
   return 2 * V * D + L * (12 * D * D + 2 * D * (w + a + v + g) + 19 * D) - (2 * v + 1) * D + 4 * D
 
 
+# name -> width, layers, hidden, heads, key/value heads, head dim, vocabulary, tied
+QWEN2 = {
+  'qwen2.5-0.5b': (896, 24, 4864, 14, 2, 64, 151936, True),
+  'qwen2.5-1.5b': (1536, 28, 8960, 12, 2, 128, 151936, True),
+  'qwen2.5-3b': (2048, 36, 11008, 16, 2, 128, 151936, True),
+  'qwen2.5-7b': (3584, 28, 18944, 28, 4, 128, 152064, False),
+  'qwen2.5-14b': (5120, 48, 13824, 40, 8, 128, 152064, False),
+  'qwen2.5-32b': (5120, 64, 27648, 40, 8, 128, 152064, False),
+  'qwen2.5-72b': (8192, 80, 29568, 64, 8, 128, 152064, False),
+}
+QWEN3 = {
+  'qwen3-0.6b': (1024, 28, 3072, 16, 8, 128, 151936, True),
+  'qwen3-1.7b': (2048, 28, 6144, 16, 8, 128, 151936, True),
+  'qwen3-4b': (2560, 36, 9728, 32, 8, 128, 151936, True),
+  'qwen3-8b': (4096, 36, 12288, 32, 8, 128, 151936, False),
+  'qwen3-14b': (5120, 40, 17408, 40, 8, 128, 151936, False),
+  'qwen3-32b': (5120, 64, 25600, 64, 8, 128, 151936, False),
+}
+GEMMA2 = {
+  'gemma2-2b': (2304, 26, 9216, 8, 4, 256, 256000, True),
+  'gemma2-9b': (3584, 42, 14336, 16, 8, 256, 256000, True),
+  'gemma2-27b': (4608, 46, 36864, 32, 16, 128, 256000, True),
+}
+GEMMA3 = {
+  'gemma3-270m': (640, 18, 2048, 4, 1, 256, 262144, True),
+  'gemma3-1b': (1152, 26, 6912, 4, 1, 256, 262144, True),
+  'gemma3-4b': (2560, 34, 10240, 8, 4, 256, 262208, True),
+}
+OLMO = {
+  'olmo2-1b': (2048, 16, 8192, 16, 16, 128, 100352, False),
+  'olmo2-7b': (4096, 32, 11008, 32, 32, 128, 100352, False),
+  'olmo2-13b': (5120, 40, 13824, 40, 40, 128, 100352, False),
+  'olmo2-32b': (5120, 64, 27648, 40, 8, 128, 100352, False),
+  'olmo3-7b': (4096, 32, 11008, 32, 32, 128, 100278, False),
+  'olmo3-32b': (5120, 64, 27648, 40, 8, 128, 100278, False),
+}
+DENSE = {
+  'mistral-7b-v0.1': (4096, 32, 14336, 32, 8, 128, 32000, False),
+  'mistral-7b-v0.3': (4096, 32, 14336, 32, 8, 128, 32768, False),
+  'mistral-nemo-12b': (5120, 40, 14336, 32, 8, 128, 131072, False),
+  'smollm3-3b': (2048, 36, 11008, 16, 4, 128, 128256, True),
+}
+
+
+def dense_count(D, L, F, H, G, K, V, tied, norms=2, extra=0):
+  """Embedding, and head unless tied; a block: q and o (2 D H K), k and v (2 D G K), three matrices
+  of F, its norms, and `extra`; the final norm."""
+  block = 2 * D * K * (H + G) + 3 * D * F + norms * D + extra
+  return (1 if tied else 2) * V * D + L * block + D
+
+
+def qwen2_count(D, L, F, H, G, K, *rest):
+  """With biases of q, k and v."""
+  return dense_count(D, L, F, H, G, K, *rest, extra=K * (H + 2 * G))
+
+
+def qwen3_count(D, L, F, H, G, K, *rest):
+  """With norms of one head's query and key."""
+  return dense_count(D, L, F, H, G, K, *rest, extra=2 * K)
+
+
+def gemma2_count(*sizes):
+  """With four norms in a block."""
+  return dense_count(*sizes, norms=4)
+
+
+def gemma3_count(D, L, F, H, G, K, *rest):
+  """With four norms in a block, and those of one head's query and key."""
+  return dense_count(D, L, F, H, G, K, *rest, norms=4, extra=2 * K)
+
+
+def olmo_count(D, L, F, H, G, K, *rest):
+  """With norms of all queries and of all keys."""
+  return dense_count(D, L, F, H, G, K, *rest, extra=K * (H + G))
+
+
 COUNTED = {
   name: formula(*sizes)
   for formula, table in (
     (gpt_count, GPT),
     (llama_count, LLAMA),
+    (qwen2_count, QWEN2),
+    (qwen3_count, QWEN3),
+    (gemma2_count, GEMMA2),
+    (gemma3_count, GEMMA3),
+    (olmo_count, OLMO),
+    (dense_count, DENSE),
     (lstm_count, {n: (d,) for n, d in ZAREMBA.items()}),
     (h3_count, H3),
     (mamba_count, MAMBA),

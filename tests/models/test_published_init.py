@@ -23,15 +23,20 @@ from jaxformer.layers.mamba2 import Mamba2
 from jaxformer.models.params import define
 from jaxformer.models.zoo import PRESETS
 from jaxformer.models.zoo.classifier import state_space_classifier
+from jaxformer.models.zoo.gemma import gemma2, gemma3
 from jaxformer.models.zoo.gnmt import gnmt
 from jaxformer.models.zoo.h3 import h3
 from jaxformer.models.zoo.jamba import jamba
 from jaxformer.models.zoo.llama import LLAMA3, llama
 from jaxformer.models.zoo.lstm import zaremba
 from jaxformer.models.zoo.mamba import mamba
+from jaxformer.models.zoo.mistral import mistral
 from jaxformer.models.zoo.mixtral import mixtral
 from jaxformer.models.zoo.moe_lstm import moe_lstm
+from jaxformer.models.zoo.olmo import olmo2, olmo3
+from jaxformer.models.zoo.qwen import qwen2, qwen3
 from jaxformer.models.zoo.seq2seq import rnnsearch
+from jaxformer.models.zoo.smollm3 import smollm3
 from jaxformer.models.zoo.switch import switch
 from jaxformer.models.zoo.transformer import transformer
 from tests.layers.initial import log_uniform, normal, uniform
@@ -117,21 +122,43 @@ def test_rnnsearch():
   'config',
   [
     llama(64, 2, 96, 4, 2, rotary=LLAMA3, **V),
+    qwen2(64, 2, 96, 4, 2, **V),
+    qwen3(64, 2, 96, 4, 2, head_dim=24, **V),
+    gemma2(64, 2, 96, 4, 2, head_dim=24, scale_dim=24, **V),
+    gemma3(64, 6, 96, 4, 2, head_dim=24, **V),
+    olmo2(64, 2, 96, 4, 2, **V),
+    olmo3(64, 4, 96, 4, 2, **V),
+    mistral(64, 2, 96, 4, 2, **V),
+    smollm3(64, 4, 96, 4, 2, theta=1e4, **V),
     mixtral(64, 2, 96, 4, 2, experts=4, balance=0.02, **V),
     jamba(64, 8, 96, 4, 2, experts=4, d_state=4, **V),
   ],
-  ids=['llama', 'mixtral', 'jamba'],
+  ids=[
+    'llama',
+    'qwen2.5',
+    'qwen3',
+    'gemma2',
+    'gemma3',
+    'olmo2',
+    'olmo3',
+    'mistral',
+    'smollm3',
+    'mixtral',
+    'jamba',
+  ],
 )
 def test_models_of_transformers_are_normal(config):
   """`initializer_range` 0.02 of the published configurations (transformers 5.24.0,
-  configuration_llama.py, configuration_mixtral.py and configuration_jamba.py), for embeddings,
-  routers, experts and head; scales of norms start at 1. How they were initialized for their
-  training is not published. Jamba's Mamba layers start as Mamba."""
+  configuration_llama.py, configuration_mixtral.py and so on), for embeddings, routers, experts and
+  head; scales of norms start at 1, those of Gemma and all biases at 0. How they were initialized
+  for their training is not published. Jamba's Mamba layers start as Mamba."""
   for name, p in drawn(config).items():
     if name.endswith('scale'):
-      assert (p == 1).all()
+      assert (p == (0 if config.final_norm.unit_offset else 1)).all()
     elif any(part in name for part in MAMBA):
       of_mamba(name, p, inner=128, rank=4, branches=16)
+    elif name.endswith('.bias'):
+      assert not p.any()
     else:
       normal(p, 0.02)
 
@@ -315,6 +342,14 @@ TESTED = {
   'gpt3': 'models.test_init:test_presets_of_any_depth_have_the_right_residual_init',
   'llama2': f'{HERE}:test_models_of_transformers_are_normal',
   'llama3': f'{HERE}:test_models_of_transformers_are_normal',
+  'qwen2.5': f'{HERE}:test_models_of_transformers_are_normal',
+  'qwen3': f'{HERE}:test_models_of_transformers_are_normal',
+  'gemma2': f'{HERE}:test_models_of_transformers_are_normal',
+  'gemma3': f'{HERE}:test_models_of_transformers_are_normal',
+  'olmo2': f'{HERE}:test_models_of_transformers_are_normal',
+  'olmo3': f'{HERE}:test_models_of_transformers_are_normal',
+  'mistral': f'{HERE}:test_models_of_transformers_are_normal',
+  'smollm3': f'{HERE}:test_models_of_transformers_are_normal',
   'mixtral': f'{HERE}:test_models_of_transformers_are_normal',
   'jamba': f'{HERE}:test_models_of_transformers_are_normal',
   'switch': f'{HERE}:test_switch',
@@ -358,6 +393,14 @@ OF_FAMILY = {
   'gpt3': GPT | {Normal(std=0.01)},
   'llama2': PLAIN,
   'llama3': PLAIN,
+  'qwen2.5': PLAIN,
+  'qwen3': PLAIN,
+  'gemma2': PLAIN,
+  'gemma3': PLAIN,
+  'olmo2': PLAIN,
+  'olmo3': PLAIN,
+  'mistral': PLAIN,
+  'smollm3': PLAIN,
   'mixtral': PLAIN,
   'jamba': PLAIN | MAMBA_LAYER,
   'h3': GPT,
