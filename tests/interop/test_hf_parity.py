@@ -278,6 +278,7 @@ NOT_USED = {
 
 # The same, of one family.
 NOT_USED_BY: dict[str, set[str]] = {
+  'gemma3_text': {'_sliding_window_pattern'},
   'xlstm': {
     'norm_reduction_force_float32', 'chunkwise_kernel', 'sequence_kernel', 'step_kernel', 'mode',
     'return_last_states', 'autocast_kernel_dtype', 'inference_state_dtype',

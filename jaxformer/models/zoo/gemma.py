@@ -133,7 +133,7 @@ def _grown3(
 ) -> LanguageModel.Config:
   # a larger part of the context than published, which is of thousands
   n, window = heads_for(width, 2), max(1, context_length // 8)
-  dims = {'head_dim': width // n, 'window': window}
+  dims: dict[str, Any] = {'head_dim': width // n, 'window': window}
   return gemma3(width, layers, hidden, n, n // 2, **dims, context_length=context_length, **sizes)
 
 
