@@ -25,6 +25,7 @@ OPERATIONS = (
   'attention',
   'attentive_decoder',
   'cross_entropy',
+  'delta_rule',
   'diagonal_scan',
   'gated_scan',
   'grouped_matmul',

@@ -6,10 +6,7 @@ matrix state decays row by row.
 
 (Peng et al. 2024, "Eagle and Finch", equations 16 to 21). The chunked implementation turns it into
 matrix products. What token i contributes to a later token t of its chunk is weighted by exp of the
-sum of the log decays between them. A chunk is halved again and again: across the middle of a block,
-that sum is (middle to t) + (i to middle), so the weights of a level are one matrix product of r and
-k scaled by exp of sums that are never positive and never differences. No decay overflows, and none
-cancels the digits of another.
+sum of the log decays between them (`ops/pair_weights.py`), which no decay overflows.
 
 Everything is fp32, the products included; y is returned in the dtype of v.
 
@@ -26,6 +23,7 @@ from jaxformer.ops.chunks import scan_chunks, scan_steps
 from jaxformer.ops.documents import count_starts
 from jaxformer.ops.implementation import Operation
 from jaxformer.ops.kernels.wkv6 import wkv6_pallas
+from jaxformer.ops.pair_weights import pair_weights
 from jaxformer.ops.sequence_parallel import (
   local_length,
   multiply_add,
@@ -114,7 +112,7 @@ def _chunked(S, r, k, v, log_decay, u_HK, starts_BT, chunk=CHUNK):
 def _chunk(S_BHKV, r, k, v, starts_BC, log_decay):
   """(state, y) after a chunk `[B, C, H, K]`, without what a token contributes to itself."""
   r, k, v, log_decay = (jnp.swapaxes(x, 1, 2) for x in (r, k, v, log_decay))  # B H C K
-  weights, before, after, total = _weights(r, k, log_decay)
+  (weights,), before, after, total = pair_weights((r,), k, log_decay, _product)
   segments_BC: Int[Array, 'B C'] = count_starts(starts_BC)
   same = segments_BC[:, None, :, None] == segments_BC[:, None, None, :]
   # tokens that read the incoming state, and tokens that contribute to the outgoing one
@@ -125,44 +123,6 @@ def _chunk(S_BHKV, r, k, v, starts_BC, log_decay):
   new = _product('BHcK,BHcV->BHKV', jnp.where(last, k * jnp.exp(after), 0.0), v)
   kept = jnp.where(first[:, :, -1:], jnp.exp(jnp.swapaxes(total, -1, -2)) * S_BHKV, 0.0)
   return kept + new, jnp.swapaxes(y, 1, 2)
-
-
-def _weights(r, k, log_decay):
-  """The weight of each earlier token in each token of a chunk (`[B, H, C, K]`), `[B, H, C, C]`; and
-  for each token and channel the sums of the log decays before it, after it, and in total: `[B, H,
-  C, K]` twice and `[B, H, 1, K]`. Blocks grow from 1 token to C."""
-  C, K = r.shape[2:]
-  # blocks: [B, H, C / m, m, K], here and below
-  total = log_decay[..., None, :]
-  before = after = jnp.zeros_like(total)
-  weights = jnp.zeros((*r.shape[:3], 1, 1), r.dtype)
-  m = 1
-  while m < C:
-    (before1, before2), (after1, after2), (total1, total2), (weights1, weights2) = map(
-      _halves, (before, after, total, weights)
-    )
-    queries, keys = (
-      _halves(r.reshape(*r.shape[:2], -1, m, K))[1],
-      _halves(k.reshape(*k.shape[:2], -1, m, K))[0],
-    )
-    across = _product('...tK,...cK->...tc', queries * jnp.exp(before2), keys * jnp.exp(after1))
-    weights = jnp.concatenate(
-      [
-        jnp.concatenate([weights1, jnp.zeros_like(across)], axis=-1),
-        jnp.concatenate([across, weights2], axis=-1),
-      ],
-      axis=-2,
-    )
-    before = jnp.concatenate([before1, before2 + total1], axis=-2)
-    after = jnp.concatenate([after1 + total2, after2], axis=-2)
-    total, m = total1 + total2, 2 * m
-  return weights[:, :, 0], before[:, :, 0], after[:, :, 0], total[:, :, 0]
-
-
-def _halves(x):
-  """The first and the second block of each pair, of `[B, H, blocks, ...]`."""
-  pairs = x.reshape(*x.shape[:2], -1, 2, *x.shape[3:])
-  return pairs[:, :, :, 0], pairs[:, :, :, 1]
 
 
 def _product(letters: str, a, b):

@@ -11,7 +11,8 @@ import pytest
 
 from jaxformer.ops import wkv7 as ops
 from jaxformer.ops.implementation import implementation
-from jaxformer.ops.wkv7 import unit_lower_inverse, wkv7, wkv7_chunked, wkv7_naive
+from jaxformer.ops.wkv7 import wkv7, wkv7_chunked, wkv7_naive
+from jaxformer.ops.wy import unit_lower_inverse
 
 B, H, K, V = 2, 2, 8, 6
 
