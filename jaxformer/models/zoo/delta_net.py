@@ -20,6 +20,7 @@ from jaxformer.models.zoo.preset import (
   preset,
   two_thirds,
 )
+from jaxformer.models.zoo.story import Chapter, step
 
 EPS = 1e-6  # of all norms
 
@@ -70,3 +71,29 @@ def _grown(
 for name, layer_for in (('deltanet', delta), ('gated-deltanet', gated), ('kda', kimi)):
   preset(f'{name}-tiny', name, delta_net(layer_for(128), 128, 4, 352, **TINY))
   family(name, functools.partial(_grown, layer_for), width_step=HEAD, hidden=two_thirds)
+
+step(
+  'deltanet',
+  Chapter.DELTA_RULE,
+  2024,
+  "S_t = S_{t-1} - b_t k_t' (k_t S_{t-1}) + b_t k_t' v_t, o_t = q_t S_t",
+  'A value replaces what its key held, and chunks of products of Householder matrices train it in '
+  'parallel.',
+  'Yang et al. 2024',
+)
+step(
+  'gated-deltanet',
+  Chapter.DELTA_RULE,
+  2024,
+  "S_t = a_t (S_{t-1} - b_t k_t' (k_t S_{t-1})) + b_t k_t' v_t",
+  'A decay per head clears the memory where replacing single values would be too slow.',
+  'Yang et al. 2025',
+)
+step(
+  'kda',
+  Chapter.DELTA_RULE,
+  2025,
+  "S' = diag(a_t) S_{t-1}, S_t = S' - b_t k_t' (k_t S') + b_t k_t' v_t",
+  'The decay is one per channel of the key, from the data.',
+  'Kimi Team 2025',
+)
