@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Self
 
 import jax
 import jax.numpy as jnp
@@ -80,7 +81,7 @@ class DeltaNet(Layer):
       divides = self.value_heads is None or self.value_heads % self.heads == 0
       self.require(divides, 'value_heads', f'a multiple of heads = {self.heads}')
 
-    def resolved(self, width: int) -> DeltaNet.Config:
+    def resolved(self, width: int) -> Self:
       K = self.head_dim or self.quotient(width, 'heads')
       return self.replace(
         value_heads=self.value_heads or self.heads,
@@ -244,7 +245,7 @@ class KimiDeltaAttention(DeltaNet):
       super().validate()
       self.require_positive('decay_rank', 'gate_rank')
 
-    def resolved(self, width: int) -> KimiDeltaAttention.Config:
+    def resolved(self, width: int) -> Self:
       r = super().resolved(width)
       return r.replace(
         decay_rank=self.decay_rank or r.value_head_dim, gate_rank=self.gate_rank or r.value_head_dim
