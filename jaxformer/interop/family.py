@@ -25,6 +25,7 @@ def family(new: CheckpointFormat) -> None:
 
 
 C = TypeVar('C', bound=Config)
+L = TypeVar('L', bound=LayerConfig)
 
 
 def part(value: Any, kind: type[C], where: str) -> C:
@@ -37,6 +38,17 @@ def part(value: Any, kind: type[C], where: str) -> C:
 def depth(groups: Iterable[Group]) -> int:
   """The number of blocks of a stack."""
   return sum(len(g.pattern) * g.repeats for g in groups)
+
+
+def blocks_of(groups: Iterable[Group]) -> list[Block.Config]:
+  """The blocks of a stack from the bottom up."""
+  return [block for g in groups for _ in range(g.repeats) for block in g.pattern]
+
+
+def first_of(blocks: Iterable[Block.Config], layer: type[L]) -> L | None:
+  """The first layer of a type, which stands for all; None if there is none."""
+  layers = (branch.layer for block in blocks for branch in block.branches)
+  return next((found for found in layers if type(found) is layer), None)
 
 
 def branches_of(

@@ -107,6 +107,38 @@ def periodic(blocks: Sequence[Block.Config]) -> tuple[Group, ...]:
   return Group(pattern=tuple(blocks[:period]), repeats=n // period), *rest
 
 
+def grouped(blocks: Sequence[Block.Config]) -> tuple[Group, ...]:
+  """Return the groups of a stack of these blocks, from the bottom up: wherever a pattern recurs at
+  once, the repetition that covers the most blocks becomes a group, and of those the one with the
+  shortest pattern; what lies between repetitions is the pattern of a group by itself."""
+  kinds: list[Block.Config] = []
+  for block in blocks:
+    if block not in kinds:
+      kinds.append(block)
+  ids, groups, single, at = [kinds.index(b) for b in blocks], [], [], 0
+
+  def covered(period: int) -> int:
+    """Blocks from `at` on that repetitions of the next `period` make up."""
+    end = at + period
+    while ids[end : end + period] == ids[at : at + period]:
+      end += period
+    return end - at
+
+  while at < len(ids):
+    periods = range(1, (len(ids) - at) // 2 + 1)
+    repeated = [(covered(p), -p) for p in periods if covered(p) > p]
+    length, period = max(repeated, default=(1, 0))
+    if not repeated:
+      single.append(blocks[at])
+    else:
+      if single:
+        groups.append(Group(pattern=tuple(single)))
+        single = []
+      groups.append(Group(pattern=tuple(blocks[at : at - period]), repeats=-length // period))
+    at += length
+  return (*groups, Group(pattern=tuple(single))) if single else tuple(groups)
+
+
 def blocks_with_widths(
   groups: tuple[Group, ...], width: int
 ) -> Iterator[tuple[str, Block.Config, int, int]]:

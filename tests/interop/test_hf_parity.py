@@ -285,6 +285,10 @@ NOT_USED_BY: dict[str, set[str]] = {
     'max_inference_chunksize',
   },
   'recurrent_gemma': {'w_init_variance_scale', 'final_w_init_variance_scale'},
+  'nemotron_h': {
+    'expand', 'mamba_ssm_cache_dtype', 'moe_shared_expert_overlap', 'mtp_layers_block_type',
+    'n_shared_experts',
+  },
 }  # fmt: skip
 
 

@@ -84,6 +84,6 @@ def test_rank_follows_the_width():
 
 def test_sizes_that_do_not_divide():
   with pytest.raises(InputError, match='head_dim = 60: must be a divisor of expand x width = 256'):
-    Mamba2.Config(head_dim=60).heads(128)
+    Mamba2.Config(head_dim=60).head_count(128)
   with pytest.raises(InputError, match='groups = 3: must be a divisor of the number of heads = 4'):
-    Mamba2.Config(groups=3).heads(128)
+    Mamba2.Config(groups=3).head_count(128)

@@ -10,6 +10,7 @@ from jaxformer.models.encoder_decoder import EncoderDecoder
 from jaxformer.models.language_model import LanguageModel
 from jaxformer.models.params import define
 from jaxformer.models.zoo import PRESETS
+from tests.models import test_hybrids
 
 pytestmark = pytest.mark.quick
 
@@ -145,7 +146,11 @@ MIXTRAL = {
   'mixtral-8x22b': (6144, 56, 16384, 48, 8, 32000, 8, 2),
 }
 # name -> width, layers, hidden, heads, key/value heads, vocabulary, experts, experts a token
-JAMBA = {'jamba-v0.1': (4096, 32, 14336, 32, 8, 65536, 16, 2)}
+JAMBA = {
+  'jamba-v0.1': (4096, 32, 14336, 32, 8, 65536, 16, 2),
+  'jamba-1.5-mini': (4096, 32, 14336, 32, 8, 65536, 16, 2),
+  'jamba-1.5-large': (8192, 72, 24576, 64, 8, 65536, 16, 2),
+}
 # -> width, hidden, experts, experts a token
 MOE_LSTM = {'moe-lstm-32': (512, 1024, 32, 4), 'moe-lstm-256': (512, 1024, 256, 4)}
 
@@ -436,6 +441,7 @@ COUNTED = {
   )
   for name, sizes in table.items()
 }
+COUNTED |= test_hybrids.COUNTED
 
 
 @pytest.mark.parametrize('name', COUNTED)
@@ -527,6 +533,7 @@ def test_llama_hidden_sizes_follow_the_published_rule(width, factor, multiple, h
     ('mixtral-8x7b', mixtral_count, MIXTRAL, 12_879_925_248),
     ('mixtral-8x22b', mixtral_count, MIXTRAL, None),
     ('jamba-v0.1', jamba_count, JAMBA, 12_110_311_296),
+    ('jamba-1.5-large', jamba_count, JAMBA, None),
     ('moe-lstm-256', moe_lstm_count, MOE_LSTM, None),
   ],
 )

@@ -375,6 +375,8 @@ TESTED = {
   'rwkv5': 'layers.test_rwkv_init:test_matrices_of_time_mixing',
   'rwkv6': 'layers.test_rwkv_init:test_matrices_of_time_mixing',
   'rwkv7': 'layers.test_rwkv7:test_matrices',
+  'lfm2': 'models.test_hybrids:test_lfm2',
+  'nemotron-h': 'models.test_hybrids:test_nemotron_h',
 }
 
 
@@ -407,6 +409,8 @@ OF_FAMILY = {
   'mamba': PLAIN | MAMBA_LAYER,
   'mamba3': PLAIN | MAMBA_LAYER,
   'mamba2': PLAIN | MAMBA_LAYER | {Mamba2.Config().rate_init},
+  'nemotron-h': PLAIN | MAMBA_LAYER | {Mamba2.Config().rate_init},
+  'lfm2': PLAIN | {FanInUniform()},
   'seq2seq-lstm': {Uniform(bound=0.08)},
   'luong': {Uniform(bound=0.1)},
   'gnmt': {Uniform(bound=0.04)},

@@ -35,44 +35,56 @@ def read(hf: Settings) -> LanguageModel.Config:
     **hf.read(LAYER),
     norm_eps=hf.get('layer_norm_epsilon', float, 1e-5),
     dt_init=StepBias(**hf.read(STEPS)),
+    **step_limits(hf),
   )
   expand, head_dim, inner = layer.expand, layer.head_dim, layer.expand * model['width']
   if hf.count('num_heads', 128) * head_dim != inner:
     raise hf.fail('num_heads', f'{expand} x hidden_size / head_dim = {inner / head_dim:g}')
   hf.only('norm_before_gate', False)
-  _unlimited(hf)
   return mamba.build(hf, model, layer, 64)
 
 
-def _unlimited(hf: Settings) -> None:
-  """Require unclipped step sizes: `time_step_limit` = [0, infinity], which files write in several
-  ways."""
+def step_limits(hf: Settings) -> dict[str, Any]:
+  """The limits of step sizes, `time_step_limit`, whose infinity files write in several ways."""
   limit = hf.value('time_step_limit')
   if limit is None:
-    return
+    return {}
   try:
-    numbers = [float(v['__float__'] if isinstance(v, dict) else v) for v in limit]
+    low, high = (float(v['__float__'] if isinstance(v, dict) else v) for v in limit)
   except (KeyError, TypeError, ValueError):
-    numbers = []
-  if numbers != [0.0, math.inf]:
-    raise hf.fail('time_step_limit', '[0, Infinity]')
+    low, high = -1.0, -1.0
+  if not 0 <= low < high:
+    raise hf.fail('time_step_limit', 'two numbers, not negative and rising, as [0, Infinity]')
+  return {'dt_min': low, 'dt_max': None if high == math.inf else high}
+
+
+def written_limits(layer: Mamba2.Config) -> dict[str, Any]:
+  """The same, of a layer; none where there are none."""
+  if layer.dt_min == 0.0 and layer.dt_max is None:
+    return {}
+  return {'time_step_limit': [layer.dt_min, math.inf if layer.dt_max is None else layer.dt_max]}
 
 
 def write(config: LanguageModel.Config) -> dict[str, Any]:
   (branch,) = branches_of(config.stack, Mamba2.Config)
   return mamba.write_shared(config, branch.layer, LAYER) | {
     'architectures': ['Mamba2ForCausalLM'],
-    'num_heads': branch.layer.heads(config.width),
+    'num_heads': branch.layer.head_count(config.width),
     'chunk_size': 256,
+    **written_limits(branch.layer),
   }
 
 
-def rules(config: LanguageModel.Config) -> list[Rule]:
+def layer_rules(theirs: str) -> list[Rule]:
+  """Rules for a Mamba-2 layer, whose names begin with `theirs`."""
   return [
-    *mamba.shared_rules(),
-    *mamba.projections(THEIRS, ('z', 'x', 'bc', 'dt'), ('conv_x', 'conv_bc'), 'dt_bias'),
-    *arrays({'scale': 'norm.weight'}, OURS, THEIRS),
+    *mamba.projections(theirs, ('z', 'x', 'bc', 'dt'), ('conv_x', 'conv_bc'), 'dt_bias'),
+    *arrays({'scale': 'norm.weight'}, OURS, theirs),
   ]
+
+
+def rules(config: LanguageModel.Config) -> list[Rule]:
+  return [*mamba.shared_rules(), *layer_rules(THEIRS)]
 
 
 family(dataclasses.replace(mamba.MAMBA, name='mamba2', read=read, write=write, rules=rules))

@@ -1,6 +1,7 @@
-"""Jamba (Lieber et al. 2024): Mamba layers with norms over dt, B and C, one attention layer in
-eight, and sixteen experts, two per token, in place of every second feed-forward layer. Pre-norm
-RMSNorm, SwiGLU, no positions: the Mamba layers encode them."""
+"""Jamba (Lieber et al. 2024) and, of the same architecture, Jamba 1.5 (Jamba Team 2024): Mamba
+layers with norms over dt, B and C, one attention layer in eight, and sixteen experts, two per
+token, in place of every second feed-forward layer. Pre-norm RMSNorm, SwiGLU, no positions: the
+Mamba layers encode them."""
 
 import math
 from typing import Any
@@ -57,6 +58,15 @@ def jamba(
 preset(
   'jamba-v0.1', 'jamba', jamba(4096, 32, 14336, 32, 8, vocab_size=65536, context_length=262144)
 )
+for size, width, layers, hidden, heads in (
+  ('mini', 4096, 32, 14336, 32),
+  ('large', 8192, 72, 24576, 64),
+):
+  preset(
+    f'jamba-1.5-{size}',
+    'jamba',
+    jamba(width, layers, hidden, heads, 8, vocab_size=65536, context_length=262144),
+  )
 preset('jamba-tiny', 'jamba', jamba(64, 8, 96, 4, 2, experts=4, d_state=8, **TINY))
 
 

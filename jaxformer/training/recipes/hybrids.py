@@ -1,0 +1,122 @@
+"""Hybrids of recurrences and attention whose training is published in few words: Jamba 1.5 (Jamba
+Team 2024), Nemotron-H (NVIDIA 2025) and LFM2 (Liquid AI 2025)."""
+
+from jaxformer.data import PublishedCorpus, PublishedTokenizer, Text
+from jaxformer.training.optimizer import AdamW
+from jaxformer.training.recipes.recipe import Field, Origin, Origins, each, memory, ours, recipe
+from jaxformer.training.schedule import WSD, Cosine, ScheduleConfig
+
+REST: tuple[Field, ...] = (
+  'batch',
+  'steps',
+  'optimizer',
+  'betas',
+  'eps',
+  'peak',
+  'minimum',
+  'warmup',
+  'schedule',
+  'decay',
+  'clip',
+  'dropout',
+  'precision',
+)
+LLAMA2 = 'not published; as Llama 2'
+LIKE_LLAMA2 = Cosine(warmup=2000, final=0.1)
+CONFIG = Origin('secondary', 'config.json of the published weights', 'initializer_range')
+
+
+def hybrid(
+  name: str,
+  tokens: float,
+  rate: float,
+  tokenizer: PublishedTokenizer,
+  origins: Origins,
+  *,
+  rows: int = 1024,
+  length: int = 4096,
+  schedule: ScheduleConfig = LIKE_LLAMA2,
+  init: str = 'N(0, 0.02); Mamba layers as Mamba',
+  note: str = 'Of the training little is published.',
+) -> None:
+  """Register a recipe. What `origins` does not name is that of Llama 2."""
+  recipe(
+    name,
+    amount=tokens,
+    data=Text(
+      corpus=PublishedCorpus(name="the authors' collection of web pages, code and other text"),
+      tokenizer=tokenizer,
+      sequence_length=length,
+    ),
+    batch_size=rows,
+    optimizer=AdamW(learning_rate=rate, beta1=0.9, beta2=0.95),
+    schedule=schedule,
+    init=init,
+    origins={**each(ours(LLAMA2), *REST, 'length'), 'init': CONFIG, **origins},
+    note=note,
+  )
+
+
+BY_SIZE: Origins = {'tokens': ours('not published; 20 per active parameter'), 'tokenizer': memory()}
+for size, tokens, rate in (('mini', 242.2e9, 3e-4), ('large', 1.87e12, 1.5e-4)):
+  hybrid(
+    f'jamba-1.5-{size}',
+    tokens,
+    rate,
+    PublishedTokenizer(
+      name='Jamba BPE', vocab_size=65536, hub=f'ai21labs/AI21-Jamba-1.5-{size.title()}'
+    ),
+    BY_SIZE,
+  )
+
+RECALLED: tuple[Field, ...] = (
+  'tokens',
+  'batch',
+  'length',
+  'optimizer',
+  'betas',
+  'peak',
+  'minimum',
+  'warmup',
+  'schedule',
+  'decay',
+)
+NEMOTRON: Origins = {
+  **each(memory('from the report, not read again'), *RECALLED),
+  'steps': ours('follows from tokens, batch and length'),
+  'tokenizer': memory('the tokenizer of Mistral NeMo'),
+}
+PRUNED = ours('pruned from a larger one and distilled; as the larger one')
+for size, tokens, origins in (
+  ('4b', 15e12, NEMOTRON | {'tokens': PRUNED}),
+  ('8b', 15e12, NEMOTRON),
+  ('47b', 20e12, NEMOTRON | {'tokens': PRUNED}),
+  ('56b', 20e12, NEMOTRON),
+):
+  hybrid(
+    f'nemotron-h-{size}',
+    tokens,
+    8e-4,
+    PublishedTokenizer(
+      name='Nemotron-H BPE', vocab_size=131072, hub=f'nvidia/Nemotron-H-{size.upper()}-Base-8K'
+    ),
+    origins,
+    rows=768,
+    length=8192,
+    schedule=WSD(warmup=1300, decay=0.2, final=0.01),
+  )
+
+LFM2: Origins = {
+  'tokens': memory('from the announcement, not read again'),
+  'tokenizer': memory(),
+  'init': ours('N(0, 0.02), and the convolutions as PyTorch'),
+}
+for size, rate in (('350m', 6e-4), ('700m', 4e-4), ('1.2b', 3e-4)):
+  hybrid(
+    f'lfm2-{size}',
+    10e12,
+    rate,
+    PublishedTokenizer(name='LFM2 BPE', vocab_size=65536, hub=f'LiquidAI/LFM2-{size.upper()}'),
+    LFM2 | {'peak': ours('not published; between those of GPT-3 at these sizes and of Llama 2')},
+    init='N(0, 0.02); convolutions uniform by fan-in',
+  )

@@ -1,0 +1,106 @@
+"""Hybrids of recurrences, convolutions and attention against transformers, as in
+`test_hf_parity`."""
+
+import pytest
+
+from jaxformer.interop import load_hf
+from jaxformer.models.params import define
+from tests.interop.parity import (
+  MARKS,
+  random_model,
+  same_after_export,
+  same_after_import,
+  same_greedy_tokens,
+)
+from tests.tiers import case
+
+pytestmark = MARKS
+
+SIZE = {
+  'vocab_size': 97,
+  'hidden_size': 64,
+  'intermediate_size': 96,
+  'max_position_embeddings': 256,
+  'num_attention_heads': 4,
+  'num_key_value_heads': 2,
+}
+NEMOTRON = SIZE | {
+  'hybrid_override_pattern': 'M-M*-M-',
+  'head_dim': 24,
+  'mamba_num_heads': 12,
+  'mamba_head_dim': 8,
+  'ssm_state_size': 16,
+  'n_groups': 4,
+}
+LFM2 = SIZE | {'num_hidden_layers': 5, 'full_attn_idxs': [2, 4], 'block_multiple_of': 16}
+MODELS = {
+  'nemotron-h': ('NemotronH', NEMOTRON),
+  'nemotron-h-experts': (
+    'NemotronH',
+    NEMOTRON
+    | {
+      'hybrid_override_pattern': 'ME*E-M',
+      'n_routed_experts': 4,
+      'moe_intermediate_size': 40,
+      'moe_shared_expert_intermediate_size': 48,
+      'num_experts_per_tok': 2,
+      'routed_scaling_factor': 2.5,
+      'use_bias': True,
+      'use_conv_bias': False,
+      'mlp_bias': True,
+      'mlp_hidden_act': 'silu',
+      'conv_kernel': 3,
+      'n_groups': 2,
+      'time_step_min': 0.05,
+      'layer_norm_epsilon': 1e-2,
+    },
+  ),
+  'lfm2': ('Lfm2', LFM2),
+  'lfm2-unusual': (
+    'Lfm2',
+    LFM2
+    | {
+      'full_attn_idxs': None,
+      'layer_types': ['full_attention', 'conv', 'conv', 'full_attention', 'conv'],
+      'conv_bias': True,
+      'conv_L_cache': 4,
+      'block_ffn_dim_multiplier': 1.3,
+      'tie_word_embeddings': False,
+      'norm_eps': 1e-2,
+      'rope_parameters': {'rope_type': 'default', 'rope_theta': 1e4},
+    },
+  ),
+}
+CASES = [case(name, standing=name in ('nemotron-h', 'lfm2')) for name in MODELS]
+
+
+def biases_of_choice(model):
+  """The biases of routers that balance without a loss, which transformers counts as buffers."""
+  return [b for n, b in model.named_buffers() if n.endswith('e_score_correction_bias')]
+
+
+@pytest.fixture(scope='module', params=CASES)
+def imported(request, tmp_path_factory):
+  """(their model, our config, our params) after `save_pretrained` and `load_hf`."""
+  import torch
+
+  model, folder = random_model(*MODELS[request.param]), tmp_path_factory.mktemp('hf') / 'theirs'
+  biases = biases_of_choice(model)
+  for bias in biases:
+    bias.add_(torch.randn_like(bias) * 0.1)
+  model.save_pretrained(folder)
+  ours, params = load_hf(folder)
+  assert define(ours).size == sum(p.numel() for p in [*model.parameters(), *biases])
+  return model, ours, params
+
+
+def test_import_gives_the_same_logits(imported, request):
+  same_after_import(*imported, request.node.callspec.id)
+
+
+def test_export_gives_the_same_logits(imported, request, tmp_path):
+  same_after_export(imported[1], tmp_path / 'ours', request.node.callspec.id)
+
+
+def test_greedy_tokens_are_the_same(imported):
+  same_greedy_tokens(*imported)

@@ -1,0 +1,158 @@
+"""Hybrids of recurrences, convolutions and attention: parameter counts in closed form and as
+published, the order of their layers, and initial values."""
+
+import jax
+import numpy as np
+import pytest
+
+from jaxformer.models.params import define
+from jaxformer.models.stack import grouped
+from jaxformer.models.zoo import PRESETS
+from jaxformer.models.zoo.lfm2 import lfm2
+from tests.layers.initial import normal, uniform
+
+pytestmark = pytest.mark.quick
+
+# Of transformers' models on the meta device, with the published configs.
+EXACT = {
+  'jamba-1.5-mini': 51_570_323_328,
+  'jamba-1.5-large': 398_555_145_696,
+  'nemotron-h-8b': 8_100_852_736,
+  'lfm2-350m': 354_483_968,
+  'lfm2-700m': 742_489_344,
+  'lfm2-1.2b': 1_170_340_608,
+}
+
+EIGHT = 'M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M-'
+# name -> width, blocks of Mamba-2, attention and feed-forward layers, hidden, heads, heads of
+# Mamba-2, state size
+NEMOTRON_H = {
+  'nemotron-h-4b': (3072, 24, 4, 24, 12288, 32, 112, 128),
+  'nemotron-h-8b': (4096, 24, 4, 24, 21504, 32, 128, 128),
+  'nemotron-h-47b': (8192, 45, 5, 48, 30720, 64, 256, 256),
+  'nemotron-h-56b': (8192, 54, 10, 54, 32768, 64, 256, 256),
+}
+# name -> width, hidden, heads
+LFM2 = {'lfm2-350m': (1024, 4608, 16), 'lfm2-700m': (1536, 6912, 24), 'lfm2-1.2b': (2048, 8192, 32)}
+
+
+def mamba2_count(D, inner, heads, maps, norm=True):
+  """W_z, W_x, W_bc and W_dt, a convolution of 4 with offsets, a rate, a step and a skip per head, a
+  norm, and the projection out."""
+  return D * (2 * inner + maps + heads) + 5 * (inner + maps) + 3 * heads + norm * inner + inner * D
+
+
+def nemotron_h_count(D, mambas, attentions, mlps, F, H, heads, N, V=131072, G=8, K=128):
+  """Embedding, head and norm; each block with a norm: Mamba-2 with 64 channels per head and 8
+  groups of maps, attention with 8 key/value heads of 128, or two matrices."""
+  mamba = mamba2_count(D, 64 * heads, heads, 2 * 8 * N)
+  attention, mlp = 2 * D * K * (H + G), 2 * D * F
+  layers = mambas * mamba + attentions * attention + mlps * mlp
+  return 2 * V * D + D + layers + (mambas + attentions + mlps) * D
+
+
+def lfm2_count(D, F, H, V=65536, G=8):
+  """A tied embedding and a norm; ten blocks with a convolution of 3 between four matrices, six with
+  attention whose queries and keys have norms; SwiGLU and two norms in each."""
+  K = D // H
+  attention = 2 * D * D + 2 * D * G * K + 2 * K
+  return V * D + D + 10 * (4 * D * D + 3 * D) + 6 * attention + 16 * (3 * D * F + 2 * D)
+
+
+# compared in test_counts.py
+COUNTED = {
+  name: formula(*sizes)
+  for formula, table in ((nemotron_h_count, NEMOTRON_H), (lfm2_count, LFM2))
+  for name, sizes in table.items()
+}
+
+
+@pytest.mark.parametrize('name', EXACT)
+def test_published(name):
+  assert define(PRESETS[name].model).size == EXACT[name]
+
+
+# ---- the order of layers -----------------------------------------------------------------------
+
+
+def layout(name, letters):
+  """The letter of each block's first layer."""
+  groups = PRESETS[name].model.stack
+  blocks = [b for g in groups for _ in range(g.repeats) for b in g.pattern]
+  return ''.join(letters[b.branches[0].layer.tag] for b in blocks)
+
+
+def test_layouts():
+  letters = {'Mamba2': 'M', 'Attention': '*', 'Mlp': '-'}
+  assert layout('nemotron-h-8b', letters) == EIGHT
+  assert layout('nemotron-h-56b', letters).count('*') == 10
+  assert '---MM---' in layout('nemotron-h-47b', letters)
+  letters = {'ShortConvolution': 'c', 'Attention': 'a'}
+  assert layout('lfm2-1.2b', letters) == 'ccaccaccacacacac'
+
+
+@pytest.mark.parametrize(
+  ('layout', 'expected'),
+  [
+    ('ababab', [('ab', 3)]),
+    ('aaab', [('a', 3), ('b', 1)]),
+    ('abcc', [('ab', 1), ('c', 2)]),
+    ('ccaccaccacacacac', [('cca', 3), ('ca', 3), ('c', 1)]),
+    (EIGHT, [('M-M-M-M*-M-', 4), ('M-', 4)]),
+    ('abc', [('abc', 1)]),
+  ],
+)
+def test_repetitions_become_groups(layout, expected):
+  model = lfm2(8, 'ca', 8, 2, 1, vocab_size=9, context_length=8)
+  kinds = {}
+  for letter in layout:  # a block for each letter
+    branch = model.stack[0].pattern[0].branches[1]
+    mlp = branch.layer.replace(hidden=8 + len(kinds))
+    block = model.stack[0].pattern[0].replace(branches=(branch.replace(layer=mlp),))
+    kinds.setdefault(letter, block)
+  names = {block: letter for letter, block in kinds.items()}
+  groups = grouped([kinds[letter] for letter in layout])
+  assert [(''.join(names[b] for b in g.pattern), g.repeats) for g in groups] == expected
+
+
+# ---- initial values ----------------------------------------------------------------------------
+
+
+def drawn(config):
+  params = define(config).init(jax.random.key(0))
+  return {n: np.asarray(p) for n, p in params.items()}
+
+
+def of_parts(name, p, seen):
+  """Matrices and embeddings N(0, 0.02^2), norms 1."""
+  seen.add(name.split('.')[-1])
+  if name.endswith(('kernel', 'table')):
+    normal(p, 0.02)
+  else:
+    assert name.endswith('scale'), name
+    assert (p == 1).all()
+
+
+def test_lfm2():
+  """Published only as `initializer_range`; the convolutions' kernels are PyTorch's."""
+  config = lfm2(64, 'ccacca', 96, 4, 2, vocab_size=96, context_length=16)
+  seen = set()
+  for name, p in drawn(config).items():
+    if name.endswith('conv.kernel'):
+      uniform(p, 3**-0.5)
+    else:
+      of_parts(name, p, seen)
+  assert seen == {'kernel', 'table', 'scale'}
+
+
+MAMBA2 = 'z', 'x', 'bc', 'dt', 'conv_x', 'conv_bc', 'out'
+
+
+def test_nemotron_h():
+  """Mamba-2 layers as the authors of Mamba-2 (tests/layers/test_mamba_init.py), all else N(0,
+  0.02^2)."""
+  seen = set()
+  for name, p in drawn(PRESETS['nemotron-h-tiny'].model).items():
+    if name.split('.')[-2] not in MAMBA2 and not name.endswith(('A_log', 'D', 'dt_bias')):
+      of_parts(name, p, seen)
+  assert seen == {'kernel', 'table', 'scale'}
