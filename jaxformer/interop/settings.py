@@ -2,7 +2,7 @@
 used or refused, never ignored."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from jaxformer.config import Config, InputError
@@ -25,6 +25,18 @@ none), read in both directions."""
 def written(config: Config, table: Table) -> dict[str, Any]:
   """Their fields, with the values of ours."""
   return {theirs: getattr(config, ours) for ours, (theirs, _) in table.items()}
+
+
+def inverse(value: float, forward: Callable[[float], float], guess: float) -> float:
+  """Return the number near `guess` of which `forward` makes exactly `value`, so that what is
+  written and read again is equal; `guess` if there is none."""
+  near = [guess, math.nextafter(guess, math.inf), math.nextafter(guess, -math.inf)]
+  return next((x for x in near if forward(x) == value), guess)
+
+
+def factor(value: float) -> float | None:
+  """Their constant factor as a setting of ours, which is None for 1."""
+  return None if value == 1.0 else value
 
 
 class Settings:

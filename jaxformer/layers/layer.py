@@ -440,6 +440,19 @@ def take_positions(x: Array, index_BT: Int[Array, 'B T']) -> Array:
   return jnp.take_along_axis(x, index_BT.reshape(*index_BT.shape, *(1,) * (x.ndim - 2)), axis=1)
 
 
+def merge_aux(a: dict[str, Array], b: dict[str, Array]) -> dict[str, Array]:
+  """Merge the auxiliary values of two parts, b after a: losses (`loss/...`) are added, others
+  become an array with an entry for every layer that returns the name."""
+
+  def both(name: str, v: Array) -> Array:
+    if name.startswith('loss/'):
+      return a[name] + v if name in a else v
+    v = jnp.atleast_1d(v)
+    return jnp.concatenate([a[name], v]) if name in a else v
+
+  return a | {name: both(name, v) for name, v in b.items()}
+
+
 def dropout(x: Array, rate: float, ctx: Context, *, tied: bool = False) -> Array:
   """Zero each element with probability `rate` and scale the rest by 1 / (1 - rate) (Srivastava et
   al. 2014), if `ctx` has a key. With `tied`, the elements are the channels of each row, over all of

@@ -95,25 +95,28 @@ class GatedMlp(Mlp):
       limit: x W_gate is at most `limit`, and |x W_up| too, before the activation (OpenAI 2025,
         gpt-oss: 7); None for no limit.
       up_offset: added to x W_up (gpt-oss: 1).
+      gate_scale: constant factor on x W_gate (Falcon-H1); None for 1.
     """
 
     activation: ActivationName = 'silu'
     limit: float | None = None
     up_offset: float = 0.0
+    gate_scale: float | None = None
 
     gated: ClassVar[bool] = True
 
     def validate(self):
       super().validate()
-      self.require_positive('limit')
+      self.require_positive('limit', 'gate_scale')
 
     @classmethod
     def examples(cls):
       clamped = cls(hidden=48, activation='gelu_sigmoid', bias=True, limit=0.05, up_offset=1.0)
-      return cls(hidden=48), clamped
+      return cls(hidden=48), clamped, cls(hidden=48, activation='gelu', gate_scale=0.7)
 
     def hidden_units(self, up: Array, gate: Array | None) -> Array:
       assert gate is not None
+      gate = gate if self.gate_scale is None else self.gate_scale * gate
       if self.limit is not None:
         gate, up = jnp.minimum(gate, self.limit), jnp.clip(up, -self.limit, self.limit)
       return ACTIVATIONS[self.activation](gate) * (up + self.up_offset if self.up_offset else up)

@@ -23,6 +23,7 @@ from jaxformer.layers.layer import (
   Output,
   State,
   dropout,
+  merge_aux,
 )
 from jaxformer.layers.mlp import GatedMlp
 from jaxformer.layers.norm import Norm, NormConfig, RMSNorm
@@ -350,19 +351,6 @@ def apply_sequentially(
     aux = merge_aux(aux, out.aux)
     alignments += out.alignments
   return Output(x, None if state is None else tuple(states), aux, share, alignments)
-
-
-def merge_aux(a: dict[str, Array], b: dict[str, Array]) -> dict[str, Array]:
-  """Merge the auxiliary values of two parts, b after a: losses (`loss/...`) are added, others
-  become an array with an entry for every layer that returns the name."""
-
-  def both(name: str, v: Array) -> Array:
-    if name.startswith('loss/'):
-      return a[name] + v if name in a else v
-    v = jnp.atleast_1d(v)
-    return jnp.concatenate([a[name], v]) if name in a else v
-
-  return a | {name: both(name, v) for name, v in b.items()}
 
 
 def with_pooled_losses(aux: dict[str, Array]) -> dict[str, Array]:

@@ -11,10 +11,10 @@ from jaxtyping import Array, Int
 
 from jaxformer.config import InputError
 from jaxformer.layers.dense import EmbeddingTable
-from jaxformer.layers.layer import Context, Memory, Output, positions_BT, take_positions
+from jaxformer.layers.layer import Context, Memory, Output, merge_aux, positions_BT, take_positions
 from jaxformer.layers.norm import NormConfig, build_norm
 from jaxformer.models.autoregressive import Autoregressive, AutoregressiveConfig, DecoderState
-from jaxformer.models.block import merge_aux, widths
+from jaxformer.models.block import widths
 from jaxformer.models.embedder import Embedder
 from jaxformer.models.head import Head
 from jaxformer.models.stack import Group, Stack, layers_with_widths

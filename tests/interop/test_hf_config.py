@@ -258,6 +258,8 @@ def test_published_configs_are_our_presets(fields, name):
       'rwkv4',
       'nemotron-h',
       'lfm2',
+      'granite4',
+      'falcon-h1',
     )
   ],
 )

@@ -289,6 +289,8 @@ NOT_USED_BY: dict[str, set[str]] = {
     'expand', 'mamba_ssm_cache_dtype', 'moe_shared_expert_overlap', 'mtp_layers_block_type',
     'n_shared_experts',
   },
+  'falcon_h1': {'mamba_chunk_size'},
+  'granitemoehybrid': {'mamba_chunk_size'},
 }  # fmt: skip
 
 

@@ -18,6 +18,8 @@ EXACT = {
   'jamba-1.5-mini': 51_570_323_328,
   'jamba-1.5-large': 398_555_145_696,
   'nemotron-h-8b': 8_100_852_736,
+  'granite-4-h-micro': 3_191_396_096,
+  'falcon-h1-0.5b': 521_411_104,
   'lfm2-350m': 354_483_968,
   'lfm2-700m': 742_489_344,
   'lfm2-1.2b': 1_170_340_608,
@@ -34,6 +36,15 @@ NEMOTRON_H = {
 }
 # name -> width, hidden, heads
 LFM2 = {'lfm2-350m': (1024, 4608, 16), 'lfm2-700m': (1536, 6912, 24), 'lfm2-1.2b': (2048, 8192, 32)}
+# name -> width, heads, key/value heads, hidden, heads of Mamba-2, experts, their hidden units, and
+# how many a token uses
+GRANITE4 = {
+  'granite-4-h-micro': (2048, 32, 8, 8192, 64, 0, 0, 0),
+  'granite-4-h-tiny': (1536, 12, 4, 1024, 48, 64, 512, 6),
+  'granite-4-h-small': (4096, 32, 8, 1536, 128, 72, 768, 10),
+}
+# -> width, layers, hidden, heads, key/value heads of 64, heads of Mamba-2, state size, vocabulary
+FALCON_H1 = {'falcon-h1-0.5b': (1024, 36, 2048, 8, 2, 24, 128, 32784)}
 
 
 def mamba2_count(D, inner, heads, maps, norm=True):
@@ -59,10 +70,29 @@ def lfm2_count(D, F, H, V=65536, G=8):
   return V * D + D + 10 * (4 * D * D + 3 * D) + 6 * attention + 16 * (3 * D * F + 2 * D)
 
 
+def granite4_count(D, H, G, F, heads, E, M, k, active=False, V=100_352):
+  """A tied embedding and a norm; 36 blocks with Mamba-2 of 64 channels per head and 128 states,
+  four with attention; SwiGLU, E more of them with a router, and two norms in each."""
+  mamba, attention = mamba2_count(D, 64 * heads, heads, 256), 2 * D * D + 2 * D * G * (D // H)
+  experts = 3 * D * M * (k if active else E) + D * E
+  return V * D + D + 36 * mamba + 4 * attention + 40 * (3 * D * F + experts + 2 * D)
+
+
+def falcon_h1_count(D, L, F, H, G, heads, N, V, K=64):
+  """Embedding, head and norm; attention beside Mamba-2 without a norm; SwiGLU and two norms."""
+  mamba = mamba2_count(D, 64 * heads, heads, 2 * N, norm=False)
+  return 2 * V * D + D + L * (mamba + 2 * D * K * (H + G) + 3 * D * F + 2 * D)
+
+
 # compared in test_counts.py
 COUNTED = {
   name: formula(*sizes)
-  for formula, table in ((nemotron_h_count, NEMOTRON_H), (lfm2_count, LFM2))
+  for formula, table in (
+    (nemotron_h_count, NEMOTRON_H),
+    (lfm2_count, LFM2),
+    (granite4_count, GRANITE4),
+    (falcon_h1_count, FALCON_H1),
+  )
   for name, sizes in table.items()
 }
 
@@ -70,6 +100,17 @@ COUNTED = {
 @pytest.mark.parametrize('name', EXACT)
 def test_published(name):
   assert define(PRESETS[name].model).size == EXACT[name]
+
+
+def test_granite_uses_some_of_its_experts():
+  """7B of which a token uses 1B, and 32B of which it uses 9B. Their files have 12.93 and 59.99 GiB
+  in bfloat16."""
+  for name, total, active in (('tiny', 12.93, 1), ('small', 59.99, 9)):
+    name = f'granite-4-h-{name}'
+    definition = define(PRESETS[name].model)
+    assert round(2 * definition.size / 2**30, 2) == total
+    assert definition.active_size == granite4_count(*GRANITE4[name], active=True)
+    assert round(definition.active_size / 1e9) == active
 
 
 # ---- the order of layers -----------------------------------------------------------------------
@@ -87,6 +128,9 @@ def test_layouts():
   assert layout('nemotron-h-8b', letters) == EIGHT
   assert layout('nemotron-h-56b', letters).count('*') == 10
   assert '---MM---' in layout('nemotron-h-47b', letters)
+  letters = {'Mamba2': 'M', 'Attention': '*'}
+  micro = layout('granite-4-h-micro', letters)
+  assert [i for i, letter in enumerate(micro) if letter == '*'] == [5, 15, 25, 35]
   letters = {'ShortConvolution': 'c', 'Attention': 'a'}
   assert layout('lfm2-1.2b', letters) == 'ccaccaccacacacac'
 
@@ -148,11 +192,12 @@ def test_lfm2():
 MAMBA2 = 'z', 'x', 'bc', 'dt', 'conv_x', 'conv_bc', 'out'
 
 
-def test_nemotron_h():
+@pytest.mark.parametrize('family', ['nemotron-h', 'granite4', 'falcon-h1'])
+def test_hybrids_of_mamba2(family):
   """Mamba-2 layers as the authors of Mamba-2 (tests/layers/test_mamba_init.py), all else N(0,
-  0.02^2)."""
+  0.02^2); of the published Granite N(0, 0.1^2)."""
   seen = set()
-  for name, p in drawn(PRESETS['nemotron-h-tiny'].model).items():
+  for name, p in drawn(PRESETS[f'{family}-tiny'].model).items():
     if name.split('.')[-2] not in MAMBA2 and not name.endswith(('A_log', 'D', 'dt_bias')):
       of_parts(name, p, seen)
   assert seen == {'kernel', 'table', 'scale'}

@@ -376,7 +376,9 @@ TESTED = {
   'rwkv6': 'layers.test_rwkv_init:test_matrices_of_time_mixing',
   'rwkv7': 'layers.test_rwkv7:test_matrices',
   'lfm2': 'models.test_hybrids:test_lfm2',
-  'nemotron-h': 'models.test_hybrids:test_nemotron_h',
+  'nemotron-h': 'models.test_hybrids:test_hybrids_of_mamba2',
+  'granite4': 'models.test_hybrids:test_hybrids_of_mamba2',
+  'falcon-h1': 'models.test_hybrids:test_hybrids_of_mamba2',
 }
 
 
@@ -411,6 +413,8 @@ OF_FAMILY = {
   'mamba2': PLAIN | MAMBA_LAYER | {Mamba2.Config().rate_init},
   'nemotron-h': PLAIN | MAMBA_LAYER | {Mamba2.Config().rate_init},
   'lfm2': PLAIN | {FanInUniform()},
+  'granite4': {Normal(std=0.1)} | MAMBA_LAYER | {Mamba2.Config().rate_init},
+  'falcon-h1': PLAIN | MAMBA_LAYER | {Mamba2.Config().rate_init},
   'seq2seq-lstm': {Uniform(bound=0.08)},
   'luong': {Uniform(bound=0.1)},
   'gnmt': {Uniform(bound=0.04)},

@@ -113,20 +113,20 @@ def shared_rules() -> list[Rule]:
 
 
 def projections(
-  theirs: str, inputs: tuple[str, ...], convolutions: tuple[str, ...], steps: str
+  theirs: str, inputs: tuple[str, ...], convolutions: tuple[str, ...], steps: str, ours: str = OURS
 ) -> list[Rule]:
-  """Rules for a Mamba or a Mamba-2 layer, whose names begin with `theirs`; `steps` is their name of
-  the bias of the step sizes."""
+  """Rules for a Mamba or a Mamba-2 layer, whose names begin with `theirs` and `ours`; `steps` is
+  their name of the bias of the step sizes."""
 
   def depthwise(shape: Shape) -> Shape:
     channels, d_conv = shape
     return channels, 1, d_conv
 
   return [
-    *arrays({'A_log': 'A_log', 'D': 'D', 'dt_bias': steps}, OURS, theirs),
-    *fused([OURS + p for p in inputs], f'{theirs}in_proj'),
-    *fused([OURS + c for c in convolutions], f'{theirs}conv1d', reshape=depthwise),
-    *modules({'out': 'out_proj'}, OURS, theirs),
+    *arrays({'A_log': 'A_log', 'D': 'D', 'dt_bias': steps}, ours, theirs),
+    *fused([ours + p for p in inputs], f'{theirs}in_proj'),
+    *fused([ours + c for c in convolutions], f'{theirs}conv1d', reshape=depthwise),
+    *modules({'out': 'out_proj'}, ours, theirs),
   ]
 
 

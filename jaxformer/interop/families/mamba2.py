@@ -8,7 +8,7 @@ from typing import Any
 from jaxformer.interop.families import mamba
 from jaxformer.interop.families.mamba import OURS, STEPS, THEIRS
 from jaxformer.interop.family import branches_of, family
-from jaxformer.interop.settings import Settings, Table
+from jaxformer.interop.settings import Settings, Table, written
 from jaxformer.interop.weights import Rule, arrays
 from jaxformer.layers.mamba import StepBias
 from jaxformer.layers.mamba2 import Mamba2
@@ -44,6 +44,39 @@ def read(hf: Settings) -> LanguageModel.Config:
   return mamba.build(hf, model, layer, 64)
 
 
+NAMED: Table = {
+  'd_state': ('mamba_d_state', 256),
+  'groups': ('mamba_n_groups', 1),
+  'd_conv': ('mamba_d_conv', 4),
+  'bias': ('mamba_proj_bias', False),
+  'conv_bias': ('mamba_conv_bias', True),
+}
+"""The fields of a Mamba-2 layer in a hybrid, as Bamba and its descendants call them."""
+
+
+def read_named(hf: Settings, width: int, channels: int | None, eps: float) -> Mamba2.Config:
+  """The Mamba-2 layer of a hybrid; `channels` of it, None for `mamba_expand` times the width."""
+  heads, expand = hf.count('mamba_n_heads', 128), hf.count('mamba_expand', 2)
+  inner = expand * width if channels is None else channels
+  automatic = hf.value('mamba_d_head', 'auto') in ('auto', None)
+  head_dim = inner // heads if automatic else hf.count('mamba_d_head')
+  if heads * head_dim != inner:
+    raise hf.fail('mamba_n_heads', f'{inner} channels / mamba_d_head = {inner / head_dim:g}')
+  size: dict[str, Any] = {'expand': expand} if channels is None else {'heads': heads}
+  return Mamba2.Config(**hf.read(NAMED), **size, head_dim=head_dim, norm_eps=eps, **step_limits(hf))
+
+
+def written_named(layer: Mamba2.Config, width: int) -> dict[str, Any]:
+  """The same fields, from the layer."""
+  return {
+    **written(layer, NAMED),
+    **written_limits(layer),
+    'mamba_expand': layer.expand,
+    'mamba_n_heads': layer.head_count(width),
+    'mamba_d_head': layer.head_dim,
+  }
+
+
 def step_limits(hf: Settings) -> dict[str, Any]:
   """The limits of step sizes, `time_step_limit`, whose infinity files write in several ways."""
   limit = hf.value('time_step_limit')
@@ -75,11 +108,12 @@ def write(config: LanguageModel.Config) -> dict[str, Any]:
   }
 
 
-def layer_rules(theirs: str) -> list[Rule]:
-  """Rules for a Mamba-2 layer, whose names begin with `theirs`."""
+def layer_rules(theirs: str, ours: str = OURS) -> list[Rule]:
+  """Rules for a Mamba-2 layer, whose names begin with `theirs` and `ours`."""
+  inputs, convolutions = ('z', 'x', 'bc', 'dt'), ('conv_x', 'conv_bc')
   return [
-    *mamba.projections(theirs, ('z', 'x', 'bc', 'dt'), ('conv_x', 'conv_bc'), 'dt_bias'),
-    *arrays({'scale': 'norm.weight'}, OURS, theirs),
+    *mamba.projections(theirs, inputs, convolutions, 'dt_bias', ours),
+    *arrays({'scale': 'norm.weight'}, ours, theirs),
   ]
 
 

@@ -1,5 +1,6 @@
 """Hybrids of recurrences and attention whose training is published in few words: Jamba 1.5 (Jamba
-Team 2024), Nemotron-H (NVIDIA 2025) and LFM2 (Liquid AI 2025)."""
+Team 2024), Nemotron-H (NVIDIA 2025), LFM2 (Liquid AI 2025), Granite 4 H (IBM 2025) and Falcon-H1
+(Zuo et al. 2025)."""
 
 from jaxformer.data import PublishedCorpus, PublishedTokenizer, Text
 from jaxformer.training.optimizer import AdamW
@@ -120,3 +121,33 @@ for size, rate in (('350m', 6e-4), ('700m', 4e-4), ('1.2b', 3e-4)):
     LFM2 | {'peak': ours('not published; between those of GPT-3 at these sizes and of Llama 2')},
     init='N(0, 0.02); convolutions uniform by fan-in',
   )
+
+GRANITE: Origins = {
+  'tokens': Origin('secondary', 'a summary of the model card of Granite 4 H', '"15 trillion"'),
+  'tokenizer': memory(),
+}
+for size, rate in (('micro', 3e-4), ('tiny', 3e-4), ('small', 1.5e-4)):
+  hybrid(
+    f'granite-4-h-{size}',
+    15e12,
+    rate,
+    PublishedTokenizer(
+      name='Granite 4 BPE', vocab_size=100_352, hub=f'ibm-granite/granite-4.0-h-{size}-base'
+    ),
+    GRANITE | {'peak': ours('not published in a source that was read; as Llama 2')},
+    init='N(0, 0.1); Mamba layers as Mamba',
+  )
+
+hybrid(
+  'falcon-h1-0.5b',
+  2.5e12,
+  2.56e-4,
+  PublishedTokenizer(name='Falcon-H1 BPE', vocab_size=32784, hub='tiiuae/Falcon-H1-0.5B-Base'),
+  {
+    'tokens': memory('from the report, not read again'),
+    'peak': memory('256e-6 at the base model, from the report, not read again'),
+    'tokenizer': memory(),
+  },
+  note='The report trains with rates and decays of their own per group of parameters, beside the '
+  'multipliers that the preset has; here all have one.',
+)
