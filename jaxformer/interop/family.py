@@ -47,8 +47,10 @@ def blocks_of(groups: Iterable[Group]) -> list[Block.Config]:
 
 def first_of(blocks: Iterable[Block.Config], layer: type[L]) -> L | None:
   """The first layer of a type, which stands for all; None if there is none."""
-  layers = (branch.layer for block in blocks for branch in block.branches)
-  return next((found for found in layers if type(found) is layer), None)
+  for found in (branch.layer for block in blocks for branch in block.branches):
+    if isinstance(found, layer) and type(found) is layer:
+      return found
+  return None
 
 
 def branches_of(

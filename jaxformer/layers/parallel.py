@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+import operator
 from collections.abc import Mapping
 from typing import Any
 
@@ -171,14 +173,14 @@ class ParallelLayers(Layer):
     self, x: Array, ctx: Context, state: tuple[State, ...] | None, one_token: bool
   ) -> Output:
     """The scaled sum, with what all layers return beside it."""
-    total, states, aux, share, alignments = None, [], {}, {}, ()
+    ys, states, aux, share, alignments = [], [], {}, {}, ()
     for i, (layer, part) in enumerate(zip(self.layers, self.config.summands, strict=True)):
       run = layer.step if one_token else layer
       scaled = x if part.in_scale is None else part.in_scale * x
       out = run(scaled, ctx.fold(i), None if state is None else state[i])
-      y = out.y if part.out_scale is None else part.out_scale * out.y
-      total = y if total is None else total + y
+      ys.append(out.y if part.out_scale is None else part.out_scale * out.y)
       states.append(out.state)
       aux, share = merge_aux(aux, out.aux), share | out.share
       alignments += out.alignments
-    return Output(total, None if state is None else tuple(states), aux, share, alignments)
+    y = functools.reduce(operator.add, ys)
+    return Output(y, None if state is None else tuple(states), aux, share, alignments)

@@ -128,7 +128,9 @@ def write(config: LanguageModel.Config) -> dict[str, Any]:
   mamba = part(ssm.layer, Mamba2.Config, 'the first of the parallel layers').resolved(config.width)
   attention = part(heads.layer, Attention.Config, 'the second of the parallel layers')
   attention, mlp = attention.resolved(config.width), second.layer
-  scales, root = mamba.scales or ProjectionScales(), math.sqrt(attention.head_dim)
+  head_dim = attention.head_size(config.width)
+  scales, root = mamba.scales or ProjectionScales(), math.sqrt(head_dim)
+  scale = attention.scale or 1.0 / root
   return {
     'architectures': ['FalconH1ForCausalLM'],
     **written(config, llama.MODEL),
@@ -140,7 +142,7 @@ def write(config: LanguageModel.Config) -> dict[str, Any]:
     'mamba_norm_before_gate': mamba.norm_before_gate,
     'num_attention_heads': attention.heads,
     'num_key_value_heads': attention.kv_heads,
-    'head_dim': attention.head_dim,
+    'head_dim': head_dim,
     'attention_bias': attention.bias,
     'attention_dropout': attention.attention_dropout,
     'intermediate_size': mlp.hidden,
@@ -151,7 +153,7 @@ def write(config: LanguageModel.Config) -> dict[str, Any]:
     'initializer_range': std_of(config.embedding_init),
     'embedding_multiplier': config.embedding_scale or 1.0,
     'lm_head_multiplier': config.logit_scale or 1.0,
-    'key_multiplier': inverse(attention.scale, lambda x: x / root, attention.scale * root),
+    'key_multiplier': inverse(scale, lambda x: x / root, scale * root),
     'attention_in_multiplier': heads.in_scale or 1.0,
     'attention_out_multiplier': heads.out_scale or 1.0,
     'ssm_in_multiplier': ssm.in_scale or 1.0,

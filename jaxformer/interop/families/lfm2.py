@@ -64,6 +64,8 @@ def read(hf: Settings) -> LanguageModel.Config:
   hf = hf.with_defaults({'rope_theta': 1e6})
   tied = hf.get('tie_embedding', bool, None)
   model = hf.read(MODEL)
+  if tied is not None:
+    model |= {'tied': tied}
   init, norm = (
     Normal(std=hf.get('initializer_range', float, 0.02)),
     RMSNorm(eps=hf.get('norm_eps', float, 1e-5)),
@@ -84,7 +86,7 @@ def read(hf: Settings) -> LanguageModel.Config:
   }
   mlp = GatedMlp.Config(hidden=hidden_units(hf), init=init, out_init=init)
   return LanguageModel.Config(
-    **model | ({} if tied is None else {'tied': tied}),
+    **model,
     stack=grouped([pre_norm(norm, mixers[kind], mlp) for kind in layer_types(hf)]),
     final_norm=norm,
     embedding_init=init,

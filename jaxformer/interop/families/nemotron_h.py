@@ -130,7 +130,12 @@ def _mixture(hf: Settings, mlp: Mlp.Config, init: Init) -> Moe.Config:
 
 def write(config: LanguageModel.Config) -> dict[str, Any]:
   blocks = blocks_of(config.stack)
-  kinds = {Mamba2.Config: 'M', Attention.Config: '*', Mlp.Config: '-', Moe.Config: 'E'}
+  kinds: dict[type[LayerConfig], str] = {
+    Mamba2.Config: 'M',
+    Attention.Config: '*',
+    Mlp.Config: '-',
+    Moe.Config: 'E',
+  }
   for i, block in enumerate(blocks):
     if len(block.branches) != 1 or type(block.branches[0].layer) not in kinds:
       raise InputError(f'block {i}', problem='has more branches than one, or an unknown layer')
@@ -138,7 +143,9 @@ def write(config: LanguageModel.Config) -> dict[str, Any]:
   mixer = first_of(blocks, Mamba2.Config)
   attention = first_of(blocks, Attention.Config)
   moe = first_of(blocks, Moe.Config)
-  mlp = first_of(blocks, Mlp.Config) or (moe and moe.shared)
+  mlp = first_of(blocks, Mlp.Config)
+  if mlp is None and moe is not None:
+    mlp = moe.shared
   if mixer is None:
     raise InputError('stack', problem='no block has a Mamba-2 layer')
   mixer = mixer.resolved(config.width)

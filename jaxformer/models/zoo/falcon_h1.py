@@ -17,6 +17,7 @@ from jaxformer.models.block import Block, PreNorm
 from jaxformer.models.language_model import LanguageModel
 from jaxformer.models.stack import Group
 from jaxformer.models.zoo.preset import HEAD, TINY, family, heads_for, preset, two_thirds
+from jaxformer.models.zoo.story import Chapter, step
 
 
 class Multipliers(Config):
@@ -136,3 +137,12 @@ def _grown(*, width: int, layers: int, hidden: int, **sizes: Any) -> LanguageMod
 
 
 family('falcon-h1', _grown, width_step=2 * HEAD, hidden=two_thirds)
+
+step(
+  'falcon-h1',
+  Chapter.HYBRIDS,
+  2025,
+  'y = b_1 Mamba2(a_1 x) + b_2 attention(a_2 x) in every block',
+  'Attention and recurrence side by side on one input, in place of one after the other.',
+  'Zuo et al. 2025',
+)

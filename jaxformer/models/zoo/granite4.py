@@ -16,6 +16,7 @@ from jaxformer.models.block import Block, PreNorm
 from jaxformer.models.language_model import LanguageModel
 from jaxformer.models.stack import grouped
 from jaxformer.models.zoo.preset import HEAD, TINY, family, heads_for, preset, two_thirds
+from jaxformer.models.zoo.story import Chapter, step
 
 RESIDUAL = 0.22  # the factor on every branch
 INIT = Normal(std=0.1)
@@ -75,7 +76,7 @@ _40 = 4 * 'MMMMM*MMMM'
 PUBLISHED: dict[str, Any] = {'vocab_size': 100_352, 'context_length': 131_072}
 
 preset(
-  'granite-4-h-micro',
+  'granite-4-h-micro-3b',
   'granite4',
   granite4(
     2048,
@@ -90,7 +91,7 @@ preset(
   ),
 )
 preset(
-  'granite-4-h-tiny',
+  'granite-4-h-tiny-7b',
   'granite4',
   granite4(
     1536,
@@ -108,7 +109,7 @@ preset(
   ),
 )
 preset(
-  'granite-4-h-small',
+  'granite-4-h-small-32b',
   'granite4',
   granite4(
     4096,
@@ -157,3 +158,12 @@ def _grown(*, width: int, layers: int, hidden: int, **sizes: Any) -> LanguageMod
 
 
 family('granite4', _grown, width_step=2 * HEAD, layer_step=4, hidden=two_thirds)
+
+step(
+  'granite4',
+  Chapter.HYBRIDS,
+  2025,
+  '9 Mamba-2 : 1 attention without positions, experts with a shared one',
+  'Fine-grained experts in a hybrid; constant factors on every residual branch.',
+  'IBM 2025',
+)

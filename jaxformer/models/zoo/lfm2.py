@@ -13,6 +13,7 @@ from jaxformer.models.block import pre_norm
 from jaxformer.models.language_model import LanguageModel
 from jaxformer.models.stack import grouped
 from jaxformer.models.zoo.preset import HEAD, TINY, family, heads_for, preset, two_thirds
+from jaxformer.models.zoo.story import Chapter, step
 
 
 def lfm2(
@@ -53,3 +54,12 @@ def _grown(*, width: int, layers: int, hidden: int, **sizes: Any) -> LanguageMod
 
 
 family('lfm2', _grown, width_step=2 * HEAD, layer_step=3, hidden=two_thirds)
+
+step(
+  'lfm2',
+  Chapter.HYBRIDS,
+  2025,
+  'y = (c * conv(b * x)) W_o, 10 convolutions : 6 attention',
+  'Ten of sixteen layers remember two tokens: for what is near, no recurrence is needed.',
+  'Liquid AI 2025',
+)

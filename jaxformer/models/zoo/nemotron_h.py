@@ -12,6 +12,7 @@ from jaxformer.models.block import pre_norm
 from jaxformer.models.language_model import LanguageModel
 from jaxformer.models.stack import grouped
 from jaxformer.models.zoo.preset import HEAD, TINY, family, four_times, heads_for, preset
+from jaxformer.models.zoo.story import Chapter, step
 
 
 def nemotron_h(
@@ -81,3 +82,12 @@ def _grown(*, width: int, layers: int, hidden: int, **sizes: Any) -> LanguageMod
 
 
 family('nemotron-h', _grown, width_step=2 * HEAD, layer_step=5, hidden=four_times)
+
+step(
+  'nemotron-h',
+  Chapter.HYBRIDS,
+  2025,
+  'one layer per block: M-M-M-M*-..., Mamba-2, squared-ReLU MLP, few attention layers',
+  'Eight percent of the layers attend, without positions; the order is a string of letters.',
+  'NVIDIA 2025',
+)

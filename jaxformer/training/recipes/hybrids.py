@@ -87,11 +87,11 @@ NEMOTRON: Origins = {
   'steps': ours('follows from tokens, batch and length'),
   'tokenizer': memory('the tokenizer of Mistral NeMo'),
 }
-PRUNED = ours('pruned from a larger one and distilled; as the larger one')
+PRUNED: Origins = {'tokens': ours('pruned from a larger one and distilled; as the larger one')}
 for size, tokens, origins in (
-  ('4b', 15e12, NEMOTRON | {'tokens': PRUNED}),
+  ('4b', 15e12, NEMOTRON | PRUNED),
   ('8b', 15e12, NEMOTRON),
-  ('47b', 20e12, NEMOTRON | {'tokens': PRUNED}),
+  ('47b', 20e12, NEMOTRON | PRUNED),
   ('56b', 20e12, NEMOTRON),
 ):
   hybrid(
@@ -126,9 +126,9 @@ GRANITE: Origins = {
   'tokens': Origin('secondary', 'a summary of the model card of Granite 4 H', '"15 trillion"'),
   'tokenizer': memory(),
 }
-for size, rate in (('micro', 3e-4), ('tiny', 3e-4), ('small', 1.5e-4)):
+for size, params, rate in (('micro', '3b', 3e-4), ('tiny', '7b', 3e-4), ('small', '32b', 1.5e-4)):
   hybrid(
-    f'granite-4-h-{size}',
+    f'granite-4-h-{size}-{params}',
     15e12,
     rate,
     PublishedTokenizer(
