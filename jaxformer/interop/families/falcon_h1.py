@@ -6,11 +6,13 @@ import math
 from typing import Any
 
 from jaxformer.config import InputError
-from jaxformer.interop.families import llama, mamba2
+from jaxformer.interop.families import mamba2
 from jaxformer.interop.family import branches_of, depth, family, part, std_of
+from jaxformer.interop.rotary import read_rotary, write_rotary
 from jaxformer.interop.settings import (
   ACTIVATIONS,
   Settings,
+  Table,
   activation_name,
   factor,
   inverse,
@@ -28,11 +30,11 @@ from jaxformer.models.block import Block, PreNorm
 from jaxformer.models.language_model import LanguageModel
 from jaxformer.models.stack import Group
 
-_DEFAULTS = {
-  'vocab_size': 128000,
-  'intermediate_size': 14336,
-  'num_key_value_heads': 8,
-  'max_position_embeddings': 8192,
+MODEL: Table = {
+  'vocab_size': ('vocab_size', 128000),
+  'width': ('hidden_size', 4096),
+  'context_length': ('max_position_embeddings', 8192),
+  'tied': ('tie_word_embeddings', False),
 }
 PROJECTIONS = ('z', 'x', 'B', 'C', 'dt')
 
@@ -69,9 +71,8 @@ def _inner(hf: Settings) -> int | None:
 def read(hf: Settings) -> LanguageModel.Config:
   """Initialization of Mamba-2 layers is the authors' of Mamba-2, which transformers does not
   follow."""
-  hf = hf.with_defaults(_DEFAULTS)
   hf.only('sliding_window', None)
-  model, layers = hf.read(llama.MODEL), hf.count('num_hidden_layers', 32)
+  model, layers = hf.read(MODEL), hf.count('num_hidden_layers', 32)
   hf.only('layers_block_type', None, ['hybrid'] * layers)
   hf.only('layer_types', None, ['hybrid'] * layers)
   init, norm = (
@@ -82,9 +83,9 @@ def read(hf: Settings) -> LanguageModel.Config:
   head_dim = hf.count('head_dim', None) or model['width'] // heads
   attention = Attention.Config(
     heads=heads,
-    kv_heads=hf.count('num_key_value_heads'),
+    kv_heads=hf.count('num_key_value_heads', 8),
     head_dim=head_dim,
-    position=llama.read_rotary(hf),
+    position=read_rotary(hf),
     bias=hf.get('attention_bias', bool, False),
     scale=hf.positive('key_multiplier', 1.0) / math.sqrt(head_dim),
     attention_dropout=hf.get('attention_dropout', float, 0.0),
@@ -99,7 +100,7 @@ def read(hf: Settings) -> LanguageModel.Config:
   summands = summand(_mixer(hf, model['width'], norm.eps), 'ssm'), summand(attention, 'attention')
   gate, down = _multipliers(hf, 'mlp_multipliers', 2)
   mlp = GatedMlp.Config(
-    hidden=hf.count('intermediate_size'),
+    hidden=hf.count('intermediate_size', 14336),
     activation=hf.choose('hidden_act', ACTIVATIONS, 'silu'),
     bias=hf.get('mlp_bias', bool, False),
     gate_scale=factor(gate),
@@ -133,9 +134,9 @@ def write(config: LanguageModel.Config) -> dict[str, Any]:
   scale = attention.scale or 1.0 / root
   return {
     'architectures': ['FalconH1ForCausalLM'],
-    **written(config, llama.MODEL),
+    **written(config, MODEL),
     **mamba2.written_named(mamba, config.width),
-    **llama.write_rotary(part(attention.position, Rotary, 'the position of the attention')),
+    **write_rotary(part(attention.position, Rotary, 'the position of the attention')),
     'mamba_d_ssm': mamba.channels(config.width),
     'projectors_bias': mamba.bias,
     'mamba_rms_norm': mamba.norm_eps is not None,

@@ -4,12 +4,14 @@ beside experts. On disk, W_gate and W_up are one tensor, and so are those of all
 from typing import Any
 
 from jaxformer.config import InputError
-from jaxformer.interop.families import llama, mamba2
+from jaxformer.interop.families import mamba2
 from jaxformer.interop.families.mixtral import balance
 from jaxformer.interop.family import blocks_of, depth, family, first_of, part, std_of
+from jaxformer.interop.rotary import read_rotary, write_rotary
 from jaxformer.interop.settings import (
   ACTIVATIONS,
   Settings,
+  Table,
   activation_name,
   factor,
   inverse,
@@ -29,6 +31,12 @@ from jaxformer.models.block import Block, PreNorm
 from jaxformer.models.language_model import LanguageModel
 from jaxformer.models.stack import grouped
 
+MODEL: Table = {
+  'vocab_size': ('vocab_size', 32000),
+  'width': ('hidden_size', 4096),
+  'context_length': ('max_position_embeddings', 2048),
+  'tied': ('tie_word_embeddings', False),
+}
 KINDS = {'linear_attention': 'M', 'full_attention': '*', 'mamba': 'M', 'attention': '*'}
 """Their name of a block's first layer -> its letter. Of several names, the first is written."""
 NAMES = {letter: name for name, letter in reversed(KINDS.items())}
@@ -51,13 +59,13 @@ def layout(hf: Settings, layers: int) -> str:
 
 def read(hf: Settings) -> LanguageModel.Config:
   """Initialization of Mamba-2 layers is the authors', which transformers does not follow."""
-  model, layers = hf.read(llama.MODEL), hf.count('num_hidden_layers', 32)
+  model, layers = hf.read(MODEL), hf.count('num_hidden_layers', 32)
   init, norm = (
     Normal(std=hf.get('initializer_range', float, 0.02)),
     RMSNorm(eps=hf.get('rms_norm_eps', float, 1e-6)),
   )
   hf.only('position_embedding_type', None, 'nope', 'rope')
-  rotary = llama.read_rotary(hf) if hf.value('position_embedding_type') == 'rope' else None
+  rotary = read_rotary(hf) if hf.value('position_embedding_type') == 'rope' else None
   heads = hf.count('num_attention_heads', 32)
   hf.only('head_dim', None, model['width'] // heads)
   attention = Attention.Config(
@@ -121,7 +129,7 @@ def write(config: LanguageModel.Config) -> dict[str, Any]:
   logits = config.logit_scale or 1.0
   return {
     'architectures': ['GraniteMoeHybridForCausalLM'],
-    **written(config, llama.MODEL),
+    **written(config, MODEL),
     **mamba2.written_named(mixer, config.width),
     **_written_attention(attention, config.width),
     **_written_experts(moe),
@@ -143,7 +151,7 @@ def _written_attention(attention: Attention.Config, width: int) -> dict[str, Any
   rotary = attention.position
   positions: dict[str, Any] = {'position_embedding_type': None if rotary is None else 'rope'}
   if rotary is not None:
-    positions |= llama.write_rotary(part(rotary, Rotary, 'the position of the attention layers'))
+    positions |= write_rotary(part(rotary, Rotary, 'the position of the attention layers'))
   return {
     **positions,
     'num_attention_heads': attention.heads,

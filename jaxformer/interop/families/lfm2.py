@@ -4,8 +4,8 @@ by side."""
 from typing import Any
 
 from jaxformer.config import InputError
-from jaxformer.interop.families import llama
 from jaxformer.interop.family import blocks_of, depth, family, first_of, part, std_of
+from jaxformer.interop.rotary import read_rotary, write_rotary
 from jaxformer.interop.settings import Settings, Table, written
 from jaxformer.interop.tensors import Shape
 from jaxformer.interop.weights import FEED_FORWARD, MIXER, CheckpointFormat, Rule, fused, modules
@@ -75,7 +75,7 @@ def read(hf: Settings) -> LanguageModel.Config:
     heads=heads,
     kv_heads=hf.count('num_key_value_heads', 8),
     head_dim=None if head_dim and head_dim * heads == model['width'] else head_dim,
-    position=llama.read_rotary(hf),
+    position=read_rotary(hf),
     qk_norm=norm,
     init=init,
     out_init=init,
@@ -114,7 +114,7 @@ def write(config: LanguageModel.Config) -> dict[str, Any]:
     'head_dim': attention.head_size(config.width),
     'norm_eps': part(config.final_norm, RMSNorm, 'final_norm').eps,
     'initializer_range': std_of(config.embedding_init),
-    **llama.write_rotary(part(attention.position, Rotary, 'the position of the attention layers')),
+    **write_rotary(part(attention.position, Rotary, 'the position of the attention layers')),
   }
 
 

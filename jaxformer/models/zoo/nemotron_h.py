@@ -23,7 +23,7 @@ def nemotron_h(
   kv_heads: int,
   *,
   mamba: Mamba2.Config,
-  head_dim: int | None = 128,
+  head_dim: int = 128,
   **fields: Any,
 ) -> LanguageModel.Config:
   """The Nemotron-H architecture. `layout` has a letter for each block, from the bottom up, as
@@ -70,8 +70,10 @@ for size, width, layout, hidden, heads, mamba_heads, d_state in (
 def _small(
   width: int, layout: str, hidden: int, heads: int, d_state: int, **fields: Any
 ) -> LanguageModel.Config:
-  mamba = Mamba2.Config(d_state=d_state, head_dim=16, groups=2)
-  return nemotron_h(width, layout, hidden, heads, heads // 2, mamba=mamba, head_dim=None, **fields)
+  mamba = Mamba2.Config(d_state=d_state, heads=width // 8, head_dim=16, groups=2, dt_min=DT_MIN)
+  return nemotron_h(
+    width, layout, hidden, heads, heads // 2, mamba=mamba, head_dim=width // heads, **fields
+  )
 
 
 preset('nemotron-h-tiny', 'nemotron-h', _small(64, 'M-M*-M-', 256, 4, 32, **TINY))
