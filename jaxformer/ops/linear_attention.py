@@ -6,13 +6,10 @@ With decays that depend on the token and the key channel this is gated linear at
 2024, section 4); with one fixed decay per head it is retention (Sun et al. 2023, eq. 6).
 
 Neither has a chunk form of its own. Fixed decays are those of state-space duality with a step size
-of 1 (`ops.ssd`), whose weights of pairs of tokens are one matrix per head. Other decays are those
-of WKV-6 (`ops.wkv6`), which reads the state before the present token instead of after it:
-
-  y_t = (q_t exp(log_decay_t))^T S_{t-1} + (q_t . k_t) v_t
-
-Both sum logarithms over the tokens concerned, so that no decay overflows, however strong. Which
-implementation runs, on one device or with time sharded over several, is chosen there.
+of 1 (`ops.ssd`), whose weights of pairs of tokens are one matrix per head; other decays are those
+of WKV-6 (`ops.wkv6`). Both sum logarithms over the tokens concerned, so that no decay overflows,
+however strong. Which implementation runs, on one device or with time sharded over several, is
+chosen there.
 
 Dims: B batch, T time, H heads, K key, V value dim of a head.
 """
@@ -45,13 +42,8 @@ def linear_attention(
   """
   if log_decay.shape[0] == log_decay.shape[1] == log_decay.shape[3] == 1:
     return _fixed(q, k, v, log_decay.reshape(-1), state, starts_BT)
-  log_decay = log_decay.astype(jnp.float32)
   log_decay = jnp.broadcast_to(log_decay, (*log_decay.shape[:3], k.shape[3]))
-  r = (q.astype(jnp.float32) * jnp.exp(log_decay)).astype(q.dtype)
-  no_bonus = jnp.zeros(k.shape[2:], jnp.float32)
-  y, state = wkv6(r, k, v, log_decay, no_bonus, state, starts_BT)
-  own = jnp.sum(q.astype(jnp.float32) * k.astype(jnp.float32), axis=-1, keepdims=True)
-  return (y.astype(jnp.float32) + own * v.astype(jnp.float32)).astype(v.dtype), state
+  return wkv6(q, k, v, log_decay, None, state, starts_BT)
 
 
 def _fixed(q, k, v, log_decay_H, state, starts_BT):
