@@ -128,6 +128,32 @@ class SandwichNorm(BranchConfig):
     return self.joined(x, norm.after(layer(norm.before(x))))
 
 
+class ResidualOfNorm(BranchConfig):
+  """residual n + layer(n) with n = norm(x): the sum starts from the normalized stream (MiniMax
+  2025).
+
+  With the norm of the next branch this is norm(residual x + layer(x)), DeepNorm (Wang et al. 2022,
+  section 3.1), from the second branch on.
+
+  Attributes:
+    residual: constant factor on the normalized stream.
+  """
+
+  norm: NormConfig = RMSNorm()
+  residual: float = 1.0
+
+  def validate(self):
+    super().validate()
+    self.require_positive('residual')
+
+  def build_norm(self, width: int) -> Norm:
+    return self.norm.build(width)
+
+  def apply(self, x, layer, norm):
+    n = norm(x)
+    return self.joined(n if self.residual == 1.0 else self.residual * n, layer(n))
+
+
 class Residual(BranchConfig):
   """x + layer(x), without a norm (Shazeer et al. 2017, appendix C.1)."""
 

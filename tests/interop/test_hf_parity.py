@@ -291,6 +291,7 @@ NOT_USED_BY: dict[str, set[str]] = {
   },
   'falcon_h1': {'mamba_chunk_size'},
   'granitemoehybrid': {'mamba_chunk_size'},
+  'minimax': {'block_size'},
 }  # fmt: skip
 
 

@@ -11,7 +11,9 @@ import pytest
 
 from jaxformer.config import InputError
 from jaxformer.layers.gla import GatedLinearAttention
+from jaxformer.layers.hgrn2 import Hgrn2, LowerBounds, bounded_log_sigmoid
 from jaxformer.layers.layer import Context
+from jaxformer.layers.lightning import LightningAttention
 from jaxformer.layers.norm import LayerNorm
 from jaxformer.layers.retention import Retention
 from jaxformer.models.params import define
@@ -25,7 +27,7 @@ def layer(config):
   of 1 and biases of 0 would hide mistakes, and larger weights, as the layers are nearly linear
   where these are small."""
   definition, rng = define(Alone(layer=config)), np.random.default_rng(0)
-  initial = definition.init(jax.random.key(0))
+  initial = definition.init(jax.random.key(0))  # in block 1 of 3
   params = {n: np.asarray(p, np.float32) for n, p in initial.items()}
   params = {n: p + rng.normal(0, 0.2, p.shape).astype(np.float32) for n, p in params.items()}
 
@@ -119,6 +121,61 @@ def test_gated_linear_attention_is_that_of_the_paper():
     return (y * silu(g)) @ p['o.kernel']
 
   agrees(run, expected)
+
+
+def test_hgrn2_is_that_of_the_paper():
+  """Qin et al. 2024, section 3.2, with the lower bounds of Qin et al. 2023, equation 5: exclusive
+  sums over the blocks of a softmax over them."""
+  K = 8
+  run, p = layer(Hgrn2.Config(head_dim=K))
+
+  def expected(x):
+    logits = p['parts.lower_bounds.logits']
+    share = np.exp(logits) / np.exp(logits).sum(0)
+    bound = (np.cumsum(share, 0) - share[0])[1]
+    f = bound + (1 - bound) * sigmoid(x @ p['layer.f.kernel'])
+    q, v = silu(x @ p['layer.q.kernel']) / np.sqrt(K), x @ p['layer.v.kernel']
+    o = recurrence(*(heads(z, D // K) for z in (q, 1 - f, v, f))).reshape(len(x), D)
+    return rms(o, p['layer.norm.scale']) @ p['layer.o.kernel']
+
+  agrees(run, expected)
+
+
+def test_lightning_attention_is_that_of_the_paper():
+  """MiniMax 2025, section 2.2; slopes as in ALiBi, times 1 - l / (L - 1) in block l of L."""
+  H, K = 4, 8
+  run, p = layer(LightningAttention.Config(heads=H))
+
+  def expected(x):
+    qkv = heads(silu(x @ p['layer.qkv.kernel']), H)
+    slopes = 2.0 ** (-8 * np.arange(1, H + 1) / H) * (1 - 1 / (2 + 1e-5) + 1e-5)
+    decay = np.broadcast_to(np.exp(-slopes)[:, None], (len(x), H, K))
+    o = recurrence(*np.split(qkv, 3, axis=-1), decay).reshape(len(x), D)
+    y = sigmoid(x @ p['layer.g.kernel']) * rms(o, p['layer.norm.scale'], 1e-6)
+    return y @ p['layer.out.kernel']
+
+  agrees(run, expected)
+
+
+def test_lower_bounds_rise_from_0_to_almost_1():
+  bounds = LowerBounds(D, 4)
+  found = [np.asarray(bounds(i)) for i in range(4)]
+  np.testing.assert_allclose(found, np.outer([0, 1 / 4, 2 / 4, 3 / 4], np.ones(D)), atol=1e-6)
+
+
+def test_decays_of_bounded_gates_are_precise():
+  """Relative to float64, where all or nothing is left, with bounds from 0 to almost 1."""
+  z = np.asarray([-200.0, -30.0, -3.0, 0.0, 5.0, 40.0, 200.0])
+  for b in np.float32([0.0, 0.3, 1.0 - 1e-6]):
+    got = np.asarray(bounded_log_sigmoid(jnp.asarray(z, jnp.float32), jnp.full(7, b)))
+    Z, B64 = np.clip(z, -80, 80), np.float64(b)
+    low, high = np.minimum(Z, 0), np.maximum(Z, 0)
+    want = np.where(
+      Z < 0, np.log(np.exp(low) + B64) - np.log1p(np.exp(low)), np.log1p((B64 - 1) * sigmoid(-high))
+    )
+    np.testing.assert_allclose(got, want, rtol=1e-5)
+  gradient = jax.vmap(jax.grad(bounded_log_sigmoid))(jnp.asarray(z, jnp.float32), jnp.zeros(7))
+  assert np.isfinite(gradient).all()
 
 
 @pytest.mark.parametrize(

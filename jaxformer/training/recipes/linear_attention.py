@@ -1,4 +1,5 @@
-"""RetNet (Sun et al. 2023) and gated linear attention (Yang et al. 2024)."""
+"""RetNet (Sun et al. 2023), gated linear attention (Yang et al. 2024), HGRN2 (Qin et al. 2024) and
+MiniMax-Text-01 (MiniMax 2025)."""
 
 from jaxformer.data import PublishedCorpus, PublishedTokenizer, Text
 from jaxformer.training.optimizer import AdamW
@@ -83,3 +84,62 @@ for name, amount, batch, warmup, tokens in (
       else {}
     ),
   )
+
+# HGRN2 in the sizes and with the training in which later papers compare it with GLA.
+for name, amount, batch, warmup in (
+  ('hgrn2-340m', 15e9, 256, 0.5e9),
+  ('hgrn2-1.3b', 100e9, 1024, 1e9),
+):
+  recipe(
+    name,
+    amount=amount,
+    data=Text(corpus=SLIM_PAJAMA, tokenizer=MISTRAL, sequence_length=LENGTH),
+    batch_size=batch,
+    optimizer=AdamW(learning_rate=3e-4, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.01),
+    schedule=Cosine(warmup=round(warmup / (batch * LENGTH)), final=0.1),
+    init=INIT + ', lower bounds 0',
+    origins=ORIGINS
+    | each(
+      ours('that of GLA at the same size; of this size nothing is known'),
+      'tokens',
+      'minimum',
+      'clip',
+      'tokenizer',
+      *STATED,
+    ),
+  )
+
+recipe(
+  'minimax-text-01',
+  amount=11.4e12,
+  data=Text(
+    corpus=PublishedCorpus(name='an in-house dataset of web pages, books and code'),
+    tokenizer=PublishedTokenizer(
+      name='MiniMax BPE', vocab_size=200_064, hub='MiniMaxAI/MiniMax-Text-01'
+    ),
+    sequence_length=8192,
+  ),
+  batch_size=4096,
+  optimizer=AdamW(learning_rate=2e-4, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1),
+  schedule=Cosine(warmup=500, final=0.1),
+  init=INIT,
+  origins={
+    **each(
+      memory('as remembered of MiniMax 2025, arXiv:2501.08313'),
+      'length',
+      'optimizer',
+      'betas',
+      'peak',
+      'warmup',
+      'decay',
+      'tokenizer',
+    ),
+    'tokens': memory('as remembered: 7.2T at the peak rate and 3.2T at lower ones, and more'),
+    'batch': ours('published as growing from 16M to 128M tokens, as remembered; here 34M'),
+    'steps': derived('tokens / (batch x length)'),
+    'schedule': ours('constant and then exponential in the paper, as remembered; here a cosine'),
+    'init': ours('the default of transformers; Xavier in the paper, as remembered'),
+    **each(ours('not known'), 'minimum', 'eps', 'clip', 'dropout', 'precision'),
+  },
+  note='The stages of longer contexts that follow are no part of it.',
+)
