@@ -9,9 +9,11 @@ import dataclasses
 from typing import Any
 
 from jaxformer.config import InputError
+from jaxformer.interop.decoder import MODEL
 from jaxformer.interop.families import llama, mixtral
 from jaxformer.interop.families.jamba import shortest
 from jaxformer.interop.family import depth, family, part, std_of
+from jaxformer.interop.rotary import read_rotary, write_rotary
 from jaxformer.interop.settings import ACTIVATIONS, Settings, activation_name, written
 from jaxformer.interop.weights import MIXER, Rule, modules
 from jaxformer.layers.attention import Attention
@@ -25,6 +27,8 @@ from jaxformer.models.block import Block, ResidualOfNorm
 from jaxformer.models.language_model import LanguageModel
 
 _DEFAULTS = {
+  'vocab_size': 32000,
+  'hidden_size': 4096,
   'num_key_value_heads': 8,
   'intermediate_size': 14336,
   'max_position_embeddings': 131072,
@@ -35,7 +39,7 @@ _KINDS = {'linear_attention': 'linear_attn', 'full_attention': 'full_attn'}
 _INNER_NORM = RMSNorm(eps=1e-6)  # of lightning attention, whatever the config
 
 
-def _residual(hf: Settings, kind: str) -> dict[str, float | None]:
+def _residual(hf: Settings, kind: str) -> dict[str, Any]:
   """The factors of the branches of a kind."""
   scale = hf.positive(f'{kind}_beta_factor', 1.0)
   return {
@@ -47,16 +51,17 @@ def _residual(hf: Settings, kind: str) -> dict[str, float | None]:
 def read(hf: Settings) -> LanguageModel.Config:
   hf = hf.with_defaults(_DEFAULTS)
   hf.only('router_jitter_noise', 0.0, 0, None)
-  model, init = hf.read(llama.MODEL), Normal(std=hf.get('initializer_range', float, 0.02))
+  model, init = hf.read(MODEL), Normal(std=hf.get('initializer_range', float, 0.02))
   heads, head_dim = hf.count('num_attention_heads', 32), hf.count('head_dim', None)
   norm = RMSNorm(eps=hf.get('rms_norm_eps', float))
   head_dim = None if head_dim and head_dim * heads == model['width'] else head_dim
-  activation, inits = hf.choose('hidden_act', ACTIVATIONS, 'silu'), {'init': init, 'out_init': init}
+  activation = hf.choose('hidden_act', ACTIVATIONS, 'silu')
+  inits: dict[str, Any] = {'init': init, 'out_init': init}
   full = Attention.Config(
     heads=heads,
     kv_heads=hf.count('num_key_value_heads'),
     head_dim=head_dim,
-    position=llama.read_rotary(hf),
+    position=read_rotary(hf),
     window=hf.count('sliding_window', None),
     attention_dropout=hf.get('attention_dropout', float, 0.0),
     **inits,
@@ -115,10 +120,10 @@ def write(config: LanguageModel.Config) -> dict[str, Any]:
     if branch is not None
     for field, value in (('alpha', branch.residual), ('beta', branch.scale or 1.0))
   }
-  rotary = {} if full is None else llama.write_rotary(full.layer.position)
+  rotary = {} if full is None else write_rotary(full.layer.position)
   return {
     'architectures': ['MiniMaxForCausalLM'],
-    **written(config, llama.MODEL),
+    **written(config, MODEL),
     **mixtral.write_router(part(moe.router, TopKSoftmax, 'the router of a block')),
     **factors,
     **rotary,
