@@ -4,8 +4,9 @@ matrix state decays row by row.
   y_t = r_t^T (S_{t-1} + diag(u) k_t v_t^T)
   S_t = diag(exp(log_decay_t)) S_{t-1} + k_t v_t^T
 
-(Peng et al. 2024, "Eagle and Finch", equations 16 to 21). The chunked implementation turns it into
-matrix products. What token i contributes to a later token t of its chunk is weighted by exp of the
+(Peng et al. 2024, "Eagle and Finch", equations 16 to 21); and the same with y_t = r_t^T S_t (gated
+linear attention; Yang et al. 2024, equation 3), which is (exp(log_decay_t) r_t)^T S_{t-1} + (r_t .
+k_t) v_t. The chunked implementation turns it into matrix products. What token i contributes to a later token t of its chunk is weighted by exp of the
 sum of the log decays between them (`ops/pair_weights.py`), which no decay overflows.
 
 Everything is fp32, the products included; y is returned in the dtype of v.
@@ -15,6 +16,7 @@ Dims: B batch, T time, H heads, K key, V value, C chunk.
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
@@ -44,7 +46,7 @@ def wkv6(
   k: Float[Array, 'B T H K'],
   v: Float[Array, 'B T H V'],
   log_decay: Float[Array, '#B #T H K'],
-  u_HK: Float[Array, 'H K'],
+  u_HK: Float[Array, 'H K'] | None,
   state: Float[Array, 'B H K V'] | None,
   starts_BT: Bool[Array, 'B T'],
   *,
@@ -55,6 +57,7 @@ def wkv6(
   Args:
     log_decay: at most 0, however negative; of size 1 in B and T where all tokens have the same
       decay (RWKV-5).
+    u_HK: None where y_t reads the state after token t.
     state: None for zeros. Fp32 whatever the other dtypes, like the state returned.
     starts_BT: where a packed document starts: the state is zero before that token.
     chunk: tokens per chunk, a power of 2.
@@ -63,7 +66,7 @@ def wkv6(
   chosen = WKV6.choose(local_length(T))
   inputs = r, k, v, jnp.broadcast_to(log_decay, r.shape), u_HK
   if chosen != 'pallas':
-    inputs = tuple(x.astype(jnp.float32) for x in inputs)
+    inputs = jax.tree.map(lambda x: x.astype(jnp.float32), inputs)
   S = jnp.zeros((B, H, K, V), jnp.float32) if state is None else state.astype(jnp.float32)
   sharded = over_time(
     lambda S, *inputs: WKV6[chosen](S, *inputs, chunk=chunk),
@@ -92,8 +95,9 @@ def wkv6_naive(S_BHKV, r, k, v, log_decay, u_HK, starts_BT, chunk=CHUNK):
 
   def step(S_BHKV, r, k, v, decay):
     kv_BHKV = k[..., None] * v[..., None, :]
-    y_BHV = jnp.sum(r[..., None] * (S_BHKV + u_HK[None, :, :, None] * kv_BHKV), axis=-2)
-    return decay[..., None] * S_BHKV + kv_BHKV, y_BHV
+    after_BHKV = decay[..., None] * S_BHKV + kv_BHKV
+    read_BHKV = after_BHKV if u_HK is None else S_BHKV + u_HK[None, :, :, None] * kv_BHKV
+    return after_BHKV, jnp.sum(r[..., None] * read_BHKV, axis=-2)
 
   return scan_steps(step, S_BHKV, (r, k, v, jnp.exp(log_decay)), starts_BT)
 
@@ -104,9 +108,17 @@ def wkv6_naive(S_BHKV, r, k, v, log_decay, u_HK, starts_BT, chunk=CHUNK):
 def _chunked(S, r, k, v, log_decay, u_HK, starts_BT, chunk=CHUNK):
   """Remaining tokens are padded to a power of 2: a token without key and without decay leaves the
   state as it is."""
-  inputs = r, k, v, starts_BT, log_decay
+  own = r * k if u_HK is None else r * u_HK[None, None] * k
+  inputs = _before(r, log_decay, u_HK), k, v, starts_BT, log_decay
   y, S = scan_chunks(_chunk, S, inputs, chunk, lambda rest: 1 << (rest - 1).bit_length())
-  return y + jnp.sum(r * u_HK[None, None] * k, axis=-1, keepdims=True) * v, S
+  return y + jnp.sum(own, axis=-1, keepdims=True) * v, S
+
+
+def _before(r, log_decay, u_HK):
+  """What reads the state before a token in place of r."""
+  if u_HK is not None:
+    return r
+  return (r.astype(jnp.float32) * jnp.exp(log_decay.astype(jnp.float32))).astype(r.dtype)
 
 
 def _chunk(S_BHKV, r, k, v, starts_BC, log_decay):
@@ -125,6 +137,15 @@ def _chunk(S_BHKV, r, k, v, starts_BC, log_decay):
   return kept + new, jnp.swapaxes(y, 1, 2)
 
 
+def _pallas(S, r, k, v, log_decay, u_HK, starts_BT, chunk=CHUNK):
+  if u_HK is not None:
+    return wkv6_pallas(S, r, k, v, log_decay, u_HK, starts_BT, chunk=chunk)
+  u, before = jnp.zeros(k.shape[2:], jnp.float32), _before(r, log_decay, u_HK)
+  y, S = wkv6_pallas(S, before, k, v, log_decay, u, starts_BT, chunk=chunk)
+  own = jnp.sum(r.astype(jnp.float32) * k.astype(jnp.float32), axis=-1, keepdims=True)
+  return (y.astype(jnp.float32) + own * v.astype(jnp.float32)).astype(v.dtype), S
+
+
 def _product(letters: str, a, b):
   return jnp.einsum(letters, a, b, precision=lax.Precision.HIGHEST)
 
@@ -141,7 +162,7 @@ WKV6 = Operation(
     'naive': wkv6_naive,
     'chunked': _chunked,
     # a kernel for TPUs; elsewhere it is interpreted, which is slow
-    'pallas': wkv6_pallas,
+    'pallas': _pallas,
   },
   _order,
 )
