@@ -6,8 +6,9 @@ matrix state decays row by row.
 
 (Peng et al. 2024, "Eagle and Finch", equations 16 to 21); and the same with y_t = r_t^T S_t (gated
 linear attention; Yang et al. 2024, equation 3), which is (exp(log_decay_t) r_t)^T S_{t-1} + (r_t .
-k_t) v_t. The chunked implementation turns it into matrix products. What token i contributes to a later token t of its chunk is weighted by exp of the
-sum of the log decays between them (`ops/pair_weights.py`), which no decay overflows.
+k_t) v_t. The chunked implementation turns it into matrix products. What token i contributes to a
+later token t of its chunk is weighted by exp of the sum of the log decays between them
+(`ops/pair_weights.py`), which no decay overflows.
 
 Everything is fp32, the products included; y is returned in the dtype of v.
 
