@@ -65,13 +65,13 @@ def read(hf: Settings) -> LanguageModel.Config:
     RMSNorm(eps=hf.get('rms_norm_eps', float, 1e-6)),
   )
   hf.only('position_embedding_type', None, 'nope', 'rope')
-  rotary = read_rotary(hf) if hf.value('position_embedding_type') == 'rope' else None
+  rotary = read_rotary(hf)
   heads = hf.count('num_attention_heads', 32)
   hf.only('head_dim', None, model['width'] // heads)
   attention = Attention.Config(
     heads=heads,
     kv_heads=hf.count('num_key_value_heads', heads),
-    position=rotary,
+    position=rotary if hf.value('position_embedding_type') == 'rope' else None,
     bias=hf.get('attention_bias', bool, False),
     scale=hf.positive('attention_multiplier', 1.0),
     attention_dropout=hf.get('attention_dropout', float, 0.0),
