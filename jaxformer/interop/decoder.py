@@ -29,7 +29,7 @@ MODEL: Table = {
 
 def read_decoder(
   hf: Settings,
-  attention_of: Callable[[int, Attention.Config], Attention.Config],
+  attention_of: Callable[[int, Attention.Config], LayerConfig],
   *,
   branch: Callable[..., BranchConfig] = PreNorm,
   unit_offset: bool = False,
@@ -41,7 +41,8 @@ def read_decoder(
   """The architecture, from the shared fields; `hf` has their defaults.
 
   Args:
-    attention_of: from the index of a layer and the attention of the shared fields to its own.
+    attention_of: from the index of a layer and the attention of the shared fields to the first
+      layer of its block.
     branch: of both layers of a block.
     unit_offset: of the norms.
     activation: name of the field.
@@ -169,10 +170,16 @@ SANDWICH_NORMS = {
 }
 
 
-def decoder_rules(norms: Mapping[str, str] = PRE_NORMS, feed_forward: str = 'mlp') -> list[Rule]:
+ATTENTION = {p: f'{p}_proj' for p in 'qkvo'} | {n: n for n in ('q_norm', 'k_norm')}
+
+
+def decoder_rules(
+  norms: Mapping[str, str] = PRE_NORMS,
+  feed_forward: str = 'mlp',
+  attention: Mapping[str, str] = ATTENTION,
+) -> list[Rule]:
   """The map of weights; `norms` are those of the branches, `feed_forward` their name of
-  a feed-forward layer."""
-  attention = {p: f'{p}_proj' for p in 'qkvo'} | {n: n for n in ('q_norm', 'k_norm')}
+  a feed-forward layer, `attention` the parts of attention."""
   outer = {'embedder.input': 'model.embed_tokens', 'final_norm': 'model.norm', 'head': 'lm_head'}
   mlp = {p: f'{p}_proj' for p in ('gate', 'up', 'down')}
   return [

@@ -104,7 +104,8 @@ class CheckpointFormat:
       the config with what `read` makes of the result.
     rules: our config -> the map of weights.
     prefix: missing from every name in a file of the model without its head.
-    ignored: patterns (full match) of tensors without information: buffers of masks and frequencies.
+    ignored: patterns (full match) of tensors that the model does not have and does not need:
+      buffers of masks and frequencies, layers of another training objective.
     copies: tensor -> the tensor that it may duplicate exactly where it is not one of the rules'
       (tied heads).
     model: the type of config that it represents.
@@ -273,7 +274,8 @@ def check(kind: CheckpointFormat, links: Sequence[Link], file: Tensors) -> dict[
     kind.prefix + n if bare and n not in wanted and n not in kind.copies else n: n
     for n in file.info
   }
-  found = {n: s for n, s in full.items() if not any(re.fullmatch(p, n) for p in kind.ignored)}
+  ignored = {n for n in full if any(re.fullmatch(p, n) for p in kind.ignored)} - wanted.keys()
+  found = {n: s for n, s in full.items() if n not in ignored}
   infos = {n: file.info[s] for n, s in found.items() if n in wanted or n not in kind.copies}
   _refuse(
     str(file.source),

@@ -43,6 +43,17 @@ def random_model(family, fields):
   return model
 
 
+def biases_of_choice(model):
+  """The biases of routers that balance without a loss, which transformers counts as buffers; adds
+  noise to them."""
+  import torch
+
+  biases = [b for n, b in model.named_buffers() if n.endswith('e_score_correction_bias')]
+  for bias in biases:
+    bias.add_(torch.randn_like(bias) * 0.1)
+  return biases
+
+
 def tokens(seed=0, length=LENGTH):
   return np.random.default_rng(seed).integers(0, VOCABULARY, (2, length))
 
