@@ -79,26 +79,34 @@ def std_of(init: Init) -> float:
   return init.std if type(init) is Normal else 0.02
 
 
+NEAREST = 3  # formats whose obstacles are named for a model that no format represents
+
+
 def match(
   config: ModelConfig,
   formats: Iterable[CheckpointFormat],
   header: Callable[[Mapping[str, Any], str], Any] = Settings,
 ) -> CheckpointFormat:
   """The format of a model: the one whose `read` returns, from the `header` that its `write` wrote,
-  a config that is `functional`ly equal. Raises `InputError` with the obstacles in each format."""
+  a config that is `functional`ly equal. Raises `InputError` with the obstacles in the formats that
+  are nearest: first those that differ in the fewest fields, then those with other layers."""
   function, reasons = functional(config), []
   for candidate in formats:
+    other_layers = False
     try:
       mine = candidate.write(part(config, candidate.model, 'model'))
       back = candidate.read(header(mine, candidate.name))
       # The files of RWKV have no context length.
       differ = differences(function, functional(back.replace(context_length=config.context_length)))
     except InputError as e:
-      differ = [str(e)]
+      differ, other_layers = [str(e)], True
     if not differ:
       return candidate
-    reasons.append(f'As {candidate.name}: {shortened(differ, 3)}')
-  raise InputError('model', problem=f'no format represents it. {". ".join(reasons)}')
+    reasons.append((other_layers, len(differ), f'As {candidate.name}: {shortened(differ, 3)}'))
+  nearest = [reason for *_, reason in sorted(reasons, key=lambda r: r[:2])]
+  listed = '. '.join(nearest[:NEAREST])
+  rest = f'. {len(nearest) - NEAREST} other formats fit less' if len(nearest) > NEAREST else ''
+  raise InputError('model', problem=f'no format represents it. {listed}{rest}')
 
 
 TRAINING_ONLY = re.compile(

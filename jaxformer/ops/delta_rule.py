@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import functools
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
@@ -74,7 +75,8 @@ def delta_rule(
   """
   B, T, H, K = q_BTHK.shape
   state = jnp.zeros((B, H, v_BTHV.shape[-1], K)) if state_BHVK is None else state_BHVK
-  g = jnp.zeros((B, T, H)) if log_decay is None else log_decay
+  # A constant array of all positions would be added up by XLA while it compiles.
+  g = jax.lax.optimization_barrier(jnp.zeros((B, T, H))) if log_decay is None else log_decay
   inputs = q_BTHK, k_BTHK, v_BTHV, beta_BTH[..., None], g if g.ndim == 4 else g[..., None]
   # Products of bfloat16 inputs may be rounded like the inputs on hardware that does so; sums and
   # states are fp32 in any case.
