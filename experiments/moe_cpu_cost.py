@@ -35,7 +35,7 @@ os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 import jax
 import jax.numpy as jnp
 
-from jaxformer.layers.layer import Context
+from jaxformer.layers.layer import Context, LayerConfig
 from jaxformer.layers.mlp import GatedMlp
 from jaxformer.layers.moe import Moe
 from jaxformer.layers.router import TopKSoftmax

@@ -50,7 +50,7 @@ os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 
 from gallery import Picture, Result, Verdict, arguments, publish, signed, to_the_end
 
-from jaxformer.data import ByPosition, Files, StandardLibrary, Text
+from jaxformer.data import ByPosition, Files, StandardLibrary, Text, open_data
 from jaxformer.data.splits import content_hash
 from jaxformer.models.params import define
 from jaxformer.planning.cost import flops_per_token

@@ -21,6 +21,7 @@ from jaxformer.planning.estimate import inference_setup
 from jaxformer.planning.memory import memory
 from jaxformer.planning.target import parse_target
 from jaxformer.sharding import MeshConfig, Parallel
+from tests import tiers
 
 tpu_compiler = pytest.mark.tpu_compiler
 needs_libtpu = pytest.mark.skipif(
