@@ -1,5 +1,6 @@
 """The registry of checkpoint formats, what they share, and the match of a model to one of them."""
 
+import dataclasses
 import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
@@ -89,8 +90,10 @@ def match(
 ) -> CheckpointFormat:
   """The format of a model: the one whose `read` returns, from the `header` that its `write` wrote,
   a config that is `functional`ly equal. Raises `InputError` with the obstacles in the formats that
-  are nearest: first those that differ in the fewest fields, then those with other layers."""
+  are nearest: first those with the same layers that differ in the fewest fields, then those with
+  other layers."""
   function, reasons = functional(config), []
+  outside = {field.name for field in dataclasses.fields(config)} - {'stack'}
   for candidate in formats:
     other_layers = False
     try:
@@ -99,7 +102,7 @@ def match(
       # The files of RWKV have no context length.
       differ = differences(function, functional(back.replace(context_length=config.context_length)))
     except InputError as e:
-      differ, other_layers = [str(e)], True
+      differ, other_layers = [str(e)], e.field not in outside
     if not differ:
       return candidate
     reasons.append((other_layers, len(differ), f'As {candidate.name}: {shortened(differ, 3)}'))

@@ -163,7 +163,7 @@ def _small(
     latent(heads, width // heads, q_rank=q_rank),
     dense=1,
     experts=16,
-    expert_hidden=max(8, round(hidden / 32) * 8),
+    expert_hidden=max(8, hidden // 4),
     shared=1,
     router=make_router(k=3, groups=4, groups_per_token=2, scale=2.5),
     **sizes,
