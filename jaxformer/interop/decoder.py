@@ -15,7 +15,7 @@ from jaxformer.layers.mlp import GatedMlp
 from jaxformer.layers.norm import RMSNorm
 from jaxformer.models.block import Block, BranchConfig, PreNorm
 from jaxformer.models.language_model import LanguageModel
-from jaxformer.models.stack import periodic
+from jaxformer.models.stack import grouped
 
 MODEL: Table = {
   'vocab_size': ('vocab_size', int),
@@ -78,7 +78,7 @@ def read_decoder(
     for i in range(hf.count('num_hidden_layers'))
   ]
   return LanguageModel.Config(
-    **model, stack=periodic(blocks), final_norm=norm, embedding_init=init, **fields
+    **model, stack=grouped(blocks), final_norm=norm, embedding_init=init, **fields
   )
 
 

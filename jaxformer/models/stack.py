@@ -94,19 +94,6 @@ def group(*branches: BranchConfig, repeats: int = 1) -> Group:
   return Group(pattern=(Block.Config(branches=branches),), repeats=repeats)
 
 
-def periodic(blocks: Sequence[Block.Config]) -> tuple[Group, ...]:
-  """Return groups for a stack of these blocks: the shortest pattern that repeats, and what remains
-  of it at the end; where no pattern does, one group per run of equal blocks."""
-  n = len(blocks)
-  period = next(p for p in range(1, n + 1) if all(blocks[i] == blocks[i - p] for i in range(p, n)))
-  if period == n > 1:
-    runs = (tuple(run) for _, run in itertools.groupby(blocks))
-    return tuple(Group(pattern=run[:1], repeats=len(run)) for run in runs)
-  whole = n - n % period
-  rest = periodic(blocks[whole:]) if whole < n else ()
-  return Group(pattern=tuple(blocks[:period]), repeats=n // period), *rest
-
-
 def grouped(blocks: Sequence[Block.Config]) -> tuple[Group, ...]:
   """Return the groups of a stack of these blocks, from the bottom up: wherever a pattern recurs at
   once, the repetition that covers the most blocks becomes a group, and of those the one with the

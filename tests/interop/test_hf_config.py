@@ -12,6 +12,7 @@ from jaxformer.interop.families import FAMILIES
 from jaxformer.interop.family import match
 from jaxformer.interop.settings import ACTIVATIONS, Settings, activation_name
 from jaxformer.layers.position import Llama3Scaling, Rotary
+from jaxformer.models.stack import grouped
 from jaxformer.models.zoo import PRESETS
 from jaxformer.models.zoo.rwkv4 import rwkv4
 from jaxformer.overrides import override
@@ -215,9 +216,11 @@ def read(fields):
 
 
 def in_files(name):
-  """The model of a preset as files tell it: without the learning rate, up to which RWKV-4's
-  embeddings are initialized."""
+  """The model of a preset as files tell it: block by block, so that the groups are the importer's,
+  and without the learning rate, up to which RWKV-4's embeddings are initialized."""
   model = PRESETS[name].model
+  blocks = [b for group in model.stack for _ in range(group.repeats) for b in group.pattern]
+  model = model.replace(stack=grouped(blocks))
   init = rwkv4(8, 1).embedding_init
   return model.replace(embedding_init=init) if PRESETS[name].family == 'rwkv4' else model
 

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from jaxformer.models.params import define
-from jaxformer.models.stack import grouped
 from jaxformer.models.zoo import PRESETS
 from jaxformer.models.zoo.lfm2 import lfm2
 from tests.layers.initial import normal, uniform
@@ -133,30 +132,6 @@ def test_layouts():
   assert [i for i, letter in enumerate(micro) if letter == '*'] == [5, 15, 25, 35]
   letters = {'ShortConvolution': 'c', 'Attention': 'a'}
   assert layout('lfm2-1.2b', letters) == 'ccaccaccacacacac'
-
-
-@pytest.mark.parametrize(
-  ('layout', 'expected'),
-  [
-    ('ababab', [('ab', 3)]),
-    ('aaab', [('a', 3), ('b', 1)]),
-    ('abcc', [('ab', 1), ('c', 2)]),
-    ('ccaccaccacacacac', [('cca', 3), ('ca', 3), ('c', 1)]),
-    (EIGHT, [('M-M-M-M*-M-', 4), ('M-', 4)]),
-    ('abc', [('abc', 1)]),
-  ],
-)
-def test_repetitions_become_groups(layout, expected):
-  model = lfm2(8, 'ca', 8, 2, 1, vocab_size=9, context_length=8)
-  kinds = {}
-  for letter in layout:  # a block for each letter
-    branch = model.stack[0].pattern[0].branches[1]
-    mlp = branch.layer.replace(hidden=8 + len(kinds))
-    block = model.stack[0].pattern[0].replace(branches=(branch.replace(layer=mlp),))
-    kinds.setdefault(letter, block)
-  names = {block: letter for letter, block in kinds.items()}
-  groups = grouped([kinds[letter] for letter in layout])
-  assert [(''.join(names[b] for b in g.pattern), g.repeats) for g in groups] == expected
 
 
 # ---- initial values ----------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from jaxformer.layers.norm import RMSNorm
 from jaxformer.layers.router import SoftmaxTopK
 from jaxformer.models.block import Block, PreNorm
 from jaxformer.models.language_model import LanguageModel
-from jaxformer.models.stack import Group
+from jaxformer.models.stack import grouped
 
 MODEL: Table = {
   'vocab_size': ('vocab_size', 65536),
@@ -42,13 +42,6 @@ def periodic(hf: Settings, what: str, period: int, offset: int) -> tuple[int, in
   if not 0 <= offset < period:
     raise hf.fail(f'{what}_layer_offset', f'at least 0 and below the period, {period}')
   return period, offset
-
-
-def shortest(blocks: list[Block.Config]) -> Group:
-  """The shortest repeated pattern that equals the blocks."""
-  n = len(blocks)
-  period = next(p for p in range(1, n + 1) if n % p == 0 and blocks == blocks[:p] * (n // p))
-  return Group(pattern=tuple(blocks[:period]), repeats=n // period)
 
 
 def read(hf: Settings) -> LanguageModel.Config:
@@ -90,7 +83,7 @@ def read(hf: Settings) -> LanguageModel.Config:
   )
   hf.only('head_dim', None, model['width'] // attention.heads)
   return LanguageModel.Config(
-    **model, stack=(shortest([block(i) for i in indices]),), final_norm=norm, embedding_init=init
+    **model, stack=grouped([block(i) for i in indices]), final_norm=norm, embedding_init=init
   )
 
 

@@ -11,7 +11,6 @@ from typing import Any
 from jaxformer.config import InputError
 from jaxformer.interop.decoder import MODEL
 from jaxformer.interop.families import llama, mixtral
-from jaxformer.interop.families.jamba import shortest
 from jaxformer.interop.family import depth, family, part, std_of
 from jaxformer.interop.rotary import read_rotary, write_rotary
 from jaxformer.interop.settings import ACTIVATIONS, Settings, activation_name, written
@@ -25,6 +24,7 @@ from jaxformer.layers.norm import RMSNorm
 from jaxformer.layers.router import TopKSoftmax
 from jaxformer.models.block import Block, ResidualOfNorm
 from jaxformer.models.language_model import LanguageModel
+from jaxformer.models.stack import grouped
 
 _DEFAULTS = {
   'vocab_size': 32000,
@@ -83,8 +83,12 @@ def read(hf: Settings) -> LanguageModel.Config:
     )
     for kind, layer in (('linear_attention', linear), ('full_attention', full))
   }
-  group = shortest([blocks[kind] for kind in _layer_types(hf)])
-  return LanguageModel.Config(**model, stack=(group,), final_norm=norm, embedding_init=init)
+  return LanguageModel.Config(
+    **model,
+    stack=grouped([blocks[kind] for kind in _layer_types(hf)]),
+    final_norm=norm,
+    embedding_init=init,
+  )
 
 
 def _layer_types(hf: Settings) -> list[str]:

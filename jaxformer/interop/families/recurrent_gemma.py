@@ -4,7 +4,6 @@ import math
 from typing import Any
 
 from jaxformer.config import InputError
-from jaxformer.interop.families.jamba import shortest
 from jaxformer.interop.family import family, part
 from jaxformer.interop.settings import ACTIVATIONS, Settings, Table, activation_name, written
 from jaxformer.interop.weights import FEED_FORWARD, MIXER, CheckpointFormat, Rule, arrays, fused
@@ -17,6 +16,7 @@ from jaxformer.layers.position import Rotary
 from jaxformer.layers.rg_lru import DepthNormal, RgLru
 from jaxformer.models.block import Block, pre_norm
 from jaxformer.models.language_model import LanguageModel
+from jaxformer.models.stack import grouped
 from jaxformer.models.zoo.recurrent_gemma import embedding_scale
 
 CONTEXT_LENGTH = 8192  # that of the published models; files do not say it
@@ -94,7 +94,7 @@ def read(hf: Settings) -> LanguageModel.Config:
   return LanguageModel.Config(
     **model,
     context_length=CONTEXT_LENGTH,
-    stack=(shortest(blocks),),
+    stack=grouped(blocks),
     final_norm=norm,
     embedding_scale=embedding_scale(model['width']),
     embedding_init=Normal(std=1 / math.sqrt(model['width'])),

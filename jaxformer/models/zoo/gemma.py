@@ -13,7 +13,7 @@ from jaxformer.layers.norm import RMSNorm
 from jaxformer.layers.position import LinearScaling, Rotary
 from jaxformer.models.block import Block, SandwichNorm
 from jaxformer.models.language_model import LanguageModel
-from jaxformer.models.stack import periodic
+from jaxformer.models.stack import grouped
 from jaxformer.models.zoo.preset import HEAD, TINY, family, heads_for, preset, two_thirds
 from jaxformer.models.zoo.story import Chapter, step
 
@@ -37,7 +37,7 @@ def _gemma(
   blocks = [block(attention) for attention in pattern]
   return LanguageModel.Config(
     width=width,
-    stack=periodic([blocks[i % len(blocks)] for i in range(layers)]),
+    stack=grouped([blocks[i % len(blocks)] for i in range(layers)]),
     final_norm=NORM,
     embedding_scale=math.sqrt(width),
     tied=True,

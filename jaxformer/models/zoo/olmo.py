@@ -11,7 +11,7 @@ from jaxformer.layers.norm import RMSNorm
 from jaxformer.layers.position import Rotary, YarnScaling
 from jaxformer.models.block import Block, NormAfter
 from jaxformer.models.language_model import LanguageModel
-from jaxformer.models.stack import periodic
+from jaxformer.models.stack import grouped
 from jaxformer.models.zoo.preset import HEAD, TINY, family, heads_for, preset, two_thirds
 from jaxformer.models.zoo.story import Chapter, step
 
@@ -46,7 +46,7 @@ def olmo2(
     return Block.Config(branches=tuple(NormAfter(layer=x, norm=NORM) for x in (mixer, mlp)))
 
   blocks = [block(windows[i % len(windows)]) for i in range(layers)]
-  return LanguageModel.Config(width=width, stack=periodic(blocks), final_norm=NORM, **fields)
+  return LanguageModel.Config(width=width, stack=grouped(blocks), final_norm=NORM, **fields)
 
 
 def olmo3(*sizes: int, window: int = 4096, **fields: Any) -> LanguageModel.Config:
