@@ -1,7 +1,7 @@
 """What the checkpoint formats of dense decoders share: attention and a gated feed-forward layer in
 each block, with layers that differ in the reach of their attention and in their positions."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from jaxformer.interop.family import depth, part, std_of
@@ -32,6 +32,7 @@ def read_decoder(
   attention_of: Callable[[int, Attention.Config], LayerConfig],
   *,
   branch: Callable[..., BranchConfig] = PreNorm,
+  branch_of: Callable[[int], Callable[..., BranchConfig]] | None = None,
   unit_offset: bool = False,
   activation: str = 'hidden_act',
   mlp_bias: bool = False,
@@ -44,6 +45,7 @@ def read_decoder(
     attention_of: from the index of a layer and the attention of the shared fields to the first
       layer of its block.
     branch: of both layers of a block.
+    branch_of: the same, from the index of a layer, where blocks differ.
     unit_offset: of the norms.
     activation: name of the field.
     feed_forward: from the index of a layer and the feed-forward layer of the shared fields to the
@@ -71,7 +73,7 @@ def read_decoder(
   blocks = [
     Block.Config(
       branches=tuple(
-        branch(layer=layer, norm=norm)
+        (branch_of(i) if branch_of else branch)(layer=layer, norm=norm)
         for layer in (attention_of(i, attention), feed_forward(i, mlp))
       )
     )
@@ -87,13 +89,15 @@ def read_norm(hf: Settings, unit_offset: bool = False) -> RMSNorm:
   return RMSNorm(eps=hf.get('rms_norm_eps', float, 1e-6), unit_offset=unit_offset)
 
 
-def read_layer_types(hf: Settings, default: Callable[[int], str]) -> list[str]:
-  """`layer_types`: whether each layer has full or sliding attention; `default` of an index, where
-  it is missing."""
+def read_layer_types(
+  hf: Settings, default: Callable[[int], str], kinds: Sequence[str] = (FULL, SLIDING)
+) -> list[str]:
+  """`layer_types`: the kind of each layer, by default whether it has full or sliding attention;
+  `default` of an index, where it is missing."""
   n = hf.count('num_hidden_layers')
   found = hf.value('layer_types') or [default(i) for i in range(n)]
-  if not isinstance(found, list) or len(found) != n or not {FULL, SLIDING}.issuperset(found):
-    raise hf.fail('layer_types', f'a list of {n} of {FULL} and {SLIDING}')
+  if not isinstance(found, list) or len(found) != n or not set(kinds).issuperset(found):
+    raise hf.fail('layer_types', f'a list of {n} of {" and ".join(kinds)}')
   return found
 
 

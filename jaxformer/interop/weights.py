@@ -54,6 +54,12 @@ def as_row(shape: Shape) -> Shape:
   return (1, 1, *shape)
 
 
+def depthwise(shape: Shape) -> Shape:
+  """[D, d_conv] -> [D, 1, d_conv]: kernels of convolutions of single channels."""
+  channels, d_conv = shape
+  return channels, 1, d_conv
+
+
 def arrays(
   names: Mapping[str, str],
   ours: str = '',

@@ -7,8 +7,15 @@ from jaxformer.config import InputError
 from jaxformer.interop.family import blocks_of, depth, family, first_of, part, std_of
 from jaxformer.interop.rotary import read_rotary, write_rotary
 from jaxformer.interop.settings import Settings, Table, written
-from jaxformer.interop.tensors import Shape
-from jaxformer.interop.weights import FEED_FORWARD, MIXER, CheckpointFormat, Rule, fused, modules
+from jaxformer.interop.weights import (
+  FEED_FORWARD,
+  MIXER,
+  CheckpointFormat,
+  Rule,
+  depthwise,
+  fused,
+  modules,
+)
 from jaxformer.layers.attention import Attention
 from jaxformer.layers.init import Normal
 from jaxformer.layers.layer import LayerConfig
@@ -121,11 +128,6 @@ def write(config: LanguageModel.Config) -> dict[str, Any]:
 def rules(config: LanguageModel.Config) -> list[Rule]:
   layer, ours = 'model.layers.{layer}.', f'{MIXER}.layer.'
   attention = {p: f'{p}_proj' for p in 'qkv'} | {'o': 'out_proj'}
-
-  def depthwise(shape: Shape) -> Shape:
-    channels, d_conv = shape
-    return channels, 1, d_conv
-
   return [
     *modules(
       {

@@ -4,8 +4,15 @@ from typing import Any
 
 from jaxformer.interop.family import branches_of, depth, family, part
 from jaxformer.interop.settings import Settings, Table, written
-from jaxformer.interop.tensors import Shape
-from jaxformer.interop.weights import MIXER, CheckpointFormat, Rule, arrays, fused, modules
+from jaxformer.interop.weights import (
+  MIXER,
+  CheckpointFormat,
+  Rule,
+  arrays,
+  depthwise,
+  fused,
+  modules,
+)
 from jaxformer.layers.layer import LayerConfig
 from jaxformer.layers.mamba import Mamba, StepBias
 from jaxformer.layers.norm import RMSNorm
@@ -117,11 +124,6 @@ def projections(
 ) -> list[Rule]:
   """Rules for a Mamba or a Mamba-2 layer, whose names begin with `theirs` and `ours`; `steps` is
   their name of the bias of the step sizes."""
-
-  def depthwise(shape: Shape) -> Shape:
-    channels, d_conv = shape
-    return channels, 1, d_conv
-
   return [
     *arrays({'A_log': 'A_log', 'D': 'D', 'dt_bias': steps}, ours, theirs),
     *fused([ours + p for p in inputs], f'{theirs}in_proj'),

@@ -151,3 +151,17 @@ hybrid(
   note='The report trains with rates and decays of their own per group of parameters, beside the '
   'multipliers that the preset has; here all have one.',
 )
+
+hybrid(
+  'olmo-hybrid-7b',
+  5.5e12,
+  3e-4,
+  PublishedTokenizer(name='OLMo byte-level BPE', vocab_size=100_352, hub='allenai/Olmo-Hybrid-7B'),
+  {
+    'tokens': memory('about those of OLMo 3 7B, not read again'),
+    'peak': ours('not published in a source that was read; as Llama 2'),
+    'tokenizer': memory(),
+    'init': ours('N(0, 0.02) as transformers, and the decays as there'),
+  },
+  init='N(0, 0.02); decays as gated DeltaNet',
+)

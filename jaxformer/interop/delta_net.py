@@ -1,0 +1,62 @@
+"""What the checkpoint formats of hybrids of the delta rule share: the fields and the weights of a
+gated DeltaNet layer, and the kinds of layers."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from jaxformer.config import InputError
+from jaxformer.interop.decoder import read_layer_types
+from jaxformer.interop.family import blocks_of, first_of
+from jaxformer.interop.rotary import FULL
+from jaxformer.interop.settings import Settings, Table, written
+from jaxformer.interop.weights import MIXER, Rule, arrays, depthwise, fused, modules
+from jaxformer.layers.attention import Attention
+from jaxformer.layers.delta_net import GatedDeltaNet
+from jaxformer.models.language_model import LanguageModel
+
+LINEAR = 'linear_attention'
+LAYER: Table = {
+  'heads': ('linear_num_key_heads', 16),
+  'value_heads': ('linear_num_value_heads', 32),
+  'head_dim': ('linear_key_head_dim', 128),
+  'value_head_dim': ('linear_value_head_dim', 128),
+  'd_conv': ('linear_conv_kernel_dim', 4),
+}
+
+
+def read_kinds(hf: Settings, period: int) -> list[str]:
+  """`layer_types`: whether each layer has the delta rule or attention; by default every layer whose
+  number from 1 on is a multiple of `period` has attention."""
+  return read_layer_types(hf, lambda i: LINEAR if (i + 1) % period else FULL, (LINEAR, FULL))
+
+
+def both_of(config: LanguageModel.Config) -> tuple[GatedDeltaNet.Config, Attention.Config]:
+  """The first layer of each kind, which stands for all, with derived sizes; raises `InputError`
+  where there is none."""
+  blocks = blocks_of(config.stack)
+  layer, attention = first_of(blocks, GatedDeltaNet.Config), first_of(blocks, Attention.Config)
+  if layer is None or attention is None:
+    raise InputError('stack', problem='no block has gated DeltaNet, or none has attention')
+  return layer.resolved(config.width), attention
+
+
+def write_kinds(config: LanguageModel.Config) -> dict[str, Any]:
+  """`layer_types`."""
+  layers = (block.branches[0].layer for block in blocks_of(config.stack))
+  return {'layer_types': [LINEAR if type(x) is GatedDeltaNet.Config else FULL for x in layers]}
+
+
+def write_layer(layer: GatedDeltaNet.Config) -> dict[str, Any]:
+  """The fields of a layer with derived sizes."""
+  return written(layer, LAYER)
+
+
+def layer_rules(theirs: str, names: Mapping[str, str]) -> list[Rule]:
+  """Rules for a layer, whose tensors' names begin with `theirs`; `names` are those of its
+  projections and its norm, ours -> theirs."""
+  ours = f'{MIXER}.layer.'
+  return [
+    *arrays({'A_log': 'A_log', 'dt_bias': 'dt_bias'}, ours, theirs),
+    *fused([f'{ours}conv_{p}' for p in 'qkv'], f'{theirs}conv1d', reshape=depthwise),
+    *modules(names, ours, theirs),
+  ]
