@@ -188,6 +188,11 @@ def decoder_rules(
   mlp = {p: f'{p}_proj' for p in ('gate', 'up', 'down')}
   return [
     *modules({**outer, **norms}),
-    *modules(attention, f'{MIXER}.layer.', f'{LAYER}.self_attn.'),
+    *attention_rules(attention),
     *modules(mlp, f'{FEED_FORWARD}.layer.', f'{LAYER}.{feed_forward}.'),
   ]
+
+
+def attention_rules(parts: Mapping[str, str] = ATTENTION) -> list[Rule]:
+  """The map of the weights of attention."""
+  return modules(parts, f'{MIXER}.layer.', f'{LAYER}.self_attn.')

@@ -1,7 +1,7 @@
 """What the checkpoint formats of hybrids of the delta rule share: the fields and the weights of a
 gated DeltaNet layer, and the kinds of layers."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxformer.config import InputError
@@ -9,7 +9,7 @@ from jaxformer.interop.decoder import read_layer_types
 from jaxformer.interop.family import blocks_of, first_of
 from jaxformer.interop.rotary import FULL
 from jaxformer.interop.settings import Settings, Table, written
-from jaxformer.interop.weights import MIXER, Rule, arrays, depthwise, fused, modules
+from jaxformer.interop.weights import MIXER, Rule, arrays, depthwise, fused, in_block, modules
 from jaxformer.layers.attention import Attention
 from jaxformer.layers.delta_net import GatedDeltaNet
 from jaxformer.models.language_model import LanguageModel
@@ -57,6 +57,31 @@ def layer_rules(theirs: str, names: Mapping[str, str]) -> list[Rule]:
   ours = f'{MIXER}.layer.'
   return [
     *arrays({'A_log': 'A_log', 'dt_bias': 'dt_bias'}, ours, theirs),
-    *fused([f'{ours}conv_{p}' for p in 'qkv'], f'{theirs}conv1d', reshape=depthwise),
     *modules(names, ours, theirs),
+  ]
+
+
+CONVOLUTIONS = {f'conv_{p}': f'{p}_conv1d' for p in 'qkv'}
+
+
+def convolution_rules(theirs: str, names: Mapping[str, str] | None = None) -> list[Rule]:
+  """Rules for the convolutions of queries, keys and values: ours -> theirs, or if `names` is None
+  one tensor `conv1d`."""
+  ours = f'{MIXER}.layer.'
+  if names is None:
+    return fused([ours + name for name in CONVOLUTIONS], f'{theirs}conv1d', reshape=depthwise)
+  return [
+    rule for o, t in names.items() for rule in fused([ours + o], theirs + t, reshape=depthwise)
+  ]
+
+
+def rules_by_kind(
+  config: LanguageModel.Config, linear: Sequence[Rule], full: Sequence[Rule]
+) -> list[Rule]:
+  """Rules for each block of a kind, whose parameters partly have the same names."""
+  kinds = write_kinds(config)['layer_types']
+  return [
+    in_block(rule, i)
+    for i, kind in enumerate(kinds)
+    for rule in (linear if kind == LINEAR else full)
   ]

@@ -98,6 +98,12 @@ def modules(names: Mapping[str, str], ours: str = '', theirs: str = '') -> list[
   ]
 
 
+def in_block(rule: Rule, index: int) -> Rule:
+  """The rule for one block alone."""
+  ours = tuple(name.replace('{layer}', str(index)) for name in rule.ours)
+  return dataclasses.replace(rule, ours=ours, theirs=rule.theirs.replace('{layer}', str(index)))
+
+
 @dataclasses.dataclass(frozen=True)
 class CheckpointFormat:
   """The checkpoint format of one architecture.
@@ -114,6 +120,7 @@ class CheckpointFormat:
       buffers of masks and frequencies, layers of another training objective.
     copies: tensor -> the tensor that it may duplicate exactly where it is not one of the rules'
       (tied heads).
+    renamed: pattern -> its replacement in names that no rule has, of files with other names.
     model: the type of config that it represents.
     token_ids: ids of special tokens that transformers assumes where `config.json` has none.
     aliases: another name of a field that transformers accepts -> the field.
@@ -126,6 +133,7 @@ class CheckpointFormat:
   prefix: str = ''
   ignored: tuple[str, ...] = ()
   copies: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  renamed: Mapping[str, str] = dataclasses.field(default_factory=dict)
   model: type[ModelConfig] = LanguageModel.Config
   token_ids: Mapping[str, int] = dataclasses.field(default_factory=dict)
   aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
@@ -275,11 +283,7 @@ def check(kind: CheckpointFormat, links: Sequence[Link], file: Tensors) -> dict[
   in the file. Raises one `InputError` with all missing and unexpected tensors, wrong shapes and
   unsupported types."""
   wanted = shapes(links)
-  bare = not any(n.startswith(kind.prefix) for n in file.info)
-  full = {
-    kind.prefix + n if bare and n not in wanted and n not in kind.copies else n: n
-    for n in file.info
-  }
+  full = _full_names(kind, wanted, file.info)
   ignored = {n for n in full if any(re.fullmatch(p, n) for p in kind.ignored)} - wanted.keys()
   found = {n: s for n, s in full.items() if n not in ignored}
   infos = {n: file.info[s] for n, s in found.items() if n in wanted or n not in kind.copies}
@@ -302,6 +306,21 @@ def check(kind: CheckpointFormat, links: Sequence[Link], file: Tensors) -> dict[
         'differ, set tie_word_embeddings to false in config.json',
       )
   return found
+
+
+def _full_names(
+  kind: CheckpointFormat, wanted: Mapping[str, Shape], names: Iterable[str]
+) -> dict[str, str]:
+  """Name in the rules -> name in the file."""
+  names = list(names)
+  bare, full = not any(n.startswith(kind.prefix) for n in names), {}
+  for name in names:
+    whole = name
+    for pattern, replacement in kind.renamed.items() if name not in wanted else ():
+      whole = re.sub(pattern, replacement, whole)
+    known = whole in wanted or whole in kind.copies
+    full[kind.prefix + whole if bare and not known else whole] = name
+  return full
 
 
 def load(

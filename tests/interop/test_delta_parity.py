@@ -1,11 +1,14 @@
 """Hybrids of the delta rule and attention against transformers, as in `test_hf_parity`."""
 
+import numpy as np
 import pytest
+import safetensors.numpy
 
 from jaxformer.config import InputError
 from jaxformer.interop import load_hf
 from jaxformer.interop.families import FAMILIES
 from jaxformer.interop.settings import Settings
+from jaxformer.interop.tensors import SINGLE
 from jaxformer.models.params import define
 from tests.interop.parity import (
   MARKS,
@@ -52,11 +55,26 @@ MODELS = {
 CASES = [case(name, standing=name == 'olmo-hybrid') for name in MODELS]
 
 
+def as_published(model, folder):
+  """Cut the convolutions of OLMo Hybrid as in the published files; `save_pretrained` cuts them in
+  three equal parts."""
+  if model.config.model_type != 'olmo_hybrid':
+    return
+  tensors, config = safetensors.numpy.load_file(folder / SINGLE), model.config
+  keys = config.linear_num_key_heads * config.linear_key_head_dim
+  for query in [n for n in tensors if n.endswith('q_conv1d.weight')]:
+    names = [query.replace('q_conv1d', f'{p}_conv1d') for p in 'qkv']
+    parts = np.split(np.concatenate([tensors[n] for n in names]), [keys, 2 * keys])
+    tensors.update(zip(names, parts, strict=True))
+  safetensors.numpy.save_file(tensors, folder / SINGLE, metadata={'format': 'pt'})
+
+
 @pytest.fixture(scope='module', params=CASES)
 def imported(request, tmp_path_factory):
   """(their model, our config, our params) after `save_pretrained` and `load_hf`."""
   model, folder = random_model(*MODELS[request.param]), tmp_path_factory.mktemp('hf') / 'theirs'
   model.save_pretrained(folder)
+  as_published(model, folder)
   ours, params = load_hf(folder)
   assert define(ours).size == sum(p.numel() for p in model.parameters())
   return model, ours, params

@@ -1,23 +1,30 @@
 """OLMo Hybrid: gated DeltaNet with norms on the inputs of its block's layers, and attention as in
-OLMo 2 with norms on their outputs."""
+OLMo 2 with norms on their outputs.
+
+Files have a convolution each for queries, keys and values, as published. (`save_pretrained` of
+transformers 5.24 cuts the three in parts of equal sizes, which are refused: they are not theirs.)
+"""
 
 import dataclasses
 from typing import Any
 
 from jaxformer.interop.decoder import (
   NORMS_AFTER,
-  PRE_NORMS,
+  attention_rules,
   decoder_rules,
   read_decoder,
   read_norm,
   write_decoder,
 )
 from jaxformer.interop.delta_net import (
+  CONVOLUTIONS,
   LAYER,
   LINEAR,
   both_of,
+  convolution_rules,
   layer_rules,
   read_kinds,
+  rules_by_kind,
   write_kinds,
   write_layer,
 )
@@ -25,7 +32,7 @@ from jaxformer.interop.families.llama import LLAMA
 from jaxformer.interop.family import blocks_of, family, first_of, part
 from jaxformer.interop.rotary import FULL, read_rotary, write_rotary
 from jaxformer.interop.settings import Settings
-from jaxformer.interop.weights import Rule, modules
+from jaxformer.interop.weights import FEED_FORWARD, MIXER, Rule, modules
 from jaxformer.layers.attention import Attention
 from jaxformer.layers.delta_net import GatedDeltaNet
 from jaxformer.layers.init import Normal
@@ -47,6 +54,13 @@ DEFAULTS = {
 }
 INNER_EPS = 1e-5  # of the norm of DeltaNet's output, whatever the config
 LEAST_RATE = 0.01
+PRE_NORMS = {
+  f'{MIXER}.norm': 'model.layers.{layer}.attention_layer_norm',
+  f'{FEED_FORWARD}.norm': 'model.layers.{layer}.feedforward_layer_norm',
+}
+# transformers writes the first norm of a block with attention under the name of the second one of
+# the others.
+RENAMED = {r'\.feedforward_layer_norm\.': '.post_attention_layernorm.'}
 PAD = 100277
 
 
@@ -144,19 +158,16 @@ def write(config: LanguageModel.Config) -> dict[str, Any]:
 def rules(config: LanguageModel.Config) -> list[Rule]:
   projections = {'q': 'q', 'k': 'k', 'v': 'v', 'a': 'a', 'beta': 'b', 'gate': 'g', 'out': 'o'}
   names = {ours: f'{theirs}_proj' for ours, theirs in projections.items()} | {'norm': 'o_norm'}
-  norms = [
-    rule
-    for i, block in enumerate(blocks_of(config.stack))
-    for rule in modules(
-      {
-        ours.replace('{layer}', str(i)): theirs.replace('{layer}', str(i))
-        for ours, theirs in (
-          PRE_NORMS if type(block.branches[0]) is PreNorm else NORMS_AFTER
-        ).items()
-      }
-    )
+  theirs = 'model.layers.{layer}.linear_attn.'
+  linear = [
+    *modules(PRE_NORMS),
+    *layer_rules(theirs, names),
+    *convolution_rules(theirs, CONVOLUTIONS),
   ]
-  return [*decoder_rules({}), *norms, *layer_rules('model.layers.{layer}.linear_attn.', names)]
+  return [
+    *decoder_rules({}, attention={}),
+    *rules_by_kind(config, linear, [*modules(NORMS_AFTER), *attention_rules()]),
+  ]
 
 
 family(
@@ -166,6 +177,7 @@ family(
     read=read,
     write=write,
     rules=rules,
+    renamed=RENAMED,
     token_ids={'pad_token_id': PAD, 'eos_token_id': 100257},
   )
 )
