@@ -56,6 +56,7 @@ EXACT = {
   'gated-deltanet-340m': 512_272_124,
   'gated-deltanet-1.3b': 1_387_348_732,
   'kda-1.3b': 1_390_941_568,
+  'olmo-hybrid-7b': 7_430_870_688,
   'xlstm-7b': 6_865_424_896,
   'recurrentgemma-2b': 2_682_862_080,
   'recurrentgemma-9b': 8_579_977_216,

@@ -384,6 +384,7 @@ TESTED = {
   'hgrn2': 'models.test_recent_init:test_matrices_are_normal',
   'kda': 'models.test_recent_init:test_matrices_are_normal',
   'llama4': 'models.test_recent_init:test_matrices_are_normal',
+  'olmo-hybrid': 'models.test_recent_init:test_matrices_are_normal',
   'minimax': 'models.test_recent_init:test_matrices_are_normal',
   'retnet': 'models.test_recent_init:test_matrices_are_normal',
   'mingru': 'models.test_recent_init:test_minimal_recurrences_start_as_linear_layers_of_pytorch',

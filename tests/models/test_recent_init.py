@@ -37,9 +37,11 @@ STD = {
   'kda': 0.02,
   'llama4': 0.02,
   'minimax': 0.02,
+  'olmo-hybrid': 0.02,
   'retnet': 0.02,
 }
-RATES = {'gated-deltanet': (0.01, 16.0), 'kda': (1.0, 16.0)}  # of exp(A_log), uniform
+# of exp(A_log), uniform
+RATES = {'gated-deltanet': (0.01, 16.0), 'kda': (1.0, 16.0), 'olmo-hybrid': (0.01, 16.0)}
 
 
 @pytest.mark.parametrize('family', STD)
