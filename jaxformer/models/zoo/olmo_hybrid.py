@@ -10,7 +10,7 @@ from jaxformer.layers.mlp import GatedMlp
 from jaxformer.layers.norm import RMSNorm
 from jaxformer.models.block import Block, NormAfter, pre_norm
 from jaxformer.models.language_model import LanguageModel
-from jaxformer.models.stack import periodic
+from jaxformer.models.stack import grouped
 from jaxformer.models.zoo.preset import HEAD, TINY, family, heads_for, preset, two_thirds
 from jaxformer.models.zoo.story import Chapter, step
 
@@ -31,7 +31,7 @@ def olmo_hybrid(
   linear = pre_norm(NORM, delta, mlp)
   full = Block.Config(branches=tuple(NormAfter(layer=x, norm=NORM) for x in (attention, mlp)))
   blocks = [linear if (i + 1) % PERIOD else full for i in range(layers)]
-  return LanguageModel.Config(width=width, stack=periodic(blocks), final_norm=NORM, **fields)
+  return LanguageModel.Config(width=width, stack=grouped(blocks), final_norm=NORM, **fields)
 
 
 preset(
