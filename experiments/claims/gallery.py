@@ -52,7 +52,7 @@ class Result:
   """Result of testing a claim.
 
   Attributes:
-    number: of the claim, from 1 to 10.
+    number: of the claim, from 1.
     claim: its sentence.
     verdict: the outcome.
     because: a few sentences with the numbers and their uncertainty, and what more would need.
@@ -126,7 +126,7 @@ def write_page(results: pathlib.Path) -> pathlib.Path:
   page = (HERE if results == RESULTS else results) / 'README.md'
   where = '' if results != RESULTS else f'{RESULTS.name}/'
   parts = [
-    '# Ten claims tested',
+    '# Claims tested',
     'Claims that are often made of these architectures, each tested by one command at a scale that '
     'fits two CPU cores in under half an hour (the first in about one hour), and at larger scales '
     'with `--scale`. A verdict holds at the scale stated with it. Written by '

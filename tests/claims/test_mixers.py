@@ -16,9 +16,9 @@ from jaxformer.study.statistics import compare, estimate
 
 CLAIMS = str(pathlib.Path(__file__).parents[2] / 'experiments' / 'claims')
 sys.path.insert(0, CLAIMS)  # as when a claim is run
-mixers, hybrid_recall, mixers_compared, sparse_experts = (
+mixers, hybrid_recall, mixers_compared, overwriting, sparse_experts = (
   importlib.import_module(n)
-  for n in ('mixers', 'hybrid_recall', 'mixers_compared', 'sparse_experts')
+  for n in ('mixers', 'hybrid_recall', 'mixers_compared', 'overwriting', 'sparse_experts')
 )
 sys.path.remove(CLAIMS)
 
@@ -60,16 +60,18 @@ def task(first: str, scores: dict[str, tuple[float, ...]]) -> TaskResults:
   return TaskResults('T', 'accuracy', 32, 'tests', outcomes(first, scores))
 
 
-def test_stacks_of_one_shape_have_equal_size():
-  study = hybrid_recall.study(1.0, 'runs')
+@pytest.mark.parametrize(
+  ('claim', 'data', 'layers'),
+  [(hybrid_recall, hybrid_recall.TASK, 4), (overwriting, overwriting.CHANGING, 2)],
+)
+def test_stacks_of_one_shape_have_equal_size(claim, data, layers):
+  study = claim.study(1.0, 'runs')
   for entry in study.entries:
     # as a study calls it
-    model = entry.model(
-      study, hybrid_recall.TASK.task.vocab_size, hybrid_recall.TASK.positions, None
-    )
+    model = entry.model(study, data.task.vocab_size, data.positions, None)
     assert (model.width, sum(len(g.pattern) * g.repeats for g in model.stack)) == (
-      hybrid_recall.WIDTH,
-      4,
+      claim.WIDTH,
+      layers,
     )
     assert define(model).active_size == pytest.approx(study.target, rel=study.tolerance)
 
@@ -126,6 +128,30 @@ def test_the_verdict_on_interleaving(hybrid, mamba, expected):
     'hybrid': [101] * len(hybrid_recall.CONTEXTS),
   }
   assert hybrid_recall.decide(found, cache)[0] == expected
+
+
+@pytest.mark.parametrize(
+  ('decaying', 'constant', 'expected'),
+  [
+    ({'GLA': HALF, 'Mamba-2': HALF}, NEAR_ONE, 'supported'),
+    ({'GLA': HALF, 'Mamba-2': NEAR_ONE}, NEAR_ONE, 'partly supported'),
+    ({'GLA': NEAR_ONE, 'Mamba-2': NEAR_ONE}, NEAR_ONE, 'not supported'),
+    # as far behind where there is nothing to overwrite
+    ({'GLA': HALF, 'Mamba-2': HALF}, HALF, 'not supported'),
+  ],
+)
+def test_the_verdict_on_overwriting(decaying, constant, expected):
+  deltas = {'DeltaNet': NEAR_ONE, 'Gated DeltaNet': NEAR_ONE}
+  changing = task('GLA', decaying | deltas)
+  staying = task('GLA', dict.fromkeys(decaying, constant) | deltas)
+  assert overwriting.decide(changing, staying)[0] == expected
+  assert [row[0] for row in overwriting.rows(changing, staying)] == [*decaying, *deltas]
+
+
+def test_the_delta_rule_may_be_worse():
+  scores = {'GLA': NEAR_ONE, 'Mamba-2': NEAR_ONE, 'DeltaNet': NEAR_ONE, 'Gated DeltaNet': HALF}
+  found = task('GLA', scores)
+  assert overwriting.decide(found, found)[0] == 'contradicted'
 
 
 @pytest.mark.parametrize(
