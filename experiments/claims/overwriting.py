@@ -12,7 +12,7 @@ DeltaNet (Yang et al. 2024), which does not decay and overwrites; Gated DeltaNet
 which does both. Gated DeltaNet and Mamba-2 both have a short convolution, a decay per head, a gate
 and a norm: they differ by the delta rule. GLA alone has no convolution.
 
-They learn `RebindingRecall`: a sequence binds 4 keys to values 12 times, and then each key is asked
+They learn `RebindingRecall`: a sequence binds 4 keys to values 8 times, and then each key is asked
 for its latest value; in one task every repetition changes the value, in the other none does, so
 that these sequences are as long, and ask as much, without anything to overwrite. One study of
 `jaxformer.study`: one learning rate (from `--scale 2` the best of a grid), the same batches for
@@ -56,9 +56,9 @@ MIXERS: dict[str, LayerConfig] = {
   ),
 }
 PAIRS = ('Gated DeltaNet', 'Mamba-2'), ('DeltaNet', 'GLA')
-CHANGING = RebindingRecall(keys=4, length=28, vocab_size=64, test_sequences=500)
+CHANGING = RebindingRecall(keys=4, length=20, vocab_size=32, test_sequences=500)
 TASKS = CHANGING, CHANGING.replace(changes=0.0)
-BATCH, UPDATES, SEEDS = 32, 500, (1, 2, 3, 4, 5)
+BATCH, UPDATES, SEEDS = 32, 700, (1, 2, 3, 4, 5)
 
 
 def study(scale: float, runs: str) -> Study:
