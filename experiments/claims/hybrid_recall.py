@@ -38,8 +38,10 @@ import os
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 
 import gallery
+import interleaving
 import mixers
-from mixers import INIT, Stacked, outcomes, told
+from interleaving import CONTEXTS, HEADER, Caches
+from mixers import INIT, Stacked
 
 from jaxformer.data.tasks.mqar import MultiQueryRecall
 from jaxformer.layers.attention import Attention
@@ -48,9 +50,7 @@ from jaxformer.layers.norm import RMSNorm
 from jaxformer.layers.position import Rotary
 from jaxformer.models.zoo import PRESETS
 from jaxformer.models.zoo.jamba import jamba
-from jaxformer.study.charts import Axis, Point, Series
-from jaxformer.study.results import TaskResults, interval_form
-from jaxformer.study.statistics import Difference, compare
+from jaxformer.study.results import TaskResults
 from jaxformer.study.study import Study
 from jaxformer.study.tables import amount
 from jaxformer.training import AdamW, Cosine
@@ -67,9 +67,7 @@ ENTRIES = (
 )
 TASK = MultiQueryRecall(pairs=4, length=24, vocab_size=32, test_sequences=500)
 BATCH, UPDATES, SEEDS, TOGETHER = 32, 900, tuple(range(1, 10)), 3
-MARGIN, FRACTION = 0.02, 0.5
-CONTEXTS = tuple(2**n for n in range(6, 19))
-FAR = 65_536
+FRACTION = 0.5  # of attention's state
 
 
 def study(scale: float, runs: str) -> Study:
@@ -96,7 +94,7 @@ def study(scale: float, runs: str) -> Study:
   )
 
 
-def caches(done: Study) -> dict[str, list[int]]:
+def caches(done: Study) -> Caches:
   """Bytes of one sequence's state, by context."""
   models = {e.title: e.model(done, TASK.task.vocab_size, TASK.positions) for e in done.entries}
   return {
@@ -126,101 +124,14 @@ def published() -> tuple[int, int, int]:
   )
 
 
-def against_mamba(task: TaskResults) -> Difference | None:
-  """The hybrid's recall against Mamba's; the study itself compares both to attention."""
-  scores = {
-    o.title: {s: v for s, v in o.scores.items() if v is not None}
-    for o in task.outcomes
-    if None not in o.scores.values()
-  }
-  chosen = {name: scores[name] for name in ('hybrid', 'Mamba') if name in scores}
-  return compare(chosen, 'Mamba', lower_is_better=False)[0] if len(chosen) == 2 else None
-
-
-def decide(task: TaskResults, cache: dict[str, list[int]]) -> tuple[gallery.Verdict, str]:
+def decide(task: TaskResults, cache: Caches) -> tuple[gallery.Verdict, str]:
   """Return the verdict, and why."""
-  of, at = outcomes(task), CONTEXTS.index(FAR)
-  hybrid, mamba = of['hybrid'].difference, of['Mamba'].difference
-  kept = hybrid is not None and hybrid.estimate.low > -MARGIN
-  lost = hybrid is not None and hybrid.estimate.high < -MARGIN
-  behind = mamba is not None and mamba.verdict == 'worse'
-  share = cache['hybrid'][at] / cache['attention'][at]
-  small = share < FRACTION
-  verdict: gallery.Verdict = (
-    'supported'
-    if kept and behind and small
-    else 'contradicted'
-    if lost or not small
-    else 'partly supported'
-    if kept
-    else 'not supported'
-  )
+  verdict, because = interleaving.decide(task, cache, 'Mamba', FRACTION)
   context, bytes_, full = published()
-  other = against_mamba(task)
-  whether = 'kept' if kept else 'lost' if lost else 'neither shown to be kept nor to be lost'
   return verdict, (
-    f'Accuracy over {len(SEEDS)} seeds with 95 % intervals: '
-    f'{", ".join(told(task, o) for o in task.ranked)}. Paired differences in '
-    f'points: hybrid - attention {_points(hybrid)}, Mamba - attention {_points(mamba)}, hybrid - '
-    f'Mamba {_points(other)}. '
-    f'Recall is {whether} within {100 * MARGIN:.0f} points, and Mamba is '
-    f'{"" if behind else "not supported to be "}behind attention. '
-    f'At {FAR:,} tokens the hybrid keeps {share:.1%} of the bytes of attention '
-    f'({amount(cache["hybrid"][at], "B")} of '
-    f'{amount(cache["attention"][at], "B")}), Mamba {amount(cache["Mamba"][at], "B")} at any '
-    'length. Computed for Jamba v0.1 at '
+    f'{because} Computed for Jamba v0.1 at '
     f'{context:,} tokens: {amount(bytes_, "B")}, with attention in every layer {amount(full, "B")}.'
   )
-
-
-def _points(d: Difference | None) -> str:
-  if d is None:
-    return 'none (a run diverged)'
-  e = d.estimate
-  return f'{100 * e.mean:+.1f} ({100 * e.low:+.1f} to {100 * e.high:+.1f}; p {d.p_adjusted:.2g})'
-
-
-def rows(task: TaskResults, cache: dict[str, list[int]]) -> tuple[tuple[str, ...], ...]:
-  of = outcomes(task)
-  return tuple(
-    (
-      o.title,
-      f'{o.params:,}',
-      interval_form(task.metric, o.estimate),
-      f'{o.rate:g}',
-      _points(o.difference) if o.verdict else '',
-      *(amount(cache[o.title][CONTEXTS.index(n)], 'B') for n in (64, 4096, FAR)),
-    )
-    for o in of.values()
-  )
-
-
-def pictures(task: TaskResults, cache: dict[str, list[int]]) -> list[gallery.Picture]:
-  far = {name: float(sizes[CONTEXTS.index(FAR)]) for name, sizes in cache.items()}
-  form, style = (lambda v: amount(v, 'B')), {e.title: i for i, e in enumerate(ENTRIES)}
-  recall = [Series(name, style[name], (point,)) for name, point in mixers.points(task, far).items()]
-  lines = [
-    Series(
-      name, style[name], tuple(Point(n, s) for n, s in zip(CONTEXTS, sizes, strict=True)), line=True
-    )
-    for name, sizes in cache.items()
-  ]
-  return [
-    gallery.Picture.of(
-      'recall',
-      f'Recall against what is kept of {FAR:,} tokens; bars are 95 % intervals over seeds',
-      recall,
-      Axis('bytes', log=True, form=form),
-      Axis('accuracy, %'),
-    ),
-    gallery.Picture.of(
-      'cache',
-      'State size of one sequence by its length',
-      lines,
-      Axis('tokens', log=True, form='{:,.0f}'.format),
-      Axis('bytes', log=True, form=form),
-    ),
-  ]
 
 
 def main() -> None:
@@ -239,24 +150,15 @@ def main() -> None:
       f'four layers of width {WIDTH}, {TARGET:,} parameters (within 3 %); '
       f'{results.study.steps(TASK):,} updates of {BATCH} sequences '
       f'of {TASK.positions} tokens; learning rates {mixers.rates(args.scale)}; {len(SEEDS)} seeds',
-      (
-        'model',
-        'parameters',
-        'recall (95 %)',
-        'rate',
-        'against attention, points',
-        'state at 64',
-        'at 4,096',
-        f'at {FAR:,}',
-      ),
-      rows(task, cache),
+      HEADER,
+      interleaving.rows(task, cache),
       {
         'tasks': report['tasks'],
         'config': report['config'],
         'cache': {'contexts': CONTEXTS, **cache},
       },
     ),
-    pictures(task, cache),
+    interleaving.pictures(task, cache),
   )
 
 

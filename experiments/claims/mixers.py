@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
+import gallery
 import jax
 
 from jaxformer.config import InputError
@@ -19,11 +20,13 @@ from jaxformer.models.language_model import LanguageModel
 from jaxformer.models.model import ModelConfig
 from jaxformer.models.stack import Group
 from jaxformer.models.zoo.preset import Family, two_thirds
-from jaxformer.study.charts import Point
+from jaxformer.study.charts import Axis, Point, Series
 from jaxformer.study.report import report_study
 from jaxformer.study.results import Outcome, Results, TaskResults, interval_form
 from jaxformer.study.sizing import solve
+from jaxformer.study.statistics import Difference, compare
 from jaxformer.study.study import Entry, Study
+from jaxformer.study.tables import amount
 
 SOLVED = 0.95  # accuracy
 INIT = FanInNormal()
@@ -140,6 +143,24 @@ def solved(o: Outcome) -> Solved:
   )
 
 
+def scores(task: TaskResults) -> dict[str, dict[int, float]]:
+  """Return the scores of each seed, of architectures none of whose runs diverged."""
+  return {
+    o.title: {s: v for s, v in o.scores.items() if v is not None}
+    for o in task.outcomes
+    if None not in o.scores.values()
+  }
+
+
+def between(task: TaskResults, name: str, other: str) -> Difference | None:
+  """Return the paired difference of two, None if a run of theirs diverged. A study's own
+  differences are all from its baseline."""
+  of = {n: found for n, found in scores(task).items() if n in (name, other)}
+  if len(of) < 2:
+    return None
+  return compare(of, other, lower_is_better=task.metric != 'accuracy')[0]
+
+
 def told(task: TaskResults, o: Outcome) -> str:
   """Format a score with its interval."""
   return f'{o.title} {interval_form(task.metric, o.estimate)}'
@@ -157,3 +178,35 @@ def points(task: TaskResults, at: Mapping[str, float]) -> dict[str, Point]:
       )
       found[o.title] = Point(at[o.title], percent * e.mean, percent * low, percent * high)
   return found
+
+
+def curves(task: TaskResults) -> gallery.Picture:
+  """Return the training loss of all architectures."""
+  series = [
+    Series(
+      o.title,
+      i,
+      tuple(Point(n, loss) for n, loss in o.curve if n > o.curve[-1][0] / 10),
+      line=True,
+      dots=False,
+    )
+    for i, o in enumerate(task.outcomes)
+  ]
+  return gallery.Picture.of(
+    'curves',
+    'Training loss by tokens, mean over seeds (the first tenth is omitted)',
+    series,
+    Axis('tokens', form=amount),
+    Axis('nats per token'),
+  )
+
+
+def seeds(task: TaskResults) -> gallery.Picture:
+  """Return the score of every seed, on text."""
+  series = [
+    Series(o.title, i, tuple(Point(s, v) for s, v in o.scores.items() if v is not None))
+    for i, o in enumerate(task.outcomes)
+  ]
+  return gallery.Picture.of(
+    'seeds', 'Held-out bits per byte of each seed', series, Axis('seed'), Axis('bits per byte')
+  )

@@ -50,7 +50,6 @@ from jaxformer.models.language_model import LanguageModel
 from jaxformer.models.params import define
 from jaxformer.models.zoo.llama import llama
 from jaxformer.models.zoo.mixtral import mixtral
-from jaxformer.study.charts import Axis, Point, Series
 from jaxformer.study.results import Results, interval_form, score_form
 from jaxformer.study.study import FixedModel, Study
 from jaxformer.study.tables import amount
@@ -219,37 +218,6 @@ def rows(results: Results) -> tuple[tuple[str, ...], ...]:
   )
 
 
-def pictures(results: Results) -> list[gallery.Picture]:
-  task = results.tasks[0]
-  curves = [
-    Series(
-      o.title,
-      i,
-      tuple(Point(n, loss) for n, loss in o.curve if n > o.curve[-1][0] / 10),
-      line=True,
-      dots=False,
-    )
-    for i, o in enumerate(task.outcomes)
-  ]
-  of = outcomes(task)
-  pairs = [
-    Series(name, i, tuple(Point(s, v) for s, v in of[name].scores.items() if v is not None))
-    for i, name in enumerate(('dense', 'mixture'))
-  ]
-  return [
-    gallery.Picture.of(
-      'curves',
-      'Training loss by tokens, mean over seeds (the first tenth is omitted)',
-      curves,
-      Axis('tokens', form=amount),
-      Axis('nats per token'),
-    ),
-    gallery.Picture.of(
-      'seeds', 'Held-out bits per byte of each seed', pairs, Axis('seed'), Axis('bits per byte')
-    ),
-  ]
-
-
 def main() -> None:
   args = gallery.arguments(__doc__).parse_args()
   results = mixers.run(study(args.scale, args.runs))
@@ -285,7 +253,7 @@ def main() -> None:
         'config': report['config'],
       },
     ),
-    pictures(results),
+    [mixers.curves(results.tasks[0]), mixers.seeds(results.tasks[0])],
   )
 
 
