@@ -11,9 +11,9 @@ STANDING = 'llama3', 'mamba', 'rwkv7', 'jamba', 'transformer', 's4d-classifier'
 # Of layers attention, a scan, products of chunks, a convolution, experts, an LSTM, a decoder
 # that attends to its source, and one that mixes no positions.
 LAYERS = 'Attention', 'Mamba', 'TimeMix7', 'S4D', 'Moe', 'Lstm', 'InputFeeding', 'GatedMlp'
-# Layers whose code another one has and adds to: KimiDeltaAttention, GatedLinearAttention, Retention
-# and MinGru.
-PART_OF_OTHERS = 'DeltaNet', 'GatedDeltaNet', 'Hgrn2', 'LightningAttention', 'MinLstm'
+# Layers whose code another one has and adds to: KimiDeltaAttention, GatedLinearAttention,
+# Retention, MinGru and PreUpMLstm.
+PART_OF_OTHERS = 'DeltaNet', 'GatedDeltaNet', 'Hgrn2', 'LightningAttention', 'MinLstm', 'MLstm'
 thorough = pytest.mark.thorough
 # What `.ci/run` also runs on the newest Python and jax, in tree mode, compiled as users compile:
 # each layer and model against its other forms and on meshes, kills, and the command line.

@@ -80,17 +80,19 @@ class BlockDense(nnx.Module):
     rngs: nnx.Rngs,
     position: LayerPosition,
     bias: bool = False,
+    fan_in: int | None = None,
     **metadata: Any,
   ):
     """
     Args:
-      init: initialization of the kernels, with the channels of a block as fan-in.
+      init: initialization of the kernels.
       shape: blocks, their inputs, their outputs.
       bias: whether there is one, which starts at 0.
+      fan_in: of `init`; None for the channels of a block.
       metadata: of the kernel and the bias (`sharding.param`).
     """
     blocks, inputs, outputs = shape
-    drawn = init(rngs.params(), shape, inputs, position)
+    drawn = init(rngs.params(), shape, fan_in or inputs, position)
     self.kernel = param(drawn, ('heads', None, None), **metadata)
     start = jnp.zeros((blocks, outputs))
     self.bias = (

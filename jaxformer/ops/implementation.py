@@ -38,6 +38,7 @@ OPERATIONS = (
   'moe_capacity',
   'moe_dropless',
   'selective_scan',
+  'slstm',
   'solve',
   'ssd',
   'ssm',

@@ -78,9 +78,10 @@ def input_gates(x_BTD: Array, w_DGH: Array, b_GH: Array | None) -> Array:
 
 
 def _before(first_BH, all_TBH, starts_TB):
-  """The value before each step, [T, B, H]: zeros where a document starts."""
+  """The value before each step, [T, B, H] or with more axes: zeros where a document starts."""
   before = jnp.concatenate([first_BH[None].astype(all_TBH.dtype), all_TBH[:-1]])
-  return jnp.where(starts_TB[..., None], jnp.zeros((), all_TBH.dtype), before)
+  starts = starts_TB.reshape(*starts_TB.shape, *(1,) * (before.ndim - 2))
+  return jnp.where(starts, jnp.zeros((), all_TBH.dtype), before)
 
 
 # ---- cells -------------------------------------------------------------------------------------
