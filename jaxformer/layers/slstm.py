@@ -135,11 +135,11 @@ class SLstm(Layer):
     self, x_BTD: Float[Array, 'B T D'], ctx: Context, state: SLstmState | None = None
   ) -> Output:
     first = self.init_state(len(x_BTD), 1) if state is None else state
-    starts, convolved, inputs = ctx.starts(x_BTD), x_BTD, None
-    if self.conv is not None:
+    starts, convolved, inputs = ctx.starts(x_BTD), x_BTD, first.inputs_BJD
+    if self.conv is not None and inputs is not None:
       kernel, bias = self.conv.kernel[...], self.conv.bias[...]
-      convolved, after = short_convolution(x_BTD, kernel, bias, first.inputs_BJD, starts)
-      convolved, inputs = jax.nn.silu(convolved), after.astype(first.inputs_BJD.dtype)
+      convolved, after = short_convolution(x_BTD, kernel, bias, inputs, starts)
+      convolved, inputs = jax.nn.silu(convolved), after.astype(inputs.dtype)
     x, gated = by_head(x_BTD, self.head_dim), by_head(convolved, self.head_dim)
     preactivations = [self.i(gated), self.f(gated), self.z(x), self.o(x)]
     gates = jnp.stack([a.astype(jnp.float32) for a in preactivations], axis=3)

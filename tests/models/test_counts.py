@@ -10,7 +10,7 @@ from jaxformer.models.encoder_decoder import EncoderDecoder
 from jaxformer.models.language_model import LanguageModel
 from jaxformer.models.params import define
 from jaxformer.models.zoo import PRESETS
-from tests.models import test_hybrids
+from tests.models import test_hybrids, test_xlstm
 
 pytestmark = pytest.mark.quick
 
@@ -484,7 +484,7 @@ COUNTED = {
   )
   for name, sizes in table.items()
 }
-COUNTED |= test_hybrids.COUNTED
+COUNTED |= test_hybrids.COUNTED | test_xlstm.COUNTED
 
 
 @pytest.mark.parametrize('name', COUNTED)

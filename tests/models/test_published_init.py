@@ -390,6 +390,7 @@ TESTED = {
   'mingru': 'models.test_recent_init:test_minimal_recurrences_start_as_linear_layers_of_pytorch',
   'minlstm': 'models.test_recent_init:test_minimal_recurrences_start_as_linear_layers_of_pytorch',
   'xlstm': 'models.test_recent_init:test_xlstm',
+  'xlstm-7-1': 'models.test_xlstm:test_initial_values',
   'recurrentgemma': 'models.test_recent_init:test_recurrentgemma',
   'lfm2': 'models.test_hybrids:test_lfm2',
   'nemotron-h': 'models.test_hybrids:test_hybrids_of_mamba2',
