@@ -1,13 +1,14 @@
 """Train the architectures of a study and write a report.
 
 STUDY is a study by name (quickstart, standard, scaling) or a Python file that defines `study` (a
-`jaxformer.study.study.Study`, or a function that returns one): architectures at equal size or, in a
-scaling study, at many sizes and budgets. Runs are written to DIR/STUDY, the report to
+`jaxformer.study.study.Study`, or a function that returns one): architectures at equal size or, in
+a scaling study, at many sizes and budgets. Runs are written to DIR/STUDY, the report to
 DIR/STUDY/report as report.html, .md, .csv and .json. The same command resumes a study that was
 stopped. Any field can be overridden: --study.tokens 1e6 --study.seeds 1,2,3
---study.tasks.0.sequence_length 256. `--add my_layer.py:MyMixer.Config` adds a layer of your own, at
-the size of the study in a model like Llama. Small models leave most cores idle, so several
-processes train at once (--workers); other machines with the same DIR can help with --train-only."""
+--study.tasks.0.sequence_length 256. `--add gated-deltanet` adds a family at the size of the study,
+`--add my_layer.py:MyMixer.Config` a layer of your own in a model like Llama. Small models leave
+most cores idle, so several processes train at once (--workers); other machines with the same DIR
+can help with --train-only."""
 
 import argparse
 from typing import Any
@@ -28,9 +29,10 @@ def study_arguments(parser: argparse.ArgumentParser) -> None:
   )
   parser.add_argument(
     '--add',
-    metavar='FILE:NAME',
+    metavar='FAMILY|FILE:NAME',
     action='append',
-    help='a layer or model config in a Python file; may be repeated',
+    help='a family at the size of the study, or a layer or model config in a Python file; may be '
+    'repeated',
   )
   json_option(parser, 'the contents of report.json')
 

@@ -14,7 +14,7 @@ from jaxformer.models.zoo import FAMILIES, PRESETS
 from jaxformer.overrides import override
 from jaxformer.study.sizing import Sized
 from jaxformer.study.studies import STUDIES
-from jaxformer.study.study import FixedModel, Study, TokenMixer
+from jaxformer.study.study import Entry, FixedModel, ScaledFamily, Study, TokenMixer
 from jaxformer.training.experiment import Experiment
 from jaxformer.training.recipes import RECIPES, is_large, model_experiment, preset_experiment
 from jaxformer.user_code import errors_of, is_a, load_file, object_in_file
@@ -102,7 +102,7 @@ def get_study(target: Study | str, *, overrides: Overrides = (), add: Sequence[s
 
   Args:
     overrides: values by dotted path, `{'study.tokens': 1e6}`.
-    add: layer or model configs FILE.py:NAME, as further entries.
+    add: further entries: families by name, and layer or model configs as FILE.py:NAME.
   """
   if not isinstance(target, str):
     study = target
@@ -114,12 +114,23 @@ def get_study(target: Study | str, *, overrides: Overrides = (), add: Sequence[s
     raise InputError(
       f'no study named {target!r}{nearest(target, STUDIES)}; the name of a file ends in .py'
     )
-  if add:
-    study = study.replace(entries=(*study.entries, *map(_entry, add)))
+  for name in add:
+    entry = _entry(name)
+    if entry in [e.replace(name=None) for e in study.entries]:
+      raise InputError('--add', name, problem='the study has this entry')
+    study = study.replace(entries=(*study.entries, entry))
   return override(study, pairs_of(overrides), 'study')
 
 
-def _entry(name: str) -> TokenMixer | FixedModel:
+def _entry(name: str) -> Entry:
+  if not _is_file(name.partition(':')[0]):
+    if name in FAMILIES:
+      return ScaledFamily(family=name)
+    if name in PRESETS:
+      own = PRESETS[name].family
+      raise InputError('--add', name, problem=f'a preset, whose size is fixed; its family is {own}')
+    problem = f'neither a family{nearest(name, FAMILIES)} nor a layer as FILE.py:NAME'
+    raise InputError('--add', name, problem=problem)
   found = object_in_file(name)
   if is_a(found, LayerConfig):
     return TokenMixer(layer=found)

@@ -36,13 +36,13 @@ STREAMS = {
   'lfm2': 18,
   'mamba2': 22,
   'mamba3-1.3b': 9999,
-  'mingru': 9999,
-  'minimax': 9999,
-  'minlstm': 9999,
-  'recurrentgemma': 9999,
-  'retnet': 9999,
-  'rwkv7': 9999,
-  'xlstm': 9999,
+  'mingru': 36,
+  'minimax': 48,
+  'minlstm': 38,
+  'recurrentgemma': 31,
+  'retnet': 36,
+  'rwkv7': 62,
+  'xlstm': 27,
 }
 """Preset of this width, or family -> the limit of temporary memory, in arrays of the residual
 stream's size."""

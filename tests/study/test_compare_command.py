@@ -12,10 +12,12 @@ import pytest
 
 from jaxformer.cli import main
 from jaxformer.models.zoo import FAMILIES
+from jaxformer.planning.cost import cost
 from jaxformer.study.studies import STUDIES
+from jaxformer.workflows.names import get_study
 from tests.e2e.program import environment, start
 from tests.helpers import temporary_types
-from tests.tiers import thorough
+from tests.tiers import case, thorough
 
 STUDY = """
 from jaxformer.study.study import FixedModel, Study
@@ -132,6 +134,9 @@ def test_stopped_twice_it_ends_with_the_same_numbers(folder, tmp_path_factory):
     (['compare', 'study.py', '--study.seeds', '1,1'], ['seeds', 'each once']),
     (['compare', 'study.py', '--study.evaluations', '0'], ['Study.evaluations = 0', 'positive']),
     (['compare', 'study.py', '--add', 'my_layer.py'], ['my_layer.py', 'FILE.py:NAME']),
+    (['compare', 'study.py', '--add', 'mambo'], ['mambo', 'did you mean mamba', 'FILE.py:NAME']),
+    (['compare', 'study.py', '--add', 'mamba-130m'], ['mamba-130m', 'its family is mamba']),
+    (['compare', 'quickstart', '--add', 'mamba'], ['mamba', 'the study has this entry']),
     (['compare', 'study.py', '--add', 'my_layer.py:Nothin'], ["'Nothin'", 'did you mean Nothing']),
     (['compare', 'study.py', '--add', 'study.py:study'], ['study.py:study', 'neither']),
     (['check', 'my_layer.py'], ['FILE.py:NAME']),
@@ -169,6 +174,23 @@ def test_an_own_layer_is_added(folder, capsys):
   shown = json.loads(capsys.readouterr().out)
   assert shown['tokens'] == 100_000
   assert shown['entries'][-1]['layer']['type'] == 'Nothing'
+
+
+@pytest.mark.parametrize(
+  'family',
+  [
+    case(name, standing=name in ('gated-deltanet', 'deepseek-v3', 'recurrentgemma'))
+    for name in FAMILIES
+    if not FAMILIES[name].of_pairs
+  ],
+)
+def test_a_family_is_added_at_the_size_of_the_quickstart(family):
+  known = [e.family for e in STUDIES['quickstart'].entries]
+  study = get_study('quickstart', add=[] if family in known else [family])
+  entry = next(e for e in study.entries if e.family == family)
+  for vocab_size, length in ((264, 128), (20, 21)):  # bytes, and recall
+    active = cost(entry.model(study, vocab_size, length)).active_params
+    assert active == pytest.approx(study.target, rel=study.tolerance)
 
 
 @pytest.mark.quick
