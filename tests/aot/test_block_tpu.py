@@ -35,7 +35,7 @@ STREAMS = {
   'kda': 55,
   'lfm2': 18,
   'mamba2': 22,
-  'mamba3-1.3b': 9999,
+  'mamba3-1.3b': 36,
   'mingru': 36,
   'minimax': 48,
   'minlstm': 38,
