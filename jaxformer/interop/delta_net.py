@@ -27,7 +27,10 @@ LAYER: Table = {
 def read_kinds(hf: Settings, period: int) -> list[str]:
   """`layer_types`: whether each layer has the delta rule or attention; by default every layer whose
   number from 1 on is a multiple of `period` has attention."""
-  return read_layer_types(hf, lambda i: LINEAR if (i + 1) % period else FULL, (LINEAR, FULL))
+  kinds = read_layer_types(hf, lambda i: LINEAR if (i + 1) % period else FULL, (LINEAR, FULL))
+  if set(kinds) != {LINEAR, FULL}:
+    raise hf.fail('layer_types', f'at least one of {LINEAR} and of {FULL}')
+  return kinds
 
 
 def both_of(config: LanguageModel.Config) -> tuple[GatedDeltaNet.Config, Attention.Config]:

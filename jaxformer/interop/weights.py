@@ -27,9 +27,8 @@ from jaxformer.sharding import Parallel
 class Rule:
   """Some of our parameters <-> one of their tensors, or one per entry of our first axis (experts).
 
-  Theirs is the concatenation of ours along the last axis (fused projections), or if `interleaved`
-  alternates between them there, with the last two axes swapped if `transposed`, in another shape if
-  `reshape` is given.
+  Theirs is the concatenation of ours along the last axis (fused projections), with the last two
+  axes swapped if `transposed`, in another shape if `reshape` is given.
 
   `{layer}` in the names stands for every block that has all of our parameters; a rule whose
   parameters do not exist (biases of a model without biases) does not apply. `{item}` in their name
@@ -37,13 +36,15 @@ class Rule:
 
   Attributes:
     reshape: the shape of the array -> the shape that theirs has.
+    groups: the last axis of each of ours has so many equal parts, and theirs has the first part of
+      each, then the second of each, ... (projections that are fused per head).
   """
 
   ours: tuple[str, ...]
   theirs: str
   transposed: bool = False
   reshape: Callable[[Shape], Shape] | None = None
-  interleaved: bool = False
+  groups: int = 1
 
 
 MIXER, FEED_FORWARD = 'stack.{layer}.branches.0', 'stack.{layer}.branches.1'
@@ -196,22 +197,22 @@ class Link:
   theirs: tuple[str, ...]
   shape: Shape
   transposed: bool
-  interleaved: bool = False
+  groups: int = 1
 
   def save(self, ours: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
-    if self.interleaved:
-      value = np.stack(ours, axis=-1).reshape(*ours[0].shape[:-1], -1)
-    else:
-      value = np.concatenate(ours, axis=-1)
+    rows = ours[0].shape[:-1]
+    parts = [p.reshape(*rows, self.groups, -1) for p in ours]
+    value = np.concatenate(parts, axis=-1).reshape(*rows, -1)
     value = value.swapaxes(-1, -2) if self.transposed else value
     return dict(zip(self.theirs, value.reshape(len(self.theirs), *self.shape), strict=True))
 
   def load(self, theirs: Sequence[np.ndarray]) -> list[np.ndarray]:
     value = np.stack(theirs).reshape(_joined(self.ours, self.transposed))
     value = value.swapaxes(-1, -2) if self.transposed else value
-    if self.interleaved:
-      return [value[..., i :: len(self.ours)] for i in range(len(self.ours))]
-    return np.split(value, np.cumsum([p.shape[-1] for p in self.ours])[:-1], axis=-1)
+    value = value.reshape(*value.shape[:-1], self.groups, -1)
+    ends = np.cumsum([p.shape[-1] // self.groups for p in self.ours])
+    parts = np.split(value, ends[:-1], axis=-1)
+    return [p.reshape(o.shape) for p, o in zip(parts, self.ours, strict=True)]
 
 
 def _joined(ours: Sequence[Location], transposed: bool) -> Shape:
@@ -226,7 +227,7 @@ def link(rule: Rule, ours: tuple[Location, ...], theirs: str) -> Link:
   if '{item}' in theirs:
     names, shape = tuple(theirs.replace('{item}', str(i)) for i in range(shape[0])), shape[1:]
   return Link(
-    ours, names, rule.reshape(shape) if rule.reshape else shape, rule.transposed, rule.interleaved
+    ours, names, rule.reshape(shape) if rule.reshape else shape, rule.transposed, rule.groups
   )
 
 

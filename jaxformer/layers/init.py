@@ -103,6 +103,13 @@ class Zeros(Init):
     return jnp.zeros(shape, jnp.float32)
 
 
+class Ones(Init):
+  """Ones."""
+
+  def __call__(self, key, shape, fan_in, position):
+    return jnp.ones(shape, jnp.float32)
+
+
 class Orthogonal(Init):
   """A (semi-)orthogonal matrix [in, out], times `gain` (Saxe et al. 2014). With `wide`, times
   sqrt(out / in) where out > in as well, which is how RWKV draws the weights that its code stores as

@@ -13,7 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from jaxformer.config import InputError
-from jaxformer.layers.dense import ExpertDense
+from jaxformer.layers.dense import Dense, ExpertDense
 from jaxformer.layers.layer import Context, Layer, LayerConfig, LayerPosition, Output
 from jaxformer.layers.mlp import ACTIVATIONS, ActivationName, GatedMlp, Mlp
 from jaxformer.layers.router import (
@@ -33,6 +33,9 @@ from jaxformer.ops.routing import load_of
 class Moe(Layer):
   """y = act(sum over the chosen experts e of weight_e(x) expert_e(x)) + shared(x) (Shazeer et al.
   2017, eq. 1).
+
+  With `shared_gate` the last term is sigmoid(x w) shared(x), with w `[D, 1]` (Qwen Team 2024,
+  Qwen1.5-MoE).
 
   `aux` has the router's losses, and diagnostics, one scalar per layer: `moe/load_ratio`, the load
   of the busiest expert over the mean (1 if balanced, E / K if all tokens use the same experts);
@@ -55,6 +58,7 @@ class Moe(Layer):
         single token (decoding) is never dropped, nor is any with a factor of E / K.
       weighted: what the router's weight multiplies, an expert's output or its input (Llama 4).
       shared: a feed-forward layer that all tokens use (DeepSeek-AI 2024); None for none.
+      shared_gate: whether a sigmoid of one number per token multiplies its output.
       out_activation: on the weighted sum (sigmoid in Shazeer et al. 2017, appendix C.1).
     """
 
@@ -64,6 +68,7 @@ class Moe(Layer):
     capacity_factor: float | None = None
     weighted: Literal['output', 'input'] = 'output'
     shared: Mlp.Config | None = None
+    shared_gate: bool = False
     out_activation: ActivationName = 'identity'
 
     def validate(self):
@@ -72,6 +77,8 @@ class Moe(Layer):
         problem = 'experts have no dropout'
         raise InputError(f'{self.tag}.expert.dropout', self.expert.dropout, problem=problem)
       self.router.check(self.experts)
+      gates = self.shared is not None or not self.shared_gate
+      self.require(gates, 'shared_gate', 'False without a shared layer')
       self.require_positive('capacity_factor')
       self.require(
         self.capacity_factor is None or not self.router.experts_choose,
@@ -110,7 +117,7 @@ class Moe(Layer):
         cls(experts=6, expert=plain, router=NoisyTopK(k=3), out_activation='sigmoid'),
         cls(experts=4, expert=gated, router=biased, shared=plain),
         cls(experts=4, expert=gated, router=ExpertChoice(choices=4.0)),
-        cls(experts=6, expert=plain, router=grouped),
+        cls(experts=6, expert=plain, router=grouped, shared=gated, shared_gate=True),
         cls(experts=8, expert=gated, router=biased.replace(groups=4, groups_per_token=2)),
         cls(experts=4, expert=clamped, router=TopKSoftmax(logit_bias=True)),
         on_input,
@@ -127,13 +134,21 @@ class Moe(Layer):
     self.expert_gate = dense(e.init, (E, width, e.hidden), ('embed', 'mlp')) if e.gated else None
     self.expert_down = dense(e.out_init, (E, e.hidden, width), ('mlp', 'embed'))
     self.shared = None if c.shared is None else c.shared.build(width, rngs, position)
+    self.shared_gate = (
+      Dense(c.shared.init, (width, 1), ('embed', None), rngs=rngs, position=position)
+      if c.shared is not None and c.shared_gate
+      else None
+    )
 
   def __call__(self, x_BTD: Float[Array, 'B T D'], ctx: Context, state=None) -> Output:
     c, routed = self.config, self.router(x_BTD, ctx)
     y, aux = self._dispatched(x_BTD, routed)
     y = ACTIVATIONS[c.out_activation](y)
     if self.shared is not None:
-      y = y + self.shared(x_BTD, ctx.fold(1)).y
+      shared = self.shared(x_BTD, ctx.fold(1)).y
+      if self.shared_gate is not None:
+        shared = jax.nn.sigmoid(self.shared_gate(x_BTD)) * shared
+      y = y + shared
     p = routed.probabilities_BTE
     aux['moe/entropy'] = jnp.mean(jnp.sum(-p * jnp.log(p + 1e-20), axis=-1))
     aux['moe/router_logits'] = jnp.max(jnp.abs(routed.logits_BTE))

@@ -31,6 +31,21 @@ SIZE = {
   'pad_token_id': None,
 }
 NO_POSITIONS = {'rope_parameters': {'rope_type': 'default', 'rope_theta': None}}
+QWEN = {
+  'num_key_value_heads': 2,
+  'head_dim': 24,
+  'linear_num_key_heads': 2,
+  'linear_num_value_heads': 4,
+  'linear_key_head_dim': 12,
+  'linear_value_head_dim': 8,
+}
+ROPE = {'rope_type': 'default', 'rope_theta': 1e4, 'partial_rotary_factor': 0.5}
+EXPERTS = {
+  'num_experts': 6,
+  'num_experts_per_tok': 3,
+  'moe_intermediate_size': 24,
+  'shared_expert_intermediate_size': 40,
+}
 MODELS = {
   'olmo-hybrid': ('OlmoHybrid', SIZE | NO_POSITIONS),
   'olmo-hybrid-unusual': (
@@ -46,6 +61,25 @@ MODELS = {
       'linear_value_head_dim': 8,
       'linear_conv_kernel_dim': 3,
       'linear_allow_neg_eigval': False,
+      'attention_bias': True,
+      'rms_norm_eps': 1e-2,
+      'tie_word_embeddings': True,
+    },
+  ),
+  'qwen3-next': ('Qwen3Next', SIZE | QWEN | EXPERTS),
+  'qwen3-next-unusual': (
+    'Qwen3Next',
+    SIZE
+    | QWEN
+    | EXPERTS
+    | {
+      'layer_types': ['full_attention', 'linear_attention', 'linear_attention', 'full_attention'],
+      'rope_parameters': ROPE,
+      'linear_num_value_heads': 2,
+      'linear_conv_kernel_dim': 3,
+      'decoder_sparse_step': 2,
+      'mlp_only_layers': [3],
+      'norm_topk_prob': False,
       'attention_bias': True,
       'rms_norm_eps': 1e-2,
       'tie_word_embeddings': True,
@@ -104,6 +138,12 @@ def test_greedy_tokens_are_the_same(imported):
       {'rope_parameters': {'rope_type': 'linear', 'rope_theta': None, 'factor': 2.0}},
       'rope_type',
     ),
+    ('qwen3_next', {'layer_types': ['full_attention'] * 4}, 'layer_types'),
+    ('qwen3_next', {'hidden_act': 'relu'}, 'hidden_act'),
+    ('qwen3_next', {'mlp_only_layers': 3}, 'mlp_only_layers'),
+    ('qwen3_next', {'attn_output_gate': False}, 'attn_output_gate'),
+    ('qwen3_next', {'rope_scaling': {'rope_type': 'nonsense', 'factor': 2.0}}, 'rope_type'),
+    ('qwen3_next', {'rope_parameters': {'rope_theta': 1e4, 'mystery': 2.0}}, 'mystery'),
   ],
 )
 def test_what_is_not_supported_is_named(family, fields, message):

@@ -377,6 +377,8 @@ def test_models_without_a_counterpart(tmp_path, config, message):
       {'x': (8, 1, 4)},
     ),
     (Rule(('a',), 'x', reshape=lambda s: (s[0] // 3, 3)), [(6,)], {'x': (2, 3)}),
+    (Rule(('a', 'b'), 'x', groups=4), [(3, 4), (3, 4)], {'x': (3, 8)}),
+    (Rule(('a', 'b'), 'x', transposed=True, groups=2), [(3, 4), (3, 6)], {'x': (10, 3)}),
   ],
 )
 def test_rules_undo_themselves(rule, shapes, theirs):
@@ -388,6 +390,14 @@ def test_rules_undo_themselves(rule, shapes, theirs):
   assert {n: t.shape for n, t in saved.items()} == weights.shapes([link]) == theirs
   for a, b in zip(link.load(list(saved.values())), ours, strict=True):
     np.testing.assert_array_equal(a, b)
+
+
+def test_parts_alternate_in_groups():
+  where = tuple(weights.Location(n, (), (s,)) for n, s in (('a', 4), ('b', 2)))
+  saved = weights.link(Rule(('a', 'b'), 'x', groups=2), where, 'x').save(
+    [np.arange(4), np.array([10, 11])]
+  )
+  np.testing.assert_array_equal(saved['x'], [0, 1, 10, 2, 3, 11])
 
 
 def test_places_count_blocks_through_all_groups_of_a_stack():

@@ -57,6 +57,7 @@ EXACT = {
   'gated-deltanet-1.3b': 1_387_348_732,
   'kda-1.3b': 1_390_941_568,
   'olmo-hybrid-7b': 7_430_870_688,
+  'qwen3-next-80b-a3b': 79_674_391_296,
   'xlstm-7b': 6_865_424_896,
   'recurrentgemma-2b': 2_682_862_080,
   'recurrentgemma-9b': 8_579_977_216,

@@ -94,11 +94,12 @@ def write(config: LanguageModel.Config) -> dict[str, Any]:
 
 def rules(config: LanguageModel.Config) -> list[Rule]:
   ours, theirs = f'{FEED_FORWARD}.layer.', 'model.layers.{layer}.mlp.'
+  moe = part(blocks_of(config)[0].branches[-1].layer, Moe.Config, 'the last layer of block 0')
   gate_up = [
     Rule(
       tuple(f'{ours}expert_{p}.{name}' for p in ('gate', 'up')),
       f'{theirs}experts.gate_up_proj{end}',
-      interleaved=True,
+      groups=moe.expert.hidden,
     )
     for name, end in (('kernel', ''), ('bias', '_bias'))
   ]

@@ -30,7 +30,7 @@ from jaxformer.interop.delta_net import (
 )
 from jaxformer.interop.families.llama import LLAMA
 from jaxformer.interop.family import blocks_of, family, first_of, part
-from jaxformer.interop.rotary import FULL, read_rotary, write_rotary
+from jaxformer.interop.rotary import read_rotary, write_rotary
 from jaxformer.interop.settings import Settings
 from jaxformer.interop.weights import FEED_FORWARD, MIXER, Rule, modules
 from jaxformer.layers.attention import Attention
@@ -115,8 +115,6 @@ def read(hf: Settings) -> LanguageModel.Config:
   hf.only('hidden_act', 'silu', 'swish')  # of the convolutions too
   kinds = read_kinds(hf, min(4, hf.count('num_hidden_layers')))
   rotary, layer = _read_rotary(hf), _read_layer(hf)
-  if set(kinds) != {LINEAR, FULL}:
-    raise hf.fail('layer_types', f'at least one of {LINEAR} and of {FULL}')
   settings = {'bias': hf.get('attention_bias', bool, False), 'qk_norm': read_norm(hf)}
 
   def mixer(i: int, attention: Attention.Config) -> LayerConfig:
