@@ -16,6 +16,7 @@ _KINDS: dict[type, str] = {
   bool: 'true or false',
   str: 'a string',
   dict: 'an object',
+  list: 'a list',
 }
 Table = Mapping[str, tuple[str, Any]]
 """Our field of a config -> (their field, its default in their library, or its type where it has

@@ -58,6 +58,11 @@ EXACT = {
   'kda-1.3b': 1_390_941_568,
   'olmo-hybrid-7b': 7_430_870_688,
   'qwen3-next-80b-a3b': 79_674_391_296,
+  'qwen3.5-9b': 8_953_803_264,
+  'qwen3.5-35b-a3b': 34_660_610_688,
+  # with its published layers; those that transformers assumes have 49,133,074,464. And the biases
+  # that choose the experts, as for deepseek-v3
+  'kimi-linear-48b-a3b': 49_122_675_072 + 26 * 256,
   'xlstm-7b': 6_865_424_896,
   'recurrentgemma-2b': 2_682_862_080,
   'recurrentgemma-9b': 8_579_977_216,

@@ -35,13 +35,19 @@ STD = {
   'gpt-oss': 0.02,
   'hgrn2': 0.02,
   'kda': 0.02,
+  'kimi-linear': 0.02,
   'llama4': 0.02,
   'minimax': 0.02,
   'olmo-hybrid': 0.02,
   'retnet': 0.02,
 }
 # of exp(A_log), uniform
-RATES = {'gated-deltanet': (0.01, 16.0), 'kda': (1.0, 16.0), 'olmo-hybrid': (0.01, 16.0)}
+RATES = {
+  'gated-deltanet': (0.01, 16.0),
+  'kda': (1.0, 16.0),
+  'kimi-linear': (1.0, 16.0),
+  'olmo-hybrid': (0.01, 16.0),
+}
 
 
 @pytest.mark.parametrize('family', STD)
@@ -67,6 +73,23 @@ def test_matrices_are_normal(family):
         log_uniform(steps, 1e-3, 1e-1)
     else:
       is_normal(p, STD[family])
+
+
+@pytest.mark.parametrize('family', ['qwen3-next', 'qwen3.5'])
+def test_hybrids_of_qwen(family):
+  """Matrices N(0, 0.02^2); factors of norms 1 + 0, of the delta rule's output 1; steps from
+  softplus(1) and rates uniform in (0.01, 16), as in transformers."""
+  for name, p in parameters(family).items():
+    if name.endswith(('layer.norm.scale', 'dt_bias')):
+      assert (p == 1).all(), name
+    elif name.endswith('.scale'):
+      assert not p.any(), name
+    elif name.endswith('A_log'):
+      rate = np.exp(p.astype(np.float64))
+      assert rate.min() >= 0.00999
+      assert rate.max() <= 16.001
+    else:
+      is_normal(p, 0.02)
 
 
 @pytest.mark.parametrize('family', ['mingru', 'minlstm'])

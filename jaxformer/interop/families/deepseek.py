@@ -67,15 +67,15 @@ _V3 = _V2 | {
   'rope_interleave': True,
   'topk_method': 'noaux_tc',
 }
-_LATENT: Table = {
+LATENT: Table = {
   'head_dim': ('qk_nope_head_dim', int),
   'rope_head_dim': ('qk_rope_head_dim', int),
   'v_head_dim': ('v_head_dim', int),
   'kv_rank': ('kv_lora_rank', int),
   'bias': ('attention_bias', False),
 }
-_LATENT_NORM = RMSNorm(eps=1e-6)
-_GROUPS: Table = {'groups': ('n_group', int), 'groups_per_token': ('topk_group', int)}
+LATENT_NORM = RMSNorm(eps=1e-6)
+GROUPS: Table = {'groups': ('n_group', int), 'groups_per_token': ('topk_group', int)}
 _GREEDY, _IN_GROUPS = 'greedy', 'group_limited_greedy'
 
 
@@ -98,10 +98,10 @@ def _read(
   hf.only('moe_layer_freq', 1, None)
   rotary = read_rotary(hf).replace(interleaved=interleaved)
   latent = LatentAttention.Config(
-    **hf.read(_LATENT),
+    **hf.read(LATENT),
     q_rank=hf.count('q_lora_rank', None),
     position=rotary,
-    latent_norm=_LATENT_NORM,
+    latent_norm=LATENT_NORM,
   )
   latent = latent.replace(scale=_scale(rotary, latent.query_size))
   dense = hf.get('first_k_dense_replace', int)
@@ -144,7 +144,7 @@ def read_v2(hf: Settings) -> LanguageModel.Config:
   hf.only('norm_topk_prob', False, None)
   hf.only('rope_interleave', True, None)
   hf.only('topk_method', _GREEDY, _IN_GROUPS)
-  groups = hf.read(_GROUPS) if hf.value('topk_method') == _IN_GROUPS else {}
+  groups = hf.read(GROUPS) if hf.value('topk_method') == _IN_GROUPS else {}
   balance = None
   if hf.get('seq_aux', bool, True):
     balance = hf.get('aux_loss_alpha', float, None) or None
@@ -161,7 +161,7 @@ def read_v3(hf: Settings) -> LanguageModel.Config:
   hf.only('topk_method', 'noaux_tc')
   hf.only('mlp_bias', False, None)
   normalized = hf.get('norm_topk_prob', bool)
-  groups = hf.read(_GROUPS)
+  groups = hf.read(GROUPS)
 
   def router(**fields: Any) -> BiasBalanced:
     return BiasBalanced(**fields, **groups, normalized=normalized)
@@ -193,8 +193,8 @@ def _write(
   fields = {
     **write_decoder(config, attention, first_of(blocks, GatedMlp.Config) or expert),
     **write_rotary(part(latent.position, Rotary, f'the position {where}')),
-    **written(latent, _LATENT),
-    **written(chosen, _GROUPS),
+    **written(latent, LATENT),
+    **written(chosen, GROUPS),
     'q_lora_rank': latent.q_rank,
     'first_k_dense_replace': sparse,
     'moe_layer_freq': 1,
@@ -235,10 +235,11 @@ def write_v3(config: LanguageModel.Config) -> dict[str, Any]:
 # ---- weights -----------------------------------------------------------------------------------
 
 
-def rules(config: LanguageModel.Config) -> list[Rule]:
+def attention_names(config: LanguageModel.Config) -> dict[str, str]:
+  """Ours -> theirs of the parts of latent attention."""
   latent = first_of(blocks_of(config), LatentAttention.Config)
   low_rank = latent is not None and latent.q_rank is not None
-  attention = {
+  return {
     'q_down': 'q_a_proj',
     'q_norm': 'q_a_layernorm',
     'q': 'q_b_proj' if low_rank else 'q_proj',
@@ -247,10 +248,13 @@ def rules(config: LanguageModel.Config) -> list[Rule]:
     'kv_up': 'kv_b_proj',
     'o': 'o_proj',
   }
+
+
+def rules(config: LanguageModel.Config) -> list[Rule]:
   ours, theirs = f'{FEED_FORWARD}.layer.', 'model.layers.{layer}.mlp.'
   parts = {p: f'{p}_proj' for p in ('gate', 'up', 'down')}
   return [
-    *decoder_rules(attention=attention),
+    *decoder_rules(attention=attention_names(config)),
     *modules(parts, f'{ours}shared.', f'{theirs}shared_experts.'),
     *modules(parts, f'{ours}expert_', f'{theirs}experts.{{item}}.'),
     Rule((f'{ours}router.kernel',), f'{theirs}gate.weight', transposed=True),

@@ -20,8 +20,9 @@ from jaxformer.interop.delta_net import (
   CONVOLUTIONS,
   LAYER,
   LINEAR,
-  both_of,
   convolution_rules,
+  every,
+  gated_and_attention,
   layer_rules,
   read_kinds,
   rules_by_kind,
@@ -113,7 +114,7 @@ def read(hf: Settings) -> LanguageModel.Config:
   """Rates start above `linear_a_log_min` where that is 0, so that their logarithms are finite."""
   hf = hf.with_defaults(DEFAULTS)
   hf.only('hidden_act', 'silu', 'swish')  # of the convolutions too
-  kinds = read_kinds(hf, min(4, hf.count('num_hidden_layers')))
+  kinds = read_kinds(hf, every(min(4, hf.count('num_hidden_layers'))))
   rotary, layer = _read_rotary(hf), _read_layer(hf)
   settings = {'bias': hf.get('attention_bias', bool, False), 'qk_norm': read_norm(hf)}
 
@@ -126,7 +127,7 @@ def read(hf: Settings) -> LanguageModel.Config:
 
 
 def write(config: LanguageModel.Config) -> dict[str, Any]:
-  layer, attention = both_of(config)
+  layer, attention = gated_and_attention(config)
   mlp = part(first_of(blocks_of(config.stack), GatedMlp.Config), GatedMlp.Config, 'layer 1')
   if attention.position is None:
     positions: dict[str, Any] = {'rope_parameters': {'rope_type': 'default', 'rope_theta': None}}

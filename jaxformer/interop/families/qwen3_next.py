@@ -19,8 +19,9 @@ from jaxformer.interop.decoder import (
 )
 from jaxformer.interop.delta_net import (
   LAYER,
-  both_of,
   convolution_rules,
+  every,
+  gated_and_attention,
   layer_rules,
   read_kinds,
   rules_by_kind,
@@ -71,7 +72,7 @@ def read_hybrid(hf: Settings, feed_forward: Any) -> LanguageModel.Config:
   layer of the shared fields; `hf` has their defaults."""
   hf.only('hidden_act', 'silu', 'swish')  # of the convolutions too
   hf.only('attn_output_gate', True, None)
-  kinds = read_kinds(hf, hf.count('full_attention_interval', 4))
+  kinds = read_kinds(hf, every(hf.count('full_attention_interval', 4)))
   init, norm = Normal(std=hf.get('initializer_range', float, 0.02)), read_norm(hf, True)
   layer = GatedDeltaNet.Config(
     **hf.read(LAYER),
@@ -128,7 +129,7 @@ def read(hf: Settings) -> LanguageModel.Config:
 
 def write_hybrid(config: LanguageModel.Config, mlp: GatedMlp.Config) -> dict[str, Any]:
   """The fields of all but the experts; `mlp` is a dense feed-forward layer."""
-  layer, attention = both_of(config)
+  layer, attention = gated_and_attention(config)
   return {
     **write_decoder(config, attention, mlp),
     **write_layer(layer),
@@ -185,7 +186,7 @@ def per_head(ours: tuple[str, ...], theirs: str, heads: int) -> list[Rule]:
 
 def full_rules(config: LanguageModel.Config) -> list[Rule]:
   """Rules for attention."""
-  _, attention = both_of(config)
+  _, attention = gated_and_attention(config)
   theirs = 'model.layers.{layer}.self_attn.'
   return [
     *per_head(('q', 'gate'), f'{theirs}q_proj', attention.heads),
@@ -205,7 +206,7 @@ def expert_rules() -> list[Rule]:
 
 
 def rules(config: LanguageModel.Config) -> list[Rule]:
-  layer, _ = both_of(config)
+  layer, _ = gated_and_attention(config)
   theirs = 'model.layers.{layer}.linear_attn.'
   linear = [
     *per_head(('q', 'k', 'v', 'gate'), f'{theirs}in_proj_qkvz', layer.heads),

@@ -97,6 +97,37 @@ preset(
   ),
 )
 
+preset(
+  'qwen3.5-9b',
+  'qwen3.5',
+  qwen3_next(
+    4096,
+    32,
+    GatedMlp.Config(hidden=12288),
+    (16, 4),
+    256,
+    (16, 32),
+    128,
+    vocab_size=248320,
+    context_length=262144,
+  ),
+)
+preset(
+  'qwen3.5-35b-a3b',
+  'qwen3.5',
+  qwen3_next(
+    2048,
+    40,
+    experts(256, 8, 512),
+    (16, 2),
+    256,
+    (16, 32),
+    128,
+    vocab_size=248320,
+    context_length=262144,
+  ),
+)
+
 
 def _small(
   feed_forward: LayerConfig, *, width: int, layers: int, **sizes: Any
@@ -114,6 +145,12 @@ def _next(*, hidden: int, **sizes: Any) -> LanguageModel.Config:
   return _small(experts(16, 3, max(8, hidden // 4)), **sizes)
 
 
+def _dense(*, hidden: int, **sizes: Any) -> LanguageModel.Config:
+  return _small(GatedMlp.Config(hidden=hidden), **sizes)
+
+
+preset('qwen3.5-tiny', 'qwen3.5', _dense(width=64, layers=4, hidden=192, **TINY))
+family('qwen3.5', _dense, width_step=2 * HEAD, layer_step=PERIOD, hidden=two_thirds)
 preset('qwen3-next-tiny', 'qwen3-next', _next(width=64, layers=4, hidden=192, **TINY))
 family('qwen3-next', _next, width_step=2 * HEAD, layer_step=PERIOD, hidden=two_thirds)
 
@@ -125,4 +162,12 @@ step(
   'Two value heads read each key head; attention has a gate on its output too, and so has the '
   'shared expert.',
   'Qwen Team 2025',
+)
+step(
+  'qwen3.5',
+  Chapter.HYBRIDS,
+  2026,
+  'y = gated delta rule, or gated attention, 3 : 1; dense or 8 of 256 experts',
+  'The hybrid becomes the text model of a series of all sizes, with experts and without.',
+  'Qwen Team 2026',
 )

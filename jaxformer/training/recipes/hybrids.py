@@ -1,6 +1,7 @@
 """Hybrids of recurrences and attention whose training is published in few words: Jamba 1.5 (Jamba
-Team 2024), Nemotron-H (NVIDIA 2025), LFM2 (Liquid AI 2025), Granite 4 H (IBM 2025) and Falcon-H1
-(Zuo et al. 2025)."""
+Team 2024), Nemotron-H (NVIDIA 2025), LFM2 (Liquid AI 2025), Granite 4 H (IBM 2025), Falcon-H1 (Zuo
+et al. 2025), OLMo Hybrid (Ai2 2025), Qwen3-Next and Qwen3.5 (Qwen Team 2025, 2026) and Kimi Linear
+(Kimi Team 2025)."""
 
 from jaxformer.data import PublishedCorpus, PublishedTokenizer, Text
 from jaxformer.training.optimizer import AdamW
@@ -164,4 +165,52 @@ hybrid(
     'init': ours('N(0, 0.02) as transformers, and the decays as there'),
   },
   init='N(0, 0.02); decays as gated DeltaNet',
+)
+
+QWEN: Origins = {
+  'tokens': ours('not published in a source that was read; as Qwen3'),
+  'peak': ours('not published in a source that was read; as Llama 2 at the active size'),
+  'tokenizer': memory('the name of the repository'),
+  'init': ours('N(0, 0.02) as transformers, and the decays as there'),
+}
+QWEN_INIT = 'N(0, 0.02); decays uniform in (0.01, 16), their steps start at softplus(1)'
+hybrid(
+  'qwen3-next-80b-a3b',
+  15e12,
+  3e-4,
+  PublishedTokenizer(
+    name='Qwen byte-level BPE', vocab_size=151_936, hub='Qwen/Qwen3-Next-80B-A3B-Instruct'
+  ),
+  QWEN | {'tokens': memory('as remembered of the announcement')},
+  init=QWEN_INIT,
+  note='The announcement has no settings of the optimizer. The published models predict several '
+  'tokens in training.',
+)
+for name, size in (('qwen3.5-9b', '9B'), ('qwen3.5-35b-a3b', '35B-A3B')):
+  hybrid(
+    name,
+    36e12,
+    3e-4,
+    PublishedTokenizer(name='Qwen byte-level BPE', vocab_size=248_320, hub=f'Qwen/Qwen3.5-{size}'),
+    QWEN,
+    init=QWEN_INIT,
+    note='Of the training little is published. The published models read images too, and predict '
+    'several tokens in training.',
+  )
+
+hybrid(
+  'kimi-linear-48b-a3b',
+  5.7e12,
+  3e-4,
+  PublishedTokenizer(
+    name='Kimi BPE', vocab_size=163_840, hub='moonshotai/Kimi-Linear-48B-A3B-Instruct'
+  ),
+  {
+    'tokens': Origin('published', 'README of MoonshotAI/Kimi-Linear', '"trained with 5.7T tokens"'),
+    'peak': ours('not published in a source that was read; as Llama 2 at the active size'),
+    'tokenizer': memory('the name of the repository'),
+    'init': ours('N(0, 0.02) as transformers, and the decays as there'),
+  },
+  init='N(0, 0.02); decays as gated DeltaNet',
+  note='The report trains with another optimizer, MuonClip, as remembered; here it is AdamW.',
 )
