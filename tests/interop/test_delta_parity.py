@@ -190,7 +190,7 @@ def test_greedy_tokens_are_the_same(imported):
     ('qwen3_5_text', {'rope_parameters': {'rope_theta': 1e4, 'mystery': 2.0}}, 'mystery'),
     ('qwen3_5_text', {'rope_scaling': {'rope_type': 'nonsense', 'factor': 2.0}}, 'rope_type'),
     ('qwen3_5_moe_text', {'norm_topk_prob': False}, 'norm_topk_prob'),
-    ('kimi_linear', {'mlp_layer_types': ['dense']}, 'mlp_layer_types'),
+    ('kimi_linear', {'num_hidden_layers': 5, 'mlp_layer_types': ['dense']}, 'mlp_layer_types'),
     ('kimi_linear', {'mla_use_nope': False}, 'mla_use_nope'),
     ('kimi_linear', {'rope_scaling': {'rope_type': 'yarn', 'factor': 2.0}}, 'rope_scaling'),
     ('kimi_linear', {'moe_router_activation_func': 'softmax'}, 'moe_router_activation_func'),
