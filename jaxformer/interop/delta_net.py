@@ -12,12 +12,13 @@ from jaxformer.interop.settings import Settings, Table, written
 from jaxformer.interop.tensors import Shape
 from jaxformer.interop.weights import MIXER, Rule, arrays, depthwise, fused, in_block, modules
 from jaxformer.layers.attention import Attention
-from jaxformer.layers.delta_net import DeltaNet, GatedDeltaNet
+from jaxformer.layers.delta_net import DeltaNet, GatedDeltaNet, KimiDeltaAttention
 from jaxformer.layers.layer import LayerConfig
 from jaxformer.models.language_model import LanguageModel
 
 D = TypeVar('D', bound=DeltaNet.Config)
 L = TypeVar('L', bound=LayerConfig)
+DELTA_RULE = GatedDeltaNet.Config, KimiDeltaAttention.Config
 LINEAR = 'linear_attention'
 LAYER: Table = {
   'heads': ('linear_num_key_heads', 16),
@@ -63,7 +64,7 @@ def gated_and_attention(
 def write_kinds(config: LanguageModel.Config) -> dict[str, Any]:
   """`layer_types`."""
   layers = (block.branches[0].layer for block in blocks_of(config.stack))
-  return {'layer_types': [LINEAR if isinstance(x, DeltaNet.Config) else FULL for x in layers]}
+  return {'layer_types': [LINEAR if type(x) in DELTA_RULE else FULL for x in layers]}
 
 
 def write_layer(layer: GatedDeltaNet.Config) -> dict[str, Any]:
