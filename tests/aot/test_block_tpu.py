@@ -8,7 +8,9 @@ import jax.numpy as jnp
 import pytest
 
 from jaxformer.layers.layer import Context
-from jaxformer.models.block import BlockLayer
+from jaxformer.layers.mamba3 import Mamba3
+from jaxformer.layers.norm import RMSNorm
+from jaxformer.models.block import BlockLayer, pre_norm
 from jaxformer.models.params import define
 from jaxformer.models.zoo import FAMILIES, PRESETS
 from jaxformer.planning.compiler import topology_mesh
@@ -36,6 +38,7 @@ STREAMS = {
   'lfm2': 18,
   'mamba2': 22,
   'mamba3-1.3b': 36,
+  'mamba3-mimo': 125,
   'mingru': 36,
   'minimax': 48,
   'minlstm': 38,
@@ -50,6 +53,8 @@ stream's size."""
 
 def first_block(name: str) -> BlockLayer.Config:
   """The mixing and the feed-forward layer at the bottom of a model."""
+  if name == 'mamba3-mimo':  # the family's heads are for models of a CPU
+    return BlockLayer.Config(block=pre_norm(RMSNorm(), Mamba3.Config(rank=4)))
   if name in PRESETS:
     model = PRESETS[name].model
     assert model.width == D
