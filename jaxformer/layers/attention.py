@@ -65,6 +65,7 @@ class Attention(Layer):
       kv_heads: key/value heads; None for one per query head.
       head_dim: None for width / heads.
       v_head_dim: of the values; None for that of queries and keys.
+      out_size: width of the output; None for that of the input.
       position: `Rotary`, `Alibi` or `LogTemperature`; None where positions are embedded elsewhere
         or not at all.
       causal: False lets every position attend to every other, which excludes decoding.
@@ -94,6 +95,7 @@ class Attention(Layer):
     kv_heads: int | None = None
     head_dim: int | None = None
     v_head_dim: int | None = None
+    out_size: int | None = None
     position: AttentionPosition | None = None
     causal: bool = True
     window: int | None = None
@@ -111,7 +113,8 @@ class Attention(Layer):
     out_init: Init = Normal()
 
     def validate(self):
-      self.require_positive('heads', 'head_dim', 'v_head_dim', 'window', 'chunk', 'softcap')
+      self.require_positive('heads', 'head_dim', 'v_head_dim', 'out_size')
+      self.require_positive('window', 'chunk', 'softcap')
       self.require_rate('attention_dropout')
       divides = self.kv_heads is None or (self.kv_heads > 0 and self.heads % self.kv_heads == 0)
       self.require(divides, 'kv_heads', f'a divisor of heads = {self.heads}')
@@ -136,6 +139,9 @@ class Attention(Layer):
         out_bias=self.bias if self.out_bias is None else self.out_bias,
         scale=self.scale or 1.0 / math.sqrt(K),
       )
+
+    def out_width(self, width: int) -> int:
+      return self.out_size or width
 
     @property
     def decodes(self) -> bool:
@@ -171,7 +177,7 @@ class Attention(Layer):
           output_gate=True,
         ),
         cls(heads=4, chunk=5, position=LogTemperature(interval=4), qk_norm=RMSNorm(scale=False)),
-        cls(heads=6, head_dim=8, kv_heads=6, position=Alibi(), scale=0.2),
+        cls(heads=6, head_dim=8, kv_heads=6, out_size=24, position=Alibi(), scale=0.2),
         cls(heads=4, causal=False),
         cls(heads=4, causal=False, window=4, position=Alibi()),
       )
@@ -196,7 +202,7 @@ class Attention(Layer):
     self.k = dense(c.init, (width, G * K), ('embed', 'kv_heads'), bias=c.bias)
     self.v = dense(c.init, (width, G * C), ('embed', 'kv_heads'), bias=c.bias)
     out_bias = c.bias if c.out_bias is None else c.out_bias
-    self.o = dense(c.out_init, (H * C, width), ('heads', 'embed'), bias=out_bias)
+    self.o = dense(c.out_init, (H * C, c.out_width(width)), ('heads', 'embed'), bias=out_bias)
     self.gate = (
       dense(c.init, (width, H * C), ('embed', 'heads'), bias=c.bias) if c.output_gate else None
     )

@@ -34,6 +34,41 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 }
 
 
+class LinearMap(Layer):
+  """y = x W (Vaswani et al. 2017, section 3.2.2: W_O, the last part of their attention)."""
+
+  class Config(LayerConfig):
+    """
+    Attributes:
+      out: width of the output; None for that of the input.
+      bias: whether there is one.
+      init: of W.
+    """
+
+    out: int | None = None
+    bias: bool = False
+    init: Init = Normal()
+
+    def validate(self):
+      self.require_positive('out')
+
+    def out_width(self, width: int) -> int:
+      return self.out or width
+
+    @classmethod
+    def examples(cls):
+      return cls(), cls(out=24, bias=True)
+
+  def __init__(self, config: LinearMap.Config, width: int, rngs: nnx.Rngs, position: LayerPosition):
+    shape = width, config.out_width(width)
+    self.out = Dense(
+      config.init, shape, (None, 'embed'), rngs=rngs, position=position, bias=config.bias
+    )
+
+  def __call__(self, x_BTD: Float[Array, 'B T D'], ctx: Context, state=None) -> Output:
+    return Output(self.out(x_BTD), state)
+
+
 class Mlp(Layer):
   """y = act(x W_up + b) W_down + b' (Vaswani et al. 2017, section 3.3)."""
 

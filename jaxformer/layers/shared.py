@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -64,7 +65,8 @@ class Shared(Layer):
       name: layers that share by this name have one set of weights.
       rank: of the adapters; None for none.
       adapted: the projections of `layer` that have an adapter at each depth: dotted paths of
-        `Dense` modules in it, as `gate` or `attention.q`.
+        `Dense` modules in it, as `gate` or `block.branches.0.layer.q`. Projections of one module
+        that share A, as they have one input, are joined by a plus: `gate+up`.
       init: of A; B starts at 0.
     """
 
@@ -114,7 +116,7 @@ class Shared(Layer):
     @classmethod
     def examples(cls):
       mlp = GatedMlp.Config(hidden=24)
-      return cls(layer=mlp), cls(layer=mlp, name='other', rank=3, adapted=('gate', 'down'))
+      return cls(layer=mlp), cls(layer=mlp, name='other', rank=3, adapted=('gate+up', 'down'))
 
     def mixing_flops_per_token(self, width, length, causal):
       return self.layer.mixing_flops_per_token(width, length, causal)
@@ -124,13 +126,19 @@ class Shared(Layer):
     self.adapters = nnx.Dict()
     if config.rank is not None:
       shared = nnx.eval_shape(lambda: config.layer.build(width, nnx.Rngs(0), LayerPosition()))
+      dense = functools.partial(Dense, rngs=rngs, position=position)
       for path in config.adapted:
-        inputs, outputs, axes = _projection(shared, path)
-        rank = config.rank
+        kernels = [_kernel(shared, *parents, name) for *parents, name in _projections(path)]
+        ((inputs, axis), *others) = {(k.shape[0], k.get_metadata()['axes'][0]) for k in kernels}
+        if others:
+          raise InputError('Shared.adapted', path, 'projections that have one input')
         self.adapters[path.replace('.', '/')] = nnx.List(
           [
-            Dense(config.init, (inputs, rank), (axes[0], None), rngs=rngs, position=position),
-            Dense(Zeros(), (rank, outputs), (None, axes[1]), rngs=rngs, position=position),
+            dense(config.init, (inputs, config.rank), (axis, None)),
+            *(
+              dense(Zeros(), (config.rank, k.shape[1]), (None, k.get_metadata()['axes'][1]))
+              for k in kernels
+            ),
           ]
         )
 
@@ -139,12 +147,10 @@ class Shared(Layer):
       lambda v: v, common[self.config.name], is_leaf=lambda v: isinstance(v, nnx.Variable)
     )
     layer.bind(common, index)
-    for path, (down, up) in self.adapters.items():
-      *parents, name = path.split('/')
-      parent = layer
-      for p in parents:
-        parent = getattr(parent, p)
-      vars(parent)[name] = Adapted(getattr(parent, name), down, up)
+    for path, (down, *ups) in self.adapters.items():
+      for (*parents, name), up in zip(_projections(path.replace('/', '.')), ups, strict=True):
+        parent = functools.reduce(_part, parents, layer)
+        vars(parent)[name] = Adapted(getattr(parent, name), down, up)
     vars(self)['layer'] = layer
 
   def init_state(self, batch: int, max_len: int, memory: Memory | None = None) -> State:
@@ -163,13 +169,24 @@ class Shared(Layer):
     return self.layer.step(x_BD, ctx, state)
 
 
-def _projection(layer: Any, path: str) -> tuple[int, int, tuple[str | None, str | None]]:
-  """Inputs, outputs and logical axes of a projection. Raises `InputError` where there is none."""
-  found = layer
-  for name in path.split('.'):
-    found = getattr(found, name, None)
+def _projections(path: str) -> list[list[str]]:
+  """The names on the way to each projection of a path."""
+  *parents, names = path.split('.')
+  return [[*parents, name] for name in names.split('+')]
+
+
+def _part(module: Any, name: str) -> Any:
+  """A part of a module, or of a list by its index; None where there is none."""
+  if isinstance(module, nnx.List):
+    return module[int(name)] if name.isdecimal() and int(name) < len(module) else None
+  return getattr(module, name, None)
+
+
+def _kernel(layer: Any, *path: str) -> nnx.Param:
+  """The kernel of a projection. Raises `InputError` where there is none."""
+  found = functools.reduce(_part, path, layer)
   if not isinstance(found, Dense):
     known = [n for n, v in vars(layer).items() if isinstance(v, Dense)]
-    raise InputError('Shared.adapted', path, f'a projection of the layer: {", ".join(known)}, ...')
-  inputs, outputs = found.kernel.shape
-  return inputs, outputs, found.kernel.get_metadata()['axes']
+    accepted = f'a projection of the layer: {", ".join(known)}, ...'
+    raise InputError('Shared.adapted', '.'.join(path), accepted)
+  return found.kernel

@@ -88,6 +88,26 @@ class PreNorm(BranchConfig):
     return self.joined(x, layer(norm(x)))
 
 
+class NormOnly(BranchConfig):
+  """layer(norm(x)), without a sum (the layers of the shared block of Zamba, Glorioso et al.
+  2024)."""
+
+  norm: NormConfig = RMSNorm()
+
+  def validate(self):
+    super().validate()
+    self.require(self.scale is None, 'scale', 'none in a branch without a residual stream')
+
+  def build_norm(self, width: int) -> Norm:
+    return self.norm.build(width)
+
+  def apply(self, x, layer, norm):
+    return layer(norm(x))
+
+  def out_width(self, width: int) -> int:
+    return self.layer.out_width(width)
+
+
 class PostNorm(BranchConfig):
   """norm(x + layer(x)) (Vaswani et al. 2017)."""
 

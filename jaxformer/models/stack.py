@@ -263,7 +263,8 @@ class Stack(nnx.Module):
     """Apply all blocks to `x`, from `state` if there is one. `keep_state=False`: the states after
     `x` are not needed, and are returned only where that is free."""
     if self.reads_input:
-      ctx = ctx.replace(shared=ctx.shared | {STACK_INPUT: x})
+      # with an axis of time, as all values that layers share
+      ctx = ctx.replace(shared=ctx.shared | {STACK_INPUT: x[:, None] if one_token else x})
     first = itertools.accumulate(self._blocks_per_group(), initial=0)
     groups = (
       functools.partial(

@@ -263,6 +263,7 @@ def test_published_configs_are_our_presets(fields, name):
       'lfm2',
       'granite4',
       'falcon-h1',
+      'zamba2',
     )
   ],
 )

@@ -290,6 +290,9 @@ NOT_USED_BY: dict[str, set[str]] = {
     'n_shared_experts',
   },
   'falcon_h1': {'mamba_chunk_size'},
+  'zamba2': {
+    'chunk_size', 'use_mem_eff_path', 'kv_channels', 'num_query_groups', 'num_logits_to_keep',
+  },
   'granitemoehybrid': {'mamba_chunk_size'},
   'minimax': {'block_size'},
   # `head_dim` and `qk_head_dim` follow from others; groups have no effect with 'greedy'

@@ -10,9 +10,10 @@ from flax import nnx
 from jaxformer.config import InputError
 from jaxformer.layers.attention import Attention
 from jaxformer.layers.layer import STACK_INPUT, CommonConfig, Context, Layer, LayerConfig, Output
-from jaxformer.layers.mlp import GatedMlp
+from jaxformer.layers.mlp import GatedMlp, LinearMap
 from jaxformer.layers.norm import RMSNorm
 from jaxformer.layers.shared import Shared
+from jaxformer.layers.stack_input import WithStackInput
 from jaxformer.models.block import Block, BlockLayer, Plain, Residual, pre_norm
 from jaxformer.models.language_model import LanguageModel
 from jaxformer.models.params import define
@@ -126,6 +127,39 @@ def test_adapters_add_products_of_low_rank():
   np.testing.assert_allclose(
     logits(config, params, False), logits(theirs, own, False), rtol=1e-4, atol=1e-5
   )
+
+
+def test_adapters_that_share_a_matrix_inside_a_block():
+  """Paths through lists, and two projections of one input whose adapters have one A."""
+  block = pre_norm(RMSNorm(), ATTENTION, MLP)
+  paths = 'block.branches.0.layer.q', 'block.branches.1.layer.gate+up'
+  layer = Shared.Config(layer=BlockLayer.Config(block=block), name='block', rank=3, adapted=paths)
+  config = model(Group(pattern=(Block.Config(branches=(Plain(layer=layer),)),)))
+  params = define(config).init(jax.random.key(0))
+  adapters = [n for n in params if 'adapters' in n]
+  assert len(adapters) == 2 + 3
+  for i, name in enumerate(adapters):
+    params[name] = 0.3 * jax.random.normal(jax.random.key(i), params[name].shape)
+  theirs = model(Group(pattern=(block,)))
+  own = {
+    n.replace('stack.common.block.block.', 'stack.groups.0.0.'): p
+    for n, p in params.items()
+    if n not in adapters
+  }
+  at = 'stack.groups.0.0.branches.0.layer.adapters.'
+  for path, branch, names in ((paths[0], 0, ['q']), (paths[1], 1, ['gate', 'up'])):
+    a, *b = (params[f'{at}{path.replace(".", "/")}.{i}.kernel'] for i in range(1 + len(names)))
+    for name, up in zip(names, b, strict=True):
+      own[f'stack.groups.0.0.branches.{branch}.layer.{name}.kernel'] += a @ up
+  np.testing.assert_allclose(
+    logits(config, params, False), logits(theirs, own, False), rtol=1e-4, atol=1e-5
+  )
+
+
+def test_projections_that_share_a_matrix_have_one_input():
+  layer = Shared.Config(layer=MLP, rank=2, adapted=('gate+down',))
+  with pytest.raises(InputError, match='projections that have one input'):
+    define(model(Group(pattern=(pre_norm(RMSNorm(), layer),))))
 
 
 def test_a_block_repeats_with_one_set_of_weights():
@@ -253,6 +287,30 @@ def test_a_layer_reads_the_value_of_its_depth(unroll, remat):
   out = jax.jit(lambda x: stack(x, Context(unroll=unroll, remat=remat)).y)(jnp.zeros((1, 3, D)))
   rows = np.arange(5 * D).reshape(5, D)
   np.testing.assert_allclose(out[0, 0], rows.sum(0))
+
+
+@pytest.mark.parametrize('unroll', [True, False])
+def test_a_layer_reads_its_input_beside_that_of_the_stack(unroll):
+  """With a sequence, and with one token."""
+  layer = WithStackInput.Config(layer=LinearMap.Config(out=D))
+  stack = Stack((Group(pattern=(block_of(layer),), repeats=2),), D, nnx.Rngs(0))
+  x = jax.random.normal(jax.random.key(0), (2, 3, D))
+  ((kernels,),) = (
+    [v[...] for v in jax.tree.leaves(stack, is_leaf=lambda v: isinstance(v, nnx.Variable))],
+  )
+  want = x
+  for kernel in kernels:
+    want = jnp.concatenate([want, x], -1) @ kernel
+  ctx = Context(unroll=unroll)
+  np.testing.assert_allclose(stack(x, ctx).y, want, atol=1e-6)
+  step = stack(x[:, 0], ctx, stack.init_state(2, 3), one_token=True)
+  np.testing.assert_allclose(step.y, want[:, 0], atol=1e-6)
+
+
+def test_modules_in_common_are_outside_of_a_wider_input():
+  layer = WithStackInput.Config(layer=Shared.Config(layer=LinearMap.Config(out=D)))
+  with pytest.raises(InputError, match=r'WithStackInput\.layer'):
+    define(model(Group(pattern=(block_of(layer),))))
 
 
 @pytest.mark.parametrize('unroll', [True, False])

@@ -10,7 +10,7 @@ from jaxformer.models.encoder_decoder import EncoderDecoder
 from jaxformer.models.language_model import LanguageModel
 from jaxformer.models.params import define
 from jaxformer.models.zoo import PRESETS
-from tests.models import test_hybrids, test_xlstm
+from tests.models import test_hybrids, test_xlstm, test_zamba2
 
 pytestmark = pytest.mark.quick
 
@@ -490,7 +490,7 @@ COUNTED = {
   )
   for name, sizes in table.items()
 }
-COUNTED |= test_hybrids.COUNTED | test_xlstm.COUNTED
+COUNTED |= test_hybrids.COUNTED | test_xlstm.COUNTED | test_zamba2.COUNTED
 
 
 @pytest.mark.parametrize('name', COUNTED)

@@ -399,6 +399,7 @@ TESTED = {
   'nemotron-h': 'models.test_hybrids:test_hybrids_of_mamba2',
   'granite4': 'models.test_hybrids:test_hybrids_of_mamba2',
   'falcon-h1': 'models.test_hybrids:test_hybrids_of_mamba2',
+  'zamba2': 'models.test_zamba2:test_initial_values',
 }
 
 

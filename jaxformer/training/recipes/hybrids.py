@@ -1,7 +1,7 @@
 """Hybrids of recurrences and attention whose training is published in few words: Jamba 1.5 (Jamba
-Team 2024), Nemotron-H (NVIDIA 2025), LFM2 (Liquid AI 2025), Granite 4 H (IBM 2025), Falcon-H1 (Zuo
-et al. 2025), OLMo Hybrid (Ai2 2025), Qwen3-Next and Qwen3.5 (Qwen Team 2025, 2026) and Kimi Linear
-(Kimi Team 2025)."""
+Team 2024), Zamba2 (Glorioso et al. 2024), Nemotron-H (NVIDIA 2025), LFM2 (Liquid AI 2025), Granite
+4 H (IBM 2025), Falcon-H1 (Zuo et al. 2025), OLMo Hybrid (Ai2 2025), Qwen3-Next and Qwen3.5 (Qwen
+Team 2025, 2026) and Kimi Linear (Kimi Team 2025)."""
 
 from jaxformer.data import PublishedCorpus, PublishedTokenizer, Text
 from jaxformer.training.optimizer import AdamW
@@ -26,6 +26,8 @@ REST: tuple[Field, ...] = (
 LLAMA2 = 'not published; as Llama 2'
 LIKE_LLAMA2 = Cosine(warmup=2000, final=0.1)
 CONFIG = Origin('secondary', 'config.json of the published weights', 'initializer_range')
+
+README = Origin('published', 'Zyphra/Zamba2 (repository), README.md')
 
 
 def hybrid(
@@ -213,4 +215,17 @@ hybrid(
   },
   init='N(0, 0.02); decays as gated DeltaNet',
   note='The report trains with another optimizer, MuonClip, as remembered; here it is AdamW.',
+)
+
+hybrid(
+  'zamba2-2.7b',
+  3e12,
+  3e-4,
+  PublishedTokenizer(name='Mistral BPE', vocab_size=32000, hub='mistralai/Mistral-7B-v0.1'),
+  {
+    'tokens': README.noted('3T tokens, and 100B to anneal'),
+    'tokenizer': README.noted('Mistral v0.1'),
+    'init': ours('the default of transformers'),
+  },
+  note='Of the training little is published; the sizes are from secondary sources.',
 )
