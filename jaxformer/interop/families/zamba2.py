@@ -87,7 +87,7 @@ def read(hf: Settings) -> LanguageModel.Config:
     attention=attention_of(
       D,
       heads,
-      kv_heads=kv_heads,
+      kv_heads=None if kv_heads == heads else kv_heads,
       position=rotary if hf.get('use_mem_rope', bool, False) else None,
       attention_dropout=hf.get('attention_dropout', float, 0.0),
       init=init,
