@@ -20,6 +20,10 @@ mixers, hybrid_recall, mixers_compared, overwriting, sparse_experts = (
   importlib.import_module(n)
   for n in ('mixers', 'hybrid_recall', 'mixers_compared', 'overwriting', 'sparse_experts')
 )
+interleaving, three_to_one, latent_cache, many_experts = (
+  importlib.import_module(n)
+  for n in ('interleaving', 'three_to_one', 'latent_cache', 'many_experts')
+)
 sys.path.remove(CLAIMS)
 
 pytestmark = pytest.mark.quick
@@ -62,7 +66,11 @@ def task(first: str, scores: dict[str, tuple[float, ...]]) -> TaskResults:
 
 @pytest.mark.parametrize(
   ('claim', 'data', 'layers'),
-  [(hybrid_recall, hybrid_recall.TASK, 4), (overwriting, overwriting.CHANGING, 2)],
+  [
+    (hybrid_recall, hybrid_recall.TASK, 4),
+    (overwriting, overwriting.CHANGING, 2),
+    (three_to_one, three_to_one.TASK, 4),
+  ],
 )
 def test_stacks_of_one_shape_have_equal_size(claim, data, layers):
   study = claim.study(1.0, 'runs')
@@ -74,6 +82,15 @@ def test_stacks_of_one_shape_have_equal_size(claim, data, layers):
       layers,
     )
     assert define(model).active_size == pytest.approx(study.target, rel=study.tolerance)
+
+
+def test_models_with_latents_and_grouped_queries_have_equal_size():
+  study = latent_cache.study(1.0, 'runs')
+  sizes = [
+    define(entry.model(study, latent_cache.VOCABULARY, latent_cache.LENGTH)).size
+    for entry in study.entries
+  ]
+  assert sizes == pytest.approx([study.target] * 3, rel=study.tolerance)
 
 
 def test_a_size_that_the_width_does_not_allow_is_refused():
@@ -122,12 +139,63 @@ def test_the_parts_of_the_claim_about_four_mixers():
 )
 def test_the_verdict_on_interleaving(hybrid, mamba, expected):
   found = task('attention', {'attention': NEAR_ONE, 'Mamba': mamba, 'hybrid': hybrid})
-  cache = {
-    'attention': [400] * len(hybrid_recall.CONTEXTS),
-    'Mamba': [1] * len(hybrid_recall.CONTEXTS),
-    'hybrid': [101] * len(hybrid_recall.CONTEXTS),
-  }
-  assert hybrid_recall.decide(found, cache)[0] == expected
+  assert hybrid_recall.decide(found, caches('Mamba', 101))[0] == expected
+
+
+def caches(recurrent: str, hybrid: int) -> dict[str, list[int]]:
+  sizes = {'attention': 400, recurrent: 1, 'hybrid': hybrid}
+  return {name: [size] * len(interleaving.CONTEXTS) for name, size in sizes.items()}
+
+
+@pytest.mark.parametrize(
+  ('hybrid', 'delta', 'size', 'expected'),
+  [
+    (NEAR_ONE, HALF, 101, 'supported'),
+    (NEAR_ONE, NEAR_ONE, 101, 'partly supported'),
+    (NEAR_ONE, HALF, 120, 'contradicted'),  # of 400 bytes, more than a quarter
+    (HALF, HALF, 101, 'contradicted'),
+  ],
+)
+def test_the_verdict_on_three_to_one(hybrid, delta, size, expected):
+  scores = {'attention': NEAR_ONE, 'Gated DeltaNet': delta, 'hybrid': hybrid}
+  found, cache = task('attention', scores), caches('Gated DeltaNet', size)
+  verdict, because = three_to_one.decide(found, cache)
+  assert verdict == expected
+  # 12 of 48 layers with keys and values of 2 x 256 numbers at 262,144 positions, and 36 states
+  assert '6.52 GB, with attention in every layer 25.8 GB' in because
+  assert [row[0] for row in interleaving.rows(found, cache)] == list(scores)
+
+
+def test_state_of_three_to_one_is_a_quarter_and_a_constant():
+  sizes = three_to_one.caches(three_to_one.study(1.0, 'runs'))
+  rest = {h - a / 4 for h, a in zip(sizes['hybrid'], sizes['attention'], strict=True)}
+  assert rest == {0.75 * sizes['Gated DeltaNet'][0]}
+  assert len(set(sizes['Gated DeltaNet'])) == 1
+
+
+GROUPED, FEWER = (2.5, 2.52, 2.49), (2.6, 2.63, 2.6)
+
+
+@pytest.mark.parametrize(
+  ('latent', 'fewer', 'expected'),
+  [
+    ((2.5, 2.521, 2.489), FEWER, 'supported'),
+    ((2.5, 2.521, 2.489), GROUPED, 'partly supported'),
+    ((2.6, 2.4, 2.5), FEWER, 'not supported'),
+    ((2.6, 2.62, 2.59), FEWER, 'contradicted'),
+  ],
+)
+def test_the_verdict_on_latents(latent, fewer, expected):
+  full, short, few = latent_cache.MIXERS
+  scores = {full: GROUPED, short: latent, few: fewer}
+  found = TaskResults('T', 'bits per byte', 128, 'tests', outcomes(full, scores, True))
+  cache = latent_cache.caches(latent_cache.study(1.0, 'runs'))
+  verdict, because = latent_cache.decide(found, cache)
+  assert verdict == expected
+  # per layer keys and values of 4 heads of 8, a latent of 24 and a key of 8, and two heads of 8
+  assert list(cache.values()) == [2 * 2 * 2 * 32, 2 * 2 * 32, 2 * 2 * 2 * 16]
+  assert 'DeepSeek-V2: 69.1 kB per position, with 8 groups of queries 246 kB' in because
+  assert [row[0] for row in latent_cache.rows(found, cache)] == list(scores)
 
 
 @pytest.mark.parametrize(
@@ -175,3 +243,30 @@ def test_the_verdict_on_sparse_experts(mixture, flops, expected):
   )
   assert verdict == expected
   assert '1.25 times as long' in because
+
+
+@pytest.mark.parametrize(
+  ('many', 'params', 'expected'),
+  [
+    ((2.4, 2.43, 2.41), 1, 'supported'),
+    ((2.4, 2.43, 2.41), 2, 'not supported'),
+    ((2.4, 2.6, 2.5), 1, 'not supported'),
+    ((2.6, 2.63, 2.61), 1, 'contradicted'),
+  ],
+)
+def test_the_verdict_on_many_experts(many, params, expected):
+  few, small = many_experts.MODELS
+  scores = {few: (2.5, 2.52, 2.49), small: many}
+  found = TaskResults('T', 'bits per byte', 128, 'tests', outcomes(few, scores, True))
+  first, second = found.outcomes
+  found = dataclasses.replace(found, outcomes=(first, dataclasses.replace(second, params=params)))
+  results = Results(many_experts.study(1.0, 'runs'), (found,), {}, {})
+  assert many_experts.decide(results, {few: [1.2], small: [1.4]})[0] == expected
+
+
+def test_many_experts_and_few_have_equal_size():
+  few, many = many_experts.MODELS.values()
+  for size in ('size', 'active_size'):
+    assert getattr(define(many), size) == pytest.approx(
+      getattr(define(few), size), rel=many_experts.CLOSE
+    )
