@@ -97,7 +97,10 @@ def solve(
     raise InputError(match, target, 'positive')
   f = FAMILIES[family] if isinstance(family, str) else family
   f.maker(source_vocab_size)
-  best = _closest(f, (vocab_size, context_length, source_vocab_size), match, float(target))
+  data = vocab_size, context_length, source_vocab_size
+  best = _closest(f, data, match, float(target))
+  if abs(best.error) > tolerance:
+    best = _closest_beside(f, data, best)
   if abs(best.error) > tolerance:
     raise InputError(
       f'{f.name}: nothing comes within {tolerance:.0%} of {target:,.0f} {match}; the closest has '
@@ -137,11 +140,34 @@ def _closest(f: Family, data: Data, match: Match, target: float) -> Sized:
     best = min(errors, key=lambda s: (max(abs(errors[s]), CLOSE), _oddness(f, s)))
     if best in found:
       return found[best]
-    model = _build(f, data, best)
-    value = measure(model, match)
-    found[best] = Sized(f.name, model, best[0], _depth(model), best[2], match, target, value)
-    factor = value / predicted(*best)
-  return min(found.values(), key=lambda s: abs(s.error))
+    found[best] = _sized(f, data, best, match, target)
+    factor = found[best].value / predicted(*best)
+  return min(found.values(), key=_miss)
+
+
+def _closest_beside(f: Family, data: Data, best: Sized) -> Sized:
+  """Return the closest of a model and those with the next widths towards its target: costs that
+  jump, as where heads become larger, follow no polynomial."""
+  step = f.width_step if best.error < 0 else -f.width_step
+  widths = (best.width + n * step for n in range(1, MEASURED + 1))
+  beside = [
+    _sized(
+      f, data, (w, best.layers, None if f.hidden is None else f.hidden(w)), best.match, best.target
+    )
+    for w in widths
+    if 0 < w <= WIDEST * f.width_step
+  ]
+  return min((best, *beside), key=_miss)
+
+
+def _sized(f: Family, data: Data, shape: Shape, match: Match, target: float) -> Sized:
+  model = _build(f, data, shape)
+  value = measure(model, match)
+  return Sized(f.name, model, shape[0], _depth(model), shape[2], match, target, value)
+
+
+def _miss(sized: Sized) -> float:
+  return abs(sized.error)
 
 
 def _terms(shape: tuple[int | None, ...]) -> list[float]:

@@ -107,8 +107,8 @@ def same_after_export(config, folder, what, computed=''):
   assert load_hf(folder)[0] == config
 
 
-def same_greedy_tokens(model, config, params, rows=2):
-  """48 tokens, ours by prefill and steps, theirs by their own cache."""
+def same_greedy_tokens(model, config, params, rows=2, use_cache=True):
+  """48 tokens, ours by prefill and steps, theirs by their own cache, or without one."""
   import torch
 
   prompt, definition = tokens(2, 40)[:rows], define(config)
@@ -133,6 +133,7 @@ def same_greedy_tokens(model, config, params, rows=2):
       max_new_tokens=NEW,
       min_new_tokens=NEW,
       pad_token_id=0,
+      use_cache=use_cache,
     )
   np.testing.assert_array_equal(
     np.asarray(greedy(params, jnp.asarray(prompt))), expected[:, prompt.shape[1] :].numpy()

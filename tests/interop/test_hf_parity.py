@@ -298,6 +298,7 @@ NOT_USED_BY: dict[str, set[str]] = {
   # `head_dim` and `qk_head_dim` follow from others; groups have no effect with 'greedy'
   'deepseek_v2': {'qk_head_dim', 'n_group', 'topk_group'},
   'deepseek_v3': {'qk_head_dim', 'num_mtp_layers', 'num_nextn_predict_layers'},
+  'kimi_linear': {'qk_head_dim'},
 }  # fmt: skip
 # Fields without a default with which their model works.
 NEEDED_BY = {'deepseek_v2': {'num_experts_per_tok': 6}}

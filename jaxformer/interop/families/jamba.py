@@ -1,6 +1,7 @@
 """Jamba: Mamba and attention layers, feed-forward layers and mixtures of experts. On disk, every
 expert has separate tensors."""
 
+import math
 from typing import Any
 
 from jaxformer.config import InputError
@@ -18,7 +19,7 @@ from jaxformer.layers.norm import RMSNorm
 from jaxformer.layers.router import SoftmaxTopK
 from jaxformer.models.block import Block, PreNorm
 from jaxformer.models.language_model import LanguageModel
-from jaxformer.models.stack import grouped
+from jaxformer.models.stack import Group, grouped
 
 MODEL: Table = {
   'vocab_size': ('vocab_size', 65536),
@@ -82,9 +83,11 @@ def read(hf: Settings) -> LanguageModel.Config:
     'layers_num_experts', None, [experts if i % sparse[0] == sparse[1] else 1 for i in indices]
   )
   hf.only('head_dim', None, model['width'] // attention.heads)
-  return LanguageModel.Config(
-    **model, stack=grouped([block(i) for i in indices]), final_norm=norm, embedding_init=init
-  )
+  blocks, period = [block(i) for i in indices], math.lcm(attends[0], sparse[0])
+  # The groups of the zoo, which are whole periods even where there is only one.
+  periods = Group(pattern=tuple(blocks[:period]), repeats=len(blocks) // period)
+  stack = grouped(blocks) if len(blocks) % period else (periods,)
+  return LanguageModel.Config(**model, stack=stack, final_norm=norm, embedding_init=init)
 
 
 def _period(where: list[bool]) -> tuple[int, int]:
