@@ -110,7 +110,6 @@ def test_no_output_depends_on_a_later_input(name):
   contract.causal(layer(name))
 
 
-@tiers.newest
 @every
 def test_packed_documents_equal_separate_ones(name):
   contract.packed(layer(name))
@@ -145,7 +144,6 @@ def test_gradients_equal_differences(name):
   contract.differentiable(layer(name))
 
 
-@tiers.newest
 @every
 def test_bfloat16_is_near(name):
   contract.bfloat16(layer(name))
