@@ -120,6 +120,8 @@ def _scale(axis: Any, a: Axis, values: Sequence[float]) -> None:
   axis.set_label_text(a.label)
   if a.log and low > 0:
     axis.axes.set(**{f'{axis.axis_name}scale': 'log'})
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5)) if high > 5 * low else MaxNLocator(5))
+    # Three labels per decade overlap along an x axis of more than three decades.
+    subs = (1, 2, 5) if axis.axis_name == 'y' or high < 1000 * low else (1,)
+    axis.set_major_locator(LogLocator(subs=subs) if high > 5 * low else MaxNLocator(5))
     axis.set_minor_formatter(NullFormatter())
   axis.set_major_formatter(FuncFormatter(lambda value, _: a.form(value)))
