@@ -37,7 +37,6 @@ telling = pytest.mark.parametrize('name', [tiers.case(n, standing=n in TELLING) 
 telling_decoding = pytest.mark.parametrize(
   'name', [tiers.case(n, standing=n in TELLING) for n in DECODING]
 )
-IN_TIME = MeshConfig(data=1, context=4, fsdp=2)
 
 
 # Layers whose state grows with the sequence, and is not the encoder's: key/value caches.
@@ -48,12 +47,12 @@ CACHED = [
 ]
 
 
-def seen(name):
+def seen(name, room=2 * LENGTH):
   """A state that has read tokens, with room for as many again; None for a layer without one."""
   if name not in DECODING:
     return None
   case = layer(name)
-  return case.call(case.params, inputs()[:, ::-1], Context(), case.init_state(BATCH, 2 * LENGTH))[1]
+  return case.call(case.params, inputs()[:, ::-1], Context(), case.init_state(BATCH, room))[1]
 
 
 @tiers.newest
@@ -121,20 +120,23 @@ def test_sharded_equals_unsharded(name):
 
 
 @tiers.newest
-@every
-def test_time_sharded_equals_unsharded(name):
+@pytest.mark.parametrize(
+  ('name', 'shards'),
+  [tiers.case(n, shards, standing=n in FIRST and shards == 4) for shards in (4, 8) for n in LAYERS],
+)
+def test_time_sharded_equals_unsharded(name, shards):
   """Outputs, the final state and all gradients, from a state that has seen tokens, with documents
-  that start inside and at the border of shards."""
-  case, x, state = layer(name), inputs(), seen(name)
-  ctx = Context(segments_BT=segments(7, 8, 5))
+  that start inside and at the border of shards of five tokens each."""
+  times = shards // 4
+  case, x, state = layer(name), jnp.tile(inputs(), (1, times, 1)), seen(name, (times + 1) * LENGTH)
+  ctx = Context(segments_BT=segments(7, 8, 5 + (times - 1) * LENGTH))
   unsharded = case.gradients(case.params, x, ctx, state)
-  devices = make_mesh(IN_TIME)
-  with use_mesh(Parallel(devices, IN_TIME.rules)):
-    params = jax.device_put(
-      case.params, case.definition.shardings(Parallel(devices, IN_TIME.rules))
-    )
+  mesh = MeshConfig(data=1, context=shards, fsdp=8 // shards)
+  parallel = Parallel(make_mesh(mesh), mesh.rules)
+  with use_mesh(parallel):
+    params = jax.device_put(case.params, case.definition.shardings(parallel))
     sharded = jax.jit(lambda *a: case.differentiated(*a))(
-      params, jax.device_put(x, Parallel(devices, IN_TIME.rules).batch), ctx, state
+      params, jax.device_put(x, parallel.batch), ctx, state
     )
   close(sharded, unsharded, 1e-4)
 
