@@ -24,10 +24,10 @@ latent attention is better than grouped queries with the same cache; partly if q
 the latter is not shown, as any smaller cache may then do; contradicted if the whole interval lies
 above 0.02.
 
-Without a result so far. An earlier design, with a quarter of the cache (a latent of 12, a rotary
-key of 4) and one learning rate for all, 0.01, came out as contradicted: latent attention needed
-0.24 bits more (0.10 to 0.38, five seeds). Its rate had not been tuned, and the latent was smaller
-than the claim needs; hence the grid, and half of the cache."""
+An earlier design, with a quarter of the cache (a latent of 12, a rotary key of 4) and one learning
+rate for all, 0.01, came out as contradicted: latent attention needed 0.24 bits more (0.10 to 0.38,
+five seeds). Its rate had not been tuned, and the latent was smaller than the claim needs; hence the
+grid, and half of the cache."""
 
 from __future__ import annotations
 
