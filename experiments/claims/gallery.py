@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import pathlib
 import platform
 import shlex
@@ -114,7 +115,9 @@ def publish(args: argparse.Namespace, result: Result, pictures: list[Picture]) -
       'machine': platform.machine(),
     },
   }
-  (folder / 'result.json').write_text(json.dumps(saved, indent=1) + '\n')
+  # files of the repository by their path in it, so that the result is the same wherever it lies
+  text = json.dumps(saved, indent=1).replace(f'"{HERE.parents[1]}{os.sep}', '"')
+  (folder / 'result.json').write_text(text + '\n')
   print(_table(result.header, result.rows))
   print(f'\nclaim {result.number}, {result.claim}\n{result.verdict}: {result.because}')
   print(f'page: {write_page(results)}')

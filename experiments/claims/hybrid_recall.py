@@ -40,7 +40,7 @@ os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 import gallery
 import interleaving
 import mixers
-from interleaving import CONTEXTS, HEADER, Caches
+from interleaving import CONTEXTS, Caches
 from mixers import INIT, Stacked
 
 from jaxformer.data.tasks.mqar import MultiQueryRecall
@@ -137,29 +137,14 @@ def decide(task: TaskResults, cache: Caches) -> tuple[gallery.Verdict, str]:
 def main() -> None:
   args = gallery.arguments(__doc__).parse_args()
   results = mixers.run(study(args.scale, args.runs))
-  task, cache = results.tasks[0], caches(results.study)
-  verdict, because = decide(task, cache)
-  report = results.json()
-  gallery.publish(
-    args,
-    gallery.Result(
-      6,
-      CLAIM,
-      verdict,
-      because,
-      f'four layers of width {WIDTH}, {TARGET:,} parameters (within 3 %); '
-      f'{results.study.steps(TASK):,} updates of {BATCH} sequences '
-      f'of {TASK.positions} tokens; learning rates {mixers.rates(args.scale)}; {len(SEEDS)} seeds',
-      HEADER,
-      interleaving.rows(task, cache),
-      {
-        'tasks': report['tasks'],
-        'config': report['config'],
-        'cache': {'contexts': CONTEXTS, **cache},
-      },
-    ),
-    interleaving.pictures(task, cache),
+  cache = caches(results.study)
+  verdict, because = decide(results.tasks[0], cache)
+  scale = (
+    f'four layers of width {WIDTH}, {TARGET:,} parameters (within 3 %); '
+    f'{results.study.steps(TASK):,} updates of {BATCH} sequences of {TASK.positions} tokens; '
+    f'learning rates {mixers.rates(args.scale)}; {len(SEEDS)} seeds'
   )
+  interleaving.publish(args, 6, CLAIM, verdict, because, scale, results, cache)
 
 
 if __name__ == '__main__':

@@ -3,12 +3,14 @@ by length, the verdict, the table and the pictures."""
 
 from __future__ import annotations
 
+import argparse
+
 import gallery
 import mixers
 from mixers import between, outcomes, told
 
 from jaxformer.study.charts import Axis, Point, Series
-from jaxformer.study.results import TaskResults, interval_form
+from jaxformer.study.results import Results, TaskResults, interval_form
 from jaxformer.study.statistics import Difference
 from jaxformer.study.tables import amount
 
@@ -117,3 +119,27 @@ def pictures(task: TaskResults, cache: Caches) -> list[gallery.Picture]:
       Axis('bytes', log=True, form=form),
     ),
   ]
+
+
+def publish(
+  args: argparse.Namespace,
+  number: int,
+  claim: str,
+  verdict: gallery.Verdict,
+  because: str,
+  scale: str,
+  results: Results,
+  cache: Caches,
+) -> None:
+  """Write the claim's pictures, numbers and page."""
+  task, report = results.tasks[0], results.json()
+  numbers = {
+    'tasks': report['tasks'],
+    'config': report['config'],
+    'cache': {'contexts': CONTEXTS, **cache},
+  }
+  gallery.publish(
+    args,
+    gallery.Result(number, claim, verdict, because, scale, HEADER, rows(task, cache), numbers),
+    pictures(task, cache),
+  )

@@ -4,6 +4,7 @@ studies are made as any."""
 import importlib.util
 import inspect
 import pathlib
+import re
 import sys
 
 import pytest
@@ -35,3 +36,14 @@ def test_it_can_be_imported(script, monkeypatch):
       assert list(inspect.signature(kind.model).parameters) == list(
         inspect.signature(Entry.model).parameters
       ), kind
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+  'result',
+  sorted((EXPERIMENTS / 'claims').glob('results/*/result.json')),
+  ids=lambda p: p.parent.name,
+)
+def test_results_name_files_by_their_path_in_the_repository(result):
+  named = re.findall(r'"file": "([^"]*)"', result.read_text())
+  assert all((EXPERIMENTS.parent / name).is_file() and not name.startswith('/') for name in named)
