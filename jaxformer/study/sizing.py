@@ -98,9 +98,7 @@ def solve(
   f = FAMILIES[family] if isinstance(family, str) else family
   f.maker(source_vocab_size)
   data = vocab_size, context_length, source_vocab_size
-  best = _closest(f, data, match, float(target))
-  if abs(best.error) > tolerance:
-    best = _closest_beside(f, data, best)
+  best = _closest(f, data, match, float(target), tolerance)
   if abs(best.error) > tolerance:
     raise InputError(
       f'{f.name}: nothing comes within {tolerance:.0%} of {target:,.0f} {match}; the closest has '
@@ -122,15 +120,24 @@ def _build(f: Family, data: Data, shape: Shape) -> ModelConfig:
   )
 
 
-def _closest(f: Family, data: Data, match: Match, target: float) -> Sized:
+def _closest(f: Family, data: Data, match: Match, target: float, tolerance: float) -> Sized:
   """Build the best shape by the polynomial; if it misses the prediction, rescale the polynomial and
-  try again."""
+  try again. Costs that jump, as where heads become larger, follow no polynomial: if nothing comes
+  within the tolerance, build the next widths towards the target."""
   weights, factor = np.array(_weights(f, data, match)), 1.0
   if not weights.any():
     raise InputError(f'{f.name}: its models have no {match}, so it cannot be matched')
 
   def predicted(*shape: int | None) -> float:
     return float(np.dot(weights, _terms(shape)))
+
+  def build(shape: Shape) -> Sized:
+    model = _build(f, data, shape)
+    value = measure(model, match)
+    return Sized(f.name, model, shape[0], _depth(model), shape[2], match, target, value)
+
+  def miss(shape: Shape) -> float:
+    return abs(found[shape].error)
 
   found: dict[Shape, Sized] = {}
   for _ in range(MEASURED):
@@ -139,35 +146,24 @@ def _closest(f: Family, data: Data, match: Match, target: float) -> Sized:
     errors |= {s: sized.error for s, sized in found.items()}
     best = min(errors, key=lambda s: (max(abs(errors[s]), CLOSE), _oddness(f, s)))
     if best in found:
-      return found[best]
-    found[best] = _sized(f, data, best, match, target)
+      break
+    found[best] = build(best)
     factor = found[best].value / predicted(*best)
-  return min(found.values(), key=_miss)
+  else:
+    best = min(found, key=miss)
+  if miss(best) > tolerance:
+    width, layers, _ = best
+    step = f.width_step if found[best].error < 0 else -f.width_step
+    for w in range(width + step, width + (MEASURED + 1) * step, step):
+      if 0 < w <= WIDEST * f.width_step:
+        found[w, layers, _units(f, w)] = build((w, layers, _units(f, w)))
+    best = min(found, key=miss)
+  return found[best]
 
 
-def _closest_beside(f: Family, data: Data, best: Sized) -> Sized:
-  """Return the closest of a model and those with the next widths towards its target: costs that
-  jump, as where heads become larger, follow no polynomial."""
-  step = f.width_step if best.error < 0 else -f.width_step
-  widths = (best.width + n * step for n in range(1, MEASURED + 1))
-  beside = [
-    _sized(
-      f, data, (w, best.layers, None if f.hidden is None else f.hidden(w)), best.match, best.target
-    )
-    for w in widths
-    if 0 < w <= WIDEST * f.width_step
-  ]
-  return min((best, *beside), key=_miss)
-
-
-def _sized(f: Family, data: Data, shape: Shape, match: Match, target: float) -> Sized:
-  model = _build(f, data, shape)
-  value = measure(model, match)
-  return Sized(f.name, model, shape[0], _depth(model), shape[2], match, target, value)
-
-
-def _miss(sized: Sized) -> float:
-  return abs(sized.error)
+def _units(f: Family, width: int) -> int | None:
+  """Return the family's own hidden units at a width."""
+  return None if f.hidden is None else f.hidden(width)
 
 
 def _terms(shape: tuple[int | None, ...]) -> list[float]:
@@ -187,7 +183,7 @@ def _weights(f: Family, data: Data, match: Match) -> tuple[float, ...]:
   """Fit the polynomial to as many small models as it has terms, at widths without rounding."""
   shapes, fewest = list[Shape](), max(2 * f.layer_step, f.fewest_layers)
   for layers in (fewest, fewest + f.layer_step):
-    shapes += [(w, layers, None if f.hidden is None else f.hidden(w)) for w in (128, 256, 512)]
+    shapes += [(w, layers, _units(f, w)) for w in (128, 256, 512)]
     if f.hidden is not None:
       shapes += [(w, layers, times * f.hidden(w)) for w, times in ((128, 2), (256, 2), (128, 3))]
   values = [measure(_build(f, data, s), match) for s in shapes]
@@ -200,23 +196,20 @@ def _shapes(f: Family, predicted: Callable[..., float], target: float) -> Iterat
   and the family's own width, for costs that no width changes."""
   step, beside = f.layer_step, 0 if f.grows_deeper else f.width_step
 
-  def units(width: int) -> int | None:
-    return None if f.hidden is None else f.hidden(width)
-
   def own(width: int) -> int:
     return max(step, f.fewest_layers, step * round(width / _aspect(f, width) / step))
 
-  _, usual = _bracket(f, target, lambda width: predicted(width, own(width), units(width)))
+  _, usual = _bracket(f, target, lambda width: predicted(width, own(width), _units(f, width)))
   depth = own(usual)
   least = min(depth // 2, depth - 2 * step) // step * step
   depths = range(least, max(2 * depth, depth + 2 * step) + 1, step) if f.grows_deeper else [depth]
   for layers in depths:
     if f.grows_deeper and layers < max(1, f.fewest_layers):
       continue
-    yield usual, layers, units(usual)
-    low, high = _bracket(f, target, lambda w, layers=layers: predicted(w, layers, units(w)))
+    yield usual, layers, _units(f, usual)
+    low, high = _bracket(f, target, lambda w, layers=layers: predicted(w, layers, _units(f, w)))
     for width in range(max(low - beside, f.width_step), high + beside + 1, f.width_step):
-      yield width, layers, units(width)
+      yield width, layers, _units(f, width)
       if fitting := _fitting_units(f, predicted, target, width, layers):
         yield width, layers, fitting
 
