@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import os
 import pathlib
 import platform
 import shlex
@@ -115,8 +114,8 @@ def publish(args: argparse.Namespace, result: Result, pictures: list[Picture]) -
       'machine': platform.machine(),
     },
   }
-  # files of the repository by their path in it, so that the result is the same wherever it lies
-  text = json.dumps(saved, indent=1).replace(f'"{HERE.parents[1]}{os.sep}', '"')
+  # Files of the repository by their path in it: the result is the same wherever a checkout lies.
+  text = json.dumps(saved, indent=1).replace(f'"{HERE.parents[1]}/', '"')
   (folder / 'result.json').write_text(text + '\n')
   print(_table(result.header, result.rows))
   print(f'\nclaim {result.number}, {result.claim}\n{result.verdict}: {result.because}')

@@ -132,12 +132,8 @@ def publish(
   cache: Caches,
 ) -> None:
   """Write the claim's pictures, numbers and page."""
-  task, report = results.tasks[0], results.json()
-  numbers = {
-    'tasks': report['tasks'],
-    'config': report['config'],
-    'cache': {'contexts': CONTEXTS, **cache},
-  }
+  task = results.tasks[0]
+  numbers = mixers.numbers(results, cache={'contexts': CONTEXTS, **cache})
   gallery.publish(
     args,
     gallery.Result(number, claim, verdict, because, scale, HEADER, rows(task, cache), numbers),

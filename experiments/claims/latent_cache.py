@@ -186,7 +186,6 @@ def main() -> None:
   results = mixers.run(study(args.scale, args.runs))
   task, cache = results.tasks[0], caches(results.study)
   verdict, because = decide(task, cache)
-  report = results.json()
   updates = results.study.steps(results.study.tasks[0])
   gallery.publish(
     args,
@@ -209,7 +208,7 @@ def main() -> None:
         'against grouped queries',
       ),
       rows(task, cache),
-      {'cache': cache, 'tasks': report['tasks'], 'config': report['config']},
+      mixers.numbers(results, cache=cache),
     ),
     pictures(task, cache),
   )

@@ -177,7 +177,6 @@ def main() -> None:
   results = mixers.run(study(args.scale, args.runs))
   loads = busiest(results)
   verdict, because = decide(results, loads)
-  report = results.json()
   updates = results.study.steps(results.study.tasks[0])
   gallery.publish(
     args,
@@ -199,12 +198,7 @@ def main() -> None:
         'bits per byte (95 %)',
       ),
       rows(results),
-      {
-        'ratios': ratios(results),
-        'busiest': loads,
-        'tasks': report['tasks'],
-        'config': report['config'],
-      },
+      mixers.numbers(results, ratios=ratios(results), busiest=loads),
     ),
     [mixers.curves(results.tasks[0]), mixers.seeds(results.tasks[0])],
   )

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import gallery
 import jax
@@ -123,6 +123,12 @@ def run(study: Study) -> Results:
   print(*results.answer, f'report: {study.folder / "report" / "report.html"}', sep='\n', flush=True)
   jax.clear_caches()  # the next study compiles other programs
   return results
+
+
+def numbers(results: Results, **others: Any) -> dict[str, Any]:
+  """Return the numbers of a study that go with its result: scores and settings, and others."""
+  report = results.json()
+  return {**others, 'tasks': report['tasks'], 'config': report['config']}
 
 
 def outcomes(task: TaskResults) -> dict[str, Outcome]:

@@ -203,7 +203,6 @@ def main() -> None:
   results = mixers.run(study(args.scale, args.runs))
   changing, constant = results.tasks
   verdict, because = decide(changing, constant)
-  report = results.json()
   gallery.publish(
     args,
     gallery.Result(
@@ -223,7 +222,7 @@ def main() -> None:
         'where they stay',
       ),
       rows(changing, constant),
-      {'tasks': report['tasks'], 'config': report['config']},
+      mixers.numbers(results),
     ),
     pictures(changing, constant),
   )
