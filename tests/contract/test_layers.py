@@ -48,7 +48,8 @@ CACHED = [
 
 
 def seen(name, room=2 * LENGTH):
-  """A state that has read tokens, with room for as many again; None for a layer without one."""
+  """A state that has read `LENGTH` of the tokens that it has room for; None for a layer without
+  one."""
   if name not in DECODING:
     return None
   case = layer(name)
